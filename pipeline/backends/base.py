@@ -1,0 +1,122 @@
+"""What a target is: capability rows for lowering, a builder, and an engine that runs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+Arrays = dict[str, NDArray[Any]]
+
+
+@dataclass(frozen=True)
+class GemmRow:
+    """One way a target can run a quantized GEMM; lowering takes the first row that fits.
+
+    `limbs`: into how many hardware operands an activation image may be split. `path` is the name shown to people.
+    """
+
+    path: str
+    activation_type: str
+    weight_type: str
+    limbs: int = 1
+    real_groups: bool = False
+
+
+@dataclass(frozen=True)
+class Capabilities:
+    """What lowering may know of a target: its name, GEMM rows in order of preference, and fused ops it runs."""
+
+    target: str
+    gemms: tuple[GemmRow, ...]
+    ops: frozenset[str] = frozenset()
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What lowering chose for one quantized linear, and why; refusals name the rule and the culprit."""
+
+    layer: str
+    path: str
+    why: str
+
+
+@dataclass(frozen=True)
+class ProbeRow:
+    """Where the parity gate finds one quantized linear inside a lowered ONNX graph (names of tensors).
+
+    x: the float tensor that the quantizer reads. codes: the hardware operands that hold the activation's integer
+    image, image = sum_i limb_weights[i] * (codes[i] * codes_unit - codes_offset). act_scale: the per-token scale,
+    value = image * 2^-f * act_scale. gemm: the GEMM's result, which must equal
+    float32(integer sum * gemm_unit) * gemm_scale, with gemm_scale the name of a float32 initializer [N], or "" for
+    none. `exact` is False only where the path is not an integer embedding (then `why` of the choice says so).
+    """
+
+    layer: str
+    path: str
+    x: str
+    codes: tuple[str, ...]
+    limb_weights: tuple[float, ...]
+    codes_unit: float
+    codes_offset: float
+    act_scale: str
+    gemm: str
+    gemm_unit: float
+    gemm_scale: str
+    exact: bool = True
+
+
+@dataclass(frozen=True)
+class LoweredGraph:
+    """A lowered ONNX file, where its quantized linears are, and what was chosen for each."""
+
+    path: Path
+    probes: tuple[ProbeRow, ...]
+    choices: tuple[Choice, ...]
+
+
+@dataclass(frozen=True)
+class BuildResult:
+    """Files written by a backend (relative to the bundle), its lowered graph, and facts for the manifest.
+
+    `lowered.path` is an ONNX file that stock onnxruntime runs; for `rtx` it is the very graph given to the builder.
+    """
+
+    files: tuple[str, ...]
+    lowered: LoweredGraph
+    metadata: Mapping[str, Any] = field(default_factory=dict)
+
+
+class Engine(Protocol):
+    """A built denoiser. Inputs and outputs are NumPy arrays named as in the portable model."""
+
+    def run(self, inputs: Arrays) -> Arrays: ...
+
+    def close(self) -> None: ...
+
+
+class Backend(Protocol):
+    """One row of `pipeline.backends.BACKENDS`."""
+
+    name: str
+    capabilities: Capabilities
+
+    def problems(self, recipe: Any) -> list[str]:
+        """What this machine or recipe lacks for a build, as messages with a remedy; empty if nothing."""
+        ...
+
+    def lower(self, portable: Path, work_dir: Path, recipe: Any) -> LoweredGraph:
+        """Lower the portable model (path of model.onnx) into an ONNX file under `work_dir`; deterministic bytes."""
+        ...
+
+    def build(self, lowered: LoweredGraph, out_dir: Path, recipe: Any) -> BuildResult:
+        """Make the engine from the lowered graph and write it into `out_dir` (the target's folder of the bundle)."""
+        ...
+
+    def load(self, bundle_dir: Path) -> Engine:
+        """Engine of a bundle folder whose files have been verified."""
+        ...

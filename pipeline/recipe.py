@@ -1,0 +1,215 @@
+"""A recipe: everything that changes the result, read from TOML into frozen dataclasses that check themselves."""
+
+from __future__ import annotations
+
+import tomllib
+from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import tomli_w
+
+from export.checkpoint import Granularity
+from export.errors import RecipeError
+from export.formats import get_format
+
+GRANULARITIES = Granularity.__args__  # type: ignore[attr-defined]
+SEARCHES = ("absmax", "mse")
+METHODS = ("rtn",)
+LAYER_KINDS = ("attn.qkv", "attn.out", "cross.q", "cross.kv", "cross.out", "ff.in", "ff.out", "adaln", "skip", "other")
+
+
+def _check(ok: bool, message: str) -> None:
+    if not ok:
+        raise RecipeError(message)
+
+
+@dataclass(frozen=True)
+class Formats:
+    """Number format of weights and activations; `weight_of` overrides single layer kinds."""
+
+    weight: str = "E2M1"
+    activation: str = "E2M3"
+    weight_of: dict[str, str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for name in (self.weight, self.activation, *self.weight_of.values()):
+            get_format(name)
+        unknown = sorted(set(self.weight_of) - set(LAYER_KINDS))
+        _check(not unknown, f"formats.weight_of: layer kind {unknown} is unknown; use {', '.join(LAYER_KINDS)}")
+
+
+@dataclass(frozen=True)
+class Weights:
+    """Weight scales: granularity, input channels per group, and how the clip is found."""
+
+    granularity: str = "exact_group"
+    group_size: int = 64
+    search: str = "mse"
+
+    def __post_init__(self) -> None:
+        _check(self.granularity in GRANULARITIES, f"weights.granularity {self.granularity!r}; use {GRANULARITIES}")
+        _check(self.search in SEARCHES, f"weights.search {self.search!r}; use one of {SEARCHES}")
+        _check(self.group_size > 0, f"weights.group_size {self.group_size} must be positive")
+
+
+@dataclass(frozen=True)
+class Calibrate:
+    """Calibration method and its data."""
+
+    method: str = "rtn"
+    size: int = 64
+
+    def __post_init__(self) -> None:
+        _check(self.method in METHODS, f"calibrate.method {self.method!r} is not available; use one of {METHODS}")
+        _check(self.size > 0, f"calibrate.size {self.size} must be positive")
+
+
+@dataclass(frozen=True)
+class Rtx:
+    """Options of the `rtx` target: how weights are stored in the engine, and the GPUs it is built for."""
+
+    weights: str = "fp8"
+    sm: tuple[int, ...] = (89, 120)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "sm", tuple(self.sm))
+        _check(self.weights in ("fp8", "int4"), f"rtx.weights {self.weights!r}; use fp8 or int4")
+        _check(bool(self.sm), "rtx.sm is empty; name at least one compute capability, for example 89")
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How images are made when the engine is verified and measured. height and width 0: the model's own size."""
+
+    n_steps: int = 20
+    guidance_scale: float = 2.0
+    batch_size: int = 1
+    height: int = 0
+    width: int = 0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        _check(self.n_steps > 0 and self.batch_size > 0, "sampling.n_steps and sampling.batch_size must be positive")
+        _check(min(self.height, self.width) >= 0, "sampling.height and sampling.width must not be negative")
+
+
+@dataclass(frozen=True)
+class Budgets:
+    """What quantization may cost against the float model (the gates against the reference are derived, not set)."""
+
+    quant_sqnr_db: float = 10.0
+    final_psnr_fp_db: float = 20.0
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """One engine: model family, number formats, calibration, sampling, budgets, target options."""
+
+    name: str
+    model: str
+    description: str = ""
+    formats: Formats = Formats()
+    weights: Weights = Weights()
+    calibrate: Calibrate = Calibrate()
+    sampling: Sampling = Sampling()
+    budgets: Budgets = Budgets()
+    rtx: Rtx = Rtx()
+
+    def __post_init__(self) -> None:
+        _check(bool(self.name) and "/" not in self.name, f"recipe name {self.name!r} must be a plain file name")
+        _check(bool(self.model), f"recipe {self.name}: model is empty; give a folder, a hub id or zoo:NAME")
+
+
+def from_dict(document: dict[str, Any], source: str) -> Recipe:
+    """A recipe from parsed TOML. Raises RecipeError naming `source` and the unknown or ill-typed key."""
+    return _build(Recipe, document, source, "")
+
+
+def _build(kind: Any, document: dict[str, Any], source: str, prefix: str) -> Any:
+    rows = {row.name: row for row in fields(kind)}
+    values: dict[str, Any] = {}
+    for key, value in document.items():
+        if key not in rows:
+            raise RecipeError(f"{source}: key {prefix}{key} is unknown; use one of {', '.join(rows)}")
+        default = rows[key].default
+        if is_dataclass(default):
+            if not isinstance(value, dict):
+                raise RecipeError(f"{source}: {prefix}{key} must be a table, found {value!r}")
+            value = _build(type(default), value, source, f"{prefix}{key}.")
+        else:
+            value = _typed(value, default, f"{source}: {prefix}{key}")
+        values[key] = value
+    try:
+        return kind(**values)
+    except TypeError as error:
+        raise RecipeError(f"{source}: {error}") from error
+
+
+def _typed(value: Any, default: Any, where: str) -> Any:
+    if isinstance(default, float) and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    known = isinstance(default, str | int | float)
+    if known and (type(value) is not type(default)):
+        raise RecipeError(f"{where} is {value!r}; expected {type(default).__name__}")
+    return value
+
+
+def recipe_names() -> list[str]:
+    """Names of the recipes that come with the package."""
+    folder = resources.files("pipeline") / "recipes"
+    return sorted(item.name.removesuffix(".toml") for item in folder.iterdir() if item.name.endswith(".toml"))
+
+
+def load(name_or_path: str) -> Recipe:
+    """A bundled recipe by name, or a recipe file by path (ending in .toml)."""
+    if name_or_path.endswith(".toml"):
+        path = Path(name_or_path)
+        if not path.is_file():
+            raise RecipeError(f"recipe file {path} does not exist; give a path to a .toml file or one of {recipe_names()}")
+        text = path.read_text()
+    elif name_or_path in recipe_names():
+        text = (resources.files("pipeline") / "recipes" / f"{name_or_path}.toml").read_text()
+    else:
+        raise RecipeError(f"recipe {name_or_path!r} is unknown; use one of {', '.join(recipe_names())}, or a .toml file")
+    try:
+        return from_dict(tomllib.loads(text), name_or_path)
+    except tomllib.TOMLDecodeError as error:
+        raise RecipeError(f"{name_or_path}: not valid TOML ({error})") from error
+
+
+def with_settings(recipe: Recipe, settings: list[str]) -> Recipe:
+    """The recipe with `key=value` settings applied, for example `weights.group_size=32` (values as in TOML)."""
+    for setting in settings:
+        key, separator, text = setting.partition("=")
+        if not separator:
+            raise RecipeError(f"--set {setting!r}: expected key=value, for example weights.group_size=32")
+        document = asdict(recipe)
+        *tables, last = key.strip().split(".")
+        table = document
+        for name in tables:
+            table = table.get(name) if isinstance(table, dict) else None  # type: ignore[assignment]
+        if not isinstance(table, dict):
+            raise RecipeError(f"--set {setting!r}: {key} is not a key of the recipe; see recipe.toml in any bundle")
+        table[last] = _parse(text.strip())
+        recipe = from_dict(document, f"--set {setting}")
+    return recipe
+
+
+def _parse(text: str) -> Any:
+    try:
+        return tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        return text
+
+
+def to_toml(recipe: Recipe) -> str:
+    """The resolved recipe as TOML; `load` gives an equal recipe back."""
+    return tomli_w.dumps(asdict(recipe))
+
+
+def with_sampling(recipe: Recipe, **changes: Any) -> Recipe:
+    """The recipe with those sampling fields that are not None replaced."""
+    given = {key: value for key, value in changes.items() if value is not None}
+    return replace(recipe, sampling=replace(recipe.sampling, **given))
