@@ -54,6 +54,7 @@ class ProbeRow:
     value = image * 2^-f * act_scale. gemm: the GEMM's result, which must equal
     float32(integer sum * gemm_unit) * gemm_scale, with gemm_scale the name of a float32 initializer [N], or "" for
     none. `exact` is False only where the path is not an integer embedding (then `why` of the choice says so).
+    output: the linear's float result, scaled and with its bias added (it proves weight scales and bias).
     """
 
     layer: str
@@ -68,6 +69,7 @@ class ProbeRow:
     gemm_unit: float
     gemm_scale: str
     exact: bool = True
+    output: str = ""
 
 
 @dataclass(frozen=True)
