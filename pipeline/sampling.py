@@ -1,0 +1,110 @@
+"""Samplers: from noise to a picture by repeated calls of a denoiser. NumPy only, so that generating needs no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from export.errors import RecipeError
+from pipeline.backends.base import Arrays
+
+FloatArray = NDArray[np.float32]
+# Inputs without a batch axis: tables that depend on the picture's size alone.
+UNBATCHED = frozenset({"image_rotary_cos", "image_rotary_sin"})
+# Noise schedule of the eps-predicting models (DiT, PixArt, Hunyuan were trained with 1000 steps; betas are linear).
+TRAIN_STEPS, BETA_FIRST, BETA_LAST = 1000, 1e-4, 2e-2
+
+
+@dataclass(frozen=True)
+class Sampler:
+    """A sequence of steps. timesteps: [n_steps] float32, the model's input; advance(x, prediction, i) is step i."""
+
+    name: str
+    timesteps: FloatArray
+    advance: Callable[[FloatArray, FloatArray, int], FloatArray]
+
+    @property
+    def n_steps(self) -> int:
+        return len(self.timesteps)
+
+
+def flow_euler(n_steps: int, timestep_scale: float) -> Sampler:
+    """Euler steps of a rectified flow: x_t = (1 - t) * data + t * noise, the model predicts noise - data."""
+    times = np.linspace(1.0, 0.0, n_steps + 1)
+
+    def advance(x: FloatArray, velocity: FloatArray, i: int) -> FloatArray:
+        return x + np.float32(times[i + 1] - times[i]) * velocity
+
+    return Sampler("flow_euler", (times[:-1] * timestep_scale).astype(np.float32), advance)
+
+
+def ddim(n_steps: int, timestep_scale: float) -> Sampler:
+    """DDIM (arXiv 2010.02502, eta 0) on linear betas, timesteps spaced as diffusers' "leading"; predicts the noise."""
+    if n_steps > TRAIN_STEPS:
+        raise RecipeError(f"n_steps {n_steps}: ddim has {TRAIN_STEPS} training steps; use at most that many")
+    kept = np.cumprod(1.0 - np.linspace(BETA_FIRST, BETA_LAST, TRAIN_STEPS))
+    stride = TRAIN_STEPS // n_steps
+    times = np.arange(n_steps)[::-1] * stride
+
+    def advance(x: FloatArray, noise: FloatArray, i: int) -> FloatArray:
+        now = kept[times[i]]
+        then = kept[times[i] - stride] if times[i] >= stride else 1.0
+        data = (x - np.float32(np.sqrt(1 - now)) * noise) / np.float32(np.sqrt(now))
+        return np.float32(np.sqrt(then)) * data + np.float32(np.sqrt(1 - then)) * noise
+
+    return Sampler("ddim", (times * (timestep_scale / TRAIN_STEPS)).astype(np.float32), advance)
+
+
+SAMPLERS: dict[str, Callable[[int, float], Sampler]] = {"flow_euler": flow_euler, "ddim": ddim}
+
+
+def make_sampler(name: str, n_steps: int, timestep_scale: float = 1000.0) -> Sampler:
+    """The sampler called `name`; the model's timestep input runs from about `timestep_scale` down to 0."""
+    if name not in SAMPLERS:
+        raise RecipeError(f"sampler {name!r} is unknown; use one of {', '.join(SAMPLERS)}")
+    if n_steps < 1:
+        raise RecipeError(f"n_steps {n_steps} must be at least 1")
+    return SAMPLERS[name](n_steps, timestep_scale)
+
+
+def sample(
+    run: Callable[[Arrays], Arrays],
+    conditioning: tuple[Arrays, Arrays],
+    noise: FloatArray,
+    sampler: Sampler,
+    guidance_scale: float,
+    on_step: Callable[[int, Arrays, Arrays], None] | None = None,
+) -> FloatArray:
+    """Denoise `noise` [B, C, H, W] and return the result, float32 of that shape.
+
+    `conditioning`: model inputs with the prompt and without it (as `conditioning.encode` gives them). Unless
+    `guidance_scale` is 1 both halves run as one batch of 2 B, prompts first (classifier-free guidance,
+    arXiv 2207.12598). A model that predicts more channels than C (a learned sigma) has them dropped.
+    `on_step(i, inputs, outputs)` sees every call of `run`.
+    """
+    x = np.asarray(noise, np.float32)
+    guided = guidance_scale != 1.0
+    constant = _stacked(*conditioning) if guided else conditioning[0]
+    for i, timestep in enumerate(sampler.timesteps):
+        batch = np.concatenate([x, x]) if guided else x
+        times = np.full(len(batch), timestep, np.float32)
+        inputs = {"hidden_states": batch, "timestep": times, **constant}
+        outputs = run(inputs)
+        if on_step is not None:
+            on_step(i, inputs, outputs)
+        prediction = outputs["sample"][:, : x.shape[1]].astype(np.float32)
+        if guided:
+            wanted, plain = np.split(prediction, 2)
+            prediction = plain + np.float32(guidance_scale) * (wanted - plain)
+        x = sampler.advance(x, prediction, i)
+    return x
+
+
+def _stacked(wanted: Arrays, plain: Arrays) -> Arrays:
+    """Both conditionings as one batch."""
+    return {
+        name: value if name in UNBATCHED else np.concatenate([value, plain[name]]) for name, value in wanted.items()
+    }
