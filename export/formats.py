@@ -104,7 +104,7 @@ class Format:
     @property
     def kmax(self) -> int:
         """Largest integer image of a symmetric quantizer."""
-        return int(round(self.max_value * 2**self.fraction_bits))
+        return int(self.max_value * 2**self.fraction_bits)
 
     @cached_property
     def binade_starts(self) -> NDArray[np.float64]:
@@ -137,7 +137,7 @@ FORMATS: dict[str, Format] = {
         _signed("INT4", 0, 3),
         _signed("INT6", 0, 5),
         _signed("INT8", 0, 7),
-        *(_unsigned(e, bits - e) for bits in (4, 6, 8) for e in range(1, 6) if 0 <= bits - e),
+        *(_unsigned(e, bits - e) for bits in (4, 6, 8) for e in range(1, min(bits, 5) + 1)),
     )
 }
 
@@ -171,7 +171,8 @@ def _encode_float(fmt: Format, value: NDArray, saturate: bool) -> NDArray[np.uin
     negative = np.signbit(value)
     magnitude = np.abs(value) if fmt.sign_bits else np.where(negative, 0.0, value)
     bounded = np.minimum(np.nan_to_num(magnitude, nan=0.0, posinf=np.inf), 2 * fmt.max_value)
-    exponent = np.maximum(np.frexp(bounded)[1] - 1, fmt.min_exponent)
+    # frexp gives zero the exponent 0, which would put it above the subnormals of formats with a large bias.
+    exponent = np.where(bounded > 0, np.maximum(np.frexp(bounded)[1] - 1, fmt.min_exponent), fmt.min_exponent)
     steps = np.rint(np.ldexp(bounded, fmt.mantissa_bits - exponent)).astype(np.int64)
     code = (exponent - fmt.min_exponent) * 2**fmt.mantissa_bits + steps
     too_large = code > fmt.max_code
@@ -213,7 +214,9 @@ def pack(codes: NDArray[np.uint8], bits: int) -> NDArray[np.uint8]:
 def unpack(packed: NDArray[np.uint8], bits: int, count: int) -> NDArray[np.uint8]:
     """Inverse of `pack`: [..., ceil(count * bits / 8)] -> [..., count] uint8 codes."""
     if packed.shape[-1] != packed_size(bits, count):
-        raise ValueError(f"{packed.shape[-1]} bytes per row; {count} codes of {bits} bits take {packed_size(bits, count)}")
+        raise ValueError(
+            f"{packed.shape[-1]} bytes per row; {count} codes of {bits} bits take {packed_size(bits, count)}"
+        )
     as_bits = np.unpackbits(packed, axis=-1, count=count * bits, bitorder="little")
     grouped = as_bits.reshape(*packed.shape[:-1], count, bits)
     return np.packbits(grouped, axis=-1, bitorder="little")[..., 0]

@@ -1,0 +1,236 @@
+"""Function bodies of the `fpq` ops in standard ONNX ops, so that any runtime runs them with nothing of ours installed.
+
+One body serves every number format: tables of the format arrive as attributes, and the body reads them through
+Constants that refer to those attributes. Bodies call no other `fpq` function; shared parts are Python functions here
+that append nodes, because nested functions are not inlined by every runtime.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from onnx import AttributeProto, NodeProto, TensorProto, helper
+
+OPSET = 21
+# Attribute of Constant that carries a referenced attribute of each type.
+CONSTANT_OF = {
+    AttributeProto.FLOAT: "value_float",
+    AttributeProto.FLOATS: "value_floats",
+    AttributeProto.INT: "value_int",
+    AttributeProto.INTS: "value_ints",
+}
+
+
+class Body:
+    """A list of nodes under construction. Methods append nodes and return the name of their (first) output."""
+
+    def __init__(self, attribute_types: dict[str, Any]) -> None:
+        self.nodes: list[NodeProto] = []
+        self.attribute_types = attribute_types
+
+    def op(self, op_type: str, *inputs: str, out: str = "", **attributes: Any) -> str:
+        """Append one node of the standard domain."""
+        output = out or f"t{len(self.nodes)}"
+        self.nodes.append(helper.make_node(op_type, list(inputs), [output], **attributes))
+        return output
+
+    def attribute(self, name: str) -> str:
+        """Constant whose value is the function's attribute `name` (a scalar, or a list of floats or ints)."""
+        kind = self.attribute_types[name]
+        output = self.op("Constant")
+        self.nodes[-1].attribute.append(_reference(CONSTANT_OF[kind], name, kind))
+        return output
+
+    def ints(self, *values: int) -> str:
+        """int64 constant vector."""
+        return self.op("Constant", value_ints=list(values))
+
+    def integer(self, value: int) -> str:
+        """int64 constant scalar."""
+        return self.op("Constant", value_int=value)
+
+    def number(self, value: float) -> str:
+        """float32 constant scalar."""
+        return self.op("Constant", value_float=value)
+
+    def cast(self, x: str, to: int, out: str = "") -> str:
+        return self.op("Cast", x, to=to, out=out)
+
+    def shape(self, *parts: str) -> str:
+        """Shape vector from int64 vectors and scalars-as-vectors."""
+        return self.op("Concat", *parts, axis=0)
+
+    def vector(self, scalar: str) -> str:
+        """int64 scalar -> vector of one element."""
+        return self.op("Reshape", scalar, self.ints(1))
+
+
+def _reference(name: str, refers_to: str, kind: Any) -> AttributeProto:
+    return AttributeProto(name=name, ref_attr_name=refers_to, type=kind)
+
+
+# --- shared parts --------------------------------------------------------------------------------------------------
+
+
+def _unpack(body: Body, packed: str, bits: str, count: str) -> str:
+    """packed u8 [N, bytes] -> int32 [N, count]. A code of at most 8 bits lies in two neighbouring bytes."""
+    first_bit = body.op("Mul", body.op("Range", body.integer(0), count, body.integer(1)), bits)
+    byte = body.op("Div", first_bit, body.integer(8))
+    offset = body.cast(body.op("Mod", first_bit, body.integer(8)), TensorProto.UINT8)
+    last = body.op("Sub", body.op("Shape", packed, start=1, end=2), body.ints(1))
+    # In a row's last byte the "next" byte is that byte again; the code ends before it, so the mask removes it.
+    following = body.op("Min", body.op("Add", byte, body.integer(1)), last)
+    low = body.op("BitShift", body.op("Gather", packed, byte, axis=1), offset, direction="RIGHT")
+    high = _shift_up(body, body.op("Gather", packed, following, axis=1), body.op("Sub", _u8(body, 7), offset))
+    mask = body.cast(body.op("Sub", _power_of_two(body, bits), body.integer(1)), TensorProto.UINT8)
+    return body.cast(body.op("BitwiseAnd", body.op("BitwiseOr", low, high), mask), TensorProto.INT32)
+
+
+def _pack(body: Body, codes: str, bits: str, count: str, out: str) -> str:
+    """codes u8 [N, count] -> u8 [N, ceil(count * bits / 8)]. A byte takes bits of at most two neighbouring codes."""
+    bytes_ = body.op("Div", body.op("Add", body.op("Mul", count, bits), body.integer(7)), body.integer(8))
+    first_bit = body.op("Mul", body.op("Range", body.integer(0), bytes_, body.integer(1)), body.integer(8))
+    element = body.op("Div", first_bit, bits)
+    inside = body.op("Mod", first_bit, bits)
+    padded = body.op("Pad", codes, body.ints(0, 0, 0, 1), _u8(body, 0))
+    shift = body.cast(inside, TensorProto.UINT8)
+    low = body.op("BitShift", body.op("Gather", padded, element, axis=1), shift, direction="RIGHT")
+    following = body.op("Gather", padded, body.op("Add", element, body.integer(1)), axis=1)
+    room = body.cast(body.op("Sub", body.op("Sub", bits, inside), body.integer(1)), TensorProto.UINT8)
+    return body.op("BitwiseOr", low, _shift_up(body, following, room), out=out)
+
+
+def _shift_up(body: Body, x: str, amount: str) -> str:
+    """x << (amount + 1) for amount 0..7, as two shifts because a shift by 8 is undefined for uint8."""
+    once = body.op("BitShift", x, _u8(body, 1), direction="LEFT")
+    return body.op("BitShift", once, amount, direction="LEFT")
+
+
+def _u8(body: Body, value: int) -> str:
+    return body.op("Constant", value=helper.make_tensor("", TensorProto.UINT8, [], [value]))
+
+
+def _power_of_two(body: Body, exponent: str) -> str:
+    one = body.op("Constant", value=helper.make_tensor("", TensorProto.UINT64, [], [1]))
+    shifted = body.op("BitShift", one, body.cast(exponent, TensorProto.UINT64), direction="LEFT")
+    return body.cast(shifted, TensorProto.INT64)
+
+
+def _encode(body: Body, v: str, out: str) -> str:
+    """v f32, any shape -> u8 codes: nearest, ties to even, saturating, -0 folded to +0.
+
+    The number of `thresholds` (binade starts) that |v| reaches is its binade; within one, codes count steps.
+    """
+    magnitude = body.op("Min", body.op("Abs", v), body.attribute("max_value"))
+    reached = body.op("GreaterOrEqual", body.op("Unsqueeze", magnitude, body.ints(-1)), body.attribute("thresholds"))
+    binade = body.op("ReduceSum", body.cast(reached, TensorProto.INT64), body.ints(-1), keepdims=0)
+    in_steps = body.op("Round", body.op("Div", magnitude, body.op("Gather", body.attribute("steps"), binade)))
+    below = body.op("Mul", binade, body.attribute("binade_codes"))
+    code = body.op("Add", below, body.cast(in_steps, TensorProto.INT64))
+    # Without the Clip a NaN would become an index outside of the table below.
+    code = body.op("Clip", code, body.integer(0), body.attribute("max_code"))
+    negative = body.op("Gather", body.attribute("negative_codes"), code)
+    signed = body.op("Where", body.op("Less", v, body.number(0.0)), negative, code)
+    return body.cast(signed, TensorProto.UINT8, out)
+
+
+def _decode(body: Body, codes: str, values: str) -> str:
+    return body.op("Gather", body.attribute(values), codes)
+
+
+def _token_scale(body: Body, x: str, floor: float, out: str) -> str:
+    """x f32 [..., K] -> f32 [..., 1]: max(absmax, floor) / max_value."""
+    absmax = body.op("ReduceMax", body.op("Abs", x), body.ints(-1), keepdims=1)
+    bounded = body.op("Max", absmax, body.number(floor))
+    return body.op("Div", bounded, body.attribute("max_value"), out=out)
+
+
+def _multipliers(body: Body, packed: str) -> str:
+    """packed 4-bit indices [N or 1, ceil(groups / 2)] -> f32 [N or 1, groups, 1]."""
+    indices = _unpack(body, packed, body.integer(4), body.attribute("groups"))
+    found = body.op("Gather", body.attribute("multipliers"), indices)
+    return body.op("Unsqueeze", body.cast(found, TensorProto.FLOAT), body.ints(-1))
+
+
+def _grouped(body: Body, x: str, groups: str) -> str:
+    """[N, K] -> [N, groups, K / groups]."""
+    return body.op("Reshape", x, body.shape(body.ints(0), body.vector(groups), body.ints(-1)))
+
+
+def _rows(body: Body, x: str) -> str:
+    """[N, groups, K / groups] -> [N, K]."""
+    return body.op("Reshape", x, body.ints(0, -1))
+
+
+def _unscaled_weight(body: Body, codes: str, multiplier_codes: str, bits: str, values: str) -> str:
+    """packed codes -> f32 [N, groups, K / groups]: code value times group multiplier (exact)."""
+    unpacked = _unpack(body, codes, body.attribute(bits), body.attribute("in_features"))
+    value = _grouped(body, _decode(body, unpacked, values), body.attribute("groups"))
+    return body.op("Mul", value, _multipliers(body, multiplier_codes))
+
+
+# --- one function per op -------------------------------------------------------------------------------------------
+
+
+def dequantize_weight(body: Body) -> None:
+    """codes, scales, multiplier_codes -> w. The one rounding is that of the last product."""
+    unscaled = _unscaled_weight(body, "codes", "multiplier_codes", "bits", "values")
+    scaled = body.op("Mul", unscaled, body.op("Unsqueeze", "scales", body.ints(-1)))
+    body.op("Transpose", _rows(body, scaled), perm=[1, 0], out="w")
+
+
+def quantize_weight(body: Body) -> None:
+    """w, scales, multiplier_codes -> codes."""
+    scale = body.op("Mul", body.op("Unsqueeze", "scales", body.ints(-1)), _multipliers(body, "multiplier_codes"))
+    rows = _grouped(body, body.op("Transpose", "w", perm=[1, 0]), body.attribute("groups"))
+    plain = _encode(body, _rows(body, body.op("Div", rows, scale)), "")
+    _pack(body, plain, body.attribute("bits"), body.attribute("in_features"), "codes")
+
+
+def quantize_activation(body: Body, floor: float, x: str = "x") -> None:
+    """x -> codes, scale."""
+    scale = _token_scale(body, x, floor, "scale")
+    _encode(body, body.op("Div", x, scale), "codes")
+
+
+def dequantize_activation(body: Body) -> None:
+    """codes, scale -> x."""
+    value = _decode(body, body.cast("codes", TensorProto.INT32), "values")
+    body.op("Mul", value, "scale", out="x")
+
+
+def packed_gemm(body: Body) -> None:
+    """The sum runs over unscaled values, so it is exact in float32 wherever the integer images' sum fits 24 bits.
+
+    Groups with real scales are the leading axis: [G, M, K/G] @ [G, K/G, N], scaled by [G, 1, N] and added up.
+    """
+    scale_groups = body.op("Shape", "w_scales", start=1, end=2)
+    a = _decode(body, body.cast("a_codes", TensorProto.INT32), "activation_values")
+    a = body.op("Reshape", a, body.shape(body.ints(-1), scale_groups, _group_width(body, scale_groups)))
+    w = _rows(body, _unscaled_weight(body, "w_codes", "multiplier_codes", "weight_bits", "weight_values"))
+    w = body.op("Reshape", w, body.shape(body.ints(0), scale_groups, body.ints(-1)))
+    partial = body.op("MatMul", body.op("Transpose", a, perm=[1, 0, 2]), body.op("Transpose", w, perm=[1, 2, 0]))
+    w_scales = body.op("Unsqueeze", body.op("Transpose", "w_scales", perm=[1, 0]), body.ints(1))
+    total = body.op("ReduceSum", body.op("Mul", partial, w_scales), body.ints(0), keepdims=0)
+    leading = body.op("Shape", "a_codes", start=0, end=-1)
+    shaped = body.op("Reshape", total, body.shape(leading, body.op("Shape", "w_codes", start=0, end=1)))
+    body.op("Add", body.op("Mul", shaped, "a_scale"), "bias", out="y")
+
+
+def _group_width(body: Body, groups: str) -> str:
+    return body.op("Div", body.vector(body.attribute("in_features")), groups)
+
+
+def norm_modulate_quantize(body: Body, floor: float) -> None:
+    """x, shift, scale -> codes, a_scale."""
+    one = helper.make_tensor("", TensorProto.FLOAT, [1], [1.0])
+    ones = body.op("ConstantOfShape", body.op("Shape", "x", start=-1), value=one)
+    normal = body.op("LayerNormalization", "x", ones, axis=-1)
+    body.nodes[-1].attribute.append(_reference("epsilon", "epsilon", AttributeProto.FLOAT))
+    y = body.op("Add", body.op("Mul", normal, body.op("Add", "scale", body.number(1.0))), "shift")
+    a_scale = _token_scale(body, y, floor, "a_scale")
+    _encode(body, body.op("Div", y, a_scale), "codes")
+
+
+Builder = Callable[[Body], None]

@@ -1,0 +1,134 @@
+"""NumPy meaning of the `fpq` ops: the definition that function bodies, kernels and engines are compared with.
+
+Written with the codec of `export.formats`, not as the bodies are, so the two check each other. Each meaning takes the
+op's inputs and its attributes by name and returns a tuple of outputs; attributes that are only tables are ignored.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from export.formats import decode, encode, fold_negative_zero, get_format, pack, packed_size, unpack
+
+Array = NDArray[Any]
+F32 = np.float32
+# Smallest absmax of a token: its scale stays a normal float32 for every format, and a row of zeros divides by no zero.
+ABSMAX_FLOOR = 1e-30
+
+
+def _groups(in_features: int, group_size: int) -> int:
+    return in_features // group_size if group_size else 1
+
+
+def _multipliers(multiplier_codes: Array, table: tuple[int, ...], groups: int) -> Array:
+    """4-bit indices [N or 1, ceil(groups / 2)] -> float32 [N or 1, groups, 1]."""
+    return np.asarray(table, F32)[unpack(multiplier_codes, 4, groups)][..., None]
+
+
+def _unscaled_weight(
+    codes: Array, multiplier_codes: Array, weight_format: str, in_features: int, group_size: int, table: tuple[int, ...]
+) -> Array:
+    """packed codes -> float32 [N, groups, K / groups]: value times multiplier, exact."""
+    fmt, groups = get_format(weight_format), _groups(in_features, group_size)
+    value = decode(fmt, unpack(codes, fmt.bits, in_features)).astype(F32)
+    return value.reshape(len(codes), groups, -1) * _multipliers(multiplier_codes, table, groups)
+
+
+def dequantize_weight(
+    codes: Array,
+    scales: Array,
+    multiplier_codes: Array,
+    *,
+    format: str,
+    in_features: int,
+    group_size: int,
+    multipliers: tuple[int, ...],
+    **_tables: Any,
+) -> tuple[Array]:
+    """W[k, n] = value(code[n, k]) * multiplier * scale, float32 [K, N]; only the last product rounds."""
+    unscaled = _unscaled_weight(codes, multiplier_codes, format, in_features, group_size, multipliers)
+    return ((unscaled * scales[..., None].astype(F32)).reshape(len(codes), in_features).T,)
+
+
+def quantize_weight(
+    w: Array,
+    scales: Array,
+    multiplier_codes: Array,
+    *,
+    format: str,
+    in_features: int,
+    group_size: int,
+    multipliers: tuple[int, ...],
+    **_tables: Any,
+) -> tuple[Array]:
+    """Nearest packed codes [N, packed] of w [K, N] under given scales."""
+    fmt, groups = get_format(format), _groups(in_features, group_size)
+    scale = scales[..., None].astype(F32) * _multipliers(multiplier_codes, multipliers, groups)
+    rows = w.T.reshape(w.shape[1], groups, -1).astype(F32) / scale
+    codes = _symmetric_codes(format, rows.reshape(w.shape[1], in_features))
+    return (pack(codes, fmt.bits),)
+
+
+def _symmetric_codes(name: str, v: Array) -> Array:
+    """Nearest codes within +-max_value (INT4: -7..7), one zero."""
+    fmt = get_format(name)
+    bounded = np.clip(v, -fmt.max_value, fmt.max_value)
+    return fold_negative_zero(fmt, encode(fmt, bounded))
+
+
+def quantize_activation(x: Array, *, format: str, **_tables: Any) -> tuple[Array, Array]:
+    """Per token (last axis): scale = max(absmax, ABSMAX_FLOOR) / max_value, codes of x / scale. All in float32."""
+    absmax = np.maximum(np.abs(x).max(axis=-1, keepdims=True), F32(ABSMAX_FLOOR))
+    scale = (absmax / F32(get_format(format).max_value)).astype(F32)
+    return _symmetric_codes(format, x / scale), scale
+
+
+def dequantize_activation(codes: Array, scale: Array, *, format: str, **_tables: Any) -> tuple[Array]:
+    """value(code) * scale, float32."""
+    return (decode(get_format(format), codes).astype(F32) * scale,)
+
+
+def packed_gemm(
+    a_codes: Array,
+    a_scale: Array,
+    w_codes: Array,
+    w_scales: Array,
+    multiplier_codes: Array,
+    bias: Array,
+    *,
+    activation_format: str,
+    weight_format: str,
+    in_features: int,
+    group_size: int,
+    multipliers: tuple[int, ...],
+    **_tables: Any,
+) -> tuple[Array]:
+    """y = (sum over scale groups of exact_sum * w_scale) * a_scale + bias, float32 [..., N].
+
+    exact_sum is the sum of products of unscaled values, computed in float64 where it is exact, and rounded once.
+    """
+    n, scale_groups = len(w_codes), w_scales.shape[1]
+    w = _unscaled_weight(w_codes, multiplier_codes, weight_format, in_features, group_size, multipliers)
+    w = w.reshape(n, scale_groups, -1).astype(np.float64)
+    a = decode(get_format(activation_format), a_codes).reshape(-1, scale_groups, in_features // scale_groups)
+    partial = (a.transpose(1, 0, 2) @ w.transpose(1, 2, 0)).astype(F32)
+    total = (partial * w_scales.T[:, None, :]).sum(axis=0, dtype=F32)
+    return (total.reshape(*a_codes.shape[:-1], n) * a_scale + bias,)
+
+
+def norm_modulate_quantize(
+    x: Array, shift: Array, scale: Array, *, format: str, epsilon: float, **_tables: Any
+) -> tuple[Array, Array]:
+    """QuantizeActivation of LayerNorm(x) * (1 + scale) + shift; the norm in float64, rounded to float32 once."""
+    wide = x.astype(np.float64)
+    centred = wide - wide.mean(axis=-1, keepdims=True)
+    normal = centred / np.sqrt((centred**2).mean(axis=-1, keepdims=True) + epsilon)
+    return quantize_activation((normal * (1.0 + scale) + shift).astype(F32), format=format)
+
+
+def no_multipliers(in_features: int, group_size: int) -> NDArray[np.uint8]:
+    """The `multiplier_codes` of a weight without multipliers (table (1,)): zeros [1, ceil(groups / 2)]."""
+    return np.zeros((1, packed_size(4, _groups(in_features, group_size))), np.uint8)
