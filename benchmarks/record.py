@@ -1,0 +1,36 @@
+"""Results of benchmark scripts: one JSON each, with the machine, the versions and the commit they belong to."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from pathlib import Path
+from typing import Any
+
+from pipeline import machine
+
+RESULTS = Path(__file__).resolve().parent / "results"
+
+
+def commit() -> str:
+    """Commit of the working tree, with "+" if tracked files differ from it; "" outside a git checkout."""
+    root = Path(__file__).resolve().parent
+    try:
+        found = [_git(root, "rev-parse", "--short=12", "HEAD"), _git(root, "status", "--porcelain", "-uno")]
+    except (OSError, subprocess.CalledProcessError):
+        return ""
+    return found[0] + ("+" if found[1] else "")
+
+
+def _git(folder: Path, *arguments: str) -> str:
+    done = subprocess.run(["git", "-C", str(folder), *arguments], capture_output=True, text=True, check=True)
+    return done.stdout.strip()
+
+
+def write(name: str, document: dict[str, Any], folder: Path = RESULTS) -> Path:
+    """Write `folder`/NAME.json: the document, then machine, versions and commit."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{name}.json"
+    stamped = {**document, "machine": machine.facts(), "versions": machine.tool_versions(), "commit": commit()}
+    path.write_text(json.dumps(stamped, indent=1) + "\n")
+    return path
