@@ -1,0 +1,22 @@
+"""The compiler: from a Diffusion Transformer and a recipe to a verified engine bundle.
+
+from pipeline import load
+engine = load("engines/pixart_w4a6").engine()
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from pipeline.bundle import Bundle
+
+__all__ = ["load"]
+
+
+def load(path: str | Path) -> Bundle:
+    """Open a bundle folder; every file is verified first. Raises export.errors.ContractError if it is damaged."""
+    from pipeline.bundle import load_bundle
+
+    return load_bundle(path)

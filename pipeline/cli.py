@@ -1,0 +1,43 @@
+"""`ditc <verb>`: the same verbs as `python -m pipeline.<verb>`, each module imported only when it is called."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from importlib import import_module
+
+from export.errors import RecipeError
+
+# verb: (module with main(), what it does)
+VERBS = {
+    "build": ("pipeline.build", "build a verified engine bundle from a recipe"),
+    "calibrate": ("pipeline.calibrate.__main__", "quantize a model into a checkpoint, without building an engine"),
+    "verify": ("pipeline.verify_command", "check a bundle again: files, lowering, all parity gates"),
+    "bench": ("pipeline.bench_command", "measure a bundle on this machine"),
+    "generate": ("pipeline.generate", "draw an image with a bundle"),
+    "inspect": ("pipeline.inspect", "show what a bundle or recipe does, layer by layer"),
+    "list": ("pipeline.list", "show recipes, bundled models and targets"),
+    "doctor": ("pipeline.doctor", "check what this machine can build, and what is missing"),
+}
+
+
+def usage() -> str:
+    """The help text."""
+    rows = "\n".join(f"  {verb:<10} {text}" for verb, (_, text) in VERBS.items())
+    return f"usage: ditc VERB [options]\n\n{rows}\n\n`ditc VERB --help` shows the options of a verb."
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point; returns the exit code."""
+    verb, *rest = list(sys.argv[1:] if argv is None else argv) or ["--help"]
+    if verb in ("-h", "--help"):
+        sys.stdout.write(usage() + "\n")
+        return 0
+    if verb not in VERBS:
+        sys.stderr.write(f"ditc: verb {verb!r} is unknown; use one of {', '.join(VERBS)}\n")
+        return RecipeError.exit_code
+    return int(import_module(VERBS[verb][0]).main(rest))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,235 @@
+"""The compiler as one straight line: model -> calibrate -> export -> targets -> verify -> bench -> bundle."""
+
+from __future__ import annotations
+
+import json
+import logging
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from export import checkpoint
+from export.checkpoint import QuantizedLinear
+from export.errors import EnvironmentLacksError, ParityError, RecipeError
+from pipeline import machine, manifest
+from pipeline.backends.base import BuildResult, Engine
+from pipeline.files import publish, remove, sha256_json, write_json
+from pipeline.recipe import Recipe, to_toml
+from pipeline.stages import Listener, WorkFolder, timed
+
+if TYPE_CHECKING:
+    from export.models import LoadedModel
+
+logger = logging.getLogger(__name__)
+
+# What `--target auto` builds where its package is installed, and what has a place but no builder here yet.
+AUTO_TARGETS = {"cpu": "onnxruntime", "rtx": "tensorrt_rtx"}
+UNAVAILABLE_TARGETS = ("cuda", "trt")
+NEEDED = ("torch", "diffusers", "onnx", "onnx_ir", "onnxscript", "onnxruntime")
+
+
+@dataclass(frozen=True)
+class BuildRequest:
+    """One build: a resolved recipe, the targets, the destination folder, and what to do with what stands there."""
+
+    recipe: Recipe
+    targets: tuple[str, ...]
+    output: Path
+    resume: bool = False
+    force: bool = False
+    listener: Listener = lambda event: None
+
+    @property
+    def work_path(self) -> Path:
+        return self.output.with_name(self.output.name + ".partial")
+
+    @property
+    def rejected_path(self) -> Path:
+        return self.output.parent / "rejected" / self.output.name
+
+
+def compile_engine(request: BuildRequest) -> Path:
+    """Build the bundle of `request`; returns its folder, which is there only when it is complete.
+
+    Raises export.errors.UserError: before work starts for whatever cannot be done, ParityError when a gate fails (the
+    engine and its report are kept at `request.rejected_path`).
+    """
+    recipe = request.recipe
+    refuse_early(request)
+    model, model_time = timed("model", lambda: load_model(recipe.model), request.listener)
+    key = build_key(recipe, model)
+    with WorkFolder(request.work_path, key, request.resume, request.force, request.listener, [model_time]) as work:
+        layers = calibrated(work, model, recipe)
+        exported(work, model, layers, recipe)
+        results = {target: built(work, target, recipe) for target in request.targets}
+        facts = manifest.BuildFacts(recipe, model_row(model), layers, list(model.kept()), results, work.times)
+        describe(work.bundle, model, recipe)
+        verified(work, model, facts, request.rejected_path)
+        benched(work, model, facts)
+        manifest.write(manifest.compose(facts, work.bundle), work.bundle)
+        publish(work.bundle, request.output, aside=work.path / "replaced")
+    return request.output
+
+
+def refuse_early(request: BuildRequest) -> None:
+    """Refuse what cannot be done before any work starts."""
+    from pipeline.backends import BACKENDS
+
+    machine.require(NEEDED, "building an engine")
+    problems = [problem for target in request.targets for problem in BACKENDS[target].problems(request.recipe)]
+    if problems:
+        raise EnvironmentLacksError("; ".join(problems))
+    if request.output.exists() and not request.force:
+        raise RecipeError(f"{request.output} exists; add --force to replace it, or choose another --output-dir")
+    if request.output.exists() and not (request.output / manifest.FILE_NAME).is_file():
+        raise RecipeError(f"{request.output} is not a bundle and is not replaced; choose another --output-dir")
+
+
+def parse_targets(text: str) -> tuple[str, ...]:
+    """The targets of `--target`: names with commas, or `auto` for all that can be built here."""
+    if text == "auto":
+        return tuple(name for name, module in AUTO_TARGETS.items() if name == "cpu" or find_spec(module))
+    names = tuple(dict.fromkeys(name.strip() for name in text.split(",")))
+    for name in names:
+        if name in UNAVAILABLE_TARGETS:
+            raise EnvironmentLacksError(
+                f"target {name} is not available in this version; use {', '.join(AUTO_TARGETS)}"
+            )
+        if name not in AUTO_TARGETS:
+            raise RecipeError(f"target {name!r} is unknown; use auto or some of {', '.join(AUTO_TARGETS)}")
+    return names
+
+
+def load_model(source: str) -> LoadedModel:
+    """The float model of a folder, hub id or `zoo:NAME`."""
+    from export.models import load
+
+    return load(source)
+
+
+def model_row(model: LoadedModel) -> dict[str, str]:
+    """Where the model came from, for the manifest."""
+    return {
+        "source": model.source,
+        "revision": model.revision,
+        "sha256": model.sha256,
+        "family": model.family.name,
+    }
+
+
+def build_key(recipe: Recipe, model: LoadedModel) -> str:
+    """Hash of everything that decides the bytes of the bundle."""
+    parts = [asdict(recipe), model_row(model), machine.tool_versions(), machine.code_version()]
+    return sha256_json(parts)
+
+
+def calibrated(work: WorkFolder, model: LoadedModel, recipe: Recipe) -> list[QuantizedLinear]:
+    """Stage: quantize every linear; the method keeps its own finer state in the same folder."""
+    from pipeline.calibrate import calibrate
+
+    folder = work.scratch("calibrate")
+    return work.run(
+        "calibrate", ("calibrate",), lambda: calibrate(model, recipe, folder), lambda: checkpoint.load(folder)
+    )
+
+
+def exported(work: WorkFolder, model: LoadedModel, layers: list[QuantizedLinear], recipe: Recipe) -> None:
+    """Stage: write the portable model, model.onnx and its data file."""
+    from export.to_onnx import export_portable
+
+    def export() -> None:
+        size = recipe.sampling
+        summary = export_portable(model, layers, work.bundle / "model.onnx", size.height, size.width)
+        logger.info("export: %s", summary)
+
+    work.run("export", ("bundle/model.onnx", "bundle/model.onnx.data"), export, lambda: None)
+
+
+def built(work: WorkFolder, target: str, recipe: Recipe) -> BuildResult:
+    """Stage: passes and backend of one target."""
+    from pipeline.backends import BACKENDS
+    from pipeline.build_record import read_result, write_result
+
+    backend, scratch, out = BACKENDS[target], work.scratch(f"lower-{target}"), work.bundle / target
+    record = scratch / "result.json"
+
+    def build() -> BuildResult:
+        remove(out)
+        out.mkdir()
+        lowered = backend.lower(work.bundle / "model.onnx", scratch, recipe)
+        result = backend.build(lowered, out, recipe)
+        write_result(result, record, work.path)
+        return result
+
+    return work.run(target, (f"bundle/{target}", scratch.name), build, lambda: read_result(record, work.path))
+
+
+def describe(folder: Path, model: LoadedModel, recipe: Recipe) -> None:
+    """Write what a bundle needs to be used alone: recipe, config, and how the model generates."""
+    (folder / "recipe.toml").write_text(to_toml(recipe))
+    write_json(folder / "config.json", dict(model.config))
+    generation = model.folder / "generation.json"
+    if generation.is_file():
+        shutil.copyfile(generation, folder / generation.name)
+        embedding = json.loads(generation.read_text()).get("conditioning", {}).get("embedding")
+        if embedding:
+            shutil.copyfile(model.folder / embedding, folder / embedding)
+
+
+@contextmanager
+def opened(folder: Path, targets: tuple[str, ...]) -> Iterator[dict[str, Engine]]:
+    """The engines of a bundle folder that this machine can run, closed at the end."""
+    from pipeline.backends import BACKENDS
+
+    engines: dict[str, Engine] = {}
+    try:
+        for target in targets:
+            try:
+                engines[target] = BACKENDS[target].load(folder)
+            except EnvironmentLacksError as error:
+                logger.info("the %s engine does not run here, its lowered graph stands in for it: %s", target, error)
+        yield engines
+    finally:
+        for engine in engines.values():
+            engine.close()
+
+
+def verified(work: WorkFolder, model: LoadedModel, facts: manifest.BuildFacts, rejected: Path) -> None:
+    """Stage: all gates. A failure moves the engine with its report to `rejected` and raises ParityError."""
+    from pipeline.verify import verify
+
+    def check() -> None:
+        lowered = {target: result.lowered for target, result in facts.results.items()}
+        with opened(work.bundle, tuple(lowered)) as engines:
+            report = verify(model, facts.layers, lowered, engines, facts.recipe, work.bundle / "report")
+        if not report.passed:
+            reject(work, facts, rejected)
+            failed = "; ".join(
+                f"{gate.name} = {gate.value:g} {gate.unit}, limit {gate.limit:g}" for gate in report.failures()
+            )
+            raise ParityError(f"parity gate failed: {failed}; see {rejected / 'report' / 'index.html'}")
+
+    work.run("verify", ("bundle/report",), check, lambda: None, depends=sorted(facts.results))
+
+
+def reject(work: WorkFolder, facts: manifest.BuildFacts, rejected: Path) -> None:
+    """Keep a failed engine, complete with manifest and report, apart from the good ones."""
+    rejected.parent.mkdir(exist_ok=True)
+    manifest.write(manifest.compose(facts, work.bundle), work.bundle)
+    publish(work.bundle, rejected, aside=work.path / "replaced")
+
+
+def benched(work: WorkFolder, model: LoadedModel, facts: manifest.BuildFacts) -> None:
+    """Stage: measure the engines that run here against the float model."""
+    from pipeline.bench import bench
+
+    def measure() -> None:
+        with opened(work.bundle, tuple(facts.results)) as engines:
+            document: dict[str, Any] = bench(model, facts.layers, engines, facts.recipe)
+        write_json(work.bundle / "bench.json", document)
+
+    work.run("bench", ("bundle/bench.json",), measure, lambda: None, depends=sorted(facts.results))

@@ -1,0 +1,78 @@
+"""Files that are either whole or absent: atomic writes, streamed hashes, published folders."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+
+def sha256(path: Path) -> str:
+    """SHA-256 of a file, read in pieces."""
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def sha256_json(document: Any) -> str:
+    """SHA-256 of a JSON document, whatever the order of its keys."""
+    return hashlib.sha256(json.dumps(document, sort_keys=True).encode()).hexdigest()
+
+
+def write_json(path: Path, document: Any) -> None:
+    """Write a JSON file through a temporary name, so that a reader finds the old one or the new one."""
+    part = path.with_name(path.name + ".part")
+    part.write_text(json.dumps(document, indent=1) + "\n")
+    sync(part)
+    os.replace(part, path)
+
+
+def sync(path: Path) -> None:
+    """Have the system write a file (or the entries of a folder) to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def tree(folder: Path) -> list[str]:
+    """All files and links under `folder` as relative posix paths, sorted; linked folders are not entered."""
+    found = []
+    for parent, folders, names in os.walk(folder):
+        links = [name for name in folders if os.path.islink(os.path.join(parent, name))]
+        found += [(Path(parent) / name).relative_to(folder).as_posix() for name in names + links]
+    return sorted(found)
+
+
+def sync_tree(folder: Path) -> None:
+    """`sync` for every file and folder below, and for the folder itself."""
+    for parent, _, names in os.walk(folder, topdown=False):
+        for name in names:
+            sync(Path(parent) / name)
+        sync(Path(parent))
+
+
+def remove(path: Path) -> None:
+    """Remove a file, a link or a whole folder, if it is there."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def publish(folder: Path, destination: Path, aside: Path) -> None:
+    """Rename the finished `folder` to `destination`; what stood there is first moved to `aside` and then removed.
+
+    All three are on one file system. A stop in between leaves the old folder at `aside` or nothing of it, never a
+    mixture at `destination`.
+    """
+    sync_tree(folder)
+    if destination.exists():
+        remove(aside)
+        os.rename(destination, aside)
+    os.rename(folder, destination)
+    sync(destination.parent)
+    remove(aside)

@@ -1,0 +1,116 @@
+"""Facts of this machine and its tools, found without importing them; and peak memory of this process."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import platform
+import re
+import resource
+import sys
+from functools import cache
+from importlib import metadata
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from export.errors import EnvironmentLacksError
+
+TOOLS = {
+    "numpy": "numpy",
+    "torch": "torch",
+    "diffusers": "diffusers",
+    "transformers": "transformers",
+    "safetensors": "safetensors",
+    "onnx": "onnx",
+    "onnx_ir": "onnx-ir",
+    "onnxscript": "onnxscript",
+    "onnxruntime": "onnxruntime",
+    "tensorrt_rtx": "tensorrt-rtx",
+    "triton": "triton",
+}
+CPU_FLAGS = ("avx2", "avx512f", "avx512_vnni", "avx_vnni", "avx512_bf16", "amx_int8", "asimddp", "i8mm")
+
+
+def tool_version(module: str) -> str:
+    """Version of an installed tool by its module name, or '' if it is not installed."""
+    try:
+        return metadata.version(TOOLS[module])
+    except metadata.PackageNotFoundError:
+        return ""
+
+
+def tool_versions() -> dict[str, str]:
+    """Versions of all installed tools that may change a result, and of Python."""
+    found = {name: tool_version(name) for name in TOOLS}
+    return {"python": platform.python_version(), **{name: version for name, version in found.items() if version}}
+
+
+def require(modules: tuple[str, ...], purpose: str) -> None:
+    """Raise EnvironmentLacksError if one of `modules` cannot be imported (they are only looked up, not imported)."""
+    missing = [name for name in modules if find_spec(name) is None]
+    if missing:
+        names = " ".join(TOOLS.get(name, name) for name in missing)
+        raise EnvironmentLacksError(f"{purpose} needs {', '.join(missing)}; install with: pip install {names}")
+
+
+@cache
+def code_version() -> str:
+    """SHA-256 over the compiler's own sources: what they are decides what a build gives."""
+    root = Path(__file__).resolve().parent.parent
+    digest = hashlib.sha256()
+    for package in ("export", "plugins", "pipeline"):
+        for path in sorted((root / package).rglob("*.py")):
+            digest.update(path.relative_to(root).as_posix().encode() + b"\0" + path.read_bytes() + b"\0")
+    return digest.hexdigest()
+
+
+def _cpuinfo() -> str:
+    path = Path("/proc/cpuinfo")
+    return path.read_text() if path.exists() else ""
+
+
+def cpu_name() -> str:
+    """Model name of the processor."""
+    found = re.search(r"^model name\s*:\s*(.+)$", _cpuinfo(), re.MULTILINE)
+    return found.group(1) if found else platform.processor() or platform.machine()
+
+
+def cpu_flags() -> tuple[str, ...]:
+    """The instruction sets among CPU_FLAGS that this processor has (Linux; empty elsewhere)."""
+    found = re.search(r"^(?:flags|Features)\s*:\s*(.+)$", _cpuinfo(), re.MULTILINE)
+    present = set(found.group(1).split()) if found else set()
+    return tuple(flag for flag in CPU_FLAGS if flag in present)
+
+
+def cpu_count() -> int:
+    """Processors that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def facts() -> dict[str, Any]:
+    """What the manifest says of the machine: nothing that changes between two runs on it."""
+    import psutil
+
+    return {
+        "system": platform.system(),
+        "architecture": platform.machine(),
+        "cpu": cpu_name(),
+        "cpu_flags": list(cpu_flags()),
+        "cpus": cpu_count(),
+        "memory_bytes": psutil.virtual_memory().total,
+    }
+
+
+def reset_peak_memory() -> None:
+    """Start a new measurement of the peak resident size, where the kernel allows it (Linux)."""
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+    except OSError:
+        return  # then peak_memory_bytes is the highest value of the whole process, never too low
+
+
+def peak_memory_bytes() -> int:
+    """Peak resident size since `reset_peak_memory`, in bytes."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024

@@ -1,0 +1,147 @@
+"""manifest.json: what a bundle is, which files it has, and everything needed to make it again."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from export.checkpoint import QuantizedLinear
+from export.errors import ContractError
+from pipeline import machine
+from pipeline.backends.base import BuildResult
+from pipeline.files import sha256, tree, write_json
+from pipeline.recipe import Recipe
+from pipeline.stages import StageTime
+
+SCHEMA_VERSION = 1
+FILE_NAME = "manifest.json"
+KEYS = {
+    "schema_version": int,
+    "engine": str,
+    "recipe": dict,
+    "model": dict,
+    "layers": list,
+    "kept": list,
+    "counts": dict,
+    "bytes": dict,
+    "targets": dict,
+    "files": dict,
+    "tools": dict,
+    "code": str,
+    "machine": dict,
+    "created": str,
+    "stages": list,
+}
+
+
+@dataclass(frozen=True)
+class BuildFacts:
+    """What the stages found out, from which `compose` makes the manifest. model: source, revision, sha256, family."""
+
+    recipe: Recipe
+    model: Mapping[str, str]
+    layers: list[QuantizedLinear]
+    kept: list[tuple[str, str]]
+    results: Mapping[str, BuildResult]
+    times: list[StageTime] = field(default_factory=list)
+
+
+def compose(facts: BuildFacts, folder: Path) -> dict[str, Any]:
+    """The manifest of the finished files in `folder` (its own file left out)."""
+    files = {name: _file_row(folder / name) for name in tree(folder) if name != FILE_NAME}
+    return {
+        "schema_version": SCHEMA_VERSION,
+        "engine": facts.recipe.name,
+        "recipe": asdict(facts.recipe),
+        "model": dict(facts.model),
+        "layers": [_layer_row(layer) for layer in facts.layers],
+        "kept": [{"name": name, "reason": reason} for name, reason in facts.kept],
+        "counts": _counts(facts),
+        "bytes": _sizes(facts.layers, files),
+        "targets": {name: _target_row(result) for name, result in facts.results.items()},
+        "files": files,
+        "tools": machine.tool_versions(),
+        "code": machine.code_version(),
+        "machine": machine.facts(),
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        "stages": [asdict(row) for row in facts.times],
+    }
+
+
+def _file_row(path: Path) -> dict[str, Any]:
+    return {"size": path.stat().st_size, "sha256": sha256(path)}
+
+
+def _layer_row(layer: QuantizedLinear) -> dict[str, Any]:
+    return {
+        "name": layer.name,
+        "kind": layer.kind,
+        "shape": [layer.out_features, layer.in_features],
+        "weight_format": layer.weight_format,
+        "activation_format": layer.activation_format,
+        "granularity": layer.granularity,
+        "group_size": layer.group_size,
+        "size_bytes": layer.size_bytes,
+    }
+
+
+def _counts(facts: BuildFacts) -> dict[str, Any]:
+    pairs = Counter(f"{layer.weight_format} x {layer.activation_format}" for layer in facts.layers)
+    return {"quantized": len(facts.layers), "kept": len(facts.kept), "formats": dict(sorted(pairs.items()))}
+
+
+def _sizes(layers: list[QuantizedLinear], files: Mapping[str, Mapping[str, Any]]) -> dict[str, int]:
+    return {
+        "quantized_weights": sum(layer.size_bytes for layer in layers),
+        "same_weights_fp16": sum(2 * layer.out_features * layer.in_features for layer in layers),
+        "all_files": sum(row["size"] for row in files.values()),
+    }
+
+
+def _target_row(result: BuildResult) -> dict[str, Any]:
+    choices = {row.layer: {"path": row.path, "why": row.why} for row in result.lowered.choices}
+    return {"files": list(result.files), "metadata": dict(result.metadata), "choices": choices}
+
+
+def write(document: Mapping[str, Any], folder: Path) -> None:
+    """Write manifest.json into `folder`."""
+    write_json(folder / FILE_NAME, document)
+
+
+def read(folder: Path) -> dict[str, Any]:
+    """The manifest of a bundle folder, its form and paths checked. Raises ContractError."""
+    path = folder / FILE_NAME
+    if not path.is_file() or path.is_symlink():
+        raise ContractError(f"{folder} is not a bundle: it has no {FILE_NAME}; give the folder that build wrote")
+    try:
+        document = json.loads(path.read_text())
+    except ValueError as error:
+        raise ContractError(f"{path} is not valid JSON ({error}); build the bundle again") from error
+    _check(document, path)
+    return document
+
+
+def _check(document: Any, path: Path) -> None:
+    found = document.get("schema_version") if isinstance(document, dict) else None
+    if found != SCHEMA_VERSION:
+        remedy = "build it again, or install the version that made it"
+        raise ContractError(f"{path}: schema version {found}, this version reads {SCHEMA_VERSION}; {remedy}")
+    wrong = [key for key, kind in KEYS.items() if not isinstance(document.get(key), kind)]
+    if wrong:
+        raise ContractError(f"{path}: {', '.join(wrong)} missing or of the wrong type; build the bundle again")
+    for name, row in document["files"].items():
+        _check_name(name, path)
+        if not isinstance(row, dict) or not isinstance(row.get("size"), int) or not isinstance(row.get("sha256"), str):
+            raise ContractError(f"{path}: files[{name!r}] has no size and sha256; build the bundle again")
+
+
+def _check_name(name: str, path: Path) -> None:
+    parts = PurePosixPath(name).parts
+    outside = name.startswith("/") or ".." in parts or "\\" in name or ":" in name or "\0" in name or not parts
+    if outside or PurePosixPath(name).as_posix() != name:
+        raise ContractError(f"{path}: file {name!r} leaves the folder; do not use this bundle, get it from its source")

@@ -1,0 +1,179 @@
+"""A build in stages that may be stopped at any moment, and resumed.
+
+The work folder `<output>.partial/` stands beside the destination: `key.json` (a hash of everything that matters),
+`stages/NAME.json` (a marker, written when a stage is done, with its files' hashes), `bundle/` (the growing bundle)
+and scratch folders. An old work folder is refused unless `resume` goes on with it or `force` replaces it.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from types import TracebackType
+from typing import Any, TypeVar
+
+from export.errors import RecipeError, UserError
+from pipeline import machine
+from pipeline.command import is_out_of_disk
+from pipeline.files import remove, sha256, sha256_json, tree, write_json
+
+logger = logging.getLogger(__name__)
+T = TypeVar("T")
+Listener = Callable[[dict[str, Any]], None]
+
+
+@dataclass(frozen=True)
+class StageTime:
+    """What a stage took; a resumed stage keeps the numbers of the run that did it."""
+
+    name: str
+    seconds: float
+    peak_memory_bytes: int
+
+
+@dataclass
+class WorkFolder:
+    """Context of one build: holds the lock, knows the key, runs stages.
+
+    On leaving with an error: a user error or a full disk removes the folder (nothing is left behind); an interruption,
+    a lack of memory or a bug keeps it for `resume`.
+    """
+
+    path: Path
+    key: str
+    resume: bool = False
+    force: bool = False
+    listener: Listener = lambda event: None
+    times: list[StageTime] = field(default_factory=list)
+
+    @property
+    def bundle(self) -> Path:
+        return self.path / "bundle"
+
+    def scratch(self, name: str) -> Path:
+        """A folder for files that do not go into the bundle."""
+        folder = self.path / name
+        folder.mkdir(parents=True, exist_ok=True)
+        return folder
+
+    def __enter__(self) -> WorkFolder:
+        if self.path.exists() and not (self.resume or self.force):
+            remedy = "add --resume to finish it, or --force to start again"
+            raise RecipeError(f"{self.path} holds an interrupted build; {remedy}")
+        self.made_parents = _make_parents(self.path)
+        self.lock = _lock(self.path / "lock")
+        if not (self.resume and self._key_matches()):
+            self._clear()
+            write_json(self.path / "key.json", {"key": self.key})
+        for folder in (self.bundle, self.path / "stages"):
+            folder.mkdir(exist_ok=True)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.lock.close()
+        if error is None or isinstance(error, UserError) or is_out_of_disk(error):
+            remove(self.path)
+            for folder in self.made_parents if error else ():
+                if not any(folder.iterdir()):
+                    folder.rmdir()
+        else:
+            logger.warning("state saved in %s; run the same command again with --resume", self.path)
+
+    def _key_matches(self) -> bool:
+        path = self.path / "key.json"
+        found = json.loads(path.read_text())["key"] if path.exists() else None
+        if found and found != self.key:
+            logger.warning("recipe, model, tools or code changed since the interrupted build; starting again")
+        return found == self.key
+
+    def _clear(self) -> None:
+        for item in self.path.iterdir():
+            if item.name != "lock":
+                remove(item)
+
+    def run(
+        self, name: str, outputs: tuple[str, ...], work: Callable[[], T], reload: Callable[[], T], depends: Any = None
+    ) -> T:
+        """Do a stage, or read its result back if it is done already.
+
+        outputs: files and folders that the stage writes, relative to the work folder. depends: what matters to this
+        stage beyond the key of the build (JSON).
+        """
+        key = sha256_json([self.key, name, depends])
+        done = self._finished(name, key)
+        if done:
+            self.times.append(done)
+            logger.info("%s: done before (%.1f s), resumed", name, done.seconds)
+            self.listener({"event": "stage", "name": name, "status": "resumed"})
+            return reload()
+        return self._run(name, key, outputs, work)
+
+    def _run(self, name: str, key: str, outputs: tuple[str, ...], work: Callable[[], T]) -> T:
+        (self.path / "stages" / f"{name}.json").unlink(missing_ok=True)
+        result, spent = timed(name, work, self.listener)
+        self.times.append(spent)
+        files = {path: sha256(self.path / path) for path in self._list(outputs)}
+        write_json(self.path / "stages" / f"{name}.json", {"key": key, "files": files, "time": asdict(spent)})
+        return result
+
+    def _list(self, outputs: tuple[str, ...]) -> list[str]:
+        files = [output for output in outputs if (self.path / output).is_file()]
+        return files + [f"{output}/{name}" for output in outputs for name in tree(self.path / output)]
+
+    def _finished(self, name: str, key: str) -> StageTime | None:
+        """The stage's time if its marker has this key and all its files are as they were written."""
+        marker = self.path / "stages" / f"{name}.json"
+        document: dict[str, Any] = json.loads(marker.read_text()) if marker.exists() else {"key": None}
+        if document["key"] != key:
+            return None
+        for path, digest in document["files"].items():
+            if not (self.path / path).is_file() or sha256(self.path / path) != digest:
+                logger.warning("%s: %s is not as it was written; doing the stage again", name, path)
+                return None
+        return StageTime(**document["time"])
+
+
+def timed(name: str, work: Callable[[], T], listener: Listener = lambda event: None) -> tuple[T, StageTime]:
+    """Run `work` with a log line before and after that tells seconds and peak memory."""
+    logger.info("%s ...", name)
+    listener({"event": "stage", "name": name, "status": "started"})
+    machine.reset_peak_memory()
+    started = time.monotonic()
+    result = work()
+    spent = StageTime(name, round(time.monotonic() - started, 3), machine.peak_memory_bytes())
+    logger.info("%s: %.1f s, peak memory %.2f GiB", name, spent.seconds, spent.peak_memory_bytes / 2**30)
+    listener({"event": "stage", "status": "finished", **asdict(spent)})
+    return result, spent
+
+
+def _make_parents(path: Path) -> list[Path]:
+    """Make `path` and its parents; returns the parents that were missing, innermost first."""
+    missing = [parent for parent in path.parents if not parent.exists()]
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        if is_out_of_disk(error):
+            raise
+        raise RecipeError(f"cannot write to {path.parent} ({error.strerror}); choose another --output-dir") from error
+    return missing
+
+
+def _lock(path: Path) -> Any:
+    """Open and lock a file until it is closed, or the process ends in whatever way."""
+    stream = path.open("w")
+    if sys.platform != "win32":
+        import fcntl
+
+        try:
+            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            remedy = "wait for it, or choose another --output-dir"
+            raise RecipeError(f"another build is writing {path.parent}; {remedy}") from error
+    return stream
