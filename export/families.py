@@ -1,0 +1,243 @@
+"""What is known of each model family: inputs, linears to quantize, layers to keep and why. One row for each family.
+
+Kept layers see each image once (embedders, adaLN of a whole batch row) or feed the output directly: they are a small
+share of the time, and an error in them reaches every token. PixArt and DiT follow FP4DiT and Q-DiT (arXiv 2503.15465,
+2406.17343); HunyuanDiT quantizes its in-block adaLN shift and long-skip linears as FP4DiT does.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+Config = Mapping[str, Any]
+Tensors = Mapping[str, Any]
+
+# Layer kinds a recipe can give a format of their own.
+LAYER_KINDS = ("attn.qkv", "attn.out", "cross.q", "cross.kv", "cross.out", "ff.in", "ff.out", "adaln", "skip", "other")
+# Dimensions of inputs that stay dynamic in an exported model; "height" and "width" are resolved per resolution.
+DYNAMIC = ("batch", "tokens")
+FILLS = ("normal", "timestep", "mask", "aspect", "class", "zeros", "rotary_cos", "rotary_sin", "image_size")
+
+
+@dataclass(frozen=True)
+class Input:
+    """One model input. `shape` mixes numbers with "batch", "tokens", "height", "width" (cells) and "patches".
+
+    `fill` says what a sample holds; "class:N" draws classes below N.
+    """
+
+    name: str
+    shape: tuple[int | str, ...]
+    fill: str = "normal"
+    dtype: str = "float32"
+
+    def __post_init__(self) -> None:
+        if self.fill.partition(":")[0] not in FILLS:
+            raise ValueError(f"{self.name}: fill {self.fill!r}; use one of {FILLS}")
+
+    @property
+    def dynamic_axes(self) -> dict[int, str]:
+        """Axis -> name of every dynamic dimension."""
+        return {axis: size for axis, size in enumerate(self.shape) if isinstance(size, str) and size in DYNAMIC}
+
+
+@dataclass(frozen=True)
+class Family:
+    """One row. `quantized`: (regex of the module path, layer kind); `kept`: (regex, reason); first match wins.
+
+    `matches` tells whether a configuration of class `class_name` is of this family; `call` runs the diffusers module
+    on named inputs and returns the output tensor; `conditioning` says in words how conditions enter.
+    """
+
+    name: str
+    class_name: str
+    matches: Callable[[Config], bool]
+    quantized: tuple[tuple[str, str], ...]
+    kept: tuple[tuple[str, str], ...]
+    inputs: Callable[[Config], tuple[Input, ...]]
+    call: Callable[[Any, Tensors], Any]
+    conditioning: str
+    tokens: int = 0
+    square: bool = False
+
+    def kind_of(self, path: str) -> str:
+        """Layer kind of a linear to quantize; "" if it is kept."""
+        return next((kind for pattern, kind in self.quantized if re.fullmatch(pattern, path)), "")
+
+    def reason_of(self, path: str) -> str:
+        """Why the layer at `path` is kept."""
+        known = (reason for pattern, reason in self.kept if re.fullmatch(pattern, path))
+        return next(known, "not one of the linears that this family quantizes")
+
+
+def _block_linears(block: str) -> tuple[tuple[str, str], ...]:
+    """Attention and feed-forward linears as diffusers names them, inside blocks at the path regex `block`."""
+    return (
+        (rf"{block}\.attn1\.to_[qkv]", "attn.qkv"),
+        (rf"{block}\.attn1\.to_out\.0", "attn.out"),
+        (rf"{block}\.attn2\.to_q", "cross.q"),
+        (rf"{block}\.attn2\.to_[kv]", "cross.kv"),
+        (rf"{block}\.attn2\.to_out\.0", "cross.out"),
+        (rf"{block}\.ff\.net\.0\.proj", "ff.in"),
+        (rf"{block}\.ff\.net\.2", "ff.out"),
+    )
+
+
+PATCH_EMBED = (r"pos_embed\.proj", "patch embedding: few input channels, and its error reaches every token")
+OUTPUT = (r"proj_out(_[12])?|norm_out\.linear", "last layers: their error is the output's error")
+
+
+def _image(config: Config) -> Input:
+    return Input("hidden_states", ("batch", config["in_channels"], "height", "width"))
+
+
+# --- PixArt --------------------------------------------------------------------------------------------------------
+
+
+def uses_size_conditions(config: Config) -> bool:
+    """Whether a PixArt takes resolution and aspect ratio (diffusers' rule where the configuration is silent)."""
+    stated = config.get("use_additional_conditions")
+    return config.get("sample_size", 128) == 128 if stated is None else bool(stated)
+
+
+def is_sigma(config: Config) -> bool:
+    """PixArt-Sigma shares alpha's class. Its name says so; else 1024 pixels without size conditions is Sigma."""
+    name = str(config.get("_name_or_path", "")).lower()
+    if "sigma" in name or "alpha" in name:
+        return "sigma" in name
+    return config.get("sample_size", 128) >= 128 and not uses_size_conditions(config)
+
+
+def _pixart_inputs(config: Config) -> tuple[Input, ...]:
+    width = config.get("caption_channels") or config["cross_attention_dim"]
+    rows = [
+        _image(config),
+        Input("encoder_hidden_states", ("batch", "tokens", width)),
+        Input("timestep", ("batch",), "timestep"),
+        Input("encoder_attention_mask", ("batch", "tokens"), "mask"),
+    ]
+    if uses_size_conditions(config):
+        rows += [Input("resolution", ("batch", 2), "image_size"), Input("aspect_ratio", ("batch", 1), "aspect")]
+    return tuple(rows)
+
+
+def _call_pixart(module: Any, inputs: Tensors) -> Any:
+    sizes = {"resolution": inputs.get("resolution"), "aspect_ratio": inputs.get("aspect_ratio")}
+    plain = {key: value for key, value in inputs.items() if key not in sizes}
+    return module(**plain, added_cond_kwargs=sizes, return_dict=False)[0]
+
+
+PIXART_KEPT = (
+    PATCH_EMBED,
+    OUTPUT,
+    (r"adaln_single\..*", "timestep embedding and adaLN: runs once per image, modulates every token of every block"),
+    (r"caption_projection\..*", "caption embedding: runs once per caption, feeds every cross-attention"),
+)
+PIXART_CONDITIONING = (
+    "caption embeddings through cross-attention with a mask; timestep (and size conditions) through adaLN-single"
+)
+
+
+def _pixart(name: str, matches: Callable[[Config], bool], tokens: int) -> Family:
+    quantized = _block_linears(r"transformer_blocks\.\d+")
+    return Family(
+        name, "PixArtTransformer2DModel", matches, quantized, PIXART_KEPT, _pixart_inputs, _call_pixart,
+        PIXART_CONDITIONING, tokens,
+    )  # fmt: skip
+
+
+# --- DiT -----------------------------------------------------------------------------------------------------------
+
+
+def _dit_inputs(config: Config) -> tuple[Input, ...]:
+    classes = config.get("num_embeds_ada_norm", 1000)
+    return (
+        _image(config),
+        Input("timestep", ("batch",), "timestep"),
+        Input("class_labels", ("batch",), f"class:{classes}", "int64"),
+    )
+
+
+def _call_plain(module: Any, inputs: Tensors) -> Any:
+    return module(**inputs, return_dict=False)[0]
+
+
+DIT = Family(
+    name="dit",
+    class_name="DiTTransformer2DModel",
+    matches=lambda config: True,
+    quantized=_block_linears(r"transformer_blocks\.\d+"),
+    kept=(
+        PATCH_EMBED,
+        OUTPUT,
+        (r".*\.norm1\.emb\..*", "timestep and class embedding: runs once per image"),
+        (r".*\.norm1\.linear", "adaLN: runs once per image and block, modulates every token (Q-DiT keeps it too)"),
+    ),
+    inputs=_dit_inputs,
+    call=_call_plain,
+    conditioning="class label and timestep embeddings through adaLN-zero in every block; the null class is the last",
+    square=True,
+)
+
+
+# --- HunyuanDiT ----------------------------------------------------------------------------------------------------
+
+
+def _hunyuan_inputs(config: Config) -> tuple[Input, ...]:
+    head_dim = config.get("attention_head_dim", 88)
+    rows = [
+        _image(config),
+        Input("timestep", ("batch",), "timestep"),
+        Input("encoder_hidden_states", ("batch", config["text_len"], config["cross_attention_dim"])),
+        Input("text_embedding_mask", ("batch", config["text_len"]), "mask"),
+        Input("encoder_hidden_states_t5", ("batch", config["text_len_t5"], config["cross_attention_dim_t5"])),
+        Input("text_embedding_mask_t5", ("batch", config["text_len_t5"]), "mask"),
+    ]
+    if config.get("use_style_cond_and_image_meta_size", True):
+        rows.append(Input("image_meta_size", ("batch", 6), "image_size"))
+        rows.append(Input("style", ("batch",), "zeros", "int64"))
+    rows.append(Input("image_rotary_cos", ("patches", head_dim), "rotary_cos"))
+    rows.append(Input("image_rotary_sin", ("patches", head_dim), "rotary_sin"))
+    return tuple(rows)
+
+
+def _call_hunyuan(module: Any, inputs: Tensors) -> Any:
+    plain = {key: value for key, value in inputs.items() if not key.startswith("image_rotary")}
+    rotary = (inputs["image_rotary_cos"], inputs["image_rotary_sin"])
+    return module(**plain, image_rotary_emb=rotary, return_dict=False)[0]
+
+
+HUNYUAN = Family(
+    name="hunyuan",
+    class_name="HunyuanDiT2DModel",
+    matches=lambda config: True,
+    quantized=(
+        *_block_linears(r"blocks\.\d+"),
+        (r"blocks\.\d+\.norm1\.linear", "adaln"),
+        (r"blocks\.\d+\.skip_linear", "skip"),
+    ),
+    kept=(
+        PATCH_EMBED,
+        OUTPUT,
+        (r"time_extra_emb\..*", "timestep, pooled text, size and style embedding: runs once per image"),
+        (r"text_embedder\..*", "text embedding: runs once per caption, feeds every cross-attention"),
+    ),
+    inputs=_hunyuan_inputs,
+    call=_call_hunyuan,
+    conditioning="CLIP and T5 embeddings through cross-attention (masked tokens replaced by learned padding); "
+    "timestep, pooled text, size and style through an adaLN shift; rotary position embedding as inputs",
+)
+
+
+FAMILIES: dict[str, Family] = {
+    row.name: row
+    for row in (
+        _pixart("pixart", lambda config: not is_sigma(config), 120),
+        _pixart("pixart_sigma", is_sigma, 300),
+        HUNYUAN,
+        DIT,
+    )
+}

@@ -1,0 +1,292 @@
+"""Load a Diffusion Transformer from a folder, the hub's cache or the bundled zoo, and call it by named inputs.
+
+Weights are memory-mapped. Linears to quantize keep the file's type in large models and are upcast at use, so a model
+of 611 M parameters in fp16 takes 1.2 GB of evictable page cache and no float32 copy. Kept weights are rounded to fp16,
+the type in which an engine stores them, so that the float model, the reference and every engine share their values.
+"""
+
+from __future__ import annotations
+
+import inspect
+import json
+import logging
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from export.errors import EnvironmentLacksError, ModelError, RecipeError
+from export.families import FAMILIES, LAYER_KINDS, Family, Input
+from export.weights_files import find_weights, load_tensors
+
+__all__ = ["FAMILIES", "LAYER_KINDS", "Family", "LinearRef", "LoadedModel", "denoiser", "load", "sample_inputs"]
+
+logger = logging.getLogger(__name__)
+ZOO = Path(__file__).parent / "zoo"
+LEGACY_CLASSES = {"ada_norm_zero": "DiTTransformer2DModel", "ada_norm_single": "PixArtTransformer2DModel"}
+# Below this many bytes in float32 a model is simply held in float32; above, 16-bit linears are upcast at use.
+RESIDENT_BYTES = 512 * 2**20
+# A latent cell stands for 8 x 8 pixels in the VAEs of all latent families (four levels, three halvings).
+LATENT_PIXELS = 8
+
+
+@dataclass(frozen=True)
+class LinearRef:
+    """One linear to quantize: module path, layer kind, torch.nn.Linear (weight [N, K], fp32 or the file's type)."""
+
+    name: str
+    kind: str
+    module: Any
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A denoiser in memory. `module` is in eval mode and computes in float32; `notes` are things a user should know."""
+
+    module: Any
+    family: Family
+    config: Mapping[str, Any]
+    folder: Path
+    source: str
+    revision: str
+    sha256: str
+    notes: tuple[str, ...] = field(default=())
+
+    @cached_property
+    def inputs(self) -> tuple[Input, ...]:
+        """The family's input table for this configuration."""
+        return self.family.inputs(self.config)
+
+    @cached_property
+    def pixels_per_cell(self) -> int:
+        """Image pixels per cell of `hidden_states`: 1 for a pixel-space model, 8 for a latent one."""
+        generation = self.folder / "generation.json"
+        stated = json.loads(generation.read_text()).get("output") if generation.is_file() else ""
+        return 1 if stated == "pixels" or self.config["in_channels"] <= 3 else LATENT_PIXELS
+
+    def linears(self) -> list[LinearRef]:
+        """The linears to quantize, in module order."""
+        paths = ((path, part, self.family.kind_of(path)) for path, part in _linears(self.module))
+        return [LinearRef(path, kind, part) for path, part, kind in paths if kind]
+
+    def kept(self) -> list[tuple[str, str]]:
+        """(module path, reason) of every linear, convolution and embedding that is not quantized."""
+        import torch
+
+        layers = (torch.nn.Linear, torch.nn.Conv2d, torch.nn.Embedding)
+        paths = (path for path, part in self.module.named_modules() if isinstance(part, layers))
+        return [(path, self.family.reason_of(path)) for path in paths if not self.family.kind_of(path)]
+
+    def cells(self, height: int = 0, width: int = 0) -> tuple[int, int]:
+        """Height and width of `hidden_states` for an image of that many pixels; 0 stands for the model's own size."""
+        own = self.config["sample_size"] * self.pixels_per_cell
+        height, width = height or own, width or own
+        unit = self.pixels_per_cell * self.config["patch_size"]
+        if height % unit or width % unit or min(height, width) <= 0:
+            raise RecipeError(f"image size {height} x {width}: {self.source} needs multiples of {unit} pixels")
+        if self.family.square and height != width:
+            raise RecipeError(f"image size {height} x {width}: {self.family.name} makes square images only")
+        return height // self.pixels_per_cell, width // self.pixels_per_cell
+
+
+def _linears(module: Any) -> list[tuple[str, Any]]:
+    import torch
+
+    return [(path, part) for path, part in module.named_modules() if isinstance(part, torch.nn.Linear)]
+
+
+# --- where a model comes from --------------------------------------------------------------------------------------
+
+
+def load(source: str) -> LoadedModel:
+    """Load a denoiser from a diffusers folder (a transformer or a pipeline), `zoo:NAME`, or a hub id in the cache.
+
+    Raises ModelError if the folder, configuration or weights cannot be used, EnvironmentLacksError for a hub id that
+    has not been downloaded.
+    """
+    root, revision = _find(source)
+    folder = root / "transformer" if (root / "transformer" / "config.json").is_file() else root
+    config = _read_config(folder)
+    family, notes = _family_of(config, folder)
+    files = find_weights(folder)
+    module = _build(family, config, folder)
+    _assign(module, family, load_tensors(files, _shapes(module)))
+    for note in notes:
+        logger.warning("%s: %s", source, note)
+    return LoadedModel(module, family, config, folder, source, revision, files.sha256(), notes)
+
+
+def _find(source: str) -> tuple[Path, str]:
+    if source.startswith("zoo:"):
+        return _zoo_folder(source.removeprefix("zoo:")), ""
+    if Path(source).expanduser().is_dir():
+        return Path(source).expanduser(), ""
+    if re.fullmatch(r"[A-Za-z0-9][\w.-]*/[\w.-]+", source):
+        return _from_cache(source)
+    raise ModelError(f"model {source!r} is not a folder here and not a hub id; give a folder, OWNER/NAME or zoo:NAME")
+
+
+def _zoo_folder(name: str) -> Path:
+    found = sorted(path.parent.name for path in ZOO.glob("*/config.json"))
+    if name not in found:
+        raise ModelError(f"zoo:{name} is not a bundled model; use one of {', '.join(f'zoo:{row}' for row in found)}")
+    return ZOO / name
+
+
+def _from_cache(repository: str) -> tuple[Path, str]:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    command = f'hf download {repository} --include "transformer/*"'
+    try:
+        folder = Path(snapshot_download(repository, local_files_only=True))
+    except LocalEntryNotFoundError as error:
+        message = f"model {repository} is not in the local cache and no folder of that name exists; run: {command}"
+        raise EnvironmentLacksError(message) from error
+    return folder, folder.name
+
+
+def _read_config(folder: Path) -> dict[str, Any]:
+    path = folder / "config.json"
+    if not path.is_file():
+        raise ModelError(
+            f"{folder} has no config.json; give a diffusers transformer folder, or a pipeline with transformer/"
+        )
+    try:
+        config = json.loads(path.read_text())
+        return dict(config) | {"_class_name": _class_name(config)}
+    except (ValueError, KeyError, TypeError) as error:
+        raise ModelError(f"{path}: not a diffusers configuration ({error!r}); copy or download it again") from error
+
+
+def _class_name(config: Mapping[str, Any]) -> str:
+    """The class that reads this configuration; older folders name one class for PixArt and DiT."""
+    name = str(config["_class_name"])
+    return LEGACY_CLASSES.get(config.get("norm_type", ""), name) if name == "Transformer2DModel" else name
+
+
+def _family_of(config: Mapping[str, Any], folder: Path) -> tuple[Family, tuple[str, ...]]:
+    name = config["_class_name"]
+    for family in FAMILIES.values():
+        if family.class_name == name and family.matches(config):
+            return family, ()
+    from export.generic_family import generic_family
+
+    family = generic_family(name, config, folder)
+    note = f"{name} is not in the table of families; the linears of its repeated blocks are quantized by a generic rule"
+    return family, (note,)
+
+
+# --- module and weights --------------------------------------------------------------------------------------------
+
+
+def _build(family: Family, config: Mapping[str, Any], folder: Path) -> Any:
+    """The module without memory for its parameters (on torch's meta device), with its position tables filled in."""
+    import diffusers
+    import torch
+
+    from export.torch_modules import set_resolution, use_masked_attention
+
+    cls = getattr(diffusers, family.class_name)
+    known = {key: value for key, value in config.items() if key in inspect.signature(cls.__init__).parameters}
+    try:
+        with torch.device("meta"):
+            module = cls(**known)
+    except (TypeError, ValueError, NotImplementedError) as error:
+        raise ModelError(
+            f"{folder / 'config.json'}: {family.class_name} refuses it ({error}); check the values"
+        ) from error
+    set_resolution(module, config["sample_size"], config["sample_size"])
+    use_masked_attention(module)
+    return _with_buffers(module, cls, known)
+
+
+def _with_buffers(module: Any, cls: Any, known: dict[str, Any]) -> Any:
+    """Buffers that no file holds must be computed: build a second time in memory if any is left without values."""
+    saved = set(module.state_dict())
+    unfilled = {path for path, buffer in module.named_buffers() if buffer.is_meta} - saved
+    if unfilled:
+        values = dict(cls(**known).named_buffers())
+        for path in unfilled:
+            parent, _, name = path.rpartition(".")
+            module.get_submodule(parent).register_buffer(name, values[path], persistent=False)
+    return module
+
+
+def _shapes(module: Any) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
+
+
+def _assign(module: Any, family: Family, tensors: dict[str, Any]) -> None:
+    """Put checked tensors into the module, each in the type it is used in, and make it ready to run."""
+    from export.torch_modules import UpcastLinear
+
+    linears = {path: part for path, part in _linears(module) if family.kind_of(path)}
+    resident = 4 * sum(tensor.numel() for tensor in tensors.values()) <= RESIDENT_BYTES
+    for path, part in linears.items():
+        if not resident and tensors[f"{path}.weight"].itemsize < 4:
+            module.set_submodule(path, UpcastLinear.of(part))
+    module.load_state_dict({key: _typed(key, value, linears, resident) for key, value in tensors.items()}, assign=True)
+    module.requires_grad_(False).eval()
+
+
+def _typed(key: str, tensor: Any, linears: Mapping[str, Any], resident: bool) -> Any:
+    path, _, name = key.rpartition(".")
+    if path not in linears:
+        return stored_value(key, tensor)
+    return tensor if name == "weight" and not resident else tensor.float()
+
+
+def stored_value(key: str, tensor: Any) -> Any:
+    """A kept weight as float32 with the values an engine stores: rounded to fp16 where fp16 can hold it.
+
+    The rule: no overflow, and the rounding error within half a unit of fp16's 11 significant bits (2^-11 of the norm),
+    which fails when values fall under fp16's range.
+    """
+    exact = tensor.float()
+    rounded = exact.half().float()
+    if bool((rounded - exact).norm() <= 2.0**-11 * exact.norm()):
+        return rounded
+    logger.info("%s: does not fit into fp16, kept in fp32", key)
+    return exact
+
+
+# --- running -------------------------------------------------------------------------------------------------------
+
+
+def denoiser(model: LoadedModel, replacements: Mapping[str, Any] | None = None) -> Any:
+    """torch.nn.Module that takes the family's inputs, by name or in table order, and returns the output tensor.
+
+    `replacements` puts other modules at given paths, in a copy that shares all other tensors with `model`.
+    """
+    from export.torch_modules import Denoiser, with_modules
+
+    module = with_modules(model.module, replacements) if replacements else model.module
+    return Denoiser(module, model.family, tuple(row.name for row in model.inputs)).eval()
+
+
+def sample_inputs(
+    model: LoadedModel, batch_size: int, seed: int, height: int = 0, width: int = 0, tokens: int = 0
+) -> dict[str, NDArray[Any]]:
+    """Random inputs of the right shapes and types, the same for the same arguments.
+
+    height, width: image size in pixels, 0 for the model's own. tokens: caption length, 0 for the family's usual one.
+    """
+    from export.samples import fill
+
+    cells = model.cells(height, width)
+    patches = (cells[0] // model.config["patch_size"]) * (cells[1] // model.config["patch_size"])
+    sizes = {"batch": batch_size, "tokens": tokens or model.family.tokens, "height": cells[0], "width": cells[1]}
+    sizes |= {"patches": patches}
+    result = {}
+    for index, row in enumerate(model.inputs):
+        shape = tuple(size if isinstance(size, int) else sizes[size] for size in row.shape)
+        result[row.name] = np.asarray(
+            fill(row.fill, shape, np.random.default_rng([seed, index]), model, cells), row.dtype
+        )
+    return result
