@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import math
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
+
+from export.errors import ContractError
 
 SCHEMA_VERSION = 1
 
@@ -28,25 +32,44 @@ class Gate:
 
 @dataclass(frozen=True)
 class LayerResult:
-    """One quantized linear on one target, on the oracle's inputs."""
+    """One quantized linear on one target.
+
+    On the oracle's inputs: gemm_max_abs_diff (nan where the path is no integer embedding), codes_equal_share and its
+    derived codes_limit_share, codes_inadmissible, scale_error and output_error (1 is the rounding bound), nonfinite.
+    In the running engine: input_sqnr_db, its float input against the float64 reference's, and the same number for the
+    worst float32 run of the reference.
+    """
 
     target: str
     name: str
     kind: str
     path: str
+    weight_format: str
+    activation_format: str
+    granularity: str
+    group_size: int
     gemm_max_abs_diff: float
     codes_equal_share: float
+    codes_limit_share: float
+    codes_inadmissible: int
+    scale_error: float
+    output_error: float
+    nonfinite: int
+    input_sqnr_db: float
+    input_limit_db: float
     weight_sqnr_db: float
     size_bytes: int
 
 
 @dataclass(frozen=True)
 class StepResult:
-    """One denoising step on one target: engine against reference, and reference against float."""
+    """One denoising step on one target, all on the same x_t: engine against the float64 reference, the worst float32
+    run of the reference against it, and the reference against the float model."""
 
     target: str
     step: int
     sqnr_db: float
+    reference_fp32_db: float
     quant_sqnr_db: float
 
 
@@ -57,6 +80,7 @@ class Report:
     gates: list[Gate] = field(default_factory=list)
     layers: list[LayerResult] = field(default_factory=list)
     steps: list[StepResult] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
 
     @property
     def passed(self) -> bool:
@@ -66,8 +90,55 @@ class Report:
         return [gate for gate in self.gates if not gate.passed]
 
     def to_json(self) -> str:
+        """The document parity.json; nan becomes null, and inf the text "inf", which JSON lacks."""
         gates = [{**asdict(gate), "passed": gate.passed} for gate in self.gates]
         document: dict[str, Any] = {"schema_version": SCHEMA_VERSION, "passed": self.passed, "gates": gates}
         document["layers"] = [asdict(row) for row in self.layers]
         document["steps"] = [asdict(row) for row in self.steps]
-        return json.dumps(document, indent=1, default=float)
+        document["notes"] = self.notes
+        return json.dumps(_plain(document), indent=1, allow_nan=False)
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    if isinstance(value, bool | str | int) or value is None:
+        return value
+    number = float(value)
+    if math.isnan(number):
+        return None
+    return number if math.isfinite(number) else ("inf" if number > 0 else "-inf")
+
+
+def read_json(text: str) -> Report:
+    """The report back from parity.json. Raises ContractError for another schema."""
+    document = json.loads(text)
+    if document.get("schema_version") != SCHEMA_VERSION:
+        raise ContractError(
+            f"parity.json: schema {document.get('schema_version')}, this version reads {SCHEMA_VERSION}"
+        )
+    gates = [_row(Gate, row) for row in document["gates"]]
+    layers = [_row(LayerResult, row) for row in document["layers"]]
+    steps = [_row(StepResult, row) for row in document["steps"]]
+    return Report(gates, layers, steps, list(document.get("notes", [])))
+
+
+def _row(kind: Any, row: dict[str, Any]) -> Any:
+    known = kind.__dataclass_fields__
+    floats = {name for name, field_ in known.items() if field_.type == "float"}
+    return kind(**{key: _number(value) if key in floats else value for key, value in row.items() if key in known})
+
+
+def _number(value: Any) -> float:
+    return math.nan if value is None else float(value)
+
+
+def write_layers_csv(report: Report, path: Path) -> None:
+    """One line for each quantized linear and target."""
+    names = list(LayerResult.__dataclass_fields__)
+    with path.open("w", newline="") as stream:
+        writer = csv.DictWriter(stream, names)
+        writer.writeheader()
+        writer.writerows(asdict(row) for row in report.layers)

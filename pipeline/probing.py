@@ -1,0 +1,160 @@
+"""Look inside a lowered graph: run it in stock onnxruntime with the tensors of its probe rows as extra outputs.
+
+Nothing is written and no weight is copied: the changed graph is handed over as bytes, its external data stays in the
+file beside the original. Layers are taken in batches, so that memory stays bounded at any model size.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Iterator, Sequence
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+import onnx
+from numpy.typing import NDArray
+from onnx.external_data_helper import ExternalDataInfo
+
+from export.errors import ContractError
+from pipeline.backends.base import Arrays, LoweredGraph, ProbeRow
+from pipeline.gates import LinearProbe
+
+logger = logging.getLogger(__name__)
+# Layers of the first batch, and bytes of probed tensors that later batches may hold at once.
+FIRST_BATCH, BATCH_BYTES = 16, 2**30
+FOLDER_OPTION = "session.model_external_initializers_file_folder_path"
+
+
+def tensor_names(row: ProbeRow) -> tuple[str, ...]:
+    """The tensors of one probe row, without gemm_scale (an initializer)."""
+    return tuple(name for name in (row.x, *row.codes, row.act_scale, row.gemm, row.output) if name)
+
+
+class ProbedGraph:
+    """A lowered graph that can be asked for the inner tensors of its quantized linears."""
+
+    def __init__(self, lowered: LoweredGraph) -> None:
+        """Reads the graph without its weights. Raises ContractError if its external data is missing or cut short."""
+        self.path = lowered.path
+        self.rows = {row.layer: row for row in lowered.probes}
+        self.model = onnx.load(self.path, load_external_data=False)
+        check_external_data(self.model, self.path)
+        nodes = self.model.graph.node
+        self.produced = {name for node in nodes for name in node.output} | {i.name for i in self.model.graph.input}
+        self.shown = {output.name for output in self.model.graph.output}
+
+    @cached_property
+    def complete(self) -> frozenset[str]:
+        """Layers whose tensors are all in the graph; a probe row that points nowhere proves nothing."""
+        constants = {item.name for item in self.model.graph.initializer} | {""}
+        rows = (row for row in self.rows.values() if row.gemm_scale in constants)
+        return frozenset(row.layer for row in rows if self.produced.issuperset(tensor_names(row)))
+
+    def constant(self, name: str) -> NDArray | None:
+        """An initializer by name, or None for ""."""
+        if not name:
+            return None
+        found = next(item for item in self.model.graph.initializer if item.name == name)
+        return onnx.numpy_helper.to_array(found, str(self.path.parent))
+
+    def run(self, names: Sequence[str], calls: Sequence[Arrays]) -> list[Arrays]:
+        """The tensors `names` for each of the model inputs `calls`."""
+        import onnxruntime
+
+        changed = onnx.ModelProto()
+        changed.CopyFrom(self.model)
+        inputs = {item.name for item in changed.graph.input}
+        wanted = sorted(set(names) - inputs)
+        changed.graph.output.extend(onnx.ValueInfoProto(name=name) for name in wanted if name not in self.shown)
+        options = session_options(self.path.parent)
+        session = onnxruntime.InferenceSession(changed.SerializeToString(), options, ["CPUExecutionProvider"])
+        del changed
+        results = []
+        for call in calls:
+            fed = {name: call[name] for name in inputs}
+            found = dict(zip(wanted, session.run(wanted, fed), strict=True))
+            results.append(found | {name: fed[name] for name in names if name in inputs})
+        return results
+
+    def probes(self, layers: Sequence[str], calls: Sequence[Arrays]) -> Iterator[tuple[str, list[LinearProbe]]]:
+        """For each layer what it computed in each call, a batch of layers at a time."""
+        left, size = list(layers), FIRST_BATCH
+        while left:
+            batch, left = left[:size], left[size:]
+            names = {name for layer in batch for name in tensor_names(self.rows[layer])}
+            found = self.run(sorted(names), calls)
+            held = sum(array.nbytes for tensors in found for array in tensors.values())
+            size = max(1, int(BATCH_BYTES / max(held / len(batch), 1)))
+            logger.debug("probed %d layers, %.0f MiB", len(batch), held / 2**20)
+            for layer in batch:
+                yield layer, [self._probe(self.rows[layer], tensors) for tensors in found]
+
+    def _probe(self, row: ProbeRow, tensors: Arrays) -> LinearProbe:
+        x, act_scale, gemm = (_rows(tensors[name]) for name in (row.x, row.act_scale, row.gemm))
+        return LinearProbe(
+            x=x,
+            image=activation_image(row, [_rows(tensors[name]) for name in row.codes]),
+            act_scale=act_scale,
+            gemm=gemm,
+            output=_rows(tensors[row.output]) if row.output else None,
+            gemm_unit=row.gemm_unit,
+            gemm_scale=self.constant(row.gemm_scale),
+            exact=row.exact,
+        )
+
+
+def activation_image(row: ProbeRow, codes: Sequence[NDArray]) -> NDArray[np.float64]:
+    """Integer image of an activation from the hardware operands that hold it, see ProbeRow."""
+    limbs = (
+        weight * (np.asarray(code, np.float64) * row.codes_unit - row.codes_offset)
+        for weight, code in zip(row.limb_weights, codes, strict=True)
+    )
+    return np.sum(list(limbs), axis=0)
+
+
+def _rows(tensor: NDArray) -> NDArray:
+    return tensor.reshape(-1, tensor.shape[-1])
+
+
+def session_options(folder: Path) -> object:
+    """onnxruntime options for a graph given as bytes with its data in `folder`.
+
+    Basic optimizations only: the extended ones break FP8 QDQ pairs. Spinning threads are stopped between runs, since
+    the engine under test and the reference take turns.
+    """
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_BASIC
+    options.log_severity_level = 3
+    options.add_session_config_entry(FOLDER_OPTION, str(folder.resolve()))
+    options.add_session_config_entry("session.force_spinning_stop", "1")
+    return options
+
+
+def check_external_data(model: onnx.ModelProto, path: Path) -> None:
+    """Every initializer kept outside the graph must lie wholly inside its file and have the size of its type."""
+    for tensor in model.graph.initializer:
+        if tensor.data_location != onnx.TensorProto.EXTERNAL:
+            continue
+        info = ExternalDataInfo(tensor)
+        data = path.parent / info.location
+        size = data.stat().st_size if data.is_file() else -1
+        expected = tensor_bytes(tensor)
+        if size < 0 or (info.offset or 0) + expected > size or (info.length or expected) != expected:
+            end = (info.offset or 0) + expected
+            found = f"has {size} bytes" if size >= 0 else "is missing"
+            raise ContractError(
+                f"{data} {found}, but {tensor.name} ends at byte {end}; the file is damaged, build again"
+            )
+
+
+def tensor_bytes(tensor: onnx.TensorProto) -> int:
+    """Bytes of a tensor's data; types below one byte are packed without gaps."""
+    bits = TYPE_BITS.get(tensor.data_type) or 8 * onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type).itemsize
+    return -(-math.prod(tensor.dims) * bits // 8)
+
+
+TYPE_BITS = {getattr(onnx.TensorProto, name): 4 for name in ("INT4", "UINT4", "FLOAT4E2M1")}
