@@ -8,9 +8,9 @@ the first pictures.
 from __future__ import annotations
 
 import argparse
-import itertools
 import json
 import logging
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +21,11 @@ from numpy.typing import NDArray
 
 from benchmarks import judges, record, scenes
 from benchmarks.publish_zoo import ZOO
-from benchmarks.zoo_tasks import DIGIT_CLASSES, TASKS, Task
+from benchmarks.zoo_tasks import DIGIT_CLASSES, TASKS
+from pipeline.backends.base import Arrays
+from pipeline.conditioning import load_generation
 from pipeline.progress import track
+from pipeline.sampling import make_sampler, sample
 
 logger = logging.getLogger(__name__)
 BATCH_SIZE = 50
@@ -39,36 +42,38 @@ def load_model(folder: Path) -> torch.nn.Module:
     return CLASSES[name].from_pretrained(folder, local_files_only=True).float().eval()
 
 
-def conditions(name: str, count: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """What to draw: labels [count, slots] for the judge, and the model's condition (token ids, or classes)."""
+def conditions(name: str, count: int, seed: int) -> tuple[torch.Tensor, list[str]]:
+    """What to draw: labels [count, slots] for the judge, and the prompts."""
     if name == "dit_mini":
         classes = torch.arange(count) % DIGIT_CLASSES
-        return classes[:, None], classes
+        return classes[:, None], [str(int(label)) for label in classes]
     labels = scenes.sample_split(count, torch.Generator().manual_seed(seed), held_out=True)
-    return labels, scenes.tokens(labels)
+    return labels, [scenes.caption(label) for label in labels]
 
 
-@torch.inference_mode()
-def draw(task: Task, model: torch.nn.Module, wanted: torch.Tensor, noise: torch.Tensor, scale: float, steps: int):
-    """Pictures [count, C, H, W] by Euler's rule from t = 1 (noise) to 0, with classifier-free guidance."""
-    times = np.linspace(1.0, 0.0, steps + 1)
-    both = task.condition(torch.cat([wanted, task.drop(wanted, torch.ones(len(wanted), dtype=torch.bool))]))
-    picture = noise
-    for now, then in itertools.pairwise(times):
-        timestep = torch.full((2 * len(wanted),), float(now) * 1000)
-        velocity = model(torch.cat([picture, picture]), timestep=timestep, return_dict=False, **both)[0]
-        wished, free = velocity.chunk(2)
-        picture = picture + float(then - now) * (free + scale * (wished - free))
-    return picture
+def runner(model: torch.nn.Module) -> Callable[[Arrays], Arrays]:
+    """The model as the sampler calls it: named arrays in, {"sample": array} out."""
+    extra = {"added_cond_kwargs": {"resolution": None, "aspect_ratio": None}} if hasattr(model, "adaln_single") else {}
+
+    @torch.inference_mode()
+    def run(inputs: Arrays) -> Arrays:
+        tensors = {key: torch.from_numpy(value) for key, value in inputs.items()}
+        return {"sample": model(**tensors, **extra, return_dict=False)[0].numpy()}
+
+    return run
 
 
-def draw_all(task: Task, model: torch.nn.Module, wanted: torch.Tensor, scale: float, steps: int, seed: int):
-    """Pictures of all conditions, in batches."""
-    shape = (len(wanted), model.config.in_channels, model.config.sample_size, model.config.sample_size)
-    noise = torch.randn(shape, generator=torch.Generator().manual_seed(seed + 1))
-    parts = list(zip(wanted.split(BATCH_SIZE), noise.split(BATCH_SIZE), strict=True))
-    drawn = [draw(task, model, *part, scale, steps) for part in track(parts, len(parts), f"{task.name} pictures")]
-    return torch.cat(drawn)
+def draw(folder: Path, prompts: list[str], scale: float, seed: int) -> torch.Tensor:
+    """One picture for each prompt, [count, C, H, W], with the sampler of the folder's generation.json."""
+    model, generation = load_model(folder), load_generation(folder)
+    shape = (len(prompts), model.config.in_channels, model.config.sample_size, model.config.sample_size)
+    noise = torch.randn(shape, generator=torch.Generator().manual_seed(seed)).numpy()
+    sampler = make_sampler(generation.sampler, generation.n_steps, generation.timestep_scale)
+    starts, drawn = range(0, len(prompts), BATCH_SIZE), []
+    for start in track(starts, len(starts), f"{folder.name} pictures"):
+        part = slice(start, start + BATCH_SIZE)
+        drawn.append(sample(runner(model), generation.encode(prompts[part]), noise[part], sampler, scale))
+    return torch.from_numpy(np.concatenate(drawn))
 
 
 def accuracy(name: str, labels: torch.Tensor, read: torch.Tensor) -> dict[str, float]:
@@ -100,21 +105,23 @@ def save_sheet(pictures: torch.Tensor, path: Path) -> None:
 
 def measure(name: str, folder: Path, arguments: argparse.Namespace) -> tuple[dict[str, Any], torch.Tensor]:
     """The JSON document of one model, and its pictures."""
-    settings = json.loads((folder / "generation.json").read_text())
-    steps, scale = settings["n_steps"], arguments.guidance_scale or settings["guidance_scale"]
-    labels, wanted = conditions(name, arguments.count, arguments.seed)
-    pictures = draw_all(TASKS[name], load_model(folder), wanted, scale, steps, arguments.seed)
-    judge = judges.load(name)
+    generation, judge = load_generation(folder), judges.load(name)
+    scale = arguments.guidance_scale or generation.guidance_scale
+    labels, prompts = conditions(name, arguments.count, arguments.seed)
+    pictures = draw(folder, prompts, scale, arguments.seed)
+    real_labels, real = judges.JUDGES[name].test()
     document = {
         "model": name,
         "training": json.loads((folder / "training.json").read_text()),
         "conditions": CONDITIONS[name],
         "count": len(labels),
-        "sampler": settings["sampler"],
-        "n_steps": steps,
+        "sampler": generation.sampler,
+        "n_steps": generation.n_steps,
         "guidance_scale": scale,
         "seed": arguments.seed,
         "accuracy": accuracy(name, labels, judge.read(pictures)),
+        "frechet_distance_to_held_out": judges.frechet_distance(judge, pictures, real),
+        "held_out_count": len(real_labels),
         "judge_test_accuracy": judges.own_accuracy(judges.JUDGES[name], judge),
     }
     return document, pictures

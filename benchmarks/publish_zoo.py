@@ -17,12 +17,11 @@ import torch
 from safetensors.torch import save_file
 
 from benchmarks import scenes
+from benchmarks.record import RESULTS
 from benchmarks.zoo_tasks import TASKS, Task, token_embedding
 
 logger = logging.getLogger(__name__)
-ROOT = Path(__file__).resolve().parent
-ZOO = ROOT.parent / "export" / "zoo"
-RESULTS = ROOT / "results"
+ZOO = Path(__file__).resolve().parent.parent / "export" / "zoo"
 WEIGHTS_FILE, EMBEDDING_FILE = "diffusion_pytorch_model.safetensors", "token_embedding.safetensors"
 SIZE_LIMIT_BYTES = 12_000_000
 
@@ -32,11 +31,6 @@ VOCABULARY = {
     "tensor": "token_embedding.weight",
     "null_token": 0,
     "slots": [{"name": name, "words": list(words)} for name, words in scenes.SLOTS.items()],
-    "templates": [
-        "a {colour} {shape} on {background}",
-        "a {colour} {shape} {relation} a {second colour} {second shape} on {background}",
-    ],
-    "defaults": {"relation": "alone", "second colour": "none", "second shape": "none"},
     "grammar": "a COLOUR SHAPE [RELATION a COLOUR SHAPE] on BACKGROUND",
     "examples": ["a red circle on white", "a blue ring above a yellow cross on gray"],
 }

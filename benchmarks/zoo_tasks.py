@@ -123,7 +123,7 @@ def _drop_class(classes: torch.Tensor, dropped: torch.Tensor) -> torch.Tensor:
 TASKS = {
     task.name: task
     for task in (
-        Task("pixart_mini", _pixart, _scene_batch, _caption_condition, _drop_caption, 64, 6500, 1e-3),
-        Task("dit_mini", _dit, _digit_batch, lambda y: dict(class_labels=y), _drop_class, 64, 4000, 1e-3),
+        Task("pixart_mini", _pixart, _scene_batch, _caption_condition, _drop_caption, 64, 5000, 1e-3),
+        Task("dit_mini", _dit, _digit_batch, lambda y: dict(class_labels=y), _drop_class, 64, 2500, 1e-3),
     )
 }
