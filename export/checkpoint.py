@@ -8,18 +8,18 @@ from __future__ import annotations
 
 import json
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 import numpy as np
 from numpy.typing import NDArray
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from export.embedding import exact_multipliers
 from export.errors import ContractError
-from export.formats import decode, get_format, pack, packed_size, to_image, unpack
+from export.formats import get_format, pack, packed_size, unpack
 
 SCHEMA_VERSION = 1
 Granularity = Literal["per_channel", "exact_group", "group"]
@@ -47,29 +47,49 @@ class QuantizedLinear:
     bias: NDArray[np.float32] | None = None
 
     def __post_init__(self) -> None:
-        n, k, fmt = self.out_features, self.in_features, get_format(self.weight_format)
-        get_format(self.activation_format)
         if self.granularity not in get_args(Granularity):
-            raise ContractError(f"{self.name}: granularity {self.granularity!r}; use {get_args(Granularity)}")
-        if self.granularity != "per_channel" and (self.group_size <= 0 or k % self.group_size):
-            raise ContractError(f"{self.name}: K={k} is not a multiple of group_size {self.group_size}")
-        if self.codes.shape != (n, packed_size(fmt.bits, k)):
-            raise ContractError(f"{self.name}: codes {self.codes.shape}, not {(n, packed_size(fmt.bits, k))}")
-        if self.scales.shape != (n, self.groups if self.granularity == "group" else 1):
-            raise ContractError(f"{self.name}: scales {self.scales.shape} do not fit {self.granularity}")
+            raise ContractError(f"{self.name}: granularity {self.granularity!r}; use one of {get_args(Granularity)}")
+        if self.granularity != "per_channel" and (self.group_size <= 0 or self.in_features % self.group_size):
+            raise ContractError(
+                f"{self.name}: K={self.in_features} is not a multiple of group_size {self.group_size}; use a divisor"
+            )
+        get_format(self.activation_format)
+        self._check_arrays()
         if not np.isfinite(self.scales).all():
             raise ContractError(f"{self.name}: a weight scale is NaN or Inf; the float weight is broken")
-        if (self.multipliers is not None) != (self.granularity == "exact_group"):
-            raise ContractError(f"{self.name}: multipliers go with exact_group and only with it")
         if self.multipliers is not None:
             self._check_multipliers(self.multipliers)
 
+    def _check_arrays(self) -> None:
+        """Presence, dtype and shape of every array."""
+        if self.codes.ndim != 2:
+            raise ContractError(f"{self.name}: codes have shape {self.codes.shape}; expected [N, packed bytes]")
+        n = self.out_features
+        multiplied = self.granularity == "exact_group"
+        if (self.multipliers is not None) != multiplied:
+            found = "without" if self.multipliers is None else "with"
+            raise ContractError(f"{self.name}: {self.granularity} {found} multipliers; they go with exact_group only")
+        expected = {
+            "codes": (np.uint8, (n, packed_size(get_format(self.weight_format).bits, self.in_features))),
+            "scales": (np.float32, (n, self.groups if self.granularity == "group" else 1)),
+            "multipliers": (np.uint8, (n, self.groups)),
+            "bias": (np.float32, (n,)),
+        }
+        for key, (dtype, shape) in expected.items():
+            array = getattr(self, key)
+            if array is not None and (array.dtype != dtype or array.shape != shape):
+                raise ContractError(
+                    f"{self.name}: {key} are {array.dtype} {array.shape}; {self.weight_format} {self.granularity} "
+                    f"with K={self.in_features} needs {np.dtype(dtype)} {shape}"
+                )
+
     def _check_multipliers(self, multipliers: NDArray[np.uint8]) -> None:
-        if multipliers.shape != (self.out_features, self.groups):
-            raise ContractError(f"{self.name}: multipliers {multipliers.shape}, not {(self.out_features, self.groups)}")
         allowed = exact_multipliers(self.weight_format, ("INT8",))
         if not np.isin(multipliers, allowed).all():
-            raise ContractError(f"{self.name}: a multiplier is outside {allowed}, so {self.weight_format} is not exact")
+            found = sorted(set(np.unique(multipliers).tolist()) - set(allowed))
+            raise ContractError(
+                f"{self.name}: multipliers {found} would not be exact; {self.weight_format} allows {allowed}"
+            )
 
     @property
     def out_features(self) -> int:
@@ -91,18 +111,22 @@ class QuantizedLinear:
 
     def image(self) -> NDArray[np.int32]:
         """[N, K]: integer image of the codes with group multipliers folded in (exact)."""
-        plain = to_image(get_format(self.weight_format), self.unpacked_codes()).astype(np.int32)
-        if self.multipliers is None:
-            return plain
-        return plain * np.repeat(self.multipliers.astype(np.int32), self.group_size, axis=1)
+        return self._with_multipliers(get_format(self.weight_format).image.astype(np.int32))
 
     def dequantized(self) -> NDArray[np.float64]:
         """[N, K] float64: the weight that the quantized layer stands for."""
-        value = decode(get_format(self.weight_format), self.unpacked_codes())
+        value = self._with_multipliers(get_format(self.weight_format).values)
+        grouped = value.reshape(self.out_features, self.scales.shape[1], -1)
+        grouped *= self.scales[..., None]
+        return value
+
+    def _with_multipliers(self, of_code: NDArray[Any]) -> NDArray[Any]:
+        """[N, K]: `of_code` [2^bits] looked up and multiplied in place, so that one array of that size is made."""
+        found = np.take(of_code, self.unpacked_codes())  # always C order, so that the reshape below is a view
         if self.multipliers is not None:
-            value = value * np.repeat(self.multipliers.astype(np.float64), self.group_size, axis=1)
-        repeats = self.in_features // self.scales.shape[1]
-        return value * np.repeat(self.scales.astype(np.float64), repeats, axis=1)
+            grouped = found.reshape(self.out_features, self.groups, -1)
+            grouped *= self.multipliers[..., None]
+        return found
 
 
 def make_linear(codes: NDArray[np.uint8], *, weight_format: str, **fields: Any) -> QuantizedLinear:
@@ -112,40 +136,54 @@ def make_linear(codes: NDArray[np.uint8], *, weight_format: str, **fields: Any) 
 
 
 ARRAYS = ("codes", "scales", "multipliers", "bias")
+ROW_KEYS = [field.name for field in fields(QuantizedLinear) if field.name not in ARRAYS]
+REMEDY = "the checkpoint is damaged or incomplete, calibrate again"
 
 
 def save(layers: list[QuantizedLinear], folder: Path) -> None:
-    """Write the checkpoint into `folder`, each file through a temporary name."""
+    """Write the checkpoint into `folder`; if interrupted, `load` finds no checkpoint there and says so."""
     folder.mkdir(parents=True, exist_ok=True)
+    (folder / LAYERS_FILE).unlink(missing_ok=True)
     arrays = {f"{layer.name}/{key}": getattr(layer, key) for layer in layers for key in ARRAYS}
     present = {key: np.ascontiguousarray(value) for key, value in arrays.items() if value is not None}
     save_file(present, folder / f"{WEIGHTS_FILE}.part")
     os.replace(folder / f"{WEIGHTS_FILE}.part", folder / WEIGHTS_FILE)
-    rows = [{key: value for key, value in _fields(layer).items() if key not in ARRAYS} for layer in layers]
+    rows = [{key: getattr(layer, key) for key in ROW_KEYS} for layer in layers]
     text = json.dumps({"schema_version": SCHEMA_VERSION, "layers": rows}, indent=1)
     (folder / f"{LAYERS_FILE}.part").write_text(text)
     os.replace(folder / f"{LAYERS_FILE}.part", folder / LAYERS_FILE)
 
 
-def _fields(layer: QuantizedLinear) -> dict[str, Any]:
-    return {name: getattr(layer, name) for name in layer.__dataclass_fields__}
-
-
 def load(folder: Path) -> list[QuantizedLinear]:
-    """Read a checkpoint. Raises ContractError if it was written by another schema or a tensor is missing."""
-    document = json.loads((folder / LAYERS_FILE).read_text())
-    if document.get("schema_version") != SCHEMA_VERSION:
-        found = document.get("schema_version")
-        raise ContractError(f"{folder / LAYERS_FILE}: schema {found}, this version reads {SCHEMA_VERSION}; calibrate again")
-    with safe_open(folder / WEIGHTS_FILE, framework="np") as tensors:
-        names = set(tensors.keys())
-        return [_load_layer(row, tensors, names) for row in document["layers"]]
+    """Read a checkpoint. Raises ContractError if it is missing, damaged or written by another schema."""
+    rows = _read_rows(folder / LAYERS_FILE)
+    path = folder / WEIGHTS_FILE
+    try:
+        with safe_open(path, framework="np") as tensors:
+            names = set(tensors.keys())
+            return [_load_layer(row, tensors, names) for row in rows]
+    except (OSError, SafetensorError) as error:
+        raise ContractError(f"{path}: cannot be read ({error}); {REMEDY}") from error
+
+
+def _read_rows(path: Path) -> list[dict[str, Any]]:
+    try:
+        document = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise ContractError(f"{path}: cannot be read ({error}); {REMEDY}") from error
+    found = document.get("schema_version") if isinstance(document, dict) else None
+    if found != SCHEMA_VERSION:
+        raise ContractError(f"{path}: schema version {found}, this program reads {SCHEMA_VERSION}; calibrate again")
+    for row in document["layers"] if isinstance(document.get("layers"), list) else [None]:
+        if not isinstance(row, dict) or set(row) != set(ROW_KEYS):
+            raise ContractError(f"{path}: a layer has not the keys {ROW_KEYS}; {REMEDY}")
+    return document["layers"]
 
 
 def _load_layer(row: dict[str, Any], tensors: Any, names: set[str]) -> QuantizedLinear:
     keys = {key: f"{row['name']}/{key}" for key in ARRAYS}
     missing = [keys[key] for key in ("codes", "scales") if keys[key] not in names]
     if missing:
-        raise ContractError(f"{WEIGHTS_FILE}: tensor {missing[0]} is missing; the checkpoint is damaged, calibrate again")
-    arrays = {key: tensors.get_tensor(name) if name in names else None for key, name in keys.items()}
+        raise ContractError(f"{WEIGHTS_FILE}: tensor {missing[0]} is missing; {REMEDY}")
+    arrays: dict[str, Any] = {key: tensors.get_tensor(name) if name in names else None for key, name in keys.items()}
     return QuantizedLinear(**row, **arrays)

@@ -140,10 +140,12 @@ def _decode(body: Body, codes: str, values: str) -> str:
 
 
 def _token_scale(body: Body, x: str, floor: float, out: str) -> str:
-    """x f32 [..., K] -> f32 [..., 1]: max(absmax, floor) / max_value."""
+    """x f32 [..., K] -> f32 [..., 1]: max(absmax, floor) / max_value; NaN for a token with NaN or Inf."""
     absmax = body.op("ReduceMax", body.op("Abs", x), body.ints(-1), keepdims=1)
     bounded = body.op("Max", absmax, body.number(floor))
-    return body.op("Div", bounded, body.attribute("max_value"), out=out)
+    # 0 for finite tokens. Maxima alone would lose a NaN: onnxruntime's ReduceMax skips it unless it comes first.
+    poison = body.op("ReduceSum", body.op("Mul", x, body.number(0.0)), body.ints(-1), keepdims=1)
+    return body.op("Div", body.op("Add", bounded, poison), body.attribute("max_value"), out=out)
 
 
 def _multipliers(body: Body, packed: str) -> str:

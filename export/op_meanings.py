@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from export.formats import decode, encode, fold_negative_zero, get_format, pack, packed_size, unpack
+from export.formats import decode, get_format, pack, packed_size, quantize, unpack
 
 Array = NDArray[Any]
 F32 = np.float32
@@ -68,22 +68,20 @@ def quantize_weight(
     fmt, groups = get_format(format), _groups(in_features, group_size)
     scale = scales[..., None].astype(F32) * _multipliers(multiplier_codes, multipliers, groups)
     rows = w.T.reshape(w.shape[1], groups, -1).astype(F32) / scale
-    codes = _symmetric_codes(format, rows.reshape(w.shape[1], in_features))
+    codes = quantize(fmt, rows.reshape(w.shape[1], in_features))
     return (pack(codes, fmt.bits),)
 
 
-def _symmetric_codes(name: str, v: Array) -> Array:
-    """Nearest codes within +-max_value (INT4: -7..7), one zero."""
-    fmt = get_format(name)
-    bounded = np.clip(v, -fmt.max_value, fmt.max_value)
-    return fold_negative_zero(fmt, encode(fmt, bounded))
-
-
 def quantize_activation(x: Array, *, format: str, **_tables: Any) -> tuple[Array, Array]:
-    """Per token (last axis): scale = max(absmax, ABSMAX_FLOOR) / max_value, codes of x / scale. All in float32."""
-    absmax = np.maximum(np.abs(x).max(axis=-1, keepdims=True), F32(ABSMAX_FLOOR))
-    scale = (absmax / F32(get_format(format).max_value)).astype(F32)
-    return _symmetric_codes(format, x / scale), scale
+    """Per token (last axis): scale = max(absmax, ABSMAX_FLOOR) / max_value, codes of x / scale. All in float32.
+
+    A token with NaN or Inf has the scale NaN and zeros as codes, so that it cannot look healthy downstream.
+    """
+    finite = np.isfinite(x).all(axis=-1, keepdims=True)
+    absmax = np.abs(np.where(finite, x, F32(0))).max(axis=-1, keepdims=True)
+    scale = np.maximum(absmax, F32(ABSMAX_FLOOR)) / F32(get_format(format).max_value)
+    codes = quantize(get_format(format), np.where(finite, x, F32(0)) / scale)
+    return codes, np.where(finite, scale, F32(np.nan))
 
 
 def dequantize_activation(codes: Array, scale: Array, *, format: str, **_tables: Any) -> tuple[Array]:

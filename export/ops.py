@@ -277,7 +277,7 @@ _ROWS = (
     Op(
         "QuantizeActivation",
         "x f32 [..., K] -> codes u8 [..., K], scale f32 [..., 1] = max(absmax, 1e-30) / max_value of the token; "
-        "nearest, ties to even, saturating, -0 folded to +0.",
+        "nearest, ties to even, saturating, -0 folded to +0. A token with NaN or Inf has scale NaN and codes 0.",
         {"x": F32},
         {"codes": U8, "scale": F32},
         {**_FORMAT, **_QUANTIZER},
