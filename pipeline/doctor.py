@@ -1,0 +1,174 @@
+"""`python -m pipeline.doctor`: can this machine build and run engines, and what is missing?"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from importlib import import_module
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from export.errors import EnvironmentLacksError, UserError
+from pipeline import machine
+from pipeline import recipe as recipes
+from pipeline.bundle import cuda_sm
+from pipeline.command import Answer, parser, run
+from pipeline.compiler import NEEDED
+from pipeline.list import zoo_models
+from pipeline.table import table
+
+GIB = 2**30
+# The default build of the bundled model peaks below 2 GiB; importing torch and an ONNX exporter takes most of it.
+NEEDED_MEMORY_BYTES = 2 * GIB
+NEEDED_DISK_BYTES = 1 * GIB
+MINIMUM_PYTHON = (3, 11)
+
+
+@dataclass(frozen=True)
+class Check:
+    """One row: what was looked at, what was found, and if it is not ok, the remedy. needed: by the default build."""
+
+    name: str
+    ok: bool
+    found: str
+    needed: bool = False
+    remedy: str = ""
+
+
+def python_check() -> Check:
+    found = ".".join(map(str, sys.version_info[:3]))
+    return Check("python", sys.version_info[:2] >= MINIMUM_PYTHON, found, True, "install Python 3.11 or newer")
+
+
+def tool_checks() -> list[Check]:
+    """Every Python tool: its version, or how to install it. Tools are looked up, not imported."""
+    return [_tool_check(module) for module in machine.TOOLS if module not in ("onnxruntime", "tensorrt_rtx", "triton")]
+
+
+def _tool_check(module: str) -> Check:
+    installed = find_spec(module) is not None
+    needed = module in NEEDED
+    return Check(module, installed, machine.tool_version(module) or "not installed", needed, _install(module))
+
+
+def _install(module: str) -> str:
+    return f"pip install {machine.TOOLS[module]}"
+
+
+def onnxruntime_check() -> Check:
+    """onnxruntime is imported, because a wheel for another machine installs and then does not load."""
+    try:
+        found = import_module("onnxruntime")
+    except ImportError as error:
+        return Check("onnxruntime", False, f"does not load: {error}", True, _install("onnxruntime"))
+    return Check("onnxruntime", True, found.__version__, True)
+
+
+def rtx_check() -> Check:
+    """tensorrt_rtx and the GPUs that its builder takes (no GPU is needed to build)."""
+    try:
+        rtx = import_module("tensorrt_rtx")
+    except ImportError as error:
+        return Check("tensorrt_rtx", False, str(error), False, "pip install tensorrt-rtx, to build the target rtx")
+    sms = [name for name in rtx.ComputeCapability.__members__ if name.startswith("SM")]
+    return Check("tensorrt_rtx", True, f"{rtx.__version__}, builds for {' '.join(sms)}")
+
+
+def gpu_check() -> Check:
+    sm = cuda_sm()
+    remedy = "only needed to run the target rtx; building it needs no GPU"
+    return Check("NVIDIA GPU", sm > 0, f"SM {sm}" if sm else "none visible", False, remedy)
+
+
+def triton_check() -> Check:
+    remedy = "only needed for GPU kernels; pip install triton"
+    return Check(
+        "triton", find_spec("triton") is not None, machine.tool_version("triton") or "not installed", False, remedy
+    )
+
+
+def cpu_check() -> Check:
+    flags = machine.cpu_flags()
+    fast = any(flag in flags for flag in ("avx512_vnni", "avx_vnni", "asimddp", "i8mm"))
+    remedy = "no INT8 dot products (VNNI): engines are right here, but not fast"
+    return Check(
+        "processor", fast, f"{machine.cpu_name()}, {machine.cpu_count()} cpus, {' '.join(flags)}", False, remedy
+    )
+
+
+def memory_check() -> Check:
+    import psutil
+
+    memory = psutil.virtual_memory()
+    found = f"{memory.available / GIB:.1f} GiB free of {memory.total / GIB:.1f}"
+    return Check(
+        "memory", memory.available >= NEEDED_MEMORY_BYTES, found, True, "close other programs: 2 GiB are needed"
+    )
+
+
+def disk_check() -> Check:
+    import psutil
+
+    free = psutil.disk_usage(str(Path.cwd())).free
+    return Check(
+        "disk",
+        free >= NEEDED_DISK_BYTES,
+        f"{free / GIB:.1f} GiB free here",
+        True,
+        "free 1 GiB, or build elsewhere with -o",
+    )
+
+
+def recipe_check() -> Check:
+    names = recipes.recipe_names()
+    try:
+        for name in names:
+            recipes.load(name)
+    except UserError as error:
+        return Check("recipes", False, str(error), True, "install the package again")
+    return Check("recipes", bool(names), ", ".join(names) or "none", True, "install the package again")
+
+
+def model_check() -> Check:
+    names = zoo_models()
+    remedy = "install the package again, or name a model with -m"
+    return Check("bundled models", bool(names), ", ".join(names) or "none", True, remedy)
+
+
+CHECKS: tuple[Callable[[], Check], ...] = (
+    onnxruntime_check,
+    rtx_check,
+    gpu_check,
+    triton_check,
+    cpu_check,
+    memory_check,
+    disk_check,
+    recipe_check,
+    model_check,
+)
+
+
+def work(args: Any, answer: Answer) -> int:
+    """Answer with all checks; exit 3 if something is missing that the default build needs."""
+    checks = [python_check(), *tool_checks(), *(check() for check in CHECKS)]
+    missing = [check.name for check in checks if check.needed and not check.ok]
+    rows = [(_state(check), check.name, check.found, "" if check.ok else check.remedy) for check in checks]
+    verdict = f"the default build cannot run: {', '.join(missing)}" if missing else "the default build can run"
+    document = {"ok": not missing, "checks": [asdict(check) for check in checks]}
+    answer.document(document, table(("", "what", "found", "remedy"), rows) + f"\n\n{verdict}")
+    return EnvironmentLacksError.exit_code if missing else 0
+
+
+def _state(check: Check) -> str:
+    return "ok" if check.ok else "MISSING" if check.needed else "-"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point; returns the exit code."""
+    return run(parser("doctor", "Check what this machine can build and run, and what is missing."), work, argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

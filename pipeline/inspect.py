@@ -1,0 +1,164 @@
+"""`python -m pipeline.inspect`: what a bundle (or a recipe on its model) does, layer by layer, and why."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from export.embedding import embeds, exact_multipliers
+from export.errors import RecipeError
+from export.formats import get_format, packed_size
+from pipeline.build import resolve
+from pipeline.bundle import load_bundle
+from pipeline.command import Answer, Parser, parser, run
+from pipeline.recipe import Recipe
+from pipeline.table import table
+
+HARDWARE = ("INT8", "E4M3", "FP16")
+NOT_BUILT = {"path": "-", "why": "decided when a target is built"}
+
+
+def embedding(row: Mapping[str, Any]) -> str:
+    """The hardware types that hold both operands of a layer exactly; '-' where a real group scale prevents it."""
+    if row["granularity"] == "group":
+        return "-"
+    grouped = row["granularity"] == "exact_group"
+    multipliers = exact_multipliers(row["weight_format"]) if grouped else (1,)
+    return " ".join(name for name in HARDWARE if _holds(row, name, multipliers)) or "in limbs"
+
+
+def _holds(row: Mapping[str, Any], target: str, multipliers: Sequence[int]) -> bool:
+    weight = all(embeds(row["weight_format"], target, m) for m in multipliers)
+    return weight and embeds(row["activation_format"], target)
+
+
+def bundle_document(path: Path) -> dict[str, Any]:
+    """Per layer: formats, scales, embedding, the path of each target and why; totals. From a verified bundle."""
+    manifest = load_bundle(path).manifest
+    targets = manifest["targets"]
+    layers = [
+        {**row, "embedding": embedding(row), "targets": _choices(targets, row["name"])} for row in manifest["layers"]
+    ]
+    totals = {**manifest["counts"], "bytes": manifest["bytes"]}
+    return {
+        "engine": manifest["engine"],
+        "model": manifest["model"],
+        "layers": layers,
+        "kept": manifest["kept"],
+        **totals,
+    }
+
+
+def _choices(targets: Mapping[str, Any], layer: str) -> dict[str, Any]:
+    return {name: target["choices"].get(layer, NOT_BUILT) for name, target in targets.items()}
+
+
+def recipe_document(recipe: Recipe) -> dict[str, Any]:
+    """The same for a recipe on its model, before anything is built: formats, scales, embedding and bytes."""
+    from export.models import load
+
+    model = load(recipe.model)
+    layers = [planned_layer(recipe, ref.name, ref.kind, tuple(ref.module.weight.shape)) for ref in model.linears()]
+    kept = [{"name": name, "reason": reason} for name, reason in model.kept()]
+    sizes = {
+        "quantized_weights": sum(row["size_bytes"] for row in layers),
+        "same_weights_fp16": sum(2 * row["shape"][0] * row["shape"][1] for row in layers),
+    }
+    row = {"source": model.source, "family": model.family.name, "sha256": model.sha256}
+    totals = {"quantized": len(layers), "kept_count": len(kept), "bytes": sizes}
+    return {"engine": recipe.name, "model": row, "layers": layers, "kept": kept, **totals}
+
+
+def planned_layer(recipe: Recipe, name: str, kind: str, shape: tuple[int, ...]) -> dict[str, Any]:
+    """What calibration will do with one linear [N, K], and the bytes of its codes, scales and multipliers."""
+    n, k = shape
+    weight = recipe.formats.weight_of.get(kind, recipe.formats.weight)
+    size, granularity = recipe.weights.group_size, recipe.weights.granularity
+    groups = 1 if granularity == "per_channel" else k // size
+    scales = 4 * n * (groups if granularity == "group" else 1)
+    multipliers = n * packed_size(4, groups) if granularity == "exact_group" else 0
+    row = {
+        "name": name,
+        "kind": kind,
+        "shape": [n, k],
+        "weight_format": weight,
+        "activation_format": recipe.formats.activation,
+        "granularity": granularity,
+        "group_size": 0 if granularity == "per_channel" else size,
+        "size_bytes": n * packed_size(get_format(weight).bits, k) + scales + multipliers,
+    }
+    return {**row, "embedding": embedding(row), "targets": {}}
+
+
+def text(document: Mapping[str, Any]) -> str:
+    """The document as tables for people."""
+    layers = document["layers"]
+    targets = list(layers[0]["targets"]) if layers else []
+    header = ("layer", "kind", "N x K", "weight x act", "scales", "exact in", *targets, "bytes")
+    rows = [_row(layer, targets) for layer in layers]
+    kept = table(("kept in float", "because"), [(row["name"], row["reason"]) for row in document["kept"]])
+    parts = [f"{document['engine']}: {document['model']['source']} ({document['model']['family']})"]
+    return "\n\n".join([*parts, table(header, rows), *_reasons(layers, targets), kept, _totals(document)])
+
+
+def _row(layer: Mapping[str, Any], targets: Sequence[str]) -> tuple[object, ...]:
+    scales = layer["granularity"] + (f"({layer['group_size']})" if layer["group_size"] else "")
+    formats = f"{layer['weight_format']} x {layer['activation_format']}"
+    paths = [layer["targets"][target]["path"] for target in targets]
+    shape = " x ".join(map(str, layer["shape"]))
+    return (layer["name"], layer["kind"], shape, formats, scales, layer["embedding"], *paths, layer["size_bytes"])
+
+
+def _reasons(layers: Sequence[Mapping[str, Any]], targets: Sequence[str]) -> list[str]:
+    """For each target, every reason once, with the number of layers it holds for."""
+    found: dict[tuple[str, str, str], int] = {}
+    for layer in layers:
+        for target in targets:
+            choice = layer["targets"][target]
+            key = (target, choice["path"], choice["why"])
+            found[key] = found.get(key, 0) + 1
+    rows = [(target, path, count, why) for (target, path, why), count in sorted(found.items())]
+    return [table(("target", "path", "layers", "why"), rows)] if rows else []
+
+
+def _totals(document: Mapping[str, Any]) -> str:
+    sizes = document["bytes"]
+    share = sizes["quantized_weights"] / max(sizes["same_weights_fp16"], 1)
+    packed = f"{sizes['quantized_weights'] / 1e6:.2f} MB packed, {share:.3f} of fp16"
+    total = len(document["layers"]) + len(document["kept"])
+    files = f"; {sizes['all_files'] / 1e6:.1f} MB in all files" if "all_files" in sizes else ""
+    return f"{len(document['layers'])} of {total} linears quantized, {len(document['kept'])} kept; {packed}{files}"
+
+
+def make_parser() -> Parser:
+    """All flags of `inspect`."""
+    made = parser("inspect", "Show per layer: formats, scales, embedding, path chosen, why, bytes; and totals.")
+    made.add_argument("bundle", nargs="?", type=Path, metavar="BUNDLE", help="a folder that build wrote")
+    made.add_argument("--engine", metavar="NAME|RECIPE.toml", help="a recipe instead, applied to its model")
+    made.add_argument("-m", "--model", metavar="ID_OR_DIR", help="with --engine: another model")
+    made.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="with --engine: any recipe key")
+    made.set_defaults(
+        calib_size=None, target_sm=None, n_steps=None, batch_size=None, height=None, width=None, seed=None
+    )
+    return made
+
+
+def work(args: argparse.Namespace, answer: Answer) -> int:
+    """Answer with the table, or with --json the document."""
+    if (args.bundle is None) == (args.engine is None):
+        raise RecipeError("inspect takes either a bundle folder or --engine NAME; see --help")
+    document = bundle_document(args.bundle) if args.bundle else recipe_document(resolve(args))
+    answer.document(document, text(document))
+    return 0
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point; returns the exit code."""
+    return run(make_parser(), work, argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,102 @@
+"""`python -m pipeline.list`: recipes, what their number widths buy, bundled models and targets."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict
+from importlib import resources
+from importlib.util import find_spec
+from typing import Any
+
+from export.embedding import embeds
+from export.formats import get_format
+from pipeline import recipe as recipes
+from pipeline.command import Answer, parser, run
+from pipeline.compiler import AUTO_TARGETS, UNAVAILABLE_TARGETS
+from pipeline.machine import TOOLS, tool_version
+from pipeline.recipe import Recipe
+from pipeline.table import table
+
+HARDWARE = ("INT8", "E4M3", "FP16")
+# What the bits of a weight and of an activation buy, as measured and not as hoped.
+WEIGHTS_BUY = {
+    4: "a quarter of the fp16 weight memory, shorter loading",
+    6: "three eighths of the fp16 weight memory",
+    8: "half of the fp16 weight memory",
+}
+ACTIVATIONS_BUY = {
+    4: "twice the FP8 rate on GPUs with FP4 x FP4 units (Blackwell) and nowhere else",
+    6: "no speed over 8-bit activations, which run on the same INT8 or FP8 units; the published recipe, less traffic",
+    8: "the full INT8 or FP8 rate with the least loss",
+}
+
+
+def worth(recipe: Recipe) -> str:
+    """What the widths of a recipe buy, in one sentence."""
+    weight, activation = get_format(recipe.formats.weight), get_format(recipe.formats.activation)
+    fits = [name for name in HARDWARE if embeds(weight.name, name) and embeds(activation.name, name)]
+    limbs = "" if "INT8" in fits else f"; {activation.name} is wider than INT8: two integer GEMMs on a CPU"
+    return (
+        f"W{weight.bits}: {WEIGHTS_BUY[weight.bits]}. A{activation.bits}: {ACTIVATIONS_BUY[activation.bits]}{limbs}. "
+        f"Exact in {', '.join(fits) or 'none of ' + ', '.join(HARDWARE)}."
+    )
+
+
+def zoo_models() -> list[str]:
+    """Names of the models that come with the package."""
+    folder = resources.files("export") / "zoo"
+    return sorted(item.name for item in folder.iterdir() if (item / "config.json").is_file()) if folder.is_dir() else []
+
+
+def target_rows() -> list[dict[str, Any]]:
+    """Each target: can it be built here, and what to do if not."""
+    rows = []
+    for name, module in AUTO_TARGETS.items():
+        here = find_spec(module) is not None
+        note = f"{TOOLS[module]} {tool_version(module)}" if here else f"pip install {TOOLS[module]}"
+        rows.append({"target": name, "available": here, "note": note})
+    return rows + [{"target": name, "available": False, "note": "not in this version"} for name in UNAVAILABLE_TARGETS]
+
+
+def recipe_rows() -> list[dict[str, Any]]:
+    """Each recipe with its model, formats, granularity and what they buy."""
+    found = [recipes.load(name) for name in recipes.recipe_names()]
+    return [{**asdict(recipe), "worth": worth(recipe)} for recipe in found]
+
+
+def work(args: Any, answer: Answer) -> int:
+    """Answer with everything there is to choose from."""
+    document = {"recipes": recipe_rows(), "models": [f"zoo:{name}" for name in zoo_models()], "targets": target_rows()}
+    answer.document(document, _text(document))
+    return 0
+
+
+def _text(document: dict[str, Any]) -> str:
+    rows = [(row["name"], row["model"], _formats(row), _groups(row["weights"])) for row in document["recipes"]]
+    recipe_table = table(("recipe", "model", "weights x activations", "weight scales"), rows)
+    notes = "\n".join(f"{row['name']}: {row['description']}\n    {row['worth']}" for row in document["recipes"])
+    targets = [(row["target"], "yes" if row["available"] else "no", row["note"]) for row in document["targets"]]
+    parts = [recipe_table, notes, "bundled models: " + ", ".join(document["models"])]
+    return "\n\n".join([*parts, table(("target", "here", "note"), targets)])
+
+
+def _formats(row: dict[str, Any]) -> str:
+    formats = row["formats"]
+    special = "".join(f", {kind} {name}" for kind, name in formats["weight_of"].items())
+    return f"{formats['weight']} x {formats['activation']}{special}"
+
+
+def _groups(weights: dict[str, Any]) -> str:
+    if weights["granularity"] == "per_channel":
+        return "per_channel"
+    return f"{weights['granularity']}({weights['group_size']})"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point; returns the exit code."""
+    return run(parser("list", "Show recipes, bundled models and targets."), work, argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

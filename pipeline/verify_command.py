@@ -1,0 +1,92 @@
+"""`python -m pipeline.verify BUNDLE`: check a bundle again, from its files to all parity gates."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+from export.errors import ContractError, ParityError
+from pipeline.backends.base import LoweredGraph
+from pipeline.bundle import Bundle, load_bundle
+from pipeline.command import Answer, Parser, parser, run
+from pipeline.compiler import load_model, opened
+from pipeline.files import sha256
+from pipeline.report import Report
+from pipeline.stages import timed
+
+logger = logging.getLogger(__name__)
+
+
+def make_parser() -> Parser:
+    """All flags of `verify`."""
+    made = parser("verify", "Check a bundle again: file hashes, lowering repeated, all parity gates.")
+    made.add_argument("bundle", type=Path, metavar="BUNDLE", help="a folder that build wrote")
+    made.add_argument("-m", "--model", metavar="ID_OR_DIR", help="the float model, if it moved since the build")
+    made.add_argument("-o", "--output-dir", type=Path, metavar="DIR", help="write the new report here")
+    return made
+
+
+def verify_bundle(path: Path, report_dir: Path, source: str = "") -> Report:
+    """Verify files, repeat the lowering and compare, run all gates into `report_dir`. Raises UserError subclasses."""
+    from export.portable import read_layers
+    from pipeline.verify import verify
+
+    bundle, _ = timed("files", lambda: load_bundle(path))
+    model, _ = timed("model", lambda: load_model(source or bundle.manifest["model"]["source"]))
+    if model.sha256 != bundle.manifest["model"]["sha256"]:
+        remedy = "name the model that the bundle was built from with -m"
+        raise ContractError(f"{model.source} has other weights than the bundle was built from; {remedy}")
+    layers = read_layers(path / "model.onnx")
+    with tempfile.TemporaryDirectory(prefix="ditc-") as folder:
+        lowered, _ = timed("lower", lambda: lower_again(bundle, Path(folder)))
+        with opened(path, bundle.targets) as engines:
+            report, _ = timed("gates", lambda: verify(model, layers, lowered, engines, bundle.recipe, report_dir))
+    return report
+
+
+def lower_again(bundle: Bundle, folder: Path) -> dict[str, LoweredGraph]:
+    """Lower the portable model anew for every target; bytes that the bundle holds too must be equal."""
+    from pipeline.backends import BACKENDS
+
+    lowered = {}
+    for target in bundle.targets:
+        (folder / target).mkdir()
+        lowered[target] = BACKENDS[target].lower(bundle.path / "model.onnx", folder / target, bundle.recipe)
+        _compare(lowered[target].path, bundle, target)
+    return lowered
+
+
+def _compare(path: Path, bundle: Bundle, target: str) -> None:
+    name = f"{target}/{path.name}"
+    row = bundle.manifest["files"].get(name)
+    if row is None:
+        logger.info("%s: the bundle keeps no lowered graph to compare with", target)
+    elif sha256(path) != row["sha256"]:
+        raise ContractError(
+            f"{bundle.path / name} is not what the portable model lowers to now; build the bundle again"
+        )
+
+
+def work(args: argparse.Namespace, answer: Answer) -> int:
+    """Verify and answer with the verdict and every gate."""
+    with tempfile.TemporaryDirectory(prefix="ditc-") as folder:
+        report = verify_bundle(args.bundle, args.output_dir or Path(folder), args.model or "")
+    for gate in report.gates:
+        row = {"name": gate.name, "value": gate.value, "limit": gate.limit, "unit": gate.unit, "passed": gate.passed}
+        answer.event(event="gate", **row)
+        answer.line(
+            f"{'ok  ' if gate.passed else 'FAIL'}  {gate.name} = {gate.value:g} {gate.unit} (limit {gate.limit:g})"
+        )
+    if not report.passed:
+        raise ParityError("parity gate failed: " + ", ".join(gate.name for gate in report.failures()))
+    answer.event(event="result", passed=True, exit_code=0, path=str(args.bundle))
+    answer.line(f"PASSED {args.bundle}")
+    return 0
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point; returns the exit code."""
+    return run(make_parser(), work, argv, verdict=True)
