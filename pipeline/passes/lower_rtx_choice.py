@@ -1,0 +1,77 @@
+"""Chooses the tensor-core path of each quantized linear on `rtx`; every refusal says why."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from export.embedding import FLOAT_TYPES
+from export.errors import ContractError
+from export.formats import get_format
+from pipeline.backends.base import GemmRow
+from pipeline.passes.lower_rtx_operands import Operand, activation_operand, weight_exponent
+from pipeline.passes.lower_rtx_weights import PackedWeight
+
+FP32_EXACT = 2 ** FLOAT_TYPES["FP32"][0]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """One GEMM: the row that was taken, its activation operand, the weight's exponent, and the sentence for people.
+
+    exact: operands hold the images and the float32 sum of all products is exact in any order.
+    """
+
+    row: GemmRow
+    operand: Operand
+    weight_exponent: int
+    why: str
+    exact: bool
+
+
+def choose(weight: PackedWeight, rows: tuple[GemmRow, ...]) -> Plan:
+    """The first row that holds the layer's formats. Raises ContractError with the reason of every row."""
+    reasons: list[str] = []
+    for row in rows:
+        reason = _refusal(weight, row)
+        if not reason:
+            return _plan(weight, row, reasons)
+        reasons.append(f"{row.path}: {reason}")
+    raise ContractError(
+        f"{weight.layer}: no way to run {weight.activation_format} x {weight.format}; {'; '.join(reasons)}"
+    )
+
+
+def _refusal(weight: PackedWeight, row: GemmRow) -> str:
+    """Why `row` cannot run the layer; empty if it can."""
+    if weight.has_real_groups and not row.real_groups:
+        return "a real scale per group does not fold into the operand"
+    if activation_operand(weight.activation_format, row.activation_type, row.limbs) is None:
+        return f"{weight.activation_format} does not embed in {row.limbs} x {row.activation_type}"
+    if not row.real_groups and weight_exponent(weight.format, row.weight_type, weight.table) is None:
+        return f"{weight.format} with multipliers {weight.table} does not embed in {row.weight_type}"
+    return ""
+
+
+def _plan(weight: PackedWeight, row: GemmRow, refused: list[str]) -> Plan:
+    operand = activation_operand(weight.activation_format, row.activation_type, row.limbs)
+    assert operand is not None
+    if row.real_groups:
+        rounded = "rounded once with its group scale" if weight.has_real_groups else "exact"
+        why = f"{weight.activation_format} is exact in FP16, the weight {rounded}; the FP16 GEMM rounds its result once"
+        return Plan(row, operand, 0, _with_refusals(why, refused), exact=False)
+    exponent = weight_exponent(weight.format, row.weight_type, weight.table)
+    assert exponent is not None
+    bound = get_format(weight.activation_format).kmax * weight.largest_row_sum()
+    return Plan(row, operand, exponent, _with_refusals(_why(weight, operand, bound), refused), bound <= FP32_EXACT)
+
+
+def _why(weight: PackedWeight, operand: Operand, bound: int) -> str:
+    rounding = "its own rounding is the format's" if operand.native else "rounded to the format's grid first"
+    limbs = "" if operand.limbs == 1 else f" as {operand.limbs} limbs"
+    held = f"{weight.activation_format} is exact in {operand.type}{limbs} ({rounding}), {weight.format} too"
+    exact = "every" if bound <= FP32_EXACT else "not every"
+    return f"{held}; |integer sum| <= {bound}, so {exact} float32 sum is exact"
+
+
+def _with_refusals(why: str, refused: list[str]) -> str:
+    return "; ".join([why, *(f"not {reason}" for reason in refused)])
