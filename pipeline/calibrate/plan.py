@@ -1,0 +1,103 @@
+"""What a recipe means for each layer: formats, granularity and group multipliers, settled before any work."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from export.checkpoint import Granularity
+from export.embedding import INT8_MAX, embeds, exact_multipliers
+from export.errors import RecipeError
+from export.formats import get_format
+from pipeline.recipe import Recipe
+
+if TYPE_CHECKING:
+    from export.models import LinearRef
+
+logger = logging.getLogger(__name__)
+MULTIPLIER_CODES = 16  # multipliers are stored as 4-bit indices
+INT16_MAX = 32767
+
+
+@dataclass(frozen=True)
+class LayerPlan:
+    """How one linear is to be quantized. `multipliers` is (1,) unless the granularity is "exact_group"."""
+
+    linear: LinearRef
+    weight_format: str
+    activation_format: str
+    granularity: Granularity
+    group_size: int
+    multipliers: tuple[int, ...]
+
+    @property
+    def name(self) -> str:
+        return self.linear.name
+
+
+def image_limit(activation: str) -> int:
+    """Largest weight image (multiplier included) that is safe beside `activation` on every CPU.
+
+    CPUs without VNNI add pairs of u8 x s8 products in saturating int16. The u8 operand is an image plus a zero point
+    (a power of two); activations too wide for INT8 run as limbs of at most 7 bits.
+    """
+    kmax = get_format(activation).kmax
+    operand = kmax + 2 ** math.ceil(math.log2(kmax)) if embeds(activation, "INT8") else INT8_MAX
+    return INT16_MAX // (2 * operand)
+
+
+def group_multipliers(weight: str, activation: str) -> tuple[int, ...]:
+    """Multipliers that keep the GEMM of these formats exact; (1,) if groups can gain nothing.
+
+    Always in INT8, and in E4M3 as well where both formats fit it: then FP8 hardware runs the same weights.
+
+    >>> group_multipliers("E2M1", "E2M3"), group_multipliers("INT4", "INT8"), group_multipliers("E3M0", "E2M3")
+    ((1, 2, 3, 4, 5, 6, 8, 10), (1, 2, 3, 4, 5, 6, 7, 8, 9), (1,))
+    """
+    targets = ("INT8", "E4M3") if embeds(weight, "E4M3") and embeds(activation, "E4M3") else ("INT8",)
+    found = exact_multipliers(weight, targets, image_limit(activation))
+    return found[:MULTIPLIER_CODES] or (1,)
+
+
+def make_plans(linears: Sequence[LinearRef], recipe: Recipe) -> list[LayerPlan]:
+    """One plan for each linear, in order. Raises RecipeError if the group size does not fit a layer."""
+    plans = [_make_plan(linear, recipe) for linear in linears]
+    _check_group_size(plans, recipe.weights.group_size)
+    if recipe.weights.granularity == "exact_group":
+        _tell_single_scales(plans)
+    return plans
+
+
+def _make_plan(linear: LinearRef, recipe: Recipe) -> LayerPlan:
+    weight = recipe.formats.weight_of.get(linear.kind, recipe.formats.weight)
+    activation = recipe.formats.activation
+    granularity: Granularity = recipe.weights.granularity  # type: ignore[assignment]  # the recipe has checked it
+    multipliers = group_multipliers(weight, activation) if granularity == "exact_group" else (1,)
+    if granularity == "exact_group" and multipliers == (1,):
+        granularity = "per_channel"
+    group_size = 0 if granularity == "per_channel" else recipe.weights.group_size
+    return LayerPlan(linear, weight, activation, granularity, group_size, multipliers)
+
+
+def _check_group_size(plans: list[LayerPlan], group_size: int) -> None:
+    grouped = {plan.name: plan.linear.module.in_features for plan in plans if plan.group_size}
+    name = next((name for name, k in grouped.items() if k % group_size), None)
+    if name is None:
+        return
+    common = math.gcd(*grouped.values())
+    fitting = next(size for size in range(min(group_size, common), 0, -1) if common % size == 0)
+    raise RecipeError(
+        f"{name}: weights.group_size {group_size} does not divide its {grouped[name]} input channels; a size that "
+        f"divides those of every layer is {fitting} (--set weights.group_size={fitting}), "
+        f"or use --set weights.granularity=per_channel"
+    )
+
+
+def _tell_single_scales(plans: list[LayerPlan]) -> None:
+    single = Counter((plan.weight_format, plan.linear.kind) for plan in plans if plan.granularity == "per_channel")
+    for (weight, kind), count in sorted(single.items()):
+        logger.info("%s: %d layers in %s have no exact multipliers but 1: one scale per channel", kind, count, weight)

@@ -1,0 +1,132 @@
+"""Weight scales: how large is one step of the grid, for a row or a group of input channels?
+
+All granularities are one search over blocks [R, G, g]: R rows with a real scale each, whose G groups of g elements take
+a small integer multiplier each. Per channel is G = 1; real group scales are R = channels * groups and G = 1.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from export.formats import Format, encode, fold_negative_zero
+from export.ops import ABSMAX_FLOOR
+
+F32 = NDArray[np.float32]
+T = TypeVar("T")
+# What is tried for the largest multiplier's reach, as shares of the row's absmax. Below 1 the row's peak is clipped.
+# Above 1 the peak takes a smaller multiplier, which leaves the others finer choices: worth 0.1 dB at g = 64, 0.2 at 32.
+REACHES = tuple(float(share) for share in np.linspace(1.5, 0.5, 21))
+# A chunk of float32 and its two work arrays stay in a core's second-level cache.
+CHUNK_ELEMENTS = 65536
+
+
+def find_scales(blocks: F32, fmt: Format, multipliers: tuple[int, ...], search: str) -> tuple[F32, NDArray[np.uint8]]:
+    """Scales [R] float32 and multipliers [R, G] uint8 for blocks [R, G, g]; `search` is a key of `SEARCHES`.
+
+    The value of a code in group j of row i is decode(code) * multiplier[i, j] * scale[i].
+    """
+    found = _by_chunk(lambda chunk: SEARCHES[search](np.abs(chunk), fmt, multipliers), blocks)
+    return np.concatenate([scale for scale, _ in found]), np.concatenate([multiplier for _, multiplier in found])
+
+
+def _by_chunk(work: Callable[..., T], *arrays: NDArray[Any]) -> list[T]:
+    """`work` on chunks of rows, in threads (NumPy lets them run); chunks do not depend on the number of threads."""
+    rows = max(1, CHUNK_ELEMENTS // max(1, arrays[0][0].size))
+    parts = [[array[i : i + rows] for array in arrays] for i in range(0, len(arrays[0]), rows)]
+    pool = ThreadPoolExecutor(os.cpu_count())
+    try:
+        return list(pool.map(lambda part: work(*part), parts))
+    finally:
+        pool.shutdown(cancel_futures=True)  # after Ctrl-C only the chunks that have begun are waited for
+
+
+def round_to_codes(blocks: F32, fmt: Format, scales: F32, multipliers: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """Nearest code of every element, uint8 [R, G, g], in the arithmetic of the op `QuantizeWeight`: float32 quotients,
+    within +-max_value, one zero."""
+
+    def codes(chunk: F32, scale: F32, multiplier: NDArray[np.uint8]) -> NDArray[np.uint8]:
+        quotient = chunk / (scale[:, None] * multiplier.astype(np.float32))[..., None]
+        bounded = np.clip(quotient, -fmt.max_value, fmt.max_value)
+        return fold_negative_zero(fmt, encode(fmt, bounded))
+
+    return np.concatenate(_by_chunk(codes, blocks, scales, multipliers))
+
+
+def _widest_scale(magnitude: F32, fmt: Format, multipliers: tuple[int, ...]) -> F32:
+    """[R]: the scale at which the largest multiplier reaches the row's absmax."""
+    absmax = np.maximum(magnitude.max(axis=(1, 2)), np.float32(ABSMAX_FLOOR))
+    return (absmax / np.float32(fmt.max_value * max(multipliers))).astype(np.float32)
+
+
+def absmax_scales(magnitude: F32, fmt: Format, multipliers: tuple[int, ...]) -> tuple[F32, NDArray[np.uint8]]:
+    """The finest scale and smallest multipliers that clip nothing."""
+    scale = _widest_scale(magnitude, fmt, multipliers)
+    needed = magnitude.max(axis=2) / (scale[:, None] * np.float32(fmt.max_value))
+    # The largest multiplier is needed exactly once rounded: 1e-6 is above the two float32 roundings of `needed`.
+    index = np.searchsorted(np.array(multipliers) * (1 + 1e-6), needed)
+    return scale, np.array(multipliers, np.uint8)[index]
+
+
+def mse_scales(magnitude: F32, fmt: Format, multipliers: tuple[int, ...]) -> tuple[F32, NDArray[np.uint8]]:
+    """The scale and multipliers with the least squared error, out of `REACHES` and all multipliers."""
+    rows, groups, _ = magnitude.shape
+    widest = _widest_scale(magnitude, fmt, multipliers)
+    best_error = np.full(rows, np.inf, np.float32)
+    best_scale, best_multiplier = widest.copy(), np.ones((rows, groups), np.uint8)
+    errors = RoundingErrors(magnitude, fmt)
+    for share in REACHES:
+        scale = widest * np.float32(share)
+        group_error, multiplier = _best_multipliers(errors, scale, multipliers)
+        error = group_error.sum(axis=1)
+        better = error < best_error
+        best_error = np.where(better, error, best_error)
+        best_scale = np.where(better, scale, best_scale)
+        best_multiplier = np.where(better[:, None], multiplier, best_multiplier)
+    return best_scale, best_multiplier
+
+
+def _best_multipliers(
+    errors: RoundingErrors, scale: F32, multipliers: tuple[int, ...]
+) -> tuple[F32, NDArray[np.uint8]]:
+    """Least error of every group at the row scales [R], and the multiplier that gives it; both [R, G]."""
+    found = np.stack([errors.at(scale * np.float32(m)) for m in multipliers])
+    index = found.argmin(axis=0)
+    return np.take_along_axis(found, index[None], 0)[0], np.array(multipliers, np.uint8)[index]
+
+
+class RoundingErrors:
+    """Squared rounding errors of fixed magnitudes [R, G, g] at many scales.
+
+    Rounding is one addition: a + c - c rounds a to multiples of ulp(c), and with c = a * 2^(23 - M), not below
+    2^(23 - f), that ulp is the format's own step at a. Ties may go the other way than the codec's; the error is equal.
+    """
+
+    def __init__(self, magnitude: F32, fmt: Format) -> None:
+        self.magnitude, self.max_value = magnitude, np.float32(fmt.max_value)
+        self.slope = np.float32(2.0 ** (23 - fmt.mantissa_bits))
+        self.floor = np.float32(2.0 ** (23 - fmt.fraction_bits))
+        self.scaled, self.magic, self.rounded = (np.empty_like(magnitude) for _ in range(3))
+
+    def at(self, scale: F32) -> F32:
+        """[R, G]: sum over each group of (magnitude - rounded magnitude)^2, for scales [R]."""
+        scaled, magic, rounded = self.scaled, self.magic, self.rounded
+        np.multiply(self.magnitude, (1 / scale)[:, None, None], out=scaled)
+        np.multiply(scaled, self.slope, out=magic)
+        np.maximum(magic, self.floor, out=magic)
+        np.add(scaled, magic, out=rounded)
+        np.subtract(rounded, magic, out=rounded)
+        np.minimum(rounded, self.max_value, out=rounded)
+        np.subtract(rounded, scaled, out=rounded)
+        return np.einsum("rgk,rgk->rg", rounded, rounded) * (scale * scale)[:, None]
+
+
+SEARCHES: dict[str, Callable[[F32, Format, tuple[int, ...]], tuple[F32, NDArray[np.uint8]]]] = {
+    "absmax": absmax_scales,
+    "mse": mse_scales,
+}
