@@ -10,6 +10,7 @@ from functools import cache
 
 import numpy as np
 
+from export.errors import RecipeError
 from export.formats import FORMATS, Format, get_format
 
 # Significand bits (the hidden one included), and exponents of the smallest and largest normal number.
@@ -40,6 +41,8 @@ def embeds(name: str, target: str, multiplier: int = 1) -> bool:
     >>> embeds("E3M2", "E4M3"), embeds("E3M2", "INT8"), embeds("E2M1", "E4M3", 7)
     (True, False, False)
     """
+    if target not in TARGETS:
+        raise RecipeError(f"{target!r} is no embedding type; use one of {', '.join(TARGETS)}")
     fmt = get_format(name)
     images = np.unique(np.abs(fmt.image))
     images = images[(images > 0) & (images <= fmt.kmax)] * multiplier
