@@ -60,7 +60,7 @@ def _lower_gemm(
     quantizer = _quantizer_of(node, weight.layer)
     token, limbs = _operands(graph, quantizer, plan.operand, weight, context)
     result, gemm = emit_gemm(RtxEmitter(graph, node, weight.layer), weight, plan, token, limbs, node.inputs[5])
-    result.shape = node.outputs[0].shape
+    result.shape, result.type = node.outputs[0].shape, ir.TensorType(ir.DataType.FLOAT)
     _replace(graph, node.outputs[0], result)
     lowering.choices.append(Choice(weight.layer, plan.row.path, plan.why))
     lowering.probes.append(_probe(weight, plan, token, limbs, gemm, result))

@@ -8,7 +8,7 @@ from export.embedding import FLOAT_TYPES
 from export.errors import ContractError
 from export.formats import get_format
 from pipeline.backends.base import GemmRow
-from pipeline.passes.lower_rtx_operands import Operand, activation_operand, weight_exponent
+from pipeline.passes.lower_rtx_operands import Operand, activation_operand, decoding_lines, weight_exponent
 from pipeline.passes.lower_rtx_weights import PackedWeight
 
 FP32_EXACT = 2 ** FLOAT_TYPES["FP32"][0]
@@ -47,9 +47,16 @@ def _refusal(weight: PackedWeight, row: GemmRow) -> str:
         return "a real scale per group does not fold into the operand"
     if activation_operand(weight.activation_format, row.activation_type, row.limbs) is None:
         return f"{weight.activation_format} does not embed in {row.limbs} x {row.activation_type}"
-    if not row.real_groups and weight_exponent(weight.format, row.weight_type, weight.table) is None:
-        return f"{weight.format} with multipliers {weight.table} does not embed in {row.weight_type}"
+    if not row.real_groups and weight_exponent(weight.format, operand_type(row), weight.table) is None:
+        return f"{weight.format} with multipliers {weight.table} does not embed in {operand_type(row)}"
+    if row.weight_type == "INT4" and not decoding_lines(weight.format):
+        return f"{weight.format} is not a signed 4-bit format with convex magnitudes"
     return ""
+
+
+def operand_type(row: GemmRow) -> str:
+    """Type of the weight in the GEMM; 4-bit indices are decoded into the activation's type."""
+    return row.activation_type if row.weight_type == "INT4" else row.weight_type
 
 
 def _plan(weight: PackedWeight, row: GemmRow, refused: list[str]) -> Plan:
@@ -59,7 +66,7 @@ def _plan(weight: PackedWeight, row: GemmRow, refused: list[str]) -> Plan:
         rounded = "rounded once with its group scale" if weight.has_real_groups else "exact"
         why = f"{weight.activation_format} is exact in FP16, the weight {rounded}; the FP16 GEMM rounds its result once"
         return Plan(row, operand, 0, _with_refusals(why, refused), exact=False)
-    exponent = weight_exponent(weight.format, row.weight_type, weight.table)
+    exponent = weight_exponent(weight.format, operand_type(row), weight.table)
     assert exponent is not None
     bound = get_format(weight.activation_format).kmax * weight.largest_row_sum()
     return Plan(row, operand, exponent, _with_refusals(_why(weight, operand, bound), refused), bound <= FP32_EXACT)

@@ -7,7 +7,12 @@ import onnx_ir as ir
 
 from pipeline.passes.emit import Emitter
 
-STORED = {"E4M3": ir.DataType.FLOAT8E4M3FN, "INT8": ir.DataType.INT8, "FP16": ir.DataType.FLOAT16}
+STORED = {
+    "E4M3": ir.DataType.FLOAT8E4M3FN,
+    "INT8": ir.DataType.INT8,
+    "INT4": ir.DataType.INT4,
+    "FP16": ir.DataType.FLOAT16,
+}
 
 
 class RtxEmitter(Emitter):

@@ -12,6 +12,7 @@ from export.formats import get_format
 from pipeline.passes.lower_rtx_activations import Token
 from pipeline.passes.lower_rtx_choice import Plan
 from pipeline.passes.lower_rtx_emit import STORED, RtxEmitter
+from pipeline.passes.lower_rtx_operands import decoding_lines
 from pipeline.passes.lower_rtx_weights import PackedWeight
 
 
@@ -41,21 +42,62 @@ def _vector(emit: RtxEmitter, name: str, array: NDArray[np.float32]) -> ir.Value
     return emit.lazy(f"{emit.prefix}.{name}", ir.DataType.FLOAT, array.shape, lambda: array)
 
 
+def matmul_names(layer: str, limbs: int) -> tuple[str, ...]:
+    """Names of the MatMul nodes of a linear; the engine's plan shows them."""
+    return (f"{layer}/matmul",) if limbs == 1 else (f"{layer}/matmul_high", f"{layer}/matmul_low")
+
+
 def _emit_exact(emit: RtxEmitter, weight: PackedWeight, plan: Plan, limbs: tuple[ir.Value, ...]) -> ir.Value:
-    kind, shape = plan.row.weight_type, (weight.in_features, weight.out_features)
-    stored = emit.lazy(
-        f"{weight.layer}.rtx_weight", STORED[kind], shape, partial(weight.stored, kind, plan.weight_exponent)
-    )
-    operand = emit.op("DequantizeLinear", stored, emit.constant(1.0), name="weight")
+    operand = (_emit_decoded if plan.row.weight_type == "INT4" else _emit_stored)(emit, weight, plan)
     if len(limbs) == 1:
         return emit.op("MatMul", limbs[0], operand, name="matmul")
-    high, low = (
-        emit.op("MatMul", limb, operand, name=f"matmul_{part}")
-        for part, limb in zip(("high", "low"), limbs, strict=True)
-    )
+    names = zip(matmul_names("", 2), limbs, strict=True)
+    high, low = (emit.op("MatMul", limb, operand, name=name[1:]) for name, limb in names)
     factor = plan.operand.limb_weights[0]
     high = emit.op("Mul", high, emit.constant(factor), name="high_weighted") if factor != 1 else high
     return emit.op("Add", high, low, name="limb_sum")
+
+
+def _emit_stored(emit: RtxEmitter, weight: PackedWeight, plan: Plan) -> ir.Value:
+    """Weight operand [K, N] kept in the hardware type."""
+    kind, shape = plan.row.weight_type, (weight.in_features, weight.out_features)
+    make = partial(weight.stored, kind, plan.weight_exponent)
+    stored = emit.lazy(f"{weight.layer}.rtx_weight", STORED[kind], shape, make)
+    return emit.op("DequantizeLinear", stored, emit.constant(1.0), name="weight")
+
+
+def _emit_decoded(emit: RtxEmitter, weight: PackedWeight, plan: Plan) -> ir.Value:
+    """Weight operand [K, N] kept as 4-bit indices, decoded in every inference: sign * max(lines) * multiplier."""
+    shape = (weight.in_features, weight.out_features)
+    stored = emit.lazy(f"{weight.layer}.rtx_weight", STORED["INT4"], shape, weight.signed_indices)
+    index = emit.op("DequantizeLinear", stored, emit.constant(1.0), name="index")
+    value = _emit_lines(emit, index, decoding_lines(weight.format), 2.0**plan.weight_exponent)
+    if len(weight.table) > 1:
+        value = _emit_multiplied(emit, weight, value)
+    return emit.quantize_dequantize(value, plan.row.activation_type, "weight")
+
+
+def _emit_lines(emit: RtxEmitter, index: ir.Value, lines: tuple[tuple[float, float], ...], unit: float) -> ir.Value:
+    """image(|index|) * sign * unit."""
+    if len(lines) == 1:
+        slope = lines[0][0] * unit
+        return emit.op("Mul", index, emit.constant(slope), name="decoded") if slope != 1 else index
+    size, values = emit.op("Abs", index, name="index_size"), []
+    for number, (slope, intercept) in enumerate(lines):
+        line = emit.op("Mul", size, emit.constant(slope * unit), name=f"line{number}")
+        values.append(
+            emit.op("Add", line, emit.constant(intercept * unit), name=f"line{number}_at") if intercept else line
+        )
+    return emit.op("Mul", emit.op("Sign", index, name="sign"), emit.op("Max", *values, name="image"), name="decoded")
+
+
+def _emit_multiplied(emit: RtxEmitter, weight: PackedWeight, value: ir.Value) -> ir.Value:
+    groups, n = weight.groups, weight.out_features
+    stored = emit.lazy(f"{weight.layer}.rtx_multipliers", STORED["E4M3"], (groups, 1, n), weight.multiplier_rows)
+    factor = emit.op("DequantizeLinear", stored, emit.constant(1.0), name="multipliers")
+    grouped = emit.op("Reshape", value, emit.constant([groups, -1, n], np.int64), name="grouped")
+    product = emit.op("Mul", grouped, factor, name="multiplied")
+    return emit.op("Reshape", product, emit.constant([-1, n], np.int64), name="ungrouped")
 
 
 def _emit_half(emit: RtxEmitter, weight: PackedWeight, activation: ir.Value) -> tuple[ir.Value, NDArray[np.float32]]:

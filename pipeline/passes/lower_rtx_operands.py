@@ -131,3 +131,24 @@ def weight_exponent(name: str, kind: str, multipliers: tuple[int, ...]) -> int |
     fmt = get_format(name)
     images = np.unique(np.outer(magnitudes(fmt), multipliers or (1,)))
     return next((e for e in _exponents(fmt, kind) if _contained(images, e, kind)), None)
+
+
+@cache
+def decoding_lines(name: str) -> tuple[tuple[float, float], ...]:
+    """Lines (slope, intercept) whose maximum at i is the image of the i-th magnitude of a signed 4-bit format.
+
+    Such a maximum decodes 4-bit indices with a few multiplications and no table. Empty where the magnitudes are not
+    convex or the format is not a signed 4-bit one.
+
+    >>> decoding_lines("E2M1"), decoding_lines("E1M2"), decoding_lines("E2M3")
+    (((1.0, 0.0), (2.0, -4.0), (4.0, -16.0)), ((1.0, 0.0),), ())
+    """
+    fmt = get_format(name)
+    if fmt.bits != 4 or not (fmt.sign_bits or fmt.is_integer):
+        return ()
+    images = np.concatenate([[0], magnitudes(fmt)])
+    slopes = np.diff(images)
+    if (np.diff(slopes) < 0).any():
+        return ()
+    lines = {float(m): float(y - m * i) for i, (m, y) in enumerate(zip(slopes, images, strict=False))}
+    return tuple(lines.items())

@@ -75,6 +75,18 @@ class PackedWeight:
         codes = encode(FORMATS["E4M3"], values)[images.T - low]
         return np.ascontiguousarray(codes).view(STORED["E4M3"].numpy())
 
+    def signed_indices(self) -> NDArray[Any]:
+        """[K, N] int4: sign and position on the format's grid of magnitudes, -7..7 (4-bit formats only)."""
+        fmt = get_format(self.format)
+        grid = np.abs(fmt.values) if fmt.is_integer else np.arange(16) % 8
+        table = (np.sign(fmt.values) * grid).astype(np.int8)
+        return np.ascontiguousarray(table[self.codes()].T).astype(STORED["INT4"].numpy())
+
+    def multiplier_rows(self) -> NDArray[Any]:
+        """[groups, 1, N] E4M3: multiplier of every group and channel, one byte each."""
+        rows = np.broadcast_to(self.multipliers(), (self.out_features, self.groups)).T[:, None, :]
+        return np.ascontiguousarray(rows).astype(np.float32).astype(STORED["E4M3"].numpy())
+
     def channel_units(self) -> NDArray[np.float32]:
         """[N] float32: a bound of each channel's largest |weight|, a power of two times its largest scale.
 
