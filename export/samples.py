@@ -52,8 +52,8 @@ def _rotary(part: int) -> Callable[..., NDArray[Any]]:
 def _centred_region(grid: Cells, base: int) -> tuple[Cells, Cells]:
     """Corners of the grid scaled to fit a square of side `base` and centred in it."""
     scale = base / max(grid)
-    size = [int(round(side * scale)) for side in grid]
-    start = [int(round((base - side) / 2)) for side in size]
+    size = [round(side * scale) for side in grid]
+    start = [round((base - side) / 2) for side in size]
     return (start[0], start[1]), (start[0] + size[0], start[1] + size[1])
 
 

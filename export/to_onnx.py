@@ -1,0 +1,192 @@
+"""Write a model as ONNX: the portable quantized form, or plain float32 for baselines.
+
+Both files (model.onnx and model.onnx.data) are written beside their destination and renamed; the same inputs give the
+same bytes. Tensors are streamed: at most one of them is in memory besides what the caller holds.
+"""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+import shutil
+from collections import Counter
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import onnx_ir as ir
+
+from export.checkpoint import QuantizedLinear
+from export.errors import ContractError, ResourceError
+from export.models import LoadedModel, denoiser, sample_inputs
+from export.quantize_graph import add_initializer, quantize_graph
+
+logger = logging.getLogger(__name__)
+# Sizes of the traced example: two different numbers above 1, so that no axis is mistaken for another.
+TRACE_BATCH, TRACE_TOKENS = 2, 7
+# Smaller float tensors (biases, tables) are stored in fp32 without a Cast: the same values in a simpler graph.
+NARROW_ELEMENTS = 4096
+
+
+@dataclass(frozen=True)
+class ExportSummary:
+    """What an export did. `kept` counts layers by reason; bytes of stored weights, and of the same model in fp16."""
+
+    quantized: int
+    kept: Mapping[str, int]
+    weights_bytes: int
+    fp16_bytes: int
+
+    def __str__(self) -> str:
+        reasons = "; ".join(f"{count} {reason}" for reason, count in self.kept.items())
+        count = sum(self.kept.values())
+        sizes = f"{megabytes(self.weights_bytes)} packed vs {megabytes(self.fp16_bytes)} fp16"
+        return f"{self.quantized} of {self.quantized + count} layers quantized, {count} kept ({reasons}), {sizes}"
+
+
+def megabytes(size_bytes: int) -> str:
+    """Size for people, decimal units.
+
+    >>> megabytes(305_000_000), megabytes(1_220_000_000)
+    ('305 MB', '1.22 GB')
+    """
+    return f"{size_bytes / 1e9:.2f} GB" if size_bytes >= 1e9 else f"{size_bytes / 1e6:.3g} MB"
+
+
+def export_portable(
+    model: LoadedModel, layers: list[QuantizedLinear], path: Path, height: int = 0, width: int = 0
+) -> ExportSummary:
+    """Write the portable quantized model to `path` and `path`.data for images of `height` x `width` pixels.
+
+    Batch and caption length stay dynamic. Raises ContractError unless `layers` are exactly the model's linears to
+    quantize and fit them in shape.
+    """
+    from export.trace import PlaceholderLinear
+
+    _check_layers(model, layers)
+    stand_ins = {ref.name: PlaceholderLinear(ref.name, ref.module.out_features) for ref in model.linears()}
+    graph = _traced(model, stand_ins, height, width)
+    quantize_graph(graph, layers)
+    _bind(graph, _values(model, height, width), narrow=True)
+    _save(graph, path)
+    summary = _summary(model, len(layers), path)
+    logger.info("%s: %s", path, summary)
+    return summary
+
+
+def export_float(model: LoadedModel, path: Path, height: int = 0, width: int = 0) -> None:
+    """Write the float model with float32 weights, for baselines; same inputs and output as the portable one."""
+    import torch
+
+    stand_ins = {}
+    for ref in model.linears():
+        # A weight of the right shape that takes no memory; its values are bound by name when the file is written.
+        with torch.device("meta"):
+            linear = torch.nn.Linear(ref.module.in_features, ref.module.out_features, ref.module.bias is not None)
+        linear.weight = torch.nn.Parameter(torch.zeros(1, 1).expand(ref.module.weight.shape), requires_grad=False)
+        linear.bias = ref.module.bias
+        stand_ins[ref.name] = linear
+    graph = _traced(model, stand_ins, height, width)
+    _bind(graph, _values(model, height, width), narrow=False)
+    _save(graph, path)
+
+
+def _check_layers(model: LoadedModel, layers: list[QuantizedLinear]) -> None:
+    refs = {ref.name: ref.module for ref in model.linears()}
+    for layer in layers:
+        found = (layer.out_features, layer.in_features)
+        if layer.name not in refs:
+            raise ContractError(
+                f"{layer.name}: not a linear that {model.family.name} quantizes; calibrate this model again"
+            )
+        if tuple(refs[layer.name].weight.shape) != found:
+            shape = tuple(refs[layer.name].weight.shape)
+            raise ContractError(f"{layer.name}: codes are for a weight {found}, the model has {shape}; calibrate again")
+        if (refs[layer.name].bias is None) != (layer.bias is None):
+            raise ContractError(
+                f"{layer.name}: model and checkpoint disagree on whether it has a bias; calibrate again"
+            )
+
+
+# --- graph and weights ---------------------------------------------------------------------------------------------
+
+
+def _traced(model: LoadedModel, stand_ins: Mapping[str, Any], height: int, width: int) -> ir.Model:
+    from export.torch_modules import set_resolution
+    from export.trace import trace
+
+    module = denoiser(model, stand_ins)
+    set_resolution(module, *model.cells(height, width))
+    samples = sample_inputs(model, TRACE_BATCH, 0, height, width, TRACE_TOKENS)
+    return trace(module, model.inputs, samples)
+
+
+def _values(model: LoadedModel, height: int, width: int) -> dict[str, Any]:
+    """Every parameter and buffer by its module path, with position tables for the resolution."""
+    from export.torch_modules import set_resolution, with_modules
+
+    module = with_modules(model.module, {})
+    set_resolution(module, *model.cells(height, width))
+    return dict([*module.named_parameters(), *module.named_buffers()])
+
+
+def _bind(graph: ir.Model, values: Mapping[str, Any], narrow: bool) -> None:
+    """Turn the graph's weight inputs into initializers, read from `values` when the file is written."""
+    for value in [value for value in graph.graph.inputs if value.name in values]:
+        graph.graph.inputs.remove(value)
+        tensor = values[value.name]
+        if narrow and tensor.numel() >= NARROW_ELEMENTS and _fits_fp16(tensor):
+            _bind_narrow(graph.graph, value, tensor)
+        else:
+            value.const_value = _lazy(value.name, tensor, ir.DataType.FLOAT, lambda t: t.float())
+            graph.graph.register_initializer(value)
+
+
+def _fits_fp16(tensor: Any) -> bool:
+    return bool((tensor.half().float() == tensor).all())
+
+
+def _bind_narrow(graph: ir.Graph, value: ir.Value, tensor: Any) -> None:
+    """fp16 initializer -> Cast -> the value that the graph reads."""
+    stored = _lazy(value.name, tensor, ir.DataType.FLOAT16, lambda t: t.half())
+    cast = ir.Node("", "Cast", [add_initializer(graph, stored)], [ir.AttrInt64("to", ir.DataType.FLOAT)])
+    cast.name = f"{value.name}/cast"
+    cast.outputs[0].name, cast.outputs[0].shape, cast.outputs[0].type = cast.name, value.shape, value.type
+    ir.convenience.replace_all_uses_with(value, cast.outputs[0])
+    graph.insert_before(graph[0], cast)
+
+
+def _lazy(name: str | None, tensor: Any, kind: ir.DataType, convert: Callable[[Any], Any]) -> ir.LazyTensor:
+    def make() -> ir.TensorProtocol:
+        return ir.tensor(convert(tensor).contiguous().numpy(), name=name)
+
+    return ir.LazyTensor(make, kind, ir.Shape(tensor.shape), name=name)
+
+
+# --- files ---------------------------------------------------------------------------------------------------------
+
+
+def _save(graph: ir.Model, path: Path) -> None:
+    """Write both files into a folder beside `path`, then rename: the data first, so that a model always has its data."""
+    part = path.with_name(f".{path.name}.part")
+    shutil.rmtree(part, ignore_errors=True)
+    try:
+        part.mkdir(parents=True)
+        ir.save(graph, part / path.name, external_data=f"{path.name}.data")
+        for name in (f"{path.name}.data", path.name):
+            if (part / name).exists():
+                os.replace(part / name, path.with_name(name))
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise ResourceError(f"{path}: the disk is full; free space or choose another output folder") from error
+        raise
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+
+
+def _summary(model: LoadedModel, quantized: int, path: Path) -> ExportSummary:
+    kept = Counter(reason.partition(":")[0] for _, reason in model.kept())
+    stored = path.stat().st_size + path.with_name(f"{path.name}.data").stat().st_size
+    return ExportSummary(quantized, kept, stored, 2 * sum(p.numel() for p in model.module.parameters()))

@@ -1,0 +1,178 @@
+"""From a torch module to an ONNX graph without weights: torch.export, then the ONNX exporter, then clean-up.
+
+The graph keeps its parameters as inputs named by module path; who saves it binds them to the values it wants. So
+nothing can fold a weight into another one, and no weight is copied.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import onnx_ir as ir
+import onnx_ir.passes.common as common
+import torch
+from onnxscript import opset21 as op
+from onnxscript.optimizer import fold_constants_ir
+from onnxscript.rewriter import rewrite
+from torch import nn
+
+from export.errors import ContractError
+from export.families import Input
+from export.ops import DOMAIN, VERSION
+from export.quantize_graph import PLACEHOLDER
+
+OPSET, IR_VERSION = 21, 10
+MODULE_PREFIX = "transformer."
+# Tables of sines and positions stay below this many elements; larger constants are not computed at export.
+FOLD_LIMIT = 1 << 20
+
+
+class PlaceholderLinear(nn.Module):
+    """Stands for a linear in the trace: [..., K] -> [..., N], one node carrying the layer's name, no weight."""
+
+    def __init__(self, name: str, out_features: int) -> None:
+        super().__init__()
+        self.name, self.out_features = name, out_features
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        shape = (*x.shape[:-1], self.out_features)
+        domain_op, attributes = f"{DOMAIN}::{PLACEHOLDER}", {"layer": self.name}
+        return torch.onnx.ops.symbolic(domain_op, (x,), attributes, dtype=x.dtype, shape=shape, version=VERSION)
+
+
+def trace(module: nn.Module, rows: tuple[Input, ...], samples: Mapping[str, Any]) -> ir.Model:
+    """ONNX graph of `module`, whose forward takes the inputs `rows` in order and returns the tensor "sample".
+
+    Dynamic axes are those of the rows. Parameters and buffers of the module become graph inputs behind the rows.
+    """
+    program = _exported(module, rows, samples)
+    _drop_vain_squeezes(program)
+    names = [row.name for row in rows]
+    table: dict[Callable, Callable] = {torch.ops.aten.scaled_dot_product_attention.default: _attention}
+    with _quiet():
+        found = torch.onnx.export(
+            program, (), dynamo=True, input_names=names, output_names=["sample"], opset_version=OPSET,
+            optimize=False, verbose=False, custom_translation_table=table,
+        )  # fmt: skip
+        assert found is not None
+        model = found.model
+        _open_weights(model, set(program.state_dict) | set(program.constants))
+        _clean(model)
+    _name_axes(model, rows)
+    return model
+
+
+def _exported(module: nn.Module, rows: tuple[Input, ...], samples: Mapping[str, Any]) -> torch.export.ExportedProgram:
+    sizes = {name: torch.export.Dim(name) for row in rows for name in row.dynamic_axes.values()}
+    dynamic = tuple({axis: sizes[name] for axis, name in row.dynamic_axes.items()} for row in rows)
+    args = tuple(torch.from_numpy(samples[row.name]) for row in rows)
+    with torch.no_grad():
+        return torch.export.export(module, args, dynamic_shapes={"args": dynamic}, strict=False)
+
+
+def _drop_vain_squeezes(program: torch.export.ExportedProgram) -> None:
+    """torch's squeeze leaves a dimension above 1 alone, ONNX's fails on it: remove those that do nothing."""
+    for node in list(program.graph.nodes):
+        if node.target is torch.ops.aten.squeeze.dim:
+            size = node.args[0].meta["val"].shape[node.args[1]]
+            if isinstance(size, int) and size != 1:
+                node.replace_all_uses_with(node.args[0])
+                program.graph.erase_node(node)
+    program.graph_module.recompile()
+
+
+def _attention(
+    query: Any,
+    key: Any,
+    value: Any,
+    attn_mask: Any = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Any:
+    """Attention in four plain ops, Softmax(Q * scale @ K^T + mask) @ V; the exporter's own form hides K^T."""
+    if is_causal or enable_gqa or dropout_p or (attn_mask is not None and attn_mask.dtype == ir.DataType.BOOL):
+        raise ContractError("attention with causal, boolean or grouped heads is not exported; use a float mask")
+    factor = 1 / math.sqrt(query.shape[-1]) if scale is None else scale
+    scores = op.MatMul(op.Mul(query, op.Constant(value_float=factor)), op.Transpose(key, perm=[0, 1, 3, 2]))
+    if attn_mask is not None:
+        scores = op.Add(scores, attn_mask)
+    return op.MatMul(op.Softmax(scores, axis=-1), value)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Hold back what the exporter's packages log about every value they touch and every package they could support."""
+    loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnx_ir", "onnxscript")]
+    levels = [item.level for item in loggers]
+    for item in loggers:
+        item.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        for item, level in zip(loggers, levels, strict=True):
+            item.setLevel(level)
+
+
+def _open_weights(model: ir.Model, names: set[str]) -> None:
+    """Turn parameters from initializers into graph inputs."""
+    for name in sorted(names & set(model.graph.initializers)):
+        value = model.graph.initializers.pop(name)
+        value.const_value, value.name = None, name.removeprefix(MODULE_PREFIX)
+        model.graph.inputs.append(value)
+
+
+def _clean(model: ir.Model) -> None:
+    """Inline, fold small constants, drop what is unused and everything that names files of this machine."""
+    common.InlinePass()(model)
+    for _ in range(2):
+        rewrite(model)
+        fold_constants_ir(model, onnx_shape_inference=True, input_size_limit=FOLD_LIMIT, output_size_limit=FOLD_LIMIT)
+        common.RemoveUnusedNodesPass()(model)
+    passes = (
+        common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0),
+        common.DeduplicateInitializersPass(),
+        common.CommonSubexpressionEliminationPass(),
+        common.IdentityEliminationPass(),
+        common.RemoveUnusedNodesPass(),
+        common.RemoveUnusedFunctionsPass(),
+        common.RemoveUnusedOpsetsPass(),
+        common.ClearMetadataAndDocStringPass(),
+    )
+    for item in passes:
+        item(model)
+    model.metadata_props.clear()
+    model.graph.name, model.producer_name, model.producer_version, model.ir_version = "denoiser", "", "", IR_VERSION
+    for value in _values(model.graph):
+        value.metadata_props.clear()
+
+
+def _values(graph: ir.Graph) -> list[ir.Value]:
+    outputs = [value for node in graph for value in node.outputs]
+    return [*graph.inputs, *graph.initializers.values(), *outputs]
+
+
+def _name_axes(model: ir.Model, rows: tuple[Input, ...]) -> None:
+    """Call the dynamic axes by their names ("batch", "tokens") in every shape; forget other symbols."""
+    inputs = {value.name: value for value in model.graph.inputs}
+    known = {}
+    for row in rows:
+        for axis, name in row.dynamic_axes.items():
+            shape = inputs[row.name].shape
+            if shape is None or isinstance(shape[axis], int):
+                raise ContractError(
+                    f"{row.name}: axis {axis} ({name}) was fixed to {shape}; the model reads it as a number"
+                )
+            known[str(shape[axis].value)] = name
+    for value in _values(model.graph):
+        if value.shape is not None:
+            value.shape = ir.Shape([_axis(size, known) for size in value.shape])
+
+
+def _axis(size: int | ir.SymbolicDim, known: Mapping[str, str]) -> int | str | None:
+    return size if isinstance(size, int) else known.get(str(size.value))
