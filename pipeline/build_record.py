@@ -3,30 +3,27 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
-from pipeline.backends.base import BuildResult, Choice, LoweredGraph, ProbeRow
+from pipeline.backends import lowering_file
+from pipeline.backends.base import BuildResult
 from pipeline.files import write_json
 
 
-def write_result(result: BuildResult, path: Path, root: Path) -> None:
-    """Write `result` to `path`; the lowered graph's file is noted relative to `root`."""
-    document = asdict(result) | {"metadata": dict(result.metadata)}
-    document["lowered"]["path"] = result.lowered.path.relative_to(root).as_posix()
-    write_json(path, document)
+def names(target: str) -> tuple[str, str]:
+    """The two files of a record, in the work folder: above the lowered graph, wherever that lies."""
+    return f"{target}.result.json", f"{target}.lowering.json"
 
 
-def read_result(path: Path, root: Path) -> BuildResult:
-    """Inverse of `write_result`."""
-    document: dict[str, Any] = json.loads(path.read_text())
-    lowered = document["lowered"]
-    probes = tuple(_probe(row) for row in lowered["probes"])
-    graph = LoweredGraph(root / lowered["path"], probes, tuple(Choice(**row) for row in lowered["choices"]))
-    return BuildResult(tuple(document["files"]), graph, document["metadata"])
+def write(result: BuildResult, folder: Path, target: str) -> None:
+    """Write the record of `target` into the work folder."""
+    result_name, lowering_name = names(target)
+    lowering_file.write(result.lowered, folder / lowering_name)
+    write_json(folder / result_name, {"files": list(result.files), "metadata": dict(result.metadata)})
 
 
-def _probe(row: dict[str, Any]) -> ProbeRow:
-    lists = {key: tuple(row[key]) for key in ("codes", "limb_weights")}
-    return ProbeRow(**{**row, **lists})
+def read(folder: Path, target: str) -> BuildResult:
+    """Inverse of `write`."""
+    result_name, lowering_name = names(target)
+    document = json.loads((folder / result_name).read_text())
+    return BuildResult(tuple(document["files"]), lowering_file.read(folder / lowering_name), document["metadata"])

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from export import checkpoint
 from export.checkpoint import QuantizedLinear
 from export.errors import EnvironmentLacksError, ParityError, RecipeError
-from pipeline import machine, manifest
+from pipeline import build_record, machine, manifest
 from pipeline.backends.base import BuildResult, Engine
 from pipeline.files import publish, remove, sha256_json, write_json
 from pipeline.recipe import Recipe, to_toml
@@ -152,20 +152,19 @@ def exported(work: WorkFolder, model: LoadedModel, layers: list[QuantizedLinear]
 def built(work: WorkFolder, target: str, recipe: Recipe) -> BuildResult:
     """Stage: passes and backend of one target."""
     from pipeline.backends import BACKENDS
-    from pipeline.build_record import read_result, write_result
 
     backend, scratch, out = BACKENDS[target], work.scratch(f"lower-{target}"), work.bundle / target
-    record = scratch / "result.json"
 
     def build() -> BuildResult:
         remove(out)
         out.mkdir()
         lowered = backend.lower(work.bundle / "model.onnx", scratch, recipe)
         result = backend.build(lowered, out, recipe)
-        write_result(result, record, work.path)
+        build_record.write(result, work.path, target)
         return result
 
-    return work.run(target, (f"bundle/{target}", scratch.name), build, lambda: read_result(record, work.path))
+    outputs = (f"bundle/{target}", scratch.name, *build_record.names(target))
+    return work.run(target, outputs, build, lambda: build_record.read(work.path, target))
 
 
 def describe(folder: Path, model: LoadedModel, recipe: Recipe) -> None:

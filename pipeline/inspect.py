@@ -8,11 +8,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from export.embedding import embeds, exact_multipliers
+from export.embedding import embeds
 from export.errors import RecipeError
 from export.formats import get_format, packed_size
 from pipeline.build import resolve
 from pipeline.bundle import load_bundle
+from pipeline.calibrate.plan import LayerPlan, group_multipliers, make_plans
 from pipeline.command import Answer, Parser, parser, run
 from pipeline.recipe import Recipe
 from pipeline.table import table
@@ -25,8 +26,9 @@ def embedding(row: Mapping[str, Any]) -> str:
     """The hardware types that hold both operands of a layer exactly; '-' where a real group scale prevents it."""
     if row["granularity"] == "group":
         return "-"
-    grouped = row["granularity"] == "exact_group"
-    multipliers = exact_multipliers(row["weight_format"]) if grouped else (1,)
+    multipliers: tuple[int, ...] = (1,)
+    if row["granularity"] == "exact_group":
+        multipliers = group_multipliers(row["weight_format"], row["activation_format"])
     return " ".join(name for name in HARDWARE if _holds(row, name, multipliers)) or "in limbs"
 
 
@@ -61,34 +63,31 @@ def recipe_document(recipe: Recipe) -> dict[str, Any]:
     from export.models import load
 
     model = load(recipe.model)
-    layers = [planned_layer(recipe, ref.name, ref.kind, tuple(ref.module.weight.shape)) for ref in model.linears()]
+    layers = [planned_layer(plan) for plan in make_plans(model.linears(), recipe)]
     kept = [{"name": name, "reason": reason} for name, reason in model.kept()]
     sizes = {
         "quantized_weights": sum(row["size_bytes"] for row in layers),
         "same_weights_fp16": sum(2 * row["shape"][0] * row["shape"][1] for row in layers),
     }
     row = {"source": model.source, "family": model.family.name, "sha256": model.sha256}
-    totals = {"quantized": len(layers), "kept_count": len(kept), "bytes": sizes}
-    return {"engine": recipe.name, "model": row, "layers": layers, "kept": kept, **totals}
+    return {"engine": recipe.name, "model": row, "layers": layers, "kept": kept, "bytes": sizes}
 
 
-def planned_layer(recipe: Recipe, name: str, kind: str, shape: tuple[int, ...]) -> dict[str, Any]:
+def planned_layer(plan: LayerPlan) -> dict[str, Any]:
     """What calibration will do with one linear [N, K], and the bytes of its codes, scales and multipliers."""
-    n, k = shape
-    weight = recipe.formats.weight_of.get(kind, recipe.formats.weight)
-    size, granularity = recipe.weights.group_size, recipe.weights.granularity
-    groups = 1 if granularity == "per_channel" else k // size
-    scales = 4 * n * (groups if granularity == "group" else 1)
-    multipliers = n * packed_size(4, groups) if granularity == "exact_group" else 0
+    n, k = plan.linear.module.out_features, plan.linear.module.in_features
+    groups = k // plan.group_size if plan.group_size else 1
+    scales = 4 * n * (groups if plan.granularity == "group" else 1)
+    multipliers = n * packed_size(4, groups) if plan.granularity == "exact_group" else 0
     row = {
-        "name": name,
-        "kind": kind,
+        "name": plan.name,
+        "kind": plan.linear.kind,
         "shape": [n, k],
-        "weight_format": weight,
-        "activation_format": recipe.formats.activation,
-        "granularity": granularity,
-        "group_size": 0 if granularity == "per_channel" else size,
-        "size_bytes": n * packed_size(get_format(weight).bits, k) + scales + multipliers,
+        "weight_format": plan.weight_format,
+        "activation_format": plan.activation_format,
+        "granularity": plan.granularity,
+        "group_size": plan.group_size,
+        "size_bytes": n * packed_size(get_format(plan.weight_format).bits, k) + scales + multipliers,
     }
     return {**row, "embedding": embedding(row), "targets": {}}
 

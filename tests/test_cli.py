@@ -1,0 +1,220 @@
+"""Command line: flags, exit codes, answers on stdout, and verbs that work without the heavy packages."""
+
+from __future__ import annotations
+
+import errno
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from export.errors import ContractError, EnvironmentLacksError, ParityError, RecipeError, ResourceError
+from pipeline import cli
+from pipeline import recipe as recipes
+from pipeline.build import make_parser, resolve
+from pipeline.command import Parser, judge, kebab, parser, run
+
+ROOT = Path(__file__).parent.parent
+CAPTURE: dict[str, Any] = {"cwd": ROOT, "capture_output": True, "text": True, "timeout": 120}
+HEAVY = ("torch", "diffusers", "transformers", "onnxruntime", "tensorrt_rtx", "triton", "matplotlib", "onnxscript")
+
+
+def python(code: str, *args: str) -> subprocess.CompletedProcess[str]:
+    """Run code in a fresh interpreter in the project's folder."""
+    return subprocess.run([sys.executable, "-c", code, *args], check=False, **CAPTURE)
+
+
+BLOCKED = f"import sys; sys.modules.update(dict.fromkeys({HEAVY!r})); from pipeline.cli import main; sys.exit(main())"
+
+
+@pytest.mark.parametrize(
+    ("args", "code"),
+    [
+        (["--help"], 0),
+        (["list"], 0),
+        (["list", "--json"], 0),
+        (["doctor"], 3),
+        *(([verb, "--help"], 0) for verb in cli.VERBS),
+    ],
+    ids=str,
+)
+def test_light_verbs_work_without_the_heavy_packages(args: list[str], code: int) -> None:
+    done = python(BLOCKED, *args)
+    assert done.returncode == code, done.stderr
+    assert done.stdout and "Traceback" not in done.stderr
+
+
+def test_build_without_torch_is_refused_before_work() -> None:
+    done = python(BLOCKED, "build", "--engine", "pixart_w4a6", "--target", "cpu")
+    assert done.returncode == 3
+    assert done.stdout.startswith("FAILED building an engine needs torch") and "pip install torch" in done.stdout
+
+
+def test_doctor_names_a_remedy_for_each_missing_thing() -> None:
+    answer = json.loads(python(BLOCKED, "doctor", "--json").stdout)
+    missing = [check for check in answer["checks"] if not check["ok"]]
+    assert {"torch", "onnxruntime", "tensorrt_rtx"} <= {check["name"] for check in missing}
+    assert all(check["remedy"] for check in missing) and not answer["ok"]
+
+
+def test_no_heavy_import_before_work() -> None:
+    verbs = "pipeline.build, pipeline.bundle, pipeline.inspect, pipeline.list, pipeline.doctor, pipeline.verify_command"
+    code = f"import sys, {verbs}; sys.exit(', '.join(name for name in {HEAVY!r} if name in sys.modules) or None)"
+    done = python(code)
+    assert done.returncode == 0, f"imported: {done.stderr}"
+
+
+def test_list_says_what_each_width_buys() -> None:
+    answer = json.loads(python(BLOCKED, "list", "--json").stdout)
+    rows = {row["name"]: row for row in answer["recipes"]}
+    assert "no speed over 8-bit" in rows["pixart_w4a6"]["worth"]
+    assert {row["target"]: row["available"] for row in answer["targets"]}["cuda"] is False
+
+
+def test_unknown_verb() -> None:
+    assert cli.main(["bild"]) == 2
+
+
+def test_package_runs_as_ditc(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main([]) == 0
+    shown = capsys.readouterr().out
+    assert all(verb in shown for verb in cli.VERBS)
+
+
+def test_kebab_leaves_values_alone() -> None:
+    assert kebab("--calib_size") == "--calib-size"
+    assert kebab("--set=weights.group_size=32") == "--set=weights.group_size=32"
+
+
+FLAGS = [
+    "--engine",
+    "r.toml",
+    "--n_steps",
+    "5",
+    "--seed",
+    "3",
+    "--batch-size=2",
+    "--target-sm",
+    "86,89",
+    "--calib_size=9",
+]
+
+
+def test_flags_reach_the_recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "r.toml").write_text('name = "mine"\nmodel = "zoo:pixart_mini"\n')
+    (tmp_path / "model").mkdir()
+    extra = [
+        "--set",
+        "weights.group_size=32",
+        "--set",
+        "rtx.weights=int4",
+        "-m",
+        "model",
+        "--height",
+        "64",
+        "--width",
+        "32",
+    ]
+    recipe = resolve(make_parser().parse_args(FLAGS + extra))
+    sampling = recipe.sampling
+    assert (sampling.n_steps, sampling.seed, sampling.batch_size, sampling.height, sampling.width) == (5, 3, 2, 64, 32)
+    assert (recipe.weights.group_size, recipe.rtx.weights, recipe.rtx.sm) == (32, "int4", (86, 89))
+    assert recipe.calibrate.size == 9 and recipe.model == str(tmp_path / "model")
+    (tmp_path / "again.toml").write_text(recipes.to_toml(recipe))
+    assert recipes.load("again.toml") == recipe
+
+
+ERRORS: list[tuple[BaseException, int, str]] = [
+    (RecipeError("bad\nkey"), 2, "bad key"),
+    (ContractError("damaged"), 2, "damaged"),
+    (EnvironmentLacksError("no torch"), 3, "no torch"),
+    (ParityError("gate"), 4, "gate"),
+    (ResourceError("disk"), 5, "disk"),
+    (MemoryError(), 5, "memory ran out"),
+    (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried"), 5, "memory ran out"),
+    (OSError(errno.ENOSPC, "No space left on device"), 5, "the disk is full"),
+    (RuntimeError('IoError(Os { code: 28, message: "No space left on device" })'), 5, "the disk is full"),
+    (KeyboardInterrupt(), 130, "interrupted"),
+    (ZeroDivisionError("a bug"), 1, "internal error, ZeroDivisionError: a bug"),
+]
+
+
+@pytest.mark.parametrize(("error", "code", "text"), ERRORS, ids=lambda value: type(value).__name__)
+def test_exit_codes(error: BaseException, code: int, text: str) -> None:
+    found_code, message = judge(error)
+    assert found_code == code and text in message and "\n" not in message
+
+
+def raiser(error: BaseException) -> Any:
+    def work(args: Any, answer: Any) -> int:
+        raise error
+
+    return work
+
+
+def made() -> Parser:
+    return parser("test", "A verb.")
+
+
+def test_user_errors_have_no_stack_trace_unless_verbose(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(made(), raiser(RecipeError("no such key")), [], verdict=True) == 2
+    plain = capsys.readouterr()
+    assert plain.out == "FAILED no such key\n" and "Traceback" not in plain.err and "no such key" in plain.err
+    run(made(), raiser(RecipeError("no such key")), ["-v"])
+    assert "Traceback" in capsys.readouterr().err
+
+
+def test_bugs_show_their_stack_trace(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(made(), raiser(ZeroDivisionError("a bug")), []) == 1
+    assert "Traceback" in capsys.readouterr().err
+
+
+def test_json_answers_are_json_lines_even_when_libraries_print(capsys: pytest.CaptureFixture[str]) -> None:
+    def work(args: Any, answer: Any) -> int:
+        print("noise")  # noqa: T201 - what an exporter does
+        answer.event(event="stage", name="a")
+        answer.line("for people")
+        return 0
+
+    assert run(made(), work, ["--json"]) == 0
+    shown = capsys.readouterr()
+    assert [json.loads(line) for line in shown.out.splitlines()] == [{"event": "stage", "name": "a"}]
+    assert "noise" in shown.err
+    run(made(), raiser(RecipeError("no such key")), ["--json"], verdict=True)
+    last = json.loads(capsys.readouterr().out)
+    assert last == {"event": "result", "passed": False, "exit_code": 2, "reason": "no such key"}
+
+
+@pytest.mark.parametrize(
+    "args", [[], ["--engine"], ["--engine", "x", "--nonsense"], ["--engine", "x", "--target-sm", "new"]]
+)
+def test_usage_errors_exit_with_2(args: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        make_parser().parse_args(args)
+    assert stop.value.code == 2
+    assert "--help" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("args", "code", "text"),
+    [
+        (["--target", "cuda"], 3, "target cuda is not available in this version"),
+        (["--target", "gpu"], 2, "target 'gpu' is unknown"),
+        (["--target", "cpu", "--target-sm", "89"], 2, "--target-sm belongs to the target rtx"),
+    ],
+)
+def test_targets_are_refused_before_work(
+    args: list[str], code: int, text: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(["build", "--engine", "pixart_w4a6", *args]) == code
+    assert text in capsys.readouterr().out
+
+
+def test_a_reader_that_leaves_is_no_internal_error() -> None:
+    command = f"{sys.executable} -m pipeline.list | true"
+    done = subprocess.run(["bash", "-c", command], check=False, **CAPTURE)
+    assert "Traceback" not in done.stderr
