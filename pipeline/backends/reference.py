@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from export.checkpoint import QuantizedLinear
+from export.errors import ContractError
 from export.formats import Format, get_format
 from export.ops import ABSMAX_FLOOR
 from pipeline.backends.base import Arrays
@@ -58,7 +59,7 @@ class FakeQuantLinear(nn.Module):
         self.activation_format = get_format(layer.activation_format)
         self.unit = 2.0 ** -get_format(layer.weight_format).fraction_bits
         image = layer.image()
-        smallest = np.int8 if np.abs(image).max(initial=0) < 128 else np.int16
+        smallest = np.min_scalar_type(-int(np.abs(image).max(initial=1)))  # int8 for every embedded format
         self.register_buffer("image", torch.from_numpy(image.astype(smallest)), persistent=False)
         self.register_buffer("scales", torch.from_numpy(layer.scales).to(dtype), persistent=False)
         bias = None if layer.bias is None else torch.from_numpy(layer.bias).to(dtype)
@@ -82,6 +83,8 @@ def fake_quant(model: LoadedModel, layers: Sequence[QuantizedLinear], dtype: tor
     """
     from export.models import denoiser
 
+    if not layers:
+        raise ContractError("no quantized layer was given; calibrate the model first, or run the float model itself")
     module: nn.Module = denoiser(model, {layer.name: FakeQuantLinear(layer, dtype) for layer in layers})
     for part in module.modules():
         if not isinstance(part, FakeQuantLinear):
