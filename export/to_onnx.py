@@ -169,7 +169,7 @@ def _lazy(name: str | None, tensor: Any, kind: ir.DataType, convert: Callable[[A
 
 
 def _save(graph: ir.Model, path: Path) -> None:
-    """Write both files into a folder beside `path`, then rename: the data first, so that a model always has its data."""
+    """Write both files into a folder beside `path`, then rename: the data first, so a model always has its data."""
     part = path.with_name(f".{path.name}.part")
     shutil.rmtree(part, ignore_errors=True)
     try:

@@ -61,10 +61,12 @@ SD3 = dict(
     out_channels=4,
     pos_embed_max_size=8,
 )
+# Size conditions take a third of the width each.
+SIZES = PIXART | dict(attention_head_dim=48, cross_attention_dim=96, use_additional_conditions=True)
 # name -> (diffusers class, configuration). "unknown" has no row in the table of families.
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "pixart": ("PixArtTransformer2DModel", PIXART),
-    "pixart_sizes": ("PixArtTransformer2DModel", PIXART | {"use_additional_conditions": True}),
+    "pixart_sizes": ("PixArtTransformer2DModel", SIZES),
     "pixart_sigma": ("PixArtTransformer2DModel", PIXART | {"sample_size": 128, "use_additional_conditions": False}),
     "hunyuan": ("HunyuanDiT2DModel", HUNYUAN),
     "dit": ("DiTTransformer2DModel", DIT),
