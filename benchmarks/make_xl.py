@@ -75,7 +75,9 @@ def _adaln(values: NDArray[np.float32], rng: np.random.Generator) -> NDArray[np.
     if values.size % ADALN_ROWS:
         return values * SMALL  # the shift and scale of the output layer, or HunyuanDiT's shift alone
     rows = values.reshape(ADALN_ROWS, -1) * SMALL
-    rows[np.ix_(ADALN_SCALES, _outliers(rng, rows.shape[1]))] += ACTIVATION_OUTLIER
+    chosen = _outliers(rng, rows.shape[1])
+    for row in ADALN_SCALES:
+        rows[row, chosen] += ACTIVATION_OUTLIER
     return rows.reshape(values.shape)
 
 
