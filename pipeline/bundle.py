@@ -130,7 +130,20 @@ def _cpu_problem(document: Mapping[str, Any]) -> str:
     if tuple(map(int, found)) < tuple(map(int, built)):
         versions = f"verified with onnxruntime {'.'.join(built)}, this is {'.'.join(found)}"
         return f"target cpu was {versions}; upgrade onnxruntime or rebuild"
-    return ""
+    lacking = _lacking(document["targets"]["cpu"])
+    return (
+        f"target cpu needs {', '.join(lacking)}, which this processor lacks; build it on this machine"
+        if lacking
+        else ""
+    )
+
+
+def _lacking(row: Mapping[str, Any]) -> list[str]:
+    """Operations that the cpu engine relies on and this processor does not have."""
+    from pipeline.backends import BACKENDS
+
+    required = set(row.get("metadata", {}).get("requires", ()))
+    return sorted(required - BACKENDS["cpu"].capabilities.ops) if required else []
 
 
 def _rtx_problem(document: Mapping[str, Any]) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import shutil
 from collections.abc import Iterator
@@ -17,6 +16,7 @@ from export.checkpoint import QuantizedLinear
 from export.errors import EnvironmentLacksError, ParityError, RecipeError
 from pipeline import build_record, machine, manifest
 from pipeline.backends.base import BuildResult, Engine
+from pipeline.conditioning import GENERATION_FILE, load_generation
 from pipeline.files import publish, remove, sha256_json, write_json
 from pipeline.recipe import Recipe, to_toml
 from pipeline.stages import Listener, WorkFolder, timed
@@ -143,8 +143,7 @@ def exported(work: WorkFolder, model: LoadedModel, layers: list[QuantizedLinear]
 
     def export() -> None:
         size = recipe.sampling
-        summary = export_portable(model, layers, work.bundle / "model.onnx", size.height, size.width)
-        logger.info("export: %s", summary)
+        export_portable(model, layers, work.bundle / "model.onnx", size.height, size.width)
 
     work.run("export", ("bundle/model.onnx", "bundle/model.onnx.data"), export, lambda: None)
 
@@ -156,8 +155,9 @@ def built(work: WorkFolder, target: str, recipe: Recipe) -> BuildResult:
     backend, scratch, out = BACKENDS[target], work.scratch(f"lower-{target}"), work.bundle / target
 
     def build() -> BuildResult:
-        remove(out)
-        out.mkdir()
+        for folder in (out, scratch):
+            remove(folder)
+            folder.mkdir()
         lowered = backend.lower(work.bundle / "model.onnx", scratch, recipe)
         result = backend.build(lowered, out, recipe)
         build_record.write(result, work.path, target)
@@ -171,12 +171,9 @@ def describe(folder: Path, model: LoadedModel, recipe: Recipe) -> None:
     """Write what a bundle needs to be used alone: recipe, config, and how the model generates."""
     (folder / "recipe.toml").write_text(to_toml(recipe))
     write_json(folder / "config.json", dict(model.config))
-    generation = model.folder / "generation.json"
-    if generation.is_file():
-        shutil.copyfile(generation, folder / generation.name)
-        embedding = json.loads(generation.read_text()).get("conditioning", {}).get("embedding")
-        if embedding:
-            shutil.copyfile(model.folder / embedding, folder / embedding)
+    if (model.folder / GENERATION_FILE).is_file():
+        for name in load_generation(model.folder).files:
+            shutil.copyfile(model.folder / name, folder / name)
 
 
 @contextmanager

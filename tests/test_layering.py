@@ -1,0 +1,76 @@
+"""Who may import whom, and which packages may be imported only inside functions."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+# Each package may import itself and the ones after it: benchmarks, tests -> pipeline -> plugins -> export.
+ALLOWED = {
+    "export": {"export"},
+    "plugins": {"plugins", "export"},
+    "pipeline": {"pipeline", "plugins", "export"},
+}
+# Imported at the top of no module of the compiler, so that light verbs work without them.
+HEAVY = {"torch", "diffusers", "transformers", "onnxruntime", "tensorrt_rtx", "triton", "matplotlib", "sklearn"}
+# Modules that define torch modules; they are themselves imported inside functions only.
+DEFINES_TORCH_MODULES = {"export/torch_modules.py", "export/trace.py", "pipeline/backends/reference.py"}
+FILES = sorted(path.relative_to(ROOT) for package in ALLOWED for path in (ROOT / package).rglob("*.py"))
+TYPE_ONLY = "TYPE_CHECKING"
+
+
+def imports(tree: ast.AST) -> Iterator[tuple[str, bool]]:
+    """(module, whether it is imported when the file is) of every import; type-checking blocks are left out."""
+
+    def walk(node: ast.AST, at_top: bool) -> Iterator[tuple[str, bool]]:
+        if isinstance(node, ast.If) and TYPE_ONLY in ast.dump(node.test):
+            return
+        if isinstance(node, ast.Import):
+            yield from ((alias.name, at_top) for alias in node.names)
+        if isinstance(node, ast.ImportFrom) and node.level == 0:
+            yield from ((f"{node.module}.{alias.name}", at_top) for alias in node.names)
+        inside = at_top and not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda)
+        for child in ast.iter_child_nodes(node):
+            yield from walk(child, inside)
+
+    return walk(tree, True)
+
+
+def found(path: Path) -> list[tuple[str, bool]]:
+    return list(imports(ast.parse((ROOT / path).read_text())))
+
+
+def test_the_walk_sees_what_it_should() -> None:
+    source = "import a\nif TYPE_CHECKING:\n    import b\nclass X:\n    import c\ndef f():\n    from d import e\n"
+    assert list(imports(ast.parse(source))) == [("a", True), ("c", True), ("d.e", False)]
+    assert len(FILES) > 20, "the compiler's files were not found"
+
+
+@pytest.mark.parametrize("path", FILES, ids=str)
+def test_import_direction(path: Path) -> None:
+    own = {"benchmarks", "tests", *ALLOWED}
+    wrong = [name for name, _ in found(path) if name.split(".")[0] in own - ALLOWED[path.parts[0]]]
+    assert not wrong, f"{path} imports {wrong}; the direction is benchmarks, tests -> pipeline -> plugins -> export"
+
+
+@pytest.mark.parametrize("path", FILES, ids=str)
+def test_heavy_packages_are_imported_late(path: Path) -> None:
+    if path.as_posix() in DEFINES_TORCH_MODULES:
+        return
+    heavy = [name for name, at_top in found(path) if at_top and name.split(".")[0] in HEAVY]
+    lazy = {name.removesuffix(".py").replace("/", ".") for name in DEFINES_TORCH_MODULES}
+    heavy += [name for name, at_top in found(path) if at_top and any(name.startswith(module) for module in lazy)]
+    assert not heavy, f"{path} imports {heavy} at its top; move it into the function that needs it"
+
+
+@pytest.mark.parametrize("path", [path for path in FILES if path.match("pipeline/passes/*.py")], ids=str)
+def test_passes_do_not_import_backends(path: Path) -> None:
+    backends = [name for name, _ in found(path) if name.startswith("pipeline.backends")]
+    wrong = [name for name in backends if not name.startswith("pipeline.backends.base.")]
+    assert not wrong, (
+        f"{path} imports {wrong}; a backend publishes rows (pipeline.backends.base), passes get them as data"
+    )
