@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
 
@@ -57,7 +57,20 @@ class ProbedGraph:
         if not name:
             return None
         found = next(item for item in self.model.graph.initializer if item.name == name)
-        return onnx.numpy_helper.to_array(found, str(self.path.parent))
+        if found.data_location != onnx.TensorProto.EXTERNAL:
+            return onnx.numpy_helper.to_array(found)
+        info, dtype = ExternalDataInfo(found), onnx.helper.tensor_dtype_to_np_dtype(found.data_type)
+        flat = np.fromfile(self.path.parent / info.location, dtype, math.prod(found.dims), offset=info.offset or 0)
+        return flat.reshape(found.dims)
+
+    def denoiser(self) -> Callable[[Arrays], Arrays]:
+        """The graph as it is, run by onnxruntime: stands in for an engine that this machine cannot run."""
+        import onnxruntime
+
+        options = session_options(self.path.parent)
+        session = onnxruntime.InferenceSession(self.model.SerializeToString(), options, ["CPUExecutionProvider"])
+        names = [output.name for output in session.get_outputs()]
+        return lambda inputs: dict(zip(names, session.run(names, inputs), strict=True))
 
     def run(self, names: Sequence[str], calls: Sequence[Arrays]) -> list[Arrays]:
         """The tensors `names` for each of the model inputs `calls`."""

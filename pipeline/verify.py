@@ -1,0 +1,148 @@
+"""Verification: every parity gate of a build, for every target, and the report that shows them.
+
+`python -m pipeline.verify BUNDLE` checks a finished bundle again.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from export.checkpoint import QuantizedLinear
+from pipeline.backends.base import Engine, LoweredGraph
+from pipeline.gates import LinearCheck, LinearProbe, check_linear, quantize_oracle, sqnr_db
+from pipeline.probing import ProbedGraph
+from pipeline.recipe import Recipe
+from pipeline.report import LayerResult, Report, write_layers_csv
+from pipeline.study import Study, layer_input_db, study
+from pipeline.verdict import coverage_gate, end_gates, layer_gates, quantization_gates, step_results
+
+if TYPE_CHECKING:
+    from export.models import LoadedModel
+
+logger = logging.getLogger(__name__)
+PROVEN_NOT_RUN = "numerically proven through onnxruntime; engine built, not run"
+
+
+def verify(
+    model: LoadedModel,
+    layers: Sequence[QuantizedLinear],
+    lowered: Mapping[str, LoweredGraph],
+    engines: Mapping[str, Engine],
+    recipe: Recipe,
+    out_dir: Path,
+) -> Report:
+    """All gates of design: `layers` are what every engine must compute. Writes the report's files into `out_dir`.
+
+    A target of `lowered` without an entry in `engines` is judged by its lowered graph in onnxruntime, and the report
+    says so. Raises ContractError where a lowered graph cannot be read at all.
+    """
+    from pipeline.report_page import write_page
+
+    found = study(model, layers, recipe)
+    report = Report(gates=quantization_gates(found, recipe))
+    pictures = {}
+    for target, graph in lowered.items():
+        pictures[target] = verify_target(target, model, layers, graph, engines.get(target), found, report)
+    out_dir.mkdir(parents=True, exist_ok=True)
+    (out_dir / "parity.json").write_text(report.to_json())
+    write_layers_csv(report, out_dir / "layers.csv")
+    write_page(report, model, recipe, found, pictures, out_dir)
+    for gate in report.failures():
+        logger.error("gate %s: %g %s, limit %g; %s", gate.name, gate.value, gate.unit, gate.limit, gate.why)
+    return report
+
+
+def verify_target(
+    target: str,
+    model: LoadedModel,
+    layers: Sequence[QuantizedLinear],
+    graph: LoweredGraph,
+    engine: Engine | None,
+    found: Study,
+    report: Report,
+) -> Any:
+    """Append one target's gates and rows to `report`; returns the engine's pictures."""
+    probed = ProbedGraph(graph)
+    expected = {ref.name: ref.module for ref in model.linears()}
+    present = [layer for layer in layers if layer.name in probed.complete and layer.name in expected]
+    report.gates.append(coverage_gate(target, len(present), len(expected)))
+    results = layer_results(target, present, expected, probed, found)
+    report.layers += results
+    run = engine.run if engine else probed.denoiser()
+    if engine is None:
+        report.notes.append(f"{target}: {PROVEN_NOT_RUN}")
+    steps, bad_outputs = found.steps_db(run)
+    report.gates += layer_gates(target, results, bad_outputs)
+    report.steps += step_results(target, steps, found)
+    image = found.case.draw(run)
+    report.gates += end_gates(target, steps, image, found)
+    return image
+
+
+# --- layers ---------------------------------------------------------------------------------------------------------
+
+
+def layer_results(
+    target: str, layers: Sequence[QuantizedLinear], modules: Mapping[str, Any], probed: ProbedGraph, found: Study
+) -> list[LayerResult]:
+    """Every linear of one target on inputs from the first, a middle and the last step."""
+    rows = {layer.name: layer for layer in layers}
+    calls = [found.calls[step] for step in found.probed]
+    results = []
+    for name, probes in probed.probes(list(rows), calls):
+        probe = joined(probes)
+        oracle = quantize_oracle(np.nan_to_num(probe.x), rows[name].activation_format)
+        check = check_linear(rows[name], probe, oracle)
+        input_db = layer_input_db(found.layer_inputs.get(name, []), [item.x for item in probes])
+        results.append(_layer_result(target, rows[name], modules[name], probed.rows[name].path, check, input_db, found))
+    return results
+
+
+def joined(probes: Sequence[LinearProbe]) -> LinearProbe:
+    """The probes of several calls as one, rows after rows."""
+    first = probes[0]
+    arrays = {key: np.concatenate([getattr(p, key) for p in probes]) for key in ("x", "image", "act_scale", "gemm")}
+    output = None if first.output is None else np.concatenate([p.output for p in probes if p.output is not None])
+    return LinearProbe(
+        **arrays, output=output, gemm_unit=first.gemm_unit, gemm_scale=first.gemm_scale, exact=first.exact
+    )
+
+
+def _layer_result(
+    target: str, layer: QuantizedLinear, module: Any, path: str, check: LinearCheck, input_db: float, found: Study
+) -> LayerResult:
+    weight = module.weight.detach().float().numpy()
+    return LayerResult(
+        target=target,
+        name=layer.name,
+        kind=layer.kind,
+        path=path,
+        weight_format=layer.weight_format,
+        activation_format=layer.activation_format,
+        granularity=layer.granularity,
+        group_size=layer.group_size,
+        gemm_max_abs_diff=check.gemm_max_abs_diff,
+        codes_equal_share=1 - check.codes_different / check.codes,
+        codes_limit_share=1 - check.codes_ambiguous / check.codes,
+        codes_inadmissible=check.codes_inadmissible,
+        scale_error=check.scale_error,
+        output_error=check.output_error,
+        nonfinite=check.nonfinite,
+        input_sqnr_db=input_db,
+        input_limit_db=found.layer_db.get(layer.name, math.nan),
+        weight_sqnr_db=sqnr_db(weight, layer.dequantized()),
+        size_bytes=layer.size_bytes,
+    )
+
+
+if __name__ == "__main__":
+    from pipeline.verify_command import main
+
+    sys.exit(main())
