@@ -1,0 +1,146 @@
+"""Drives TensorRT-RTX's builder: ONNX file in, engine file out, its errors as errors of ours."""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import onnx
+
+from export.errors import ContractError, EnvironmentLacksError, ResourceError
+from pipeline import machine
+
+logger = logging.getLogger(__name__)
+Bounds = dict[str, tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]]  # input -> (min, opt, max) shapes
+
+# Smallest, usual and largest size of a dynamic dimension other than the batch: prompt tokens (T5 captions: 120, 300).
+TOKEN_BOUNDS = (1, 120, 300)
+LARGEST_BATCH = 8
+
+
+@dataclass(frozen=True)
+class BuildFacts:
+    """How a build went: seconds, peak memory of the process so far, shapes the engine takes, release of the builder."""
+
+    parse_s: float
+    build_s: float
+    peak_rss_bytes: int
+    shapes: Bounds
+    tensorrt_rtx: str
+
+
+def package_problems() -> list[str]:
+    """Empty if tensorrt_rtx is installed."""
+    try:
+        machine.require(("tensorrt_rtx",), "target rtx")
+    except EnvironmentLacksError as error:
+        return [str(error)]
+    return []
+
+
+def shape_bounds(model: onnx.ModelProto, batch_size: int) -> Bounds:
+    """Optimization profile: static dimensions as they are; guidance doubles the batch, so that is the usual size."""
+    usual = 2 * batch_size
+    batch = (1, usual, max(LARGEST_BATCH, usual))
+    return {value.name: _input_bounds(value, batch) for value in model.graph.input}
+
+
+def _input_bounds(value: onnx.ValueInfoProto, batch: tuple[int, int, int]) -> Any:
+    dims = value.type.tensor_type.shape.dim
+    columns = [
+        (d.dim_value,) * 3 if d.HasField("dim_value") else (batch if axis == 0 else TOKEN_BOUNDS)
+        for axis, d in enumerate(dims)
+    ]
+    return tuple(zip(*columns, strict=True)) if columns else ((), (), ())
+
+
+def build_engine(path: Path, engine_path: Path, sms: tuple[int, ...], batch_size: int) -> BuildFacts:
+    """Build the lowered graph at `path` for all `sms` and write it to `engine_path` through a temporary file.
+
+    Raises ContractError with the parser's node and message or the builder's reason, ResourceError where memory or
+    disk runs out.
+    """
+    import tensorrt_rtx as trt
+
+    log = _logger(trt)
+    builder = trt.Builder(log)
+    network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
+    started = time.monotonic()
+    parser = _parsed(trt, network, log, path)
+    parsed = time.monotonic()
+    shapes = shape_bounds(onnx.load(path, load_external_data=False), batch_size)
+    engine = builder.build_serialized_network(network, _config(trt, builder, sms, shapes))
+    if engine is None:
+        raise _build_error(log.errors, sms)
+    built = time.monotonic()
+    del parser
+    _write(engine_path, memoryview(engine))
+    return BuildFacts(parsed - started, built - parsed, machine.peak_memory_bytes(), shapes, trt.__version__)
+
+
+def _logger(trt: Any) -> Any:
+    class Log(trt.ILogger):
+        """Collects errors and passes the rest on to our log."""
+
+        def __init__(self) -> None:
+            trt.ILogger.__init__(self)
+            self.errors: list[str] = []
+
+        def log(self, severity: Any, message: str) -> None:
+            if severity <= trt.ILogger.Severity.ERROR:
+                self.errors.append(message)
+            elif severity == trt.ILogger.Severity.WARNING:
+                logger.info("tensorrt_rtx: %s", message)
+
+    return Log()
+
+
+def _parsed(trt: Any, network: Any, log: Any, path: Path) -> Any:
+    """The parser, which owns weights that the network refers to."""
+    parser = trt.OnnxParser(network, log)
+    if not parser.parse_from_file(str(path)):
+        errors = [parser.get_error(index) for index in range(parser.num_errors)]
+        rows = [f"node {error.node_name()} ({error.node_operator()}): {error.desc()}" for error in errors]
+        raise ContractError(f"TensorRT-RTX cannot read {path.name}: {'; '.join(rows or log.errors)}")
+    return parser
+
+
+def _config(trt: Any, builder: Any, sms: tuple[int, ...], shapes: Bounds) -> Any:
+    config = builder.create_builder_config()
+    config.num_compute_capabilities = len(sms)
+    for index, sm in enumerate(sms):
+        config.set_compute_capability(getattr(trt.ComputeCapability, f"SM{sm}"), index)
+    config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
+    profile = builder.create_optimization_profile()
+    for name, (smallest, usual, largest) in shapes.items():
+        profile.set_shape(name, smallest, usual, largest)
+    config.add_optimization_profile(profile)
+    return config
+
+
+def _build_error(errors: list[str], sms: tuple[int, ...]) -> Exception:
+    text = "; ".join(errors) or "no reason given"
+    if "memory" in text.lower() and "alloc" in text.lower():
+        return ResourceError(
+            f"TensorRT-RTX ran out of memory: {text}; close other programs, or build fewer --target-sm"
+        )
+    return ContractError(f"TensorRT-RTX cannot build for SM {', '.join(map(str, sms))}: {text}")
+
+
+def _write(path: Path, data: memoryview) -> None:
+    part = path.with_name(f"{path.name}.part")
+    try:
+        with part.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        part.unlink(missing_ok=True)
+        raise ResourceError(
+            f"{path}: {error}; free {data.nbytes / 2**20:.0f} MiB there or choose -o elsewhere"
+        ) from error
+    os.replace(part, path)
