@@ -75,7 +75,7 @@ class Rtx:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "sm", tuple(self.sm))
-        _check(self.weights in ("fp8", "int4"), f"rtx.weights {self.weights!r}; use fp8 or int4")
+        _check(self.weights in ("fp8", "int8", "int4"), f"rtx.weights {self.weights!r}; use fp8, int8 or int4")
         _check(bool(self.sm), "rtx.sm is empty; name at least one compute capability, for example 89")
 
 
