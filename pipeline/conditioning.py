@@ -17,6 +17,7 @@ from pipeline.backends.base import Arrays
 from pipeline.scene_grammar import token_ids
 
 GENERATION_FILE = "generation.json"
+CLASS_PREFIXES = ("a", "an", "the", "class", "digit")
 
 
 @dataclass(frozen=True)
@@ -75,16 +76,16 @@ def from_dict(document: Mapping[str, Any], folder: Path) -> Generation:
 
 
 def _vocabulary(generation: Generation, prompts: list[str]) -> tuple[Arrays, Arrays]:
-    """Token embeddings: encoder_hidden_states [B, slots, D] and a mask of ones; token 0 is the empty prompt."""
+    """Token embeddings: encoder_hidden_states [B, slots, D] and a mask of ones; `null_token` is the empty prompt."""
     path = generation.folder / generation.conditioning["embedding"]
     if not path.is_file():
         raise ContractError(f"{path} is missing; it holds the token embedding. Build the bundle again")
-    table = next(iter(load_file(path).values())).astype(np.float32)
+    table = load_file(path)[generation.conditioning["tensor"]].astype(np.float32)
     ids = np.stack([token_ids(prompt, generation.conditioning["slots"]) for prompt in prompts])
     if ids.max() >= len(table):
         raise ContractError(f"{path}: {len(table)} rows, but the vocabulary reaches token {ids.max()}")
     mask = np.ones(ids.shape, np.float32)
-    wanted, plain = table[ids], table[np.zeros_like(ids)]
+    wanted, plain = table[ids], table[np.full_like(ids, generation.conditioning["null_token"])]
     return _captions(wanted, mask), _captions(plain, mask)
 
 
@@ -100,12 +101,15 @@ def _classes(generation: Generation, prompts: list[str]) -> tuple[Arrays, Arrays
 
 
 def _class_index(prompt: str, names: list[str]) -> int:
+    """Index of the class that `prompt` names, with or without words such as "a" and "digit" before it."""
+    known = {name.lower(): index for index, name in enumerate(names)}
     words = prompt.lower().strip(" .").split()
-    name = " ".join(words[1:] if len(words) > 1 and words[0] in ("a", "an", "the", "digit", "class") else words)
-    if name not in names:
+    while " ".join(words) not in known and words and words[0] in CLASS_PREFIXES:
+        words = words[1:]
+    if " ".join(words) not in known:
         shown = ", ".join(names[:12]) + (", ..." if len(names) > 12 else "")
-        raise RecipeError(f"prompt {prompt!r}: {name!r} is not a class; use one of {shown}")
-    return names.index(name)
+        raise RecipeError(f"prompt {prompt!r} is not a class; use one of {shown}")
+    return known[" ".join(words)]
 
 
 def _synthetic(generation: Generation, prompts: list[str]) -> tuple[Arrays, Arrays]:

@@ -1,0 +1,228 @@
+"""Calibration as a whole: plans, round to nearest, resume, refusals, command."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+from export import checkpoint
+from export.errors import ModelError, RecipeError
+from export.formats import get_format
+from pipeline import calibrate as package
+from pipeline import recipe as recipes
+from pipeline.calibrate import METHODS, calibrate
+from pipeline.calibrate.__main__ import main
+from pipeline.calibrate.rtn import RoundToNearest
+from tests import tiny
+
+SHAPES = {
+    "block.0.to_q": ("attn.qkv", 64, 128),
+    "block.0.ff_in": ("ff.in", 256, 64),
+    "block.1.ff_out": ("ff.out", 64, 256),
+}
+
+
+@dataclass(frozen=True)
+class Linear:
+    name: str
+    kind: str
+    module: torch.nn.Linear
+
+
+def make_model(seed=0, shapes=SHAPES, dtype=torch.float32):
+    torch.manual_seed(seed)
+    linears = [Linear(name, kind, torch.nn.Linear(k, n).to(dtype)) for name, (kind, n, k) in shapes.items()]
+    return SimpleNamespace(linears=lambda: linears, sha256=f"weights of seed {seed}")
+
+
+def make_recipe(*settings):
+    return recipes.with_settings(recipes.Recipe(name="test", model="none"), list(settings))
+
+
+def digests(folder):
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+
+
+def sqnr_db(model, layers):
+    pairs = [
+        (linear.module.weight.double().detach().numpy(), layer.dequantized())
+        for linear, layer in zip(model.linears(), layers, strict=True)
+    ]
+    return 10 * np.log10(sum((w**2).sum() for w, _ in pairs) / sum(((w - q) ** 2).sum() for w, q in pairs))
+
+
+@pytest.mark.parametrize("granularity", recipes.GRANULARITIES)
+@pytest.mark.parametrize("search", recipes.SEARCHES)
+def test_every_granularity_and_search_gives_complete_layers(granularity, search, tmp_path):
+    model = make_model()
+    settings = (f"weights.granularity={granularity}", f"weights.search={search}", "weights.group_size=32")
+    layers = calibrate(model, make_recipe(*settings), tmp_path)
+    assert [layer.name for layer in layers] == list(SHAPES)
+    assert [(layer.kind, layer.out_features, layer.in_features) for layer in layers] == list(SHAPES.values())
+    assert all(layer.granularity == granularity for layer in layers)
+    for layer, linear in zip(layers, model.linears(), strict=True):
+        np.testing.assert_array_equal(layer.bias, linear.module.bias.detach().numpy())
+    # Uniform weights in E2M1: the error of a step of 1/6 to 1 of the clip is above 1/100 and below 1/40 of the power.
+    assert 16 < sqnr_db(model, layers) < 25
+
+
+def test_finer_scales_are_better(tmp_path):
+    found = {}
+    for granularity in recipes.GRANULARITIES:
+        model = make_model()
+        for linear in model.linears():
+            linear.module.weight.data[:, :8] *= 8  # outlier columns, all in one group
+        found[granularity] = sqnr_db(
+            model, calibrate(model, make_recipe(f"weights.granularity={granularity}"), tmp_path / granularity)
+        )
+    assert found["per_channel"] + 1 < found["exact_group"]
+    assert found["per_channel"] + 1 < found["group"]
+
+
+def test_formats_follow_the_layer_kind_and_a_format_without_multipliers_takes_one_scale(tmp_path, caplog):
+    caplog.set_level("INFO")
+    layers = calibrate(make_model(), make_recipe('formats.weight_of={"ff.in" = "E3M0"}'), tmp_path)
+    assert {layer.kind: layer.weight_format for layer in layers} == {
+        "attn.qkv": "E2M1",
+        "ff.in": "E3M0",
+        "ff.out": "E2M1",
+    }
+    assert {layer.kind: layer.granularity for layer in layers}["ff.in"] == "per_channel"
+    assert "ff.in: 1 layers in E3M0 have no exact multipliers but 1" in caplog.text
+
+
+def test_weights_in_16_bits_are_read_as_they_are(tmp_path):
+    wide, narrow = make_model(), make_model(dtype=torch.float16)
+    for linear in wide.linears():
+        linear.module.weight.data = linear.module.weight.data.half().float()
+        linear.module.bias.data = linear.module.bias.data.half().float()
+    for a, b in zip(
+        calibrate(wide, make_recipe(), tmp_path / "a"), calibrate(narrow, make_recipe(), tmp_path / "b"), strict=True
+    ):
+        assert np.array_equal(a.codes, b.codes) and np.array_equal(a.scales, b.scales)
+
+
+@pytest.mark.parametrize("broken", [float("nan"), float("inf")])
+def test_broken_weights_are_refused_by_name(broken, tmp_path):
+    model = make_model()
+    model.linears()[1].module.weight.data[3, 4] = broken
+    with pytest.raises(ModelError, match=r"block\.0\.ff_in: 1 of 16384 weights are NaN or Inf"):
+        calibrate(model, make_recipe(), tmp_path)
+
+
+@pytest.mark.parametrize(("size", "fitting"), [(48, 32), (96, 64), (1000, 64)])
+def test_a_group_size_that_does_not_fit_is_refused_before_work_with_one_that_does(size, fitting, tmp_path):
+    with pytest.raises(
+        RecipeError, match=rf"weights.group_size {size} does not divide .*--set weights.group_size={fitting}\b"
+    ):
+        calibrate(make_model(), make_recipe(f"weights.group_size={size}"), tmp_path / "new")
+    assert not (tmp_path / "new").exists()
+    assert calibrate(make_model(), make_recipe(f"weights.group_size={fitting}"), tmp_path / "new")
+
+
+class Stopped(RoundToNearest):
+    """Is interrupted after `left` layers."""
+
+    left = 0
+
+    def quantize(self, unit):
+        if self.left == 0:
+            raise KeyboardInterrupt
+        self.left -= 1
+        return super().quantize(unit)
+
+
+@pytest.mark.parametrize("done", [0, 1, 2])
+def test_a_stopped_run_goes_on_and_ends_in_the_same_bytes(done, tmp_path, monkeypatch):
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    calibrate(make_model(), make_recipe(), whole)
+    Stopped.left = done
+    with monkeypatch.context() as patch:
+        patch.setitem(package.METHODS, "rtn", Stopped)
+        with pytest.raises(KeyboardInterrupt):
+            calibrate(make_model(), make_recipe(), parts)
+    kept = {path.parent.name: path.stat().st_mtime_ns for path in parts.glob("layers/*/*.json")}
+    assert len(kept) == done
+    Stopped.left = len(SHAPES) - done  # exactly what is left may be done now
+    with monkeypatch.context() as patch:
+        patch.setitem(package.METHODS, "rtn", Stopped)
+        calibrate(make_model(), make_recipe(), parts)
+    assert digests(parts) == digests(whole)
+
+
+def test_a_half_written_layer_is_done_again(tmp_path, monkeypatch):
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    calibrate(make_model(), make_recipe(), whole)
+    Stopped.left = 2
+    with monkeypatch.context() as patch:
+        patch.setitem(package.METHODS, "rtn", Stopped)
+        with pytest.raises(KeyboardInterrupt):
+            calibrate(make_model(), make_recipe(), parts)
+    next(parts.glob(f"layers/*/{checkpoint.LAYERS_FILE}")).unlink()
+    calibrate(make_model(), make_recipe(), parts)
+    assert digests(parts) == digests(whole)
+
+
+@pytest.mark.parametrize("change", ["recipe", "model"])
+def test_state_of_another_recipe_or_model_is_not_used(change, tmp_path):
+    calibrate(make_model(), make_recipe(), tmp_path / "folder")
+    model = make_model(seed=1 if change == "model" else 0)
+    recipe = make_recipe(*(["weights.search=absmax"] if change == "recipe" else []))
+    calibrate(model, recipe, tmp_path / "folder")
+    calibrate(model, recipe, tmp_path / "fresh")
+    assert digests(tmp_path / "folder") == digests(tmp_path / "fresh")
+
+
+def test_a_finished_run_is_read_back(tmp_path, monkeypatch):
+    first = calibrate(make_model(), make_recipe(), tmp_path)
+    monkeypatch.setitem(package.METHODS, "rtn", None)
+    again = calibrate(make_model(), make_recipe(), tmp_path)
+    assert all(np.array_equal(a.codes, b.codes) for a, b in zip(first, again, strict=True))
+    assert not (tmp_path / "layers").exists()
+
+
+def test_recipes_know_every_method():
+    assert tuple(METHODS) == recipes.METHODS
+
+
+def test_command_on_a_model_folder(tmp_path, capsys):
+    folder = tiny.folder("pixart", tmp_path)
+    flags = [
+        "--engine",
+        "pixart_w4a6",
+        "-m",
+        str(folder),
+        "-o",
+        str(tmp_path / "out"),
+        "--set",
+        "weights.group_size=32",
+    ]
+    assert main([*flags, "--json"]) == 0
+    answer = json.loads(capsys.readouterr().out.splitlines()[-1])
+    layers = checkpoint.load(tmp_path / "out")
+    assert answer["linears"] == len(layers) == 20 and answer["size_bytes"] == sum(layer.size_bytes for layer in layers)
+    assert {layer.weight_format for layer in layers if layer.kind == "ff.in"} == {"E3M0"}
+    assert all(get_format(layer.activation_format).name == "E2M3" for layer in layers)
+
+
+def test_command_refuses_a_group_size_that_does_not_fit(tmp_path, capsys, caplog):
+    folder = tiny.folder("pixart", tmp_path)
+    flags = [
+        "--engine",
+        "pixart_w4a6",
+        "-m",
+        str(folder),
+        "-o",
+        str(tmp_path / "out"),
+        "--set",
+        "weights.group_size=48",
+    ]
+    assert main(flags) == RecipeError.exit_code
+    assert not (tmp_path / "out").exists()
