@@ -1,0 +1,322 @@
+"""The calibrated checkpoint: what a layer stands for, round trips, and one message for every broken rule."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from export.checkpoint import (
+    LAYERS_FILE,
+    WEIGHTS_FILE,
+    QuantizedLinear,
+    load,
+    make_linear,
+    save,
+)
+from export.embedding import exact_multipliers
+from export.errors import ContractError, RecipeError
+from export.formats import decode, get_format
+from export.ops import OPS, attributes, no_multipliers
+
+N, K, GROUP = 6, 24, 8
+
+
+def layer(weight_format: str = "E2M1", granularity: str = "exact_group", bias: bool = True, seed: int = 0) -> Any:
+    """A small layer with random codes."""
+    rng = np.random.default_rng(seed)
+    codes = rng.integers(0, 2 ** get_format(weight_format).bits, (N, K)).astype(np.uint8)
+    columns = K // GROUP if granularity == "group" else 1
+    allowed = exact_multipliers(weight_format, ("INT8",))
+    multipliers = rng.choice(allowed, (N, K // GROUP)).astype(np.uint8) if granularity == "exact_group" else None
+    return make_linear(
+        codes,
+        weight_format=weight_format,
+        name=f"blocks.{seed}.to_q",
+        kind="attn.qkv",
+        activation_format="E2M3",
+        granularity=granularity,
+        group_size=0 if granularity == "per_channel" else GROUP,
+        scales=rng.uniform(0.1, 1, (N, columns)).astype(np.float32),
+        multipliers=multipliers,
+        bias=rng.normal(size=N).astype(np.float32) if bias else None,
+    )
+
+
+CASES = [
+    ("E2M1", "exact_group"),
+    ("E1M2", "exact_group"),
+    ("E3M0", "per_channel"),
+    ("E2M1", "group"),
+    ("INT6", "exact_group"),
+    ("E2M3", "group"),
+    ("INT8", "per_channel"),
+]
+
+
+# --- what a layer stands for ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("weight_format", "granularity"), CASES)
+def test_dequantized_and_image_follow_the_definition(weight_format: str, granularity: str) -> None:
+    """W[n, k] = value(code) * multiplier * scale, and image = value * multiplier * 2^f, element by element."""
+    one = layer(weight_format, granularity)
+    fmt, codes = get_format(weight_format), one.unpacked_codes()
+    image, value = one.image(), one.dequantized()
+    for n in range(N):
+        for k in range(K):
+            g = k // GROUP
+            multiplier = 1 if one.multipliers is None else int(one.multipliers[n, g])
+            scale = float(one.scales[n, g if granularity == "group" else 0])
+            assert value[n, k] == decode(fmt, codes[n, k]) * multiplier * scale
+            assert image[n, k] == decode(fmt, codes[n, k]) * multiplier * 2**fmt.fraction_bits
+    assert (image.dtype, value.dtype) == (np.int32, np.float64)
+
+
+@pytest.mark.parametrize(("weight_format", "granularity"), CASES)
+def test_the_op_gives_the_same_weight(weight_format: str, granularity: str) -> None:
+    """DequantizeWeight of the stored arrays is `dequantized()` rounded to float32 once."""
+    one = layer(weight_format, granularity)
+    table = exact_multipliers(weight_format, ("INT8",))[:16] if granularity == "exact_group" else (1,)
+    choices = {"format": weight_format, "in_features": K, "group_size": one.group_size, "multipliers": table}
+    indices = no_multipliers(K, one.group_size)
+    if one.multipliers is not None:
+        keep = np.isin(one.multipliers, table)
+        one = replace(one, multipliers=np.where(keep, one.multipliers, 1).astype(np.uint8))
+        found = np.searchsorted(table, one.multipliers).astype(np.uint8)
+        padded = np.pad(found, [(0, 0), (0, found.shape[1] % 2)])
+        indices = padded[:, 0::2] | padded[:, 1::2] << 4
+    (w,) = OPS["DequantizeWeight"].numpy(one.codes, one.scales, indices, **attributes("DequantizeWeight", **choices))
+    np.testing.assert_array_equal(w.T, one.dequantized().astype(np.float32))
+
+
+def test_image_of_codes_in_any_memory_order() -> None:
+    codes = np.asfortranarray(np.arange(N * K).reshape(N, K) % 100).astype(np.uint8, order="K")
+    fields = {"name": "l", "kind": "other", "activation_format": "INT8", "granularity": "exact_group"}
+    scales, multipliers = np.full((N, 1), 2, np.float32), np.ones((N, K // GROUP), np.uint8)
+    one = make_linear(
+        codes, weight_format="INT8", group_size=GROUP, scales=scales, multipliers=multipliers, bias=None, **fields
+    )
+    assert (one.image() == codes).all()
+    assert (one.dequantized() == 2.0 * codes).all()
+
+
+def test_integer_image_stays_within_int8() -> None:
+    """Codes that a symmetric quantizer emits, with any allowed multiplier."""
+    for weight_format in ("E2M1", "E1M2", "E3M0", "INT4", "INT6", "INT8", "E2M3"):
+        one = layer(weight_format)
+        kmax = get_format(weight_format).kmax * max(exact_multipliers(weight_format, ("INT8",)))
+        within = np.abs(decode(get_format(weight_format), one.unpacked_codes())) <= get_format(weight_format).max_value
+        assert np.abs(one.image()[within]).max() <= kmax <= 127
+
+
+def test_sizes() -> None:
+    one = layer("E2M1", "exact_group")
+    assert (one.out_features, one.in_features, one.groups) == (N, K, 3)
+    assert one.size_bytes == N * K // 2 + N * 4 + N * 2  # 3 multipliers of 4 bits take 2 bytes
+    assert layer("E3M0", "per_channel").size_bytes == N * K // 2 + N * 4
+
+
+# --- round trip ----------------------------------------------------------------------------------------------------
+
+
+def assert_equal(a: QuantizedLinear, b: QuantizedLinear) -> None:
+    for name in a.__dataclass_fields__:
+        left, right = getattr(a, name), getattr(b, name)
+        assert (left is None) == (right is None), name
+        np.testing.assert_array_equal(left, right, err_msg=name)
+
+
+def test_round_trip(tmp_path: Path) -> None:
+    layers = [layer(*case, bias=i % 2 == 0, seed=i) for i, case in enumerate(CASES)]
+    save(layers, tmp_path / "new" / "folder")
+    back = load(tmp_path / "new" / "folder")
+    assert [one.name for one in back] == [one.name for one in layers]
+    for one, other in zip(layers, back, strict=True):
+        assert_equal(one, other)
+    assert sorted(p.name for p in (tmp_path / "new" / "folder").iterdir()) == [LAYERS_FILE, WEIGHTS_FILE]
+
+
+def test_same_layers_give_the_same_bytes(tmp_path: Path) -> None:
+    layers = [layer(*case, seed=i) for i, case in enumerate(CASES)]
+    save(layers, tmp_path / "a")
+    save(load(tmp_path / "a"), tmp_path / "b")
+    for name in (LAYERS_FILE, WEIGHTS_FILE):
+        assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
+
+
+def test_saving_again_replaces(tmp_path: Path) -> None:
+    save([layer(seed=1), layer(seed=2)], tmp_path)
+    save([layer("INT8", "per_channel", seed=3)], tmp_path)
+    (one,) = load(tmp_path)
+    assert_equal(one, layer("INT8", "per_channel", seed=3))
+
+
+def test_an_interrupted_save_is_no_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Old rows with new weights must never be read together."""
+    save([layer(seed=1)], tmp_path)
+    monkeypatch.setattr("export.checkpoint.json.dumps", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        save([layer(seed=2)], tmp_path)
+    with pytest.raises(ContractError, match=f"{LAYERS_FILE}: cannot be read"):
+        load(tmp_path)
+
+
+def interrupt(*_: Any, **__: Any) -> None:
+    raise KeyboardInterrupt
+
+
+# --- broken rules --------------------------------------------------------------------------------------------------
+
+GOOD = layer()
+RULES: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
+    "granularity": ({"granularity": "per_token"}, ContractError, r"blocks.0.to_q: granularity 'per_token'; use one of"),
+    "group does not divide": (
+        {"group_size": 7},
+        ContractError,
+        "K=24 is not a multiple of group_size 7; use a divisor",
+    ),
+    "no group size": ({"group_size": 0}, ContractError, "K=24 is not a multiple of group_size 0"),
+    "flat codes": (
+        {"codes": GOOD.codes.ravel()},
+        ContractError,
+        r"codes have shape \(72,\); expected \[N, packed bytes\]",
+    ),
+    "wide codes": (
+        {"codes": np.zeros((N, 13), np.uint8)},
+        ContractError,
+        r"codes are uint8 \(6, 13\); E2M1 exact_group with K=24 needs uint8 \(6, 12\)",
+    ),
+    "other weight format": ({"weight_format": "E2M3"}, ContractError, r"codes are uint8 \(6, 12\); E2M3 .* \(6, 18\)"),
+    "signed codes": ({"codes": GOOD.codes.astype(np.int8)}, ContractError, "codes are int8 .* needs uint8"),
+    "scales per group": (
+        {"scales": np.ones((N, 3), np.float32)},
+        ContractError,
+        r"scales are float32 \(6, 3\); E2M1 exact_group with K=24 needs float32 \(6, 1\)",
+    ),
+    "wide scales": ({"scales": GOOD.scales.astype(np.float64)}, ContractError, "scales are float64 .* needs float32"),
+    "NaN scale": (
+        {"scales": np.full((N, 1), np.nan, np.float32)},
+        ContractError,
+        "a weight scale is NaN or Inf; the float weight is broken",
+    ),
+    "Inf scale": ({"scales": np.full((N, 1), np.inf, np.float32)}, ContractError, "a weight scale is NaN or Inf"),
+    "no multipliers": (
+        {"multipliers": None},
+        ContractError,
+        "exact_group without multipliers; they go with exact_group only",
+    ),
+    "multipliers elsewhere": (
+        {"granularity": "per_channel"},
+        ContractError,
+        "per_channel with multipliers; they go with",
+    ),
+    "multipliers of other groups": (
+        {"multipliers": np.ones((N, 4), np.uint8)},
+        ContractError,
+        r"multipliers are uint8 \(6, 4\); .* needs uint8 \(6, 3\)",
+    ),
+    "inexact multiplier": (
+        {"multipliers": np.full((N, 3), 11, np.uint8)},
+        ContractError,
+        r"multipliers \[11\] would not be exact; E2M1 allows \(1, 2, 3, 4, 5, 6, 7, 8, 9, 10\)",
+    ),
+    "zero multiplier": (
+        {"multipliers": np.zeros((N, 3), np.uint8)},
+        ContractError,
+        r"multipliers \[0\] would not be exact",
+    ),
+    "bias of another layer": ({"bias": np.zeros(5, np.float32)}, ContractError, r"bias are float32 \(5,\); .* \(6,\)"),
+    "unknown weight format": ({"weight_format": "E9M9"}, RecipeError, "number format 'E9M9' is unknown"),
+    "unknown activation format": ({"activation_format": "FP5"}, RecipeError, "number format 'FP5' is unknown"),
+}
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_broken_rule(rule: str) -> None:
+    changes, error, message = RULES[rule]
+    with pytest.raises(error, match=message):
+        replace(GOOD, **changes)
+
+
+# --- damaged files -------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def saved(tmp_path: Path) -> Path:
+    save([layer(seed=0), layer("E3M0", "per_channel", seed=1)], tmp_path)
+    return tmp_path
+
+
+def edit(folder: Path, change: Any) -> None:
+    """Apply `change` to the parsed rows file."""
+    document = json.loads((folder / LAYERS_FILE).read_text())
+    change(document)
+    (folder / LAYERS_FILE).write_text(json.dumps(document))
+
+
+@pytest.mark.parametrize("name", [LAYERS_FILE, WEIGHTS_FILE])
+def test_missing_file(saved: Path, name: str) -> None:
+    (saved / name).unlink()
+    with pytest.raises(ContractError, match=f"{name}: cannot be read .*calibrate again"):
+        load(saved)
+
+
+@pytest.mark.parametrize("keep", [0.0, 0.3, 0.9, 0.999])
+@pytest.mark.parametrize("name", [LAYERS_FILE, WEIGHTS_FILE])
+def test_truncated_file(saved: Path, name: str, keep: float) -> None:
+    data = (saved / name).read_bytes()
+    (saved / name).write_bytes(data[: min(int(len(data) * keep), len(data) - 2)])
+    with pytest.raises(ContractError, match=f"{name}: cannot be read .*calibrate again"):
+        load(saved)
+
+
+def test_bytes_that_are_no_text(saved: Path) -> None:
+    (saved / LAYERS_FILE).write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(ContractError, match="cannot be read"):
+        load(saved)
+
+
+@pytest.mark.parametrize("text", ["[]", "3", '{"layers": []}'])
+def test_another_document(saved: Path, text: str) -> None:
+    (saved / LAYERS_FILE).write_text(text)
+    with pytest.raises(ContractError, match="schema version None, this program reads 1; calibrate again"):
+        load(saved)
+
+
+def test_another_schema(saved: Path) -> None:
+    edit(saved, lambda document: document.update(schema_version=99))
+    with pytest.raises(ContractError, match="schema version 99, this program reads 1"):
+        load(saved)
+
+
+DAMAGES = {
+    "no layers": lambda document: document.pop("layers"),
+    "layers of another kind": lambda document: document.update(layers="two"),
+    "a row that is no table": lambda document: document["layers"].append(3),
+    "missing key": lambda document: document["layers"][0].pop("kind"),
+    "unknown key": lambda document: document["layers"][1].update(colour="red"),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_damaged_rows(saved: Path, damage: str) -> None:
+    edit(saved, DAMAGES[damage])
+    with pytest.raises(ContractError, match=f"{LAYERS_FILE}: a layer has not the keys .*calibrate again"):
+        load(saved)
+
+
+def test_missing_tensor(saved: Path) -> None:
+    edit(saved, lambda document: document["layers"][0].update(name="blocks.7.to_q"))
+    with pytest.raises(ContractError, match=r"tensor blocks.7.to_q/codes is missing; .*calibrate again"):
+        load(saved)
+
+
+def test_rows_that_do_not_fit_their_tensors(saved: Path) -> None:
+    edit(saved, lambda document: document["layers"][0].update(in_features=32))
+    with pytest.raises(ContractError, match=r"codes are uint8 \(6, 12\); E2M1 exact_group with K=32 needs"):
+        load(saved)
