@@ -1,0 +1,36 @@
+"""The targets by name. Backends are imported on first use, since each needs its own heavy packages."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from importlib import import_module
+
+from pipeline.backends.base import Backend
+
+# name -> (module, class)
+ROWS = {
+    "cpu": ("pipeline.backends.cpu", "CpuBackend"),
+    "rtx": ("pipeline.backends.rtx", "RtxBackend"),
+}
+
+
+class _LazyBackends(Mapping[str, Backend]):
+    """Mapping of target name to backend that imports a backend when it is asked for."""
+
+    def __init__(self) -> None:
+        self._made: dict[str, Backend] = {}
+
+    def __getitem__(self, name: str) -> Backend:
+        if name not in self._made:
+            module, class_name = ROWS[name]
+            self._made[name] = getattr(import_module(module), class_name)()
+        return self._made[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(ROWS)
+
+    def __len__(self) -> int:
+        return len(ROWS)
+
+
+BACKENDS: Mapping[str, Backend] = _LazyBackends()

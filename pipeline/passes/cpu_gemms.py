@@ -1,0 +1,134 @@
+"""The GEMM forms of the CPU lowering: one function per path, each emits nodes and says where the proof looks."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+
+import numpy as np
+import onnx_ir as ir
+from numpy.typing import NDArray
+
+from pipeline.passes.cpu_quantizers import Operand
+from pipeline.passes.emit import MICROSOFT, Emitter
+from pipeline.passes.gemm_spec import GemmSpec, unit_scales, weight_image
+
+INT8, FLOAT, FLOAT16 = ir.DataType.INT8, ir.DataType.FLOAT, ir.DataType.FLOAT16
+
+
+@dataclass(frozen=True)
+class Product:
+    """A GEMM's result [..., N]: with weight scales applied, before token scale and bias.
+
+    probed: the tensor that equals float32(integer sum) * `scales`; scales: the initializer [N], or '' for none.
+    """
+
+    value: ir.Value
+    probed: ir.Value
+    scales: str
+
+
+def integer_gemm(emit: Emitter, spec: GemmSpec, a: Operand) -> Product:
+    """u8 x s8 -> float32(int32 sum) * scale. One limb is a single fused op of onnxruntime."""
+    w = image_initializer(emit, spec)
+    scales = emit.lazy(f"{spec.layer}.unit_scales", FLOAT, (spec.out_features,), partial(unit_scales, spec))
+    zero = emit.constant(a.zero, np.uint8)
+    if len(a.codes) == 1:
+        one = emit.constant(1.0)
+        y = emit.op("MatMulIntegerToFloat", a.codes[0], w, one, scales, zero, name="product", domain=MICROSOFT)
+        return Product(y, y, str(scales.name))
+    total = _limb_sum(emit, a.codes, a.weights, w, zero)
+    y = emit.op("Mul", emit.op("Cast", total, name="sum_f32", to=FLOAT), scales, name="product")
+    return Product(y, y, str(scales.name))
+
+
+def grouped_gemm(emit: Emitter, spec: GemmSpec, a: Operand) -> Product:
+    """Real scales per group: [G, M, K/G] x [G, K/G, N] in int32, each group scaled, then added in float32."""
+    w = image_initializer(emit, spec)
+    groups, k, n = spec.groups, spec.group_size, spec.out_features
+    w = emit.op("Reshape", w, emit.constant([groups, k, n], np.int64), name="grouped_weight")
+    scales = emit.lazy(f"{spec.layer}.unit_scales", FLOAT, (groups, n), partial(unit_scales, spec))
+    scales = emit.op("Reshape", scales, emit.constant([groups, 1, n], np.int64), name="grouped_scales")
+    shape = emit.constant([-1, groups, k], np.int64)
+    rows = [emit.op("Reshape", code, shape, name=f"rows_{i}") for i, code in enumerate(a.codes)]
+    turned = tuple(emit.op("Transpose", row, name=f"grouped_{i}", perm=[1, 0, 2]) for i, row in enumerate(rows))
+    total = _limb_sum(emit, turned, a.weights, w, emit.constant(a.zero, np.uint8))
+    scaled = emit.op("Mul", emit.op("Cast", total, name="sum_f32", to=FLOAT), scales, name="scaled")
+    flat = emit.op("ReduceSum", scaled, emit.constant([0], np.int64), name="flat", keepdims=0)
+    y = emit.op("Reshape", flat, _shape_like(emit, a.scale, n), name="product")
+    return Product(y, y, "")
+
+
+def float_gemm(emit: Emitter, spec: GemmSpec, values: ir.Value) -> Product:
+    """values f32 (of the activation's format, unscaled) times the dequantized weight, in float32."""
+    w, exponent = _stored_weight(emit, spec)
+    shape = (spec.groups, 1, spec.out_features) if spec.real_groups else (spec.out_features,)
+    scales = emit.lazy(f"{spec.layer}.scales_f32", FLOAT, shape, partial(_float_scales, spec, exponent))
+    if spec.real_groups:
+        grouped = emit.constant([spec.groups, spec.group_size, spec.out_features], np.int64)
+        scaled = emit.op("Mul", emit.op("Reshape", w, grouped, name="grouped_weight"), scales, name="scaled_weight")
+        w = emit.op("Reshape", scaled, emit.constant([-1, spec.out_features], np.int64), name="weight")
+        y = emit.op("MatMul", values, w, name="product")
+    else:
+        y = emit.op("Mul", emit.op("MatMul", values, w, name="unscaled"), scales, name="product")
+    return Product(y, y, "")
+
+
+def image_initializer(emit: Emitter, spec: GemmSpec) -> ir.Value:
+    """The weight's integer image as int8 [K, N]."""
+    shape = (spec.in_features, spec.out_features)
+    return emit.lazy(f"{spec.layer}.image", INT8, shape, partial(weight_image, spec))
+
+
+def finish(emit: Emitter, product: ir.Value, scale: ir.Value, bias: ir.Value | None) -> ir.Value:
+    """product * token scale (+ bias)."""
+    y = emit.op("Mul", product, scale, name="scaled_tokens")
+    return emit.op("Add", y, bias, name="output") if bias is not None else y
+
+
+def _limb_sum(
+    emit: Emitter, codes: tuple[ir.Value, ...], weights: tuple[int, ...], w: ir.Value, zero: ir.Value
+) -> ir.Value:
+    """sum_i weights[i] * (codes[i] - zero) @ w in int32."""
+    total: ir.Value | None = None
+    for i, (code, weight) in enumerate(zip(codes, weights, strict=True)):
+        part = emit.op("MatMulInteger", code, w, zero, name=f"sum_{i}")
+        if weight != 1:
+            part = emit.op("Mul", part, emit.constant(weight, np.int32), name=f"weighted_{i}")
+        total = part if total is None else emit.op("Add", total, part, name="sum")
+    assert total is not None
+    return total
+
+
+def _shape_like(emit: Emitter, scale: ir.Value, n: int) -> ir.Value:
+    """Shape [..., n] for a scale [..., 1]."""
+    leading = emit.op("Shape", scale, name="leading", end=-1)
+    return emit.op("Concat", leading, emit.constant([n], np.int64), name="shape", axis=0)
+
+
+def _stored_weight(emit: Emitter, spec: GemmSpec) -> tuple[ir.Value, int]:
+    """(float32 [K, N] = value * multiplier * 2^e, e): from the int8 image (e = f), else from float16 values (e = 0)."""
+    if spec.weight_kmax <= np.iinfo(np.int8).max:
+        stored, exponent = image_initializer(emit, spec), spec.weight.fraction_bits
+    else:
+        stored, exponent = _half_values(emit, spec), 0
+    return emit.op("Cast", stored, name="weight_f32", to=FLOAT), exponent
+
+
+def _half_values(emit: Emitter, spec: GemmSpec) -> ir.Value:
+    """Weight values times multiplier as float16 [K, N]: exact, while images of 8-bit floats leave float16's range."""
+    unit = np.float32(2.0**-spec.weight.fraction_bits)
+    shape = (spec.in_features, spec.out_features)
+    values = partial(_scaled_image, spec, unit)
+    return emit.lazy(f"{spec.layer}.values", FLOAT16, shape, values)
+
+
+def _scaled_image(spec: GemmSpec, unit: np.float32) -> NDArray[np.float16]:
+    return (weight_image(spec, np.float32) * unit).astype(np.float16)
+
+
+def _float_scales(spec: GemmSpec, weight_exponent: int) -> NDArray[np.float32]:
+    """Scales of the float path, [N] or [groups, 1, N]: activations are values, weights values times 2^exponent."""
+    undo = spec.activation.fraction_bits + spec.weight.fraction_bits - weight_exponent
+    scales = unit_scales(spec, undo)
+    return scales[:, None] if spec.real_groups else scales

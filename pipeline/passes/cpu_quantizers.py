@@ -1,0 +1,122 @@
+"""Per-token activation quantizers in standard ONNX ops, as cheap as onnxruntime's CPU kernels allow.
+
+Rounding to a float format without any loop over binades ("magic add"): with v the activation in units of the integer
+image and c = max(|v| 2^(23-M) - 2^b, 1.5 * 2^23), the float32 sum v + c has just the precision of the format's step at
+|v|, so (v + c) - c is v rounded to nearest even on the format's grid, subnormals included. 2^b is the power of two
+above the largest image: where v + c enters a binade of float32 that c is still below, c is then even and loses nothing.
+A uniform grid needs no such step: QuantizeLinear itself rounds.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import onnx_ir as ir
+
+from export.formats import Format
+from export.ops import ABSMAX_FLOOR
+from pipeline.passes.emit import Emitter
+
+FLOAT_DIGITS = 23
+# An 8-bit unsigned operand with this zero point holds images up to the zero point less one.
+SMALL_ZERO, LARGE_ZERO = 64, 128
+
+
+@dataclass(frozen=True)
+class Operand:
+    """A quantized activation in a graph: image = sum_i weights[i] * (codes[i] - zero); value = image 2^-f scale."""
+
+    x: ir.Value
+    codes: tuple[ir.Value, ...]
+    weights: tuple[int, ...]
+    zero: int
+    scale: ir.Value
+
+
+def unsupported(fmt: Format) -> str:
+    """Why this format has no quantizer here, '' if it has one."""
+    if not fmt.sign_bits:
+        return f"{fmt.name} has no sign"
+    if len(fmt.binade_starts) and fmt.kmax.bit_length() > FLOAT_DIGITS - 1 - fmt.mantissa_bits:
+        return f"the range of {fmt.name} is too wide for rounding by one float32 sum"
+    return ""
+
+
+def zero_point(kmax: int) -> int:
+    """Zero point of a u8 operand for images up to `kmax` in magnitude; the smaller one keeps pair sums small."""
+    return SMALL_ZERO if kmax < SMALL_ZERO else LARGE_ZERO
+
+
+def limb_base(kmax: int, limbs: int) -> int:
+    """Weight of the high limb: 1 for one limb, else the smallest power of two that fits it into 64 codes."""
+    if limbs == 1:
+        return 1
+    base = 2
+    while round(kmax / base) >= SMALL_ZERO:
+        base *= 2
+    return base
+
+
+def largest_code(kmax: int, limbs: int) -> int:
+    """Largest u8 code of any limb."""
+    base = limb_base(kmax, limbs)
+    largest = max(round(kmax / base), base // 2 if limbs > 1 else 0)
+    return largest + zero_point(largest)
+
+
+def quantize(emit: Emitter, x: ir.Value, fmt: Format, limbs: int) -> Operand:
+    """x f32 [..., K] -> u8 operands [..., K] and scale [..., 1]."""
+    magnitude, absmax, scale = token_scale(emit, x, fmt)
+    image = _in_units(emit, x, magnitude, absmax, fmt, float(fmt.kmax))
+    if limbs == 1:
+        zero = zero_point(fmt.kmax)
+        return Operand(x, (_to_u8(emit, image, 1.0, zero, "codes"),), (1,), zero, scale)
+    if not len(fmt.binade_starts):
+        image = emit.op("Round", image, name="image")
+    base = limb_base(fmt.kmax, limbs)
+    unit, zero = emit.constant(float(base)), emit.constant(SMALL_ZERO, np.uint8)
+    high = _to_u8(emit, image, float(base), SMALL_ZERO, "high")
+    rest = emit.op("Sub", image, emit.op("DequantizeLinear", high, unit, zero, name="high_image"), name="low_image")
+    return Operand(x, (high, _to_u8(emit, rest, 1.0, SMALL_ZERO, "low")), (base, 1), SMALL_ZERO, scale)
+
+
+def rounded_values(emit: Emitter, x: ir.Value, fmt: Format) -> tuple[ir.Value, ir.Value]:
+    """x f32 [..., K] -> (values of the format as f32 [..., K], scale [..., 1])."""
+    magnitude, absmax, scale = token_scale(emit, x, fmt)
+    value = _in_units(emit, x, magnitude, absmax, fmt, fmt.max_value)
+    return (value if len(fmt.binade_starts) else emit.op("Round", value, name="value")), scale
+
+
+def token_scale(emit: Emitter, x: ir.Value, fmt: Format) -> tuple[ir.Value, ir.Value, ir.Value]:
+    """(|x|, max(absmax, floor) [..., 1], scale [..., 1])."""
+    magnitude = emit.op("Abs", x, name="magnitude")
+    last = emit.constant([-1], np.int64)
+    peak = emit.op("ReduceMax", magnitude, last, name="peak", keepdims=1)
+    absmax = emit.op("Clip", peak, emit.constant(ABSMAX_FLOOR), name="absmax")
+    return magnitude, absmax, emit.op("Div", absmax, emit.constant(fmt.max_value), name="scale")
+
+
+def _in_units(emit: Emitter, x: ir.Value, magnitude: ir.Value, absmax: ir.Value, fmt: Format, top: float) -> ir.Value:
+    """x scaled so that absmax becomes `top`, rounded to the format's grid (uniform grids: not yet rounded)."""
+    inverse = emit.op("Div", emit.constant(top), absmax, name="inverse")
+    scaled = emit.op("Mul", x, inverse, name="scaled")
+    if not len(fmt.binade_starts):
+        return scaled
+    # Image units have steps of 1 at the bottom, value units of 2^-f; c grows with it.
+    unit, factor = top / fmt.kmax, 2.0 ** (FLOAT_DIGITS - fmt.mantissa_bits)
+    wide = _times(emit, magnitude, inverse, factor, top)
+    short = emit.op("Sub", wide, emit.constant(2.0 ** fmt.kmax.bit_length() * unit), name="short")
+    c = emit.op("Clip", short, emit.constant(1.5 * 2.0**FLOAT_DIGITS * unit), name="magic")
+    return emit.op("Sub", emit.op("Add", scaled, c, name="rounding"), c, name="rounded")
+
+
+def _times(emit: Emitter, magnitude: ir.Value, inverse: ir.Value, factor: float, top: float) -> ir.Value:
+    """|x| * inverse * factor; the tiny product first, unless it could overflow for a token of zeros."""
+    if factor * top / ABSMAX_FLOOR < np.finfo(np.float32).max:
+        return emit.op("Mul", magnitude, emit.op("Mul", inverse, emit.constant(factor), name="factor"), name="wide")
+    return emit.op("Mul", emit.op("Mul", magnitude, inverse, name="size"), emit.constant(factor), name="wide")
+
+
+def _to_u8(emit: Emitter, image: ir.Value, unit: float, zero: int, name: str) -> ir.Value:
+    return emit.op("QuantizeLinear", image, emit.constant(unit), emit.constant(zero, np.uint8), name=name)

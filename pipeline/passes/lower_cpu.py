@@ -1,0 +1,147 @@
+"""fpq ops -> stock onnxruntime ops: integer GEMMs where the embedding is exact, float otherwise, with the reason."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import onnx_ir as ir
+
+from export.ops import DOMAIN
+from pipeline.backends.base import Capabilities, Choice, GemmRow, ProbeRow
+from pipeline.passes.cpu_gemms import Product, finish, float_gemm, grouped_gemm, integer_gemm
+from pipeline.passes.cpu_paths import choose_path
+from pipeline.passes.cpu_quantizers import Operand, quantize, rounded_values, unsupported
+from pipeline.passes.emit import MICROSOFT, Emitter
+from pipeline.passes.gemm_spec import GemmSpec, read_spec
+from pipeline.passes.graph import attribute, constant, drop_unused, is_op
+from pipeline.passes.refusal import RewritePass
+
+QUANTIZERS = ("QuantizeActivation", "NormModulateQuantize")
+FUNCTION_PATH, FLOAT_PATH = "onnx function", "float32"
+
+
+@dataclass
+class _Source:
+    """A quantizer node, the float tensor it quantizes, and its operands emitted so far (by number of limbs)."""
+
+    node: ir.Node
+    x: ir.Value | None = None
+    operands: dict[int, Operand] = field(default_factory=dict)
+    values: tuple[ir.Value, ir.Value] | None = None
+
+
+class LowerCpu(RewritePass):
+    """Lower every PackedGemm and the quantizers it reads; `choices` and `probes` have one row for each.
+
+    A PackedGemm whose codes do not come from a quantizer, or whose activation format has none here, keeps its ONNX
+    function body (refused with the reason).
+    """
+
+    def __init__(self, capabilities: Capabilities) -> None:
+        super().__init__()
+        self.capabilities = capabilities
+        self.choices: list[Choice] = []
+        self.probes: list[ProbeRow] = []
+
+    def rewrite(self, model: ir.Model) -> None:
+        self.choices, self.probes = [], []
+        self._sources: dict[ir.Value, _Source] = {}
+        for node in list(model.graph):
+            if node.domain == DOMAIN and node.op_type in QUANTIZERS:
+                self._sources[node.outputs[0]] = _Source(node)
+            elif is_op(node, "PackedGemm", DOMAIN):
+                self._lower(model.graph, node)
+        for source in self._sources.values():
+            if not any(list(output.uses()) for output in source.node.outputs):
+                model.graph.remove(source.node, safe=True)
+        model.opset_imports.setdefault(MICROSOFT, 1)
+        drop_unused(model)
+
+    def _lower(self, graph: ir.Graph, node: ir.Node) -> None:
+        spec, source = read_spec(node), self._sources.get(node.inputs[0])  # type: ignore[arg-type]
+        why = "its codes do not come from a quantizer" if source is None else unsupported(spec.activation)
+        if why or source is None:
+            self.choices.append(Choice(spec.layer, FUNCTION_PATH, why))
+            self.refuse(spec.layer, why)
+            return
+        row, why = choose_path(spec, self.capabilities)
+        emit = Emitter(graph, node, spec.layer, dict(node.metadata_props))
+        product, operand, scale = self._product(graph, emit, spec, source, row)
+        bias = node.inputs[5]
+        has_bias = bias is not None and constant(bias) is not None and constant(bias).any()  # type: ignore[union-attr]
+        output = finish(emit, product.value, scale, bias if has_bias else None)
+        self._record(spec, row, why, source, product, operand, scale, output)
+        self._substitute(graph, node, output)
+        self.fired += 1
+
+    def _product(
+        self, graph: ir.Graph, emit: Emitter, spec: GemmSpec, source: _Source, row: GemmRow | None
+    ) -> tuple[Product, Operand | None, ir.Value]:
+        quantizer = self._emitter_at(graph, source)
+        if row is None:
+            if source.values is None:
+                source.values = rounded_values(quantizer, self._input(quantizer, source), spec.activation)
+            return float_gemm(emit, spec, source.values[0]), None, source.values[1]
+        if row.limbs not in source.operands:
+            x = self._input(quantizer, source)
+            source.operands[row.limbs] = quantize(quantizer, x, spec.activation, row.limbs)
+        operand = source.operands[row.limbs]
+        emit_gemm = grouped_gemm if row.real_groups else integer_gemm
+        return emit_gemm(emit, spec, operand), operand, operand.scale
+
+    def _emitter_at(self, graph: ir.Graph, source: _Source) -> Emitter:
+        """Emitter in front of the quantizer; a second form of the same tensor gets its own names."""
+        variant = "" if not source.operands and source.values is None else f"_{len(source.operands) + 1}"
+        return Emitter(graph, source.node, f"{source.node.name}{variant}", dict(source.node.metadata_props))
+
+    def _input(self, emit: Emitter, source: _Source) -> ir.Value:
+        """The float tensor to quantize; a fused norm becomes one LayerNormalization with (1 + scale, shift)."""
+        if source.x is None and source.node.op_type == "QuantizeActivation":
+            source.x = source.node.inputs[0]
+        elif source.x is None:
+            x, shift, scale = source.node.inputs
+            plus_one = emit.op("Add", scale, emit.constant(1.0), name="plus_one")
+            epsilon = float(attribute(source.node, "epsilon"))
+            source.x = emit.op("LayerNormalization", x, plus_one, shift, name="modulated", axis=-1, epsilon=epsilon)
+        assert source.x is not None
+        return source.x
+
+    def _record(
+        self,
+        spec: GemmSpec,
+        row: GemmRow | None,
+        why: str,
+        source: _Source,
+        product: Product,
+        operand: Operand | None,
+        scale: ir.Value,
+        output: ir.Value,
+    ) -> None:
+        path = row.path if row else FLOAT_PATH
+        self.choices.append(Choice(spec.layer, path, why))
+        assert source.x is not None
+        self.probes.append(
+            ProbeRow(
+                layer=spec.layer,
+                path=path,
+                x=str(source.x.name),
+                codes=tuple(str(code.name) for code in operand.codes) if operand else (),
+                limb_weights=tuple(float(w) for w in operand.weights) if operand else (),
+                codes_unit=1.0,
+                codes_offset=float(operand.zero) if operand else 0.0,
+                act_scale=str(scale.name),
+                gemm=str(product.probed.name),
+                gemm_unit=1.0,
+                gemm_scale=product.scales,
+                exact=row is not None and not row.real_groups,
+                output=str(output.name),
+            )
+        )
+
+    def _substitute(self, graph: ir.Graph, node: ir.Node, output: ir.Value) -> None:
+        old = node.outputs[0]
+        output.shape, output.type = old.shape, old.type
+        if old.is_graph_output():
+            output.name = old.name
+        ir.convenience.replace_all_uses_with(old, output, replace_graph_outputs=True)
+        graph.remove(node, safe=True)

@@ -1,0 +1,47 @@
+"""Why a pass left something alone: data that `inspect` and reports show, not only a log line."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+
+import onnx_ir as ir
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """One candidate that a pass looked at and did not change. `culprit` is the node or tensor that decided it."""
+
+    rule: str
+    culprit: str
+    reason: str
+
+
+class RewritePass(ir.passes.InPlacePass):
+    """An in-place pass that counts what it changed and says why it left the rest.
+
+    `fired` and `refusals` describe the latest call.
+    """
+
+    def __init__(self) -> None:
+        self.fired = 0
+        self.refusals: list[Refusal] = []
+
+    @property
+    def name(self) -> str:
+        return type(self).__name__
+
+    def rewrite(self, model: ir.Model) -> None:
+        """Change `model`, counting in `self.fired`; subclasses implement this."""
+        raise NotImplementedError
+
+    def call(self, model: ir.Model) -> ir.passes.PassResult:
+        self.fired, self.refusals = 0, []
+        self.rewrite(model)
+        logger.info("%s: fired %d times, refused %d", self.name, self.fired, len(self.refusals))
+        return ir.passes.PassResult(model, modified=self.fired > 0)
+
+    def refuse(self, culprit: str | None, reason: str) -> None:
+        self.refusals.append(Refusal(self.name, culprit or "(unnamed)", reason))
