@@ -33,7 +33,7 @@ def release(version: str) -> tuple[str, ...]:
 
 
 def machine_problem(metadata: Mapping[str, Any], version: str, sm: int) -> str:
-    """Why tensorrt_rtx `version` and a GPU of compute capability `sm` (0: none) cannot run an engine; empty if they can."""
+    """Why tensorrt_rtx `version` and a GPU of capability `sm` (0: none) cannot run an engine; empty if they can."""
     built, listed = metadata["tensorrt_rtx"], metadata["compute_capabilities"]
     if not sm:
         return "running the target rtx needs an NVIDIA RTX GPU and a PyTorch with CUDA; none is visible here"
