@@ -1,1 +1,1 @@
-"""Kernels and their bindings for GPU targets. Empty in this version: the place is kept."""
+"""The place of kernels and their bindings for GPU targets; empty in this version."""
