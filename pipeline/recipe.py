@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
+import math
 import tomllib
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_origin, get_type_hints
 
 import tomli_w
 
 from export.checkpoint import Granularity
 from export.errors import RecipeError
+from export.families import LAYER_KINDS
 from export.formats import get_format
 
-GRANULARITIES = Granularity.__args__  # type: ignore[attr-defined]
+GRANULARITIES = get_args(Granularity)
 SEARCHES = ("absmax", "mse")
 METHODS = ("rtn",)
-LAYER_KINDS = ("attn.qkv", "attn.out", "cross.q", "cross.kv", "cross.out", "ff.in", "ff.out", "adaln", "skip", "other")
 
 
 def _check(ok: bool, message: str) -> None:
@@ -93,6 +95,8 @@ class Sampling:
     def __post_init__(self) -> None:
         _check(self.n_steps > 0 and self.batch_size > 0, "sampling.n_steps and sampling.batch_size must be positive")
         _check(min(self.height, self.width) >= 0, "sampling.height and sampling.width must not be negative")
+        _check(self.seed >= 0, f"sampling.seed {self.seed} must not be negative")
+        _check(math.isfinite(self.guidance_scale), f"sampling.guidance_scale {self.guidance_scale} is not a number")
 
 
 @dataclass(frozen=True)
@@ -101,6 +105,10 @@ class Budgets:
 
     quant_sqnr_db: float = 10.0
     final_psnr_fp_db: float = 20.0
+
+    def __post_init__(self) -> None:
+        for name, value in asdict(self).items():
+            _check(not math.isnan(value), f"budgets.{name} is nan, which nothing can meet; give a number of dB")
 
 
 @dataclass(frozen=True)
@@ -128,32 +136,45 @@ def from_dict(document: dict[str, Any], source: str) -> Recipe:
 
 
 def _build(kind: Any, document: dict[str, Any], source: str, prefix: str) -> Any:
-    rows = {row.name: row for row in fields(kind)}
+    hints = get_type_hints(kind)
     values: dict[str, Any] = {}
     for key, value in document.items():
-        if key not in rows:
-            raise RecipeError(f"{source}: key {prefix}{key} is unknown; use one of {', '.join(rows)}")
-        default = rows[key].default
-        if is_dataclass(default):
-            if not isinstance(value, dict):
-                raise RecipeError(f"{source}: {prefix}{key} must be a table, found {value!r}")
-            value = _build(type(default), value, source, f"{prefix}{key}.")
-        else:
-            value = _typed(value, default, f"{source}: {prefix}{key}")
-        values[key] = value
+        if key not in hints:
+            raise RecipeError(f"{source}: key {prefix}{key} is unknown; use one of {', '.join(hints)}")
+        values[key] = _typed(value, hints[key], source, prefix + key)
+    missing = [row.name for row in fields(kind) if row.name in ("name", "model") and row.name not in values]
+    if missing:
+        raise RecipeError(f"{source}: key {prefix}{missing[0]} is missing; a recipe needs a name and a model")
     try:
         return kind(**values)
-    except TypeError as error:
+    except RecipeError as error:
         raise RecipeError(f"{source}: {error}") from error
 
 
-def _typed(value: Any, default: Any, where: str) -> Any:
-    if isinstance(default, float) and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
-    known = isinstance(default, str | int | float)
-    if known and (type(value) is not type(default)):
-        raise RecipeError(f"{where} is {value!r}; expected {type(default).__name__}")
-    return value
+# Type of a field -> what a value must be, in words; the test; what makes the field of it.
+TYPES: dict[Any, tuple[str, Callable[[Any], bool], Callable[[Any], Any]]] = {
+    str: ("text", lambda value: type(value) is str, str),
+    int: ("an integer", lambda value: type(value) is int, int),
+    float: ("a number", lambda value: type(value) in (int, float), float),
+    dict: ("a table of texts", lambda value: type(value) is dict and all(type(v) is str for v in value.values()), dict),
+    tuple: (
+        "a list of integers",
+        lambda value: type(value) in (list, tuple) and all(type(v) is int for v in value),
+        tuple,
+    ),
+}
+
+
+def _typed(value: Any, hint: Any, source: str, key: str) -> Any:
+    """`value` as the field type `hint` wants it. Raises RecipeError naming `key`."""
+    if is_dataclass(hint):
+        if not isinstance(value, dict):
+            raise RecipeError(f"{source}: {key} must be a table, found {value!r}")
+        return _build(hint, value, source, f"{key}.")
+    words, fits, convert = TYPES[get_origin(hint) or hint]
+    if not fits(value):
+        raise RecipeError(f"{source}: {key} is {value!r}; expected {words}")
+    return convert(value)
 
 
 def recipe_names() -> list[str]:
@@ -167,12 +188,16 @@ def load(name_or_path: str) -> Recipe:
     if name_or_path.endswith(".toml"):
         path = Path(name_or_path)
         if not path.is_file():
-            raise RecipeError(f"recipe file {path} does not exist; give a path to a .toml file or one of {recipe_names()}")
+            raise RecipeError(
+                f"recipe file {path} does not exist; give a path to a .toml file or one of {recipe_names()}"
+            )
         text = path.read_text()
     elif name_or_path in recipe_names():
         text = (resources.files("pipeline") / "recipes" / f"{name_or_path}.toml").read_text()
     else:
-        raise RecipeError(f"recipe {name_or_path!r} is unknown; use one of {', '.join(recipe_names())}, or a .toml file")
+        raise RecipeError(
+            f"recipe {name_or_path!r} is unknown; use one of {', '.join(recipe_names())}, or a .toml file"
+        )
     try:
         return from_dict(tomllib.loads(text), name_or_path)
     except tomllib.TOMLDecodeError as error:
@@ -180,24 +205,42 @@ def load(name_or_path: str) -> Recipe:
 
 
 def with_settings(recipe: Recipe, settings: list[str]) -> Recipe:
-    """The recipe with `key=value` settings applied, for example `weights.group_size=32` (values as in TOML)."""
+    """The recipe with `key=value` settings applied, keys and values as in TOML, quotes around a text not needed.
+
+    For example `weights.group_size=32`, `weights.search=absmax`, `formats.weight_of."ff.in"=E3M0`, `rtx.sm=[89]`.
+    """
     for setting in settings:
         key, separator, text = setting.partition("=")
         if not separator:
             raise RecipeError(f"--set {setting!r}: expected key=value, for example weights.group_size=32")
         document = asdict(recipe)
-        *tables, last = key.strip().split(".")
-        table = document
+        *tables, last = _path(key, setting)
+        table: Any = document
         for name in tables:
-            table = table.get(name) if isinstance(table, dict) else None  # type: ignore[assignment]
+            table = table.get(name) if isinstance(table, dict) else None
         if not isinstance(table, dict):
             raise RecipeError(f"--set {setting!r}: {key} is not a key of the recipe; see recipe.toml in any bundle")
-        table[last] = _parse(text.strip())
+        table[last] = _value(text.strip())
         recipe = from_dict(document, f"--set {setting}")
     return recipe
 
 
-def _parse(text: str) -> Any:
+def _path(key: str, setting: str) -> list[str]:
+    """The parts of a dotted TOML key; a part may be in quotes."""
+    try:
+        document: Any = tomllib.loads(f"{key} = 0")
+    except tomllib.TOMLDecodeError as error:
+        raise RecipeError(
+            f"--set {setting!r}: {key!r} is not a key; expected for example weights.group_size"
+        ) from error
+    path = []
+    while isinstance(document, dict):
+        name, document = next(iter(document.items()))
+        path.append(name)
+    return path
+
+
+def _value(text: str) -> Any:
     try:
         return tomllib.loads(f"value = {text}")["value"]
     except tomllib.TOMLDecodeError:

@@ -82,8 +82,8 @@ def test_finer_scales_are_better(tmp_path):
         found[granularity] = sqnr_db(
             model, calibrate(model, make_recipe(f"weights.granularity={granularity}"), tmp_path / granularity)
         )
-    assert found["per_channel"] + 1 < found["exact_group"]
-    assert found["per_channel"] + 1 < found["group"]
+    assert found["per_channel"] + 0.3 < found["exact_group"]
+    assert found["per_channel"] + 0.3 < found["group"]
 
 
 def test_formats_follow_the_layer_kind_and_a_format_without_multipliers_takes_one_scale(tmp_path, caplog):

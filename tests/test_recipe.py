@@ -1,0 +1,226 @@
+"""Recipes: every key, bad keys and values, --set, round trip, and what the bundled recipes say."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, fields, is_dataclass
+
+import pytest
+
+from export.errors import RecipeError
+from export.families import FAMILIES
+from pipeline import recipe as recipes
+from pipeline.calibrate.plan import group_multipliers
+from pipeline.recipe import Recipe, from_dict, load, recipe_names, to_toml, with_settings
+
+BASE = Recipe(name="test", model="zoo:pixart_mini")
+NAMES = ["dit_w4a8", "dit_w6a8", "hunyuan_w4a6", "pixart_sigma_w4a6", "pixart_w4a6", "pixart_w4a8"]
+# One other legal value for every key of a recipe.
+OTHER = {
+    "name": "other",
+    "model": "zoo:dit_mini",
+    "description": "words",
+    "formats.weight": "INT4",
+    "formats.activation": "INT8",
+    "formats.weight_of": {"ff.in": "E3M0"},
+    "weights.granularity": "per_channel",
+    "weights.group_size": 32,
+    "weights.search": "absmax",
+    "calibrate.size": 7,
+    "sampling.n_steps": 3,
+    "sampling.guidance_scale": 1.5,
+    "sampling.batch_size": 2,
+    "sampling.height": 64,
+    "sampling.width": 32,
+    "sampling.seed": 9,
+    "budgets.quant_sqnr_db": 1.25,
+    "budgets.final_psnr_fp_db": 30.5,
+    "rtx.weights": "int4",
+    "rtx.sm": (89,),
+}
+ONLY_ONE = {"calibrate.method"}  # keys with a single legal value
+WRONG_TYPES = (True, [1, "a"], {"x": 1}, 1.5, 7, "text")
+
+
+def keys(part, prefix=""):
+    for row in fields(part):
+        value = getattr(part, row.name)
+        yield from keys(value, f"{prefix}{row.name}.") if is_dataclass(value) else [prefix + row.name]
+
+
+def look_up(recipe, key):
+    for name in key.split("."):
+        recipe = getattr(recipe, name)
+    return recipe
+
+
+def document_with(key, value):
+    document = asdict(BASE)
+    *tables, last = key.split(".")
+    table = document
+    for name in tables:
+        table = table[name]
+    table[last] = value
+    return document
+
+
+def test_every_key_has_a_case_here():
+    assert set(keys(BASE)) == set(OTHER) | ONLY_ONE
+
+
+@pytest.mark.parametrize("key", OTHER)
+def test_every_key_is_read(key):
+    assert look_up(BASE, key) != OTHER[key]
+    recipe = from_dict(document_with(key, OTHER[key]), "file")
+    assert look_up(recipe, key) == OTHER[key]
+    assert from_dict(document_with(key, look_up(BASE, key)), "file") == BASE
+
+
+def wrong_types(key):
+    """The values of WRONG_TYPES that do not fit `key`: a float takes integers, a table takes tables of texts."""
+    kind = type(look_up(BASE, key))
+    fitting = {float: (float, int)}.get(kind, (kind,))
+    return [value for value in WRONG_TYPES if type(value) not in fitting or kind is dict]
+
+
+CASES = [(key, value) for key in (*OTHER, *ONLY_ONE) for value in wrong_types(key)]
+
+
+@pytest.mark.parametrize(("key", "value"), CASES, ids=str)
+def test_every_key_refuses_other_types_by_name(key, value):
+    with pytest.raises(RecipeError, match=f"file: {key} is "):
+        from_dict(document_with(key, value), "file")
+
+
+BAD_VALUES = [
+    ("name", "a/b"),
+    ("name", ""),
+    ("model", ""),
+    ("formats.weight", "E9M9"),
+    ("formats.activation", "FP6"),
+    ("formats.weight_of", {"ff.in": "E9M9"}),
+    ("formats.weight_of", {"ff": "E2M1"}),
+    ("weights.granularity", "per_tensor"),
+    ("weights.group_size", 0),
+    ("weights.search", "grid"),
+    ("calibrate.method", "magic"),
+    ("calibrate.size", 0),
+    ("sampling.n_steps", 0),
+    ("sampling.batch_size", -1),
+    ("sampling.height", -8),
+    ("sampling.seed", -1),
+    ("sampling.guidance_scale", float("nan")),
+    ("budgets.quant_sqnr_db", float("nan")),
+    ("rtx.weights", "fp16"),
+    ("rtx.sm", []),
+]
+
+
+@pytest.mark.parametrize(("key", "value"), BAD_VALUES, ids=str)
+def test_values_out_of_range_are_refused_with_the_source(key, value):
+    with pytest.raises(RecipeError, match=r"^file: "):
+        from_dict(document_with(key, value), "file")
+
+
+@pytest.mark.parametrize("key", ["wieghts", "weights.groupsize", "sampling.steps"])
+def test_unknown_keys_are_refused_with_the_known_ones(key):
+    with pytest.raises(RecipeError, match=f"key {key} is unknown; use one of "):
+        from_dict(document_with(key, 1), "file")
+
+
+@pytest.mark.parametrize("missing", ["name", "model"])
+def test_a_recipe_needs_a_name_and_a_model(missing):
+    document = {key: value for key, value in asdict(BASE).items() if key != missing}
+    with pytest.raises(RecipeError, match=f"key {missing} is missing"):
+        from_dict(document, "file")
+
+
+def test_a_table_must_be_a_table():
+    with pytest.raises(RecipeError, match="weights must be a table, found 'x'"):
+        from_dict(document_with("weights", "x"), "file")
+
+
+SETTINGS = [
+    ("weights.group_size=32", "weights.group_size", 32),
+    ("weights.search = absmax", "weights.search", "absmax"),
+    ('weights.search="absmax"', "weights.search", "absmax"),
+    ("rtx.sm=[89]", "rtx.sm", (89,)),
+    ("rtx.sm=[86, 89]", "rtx.sm", (86, 89)),
+    ("sampling.guidance_scale=3", "sampling.guidance_scale", 3.0),
+    ('formats.weight_of."ff.in"=E3M0', "formats.weight_of", {"ff.in": "E3M0"}),
+    ('formats.weight_of={"ff.in" = "E3M0"}', "formats.weight_of", {"ff.in": "E3M0"}),
+    ("formats.weight_of={}", "formats.weight_of", {}),
+    ("description=a = b", "description", "a = b"),
+]
+
+
+@pytest.mark.parametrize(("setting", "key", "value"), SETTINGS)
+def test_settings(setting, key, value):
+    assert look_up(with_settings(BASE, [setting]), key) == value
+
+
+def test_later_settings_win_and_the_recipe_itself_stays():
+    found = with_settings(BASE, ["weights.group_size=32", "weights.search=absmax", "weights.group_size=16"])
+    assert (found.weights.group_size, found.weights.search) == (16, "absmax")
+    assert BASE.weights.group_size == 64
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [
+        "weights.group_size",
+        "weights.group_size=x",
+        "weights.foo=1",
+        "foo=1",
+        "name.x=1",
+        "a.b.c=1",
+        "=1",
+        "a b=1",
+        "weights=1",
+    ],
+)
+def test_bad_settings_are_refused(setting):
+    with pytest.raises(RecipeError, match="--set"):
+        with_settings(BASE, [setting])
+
+
+def test_toml_round_trip(tmp_path):
+    changed = with_settings(BASE, ['formats.weight_of."ff.in"=E3M0', "rtx.sm=[120]", 'description="ü, \\"q\\""'])
+    for recipe in (BASE, changed):
+        path = tmp_path / "recipe.toml"
+        path.write_text(to_toml(recipe))
+        assert load(str(path)) == recipe
+
+
+def test_missing_and_damaged_files(tmp_path):
+    with pytest.raises(RecipeError, match="does not exist"):
+        load(str(tmp_path / "none.toml"))
+    (tmp_path / "bad.toml").write_text("name = ")
+    with pytest.raises(RecipeError, match="not valid TOML"):
+        load(str(tmp_path / "bad.toml"))
+    with pytest.raises(RecipeError, match="recipe 'nothing' is unknown; use one of dit_w4a8"):
+        load("nothing")
+
+
+def test_the_bundled_recipes():
+    assert recipe_names() == NAMES
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_bundled_recipe_is_named_as_its_file_and_says_its_model(name):
+    recipe = load(name)
+    assert recipe.name == name and recipe.description
+    assert recipe.model.startswith("zoo:") or recipe.model in recipe.description
+    assert len(group_multipliers(recipe.formats.weight, recipe.formats.activation)) > 1
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if name.endswith(("w4a6", "w4a8")) and "dit_w" not in name])
+def test_fp4dit_recipes_have_the_papers_formats(name):
+    recipe = load(name)
+    assert recipe.formats.weight_of == {"ff.in": "E3M0"}
+    assert recipe.formats.weight == ("E1M2" if "sigma" in name else "E2M1")
+    assert recipe.formats.activation == ("E2M3" if name.endswith("a6") else "E3M4")
+
+
+def test_recipe_kinds_are_those_of_the_families():
+    used = {kind for family in FAMILIES.values() for _, kind in family.quantized}
+    assert used <= set(recipes.LAYER_KINDS)
