@@ -115,6 +115,10 @@ def load(source: str) -> LoadedModel:
     family, notes = _family_of(config, folder)
     files = find_weights(folder)
     module = _build(family, config, folder)
+    if not any(family.kind_of(path) for path, _ in _linears(module)):
+        raise ModelError(
+            f"{folder}: {family.class_name} has no linear in repeated blocks; there is nothing to quantize"
+        )
     _assign(module, family, load_tensors(files, _shapes(module)))
     for note in notes:
         logger.warning("%s: %s", source, note)

@@ -18,6 +18,7 @@ import torch
 from onnxscript import opset21 as op
 from onnxscript.optimizer import fold_constants_ir
 from onnxscript.rewriter import rewrite
+from onnxscript.rewriter.rules import common as rules
 from torch import nn
 
 from export.errors import ContractError
@@ -29,6 +30,14 @@ OPSET, IR_VERSION = 21, 10
 MODULE_PREFIX = "transformer."
 # Tables of sines and positions stay below this many elements; larger constants are not computed at export.
 FOLD_LIMIT = 1 << 20
+# Shapes of Reshape as constants, and what torch's view and slice calls leave behind.
+CLEAN_UPS = (
+    rules.materialize_reshape_shape_rule,
+    rules.transpose_transpose_rule,
+    rules.squeeze_reshape_1d_rule,
+    rules.collapse_slice_rule,
+    rules.mul_by_1_rule,
+)
 
 
 class PlaceholderLinear(nn.Module):
@@ -130,8 +139,9 @@ def _open_weights(model: ir.Model, names: set[str]) -> None:
 def _clean(model: ir.Model) -> None:
     """Inline, fold small constants, drop what is unused and everything that names files of this machine."""
     common.InlinePass()(model)
-    for _ in range(2):
-        rewrite(model)
+    for last in (False, True):
+        if last:
+            rewrite(model, CLEAN_UPS)
         fold_constants_ir(model, onnx_shape_inference=True, input_size_limit=FOLD_LIMIT, output_size_limit=FOLD_LIMIT)
         common.RemoveUnusedNodesPass()(model)
     passes = (
