@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import errno
 import json
 import logging
 import sys
@@ -16,14 +15,13 @@ from collections.abc import Callable, Sequence
 from typing import Any, NoReturn, TextIO
 
 from export.errors import RecipeError, ResourceError, UserError
+from pipeline.files import is_out_of_disk
 
 logger = logging.getLogger(__name__)
 
 INTERNAL_ERROR, INTERRUPTED = 1, 130
-# Messages by which libraries report an exhausted resource in an exception of their own kind.
-OUT_OF_DISK = ("no space left on device", "disk quota exceeded", "storagefull")
+# Messages by which libraries report exhausted memory in an exception of their own kind.
 OUT_OF_MEMORY = ("can't allocate memory", "bad_alloc", "bad allocation", "out of memory", "failed to allocate memory")
-DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 class Parser(argparse.ArgumentParser):
@@ -110,25 +108,22 @@ def run(made: Parser, work: Work, argv: Sequence[str] | None = None, verdict: bo
 
 
 def judge(error: BaseException) -> tuple[int, str]:
-    """Exit code and one-line message of an exception."""
+    """Exit code and one-line message of an exception; its notes (PEP 678) are part of the message."""
+    code, reason = _judge(error, " ".join(str(error).split()))
+    return code, "; ".join([reason, *getattr(error, "__notes__", ())])
+
+
+def _judge(error: BaseException, text: str) -> tuple[int, str]:
     if isinstance(error, KeyboardInterrupt):
-        return INTERRUPTED, "interrupted" + (f"; {error}" if str(error) else "")
+        return INTERRUPTED, "interrupted"
     if isinstance(error, UserError):
-        return error.exit_code, " ".join(str(error).split())
-    text = " ".join(str(error).split())
+        return error.exit_code, text
     if isinstance(error, MemoryError) or any(words in text.lower() for words in OUT_OF_MEMORY):
         remedy = "close other programs, or use a smaller --batch-size, --height and --width"
         return ResourceError.exit_code, f"memory ran out ({text or type(error).__name__}); {remedy}"
     if is_out_of_disk(error):
         return ResourceError.exit_code, f"the disk is full ({text}); free some space or choose another --output-dir"
     return INTERNAL_ERROR, f"internal error, {type(error).__name__}: {text}"
-
-
-def is_out_of_disk(error: BaseException) -> bool:
-    """Did writing fail for lack of space (or of quota, or of the allowed file size)?"""
-    if isinstance(error, OSError) and error.errno in DISK_ERRORS:
-        return True
-    return any(words in str(error).lower() for words in OUT_OF_DISK)
 
 
 class _StderrHandler(logging.Handler):

@@ -2,12 +2,27 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
+import re
 import shutil
 from pathlib import Path
 from typing import Any
+
+DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+# Libraries that write in their own way report a full disk in their own words: safetensors (Rust), NumPy's tofile.
+DISK_MESSAGES = re.compile(
+    rf"no space left on device|quota exceeded|file too large|os error ({'|'.join(map(str, DISK_ERRORS))})\b"
+    r"|\d+ requested and \d+ written",
+    re.IGNORECASE,
+)
+
+
+def is_out_of_disk(error: BaseException) -> bool:
+    """Did writing fail for lack of space (or of quota, or of the allowed file size)?"""
+    return (isinstance(error, OSError) and error.errno in DISK_ERRORS) or bool(DISK_MESSAGES.search(str(error)))
 
 
 def sha256(path: Path) -> str:

@@ -44,14 +44,7 @@ def bundle_document(path: Path) -> dict[str, Any]:
     layers = [
         {**row, "embedding": embedding(row), "targets": _choices(targets, row["name"])} for row in manifest["layers"]
     ]
-    totals = {**manifest["counts"], "bytes": manifest["bytes"]}
-    return {
-        "engine": manifest["engine"],
-        "model": manifest["model"],
-        "layers": layers,
-        "kept": manifest["kept"],
-        **totals,
-    }
+    return {key: manifest[key] for key in ("engine", "model", "kept", "counts", "bytes")} | {"layers": layers}
 
 
 def _choices(targets: Mapping[str, Any], layer: str) -> dict[str, Any]:

@@ -7,9 +7,10 @@ and scratch folders. An old work folder is refused unless `resume` goes on with 
 
 from __future__ import annotations
 
+import fcntl
 import json
 import logging
-import sys
+import os
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
@@ -19,8 +20,7 @@ from typing import Any, TypeVar
 
 from export.errors import RecipeError, UserError
 from pipeline import machine
-from pipeline.command import is_out_of_disk
-from pipeline.files import remove, sha256, sha256_json, tree, write_json
+from pipeline.files import is_out_of_disk, remove, sha256, sha256_json, tree, write_json
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -66,25 +66,36 @@ class WorkFolder:
             remedy = "add --resume to finish it, or --force to start again"
             raise RecipeError(f"{self.path} holds an interrupted build; {remedy}")
         self.made_parents = _make_parents(self.path)
-        self.lock = _lock(self.path / "lock")
-        if not (self.resume and self._key_matches()):
-            self._clear()
-            write_json(self.path / "key.json", {"key": self.key})
-        for folder in (self.bundle, self.path / "stages"):
-            folder.mkdir(exist_ok=True)
+        self.lock = _lock(self.path)
+        try:
+            self._start()
+        except BaseException as error:
+            self._leave(error)
+            raise
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self.lock.close()
+        self._leave(error)
+
+    def _start(self) -> None:
+        if not (self.resume and self._key_matches()):
+            for item in self.path.iterdir():
+                remove(item)
+            write_json(self.path / "key.json", {"key": self.key})
+        for folder in (self.bundle, self.path / "stages"):
+            folder.mkdir(exist_ok=True)
+
+    def _leave(self, error: BaseException | None) -> None:
         if error is None or isinstance(error, UserError) or is_out_of_disk(error):
             remove(self.path)
             for folder in self.made_parents if error else ():
                 if not any(folder.iterdir()):
                     folder.rmdir()
         else:
-            logger.warning("state saved in %s; run the same command again with --resume", self.path)
+            error.add_note(f"state saved in {self.path}; run the same command again with --resume")
+        os.close(self.lock)
 
     def _key_matches(self) -> bool:
         path = self.path / "key.json"
@@ -92,11 +103,6 @@ class WorkFolder:
         if found and found != self.key:
             logger.warning("recipe, model, tools or code changed since the interrupted build; starting again")
         return found == self.key
-
-    def _clear(self) -> None:
-        for item in self.path.iterdir():
-            if item.name != "lock":
-                remove(item)
 
     def run(
         self, name: str, outputs: tuple[str, ...], work: Callable[[], T], reload: Callable[[], T], depends: Any = None
@@ -165,15 +171,13 @@ def _make_parents(path: Path) -> list[Path]:
     return missing
 
 
-def _lock(path: Path) -> Any:
-    """Open and lock a file until it is closed, or the process ends in whatever way."""
-    stream = path.open("w")
-    if sys.platform != "win32":
-        import fcntl
-
-        try:
-            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            remedy = "wait for it, or choose another --output-dir"
-            raise RecipeError(f"another build is writing {path.parent}; {remedy}") from error
-    return stream
+def _lock(folder: Path) -> int:
+    """Lock a folder until the descriptor that is returned is closed, or the process ends in whatever way."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        os.close(descriptor)
+        remedy = "wait for it, or choose another --output-dir"
+        raise RecipeError(f"another build is writing {folder}; {remedy}") from error
+    return descriptor

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -181,3 +182,21 @@ def test_publish_replaces_a_whole_folder(tmp_path: Path) -> None:
     publish(new, old, aside=tmp_path / "work/replaced")
     assert not (old / "stale").exists() and not new.exists() and not (tmp_path / "work/replaced").exists()
     assert load(old).name == "small"
+
+
+@pytest.mark.parametrize("survived", [0, 1])
+def test_a_stop_while_publishing_leaves_no_mixture(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, survived: int
+) -> None:
+    old, new = make_bundle(tmp_path / "engine"), make_bundle(tmp_path / "work/bundle")
+    (old / "stale").write_text("from the old one")
+    renames = iter([os.rename] * survived)
+
+    def stopped(source: Path, target: Path) -> None:
+        next(renames)(source, target)
+
+    monkeypatch.setattr(os, "rename", stopped)
+    with pytest.raises(StopIteration):
+        publish(new, old, aside=tmp_path / "work/replaced")
+    assert not old.exists() if survived else (old / "stale").exists()
+    assert load(new).name == "small", "the new bundle is still whole, for --resume to publish"

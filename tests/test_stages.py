@@ -10,6 +10,8 @@ from typing import Any
 import pytest
 
 from export.errors import ModelError, RecipeError
+from pipeline import stages
+from pipeline.command import judge
 from pipeline.stages import WorkFolder
 
 OUTPUT = "bundle/a.bin"
@@ -111,7 +113,18 @@ def test_interruptions_and_bugs_keep_the_state(tmp_path: Path, error: BaseExcept
     with pytest.raises(type(error)), WorkFolder(tmp_path / "x.partial", "key") as work:
         Counter(work)()
         raise error
+    assert "x.partial; run the same command again with --resume" in judge(error)[1]
     assert resumed_count(tmp_path / "x.partial") == 0
+
+
+def test_a_full_disk_at_the_start_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(stages, "write_json", full)
+    with pytest.raises(OSError, match="No space"), WorkFolder(tmp_path / "deep/x.partial", "key"):
+        pytest.fail("entered")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_two_builds_of_one_output(tmp_path: Path) -> None:
