@@ -1,0 +1,272 @@
+"""report/index.html: one page without any link to the outside that shows what verification found."""
+
+from __future__ import annotations
+
+import base64
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from html import escape
+from importlib import resources
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from numpy.typing import NDArray
+
+from pipeline import machine
+from pipeline.recipe import Recipe, to_toml
+from pipeline.report import Gate, LayerResult, Report
+from pipeline.report_pictures import Column, file_names, gallery
+from pipeline.report_plots import Series, line_plot
+from pipeline.study import Study
+
+if TYPE_CHECKING:
+    from export.models import LoadedModel
+
+STYLE = (resources.files("pipeline") / "report_style.css").read_text
+LINE_STYLES = ("line1", "line2", "line3", "line4")
+Facts = Mapping[str, str]
+
+
+@dataclass(frozen=True)
+class Page:
+    """What the page shows. facts: sections of label -> text. prompts: one for each picture of a column."""
+
+    title: str
+    subtitle: str
+    report: Report
+    facts: Mapping[str, Facts]
+    recipe: str
+    prompts: Sequence[str]
+    columns: Sequence[Column]
+    pictures_note: str
+
+
+def write_page(
+    report: Report,
+    model: LoadedModel,
+    recipe: Recipe,
+    found: Study,
+    engines: Mapping[str, NDArray[Any]],
+    out_dir: Path,
+) -> None:
+    """Write index.html and images/*.png into `out_dir`."""
+    pixels = found.case.output == "pixels"
+    columns = gallery(found.images, engines, pixels)
+    (out_dir / "images").mkdir(parents=True, exist_ok=True)
+    for name, data in file_names(columns).items():
+        (out_dir / "images" / name).write_bytes(data)
+    note = "Pictures as the model makes them" if pixels else "First three latent channels (no image decoder here)"
+    note += f": {found.case.n_steps} steps of {found.case.sampler}, guidance {found.case.guidance_scale:g}, same noise."
+    page = Page(
+        title=recipe.name,
+        subtitle=recipe.description,
+        report=report,
+        facts=_facts(model, recipe, found),
+        recipe=to_toml(recipe),
+        prompts=found.case.prompts,
+        columns=columns,
+        pictures_note=note,
+    )
+    (out_dir / "index.html").write_text(render(page), encoding="utf-8")
+
+
+def _facts(model: LoadedModel, recipe: Recipe, found: Study) -> dict[str, Facts]:
+    here = machine.facts()
+    count = sum(tensor.numel() for tensor in model.module.parameters())
+    return {
+        "Model": {
+            "source": model.source,
+            "revision": model.revision or "local files",
+            "family": model.family.name,
+            "parameters": f"{count / 1e6:.1f} M",
+            "sha256": model.sha256[:16],
+        },
+        "Recipe": {
+            "weights": f"{recipe.formats.weight}, {recipe.weights.granularity} {recipe.weights.group_size}",
+            "activations": f"{recipe.formats.activation}, one scale per token",
+            "exceptions": ", ".join(f"{kind} {name}" for kind, name in recipe.formats.weight_of.items()) or "none",
+            "calibration": f"{recipe.calibrate.method}, {recipe.weights.search} search",
+            "steps": str(found.case.n_steps),
+        },
+        "Machine": {
+            "processor": here["cpu"],
+            "cores": str(here["cpus"]),
+            "memory": f"{here['memory_bytes'] / 2**30:.0f} GiB",
+            "instructions": ", ".join(here["cpu_flags"]),
+        },
+        "Versions": machine.tool_versions(),
+    }
+
+
+# --- rendering ------------------------------------------------------------------------------------------------------
+
+
+def render(page: Page) -> str:
+    """The page as one HTML document."""
+    sections = (
+        _header(page),
+        _figures(page.report),
+        _gates(page.report),
+        _pictures(page),
+        _steps(page.report),
+        _layers_plot(page.report),
+        _facts_section(page),
+        _layers_table(page.report),
+    )
+    head = f"<meta charset='utf-8'><title>{escape(page.title)}</title><style>{STYLE()}</style>"
+    body = f"<body><main>{''.join(sections)}</main></body>"
+    return f"<!doctype html><html lang='en'><head>{head}</head>{body}</html>\n"
+
+
+def _section(title: str, body: str, text: str = "") -> str:
+    lead = f"<p class='muted'>{escape(text)}</p>" if text else ""
+    return f"<section><h2>{escape(title)}</h2>{lead}{body}</section>"
+
+
+def _table(heads: str, rows: str, style: str = "", frame: str = "scroll") -> str:
+    """A table from the cells of its head and the rows of its body; it scrolls inside its frame."""
+    head, body = f"<thead><tr>{heads}</tr></thead>", f"<tbody>{rows}</tbody>"
+    return f"<div class='{frame}'><table class='{style}'>{head}{body}</table></div>"
+
+
+def _header(page: Page) -> str:
+    passed = page.report.passed
+    failed = ", ".join(gate.name for gate in page.report.failures())
+    verdict = f"<span class='badge {'good' if passed else 'bad'}'>{'PASSED' if passed else 'FAILED'}</span>"
+    reason = "" if passed else f"<p class='bad-text'>Failed: {escape(failed)}</p>"
+    notes = "".join(f"<p class='note'>{escape(note)}</p>" for note in page.report.notes)
+    title = f"<h1>{escape(page.title)} {verdict}</h1><p class='muted'>{escape(page.subtitle)}</p>"
+    return f"<header>{title}{reason}{notes}</header>"
+
+
+def _figures(report: Report) -> str:
+    targets = list(dict.fromkeys(row.target for row in report.layers))
+    first = [row for row in report.layers if row.target == targets[0]] if targets else []
+    gates = {gate.name: gate for gate in report.gates}
+    share = [gate.value for gate in report.gates if gate.name.endswith("/codes_equal")]
+    cards = [
+        (f"{len(first)}", "linears quantized"),
+        (f"{sum(row.size_bytes for row in first) / 1e6:.1f} MB", "quantized weights"),
+        (f"{sum(gate.passed for gate in report.gates)} of {len(report.gates)}", "gates passed"),
+        (f"{100 * min(share):.4f} %" if share else "-", "activation codes equal"),
+        (
+            _number(gates["final_psnr_fp_db"].value) + " dB" if "final_psnr_fp_db" in gates else "-",
+            "PSNR to the float model",
+        ),
+    ]
+    return (
+        "<section class='cards'>" + "".join(f"<div><b>{a}</b><span>{b}</span></div>" for a, b in cards) + "</section>"
+    )
+
+
+def _gates(report: Report) -> str:
+    rows = "".join(_gate_row(gate) for gate in report.gates)
+    heads = "<th></th><th>gate</th><th class='num'>value</th><th class='num'>limit</th><th>why this limit</th>"
+    return _section("Gates", _table(heads, rows))
+
+
+def _gate_row(gate: Gate) -> str:
+    mark = "<td class='good-text'>&#10003;</td>" if gate.passed else "<td class='bad-text'>&#10007;</td>"
+    sign = "&le;" if gate.at_most else "&ge;"
+    unit = f" <span class='muted'>{escape(gate.unit)}</span>" if gate.unit else ""
+    cells = f"<td class='name'>{escape(gate.name)}</td><td class='num'>{_number(gate.value)}{unit}</td>"
+    cells += f"<td class='num'>{sign} {_number(gate.limit)}</td><td class='why'>{escape(gate.why)}</td>"
+    return f"<tr>{mark}{cells}</tr>"
+
+
+def _number(value: float) -> str:
+    """Six digits are enough for people; shares close to 1 keep what matters."""
+    if math.isnan(value):
+        return "-"
+    if math.isinf(value):
+        return "&infin;" if value > 0 else "-&infin;"
+    return f"{value:.8f}" if 0.99 < value < 1 else f"{value:.4g}" if abs(value) < 1e4 else f"{value:,.0f}"
+
+
+def _pictures(page: Page) -> str:
+    heads = "".join(f"<th>{escape(column.heading)}</th>" for column in page.columns)
+    rows = ""
+    for i, prompt in enumerate(page.prompts):
+        cells = "".join(f"<td><img alt='{escape(c.heading)}' src='{_data_uri(c.pngs[i])}'></td>" for c in page.columns)
+        rows += f"<tr><th class='prompt'>{escape(prompt)}</th>{cells}</tr>"
+    return _section("Pictures", _table(f"<th></th>{heads}", rows, "pictures"), page.pictures_note)
+
+
+def _data_uri(png: bytes) -> str:
+    return "data:image/png;base64," + base64.b64encode(png).decode()
+
+
+def _steps(report: Report) -> str:
+    if not report.steps:
+        return ""
+    targets = list(dict.fromkeys(row.target for row in report.steps))
+    first = [row for row in report.steps if row.target == targets[0]]
+    series = [
+        Series(
+            f"{target} engine against the reference",
+            style,
+            [row.sqnr_db for row in report.steps if row.target == target],
+        )
+        for target, style in zip(targets, LINE_STYLES, strict=False)
+    ]
+    series.append(
+        Series("reference: worst float32 run against float64", "faint", [row.reference_fp32_db for row in first])
+    )
+    series.append(
+        Series("reference against the float model (quantization)", "quant", [row.quant_sqnr_db for row in first])
+    )
+    plot = line_plot(series, [str(row.step) for row in first], "denoising step", "SQNR in dB (higher is closer)")
+    text = "Every step on the same inputs, those of the float64 reference's trajectory."
+    return _section("Error by step", plot, text)
+
+
+def _layers_plot(report: Report) -> str:
+    targets = list(dict.fromkeys(row.target for row in report.layers))
+    if not targets:
+        return ""
+    first = [row for row in report.layers if row.target == targets[0]]
+    series = [
+        Series(f"{target} engine", style, [row.input_sqnr_db for row in report.layers if row.target == target])
+        for target, style in zip(targets, LINE_STYLES, strict=False)
+    ]
+    series.append(Series("reference: worst float32 run", "faint", [row.input_limit_db for row in first]))
+    labels = [_short(row.name) for row in first]
+    plot = line_plot(series, labels, "quantized linear, in order of execution", "SQNR of its input in dB")
+    text = (
+        "Each linear's input in the running engine against the float64 reference's: flipped codes amplify with depth."
+    )
+    return _section("Error by layer", plot, text)
+
+
+def _short(name: str) -> str:
+    parts = [part for part in name.split(".") if part not in ("transformer_blocks", "blocks")]
+    return parts[0] if parts[0].isdigit() else name
+
+
+def _facts_section(page: Page) -> str:
+    blocks = ""
+    for title, rows in page.facts.items():
+        items = "".join(f"<dt>{escape(key)}</dt><dd>{escape(value)}</dd>" for key, value in rows.items())
+        blocks += f"<div><h3>{escape(title)}</h3><dl>{items}</dl></div>"
+    recipe = f"<details><summary>Resolved recipe</summary><pre>{escape(page.recipe)}</pre></details>"
+    return _section("Made from", f"<div class='facts'>{blocks}</div>{recipe}")
+
+
+def _layers_table(report: Report) -> str:
+    titles = ("target", "layer", "kind", "weights", "activations", "path")
+    numbers = ("GEMM max diff", "codes equal", "output error / bound", "weight SQNR dB", "bytes")
+    heads = "".join(f"<th>{title}</th>" for title in titles) + "".join(
+        f"<th class='num'>{title}</th>" for title in numbers
+    )
+    rows = "".join(_layer_row(row) for row in report.layers)
+    return _section("Layers", _table(heads, rows, frame="scroll tall"))
+
+
+def _layer_row(row: LayerResult) -> str:
+    weights = f"{row.weight_format} {row.granularity}" + (f" {row.group_size}" if row.group_size else "")
+    texts = (row.target, row.name, row.kind, weights, row.activation_format, row.path)
+    numbers = (row.gemm_max_abs_diff, row.codes_equal_share, row.output_error, row.weight_sqnr_db)
+    cells = "".join(f"<td>{escape(text)}</td>" for text in texts)
+    cells += "".join(f"<td class='num'>{_number(number)}</td>" for number in numbers)
+    return f"<tr>{cells}<td class='num'>{row.size_bytes:,}</td></tr>"

@@ -1,0 +1,71 @@
+"""Pictures of a report: arrays to PNG files, and amplified differences."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+GAINS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 10_000, 100_000)
+
+
+@dataclass(frozen=True)
+class Column:
+    """One column of the gallery: a file name stem, a heading, and a PNG for each prompt."""
+
+    stem: str
+    heading: str
+    pngs: tuple[bytes, ...]
+
+
+def gallery(images: Mapping[str, NDArray[Any]], engines: Mapping[str, NDArray[Any]], pixels: bool) -> list[Column]:
+    """Columns float, reference, engines, then what separates them, amplified; images [B, C, H, W] by name.
+
+    Latents (`pixels` False) are shown by their first three channels, all in the reference's range.
+    """
+    reference = images["reference"]
+    low, high = (-1.0, 1.0) if pixels else (float(reference.min()), float(reference.max()))
+    columns = [_column(name, name, images[name], low, high) for name in ("float", "reference")]
+    columns += [_column(target, f"{target} engine", engine, low, high) for target, engine in engines.items()]
+    columns.append(_difference("quantization", "reference - float", reference - images["float"], high - low))
+    for target, engine in engines.items():
+        columns.append(_difference(f"{target}-difference", f"{target} - reference", engine - reference, high - low))
+    return columns
+
+
+def _column(stem: str, heading: str, images: NDArray[Any], low: float, high: float) -> Column:
+    unit = (np.nan_to_num(images) - low) / max(high - low, 1e-30)
+    return Column(stem, heading, tuple(png(image) for image in unit))
+
+
+def _difference(stem: str, heading: str, difference: NDArray[Any], span: float) -> Column:
+    gain = amplification(difference, span)
+    unit = 0.5 + np.nan_to_num(difference) * gain / max(span, 1e-30)
+    return Column(stem, f"{heading}, x{gain:,} around grey", tuple(png(image) for image in unit))
+
+
+def amplification(difference: NDArray[Any], span: float) -> int:
+    """The largest gain of the table with which the difference stays within half of `span`."""
+    largest = float(np.abs(np.nan_to_num(difference)).max(initial=0))
+    fitting = [gain for gain in GAINS if largest * gain <= span / 2]
+    return fitting[-1] if fitting and largest > 0 else GAINS[0]
+
+
+def png(image: NDArray[Any]) -> bytes:
+    """[C, H, W] in [0, 1] -> PNG bytes; one channel is grey, of more than three the first three are shown."""
+    from PIL import Image
+
+    channels = image[:3] if len(image) >= 3 else np.repeat(image[:1], 3, axis=0)
+    bytes_ = np.rint(np.clip(channels, 0, 1) * 255).astype(np.uint8).transpose(1, 2, 0)
+    stream = io.BytesIO()
+    Image.fromarray(bytes_).save(stream, "PNG")
+    return stream.getvalue()
+
+
+def file_names(columns: Sequence[Column]) -> dict[str, bytes]:
+    """File name -> PNG for every picture of the gallery."""
+    return {f"{column.stem}-{i}.png": data for column in columns for i, data in enumerate(column.pngs)}
