@@ -57,6 +57,9 @@ class QuantizedLinear:
         self._check_arrays()
         if not np.isfinite(self.scales).all():
             raise ContractError(f"{self.name}: a weight scale is NaN or Inf; the float weight is broken")
+        finite = np.isfinite(get_format(self.weight_format).values)
+        if not (finite.all() or finite[self.unpacked_codes()].all()):
+            raise ContractError(f"{self.name}: a {self.weight_format} code is NaN or Inf; the float weight is broken")
         if self.multipliers is not None:
             self._check_multipliers(self.multipliers)
 

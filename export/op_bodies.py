@@ -124,15 +124,16 @@ def _encode(body: Body, v: str, out: str) -> str:
     """
     magnitude = body.op("Min", body.op("Abs", v), body.attribute("max_value"))
     reached = body.op("GreaterOrEqual", body.op("Unsqueeze", magnitude, body.ints(-1)), body.attribute("thresholds"))
-    binade = body.op("ReduceSum", body.cast(reached, TensorProto.INT64), body.ints(-1), keepdims=0)
+    binade = body.op("ReduceSum", body.cast(reached, TensorProto.INT32), body.ints(-1), keepdims=0)
     in_steps = body.op("Round", body.op("Div", magnitude, body.op("Gather", body.attribute("steps"), binade)))
-    below = body.op("Mul", binade, body.attribute("binade_codes"))
-    code = body.op("Add", below, body.cast(in_steps, TensorProto.INT64))
+    below = body.op("Mul", binade, body.cast(body.attribute("binade_codes"), TensorProto.INT32))
+    code = body.op("Add", below, body.cast(in_steps, TensorProto.INT32))
     # Without the Clip a NaN would become an index outside of the table below.
-    code = body.op("Clip", code, body.integer(0), body.attribute("max_code"))
-    negative = body.op("Gather", body.attribute("negative_codes"), code)
-    signed = body.op("Where", body.op("Less", v, body.number(0.0)), negative, code)
-    return body.cast(signed, TensorProto.UINT8, out)
+    zero = body.cast(body.integer(0), TensorProto.INT32)
+    code = body.op("Clip", code, zero, body.cast(body.attribute("max_code"), TensorProto.INT32))
+    negative = body.op("Gather", body.cast(body.attribute("negative_codes"), TensorProto.UINT8), code)
+    positive = body.cast(code, TensorProto.UINT8)
+    return body.op("Where", body.op("Less", v, body.number(0.0)), negative, positive, out=out)
 
 
 def _decode(body: Body, codes: str, values: str) -> str:

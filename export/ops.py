@@ -9,6 +9,10 @@ Two rules for who writes a graph with them:
 
 A model carries `OPS[name].function()` of each op it uses and imports DOMAIN at VERSION; then any ONNX runtime with
 opset 21 runs it. Registering the schemas with onnx is optional (`register_schemas`) and needed by no runtime.
+
+A runtime that folds constants decodes all weights at load and holds every step of it meanwhile: onnxruntime 1.31 about
+38 bytes per weight. For large models turn that off: `InferenceSession(path, disabled_optimizers=["ConstantFolding"])`
+holds the packed codes only and decodes in every run.
 """
 
 from __future__ import annotations
@@ -265,7 +269,7 @@ _ROWS = (
     Op(
         "QuantizeWeight",
         "w f32 [K, N], scales, multiplier_codes as in DequantizeWeight -> codes u8 [N, packed]: nearest, ties to even, "
-        "saturating, -0 folded to +0.",
+        "saturating, -0 folded to +0. w must be finite: no weight code stands for NaN.",
         {"w": F32, **_WEIGHT_INPUTS},
         {"codes": U8},
         {**_FORMAT, **_GROUPING, **_BITS, **_QUANTIZER},

@@ -243,6 +243,17 @@ def test_broken_rule(rule: str) -> None:
         replace(GOOD, **changes)
 
 
+@pytest.mark.parametrize(("weight_format", "code"), [("E4M3", 0x7F), ("E5M2", 0xFC)])
+def test_special_code_in_a_weight(weight_format: str, code: int) -> None:
+    codes = np.zeros((N, K), np.uint8)
+    fields = {"name": "l", "kind": "other", "activation_format": "E4M3", "granularity": "per_channel", "group_size": 0}
+    scales = np.ones((N, 1), np.float32)
+    assert (make_linear(codes, weight_format=weight_format, scales=scales, **fields).dequantized() == 0).all()
+    codes[3, 5] = code
+    with pytest.raises(ContractError, match=f"l: a {weight_format} code is NaN or Inf; the float weight is broken"):
+        make_linear(codes, weight_format=weight_format, scales=scales, **fields)
+
+
 # --- damaged files -------------------------------------------------------------------------------------------------
 
 

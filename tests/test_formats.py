@@ -337,8 +337,8 @@ def test_real_valued_clip_is_scale_times_grid(fmt: Format, clip: float) -> None:
 @pytest.mark.parametrize("fmt", PAPER_FORMATS, ids=lambda fmt: fmt.name)
 @pytest.mark.parametrize("exponent", [-6, 0, 3])
 def test_ties_of_the_real_valued_clip(fmt: Format, exponent: int) -> None:
-    """A clip of max_value times a power of two has an integer bias, computed exactly up to the logarithm's rounding:
-    the bias is rounded to the integer it stands for, and every tie goes the same way."""
+    """With a clip of max_value times a power of two the paper's bias is an integer. The formula is then exact when the
+    binade is taken from the number's own exponent instead of a rounded logarithm, and every tie goes the same way."""
     scale = 2.0**exponent
     grid = non_negative(fmt) * scale
     x = np.concatenate([(grid[1:] + grid[:-1]) / 2, grid])
