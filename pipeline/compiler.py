@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from export import checkpoint
 from export.checkpoint import QuantizedLinear
-from export.errors import EnvironmentLacksError, ParityError, RecipeError
+from export.errors import EnvironmentLacksError, ParityError, RecipeError, ResourceError
 from pipeline import build_record, machine, manifest
 from pipeline.backends.base import BuildResult, Engine
 from pipeline.conditioning import GENERATION_FILE, load_generation
@@ -29,6 +29,9 @@ logger = logging.getLogger(__name__)
 # What `--target auto` builds where its package is installed, and what has a place but no builder here yet.
 AUTO_TARGETS = {"cpu": "onnxruntime", "rtx": "tensorrt_rtx"}
 UNAVAILABLE_TARGETS = ("cuda", "trt")
+# Disk while building, in bytes per parameter: checkpoint by layer and joined and the portable model (4 bits each, kept
+# weights 16), the CPU's INT8 weights, the lowered graph and the engine of TensorRT-RTX (8 bits each). Rounded up.
+BYTES_PER_PARAMETER = {"portable": 2.0, "cpu": 1.5, "rtx": 2.5}
 NEEDED = ("torch", "diffusers", "onnx", "onnx_ir", "onnxscript", "onnxruntime")
 
 
@@ -60,7 +63,9 @@ def compile_engine(request: BuildRequest) -> Path:
     """
     recipe = request.recipe
     refuse_early(request)
+    logger.info("%s of %s for %s into %s", recipe.name, recipe.model, ", ".join(request.targets), request.output)
     model, model_time = timed("model", lambda: load_model(recipe.model), request.listener)
+    refuse_full_disk(request, sum(parameter.numel() for parameter in model.module.parameters()))
     key = build_key(recipe, model)
     with WorkFolder(request.work_path, key, request.resume, request.force, request.listener, [model_time]) as work:
         layers = calibrated(work, model, recipe)
@@ -87,6 +92,16 @@ def refuse_early(request: BuildRequest) -> None:
         raise RecipeError(f"{request.output} exists; add --force to replace it, or choose another --output-dir")
     if request.output.exists() and not (request.output / manifest.FILE_NAME).is_file():
         raise RecipeError(f"{request.output} is not a bundle and is not replaced; choose another --output-dir")
+
+
+def refuse_full_disk(request: BuildRequest, parameters: int) -> None:
+    """Refuse a build that cannot fit beside what is on the disk already."""
+    needed = parameters * sum(BYTES_PER_PARAMETER[part] for part in ("portable", *request.targets))
+    existing = next(parent for parent in request.output.absolute().parents if parent.exists())
+    free = shutil.disk_usage(existing).free
+    if free < needed:
+        sizes = f"{free / 1e9:.2f} GB free, about {needed / 1e9:.2f} GB needed"
+        raise ResourceError(f"{existing}: {sizes} for {parameters:,} parameters; free some space or choose another -o")
 
 
 def parse_targets(text: str) -> tuple[str, ...]:

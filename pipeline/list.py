@@ -30,17 +30,17 @@ ACTIVATIONS_BUY = {
     6: "no speed over 8-bit activations, which run on the same INT8 or FP8 units; the published recipe, less traffic",
     8: "the full INT8 or FP8 rate with the least loss",
 }
+WIDE_BUYS = "the published recipe; wider than INT8 and E4M3, so two 8-bit GEMMs instead of one: slower than W4A6"
 
 
 def worth(recipe: Recipe) -> str:
     """What the widths of a recipe buy, in one sentence."""
     weight, activation = get_format(recipe.formats.weight), get_format(recipe.formats.activation)
     fits = [name for name in HARDWARE if embeds(weight.name, name) and embeds(activation.name, name)]
-    limbs = "" if "INT8" in fits else f"; {activation.name} is wider than INT8: two integer GEMMs on a CPU"
-    return (
-        f"W{weight.bits}: {WEIGHTS_BUY[weight.bits]}. A{activation.bits}: {ACTIVATIONS_BUY[activation.bits]}{limbs}. "
-        f"Exact in {', '.join(fits) or 'none of ' + ', '.join(HARDWARE)}."
-    )
+    wide = not any(embeds(activation.name, name) for name in ("INT8", "E4M3"))
+    buys = WIDE_BUYS if wide else ACTIVATIONS_BUY[activation.bits]
+    exact = f"exact in {', '.join(fits)}" if fits else f"exact in none of {', '.join(HARDWARE)}"
+    return f"W{weight.bits}: {WEIGHTS_BUY[weight.bits]}. A{activation.bits}: {buys}; {exact}."
 
 
 def zoo_models() -> list[str]:

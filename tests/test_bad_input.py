@@ -9,13 +9,14 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from safetensors.numpy import load_file, save_file
 
 from export.errors import UserError
-from pipeline import build, cli, stages
+from pipeline import build, cli, compiler, stages
 from tests import tiny
 from tests.bundles import make_bundle
 
@@ -107,7 +108,11 @@ BAD_FLAGS: dict[str, tuple[list[str], int, str]] = {
     "missing recipe file": (["--engine", "none.toml"], 2, "recipe file none.toml does not exist"),
     "unknown key": ([*COMMON, "--set", "weights.granularty=group"], 2, "key weights.granularty is unknown; use one of"),
     "unknown table": ([*COMMON, "--set", "wieghts.group_size=32"], 2, "wieghts"),
-    "ill-typed value": ([*COMMON, "--set", "weights.group_size=big"], 2, "weights.group_size is 'big'; expected int"),
+    "ill-typed value": (
+        [*COMMON, "--set", "weights.group_size=big"],
+        2,
+        "weights.group_size is 'big'; expected an integer",
+    ),
     "unknown format": ([*COMMON, "--set", "formats.weight=E9M9"], 2, "number format 'E9M9' is unknown; use one of"),
     "no such model": ([*COMMON, "-m", "nowhere"], 2, "model 'nowhere' is not a folder here"),
     "no such zoo model": ([*COMMON, "-m", "zoo:nothing"], 2, "zoo:nothing is not a bundled model; use one of"),
@@ -166,6 +171,13 @@ def test_force_does_not_replace_what_is_no_bundle(
     refused(
         [*COMMON, "-m", str(model), "--force"], 2, "is not a bundle and is not replaced", capsys, tmp_path / "engines/e"
     )
+
+
+def test_too_little_free_space_is_refused_before_work(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(compiler.shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
+    refused([*COMMON, "-m", str(model)], 5, "0.00 GB free, about", capsys, tmp_path / "engines/e")
 
 
 def test_full_disk_at_a_stage(

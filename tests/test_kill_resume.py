@@ -1,0 +1,119 @@
+"""A build killed at any stage leaves no half bundle, and resumes to the same bytes as a build that was left alone."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pipeline import load
+from tests import tiny
+
+ROOT = Path(__file__).parent.parent
+STAGES = ("calibrate", "export", "cpu", "verify", "bench")
+FLAGS = ["--engine", "pixart_w4a6", "--target", "cpu", "--set", "weights.group_size=32", "--n-steps", "3", "--json"]
+# What may differ between two builds: when it was, how long it took, and files that hold measured times.
+TIMES = ("created", "stages")
+TIMED_FILES = ("bench.json",)
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny.folder("pixart", tmp_path_factory.mktemp("models"))
+
+
+def command(model: Path, output: Path, *extra: str) -> list[str]:
+    return [sys.executable, "-m", "pipeline.build", *FLAGS, "-m", str(model), "-o", str(output), *extra]
+
+
+def build(model: Path, output: Path, *extra: str) -> list[dict[str, Any]]:
+    """Run a build to its end; returns its events."""
+    done = subprocess.run(
+        command(model, output, *extra), check=False, cwd=ROOT, capture_output=True, text=True, timeout=600
+    )
+    assert done.returncode == 0, done.stderr
+    return [json.loads(line) for line in done.stdout.splitlines()]
+
+
+def stop_at(stage: str, sign: signal.Signals, model: Path, output: Path, *extra: str) -> tuple[int, str]:
+    """Start a build, send it a signal when it reports the start of `stage`; returns exit code and remaining stdout."""
+    process = subprocess.Popen(
+        command(model, output, *extra), cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+    )
+    assert process.stdout
+    for line in process.stdout:
+        event = json.loads(line)
+        if event.get("name") == stage and event["status"] == "started":
+            process.send_signal(sign)
+            break
+    rest = process.stdout.read()
+    return process.wait(timeout=600), rest
+
+
+def content(bundle: Path) -> dict[str, bytes]:
+    files = {path.relative_to(bundle).as_posix(): path for path in bundle.rglob("*") if path.is_file()}
+    return {name: path.read_bytes() for name, path in files.items() if name not in (*TIMED_FILES, "manifest.json")}
+
+
+def timeless(bundle: Path) -> dict[str, Any]:
+    document: dict[str, Any] = json.loads((bundle / "manifest.json").read_text())
+    for name in TIMED_FILES:
+        document["files"][name] = "timed"
+    document["bytes"].pop("all_files")
+    names = [stage["name"] for stage in document["stages"]]
+    return {key: value for key, value in document.items() if key not in TIMES} | {"stage names": names}
+
+
+@pytest.fixture(scope="module")
+def undisturbed(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    output = tmp_path_factory.mktemp("undisturbed") / "engines/e"
+    events = build(model, output)
+    assert events[-1] == {"event": "result", "passed": True, "exit_code": 0, "path": str(output)}
+    finished = [event["name"] for event in events if event.get("status") == "finished"]
+    assert finished == ["model", *STAGES]
+    return output
+
+
+def test_killed_at_every_stage_in_turn(model: Path, undisturbed: Path, tmp_path: Path) -> None:
+    output = tmp_path / "engines/e"
+    for stage in STAGES:
+        code, _ = stop_at(stage, signal.SIGKILL, model, output, "--resume")
+        assert code == -signal.SIGKILL, f"the build ended before {stage}"
+        assert not output.exists() and (tmp_path / "engines/e.partial").exists()
+    events = build(model, output, "--resume")
+    resumed = [event["name"] for event in events if event.get("status") == "resumed"]
+    assert resumed == list(STAGES[:-1]), "finished stages are not done again"
+    assert sorted(path.name for path in output.parent.iterdir()) == ["e"]
+    assert content(output) == content(undisturbed)
+    assert timeless(output) == timeless(undisturbed)
+    load(output)
+
+
+def test_ctrl_c_saves_the_state_and_says_so(model: Path, undisturbed: Path, tmp_path: Path) -> None:
+    output = tmp_path / "engines/e"
+    code, rest = stop_at("export", signal.SIGINT, model, output)
+    assert code == 130
+    last = json.loads(rest.splitlines()[-1])
+    assert last["passed"] is False and "run the same command again with --resume" in last["reason"]
+    assert not output.exists()
+    refused = subprocess.run(command(model, output), check=False, cwd=ROOT, capture_output=True, text=True, timeout=600)
+    assert refused.returncode == 2 and "holds an interrupted build" in refused.stdout
+    build(model, output, "--resume")
+    assert content(output) == content(undisturbed)
+
+
+def test_killed_while_replacing_keeps_the_old_bundle(model: Path, undisturbed: Path, tmp_path: Path) -> None:
+    output = tmp_path / "engines/e"
+    build(model, output)
+    before = content(output)
+    code, _ = stop_at("verify", signal.SIGKILL, model, output, "--force", "--seed", "1")
+    assert code == -signal.SIGKILL
+    assert content(output) == before
+    load(output)
