@@ -18,7 +18,12 @@ ALLOWED = {
 # Imported at the top of no module of the compiler, so that light verbs work without them.
 HEAVY = {"torch", "diffusers", "transformers", "onnxruntime", "tensorrt_rtx", "triton", "matplotlib", "sklearn"}
 # Modules that define torch modules; they are themselves imported inside functions only.
-DEFINES_TORCH_MODULES = {"export/torch_modules.py", "export/trace.py", "pipeline/backends/reference.py"}
+DEFINES_TORCH_MODULES = {
+    "export/torch_modules.py",
+    "export/trace.py",
+    "pipeline/backends/reference.py",
+    "pipeline/diffusers_adapter.py",
+}
 FILES = sorted(path.relative_to(ROOT) for package in ALLOWED for path in (ROOT / package).rglob("*.py"))
 TYPE_ONLY = "TYPE_CHECKING"
 
