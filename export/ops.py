@@ -22,13 +22,11 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-import numpy as np
 from onnx import AttributeProto, FunctionProto, NodeProto, TensorProto, helper
 from onnx.defs import OpSchema, has, register_schema
 
-from export import op_bodies, op_meanings
-from export.errors import ContractError
-from export.formats import Format, get_format, packed_size
+from export import op_bodies, op_meanings, op_tables
+from export.formats import get_format, packed_size
 from export.op_meanings import ABSMAX_FLOOR, no_multipliers
 
 __all__ = ["ABSMAX_FLOOR", "DOMAIN", "OPS", "VERSION", "Op", "attributes", "make_node", "no_multipliers"]
@@ -114,96 +112,6 @@ def _shape_of(type_proto: Any) -> Shape | None:
     )
 
 
-# --- tables that bodies read, from the format's row ----------------------------------------------------------------
-
-
-def _values(fmt: Format) -> list[float]:
-    return [float(v) for v in fmt.values]
-
-
-def _quantizer(fmt: Format) -> dict[str, Any]:
-    """Tables of the encoder: binade starts, the step in each binade, and the code of minus each non-negative code."""
-    starts = [float(v) for v in fmt.binade_starts]
-    first = 1.0 if fmt.is_integer else float(np.ldexp(1.0, fmt.min_exponent - fmt.mantissa_bits))
-    positive = np.arange(fmt.max_code + 1)
-    return {
-        "max_value": fmt.max_value,
-        "thresholds": starts or [float("inf")],
-        "steps": [first * 2**i for i in range(len(starts) + 1)],
-        "binade_codes": 2**fmt.mantissa_bits,
-        "max_code": fmt.max_code,
-        "negative_codes": [int(c) for c in _negatives(fmt, positive)],
-    }
-
-
-def _negatives(fmt: Format, positive: Any) -> Any:
-    if fmt.is_integer:
-        return -positive % 2**fmt.bits
-    if not fmt.sign_bits:
-        return np.zeros_like(positive)
-    return np.where(positive > 0, positive + 2 ** (fmt.bits - 1), 0)
-
-
-def _grouping(in_features: int, group_size: int, multipliers: tuple[int, ...]) -> dict[str, Any]:
-    if group_size and in_features % group_size:
-        raise ContractError(
-            f"in_features {in_features} is not a multiple of group_size {group_size}; use a divisor or 0"
-        )
-    if not 1 <= len(multipliers) <= 16:
-        raise ContractError(f"{len(multipliers)} multipliers; a 4-bit index reaches 1 to 16 of them")
-    return {
-        "in_features": in_features,
-        "group_size": group_size,
-        "multipliers": [int(m) for m in multipliers],
-        "groups": in_features // group_size if group_size else 1,
-    }
-
-
-def _weight_tables(*, format: str, in_features: int, group_size: int, multipliers: tuple[int, ...] = (1,)) -> dict:
-    fmt = get_format(format)
-    return {"format": format, "bits": fmt.bits, **_grouping(in_features, group_size, multipliers)}
-
-
-def _dequantize_weight_tables(*, format: str, **grouping: Any) -> dict:
-    return {**_weight_tables(format=format, **grouping), "values": _values(get_format(format))}
-
-
-def _quantize_weight_tables(*, format: str, **grouping: Any) -> dict:
-    return {**_weight_tables(format=format, **grouping), **_quantizer(get_format(format))}
-
-
-def _quantize_activation_tables(*, format: str) -> dict:
-    return {"format": format, **_quantizer(get_format(format))}
-
-
-def _dequantize_activation_tables(*, format: str) -> dict:
-    return {"format": format, "values": _values(get_format(format))}
-
-
-def _packed_gemm_tables(
-    *,
-    layer: str,
-    activation_format: str,
-    weight_format: str,
-    in_features: int,
-    group_size: int,
-    multipliers: tuple[int, ...] = (1,),
-) -> dict:
-    return {
-        "layer": layer,
-        "activation_format": activation_format,
-        "weight_format": weight_format,
-        **_grouping(in_features, group_size, multipliers),
-        "activation_values": _values(get_format(activation_format)),
-        "weight_values": _values(get_format(weight_format)),
-        "weight_bits": get_format(weight_format).bits,
-    }
-
-
-def _norm_tables(*, format: str, epsilon: float) -> dict:
-    return {**_quantize_activation_tables(format=format), "epsilon": epsilon}
-
-
 # --- shape rules ---------------------------------------------------------------------------------------------------
 
 
@@ -264,7 +172,7 @@ _ROWS = (
         op_meanings.dequantize_weight,
         op_bodies.dequantize_weight,
         _infer_dequantize_weight,
-        _dequantize_weight_tables,
+        op_tables.dequantize_weight,
     ),
     Op(
         "QuantizeWeight",
@@ -276,7 +184,7 @@ _ROWS = (
         op_meanings.quantize_weight,
         op_bodies.quantize_weight,
         _infer_quantize_weight,
-        _quantize_weight_tables,
+        op_tables.quantize_weight,
     ),
     Op(
         "QuantizeActivation",
@@ -288,7 +196,7 @@ _ROWS = (
         op_meanings.quantize_activation,
         partial(op_bodies.quantize_activation, floor=ABSMAX_FLOOR),
         _infer_quantizer,
-        _quantize_activation_tables,
+        op_tables.quantize_activation,
     ),
     Op(
         "DequantizeActivation",
@@ -299,7 +207,7 @@ _ROWS = (
         op_meanings.dequantize_activation,
         op_bodies.dequantize_activation,
         _infer_dequantize_activation,
-        _dequantize_activation_tables,
+        op_tables.dequantize_activation,
     ),
     Op(
         "PackedGemm",
@@ -320,7 +228,7 @@ _ROWS = (
         op_meanings.packed_gemm,
         op_bodies.packed_gemm,
         _infer_packed_gemm,
-        _packed_gemm_tables,
+        op_tables.packed_gemm,
     ),
     Op(
         "NormModulateQuantize",
@@ -332,7 +240,7 @@ _ROWS = (
         op_meanings.norm_modulate_quantize,
         partial(op_bodies.norm_modulate_quantize, floor=ABSMAX_FLOOR),
         _infer_quantizer,
-        _norm_tables,
+        op_tables.norm_modulate_quantize,
     ),
 )
 OPS: dict[str, Op] = {row.name: row for row in _ROWS}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -11,61 +10,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
-from onnx import TensorProto, defs, helper
-from onnx.reference import ReferenceEvaluator
+from onnx import TensorProto, helper
 
 from export.embedding import exact_multipliers, exact_sum_limit
-from export.errors import ContractError, RecipeError
 from export.formats import Format, decode, encode, get_format, pack, packed_size, quantize, unpack
-from export.ops import ABSMAX_FLOOR, DOMAIN, OPS, VERSION, attributes, make_node, no_multipliers, register_schemas
-
-ort = pytest.importorskip("onnxruntime")
-
-FORMATS = ("E2M1", "E1M2", "E3M0", "E2M3", "E3M2", "E3M4", "E4M3", "E5M2", "INT4", "INT6", "INT8", "UE2M2", "UE4M4")
-LEVELS = ("ORT_ENABLE_ALL", "ORT_ENABLE_BASIC", "ORT_DISABLE_ALL")
-F32_EPS = 2.0**-24  # largest relative error of one float32 rounding
-Arrays = tuple[np.ndarray, ...]
-
-
-def model_of(op_name: str, shapes: list[tuple[Any, ...]], **choices: Any) -> onnx.ModelProto:
-    """A model of one node with the given input shapes (None: unknown), checked by onnx."""
-    op = OPS[op_name]
-    found = op.infer(attributes(op_name, **choices), *shapes)
-    inputs = [helper.make_tensor_value_info(n, kind, s) for (n, kind), s in zip(op.inputs.items(), shapes, strict=True)]
-    outputs = [helper.make_tensor_value_info(n, kind, s) for n, (kind, s) in zip(op.outputs, found, strict=True)]
-    node = make_node(op_name, list(op.inputs), list(op.outputs), name="node", **choices)
-    graph = helper.make_graph([node], op_name, inputs, outputs)
-    opsets = [helper.make_opsetid("", 21), helper.make_opsetid(DOMAIN, VERSION)]
-    model = helper.make_model(graph, opset_imports=opsets, ir_version=10, functions=[op.function()])
-    onnx.checker.check_model(model, full_check=True)
-    return model
-
-
-def session_of(model: onnx.ModelProto, level: str = "ORT_ENABLE_ALL") -> Any:
-    options = ort.SessionOptions()
-    options.graph_optimization_level = getattr(ort.GraphOptimizationLevel, level)
-    options.intra_op_num_threads = 1
-    return ort.InferenceSession(model.SerializeToString(), options)
-
-
-def run_everywhere(op_name: str, *arrays: np.ndarray, exact: bool = True, **choices: Any) -> Arrays:
-    """Outputs of the NumPy meaning, after onnxruntime at three levels and onnx.reference gave the same bytes.
-
-    `exact=False` skips the comparison and returns onnxruntime's outputs (for ops that sum in float32).
-    """
-    model = model_of(op_name, [array.shape for array in arrays], **choices)
-    feed = dict(zip(OPS[op_name].inputs, arrays, strict=True))
-    runs = {level: session_of(model, level).run(None, feed) for level in LEVELS}
-    with np.errstate(invalid="ignore"):
-        runs["onnx.reference"] = ReferenceEvaluator(model).run(None, feed)
-    meaning = OPS[op_name].numpy(*arrays, **attributes(op_name, **choices))
-    for where, outputs in runs.items():
-        for name, expected, found in zip(OPS[op_name].outputs, meaning, outputs, strict=True):
-            assert (found.dtype, found.shape) == (expected.dtype, expected.shape), (where, name)
-            if exact:
-                np.testing.assert_array_equal(found, expected, err_msg=f"{op_name}.{name} in {where}, {choices}")
-    return meaning if exact else tuple(runs["ORT_ENABLE_ALL"])
-
+from export.ops import ABSMAX_FLOOR, DOMAIN, OPS, VERSION, attributes, make_node, no_multipliers
+from tests.op_models import F32_EPS, FORMATS, LEVELS, Arrays, model_of, run_everywhere, session_of
 
 # --- activations ---------------------------------------------------------------------------------------------------
 
@@ -351,112 +301,6 @@ def test_norm_modulate_quantize_is_its_parts() -> None:
     codes, a_scale = run_everywhere("NormModulateQuantize", x, shift, scale, format="E2M3", epsilon=1e-6)
     expected_codes, expected_scale = OPS["QuantizeActivation"].numpy(shift, format="E2M3")
     assert (codes == expected_codes).all() and (a_scale == expected_scale).all()
-
-
-# --- functions, schemas, shapes ------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("op_name", OPS)
-def test_function_body_is_standard_onnx(op_name: str) -> None:
-    function = OPS[op_name].function()
-    assert {node.domain for node in function.node} == {""}
-    assert [(opset.domain, opset.version) for opset in function.opset_import] == [("", 21)]
-    assert (function.domain, function.name) == (DOMAIN, op_name)
-    referenced = {a.ref_attr_name for node in function.node for a in node.attribute if a.ref_attr_name}
-    assert referenced <= set(function.attribute) == set(OPS[op_name].attributes)
-    assert OPS[op_name].function().SerializeToString(deterministic=True) == function.SerializeToString(
-        deterministic=True
-    )
-
-
-CHOICES: dict[str, dict[str, Any]] = {
-    "DequantizeWeight": {"format": "E2M1", "in_features": 64, "group_size": 16, "multipliers": (1, 2)},
-    "QuantizeWeight": {"format": "E2M3", "in_features": 64, "group_size": 0},
-    "QuantizeActivation": {"format": "E2M3"},
-    "DequantizeActivation": {"format": "E2M3"},
-    "PackedGemm": {
-        "layer": "l",
-        "activation_format": "E2M3",
-        "weight_format": "E2M1",
-        "in_features": 64,
-        "group_size": 0,
-    },
-    "NormModulateQuantize": {"format": "E2M3", "epsilon": 1e-6},
-}
-# input shapes -> output shapes, with symbolic sizes
-SHAPES: dict[str, tuple[list[tuple[Any, ...]], list[tuple[Any, ...]]]] = {
-    "DequantizeWeight": ([("N", 32), ("N", 1), ("N", 2)], [(64, "N")]),
-    "QuantizeWeight": ([(64, 24), (24, 1), (1, 1)], [(24, 48)]),
-    "QuantizeActivation": ([("B", "S", 64)], [("B", "S", 64), ("B", "S", 1)]),
-    "DequantizeActivation": ([("B", "S", 64), ("B", "S", 1)], [("B", "S", 64)]),
-    "PackedGemm": ([("B", "S", 64), ("B", "S", 1), (24, 32), (24, 1), (1, 1), (24,)], [("B", "S", 24)]),
-    "NormModulateQuantize": ([("B", "S", 64), ("B", 1, 64), ("B", 1, 64)], [("B", "S", 64), ("B", "S", 1)]),
-}
-
-
-@pytest.fixture
-def registered() -> Iterator[None]:
-    """Schemas known to onnx for one test only."""
-    assert not any(defs.has(name, DOMAIN) for name in OPS), "importing export.ops must not register schemas"
-    register_schemas()
-    register_schemas()
-    yield
-    for name in OPS:
-        defs.deregister_schema(name, VERSION, DOMAIN)
-
-
-@pytest.mark.parametrize("op_name", OPS)
-def test_shape_rule(op_name: str) -> None:
-    inputs, outputs = SHAPES[op_name]
-    found = OPS[op_name].infer(attributes(op_name, **CHOICES[op_name]), *inputs)
-    assert [shape for _, shape in found] == outputs
-    assert [kind for kind, _ in found] == list(OPS[op_name].outputs.values())
-
-
-@pytest.mark.parametrize("op_name", OPS)
-def test_onnx_infers_shapes_with_the_schema(op_name: str, registered: None) -> None:
-    model = model_of(op_name, SHAPES[op_name][0], **CHOICES[op_name])
-    outputs = SHAPES[op_name][1]
-    for value in model.graph.output:
-        value.type.tensor_type.ClearField("shape")
-    del model.functions[:]  # the schema alone must do
-    inferred = onnx.shape_inference.infer_shapes(model, check_type=True, strict_mode=True).graph.output
-    found = [tuple(d.dim_param or d.dim_value for d in v.type.tensor_type.shape.dim) for v in inferred]
-    assert found == outputs
-
-
-@pytest.mark.parametrize("op_name", OPS)
-def test_schema_names_everything(op_name: str, registered: None) -> None:
-    schema = defs.get_schema(op_name, VERSION, DOMAIN)
-    assert [p.name for p in schema.inputs] == list(OPS[op_name].inputs)
-    assert [p.name for p in schema.outputs] == list(OPS[op_name].outputs)
-    assert set(schema.attributes) == set(attributes(op_name, **CHOICES[op_name]))
-    assert all(attribute.required and attribute.description for attribute in schema.attributes.values())
-
-
-def test_checker_refuses_a_missing_attribute(registered: None) -> None:
-    model = model_of("QuantizeActivation", [(2, 8)], format="E2M3")
-    del model.functions[:]
-    kept = [a for a in model.graph.node[0].attribute if a.name != "steps"]
-    del model.graph.node[0].attribute[:]
-    model.graph.node[0].attribute.extend(kept)
-    with pytest.raises(onnx.checker.ValidationError, match="steps"):
-        onnx.checker.check_model(model)
-
-
-def test_choices_that_do_not_fit() -> None:
-    grouping = {"format": "E2M1", "in_features": 50, "group_size": 16}
-    with pytest.raises(ContractError, match="in_features 50 is not a multiple of group_size 16; use a divisor or 0"):
-        attributes("DequantizeWeight", **grouping)
-    with pytest.raises(ContractError, match="17 multipliers; a 4-bit index reaches 1 to 16"):
-        attributes("DequantizeWeight", **{**grouping, "group_size": 0}, multipliers=tuple(range(1, 18)))
-    with pytest.raises(RecipeError, match="number format 'FP9' is unknown"):
-        attributes("QuantizeActivation", format="FP9")
-
-
-def test_no_multipliers_is_a_row_of_zeros() -> None:
-    assert no_multipliers(48, 16).tolist() == [[0, 0]]
-    assert no_multipliers(48, 0).tolist() == [[0]]
 
 
 # --- a whole quantized linear --------------------------------------------------------------------------------------

@@ -1,0 +1,58 @@
+"""Models of one custom op, and running them in every runtime."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxruntime as ort
+from onnx import helper
+from onnx.reference import ReferenceEvaluator
+
+from export.ops import DOMAIN, OPS, VERSION, attributes, make_node
+
+FORMATS = ("E2M1", "E1M2", "E3M0", "E2M3", "E3M2", "E3M4", "E4M3", "E5M2", "INT4", "INT6", "INT8", "UE2M2", "UE4M4")
+LEVELS = ("ORT_ENABLE_ALL", "ORT_ENABLE_BASIC", "ORT_DISABLE_ALL")
+F32_EPS = 2.0**-24  # largest relative error of one float32 rounding
+Arrays = tuple[np.ndarray, ...]
+
+
+def model_of(op_name: str, shapes: list[tuple[Any, ...]], **choices: Any) -> onnx.ModelProto:
+    """A model of one node with the given input shapes (None: unknown), checked by onnx."""
+    op = OPS[op_name]
+    found = op.infer(attributes(op_name, **choices), *shapes)
+    inputs = [helper.make_tensor_value_info(n, kind, s) for (n, kind), s in zip(op.inputs.items(), shapes, strict=True)]
+    outputs = [helper.make_tensor_value_info(n, kind, s) for n, (kind, s) in zip(op.outputs, found, strict=True)]
+    node = make_node(op_name, list(op.inputs), list(op.outputs), name="node", **choices)
+    graph = helper.make_graph([node], op_name, inputs, outputs)
+    opsets = [helper.make_opsetid("", 21), helper.make_opsetid(DOMAIN, VERSION)]
+    model = helper.make_model(graph, opset_imports=opsets, ir_version=10, functions=[op.function()])
+    onnx.checker.check_model(model, full_check=True)
+    return model
+
+
+def session_of(model: onnx.ModelProto, level: str = "ORT_ENABLE_ALL") -> Any:
+    options = ort.SessionOptions()
+    options.graph_optimization_level = getattr(ort.GraphOptimizationLevel, level)
+    options.intra_op_num_threads = 1
+    return ort.InferenceSession(model.SerializeToString(), options)
+
+
+def run_everywhere(op_name: str, *arrays: np.ndarray, exact: bool = True, **choices: Any) -> Arrays:
+    """Outputs of the NumPy meaning, after onnxruntime at three levels and onnx.reference gave the same bytes.
+
+    `exact=False` skips the comparison and returns onnxruntime's outputs (for ops that sum in float32).
+    """
+    model = model_of(op_name, [array.shape for array in arrays], **choices)
+    feed = dict(zip(OPS[op_name].inputs, arrays, strict=True))
+    runs = {level: session_of(model, level).run(None, feed) for level in LEVELS}
+    with np.errstate(invalid="ignore"):
+        runs["onnx.reference"] = ReferenceEvaluator(model).run(None, feed)
+    meaning = OPS[op_name].numpy(*arrays, **attributes(op_name, **choices))
+    for where, outputs in runs.items():
+        for name, expected, found in zip(OPS[op_name].outputs, meaning, outputs, strict=True):
+            assert (found.dtype, found.shape) == (expected.dtype, expected.shape), (where, name)
+            if exact:
+                np.testing.assert_array_equal(found, expected, err_msg=f"{op_name}.{name} in {where}, {choices}")
+    return meaning if exact else tuple(runs["ORT_ENABLE_ALL"])
