@@ -59,8 +59,8 @@ def grouped_gemm(emit: Emitter, spec: GemmSpec, a: Operand) -> Product:
     return Product(y, y, "")
 
 
-def float_gemm(emit: Emitter, spec: GemmSpec, values: ir.Value) -> Product:
-    """values f32 (of the activation's format, unscaled) times the dequantized weight, in float32."""
+def float_gemm(emit: Emitter, spec: GemmSpec, image: ir.Value) -> Product:
+    """image f32 (integers, of an activation) times the weight's image or values, in float32."""
     w, exponent = _stored_weight(emit, spec)
     shape = (spec.groups, 1, spec.out_features) if spec.real_groups else (spec.out_features,)
     scales = emit.lazy(f"{spec.layer}.scales_f32", FLOAT, shape, partial(_float_scales, spec, exponent))
@@ -68,9 +68,9 @@ def float_gemm(emit: Emitter, spec: GemmSpec, values: ir.Value) -> Product:
         grouped = emit.constant([spec.groups, spec.group_size, spec.out_features], np.int64)
         scaled = emit.op("Mul", emit.op("Reshape", w, grouped, name="grouped_weight"), scales, name="scaled_weight")
         w = emit.op("Reshape", scaled, emit.constant([-1, spec.out_features], np.int64), name="weight")
-        y = emit.op("MatMul", values, w, name="product")
+        y = emit.op("MatMul", image, w, name="product")
     else:
-        y = emit.op("Mul", emit.op("MatMul", values, w, name="unscaled"), scales, name="product")
+        y = emit.op("Mul", emit.op("MatMul", image, w, name="unscaled"), scales, name="product")
     return Product(y, y, "")
 
 
@@ -128,7 +128,6 @@ def _scaled_image(spec: GemmSpec, unit: np.float32) -> NDArray[np.float16]:
 
 
 def _float_scales(spec: GemmSpec, weight_exponent: int) -> NDArray[np.float32]:
-    """Scales of the float path, [N] or [groups, 1, N]: activations are values, weights values times 2^exponent."""
-    undo = spec.activation.fraction_bits + spec.weight.fraction_bits - weight_exponent
-    scales = unit_scales(spec, undo)
+    """Scales of the float path, [N] or [groups, 1, N], for a weight that is its values times 2^weight_exponent."""
+    scales = unit_scales(spec, spec.weight.fraction_bits - weight_exponent)
     return scales[:, None] if spec.real_groups else scales

@@ -68,24 +68,24 @@ def largest_code(kmax: int, limbs: int) -> int:
 def quantize(emit: Emitter, x: ir.Value, fmt: Format, limbs: int) -> Operand:
     """x f32 [..., K] -> u8 operands [..., K] and scale [..., 1]."""
     magnitude, absmax, scale = token_scale(emit, x, fmt)
-    image = _in_units(emit, x, magnitude, absmax, fmt, float(fmt.kmax))
+    image = _in_image_units(emit, x, magnitude, absmax, fmt)
     if limbs == 1:
         zero = zero_point(fmt.kmax)
         return Operand(x, (_to_u8(emit, image, 1.0, zero, "codes"),), (1,), zero, scale)
     if not len(fmt.binade_starts):
         image = emit.op("Round", image, name="image")
     base = limb_base(fmt.kmax, limbs)
-    unit, zero = emit.constant(float(base)), emit.constant(SMALL_ZERO, np.uint8)
+    unit, offset = emit.constant(float(base)), emit.constant(SMALL_ZERO, np.uint8)
     high = _to_u8(emit, image, float(base), SMALL_ZERO, "high")
-    rest = emit.op("Sub", image, emit.op("DequantizeLinear", high, unit, zero, name="high_image"), name="low_image")
+    rest = emit.op("Sub", image, emit.op("DequantizeLinear", high, unit, offset, name="high_image"), name="low_image")
     return Operand(x, (high, _to_u8(emit, rest, 1.0, SMALL_ZERO, "low")), (base, 1), SMALL_ZERO, scale)
 
 
-def rounded_values(emit: Emitter, x: ir.Value, fmt: Format) -> tuple[ir.Value, ir.Value]:
-    """x f32 [..., K] -> (values of the format as f32 [..., K], scale [..., 1])."""
+def rounded_image(emit: Emitter, x: ir.Value, fmt: Format) -> tuple[ir.Value, ir.Value]:
+    """x f32 [..., K] -> (integer image as f32 [..., K], scale [..., 1]), for formats too wide for integer operands."""
     magnitude, absmax, scale = token_scale(emit, x, fmt)
-    value = _in_units(emit, x, magnitude, absmax, fmt, fmt.max_value)
-    return (value if len(fmt.binade_starts) else emit.op("Round", value, name="value")), scale
+    image = _in_image_units(emit, x, magnitude, absmax, fmt)
+    return (image if len(fmt.binade_starts) else emit.op("Round", image, name="image")), scale
 
 
 def token_scale(emit: Emitter, x: ir.Value, fmt: Format) -> tuple[ir.Value, ir.Value, ir.Value]:
@@ -97,23 +97,21 @@ def token_scale(emit: Emitter, x: ir.Value, fmt: Format) -> tuple[ir.Value, ir.V
     return magnitude, absmax, emit.op("Div", absmax, emit.constant(fmt.max_value), name="scale")
 
 
-def _in_units(emit: Emitter, x: ir.Value, magnitude: ir.Value, absmax: ir.Value, fmt: Format, top: float) -> ir.Value:
-    """x scaled so that absmax becomes `top`, rounded to the format's grid (uniform grids: not yet rounded)."""
-    inverse = emit.op("Div", emit.constant(top), absmax, name="inverse")
+def _in_image_units(emit: Emitter, x: ir.Value, magnitude: ir.Value, absmax: ir.Value, fmt: Format) -> ir.Value:
+    """x scaled so that absmax becomes kmax, rounded to the format's grid (uniform grids: not yet rounded)."""
+    inverse = emit.op("Div", emit.constant(float(fmt.kmax)), absmax, name="inverse")
     scaled = emit.op("Mul", x, inverse, name="scaled")
     if not len(fmt.binade_starts):
         return scaled
-    # Image units have steps of 1 at the bottom, value units of 2^-f; c grows with it.
-    unit, factor = top / fmt.kmax, 2.0 ** (FLOAT_DIGITS - fmt.mantissa_bits)
-    wide = _times(emit, magnitude, inverse, factor, top)
-    short = emit.op("Sub", wide, emit.constant(2.0 ** fmt.kmax.bit_length() * unit), name="short")
-    c = emit.op("Clip", short, emit.constant(1.5 * 2.0**FLOAT_DIGITS * unit), name="magic")
+    wide = _times(emit, magnitude, inverse, 2.0 ** (FLOAT_DIGITS - fmt.mantissa_bits), fmt.kmax)
+    short = emit.op("Sub", wide, emit.constant(2.0 ** fmt.kmax.bit_length()), name="short")
+    c = emit.op("Clip", short, emit.constant(1.5 * 2.0**FLOAT_DIGITS), name="magic")
     return emit.op("Sub", emit.op("Add", scaled, c, name="rounding"), c, name="rounded")
 
 
 def _times(emit: Emitter, magnitude: ir.Value, inverse: ir.Value, factor: float, top: float) -> ir.Value:
     """|x| * inverse * factor; the tiny product first, unless it could overflow for a token of zeros."""
-    if factor * top / ABSMAX_FLOOR < np.finfo(np.float32).max:
+    if factor * top / ABSMAX_FLOOR < float(np.finfo(np.float32).max):
         return emit.op("Mul", magnitude, emit.op("Mul", inverse, emit.constant(factor), name="factor"), name="wide")
     return emit.op("Mul", emit.op("Mul", magnitude, inverse, name="size"), emit.constant(factor), name="wide")
 

@@ -47,7 +47,7 @@ class Emitter:
 
 def initializer(graph: ir.Graph, tensor: ir.TensorProtocol) -> ir.Value:
     """Register `tensor` as initializer of `graph` under its name."""
-    shape = ir.Shape(tuple(int(d) for d in tensor.shape))
+    shape = ir.Shape(tensor.shape)
     value = ir.Value(name=tensor.name, shape=shape, type=ir.TensorType(tensor.dtype), const_value=tensor)
     graph.register_initializer(value)
     return value

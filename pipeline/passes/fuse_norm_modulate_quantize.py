@@ -41,7 +41,9 @@ class FuseNormModulateQuantize(RewritePass):
         add = produced_by(modulated, "Add")
         found = self._multiply_and_norm(add) if add else None
         if modulated is None or add is None or found is None:
-            return  # the quantizer reads something else than a modulated norm: nothing to explain
+            if near := _near_miss(modulated, add):
+                self.refuse(quantizer.name, near)
+            return
         multiply, norm = found
         shift, plus_one = other_input(add, multiply.outputs[0]), other_input(multiply, norm.outputs[0])
         reason, scale = self._check(quantizer, add, multiply, norm, plus_one, shift)
@@ -83,6 +85,15 @@ class FuseNormModulateQuantize(RewritePass):
             if reason := _not_per_sample(name, value):
                 return reason, None
         return "", scale
+
+
+def _near_miss(x: ir.Value | None, add: ir.Node | None) -> str:
+    """Why a quantizer that reads a norm has no modulate to fuse; '' if it reads something else altogether."""
+    if produced_by(x, "LayerNormalization"):
+        return "its norm is neither scaled nor shifted per sample"
+    if add and any(produced_by(value, "LayerNormalization") for value in add.inputs):
+        return "its norm is shifted but not multiplied by 1 + scale"
+    return ""
 
 
 def _affine(norm: ir.Node) -> str:

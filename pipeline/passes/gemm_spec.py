@@ -67,10 +67,10 @@ def read_spec(node: ir.Node) -> GemmSpec:
         activation=get_format(attribute(node, "activation_format")),
         weight=get_format(attribute(node, "weight_format")),
         in_features=attribute(node, "in_features"),
-        out_features=int(stored.codes.shape[0]),
+        out_features=len(stored.codes.numpy()),
         group_size=attribute(node, "group_size"),
         multipliers=tuple(attribute(node, "multipliers")),
-        real_groups=int(stored.scales.shape[1]) > 1,
+        real_groups=stored.scales.numpy().shape[1] > 1,
         stored=stored,
     )
 
@@ -88,7 +88,7 @@ def weight_image(spec: GemmSpec, dtype: type = np.int8) -> NDArray:
     image = _decode(spec.weight, spec.stored.codes.numpy(), spec.in_features, dtype)
     if spec.multipliers != (1,):
         indices = unpack(spec.stored.multiplier_codes.numpy(), 4, spec.groups)
-        factors = np.asarray(spec.multipliers, dtype)[indices][..., None]
+        factors: NDArray = np.asarray(spec.multipliers, dtype)[indices][..., None]
         image = (image.reshape(len(image), spec.groups, -1) * factors).reshape(image.shape)
     return np.ascontiguousarray(image.T)
 
@@ -97,7 +97,7 @@ def _decode(fmt: Format, codes: NDArray[np.uint8], in_features: int, dtype: type
     """packed codes [N, bytes] -> image [N, K]. Two 4-bit codes are looked up at once, by their byte."""
     if fmt.bits == 4:
         byte = np.arange(256)
-        pairs = np.stack([fmt.image[byte & 15], fmt.image[byte >> 4]], axis=1).astype(dtype)
+        pairs: NDArray = np.stack([fmt.image[byte & 15], fmt.image[byte >> 4]], axis=1).astype(dtype)
         return pairs[codes].reshape(len(codes), -1)[:, :in_features]
     return fmt.image.astype(dtype)[unpack(codes, fmt.bits, in_features)]
 

@@ -84,7 +84,7 @@ def drop_unused(model: ir.Model) -> None:
     RemoveUnusedFunctionsPass()(model)
 
 
-def fpq_node(op_name: str, inputs: Sequence[ir.Value], name: str, like: ir.Node, **choices: Any) -> ir.Node:
+def fpq_node(op_name: str, inputs: Sequence[ir.Value | None], name: str, like: ir.Node, **choices: Any) -> ir.Node:
     """A node of an `fpq` op with its format tables; metadata (layer, kind) is taken from `like`."""
     found = ir.convenience.convert_attributes(attributes(op_name, **choices))
     count = len(OPS[op_name].outputs)

@@ -10,7 +10,7 @@ from export.ops import DOMAIN
 from pipeline.backends.base import Capabilities, Choice, GemmRow, ProbeRow
 from pipeline.passes.cpu_gemms import Product, finish, float_gemm, grouped_gemm, integer_gemm
 from pipeline.passes.cpu_paths import choose_path
-from pipeline.passes.cpu_quantizers import Operand, quantize, rounded_values, unsupported
+from pipeline.passes.cpu_quantizers import Operand, quantize, rounded_image, unsupported
 from pipeline.passes.emit import MICROSOFT, Emitter
 from pipeline.passes.gemm_spec import GemmSpec, read_spec
 from pipeline.passes.graph import attribute, constant, drop_unused, is_op
@@ -27,7 +27,7 @@ class _Source:
     node: ir.Node
     x: ir.Value | None = None
     operands: dict[int, Operand] = field(default_factory=dict)
-    values: tuple[ir.Value, ir.Value] | None = None
+    image: tuple[ir.Value, ir.Value] | None = None
 
 
 class LowerCpu(RewritePass):
@@ -70,8 +70,8 @@ class LowerCpu(RewritePass):
         bias = node.inputs[5]
         has_bias = bias is not None and constant(bias) is not None and constant(bias).any()  # type: ignore[union-attr]
         output = finish(emit, product.value, scale, bias if has_bias else None)
-        self._record(spec, row, why, source, product, operand, scale, output)
         self._substitute(graph, node, output)
+        self._record(spec, row, why, source, product, operand, scale, output)
         self.fired += 1
 
     def _product(
@@ -79,9 +79,9 @@ class LowerCpu(RewritePass):
     ) -> tuple[Product, Operand | None, ir.Value]:
         quantizer = self._emitter_at(graph, source)
         if row is None:
-            if source.values is None:
-                source.values = rounded_values(quantizer, self._input(quantizer, source), spec.activation)
-            return float_gemm(emit, spec, source.values[0]), None, source.values[1]
+            if source.image is None:
+                source.image = rounded_image(quantizer, self._input(quantizer, source), spec.activation)
+            return float_gemm(emit, spec, source.image[0]), None, source.image[1]
         if row.limbs not in source.operands:
             x = self._input(quantizer, source)
             source.operands[row.limbs] = quantize(quantizer, x, spec.activation, row.limbs)
@@ -91,7 +91,7 @@ class LowerCpu(RewritePass):
 
     def _emitter_at(self, graph: ir.Graph, source: _Source) -> Emitter:
         """Emitter in front of the quantizer; a second form of the same tensor gets its own names."""
-        variant = "" if not source.operands and source.values is None else f"_{len(source.operands) + 1}"
+        variant = "" if not source.operands and source.image is None else f"_{len(source.operands) + 1}"
         return Emitter(graph, source.node, f"{source.node.name}{variant}", dict(source.node.metadata_props))
 
     def _input(self, emit: Emitter, source: _Source) -> ir.Value:
@@ -119,14 +119,15 @@ class LowerCpu(RewritePass):
     ) -> None:
         path = row.path if row else FLOAT_PATH
         self.choices.append(Choice(spec.layer, path, why))
-        assert source.x is not None
+        assert source.x is not None and (operand or source.image)
+        codes = operand.codes if operand else source.image[:1]  # type: ignore[index]
         self.probes.append(
             ProbeRow(
                 layer=spec.layer,
                 path=path,
                 x=str(source.x.name),
-                codes=tuple(str(code.name) for code in operand.codes) if operand else (),
-                limb_weights=tuple(float(w) for w in operand.weights) if operand else (),
+                codes=tuple(str(code.name) for code in codes),
+                limb_weights=tuple(float(w) for w in operand.weights) if operand else (1.0,),
                 codes_unit=1.0,
                 codes_offset=float(operand.zero) if operand else 0.0,
                 act_scale=str(scale.name),

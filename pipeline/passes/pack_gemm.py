@@ -6,9 +6,11 @@ import numpy as np
 import onnx_ir as ir
 
 from export.ops import DOMAIN
+from pipeline.passes.emit import initializer
 from pipeline.passes.graph import (
     add_functions,
     attribute,
+    constant,
     drop_unused,
     fpq_node,
     is_op,
@@ -81,9 +83,6 @@ class PackGemm(RewritePass):
 
 def _zeros(graph: ir.Graph, layer: str, weight: ir.Node) -> ir.Value:
     """A bias of zeros [N] for a linear that has none."""
-    codes = weight.inputs[0]
-    assert codes is not None and codes.shape is not None
-    tensor = ir.tensor(np.zeros(int(codes.shape[0]), np.float32), name=f"{layer}.no_bias")
-    value = ir.Value(name=tensor.name, shape=tensor.shape, type=ir.TensorType(tensor.dtype), const_value=tensor)
-    graph.register_initializer(value)
-    return value
+    codes = constant(weight.inputs[0])
+    assert codes is not None
+    return initializer(graph, ir.tensor(np.zeros(len(codes), np.float32), name=f"{layer}.no_bias"))

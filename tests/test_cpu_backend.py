@@ -1,0 +1,99 @@
+"""The `cpu` target from portable file to running engine: bytes, streaming, lowering.json, refusals of its reader."""
+
+import json
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+import pytest
+
+from export.errors import ContractError
+from pipeline.backends import BACKENDS, lowering_file
+from pipeline.backends.base import LoweredGraph
+from pipeline.backends.cpu import CpuBackend, open_session
+from tests.portable import activations, portable, random_linear
+
+BODY = """
+  h = fpq.QuantizedLinear <layer="a"> (x)
+  y = fpq.QuantizedLinear <layer="b"> (h)
+"""
+
+
+@pytest.fixture
+def source(tmp_path):
+    """Folder with a portable model of two linears; model.onnx with its weights outside."""
+    layers = [random_linear("a", n=64, granularity="exact_group", group=16), random_linear("b", n=32, seed=1)]
+    model = portable(BODY, layers, "float[B,S,64] x", "float[B,S,32] y")
+    folder = tmp_path / "bundle"
+    folder.mkdir()
+    ir.save(model, folder / "model.onnx", external_data="model.onnx.data", size_threshold_bytes=0)
+    return folder
+
+
+def built(source, name="cpu"):
+    backend = CpuBackend()
+    work = source.parent / f"work-{name}"
+    work.mkdir()
+    (source / name).mkdir()
+    return backend.build(backend.lower(source / "model.onnx", work, None), source / name, None)
+
+
+def test_an_engine_runs_and_agrees_with_the_portable_model(source):
+    result = built(source)
+    assert all((source / file).is_file() for file in result.files)
+    engine = BACKENDS["cpu"].load(source)
+    x = activations(np.random.default_rng(0))[:, 3:]
+    found = engine.run({"x": x})["y"]
+    expected = open_session(source / "model.onnx").run(None, {"x": x})[0]
+    engine.close()
+    # One code of the second linear may flip where float32 sums differ in their last bit.
+    assert np.linalg.norm(found - expected) <= 1e-2 * np.linalg.norm(expected)
+
+
+def test_the_same_portable_model_gives_the_same_bytes(source):
+    built(source)
+    built(source, "again")
+    for name in ("model.onnx", "model.onnx.data"):
+        assert (source / "cpu" / name).read_bytes() == (source / "again" / name).read_bytes()
+
+
+def test_weights_are_int8_and_outside_of_the_graph(source):
+    built(source)
+    graph = onnx.load(source / "cpu" / "model.onnx", load_external_data=False).graph
+    image = next(item for item in graph.initializer if item.name == "a.image")
+    assert image.data_type == onnx.TensorProto.INT8 and image.data_location == onnx.TensorProto.EXTERNAL
+    assert not {item.name for item in graph.initializer} & {"a.codes", "a.scales", "a.multipliers"}
+
+
+def test_lowering_json_gives_back_what_was_written(source):
+    result = built(source)
+    found = lowering_file.read(source / "cpu" / "lowering.json")
+    assert found.probes == result.lowered.probes and found.choices == result.lowered.choices
+    assert found.path == source / "cpu" / "model.onnx"
+    assert {choice.layer for choice in found.choices} == {"a", "b"}
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"schema_version": 99}, "schema 99"),
+        ({"probes": [{"layer": "a"}]}, "not a lowering file"),
+        (None, "not a lowering"),
+    ],
+)
+def test_a_damaged_lowering_file_is_refused(tmp_path, change, message):
+    path = tmp_path / "lowering.json"
+    lowering_file.write(LoweredGraph(tmp_path / "model.onnx", (), ()), path)
+    path.write_text("{" if change is None else json.dumps(json.loads(path.read_text()) | change))
+    with pytest.raises(ContractError, match=message):
+        lowering_file.read(path)
+
+
+def test_targets_are_listed_without_importing_them():
+    assert list(BACKENDS) == ["cpu", "rtx"]
+    with pytest.raises(KeyError):
+        BACKENDS["cuda"]
+
+
+def test_nothing_is_missing_here():
+    assert CpuBackend().problems(None) == []
