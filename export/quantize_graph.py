@@ -110,7 +110,7 @@ class _Builder:
         return add_initializer(self.graph, ir.tensor(np.ascontiguousarray(array), name=f"{self.layer.name}.{key}"))
 
     def weight_inputs(self) -> list[ir.Value]:
-        arrays = {"codes": self.layer.codes, "scales": self.layer.scales, "multipliers": self._multiplier_codes()}
+        arrays: dict[str, NDArray] = {"codes": self.layer.codes, "scales": self.layer.scales, "multipliers": self._multiplier_codes()}
         return [self.constant(key, array) for key, array in arrays.items()]
 
     def _multiplier_codes(self) -> NDArray[np.uint8]:
@@ -145,6 +145,6 @@ def multiplier_table(layer: QuantizedLinear) -> tuple[int, ...]:
 def add_initializer(graph: ir.Graph, tensor: ir.TensorProtocol) -> ir.Value:
     """Register `tensor` under its name as an initializer of the graph."""
     kind = ir.TensorType(tensor.dtype)
-    value = ir.Value(name=tensor.name, shape=ir.Shape(tensor.shape), type=kind, const_value=tensor)
+    value = ir.Value(name=tensor.name, shape=ir.Shape(list(tensor.shape.numpy())), type=kind, const_value=tensor)
     graph.register_initializer(value)
     return value

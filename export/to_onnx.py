@@ -136,7 +136,7 @@ def _bind(graph: ir.Model, values: Mapping[str, Any], narrow: bool) -> None:
     """Turn the graph's weight inputs into initializers, read from `values` when the file is written."""
     for value in [value for value in graph.graph.inputs if value.name in values]:
         graph.graph.inputs.remove(value)
-        tensor = values[value.name]
+        tensor = values[str(value.name)]
         if narrow and tensor.numel() >= NARROW_ELEMENTS and _fits_fp16(tensor):
             _bind_narrow(graph.graph, value, tensor)
         else:

@@ -178,11 +178,11 @@ def _name_axes(model: ir.Model, rows: tuple[Input, ...]) -> None:
                 raise ContractError(
                     f"{row.name}: axis {axis} ({name}) was fixed to {shape}; the model reads it as a number"
                 )
-            known[str(shape[axis].value)] = name
+            known[str(shape[axis])] = name
     for value in _values(model.graph):
         if value.shape is not None:
             value.shape = ir.Shape([_axis(size, known) for size in value.shape])
 
 
 def _axis(size: int | ir.SymbolicDim, known: Mapping[str, str]) -> int | str | None:
-    return size if isinstance(size, int) else known.get(str(size.value))
+    return size if isinstance(size, int) else known.get(str(size))
