@@ -90,7 +90,7 @@ def _dit() -> torch.nn.Module:
         in_channels=1,
         out_channels=1,
         sample_size=16,
-        patch_size=2,
+        patch_size=4,
         num_embeds_ada_norm=DIGIT_CLASSES,
         norm_type="ada_norm_zero",
         norm_eps=1e-5,
@@ -124,6 +124,6 @@ TASKS = {
     task.name: task
     for task in (
         Task("pixart_mini", _pixart, _scene_batch, _caption_condition, _drop_caption, 64, 5000, 1e-3),
-        Task("dit_mini", _dit, _digit_batch, lambda y: dict(class_labels=y), _drop_class, 64, 2500, 1e-3),
+        Task("dit_mini", _dit, _digit_batch, lambda y: dict(class_labels=y), _drop_class, 64, 4000, 1e-3),
     )
 }
