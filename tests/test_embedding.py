@@ -69,6 +69,14 @@ def test_float_targets_equal_brute_force(name: str, target: str) -> None:
     assert embeds(name, target) == brute_force(name, np.dtype(FLOAT_TYPES[target]))
 
 
+@pytest.mark.parametrize("target", FLOAT_TYPES)
+@pytest.mark.parametrize("name", ["INT8", "E2M3", "E3M4", "INT6"])
+def test_float_targets_with_multipliers_equal_brute_force(name: str, target: str) -> None:
+    """Products with up to 13 significant bits: on both sides of every type's precision."""
+    for multiplier in range(1, 33):
+        assert embeds(name, target, multiplier) == brute_force(name, np.dtype(FLOAT_TYPES[target]), multiplier)
+
+
 @pytest.mark.parametrize("name", [n for n, row in FORMATS.items() if row.specials == "none"])
 def test_fp32_holds_every_format(name: str) -> None:
     assert embeds(name, "FP32")

@@ -71,6 +71,15 @@ def test_ties_go_to_even(name: str) -> None:
     assert (codes == encode(fmt, x)).all()
 
 
+def test_scale_of_a_zero_token() -> None:
+    """The floor is part of the contract: kernels and engines must use the same number."""
+    x = np.array([[0.0, 0.0], [1e-30, 0.0], [2e-30, 0.0]], np.float32)
+    codes, scale = run_everywhere("QuantizeActivation", x, format="E2M3")
+    assert (scale[:2] == np.float32(1e-30) / np.float32(7.5)).all()
+    assert codes.tolist() == [[0, 0], [31, 0], [31, 0]]
+    assert scale[2] == np.float32(2e-30) / np.float32(7.5)
+
+
 @pytest.mark.parametrize("lead", [(), (3,), (2, 3), (2, 1, 3), (1, 1)])
 def test_any_number_of_leading_axes(lead: tuple[int, ...]) -> None:
     x = np.random.default_rng(1).normal(size=(*lead, 7)).astype(np.float32)
