@@ -62,12 +62,22 @@ class Case:
         return output[:, : self.noise.shape[1]]
 
 
+@dataclass(frozen=True)
+class StepErrors:
+    """A denoiser against the float64 reference on every step's inputs: SQNR in dB of each step, and of each sample of
+    each step (prompted and unprompted, [n_steps * batch]); how many output values are not finite."""
+
+    steps_db: list[float]
+    samples_db: list[float]
+    nonfinite: int
+
+
 @dataclass
 class Study:
     """Results of the reference. Steps run on the same inputs `calls`, the float64 reference's trajectory.
 
     exact, plain: outputs of the float64 reference and of the float model per step. images: final pictures by run:
-    "reference", "float", "fp32 0", ... fp32_db: [realisations][steps]. probed: the steps whose layers are looked at;
+    "reference", "float", "fp32 0", ... fp32: one for each realisation. probed: the steps whose layers are looked at;
     layer_inputs: float64 reference's input of each linear in these steps, [rows, K] float32; layer_db: the worst
     float32 run's, by layer.
     """
@@ -77,7 +87,7 @@ class Study:
     exact: list[NDArray[Any]] = field(default_factory=list)
     plain: list[NDArray[Any]] = field(default_factory=list)
     images: dict[str, NDArray[Any]] = field(default_factory=dict)
-    fp32_db: list[list[float]] = field(default_factory=list)
+    fp32: list[StepErrors] = field(default_factory=list)
     probed: tuple[int, ...] = ()
     layer_inputs: dict[str, list[NDArray[np.float32]]] = field(default_factory=dict)
     layer_db: dict[str, float] = field(default_factory=dict)
@@ -88,12 +98,15 @@ class Study:
         pairs = zip(self.plain, self.exact, strict=True)
         return [sqnr_db(self.case.shown(plain), self.case.shown(exact)) for plain, exact in pairs]
 
-    def steps_db(self, run: Run) -> tuple[list[float], int]:
-        """A denoiser against the float64 reference on every step's inputs, and how many outputs are not finite."""
-        outputs = [run(call)["sample"] for call in self.calls]
-        bad = sum(int(np.count_nonzero(~np.isfinite(output))) for output in outputs)
-        pairs = zip(self.exact, outputs, strict=True)
-        return [sqnr_db(self.case.shown(exact), self.case.shown(output)) for exact, output in pairs], bad
+    def errors(self, run: Run) -> StepErrors:
+        """Run a denoiser on every step's inputs."""
+        outputs = [self.case.shown(run(call)["sample"]) for call in self.calls]
+        pairs = [(self.case.shown(exact), output) for exact, output in zip(self.exact, outputs, strict=True)]
+        return StepErrors(
+            [sqnr_db(exact, output) for exact, output in pairs],
+            [sqnr_db(one, other) for exact, output in pairs for one, other in zip(exact, output, strict=True)],
+            sum(int(np.count_nonzero(~np.isfinite(output))) for output in outputs),
+        )
 
 
 def make_case(model: LoadedModel, recipe: Recipe) -> Case:
@@ -208,8 +221,7 @@ def _run_realisation(found: Study, engine: Any, index: int) -> None:
     with jittered(engine.module, seed=index):
         found.images[f"fp32 {index}"] = found.case.draw(engine.run)
         with recording(engine.module) as record:
-            steps, _ = found.steps_db(_recorded(engine.run, record, found.probed))
-    found.fp32_db.append(steps)
+            found.fp32.append(found.errors(_recorded(engine.run, record, found.probed)))
     for name, inputs in record.inputs.items():
         worst = layer_input_db(found.layer_inputs[name], inputs)
         found.layer_db[name] = min(worst, found.layer_db.get(name, np.inf))

@@ -78,11 +78,11 @@ def verify_target(
     run = engine.run if engine else probed.denoiser()
     if engine is None:
         report.notes.append(f"{target}: {PROVEN_NOT_RUN}")
-    steps, bad_outputs = found.steps_db(run)
-    report.gates += layer_gates(target, results, bad_outputs)
-    report.steps += step_results(target, steps, found)
+    errors = found.errors(run)
+    report.steps += step_results(target, errors, found)
     image = found.case.draw(run)
-    report.gates += end_gates(target, steps, image, found)
+    nonfinite = errors.nonfinite + int(np.count_nonzero(~np.isfinite(image)))
+    report.gates += layer_gates(target, results, nonfinite) + end_gates(target, errors, image, found)
     return image
 
 
