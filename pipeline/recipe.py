@@ -70,14 +70,16 @@ class Calibrate:
 
 @dataclass(frozen=True)
 class Rtx:
-    """Options of the `rtx` target: how weights are stored in the engine, and the GPUs it is built for."""
+    """Options of the `rtx` target: how weights are stored, the GPUs it is built for, and the precision of attention."""
 
     weights: str = "fp8"
     sm: tuple[int, ...] = (89, 120)
+    attention: str = "fp16"
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "sm", tuple(self.sm))
         _check(self.weights in ("fp8", "int8", "int4"), f"rtx.weights {self.weights!r}; use fp8, int8 or int4")
+        _check(self.attention in ("fp16", "fp32"), f"rtx.attention {self.attention!r}; use fp16 or fp32")
         _check(bool(self.sm), "rtx.sm is empty; name at least one compute capability, for example 89")
 
 

@@ -16,6 +16,7 @@ from pipeline.backends.rtx_engine_file import EngineFile, check_gemms, read_engi
 from pipeline.files import sha256, write_json
 from pipeline.passes import run_shared
 from pipeline.passes.lower_rtx import lower
+from pipeline.passes.lower_rtx_attention import halve_attention
 from pipeline.passes.lower_rtx_gemms import matmul_names
 
 logger = logging.getLogger(__name__)
@@ -75,6 +76,8 @@ class RtxBackend:
         model = ir.load(portable)
         run_shared(model)
         lowering = lower(model, capabilities(recipe.rtx.weights, tuple(recipe.rtx.sm)))
+        if recipe.rtx.attention == "fp16":
+            logger.info("%d attentions in FP16", halve_attention(model))
         path = work_dir / ONNX
         ir.save(model, path, external_data=DATA, size_threshold_bytes=1024)
         return LoweredGraph(path, tuple(lowering.probes), tuple(lowering.choices))
@@ -132,6 +135,7 @@ def describe(engine: EngineFile, lowered: LoweredGraph, facts: rtx_build.BuildFa
         "constant_bytes": engine.constant_bytes,
         "kernels": dict(sorted(kinds.items())),
         "gemms": engine.gemm_types,
+        "fused_attentions": sum("gemm_mha" in step.name for step in engine.steps),
         "dimension_bounds": engine.bounds,
         "onnx_sha256": sha256(lowered.path),
         "onnx_data_sha256": sha256(lowered.path.with_name(DATA)),
