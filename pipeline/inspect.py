@@ -122,7 +122,7 @@ def _totals(document: Mapping[str, Any]) -> str:
     packed = f"{sizes['quantized_weights'] / 1e6:.2f} MB packed, {share:.3f} of fp16"
     total = len(document["layers"]) + len(document["kept"])
     files = f"; {sizes['all_files'] / 1e6:.1f} MB in all files" if "all_files" in sizes else ""
-    return f"{len(document['layers'])} of {total} linears quantized, {len(document['kept'])} kept; {packed}{files}"
+    return f"{len(document['layers'])} of {total} layers quantized, {len(document['kept'])} kept; {packed}{files}"
 
 
 def make_parser() -> Parser:

@@ -3,21 +3,19 @@
 from __future__ import annotations
 
 import argparse
-import logging
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from export.errors import ContractError, ParityError
 from pipeline.backends.base import LoweredGraph
 from pipeline.bundle import Bundle, load_bundle
 from pipeline.command import Answer, Parser, parser, run
 from pipeline.compiler import load_model, opened
-from pipeline.files import sha256
+from pipeline.files import sha256, tree
 from pipeline.report import Report
 from pipeline.stages import timed
-
-logger = logging.getLogger(__name__)
 
 
 def make_parser() -> Parser:
@@ -48,26 +46,30 @@ def verify_bundle(path: Path, report_dir: Path, source: str = "") -> Report:
 
 
 def lower_again(bundle: Bundle, folder: Path) -> dict[str, LoweredGraph]:
-    """Lower the portable model anew for every target; bytes that the bundle holds too must be equal."""
+    """Lower the portable model anew for every target; the bytes must be those that the bundle holds or was built from.
+
+    Raises ContractError where they are not: then the engine does not belong to the portable model, or to this code.
+    """
     from pipeline.backends import BACKENDS
 
     lowered = {}
     for target in bundle.targets:
         (folder / target).mkdir()
         lowered[target] = BACKENDS[target].lower(bundle.path / "model.onnx", folder / target, bundle.recipe)
-        _compare(lowered[target].path, bundle, target)
+        compare(folder / target, target, bundle.manifest)
     return lowered
 
 
-def _compare(path: Path, bundle: Bundle, target: str) -> None:
-    name = f"{target}/{path.name}"
-    row = bundle.manifest["files"].get(name)
-    if row is None:
-        logger.info("%s: the bundle keeps no lowered graph to compare with", target)
-    elif sha256(path) != row["sha256"]:
-        raise ContractError(
-            f"{bundle.path / name} is not what the portable model lowers to now; build the bundle again"
-        )
+def compare(folder: Path, target: str, manifest: Mapping[str, Any]) -> None:
+    """Every lowered file in `folder` against its hash in the bundle, or against what the engine was built from."""
+    metadata = manifest["targets"][target]["metadata"]
+    source = {"model.onnx": metadata.get("onnx_sha256"), "model.onnx.data": metadata.get("onnx_data_sha256")}
+    kept = {name: row["sha256"] for name, row in manifest["files"].items()}
+    for name in tree(folder):
+        expected = kept.get(f"{target}/{name}", source.get(name))
+        if expected != sha256(folder / name):
+            remedy = "build the bundle again with this version"
+            raise ContractError(f"{target}: the portable model now lowers to another {name} than was built; {remedy}")
 
 
 def work(args: argparse.Namespace, answer: Answer) -> int:

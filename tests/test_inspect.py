@@ -46,7 +46,7 @@ def test_a_bundle_as_a_table(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     assert inspect.main([str(make_bundle(tmp_path / "e"))]) == 0
     shown = capsys.readouterr().out
     assert "blocks.0.attn1.to_q  attn.qkv  8 x 64  E2M1 x E2M3   exact_group(32)  INT8 E4M3 FP16  int8" in shown
-    assert "1 of 2 linears quantized, 1 kept" in shown and "E2M3 embeds in INT8" in shown and "the last layer" in shown
+    assert "1 of 2 layers quantized, 1 kept" in shown and "E2M3 embeds in INT8" in shown and "the last layer" in shown
 
 
 def test_a_recipe_on_a_model_says_what_calibration_will_do(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
