@@ -36,6 +36,7 @@ OTHER = {
     "budgets.final_psnr_fp_db": 30.5,
     "rtx.weights": "int4",
     "rtx.sm": (89,),
+    "rtx.attention": "fp32",
 }
 ONLY_ONE = {"calibrate.method"}  # keys with a single legal value
 WRONG_TYPES = (True, [1, "a"], {"x": 1}, 1.5, 7, "text")
