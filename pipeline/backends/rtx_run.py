@@ -60,7 +60,7 @@ def read_metadata(folder: Path) -> dict[str, Any]:
     """metadata.json of a built engine."""
     try:
         return dict(json.loads((folder / METADATA).read_text()))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, TypeError) as error:
         raise ContractError(f"{folder / METADATA} cannot be read ({error}); build the engine again") from error
 
 
@@ -132,7 +132,7 @@ class Buffers:
             self.inputs[name].copy_(torch.from_numpy(array))
         if not self.context.execute_async_v3(stream):
             raise ResourceError("the engine could not be run; the log of tensorrt_rtx says why (often GPU memory)")
-        return {name: tensor.cpu().numpy() for name, tensor in self.outputs.items()}
+        return {name: tensor.to("cpu", copy=True).numpy() for name, tensor in self.outputs.items()}
 
 
 class RtxEngine:
@@ -167,6 +167,7 @@ class RtxEngine:
         self._stream = torch.cuda.Stream()
         names = [self._engine.get_tensor_name(i) for i in range(self._engine.num_io_tensors)]
         self._outputs = [n for n in names if self._engine.get_tensor_mode(n) == trt.TensorIOMode.OUTPUT]
+        self._dtypes = {name: np.dtype(trt.nptype(self._engine.get_tensor_dtype(name))) for name in names}
 
     def _load_cache(self) -> None:
         if self._cache_path.is_file() and not self._cache.deserialize(self._cache_path.read_bytes()):
@@ -177,7 +178,7 @@ class RtxEngine:
         import torch
 
         check_inputs(self.metadata["shapes"], inputs)
-        arrays = {name: np.ascontiguousarray(array) for name, array in inputs.items()}
+        arrays = {name: np.ascontiguousarray(array, self._dtypes[name]) for name, array in inputs.items()}
         key = tuple((name, array.shape) for name, array in sorted(arrays.items()))
         with torch.cuda.stream(self._stream):
             if key not in self._buffers:
