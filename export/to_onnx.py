@@ -95,6 +95,11 @@ def export_float(model: LoadedModel, path: Path, height: int = 0, width: int = 0
 
 def _check_layers(model: LoadedModel, layers: list[QuantizedLinear]) -> None:
     refs = {ref.name: ref.module for ref in model.linears()}
+    names = [layer.name for layer in layers]
+    if len(set(names)) != len(names):
+        raise ContractError(f"{len(names)} quantized layers have only {len(set(names))} names; calibrate again")
+    if missing := [name for name in refs if name not in names]:
+        raise ContractError(f"{missing[0]}: the model has this linear but the checkpoint does not; calibrate again")
     for layer in layers:
         found = (layer.out_features, layer.in_features)
         if layer.name not in refs:
