@@ -97,3 +97,50 @@ def test_targets_are_listed_without_importing_them():
 
 def test_nothing_is_missing_here():
     assert CpuBackend().problems(None) == []
+
+
+CROSS = """
+  k = fpq.QuantizedLinear <layer="a"> (text)
+  h = fpq.QuantizedLinear <layer="b"> (hidden_states)
+  y = Add(k, h)
+"""
+
+
+@pytest.fixture
+def conditioned(tmp_path):
+    """Engine whose first linear reads the condition alone."""
+    layers = [random_linear("a"), random_linear("b", seed=1)]
+    inputs = "float[B,S,64] hidden_states, float[B,S,64] text"
+    folder = tmp_path / "bundle"
+    folder.mkdir()
+    ir.save(portable(CROSS, layers, inputs), folder / "model.onnx", external_data="model.onnx.data")
+    result = built(folder)
+    assert "cpu/condition.onnx" in result.files
+    engine = CpuBackend().load(folder)
+    yield engine, result.lowered.path
+    engine.close()
+
+
+def test_the_condition_is_computed_once_and_again_when_it_changes(conditioned):
+    engine, lowered = conditioned
+    whole, calls, original = open_session(lowered), [], engine.condition.run
+
+    class Counted:
+        get_inputs, get_outputs = engine.condition.get_inputs, engine.condition.get_outputs
+
+        def run(self, *args):
+            calls.append(1)
+            return original(*args)
+
+    engine.condition = Counted()
+    rng = np.random.default_rng(0)
+    text = rng.standard_normal((1, 5, 64)).astype(np.float32)
+    for step, expected_calls in enumerate((1, 1, 2, 2, 3)):
+        if step == 2:
+            text[0, 0, 0] += 1  # the caller overwrites its own array
+        if step == 4:
+            text = np.concatenate([text, text])
+        x = rng.standard_normal(text.shape).astype(np.float32)
+        feeds = {"hidden_states": x, "text": text}
+        np.testing.assert_array_equal(engine.run(feeds)["y"], whole.run(None, feeds)[0])
+        assert len(calls) == expected_calls

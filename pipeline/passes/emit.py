@@ -10,6 +10,13 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 MICROSOFT = "com.microsoft"
+RESULT_TYPES = {
+    "QuantizeLinear": ir.DataType.UINT8,
+    "DequantizeLinear": ir.DataType.FLOAT,
+    "MatMulInteger": ir.DataType.INT32,
+    "MatMulIntegerToFloat": ir.DataType.FLOAT,
+    "Shape": ir.DataType.INT64,
+}
 
 
 class Emitter:
@@ -24,7 +31,7 @@ class Emitter:
         full = f"{self.prefix}/{name}"
         attrs = ir.convenience.convert_attributes(attributes)
         node = ir.Node(domain, op_type, inputs, attrs, name=full, metadata_props=dict(self.metadata))
-        node.outputs[0].name = full
+        node.outputs[0].name, node.outputs[0].type = full, _result_type(node)
         self.graph.insert_before(self.anchor, node)
         return node.outputs[0]
 
@@ -45,9 +52,18 @@ class Emitter:
         return initializer(self.graph, tensor)
 
 
+def _result_type(node: ir.Node) -> ir.TypeProtocol | None:
+    """Type of a node's output: by op, by its `to`, else that of its first input (elementwise and shape ops)."""
+    if node.op_type == "Cast":
+        return ir.TensorType(ir.DataType(node.attributes["to"].as_int()))
+    if node.op_type in RESULT_TYPES:
+        return ir.TensorType(RESULT_TYPES[node.op_type])
+    return next((value.type for value in node.inputs if value is not None), None)
+
+
 def initializer(graph: ir.Graph, tensor: ir.TensorProtocol) -> ir.Value:
     """Register `tensor` as initializer of `graph` under its name."""
-    shape = ir.Shape(tensor.shape)
+    shape = ir.Shape(tensor.shape)  # type: ignore[arg-type]
     value = ir.Value(name=tensor.name, shape=shape, type=ir.TensorType(tensor.dtype), const_value=tensor)
     graph.register_initializer(value)
     return value

@@ -1,0 +1,62 @@
+"""Cast or Transpose of a stored weight -> a stored weight, computed when the file is written."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+from numpy.typing import NDArray
+
+from pipeline.passes.emit import initializer
+from pipeline.passes.graph import attribute, drop_unused, is_op
+from pipeline.passes.refusal import RewritePass
+
+
+class FoldWeights(RewritePass):
+    """Replace Cast(w) and Transpose(w) of an initializer by a lazy initializer, so that no runtime does it at load.
+
+    A weight that several nodes turn into different things is stored once for each; a graph output is left alone.
+    """
+
+    def rewrite(self, model: ir.Model) -> None:
+        for node in list(model.graph):
+            if is_op(node, "Cast") or is_op(node, "Transpose"):
+                self._try(model.graph, node)
+        if self.fired:
+            drop_unused(model)
+
+    def _try(self, graph: ir.Graph, node: ir.Node) -> None:
+        source, output = node.inputs[0], node.outputs[0]
+        tensor = source.const_value if source is not None else None
+        if tensor is None or source is None or not source.is_initializer():
+            return
+        if output.is_graph_output():
+            self.refuse(node.name, f"{output.name} is an output of the graph")
+            return
+        folded = initializer(graph, _folded(node, tensor, str(output.name)))
+        # The node gives up its name for the value that takes over.
+        output.name = f"{output.name}/unfolded"
+        ir.convenience.replace_all_uses_with(output, folded)
+        graph.remove(node, safe=True)
+        self.fired += 1
+
+
+def _folded(node: ir.Node, tensor: ir.TensorProtocol, name: str) -> ir.LazyTensor:
+    if node.op_type == "Cast":
+        dtype = ir.DataType(attribute(node, "to"))
+        make, shape = partial(_cast, tensor, dtype.numpy()), tuple(tensor.shape)
+    else:
+        order = tuple(attribute(node, "perm") or reversed(range(len(tensor.shape))))
+        make, dtype = partial(_transposed, tensor, order), tensor.dtype
+        shape = tuple(tensor.shape[axis] for axis in order)
+    return ir.LazyTensor(lambda: ir.tensor(make(), name=name), dtype, ir.Shape(shape), name=name)  # type: ignore[arg-type]
+
+
+def _cast(tensor: ir.TensorProtocol, dtype: np.dtype) -> NDArray[Any]:
+    return tensor.numpy().astype(dtype)
+
+
+def _transposed(tensor: ir.TensorProtocol, order: tuple[int, ...]) -> NDArray[Any]:
+    return np.ascontiguousarray(tensor.numpy().transpose(order))

@@ -1,0 +1,137 @@
+"""Split a graph in two: what depends on the condition alone runs once per image, the rest once per step."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+
+import onnx_ir as ir
+
+from pipeline.passes.graph import attribute, drop_unused, is_op
+
+logger = logging.getLogger(__name__)
+# Inputs that change from step to step; all others are the condition.
+STEP_INPUTS = frozenset({"hidden_states", "timestep"})
+# Without one of these in the first part a split saves nothing worth a second graph.
+PRODUCTS = frozenset({"MatMul", "Gemm", "MatMulInteger", "MatMulIntegerToFloat", "Conv"})
+
+
+@dataclass(frozen=True)
+class Split:
+    """`condition`: condition inputs -> tensors named `boundary`. `step`: the other inputs and `boundary` -> outputs."""
+
+    condition: ir.Model
+    step: ir.Model
+    boundary: tuple[str, ...]
+
+
+def split_condition(model: ir.Model, step_inputs: Collection[str] = STEP_INPUTS) -> Split | None:
+    """Two models that share `model`'s tensors, or None where no input changes per step or the condition feeds no matrix product."""
+    sizes = _shared_sizes(model.graph, step_inputs)
+    once = _once(model.graph, step_inputs, sizes)
+    if not any(value.name in step_inputs for value in model.graph.inputs):
+        return None
+    if not any(node.op_type in PRODUCTS for node in once):
+        return None
+    boundary = _boundary(model.graph, once)
+    condition, step = model.clone(), model.clone()
+    _measure_elsewhere(condition.graph, sizes)
+    _keep_outputs(condition, boundary)
+    _turn_into_inputs(step, boundary)
+    for part in (condition, step):
+        drop_unused(part)
+        _drop_unread_inputs(part)
+    logger.info("%d of %d nodes run once per image, %d tensors cross", len(once), len(model.graph), len(boundary))
+    return Split(condition, step, boundary)
+
+
+def _shared_sizes(graph: ir.Graph, step_inputs: Collection[str]) -> dict[str, tuple[str, int]]:
+    """Outputs of Shape nodes that measure one named size (the batch) -> (condition input, axis) that has it too.
+
+    What is computed from such a size alone belongs to both parts: the first may measure its own input instead.
+    """
+    found = {
+        str(size): (str(value.name), axis)
+        for value in graph.inputs
+        if value.name not in step_inputs
+        for axis, size in enumerate(value.shape or ())
+        if not isinstance(size, int) and size.value is not None
+    }
+    measured = {str(node.outputs[0].name): _measured(node) for node in graph if is_op(node, "Shape")}
+    return {name: found[size] for name, size in measured.items() if size in found}
+
+
+def _measured(node: ir.Node) -> str:
+    """Name of the one size that a Shape node reads, '' for several or a number."""
+    value, start, end = node.inputs[0], attribute(node, "start", 0), attribute(node, "end")
+    sizes = list(value.shape)[start:end] if value is not None and value.is_graph_input() and value.shape else []
+    return str(sizes[0]) if len(sizes) == 1 else ""
+
+
+def _once(graph: ir.Graph, step_inputs: Collection[str], sizes: Collection[str]) -> set[ir.Node]:
+    """Nodes that depend on at least one graph input, and on no input of `step_inputs` other than its size."""
+    varying = {value for value in graph.inputs if value.name in step_inputs}
+    conditional = {value for value in graph.inputs if value.name not in step_inputs}
+    once = set()
+    for node in graph:
+        inputs = [value for value in node.inputs if value is not None]
+        if node.outputs[0].name in sizes:
+            continue
+        if any(value in varying for value in inputs):
+            varying.update(node.outputs)
+        elif any(value in conditional for value in inputs):
+            conditional.update(node.outputs)
+            once.add(node)
+    return once
+
+
+def _measure_elsewhere(graph: ir.Graph, sizes: Mapping[str, tuple[str, int]]) -> None:
+    inputs = {value.name: value for value in graph.inputs}
+    for node in graph:
+        if node.outputs[0].name in sizes:
+            name, axis = sizes[str(node.outputs[0].name)]
+            node.replace_input_with(0, inputs[name])
+            node.attributes["start"], node.attributes["end"] = (
+                ir.AttrInt64("start", axis),
+                ir.AttrInt64("end", axis + 1),
+            )
+
+
+def _boundary(graph: ir.Graph, once: set[ir.Node]) -> tuple[str, ...]:
+    """Names of the values that `once` makes and the other nodes or the caller read, in graph order."""
+    crossing = (
+        value
+        for node in graph
+        if node in once
+        for value in node.outputs
+        if value.is_graph_output() or any(use.node not in once for use in value.uses())
+    )
+    return tuple(str(value.name) for value in crossing)
+
+
+def _values(graph: ir.Graph) -> dict[str, ir.Value]:
+    return {str(value.name): value for node in graph for value in node.outputs}
+
+
+def _keep_outputs(model: ir.Model, names: tuple[str, ...]) -> None:
+    values = _values(model.graph)
+    model.graph.outputs[:] = [values[name] for name in names]
+    for name in names:
+        values[name].type = values[name].type or ir.TensorType(ir.DataType.FLOAT)
+
+
+def _turn_into_inputs(model: ir.Model, names: tuple[str, ...]) -> None:
+    values = _values(model.graph)
+    for name in names:
+        inner = values[name]
+        kind = inner.type or ir.TensorType(ir.DataType.FLOAT)
+        outer = ir.Value(name=name, type=kind, shape=inner.shape)
+        inner.name = f"{name}/unused"
+        ir.convenience.replace_all_uses_with(inner, outer, replace_graph_outputs=True)
+        model.graph.inputs.append(outer)
+
+
+def _drop_unread_inputs(model: ir.Model) -> None:
+    read = [value for value in model.graph.inputs if list(value.uses()) or value.is_graph_output()]
+    model.graph.inputs[:] = read
