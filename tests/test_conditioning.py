@@ -152,3 +152,26 @@ def test_damaged_descriptions_are_refused(text, words, tmp_path):
 def test_a_missing_description_is_refused(tmp_path):
     with pytest.raises(ContractError, match=r"generation\.json is missing"):
         load_generation(tmp_path)
+
+
+SYNTHETIC = {
+    "kind": "synthetic",
+    "inputs": {
+        "encoder_hidden_states": {"shape": [5, 8]},
+        "encoder_attention_mask": {"shape": [5], "value": 1},
+        "style": {"shape": [], "dtype": "int64", "value": 0},
+    },
+}
+
+
+def test_synthetic_inputs_depend_on_the_prompt_alone(tmp_path):
+    generation = from_dict({"sampler": "ddim", "conditioning": SYNTHETIC}, tmp_path)
+    wanted, plain = generation.encode(["a cat", "a dog", "a cat"])
+    states = wanted["encoder_hidden_states"]
+    assert states.shape == (3, 5, 8) and states.dtype == np.float32
+    assert np.array_equal(states[0], states[2]) and not np.array_equal(states[0], states[1])
+    np.testing.assert_array_equal(generation.encode(["a dog"])[0]["encoder_hidden_states"][0], states[1])
+    assert np.array_equal(plain["encoder_hidden_states"][0], plain["encoder_hidden_states"][1])
+    assert not np.array_equal(plain["encoder_hidden_states"][0], states[0])
+    assert (wanted["encoder_attention_mask"] == 1).all() and wanted["style"].tolist() == [0, 0, 0]
+    assert wanted["style"].dtype == np.int64
