@@ -27,7 +27,7 @@ class Split:
 
 
 def split_condition(model: ir.Model, step_inputs: Collection[str] = STEP_INPUTS) -> Split | None:
-    """Two models that share `model`'s tensors, or None where no input changes per step or the condition feeds no matrix product."""
+    """Two models that share `model`'s tensors; None where no input changes per step, or no matrix product need not."""
     sizes = _shared_sizes(model.graph, step_inputs)
     once = _once(model.graph, step_inputs, sizes)
     if not any(value.name in step_inputs for value in model.graph.inputs):
