@@ -26,14 +26,12 @@ def make_parser() -> Parser:
 
 def bench_bundle(path: Path, source: str = "") -> dict[str, Any]:
     """Verify the files, then measure every engine that runs here. Raises UserError subclasses."""
-    from export.portable import read_layers
     from pipeline.bench import bench
 
     bundle, _ = timed("files", lambda: load_bundle(path))
     model, _ = timed("model", lambda: load_model(source or bundle.manifest["model"]["source"]))
-    layers = read_layers(path / "model.onnx")
     with opened(path, bundle.targets) as engines:
-        document, _ = timed("bench", lambda: bench(model, layers, engines, bundle.recipe))
+        document, _ = timed("bench", lambda: bench(model, engines, bundle.recipe, path))
     return document
 
 

@@ -240,7 +240,7 @@ def benched(work: WorkFolder, model: LoadedModel, facts: manifest.BuildFacts) ->
 
     def measure() -> None:
         with opened(work.bundle, tuple(facts.results)) as engines:
-            document: dict[str, Any] = bench(model, facts.layers, engines, facts.recipe)
+            document: dict[str, Any] = bench(model, engines, facts.recipe, work.bundle)
         write_json(work.bundle / "bench.json", document)
 
     work.run("bench", ("bundle/bench.json",), measure, lambda: None, depends=sorted(facts.results))

@@ -42,11 +42,15 @@ def build(model: Path, output: Path, *extra: str) -> list[dict[str, Any]]:
     return [json.loads(line) for line in done.stdout.splitlines()]
 
 
+def heed_ctrl_c() -> None:
+    """Undo an ignored SIGINT, which a process inherits from a shell that runs the tests in the background."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 def stop_at(stage: str, sign: signal.Signals, model: Path, output: Path, *extra: str) -> tuple[int, str]:
     """Start a build, send it a signal when it reports the start of `stage`; returns exit code and remaining stdout."""
-    process = subprocess.Popen(
-        command(model, output, *extra), cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
-    )
+    pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL, "text": True}
+    process = subprocess.Popen(command(model, output, *extra), cwd=ROOT, preexec_fn=heed_ctrl_c, **pipes)  # noqa: PLW1509 - one thread
     assert process.stdout
     for line in process.stdout:
         event = json.loads(line)
