@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import tracemalloc
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -21,7 +23,7 @@ from pipeline.passes.lower_rtx import Lowering, lower
 from tests.rtx_models import Graph, Linear, block, single
 
 WIDE = (89, 120)
-ACTIVATIONS = ("E2M3", "E3M2", "E3M4", "E4M3", "E2M1", "E1M2", "INT6", "INT8")
+ACTIVATIONS = ("E2M3", "E3M2", "E3M4", "E4M3", "E2M1", "E1M2", "INT6", "INT8", "UE2M2", "UE3M3")
 
 
 def lowered(
@@ -156,6 +158,26 @@ def test_weights_are_converted_only_when_written() -> None:
     model = ir.from_proto(single(Linear("layer")))
     lower(model, capabilities("fp8", WIDE))
     assert isinstance(model.graph.initializers["layer.rtx_weight"].const_value, ir.LazyTensor)
+
+
+def test_writing_holds_one_weight_at_a_time(tmp_path: Path) -> None:
+    width, count = 256, 16
+    graph = Graph()
+    quantized = graph.quantize("x", "E2M3", "shared")
+    for index in range(count):
+        graph.linear(quantized, Linear(f"layer{index}", width, width, group_size=64, seed=index), f"y{index}")
+    portable = tmp_path / "portable.onnx"
+    source = graph.model(width, {f"y{i}": width for i in range(count)})
+    onnx.save(source, portable, save_as_external_data=True, location="portable.data")
+    tracemalloc.start()
+    model = ir.load(portable)
+    lower(model, capabilities("fp8", WIDE))
+    ir.save(model, tmp_path / "model.onnx", external_data="model.data", size_threshold_bytes=1024)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    # Converting one weight takes below 20 bytes per element (codes, two int16 images, a 64-bit index, the result);
+    # the graph itself is a few kB per layer. All weights at once would be 16 times the first term.
+    assert peak < 20 * width**2 + count * 60_000 < 20 * width**2 * count / 3
 
 
 def test_nothing_of_the_dialect_and_no_packed_weight_is_left() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import json
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -93,6 +94,16 @@ def test_another_gpu_is_refused_before_reading_the_engine(tmp_path: Path, monkey
     (tmp_path / "metadata.json").write_text(json.dumps(METADATA))
     monkeypatch.setattr(rtx_run, "visible_sm", lambda: 90)
     with pytest.raises(EnvironmentLacksError, match="this GPU is SM 90"):
+        rtx_run.RtxEngine(tmp_path)
+
+
+def test_a_damaged_engine_is_refused_before_it_is_deserialized(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("tensorrt_rtx", reason="tensorrt-rtx is not installed")
+    found = METADATA | {"tensorrt_rtx": version("tensorrt-rtx")}
+    (tmp_path / "metadata.json").write_text(json.dumps(found))
+    (tmp_path / "model.engine").write_bytes(b"vtrt" + bytes(200))
+    monkeypatch.setattr(rtx_run, "visible_sm", lambda: 89)
+    with pytest.raises(ContractError, match="204 bytes, its header says 0"):
         rtx_run.RtxEngine(tmp_path)
 
 

@@ -13,6 +13,7 @@ import onnx_ir as ir
 from pipeline.backends import lowering_file, rtx_build
 from pipeline.backends.base import BuildResult, Capabilities, Engine, GemmRow, LoweredGraph
 from pipeline.backends.rtx_engine_file import EngineFile, check_gemms, read_engine_file
+from pipeline.backends.rtx_run import ENGINE, METADATA, RtxEngine
 from pipeline.files import sha256, write_json
 from pipeline.passes import run_shared
 from pipeline.passes.lower_rtx import lower
@@ -20,7 +21,7 @@ from pipeline.passes.lower_rtx_attention import halve_attention
 from pipeline.passes.lower_rtx_gemms import matmul_names
 
 logger = logging.getLogger(__name__)
-ONNX, DATA, ENGINE, METADATA = "model.onnx", "model.onnx.data", "model.engine", "metadata.json"
+ONNX, DATA = "model.onnx", "model.onnx.data"
 
 SCHEMA_VERSION = 1
 
@@ -96,8 +97,6 @@ class RtxBackend:
 
     def load(self, bundle_dir: Path) -> Engine:
         """Engine on the GPU. Raises EnvironmentLacksError where there is none or it is another one."""
-        from pipeline.backends.rtx_run import RtxEngine
-
         return RtxEngine(bundle_dir / self.name)
 
 

@@ -91,20 +91,23 @@ class EngineFile:
 
 def read_engine_file(path: Path) -> EngineFile:
     """Header and plan of `path`. Raises ContractError for a truncated or foreign file."""
-    size = path.stat().st_size
-    if size < HEADER_SIZE:
-        raise ContractError(f"{path}: {size} bytes are no TensorRT-RTX engine; build it again")
+    version, sms = read_header(path)
     with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-        version, sms = _header(path, data[:HEADER_SIZE], size)
         plans = list(_plans(data))
     if not plans:
         raise ContractError(f"{path}: the engine carries no readable plan; it was built without detailed profiling")
     tensors = {name: tensor for plan in plans for name, tensor in _tensors(plan)}
     steps = tuple(step for plan in plans for step in _steps(plan, tensors))
-    return EngineFile(path, size, version, sms, tensors, steps, _bounds(plans))
+    return EngineFile(path, path.stat().st_size, version, sms, tensors, steps, _bounds(plans))
 
 
-def _header(path: Path, header: bytes, size: int) -> tuple[str, tuple[int, ...]]:
+def read_header(path: Path) -> tuple[str, tuple[int, ...]]:
+    """Release that built the file and compute capabilities it is for. Raises ContractError as `read_engine_file`."""
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        header = file.read(HEADER_SIZE)
+    if size < HEADER_SIZE:
+        raise ContractError(f"{path}: {size} bytes are no TensorRT-RTX engine; build it again")
     if header[:4] != MAGIC:
         raise ContractError(f"{path}: starts with {header[:4]!r}, not {MAGIC!r}: not a TensorRT-RTX engine")
     (claimed,) = struct.unpack_from("<Q", header, SIZE_AT)

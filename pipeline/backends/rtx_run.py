@@ -21,6 +21,7 @@ import numpy as np
 from export.errors import ContractError, EnvironmentLacksError, RecipeError, ResourceError
 from pipeline import machine
 from pipeline.backends.base import Arrays
+from pipeline.backends.rtx_engine_file import read_header
 
 logger = logging.getLogger(__name__)
 ENGINE, METADATA = "model.engine", "metadata.json"
@@ -146,6 +147,7 @@ class RtxEngine:
         problem = machine_problem(self.metadata, machine.tool_version("tensorrt_rtx"), sm)
         if problem:
             raise EnvironmentLacksError(problem)
+        read_header(folder / ENGINE)
         self._cache_path = cache_path(self.metadata, sm)
         self._buffers: dict[tuple[Any, ...], Buffers] = {}
         self._open(folder / ENGINE)

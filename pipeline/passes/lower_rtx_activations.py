@@ -48,13 +48,21 @@ def emit_token(emit: RtxEmitter, x: ir.Value, format_name: str) -> Token:
 
 def emit_limbs(emit: RtxEmitter, token: Token, operand: Operand) -> tuple[ir.Value, ...]:
     """Operands as float32, high limb first: sum(limb * weight) = image * 2^exponent. The GEMM casts those for FP16."""
-    value = token.value if operand.native else emit_round(emit, token.value, operand.format)
+    value = (
+        token.value if _is_signed(operand.format) else emit.op("Max", token.value, emit.constant(0.0), name="positive")
+    )
+    value = value if operand.native else emit_round(emit, value, operand.format)
     scaled = emit.op("Mul", value, emit.constant(operand.gain), name="scaled_value") if operand.gain != 1 else value
     if operand.type == "FP16":
         return (scaled,)
     if operand.limbs == 1:
         return (emit.quantize_dequantize(scaled, operand.type, "operand"),)
     return _emit_two_limbs(emit, scaled, operand)
+
+
+def _is_signed(format_name: str) -> bool:
+    fmt = get_format(format_name)
+    return fmt.is_integer or bool(fmt.sign_bits)
 
 
 def _emit_two_limbs(emit: RtxEmitter, scaled: ir.Value, operand: Operand) -> tuple[ir.Value, ...]:

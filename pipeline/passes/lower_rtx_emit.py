@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import onnx_ir as ir
 
@@ -17,6 +19,12 @@ STORED = {
 
 class RtxEmitter(Emitter):
     """Emitter whose `quantize_dequantize` is the form that the engine builder turns into tensor-core operands."""
+
+    def op(self, op_type: str, *inputs: ir.Value | None, name: str, domain: str = "", **attributes: Any) -> ir.Value:
+        """As `Emitter.op`, without a type for the output: that of QuantizeLinear follows from its zero point."""
+        output = super().op(op_type, *inputs, name=name, domain=domain, **attributes)
+        output.type = None
+        return output
 
     def quantize_dequantize(self, x: ir.Value, kind: str, name: str) -> ir.Value:
         """x rounded to the type's nearest number, ties to even, saturating; float32 again."""

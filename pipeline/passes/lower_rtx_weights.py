@@ -55,11 +55,12 @@ class PackedWeight:
         """[N or 1, groups] uint8."""
         return np.array(self.table, np.uint8)[unpack_rows(self.tensors[2].numpy(), 4, self.groups)]
 
-    def images(self) -> NDArray[np.int32]:
-        """[N, K] integer images with group multipliers folded in."""
-        table = get_format(self.format).image.astype(np.int32)
-        grouped = table[self.codes()].reshape(self.out_features, self.groups, -1)
-        return (grouped * self.multipliers()[..., None].astype(np.int32)).reshape(self.out_features, -1)
+    def images(self) -> NDArray[np.signedinteger]:
+        """[N, K] integer images with group multipliers folded in, int16 where that holds them."""
+        fmt = get_format(self.format)
+        dtype = np.int16 if fmt.kmax * max(self.table) < 2**15 else np.int32
+        grouped = fmt.image.astype(dtype)[self.codes()].reshape(self.out_features, self.groups, -1)
+        return (grouped * self.multipliers()[..., None].astype(dtype)).reshape(self.out_features, -1)
 
     def largest_row_sum(self) -> int:
         """Largest sum over a channel of |image|: bounds the integer sum together with the activation's kmax."""
