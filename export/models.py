@@ -10,7 +10,6 @@ from __future__ import annotations
 import inspect
 import json
 import logging
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -20,14 +19,24 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from export.errors import EnvironmentLacksError, ModelError, RecipeError
+from export.errors import ModelError, RecipeError
 from export.families import FAMILIES, LAYER_KINDS, Family, Input
+from export.sources import find
 from export.weights_files import find_weights, load_tensors
 
-__all__ = ["FAMILIES", "LAYER_KINDS", "Family", "LinearRef", "LoadedModel", "denoiser", "load", "sample_inputs"]
+__all__ = [
+    "FAMILIES",
+    "LAYER_KINDS",
+    "Family",
+    "LinearRef",
+    "LoadedModel",
+    "denoiser",
+    "float_linears",
+    "load",
+    "sample_inputs",
+]
 
 logger = logging.getLogger(__name__)
-ZOO = Path(__file__).parent / "zoo"
 LEGACY_CLASSES = {"ada_norm_zero": "DiTTransformer2DModel", "ada_norm_single": "PixArtTransformer2DModel"}
 # Below this many bytes in float32 a model is simply held in float32; above, 16-bit linears are upcast at use.
 RESIDENT_BYTES = 512 * 2**20
@@ -66,7 +75,7 @@ class LoadedModel:
     def pixels_per_cell(self) -> int:
         """Image pixels per cell of `hidden_states`: 1 for a pixel-space model, 8 for a latent one."""
         generation = self.folder / "generation.json"
-        stated = json.loads(generation.read_text()).get("output") if generation.is_file() else ""
+        stated = _read_json(generation).get("output") if generation.is_file() else ""
         return 1 if stated == "pixels" or self.config["in_channels"] <= 3 else LATENT_PIXELS
 
     def linears(self) -> list[LinearRef]:
@@ -109,7 +118,7 @@ def load(source: str) -> LoadedModel:
     Raises ModelError if the folder, configuration or weights cannot be used, EnvironmentLacksError for a hub id that
     has not been downloaded.
     """
-    root, revision = _find(source)
+    root, revision = find(source)
     folder = root / "transformer" if (root / "transformer" / "config.json").is_file() else root
     config = _read_config(folder)
     family, notes = _family_of(config, folder)
@@ -125,47 +134,23 @@ def load(source: str) -> LoadedModel:
     return LoadedModel(module, family, config, folder, source, revision, files.sha256(), notes)
 
 
-def _find(source: str) -> tuple[Path, str]:
-    if source.startswith("zoo:"):
-        return _zoo_folder(source.removeprefix("zoo:")), ""
-    if Path(source).expanduser().is_dir():
-        return Path(source).expanduser(), ""
-    if re.fullmatch(r"[A-Za-z0-9][\w.-]*/[\w.-]+", source):
-        return _from_cache(source)
-    raise ModelError(f"model {source!r} is not a folder here and not a hub id; give a folder, OWNER/NAME or zoo:NAME")
-
-
-def _zoo_folder(name: str) -> Path:
-    found = sorted(path.parent.name for path in ZOO.glob("*/config.json"))
-    if name not in found:
-        raise ModelError(f"zoo:{name} is not a bundled model; use one of {', '.join(f'zoo:{row}' for row in found)}")
-    return ZOO / name
-
-
-def _from_cache(repository: str) -> tuple[Path, str]:
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import LocalEntryNotFoundError
-
-    command = f'hf download {repository} --include "transformer/*"'
-    try:
-        folder = Path(snapshot_download(repository, local_files_only=True))
-    except LocalEntryNotFoundError as error:
-        message = f"model {repository} is not in the local cache and no folder of that name exists; run: {command}"
-        raise EnvironmentLacksError(message) from error
-    return folder, folder.name
-
-
 def _read_config(folder: Path) -> dict[str, Any]:
     path = folder / "config.json"
     if not path.is_file():
         raise ModelError(
             f"{folder} has no config.json; give a diffusers transformer folder, or a pipeline with transformer/"
         )
+    config = _read_json(path)
+    if "_class_name" not in config:
+        raise ModelError(f"{path}: no _class_name in it; give the folder of a diffusers model")
+    return config | {"_class_name": _class_name(config)}
+
+
+def _read_json(path: Path) -> dict[str, Any]:
     try:
-        config = json.loads(path.read_text())
-        return dict(config) | {"_class_name": _class_name(config)}
-    except (ValueError, KeyError, TypeError) as error:
-        raise ModelError(f"{path}: not a diffusers configuration ({error!r}); copy or download it again") from error
+        return dict(json.loads(path.read_text()))
+    except (ValueError, TypeError) as error:
+        raise ModelError(f"{path}: not a JSON object ({error}); copy or download it again") from error
 
 
 def _class_name(config: Mapping[str, Any]) -> str:
@@ -272,6 +257,21 @@ def denoiser(model: LoadedModel, replacements: Mapping[str, Any] | None = None) 
 
     module = with_modules(model.module, replacements) if replacements else model.module
     return Denoiser(module, model.family, tuple(row.name for row in model.inputs)).eval()
+
+
+def float_linears(model: LoadedModel) -> dict[str, Any]:
+    """float32 copies of the linears that are upcast at use, as `replacements`: more memory, but no upcast per call."""
+    import torch
+
+    copies = {}
+    for ref in model.linears():
+        if ref.module.weight.dtype != torch.float32:
+            with torch.device("meta"):
+                plain = torch.nn.Linear(ref.module.in_features, ref.module.out_features, ref.module.bias is not None)
+            plain.weight = torch.nn.Parameter(ref.module.weight.float(), requires_grad=False)
+            plain.bias = ref.module.bias
+            copies[ref.name] = plain
+    return copies
 
 
 def sample_inputs(

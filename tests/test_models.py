@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from export import models
 from export.errors import EnvironmentLacksError, ModelError, RecipeError
 from export.families import FAMILIES, LAYER_KINDS
-from export.models import denoiser, load, sample_inputs, stored_value
+from export.models import denoiser, float_linears, load, sample_inputs, stored_value
 from export.torch_modules import MaskedAttention, UpcastLinear, with_modules
 from export.weights_files import file_sha256
 from tests import tiny
@@ -160,6 +160,15 @@ def test_unknown_class_takes_the_generic_path_and_says_so(folders, caplog):
 # --- where models come from ----------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize(("output", "pixels"), [("pixels", 1), ("latents", 8)])
+def test_image_size_is_in_pixels_whatever_a_cell_is(pixart, output, pixels):
+    (pixart / "generation.json").write_text(json.dumps({"output": output}))
+    model = load(str(pixart))
+    assert model.pixels_per_cell == pixels
+    assert model.cells() == (8, 8)
+    assert model.cells(32, 16) == (32 // pixels, 16 // pixels)
+
+
 def test_pipeline_folder(folders, tmp_path):
     shutil.copytree(folders["dit"], tmp_path / "pipeline" / "transformer")
     model = load(str(tmp_path / "pipeline"))
@@ -195,6 +204,18 @@ def test_hub_id_in_the_cache(folders, tmp_path, monkeypatch):
     monkeypatch.setattr("huggingface_hub._snapshot_download.constants.HF_HUB_CACHE", str(tmp_path))
     model = load("someone/some-model")
     assert (model.revision, model.family.name) == (commit, "pixart")
+
+
+def test_hub_id_of_which_only_other_parts_were_downloaded(tmp_path, monkeypatch):
+    snapshot = tmp_path / "models--someone--some-model" / "snapshots" / ("0" * 40)
+    snapshot.mkdir(parents=True)
+    (tmp_path / "models--someone--some-model" / "refs").mkdir()
+    (tmp_path / "models--someone--some-model" / "refs" / "main").write_text("0" * 40)
+    (snapshot / "model_index.json").write_text("{}")
+    monkeypatch.setattr("huggingface_hub.file_download.constants.HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr("huggingface_hub._snapshot_download.constants.HF_HUB_CACHE", str(tmp_path))
+    with pytest.raises(EnvironmentLacksError, match="has no transformer; run: hf download someone/some-model"):
+        load("someone/some-model")
 
 
 def test_zoo_name_that_does_not_exist():
@@ -274,9 +295,9 @@ def test_pickles_are_refused_unread(pixart, name):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("{", "config.json: not a diffusers configuration"),
-        ("[]", "config.json: not a diffusers configuration"),
-        ("{}", "config.json: not a diffusers configuration .*_class_name"),
+        ("{", "config.json: not a JSON object"),
+        ("[1]", "config.json: not a JSON object"),
+        ("{}", "config.json: no _class_name in it"),
         ('{"_class_name": "Nonsense"}', "has no model 'Nonsense'"),
         ('{"_class_name": "AutoencoderKL", "in_channels": 3}', "AutoencoderKL has no number 'sample_size'"),
         (
@@ -353,6 +374,11 @@ def test_large_models_keep_16_bit_weights_mapped_and_compute_the_same(folders, m
     assert all(ref.module.weight.dtype == torch.float32 for ref in resident.linears())
     inputs = sample_inputs(mapped, 2, 0, tokens=5)
     assert torch.equal(run(mapped, inputs), run(resident, inputs))
+    copies = float_linears(mapped)
+    assert len(copies) == len(layers)
+    with torch.inference_mode():
+        assert torch.equal(denoiser(mapped, copies)(**tensors(inputs)), run(resident, inputs))
+    assert float_linears(resident) == {}
 
 
 def test_float32_files_are_used_without_a_copy(tmp_path, monkeypatch):
