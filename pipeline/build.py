@@ -12,6 +12,7 @@ from typing import Any
 
 from export.errors import RecipeError
 from pipeline import recipe as recipes
+from pipeline.calibrate.plan import make_plans
 from pipeline.command import Answer, Parser, parser, run
 from pipeline.compiler import BuildRequest, compile_engine, load_model, parse_targets, refuse_early
 
@@ -98,7 +99,8 @@ def dry_run(request: BuildRequest, answer: Answer) -> int:
     """All checks that need no work, and the plan."""
     refuse_early(request)
     model = load_model(request.recipe.model)
-    linears, kept = len(model.linears()), len(model.kept())
+    model.cells(request.recipe.sampling.height, request.recipe.sampling.width)
+    linears, kept = len(make_plans(model.linears(), request.recipe)), len(model.kept())
     plan: dict[str, Any] = {"recipe": asdict(request.recipe), "targets": request.targets, "output": str(request.output)}
     plan |= {"family": model.family.name, "quantized": linears, "kept": kept}
     text = f"{linears} linears to quantize, {kept} kept, targets {', '.join(request.targets)}; nothing was written"

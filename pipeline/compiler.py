@@ -65,6 +65,7 @@ def compile_engine(request: BuildRequest) -> Path:
     refuse_early(request)
     logger.info("%s of %s for %s into %s", recipe.name, recipe.model, ", ".join(request.targets), request.output)
     model, model_time = timed("model", lambda: load_model(recipe.model), request.listener)
+    model.cells(recipe.sampling.height, recipe.sampling.width)  # refuses an image size that the model cannot make
     refuse_full_disk(request, sum(parameter.numel() for parameter in model.module.parameters()))
     key = build_key(recipe, model)
     with WorkFolder(request.work_path, key, request.resume, request.force, request.listener, [model_time]) as work:

@@ -88,7 +88,7 @@ BAD_MODELS: dict[str, tuple[Callable[[Path], object], str]] = {
     "NaN weights": (plant_nan, f"tensor {LAYER} holds NaN or Inf"),
     "pickle": (only_pickle, "is a pickle"),
     "missing config": (lambda folder: (folder / "config.json").unlink(), "has no config.json"),
-    "damaged config": (lambda folder: (folder / "config.json").write_text("{"), "not a diffusers configuration"),
+    "damaged config": (lambda folder: (folder / "config.json").write_text("{"), "config.json: not a"),
     "unsupported family": (
         lambda folder: edit_config(folder, _class_name="UNet2DConditionModel"),
         "UNet2DConditionModel",
@@ -243,6 +243,20 @@ def test_bad_bundle(verb: str, name: str, tmp_path: Path, capsys: pytest.Capture
     shown = capsys.readouterr()
     assert text in shown.out + shown.err and "Traceback" not in shown.err
     assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_dry_run_checks_everything_and_writes_nothing(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = sorted(tmp_path.rglob("*"))
+    output = tmp_path / "engines/e"
+    assert build.main([*COMMON, "-m", str(model), "-o", str(output), "--dry-run"]) == 0
+    shown = capsys.readouterr().out
+    assert shown.splitlines()[-1] == f"DRY RUN {output}" and "20 linears to quantize, 7 kept, targets cpu" in shown
+    assert sorted(tmp_path.rglob("*")) == before
+    assert (
+        build.main([*COMMON, "-m", str(model), "-o", str(output), "--dry-run", "--set", "weights.group_size=48"]) == 2
+    )
 
 
 def test_every_user_error_has_an_exit_code_of_the_contract() -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -11,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from pipeline import load
+from pipeline import cli, load
 from tests import tiny
 
 ROOT = Path(__file__).parent.parent
@@ -121,3 +123,28 @@ def test_killed_while_replacing_keeps_the_old_bundle(model: Path, undisturbed: P
     assert code == -signal.SIGKILL
     assert content(output) == before
     load(output)
+
+
+def test_a_bundle_verifies_again(undisturbed: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before = content(undisturbed)
+    assert cli.main(["verify", str(undisturbed), "-o", str(tmp_path / "report")]) == 0
+    shown = capsys.readouterr().out.splitlines()
+    assert shown[-1] == f"PASSED {undisturbed}" and any(line.startswith("ok    cpu/gemm_exact = 0") for line in shown)
+    assert (tmp_path / "report/index.html").is_file() and content(undisturbed) == before
+
+
+def test_an_engine_of_another_portable_model_is_found(
+    undisturbed: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The manifest is made to agree with a changed engine: only lowering again shows that it was swapped."""
+    bundle = tmp_path / "e"
+    shutil.copytree(undisturbed, bundle)
+    data = bytearray((bundle / "cpu/model.onnx.data").read_bytes())
+    data[1000] ^= 1
+    (bundle / "cpu/model.onnx.data").write_bytes(data)
+    document = json.loads((bundle / "manifest.json").read_text())
+    document["files"]["cpu/model.onnx.data"]["sha256"] = hashlib.sha256(data).hexdigest()
+    (bundle / "manifest.json").write_text(json.dumps(document))
+    load(bundle)
+    assert cli.main(["verify", str(bundle)]) == 2
+    assert "lowers to another model.onnx.data than was built" in capsys.readouterr().out
