@@ -142,11 +142,27 @@ def _bind(graph: ir.Model, values: Mapping[str, Any], narrow: bool) -> None:
     for value in [value for value in graph.graph.inputs if value.name in values]:
         graph.graph.inputs.remove(value)
         tensor = values[str(value.name)]
+        if _only_read_transposed(value):
+            tensor = tensor.T
+            _drop_transposes(graph.graph, value)
         if narrow and tensor.numel() >= NARROW_ELEMENTS and _fits_fp16(tensor):
             _bind_narrow(graph.graph, value, tensor)
         else:
             value.const_value = _lazy(value.name, tensor, ir.DataType.FLOAT, lambda t: t.float())
             graph.graph.register_initializer(value)
+
+
+def _only_read_transposed(value: ir.Value) -> bool:
+    """Does every reader of a matrix turn it first? (Linears on sequences do; then it is stored turned, [K, N].)"""
+    perms = [node.attributes["perm"].value for node in value.consumers() if node.op_type == "Transpose"]
+    return bool(perms) and len(perms) == len(value.uses()) and all(list(perm) == [1, 0] for perm in perms)
+
+
+def _drop_transposes(graph: ir.Graph, value: ir.Value) -> None:
+    for node in list(value.consumers()):
+        value.shape = node.outputs[0].shape
+        ir.convenience.replace_all_uses_with(node.outputs[0], value)
+        graph.remove(node, safe=True)
 
 
 def _fits_fp16(tensor: Any) -> bool:

@@ -288,6 +288,15 @@ def test_multiplier_table_beyond_a_4_bit_index_is_refused(exported):
         multiplier_table(replace(layer, multipliers=many))
 
 
+def test_float_export_has_its_weights_ready_for_matmul(exported):
+    """As constant operands, not behind a Transpose: onnxruntime's INT8 tool quantizes only those."""
+    case = exported("pixart")
+    graph = ir.load(case.float_path).graph
+    matmuls = [node for node in graph if node.op_type == "MatMul" and node.inputs[1].is_initializer()]
+    assert len(matmuls) == len(case.layers) + 3  # caption projection (2) and output
+    assert not [node for node in graph if node.op_type == "Transpose" and node.inputs[0].is_initializer()]
+
+
 # --- coverage and failures -----------------------------------------------------------------------------------------
 
 
