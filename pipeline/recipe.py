@@ -70,7 +70,10 @@ class Calibrate:
 
 @dataclass(frozen=True)
 class Rtx:
-    """Options of the `rtx` target: how weights are stored, the GPUs it is built for, and the precision of attention."""
+    """Options of the `rtx` target: how weights are stored, the GPUs it is built for, and the precision of the rest.
+
+    attention: "fp16" runs attention, and large unquantized linears, on FP16 operands; "fp32" nothing.
+    """
 
     weights: str = "fp8"
     sm: tuple[int, ...] = (89, 120)

@@ -11,7 +11,8 @@ import pytest
 
 from pipeline.backends import rtx_build
 from pipeline.backends.rtx_engine_file import read_engine_file
-from pipeline.passes.lower_rtx_attention import LOWEST_MASK, SPLITTER, halve_attention
+from pipeline.passes.lower_rtx_attention import LOWEST_MASK, halve_attention
+from pipeline.passes.lower_rtx_half import SPLITTER
 from tests.test_rtx_lowering import run
 
 HEADS, HEAD_WIDTH, TOKENS = 2, 64, 16

@@ -16,9 +16,11 @@ from pipeline.backends.rtx_engine_file import EngineFile, check_gemms, read_engi
 from pipeline.backends.rtx_run import ENGINE, METADATA, RtxEngine
 from pipeline.files import sha256, write_json
 from pipeline.passes import run_shared
+from pipeline.passes.graph import drop_unused
 from pipeline.passes.lower_rtx import lower
 from pipeline.passes.lower_rtx_attention import halve_attention
 from pipeline.passes.lower_rtx_gemms import matmul_names
+from pipeline.passes.lower_rtx_kept import halve_large_linears
 
 logger = logging.getLogger(__name__)
 ONNX, DATA = "model.onnx", "model.onnx.data"
@@ -78,7 +80,9 @@ class RtxBackend:
         run_shared(model)
         lowering = lower(model, capabilities(recipe.rtx.weights, tuple(recipe.rtx.sm)))
         if recipe.rtx.attention == "fp16":
-            logger.info("%d attentions in FP16", halve_attention(model))
+            attentions, linears = halve_attention(model), halve_large_linears(model)
+            logger.info("in FP16: %d attentions, unquantized linears %s", attentions, ", ".join(linears) or "none")
+        drop_unused(model)
         path = work_dir / ONNX
         ir.save(model, path, external_data=DATA, size_threshold_bytes=1024)
         return LoweredGraph(path, tuple(lowering.probes), tuple(lowering.choices))

@@ -1,8 +1,7 @@
-"""Half-precision attention for the `rtx` target: softmax(q k' + mask) v on FP16 operands, the rest stays float32.
+"""Half-precision attention for the `rtx` target: softmax(q k' + mask) v on FP16 operands.
 
-Only then does the builder fuse an attention into one kernel. q, k, v and the result are rounded to FP16's 11 bits by
-float32 arithmetic in front of the casts: a runtime without FP16 kernels removes casts, and would otherwise prove
-numbers that the engine does not compute. (The kernel also rounds the softmax to FP16, which a CPU run does not show.)
+Only then does the builder fuse an attention into one kernel. q, k, v and the result are rounded once. (The kernel also
+rounds the softmax to FP16, which a CPU run does not show; sums and the softmax itself are float32.)
 """
 
 from __future__ import annotations
@@ -11,12 +10,10 @@ import numpy as np
 import onnx_ir as ir
 
 from pipeline.passes.emit import Emitter
+from pipeline.passes.lower_rtx_half import FP16, emit_half, widen
 
-FP16, FP32 = ir.DataType.FLOAT16, ir.DataType.FLOAT
 # Masks add numbers like -10000 or -inf; below this FP16 would make -inf of it, and a row of -inf becomes NaN.
 LOWEST_MASK = -30000.0
-# Veltkamp's splitting: with c = x * (2^13 + 1), c - (c - x) is x rounded to 24 - 13 = 11 bits, to nearest.
-SPLITTER = 2.0**13 + 1
 
 
 def halve_attention(model: ir.Model) -> int:
@@ -32,7 +29,7 @@ def _halve(graph: ir.Graph, softmax: ir.Node, halves: dict[ir.Value, ir.Value]) 
     product, masked, mixed = found
     emit = Emitter(graph, product, f"{product.name}/half")
     for index, value in enumerate(product.inputs):
-        product.replace_input_with(index, _half(emit, value, f"operand{index}"))
+        product.replace_input_with(index, emit_half(emit, value, f"operand{index}"))
     if masked is not None:
         index = 1 if masked.inputs[0] is product.outputs[0] else 0
         mask = masked.inputs[index]
@@ -40,9 +37,9 @@ def _halve(graph: ir.Graph, softmax: ir.Node, halves: dict[ir.Value, ir.Value]) 
         if mask not in halves:
             halves[mask] = _half_mask(Emitter(graph, masked, f"{masked.name}/half"), mask)
         masked.replace_input_with(index, halves[mask])
-    mixed.replace_input_with(1, _half(Emitter(graph, mixed, f"{mixed.name}/half"), mixed.inputs[1], "value"))
-    _widen(graph, mixed)
-    for node in (product, masked, softmax, mixed):
+    mixed.replace_input_with(1, emit_half(Emitter(graph, mixed, f"{mixed.name}/half"), mixed.inputs[1], "value"))
+    widen(graph, mixed)
+    for node in (product, masked, softmax):
         if node is not None:
             node.outputs[0].type = ir.TensorType(FP16)
     return True
@@ -67,36 +64,6 @@ def _product_of(masked: ir.Node) -> ir.Node | None:
     return next((node for node in producers if node is not None and node.op_type == "MatMul"), None)
 
 
-def _rounded(emit: Emitter, value: ir.Value | None, name: str) -> ir.Value:
-    """float32 value rounded to FP16's precision."""
-    large = emit.op("Mul", value, emit.constant(SPLITTER), name=f"{name}_large")
-    rest = emit.op("Sub", large, value, name=f"{name}_rest")
-    return emit.op("Sub", large, rest, name=f"{name}_rounded")
-
-
-def _half(emit: Emitter, value: ir.Value | None, name: str) -> ir.Value:
-    half = emit.op("Cast", _rounded(emit, value, name), name=name, to=FP16.value)
-    half.type = ir.TensorType(FP16)
-    return half
-
-
 def _half_mask(emit: Emitter, mask: ir.Value | None) -> ir.Value:
     bounded = emit.op("Max", mask, emit.constant(LOWEST_MASK, np.float32), name="bounded")
     return emit.op("Cast", bounded, name="mask", to=FP16.value)
-
-
-def _widen(graph: ir.Graph, node: ir.Node) -> None:
-    """Let all readers of the node's output read it as float32, rounded."""
-    result, readers = node.outputs[0], list(node.outputs[0].uses())
-    emit = Emitter(graph, _next(graph, node), f"{node.name}/half")
-    rounded = _rounded(emit, emit.op("Cast", result, name="wide", to=FP32.value), "wide")
-    for use in readers:
-        use.node.replace_input_with(use.idx, rounded)
-
-
-def _next(graph: ir.Graph, node: ir.Node) -> ir.Node:
-    """The node that follows `node`, which is not the last one: something reads it."""
-    nodes = iter(graph)
-    while next(nodes) is not node:
-        continue
-    return next(nodes)
