@@ -76,9 +76,11 @@ class RtxBackend:
 
     def lower(self, portable: Path, work_dir: Path, recipe: Any) -> LoweredGraph:
         """Write the graph that the builder gets into `work_dir`; weights are converted one by one while writing."""
-        model = ir.load(portable)
+        model, sms = ir.load(portable), tuple(recipe.rtx.sm)
         run_shared(model)
-        lowering = lower(model, capabilities(recipe.rtx.weights, tuple(recipe.rtx.sm)))
+        if without := sorted(set(sms) - FP8_SMS):
+            logger.info("SM %s has no FP8 tensor cores: the engine uses INT8 operands", ", ".join(map(str, without)))
+        lowering = lower(model, capabilities(recipe.rtx.weights, sms))
         if recipe.rtx.attention == "fp16":
             attentions, linears = halve_attention(model), halve_large_linears(model)
             logger.info("in FP16: %d attentions, unquantized linears %s", attentions, ", ".join(linears) or "none")
@@ -109,14 +111,8 @@ def sm_problems(sms: tuple[int, ...]) -> list[str]:
     takes = (
         f"TensorRT-RTX builds for SM {', '.join(map(str, BUILDABLE_SMS))}; set rtx.sm or --target-sm to some of them"
     )
-    return [
-        f"target rtx cannot be built for SM {sm}: {WHY_NOT.get(sm, 'unknown to it')}. {takes}"
-        for sm in unbuildable(sms)
-    ]
-
-
-def unbuildable(sms: tuple[int, ...]) -> list[int]:
-    return [sm for sm in sms if sm not in BUILDABLE_SMS]
+    refused = [sm for sm in sms if sm not in BUILDABLE_SMS]
+    return [f"target rtx cannot be built for SM {sm}: {WHY_NOT.get(sm, 'unknown to it')}. {takes}" for sm in refused]
 
 
 def expected_gemms(lowered: LoweredGraph) -> dict[str, str]:

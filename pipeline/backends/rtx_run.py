@@ -190,6 +190,8 @@ class RtxEngine:
     def close(self) -> None:
         """Keep the kernels compiled so far and free the GPU."""
         if self._context is not None:
-            write_cache(self._cache_path, bytes(memoryview(self._cache.serialize())))
+            blob = self._cache.serialize()
+            if blob is not None:
+                write_cache(self._cache_path, bytes(memoryview(blob)))
         self._buffers.clear()
         self._context = self._engine = self._cache = None
