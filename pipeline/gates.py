@@ -56,14 +56,14 @@ def _ratio_db(signal: float, noise: float) -> float:
 class ActivationOracle:
     """What fpq.QuantizeActivation gives for x [M, K], and what float32 roundings may turn it into.
 
-    image: integer image of the nearest code, [M, K] int32. lowest, highest: images of the codes at both ends of the
+    image: integer image of the nearest code, [M, K]. lowest, highest: images of the codes at both ends of the
     interval that contains the float32 quotient; they differ only where the quotient lies within QUOTIENT_ROUNDINGS of
     a midpoint. scale: [M, 1] float64.
     """
 
-    image: NDArray[np.int32]
-    lowest: NDArray[np.int32]
-    highest: NDArray[np.int32]
+    image: NDArray[np.integer]
+    lowest: NDArray[np.integer]
+    highest: NDArray[np.integer]
     scale: NDArray[np.float64]
 
     @property
@@ -88,11 +88,12 @@ def quantize_oracle(x: Array, format_name: str) -> ActivationOracle:
     return ActivationOracle(nearest, lowest, highest, scale)
 
 
-def _grid(fmt: Format) -> tuple[NDArray[np.int32], NDArray[np.float64]]:
+def _grid(fmt: Format) -> tuple[NDArray[np.integer], NDArray[np.float64]]:
     """Images in ascending order, and the midpoints between neighbours, of the values a symmetric quantizer uses."""
     usable = np.isfinite(fmt.values) & (np.abs(fmt.values) <= fmt.max_value)
     values = np.unique(fmt.values[usable])
-    return np.ldexp(values, fmt.fraction_bits).astype(np.int32), (values[1:] + values[:-1]) / 2
+    integer = np.int32 if fmt.kmax <= np.iinfo(np.int32).max else np.int64
+    return np.ldexp(values, fmt.fraction_bits).astype(integer), (values[1:] + values[:-1]) / 2
 
 
 @dataclass(frozen=True)

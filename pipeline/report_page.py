@@ -149,7 +149,7 @@ def _figures(report: Report) -> str:
         (f"{len(first)}", "linears quantized"),
         (f"{sum(row.size_bytes for row in first) / 1e6:.1f} MB", "quantized weights"),
         (f"{sum(gate.passed for gate in report.gates)} of {len(report.gates)}", "gates passed"),
-        (f"{100 * min(share):.4f} %" if share else "-", "activation codes equal"),
+        (_percent(min(share)) if share else "-", "activation codes equal"),
         (
             _number(gates["final_psnr_fp_db"].value) + " dB" if "final_psnr_fp_db" in gates else "-",
             "PSNR to the float model",
@@ -158,6 +158,12 @@ def _figures(report: Report) -> str:
     return (
         "<section class='cards'>" + "".join(f"<div><b>{a}</b><span>{b}</span></div>" for a, b in cards) + "</section>"
     )
+
+
+def _percent(share: float) -> str:
+    """A share with as many digits as keep it apart from 100 %."""
+    digits = 0 if share in (0, 1) or math.isnan(share) else max(1, math.ceil(-math.log10(1 - share)) - 1)
+    return f"{100 * share:.{digits}f} %"
 
 
 def _gates(report: Report) -> str:
@@ -231,17 +237,18 @@ def _layers_plot(report: Report) -> str:
         for target, style in zip(targets, LINE_STYLES, strict=False)
     ]
     series.append(Series("reference: worst float32 run", "faint", [row.input_limit_db for row in first]))
-    labels = [_short(row.name) for row in first]
-    plot = line_plot(series, labels, "quantized linear, in order of execution", "SQNR of its input in dB")
+    names = [row.name for row in first]
+    plot = line_plot(series, names, "block of the linear", "SQNR of its input in dB", _block_ticks(names))
     text = (
         "Each linear's input in the running engine against the float64 reference's: flipped codes amplify with depth."
     )
     return _section("Error by layer", plot, text)
 
 
-def _short(name: str) -> str:
-    parts = [part for part in name.split(".") if part not in ("transformer_blocks", "blocks")]
-    return parts[0] if parts[0].isdigit() else name
+def _block_ticks(names: Sequence[str]) -> list[str]:
+    """The number of the block where it begins, "" at its other linears."""
+    blocks = [next((part for part in name.split(".") if part.isdigit()), name) for name in names]
+    return [block if i == 0 or blocks[i - 1] != block else "" for i, block in enumerate(blocks)]
 
 
 def _facts_section(page: Page) -> str:

@@ -9,7 +9,7 @@ from html import escape
 
 WIDTH, HEIGHT = 860, 300
 LEFT, RIGHT, TOP, BOTTOM = 52, 12, 14, 40
-GRID_LINES = 6
+GRID_LINES, MOST_TICKS = 6, 24
 NICE_STEPS = (1, 2, 5, 10, 20, 25, 50, 100, 200, 500)
 
 
@@ -22,13 +22,18 @@ class Series:
     values: Sequence[float]
 
 
-def line_plot(series: Sequence[Series], labels: Sequence[str], x_title: str, y_title: str) -> str:
-    """An <svg> with one line per series over the positions `labels`, and a legend above it."""
+def line_plot(
+    series: Sequence[Series], labels: Sequence[str], x_title: str, y_title: str, ticks: Sequence[str] = ()
+) -> str:
+    """An <svg> with one line per series over the positions `labels`, and a legend above it.
+
+    ticks: what stands below each position where that is not its label ("" for nothing).
+    """
     shown = [value for row in series for value in row.values if math.isfinite(value)]
     if not shown:
         return "<p class='muted'>nothing to plot</p>"
     axis = Axis.around(min(shown), max(shown))
-    parts = [_grid(axis), _x_labels(labels, x_title), _y_title(y_title)]
+    parts = [_grid(axis), _x_labels(ticks or labels, x_title), _y_title(y_title)]
     parts += [_line(row, labels, axis) for row in series]
     body = "".join(parts)
     return (
@@ -70,8 +75,9 @@ def _grid(axis: Axis) -> str:
 
 
 def _x_labels(labels: Sequence[str], title: str) -> str:
-    every, y = max(1, math.ceil(len(labels) / 24)), HEIGHT - BOTTOM + 16
-    shown = [(_x(i, len(labels)), escape(text)) for i, text in enumerate(labels) if i % every == 0]
+    y, named = HEIGHT - BOTTOM + 16, [(i, text) for i, text in enumerate(labels) if text]
+    every = max(1, math.ceil(len(named) / MOST_TICKS))
+    shown = [(_x(i, len(labels)), escape(text)) for i, text in named[::every]]
     marks = [f"<text class='tick' x='{x:.1f}' y='{y}' text-anchor='middle'>{text}</text>" for x, text in shown]
     middle = (LEFT + WIDTH - RIGHT) / 2
     return (

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from pipeline.gates import psnr_db
 from pipeline.recipe import Recipe
 from pipeline.report import Gate, LayerResult, StepResult
-from pipeline.study import StepErrors, Study
+from pipeline.study import Realisations, StepErrors, Study
 
 # An engine and a float32 run of the reference are two draws of one experiment: the float64 result, plus what flipped
 # codes do to it. Every flip adds about the same power and their number grows in proportion to the rounding error before
@@ -96,42 +96,36 @@ def _codes_gate(target: str, rows: Sequence[LayerResult]) -> Gate:
     return Gate(f"{target}/codes_equal", share, limit, "share", why, at_most=False)
 
 
-def step_results(target: str, errors: StepErrors, found: Study) -> list[StepResult]:
+def step_results(target: str, errors: StepErrors, found: Study, single: Realisations) -> list[StepResult]:
     """One row per denoising step."""
-    worst = [min(run.steps_db[step] for run in found.fp32) for step in range(len(errors.steps_db))]
+    worst = [min(run.steps_db[step] for run in single.errors) for step in range(len(errors.steps_db))]
     rows = zip(errors.steps_db, worst, found.quant_db, strict=True)
     return [StepResult(target, step, *numbers) for step, numbers in enumerate(rows)]
 
 
-def end_gates(target: str, errors: StepErrors, images: NDArray[Any], found: Study) -> list[Gate]:
+def end_gates(target: str, errors: StepErrors, images: NDArray[Any], found: Study, single: Realisations) -> list[Gate]:
     """Engine against the float64 reference: steps on the same inputs, and the pictures of its own trajectory.
 
-    The worst step bounds how bad it can get; the median sample tells a fault that touches every sample from flips that
-    hit few. No limit is looser than the error of quantization itself.
+    `single`: float32 runs of the reference in the target's arithmetic. The worst step bounds how bad it can get; the
+    median sample tells a fault that touches every sample from flips that hit few. No limit is looser than the error of
+    quantization itself, and none asks for more than ROUNDED_DB.
     """
-    fp32_images = [found.images[name] for name in found.images if name.startswith("fp32")]
-    worst_step = min(min(run.steps_db) for run in found.fp32)
-    quarter = float(np.quantile([value for run in found.fp32 for value in run.samples_db], 0.25))
-    worst_image = min(value for images in fp32_images for value in pictures_db(found, images))
-    quant_step, quant_image = min(found.quant_db), min(pictures_db(found, found.images["float"]))
-    why = (
-        f"{{}} in the reference's {len(found.fp32)} float32 run(s), less {FACTOR_DB:.0f} dB; or the quantization error"
-    )
+    worst_step = min(min(run.steps_db) for run in single.hit_errors)
+    quarter = float(np.quantile([value for run in single.errors for value in run.samples_db], 0.25))
+    worst_image = min(value for drawn in single.hit_images for value in pictures_db(found, drawn))
+    step_cost, image_cost = min(found.quant_db), min(pictures_db(found, found.images["float"]))
     rows = (
-        ("step_sqnr_db", _lowest(errors.steps_db), worst_step - FACTOR_DB, quant_step, "worst step"),
-        (
-            "median_sqnr_db",
-            _median(errors.samples_db),
-            min(quarter - FACTOR_DB, ROUNDED_DB),
-            quant_step,
-            "lower quartile",
-        ),
-        ("final_psnr_db", _lowest(pictures_db(found, images)), worst_image - FACTOR_DB, quant_image, "worst picture"),
+        ("step_sqnr_db", _lowest(errors.steps_db), worst_step, step_cost, "worst step"),
+        ("median_sqnr_db", _median(errors.samples_db), quarter, step_cost, "lower quartile"),
+        ("final_psnr_db", _lowest(pictures_db(found, images)), worst_image, image_cost, "worst picture"),
     )
-    return [
-        Gate(f"{target}/{name}", value, max(derived, quantization), "dB", why.format(what), at_most=False)
-        for name, value, derived, quantization, what in rows
-    ]
+    runs = "the reference's float32 runs"
+    return [_end_gate(f"{target}/{name}", value, *limits, f"{what} in {runs}") for name, value, *limits, what in rows]
+
+
+def _end_gate(name: str, value: float, float32: float, quantization: float, what: str) -> Gate:
+    why = f"{what}, less {FACTOR_DB:.0f} dB; or quantization's own error"
+    return Gate(name, value, max(min(float32 - FACTOR_DB, ROUNDED_DB), quantization), "dB", why, at_most=False)
 
 
 def _median(values: Sequence[float]) -> float:

@@ -20,13 +20,14 @@ from pipeline.gates import LinearCheck, LinearProbe, check_linear, quantize_orac
 from pipeline.probing import ProbedGraph
 from pipeline.recipe import Recipe
 from pipeline.report import LayerResult, Report, write_layers_csv
-from pipeline.study import Study, layer_input_db, study
+from pipeline.study import Realisations, Study, layer_input_db, study
 from pipeline.verdict import coverage_gate, end_gates, layer_gates, quantization_gates, step_results
 
 if TYPE_CHECKING:
     from export.models import LoadedModel
 
 logger = logging.getLogger(__name__)
+HALF_PARTS = "attention in FP16; the limits come from runs of the reference that round so too"
 PROVEN_NOT_RUN = "numerically proven through onnxruntime; engine built, not run"
 
 
@@ -45,11 +46,12 @@ def verify(
     """
     from pipeline.report_page import write_page
 
-    found = study(model, layers, recipe)
+    found = study(model, layers, recipe, [arithmetic_of(target, recipe) for target in lowered])
     report = Report(gates=quantization_gates(found, recipe))
     pictures = {}
     for target, graph in lowered.items():
-        pictures[target] = verify_target(target, model, layers, graph, engines.get(target), found, report)
+        arithmetic, engine = arithmetic_of(target, recipe), engines.get(target)
+        pictures[target] = verify_target(target, model, layers, graph, engine, found, report, arithmetic)
     out_dir.mkdir(parents=True, exist_ok=True)
     (out_dir / "parity.json").write_text(report.to_json())
     write_layers_csv(report, out_dir / "layers.csv")
@@ -67,30 +69,43 @@ def verify_target(
     engine: Engine | None,
     found: Study,
     report: Report,
+    arithmetic: str = "fp32",
 ) -> Any:
-    """Append one target's gates and rows to `report`; returns the engine's pictures."""
-    probed = ProbedGraph(graph)
+    """Append one target's gates and rows to `report`; returns the engine's pictures. arithmetic: see `study`."""
+    probed, single = ProbedGraph(graph), found.float32[arithmetic]
     expected = {ref.name: ref.module for ref in model.linears()}
     present = [layer for layer in layers if layer.name in probed.complete and layer.name in expected]
     report.gates.append(coverage_gate(target, len(present), len(expected)))
-    results = layer_results(target, present, expected, probed, found)
+    results = layer_results(target, present, expected, probed, found, single)
     report.layers += results
     run = engine.run if engine else probed.denoiser()
     if engine is None:
         report.notes.append(f"{target}: {PROVEN_NOT_RUN}")
     errors = found.errors(run)
-    report.steps += step_results(target, errors, found)
+    report.steps += step_results(target, errors, found, single)
     image = found.case.draw(run)
     nonfinite = errors.nonfinite + int(np.count_nonzero(~np.isfinite(image)))
-    report.gates += layer_gates(target, results, nonfinite) + end_gates(target, errors, image, found)
+    report.gates += layer_gates(target, results, nonfinite) + end_gates(target, errors, image, found, single)
+    if arithmetic != "fp32":
+        report.notes.append(f"{target}: {HALF_PARTS}")
     return image
+
+
+def arithmetic_of(target: str, recipe: Recipe) -> str:
+    """What a target computes the unquantized parts in, as its backend lowers them."""
+    return recipe.rtx.attention if target == "rtx" else "fp32"
 
 
 # --- layers ---------------------------------------------------------------------------------------------------------
 
 
 def layer_results(
-    target: str, layers: Sequence[QuantizedLinear], modules: Mapping[str, Any], probed: ProbedGraph, found: Study
+    target: str,
+    layers: Sequence[QuantizedLinear],
+    modules: Mapping[str, Any],
+    probed: ProbedGraph,
+    found: Study,
+    single: Realisations,
 ) -> list[LayerResult]:
     """Every linear of one target on inputs from the first, a middle and the last step."""
     rows = {layer.name: layer for layer in layers}
@@ -101,7 +116,8 @@ def layer_results(
         oracle = quantize_oracle(np.nan_to_num(probe.x), rows[name].activation_format)
         check = check_linear(rows[name], probe, oracle)
         input_db = layer_input_db(found.layer_inputs.get(name, []), [item.x for item in probes])
-        results.append(_layer_result(target, rows[name], modules[name], probed.rows[name].path, check, input_db, found))
+        inputs = (input_db, single.layer_db.get(name, math.nan))
+        results.append(_layer_result(target, rows[name], modules[name], probed.rows[name].path, check, inputs))
     return results
 
 
@@ -116,7 +132,7 @@ def joined(probes: Sequence[LinearProbe]) -> LinearProbe:
 
 
 def _layer_result(
-    target: str, layer: QuantizedLinear, module: Any, path: str, check: LinearCheck, input_db: float, found: Study
+    target: str, layer: QuantizedLinear, module: Any, path: str, check: LinearCheck, inputs_db: tuple[float, float]
 ) -> LayerResult:
     weight = module.weight.detach().float().numpy()
     return LayerResult(
@@ -135,8 +151,8 @@ def _layer_result(
         scale_error=check.scale_error,
         output_error=check.output_error,
         nonfinite=check.nonfinite,
-        input_sqnr_db=input_db,
-        input_limit_db=found.layer_db.get(layer.name, math.nan),
+        input_sqnr_db=inputs_db[0],
+        input_limit_db=inputs_db[1],
         weight_sqnr_db=sqnr_db(weight, layer.dequantized()),
         size_bytes=layer.size_bytes,
     )

@@ -15,8 +15,8 @@ from pipeline.backends.base import Choice, LoweredGraph, ProbeRow
 
 OFFSET = 64
 # A float32 of 2^20 times the size of q is a multiple of q's rounding step in E2M3 (1 in units of the image below 16,
-# doubling with every binade), so (q - c) + c rounds q to that step. (q + c) - c would not do just below 16 and 32: there
-# the sum, but not c, reaches the next binade, and an odd c makes the result one step too small.
+# doubling with every binade), so (q - c) + c rounds q to that step. (q + c) - c would not do just below 16 and 32:
+# there the sum, but not c, reaches the next binade, and an odd c makes the result one step too small.
 MAGIC = float(2**20)
 
 
@@ -85,9 +85,9 @@ def _linear_nodes(layer: QuantizedLinear, x: str) -> tuple[list[onnx.NodeProto],
     )
     shared = {"max", "floor", "magic", "least", "one", "zero", "unit", "last", x}
     nodes = []
-    for op, inputs, output in steps:
+    for op, short, output in steps:
         attributes = {"to": TensorProto.FLOAT} if op == "Cast" else {}
-        inputs = [item if item in shared else f"{name}/{item}" for item in inputs]
+        inputs = [item if item in shared else f"{name}/{item}" for item in short]
         nodes.append(helper.make_node(op, inputs, [f"{name}/{output}"], name=f"{name}/{output}", **attributes))
     weight = np.ascontiguousarray(layer.image().T.astype(np.int8))
     tensors = {f"{name}/weight": weight, f"{name}/channel": layer.scales[:, 0] / 16, f"{name}/bias": layer.bias}
