@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import logging
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -47,25 +46,27 @@ class Timing:
         return row | ({"derived": "steps x median call"} if self.derived else {})
 
 
-def bench(model: LoadedModel, engines: Mapping[str, Engine], recipe: Recipe, bundle: Path) -> dict[str, Any]:
+def bench(
+    model: LoadedModel, engines: Mapping[str, Engine], recipe: Recipe, bundle: Path, scratch: Path
+) -> dict[str, Any]:
     """Measure `engines` (of the folder `bundle`) and the baselines: one denoiser call, and a whole image with guidance.
 
-    Returns the document of bench.json. Engines that do not run on this machine are simply not in it.
+    Returns the document of bench.json. Engines that do not run on this machine are simply not in it. The baselines'
+    models are written into `scratch`: 6 bytes per parameter, and as much again for a moment.
     """
     from export.models import sample_inputs
     from pipeline.study import make_case
 
     size = recipe.sampling
     inputs = sample_inputs(model, size.batch_size, size.seed, size.height, size.width)
-    case = make_case(model, replace(recipe, sampling=size))
-    with tempfile.TemporaryDirectory(prefix="ditc-") as folder:
-        runners = [Contestant.of_engine(name, engine, bundle) for name, engine in engines.items()]
-        runners += baselines(model, recipe, Path(folder))
-        calls = interleaved({row.name: _caller(row, inputs) for row in runners}, CALLS_BUDGET_S, CALL_ROUNDS)
-        images = image_timings(runners, case, calls)
-        rows = {row.name: _row(row, calls, images, inputs) for row in runners}
-        for row in runners:
-            row.close()
+    case = make_case(model, recipe)
+    runners = [Contestant.of_engine(name, engine, bundle) for name, engine in engines.items()]
+    runners += baselines(model, recipe, scratch)
+    calls = interleaved({row.name: _caller(row, inputs) for row in runners}, CALLS_BUDGET_S, CALL_ROUNDS)
+    images = image_timings(runners, case, calls)
+    rows = {row.name: _row(row, calls, images, inputs) for row in runners}
+    for row in runners:
+        row.close()
     return {
         "schema_version": SCHEMA_VERSION,
         "engine": recipe.name,

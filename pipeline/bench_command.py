@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -30,8 +31,8 @@ def bench_bundle(path: Path, source: str = "") -> dict[str, Any]:
 
     bundle, _ = timed("files", lambda: load_bundle(path))
     model, _ = timed("model", lambda: load_model(source or bundle.manifest["model"]["source"]))
-    with opened(path, bundle.targets) as engines:
-        document, _ = timed("bench", lambda: bench(model, engines, bundle.recipe, path))
+    with opened(path, bundle.targets) as engines, tempfile.TemporaryDirectory(prefix="ditc-") as folder:
+        document, _ = timed("bench", lambda: bench(model, engines, bundle.recipe, path, Path(folder)))
     return document
 
 
