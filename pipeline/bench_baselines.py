@@ -64,9 +64,10 @@ def _torch(name: str, model: LoadedModel, dtype_name: str) -> Contestant:
     """The float module, computing in `dtype_name`; inputs and outputs stay float32."""
     import torch
 
-    from export.models import denoiser
+    from export.models import denoiser, float_linears
 
-    module, dtype = denoiser(model), getattr(torch, dtype_name)
+    # Large models keep 16-bit linears that are upcast at each call: a float32 baseline must not pay for that.
+    module, dtype = denoiser(model, float_linears(model)), getattr(torch, dtype_name)
     names = [row.name for row in model.inputs]
 
     def run(inputs: Arrays) -> Arrays:
