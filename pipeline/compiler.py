@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -48,11 +49,11 @@ class BuildRequest:
 
     @property
     def work_path(self) -> Path:
-        return self.output.with_name(self.output.name + ".partial")
+        return Path(f"{os.path.abspath(self.output)}.partial")
 
     @property
     def rejected_path(self) -> Path:
-        return self.output.parent / "rejected" / self.output.name
+        return self.work_path.parent / "rejected" / self.work_path.stem
 
 
 def compile_engine(request: BuildRequest) -> Path:
@@ -73,6 +74,7 @@ def compile_engine(request: BuildRequest) -> Path:
         exported(work, model, layers, recipe)
         results = {target: built(work, target, recipe) for target in request.targets}
         facts = manifest.BuildFacts(recipe, model_row(model), layers, list(model.kept()), results, work.times)
+        drop_other_targets(work.bundle, request.targets)
         describe(work.bundle, model, recipe)
         verified(work, model, facts, request.rejected_path)
         benched(work, model, facts)
@@ -181,6 +183,12 @@ def built(work: WorkFolder, target: str, recipe: Recipe) -> BuildResult:
 
     outputs = (f"bundle/{target}", scratch.name, *build_record.names(target))
     return work.run(target, outputs, build, lambda: build_record.read(work.path, target))
+
+
+def drop_other_targets(folder: Path, targets: tuple[str, ...]) -> None:
+    """Remove engines that an interrupted build made for targets which this one was not asked for."""
+    for target in set(AUTO_TARGETS) - set(targets):
+        remove(folder / target)
 
 
 def describe(folder: Path, model: LoadedModel, recipe: Recipe) -> None:

@@ -16,6 +16,7 @@ from pipeline import cli
 from pipeline import recipe as recipes
 from pipeline.build import make_parser, resolve
 from pipeline.command import Parser, judge, kebab, parser, run
+from pipeline.compiler import BuildRequest, drop_other_targets
 
 ROOT = Path(__file__).parent.parent
 CAPTURE: dict[str, Any] = {"cwd": ROOT, "capture_output": True, "text": True, "timeout": 120}
@@ -197,6 +198,24 @@ def test_usage_errors_exit_with_2(args: list[str], capsys: pytest.CaptureFixture
         make_parser().parse_args(args)
     assert stop.value.code == 2
     assert "--help" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("output", ["engines/pixart_w4a6.v2", ".", "engines/../e"])
+def test_work_and_rejected_folders_stand_beside_the_output(
+    output: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    request = BuildRequest(recipes.Recipe(name="a", model="b"), ("cpu",), Path(output))
+    resolved = Path(output).resolve()
+    assert request.work_path == resolved.parent / f"{resolved.name}.partial"
+    assert request.rejected_path == resolved.parent / "rejected" / resolved.name
+
+
+def test_engines_of_targets_not_asked_for_are_dropped(tmp_path: Path) -> None:
+    for name in ("cpu", "rtx", "report"):
+        (tmp_path / name).mkdir()
+    drop_other_targets(tmp_path, ("cpu",))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["cpu", "report"]
 
 
 @pytest.mark.parametrize(
