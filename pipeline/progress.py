@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import logging
 import sys
+import threading
 import time
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import TypeVar
 
 from tqdm import tqdm
@@ -37,3 +39,21 @@ def track(items: Iterable[T], total: int, label: str, first: int = 0, every_s: f
             told = now
             eta = eta_text(count, total - first, now - started)
             logger.info("%s: %d of %d, %.0f s gone, ETA %s", label, first + count, total, now - started, eta)
+
+
+@contextmanager
+def heartbeat(label: str, every_s: float = 30.0) -> Iterator[None]:
+    """While the body runs, say every `every_s` seconds that it still does: for work whose length is not known."""
+    done, started = threading.Event(), time.monotonic()
+
+    def beat() -> None:
+        while not done.wait(every_s):
+            logger.info("%s: still at work after %.0f s", label, time.monotonic() - started)
+
+    thread = threading.Thread(target=beat, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join()

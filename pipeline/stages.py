@@ -21,6 +21,7 @@ from typing import Any, TypeVar
 from export.errors import RecipeError, UserError
 from pipeline import machine
 from pipeline.files import is_out_of_disk, remove, sha256, sha256_json, tree, write_json
+from pipeline.progress import heartbeat
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -152,7 +153,8 @@ def timed(name: str, work: Callable[[], T], listener: Listener = lambda event: N
     listener({"event": "stage", "name": name, "status": "started"})
     machine.reset_peak_memory()
     started = time.monotonic()
-    result = work()
+    with heartbeat(name):
+        result = work()
     spent = StageTime(name, round(time.monotonic() - started, 3), machine.peak_memory_bytes())
     logger.info("%s: %.1f s, peak memory %.2f GiB", name, spent.seconds, spent.peak_memory_bytes / 2**30)
     listener({"event": "stage", "status": "finished", **asdict(spent)})

@@ -6,13 +6,14 @@ import errno
 import json
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from export.errors import ContractError, EnvironmentLacksError, ParityError, RecipeError, ResourceError
-from pipeline import cli
+from pipeline import cli, progress
 from pipeline import recipe as recipes
 from pipeline.build import make_parser, resolve
 from pipeline.command import Parser, judge, kebab, parser, run
@@ -237,3 +238,28 @@ def test_a_reader_that_leaves_is_no_internal_error() -> None:
     command = f"{sys.executable} -m pipeline.list | true"
     done = subprocess.run(["bash", "-c", command], check=False, **CAPTURE)
     assert "Traceback" not in done.stderr
+
+
+def test_progress_lines_tell_what_is_left(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO", "pipeline.progress")
+    assert list(progress.track("abc", 5, "calibrate", first=2, every_s=0.0)) == ["a", "b", "c"]
+    lines = [record.getMessage() for record in caplog.records]
+    assert [line.split(",")[0] for line in lines] == [f"calibrate: {done} of 5" for done in (3, 4, 5)]
+    assert lines[-1].endswith("ETA 0 s")
+
+
+@pytest.mark.parametrize(
+    ("done", "total", "elapsed_s", "text"), [(1, 4, 10, "30 s"), (0, 2, 5, "10 s"), (1, 61, 10, "10 min")]
+)
+def test_eta_goes_by_the_mean_pace(done: int, total: int, elapsed_s: float, text: str) -> None:
+    assert progress.eta_text(done, total, elapsed_s) == text
+
+
+def test_heartbeat_shows_life_and_ends(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO", "pipeline.progress")
+    with progress.heartbeat("verify", every_s=0.01):
+        while not caplog.records:
+            time.sleep(0.01)
+    count = len(caplog.records)
+    time.sleep(0.05)
+    assert "verify: still at work after" in caplog.text and len(caplog.records) == count
