@@ -19,7 +19,7 @@ from pipeline.recipe import Recipe
 from pipeline.table import table
 
 HARDWARE = ("INT8", "E4M3", "FP16")
-NOT_BUILT = {"path": "-", "why": "decided when a target is built"}
+NOT_BUILT = "Which path each layer takes on a target, and why, is decided when it is built: inspect the bundle then."
 
 
 def embedding(row: Mapping[str, Any]) -> str:
@@ -48,7 +48,8 @@ def bundle_document(path: Path) -> dict[str, Any]:
 
 
 def _choices(targets: Mapping[str, Any], layer: str) -> dict[str, Any]:
-    return {name: target["choices"].get(layer, NOT_BUILT) for name, target in targets.items()}
+    missing = {"path": "-", "why": "the target does not compute this layer"}
+    return {name: target["choices"].get(layer, missing) for name, target in targets.items()}
 
 
 def recipe_document(recipe: Recipe) -> dict[str, Any]:
@@ -113,7 +114,7 @@ def _reasons(layers: Sequence[Mapping[str, Any]], targets: Sequence[str]) -> lis
             key = (target, choice["path"], choice["why"])
             found[key] = found.get(key, 0) + 1
     rows = [(target, path, count, why) for (target, path, why), count in sorted(found.items())]
-    return [table(("target", "path", "layers", "why"), rows)] if rows else []
+    return [table(("target", "path", "layers", "why"), rows)] if rows else [NOT_BUILT]
 
 
 def _totals(document: Mapping[str, Any]) -> str:
