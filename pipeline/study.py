@@ -33,9 +33,9 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 Run = Callable[[Arrays], Arrays]
-# A model below this size is verified on SMALL_PICTURES pictures and REALISATIONS runs, a larger one on the recipe's
-# batch and one run: its codes are so many that one run already averages over thousands of flips.
-SMALL_PARAMETERS, SMALL_PICTURES, REALISATIONS = 50_000_000, 4, 2
+# A model below this size is verified on at least SMALL_PICTURES pictures, and on up to REALISATIONS float32 runs until
+# ENOUGH_SAMPLES samples are seen. A larger one on the recipe's batch and one run, which has thousands of flips.
+SMALL_PARAMETERS, SMALL_PICTURES, REALISATIONS, ENOUGH_SAMPLES = 50_000_000, 4, 2, 100
 # Between two quantizers lie about ten float32 operations, each rounding once and in an order of the runtime's choice:
 # inputs of two correct runs differ by a few units in the last place.
 JITTER_ULPS = 2.0
@@ -250,6 +250,8 @@ def _recorded(run: Run, record: Recorder, probed: Sequence[int]) -> Run:
 def _realisations(found: Study, engine: Any, count: int) -> Realisations:
     made = Realisations()
     for seed in range(count):
+        if sum(len(run.samples_db) for run in made.errors) >= ENOUGH_SAMPLES:
+            break
         with jittered(engine.module, seed, JITTER_ULPS):
             made.images.append(found.case.draw(engine.run))
             with recording(engine.module) as record:

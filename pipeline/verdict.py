@@ -115,16 +115,17 @@ def end_gates(target: str, errors: StepErrors, images: NDArray[Any], found: Stud
     worst_image = min(value for drawn in single.hit_images for value in pictures_db(found, drawn))
     step_cost, image_cost = min(found.quant_db), min(pictures_db(found, found.images["float"]))
     rows = (
-        ("step_sqnr_db", _lowest(errors.steps_db), worst_step, step_cost, "worst step"),
-        ("median_sqnr_db", _median(errors.samples_db), quarter, step_cost, "lower quartile"),
-        ("final_psnr_db", _lowest(pictures_db(found, images)), worst_image, image_cost, "worst picture"),
+        ("step_sqnr_db", _lowest(errors.steps_db), (worst_step, step_cost), "worst step"),
+        ("median_sqnr_db", _median(errors.samples_db), (quarter, step_cost), "lower quartile"),
+        ("final_psnr_db", _lowest(pictures_db(found, images)), (worst_image, image_cost), "worst picture"),
     )
-    runs = "the reference's float32 runs"
-    return [_end_gate(f"{target}/{name}", value, *limits, f"{what} in {runs}") for name, value, *limits, what in rows]
+    return [_end_gate(f"{target}/{name}", value, limits, what) for name, value, limits, what in rows]
 
 
-def _end_gate(name: str, value: float, float32: float, quantization: float, what: str) -> Gate:
-    why = f"{what}, less {FACTOR_DB:.0f} dB; or quantization's own error"
+def _end_gate(name: str, value: float, limits: tuple[float, float], what: str) -> Gate:
+    """limits: of the float32 runs, and of quantization."""
+    float32, quantization = limits
+    why = f"{what} of the reference's float32 runs, less {FACTOR_DB:.0f} dB; or quantization's own error"
     return Gate(name, value, max(min(float32 - FACTOR_DB, ROUNDED_DB), quantization), "dB", why, at_most=False)
 
 
