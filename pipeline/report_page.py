@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 STYLE = (resources.files("pipeline") / "report_style.css").read_text
 LINE_STYLES = ("line1", "line2", "line3", "line4")
+FAINT_STYLES = ("faint", "faint2", "faint", "faint2")
 Facts = Mapping[str, str]
 
 
@@ -206,43 +207,51 @@ def _data_uri(png: bytes) -> str:
 def _steps(report: Report) -> str:
     if not report.steps:
         return ""
-    targets = list(dict.fromkeys(row.target for row in report.steps))
-    first = [row for row in report.steps if row.target == targets[0]]
+    rows = _by_target(report.steps)
+    first = next(iter(rows.values()))
     series = [
-        Series(
-            f"{target} engine against the reference",
-            style,
-            [row.sqnr_db for row in report.steps if row.target == target],
-        )
-        for target, style in zip(targets, LINE_STYLES, strict=False)
+        *_engine_series(rows, "sqnr_db", "reference_fp32_db"),
+        Series("reference against the float model (quantization)", "quant", [row.quant_sqnr_db for row in first]),
     ]
-    series.append(
-        Series("reference: worst float32 run against float64", "faint", [row.reference_fp32_db for row in first])
-    )
-    series.append(
-        Series("reference against the float model (quantization)", "quant", [row.quant_sqnr_db for row in first])
-    )
     plot = line_plot(series, [str(row.step) for row in first], "denoising step", "SQNR in dB (higher is closer)")
-    text = "Every step on the same inputs, those of the float64 reference's trajectory."
-    return _section("Error by step", plot, text)
+    return _section(
+        "Error by step", plot, "Every step on the same inputs, those of the float64 reference's trajectory."
+    )
 
 
 def _layers_plot(report: Report) -> str:
-    targets = list(dict.fromkeys(row.target for row in report.layers))
-    if not targets:
+    if not report.layers:
         return ""
-    first = [row for row in report.layers if row.target == targets[0]]
-    series = [
-        Series(f"{target} engine", style, [row.input_sqnr_db for row in report.layers if row.target == target])
-        for target, style in zip(targets, LINE_STYLES, strict=False)
-    ]
-    series.append(Series("reference: worst float32 run", "faint", [row.input_limit_db for row in first]))
-    names = [row.name for row in first]
+    rows = _by_target(report.layers)
+    names = [row.name for row in next(iter(rows.values()))]
+    series = _engine_series(rows, "input_sqnr_db", "input_limit_db")
     plot = line_plot(series, names, "block of the linear", "SQNR of its input in dB", _block_ticks(names))
     text = (
-        "Each linear's input in the running engine against the float64 reference's: flipped codes amplify with depth."
+        "Inputs of all linears in the running engine against the float64 reference: flipped codes amplify with depth."
     )
     return _section("Error by layer", plot, text)
+
+
+def _by_target(rows: Sequence[Any]) -> dict[str, list[Any]]:
+    """Rows of the report by target, in its order."""
+    targets = dict.fromkeys(row.target for row in rows)
+    return {target: [row for row in rows if row.target == target] for target in targets}
+
+
+def _engine_series(rows: Mapping[str, list[Any]], engine: str, reference: str) -> list[Series]:
+    """A line for each engine, and a faint one for the reference's float32 runs in each arithmetic that occurs."""
+    lines = [
+        Series(f"{target} engine", style, [getattr(row, engine) for row in found])
+        for (target, found), style in zip(rows.items(), LINE_STYLES, strict=False)
+    ]
+    runs: dict[tuple[float, ...], list[str]] = {}
+    for target, found in rows.items():
+        runs.setdefault(tuple(getattr(row, reference) for row in found), []).append(target)
+    lines += [
+        Series(f"reference, worst float32 run as {' and '.join(targets)} computes", style, values)
+        for (values, targets), style in zip(runs.items(), FAINT_STYLES, strict=False)
+    ]
+    return lines
 
 
 def _block_ticks(names: Sequence[str]) -> list[str]:
@@ -262,7 +271,7 @@ def _facts_section(page: Page) -> str:
 
 def _layers_table(report: Report) -> str:
     titles = ("target", "layer", "kind", "weights", "activations", "path")
-    numbers = ("GEMM max diff", "codes equal", "output error / bound", "weight SQNR dB", "bytes")
+    numbers = ("GEMM max diff", "codes equal", "output / bound", "weight SQNR dB", "bytes")
     heads = "".join(f"<th>{title}</th>" for title in titles) + "".join(
         f"<th class='num'>{title}</th>" for title in numbers
     )
