@@ -103,10 +103,22 @@ def test_other_activation_formats_build(activation: str, path: str, kind: str, t
     assert metadata["paths"] == {path: 1} and kind in metadata["gemms"]
 
 
-def test_real_group_scales_build_as_a_half_gemm(tmp_path: Path) -> None:
-    linear = Linear("layer", 128, 128, group_size=64, real_groups=True)
-    metadata = built(tmp_path, recipe(), single(linear)).metadata
-    assert metadata["paths"] == {"fp16": 1} and metadata["constant_bytes"]["half"] == 2 * 128**2
+@pytest.mark.parametrize(
+    ("weight", "sm", "path", "stored"),
+    [
+        ("E2M1", 89, "fp16, fp8 weights", {"fp8_e4m3": 128**2, "half": 2 * 2 * 128}),
+        ("E2M1", 86, "fp16", {"half": 2 * 128**2}),
+        ("INT4", 86, "fp16, int4 weights", {"int4": 128**2 // 2, "half": 2 * 2 * 128}),
+        ("E1M2", 120, "fp16, int4 weights", {"int4": 128**2 // 2, "half": 2 * 2 * 128}),
+    ],
+)
+def test_real_group_scales_build_as_a_half_gemm(
+    weight: str, sm: int, path: str, stored: dict[str, int], tmp_path: Path
+) -> None:
+    linear = Linear("layer", 128, 128, weight=weight, group_size=64, real_groups=True)
+    metadata = built(tmp_path, recipe(sm=(sm,)), single(linear)).metadata
+    assert metadata["paths"] == {path: 1}
+    assert {kind: count for kind, count in metadata["constant_bytes"].items() if kind != "float"} == stored
 
 
 def test_two_builds_give_the_same_bytes(fp8_folder: Path, tmp_path: Path) -> None:

@@ -112,21 +112,35 @@ def test_native_e2m3_takes_no_rounding_ops() -> None:
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
-def test_real_group_scales_round_once_in_half_precision(activation: str) -> None:
-    linear = Linear("layer", activation=activation, group_size=16, real_groups=True)
+@pytest.mark.parametrize(
+    ("weight", "group", "sms", "path"),
+    [
+        ("E2M1", 16, WIDE, "fp16"),
+        ("E2M1", 32, WIDE, "fp16, fp8 weights"),
+        ("E2M1", 32, (86,), "fp16"),
+        ("E1M2", 32, WIDE, "fp16, int4 weights"),
+        ("INT4", 32, (86,), "fp16, int4 weights"),
+        ("INT8", 32, WIDE, "fp16"),
+    ],
+)
+def test_real_group_scales_round_in_half_precision(
+    activation: str, weight: str, group: int, sms: tuple[int, ...], path: str
+) -> None:
+    linear = Linear("layer", activation=activation, weight=weight, group_size=group, real_groups=True)
     source = single(linear)
-    model, found = lowered(source)
+    model, found = lowered(source, "fp8", sms)
     x = tokens(linear.in_features)
     got, exact = run(model, {"x": x})["y"].astype(np.float64), run(source, {"x": x})["y"]
-    assert found.choices[0].path == "fp16" and not found.probes[0].exact
-    # Each weight and the sum are rounded to 11 bits: 2^-11 of the sum of magnitudes bounds the first (half an ulp
-    # each), 2^-11 of the result the second; both are below 2 * 2^-11 of sum |a||w|, and a subnormal half adds 2^-25
-    # of the normalized channel.
+    assert found.choices[0].path == path and not found.probes[0].exact
+    # Rounded to 11 bits, 2^-11 relative at most: the group scale, its product with the value, and the sum. A subnormal
+    # half is off by 2^-25 of the largest weight times the largest activation at most, for each of K products.
     fmt, arrays = get_format(linear.weight), linear.arrays()
-    weight = fmt.values[unpack(arrays["codes"], fmt.bits, linear.in_features)]
-    weight = np.abs(weight * np.repeat(arrays["scales"].astype(np.float64), 16, axis=1))
-    bound = np.abs(x.astype(np.float64)) @ weight.T * (1 + 0.5) + np.abs(x).max(axis=-1, keepdims=True) * weight.max()
-    assert (np.abs(got - exact) <= 2 * 2.0**-11 * bound + 1e-6 * np.abs(arrays["bias"])).all()
+    size = np.abs(fmt.values[unpack(arrays["codes"], fmt.bits, linear.in_features)])
+    size = size * np.repeat(arrays["scales"].astype(np.float64), group, axis=1)
+    bound = 3 * 2.0**-11 * 1.01 * (np.abs(x.astype(np.float64)) @ size.T)
+    subnormal = 2.0**-24 * linear.in_features * np.abs(x).max(axis=-1, keepdims=True) * 2 * size.max()
+    # The activation itself is quantized, to at most twice its size (just above half of the smallest value).
+    assert (np.abs(got - exact) <= 2 * bound + subnormal + 1e-6 * np.abs(arrays["bias"])).all()
 
 
 @pytest.mark.parametrize(("weights", "sms"), [("fp8", WIDE), ("int8", WIDE), ("int4", WIDE), ("fp8", (86,))])

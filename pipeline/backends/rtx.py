@@ -47,12 +47,17 @@ INT8_INT4 = (
     GemmRow("int8, int4 weights", "INT8", "INT4"),
     GemmRow("int8, int4 weights, 2 limbs", "INT8", "INT4", limbs=2),
 )
-HALF = GemmRow("fp16", "FP16", "FP16", real_groups=True)
+# Real scales per group, in the smallest storage first.
+HALF = (
+    GemmRow("fp16, int4 weights", "FP16", "INT4", real_groups=True),
+    GemmRow("fp16, fp8 weights", "FP16", "E4M3", real_groups=True),
+    GemmRow("fp16", "FP16", "FP16", real_groups=True),
+)
 # Rows in order of preference by rtx.weights: one GEMM before two, the smaller weight before the larger.
 ROWS: dict[str, tuple[GemmRow, ...]] = {
-    "fp8": (FP8[0], INT8[0], FP8[1], INT8[1], HALF),
-    "int8": (*INT8, *FP8, HALF),
-    "int4": (FP8_INT4[0], INT8_INT4[0], FP8_INT4[1], INT8_INT4[1], FP8[0], INT8[0], FP8[1], INT8[1], HALF),
+    "fp8": (FP8[0], INT8[0], FP8[1], INT8[1], *HALF),
+    "int8": (*INT8, *FP8, *HALF),
+    "int4": (FP8_INT4[0], INT8_INT4[0], FP8_INT4[1], INT8_INT4[1], FP8[0], INT8[0], FP8[1], INT8[1], *HALF),
 }
 # Type of a GEMM's operands in the engine's plan, by the activation type of its row.
 PLAN_TYPES = {"E4M3": "fp8_e4m3", "INT8": "int8", "FP16": "half"}
@@ -61,7 +66,9 @@ PLAN_TYPES = {"E4M3": "fp8_e4m3", "INT8": "int8", "FP16": "half"}
 def capabilities(weights: str, sms: tuple[int, ...]) -> Capabilities:
     """What every one of the GPUs runs; without FP8 tensor cores on each of them only the other rows are left."""
     has_fp8 = set(sms) <= FP8_SMS
-    return Capabilities("rtx", tuple(row for row in ROWS[weights] if has_fp8 or row.activation_type != "E4M3"))
+    return Capabilities(
+        "rtx", tuple(row for row in ROWS[weights] if has_fp8 or "E4M3" not in (row.activation_type, row.weight_type))
+    )
 
 
 class RtxBackend:

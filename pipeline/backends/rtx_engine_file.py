@@ -57,6 +57,14 @@ class Step:
     def is_gemm(self) -> bool:
         return self.kind == "fully_connected" or "Fc" in self.name
 
+    @property
+    def operand_types(self) -> tuple[str, ...]:
+        """Types of a GEMM's two operands. A fused GEMM lists its inputs in any order, float32 scales among them."""
+        if self.kind == "fully_connected":
+            return self.input_types[:2]
+        narrow = tuple(kind for kind in self.input_types if kind not in ("float", "int64"))
+        return narrow[:2] or ("float", "float")
+
 
 @dataclass(frozen=True)
 class EngineFile:
@@ -81,7 +89,7 @@ class EngineFile:
     @cached_property
     def gemm_types(self) -> dict[str, int]:
         """How many GEMMs there are by the types of their operands, for example {"fp8_e4m3 x fp8_e4m3": 280}."""
-        return dict(Counter(" x ".join(step.input_types[:2]) for step in self.steps if step.is_gemm))
+        return dict(Counter(" x ".join(step.operand_types) for step in self.steps if step.is_gemm))
 
     def step_of(self, layer: str) -> Step | None:
         """The step that computes the ONNX node `layer`, preferring a GEMM."""
@@ -162,5 +170,5 @@ def check_gemms(engine: EngineFile, expected: Mapping[str, str]) -> None:
         if step is None:
             raise ContractError(f"{node}: the engine {engine.path.name} has no kernel for it; it was optimized away")
         if not step.is_gemm or step.input_types.count(kind) < 2:
-            found = f"{step.kind} {step.name} of {' x '.join(step.input_types[:2])}"
+            found = f"{step.kind} {step.name} of {' x '.join(step.operand_types)}"
             raise ContractError(f"{node}: the engine runs it as {found}, not as a {kind} x {kind} GEMM")

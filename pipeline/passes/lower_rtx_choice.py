@@ -11,6 +11,8 @@ from pipeline.backends.base import GemmRow
 from pipeline.passes.lower_rtx_operands import Operand, activation_operand, decoding_lines, weight_exponent
 from pipeline.passes.lower_rtx_weights import PackedWeight
 
+# Group sizes of block-wise DequantizeLinear that the engine builder takes.
+BLOCK_SIZES = (32, 64, 128)
 FP32_EXACT = 2 ** FLOAT_TYPES["FP32"][0]
 
 
@@ -47,11 +49,35 @@ def _refusal(weight: PackedWeight, row: GemmRow) -> str:
         return "a real scale per group does not fold into the operand"
     if activation_operand(weight.activation_format, row.activation_type, row.limbs) is None:
         return f"{weight.activation_format} does not embed in {row.limbs} x {row.activation_type}"
-    if not row.real_groups and weight_exponent(weight.format, operand_type(row), weight.table) is None:
+    return _group_refusal(weight, row) if row.real_groups else _embedding_refusal(weight, row)
+
+
+def _embedding_refusal(weight: PackedWeight, row: GemmRow) -> str:
+    if weight_exponent(weight.format, operand_type(row), weight.table) is None:
         return f"{weight.format} with multipliers {weight.table} does not embed in {operand_type(row)}"
     if row.weight_type == "INT4" and not decoding_lines(weight.format):
         return f"{weight.format} is not a signed 4-bit format with convex magnitudes"
     return ""
+
+
+def _group_refusal(weight: PackedWeight, row: GemmRow) -> str:
+    """Rows of the half-precision GEMM: the weight with its group scales stands in FP16, whatever it is stored as."""
+    if row.weight_type == "FP16":
+        return ""
+    if not weight.has_real_groups:
+        return "for real group scales"
+    if weight.group_size not in BLOCK_SIZES:
+        return f"the builder takes groups of {BLOCK_SIZES}, not {weight.group_size}"
+    if row.weight_type == "INT4" and len(decoding_lines(weight.format)) != 1:
+        return f"{weight.format} is not a uniform 4-bit format"
+    return "" if _block_exponent(weight, row) is not None else f"{weight.format} does not embed in {row.weight_type}"
+
+
+def _block_exponent(weight: PackedWeight, row: GemmRow) -> int | None:
+    """Stored number = image * 2^exponent; 4-bit indices of a uniform format are its images."""
+    if row.weight_type == "INT4":
+        return 0 if weight.table == (1,) else None
+    return weight_exponent(weight.format, row.weight_type, weight.table) if row.weight_type == "E4M3" else 0
 
 
 def operand_type(row: GemmRow) -> str:
@@ -63,9 +89,11 @@ def _plan(weight: PackedWeight, row: GemmRow, refused: list[str]) -> Plan:
     operand = activation_operand(weight.activation_format, row.activation_type, row.limbs)
     assert operand is not None
     if row.real_groups:
-        rounded = "rounded once with its group scale" if weight.has_real_groups else "exact"
+        rounded = "rounded with its group scale" if weight.has_real_groups else "exact"
+        exponent = _block_exponent(weight, row)
+        assert exponent is not None
         why = f"{weight.activation_format} is exact in FP16, the weight {rounded}; the FP16 GEMM rounds its result once"
-        return Plan(row, operand, 0, _with_refusals(why, refused), exact=False)
+        return Plan(row, operand, exponent, _with_refusals(why, refused), exact=False)
     exponent = weight_exponent(weight.format, operand_type(row), weight.table)
     assert exponent is not None
     bound = get_format(weight.activation_format).kmax * weight.largest_row_sum()

@@ -21,21 +21,21 @@ def emit_gemm(
 ) -> tuple[ir.Value, ir.Value]:
     """(output [..., N] float32, raw GEMM result)."""
     if plan.row.real_groups:
-        gemm, channel = _emit_half(emit, weight, limbs[0])
+        gemm, channel = _emit_half(emit, weight, plan, limbs[0])
     else:
         gemm, channel = _emit_exact(emit, weight, plan, limbs), weight.scales[:, 0]
     # image * 2^exponent stands for value * 2^(f + exponent) on both sides; powers of two leave the scale exact.
-    unit = np.float32(plan.operand.gain * 2.0 ** (weight_fraction(weight, plan) + plan.weight_exponent))
-    scaled = emit.op("Mul", gemm, _vector(emit, "rtx_scale", channel / unit), name="channel_scale")
+    unit = plan.operand.gain * weight_gain(weight, plan)
+    scaled = emit.op("Mul", gemm, _vector(emit, "rtx_scale", (channel / unit).astype(np.float32)), name="channel_scale")
     scaled = emit.op("Mul", scaled, token.scale, name="token_scale")
     if not weight.has_bias:
         return scaled, gemm
     return emit.op("Add", scaled, bias, name="bias"), gemm
 
 
-def weight_fraction(weight: PackedWeight, plan: Plan) -> int:
-    """f of the weight's image; weights of a half-precision GEMM are values already."""
-    return 0 if plan.row.real_groups else get_format(weight.format).fraction_bits
+def weight_gain(weight: PackedWeight, plan: Plan) -> float:
+    """Weight operand per unit of value; those of a half-precision GEMM are values already."""
+    return 1.0 if plan.row.real_groups else 2.0 ** (get_format(weight.format).fraction_bits + plan.weight_exponent)
 
 
 def _vector(emit: RtxEmitter, name: str, array: NDArray[np.float32]) -> ir.Value:
@@ -100,11 +100,28 @@ def _emit_multiplied(emit: RtxEmitter, weight: PackedWeight, value: ir.Value) ->
     return emit.op("Reshape", product, emit.constant([-1, n], np.int64), name="ungrouped")
 
 
-def _emit_half(emit: RtxEmitter, weight: PackedWeight, activation: ir.Value) -> tuple[ir.Value, NDArray[np.float32]]:
+def _emit_half(emit: RtxEmitter, weight: PackedWeight, plan: Plan, activation: ir.Value) -> tuple[ir.Value, NDArray]:
     """Half-precision GEMM of weights with their group scales, normalized per channel so that nothing overflows."""
     channel = weight.channel_units()
-    shape = (weight.in_features, weight.out_features)
-    stored = emit.lazy(f"{weight.layer}.rtx_weight", STORED["FP16"], shape, partial(weight.dequantized_half, channel))
     operand = emit.cast(activation, ir.DataType.FLOAT16, "operand")
-    half = emit.op("MatMul", operand, stored, name="matmul")
+    half = emit.op("MatMul", operand, _HALF_WEIGHTS[plan.row.weight_type](emit, weight, plan, channel), name="matmul")
     return emit.cast(half, ir.DataType.FLOAT, "gemm"), channel
+
+
+def _emit_half_stored(emit: RtxEmitter, weight: PackedWeight, plan: Plan, channel: NDArray[np.float32]) -> ir.Value:
+    shape = (weight.in_features, weight.out_features)
+    return emit.lazy(f"{weight.layer}.rtx_weight", STORED["FP16"], shape, partial(weight.dequantized_half, channel))
+
+
+def _emit_half_blocks(emit: RtxEmitter, weight: PackedWeight, plan: Plan, channel: NDArray[np.float32]) -> ir.Value:
+    """Weight kept in 8 or 4 bits with an FP16 scale per group, expanded to FP16 in every inference."""
+    kind, shape = plan.row.weight_type, (weight.in_features, weight.out_features)
+    make = weight.signed_indices if kind == "INT4" else partial(weight.stored, kind, plan.weight_exponent)
+    stored = emit.lazy(f"{weight.layer}.rtx_weight", STORED[kind], shape, make)
+    unit = 2.0 ** -(get_format(weight.format).fraction_bits + plan.weight_exponent)
+    scales_shape, scales = (weight.groups, weight.out_features), partial(weight.group_scales_half, channel, unit)
+    scale = emit.lazy(f"{weight.layer}.rtx_group_scale", STORED["FP16"], scales_shape, scales)
+    return emit.op("DequantizeLinear", stored, scale, name="weight", axis=0, block_size=weight.group_size)
+
+
+_HALF_WEIGHTS = {"FP16": _emit_half_stored, "E4M3": _emit_half_blocks, "INT4": _emit_half_blocks}

@@ -32,6 +32,11 @@ class PackedWeight:
     groups: int
     tensors: tuple[ir.TensorProtocol, ...]
 
+    @property
+    def group_size(self) -> int:
+        """Input channels per group."""
+        return self.in_features // self.groups
+
     @cached_property
     def scales(self) -> NDArray[np.float32]:
         """[N, 1 or groups] float32."""
@@ -96,6 +101,10 @@ class PackedWeight:
         largest = get_format(self.format).max_value * max(self.table)
         scale = np.abs(self.scales).max(axis=1)
         return (np.where(scale > 0, scale, 1) * 2.0 ** np.ceil(np.log2(largest))).astype(np.float32)
+
+    def group_scales_half(self, channel_unit: NDArray[np.float32], unit: float) -> NDArray[np.float16]:
+        """[groups, N] float16: real scale of every group in units of the channel's, times `unit`; rounds once."""
+        return np.ascontiguousarray((self.scales * (unit / channel_unit[:, None])).T.astype(np.float16))
 
     def dequantized_half(self, channel_unit: NDArray[np.float32]) -> NDArray[np.float16]:
         """[K, N] float16: weight / channel_unit with group scales folded in; rounds at most once."""
