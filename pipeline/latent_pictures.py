@@ -17,10 +17,10 @@ if TYPE_CHECKING:
 
 def draw_latent(bundle: Bundle, request: DrawRequest, source: str | None = None) -> Pictures:
     """Pictures [prompts * num_images, H, W, 3] uint8; `source` names the pipeline if it is not the model's own."""
+    root = find_pipeline(source or str(bundle.manifest["model"]["source"]))  # refuse before the slow imports
     import torch
     from diffusers import DiffusionPipeline
 
-    root = find_pipeline(source or str(bundle.manifest["model"]["source"]))
     transformer = bundle.as_diffusers(request.target)
     pipeline = DiffusionPipeline.from_pretrained(root, transformer=transformer, local_files_only=True)
     arguments = ARGUMENTS.get(bundle.manifest["model"]["family"], _texts)
