@@ -80,13 +80,15 @@ def test_gpus_without_fp8_get_int8_gemms(tmp_path: Path) -> None:
     assert not [kind for kind in metadata["gemms"] if "fp8" in kind]
 
 
-def test_int4_weights_take_half_the_bytes_of_fp8(fp8_folder: Path, tmp_path: Path) -> None:
-    metadata = built(tmp_path, recipe("int4")).metadata
-    fp8 = json.loads((fp8_folder / METADATA).read_text())
-    assert metadata["constant_bytes"]["int4"] * 2 == fp8["constant_bytes"]["fp8_e4m3"]
-    assert metadata["gemms"] == fp8["gemms"]
+@pytest.mark.parametrize(("sm", "gemm"), [((89, 120), "fp8_e4m3 x fp8_e4m3"), ((86,), "int8 x int8")])
+def test_int4_weights_take_half_the_bytes_of_fp8(
+    sm: tuple[int, ...], gemm: str, fp8_folder: Path, tmp_path: Path
+) -> None:
+    metadata = built(tmp_path, recipe("int4", sm)).metadata
+    fp8_bytes = json.loads((fp8_folder / METADATA).read_text())["constant_bytes"]["fp8_e4m3"]
+    assert metadata["constant_bytes"]["int4"] * 2 == fp8_bytes and gemm in metadata["gemms"]
     # Multipliers: one byte for each group of 64 and channel.
-    assert metadata["constant_bytes"]["fp8_e4m3"] * 64 == fp8["constant_bytes"]["fp8_e4m3"]
+    assert metadata["constant_bytes"]["int8"] * 64 == fp8_bytes
 
 
 @pytest.mark.parametrize(

@@ -93,7 +93,7 @@ def _emit_lines(emit: RtxEmitter, index: ir.Value, lines: tuple[tuple[float, flo
 
 def _emit_multiplied(emit: RtxEmitter, weight: PackedWeight, value: ir.Value) -> ir.Value:
     groups, n = weight.groups, weight.out_features
-    stored = emit.lazy(f"{weight.layer}.rtx_multipliers", STORED["E4M3"], (groups, 1, n), weight.multiplier_rows)
+    stored = emit.lazy(f"{weight.layer}.rtx_multipliers", STORED["INT8"], (groups, 1, n), weight.multiplier_rows)
     factor = emit.op("DequantizeLinear", stored, emit.constant(1.0), name="multipliers")
     grouped = emit.op("Reshape", value, emit.constant([groups, -1, n], np.int64), name="grouped")
     product = emit.op("Mul", grouped, factor, name="multiplied")

@@ -89,9 +89,9 @@ class PackedWeight:
         return np.ascontiguousarray(table[self.codes()].T).astype(STORED["INT4"].numpy())
 
     def multiplier_rows(self) -> NDArray[Any]:
-        """[groups, 1, N] E4M3: multiplier of every group and channel, one byte each."""
+        """[groups, 1, N] int8: multiplier of every group and channel."""
         rows = np.broadcast_to(self.multipliers(), (self.out_features, self.groups)).T[:, None, :]
-        return np.ascontiguousarray(rows).astype(np.float32).astype(STORED["E4M3"].numpy())
+        return np.ascontiguousarray(rows).astype(np.int8)
 
     def channel_units(self) -> NDArray[np.float32]:
         """[N] float32: a bound of each channel's largest |weight|, a power of two times its largest scale.
