@@ -52,7 +52,7 @@ def bench(
     """Measure `engines` (of the folder `bundle`) and the baselines: one denoiser call, and a whole image with guidance.
 
     Returns the document of bench.json. Engines that do not run on this machine are simply not in it. The baselines'
-    models are written into `scratch`: 6 bytes per parameter, and as much again for a moment.
+    models are written into `scratch`: float32 twice and INT8, 9 bytes per parameter.
     """
     from export.models import sample_inputs
     from pipeline.study import make_case
