@@ -17,8 +17,9 @@ from export.formats import Format, encode, get_format, to_image
 from export.op_meanings import ABSMAX_FLOOR
 
 Array = NDArray[np.floating]
-# Largest relative error of one float32 operation (round to nearest).
+# Largest relative error of one float32 operation (round to nearest), and of one in FP16.
 ROUNDING = 2.0**-24
+HALF_ROUNDING = 2.0**-11
 # Float32 operations between x and the number that is rounded to the grid, in the longest form a lowering may use:
 # scale = absmax / max_value, inverse = 1 / scale, x * inverse, and one rescaling that is not a power of two.
 QUOTIENT_ROUNDINGS = 4
@@ -101,8 +102,8 @@ class LinearProbe:
     """What an engine computed for one linear on M tokens.
 
     x: [M, K]. image: integer image of its activation codes, [M, K] float64. act_scale: [M, 1]. gemm: [M, N].
-    output: [M, N], or None where the engine does not keep it. gemm_unit, gemm_scale ([N] or None) and exact are those
-    of the ProbeRow.
+    output: [M, N], or None where the engine does not keep it. The other fields are those of the ProbeRow, gemm_scale as
+    array [N] or None.
     """
 
     x: Array
@@ -113,6 +114,7 @@ class LinearProbe:
     gemm_unit: float = 1.0
     gemm_scale: Array | None = None
     exact: bool = True
+    half_roundings: int = 0
 
 
 @dataclass(frozen=True)
@@ -185,7 +187,7 @@ def _output_error(
         weight = layer.dequantized()
         unit = to_value(layer, "activation") * oracle.scale
         product, magnitude = image @ weight.T * unit, np.abs(image) @ np.abs(weight).T * unit
-        roundings = OUTPUT_ROUNDINGS + layer.in_features
+        roundings = OUTPUT_ROUNDINGS + layer.in_features + probe.half_roundings * HALF_ROUNDING / ROUNDING
     else:
         product = total * value * layer.scales[:, 0].astype(np.float64)
         magnitude, roundings = np.abs(product), OUTPUT_ROUNDINGS

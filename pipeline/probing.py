@@ -115,6 +115,7 @@ class ProbedGraph:
             gemm_unit=row.gemm_unit,
             gemm_scale=self.constant(row.gemm_scale),
             exact=row.exact,
+            half_roundings=row.half_roundings,
         )
 
 

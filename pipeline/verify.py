@@ -9,6 +9,7 @@ import logging
 import math
 import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -124,11 +125,11 @@ def layer_results(
 def joined(probes: Sequence[LinearProbe]) -> LinearProbe:
     """The probes of several calls as one, rows after rows."""
     first = probes[0]
-    arrays = {key: np.concatenate([getattr(p, key) for p in probes]) for key in ("x", "image", "act_scale", "gemm")}
+    arrays: dict[str, Any] = {
+        key: np.concatenate([getattr(p, key) for p in probes]) for key in ("x", "image", "act_scale", "gemm")
+    }
     output = None if first.output is None else np.concatenate([p.output for p in probes if p.output is not None])
-    return LinearProbe(
-        **arrays, output=output, gemm_unit=first.gemm_unit, gemm_scale=first.gemm_scale, exact=first.exact
-    )
+    return replace(first, **arrays, output=output)
 
 
 def _layer_result(

@@ -283,10 +283,19 @@ def test_example_prompts_are_understood_and_repeatable() -> None:
 # --- the whole ------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("activation", "target"), [("E2M3", "cpu"), ("E3M4", "cpu"), ("E2M3", "rtx")])
-def test_verify_writes_a_passing_report(activation: str, target: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("activation", "granularity", "target"),
+    [
+        ("E2M3", "exact_group", "cpu"),
+        ("E3M4", "group", "cpu"),  # two limbs, real scales
+        ("E4M3", "per_channel", "cpu"),  # too wide for integers: float32
+        ("E2M3", "exact_group", "rtx"),
+        ("E2M3", "group", "rtx"),  # FP16
+    ],
+)
+def test_verify_writes_a_passing_report(activation: str, granularity: str, target: str, tmp_path: Path) -> None:
     model = models.load(str(tiny.folder("dit", tmp_path)))
-    layers = tiny.quantized(model, granularity="exact_group", activation=activation)
+    layers = tiny.quantized(model, granularity=granularity, activation=activation)
     recipe = recipes.from_dict({"name": "tiny", "model": model.source, "sampling": {"n_steps": 2}}, "test")
     export_portable(model, layers, tmp_path / "model.onnx")
     (tmp_path / target).mkdir()

@@ -53,6 +53,7 @@ class ProbeRow:
     value = image * 2^-f * act_scale. gemm: the GEMM's result, which must equal
     float32(integer sum * gemm_unit) * gemm_scale, with gemm_scale the name of a float32 initializer [N], or "" for
     none. `exact` is False only where the path is not an integer embedding (then `why` of the choice says so).
+    half_roundings: how often such a path rounds a factor or the sum of a product to FP16.
     output: the linear's float result, scaled and with its bias added (it proves weight scales and bias).
     """
 
@@ -69,6 +70,7 @@ class ProbeRow:
     gemm_scale: str
     exact: bool = True
     output: str = ""
+    half_roundings: int = 0
 
 
 @dataclass(frozen=True)

@@ -116,6 +116,7 @@ def _probe(
         gemm_scale="",
         exact=plan.exact,
         output=str(result.name),
+        half_roundings=0 if plan.exact else 3,  # group scale, weight, sum
     )
 
 
