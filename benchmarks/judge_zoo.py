@@ -20,6 +20,7 @@ from diffusers import DiTTransformer2DModel, PixArtTransformer2DModel
 from numpy.typing import NDArray
 
 from benchmarks import judges, record, scenes
+from benchmarks.arguments import add_names
 from benchmarks.publish_zoo import ZOO
 from benchmarks.zoo_tasks import DIGIT_CLASSES, TASKS
 from pipeline.backends.base import Arrays
@@ -129,7 +130,7 @@ def measure(name: str, folder: Path, arguments: argparse.Namespace) -> tuple[dic
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("names", nargs="*", default=list(TASKS), choices=list(TASKS), metavar="NAME")
+    add_names(parser, TASKS)
     parser.add_argument("--zoo", type=Path, default=ZOO, help="folder of the published models")
     parser.add_argument("--count", type=int, default=500)
     parser.add_argument("--guidance-scale", type=float, default=0.0, help="default: that of generation.json")

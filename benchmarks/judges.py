@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch.nn.functional import affine_grid, cross_entropy, grid_sample
 
 from benchmarks import scenes
+from benchmarks.arguments import add_names
 from benchmarks.zoo_tasks import digits
 from pipeline.progress import track
 
@@ -177,7 +178,7 @@ def load(name: str) -> Judge:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("names", nargs="*", default=list(JUDGES), choices=list(JUDGES), metavar="NAME")
+    add_names(parser, JUDGES)
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")

@@ -17,6 +17,7 @@ import torch
 from safetensors.torch import save_file
 
 from benchmarks import scenes
+from benchmarks.arguments import add_names
 from benchmarks.record import RESULTS
 from benchmarks.zoo_tasks import TASKS, Task, token_embedding
 
@@ -174,7 +175,7 @@ def write_card(name: str, folder: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("names", nargs="*", default=list(TASKS), choices=list(TASKS), metavar="NAME")
+    add_names(parser, TASKS)
     parser.add_argument("--work-dir", type=Path, default=Path("work/zoo"), help="states written by train_zoo")
     parser.add_argument("--output-dir", type=Path, default=ZOO)
     parser.add_argument("--cards", action="store_true", help="write the model cards only")

@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 
+from benchmarks.arguments import add_names
 from benchmarks.zoo_tasks import TASKS, Task
 from pipeline.progress import track
 
@@ -108,7 +109,7 @@ def train(task: Task, work_dir: Path, seed: int) -> Path:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("names", nargs="*", default=list(TASKS), choices=list(TASKS), metavar="NAME")
+    add_names(parser, TASKS)
     parser.add_argument("--work-dir", type=Path, default=Path("work/zoo"), help="states of unfinished runs")
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()

@@ -151,3 +151,12 @@ def test_frechet_distance_is_zero_for_equal_sets_and_grows_with_noise():
 
 def test_the_default_recipe_uses_a_bundled_model():
     assert load_recipe("pixart_w4a6").model == "zoo:pixart_mini"
+
+
+@pytest.mark.parametrize("arguments,expected", [([], NAMES), (["dit_mini"], ["dit_mini"])])
+def test_scripts_take_all_models_by_default(arguments, expected, monkeypatch, tmp_path):
+    written = []
+    monkeypatch.setattr(publish_zoo, "write_card", lambda name, folder: written.append(name))
+    monkeypatch.setattr("sys.argv", ["publish_zoo", "--cards", "--output-dir", str(tmp_path), *arguments])
+    publish_zoo.main()
+    assert written == expected
