@@ -74,6 +74,23 @@ def bundled_models() -> str:
     return table(header, rows)
 
 
+def speed() -> str:
+    """One row for each measured machine and batch size, from the JSON of benchmarks/denoiser.py."""
+    rows = []
+    for path in sorted(RESULTS.glob("denoiser_*.json")):
+        found = json.loads(path.read_text())
+        engine, peer = found["processes"]["engine"], found["processes"]["onnxruntime_fp32"]
+        memory = f"{engine['peak_rss_bytes'] / peer['peak_rss_bytes']:.2f}"
+        for batch in found["batches"]:
+            ratios = [f"{batch['times_faster'][name]:.2f}" for name in ("onnxruntime_fp32", "onnxruntime_int8")]
+            place = f"{found['machine']['cpu']}, {found['machine']['cpus']} CPUs, {found['layers']} layers"
+            rows.append([place, batch["batch_size"], *ratios, memory, f"{engine['load_s']:.1f} s"])
+    if not rows:
+        return "Not measured yet: run `python -m benchmarks.denoiser`."
+    times = ["times as fast as ONNX Runtime fp32", "as its dynamic INT8"]
+    return table(["machine, model", "batch", *times, "peak memory, of fp32's", "load"], rows)
+
+
 def first_sentence(path: Path) -> str:
     """First sentence of a module's docstring."""
     text = " ".join((ast.get_docstring(ast.parse(path.read_text())) or "").split("\n\n")[0].split())
@@ -102,6 +119,7 @@ PARTS: dict[str, Callable[[], str]] = {
     "formats": formats,
     "recipes": recipes,
     "bundled-models": bundled_models,
+    "speed": speed,
     "code-map": code_map,
 }
 

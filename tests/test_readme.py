@@ -11,7 +11,7 @@ from pipeline.cli import VERBS
 TEXT = readme.README.read_text()
 
 
-@pytest.mark.parametrize("name", ["formats", "recipes", "bundled-models"])
+@pytest.mark.parametrize("name", ["formats", "recipes", "bundled-models", "speed"])
 def test_generated_parts_are_up_to_date(name):
     assert readme.part(TEXT, name) == readme.PARTS[name](), "run python -m benchmarks.readme"
 
