@@ -55,7 +55,7 @@ def bench(
     models are written into `scratch`: float32 twice and INT8, 9 bytes per parameter.
     """
     from export.models import sample_inputs
-    from pipeline.study import make_case
+    from pipeline.picture_case import make_case
 
     size = recipe.sampling
     inputs = sample_inputs(model, size.batch_size, size.seed, size.height, size.width)

@@ -9,11 +9,8 @@ target that computes parts in FP16 is measured against float32 runs that round t
 
 from __future__ import annotations
 
-import logging
-import re
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass, field, replace
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -21,21 +18,19 @@ from numpy.typing import NDArray
 
 from export.checkpoint import QuantizedLinear
 from pipeline.backends.base import Arrays
-from pipeline.conditioning import GENERATION_FILE, Generation, load_generation
-from pipeline.gates import ROUNDING, sqnr_db
+from pipeline.gates import sqnr_db
+from pipeline.picture_case import Case, Run, is_large, make_case
 from pipeline.recipe import Recipe
-from pipeline.sampling import make_sampler, sample
+from pipeline.reference_hooks import ARITHMETICS, Recorder, jittered, recording
 
 if TYPE_CHECKING:
     import torch
 
     from export.models import LoadedModel
 
-logger = logging.getLogger(__name__)
-Run = Callable[[Arrays], Arrays]
-# A model below this size is verified on at least SMALL_PICTURES pictures, and on up to REALISATIONS float32 runs until
-# ENOUGH_SAMPLES samples are seen. A larger one on the recipe's batch and one run, which has thousands of flips.
-SMALL_PARAMETERS, SMALL_PICTURES, REALISATIONS, ENOUGH_SAMPLES = 50_000_000, 4, 2, 100
+# Float32 runs of the reference: until ENOUGH_SAMPLES samples are seen, at most REALISATIONS. A large model gets one run,
+# which has thousands of flips.
+REALISATIONS, ENOUGH_SAMPLES = 2, 100
 # Between two quantizers lie about ten float32 operations, each rounding once and in an order of the runtime's choice:
 # inputs of two correct runs differ by a few units in the last place.
 JITTER_ULPS = 2.0
@@ -43,31 +38,6 @@ JITTER_ULPS = 2.0
 # sample the jitter grows until most samples are hit (their SQNR is below what float operations alone leave).
 HITTING_ULPS = (8.0, 32.0, 128.0, 512.0)
 HIT_DB, HIT_SHARE = 100.0, 0.75
-# The rtx lowering gives unquantized linears of this many weights FP16 operands, where the recipe lets it.
-HALF_LINEAR_ELEMENTS = 2**20
-
-
-@dataclass(frozen=True)
-class Case:
-    """How the pictures of a verification are made; `output` is "pixels" or "latents"."""
-
-    prompts: tuple[str, ...]
-    conditioning: tuple[Arrays, Arrays]
-    noise: NDArray[np.float32]
-    sampler: str
-    timestep_scale: float
-    n_steps: int
-    guidance_scale: float
-    output: str
-
-    def draw(self, run: Run, on_step: Callable[[int, Arrays, Arrays], None] | None = None) -> NDArray[np.float32]:
-        """Pictures (or latents) [B, C, H, W] by this denoiser."""
-        sampler = make_sampler(self.sampler, self.n_steps, self.timestep_scale)
-        return sample(run, self.conditioning, self.noise, sampler, self.guidance_scale, on_step)
-
-    def shown(self, output: NDArray[Any]) -> NDArray[Any]:
-        """The part of a denoiser's output that the sampler uses: a learned sigma is dropped."""
-        return output[:, : self.noise.shape[1]]
 
 
 @dataclass(frozen=True)
@@ -130,71 +100,6 @@ class Study:
         )
 
 
-def make_case(model: LoadedModel, recipe: Recipe) -> Case:
-    """Prompts, noise and sampler by the recipe; a model without generation.json gets random conditioning."""
-    from export.models import sample_inputs
-
-    wanted = recipe.sampling
-    count = wanted.batch_size if _is_large(model) else max(wanted.batch_size, SMALL_PICTURES)
-    drawn = sample_inputs(model, count, wanted.seed, wanted.height, wanted.width)
-    noise = np.random.default_rng(wanted.seed).standard_normal(drawn["hidden_states"].shape).astype(np.float32)
-    made = _conditioned(model, recipe, count)
-    return replace(made, noise=noise, n_steps=wanted.n_steps, guidance_scale=wanted.guidance_scale)
-
-
-def _conditioned(model: LoadedModel, recipe: Recipe, count: int) -> Case:
-    """Prompts, conditioning and sampler; the rest is filled in by `make_case`."""
-    from export.models import sample_inputs
-
-    size, seed, empty = (recipe.sampling.height, recipe.sampling.width), recipe.sampling.seed, np.zeros(0, np.float32)
-    if not (model.folder / GENERATION_FILE).is_file():
-        drawn = [_conditioning(sample_inputs(model, count, seed + i, *size)) for i in range(2)]
-        return Case(("random",) * count, (drawn[0], drawn[1]), empty, "ddim", 1000.0, 1, 1.0, "latents")
-    made = load_generation(model.folder)
-    prompts = example_prompts(made, count, seed)
-    encoded = made.encode(prompts)
-    return Case(tuple(prompts), encoded, empty, made.sampler, made.timestep_scale, 1, 1.0, made.output)
-
-
-def _is_large(model: LoadedModel) -> bool:
-    return sum(tensor.numel() for tensor in model.module.parameters()) > SMALL_PARAMETERS
-
-
-def _conditioning(inputs: Arrays) -> Arrays:
-    return {name: value for name, value in inputs.items() if name not in ("hidden_states", "timestep")}
-
-
-def example_prompts(generation: Generation, count: int, seed: int) -> list[str]:
-    """Prompts that the model understands, the same for the same seed."""
-    rng = np.random.default_rng(seed)
-    return [PROMPTS[generation.conditioning["kind"]](generation.conditioning, rng, index) for index in range(count)]
-
-
-def _scene(conditioning: Mapping[str, Any], rng: np.random.Generator, _: int) -> str:
-    words = {
-        slot["name"]: [word for word in slot["words"] if word not in ("alone", "none")]
-        for slot in conditioning["slots"]
-    }
-    chosen = {name: words[name][rng.integers(len(words[name]))] for name in words}
-    sentence = "a {colour} {shape} {relation} a {second colour} {second shape} on {background}".format_map(chosen)
-    return re.sub(r"\ba (?=[aeiou])", "an ", sentence)
-
-
-def _class(conditioning: Mapping[str, Any], rng: np.random.Generator, index: int) -> str:
-    return str(conditioning["names"][int(rng.integers(len(conditioning["names"])))])
-
-
-def _numbered(conditioning: Mapping[str, Any], rng: np.random.Generator, index: int) -> str:
-    return f"prompt {index}"
-
-
-PROMPTS: dict[str, Callable[[Mapping[str, Any], np.random.Generator, int], str]] = {
-    "vocabulary": _scene,
-    "classes": _class,
-    "synthetic": _numbered,
-}
-
-
 def study(
     model: LoadedModel, layers: Sequence[QuantizedLinear], recipe: Recipe, arithmetics: Collection[str] = ("fp32",)
 ) -> Study:
@@ -217,7 +122,7 @@ def study(
     single = engine(fake_quant(model, layers, torch.float32), torch.float32)
     for arithmetic in sorted(set(arithmetics)):
         with ARITHMETICS[arithmetic](single.module):
-            found.float32[arithmetic] = _realisations(found, single, 1 if _is_large(model) else REALISATIONS)
+            found.float32[arithmetic] = _realisations(found, single, 1 if is_large(model) else REALISATIONS)
     del single
     names = tuple(row.name for row in model.inputs)
     _run_float(found, engine(Denoiser(with_modules(model.module, {}), model.family, names), torch.float32))
@@ -288,81 +193,3 @@ def layer_input_db(reference: Sequence[NDArray[Any]], inputs: Sequence[NDArray[A
     if [item.shape for item in reference] != [item.shape for item in inputs]:
         return float("nan")
     return sqnr_db(np.concatenate(reference), np.concatenate(inputs))
-
-
-# --- hooks on the reference -----------------------------------------------------------------------------------------
-
-
-@dataclass
-class Recorder:
-    """Inputs of every quantized linear, [rows, K] float32, one array for each recorded call."""
-
-    active: bool = True
-    inputs: dict[str, list[NDArray[np.float32]]] = field(default_factory=dict)
-
-    def __call__(self, module: Any, arguments: tuple[Any, ...]) -> None:
-        if self.active:
-            x = arguments[0].detach()
-            self.inputs.setdefault(module.layer_name, []).append(x.reshape(-1, x.shape[-1]).float().numpy().copy())
-
-
-@contextmanager
-def recording(module: Any) -> Iterator[Recorder]:
-    """Record what the quantized linears of the reference `module` read."""
-    record = Recorder()
-    with _hooked(module, record):
-        yield record
-
-
-@contextmanager
-def jittered(module: Any, seed: int, ulps: float) -> Iterator[None]:
-    """Move every quantizer's input by up to `ulps`: of the number itself, and of its row's root mean square (what
-    an error made before a cancellation leaves)."""
-    import torch
-
-    generator = torch.Generator().manual_seed(seed)
-
-    def move(part: Any, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
-        x = arguments[0]
-        size = x.abs() + x.square().mean(-1, keepdim=True).sqrt()
-        noise = torch.rand(x.shape, generator=generator, dtype=x.dtype) * 2 - 1
-        return (x + noise * size * (ulps * ROUNDING), *arguments[1:])
-
-    with _hooked(module, move):
-        yield
-
-
-@contextmanager
-def _hooked(module: Any, hook: Callable[..., Any]) -> Iterator[None]:
-    with ExitStack() as stack:
-        for part in module.modules():
-            if hasattr(part, "layer_name"):
-                stack.callback(part.register_forward_pre_hook(hook).remove)
-        yield
-
-
-@contextmanager
-def half_parts(module: Any) -> Iterator[None]:
-    """Attention, and large unquantized linears, round operands and result to FP16; sums and softmax stay float32."""
-    import torch
-    from torch.nn.functional import scaled_dot_product_attention
-    from torch.overrides import TorchFunctionMode
-
-    class HalfAttention(TorchFunctionMode):
-        def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-            if func is not scaled_dot_product_attention:
-                return func(*args, **(kwargs or {}))
-            operands = [argument.half().float() for argument in args[:3]]
-            return func(*operands, *args[3:], **(kwargs or {})).half().float()
-
-    with ExitStack() as stack:
-        for part in module.modules():
-            if isinstance(part, torch.nn.Linear) and part.weight.numel() >= HALF_LINEAR_ELEMENTS:
-                stack.callback(part.register_forward_pre_hook(lambda _, inputs: inputs[0].half().float()).remove)
-                stack.callback(part.register_forward_hook(lambda _, inputs, output: output.half().float()).remove)
-        stack.enter_context(HalfAttention())
-        yield
-
-
-# Arithmetic of a target -> context in which the reference's module computes so.
-ARITHMETICS: dict[str, Callable[[Any], Any]] = {"fp32": nullcontext, "fp16": half_parts}

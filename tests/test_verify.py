@@ -29,9 +29,11 @@ from pipeline.gates import (
     quantize_oracle,
     sqnr_db,
 )
+from pipeline.picture_case import Case, example_prompts
 from pipeline.probing import ProbedGraph
+from pipeline.reference_hooks import half_parts
 from pipeline.report import Gate, read_json
-from pipeline.study import Case, Realisations, StepErrors, Study, example_prompts, half_parts, layer_input_db
+from pipeline.study import Realisations, StepErrors, Study, layer_input_db
 from pipeline.verdict import FACTOR_DB, ROUNDED_DB, end_gates, quantization_gates
 from pipeline.verify import verify
 from tests import tiny
