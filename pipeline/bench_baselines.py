@@ -81,13 +81,20 @@ def _torch(name: str, model: LoadedModel, dtype_name: str) -> Contestant:
 def quantize_int8(source: Path, destination: Path) -> None:
     """The INT8 form that onnxruntime's own tool makes with its defaults."""
     import onnx
+    import onnx_ir as ir
     from onnxruntime.quantization import QuantType, quantize_dynamic
 
-    # The tool transposes the weights of Gemm nodes but not the shapes noted for them: it infers them again if absent.
-    model = onnx.load(source, load_external_data=False)
-    del model.graph.value_info[:]
+    from pipeline.passes.fold_weights import FoldWeights
+
+    # The tool quantizes weights that are stored as its ops read them, not behind a Transpose; and it transposes those
+    # of Gemm nodes but not the shapes noted for them, which it infers again if absent.
     plain = source.with_name(f"plain-{source.name}")
-    onnx.save(model, plain)
+    model = ir.load(source)
+    FoldWeights()(model)
+    ir.save(model, plain, external_data=f"{plain.name}.data")
+    stored = onnx.load(plain, load_external_data=False)
+    del stored.graph.value_info[:]
+    onnx.save(stored, plain)
     # It also logs advice on preprocessing to the root logger for every model.
     level = logging.root.level
     logging.root.setLevel(logging.ERROR)

@@ -77,13 +77,17 @@ class CpuEngine:
 
 
 def open_session(path: Path, threads: int = 0) -> Any:
-    """Session of a lowered graph. Its ops are already fused, so onnxruntime need not search for fusions."""
+    """Session of a lowered graph; `threads` 0: one for each core.
+
+    onnxruntime adds its fusions of transposes, scales and biases. It may not touch pairs of QuantizeLinear and
+    DequantizeLinear: here they split an image into limbs.
+    """
     import onnxruntime as ort
 
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads
     options.log_severity_level = 3
-    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_BASIC
+    options.add_session_config_entry("session.disable_quant_qdq", "1")
     # Idle threads sleep instead of spinning, so that engines do not steal each other's cores.
     options.add_session_config_entry("session.force_spinning_stop", "1")
     return ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])

@@ -1,0 +1,181 @@
+"""Speed of one denoiser call at true size on this CPU: `python -m benchmarks.denoiser --model FOLDER --work-dir DIR`.
+
+FOLDER holds a model of true configuration (`python -m benchmarks.make_xl` writes one with random weights). The engine
+is compared with onnxruntime in float32 and with its dynamic INT8 quantization: correctness first, then every
+contestant once per round, medians and their ratios; load time and peak memory in processes of their own. Writes
+benchmarks/results/denoiser_MACHINE.json. What is expensive to make is kept in DIR for the next run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import numpy as np
+
+from benchmarks import record
+from export import checkpoint
+from export.models import LoadedModel, load, sample_inputs
+from pipeline import machine
+from pipeline.backends.base import Arrays
+from pipeline.backends.cpu import CpuBackend, CpuEngine
+from pipeline.bench import interleaved
+from pipeline.bench_baselines import open_stock_session, quantize_int8
+from pipeline.gates import sqnr_db
+from pipeline.recipe import Recipe, with_settings
+from pipeline.recipe import load as load_recipe
+
+RECIPE = "pixart_w4a6"
+BASELINES = ("onnxruntime_fp32", "onnxruntime_int8")
+# The engine and the float32 reference flip codes against each other wherever float rounding meets a midpoint, and
+# flips grow over the layers: the reference in float32 is itself about 33 dB from its float64 run at 28 layers. A
+# defect (a wrong scale, a lost bias) leaves less than 10 dB.
+LEAST_SQNR_DB = 20.0
+LOADS = 3
+LOAD_CODE = """
+import json, sys, time
+import numpy as np
+started = time.perf_counter()
+kind, path, inputs = sys.argv[1:]
+if kind == "engine":
+    from pathlib import Path
+    from pipeline.backends.cpu import CpuEngine
+    import onnxruntime
+    started = time.perf_counter()
+    engine = CpuEngine(Path(path))
+    run = engine.run
+else:
+    from pipeline.bench_baselines import open_stock_session
+    import onnxruntime
+    started = time.perf_counter()
+    session = open_stock_session(path)
+    run = lambda feeds: session.run(None, feeds)
+load_s = time.perf_counter() - started
+feeds = dict(np.load(inputs))
+run(feeds), run(feeds)
+from pipeline.machine import peak_memory_bytes
+print(json.dumps({"load_s": load_s, "peak_rss_bytes": peak_memory_bytes()}))
+"""
+
+
+def prepare(model: LoadedModel, recipe: Recipe, folder: Path) -> None:
+    """Write the portable model, the engine and both baselines into `folder`, as far as they are not there yet."""
+    from export.to_onnx import export_float, export_portable
+    from pipeline.calibrate import calibrate
+
+    if not (folder / "model.onnx").is_file():
+        export_portable(model, calibrate(model, recipe, folder / "calibrated"), folder / "model.onnx")
+    if not (folder / "cpu" / "lowering.json").is_file():
+        backend = CpuBackend()
+        for name in ("cpu", "lowered"):
+            (folder / name).mkdir(exist_ok=True)
+        backend.build(backend.lower(folder / "model.onnx", folder / "lowered", recipe), folder / "cpu", recipe)
+    if not (folder / "onnxruntime_int8.onnx").is_file():
+        export_float(model, folder / "onnxruntime_fp32.onnx")
+        quantize_int8(folder / "onnxruntime_fp32.onnx", folder / "onnxruntime_int8.onnx")
+
+
+def check(model: LoadedModel, folder: Path, engine: CpuEngine) -> float:
+    """SQNR in dB of the engine against the fake-quant reference; AssertionError if it computes something else."""
+    import torch
+
+    from pipeline.backends.reference import ReferenceEngine, fake_quant
+
+    inputs = sample_inputs(model, 1, 0)
+    reference = ReferenceEngine(fake_quant(model, checkpoint.load(folder / "calibrated"), torch.float32))
+    found, expected = engine.run(inputs)["sample"], reference.run(inputs)["sample"]
+    value = sqnr_db(expected, found)
+    if not value >= LEAST_SQNR_DB:
+        raise AssertionError(f"the engine is {value:.1f} dB from its reference, at least {LEAST_SQNR_DB} dB expected")
+    return value
+
+
+def changed_every_time(engine: CpuEngine, inputs: Arrays) -> Callable[[], object]:
+    """Calls that find nothing kept of the condition, as the first step of an image does."""
+
+    def call() -> object:
+        engine.kept = {}
+        return engine.run(inputs)
+
+    return call
+
+
+def measure(model: LoadedModel, folder: Path, engine: CpuEngine, batch: int, rounds: int) -> dict[str, Any]:
+    """Medians in ms and ratios of one batch size; the engine both within an image and at its first step."""
+    inputs = sample_inputs(model, batch, batch)
+    sessions = {name: open_stock_session(folder / f"{name}.onnx") for name in BASELINES}
+    work: dict[str, Callable[[], object]] = {
+        "engine": lambda: engine.run(inputs),
+        **{name: (lambda session=session: session.run(None, inputs)) for name, session in sessions.items()},
+    }
+    calls = interleaved(work, float("inf"), (rounds, rounds))
+    first = interleaved({"engine_first_step": changed_every_time(engine, inputs)}, float("inf"), (rounds, rounds))
+    rows = {name: timing.to_row() for name, timing in (calls | first).items()}
+    ratios = {name: rows[name]["median"] / rows["engine"]["median"] for name in BASELINES}
+    return {"batch_size": batch, "call_ms": rows, "times_faster": ratios}
+
+
+def load_and_memory(folder: Path, inputs: Arrays) -> dict[str, dict[str, float]]:
+    """Median seconds to open, and peak resident bytes of opening and two calls, of each in fresh processes."""
+    np.savez(folder / "inputs.npz", **inputs)
+    places = {"engine": ("engine", folder / "cpu")}
+    places |= {name: ("onnxruntime", folder / f"{name}.onnx") for name in BASELINES}
+    found = {}
+    for name, (kind, path) in places.items():
+        command = [sys.executable, "-c", LOAD_CODE, kind, str(path), str(folder / "inputs.npz")]
+        runs = [json.loads(subprocess.run(command, check=True, capture_output=True).stdout) for _ in range(LOADS)]
+        found[name] = {key: median(run[key] for run in runs) for key in runs[0]}
+    return found
+
+
+def machine_slug() -> str:
+    """Name of the processor for a file name.
+
+    >>> re.sub(r"[^a-z0-9]+", "_", "AMD EPYC 9B14".lower())
+    'amd_epyc_9b14'
+    """
+    return f"{re.sub(r'[^a-z0-9]+', '_', machine.cpu_name().lower()).strip('_')}_{machine.cpu_count()}cpu"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", required=True, help="folder of the float model")
+    parser.add_argument("--work-dir", type=Path, required=True)
+    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--batches", type=int, nargs="+", default=[1, 2])
+    parser.add_argument("--set", action="append", default=["weights.search=absmax"], dest="settings")
+    args = parser.parse_args()
+    args.work_dir.mkdir(parents=True, exist_ok=True)
+    model, recipe = load(args.model), with_settings(load_recipe(RECIPE), args.settings)
+    prepare(model, recipe, args.work_dir)
+    engine = CpuEngine(args.work_dir / "cpu")
+    document: dict[str, Any] = {"model": model.config["_class_name"], "layers": model.config["num_layers"]}
+    document |= {"recipe": RECIPE, "sqnr_to_reference_db": check(model, args.work_dir, engine), "load_average": []}
+    document["batches"] = []
+    for batch in args.batches:
+        document["load_average"].append(round(_others(), 2))
+        document["batches"].append(measure(model, args.work_dir, engine, batch, args.rounds))
+    engine.close()
+    document["processes"] = load_and_memory(args.work_dir, sample_inputs(model, 1, 0))
+    print(json.dumps(document, indent=1))
+    print(record.write(f"denoiser_{machine_slug()}", document))
+
+
+def _others() -> float:
+    """Load average of the last minute, which tells a reader how quiet the machine was."""
+    import os
+
+    time.sleep(1)
+    return os.getloadavg()[0]
+
+
+if __name__ == "__main__":
+    main()
