@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
     from export.models import LoadedModel
 
-# Float32 runs of the reference: until ENOUGH_SAMPLES samples are seen, at most REALISATIONS. A large model gets one run,
+# Float32 runs of the reference: until ENOUGH_SAMPLES samples are seen, at most REALISATIONS. A large model gets one,
 # which has thousands of flips.
 REALISATIONS, ENOUGH_SAMPLES = 2, 100
 # Between two quantizers lie about ten float32 operations, each rounding once and in an order of the runtime's choice:
