@@ -26,7 +26,8 @@ from export import checkpoint
 from export.models import LoadedModel, load, sample_inputs
 from pipeline import machine
 from pipeline.backends.base import Arrays
-from pipeline.backends.cpu import CpuBackend, CpuEngine
+from pipeline.backends.cpu import CpuBackend
+from pipeline.backends.cpu_engine import CpuEngine
 from pipeline.bench import interleaved
 from pipeline.bench_baselines import open_stock_session, quantize_int8
 from pipeline.gates import sqnr_db
@@ -47,7 +48,7 @@ started = time.perf_counter()
 kind, path, inputs = sys.argv[1:]
 if kind == "engine":
     from pathlib import Path
-    from pipeline.backends.cpu import CpuEngine
+    from pipeline.backends.cpu_engine import CpuEngine
     import onnxruntime
     started = time.perf_counter()
     engine = CpuEngine(Path(path))

@@ -1,16 +1,19 @@
 """The `cpu` target from portable file to running engine: bytes, streaming, lowering.json, refusals of its reader."""
 
 import json
+import subprocess
+import sys
 
 import numpy as np
 import onnx
 import onnx_ir as ir
 import pytest
 
-from export.errors import ContractError
+from export.errors import ContractError, EnvironmentLacksError
 from pipeline.backends import BACKENDS, lowering_file
 from pipeline.backends.base import LoweredGraph
-from pipeline.backends.cpu import CpuBackend, open_session
+from pipeline.backends.cpu import CpuBackend
+from pipeline.backends.cpu_engine import open_session
 from tests.portable import activations, portable, random_linear
 
 BODY = """
@@ -30,8 +33,8 @@ def source(tmp_path):
     return folder
 
 
-def built(source, name="cpu"):
-    backend = CpuBackend()
+def built(source, name="cpu", flags=None):
+    backend = CpuBackend(flags)
     work = source.parent / f"work-{name}"
     work.mkdir()
     (source / name).mkdir()
@@ -87,6 +90,31 @@ def test_a_damaged_lowering_file_is_refused(tmp_path, change, message):
     path.write_text("{" if change is None else json.dumps(json.loads(path.read_text()) | change))
     with pytest.raises(ContractError, match=message):
         lowering_file.read(path)
+
+
+@pytest.mark.parametrize("weight, requires", [("INT4", []), ("INT8", ["int32_dot_product"])])
+def test_an_engine_that_would_saturate_elsewhere_is_refused_there(tmp_path, weight, requires):
+    model = portable('y = fpq.QuantizedLinear <layer="a"> (x)', [random_linear(weight=weight, activation="INT8")])
+    folder = tmp_path / "bundle"
+    folder.mkdir()
+    ir.save(model, folder / "model.onnx", external_data="model.onnx.data")
+    assert built(folder, flags=("avx512_vnni",)).metadata == {"requires": requires}
+    CpuBackend(("avx512_vnni",)).load(folder).close()
+    if requires:
+        with pytest.raises(EnvironmentLacksError, match="int32_dot_product"):
+            CpuBackend(("avx2",)).load(folder)
+    else:
+        CpuBackend(("avx2",)).load(folder).close()
+
+
+def test_running_needs_no_compiler(source):
+    built(source)
+    code = (
+        "import sys; from pathlib import Path; from pipeline.backends import BACKENDS;"
+        f"BACKENDS['cpu'].load(Path({str(source)!r})); print('onnx_ir' in sys.modules, 'torch' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+    assert done.stdout.split() == ["False", "False"]
 
 
 def test_targets_are_listed_without_importing_them():

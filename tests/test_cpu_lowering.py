@@ -8,9 +8,10 @@ import pytest
 
 from export.formats import get_format, to_image
 from export.op_meanings import quantize_activation
+from pipeline.backends.base import WIDE_SUM
 from pipeline.backends.cpu import capabilities
 from pipeline.passes import run_shared
-from pipeline.passes.cpu_paths import WIDE_SUM, choose_path, refusal
+from pipeline.passes.cpu_paths import choose_path, refusal
 from pipeline.passes.gemm_spec import read_spec, weight_image
 from pipeline.passes.lower_cpu import FLOAT_PATH, FUNCTION_PATH, LowerCpu
 from tests.portable import activations, op_types, portable, random_linear, run

@@ -10,6 +10,8 @@ from typing import Any, Protocol
 from numpy.typing import NDArray
 
 Arrays = dict[str, NDArray[Any]]
+# Name of a capability: products of bytes are summed in 32 bits (x86 VNNI, Arm dot product), never in saturating 16.
+WIDE_SUM = "int32_dot_product"
 
 
 @dataclass(frozen=True)

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from pipeline.backends.base import Capabilities, GemmRow
+from pipeline.backends.base import WIDE_SUM, Capabilities, GemmRow
 from pipeline.passes.cpu_quantizers import LARGE_ZERO, SMALL_ZERO, largest_code, limb_base
 from pipeline.passes.gemm_spec import GemmSpec
 
-# Name of the capability: products of bytes are summed in 32 bits (x86 VNNI, Arm dot product), never in saturating 16.
-WIDE_SUM = "int32_dot_product"
 INT8_MAX, INT16_MAX, INT32_MAX = 2**7 - 1, 2**15 - 1, 2**31 - 1
 
 

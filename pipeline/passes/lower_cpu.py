@@ -7,9 +7,9 @@ from dataclasses import dataclass, field
 import onnx_ir as ir
 
 from export.ops import DOMAIN
-from pipeline.backends.base import Capabilities, Choice, GemmRow, ProbeRow
+from pipeline.backends.base import WIDE_SUM, Capabilities, Choice, GemmRow, ProbeRow
 from pipeline.passes.cpu_gemms import Product, finish, float_gemm, grouped_gemm, integer_gemm
-from pipeline.passes.cpu_paths import choose_path
+from pipeline.passes.cpu_paths import choose_path, refusal
 from pipeline.passes.cpu_quantizers import Operand, quantize, rounded_image, unsupported
 from pipeline.passes.emit import MICROSOFT, Emitter
 from pipeline.passes.gemm_spec import GemmSpec, read_spec
@@ -32,6 +32,7 @@ class _Source:
 
 class LowerCpu(RewritePass):
     """Lower every PackedGemm and the quantizers it reads; `choices` and `probes` have one row for each.
+    `needs`: capabilities without which a chosen path would not be exact.
 
     A PackedGemm whose codes do not come from a quantizer, or whose activation format has none here, keeps its ONNX
     function body (refused with the reason).
@@ -42,9 +43,10 @@ class LowerCpu(RewritePass):
         self.capabilities = capabilities
         self.choices: list[Choice] = []
         self.probes: list[ProbeRow] = []
+        self.needs: set[str] = set()
 
     def rewrite(self, model: ir.Model) -> None:
-        self.choices, self.probes = [], []
+        self.choices, self.probes, self.needs = [], [], set()
         self._sources: dict[ir.Value, _Source] = {}
         for node in list(model.graph):
             if node.domain == DOMAIN and node.op_type in QUANTIZERS:
@@ -65,6 +67,8 @@ class LowerCpu(RewritePass):
             self.refuse(spec.layer, why)
             return
         row, why = choose_path(spec, self.capabilities)
+        if row and refusal(spec, row, wide_sum=False):
+            self.needs.add(WIDE_SUM)
         emit = Emitter(graph, node, spec.layer, dict(node.metadata_props))
         product, operand, scale = self._product(graph, emit, spec, source, row)
         bias = node.inputs[5]
