@@ -81,11 +81,14 @@ def quantize_oracle(x: Array, format_name: str) -> ActivationOracle:
     quotient = x / scale
     slack = QUOTIENT_ROUNDINGS * ROUNDING * np.abs(quotient)
     images, midpoints = _grid(fmt)
-    lowest = images[np.searchsorted(midpoints, quotient - slack)]
-    highest = images[np.searchsorted(midpoints, quotient + slack)]
-    nearest = lowest.copy()
-    close = lowest != highest
-    nearest[close] = to_image(fmt, encode(fmt, quotient[close]))
+    bounds = np.concatenate([[-np.inf], midpoints, [np.inf]])
+    place = np.searchsorted(midpoints, quotient)
+    close = (quotient - bounds[place] <= slack) | (bounds[place + 1] - quotient <= slack)
+    nearest = images[place]
+    lowest, highest = nearest.copy(), nearest.copy()
+    lowest[close] = images[np.searchsorted(midpoints, (quotient - slack)[close])]
+    highest[close] = images[np.searchsorted(midpoints, (quotient + slack)[close])]
+    nearest[close] = to_image(fmt, encode(fmt, quotient[close]))  # ties to even
     return ActivationOracle(nearest, lowest, highest, scale)
 
 

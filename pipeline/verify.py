@@ -111,10 +111,12 @@ def layer_results(
     """Every linear of one target on inputs from the first, a middle and the last step."""
     rows = {layer.name: layer for layer in layers}
     calls = [found.calls[step] for step in found.probed]
-    results = []
+    results, known = [], ("", "")
     for name, probes in probed.probes(list(rows), calls):
         probe = joined(probes)
-        oracle = quantize_oracle(np.nan_to_num(probe.x), rows[name].activation_format)
+        quantizer = (probed.rows[name].x, rows[name].activation_format)
+        if quantizer != known:  # q, k and v read one quantizer and follow each other
+            known, oracle = quantizer, quantize_oracle(np.nan_to_num(probe.x), quantizer[1])
         check = check_linear(rows[name], probe, oracle)
         input_db = layer_input_db(found.layer_inputs.get(name, []), [item.x for item in probes])
         inputs = (input_db, single.layer_db.get(name, math.nan))
