@@ -24,11 +24,9 @@ LARGEST_BATCH = 8
 
 @dataclass(frozen=True)
 class BuildFacts:
-    """How a build went: seconds, peak memory of the process so far, shapes the engine takes, release of the builder."""
+    """What the metadata says of a build: shapes the engine takes, release of the builder. Times belong in the log: two
+    builds of one graph have equal metadata."""
 
-    parse_s: float
-    build_s: float
-    peak_rss_bytes: int
     shapes: Bounds
     tensorrt_rtx: str
 
@@ -79,7 +77,8 @@ def build_engine(path: Path, engine_path: Path, sms: tuple[int, ...], batch_size
     built = time.monotonic()
     del parser
     _write(engine_path, memoryview(engine))
-    return BuildFacts(parsed - started, built - parsed, machine.peak_memory_bytes(), shapes, trt.__version__)
+    logger.info("tensorrt_rtx: parsed in %.1f s, built in %.1f s", parsed - started, built - parsed)
+    return BuildFacts(shapes, trt.__version__)
 
 
 def _logger(trt: Any) -> Any:
