@@ -15,6 +15,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -115,7 +116,7 @@ def measure(model: LoadedModel, folder: Path, engine: CpuEngine, batch: int, rou
     sessions = {name: open_stock_session(folder / f"{name}.onnx") for name in BASELINES}
     work: dict[str, Callable[[], object]] = {
         "engine": lambda: engine.run(inputs),
-        **{name: (lambda session=session: session.run(None, inputs)) for name, session in sessions.items()},
+        **{name: partial(session.run, None, inputs) for name, session in sessions.items()},
     }
     calls = interleaved(work, float("inf"), (rounds, rounds))
     first = interleaved({"engine_first_step": changed_every_time(engine, inputs)}, float("inf"), (rounds, rounds))
@@ -126,7 +127,7 @@ def measure(model: LoadedModel, folder: Path, engine: CpuEngine, batch: int, rou
 
 def load_and_memory(folder: Path, inputs: Arrays) -> dict[str, dict[str, float]]:
     """Median seconds to open, and peak resident bytes of opening and two calls, of each in fresh processes."""
-    np.savez(folder / "inputs.npz", **inputs)
+    np.savez(folder / "inputs.npz", allow_pickle=False, **inputs)
     places = {"engine": ("engine", folder / "cpu")}
     places |= {name: ("onnxruntime", folder / f"{name}.onnx") for name in BASELINES}
     found = {}
