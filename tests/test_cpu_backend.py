@@ -14,7 +14,7 @@ from pipeline.backends import BACKENDS, lowering_file
 from pipeline.backends.base import LoweredGraph
 from pipeline.backends.cpu import CpuBackend
 from pipeline.backends.cpu_engine import open_session
-from tests.portable import activations, portable, random_linear
+from tests.portable import HEADER, activations, portable, random_linear
 
 BODY = """
   h = fpq.QuantizedLinear <layer="a"> (x)
@@ -105,6 +105,13 @@ def test_an_engine_that_would_saturate_elsewhere_is_refused_there(tmp_path, weig
             CpuBackend(("avx2",)).load(folder)
     else:
         CpuBackend(("avx2",)).load(folder).close()
+
+
+def test_a_model_without_quantized_linears_is_an_error(tmp_path):
+    model = ir.from_onnx_text(f"{HEADER} g (float[B,4] x) => (float[B,4] y) {{ y = Neg(x) }}")
+    ir.save(model, tmp_path / "model.onnx")
+    with pytest.raises(ContractError, match="no quantized linear"):
+        CpuBackend().lower(tmp_path / "model.onnx", tmp_path, None)
 
 
 def test_running_needs_no_compiler(source):

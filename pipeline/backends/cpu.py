@@ -59,6 +59,8 @@ class CpuBackend:
         run_shared(model)
         lowering = LowerCpu(self.capabilities)
         lowering(model)
+        if not lowering.choices:
+            raise ContractError(f"{portable} has no quantized linear to lower; export the model again")
         FoldWeights()(model)
         ir.save(model, work_dir / MODEL, external_data=DATA, size_threshold_bytes=1024)
         (work_dir / METADATA).write_text(json.dumps({"requires": sorted(lowering.needs)}) + "\n")
