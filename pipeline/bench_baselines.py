@@ -9,6 +9,7 @@ import sys
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -53,29 +54,30 @@ def baselines(model: LoadedModel, recipe: Recipe, folder: Path) -> list[Contesta
     quantized = folder / "int8.onnx"
     quantize_int8(exported, quantized)
     return [
-        _torch("torch_fp32", model, "float32"),
-        _torch("torch_bf16", model, "bfloat16"),
+        *_torch(model),
         _onnxruntime("onnxruntime_fp32", exported),
         _onnxruntime("onnxruntime_int8", quantized),
     ]
 
 
-def _torch(name: str, model: LoadedModel, dtype_name: str) -> Contestant:
-    """The float module, computing in `dtype_name`; inputs and outputs stay float32."""
+def _torch(model: LoadedModel) -> list[Contestant]:
+    """The float module in float32 and under bfloat16 autocast, one set of weights for both; float32 in and out."""
     import torch
 
     from export.models import denoiser, float_linears
 
     # Large models keep 16-bit linears that are upcast at each call: a float32 baseline must not pay for that.
-    module, dtype = denoiser(model, float_linears(model)), getattr(torch, dtype_name)
+    module = denoiser(model, float_linears(model))
     names = [row.name for row in model.inputs]
 
-    def run(inputs: Arrays) -> Arrays:
+    def run(inputs: Arrays, dtype: torch.dtype) -> Arrays:
         tensors = [torch.from_numpy(np.ascontiguousarray(inputs[key])) for key in names]
         with torch.inference_mode(), torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
             return {"sample": module(*tensors).float().numpy()}
 
-    return Contestant(name, run, 4 * sum(parameter.numel() for parameter in model.module.parameters()))
+    size_bytes = 4 * sum(parameter.numel() for parameter in model.module.parameters())
+    kinds = {"torch_fp32": torch.float32, "torch_bf16": torch.bfloat16}
+    return [Contestant(name, partial(run, dtype=dtype), size_bytes) for name, dtype in kinds.items()]
 
 
 def quantize_int8(source: Path, destination: Path) -> None:
