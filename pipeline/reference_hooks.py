@@ -10,29 +10,52 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.gates import ROUNDING
+from pipeline.gates import ROUNDING, ratio_db
 from pipeline.passes.lower_rtx_kept import LARGE_ELEMENTS
 
 
 @dataclass
 class Recorder:
-    """Inputs of every quantized linear, [rows, K] float32, one array for each recorded call."""
+    """Inputs of every quantized linear, [rows, K] float32, one array for each recorded call.
+
+    Linears that read the same tensor one after the other (q, k and v) share one array.
+    """
 
     active: bool = True
     inputs: dict[str, list[NDArray[np.float32]]] = field(default_factory=dict)
+    last: tuple[Any, Any] = (None, None)  # a tensor and its rows
 
     def __call__(self, module: Any, arguments: tuple[Any, ...]) -> None:
         if self.active:
-            x = arguments[0].detach()
-            self.inputs.setdefault(module.layer_name, []).append(x.reshape(-1, x.shape[-1]).float().numpy().copy())
+            x = arguments[0]
+            if self.last[0] is not x:
+                self.last = (x, x.reshape(-1, x.shape[-1]).float().numpy().copy())
+            self.inputs.setdefault(module.layer_name, []).append(self.last[1])
 
 
-@contextmanager
-def recording(module: Any) -> Iterator[Recorder]:
-    """Record what the quantized linears of the reference `module` read."""
-    record = Recorder()
-    with _hooked(module, record):
-        yield record
+@dataclass
+class Comparison:
+    """SQNR of every quantized linear's input against a Recorder's, without keeping the inputs themselves."""
+
+    reference: dict[str, list[NDArray[np.float32]]]
+    active: bool = True
+    calls: dict[str, int] = field(default_factory=dict)
+    powers: dict[str, tuple[float, float]] = field(default_factory=dict)
+
+    def __call__(self, module: Any, arguments: tuple[Any, ...]) -> None:
+        name = module.layer_name
+        if not self.active or name not in self.reference:
+            return
+        expected = self.reference[name][self.calls.get(name, 0)].astype(np.float64)
+        found = arguments[0].reshape(-1, arguments[0].shape[-1]).double().numpy()
+        signal, noise = self.powers.get(name, (0.0, 0.0))
+        self.powers[name] = signal + float(np.sum(expected**2)), noise + float(np.sum((found - expected) ** 2))
+        self.calls[name] = self.calls.get(name, 0) + 1
+
+    @property
+    def sqnr_db(self) -> dict[str, float]:
+        """By layer, over all compared calls."""
+        return {name: ratio_db(*powers) for name, powers in self.powers.items()}
 
 
 @contextmanager
@@ -49,12 +72,13 @@ def jittered(module: Any, seed: int, ulps: float) -> Iterator[None]:
         noise = torch.rand(x.shape, generator=generator, dtype=x.dtype) * 2 - 1
         return (x + noise * size * (ulps * ROUNDING), *arguments[1:])
 
-    with _hooked(module, move):
+    with hooked(module, move):
         yield
 
 
 @contextmanager
-def _hooked(module: Any, hook: Callable[..., Any]) -> Iterator[None]:
+def hooked(module: Any, hook: Callable[..., Any]) -> Iterator[None]:
+    """Call `hook(linear, inputs)` before every quantized linear of the reference `module`."""
     with ExitStack() as stack:
         for part in module.modules():
             if hasattr(part, "layer_name"):

@@ -21,7 +21,7 @@ from pipeline.backends.base import Arrays
 from pipeline.gates import sqnr_db
 from pipeline.picture_case import Case, Run, is_large, make_case
 from pipeline.recipe import Recipe
-from pipeline.reference_hooks import ARITHMETICS, Recorder, jittered, recording
+from pipeline.reference_hooks import ARITHMETICS, Comparison, Recorder, hooked, jittered
 
 if TYPE_CHECKING:
     import torch
@@ -136,13 +136,14 @@ def _run_exact(found: Study, engine: Any) -> None:
         found.calls.append(inputs)
         found.exact.append(outputs["sample"])
 
-    with recording(engine.module) as record:
-        found.images["reference"] = found.case.draw(_recorded(engine.run, record, found.probed), keep)
-        found.layer_inputs = record.inputs
+    record = Recorder()
+    with hooked(engine.module, record):
+        found.images["reference"] = found.case.draw(_watched(engine.run, record, found.probed), keep)
+    found.layer_inputs = record.inputs
 
 
-def _recorded(run: Run, record: Recorder, probed: Sequence[int]) -> Run:
-    """`run`, with the recorder switched on in the steps `probed`."""
+def _watched(run: Run, record: Recorder | Comparison, probed: Sequence[int]) -> Run:
+    """`run`, with the recorder or comparison switched on in the steps `probed`."""
     steps = iter(range(10**9))
 
     def call(inputs: Arrays) -> Arrays:
@@ -159,11 +160,11 @@ def _realisations(found: Study, engine: Any, count: int) -> Realisations:
             break
         with jittered(engine.module, seed, JITTER_ULPS):
             made.images.append(found.case.draw(engine.run))
-            with recording(engine.module) as record:
-                made.errors.append(found.errors(_recorded(engine.run, record, found.probed)))
-        for name, inputs in record.inputs.items():
-            worst = layer_input_db(found.layer_inputs[name], inputs)
-            made.layer_db[name] = min(worst, made.layer_db.get(name, np.inf))
+            comparison = Comparison(found.layer_inputs)
+            with hooked(engine.module, comparison):
+                made.errors.append(found.errors(_watched(engine.run, comparison, found.probed)))
+        for name, value in comparison.sqnr_db.items():
+            made.layer_db[name] = min(value, made.layer_db.get(name, np.inf))
     _add_hits(found, engine, made)
     return made
 

@@ -31,7 +31,7 @@ from pipeline.gates import (
 )
 from pipeline.picture_case import Case, example_prompts
 from pipeline.probing import ProbedGraph
-from pipeline.reference_hooks import half_parts
+from pipeline.reference_hooks import Comparison, Recorder, half_parts, hooked, jittered
 from pipeline.report import Gate, read_json
 from pipeline.study import Realisations, StepErrors, Study, layer_input_db
 from pipeline.verdict import FACTOR_DB, ROUNDED_DB, end_gates, quantization_gates
@@ -312,3 +312,33 @@ def test_verify_writes_a_passing_report(activation: str, granularity: str, targe
     assert json.loads((tmp_path / "report" / "parity.json").read_text())["schema_version"] == 1
     assert len((tmp_path / "report" / "layers.csv").read_text().splitlines()) == 1 + len(layers)
     assert (tmp_path / "report" / "images" / f"{target}-0.png").is_file()
+
+
+def test_recorder_shares_and_comparison_measures() -> None:
+    import torch
+
+    first, second = torch.nn.Linear(4, 3), torch.nn.Linear(4, 3)
+    first.layer_name, second.layer_name = "a", "b"  # type: ignore[assignment]
+    both = torch.nn.ModuleList([first, second])
+    x = torch.ones(2, 5, 4)
+    record = Recorder()
+    with hooked(both, record):
+        first(x), second(x)
+    assert record.inputs["a"][0] is record.inputs["b"][0] and record.inputs["a"][0].shape == (10, 4)
+    comparison = Comparison(record.inputs)
+    with hooked(both, comparison):
+        first(x), second(x * 1.1)
+    assert comparison.sqnr_db["a"] == math.inf and comparison.sqnr_db["b"] == pytest.approx(20, abs=1e-4)
+
+
+def test_jitter_moves_inputs_by_its_ulps_and_ends_with_its_context() -> None:
+    import torch
+
+    linear = torch.nn.Linear(4, 3)
+    linear.layer_name = "a"  # type: ignore[assignment]
+    x, record = torch.ones(1, 4), Recorder()
+    with jittered(linear, 0, 4.0), hooked(linear, record):
+        linear(x)
+    moved = np.abs(record.inputs["a"][0] - 1).max()
+    assert 0 < moved <= 8 * ROUNDING  # the number itself and its row's mean
+    assert not linear._forward_pre_hooks
