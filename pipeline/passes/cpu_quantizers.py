@@ -1,10 +1,12 @@
 """Per-token activation quantizers in standard ONNX ops, as cheap as onnxruntime's CPU kernels allow.
 
 Rounding to a float format without any loop over binades ("magic add"): with v the activation in units of the integer
-image and c = max(|v| 2^(23-M) - 2^b, 1.5 * 2^23), the float32 sum v + c has just the precision of the format's step at
-|v|, so (v + c) - c is v rounded to nearest even on the format's grid, subnormals included. 2^b is the power of two
-above the largest image: where v + c enters a binade of float32 that c is still below, c is then even and loses nothing.
-A uniform grid needs no such step: QuantizeLinear itself rounds.
+image and c = max(|v| (2^(23-M) - MARGIN), 1.5 * 2^23), the float32 sum v + c has just the precision of the format's
+step at |v|, so (v + c) - c is v rounded to nearest even on the format's grid, subnormals included. The margin keeps
+v + c out of float32's next binade as long as |v| is below its own: against 16 |v| stand v itself and the roundings of
+c, three of 2^-24 relative, so at most 1.5 |v|. The other way, a sum a binade too low rounds to half a step; that needs
+|v| within a share of 19 * 2^(M-23) above a binade's start, and both steps round such a |v| to the start itself.
+A uniform grid needs no such sum: QuantizeLinear itself rounds.
 """
 
 from __future__ import annotations
@@ -19,6 +21,7 @@ from export.ops import ABSMAX_FLOOR
 from pipeline.passes.emit import Emitter
 
 FLOAT_DIGITS = 23
+MARGIN = 16.0
 # An 8-bit unsigned operand with this zero point holds images up to the zero point less one.
 SMALL_ZERO, LARGE_ZERO = 64, 128
 
@@ -103,9 +106,8 @@ def _in_image_units(emit: Emitter, x: ir.Value, magnitude: ir.Value, absmax: ir.
     scaled = emit.op("Mul", x, inverse, name="scaled")
     if not len(fmt.binade_starts):
         return scaled
-    wide = _times(emit, magnitude, inverse, 2.0 ** (FLOAT_DIGITS - fmt.mantissa_bits), fmt.kmax)
-    short = emit.op("Sub", wide, emit.constant(2.0 ** fmt.kmax.bit_length()), name="short")
-    c = emit.op("Clip", short, emit.constant(1.5 * 2.0**FLOAT_DIGITS), name="magic")
+    wide = _times(emit, magnitude, inverse, 2.0 ** (FLOAT_DIGITS - fmt.mantissa_bits) - MARGIN, fmt.kmax)
+    c = emit.op("Clip", wide, emit.constant(1.5 * 2.0**FLOAT_DIGITS), name="magic")
     return emit.op("Sub", emit.op("Add", scaled, c, name="rounding"), c, name="rounded")
 
 
