@@ -84,11 +84,12 @@ def speed() -> str:
         for batch in found["batches"]:
             ratios = [f"{batch['times_faster'][name]:.2f}" for name in ("onnxruntime_fp32", "onnxruntime_int8")]
             place = f"{found['machine']['cpu']}, {found['machine']['cpus']} CPUs, {found['layers']} layers"
-            rows.append([place, batch["batch_size"], *ratios, memory, f"{engine['load_s']:.1f} s"])
+            build = ", ".join([found["recipe"], *found.get("settings", [])])
+            rows.append([place, build, batch["batch_size"], *ratios, memory, f"{engine['load_s']:.1f} s"])
     if not rows:
         return "Not measured yet: run `python -m benchmarks.denoiser`."
     times = ["times as fast as ONNX Runtime fp32", "as its dynamic INT8"]
-    return table(["machine, model", "batch", *times, "peak memory, of fp32's", "load"], rows)
+    return table(["machine, model", "engine", "batch", *times, "peak memory, of fp32's", "load"], rows)
 
 
 def first_sentence(path: Path) -> str:
