@@ -11,6 +11,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -65,24 +66,18 @@ class ProbedGraph:
 
     def denoiser(self) -> Callable[[Arrays], Arrays]:
         """The graph as it is, run by onnxruntime: stands in for an engine that this machine cannot run."""
-        import onnxruntime
-
-        options = session_options(self.path.parent)
-        session = onnxruntime.InferenceSession(self.model.SerializeToString(), options, ["CPUExecutionProvider"])
+        session = open_session(self.model, self.path.parent)
         names = [output.name for output in session.get_outputs()]
         return lambda inputs: dict(zip(names, session.run(names, inputs), strict=True))
 
     def run(self, names: Sequence[str], calls: Sequence[Arrays]) -> list[Arrays]:
         """The tensors `names` for each of the model inputs `calls`."""
-        import onnxruntime
-
         changed = onnx.ModelProto()
         changed.CopyFrom(self.model)
         inputs = {item.name for item in changed.graph.input}
         wanted = sorted(set(names) - inputs)
         changed.graph.output.extend(onnx.ValueInfoProto(name=name) for name in wanted if name not in self.shown)
-        options = session_options(self.path.parent)
-        session = onnxruntime.InferenceSession(changed.SerializeToString(), options, ["CPUExecutionProvider"])
+        session = open_session(changed, self.path.parent)
         del changed
         results = []
         for call in calls:
@@ -132,11 +127,12 @@ def _rows(tensor: NDArray) -> NDArray:
     return tensor.reshape(-1, tensor.shape[-1])
 
 
-def session_options(folder: Path) -> object:
-    """onnxruntime options for a graph given as bytes with its data in `folder`.
+def open_session(model: onnx.ModelProto, folder: Path) -> Any:
+    """onnxruntime session of a graph without its weights, which lie in `folder`.
 
-    Basic optimizations only: the extended ones break FP8 QDQ pairs. Spinning threads are stopped between runs, since
-    the engine under test and the reference take turns.
+    Basic optimizations only: the extended ones break FP8 QDQ pairs. No constant folding: it would hold every 8-bit
+    weight a second and third time, decoded to float32 and packed. Spinning threads are stopped between runs, since the
+    engine under test and the reference take turns.
     """
     import onnxruntime
 
@@ -145,7 +141,9 @@ def session_options(folder: Path) -> object:
     options.log_severity_level = 3
     options.add_session_config_entry(FOLDER_OPTION, str(folder.resolve()))
     options.add_session_config_entry("session.force_spinning_stop", "1")
-    return options
+    return onnxruntime.InferenceSession(
+        model.SerializeToString(), options, ["CPUExecutionProvider"], disabled_optimizers=["ConstantFolding"]
+    )
 
 
 def check_external_data(model: onnx.ModelProto, path: Path) -> None:
