@@ -44,7 +44,6 @@ class ProbedGraph:
         check_external_data(self.model, self.path)
         nodes = self.model.graph.node
         self.produced = {name for node in nodes for name in node.output} | {i.name for i in self.model.graph.input}
-        self.shown = {output.name for output in self.model.graph.output}
 
     @cached_property
     def complete(self) -> frozenset[str]:
@@ -76,7 +75,8 @@ class ProbedGraph:
         changed.CopyFrom(self.model)
         inputs = {item.name for item in changed.graph.input}
         wanted = sorted(set(names) - inputs)
-        changed.graph.output.extend(onnx.ValueInfoProto(name=name) for name in wanted if name not in self.shown)
+        del changed.graph.output[:]  # what only other outputs need is then not computed
+        changed.graph.output.extend(onnx.ValueInfoProto(name=name) for name in wanted)
         session = open_session(changed, self.path.parent)
         del changed
         results = []
