@@ -139,6 +139,8 @@ def open_session(model: onnx.ModelProto, folder: Path) -> Any:
     options = onnxruntime.SessionOptions()
     options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_BASIC
     options.log_severity_level = 3
+    # Freed tensors go back to the system: arena and memory pattern would keep room for all decoded weights at once.
+    options.enable_cpu_mem_arena = options.enable_mem_pattern = False
     options.add_session_config_entry(FOLDER_OPTION, str(folder.resolve()))
     options.add_session_config_entry("session.force_spinning_stop", "1")
     return onnxruntime.InferenceSession(
