@@ -118,6 +118,19 @@ def test_just_below_a_binade_nothing_is_lost():
     np.testing.assert_array_equal(image, to_image(get_format("E2M3"), quantize_activation(x, format="E2M3")[0]))
 
 
+@pytest.mark.parametrize("name", FLOATS)
+def test_around_a_binade_nothing_is_lost_at_any_scale(name):
+    # Where v is within 2^(M - 18) of a binade's start, c and v + c may lie on two sides of a power of two.
+    fmt, rng = get_format(name), np.random.default_rng(5)
+    starts = np.ldexp(fmt.binade_starts[fmt.binade_starts <= fmt.max_value], fmt.fraction_bits)
+    near = 1 + np.arange(-40, 40)[:, None] * 2.0 ** (fmt.mantissa_bits - 23)
+    row = np.concatenate([(starts * near).ravel(), [fmt.kmax]])
+    absmax = 2.0 ** rng.uniform(-3, 3, (1, 400, 1))
+    x = (np.clip(row, 0, fmt.kmax) * (absmax / fmt.kmax) * rng.choice([-1, 1], (1, 400, len(row)))).astype(np.float32)
+    image, _ = run(emitted(lambda emit, value: list(rounded_image(emit, value, fmt))), {"x": x})
+    assert_images(name, x, image)
+
+
 def test_zero_points_keep_codes_in_range():
     assert zero_point(60) == SMALL_ZERO and zero_point(64) == LARGE_ZERO
     for kmax, limbs in ((60, 1), (127, 1), (448, 2), (1984, 2), (127, 2)):

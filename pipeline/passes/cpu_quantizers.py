@@ -1,11 +1,15 @@
 """Per-token activation quantizers in standard ONNX ops, as cheap as onnxruntime's CPU kernels allow.
 
 Rounding to a float format without any loop over binades ("magic add"): with v the activation in units of the integer
-image and c = max(|v| (2^(23-M) - MARGIN), 1.5 * 2^23), the float32 sum v + c has just the precision of the format's
-step at |v|, so (v + c) - c is v rounded to nearest even on the format's grid, subnormals included. The margin keeps
-v + c out of float32's next binade as long as |v| is below its own: against 16 |v| stand v itself and the roundings of
-c, three of 2^-24 relative, so at most 1.5 |v|. The other way, a sum a binade too low rounds to half a step; that needs
-|v| within a share of 19 * 2^(M-23) above a binade's start, and both steps round such a |v| to the start itself.
+image and c = max(|v| F, 1.5 * 2^23), F = 2^(23-M) - MARGIN, the float32 sum v + c has just the precision of the
+format's step at |v|, so (v + c) - c is v rounded to nearest even on the format's grid, subnormals included. Let |v| lie
+in the binade that starts at 2^e; c and v + c should then lie in the binade of 2^n, n = e + 23 - M.
+- At the binade's end the margin keeps v + c out of the next one: against 16 |v| stand v itself and the rounding of c.
+- At its start c falls below 2^n for |v| < 2^e (1 + 17 * 2^(M-23)). If v + c does, too, it is rounded to half a step,
+  which still gives 2^e. If v + c does not, c must be a multiple of the step, since it is taken off again: |v| is
+  2^e + k 2^(e-23) with k <= 17 * 2^M, so |v| F = k 2^(e-M) + 2^n - 16 * 2^e up to 16 k 2^(e-23), which is less than
+  half a unit of c as long as 2 M < 13. So c is the multiple of 2^(e-M), the step, that stands there; but only as the
+  product of the rounded |v|: |x| times a factor with the inverse scale in it has another last bit.
 A uniform grid needs no such sum: QuantizeLinear itself rounds.
 """
 
@@ -106,16 +110,11 @@ def _in_image_units(emit: Emitter, x: ir.Value, magnitude: ir.Value, absmax: ir.
     scaled = emit.op("Mul", x, inverse, name="scaled")
     if not len(fmt.binade_starts):
         return scaled
-    wide = _times(emit, magnitude, inverse, 2.0 ** (FLOAT_DIGITS - fmt.mantissa_bits) - MARGIN, fmt.kmax)
+    size = emit.op("Mul", magnitude, inverse, name="size")
+    factor = emit.constant(2.0 ** (FLOAT_DIGITS - fmt.mantissa_bits) - MARGIN)
+    wide = emit.op("Mul", size, factor, name="wide")
     c = emit.op("Clip", wide, emit.constant(1.5 * 2.0**FLOAT_DIGITS), name="magic")
     return emit.op("Sub", emit.op("Add", scaled, c, name="rounding"), c, name="rounded")
-
-
-def _times(emit: Emitter, magnitude: ir.Value, inverse: ir.Value, factor: float, top: float) -> ir.Value:
-    """|x| * inverse * factor; the tiny product first, unless it could overflow for a token of zeros."""
-    if factor * top / ABSMAX_FLOOR < float(np.finfo(np.float32).max):
-        return emit.op("Mul", magnitude, emit.op("Mul", inverse, emit.constant(factor), name="factor"), name="wide")
-    return emit.op("Mul", emit.op("Mul", magnitude, inverse, name="size"), emit.constant(factor), name="wide")
 
 
 def _to_u8(emit: Emitter, image: ir.Value, unit: float, zero: int, name: str) -> ir.Value:
