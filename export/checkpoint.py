@@ -1,13 +1,15 @@
 """The calibrated checkpoint: what calibration hands to export, reference and engines.
 
-One `QuantizedLinear` for each quantized layer, saved as safetensors (codes, scales, multipliers, bias) plus one JSON
-of formats. It is all that is needed to rebuild the layer; the float weight is not kept.
+One `QuantizedLinear` for each quantized layer, saved as safetensors (codes, scales, multipliers, bias, and what a
+method has learned about the layer's input) plus one JSON of formats. It is all that is needed to rebuild the layer; the
+float weight is not kept.
 """
 
 from __future__ import annotations
 
 import json
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -17,21 +19,34 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
+from export.checkpoint_checks import check_activation, check_low_rank
 from export.embedding import exact_multipliers
 from export.errors import ContractError
 from export.formats import get_format, pack, packed_size, unpack
+from export.router import ARRAYS as ROUTER_ARRAYS
+from export.router import Router
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 Granularity = Literal["per_channel", "exact_group", "group"]
+ActivationScaling = Literal["per_token", "per_tensor", "token_group"]
 WEIGHTS_FILE, LAYERS_FILE = "quantized.safetensors", "quantized.json"
 
 
 @dataclass(frozen=True)
 class QuantizedLinear:
-    """y = x @ W.T + bias with W [N, K] stored as codes; W[n, k] = value(code) * multiplier * scale.
+    """y = Q(x * input_multiplier + input_offset) @ W.T + bias + lora_up[h] @ (lora_down[h] @ x).
 
-    codes: packed uint8 [N, ceil(K * bits / 8)]. scales: float32 [N, 1], or [N, K / group_size] for "group".
-    multipliers: uint8 [N, K / group_size], small integers, for "exact_group" only. bias: float32 [N] or None.
+    W [N, K] is stored as codes, W[n, k] = value(code) * multiplier * scale. codes: packed uint8
+    [N, ceil(K * bits / 8)]. scales: float32 [N, 1], or [N, K / group_size] for "group". multipliers: uint8
+    [N, K / group_size], small integers, for "exact_group" only. bias: float32 [N] or None.
+
+    Q rounds x to activation_format times a scale. activation_scaling: "per_token": of the token, found at run time;
+    "token_group": the same for each group of `activation_group` input channels; "per_tensor": activation_scale [1], and
+    for an unsigned format x ~ activation_zero [1] + value(code) * scale. input_multiplier, input_offset: float32 [K]
+    or None; weight and bias already make up for them (channel balancing of PTQ4DiT, RepQ-ViT and ViDiT-Q).
+
+    lora_down [H, R, K], lora_up [H, N, R]: float32 or None, branches of which the router, one for all layers, picks
+    h by the timestep of each sample (TALoRA of MSFP). They read the layer's own input x, unbalanced and unrounded.
     """
 
     name: str
@@ -45,6 +60,15 @@ class QuantizedLinear:
     scales: NDArray[np.float32]
     multipliers: NDArray[np.uint8] | None = None
     bias: NDArray[np.float32] | None = None
+    activation_scaling: ActivationScaling = "per_token"
+    activation_group: int = 0
+    activation_scale: NDArray[np.float32] | None = None
+    activation_zero: NDArray[np.float32] | None = None
+    input_multiplier: NDArray[np.float32] | None = None
+    input_offset: NDArray[np.float32] | None = None
+    lora_down: NDArray[np.float32] | None = None
+    lora_up: NDArray[np.float32] | None = None
+    router: Router | None = None
 
     def __post_init__(self) -> None:
         if self.granularity not in get_args(Granularity):
@@ -62,6 +86,8 @@ class QuantizedLinear:
             raise ContractError(f"{self.name}: a {self.weight_format} code is NaN or Inf; the float weight is broken")
         if self.multipliers is not None:
             self._check_multipliers(self.multipliers)
+        check_activation(self)
+        check_low_rank(self)
 
     def _check_arrays(self) -> None:
         """Presence, dtype and shape of every array."""
@@ -104,9 +130,15 @@ class QuantizedLinear:
 
     @property
     def size_bytes(self) -> int:
-        """Bytes of codes, scales and multipliers (4 bits each) as stored in the portable model."""
+        """Bytes of codes, scales, multipliers (4 bits each) and low-rank branches as stored in the portable model."""
         multiplier_bytes = 0 if self.multipliers is None else self.out_features * packed_size(4, self.groups)
-        return self.codes.nbytes + self.scales.nbytes + multiplier_bytes
+        branches = (half_where_exact(array) for array in (self.lora_down, self.lora_up) if array is not None)
+        return self.codes.nbytes + self.scales.nbytes + multiplier_bytes + sum(array.nbytes for array in branches)
+
+    @property
+    def activation_groups(self) -> int:
+        """Scales of one token: K / activation_group for "token_group", else 1."""
+        return self.in_features // self.activation_group if self.activation_group else 1
 
     def unpacked_codes(self) -> NDArray[np.uint8]:
         """[N, K] uint8, one code per element."""
@@ -132,22 +164,39 @@ class QuantizedLinear:
         return found
 
 
+def half_where_exact(array: NDArray[np.float32]) -> NDArray[np.floating]:
+    """The array as float16 if that changes no number, else as it is: how low-rank branches are stored in a graph.
+
+    A method that rounds what it learned to float16 gets half the bytes; nothing learned in float32 is lost.
+    """
+    half = array.astype(np.float16)
+    return half if (half == array).all() else array
+
+
 def make_linear(codes: NDArray[np.uint8], *, weight_format: str, **fields: Any) -> QuantizedLinear:
     """QuantizedLinear from unpacked codes [N, K]."""
     packed = pack(codes, get_format(weight_format).bits)
     return QuantizedLinear(codes=packed, weight_format=weight_format, in_features=codes.shape[1], **fields)
 
 
-ARRAYS = ("codes", "scales", "multipliers", "bias")
-ROW_KEYS = [field.name for field in fields(QuantizedLinear) if field.name not in ARRAYS]
+ARRAYS = (
+    "codes", "scales", "multipliers", "bias", "activation_scale", "activation_zero", "input_multiplier",
+    "input_offset", "lora_down", "lora_up",
+)  # fmt: skip
+ROW_KEYS = [field.name for field in fields(QuantizedLinear) if field.name not in (*ARRAYS, "router")]
 REMEDY = "the checkpoint is damaged or incomplete, calibrate again"
 
 
 def save(layers: list[QuantizedLinear], folder: Path) -> None:
-    """Write the checkpoint into `folder`; if interrupted, `load` finds no checkpoint there and says so."""
+    """Write the checkpoint into `folder`; if interrupted, `load` finds no checkpoint there and says so.
+
+    Raises ContractError if layers have different routers.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     (folder / LAYERS_FILE).unlink(missing_ok=True)
     arrays = {f"{layer.name}/{key}": getattr(layer, key) for layer in layers for key in ARRAYS}
+    router = shared_router(layers)
+    arrays |= {f"router/{key}": getattr(router, key, None) for key in ROUTER_ARRAYS}
     present = {key: np.ascontiguousarray(value) for key, value in arrays.items() if value is not None}
     save_file(present, folder / f"{WEIGHTS_FILE}.part")
     os.replace(folder / f"{WEIGHTS_FILE}.part", folder / WEIGHTS_FILE)
@@ -157,14 +206,28 @@ def save(layers: list[QuantizedLinear], folder: Path) -> None:
     os.replace(folder / f"{LAYERS_FILE}.part", folder / LAYERS_FILE)
 
 
+def shared_router(layers: Sequence[QuantizedLinear]) -> Router | None:
+    """The one router of all layers, None without low-rank branches. Raises ContractError if there are several."""
+    first: dict[Router, str] = {}
+    for layer in layers:
+        if layer.router is not None:
+            first.setdefault(layer.router, layer.name)
+    if len(first) > 1:
+        names = " and ".join(list(first.values())[:2])
+        raise ContractError(f"{names} have different routers; all layers of a model share one, calibrate again")
+    return next(iter(first), None)
+
+
 def load(folder: Path) -> list[QuantizedLinear]:
-    """Read a checkpoint. Raises ContractError if it is missing, damaged or written by another schema."""
+    """Read a checkpoint; its layers share one Router. Raises ContractError if it is missing, damaged or written by
+    another schema."""
     rows = _read_rows(folder / LAYERS_FILE)
     path = folder / WEIGHTS_FILE
     try:
         with safe_open(path, framework="np") as tensors:
             names = set(tensors.keys())
-            return [_load_layer(row, tensors, names) for row in rows]
+            router = _load_router(tensors, names)
+            return [_load_layer(row, tensors, names, router) for row in rows]
     except (OSError, SafetensorError) as error:
         raise ContractError(f"{path}: cannot be read ({error}); {REMEDY}") from error
 
@@ -183,10 +246,20 @@ def _read_rows(path: Path) -> list[dict[str, Any]]:
     return document["layers"]
 
 
-def _load_layer(row: dict[str, Any], tensors: Any, names: set[str]) -> QuantizedLinear:
+def _load_router(tensors: Any, names: set[str]) -> Router | None:
+    keys = {key: f"router/{key}" for key in ROUTER_ARRAYS}
+    missing = [name for name in keys.values() if name not in names]
+    if len(missing) == len(keys):
+        return None
+    if missing:
+        raise ContractError(f"{WEIGHTS_FILE}: tensor {missing[0]} is missing; {REMEDY}")
+    return Router(**{key: tensors.get_tensor(name) for key, name in keys.items()})
+
+
+def _load_layer(row: dict[str, Any], tensors: Any, names: set[str], router: Router | None) -> QuantizedLinear:
     keys = {key: f"{row['name']}/{key}" for key in ARRAYS}
     missing = [keys[key] for key in ("codes", "scales") if keys[key] not in names]
     if missing:
         raise ContractError(f"{WEIGHTS_FILE}: tensor {missing[0]} is missing; {REMEDY}")
     arrays: dict[str, Any] = {key: tensors.get_tensor(name) if name in names else None for key, name in keys.items()}
-    return QuantizedLinear(**row, **arrays)
+    return QuantizedLinear(**row, **arrays, router=router if arrays["lora_down"] is not None else None)

@@ -22,6 +22,7 @@ from export.embedding import exact_multipliers
 from export.errors import ContractError, RecipeError
 from export.formats import decode, get_format
 from export.ops import OPS, attributes, no_multipliers
+from tests import learned
 
 N, K, GROUP = 6, 24, 8
 
@@ -141,6 +142,49 @@ def test_round_trip(tmp_path: Path) -> None:
     assert sorted(p.name for p in (tmp_path / "new" / "folder").iterdir()) == [LAYERS_FILE, WEIGHTS_FILE]
 
 
+def learned_layers() -> list[QuantizedLinear]:
+    """One layer for each thing that a method may learn, and one with everything."""
+    of = learned.router()
+    balanced = [learned.with_balance(layer(seed=3)), learned.with_balance(layer(seed=4), offset=False)]
+    scaled = [learned.with_scaling(layer(seed=i), name) for i, name in enumerate(("per_tensor", "zero", "token_group"))]
+    every = learned.with_low_rank(learned.with_balance(learned.with_scaling(layer(seed=6), "zero")), of)
+    return [*scaled, *balanced, learned.with_low_rank(layer(seed=5, bias=False), of), every, layer(seed=7)]
+
+
+def test_round_trip_of_what_methods_learn(tmp_path: Path) -> None:
+    layers = learned_layers()
+    save(layers, tmp_path / "a")
+    back = load(tmp_path / "a")
+    for one, other in zip(layers, back, strict=True):
+        assert_equal(one, other)
+    assert len({id(one.router) for one in back}) == 2  # one object for all, and None
+    save(back, tmp_path / "b")
+    for name in (LAYERS_FILE, WEIGHTS_FILE):
+        assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
+
+
+def test_layers_saved_one_by_one_share_a_router_again(tmp_path: Path) -> None:
+    """Calibration keeps each finished layer in a folder of its own."""
+    for i, one in enumerate(learned_layers()):
+        save([one], tmp_path / str(i))
+    apart = [one for i in range(len(learned_layers())) for one in load(tmp_path / str(i))]
+    save(apart, tmp_path / "joined")
+    assert len({id(one.router) for one in load(tmp_path / "joined")} - {id(None)}) == 1
+
+
+def test_two_routers_are_refused(tmp_path: Path) -> None:
+    pair = [learned.with_low_rank(layer(seed=i), learned.router(i)) for i in range(2)]
+    with pytest.raises(ContractError, match=r"blocks.0.to_q and blocks.1.to_q have different routers"):
+        save(pair, tmp_path)
+
+
+def test_bytes_of_branches_count_as_they_are_stored() -> None:
+    plain, of = layer(), learned.router()
+    numbers = learned.BRANCHES * learned.RANK * (N + K)
+    assert learned.with_low_rank(plain, of, half=True).size_bytes == plain.size_bytes + 2 * numbers
+    assert learned.with_low_rank(plain, of).size_bytes == plain.size_bytes + 4 * numbers
+
+
 def test_same_layers_give_the_same_bytes(tmp_path: Path) -> None:
     layers = [layer(*case, seed=i) for i, case in enumerate(CASES)]
     save(layers, tmp_path / "a")
@@ -235,6 +279,58 @@ RULES: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "unknown activation format": ({"activation_format": "FP5"}, RecipeError, "number format 'FP5' is unknown"),
 }
 
+STATIC = learned.with_scaling(GOOD, "per_tensor")
+ZERO = learned.with_scaling(GOOD, "zero")
+GROUPED = learned.with_scaling(GOOD, "token_group")
+ROUTED = learned.with_low_rank(GOOD, learned.router())
+ONE = np.ones(1, np.float32)
+LEARNED_RULES: dict[str, tuple[QuantizedLinear, dict[str, Any], str]] = {
+    "unknown scaling": (GOOD, {"activation_scaling": "per_row"}, r"blocks.0.to_q: activation_scaling 'per_row'; use"),
+    "group of a token": (GOOD, {"activation_group": 8}, "per_token with activation_group 8; it goes with token_group"),
+    "group does not divide": (GROUPED, {"activation_group": 5}, "K=24 is not a multiple of activation_group 5; use a"),
+    "no group": (GROUPED, {"activation_group": 0}, "K=24 is not a multiple of activation_group 0"),
+    "unsigned groups": (GROUPED, {"activation_format": "UE2M2"}, "token_group with the unsigned format UE2M2; a zero"),
+    "no scale": (STATIC, {"activation_scale": None}, "per_tensor without activation_scale; per_tensor needs one"),
+    "scale elsewhere": (GOOD, {"activation_scale": ONE}, "per_token with activation_scale; per_tensor needs one"),
+    "scale of two": (
+        STATIC,
+        {"activation_scale": np.ones(2, np.float32)},
+        r"activation_scale is float32 \(2,\); it mu",
+    ),
+    "scale of zero": (STATIC, {"activation_scale": 0 * ONE}, "activation_scale 0 is not above 0; calibrate with data"),
+    "NaN scale": (STATIC, {"activation_scale": np.nan * ONE}, "activation_scale has NaN or Inf"),
+    "signed with zero": (STATIC, {"activation_zero": -ONE}, "per_tensor E2M3 with activation_zero; a zero goes with"),
+    "token with zero": (GOOD, {"activation_zero": -ONE}, "per_token E2M3 with activation_zero; a zero goes with"),
+    "unsigned without": (ZERO, {"activation_zero": None}, "per_tensor UE2M2 without activation_zero; a zero goes with"),
+    "wide zero": (
+        ZERO,
+        {"activation_zero": np.zeros(1)},
+        r"activation_zero is float64 \(1,\); it must be float32 \(1,",
+    ),
+    "short multiplier": (GOOD, {"input_multiplier": ONE}, r"input_multiplier is float32 \(1,\); it must be .* \(24,\)"),
+    "Inf offset": (GOOD, {"input_offset": np.full(K, np.inf, np.float32)}, "input_offset has NaN or Inf; calibrate"),
+    "half a branch": (ROUTED, {"lora_up": None}, "lora_up is missing; low-rank branches need lora_down, lora_up and"),
+    "no router": (ROUTED, {"router": None}, "router is missing; low-rank branches need"),
+    "other branches": (
+        ROUTED,
+        {"router": learned.router(branches=2)},
+        r"lora_down is float32 \(3, 2, 24\); .* \(2, 2, 24",
+    ),
+    "flat branch": (ROUTED, {"lora_down": np.zeros((3, 24), np.float32)}, r"lora_down is float32 \(3, 24\)"),
+    "other rank": (
+        ROUTED,
+        {"lora_up": np.zeros((3, N, 4), np.float32)},
+        r"lora_up is float32 \(3, 6, 4\); .* \(3, 6, 2\)",
+    ),
+}
+
+
+@pytest.mark.parametrize("rule", LEARNED_RULES)
+def test_broken_rule_of_what_methods_learn(rule: str) -> None:
+    start, changes, message = LEARNED_RULES[rule]
+    with pytest.raises(ContractError, match=message):
+        replace(start, **changes)
+
 
 @pytest.mark.parametrize("rule", RULES)
 def test_broken_rule(rule: str) -> None:
@@ -295,13 +391,13 @@ def test_bytes_that_are_no_text(saved: Path) -> None:
 @pytest.mark.parametrize("text", ["[]", "3", '{"layers": []}'])
 def test_another_document(saved: Path, text: str) -> None:
     (saved / LAYERS_FILE).write_text(text)
-    with pytest.raises(ContractError, match="schema version None, this program reads 1; calibrate again"):
+    with pytest.raises(ContractError, match="schema version None, this program reads 2; calibrate again"):
         load(saved)
 
 
 def test_another_schema(saved: Path) -> None:
     edit(saved, lambda document: document.update(schema_version=99))
-    with pytest.raises(ContractError, match="schema version 99, this program reads 1"):
+    with pytest.raises(ContractError, match="schema version 99, this program reads 2"):
         load(saved)
 
 
@@ -325,6 +421,17 @@ def test_missing_tensor(saved: Path) -> None:
     edit(saved, lambda document: document["layers"][0].update(name="blocks.7.to_q"))
     with pytest.raises(ContractError, match=r"tensor blocks.7.to_q/codes is missing; .*calibrate again"):
         load(saved)
+
+
+def test_missing_tensor_of_the_router(tmp_path: Path) -> None:
+    from safetensors.numpy import load_file, save_file
+
+    save([ROUTED], tmp_path)
+    arrays = load_file(tmp_path / WEIGHTS_FILE)
+    del arrays["router/b1"]
+    save_file(arrays, tmp_path / WEIGHTS_FILE)
+    with pytest.raises(ContractError, match=r"tensor router/b1 is missing; .*calibrate again"):
+        load(tmp_path)
 
 
 def test_rows_that_do_not_fit_their_tensors(saved: Path) -> None:

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 
+from export import models
 from export.checkpoint import make_linear
 from export.embedding import exact_multipliers
 from export.errors import ContractError
 from export.formats import FORMATS, decode, encode, fold_negative_zero, get_format, pack
 from export.op_meanings import ABSMAX_FLOOR, dequantize_activation, dequantize_weight, quantize_activation
 from pipeline.backends.reference import FakeQuantLinear, ReferenceEngine, fake_quant, fake_quantize, round_to_format
+from tests import learned, tiny
 
 DTYPES = {torch.float32: np.float32, torch.float64: np.float64}
 
@@ -126,6 +130,74 @@ def test_a_layer_is_fake_quantization_times_dequantized_weight(bias):
     activation = codec(get_format("E2M3"), x / scale) * scale
     wanted = activation @ layer.dequantized().T + (0 if layer.bias is None else layer.bias)
     np.testing.assert_allclose(found, wanted, rtol=1e-12, atol=1e-12)  # 16 sums in float64
+
+
+LEARNED = {
+    "per_tensor": lambda one: learned.with_scaling(one, "per_tensor"),
+    "zero": lambda one: learned.with_scaling(one, "zero"),
+    "token_group": lambda one: learned.with_scaling(one, "token_group"),
+    "balance": learned.with_balance,
+    "multiplier": lambda one: learned.with_balance(one, offset=False),
+    "branches": lambda one: learned.with_low_rank(one, learned.router()),
+    "everything": lambda one: learned.with_low_rank(
+        learned.with_balance(learned.with_scaling(one, "zero")), learned.router()
+    ),
+}
+TIMES = np.array([3.0, 500.0, 997.0])
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("what", LEARNED)
+def test_what_methods_learn_is_computed_as_defined(what, bias):
+    layer = LEARNED[what](make_layer(bias=bias))
+    x = np.random.default_rng(4).standard_normal((3, 5, 16))
+    linear = FakeQuantLinear(layer, torch.float64)
+    if layer.router is not None:
+        linear.routing.tell(torch.from_numpy(TIMES))
+    found = linear(torch.from_numpy(x)).numpy()
+    np.testing.assert_allclose(found, learned.expected_output(layer, x, TIMES), rtol=1e-11, atol=1e-11)
+    single = FakeQuantLinear(layer, torch.float32, linear.routing)(torch.from_numpy(x[:, 0]).float())
+    assert single.dtype == torch.float32 and single.shape == (3, 6)
+
+
+def test_each_sample_uses_the_branch_of_its_own_timestep():
+    layer = learned.with_low_rank(make_layer(), learned.router())
+    chosen = layer.router.choose(np.arange(1000))
+    times = torch.tensor([float(np.flatnonzero(chosen == h)[0]) for h in range(learned.BRANCHES)])
+    linear, x = FakeQuantLinear(layer, torch.float64), torch.ones(1, 2, 16, dtype=torch.float64)
+    linear.routing.tell(times)
+    mixed = linear(x.expand(3, 2, 16))
+    for h in range(3):
+        linear.routing.tell(times[h : h + 1])
+        torch.testing.assert_close(mixed[h], linear(x)[0], rtol=0, atol=0)
+    assert not torch.allclose(mixed[0], mixed[1])
+
+
+def test_a_branch_without_timesteps_or_batch_is_refused():
+    linear = FakeQuantLinear(learned.with_low_rank(make_layer(), learned.router()), torch.float32)
+    with pytest.raises(ContractError, match=r"layer: its low-rank branch depends on the timestep; call Routing.tell"):
+        linear(torch.ones(2, 3, 16))
+    linear.routing.tell(torch.tensor([1.0, 2.0, 3.0]))
+    with pytest.raises(ContractError, match=r"layer: its input begins with 2, the batch has 3 timesteps; .* \[batch"):
+        linear(torch.ones(2, 3, 16))
+
+
+def test_the_whole_model_is_told_the_timestep(tmp_path):
+    model, of = models.load(str(tiny.folder("pixart", tmp_path))), learned.router()
+    layers = [learned.with_low_rank(layer, of, seed) for seed, layer in enumerate(tiny.quantized(model))]
+    inputs = models.sample_inputs(model, 3, 0)
+    run = ReferenceEngine(fake_quant(model, layers, torch.float32)).run
+    chosen = of.choose(np.arange(1000))
+    times = np.float32([np.flatnonzero(chosen == h)[0] for h in range(3)])
+    mixed = run(inputs | {"timestep": times})["sample"]
+    for h in range(3):
+        alone = {name: value[h : h + 1] for name, value in inputs.items()} | {"timestep": times[h : h + 1]}
+        np.testing.assert_allclose(run(alone)["sample"][0], mixed[h], rtol=1e-4, atol=1e-4)
+        fixed = [
+            replace(layer, router=replace(of, w2=0 * of.w2, b2=np.eye(3, dtype=np.float32)[h])) for layer in layers
+        ]
+        other = ReferenceEngine(fake_quant(model, fixed, torch.float32)).run(alone)["sample"]
+        np.testing.assert_array_equal(other, run(alone)["sample"])
 
 
 class Model:

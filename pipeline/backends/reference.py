@@ -7,16 +7,18 @@ Weights stay integer images (1 byte each) and are dequantized at every call, so 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import nn
 
-from export.checkpoint import QuantizedLinear
+from export.checkpoint import QuantizedLinear, shared_router
 from export.errors import ContractError
 from export.formats import Format, get_format
 from export.ops import ABSMAX_FLOOR
+from export.router import Router
 from pipeline.backends.base import Arrays
 
 if TYPE_CHECKING:
@@ -24,6 +26,10 @@ if TYPE_CHECKING:
 
 # Of each float type: the integer type of its size, and the mask of its exponent field.
 EXPONENT = {torch.float32: (torch.int32, 0x7F800000), torch.float64: (torch.int64, 0x7FF0000000000000)}
+# Arrays of a layer that the reference computes with in its own float type.
+FLOAT_ARRAYS = (
+    "scales", "bias", "activation_scale", "activation_zero", "input_multiplier", "input_offset", "lora_down", "lora_up",
+)  # fmt: skip
 
 
 def round_to_format(fmt: Format, u: torch.Tensor) -> torch.Tensor:
@@ -50,20 +56,59 @@ def fake_quantize(fmt: Format, x: torch.Tensor) -> torch.Tensor:
     return round_to_format(fmt, x / scale) * scale
 
 
-class FakeQuantLinear(nn.Module):
-    """One quantized linear. `layer_name` finds it again, for example in a hook that records its input."""
+def fake_quantize_groups(fmt: Format, x: torch.Tensor, group: int) -> torch.Tensor:
+    """As `fake_quantize`, with one scale for each token and group of `group` input channels."""
+    return fake_quantize(fmt, x.unflatten(-1, (-1, group))).flatten(-2)
 
-    def __init__(self, layer: QuantizedLinear, dtype: torch.dtype) -> None:
+
+def fake_quantize_static(fmt: Format, x: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor | None) -> torch.Tensor:
+    """value(nearest code of (x - zero) / scale) * scale + zero, with scale and zero of shape [1]; zero None: 0."""
+    if zero is None:
+        return round_to_format(fmt, x / scale) * scale
+    return round_to_format(fmt, (x - zero) / scale) * scale + zero
+
+
+class Routing:
+    """Which low-rank branch each sample uses now; one object for all layers of a model, told before each call."""
+
+    def __init__(self, router: Router) -> None:
+        self.router = router
+        self.chosen: torch.Tensor | None = None
+
+    def tell(self, timesteps: torch.Tensor) -> None:
+        """timesteps [B]: that of each sample of the coming call."""
+        self.chosen = torch.from_numpy(self.router.choose(timesteps.detach().cpu().numpy()))
+
+    def of_batch(self, samples: int, layer: str) -> torch.Tensor:
+        """Branch of each sample, [samples]; a single timestep serves them all. Raises ContractError."""
+        if self.chosen is None:
+            raise ContractError(f"{layer}: its low-rank branch depends on the timestep; call Routing.tell first")
+        if len(self.chosen) not in (1, samples):
+            found = f"its input begins with {samples}, the batch has {len(self.chosen)} timesteps"
+            raise ContractError(f"{layer}: {found}; low-rank branches need inputs [batch, ...]")
+        return self.chosen.expand(samples)
+
+
+class FakeQuantLinear(nn.Module):
+    """One quantized linear. `layer_name` finds it again, for example in a hook that records its input.
+
+    routing: which low-rank branch is active, shared with the other layers (`fake_quant` does so); None: its own.
+    """
+
+    def __init__(self, layer: QuantizedLinear, dtype: torch.dtype, routing: Routing | None = None) -> None:
         super().__init__()
         self.layer_name, self.in_features, self.out_features = layer.name, layer.in_features, layer.out_features
         self.activation_format = get_format(layer.activation_format)
+        self.activation_scaling, self.activation_group = layer.activation_scaling, layer.activation_group
+        self.routing = Routing(layer.router) if routing is None and layer.router is not None else routing
+        for key in FLOAT_ARRAYS:
+            array = getattr(layer, key)
+            value = None if array is None else torch.from_numpy(array).to(dtype)
+            self.register_buffer(key, value, persistent=False)
         self.unit = 2.0 ** -get_format(layer.weight_format).fraction_bits
         image = layer.image()
         smallest = np.min_scalar_type(-int(np.abs(image).max(initial=1)))  # int8 for every embedded format
         self.register_buffer("image", torch.from_numpy(image.astype(smallest)), persistent=False)
-        self.register_buffer("scales", torch.from_numpy(layer.scales).to(dtype), persistent=False)
-        bias = None if layer.bias is None else torch.from_numpy(layer.bias).to(dtype)
-        self.register_buffer("bias", bias, persistent=False)
 
     @property
     def weight(self) -> torch.Tensor:
@@ -73,7 +118,27 @@ class FakeQuantLinear(nn.Module):
         return (grouped * scales[..., None]).flatten(1)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return nn.functional.linear(fake_quantize(self.activation_format, x), self.weight, self.bias)
+        y = nn.functional.linear(self.rounded_input(x), self.weight, self.bias)
+        return y if self.lora_down is None else y + self.low_rank(x)
+
+    def rounded_input(self, x: torch.Tensor) -> torch.Tensor:
+        """What the weight is multiplied with: x [..., K] balanced channel by channel, then rounded."""
+        balanced = x if self.input_multiplier is None else x * self.input_multiplier
+        balanced = balanced if self.input_offset is None else balanced + self.input_offset
+        if self.activation_scaling == "per_tensor":
+            scale = self.get_buffer("activation_scale")
+            return fake_quantize_static(self.activation_format, balanced, scale, self.activation_zero)
+        if self.activation_scaling == "token_group":
+            return fake_quantize_groups(self.activation_format, balanced, self.activation_group)
+        return fake_quantize(self.activation_format, balanced)
+
+    def low_rank(self, x: torch.Tensor) -> torch.Tensor:
+        """lora_up[h] @ (lora_down[h] @ x) for x [B, ..., K], h by the timestep of each sample."""
+        assert self.routing is not None
+        chosen = self.routing.of_batch(len(x), self.layer_name)
+        down, up = self.get_buffer("lora_down")[chosen], self.get_buffer("lora_up")[chosen]  # [B, R, K], [B, N, R]
+        rows = x.reshape(len(x), -1, self.in_features)
+        return (rows @ down.mT @ up.mT).reshape(*x.shape[:-1], self.out_features)
 
 
 def fake_quant(model: LoadedModel, layers: Sequence[QuantizedLinear], dtype: torch.dtype) -> nn.Module:
@@ -85,11 +150,22 @@ def fake_quant(model: LoadedModel, layers: Sequence[QuantizedLinear], dtype: tor
 
     if not layers:
         raise ContractError("no quantized layer was given; calibrate the model first, or run the float model itself")
-    module: nn.Module = denoiser(model, {layer.name: FakeQuantLinear(layer, dtype) for layer in layers})
+    router = shared_router(layers)
+    routing = None if router is None else Routing(router)
+    module: nn.Module = denoiser(model, {layer.name: FakeQuantLinear(layer, dtype, routing) for layer in layers})
+    if routing is not None:
+        module.register_forward_pre_hook(partial(_tell_timesteps, routing), with_kwargs=True)
     for part in module.modules():
         if not isinstance(part, FakeQuantLinear):
             _convert(part, dtype)
     return module
+
+
+def _tell_timesteps(routing: Routing, module: Any, args: tuple[Any, ...], named: dict[str, Any]) -> None:
+    inputs = dict(zip(module.names, args, strict=False)) | named
+    if "timestep" not in inputs:
+        raise ContractError(f"{module.family.name} has no input timestep, which low-rank branches are routed by")
+    routing.tell(inputs["timestep"])
 
 
 def _convert(part: nn.Module, dtype: torch.dtype) -> None:
