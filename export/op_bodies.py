@@ -203,6 +203,64 @@ def dequantize_activation(body: Body) -> None:
     body.op("Mul", value, "scale", out="x")
 
 
+def quantize_static(body: Body) -> None:
+    """x, scale, zero -> codes."""
+    _encode(body, body.op("Div", body.op("Sub", "x", "zero"), "scale"), "codes")
+
+
+def dequantize_static(body: Body) -> None:
+    """codes, scale, zero -> x."""
+    value = _decode(body, body.cast("codes", TensorProto.INT32), "values")
+    body.op("Add", body.op("Mul", value, "scale"), "zero", out="x")
+
+
+def quantize_groups(body: Body, floor: float) -> None:
+    """x -> codes, scale [..., groups]."""
+    grouped = _token_groups(body, "x")
+    scale = _token_scale(body, grouped, floor, "")
+    codes = _encode(body, body.op("Div", grouped, scale), "")
+    body.op("Reshape", codes, body.op("Shape", "x"), out="codes")
+    body.op("Squeeze", scale, body.ints(-1), out="scale")
+
+
+def dequantize_groups(body: Body) -> None:
+    """codes, scale [..., groups] -> x."""
+    value = _token_groups(body, _decode(body, body.cast("codes", TensorProto.INT32), "values"))
+    scaled = body.op("Mul", value, body.op("Unsqueeze", "scale", body.ints(-1)))
+    body.op("Reshape", scaled, body.op("Shape", "codes"), out="x")
+
+
+def _token_groups(body: Body, x: str) -> str:
+    """[..., K] -> [..., groups, group_size]."""
+    sizes = (body.vector(body.attribute(name)) for name in ("groups", "group_size"))
+    return body.op("Reshape", x, body.shape(body.op("Shape", x, end=-1), *sizes))
+
+
+def packed_group_gemm(body: Body) -> None:
+    """[S, M, K/S] @ [S, K/S, N] for S groups of sums, scaled by [S, M, 1] and [S, 1, N] and added up."""
+    sums = body.vector(body.attribute("sum_groups"))
+    a = _decode(body, body.cast("a_codes", TensorProto.INT32), "activation_values")
+    a = body.op("Reshape", a, body.shape(body.ints(-1), sums, _group_width(body, sums)))
+    w = _rows(body, _unscaled_weight(body, "w_codes", "multiplier_codes", "weight_bits", "weight_values"))
+    w = body.op("Reshape", w, body.shape(body.ints(0), sums, body.ints(-1)))
+    partial = body.op("MatMul", body.op("Transpose", a, perm=[1, 0, 2]), body.op("Transpose", w, perm=[1, 2, 0]))
+    of_token = body.op("Unsqueeze", _repeated(body, "a_scale", sums), body.ints(2))
+    of_channel = body.op("Unsqueeze", _repeated(body, "w_scales", sums), body.ints(1))
+    scaled = body.op("Mul", body.op("Mul", partial, of_token), of_channel)
+    total = body.op("ReduceSum", scaled, body.ints(0), keepdims=0)
+    leading = body.op("Shape", "a_codes", start=0, end=-1)
+    shaped = body.op("Reshape", total, body.shape(leading, body.op("Shape", "w_codes", start=0, end=1)))
+    body.op("Add", shaped, "bias", out="y")
+
+
+def _repeated(body: Body, scale: str, sums: str) -> str:
+    """[..., groups] -> [sums, rows]: each scale as often as it spans groups of sums."""
+    groups = body.op("Shape", scale, start=-1)
+    rows = body.op("Reshape", scale, body.shape(body.ints(-1), groups, body.ints(1)))
+    wide = body.op("Expand", rows, body.shape(body.ints(1, 1), body.op("Div", sums, groups)))
+    return body.op("Transpose", body.op("Reshape", wide, body.shape(body.ints(-1), sums)), perm=[1, 0])
+
+
 def packed_gemm(body: Body) -> None:
     """The sum runs over unscaled values, so it is exact in float32 wherever the integer images' sum fits 24 bits.
 

@@ -89,6 +89,32 @@ def dequantize_activation(codes: Array, scale: Array, *, format: str, **_tables:
     return (decode(get_format(format), codes).astype(F32) * scale,)
 
 
+def quantize_static(x: Array, scale: Array, zero: Array, *, format: str, **_tables: Any) -> tuple[Array]:
+    """Codes of (x - zero) / scale with scale and zero of shape [1], in float32; NaN becomes the code 0.
+
+    A constant scale cannot carry a NaN on as a token's scale does; the residual stream around a linear does.
+    """
+    shifted = x - zero
+    return (quantize(get_format(format), np.where(np.isnan(shifted), F32(0), shifted) / scale),)
+
+
+def dequantize_static(codes: Array, scale: Array, zero: Array, *, format: str, **_tables: Any) -> tuple[Array]:
+    """value(code) * scale + zero, float32."""
+    return (decode(get_format(format), codes).astype(F32) * scale + zero,)
+
+
+def quantize_groups(x: Array, *, format: str, group_size: int, **_tables: Any) -> tuple[Array, Array]:
+    """QuantizeActivation of every group of `group_size` input channels as a token of its own: scale [..., K / g]."""
+    codes, scale = quantize_activation(x.reshape(*x.shape[:-1], -1, group_size), format=format)
+    return codes.reshape(x.shape), scale[..., 0]
+
+
+def dequantize_groups(codes: Array, scale: Array, *, format: str, group_size: int, **_tables: Any) -> tuple[Array]:
+    """value(code) * scale of its group, float32."""
+    value = decode(get_format(format), codes).astype(F32)
+    return ((value.reshape(*scale.shape, group_size) * scale[..., None]).reshape(codes.shape),)
+
+
 def packed_gemm(
     a_codes: Array,
     a_scale: Array,
@@ -115,6 +141,37 @@ def packed_gemm(
     partial = (a.transpose(1, 0, 2) @ w.transpose(1, 2, 0)).astype(F32)
     total = (partial * w_scales.T[:, None, :]).sum(axis=0, dtype=F32)
     return (total.reshape(*a_codes.shape[:-1], n) * a_scale + bias,)
+
+
+def packed_group_gemm(
+    a_codes: Array,
+    a_scale: Array,
+    w_codes: Array,
+    w_scales: Array,
+    multiplier_codes: Array,
+    bias: Array,
+    *,
+    activation_format: str,
+    weight_format: str,
+    in_features: int,
+    group_size: int,
+    multipliers: tuple[int, ...],
+    sum_groups: int,
+    **_tables: Any,
+) -> tuple[Array]:
+    """y = sum over sum_groups of exact_sum * a_scale of its group * w_scale of its group, + bias, float32 [..., N].
+
+    exact_sum as in packed_gemm, over K / sum_groups input channels, within which neither scale changes.
+    """
+    n = len(w_codes)
+    w = _unscaled_weight(w_codes, multiplier_codes, weight_format, in_features, group_size, multipliers)
+    w = w.reshape(n, sum_groups, -1).astype(np.float64)
+    a = decode(get_format(activation_format), a_codes).reshape(-1, sum_groups, in_features // sum_groups)
+    partial = (a.transpose(1, 0, 2) @ w.transpose(1, 2, 0)).astype(F32)
+    of_token = np.repeat(a_scale.reshape(-1, a_scale.shape[-1]), sum_groups // a_scale.shape[-1], axis=1)
+    of_channel = np.repeat(w_scales, sum_groups // w_scales.shape[1], axis=1)
+    total = (partial * of_token.T[..., None] * of_channel.T[:, None, :]).sum(axis=0, dtype=F32)
+    return (total.reshape(*a_codes.shape[:-1], n) + bias,)
 
 
 def norm_modulate_quantize(

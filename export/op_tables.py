@@ -5,6 +5,7 @@ One function per op, named like its meaning; the tables follow from the rows of 
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
@@ -76,6 +77,27 @@ def dequantize_activation(*, format: str) -> dict:
     return {"format": format, "values": _values(get_format(format))}
 
 
+def quantize_static(*, format: str) -> dict:
+    return quantize_activation(format=format)
+
+
+def dequantize_static(*, format: str) -> dict:
+    return dequantize_activation(format=format)
+
+
+def quantize_groups(*, format: str, in_features: int, group_size: int) -> dict:
+    return {**quantize_activation(format=format), **_activation_groups(in_features, group_size)}
+
+
+def dequantize_groups(*, format: str, in_features: int, group_size: int) -> dict:
+    return {**dequantize_activation(format=format), **_activation_groups(in_features, group_size)}
+
+
+def _activation_groups(in_features: int, group_size: int) -> dict:
+    found = _grouping(in_features, group_size, (1,))
+    return {key: found[key] for key in ("group_size", "groups")}
+
+
 def packed_gemm(
     *,
     layer: str,
@@ -93,6 +115,17 @@ def packed_gemm(
         "activation_values": _values(get_format(activation_format)),
         "weight_values": _values(get_format(weight_format)),
         "weight_bits": get_format(weight_format).bits,
+    }
+
+
+def packed_group_gemm(*, activation_group: int, in_features: int, scale_groups: int, **choices: Any) -> dict:
+    """scale_groups: real scales of a weight row, K / group_size or 1."""
+    of_activation = _activation_groups(in_features, activation_group)["groups"]
+    return {
+        **packed_gemm(in_features=in_features, **choices),
+        "activation_group": activation_group,
+        "scale_groups": scale_groups,
+        "sum_groups": math.lcm(of_activation, scale_groups),
     }
 
 

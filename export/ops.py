@@ -132,6 +132,14 @@ def _infer_quantizer(_attributes: dict, x: Shape, *_: Shape) -> Outputs:
     return [(U8, x), (F32, (*x[:-1], 1))]
 
 
+def _infer_quantize_static(_attributes: dict, x: Shape, *_: Shape) -> Outputs:
+    return [(U8, x)]
+
+
+def _infer_quantize_groups(attributes: dict, x: Shape) -> Outputs:
+    return [(U8, x), (F32, (*x[:-1], attributes["groups"]))]
+
+
 def _infer_dequantize_activation(_attributes: dict, codes: Shape, *_: Shape) -> Outputs:
     return [(F32, codes)]
 
@@ -159,6 +167,20 @@ _QUANTIZER = {
 }
 _BITS = {"bits": (INT, "bits of a code")}
 _VALUES = {"values": (FLOATS, "value of every code")}
+_ACTIVATION_GROUPS = {
+    "group_size": (INT, "input channels of a token that share a scale"),
+    "groups": (INT, "K / group_size"),
+}
+_GEMM_INPUTS = {"a_codes": U8, "a_scale": F32, "w_codes": U8, "w_scales": F32, "multiplier_codes": U8, "bias": F32}
+_GEMM = {
+    "layer": (STRING, "name of the layer, for people and passes"),
+    "activation_format": (STRING, "number format of a_codes"),
+    "weight_format": (STRING, "number format of w_codes"),
+    **_GROUPING,
+    "activation_values": (FLOATS, "value of every activation code"),
+    "weight_values": (FLOATS, "value of every weight code"),
+    "weight_bits": (INT, "bits of a weight code"),
+}
 _WEIGHT_INPUTS = {"scales": F32, "multiplier_codes": U8}
 
 _ROWS = (
@@ -210,25 +232,80 @@ _ROWS = (
         op_tables.dequantize_activation,
     ),
     Op(
+        "QuantizeStatic",
+        "x f32 [..., K], scale f32 [1], zero f32 [1] -> codes u8 [..., K] of (x - zero) / scale; nearest, ties to "
+        "even, saturating, -0 folded to +0. NaN has the code 0.",
+        {"x": F32, "scale": F32, "zero": F32},
+        {"codes": U8},
+        {**_FORMAT, **_QUANTIZER},
+        op_meanings.quantize_static,
+        op_bodies.quantize_static,
+        _infer_quantize_static,
+        op_tables.quantize_static,
+    ),
+    Op(
+        "DequantizeStatic",
+        "codes u8 [..., K], scale f32 [1], zero f32 [1] -> x f32 [..., K] = value * scale + zero.",
+        {"codes": U8, "scale": F32, "zero": F32},
+        {"x": F32},
+        {**_FORMAT, **_VALUES},
+        op_meanings.dequantize_static,
+        op_bodies.dequantize_static,
+        _infer_dequantize_activation,
+        op_tables.dequantize_static,
+    ),
+    Op(
+        "QuantizeGroups",
+        "x f32 [..., K] -> codes u8 [..., K], scale f32 [..., K / group_size]: QuantizeActivation of each token's "
+        "groups of input channels.",
+        {"x": F32},
+        {"codes": U8, "scale": F32},
+        {**_FORMAT, **_ACTIVATION_GROUPS, **_QUANTIZER},
+        op_meanings.quantize_groups,
+        partial(op_bodies.quantize_groups, floor=ABSMAX_FLOOR),
+        _infer_quantize_groups,
+        op_tables.quantize_groups,
+    ),
+    Op(
+        "DequantizeGroups",
+        "codes u8 [..., K], scale f32 [..., K / group_size] -> x f32 [..., K] = value * scale of its group.",
+        {"codes": U8, "scale": F32},
+        {"x": F32},
+        {**_FORMAT, **_ACTIVATION_GROUPS, **_VALUES},
+        op_meanings.dequantize_groups,
+        op_bodies.dequantize_groups,
+        _infer_dequantize_activation,
+        op_tables.dequantize_groups,
+    ),
+    Op(
         "PackedGemm",
-        "a_codes u8 [..., K], a_scale f32 [..., 1], w_codes u8 [N, packed], w_scales f32 [N, 1 or groups], "
+        "a_codes u8 [..., K], a_scale f32 [..., 1] or [1], w_codes u8 [N, packed], w_scales f32 [N, 1 or groups], "
         "multiplier_codes u8 [N or 1, ceil(groups / 2)], bias f32 [N] -> y f32 [..., N] = "
         "(sum of unscaled products) * w_scale * a_scale + bias.",
-        {"a_codes": U8, "a_scale": F32, "w_codes": U8, "w_scales": F32, "multiplier_codes": U8, "bias": F32},
+        _GEMM_INPUTS,
         {"y": F32},
-        {
-            "layer": (STRING, "name of the layer, for people and passes"),
-            "activation_format": (STRING, "number format of a_codes"),
-            "weight_format": (STRING, "number format of w_codes"),
-            **_GROUPING,
-            "activation_values": (FLOATS, "value of every activation code"),
-            "weight_values": (FLOATS, "value of every weight code"),
-            "weight_bits": (INT, "bits of a weight code"),
-        },
+        _GEMM,
         op_meanings.packed_gemm,
         op_bodies.packed_gemm,
         _infer_packed_gemm,
         op_tables.packed_gemm,
+    ),
+    Op(
+        "PackedGroupGemm",
+        "As PackedGemm with a_scale f32 [..., K / activation_group] -> y f32 [..., N] = sum over sum_groups of "
+        "(sum of unscaled products) * a_scale * w_scale, + bias.",
+        _GEMM_INPUTS,
+        {"y": F32},
+        {
+            **_GEMM,
+            "activation_group": (INT, "input channels that share a scale of a token"),
+            "scale_groups": (INT, "real scales of a weight row"),
+            "sum_groups": (INT, "sums of a row, within which neither scale changes"),
+        },
+        op_meanings.packed_group_gemm,
+        op_bodies.packed_group_gemm,
+        _infer_packed_gemm,
+        op_tables.packed_group_gemm,
     ),
     Op(
         "NormModulateQuantize",
@@ -250,9 +327,10 @@ def attributes(op_name: str, **choices: Any) -> dict[str, Any]:
     """All attributes of a node of op `op_name`, the format's tables included, for `onnx.helper.make_node`.
 
     choices: DequantizeWeight and QuantizeWeight take format, in_features, group_size and multipliers (default (1,));
-    QuantizeActivation and DequantizeActivation format; PackedGemm layer, activation_format, weight_format,
-    in_features, group_size, multipliers; NormModulateQuantize format and epsilon. Raises RecipeError for an unknown
-    format, ContractError for sizes that do not fit.
+    QuantizeActivation, QuantizeStatic and their inverses format; QuantizeGroups and its inverse format, in_features
+    and group_size; PackedGemm layer, activation_format, weight_format, in_features, group_size, multipliers;
+    PackedGroupGemm besides activation_group and scale_groups; NormModulateQuantize format and epsilon. Raises
+    RecipeError for an unknown format, ContractError for sizes that do not fit.
     """
     return OPS[op_name].tables(**choices)
 

@@ -41,6 +41,19 @@ CHOICES: dict[str, dict[str, Any]] = {
         "in_features": 64,
         "group_size": 0,
     },
+    "QuantizeStatic": {"format": "UE2M2"},
+    "DequantizeStatic": {"format": "UE2M2"},
+    "QuantizeGroups": {"format": "E2M3", "in_features": 64, "group_size": 16},
+    "DequantizeGroups": {"format": "E2M3", "in_features": 64, "group_size": 16},
+    "PackedGroupGemm": {
+        "layer": "l",
+        "activation_format": "E2M3",
+        "weight_format": "E2M1",
+        "in_features": 64,
+        "group_size": 32,
+        "activation_group": 16,
+        "scale_groups": 2,
+    },
     "NormModulateQuantize": {"format": "E2M3", "epsilon": 1e-6},
 }
 # input shapes -> output shapes, with symbolic sizes
@@ -50,6 +63,11 @@ SHAPES: dict[str, tuple[list[tuple[Any, ...]], list[tuple[Any, ...]]]] = {
     "QuantizeActivation": ([("B", "S", 64)], [("B", "S", 64), ("B", "S", 1)]),
     "DequantizeActivation": ([("B", "S", 64), ("B", "S", 1)], [("B", "S", 64)]),
     "PackedGemm": ([("B", "S", 64), ("B", "S", 1), (24, 32), (24, 1), (1, 1), (24,)], [("B", "S", 24)]),
+    "QuantizeStatic": ([("B", "S", 64), (1,), (1,)], [("B", "S", 64)]),
+    "DequantizeStatic": ([("B", "S", 64), (1,), (1,)], [("B", "S", 64)]),
+    "QuantizeGroups": ([("B", "S", 64)], [("B", "S", 64), ("B", "S", 4)]),
+    "DequantizeGroups": ([("B", "S", 64), ("B", "S", 4)], [("B", "S", 64)]),
+    "PackedGroupGemm": ([("B", "S", 64), ("B", "S", 4), (24, 32), (24, 2), (1, 1), (24,)], [("B", "S", 24)]),
     "NormModulateQuantize": ([("B", "S", 64), ("B", 1, 64), ("B", 1, 64)], [("B", "S", 64), ("B", "S", 1)]),
 }
 
