@@ -102,6 +102,21 @@ def facts() -> dict[str, Any]:
     }
 
 
+def cache_dir() -> Path:
+    """Where results that can be made again are kept between runs; the variable DITC_CACHE overrides it."""
+    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(os.environ.get("DITC_CACHE") or Path(base) / "ditc")
+
+
+def available_memory_bytes() -> int:
+    """Memory that new work can take without swapping; 0 where the system does not say."""
+    try:
+        rows = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
+    except OSError:
+        return 0
+    return int(rows["MemAvailable"].split()[0]) * 1024 if "MemAvailable" in rows else 0
+
+
 def reset_peak_memory() -> None:
     """Start a new measurement of the peak resident size, where the kernel allows it (Linux)."""
     try:

@@ -46,12 +46,15 @@ class Case:
         return output[:, : self.noise.shape[1]]
 
 
-def make_case(model: LoadedModel, recipe: Recipe) -> Case:
-    """Prompts, noise and sampler by the recipe; a model without generation.json gets random conditioning."""
+def make_case(model: LoadedModel, recipe: Recipe, pictures: int = 0) -> Case:
+    """Prompts, noise and sampler by the recipe; a model without generation.json gets random conditioning.
+
+    pictures: how many, 0 for as many as a verification of this model needs.
+    """
     from export.models import sample_inputs
 
     wanted = recipe.sampling
-    count = wanted.batch_size if is_large(model) else max(wanted.batch_size, SMALL_PICTURES)
+    count = pictures or (wanted.batch_size if is_large(model) else max(wanted.batch_size, SMALL_PICTURES))
     drawn = sample_inputs(model, count, wanted.seed, wanted.height, wanted.width)
     noise = np.random.default_rng(wanted.seed).standard_normal(drawn["hidden_states"].shape).astype(np.float32)
     made = _conditioned(model, recipe, count)

@@ -16,10 +16,10 @@ from export.checkpoint import Granularity
 from export.errors import RecipeError
 from export.families import LAYER_KINDS
 from export.formats import get_format
+from pipeline.methods import METHODS, PRESETS
 
 GRANULARITIES = get_args(Granularity)
 SEARCHES = ("absmax", "mse")
-METHODS = ("rtn",)
 
 
 def _check(ok: bool, message: str) -> None:
@@ -58,14 +58,28 @@ class Weights:
 
 @dataclass(frozen=True)
 class Calibrate:
-    """Calibration method and its data."""
+    """Calibration method and its data.
+
+    size: prompts whose sampling trajectories are used; timesteps: how many steps of each, spread evenly. prompts: a
+    file with one prompt per line, "" for the model's own. options: the method's, see pipeline/methods.py.
+    """
 
     method: str = "rtn"
-    size: int = 64
+    preset: str = "fast"
+    size: int = 32
+    timesteps: int = 10
+    seed: int = 0
+    prompts: str = ""
+    options: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        _check(self.method in METHODS, f"calibrate.method {self.method!r} is not available; use one of {METHODS}")
+        known = ", ".join(METHODS)
+        _check(self.method in METHODS, f"calibrate.method {self.method!r} is not available; use one of {known}")
+        _check(self.preset in PRESETS, f"calibrate.preset {self.preset!r}; use one of {', '.join(PRESETS)}")
         _check(self.size > 0, f"calibrate.size {self.size} must be positive")
+        _check(self.timesteps > 0, f"calibrate.timesteps {self.timesteps} must be positive")
+        _check(self.seed >= 0, f"calibrate.seed {self.seed} must not be negative")
+        METHODS[self.method].resolve(self.preset, self.options)
 
 
 @dataclass(frozen=True)
@@ -162,6 +176,11 @@ TYPES: dict[Any, tuple[str, Callable[[Any], bool], Callable[[Any], Any]]] = {
     int: ("an integer", lambda value: type(value) is int, int),
     float: ("a number", lambda value: type(value) in (int, float), float),
     dict: ("a table of texts", lambda value: type(value) is dict and all(type(v) is str for v in value.values()), dict),
+    dict[str, Any]: (
+        "a table of numbers, texts and truth values",
+        lambda value: type(value) is dict and all(type(v) in (int, float, str, bool) for v in value.values()),
+        dict,
+    ),
     tuple: (
         "a list of integers",
         lambda value: type(value) in (list, tuple) and all(type(v) is int for v in value),
@@ -176,10 +195,14 @@ def _typed(value: Any, hint: Any, source: str, key: str) -> Any:
         if not isinstance(value, dict):
             raise RecipeError(f"{source}: {key} must be a table, found {value!r}")
         return _build(hint, value, source, f"{key}.")
-    words, fits, convert = TYPES[get_origin(hint) or hint]
+    words, fits, convert = TYPES.get(hint) or TYPES[get_origin(hint) or hint]
     if not fits(value):
         raise RecipeError(f"{source}: {key} is {value!r}; expected {words}")
     return convert(value)
+
+
+# Keys that `--set` knows by a shorter name.
+SHORT_KEYS = {"method": "calibrate.method", "preset": "calibrate.preset"}
 
 
 def recipe_names() -> list[str]:
@@ -219,13 +242,15 @@ def with_settings(recipe: Recipe, settings: list[str]) -> Recipe:
         if not separator:
             raise RecipeError(f"--set {setting!r}: expected key=value, for example weights.group_size=32")
         document = asdict(recipe)
-        *tables, last = _path(key, setting)
+        *tables, last = _path(SHORT_KEYS.get(key, key), setting)
         table: Any = document
         for name in tables:
             table = table.get(name) if isinstance(table, dict) else None
         if not isinstance(table, dict):
             raise RecipeError(f"--set {setting!r}: {key} is not a key of the recipe; see recipe.toml in any bundle")
         table[last] = _value(text.strip())
+        if document["calibrate"]["method"] != recipe.calibrate.method:
+            document["calibrate"]["options"] = {}  # they were another method's
         recipe = from_dict(document, f"--set {setting}")
     return recipe
 

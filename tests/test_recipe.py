@@ -25,7 +25,11 @@ OTHER = {
     "weights.granularity": "per_channel",
     "weights.group_size": 32,
     "weights.search": "absmax",
+    "calibrate.preset": "full",
     "calibrate.size": 7,
+    "calibrate.timesteps": 3,
+    "calibrate.seed": 4,
+    "calibrate.prompts": "prompts.txt",
     "sampling.n_steps": 3,
     "sampling.guidance_scale": 1.5,
     "sampling.batch_size": 2,
@@ -38,7 +42,7 @@ OTHER = {
     "rtx.sm": (89,),
     "rtx.attention": "fp32",
 }
-ONLY_ONE = {"calibrate.method"}  # keys with a single legal value
+ONLY_ONE = {"calibrate.method", "calibrate.options"}  # keys whose other legal values need other keys
 WRONG_TYPES = (True, [1, "a"], {"x": 1}, 1.5, 7, "text")
 
 
@@ -79,6 +83,8 @@ def test_every_key_is_read(key):
 def wrong_types(key):
     """The values of WRONG_TYPES that do not fit `key`: a float takes integers, a table takes tables of texts."""
     kind = type(look_up(BASE, key))
+    if key == "calibrate.options":  # its values are the method's
+        return [value for value in WRONG_TYPES if type(value) is not dict]
     fitting = {float: (float, int)}.get(kind, (kind,))
     return [value for value in WRONG_TYPES if type(value) not in fitting or kind is dict]
 
@@ -105,6 +111,10 @@ BAD_VALUES = [
     ("weights.search", "grid"),
     ("calibrate.method", "magic"),
     ("calibrate.size", 0),
+    ("calibrate.timesteps", 0),
+    ("calibrate.seed", -1),
+    ("calibrate.preset", "medium"),
+    ("calibrate.options", {"no_such_option": 1}),
     ("sampling.n_steps", 0),
     ("sampling.batch_size", -1),
     ("sampling.height", -8),

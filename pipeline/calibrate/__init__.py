@@ -1,23 +1,25 @@
-"""Calibration: from a float model and a recipe to quantized linears on disk.
+"""Calibration: from a float model and a recipe to quantized linears on disk, one unit at a time.
 
-A method observes the model in its constructor, says which layers it learns together (`units`: one layer, or a whole
-block for a method that reconstructs blocks), and emits the quantized layers of each unit.
+What a method is stands in method.py, which methods there are in pipeline/methods.py.
 """
 
 from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 from export import checkpoint
 from export.checkpoint import QuantizedLinear
+from export.errors import ResourceError
+from pipeline import machine
+from pipeline.calibrate.method import Context, Method, Unit
 from pipeline.calibrate.plan import LayerPlan, make_plans
-from pipeline.calibrate.rtn import RoundToNearest
 from pipeline.calibrate.state import CalibrationState
+from pipeline.methods import METHODS
 from pipeline.progress import track
 from pipeline.recipe import Recipe
 
@@ -27,46 +29,99 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 
-class Method(Protocol):
-    """One calibration method; `METHODS` makes it from the model and the recipe."""
-
-    def units(self, plans: list[LayerPlan]) -> list[list[LayerPlan]]:
-        """The layers in order of work, those learned together in one list."""
-        ...
-
-    def quantize(self, unit: list[LayerPlan]) -> list[QuantizedLinear]:
-        """The finished layers of one unit. The same inputs give the same bytes."""
-        ...
-
-
-METHODS: dict[str, Callable[[LoadedModel, Recipe], Method]] = {"rtn": RoundToNearest}
-
-
 def calibrate(model: LoadedModel, recipe: Recipe, folder: Path) -> list[QuantizedLinear]:
     """Quantize every linear of `model` by the recipe's method and write the checkpoint into `folder`.
 
     Units that an interrupted run of the same model and recipe left in `folder` are used as they are. Raises
-    RecipeError if the group size does not fit, ModelError naming the layer if a weight is NaN or Inf.
+    RecipeError if a group size does not fit, ModelError naming the layer if a weight is NaN or Inf, ResourceError if
+    the observed blocks do not fit into memory.
     """
     plans = make_plans(model.linears(), recipe)
     state = CalibrationState(folder, _origin(model, recipe))
     if state.is_complete:
         return checkpoint.load(folder)
     started = time.monotonic()
-    method = METHODS[recipe.calibrate.method](model, recipe)
-    units = method.units(plans)
-    left = [unit for unit in units if not all(state.has(plan.name) for plan in unit)]
-    for unit in track(left, len(units), "calibrate", len(units) - len(left)):
+    method = _make_method(model, recipe, plans, folder)
+    plans = method.plan(plans)
+    units = _group(plans, recipe)
+    left = [name for name, group in units.items() if not state.has_all(group)]
+    observes = METHODS[recipe.calibrate.method].observes == "blocks"
+    work = _observed(method, units, left, state) if observes else (Unit(name, units[name]) for name in left)
+    for unit in track(work, len(units), "calibrate", len(units) - len(left)):
         for layer in method.quantize(unit):
             state.add(layer)
-    layers = state.finish([plan.name for plan in plans])
+    layers = method.finish(state.layers([plan.name for plan in plans]))
+    state.complete(layers)
     size_mb = sum(layer.size_bytes for layer in layers) / 1e6
     seconds = time.monotonic() - started
     logger.info("calibrated %d linears (%s) in %.1f s: %.1f MB", len(layers), recipe.calibrate.method, seconds, size_mb)
     return layers
 
 
+def _make_method(model: LoadedModel, recipe: Recipe, plans: Sequence[LayerPlan], folder: Path) -> Method:
+    """The recipe's method, with calibration data if it observes any."""
+    row, wanted = METHODS[recipe.calibrate.method], recipe.calibrate
+    data = None
+    if row.observes == "blocks":
+        from pipeline.calibrate.data import calibration_data
+
+        _refuse_too_large(model, recipe, plans)
+        data = calibration_data(model, recipe)
+    made: Method = row.load()(Context(model, recipe, row.resolve(wanted.preset, wanted.options), folder, data))
+    return made
+
+
+def _refuse_too_large(model: LoadedModel, recipe: Recipe, plans: Sequence[LayerPlan]) -> None:
+    """Say how much memory the blocks' tensors take, before anything is computed, and refuse what does not fit."""
+    from export.models import sample_inputs
+    from pipeline.calibrate.blocks import block_bytes, block_of
+    from pipeline.calibrate.data import kept_steps
+
+    wanted, size = recipe.calibrate, recipe.sampling
+    halves = 1 if size.guidance_scale == 1.0 else 2
+    samples = wanted.size * halves * len(kept_steps(size.n_steps, wanted.timesteps))
+    one = sample_inputs(model, 1, wanted.seed, size.height, size.width)
+    needed, free = block_bytes(model, samples, one, block_of(plans[0].name)), machine.available_memory_bytes()
+    logger.info("calibration holds about %.2f GiB: one block's inputs for %d samples", needed / 2**30, samples)
+    if free and needed > free:
+        raise ResourceError(
+            f"calibration on {samples} samples needs about {needed / 2**30:.1f} GiB, {free / 2**30:.1f} GiB are free; "
+            f"use fewer prompts (--calib-size, now {wanted.size}) or --set calibrate.timesteps (now {wanted.timesteps})"
+        )
+
+
+def _group(plans: Sequence[LayerPlan], recipe: Recipe) -> dict[str, list[LayerPlan]]:
+    """Unit name -> its layers: a repeated block, or a single layer for methods that look at weights alone."""
+    if METHODS[recipe.calibrate.method].observes == "weights":
+        return {plan.name: [plan] for plan in plans}
+    from pipeline.calibrate.blocks import group_by_block
+
+    return group_by_block(plans)
+
+
+def _observed(
+    method: Method, units: dict[str, list[LayerPlan]], left: Sequence[str], state: CalibrationState
+) -> Iterator[Unit]:
+    """The units that are left, each observed; finished ones are passed through, since later inputs depend on them."""
+    from pipeline.calibrate.blocks import BlockRunner
+
+    context = method.context
+    assert context.data is not None
+    runner = BlockRunner(context.model, context.data, list(units))
+    names = list(units)
+    for name in names[: names.index(left[-1]) + 1] if left else []:
+        plans = units[name]
+        observed = runner.observe(name, plans)
+        if name in left:
+            yield Unit(name, plans, observed)
+        if name != left[-1]:
+            runner.advance(observed, state.layers([plan.name for plan in plans]))
+
+
 def _origin(model: LoadedModel, recipe: Recipe) -> dict[str, Any]:
     """Everything that the result depends on."""
-    parts = {key: asdict(getattr(recipe, key)) for key in ("formats", "weights", "calibrate")}
+    keys = ["formats", "weights", "calibrate"]
+    if METHODS[recipe.calibrate.method].observes == "blocks":
+        keys.append("sampling")  # the trajectory that the data are taken from
+    parts = {key: asdict(getattr(recipe, key)) for key in keys}
     return {"schema_version": checkpoint.SCHEMA_VERSION, "model_sha256": model.sha256, **parts}

@@ -2,33 +2,21 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import numpy as np
 
 from export.checkpoint import QuantizedLinear, make_linear
 from export.errors import ModelError
 from export.formats import get_format
+from pipeline.calibrate.method import Method, Unit
 from pipeline.calibrate.plan import LayerPlan
 from pipeline.calibrate.scales import F32, find_scales, round_to_codes
-from pipeline.recipe import Recipe
-
-if TYPE_CHECKING:
-    from export.models import LoadedModel
 
 
-class RoundToNearest:
+class RoundToNearest(Method):
     """The method "rtn"."""
 
-    def __init__(self, model: LoadedModel, recipe: Recipe) -> None:
-        self.search = recipe.weights.search
-
-    def units(self, plans: list[LayerPlan]) -> list[list[LayerPlan]]:
-        """Every layer by itself."""
-        return [[plan] for plan in plans]
-
-    def quantize(self, unit: list[LayerPlan]) -> list[QuantizedLinear]:
-        return [quantize_linear(plan, self.search) for plan in unit]
+    def quantize(self, unit: Unit) -> list[QuantizedLinear]:
+        return [quantize_linear(plan, self.context.recipe.weights.search) for plan in unit.plans]
 
 
 def float_weight(plan: LayerPlan) -> F32:

@@ -2,7 +2,8 @@
 
 FOLDER/calibration.json     what the layers were made from (model, recipe); another run's state is not used
 FOLDER/layers/NAME/         one finished layer, while the run goes on
-FOLDER/quantized.*          the checkpoint, when all layers are done
+FOLDER/.../                 a method's own state, while the run goes on
+FOLDER/quantized.*          the checkpoint, when all layers are done; the folders are then removed
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from typing import Any
 
 from export import checkpoint
 from export.checkpoint import LAYERS_FILE, QuantizedLinear
+from pipeline.calibrate.plan import LayerPlan
 
 ORIGIN_FILE = "calibration.json"
 
@@ -37,7 +39,9 @@ class CalibrationState:
     def _clear(self) -> None:
         for name in (ORIGIN_FILE, checkpoint.LAYERS_FILE, checkpoint.WEIGHTS_FILE):
             (self.folder / name).unlink(missing_ok=True)
-        shutil.rmtree(self.layers_dir, ignore_errors=True)
+        for child in self.folder.iterdir() if self.folder.is_dir() else ():
+            if child.is_dir():
+                shutil.rmtree(child)
 
     @property
     def is_complete(self) -> bool:
@@ -47,12 +51,19 @@ class CalibrationState:
         """Whether the layer is done; its JSON is written last."""
         return (self.layers_dir / name / LAYERS_FILE).is_file()
 
+    def has_all(self, plans: Sequence[LayerPlan]) -> bool:
+        return all(self.has(plan.name) for plan in plans)
+
     def add(self, layer: QuantizedLinear) -> None:
         checkpoint.save([layer], self.layers_dir / layer.name)
 
-    def finish(self, names: Sequence[str]) -> list[QuantizedLinear]:
-        """Join the layers into the checkpoint, in the order of `names`, and return them."""
-        layers = [layer for name in names for layer in checkpoint.load(self.layers_dir / name)]
+    def layers(self, names: Sequence[str]) -> list[QuantizedLinear]:
+        """Finished layers by name, in that order."""
+        return [layer for name in names for layer in checkpoint.load(self.layers_dir / name)]
+
+    def complete(self, layers: list[QuantizedLinear]) -> None:
+        """Write the checkpoint, and remove what only an unfinished run needs."""
         checkpoint.save(layers, self.folder)
-        shutil.rmtree(self.layers_dir)
-        return layers
+        for child in self.folder.iterdir():
+            if child.is_dir():
+                shutil.rmtree(child)

@@ -1,0 +1,318 @@
+"""Repeated blocks under calibration: each one's inputs and outputs in the float model, and its inputs as the network
+whose earlier blocks have quantized weights gives them. One block's tensors are in memory at a time.
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+import re
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from export.checkpoint import QuantizedLinear
+from pipeline.backends.base import Arrays
+from pipeline.calibrate.data import CalibrationData
+from pipeline.calibrate.plan import LayerPlan
+
+if TYPE_CHECKING:
+    from export.models import LoadedModel
+
+logger = logging.getLogger(__name__)
+Tensors = list[torch.Tensor]
+
+
+def block_of(layer: str) -> str:
+    """Path of the repeated block that holds a layer; the layer itself where it is in none.
+
+    >>> block_of("transformer_blocks.3.attn1.to_out.0"), block_of("proj_in")
+    ('transformer_blocks.3', 'proj_in')
+    """
+    found = re.match(r"^(?:[^.\d]+\.)*?[^.\d]+\.\d+(?=\.)", layer)
+    return found.group(0) if found else layer
+
+
+def group_by_block(plans: Sequence[LayerPlan]) -> dict[str, list[LayerPlan]]:
+    """Block path -> its layers, both in order."""
+    blocks: dict[str, list[LayerPlan]] = {}
+    for plan in plans:
+        blocks.setdefault(block_of(plan.name), []).append(plan)
+    return blocks
+
+
+@dataclass(frozen=True)
+class BlockCall:
+    """Arguments of one call of a block, as the model gives them."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+    @property
+    def hidden(self) -> torch.Tensor:
+        """The tensor that goes from block to block, [B, S, C]."""
+        found: torch.Tensor = self.args[0] if self.args else self.kwargs["hidden_states"]
+        return found
+
+    def with_hidden(self, hidden: torch.Tensor) -> BlockCall:
+        if self.args:
+            return BlockCall((hidden, *self.args[1:]), self.kwargs)
+        return BlockCall((), self.kwargs | {"hidden_states": hidden})
+
+    def run(self, block: nn.Module) -> Any:
+        return block(*self.args, **self.kwargs)
+
+
+class Observed:
+    """What a method sees of one block. Tensors are float32 and must not be changed.
+
+    block: the float block (copy it to change it); names: layer name -> path inside the block; calls: its calls in the
+    float model, noisy: in the network whose earlier blocks have quantized weights (FP4DiT's asymmetric
+    reconstruction); timesteps: model input of each call.
+    """
+
+    def __init__(
+        self,
+        block: nn.Module,
+        names: dict[str, str],
+        calls: list[BlockCall],
+        noisy: list[BlockCall],
+        timesteps: list[float],
+    ) -> None:
+        self.block, self.names, self.calls, self.noisy, self.timesteps = block, names, calls, noisy, timesteps
+        self._outputs: Tensors | None = None
+        self._kept: dict[tuple[bool, int], dict[str, Tensors]] = {}
+
+    @property
+    def outputs(self) -> Tensors:
+        """The float block's output for each of `calls`, [B, S, C]."""
+        if self._outputs is None:
+            self._outputs = run_block(self.block, self.calls)
+        return self._outputs
+
+    def layer_inputs(self, name: str, noisy: bool = False, rows: int = 0) -> Tensors:
+        """Input of a layer in each call as [rows, K]: all rows, or at most `rows`, evenly spread.
+
+        With `rows` the inputs of all layers are kept after the first request; with all rows only those of `name` are
+        made, anew each time.
+        """
+        if not rows:
+            return self._record([name], noisy, 0)[name]
+        if (noisy, rows) not in self._kept:
+            self._kept[noisy, rows] = self._record(list(self.names), noisy, rows)
+        return self._kept[noisy, rows][name]
+
+    @torch.no_grad()
+    def _record(self, names: Sequence[str], noisy: bool, rows: int) -> dict[str, Tensors]:
+        found: dict[str, Tensors] = {name: [] for name in names}
+        handles = []
+        for name in names:
+            part = self.block.get_submodule(self.names[name])
+            handles.append(part.register_forward_pre_hook(_keeper(found[name], rows)))
+        try:
+            run_block(self.block, self.noisy if noisy else self.calls)
+        finally:
+            for handle in handles:
+                handle.remove()
+        return found
+
+
+def _keeper(into: Tensors, rows: int) -> Callable[[Any, tuple[Any, ...]], None]:
+    """Hook that keeps a linear's input."""
+
+    def keep(_: Any, arguments: tuple[Any, ...]) -> None:
+        x = arguments[0].detach().flatten(0, -2)
+        if rows and len(x) > rows:
+            x = x[torch.linspace(0, len(x) - 1, rows).round().long()]
+        into.append(x.float().clone())
+
+    return keep
+
+
+@torch.no_grad()
+def run_block(block: nn.Module, calls: Sequence[BlockCall]) -> Tensors:
+    """Output of the block for each call. Calls that miss a tensor (a block of one layer) are refused by the block."""
+    return [_first(call.run(block)) for call in calls]
+
+
+def _first(output: Any) -> torch.Tensor:
+    """The hidden states of a block's output, which may be a tuple."""
+    found: torch.Tensor = output[0] if isinstance(output, tuple) else output
+    return found
+
+
+class _Captured(Exception):  # not an error: the call that was waited for has come
+    """Ends a model run early."""
+
+
+class BlockRunner:
+    """Runs the calibration calls from block to block, for the float model and for the quantized one.
+
+    Where a block's output is simply the next one's input the calls go on from there; else (long skips, several
+    streams) the whole model runs again up to the block.
+    """
+
+    def __init__(self, model: LoadedModel, data: CalibrationData, blocks: Sequence[str]) -> None:
+        from export.models import denoiser
+
+        self.model, self.data, self.blocks = model, data, list(blocks)
+        self.module = denoiser(model)
+        self.timesteps = [call.timestep for call in data.calls]
+        self.done: dict[str, nn.Module] = {}
+        self._calls: list[BlockCall] | None = None
+        self._noisy: list[BlockCall] | None = None
+        self.is_chain = len(self.blocks) > 1 and self._looks_like_chain()
+
+    def observe(self, block: str, plans: Sequence[LayerPlan]) -> Observed:
+        """The block's calls. Blocks must be observed in order, each followed by `advance`."""
+        part = float_copy(self.module.transformer.get_submodule(block))
+        names = {plan.name: plan.name.removeprefix(block).lstrip(".") for plan in plans}
+        if self._calls is None or self._noisy is None:
+            self._calls = self._capture(self.module, block)
+            self._noisy = self._capture(self._quantized(), block) if self.done else self._calls
+        return Observed(part, names, self._calls, self._noisy, self.timesteps)
+
+    def advance(self, observed: Observed, layers: Sequence[QuantizedLinear]) -> None:
+        """Go on behind a block that is finished."""
+        replacements = {layer.name: WeightOnlyLinear(layer) for layer in layers}
+        self.done |= replacements
+        if not self.is_chain:
+            self._calls = self._noisy = None
+            return
+        quantized = copy.deepcopy(observed.block)
+        for name, linear in replacements.items():
+            quantized.set_submodule(observed.names[name], linear)
+        outputs = zip(observed.calls, observed.outputs, strict=True)
+        after = zip(observed.noisy, run_block(quantized, observed.noisy), strict=True)
+        self._calls = [call.with_hidden(hidden) for call, hidden in outputs]
+        self._noisy = [call.with_hidden(hidden) for call, hidden in after]
+
+    def _quantized(self) -> nn.Module:
+        from export.models import denoiser
+
+        module: nn.Module = denoiser(self.model, self.done)
+        return module
+
+    @torch.no_grad()
+    def _capture(self, module: Any, block: str) -> list[BlockCall]:
+        """The block's arguments in every calibration call."""
+        found: list[BlockCall] = []
+
+        def keep(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            found.append(BlockCall(args, dict(kwargs)))
+            raise _Captured
+
+        with _hook(module.transformer.get_submodule(block), keep):
+            for call in self.data.calls:
+                run_captured(module, call.inputs)
+        return found
+
+    @torch.no_grad()
+    def _looks_like_chain(self) -> bool:
+        """Does every block get its predecessor's output and otherwise what the first one gets?"""
+        seen: list[tuple[BlockCall, torch.Tensor]] = []
+        handles = [
+            self.module.transformer.get_submodule(block).register_forward_hook(
+                lambda _, args, kwargs, output: seen.append((BlockCall(args, dict(kwargs)), _first(output))),
+                with_kwargs=True,
+            )
+            for block in self.blocks
+        ]
+        try:
+            self.module(**_tensors({name: value[:1] for name, value in self.data.calls[0].inputs.items()}))
+        finally:
+            for handle in handles:
+                handle.remove()
+        first = seen[0][0]
+        follows = all(
+            call.hidden is output and _same(call.with_hidden(first.hidden), first)
+            for (_, output), (call, _) in pairwise(seen)
+        )
+        return len(seen) == len(self.blocks) and follows
+
+
+def run_captured(module: Any, inputs: Arrays) -> None:
+    """Run the model until a hook has what it wants."""
+    try:
+        module(**_tensors(inputs))
+    except _Captured:
+        return
+
+
+def _tensors(inputs: Arrays) -> dict[str, torch.Tensor]:
+    return {name: torch.from_numpy(value) for name, value in inputs.items()}
+
+
+@contextmanager
+def _hook(part: nn.Module, keep: Callable[..., None]) -> Iterator[None]:
+    handle = part.register_forward_pre_hook(keep, with_kwargs=True)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def _same(one: BlockCall, other: BlockCall) -> bool:
+    """The same objects in the same places, tensors by their numbers."""
+    left, right = (*one.args, *one.kwargs.values()), (*other.args, *other.kwargs.values())
+    return one.kwargs.keys() == other.kwargs.keys() and len(left) == len(right) and all(map(_equal, left, right))
+
+
+def _equal(one: Any, other: Any) -> bool:
+    if isinstance(one, torch.Tensor) and isinstance(other, torch.Tensor):
+        return one is other or (one.shape == other.shape and torch.equal(one, other))
+    return one is other or bool(one == other)
+
+
+def float_copy(block: nn.Module) -> nn.Module:
+    """A float32 copy of the block; linears that are upcast at every call become plain ones."""
+    made = copy.deepcopy(block).float()
+    for path, part in list(made.named_modules()):
+        if type(part) is not nn.Linear and isinstance(part, nn.Linear):
+            plain = nn.Linear(part.in_features, part.out_features, part.bias is not None, device="meta")
+            plain.weight, plain.bias = part.weight, part.bias
+            made.set_submodule(path, plain)
+    return made.requires_grad_(False).eval()
+
+
+class WeightOnlyLinear(nn.Linear):
+    """A quantized layer with float activations: its weight dequantized, balanced inputs balanced."""
+
+    def __init__(self, layer: QuantizedLinear) -> None:
+        super().__init__(layer.in_features, layer.out_features, layer.bias is not None, device="meta")
+        self.weight = nn.Parameter(torch.from_numpy(layer.dequantized()).float(), requires_grad=False)
+        if layer.bias is not None:
+            self.bias = nn.Parameter(torch.from_numpy(layer.bias), requires_grad=False)
+        multiplier, offset = (getattr(layer, key, None) for key in ("input_multiplier", "input_offset"))
+        self.input_multiplier = None if multiplier is None else torch.from_numpy(multiplier)
+        self.input_offset = None if offset is None else torch.from_numpy(offset)
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        x = input if self.input_multiplier is None else input * self.input_multiplier
+        return super().forward(x if self.input_offset is None else x + self.input_offset)
+
+
+def block_bytes(model: LoadedModel, data_samples: int, sample: Arrays, block: str) -> int:
+    """Bytes that observing a block holds: inputs in the float and the quantized network and outputs, for all samples.
+
+    Measured on the inputs of one sample, `sample`, which runs through the model up to the block.
+    """
+    from export.models import denoiser
+
+    found: list[int] = []
+
+    def count(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        tensors = [item for item in (*args, *kwargs.values()) if isinstance(item, torch.Tensor)]
+        found.append(3 * BlockCall(args, kwargs).hidden.nbytes + sum(item.nbytes for item in tensors))
+        raise _Captured
+
+    module = denoiser(model)
+    with torch.no_grad(), _hook(module.transformer.get_submodule(block), count):
+        run_captured(module, sample)
+    weights = sum(part.numel() * 4 for part in module.transformer.get_submodule(block).parameters())
+    return found[0] * data_samples + 3 * weights  # float copy, quantized copy, the learned one

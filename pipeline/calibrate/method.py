@@ -1,0 +1,66 @@
+"""What a calibration method is: what it gets to see, and what it hands back.
+
+A new method is one file with a subclass of `Method` and one row in pipeline/methods.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from export.checkpoint import QuantizedLinear
+from pipeline.calibrate.plan import LayerPlan
+from pipeline.methods import Scalar
+from pipeline.recipe import Recipe
+
+if TYPE_CHECKING:
+    from export.models import LoadedModel
+    from pipeline.calibrate.blocks import Observed
+    from pipeline.calibrate.data import CalibrationData
+
+
+@dataclass(frozen=True)
+class Context:
+    """What a method is made from. options: every option of its row, resolved. folder: for state of its own, kept while
+    the run may be resumed. data: None for a method that observes weights alone."""
+
+    model: LoadedModel
+    recipe: Recipe
+    options: Mapping[str, Scalar]
+    folder: Path
+    data: CalibrationData | None = None
+
+    @property
+    def seed(self) -> int:
+        return self.recipe.calibrate.seed
+
+
+@dataclass(frozen=True)
+class Unit:
+    """Layers that are learned together: those of one repeated block, or a single one. `observed`: None for a method
+    that observes weights alone."""
+
+    name: str
+    plans: list[LayerPlan]
+    observed: Observed | None = None
+
+
+class Method:
+    """One calibration method. The same context and units give the same bytes."""
+
+    def __init__(self, context: Context) -> None:
+        self.context = context
+
+    def plan(self, plans: list[LayerPlan]) -> list[LayerPlan]:
+        """The plans to follow, for methods that choose formats or group sizes. Before any unit; cheap when resumed."""
+        return plans
+
+    def quantize(self, unit: Unit) -> list[QuantizedLinear]:
+        """The finished layers of one unit, one for each plan, in order."""
+        raise NotImplementedError(f"{type(self).__name__}.quantize")
+
+    def finish(self, layers: list[QuantizedLinear]) -> list[QuantizedLinear]:
+        """All layers once more, for methods that tune the whole model end to end."""
+        return layers
