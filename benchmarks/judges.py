@@ -19,6 +19,7 @@ from torch.nn.functional import affine_grid, cross_entropy, grid_sample
 
 from benchmarks import scenes
 from benchmarks.arguments import add_names
+from benchmarks.quality_metrics import frechet, gaussian
 from benchmarks.zoo_tasks import digits
 from pipeline.progress import track
 
@@ -160,12 +161,8 @@ def frechet_distance(judge: Judge, pictures: torch.Tensor, real: torch.Tensor) -
 
     It falls with the number of pictures: compare only sets of the same size.
     """
-    first, second = (judge.features(part.clamp(-1, 1)).double() for part in (pictures, real))
-    means = ((first.mean(0) - second.mean(0)) ** 2).sum()
-    a, b = torch.cov(first.T), torch.cov(second.T)
-    # trace((a b)^1/2) from the eigenvalues of a b, which are real and not negative up to rounding.
-    root = torch.linalg.eigvals(a @ b).real.clamp(min=0).sqrt().sum()
-    return float(means + a.trace() + b.trace() - 2 * root)
+    first, second = (judge.features(part.clamp(-1, 1)).double().numpy() for part in (pictures, real))
+    return frechet(gaussian(first), gaussian(second))
 
 
 def load(name: str) -> Judge:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import subprocess
 from pathlib import Path
 from typing import Any
 
 from pipeline import machine
+from pipeline.files import write_json
 
 RESULTS = Path(__file__).resolve().parent / "results"
 
@@ -28,9 +28,9 @@ def _git(folder: Path, *arguments: str) -> str:
 
 
 def write(name: str, document: dict[str, Any], folder: Path = RESULTS) -> Path:
-    """Write `folder`/NAME.json: the document, then machine, versions and commit."""
+    """Write `folder`/NAME.json, whole or not at all: the document, then machine, versions and commit."""
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{name}.json"
     stamped = {**document, "machine": machine.facts(), "versions": machine.tool_versions(), "commit": commit()}
-    path.write_text(json.dumps(stamped, indent=1) + "\n")
+    write_json(path, stamped)
     return path

@@ -1,0 +1,222 @@
+"""The quantized model of a row: calibrated once and kept, built for the `cpu` target, proven, and the faster runner.
+
+The engine draws two to three times as fast as the reference in PyTorch. It stands in for the reference only where
+every linear has been found exact on a few of the row's own calls; else the reference draws, and the result says why.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import shutil
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.quality_drawing import Run, Subject, Trajectory
+from benchmarks.quality_rows import Row
+from export import checkpoint
+from export.checkpoint import QuantizedLinear
+from export.errors import UserError
+from pipeline import recipe as recipes
+from pipeline.backends.base import Arrays, Engine, LoweredGraph
+from pipeline.backends.cpu import CpuBackend
+from pipeline.backends.reference import ReferenceEngine, fake_quant
+from pipeline.files import remove, sha256_json, write_json
+from pipeline.gates import sqnr_db
+from pipeline.recipe import Recipe
+from pipeline.report import Gate
+
+logger = logging.getLogger(__name__)
+CALIBRATION_TIME = "seconds.json"
+# Steps and pictures (with and without prompt) on which the engine is proven.
+PROVEN_PICTURES = 2
+
+
+@dataclass
+class Drawer:
+    """What draws a row's pictures. name: "cpu engine" or "reference"; proof: what gates and comparison found."""
+
+    run: Run
+    name: str
+    proof: dict[str, Any] = field(default_factory=dict)
+
+
+def row_recipe(row: Row, settings: Sequence[str] = ()) -> Recipe:
+    """The row's recipe for its model. Raises RecipeError for a method or an option that is not there."""
+    made = recipes.with_settings(recipes.load(row.recipe), [*row.settings, *settings])
+    return replace(made, model=f"zoo:{row.model}")
+
+
+def calibration_key(recipe: Recipe, model_sha256: str, multipliers: tuple[int, ...]) -> str:
+    """Hash of all settings that decide the quantized layers."""
+    parts = [asdict(getattr(recipe, part)) for part in ("formats", "weights", "calibrate", "sampling")]
+    return sha256_json([*parts, model_sha256, list(multipliers)])[:16]
+
+
+def calibrated(
+    subject: Subject, row: Row, recipe: Recipe, folder: Path, redo: bool = False
+) -> tuple[list[QuantizedLinear], float]:
+    """The row's layers, and the minutes that their calibration took; rows of equal settings share one folder.
+
+    redo: forget what the folder holds.
+    """
+    from pipeline.calibrate import calibrate
+
+    place = folder / calibration_key(recipe, subject.model.sha256, row.multipliers)
+    if redo:
+        remove(place)
+    with timed(place / CALIBRATION_TIME) as spent:
+        own = restricted(subject, row, recipe, place) if row.multipliers else None
+        layers = own or calibrate(subject.model, recipe, place)
+    return layers, spent[0] / 60
+
+
+@contextmanager
+def timed(path: Path) -> Iterator[list[float]]:
+    """Seconds of the body, added to what `path` holds of earlier, interrupted runs; a run that finds all done adds
+    next to nothing. Yields a list whose only element is the sum, at the end."""
+    spent = [stored_seconds(path)]
+    started = time.monotonic()
+    try:
+        yield spent
+    finally:
+        spent[0] += time.monotonic() - started
+        if path.parent.is_dir() and not math.isclose(spent[0], stored_seconds(path), abs_tol=0.5):
+            write_json(path, {"seconds": spent[0]})
+
+
+def stored_seconds(path: Path) -> float:
+    return float(json.loads(path.read_text())["seconds"]) if path.is_file() else 0.0
+
+
+def restricted(subject: Subject, row: Row, recipe: Recipe, folder: Path) -> list[QuantizedLinear]:
+    """Round to nearest with the row's group multipliers alone, for example powers of two."""
+    from pipeline.calibrate.plan import make_plans
+    from pipeline.calibrate.rtn import quantize_linear
+
+    if (folder / checkpoint.LAYERS_FILE).is_file():
+        return checkpoint.load(folder)
+    plans = make_plans(subject.model.linears(), recipe)
+    allowed = [replace(plan, multipliers=_common(plan.multipliers, row.multipliers)) for plan in plans]
+    layers = [quantize_linear(plan, recipe.weights.search) for plan in allowed]
+    checkpoint.save(layers, folder)
+    return layers
+
+
+def _common(exact: Sequence[int], wanted: Sequence[int]) -> tuple[int, ...]:
+    return tuple(multiplier for multiplier in exact if multiplier in wanted) or (1,)
+
+
+# --- runner ---------------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def drawer(
+    subject: Subject, layers: Sequence[QuantizedLinear], recipe: Recipe, trajectory: Trajectory, scratch: Path
+) -> Iterator[Drawer]:
+    """The faster of engine and reference that computes these layers exactly."""
+    reference = ReferenceEngine(fake_quant(subject.model, layers, torch.float32), torch.float32)
+    try:
+        graph, engine = build_engine(subject, layers, recipe, scratch)
+    except UserError as error:
+        logger.warning("%s: the cpu engine refuses it, the reference draws: %s", subject.name, error)
+        yield Drawer(reference.run, "reference", {"refused": str(error)})
+        return
+    try:
+        yield choose(subject, layers, recipe, trajectory, (graph, engine), reference)
+    finally:
+        engine.close()
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+def build_engine(
+    subject: Subject, layers: Sequence[QuantizedLinear], recipe: Recipe, folder: Path
+) -> tuple[LoweredGraph, Engine]:
+    """The cpu engine of the layers, as `build` makes it, in `folder` (emptied first)."""
+    from export.to_onnx import export_portable
+
+    shutil.rmtree(folder, ignore_errors=True)
+    for name in ("lowered", "cpu"):
+        (folder / name).mkdir(parents=True)
+    export_portable(subject.model, list(layers), folder / "model.onnx")
+    backend = CpuBackend()
+    graph = backend.lower(folder / "model.onnx", folder / "lowered", recipe)
+    backend.build(graph, folder / "cpu", recipe)
+    return graph, backend.load(folder)
+
+
+def choose(
+    subject: Subject,
+    layers: Sequence[QuantizedLinear],
+    recipe: Recipe,
+    trajectory: Trajectory,
+    built: tuple[LoweredGraph, Engine],
+    reference: ReferenceEngine,
+) -> Drawer:
+    """The engine, unless a gate fails or the reference is faster."""
+    graph, engine = built
+    proof = prove(subject, layers, recipe, graph, trajectory)
+    failed = [gate.name for gate in proof if not gate.passed]
+    call = trajectory.calls[len(trajectory.calls) // 2]
+    seconds = {"cpu engine": call_seconds(engine.run, call), "reference": call_seconds(reference.run, call)}
+    agreement = sqnr_db(reference.run(call)["sample"], engine.run(call)["sample"])
+    facts = {
+        "gates": {gate.name: gate.value for gate in proof},
+        "call_s": seconds,
+        "engine_against_reference_sqnr_db": agreement,
+    }
+    if failed:
+        logger.error("%s: the cpu engine fails %s; the reference draws", subject.name, ", ".join(failed))
+        return Drawer(reference.run, "reference", facts | {"refused": f"gates failed: {', '.join(failed)}"})
+    name = min(seconds, key=lambda key: seconds[key])
+    return Drawer(engine.run if name == "cpu engine" else reference.run, name, facts)
+
+
+def prove(
+    subject: Subject,
+    layers: Sequence[QuantizedLinear],
+    recipe: Recipe,
+    graph: LoweredGraph,
+    trajectory: Trajectory,
+) -> list[Gate]:
+    """The gates of `verify` over all linears, on calls of the first, a middle and the last step: every code as the
+    oracle's, every integer GEMM equal, scales and bias within float32 rounding."""
+    from pipeline.picture_case import make_case
+    from pipeline.probing import ProbedGraph
+    from pipeline.study import Realisations, Study
+    from pipeline.verdict import coverage_gate, layer_gates
+    from pipeline.verify import layer_results
+
+    steps = sorted({0, len(trajectory.calls) // 2, len(trajectory.calls) - 1})
+    calls = [first_samples(trajectory.calls[step]) for step in steps]
+    found = Study(make_case(subject.model, recipe), calls=calls, probed=tuple(range(len(calls))))
+    probed = ProbedGraph(graph)
+    modules = {ref.name: ref.module for ref in subject.model.linears()}
+    present = [layer for layer in layers if layer.name in probed.complete]
+    results = layer_results("cpu", present, modules, probed, found, Realisations())
+    return [coverage_gate("cpu", len(present), len(modules)), *layer_gates("cpu", results, 0)]
+
+
+def first_samples(call: Arrays) -> Arrays:
+    """The first PROVEN_PICTURES of both halves of a guided call."""
+    half = len(call["timestep"]) // 2
+    rows = [*range(PROVEN_PICTURES), *range(half, half + PROVEN_PICTURES)]
+    return {name: value[rows] for name, value in call.items()}
+
+
+def call_seconds(run: Callable[[Arrays], Arrays], call: Arrays) -> float:
+    """The faster of two calls after one that warms up."""
+    run(call)
+    seconds = []
+    for _ in range(2):
+        started = time.perf_counter()
+        run(call)
+        seconds.append(time.perf_counter() - started)
+    return min(seconds)

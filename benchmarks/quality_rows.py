@@ -1,0 +1,144 @@
+"""The rows of the quality tables, and the question that each table answers. A new method is a new row.
+
+A row is a model, a recipe and settings as of `--set`. Several tables may show the same row: it is measured once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+
+MODELS = {"pixart_mini": "pixart_w4a6", "dit_mini": "dit_w4a8"}  # model -> the recipe that rows start from
+WIDTHS = ("w4a8", "w4a6", "w4a4")
+# Formats of equal bits: floating point as FP4DiT has them (arXiv 2503.15465), and symmetric integers.
+FP = {"w4": "E2M1", "w6": "E2M3", "a8": "E3M4", "a6": "E2M3", "a4": "E2M1"}
+INT = {"w4": "INT4", "w6": "INT6", "a8": "INT8", "a6": "INT6", "a4": "INT4"}
+PLAIN, MIXED = "formats.weight_of={}", 'formats.weight_of={"ff.in" = "E3M0"}'
+CHANNEL = ("weights.granularity=per_channel",)
+
+
+@dataclass(frozen=True)
+class Row:
+    """One quantized model. `multipliers`: the only group multipliers that round to nearest may use, () for all."""
+
+    name: str
+    model: str
+    recipe: str
+    settings: tuple[str, ...]
+    multipliers: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
+class Line:
+    """A row in a table, once for each width in `widths` ("" in the name stands for a row of one width)."""
+
+    label: str
+    name: str
+    settings: tuple[str, ...]
+    formats: dict[str, str] | None = None
+    widths: tuple[str, ...] = WIDTHS
+    multipliers: tuple[int, ...] = ()
+    weight_of: str = PLAIN
+
+    def rows(self, model: str) -> list[Row]:
+        """For one model, in order of `widths`."""
+        return [self._row(model, width) for width in self.widths]
+
+    def _row(self, model: str, width: str) -> Row:
+        weight, activation = width[:2], width[2:]
+        formats = self.formats or FP
+        given = (f"formats.weight={formats[weight]}", f"formats.activation={formats[activation]}", self.weight_of)
+        settings = (*given, *self.settings)
+        return Row(f"{self.name}-{width}", model, MODELS[model], settings, self.multipliers)
+
+
+@dataclass(frozen=True)
+class Table:
+    """What is compared. `against`: name of the line that stands for round to nearest."""
+
+    name: str
+    question: str
+    lines: tuple[Line, ...]
+
+
+def exact(size: int) -> tuple[str, ...]:
+    return ("weights.granularity=exact_group", f"weights.group_size={size}")
+
+
+def real(size: int) -> tuple[str, ...]:
+    return ("weights.granularity=group", f"weights.group_size={size}")
+
+
+def method(name: str, granularity: tuple[str, ...] = CHANNEL, **options: object) -> tuple[str, ...]:
+    """Settings of a calibration method; options as texts of TOML values."""
+    return (f"method={name}", *(f"calibrate.options.{key}={value}" for key, value in options.items()), *granularity)
+
+
+METHODS = Table(
+    "methods",
+    "Which calibration method costs least?",
+    (
+        Line("round to nearest, FP", "rtn-fp-exact64", exact(64)),
+        Line("round to nearest, FP with E3M0 before GELU", "rtn-mixed-exact64", exact(64), weight_of=MIXED),
+        Line("round to nearest, INT", "rtn-int-channel", CHANNEL, INT),
+        Line("FP4DiT", "fp4dit-mixed-group128", method("fp4dit", real(128)), weight_of=MIXED),
+        Line("FP4DiT, exact groups of 64", "fp4dit-mixed-exact64", method("fp4dit", exact(64)), weight_of=MIXED),
+        Line("FP4DiT without E3M0, exact groups of 64", "fp4dit-fp-exact64", method("fp4dit", exact(64))),
+        Line("Q-DiT", "qdit-int-group128", method("qdit", real(128)), INT, ("w6a8", *WIDTHS)),
+        Line("MSFP", "msfp-fp-channel", method("msfp")),
+        Line("Q-Diffusion (INT AdaRound, BRECQ)", "qdiffusion-int-channel", method("qdiffusion"), INT),
+        Line("PTQ4DM", "ptq4dm-int-channel", method("ptq4dm"), INT),
+        Line("RepQ-ViT", "repq_vit-int-channel", method("repq_vit"), INT),
+        Line("TFMQ-DM", "tfmq_dm-int-channel", method("tfmq_dm"), INT),
+        Line("PTQ4DiT", "ptq4dit-int-channel", method("ptq4dit"), INT),
+        Line("G4W+P4A", "g4w_p4a-int-group128", method("g4w_p4a", real(128)), INT),
+        Line("ViDiT-Q", "vidit_q-int-channel", method("vidit_q"), INT),
+    ),
+)
+FP_OR_INT = Table(
+    "fp_or_int",
+    "Floating point or integers, at the same bits and granularity?",
+    tuple(
+        Line(f"{label}, {scales}", f"rtn-{short}-{name}", settings, formats, weight_of=weight_of)
+        for scales, name, settings in (
+            ("per channel", "channel", CHANNEL),
+            ("real groups of 128", "group128", real(128)),
+        )
+        for label, short, formats, weight_of in (
+            ("INT", "int", INT, PLAIN),
+            ("FP", "fp", FP, PLAIN),
+            ("FP with E3M0 before GELU", "mixed", FP, MIXED),
+        )
+    ),
+)
+GROUPS = Table(
+    "groups",
+    "What do groups of weight scales bring, at equal bytes?",
+    (
+        Line("none", "rtn-fp-channel", CHANNEL, widths=("w4a6",)),
+        *(
+            Line(f"power of two, {size}", f"rtn-fp-power{size}", exact(size), None, ("w4a6",), (1, 2, 4, 8))
+            for size in (128, 64, 32, 16)
+        ),
+        *(
+            Line(f"exact multiplier, {size}", f"rtn-fp-exact{size}", exact(size), None, ("w4a6",))
+            for size in (128, 64, 32, 16)
+        ),
+        *(Line(f"real scale, {size}", f"rtn-fp-group{size}", real(size), None, ("w4a6",)) for size in (128, 64, 32)),
+    ),
+)
+TABLES = {table.name: table for table in (METHODS, FP_OR_INT, GROUPS)}
+
+
+def rows_of(model: str, tables: Iterable[str] = TABLES, patterns: Iterable[str] = ("*",)) -> list[Row]:
+    """The rows of some tables for one model whose name fits one of the patterns, each once."""
+    found: dict[str, Row] = {}
+    for name in tables:
+        for line in TABLES[name].lines:
+            for row in line.rows(model):
+                known = found.setdefault(row.name, row)
+                if known != row:
+                    raise ValueError(f"two rows are called {row.name} and differ: {known} and {row}")
+    wanted = list(patterns)
+    return [row for row in found.values() if any(fnmatchcase(row.name, pattern) for pattern in wanted)]

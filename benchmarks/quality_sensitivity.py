@@ -1,0 +1,89 @@
+"""Which layers cost most: one kind of linear quantized at a time, its weights, its activations, or both.
+
+Measured by the error of the denoiser's output in every step, on the float model's own inputs, so that errors do not
+add up over steps. Round to nearest; everything else stays as in the float model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from benchmarks.quality_drawing import Subject, Trajectory
+from benchmarks.quality_engines import row_recipe
+from benchmarks.quality_rows import FP, INT, Line, exact
+from export.checkpoint import QuantizedLinear
+from export.models import LinearRef, denoiser
+from pipeline.backends.reference import FakeQuantLinear, ReferenceEngine
+from pipeline.calibrate.plan import make_plans
+from pipeline.calibrate.rtn import quantize_linear
+from pipeline.progress import track
+
+ALL = "all"
+WEIGHTS, ACTIVATIONS, BOTH = "weights", "activations", "both"
+LINES = (Line("FP", "fp", exact(64), FP), Line("INT", "int", exact(64), INT))
+
+
+@dataclass(frozen=True)
+class Case:
+    """One measurement: row name ("fp-w4a6"), layer kind or "all", part, and the quantized layers of that kind."""
+
+    row: str
+    kind: str
+    part: str
+    layers: Sequence[QuantizedLinear]
+
+
+def sensitivity(subject: Subject, trajectory: Trajectory) -> list[dict[str, Any]]:
+    """One record for each case, with step_sqnr_db, and sqnr_db of the mean noise share of the steps."""
+    found = cases(subject)
+    return [_measured(subject, trajectory, case) for case in track(found, len(found), f"{subject.name} sensitivity")]
+
+
+def cases(subject: Subject) -> list[Case]:
+    """Every line and width, every layer kind and all kinds together, every part."""
+    found = []
+    for row in (row for line in LINES for row in line.rows(subject.name)):
+        recipe = row_recipe(row)
+        plans = make_plans(subject.model.linears(), recipe)
+        layers = [quantize_linear(plan, recipe.weights.search) for plan in plans]
+        for kind in (*dict.fromkeys(layer.kind for layer in layers), ALL):
+            chosen = [layer for layer in layers if kind in (layer.kind, ALL)]
+            found += [Case(row.name, kind, part, chosen) for part in (WEIGHTS, ACTIVATIONS, BOTH)]
+    return found
+
+
+def _measured(subject: Subject, trajectory: Trajectory, case: Case) -> dict[str, Any]:
+    linears = {ref.name: ref for ref in subject.model.linears()}
+    replacements = {layer.name: PartlyQuantized(linears[layer.name], layer, case.part) for layer in case.layers}
+    engine = ReferenceEngine(denoiser(subject.model, replacements), torch.float32)
+    steps_db = trajectory.errors_db(engine.run)
+    stated = {"row": case.row, "kind": case.kind, "part": case.part, "layers": len(case.layers)}
+    return stated | {"sqnr_db": mean_noise_db(steps_db), "step_sqnr_db": steps_db}
+
+
+def mean_noise_db(steps_db: Sequence[float]) -> float:
+    """SQNR of the mean of the steps' noise shares.
+
+    >>> round(mean_noise_db([20.0, 10.0]), 2)
+    12.6
+    """
+    return float(-10 * np.log10(np.mean([10 ** (-value / 10) for value in steps_db])))
+
+
+class PartlyQuantized(nn.Module):
+    """A linear with its weight quantized, its input, or both."""
+
+    def __init__(self, linear: LinearRef, layer: QuantizedLinear, part: str) -> None:
+        super().__init__()
+        self.quantized, self.part = FakeQuantLinear(layer, torch.float32), part
+        self.weight = self.quantized.weight if part != ACTIVATIONS else linear.module.weight.float()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        rounded = x if self.part == WEIGHTS else self.quantized.rounded_input(x)
+        return nn.functional.linear(rounded, self.weight, self.quantized.bias)
