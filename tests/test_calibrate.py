@@ -225,3 +225,25 @@ def test_command_refuses_a_group_size_that_does_not_fit(tmp_path, capsys, caplog
     ]
     assert main(flags) == RecipeError.exit_code
     assert not (tmp_path / "out").exists()
+
+
+def test_command_leaves_other_folders_alone_and_resumes(tmp_path, capsys):
+    folder = tiny.folder("pixart", tmp_path / "model")
+    flags = [
+        "--engine",
+        "pixart_w4a6",
+        "-m",
+        str(folder),
+        "-o",
+        str(tmp_path / "out"),
+        "--set",
+        "weights.group_size=32",
+    ]
+    assert main(flags) == 0
+    assert main(flags) == 2 and "finished calibration; add --force" in capsys.readouterr().err
+    assert main([*flags, "--force"]) == 0
+    (tmp_path / "out" / checkpoint.LAYERS_FILE).unlink()
+    assert main(flags) == 2 and "interrupted calibration; add --resume" in capsys.readouterr().err
+    assert main([*flags, "--resume"]) == 0 and len(checkpoint.load(tmp_path / "out")) == 20
+    assert main([*flags[:4], "-o", str(folder)]) == 2 and "not a calibration" in capsys.readouterr().err
+    assert (folder / "config.json").is_file()

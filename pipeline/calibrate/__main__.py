@@ -8,10 +8,14 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from export.checkpoint import LAYERS_FILE
+from export.errors import RecipeError
 from pipeline import recipe as recipes
+from pipeline.calibrate.state import ORIGIN_FILE
 from pipeline.command import Answer, Parser, parser, run
+from pipeline.files import remove
 
-DESCRIPTION = "Quantize a model's linears by a recipe and write the checkpoint; a stopped run goes on where it was."
+DESCRIPTION = "Quantize a model's linears by a recipe and write the checkpoint; --resume finishes a stopped run."
 
 
 def make_parser() -> Parser:
@@ -20,6 +24,10 @@ def make_parser() -> Parser:
     made.add_argument("--engine", required=True, metavar="NAME|RECIPE.toml", help="a recipe (see `list`) or a file")
     made.add_argument("-m", "--model", metavar="ID_OR_DIR", help="model folder, hub id or zoo:NAME (default: recipe's)")
     made.add_argument("-o", "--output-dir", type=Path, metavar="DIR", help="folder (default: checkpoints/NAME)")
+    made.add_argument("--calib-size", type=int, help="number of prompts whose trajectories are used")
+    made.add_argument("--seed", type=int, help="of the calibration data and the learning")
+    made.add_argument("--resume", action="store_true", help="go on with an interrupted calibration")
+    made.add_argument("--force", action="store_true", help="replace what is in the folder")
     made.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="any recipe key")
     return made
 
@@ -29,14 +37,39 @@ def work(args: argparse.Namespace, answer: Answer) -> int:
     from export import models
     from pipeline.calibrate import calibrate
 
-    recipe = recipes.with_settings(recipes.load(args.engine), args.set)
-    recipe = replace(recipe, model=args.model or recipe.model)
+    recipe = _recipe(args)
     folder = args.output_dir or Path("checkpoints") / recipe.name
+    _refuse_occupied(folder, args.resume, args.force)
     layers = calibrate(models.load(recipe.model), recipe, folder)
     size_bytes = sum(layer.size_bytes for layer in layers)
     document = {"event": "result", "path": str(folder), "linears": len(layers), "size_bytes": size_bytes}
     answer.document(document, f"{len(layers)} linears, {size_bytes / 1e6:.1f} MB in {folder}")
     return 0
+
+
+def _recipe(args: argparse.Namespace) -> recipes.Recipe:
+    """The recipe with the flags applied."""
+    found = recipes.with_settings(recipes.load(args.engine), args.set)
+    given = {"size": args.calib_size, "seed": args.seed}
+    changes = {key: value for key, value in given.items() if value is not None}
+    return replace(found, model=args.model or found.model, calibrate=replace(found.calibrate, **changes))
+
+
+def _refuse_occupied(folder: Path, resume: bool, force: bool) -> None:
+    """Refuse to touch what another run left, unless told to; `force` removes it."""
+    if folder.exists() and not folder.is_dir():
+        raise RecipeError(f"{folder} is a file; choose another --output-dir")
+    if not folder.is_dir() or not any(folder.iterdir()) or (resume and not force):
+        return
+    if not (folder / ORIGIN_FILE).is_file():
+        raise RecipeError(f"{folder} is not a calibration and is not replaced; choose another --output-dir")
+    if not force:
+        complete = (folder / LAYERS_FILE).is_file()
+        held = (
+            "a finished calibration; add" if complete else "an interrupted calibration; add --resume to finish it, or"
+        )
+        raise RecipeError(f"{folder} holds {held} --force to start again, or choose another --output-dir")
+    remove(folder)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
