@@ -1,0 +1,254 @@
+"""Evolutionary search for group sizes (Q-DiT, arXiv 2406.17343, algorithm 1): which layers need fine groups?
+
+An individual gives every gene (a layer, or the layers of one kind in one block) a group size. Each generation is
+scored, the best of all so far are the parents, and the next generation is half crossover, half mutation. Individuals
+that take more bytes than the budget are not let in: where the paper draws again, here random genes go up to a larger
+group until the rest fits, which ends even where hardly anything fits.
+
+What is scored, and how, is the caller's: a score is a cost, lower is better. Scores are kept in a file after every
+individual. A run that was stopped goes the same way again, since nothing but the seed and the scores decides, and finds
+them there. The number of processes changes nothing either.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from contextlib import contextmanager
+from dataclasses import dataclass
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from export.errors import RecipeError
+from pipeline.files import write_json
+from pipeline.progress import track
+
+logger = logging.getLogger(__name__)
+Individual = tuple[int, ...]  # the group size of every gene
+Score = Callable[[Individual], float]  # cost, lower is better
+TRIES = 100  # draws for a child that was not there before
+
+
+@dataclass(frozen=True)
+class Gene:
+    """A choice: `sizes`, rising, and what all its layers take with each of them in bytes."""
+
+    name: str
+    sizes: tuple[int, ...]
+    size_bytes: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Space:
+    """All genes, and how many bytes an individual may take."""
+
+    genes: tuple[Gene, ...]
+    budget_bytes: int
+
+    def __post_init__(self) -> None:
+        least = sum(min(gene.size_bytes) for gene in self.genes)
+        if least > self.budget_bytes:
+            raise RecipeError(
+                f"the group search may use {self.budget_bytes:,} bytes, but the largest groups take {least:,}; "
+                f"raise the budget or add larger group sizes"
+            )
+
+    def size_bytes(self, individual: Individual) -> int:
+        pairs = zip(self.genes, individual, strict=True)
+        return sum(gene.size_bytes[gene.sizes.index(size)] for gene, size in pairs)
+
+    def fits(self, individual: Individual) -> bool:
+        return self.size_bytes(individual) <= self.budget_bytes
+
+    def uniform(self, size: int) -> Individual:
+        """Everywhere `size`, or the gene's next smaller one, or its smallest."""
+        return tuple(max([one for one in gene.sizes if one <= size] or [gene.sizes[0]]) for gene in self.genes)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How long and how wide. The defaults are those of Q-DiT's script.
+
+    population: of the first generation; later ones are `crossover` + `mutation` children of the best `top`.
+    """
+
+    generations: int = 10
+    population: int = 50
+    top: int = 10
+    crossover: int = 25
+    mutation: int = 25
+    mutation_probability: float = 0.1
+    seed: int = 0
+    workers: int = 1
+
+    def __post_init__(self) -> None:
+        for name in ("generations", "population", "top", "workers"):
+            if getattr(self, name) < 1:
+                raise RecipeError(f"group search: {name} {getattr(self, name)} must be at least 1")
+        if not 0 < self.mutation_probability <= 1:
+            raise RecipeError(f"group search: mutation probability {self.mutation_probability} must be in (0, 1]")
+
+
+@dataclass(frozen=True)
+class Found:
+    """The best individual, its cost, the lowest cost after each generation, and how many were scored."""
+
+    best: Individual
+    cost: float
+    trace: tuple[float, ...]
+    scored: int
+
+
+def search(
+    space: Space, settings: Settings, make_score: Callable[[], Score], path: Path, origin: Mapping[str, Any]
+) -> Found:
+    """The best group sizes. make_score: makes the score, once in every process (so it must be picklable for
+    workers > 1). path: the file of scores; one that was made from another `origin` is not used.
+    """
+    scores = Scores(path, {**origin, "genes": [[gene.name, list(gene.sizes)] for gene in space.genes]})
+    rng = np.random.default_rng(settings.seed)
+    trace: list[float] = []
+    seen: list[Individual] = []  # not all that the file holds: it may be ahead
+    with _scorers(make_score, settings.workers) as score:
+        generation = first_generation(space, settings, rng)
+        for number in range(settings.generations):
+            _score_all(generation, scores, score, f"group search {number + 1}/{settings.generations}")
+            seen = scores.ranked(seen + generation)
+            trace.append(scores.costs[seen[0]])
+            logger.info("group search: generation %d of %d, best %.4f", number + 1, settings.generations, trace[-1])
+            generation = next_generation(space, settings, rng, seen)
+    return Found(seen[0], trace[-1], tuple(trace), len(seen))
+
+
+def first_generation(space: Space, settings: Settings, rng: np.random.Generator) -> list[Individual]:
+    """The uniform individuals that fit, then random ones, each once."""
+    sizes = sorted({size for gene in space.genes for size in gene.sizes})
+    made = [one for one in map(space.uniform, sizes) if space.fits(one)]
+    made = list(dict.fromkeys(made))[: settings.population]
+    return _fill(made, settings.population, set(), lambda: _random(space, rng))
+
+
+def next_generation(
+    space: Space, settings: Settings, rng: np.random.Generator, ranked: Sequence[Individual]
+) -> list[Individual]:
+    """Children of the best `top`, none of which was there before (fewer, where hardly any is new)."""
+    parents, old = ranked[: settings.top], set(ranked)
+
+    def crossed() -> Individual:
+        mother, father = (parents[int(i)] for i in rng.integers(len(parents), size=2))
+        mask = rng.random(len(mother)) < 0.5
+        mixed = tuple(a if own else b for a, b, own in zip(mother, father, mask, strict=True))
+        return _repaired(space, mixed, rng)
+
+    def mutated() -> Individual:
+        parent, other = parents[int(rng.integers(len(parents)))], _random(space, rng)
+        mask = rng.random(len(parent)) < settings.mutation_probability
+        changed = tuple(b if change else a for a, b, change in zip(parent, other, mask, strict=True))
+        return _repaired(space, changed, rng)
+
+    children = _fill([], settings.crossover, old, crossed)
+    return _fill(children, len(children) + settings.mutation, old, mutated)
+
+
+def _fill(made: list[Individual], count: int, old: set[Individual], draw: Callable[[], Individual]) -> list[Individual]:
+    """`made` filled up to `count` with individuals that are in neither; given up after TRIES draws in a row."""
+    tries = 0
+    while len(made) < count and tries < TRIES:
+        child = draw()
+        tries += 1
+        if child not in old and child not in made:
+            made.append(child)
+            tries = 0
+    return made
+
+
+def _random(space: Space, rng: np.random.Generator) -> Individual:
+    drawn = tuple(gene.sizes[int(rng.integers(len(gene.sizes)))] for gene in space.genes)
+    return _repaired(space, drawn, rng)
+
+
+def _repaired(space: Space, individual: Individual, rng: np.random.Generator) -> Individual:
+    """The individual, random genes moved to their next larger size until it fits."""
+    sizes = list(individual)
+    while not space.fits(tuple(sizes)):
+        able = [i for i, gene in enumerate(space.genes) if sizes[i] != gene.sizes[-1]]
+        i = able[int(rng.integers(len(able)))]
+        choices = space.genes[i].sizes
+        sizes[i] = choices[choices.index(sizes[i]) + 1]
+    return tuple(sizes)
+
+
+class Scores:
+    """Costs by individual, in a JSON file that is written anew with every one."""
+
+    def __init__(self, path: Path, origin: Mapping[str, Any]) -> None:
+        self.path, self.origin = path, json.loads(json.dumps(origin))
+        self.costs: dict[Individual, float] = {}
+        document = json.loads(path.read_text()) if path.is_file() else {}
+        if document.get("origin") == self.origin:
+            self.costs = {_sizes(key): float(cost) for key, cost in document["costs"].items()}
+
+    def add(self, individual: Individual, cost: float) -> None:
+        """A cost that is no number counts as the worst."""
+        self.costs[individual] = math.inf if math.isnan(cost) else float(cost)
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        write_json(self.path, {"origin": self.origin, "costs": {_key(one): cost for one, cost in self.costs.items()}})
+
+    def ranked(self, individuals: Iterable[Individual]) -> list[Individual]:
+        """Best first; of equals the one with the larger groups."""
+        return sorted(individuals, key=lambda one: (self.costs[one], tuple(-size for size in one)))
+
+
+def _key(individual: Individual) -> str:
+    return ",".join(map(str, individual))
+
+
+def _sizes(key: str) -> Individual:
+    return tuple(int(part) for part in key.split(","))
+
+
+def _score_all(
+    generation: Sequence[Individual], scores: Scores, score: Callable[[list[Individual]], Any], label: str
+) -> None:
+    left = [one for one in generation if one not in scores.costs]
+    for individual, cost in track(score(left), len(generation), label, len(generation) - len(left)):
+        scores.add(individual, cost)
+
+
+Scored = Iterator[tuple[Individual, float]]
+
+
+@contextmanager
+def _scorers(make_score: Callable[[], Score], workers: int) -> Iterator[Callable[[list[Individual]], Scored]]:
+    """A function that scores individuals, in any order: here, or in processes that each make the score once."""
+    if workers == 1:
+        score = make_score()
+        yield lambda individuals: ((one, score(one)) for one in individuals)
+        return
+    pool = ProcessPoolExecutor(workers, get_context("spawn"), _start, (make_score,))
+
+    def scored(individuals: list[Individual]) -> Scored:
+        waiting = {pool.submit(_score, one): one for one in individuals}
+        yield from ((waiting[done], done.result()) for done in as_completed(waiting))
+
+    try:
+        yield scored
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+_made: dict[str, Score] = {}
+
+
+def _start(make_score: Callable[[], Score]) -> None:
+    _made["score"] = make_score()
+
+
+def _score(individual: Individual) -> float:
+    return _made["score"](individual)
