@@ -12,6 +12,7 @@ from typing import Any
 from export.errors import ContractError, EnvironmentLacksError, RecipeError
 from pipeline import machine, manifest, recipe
 from pipeline.backends.base import Engine
+from pipeline.backends.rtx_run import machine_problem, release
 from pipeline.files import sha256, tree
 
 logger = logging.getLogger(__name__)
@@ -112,15 +113,6 @@ def _verify_file(path: Path, row: Mapping[str, Any]) -> None:
 # --- does a target fit this machine? -------------------------------------------------------------------------------
 
 
-def release(version: str) -> tuple[str, ...]:
-    """Major and minor number of a version.
-
-    >>> release("1.7.1.116")
-    ('1', '7')
-    """
-    return tuple(version.split(".")[:2])
-
-
 def _cpu_problem(document: Mapping[str, Any]) -> str:
     if not machine.tool_version("onnxruntime"):
         return "target cpu needs onnxruntime; install with: pip install onnxruntime"
@@ -147,15 +139,10 @@ def _lacking(row: Mapping[str, Any]) -> list[str]:
 
 
 def _rtx_problem(document: Mapping[str, Any]) -> str:
-    built, found = document["tools"].get("tensorrt_rtx", ""), machine.tool_version("tensorrt_rtx")
+    found = machine.tool_version("tensorrt_rtx")
     if not found:
         return "target rtx needs tensorrt-rtx; install with: pip install tensorrt-rtx"
-    if release(built) != release(found):
-        return f"target rtx was built with tensorrt-rtx {built}, this is {found}; install that release or rebuild"
-    sm, listed = cuda_sm(), document["recipe"]["rtx"]["sm"]
-    if sm == 0:
-        return "target rtx needs an NVIDIA GPU with its driver; none is visible"
-    return "" if sm in listed else f"target rtx was built for SM {listed}, this GPU is SM {sm}; add --target-sm {sm}"
+    return machine_problem(document["targets"]["rtx"]["metadata"], found, cuda_sm())
 
 
 FITNESS: dict[str, Callable[[Mapping[str, Any]], str]] = {"cpu": _cpu_problem, "rtx": _rtx_problem}

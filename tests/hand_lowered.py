@@ -60,34 +60,37 @@ def lower(layers: list[QuantizedLinear], path: Path) -> LoweredGraph:
     return LoweredGraph(path, tuple(rows), choices)
 
 
+# (op, inputs, output) of one linear; inputs in SHARED are the model's, the others the layer's.
+STEPS = (
+    ("Abs", ["x"], "abs"),
+    ("ReduceMax", ["abs", "last"], "top"),
+    ("Max", ["top", "floor"], "m"),
+    ("Div", ["max", "m"], "inv"),
+    ("Mul", ["inv", "magic"], "minv"),
+    ("Mul", ["abs", "minv"], "grown"),
+    ("Max", ["grown", "least"], "c"),
+    ("Mul", ["abs", "inv"], "q"),
+    ("Sub", ["q", "c"], "down"),
+    ("Add", ["down", "c"], "r"),
+    ("Sign", ["x"], "sign"),
+    ("Mul", ["r", "sign"], "image"),
+    ("QuantizeLinear", ["image", "one", "zero"], "u8"),
+    ("Mul", ["m", "unit"], "scale"),
+    ("MatMulInteger", ["u8", "weight", "zero"], "sum"),
+    ("Cast", ["sum"], "gemm"),
+    ("Mul", ["gemm", "channel"], "scaled"),
+    ("Mul", ["scaled", "scale"], "product"),
+    ("Add", ["product", "bias"], "y"),
+)
+SHARED = {"max", "floor", "magic", "least", "one", "zero", "unit", "last"}
+
+
 def _linear_nodes(layer: QuantizedLinear, x: str) -> tuple[list[onnx.NodeProto], dict[str, np.ndarray], ProbeRow]:
     name = layer.name
-    steps = (
-        ("Abs", [x], "abs"),
-        ("ReduceMax", ["abs", "last"], "top"),
-        ("Max", ["top", "floor"], "m"),
-        ("Div", ["max", "m"], "inv"),
-        ("Mul", ["inv", "magic"], "minv"),
-        ("Mul", ["abs", "minv"], "grown"),
-        ("Max", ["grown", "least"], "c"),
-        ("Mul", ["abs", "inv"], "q"),
-        ("Sub", ["q", "c"], "down"),
-        ("Add", ["down", "c"], "r"),
-        ("Sign", [x], "sign"),
-        ("Mul", ["r", "sign"], "image"),
-        ("QuantizeLinear", ["image", "one", "zero"], "u8"),
-        ("Mul", ["m", "unit"], "scale"),
-        ("MatMulInteger", ["u8", "weight", "zero"], "sum"),
-        ("Cast", ["sum"], "gemm"),
-        ("Mul", ["gemm", "channel"], "scaled"),
-        ("Mul", ["scaled", "scale"], "product"),
-        ("Add", ["product", "bias"], "y"),
-    )
-    shared = {"max", "floor", "magic", "least", "one", "zero", "unit", "last", x}
     nodes = []
-    for op, short, output in steps:
+    for op, short, output in STEPS:
         attributes = {"to": TensorProto.FLOAT} if op == "Cast" else {}
-        inputs = [item if item in shared else f"{name}/{item}" for item in short]
+        inputs = [x if item == "x" else item if item in SHARED else f"{name}/{item}" for item in short]
         nodes.append(helper.make_node(op, inputs, [f"{name}/{output}"], name=f"{name}/{output}", **attributes))
     weight = np.ascontiguousarray(layer.image().T.astype(np.int8))
     tensors = {f"{name}/weight": weight, f"{name}/channel": layer.scales[:, 0] / 16, f"{name}/bias": layer.bias}

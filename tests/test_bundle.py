@@ -125,8 +125,10 @@ def with_versions(monkeypatch: pytest.MonkeyPatch, **versions: str) -> None:
 
 
 def opened(tools: dict[str, str], *targets: str) -> bundles.Bundle:
-    recipe = {"name": "small", "model": "here", "rtx": {"sm": [89, 120]}}
-    return bundles.Bundle(Path("small"), {"targets": {name: {} for name in targets}, "tools": tools, "recipe": recipe})
+    built = {"tensorrt_rtx": tools.get("tensorrt_rtx"), "compute_capabilities": [89, 120]}
+    rows = {name: {"metadata": built if name == "rtx" else {}} for name in targets}
+    document = {"targets": rows, "tools": tools, "recipe": {"name": "small", "model": "here"}}
+    return bundles.Bundle(Path("small"), document)
 
 
 CPU, BOTH = {"onnxruntime": "1.31.1"}, {"onnxruntime": "1.31.1", "tensorrt_rtx": "1.7.1.116"}
@@ -168,7 +170,9 @@ def test_auto_takes_the_fastest_target_that_fits(
     assert opened(BOTH, "cpu", "rtx").choose() == chosen
 
 
-@pytest.mark.parametrize(("sm", "message"), [(0, "needs an NVIDIA GPU"), (86, "this GPU is SM 86; add --target-sm 86")])
+@pytest.mark.parametrize(
+    ("sm", "message"), [(0, "needs an NVIDIA RTX GPU"), (86, "this GPU is SM 86; build again with --target-sm 86")]
+)
 def test_a_named_target_that_does_not_fit_is_refused(monkeypatch: pytest.MonkeyPatch, sm: int, message: str) -> None:
     with_versions(monkeypatch, **BOTH)
     monkeypatch.setattr(bundles, "cuda_sm", lambda: sm)
