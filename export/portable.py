@@ -11,9 +11,12 @@ from numpy.typing import NDArray
 
 from export.checkpoint import QuantizedLinear
 from export.errors import ContractError
-from export.formats import unpack
+from export.formats import get_format, unpack
+from export.low_rank_graph import ROUTER
 from export.ops import DOMAIN
-from export.quantize_graph import GRANULARITY_KEY, KIND_KEY, LAYER_KEY
+from export.quantize_graph import GRANULARITY_KEY, KIND_KEY, LAYER_KEY, QUANTIZERS
+from export.router import ARRAYS as ROUTER_ARRAYS
+from export.router import Router
 
 
 def read_layers(path: Path) -> list[QuantizedLinear]:
@@ -28,10 +31,11 @@ def read_layers(path: Path) -> list[QuantizedLinear]:
             nodes.setdefault(layer, {})[(node.name or "").removeprefix(f"{layer}/")] = node
     if not nodes:
         raise ContractError(f"{path}: no quantized linear in it; it is not a portable model, or one lowered already")
-    return [_read_layer(path, layer, roles) for layer, roles in nodes.items()]
+    router = _read_router(path, model)
+    return [_read_layer(path, layer, roles, router) for layer, roles in nodes.items()]
 
 
-def _read_layer(path: Path, layer: str, nodes: dict[str, ir.Node]) -> QuantizedLinear:
+def _read_layer(path: Path, layer: str, nodes: dict[str, ir.Node], router: Router | None) -> QuantizedLinear:
     missing = {"quantize", "weight", "matmul"} - set(nodes)
     if missing:
         raise ContractError(f"{path}: layer {layer} has no node {layer}/{min(missing)}; export the model again")
@@ -48,14 +52,51 @@ def _read_layer(path: Path, layer: str, nodes: dict[str, ir.Node]) -> QuantizedL
         kind=weight.metadata_props[KIND_KEY],
         in_features=found["in_features"],
         weight_format=found["format"],
-        activation_format=nodes["quantize"].attributes["format"].value,
         granularity=granularity,
         group_size=found["group_size"],
         codes=codes,
         scales=scales,
         multipliers=multipliers,
         bias=None if bias is None else _array(path, bias, 1),
+        **_activation(path, nodes["quantize"]),
+        **_around(path, nodes),
+        router=router if "low_rank" in nodes else None,
     )
+
+
+def _activation(path: Path, quantizer: ir.Node) -> dict[str, Any]:
+    """Format and scaling of the activation, and the constants of a static one."""
+    scaling = next(key for key, (op, _) in QUANTIZERS.items() if op == quantizer.op_type)
+    found = {"activation_format": quantizer.attributes["format"].value, "activation_scaling": scaling}
+    if scaling == "token_group":
+        found["activation_group"] = quantizer.attributes["group_size"].value
+    if scaling == "per_tensor":
+        found["activation_scale"] = _array(path, quantizer, 1)
+        if not get_format(found["activation_format"]).sign_bits:
+            found["activation_zero"] = _array(path, quantizer, 2)
+    return found
+
+
+def _around(path: Path, nodes: dict[str, ir.Node]) -> dict[str, Any]:
+    """Balance of the input and low-rank branches, as far as the layer has them."""
+    balance = {"input_multiplier": "multiply", "input_offset": "offset"}
+    found = {key: _array(path, nodes[role], 1) for key, role in balance.items() if role in nodes}
+    for key in ("lora_down", "lora_up"):
+        if key in nodes:
+            turned = _array(path, nodes[key], 0).transpose(0, 2, 1)
+            found[key] = np.ascontiguousarray(turned.astype(np.float32))
+    return found
+
+
+def _read_router(path: Path, model: ir.Model) -> Router | None:
+    stored = {key: model.graph.initializers.get(f"{ROUTER}.{key}") for key in ROUTER_ARRAYS}
+    arrays = {key: value.const_value for key, value in stored.items() if value is not None}
+    if not arrays:
+        return None
+    missing = [key for key in ROUTER_ARRAYS if arrays.get(key) is None]
+    if missing:
+        raise ContractError(f"{path}: the router has no tensor {ROUTER}.{missing[0]}; export the model again")
+    return Router(**{key: tensor.numpy() for key, tensor in arrays.items() if tensor is not None})
 
 
 def _array(path: Path, node: ir.Node, index: int) -> NDArray[Any]:

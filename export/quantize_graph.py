@@ -1,24 +1,46 @@
 """Put quantized linears into a graph: each placeholder node becomes quantize, dequantize, MatMul and bias.
 
+In front of the quantizer may stand a factor and an offset per input channel, behind the bias a low-rank branch. Every
+layer has its own nodes and tensors here, so that it can be read back; passes merge what is equal.
+
 A placeholder is a node `fpq.QuantizedLinear(x)` with the layer's name as attribute, left by the exporter where the
 module had a linear; its weight never enters the graph as floats.
 """
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from export.checkpoint import QuantizedLinear
+from export.checkpoint import QuantizedLinear, shared_router
 from export.embedding import exact_multipliers
 from export.errors import ContractError
 from export.formats import pack
-from export.ops import DOMAIN, OPS, VERSION, attributes, no_multipliers
+from export.graph_builder import KIND_KEY, LAYER_KEY, LayerBuilder
+from export.low_rank_graph import add_low_rank, add_router
+from export.ops import DOMAIN, OPS, VERSION, no_multipliers
+
+__all__ = [
+    "GRANULARITY_KEY",
+    "KIND_KEY",
+    "LAYER_KEY",
+    "PLACEHOLDER",
+    "QUANTIZERS",
+    "multiplier_table",
+    "quantize_graph",
+]
 
 PLACEHOLDER = "QuantizedLinear"
-LAYER_KEY, KIND_KEY, GRANULARITY_KEY = "fpq.layer", "fpq.kind", "fpq.granularity"
-USED_OPS = ("QuantizeActivation", "DequantizeActivation", "DequantizeWeight")
+GRANULARITY_KEY = "fpq.granularity"
+# Activation scaling -> its quantizer and the inverse.
+QUANTIZERS = {
+    "per_token": ("QuantizeActivation", "DequantizeActivation"),
+    "per_tensor": ("QuantizeStatic", "DequantizeStatic"),
+    "token_group": ("QuantizeGroups", "DequantizeGroups"),
+}
 
 
 def quantize_graph(model: ir.Model, layers: list[QuantizedLinear]) -> None:
@@ -29,9 +51,12 @@ def quantize_graph(model: ir.Model, layers: list[QuantizedLinear]) -> None:
     nodes = {str(node.attributes["layer"].value): node for node in model.graph if _is_placeholder(node)}
     by_name = {layer.name: layer for layer in layers}
     _check_coverage(nodes, by_name)
+    router = shared_router(layers)
+    branch = None if router is None else add_router(model.graph, router)
     for name, node in nodes.items():
-        _replace(model.graph, node, by_name[name])
-    for op in USED_OPS:
+        _replace(model.graph, node, by_name[name], branch)
+    used = {layer.activation_scaling for layer in layers}
+    for op in (*(op for scaling, pair in QUANTIZERS.items() if scaling in used for op in pair), "DequantizeWeight"):
         function = ir.serde.deserialize_function(OPS[op].function())
         model.functions[function.identifier()] = function
     model.opset_imports[DOMAIN] = VERSION
@@ -52,83 +77,76 @@ def _check_coverage(nodes: dict[str, ir.Node], by_name: dict[str, QuantizedLinea
         raise ContractError(f"{name}: quantized, but no node of the graph uses it; does the model skip this layer?")
 
 
-def _replace(graph: ir.Graph, node: ir.Node, layer: QuantizedLinear) -> None:
-    """x -> QuantizeActivation -> DequantizeActivation -> MatMul(., DequantizeWeight) -> Add bias."""
-    build = _Builder(graph, node, layer)
+def _replace(graph: ir.Graph, node: ir.Node, layer: QuantizedLinear, branch: ir.Value | None) -> None:
+    """x [-> Mul -> Add] -> quantize -> dequantize -> MatMul(., DequantizeWeight) -> Add bias [-> Add low-rank]."""
+    build = LayerBuilder(graph, node, layer)
     x, output = node.inputs[0], node.outputs[0]
     assert x is not None
-    activation = attributes("QuantizeActivation", format=layer.activation_format)
-    codes, scale = build.node("quantize", "QuantizeActivation", [x], activation, outputs=2)
-    decode = attributes("DequantizeActivation", format=layer.activation_format)
-    (value,) = build.node("dequantize", "DequantizeActivation", [codes, scale], decode)
-    (weight,) = build.node("weight", "DequantizeWeight", build.weight_inputs(), build.weight_attributes())
-    (result,) = build.node("matmul", "MatMul", [value, weight], domain="")
-    result.shape = output.shape
+    value = _rounded(build, _balanced(build, x))
+    weight = _weight(build)
+    result = build.plain("matmul", "MatMul", value, weight)
     if layer.bias is not None:
-        (result,) = build.node("bias", "Add", [result, build.constant("bias", layer.bias)], domain="")
+        result.shape = output.shape
+        result = build.plain("bias", "Add", result, build.constant("bias", layer.bias))
+    if branch is not None and layer.router is not None:
+        result.shape = output.shape
+        result = build.plain("add_low_rank", "Add", result, add_low_rank(build, x, branch))
     result.name, result.shape, result.type = f"{layer.name}/output", output.shape, output.type
-    codes.shape = value.shape = x.shape
-    scale.shape = None if x.shape is None else ir.Shape([*x.shape[:-1], 1])
-    weight.shape = ir.Shape([layer.in_features, layer.out_features])
     ir.convenience.replace_all_uses_with(output, result)
     graph.remove(node, safe=True)
 
 
-class _Builder:
-    """Inserts the nodes and initializers of one layer before its placeholder."""
+def _balanced(build: LayerBuilder, x: ir.Value) -> ir.Value:
+    """x * input_multiplier + input_offset, where the layer has them."""
+    for role, op, key in (("multiply", "Mul", "input_multiplier"), ("offset", "Add", "input_offset")):
+        array, shape = getattr(build.layer, key), x.shape
+        if array is not None:
+            x = build.plain(role, op, x, build.constant(key, array))
+            x.shape = shape
+    return x
 
-    def __init__(self, graph: ir.Graph, before: ir.Node, layer: QuantizedLinear) -> None:
-        self.graph, self.before, self.layer = graph, before, layer
-        self.multipliers = multiplier_table(layer)
-        self.metadata = {LAYER_KEY: layer.name, KIND_KEY: layer.kind}
 
-    def node(
-        self,
-        role: str,
-        op: str,
-        inputs: list[ir.Value],
-        choices: dict | None = None,
-        domain: str = DOMAIN,
-        outputs: int = 1,
-    ) -> list[ir.Value]:
-        """Insert a node named "layer/role"; its outputs are named after it."""
-        name = f"{self.layer.name}/{role}"
-        found = ir.convenience.convert_attributes(choices or {})
-        made = ir.Node(domain, op, inputs, found, num_outputs=outputs, name=name, metadata_props=dict(self.metadata))
-        if role == "weight":
-            made.metadata_props[GRANULARITY_KEY] = self.layer.granularity
-        types = [ir.DataType.UINT8, ir.DataType.FLOAT] if outputs == 2 else [ir.DataType.FLOAT]
-        for value, suffix, kind in zip(made.outputs, ("", "/scale"), types, strict=False):
-            value.name, value.type = name + suffix, ir.TensorType(kind)
-        self.graph.insert_before(self.before, made)
-        return list(made.outputs)
+def _rounded(build: LayerBuilder, x: ir.Value) -> ir.Value:
+    """x -> quantize -> dequantize."""
+    layer = build.layer
+    choices: dict[str, Any] = {"format": layer.activation_format}
+    constants = []
+    if layer.activation_scaling == "token_group":
+        choices |= {"in_features": layer.in_features, "group_size": layer.activation_group}
+    if layer.activation_scale is not None:
+        zero = np.zeros(1, np.float32) if layer.activation_zero is None else layer.activation_zero
+        arrays = {"activation_scale": layer.activation_scale, "activation_zero": zero}
+        constants = [build.constant(key, array) for key, array in arrays.items()]
+    quantizer, inverse = QUANTIZERS[layer.activation_scaling]
+    codes, *scale = build.fpq("quantize", quantizer, x, *constants, **choices)
+    (value,) = build.fpq("dequantize", inverse, codes, *scale, *constants, **choices)
+    codes.shape = value.shape = x.shape
+    for item in scale:
+        item.shape = None if x.shape is None else ir.Shape([*x.shape[:-1], layer.activation_groups])
+    return value
 
-    def constant(self, key: str, array: NDArray) -> ir.Value:
-        """Register the initializer "layer.key"."""
-        return add_initializer(self.graph, ir.tensor(np.ascontiguousarray(array), name=f"{self.layer.name}.{key}"))
 
-    def weight_inputs(self) -> list[ir.Value]:
-        arrays: dict[str, NDArray] = {
-            "codes": self.layer.codes,
-            "scales": self.layer.scales,
-            "multipliers": self._multiplier_codes(),
-        }
-        return [self.constant(key, array) for key, array in arrays.items()]
+def _weight(build: LayerBuilder) -> ir.Value:
+    """DequantizeWeight of the stored codes, [K, N]."""
+    layer, table = build.layer, multiplier_table(build.layer)
+    group_size = 0 if layer.granularity == "per_channel" else layer.group_size
+    multipliers = _multiplier_codes(layer, table, group_size)
+    arrays: dict[str, NDArray[Any]] = {"codes": layer.codes, "scales": layer.scales, "multipliers": multipliers}
+    stored = [build.constant(key, array) for key, array in arrays.items()]
+    choices = {"in_features": layer.in_features, "group_size": group_size, "multipliers": table}
+    (weight,) = build.fpq("weight", "DequantizeWeight", *stored, format=layer.weight_format, **choices)
+    node = weight.producer()
+    assert node is not None
+    node.metadata_props[GRANULARITY_KEY] = layer.granularity
+    weight.shape = ir.Shape([layer.in_features, layer.out_features])
+    return weight
 
-    def _multiplier_codes(self) -> NDArray[np.uint8]:
-        """4-bit indices into the table, packed two in a byte; one row of zeros where there are no multipliers."""
-        if self.layer.multipliers is None:
-            return no_multipliers(self.layer.in_features, self._group_size)
-        return pack(np.searchsorted(self.multipliers, self.layer.multipliers).astype(np.uint8), 4)
 
-    @property
-    def _group_size(self) -> int:
-        return 0 if self.layer.granularity == "per_channel" else self.layer.group_size
-
-    def weight_attributes(self) -> dict:
-        layer, table = self.layer, self.multipliers
-        grouping = {"in_features": layer.in_features, "group_size": self._group_size, "multipliers": table}
-        return attributes("DequantizeWeight", format=layer.weight_format, **grouping)
+def _multiplier_codes(layer: QuantizedLinear, table: tuple[int, ...], group_size: int) -> NDArray[np.uint8]:
+    """4-bit indices into the table, packed two in a byte; one row of zeros where there are no multipliers."""
+    if layer.multipliers is None:
+        return no_multipliers(layer.in_features, group_size)
+    return pack(np.searchsorted(table, layer.multipliers).astype(np.uint8), 4)
 
 
 def multiplier_table(layer: QuantizedLinear) -> tuple[int, ...]:
@@ -142,11 +160,3 @@ def multiplier_table(layer: QuantizedLinear) -> tuple[int, ...]:
     if len(used) > 16:
         raise ContractError(f"{layer.name}: {len(used)} different group multipliers; a 4-bit index reaches 16")
     return used
-
-
-def add_initializer(graph: ir.Graph, tensor: ir.TensorProtocol) -> ir.Value:
-    """Register `tensor` under its name as an initializer of the graph."""
-    kind = ir.TensorType(tensor.dtype)
-    value = ir.Value(name=tensor.name, shape=ir.Shape(list(tensor.shape.numpy())), type=kind, const_value=tensor)
-    graph.register_initializer(value)
-    return value

@@ -20,8 +20,9 @@ import onnx_ir as ir
 
 from export.checkpoint import QuantizedLinear
 from export.errors import ContractError, ResourceError
+from export.graph_builder import add_initializer
 from export.models import LoadedModel, denoiser, sample_inputs
-from export.quantize_graph import add_initializer, quantize_graph
+from export.quantize_graph import quantize_graph
 
 logger = logging.getLogger(__name__)
 # Sizes of the traced example: two different numbers above 1, so that no axis is mistaken for another.

@@ -86,3 +86,20 @@ def expected_output(layer: QuantizedLinear, x: Any, timesteps: Any) -> Any:
                 y = y + layer.lora_up[h].astype(np.float64) @ (layer.lora_down[h].astype(np.float64) @ token)
             found[b, s] = y
     return found
+
+
+def mixed(layers: list[QuantizedLinear], of: Router | None = None) -> list[QuantizedLinear]:
+    """Layers of a model, each with something else that a method may have learned; q, k and v of one input differ."""
+    of = of or router()
+    return [CASES[index % len(CASES)](layer, of) for index, layer in enumerate(layers)]
+
+
+CASES: tuple[Any, ...] = (
+    lambda layer, of: with_scaling(layer, "per_tensor"),
+    lambda layer, of: with_scaling(layer, "zero"),
+    lambda layer, of: with_scaling(layer, "token_group"),
+    lambda layer, of: with_balance(layer),
+    lambda layer, of: with_low_rank(layer, of, half=True),
+    lambda layer, of: layer,
+    lambda layer, of: with_low_rank(with_balance(with_scaling(layer, "zero")), of),
+)
