@@ -102,6 +102,19 @@ def test_killed_at_every_stage_in_turn(model: Path, undisturbed: Path, tmp_path:
     load(output)
 
 
+def test_an_rtx_build_killed_in_its_stages_ends_in_the_same_bytes(model: Path, tmp_path: Path) -> None:
+    pytest.importorskip("tensorrt_rtx", reason="tensorrt-rtx is not installed: pip install tensorrt-rtx")
+    both, whole, output = ("--target", "cpu,rtx", "--target-sm", "89"), tmp_path / "whole/e", tmp_path / "engines/e"
+    build(model, whole, *both)
+    for stage in ("rtx", "verify"):
+        code, _ = stop_at(stage, signal.SIGKILL, model, output, *both, "--resume")
+        assert code == -signal.SIGKILL, f"the build ended before {stage}"
+        assert not output.exists()
+    events = build(model, output, *both, "--resume")
+    assert "rtx" in [event["name"] for event in events if event.get("status") == "resumed"]
+    assert (output / "rtx/model.engine").is_file() and content(output) == content(whole)
+
+
 def test_ctrl_c_saves_the_state_and_says_so(model: Path, undisturbed: Path, tmp_path: Path) -> None:
     output = tmp_path / "engines/e"
     code, rest = stop_at("export", signal.SIGINT, model, output)
