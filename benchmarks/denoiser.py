@@ -61,11 +61,13 @@ else:
     import onnxruntime
     started = time.perf_counter()
     session = open_stock_session(path)
-    run = lambda feeds: session.run(None, feeds)
+    run = lambda feeds: {"sample": session.run(None, feeds)[0]}
 load_s = time.perf_counter() - started
-feeds = dict(np.load(inputs))
-run(feeds), run(feeds)
 from pipeline.machine import peak_memory_bytes
+from pipeline.sampling import make_sampler, sample
+feeds = dict(np.load(inputs))
+condition = {name: value for name, value in feeds.items() if name not in ("hidden_states", "timestep")}
+sample(run, (condition, condition), feeds["hidden_states"], make_sampler("ddim", 2), 4.5)
 print(json.dumps({"load_s": load_s, "peak_rss_bytes": peak_memory_bytes()}))
 """
 
@@ -128,7 +130,8 @@ def measure(model: LoadedModel, folder: Path, engine: CpuEngine, batch: int, rou
 
 
 def load_and_memory(folder: Path, inputs: Arrays) -> dict[str, dict[str, float]]:
-    """Median seconds to open, and peak resident bytes of opening and two calls, of each in fresh processes."""
+    """Median seconds to open, and peak resident bytes of opening and drawing (two steps with guidance, the loop of
+    `generate`), of each in fresh processes."""
     np.savez(folder / "inputs.npz", allow_pickle=False, **inputs)
     places = {"engine": ("engine", folder / "cpu")}
     places |= {name: ("onnxruntime", folder / f"{name}.onnx") for name in BASELINES}
