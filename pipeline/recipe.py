@@ -83,6 +83,16 @@ class Calibrate:
 
 
 @dataclass(frozen=True)
+class Cpu:
+    """Options of the `cpu` target. path: "stock" is onnxruntime alone; "native" adds fused ops, compiled here."""
+
+    path: str = "stock"
+
+    def __post_init__(self) -> None:
+        _check(self.path in ("stock", "native"), f"cpu.path {self.path!r}; use stock or native")
+
+
+@dataclass(frozen=True)
 class Rtx:
     """Options of the `rtx` target: how weights are stored, the GPUs it is built for, and the precision of the rest.
 
@@ -142,6 +152,7 @@ class Recipe:
     calibrate: Calibrate = Calibrate()
     sampling: Sampling = Sampling()
     budgets: Budgets = Budgets()
+    cpu: Cpu = Cpu()
     rtx: Rtx = Rtx()
 
     def __post_init__(self) -> None:

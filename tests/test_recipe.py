@@ -38,6 +38,7 @@ OTHER = {
     "sampling.seed": 9,
     "budgets.quant_sqnr_db": 1.25,
     "budgets.final_psnr_fp_db": 30.5,
+    "cpu.path": "native",
     "rtx.weights": "int4",
     "rtx.sm": (89,),
     "rtx.attention": "fp32",
