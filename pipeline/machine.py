@@ -29,6 +29,7 @@ TOOLS = {
     "tensorrt_rtx": "tensorrt-rtx",
     "triton": "triton",
 }
+SOURCES = (".py", ".c", ".h")
 CPU_FLAGS = ("avx2", "avx512f", "avx512_vnni", "avx_vnni", "avx512_bf16", "amx_int8", "asimddp", "i8mm")
 
 
@@ -60,7 +61,7 @@ def code_version() -> str:
     root = Path(__file__).resolve().parent.parent
     digest = hashlib.sha256()
     for package in ("export", "plugins", "pipeline"):
-        for path in sorted((root / package).rglob("*.py")):
+        for path in sorted(path for path in (root / package).rglob("*") if path.suffix in SOURCES):
             digest.update(path.relative_to(root).as_posix().encode() + b"\0" + path.read_bytes() + b"\0")
     return digest.hexdigest()
 

@@ -21,6 +21,7 @@ from onnx.external_data_helper import ExternalDataInfo
 from export.errors import ContractError
 from pipeline.backends.base import Arrays, LoweredGraph, ProbeRow
 from pipeline.gates import LinearProbe
+from plugins.cpu import library
 
 logger = logging.getLogger(__name__)
 # Layers of the first batch, and bytes of probed tensors that later batches may hold at once.
@@ -143,6 +144,7 @@ def open_session(model: onnx.ModelProto, folder: Path) -> Any:
     options.enable_cpu_mem_arena = options.enable_mem_pattern = False
     options.add_session_config_entry(FOLDER_OPTION, str(folder.resolve()))
     options.add_session_config_entry("session.force_spinning_stop", "1")
+    library.register(options, folder)
     return onnxruntime.InferenceSession(
         model.SerializeToString(), options, ["CPUExecutionProvider"], disabled_optimizers=["ConstantFolding"]
     )

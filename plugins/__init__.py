@@ -1,1 +1,1 @@
-"""The place of kernels and their bindings for GPU targets; empty in this version."""
+"""Kernels and their bindings; they know no graphs. GPU targets have their place here and nothing yet."""

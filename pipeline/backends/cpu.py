@@ -1,4 +1,4 @@
-"""The `cpu` target: integer GEMMs in stock onnxruntime, weights expanded once into int8."""
+"""The `cpu` target: integer GEMMs in stock onnxruntime, weights expanded once into int8, optionally ops of our own."""
 
 from __future__ import annotations
 
@@ -6,13 +6,24 @@ import json
 import logging
 import os
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from export.errors import ContractError, EnvironmentLacksError
+from export.errors import ContractError, EnvironmentLacksError, RecipeError
 from pipeline import machine
-from pipeline.backends.base import WIDE_SUM, BuildResult, Capabilities, Engine, GemmRow, LoweredGraph
+from pipeline.backends.base import (
+    WIDE_SUM,
+    BuildResult,
+    Capabilities,
+    Choice,
+    Engine,
+    GemmRow,
+    LoweredGraph,
+    ProbeRow,
+)
 from pipeline.backends.cpu_engine import CONDITION, MODEL, CpuEngine
+from plugins.cpu import library
 
 logger = logging.getLogger(__name__)
 DATA, METADATA = "model.onnx.data", "metadata.json"
@@ -28,7 +39,13 @@ WIDE_SUM_FLAGS = frozenset({"avx512_vnni", "avx_vnni", "amx_int8", "asimddp", "i
 
 def capabilities(flags: tuple[str, ...]) -> Capabilities:
     """What a CPU with these instruction sets runs."""
-    return Capabilities("cpu", GEMMS, frozenset({WIDE_SUM}) if WIDE_SUM_FLAGS & set(flags) else frozenset())
+    wide = {WIDE_SUM} if WIDE_SUM_FLAGS & set(flags) else set()
+    return Capabilities("cpu", GEMMS, frozenset(wide | {library.requirement()}))
+
+
+def native(recipe: Any) -> bool:
+    """Does the recipe ask for the native ops? Without a recipe: no."""
+    return recipe is not None and recipe.cpu.path == "native"
 
 
 class CpuBackend:
@@ -40,12 +57,12 @@ class CpuBackend:
         self.capabilities = capabilities(machine.cpu_flags() if flags is None else flags)
 
     def problems(self, recipe: Any) -> list[str]:
-        """What is missing for a build: only onnxruntime can be."""
+        """What is missing for a build: onnxruntime, or a C compiler for the native ops."""
         try:
             machine.require(("onnxruntime",), "target cpu")
         except EnvironmentLacksError as error:
             return [str(error)]
-        return []
+        return library.problems() if native(recipe) else []
 
     def lower(self, portable: Path, work_dir: Path, recipe: Any) -> LoweredGraph:
         """Write model.onnx and model.onnx.data, lowered, into `work_dir`; weights stream from the portable file."""
@@ -61,29 +78,37 @@ class CpuBackend:
         lowering(model)
         if not lowering.choices:
             raise ContractError(f"{portable} has no quantized linear to lower; export the model again")
+        choices, needs = lowering.choices, set(lowering.needs)
+        if native(recipe):
+            choices = use_native(model, choices, lowering.probes)
+            needs.add(library.requirement())
+            library.build(work_dir / library.NAME)
         FoldWeights()(model)
         ir.save(model, work_dir / MODEL, external_data=DATA, size_threshold_bytes=1024)
-        (work_dir / METADATA).write_text(json.dumps({"requires": sorted(lowering.needs)}) + "\n")
-        return LoweredGraph(work_dir / MODEL, tuple(lowering.probes), tuple(lowering.choices))
+        (work_dir / METADATA).write_text(json.dumps({"requires": sorted(needs)}) + "\n")
+        return LoweredGraph(work_dir / MODEL, tuple(lowering.probes), tuple(choices))
 
     def build(self, lowered: LoweredGraph, out_dir: Path, recipe: Any) -> BuildResult:
         """Put the lowered graph, split by how often its parts run, its weights and lowering.json into `out_dir`."""
         import onnx_ir as ir
 
         from pipeline.backends import lowering_file
+        from pipeline.passes.native_ops import drop_unread_outputs
         from pipeline.passes.split_condition import split_condition
 
-        for name in (DATA, METADATA):
+        beside = (DATA, METADATA, *([library.NAME] if lowered.path.with_name(library.NAME).is_file() else []))
+        for name in beside:
             link_or_copy(lowered.path.with_name(name), out_dir / name)
         model = ir.load(lowered.path)
         split = split_condition(model)
         parts = {MODEL: model} if split is None else {MODEL: split.step, CONDITION: split.condition}
         for name, part in parts.items():
+            drop_unread_outputs(part)
             ir.save(part, out_dir / name)
         lowering_file.write(
             LoweredGraph(out_dir / MODEL, lowered.probes, lowered.choices), out_dir / lowering_file.NAME
         )
-        files = tuple(f"{out_dir.name}/{name}" for name in (*parts, DATA, METADATA, lowering_file.NAME))
+        files = tuple(f"{out_dir.name}/{name}" for name in (*parts, *beside, lowering_file.NAME))
         return BuildResult(files, lowered, json.loads((out_dir / METADATA).read_text()))
 
     def load(self, bundle_dir: Path) -> Engine:
@@ -104,6 +129,20 @@ def _required(path: Path) -> set[str]:
         return set(json.loads(path.read_text())["requires"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ContractError(f"{path} cannot be read ({error}); build the engine again") from error
+
+
+def use_native(model: Any, choices: list[Choice], probes: list[ProbeRow]) -> list[Choice]:
+    """Rewrite a lowered graph with native ops; the choices then say which layers they quantize and finish."""
+    from pipeline.passes.native import run_native
+    from pipeline.passes.native_ops import is_chain
+
+    passes = run_native(model)
+    made = {value.name for node in model.graph if is_chain(node) for value in node.outputs}
+    if not made:
+        why = next((refusal.reason for rewrite in passes for refusal in rewrite.refusals), "no quantizer was found")
+        raise RecipeError(f"cpu.path native has nothing to fuse in this model ({why}); build with --set cpu.path=stock")
+    fused = {row.layer for row in probes if made.issuperset((*row.codes, row.output))}
+    return [replace(row, why=f"{row.why}; native ops around it") if row.layer in fused else row for row in choices]
 
 
 def link_or_copy(source: Path, destination: Path) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from pipeline.backends.base import Arrays
+from plugins.cpu import library
 
 MODEL, CONDITION = "model.onnx", "condition.onnx"
 
@@ -54,7 +55,7 @@ def open_session(path: Path, threads: int = 0) -> Any:
     """Session of a lowered graph; `threads` 0: one for each core.
 
     onnxruntime adds its fusions of transposes, scales and biases. It may not touch pairs of QuantizeLinear and
-    DequantizeLinear: here they split an image into limbs.
+    DequantizeLinear: here they split an image into limbs. A native library beside the graph is registered.
     """
     import onnxruntime as ort
 
@@ -64,4 +65,5 @@ def open_session(path: Path, threads: int = 0) -> Any:
     options.add_session_config_entry("session.disable_quant_qdq", "1")
     # Idle threads sleep instead of spinning, so that engines do not steal each other's cores.
     options.add_session_config_entry("session.force_spinning_stop", "1")
+    library.register(options, path.parent)
     return ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])

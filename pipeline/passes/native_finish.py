@@ -1,0 +1,82 @@
+"""What follows an integer GEMM, token by token -> one TokenChain."""
+
+from __future__ import annotations
+
+import onnx_ir as ir
+
+from pipeline.passes.emit import MICROSOFT
+from pipeline.passes.graph import attribute, drop_unused, is_op, only_reader, other_input, produced_by
+from pipeline.passes.native_ops import In, Out, channels, is_chain, put_chain, value_out
+from pipeline.passes.refusal import RewritePass
+
+
+class NativeFinish(RewritePass):
+    """gelu(product * token scale + bias) * gate + residual -> TokenChain, as far as the graph has these in this order.
+
+    The token scale must come from a TokenChain. The linear's own result stays an output, for the parity gates.
+    """
+
+    def rewrite(self, model: ir.Model) -> None:
+        for node in [node for node in model.graph if is_op(node, "MatMulIntegerToFloat", MICROSOFT)]:
+            scaled = only_reader(node.outputs[0])
+            if scaled is None or not is_op(scaled, "Mul") or not _is_scale(other_input(scaled, node.outputs[0])):
+                self.refuse(node.name, "its result is not scaled by a token scale alone")
+                continue
+            self._finish(model.graph, node.outputs[0], scaled)
+            self.fired += 1
+        model.graph.sort()
+        drop_unused(model)
+
+    def _finish(self, graph: ir.Graph, product: ir.Value, scaled: ir.Node) -> None:
+        inputs = {In.X: product, In.TOKEN_SCALE: other_input(scaled, product)}
+        last = scaled
+        reader = only_reader(last.outputs[0])
+        if reader is not None and is_op(reader, "Add") and _is_bias(bias := other_input(reader, last.outputs[0])):
+            inputs[In.BIAS], last = bias, reader
+        linear = last.outputs[0]
+        last, gelu = _gelu(last)
+        last = _absorb(last, inputs)
+        outputs = {Out.LINEAR: linear}
+        if last.outputs[0] is not linear:
+            outputs[Out.Y] = last.outputs[0]
+        put_chain(graph, last, inputs, outputs, gelu=gelu)
+
+
+def _is_scale(value: ir.Value) -> bool:
+    node = value.producer()
+    return node is not None and is_chain(node) and value_out(node, Out.SCALE) is value
+
+
+def _is_bias(value: ir.Value) -> bool:
+    """A stored vector; it is not read here."""
+    return value.const_value is not None and value.const_value.shape.rank() == 1
+
+
+def _gelu(last: ir.Node) -> tuple[ir.Node, int]:
+    reader = only_reader(last.outputs[0])
+    if reader is not None and is_op(reader, "Gelu") and attribute(reader, "approximate", "none") == "tanh":
+        return reader, 1
+    return last, 0
+
+
+def _absorb(last: ir.Node, inputs: dict[In, ir.Value]) -> ir.Node:
+    """Take a gate and a residual into `inputs`; the last node that is then computed."""
+    for op_type, place, fits in (("Mul", In.GATE, _is_gate), ("Add", In.RESIDUAL, _is_residual)):
+        value = last.outputs[0]
+        reader = only_reader(value)
+        if reader is not None and is_op(reader, op_type) and fits(other_input(reader, value), value):
+            inputs[place], last = other_input(reader, value), reader
+    return last
+
+
+def _is_gate(gate: ir.Value, value: ir.Value) -> bool:
+    """[batch, 1, channels], one row for each sample of `value`."""
+    shape = gate.shape
+    return shape is not None and shape.rank() == 3 and shape[1] == 1 and channels(gate) == channels(value) is not None
+
+
+def _is_residual(residual: ir.Value, value: ir.Value) -> bool:
+    """Known to have the shape of `value`, so that nothing is broadcast."""
+    shape = residual.shape
+    known = shape is not None and value.shape is not None and channels(value) is not None
+    return known and shape == value.shape and produced_by(residual, "Constant") is None

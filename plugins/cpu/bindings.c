@@ -1,0 +1,196 @@
+/* Custom op TokenChain of domain fpq.native: onnxruntime's tensors in, token_chain_rows on onnxruntime's threads. */
+#include <math.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "ort_abi.h"
+#include "token_chain.h"
+
+#define EXPORT __attribute__((visibility("default")))
+#define MAX_RANK 8
+#define FLOATS_PER_CHUNK 16384 /* rows of one call on one thread: 64 KiB, which stays in its cache */
+
+enum { X, TOKEN_SCALE, BIAS, GATE, RESIDUAL, NORM_SCALE, NORM_SHIFT, INPUTS };
+enum { CODES, SCALE, Y, LINEAR, QUANTIZED, OUTPUTS };
+
+typedef struct Kernel {
+  const Api *api;
+  TokenChain options; /* attributes; the other fields are those of one call */
+} Kernel;
+
+typedef struct Tensor {
+  float *data; /* NULL: not given */
+  int64_t dims[MAX_RANK];
+  size_t rank;
+  int64_t count;
+} Tensor;
+
+typedef struct Work {
+  TokenChain chain;
+  int64_t rows, rows_per_chunk;
+  int failed;
+} Work;
+
+#define TRY(call)                                                                                                     \
+  do {                                                                                                                \
+    Status *status_ = (call);                                                                                         \
+    if (status_) return status_;                                                                                      \
+  } while (0)
+
+static Status *invalid(const Api *api, const char *message) {
+  return CALL(api, create_status)(INVALID_ARGUMENT, message);
+}
+
+static Status *read_tensor(const Api *api, KernelContext *context, size_t index, Tensor *tensor) {
+  const Value *value = NULL;
+  TensorInfo *info = NULL;
+  memset(tensor, 0, sizeof *tensor);
+  TRY(CALL(api, kernel_input)(context, index, &value));
+  if (!value) return NULL;
+  TRY(CALL(api, tensor_data)((Value *)value, (void **)&tensor->data));
+  TRY(CALL(api, tensor_info)(value, &info));
+  Status *status = CALL(api, dimensions_count)(info, &tensor->rank);
+  if (!status && tensor->rank > MAX_RANK) status = invalid(api, "TokenChain: more than 8 dimensions");
+  if (!status) status = CALL(api, dimensions)(info, tensor->dims, tensor->rank);
+  CALL(api, release_tensor_info)(info);
+  tensor->count = 1;
+  for (size_t i = 0; !status && i < tensor->rank; i++) tensor->count *= tensor->dims[i];
+  return status;
+}
+
+static Status *make_output(
+    const Api *api, KernelContext *context, size_t index, const Tensor *like, int64_t last, void **data) {
+  int64_t dims[MAX_RANK];
+  Value *value = NULL;
+  *data = NULL;
+  memcpy(dims, like->dims, sizeof dims);
+  dims[like->rank - 1] = last;
+  TRY(CALL(api, kernel_output)(context, index, dims, like->rank, &value));
+  return value ? CALL(api, tensor_data)(value, data) : NULL;
+}
+
+/* Rows that share one row of an input [samples, 1, n] or [n]; 0 if its shape does not fit. */
+static int64_t rows_per_sample(const Tensor *tensor, int64_t n, int64_t rows) {
+  int64_t samples = tensor->count / n;
+  return tensor->count == samples * n && samples > 0 && rows % samples == 0 ? rows / samples : 0;
+}
+
+/* What is wrong with the shapes, NULL if nothing is; sets rows and the sizes of the chain. */
+static const char *check(const Tensor *in, Work *work) {
+  if (!in[X].data || in[X].rank == 0) return "TokenChain: x must have at least one dimension";
+  int64_t n = in[X].dims[in[X].rank - 1];
+  if (n <= 0) return "TokenChain: x has no channels";
+  int64_t rows = in[X].count / n;
+  if (in[TOKEN_SCALE].data && in[TOKEN_SCALE].count != rows) return "TokenChain: token_scale must have one number a row";
+  if (in[BIAS].data && in[BIAS].count != n) return "TokenChain: bias must have one number a channel";
+  if (in[RESIDUAL].data && in[RESIDUAL].count != in[X].count) return "TokenChain: residual must have the shape of x";
+  if (!in[NORM_SCALE].data != !in[NORM_SHIFT].data) return "TokenChain: a norm needs both its scale and its shift";
+  int64_t gate = in[GATE].data ? rows_per_sample(&in[GATE], n, rows) : 1;
+  int64_t norm = in[NORM_SCALE].data ? rows_per_sample(&in[NORM_SCALE], n, rows) : 1;
+  if (rows && (!gate || !norm)) return "TokenChain: gate and norm_scale must be [batch, 1, channels] or [channels]";
+  if (in[NORM_SHIFT].count != in[NORM_SCALE].count) return "TokenChain: norm_shift must have the shape of norm_scale";
+  work->chain.n = n, work->chain.rows_per_gate = gate, work->chain.rows_per_norm = norm;
+  work->rows = rows;
+  return NULL;
+}
+
+static void run_chunk(void *data, size_t index) {
+  Work *work = data;
+  int64_t first = (int64_t)index * work->rows_per_chunk, last = first + work->rows_per_chunk;
+  float *scratch = malloc((size_t)work->chain.n * sizeof *scratch);
+  if (!scratch) {
+    work->failed = 1;
+    return;
+  }
+  token_chain_rows(&work->chain, first, last < work->rows ? last : work->rows, scratch);
+  free(scratch);
+}
+
+static Status *compute(void *data, KernelContext *context) {
+  const Kernel *kernel = data;
+  const Api *api = kernel->api;
+  Work work = {.chain = kernel->options};
+  TokenChain *chain = &work.chain;
+  Tensor in[INPUTS];
+  for (size_t i = 0; i < INPUTS; i++) TRY(read_tensor(api, context, i, &in[i]));
+  const char *wrong = check(in, &work);
+  if (wrong) return invalid(api, wrong);
+  chain->x = in[X].data, chain->token_scale = in[TOKEN_SCALE].data, chain->bias = in[BIAS].data;
+  chain->gate = in[GATE].data, chain->residual = in[RESIDUAL].data;
+  chain->norm_scale = in[NORM_SCALE].data, chain->norm_shift = in[NORM_SHIFT].data;
+  TRY(make_output(api, context, CODES, &in[X], chain->n, (void **)&chain->codes));
+  TRY(make_output(api, context, SCALE, &in[X], 1, (void **)&chain->scale));
+  TRY(make_output(api, context, Y, &in[X], chain->n, (void **)&chain->y));
+  TRY(make_output(api, context, LINEAR, &in[X], chain->n, (void **)&chain->linear));
+  TRY(make_output(api, context, QUANTIZED, &in[X], chain->n, (void **)&chain->quantized));
+  if (!chain->codes != !chain->scale) return invalid(api, "TokenChain: codes and scale come together");
+  if (!work.rows) return NULL;
+  work.rows_per_chunk = FLOATS_PER_CHUNK / chain->n + 1;
+  size_t chunks = (size_t)((work.rows + work.rows_per_chunk - 1) / work.rows_per_chunk);
+  TRY(CALL(api, parallel_for)(context, run_chunk, chunks, 0, &work));
+  return work.failed ? CALL(api, create_status)(FAIL, "TokenChain: out of memory") : NULL;
+}
+
+static Status *create_kernel(const CustomOp *op, const Api *api, const KernelInfo *info, void **out) {
+  (void)op;
+  TokenChain options = {0};
+  int64_t gelu = 0, zero = 0;
+  TRY(CALL(api, attribute_int)(info, "gelu", &gelu));
+  TRY(CALL(api, attribute_int)(info, "zero", &zero));
+  TRY(CALL(api, attribute_float)(info, "epsilon", &options.epsilon));
+  TRY(CALL(api, attribute_float)(info, "absmax_floor", &options.absmax_floor));
+  TRY(CALL(api, attribute_float)(info, "max_value", &options.max_value));
+  TRY(CALL(api, attribute_float)(info, "kmax", &options.kmax));
+  TRY(CALL(api, attribute_float)(info, "rounding_factor", &options.rounding_factor));
+  options.gelu = gelu != 0, options.zero = (int32_t)zero;
+  Kernel *kernel = malloc(sizeof *kernel);
+  if (!kernel) return CALL(api, create_status)(FAIL, "TokenChain: out of memory");
+  *kernel = (Kernel){api, options};
+  *out = kernel;
+  return NULL;
+}
+
+static const char *op_name(const CustomOp *op) { return (void)op, "TokenChain"; }
+static const char *provider(const CustomOp *op) { return (void)op, "CPUExecutionProvider"; }
+static size_t input_count(const CustomOp *op) { return (void)op, INPUTS; }
+static size_t output_count(const CustomOp *op) { return (void)op, OUTPUTS; }
+static int input_type(const CustomOp *op, size_t index) { return (void)op, (void)index, TYPE_FLOAT; }
+static int output_type(const CustomOp *op, size_t index) { return (void)op, index == CODES ? TYPE_UINT8 : TYPE_FLOAT; }
+static int input_kind(const CustomOp *op, size_t index) { return (void)op, index == X ? REQUIRED : OPTIONAL; }
+static int output_kind(const CustomOp *op, size_t index) { return (void)op, (void)index, OPTIONAL; }
+static int input_memory(const CustomOp *op, size_t index) { return (void)op, (void)index, DEFAULT_MEMORY; }
+static int no(const CustomOp *op) { return (void)op, 0; }
+static int first_version(const CustomOp *op) { return (void)op, 1; }
+
+static const CustomOp TOKEN_CHAIN = {
+    .version = API_VERSION,
+    .name = op_name,
+    .execution_provider = provider,
+    .input_type = input_type,
+    .input_count = input_count,
+    .output_type = output_type,
+    .output_count = output_count,
+    .destroy_kernel = free,
+    .input_kind = input_kind,
+    .output_kind = output_kind,
+    .input_memory = input_memory,
+    .variadic_input_min = no,
+    .variadic_input_homogeneous = no,
+    .variadic_output_min = no,
+    .variadic_output_homogeneous = no,
+    .create_kernel = create_kernel,
+    .compute = compute,
+    .start_version = first_version,
+    .end_version = first_version,
+};
+
+/* Called by SessionOptions.register_custom_ops_library. The domain lives as long as the process: sessions refer to it,
+ * and onnxruntime does not say when the last one is gone. */
+EXPORT Status *RegisterCustomOps(SessionOptions *options, const ApiBase *base) {
+  const Api *api = base->get_api(API_VERSION);
+  OpDomain *domain = NULL;
+  if (!api) return base->get_api(1) ? CALL(base->get_api(1), create_status)(FAIL, "onnxruntime is too old") : NULL;
+  TRY(CALL(api, create_domain)("fpq.native", &domain));
+  TRY(CALL(api, domain_add)(domain, &TOKEN_CHAIN));
+  return CALL(api, options_add_domain)(options, domain);
+}

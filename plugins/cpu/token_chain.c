@@ -1,0 +1,193 @@
+/* Kernels of TokenChain. Plain C that compilers vectorize; compile with -ffp-contract=off and without fast-math.
+ *
+ * Every loop does the same float operations in the same order whatever the width of the vectors, so all instruction
+ * sets give the same bits.
+ */
+#include "token_chain.h"
+
+#include <math.h>
+#include <string.h>
+
+/* One copy of a function for each level of x86-64, chosen when the library is loaded. */
+#if defined(__x86_64__) && defined(__GLIBC__) && !defined(FPQ_ONE_VARIANT)
+#define VARIANTS __attribute__((target_clones("default", "arch=x86-64-v3", "arch=x86-64-v4")))
+#else
+#define VARIANTS
+#endif
+
+/* The loop's iterations are independent, though its arrays may be one and the same. */
+#if defined(__clang__)
+#define ELEMENTWISE _Pragma("clang loop vectorize(assume_safety)")
+#else
+#define ELEMENTWISE _Pragma("GCC ivdep")
+#endif
+
+#define LANES 16 /* partial sums of a reduction, the same for all vector widths */
+
+static const float MAGIC = 12582912.0f; /* 1.5 * 2^23: adding and subtracting it rounds to an integer, ties to even */
+
+static inline int32_t magnitude_bits(float x) {
+  int32_t bits;
+  memcpy(&bits, &x, sizeof bits);
+  return bits & INT32_MAX;
+}
+
+static inline float from_bits(int32_t bits) {
+  float x;
+  memcpy(&x, &bits, sizeof x);
+  return x;
+}
+
+/* exp for |x| <= 87: x = n ln 2 + r, a polynomial of degree 7 in r (minimax coefficients of Cephes' expf), times 2^n.
+ * Relative error below 2^-22. */
+static inline float exponential(float x) {
+  float n = (x * 1.44269504f + MAGIC) - MAGIC;
+  float r = (x - n * 0.693359375f) + n * 2.12194440e-4f; /* ln 2 in two parts, the first exact in n * part */
+  float p = 1.9875691500e-4f;
+  p = p * r + 1.3981999507e-3f;
+  p = p * r + 8.3334519073e-3f;
+  p = p * r + 4.1665795894e-2f;
+  p = p * r + 1.6666665459e-1f;
+  p = p * r + 5.0000001201e-1f;
+  p = (p * (r * r) + r) + 1.0f;
+  return p * from_bits(((int32_t)n + 127) << 23);
+}
+
+/* x (1 + tanh(u)) / 2 = x / (1 + exp(-2u)), u = sqrt(2/pi) (x + 0.044715 x^3). */
+static inline float gelu(float x) {
+  float t = x * (-1.5957691216f - 0.0713548163f * (x * x));
+  t = t < 87.0f ? t : 87.0f;
+  t = t > -87.0f ? t : -87.0f;
+  return x / (1.0f + exponential(t));
+}
+
+VARIANTS void scale_and_add(const float *x, float scale, const float *bias, float *out, int64_t n) {
+  ELEMENTWISE
+  for (int64_t i = 0; i < n; i++) out[i] = x[i] * scale + bias[i];
+}
+
+VARIANTS void scale_by(const float *x, float scale, float *out, int64_t n) {
+  ELEMENTWISE
+  for (int64_t i = 0; i < n; i++) out[i] = x[i] * scale;
+}
+
+VARIANTS void add(const float *x, const float *y, float *out, int64_t n) {
+  ELEMENTWISE
+  for (int64_t i = 0; i < n; i++) out[i] = x[i] + y[i];
+}
+
+VARIANTS void multiply(const float *x, const float *y, float *out, int64_t n) {
+  ELEMENTWISE
+  for (int64_t i = 0; i < n; i++) out[i] = x[i] * y[i];
+}
+
+VARIANTS void multiply_and_add(const float *x, const float *y, const float *z, float *out, int64_t n) {
+  ELEMENTWISE
+  for (int64_t i = 0; i < n; i++) out[i] = x[i] * y[i] + z[i];
+}
+
+VARIANTS void gelu_row(const float *x, float *out, int64_t n) {
+  ELEMENTWISE
+  for (int64_t i = 0; i < n; i++) out[i] = gelu(x[i]);
+}
+
+static inline float total(const float lanes[LANES]) {
+  float sum = 0;
+  for (int j = 0; j < LANES; j++) sum += lanes[j];
+  return sum;
+}
+
+VARIANTS void norm_row(const float *x, const float *scale, const float *shift, float epsilon, float *out, int64_t n) {
+  float lanes[LANES] = {0}, squares[LANES] = {0};
+  int64_t whole = n - n % LANES;
+  for (int64_t i = 0; i < whole; i += LANES)
+    for (int j = 0; j < LANES; j++) lanes[j] += x[i + j];
+  for (int64_t i = whole; i < n; i++) lanes[i - whole] += x[i];
+  float mean = total(lanes) / (float)n;
+  for (int64_t i = 0; i < whole; i += LANES)
+    for (int j = 0; j < LANES; j++) squares[j] += (x[i + j] - mean) * (x[i + j] - mean);
+  for (int64_t i = whole; i < n; i++) squares[i - whole] += (x[i] - mean) * (x[i] - mean);
+  float inverse = 1.0f / sqrtf(total(squares) / (float)n + epsilon);
+  ELEMENTWISE
+  for (int64_t i = 0; i < n; i++) out[i] = ((x[i] - mean) * inverse) * scale[i] + shift[i];
+}
+
+/* Bits of the largest magnitude; as integers they are in the order of the magnitudes, infinity and NaN above all. */
+VARIANTS int32_t absmax_bits(const float *x, int64_t n) {
+  int32_t largest = 0;
+  for (int64_t i = 0; i < n; i++) {
+    int32_t bits = magnitude_bits(x[i]);
+    largest = bits > largest ? bits : largest;
+  }
+  return largest;
+}
+
+/* The "magic add" of pipeline/passes/cpu_quantizers.py. */
+VARIANTS void round_row(const float *x, float inverse, float factor, int32_t zero, uint8_t *codes, int64_t n) {
+  for (int64_t i = 0; i < n; i++) {
+    float v = x[i] * inverse, wide = fabsf(v) * factor;
+    float c = wide > MAGIC ? wide : MAGIC;
+    codes[i] = (uint8_t)(zero + (int32_t)((v + c) - c));
+  }
+}
+
+static void quantize_row(const TokenChain *chain, const float *x, int64_t row) {
+  uint8_t *codes = chain->codes + row * chain->n;
+  int32_t bits = absmax_bits(x, chain->n);
+  if (bits >= 0x7f800000) { /* infinity or NaN: the token must not look healthy */
+    memset(codes, chain->zero, (size_t)chain->n);
+    chain->scale[row] = NAN;
+    return;
+  }
+  float absmax = from_bits(bits);
+  absmax = absmax > chain->absmax_floor ? absmax : chain->absmax_floor;
+  chain->scale[row] = absmax / chain->max_value;
+  round_row(x, chain->kmax / absmax, chain->rounding_factor, chain->zero, codes, chain->n);
+}
+
+/* Row of an array, NULL for no array. */
+static inline float *row_of(float *array, int64_t row, int64_t n) { return array ? array + row * n : NULL; }
+
+static const float *linear_row(const TokenChain *chain, const float *x, int64_t row, float *out) {
+  int64_t n = chain->n;
+  if (chain->token_scale && chain->bias) scale_and_add(x, chain->token_scale[row], chain->bias, out, n);
+  else if (chain->token_scale) scale_by(x, chain->token_scale[row], out, n);
+  else if (chain->bias) add(x, chain->bias, out, n);
+  else return x;
+  return out;
+}
+
+static const float *residual_row(const TokenChain *chain, const float *x, int64_t row, float *out) {
+  int64_t n = chain->n;
+  const float *gate = chain->gate ? chain->gate + row / chain->rows_per_gate * n : NULL;
+  const float *residual = chain->residual ? chain->residual + row * n : NULL;
+  if (chain->gelu) gelu_row(x, out, n), x = out;
+  if (gate && residual) multiply_and_add(x, gate, residual, out, n), x = out;
+  else if (gate) multiply(x, gate, out, n), x = out;
+  else if (residual) add(x, residual, out, n), x = out;
+  return x;
+}
+
+static void copy_row(const float *from, float *to, int64_t n) {
+  if (to && from != to) memcpy(to, from, (size_t)n * sizeof *to);
+}
+
+void token_chain_rows(const TokenChain *chain, int64_t first, int64_t last, float *scratch) {
+  int64_t n = chain->n;
+  for (int64_t row = first; row < last; row++) {
+    float *linear = row_of(chain->linear, row, n), *y = row_of(chain->y, row, n);
+    float *quantized = row_of(chain->quantized, row, n);
+    const float *at = linear_row(chain, chain->x + row * n, row, linear ? linear : y ? y : scratch);
+    copy_row(at, linear, n);
+    at = residual_row(chain, at, row, y ? y : scratch);
+    copy_row(at, y, n);
+    if (chain->norm_scale) {
+      int64_t sample = row / chain->rows_per_norm * n;
+      float *out = quantized ? quantized : scratch;
+      norm_row(at, chain->norm_scale + sample, chain->norm_shift + sample, chain->epsilon, out, n);
+      at = out;
+    }
+    copy_row(at, quantized, n);
+    if (chain->codes) quantize_row(chain, at, row);
+  }
+}

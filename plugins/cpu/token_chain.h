@@ -1,0 +1,29 @@
+/* What happens to a token between two GEMMs, one row at a time while it is in the cache. */
+#ifndef FPQ_TOKEN_CHAIN_H
+#define FPQ_TOKEN_CHAIN_H
+
+#include <stdint.h>
+
+/* Stages in order; a NULL input or output leaves its stage out. All floats are binary32, nothing is contracted:
+ *
+ *   linear    = x * token_scale + bias            x [rows, n], token_scale [rows], bias [n]
+ *   y         = linear, or gelu(linear)           the tanh form
+ *   y         = y * gate, then + residual         gate [rows / rows_per_gate, n], residual [rows, n]
+ *   quantized = y, or norm(y) * norm_scale + norm_shift        [rows / rows_per_norm, n] each
+ *   codes     = zero + image of quantized / scale, scale [rows] as fpq.QuantizeActivation has it
+ */
+typedef struct TokenChain {
+  const float *x, *token_scale, *bias, *gate, *residual, *norm_scale, *norm_shift;
+  int gelu;
+  float epsilon;                                        /* of the norm */
+  float absmax_floor, max_value, kmax, rounding_factor; /* of the quantizer, see pipeline/passes/cpu_quantizers.py */
+  int32_t zero;
+  uint8_t *codes;
+  float *scale, *y, *linear, *quantized;
+  int64_t n, rows_per_gate, rows_per_norm;
+} TokenChain;
+
+/* Rows first..last-1. scratch: n floats. */
+void token_chain_rows(const TokenChain *chain, int64_t first, int64_t last, float *scratch);
+
+#endif
