@@ -1,4 +1,4 @@
-"""`python -m pipeline.list`: recipes, what their number widths buy, bundled models and targets."""
+"""`python -m pipeline.list`: recipes, what their number widths buy, calibration methods, models and targets."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from pipeline import recipe as recipes
 from pipeline.command import Answer, parser, run
 from pipeline.compiler import AUTO_TARGETS, UNAVAILABLE_TARGETS
 from pipeline.machine import TOOLS, tool_version
+from pipeline.methods import METHODS
 from pipeline.recipe import Recipe
 from pipeline.table import table
 
@@ -65,9 +66,26 @@ def recipe_rows() -> list[dict[str, Any]]:
     return [{**asdict(recipe), "worth": worth(recipe)} for recipe in found]
 
 
+def method_rows() -> list[dict[str, Any]]:
+    """Each calibration method with its options and their values in both presets."""
+    return [
+        {
+            "name": row.name,
+            "data": "none" if row.observes == "weights" else "sampled",
+            "summary": row.summary,
+            "options": {
+                name: {"fast": option.value("fast"), "full": option.value("full"), "help": option.help}
+                for name, option in row.options.items()
+            },
+        }
+        for row in METHODS.values()
+    ]
+
+
 def work(args: Any, answer: Answer) -> int:
     """Answer with everything there is to choose from."""
     document = {"recipes": recipe_rows(), "models": [f"zoo:{name}" for name in zoo_models()], "targets": target_rows()}
+    document["methods"] = method_rows()
     answer.document(document, _text(document))
     return 0
 
@@ -77,8 +95,28 @@ def _text(document: dict[str, Any]) -> str:
     recipe_table = table(("recipe", "model", "weights x activations", "weight scales"), rows)
     notes = "\n".join(f"{row['name']}: {row['description']}\n    {row['worth']}" for row in document["recipes"])
     targets = [(row["target"], "yes" if row["available"] else "no", row["note"]) for row in document["targets"]]
-    parts = [recipe_table, notes, "bundled models: " + ", ".join(document["models"])]
+    methods = [(row["name"], row["data"], row["summary"]) for row in document["methods"]]
+    parts = [recipe_table, notes, table(("method (--set method=...)", "data", "what it does"), methods)]
+    parts += [_options(document["methods"]), "bundled models: " + ", ".join(document["models"])]
     return "\n\n".join([*parts, table(("target", "here", "note"), targets)])
+
+
+def _options(methods: list[dict[str, Any]]) -> str:
+    """Every method's options, `--set 'calibrate.options={name = value}'`."""
+    lines = ["options, fast/full (--set 'calibrate.options={name = value}', --set preset=full):"]
+    for row in methods:
+        values = (
+            f"{name} {_shown(option['fast'])}"
+            + (f"/{_shown(option['full'])}" if option["full"] != option["fast"] else "")
+            for name, option in row["options"].items()
+        )
+        if row["options"]:
+            lines.append(f"{row['name']}: {', '.join(values)}")
+    return "\n    ".join(lines)
+
+
+def _shown(value: Any) -> str:
+    return str(value) if value != "" else '""'
 
 
 def _formats(row: dict[str, Any]) -> str:
@@ -95,7 +133,7 @@ def _groups(weights: dict[str, Any]) -> str:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point; returns the exit code."""
-    return run(parser("list", "Show recipes, bundled models and targets."), work, argv)
+    return run(parser("list", "Show recipes, calibration methods, bundled models and targets."), work, argv)
 
 
 if __name__ == "__main__":

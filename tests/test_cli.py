@@ -18,6 +18,7 @@ from pipeline import recipe as recipes
 from pipeline.build import make_parser, resolve
 from pipeline.command import Parser, judge, kebab, parser, run
 from pipeline.compiler import BuildRequest, drop_other_targets
+from pipeline.methods import METHODS
 
 ROOT = Path(__file__).parent.parent
 CAPTURE: dict[str, Any] = {"cwd": ROOT, "capture_output": True, "text": True, "timeout": 120}
@@ -67,6 +68,14 @@ def test_no_heavy_import_before_work() -> None:
     code = f"import sys, {verbs}; sys.exit(', '.join(name for name in {HEAVY!r} if name in sys.modules) or None)"
     done = python(code)
     assert done.returncode == 0, f"imported: {done.stderr}"
+
+
+def test_list_shows_every_method_with_its_options() -> None:
+    methods = {row["name"]: row for row in json.loads(python(BLOCKED, "list", "--json").stdout)["methods"]}
+    assert methods.keys() == METHODS.keys() and methods["rtn"]["data"] == "none"
+    assert methods["msfp"]["options"].keys() == METHODS["msfp"].options.keys()
+    shown = python(BLOCKED, "list").stdout
+    assert all(f"\n{name} " in shown for name in METHODS) and "lora_rank" in shown
 
 
 def test_list_says_what_each_width_buys() -> None:
