@@ -75,12 +75,58 @@ class MethodRow:
         return getattr(import_module(module), name)
 
 
+# Learned rounding. The full presets are the authors'; the rates of the fast ones are measured (adaround_study.py).
+_LEARNED = {
+    "strength": Option(0.01, help="weight of the regulariser that draws the rounding to 0 or 1"),
+    "batch": Option(16, help="samples of one iteration"),
+}
+_PLAIN_ROUNDING = {
+    "iterations": Option(200, 20000, help="for each block"),
+    "lr": Option(1e-2, 1e-3, help="learning rate of the rounding variables"),
+}
+
 _ROWS = (
     MethodRow(
         "rtn",
         "pipeline.calibrate.rtn:RoundToNearest",
         "weights",
         "round to nearest: scales from the weights alone, no data",
+    ),
+    MethodRow(
+        "fp4dit",
+        "pipeline.calibrate.fp4dit:ScaleAwareRounding",
+        "blocks",
+        "FP4DiT: scale-aware AdaRound, block by block",
+        {
+            "iterations": Option(200, 2500, help="for each block"),
+            "lr": Option(4e-4, 1e-4, help="learning rate of V', in units of the weight"),
+        }
+        | _LEARNED,
+    ),
+    MethodRow(
+        "fp_adaround",
+        "pipeline.calibrate.fp4dit:BlockRounding",
+        "blocks",
+        "AdaRound on the float grid without scale awareness, block by block",
+        _PLAIN_ROUNDING | _LEARNED,
+    ),
+    MethodRow(
+        "adaround",
+        "pipeline.calibrate.fp4dit:LayerRounding",
+        "blocks",
+        "AdaRound, each layer by itself; for INT formats as published",
+        {
+            "iterations": Option(1000, 20000, help="for each layer"),
+            "lr": Option(1e-2, 1e-3, help="learning rate of the rounding variables"),
+            "strength": _LEARNED["strength"],
+        },
+    ),
+    MethodRow(
+        "brecq",
+        "pipeline.calibrate.fp4dit:BlockRounding",
+        "blocks",
+        "BRECQ: AdaRound block by block; for INT formats as published",
+        _PLAIN_ROUNDING | _LEARNED,
     ),
 )
 METHODS: dict[str, MethodRow] = {row.name: row for row in _ROWS}

@@ -1,0 +1,84 @@
+"""Learned rounding: FP4DiT's scale-aware AdaRound and the methods it is compared with.
+
+fp4dit: scale-aware, block by block, on the recipe's float formats (arXiv 2503.15465). fp_adaround: the same without
+scale awareness. adaround: plain, every layer by itself (arXiv 2004.10568). brecq: plain, block by block, as
+Q-Diffusion runs it on INT formats (arXiv 2102.05426, 2302.04304). Scales and group multipliers are found first, by the
+recipe's search (the authors: absmax); the rounding is learned on the grid that they make.
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import ClassVar
+
+import torch
+
+from export.checkpoint import QuantizedLinear
+from pipeline.calibrate.adaround import Quadratic, Schedule, SoftRounding, learn_layer
+from pipeline.calibrate.blocks import Observed
+from pipeline.calibrate.method import Method, Unit
+from pipeline.calibrate.plan import LayerPlan
+from pipeline.calibrate.reconstruct import Settings, output_loss, reconstruct
+from pipeline.calibrate.rtn import float_weight, quantize_linear
+
+logger = logging.getLogger(__name__)
+# Calls on which a finished block is compared with rounding to nearest: enough to see a difference, a second of work.
+JUDGED_CALLS = 8
+
+
+class BlockRounding(Method):
+    """Plain AdaRound of all linears of a block together: "fp_adaround" and "brecq"."""
+
+    scale_aware: ClassVar[bool] = False
+
+    def quantize(self, unit: Unit) -> list[QuantizedLinear]:
+        observed = _observed(unit)
+        nearest = [quantize_linear(plan, self.context.recipe.weights.search) for plan in unit.plans]
+        roundings = {base.name: self.rounding(plan, base) for plan, base in zip(unit.plans, nearest, strict=True)}
+        reconstruct(observed, roundings, self.settings(), unit.name, self.context.seed)
+        return better(observed, unit.name, nearest, [roundings[base.name].layer() for base in nearest])
+
+    def rounding(self, plan: LayerPlan, base: QuantizedLinear) -> SoftRounding:
+        return SoftRounding(torch.from_numpy(float_weight(plan)), base, self.scale_aware)
+
+    def settings(self) -> Settings:
+        options = self.context.options
+        schedule = Schedule(int(options["iterations"]))
+        return Settings(schedule, float(options["lr"]), float(options["strength"]), int(options.get("batch", 0)))
+
+
+class ScaleAwareRounding(BlockRounding):
+    """The method "fp4dit"."""
+
+    scale_aware = True
+
+
+class LayerRounding(BlockRounding):
+    """The method "adaround": every layer on its own output, so that the data come down to one matrix [K, K]."""
+
+    def quantize(self, unit: Unit) -> list[QuantizedLinear]:
+        return [self.quantize_layer(plan, _observed(unit)) for plan in unit.plans]
+
+    def quantize_layer(self, plan: LayerPlan, observed: Observed) -> QuantizedLinear:
+        rounding = self.rounding(plan, quantize_linear(plan, self.context.recipe.weights.search))
+        inputs, noisy = (observed.layer_inputs(plan.name, noisy=which) for which in (False, True))
+        quadratic, settings = Quadratic.of(torch.from_numpy(float_weight(plan)), inputs, noisy), self.settings()
+        learn_layer(rounding, quadratic, settings.schedule, settings.learning_rate, settings.strength)
+        return rounding.layer()
+
+
+def _observed(unit: Unit) -> Observed:
+    assert unit.observed is not None, f"{unit.name}: the method's row must say that it observes blocks"
+    return unit.observed
+
+
+def better(
+    observed: Observed, name: str, nearest: list[QuantizedLinear], learned: list[QuantizedLinear]
+) -> list[QuantizedLinear]:
+    """The learned layers, unless the block is better off without: too few iterations leave weights undecided."""
+    before, after = (output_loss(observed, layers, JUDGED_CALLS) for layers in (nearest, learned))
+    logger.info("%s: loss %.4g rounded to nearest, %.4g learned", name, before, after)
+    if after < before:
+        return learned
+    logger.warning("%s: learned rounding is not better and not used; use more iterations or calibration data", name)
+    return nearest
