@@ -105,18 +105,16 @@ def _options(methods: list[dict[str, Any]]) -> str:
     """Every method's options, `--set 'calibrate.options={name = value}'`."""
     lines = ["options, fast/full (--set 'calibrate.options={name = value}', --set preset=full):"]
     for row in methods:
-        values = (
-            f"{name} {_shown(option['fast'])}"
-            + (f"/{_shown(option['full'])}" if option["full"] != option["fast"] else "")
-            for name, option in row["options"].items()
-        )
+        values = [f"{name} {_shown(option)}" for name, option in row["options"].items()]
         if row["options"]:
             lines.append(f"{row['name']}: {', '.join(values)}")
     return "\n    ".join(lines)
 
 
-def _shown(value: Any) -> str:
-    return str(value) if value != "" else '""'
+def _shown(option: dict[str, Any]) -> str:
+    """Both presets' values, once if they are equal."""
+    values = dict.fromkeys(str(option[preset]) or '""' for preset in ("fast", "full"))
+    return "/".join(values)
 
 
 def _formats(row: dict[str, Any]) -> str:
