@@ -7,7 +7,7 @@ float32 roundings, with the count beside it.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -56,17 +56,19 @@ def ratio_db(signal: float, noise: float) -> float:
 
 @dataclass(frozen=True)
 class ActivationOracle:
-    """What fpq.QuantizeActivation gives for x [M, K], and what float32 roundings may turn it into.
+    """What a layer's quantizer gives for x [M, K], and what float32 roundings may turn it into.
 
     image: integer image of the nearest code, [M, K]. lowest, highest: images of the codes at both ends of the
-    interval that contains the float32 quotient; they differ only where the quotient lies within QUOTIENT_ROUNDINGS of
-    a midpoint. scale: [M, 1] float64.
+    interval that contains the float32 quotient; they differ only where the quotient lies within QUOTIENT_ROUNDINGS (and
+    those of a balanced input) of a midpoint. scale: [M, 1] or [M, groups] float64. scale_slack: relative error that a
+    balanced input adds to it, same shape; 0 for none.
     """
 
     image: NDArray[np.integer]
     lowest: NDArray[np.integer]
     highest: NDArray[np.integer]
     scale: NDArray[np.float64]
+    scale_slack: Array | float = 0.0
 
     @property
     def ambiguous(self) -> int:
@@ -76,11 +78,48 @@ class ActivationOracle:
 
 def quantize_oracle(x: Array, format_name: str) -> ActivationOracle:
     """Codes of x [M, K] (finite) by the rules of fpq.QuantizeActivation, in float64: one scale for each row."""
-    fmt = get_format(format_name)
     x = np.asarray(x, np.float64)
-    scale = np.maximum(np.abs(x).max(axis=1, keepdims=True), ABSMAX_FLOOR) / fmt.max_value
+    return _rounded(get_format(format_name), x, _dynamic_scale(x, get_format(format_name)))
+
+
+def activation_oracle(x: Array, layer: QuantizedLinear) -> ActivationOracle:
+    """Codes that `layer` gives for its input x [M, K] (finite), in float64: balanced, then by its scaling."""
+    fmt, groups = get_format(layer.activation_format), layer.activation_groups
+    balanced, error = _balanced(np.asarray(x, np.float64), layer)
+    if layer.activation_scale is not None:
+        shifted = balanced - (0.0 if layer.activation_zero is None else float(layer.activation_zero[0]))
+        return _rounded(fmt, shifted, np.full((len(x), 1), layer.activation_scale[0], np.float64), error)
+    rows = balanced.reshape(len(x) * groups, -1)
+    errors = None if error is None else error.reshape(rows.shape)
+    found = _rounded(fmt, rows, _dynamic_scale(rows, fmt), errors)
+    if errors is not None:
+        slack = errors.max(axis=1, keepdims=True) / (found.scale * fmt.max_value)
+        found = _rounded(fmt, rows, found.scale, errors + slack * np.abs(rows))
+        found = replace(found, scale_slack=slack.reshape(len(x), groups))
+    images = {key: getattr(found, key).reshape(x.shape) for key in ("image", "lowest", "highest")}
+    return replace(found, **images, scale=found.scale.reshape(len(x), groups))
+
+
+def _balanced(x: Array, layer: QuantizedLinear) -> tuple[Array, Array | None]:
+    """(x * input_multiplier + input_offset, bound on what two float32 operations change, None without either)."""
+    if layer.input_multiplier is None and layer.input_offset is None:
+        return x, None
+    product = x if layer.input_multiplier is None else x * layer.input_multiplier.astype(np.float64)
+    found = product if layer.input_offset is None else product + layer.input_offset.astype(np.float64)
+    return found, ROUNDING * FIRST_ORDER * (np.abs(product) + np.abs(found))
+
+
+def _dynamic_scale(x: Array, fmt: Format) -> NDArray[np.float64]:
+    """[M, 1]: the scale at which each row's absmax is the format's largest value."""
+    return np.maximum(np.abs(x).max(axis=1, keepdims=True), ABSMAX_FLOOR) / fmt.max_value
+
+
+def _rounded(fmt: Format, x: Array, scale: NDArray[np.float64], error: Array | None = None) -> ActivationOracle:
+    """Codes of x / scale [M, K]; `error`: by how much x may be off beforehand, or None."""
     quotient = x / scale
     slack = QUOTIENT_ROUNDINGS * ROUNDING * np.abs(quotient)
+    if error is not None:
+        slack += error / scale
     images, midpoints = _grid(fmt)
     bounds = np.concatenate([[-np.inf], midpoints, [np.inf]])
     place = np.searchsorted(midpoints, quotient)
@@ -105,20 +144,23 @@ def _grid(fmt: Format) -> tuple[NDArray[np.integer], NDArray[np.float64]]:
 class LinearProbe:
     """What an engine computed for one linear on M tokens.
 
-    x: [M, K]. image: integer image of its activation codes, [M, K] float64. act_scale: [M, 1]. gemm: [M, N].
-    output: [M, N], or None where the engine does not keep it. The other fields are those of the ProbeRow, gemm_scale as
-    array [N] or None.
+    x: [M, K]. image: integer image of its activation codes, [M, K] float64. act_scale: [M, 1] or [M, groups], None
+    where it is a constant of the GEMM. gemm: [M, N], or [M, groups of sums, N]. output, low_rank: [M, N], or None where
+    the engine does not keep it or has none. timesteps: [M], which each token's sample had, or None. The other fields
+    are those of the ProbeRow, gemm_scale as array [N] or None.
     """
 
     x: Array
     image: Array
-    act_scale: Array
+    act_scale: Array | None
     gemm: Array
     output: Array | None = None
     gemm_unit: float = 1.0
     gemm_scale: Array | None = None
     exact: bool = True
     half_roundings: int = 0
+    low_rank: Array | None = None
+    timesteps: Array | None = None
 
 
 @dataclass(frozen=True)
@@ -126,7 +168,8 @@ class LinearCheck:
     """Findings about one linear.
 
     gemm_max_abs_diff: against the exact integer sum of the engine's own codes (nan where the path is not an integer
-    embedding). scale_error, output_error: largest difference over the bound that float32 roundings allow, so at most 1.
+    embedding). scale_error, output_error: largest difference over the bound that float32 roundings allow, so at most 1;
+    output_error covers the low-rank branch, too.
     """
 
     codes: int
@@ -140,22 +183,31 @@ class LinearCheck:
 
 
 def check_linear(layer: QuantizedLinear, probe: LinearProbe, oracle: ActivationOracle) -> LinearCheck:
-    """Compare one linear of an engine with the oracle; `oracle` is quantize_oracle(probe.x, format of the layer)."""
+    """Compare one linear of an engine with the oracle; `oracle` is activation_oracle(probe.x, layer)."""
     image = np.nan_to_num(probe.image, nan=0.0, posinf=0.0, neginf=0.0).astype(np.float64)
-    weight = layer.image()
-    total = exact_product(image, weight)
+    total = exact_sums(image, layer.image(), probe.gemm.shape[1] if probe.gemm.ndim == 3 else 1)
     outside = (probe.image < oracle.lowest) | (probe.image > oracle.highest) | ~np.isfinite(probe.image)
-    produced = [item for item in (probe.x, probe.gemm, probe.act_scale, probe.output) if item is not None]
+    tensors = (probe.x, probe.gemm, probe.act_scale, probe.output, probe.low_rank)
+    produced = [item for item in tensors if item is not None]
+    errors = (_output_error(layer, probe, oracle, image, total), _low_rank_error(layer, probe))
     return LinearCheck(
         codes=image.size,
         codes_different=int(np.count_nonzero(probe.image != oracle.image)),
         codes_ambiguous=oracle.ambiguous,
         codes_inadmissible=int(np.count_nonzero(outside)),
         gemm_max_abs_diff=_gemm_difference(probe, total),
-        scale_error=_largest(probe.act_scale - oracle.scale, oracle.scale * (SCALE_ROUNDINGS * ROUNDING * FIRST_ORDER)),
-        output_error=_output_error(layer, probe, oracle, image, total),
+        scale_error=_scale_error(probe, oracle),
+        output_error=math.nan if math.isnan(errors[0]) else max(errors),
         nonfinite=sum(int(np.count_nonzero(~np.isfinite(item))) for item in produced),
     )
+
+
+def exact_sums(image: Array, weight: NDArray[np.int32], groups: int) -> NDArray[np.float64]:
+    """image [M, K] @ weight[N, K].T without any rounding: [M, N], or the sums of `groups` parts of K, [M, groups, N]."""
+    if groups == 1:
+        return exact_product(image, weight)
+    parts = zip(np.split(image, groups, axis=1), np.split(weight, groups, axis=1), strict=True)
+    return np.stack([exact_product(a, w) for a, w in parts], axis=1)
 
 
 def exact_product(image: Array, weight: NDArray[np.int32]) -> NDArray[np.float64]:
@@ -181,23 +233,75 @@ def _gemm_difference(probe: LinearProbe, total: Array) -> float:
     return float(np.nan_to_num(difference, nan=np.inf).max(initial=0))
 
 
+def _scale_error(probe: LinearProbe, oracle: ActivationOracle) -> float:
+    """0 for a static scale: it is a constant that codes and output prove."""
+    if probe.act_scale is None:
+        return 0.0
+    relative = SCALE_ROUNDINGS * ROUNDING * FIRST_ORDER + oracle.scale_slack
+    return _largest(probe.act_scale - oracle.scale, oracle.scale * relative)
+
+
 def _output_error(
     layer: QuantizedLinear, probe: LinearProbe, oracle: ActivationOracle, image: Array, total: Array
 ) -> float:
+    """The output, less what the engine's own low-rank branch gave, against product and bias.
+
+    A zero point counts as a part of the bias, as which it is rounded once; the sum with the branch rounds once more.
+    """
     if probe.output is None:
         return math.nan
-    value = to_value(layer, "weight") * to_value(layer, "activation") * oracle.scale
+    product, magnitude, roundings = _product(layer, probe, oracle, image, total)
+    bias: Array | float = 0.0 if layer.bias is None else layer.bias.astype(np.float64)
+    if layer.activation_zero is not None:
+        bias = bias + float(layer.activation_zero[0]) * layer.dequantized().sum(axis=1)
+    slack = np.max(oracle.scale_slack, axis=-1, keepdims=True)
+    bound = roundings * ROUNDING * FIRST_ORDER * (magnitude + np.abs(bias)) + FIRST_ORDER * slack * magnitude
+    found = np.asarray(probe.output, np.float64)
+    if probe.low_rank is not None:
+        bound, found = bound + ROUNDING * FIRST_ORDER * np.abs(found), found - probe.low_rank
+    return _largest(found - (product + bias), bound)
+
+
+def _product(
+    layer: QuantizedLinear, probe: LinearProbe, oracle: ActivationOracle, image: Array, total: Array
+) -> tuple[Array, Array, float]:
+    """(product [M, N] in float64, sum of the magnitudes that were rounded, how often float32 rounds)."""
+    unit = to_value(layer, "activation") * oracle.scale
     if not probe.exact:  # float sums over real scales per group, or of formats too wide for integers
-        weight = layer.dequantized()
-        unit = to_value(layer, "activation") * oracle.scale
-        product, magnitude = image @ weight.T * unit, np.abs(image) @ np.abs(weight).T * unit
+        spread = np.repeat(unit, image.shape[1] // unit.shape[1], axis=1) if unit.shape[1] > 1 else unit
+        value, weight = image * spread, layer.dequantized()
         roundings = OUTPUT_ROUNDINGS + layer.in_features + probe.half_roundings * HALF_ROUNDING / ROUNDING
-    else:
-        product = total * value * layer.scales[:, 0].astype(np.float64)
-        magnitude, roundings = np.abs(product), OUTPUT_ROUNDINGS
-    bias = 0.0 if layer.bias is None else layer.bias.astype(np.float64)
-    bound = roundings * ROUNDING * FIRST_ORDER * (magnitude + np.abs(bias))
-    return _largest(probe.output - (product + bias), bound)
+        return value @ weight.T, np.abs(value) @ np.abs(weight).T, roundings
+    if total.ndim == 2:
+        product = total * (to_value(layer, "weight") * unit) * layer.scales[:, 0].astype(np.float64)
+        return product, np.abs(product), OUTPUT_ROUNDINGS
+    sums = total.shape[1]
+    of_token = np.repeat(unit, sums // unit.shape[1], axis=1)
+    of_channel = np.repeat(layer.scales.astype(np.float64), sums // layer.scales.shape[1], axis=1)
+    parts = total * of_token[..., None] * (of_channel.T * to_value(layer, "weight"))
+    return parts.sum(axis=1), np.abs(parts).sum(axis=1), OUTPUT_ROUNDINGS + sums
+
+
+def _low_rank_error(layer: QuantizedLinear, probe: LinearProbe) -> float:
+    """The branch of each token's timestep against float64; 0 without branches, inf where the engine has none of them.
+
+    Two float32 sums in a row, of K and of R products, are off by at most (K + R) roundings of the sum of all
+    magnitudes. Tokens whose timestep float32 may route either way are left out.
+    """
+    if layer.router is None or layer.lora_down is None or layer.lora_up is None:
+        return 0.0 if probe.low_rank is None else math.inf
+    if probe.low_rank is None or probe.timesteps is None:
+        return math.inf
+    chosen, decided = layer.router.choose(probe.timesteps), ~layer.router.undecided(probe.timesteps)
+    worst = 0.0
+    for h in np.unique(chosen):
+        rows = (chosen == h) & decided
+        x, found = np.asarray(probe.x[rows], np.float64), np.asarray(probe.low_rank[rows], np.float64)
+        down, up = layer.lora_down[h].astype(np.float64), layer.lora_up[h].astype(np.float64)
+        roundings = (layer.in_features + len(down)) * ROUNDING * FIRST_ORDER
+        bound = roundings * (np.abs(x) @ np.abs(down).T @ np.abs(up).T)
+        worst = max(worst, _largest(found - x @ down.T @ up.T, bound))
+    return worst
 
 
 def to_value(layer: QuantizedLinear, operand: str) -> float:

@@ -31,7 +31,7 @@ FOLDER_OPTION = "session.model_external_initializers_file_folder_path"
 
 def tensor_names(row: ProbeRow) -> tuple[str, ...]:
     """The tensors of one probe row, without gemm_scale (an initializer)."""
-    return tuple(name for name in (row.x, *row.codes, row.act_scale, row.gemm, row.output) if name)
+    return tuple(name for name in (row.x, *row.codes, row.act_scale, row.gemm, row.output, row.low_rank) if name)
 
 
 class ProbedGraph:
@@ -98,21 +98,32 @@ class ProbedGraph:
             size = max(1, int(BATCH_BYTES / max(held / len(batch), 1)))
             logger.debug("probed %d layers, %.0f MiB", len(batch), held / 2**20)
             for layer in batch:
-                yield layer, [self._probe(self.rows[layer], tensors) for tensors in found]
+                pairs = zip(found, calls, strict=True)
+                yield layer, [self._probe(self.rows[layer], tensors, call) for tensors, call in pairs]
 
-    def _probe(self, row: ProbeRow, tensors: Arrays) -> LinearProbe:
-        x, act_scale, gemm = (_rows(tensors[name]) for name in (row.x, row.act_scale, row.gemm))
+    def _probe(self, row: ProbeRow, tensors: Arrays, call: Arrays) -> LinearProbe:
+        x = _rows(tensors[row.x])
+        image = activation_image(row, [_rows(tensors[name]) for name in row.codes])
+        gemm = tensors[row.gemm]
         return LinearProbe(
             x=x,
-            image=activation_image(row, [_rows(tensors[name]) for name in row.codes]),
-            act_scale=act_scale,
-            gemm=gemm,
+            image=image.reshape(x.shape),
+            act_scale=tensors[row.act_scale].reshape(len(x), -1) if row.act_scale else None,
+            gemm=_rows(gemm) if row.gemm_groups == 1 else gemm.transpose(1, 0, 2),
             output=_rows(tensors[row.output]) if row.output else None,
             gemm_unit=row.gemm_unit,
             gemm_scale=self.constant(row.gemm_scale),
             exact=row.exact,
             half_roundings=row.half_roundings,
+            low_rank=_rows(tensors[row.low_rank]) if row.low_rank else None,
+            timesteps=_timesteps(call, len(x)) if row.low_rank else None,
         )
+
+
+def _timesteps(call: Arrays, rows: int) -> NDArray | None:
+    """The timestep of each row: rows of one sample follow each other."""
+    times = call.get("timestep")
+    return None if times is None else np.repeat(times.reshape(-1), rows // times.size)
 
 
 def activation_image(row: ProbeRow, codes: Sequence[NDArray]) -> NDArray[np.float64]:

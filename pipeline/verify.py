@@ -17,7 +17,7 @@ import numpy as np
 
 from export.checkpoint import QuantizedLinear
 from pipeline.backends.base import Engine, LoweredGraph
-from pipeline.gates import LinearCheck, LinearProbe, check_linear, quantize_oracle, sqnr_db
+from pipeline.gates import LinearCheck, LinearProbe, activation_oracle, check_linear, sqnr_db
 from pipeline.probing import ProbedGraph
 from pipeline.recipe import Recipe
 from pipeline.report import LayerResult, Report, write_layers_csv
@@ -111,12 +111,12 @@ def layer_results(
     """Every linear of one target on inputs from the first, a middle and the last step."""
     rows = {layer.name: layer for layer in layers}
     calls = [found.calls[step] for step in found.probed]
-    results, known = [], ("", "")
+    results, known = [], ("", b"")
     for name, probes in probed.probes(list(rows), calls):
         probe = joined(probes)
-        quantizer = (probed.rows[name].x, rows[name].activation_format)
+        quantizer = (probed.rows[name].x, quantizer_key(rows[name]))
         if quantizer != known:  # q, k and v read one quantizer and follow each other
-            known, oracle = quantizer, quantize_oracle(np.nan_to_num(probe.x), quantizer[1])
+            known, oracle = quantizer, activation_oracle(np.nan_to_num(probe.x), rows[name])
         check = check_linear(rows[name], probe, oracle)
         input_db = layer_input_db(found.layer_inputs.get(name, []), [item.x for item in probes])
         inputs = (input_db, single.layer_db.get(name, math.nan))
@@ -124,14 +124,21 @@ def layer_results(
     return results
 
 
+def quantizer_key(layer: QuantizedLinear) -> bytes:
+    """Equal for layers that turn the same input into the same codes."""
+    choices = (layer.activation_format, layer.activation_scaling, layer.activation_group)
+    arrays = (layer.activation_scale, layer.activation_zero, layer.input_multiplier, layer.input_offset)
+    return repr(choices).encode() + b"".join(b"-" if array is None else array.tobytes() for array in arrays)
+
+
 def joined(probes: Sequence[LinearProbe]) -> LinearProbe:
     """The probes of several calls as one, rows after rows."""
     first = probes[0]
+    keys = ("x", "image", "act_scale", "gemm", "output", "low_rank", "timesteps")
     arrays: dict[str, Any] = {
-        key: np.concatenate([getattr(p, key) for p in probes]) for key in ("x", "image", "act_scale", "gemm")
+        key: np.concatenate([getattr(p, key) for p in probes]) for key in keys if getattr(first, key) is not None
     }
-    output = None if first.output is None else np.concatenate([p.output for p in probes if p.output is not None])
-    return replace(first, **arrays, output=output)
+    return replace(first, **arrays)
 
 
 def _layer_result(

@@ -37,9 +37,14 @@ def random_linear(
     )
 
 
-def portable(body: str, layers: list[QuantizedLinear], inputs="float[B,S,64] x", outputs="float[B,S,16] y") -> ir.Model:
-    """Graph text with `fpq.QuantizedLinear <layer="a"> (x)` placeholders -> portable model with those layers."""
-    model = ir.from_onnx_text(f"{HEADER}\ng ({inputs}) => ({outputs}) {{\n{body}\n}}")
+def portable(
+    body: str, layers: list[QuantizedLinear], inputs="float[B,S,64] x", outputs="float[B,S,16] y", inner=""
+) -> ir.Model:
+    """Graph text with `fpq.QuantizedLinear <layer="a"> (x)` placeholders -> portable model with those layers.
+
+    inner: shapes of tensors in between, for example "float[B,S,64] h".
+    """
+    model = ir.from_onnx_text(f"{HEADER}\ng ({inputs}) => ({outputs}) {f'<{inner}>' if inner else ''} {{\n{body}\n}}")
     for node in [node for node in model.graph if node.op_type == PLACEHOLDER]:
         _copy_output(model.graph, node)
     quantize_graph(model, layers)

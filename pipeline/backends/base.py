@@ -50,13 +50,16 @@ class Choice:
 class ProbeRow:
     """Where the parity gate finds one quantized linear inside a lowered ONNX graph (names of tensors).
 
-    x: the float tensor that the quantizer reads. codes: the hardware operands that hold the activation's integer
-    image, image = sum_i limb_weights[i] * (codes[i] * codes_unit - codes_offset). act_scale: the per-token scale,
-    value = image * 2^-f * act_scale. gemm: the GEMM's result, which must equal
+    x: the float tensor that the linear reads, before it is balanced channel by channel. codes: the hardware operands
+    that hold the activation's integer image, image = sum_i limb_weights[i] * (codes[i] * codes_unit - codes_offset).
+    act_scale: the per-token scale, value = image * 2^-f * act_scale; of groups, one after the other; "" for a static
+    scale, which is part of the GEMM's. gemm: the GEMM's result, which must equal
     float32(integer sum * gemm_unit) * gemm_scale, with gemm_scale the name of a float32 initializer [N], or "" for
-    none. `exact` is False only where the path is not an integer embedding (then `why` of the choice says so).
+    none. gemm_groups: above 1 it is [groups, M, N], the sums of as many parts of K. `exact` is False only where the
+    path is not an integer embedding (then `why` of the choice says so).
     half_roundings: how often such a path rounds a factor or the sum of a product to FP16.
-    output: the linear's float result, scaled and with its bias added (it proves weight scales and bias).
+    output: the linear's float result, scaled and with its bias added (it proves weight scales and bias). low_rank: the
+    result of its low-rank branch, which `output` includes; "" without one.
     """
 
     layer: str
@@ -73,6 +76,8 @@ class ProbeRow:
     exact: bool = True
     output: str = ""
     half_roundings: int = 0
+    low_rank: str = ""
+    gemm_groups: int = 1
 
 
 @dataclass(frozen=True)

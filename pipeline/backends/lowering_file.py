@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
 
 from export.errors import ContractError
@@ -11,6 +11,8 @@ from pipeline.backends.base import Choice, LoweredGraph, ProbeRow
 
 SCHEMA_VERSION = 1
 NAME = "lowering.json"
+# Fields of a probe row that are written only where they say something.
+OPTIONAL = {field.name: field.default for field in fields(ProbeRow) if field.name in ("low_rank", "gemm_groups")}
 
 
 def write(lowered: LoweredGraph, path: Path) -> None:
@@ -20,7 +22,7 @@ def write(lowered: LoweredGraph, path: Path) -> None:
         "schema_version": SCHEMA_VERSION,
         "graph": lowered.path.relative_to(path.parent).as_posix() if inside else lowered.path.name,
         "choices": [asdict(choice) for choice in lowered.choices],
-        "probes": [asdict(probe) for probe in lowered.probes],
+        "probes": [_stated(asdict(probe)) for probe in lowered.probes],
     }
     path.write_text(json.dumps(document, indent=1) + "\n")
 
@@ -37,6 +39,11 @@ def read(path: Path) -> LoweredGraph:
         return LoweredGraph(path.parent / document["graph"], probes, choices)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ContractError(f"{path} is not a lowering file ({error}); build the engine again") from error
+
+
+def _stated(row: dict) -> dict:
+    """A probe without what few layers have."""
+    return {key: value for key, value in row.items() if key not in OPTIONAL or value != OPTIONAL[key]}
 
 
 def _tuples(row: dict) -> dict:

@@ -21,11 +21,13 @@ class Product:
     """A GEMM's result [..., N]: with weight scales applied, before token scale and bias.
 
     probed: the tensor that equals float32(integer sum) * `scales`; scales: the initializer [N], or '' for none.
+    token_scale: what is left to multiply with, [..., 1] or None.
     """
 
     value: ir.Value
     probed: ir.Value
     scales: str
+    token_scale: ir.Value | None
 
 
 def integer_gemm(emit: Emitter, spec: GemmSpec, a: Operand) -> Product:
@@ -36,31 +38,58 @@ def integer_gemm(emit: Emitter, spec: GemmSpec, a: Operand) -> Product:
     if len(a.codes) == 1:
         one = emit.constant(1.0)
         y = emit.op("MatMulIntegerToFloat", a.codes[0], w, one, scales, zero, name="product", domain=MICROSOFT)
-        return Product(y, y, str(scales.name))
+        return Product(y, y, str(scales.name), a.scale)
     total = _limb_sum(emit, a.codes, a.weights, w, zero)
     y = emit.op("Mul", emit.op("Cast", total, name="sum_f32", to=FLOAT), scales, name="product")
-    return Product(y, y, str(scales.name))
+    return Product(y, y, str(scales.name), a.scale)
 
 
 def grouped_gemm(emit: Emitter, spec: GemmSpec, a: Operand) -> Product:
-    """Real scales per group: [G, M, K/G] x [G, K/G, N] in int32, each group scaled, then added in float32."""
+    """S sums per output: [S, M, K/S] x [S, K/S, N] in int32, each sum scaled, then added in float32.
+
+    Scales of tokens go by group as well where the activation has groups, and the integer sums are what is probed.
+    """
     w = image_initializer(emit, spec)
-    groups, k, n = spec.groups, spec.group_size, spec.out_features
+    groups, k, n = spec.sum_groups, spec.sum_length, spec.out_features
     w = emit.op("Reshape", w, emit.constant([groups, k, n], np.int64), name="grouped_weight")
-    scales = emit.lazy(f"{spec.layer}.unit_scales", FLOAT, (groups, n), partial(unit_scales, spec))
-    scales = emit.op("Reshape", scales, emit.constant([groups, 1, n], np.int64), name="grouped_scales")
+    scales = _channel_scales(emit, spec)
     shape = emit.constant([-1, groups, k], np.int64)
     rows = [emit.op("Reshape", code, shape, name=f"rows_{i}") for i, code in enumerate(a.codes)]
     turned = tuple(emit.op("Transpose", row, name=f"grouped_{i}", perm=[1, 0, 2]) for i, row in enumerate(rows))
     total = _limb_sum(emit, turned, a.weights, w, emit.constant(a.zero, np.uint8))
-    scaled = emit.op("Mul", emit.op("Cast", total, name="sum_f32", to=FLOAT), scales, name="scaled")
+    sums = emit.op("Cast", total, name="sum_f32", to=FLOAT)
+    scaled = emit.op("Mul", sums, scales, name="scaled")
+    if spec.activation_group:
+        scaled = emit.op("Mul", scaled, _group_scales(emit, spec, a), name="scaled_groups")
     flat = emit.op("ReduceSum", scaled, emit.constant([0], np.int64), name="flat", keepdims=0)
-    y = emit.op("Reshape", flat, _shape_like(emit, a.scale, n), name="product")
-    return Product(y, y, "")
+    of_token = None if spec.activation_group else a.scale
+    y = emit.op("Reshape", flat, _shape_like(emit, a.x if of_token is None else of_token, n), name="product")
+    return Product(y, sums if spec.activation_group else y, "", of_token)
 
 
-def float_gemm(emit: Emitter, spec: GemmSpec, image: ir.Value) -> Product:
-    """image f32 (integers, of an activation) times the weight's image or values, in float32."""
+def _channel_scales(emit: Emitter, spec: GemmSpec) -> ir.Value:
+    """Weight scales [S, 1, N], or [1, 1, N] where a channel has one for all sums."""
+    rows, n = (spec.sum_groups, spec.out_features) if spec.real_groups else (1, spec.out_features)
+    scales = emit.lazy(f"{spec.layer}.unit_scales", FLOAT, (rows, n), partial(_sum_scales, spec, rows))
+    return emit.op("Reshape", scales, emit.constant([rows, 1, n], np.int64), name="grouped_scales")
+
+
+def _sum_scales(spec: GemmSpec, rows: int) -> NDArray[np.float32]:
+    found = unit_scales(spec).reshape(spec.scale_groups, -1)
+    return np.repeat(found, rows // spec.scale_groups, axis=0)
+
+
+def _group_scales(emit: Emitter, spec: GemmSpec, a: Operand) -> ir.Value:
+    """Scales of tokens and groups [M, A, 1] as [S, M, 1], each as often as it spans sums."""
+    scale, times = a.scale, spec.sum_groups // spec.activation_groups
+    if times > 1:
+        scale = emit.op("Expand", scale, emit.constant([1, 1, times], np.int64), name="spread_scales")
+        scale = emit.op("Reshape", scale, emit.constant([-1, spec.sum_groups, 1], np.int64), name="sum_scales")
+    return emit.op("Transpose", scale, name="turned_scales", perm=[1, 0, 2])
+
+
+def float_gemm(emit: Emitter, spec: GemmSpec, image: ir.Value, scale: ir.Value | None) -> Product:
+    """image f32 (integers, of an activation) times the weight's image or values, in float32; then times `scale`."""
     w, exponent = _stored_weight(emit, spec)
     shape = (spec.groups, 1, spec.out_features) if spec.real_groups else (spec.out_features,)
     scales = emit.lazy(f"{spec.layer}.scales_f32", FLOAT, shape, partial(_float_scales, spec, exponent))
@@ -71,7 +100,13 @@ def float_gemm(emit: Emitter, spec: GemmSpec, image: ir.Value) -> Product:
         y = emit.op("MatMul", image, w, name="product")
     else:
         y = emit.op("Mul", emit.op("MatMul", image, w, name="unscaled"), scales, name="product")
-    return Product(y, y, "")
+    return Product(y, y, "", scale)
+
+
+def ungrouped(emit: Emitter, image: ir.Value, scale: ir.Value | None, x: ir.Value) -> ir.Value:
+    """image [M, groups, group] times scale [M, groups, 1], in the shape of x [..., K]."""
+    scaled = emit.op("Mul", image, scale, name="scaled_groups")
+    return emit.op("Reshape", scaled, emit.op("Shape", x, name="like"), name="ungrouped")
 
 
 def image_initializer(emit: Emitter, spec: GemmSpec) -> ir.Value:
@@ -80,9 +115,10 @@ def image_initializer(emit: Emitter, spec: GemmSpec) -> ir.Value:
     return emit.lazy(f"{spec.layer}.image", INT8, shape, partial(weight_image, spec))
 
 
-def finish(emit: Emitter, product: ir.Value, scale: ir.Value, bias: ir.Value | None) -> ir.Value:
-    """product * token scale (+ bias)."""
-    y = emit.op("Mul", product, scale, name="scaled_tokens")
+def finish(emit: Emitter, product: Product, bias: ir.Value | None) -> ir.Value:
+    """product (* token scale) (+ bias)."""
+    y, scale = product.value, product.token_scale
+    y = y if scale is None else emit.op("Mul", y, scale, name="scaled_tokens")
     return emit.op("Add", y, bias, name="output") if bias is not None else y
 
 
@@ -100,9 +136,9 @@ def _limb_sum(
     return total
 
 
-def _shape_like(emit: Emitter, scale: ir.Value, n: int) -> ir.Value:
-    """Shape [..., n] for a scale [..., 1]."""
-    leading = emit.op("Shape", scale, name="leading", end=-1)
+def _shape_like(emit: Emitter, tensor: ir.Value, n: int) -> ir.Value:
+    """Shape [..., n] for a tensor [..., any]."""
+    leading = emit.op("Shape", tensor, name="leading", end=-1)
     return emit.op("Concat", leading, emit.constant([n], np.int64), name="shape", axis=0)
 
 

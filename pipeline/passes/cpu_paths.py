@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from pipeline.backends.base import WIDE_SUM, Capabilities, GemmRow
-from pipeline.passes.cpu_quantizers import LARGE_ZERO, SMALL_ZERO, largest_code, limb_base
+from pipeline.passes.cpu_quantizers import LARGE_ZERO, SMALL_ZERO, largest_operand, limb_base
 from pipeline.passes.gemm_spec import GemmSpec
 
-INT8_MAX, INT16_MAX, INT32_MAX = 2**7 - 1, 2**15 - 1, 2**31 - 1
+INT8_MAX, UINT8_MAX, INT16_MAX, INT32_MAX = 2**7 - 1, 2**8 - 1, 2**15 - 1, 2**31 - 1
 
 
 def choose_path(spec: GemmSpec, capabilities: Capabilities) -> tuple[GemmRow | None, str]:
@@ -27,24 +27,23 @@ def _praise(spec: GemmSpec, row: GemmRow) -> str:
 
 def refusal(spec: GemmSpec, row: GemmRow, wide_sum: bool) -> str:
     """Why `row` cannot run the linear exactly, '' if it can."""
-    if spec.real_groups != row.real_groups:
-        return "it has no scale per group" if spec.real_groups else "the weight has one scale per channel"
+    if (spec.sum_groups > 1) != row.real_groups:
+        return "it has no scale per group" if spec.sum_groups > 1 else "the weight has one scale per channel"
     return _too_wide(spec, row.limbs) or _overflow(spec, row.limbs, wide_sum)
 
 
 def _too_wide(spec: GemmSpec, limbs: int) -> str:
     kmax_a = spec.activation.kmax
-    if not spec.activation.sign_bits:
-        return f"{spec.activation.name} has no sign"
     if spec.weight_kmax > INT8_MAX:
         return f"image {spec.weight_kmax} of {spec.weight.name} exceeds int8"
-    if (limbs == 1 and kmax_a >= LARGE_ZERO) or limb_base(kmax_a, limbs) // 2 >= SMALL_ZERO:
+    too_large = kmax_a >= LARGE_ZERO if spec.activation.sign_bits else kmax_a > UINT8_MAX
+    if (limbs == 1 and too_large) or limb_base(kmax_a, limbs) // 2 >= SMALL_ZERO:
         return f"image {kmax_a} of {spec.activation.name} exceeds {limbs} operand{'s' * (limbs > 1)} of 8 bits"
     return ""
 
 
 def _overflow(spec: GemmSpec, limbs: int, wide_sum: bool) -> str:
-    pair = 2 * largest_code(spec.activation.kmax, limbs) * spec.weight_kmax
+    pair = 2 * largest_operand(spec.activation, limbs) * spec.weight_kmax
     if not wide_sum and pair > INT16_MAX:
         return f"a pair of products can reach {pair}; this CPU sums pairs in 16 bits, at most {INT16_MAX}"
     total = spec.activation.kmax * spec.weight_kmax * spec.sum_length

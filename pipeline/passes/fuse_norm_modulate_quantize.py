@@ -6,6 +6,7 @@ import onnx_ir as ir
 
 from export.ops import DOMAIN
 from pipeline.passes.graph import (
+    QUANTIZERS,
     add_functions,
     attribute,
     constant,
@@ -18,6 +19,7 @@ from pipeline.passes.graph import (
     other_input,
     produced_by,
     replace,
+    unbalanced,
 )
 from pipeline.passes.refusal import RewritePass
 
@@ -25,20 +27,24 @@ from pipeline.passes.refusal import RewritePass
 class FuseNormModulateQuantize(RewritePass):
     """QuantizeActivation(LayerNormalization(x) * (1 + scale) + shift) -> NormModulateQuantize(x, shift, scale).
 
-    The norm must have no affine parameters and its inner values no other reader. `1 + scale` may have others.
+    The norm must have no affine parameters and its inner values no other reader. `1 + scale` may have others. Only
+    scales per token are fused: a constant one needs no pass over the token, and groups have no fused op.
     """
 
     def rewrite(self, model: ir.Model) -> None:
         for node in list(model.graph):
             if is_op(node, "QuantizeActivation", DOMAIN):
                 self._try(model.graph, node)
+            elif node.domain == DOMAIN and node.op_type in QUANTIZERS and _reads_norm(node.inputs[0]):
+                self.refuse(node.name, f"{node.op_type} of a norm; only one scale per token is fused with it")
         if self.fired:
             add_functions(model, ["NormModulateQuantize"])
             drop_unused(model)
 
     def _try(self, graph: ir.Graph, quantizer: ir.Node) -> None:
         modulated = quantizer.inputs[0]
-        add = produced_by(modulated, "Add")
+        balanced = modulated is not None and unbalanced(modulated) is not modulated
+        add = None if balanced else produced_by(modulated, "Add")
         found = self._multiply_and_norm(add) if add else None
         if modulated is None or add is None or found is None:
             if near := _near_miss(modulated, add):
@@ -89,11 +95,22 @@ class FuseNormModulateQuantize(RewritePass):
 
 def _near_miss(x: ir.Value | None, add: ir.Node | None) -> str:
     """Why a quantizer that reads a norm has no modulate to fuse; '' if it reads something else altogether."""
+    if x is not None and unbalanced(x) is not x and _reads_norm(x):
+        return "its norm is balanced channel by channel before it is quantized"
     if produced_by(x, "LayerNormalization"):
         return "its norm is neither scaled nor shifted per sample"
     if add and any(produced_by(value, "LayerNormalization") for value in add.inputs):
         return "its norm is shifted but not multiplied by 1 + scale"
     return ""
+
+
+def _reads_norm(x: ir.Value | None, steps: int = 4) -> bool:
+    """Is `x` a LayerNormalization with at most `steps` multiplications and additions behind it?"""
+    node = x.producer() if x is not None else None
+    if node is None or is_op(node, "LayerNormalization"):
+        return node is not None
+    elementwise = steps > 0 and (is_op(node, "Mul") or is_op(node, "Add"))
+    return elementwise and any(_reads_norm(value, steps - 1) for value in node.inputs)
 
 
 def _affine(norm: ir.Node) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -10,7 +11,7 @@ from numpy.typing import NDArray
 
 from export.errors import ContractError
 from export.formats import Format, get_format, unpack
-from pipeline.passes.graph import attribute
+from pipeline.passes.graph import attribute, constant
 
 
 @dataclass(frozen=True)
@@ -24,9 +25,11 @@ class StoredWeight:
 
 @dataclass(frozen=True)
 class GemmSpec:
-    """One quantized linear y[..., N] = a[..., K] @ W + bias, read from a PackedGemm node.
+    """One quantized linear y[..., N] = a[..., K] @ W + bias, read from a PackedGemm or PackedGroupGemm node.
 
     `multipliers`: table of the group multipliers, (1,) for none. `real_groups`: scales are [N, groups].
+    `activation_scale`: the constant scale of all activations, None where tokens have their own. `activation_group`:
+    input channels that share a scale of a token, 0 for all.
     """
 
     layer: str
@@ -38,6 +41,8 @@ class GemmSpec:
     multipliers: tuple[int, ...]
     real_groups: bool
     stored: StoredWeight
+    activation_scale: np.float32 | None = None
+    activation_group: int = 0
 
     @property
     def groups(self) -> int:
@@ -49,9 +54,24 @@ class GemmSpec:
         return self.weight.kmax * max(self.multipliers)
 
     @property
+    def scale_groups(self) -> int:
+        """Real scales of one channel of the weight."""
+        return self.groups if self.real_groups else 1
+
+    @property
+    def activation_groups(self) -> int:
+        """Scales of one token."""
+        return self.in_features // self.activation_group if self.activation_group else 1
+
+    @property
+    def sum_groups(self) -> int:
+        """Integer sums of one output: within each, no scale changes."""
+        return math.lcm(self.scale_groups, self.activation_groups)
+
+    @property
     def sum_length(self) -> int:
         """Number of products in one integer sum."""
-        return self.group_size if self.real_groups else self.in_features
+        return self.in_features // self.sum_groups
 
     @property
     def unit(self) -> float:
@@ -60,7 +80,8 @@ class GemmSpec:
 
 
 def read_spec(node: ir.Node) -> GemmSpec:
-    """The spec of a PackedGemm node. Raises ContractError if its weight is not stored in the model."""
+    """The spec of a packed node. Raises ContractError if its weight is not stored in the model."""
+    scale = constant(node.inputs[1])
     stored = StoredWeight(*(_tensor(node, index) for index in (2, 3, 4)))
     return GemmSpec(
         layer=attribute(node, "layer"),
@@ -72,6 +93,8 @@ def read_spec(node: ir.Node) -> GemmSpec:
         multipliers=tuple(attribute(node, "multipliers")),
         real_groups=stored.scales.numpy().shape[1] > 1,
         stored=stored,
+        activation_scale=None if scale is None else np.float32(scale[0]),
+        activation_group=attribute(node, "activation_group", 0),
     )
 
 
@@ -103,6 +126,11 @@ def _decode(fmt: Format, codes: NDArray[np.uint8], in_features: int, dtype: type
 
 
 def unit_scales(spec: GemmSpec, exponent: int = 0) -> NDArray[np.float32]:
-    """Weight scale times the unit of the integer sum times 2^exponent (exact): [N], or [groups, N]."""
+    """Weight scale times the unit of the integer sum times 2^exponent (exact): [N], or [groups, N].
+
+    A static scale of the activations is folded in, rounded once.
+    """
     found = (spec.stored.scales.numpy() * np.float32(spec.unit * 2.0**exponent)).astype(np.float32)
+    if spec.activation_scale is not None:
+        found = found * spec.activation_scale
     return np.ascontiguousarray(found.T if spec.real_groups else found[:, 0])

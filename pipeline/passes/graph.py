@@ -13,6 +13,11 @@ from onnx_ir.passes.common import RemoveUnusedFunctionsPass, RemoveUnusedNodesPa
 from export.ops import DOMAIN, OPS, VERSION, attributes
 
 LAYER_KEY, KIND_KEY = "fpq.layer", "fpq.kind"
+# Ops that turn floats into codes, and those that turn codes into floats.
+QUANTIZERS = ("QuantizeActivation", "QuantizeStatic", "QuantizeGroups")
+DEQUANTIZERS = ("DequantizeActivation", "DequantizeStatic", "DequantizeGroups")
+# Nodes of a layer that balance its input channel by channel, in this order.
+BALANCE = ("multiply", "offset")
 
 
 def is_op(node: ir.Node | None, op_type: str, domain: str = "") -> bool:
@@ -51,6 +56,29 @@ def attribute(node: ir.Node, name: str, default: Any = None) -> Any:
 def layer_of(node: ir.Node) -> str:
     """The quantized linear that a node belongs to, '' for none."""
     return node.metadata_props.get(LAYER_KEY, "")
+
+
+def has_role(node: ir.Node | None, *roles: str) -> bool:
+    """Is it the node "layer/role" of the quantized linear it belongs to?"""
+    layer = layer_of(node) if node is not None else ""
+    return bool(layer) and node is not None and node.name in {f"{layer}/{role}" for role in roles}
+
+
+def unbalanced(value: ir.Value) -> ir.Value:
+    """What a linear reads, for the tensor that its quantizer reads."""
+    for role in reversed(BALANCE):
+        node = value.producer()
+        if node is not None and has_role(node, role) and node.inputs[0] is not None:
+            value = node.inputs[0]
+    return value
+
+
+def low_rank_of(output: ir.Value) -> tuple[ir.Value, ir.Value] | None:
+    """(result of the low-rank branch, sum with it) where a linear's `output` has a branch added to it."""
+    add = only_reader(output)
+    if add is None or not has_role(add, "add_low_rank"):
+        return None
+    return other_input(add, output), add.outputs[0]
 
 
 def other_input(node: ir.Node, value: ir.Value) -> ir.Value:

@@ -8,15 +8,24 @@ import onnx_ir as ir
 
 from export.ops import DOMAIN
 from pipeline.backends.base import WIDE_SUM, Capabilities, Choice, GemmRow, ProbeRow
-from pipeline.passes.cpu_gemms import Product, finish, float_gemm, grouped_gemm, integer_gemm
+from pipeline.passes.cpu_gemms import Product, finish, float_gemm, grouped_gemm, integer_gemm, ungrouped
 from pipeline.passes.cpu_paths import choose_path, refusal
-from pipeline.passes.cpu_quantizers import Operand, quantize, rounded_image, unsupported
+from pipeline.passes.cpu_quantizers import (
+    Operand,
+    in_groups,
+    quantize,
+    quantize_groups,
+    quantize_static,
+    rounded_image,
+    static_image,
+    unsupported,
+)
 from pipeline.passes.emit import MICROSOFT, Emitter
 from pipeline.passes.gemm_spec import GemmSpec, read_spec
-from pipeline.passes.graph import attribute, constant, drop_unused, is_op
+from pipeline.passes.graph import QUANTIZERS, attribute, constant, drop_unused, low_rank_of, unbalanced
 from pipeline.passes.refusal import RewritePass
 
-QUANTIZERS = ("QuantizeActivation", "NormModulateQuantize")
+GEMMS = ("PackedGemm", "PackedGroupGemm")
 FUNCTION_PATH, FLOAT_PATH = "onnx function", "float32"
 
 
@@ -27,14 +36,14 @@ class _Source:
     node: ir.Node
     x: ir.Value | None = None
     operands: dict[int, Operand] = field(default_factory=dict)
-    image: tuple[ir.Value, ir.Value] | None = None
+    image: tuple[ir.Value, ir.Value | None] | None = None
 
 
 class LowerCpu(RewritePass):
-    """Lower every PackedGemm and the quantizers it reads; `choices` and `probes` have one row for each.
+    """Lower every packed GEMM and the quantizers it reads; `choices` and `probes` have one row for each.
     `needs`: capabilities without which a chosen path would not be exact.
 
-    A PackedGemm whose codes do not come from a quantizer, or whose activation format has none here, keeps its ONNX
+    A packed GEMM whose codes do not come from a quantizer, or whose activation format has none here, keeps its ONNX
     function body (refused with the reason).
     """
 
@@ -49,9 +58,9 @@ class LowerCpu(RewritePass):
         self.choices, self.probes, self.needs = [], [], set()
         self._sources: dict[ir.Value, _Source] = {}
         for node in list(model.graph):
-            if node.domain == DOMAIN and node.op_type in QUANTIZERS:
+            if node.domain == DOMAIN and node.op_type in (*QUANTIZERS, "NormModulateQuantize"):
                 self._sources[node.outputs[0]] = _Source(node)
-            elif is_op(node, "PackedGemm", DOMAIN):
+            elif node.domain == DOMAIN and node.op_type in GEMMS:
                 self._lower(model.graph, node)
         for source in self._sources.values():
             if not any(list(output.uses()) for output in source.node.outputs):
@@ -61,7 +70,8 @@ class LowerCpu(RewritePass):
 
     def _lower(self, graph: ir.Graph, node: ir.Node) -> None:
         spec, source = read_spec(node), self._sources.get(node.inputs[0])  # type: ignore[arg-type]
-        why = "its codes do not come from a quantizer" if source is None else unsupported(spec.activation)
+        static = spec.activation_scale is not None
+        why = "its codes do not come from a quantizer" if source is None else unsupported(spec.activation, static)
         if why or source is None:
             self.choices.append(Choice(spec.layer, FUNCTION_PATH, why))
             self.refuse(spec.layer, why)
@@ -70,28 +80,31 @@ class LowerCpu(RewritePass):
         if row and refusal(spec, row, wide_sum=False):
             self.needs.add(WIDE_SUM)
         emit = Emitter(graph, node, spec.layer, dict(node.metadata_props))
-        product, operand, scale = self._product(graph, emit, spec, source, row)
+        product, operand = self._product(graph, emit, spec, source, row)
         bias = node.inputs[5]
         has_bias = bias is not None and constant(bias) is not None and constant(bias).any()  # type: ignore[union-attr]
-        output = finish(emit, product.value, scale, bias if has_bias else None)
+        output = finish(emit, product, bias if has_bias else None)
         self._substitute(graph, node, output)
-        self._record(spec, row, why, source, product, operand, scale, output)
+        self._record(spec, row, why, source, product, operand, output)
         self.fired += 1
 
     def _product(
         self, graph: ir.Graph, emit: Emitter, spec: GemmSpec, source: _Source, row: GemmRow | None
-    ) -> tuple[Product, Operand | None, ir.Value]:
+    ) -> tuple[Product, Operand | None]:
         quantizer = self._emitter_at(graph, source)
         if row is None:
-            if source.image is None:
-                source.image = rounded_image(quantizer, self._input(quantizer, source), spec.activation)
-            return float_gemm(emit, spec, source.image[0]), None, source.image[1]
+            x = self._input(quantizer, source)
+            source.image = source.image or _image(quantizer, spec, source.node, x)
+            image, scale = source.image
+            if spec.activation_group:
+                image, scale = ungrouped(emit, image, scale, x), None
+            return float_gemm(emit, spec, image, scale), None
         if row.limbs not in source.operands:
             x = self._input(quantizer, source)
-            source.operands[row.limbs] = quantize(quantizer, x, spec.activation, row.limbs)
+            source.operands[row.limbs] = _operand(quantizer, spec, source.node, x, row.limbs)
         operand = source.operands[row.limbs]
         emit_gemm = grouped_gemm if row.real_groups else integer_gemm
-        return emit_gemm(emit, spec, operand), operand, operand.scale
+        return emit_gemm(emit, spec, operand), operand
 
     def _emitter_at(self, graph: ir.Graph, source: _Source) -> Emitter:
         """Emitter in front of the quantizer; a second form of the same tensor gets its own names."""
@@ -100,7 +113,7 @@ class LowerCpu(RewritePass):
 
     def _input(self, emit: Emitter, source: _Source) -> ir.Value:
         """The float tensor to quantize; a fused norm becomes one LayerNormalization with (1 + scale, shift)."""
-        if source.x is None and source.node.op_type == "QuantizeActivation":
+        if source.x is None and source.node.op_type in QUANTIZERS:
             source.x = source.node.inputs[0]
         elif source.x is None:
             x, shift, scale = source.node.inputs
@@ -118,28 +131,33 @@ class LowerCpu(RewritePass):
         source: _Source,
         product: Product,
         operand: Operand | None,
-        scale: ir.Value,
         output: ir.Value,
     ) -> None:
         path = row.path if row else FLOAT_PATH
         self.choices.append(Choice(spec.layer, path, why))
         assert source.x is not None and (operand or source.image)
         codes = operand.codes if operand else source.image[:1]  # type: ignore[index]
+        scale = operand.scale if operand else source.image[1]  # type: ignore[index]
+        branch, total = low_rank_of(output) or (None, output)
+        if branch is not None:  # the sum has taken the name of the linear's output
+            output.name = f"{spec.layer}/linear"
         self.probes.append(
             ProbeRow(
                 layer=spec.layer,
                 path=path,
-                x=str(source.x.name),
+                x=str(unbalanced(source.x).name),
                 codes=tuple(str(code.name) for code in codes),
                 limb_weights=tuple(float(w) for w in operand.weights) if operand else (1.0,),
                 codes_unit=1.0,
                 codes_offset=float(operand.zero) if operand else 0.0,
-                act_scale=str(scale.name),
+                act_scale=str(scale.name) if scale is not None else "",
                 gemm=str(product.probed.name),
                 gemm_unit=1.0,
                 gemm_scale=product.scales,
-                exact=row is not None and not row.real_groups,
-                output=str(output.name),
+                exact=row is not None and (not row.real_groups or spec.activation_group > 0),
+                output=str(total.name),
+                low_rank=str(branch.name) if branch is not None else "",
+                gemm_groups=spec.sum_groups if row is not None and spec.activation_group else 1,
             )
         )
 
@@ -150,3 +168,28 @@ class LowerCpu(RewritePass):
             output.name = old.name
         ir.convenience.replace_all_uses_with(old, output, replace_graph_outputs=True)
         graph.remove(node, safe=True)
+
+
+def _operand(emit: Emitter, spec: GemmSpec, quantizer: ir.Node, x: ir.Value, limbs: int) -> Operand:
+    """The activation's integer operands by the kind of scale that it has."""
+    if spec.activation_scale is not None:
+        return quantize_static(emit, x, spec.activation, limbs, *_static(quantizer))
+    if spec.activation_group:
+        return quantize_groups(emit, x, spec.activation, limbs, spec.activation_group, spec.activation_groups)
+    return quantize(emit, x, spec.activation, limbs)
+
+
+def _image(emit: Emitter, spec: GemmSpec, quantizer: ir.Node, x: ir.Value) -> tuple[ir.Value, ir.Value | None]:
+    """(integer image as float32, scale) for formats too wide for integer operands."""
+    if spec.activation_scale is not None:
+        return static_image(emit, x, spec.activation, *_static(quantizer)), None
+    if spec.activation_group:
+        x = in_groups(emit, x, spec.activation_group, spec.activation_groups)
+    return rounded_image(emit, x, spec.activation)
+
+
+def _static(quantizer: ir.Node) -> tuple[float, float]:
+    """(scale, zero) of a QuantizeStatic."""
+    scale, zero = (constant(value) for value in quantizer.inputs[1:])
+    assert scale is not None and zero is not None
+    return float(scale[0]), float(zero[0])

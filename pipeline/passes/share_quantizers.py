@@ -1,38 +1,75 @@
-"""One quantizer per tensor: readers of the same tensor (q, k, v) share its codes and scales."""
+"""One quantizer per tensor: readers of the same tensor (q, k, v) share its balance, codes and scales."""
 
 from __future__ import annotations
 
 import onnx_ir as ir
 
 from export.ops import DOMAIN
-from pipeline.passes.graph import attribute, drop_unused, is_op, name_of
+from pipeline.passes.graph import (
+    BALANCE,
+    DEQUANTIZERS,
+    QUANTIZERS,
+    attribute,
+    constant,
+    drop_unused,
+    has_role,
+    name_of,
+)
 from pipeline.passes.refusal import RewritePass
 
 
 class ShareQuantizers(RewritePass):
-    """Replace QuantizeActivation(x) by an earlier QuantizeActivation(x) of the same format.
+    """Replace a quantizer of x by an earlier quantizer of x of the same format and scaling.
 
-    Also merges the DequantizeActivation nodes that then read the same codes. Quantizers of the same tensor in another
-    format stay (refused): their codes differ.
+    Before, factors and offsets per channel are merged where they are equal; after, the nodes that decode the same
+    codes. Quantizers of the same tensor in another way stay (refused): their codes differ.
     """
 
     def rewrite(self, model: ir.Model) -> None:
-        for op_type in ("QuantizeActivation", "DequantizeActivation"):
-            self._merge(model.graph, op_type)
+        for role in BALANCE:
+            self._merge_balance(model.graph, role)
+        for op_types in (QUANTIZERS, DEQUANTIZERS):
+            self._merge(model.graph, op_types)
         if self.fired:
             drop_unused(model)
 
-    def _merge(self, graph: ir.Graph, op_type: str) -> None:
+    def _merge_balance(self, graph: ir.Graph, role: str) -> None:
+        first_of: dict[tuple[ir.Value | None, bytes], ir.Node] = {}
+        for node in list(graph):
+            array = constant(node.inputs[1]) if has_role(node, role) else None
+            if array is not None:
+                self._replace(graph, node, first_of.setdefault((node.inputs[0], array.tobytes()), node))
+
+    def _merge(self, graph: ir.Graph, op_types: tuple[str, ...]) -> None:
         first_of: dict[tuple[ir.Value | None, ...], dict[str, ir.Node]] = {}
         for node in list(graph):
-            if not is_op(node, op_type, DOMAIN):
+            if node.domain != DOMAIN or node.op_type not in op_types:
                 continue
-            of_format = first_of.setdefault(tuple(node.inputs), {})
-            first = of_format.setdefault(str(attribute(node, "format")), node)
-            if first is not node:
-                ir.convenience.replace_all_uses_with(node.outputs, first.outputs)
-                graph.remove(node, safe=True)
-                self.fired += 1
-            elif len(of_format) > 1:
-                others = ", ".join(f"{key} ({name_of(n)})" for key, n in of_format.items() if n is not node)
-                self.refuse(node.name, f"the tensor is also quantized as {others}; {attribute(node, 'format')} differs")
+            computed = tuple(value for value in node.inputs if value is None or not value.is_initializer())
+            ways = first_of.setdefault(computed, {})
+            first = ways.setdefault(way_of(node), node)
+            self._replace(graph, node, first)
+            if first is node and len(ways) > 1:
+                others = ", ".join(f"{key} ({name_of(n)})" for key, n in ways.items() if n is not node)
+                self.refuse(node.name, f"the tensor is also quantized as {others}; {way_of(node)} differs")
+
+    def _replace(self, graph: ir.Graph, node: ir.Node, first: ir.Node) -> None:
+        if first is not node:
+            ir.convenience.replace_all_uses_with(node.outputs, first.outputs)
+            graph.remove(node, safe=True)
+            self.fired += 1
+
+
+def way_of(node: ir.Node) -> str:
+    """Format and scaling of a quantizer or its inverse, in words that are equal only if both are.
+
+    A static quantizer is told by the numbers of its stored scale and zero.
+    """
+    found = [str(attribute(node, "format"))]
+    if group := attribute(node, "group_size"):
+        found.append(f"in groups of {group}")
+    for word, value in zip(("at scale", "from"), node.inputs[1:], strict=False):
+        array = constant(value) if value is not None and value.is_initializer() else None
+        if array is not None:
+            found.append(f"{word} {float(array[0])!r}")
+    return " ".join(found)
