@@ -14,7 +14,6 @@ from pipeline.calibrate.static_activations import (
     SHARES,
     TAILS,
     Samples,
-    call_shares,
     find_range,
     levels,
     thinned,
@@ -114,10 +113,7 @@ def test_fields_are_those_of_a_quantized_linear():
     assert made["activation_zero"].shape == (1,) and made["activation_zero"][0] < 0
 
 
-def test_small_timesteps_count_most():
-    shares = call_shares(list(range(0, 20, 2)), 20, "normal")
-    assert shares.max() == 1 and np.argmax(shares) == 6 and shares[0] < shares[-1]
-    np.testing.assert_array_equal(call_shares([0, 5], 20, "uniform"), 1)
+def test_thinning_keeps_a_spread_share_of_each_part():
     parts = thinned([np.arange(10), np.arange(10)], np.array([1.0, 0.3]))
     assert [part.tolist() for part in parts] == [list(range(10)), [0, 4, 9]]
     assert len(thinned([np.arange(4)], np.array([0.01]))[0]) == 1
@@ -132,8 +128,6 @@ def test_refusals():
         find_range([np.ones(3)], get_format("INT8"), "best", "layer")
     with pytest.raises(RecipeError, match="asymmetric activations of E2M3: only integers"):
         unsigned_format("E2M3")
-    with pytest.raises(RecipeError, match="timestep distribution 'late' is unknown"):
-        call_shares([0], 20, "late")
 
 
 def test_a_layer_that_only_saw_zeros_gets_a_scale():

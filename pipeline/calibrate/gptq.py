@@ -19,9 +19,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from export.checkpoint import Granularity
+from export.checkpoint import Granularity, QuantizedLinear, make_linear
 from export.errors import ModelError
-from export.formats import Format, quantize
+from export.formats import Format, get_format, quantize
+from pipeline.calibrate.plan import LayerPlan
+from pipeline.calibrate.rtn import float_weight
 from pipeline.calibrate.scales import F32, RoundingErrors, find_scales
 
 F64 = NDArray[np.float64]
@@ -46,6 +48,27 @@ class Rounded:
     codes: NDArray[np.uint8]
     scales: F32
     multipliers: NDArray[np.uint8] | None
+
+
+def quantize_linear(
+    plan: LayerPlan, matrix: F64, search: str, *, damping: float = DAMPING, act_order: bool = False, **fields: Any
+) -> QuantizedLinear:
+    """The layer of a plan by GPTQ with H = `matrix`. fields: others of `QuantizedLinear`, how its input is rounded."""
+    grid = Grid(get_format(plan.weight_format), plan.granularity, plan.group_size, plan.multipliers, search)
+    found = gptq(float_weight(plan), matrix, grid, damping=damping, act_order=act_order, name=plan.name)
+    bias = plan.linear.module.bias
+    made = dict(
+        weight_format=plan.weight_format,
+        name=plan.name,
+        kind=plan.linear.kind,
+        activation_format=plan.activation_format,
+        granularity=plan.granularity,
+        group_size=plan.group_size,
+        scales=found.scales,
+        multipliers=found.multipliers,
+        bias=None if bias is None else bias.detach().float().numpy().copy(),
+    )
+    return make_linear(found.codes, **(made | fields))  # type: ignore[arg-type]  # checked by QuantizedLinear
 
 
 def hessian(inputs: Iterable[Any], k: int) -> F64:

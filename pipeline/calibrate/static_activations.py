@@ -26,10 +26,6 @@ F64 = NDArray[np.float64]
 SHARES = tuple(float(share) for share in np.linspace(1.0, 0.01, 100))
 # Outside share of the values that "percentile" tries to leave out; the least squared error decides, as in RepQ-ViT.
 TAILS = (1e-3, 1e-4, 1e-5)
-# PTQ4DM (arXiv 2211.15736) draws calibration timesteps from a normal distribution with a mean below the middle. Mean
-# and deviation in shares of the trajectory's length are our choice (the paper's were not seen); "uniform" beside it
-# tells what they are worth.
-NORMAL_MEAN, NORMAL_DEVIATION = 0.4, 0.5
 
 
 @dataclass(frozen=True)
@@ -153,20 +149,6 @@ METHODS: dict[str, Callable[[Samples, Format], StaticRange]] = {
     "percentile": percentile_range,
     "mse": mse_range,
 }
-
-
-def call_shares(steps: Sequence[int], n_steps: int, distribution: str) -> F64:
-    """Share of the rows that each call gives, [calls], the largest 1: by its place in a trajectory of `n_steps`.
-
-    Step 0 is all noise, t = T. "uniform": all 1. "normal": PTQ4DM's preference for small t.
-    """
-    if distribution == "uniform":
-        return np.ones(len(steps))
-    if distribution != "normal":
-        raise RecipeError(f"timestep distribution {distribution!r} is unknown; use uniform or normal")
-    t = 1.0 - np.asarray(steps) / max(n_steps - 1, 1)
-    density = np.exp(-0.5 * ((t - NORMAL_MEAN) / NORMAL_DEVIATION) ** 2)
-    return density / density.max()
 
 
 def thinned(parts: Sequence[Any], shares: F64) -> list[Any]:
