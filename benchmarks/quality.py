@@ -31,7 +31,7 @@ from benchmarks.quality_metrics import Array
 from benchmarks.quality_results import FAILED, FLOAT, MEASURED, UNAVAILABLE, Results, row_key
 from benchmarks.quality_rows import MODELS, TABLES, Row, rows_of
 from export.checkpoint import QuantizedLinear
-from export.errors import ContractError, RecipeError
+from export.errors import ContractError, RecipeError, UserError
 from pipeline.recipe import Recipe
 
 logger = logging.getLogger("benchmarks.quality")
@@ -189,7 +189,7 @@ def told_result(found: dict[str, Any]) -> str:
         return f"{found['status']}, {found['reason']}"
     distance, psnr = found["frechet_increase"]["value"], found["psnr_db"]["value"]
     drawn = f"{found['drawn_by']}, calibrated in {found['calibration_minutes']:.1f} min"
-    return f"Frechet +{distance:.3f}, right {found['accuracy']['value']:.1%}, PSNR {psnr:.1f} dB, by {drawn}"
+    return f"Frechet {distance:+.3f}, right {found['accuracy']['value']:.1%}, PSNR {psnr:.1f} dB, by {drawn}"
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -209,11 +209,19 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--list", action="store_true", help="say which rows are measured, and measure nothing")
     parser.add_argument("--work-dir", type=Path, default=WORK, help="checkpoints and float pictures are kept here")
     parser.add_argument("--output-dir", type=Path, help=f"default: {record.RESULTS}")
+    real = parser.add_argument_group("a real pipeline by published metrics (needs --rows and --count)")
+    real.add_argument("--model", metavar="ID_OR_DIR", help="diffusers pipeline with text encoder and VAE")
+    real.add_argument("--prompts", type=Path, metavar="FILE", help="one prompt on each line; class names for DiT")
+    real.add_argument("--metric", action="append", choices=["fid", "clip", "image_reward", "hpsv2"])
+    real.add_argument("--real-pictures", type=Path, metavar="DIR", help="for fid")
+    real.add_argument("--scorer-python", type=Path, metavar="FILE", help="for image_reward and hpsv2")
     return parser
 
 
 def checked(parser: argparse.ArgumentParser) -> argparse.Namespace:
     arguments = parser.parse_args()
+    if arguments.model and not (arguments.rows and arguments.metric):
+        parser.error("--model needs --rows PATTERN and at least one --metric")
     if arguments.set and not arguments.output_dir:
         parser.error("--set changes what rows are; give an --output-dir of your own for their results")
     if not 0 <= arguments.count <= drawing.LABELS:
@@ -226,6 +234,14 @@ def checked(parser: argparse.ArgumentParser) -> argparse.Namespace:
 def main() -> int:
     arguments = checked(make_parser())
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
+    if arguments.model:
+        from benchmarks.quality_real import run_real
+
+        try:
+            return run_real(arguments)
+        except UserError as error:
+            logger.error("error: %s", error)
+            return error.exit_code
     return min(sum(run_model(name, arguments) for name in arguments.names), 1)
 
 

@@ -23,7 +23,7 @@ def draw_latent(bundle: Bundle, request: DrawRequest, source: str | None = None)
 
     transformer = bundle.as_diffusers(request.target)
     pipeline = DiffusionPipeline.from_pretrained(root, transformer=transformer, local_files_only=True)
-    arguments = ARGUMENTS.get(bundle.manifest["model"]["family"], _texts)
+    arguments = pipeline_arguments(bundle.manifest["model"]["family"])
     given = {"num_inference_steps": request.n_steps, "guidance_scale": request.guidance_scale}
     settings = {key: value for key, value in given.items() if value}
     drawn = []
@@ -82,3 +82,8 @@ def _classes(pipeline: Any, _: Bundle, prompts: list[str]) -> dict[str, Any]:
 
 # Family -> the pipeline's arguments, where a prompt is not a text.
 ARGUMENTS: dict[str, Callable[[Any, Bundle, list[str]], dict[str, Any]]] = {"dit": _classes}
+
+
+def pipeline_arguments(family: str) -> Callable[[Any, Bundle, list[str]], dict[str, Any]]:
+    """What makes the arguments of a family's pipeline from (pipeline, bundle, prompts)."""
+    return ARGUMENTS.get(family, _texts)

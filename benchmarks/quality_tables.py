@@ -1,0 +1,188 @@
+"""Tables of the quality results: `python -m benchmarks.quality_tables` writes docs/quality.md and the plots beside it.
+
+README.md's short table comes from here, too (`benchmarks/readme.py`). Nothing is stated that is not in the JSON: a row
+that was not measured says why, and the sentences below a table are computed from its intervals.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from benchmarks import record
+from benchmarks.quality_answers import ANSWERS
+from benchmarks.quality_results import FLOAT, MEASURED, Results
+from benchmarks.quality_rows import MODELS, TABLES, WIDTHS, Line, Table
+
+ROOT = Path(__file__).resolve().parent.parent
+PAGE = ROOT / "docs" / "quality.md"
+Record = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Column:
+    """`show`: the cell of a measured record; float's own cell is "-" where `of_float` is False."""
+
+    title: str
+    show: Callable[[Record], str]
+    of_float: bool = True
+
+
+def estimate(key: str, form: str) -> Callable[[Record], str]:
+    """Value and interval of an estimate."""
+
+    def show(found: Record) -> str:
+        value, low, high = (format(found[key][part], form) for part in ("value", "low", "high"))
+        return f"{value} ({low} to {high})"
+
+    return show
+
+
+COLUMNS = (
+    Column("Frechet distance to float", estimate("frechet_to_float", ".3g"), of_float=False),
+    Column("to real data", estimate("frechet_to_real", ".3g")),
+    Column("more than float's", estimate("frechet_increase", "+.2f"), of_float=False),
+    Column("right", estimate("accuracy", ".1%")),
+    Column("PSNR to float, dB", estimate("psnr_db", ".1f"), of_float=False),
+    Column("SSIM", lambda found: f"{found['ssim']['value']:.4f}", of_float=False),
+    Column("bits per weight", lambda found: f"{bits_per_weight(found):.3f}"),
+    Column("weights, MB", lambda found: f"{found['weight_bytes'] / 1e6:.2f}"),
+    Column("calibration, min", lambda found: f"{found['calibration_minutes']:.1f}", of_float=False),
+)
+
+
+def bits_per_weight(found: Record) -> float:
+    return 8 * found["weight_bytes"] / found["weights"]
+
+
+def markdown(header: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
+    """A Markdown table."""
+    titles = list(header)
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in [titles, ["---"] * len(titles), *map(list, rows)])
+
+
+def records(model: str, folder: Path = record.RESULTS) -> dict[str, Record]:
+    """By row name; empty if nothing was measured."""
+    return dict(Results(model, folder).read()["rows"])
+
+
+# --- docs/quality.md ------------------------------------------------------------------------------------------------
+
+
+def table_text(table: Table, model: str, found: Mapping[str, Record]) -> str:
+    """One Markdown table for each width that has a line in `table`, the float model first, and what they answer."""
+    widths = [width for width in ("w6a8", *WIDTHS) if any(width in line.widths for line in table.lines)]
+    parts = [f"### {model}"]
+    for width in widths:
+        lines = [line for line in table.lines if width in line.widths]
+        rows = [["float", *cells(found.get(FLOAT), is_float=True)]]
+        rows += [[line.label, *cells(found.get(f"{line.name}-{width}"))] for line in lines]
+        parts += [f"{width.upper()}:", markdown(["", *(column.title for column in COLUMNS)], rows)]
+    answers = ANSWERS[table.name](found) if table.name in ANSWERS else []
+    return "\n\n".join([*parts, *answers])
+
+
+def cells(found: Record | None, is_float: bool = False) -> list[str]:
+    """A measured row's numbers, or one cell that says why there are none."""
+    if found is None or found["status"] != MEASURED:
+        return [absence(found), *[""] * (len(COLUMNS) - 1)]
+    return [column.show(found) if column.of_float or not is_float else "-" for column in COLUMNS]
+
+
+def absence(found: Record | None) -> str:
+    return "not measured yet" if found is None else f"{found['status']}: {found['reason']}".replace("|", "/")
+
+
+def page(folder: Path = record.RESULTS) -> str:
+    """The whole of docs/quality.md."""
+    parts = ["# Quality of quantized models", PREFACE]
+    known = {model: Results(model, folder).read() for model in MODELS}
+    parts += [subject_text(model, found) for model, found in known.items() if found["rows"]]
+    for table in TABLES.values():
+        parts += [f"## {table.question}", *picture(table.name)]
+        parts += [table_text(table, model, found["rows"]) for model, found in known.items() if found["rows"]]
+    parts += ["## Which layers cost most, and in which steps?", *picture("sensitivity"), *picture("steps")]
+    parts += [sensitivity_text(model, found.get("sensitivity", [])) for model, found in known.items()]
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+PREFACE = """Written by `python -m benchmarks.quality_tables` from `benchmarks/results/quality_*.json`; measured by
+`python -m benchmarks.quality`. All rows of a model draw the same prompts from the same noise. Small models trained on
+drawn scenes and handwritten digits: the numbers compare methods and formats, and stand in for no published number.
+
+- Frechet distances are taken in the 64 features of a small judge, not of Inception. They fall with the number of
+  pictures: compare within a table only. A distance to real data may fall below float's: guidance makes pictures
+  cleaner than data, and noise undoes some of it. The distance to the float model's pictures has no such excuse.
+- "right": the judge reads in the picture everything that the prompt asks for.
+- PSNR and SSIM compare each picture with float's of the same noise; medians. A picture that took another course early
+  is a bad match and may be a good picture, so read them beside the distances.
+- Weights are those of the quantized linears with all scales and multipliers; float's row counts 2 bytes for each.
+- Calibration minutes are of the machine named below, with whatever else it was doing."""
+
+
+def subject_text(model: str, found: Record) -> str:
+    subject, machine = found["subject"], found["machine"]
+    rows = [row for row in found["rows"].values() if row["status"] == MEASURED]
+    drawn = {name: sum(row.get("drawn_by") == name for row in rows) for name in ("cpu engine", "reference")}
+    return (
+        f"**{model}**: {subject['count']} pictures ({subject['prompts']}), {subject['n_steps']} steps of "
+        f"{subject['sampler']}, guidance {subject['guidance_scale']:g}, seed {subject['seed']}; {machine['cpu']}, "
+        f"{machine['cpus']} CPUs. {drawn['cpu engine']} rows drawn by the proven `cpu` engine, {drawn['reference']} by "
+        f"the PyTorch reference. Intervals: {found['intervals']}."
+    )
+
+
+def picture(name: str) -> list[str]:
+    """A link to the plot, if it has been drawn."""
+    path = PAGE.parent / f"quality_{name}.png"
+    return [f"![{name}]({path.name})"] if path.is_file() else []
+
+
+def sensitivity_text(model: str, rows: Sequence[Record]) -> str:
+    """SQNR of the denoiser's output with one kind of layer quantized; lower costs more."""
+    if not rows:
+        return ""
+    names, kinds = dict.fromkeys(row["row"] for row in rows), dict.fromkeys(row["kind"] for row in rows)
+    at = {(row["row"], row["kind"], row["part"]): f"{row['sqnr_db']:.1f}" for row in rows}
+    parts = ("weights", "activations", "both")
+    header = ["dB", *(f"{name}, {part}" for name in names for part in parts)]
+    body = [[f"`{kind}`", *(at[name, kind, part] for name in names for part in parts)] for kind in kinds]
+    return f"### {model}\n\n{markdown(header, body)}"
+
+
+# --- README.md ------------------------------------------------------------------------------------------------------
+
+
+def short_table(folder: Path = record.RESULTS) -> str:
+    """Methods by width, for both models: distance to float, and PSNR."""
+    found = {model: records(model, folder) for model in MODELS}
+    if not any(found.values()):
+        return "Not measured yet: run `python -m benchmarks.quality`."
+    header = ["method", *(f"`{model}` {width.upper()}" for model in MODELS for width in WIDTHS)]
+    return markdown(header, [[line.label, *short_cells(line, found)] for line in TABLES["methods"].lines])
+
+
+def short_cells(line: Line, found: Mapping[str, Mapping[str, Record]]) -> list[str]:
+    rows = (found[model].get(f"{line.name}-{width}") for model in MODELS for width in WIDTHS)
+    return [short_cell(row) for row in rows]
+
+
+def short_cell(row: Record | None) -> str:
+    if row is None or row["status"] != MEASURED:
+        return "-"
+    return f"{row['frechet_to_float']['value']:.3g}; {row['psnr_db']['value']:.1f} dB"
+
+
+def main() -> None:
+    from benchmarks.quality_plots import draw_all
+
+    for path in draw_all(PAGE.parent):
+        print(path)
+    PAGE.write_text(page())
+    print(PAGE)
+
+
+if __name__ == "__main__":
+    main()
