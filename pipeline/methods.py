@@ -75,6 +75,51 @@ class MethodRow:
         return getattr(import_module(module), name)
 
 
+# Options of the methods that papers compare with.
+_SEEN = {
+    "granularity": Option("per_channel", help='weight scales: "per_channel" as published, or "recipe"'),
+    "rows": Option(128, 256, help="tokens of each calibration call that ranges are settled on"),
+}
+_STATIC = _SEEN | {
+    "asymmetric": Option(True, help="integer activations get a zero"),
+    "search": Option("mse", help="range of activations: minmax, percentile or mse"),
+}
+
+_GPTQ = {
+    "damping": Option(0.01, help="added to the Hessian's diagonal, as a share of its mean"),
+    "act_order": Option(False, help="channels with large inputs first; groups keep the float weight's scales"),
+}
+_GROUP_SEARCH = {
+    "search": Option("none", help='"proxy": search group sizes by the denoiser\'s error on calibration calls'),
+    "genes": Option("kind", help='what gets a group size: "kind" (layers of a kind in a block) or "layer"'),
+    "sizes": Option("", help='group sizes to choose from, such as "32,64,128"; default: those of the paper'),
+    "budget_bytes": Option(0, help="of weights, scales and multipliers; 0: what the recipe's group size takes"),
+    "generations": Option(5, 10, help="of the search"),
+    "population": Option(24, 50, help="candidates in each generation"),
+    "mutation": Option(0.1, help="share of genes that a mutation draws anew"),
+    "samples": Option(64, 128, help="model inputs that a candidate is scored on"),
+    "workers": Option(1, help="processes of the search"),
+    "group_sizes": Option("", help='one for each layer, such as "32,64*3,128", instead of a search'),
+}
+
+_MSFP = {
+    "activations": Option("per_tensor", help="per_tensor (static) or per_token (dynamic, signed)"),
+    "granularity": Option("per_channel", help='of weights: "per_channel" as published, or "recipe"'),
+    "search_weight_format": Option(True, help="search the weight's format, not only its clips"),
+    "mixed_sign": Option(True, help="try unsigned formats with a zero point behind SiLU and GELU"),
+    "embedded": Option(True, help="only activation formats that run as one INT8 GEMM"),
+    "rows": Option(32, 64, help="tokens of each calibration call that ranges are searched on"),
+    "use_lora": Option(True, help="tune timestep-routed low-rank branches (TALoRA)"),
+    "use_dfa": Option(True, help="weigh the loss by the prediction's weight in the sampler (DFA)"),
+    "lora_count": Option(2, help="branches of each layer"),
+    "lora_rank": Option(8, help="rank of a branch"),
+    "lora_init": Option("zero", help='"zero", or "svd" of the weight\'s quantization error'),
+    "iterations": Option(200, 2000, help="of tuning"),
+    "lr": Option(1e-3, help="learning rate of the branches"),
+    "router_lr": Option(1e-3, help="learning rate of the router"),
+    "batch": Option(16, help="samples of one iteration"),
+}
+
 # Learned rounding. The full presets are the authors'; the rates of the fast ones are measured (adaround_study.py).
 _LEARNED = {
     "strength": Option(0.01, help="weight of the regulariser that draws the rounding to 0 or 1"),
@@ -127,6 +172,93 @@ _ROWS = (
         "blocks",
         "BRECQ: AdaRound block by block; for INT formats as published",
         _PLAIN_ROUNDING | _LEARNED,
+    ),
+    MethodRow(
+        "qdit",
+        "pipeline.calibrate.qdit:QDit",
+        "blocks",
+        "Q-DiT: GPTQ on groups, activations scaled per token and group, searched group sizes",
+        {
+            "activations": Option("token_group", help="token_group, per_token or per_tensor (static)"),
+            "rounding": Option("gptq", help="of weights: gptq or nearest"),
+            "rows": Option(512, 2048, help="tokens of each calibration call that the Hessians are made of"),
+        }
+        | _GPTQ
+        | _GROUP_SEARCH,
+    ),
+    MethodRow(
+        "g4w_p4a",
+        "pipeline.calibrate.g4w_p4a:G4wP4a",
+        "blocks",
+        "GPTQ weights in groups of 128, static activations as in ptq4dm",
+        {
+            "granularity": Option("group", help='weight scales: "group" (real ones per 128), or "recipe"'),
+            "rows": Option(512, 2048, help="tokens of each calibration call that weights and ranges are settled on"),
+            "asymmetric": Option(True, help="integer activations get a zero"),
+            "search": Option("mse", help="range of activations: minmax, percentile or mse"),
+            "mean": Option(0.4, help="of the timesteps' normal distribution, in trajectories from the clean end"),
+            "deviation": Option(0.4, help="its standard deviation"),
+        }
+        | _GPTQ,
+    ),
+    MethodRow(
+        "ptq4dm",
+        "pipeline.calibrate.ptq4dm:Ptq4dm",
+        "blocks",
+        "static activation ranges from timesteps drawn towards the clean end",
+        _STATIC
+        | {
+            "mean": Option(0.4, help="of the timesteps' normal distribution, in trajectories from the clean end"),
+            "deviation": Option(0.4, help="its standard deviation"),
+        },
+    ),
+    MethodRow(
+        "repq_vit",
+        "pipeline.calibrate.repq_vit:RepqVit",
+        "blocks",
+        "percentile ranges; per-channel activations behind norms folded to per-tensor",
+        {
+            "rows": _SEEN["rows"],
+            "asymmetric": _STATIC["asymmetric"],
+            "search": Option("percentile", help="range of activations that are not behind a norm"),
+            "kinds": Option("attn.qkv, ff.in", help="kinds of the layers behind a norm"),
+        },
+    ),
+    MethodRow(
+        "tfmq_dm",
+        "pipeline.calibrate.tfmq_dm:TfmqDm",
+        "blocks",
+        "AdaRound by block, layers that see the timestep only apart; static activations",
+        _STATIC | _PLAIN_ROUNDING | _LEARNED,
+    ),
+    MethodRow(
+        "ptq4dit",
+        "pipeline.calibrate.ptq4dit:Ptq4dit",
+        "blocks",
+        "salient channels of activations and weights balanced; static activations",
+        _STATIC
+        | _PLAIN_ROUNDING
+        | _LEARNED
+        | {"kinds": Option("attn.qkv, attn.out, cross.q, cross.kv, cross.out, ff.in", help="kinds to balance")},
+    ),
+    MethodRow(
+        "vidit_q",
+        "pipeline.calibrate.vidit_q:ViditQ",
+        "blocks",
+        "SmoothQuant's channel balance before activations scaled per token",
+        _SEEN
+        | {
+            "alpha": Option(0.3, help="share of the activations' reach that the weight takes over"),
+            "momentum": Option(0.95, help="of the activations' mean reach over calibration calls"),
+            "kinds": Option("all", help="kinds to balance"),
+        },
+    ),
+    MethodRow(
+        "msfp",
+        "pipeline.calibrate.msfp:Msfp",
+        "blocks",
+        "MSFP: signed or unsigned FP by search, low-rank branches routed by the timestep, tuned with the DFA loss",
+        _MSFP,
     ),
 )
 METHODS: dict[str, MethodRow] = {row.name: row for row in _ROWS}
