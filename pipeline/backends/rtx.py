@@ -15,9 +15,10 @@ from pipeline.backends.base import BuildResult, Capabilities, Engine, GemmRow, L
 from pipeline.backends.rtx_engine_file import EngineFile, check_gemms, read_engine_file
 from pipeline.backends.rtx_run import ENGINE, METADATA, RtxEngine
 from pipeline.files import sha256, write_json
+from pipeline.methods import METHODS
 from pipeline.passes import run_shared
 from pipeline.passes.graph import drop_unused
-from pipeline.passes.lower_rtx import lower
+from pipeline.passes.lower_rtx import GROUPS_REFUSED, lower
 from pipeline.passes.lower_rtx_attention import halve_attention
 from pipeline.passes.lower_rtx_gemms import matmul_names
 from pipeline.passes.lower_rtx_kept import halve_large_linears
@@ -78,8 +79,8 @@ class RtxBackend:
     capabilities = capabilities("fp8", (89, 120))
 
     def problems(self, recipe: Any) -> list[str]:
-        """GPUs that the builder refuses, and a missing package."""
-        return [*sm_problems(tuple(recipe.rtx.sm)), *rtx_build.package_problems()]
+        """GPUs that the builder refuses, activations that no lowering takes, and a missing package."""
+        return [*sm_problems(tuple(recipe.rtx.sm)), *method_problems(recipe), *rtx_build.package_problems()]
 
     def lower(self, portable: Path, work_dir: Path, recipe: Any) -> LoweredGraph:
         """Write the graph that the builder gets into `work_dir`; weights are converted one by one while writing."""
@@ -120,6 +121,15 @@ def sm_problems(sms: tuple[int, ...]) -> list[str]:
     )
     refused = [sm for sm in sms if sm not in BUILDABLE_SMS]
     return [f"target rtx cannot be built for SM {sm}: {WHY_NOT.get(sm, 'unknown to it')}. {takes}" for sm in refused]
+
+
+def method_problems(recipe: Any) -> list[str]:
+    """One message where the method would give activations a scale per token and group."""
+    chosen = recipe.calibrate
+    options = METHODS[chosen.method].resolve(chosen.preset, chosen.options)
+    if options.get("activations") != "token_group":
+        return []
+    return [f"calibrate.options.activations=token_group of {chosen.method}: {GROUPS_REFUSED}"]
 
 
 def expected_gemms(lowered: LoweredGraph) -> dict[str, str]:

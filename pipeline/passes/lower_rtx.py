@@ -14,14 +14,19 @@ import onnx_ir as ir
 from export.errors import ContractError
 from export.ops import DOMAIN
 from pipeline.backends.base import Capabilities, Choice, GemmRow, ProbeRow
-from pipeline.passes.lower_rtx_activations import Token, emit_limbs, emit_norm_modulate, emit_token
+from pipeline.passes.graph import constant, low_rank_of, unbalanced
+from pipeline.passes.lower_rtx_activations import Token, emit_limbs, emit_norm_modulate, emit_static, emit_token
 from pipeline.passes.lower_rtx_choice import Plan, choose
 from pipeline.passes.lower_rtx_emit import RtxEmitter
 from pipeline.passes.lower_rtx_gemms import emit_gemm
 from pipeline.passes.lower_rtx_operands import Operand
 from pipeline.passes.lower_rtx_weights import PackedWeight, packed_weight
 
-QUANTIZERS = ("QuantizeActivation", "NormModulateQuantize")
+LOWERED = ("QuantizeActivation", "QuantizeStatic", "NormModulateQuantize")
+GROUPS_REFUSED = (
+    "target rtx runs one GEMM for each linear and has no scale per token and group of input channels; build it with "
+    "--target cpu, or calibrate with one scale per token"
+)
 
 
 @dataclass
@@ -43,6 +48,7 @@ class _Context:
 def lower(model: ir.Model, capabilities: Capabilities) -> Lowering:
     """Replace all `fpq` nodes of `model` in place. Raises ContractError for a node or format that cannot be lowered."""
     context, lowering = _Context(), Lowering()
+    _refuse_groups(model.graph)
     packed = [node for node in model.graph if node.domain == DOMAIN and node.op_type == "PackedGemm"]
     if not packed:
         raise ContractError("the model has no PackedGemm node, so nothing is quantized; run the packing passes first")
@@ -50,6 +56,15 @@ def lower(model: ir.Model, capabilities: Capabilities) -> Lowering:
         _lower_gemm(model.graph, node, capabilities.gemms, context, lowering)
     _remove_dialect(model, [*packed, *context.tokens])
     return lowering
+
+
+def _refuse_groups(graph: ir.Graph) -> None:
+    """Before anything is changed."""
+    groups = [node for node in graph if node.domain == DOMAIN and node.op_type == "PackedGroupGemm"]
+    if groups:
+        first = groups[0].attributes
+        found = f"activation_group {first['activation_group'].as_int()} ({len(groups)} layers)"
+        raise ContractError(f"{first['layer'].as_string()}: {found}; {GROUPS_REFUSED}")
 
 
 def _lower_gemm(
@@ -69,9 +84,9 @@ def _lower_gemm(
 def _quantizer_of(node: ir.Node, layer: str) -> ir.Node:
     codes = node.inputs[0]
     producer = codes.producer() if codes is not None else None
-    if producer is None or producer.op_type not in QUANTIZERS:
+    if producer is None or producer.op_type not in LOWERED:
         found = producer.op_type if producer else "a graph input"
-        raise ContractError(f"{layer}: activation codes come from {found}; expected one of {QUANTIZERS}")
+        raise ContractError(f"{layer}: activation codes come from {found}; expected one of {LOWERED}")
     return producer
 
 
@@ -84,12 +99,21 @@ def _operands(
         if quantizer.op_type == "NormModulateQuantize":
             x = emit_norm_modulate(emit, quantizer, weight.in_features)
         assert x is not None
-        context.tokens[quantizer] = emit_token(emit, x, quantizer.attributes["format"].as_string())
+        context.tokens[quantizer] = _token(emit, quantizer, x)
     token = context.tokens[quantizer]
     if (quantizer, operand) not in context.limbs:
         emit.prefix += "" if operand.type == "E4M3" else f"/{operand.type.lower()}"
         context.limbs[quantizer, operand] = emit_limbs(emit, token, operand)
     return token, context.limbs[quantizer, operand]
+
+
+def _token(emit: RtxEmitter, quantizer: ir.Node, x: ir.Value) -> Token:
+    name = quantizer.attributes["format"].as_string()
+    if quantizer.op_type != "QuantizeStatic":
+        return emit_token(emit, x, name)
+    scale, zero = (constant(value) for value in quantizer.inputs[1:])
+    assert scale is not None and zero is not None
+    return emit_static(emit, x, name, float(scale[0]), float(zero[0]))
 
 
 def _replace(graph: ir.Graph, old: ir.Value, new: ir.Value) -> None:
@@ -102,21 +126,23 @@ def _replace(graph: ir.Graph, old: ir.Value, new: ir.Value) -> None:
 def _probe(
     weight: PackedWeight, plan: Plan, token: Token, limbs: tuple[ir.Value, ...], gemm: ir.Value, result: ir.Value
 ) -> ProbeRow:
+    branch, output = low_rank_of(result) or (None, result)
     return ProbeRow(
         layer=weight.layer,
         path=plan.row.path,
-        x=str(token.x.name),
+        x=str(unbalanced(token.x).name),
         codes=tuple(str(limb.name) for limb in limbs),
         limb_weights=plan.operand.limb_weights,
         codes_unit=2.0**-plan.operand.exponent,
         codes_offset=0.0,
-        act_scale=str(token.scale.name),
+        act_scale=str(token.scale.name) if token.scale is not None else "",
         gemm=str(gemm.name),
         gemm_unit=2.0 ** (plan.operand.exponent + plan.weight_exponent),
         gemm_scale="",
         exact=plan.exact,
-        output=str(result.name),
+        output=str(output.name),
         half_roundings=0 if plan.exact else 3,  # group scale, weight, sum
+        low_rank=str(branch.name) if branch is not None else "",
     )
 
 

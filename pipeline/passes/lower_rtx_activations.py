@@ -1,7 +1,8 @@
-"""Standard ops that quantize activations per token into hardware operands (`rtx` lowering).
+"""Standard ops that quantize activations into hardware operands (`rtx` lowering).
 
 The arithmetic is that of QuantizeActivation: scale = max(absmax, floor) / max_value, v = x / scale, both in float32, so
-codes are the same; every further factor is a power of two and therefore exact.
+codes are the same; every further factor is a power of two and therefore exact. QuantizeStatic's v = (x - zero) / scale
+likewise, with constants; what lies beyond the range is clipped, as hardware types reach further than the format.
 """
 
 from __future__ import annotations
@@ -19,11 +20,12 @@ from pipeline.passes.lower_rtx_operands import Operand
 
 @dataclass(frozen=True)
 class Token:
-    """x: the float32 tensor that is quantized, [..., K]. value: x / scale. scale: [..., 1]."""
+    """x: the float32 tensor that is quantized, [..., K]. value: x / scale. scale: [..., 1]; None for a constant, which
+    belongs to the GEMM then."""
 
     x: ir.Value
     value: ir.Value
-    scale: ir.Value
+    scale: ir.Value | None
 
 
 def emit_norm_modulate(emit: RtxEmitter, node: ir.Node, width: int) -> ir.Value:
@@ -46,11 +48,20 @@ def emit_token(emit: RtxEmitter, x: ir.Value, format_name: str) -> Token:
     return Token(x, emit.op("Div", x, scale, name="value"), scale)
 
 
+def emit_static(emit: RtxEmitter, x: ir.Value, format_name: str, scale: float, zero: float) -> Token:
+    """(x - zero) / scale within the range of the format."""
+    fmt = get_format(format_name)
+    shifted = emit.op("Sub", x, emit.constant(zero), name="above_zero") if zero else x
+    value = emit.op("Div", shifted, emit.constant(scale), name="value")
+    lowest = emit.constant(-fmt.max_value if fmt.sign_bits else 0.0)
+    within = emit.op("Clip", value, lowest, emit.constant(fmt.max_value), name="within")
+    return Token(x, within, None)
+
+
 def emit_limbs(emit: RtxEmitter, token: Token, operand: Operand) -> tuple[ir.Value, ...]:
     """Operands as float32, high limb first: sum(limb * weight) = image * 2^exponent. The GEMM casts those for FP16."""
-    value = (
-        token.value if _is_signed(operand.format) else emit.op("Max", token.value, emit.constant(0.0), name="positive")
-    )
+    value, bounded = token.value, token.scale is None or _is_signed(operand.format)
+    value = value if bounded else emit.op("Max", value, emit.constant(0.0), name="positive")
     value = value if operand.native else emit_round(emit, value, operand.format)
     scaled = emit.op("Mul", value, emit.constant(operand.gain), name="scaled_value") if operand.gain != 1 else value
     if operand.type == "FP16":

@@ -26,8 +26,9 @@ def emit_gemm(
         gemm, channel = _emit_exact(emit, weight, plan, limbs), weight.scales[:, 0]
     # image * 2^exponent stands for value * 2^(f + exponent) on both sides; powers of two leave the scale exact.
     unit = plan.operand.gain * weight_gain(weight, plan)
+    channel = channel if weight.activation_scale is None else channel * weight.activation_scale
     scaled = emit.op("Mul", gemm, _vector(emit, "rtx_scale", (channel / unit).astype(np.float32)), name="channel_scale")
-    scaled = emit.op("Mul", scaled, token.scale, name="token_scale")
+    scaled = scaled if token.scale is None else emit.op("Mul", scaled, token.scale, name="token_scale")
     if not weight.has_bias:
         return scaled, gemm
     return emit.op("Add", scaled, bias, name="bias"), gemm

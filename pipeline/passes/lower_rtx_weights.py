@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from export.errors import ContractError
 from export.formats import FORMATS, decode, encode, get_format, unpack
+from pipeline.passes.graph import constant
 from pipeline.passes.lower_rtx_emit import STORED
 
 
@@ -20,7 +21,8 @@ class PackedWeight:
     """Weight inputs and attributes of one PackedGemm node. Big arrays are read from the portable file on each use.
 
     tensors: w_codes [N, packed], w_scales [N, 1 or groups], multiplier_codes [N or 1, ...], bias [N].
-    table: multipliers that a code may select; (1,) for none.
+    table: multipliers that a code may select; (1,) for none. activation_scale: of all activations, None where tokens
+    have their own.
     """
 
     layer: str
@@ -31,6 +33,7 @@ class PackedWeight:
     table: tuple[int, ...]
     groups: int
     tensors: tuple[ir.TensorProtocol, ...]
+    activation_scale: np.float32 | None = None
 
     @property
     def group_size(self) -> int:
@@ -116,7 +119,7 @@ class PackedWeight:
 def packed_weight(node: ir.Node) -> PackedWeight:
     """The weight of a PackedGemm node. Raises ContractError where it is computed instead of stored."""
     attributes = node.attributes
-    layer = attributes["layer"].as_string()
+    layer, scale = attributes["layer"].as_string(), constant(node.inputs[1])
     tensors = tuple(_constant(value, layer) for value in node.inputs[2:6])
     return PackedWeight(
         layer=layer,
@@ -127,6 +130,7 @@ def packed_weight(node: ir.Node) -> PackedWeight:
         table=tuple(attributes["multipliers"].as_ints()),
         groups=attributes["groups"].as_int(),
         tensors=tensors,
+        activation_scale=None if scale is None else np.float32(scale[0]),
     )
 
 
