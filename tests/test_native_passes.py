@@ -1,0 +1,229 @@
+"""The native passes: what they fuse, what they must leave, and that the fused graph computes what the stock one did."""
+
+from collections import Counter
+
+import numpy as np
+import onnx_ir as ir
+import pytest
+from onnx_ir.passes.common import LiftConstantsToInitializersPass
+
+from pipeline.backends.cpu import capabilities
+from pipeline.passes import run_shared
+from pipeline.passes.lower_cpu import LowerCpu
+from pipeline.passes.native import run_native
+from pipeline.passes.native_ops import In, Out, drop_unread_outputs, inputs_of, is_chain, outputs_of
+from tests import native
+from tests.portable import portable, random_linear, run
+
+INPUTS = "float[B,S,64] x, float[B,1,64] shift, float[B,1,64] scale, float[B,1,64] gate, float[B,S,64] h"
+# A block's beat: norm, modulate, linear a, gate and residual, then linear b with GELU, then linear c.
+BLOCK = """
+  ones = Constant <value_floats = [{ones}]> ()
+  one = Constant <value_float = 1.0> ()
+  norm = LayerNormalization <axis = -1, epsilon = 1e-6> (x, ones)
+  plus = Add(scale, one)
+  scaled = Mul(norm, plus)
+  modulated = Add(scaled, shift)
+  a = fpq.QuantizedLinear <layer="a"> (modulated)
+  gated = Mul(gate, a)
+  sum = Add(gated, h)
+  b = fpq.QuantizedLinear <layer="b"> (sum)
+  act = Gelu <approximate="tanh"> (b)
+  c = fpq.QuantizedLinear <layer="c"> (act)
+  y = Add(c, sum)
+""".replace("{ones}", ", ".join(["1.0"] * 64))
+SHAPES = dict.fromkeys(("norm", "modulated", "a/output", "gated", "sum", "b/output", "act", "c/output"), ("B", "S", 64))
+SHAPES["mean"] = ("B", 1, 64)
+PLAIN = 'y = fpq.QuantizedLinear <layer="a"> (x)'
+
+
+def lowered(body=BLOCK, inputs=INPUTS, outputs="float[B,S,64] y", activation="E2M3", **given):
+    """(stock model, probes of it) of linears a, b, c of 64 channels."""
+    layers = [random_linear(name, n=64, activation=activation, seed=i, **given) for i, name in enumerate("abc")]
+    layers = [layer for layer in layers if f'"{layer.name}"' in body]
+    model = portable(body, layers, inputs, outputs)
+    _as_exported(model)
+    run_shared(model)
+    rewrite = LowerCpu(capabilities(("avx512_vnni",)))
+    rewrite(model)
+    return model, rewrite.probes
+
+
+def _as_exported(model):
+    """Constants as initializers and shapes known, as in an exporter's graph."""
+    LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
+    for value in (value for node in model.graph for value in node.outputs):
+        if value.name in SHAPES:
+            value.shape = ir.Shape(SHAPES[value.name])
+
+
+def rewritten(*args, **given):
+    """(native model, passes by name)."""
+    model, _ = lowered(*args, **given)
+    return model, {found.name: found for found in run_native(model)}
+
+
+def chains(model):
+    """(inputs, outputs) of every chain by name, in graph order."""
+    named = ((inputs_of(node), outputs_of(node)) for node in model.graph if is_chain(node))
+    return [("+".join(p.name for p in given), "+".join(p.name for p in made)) for given, made in named]
+
+
+def feeds(seed=0, batch=2, tokens=5):
+    rng = np.random.default_rng(seed)
+    each = dict.fromkeys(("shift", "scale", "gate"), (batch, 1, 64)) | dict.fromkeys("xh", (batch, tokens, 64))
+    return {name: rng.standard_normal(shape).astype(np.float32) for name, shape in each.items()}
+
+
+def with_outputs(model, names):
+    for node in model.graph:
+        model.graph.outputs.extend(value for value in node.outputs if value.name in names)
+    return model
+
+
+def test_a_block_becomes_four_chains():
+    model, passes = rewritten()
+    assert chains(model) == [
+        ("X+NORM_SCALE+NORM_SHIFT", "CODES+SCALE+QUANTIZED"),
+        ("X+TOKEN_SCALE+BIAS+GATE+RESIDUAL", "CODES+SCALE+Y+LINEAR"),
+        ("X+TOKEN_SCALE+BIAS", "CODES+SCALE+Y+LINEAR"),
+        ("X+TOKEN_SCALE+BIAS+RESIDUAL", "Y+LINEAR"),
+    ]
+    types = Counter(node.op_type for node in model.graph)
+    assert types == {"TokenChain": 4, "MatMulIntegerToFloat": 3, "Add": 1}
+    assert model.graph.opset_imports["fpq.native"] == 1
+    assert not any(rewrite.refusals for rewrite in passes.values())
+
+
+def test_what_no_one_reads_is_not_computed_in_an_engine():
+    model, _ = rewritten()
+    expected = native.run(model, feeds())[0]
+    drop_unread_outputs(model)
+    assert [made for _, made in chains(model)] == ["CODES+SCALE", "CODES+SCALE+Y", "CODES+SCALE", "Y"]
+    np.testing.assert_array_equal(native.run(model, feeds())[0], expected)
+
+
+@pytest.mark.parametrize("activation, weight", [("E2M3", "E2M1"), ("INT8", "INT4"), ("INT6", "INT6"), ("E2M1", "E2M1")])
+def test_every_probed_tensor_is_that_of_the_stock_graph(activation, weight):
+    """Bit for bit, but for the norm and GELU, which each sum in their own order: their codes follow from their x."""
+    stock, probes = lowered(activation=activation, weight=weight)
+    model, _ = rewritten(activation=activation, weight=weight)
+    for row in probes:
+        names = [row.x, *row.codes, row.act_scale, row.gemm, row.output]
+        found = dict(zip(names, native.run(with_outputs(model, names), feeds(), names), strict=True))
+        alone = dict(zip(names, run(with_outputs(_cut(stock, row), names), _cut_feeds(row, found), names), strict=True))
+        for name in names:
+            np.testing.assert_array_equal(found[name], alone[name], err_msg=name)
+
+
+def _cut(stock, row):
+    """The stock graph from the quantizer's x on: x becomes an input."""
+    model = stock.clone()
+    value = next(value for node in model.graph for value in node.outputs if value.name == row.x)
+    start = ir.Value(name="start", type=ir.TensorType(ir.DataType.FLOAT))
+    same = ir.Node("", "Identity", [start])
+    ir.convenience.replace_all_uses_with(value, same.outputs[0])
+    value.name, same.outputs[0].name = "unused", row.x
+    model.graph.insert_before(model.graph[0], same)
+    model.graph.inputs.append(start)
+    model.graph.outputs.clear()
+    return model
+
+
+def _cut_feeds(row, found):
+    return feeds() | {"start": found[row.x]}
+
+
+def test_norm_and_gelu_are_those_of_onnxruntime_up_to_roundings():
+    stock, _ = lowered()
+    model, _ = rewritten()
+    names = ["a/quantize/modulated"]
+    expected = run(with_outputs(stock, names), feeds(), names)[0]
+    found = native.run(with_outputs(model, names), feeds(), names)[0]
+    np.testing.assert_allclose(found, expected, rtol=0, atol=2e-6 * np.abs(expected).max())
+
+
+NEVER = {
+    "another GELU": (BLOCK.replace("tanh", "none"), {"a": "RESIDUAL", "b": "BIAS", "c": "RESIDUAL"}, ["Gelu"]),
+    "a second reader": (BLOCK + "\n  z = Neg(b)", {"b": "BIAS"}, ["Gelu", "Neg"]),
+    "a gate for each token": (BLOCK.replace("Mul(gate, a)", "Mul(h, a)"), {"a": "BIAS"}, ["Mul", "Add"]),
+    "a broadcast residual": (BLOCK.replace("Add(gated, h)", "Add(gated, shift)"), {"a": "GATE"}, ["Add"]),
+}
+
+
+@pytest.mark.parametrize("case", NEVER)
+def test_what_is_not_the_pattern_stays(case):
+    body, last_input, kept = NEVER[case]
+    outputs = "float[B,S,64] y" + (", float[B,S,64] z" if "z =" in body else "")
+    model, _ = rewritten(body, outputs=outputs)
+    by_layer = {chain.outputs[Out.LINEAR].name.split("/")[0]: chain for chain in model.graph if _finishes(chain)}
+    for layer, place in last_input.items():
+        stages = [found for found in inputs_of(by_layer[layer]) if found < In.NORM_SCALE]
+        assert stages[-1].name == place, layer
+    assert set(kept) <= {node.op_type for node in model.graph}
+    stock = run(lowered(body, outputs=outputs)[0], feeds())[0]
+    assert np.linalg.norm(native.run(model, feeds())[0] - stock) <= 1e-2 * np.linalg.norm(stock)
+
+
+def _finishes(node):
+    return is_chain(node) and Out.LINEAR in outputs_of(node)
+
+
+def test_two_limbs_are_left_alone():
+    model, passes = rewritten(PLAIN, "float[B,S,64] x", activation="E3M4")
+    assert not any(is_chain(node) for node in model.graph)
+    assert {refusal.reason for refusal in passes["NativeQuantize"].refusals} == {
+        "it is a limb of a wider image",
+        "its image is not rounded by one sum",
+    }
+
+
+def test_real_groups_get_the_native_quantizer_only():
+    model, passes = rewritten(PLAIN, "float[B,S,64] x", granularity="group", group=32)
+    assert chains(model) == [("X", "CODES+SCALE")] and passes["NativeFinish"].fired == 0
+
+
+NORM = """
+  w = Constant <value_floats = [{w}]> ()
+  norm = LayerNormalization <axis = -1, epsilon = 1e-5> (x, w{bias})
+  y = fpq.QuantizedLinear <layer="a"> (norm)
+""".replace("{w}", ", ".join(f"{1 + i / 64}" for i in range(64)))
+
+
+def test_a_plain_norm_with_weight_and_bias_is_fused():
+    model, _ = rewritten(NORM.replace("{bias}", ", w"), "float[B,S,64] x")
+    assert chains(model)[0] == ("X+NORM_SCALE+NORM_SHIFT", "CODES+SCALE+QUANTIZED")
+    assert np.isfinite(native.run(model, {"x": feeds()["x"]})[0]).all()
+
+
+@pytest.mark.parametrize(
+    "body, outputs, reason",
+    [
+        (NORM.replace("{bias}", ""), "float[B,S,64] y", "no shift"),
+        (NORM.replace("{bias}", ", w").replace("axis = -1", "axis = 1"), "float[B,S,64] y", "axis 1"),
+        (NORM.replace("{bias}", ", w") + "\n z = Neg(norm)", "float[B,S,64] y, float[B,S,64] z", "another reader"),
+        (NORM.replace("{bias}", ", x"), "float[B,S,64] y", "neither"),
+    ],
+)
+def test_other_norms_are_refused_with_the_reason(body, outputs, reason):
+    model, passes = rewritten(body, "float[B,S,64] x", outputs)
+    assert reason in " ".join(refusal.reason for refusal in passes["NativeJoin"].refusals)
+    assert "LayerNormalization" in {node.op_type for node in model.graph}
+
+
+def test_a_norm_that_depends_on_the_linear_before_it_is_not_joined_to_it():
+    body = """
+      a = fpq.QuantizedLinear <layer="a"> (x)
+      axes = Constant <value_ints = [1]> ()
+      mean = ReduceMean <keepdims = 1> (a, axes)
+      norm = LayerNormalization <axis = -1> (a, mean, mean)
+      y = fpq.QuantizedLinear <layer="b"> (norm)
+    """
+    model, passes = rewritten(body, "float[B,S,64] x")
+    assert "depends on" in " ".join(refusal.reason for refusal in passes["NativeJoin"].refusals)
+    assert [given for given, _ in chains(model)].count("X+NORM_SCALE+NORM_SHIFT") == 1
+
+
+def test_the_rewritten_graph_is_the_same_each_time():
+    first, second = (ir.to_proto(rewritten()[0]).SerializeToString(deterministic=True) for _ in range(2))
+    assert first == second
