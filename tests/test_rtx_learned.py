@@ -20,6 +20,7 @@ from pipeline.gates import activation_oracle, check_linear
 from pipeline.passes import run_shared
 from pipeline.passes.lower_rtx import Lowering, lower
 from pipeline.probing import ProbedGraph
+from pipeline.recipe import Rtx
 from pipeline.verify import joined
 from tests import learned
 from tests.portable import op_types, portable, random_linear
@@ -114,3 +115,29 @@ def test_a_method_with_groups_is_refused_before_work_starts() -> None:
 )
 def test_methods_without_groups_are_not_refused(method: str, options: dict[str, Any]) -> None:
     assert method_problems(recipe_of(method, **options)) == []
+
+
+# --- the engine builder --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.rtx
+@pytest.mark.parametrize("weights", ["fp8", "int4"])
+def test_the_builder_takes_zero_points_and_branches(weights: str, tmp_path: Path) -> None:
+    """Plan and promise agree: the quantized GEMMs have the promised operand types."""
+    pytest.importorskip("tensorrt_rtx", reason="tensorrt-rtx is not installed")
+    of = learned.router()
+    layers = [
+        AROUND["both"](learned.with_scaling(random_linear(name, n=64, seed=i), scaling))
+        for i, (name, scaling) in enumerate((("a", "zero"), ("b", "per_tensor")))
+    ]
+    layers = [replace(layer, router=of) for layer in layers]
+    body = 'h = fpq.QuantizedLinear <layer="a"> (x) g = Gelu(h) y = fpq.QuantizedLinear <layer="b"> (g)'
+    shapes = "float[batch,tokens,64] x, float[batch] timestep", "float[batch,tokens,64] y"
+    model = portable(body, layers, *shapes, inner="float[batch,tokens,64] h, float[batch,tokens,64] g")
+    ir.save(model, tmp_path / "portable.onnx", external_data="portable.onnx.data")
+    chosen = replace(recipe_of("rtn"), rtx=Rtx(weights, (89, 120)))
+    for name in ("work", "rtx"):
+        (tmp_path / name).mkdir()
+    lowered = RtxBackend().lower(tmp_path / "portable.onnx", tmp_path / "work", chosen)
+    built = RtxBackend().build(lowered, tmp_path / "rtx", chosen)
+    assert built.metadata["gemms"]["fp8_e4m3 x fp8_e4m3"] == 2
