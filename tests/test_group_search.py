@@ -43,7 +43,7 @@ def test_it_finds_what_trying_all_finds(tmp_path):
     assert found.best == best_by_trying_all(SPACE, make_score())
     assert found.cost == make_score()(found.best)
     assert list(found.trace) == sorted(found.trace, reverse=True) and len(found.trace) == 6
-    assert found.scored == len(json.loads((tmp_path / "scores.json").read_text())["costs"])
+    assert len(found.costs) == len(json.loads((tmp_path / "scores.json").read_text())["costs"])
 
 
 @settings(max_examples=40, deadline=None)

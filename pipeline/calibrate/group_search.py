@@ -97,12 +97,15 @@ class Settings:
 
 @dataclass(frozen=True)
 class Found:
-    """The best individual, its cost, the lowest cost after each generation, and how many were scored."""
+    """The best individual, the lowest cost after each generation, and the costs of all that were scored."""
 
     best: Individual
-    cost: float
     trace: tuple[float, ...]
-    scored: int
+    costs: Mapping[Individual, float]
+
+    @property
+    def cost(self) -> float:
+        return self.costs[self.best]
 
 
 def search(
@@ -123,7 +126,7 @@ def search(
             trace.append(scores.costs[seen[0]])
             logger.info("group search: generation %d of %d, best %.4f", number + 1, settings.generations, trace[-1])
             generation = next_generation(space, settings, rng, seen)
-    return Found(seen[0], trace[-1], tuple(trace), len(seen))
+    return Found(seen[0], tuple(trace), {one: scores.costs[one] for one in seen})
 
 
 def first_generation(space: Space, settings: Settings, rng: np.random.Generator) -> list[Individual]:
