@@ -29,7 +29,7 @@ from benchmarks.quality_drawing import Pictures, Subject, Trajectory
 from benchmarks.quality_engines import calibrated, drawer, row_recipe
 from benchmarks.quality_metrics import Array
 from benchmarks.quality_results import FAILED, FLOAT, MEASURED, UNAVAILABLE, Results, row_key
-from benchmarks.quality_rows import MODELS, TABLES, Row, rows_of
+from benchmarks.quality_rows import MODELS, ON_REQUEST, TABLES, Row, rows_of
 from export.checkpoint import QuantizedLinear
 from export.errors import ContractError, RecipeError, UserError
 from pipeline.recipe import Recipe
@@ -196,7 +196,12 @@ def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_names(parser, MODELS)
     tables = [*TABLES, SENSITIVITY]
-    parser.add_argument("--table", action="append", choices=tables, help="rows of this table (default: of all)")
+    parser.add_argument(
+        "--table",
+        action="append",
+        choices=tables,
+        help=f"rows of this table (default: of all but {', '.join(ON_REQUEST)})",
+    )
     parser.add_argument(
         "--rows", action="append", metavar="PATTERN", help="rows of such names, for example 'rtn-*-w4a6'"
     )
@@ -218,6 +223,12 @@ def make_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def default_tables(arguments: argparse.Namespace) -> list[str]:
+    """All but the slow ones; by --rows alone any row can be chosen."""
+    usual = [name for name in TABLES if name not in ON_REQUEST]
+    return [*TABLES] if arguments.rows else [*usual, SENSITIVITY]
+
+
 def checked(parser: argparse.ArgumentParser) -> argparse.Namespace:
     arguments = parser.parse_args()
     if arguments.model and not (arguments.rows and arguments.metric):
@@ -226,7 +237,7 @@ def checked(parser: argparse.ArgumentParser) -> argparse.Namespace:
         parser.error("--set changes what rows are; give an --output-dir of your own for their results")
     if not 0 <= arguments.count <= drawing.LABELS:
         parser.error(f"--count {arguments.count}: use 1 to {drawing.LABELS}")
-    arguments.table = arguments.table or ([*TABLES] if arguments.rows else [*TABLES, SENSITIVITY])
+    arguments.table = arguments.table or default_tables(arguments)
     arguments.rows = arguments.rows or ["*"]
     return arguments
 

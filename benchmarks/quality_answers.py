@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from benchmarks.quality_results import MEASURED
-from benchmarks.quality_rows import WIDTHS
+from benchmarks.quality_rows import MSFP, QDIT, WIDTHS, Table
 
 Records = Mapping[str, Mapping[str, Any]]
 DISTANCE, PSNR = "frechet_to_float", "psnr_db"
@@ -92,4 +92,26 @@ def methods(found: Records) -> list[str]:
     return bullets(f"Against round to nearest (`{BASE}`):", rows)
 
 
-ANSWERS: dict[str, Callable[[Records], list[str]]] = {"fp_or_int": fp_or_int, "groups": groups, "methods": methods}
+def steps_of(table: Table) -> Callable[[Records], list[str]]:
+    """Each line of an ablation against the line before, at every width that both have."""
+
+    def told(found: Records) -> list[str]:
+        pairs = zip(table.lines, table.lines[1:], strict=False)
+        rows = {
+            f"{line.label}, {width.upper()}": verdict(found, f"{line.name}-{width}", f"{before.name}-{width}")
+            for before, line in pairs
+            for width in line.widths
+            if width in before.widths
+        }
+        return bullets("Each line against the one before:", rows)
+
+    return told
+
+
+ANSWERS: dict[str, Callable[[Records], list[str]]] = {
+    "fp_or_int": fp_or_int,
+    "groups": groups,
+    "methods": methods,
+    "qdit": steps_of(QDIT),
+    "msfp": steps_of(MSFP),
+}

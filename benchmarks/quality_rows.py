@@ -55,7 +55,7 @@ class Line:
 
 @dataclass(frozen=True)
 class Table:
-    """What is compared. `against`: name of the line that stands for round to nearest."""
+    """What is compared."""
 
     name: str
     question: str
@@ -70,9 +70,10 @@ def real(size: int) -> tuple[str, ...]:
     return ("weights.granularity=group", f"weights.group_size={size}")
 
 
-def method(name: str, granularity: tuple[str, ...] = CHANNEL, **options: object) -> tuple[str, ...]:
-    """Settings of a calibration method; options as texts of TOML values."""
-    return (f"method={name}", *(f"calibrate.options.{key}={value}" for key, value in options.items()), *granularity)
+def method(name: str, granularity: tuple[str, ...] = CHANNEL, **options: str | int | bool) -> tuple[str, ...]:
+    """Settings of a calibration method, its options, and the recipe's granularity."""
+    chosen = (f"calibrate.options.{key}={str(value).lower()}" for key, value in options.items())
+    return (f"method={name}", *chosen, *granularity)
 
 
 METHODS = Table(
@@ -85,15 +86,74 @@ METHODS = Table(
         Line("FP4DiT", "fp4dit-mixed-group128", method("fp4dit", real(128)), weight_of=MIXED),
         Line("FP4DiT, exact groups of 64", "fp4dit-mixed-exact64", method("fp4dit", exact(64)), weight_of=MIXED),
         Line("FP4DiT without E3M0, exact groups of 64", "fp4dit-fp-exact64", method("fp4dit", exact(64))),
+        Line("FP AdaRound, exact groups of 64", "fp_adaround-fp-exact64", method("fp_adaround", exact(64))),
         Line("Q-DiT", "qdit-int-group128", method("qdit", real(128)), INT, ("w6a8", *WIDTHS)),
-        Line("MSFP", "msfp-fp-channel", method("msfp")),
-        Line("Q-Diffusion (INT AdaRound, BRECQ)", "qdiffusion-int-channel", method("qdiffusion"), INT),
+        Line("MSFP", "msfp-fp", method("msfp")),
+        Line("INT AdaRound", "adaround-int-channel", method("adaround"), INT),
+        Line("BRECQ (Q-Diffusion)", "brecq-int-channel", method("brecq"), INT),
         Line("PTQ4DM", "ptq4dm-int-channel", method("ptq4dm"), INT),
         Line("RepQ-ViT", "repq_vit-int-channel", method("repq_vit"), INT),
         Line("TFMQ-DM", "tfmq_dm-int-channel", method("tfmq_dm"), INT),
         Line("PTQ4DiT", "ptq4dit-int-channel", method("ptq4dit"), INT),
         Line("G4W+P4A", "g4w_p4a-int-group128", method("g4w_p4a", real(128)), INT),
         Line("ViDiT-Q", "vidit_q-int-channel", method("vidit_q"), INT),
+    ),
+)
+# arXiv 2406.17343, its ablation: each line adds to the one before.
+QDIT = Table(
+    "qdit",
+    "What does each part of Q-DiT bring?",
+    (
+        *(
+            Line(label, name, method("qdit", scales, **options), INT, ("w6a8", "w4a8", "w4a6"))
+            for label, name, scales, options in (
+                ("round to nearest, static", "qdit-rtn", CHANNEL, {"rounding": "nearest", "activations": "per_tensor"}),
+                ("+ groups of 128", "qdit-groups", real(128), {"rounding": "nearest", "activations": "per_tensor"}),
+                ("+ dynamic activations per token and group", "qdit-dynamic", real(128), {"rounding": "nearest"}),
+                ("+ GPTQ", "qdit-int-group128", real(128), {}),
+                ("+ searched group sizes", "qdit-searched", real(128), {"search": "proxy"}),
+            )
+        ),
+        *(
+            Line(label, name, method("qdit", exact(64), activations="per_token", **options), FP, ("w4a8", "w4a6"))
+            for label, name, options in (
+                ("FP, exact groups of 64, per token, GPTQ", "qdit-fp-exact64", {}),
+                ("+ searched exact groups", "qdit-fp-searched", {"search": "proxy", "sizes": '"16,32,64,128"'}),
+            )
+        ),
+    ),
+)
+# arXiv 2505.21591, its ablation: each line adds to the one before.
+MSFP = Table(
+    "msfp",
+    "What does each part of MSFP bring?",
+    tuple(
+        Line(label, name, method("msfp", **options), None, ("w4a6", "w4a4"))
+        for label, name, options in (
+            ("signed formats", "msfp-signed", {"mixed_sign": False, "use_lora": False}),
+            ("+ mixed sign", "msfp-mixed", {"use_lora": False}),
+            ("+ one low-rank branch", "msfp-lora", {"lora_count": 1, "use_dfa": False}),
+            ("+ branches by timestep (TALoRA)", "msfp-talora", {"use_dfa": False}),
+            ("+ DFA loss", "msfp-fp", {}),
+        )
+    ),
+)
+FULL = Table(
+    "full",
+    "What does the full preset bring over the fast one?",
+    (
+        Line(
+            "FP4DiT, exact groups of 64",
+            "fp4dit-mixed-exact64",
+            method("fp4dit", exact(64)),
+            None,
+            ("w4a6",),
+            (),
+            MIXED,
+        ),
+        Line("FP4DiT, full", "fp4dit-full", ("preset=full", *method("fp4dit", exact(64))), None, ("w4a6",), (), MIXED),
+        Line("MSFP", "msfp-fp", method("msfp"), None, ("w4a6",)),
+        Line("MSFP, full", "msfp-full", ("preset=full", *method("msfp")), None, ("w4a6",)),
     ),
 )
 FP_OR_INT = Table(
@@ -128,10 +188,11 @@ GROUPS = Table(
         *(Line(f"real scale, {size}", f"rtn-fp-group{size}", real(size), None, ("w4a6",)) for size in (128, 64, 32)),
     ),
 )
-TABLES = {table.name: table for table in (METHODS, FP_OR_INT, GROUPS)}
+TABLES = {table.name: table for table in (METHODS, FP_OR_INT, QDIT, MSFP, GROUPS, FULL)}
+ON_REQUEST = (FULL.name,)  # hours of calibration: measured when asked for by --table
 
 
-def rows_of(model: str, tables: Iterable[str] = TABLES, patterns: Iterable[str] = ("*",)) -> list[Row]:
+def rows_of(model: str, tables: Iterable[str] = tuple(TABLES), patterns: Iterable[str] = ("*",)) -> list[Row]:
     """The rows of some tables for one model whose name fits one of the patterns, each once."""
     found: dict[str, Row] = {}
     for name in tables:
