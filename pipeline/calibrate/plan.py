@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 MULTIPLIER_CODES = 16  # multipliers are stored as 4-bit indices
 INT16_MAX = 32767
+UINT8_MAX = 255
 
 
 @dataclass(frozen=True)
@@ -43,9 +44,12 @@ def image_limit(activation: str) -> int:
     """Largest weight image (multiplier included) that is safe beside `activation` on every CPU.
 
     CPUs without VNNI add pairs of u8 x s8 products in saturating int16. The u8 operand is an image plus a zero point
-    (a power of two); activations too wide for INT8 run as limbs of at most 7 bits.
+    (a power of two; an unsigned image needs none); activations too wide for INT8 run as limbs of at most 7 bits.
     """
-    kmax = get_format(activation).kmax
+    fmt = get_format(activation)
+    kmax = fmt.kmax
+    if not fmt.sign_bits and kmax <= UINT8_MAX:
+        return INT16_MAX // (2 * kmax)
     operand = kmax + 2 ** math.ceil(math.log2(kmax)) if embeds(activation, "INT8") else INT8_MAX
     return INT16_MAX // (2 * operand)
 
