@@ -1,9 +1,10 @@
 """Speed of one denoiser call at true size on this CPU: `python -m benchmarks.denoiser --model FOLDER --work-dir DIR`.
 
-FOLDER holds a model of true configuration (`python -m benchmarks.make_xl` writes one with random weights). The engine
-is compared with onnxruntime in float32 and with its dynamic INT8 quantization: correctness first, then every
-contestant once per round, medians and their ratios; load time and peak memory in processes of their own. Writes
-benchmarks/results/denoiser_MACHINE.json. What is expensive to make is kept in DIR for the next run.
+FOLDER holds a model of true configuration (`python -m benchmarks.make_xl` writes one with random weights). The engine,
+with onnxruntime alone ("engine") and with native ops ("engine_native"), is compared with onnxruntime in float32 and
+with its dynamic INT8 quantization: correctness first, then every contestant once per round, medians and their ratios;
+load time and peak memory in processes of their own. Writes benchmarks/results/denoiser_MACHINE.json. What is expensive
+to make is kept in DIR for the next run.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ import numpy as np
 
 from benchmarks import record
 from export import checkpoint
+from export.errors import EnvironmentLacksError
 from export.models import LoadedModel, load, sample_inputs
 from pipeline import machine
 from pipeline.backends.base import Arrays
@@ -39,6 +41,8 @@ RECIPE = "pixart_w4a6"
 # The quickest calibration: group multipliers fold into the int8 weights and do not change the time of a call.
 SETTINGS = ("weights.search=absmax", "weights.granularity=per_channel")
 BASELINES = ("onnxruntime_fp32", "onnxruntime_int8")
+# What the recipe key cpu.path may be -> what its engine adds to the names of folders and of rows.
+PATHS = {"stock": "", "native": "_native"}
 # The engine and the float32 reference flip codes against each other wherever float rounding meets a midpoint, and
 # flips grow over the layers: the reference in float32 is itself about 33 dB from its float64 run at 28 layers. A
 # defect (a wrong scale, a lost bias) leaves less than 10 dB.
@@ -72,36 +76,44 @@ print(json.dumps({"load_s": load_s, "peak_rss_bytes": peak_memory_bytes()}))
 """
 
 
-def prepare(model: LoadedModel, recipe: Recipe, folder: Path) -> None:
-    """Write the portable model, the engine and both baselines into `folder`, as far as they are not there yet."""
+def prepare(model: LoadedModel, recipe: Recipe, folder: Path, paths: list[str]) -> None:
+    """Write the portable model, the engines and both baselines into `folder`, as far as they are not there yet."""
     from export.to_onnx import export_float, export_portable
     from pipeline.calibrate import calibrate
 
     if not (folder / "model.onnx").is_file():
         export_portable(model, calibrate(model, recipe, folder / "calibrated"), folder / "model.onnx")
-    if not (folder / "cpu" / "lowering.json").is_file():
-        backend = CpuBackend()
-        for name in ("cpu", "lowered"):
-            (folder / name).mkdir(exist_ok=True)
-        backend.build(backend.lower(folder / "model.onnx", folder / "lowered", recipe), folder / "cpu", recipe)
+    for path in paths:
+        build(with_settings(recipe, [f"cpu.path={path}"]), folder, PATHS[path])
     if not (folder / "onnxruntime_int8.onnx").is_file():
         export_float(model, folder / "onnxruntime_fp32.onnx")
         quantize_int8(folder / "onnxruntime_fp32.onnx", folder / "onnxruntime_int8.onnx")
 
 
-def check(model: LoadedModel, folder: Path, engine: CpuEngine) -> float:
-    """SQNR in dB of the engine against the fake-quant reference; AssertionError if it computes something else."""
+def build(recipe: Recipe, folder: Path, suffix: str) -> None:
+    """Write the engine into `folder`/cpu + suffix. Raises EnvironmentLacksError where it cannot be built."""
+    backend, out, lowered = CpuBackend(), folder / f"cpu{suffix}", folder / f"lowered{suffix}"
+    if problems := backend.problems(recipe):
+        raise EnvironmentLacksError("; ".join(problems))
+    if not (out / "lowering.json").is_file():
+        for path in (out, lowered):
+            path.mkdir(exist_ok=True)
+        backend.build(backend.lower(folder / "model.onnx", lowered, recipe), out, recipe)
+
+
+def check(model: LoadedModel, folder: Path, engines: dict[str, CpuEngine]) -> dict[str, float]:
+    """SQNR in dB of each engine against the fake-quant reference; AssertionError if one computes something else."""
     import torch
 
     from pipeline.backends.reference import ReferenceEngine, fake_quant
 
     inputs = sample_inputs(model, 1, 0)
     reference = ReferenceEngine(fake_quant(model, checkpoint.load(folder / "calibrated"), torch.float32))
-    found, expected = engine.run(inputs)["sample"], reference.run(inputs)["sample"]
-    value = sqnr_db(expected, found)
-    if not value >= LEAST_SQNR_DB:
-        raise AssertionError(f"the engine is {value:.1f} dB from its reference, at least {LEAST_SQNR_DB} dB expected")
-    return value
+    expected = reference.run(inputs)["sample"]
+    values = {name: sqnr_db(expected, engine.run(inputs)["sample"]) for name, engine in engines.items()}
+    if not min(values.values()) >= LEAST_SQNR_DB:
+        raise AssertionError(f"an engine is {values} dB from its reference, at least {LEAST_SQNR_DB} dB expected")
+    return values
 
 
 def changed_every_time(engine: CpuEngine, inputs: Arrays) -> Callable[[], object]:
@@ -114,26 +126,31 @@ def changed_every_time(engine: CpuEngine, inputs: Arrays) -> Callable[[], object
     return call
 
 
-def measure(model: LoadedModel, folder: Path, engine: CpuEngine, batch: int, rounds: int) -> dict[str, Any]:
-    """Medians in ms and ratios of one batch size; the engine both within an image and at its first step."""
+def measure(model: LoadedModel, folder: Path, engines: dict[str, CpuEngine], batch: int, rounds: int) -> dict[str, Any]:
+    """Medians in ms and ratios of one batch size; the engines both within an image and at its first step."""
     inputs = sample_inputs(model, batch, batch)
     sessions = {name: open_stock_session(folder / f"{name}.onnx") for name in BASELINES}
     work: dict[str, Callable[[], object]] = {
-        "engine": lambda: engine.run(inputs),
+        **{name: partial(engine.run, inputs) for name, engine in engines.items()},
         **{name: partial(session.run, None, inputs) for name, session in sessions.items()},
     }
-    calls = interleaved(work, float("inf"), (rounds, rounds))
-    first = interleaved({"engine_first_step": changed_every_time(engine, inputs)}, float("inf"), (rounds, rounds))
-    rows = {name: timing.to_row() for name, timing in (calls | first).items()}
-    ratios = {name: rows[name]["median"] / rows["engine"]["median"] for name in BASELINES}
-    return {"batch_size": batch, "call_ms": rows, "times_faster": ratios}
+    first = {f"{name}_first_step": changed_every_time(engine, inputs) for name, engine in engines.items()}
+    calls = [interleaved(group, float("inf"), (rounds, rounds)) for group in (work, first)]
+    rows = {name: timing.to_row() for name, timing in (calls[0] | calls[1]).items()}
+    ratios = {
+        f"times_faster{name.removeprefix('engine')}": {
+            peer: rows[peer]["median"] / rows[name]["median"] for peer in BASELINES
+        }
+        for name in engines
+    }
+    return {"batch_size": batch, "call_ms": rows, **ratios}
 
 
-def load_and_memory(folder: Path, inputs: Arrays) -> dict[str, dict[str, float]]:
+def load_and_memory(folder: Path, paths: list[str], inputs: Arrays) -> dict[str, dict[str, float]]:
     """Median seconds to open, and peak resident bytes of opening and drawing (two steps with guidance, the loop of
     `generate`), of each in fresh processes."""
     np.savez(folder / "inputs.npz", allow_pickle=False, **inputs)
-    places = {"engine": ("engine", folder / "cpu")}
+    places = {f"engine{PATHS[path]}": ("engine", folder / f"cpu{PATHS[path]}") for path in paths}
     places |= {name: ("onnxruntime", folder / f"{name}.onnx") for name in BASELINES}
     found = {}
     for name, (kind, path) in places.items():
@@ -159,24 +176,26 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--set", action="append", default=list(SETTINGS), dest="settings")
+    parser.add_argument("--paths", nargs="+", choices=list(PATHS), default=list(PATHS), help="cpu.path of the engines")
     args = parser.parse_args()
     args.work_dir.mkdir(parents=True, exist_ok=True)
     model, recipe = load(args.model), with_settings(load_recipe(RECIPE), args.settings)
-    prepare(model, recipe, args.work_dir)
-    engine = CpuEngine(args.work_dir / "cpu")
+    prepare(model, recipe, args.work_dir, args.paths)
+    engines = {f"engine{PATHS[path]}": CpuEngine(args.work_dir / f"cpu{PATHS[path]}") for path in args.paths}
     document: dict[str, Any] = {"model": model.config["_class_name"], "layers": model.config["num_layers"]}
     document |= {
         "recipe": RECIPE,
         "settings": args.settings,
-        "sqnr_to_reference_db": check(model, args.work_dir, engine),
+        "sqnr_to_reference_db": check(model, args.work_dir, engines),
         "load_average": [],
     }
     document["batches"] = []
     for batch in args.batches:
         document["load_average"].append(round(_others(), 2))
-        document["batches"].append(measure(model, args.work_dir, engine, batch, args.rounds))
-    engine.close()
-    document["processes"] = load_and_memory(args.work_dir, sample_inputs(model, 1, 0))
+        document["batches"].append(measure(model, args.work_dir, engines, batch, args.rounds))
+    for engine in engines.values():
+        engine.close()
+    document["processes"] = load_and_memory(args.work_dir, args.paths, sample_inputs(model, 1, 0))
     print(json.dumps(document, indent=1))
     print(record.write(f"denoiser_{machine_slug()}", document))
 

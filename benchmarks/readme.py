@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+from benchmarks.denoiser import BASELINES, PATHS
 from benchmarks.record import RESULTS
 from export.embedding import embeds, exact_multipliers
 from export.formats import FORMATS
@@ -75,21 +76,27 @@ def bundled_models() -> str:
 
 
 def speed() -> str:
-    """One row for each measured machine and batch size, from the JSON of benchmarks/denoiser.py."""
-    rows = []
-    for path in sorted(RESULTS.glob("denoiser_*.json")):
-        found = json.loads(path.read_text())
-        engine, peer = found["processes"]["engine"], found["processes"]["onnxruntime_fp32"]
-        memory = f"{engine['peak_rss_bytes'] / peer['peak_rss_bytes']:.2f}"
-        for batch in found["batches"]:
-            ratios = [f"{batch['times_faster'][name]:.2f}" for name in ("onnxruntime_fp32", "onnxruntime_int8")]
-            place = f"{found['machine']['cpu']}, {found['machine']['cpus']} CPUs, {found['layers']} layers"
-            build = ", ".join([found["recipe"], *found.get("settings", [])])
-            rows.append([place, build, batch["batch_size"], *ratios, memory, f"{engine['load_s']:.1f} s"])
+    """One row for each measured machine, engine and batch size, from the JSON of benchmarks/denoiser.py."""
+    rows = [
+        row for path in sorted(RESULTS.glob("denoiser_*.json")) for row in _speed_rows(json.loads(path.read_text()))
+    ]
     if not rows:
         return "Not measured yet: run `python -m benchmarks.denoiser`."
     times = ["times as fast as ONNX Runtime fp32", "as its dynamic INT8"]
-    return table(["machine, model", "engine", "batch", *times, "peak memory, of fp32's", "load"], rows)
+    return table(["machine, model", "engine", "`cpu.path`", "batch", *times, "peak memory, of fp32's", "load"], rows)
+
+
+def _speed_rows(found: dict[str, Any]) -> list[list[Any]]:
+    place = f"{found['machine']['cpu']}, {found['machine']['cpus']} CPUs, {found['layers']} layers"
+    build = ", ".join([found["recipe"], *found.get("settings", [])])
+    rows = []
+    for path, suffix in PATHS.items():
+        for batch in found["batches"] if f"engine{suffix}" in found["processes"] else ():
+            engine, peer = found["processes"][f"engine{suffix}"], found["processes"]["onnxruntime_fp32"]
+            ratios = [f"{batch[f'times_faster{suffix}'][name]:.2f}" for name in BASELINES]
+            memory = f"{engine['peak_rss_bytes'] / peer['peak_rss_bytes']:.2f}"
+            rows.append([place, build, path, batch["batch_size"], *ratios, memory, f"{engine['load_s']:.1f} s"])
+    return rows
 
 
 def first_sentence(path: Path) -> str:

@@ -87,7 +87,8 @@ def _unfit(norm: ir.Node, quantizer: ir.Node) -> str:
 def _not_a_row(value: ir.Value | None, x: ir.Value | None) -> str:
     """Why `value` is not [channels] or [batch, 1, channels], '' if it is."""
     if (add := produced_by(value, "Add")) and value is not None and value.shape is None:
-        value = next((other_input(add, one) for one in add.inputs if number(one) is not None), value)  # 1 + scale
+        one = next((one for one in add.inputs if number(one) is not None), None)
+        value = other_input(add, one) if one is not None else value  # 1 + scale
     shape = value.shape if value is not None else None
     n = channels(x)
     row = shape is not None and (shape.rank() == 1 or (shape.rank() == 3 and shape[1] == 1))
