@@ -18,6 +18,7 @@ from pipeline.command import Answer, parser, run
 from pipeline.compiler import NEEDED
 from pipeline.list import zoo_models
 from pipeline.table import table
+from plugins.cpu import library
 
 GIB = 2**30
 # The default build of the bundled model peaks below 2 GiB; importing torch and an ONNX exporter takes most of it.
@@ -89,6 +90,14 @@ def triton_check() -> Check:
     )
 
 
+def compiler_check() -> Check:
+    """A C compiler, which `cpu.path=native` alone needs."""
+    try:
+        return Check("C compiler", True, library.compiler())
+    except EnvironmentLacksError as error:
+        return Check("C compiler", False, "none found", False, f"only needed for cpu.path=native; {error}")
+
+
 def cpu_check() -> Check:
     flags = machine.cpu_flags()
     fast = any(flag in flags for flag in ("avx512_vnni", "avx_vnni", "asimddp", "i8mm"))
@@ -142,6 +151,7 @@ CHECKS: tuple[Callable[[], Check], ...] = (
     rtx_check,
     gpu_check,
     triton_check,
+    compiler_check,
     cpu_check,
     memory_check,
     disk_check,
