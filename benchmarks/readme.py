@@ -15,20 +15,17 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.denoiser import BASELINES, PATHS
+from benchmarks import quality_tables
+from benchmarks.quality_tables import markdown
 from benchmarks.record import RESULTS
 from export.embedding import embeds, exact_multipliers
 from export.formats import FORMATS
+from pipeline.methods import METHODS
 from pipeline.recipe import load, recipe_names
 
 ROOT = Path(__file__).resolve().parent.parent
 README = ROOT / "README.md"
 PACKAGES = ("export", "plugins", "pipeline", "benchmarks")
-
-
-def table(header: Iterable[str], rows: Iterable[Iterable[Any]]) -> str:
-    """A Markdown table."""
-    lines = [list(header), ["---"] * len(list(header)), *([str(cell) for cell in row] for row in rows)]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def formats() -> str:
@@ -50,7 +47,7 @@ def formats() -> str:
         "FP16",
         "group multipliers exact in INT8 and E4M3",
     ]
-    return table(header, rows)
+    return markdown(header, rows)
 
 
 def recipes() -> str:
@@ -60,7 +57,14 @@ def recipes() -> str:
         weights = [recipe.formats.weight, *(f"{kind}: {name}" for kind, name in recipe.formats.weight_of.items())]
         scales = f"{recipe.weights.granularity} of {recipe.weights.group_size}"
         rows.append([f"`{recipe.name}`", f"`{recipe.model}`", ", ".join(weights), recipe.formats.activation, scales])
-    return table(["recipe", "default model", "weights", "activations", "weight scales"], rows)
+    return markdown(["recipe", "default model", "weights", "activations", "weight scales"], rows)
+
+
+def methods() -> str:
+    """One row for each calibration method."""
+    data = {"weights": "none", "blocks": "sampled"}
+    rows = [[f"`{row.name}`", data[row.observes], row.summary] for row in METHODS.values()]
+    return markdown(["`--set method=`", "data", "what it does"], rows)
 
 
 def bundled_models() -> str:
@@ -72,7 +76,7 @@ def bundled_models() -> str:
         size = f"{found['training']['parameters'] / 1e6:.1f} M"
         rows.append([f"`{found['model']}`", size, found["conditions"], found["count"], f"{worst:.1%}", f"{judge:.1%}"])
     header = ["model", "parameters", "pictures of", "count", "right (least of all slots)", "the judge's own accuracy"]
-    return table(header, rows)
+    return markdown(header, rows)
 
 
 def speed() -> str:
@@ -83,7 +87,7 @@ def speed() -> str:
     if not rows:
         return "Not measured yet: run `python -m benchmarks.denoiser`."
     times = ["times as fast as ONNX Runtime fp32", "as its dynamic INT8"]
-    return table(["machine, model", "engine", "`cpu.path`", "batch", *times, "peak memory, of fp32's", "load"], rows)
+    return markdown(["machine, model", "engine", "`cpu.path`", "batch", *times, "peak memory, of fp32's", "load"], rows)
 
 
 def _speed_rows(found: dict[str, Any]) -> list[list[Any]]:
@@ -126,7 +130,9 @@ def _modules(folder: Path) -> list[Path]:
 PARTS: dict[str, Callable[[], str]] = {
     "formats": formats,
     "recipes": recipes,
+    "methods": methods,
     "bundled-models": bundled_models,
+    "quality": quality_tables.short_table,
     "speed": speed,
     "code-map": code_map,
 }
