@@ -57,10 +57,11 @@ def bits_per_weight(found: Record) -> float:
     return 8 * found["weight_bytes"] / found["weights"]
 
 
-def markdown(header: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
+def markdown(header: Iterable[str], rows: Iterable[Iterable[Any]]) -> str:
     """A Markdown table."""
     titles = list(header)
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in [titles, ["---"] * len(titles), *map(list, rows)])
+    lines = [titles, ["---"] * len(titles), *([str(cell) for cell in row] for row in rows)]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def records(model: str, folder: Path = record.RESULTS) -> dict[str, Record]:

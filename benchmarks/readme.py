@@ -10,13 +10,12 @@ from __future__ import annotations
 import ast
 import json
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from benchmarks.denoiser import BASELINES, PATHS
-from benchmarks import quality_tables
-from benchmarks.quality_tables import markdown
+from benchmarks.quality_tables import markdown, short_table
 from benchmarks.record import RESULTS
 from export.embedding import embeds, exact_multipliers
 from export.formats import FORMATS
@@ -132,7 +131,7 @@ PARTS: dict[str, Callable[[], str]] = {
     "recipes": recipes,
     "methods": methods,
     "bundled-models": bundled_models,
-    "quality": quality_tables.short_table,
+    "quality": short_table,
     "speed": speed,
     "code-map": code_map,
 }

@@ -11,7 +11,7 @@ from pipeline.cli import VERBS
 TEXT = readme.README.read_text()
 
 
-@pytest.mark.parametrize("name", ["formats", "recipes", "bundled-models", "speed"])
+@pytest.mark.parametrize("name", ["formats", "recipes", "methods", "bundled-models", "quality", "speed"])
 def test_generated_parts_are_up_to_date(name):
     assert readme.part(TEXT, name) == readme.PARTS[name](), "run python -m benchmarks.readme"
 
@@ -57,3 +57,9 @@ def test_the_continuous_integration_finds_its_command():
     pattern = re.search(r"sed -n 's/(.*)/\\1/p'", (readme.ROOT / ".ci" / "run").read_text()).group(1)
     found = re.findall(pattern.replace(r"\(", "(").replace(r"\)", ")"), TEXT, re.MULTILINE)
     assert found == ["pip install -e '.[rtx,dev]' && ruff check . && mypy && pytest"]
+
+
+def test_the_page_about_quality_is_up_to_date():
+    from benchmarks import quality_tables
+
+    assert quality_tables.PAGE.read_text() == quality_tables.page(), "run python -m benchmarks.quality_tables"
