@@ -36,7 +36,7 @@ def method_dots(axes: Any, document: Document, model: str, names: tuple[Line, ..
                 _dot(axes, found["frechet_to_float"], place, WIDTH_COLOURS[width], width.upper())
     axes.set_yticks(range(len(lines)), [line.label for line in lines], fontsize=8)
     axes.invert_yaxis()
-    axes.set_xscale("log")
+    _logarithmic(axes)
     axes.set_xlabel("Frechet distance to the float model's pictures (less is better)")
     axes.set_title(model)
     axes.grid(axis="x", alpha=0.3)
@@ -47,6 +47,14 @@ def _dot(axes: Any, found: Mapping[str, float], place: float, colour: str, label
     low = max(found["low"], found["value"] / 1000, 1e-9)  # a logarithmic axis has no zero
     axes.plot([low, found["high"]], [place, place], color=colour, linewidth=1, alpha=0.6)
     axes.plot(max(found["value"], 1e-9), place, "o", color=colour, markersize=5, label=label)
+
+
+def _logarithmic(axes: Any) -> None:
+    """A logarithmic x axis, or a word where nothing has been drawn."""
+    if axes.has_data():
+        axes.set_xscale("log")
+    else:
+        axes.text(0.5, 0.5, "not measured yet", ha="center", transform=axes.transAxes)
 
 
 def _legend_once(axes: Any) -> None:
@@ -110,7 +118,7 @@ def sensitivity(axes: Any, document: Document, model: str) -> None:
         axes.barh([place + 0.27 * (offset - 1) for place in range(len(kinds))], shares, 0.25, color=colour, label=part)
     axes.set_yticks(range(len(kinds)), kinds)
     axes.invert_yaxis()
-    axes.set_xscale("log")
+    _logarithmic(axes)
     axes.set_xlabel("noise of the denoiser's output / its power")
     axes.set_title(f"{model}, one kind of layer quantized, FP W4A4")
     axes.grid(axis="x", alpha=0.3)

@@ -349,7 +349,10 @@ def test_estimates_are_compared_by_their_intervals(first, second, told):
     assert quality_answers.compare(estimate(first), estimate(second), less_is_better=True) == told
 
 
-def test_plots_are_drawn_from_what_there_is(results, tmp_path):
+@pytest.mark.parametrize("without", ["", "sensitivity"])
+def test_plots_are_drawn_from_what_there_is(without, results, tmp_path):
+    document = results.read()
+    results.path.write_text(json.dumps({key: value for key, value in document.items() if key != without}))
     paths = draw_all(tmp_path / "docs", results.folder)
     assert {path.name for path in paths} >= {"quality_methods.png", "quality_groups.png", "quality_sensitivity.png"}
     assert all(Path(path).read_bytes()[:4] == b"\x89PNG" for path in paths)
