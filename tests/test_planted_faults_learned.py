@@ -1,0 +1,88 @@
+"""Faults planted in what methods learn are caught by the gates meant for them; a clean graph with all of it passes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from export import models
+from export.checkpoint import QuantizedLinear
+from export.to_onnx import export_portable
+from pipeline import recipe as recipes
+from pipeline.backends.base import LoweredGraph
+from pipeline.study import study
+from tests import learned, tiny
+from tests.faults import Fault, Graph, LoweredFault
+from tests.faults_learned import LEARNED_FAULTS, LOWERED_LEARNED_FAULTS, row_of
+from tests.test_planted_faults import SHARP, TARGETS, Bench
+
+
+@dataclass(frozen=True)
+class Case:
+    """A target, its bench, and its graph without any fault."""
+
+    target: str
+    bench: Bench
+    graph: LoweredGraph
+
+
+def learned_layer(layer: QuantizedLinear, index: int, of: Any, groups: bool) -> QuantizedLinear:
+    """By the layer's place: static and balanced (attention), branches (cross-attention), a zero point (behind GELU)."""
+    block = int(layer.name.split(".")[1])
+    if "attn1.to_out" in layer.name:
+        return learned.with_scaling(layer, "token_group", 32) if groups else layer
+    if "attn1" in layer.name:
+        static = learned.with_balance(learned.with_scaling(layer, "per_tensor", reach=4.0 - block), block)
+        return learned.with_low_rank(static, of, index) if layer.name.endswith("to_q") else static
+    if "attn2.to_out" in layer.name or layer.name.endswith("net.0.proj"):
+        return layer
+    if "attn2" in layer.name:
+        return learned.with_low_rank(layer, of, index, half=block == 0)
+    return learned.with_scaling(layer, "zero", reach=1.0)
+
+
+@pytest.fixture(scope="module", params=TARGETS)
+def case(request: Any, tmp_path_factory: pytest.TempPathFactory) -> Case:
+    """A tiny PixArt with everything that the target takes (groups of tokens only on the CPU)."""
+    folder, of = tmp_path_factory.mktemp("learned"), learned.router()
+    model = models.load(str(tiny.folder("pixart", folder)))
+    plain = tiny.quantized(model, granularity="exact_group")
+    layers = [learned_layer(layer, i, of, request.param == "cpu") for i, layer in enumerate(plain)]
+    chosen = {"name": "tiny", "model": model.source, "sampling": {"n_steps": 3}, "rtx": SHARP}
+    recipe = recipes.from_dict(chosen, "test")
+    export_portable(model, layers, folder / "model.onnx")
+    bench = Bench(model, layers, recipe, folder / "model.onnx", study(model, layers, recipe))
+    graph = bench.lower(request.param, bench.portable, folder / request.param)
+    return Case(request.param, bench, graph)
+
+
+def test_the_clean_graph_passes_all_gates(case: Case) -> None:
+    assert case.bench.failures(case.target, case.graph) == set()
+    kinds = {layer.activation_scaling for layer in case.bench.layers}
+    assert kinds == {"per_token", "per_tensor", *(["token_group"] if case.target == "cpu" else [])}
+    chosen = learned.router().choose(np.concatenate([call["timestep"] for call in case.bench.found.calls]))
+    assert len(set(chosen)) > 1  # else the branch of another timestep might be the right one
+
+
+@pytest.mark.parametrize("fault", LEARNED_FAULTS, ids=lambda fault: fault.name)
+def test_fault_in_the_portable_graph(fault: Fault, case: Case, tmp_path: Path) -> None:
+    graph = Graph(case.bench.portable)
+    fault.plant(graph)
+    graph.save(tmp_path / "model.onnx")
+    lowered = case.bench.lower(case.target, tmp_path / "model.onnx", tmp_path / case.target)
+    assert f"{case.target}/{fault.gate}" in case.bench.failures(case.target, lowered)
+
+
+@pytest.mark.parametrize(("layer", "fault"), LOWERED_LEARNED_FAULTS, ids=lambda item: getattr(item, "name", ""))
+def test_fault_in_a_lowered_graph(layer: str, fault: LoweredFault, case: Case, tmp_path: Path) -> None:
+    if case.target not in fault.targets:
+        pytest.skip(f"{case.target} has nothing of the kind")
+    graph = Graph(case.graph.path)
+    fault.plant(graph, row_of(case.graph, layer))
+    graph.save(tmp_path / "model.onnx")
+    changed = replace(case.graph, path=tmp_path / "model.onnx")
+    assert f"{case.target}/{fault.gate}" in case.bench.failures(case.target, changed)
