@@ -123,10 +123,10 @@ _MSFP = {
 # Learned rounding. The full presets are the authors'; the rates of the fast ones are measured (adaround_study.py).
 _LEARNED = {
     "strength": Option(0.01, help="weight of the regulariser that draws the rounding to 0 or 1"),
-    "batch": Option(16, help="samples of one iteration"),
+    "batch": Option(8, 16, help="samples of one iteration"),
 }
 _PLAIN_ROUNDING = {
-    "iterations": Option(200, 20000, help="for each block"),
+    "iterations": Option(400, 20000, help="for each block"),
     "lr": Option(1e-2, 1e-3, help="learning rate of the rounding variables"),
 }
 
@@ -143,7 +143,7 @@ _ROWS = (
         "blocks",
         "FP4DiT: scale-aware AdaRound, block by block",
         {
-            "iterations": Option(200, 2500, help="for each block"),
+            "iterations": Option(400, 2500, help="for each block"),
             "lr": Option(4e-4, 1e-4, help="learning rate of V', in units of the weight"),
         }
         | _LEARNED,
@@ -172,6 +172,19 @@ _ROWS = (
         "blocks",
         "BRECQ: AdaRound block by block; for INT formats as published",
         _PLAIN_ROUNDING | _LEARNED,
+    ),
+    MethodRow(
+        "qdiffusion",
+        "pipeline.calibrate.qdiffusion:QDiffusion",
+        "blocks",
+        "Q-Diffusion: BRECQ weights per channel, static activations with learned steps",
+        _STATIC
+        | _PLAIN_ROUNDING
+        | _LEARNED
+        | {
+            "step_iterations": Option(200, 5000, help="of learning activation scales for each block, 0 for none"),
+            "step_lr": Option(5e-3, 4e-4, help="learning rate of a factor on each activation scale"),
+        },
     ),
     MethodRow(
         "qdit",

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import nn
 
+from export.errors import RecipeError
 from pipeline import methods
 from pipeline.calibrate import fp4dit
 from pipeline.calibrate.adaround import Schedule, SoftRounding
@@ -198,6 +199,12 @@ def test_worse_than_nearest_is_not_used(caplog):
     kept = fp4dit.better(observed, "block", nearest, [rounding.layer() for rounding in wrong])
     assert kept is nearest
     assert "not better and not used" in caplog.text
+
+
+@pytest.mark.parametrize("option", ["iterations", "lr", "batch"])
+def test_options_that_learn_nothing_are_refused(option):
+    with pytest.raises(RecipeError, match=f"calibrate.options.{option} 0.* must be above 0; method=rtn"):
+        fp4dit.ScaleAwareRounding(context("fp4dit", **{option: 0})).settings()
 
 
 def test_a_stray_linear_is_reconstructed_by_itself():

@@ -14,6 +14,7 @@ from typing import ClassVar
 import torch
 
 from export.checkpoint import QuantizedLinear
+from export.errors import RecipeError
 from pipeline.calibrate.adaround import Quadratic, Schedule, SoftRounding, learn_layer
 from pipeline.calibrate.blocks import Observed
 from pipeline.calibrate.method import Method, Unit
@@ -42,9 +43,13 @@ class BlockRounding(Method):
         return SoftRounding(torch.from_numpy(float_weight(plan)), base, self.scale_aware)
 
     def settings(self) -> Settings:
+        """The options. Raises RecipeError for those that learn nothing."""
         options = self.context.options
+        for key in ("iterations", "lr", "batch"):
+            if float(options.get(key, 1)) <= 0:
+                raise RecipeError(f"calibrate.options.{key} {options[key]} must be above 0; method=rtn learns nothing")
         schedule = Schedule(int(options["iterations"]))
-        return Settings(schedule, float(options["lr"]), float(options["strength"]), int(options.get("batch", 0)))
+        return Settings(schedule, float(options["lr"]), float(options["strength"]), int(options.get("batch", 1)))
 
 
 class ScaleAwareRounding(BlockRounding):

@@ -1,0 +1,44 @@
+"""The study of learned rounding: its file, what is not run again, and that it measures what it says."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from benchmarks import adaround_study
+from benchmarks.adaround_study import ARMS, BlockCase, Results, run_arm, shortened
+from pipeline import recipe as recipes
+from tests.test_reconstruct import observed_block, plans_of
+
+
+@pytest.fixture
+def case() -> BlockCase:
+    observed = observed_block()
+    return BlockCase("block", plans_of(observed), observed, observed)
+
+
+def test_learned_arms_beat_nearest_and_say_what_they_did(case):
+    recipe = recipes.load("pixart_w4a6")
+    found = {name: run_arm(case, shortened(ARMS[name], 0.5), recipe) for name in ("nearest", "scale_aware_fast")}
+    assert found["scale_aware_fast"]["loss"] < found["nearest"]["loss"] == found["nearest"]["held_out_loss"]
+    assert found["nearest"]["codes_changed"] == 0 < found["scale_aware_fast"]["codes_changed"] < 1
+    assert found["scale_aware_fast"]["iterations"] == ARMS["scale_aware_fast"].iterations // 2
+
+
+def test_finished_arms_are_not_run_again_unless_they_differ(case, tmp_path):
+    arms = {"nearest": ARMS["nearest"], "plain_fast": shortened(ARMS["plain_fast"], 0.01)}
+    results = Results(tmp_path, "here")
+    for name, arm in arms.items():
+        results.add("key", "block", name, run_arm(case, arm, recipes.load("pixart_w4a6")))
+    again = Results(tmp_path, "here")
+    assert again.missing("key", "block", arms) == {}
+    assert list(again.missing("key", "block", ARMS)) == [name for name in ARMS if name != "nearest"]
+    assert again.missing("key", "other", arms) == arms
+    assert json.loads((tmp_path / "adaround_here.json").read_text())["machine"]
+
+
+def test_arms_that_are_unknown_are_refused(capsys):
+    with pytest.raises(SystemExit):
+        adaround_study.main(["no_such_arm"])
+    assert "'no_such_arm' is unknown" in capsys.readouterr().err
