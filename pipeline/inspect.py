@@ -19,12 +19,14 @@ from pipeline.recipe import Recipe
 from pipeline.table import table
 
 HARDWARE = ("INT8", "E4M3", "FP16")
+# What `input_text` says of most layers; the column is shown where it says more.
+PLAIN_INPUT = "per_token"
 NOT_BUILT = "Which path each layer takes on a target, and why, is decided when it is built: inspect the bundle then."
 
 
 def embedding(row: Mapping[str, Any]) -> str:
     """The hardware types that hold both operands of a layer exactly; '-' where a real group scale prevents it."""
-    if row["granularity"] == "group":
+    if row["granularity"] == "group" or row.get("activation_scaling") == "token_group":
         return "-"
     multipliers: tuple[int, ...] = (1,)
     if row["granularity"] == "exact_group":
@@ -86,23 +88,43 @@ def planned_layer(plan: LayerPlan) -> dict[str, Any]:
     return {**row, "embedding": embedding(row), "targets": {}}
 
 
+def input_text(row: Mapping[str, Any]) -> str:
+    """How a layer's input is scaled and what a method has put around its GEMM, in a few words.
+
+    >>> input_text({"activation_scaling": "per_tensor", "activation_scale": 0.25, "activation_zero": -0.17})
+    'per_tensor 0.25 from -0.17'
+    >>> input_text({"low_rank": {"branches": 2, "rank": 8}, "balance": ["input_multiplier"]})
+    'per_token, input_multiplier, 2 branches of rank 8'
+    """
+    scaling = row.get("activation_scaling", "per_token")
+    scaling += f"({row['activation_group']})" if "activation_group" in row else ""
+    scaling += f" {row['activation_scale']:.4g}" if "activation_scale" in row else ""
+    scaling += f" from {row['activation_zero']:.4g}" if "activation_zero" in row else ""
+    branches = row.get("low_rank")
+    rank = [f"{branches['branches']} branches of rank {branches['rank']}"] if branches else []
+    return ", ".join([scaling, *row.get("balance", []), *rank])
+
+
 def text(document: Mapping[str, Any]) -> str:
     """The document as tables for people."""
     layers = document["layers"]
     targets = list(layers[0]["targets"]) if layers else []
-    header = ("layer", "kind", "N x K", "weight x act", "scales", "exact in", *targets, "bytes")
-    rows = [_row(layer, targets) for layer in layers]
+    shown = ("input",) if any(input_text(layer) != PLAIN_INPUT for layer in layers) else ()
+    header = ("layer", "kind", "N x K", "weight x act", "scales", *shown, "exact in", *targets, "bytes")
+    rows = [_row(layer, targets, bool(shown)) for layer in layers]
     kept = table(("kept in float", "because"), [(row["name"], row["reason"]) for row in document["kept"]])
     parts = [f"{document['engine']}: {document['model']['source']} ({document['model']['family']})"]
     return "\n\n".join([*parts, table(header, rows), *_reasons(layers, targets), kept, _totals(document)])
 
 
-def _row(layer: Mapping[str, Any], targets: Sequence[str]) -> tuple[object, ...]:
+def _row(layer: Mapping[str, Any], targets: Sequence[str], with_input: bool) -> tuple[object, ...]:
     scales = layer["granularity"] + (f"({layer['group_size']})" if layer["group_size"] else "")
     formats = f"{layer['weight_format']} x {layer['activation_format']}"
     paths = [layer["targets"][target]["path"] for target in targets]
     shape = " x ".join(map(str, layer["shape"]))
-    return (layer["name"], layer["kind"], shape, formats, scales, layer["embedding"], *paths, layer["size_bytes"])
+    shown = (input_text(layer),) if with_input else ()
+    facts = (layer["name"], layer["kind"], shape, formats, scales, *shown)
+    return (*facts, layer["embedding"], *paths, layer["size_bytes"])
 
 
 def _reasons(layers: Sequence[Mapping[str, Any]], targets: Sequence[str]) -> list[str]:

@@ -87,7 +87,23 @@ def _layer_row(layer: QuantizedLinear) -> dict[str, Any]:
         "granularity": layer.granularity,
         "group_size": layer.group_size,
         "size_bytes": layer.size_bytes,
+        **input_facts(layer),
     }
+
+
+def input_facts(layer: QuantizedLinear) -> dict[str, Any]:
+    """How a layer's input is scaled, and what stands before and beside its GEMM; keys that say nothing are left out."""
+    found: dict[str, Any] = {"activation_scaling": layer.activation_scaling}
+    if layer.activation_group:
+        found["activation_group"] = layer.activation_group
+    for key in ("activation_scale", "activation_zero"):
+        if getattr(layer, key) is not None:
+            found[key] = float(getattr(layer, key)[0])
+    if balance := [key for key in ("input_multiplier", "input_offset") if getattr(layer, key) is not None]:
+        found["balance"] = balance
+    if layer.lora_down is not None:
+        found["low_rank"] = {"branches": layer.lora_down.shape[0], "rank": layer.lora_down.shape[1]}
+    return found
 
 
 def _counts(facts: BuildFacts) -> dict[str, Any]:

@@ -57,7 +57,7 @@ LAYER_RULES = (
         "output_error",
         1,
         "x bound",
-        "channel scales and bias: every output within the float32 roundings that follow the integer sum",
+        "channel scales, bias and branches: every output within the float32 roundings that follow the integer sum",
     ),
 )
 

@@ -151,7 +151,7 @@ def _layer_result(
         kind=layer.kind,
         path=path,
         weight_format=layer.weight_format,
-        activation_format=layer.activation_format,
+        activation_format=activation_label(layer),
         granularity=layer.granularity,
         group_size=layer.group_size,
         gemm_max_abs_diff=check.gemm_max_abs_diff,
@@ -166,6 +166,12 @@ def _layer_result(
         weight_sqnr_db=sqnr_db(weight, layer.dequantized()),
         size_bytes=layer.size_bytes,
     )
+
+
+def activation_label(layer: QuantizedLinear) -> str:
+    """The format, with its scaling where that is not per token: "UE2M2 per_tensor"."""
+    dynamic = layer.activation_scaling == "per_token"
+    return layer.activation_format if dynamic else f"{layer.activation_format} {layer.activation_scaling}"
 
 
 if __name__ == "__main__":

@@ -7,10 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from pipeline import inspect
+from pipeline import inspect, manifest
 from pipeline.table import table
-from tests import tiny
+from tests import learned, tiny
 from tests.bundles import make_bundle
+from tests.portable import random_linear
 
 
 def row(**changes: object) -> dict[str, object]:
@@ -24,6 +25,8 @@ def row(**changes: object) -> dict[str, object]:
         ({}, "INT8 E4M3 FP16"),
         ({"granularity": "exact_group"}, "INT8 E4M3 FP16"),
         ({"granularity": "group"}, "-"),
+        ({"activation_scaling": "token_group"}, "-"),
+        ({"activation_scaling": "per_tensor"}, "INT8 E4M3 FP16"),
         ({"activation_format": "E3M2"}, "E4M3 FP16"),
         ({"activation_format": "E3M4"}, "FP16"),
         ({"weight_format": "INT6", "activation_format": "INT8"}, "INT8 FP16"),
@@ -47,6 +50,33 @@ def test_a_bundle_as_a_table(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     shown = capsys.readouterr().out
     assert "blocks.0.attn1.to_q  attn.qkv  8 x 64  E2M1 x E2M3   exact_group(32)  INT8 E4M3 FP16  int8" in shown
     assert "1 of 2 layers quantized, 1 kept" in shown and "E2M3 embeds in INT8" in shown and "the last layer" in shown
+
+
+def test_what_methods_learned_is_shown_per_layer() -> None:
+    plain = learned.mixed([random_linear(str(i), seed=i) for i in range(7)])
+    rows = [{"name": layer.name, **manifest.input_facts(layer)} for layer in plain]
+    assert [inspect.input_text(row) for row in rows] == [
+        "per_tensor 0.4",
+        "per_tensor 0.4571 from -0.2",
+        "token_group(8)",
+        "per_token, input_multiplier, input_offset",
+        "per_token, 3 branches of rank 2",
+        "per_token",
+        "per_tensor 0.4571 from -0.2, input_multiplier, input_offset, 3 branches of rank 2",
+    ]
+    base = {"kind": "other", "shape": [16, 64], "group_size": 0, "embedding": "-", "targets": {}, "size_bytes": 1}
+    layers = [row(**facts) | base for facts in rows]
+    sizes = {"quantized_weights": 7, "same_weights_fp16": 7}
+    document = {"engine": "e", "model": {"source": "s", "family": "f"}, "layers": layers, "kept": [], "bytes": sizes}
+    shown = inspect.text(document)
+    assert "input" in shown and "per_tensor 0.4571 from -0.2, input_multiplier, input_offset" in shown
+
+
+def test_layers_without_anything_special_have_no_column_for_it(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert inspect.main([str(make_bundle(tmp_path / "e"))]) == 0
+    assert "input" not in capsys.readouterr().out
 
 
 def test_a_recipe_on_a_model_says_what_calibration_will_do(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
