@@ -107,6 +107,7 @@ _MSFP = {
     "granularity": Option("per_channel", help='of weights: "per_channel" as published, or "recipe"'),
     "search_weight_format": Option(True, help="search the weight's format, not only its clips"),
     "mixed_sign": Option(True, help="try unsigned formats with a zero point behind SiLU and GELU"),
+    "kinds": Option("ff.out, adaln", help="of the layers that try them, or all"),
     "embedded": Option(True, help="only activation formats that run as one INT8 GEMM"),
     "rows": Option(32, 64, help="tokens of each calibration call that ranges are searched on"),
     "use_lora": Option(True, help="tune timestep-routed low-rank branches (TALoRA)"),

@@ -2,7 +2,8 @@
 
 Layers whose input is one-sided (AAL: those behind SiLU, and here those behind GELU, whose least value is -0.17) try
 signed formats and unsigned ones with a zero point, the lower squared error wins; all others (NAL) stay signed. In a
-DiT these are the second linear of a feed-forward and the adaLN linears. The rule is structural, as in the paper.
+DiT these are the second linear of a feed-forward and the adaLN linears (option kinds). The rule is structural, as in
+the paper; kinds="all" lets every layer try both, which costs nothing at run time either.
 Weights: signed FP, one scale per output channel unless the option granularity says otherwise. Activations: static, one
 scale per tensor, or ("per_token") our dynamic signed quantizer with a searched format, where an AAL may still take
 the static unsigned one. Bit widths are those of the recipe's formats.
@@ -20,6 +21,7 @@ from typing import Any
 from export.checkpoint import QuantizedLinear
 from export.errors import RecipeError
 from export.formats import Format, get_format
+from pipeline.calibrate.balance import kinds
 from pipeline.calibrate.baseline import Baseline
 from pipeline.calibrate.blocks import Tensors
 from pipeline.calibrate.method import Unit
@@ -27,8 +29,6 @@ from pipeline.calibrate.msfp_search import search_range, search_token_format, se
 from pipeline.calibrate.plan import LayerPlan
 
 logger = logging.getLogger(__name__)
-# Kinds of linears that SiLU or GELU feeds.
-ANOMALOUS_KINDS = ("ff.out", "adaln")
 ACTIVATIONS = ("per_tensor", "per_token")
 STATE_FOLDER = "talora"
 
@@ -67,7 +67,8 @@ class Msfp(Baseline):
 
     def _unsigned(self, plan: LayerPlan) -> tuple[Format, ...]:
         """Unsigned formats to try: none unless the layer is anomalous."""
-        wanted = bool(self.context.options["mixed_sign"]) and plan.linear.kind in ANOMALOUS_KINDS
+        options = self.context.options
+        wanted = bool(options["mixed_sign"]) and plan.linear.kind in kinds(str(options["kinds"]))
         return self._formats(plan, False) if wanted else ()
 
     def _formats(self, plan: LayerPlan, signed: bool) -> tuple[Format, ...]:
@@ -88,7 +89,8 @@ class Msfp(Baseline):
         assert data is not None
         case = make_case(self.context.model, self.context.recipe, 1)
         sampler = make_sampler(case.sampler, data.n_steps, case.timestep_scale)
-        weights = loss_weights(sampler, [call.step for call in data.calls], bool(options["use_dfa"]))
+        steps = [call.step for call in data.calls]
+        weights = loss_weights(sampler, steps, self.context.recipe.sampling.guidance_scale, bool(options["use_dfa"]))
         branches = Branches(int(options["lora_count"]), int(options["lora_rank"]), str(options["lora_init"]))
         settings = Settings(
             iterations=int(options["iterations"]),

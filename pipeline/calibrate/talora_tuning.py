@@ -59,12 +59,16 @@ def tune(
     model: LoadedModel,
     layers: Sequence[QuantizedLinear],
     calls: Sequence[Call],
-    weights: Sequence[float],
+    weights: Sequence[Sequence[float]],
     branches: Branches,
     settings: Settings,
     folder: Path,
 ) -> list[QuantizedLinear]:
-    """The layers with tuned branches. weights: of each call's loss (DFA). folder: where the state is kept."""
+    """The layers with tuned branches.
+
+    weights: of the loss, for each call that of its samples, or of its halves (conditional and unconditional). folder:
+    where the state is kept.
+    """
     tuner = Tuner(model, layers, calls, weights, branches, settings)
     done = tuner.load(folder / STATE_FILE)
     saved = time.monotonic()
@@ -86,7 +90,7 @@ class Tuner:
         model: LoadedModel,
         layers: Sequence[QuantizedLinear],
         calls: Sequence[Call],
-        weights: Sequence[float],
+        weights: Sequence[Sequence[float]],
         branches: Branches,
         settings: Settings,
     ) -> None:
@@ -182,7 +186,9 @@ class Batches:
     A batch depends on the seed and the iteration alone, so that a resumed run draws the same.
     """
 
-    def __init__(self, model: LoadedModel, calls: Sequence[Call], weights: Sequence[float], settings: Settings) -> None:
+    def __init__(
+        self, model: LoadedModel, calls: Sequence[Call], weights: Sequence[Sequence[float]], settings: Settings
+    ) -> None:
         self.calls, self.weights, self.settings = list(calls), list(weights), settings
         self.inputs = [{key: torch.from_numpy(value) for key, value in call.inputs.items()} for call in calls]
         self.targets = self._predictions(model)
@@ -207,7 +213,11 @@ class Batches:
         picks = [peers[i] for i in order.tolist()]
         inputs = {key: self._join(key, picks) for key in self.inputs[picks[0][0]]}
         target = torch.stack([self.targets[call][row] for call, row in picks])
-        return inputs, target, torch.tensor([self.weights[call] for call, _ in picks])
+        return inputs, target, torch.tensor([self._weight(*pick) for pick in picks])
+
+    def _weight(self, call: int, row: int) -> float:
+        weights = self.weights[call]
+        return weights[row * len(weights) // self.calls[call].samples]
 
     def _join(self, key: str, picks: Sequence[tuple[int, int]]) -> Tensor:
         """The picked samples of one input; an input without batch axis (rotary tables) as it is."""
