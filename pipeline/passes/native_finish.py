@@ -5,8 +5,8 @@ from __future__ import annotations
 import onnx_ir as ir
 
 from pipeline.passes.emit import MICROSOFT
-from pipeline.passes.graph import attribute, drop_unused, is_op, only_reader, other_input, produced_by
-from pipeline.passes.native_ops import In, Out, channels, is_chain, put_chain, value_out
+from pipeline.passes.graph import attribute, drop_unused, is_op, only_reader, other_input
+from pipeline.passes.native_ops import In, Out, channels, is_chain, misfit, put_chain, value_out
 from pipeline.passes.refusal import RewritePass
 
 
@@ -31,7 +31,8 @@ class NativeFinish(RewritePass):
         inputs = {In.X: product, In.TOKEN_SCALE: other_input(scaled, product)}
         last = scaled
         reader = only_reader(last.outputs[0])
-        if reader is not None and is_op(reader, "Add") and _is_bias(bias := other_input(reader, last.outputs[0])):
+        bias = other_input(reader, last.outputs[0]) if reader is not None and is_op(reader, "Add") else None
+        if reader is not None and bias is not None and _is_bias(bias, product):
             inputs[In.BIAS], last = bias, reader
         linear = last.outputs[0]
         last, gelu = _gelu(last)
@@ -47,9 +48,11 @@ def _is_scale(value: ir.Value) -> bool:
     return node is not None and is_chain(node) and value_out(node, Out.SCALE) is value
 
 
-def _is_bias(value: ir.Value) -> bool:
-    """A stored vector; it is not read here."""
-    return value.const_value is not None and value.const_value.shape.rank() == 1
+def _is_bias(value: ir.Value, product: ir.Value) -> bool:
+    """A stored vector, one number for each channel of the product; it is not read here."""
+    weight = product.producer().inputs[1]  # type: ignore[union-attr]
+    shape = value.const_value.shape if value.const_value is not None else None
+    return shape is not None and shape.rank() == 1 and shape[0] == channels(weight)
 
 
 def _gelu(last: ir.Node) -> tuple[ir.Node, int]:
@@ -70,13 +73,12 @@ def _absorb(last: ir.Node, inputs: dict[In, ir.Value]) -> ir.Node:
 
 
 def _is_gate(gate: ir.Value, value: ir.Value) -> bool:
-    """[batch, 1, channels], one row for each sample of `value`."""
-    shape = gate.shape
-    return shape is not None and shape.rank() == 3 and shape[1] == 1 and channels(gate) == channels(value) is not None
+    return not misfit(gate, value)
 
 
 def _is_residual(residual: ir.Value, value: ir.Value) -> bool:
     """Known to have the shape of `value`, so that nothing is broadcast."""
-    shape = residual.shape
-    known = shape is not None and value.shape is not None and channels(value) is not None
-    return known and shape == value.shape and produced_by(residual, "Constant") is None
+    shape, expected = residual.shape, value.shape
+    if shape is None or expected is None or not all(isinstance(size, int) or size.value for size in shape):
+        return False
+    return bool(shape.rank() > 1) and shape == expected

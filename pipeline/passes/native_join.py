@@ -8,9 +8,9 @@ from pipeline.passes.graph import attribute, drop_unused, only_reader, other_inp
 from pipeline.passes.native_ops import (
     In,
     Out,
-    channels,
     inputs_of,
     is_chain,
+    misfit,
     number,
     outputs_of,
     put_chain,
@@ -89,12 +89,7 @@ def _not_a_row(value: ir.Value | None, x: ir.Value | None) -> str:
     if (add := produced_by(value, "Add")) and value is not None and value.shape is None:
         one = next((one for one in add.inputs if number(one) is not None), None)
         value = other_input(add, one) if one is not None else value  # 1 + scale
-    shape = value.shape if value is not None else None
-    n = channels(x)
-    row = shape is not None and (shape.rank() == 1 or (shape.rank() == 3 and shape[1] == 1))
-    if value is None or not row or n is None or channels(value) != n:
-        return f"{value.name if value else ''} has shape {shape}, neither [{n}] nor [batch, 1, {n}]"
-    return ""
+    return misfit(value, x) if value is not None else "it has no scale or shift"
 
 
 def _depend_on(values: list[ir.Value], node: ir.Node) -> bool:

@@ -114,6 +114,16 @@ def channels(value: ir.Value | None) -> int | None:
     return size if isinstance(size, int) else None
 
 
+def misfit(row: ir.Value, x: ir.Value | None) -> str:
+    """Why `row` is neither [channels] nor [batch, 1, channels] for x [batch, tokens, channels], '' if it is one."""
+    shape, of_x, n = row.shape, x.shape if x is not None else None, channels(x)
+    if shape is not None and of_x is not None and n is not None and channels(row) == n:
+        per_sample = shape.rank() == of_x.rank() == 3 and shape[1] == 1 and shape[0] == of_x[0]
+        if shape.rank() == 1 or per_sample:
+            return ""
+    return f"{row.name} has shape {shape}, neither [{n}] nor [batch, 1, {n}] of {of_x}"
+
+
 def number(value: ir.Value | None) -> float | None:
     """The number that a constant scalar holds, else None."""
     array = constant(value)
