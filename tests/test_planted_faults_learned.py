@@ -13,8 +13,12 @@ from export import models
 from export.checkpoint import QuantizedLinear
 from export.to_onnx import export_portable
 from pipeline import recipe as recipes
+from pipeline.backends import BACKENDS
 from pipeline.backends.base import LoweredGraph
+from pipeline.recipe import Cpu
+from pipeline.report import Report
 from pipeline.study import study
+from pipeline.verify import verify_target
 from tests import learned, tiny
 from tests.faults import Fault, Graph, LoweredFault
 from tests.faults_learned import LEARNED_FAULTS, LOWERED_LEARNED_FAULTS, row_of
@@ -66,6 +70,26 @@ def test_the_clean_graph_passes_all_gates(case: Case) -> None:
     assert kinds == {"per_token", "per_tensor", *(["token_group"] if case.target == "cpu" else [])}
     chosen = learned.router().choose(np.concatenate([call["timestep"] for call in case.bench.found.calls]))
     assert len(set(chosen)) > 1  # else the branch of another timestep might be the right one
+
+
+@pytest.mark.parametrize("path", ["stock", "native"])
+def test_the_cpu_engine_passes_as_well(path: str, case: Case, tmp_path: Path) -> None:
+    """Built, split by how often its parts run, loaded, and run on every step; with the native ops, too."""
+    if case.target != "cpu":
+        pytest.skip("one engine for the CPU")
+    recipe, bench = replace(case.bench.recipe, cpu=Cpu(path)), case.bench
+    backend = BACKENDS["cpu"]
+    if problems := backend.problems(recipe):
+        pytest.skip("; ".join(problems))
+    (tmp_path / "cpu").mkdir()
+    graph = replace(bench, recipe=recipe).lower("cpu", bench.portable, tmp_path / "work")
+    backend.build(graph, tmp_path / "cpu", recipe)
+    engine, report = backend.load(tmp_path), Report()
+    try:
+        verify_target("cpu", bench.model, bench.layers, graph, engine, bench.found, report)
+    finally:
+        engine.close()
+    assert report.failures() == []
 
 
 @pytest.mark.parametrize("fault", LEARNED_FAULTS, ids=lambda fault: fault.name)
