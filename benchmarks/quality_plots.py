@@ -33,7 +33,8 @@ def method_dots(axes: Any, document: Document, model: str, names: tuple[Line, ..
     for place, line in enumerate(lines):
         for width in line.widths:
             if found := rows.get(f"{line.name}-{width}"):
-                _dot(axes, found["frechet_to_float"], place, WIDTH_COLOURS[width], width.upper())
+                offset = 0.15 * (list(WIDTH_COLOURS).index(width) - 1)  # so that dots do not hide each other
+                _dot(axes, found["frechet_to_float"], place + offset, WIDTH_COLOURS[width], width.upper())
     axes.set_yticks(range(len(lines)), [line.label for line in lines], fontsize=8)
     axes.invert_yaxis()
     _logarithmic(axes)
@@ -84,10 +85,11 @@ def groups(axes: Any, document: Document, model: str) -> None:
         for bits, psnr, size in found:
             axes.plot([bits, bits], [psnr["low"], psnr["high"]], color=colour, alpha=0.5)
             axes.annotate(size, (bits, psnr["value"]), textcoords="offset points", xytext=(5, 3), fontsize=8)
-        axes.plot([p[0] for p in found], [p[1]["value"] for p in found], mark, ls="-", color=colour, label=kind)
+        if found:
+            axes.plot([p[0] for p in found], [p[1]["value"] for p in found], mark, ls="-", color=colour, label=kind)
     axes.set_xlabel("bits per weight, scales included")
     axes.set_ylabel("PSNR to float, dB (median)")
-    axes.set_title(f"{model}, E2M1 weights, E2M3 activations, round to nearest")
+    axes.set_title(f"{model}, E2M1 weights, E2M3 activations, round to nearest", fontsize=10)
     axes.grid(alpha=0.3)
     _legend_once(axes)
 
@@ -95,14 +97,15 @@ def groups(axes: Any, document: Document, model: str) -> None:
 def steps(axes: Any, document: Document, model: str) -> None:
     """SQNR of the denoiser's output by step, FP solid and INT dashed."""
     rows = measured(document)
-    for numbers, style in (("fp-exact64", "-"), ("int-channel", "--")):
+    for numbers, style in (("fp-channel", "-"), ("int-channel", "--")):
         for width in WIDTHS:
             if found := rows.get(f"rtn-{numbers}-{width}"):
                 label = f"{numbers.partition('-')[0].upper()} {width.upper()}"
                 axes.plot(found["step_sqnr_db"], style, color=WIDTH_COLOURS[width], label=label)
+    axes.xaxis.get_major_locator().set_params(integer=True)
     axes.set_xlabel("denoising step (0: pure noise)")
     axes.set_ylabel("SQNR of the step's output, dB")
-    axes.set_title(f"{model}, round to nearest, on float's trajectory")
+    axes.set_title(f"{model}, round to nearest per channel, on float's trajectory", fontsize=10)
     axes.grid(alpha=0.3)
     _legend_once(axes)
 
