@@ -1,9 +1,10 @@
 """Search group sizes with pictures as the judge: `python -m benchmarks.search_groups --engine dit_w4a8 -o work/groups`.
 
-Q-DiT's search (arXiv 2406.17343): each candidate draws the same pictures from the same noise with weights rounded to
-nearest, and costs their Frechet distance in the bundled judge's features, from the held-out real data or from the float
-model's own pictures (finer for few pictures: both sets share noise and prompts). `--fitness proxy` scores by the
-denoiser's error instead, as `--set calibrate.options.search=proxy` does in a build.
+Q-DiT's search (arXiv 2406.17343): each candidate draws the same pictures from the same noise and costs their Frechet
+distance in the bundled judge's features, from the held-out real data or from the float model's own pictures (finer for
+few pictures: both sets share noise and prompts). `--fitness proxy` scores by the denoiser's error instead, as
+`--set calibrate.options.search=proxy` does in a build. Everything else is an option of the method "qdit", such as
+`--set calibrate.options.population=50`, or candidates=nearest to round to nearest while searching, as the authors do.
 
 Writes DIR/scores.json while it goes (a stopped run goes on), DIR/NAME.toml, a recipe with the sizes that were found
 (`python -m pipeline.build --engine DIR/NAME.toml`), and DIR/search_groups.json with what they are worth.
@@ -23,14 +24,20 @@ import torch
 from benchmarks import record
 from benchmarks.quality_drawing import Subject, draw, float_pictures, judged, make_subject, real_features
 from benchmarks.quality_metrics import Gaussian, frechet, gaussian
+from export import models
 from export.errors import RecipeError
 from pipeline import recipe as recipes
 from pipeline.backends.reference import ReferenceEngine
 from pipeline.calibrate.data import calibration_data
-from pipeline.calibrate.group_proxy import CandidateModels, Candidates, ProxyScore, one_thread
-from pipeline.calibrate.group_search import Found, Individual, Settings, Space, search
-from pipeline.calibrate.group_space import from_text, layer_sizes, make_space, to_text
+from pipeline.calibrate.group_candidates import CandidateModels, Candidates, one_thread
+from pipeline.calibrate.group_proxy import ProxyScore
+from pipeline.calibrate.group_search import Found, Individual, Space, search
+from pipeline.calibrate.group_space import layer_sizes, to_text
+from pipeline.calibrate.method import Context
 from pipeline.calibrate.plan import make_plans
+from pipeline.calibrate.qdit import QDit, search_settings
+from pipeline.files import sha256_json
+from pipeline.methods import METHODS
 from pipeline.recipe import Recipe
 
 logger = logging.getLogger(__name__)
@@ -83,14 +90,8 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="any recipe key")
     parser.add_argument("--fitness", choices=("fid", "proxy"), default="fid")
     parser.add_argument("--against", choices=AGAINST, default="real", help="what the distance is measured from")
-    parser.add_argument("--activations", choices=("token_group", "per_token"), default="token_group")
-    parser.add_argument("--genes", choices=("kind", "layer"), default="kind")
-    parser.add_argument("--sizes", default="", help='to choose from, such as "32,64,128"; default: those of the paper')
-    parser.add_argument("--budget-bytes", type=int, default=0, help="default: what the recipe's group size takes")
-    parser.add_argument("--count", type=int, default=256, help="pictures of each candidate (fid)")
-    parser.add_argument("--samples", type=int, default=64, help="model inputs of each candidate (proxy)")
-    for name, default in (("generations", 10), ("population", 50), ("top", 10), ("workers", 1), ("seed", 0)):
-        parser.add_argument(f"--{name}", type=int, default=default)
+    parser.add_argument("--count", type=int, default=256, help="pictures of each candidate")
+    parser.add_argument("--seed", type=int, default=0, help="of the pictures")
     parser.add_argument("-o", "--output-dir", type=Path, default=Path("work/groups"))
     return parser
 
@@ -99,58 +100,53 @@ def make_recipe(arguments: argparse.Namespace) -> Recipe:
     """The recipe with the method that uses what is found."""
     recipe = recipes.with_settings(recipes.load(arguments.engine), ["calibrate.method=qdit", *arguments.set])
     if not recipe.model.startswith("zoo:"):
-        raise RecipeError(
-            f"{recipe.name}: {recipe.model} has no bundled judge; add --set model=zoo:dit_mini or use build"
-        )
+        raise RecipeError(f"{recipe.name}: {recipe.model} has no bundled judge; use --set model=zoo:dit_mini, or build")
     return recipe
 
 
-def score_of(arguments: argparse.Namespace, recipe: Recipe, space: Space) -> FrechetScore | ProxyScore:
+def make_method(recipe: Recipe, folder: Path) -> QDit:
+    """The method with its calibration data; it says what there is to choose from, and makes the layers."""
+    model, wanted = models.load(recipe.model), recipe.calibrate
+    options = METHODS["qdit"].resolve(wanted.preset, wanted.options)
+    return QDit(Context(model, recipe, options, folder, calibration_data(model, recipe)))
+
+
+def make_score(arguments: argparse.Namespace, method: QDit, candidates: Candidates) -> FrechetScore | ProxyScore:
     """What candidates are scored by."""
-    name = recipe.model.removeprefix("zoo:")
-    candidates = Candidates(recipe.model, recipe, arguments.genes, space, arguments.activations)
     if arguments.fitness == "proxy":
-        model = candidates.load()
-        return ProxyScore.of(candidates, calibration_data(model, recipe), arguments.samples)
+        assert method.context.data is not None
+        return ProxyScore.of(candidates, method.context.data, int(method.context.options["samples"]))
+    name = candidates.source.removeprefix("zoo:")
     if arguments.against == "float":  # once, before every process asks for them
         float_pictures(make_subject(name, arguments.count, arguments.seed), arguments.output_dir)
     return FrechetScore(candidates, name, arguments.count, arguments.seed, arguments.against, arguments.output_dir)
 
 
-def found_recipe(recipe: Recipe, arguments: argparse.Namespace, sizes: list[int]) -> Recipe:
-    """The recipe that builds with these sizes."""
-    options = recipe.calibrate.options | {"group_sizes": to_text(sizes), "activations": arguments.activations}
-    calibrate = replace(recipe.calibrate, options=options)
-    return replace(recipe, name=f"{recipe.name}_searched", calibrate=calibrate)
-
-
 def run(arguments: argparse.Namespace) -> dict[str, Any]:
     """Search, and write recipe and record; returns the record."""
-    recipe, started = make_recipe(arguments), time.monotonic()
-    model = Candidates(recipe.model, recipe, arguments.genes, Space((), 0), "").load()
+    recipe, folder, started = make_recipe(arguments), arguments.output_dir, time.monotonic()
+    method = make_method(recipe, folder)
+    options, model = method.context.options, method.context.model
     plans = make_plans(model.linears(), recipe)
-    wanted = from_text(arguments.sizes) if arguments.sizes else ()
-    space = make_space(plans, arguments.genes, wanted, arguments.budget_bytes)
-    half = arguments.population // 2
-    settings = Settings(
-        arguments.generations,
-        arguments.population,
-        arguments.top,
-        half,
-        arguments.population - half,
-        seed=arguments.seed,
-        workers=arguments.workers,
-    )
-    score = score_of(arguments, recipe, space)
-    keys = {key: asdict(recipe)[key] for key in ("formats", "weights", "sampling")}
-    origin = {**score.origin, "model_sha256": model.sha256, "activations": arguments.activations, **keys}
-    found = search(space, settings, score, arguments.output_dir / "scores.json", origin)
-    sizes = layer_sizes(plans, arguments.genes, space, found.best)
-    made = found_recipe(recipe, arguments, sizes)
-    (arguments.output_dir / f"{made.name}.toml").write_text(recipes.to_toml(made))
+    space, settings = method.space(plans), search_settings(options, method.context.seed)
+    keys = {key: asdict(recipe)[key] for key in ("formats", "weights", "calibrate", "sampling")}
+    layers = folder / sha256_json([keys, model.sha256])[:12]
+    candidates = method.candidates(plans, space, layers).for_workers(settings.workers)
+    score = make_score(arguments, method, candidates)
+    origin = {**score.origin, "model_sha256": model.sha256, **keys}
+    found = search(space, settings, score, folder / "scores.json", origin)
+    sizes = layer_sizes(plans, str(options["genes"]), space, found.best)
+    made = found_recipe(recipe, sizes)
+    (folder / f"{made.name}.toml").write_text(recipes.to_toml(made))
     document = describe(space, found, origin, sizes) | {"seconds": time.monotonic() - started}
-    record.write("search_groups", document, arguments.output_dir)
+    record.write("search_groups", document, folder)
     return document
+
+
+def found_recipe(recipe: Recipe, sizes: list[int]) -> Recipe:
+    """The recipe that builds with these sizes."""
+    options = recipe.calibrate.options | {"group_sizes": to_text(sizes)}
+    return replace(recipe, name=f"{recipe.name}_searched", calibrate=replace(recipe.calibrate, options=options))
 
 
 def describe(space: Space, found: Found, origin: dict[str, Any], sizes: list[int]) -> dict[str, Any]:

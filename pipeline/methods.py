@@ -86,11 +86,13 @@ _STATIC = _SEEN | {
 }
 
 _GPTQ = {
+    "range": Option("absmax", help='of weight scales: "absmax" as published, "mse", or "recipe"'),
     "damping": Option(0.01, help="added to the Hessian's diagonal, as a share of its mean"),
     "act_order": Option(False, help="channels with large inputs first; groups keep the float weight's scales"),
 }
 _GROUP_SEARCH = {
     "search": Option("none", help='"proxy": search group sizes by the denoiser\'s error on calibration calls'),
+    "candidates": Option("own", help='layers the search tries: "own", or "nearest" (rounded to nearest, as published)'),
     "genes": Option("kind", help='what gets a group size: "kind" (layers of a kind in a block) or "layer"'),
     "sizes": Option("", help='group sizes to choose from, such as "32,64,128"; default: those of the paper'),
     "budget_bytes": Option(0, help="of weights, scales and multipliers; 0: what the recipe's group size takes"),
@@ -116,7 +118,7 @@ _MSFP = {
     "lora_rank": Option(8, help="rank of a branch"),
     "lora_init": Option("zero", help='"zero", or "svd" of the weight\'s quantization error'),
     "iterations": Option(200, 2000, help="of tuning"),
-    "lr": Option(1e-3, help="learning rate of the branches"),
+    "lr": Option(2e-3, help="learning rate of the branches"),
     "router_lr": Option(1e-3, help="learning rate of the router"),
     "batch": Option(16, help="samples of one iteration"),
 }

@@ -15,14 +15,18 @@ from export.errors import RecipeError
 from export.formats import get_format
 from export.models import denoiser, load, sample_inputs
 from export.to_onnx import export_portable
+from pipeline import calibrate as package
 from pipeline import recipe as recipes
 from pipeline.backends.reference import ReferenceEngine, fake_quant
 from pipeline.calibrate import calibrate, gptq, rtn
 from pipeline.calibrate.data import calibration_data
-from pipeline.calibrate.group_proxy import Candidates, ProxyScore
+from pipeline.calibrate.group_candidates import Candidates
+from pipeline.calibrate.group_proxy import ProxyScore
+from pipeline.calibrate.group_search import Found
 from pipeline.calibrate.group_space import make_space
 from pipeline.calibrate.plan import make_plans
 from pipeline.calibrate.ptq4dm import skewed_shares
+from pipeline.calibrate.state import CalibrationState
 from pipeline.calibrate.static_activations import find_range, unsigned_format
 from tests import observed, tiny
 
@@ -48,7 +52,7 @@ def test_layers_are_gptq_of_their_own_inputs(granularity, act_order):
     )
     for plan, layer in zip(unit.plans, method.quantize(unit), strict=True):
         rows = np.concatenate(inputs_of(unit, plan.name)).astype(np.float64)
-        grid = gptq.Grid(get_format("INT4"), plan.granularity, plan.group_size, plan.multipliers, "mse")
+        grid = gptq.Grid(get_format("INT4"), plan.granularity, plan.group_size, plan.multipliers, "absmax")
         expected = gptq.gptq(rtn.float_weight(plan), rows.T @ rows, grid, act_order=act_order == "true")
         np.testing.assert_array_equal(layer.unpacked_codes(), expected.codes)
         np.testing.assert_allclose(layer.scales, expected.scales, rtol=1e-6)
@@ -87,7 +91,14 @@ def test_activations_as_the_option_says():
 def test_rounding_to_nearest_for_comparison():
     method, unit = observed.make("qdit", *SETTINGS, "calibrate.options.rounding=nearest")
     for plan, layer in zip(unit.plans, method.quantize(unit), strict=True):
-        np.testing.assert_array_equal(layer.codes, rtn.quantize_linear(plan, "mse").codes)
+        np.testing.assert_array_equal(layer.codes, rtn.quantize_linear(plan, "absmax").codes)
+
+
+@pytest.mark.parametrize(("wanted", "search"), [("mse", "mse"), ("absmax", "absmax"), ("recipe", "mse")])
+def test_weight_ranges_as_the_option_says(wanted, search):
+    method, unit = observed.make("qdit", "calibrate.options.rounding=nearest", f"calibrate.options.range={wanted}")
+    for plan, layer in zip(unit.plans, method.quantize(unit), strict=True):
+        np.testing.assert_array_equal(layer.codes, rtn.quantize_linear(plan, search).codes)
 
 
 def output_error(unit, layers):
@@ -103,7 +114,7 @@ def output_error(unit, layers):
 @pytest.mark.parametrize("granularity", ["per_channel", "group", "exact_group"])
 def test_layer_outputs_are_nearer_than_with_rounding_to_nearest(granularity):
     method, unit = observed.make("qdit", f"weights.granularity={granularity}", "calibrate.options.act_order=true")
-    nearest = [rtn.quantize_linear(plan, "mse") for plan in unit.plans]
+    nearest = [rtn.quantize_linear(plan, "absmax") for plan in unit.plans]
     assert (output_error(unit, method.quantize(unit)) < output_error(unit, nearest)).all()
 
 
@@ -118,7 +129,7 @@ def test_static_ranges_are_those_of_ptq4dm_and_weights_those_of_gptq():
     for plan, layer in zip(unit.plans, method.quantize(unit), strict=True):
         parts = inputs_of(unit, plan.name)
         matrix = gptq.hessian(parts, plan.linear.module.in_features)
-        grid = gptq.Grid(get_format("INT4"), "group", plan.group_size, (1,), "mse")
+        grid = gptq.Grid(get_format("INT4"), "group", plan.group_size, (1,), "absmax")
         np.testing.assert_array_equal(layer.unpacked_codes(), gptq.gptq(rtn.float_weight(plan), matrix, grid).codes)
         kept = []
         for step, part in zip(steps, parts, strict=True):
@@ -142,6 +153,7 @@ def test_groups_of_128_are_refused_where_they_do_not_fit():
     ("setting", "message"),
     [
         ("activations=static", "activations 'static' of qdit; use one of token_group, per_token, per_tensor"),
+        ("range=all", "range 'all'; use one of absmax, mse, recipe"),
         ("rounding=up", "rounding 'up' of qdit; use one of gptq, nearest"),
         ("search=fid", "search 'fid' of qdit; use one of none, proxy"),
         ("group_sizes=8,8", "2 group sizes for 6 layers"),
@@ -201,7 +213,7 @@ def test_the_proxy_is_the_error_of_the_denoiser_with_candidate_layers(model):
     plans = make_plans(model.linears(), recipe)
     space = make_space(plans, "layer", (16, 32))
     data = calibration_data(model, recipe)
-    score = ProxyScore.of(Candidates.of(model, recipe, "layer", space, "token_group"), data, 2)
+    score = ProxyScore.of(Candidates(model.source, recipe, "layer", space, "token_group", model), data, 2)
     individual = tuple([16, 32] * (len(plans) // 2))
     layers = []
     for plan, size in zip(plans, individual, strict=True):
@@ -217,6 +229,25 @@ def test_the_proxy_is_the_error_of_the_denoiser_with_candidate_layers(model):
     assert score()(individual) == pytest.approx(-np.mean(errors), abs=1e-3)  # dB: sums of float32 in another order
 
 
+def test_the_search_tries_the_layers_that_it_will_get(model, tmp_path, monkeypatch):
+    """With the recipe's own sizes chosen, the stored candidates are the layers of the checkpoint."""
+    monkeypatch.setattr("pipeline.calibrate.qdit.search", lambda space, *_: Found(space.uniform(32), (), {}))
+    monkeypatch.setattr(Found, "cost", 0.0)
+    stored = {}
+    whole = CalibrationState.complete
+
+    def keep(state, layers):
+        for layer in layers:
+            stored[layer.name] = checkpoint.load(state.folder / "search" / "layers" / layer.name / "32")[0]
+        whole(state, layers)
+
+    monkeypatch.setattr(CalibrationState, "complete", keep)
+    for layer in calibrate(model, quick(), tmp_path):
+        np.testing.assert_array_equal(layer.codes, stored[layer.name].codes)
+        np.testing.assert_array_equal(layer.scales, stored[layer.name].scales)
+        assert layer.activation_group == stored[layer.name].activation_group
+
+
 class Stop(Exception):
     """Ends a run where the test wants it to."""
 
@@ -228,11 +259,12 @@ def test_a_stopped_calibration_goes_on_with_its_scores(model, tmp_path, monkeypa
         raise Stop
 
     with monkeypatch.context() as patch:
-        patch.setattr(gptq, "quantize_linear", stop)
+        patch.setattr(package, "_observed", stop)
         with pytest.raises(Stop):
             calibrate(model, quick(), tmp_path / "parts")
     scores = tmp_path / "parts" / "search" / "scores.json"
     assert len(json.loads(scores.read_text())["costs"]) >= 6
+    monkeypatch.setattr("pipeline.calibrate.qdit.store_layers", lambda *_: None)
     monkeypatch.setattr("pipeline.calibrate.group_proxy._Proxy.__call__", stop)  # nothing is left to score
     again = calibrate(model, quick(), tmp_path / "parts")
     assert [layer.group_size for layer in again] == [layer.group_size for layer in whole]

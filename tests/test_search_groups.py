@@ -9,14 +9,14 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks import quality_drawing, search_groups
-from benchmarks.judges import frechet_distance, load
+from benchmarks import judges, quality_drawing, search_groups
 from benchmarks.quality_drawing import draw, float_engine, make_subject
-from export import models
 from export.errors import RecipeError
 from pipeline import recipe as recipes
-from pipeline.calibrate.group_search import Gene, Space
+from pipeline.backends.reference import ReferenceEngine, fake_quant
+from pipeline.calibrate.group_candidates import nearest_layer
 from pipeline.calibrate.group_space import from_text
+from pipeline.calibrate.plan import make_plans
 
 
 @pytest.fixture(autouse=True)
@@ -26,35 +26,33 @@ def few_steps(monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
 
 
-def arguments(tmp_path, *more):
-    flags = ["--generations", "1", "--population", "3", "--count", "6", "--sizes", "64,128", "-o", str(tmp_path)]
-    small = [flag for one in ("calibrate.size=2", "calibrate.timesteps=2") for flag in ("--set", one)]
-    return search_groups.make_parser().parse_args([*flags, *small, "--set", "weights.granularity=group", *more])
+def arguments(tmp_path, *more, genes="kind"):
+    options = {"generations": 1, "population": 3, "sizes": "64,128", "genes": genes}
+    settings = ["calibrate.size=2", "calibrate.timesteps=2", "weights.granularity=group"]
+    settings += [f"calibrate.options.{key}={value}" for key, value in options.items()]
+    flags = ["--count", "6", "-o", str(tmp_path), *(flag for one in settings for flag in ("--set", one))]
+    return search_groups.make_parser().parse_args([*flags, *more])
 
 
 @pytest.mark.parametrize("against", search_groups.AGAINST)
 def test_a_candidate_costs_the_distance_of_its_pictures(against, tmp_path):
-    wanted = arguments(tmp_path, "--against", against)
-    recipe = search_groups.make_recipe(wanted)
-    linears = models.load(recipe.model).linears()
-    genes = tuple(Gene(ref.name, (64, 128), (2, 1)) for ref in linears)
-    score = search_groups.score_of(replace_genes(wanted), recipe, Space(genes, 2 * len(genes)))()
-    individual = tuple([64, 128] * (len(linears) // 2))
+    wanted = arguments(tmp_path, "--against", against, "--set", "calibrate.options.candidates=nearest", genes="layer")
+    method = search_groups.make_method(search_groups.make_recipe(wanted), tmp_path)
+    plans = make_plans(method.context.model.linears(), method.context.recipe)
+    candidates = method.candidates(plans, method.space(plans), tmp_path)
+    score = search_groups.make_score(wanted, method, candidates)()
+    individual = tuple([64, 128] * (len(plans) // 2))
     subject = make_subject("dit_mini", 6, 0)
-    engine = search_groups.ReferenceEngine(score.models.module(individual), torch.float32)
-    pictures = torch.from_numpy(draw(subject, engine.run, "test"))
-    goal = search_groups.real_features("dit_mini") if against == "real" else None
-    judge = load("dit_mini")
-    if goal is None:
+    layers = [
+        nearest_layer(replace(plan, group_size=size), "absmax", "token_group")
+        for plan, size in zip(plans, individual, strict=True)
+    ]
+    pictures = draw(subject, ReferenceEngine(fake_quant(subject.model, layers, torch.float32)).run, "test")
+    others = judges.JUDGES["dit_mini"].test()[1]
+    if against == "float":
         others = torch.from_numpy(draw(subject, float_engine(subject).run, "test"))
-    else:
-        others = quality_drawing.judges.JUDGES["dit_mini"].test()[1]
-    assert score(individual) == pytest.approx(frechet_distance(judge, pictures, others), rel=1e-3)
-
-
-def replace_genes(wanted):
-    wanted.genes = "layer"
-    return wanted
+    expected = judges.frechet_distance(judges.load("dit_mini"), torch.from_numpy(pictures), others)
+    assert score(individual) == pytest.approx(expected, rel=1e-3)
 
 
 @pytest.mark.parametrize("fitness", ["fid", "proxy"])

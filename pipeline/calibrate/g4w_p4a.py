@@ -39,7 +39,4 @@ class G4wP4a(Ptq4dm):
     def weights(self, unit: Unit, plan: LayerPlan) -> QuantizedLinear:
         """By GPTQ on the inputs that the network with quantized weights gives."""
         inputs = self.observed(unit).layer_inputs(plan.name, noisy=True, rows=self.rows_per_call)
-        matrix = gptq.hessian(inputs, plan.linear.module.in_features)
-        options, how = self.context.options, self.context.recipe.weights.search
-        damping, act_order = float(options["damping"]), bool(options["act_order"])
-        return gptq.quantize_linear(plan, matrix, how, damping=damping, act_order=act_order)
+        return gptq.learned_linear(plan, inputs, self.context.recipe, self.context.options)

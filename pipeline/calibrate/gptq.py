@@ -12,7 +12,7 @@ the group's turn comes.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,14 +20,17 @@ import numpy as np
 from numpy.typing import NDArray
 
 from export.checkpoint import Granularity, QuantizedLinear, make_linear
-from export.errors import ModelError
+from export.errors import ModelError, RecipeError
 from export.formats import Format, get_format, quantize
 from pipeline.calibrate.plan import LayerPlan
 from pipeline.calibrate.rtn import float_weight
-from pipeline.calibrate.scales import F32, RoundingErrors, find_scales
+from pipeline.calibrate.scales import F32, SEARCHES, RoundingErrors, find_scales
+from pipeline.methods import Scalar
+from pipeline.recipe import Recipe
 
 F64 = NDArray[np.float64]
 DAMPING, BLOCK = 0.01, 128
+RANGES = (*SEARCHES, "recipe")
 
 
 @dataclass(frozen=True)
@@ -69,6 +72,24 @@ def quantize_linear(
         bias=None if bias is None else bias.detach().float().numpy().copy(),
     )
     return make_linear(found.codes, **(made | fields))  # type: ignore[arg-type]  # checked by QuantizedLinear
+
+
+def learned_linear(
+    plan: LayerPlan, inputs: Iterable[Any], recipe: Recipe, options: Mapping[str, Scalar], **fields: Any
+) -> QuantizedLinear:
+    """The layer of a plan by GPTQ on its inputs [rows, K], as the options damping, act_order and range say."""
+    matrix = hessian(inputs, plan.linear.module.in_features)
+    damping, act_order = float(options["damping"]), bool(options["act_order"])
+    how = clip_search(recipe, options)
+    return quantize_linear(plan, matrix, how, damping=damping, act_order=act_order, **fields)
+
+
+def clip_search(recipe: Recipe, options: Mapping[str, Scalar]) -> str:
+    """How weight scales are found: the option "range", or the recipe's search if it says so."""
+    wanted = str(options["range"])
+    if wanted not in RANGES:
+        raise RecipeError(f"calibrate.options.range {wanted!r}; use one of {', '.join(RANGES)}")
+    return recipe.weights.search if wanted == "recipe" else wanted
 
 
 def hessian(inputs: Iterable[Any], k: int) -> F64:

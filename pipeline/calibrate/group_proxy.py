@@ -1,110 +1,23 @@
-"""Models with candidate group sizes, and a cheap score of them: how far the denoiser's output is from the float one's.
+"""A cheap score of candidate group sizes: how far the denoiser's output is from the float one's.
 
-While searching, weights are rounded to nearest, as in the authors' script: GPTQ for every candidate would take hours. A
-layer is quantized once for each of its sizes. The score is the mean over calibration calls (spread over timesteps) of
-the output's SQNR in dB, negated. Whether it ranks candidates as pictures do is measured by benchmarks/search_groups.py,
-which scores by pictures.
+It is the mean over calibration calls (spread over timesteps) of the output's SQNR in dB, negated. Whether it ranks
+candidates as pictures do is measured by benchmarks/search_groups.py, which scores by pictures.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, replace
-from typing import TYPE_CHECKING, Any
+from dataclasses import asdict, dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
 
-from export.checkpoint import QuantizedLinear
 from pipeline.backends.base import Arrays
-from pipeline.backends.reference import FakeQuantLinear
 from pipeline.calibrate.data import CalibrationData
-from pipeline.calibrate.group_search import Individual, Space
-from pipeline.calibrate.group_space import layer_sizes, with_sizes
-from pipeline.calibrate.plan import LayerPlan, make_plans
-from pipeline.calibrate.rtn import quantize_linear
+from pipeline.calibrate.group_candidates import CandidateModels, Candidates, one_thread
+from pipeline.calibrate.group_search import Individual
 from pipeline.gates import sqnr_db
-from pipeline.recipe import Recipe
-
-if TYPE_CHECKING:
-    from export.models import LoadedModel
-
-
-@contextmanager
-def one_thread() -> Iterator[None]:
-    """Sums of float32 depend on how many threads share them; scores must not."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
-
-
-@dataclass(frozen=True)
-class Candidates:
-    """Where quantized models with candidate sizes come from. `model` None: loaded anew from its source, as another
-    process has to. activations: "token_group", or anything else for one scale per token."""
-
-    source: str
-    recipe: Recipe
-    genes: str
-    space: Space
-    activations: str
-    model: LoadedModel | None = None
-
-    @classmethod
-    def of(cls, model: LoadedModel, recipe: Recipe, genes: str, space: Space, activations: str) -> Candidates:
-        return cls(model.source, recipe, genes, space, activations, model)
-
-    def for_workers(self, workers: int) -> Candidates:
-        """What can be sent to other processes, if there are any."""
-        return self if workers == 1 else replace(self, model=None)
-
-    def load(self) -> LoadedModel:
-        from export.models import load
-
-        return self.model or load(self.source)
-
-
-class CandidateModels:
-    """Denoisers of one model with the layers of a candidate; each layer is quantized once for each size."""
-
-    def __init__(self, candidates: Candidates) -> None:
-        self.candidates, self.model = candidates, candidates.load()
-        self.plans = make_plans(self.model.linears(), candidates.recipe)
-        self.made: dict[tuple[str, int], nn.Module] = {}
-
-    def float_module(self) -> nn.Module:
-        from export.models import denoiser
-
-        module: nn.Module = denoiser(self.model)
-        return module
-
-    def module(self, individual: Individual) -> nn.Module:
-        """The denoiser with float32 fake quantization."""
-        from export.models import denoiser
-
-        sizes = layer_sizes(self.plans, self.candidates.genes, self.candidates.space, individual)
-        module: nn.Module = denoiser(self.model, {p.name: self.linear(p) for p in with_sizes(self.plans, sizes)})
-        return module
-
-    def linear(self, plan: LayerPlan) -> nn.Module:
-        key = (plan.name, plan.group_size)
-        if key not in self.made:
-            layer = candidate_layer(plan, self.candidates.recipe.weights.search, self.candidates.activations)
-            self.made[key] = FakeQuantLinear(layer, torch.float32)
-        return self.made[key]
-
-
-def candidate_layer(plan: LayerPlan, search: str, activations: str) -> QuantizedLinear:
-    """The layer rounded to nearest, its input scaled per token, or per token and group."""
-    layer = quantize_linear(plan, search)
-    if activations != "token_group" or not plan.group_size:
-        return layer
-    return replace(layer, activation_scaling="token_group", activation_group=plan.group_size)
 
 
 @dataclass(frozen=True)
@@ -123,9 +36,10 @@ class ProxyScore:
     @property
     def origin(self) -> dict[str, Any]:
         """What scores depend on beside model and data, which the folder of a calibration belongs to."""
-        recipe = asdict(self.candidates.recipe)
-        parts = {key: recipe[key] for key in ("formats", "weights")}
-        return {"score": "proxy", "activations": self.candidates.activations, "calls": len(self.calls), **parts}
+        wanted, recipe = self.candidates, asdict(self.candidates.recipe)
+        rounding = "nearest" if wanted.layers is None else "stored"
+        parts = {key: recipe[key] for key in ("formats", "weights", "calibrate")}
+        return {"score": "proxy", "layers": rounding, "activations": wanted.activations, **parts}
 
     def __call__(self) -> _Proxy:
         return _Proxy(self)

@@ -1,7 +1,8 @@
 """The method "qdit" (Q-DiT, arXiv 2406.17343): GPTQ on groups of input channels, activations by token and group.
 
-Weights: GPTQ, the scales of a group fitted when its turn comes. Activations: one scale for each token and group, found
-at run time; a layer's weight and its input have the same group size. Group sizes may be searched for (group_search.py).
+Weights: GPTQ; the scales of a group are fitted when its turn comes, to their absmax unless the option `range` says
+otherwise. Activations: one scale for each token and group, found at run time; a layer's weight and its input have the
+same group size. Group sizes may be searched for (group_search.py).
 
 Differences, all of them choices that can be measured through the options: integers are symmetric (the flags `--w_sym`
 and `--a_sym` of the authors' code, which their own search uses), since a zero point per group would cost a GEMM per
@@ -15,15 +16,17 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from export.checkpoint import QuantizedLinear
 from export.errors import RecipeError
 from export.formats import get_format
 from pipeline.calibrate import gptq, rtn
-from pipeline.calibrate.blocks import Tensors
-from pipeline.calibrate.group_proxy import Candidates, ProxyScore
-from pipeline.calibrate.group_search import Settings, search
+from pipeline.calibrate.blocks import BlockRunner, Tensors, group_by_block
+from pipeline.calibrate.group_candidates import Candidates, store_layers
+from pipeline.calibrate.group_proxy import ProxyScore
+from pipeline.calibrate.group_search import Settings, Space, search
 from pipeline.calibrate.group_space import from_text, layer_sizes, make_space, to_text, with_sizes
 from pipeline.calibrate.method import Context, Method, Unit
 from pipeline.calibrate.plan import LayerPlan
@@ -50,7 +53,12 @@ ACTIVATIONS: dict[str, Callable[[LayerPlan, Callable[[], Tensors]], dict[str, An
     "per_token": lambda plan, rows: {},
     "per_tensor": per_tensor,
 }
-CHOICES = {"activations": tuple(ACTIVATIONS), "rounding": ("gptq", "nearest"), "search": ("none", "proxy")}
+CHOICES = {
+    "activations": tuple(ACTIVATIONS),
+    "rounding": ("gptq", "nearest"),
+    "candidates": ("own", "nearest"),
+    "search": ("none", "proxy"),
+}
 
 
 class QDit(Method):
@@ -62,6 +70,7 @@ class QDit(Method):
             if context.options[name] not in known:
                 found = context.options[name]
                 raise RecipeError(f"calibrate.options.{name} {found!r} of qdit; use one of {', '.join(known)}")
+        self.weight_search = gptq.clip_search(context.recipe, context.options)
 
     def plan(self, plans: list[LayerPlan]) -> list[LayerPlan]:
         """The recipe's group sizes, those given as a text, or searched ones."""
@@ -72,18 +81,34 @@ class QDit(Method):
 
     def searched(self, plans: list[LayerPlan]) -> list[LayerPlan]:
         """Group sizes by the evolutionary search, within the bytes that the recipe's own take."""
-        options, data = self.context.options, self.context.data
+        options, data, folder = self.context.options, self.context.data, self.context.folder / "search"
         assert data is not None
-        genes, wanted = str(options["genes"]), str(options["sizes"])
-        space = make_space(plans, genes, from_text(wanted) if wanted else (), int(options["budget_bytes"]))
-        settings = search_settings(options, self.context.seed)
-        candidates = Candidates.of(self.context.model, self.context.recipe, genes, space, str(options["activations"]))
-        score = ProxyScore.of(candidates.for_workers(settings.workers), data, int(options["samples"]))
-        found = search(space, settings, score, self.context.folder / "search" / "scores.json", score.origin)
-        sizes = layer_sizes(plans, genes, space, found.best)
+        space, settings = self.space(plans), search_settings(options, self.context.seed)
+        candidates = self.candidates(plans, space, folder).for_workers(settings.workers)
+        score = ProxyScore.of(candidates, data, int(options["samples"]))
+        found = search(space, settings, score, folder / "scores.json", score.origin)
+        sizes = layer_sizes(plans, str(options["genes"]), space, found.best)
         scored, text = len(found.costs), to_text(sizes)
         logger.info("searched %d candidates: %.2f dB with group sizes %s", scored, -found.cost, text)
         return with_sizes(plans, sizes)
+
+    def space(self, plans: list[LayerPlan]) -> Space:
+        """What the options let the search choose from."""
+        options, wanted = self.context.options, str(self.context.options["sizes"])
+        sizes = from_text(wanted) if wanted else ()
+        return make_space(plans, str(options["genes"]), sizes, int(options["budget_bytes"]))
+
+    def candidates(self, plans: list[LayerPlan], space: Space, folder: Path) -> Candidates:
+        """Where the search gets its layers from: rounded to nearest when asked for, or made now as they will be."""
+        options, model = self.context.options, self.context.model
+        recipe = replace(self.context.recipe, weights=replace(self.context.recipe.weights, search=self.weight_search))
+        genes, activations = str(options["genes"]), str(options["activations"])
+        if options["candidates"] == "nearest":
+            return Candidates(model.source, recipe, genes, space, activations, model)
+        assert self.context.data is not None
+        runner = BlockRunner(model, self.context.data, list(group_by_block(plans)))
+        store_layers(runner, plans, genes, space, self.quantize_layer, folder / "layers")
+        return Candidates(model.source, recipe, genes, space, activations, model, folder / "layers")
 
     def quantize(self, unit: Unit) -> list[QuantizedLinear]:
         return [self.quantize_layer(unit, plan) for plan in unit.plans]
@@ -93,13 +118,10 @@ class QDit(Method):
         observed, options = unit.observed, self.context.options
         rows = int(options["rows"])
         fields = ACTIVATIONS[str(options["activations"])](plan, lambda: observed.layer_inputs(plan.name, rows=rows))
-        how = self.context.recipe.weights.search
         if options["rounding"] == "nearest":
-            return replace(rtn.quantize_linear(plan, how), **fields)
+            return replace(rtn.quantize_linear(plan, self.weight_search), **fields)
         inputs = observed.layer_inputs(plan.name, noisy=True, rows=rows)
-        matrix = gptq.hessian(inputs, plan.linear.module.in_features)
-        damping, act_order = float(options["damping"]), bool(options["act_order"])
-        return gptq.quantize_linear(plan, matrix, how, damping=damping, act_order=act_order, **fields)
+        return gptq.learned_linear(plan, inputs, self.context.recipe, options, **fields)
 
 
 def search_settings(options: Any, seed: int) -> Settings:
