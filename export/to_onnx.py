@@ -16,9 +16,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import onnx_ir as ir
 
-from export.checkpoint import QuantizedLinear
+from export.checkpoint import QuantizedLinear, shared_router
 from export.errors import ContractError, ResourceError
 from export.graph_builder import add_initializer
 from export.models import LoadedModel, denoiser, sample_inputs
@@ -29,6 +30,8 @@ logger = logging.getLogger(__name__)
 TRACE_BATCH, TRACE_TOKENS = 2, 7
 # Smaller float tensors (biases, tables) are stored in fp32 without a Cast: the same values in a simpler graph.
 NARROW_ELEMENTS = 4096
+# The models' samplers use (rounded) timesteps of this range.
+TIMESTEPS = np.arange(1000)
 
 
 @dataclass(frozen=True)
@@ -67,6 +70,7 @@ def export_portable(
     from export.trace import PlaceholderLinear
 
     _check_layers(model, layers)
+    _tell_undecided(layers)
     stand_ins = {ref.name: PlaceholderLinear(ref.name, ref.module.out_features) for ref in model.linears()}
     graph = _traced(model, stand_ins, height, width)
     quantize_graph(graph, layers)
@@ -114,6 +118,15 @@ def _check_layers(model: LoadedModel, layers: list[QuantizedLinear]) -> None:
             raise ContractError(
                 f"{layer.name}: model and checkpoint disagree on whether it has a bias; calibrate again"
             )
+
+
+def _tell_undecided(layers: list[QuantizedLinear]) -> None:
+    """Warn of timesteps at which an engine's float32 may choose another low-rank branch than the reference does."""
+    router = shared_router(layers)
+    undecided = np.flatnonzero(router.undecided(TIMESTEPS)) if router is not None else ()
+    if len(undecided):
+        shown = ", ".join(map(str, undecided[:8])) + (", ..." if len(undecided) > 8 else "")
+        logger.warning("router: branches are tied within float32 rounding at %d timesteps: %s", len(undecided), shown)
 
 
 # --- graph and weights ---------------------------------------------------------------------------------------------

@@ -12,6 +12,7 @@ import onnxruntime
 import pytest
 import torch
 
+from export import to_onnx
 from export.checkpoint import QuantizedLinear
 from export.errors import ContractError
 from export.models import LoadedModel, load, sample_inputs
@@ -192,6 +193,16 @@ def test_models_of_different_routers_are_refused(exported: Any, tmp_path: Path) 
     ]
     with pytest.raises(ContractError, match="have different routers; all layers of a model share one"):
         export_portable(model, other, tmp_path / "model.onnx")
+
+
+def test_a_router_that_rounding_may_sway_is_told(exported: Any, caplog: pytest.LogCaptureFixture) -> None:
+    _, layers, _ = exported
+    to_onnx._tell_undecided(layers)
+    assert not caplog.records
+    of = learned.router()
+    tied = replace(of, w2=0 * of.w2)
+    to_onnx._tell_undecided([replace(layer, router=tied if layer.router else None) for layer in layers])
+    assert "router: branches are tied within float32 rounding at 1000 timesteps: 0, 1, 2, 3," in caplog.text
 
 
 def test_the_reference_of_the_model_runs(exported: Any) -> None:
