@@ -11,7 +11,7 @@ import torch
 
 from export import checkpoint
 from export.checkpoint import shared_router
-from export.errors import RecipeError
+from export.errors import RecipeError, ResourceError
 from export.formats import get_format
 from export.models import denoiser, load
 from pipeline.backends.reference import fake_quant
@@ -182,6 +182,23 @@ def test_a_damaged_state_is_begun_again(tmp_path):
     before = [value.detach().clone() for value in tuner.parameters]
     assert tuner.load(path) == 0
     assert all(torch.equal(a, b) for a, b in zip(before, tuner.parameters, strict=True))
+
+
+def test_memory_is_estimated_from_what_gradients_keep(tmp_path):
+    model, recipe = made(tmp_path, "use_lora=false")
+    small = make_tuner(model, recipe, tmp_path)
+    found = small.activation_bytes()
+    tokens, width = 16, tiny.WIDTH
+    # Of every quantized linear at least its rounded input is kept; the feed-forward's is 4 times as wide.
+    assert 4 * small.settings.batch * tokens * width * tiny.LAYERS * 8 < found < 2**28
+
+
+def test_too_little_memory_is_told_before_tuning(tmp_path, monkeypatch):
+    model, recipe = made(tmp_path)
+    monkeypatch.setattr(talora_tuning.machine, "available_memory_bytes", lambda: 10**6)
+    monkeypatch.setattr("pipeline.calibrate._refuse_too_large", lambda *args: None)
+    with pytest.raises(ResourceError, match=r"TALoRA: activations of a batch of 4 take about .* GiB .* smaller"):
+        calibrate(model, recipe, tmp_path / "out")
 
 
 @pytest.mark.parametrize(

@@ -24,7 +24,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from export.checkpoint import QuantizedLinear
-from export.errors import RecipeError
+from export.errors import RecipeError, ResourceError
+from pipeline import machine
 from pipeline.calibrate.data import Call
 from pipeline.calibrate.dfa import dfa_loss
 from pipeline.calibrate.talora import BranchedLinear, Branches, Gates, TimestepRouter, finished_layers
@@ -69,7 +70,9 @@ def tune(
     weights: of the loss, for each call that of its samples, or of its halves (conditional and unconditional). folder:
     where the state is kept.
     """
+    _refuse_too_large(sum(4 * layer.out_features * layer.in_features for layer in layers), "weights in float32")
     tuner = Tuner(model, layers, calls, weights, branches, settings)
+    _refuse_too_large(tuner.activation_bytes(), f"activations of a batch of {settings.batch}")
     done = tuner.load(folder / STATE_FILE)
     saved = time.monotonic()
     for iteration in track(range(done, settings.iterations), settings.iterations, "TALoRA", done):
@@ -96,11 +99,10 @@ class Tuner:
     ) -> None:
         self.settings, self.gates = settings, Gates()
         self.batches = Batches(model, calls, weights, settings)
-        floats = {ref.name: ref.module.weight.detach().float() for ref in model.linears()}
-        seeds = [_seed(settings.seed, layer.name) for layer in layers]
+        floats = {ref.name: ref.module.weight.detach() for ref in model.linears()}
         self.parts = [
-            BranchedLinear(layer, floats[layer.name], branches, self.gates, seed)
-            for layer, seed in zip(layers, seeds, strict=True)
+            BranchedLinear(layer, floats[layer.name].float(), branches, self.gates, _seed(settings.seed, layer.name))
+            for layer in layers
         ]
         self.router = _router(calls, branches, settings.seed)
         self.module = _network(model, {part.layer.name: part for part in self.parts}, calls)
@@ -134,6 +136,20 @@ class Tuner:
         self.gates.now = self.router(inputs["timestep"])
         output: Tensor = self.module(**inputs)
         return output[:, :channels]
+
+    def activation_bytes(self) -> int:
+        """What the tensors that one iteration keeps for its gradients take, measured on one sample."""
+        inputs = self.batches.first()
+        kept: dict[int, int] = {}
+
+        def count(tensor: Tensor) -> Tensor:
+            kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
+            self.predict(inputs, 1)
+        constant = {value.untyped_storage().data_ptr() for value in (*self.module.parameters(), *self.module.buffers())}
+        return self.settings.batch * sum(size for place, size in kept.items() if place not in constant)
 
     def tell_use(self) -> None:
         """Log which timesteps each branch serves."""
@@ -203,6 +219,10 @@ class Batches:
         track_calls = track(self.inputs, len(self.inputs), "float model's predictions")
         return [module(**inputs)[:, : inputs["hidden_states"].shape[1]] for inputs in track_calls]
 
+    def first(self) -> dict[str, Tensor]:
+        """Inputs of one sample."""
+        return {key: self._join(key, [(0, 0)]) for key in self.inputs[0]}
+
     def draw(self, iteration: int) -> tuple[dict[str, Tensor], Tensor, Tensor]:
         """At most `batch` different samples: inputs, target [B, C, H, W], weight [B]."""
         generator = torch.Generator().manual_seed(_seed(self.settings.seed, f"batch {iteration}"))
@@ -226,6 +246,17 @@ class Batches:
         if key in UNBATCHED:
             return self.inputs[picks[0][0]][key]
         return torch.stack([self.inputs[call][key][row] for call, row in picks])
+
+
+def _refuse_too_large(needed: int, what: str) -> None:
+    """Raise ResourceError if that many bytes are not free."""
+    free = machine.available_memory_bytes()
+    logger.info("TALoRA: %s take about %.2f GiB", what, needed / 2**30)
+    if free and needed > free:
+        raise ResourceError(
+            f"TALoRA: {what} take about {needed / 2**30:.1f} GiB, {free / 2**30:.1f} GiB are free; use a smaller "
+            f"calibrate.options.batch, or calibrate.options.use_lora=false to leave tuning out"
+        )
 
 
 def _network(model: LoadedModel, parts: dict[str, BranchedLinear], calls: Sequence[Call]) -> nn.Module:
