@@ -32,7 +32,7 @@ from benchmarks.quality_metrics import (
 )
 from benchmarks.quality_plots import draw_all
 from benchmarks.quality_results import FAILED, FLOAT, MEASURED, UNAVAILABLE, Results, row_key
-from benchmarks.quality_rows import MODELS, TABLES, Line, Row, exact, rows_of
+from benchmarks.quality_rows import CHANNEL, MODELS, TABLES, Line, Row, rows_of
 from benchmarks.quality_sensitivity import PartlyQuantized, cases, mean_noise_db
 from export.errors import RecipeError
 from pipeline.report import Gate
@@ -213,7 +213,7 @@ def test_times_of_interrupted_calibrations_add_up(tmp_path, monkeypatch):
 
 
 def test_layers_are_quantized_in_part(subject, monkeypatch):
-    monkeypatch.setattr(quality_sensitivity, "LINES", (Line("FP", "fp", exact(64), widths=("w4a4",)),))
+    monkeypatch.setattr(quality_sensitivity, "LINES", (Line("FP", "fp", CHANNEL, widths=("w4a8", "w4a4")),))
     found = {(case.kind, case.part): case for case in cases(subject) if case.row == "fp-w4a4"}
     linears = {ref.name: ref for ref in subject.model.linears()}
     layer = found["ff.in", "both"].layers[0]
@@ -224,6 +224,15 @@ def test_layers_are_quantized_in_part(subject, monkeypatch):
     assert not np.allclose(parts["activations"], parts["weights"]) and not np.allclose(parts["both"], parts["weights"])
     assert {case.kind for case in found.values()} >= {"ff.in", "ff.out", "all"}
     assert len(found["all", "both"].layers) == len(linears)
+
+
+def test_weights_alone_are_measured_once(subject, trajectory, monkeypatch):
+    monkeypatch.setattr(quality_sensitivity, "LINES", (Line("FP", "fp", CHANNEL, widths=("w4a8", "w4a4")),))
+    calls = []
+    monkeypatch.setattr(quality_sensitivity, "_steps_db", lambda *args: calls.append(args[2]) or [20.0])
+    found = quality_sensitivity.sensitivity(subject, trajectory)
+    kinds = len({row["kind"] for row in found})
+    assert len(found) == 2 * 3 * kinds and len(calls) == 5 * kinds and found[0]["sqnr_db"] == pytest.approx(20)
 
 
 def test_mean_noise_is_ruled_by_the_worst_step():
