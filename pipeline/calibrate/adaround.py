@@ -86,13 +86,18 @@ class SoftRounding(nn.Module):
 
     def __init__(self, weight: Tensor, base: QuantizedLinear, scale_aware: bool) -> None:
         super().__init__()
-        self.base, self.neighbours = base, Neighbours.of(weight, base)
-        unit = torch.from_numpy(unit_of(base))
-        step = self.neighbours.step * unit if scale_aware else torch.ones_like(unit)
-        self.register_buffer("low", self.neighbours.low * unit, persistent=False)
-        self.register_buffer("gap", self.neighbours.gap * unit, persistent=False)
+        self.weight, self.base = weight, base
+        unit, near = torch.from_numpy(unit_of(base)), self.neighbours
+        step = near.step * unit if scale_aware else torch.ones(1)
+        self.register_buffer("low", near.low * unit, persistent=False)
+        self.register_buffer("gap", near.gap * unit, persistent=False)
         self.register_buffer("inverse", 1 / step, persistent=False)
-        self.v = nn.Parameter(step * -torch.log(STRETCH / (self.neighbours.fraction - GAMMA) - 1))
+        self.v = nn.Parameter(step * -torch.log(STRETCH / (near.fraction - GAMMA) - 1))
+
+    @property
+    def neighbours(self) -> Neighbours:
+        """Computed anew: learning a large block should not hold them."""
+        return Neighbours.of(self.weight, self.base)
 
     def share_up(self) -> Tensor:
         """h: [N, K] in [0, 1], how far every weight is rounded up."""
@@ -105,8 +110,8 @@ class SoftRounding(nn.Module):
 
     def codes(self) -> NDArray[np.uint8]:
         """[N, K]: the code of the neighbour that each weight has been drawn to; up where v >= 0."""
-        up = self.v.detach() >= 0
-        value = torch.where(up, self.neighbours.low + self.neighbours.gap, self.neighbours.low)
+        near = self.neighbours
+        value = torch.where(self.v.detach() >= 0, near.low + near.gap, near.low)
         return quantize(get_format(self.base.weight_format), value.numpy())
 
     def layer(self) -> QuantizedLinear:
