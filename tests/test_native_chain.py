@@ -217,3 +217,44 @@ def test_a_quantizer_has_both_outputs():
 
 def test_formats_with_one_operand_are_covered():
     assert {"E2M3", "INT8", "INT6", "E2M1"} <= set(EIGHT_BITS) <= set(FORMATS)
+
+
+def in_heads(rows, heads):
+    """[batch, tokens, n] -> [batch, heads, tokens, n / heads]."""
+    return np.ascontiguousarray(rows.reshape(*rows.shape[:2], heads, -1).swapaxes(1, 2))
+
+
+@pytest.mark.parametrize("heads", [1, 2, 5, 70])
+def test_rows_in_heads_are_read_and_written(heads):
+    feeds, outputs = arrays(batch=3, tokens=40, n=70), list(Out)
+    given = native.quantizer("E2M3") | {"epsilon": 1e-6, "gelu": 1}
+    expected = dict(zip(outputs, native.chain(feeds, outputs, **given), strict=True))
+    feeds[In.X] = in_heads(feeds[In.X], heads)
+    found = native.chain(feeds, outputs, **given, heads_in=heads, heads_out=heads)
+    expected[Out.Y] = in_heads(expected[Out.Y], heads)
+    for place, array in zip(outputs, found, strict=True):
+        np.testing.assert_array_equal(array, expected[place], err_msg=place.name)
+
+
+@pytest.mark.parametrize("given", [{"heads_in": 5}, {"heads_out": 5}, {"heads_in": 2, "heads_out": 7}, {}])
+def test_a_chain_without_stages_only_moves_rows(given):
+    rows = arrays()[In.X]
+    x = in_heads(rows, given["heads_in"]) if "heads_in" in given else rows
+    expected = in_heads(rows, given["heads_out"]) if "heads_out" in given else rows
+    found, plain = native.chain({In.X: x}, [Out.Y, Out.QUANTIZED], **given)
+    np.testing.assert_array_equal(found, expected)
+    np.testing.assert_array_equal(plain, rows)
+
+
+@pytest.mark.parametrize(
+    "shape, given, message",
+    [
+        ((2, 5, 70), {"heads_in": 2}, "batch, heads, tokens, size"),
+        ((2, 3, 5, 14), {"heads_in": 5}, "with heads_in heads"),
+        ((2, 5, 70), {"heads_out": 3}, "must divide"),
+        ((2, 70), {"heads_out": 2}, "must divide"),
+    ],
+)
+def test_heads_that_do_not_fit_are_an_error(shape, given, message):
+    with pytest.raises(Exception, match=message):
+        native.chain({In.X: np.ones(shape, np.float32)}, [Out.Y], **given)

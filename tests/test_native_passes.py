@@ -34,12 +34,16 @@ BLOCK = """
 """.replace("{ones}", ", ".join(["1.0"] * 64))
 SHAPES = dict.fromkeys(("norm", "modulated", "a/output", "gated", "sum", "b/output", "act", "c/output"), ("B", "S", 64))
 SHAPES["mean"] = ("B", 1, 64)
+SHAPES |= dict.fromkeys(("qs", "ks", "vs", "turned"), ("B", "S", 4, 16)) | dict.fromkeys(
+    ("qt", "vt", "o"), ("B", 4, "S", 16)
+)
+SHAPES |= {"kt": ("B", 4, 16, "S"), "joined": ("B", "S", 64)}
 PLAIN = 'y = fpq.QuantizedLinear <layer="a"> (x)'
 
 
 def lowered(body=BLOCK, inputs=INPUTS, outputs="float[B,S,64] y", activation="E2M3", **given):
-    """(stock model, probes of it) of linears a, b, c of 64 channels."""
-    layers = [random_linear(name, n=64, activation=activation, seed=i, **given) for i, name in enumerate("abc")]
+    """(stock model, probes of it) of linears a to d of 64 channels."""
+    layers = [random_linear(name, n=64, activation=activation, seed=i, **given) for i, name in enumerate("abcd")]
     layers = [layer for layer in layers if f'"{layer.name}"' in body]
     model = portable(body, layers, inputs, outputs)
     _as_exported(model)
@@ -227,3 +231,68 @@ def test_a_norm_that_depends_on_the_linear_before_it_is_not_joined_to_it():
 def test_the_rewritten_graph_is_the_same_each_time():
     first, second = (ir.to_proto(rewritten()[0]).SerializeToString(deterministic=True) for _ in range(2))
     assert first == second
+
+
+ATTENTION = """
+  parts = Constant <value_ints = [0, 0, 4, 16]> ()
+  whole = Constant <value_ints = [0, 0, 64]> ()
+  q = fpq.QuantizedLinear <layer="a"> (x)
+  k = fpq.QuantizedLinear <layer="b"> (x)
+  v = fpq.QuantizedLinear <layer="c"> (x)
+  qs = Reshape(q, parts)
+  qt = Transpose <perm = [0, 2, 1, 3]> (qs)
+  ks = Reshape(k, parts)
+  kt = Transpose <perm = [0, 2, 3, 1]> (ks)
+  vs = Reshape(v, parts)
+  vt = Transpose <perm = [0, 2, 1, 3]> (vs)
+  s = MatMul(qt, kt)
+  p = Softmax <axis = -1> (s)
+  o = MatMul(p, vt)
+  turned = Transpose <perm = [0, 2, 1, 3]> (o)
+  joined = Reshape(turned, whole)
+  y = fpq.QuantizedLinear <layer="d"> (joined)
+"""
+
+
+def test_heads_are_read_and_written_where_attention_keeps_them():
+    model, passes = rewritten(ATTENTION, "float[B,S,64] x")
+    assert passes["NativeHeads"].fired == 4
+    assert Counter(chains(model)) == {
+        ("X", "CODES+SCALE"): 1,
+        ("X+TOKEN_SCALE+BIAS", "Y+LINEAR"): 3,
+        ("X", "CODES+SCALE+QUANTIZED"): 1,
+        ("X+TOKEN_SCALE+BIAS", "LINEAR"): 1,
+    }
+    (turn,) = [node for node in model.graph if node.op_type in ("Transpose", "Reshape")]
+    assert turn.op_type == "Transpose" and list(turn.attributes["perm"].value) == [0, 1, 3, 2]
+    names = {value.name for node in model.graph for value in node.outputs}
+    assert {"a/output", "b/output", "c/output", "joined"} <= names  # what the parity gates look at
+    stock, _ = lowered(ATTENTION, "float[B,S,64] x")
+    x = {"x": feeds()["x"]}
+    np.testing.assert_allclose(native.run(model, x)[0], run(stock, x)[0], rtol=0, atol=1e-2 * np.abs(x["x"]).max())
+
+
+@pytest.mark.parametrize(
+    "old, new, fired",
+    [
+        ("perm = [0, 2, 1, 3]> (qs)", "perm = [0, 2, 1, 3]> (ks)", 2),  # keys are read twice, queries never
+        ("y = fpq", "more = Neg(vs)\n  y = fpq", 3),
+        ("joined = Reshape(turned, whole)", "again = Neg(turned)\n  joined = Reshape(turned, whole)", 3),
+        ("perm = [0, 2, 3, 1]> (ks)\n", "perm = [0, 2, 1, 3]> (ks)\n  other = Neg(k)\n", 3),
+    ],
+)
+def test_views_with_other_readers_stay(old, new, fired):
+    body = ATTENTION.replace(old, new)
+    if "perm = [0, 2, 1, 3]> (ks)\n  other" in new:
+        body = body.replace("s = MatMul(qt, kt)", "kx = Transpose <perm = [0, 1, 3, 2]> (kt)\n  s = MatMul(qt, kx)")
+    extra = next((name for name in ("more", "again", "other") if f"{name} =" in body), None)
+    outputs = "float[B,S,64] y" + (f", float {extra}" if extra else "")
+    _, passes = rewritten(body, "float[B,S,64] x", outputs)
+    assert passes["NativeHeads"].fired == fired
+
+
+def test_without_known_shapes_views_stay(monkeypatch):
+    monkeypatch.delitem(SHAPES, "qs")
+    monkeypatch.setitem(SHAPES, "turned", ("B", "T", 4, 16))
+    _, passes = rewritten(ATTENTION, "float[B,S,64] x")
+    assert passes["NativeHeads"].fired == 2

@@ -5,11 +5,12 @@ from __future__ import annotations
 import onnx_ir as ir
 
 from pipeline.passes.native_finish import NativeFinish
+from pipeline.passes.native_heads import NativeHeads
 from pipeline.passes.native_join import NativeJoin
 from pipeline.passes.native_quantize import NativeQuantize
 from pipeline.passes.refusal import RewritePass
 
-NATIVE_PASSES: tuple[type[RewritePass], ...] = (NativeQuantize, NativeFinish, NativeJoin)
+NATIVE_PASSES: tuple[type[RewritePass], ...] = (NativeQuantize, NativeFinish, NativeJoin, NativeHeads)
 
 
 def run_native(model: ir.Model) -> list[RewritePass]:

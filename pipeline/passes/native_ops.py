@@ -38,6 +38,8 @@ class Out(IntEnum):
 
 # Attributes and the value of those that belong to an absent stage.
 ATTRIBUTES: dict[str, Any] = {
+    "heads_in": 0,
+    "heads_out": 0,
     "gelu": 0,
     "epsilon": 0.0,
     "absmax_floor": float(ABSMAX_FLOOR),

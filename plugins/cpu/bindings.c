@@ -58,15 +58,31 @@ static Status *read_tensor(const Api *api, KernelContext *context, size_t index,
   return status;
 }
 
+/* An output [..., last] for rows of dims [..., n], or with heads [samples, heads, tokens, last / heads]. */
 static Status *make_output(
-    const Api *api, KernelContext *context, size_t index, const Tensor *like, int64_t last, void **data) {
-  int64_t dims[MAX_RANK];
+    const Api *api, KernelContext *context, size_t index, const Tensor *rows, int64_t last, int64_t heads, void **data) {
   Value *value = NULL;
+  Tensor made = *rows;
   *data = NULL;
-  memcpy(dims, like->dims, sizeof dims);
-  dims[like->rank - 1] = last;
-  TRY(CALL(api, kernel_output)(context, index, dims, like->rank, &value));
+  made.dims[made.rank - 1] = last;
+  if (heads) {
+    int64_t parts[] = {rows->dims[0], heads, rows->dims[1], last / heads};
+    memcpy(made.dims, parts, sizeof parts);
+    made.rank = 4;
+  }
+  TRY(CALL(api, kernel_output)(context, index, made.dims, made.rank, &value));
   return value ? CALL(api, tensor_data)(value, data) : NULL;
+}
+
+/* Turn x [samples, heads, tokens, size] into the shape of its rows, [samples, tokens, heads * size]. */
+static const char *as_rows(Tensor *x, int64_t heads) {
+  if (!x->data || x->rank == 0) return "TokenChain: x must have at least one dimension";
+  if (!heads) return NULL;
+  if (x->rank != 4 || x->dims[1] != heads) return "TokenChain: x must be [batch, heads, tokens, size] with heads_in heads";
+  x->dims[1] = x->dims[2];
+  x->dims[2] = heads * x->dims[3];
+  x->rank = 3;
+  return NULL;
 }
 
 /* Rows that share one row of an input [samples, 1, n] or [n]; 0 if its shape does not fit. */
@@ -77,9 +93,9 @@ static int64_t rows_per_sample(const Tensor *tensor, int64_t n, int64_t rows) {
 
 /* What is wrong with the shapes, NULL if nothing is; sets rows and the sizes of the chain. */
 static const char *check(const Tensor *in, Work *work) {
-  if (!in[X].data || in[X].rank == 0) return "TokenChain: x must have at least one dimension";
-  int64_t n = in[X].dims[in[X].rank - 1];
+  int64_t n = in[X].dims[in[X].rank - 1], heads = work->chain.heads_out;
   if (n <= 0) return "TokenChain: x has no channels";
+  if (heads && (in[X].rank != 3 || n % heads)) return "TokenChain: heads_out must divide the channels of [batch, tokens, n]";
   int64_t rows = in[X].count / n;
   if (in[TOKEN_SCALE].data && in[TOKEN_SCALE].count != rows) return "TokenChain: token_scale must have one number a row";
   if (in[BIAS].data && in[BIAS].count != n) return "TokenChain: bias must have one number a channel";
@@ -89,6 +105,7 @@ static const char *check(const Tensor *in, Work *work) {
   int64_t norm = in[NORM_SCALE].data ? rows_per_sample(&in[NORM_SCALE], n, rows) : 1;
   if (rows && (!gate || !norm)) return "TokenChain: gate and norm_scale must be [batch, 1, channels] or [channels]";
   if (in[NORM_SHIFT].count != in[NORM_SCALE].count) return "TokenChain: norm_shift must have the shape of norm_scale";
+  work->chain.tokens = in[X].rank > 1 ? in[X].dims[in[X].rank - 2] : 1;
   work->chain.n = n, work->chain.rows_per_gate = gate, work->chain.rows_per_norm = norm;
   work->rows = rows;
   return NULL;
@@ -113,16 +130,17 @@ static Status *compute(void *data, KernelContext *context) {
   TokenChain *chain = &work.chain;
   Tensor in[INPUTS];
   for (size_t i = 0; i < INPUTS; i++) TRY(read_tensor(api, context, i, &in[i]));
-  const char *wrong = check(in, &work);
+  const char *wrong = as_rows(&in[X], chain->heads_in);
+  if (!wrong) wrong = check(in, &work);
   if (wrong) return invalid(api, wrong);
   chain->x = in[X].data, chain->token_scale = in[TOKEN_SCALE].data, chain->bias = in[BIAS].data;
   chain->gate = in[GATE].data, chain->residual = in[RESIDUAL].data;
   chain->norm_scale = in[NORM_SCALE].data, chain->norm_shift = in[NORM_SHIFT].data;
-  TRY(make_output(api, context, CODES, &in[X], chain->n, (void **)&chain->codes));
-  TRY(make_output(api, context, SCALE, &in[X], 1, (void **)&chain->scale));
-  TRY(make_output(api, context, Y, &in[X], chain->n, (void **)&chain->y));
-  TRY(make_output(api, context, LINEAR, &in[X], chain->n, (void **)&chain->linear));
-  TRY(make_output(api, context, QUANTIZED, &in[X], chain->n, (void **)&chain->quantized));
+  TRY(make_output(api, context, CODES, &in[X], chain->n, 0, (void **)&chain->codes));
+  TRY(make_output(api, context, SCALE, &in[X], 1, 0, (void **)&chain->scale));
+  TRY(make_output(api, context, Y, &in[X], chain->n, chain->heads_out, (void **)&chain->y));
+  TRY(make_output(api, context, LINEAR, &in[X], chain->n, 0, (void **)&chain->linear));
+  TRY(make_output(api, context, QUANTIZED, &in[X], chain->n, 0, (void **)&chain->quantized));
   if (!chain->codes != !chain->scale) return invalid(api, "TokenChain: codes and scale come together");
   if (!work.rows) return NULL;
   work.rows_per_chunk = FLOATS_PER_CHUNK / chain->n + 1;
@@ -135,6 +153,8 @@ static Status *create_kernel(const CustomOp *op, const Api *api, const KernelInf
   (void)op;
   TokenChain options = {0};
   int64_t gelu = 0, zero = 0;
+  TRY(CALL(api, attribute_int)(info, "heads_in", &options.heads_in));
+  TRY(CALL(api, attribute_int)(info, "heads_out", &options.heads_out));
   TRY(CALL(api, attribute_int)(info, "gelu", &gelu));
   TRY(CALL(api, attribute_int)(info, "zero", &zero));
   TRY(CALL(api, attribute_float)(info, "epsilon", &options.epsilon));

@@ -168,6 +168,25 @@ static const float *residual_row(const TokenChain *chain, const float *x, int64_
   return x;
 }
 
+/* Where part `head` of a row lies in [samples, heads, tokens, n / heads]. */
+static inline int64_t part_of(const TokenChain *chain, int64_t row, int64_t heads, int64_t head) {
+  int64_t sample = row / chain->tokens, token = row % chain->tokens;
+  return ((sample * heads + head) * chain->tokens + token) * (chain->n / heads);
+}
+
+static const float *gather_row(const TokenChain *chain, int64_t row, float *out) {
+  int64_t heads = chain->heads_in, size = chain->n / heads;
+  for (int64_t head = 0; head < heads; head++)
+    memcpy(out + head * size, chain->x + part_of(chain, row, heads, head), (size_t)size * sizeof *out);
+  return out;
+}
+
+static void scatter_row(const TokenChain *chain, int64_t row, const float *from) {
+  int64_t heads = chain->heads_out, size = chain->n / heads;
+  for (int64_t head = 0; head < heads; head++)
+    memcpy(chain->y + part_of(chain, row, heads, head), from + head * size, (size_t)size * sizeof *from);
+}
+
 static void copy_row(const float *from, float *to, int64_t n) {
   if (to && from != to) memcpy(to, from, (size_t)n * sizeof *to);
 }
@@ -175,12 +194,14 @@ static void copy_row(const float *from, float *to, int64_t n) {
 void token_chain_rows(const TokenChain *chain, int64_t first, int64_t last, float *scratch) {
   int64_t n = chain->n;
   for (int64_t row = first; row < last; row++) {
-    float *linear = row_of(chain->linear, row, n), *y = row_of(chain->y, row, n);
+    float *linear = row_of(chain->linear, row, n), *y = row_of(chain->heads_out ? NULL : chain->y, row, n);
     float *quantized = row_of(chain->quantized, row, n);
-    const float *at = linear_row(chain, chain->x + row * n, row, linear ? linear : y ? y : scratch);
+    const float *at = chain->heads_in ? gather_row(chain, row, scratch) : chain->x + row * n;
+    at = linear_row(chain, at, row, linear ? linear : y ? y : scratch);
     copy_row(at, linear, n);
     at = residual_row(chain, at, row, y ? y : scratch);
     copy_row(at, y, n);
+    if (chain->heads_out && chain->y) scatter_row(chain, row, at);
     if (chain->norm_scale) {
       int64_t sample = row / chain->rows_per_norm * n;
       float *out = quantized ? quantized : scratch;

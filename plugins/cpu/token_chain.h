@@ -11,16 +11,19 @@
  *   y         = y * gate, then + residual         gate [rows / rows_per_gate, n], residual [rows, n]
  *   quantized = y, or norm(y) * norm_scale + norm_shift        [rows / rows_per_norm, n] each
  *   codes     = zero + image of quantized / scale, scale [rows] as fpq.QuantizeActivation has it
+ *
+ * Attention keeps a row in parts: with heads_in x, with heads_out y is [samples, heads, tokens, n / heads] instead.
  */
 typedef struct TokenChain {
   const float *x, *token_scale, *bias, *gate, *residual, *norm_scale, *norm_shift;
   int gelu;
+  int64_t heads_in, heads_out; /* 0: rows in one piece */
   float epsilon;                                        /* of the norm */
   float absmax_floor, max_value, kmax, rounding_factor; /* of the quantizer, see pipeline/passes/cpu_quantizers.py */
   int32_t zero;
   uint8_t *codes;
   float *scale, *y, *linear, *quantized;
-  int64_t n, rows_per_gate, rows_per_norm;
+  int64_t n, tokens, rows_per_gate, rows_per_norm; /* tokens: rows of a sample, for heads */
 } TokenChain;
 
 /* Rows first..last-1. scratch: n floats. */
