@@ -77,6 +77,32 @@ def test_every_unsigned_activation_with_a_zero(activation: str, weights: str, tm
     prove(layer, probed, True)
 
 
+def uniform(weight: str, k: int = 64) -> QuantizedLinear:
+    layer = learned.with_scaling(random_linear(weight=weight, k=k), "zero")
+    return replace(layer, activation_format="UE1M7", activation_scale=np.float32([3.2 / 63.75]))
+
+
+def test_asymmetric_8_bit_integers_are_one_int8_gemm(tmp_path: Path) -> None:
+    """Codes of 0 to 255 less 128; what is missing in the sum is added exactly."""
+    layer = uniform("INT4")
+    model, found, probed = lowered(layer, tmp_path)
+    (row,) = found.probes
+    assert (row.path, row.codes_offset, len(row.codes)) == ("int8", -128.0, 1)
+    assert "UE1M7 is exact in INT8 less 128" in found.choices[0].why
+    shift = model.graph.initializers["a.rtx_shift"].const_value.numpy()
+    np.testing.assert_array_equal(shift, 128 * layer.image().astype(np.int64).sum(axis=1))
+    prove(layer, probed, True)
+
+
+def test_where_the_shift_would_not_be_exact_two_limbs_are_taken(tmp_path: Path) -> None:
+    """255 * 127 * 1024 exceeds 2^24: a float32 sum of shifted images would round more than one of the images."""
+    model = portable(ONE, [uniform("INT8", 2048)], "float[batch,S,2048] x, float[batch] timestep")
+    run_shared(model)
+    found = lower(model, capabilities("fp8", (89, 120)))
+    assert found.choices[0].path == "int8, 2 limbs" and found.probes[0].codes_offset == 0
+    assert "not int8: sums of images less 128 are not exact in float32" in found.choices[0].why
+
+
 def test_a_static_scale_costs_no_reduction_and_no_multiplication(tmp_path: Path) -> None:
     plain, _, _ = lowered(random_linear(), tmp_path)
     static, _, _ = lowered(SCALINGS["static"](random_linear()), tmp_path)
@@ -121,8 +147,17 @@ def test_methods_without_groups_are_not_refused(method: str, options: dict[str, 
 
 
 @pytest.mark.rtx
-@pytest.mark.parametrize("weights", ["fp8", "int4"])
-def test_the_builder_takes_zero_points_and_branches(weights: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("weights", "first", "gemms"),
+    [
+        ("fp8", "UE2M2", {"fp8_e4m3 x fp8_e4m3": 2}),
+        ("int4", "UE2M2", {"fp8_e4m3 x fp8_e4m3": 2}),
+        ("fp8", "UE1M7", {"fp8_e4m3 x fp8_e4m3": 1, "int8 x int8": 1}),
+    ],
+)
+def test_the_builder_takes_zero_points_and_branches(
+    weights: str, first: str, gemms: dict[str, int], tmp_path: Path
+) -> None:
     """Plan and promise agree: the quantized GEMMs have the promised operand types."""
     pytest.importorskip("tensorrt_rtx", reason="tensorrt-rtx is not installed")
     of = learned.router()
@@ -130,7 +165,7 @@ def test_the_builder_takes_zero_points_and_branches(weights: str, tmp_path: Path
         AROUND["both"](learned.with_scaling(random_linear(name, n=64, seed=i), scaling))
         for i, (name, scaling) in enumerate((("a", "zero"), ("b", "per_tensor")))
     ]
-    layers = [replace(layer, router=of) for layer in layers]
+    layers = [replace(layers[0], activation_format=first, router=of), replace(layers[1], router=of)]
     body = 'h = fpq.QuantizedLinear <layer="a"> (x) g = Gelu(h) y = fpq.QuantizedLinear <layer="b"> (g)'
     shapes = "float[batch,tokens,64] x, float[batch] timestep", "float[batch,tokens,64] y"
     model = portable(body, layers, *shapes, inner="float[batch,tokens,64] h, float[batch,tokens,64] g")
@@ -140,4 +175,4 @@ def test_the_builder_takes_zero_points_and_branches(weights: str, tmp_path: Path
         (tmp_path / name).mkdir()
     lowered = RtxBackend().lower(tmp_path / "portable.onnx", tmp_path / "work", chosen)
     built = RtxBackend().build(lowered, tmp_path / "rtx", chosen)
-    assert built.metadata["gemms"]["fp8_e4m3 x fp8_e4m3"] == 2
+    assert {kind: count for kind, count in built.metadata["gemms"].items() if kind in gemms} == gemms

@@ -134,7 +134,7 @@ def _probe(
         codes=tuple(str(limb.name) for limb in limbs),
         limb_weights=plan.operand.limb_weights,
         codes_unit=2.0**-plan.operand.exponent,
-        codes_offset=0.0,
+        codes_offset=-float(plan.operand.shift),
         act_scale=str(token.scale.name) if token.scale is not None else "",
         gemm=str(gemm.name),
         gemm_unit=2.0 ** (plan.operand.exponent + plan.weight_exponent),

@@ -59,11 +59,14 @@ def emit_static(emit: RtxEmitter, x: ir.Value, format_name: str, scale: float, z
 
 
 def emit_limbs(emit: RtxEmitter, token: Token, operand: Operand) -> tuple[ir.Value, ...]:
-    """Operands as float32, high limb first: sum(limb * weight) = image * 2^exponent. The GEMM casts those for FP16."""
+    """Operands as float32, high limb first: sum(limb * weight) = (image - shift) * 2^exponent. The GEMM casts those for
+    FP16."""
     value, bounded = token.value, token.scale is None or _is_signed(operand.format)
     value = value if bounded else emit.op("Max", value, emit.constant(0.0), name="positive")
     value = value if operand.native else emit_round(emit, value, operand.format)
     scaled = emit.op("Mul", value, emit.constant(operand.gain), name="scaled_value") if operand.gain != 1 else value
+    if operand.shift:
+        scaled = emit.op("Sub", scaled, emit.constant(float(operand.shift)), name="shifted")
     if operand.type == "FP16":
         return (scaled,)
     if operand.limbs == 1:

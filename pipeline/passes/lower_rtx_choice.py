@@ -47,8 +47,11 @@ def _refusal(weight: PackedWeight, row: GemmRow) -> str:
     """Why `row` cannot run the layer; empty if it can."""
     if weight.has_real_groups and not row.real_groups:
         return "a real scale per group does not fold into the operand"
-    if activation_operand(weight.activation_format, row.activation_type, row.limbs) is None:
+    operand = activation_operand(weight.activation_format, row.activation_type, row.limbs)
+    if operand is None:
         return f"{weight.activation_format} does not embed in {row.limbs} x {row.activation_type}"
+    if operand.shift and (bound := _largest_sum(weight)) > FP32_EXACT:
+        return f"sums of images less {operand.shift} are not exact in float32: they reach {bound}"
     return _group_refusal(weight, row) if row.real_groups else _embedding_refusal(weight, row)
 
 
@@ -96,13 +99,18 @@ def _plan(weight: PackedWeight, row: GemmRow, refused: list[str]) -> Plan:
         return Plan(row, operand, exponent, _with_refusals(why, refused), exact=False)
     exponent = weight_exponent(weight.format, operand_type(row), weight.table)
     assert exponent is not None
-    bound = get_format(weight.activation_format).kmax * weight.largest_row_sum()
+    bound = _largest_sum(weight)
     return Plan(row, operand, exponent, _with_refusals(_why(weight, operand, bound), refused), bound <= FP32_EXACT)
+
+
+def _largest_sum(weight: PackedWeight) -> int:
+    """Bound of the integer sums of a linear."""
+    return get_format(weight.activation_format).kmax * weight.largest_row_sum()
 
 
 def _why(weight: PackedWeight, operand: Operand, bound: int) -> str:
     rounding = "its own rounding is the format's" if operand.native else "rounded to the format's grid first"
-    limbs = "" if operand.limbs == 1 else f" as {operand.limbs} limbs"
+    limbs = f" less {operand.shift}" if operand.shift else "" if operand.limbs == 1 else f" as {operand.limbs} limbs"
     held = f"{weight.activation_format} is exact in {operand.type}{limbs} ({rounding}), {weight.format} too"
     exact = "every" if bound <= FP32_EXACT else "not every"
     return f"{held}; |integer sum| <= {bound}, so {exact} float32 sum is exact"

@@ -24,6 +24,7 @@ def emit_gemm(
         gemm, channel = _emit_half(emit, weight, plan, limbs[0])
     else:
         gemm, channel = _emit_exact(emit, weight, plan, limbs), weight.scales[:, 0]
+        gemm = _emit_unshifted(emit, weight, plan, gemm) if plan.operand.shift else gemm
     # image * 2^exponent stands for value * 2^(f + exponent) on both sides; powers of two leave the scale exact.
     unit = plan.operand.gain * weight_gain(weight, plan)
     channel = channel if weight.activation_scale is None else channel * weight.activation_scale
@@ -57,6 +58,12 @@ def _emit_exact(emit: RtxEmitter, weight: PackedWeight, plan: Plan, limbs: tuple
     factor = plan.operand.limb_weights[0]
     high = emit.op("Mul", high, emit.constant(factor), name="high_weighted") if factor != 1 else high
     return emit.op("Add", high, low, name="limb_sum")
+
+
+def _emit_unshifted(emit: RtxEmitter, weight: PackedWeight, plan: Plan, gemm: ir.Value) -> ir.Value:
+    """The sum of whole images: shift * (sum of each channel's weight operands) added, exact as the sums are."""
+    sums = weight.images().sum(axis=1, dtype=np.int64) * 2.0**plan.weight_exponent * plan.operand.shift
+    return emit.op("Add", gemm, _vector(emit, "rtx_shift", sums.astype(np.float32)), name="unshifted")
 
 
 def _emit_stored(emit: RtxEmitter, weight: PackedWeight, plan: Plan) -> ir.Value:

@@ -1,7 +1,8 @@
 """Which hardware number stands for a code: rules of the `rtx` lowering, computed from the formats' bits.
 
 An operand is integer image * 2^exponent. A format may be the hardware type's own grid ("native": the type's rounding
-is the format's), a subset of it, or the sum of two of its numbers ("limbs").
+is the format's), a subset of it, or the sum of two of its numbers ("limbs"). INT8 holds images of 0 to 255 less 128;
+what that takes off a sum is a constant for each channel.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from numpy.typing import NDArray
 
 from export.formats import FORMATS, Format, decode, encode, get_format
 
-INT8_MAX = 127
+INT8_MAX, UINT8_MAX = 127, 255
 EXPONENTS = range(8, -40, -1)
 
 
@@ -24,6 +25,7 @@ class Operand:
     """How codes of `format` become operands of the type `type`: image * 2^exponent = sum of limbs.
 
     limb_base: 0 where both limbs are rounded by the type itself (E4M3), else the radix of the high limb (INT8).
+    shift: what is taken off the image, 128 for unsigned images beyond INT8's own range.
     """
 
     format: str
@@ -32,6 +34,7 @@ class Operand:
     native: bool
     limbs: int = 1
     limb_base: int = 0
+    shift: int = 0
 
     @property
     def gain(self) -> float:
@@ -104,6 +107,8 @@ def activation_operand(name: str, kind: str, max_limbs: int) -> Operand | None:
     held = [e for e in exponents if _contained(images, e, kind)]
     if held:
         return Operand(name, kind, held[0], native=False)
+    if max_limbs == 1 and kind == "INT8" and not fmt.sign_bits and fmt.kmax <= UINT8_MAX:
+        return Operand(name, kind, 0, native=False, shift=INT8_MAX + 1)
     return _two_limbs(fmt, kind) if max_limbs >= 2 else None
 
 
