@@ -168,7 +168,7 @@ def available(
     found = []
     for row in rows:
         try:
-            recipe = row_recipe(row, arguments.set)
+            recipe = row_recipe(row, [*arguments.set, f"cpu.path={arguments.cpu_path}"])
         except RecipeError as error:
             logger.warning("%s %s is not available: %s", subject.name, row.name, error)
             if not arguments.list:
@@ -210,6 +210,8 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="of all rows' recipes; needs "
                         "--output-dir, since the rows are then not those of the tables")  # fmt: skip
+    parser.add_argument("--cpu-path", choices=["stock", "native"], default="stock", help="how the engine computes that "
+                        "draws; the gates hold for both")  # fmt: skip
     parser.add_argument("--redo", action="store_true", help="measure the chosen rows again")
     parser.add_argument("--list", action="store_true", help="say which rows are measured, and measure nothing")
     parser.add_argument("--work-dir", type=Path, default=WORK, help="checkpoints and float pictures are kept here")

@@ -41,7 +41,7 @@ PROVEN_PICTURES = 2
 
 @dataclass
 class Drawer:
-    """What draws a row's pictures. name: "cpu engine" or "reference"; proof: what gates and comparison found."""
+    """What draws a row's pictures. name: "cpu engine, PATH" or "reference"; proof: what gates and comparison found."""
 
     run: Run
     name: str
@@ -165,7 +165,8 @@ def choose(
     proof = prove(subject, layers, recipe, graph, trajectory)
     failed = [gate.name for gate in proof if not gate.passed]
     call = trajectory.calls[len(trajectory.calls) // 2]
-    seconds = {"cpu engine": call_seconds(engine.run, call), "reference": call_seconds(reference.run, call)}
+    own = f"cpu engine, {recipe.cpu.path}"
+    seconds = {own: call_seconds(engine.run, call), "reference": call_seconds(reference.run, call)}
     agreement = sqnr_db(reference.run(call)["sample"], engine.run(call)["sample"])
     facts = {
         "gates": {gate.name: gate.value for gate in proof},
@@ -176,7 +177,7 @@ def choose(
         logger.error("%s: the cpu engine fails %s; the reference draws", subject.name, ", ".join(failed))
         return Drawer(reference.run, "reference", facts | {"refused": f"gates failed: {', '.join(failed)}"})
     name = min(seconds, key=lambda key: seconds[key])
-    return Drawer(engine.run if name == "cpu engine" else reference.run, name, facts)
+    return Drawer(engine.run if name == own else reference.run, name, facts)
 
 
 def prove(

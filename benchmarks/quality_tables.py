@@ -120,13 +120,14 @@ drawn scenes and handwritten digits: the numbers compare methods and formats, an
 - PSNR and SSIM compare each picture with float's of the same noise; medians. A picture that took another course early
   is a bad match and may be a good picture, so read them beside the distances.
 - Weights are those of the quantized linears with all scales and multipliers; float's row counts 2 bytes for each.
-- Calibration minutes are of the machine named below, with whatever else it was doing."""
+- Calibration minutes are of the machine named below, with whatever else it was doing. Calibration data are collected
+  by the first row that needs them, and shared."""
 
 
 def subject_text(model: str, found: Record) -> str:
     subject, machine = found["subject"], found["machine"]
     rows = [row for row in found["rows"].values() if row["status"] == MEASURED]
-    drawn = {name: sum(row.get("drawn_by") == name for row in rows) for name in ("cpu engine", "reference")}
+    drawn = {name: sum(name in row.get("drawn_by", "") for row in rows) for name in ("cpu engine", "reference")}
     return (
         f"**{model}**: {subject['count']} pictures ({subject['prompts']}), {subject['n_steps']} steps of "
         f"{subject['sampler']}, guidance {subject['guidance_scale']:g}, seed {subject['seed']}; {machine['cpu']}, "

@@ -257,7 +257,7 @@ def test_a_row_is_measured_once_proven_and_kept(command, monkeypatch):
     code, rows = command("--rows", "rtn-fp-channel-w4a8")
     found = rows["rtn-fp-channel-w4a8"]
     assert code == 0 and list(rows) == [FLOAT, "rtn-fp-channel-w4a8"] and found["status"] == MEASURED
-    assert found["drawn_by"] == "cpu engine" and found["proof"]["gates"]["cpu/gemm_exact"] == 0
+    assert found["drawn_by"] in ("cpu engine, stock", "reference") and found["proof"]["gates"]["cpu/gemm_exact"] == 0
     assert found["psnr_db"]["value"] > 25 and len(found["step_sqnr_db"]) == 20
     assert rows[FLOAT]["frechet_increase"]["value"] == 0 and rows[FLOAT]["weights"] == found["weights"]
 
@@ -313,7 +313,7 @@ def made_up(distance, psnr=30.0, size=1000):
         "weights": 2 * size,
         "calibration_minutes": 0.1,
         "step_sqnr_db": [20.0, 10.0],
-        "drawn_by": "cpu engine",
+        "drawn_by": "cpu engine, stock",
     }
 
 
@@ -356,6 +356,17 @@ def test_without_results_the_readme_says_so(tmp_path):
 @pytest.mark.parametrize(("first", "second", "told"), [(1, 2, "better"), (2, 1, "worse"), (1, 1.1, "within chance")])
 def test_estimates_are_compared_by_their_intervals(first, second, told):
     assert quality_answers.compare(estimate(first), estimate(second), less_is_better=True) == told
+
+
+def test_the_aim_is_judged_only_where_round_to_nearest_loses_something():
+    base, row = "rtn-mixed-exact64-w4a6", "fp4dit-mixed-exact64-w4a6"
+    grown = made_up(1.0) | {"frechet_increase": estimate(4.0)}
+    found = {base: grown, row: made_up(0.2) | {"frechet_increase": estimate(0.9)}, "other-w4a6": grown}
+    told = quality_answers.aim(found, [row, "other-w4a6"], "w4a6")
+    assert told == "round to nearest +4.00 (+3.60 to +4.40); reached by `fp4dit-mixed-exact64-w4a6` of 2 measured"
+    found[base] = made_up(1.0) | {"frechet_increase": {"value": 1.0, "low": -0.1, "high": 2.0}}
+    assert "cannot be judged" in quality_answers.aim(found, [row], "w4a6")
+    assert quality_answers.aim({}, [row], "w4a6") == ""
 
 
 @pytest.mark.parametrize("without", ["", "sensitivity"])
