@@ -38,7 +38,7 @@ def method_dots(axes: Any, document: Document, model: str, names: tuple[Line, ..
     axes.set_yticks(range(len(lines)), [line.label for line in lines], fontsize=8)
     axes.invert_yaxis()
     _logarithmic(axes)
-    axes.set_xlabel("Frechet distance to the float model's pictures (less is better)")
+    axes.set_xlabel("Frechet distance to float's pictures, less is better")
     axes.set_title(model)
     axes.grid(axis="x", alpha=0.3)
     _legend_once(axes)
@@ -65,12 +65,9 @@ def _legend_once(axes: Any) -> None:
         axes.legend(unique.values(), unique.keys(), fontsize=8, loc="best")
 
 
-def methods(axes: Any, document: Document, model: str) -> None:
-    method_dots(axes, document, model, TABLES["methods"].lines)
-
-
-def fp_or_int(axes: Any, document: Document, model: str) -> None:
-    method_dots(axes, document, model, TABLES["fp_or_int"].lines)
+def table_dots(name: str) -> Callable[[Any, Document, str], None]:
+    """`method_dots` for the lines of one table."""
+    return lambda axes, document, model: method_dots(axes, document, model, TABLES[name].lines)
 
 
 def groups(axes: Any, document: Document, model: str) -> None:
@@ -130,8 +127,10 @@ def sensitivity(axes: Any, document: Document, model: str) -> None:
 
 # Name -> what is drawn for each model, and the size of one model's panel in inches.
 PLOTS: dict[str, tuple[Callable[[Any, Document, str], None], tuple[float, float]]] = {
-    "methods": (methods, (6.5, 5.0)),
-    "fp_or_int": (fp_or_int, (6.5, 3.2)),
+    "methods": (table_dots("methods"), (6.5, 5.0)),
+    "fp_or_int": (table_dots("fp_or_int"), (6.5, 3.2)),
+    "qdit": (table_dots("qdit"), (6.5, 3.2)),
+    "msfp": (table_dots("msfp"), (6.5, 2.8)),
     "groups": (groups, (5.5, 4.0)),
     "steps": (steps, (5.5, 3.6)),
     "sensitivity": (sensitivity, (5.5, 3.8)),
