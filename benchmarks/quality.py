@@ -135,6 +135,7 @@ def run_model(name: str, arguments: argparse.Namespace) -> int:
     results = Results(name, arguments.output_dir or (QUICK_RESULTS if arguments.quick else record.RESULTS))
     count = arguments.count or (QUICK_COUNT if arguments.quick else COUNTS[name])
     subject, work = drawing.make_subject(name, count, arguments.seed), arguments.work_dir / name
+    results.refuse_others(subject.facts)
     wanted = available(subject, chosen_rows(name, arguments), results, arguments)
     if arguments.list:
         return 0
@@ -247,15 +248,20 @@ def checked(parser: argparse.ArgumentParser) -> argparse.Namespace:
 def main() -> int:
     arguments = checked(make_parser())
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
+    try:
+        return min(run(arguments), 1)
+    except UserError as error:
+        logger.error("error: %s", error)
+        return error.exit_code
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """The bundled models, or a real one; returns how many rows failed."""
     if arguments.model:
         from benchmarks.quality_real import run_real
 
-        try:
-            return run_real(arguments)
-        except UserError as error:
-            logger.error("error: %s", error)
-            return error.exit_code
-    return min(sum(run_model(name, arguments) for name in arguments.names), 1)
+        return run_real(arguments)
+    return sum(run_model(name, arguments) for name in arguments.names)
 
 
 if __name__ == "__main__":

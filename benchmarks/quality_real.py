@@ -53,7 +53,7 @@ FAMILY_ROWS = {
 
 
 def run_real(arguments: argparse.Namespace) -> int:
-    """Measure the chosen rows of a real pipeline; returns how many failed. Raises UserError for what is missing."""
+    """Measure the chosen rows of a real pipeline; returns 0. Raises UserError for what is missing."""
     root = Path(find_pipeline(arguments.model))
     prompts = read_prompts(arguments)
     refuse_missing(root, arguments)

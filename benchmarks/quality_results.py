@@ -10,6 +10,7 @@ from typing import Any
 
 from benchmarks import record
 from benchmarks.quality_metrics import LEVEL, RESAMPLES
+from export.errors import RecipeError
 from pipeline import machine
 from pipeline.files import sha256_json
 
@@ -36,6 +37,15 @@ class Results:
     def read(self) -> dict[str, Any]:
         """The whole document; without rows if there is none yet."""
         return json.loads(self.path.read_text()) if self.path.is_file() else {"rows": {}}
+
+    def refuse_others(self, subject: Mapping[str, Any]) -> None:
+        """Raises RecipeError if the file holds rows of other pictures: a table must not mix them."""
+        found = self.read().get("subject", subject)
+        different = [
+            f"{key} {found.get(key)!r}, not {subject[key]!r}" for key in subject if found.get(key) != subject[key]
+        ]
+        if different:
+            raise RecipeError(f"{self.path} has {'; '.join(different)}; give another --output-dir, or remove it")
 
     def has(self, name: str, key: str) -> bool:
         """Is the row measured under this key?"""

@@ -288,6 +288,12 @@ def test_rows_that_fail_or_are_not_there_are_recorded(command, monkeypatch):
     assert rows["magic-w4a6"]["status"] == UNAVAILABLE and "'magic' is not available" in rows["magic-w4a6"]["reason"]
 
 
+def test_rows_of_other_pictures_are_not_mixed_in(command, caplog):
+    command("--rows", "none")
+    assert command("--rows", "none", "--seed", "3")[0] == RecipeError.exit_code
+    assert "has seed 0, not 3; give another --output-dir" in caplog.text
+
+
 def test_changed_rows_do_not_go_into_the_tables(monkeypatch, capsys):
     monkeypatch.setattr("sys.argv", ["quality", "--set", "weights.search=absmax"])
     with pytest.raises(SystemExit):
