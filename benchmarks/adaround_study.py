@@ -13,7 +13,6 @@ import argparse
 import json
 import logging
 import sys
-import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -86,17 +85,14 @@ def block_cases(recipe: Recipe) -> Iterator[BlockCase]:
 
 
 def run_arm(case: BlockCase, arm: Arm, recipe: Recipe) -> dict[str, Any]:
-    """Learn one block in one way; losses, seconds, and how many codes are not the nearest."""
+    """Learn one block in one way; losses, and how many codes are not the nearest."""
     nearest = [quantize_linear(plan, recipe.weights.search) for plan in case.plans]
-    started = time.perf_counter()
     layers = nearest if arm.scale_aware is None else _learn(case, arm, nearest, recipe)
-    seconds = time.perf_counter() - started
     changed = sum(int((a.unpacked_codes() != b.unpacked_codes()).sum()) for a, b in zip(layers, nearest, strict=True))
     return {
         **asdict(arm),
         "loss": output_loss(case.learned_from, layers),
         "held_out_loss": output_loss(case.held_out, layers),
-        "seconds": seconds,
         "codes_changed": changed / sum(layer.unpacked_codes().size for layer in layers),
     }
 
