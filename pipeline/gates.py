@@ -203,7 +203,7 @@ def check_linear(layer: QuantizedLinear, probe: LinearProbe, oracle: ActivationO
 
 
 def exact_sums(image: Array, weight: NDArray[np.int32], groups: int) -> NDArray[np.float64]:
-    """image [M, K] @ weight[N, K].T without any rounding: [M, N], or the sums of `groups` parts of K, [M, groups, N]."""
+    """image [M, K] @ weight[N, K].T without rounding: [M, N], or the sums of `groups` parts of K, [M, groups, N]."""
     if groups == 1:
         return exact_product(image, weight)
     parts = zip(np.split(image, groups, axis=1), np.split(weight, groups, axis=1), strict=True)
