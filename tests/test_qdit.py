@@ -6,17 +6,17 @@ import json
 from dataclasses import replace
 
 import numpy as np
-import onnxruntime
 import pytest
 import torch
 
 from export import checkpoint
 from export.errors import RecipeError
 from export.formats import get_format
-from export.models import denoiser, load, sample_inputs
+from export.models import denoiser, load
 from export.to_onnx import export_portable
 from pipeline import calibrate as package
 from pipeline import recipe as recipes
+from pipeline.backends import BACKENDS
 from pipeline.backends.reference import ReferenceEngine, fake_quant
 from pipeline.calibrate import calibrate, gptq, rtn
 from pipeline.calibrate.data import calibration_data
@@ -28,7 +28,11 @@ from pipeline.calibrate.plan import make_plans
 from pipeline.calibrate.ptq4dm import skewed_shares
 from pipeline.calibrate.state import CalibrationState
 from pipeline.calibrate.static_activations import find_range, unsigned_format
+from pipeline.report import Report
+from pipeline.study import study
+from pipeline.verify import verify_target
 from tests import observed, tiny
+from tests.test_planted_faults import Bench
 
 SETTINGS = ("weights.granularity=group",)
 
@@ -208,6 +212,19 @@ def test_searched_sizes_keep_the_budget_and_reach_the_checkpoint(model, tmp_path
     assert sizes == [layer.group_size for layer in layers]
 
 
+def test_exact_groups_of_float_formats_are_searched_down_to_16(model, tmp_path):
+    """Layers in E3M0, which has no exact multipliers, keep one scale per channel."""
+    options = {"search": "proxy", "generations": 1, "population": 4, "samples": 2, "activations": "per_token"}
+    formats = ["formats.weight=E2M1", "formats.activation=E2M3", 'formats.weight_of."ff.in"=E3M0']
+    recipe = make_recipe(*formats, *(f"calibrate.options.{key}={value}" for key, value in options.items()))
+    plans = make_plans(model.linears(), recipe)
+    assert {gene.sizes for gene in make_space(plans, "kind").genes} == {(16, 32, 64), (16, 32, 64, 128)}
+    layers = calibrate(model, recipe, tmp_path)
+    assert {layer.group_size for layer in layers if layer.kind == "ff.in"} == {0}
+    assert {layer.granularity for layer in layers} == {"per_channel", "exact_group"}
+    assert {layer.activation_scaling for layer in layers} == {"per_token"}
+
+
 def test_the_proxy_is_the_error_of_the_denoiser_with_candidate_layers(model):
     recipe = make_recipe("weights.granularity=group", "weights.group_size=32")
     plans = make_plans(model.linears(), recipe)
@@ -272,15 +289,21 @@ def test_a_stopped_calibration_goes_on_with_its_scores(model, tmp_path, monkeypa
 
 
 @pytest.mark.parametrize("granularity", ["group", "exact_group"])
-def test_group_sizes_by_layer_reach_the_exported_model(granularity, model, tmp_path):
-    """The graph in ONNX Runtime against the float64 reference: nearer by far than the quantized model to the float."""
+def test_group_sizes_by_layer_reach_graph_and_engine(granularity, model, tmp_path):
+    """Calibrated, exported, lowered, built and run: every gate holds that a build has."""
+    sizes = [16, 16, 16, 32, 64, 128, 64, 64, 64, 32, 16, 256]
     text = "16*3,32,64,128,64*3,32,16,256"
     recipe = make_recipe(f"weights.granularity={granularity}", f"calibrate.options.group_sizes={text}")
     layers = calibrate(model, recipe, tmp_path / "layers")
+    assert [layer.group_size for layer in checkpoint.load(tmp_path / "layers")] == sizes
     export_portable(model, layers, tmp_path / "model.onnx")
-    feeds = sample_inputs(model, 2, 1)
-    session = onnxruntime.InferenceSession(tmp_path / "model.onnx")
-    (found,) = session.run(None, feeds)
-    exact = ReferenceEngine(fake_quant(model, layers, torch.float64), torch.float64).run(feeds)["sample"]
-    plain = ReferenceEngine(denoiser(model)).run(feeds)["sample"]
-    assert np.abs(found - exact).max() < 0.02 * np.abs(plain - exact).max()
+    bench = Bench(model, layers, recipe, tmp_path / "model.onnx", study(model, layers, recipe))
+    graph = bench.lower("cpu", bench.portable, tmp_path / "work")
+    (tmp_path / "cpu").mkdir()
+    BACKENDS["cpu"].build(graph, tmp_path / "cpu", recipe)
+    engine, report = BACKENDS["cpu"].load(tmp_path), Report()
+    try:
+        verify_target("cpu", model, layers, graph, engine, bench.found, report)
+    finally:
+        engine.close()
+    assert report.failures() == []

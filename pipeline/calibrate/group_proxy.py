@@ -1,7 +1,8 @@
 """A cheap score of candidate group sizes: how far the denoiser's output is from the float one's.
 
-It is the mean over calibration calls (spread over timesteps) of the output's SQNR in dB, negated. Whether it ranks
-candidates as pictures do is measured by benchmarks/search_groups.py, which scores by pictures.
+It is the mean over calibration calls (spread over timesteps) of the output's SQNR in dB, negated. A score by pictures
+is in benchmarks/search_groups.py. Few inputs are easily overfitted: on dit_mini at W4A8 (GPTQ, exact groups, 144 candidates
+on 40 inputs) the sizes that were found had 40.4 dB on other pictures, uniform groups of 64 in as many bytes 40.5 dB.
 """
 
 from __future__ import annotations
