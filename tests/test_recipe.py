@@ -13,7 +13,7 @@ from pipeline.calibrate.plan import group_multipliers
 from pipeline.recipe import Recipe, from_dict, load, recipe_names, to_toml, with_settings
 
 BASE = Recipe(name="test", model="zoo:pixart_mini")
-NAMES = ["dit_w4a8", "dit_w6a8", "hunyuan_w4a6", "pixart_sigma_w4a6", "pixart_w4a6", "pixart_w4a8"]
+NAMES = ["dit_w4a8", "dit_w6a8", "hunyuan_w4a6", "pixart_sigma_w4a6", "pixart_w4a4", "pixart_w4a6", "pixart_w4a8"]
 # One other legal value for every key of a recipe.
 OTHER = {
     "name": "other",
