@@ -182,6 +182,11 @@ def test_the_budget_is_what_the_plans_take():
     assert space.budget_bytes == sum(quantize_linear(plan, "absmax").size_bytes for plan in plans)
 
 
+def test_a_budget_for_the_largest_groups_alone_is_pointed_out(caplog):
+    make_space(plans_of("weights.granularity=group"), "kind", (32, 64))
+    assert "nothing can be finer; add larger sizes" in caplog.text
+
+
 def test_plans_follow_the_choice():
     plans = plans_of("weights.granularity=group")
     space = make_space(plans, "kind")

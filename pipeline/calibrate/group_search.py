@@ -52,12 +52,16 @@ class Space:
     budget_bytes: int
 
     def __post_init__(self) -> None:
-        least = sum(min(gene.size_bytes) for gene in self.genes)
-        if least > self.budget_bytes:
+        if self.least_bytes > self.budget_bytes:
             raise RecipeError(
-                f"the group search may use {self.budget_bytes:,} bytes, but the largest groups take {least:,}; "
-                f"raise the budget or add larger group sizes"
+                f"the group search may use {self.budget_bytes:,} bytes, but the largest groups take "
+                f"{self.least_bytes:,}; raise the budget or add larger group sizes"
             )
+
+    @property
+    def least_bytes(self) -> int:
+        """What the largest groups take."""
+        return sum(min(gene.size_bytes) for gene in self.genes)
 
     def size_bytes(self, individual: Individual) -> int:
         pairs = zip(self.genes, individual, strict=True)

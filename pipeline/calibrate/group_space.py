@@ -59,7 +59,11 @@ def make_space(plans: Sequence[LayerPlan], genes: str, sizes: Sequence[int] = ()
     for (size, k), count in sorted(skipped.items()):
         logger.info("group search: groups of %d do not divide K=%d, left out for %d genes", size, k, count)
     now = sum(layer_bytes(plan, plan.group_size) for group in members.values() for plan in group)
-    return Space(made, budget_bytes or now)
+    space = Space(made, budget_bytes or now)
+    if space.least_bytes == space.budget_bytes:
+        remedy = "add larger sizes (calibrate.options.sizes) or raise calibrate.options.budget_bytes"
+        logger.warning("group search: the budget is what the largest groups take, nothing can be finer; %s", remedy)
+    return space
 
 
 def _gene(name: str, plans: list[LayerPlan], sizes: Sequence[int], skipped: Counter[tuple[int, int]]) -> Gene:
