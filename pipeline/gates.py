@@ -202,7 +202,7 @@ def check_linear(layer: QuantizedLinear, probe: LinearProbe, oracle: ActivationO
     )
 
 
-def exact_sums(image: Array, weight: NDArray[np.int32], groups: int) -> NDArray[np.float64]:
+def exact_sums(image: Array, weight: NDArray[np.integer], groups: int) -> NDArray[np.float64]:
     """image [M, K] @ weight[N, K].T without rounding: [M, N], or the sums of `groups` parts of K, [M, groups, N]."""
     if groups == 1:
         return exact_product(image, weight)
@@ -210,7 +210,7 @@ def exact_sums(image: Array, weight: NDArray[np.int32], groups: int) -> NDArray[
     return np.stack([exact_product(a, w) for a, w in parts], axis=1)
 
 
-def exact_product(image: Array, weight: NDArray[np.int32]) -> NDArray[np.float64]:
+def exact_product(image: Array, weight: NDArray[np.integer]) -> NDArray[np.float64]:
     """image [M, K] @ weight[N, K].T without any rounding, as float64 [M, N].
 
     Floats of p bits add integers exactly, in any order, while the sum of the magnitudes stays below 2^p: float32 where

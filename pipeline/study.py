@@ -20,6 +20,7 @@ from export.checkpoint import QuantizedLinear
 from pipeline.backends.base import Arrays
 from pipeline.gates import sqnr_db
 from pipeline.picture_case import Case, Run, is_large, make_case
+from pipeline.progress import track
 from pipeline.recipe import Recipe
 from pipeline.reference_hooks import ARITHMETICS, Comparison, Recorder, hooked, jittered
 
@@ -91,7 +92,8 @@ class Study:
 
     def errors(self, run: Run) -> StepErrors:
         """Run a denoiser on every step's inputs."""
-        outputs = [self.case.shown(run(call)["sample"]) for call in self.calls]
+        calls = track(self.calls, len(self.calls), "verify: steps")
+        outputs = [self.case.shown(run(call)["sample"]) for call in calls]
         pairs = [(self.case.shown(exact), output) for exact, output in zip(self.exact, outputs, strict=True)]
         return StepErrors(
             [sqnr_db(exact, output) for exact, output in pairs],

@@ -19,6 +19,7 @@ from export.checkpoint import QuantizedLinear
 from pipeline.backends.base import Engine, LoweredGraph
 from pipeline.gates import LinearCheck, LinearProbe, activation_oracle, check_linear, sqnr_db
 from pipeline.probing import ProbedGraph
+from pipeline.progress import track
 from pipeline.recipe import Recipe
 from pipeline.report import LayerResult, Report, write_layers_csv
 from pipeline.study import Realisations, Study, layer_input_db, study
@@ -112,7 +113,7 @@ def layer_results(
     rows = {layer.name: layer for layer in layers}
     calls = [found.calls[step] for step in found.probed]
     results, known = [], ("", b"")
-    for name, probes in probed.probes(list(rows), calls):
+    for name, probes in track(probed.probes(list(rows), calls), len(rows), f"verify {target}: linears"):
         probe = joined(probes)
         quantizer = (probed.rows[name].x, quantizer_key(rows[name]))
         if quantizer != known:  # q, k and v read one quantizer and follow each other

@@ -20,7 +20,7 @@ from export.checkpoint import (
 )
 from export.embedding import exact_multipliers
 from export.errors import ContractError, RecipeError
-from export.formats import decode, get_format
+from export.formats import decode, encode, get_format
 from export.ops import OPS, attributes, no_multipliers
 from tests import learned
 
@@ -104,6 +104,14 @@ def test_image_of_codes_in_any_memory_order() -> None:
     )
     assert (one.image() == codes).all()
     assert (one.dequantized() == 2.0 * codes).all()
+
+
+def test_the_image_of_a_wide_format_does_not_wrap() -> None:
+    fmt = get_format("E5M2")
+    largest = encode(fmt, np.array([[fmt.max_value, -fmt.max_value]]))
+    choices = {"kind": "ff.in", "activation_format": "E5M2", "granularity": "per_channel", "group_size": 0}
+    one = make_linear(largest, name="wide", weight_format="E5M2", scales=np.ones((1, 1), np.float32), **choices)
+    assert one.image().tolist() == [[fmt.kmax, -fmt.kmax]] and fmt.kmax > np.iinfo(np.int32).max
 
 
 def test_integer_image_stays_within_int8() -> None:
