@@ -113,7 +113,7 @@ QDIT = Table(
                 ("+ groups of 128", "qdit-groups", real(128), {"rounding": "nearest", "activations": "per_tensor"}),
                 ("+ dynamic activations per token and group", "qdit-dynamic", real(128), {"rounding": "nearest"}),
                 ("+ GPTQ", "qdit-int-group128", real(128), {}),
-                # 192 and 288 of the paper divide no width here; 256 gives the budget of uniform 128 something to choose.
+                # The paper's 192 and 288 divide no width here; without 256 the budget of uniform 128 leaves no choice.
                 ("+ searched group sizes", "qdit-searched", real(128), {"search": "proxy", "sizes": SEARCHED}),
             )
         ),
