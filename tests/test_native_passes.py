@@ -147,7 +147,12 @@ def test_norm_and_gelu_are_those_of_onnxruntime_up_to_roundings():
     np.testing.assert_allclose(found, expected, rtol=0, atol=2e-6 * np.abs(expected).max())
 
 
+BALANCED = BLOCK.replace(
+    "  c = ",
+    f"  balance = Constant <value_floats = [{', '.join(['0.5'] * 64)}]> ()\n  half = Mul(act, balance)\n  c = ",
+).replace("(act)", "(half)")
 NEVER = {
+    "a balance is no gate": (BALANCED, {"b": "BIAS"}, ["Mul"]),
     "another GELU": (BLOCK.replace("tanh", "none"), {"a": "RESIDUAL", "b": "BIAS", "c": "RESIDUAL"}, ["Gelu"]),
     "a second reader": (BLOCK + "\n  z = Neg(b)", {"b": "BIAS"}, ["Gelu", "Neg"]),
     "a gate for each token": (BLOCK.replace("Mul(gate, a)", "Mul(h, a)"), {"a": "BIAS"}, ["Mul", "Add"]),

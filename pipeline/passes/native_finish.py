@@ -73,7 +73,8 @@ def _absorb(last: ir.Node, inputs: dict[In, ir.Value]) -> ir.Node:
 
 
 def _is_gate(gate: ir.Value, value: ir.Value) -> bool:
-    return not misfit(gate, value)
+    """Computed by the model. A stored vector is the balance in front of a quantizer, whose input a gate looks at."""
+    return gate.const_value is None and not misfit(gate, value)
 
 
 def _is_residual(residual: ir.Value, value: ir.Value) -> bool:
