@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import record
+from benchmarks.adaround_table import study_text
 from benchmarks.quality_answers import ANSWERS
 from benchmarks.quality_results import FLOAT, MEASURED, Results
 from benchmarks.quality_rows import MODELS, TABLES, WIDTHS, Line, Table
@@ -106,6 +107,7 @@ def page(folder: Path = record.RESULTS) -> str:
         parts += [table_text(table, model, found["rows"]) for model, found in known.items() if found["rows"]]
     parts += ["## Which layers cost most, and in which steps?", *picture("sensitivity"), *picture("steps")]
     parts += [sensitivity_text(model, found.get("sensitivity", [])) for model, found in known.items()]
+    parts += [study_text(folder)]
     return "\n\n".join(part for part in parts if part) + "\n"
 
 

@@ -8,6 +8,7 @@ import pytest
 
 from benchmarks import adaround_study
 from benchmarks.adaround_study import ARMS, BlockCase, Results, run_arm, shortened
+from benchmarks.adaround_table import study_text
 from pipeline import recipe as recipes
 from tests.test_reconstruct import observed_block, plans_of
 
@@ -42,3 +43,20 @@ def test_arms_that_are_unknown_are_refused(capsys):
     with pytest.raises(SystemExit):
         adaround_study.main(["no_such_arm"])
     assert "'no_such_arm' is unknown" in capsys.readouterr().err
+
+
+def test_the_page_shows_what_was_measured_and_says_what_was_not(tmp_path):
+    def arm(iterations, loss, held_out):
+        return {"iterations": iterations, "loss": loss, "held_out_loss": held_out}
+
+    blocks = {
+        "b.0": {"nearest": arm(0, 3, 3), "scale_aware_2500": arm(2500, 1, 2), "plain_20000": arm(20000, 1.5, 1.5)},
+        "b.1": {"nearest": arm(0, 4, 4), "scale_aware_2500": arm(2500, 2, 2)},
+    }
+    assert study_text(tmp_path) == ""
+    document = {"recipes": {"r": blocks}, "machine": {"cpu": "X"}, "commit": "abc"}
+    (tmp_path / "adaround_x.json").write_text(json.dumps(document))
+    text = study_text(tmp_path)
+    assert "| b.0 | 3.0000 (3.0000) | 1.0000 (2.0000) | 1.5000 (1.5000) |" in text
+    assert "| b.1 | 4.0000 (4.0000) | 2.0000 (2.0000) | not measured yet |" in text
+    assert "in 1 of 1 blocks, on held-out calls in 0 of 1" in text
