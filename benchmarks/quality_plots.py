@@ -52,8 +52,13 @@ def _dot(axes: Any, found: Mapping[str, float], place: float, colour: str, label
 
 def _logarithmic(axes: Any) -> None:
     """A logarithmic x axis, or a word where nothing has been drawn."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
     if axes.has_data():
         axes.set_xscale("log")
+        axes.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))  # fewer labels than would overlap
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        axes.xaxis.set_minor_formatter(NullFormatter())
     else:
         axes.text(0.5, 0.5, "not measured yet", ha="center", transform=axes.transAxes)
 
