@@ -123,7 +123,8 @@ _MSFP = {
     "batch": Option(16, help="samples of one iteration"),
 }
 
-# Learned rounding. The full presets are the authors'; the rates of the fast ones are measured (adaround_study.py).
+# Learned rounding. The full presets are the authors'; the fast ones were chosen by trials on the first block of
+# pixart_mini alone, and benchmarks/adaround_study.py compares them with the full ones.
 _LEARNED = {
     "strength": Option(0.01, help="weight of the regulariser that draws the rounding to 0 or 1"),
     "batch": Option(8, 16, help="samples of one iteration"),

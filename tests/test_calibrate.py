@@ -191,18 +191,14 @@ def test_a_finished_run_is_read_back(tmp_path, monkeypatch):
     assert not (tmp_path / "layers").exists()
 
 
+def command(folder, output, group_size):
+    setting = f"weights.group_size={group_size}"
+    return ["--engine", "pixart_w4a6", "-m", str(folder), "-o", str(output), "--set", setting]
+
+
 def test_command_on_a_model_folder(tmp_path, capsys):
     folder = tiny.folder("pixart", tmp_path)
-    flags = [
-        "--engine",
-        "pixart_w4a6",
-        "-m",
-        str(folder),
-        "-o",
-        str(tmp_path / "out"),
-        "--set",
-        "weights.group_size=32",
-    ]
+    flags = command(folder, tmp_path / "out", group_size=32)
     assert main([*flags, "--json"]) == 0
     answer = json.loads(capsys.readouterr().out.splitlines()[-1])
     layers = checkpoint.load(tmp_path / "out")
@@ -213,32 +209,14 @@ def test_command_on_a_model_folder(tmp_path, capsys):
 
 def test_command_refuses_a_group_size_that_does_not_fit(tmp_path, capsys, caplog):
     folder = tiny.folder("pixart", tmp_path)
-    flags = [
-        "--engine",
-        "pixart_w4a6",
-        "-m",
-        str(folder),
-        "-o",
-        str(tmp_path / "out"),
-        "--set",
-        "weights.group_size=48",
-    ]
+    flags = command(folder, tmp_path / "out", group_size=48)
     assert main(flags) == RecipeError.exit_code
     assert not (tmp_path / "out").exists()
 
 
 def test_command_leaves_other_folders_alone_and_resumes(tmp_path, capsys):
     folder = tiny.folder("pixart", tmp_path / "model")
-    flags = [
-        "--engine",
-        "pixart_w4a6",
-        "-m",
-        str(folder),
-        "-o",
-        str(tmp_path / "out"),
-        "--set",
-        "weights.group_size=32",
-    ]
+    flags = command(folder, tmp_path / "out", group_size=32)
     assert main(flags) == 0
     assert main(flags) == 2 and "finished calibration; add --force" in capsys.readouterr().err
     assert main([*flags, "--force"]) == 0

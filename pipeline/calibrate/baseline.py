@@ -115,7 +115,9 @@ class MappedRounding(SoftRounding):
     def __init__(self, weight: Tensor, base: QuantizedLinear, to: InputMap) -> None:
         super().__init__(weight, base, False)
         if to.offset is not None:
-            raise NotImplementedError(f"{base.name}: learning behind an input offset")
+            raise ValueError(
+                f"{base.name}: its balance has an offset; rounding is learned behind a plain multiplier only"
+            )
         self.register_buffer("multiplier", torch.from_numpy(to.multiplier), persistent=False)
 
     def forward(self) -> tuple[Tensor, Tensor]:
