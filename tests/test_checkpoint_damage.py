@@ -15,7 +15,7 @@ from export.checkpoint import (
     save,
 )
 from export.errors import ContractError
-from tests.test_checkpoint import layer
+from tests.test_checkpoint import ROUTED, layer
 
 
 @pytest.fixture
