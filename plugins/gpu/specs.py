@@ -1,0 +1,119 @@
+"""What is known of a kernel when it is compiled: frozen, hashable, checked. Tensors come at run time."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from export.embedding import embeds
+from export.errors import ContractError, RecipeError
+from export.formats import Format, get_format
+from plugins.gpu.operands import Operand, operand_of
+
+Epilogue = Literal["none", "gelu", "gate_residual"]
+FloatType = Literal["fp16", "bf16", "fp32"]
+EPILOGUES = ("none", "gelu", "gate_residual")
+FLOAT_TYPES = ("fp16", "bf16", "fp32")
+
+
+@dataclass(frozen=True)
+class GemmSpec:
+    """y [M, N] = epilogue((sum of products * w_scale) * a_scale + a_zero * w_sum + bias), N = out_features.
+
+    Tensors, row-major and contiguous:
+      a        u8 [M, K]            operand bytes of `activation` (plugins/gpu/operands.py)
+      a_scale  f32 [M]              of each token; a static scale is repeated
+      w        u8 [N, K / 2]        codes of `weight`, element 2i in the low nibble; expanded_gemm: u8 [N, K] E4M3 bytes
+      w_scales f32 [N, scale_groups]
+      multiplier_codes u8 [N, ceil(groups / 2)]  nibbles, indices into `multipliers`; absent without multipliers
+      bias     f32 [N]
+      a_zero   f32 [M], w_sums f32 [N]  with `zero_point` only: the zero of each token, and each channel's sum of weights
+      gate     `output` [M / tokens, N], residual `output` [M, N]  with gate_residual only: y = residual + gate * y;
+               `tokens` rows share a gate (a run-time integer)
+    group_size: input channels that share a multiplier, or with `real_groups` a real scale; 0: the whole row.
+    """
+
+    activation: str
+    weight: str
+    in_features: int
+    out_features: int
+    group_size: int = 0
+    multipliers: tuple[int, ...] = (1,)
+    real_groups: bool = False
+    zero_point: bool = False
+    epilogue: Epilogue = "none"
+    output: FloatType = "fp16"
+
+    def __post_init__(self) -> None:
+        if self.weight_format.bits != 4:
+            raise RecipeError(f"weights in {self.weight}: the GPU kernels take 4-bit weights, packed two per byte")
+        _check(self.in_features > 0 and self.in_features % 2 == 0, f"in_features {self.in_features} must be even")
+        _check(self.out_features > 0, f"out_features {self.out_features} must be positive")
+        fits = self.group_size == 0 or (self.group_size > 0 and self.in_features % self.group_size == 0)
+        _check(fits, f"group_size {self.group_size} does not divide in_features {self.in_features}")
+        _check(1 <= len(self.multipliers) <= 16, f"{len(self.multipliers)} multipliers; a nibble indexes 1 to 16")
+        _check(not (self.real_groups and self.group_size == 0), "real_groups needs a group_size")
+        _check(self.epilogue in EPILOGUES, f"epilogue {self.epilogue!r}; use one of {EPILOGUES}")
+        _check(self.output in FLOAT_TYPES, f"output {self.output!r}; use one of {FLOAT_TYPES}")
+        operand_of(self.activation)
+        for m in self.multipliers:
+            if not embeds(self.weight, "E4M3", m):
+                raise RecipeError(
+                    f"multiplier {m} takes {self.weight} out of E4M3, in which the GPU kernels hold weights; "
+                    "quantize with multipliers that embed in both INT8 and E4M3"
+                )
+
+    @property
+    def activation_format(self) -> Format:
+        return get_format(self.activation)
+
+    @property
+    def weight_format(self) -> Format:
+        return get_format(self.weight)
+
+    @property
+    def operand(self) -> Operand:
+        return operand_of(self.activation)
+
+    @property
+    def groups(self) -> int:
+        return self.in_features // self.group_size if self.group_size else 1
+
+    @property
+    def scale_groups(self) -> int:
+        return self.groups if self.real_groups else 1
+
+    @property
+    def has_multipliers(self) -> bool:
+        return self.multipliers != (1,)
+
+
+@dataclass(frozen=True)
+class QuantizeSpec:
+    """x [M, C] -> codes u8 [M, C], operand bytes of `format`, and scale f32 [M] of each token.
+
+    before: what happens to a token first. "none"; "gelu" (tanh form); "norm_modulate": LayerNorm without affine
+    parameters, then * (1 + scale) + shift with shift and scale `input` [M / tokens, C]. `tokens` rows share them.
+    """
+
+    format: str
+    channels: int
+    before: Literal["none", "gelu", "norm_modulate"] = "none"
+    input: FloatType = "fp16"
+    epsilon: float = 1e-6
+
+    def __post_init__(self) -> None:
+        operand_of(self.format)
+        _check(self.channels > 0, f"channels {self.channels} must be positive")
+        _check(self.before in ("none", "gelu", "norm_modulate"), f"before {self.before!r} is no step of a quantizer")
+        _check(self.input in FLOAT_TYPES, f"input {self.input!r}; use one of {FLOAT_TYPES}")
+        _check(self.epsilon >= 0, f"epsilon {self.epsilon} must not be negative")
+
+    @property
+    def operand(self) -> Operand:
+        return operand_of(self.format)
+
+
+def _check(ok: bool, message: str) -> None:
+    if not ok:
+        raise ContractError(message)
