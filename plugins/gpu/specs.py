@@ -27,7 +27,7 @@ class GemmSpec:
       w_scales f32 [N, scale_groups]
       multiplier_codes u8 [N, ceil(groups / 2)]  nibbles, indices into `multipliers`; absent without multipliers
       bias     f32 [N]
-      a_zero   f32 [M], w_sums f32 [N]  with `zero_point` only: the zero of each token, and each channel's sum of weights
+      a_zero   f32 [M], w_sums f32 [N]  with `zero_point` only: zero of each token, sum of weights of each channel
       gate     `output` [M / tokens, N], residual `output` [M, N]  with gate_residual only: y = residual + gate * y;
                `tokens` rows share a gate (a run-time integer)
     group_size: input channels that share a multiplier, or with `real_groups` a real scale; 0: the whole row.
