@@ -121,16 +121,22 @@ def _common(exact: Sequence[int], wanted: Sequence[int]) -> tuple[int, ...]:
 def drawer(
     subject: Subject, layers: Sequence[QuantizedLinear], recipe: Recipe, trajectory: Trajectory, scratch: Path
 ) -> Iterator[Drawer]:
-    """The faster of engine and reference that computes these layers exactly."""
+    """The faster of engine and reference that computes these layers exactly; "native" has nothing to fuse behind static
+    scales, where the stock engine draws."""
     reference = ReferenceEngine(fake_quant(subject.model, layers, torch.float32), torch.float32)
-    try:
-        graph, engine = build_engine(subject, layers, recipe, scratch)
-    except UserError as error:
-        logger.warning("%s: the cpu engine refuses it, the reference draws: %s", subject.name, error)
-        yield Drawer(reference.run, "reference", {"refused": str(error)})
+    for path in dict.fromkeys((recipe.cpu.path, "stock")):
+        made = replace(recipe, cpu=replace(recipe.cpu, path=path))
+        try:
+            graph, engine = build_engine(subject, layers, made, scratch)
+            break
+        except UserError as error:
+            refusal = str(error)
+            logger.warning("%s: the cpu engine (%s) refuses it: %s", subject.name, path, refusal)
+    else:
+        yield Drawer(reference.run, "reference", {"refused": refusal})
         return
     try:
-        yield choose(subject, layers, recipe, trajectory, (graph, engine), reference)
+        yield choose(subject, layers, made, trajectory, (graph, engine), reference)
     finally:
         engine.close()
         shutil.rmtree(scratch, ignore_errors=True)
