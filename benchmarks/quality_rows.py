@@ -49,7 +49,8 @@ class Line:
         weight, activation = width[:2], width[2:]
         formats = self.formats or FP
         given = (f"formats.weight={formats[weight]}", f"formats.activation={formats[activation]}", self.weight_of)
-        settings = (*given, *self.settings)
+        chosen = () if any(key.startswith("method=") for key in self.settings) else ("method=rtn",)
+        settings = (*given, *chosen, *self.settings)
         return Row(f"{self.name}-{width}", model, MODELS[model], settings, self.multipliers)
 
 

@@ -72,6 +72,11 @@ class LoadedModel:
         return self.family.inputs(self.config)
 
     @cached_property
+    def parameters(self) -> int:
+        """How many numbers the denoiser holds."""
+        return sum(tensor.numel() for tensor in self.module.parameters())
+
+    @cached_property
     def pixels_per_cell(self) -> int:
         """Image pixels per cell of `hidden_states`: 1 for a pixel-space model, 8 for a latent one."""
         generation = self.folder / "generation.json"

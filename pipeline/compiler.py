@@ -17,6 +17,7 @@ from export.checkpoint import QuantizedLinear
 from export.errors import EnvironmentLacksError, ParityError, RecipeError, ResourceError
 from pipeline import build_record, machine, manifest
 from pipeline.backends.base import BuildResult, Engine
+from pipeline.calibrate import with_method
 from pipeline.conditioning import GENERATION_FILE, load_generation
 from pipeline.files import publish, remove, sha256_json, write_json
 from pipeline.recipe import Recipe, to_toml
@@ -67,7 +68,8 @@ def compile_engine(request: BuildRequest) -> Path:
     logger.info("%s of %s for %s into %s", recipe.name, recipe.model, ", ".join(request.targets), request.output)
     model, model_time = timed("model", lambda: load_model(recipe.model), request.listener)
     model.cells(recipe.sampling.height, recipe.sampling.width)  # refuses an image size that the model cannot make
-    refuse_full_disk(request, sum(parameter.numel() for parameter in model.module.parameters()))
+    recipe = with_method(recipe, model)
+    refuse_full_disk(request, model.parameters)
     key = build_key(recipe, model)
     with WorkFolder(request.work_path, key, request.resume, request.force, request.listener, [model_time]) as work:
         layers = calibrated(work, model, recipe)

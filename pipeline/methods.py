@@ -5,6 +5,7 @@ Light on purpose: recipes are checked against this table without loading torch o
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from importlib import import_module
@@ -279,3 +280,18 @@ _ROWS = (
     ),
 )
 METHODS: dict[str, MethodRow] = {row.name: row for row in _ROWS}
+
+# calibrate.method = "auto": the first row with at least as many parameters as the model has. Learned rounding takes
+# minutes on a CPU for a model of a few million parameters and hours for PixArt-XL/2 (611 M). Parameters decide and not
+# the machine's speed, so that one recipe gives the same engine everywhere.
+AUTO = "auto"
+AUTO_ROWS = ((100_000_000, "fp4dit"), (math.inf, "rtn"))
+
+
+def settled_method(method: str, parameters: int) -> str:
+    """`method`, or what "auto" means for a model with that many parameters.
+
+    >>> settled_method("auto", 5_000_000), settled_method("auto", 611_000_000), settled_method("msfp", 611_000_000)
+    ('fp4dit', 'rtn', 'msfp')
+    """
+    return next(name for limit, name in AUTO_ROWS if parameters <= limit) if method == AUTO else method

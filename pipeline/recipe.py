@@ -16,7 +16,7 @@ from export.checkpoint import Granularity
 from export.errors import RecipeError
 from export.families import LAYER_KINDS
 from export.formats import get_format
-from pipeline.methods import METHODS, PRESETS
+from pipeline.methods import AUTO, METHODS, PRESETS, settled_method
 
 GRANULARITIES = get_args(Granularity)
 SEARCHES = ("absmax", "mse")
@@ -60,7 +60,7 @@ class Weights:
 class Calibrate:
     """Calibration method and its data.
 
-    size: prompts whose sampling trajectories are used; timesteps: how many steps of each, spread evenly. prompts: a
+    method: a row of pipeline/methods.py, or "auto", which the model's size decides (`settled`). size: prompts whose sampling trajectories are used; timesteps: how many steps of each, spread evenly. prompts: a
     file with one prompt per line, "" for the model's own. options: the method's, see pipeline/methods.py.
     """
 
@@ -73,13 +73,20 @@ class Calibrate:
     options: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        known = ", ".join(METHODS)
-        _check(self.method in METHODS, f"calibrate.method {self.method!r} is not available; use one of {known}")
+        known = ", ".join((AUTO, *METHODS))
+        _check(
+            self.method in (AUTO, *METHODS), f"calibrate.method {self.method!r} is not available; use one of {known}"
+        )
         _check(self.preset in PRESETS, f"calibrate.preset {self.preset!r}; use one of {', '.join(PRESETS)}")
         _check(self.size > 0, f"calibrate.size {self.size} must be positive")
         _check(self.timesteps > 0, f"calibrate.timesteps {self.timesteps} must be positive")
         _check(self.seed >= 0, f"calibrate.seed {self.seed} must not be negative")
-        METHODS[self.method].resolve(self.preset, self.options)
+        if self.method == AUTO:
+            _check(
+                not self.options, "calibrate.options belong to a method; name it in calibrate.method instead of auto"
+            )
+        else:
+            METHODS[self.method].resolve(self.preset, self.options)
 
 
 @dataclass(frozen=True)
@@ -210,6 +217,12 @@ def _typed(value: Any, hint: Any, source: str, key: str) -> Any:
     if not fits(value):
         raise RecipeError(f"{source}: {key} is {value!r}; expected {words}")
     return convert(value)
+
+
+def settled(recipe: Recipe, parameters: int) -> Recipe:
+    """The recipe with a method in place of "auto", for a model of so many parameters; the others come back as they are."""
+    method = settled_method(recipe.calibrate.method, parameters)
+    return replace(recipe, calibrate=replace(recipe.calibrate, method=method))
 
 
 # Keys that `--set` knows by a shorter name.

@@ -10,7 +10,8 @@ from export.errors import RecipeError
 from export.families import FAMILIES
 from pipeline import recipe as recipes
 from pipeline.calibrate.plan import group_multipliers
-from pipeline.recipe import Recipe, from_dict, load, recipe_names, to_toml, with_settings
+from pipeline.methods import AUTO_ROWS
+from pipeline.recipe import Recipe, from_dict, load, recipe_names, settled, to_toml, with_settings
 
 BASE = Recipe(name="test", model="zoo:pixart_mini")
 NAMES = ["dit_w4a8", "dit_w6a8", "hunyuan_w4a6", "pixart_sigma_w4a6", "pixart_w4a4", "pixart_w4a6", "pixart_w4a8"]
@@ -193,6 +194,17 @@ def test_later_settings_win_and_the_recipe_itself_stays():
 def test_bad_settings_are_refused(setting):
     with pytest.raises(RecipeError, match="--set"):
         with_settings(BASE, [setting])
+
+
+def test_the_size_of_the_model_decides_what_auto_means():
+    recipe = with_settings(BASE, ["method=auto", "preset=full"])
+    limit = AUTO_ROWS[0][0]
+    assert [settled(recipe, size).calibrate.method for size in (1, limit, limit + 1)] == ["fp4dit", "fp4dit", "rtn"]
+    assert settled(recipe, 1).calibrate.preset == "full"
+    named = with_settings(recipe, ["method=qdit"])
+    assert settled(named, 1) == settled(named, limit + 1) == named
+    with pytest.raises(RecipeError, match="name it in calibrate.method instead of auto"):
+        with_settings(recipe, ["calibrate.options.iterations=5"])
 
 
 def test_toml_round_trip(tmp_path):

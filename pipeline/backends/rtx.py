@@ -126,7 +126,8 @@ def sm_problems(sms: tuple[int, ...]) -> list[str]:
 def method_problems(recipe: Any) -> list[str]:
     """One message where the method would give activations a scale per token and group."""
     chosen = recipe.calibrate
-    options = METHODS[chosen.method].resolve(chosen.preset, chosen.options)
+    known = METHODS.get(chosen.method)  # "auto" stands for methods whose scales are per token
+    options = known.resolve(chosen.preset, chosen.options) if known else {}
     if options.get("activations") != "token_group":
         return []
     return [f"calibrate.options.activations=token_group of {chosen.method}: {GROUPS_REFUSED}"]

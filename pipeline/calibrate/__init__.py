@@ -21,12 +21,21 @@ from pipeline.calibrate.plan import LayerPlan, make_plans
 from pipeline.calibrate.state import CalibrationState
 from pipeline.methods import METHODS
 from pipeline.progress import track
-from pipeline.recipe import Recipe
+from pipeline.recipe import Recipe, settled
 
 if TYPE_CHECKING:
     from export.models import LoadedModel
 
 logger = logging.getLogger(__name__)
+
+
+def with_method(recipe: Recipe, model: LoadedModel) -> Recipe:
+    """The recipe with the method that "auto" means for this model, which is said; any other comes back as it is."""
+    found = settled(recipe, model.parameters)
+    if found != recipe:
+        chosen, size = found.calibrate.method, model.parameters / 1e6
+        logger.info("calibrate.method auto: %s for %.1f M parameters; --set method=NAME takes another", chosen, size)
+    return found
 
 
 def calibrate(model: LoadedModel, recipe: Recipe, folder: Path) -> list[QuantizedLinear]:
@@ -36,6 +45,7 @@ def calibrate(model: LoadedModel, recipe: Recipe, folder: Path) -> list[Quantize
     RecipeError if a group size does not fit, ModelError naming the layer if a weight is NaN or Inf, ResourceError if
     the observed blocks do not fit into memory.
     """
+    recipe = with_method(recipe, model)
     plans = make_plans(model.linears(), recipe)
     state = CalibrationState(folder, _origin(model, recipe))
     if state.is_complete:
