@@ -156,7 +156,7 @@ def test_rows_are_chosen_by_table_and_name():
 
 def test_a_method_that_is_not_there_is_told_by_name():
     row = Row("magic-w4a6", "dit_mini", "dit_w4a8", ("method=magic",))
-    with pytest.raises(RecipeError, match="'magic' is not available; use one of rtn"):
+    with pytest.raises(RecipeError, match="'magic' is not available; use one of auto, rtn"):
         quality_engines.row_recipe(row)
 
 
