@@ -1,0 +1,183 @@
+"""fpq ops -> what the `cuda` target's kernels do: packed GEMMs with an epilogue, quantizers with what is before them.
+
+The dialect's codes stay what they were; on a GPU the kernels hold them as operand bytes (plugins/gpu/operands.py), one
+for one.
+"""
+
+from __future__ import annotations
+
+import onnx_ir as ir
+
+from export.embedding import exact_sum_limit
+from export.errors import ContractError, RecipeError
+from export.ops import DOMAIN
+from pipeline.backends.base import Choice, ProbeRow
+from pipeline.passes.gemm_spec import GemmSpec, read_spec
+from pipeline.passes.graph import QUANTIZERS, attribute, drop_unused, low_rank_of, produced_by, unbalanced
+from pipeline.passes.lower_cuda_attention import FuseAttention
+from pipeline.passes.lower_cuda_epilogue import FuseGateResidual
+from pipeline.passes.lower_cuda_ops import add_functions, fused_node, gemm_attributes, output_of, quantizer_attributes
+from pipeline.passes.refusal import RewritePass
+from plugins.gpu import specs
+
+GROUPS_REFUSED = (
+    "target cuda has no scale per token and group of input channels; build it with --target cpu, or calibrate with one "
+    "scale per token"
+)
+# Operand bytes of the activation -> what the tensor cores multiply.
+PATHS = {"E4M3": "fp8 operands", "INT8": "int8 codes, fp16 operands"}
+OWN_CODES = "own codes, fp16 operands"
+
+
+class LowerCuda(RewritePass):
+    """Lower every packed GEMM and quantizer; `choices` and `probes` have one row for each GEMM.
+
+    A GELU whose only reader is a quantizer joins it. Raises ContractError for what no kernel takes, naming the layer.
+    """
+
+    def rewrite(self, model: ir.Model) -> None:
+        self.choices: list[Choice] = []
+        self.probes: list[ProbeRow] = []
+        _refuse_groups(model.graph)
+        for node in list(model.graph):
+            if node.domain == DOMAIN and node.op_type in (*QUANTIZERS, "NormModulateQuantize"):
+                self._quantizer(model.graph, node)
+        for node in list(model.graph):
+            if node.domain == DOMAIN and node.op_type == "PackedGemm":
+                self._gemm(model.graph, node)
+        _finish(model)
+
+    def _quantizer(self, graph: ir.Graph, node: ir.Node) -> None:
+        name, fmt = str(node.name), attribute(node, "format")
+        kind, inputs, extra = "Quantize", list(node.inputs), {}
+        if node.op_type == "NormModulateQuantize":
+            kind, extra = "NormModulateQuantize", {"epsilon": float(attribute(node, "epsilon"))}
+        elif node.op_type == "QuantizeStatic":
+            kind = "QuantizeStatic"
+        elif (gelu := self._gelu(node)) is not None:
+            kind, inputs = "GeluQuantize", [gelu.inputs[0]]
+        fused = fused_node(kind, inputs, name, node, **quantizer_attributes(fmt, **extra))
+        old, new = list(node.outputs), fused.outputs[: len(node.outputs)]
+        if kind == "GeluQuantize":
+            old, new = [*old, node.inputs[0]], [*new, output_of(fused, "gelu")]  # type: ignore[list-item]
+        for before, after in zip(old, new, strict=True):
+            after.name, after.shape = before.name, before.shape
+        graph.insert_before(node, fused)
+        for before, after in zip(node.outputs, new, strict=False):
+            ir.convenience.replace_all_uses_with(before, after)
+        graph.remove(node, safe=True)
+        if kind == "GeluQuantize":
+            gelu_node = old[-1].producer()
+            assert gelu_node is not None
+            graph.remove(gelu_node, safe=True)
+        self.fired += 1
+
+    def _gelu(self, quantizer: ir.Node) -> ir.Node | None:
+        """The GELU in front of a quantizer if the kernel can compute it."""
+        gelu = produced_by(quantizer.inputs[0], "Gelu")
+        if gelu is None:
+            return None
+        if attribute(gelu, "approximate", "none") != "tanh":
+            self.refuse(quantizer.name, f"{gelu.name} is not the tanh form of GELU")
+            return None
+        if len(list(gelu.outputs[0].uses())) > 1 or gelu.outputs[0].is_graph_output():
+            self.refuse(quantizer.name, f"{gelu.outputs[0].name} has another reader")
+            return None
+        return gelu
+
+    def _gemm(self, graph: ir.Graph, node: ir.Node) -> None:
+        spec, quantizer = read_spec(node), _quantizer_of(node)
+        kernel = kernel_spec(spec)
+        given = gemm_attributes({key: found.value for key, found in node.attributes.items()})
+        fused = fused_node("Gemm", list(node.inputs), spec.layer, node, **given)
+        fused.outputs[0].name, fused.outputs[0].shape = node.outputs[0].name, node.outputs[0].shape
+        graph.insert_before(node, fused)
+        ir.convenience.replace_all_uses_with(node.outputs[0], fused.outputs[0], replace_graph_outputs=True)
+        graph.remove(node, safe=True)
+        self.choices.append(Choice(spec.layer, PATHS.get(kernel.operand.kind, OWN_CODES), _why(spec, kernel)))
+        self.probes.append(_probe(spec, fused, quantizer))
+        self.fired += 1
+
+
+def lower(model: ir.Model) -> LowerCuda:
+    """Lower `model` in place, after the shared passes. Returns the lowering with its choices and probes."""
+    lowering = LowerCuda()
+    for rewrite in (FuseAttention(), lowering, FuseGateResidual()):
+        rewrite(model)
+    add_functions(model)
+    return lowering
+
+
+def kernel_spec(spec: GemmSpec) -> specs.GemmSpec:
+    """What the kernel is compiled for. Raises ContractError, naming the layer, where no kernel takes it."""
+    try:
+        return specs.GemmSpec(
+            activation=spec.activation.name,
+            weight=spec.weight.name,
+            in_features=spec.in_features,
+            out_features=spec.out_features,
+            group_size=spec.group_size,
+            multipliers=spec.multipliers,
+            real_groups=spec.real_groups,
+        )
+    except (RecipeError, ContractError) as error:
+        raise ContractError(f"{spec.layer} cannot be lowered for target cuda: {error}") from error
+
+
+def _refuse_groups(graph: ir.Graph) -> None:
+    """Before anything is changed."""
+    groups = [node for node in graph if node.domain == DOMAIN and node.op_type == "PackedGroupGemm"]
+    if groups:
+        found = f"activation_group {attribute(groups[0], 'activation_group')} ({len(groups)} layers)"
+        raise ContractError(f"{attribute(groups[0], 'layer')}: {found}; {GROUPS_REFUSED}")
+
+
+def _quantizer_of(gemm: ir.Node) -> ir.Node:
+    codes = gemm.inputs[0]
+    producer = codes.producer() if codes is not None else None
+    if producer is None or not producer.domain.startswith(DOMAIN):
+        found = producer.op_type if producer else "a graph input"
+        raise ContractError(f"{attribute(gemm, 'layer')}: activation codes come from {found}; expected a quantizer")
+    return producer
+
+
+def _why(spec: GemmSpec, kernel: specs.GemmSpec) -> str:
+    held = f"{spec.activation.name} and {spec.weight.name} are exact in the operands"
+    length = exact_sum_limit(spec.activation.kmax, spec.weight_kmax)
+    if spec.sum_length <= length:
+        return f"{held}; a float32 sum of {spec.sum_length} products is exact (up to {length} are)"
+    return f"{held}; float32 sums are exact up to {length} of {spec.sum_length} products"
+
+
+def _probe(spec: GemmSpec, gemm: ir.Node, quantizer: ir.Node) -> ProbeRow:
+    seen = {"GeluQuantize": "gelu", "NormModulateQuantize": "modulated"}.get(quantizer.op_type)
+    x = output_of(quantizer, seen) if seen else quantizer.inputs[0]
+    assert x is not None
+    branch, total = low_rank_of(gemm.outputs[0]) or (None, gemm.outputs[0])
+    static = spec.activation_scale is not None
+    return ProbeRow(
+        layer=spec.layer,
+        path=PATHS.get(specs.operand_of(spec.activation.name).kind, OWN_CODES),
+        x=str(unbalanced(x).name),
+        codes=(str(output_of(quantizer, "values").name),),
+        limb_weights=(1.0,),
+        codes_unit=2.0**spec.activation.fraction_bits,
+        codes_offset=0.0,
+        act_scale="" if static else str(quantizer.outputs[1].name),
+        gemm=str(gemm.outputs[1].name),
+        gemm_unit=spec.unit,
+        gemm_scale="",
+        output=str(total.name),
+        low_rank=str(branch.name) if branch is not None else "",
+        gemm_groups=spec.sum_groups,
+    )
+
+
+def _finish(model: ir.Model) -> None:
+    """Nothing of the portable dialect may be left."""
+    left = [node for node in model.graph if node.domain == DOMAIN]
+    if left:
+        names = ", ".join(f"{node.name} ({node.op_type})" for node in left[:5])
+        raise ContractError(f"{len(left)} nodes of domain {DOMAIN} were not packed and cannot be lowered: {names}")
+    drop_unused(model)
+    model.opset_imports.pop(DOMAIN, None)
