@@ -31,6 +31,14 @@ DEFINES_TORCH_MODULES |= {
     for path in (ROOT / "pipeline/calibrate").glob("*.py")
     if path.name not in LIGHT_CALIBRATION
 }
+# The `cuda` target: torch ops, and the executor made of torch functions.
+DEFINES_TORCH_MODULES |= {
+    "plugins/torch_meanings.py",
+    "plugins/torch_ops.py",
+    "pipeline/backends/cuda_dialect_ops.py",
+    "pipeline/backends/cuda_module.py",
+    "pipeline/backends/cuda_onnx_ops.py",
+}
 FILES = sorted(path.relative_to(ROOT) for package in ALLOWED for path in (ROOT / package).rglob("*.py"))
 TYPE_ONLY = "TYPE_CHECKING"
 
