@@ -294,4 +294,9 @@ def norm_modulate_quantize(body: Body, floor: float) -> None:
     _encode(body, body.op("Div", y, a_scale), "codes")
 
 
+def gelu_quantize(body: Body, floor: float) -> None:
+    """x -> codes, scale."""
+    quantize_activation(body, floor, body.op("Gelu", "x", approximate="tanh"))
+
+
 Builder = Callable[[Body], None]

@@ -134,13 +134,38 @@ def packed_gemm(
 
     exact_sum is the sum of products of unscaled values, computed in float64 where it is exact, and rounded once.
     """
-    n, scale_groups = len(w_codes), w_scales.shape[1]
     w = _unscaled_weight(w_codes, multiplier_codes, weight_format, in_features, group_size, multipliers)
-    w = w.reshape(n, scale_groups, -1).astype(np.float64)
-    a = decode(get_format(activation_format), a_codes).reshape(-1, scale_groups, in_features // scale_groups)
-    partial = (a.transpose(1, 0, 2) @ w.transpose(1, 2, 0)).astype(F32)
+    a = decode(get_format(activation_format), a_codes)
+    return (gemm_of_values(a, w.reshape(len(w_codes), -1), w_scales) * a_scale + bias,)
+
+
+def gemm_of_values(a: Array, w: Array, w_scales: Array) -> Array:
+    """a [..., K], w [N, K], w_scales f32 [N, scale groups] -> float32 [..., N]: scaled exact sums, added."""
+    n, scale_groups = w_scales.shape
+    rows = a.reshape(-1, scale_groups, a.shape[-1] // scale_groups).astype(np.float64)
+    columns = w.reshape(n, scale_groups, -1).astype(np.float64)
+    partial = (rows.transpose(1, 0, 2) @ columns.transpose(1, 2, 0)).astype(F32)
     total = (partial * w_scales.T[:, None, :]).sum(axis=0, dtype=F32)
-    return (total.reshape(*a_codes.shape[:-1], n) * a_scale + bias,)
+    return np.asarray(total.reshape(*a.shape[:-1], n))
+
+
+def gelu_tanh(x: Array) -> Array:
+    """GELU in its tanh form, in float64, rounded to float32 once."""
+    wide = x.astype(np.float64)
+    return (0.5 * wide * (1.0 + np.tanh(np.sqrt(2 / np.pi) * (wide + 0.044715 * wide**3)))).astype(F32)
+
+
+def gemm_epilogue(y: Array, gate: Array | None, residual: Array | None, *, epilogue: str, tokens: int) -> Array:
+    """What a GEMM kernel may do with y f32 [M, N] before it writes: "none", "gelu", or "gate_residual".
+
+    gate [M / tokens, N], residual [M, N] -> residual + gate * y, in float32. No op of a graph: kernels only.
+    """
+    if epilogue == "gelu":
+        return gelu_tanh(y)
+    if epilogue == "gate_residual":
+        assert gate is not None and residual is not None
+        return residual.astype(F32) + np.repeat(gate.astype(F32), tokens, axis=0) * y
+    return y
 
 
 def packed_group_gemm(
@@ -182,6 +207,17 @@ def norm_modulate_quantize(
     centred = wide - wide.mean(axis=-1, keepdims=True)
     normal = centred / np.sqrt((centred**2).mean(axis=-1, keepdims=True) + epsilon)
     return quantize_activation((normal * (1.0 + scale) + shift).astype(F32), format=format)
+
+
+def gelu_quantize(x: Array, *, format: str, **_tables: Any) -> tuple[Array, Array]:
+    """QuantizeActivation of GELU(x) in its tanh form; the GELU in float64, rounded to float32 once.
+
+    (1 + tanh(u)) / 2 is written as 1 / (1 + exp(-2 u)), which loses no digits where tanh(u) is near -1.
+    """
+    wide = x.astype(np.float64)
+    with np.errstate(over="ignore", invalid="ignore"):  # exp(-2 u) is Inf for x below -11, and GELU(x) is then -0
+        gelu = wide / (1.0 + np.exp(-2.0 * np.sqrt(2.0 / np.pi) * (wide + 0.044715 * wide**3)))
+        return quantize_activation(gelu.astype(F32), format=format)
 
 
 def no_multipliers(in_features: int, group_size: int) -> NDArray[np.uint8]:

@@ -73,6 +73,10 @@ def quantize_activation(*, format: str) -> dict:
     return {"format": format, **_quantizer(get_format(format))}
 
 
+def gelu_quantize(*, format: str) -> dict:
+    return quantize_activation(format=format)
+
+
 def dequantize_activation(*, format: str) -> dict:
     return {"format": format, "values": _values(get_format(format))}
 

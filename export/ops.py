@@ -319,6 +319,17 @@ _ROWS = (
         _infer_quantizer,
         op_tables.norm_modulate_quantize,
     ),
+    Op(
+        "GeluQuantize",
+        "x f32 [..., K] -> codes u8 [..., K], scale f32 [..., 1]: QuantizeActivation of GELU(x) in its tanh form.",
+        {"x": F32},
+        {"codes": U8, "scale": F32},
+        {**_FORMAT, **_QUANTIZER},
+        op_meanings.gelu_quantize,
+        partial(op_bodies.gelu_quantize, floor=ABSMAX_FLOOR),
+        _infer_quantizer,
+        op_tables.gelu_quantize,
+    ),
 )
 OPS: dict[str, Op] = {row.name: row for row in _ROWS}
 
@@ -327,10 +338,10 @@ def attributes(op_name: str, **choices: Any) -> dict[str, Any]:
     """All attributes of a node of op `op_name`, the format's tables included, for `onnx.helper.make_node`.
 
     choices: DequantizeWeight and QuantizeWeight take format, in_features, group_size and multipliers (default (1,));
-    QuantizeActivation, QuantizeStatic and their inverses format; QuantizeGroups and its inverse format, in_features
-    and group_size; PackedGemm layer, activation_format, weight_format, in_features, group_size, multipliers;
-    PackedGroupGemm besides activation_group and scale_groups; NormModulateQuantize format and epsilon. Raises
-    RecipeError for an unknown format, ContractError for sizes that do not fit.
+    GeluQuantize, QuantizeActivation, QuantizeStatic and the inverses of these two format; QuantizeGroups and its
+    inverse format, in_features and group_size; PackedGemm layer, activation_format, weight_format, in_features,
+    group_size, multipliers; PackedGroupGemm besides activation_group and scale_groups; NormModulateQuantize format and
+    epsilon. Raises RecipeError for an unknown format, ContractError for sizes that do not fit.
     """
     return OPS[op_name].tables(**choices)
 

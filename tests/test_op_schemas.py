@@ -55,6 +55,7 @@ CHOICES: dict[str, dict[str, Any]] = {
         "scale_groups": 2,
     },
     "NormModulateQuantize": {"format": "E2M3", "epsilon": 1e-6},
+    "GeluQuantize": {"format": "E2M3"},
 }
 # input shapes -> output shapes, with symbolic sizes
 SHAPES: dict[str, tuple[list[tuple[Any, ...]], list[tuple[Any, ...]]]] = {
@@ -69,6 +70,7 @@ SHAPES: dict[str, tuple[list[tuple[Any, ...]], list[tuple[Any, ...]]]] = {
     "DequantizeGroups": ([("B", "S", 64), ("B", "S", 4)], [("B", "S", 64)]),
     "PackedGroupGemm": ([("B", "S", 64), ("B", "S", 4), (24, 32), (24, 2), (1, 1), (24,)], [("B", "S", 24)]),
     "NormModulateQuantize": ([("B", "S", 64), ("B", 1, 64), ("B", 1, 64)], [("B", "S", 64), ("B", "S", 1)]),
+    "GeluQuantize": ([("B", "S", 64)], [("B", "S", 64), ("B", "S", 1)]),
 }
 
 
