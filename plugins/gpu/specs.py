@@ -51,6 +51,9 @@ class GemmSpec:
         _check(self.out_features > 0, f"out_features {self.out_features} must be positive")
         fits = self.group_size == 0 or (self.group_size > 0 and self.in_features % self.group_size == 0)
         _check(fits, f"group_size {self.group_size} does not divide in_features {self.in_features}")
+        _check(
+            self.groups == 1 or self.group_size % 2 == 0, f"group_size {self.group_size} must be even: a byte has one"
+        )
         _check(1 <= len(self.multipliers) <= 16, f"{len(self.multipliers)} multipliers; a nibble indexes 1 to 16")
         _check(not (self.real_groups and self.group_size == 0), "real_groups needs a group_size")
         _check(self.epilogue in EPILOGUES, f"epilogue {self.epilogue!r}; use one of {EPILOGUES}")
@@ -86,6 +89,20 @@ class GemmSpec:
     @property
     def has_multipliers(self) -> bool:
         return self.multipliers != (1,)
+
+    @property
+    def has_gate(self) -> bool:
+        return self.epilogue == "gate_residual"
+
+
+@dataclass(frozen=True)
+class PackSpec:
+    """codes u8 [N, K] of a 4-bit format, K = in_features -> u8 [N, K / 2], element 2i in the low nibble."""
+
+    in_features: int
+
+    def __post_init__(self) -> None:
+        _check(self.in_features > 0 and self.in_features % 2 == 0, f"in_features {self.in_features} must be even")
 
 
 @dataclass(frozen=True)

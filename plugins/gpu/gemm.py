@@ -1,0 +1,134 @@
+"""GEMM of operand bytes with 4-bit weights, packed or expanded: y = epilogue((a @ w^T) * scales + bias).
+
+One source for SM80 to SM120: pointers and masks, no tensor maps, no inline assembly. The sum over K is one of integers
+times a power of two, so its order is free: blocks of K may be split, promoted and padded with zeros, and the result is
+the same number wherever the accumulator holds it (plugins/gpu/promotion.py). Shapes are in GemmSpec (specs.py), the
+constants in `tiles.gemm_constants`. M and N are any size, K is even.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from plugins.gpu.decode import float_byte_to_fp16
+from plugins.gpu.epilogue import finish
+from plugins.gpu.loads import load_activations, packed_weights
+
+
+@triton.jit
+def tile_of(program, M, N: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BAND: tl.constexpr):
+    """program number -> (row, column) of its tile: BAND rows of tiles at a time, so that both operands stay in L2."""
+    rows, columns = tl.cdiv(M, BM), tl.cdiv(N, BN)
+    first = program // (BAND * columns) * BAND
+    height = min(rows - first, BAND)
+    inside = program % (BAND * columns)
+    return first + inside % height, inside // height
+
+
+@triton.jit
+def add_products(acc, left, right, scale, WEIGHTS_FIRST: tl.constexpr, REAL: tl.constexpr, PROMOTE: tl.constexpr):
+    """acc + left [BM, BK] @ right [BN, BK]^T, times scale [BN] if REAL; transposed if WEIGHTS_FIRST.
+
+    PROMOTE: how many products the tensor core may add before they go to a float32 addition of its own; 0: all.
+    """
+    if WEIGHTS_FIRST:
+        one, two = right, tl.trans(left)
+    else:
+        one, two = left, tl.trans(right)
+    if REAL:
+        part = tl.dot(one, two, max_num_imprecise_acc=PROMOTE)
+        return acc + part * (scale[:, None] if WEIGHTS_FIRST else scale[None, :])
+    elif PROMOTE:
+        return acc + tl.dot(one, two, max_num_imprecise_acc=PROMOTE)
+    else:
+        return tl.dot(one, two, acc)
+
+
+@triton.jit
+def sum_of_products(
+    a, w, w_scales, multiplier_codes, m, n,
+    PACKED: tl.constexpr, K: tl.constexpr, GROUP: tl.constexpr, REAL_GROUPS: tl.constexpr,
+    MULTIPLIERS_LOW: tl.constexpr, MULTIPLIERS_HIGH: tl.constexpr, W_SIGNED: tl.constexpr, W_INTEGER: tl.constexpr,
+    W_SHIFT: tl.constexpr, A_KIND: tl.constexpr, A_SHIFT: tl.constexpr, FP8: tl.constexpr, PROMOTE: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, SPLITS: tl.constexpr, WEIGHTS_FIRST: tl.constexpr,
+):  # fmt: skip
+    """f32 [BM, BN] (transposed if WEIGHTS_FIRST): this split's sum for rows m and columns n, both in range."""
+    a_rows = a + m.to(tl.int64)[:, None] * K
+    w_rows = w + n.to(tl.int64)[:, None] * (K // 2 if PACKED else K)
+    codes = multiplier_codes
+    if PACKED and MULTIPLIERS_LOW != 0:
+        codes += n[:, None] * ((K // GROUP + 1) // 2)
+    SPAN: tl.constexpr = GROUP if REAL_GROUPS else K  # input channels that share their scales
+    BLOCKS: tl.constexpr = (SPAN + BK - 1) // BK  # of a span
+    MASKED: tl.constexpr = SPAN % BK != 0
+    ALL: tl.constexpr = K // SPAN * BLOCKS
+    EACH: tl.constexpr = (ALL + SPLITS - 1) // SPLITS
+    start = tl.program_id(1) * EACH
+    acc = tl.zeros((BN, BM) if WEIGHTS_FIRST else (BM, BN), tl.float32)
+    scale = tl.zeros((BN,), tl.float32)
+    for block in range(start, min(start + EACH, ALL)):
+        span = block // BLOCKS
+        first, limit = span * SPAN + block % BLOCKS * BK, (span + 1) * SPAN
+        left = load_activations(a_rows, first + tl.arange(0, BK)[None, :], limit, FP8, A_KIND, A_SHIFT, MASKED)
+        if PACKED:
+            byte = packed_weights(
+                w_rows, codes, first, limit, K, GROUP, MULTIPLIERS_LOW, MULTIPLIERS_HIGH, W_SIGNED, W_INTEGER, W_SHIFT,
+                BK, MASKED,
+            )  # fmt: skip
+            right = byte.to(tl.float8e4nv, bitcast=True) if FP8 else float_byte_to_fp16(byte, True, 7)
+        else:
+            right = load_activations(w_rows, first + tl.arange(0, BK)[None, :], limit, FP8, "signed", 7, MASKED)
+        if REAL_GROUPS:
+            scale = tl.load(w_scales + n * (K // SPAN) + span)
+        acc = add_products(acc, left, right, scale, WEIGHTS_FIRST, REAL_GROUPS, PROMOTE)
+    return acc
+
+
+@triton.jit
+def packed_gemm(
+    a, a_scale, w, w_scales, multiplier_codes, bias, a_zero, w_sums, gate, residual, M, tokens, y,
+    N: tl.constexpr, K: tl.constexpr, GROUP: tl.constexpr, REAL_GROUPS: tl.constexpr, MULTIPLIERS_LOW: tl.constexpr,
+    MULTIPLIERS_HIGH: tl.constexpr, W_SIGNED: tl.constexpr, W_INTEGER: tl.constexpr, W_SHIFT: tl.constexpr,
+    A_KIND: tl.constexpr, A_SHIFT: tl.constexpr, FP8: tl.constexpr, UNIT: tl.constexpr, EPILOGUE: tl.constexpr,
+    PROMOTE: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, SPLITS: tl.constexpr,
+    BAND: tl.constexpr, WEIGHTS_FIRST: tl.constexpr,
+):  # fmt: skip
+    """w u8 [N, K / 2], decoded in registers. Grid (tiles, SPLITS); with SPLITS > 1 y is f32 [SPLITS, M, N]."""
+    row, column = tile_of(tl.program_id(0), M, N, BM, BN, BAND)
+    m, n = row * BM + tl.arange(0, BM), column * BN + tl.arange(0, BN)
+    acc = sum_of_products(
+        a, w, w_scales, multiplier_codes, tl.minimum(m, M - 1), tl.minimum(n, N - 1),
+        True, K, GROUP, REAL_GROUPS, MULTIPLIERS_LOW, MULTIPLIERS_HIGH, W_SIGNED, W_INTEGER, W_SHIFT, A_KIND,
+        A_SHIFT, FP8, PROMOTE, BM, BN, BK, SPLITS, WEIGHTS_FIRST,
+    )  # fmt: skip
+    if WEIGHTS_FIRST:
+        acc = tl.trans(acc)
+    finish(
+        acc * UNIT, m, n, M, tokens, a_scale, w_scales, bias, a_zero, w_sums, gate, residual, y,
+        N, REAL_GROUPS, EPILOGUE, SPLITS,
+    )  # fmt: skip
+
+
+@triton.jit
+def expanded_gemm(
+    a, a_scale, w, w_scales, bias, a_zero, w_sums, gate, residual, M, tokens, y,
+    N: tl.constexpr, K: tl.constexpr, GROUP: tl.constexpr, REAL_GROUPS: tl.constexpr, A_KIND: tl.constexpr,
+    A_SHIFT: tl.constexpr, FP8: tl.constexpr, UNIT: tl.constexpr, EPILOGUE: tl.constexpr, PROMOTE: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, SPLITS: tl.constexpr, BAND: tl.constexpr,
+    WEIGHTS_FIRST: tl.constexpr,
+):  # fmt: skip
+    """w u8 [N, K], E4M3 bytes from `expand`. Grid and y as in packed_gemm."""
+    row, column = tile_of(tl.program_id(0), M, N, BM, BN, BAND)
+    m, n = row * BM + tl.arange(0, BM), column * BN + tl.arange(0, BN)
+    acc = sum_of_products(
+        a, w, w_scales, None, tl.minimum(m, M - 1), tl.minimum(n, N - 1),
+        False, K, GROUP, REAL_GROUPS, 0, 0, 0, 0, 0, A_KIND, A_SHIFT, FP8, PROMOTE, BM, BN, BK, SPLITS,
+        WEIGHTS_FIRST,
+    )  # fmt: skip
+    if WEIGHTS_FIRST:
+        acc = tl.trans(acc)
+    finish(
+        acc * UNIT, m, n, M, tokens, a_scale, w_scales, bias, a_zero, w_sums, gate, residual, y,
+        N, REAL_GROUPS, EPILOGUE, SPLITS,
+    )  # fmt: skip

@@ -1,0 +1,219 @@
+"""Run the GEMM kernels on torch tensors: on their GPU, or on the CPU under TRITON_INTERPRET=1."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from export.errors import ContractError, EnvironmentLacksError
+from plugins.gpu import tiles
+from plugins.gpu.kernel import Kernel
+from plugins.gpu.specs import GemmSpec, PackSpec
+from plugins.gpu.table import kernel
+from plugins.gpu.tiles import Tile
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+def packed_gemm(
+    spec: GemmSpec,
+    a: Tensor,
+    a_scale: Tensor,
+    w: Tensor,
+    w_scales: Tensor,
+    bias: Tensor,
+    *,
+    multiplier_codes: Tensor | None = None,
+    a_zero: Tensor | None = None,
+    w_sums: Tensor | None = None,
+    gate: Tensor | None = None,
+    residual: Tensor | None = None,
+    tokens: int = 0,
+    out: Tensor | None = None,
+    tile: Tile | None = None,
+    sm: int | None = None,
+) -> Tensor:
+    """y [M, N] as GemmSpec says, weights packed u8 [N, K / 2].
+
+    out: where to write it. tile, sm: what to run instead of `choose_tile` for the tensors' GPU. Raises ContractError
+    for a tensor that is missing or of another shape or type, EnvironmentLacksError for CPU tensors that no interpreter
+    takes.
+    """
+    inputs = dict(
+        a=a, a_scale=a_scale, w=w, w_scales=w_scales, multiplier_codes=multiplier_codes, bias=bias, a_zero=a_zero,
+        w_sums=w_sums, gate=gate, residual=residual,
+    )  # fmt: skip
+    return _gemm(spec, inputs, tokens, out, tile, sm, expanded=False)
+
+
+def expanded_gemm(
+    spec: GemmSpec,
+    a: Tensor,
+    a_scale: Tensor,
+    w_expanded: Tensor,
+    w_scales: Tensor,
+    bias: Tensor,
+    *,
+    multiplier_codes: Tensor | None = None,
+    a_zero: Tensor | None = None,
+    w_sums: Tensor | None = None,
+    gate: Tensor | None = None,
+    residual: Tensor | None = None,
+    tokens: int = 0,
+    out: Tensor | None = None,
+    tile: Tile | None = None,
+    sm: int | None = None,
+) -> Tensor:
+    """As packed_gemm with w_expanded u8 [N, K] from `expand`; multiplier_codes are in it and not read."""
+    inputs = dict(
+        a=a, a_scale=a_scale, w=w_expanded, w_scales=w_scales, bias=bias, a_zero=a_zero, w_sums=w_sums, gate=gate,
+        residual=residual,
+    )  # fmt: skip
+    return _gemm(spec, inputs, tokens, out, tile, sm, expanded=True)
+
+
+def expected_shapes(spec: GemmSpec, m: int, tokens: int, expanded: bool) -> dict[str, tuple[tuple[int, ...], str]]:
+    """name -> (shape, dtype) of every input tensor that `spec` needs for m rows, in the kernels' order."""
+    n, k, groups = spec.out_features, spec.in_features, spec.groups
+    rows: dict[str, tuple[tuple[int, ...], str]] = {
+        "a": ((m, k), "uint8"),
+        "a_scale": ((m,), "float32"),
+        "w": ((n, k if expanded else k // 2), "uint8"),
+        "w_scales": ((n, spec.scale_groups), "float32"),
+    }
+    if spec.has_multipliers and not expanded:
+        rows["multiplier_codes"] = ((n, -(-groups // 2)), "uint8")
+    rows["bias"] = ((n,), "float32")
+    if spec.zero_point:
+        rows |= {"a_zero": ((m,), "float32"), "w_sums": ((n,), "float32")}
+    if spec.epilogue == "gate_residual":
+        rows |= {
+            "gate": ((-(-m // tokens), n), TORCH_TYPES[spec.output]),
+            "residual": ((m, n), TORCH_TYPES[spec.output]),
+        }
+    return rows
+
+
+TORCH_TYPES = {"fp16": "float16", "bf16": "bfloat16", "fp32": "float32"}
+
+
+def _gemm(
+    spec: GemmSpec,
+    inputs: dict[str, Tensor | None],
+    tokens: int,
+    out: Tensor | None,
+    tile: Tile | None,
+    sm: int | None,
+    expanded: bool,
+) -> Tensor:
+    import torch
+
+    row = kernel("expanded_gemm" if expanded else "packed_gemm")
+    a = inputs["a"]
+    assert a is not None
+    m = len(a)
+    if spec.has_gate and (tokens <= 0 or m % tokens):
+        raise ContractError(f"tokens {tokens}: the rows that share a gate must divide M {m}")
+    present = _checked(expected_shapes(spec, m, max(tokens, 1), expanded), inputs)
+    y = _output(out, (m, spec.out_features), TORCH_TYPES[spec.output], a)
+    if m == 0:
+        return y
+    sm = sm_of(a) if sm is None else sm
+    tile = tile or HEURISTICS[row.name](spec, m, sm, may_split=True)
+    given = {**present, "M": m, "tokens": tokens}
+    if tile.splits == 1:
+        run(row, spec, tile, m, sm, {**given, "y": y})
+        return y
+    parts = torch.empty((tile.splits, *y.shape), dtype=torch.float32, device=a.device)
+    run(row, spec, tile, m, sm, {**given, "y": parts})
+    _reduce(spec, tile, parts, given, y)
+    return y
+
+
+HEURISTICS = {"packed_gemm": tiles.packed_tile, "expanded_gemm": tiles.expanded_tile}
+
+
+def run(row: Kernel, spec: Any, tile: Any, rows: int, sm: int, given: dict[str, Any]) -> None:
+    """Launch the kernel of `row` on `given`, arguments by name; those that the spec does without are left out."""
+    arguments = {argument.name: given[argument.name] for argument in row.arguments_of(spec)}
+    constants = row.all_constants(spec, tile, sm)
+    grid = row.grid(spec, tile, rows)
+    row.function()[grid](**arguments, **constants, num_warps=tile.num_warps, num_stages=tile.num_stages)
+
+
+def _reduce(spec: GemmSpec, tile: Tile, parts: Tensor, given: dict[str, Any], y: Tensor) -> None:
+    from plugins.gpu.epilogue import reduce_splits
+
+    names = ("a_scale", "w_scales", "bias", "a_zero", "w_sums", "gate", "residual", "M", "tokens")
+    constants = tiles.reduce_constants(spec, tile)
+    grid = (-(-len(y) // constants["BM"]) * -(-spec.out_features // constants["BN"]),)
+    reduce_splits[grid](parts, *(given.get(name) for name in names), y, **constants, num_warps=4)
+
+
+def pack(codes: Tensor, *, out: Tensor | None = None) -> Tensor:
+    """codes u8 [N, K] below 16, K even -> u8 [N, K / 2], element 2i in the low nibble."""
+    n, k = codes.shape
+    spec, row = PackSpec(k), kernel("pack")
+    _check_tensor("codes", codes, (n, k), "uint8")
+    packed = _output(out, (n, k // 2), "uint8", codes)
+    if n:
+        sm = sm_of(codes)
+        run(row, spec, tiles.band_tile(spec, n, sm), n, sm, {"codes": codes, "rows": n, "packed": packed})
+    return packed
+
+
+def expand(spec: GemmSpec, w: Tensor, multiplier_codes: Tensor | None = None, *, out: Tensor | None = None) -> Tensor:
+    """w u8 [N, K / 2] -> u8 [N, K]: E4M3 bytes of value * multiplier * 2^tiles.weight_exponent(spec)."""
+    n, k = spec.out_features, spec.in_features
+    expected: dict[str, tuple[tuple[int, ...], str]] = {"w": ((n, k // 2), "uint8")}
+    if spec.has_multipliers:
+        expected["multiplier_codes"] = ((n, -(-spec.groups // 2)), "uint8")
+    present = _checked(expected, {"w": w, "multiplier_codes": multiplier_codes})
+    expanded = _output(out, (n, k), "uint8", w)
+    sm, row = sm_of(w), kernel("expand")
+    run(row, spec, tiles.band_tile(spec, n, sm), n, sm, {**present, "rows": n, "expanded": expanded})
+    return expanded
+
+
+def _output(out: Tensor | None, shape: tuple[int, ...], dtype: str, like: Tensor) -> Tensor:
+    import torch
+
+    if out is None:
+        return torch.empty(shape, dtype=getattr(torch, dtype), device=like.device)
+    _check_tensor("out", out, shape, dtype)
+    return out
+
+
+def sm_of(tensor: Tensor) -> int:
+    """Compute capability (10 * major + minor) of the tensor's GPU; INTERPRETED on the CPU.
+
+    Raises EnvironmentLacksError where the CPU has no interpreter.
+    """
+    import torch
+    import triton
+
+    if tensor.device.type == "cuda":
+        major, minor = torch.cuda.get_device_capability(tensor.device)
+        return 10 * major + minor
+    if triton.knobs.runtime.interpret:
+        return tiles.INTERPRETED
+    raise EnvironmentLacksError(
+        f"tensors on {tensor.device}: the kernels run on a GPU, or on the CPU with TRITON_INTERPRET=1 set before start"
+    )
+
+
+def _checked(expected: dict[str, tuple[tuple[int, ...], str]], given: dict[str, Tensor | None]) -> dict[str, Tensor]:
+    for name, (shape, dtype) in expected.items():
+        _check_tensor(name, given.get(name), shape, dtype)
+    return {name: tensor for name in expected if (tensor := given[name]) is not None}
+
+
+def _check_tensor(name: str, tensor: Tensor | None, shape: tuple[int, ...], dtype: str) -> None:
+    if tensor is None:
+        raise ContractError(f"{name} is missing; this GEMM needs it as {dtype} {list(shape)}")
+    found = str(tensor.dtype).removeprefix("torch.")
+    if tuple(tensor.shape) != shape or found != dtype or not tensor.is_contiguous():
+        layout = "" if tensor.is_contiguous() else ", not contiguous"
+        raise ContractError(
+            f"{name} is {found} {list(tensor.shape)}{layout}; this GEMM takes {dtype} {list(shape)}, contiguous"
+        )
