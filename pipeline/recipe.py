@@ -60,8 +60,9 @@ class Weights:
 class Calibrate:
     """Calibration method and its data.
 
-    method: a row of pipeline/methods.py, or "auto", which the model's size decides (`settled`). size: prompts whose sampling trajectories are used; timesteps: how many steps of each, spread evenly. prompts: a
-    file with one prompt per line, "" for the model's own. options: the method's, see pipeline/methods.py.
+    method: a row of pipeline/methods.py, or "auto", which the model's size decides (`settled`). size: prompts whose
+    sampling trajectories are used; timesteps: how many steps of each, spread evenly. prompts: a file with one prompt
+    per line, "" for the model's own. options: the method's, see pipeline/methods.py.
     """
 
     method: str = "rtn"
@@ -103,16 +104,20 @@ class Cpu:
 class Rtx:
     """Options of the `rtx` target: how weights are stored, the GPUs it is built for, and the precision of the rest.
 
-    attention: "fp16" runs attention, and large unquantized linears, on FP16 operands; "fp32" nothing.
+    attention: "fp16" runs attention, and large unquantized linears, on FP16 operands; "fp32" nothing. path: "native"
+    expresses quantized linears in TensorRT's own ops, "plugin" puts this project's kernels in their place; weights then
+    stay packed, whatever `weights` says.
     """
 
     weights: str = "fp8"
     sm: tuple[int, ...] = (89, 120)
     attention: str = "fp16"
+    path: str = "native"
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "sm", tuple(self.sm))
         _check(self.weights in ("fp8", "int8", "int4"), f"rtx.weights {self.weights!r}; use fp8, int8 or int4")
+        _check(self.path in ("native", "plugin"), f"rtx.path {self.path!r}; use native or plugin")
         _check(self.attention in ("fp16", "fp32"), f"rtx.attention {self.attention!r}; use fp16 or fp32")
         _check(bool(self.sm), "rtx.sm is empty; name at least one compute capability, for example 89")
 
@@ -220,7 +225,7 @@ def _typed(value: Any, hint: Any, source: str, key: str) -> Any:
 
 
 def settled(recipe: Recipe, parameters: int) -> Recipe:
-    """The recipe with a method in place of "auto", for a model of so many parameters; the others come back as they are."""
+    """The recipe with a method in place of "auto" for a model of so many parameters; any other comes back as it is."""
     method = settled_method(recipe.calibrate.method, parameters)
     return replace(recipe, calibrate=replace(recipe.calibrate, method=method))
 
