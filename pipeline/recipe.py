@@ -123,6 +123,25 @@ class Rtx:
 
 
 @dataclass(frozen=True)
+class Cuda:
+    """Options of the `cuda` target.
+
+    weights: "packed" keeps two codes in a byte, "expanded" a byte for each weight (twice the memory, faster with many
+    tokens), "auto" chooses for each linear by its tokens. activations: what lies between the kernels, "fp16" or "fp32".
+    """
+
+    weights: str = "auto"
+    activations: str = "fp16"
+
+    def __post_init__(self) -> None:
+        _check(
+            self.weights in ("auto", "packed", "expanded"),
+            f"cuda.weights {self.weights!r}; use auto, packed or expanded",
+        )
+        _check(self.activations in ("fp16", "fp32"), f"cuda.activations {self.activations!r}; use fp16 or fp32")
+
+
+@dataclass(frozen=True)
 class Sampling:
     """How images are made when the engine is verified and measured. height and width 0: the model's own size."""
 
@@ -166,6 +185,7 @@ class Recipe:
     budgets: Budgets = Budgets()
     cpu: Cpu = Cpu()
     rtx: Rtx = Rtx()
+    cuda: Cuda = Cuda()
 
     def __post_init__(self) -> None:
         _check(bool(self.name) and "/" not in self.name, f"recipe name {self.name!r} must be a plain file name")
