@@ -1,0 +1,159 @@
+"""The ops of the `fpq.cuda` dialect as torch modules: each holds its constants in the layout its kernel reads.
+
+Codes between them are operand bytes (plugins/gpu/operands.py), not the dialect's own codes: one for one, but the byte
+that an FP8 tensor core multiplies.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+import plugins.torch_ops  # noqa: F401, registers torch.ops.fpq
+from plugins.torch_meanings import TYPE_NAMES, encoded
+
+OPS = torch.ops.fpq
+# From how many tokens a linear expands its weight to a byte each, if left to choose. Reading N x K bytes and doing
+# 2 M N K operations takes equally long on an H100 at M = 1979e12 / 3.35e12 / 2 = 295 (data sheet, FP8): from the next
+# tile on, decoding costs more than reading saves.
+EXPAND_FROM = 512
+# FP16 holds no number below -65504; a row of nothing but -inf would become NaN.
+LOWEST_MASK = -30000.0
+
+
+class Gemm(nn.Module):
+    """Gemm and GemmGateResidual. weights: "packed", "expanded", or "auto" (expanded at the first call of EXPAND_FROM
+    tokens or more, which frees the packed ones). output: the type of y."""
+
+    w: Tensor
+    w_scales: Tensor
+    bias: Tensor
+    multiplier_codes: Tensor | None
+
+    def __init__(
+        self, constants: Mapping[str, Tensor], attributes: Mapping[str, Any], output: torch.dtype, weights: str
+    ) -> None:
+        super().__init__()
+        multipliers, n = list(attributes["multipliers"]), len(constants["codes"])
+        codes = constants["multiplier_codes"] if multipliers != [1] else None
+        self.choices = {
+            "weight": attributes["weight_format"],
+            "group_size": attributes["group_size"],
+            "multipliers": multipliers,
+        }
+        self.of_activation = {"activation": attributes["activation_format"], "output": TYPE_NAMES[output]}
+        self.in_features, self.weights = attributes["in_features"], weights
+        for name, tensor in (
+            ("w", constants["codes"]),
+            ("w_scales", constants["w_scales"]),
+            ("bias", constants["bias"]),
+            ("multiplier_codes", None if codes is None else codes.expand(n, -1)),
+            ("static_scale", constants.get("a_scale")),
+        ):
+            self.register_buffer(name, None if tensor is None else tensor.contiguous(), persistent=False)
+        self.is_expanded = False
+
+    def forward(
+        self, codes: Tensor, a_scale: Tensor | None = None, gate: Tensor | None = None, residual: Tensor | None = None
+    ) -> Tensor:
+        a = codes.reshape(-1, self.in_features)
+        scale = self._scale(a_scale, len(a))
+        if not self.is_expanded and (self.weights == "expanded" or (self.weights == "auto" and len(a) >= EXPAND_FROM)):
+            self.expand()
+        given: dict[str, Any] = {**self.choices, **self.of_activation}
+        if gate is not None and residual is not None:
+            rows = gate.reshape(-1, gate.shape[-1]).contiguous()
+            flat = residual.reshape(len(a), -1).contiguous()
+            given |= {"epilogue": "gate_residual", "gate": rows, "residual": flat, "tokens": len(a) // len(rows)}
+        if self.is_expanded:
+            y = OPS.expanded_gemm(a, scale, self.w, self.w_scales, self.bias, **given)
+        else:
+            given["multiplier_codes"] = self.multiplier_codes
+            y = OPS.packed_gemm(a, scale, self.w, self.w_scales, self.bias, **given)
+        shaped: Tensor = y.reshape(*codes.shape[:-1], -1)
+        return shaped
+
+    def _scale(self, a_scale: Tensor | None, count: int) -> Tensor:
+        """f32 [M]; a static scale is repeated."""
+        if a_scale is not None:
+            return a_scale.reshape(-1)
+        static = self.get_buffer("static_scale")
+        return static.expand(count).contiguous()
+
+    def expand(self) -> None:
+        """Replace the packed codes by bytes with multipliers folded in."""
+        self.w = OPS.expand(
+            self.w, in_features=self.in_features, multiplier_codes=self.multiplier_codes, **self.choices
+        )
+        self.multiplier_codes, self.is_expanded = None, True
+
+
+def _quantizer(attributes: Mapping[str, Any], op: Callable[..., Any]) -> Callable[..., Any]:
+    """x -> (bytes of x's shape, scale [..., 1])."""
+
+    def run(x: Tensor) -> tuple[Tensor, Tensor]:
+        codes, scale = op(x.reshape(-1, x.shape[-1]).contiguous(), format=attributes["format"])
+        return codes.reshape(x.shape), scale.reshape(*x.shape[:-1], 1)
+
+    return run
+
+
+def quantize(attributes: Mapping[str, Any]) -> Callable[..., Any]:
+    return _quantizer(attributes, OPS.quantize)
+
+
+def gelu_quantize(attributes: Mapping[str, Any]) -> Callable[..., Any]:
+    return _quantizer(attributes, OPS.gelu_quantize)
+
+
+def norm_modulate_quantize(attributes: Mapping[str, Any]) -> Callable[..., Any]:
+    given = {"format": attributes["format"], "epsilon": attributes["epsilon"]}
+
+    def run(x: Tensor, shift: Tensor, gain: Tensor) -> tuple[Tensor, Tensor]:
+        rows = [item.reshape(-1, x.shape[-1]).contiguous() for item in (x, shift, gain)]
+        codes, scale = OPS.norm_modulate_quantize(*rows, tokens=len(rows[0]) // len(rows[1]), **given)
+        return codes.reshape(x.shape), scale.reshape(*x.shape[:-1], 1)
+
+    return run
+
+
+def quantize_static(attributes: Mapping[str, Any]) -> Callable[..., Any]:
+    """A few torch functions; no kernel of its own, since one constant scale needs no pass over the token."""
+    return lambda x, scale, zero: (encoded(attributes["format"], (x.float() - zero) / scale),)
+
+
+def attention(attributes: Mapping[str, Any]) -> Callable[..., Any]:
+    def run(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
+        if mask is not None:
+            mask = mask.clamp(min=LOWEST_MASK)
+        return functional.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=attributes["scale"])
+
+    return run
+
+
+@dataclass(frozen=True)
+class DialectOp:
+    """make(attributes) -> function. A Gemm has no `make`: it is a module with constants of its own.
+
+    wide: inputs that stay float32 whatever the activations are.
+    """
+
+    make: Callable[[Mapping[str, Any]], Callable[..., Any]] | None
+    wide: frozenset[str] = frozenset()
+
+
+DIALECT_OPS = {
+    "Quantize": DialectOp(quantize),
+    "GeluQuantize": DialectOp(gelu_quantize),
+    "NormModulateQuantize": DialectOp(norm_modulate_quantize),
+    "QuantizeStatic": DialectOp(quantize_static, frozenset({"scale", "zero"})),
+    "Gemm": DialectOp(None, frozenset({"a_scale"})),
+    "GemmGateResidual": DialectOp(None, frozenset({"a_scale"})),
+    "Attention": DialectOp(attention),
+    "MaskedAttention": DialectOp(attention),
+}
