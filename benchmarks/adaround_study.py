@@ -132,7 +132,7 @@ class Results:
 
 def study(recipe: Recipe, arms: dict[str, Arm], blocks: int, results: Results) -> None:
     """Run what is missing of the first `blocks` blocks (0: all), printing a line for each arm."""
-    key = f"{recipe.name} {recipe.model} {recipe.weights.granularity} {recipe.weights.group_size}"
+    key = study_key(recipe)
     for number, case in enumerate(block_cases(recipe)):
         for name, arm in results.missing(key, case.name, arms).items():
             found = run_arm(case, arm, recipe)
@@ -140,6 +140,13 @@ def study(recipe: Recipe, arms: dict[str, Arm], blocks: int, results: Results) -
             print(f"{case.name} {name}: loss {found['loss']:.5f}, held out {found['held_out_loss']:.5f}", flush=True)
         if blocks and number + 1 == blocks:
             return
+
+
+def study_key(recipe: Recipe) -> str:
+    """The name under which results of this model and these formats are kept."""
+    formats = " ".join(f"{kind}={name}" for kind, name in recipe.formats.weight_of.items())
+    weights = f"{recipe.formats.weight} {recipe.weights.granularity} {recipe.weights.group_size}"
+    return f"{recipe.model} {weights} {formats}".strip()
 
 
 def shortened(arm: Arm, share: float) -> Arm:

@@ -179,7 +179,7 @@ def main() -> None:
     parser.add_argument("--paths", nargs="+", choices=list(PATHS), default=list(PATHS), help="cpu.path of the engines")
     args = parser.parse_args()
     args.work_dir.mkdir(parents=True, exist_ok=True)
-    model, recipe = load(args.model), with_settings(load_recipe(RECIPE), args.settings)
+    model, recipe = load(args.model), with_settings(load_recipe(RECIPE), ["method=rtn", *args.settings])
     prepare(model, recipe, args.work_dir, args.paths)
     engines = {f"engine{PATHS[path]}": CpuEngine(args.work_dir / f"cpu{PATHS[path]}") for path in args.paths}
     document: dict[str, Any] = {"model": model.config["_class_name"], "layers": model.config["num_layers"]}

@@ -22,7 +22,8 @@ from tests.bundles import make_bundle
 
 ROOT = Path(__file__).parent.parent
 WEIGHTS = "diffusion_pytorch_model.safetensors"
-COMMON = ["--engine", "pixart_w4a6", "--target", "cpu", "--set", "weights.group_size=32", "--n-steps", "1"]
+COMMON = ["--engine", "pixart_w4a6", "--target", "cpu", "--n-steps", "1"]
+COMMON += ["--set", "method=rtn", "--set", "weights.group_size=32"]
 
 
 @pytest.fixture(scope="module")

@@ -19,7 +19,7 @@ from pipeline import machine
 from pipeline.calibrate.method import Context, Method, Unit
 from pipeline.calibrate.plan import LayerPlan, make_plans
 from pipeline.calibrate.state import CalibrationState
-from pipeline.methods import METHODS
+from pipeline.methods import AUTO, METHODS
 from pipeline.progress import track
 from pipeline.recipe import Recipe, settled
 
@@ -31,10 +31,11 @@ logger = logging.getLogger(__name__)
 
 def with_method(recipe: Recipe, model: LoadedModel) -> Recipe:
     """The recipe with the method that "auto" means for this model, which is said; any other comes back as it is."""
+    if recipe.calibrate.method != AUTO:
+        return recipe
     found = settled(recipe, model.parameters)
-    if found != recipe:
-        chosen, size = found.calibrate.method, model.parameters / 1e6
-        logger.info("calibrate.method auto: %s for %.1f M parameters; --set method=NAME takes another", chosen, size)
+    chosen, size = found.calibrate.method, model.parameters / 1e6
+    logger.info("calibrate.method auto: %s for %.1f M parameters; --set method=NAME takes another", chosen, size)
     return found
 
 
