@@ -20,6 +20,11 @@ class Tile(Protocol):
     def num_stages(self) -> int: ...
 
 
+def launch_options(tile: Tile) -> dict[str, Any]:
+    """Triton's options of a tile. a * b + c may become one fused operation: kernels that must not are written so."""
+    return {"num_warps": tile.num_warps, "num_stages": tile.num_stages, "enable_fp_fusion": True}
+
+
 @dataclass(frozen=True)
 class Argument:
     """One run-time argument of a kernel, in the order of its signature: inputs, then sizes, then outputs.

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from export.errors import ContractError
+from plugins.gpu.kernel import launch_options
 from plugins.gpu.row_tiles import RowTile
 from plugins.gpu.specs import QuantizeSpec
 from plugins.gpu.table import kernel
@@ -50,8 +51,8 @@ def quantize(
 def _launch(spec: QuantizeSpec, arguments: dict, rows: int, tile: RowTile | None) -> None:
     row, sm = kernel(KERNEL_OF[spec.before]), compute_capability(arguments["x"])
     chosen = tile or row.tile(spec, rows, sm)
-    options = {"num_warps": chosen.num_warps, "num_stages": chosen.num_stages}
-    row.function()[row.grid(spec, chosen, rows)](**arguments, **row.all_constants(spec, chosen, sm), **options)
+    constants = row.all_constants(spec, chosen, sm)
+    row.function()[row.grid(spec, chosen, rows)](**arguments, **constants, **launch_options(chosen))
 
 
 def compute_capability(x: torch.Tensor) -> int:

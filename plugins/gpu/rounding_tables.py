@@ -16,9 +16,10 @@ HAS_E4M3_CONVERSION = 89  # first compute capability with cvt.e4m3x2 (PTX ISA, c
 def rounding_constants(name: str, sm: int) -> dict[str, Any]:
     """Constexpr arguments of plugins/gpu/rounding.py for format `name` on compute capability `sm`.
 
-    MAX_VALUE and ABSMAX_FLOOR of the scale; SIGNED; the grid: GROW = 2^(23 - mantissa bits), 0 where all steps are equal, and FLOOR = 1.5 * 2^23
-    times the smallest step; KIND of byte "int8", "bits" or "e4m3" (converted by the hardware); UP = the power of two
-    that takes a value to the byte's number; MOVE, SIGN: where the byte lies in the float32.
+    MAX_VALUE and ABSMAX_FLOOR of the scale; SIGNED; the grid: GROW = 2^(23 - mantissa bits), 0 where all steps are
+    equal, and FLOOR = 1.5 * 2^23 times the smallest step; KIND of byte "int8", "bits" or "e4m3" (converted by the
+    hardware); UP = the power of two that takes a value to the byte's number; MOVE, SIGN: where the byte lies in the
+    float32.
     """
     fmt, operand = get_format(name), operand_of(name)
     base = {

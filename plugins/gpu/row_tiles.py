@@ -1,4 +1,4 @@
-"""How the quantizers split their work: one program holds whole rows in registers, so memory is passed over once."""
+"""How the quantizers split their work: a program holds a row in registers, so memory is passed over once."""
 
 from __future__ import annotations
 
@@ -9,34 +9,31 @@ from export.errors import ContractError
 from plugins.gpu.rounding_tables import rounding_constants
 from plugins.gpu.specs import QuantizeSpec
 
-MAX_CHANNELS = 16384  # 16 warps of 32 threads with 32 elements each
 MAX_WARPS = 16
-# Elements of a row that a thread holds. Below it a row stays with fewer warps, whose sums need fewer exchanges through
-# shared memory (none for one warp); above it the float32 copies of a row would no longer fit into 255 registers.
+# Elements of a row that a thread holds. Fewer would spread a row of 1152 over several warps, whose sums then meet in
+# shared memory behind barriers (one warp needs shuffles only); more would not leave room for a row, its shift and its
+# scale in float32 below 255 registers, and fewer rows would be in flight.
 ELEMENTS_PER_THREAD = 48
-NARROW = 256  # a warp of 32 threads reads 8 elements each; narrower rows share a program
+MAX_CHANNELS = MAX_WARPS * 32 * ELEMENTS_PER_THREAD * 2 // 3  # 16384
 
 
 @dataclass(frozen=True)
 class RowTile:
-    """rows: of a program. block + tail >= channels, powers of two (tail 0 where one block holds the row).
+    """block + tail >= channels, powers of two (tail 0 where one block holds the row).
 
     Two blocks because a tensor's size is a power of two: 1152 = 1024 + 128 wastes nothing, one block of 2048 would
     keep 44 % of the lanes idle, and the kernel's arithmetic is close to what its memory traffic hides.
     """
 
-    rows: int
     block: int
     tail: int
     num_warps: int
     num_stages: int = 1
 
     def __post_init__(self) -> None:
-        for name, value in (("rows", self.rows), ("block", self.block), ("num_warps", self.num_warps)):
+        for name, value in (("block", self.block), ("num_warps", self.num_warps), ("tail", self.tail or 1)):
             if value < 1 or value & (value - 1):
-                raise ContractError(f"{name} {value} of a tile must be a power of two")
-        if self.tail and self.tail & (self.tail - 1):
-            raise ContractError(f"tail {self.tail} of a tile must be 0 or a power of two")
+                raise ContractError(f"{name} {value} of a tile must be a power of two (tail: or 0)")
 
 
 def split(channels: int) -> tuple[int, int]:
@@ -54,23 +51,20 @@ def split(channels: int) -> tuple[int, int]:
 def row_tile(spec: QuantizeSpec, rows: int, sm: int) -> RowTile:
     """The tile for `rows` rows of `spec` on compute capability `sm` (0: interpreted). Raises ContractError."""
     if spec.channels > MAX_CHANNELS:
-        raise ContractError(f"{spec.channels} channels; registers hold a row of at most {MAX_CHANNELS}")
+        raise ContractError(f"{spec.channels} channels; a program's registers hold a row of at most {MAX_CHANNELS}")
     block, tail = split(spec.channels)
-    wide = block + tail
     warps = 1
-    while wide > warps * 32 * ELEMENTS_PER_THREAD and warps < MAX_WARPS:
+    while block + tail > warps * 32 * ELEMENTS_PER_THREAD:
         warps *= 2
-    together = 1
-    while together * wide < NARROW and together < rows:
-        together *= 2
-    return RowTile(together, block, tail, warps)
+    return RowTile(block, tail, warps)
 
 
 def constants(spec: QuantizeSpec, tile: RowTile, sm: int) -> dict[str, Any]:
-    """The constexpr arguments that all quantizers share."""
+    """The constexpr arguments that all quantizers share. Raises ContractError for a tile narrower than a row."""
+    if tile.block + tile.tail < spec.channels:
+        raise ContractError(f"a tile of {tile.block} + {tile.tail} columns is narrower than {spec.channels} channels")
     return {
         "C": spec.channels,
-        "ROWS": tile.rows,
         "BLOCK": tile.block,
         "TAIL": tile.tail,
         **rounding_constants(spec.format, sm),
@@ -83,5 +77,5 @@ def norm_constants(spec: QuantizeSpec, tile: RowTile, sm: int) -> dict[str, Any]
 
 
 def grid(spec: QuantizeSpec, tile: RowTile, rows: int) -> tuple[int, int, int]:
-    """Programs for `rows` rows."""
-    return (-(-rows // tile.rows), 1, 1)
+    """Programs for `rows` rows: one each."""
+    return (rows, 1, 1)

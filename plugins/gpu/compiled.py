@@ -1,0 +1,253 @@
+"""Kernels compiled ahead of time for a GPU that need not be there, kept in a cache on disk.
+
+The key of the cache is everything that the machine code follows from: the source of the kernel and of every function it
+calls, argument types, constants, target, options and triton's version. Under Triton's interpreter (TRITON_INTERPRET=1),
+whose kernels are no compiler's input, another Python process compiles.
+"""
+
+from __future__ import annotations
+
+import base64
+import importlib.metadata
+import inspect
+import os
+import pickle
+import re
+import subprocess
+import sys
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields
+from functools import cached_property
+from typing import Any
+
+from export.errors import ContractError, EnvironmentLacksError
+from plugins.gpu import cache, machine_code
+from plugins.gpu.kernel import Kernel, launch_options
+
+CACHE_VERSION = 1
+MINIMUM_TRITON = (3, 6)
+TYPICAL_ROWS = 4096  # tokens for which the heuristics choose a tile, where the caller does not say
+TIMEOUT_S = 1800
+
+
+@dataclass(frozen=True)
+class Request:
+    """What to compile: a row of the table, what is known of it, the target. tile None: the heuristics' choice.
+
+    sm: compute capability, one of machine_code.TARGETS; 90, 100 and 120 compile for their sets "a". Raises
+    ContractError for another.
+    """
+
+    kernel: Kernel
+    spec: Any
+    sm: int
+    tile: Any = None
+    rows: int = TYPICAL_ROWS
+
+    def __post_init__(self) -> None:
+        if self.sm not in machine_code.TARGETS:
+            raise ContractError(f"sm {self.sm} is no target of the GPU kernels; use one of {machine_code.TARGETS}")
+
+    @property
+    def chosen_tile(self) -> Any:
+        return self.tile if self.tile is not None else self.kernel.tile(self.spec, self.rows, self.sm)
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """A kernel as machine code and as PTX.
+
+    name of the entry; target as ptxas names it ("sm_90a"); arguments: (name, Triton type) in the order of the PTX's
+    parameters, of which Triton adds `unused_parameters` pointers at the end that no kernel of the table reads (pass
+    null); shared_bytes to ask for at launch; local_bytes of a thread: 0 unless registers spill.
+    """
+
+    name: str
+    target: str
+    num_warps: int
+    arguments: tuple[tuple[str, str], ...]
+    unused_parameters: int
+    registers: int
+    local_bytes: int
+    shared_bytes: int
+    ptx: str
+    cubin: bytes = field(repr=False)
+
+    @cached_property
+    def opcodes(self) -> Counter[str]:
+        """How often each instruction stands in the machine code, modifiers included."""
+        return machine_code.opcodes(self.cubin)
+
+    def count(self, *beginnings: str) -> int:
+        """Instructions whose names begin with one of `beginnings`."""
+        return sum(count for opcode, count in self.opcodes.items() if opcode.startswith(beginnings))
+
+    def problems(self) -> list[str]:
+        """What would keep the kernel from running, or from running well, on its target."""
+        sm = int(re.sub(r"\D", "", self.target))
+        limit = machine_code.SHARED_KIB[sm] * 1024
+        rules = (
+            (self.local_bytes > 0, f"{self.local_bytes} bytes of local memory a thread: registers spill"),
+            (self.registers > machine_code.MAX_REGISTERS, f"{self.registers} registers"),
+            (self.shared_bytes > limit, f"{self.shared_bytes} bytes of shared memory; {self.target} has {limit}"),
+        )
+        return [f"{self.name} on {self.target}: {text}" for broken, text in rules if broken]
+
+
+def compile_kernel(kernel: Kernel, spec: Any, sm: int, tile: Any = None, rows: int = TYPICAL_ROWS) -> Compiled:
+    """One kernel for one target, from the cache if it is there. Raises what `compile_kernels` raises."""
+    return compile_kernels([Request(kernel, spec, sm, tile, rows)])[0]
+
+
+def compile_kernels(requests: Sequence[Request]) -> list[Compiled]:
+    """Many kernels, those that the cache lacks compiled one after the other.
+
+    Raises EnvironmentLacksError without a usable triton, ContractError where a spec fits no kernel.
+    """
+    if lacking := problems():
+        raise EnvironmentLacksError("; ".join(lacking))
+    found = [_cached(request) for request in requests]
+    missing = [request for request, one in zip(requests, found, strict=True) if one is None]
+    if any(_is_interpreted(request) for request in missing):
+        _compile_in_another_process(missing)
+        return [_cached(request) or _compile(request) for request in requests]
+    return [one or _compile(request) for request, one in zip(requests, found, strict=True)]
+
+
+def problems() -> list[str]:
+    """Why nothing can be compiled here, with the remedy; empty where it can."""
+    try:
+        version = importlib.metadata.version("triton")
+    except importlib.metadata.PackageNotFoundError:
+        return ["triton is not installed; run: pip install 'ditc[cuda]'"]
+    if tuple(int(part) for part in version.split(".")[:2]) < MINIMUM_TRITON:
+        least = ".".join(map(str, MINIMUM_TRITON))
+        return [f"triton {version} is too old; run: pip install 'triton>={least}'"]
+    tools = [machine_code.tool(name) for name in ("ptxas", "cuobjdump")]
+    return [
+        f"{path} of triton {version} is missing; reinstall triton" for path in tools if not os.access(path, os.X_OK)
+    ]
+
+
+# --- the cache -----------------------------------------------------------------------------------------------------
+
+
+def _key(request: Request) -> str:
+    tile = request.chosen_tile
+    constants = request.kernel.all_constants(request.spec, tile, request.sm)
+    return cache.key_of(
+        {
+            "version": CACHE_VERSION,
+            "triton": importlib.metadata.version("triton"),
+            "source": source_of(request.kernel.function()),
+            "arguments": _argument_types(request),
+            "constants": {name: repr(value) for name, value in constants.items()},
+            "sm": request.sm,
+            "options": launch_options(tile),
+        }
+    )
+
+
+def source_of(function: Any) -> list[str]:
+    """Source of a @triton.jit function and, sorted by name, of everything of ours it uses: functions and constants."""
+    seen: dict[str, str] = {}
+    waiting = [(function.fn.__name__, function)]
+    while waiting:
+        name, value = waiting.pop()
+        if name in seen:
+            continue
+        if not hasattr(value, "fn"):
+            seen[name] = repr(value)
+            continue
+        seen[name] = inspect.getsource(value.fn)
+        used = (other for other in value.fn.__code__.co_names if other in value.fn.__globals__)
+        values = ((other, value.fn.__globals__[other]) for other in used)
+        waiting += [(other, found) for other, found in values if not inspect.ismodule(found)]
+    return [seen.pop(function.fn.__name__), *(f"{name}: {text}" for name, text in sorted(seen.items()))]
+
+
+def _cached(request: Request) -> Compiled | None:
+    found = cache.read(_key(request))
+    if found is None:
+        return None
+    arguments = tuple((name, kind) for name, kind in found.pop("arguments"))
+    return Compiled(**found | {"arguments": arguments, "cubin": base64.b64decode(found["cubin"])})
+
+
+def _argument_types(request: Request) -> list[tuple[str, str]]:
+    return [(one.name, one.type_for(request.spec)) for one in request.kernel.arguments_of(request.spec)]
+
+
+# --- the compiler --------------------------------------------------------------------------------------------------
+
+
+def _is_interpreted(request: Request) -> bool:
+    from triton.runtime.jit import JITFunction
+
+    return not isinstance(request.kernel.function(), JITFunction)
+
+
+def _compile(request: Request) -> Compiled:
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    function, tile, types = request.kernel.function(), request.chosen_tile, dict(_argument_types(request))
+    constants = request.kernel.all_constants(request.spec, tile, request.sm)
+    source = ASTSource(
+        fn=function,
+        signature={name: types.get(name, "constexpr") for name in function.arg_names},
+        constexprs=constants,
+        attrs=_alignment(request, function.arg_names),
+    )
+    built = triton.compile(source, target=GPUTarget("cuda", request.sm, 32), options=launch_options(tile))
+    compiled = _described(built, request)
+    stored = {one.name: getattr(compiled, one.name) for one in fields(compiled)}
+    cache.write(_key(request), stored | {"cubin": base64.b64encode(compiled.cubin).decode()})
+    return compiled
+
+
+def _alignment(request: Request, names: list[str]) -> dict[tuple[int], list[list[Any]]]:
+    """Every pointer is a multiple of 16 bytes, as torch and TensorRT allocate."""
+    pointers = [one.name for one in request.kernel.arguments_of(request.spec) if one.is_pointer]
+    return {(names.index(name),): [["tt.divisibility", 16]] for name in pointers}
+
+
+def _described(built: Any, request: Request) -> Compiled:
+    ptx, cubin, name = built.asm["ptx"], built.asm["cubin"], built.metadata.name
+    used = machine_code.resources(cubin, name)
+    arguments = tuple(_argument_types(request))
+    return Compiled(
+        name=name,
+        target=_found(r"\.target (\w+)", ptx),
+        num_warps=built.metadata.num_warps,
+        arguments=arguments,
+        unused_parameters=_found(r"\.entry \w+\((.*?)\)", ptx).count(".param") - len(arguments),
+        registers=used.registers,
+        local_bytes=used.local_bytes,
+        shared_bytes=built.metadata.shared,
+        ptx=ptx,
+        cubin=cubin,
+    )
+
+
+def _found(pattern: str, text: str) -> str:
+    match = re.search(pattern, text, re.DOTALL)
+    assert match, f"triton's PTX has no {pattern}"
+    return match[1]
+
+
+def _compile_in_another_process(requests: Sequence[Request]) -> None:
+    """Fill the cache from a process without the interpreter; the cache is how the results come back."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment["PYTHONPATH"] = os.pathsep.join(path for path in sys.path if path)
+    command = [sys.executable, "-m", __name__]
+    work = pickle.dumps(list(requests))
+    done = subprocess.run(command, input=work, env=environment, capture_output=True, check=False, timeout=TIMEOUT_S)
+    if done.returncode:
+        raise RuntimeError(f"compiling kernels in another process failed:\n{done.stderr.decode()}")
+
+
+if __name__ == "__main__":
+    compile_kernels(pickle.load(sys.stdin.buffer))
