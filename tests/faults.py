@@ -92,7 +92,7 @@ class LoweredFault:
     name: str
     gate: str
     plant: Callable[[Graph, ProbeRow], None]
-    targets: tuple[str, ...] = ("cpu", "rtx")
+    targets: tuple[str, ...] = ("cpu", "rtx", "cuda")
 
 
 # --- in a layer's data ----------------------------------------------------------------------------------------------
@@ -230,7 +230,7 @@ PORTABLE_FAULTS = (
     Fault("exchanged key and value weights", "gemm_exact", _exchanged_weights),
     Fault("stale shared quantizer", "step_sqnr_db", _stale_quantizer),
     Fault("wrong modulate order", "step_sqnr_db", _wrong_modulate_order),
-    Fault("linear left float", "coverage", _left_float, refused_by=("rtx",)),
+    Fault("linear left float", "coverage", _left_float, refused_by=("rtx", "cuda")),
     Fault("skipped block", "step_sqnr_db", _skipped_block),
     Fault("dropped residual", "step_sqnr_db", _dropped_residual),
     Fault("wrong timestep embedding", "step_sqnr_db", _wrong_timestep_embedding),

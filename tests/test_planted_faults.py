@@ -1,4 +1,4 @@
-"""Every planted fault is caught by the gate that is meant to catch it, on both targets; the clean graph passes all."""
+"""Every planted fault is caught by the gate that is meant to catch it, on every target; the clean graph passes all."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from pipeline.verify import verify_target
 from tests import tiny
 from tests.faults import LOWERED_FAULTS, PORTABLE_FAULTS, Fault, Graph, LoweredFault, edited
 
-TARGETS = ("cpu", "rtx")
+TARGETS = ("cpu", "rtx", "cuda")
 # Attention in float32 on all targets: FP16 roundings would hide the smallest faults.
 SHARP = {"attention": "fp32"}
 

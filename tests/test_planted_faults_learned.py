@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -49,19 +51,29 @@ def learned_layer(layer: QuantizedLinear, index: int, of: Any, groups: bool) -> 
     return learned.with_scaling(layer, "zero", reach=1.0)
 
 
+@pytest.fixture(scope="module")
+def benches(tmp_path_factory: pytest.TempPathFactory) -> Callable[[bool], Bench]:
+    """groups -> a tiny PixArt with everything that a target takes; only the CPU takes groups of tokens."""
+
+    @cache
+    def make(groups: bool) -> Bench:
+        folder, of = tmp_path_factory.mktemp("learned"), learned.router()
+        model = models.load(str(tiny.folder("pixart", folder)))
+        plain = tiny.quantized(model, granularity="exact_group")
+        layers = [learned_layer(layer, i, of, groups) for i, layer in enumerate(plain)]
+        chosen = {"name": "tiny", "model": model.source, "sampling": {"n_steps": 3}, "rtx": SHARP}
+        recipe = recipes.from_dict(chosen, "test")
+        export_portable(model, layers, folder / "model.onnx")
+        return Bench(model, layers, recipe, folder / "model.onnx", study(model, layers, recipe))
+
+    return make
+
+
 @pytest.fixture(scope="module", params=TARGETS)
-def case(request: Any, tmp_path_factory: pytest.TempPathFactory) -> Case:
-    """A tiny PixArt with everything that the target takes (groups of tokens only on the CPU)."""
-    folder, of = tmp_path_factory.mktemp("learned"), learned.router()
-    model = models.load(str(tiny.folder("pixart", folder)))
-    plain = tiny.quantized(model, granularity="exact_group")
-    layers = [learned_layer(layer, i, of, request.param == "cpu") for i, layer in enumerate(plain)]
-    chosen = {"name": "tiny", "model": model.source, "sampling": {"n_steps": 3}, "rtx": SHARP}
-    recipe = recipes.from_dict(chosen, "test")
-    export_portable(model, layers, folder / "model.onnx")
-    bench = Bench(model, layers, recipe, folder / "model.onnx", study(model, layers, recipe))
-    graph = bench.lower(request.param, bench.portable, folder / request.param)
-    return Case(request.param, bench, graph)
+def case(request: Any, benches: Callable[[bool], Bench]) -> Case:
+    """A target with its bench."""
+    bench = benches(request.param == "cpu")
+    return Case(request.param, bench, bench.lower(request.param, bench.portable, bench.portable.parent / request.param))
 
 
 def test_the_clean_graph_passes_all_gates(case: Case) -> None:

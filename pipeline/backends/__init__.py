@@ -11,6 +11,7 @@ from pipeline.backends.base import Backend
 ROWS = {
     "cpu": ("pipeline.backends.cpu", "CpuBackend"),
     "rtx": ("pipeline.backends.rtx", "RtxBackend"),
+    "cuda": ("pipeline.backends.cuda", "CudaBackend"),
 }
 
 

@@ -94,14 +94,12 @@ def _gemm_gate_residual(body: Body) -> None:
 
 def _linear(body: Body, out: str) -> None:
     """sums [groups, M, N]: unscaled products added up in float64, where they are exact, and rounded once to float32."""
-    one = helper.make_tensor("", TensorProto.FLOAT, [1], [1.0])
-    body.op("ConstantOfShape", body.op("Shape", "w_scales"), value=one, out="scales")
-    op_bodies.dequantize_weight(body)
     groups = body.op("Shape", "w_scales", start=1, end=2)
     width = body.op("Div", body.vector(body.attribute("in_features")), groups)
-    w = body.op("Reshape", "w", body.shape(groups, width, body.ints(-1)))
     a = body.op("Gather", body.attribute("activation_values"), body.cast("a_codes", TensorProto.INT32))
     a = body.op("Transpose", body.op("Reshape", a, body.shape(body.ints(-1), groups, width)), perm=[1, 0, 2])
+    w = body.op("Reshape", _weight(body), body.shape(body.ints(0), groups, width))
+    w = body.op("Transpose", w, perm=[1, 2, 0])
     exact = body.op("MatMul", body.cast(a, TensorProto.DOUBLE), body.cast(w, TensorProto.DOUBLE))
     body.cast(exact, TensorProto.FLOAT, out="sums")
     w_scales = body.op("Unsqueeze", body.op("Transpose", "w_scales", perm=[1, 0]), body.ints(1))
@@ -109,6 +107,28 @@ def _linear(body: Body, out: str) -> None:
     leading, n = body.op("Shape", "a_codes", start=0, end=-1), body.op("Shape", "codes", start=0, end=1)
     shaped = body.op("Reshape", total, body.shape(leading, n))
     body.op("Add", body.op("Mul", shaped, "a_scale"), "bias", out=out)
+
+
+def _weight(body: Body) -> str:
+    """codes -> f32 [N, groups, K / groups]: value times multiplier, exact. Codes have 4 bits, K is even."""
+    groups = body.vector(body.attribute("groups"))
+    value = body.op("Gather", body.attribute("values"), _nibbles(body, "codes"))
+    value = body.op("Reshape", value, body.shape(body.ints(0), groups, body.ints(-1)))
+    padded = body.cast(_nibbles(body, "multiplier_codes"), TensorProto.INT64)
+    indices = body.op("Slice", padded, body.ints(0), groups, body.ints(1))
+    factors = body.cast(body.op("Gather", body.attribute("multipliers"), indices), TensorProto.FLOAT)
+    return body.op("Mul", value, body.op("Unsqueeze", factors, body.ints(-1)))
+
+
+def _nibbles(body: Body, packed: str) -> str:
+    """u8 [N, bytes] -> i32 [N, 2 bytes], element 2i the low nibble."""
+    four, mask = (
+        body.op("Constant", value=helper.make_tensor("", TensorProto.UINT8, [], [number])) for number in (4, 15)
+    )
+    low = body.op("Unsqueeze", body.op("BitwiseAnd", packed, mask), body.ints(-1))
+    high = body.op("Unsqueeze", body.op("BitShift", packed, four, direction="RIGHT"), body.ints(-1))
+    pairs = body.op("Concat", low, high, axis=-1)
+    return body.cast(body.op("Reshape", pairs, body.ints(0, -1)), TensorProto.INT32)
 
 
 def _attention(body: Body) -> None:
@@ -148,7 +168,6 @@ _GEMM = {
     "group_size": INT,
     "multipliers": INTS,
     "groups": INT,
-    "bits": INT,
     "values": FLOATS,
     "activation_values": FLOATS,
 }
@@ -235,8 +254,7 @@ OPS: dict[str, FusedOp] = {row.name: row for row in _ROWS}
 
 def gemm_attributes(packed: dict[str, Any]) -> dict[str, Any]:
     """Attributes of Gemm from those of a fpq.PackedGemm."""
-    renamed = {"weight_bits": "bits", "weight_values": "values"}
-    found = {renamed.get(key, key): value for key, value in packed.items()}
+    found = packed | {"values": packed["weight_values"]}
     return {key: found[key] for key in _GEMM}
 
 

@@ -1,0 +1,141 @@
+"""The `cuda` target: our Triton kernels in a CUDA graph through torch, on any NVIDIA GPU from SM 80 on.
+
+Building needs no GPU: the engine is the lowered graph, its kernels are compiled where it runs. What is proven: the
+graph in stock onnxruntime, layer by layer, against the oracle (codes, sums, scales, outputs), in float32; and, where
+the engine runs, its pictures and steps with the activations that the recipe chose.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import onnx_ir as ir
+
+from export.errors import ContractError, RecipeError
+from export.formats import get_format
+from pipeline import machine
+from pipeline.backends import lowering_file
+from pipeline.backends.base import BuildResult, Capabilities, Engine, GemmRow, LoweredGraph
+from pipeline.backends.cpu import link_or_copy
+from pipeline.backends.cuda_run import METADATA, MIN_SM, MODEL, SCHEMA_VERSION, CudaEngine
+from pipeline.files import sha256, write_json
+from pipeline.methods import METHODS
+from pipeline.passes import run_shared
+from pipeline.passes.graph import drop_unused
+from pipeline.passes.lower_cuda import GROUPS_REFUSED, OWN_CODES, PATHS, lower
+from pipeline.passes.lower_cuda_ops import DOMAIN
+from pipeline.recipe import Cuda
+from plugins.gpu.operands import operand_of
+
+logger = logging.getLogger(__name__)
+DATA = "model.onnx.data"
+GEMMS = (
+    GemmRow(PATHS["E4M3"], "E4M3", "E4M3", real_groups=True),
+    GemmRow(PATHS["INT8"], "INT8", "FP16", real_groups=True),
+    GemmRow(OWN_CODES, "FP16", "FP16", real_groups=True),
+)
+
+
+def options(recipe: Any) -> Cuda:
+    """The recipe's options of this target; the defaults without a recipe."""
+    return Cuda() if recipe is None else recipe.cuda
+
+
+class CudaBackend:
+    """Builds on any machine; the engine runs on GPUs."""
+
+    name = "cuda"
+    capabilities = Capabilities("cuda", GEMMS)
+
+    def problems(self, recipe: Any) -> list[str]:
+        """Formats and activations that no kernel takes."""
+        return [] if recipe is None else [*format_problems(recipe), *method_problems(recipe)]
+
+    def lower(self, portable: Path, work_dir: Path, recipe: Any) -> LoweredGraph:
+        """Write model.onnx and its data, lowered, into `work_dir`; weights stay packed."""
+        model = ir.load(portable)
+        run_shared(model)
+        lowering = lower(model)
+        if not lowering.choices:
+            raise ContractError(f"{portable} has no quantized linear to lower; export the model again")
+        drop_unused(model)
+        ir.save(model, work_dir / MODEL, external_data=DATA, size_threshold_bytes=1024)
+        return LoweredGraph(work_dir / MODEL, tuple(lowering.probes), tuple(lowering.choices))
+
+    def build(self, lowered: LoweredGraph, out_dir: Path, recipe: Any) -> BuildResult:
+        """The lowered graph itself, metadata.json and lowering.json. Raises ContractError for a graph that the
+        executor cannot run."""
+        model = ir.load(lowered.path)
+        refuse_unrunnable(model)
+        for name in (MODEL, DATA):
+            link_or_copy(lowered.path.with_name(name), out_dir / name)
+        metadata = describe(model, lowered, options(recipe))
+        write_json(out_dir / METADATA, metadata)
+        placed = LoweredGraph(out_dir / MODEL, lowered.probes, lowered.choices)
+        lowering_file.write(placed, out_dir / lowering_file.NAME)
+        files = tuple(f"{out_dir.name}/{name}" for name in (MODEL, DATA, METADATA, lowering_file.NAME))
+        return BuildResult(files, lowered, metadata)
+
+    def load(self, bundle_dir: Path) -> Engine:
+        """Engine on the GPU. Raises EnvironmentLacksError where there is none, or too old a one."""
+        return CudaEngine(bundle_dir / self.name)
+
+
+def refuse_unrunnable(model: ir.Model) -> None:
+    """Raise ContractError for nodes that the executor has no row for."""
+    from pipeline.backends.cuda_module import refuse_unknown
+
+    refuse_unknown(model.graph)
+
+
+def format_problems(recipe: Any) -> list[str]:
+    """One message for each number format of the recipe that no kernel takes."""
+    found = []
+    for name in sorted({recipe.formats.weight, *recipe.formats.weight_of.values()}):
+        if get_format(name).bits != 4:
+            remedy = "use a 4-bit format, or build with --target cpu"
+            found.append(f"weights in {name}: the kernels of target cuda take 4-bit weights; {remedy}")
+    try:
+        operand_of(recipe.formats.activation)
+    except RecipeError as error:
+        found.append(f"target cuda: {error}")
+    return found
+
+
+def method_problems(recipe: Any) -> list[str]:
+    """One message where the method would give activations a scale per token and group."""
+    chosen = recipe.calibrate
+    known = METHODS.get(chosen.method)  # "auto" stands for methods whose scales are per token
+    resolved = known.resolve(chosen.preset, chosen.options) if known else {}
+    if resolved.get("activations") != "token_group":
+        return []
+    return [f"calibrate.options.activations=token_group of {chosen.method}: {GROUPS_REFUSED}"]
+
+
+def describe(model: ir.Model, lowered: LoweredGraph, chosen: Cuda) -> dict[str, Any]:
+    """metadata.json: what the engine needs, takes and holds, and what built it."""
+    kernels = Counter(node.op_type for node in model.graph if node.domain == DOMAIN)
+    return {
+        "schema_version": SCHEMA_VERSION,
+        "least_sm": MIN_SM,
+        "torch": machine.tool_version("torch"),
+        "triton": machine.tool_version("triton"),
+        "options": {"weights": chosen.weights, "activations": chosen.activations},
+        "inputs": {str(value.name): _input_row(value) for value in model.graph.inputs},
+        "kernels": dict(sorted(kernels.items())),
+        "paths": dict(Counter(choice.path for choice in lowered.choices)),
+        "weights_bytes": lowered.path.with_name(DATA).stat().st_size,
+        "onnx_sha256": sha256(lowered.path),
+        "onnx_data_sha256": sha256(lowered.path.with_name(DATA)),
+    }
+
+
+def _input_row(value: ir.Value) -> dict[str, Any]:
+    """Element type and shape of an input; a size that may vary is given by its name."""
+    if value.shape is None or value.dtype is None:
+        raise ContractError(f"input {value.name} has no shape or type; export the model again")
+    shape = [size if isinstance(size, int) else str(size) for size in value.shape]
+    return {"dtype": value.dtype.numpy().name, "shape": shape}

@@ -1,0 +1,161 @@
+"""Runs a `cuda` engine: the lowered graph as a torch module on an NVIDIA GPU, captured as a CUDA graph.
+
+For each set of input shapes there are fixed input tensors and one captured graph; a call copies in, replays, copies
+out. No machine with a GPU was at hand: capture and kernels are compiled, not run. The same module runs on the CPU
+(device="cpu", without capture), where it is proven equal to the graph in onnxruntime.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from export.errors import ContractError, EnvironmentLacksError, RecipeError
+from pipeline import machine
+from pipeline.backends.base import Arrays
+
+logger = logging.getLogger(__name__)
+MODEL, METADATA = "model.onnx", "metadata.json"
+SCHEMA_VERSION = 1
+MIN_SM = 80
+# Calls before the capture: kernels are compiled in the first, and torch's libraries ask for their memory.
+WARM_UPS = 2
+
+
+def machine_problem(metadata: Mapping[str, Any], sm: int, triton: str) -> str:
+    """Why a GPU of capability `sm` (0: none) with that release of triton ('': none) cannot run; empty if it can."""
+    least = metadata.get("least_sm", MIN_SM)
+    if not sm:
+        return (
+            "running the target cuda needs an NVIDIA GPU and a PyTorch with CUDA; none is visible here. Run it on a "
+            "machine with one, or build with --target cpu"
+        )
+    if sm < least:
+        return f"the target cuda needs SM {least} or newer, this GPU is SM {sm}; build with --target cpu"
+    if not triton:
+        return "running the target cuda needs triton; install with: pip install triton"
+    return ""
+
+
+def read_metadata(folder: Path) -> dict[str, Any]:
+    """metadata.json of a built engine. Raises ContractError for a damaged file or another schema."""
+    path = folder / METADATA
+    try:
+        found = dict(json.loads(path.read_text()))
+        if found["schema_version"] != SCHEMA_VERSION:
+            raise ContractError(
+                f"{path}: schema {found['schema_version']}, this version reads {SCHEMA_VERSION}; build the engine again"
+            )
+        return found | {"inputs": dict(found["inputs"]), "options": dict(found["options"])}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ContractError(f"{path} cannot be read ({error}); build the engine again") from error
+
+
+def visible_sm() -> int:
+    """Compute capability of PyTorch's current GPU, 0 without one."""
+    import torch
+
+    if not torch.cuda.is_available():
+        return 0
+    major, minor = torch.cuda.get_device_capability()
+    return int(major * 10 + minor)
+
+
+def check_inputs(expected: Mapping[str, Mapping[str, Any]], inputs: Arrays) -> None:
+    """Raise RecipeError for a missing or unknown input, or one of another number of axes or fixed size."""
+    if wrong := sorted(set(expected) ^ set(inputs)):
+        raise RecipeError(f"inputs {wrong} are missing or unknown; the engine takes {', '.join(sorted(expected))}")
+    for name, row in expected.items():
+        shape, found = row["shape"], inputs[name].shape
+        fits = len(shape) == len(found) and all(
+            size == known for size, known in zip(found, shape, strict=True) if isinstance(known, int)
+        )
+        if not fits:
+            raise RecipeError(f"input {name} has shape {found}; the engine takes {tuple(shape)}")
+
+
+@dataclass
+class Captured:
+    """One CUDA graph: write `inputs`, replay, read `outputs`."""
+
+    graph: Any
+    inputs: dict[str, Any]
+    outputs: dict[str, Any]
+
+    @classmethod
+    def make(cls, module: Any, inputs: dict[str, Any]) -> Captured:
+        """Warm up on a stream of its own, as captures must, then capture. Outputs lie in the graph's own memory."""
+        import torch
+
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(WARM_UPS):
+                module(inputs)
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            outputs = module(inputs)
+        return cls(graph, inputs, outputs)
+
+    def run(self, arrays: Mapping[str, Any]) -> dict[str, Any]:
+        for name, tensor in arrays.items():
+            self.inputs[name].copy_(tensor)
+        self.graph.replay()
+        return self.outputs
+
+
+class CudaEngine:
+    """A lowered graph on the current GPU. One call at a time."""
+
+    def __init__(self, folder: Path, device: str = "cuda") -> None:
+        """Raises EnvironmentLacksError before anything is read where this machine cannot run the engine.
+
+        device "cpu" runs the module without kernels and without capture: a proof of the executor, not a fast engine.
+        """
+        machine.require(("torch", "onnx_ir"), "running the target cuda")
+        self.metadata, self.device = read_metadata(folder), device
+        if device != "cpu":
+            problem = machine_problem(self.metadata, visible_sm(), machine.tool_version("triton"))
+            if problem:
+                raise EnvironmentLacksError(problem)
+        self._captured: dict[tuple[Any, ...], Captured] = {}
+        self._open(folder / MODEL)
+
+    def _open(self, path: Path) -> None:
+        import onnx_ir as ir
+
+        from pipeline.backends.cuda_module import LoweredModule
+
+        module = LoweredModule(ir.load(path), **self.metadata["options"]).finish()
+        self.module: Any = module.to(self.device).eval()
+
+    def run(self, inputs: Arrays) -> Arrays:
+        """Outputs by name for inputs by name, NumPy on both sides."""
+        import torch
+
+        check_inputs(self.metadata["inputs"], inputs)
+        types = {name: row["dtype"] for name, row in self.metadata["inputs"].items()}
+        tensors = {name: torch.from_numpy(np.ascontiguousarray(array, types[name])) for name, array in inputs.items()}
+        with torch.inference_mode():
+            found = self.module(tensors) if self.device == "cpu" else self._replay(tensors)
+            return {name: tensor.to("cpu", copy=True).numpy() for name, tensor in found.items()}
+
+    def _replay(self, tensors: dict[str, Any]) -> dict[str, Any]:
+        key = tuple((name, tuple(tensor.shape)) for name, tensor in sorted(tensors.items()))
+        if key not in self._captured:
+            placed = {name: tensor.to(self.device) for name, tensor in tensors.items()}
+            self._captured[key] = Captured.make(self.module, placed)
+            logger.info("captured a CUDA graph for %s", key)
+        return self._captured[key].run(tensors)
+
+    def close(self) -> None:
+        """Free the GPU; the engine cannot run afterwards."""
+        self._captured.clear()
+        self.module = None
