@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.conftest import KERNEL_MODULES
+
 ROOT = Path(__file__).parent.parent
 # Each package may import itself and the ones after it: benchmarks, tests -> pipeline -> plugins -> export.
 ALLOWED = {
@@ -25,7 +27,17 @@ DEFINES_TORCH_MODULES = {
     "pipeline/diffusers_adapter.py",
 }
 # Calibration's own machinery; every other module of the package belongs to a method, loaded by its row in the table.
-LIGHT_CALIBRATION = {"__init__.py", "__main__.py", "data.py", "method.py", "plan.py", "rtn.py", "scales.py", "state.py"}
+LIGHT_CALIBRATION = {
+    "__init__.py",
+    "__main__.py",
+    "data.py",
+    "method.py",
+    "pipeline_data.py",
+    "plan.py",
+    "rtn.py",
+    "scales.py",
+    "state.py",
+}
 DEFINES_TORCH_MODULES |= {
     f"pipeline/calibrate/{path.name}"
     for path in (ROOT / "pipeline/calibrate").glob("*.py")
@@ -39,6 +51,7 @@ DEFINES_TORCH_MODULES |= {
     "pipeline/backends/cuda_module.py",
     "pipeline/backends/cuda_onnx_ops.py",
 }
+DEFINES_TORCH_MODULES |= {f"plugins/gpu/{name}.py" for name in KERNEL_MODULES}
 FILES = sorted(path.relative_to(ROOT) for package in ALLOWED for path in (ROOT / package).rglob("*.py"))
 TYPE_ONLY = "TYPE_CHECKING"
 
@@ -70,6 +83,12 @@ def test_the_walk_sees_what_it_should() -> None:
     assert len(FILES) > 20, "the compiler's files were not found"
 
 
+def test_kernels_are_where_the_interpreter_finds_them() -> None:
+    """tests/conftest.py imports every file with kernels while triton's interpreter is on."""
+    kernels = {path.stem for path in (ROOT / "plugins/gpu").glob("*.py") if "\n@triton.jit" in path.read_text()}
+    assert kernels == set(KERNEL_MODULES)
+
+
 @pytest.mark.parametrize("path", FILES, ids=str)
 def test_import_direction(path: Path) -> None:
     own = {"benchmarks", "tests", *ALLOWED}
@@ -83,7 +102,9 @@ def test_heavy_packages_are_imported_late(path: Path) -> None:
         return
     heavy = [name for name, at_top in found(path) if at_top and name.split(".")[0] in HEAVY]
     lazy = {name.removesuffix(".py").replace("/", ".") for name in DEFINES_TORCH_MODULES}
-    heavy += [name for name, at_top in found(path) if at_top and any(name.startswith(module) for module in lazy)]
+    heavy += [
+        name for name, at_top in found(path) if at_top and any(f"{name}.".startswith(f"{module}.") for module in lazy)
+    ]
     assert not heavy, f"{path} imports {heavy} at its top; move it into the function that needs it"
 
 

@@ -1,0 +1,35 @@
+"""Triton's interpreter for the tests of the GPU kernels, on a machine without a GPU.
+
+Triton decides when it is imported whether its functions are interpreted. So it is imported here, before any test, with
+TRITON_INTERPRET set and unset again: what reads the variable later finds it only in tests that use `interpreter`.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import os
+from collections.abc import Iterator
+
+import pytest
+
+VARIABLE = "TRITON_INTERPRET"
+# Every module with @triton.jit functions.
+KERNEL_MODULES = ("decode", "epilogue", "gemm", "loads", "quantize", "repack", "rounding")
+
+if importlib.util.find_spec("triton"):
+    os.environ[VARIABLE] = "1"
+    for name in KERNEL_MODULES:
+        importlib.import_module(f"plugins.gpu.{name}")
+    del os.environ[VARIABLE]
+
+
+@pytest.fixture
+def interpreter(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Kernels run on CPU tensors, interpreted; NumPy's warnings about NaN and Inf in them mean nothing."""
+    import numpy as np
+
+    pytest.importorskip("triton", reason="the GPU kernels need triton")
+    monkeypatch.setenv(VARIABLE, "1")
+    with np.errstate(all="ignore"):
+        yield
