@@ -27,7 +27,7 @@ def make_parser() -> Parser:
         "-m", "--model", metavar="ID_OR_DIR", help="diffusers folder, hub id or zoo:NAME (default: recipe's)"
     )
     made.add_argument(
-        "--target", default="auto", help="cpu, rtx, or both with a comma; auto: all that can be built here"
+        "--target", default="auto", help="cpu, rtx, cuda, or several with commas; auto: all that can be built here"
     )
     made.add_argument("-o", "--output-dir", type=Path, metavar="DIR", help="where to write (default: engines/NAME)")
     made.add_argument("--target-sm", type=integers, metavar="89,120", help="GPUs that the rtx engine is built for")

@@ -11,6 +11,7 @@ from typing import Any
 
 from export.errors import ContractError, EnvironmentLacksError, RecipeError
 from pipeline import machine, manifest, recipe
+from pipeline.backends import cuda_run
 from pipeline.backends.base import Engine
 from pipeline.backends.rtx_run import machine_problem, release
 from pipeline.files import sha256, tree
@@ -145,7 +146,16 @@ def _rtx_problem(document: Mapping[str, Any]) -> str:
     return machine_problem(document["targets"]["rtx"]["metadata"], found, cuda_sm())
 
 
-FITNESS: dict[str, Callable[[Mapping[str, Any]], str]] = {"cpu": _cpu_problem, "rtx": _rtx_problem}
+def _cuda_problem(document: Mapping[str, Any]) -> str:
+    metadata = document["targets"]["cuda"]["metadata"]
+    return cuda_run.machine_problem(metadata, cuda_sm(), machine.tool_version("triton"))
+
+
+FITNESS: dict[str, Callable[[Mapping[str, Any]], str]] = {
+    "cpu": _cpu_problem,
+    "rtx": _rtx_problem,
+    "cuda": _cuda_problem,
+}
 
 
 def cuda_sm() -> int:

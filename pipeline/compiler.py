@@ -28,12 +28,15 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-# What `--target auto` builds where its package is installed, and what has a place but no builder here yet.
-AUTO_TARGETS = {"cpu": "onnxruntime", "rtx": "tensorrt_rtx"}
-UNAVAILABLE_TARGETS = ("cuda", "trt")
+# What `--target auto` builds where its package is installed (and, for those of GPU_TARGETS, a GPU of at least that
+# compute capability is visible), and what has a place but no builder here yet.
+AUTO_TARGETS = {"cpu": "onnxruntime", "rtx": "tensorrt_rtx", "cuda": "triton"}
+GPU_TARGETS = {"cuda": 80}
+UNAVAILABLE_TARGETS = ("trt",)
 # Disk while building, in bytes per parameter: checkpoint by layer and joined, and the portable model (together below
-# 2); the baselines of the measurement (9, see bench); the CPU's INT8 weights; the lowered graph and the engine of rtx.
-BYTES_PER_PARAMETER = {"always": 11.0, "cpu": 1.5, "rtx": 2.5}
+# 2); the baselines of the measurement (9, see bench); the CPU's INT8 weights; the lowered graph and the engine of rtx;
+# the packed weights of cuda.
+BYTES_PER_PARAMETER = {"always": 11.0, "cpu": 1.5, "rtx": 2.5, "cuda": 1.0}
 NEEDED = ("torch", "diffusers", "onnx", "onnx_ir", "onnxscript", "onnxruntime")
 
 
@@ -112,7 +115,7 @@ def refuse_full_disk(request: BuildRequest, parameters: int) -> None:
 def parse_targets(text: str) -> tuple[str, ...]:
     """The targets of `--target`: names with commas, or `auto` for all that can be built here."""
     if text == "auto":
-        return tuple(name for name, module in AUTO_TARGETS.items() if name == "cpu" or find_spec(module))
+        return tuple(name for name, module in AUTO_TARGETS.items() if name == "cpu" or _built_by_auto(name, module))
     names = tuple(dict.fromkeys(name.strip() for name in text.split(",")))
     for name in names:
         if name in UNAVAILABLE_TARGETS:
@@ -122,6 +125,12 @@ def parse_targets(text: str) -> tuple[str, ...]:
         if name not in AUTO_TARGETS:
             raise RecipeError(f"target {name!r} is unknown; use auto or some of {', '.join(AUTO_TARGETS)}")
     return names
+
+
+def _built_by_auto(target: str, module: str) -> bool:
+    from pipeline.bundle import cuda_sm
+
+    return find_spec(module) is not None and (target not in GPU_TARGETS or cuda_sm() >= GPU_TARGETS[target])
 
 
 def load_model(source: str) -> LoadedModel:

@@ -79,12 +79,12 @@ def rtx_check() -> Check:
 
 def gpu_check() -> Check:
     sm = cuda_sm()
-    remedy = "only needed to run the target rtx; building it needs no GPU"
+    remedy = "only needed to run the targets rtx and cuda; building them needs no GPU"
     return Check("NVIDIA GPU", sm > 0, f"SM {sm}" if sm else "none visible", False, remedy)
 
 
 def triton_check() -> Check:
-    remedy = "only needed for GPU kernels; pip install triton"
+    remedy = "only needed to run the target cuda; pip install triton"
     return Check(
         "triton", find_spec("triton") is not None, machine.tool_version("triton") or "not installed", False, remedy
     )

@@ -82,7 +82,7 @@ def test_list_says_what_each_width_buys() -> None:
     answer = json.loads(python(BLOCKED, "list", "--json").stdout)
     rows = {row["name"]: row for row in answer["recipes"]}
     assert "no speed over 8-bit" in rows["pixart_w4a6"]["worth"]
-    assert {row["target"]: row["available"] for row in answer["targets"]}["cuda"] is False
+    assert {row["target"]: row["available"] for row in answer["targets"]}["trt"] is False
 
 
 def test_unknown_verb() -> None:
@@ -231,7 +231,7 @@ def test_engines_of_targets_not_asked_for_are_dropped(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("args", "code", "text"),
     [
-        (["--target", "cuda"], 3, "target cuda is not available in this version"),
+        (["--target", "trt"], 3, "target trt is not available in this version"),
         (["--target", "gpu"], 2, "target 'gpu' is unknown"),
         (["--target", "cpu", "--target-sm", "89"], 2, "--target-sm belongs to the target rtx"),
     ],

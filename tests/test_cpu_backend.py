@@ -125,9 +125,9 @@ def test_running_needs_no_compiler(source):
 
 
 def test_targets_are_listed_without_importing_them():
-    assert list(BACKENDS) == ["cpu", "rtx"]
+    assert {"cpu", "rtx", "cuda"} <= set(BACKENDS)
     with pytest.raises(KeyError):
-        BACKENDS["cuda"]
+        BACKENDS["gpu"]
 
 
 def test_nothing_is_missing_here():
