@@ -21,6 +21,7 @@ from pipeline.methods import METHODS, MethodRow, Option
 from pipeline.recipe import load as load_recipe
 from pipeline.recipe import with_settings
 from tests import tiny
+from tests.test_diffusers_adapter import CALLS, folder_of
 
 FAMILIES = ("pixart", "dit", "hunyuan")
 
@@ -92,8 +93,32 @@ def test_prompts_come_from_a_file(tmp_path):
 
 def test_prompts_need_a_model_that_encodes_them(tmp_path):
     model, recipe = made("pixart", tmp_path)
-    with pytest.raises(RecipeError, match=r"generation\.json"):
+    with pytest.raises(RecipeError, match="nothing encodes prompts for"):
         read_prompts(model, replace(recipe, calibrate=replace(recipe.calibrate, prompts="some.txt")))
+
+
+@pytest.mark.parametrize("family", CALLS)
+def test_a_real_pipeline_samples_with_its_own_text_encoder(family, tmp_path, monkeypatch):
+    folder = folder_of(family, tmp_path, monkeypatch)
+    root = tmp_path / "real"
+    CALLS[family][0](load(str(folder)).module).save_pretrained(root)
+    model, recipe = load(str(root)), made(family, tmp_path / "other")[1]
+    data = calibration_data(model, recipe)
+    assert [call.step for call in data.calls] == [0, 2] and data.samples == 2 * 3 * 2
+    inputs, half = data.calls[0].inputs, 3
+    name = "class_labels" if family == "dit" else "encoder_hidden_states"
+    assert not np.array_equal(inputs[name][:half], inputs[name][half:]), "the halves of guidance have one condition"
+    assert np.array_equal(inputs["hidden_states"][:half], inputs["hidden_states"][half:])
+    if family == "dit":
+        assert (inputs[name][half:] == 1000).all()  # the pipeline's null class
+        return
+    lines = tmp_path / "prompts.txt"
+    lines.write_text("a red circle\na circle\n")
+    given = calibration_data(model, replace(recipe, calibrate=replace(recipe.calibrate, prompts=str(lines))))
+    first, second, third = given.calls[0].inputs[name][half:]  # this pipeline has the empty prompt first
+    assert np.array_equal(first, third) and not np.array_equal(first, second)  # two lines serve three prompts
+    (root / "text_encoder").rename(root / "elsewhere")
+    assert read_prompts(model, recipe) == ("random",) * 3
 
 
 def test_layers_belong_to_the_repeated_block():

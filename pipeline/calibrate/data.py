@@ -18,6 +18,7 @@ from safetensors.numpy import load_file, save_file
 from export.errors import RecipeError
 from pipeline import machine
 from pipeline.backends.base import Arrays
+from pipeline.calibrate import pipeline_data
 from pipeline.conditioning import GENERATION_FILE, load_generation
 from pipeline.files import sha256_json, write_json
 from pipeline.picture_case import Case, example_prompts, make_case
@@ -26,6 +27,7 @@ from pipeline.recipe import Recipe
 
 if TYPE_CHECKING:
     from export.models import LoadedModel
+    from pipeline.backends.reference import ReferenceEngine
 
 logger = logging.getLogger(__name__)
 ORIGIN_FILE = "data.json"
@@ -78,16 +80,23 @@ def calibration_data(model: LoadedModel, recipe: Recipe) -> CalibrationData:
 def read_prompts(model: LoadedModel, recipe: Recipe) -> tuple[str, ...]:
     """`calibrate.size` prompts: from the recipe's file, repeated as needed, else ones that the model understands."""
     wanted = recipe.calibrate
+    described, root = (model.folder / GENERATION_FILE).is_file(), _root(model)
     if wanted.prompts:
         path = Path(wanted.prompts)
-        if not (model.folder / GENERATION_FILE).is_file():
-            raise RecipeError(f"calibrate.prompts: {model.source} has no {GENERATION_FILE} that encodes prompts here")
+        if not described and root is None:
+            raise RecipeError(
+                f"calibrate.prompts: nothing encodes prompts for {model.source}; give the folder of its whole "
+                f"diffusers pipeline ({pipeline_data.INDEX} and all it lists), or a model with {GENERATION_FILE}"
+            )
         lines = [line.strip() for line in path.read_text().splitlines()] if path.is_file() else []
         found = [line for line in lines if line]
         if not found:
             raise RecipeError(f"calibrate.prompts: {path} has no prompt; give a text file with one prompt per line")
         return tuple(found[i % len(found)] for i in range(wanted.size))
-    if not (model.folder / GENERATION_FILE).is_file():
+    if root is not None:
+        return tuple(pipeline_data.example_prompts(model, wanted.size, wanted.seed + SEED_OFFSET))
+    if not described:
+        logger.warning("%s has no text encoder: calibration sees random conditioning", model.source)
         return ("random",) * wanted.size
     return tuple(example_prompts(load_generation(model.folder), wanted.size, wanted.seed + SEED_OFFSET))
 
@@ -102,14 +111,20 @@ def kept_steps(n_steps: int, timesteps: int) -> list[int]:
 
 
 def _origin(model: LoadedModel, recipe: Recipe, prompts: tuple[str, ...]) -> dict[str, Any]:
-    sampling = recipe.sampling
-    return {
+    sampling, root = recipe.sampling, _root(model)
+    found = {
         "model_sha256": model.sha256,
         "prompts": list(prompts),
         "seed": recipe.calibrate.seed,
         "timesteps": recipe.calibrate.timesteps,
         "sampling": [sampling.n_steps, sampling.guidance_scale, sampling.height, sampling.width],
     }
+    return found | ({"pipeline": pipeline_data.identity(root)} if root else {})
+
+
+def _root(model: LoadedModel) -> Path | None:
+    """The pipeline that samples this model, if it is not sampled by the description beside it."""
+    return None if (model.folder / GENERATION_FILE).is_file() else pipeline_data.pipeline_root(model)
 
 
 def _collect(model: LoadedModel, recipe: Recipe, prompts: tuple[str, ...], folder: Path) -> None:
@@ -117,24 +132,34 @@ def _collect(model: LoadedModel, recipe: Recipe, prompts: tuple[str, ...], folde
     import torch
 
     from export.models import denoiser
-    from export.torch_modules import set_resolution
     from pipeline.backends.reference import ReferenceEngine
 
     steps = set(kept_steps(recipe.sampling.n_steps, recipe.calibrate.timesteps))
-    engine = ReferenceEngine(denoiser(model), torch.float32)
+    engine, root = ReferenceEngine(denoiser(model), torch.float32), _root(model)
+    sampler = pipeline_data.PipelineSampler(root, model, recipe, engine) if root else None
     starts = range(0, len(prompts), BATCH_PROMPTS)
     folder.mkdir(parents=True, exist_ok=True)
     for number, start in enumerate(track(starts, len(starts), "calibration data")):
         if all(_path(folder, number, step).is_file() for step in steps):
             continue  # an interrupted run has made this batch
-        case = _case(model, recipe, prompts[start : start + BATCH_PROMPTS], number)
-        set_resolution(engine.module, *case.noise.shape[2:])
 
-        def keep(step: int, inputs: Arrays, _: Arrays, number: int = number) -> None:
+        def keep(step: int, inputs: Arrays, number: int = number) -> None:
             if step in steps:
                 _save(inputs, _path(folder, number, step))
 
-        case.draw(engine.run, keep)
+        part = prompts[start : start + BATCH_PROMPTS]
+        if sampler:
+            sampler.draw(part, recipe.calibrate.seed + SEED_OFFSET + start, keep)
+        else:
+            _draw(_case(model, recipe, part, number), engine, keep)
+
+
+def _draw(case: Case, engine: ReferenceEngine, keep: pipeline_data.Keep) -> None:
+    """Sample by the description beside the model, or from random conditioning."""
+    from export.torch_modules import set_resolution
+
+    set_resolution(engine.module, *case.noise.shape[2:])
+    case.draw(engine.run, lambda step, inputs, _: keep(step, inputs))
 
 
 def _case(model: LoadedModel, recipe: Recipe, prompts: tuple[str, ...], number: int) -> Case:

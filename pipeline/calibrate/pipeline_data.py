@@ -1,0 +1,106 @@
+"""The trajectory of a real model, drawn by the diffusers pipeline it belongs to: its text encoder, its scheduler.
+
+A folder with model_index.json and all that it lists has them; a transformer alone does not, and then calibration sees
+random conditioning. The text encoder is loaded in float32, so that latents are float32 as well.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from pipeline.backends.base import Arrays, Engine
+from pipeline.files import sha256_json
+
+if TYPE_CHECKING:
+    from export.models import LoadedModel
+    from pipeline.recipe import Recipe
+
+INDEX = "model_index.json"
+CAPTIONS = "captions.txt"
+Keep = Callable[[int, Arrays], None]
+
+
+def pipeline_root(model: LoadedModel) -> Path | None:
+    """The folder of the model's pipeline if every part that its index lists is there, else None."""
+    for folder in (model.folder, model.folder.parent):
+        path = folder / INDEX
+        if path.is_file() and all((folder / part).is_dir() for part in _parts(path)):
+            return folder
+    return None
+
+
+def _parts(index: Path) -> list[str]:
+    """Names of the parts of a pipeline; `[null, null]` stands for one that it does without."""
+    document = json.loads(index.read_text())
+    return [name for name, value in document.items() if isinstance(value, list) and len(value) == 2 and value[0]]
+
+
+def identity(root: Path) -> str:
+    """Hash of the pipeline's index and of its files' names and sizes, which tells one text encoder from another."""
+    files = sorted(path for path in root.rglob("*") if path.is_file())
+    return sha256_json([[str(path.relative_to(root)), path.stat().st_size] for path in files])
+
+
+def example_prompts(model: LoadedModel, count: int, seed: int) -> list[str]:
+    """Captions of everyday pictures, or for a model of classes the numbers of some, the same for the same seed."""
+    rng = np.random.default_rng(seed)
+    if model.family.name == "dit":
+        classes = int(model.config["num_embeds_ada_norm"])
+        return [str(number) for number in rng.integers(classes, size=count)]
+    lines = (resources.files("pipeline.calibrate") / CAPTIONS).read_text().splitlines()
+    order = rng.permutation(len(lines))
+    return [lines[order[i % len(lines)]] for i in range(count)]
+
+
+@dataclass
+class _Recorder:
+    """An engine that shows every call's inputs before it computes."""
+
+    engine: Engine
+    keep: Keep
+    calls: int = 0
+
+    def run(self, inputs: Arrays) -> Arrays:
+        self.keep(self.calls, inputs)
+        self.calls += 1
+        return self.engine.run(inputs)
+
+    def close(self) -> None:
+        self.engine.close()
+
+
+class PipelineSampler:
+    """The model's pipeline with the float model's engine in the transformer's place, opened once for all batches."""
+
+    def __init__(self, root: Path, model: LoadedModel, recipe: Recipe, engine: Engine) -> None:
+        """Raises OSError as diffusers does for a part that cannot be read."""
+        from diffusers import DiffusionPipeline
+
+        from pipeline.diffusers_adapter import EngineTransformer
+
+        self.model, self.recipe, self.engine = model, recipe, engine
+        transformer = EngineTransformer(engine, model.family, model.config)
+        self.pipe: Any = DiffusionPipeline.from_pretrained(root, transformer=transformer, local_files_only=True)
+        self.pipe.set_progress_bar_config(disable=True)
+
+    def draw(self, prompts: Sequence[str], seed: int, keep: Keep) -> None:
+        """Sample `prompts` by the recipe's steps and guidance; `keep` gets (step, inputs of both halves)."""
+        import torch
+
+        from pipeline.latent_pictures import pipeline_arguments
+
+        self.pipe.transformer.engine = _Recorder(self.engine, keep)
+        bundle: Any = SimpleNamespace(recipe=self.recipe)
+        size = self.recipe.sampling
+        settings = {"num_inference_steps": size.n_steps, "guidance_scale": size.guidance_scale}
+        named = pipeline_arguments(self.model.family.name)(self.pipe, bundle, list(prompts))
+        generators = [torch.Generator().manual_seed(seed + i) for i in range(len(prompts))]
+        self.pipe(**named, **settings, generator=generators, output_type="latent")
