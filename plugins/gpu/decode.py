@@ -1,9 +1,12 @@
-"""Codes to tensor core operands by moving bits: no tables, no arithmetic that rounds. Runs on a GPU and interpreted.
+"""Codes to tensor core operands by moving bits: no tables, nothing that rounds. Runs on a GPU and interpreted.
 
 A float format's exponent and mantissa bits, shifted so that the mantissa ends where E4M3's (or FP16's) ends, are that
-type's number times a power of two, subnormals included: both types count the lowest binade from the same bit patterns.
-Integers of 4 bits are E4M3's lowest 16 numbers, which are evenly spaced. `plugins/gpu/operands.py` says which format is
-stored as what, `plugins/gpu/tiles.py` takes the powers of two out again.
+type's number times a power of two, subnormals included: all count the lowest binade from the same bit patterns.
+Integers of 4 bits are E4M3's lowest numbers, which are evenly spaced. `plugins/gpu/operands.py` says which format is
+stored as what; the powers of two leave again in the epilogue.
+
+Codes are decoded WIDTH at a time, in one 32-bit word: about two instructions a weight, where one weight at a time takes
+six. The compiler sees that taking a word's bytes or halves apart and putting them together again is no work.
 """
 
 from __future__ import annotations
@@ -13,53 +16,106 @@ import triton.language as tl
 
 
 @triton.jit
-def nibble_to_e4m3(nibble, SIGNED: tl.constexpr, INTEGER: tl.constexpr, SHIFT: tl.constexpr):
-    """u8 0..15 -> u8, the E4M3 byte of value * 2^(bias - 7), for an integer of value * 2^-9. SHIFT: 3 - mantissa bits.
+def spread_nibbles(q, WIDTH: tl.constexpr):
+    """u32 words of WIDTH (2 or 4) nibbles, the first lowest -> u32 words with one in each byte, the first lowest."""
+    if WIDTH == 4:
+        q = (q | (q << 8)) & 0x00FF00FF
+    return (q | (q << 4)) & 0x0F0F0F0F
 
-    INTEGER: two's complement, so that a negative number -8 + (nibble & 7) has the magnitude 8 - (nibble & 7).
+
+@triton.jit
+def nibbles_to_e4m3(x, SIGNED: tl.constexpr, INTEGER: tl.constexpr, SHIFT: tl.constexpr):
+    """u32 words, a nibble in each byte -> u32, its E4M3 byte in each byte: value * 2^(bias - 7), SHIFT = 3 - mantissa.
+
+    INTEGER: two's complement, value * 2^-9. A negative number's magnitude is 8 - (x & 7) = ((x & 7) ^ 7) + 1.
     """
     if INTEGER:
-        low = nibble & 0x07
-        return tl.where(nibble > 7, (8 - low) | 0x80, low).to(tl.uint8)
+        sign = x & 0x08080808
+        one = sign >> 3
+        return (((x & 0x07070707) ^ (sign - one)) + one) | (sign << 4)
     elif SIGNED:
-        return (((nibble & 0x07) << SHIFT) | ((nibble & 0x08) << 4)).to(tl.uint8)
+        return ((x & 0x07070707) << SHIFT) | ((x & 0x08080808) << 4)
     else:
-        return (nibble << SHIFT).to(tl.uint8)
+        return x << SHIFT
 
 
 @triton.jit
-def float_byte_to_fp16(byte, SIGNED: tl.constexpr, SHIFT: tl.constexpr):
-    """u8 codes of a float with at most 4 exponent bits (E4M3's bytes too) -> fp16, value * 2^(bias - 15), exact.
+def half_times(bits, factor):
+    """u32, the bits of a fp16 number in its lower half, times fp16 -> u32 likewise."""
+    product = bits.to(tl.uint16).to(tl.float16, bitcast=True) * factor
+    return product.to(tl.uint16, bitcast=True).to(tl.uint32)
 
-    SHIFT: 10 - mantissa bits. A signed code has 8 bits.
+
+@triton.jit
+def scaled_e4m3(r, factor):
+    """u32 words of E4M3 bytes times fp16 integers -> u32 words of E4M3 bytes; every product must be an E4M3 number.
+
+    Through FP16, which holds a magnitude's value times 2^-8 in the same 7 bits, 7 places higher.
     """
-    wide = byte.to(tl.uint16)
-    bits = ((wide & 0x7F) << SHIFT) | ((wide & 0x80) << 8) if SIGNED else wide << SHIFT
-    return bits.to(tl.uint16).to(tl.float16, bitcast=True)
+    even, odd = (r & 0x007F007F) << 7, (r & 0x7F007F00) >> 1
+    even = half_times(even & 0xFFFF, factor) | (half_times(even >> 16, factor) << 16)
+    odd = half_times(odd & 0xFFFF, factor) | (half_times(odd >> 16, factor) << 16)
+    return ((even >> 7) & 0x007F007F) | ((odd << 1) & 0x7F007F00) | (r & 0x80808080)
 
 
 @triton.jit
-def int8_to_fp16(byte):
-    """u8, an integer in two's complement -> fp16, exact."""
-    return byte.to(tl.int8, bitcast=True).to(tl.float16)
+def bytes_of(r, WIDTH: tl.constexpr):
+    """u32 words [N, C] -> u8 [N, C * WIDTH], their WIDTH lowest bytes, the lowest first."""
+    one = (r >> 8).to(tl.uint8)
+    if WIDTH == 4:
+        even = tl.interleave(r.to(tl.uint8), (r >> 16).to(tl.uint8))
+        return tl.interleave(even, tl.interleave(one, (r >> 24).to(tl.uint8)))
+    else:
+        return tl.interleave(r.to(tl.uint8), one)
 
 
 @triton.jit
-def scaled_e4m3(byte, multiplier):
-    """u8 E4M3 bytes times fp16 integers -> u8 E4M3 bytes; the caller knows that every product is an E4M3 number.
+def halves_of(h):
+    """u32 words [N, C] -> fp16 [N, 2 C], their halves, the lower first."""
+    bits = tl.interleave(h.to(tl.uint16), (h >> 16).to(tl.uint16))
+    return bits.to(tl.float16, bitcast=True)
 
-    Through FP16, which holds the byte's value times 2^-8 in the same bits, 7 places higher.
+
+@triton.jit
+def byte_pair_to_fp16(r, KIND: tl.constexpr, SHIFT: tl.constexpr):
+    """u32 words, bytes in the two lowest -> u32 words of two fp16 numbers (see bytes_to_fp16)."""
+    x = (r | (r << 8)) & 0x00FF00FF
+    if KIND == "int8":
+        return (x ^ 0x00800080) | 0x64006400
+    elif KIND == "signed":
+        return ((x & 0x007F007F) << SHIFT) | ((x & 0x00800080) << 8)
+    else:
+        return x << SHIFT
+
+
+@triton.jit
+def bytes_to_fp16(r, KIND: tl.constexpr, SHIFT: tl.constexpr, WIDTH: tl.constexpr):
+    """u32 words [N, C] of WIDTH operand bytes -> fp16 [N, C * WIDTH], exact.
+
+    KIND "signed" and "unsigned": floats of at most 4 exponent bits (E4M3's bytes too), value * 2^(bias - 15), SHIFT =
+    10 - mantissa bits; a signed one has 8 bits. "int8": two's complement, as the number 1024 + 128 + value less 1152.
     """
-    product = float_byte_to_fp16(byte, True, 7) * multiplier
-    bits = product.to(tl.uint16, bitcast=True)
-    return (((bits >> 7) & 0x7F) | ((bits >> 8) & 0x80)).to(tl.uint8)
+    h = byte_pair_to_fp16(r & 0xFFFF, KIND, SHIFT)
+    if WIDTH == 4:
+        h = tl.interleave(h, byte_pair_to_fp16(r >> 16, KIND, SHIFT))
+    value = halves_of(h)
+    if KIND == "int8":
+        value -= 1152.0
+    return value
+
+
+@triton.jit
+def repeated(x, TIMES: tl.constexpr):
+    """[N, C] -> [N, C * TIMES], each element TIMES (2 or 4) times."""
+    x = tl.interleave(x, x)
+    return tl.interleave(x, x) if TIMES == 4 else x
 
 
 @triton.jit
 def small_integer(index, TABLE_LOW: tl.constexpr, TABLE_HIGH: tl.constexpr):
-    """u8 index 0..15 -> fp16, byte `index` of the 16 bytes of TABLE_LOW (0..7) and TABLE_HIGH (8..15)."""
+    """u8 index 0..15 -> int32, byte `index` of the 16 bytes of TABLE_LOW (0..7) and TABLE_HIGH (8..15)."""
     shift = (index & 7).to(tl.uint64) * 8
     word = tl.full(index.shape, TABLE_LOW, tl.uint64) >> shift
     if TABLE_HIGH != 0:
         word = tl.where(index < 8, word, tl.full(index.shape, TABLE_HIGH, tl.uint64) >> shift)
-    return (word & 0xFF).to(tl.int32).to(tl.float16)
+    return (word & 0xFF).to(tl.int32)

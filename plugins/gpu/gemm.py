@@ -11,9 +11,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from plugins.gpu.decode import float_byte_to_fp16
 from plugins.gpu.epilogue import finish
-from plugins.gpu.loads import load_activations, packed_weights
+from plugins.gpu.loads import load_multipliers, operand_bytes, packed_weights
 
 
 @triton.jit
@@ -27,8 +26,8 @@ def tile_of(program, M, N: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BAN
 
 
 @triton.jit
-def add_products(acc, left, right, scale, WEIGHTS_FIRST: tl.constexpr, REAL: tl.constexpr, PROMOTE: tl.constexpr):
-    """acc + left [BM, BK] @ right [BN, BK]^T, times scale [BN] if REAL; transposed if WEIGHTS_FIRST.
+def add_products(acc, left, right, factor, FACTOR: tl.constexpr, WEIGHTS_FIRST: tl.constexpr, PROMOTE: tl.constexpr):
+    """acc + left [BM, BK] @ right [BN, BK]^T, times factor [BN] unless FACTOR is "none"; transposed if WEIGHTS_FIRST.
 
     PROMOTE: how many products the tensor core may add before they go to a float32 addition of its own; 0: all.
     """
@@ -36,9 +35,9 @@ def add_products(acc, left, right, scale, WEIGHTS_FIRST: tl.constexpr, REAL: tl.
         one, two = right, tl.trans(left)
     else:
         one, two = left, tl.trans(right)
-    if REAL:
-        part = tl.dot(one, two, max_num_imprecise_acc=PROMOTE)
-        return acc + part * (scale[:, None] if WEIGHTS_FIRST else scale[None, :])
+    if FACTOR != "none":
+        part = tl.dot(one, two, max_num_imprecise_acc=PROMOTE if PROMOTE else None)
+        return acc + part * (factor[:, None] if WEIGHTS_FIRST else factor[None, :])
     elif PROMOTE:
         return acc + tl.dot(one, two, max_num_imprecise_acc=PROMOTE)
     else:
@@ -46,61 +45,80 @@ def add_products(acc, left, right, scale, WEIGHTS_FIRST: tl.constexpr, REAL: tl.
 
 
 @triton.jit
+def load_factor(
+    w_scales, codes, n, first, K: tl.constexpr, GROUP: tl.constexpr, FACTOR: tl.constexpr, LOW: tl.constexpr,
+    HIGH: tl.constexpr,
+):  # fmt: skip
+    """f32 [BN]: real scale or multiplier of the group of input channel `first`; ones for "none"."""
+    if FACTOR == "scale":
+        return tl.load(w_scales + n * (K // GROUP) + first // GROUP)
+    elif FACTOR == "multiplier":
+        return load_multipliers(codes, first // GROUP, K // GROUP, LOW, HIGH).to(tl.float32)
+    else:
+        return tl.full(n.shape, 1.0, tl.float32)
+
+
+@triton.jit
 def sum_of_products(
     a, w, w_scales, multiplier_codes, m, n,
-    PACKED: tl.constexpr, K: tl.constexpr, GROUP: tl.constexpr, REAL_GROUPS: tl.constexpr,
+    PACKED: tl.constexpr, K: tl.constexpr, GROUP: tl.constexpr, REAL_GROUPS: tl.constexpr, FACTOR: tl.constexpr,
     MULTIPLIERS_LOW: tl.constexpr, MULTIPLIERS_HIGH: tl.constexpr, W_SIGNED: tl.constexpr, W_INTEGER: tl.constexpr,
-    W_SHIFT: tl.constexpr, A_KIND: tl.constexpr, A_SHIFT: tl.constexpr, FP8: tl.constexpr, PROMOTE: tl.constexpr,
-    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, SPLITS: tl.constexpr, WEIGHTS_FIRST: tl.constexpr,
+    W_SHIFT: tl.constexpr, WIDTH: tl.constexpr, A_KIND: tl.constexpr, A_SHIFT: tl.constexpr, FP8: tl.constexpr,
+    PROMOTE: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, SPLITS: tl.constexpr,
+    WEIGHTS_FIRST: tl.constexpr,
 ):  # fmt: skip
-    """f32 [BM, BN] (transposed if WEIGHTS_FIRST): this split's sum for rows m and columns n, both in range."""
+    """f32 [BM, BN] (transposed if WEIGHTS_FIRST): this split's sum for rows m and columns n, both in range.
+
+    FACTOR: what multiplies the sum of a group: its real "scale"; its "multiplier", where a tile lies in one group; or
+    "none", where weights are multiplied as they are decoded.
+    """
     a_rows = a + m.to(tl.int64)[:, None] * K
     w_rows = w + n.to(tl.int64)[:, None] * (K // 2 if PACKED else K)
     codes = multiplier_codes
     if PACKED and MULTIPLIERS_LOW != 0:
-        codes += n[:, None] * ((K // GROUP + 1) // 2)
+        codes += n * ((K // GROUP + 1) // 2)
     SPAN: tl.constexpr = GROUP if REAL_GROUPS else K  # input channels that share their scales
     BLOCKS: tl.constexpr = (SPAN + BK - 1) // BK  # of a span
     MASKED: tl.constexpr = SPAN % BK != 0
     ALL: tl.constexpr = K // SPAN * BLOCKS
     EACH: tl.constexpr = (ALL + SPLITS - 1) // SPLITS
+    LOW: tl.constexpr = 0 if FACTOR == "multiplier" else MULTIPLIERS_LOW
     start = tl.program_id(1) * EACH
     acc = tl.zeros((BN, BM) if WEIGHTS_FIRST else (BM, BN), tl.float32)
-    scale = tl.zeros((BN,), tl.float32)
     for block in range(start, min(start + EACH, ALL)):
         span = block // BLOCKS
         first, limit = span * SPAN + block % BLOCKS * BK, (span + 1) * SPAN
-        left = load_activations(a_rows, first + tl.arange(0, BK)[None, :], limit, FP8, A_KIND, A_SHIFT, MASKED)
+        left = operand_bytes(a_rows, first, limit, FP8, A_KIND, A_SHIFT, WIDTH, BK, MASKED)
         if PACKED:
-            byte = packed_weights(
-                w_rows, codes, first, limit, K, GROUP, MULTIPLIERS_LOW, MULTIPLIERS_HIGH, W_SIGNED, W_INTEGER, W_SHIFT,
-                BK, MASKED,
+            right = packed_weights(
+                w_rows, codes, first, limit,
+                K, GROUP, LOW, MULTIPLIERS_HIGH, W_SIGNED, W_INTEGER, W_SHIFT, FP8, WIDTH, BK, MASKED,
             )  # fmt: skip
-            right = byte.to(tl.float8e4nv, bitcast=True) if FP8 else float_byte_to_fp16(byte, True, 7)
+            if FP8:
+                right = right.to(tl.float8e4nv, bitcast=True)
         else:
-            right = load_activations(w_rows, first + tl.arange(0, BK)[None, :], limit, FP8, "signed", 7, MASKED)
-        if REAL_GROUPS:
-            scale = tl.load(w_scales + n * (K // SPAN) + span)
-        acc = add_products(acc, left, right, scale, WEIGHTS_FIRST, REAL_GROUPS, PROMOTE)
+            right = operand_bytes(w_rows, first, limit, FP8, "signed", 7, WIDTH, BK, MASKED)
+        factor = load_factor(w_scales, codes, n, first, K, GROUP, FACTOR, MULTIPLIERS_LOW, MULTIPLIERS_HIGH)
+        acc = add_products(acc, left, right, factor, FACTOR, WEIGHTS_FIRST, PROMOTE)
     return acc
 
 
 @triton.jit
 def packed_gemm(
     a, a_scale, w, w_scales, multiplier_codes, bias, a_zero, w_sums, gate, residual, M, tokens, y,
-    N: tl.constexpr, K: tl.constexpr, GROUP: tl.constexpr, REAL_GROUPS: tl.constexpr, MULTIPLIERS_LOW: tl.constexpr,
-    MULTIPLIERS_HIGH: tl.constexpr, W_SIGNED: tl.constexpr, W_INTEGER: tl.constexpr, W_SHIFT: tl.constexpr,
-    A_KIND: tl.constexpr, A_SHIFT: tl.constexpr, FP8: tl.constexpr, UNIT: tl.constexpr, EPILOGUE: tl.constexpr,
-    PROMOTE: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, SPLITS: tl.constexpr,
-    BAND: tl.constexpr, WEIGHTS_FIRST: tl.constexpr,
+    N: tl.constexpr, K: tl.constexpr, GROUP: tl.constexpr, REAL_GROUPS: tl.constexpr, FACTOR: tl.constexpr,
+    MULTIPLIERS_LOW: tl.constexpr, MULTIPLIERS_HIGH: tl.constexpr, W_SIGNED: tl.constexpr, W_INTEGER: tl.constexpr,
+    W_SHIFT: tl.constexpr, WIDTH: tl.constexpr, A_KIND: tl.constexpr, A_SHIFT: tl.constexpr, FP8: tl.constexpr,
+    UNIT: tl.constexpr, EPILOGUE: tl.constexpr, PROMOTE: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+    BK: tl.constexpr, SPLITS: tl.constexpr, BAND: tl.constexpr, WEIGHTS_FIRST: tl.constexpr,
 ):  # fmt: skip
     """w u8 [N, K / 2], decoded in registers. Grid (tiles, SPLITS); with SPLITS > 1 y is f32 [SPLITS, M, N]."""
     row, column = tile_of(tl.program_id(0), M, N, BM, BN, BAND)
     m, n = row * BM + tl.arange(0, BM), column * BN + tl.arange(0, BN)
     acc = sum_of_products(
         a, w, w_scales, multiplier_codes, tl.minimum(m, M - 1), tl.minimum(n, N - 1),
-        True, K, GROUP, REAL_GROUPS, MULTIPLIERS_LOW, MULTIPLIERS_HIGH, W_SIGNED, W_INTEGER, W_SHIFT, A_KIND,
-        A_SHIFT, FP8, PROMOTE, BM, BN, BK, SPLITS, WEIGHTS_FIRST,
+        True, K, GROUP, REAL_GROUPS, FACTOR, MULTIPLIERS_LOW, MULTIPLIERS_HIGH, W_SIGNED, W_INTEGER, W_SHIFT, WIDTH,
+        A_KIND, A_SHIFT, FP8, PROMOTE, BM, BN, BK, SPLITS, WEIGHTS_FIRST,
     )  # fmt: skip
     if WEIGHTS_FIRST:
         acc = tl.trans(acc)
@@ -113,17 +131,17 @@ def packed_gemm(
 @triton.jit
 def expanded_gemm(
     a, a_scale, w, w_scales, bias, a_zero, w_sums, gate, residual, M, tokens, y,
-    N: tl.constexpr, K: tl.constexpr, GROUP: tl.constexpr, REAL_GROUPS: tl.constexpr, A_KIND: tl.constexpr,
-    A_SHIFT: tl.constexpr, FP8: tl.constexpr, UNIT: tl.constexpr, EPILOGUE: tl.constexpr, PROMOTE: tl.constexpr,
-    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, SPLITS: tl.constexpr, BAND: tl.constexpr,
-    WEIGHTS_FIRST: tl.constexpr,
+    N: tl.constexpr, K: tl.constexpr, GROUP: tl.constexpr, REAL_GROUPS: tl.constexpr, FACTOR: tl.constexpr,
+    WIDTH: tl.constexpr, A_KIND: tl.constexpr, A_SHIFT: tl.constexpr, FP8: tl.constexpr, UNIT: tl.constexpr,
+    EPILOGUE: tl.constexpr, PROMOTE: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+    SPLITS: tl.constexpr, BAND: tl.constexpr, WEIGHTS_FIRST: tl.constexpr,
 ):  # fmt: skip
     """w u8 [N, K], E4M3 bytes from `expand`. Grid and y as in packed_gemm."""
     row, column = tile_of(tl.program_id(0), M, N, BM, BN, BAND)
     m, n = row * BM + tl.arange(0, BM), column * BN + tl.arange(0, BN)
     acc = sum_of_products(
         a, w, w_scales, None, tl.minimum(m, M - 1), tl.minimum(n, N - 1),
-        False, K, GROUP, REAL_GROUPS, 0, 0, 0, 0, 0, A_KIND, A_SHIFT, FP8, PROMOTE, BM, BN, BK, SPLITS,
+        False, K, GROUP, REAL_GROUPS, FACTOR, 0, 0, 0, 0, 0, WIDTH, A_KIND, A_SHIFT, FP8, PROMOTE, BM, BN, BK, SPLITS,
         WEIGHTS_FIRST,
     )  # fmt: skip
     if WEIGHTS_FIRST:

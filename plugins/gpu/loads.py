@@ -5,42 +5,94 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from plugins.gpu.decode import float_byte_to_fp16, int8_to_fp16, nibble_to_e4m3, scaled_e4m3, small_integer
+from plugins.gpu.decode import (
+    bytes_of,
+    bytes_to_fp16,
+    nibbles_to_e4m3,
+    repeated,
+    scaled_e4m3,
+    small_integer,
+    spread_nibbles,
+)
 
 
 @triton.jit
-def load_activations(a, k, limit, FP8: tl.constexpr, KIND: tl.constexpr, SHIFT: tl.constexpr, MASKED: tl.constexpr):
-    """Operand bytes at a + k, zero from k = limit on -> fp8e4nv as they are; or fp16, KIND signed, unsigned, int8."""
+def load_words(base, first, limit, BYTES: tl.constexpr, COUNT: tl.constexpr, MASKED: tl.constexpr):
+    """COUNT words of BYTES (1, 2 or 4) from each pointer of base u8 [N, 1] + first words on -> u32 [N, COUNT].
+
+    Zero from word `limit` on.
+    """
+    if BYTES == 4:
+        base = base.to(tl.pointer_type(tl.uint32), bitcast=True)
+    elif BYTES == 2:
+        base = base.to(tl.pointer_type(tl.uint16), bitcast=True)
+    word = first + tl.arange(0, COUNT)[None, :]
+    found = tl.load(base + word, mask=word < limit, other=0) if MASKED else tl.load(base + word)
+    return found.to(tl.uint32)
+
+
+@triton.jit
+def operand_bytes(
+    a, first, limit, FP8: tl.constexpr, KIND: tl.constexpr, SHIFT: tl.constexpr, WIDTH: tl.constexpr,
+    BK: tl.constexpr, MASKED: tl.constexpr,
+):  # fmt: skip
+    """Operand bytes first .. first + BK of the rows at a [N, 1], zero from `limit` on -> [N, BK], fp8e4nv or fp16."""
     if FP8:
-        a = a.to(tl.pointer_type(tl.float8e4nv), bitcast=True)
-    byte = tl.load(a + k, mask=k < limit, other=0.0 if FP8 else 0) if MASKED else tl.load(a + k)
-    if FP8:
-        return byte
-    elif KIND == "int8":
-        return int8_to_fp16(byte)
+        at = a.to(tl.pointer_type(tl.float8e4nv), bitcast=True)
+        k = first + tl.arange(0, BK)[None, :]
+        return tl.load(at + k, mask=k < limit, other=0.0) if MASKED else tl.load(at + k)
     else:
-        return float_byte_to_fp16(byte, KIND == "signed", SHIFT)
+        words = load_words(a, first // WIDTH, limit // WIDTH, WIDTH, BK // WIDTH, MASKED)
+        return bytes_to_fp16(words, KIND, SHIFT, WIDTH)
 
 
 @triton.jit
-def load_multipliers(codes, pair, K: tl.constexpr, GROUP: tl.constexpr, LOW: tl.constexpr, HIGH: tl.constexpr):
-    """codes: pointers to rows of nibbles [BN, 1]; pair: bytes of weights [1, BK / 2] -> fp16 multipliers."""
-    group = pair // (GROUP // 2)
-    byte = tl.load(codes + group // 2, mask=pair < K // 2, other=0)
+def load_multipliers(codes, group, COUNT: tl.constexpr, LOW: tl.constexpr, HIGH: tl.constexpr):
+    """codes: pointers to rows of nibbles; group: which of COUNT groups -> int32 multipliers."""
+    byte = tl.load(codes + tl.minimum(group, COUNT - 1) // 2)
     return small_integer((byte >> ((group % 2) * 4).to(tl.uint8)) & 0x0F, LOW, HIGH)
+
+
+@triton.jit
+def multiplier_of_words(
+    codes, first, K: tl.constexpr, GROUP: tl.constexpr, LOW: tl.constexpr, HIGH: tl.constexpr, WIDTH: tl.constexpr,
+    BK: tl.constexpr,
+):  # fmt: skip
+    """int32 multipliers of the BK / WIDTH words of WIDTH weights from `first` on, for rows of codes [BN]."""
+    if GROUP % BK == 0:
+        return load_multipliers(codes, first // GROUP, K // GROUP, LOW, HIGH)[:, None]
+    elif BK % GROUP == 0:  # groups are whole parts of the tile: load each once
+        rows: tl.constexpr = codes.shape[0]
+        parts: tl.constexpr = BK // GROUP
+        found = load_multipliers(codes[:, None], first // GROUP + tl.arange(0, parts)[None, :], K // GROUP, LOW, HIGH)
+        wide = tl.broadcast_to(found[:, :, None], (rows, parts, GROUP // WIDTH))
+        return tl.reshape(wide, (rows, BK // WIDTH))
+    else:
+        group = (first + tl.arange(0, BK // WIDTH)[None, :] * WIDTH) // GROUP
+        return load_multipliers(codes[:, None], group, K // GROUP, LOW, HIGH)
 
 
 @triton.jit
 def packed_weights(
     w, codes, first, limit, K: tl.constexpr, GROUP: tl.constexpr, LOW: tl.constexpr, HIGH: tl.constexpr,
-    SIGNED: tl.constexpr, INTEGER: tl.constexpr, SHIFT: tl.constexpr, BK: tl.constexpr, MASKED: tl.constexpr,
+    SIGNED: tl.constexpr, INTEGER: tl.constexpr, SHIFT: tl.constexpr, FP8: tl.constexpr, WIDTH: tl.constexpr,
+    BK: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
-    """Weights first .. first + BK of rows at w [BN, 1] -> u8 [BN, BK], E4M3 bytes with their multipliers."""
-    pair = first // 2 + tl.arange(0, BK // 2)[None, :]
-    packed = tl.load(w + pair, mask=pair < limit // 2, other=0) if MASKED else tl.load(w + pair)
-    low = nibble_to_e4m3(packed & 0x0F, SIGNED, INTEGER, SHIFT)
-    high = nibble_to_e4m3(packed >> 4, SIGNED, INTEGER, SHIFT)
+    """Weights first .. first + BK of the rows at w [BN, 1], codes [BN] -> [BN, BK], zero from `limit` on.
+
+    u8 E4M3 bytes if FP8, else fp16; with LOW not 0 times the multipliers of their groups. WIDTH: weights of a load (4
+    or 2); it divides K, GROUP and `limit`.
+    """
+    q = load_words(w, first // WIDTH, limit // WIDTH, WIDTH // 2, BK // WIDTH, MASKED)
+    r = nibbles_to_e4m3(spread_nibbles(q, WIDTH), SIGNED, INTEGER, SHIFT)
     if LOW != 0:
-        multiplier = load_multipliers(codes, pair, K, GROUP, LOW, HIGH)
-        low, high = scaled_e4m3(low, multiplier), scaled_e4m3(high, multiplier)
-    return tl.interleave(low, high)
+        factor = multiplier_of_words(codes, first, K, GROUP, LOW, HIGH, WIDTH, BK).to(tl.float16)
+    if FP8:
+        return bytes_of(scaled_e4m3(r, factor) if LOW != 0 else r, WIDTH)
+    else:
+        value = bytes_to_fp16(r, "signed", 7, WIDTH)
+        if LOW != 0 and GROUP % BK == 0:
+            value *= factor
+        elif LOW != 0:
+            value *= repeated(factor, WIDTH)
+        return value

@@ -88,6 +88,11 @@ def weight_exponent(spec: GemmSpec) -> int:
     return -9 if fmt.is_integer else fmt.bias - 7
 
 
+def load_width(spec: GemmSpec) -> int:
+    """Operands that are loaded and decoded in one word: 4 where rows and groups allow it, else 2."""
+    return 4 if spec.in_features % 4 == 0 and spec.group_size % 4 == 0 else 2
+
+
 def gemm_constants(spec: GemmSpec, tile: Tile, sm: int) -> dict[str, Any]:
     """The compile-time arguments that packed_gemm and expanded_gemm share."""
     fp8 = uses_fp8(spec, sm)
@@ -97,6 +102,8 @@ def gemm_constants(spec: GemmSpec, tile: Tile, sm: int) -> dict[str, Any]:
         "K": spec.in_features,
         "GROUP": spec.group_size or spec.in_features,
         "REAL_GROUPS": spec.real_groups,
+        "WIDTH": load_width(spec),
+        "FACTOR": "scale" if spec.real_groups else "none",
         "A_KIND": kind,
         "A_SHIFT": shift,
         "FP8": fp8,
@@ -113,8 +120,16 @@ def gemm_constants(spec: GemmSpec, tile: Tile, sm: int) -> dict[str, Any]:
 
 
 def packed_constants(spec: GemmSpec, tile: Tile, sm: int) -> dict[str, Any]:
-    """The compile-time arguments of packed_gemm."""
-    return {**gemm_constants(spec, tile, sm), **weight_constants(spec)}
+    """The compile-time arguments of packed_gemm.
+
+    Multipliers go to the sum of a group where a step stays within one and FP8 is used: an addition in float32 for each
+    output, where multiplying each weight takes the FP8 operand to FP16 and back. It promotes the sum besides.
+    """
+    constants = {**gemm_constants(spec, tile, sm), **weight_constants(spec)}
+    whole = spec.has_multipliers and not spec.real_groups and constants["GROUP"] % tile.k == 0
+    if whole and constants["FP8"]:
+        constants["FACTOR"] = "multiplier"
+    return constants
 
 
 def reduce_constants(spec: GemmSpec, tile: Tile) -> dict[str, Any]:
@@ -141,6 +156,7 @@ def weight_constants(spec: GemmSpec) -> dict[str, Any]:
         "W_SIGNED": bool(fmt.sign_bits),
         "W_INTEGER": fmt.is_integer,
         "W_SHIFT": 3 - fmt.mantissa_bits,
+        "WIDTH": load_width(spec),
     }
 
 
