@@ -62,11 +62,13 @@ def _modulate(d, inverse, shift, scale, sample, C: tl.constexpr, START: tl.const
 @triton.jit
 def _bytes(
     y, up, divisor, high, low,
-    GROW: tl.constexpr, FLOOR: tl.constexpr, SIGNED: tl.constexpr,
+    ANCHOR: tl.constexpr, LOWEST: tl.constexpr, SIGNED: tl.constexpr,
     KIND: tl.constexpr, UP: tl.constexpr, MOVE: tl.constexpr, SIGN: tl.constexpr,
 ):  # fmt: skip
     """y f32 -> operand bytes of y / scale."""
-    return grid_to_byte(round_to_grid(quotient(y, up, divisor, high, low), GROW, FLOOR, SIGNED), KIND, UP, MOVE, SIGN)
+    return grid_to_byte(
+        round_to_grid(quotient(y, up, divisor, high, low), ANCHOR, LOWEST, SIGNED), KIND, UP, MOVE, SIGN
+    )
 
 
 @triton.jit
@@ -74,7 +76,7 @@ def _quantize_row(
     y, z, row, codes, scales,
     C: tl.constexpr, BLOCK: tl.constexpr, TAIL: tl.constexpr,
     MAX_VALUE: tl.constexpr, ABSMAX_FLOOR: tl.constexpr,
-    GROW: tl.constexpr, FLOOR: tl.constexpr, SIGNED: tl.constexpr,
+    ANCHOR: tl.constexpr, LOWEST: tl.constexpr, SIGNED: tl.constexpr,
     KIND: tl.constexpr, UP: tl.constexpr, MOVE: tl.constexpr, SIGN: tl.constexpr,
 ):  # fmt: skip
     """Scale and codes of a float32 row: scale = max(absmax, ABSMAX_FLOOR) / MAX_VALUE, codes of y / scale."""
@@ -86,10 +88,10 @@ def _quantize_row(
     scale = tl.div_rn(tl.maximum(absmax, ABSMAX_FLOOR), MAX_VALUE)
     if poison == 0.0:
         up, divisor, high, low = reciprocal_parts(scale)
-        byte = _bytes(y, up, divisor, high, low, GROW, FLOOR, SIGNED, KIND, UP, MOVE, SIGN)
+        byte = _bytes(y, up, divisor, high, low, ANCHOR, LOWEST, SIGNED, KIND, UP, MOVE, SIGN)
         _store(codes, row, byte, C, 0, BLOCK)
         if TAIL > 0:
-            byte_z = _bytes(z, up, divisor, high, low, GROW, FLOOR, SIGNED, KIND, UP, MOVE, SIGN)
+            byte_z = _bytes(z, up, divisor, high, low, ANCHOR, LOWEST, SIGNED, KIND, UP, MOVE, SIGN)
             _store(codes, row, byte_z, C, BLOCK, TAIL)
         tl.store(scales + row, scale)
     else:
@@ -104,7 +106,7 @@ def quantize(
     x, M, codes, scales,
     C: tl.constexpr, BLOCK: tl.constexpr, TAIL: tl.constexpr,
     MAX_VALUE: tl.constexpr, ABSMAX_FLOOR: tl.constexpr,
-    GROW: tl.constexpr, FLOOR: tl.constexpr, SIGNED: tl.constexpr,
+    ANCHOR: tl.constexpr, LOWEST: tl.constexpr, SIGNED: tl.constexpr,
     KIND: tl.constexpr, UP: tl.constexpr, MOVE: tl.constexpr, SIGN: tl.constexpr,
 ):  # fmt: skip
     """x [M, C] -> codes, scales."""
@@ -113,7 +115,7 @@ def quantize(
     z = _load(x, row, C, BLOCK, TAIL) if TAIL > 0 else y
     _quantize_row(
         y, z, row, codes, scales, C, BLOCK, TAIL,
-        MAX_VALUE, ABSMAX_FLOOR, GROW, FLOOR, SIGNED, KIND, UP, MOVE, SIGN,
+        MAX_VALUE, ABSMAX_FLOOR, ANCHOR, LOWEST, SIGNED, KIND, UP, MOVE, SIGN,
     )  # fmt: skip
 
 
@@ -122,7 +124,7 @@ def gelu_quantize(
     x, M, codes, scales,
     C: tl.constexpr, BLOCK: tl.constexpr, TAIL: tl.constexpr,
     MAX_VALUE: tl.constexpr, ABSMAX_FLOOR: tl.constexpr,
-    GROW: tl.constexpr, FLOOR: tl.constexpr, SIGNED: tl.constexpr,
+    ANCHOR: tl.constexpr, LOWEST: tl.constexpr, SIGNED: tl.constexpr,
     KIND: tl.constexpr, UP: tl.constexpr, MOVE: tl.constexpr, SIGN: tl.constexpr,
 ):  # fmt: skip
     """x [M, C] -> codes, scales of GELU(x)."""
@@ -131,7 +133,7 @@ def gelu_quantize(
     z = _gelu(_load(x, row, C, BLOCK, TAIL)) if TAIL > 0 else y
     _quantize_row(
         y, z, row, codes, scales, C, BLOCK, TAIL,
-        MAX_VALUE, ABSMAX_FLOOR, GROW, FLOOR, SIGNED, KIND, UP, MOVE, SIGN,
+        MAX_VALUE, ABSMAX_FLOOR, ANCHOR, LOWEST, SIGNED, KIND, UP, MOVE, SIGN,
     )  # fmt: skip
 
 
@@ -140,7 +142,7 @@ def norm_modulate_quantize(
     x, shift, scale, M, tokens, codes, scales,
     C: tl.constexpr, BLOCK: tl.constexpr, TAIL: tl.constexpr, EPSILON: tl.constexpr,
     MAX_VALUE: tl.constexpr, ABSMAX_FLOOR: tl.constexpr,
-    GROW: tl.constexpr, FLOOR: tl.constexpr, SIGNED: tl.constexpr,
+    ANCHOR: tl.constexpr, LOWEST: tl.constexpr, SIGNED: tl.constexpr,
     KIND: tl.constexpr, UP: tl.constexpr, MOVE: tl.constexpr, SIGN: tl.constexpr,
 ):  # fmt: skip
     """x [M, C], shift and scale [M / tokens, C] -> codes, scales of LayerNorm(x) * (1 + scale) + shift.
@@ -165,5 +167,5 @@ def norm_modulate_quantize(
         z = _modulate(z, inverse, shift, scale, sample, C, BLOCK, TAIL)
     _quantize_row(
         y, z, row, codes, scales, C, BLOCK, TAIL,
-        MAX_VALUE, ABSMAX_FLOOR, GROW, FLOOR, SIGNED, KIND, UP, MOVE, SIGN,
+        MAX_VALUE, ABSMAX_FLOOR, ANCHOR, LOWEST, SIGNED, KIND, UP, MOVE, SIGN,
     )  # fmt: skip

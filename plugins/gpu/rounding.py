@@ -37,21 +37,21 @@ def quotient(y, up, divisor, high, low):
 
 
 @triton.jit
-def round_to_grid(q, GROW: tl.constexpr, FLOOR: tl.constexpr, SIGNED: tl.constexpr):
+def round_to_grid(q, ANCHOR: tl.constexpr, LOWEST: tl.constexpr, SIGNED: tl.constexpr):
     """q f32 -> the nearest number of the grid, ties to even, never -0. |q| is at most max_value * (1 + 2^-22).
 
-    Adding an anchor whose float32 step is the grid's step at |q| rounds; taking it off again is exact. |q| * 2^(23 -
-    mantissa bits) is such an anchor within every binade, an even multiple of the step where q is a tie; FLOOR is one
-    for the lowest. Next to a power of two the sum may leave the anchor's binade: it then rounds to that power all the
-    same.
+    Adding a number whose float32 step is the grid's step at |q|, and an even multiple of it, rounds; taking it off
+    again is exact. In the binade of 2^e that number is ANCHOR * 2^e = 1.5 * 2^(23 - mantissa bits + e), which q cannot
+    move out of its own binade; LOWEST is the smallest 2^e, 0 for grids of one step.
     """
     if not SIGNED:
         q = tl.maximum(q, 0.0)
-    if GROW == 0.0:
-        return (q + FLOOR) - FLOOR
+    if LOWEST == 0.0:
+        return (q + ANCHOR) - ANCHOR
     else:
-        anchor = tl.maximum(tl.abs(q) * GROW, FLOOR)
-        return (q + anchor) - anchor
+        binade = (q.to(tl.int32, bitcast=True) & 0x7F800000).to(tl.float32, bitcast=True)
+        binade = tl.maximum(binade, LOWEST)
+        return tl.fma(binade, -ANCHOR, tl.fma(binade, ANCHOR, q))
 
 
 @triton.jit

@@ -16,8 +16,8 @@ HAS_E4M3_CONVERSION = 89  # first compute capability with cvt.e4m3x2 (PTX ISA, c
 def rounding_constants(name: str, sm: int) -> dict[str, Any]:
     """Constexpr arguments of plugins/gpu/rounding.py for format `name` on compute capability `sm`.
 
-    MAX_VALUE and ABSMAX_FLOOR of the scale; SIGNED; the grid: GROW = 2^(23 - mantissa bits), 0 where all steps are
-    equal, and FLOOR = 1.5 * 2^23 times the smallest step; KIND of byte "int8", "bits" or "e4m3" (converted by the
+    MAX_VALUE and ABSMAX_FLOOR of the scale; SIGNED; the grid: ANCHOR = 1.5 * 2^(23 - mantissa bits) and LOWEST, the
+    start of the lowest binade, for integers 1.5 * 2^23 and 0; KIND of byte "int8", "bits" or "e4m3" (converted by the
     hardware); UP = the power of two that takes a value to the byte's number; MOVE, SIGN: where the byte lies in the
     float32.
     """
@@ -26,8 +26,8 @@ def rounding_constants(name: str, sm: int) -> dict[str, Any]:
         "MAX_VALUE": fmt.max_value,
         "ABSMAX_FLOOR": ABSMAX_FLOOR,
         "SIGNED": bool(fmt.sign_bits),
-        "GROW": 0.0 if fmt.is_integer else 2.0 ** (FP32_MANTISSA_BITS - fmt.mantissa_bits),
-        "FLOOR": 1.5 * 2.0 ** (FP32_MANTISSA_BITS - fmt.fraction_bits),
+        "ANCHOR": 1.5 * 2.0 ** (FP32_MANTISSA_BITS - fmt.mantissa_bits * (not fmt.is_integer)),
+        "LOWEST": 0.0 if fmt.is_integer else 2.0**fmt.min_exponent,
     }
     if operand.kind == INT8:
         return {**base, "KIND": "int8", "UP": 2.0**operand.shift, "MOVE": 0, "SIGN": 0}
