@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 import torch
 
-from export.embedding import embeds
 from export.formats import FORMATS, Format, get_format, quantize
 from plugins.gpu.operands import operand_bytes
 from plugins.gpu.rounding_tables import rounding_constants
@@ -21,8 +20,6 @@ tl = triton.language
 from plugins.gpu.rounding import grid_to_byte, quotient, reciprocal_parts, round_to_grid  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("interpreter")
-TAKEN = [name for name in FORMATS if embeds(name, "E4M3") or embeds(name, "INT8") or FORMATS[name].bits == 8]
-TAKEN = [name for name in TAKEN if embeds(name, "FP16")]
 INTERPRETED, CONVERTED = 0, 90  # with bit operations; with the hardware's conversion to E4M3 where there is one
 
 
@@ -78,7 +75,7 @@ def test_quotients_of_any_numbers() -> None:
 def test_quotients_next_to_every_midpoint() -> None:
     """The float32 quotient decides a tie, so its last bit counts there: y = midpoint * scale and its neighbours."""
     rng = np.random.default_rng(1)
-    ties = np.unique(np.concatenate([midpoints(get_format(name)) for name in TAKEN]))
+    ties = np.unique(np.concatenate([midpoints(get_format(name)) for name in FORMATS]))
     scales = np.ldexp(rng.uniform(1, 2, 40), rng.integers(-100, 110, 40)).astype(np.float32)
     near = np.concatenate([neighbours(np.abs(ties * s), 3) for s in scales])
     s = np.repeat(scales, len(near) // len(scales))
@@ -94,7 +91,7 @@ def test_quotients_by_the_hardest_divisors() -> None:
 
 
 @pytest.mark.parametrize("sm", [INTERPRETED, CONVERTED])
-@pytest.mark.parametrize("name", TAKEN)
+@pytest.mark.parametrize("name", FORMATS)
 def test_every_grid_point_midpoint_and_neighbour(name: str, sm: int) -> None:
     """Exhaustive where rounding changes, random elsewhere, both signs, both zeros, up to the largest quotient."""
     fmt = get_format(name)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from export.errors import ContractError
+from export.errors import ContractError, EnvironmentLacksError
 from plugins.gpu.kernel import launch_options
 from plugins.gpu.row_tiles import RowTile
 from plugins.gpu.specs import QuantizeSpec
@@ -31,7 +31,7 @@ def quantize(
 
     shift, scale [M / tokens, C] and tokens: with "norm_modulate" only. codes, scales: written in place where given,
     so that a CUDA graph finds them again. tile: the heuristics' choice unless given. Raises ContractError for shapes,
-    types or memory layouts that the kernel does not take.
+    types or memory layouts that the kernel does not take, EnvironmentLacksError without a GPU and an interpreter.
     """
     import torch
 
@@ -56,13 +56,21 @@ def _launch(spec: QuantizeSpec, arguments: dict, rows: int, tile: RowTile | None
 
 
 def compute_capability(x: torch.Tensor) -> int:
-    """80, 90, ... of the tensor's GPU; 0 for a tensor of the CPU, where the interpreter runs."""
-    import torch
+    """80, 90, ... of the tensor's GPU; 0 for a tensor of the CPU, where the interpreter runs.
 
-    if x.device.type != "cuda":
-        return 0
-    major, minor = torch.cuda.get_device_capability(x.device)
-    return 10 * major + minor
+    Raises EnvironmentLacksError where the CPU has no interpreter.
+    """
+    import torch
+    import triton
+
+    if x.device.type == "cuda":
+        major, minor = torch.cuda.get_device_capability(x.device)
+        return 10 * major + minor
+    if not triton.knobs.runtime.interpret:
+        raise EnvironmentLacksError(
+            f"x is on {x.device}: the kernels run on a GPU, or on the CPU with TRITON_INTERPRET=1 set before start"
+        )
+    return 0
 
 
 def _dtype(name: str) -> torch.dtype:
