@@ -35,8 +35,8 @@ GPU_TARGETS = {"cuda": 80}
 UNAVAILABLE_TARGETS = ("trt",)
 # Disk while building, in bytes per parameter: checkpoint by layer and joined, and the portable model (together below
 # 2); the baselines of the measurement (9, see bench); the CPU's INT8 weights; the lowered graph and the engine of rtx;
-# the packed weights of cuda.
-BYTES_PER_PARAMETER = {"always": 11.0, "cpu": 1.5, "rtx": 2.5, "cuda": 1.0}
+# the packed weights of cuda, twice.
+BYTES_PER_PARAMETER = {"always": 11.0, "cpu": 1.5, "rtx": 2.5, "cuda": 1.5}
 NEEDED = ("torch", "diffusers", "onnx", "onnx_ir", "onnxscript", "onnxruntime")
 
 

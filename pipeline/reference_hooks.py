@@ -109,5 +109,49 @@ def half_parts(module: Any) -> Iterator[None]:
         yield
 
 
+@contextmanager
+def half_tokens(module: Any) -> Iterator[None]:
+    """Every tensor of tokens (three axes or more) rounds to FP16 where a function gives it; quantized linears compute
+    in float32 within, on an input and to a result rounded so."""
+    from torch.overrides import TorchFunctionMode
+
+    class HalfTokens(TorchFunctionMode):
+        inside = False
+
+        def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            found = func(*args, **(kwargs or {}))
+            return found if self.inside else _rounded(found)
+
+    mode = HalfTokens()
+
+    def enter(_: Any, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
+        mode.inside = True
+        return (_rounded(arguments[0]), *arguments[1:])
+
+    def leave(_module: Any, _arguments: Any, output: Any) -> Any:
+        mode.inside = False
+        return _rounded(output)
+
+    with ExitStack() as stack:
+        for part in module.modules():
+            if hasattr(part, "layer_name"):
+                stack.callback(part.register_forward_pre_hook(enter).remove)
+                stack.callback(part.register_forward_hook(leave).remove)
+        stack.enter_context(mode)
+        yield
+
+
+def _rounded(value: Any) -> Any:
+    """A float32 tensor of tokens rounded to FP16; anything else as it is."""
+    import torch
+
+    tokens = isinstance(value, torch.Tensor) and value.dtype == torch.float32 and value.ndim >= 3
+    return value.half().float() if tokens else value
+
+
 # Arithmetic of a target -> context in which the reference's module computes so.
-ARITHMETICS: dict[str, Callable[[Any], Any]] = {"fp32": nullcontext, "fp16": half_parts}
+ARITHMETICS: dict[str, Callable[[Any], Any]] = {
+    "fp32": nullcontext,
+    "fp16": half_parts,
+    "fp16 tokens": half_tokens,
+}

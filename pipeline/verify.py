@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 import math
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -29,7 +29,12 @@ if TYPE_CHECKING:
     from export.models import LoadedModel
 
 logger = logging.getLogger(__name__)
-HALF_PARTS = "attention in FP16; the limits come from runs of the reference that round so too"
+# What a report says of a target that computes in another arithmetic than float32.
+ROUNDED = "the limits come from runs of the reference that round so too"
+ARITHMETIC_NOTES = {
+    "fp16": f"attention in FP16; {ROUNDED}",
+    "fp16 tokens": f"tensors of tokens in FP16; {ROUNDED}; layers are proven in float32",
+}
 PROVEN_NOT_RUN = "numerically proven through onnxruntime; engine built, not run"
 
 
@@ -48,12 +53,13 @@ def verify(
     """
     from pipeline.report_page import write_page
 
-    found = study(model, layers, recipe, [arithmetic_of(target, recipe) for target in lowered])
+    arithmetics = {target: arithmetic_of(target, recipe, target in engines) for target in lowered}
+    found = study(model, layers, recipe, _studied(arithmetics.values()))
     report = Report(gates=quantization_gates(found, recipe))
     pictures = {}
     for target, graph in lowered.items():
-        arithmetic, engine = arithmetic_of(target, recipe), engines.get(target)
-        pictures[target] = verify_target(target, model, layers, graph, engine, found, report, arithmetic)
+        engine = engines.get(target)
+        pictures[target] = verify_target(target, model, layers, graph, engine, found, report, arithmetics[target])
     out_dir.mkdir(parents=True, exist_ok=True)
     (out_dir / "parity.json").write_text(report.to_json())
     write_layers_csv(report, out_dir / "layers.csv")
@@ -73,12 +79,17 @@ def verify_target(
     report: Report,
     arithmetic: str = "fp32",
 ) -> Any:
-    """Append one target's gates and rows to `report`; returns the engine's pictures. arithmetic: see `study`."""
+    """Append one target's gates and rows to `report`; returns the engine's pictures.
+
+    arithmetic: of the engine, see `study`. That of the lowered graph, in which layers are looked at, is the same but
+    for "fp16 tokens", whose graph is float32.
+    """
     probed, single = ProbedGraph(graph), found.float32[arithmetic]
+    of_graph = found.float32["fp32"] if arithmetic == "fp16 tokens" else single
     expected = {ref.name: ref.module for ref in model.linears()}
     present = [layer for layer in layers if layer.name in probed.complete and layer.name in expected]
     report.gates.append(coverage_gate(target, len(present), len(expected)))
-    results = layer_results(target, present, expected, probed, found, single)
+    results = layer_results(target, present, expected, probed, found, of_graph)
     report.layers += results
     run = engine.run if engine else probed.denoiser()
     if engine is None:
@@ -88,14 +99,23 @@ def verify_target(
     image = found.case.draw(run)
     nonfinite = errors.nonfinite + int(np.count_nonzero(~np.isfinite(image)))
     report.gates += layer_gates(target, results, nonfinite) + end_gates(target, errors, image, found, single)
-    if arithmetic != "fp32":
-        report.notes.append(f"{target}: {HALF_PARTS}")
+    if arithmetic in ARITHMETIC_NOTES:
+        report.notes.append(f"{target}: {ARITHMETIC_NOTES[arithmetic]}")
     return image
 
 
-def arithmetic_of(target: str, recipe: Recipe) -> str:
-    """What a target computes the unquantized parts in, as its backend lowers them."""
-    return recipe.rtx.attention if target == "rtx" else "fp32"
+def arithmetic_of(target: str, recipe: Recipe, runs: bool) -> str:
+    """What a target computes the unquantized parts in: its engine if it `runs` here, else its lowered graph."""
+    if target == "rtx":
+        return recipe.rtx.attention
+    halved = target == "cuda" and runs and recipe.cuda.activations == "fp16"
+    return "fp16 tokens" if halved else "fp32"
+
+
+def _studied(arithmetics: Iterable[str]) -> set[str]:
+    """Arithmetics of engines, and of lowered graphs where that is another one."""
+    found = set(arithmetics)
+    return found | {"fp32"} if "fp16 tokens" in found else found
 
 
 # --- layers ---------------------------------------------------------------------------------------------------------

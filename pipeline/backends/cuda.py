@@ -8,6 +8,7 @@ the engine runs, its pictures and steps with the activations that the recipe cho
 from __future__ import annotations
 
 import logging
+import shutil
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,6 @@ from export.formats import get_format
 from pipeline import machine
 from pipeline.backends import lowering_file
 from pipeline.backends.base import BuildResult, Capabilities, Engine, GemmRow, LoweredGraph
-from pipeline.backends.cpu import link_or_copy
 from pipeline.backends.cuda_run import METADATA, MIN_SM, MODEL, SCHEMA_VERSION, CudaEngine
 from pipeline.files import sha256, write_json
 from pipeline.methods import METHODS
@@ -70,8 +70,8 @@ class CudaBackend:
         executor cannot run."""
         model = ir.load(lowered.path)
         refuse_unrunnable(model)
-        for name in (MODEL, DATA):
-            link_or_copy(lowered.path.with_name(name), out_dir / name)
+        for name in (MODEL, DATA):  # no hard links: onnx_ir refuses to read data through one
+            shutil.copyfile(lowered.path.with_name(name), out_dir / name)
         metadata = describe(model, lowered, options(recipe))
         write_json(out_dir / METADATA, metadata)
         placed = LoweredGraph(out_dir / MODEL, lowered.probes, lowered.choices)
