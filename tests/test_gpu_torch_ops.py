@@ -147,6 +147,25 @@ def test_every_op_is_checked() -> None:
     assert {case.id for case in cases()} == {op.name for op in torch_ops.OPS}
 
 
+@pytest.mark.parametrize("op, tensors, choices", cases())
+def test_the_interpreted_kernel_gives_the_same(
+    op: Any, tensors: list[torch.Tensor], choices: dict[str, Any], interpreter: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With TRITON_INTERPRET=1 the op runs the kernel itself; without it, plain torch."""
+    kernels = op(*tensors, **choices)
+    monkeypatch.delenv("TRITON_INTERPRET")
+    plain = op(*tensors, **choices)
+    for found, expected in zip(*([x] if isinstance(x, torch.Tensor) else x for x in (kernels, plain)), strict=True):
+        assert found.dtype == expected.dtype and found.shape == expected.shape
+        if found.dtype == torch.uint8:
+            # Plain torch takes the mean of a norm in float64: a code next to a midpoint may differ, no other may.
+            assert int((found != expected).sum()) <= (op is OPS.norm_modulate_quantize)
+        else:
+            # The float32 steps behind an exact sum, or a mean, in another order; then one rounding to the output type.
+            rounding = 2.0**-10 if found.dtype == torch.float16 else 8 * 2.0**-24
+            assert float((found.float() - expected.float()).abs().max()) <= rounding * float(expected.abs().max())
+
+
 class Chain(torch.nn.Module):
     """Quantize, then multiply: what a linear layer is made of."""
 
