@@ -25,7 +25,7 @@ from export.errors import ContractError, EnvironmentLacksError
 from plugins.gpu import cache, machine_code
 from plugins.gpu.kernel import Kernel, launch_options
 
-CACHE_VERSION = 1
+CACHE_VERSION = 2
 MINIMUM_TRITON = (3, 6)
 TYPICAL_ROWS = 4096  # tokens for which the heuristics choose a tile, where the caller does not say
 TIMEOUT_S = 1800
@@ -201,7 +201,10 @@ def _compile(request: Request) -> Compiled:
         constexprs=constants,
         attrs=_alignment(request, function.arg_names),
     )
-    built = triton.compile(source, target=GPUTarget("cuda", request.sm, 32), options=launch_options(tile))
+    with triton.knobs.compilation.scope():
+        # Line numbers, and the PTX that they refer to, would be three quarters of the machine code's bytes.
+        triton.knobs.compilation.disable_line_info = True
+        built = triton.compile(source, target=GPUTarget("cuda", request.sm, 32), options=launch_options(tile))
     compiled = _described(built, request)
     stored = {one.name: getattr(compiled, one.name) for one in fields(compiled)}
     cache.write(_key(request), stored | {"cubin": base64.b64encode(compiled.cubin).decode()})
