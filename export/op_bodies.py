@@ -7,6 +7,7 @@ that append nodes, because nested functions are not inlined by every runtime.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -295,8 +296,11 @@ def norm_modulate_quantize(body: Body, floor: float) -> None:
 
 
 def gelu_quantize(body: Body, floor: float) -> None:
-    """x -> codes, scale."""
-    quantize_activation(body, floor, body.op("Gelu", "x", approximate="tanh"))
+    """x -> codes, scale. x / (1 + exp(-2 u)) in place of Gelu, a function itself, which not every runtime inlines."""
+    slope = -2 * math.sqrt(2 / math.pi)
+    inner = body.op("Mul", body.op("Mul", "x", "x"), body.number(slope * 0.044715))
+    power = body.op("Exp", body.op("Mul", "x", body.op("Add", inner, body.number(slope))))
+    quantize_activation(body, floor, body.op("Div", "x", body.op("Add", power, body.number(1.0))))
 
 
 Builder = Callable[[Body], None]

@@ -47,7 +47,10 @@ def write(key: str, value: Any) -> None:
     folder().mkdir(parents=True, exist_ok=True)
     body = json.dumps(value).encode()
     with tempfile.NamedTemporaryFile(dir=folder(), prefix=f".{key}-", delete=False) as file:
-        file.write(hashlib.sha256(body).hexdigest().encode() + b"\n" + body)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(file.name, folder() / key)
+        try:
+            file.write(hashlib.sha256(body).hexdigest().encode() + b"\n" + body)
+            file.flush()
+            os.fsync(file.fileno())
+            os.replace(file.name, folder() / key)
+        finally:
+            Path(file.name).unlink(missing_ok=True)  # there only if something failed

@@ -1,0 +1,232 @@
+"""GPU kernels compiled for every target with no GPU: what the machine code says, and the cache they come from."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import logging
+import multiprocessing
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from export.errors import ContractError, EnvironmentLacksError
+from plugins.gpu import cache, compiled, machine_code
+from plugins.gpu.compiled import Compiled, Request, compile_kernel, compile_kernels
+from plugins.gpu.machine_code import TARGETS
+from plugins.gpu.row_tiles import RowTile, row_tile
+from plugins.gpu.specs import QuantizeSpec
+from plugins.gpu.table import kernel
+
+pytest.importorskip("triton", reason="the GPU kernels need triton")
+BEFORE = {"quantize": "none", "gelu_quantize": "gelu", "norm_modulate_quantize": "norm_modulate"}
+NAMES = {80: "sm_80", 86: "sm_86", 89: "sm_89", 90: "sm_90a", 100: "sm_100a", 120: "sm_120a"}
+WIDTH = 1152  # of PixArt-XL/2 and DiT-XL/2
+
+
+def request(name: str, sm: int, channels: int = WIDTH, fmt: str = "E2M3", dtype: Any = "fp16") -> Request:
+    before: Any = BEFORE[name]
+    return Request(kernel(name), QuantizeSpec(fmt, channels, before, dtype), sm)
+
+
+EVERYWHERE = {(name, sm): request(name, sm) for name in BEFORE for sm in TARGETS}
+# On one target: HunyuanDiT's width, the widths before and inside an MLP, an odd one; other formats and input types.
+WIDER = {
+    ("gelu_quantize", 4608, "E2M3", "fp16"),
+    ("gelu_quantize", 4608, "INT8", "bf16"),
+    ("norm_modulate_quantize", 1408, "E3M2", "bf16"),
+    ("norm_modulate_quantize", 4608, "E4M3", "fp16"),
+    ("norm_modulate_quantize", 2304, "INT8", "fp32"),
+    ("norm_modulate_quantize", 1151, "E3M4", "fp16"),
+    ("quantize", 16384, "E2M3", "fp32"),
+}
+ON_HOPPER = {case: request(case[0], 90, *case[1:]) for case in sorted(WIDER)}
+
+
+@pytest.fixture(scope="session")
+def built(tmp_path_factory: pytest.TempPathFactory) -> dict[Any, Compiled]:
+    """All kernels of this file, from one process and an empty cache."""
+    requests = {**EVERYWHERE, **ON_HOPPER}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("DITC_CACHE", str(tmp_path_factory.mktemp("cache")))
+        return dict(zip(requests, compile_kernels(list(requests.values())), strict=True))
+
+
+@pytest.fixture
+def empty(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("DITC_CACHE", str(tmp_path))
+    return tmp_path / "kernels"
+
+
+# --- the machine code ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("case", [*EVERYWHERE, *ON_HOPPER], ids=str)
+def test_resources(built: dict[Any, Compiled], case: Any) -> None:
+    """Nothing spills, all fits, and enough rows are in flight: 16 warps in the 65536 registers of a multiprocessor."""
+    one = built[case]
+    assert one.problems() == []
+    assert one.name == case[0] and (len(case) == 4 or one.target == NAMES[case[1]])
+    assert one.local_bytes == 0 and 0 < one.registers <= 128
+    assert one.num_warps == 1 or one.shared_bytes > 0, "several warps meet in shared memory, one needs none"
+    assert one.num_warps > 1 or one.shared_bytes == 0
+
+
+@pytest.mark.parametrize(
+    "case", [("norm_modulate_quantize", 90), ("norm_modulate_quantize", 80), ("gelu_quantize", 89)]
+)
+def test_instructions(built: dict[Any, Compiled], case: tuple[str, int]) -> None:
+    """16-byte loads, no barrier, no spill, divisions for the row only, FP8 conversions where the target has them."""
+    one, per_thread = built[case], WIDTH // 32
+    inputs = 3 if case[0] == "norm_modulate_quantize" else 1
+    assert one.count("LDG.E.128") == inputs * 1024 // 32 // 8, "1024 fp16 of 32 threads, 8 in a load"
+    assert one.count("LDG") - one.count("LDG.E.128") == inputs, "and the 128 of the tail in one load each"
+    assert one.count("BAR", "LDL", "STL", "LDS", "STS") == 0
+    assert one.count("FCHK") <= 3, "IEEE divisions: scale, reciprocal, deviation"
+    assert one.count("F2FP.SATFINITE.E4M3") == (per_thread // 2 if case[1] >= 89 else 0)
+    # The arithmetic that memory must hide: 3 bytes a number at 3.35 TB/s leave an H100 about 26 instructions for each.
+    assert sum(one.opcodes.values()) <= 37 * per_thread
+
+
+def test_description(built: dict[Any, Compiled]) -> None:
+    one = built["norm_modulate_quantize", 90]
+    pointers = [("x", "*fp16"), ("shift", "*fp16"), ("scale", "*fp16"), ("codes", "*u8"), ("scales", "*fp32")]
+    assert one.arguments == (*pointers[:3], ("M", "i32"), ("tokens", "i32"), *pointers[3:])
+    assert ".visible .entry norm_modulate_quantize(" in one.ptx and one.cubin.startswith(b"\x7fELF")
+    assert one.ptx.split(".entry")[1].split(")")[0].count(".param") == len(one.arguments) + one.unused_parameters
+
+
+def test_problems_are_named(built: dict[Any, Compiled]) -> None:
+    bad = replace(built["quantize", 86], local_bytes=16, registers=256, shared_bytes=100 * 1024)
+    assert bad.problems() == [
+        "quantize on sm_86: 16 bytes of local memory a thread: registers spill",
+        "quantize on sm_86: 256 registers",
+        "quantize on sm_86: 102400 bytes of shared memory; sm_86 has 101376",
+    ]
+
+
+def test_a_spill_is_seen(empty: Path) -> None:
+    """8192 numbers held by one warp: 256 registers a thread, one more than there are, for the numbers alone."""
+    one = compile_kernel(kernel("quantize"), QuantizeSpec("E2M3", 8192, input="fp32"), 90, RowTile(8192, 0, 1))
+    assert one.local_bytes > 0 and one.count("LDL", "STL") > 0
+    assert any("registers spill" in text for text in one.problems())
+
+
+@pytest.mark.parametrize(("channels", "warps"), [(1, 1), (1152, 1), (1536, 1), (1537, 2), (4608, 4), (16384, 16)])
+def test_warps_of_a_row(channels: int, warps: int) -> None:
+    tile = row_tile(QuantizeSpec("E2M3", channels), 4096, 90)
+    assert tile.num_warps == warps and channels <= tile.block + tile.tail < max(2, 1.5 * channels)
+
+
+# --- the cache -----------------------------------------------------------------------------------------------------
+
+
+def test_key_names_everything_the_code_follows_from(monkeypatch: pytest.MonkeyPatch) -> None:
+    base = request("quantize", 90)
+    variants = [
+        base,
+        replace(base, sm=89),
+        replace(base, tile=RowTile(1024, 128, 2)),
+        replace(base, spec=QuantizeSpec("E3M2", WIDTH)),
+        replace(base, spec=QuantizeSpec("E2M3", WIDTH, input="fp32")),
+        request("gelu_quantize", 90),
+    ]
+    keys = {compiled._key(one) for one in variants}
+    assert len(keys) == len(variants) and compiled._key(replace(base, rows=1)) in keys
+    monkeypatch.setattr(importlib.metadata, "version", lambda _: "99.0")
+    assert compiled._key(base) not in keys
+
+
+def test_source_reaches_helpers_of_helpers() -> None:
+    source = "".join(compiled.source_of(kernel("norm_modulate_quantize").function()))
+    for name in ("norm_modulate_quantize", "_quantize_row", "_bytes", "reciprocal_parts", "grid_to_byte"):
+        assert f"def {name}(" in source, name
+    assert "def gelu_quantize(" not in source and "def _gelu(" not in source
+
+
+def test_second_time_from_the_cache(empty: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = compile_kernels([request("quantize", 80)])
+    assert [path.name for path in empty.iterdir()] == [compiled._key(request("quantize", 80))]
+    monkeypatch.setattr(compiled, "_compile", lambda _: pytest.fail("compiled again"))
+    monkeypatch.setattr(compiled, "_compile_in_another_process", lambda _: pytest.fail("compiled again"))
+    assert compile_kernels([request("quantize", 80)]) == first
+
+
+@pytest.mark.parametrize(
+    "damage", [lambda b: b[:-1], lambda b: b"", lambda b: b[:200] + b"?" + b[201:], lambda b: b"\xff"]
+)
+def test_damaged_entries_are_removed(empty: Path, damage: Any, caplog: pytest.LogCaptureFixture) -> None:
+    cache.write("k", {"numbers": list(range(100))})
+    path = empty / "k"
+    path.write_bytes(damage(path.read_bytes()))
+    with caplog.at_level(logging.WARNING):
+        assert cache.read("k") is None
+    assert not path.exists() and "is damaged; it is removed and made again" in caplog.text
+    assert cache.read("k") is None, "and it is as if it had never been there"
+
+
+def test_a_failed_write_leaves_nothing(empty: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cache.os, "replace", lambda *_: (_ for _ in ()).throw(OSError("disk full")))
+    with pytest.raises(OSError, match="disk full"):
+        cache.write("k", 1)
+    assert list(empty.iterdir()) == []
+
+
+def _write_often(value: int) -> None:
+    for _ in range(50):
+        cache.write("k", [value] * 10_000)
+
+
+def test_several_processes(empty: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Two writers of one entry, one reader: every value read is whole."""
+    spawn = multiprocessing.get_context("fork")
+    writers = [spawn.Process(target=_write_often, args=(value,)) for value in (1, 2)]
+    for writer in writers:
+        writer.start()
+    seen = []
+    while any(writer.is_alive() for writer in writers) or not seen:
+        found = cache.read("k")
+        seen += [] if found is None else [found]
+    assert all(writer.exitcode == 0 for writer in writers) and not caplog.records
+    assert all(len(value) == 10_000 and len(set(value)) == 1 for value in seen)
+    assert [path.name for path in empty.iterdir()] == ["k"]
+
+
+# --- what is missing -----------------------------------------------------------------------------------------------
+
+
+def test_nothing_is_missing_here() -> None:
+    assert compiled.problems() == []
+
+
+def test_without_triton(monkeypatch: pytest.MonkeyPatch) -> None:
+    def version(_: str) -> str:
+        raise importlib.metadata.PackageNotFoundError
+
+    monkeypatch.setattr(importlib.metadata, "version", version)
+    with pytest.raises(EnvironmentLacksError, match=r"triton is not installed; run: pip install 'ditc\[cuda\]'"):
+        compile_kernels([request("quantize", 90)])
+
+
+def test_old_triton(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib.metadata, "version", lambda _: "3.5.1")
+    assert compiled.problems() == ["triton 3.5.1 is too old; run: pip install 'triton>=3.6'"]
+
+
+def test_missing_tools(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(machine_code, "tool", lambda name: Path("/nowhere") / name)
+    found = compiled.problems()
+    assert len(found) == 2 and found[0].startswith("/nowhere/ptxas of triton") and "reinstall triton" in found[0]
+    with pytest.raises(EnvironmentLacksError, match=r"/nowhere/cuobjdump does not run .*; reinstall triton"):
+        machine_code.opcodes(b"")
+
+
+def test_bytes_that_are_no_machine_code() -> None:
+    with pytest.raises(RuntimeError, match="cuobjdump -sass failed"):
+        machine_code.opcodes(b"no machine code")
+
+
+def test_unknown_target() -> None:
+    with pytest.raises(ContractError, match=r"sm 75 is no target of the GPU kernels; use one of \(80, 86, 89, 90"):
+        request("quantize", 75)

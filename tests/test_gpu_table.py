@@ -1,0 +1,85 @@
+"""The table of GPU kernels: every row is whole, and says of its kernel what the kernel's source says."""
+
+from __future__ import annotations
+
+import pickle
+from dataclasses import FrozenInstanceError
+from typing import Any
+
+import pytest
+
+from plugins.gpu.kernel import Argument, Kernel
+from plugins.gpu.specs import QuantizeSpec
+from plugins.gpu.table import KERNELS, kernel
+
+pytest.importorskip("triton", reason="the GPU kernels need triton")
+ROLES = ("input", "size", "output")
+TYPES = ("*u8", "*fp32", "i32", "*{input}", "*{output}")
+QUANTIZERS = {
+    "quantize": QuantizeSpec("E2M3", 64),
+    "gelu_quantize": QuantizeSpec("E2M3", 64, "gelu", "bf16"),
+    "norm_modulate_quantize": QuantizeSpec("E2M3", 64, "norm_modulate", "fp32"),
+}
+
+
+@pytest.mark.parametrize("row", KERNELS, ids=lambda row: row.name)
+def test_row(row: Kernel) -> None:
+    """Inputs, sizes, outputs, in this order, as TensorRT's plugins pass them; no lambdas, so rows can be sent."""
+    names = [argument.name for argument in row.arguments]
+    assert len(set(names)) == len(names) and row.doc.endswith(".")
+    places = [ROLES.index(argument.role) for argument in row.arguments]
+    assert places == sorted(places) and len(set(places)) == 3
+    assert {argument.type for argument in row.arguments} <= set(TYPES)
+    assert all(argument.is_pointer == (argument.role != "size") for argument in row.arguments)
+    assert pickle.loads(pickle.dumps(row)) == row
+
+
+@pytest.mark.parametrize("row", KERNELS, ids=lambda row: row.name)
+def test_arguments_are_the_functions_own(row: Kernel) -> None:
+    """Run-time arguments come first, in the table's order; constants follow."""
+    function = row.function()
+    names = [argument.name for argument in row.arguments]
+    assert function.fn.__name__ == row.name and function.arg_names[: len(names)] == names
+    annotations = function.fn.__annotations__
+    assert [name for name in function.arg_names if name in annotations] == function.arg_names[len(names) :]
+
+
+@pytest.mark.parametrize("name", QUANTIZERS)
+@pytest.mark.parametrize("sm", [0, 80, 90])
+def test_constants_are_complete(name: str, sm: int) -> None:
+    row, spec = kernel(name), QUANTIZERS[name]
+    constants = row.all_constants(spec, row.tile(spec, 100, sm), sm)
+    run_time = {argument.name for argument in row.arguments_of(spec)}
+    assert set(constants) | run_time == set(row.function().arg_names) and not set(constants) & run_time
+    assert row.grid(spec, row.tile(spec, 100, sm), 100) == (100, 1, 1)
+
+
+def test_names_are_unique_and_found() -> None:
+    assert len({row.name for row in KERNELS}) == len(KERNELS)
+    assert [kernel(row.name) for row in KERNELS] == list(KERNELS)
+    with pytest.raises(KeyError, match="nothing"):
+        kernel("nothing")
+
+
+def test_rows_are_frozen() -> None:
+    row: Any = KERNELS[0]
+    with pytest.raises(FrozenInstanceError):
+        row.name = "other"
+
+
+def test_types_follow_the_spec() -> None:
+    x, rows = Argument("x", "*{input}", "input"), Argument("M", "i32", "size")
+    assert [x.type_for(spec) for spec in QUANTIZERS.values()] == ["*fp16", "*bf16", "*fp32"]
+    assert rows.type_for(QuantizeSpec("E2M3", 8)) == "i32"
+
+
+def test_arguments_that_a_spec_does_without() -> None:
+    """Compiled away: the constant None takes their place."""
+    row = KERNELS[0]
+    optional = Argument("bias", "*fp32", "input", when="epsilon")
+    with_bias = Kernel(**{**vars(row), "arguments": (optional, *row.arguments)})
+    tile = row.tile(QuantizeSpec("E2M3", 8), 1, 0)
+    for epsilon, there in ((1.0, True), (0.0, False)):
+        spec = QuantizeSpec("E2M3", 8, epsilon=epsilon)
+        assert (optional in with_bias.arguments_of(spec)) is there
+        assert ("bias" not in with_bias.all_constants(spec, tile, 0)) is there
