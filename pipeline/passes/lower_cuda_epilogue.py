@@ -6,7 +6,7 @@ import numpy as np
 import onnx_ir as ir
 
 from pipeline.passes.emit import initializer
-from pipeline.passes.graph import drop_unused, has_role, is_constant, is_op, only_reader, other_input
+from pipeline.passes.graph import constant, drop_unused, has_role, is_op, only_reader, other_input
 from pipeline.passes.lower_cuda_ops import DOMAIN, fused_node
 from pipeline.passes.refusal import RewritePass
 
@@ -83,7 +83,7 @@ def _drop_ones(model: ir.Model) -> None:
     for node in list(model.graph):
         if not (is_op(node, "Div") or is_op(node, "Mul")) or node.outputs[0].is_graph_output():
             continue
-        factor, x = node.inputs[1], node.inputs[0]
-        if factor is not None and x is not None and is_constant(factor, 1.0) and factor.const_value.size == 1:  # type: ignore[union-attr]
+        x, factor = node.inputs[0], constant(node.inputs[1])
+        if x is not None and factor is not None and factor.ndim == 0 and factor == 1:
             ir.convenience.replace_all_uses_with(node.outputs[0], x)
             model.graph.remove(node, safe=True)

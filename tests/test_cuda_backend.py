@@ -1,0 +1,344 @@
+"""The `cuda` target without a GPU: build, refusals, and its executor on the CPU against the graph in onnxruntime."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+import onnxruntime
+import pytest
+import torch
+
+from export import models
+from export.checkpoint import QuantizedLinear
+from export.errors import ContractError, EnvironmentLacksError, RecipeError
+from export.families import FAMILIES
+from export.to_onnx import export_portable
+from pipeline import bundle as bundles
+from pipeline import recipe as recipes
+from pipeline.backends import BACKENDS, cuda_run, lowering_file
+from pipeline.backends.base import Arrays, LoweredGraph
+from pipeline.backends.cuda_module import LoweredModule, run_step
+from pipeline.backends.cuda_run import Captured, CudaEngine, machine_problem
+from pipeline.bundle import Bundle
+from pipeline.compiler import parse_targets
+from pipeline.diffusers_adapter import EngineTransformer
+from pipeline.recipe import Recipe
+from pipeline.report import Report
+from pipeline.study import study
+from pipeline.verify import arithmetic_of, verify_target
+from plugins.gpu.operands import operand_bytes
+from tests import tiny
+
+BACKEND = BACKENDS["cuda"]
+
+
+@dataclass(frozen=True)
+class Built:
+    """A folder like a bundle's, with the portable model and cuda/ of a tiny model."""
+
+    folder: Path
+    model: Any
+    layers: list[QuantizedLinear]
+    recipe: Recipe
+    lowered: LoweredGraph
+
+    @property
+    def engine(self) -> Path:
+        return self.folder / "cuda"
+
+    def rebuilt(self, folder: Path, **chosen: str) -> Path:
+        """cuda/ of the same lowered graph with other options."""
+        recipe = replace(self.recipe, cuda=replace(self.recipe.cuda, **chosen))
+        folder.mkdir()
+        BACKEND.build(self.lowered, folder, recipe)
+        return folder
+
+
+@pytest.fixture(scope="module", params=["pixart", "hunyuan", "dit"])
+def built(request: Any, tmp_path_factory: pytest.TempPathFactory) -> Built:
+    return build(request.param, tmp_path_factory.mktemp(request.param))
+
+
+def build(family: str, folder: Path) -> Built:
+    model = models.load(str(tiny.folder(family, folder)))
+    layers = tiny.quantized(model, granularity="exact_group")
+    export_portable(model, layers, folder / "model.onnx")
+    chosen = {"name": "tiny", "model": model.source, "sampling": {"n_steps": 3}, "cuda": {"activations": "fp32"}}
+    recipe = recipes.from_dict(chosen, "test")
+    for name in ("work", "cuda"):
+        (folder / name).mkdir()
+    lowered = BACKEND.lower(folder / "model.onnx", folder / "work", recipe)
+    BACKEND.build(lowered, folder / "cuda", recipe)
+    return Built(folder, model, layers, recipe, lowered)
+
+
+def random_inputs(graph: ir.Graph) -> Arrays:
+    """Random inputs of a model; the last caption token is masked."""
+    sizes, rng = {"batch": 2, "tokens": 5}, np.random.default_rng(0)
+    found: Arrays = {}
+    for value in graph.inputs:
+        name, known = str(value.name), value.shape or ()
+        shape = [size if isinstance(size, int) else sizes[str(size.value)] for size in known]
+        integer = value.dtype == ir.DataType.INT64
+        found[name] = np.zeros(shape, np.int64) if integer else rng.standard_normal(shape).astype(np.float32)
+        if "mask" in name:
+            found[name] = np.ones(shape, np.float32)
+            found[name][:, -1] = 0
+    return found
+
+
+# --- the executor ---------------------------------------------------------------------------------------------------
+
+
+def test_every_step_equals_onnxruntime(built: Built) -> None:
+    """Each node gets the inputs that onnxruntime computed, so that no rounding is carried on."""
+    graph = ir.load(built.engine / "model.onnx")
+    expected = all_tensors(built.engine / "model.onnx", graph.graph)
+    module = LoweredModule(graph)
+    given = {name: torch.from_numpy(array) for name, array in expected.items()} | module.plan.constants
+    given |= dict(module.named_buffers(recurse=False))
+    for node in graph.graph:
+        if found := node.attributes.get("format"):  # codes are operand bytes here
+            codes = str(node.outputs[0].name)
+            given[codes] = torch.from_numpy(operand_bytes(found.as_string())[expected[codes]])
+    with torch.inference_mode():
+        for step in module.steps:
+            results = run_step(step, [given[name] if name else None for name in step.inputs])
+            for name, tensor in zip(step.outputs, results, strict=False):
+                if name:
+                    compare(tensor, given[name], step.name)
+
+
+def all_tensors(path: Path, graph: ir.Graph) -> Arrays:
+    """Inputs, and every tensor that the graph computes from them, by onnxruntime."""
+    changed, inputs = onnx.load(path), random_inputs(graph)
+    names = [str(value.name) for node in graph for value in node.outputs]
+    del changed.graph.output[:]
+    changed.graph.output.extend(onnx.ValueInfoProto(name=name) for name in names)
+    options = onnxruntime.SessionOptions()
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+    session = onnxruntime.InferenceSession(changed.SerializeToString(), options)
+    return dict(zip(names, session.run(names, inputs), strict=True)) | inputs
+
+
+def compare(found: torch.Tensor, expected: torch.Tensor, step: str) -> None:
+    """What one node computes from the same inputs.
+
+    Floats: the longest sum has 1616 terms. Roundings of a float32 sum are as good as random, so n terms leave about
+    sqrt(n) = 40 of them, each of a partial sum about as large as the largest result; two orders of summing, twice that.
+    Codes: one differs only where such a rounding moves a number over a midpoint, which in these few tokens hits less
+    than one code in a thousand.
+    """
+    assert found.shape == expected.shape and found.dtype == expected.dtype, step
+    if found.dtype == torch.uint8:
+        assert float((found != expected).float().mean()) <= 1e-3, step
+    elif found.is_floating_point():
+        assert float((found - expected).abs().max()) <= 80 * 2.0**-24 * float(expected.abs().max()), step
+    else:
+        assert torch.equal(found, expected), step
+
+
+@pytest.mark.parametrize("activations", ["fp32", "fp16"])
+def test_the_engine_passes_all_gates(built: Built, activations: str, tmp_path: Path) -> None:
+    """Run on the CPU, with expanded weights where activations are FP16."""
+    weights = "packed" if activations == "fp32" else "expanded"
+    engine = CudaEngine(built.rebuilt(tmp_path / "cuda", activations=activations, weights=weights), device="cpu")
+    recipe = replace(built.recipe, cuda=replace(built.recipe.cuda, activations=activations))
+    arithmetic, report = arithmetic_of("cuda", recipe, runs=True), Report()
+    found = study(built.model, built.layers, recipe, {"fp32", arithmetic})
+    verify_target("cuda", built.model, built.layers, built.lowered, engine, found, report, arithmetic)
+    assert report.failures() == []
+    assert all(gemm.is_expanded == (weights == "expanded") for gemm in engine.module.gemms)
+    engine.close()
+
+
+def test_tokens_are_half_and_timesteps_are_not(built: Built) -> None:
+    module = LoweredModule(ir.load(built.engine / "model.onnx"), activations="fp16")
+    types = module.plan.types
+    sines = [name for step in module.steps for name in step.outputs if "Sin" in step.name or name.startswith("sin")]
+    assert sines and {types[name] for name in sines} == {torch.float32}
+    gemms = [step.outputs[0] for step in module.steps if step.name.endswith(("to_q", "to_out.0", "net.2"))]
+    assert gemms and {types[name] for name in gemms} == {torch.float16}
+
+
+def test_auto_expands_where_a_call_has_many_tokens(built: Built, monkeypatch: pytest.MonkeyPatch) -> None:
+    graph = ir.load(built.engine / "model.onnx")
+    module = LoweredModule(graph, weights="auto").finish()
+    inputs = {name: torch.from_numpy(array) for name, array in random_inputs(graph.graph).items()}
+    with torch.inference_mode():
+        few = module(inputs)["sample"]
+        assert not any(gemm.is_expanded for gemm in module.gemms)
+        monkeypatch.setattr("pipeline.backends.cuda_dialect_ops.EXPAND_FROM", 20)
+        assert torch.equal(module(inputs)["sample"], few)  # the same sums, from a byte for each weight
+    assert {gemm.is_expanded for gemm in module.gemms if "net.0" in gemm_name(module, gemm)} == {True}
+
+
+def gemm_name(module: LoweredModule, gemm: Any) -> str:
+    return next(step.name for step in module.steps if step.run is gemm)
+
+
+def test_an_unknown_op_is_refused_before_anything_runs(built: Built) -> None:
+    graph = ir.load(built.engine / "model.onnx")
+    node = next(node for node in graph.graph if node.op_type == "Sigmoid")
+    node.op_type = "Selu"
+    with pytest.raises(ContractError, match=r"target cuda does not know Selu \(first at node .*\); add a row"):
+        LoweredModule(graph)
+
+
+# --- build and load -------------------------------------------------------------------------------------------------
+
+
+def test_what_build_writes(built: Built) -> None:
+    metadata = json.loads((built.engine / "metadata.json").read_text())
+    assert metadata["least_sm"] == 80 and metadata["torch"] == torch.__version__
+    assert metadata["options"] == {"weights": "auto", "activations": "fp32"}
+    gemms = sum(metadata["kernels"][name] for name in ("Gemm", "GemmGateResidual"))
+    assert gemms == sum(metadata["paths"].values()) == len(built.layers)
+    assert metadata["inputs"]["hidden_states"] == {"dtype": "float32", "shape": ["batch", 4, 8, 8]}
+    again = lowering_file.read(built.engine / lowering_file.NAME)
+    assert again.probes == built.lowered.probes and again.path == built.engine / "model.onnx"
+    # Codes of 4 bits stay packed: the quantized weights take half a byte each, and little is added.
+    stored = sum(layer.out_features * layer.in_features for layer in built.layers) / 2
+    portable = (built.folder / "model.onnx.data").stat().st_size
+    assert stored < metadata["weights_bytes"] <= 1.01 * portable + 8192
+
+
+def test_the_same_portable_model_gives_the_same_bytes(built: Built, tmp_path: Path) -> None:
+    again = BACKEND.lower(built.folder / "model.onnx", tmp_path, built.recipe)
+    for name in ("model.onnx", "model.onnx.data"):
+        assert again.path.with_name(name).read_bytes() == (built.engine / name).read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("sm", "triton", "message"),
+    [
+        (0, "3.9.0", "needs an NVIDIA GPU and a PyTorch with CUDA; none is visible here"),
+        (75, "3.9.0", "needs SM 80 or newer, this GPU is SM 75; build with --target cpu"),
+        (90, "", "needs triton; install with: pip install triton"),
+        (90, "3.9.0", ""),
+    ],
+)
+def test_what_a_machine_lacks(sm: int, triton: str, message: str) -> None:
+    found = machine_problem({"least_sm": 80}, sm, triton)
+    assert message in found and bool(found) == bool(message)
+
+
+def test_loading_without_a_gpu_is_refused(built: Built, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cuda_run, "visible_sm", lambda: 0)
+    with pytest.raises(EnvironmentLacksError, match="needs an NVIDIA GPU"):
+        BACKEND.load(built.folder)
+
+
+@pytest.mark.parametrize("text", ["", "[]", '{"schema_version": 1}'])
+def test_damaged_metadata_is_refused(text: str, tmp_path: Path) -> None:
+    (tmp_path / "metadata.json").write_text(text)
+    with pytest.raises(ContractError, match=r"cannot be read .*; build the engine again"):
+        CudaEngine(tmp_path, device="cpu")
+
+
+def test_metadata_of_another_schema_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "metadata.json").write_text('{"schema_version": 2}')
+    with pytest.raises(ContractError, match="schema 2, this version reads 1"):
+        CudaEngine(tmp_path, device="cpu")
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"more": np.zeros(1, np.float32)}, r"inputs \['more'\] are missing or unknown"),
+        ({"hidden_states": np.zeros((2, 4, 8, 9), np.float32)}, "hidden_states has shape"),
+        ({"timestep": np.zeros((2, 1), np.float32)}, "timestep has shape"),
+    ],
+)
+def test_wrong_inputs_are_refused(changed: Arrays, message: str, built: Built) -> None:
+    engine = CudaEngine(built.engine, device="cpu")
+    inputs = random_inputs(ir.load(built.engine / "model.onnx").graph) | changed
+    with pytest.raises(RecipeError, match=message):
+        engine.run(inputs)
+
+
+class FakeGraph:
+    """Stands in for torch.cuda.CUDAGraph: a replay runs the module on the fixed inputs, into the fixed outputs."""
+
+    def __init__(self, captured: dict[str, Any]) -> None:
+        self.captured = captured
+
+    def replay(self) -> None:
+        for name, tensor in self.captured["module"](self.captured["inputs"]).items():
+            self.captured["outputs"][name].copy_(tensor)
+
+
+def test_a_captured_graph_is_made_once_for_each_shape(built: Built, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What surrounds the capture; the capture itself needs a GPU."""
+    made = []
+
+    def make(module: Any, inputs: dict[str, Any]) -> Captured:
+        captured = {"module": module, "inputs": inputs, "outputs": module(inputs)}
+        made.append(captured)
+        return Captured(FakeGraph(captured), inputs, captured["outputs"])
+
+    engine = CudaEngine(built.engine, device="cpu")
+    inputs = random_inputs(ir.load(built.engine / "model.onnx").graph)
+    other = inputs | {"hidden_states": inputs["hidden_states"] + 1}
+    expected = [engine.run(call)["sample"] for call in (inputs, other)]
+    monkeypatch.setattr(Captured, "make", make)
+    engine.device = "cpu:0"
+    for call, sample in zip((inputs, other, inputs), (*expected, expected[0]), strict=True):
+        assert np.array_equal(engine.run(call)["sample"], sample)
+    assert len(made) == 1
+
+
+def test_it_stands_in_for_a_diffusers_transformer(built: Built) -> None:
+    engine, family = CudaEngine(built.engine, device="cpu"), FAMILIES[built.model.family.name]
+    inputs = random_inputs(ir.load(built.engine / "model.onnx").graph)
+    given: dict[str, Any] = {name: torch.from_numpy(array) for name, array in inputs.items()}
+    if "image_rotary_cos" in given:
+        given["image_rotary_emb"] = (given.pop("image_rotary_cos"), given.pop("image_rotary_sin"))
+    transformer = EngineTransformer(engine, family, dict(built.model.config))
+    assert np.array_equal(transformer(**given).sample.numpy(), engine.run(inputs)["sample"])
+
+
+# --- recipes and targets --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("chosen", "message"),
+    [
+        ({"formats": {"weight": "INT6"}}, "weights in INT6: the kernels of target cuda take 4-bit weights"),
+        (
+            {"calibrate": {"method": "qdit", "options": {"activations": "token_group"}}},
+            "activations=token_group of qdit: target cuda has no scale per token and group",
+        ),
+    ],
+)
+def test_recipes_that_no_kernel_takes(chosen: dict[str, Any], message: str) -> None:
+    problems = BACKEND.problems(recipes.from_dict({"name": "tiny", "model": "none"} | chosen, "test"))
+    assert len(problems) == 1 and message in problems[0]
+
+
+def test_the_usual_recipe_has_no_problem() -> None:
+    assert BACKEND.problems(recipes.load("pixart_w4a6")) == []
+
+
+@pytest.mark.parametrize(("sm", "included"), [(0, False), (75, False), (80, True), (90, True)])
+def test_auto_builds_it_where_a_gpu_is_visible(sm: int, included: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bundles, "cuda_sm", lambda: sm)
+    assert ("cuda" in parse_targets("auto")) is included
+    assert parse_targets("cuda") == ("cuda",)
+
+
+@pytest.mark.parametrize(("sm", "chosen"), [(90, "cuda"), (70, "cpu"), (0, "cpu")])
+def test_a_bundle_takes_it_before_the_cpu_where_it_runs(
+    sm: int, chosen: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(bundles, "cuda_sm", lambda: sm)
+    versions = {"onnxruntime": "1.31.1", "triton": "3.9.0"}
+    monkeypatch.setattr(bundles.machine, "tool_version", lambda name: versions.get(name, ""))
+    targets = {"cpu": {}, "cuda": {"metadata": {"least_sm": 80}}}
+    assert Bundle(tmp_path, {"targets": targets, "tools": versions}).choose() == chosen
