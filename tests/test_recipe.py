@@ -43,6 +43,7 @@ OTHER = {
     "rtx.weights": "int4",
     "rtx.sm": (89,),
     "rtx.attention": "fp32",
+    "rtx.path": "plugin",
     "cuda.weights": "packed",
     "cuda.activations": "fp32",
 }

@@ -74,8 +74,13 @@ def test_a_missing_package_has_a_remedy(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setattr(loader, "find_spec", lambda name: None)
     with pytest.raises(EnvironmentLacksError, match="pip install tensorrt-rtx"):
         loader._named_library.__wrapped__()
+
+
+def test_a_missing_library_has_a_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loader, "find_spec", lambda name: machine if name == "tensorrt_rtx" else None)
+    monkeypatch.setattr(loader, "MISSING", "libditc_no_such_library.so")
     with pytest.raises(EnvironmentLacksError, match=r"no libtensorrt_rtx\.so\.1 .*rtx\.path=native"):
-        loader._real_library()
+        loader._named_library.__wrapped__()
 
 
 def test_a_processor_without_an_alias_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

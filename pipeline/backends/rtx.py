@@ -10,7 +10,7 @@ from typing import Any
 
 import onnx_ir as ir
 
-from pipeline.backends import lowering_file, rtx_build
+from pipeline.backends import lowering_file, rtx_build, rtx_plugin
 from pipeline.backends.base import BuildResult, Capabilities, Engine, GemmRow, LoweredGraph
 from pipeline.backends.rtx_engine_file import EngineFile, check_gemms, read_engine_file
 from pipeline.backends.rtx_run import ENGINE, METADATA, RtxEngine
@@ -18,10 +18,11 @@ from pipeline.files import sha256, write_json
 from pipeline.methods import METHODS
 from pipeline.passes import run_shared
 from pipeline.passes.graph import drop_unused
-from pipeline.passes.lower_rtx import GROUPS_REFUSED, lower
+from pipeline.passes.lower_rtx import GROUPS_REFUSED, Lowering, lower
 from pipeline.passes.lower_rtx_attention import halve_attention
 from pipeline.passes.lower_rtx_gemms import matmul_names
 from pipeline.passes.lower_rtx_kept import halve_large_linears
+from pipeline.passes.lower_rtx_plugin import STATIC_REFUSED
 
 logger = logging.getLogger(__name__)
 ONNX, DATA = "model.onnx", "model.onnx.data"
@@ -80,15 +81,17 @@ class RtxBackend:
 
     def problems(self, recipe: Any) -> list[str]:
         """GPUs that the builder refuses, activations that no lowering takes, and a missing package."""
-        return [*sm_problems(tuple(recipe.rtx.sm)), *method_problems(recipe), *rtx_build.package_problems()]
+        with_plugins = recipe.rtx.path == "plugin"
+        found = [*sm_problems(recipe.rtx.sm), *method_problems(recipe, with_plugins), *rtx_build.package_problems()]
+        return [*found, *rtx_plugin.problems(recipe.rtx.sm)] if with_plugins and not found else found
 
     def lower(self, portable: Path, work_dir: Path, recipe: Any) -> LoweredGraph:
         """Write the graph that the builder gets into `work_dir`; weights are converted one by one while writing."""
         model, sms = ir.load(portable), tuple(recipe.rtx.sm)
         run_shared(model)
-        if without := sorted(set(sms) - FP8_SMS):
-            logger.info("SM %s has no FP8 tensor cores: the engine uses INT8 operands", ", ".join(map(str, without)))
-        lowering = lower(model, capabilities(recipe.rtx.weights, sms))
+        lowering = (
+            rtx_plugin.lower(model) if recipe.rtx.path == "plugin" else lower_native(model, recipe.rtx.weights, sms)
+        )
         if recipe.rtx.attention == "fp16":
             attentions, linears = halve_attention(model), halve_large_linears(model)
             logger.info("in FP16: %d attentions, unquantized linears %s", attentions, ", ".join(linears) or "none")
@@ -100,10 +103,11 @@ class RtxBackend:
     def build(self, lowered: LoweredGraph, out_dir: Path, recipe: Any) -> BuildResult:
         """Engine, metadata.json and lowering.json. Raises ContractError where a linear is not the GEMM it should be."""
         sms = tuple(recipe.rtx.sm)
-        facts = rtx_build.build_engine(lowered.path, out_dir / ENGINE, sms, recipe.sampling.batch_size)
-        engine = read_engine_file(out_dir / ENGINE)
-        check_gemms(engine, expected_gemms(lowered))
-        metadata = describe(engine, lowered, facts)
+        build = rtx_plugin.build if recipe.rtx.path == "plugin" else build_native
+        facts, engine, more = build(lowered.path, out_dir / ENGINE, sms, recipe.sampling.batch_size)
+        if recipe.rtx.path == "native":
+            check_gemms(engine, expected_gemms(lowered))
+        metadata = describe(engine, lowered, facts) | more
         write_json(out_dir / METADATA, metadata)
         lowering_file.write(lowered, out_dir / lowering_file.NAME)
         files = tuple(f"{out_dir.name}/{name}" for name in (ENGINE, METADATA, lowering_file.NAME))
@@ -112,6 +116,21 @@ class RtxBackend:
     def load(self, bundle_dir: Path) -> Engine:
         """Engine on the GPU. Raises EnvironmentLacksError where there is none or it is another one."""
         return RtxEngine(bundle_dir / self.name)
+
+
+def lower_native(model: ir.Model, weights: str, sms: tuple[int, ...]) -> Lowering:
+    """Lower to TensorRT's own ops, in place, for what all GPUs run."""
+    if without := sorted(set(sms) - FP8_SMS):
+        logger.info("SM %s has no FP8 tensor cores: the engine uses INT8 operands", ", ".join(map(str, without)))
+    return lower(model, capabilities(weights, sms))
+
+
+def build_native(
+    path: Path, engine_path: Path, sms: tuple[int, ...], batch_size: int
+) -> tuple[rtx_build.BuildFacts, EngineFile, dict[str, Any]]:
+    """As `rtx_plugin.build`, of a graph in TensorRT's own ops."""
+    facts = rtx_build.build_engine(path, engine_path, sms, batch_size)
+    return facts, read_engine_file(engine_path), {}
 
 
 def sm_problems(sms: tuple[int, ...]) -> list[str]:
@@ -123,14 +142,13 @@ def sm_problems(sms: tuple[int, ...]) -> list[str]:
     return [f"target rtx cannot be built for SM {sm}: {WHY_NOT.get(sm, 'unknown to it')}. {takes}" for sm in refused]
 
 
-def method_problems(recipe: Any) -> list[str]:
-    """One message where the method would give activations a scale per token and group."""
+def method_problems(recipe: Any, with_plugins: bool = False) -> list[str]:
+    """One message where the method would give activations scales that nothing here runs."""
+    refused = {"token_group": GROUPS_REFUSED} | ({"per_tensor": STATIC_REFUSED} if with_plugins else {})
     chosen = recipe.calibrate
     known = METHODS.get(chosen.method)  # "auto" stands for methods whose scales are per token
-    options = known.resolve(chosen.preset, chosen.options) if known else {}
-    if options.get("activations") != "token_group":
-        return []
-    return [f"calibrate.options.activations=token_group of {chosen.method}: {GROUPS_REFUSED}"]
+    asked = (known.resolve(chosen.preset, chosen.options) if known else {}).get("activations")
+    return [f"calibrate.options.activations={asked} of {chosen.method}: {refused[asked]}"] if asked in refused else []
 
 
 def expected_gemms(lowered: LoweredGraph) -> dict[str, str]:

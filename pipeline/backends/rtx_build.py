@@ -1,4 +1,7 @@
-"""Drives TensorRT-RTX's builder: ONNX file in, engine file out, its errors as errors of ours."""
+"""Drives TensorRT-RTX's builder: ONNX file in, engine file out, its errors as errors of ours.
+
+What takes the module as `trt` serves TensorRT's builder (backends/trt.py), too.
+"""
 
 from __future__ import annotations
 
@@ -20,6 +23,7 @@ Bounds = dict[str, tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]]  # 
 # Smallest, usual and largest size of a dynamic dimension other than the batch: prompt tokens (T5 captions: 120, 300).
 TOKEN_BOUNDS = (1, 120, 300)
 LARGEST_BATCH = 8
+PRODUCTS = {"tensorrt_rtx": "TensorRT-RTX", "tensorrt": "TensorRT"}
 
 
 @dataclass(frozen=True)
@@ -64,24 +68,26 @@ def build_engine(path: Path, engine_path: Path, sms: tuple[int, ...], batch_size
     """
     import tensorrt_rtx as trt
 
-    log = _logger(trt)
+    log = make_logger(trt)
     builder = trt.Builder(log)
     network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
     started = time.monotonic()
-    parser = _parsed(trt, network, log, path)
-    parsed = time.monotonic()
+    parser = parsed(trt, network, log, path)
+    read = time.monotonic()
     shapes = shape_bounds(onnx.load(path, load_external_data=False), batch_size)
     engine = builder.build_serialized_network(network, _config(trt, builder, sms, shapes))
     if engine is None:
-        raise _build_error(log.errors, sms)
+        raise build_error(trt, log.errors, sms)
     built = time.monotonic()
     del parser
-    _write(engine_path, memoryview(engine))
-    logger.info("tensorrt_rtx: parsed in %.1f s, built in %.1f s", parsed - started, built - parsed)
+    write_engine(engine_path, memoryview(engine))
+    logger.info("tensorrt_rtx: parsed in %.1f s, built in %.1f s", read - started, built - read)
     return BuildFacts(shapes, trt.__version__)
 
 
-def _logger(trt: Any) -> Any:
+def make_logger(trt: Any) -> Any:
+    """A logger of that module, whose `errors` are kept."""
+
     class Log(trt.ILogger):
         """Collects errors and passes the rest on to our log."""
 
@@ -93,18 +99,18 @@ def _logger(trt: Any) -> Any:
             if severity <= trt.ILogger.Severity.ERROR:
                 self.errors.append(message)
             elif severity == trt.ILogger.Severity.WARNING:
-                logger.info("tensorrt_rtx: %s", message)
+                logger.info("%s: %s", trt.__name__, message)
 
     return Log()
 
 
-def _parsed(trt: Any, network: Any, log: Any, path: Path) -> Any:
-    """The parser, which owns weights that the network refers to."""
+def parsed(trt: Any, network: Any, log: Any, path: Path) -> Any:
+    """The parser, which owns weights that the network refers to. Raises ContractError with its node and message."""
     parser = trt.OnnxParser(network, log)
     if not parser.parse_from_file(str(path)):
         errors = [parser.get_error(index) for index in range(parser.num_errors)]
         rows = [f"node {error.node_name()} ({error.node_operator()}): {error.desc()}" for error in errors]
-        raise ContractError(f"TensorRT-RTX cannot read {path.name}: {'; '.join(rows or log.errors)}")
+        raise ContractError(f"{PRODUCTS[trt.__name__]} cannot read {path.name}: {'; '.join(rows or log.errors)}")
     return parser
 
 
@@ -116,23 +122,28 @@ def _config(trt: Any, builder: Any, sms: tuple[int, ...], shapes: Bounds) -> Any
     config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
     # The few GEMMs that stay in float32 shall give what the verified graph gives, not 10-bit products.
     config.clear_flag(trt.BuilderFlag.TF32)
-    profile = builder.create_optimization_profile()
-    for name, (smallest, usual, largest) in shapes.items():
-        profile.set_shape(name, smallest, usual, largest)
-    config.add_optimization_profile(profile)
+    config.add_optimization_profile(profile_of(builder, shapes))
     return config
 
 
-def _build_error(errors: list[str], sms: tuple[int, ...]) -> Exception:
-    text = "; ".join(errors) or "no reason given"
+def profile_of(builder: Any, shapes: Bounds) -> Any:
+    """The optimization profile of `shapes`."""
+    profile = builder.create_optimization_profile()
+    for name, (smallest, usual, largest) in shapes.items():
+        profile.set_shape(name, smallest, usual, largest)
+    return profile
+
+
+def build_error(trt: Any, errors: list[str], sms: tuple[int, ...]) -> Exception:
+    """What the builder's messages mean."""
+    text, product = "; ".join(errors) or "no reason given", PRODUCTS[trt.__name__]
     if "memory" in text.lower() and "alloc" in text.lower():
-        return ResourceError(
-            f"TensorRT-RTX ran out of memory: {text}; close other programs, or build fewer --target-sm"
-        )
-    return ContractError(f"TensorRT-RTX cannot build for SM {', '.join(map(str, sms))}: {text}")
+        return ResourceError(f"{product} ran out of memory: {text}; close other programs, or build fewer --target-sm")
+    return ContractError(f"{product} cannot build for SM {', '.join(map(str, sms))}: {text}")
 
 
-def _write(path: Path, data: memoryview) -> None:
+def write_engine(path: Path, data: memoryview) -> None:
+    """Write through a temporary file. Raises ResourceError where the disk is full."""
     part = path.with_name(f"{path.name}.part")
     try:
         with part.open("wb") as file:

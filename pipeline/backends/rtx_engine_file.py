@@ -31,6 +31,8 @@ STEP_INPUTS = re.compile(r"\binput(?:_args)?=\{([^}]*)\}")
 QUOTED = re.compile(r'"([^"]*)"')
 ONNX_LAYER = re.compile(r"\[ONNX Layer: ([^\]]+)\]")
 BOUNDS = re.compile(r"shape input value at index (\d+) is out of bounds \[(\d+), (\d+)\]")
+# Kind of a plugin's step.
+PLUGIN_STEP = "custom_layer"
 # Steps that run no kernel.
 BOOKKEEPING = frozenset({"shape_call", "signal", "wait"})
 
@@ -46,12 +48,14 @@ class Tensor:
 
 @dataclass(frozen=True)
 class Step:
-    """One kernel launch: what kind, its name, types of its inputs in order, and the ONNX nodes it computes."""
+    """One kernel launch: what kind, its name, types of its inputs in order, the ONNX nodes it computes, and the names
+    of its inputs among the plan's tensors."""
 
     kind: str
     name: str
     input_types: tuple[str, ...]
     layers: tuple[str, ...]
+    inputs: tuple[str, ...] = ()
 
     @property
     def is_gemm(self) -> bool:
@@ -149,18 +153,33 @@ def _tensors(plan: str) -> Iterator[tuple[str, Tensor]]:
 
 def _steps(plan: str, tensors: Mapping[str, Tensor]) -> Iterator[Step]:
     body = plan[plan.find(STEPS_START) : plan.find(STEPS_END)]
-    for kind, name, rest in STEP.findall(body):
+    for kind, step, rest in STEP.findall(body):
         if kind not in BOOKKEEPING:
             arguments = STEP_INPUTS.search(rest)
             names = QUOTED.findall(arguments.group(1)) if arguments else []
-            types = tuple(tensors[name].type for name in names if name in tensors)
-            yield Step(kind, name, types, tuple(ONNX_LAYER.findall(rest)))
+            inputs = tuple(name for name in names if name in tensors)
+            types = tuple(tensors[name].type for name in inputs)
+            yield Step(kind, step, types, tuple(ONNX_LAYER.findall(rest)), inputs)
 
 
 def _bounds(plans: list[str]) -> tuple[tuple[int, int], ...]:
     """Limits of the dynamic dimensions, in the order in which the engine checks them."""
     found = [(int(low), int(high)) for plan in plans for _, low, high in BOUNDS.findall(plan)]
     return tuple(dict.fromkeys(found))
+
+
+def check_plugins(engine: EngineFile, expected: Mapping[str, int]) -> None:
+    """Raise ContractError if a node of `expected` is not a plugin, or none of its inputs is a constant of int8 with so
+    many bytes (0: it has no weight)."""
+    for node, weight_bytes in expected.items():
+        step = engine.step_of(node)
+        if step is None or step.kind != PLUGIN_STEP:
+            found = f"runs it as {step.kind} {step.name}" if step else "has no kernel for it"
+            raise ContractError(f"{node}: the engine {engine.path.name} {found}; expected a plugin")
+        constants = [engine.tensors[name] for name in step.inputs if engine.tensors[name].constant_bytes]
+        if weight_bytes and not any(c.type == "int8" and c.constant_bytes == weight_bytes for c in constants):
+            found = ", ".join(f"{c.type} of {c.constant_bytes} bytes" for c in constants) or "none"
+            raise ContractError(f"{node}: packed weights are int8 of {weight_bytes} bytes, its constants are {found}")
 
 
 def check_gemms(engine: EngineFile, expected: Mapping[str, str]) -> None:

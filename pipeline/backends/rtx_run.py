@@ -22,6 +22,7 @@ from export.errors import ContractError, EnvironmentLacksError, RecipeError, Res
 from pipeline import machine
 from pipeline.backends.base import Arrays
 from pipeline.backends.rtx_engine_file import read_header
+from plugins.tensorrt_rtx import plugin
 
 logger = logging.getLogger(__name__)
 ENGINE, METADATA = "model.engine", "metadata.json"
@@ -150,6 +151,8 @@ class RtxEngine:
         read_header(folder / ENGINE)
         self._cache_path = cache_path(self.metadata, sm)
         self._buffers: dict[tuple[Any, ...], Buffers] = {}
+        if self.metadata.get("plugins"):
+            plugin.creators()
         self._open(folder / ENGINE)
 
     def _open(self, path: Path) -> None:

@@ -86,24 +86,24 @@ def load() -> Any:
 
 @cache
 def _named_library() -> ctypes.CDLL:
-    """The open library that answers to the missing name."""
-    found = find_spec("tensorrt_rtx")
-    if found is None:
+    """The open library that answers to the missing name: of the wheel, else of a system package."""
+    if find_spec("tensorrt_rtx") is None:
         raise EnvironmentLacksError(f"plugins for TensorRT-RTX need tensorrt_rtx; {INSTALL}")
+    if (real := _wheel_library()) is not None:
+        return _open_alias(real)
     try:
-        return ctypes.CDLL(MISSING, mode=ctypes.RTLD_GLOBAL)  # a system package may bring the name
-    except OSError:
-        return _open_alias(_real_library())
+        return ctypes.CDLL(MISSING, mode=ctypes.RTLD_GLOBAL)
+    except OSError as error:
+        raise EnvironmentLacksError(
+            f"{LIBRARIES} has no {REAL} on this machine ({error}); {INSTALL}, or {REMEDY}"
+        ) from error
 
 
-def _real_library() -> Path:
-    """The wheel's library. Raises EnvironmentLacksError where it is not where wheels put it."""
+def _wheel_library() -> Path | None:
+    """The wheel's library, None where it is not where wheels put it."""
     spec = find_spec(LIBRARIES)
     folders = [Path(folder) for folder in (spec.submodule_search_locations or ())] if spec else []
-    path = next((folder / REAL for folder in folders if (folder / REAL).is_file()), None)
-    if path is None:
-        raise EnvironmentLacksError(f"{LIBRARIES} has no {REAL} on this machine; {INSTALL}, or {REMEDY}")
-    return path
+    return next((folder / REAL for folder in folders if (folder / REAL).is_file()), None)
 
 
 def _open_alias(real: Path) -> ctypes.CDLL:

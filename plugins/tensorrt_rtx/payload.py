@@ -1,0 +1,150 @@
+"""What a plugin carries through the engine file: its spec and the machine code for each GPU, as text.
+
+The same text is the attribute of the ONNX node, the field that the builder serializes and the field that the runtime
+hands back; the edge machine needs neither Triton nor a compiler. Layers of equal sizes share machine code: the first
+of them carries it, the others name it by its hash. All plugins of an engine are made before any is used.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+import zlib
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from export.errors import ContractError, EnvironmentLacksError
+from plugins.gpu.kernel import Kernel
+from plugins.gpu.table import KERNELS
+
+SCHEMA_VERSION = 1
+# Kernel of the table -> name of its plugin. Namespace and version are part of an engine: change them only together
+# with what the fields mean.
+PLUGINS = {
+    "quantize": "Quantize",
+    "gelu_quantize": "GeluQuantize",
+    "norm_modulate_quantize": "NormModulateQuantize",
+    "packed_gemm": "PackedGemm",
+}
+NAMESPACE, VERSION, FIELD = "fpq", "1", "payload"
+
+
+@dataclass(frozen=True)
+class Variant:
+    """Machine code of a kernel for one GPU and tile.
+
+    sm: compute capability. rows: the most rows for which the tile is the choice; the largest variant takes any more.
+    tile: fields of the kernel's tile. types: Triton's type of every argument of `entry`, those that Triton appends
+    included. threads, shared_bytes: of a launch.
+    """
+
+    sm: int
+    rows: int
+    tile: Mapping[str, Any]
+    entry: str
+    types: tuple[str, ...]
+    threads: int
+    shared_bytes: int
+    code: bytes
+
+
+# Machine code that plugins of this process carry, by its hash.
+_CARRIED: dict[str, tuple[Variant, ...]] = {}
+
+
+@dataclass(frozen=True)
+class Payload:
+    """kernel: name in the table of kernels; spec: of that row's type; variants: for each GPU, by rows.
+
+    code: hash of the variants that another plugin carries; '' where they are here.
+    """
+
+    kernel: str
+    spec: Any
+    variants: tuple[Variant, ...]
+    code: str = ""
+
+    def shared(self) -> Payload:
+        """The same without its machine code, which a plugin that has it must carry."""
+        text = json.dumps([_plain(variant) for variant in self.variants], sort_keys=True)
+        return Payload(self.kernel, self.spec, (), hashlib.sha256(text.encode()).hexdigest())
+
+    def complete(self) -> Payload:
+        """The same with its machine code. Raises ContractError if no plugin has brought it."""
+        if not self.code:
+            return self
+        if self.code not in _CARRIED:
+            raise ContractError(
+                f"{self.kernel}: no plugin of the engine carries the code {self.code[:12]}; build the engine again"
+            )
+        return Payload(self.kernel, self.spec, _CARRIED[self.code])
+
+    @property
+    def row(self) -> Kernel:
+        return kernel_row(self.kernel)
+
+    @property
+    def sms(self) -> tuple[int, ...]:
+        return tuple(sorted({variant.sm for variant in self.variants}))
+
+    def variant(self, sm: int, rows: int) -> Variant:
+        """The machine code for `rows` rows on GPU `sm`. Raises EnvironmentLacksError for another GPU."""
+        fitting = sorted((v for v in self.variants if v.sm == sm), key=lambda v: v.rows)
+        if not fitting:
+            remedy = f"build the engine again with --target-sm {sm}"
+            raise EnvironmentLacksError(
+                f"{self.kernel} holds code for SM {list(self.sms)}, this GPU is SM {sm}; {remedy}"
+            )
+        return next((v for v in fitting if rows <= v.rows), fitting[-1])
+
+    def tile(self, variant: Variant) -> Any:
+        """The tile of a variant as the kernel's own type."""
+        return type(self.row.tile(self.spec, variant.rows, variant.sm))(**variant.tile)
+
+    def to_text(self) -> str:
+        """Plain ASCII."""
+        document = {"schema": SCHEMA_VERSION, "kernel": self.kernel, "spec": asdict(self.spec), "code": self.code}
+        document["variants"] = [_plain(variant) for variant in self.variants]
+        return base64.b64encode(zlib.compress(json.dumps(document, sort_keys=True).encode(), 9)).decode()
+
+
+def _plain(variant: Variant) -> dict[str, Any]:
+    return {**asdict(variant), "code": base64.b64encode(variant.code).decode()}
+
+
+def kernel_row(name: str) -> Kernel:
+    """Row of the kernel table. Raises ContractError for a name that this version does not have."""
+    found = next((row for row in KERNELS if row.name == name), None)
+    if found is None:
+        raise ContractError(f"kernel {name!r} is not in the table of kernels; build the engine again with this version")
+    return found
+
+
+def from_text(text: str) -> Payload:
+    """Inverse of `Payload.to_text`; code that the text carries is there for others from now on.
+
+    Raises ContractError for anything else.
+    """
+    try:
+        document = json.loads(zlib.decompress(base64.b64decode(text, validate=True)))
+        if document["schema"] != SCHEMA_VERSION:
+            raise ValueError(f"schema {document['schema']}, this version reads {SCHEMA_VERSION}")
+        spec = kernel_row(document["kernel"]).spec(**_tuples(document["spec"]))
+        found = Payload(
+            document["kernel"], spec, tuple(_variant(row) for row in document["variants"]), document["code"]
+        )
+    except (ValueError, KeyError, TypeError, zlib.error) as error:
+        raise ContractError(f"a plugin's payload cannot be read ({error}); build the engine again") from error
+    if found.variants:
+        _CARRIED[found.shared().code] = found.variants
+    return found
+
+
+def _variant(row: dict[str, Any]) -> Variant:
+    return Variant(**{**row, "types": tuple(row["types"]), "code": base64.b64decode(row["code"], validate=True)})
+
+
+def _tuples(fields: dict[str, Any]) -> dict[str, Any]:
+    return {key: tuple(value) if isinstance(value, list) else value for key, value in fields.items()}

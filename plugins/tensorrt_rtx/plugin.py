@@ -1,0 +1,165 @@
+"""The kernels as Python plugins of TensorRT-RTX (IPluginV3), registered for the ONNX ops of an engine graph.
+
+One class serves every kernel of PLUGINS: shapes and types follow from the kernel's arguments, the rest from the
+payload. Tensors cross as they lie in memory: operand bytes and packed weights as int8, since the builder would widen
+uint8 to four bytes. The engine is compiled with them, not run: no machine with an RTX GPU was at hand.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import numpy as np
+
+from plugins.gpu.kernel import Argument
+from plugins.tensorrt_rtx import loader
+from plugins.tensorrt_rtx.driver import cuda_driver
+from plugins.tensorrt_rtx.launcher import Launcher
+from plugins.tensorrt_rtx.payload import FIELD, NAMESPACE, PLUGINS, VERSION, Payload, from_text
+
+# Triton's element type -> name of TensorRT's.
+TYPES = {"*u8": "int8", "*fp16": "float16", "*bf16": "bfloat16", "*fp32": "float32"}
+# Outputs with one element for each row: the last dimension becomes 1.
+PER_ROW = "[M]"
+
+
+@dataclass(frozen=True)
+class Ports:
+    """Tensors of a plugin in order: element type names of TensorRT, and the last dimension of every output, 0 where it
+    is that of the first input."""
+
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+    widths: tuple[int, ...]
+
+
+def ports_of(payload: Payload) -> Ports:
+    """What the kernel reads and writes, from its arguments."""
+    arguments = payload.row.arguments_of(payload.spec)
+    inputs, outputs = ([a for a in arguments if a.role == role] for role in ("input", "output"))
+    read, written = (tuple(TYPES[a.type_for(payload.spec)] for a in group) for group in (inputs, outputs))
+    return Ports(read, written, tuple(_width(argument, payload) for argument in outputs))
+
+
+def _width(output: Argument, payload: Payload) -> int:
+    return 1 if output.shape.startswith(PER_ROW) else int(getattr(payload.spec, "out_features", 0))
+
+
+def text_of(field: Any) -> str:
+    """The text in a plugin field; the parser ends an attribute's with a zero byte."""
+    return np.asarray(field.data, np.int8).tobytes().rstrip(b"\0").decode()
+
+
+def plugin_class(trt: Any) -> Any:
+    """The IPluginV3 class of module tensorrt_rtx."""
+
+    class KernelPlugin(trt.IPluginV3, trt.IPluginV3OneCore, trt.IPluginV3OneBuild, trt.IPluginV3OneRuntime):
+        """One kernel of one layer. Names of methods and fields are TensorRT's."""
+
+        def __init__(self, text: str) -> None:
+            for base in KernelPlugin.__bases__:
+                base.__init__(self)
+            self.text, self.payload = text, from_text(text)
+            self.ports = ports_of(self.payload)
+            self.plugin_name, self.plugin_version = PLUGINS[self.payload.kernel], VERSION
+            self.plugin_namespace, self.num_outputs = NAMESPACE, len(self.ports.outputs)
+            self.fields = fields(trt, text)
+            self.launcher: Launcher | None = None
+
+        def get_capability_interface(self, type: Any) -> Any:
+            return self
+
+        def clone(self) -> Any:
+            return KernelPlugin(self.text)
+
+        def get_output_data_types(self, input_types: Any) -> list[Any]:
+            return [getattr(trt, name) for name in self.ports.outputs]
+
+        def get_output_shapes(self, inputs: Any, shape_inputs: Any, exprs: Any) -> list[Any]:
+            return [self._shape(inputs[0], width, exprs) for width in self.ports.widths]
+
+        def _shape(self, first: Any, width: int, exprs: Any) -> Any:
+            shape = trt.DimsExprs(first)
+            if width:
+                shape[len(shape) - 1] = exprs.constant(width)
+            return shape
+
+        def supports_format_combination(self, pos: int, in_out: Any, num_inputs: int) -> bool:
+            names = (*self.ports.inputs, *self.ports.outputs)
+            found = in_out[pos].desc
+            return bool(found.format == trt.TensorFormat.LINEAR and found.type == getattr(trt, names[pos]))
+
+        def configure_plugin(self, inputs: Any, outputs: Any) -> None:
+            """Nothing depends on the profile: the payload has code for every number of rows."""
+
+        def get_workspace_size(self, inputs: Any, outputs: Any) -> int:
+            return 0
+
+        def get_valid_tactics(self) -> list[int]:
+            return []
+
+        def get_fields_to_serialize(self) -> Any:
+            return self.fields[0]
+
+        def attach_to_context(self, context: Any) -> Any:
+            attached = self.clone()
+            attached.launcher = Launcher(self.payload.complete(), cuda_driver())
+            attached.launcher.load()
+            return attached
+
+        def on_shape_change(self, inputs: Any, outputs: Any) -> None:
+            assert self.launcher is not None, "the plugin is not attached to a context"
+            self.launcher.prepare([tuple(item.dims) for item in inputs])
+
+        def enqueue(
+            self, input_desc: Any, output_desc: Any, inputs: Any, outputs: Any, workspace: int, stream: int
+        ) -> None:
+            assert self.launcher is not None, "the plugin is not attached to a context"
+            self.launcher.launch(inputs, outputs, stream)
+
+    return KernelPlugin
+
+
+def fields(trt: Any, text: str) -> tuple[Any, ...]:
+    """(plugin fields that hold `text`, what must be kept as long as they are used).
+
+    TensorRT's fields point at the bytes and do not own them: it would serialize whatever lies there later.
+    """
+    kept = np.frombuffer(text.encode(), np.int8)
+    field = trt.PluginField(FIELD, kept, trt.PluginFieldType.CHAR)
+    return trt.PluginFieldCollection([field]), field, kept
+
+
+def creator_class(trt: Any) -> Any:
+    """The class of creators; each instance makes the plugins of one kernel."""
+    made = plugin_class(trt)
+
+    class KernelCreator(trt.IPluginCreatorV3One):
+        """Makes a plugin from its field, for building and for running alike."""
+
+        def __init__(self, name: str) -> None:
+            trt.IPluginCreatorV3One.__init__(self)
+            self.name, self.plugin_version, self.plugin_namespace = name, VERSION, NAMESPACE
+            self.kept = fields(trt, "")
+            self.field_names = self.kept[0]
+
+        def create_plugin(self, name: str, collection: Any, phase: Any) -> Any:
+            return made(next(text_of(field) for field in collection if field.name == FIELD))
+
+    return KernelCreator
+
+
+@cache
+def creators() -> tuple[Any, ...]:
+    """Creators of all plugins, registered with TensorRT-RTX; a second call changes nothing.
+
+    Raises EnvironmentLacksError where tensorrt_rtx cannot be loaded.
+    """
+    trt = loader.load()
+    made, registry = creator_class(trt), trt.get_plugin_registry()
+    found = tuple(made(name) for name in PLUGINS.values())
+    for creator in found:
+        registry.register_creator(creator, NAMESPACE)
+    return found
