@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 LATENT_CELL = 8  # pixels of a picture for one cell of the autoencoder's latent
+PIXELS = (256, 512, 1024)  # picture sizes that are measured; DiT-XL/2 was published up to 512
 
 
 @dataclass(frozen=True)
@@ -60,6 +61,10 @@ class Workload:
             bound = {"cross_attention_dim": width}
         return Workload(self.name, self.class_name, {**config, **bound}, self.caption)
 
+    def at(self, pixels: int) -> Workload:
+        """The same model for pictures of `pixels` x `pixels`."""
+        return self.changed(sample_size=pixels // LATENT_CELL)
+
     def gemms(self, batch: int = 1) -> list[Gemm]:
         """The quantized linears of one denoiser call at batch size `batch`."""
         c, layers, m = self.width, self.config["num_layers"], batch * self.tokens
@@ -74,6 +79,8 @@ class Workload:
             read = self.config["cross_attention_dim"]
             rows += [Gemm("cross.q", m, c, c, layers), Gemm("cross.out", m, c, c, layers)]
             rows += [Gemm("cross.kv", batch * self.caption, 2 * c, read, layers)]
+        if self.class_name == "HunyuanDiT2DModel":  # the later half of the blocks, the middle one excepted
+            rows += [Gemm("skip", m, c, 2 * c, layers - layers // 2 - 1)]
         return rows
 
 
@@ -139,3 +146,41 @@ WORKLOADS: dict[str, Workload] = {
         Workload("dit", "DiTTransformer2DModel", DIT),
     )
 }
+
+
+@dataclass(frozen=True)
+class Shape:
+    """One GEMM to measure and every place it has: `users` are "model linear" of those that run it at `pixels`."""
+
+    m: int
+    n: int
+    k: int
+    pixels: int
+    users: tuple[str, ...]
+
+    @property
+    def name(self) -> str:
+        return f"{self.m}x{self.n}x{self.k}"
+
+    @property
+    def flops(self) -> int:
+        """Floating-point operations of one call."""
+        return 2 * self.m * self.n * self.k
+
+
+# PixArt-Sigma has the GEMMs of PixArt-alpha, but for its longer caption.
+MEASURED = ("pixart", "hunyuan", "dit")
+
+
+def gemm_shapes(pixels: tuple[int, ...] = PIXELS, batch: int = 1) -> list[Shape]:
+    """Every distinct GEMM of the quantized linears of MEASURED, the largest pictures first, one row each.
+
+    A GEMM that does not grow with the picture (cross.kv) has the row of the largest one.
+    """
+    places: dict[tuple[int, int, int], tuple[int, list[str]]] = {}
+    for size in sorted(pixels, reverse=True):
+        for model in MEASURED:
+            for row in WORKLOADS[model].at(size).gemms(batch):
+                first, users = places.setdefault((row.m, row.n, row.k), (size, []))
+                users += [f"{model} {row.name}"] if first == size else []
+    return [Shape(*mnk, size, tuple(users)) for mnk, (size, users) in places.items()]

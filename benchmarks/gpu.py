@@ -1,0 +1,199 @@
+"""Correctness and speed of the GPU kernels: `python -m benchmarks.gpu` on a machine with an NVIDIA GPU and PyTorch.
+
+Every kernel is checked against its NumPy meaning first; then the FP8 accumulator is probed, and GEMMs, fused quantizers
+and a whole denoiser are timed against what PyTorch offers. Needs PyTorch, Triton, NumPy and ml_dtypes and nothing else,
+takes under 8 minutes, and writes benchmarks/results/gpu_NAME.json row by row. Exit code 0; 3 without a GPU; 4 if a
+check failed; 1 if something else did.
+
+--check-only checks and stops; under TRITON_INTERPRET=1 it needs no GPU, at small sizes, and writes nothing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import os
+import subprocess
+import sys
+import time
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from benchmarks.gpu_results import Results, gpu_facts, is_checked, slug, wrong
+from benchmarks.gpu_run import Clock, Context, work_off
+from benchmarks.gpu_targets import judged, table
+from benchmarks.record import RESULTS
+from export.errors import EnvironmentLacksError, ParityError
+from pipeline import machine
+
+TOTAL_S = 470.0  # of all sections; no section is begun with less left than it takes to start its process
+GRACE_S = 15.0  # a section that overruns its budget by this much is stopped
+
+
+@dataclass(frozen=True)
+class Section:
+    """One part, run in a process of its own, so that one that fails or hangs leaves the others alone.
+
+    module: has tasks(context) -> list of Task. budget_s: counted from the start of its process.
+    """
+
+    name: str
+    budget_s: float
+    module: str
+
+
+SECTIONS = (
+    Section("check", 90, "benchmarks.gpu_check"),
+    Section("exactness", 45, "benchmarks.gpu_exactness"),
+    Section("gemm", 125, "benchmarks.gpu_gemm"),
+    Section("fused", 60, "benchmarks.gpu_fused"),
+)
+
+
+def section_called(name: str) -> Section:
+    return {section.name: section for section in SECTIONS}[name]
+
+
+def find_context(check_only: bool) -> Context:
+    """The GPU, or for check_only the interpreter. Raises EnvironmentLacksError before any work if neither is there."""
+    machine.require(("torch", "triton"), "benchmarks.gpu")
+    if check_only and os.environ.get("TRITON_INTERPRET") == "1":
+        return Context("cpu", 0, tiny=True)
+    import torch
+
+    if not torch.cuda.is_available():
+        raise EnvironmentLacksError(
+            f"torch {torch.__version__} sees no CUDA GPU; benchmarks.gpu needs one (compute capability 80 or newer). "
+            "Without: TRITON_INTERPRET=1 python -m benchmarks.gpu --check-only"
+        )
+    facts = gpu_facts()
+    if facts["compute_capability"] < 80:
+        raise EnvironmentLacksError(
+            f"{facts['name']} has compute capability {facts['compute_capability']}; the kernels need 80 or newer"
+        )
+    return Context("cuda", facts["compute_capability"], facts["l2_bytes"])
+
+
+def run_section(section: Section, context: Context, results: Results, budget_s: float) -> None:
+    """Run `section` in this process, keeping each row as it comes."""
+    clock = Clock(budget_s)
+    results.begin(section.name, budget_s)
+
+    def keep(row: dict[str, Any]) -> None:
+        results.keep(section.name, row)
+        print(f"{budget_s - clock.left:6.1f} s  {section.name}: {short(row)}", flush=True)
+
+    missed = work_off(importlib.import_module(section.module).tasks(context), clock, keep)
+    results.end(section.name, missed, budget_s - clock.left)
+
+
+def short(row: dict[str, Any]) -> str:
+    """A row on one line: its name, verdict and ratios."""
+    told = [str(row["name"])]
+    told += [f"{key} {row[key]}" for key in ("failed", "skipped", "differ") if key in row]
+    if "passed" in row:
+        told.append("ok" if row["passed"] else f"WRONG {row}")
+    for name, part in row.get("contestants", {}).items():
+        told.append(f"{name} {part['latency_ms'] * 1e3:.1f} us")
+    told += [f"{key} {value}" for key, value in row.get("ratios", {}).items()]
+    told += [f"without {name} ({why})" for name, why in row.get("refused", {}).items()]
+    return "; ".join(told)
+
+
+def run_in_child(section: Section, results: Results, seconds: float) -> None:
+    """Run `section` in a process of its own and say in the document if it did not come to its end."""
+    command = [sys.executable, "-m", "benchmarks.gpu", "--one", section.name, "--output-dir", str(results.path.parent)]
+    try:
+        code = subprocess.run(command, timeout=seconds, check=False).returncode
+        why = f"its process ended with {code}" if code else ""
+    except subprocess.TimeoutExpired:
+        why = f"stopped after {seconds:.0f} s"
+    results.document = Results.open(results.path, results.document["gpu"]).document
+    if why:
+        results.stop(section.name, why)
+        print(f"{section.name}: {why}", flush=True)
+
+
+def chosen(names: Sequence[str], check_only: bool) -> list[Section]:
+    """The sections to run, in order; the check is always among them."""
+    if check_only:
+        return [SECTIONS[0]]
+    return [section for section in SECTIONS if not names or section.name in (*names, "check")]
+
+
+def measure(sections: list[Section], results: Results, wanted: Sequence[str]) -> None:
+    """Run sections one after the other within TOTAL_S. A check of the same code is not repeated unless asked for."""
+    clock = Clock(TOTAL_S)
+    for section in sections:
+        if section.name == "check" and wanted and "check" not in wanted and is_checked(results.document):
+            print("check: passed before with this code and these tools", flush=True)
+            continue
+        if clock.left < GRACE_S:
+            results.begin(section.name, section.budget_s)
+            results.stop(section.name, f"not begun: {TOTAL_S:.0f} s were over")
+            continue
+        run_in_child(section, results, min(section.budget_s + GRACE_S, clock.left))
+    results.document["targets"] = judged(results.document)
+    results.save()
+
+
+def check_interpreted(context: Context) -> int:
+    """Check under the interpreter, writing nothing; the exit code."""
+    warnings.simplefilter("ignore", RuntimeWarning)  # tokens with NaN, which NumPy reports from within the interpreter
+    rows: list[dict[str, Any]] = []
+
+    def keep(row: dict[str, Any]) -> None:
+        rows.append(row)
+        print(short(row), flush=True)
+
+    started = time.monotonic()
+    module = importlib.import_module(SECTIONS[0].module)
+    missed = work_off(module.tasks(context), Clock(SECTIONS[0].budget_s), keep)
+    failed = [row["name"] for row in rows if not row.get("passed")]
+    print(f"{len(rows) - len(failed)} of {len(rows) + len(missed)} passed in {time.monotonic() - started:.1f} s")
+    return ParityError.exit_code if failed or missed else 0
+
+
+def finish(results: Results) -> int:
+    """Print the targets; the exit code."""
+    print(f"\n{results.document['gpu']['name']}\n{table(results.document['targets'])}\n{results.path}")
+    found = wrong(results.document)
+    stopped = [f"{name} ({part['stopped']})" for name, part in results.document["sections"].items() if part["stopped"]]
+    for name in (*found, *stopped):
+        print(f"FAILED {name}")
+    checks = results.document["sections"].get("check", {}).get("rows", [])
+    if any(not row.get("passed") for row in checks):
+        return ParityError.exit_code
+    return 1 if found or stopped else 0
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    names = [section.name for section in SECTIONS]
+    parser.add_argument("--section", action="append", default=[], choices=names, help="only these (repeatable)")
+    parser.add_argument("--check-only", action="store_true", help="check the kernels and stop")
+    parser.add_argument("--output-dir", type=Path, default=RESULTS, help="where gpu_NAME.json is written")
+    parser.add_argument("--one", choices=names, help=argparse.SUPPRESS)  # a section, in this process
+    arguments = parser.parse_args(argv)
+    try:
+        context = find_context(arguments.check_only)
+    except EnvironmentLacksError as error:
+        print(f"benchmarks.gpu: {error}", file=sys.stderr)
+        return error.exit_code
+    if context.interpreted:
+        return check_interpreted(context)
+    facts = gpu_facts()
+    results = Results.open(arguments.output_dir / f"gpu_{slug(facts['name'])}.json", facts)
+    if arguments.one:
+        section = section_called(arguments.one)
+        run_section(section, context, results, section.budget_s)
+        return 0
+    measure(chosen(arguments.section, arguments.check_only), results, arguments.section)
+    return finish(results)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,198 @@
+"""GEMMs at the shapes of the models: ours with 4-bit weights against FP8 and bf16 of PyTorch (cuBLASLt, CUTLASS).
+
+All read cold operands (benchmarks/gpu_timing.py) and write bf16. The FP8 contestants get the very bytes that ours
+multiply, so all outputs are the same up to a rounding, which is checked; bias is left out of theirs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+from benchmarks.gpu_run import Context, Task
+from benchmarks.gpu_timing import Flush, contest, rates, sets_for
+from benchmarks.gpu_weights import CHANNEL, EXACT_64, REAL_128, Granularity, Packed, quantize_weight
+from benchmarks.shapes import Shape, gemm_shapes
+from plugins.gpu.gemm_constants import weight_exponent
+from plugins.gpu.specs import GemmSpec, QuantizeSpec
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+ACTIVATION, WEIGHT = "E2M3", "E2M1"
+OURS = ("packed_gemm", "expanded_gemm")
+FP8 = ("fp8_rowwise", "fp8_tensorwise")
+SECONDS = 0.5  # of timing, for each row
+# Outputs in bf16 of the same sums: ours rounds once, theirs may keep fewer bits of the sum (fast accumulation).
+AGREE = 2.0**-6
+
+
+@dataclass(frozen=True)
+class Operands:
+    """One set of inputs. a u8 [M, K], a_scale f32 [M]; w as packed; expanded u8 [N, K]; a_wide, w_wide bf16; bias."""
+
+    a: Tensor
+    a_scale: Tensor
+    packed: Packed
+    expanded: Tensor
+    a_wide: Tensor
+    w_wide: Tensor
+    bias: Tensor
+
+
+def spec_of(shape: Shape, granularity: Granularity) -> GemmSpec:
+    """E2M3 x E2M1 to bf16 at `shape`."""
+    return GemmSpec(ACTIVATION, WEIGHT, shape.k, shape.n, output="bf16", **granularity.spec_fields(WEIGHT))
+
+
+def operands(context: Context, shape: Shape, granularity: Granularity) -> Operands:
+    """Normal activations and weights, quantized. The bf16 contestant takes them as they were before."""
+    import torch
+
+    from plugins.gpu import launch_gemm, launch_quantize
+
+    a = torch.randn((shape.m, shape.k), device=context.device, dtype=torch.bfloat16)
+    w = torch.randn((shape.n, shape.k), device=context.device, dtype=torch.bfloat16) / shape.k**0.5
+    codes, scale = launch_quantize.quantize(QuantizeSpec(ACTIVATION, shape.k, input="bf16"), a)
+    packed = quantize_weight(w, WEIGHT, granularity)
+    expanded = launch_gemm.expand(spec_of(shape, granularity), packed.codes, packed.multiplier_codes)
+    return Operands(codes, scale, packed, expanded, a, w, torch.zeros(shape.n, device=context.device))
+
+
+def moved_bytes(shape: Shape, granularity: Granularity, contestant: str) -> int:
+    """Bytes that a call must read and write once: operands, scales, bias and the bf16 output.
+
+    >>> shape = Shape(2, 4, 8, 256, ())
+    >>> moved_bytes(shape, CHANNEL, "bf16"), moved_bytes(shape, CHANNEL, "packed_gemm")
+    (112, 88)
+    """
+    m, n, k = shape.m, shape.n, shape.k
+    if contestant == "bf16":
+        return 2 * (m * k + n * k + m * n)
+    groups = k // granularity.group_size if granularity.group_size else 1
+    scales = {"fp8_tensorwise": 8, "fp8_rowwise": 4 * (m + n)}
+    ours = 4 * (m + n * (groups if granularity.real else 1)) + 4 * n
+    multipliers = n * -(-groups // 2) if contestant == "packed_gemm" and groups > 1 and not granularity.real else 0
+    weight = n * k // 2 if contestant == "packed_gemm" else n * k
+    return m * k + weight + 2 * m * n + scales.get(contestant, ours + multipliers)
+
+
+def caller(name: str, spec: GemmSpec, given: Operands) -> Callable[[], Tensor]:
+    """A call of contestant `name` on one set of inputs."""
+    import torch
+
+    from plugins.gpu import launch_gemm
+
+    one = torch.ones((), device=given.a.device)
+    a, w = (x.view(torch.float8_e4m3fn) for x in (given.a, given.expanded))
+    unit = 2.0 ** -(weight_exponent(spec) + spec.operand.shift)
+    a_scale, w_scale = given.a_scale[:, None], (given.packed.scales[:, :1] * unit).t().contiguous()
+
+    def ours(kernel: Callable[..., Tensor], weight: Tensor) -> Tensor:
+        return kernel(
+            spec,
+            given.a,
+            given.a_scale,
+            weight,
+            given.packed.scales,
+            given.bias,
+            multiplier_codes=given.packed.multiplier_codes,
+        )
+
+    calls: dict[str, Callable[[], Any]] = {
+        "packed_gemm": lambda: ours(launch_gemm.packed_gemm, given.packed.codes),
+        "expanded_gemm": lambda: ours(launch_gemm.expanded_gemm, given.expanded),
+        "fp8_rowwise": lambda: scaled_mm(a, w, a_scale, w_scale),
+        "fp8_tensorwise": lambda: scaled_mm(a, w, one, one),
+        "bf16": lambda: torch.mm(given.a_wide, given.w_wide.t()),
+    }
+    return calls[name]
+
+
+def scaled_mm(a: Tensor, w: Tensor, a_scale: Tensor, w_scale: Tensor) -> Tensor:
+    """torch's FP8 GEMM of a [M, K] and w [N, K] to bf16, its quick accumulation on."""
+    import torch
+
+    found: Tensor = torch._scaled_mm(a, w.t(), a_scale, w_scale, out_dtype=torch.bfloat16, use_fast_accum=True)
+    return found
+
+
+def contestants_of(context: Context) -> tuple[str, ...]:
+    """Who runs on this GPU; FP8 needs compute capability 89."""
+    return (*OURS, *(FP8 if context.has_fp8 else ()), "bf16")
+
+
+def measure(context: Context, shape: Shape, granularity: Granularity, flush: Flush) -> dict[str, Any]:
+    """One row: times and rates of all contestants, and their ratios."""
+    spec, names = spec_of(shape, granularity), contestants_of(context)
+    count = sets_for(moved_bytes(shape, granularity, "packed_gemm"), context.l2_bytes)
+    sets = [operands(context, shape, granularity) for _ in range(count)]
+    calls = {name: [caller(name, spec, given) for given in sets] for name in names}
+    times, refused = contest(calls, flush, SECONDS)
+    rows = {
+        name: time.to_row() | rates(time.median, shape.flops, moved_bytes(shape, granularity, name))
+        for name, time in times.items()
+    }
+    tiles = {name: str(_tile(name, spec, shape.m, context.sm)) for name in OURS}
+    place = {"m": shape.m, "n": shape.n, "k": shape.k, "pixels": shape.pixels, "users": list(shape.users)}
+    return {**place, "granularity": granularity.name, "contestants": rows, "refused": refused} | {
+        "ratios": ratios(rows),
+        "tiles": tiles,
+        "agree": agreement(calls, granularity),
+        "input_sets": count,
+    }
+
+
+def _tile(name: str, spec: GemmSpec, m: int, sm: int) -> Any:
+    from plugins.gpu import launch_gemm
+
+    return launch_gemm.HEURISTICS[name](spec, m, sm, may_split=True)
+
+
+def ratios(rows: dict[str, dict[str, Any]]) -> dict[str, dict[str, float]]:
+    """How many times as fast ours are as the quickest FP8 contestant ("fp8") and as bf16.
+
+    >>> ratios({"packed_gemm": {"latency_ms": 2.0}, "fp8_rowwise": {"latency_ms": 1.5}, "bf16": {"latency_ms": 3.0}})
+    {'packed_gemm': {'fp8': 0.75, 'bf16': 1.5}}
+    """
+    found: dict[str, dict[str, float]] = {}
+    for name in (name for name in OURS if name in rows):
+        own = rows[name]["latency_ms"]
+        peers = {"fp8": [rows[peer]["latency_ms"] for peer in FP8 if peer in rows]}
+        peers["bf16"] = [rows["bf16"]["latency_ms"]] if "bf16" in rows else []
+        found[name] = {peer: min(times) / own for peer, times in peers.items() if times}
+    return found
+
+
+def agreement(calls: dict[str, list[Callable[[], Tensor]]], granularity: Granularity) -> dict[str, float]:
+    """Norm of the difference from packed_gemm's output over its norm, of those that compute the same."""
+    wanted = calls["packed_gemm"][0]().float()
+    found = {}
+    for name in ("expanded_gemm", *(("fp8_rowwise",) if not granularity.real else ())):
+        if name in calls:
+            try:
+                y = calls[name][0]().float()
+            except RuntimeError:  # stated among the refused
+                continue
+            found[name] = float((y - wanted).norm() / wanted.norm())
+    return found
+
+
+def rows_to_measure() -> list[tuple[Shape, Granularity]]:
+    """Every shape per channel; the groups at PixArt's linears of 1024 pixels and at one of 256."""
+    shapes = gemm_shapes()
+    few = [s for s in shapes if (s.users[0].startswith("pixart") and s.m == 4096) or s.name == "256x4608x1152"]
+    return [(s, CHANNEL) for s in shapes] + [(s, g) for g in (EXACT_64, REAL_128) for s in few]
+
+
+def tasks(context: Context) -> list[Task]:
+    """PixArt at 1024 pixels first, then its groups, then the rest."""
+    flush = Flush(context.l2_bytes)
+    rows = rows_to_measure()
+    rows.sort(key=lambda row: row[1] != CHANNEL and row[0].m != 4096)
+    return [
+        Task(f"{shape.name} {granularity.name}", partial(measure, context, shape, granularity, flush), 4.0)
+        for shape, granularity in rows
+    ]

@@ -1,0 +1,92 @@
+"""What the kernels are held to on an H100, and whether a document's numbers meet it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from benchmarks.gpu_results import rows_of
+
+Document = dict[str, Any]
+LARGE = 4096  # rows of a GEMM, or tokens, that fill the GPU
+
+
+@dataclass(frozen=True)
+class Target:
+    """One number to reach. value(document) -> every number it is about; the worst counts. at_least, else at most."""
+
+    name: str
+    limit: float
+    at_least: bool
+    values: Callable[[Document], list[float]]
+
+    def judge(self, document: Document) -> dict[str, Any]:
+        """The worst value and whether it meets the limit; "not measured" where there is none."""
+        found = self.values(document)
+        row: dict[str, Any] = {"name": self.name, "limit": self.limit, "at_least": self.at_least, "of": len(found)}
+        if not found:
+            return {**row, "value": None, "verdict": "not measured"}
+        worst = min(found) if self.at_least else max(found)
+        met = worst >= self.limit if self.at_least else worst <= self.limit
+        return {**row, "value": worst, "verdict": "met" if met else "missed"}
+
+
+def _gemm(kernel: str) -> Callable[[Document], list[float]]:
+    def values(document: Document) -> list[float]:
+        rows = [row for row in rows_of(document, "gemm") if row["m"] >= LARGE and row["granularity"] == "per channel"]
+        return [row["ratios"][kernel]["fp8"] for row in rows if "fp8" in row["ratios"].get(kernel, {})]
+
+    return values
+
+
+def _fused(kind: str, ratio: str) -> Callable[[Document], list[float]]:
+    def values(document: Document) -> list[float]:
+        rows = [row for row in rows_of(document, "fused") if row["kind"] == kind and row["m"] >= LARGE]
+        return [row["ratios"][ratio] for row in rows if ratio in row["ratios"]]
+
+    return values
+
+
+def _denoiser(document: Document) -> list[float]:
+    rows = [row for row in rows_of(document, "denoiser") if row.get("pixels") == 1024]
+    return [row["ratios"]["over_compiled"] for row in rows if "over_compiled" in row.get("ratios", {})]
+
+
+def _weights(document: Document) -> list[float]:
+    return [row["packed_of_bf16"] for row in rows_of(document, "denoiser") if "packed_of_bf16" in row]
+
+
+def _exact(document: Document) -> list[float]:
+    """Share of outputs of expanded_gemm that differ from their integer sums, E2M3 x E2M1."""
+    rows = [row for row in rows_of(document, "exactness") if row["activation"] == "E2M3" and row["interval"] is None]
+    return [sum(row["differ"].values()) / (row["outputs"] * len(row["differ"])) for row in rows]
+
+
+TARGETS = (
+    Target("expanded_gemm, speed of cuBLASLt FP8's, M >= 4096", 0.90, True, _gemm("expanded_gemm")),
+    Target("packed_gemm, speed of cuBLASLt FP8's, M >= 4096", 0.75, True, _gemm("packed_gemm")),
+    Target(
+        "norm_modulate_quantize, time of LayerNorm + modulate's", 1.05, False, _fused("norm_modulate", "over_alone")
+    ),
+    Target("norm_modulate_quantize, bandwidth of a copy's", 0.85, True, _fused("norm_modulate", "of_copy")),
+    Target("gelu_quantize, time of GELU's", 1.05, False, _fused("gelu", "over_alone")),
+    Target("denoiser at 1024 pixels, speed of torch.compile bf16's", 1.6, True, _denoiser),
+    Target("weights in memory, packed, of bf16's", 0.29, False, _weights),
+    Target("E2M3 x E2M1 sums that differ, as compiled", 0.0, False, _exact),
+)
+
+
+def judged(document: Document) -> list[dict[str, Any]]:
+    """Every target's row."""
+    return [target.judge(document) for target in TARGETS]
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """The rows of `judged` as text."""
+    lines = [f"{'target':<62} {'limit':>9} {'worst':>9}  verdict"]
+    for row in rows:
+        sign = ">=" if row["at_least"] else "<="
+        value = "-" if row["value"] is None else f"{row['value']:.3f}"
+        lines.append(f"{row['name']:<62} {sign} {row['limit']:>6.2f} {value:>9}  {row['verdict']}")
+    return "\n".join(lines)

@@ -1,0 +1,154 @@
+"""Times on a GPU: calls in a CUDA graph over rotated inputs, the L2 cache flushed, contestants interleaved.
+
+A kernel of a few microseconds cannot be timed alone: a graph holds one call for each of several sets of inputs, more
+of them than the L2 cache holds, and the time of a replay is divided by their number. Before each replay the cache is
+overwritten, which also lets the host run ahead, so that no time between the two events is the host's.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+Call = Callable[[], Any]
+# Rounds are as many as fit into a contest's time, within these bounds.
+ROUNDS = (11, 101)
+# Sets of inputs that together are this often as large as the L2 cache; one call must not find what another left.
+COLD = 2.0
+MAX_SETS = 48
+# Overwritten before a replay: at least this much, which takes longer than launching a graph.
+FLUSH_BYTES = 512 << 20
+MILLISECONDS = 1e3
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Milliseconds of one call, one number for each round."""
+
+    milliseconds: tuple[float, ...]
+
+    @property
+    def median(self) -> float:
+        return float(np.median(self.milliseconds))
+
+    def to_row(self) -> dict[str, Any]:
+        p10, p50, p90 = np.percentile(self.milliseconds, (10, 50, 90))
+        return {"latency_ms": float(p50), "p10_ms": float(p10), "p90_ms": float(p90), "rounds": len(self.milliseconds)}
+
+
+def rates(latency_ms: float, flops: int, size_bytes: int) -> dict[str, float]:
+    """TFLOP/s and GB/s (10^12 and 10^9) of a call.
+
+    >>> rates(2.0, 4_000_000_000_000, 6_000_000_000)
+    {'tflops': 2000.0, 'gb_per_s': 3000.0}
+    """
+    return {"tflops": flops / latency_ms / 1e9, "gb_per_s": size_bytes / latency_ms / 1e6}
+
+
+def sets_for(call_bytes: int, l2_bytes: int) -> int:
+    """How many sets of inputs to rotate over, for a call that moves `call_bytes`.
+
+    >>> sets_for(14_000_000, 50_000_000), sets_for(10**9, 50_000_000), sets_for(1000, 50_000_000)
+    (8, 2, 48)
+    """
+    return min(MAX_SETS, max(2, math.ceil(COLD * l2_bytes / call_bytes)))
+
+
+def captured(calls: Sequence[Call]) -> Any:
+    """A CUDA graph of all `calls`, each run three times before, so that compiling and allocating are done."""
+    import torch
+
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            for call in calls:
+                call()
+    torch.cuda.current_stream().wait_stream(stream)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for call in calls:
+            call()
+    return graph
+
+
+class Flush:
+    """Overwrites a buffer several times as large as the L2 cache."""
+
+    def __init__(self, l2_bytes: int) -> None:
+        import torch
+
+        self.buffer = torch.empty(max(4 * l2_bytes, FLUSH_BYTES), dtype=torch.uint8, device="cuda")
+
+    def __call__(self) -> None:
+        self.buffer.zero_()
+
+
+def interleaved(work: Mapping[str, tuple[Call, int]], flush: Call, seconds: float) -> dict[str, Timing]:
+    """Time every (call, how many results it stands for) once a round, after one to warm up, for about `seconds`."""
+    started = time.perf_counter()
+    for call, _ in work.values():
+        _milliseconds(call, flush)
+    warm = max(time.perf_counter() - started, 1e-6)
+    rounds = int(np.clip(seconds / warm, *ROUNDS))
+    found: dict[str, list[float]] = {name: [] for name in work}
+    for _ in range(rounds):
+        for name, (call, count) in work.items():
+            found[name].append(_milliseconds(call, flush) / count)
+    return {name: Timing(tuple(times)) for name, times in found.items()}
+
+
+def _milliseconds(call: Call, flush: Call) -> float:
+    import torch
+
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    flush()
+    start.record()
+    call()
+    end.record()
+    end.synchronize()
+    return float(start.elapsed_time(end))
+
+
+def host_milliseconds(call: Call, rounds: int = 20) -> float:
+    """Median time until `call` has handed its work to the GPU, which is idle before."""
+    import torch
+
+    found = []
+    for _ in range(rounds):
+        torch.cuda.synchronize()
+        started = time.perf_counter()
+        call()
+        found.append((time.perf_counter() - started) * MILLISECONDS)
+    torch.cuda.synchronize()
+    return float(np.median(found))
+
+
+def contest(
+    contestants: Mapping[str, Sequence[Call]], flush: Call, seconds: float
+) -> tuple[dict[str, Timing], dict[str, str]]:
+    """Capture and time `contestants`, each a call for every set of inputs -> times, and why others could not run."""
+    graphs: dict[str, Any] = {}
+    refused: dict[str, str] = {}
+    for name, calls in contestants.items():
+        try:
+            graphs[name] = (captured(calls).replay, len(calls))
+        except Exception as error:  # a contestant that this GPU or this torch does not have is named, not hidden
+            refused[name] = told(error)
+    return (interleaved(graphs, flush, seconds) if graphs else {}), refused
+
+
+def told(error: Exception) -> str:
+    """An error on one line.
+
+    >>> told(RuntimeError("not on this GPU; first\\nsecond"))
+    'RuntimeError: not on this GPU; first'
+    """
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0][:300] if lines else ''}"
