@@ -16,9 +16,9 @@ from export.embedding import exact_sum_limit
 from export.formats import get_format
 from export.op_meanings import ABSMAX_FLOOR
 from export.ops import attributes
+from plugins.gpu.gemm_constants import weight_exponent
 from plugins.gpu.operands import operand_bytes
 from plugins.gpu.specs import GemmSpec, QuantizeSpec
-from plugins.gpu.tiles import weight_exponent
 
 TORCH_TYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 TYPE_NAMES = {value: key for key, value in TORCH_TYPES.items()}

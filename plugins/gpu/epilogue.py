@@ -15,7 +15,7 @@ def gelu_tanh(x):
 
 @triton.jit
 def store(value, m, n, M, y, N: tl.constexpr):
-    at = y + m.to(tl.int64)[:, None] * N + n[None, :]
+    at = (y + m.to(tl.int64)[:, None] * N) + n[None, :]
     tl.store(at, value.to(y.dtype.element_ty), mask=(m < M)[:, None] & (n < N)[None, :])
 
 
@@ -36,8 +36,8 @@ def epilogue(
         total = gelu_tanh(total)
     if EPILOGUE == "gate_residual":
         inside = m_ok[:, None] & n_ok[None, :]
-        gates = tl.load(gate + (m // tokens).to(tl.int64)[:, None] * N + n[None, :], mask=inside, other=0.0)
-        skip = tl.load(residual + m.to(tl.int64)[:, None] * N + n[None, :], mask=inside, other=0.0)
+        gates = tl.load((gate + (m // tokens).to(tl.int64)[:, None] * N) + n[None, :], mask=inside, other=0.0)
+        skip = tl.load((residual + m.to(tl.int64)[:, None] * N) + n[None, :], mask=inside, other=0.0)
         total = skip.to(tl.float32) + gates.to(tl.float32) * total
     store(total, m, n, M, y, N)
 

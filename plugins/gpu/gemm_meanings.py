@@ -11,9 +11,9 @@ from numpy.typing import NDArray
 from export import op_meanings
 from export.formats import decode, encode, get_format, unpack
 from export.formats import pack as pack_codes
+from plugins.gpu.gemm_constants import weight_exponent
 from plugins.gpu.operands import operand_bytes
 from plugins.gpu.specs import GemmSpec, PackSpec
-from plugins.gpu.tiles import weight_exponent
 
 Array = NDArray[Any]
 

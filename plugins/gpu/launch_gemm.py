@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from export.errors import ContractError, EnvironmentLacksError
-from plugins.gpu import tiles
-from plugins.gpu.kernel import Kernel
+from plugins.gpu import gemm_constants, tiles
+from plugins.gpu.kernel import Kernel, launch_options
 from plugins.gpu.specs import GemmSpec, PackSpec
 from plugins.gpu.table import kernel
 from plugins.gpu.tiles import Tile
@@ -138,14 +138,14 @@ def run(row: Kernel, spec: Any, tile: Any, rows: int, sm: int, given: dict[str, 
     arguments = {argument.name: given[argument.name] for argument in row.arguments_of(spec)}
     constants = row.all_constants(spec, tile, sm)
     grid = row.grid(spec, tile, rows)
-    row.function()[grid](**arguments, **constants, num_warps=tile.num_warps, num_stages=tile.num_stages)
+    row.function()[grid](**arguments, **constants, **launch_options(tile))
 
 
 def _reduce(spec: GemmSpec, tile: Tile, parts: Tensor, given: dict[str, Any], y: Tensor) -> None:
     from plugins.gpu.epilogue import reduce_splits
 
     names = ("a_scale", "w_scales", "bias", "a_zero", "w_sums", "gate", "residual", "M", "tokens")
-    constants = tiles.reduce_constants(spec, tile)
+    constants = gemm_constants.reduce_constants(spec, tile)
     grid = (-(-len(y) // constants["BM"]) * -(-spec.out_features // constants["BN"]),)
     reduce_splits[grid](parts, *(given.get(name) for name in names), y, **constants, num_warps=4)
 
@@ -163,7 +163,7 @@ def pack(codes: Tensor, *, out: Tensor | None = None) -> Tensor:
 
 
 def expand(spec: GemmSpec, w: Tensor, multiplier_codes: Tensor | None = None, *, out: Tensor | None = None) -> Tensor:
-    """w u8 [N, K / 2] -> u8 [N, K]: E4M3 bytes of value * multiplier * 2^tiles.weight_exponent(spec)."""
+    """w u8 [N, K / 2] -> u8 [N, K]: E4M3 bytes of value * multiplier * 2^gemm_constants.weight_exponent(spec)."""
     n, k = spec.out_features, spec.in_features
     expected: dict[str, tuple[tuple[int, ...], str]] = {"w": ((n, k // 2), "uint8")}
     if spec.has_multipliers:

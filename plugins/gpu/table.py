@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from plugins.gpu import gemm_meanings, meanings, row_tiles, tiles
+from plugins.gpu import gemm_constants, gemm_meanings, meanings, row_tiles, tiles
 from plugins.gpu.kernel import Argument, Kernel
 from plugins.gpu.specs import GemmSpec, PackSpec, QuantizeSpec
 
@@ -79,7 +79,7 @@ KERNELS: tuple[Kernel, ...] = (
         (*_A, _W, _W_SCALES, _MULTIPLIER_CODES, *_AFTER),
         gemm_meanings.packed_gemm,
         tiles.packed_tile,
-        tiles.packed_constants,
+        gemm_constants.packed_constants,
         tiles.gemm_grid,
     ),
     Kernel(
@@ -90,7 +90,7 @@ KERNELS: tuple[Kernel, ...] = (
         (*_A, _W_EXPANDED, _W_SCALES, *_AFTER),
         gemm_meanings.expanded_gemm,
         tiles.expanded_tile,
-        tiles.gemm_constants,
+        gemm_constants.gemm_constants,
         tiles.gemm_grid,
     ),
     Kernel(
@@ -105,7 +105,7 @@ KERNELS: tuple[Kernel, ...] = (
         ),
         gemm_meanings.pack,
         tiles.band_tile,
-        tiles.pack_constants,
+        gemm_constants.pack_constants,
         tiles.band_grid,
     ),
     Kernel(
@@ -116,7 +116,7 @@ KERNELS: tuple[Kernel, ...] = (
         (_W, _MULTIPLIER_CODES, _ROWS, Argument("expanded", "*u8", "output", "[N, K]")),
         gemm_meanings.expand,
         tiles.band_tile,
-        tiles.expand_constants,
+        gemm_constants.expand_constants,
         tiles.band_grid,
     ),
 )

@@ -1,20 +1,43 @@
-"""Which tile a GEMM runs in: one pure function of the spec, the number of tokens and the GPU.
+"""Which tile a GEMM runs in: pure functions of the spec, the number of tokens and the GPU, in this one place.
 
-Nothing here changes a result beyond the order of a sum; every choice is legal for every shape.
+Nothing here changes a result beyond the order of a sum; every choice is legal for every shape. The rows were chosen by
+reading machine code: registers without spills, FP8 instructions in flight, and `share`, the part of the tensor core's
+rate that the loop's instructions leave possible. On Ampere and Blackwell as on Ada and Hopper: compiled, not run.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Literal
 
 from export.errors import RecipeError
-from plugins.gpu.operands import E4M3, INT8
+from plugins.gpu.operands import E4M3
 from plugins.gpu.promotion import promotion_of
 from plugins.gpu.specs import GemmSpec, PackSpec
 
-# Multiprocessors of the largest common GPU of each architecture, for filling a wave where no GPU can be asked.
-MULTIPROCESSORS = {80: 108, 86: 84, 89: 128, 90: 132, 100: 148, 120: 170}
+
+@dataclass(frozen=True)
+class Machine:
+    """A GPU's multiprocessors, multiply-adds of one of them in a clock (dense), bytes of memory in a clock of all.
+
+    Of the largest common GPU of each architecture, from its data sheet: for the ratio of work and waiting alone.
+    """
+
+    multiprocessors: int
+    fp16_rate: int
+    fp8_rate: int
+    bytes_per_clock: int
+
+
+# A100, RTX 3090, RTX 4090, H100, B200, RTX 5090
+MACHINES = {
+    80: Machine(108, 1024, 0, 1100),
+    86: Machine(82, 256, 0, 550),
+    89: Machine(128, 512, 1024, 400),
+    90: Machine(132, 2048, 4096, 1900),
+    100: Machine(148, 4096, 8192, 4300),
+    120: Machine(170, 512, 1024, 740),
+}
 # Where tensor cores multiply FP8; below, and for operands that are no E4M3 bytes, FP16.
 FIRST_FP8 = 89
 INTERPRETED = 0
@@ -38,14 +61,15 @@ class Tile:
 
 
 def architecture(sm: int) -> int:
-    """The row of MULTIPROCESSORS that stands for compute capability `sm` (10 * major + minor; 0: interpreted)."""
+    """The row of MACHINES that stands for compute capability `sm` (10 * major + minor; 0: interpreted, as 90).
+
+    Raises RecipeError below 80.
+    """
     if sm == INTERPRETED:
         return 90
-    if sm < min(MULTIPROCESSORS):
-        raise RecipeError(
-            f"compute capability {sm} is below 80; the GPU kernels need bf16 tensor cores (SM80 or newer)"
-        )
-    return max(known for known in MULTIPROCESSORS if known <= sm)
+    if sm < min(MACHINES):
+        raise RecipeError(f"compute capability {sm} is below 80; the GPU kernels need a GPU of 80 or above (Ampere)")
+    return max(known for known in MACHINES if known <= sm)
 
 
 def uses_fp8(spec: GemmSpec, sm: int) -> bool:
@@ -53,111 +77,195 @@ def uses_fp8(spec: GemmSpec, sm: int) -> bool:
     return architecture(sm) >= FIRST_FP8 and spec.operand.kind == E4M3
 
 
-def packed_tile(spec: GemmSpec, tokens: int, sm: int, *, may_split: bool = False) -> Tile:
-    """The tile of packed_gemm for `tokens` rows (M) on compute capability `sm`."""
-    architecture(sm)
-    return Tile(64 if tokens <= 64 else 128, 128, 128 if uses_fp8(spec, sm) else 64, 8 if sm == 90 else 4, 3)
+def scales_sums(spec: GemmSpec, step: int, sm: int) -> bool:
+    """Whether packed_gemm multiplies the sum of each step by its group's multiplier, instead of each weight.
 
-
-def expanded_tile(spec: GemmSpec, tokens: int, sm: int, *, may_split: bool = False) -> Tile:
-    """The tile of expanded_gemm for `tokens` rows (M) on compute capability `sm`."""
-    return packed_tile(spec, tokens, sm, may_split=may_split)
-
-
-def packed_table(multipliers: tuple[int, ...]) -> tuple[int, int]:
-    """Up to 16 multipliers as the bytes of two 64-bit numbers, the first in the lowest byte."""
-    whole = int.from_bytes(bytes(multipliers).ljust(16, b"\0"), "little")
-    return whole % 2**64, whole // 2**64
-
-
-def activation_constants(spec: GemmSpec, fp8: bool) -> tuple[str, int, int]:
-    """(KIND, SHIFT, e) of `load_activations`: an operand stands for value * 2^e."""
-    operand, fmt = spec.operand, spec.activation_format
-    if operand.kind == INT8:
-        return "int8", 0, operand.shift
-    if operand.kind == E4M3:
-        return "signed", 7, operand.shift - (0 if fp8 else 8)
-    if fmt.exponent_bits == 5 and fmt.specials == "none":
-        raise RecipeError(f"activations in {fmt.name}: its top binade has the bits of FP16's Inf; use another format")
-    return "signed" if fmt.sign_bits else "unsigned", 10 - fmt.mantissa_bits, fmt.bias - 15
-
-
-def weight_exponent(spec: GemmSpec) -> int:
-    """e of the E4M3 bytes of weights: they stand for value * multiplier * 2^e."""
-    fmt = spec.weight_format
-    return -9 if fmt.is_integer else fmt.bias - 7
-
-
-def load_width(spec: GemmSpec) -> int:
-    """Operands that are loaded and decoded in one word: 4 where rows and groups allow it, else 2."""
-    return 4 if spec.in_features % 4 == 0 and spec.group_size % 4 == 0 else 2
-
-
-def gemm_constants(spec: GemmSpec, tile: Tile, sm: int) -> dict[str, Any]:
-    """The compile-time arguments that packed_gemm and expanded_gemm share."""
-    fp8 = uses_fp8(spec, sm)
-    kind, shift, exponent = activation_constants(spec, fp8)
-    return {
-        "N": spec.out_features,
-        "K": spec.in_features,
-        "GROUP": spec.group_size or spec.in_features,
-        "REAL_GROUPS": spec.real_groups,
-        "WIDTH": load_width(spec),
-        "FACTOR": "scale" if spec.real_groups else "none",
-        "A_KIND": kind,
-        "A_SHIFT": shift,
-        "FP8": fp8,
-        "UNIT": 2.0 ** -(exponent + weight_exponent(spec) - (0 if fp8 else 8)),
-        "EPILOGUE": spec.epilogue,
-        "PROMOTE": promotion_of(spec, sm, tile.k),
-        "BM": tile.m,
-        "BN": tile.n,
-        "BK": tile.k,
-        "SPLITS": tile.splits,
-        "BAND": tile.band,
-        "WEIGHTS_FIRST": tile.weights_first,
-    }
-
-
-def packed_constants(spec: GemmSpec, tile: Tile, sm: int) -> dict[str, Any]:
-    """The compile-time arguments of packed_gemm.
-
-    Multipliers go to the sum of a group where a step stays within one and FP8 is used: an addition in float32 for each
-    output, where multiplying each weight takes the FP8 operand to FP16 and back. It promotes the sum besides.
+    It can where a step stays within a group. It does with FP8: that is a float32 multiply-add for each output, where
+    multiplying weights takes the FP8 operand to FP16 and back; and it promotes the sum besides.
     """
-    constants = {**gemm_constants(spec, tile, sm), **weight_constants(spec)}
-    whole = spec.has_multipliers and not spec.real_groups and constants["GROUP"] % tile.k == 0
-    if whole and constants["FP8"]:
-        constants["FACTOR"] = "multiplier"
-    return constants
+    groups = spec.has_multipliers and not spec.real_groups and spec.group_size > 0
+    return groups and spec.group_size % step == 0 and uses_fp8(spec, sm)
 
 
-def reduce_constants(spec: GemmSpec, tile: Tile) -> dict[str, Any]:
-    """The compile-time arguments of reduce_splits."""
-    return {
-        "N": spec.out_features,
-        "REAL_GROUPS": spec.real_groups,
-        "EPILOGUE": spec.epilogue,
-        "SPLITS": tile.splits,
-        "BM": 16,
-        "BN": 128,
-    }
+# --- the table -------------------------------------------------------------------------------------------------------
+
+# plain: one accumulator. by_group: the sum of each step is scaled, in registers of its own. bytes: expanded weights.
+Kind = Literal["plain", "by_group", "bytes"]
+Unit = Literal["wgmma", "mma", "tcgen05", "mma_fp16", "wgmma_fp16", "tcgen05_fp16"]
 
 
-def weight_constants(spec: GemmSpec) -> dict[str, Any]:
-    """The compile-time arguments that say how packed weights are decoded."""
-    fmt = spec.weight_format
-    low, high = packed_table(spec.multipliers) if spec.has_multipliers else (0, 0)
-    return {
-        "K": spec.in_features,
-        "GROUP": spec.group_size or spec.in_features,
-        "MULTIPLIERS_LOW": low,
-        "MULTIPLIERS_HIGH": high,
-        "W_SIGNED": bool(fmt.sign_bits),
-        "W_INTEGER": fmt.is_integer,
-        "W_SHIFT": 3 - fmt.mantissa_bits,
-        "WIDTH": load_width(spec),
-    }
+def _rows(*rows: tuple[int, int, int, int, int, bool, float]) -> tuple[tuple[Tile, float], ...]:
+    """(m, n, k, warps, stages, weights_first, share) -> (tile, share)."""
+    return tuple((Tile(*row[:5], weights_first=row[5]), row[6]) for row in rows)
+
+
+TABLE: dict[tuple[Unit, Kind], tuple[tuple[Tile, float], ...]] = {
+    ("wgmma", "plain"): _rows(
+        (128, 128, 128, 8, 4, True, 0.8),
+        (64, 128, 128, 8, 4, True, 0.5),
+        (32, 128, 128, 4, 4, True, 0.3),
+        (16, 128, 128, 4, 4, True, 0.15),
+    ),
+    ("wgmma", "by_group"): _rows(
+        (128, 64, 64, 4, 4, True, 0.5),
+        (64, 128, 64, 4, 4, True, 0.4),
+        (32, 128, 64, 4, 4, True, 0.25),
+        (16, 128, 64, 4, 4, True, 0.12),
+    ),
+    ("wgmma", "bytes"): _rows(
+        (128, 256, 128, 8, 3, False, 0.9),
+        (128, 128, 128, 8, 3, False, 0.85),
+        (64, 128, 128, 4, 4, False, 0.7),
+        (16, 128, 128, 4, 4, True, 0.2),
+    ),
+    ("mma", "plain"): _rows(
+        (128, 128, 128, 8, 3, False, 0.8),
+        (64, 128, 128, 4, 3, False, 0.75),
+        (32, 64, 128, 4, 3, False, 0.5),
+        (16, 128, 128, 4, 4, False, 0.4),
+    ),
+    ("mma", "by_group"): _rows(
+        (128, 128, 64, 8, 3, False, 0.6),
+        (64, 128, 64, 4, 3, False, 0.6),
+        (32, 64, 64, 4, 3, False, 0.4),
+        (16, 128, 64, 4, 4, False, 0.3),
+    ),
+    ("mma", "bytes"): _rows(
+        (128, 128, 128, 8, 2, False, 0.9),
+        (128, 128, 64, 8, 3, False, 0.85),
+        (64, 128, 128, 4, 2, False, 0.8),
+        (16, 128, 128, 4, 4, False, 0.5),
+    ),
+    ("tcgen05", "plain"): _rows(
+        (128, 128, 128, 8, 3, False, 0.7),
+        (64, 128, 128, 4, 3, False, 0.5),
+        (16, 128, 128, 4, 4, True, 0.15),
+    ),
+    ("tcgen05", "by_group"): _rows(
+        (64, 128, 64, 4, 3, False, 0.3),
+        (16, 128, 64, 4, 4, True, 0.1),
+    ),
+    ("tcgen05", "bytes"): _rows(
+        (128, 128, 128, 8, 4, False, 0.8),
+        (64, 128, 128, 4, 4, False, 0.6),
+        (16, 128, 128, 4, 4, True, 0.2),
+    ),
+    ("mma_fp16", "plain"): _rows(
+        (128, 128, 64, 8, 3, False, 0.5),
+        (64, 128, 64, 4, 3, True, 0.45),
+        (16, 128, 64, 4, 4, True, 0.3),
+    ),
+    ("mma_fp16", "by_group"): _rows(
+        (128, 128, 32, 8, 3, True, 0.4),
+        (64, 64, 32, 4, 3, True, 0.4),
+        (16, 128, 32, 4, 4, True, 0.25),
+    ),
+    ("mma_fp16", "bytes"): _rows(
+        (128, 128, 64, 8, 3, False, 0.55),
+        (64, 128, 64, 4, 3, False, 0.5),
+        (16, 128, 64, 4, 4, True, 0.35),
+    ),
+    ("wgmma_fp16", "plain"): _rows(
+        (128, 128, 64, 8, 3, True, 0.5),
+        (64, 128, 64, 4, 3, True, 0.45),
+        (16, 128, 64, 4, 4, True, 0.2),
+    ),
+    ("wgmma_fp16", "by_group"): _rows(
+        (128, 64, 64, 4, 3, True, 0.4),
+        (64, 64, 64, 4, 3, True, 0.35),
+        (16, 128, 64, 4, 4, True, 0.15),
+    ),
+    ("wgmma_fp16", "bytes"): _rows(
+        (128, 128, 64, 8, 3, False, 0.5),
+        (64, 128, 64, 4, 3, False, 0.45),
+        (16, 128, 64, 4, 4, True, 0.2),
+    ),
+    ("tcgen05_fp16", "plain"): _rows(
+        (128, 128, 64, 8, 3, False, 0.5),
+        (64, 128, 64, 4, 3, False, 0.4),
+    ),
+    ("tcgen05_fp16", "by_group"): _rows((64, 64, 64, 4, 3, False, 0.3)),
+    ("tcgen05_fp16", "bytes"): _rows(
+        (128, 128, 64, 8, 3, False, 0.5),
+        (64, 128, 64, 4, 3, False, 0.4),
+    ),
+}
+FP8_UNITS: dict[int, Unit] = {89: "mma", 90: "wgmma", 100: "tcgen05", 120: "mma"}
+FP16_UNITS: dict[int, Unit] = {90: "wgmma_fp16", 100: "tcgen05_fp16"}  # elsewhere mma_fp16
+LEAST_STEP = {True: 32, False: 16}  # products of one FP8 or FP16 instruction
+SPLITS = (1, 2, 3, 4, 6, 8)
+LEAST_STEPS_OF_A_SPLIT = 4
+# Clocks before a program's first product and after its last, and of one more kernel (the sum of splits).
+FILL_CLOCKS = 2000
+REDUCTION_CLOCKS = 5000
+
+
+# --- the choice ------------------------------------------------------------------------------------------------------
+
+
+def packed_tile(spec: GemmSpec, rows: int, sm: int, *, may_split: bool = False) -> Tile:
+    """The tile of packed_gemm for `rows` tokens (M) on compute capability `sm` (0: interpreted).
+
+    may_split: whether the sum may be split among programs and added by a second kernel.
+    """
+    plain, by_group = _steps(spec, sm, "plain"), _steps(spec, sm, "by_group")
+    grouped = spec.real_groups or any(scales_sums(spec, tile.k, sm) for tile, _ in by_group)
+    return _cheapest(spec, rows, sm, by_group if grouped else plain, may_split)
+
+
+def expanded_tile(spec: GemmSpec, rows: int, sm: int, *, may_split: bool = False) -> Tile:
+    """The tile of expanded_gemm, as packed_tile."""
+    return _cheapest(spec, rows, sm, _steps(spec, sm, "by_group" if spec.real_groups else "bytes"), may_split)
+
+
+def _steps(spec: GemmSpec, sm: int, kind: Kind) -> tuple[tuple[Tile, float], ...]:
+    """The table's rows for this GPU, with steps that the groups and the promotion of `spec` allow.
+
+    A step that divides its group needs no masks. Outside of Hopper, where the tensor core itself can promote within a
+    step, a step is no longer than promotion allows.
+    """
+    fp8, known = uses_fp8(spec, sm), architecture(sm)
+    found = TABLE[FP8_UNITS[known] if fp8 else FP16_UNITS.get(known, "mma_fp16"), kind]
+    every = promotion_of(spec, fp8, known, by_group=kind == "by_group").every
+    longest = every if every and known != 90 else max(tile.k for tile, _ in found)
+    if kind == "by_group":
+        longest = min(longest, spec.group_size & -spec.group_size)
+    return tuple((replace(tile, k=max(min(tile.k, longest), LEAST_STEP[fp8])), share) for tile, share in found)
+
+
+def _cheapest(spec: GemmSpec, rows: int, sm: int, candidates: tuple[tuple[Tile, float], ...], may_split: bool) -> Tile:
+    options = [
+        (clocks(spec, rows, sm, split, share), split)
+        for tile, share in candidates
+        for split in (replace(tile, splits=splits) for splits in SPLITS)
+        if split.splits == 1 or (may_split and _steps_of(spec, tile) >= LEAST_STEPS_OF_A_SPLIT * split.splits)
+    ]
+    return min(options, key=lambda option: option[0])[1]
+
+
+def _steps_of(spec: GemmSpec, tile: Tile) -> int:
+    """Steps of K: each group of real scales starts a new one."""
+    return spec.scale_groups * -(-spec.in_features // spec.scale_groups // tile.k)
+
+
+def clocks(spec: GemmSpec, rows: int, sm: int, tile: Tile, share: float) -> float:
+    """Estimated clocks: the multiprocessor with the most programs decides; splits are written, read and added.
+
+    A model to rank tiles by, not a prediction of time: programs on one multiprocessor share its tensor cores, and all
+    of them wait for the first loads of the last one.
+    """
+    machine = MACHINES[architecture(sm)]
+    rate = (machine.fp8_rate if uses_fp8(spec, sm) else machine.fp16_rate) * share
+    programs = -(-rows // tile.m) * -(-spec.out_features // tile.n) * tile.splits
+    turns = -(-programs // machine.multiprocessors)
+    work = -(-_steps_of(spec, tile) // tile.splits) * tile.m * tile.n * tile.k / rate
+    reduction = 2 * 4 * rows * spec.out_features * tile.splits / machine.bytes_per_clock + REDUCTION_CLOCKS
+    return turns * work + FILL_CLOCKS + (reduction if tile.splits > 1 else 0)
+
+
+def gemm_grid(spec: GemmSpec, tile: Tile, rows: int) -> tuple[int, int, int]:
+    """Programs of packed_gemm and expanded_gemm."""
+    return (-(-rows // tile.m) * -(-spec.out_features // tile.n), tile.splits, 1)
 
 
 # --- pack and expand -------------------------------------------------------------------------------------------------
@@ -182,18 +290,3 @@ def band_tile(spec: GemmSpec | PackSpec, rows: int, sm: int) -> BandTile:
 def band_grid(spec: GemmSpec | PackSpec, tile: BandTile, rows: int) -> tuple[int, int, int]:
     """Programs of pack and expand."""
     return (-(-rows // tile.rows), 1, 1)
-
-
-def pack_constants(spec: PackSpec, tile: BandTile, sm: int) -> dict[str, Any]:
-    """The compile-time arguments of pack."""
-    return {"K": spec.in_features, "ROWS": tile.rows, "COLUMNS": tile.columns}
-
-
-def expand_constants(spec: GemmSpec, tile: BandTile, sm: int) -> dict[str, Any]:
-    """The compile-time arguments of expand."""
-    return {**weight_constants(spec), "ROWS": tile.rows, "COLUMNS": tile.columns}
-
-
-def gemm_grid(spec: GemmSpec, tile: Tile, rows: int) -> tuple[int, int, int]:
-    """Programs of packed_gemm and expanded_gemm."""
-    return (-(-rows // tile.m) * -(-spec.out_features // tile.n), tile.splits, 1)
