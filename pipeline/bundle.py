@@ -11,7 +11,7 @@ from typing import Any
 
 from export.errors import ContractError, EnvironmentLacksError, RecipeError
 from pipeline import machine, manifest, recipe
-from pipeline.backends import cuda_run
+from pipeline.backends import cuda_run, trt_run
 from pipeline.backends.base import Engine
 from pipeline.backends.rtx_run import machine_problem, release
 from pipeline.files import sha256, tree
@@ -151,10 +151,15 @@ def _cuda_problem(document: Mapping[str, Any]) -> str:
     return cuda_run.machine_problem(metadata, cuda_sm(), machine.tool_version("triton"))
 
 
+def _trt_problem(document: Mapping[str, Any]) -> str:
+    return trt_run.machine_problem(document["targets"]["trt"]["metadata"], machine.tool_version("tensorrt"), cuda_sm())
+
+
 FITNESS: dict[str, Callable[[Mapping[str, Any]], str]] = {
     "cpu": _cpu_problem,
     "rtx": _rtx_problem,
     "cuda": _cuda_problem,
+    "trt": _trt_problem,
 }
 
 

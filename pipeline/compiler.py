@@ -32,11 +32,13 @@ logger = logging.getLogger(__name__)
 # compute capability is visible), and what has a place but no builder here yet.
 AUTO_TARGETS = {"cpu": "onnxruntime", "rtx": "tensorrt_rtx", "cuda": "triton"}
 GPU_TARGETS = {"cuda": 80}
-UNAVAILABLE_TARGETS = ("trt",)
+# Built only where it is named.
+NAMED_TARGETS = {"trt": "tensorrt"}
+TARGETS = {**AUTO_TARGETS, **NAMED_TARGETS}
 # Disk while building, in bytes per parameter: checkpoint by layer and joined, and the portable model (together below
 # 2); the baselines of the measurement (9, see bench); the CPU's INT8 weights; the lowered graph and the engine of rtx;
-# the packed weights of cuda, twice.
-BYTES_PER_PARAMETER = {"always": 11.0, "cpu": 1.5, "rtx": 2.5, "cuda": 1.5}
+# the packed weights of cuda and trt, twice.
+BYTES_PER_PARAMETER = {"always": 11.0, "cpu": 1.5, "rtx": 2.5, "cuda": 1.5, "trt": 1.5}
 NEEDED = ("torch", "diffusers", "onnx", "onnx_ir", "onnxscript", "onnxruntime")
 
 
@@ -118,12 +120,8 @@ def parse_targets(text: str) -> tuple[str, ...]:
         return tuple(name for name, module in AUTO_TARGETS.items() if name == "cpu" or _built_by_auto(name, module))
     names = tuple(dict.fromkeys(name.strip() for name in text.split(",")))
     for name in names:
-        if name in UNAVAILABLE_TARGETS:
-            raise EnvironmentLacksError(
-                f"target {name} is not available in this version; use {', '.join(AUTO_TARGETS)}"
-            )
-        if name not in AUTO_TARGETS:
-            raise RecipeError(f"target {name!r} is unknown; use auto or some of {', '.join(AUTO_TARGETS)}")
+        if name not in TARGETS:
+            raise RecipeError(f"target {name!r} is unknown; use auto or some of {', '.join(TARGETS)}")
     return names
 
 
@@ -198,7 +196,7 @@ def built(work: WorkFolder, target: str, recipe: Recipe) -> BuildResult:
 
 def drop_other_targets(folder: Path, targets: tuple[str, ...]) -> None:
     """Remove engines that an interrupted build made for targets which this one was not asked for."""
-    for target in set(AUTO_TARGETS) - set(targets):
+    for target in set(TARGETS) - set(targets):
         remove(folder / target)
 
 

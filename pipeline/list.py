@@ -13,7 +13,7 @@ from export.embedding import embeds
 from export.formats import get_format
 from pipeline import recipe as recipes
 from pipeline.command import Answer, parser, run
-from pipeline.compiler import AUTO_TARGETS, UNAVAILABLE_TARGETS
+from pipeline.compiler import TARGETS
 from pipeline.machine import TOOLS, tool_version
 from pipeline.methods import METHODS
 from pipeline.recipe import Recipe
@@ -53,11 +53,11 @@ def zoo_models() -> list[str]:
 def target_rows() -> list[dict[str, Any]]:
     """Each target: can it be built here, and what to do if not."""
     rows = []
-    for name, module in AUTO_TARGETS.items():
+    for name, module in TARGETS.items():
         here = find_spec(module) is not None
         note = f"{TOOLS[module]} {tool_version(module)}" if here else f"pip install {TOOLS[module]}"
         rows.append({"target": name, "available": here, "note": note})
-    return rows + [{"target": name, "available": False, "note": "not in this version"} for name in UNAVAILABLE_TARGETS]
+    return rows
 
 
 def recipe_rows() -> list[dict[str, Any]]:

@@ -27,6 +27,7 @@ TOOLS = {
     "onnxscript": "onnxscript",
     "onnxruntime": "onnxruntime",
     "tensorrt_rtx": "tensorrt-rtx",
+    "tensorrt": "tensorrt",
     "triton": "triton",
 }
 SOURCES = (".py", ".c", ".h")

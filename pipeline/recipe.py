@@ -123,6 +123,16 @@ class Rtx:
 
 
 @dataclass(frozen=True)
+class Trt:
+    """Options of the `trt` target. attention: as that of `rtx`."""
+
+    attention: str = "fp16"
+
+    def __post_init__(self) -> None:
+        _check(self.attention in ("fp16", "fp32"), f"trt.attention {self.attention!r}; use fp16 or fp32")
+
+
+@dataclass(frozen=True)
 class Cuda:
     """Options of the `cuda` target.
 
@@ -186,6 +196,7 @@ class Recipe:
     cpu: Cpu = Cpu()
     rtx: Rtx = Rtx()
     cuda: Cuda = Cuda()
+    trt: Trt = Trt()
 
     def __post_init__(self) -> None:
         _check(bool(self.name) and "/" not in self.name, f"recipe name {self.name!r} must be a plain file name")

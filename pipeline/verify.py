@@ -106,8 +106,8 @@ def verify_target(
 
 def arithmetic_of(target: str, recipe: Recipe, runs: bool) -> str:
     """What a target computes the unquantized parts in: its engine if it `runs` here, else its lowered graph."""
-    if target == "rtx":
-        return recipe.rtx.attention
+    if target in ("rtx", "trt"):
+        return str(getattr(recipe, target).attention)
     halved = target == "cuda" and runs and recipe.cuda.activations == "fp16"
     return "fp16 tokens" if halved else "fp32"
 

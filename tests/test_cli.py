@@ -231,7 +231,7 @@ def test_engines_of_targets_not_asked_for_are_dropped(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("args", "code", "text"),
     [
-        (["--target", "trt"], 3, "target trt is not available in this version"),
+        (["--target", "trt"], 3, "target trt needs tensorrt; install with: pip install tensorrt"),
         (["--target", "gpu"], 2, "target 'gpu' is unknown"),
         (["--target", "cpu", "--target-sm", "89"], 2, "--target-sm belongs to the target rtx"),
     ],

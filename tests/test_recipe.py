@@ -44,6 +44,7 @@ OTHER = {
     "rtx.sm": (89,),
     "rtx.attention": "fp32",
     "rtx.path": "plugin",
+    "trt.attention": "fp32",
     "cuda.weights": "packed",
     "cuda.activations": "fp32",
 }

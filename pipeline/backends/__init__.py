@@ -12,6 +12,7 @@ ROWS = {
     "cpu": ("pipeline.backends.cpu", "CpuBackend"),
     "rtx": ("pipeline.backends.rtx", "RtxBackend"),
     "cuda": ("pipeline.backends.cuda", "CudaBackend"),
+    "trt": ("pipeline.backends.trt", "TrtBackend"),
 }
 
 

@@ -1,0 +1,168 @@
+"""The `trt` target: a TensorRT engine whose quantized linears are this project's kernels, for the GPU at hand.
+
+The network is strongly typed; the kernels are quick-deployable plugins whose PTX TensorRT embeds, so the engine needs
+neither Python nor a plugin library to run. TensorRT builds on the GPU that the engine is for. Its package was not at
+hand: the graph that the builder gets, the PTX and the launch sizes are tested, building and running are not run.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from collections.abc import Sequence
+from functools import partial
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import onnx
+import onnx_ir as ir
+
+from export.errors import ContractError, EnvironmentLacksError
+from pipeline import machine
+from pipeline.backends import lowering_file, rtx_build, rtx_plugin
+from pipeline.backends.base import BuildResult, Capabilities, Engine, LoweredGraph
+from pipeline.backends.rtx import DATA, ONNX, method_problems
+from pipeline.backends.trt_run import ENGINE, METADATA, TrtEngine
+from pipeline.bundle import cuda_sm
+from pipeline.files import sha256, write_json
+from pipeline.passes import run_shared
+from pipeline.passes.graph import drop_unused
+from pipeline.passes.lower_rtx_attention import halve_attention
+from pipeline.passes.lower_rtx_kept import halve_large_linears
+from pipeline.passes.lower_rtx_plugin import KernelNode
+from plugins.tensorrt import plugins
+from plugins.tensorrt.aot import plugin_name
+from plugins.tensorrt_rtx import compile
+from plugins.tensorrt_rtx.payload import NAMESPACE, VERSION, Payload
+
+logger = logging.getLogger(__name__)
+SCHEMA_VERSION = 1
+MODULE = "tensorrt"
+# The first release whose quick-deployable plugins have ahead-of-time implementations.
+MINIMUM_VERSION = (10, 9)
+FIELDS = {"plugin_namespace": NAMESPACE, "plugin_version": VERSION, "aot": 1}
+PROOF = (
+    "linears are proven in the graph of fused ops through onnxruntime, kernels in Triton's interpreter by the tests; "
+    "building and running were written without TensorRT at hand"
+)
+
+
+class TrtBackend:
+    """Builds one engine for the GPU of this machine."""
+
+    name = "trt"
+    capabilities = Capabilities("trt", ())
+
+    def problems(self, recipe: Any) -> list[str]:
+        """What is missing here: TensorRT, a release that is new enough, its GPU, a compiler for the kernels."""
+        return [*environment_problems(cuda_sm()), *method_problems(recipe, with_plugins=True)]
+
+    def lower(self, portable: Path, work_dir: Path, recipe: Any) -> LoweredGraph:
+        """Write the graph of fused ops, which is verified, into `work_dir`."""
+        model = ir.load(portable)
+        run_shared(model)
+        lowering = rtx_plugin.lower(model)
+        if recipe.trt.attention == "fp16":
+            halve_attention(model)
+            halve_large_linears(model)
+        drop_unused(model)
+        path = work_dir / ONNX
+        ir.save(model, path, external_data=DATA, size_threshold_bytes=1024)
+        return LoweredGraph(path, tuple(lowering.probes), tuple(lowering.choices))
+
+    def build(self, lowered: LoweredGraph, out_dir: Path, recipe: Any) -> BuildResult:
+        """Engine, metadata.json and lowering.json. Raises ContractError where a plugin is not in the engine."""
+        sm, batch = cuda_sm(), recipe.sampling.batch_size
+        graph = lowered.path.with_name(rtx_plugin.GRAPH)
+        try:
+            nodes = write_graph(lowered.path, graph, batch, sm)
+            facts = build_engine(graph, out_dir / ENGINE, nodes, sm, batch)
+        finally:
+            graph.unlink(missing_ok=True)
+        metadata = {**facts, **described(lowered, nodes)}
+        write_json(out_dir / METADATA, metadata)
+        lowering_file.write(lowered, out_dir / lowering_file.NAME)
+        files = tuple(f"{out_dir.name}/{name}" for name in (ENGINE, METADATA, lowering_file.NAME))
+        return BuildResult(files, lowered, metadata)
+
+    def load(self, bundle_dir: Path) -> Engine:
+        """Engine on the GPU. Raises EnvironmentLacksError where there is none or it is another one."""
+        return TrtEngine(bundle_dir / self.name)
+
+
+def environment_problems(sm: int) -> list[str]:
+    """What this machine lacks for building; `sm`: compute capability of its GPU, 0 for none."""
+    try:
+        machine.require((MODULE,), "target trt")
+    except EnvironmentLacksError as error:
+        return [str(error)]
+    found, least = machine.tool_version(MODULE), ".".join(map(str, MINIMUM_VERSION))
+    if tuple(int(part) for part in found.split(".")[:2] if part.isdigit()) < MINIMUM_VERSION:
+        return [f"target trt needs tensorrt {least} or newer, this is {found or 'unknown'}; pip install -U tensorrt"]
+    if not sm:
+        return ["target trt is built on the NVIDIA GPU that it is for, and none is visible; use --target rtx or cpu"]
+    return [f"target trt: {problem}" for problem in compile.problems((sm,))]
+
+
+def write_graph(lowered: Path, path: Path, batch_size: int, sm: int) -> list[KernelNode]:
+    """Write the builder's graph for GPU `sm` to `path`, beside `lowered`; returns its plugins."""
+    return rtx_plugin.write_graph(lowered, path, batch_size, partial(_compiled, sm), plugin_name, FIELDS)
+
+
+def _compiled(sm: int, node: KernelNode) -> Payload:
+    return compile.compile_payload(node.kernel, node.spec, node.rows, (sm,), "ptx")
+
+
+def build_engine(
+    graph: Path, engine_path: Path, nodes: Sequence[KernelNode], sm: int, batch_size: int
+) -> dict[str, Any]:
+    """Build with TensorRT and write the engine; returns facts for the metadata. Not run.
+
+    Raises ContractError with the parser's node and message or the builder's reason.
+    """
+    trt: Any = import_module(MODULE)
+    plugins.register(MODULE)
+    log = rtx_build.make_logger(trt)
+    builder = trt.Builder(log)
+    flags = (
+        trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED,
+        trt.NetworkDefinitionCreationFlag.PREFER_AOT_PYTHON_PLUGINS,
+    )
+    network = builder.create_network(sum(1 << int(flag) for flag in flags))
+    parser = rtx_build.parsed(trt, network, log, graph)
+    shapes = rtx_build.shape_bounds(onnx.load(graph, load_external_data=False), batch_size)
+    config = builder.create_builder_config()
+    config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
+    config.clear_flag(trt.BuilderFlag.TF32)
+    config.add_optimization_profile(rtx_build.profile_of(builder, shapes))
+    engine = builder.build_serialized_network(network, config)
+    if engine is None:
+        raise rtx_build.build_error(trt, log.errors, (sm,))
+    del parser
+    rtx_build.write_engine(engine_path, memoryview(engine))
+    inspector = trt.Runtime(log).deserialize_cuda_engine(engine).create_engine_inspector()
+    check_layers(inspector.get_engine_information(trt.LayerInformationFormat.JSON), nodes)
+    size = engine_path.stat().st_size
+    return {"shapes": shapes, "tensorrt": trt.__version__, "compute_capabilities": [sm], "engine_bytes": size}
+
+
+def check_layers(information: str, nodes: Sequence[KernelNode]) -> None:
+    """Raise ContractError where the engine's own list of layers lacks a plugin."""
+    missing = [node for node in nodes if node.name not in information]
+    if missing:
+        raise ContractError(
+            f"{missing[0].name}: the engine has no layer of that name for the plugin {missing[0].kernel}"
+        )
+
+
+def described(lowered: LoweredGraph, nodes: Sequence[KernelNode]) -> dict[str, Any]:
+    """The part of metadata.json that needs no TensorRT."""
+    return {
+        "schema_version": SCHEMA_VERSION,
+        "onnx_sha256": sha256(lowered.path),
+        "onnx_data_sha256": sha256(lowered.path.with_name(DATA)),
+        "paths": dict(Counter(choice.path for choice in lowered.choices)),
+        **rtx_plugin.described(nodes),
+        "proof": PROOF,
+    }

@@ -1,0 +1,108 @@
+"""The kernels as quick-deployable plugins of TensorRT: shapes and types, tactics, and ahead-of-time implementations.
+
+A plugin takes the attribute `payload`, which holds the PTX of every tile; a tactic is the number of a tile, and
+TensorRT measures which is fastest. Written after TensorRT's documentation and samples, and not run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import cache, partial
+from importlib import import_module
+from inspect import Parameter, Signature
+from typing import Any
+
+from plugins.gpu.specs import GemmSpec, QuantizeSpec
+from plugins.tensorrt.aot import aot_kernel, plugin_name
+from plugins.tensorrt.expressions import Expression
+from plugins.tensorrt_rtx.payload import FIELD, NAMESPACE, Payload, from_text
+from plugins.tensorrt_rtx.plugin import ports_of
+
+# TensorRT's names of element types in a tactic's list.
+TACTIC_TYPES = {"int8": "INT8", "float16": "FP16", "bfloat16": "BF16", "float32": "FP32"}
+_QUANTIZERS = ("quantize", "gelu_quantize", "norm_modulate_quantize")
+_GEMMS = [
+    GemmSpec("E2M3", "E2M1", 64, 64, 32, multipliers, epilogue=epilogue)
+    for multipliers in ((1,), (1, 2))
+    for epilogue in ("none", "gate_residual")
+]
+# One payload of each plugin: what is common to all of its layers follows from it.
+EXAMPLES: tuple[Payload, ...] = (
+    *(Payload(name, QuantizeSpec("E2M3", 64), ()) for name in _QUANTIZERS),
+    *(Payload("packed_gemm", spec, ()) for spec in _GEMMS),
+)
+
+
+@cache
+def register(module: str = "tensorrt") -> tuple[str, ...]:
+    """Register every plugin with TensorRT and return their names; a second call changes nothing."""
+    trt, trtp = import_module(module), import_module(f"{module}.plugin")
+    for example in EXAMPLES:
+        _register(trt, trtp, example)
+    return tuple(map(plugin_name, EXAMPLES))
+
+
+def _register(trt: Any, trtp: Any, example: Payload) -> None:
+    name = f"{NAMESPACE}::{plugin_name(example)}"
+    inputs = [a.name for a in example.row.arguments_of(example.spec) if a.role == "input"]
+    outputs = len(ports_of(example).outputs)
+    desc: Any = trtp.TensorDesc
+    described = tuple.__class_getitem__((desc,) * outputs) if outputs > 1 else desc
+    launched = tuple.__class_getitem__((str, bytes, trtp.KernelLaunchParams, trtp.SymExprs))
+    rows = (
+        (trtp.register, partial(_describe, trt, trtp), (), described),
+        (trtp.autotune, partial(_tactics, trtp), ("outputs",), list.__class_getitem__(trtp.AutoTuneCombination)),
+        (trtp.aot_impl, partial(_implement, trtp), ("outputs", "tactic"), launched),
+    )
+    for decorator, function, more, returned in rows:
+        decorator(name)(_signed(function, desc, inputs, more, returned))
+
+
+def _signed(function: Callable[..., Any], desc: Any, inputs: Sequence[str], more: Sequence[str], returned: Any) -> Any:
+    """What calls function(inputs, payload, *more), under the signature that TensorRT reads: the inputs one by one, the
+    attribute, and `more`."""
+    kind = Parameter.POSITIONAL_OR_KEYWORD
+    parameters = [Parameter(name, kind, annotation=desc) for name in inputs]
+    parameters.append(Parameter(FIELD, kind, annotation=str))
+    parameters += [Parameter(name, kind) for name in more]
+    signature = Signature(parameters, return_annotation=returned)
+
+    def call(*arguments: Any, **named: Any) -> Any:
+        given = signature.bind(*arguments, **named).arguments
+        payload = from_text(given[FIELD].rstrip("\0"))
+        payload = payload.complete() if more else payload
+        return function([given[name] for name in inputs], payload, *(given[name] for name in more))
+
+    call.__signature__ = signature  # type: ignore[attr-defined]
+    return call
+
+
+def _describe(trt: Any, trtp: Any, inputs: Sequence[Any], payload: Payload) -> Any:
+    """Shapes and types of the outputs."""
+    ports, leading = ports_of(payload), list(inputs[0].shape_expr)
+    shapes = [(*leading[:-1], width or leading[-1]) for width in ports.widths]
+    found = tuple(
+        trtp.from_shape_expr(shape, dtype=getattr(trt, kind)) for shape, kind in zip(shapes, ports.outputs, strict=True)
+    )
+    return found if len(found) > 1 else found[0]
+
+
+def _tactics(trtp: Any, inputs: Sequence[Any], payload: Payload, outputs: Any) -> Any:
+    """Row-major tensors of the kernel's types, and one tactic for each tile."""
+    ports = ports_of(payload)
+    types = ",".join(TACTIC_TYPES[name] for name in (*ports.inputs, *ports.outputs))
+    return [trtp.AutoTuneCombination(types, "LINEAR", list(range(1, len(payload.variants) + 1)))]
+
+
+def _implement(trtp: Any, inputs: Sequence[Any], payload: Payload, outputs: Any, tactic: int) -> Any:
+    """(name, PTX, launch sizes, scalars) of the tile that is tactic 1, 2, ..."""
+    kernel = aot_kernel(payload, payload.variants[tactic - 1], [len(item.shape_expr) for item in inputs])
+
+    def symbol(expression: Expression) -> Any:
+        return expression.resolve(lambda index, axis: inputs[index].shape_expr[axis], trtp.cdiv)
+
+    launch = trtp.KernelLaunchParams()
+    launch.grid_x, launch.grid_y, launch.grid_z = map(symbol, kernel.grid)
+    launch.block_x, launch.shared_mem = kernel.threads, kernel.shared_bytes
+    scalars = trtp.SymIntExprs.from_tuple([trtp.SymInt32(symbol(scalar)) for scalar in kernel.scalars])
+    return kernel.name, kernel.ptx.encode(), launch, scalars
