@@ -1,0 +1,83 @@
+"""GEMM kernels compiled for every target with no GPU: the tensor core's instructions stand in the machine code."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from plugins.gpu.compiled import Compiled, Request, compile_kernels
+from plugins.gpu.machine_code import TARGETS
+from plugins.gpu.specs import GemmSpec, PackSpec
+from plugins.gpu.table import KERNELS, kernel
+
+pytest.importorskip("triton", reason="the GPU kernels need triton")
+# Tensor core instructions of each target: mma.sync (QMMA, HMMA), wgmma (QGMMA), tcgen05 (UTCQMMA).
+FP8 = {80: "HMMA", 86: "HMMA", 89: "QMMA", 90: "QGMMA", 100: "UTCQMMA", 120: "QMMA"}
+FP16 = {80: "HMMA", 86: "HMMA", 89: "HMMA", 90: "HGMMA", 100: "UTCHMMA", 120: "HMMA"}
+PLAIN = GemmSpec("E2M3", "E2M1", 1152, 1152)
+EXACT = GemmSpec("E2M3", "E2M1", 1152, 1152, 64, (1, 2, 3, 4, 5, 6, 8, 10))
+REAL = GemmSpec("E2M3", "E2M1", 1152, 1152, 128, real_groups=True, output="bf16")
+HALF = GemmSpec("E3M4", "E2M1", 1152, 1152)
+MODULATED = GemmSpec("E4M3", "E3M0", 4608, 1152, zero_point=True, epilogue="gate_residual", output="fp32")
+GELU = GemmSpec("E2M3", "E1M2", 1152, 4608, epilogue="gelu")
+MANY, FEW = 4096, 64  # tokens
+
+EVERYWHERE = {
+    (name, sm): Request(kernel(name), PLAIN, sm, rows=MANY)
+    for name in ("packed_gemm", "expanded_gemm")
+    for sm in TARGETS
+}
+ON_HOPPER = {
+    "packed, few tokens": Request(kernel("packed_gemm"), PLAIN, 90, rows=FEW),
+    "packed, multipliers": Request(kernel("packed_gemm"), EXACT, 90, rows=MANY),
+    "packed, real groups": Request(kernel("packed_gemm"), REAL, 90, rows=MANY),
+    "packed, every epilogue": Request(kernel("packed_gemm"), MODULATED, 90, rows=MANY),
+    "expanded, few tokens": Request(kernel("expanded_gemm"), PLAIN, 90, rows=FEW),
+    "expanded, gelu": Request(kernel("expanded_gemm"), GELU, 90, rows=MANY),
+}
+IN_HALF = {sm: Request(kernel("packed_gemm"), HALF, sm, rows=MANY) for sm in (80, 90)}
+AT_LOAD = {
+    ("pack", 80): Request(kernel("pack"), PackSpec(1152), 80),
+    ("expand", 80): Request(kernel("expand"), EXACT, 80),
+    ("expand", 90): Request(kernel("expand"), PLAIN, 90),
+}
+
+
+@pytest.fixture(scope="session")
+def built(tmp_path_factory: pytest.TempPathFactory) -> dict[Any, Compiled]:
+    """All kernels of this file, from one process and an empty cache."""
+    requests: dict[Any, Request] = {**EVERYWHERE, **ON_HOPPER, **IN_HALF, **AT_LOAD}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("DITC_CACHE", str(tmp_path_factory.mktemp("cache")))
+        return dict(zip(requests, compile_kernels(list(requests.values())), strict=True))
+
+
+@pytest.mark.parametrize("case", [*EVERYWHERE, *ON_HOPPER, *IN_HALF, *AT_LOAD], ids=str)
+def test_resources(built: dict[Any, Compiled], case: Any) -> None:
+    """Nothing spills; registers and shared memory are within the target's limits."""
+    assert built[case].problems() == []
+    assert built[case].local_bytes == 0 and built[case].registers <= 255
+
+
+@pytest.mark.parametrize("case", EVERYWHERE, ids=str)
+def test_fp8_tensor_cores(built: dict[Any, Compiled], case: tuple[str, int]) -> None:
+    found = {name for name in {*FP8.values(), *FP16.values()} if built[case].count(name + ".", name)}
+    assert found == {FP8[case[1]]}
+
+
+@pytest.mark.parametrize("case", ON_HOPPER)
+def test_fp8_on_hopper(built: dict[Any, Compiled], case: str) -> None:
+    assert built[case].count("QGMMA") > 0 and built[case].count("HGMMA", "HMMA", "QMMA") == 0
+
+
+@pytest.mark.parametrize("sm", IN_HALF)
+def test_operands_that_are_no_e4m3_go_to_fp16_tensor_cores(built: dict[Any, Compiled], sm: int) -> None:
+    assert built[sm].count(FP16[sm]) > 0 and built[sm].count("QGMMA", "QMMA") == 0
+
+
+def test_every_kernel_of_the_table_is_compiled_somewhere() -> None:
+    from tests.test_gpu_compile import BEFORE
+
+    here = {one.kernel.name for cases in (EVERYWHERE, ON_HOPPER, IN_HALF, AT_LOAD) for one in cases.values()}
+    assert here | set(BEFORE) == {row.name for row in KERNELS}
