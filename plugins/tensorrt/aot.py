@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from export.errors import ContractError
 from plugins.gpu.kernel import Argument
 from plugins.tensorrt.expressions import Expression, as_expression, rows_of
-from plugins.tensorrt.ptx import entry_name, keep_parameters
+from plugins.tensorrt.ptx import at_lowest_version, entry_name, keep_parameters
 from plugins.tensorrt_rtx.launcher import SHARED
 from plugins.tensorrt_rtx.payload import PLUGINS, Payload, Variant
 
@@ -48,7 +48,7 @@ def aot_kernel(payload: Payload, variant: Variant, ranks: Sequence[int]) -> AotK
     sizes = {"M": rows, "tokens": _tokens(arguments, rows, ranks)}
     scalars = tuple(sizes[argument.name] for argument in arguments if argument.role == "size")
     x, y, z = (as_expression(size) for size in payload.row.grid(payload.spec, tile, rows))  # type: ignore[arg-type]
-    ptx = keep_parameters(variant.code.decode(), len(arguments))
+    ptx = at_lowest_version(keep_parameters(variant.code.decode(), len(arguments)))
     return AotKernel(entry_name(ptx), ptx, (x, y, z), variant.threads, variant.shared_bytes, scalars)
 
 

@@ -8,6 +8,10 @@ from export.errors import ContractError
 
 ENTRY = re.compile(r"\.visible\s+\.entry\s+(?P<name>[\w$]+)\s*\((?P<parameters>[^)]*)\)")
 PARAMETER = re.compile(r"\.param\b.*?(?P<name>[\w$]+)\s*$", re.DOTALL)
+VERSION = re.compile(r"^\s*\.version\s+(?P<version>\d+\.\d+)", re.MULTILINE)
+# PTX ISA of CUDA 12.8, the first that knows SM120, and what drivers since then take. Triton states the newest that its
+# own assembler knows and uses nothing of it: the tests assemble every kind of kernel under this version.
+LOWEST_VERSION = "8.7"
 
 
 def entry_name(ptx: str) -> str:
@@ -36,6 +40,21 @@ def keep_parameters(ptx: str, count: int) -> str:
     if read:
         raise ContractError(f"{entry.group('name')} reads {', '.join(read)}, which TensorRT does not pass")
     return ptx[:start] + ",".join(parameters[:count]) + "\n" + body
+
+
+def at_lowest_version(ptx: str) -> str:
+    """`ptx` stating LOWEST_VERSION instead of a newer one, so that older drivers take it."""
+    found = VERSION.search(ptx)
+    if found is None:
+        raise ContractError("a PTX text states no version")
+    if _number(found["version"]) <= _number(LOWEST_VERSION):
+        return ptx
+    start, end = found.span("version")
+    return ptx[:start] + LOWEST_VERSION + ptx[end:]
+
+
+def _number(version: str) -> tuple[int, ...]:
+    return tuple(map(int, version.split(".")))
 
 
 def _entry(ptx: str) -> re.Match[str]:
