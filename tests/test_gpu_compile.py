@@ -86,7 +86,7 @@ def test_instructions(built: dict[Any, Compiled], case: tuple[str, int]) -> None
     assert one.count("FCHK") <= 3, "IEEE divisions: scale, reciprocal, deviation"
     assert one.count("F2FP.SATFINITE.E4M3") == (per_thread // 2 if case[1] >= 89 else 0)
     # The arithmetic that memory must hide: 3 bytes a number at 3.35 TB/s leave an H100 about 26 instructions for each.
-    assert sum(one.opcodes.values()) <= 37 * per_thread
+    assert sum(one.opcodes.values()) <= (31 if case[1] >= 89 else 35) * per_thread, "slow paths of a division included"
 
 
 def test_description(built: dict[Any, Compiled]) -> None:
@@ -113,9 +113,16 @@ def test_a_spill_is_seen(empty: Path) -> None:
     assert any("registers spill" in text for text in one.problems())
 
 
-@pytest.mark.parametrize(("channels", "warps"), [(1, 1), (1152, 1), (1536, 1), (1537, 2), (4608, 4), (16384, 16)])
-def test_warps_of_a_row(channels: int, warps: int) -> None:
-    tile = row_tile(QuantizeSpec("E2M3", channels), 4096, 90)
+@pytest.mark.parametrize(
+    ("channels", "rows", "warps"),
+    [
+        *[(1, 4096, 1), (1152, 4096, 1), (1536, 4096, 1), (1537, 4096, 2), (4608, 4096, 4), (16384, 4096, 16)],
+        *[(1152, 2048, 2), (1152, 512, 4), (1152, 1, 4), (256, 1, 1), (4608, 256, 16), (4608, 1, 16)],
+    ],
+)
+def test_warps_of_a_row(channels: int, rows: int, warps: int) -> None:
+    """As few as hold it; more where the rows are too few to keep a GPU busy, but 8 numbers a thread at the least."""
+    tile = row_tile(QuantizeSpec("E2M3", channels), rows, 90)
     assert tile.num_warps == warps and channels <= tile.block + tile.tail < max(2, 1.5 * channels)
 
 
@@ -133,7 +140,7 @@ def test_key_names_everything_the_code_follows_from(monkeypatch: pytest.MonkeyPa
         request("gelu_quantize", 90),
     ]
     keys = {compiled._key(one) for one in variants}
-    assert len(keys) == len(variants) and compiled._key(replace(base, rows=1)) in keys
+    assert len(keys) == len(variants) and compiled._key(replace(base, rows=8192)) in keys
     monkeypatch.setattr(importlib.metadata, "version", lambda _: "99.0")
     assert compiled._key(base) not in keys
 

@@ -4,8 +4,8 @@ A program holds one row of C channels as two blocks, BLOCK and TAIL wide (plugin
 block and z the second, which is not there where TAIL is 0. All arithmetic is float32. x [M, C], codes u8 [M, C] and
 scales f32 [M] are row-major and contiguous. Constants: plugins/gpu/rounding_tables.py.
 
-A row with NaN or Inf has the scale NaN and codes 0: the sum of its numbers times zero is NaN, which costs one fused
-multiply-add a number where a comparison would cost more.
+A row with NaN or Inf has the scale NaN and codes 0. Magnitudes are compared as integers: their order is the same, and
+NaN and Inf are above all numbers, where a maximum of floats would lose NaN.
 """
 
 from __future__ import annotations
@@ -60,6 +60,12 @@ def _modulate(d, inverse, shift, scale, sample, C: tl.constexpr, START: tl.const
 
 
 @triton.jit
+def _largest(y):
+    """Bits of the largest magnitude."""
+    return tl.max(y.to(tl.int32, bitcast=True) & 0x7FFFFFFF, 0)
+
+
+@triton.jit
 def _bytes(
     y, up, divisor, high, low,
     ANCHOR: tl.constexpr, LOWEST: tl.constexpr, SIGNED: tl.constexpr,
@@ -80,13 +86,11 @@ def _quantize_row(
     KIND: tl.constexpr, UP: tl.constexpr, MOVE: tl.constexpr, SIGN: tl.constexpr,
 ):  # fmt: skip
     """Scale and codes of a float32 row: scale = max(absmax, ABSMAX_FLOOR) / MAX_VALUE, codes of y / scale."""
-    poison = tl.sum(y * 0.0, 0)
-    absmax = tl.max(tl.abs(y), 0)
+    largest = _largest(y)
     if TAIL > 0:
-        poison += tl.sum(z * 0.0, 0)
-        absmax = tl.maximum(absmax, tl.max(tl.abs(z), 0))
-    scale = tl.div_rn(tl.maximum(absmax, ABSMAX_FLOOR), MAX_VALUE)
-    if poison == 0.0:
+        largest = tl.maximum(largest, _largest(z))
+    scale = tl.div_rn(tl.maximum(largest.to(tl.float32, bitcast=True), ABSMAX_FLOOR), MAX_VALUE)
+    if largest < 0x7F800000:
         up, divisor, high, low = reciprocal_parts(scale)
         byte = _bytes(y, up, divisor, high, low, ANCHOR, LOWEST, SIGNED, KIND, UP, MOVE, SIGN)
         _store(codes, row, byte, C, 0, BLOCK)
