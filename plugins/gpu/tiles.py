@@ -1,8 +1,8 @@
 """Which tile a GEMM runs in: pure functions of the spec, the number of tokens and the GPU, in this one place.
 
 Nothing here changes a result beyond the order of a sum; every choice is legal for every shape. The rows were chosen by
-reading machine code: registers without spills, FP8 instructions in flight, and `share`, the part of the tensor core's
-rate that the loop's instructions leave possible. On Ampere and Blackwell as on Ada and Hopper: compiled, not run.
+reading machine code (compiled, not run): registers without spills, instructions in flight, and `share`, the part of the
+tensor core's rate that the loop's other instructions leave possible.
 """
 
 from __future__ import annotations
@@ -41,6 +41,7 @@ MACHINES = {
 # Where tensor cores multiply FP8; below, and for operands that are no E4M3 bytes, FP16.
 FIRST_FP8 = 89
 INTERPRETED = 0
+LEAST_SCALED_STEP = 64
 
 
 @dataclass(frozen=True)
@@ -81,10 +82,11 @@ def scales_sums(spec: GemmSpec, step: int, sm: int) -> bool:
     """Whether packed_gemm multiplies the sum of each step by its group's multiplier, instead of each weight.
 
     It can where a step stays within a group. It does with FP8: that is a float32 multiply-add for each output, where
-    multiplying weights takes the FP8 operand to FP16 and back; and it promotes the sum besides.
+    multiplying weights takes the FP8 operand to FP16 and back; and it promotes the sum besides. In shorter steps than
+    LEAST_SCALED_STEP the additions would outnumber what they save.
     """
     groups = spec.has_multipliers and not spec.real_groups and spec.group_size > 0
-    return groups and spec.group_size % step == 0 and uses_fp8(spec, sm)
+    return groups and step >= LEAST_SCALED_STEP and spec.group_size % step == 0 and uses_fp8(spec, sm)
 
 
 # --- the table -------------------------------------------------------------------------------------------------------
@@ -131,9 +133,8 @@ TABLE: dict[tuple[Unit, Kind], tuple[tuple[Tile, float], ...]] = {
         (16, 128, 64, 4, 4, False, 0.3),
     ),
     ("mma", "bytes"): _rows(
-        (128, 128, 128, 8, 2, False, 0.9),
-        (128, 128, 64, 8, 3, False, 0.85),
-        (64, 128, 128, 4, 2, False, 0.8),
+        (128, 128, 64, 8, 4, False, 0.9),
+        (64, 128, 128, 4, 3, False, 0.8),
         (16, 128, 128, 4, 4, False, 0.5),
     ),
     ("tcgen05", "plain"): _rows(
@@ -157,12 +158,12 @@ TABLE: dict[tuple[Unit, Kind], tuple[tuple[Tile, float], ...]] = {
     ),
     ("mma_fp16", "by_group"): _rows(
         (128, 128, 32, 8, 3, True, 0.4),
-        (64, 64, 32, 4, 3, True, 0.4),
+        (64, 64, 32, 4, 4, True, 0.4),
         (16, 128, 32, 4, 4, True, 0.25),
     ),
     ("mma_fp16", "bytes"): _rows(
         (128, 128, 64, 8, 3, False, 0.55),
-        (64, 128, 64, 4, 3, False, 0.5),
+        (64, 128, 64, 8, 3, False, 0.5),
         (16, 128, 64, 4, 4, True, 0.35),
     ),
     ("wgmma_fp16", "plain"): _rows(
@@ -195,9 +196,12 @@ FP16_UNITS: dict[int, Unit] = {90: "wgmma_fp16", 100: "tcgen05_fp16"}  # elsewhe
 LEAST_STEP = {True: 32, False: 16}  # products of one FP8 or FP16 instruction
 SPLITS = (1, 2, 3, 4, 6, 8)
 LEAST_STEPS_OF_A_SPLIT = 4
+# With a gate and a residual a thread holds three tiles, so its part of one must be small for all to fit in registers.
+MOST_OUTPUTS_WITH_GATE = 64
 # Clocks before a program's first product and after its last, and of one more kernel (the sum of splits).
 FILL_CLOCKS = 2000
 REDUCTION_CLOCKS = 5000
+SPLIT_MARGIN = 1.1  # what a split must promise, for the memory it takes
 
 
 # --- the choice ------------------------------------------------------------------------------------------------------
@@ -230,12 +234,17 @@ def _steps(spec: GemmSpec, sm: int, kind: Kind) -> tuple[tuple[Tile, float], ...
     longest = every if every and known != 90 else max(tile.k for tile, _ in found)
     if kind == "by_group":
         longest = min(longest, spec.group_size & -spec.group_size)
-    return tuple((replace(tile, k=max(min(tile.k, longest), LEAST_STEP[fp8])), share) for tile, share in found)
+    most = MOST_OUTPUTS_WITH_GATE if spec.has_gate else 255
+    return tuple(
+        (replace(tile, k=max(min(tile.k, longest), LEAST_STEP[fp8])), share)
+        for tile, share in found
+        if tile.m * tile.n <= most * 32 * tile.num_warps
+    )
 
 
 def _cheapest(spec: GemmSpec, rows: int, sm: int, candidates: tuple[tuple[Tile, float], ...], may_split: bool) -> Tile:
     options = [
-        (clocks(spec, rows, sm, split, share), split)
+        (clocks(spec, rows, sm, split, share) * (1 if split.splits == 1 else SPLIT_MARGIN), split)
         for tile, share in candidates
         for split in (replace(tile, splits=splits) for splits in SPLITS)
         if split.splits == 1 or (may_split and _steps_of(spec, tile) >= LEAST_STEPS_OF_A_SPLIT * split.splits)
