@@ -13,18 +13,26 @@ from typing import Any
 from export.errors import EnvironmentLacksError, UserError
 from pipeline import machine
 from pipeline import recipe as recipes
+from pipeline.backends import trt_run
 from pipeline.bundle import cuda_sm
 from pipeline.command import Answer, parser, run
 from pipeline.compiler import NEEDED
 from pipeline.list import zoo_models
 from pipeline.table import table
 from plugins.cpu import library
+from plugins.gpu import compiled
+from plugins.tensorrt.aot import plugin_name
+from plugins.tensorrt.plugins import EXAMPLES
+from plugins.tensorrt_rtx import plugin
+from plugins.tensorrt_rtx.payload import NAMESPACE, PLUGINS, VERSION
 
 GIB = 2**30
 # The default build of the bundled model peaks below 2 GiB; importing torch and an ONNX exporter takes most of it.
 NEEDED_MEMORY_BYTES = 2 * GIB
 NEEDED_DISK_BYTES = 1 * GIB
 MINIMUM_PYTHON = (3, 11)
+# Tools with a check of their own below.
+OWN_CHECKS = ("onnxruntime", "tensorrt_rtx", "tensorrt", "triton")
 
 
 @dataclass(frozen=True)
@@ -45,7 +53,7 @@ def python_check() -> Check:
 
 def tool_checks() -> list[Check]:
     """Every Python tool: its version, or how to install it. Tools are looked up, not imported."""
-    return [_tool_check(module) for module in machine.TOOLS if module not in ("onnxruntime", "tensorrt_rtx", "triton")]
+    return [_tool_check(module) for module in machine.TOOLS if module not in OWN_CHECKS]
 
 
 def _tool_check(module: str) -> Check:
@@ -75,6 +83,26 @@ def rtx_check() -> Check:
         return Check("tensorrt_rtx", False, str(error), False, "pip install tensorrt-rtx, to build the target rtx")
     sms = [name for name in rtx.ComputeCapability.__members__ if name.startswith("SM")]
     return Check("tensorrt_rtx", True, f"{rtx.__version__}, builds for {' '.join(sms)}")
+
+
+def rtx_plugins_check() -> Check:
+    """Our plugins in the registry of TensorRT-RTX, as it finds them by name, version and namespace."""
+    name, remedy = "tensorrt_rtx plugins", "only needed for rtx.path=plugin"
+    try:
+        names = plugin.registered()
+    except EnvironmentLacksError as error:
+        return Check(name, False, "none", False, f"{remedy}; {error}")
+    found = f"namespace {NAMESPACE}, version {VERSION}: {' '.join(names) or 'none'}; compiled, not run"
+    missing = [*sorted(set(PLUGINS.values()) - set(names)), *compiled.problems()]
+    return Check(name, not missing, found, False, f"{remedy}; missing: {', '.join(missing)}")
+
+
+def tensorrt_check() -> Check:
+    """What the target trt lacks here, and the plugins that it would register."""
+    problems = trt_run.environment_problems(cuda_sm())
+    names = " ".join(map(plugin_name, EXAMPLES))
+    found = f"{machine.tool_version('tensorrt') or 'not installed'}; namespace {NAMESPACE}: {names}; not run"
+    return Check("tensorrt", not problems, found, False, f"only needed for the target trt; {'; '.join(problems)}")
 
 
 def gpu_check() -> Check:
@@ -149,6 +177,8 @@ def model_check() -> Check:
 CHECKS: tuple[Callable[[], Check], ...] = (
     onnxruntime_check,
     rtx_check,
+    rtx_plugins_check,
+    tensorrt_check,
     gpu_check,
     triton_check,
     compiler_check,

@@ -12,7 +12,8 @@ import onnx
 import onnx_ir as ir
 import pytest
 
-from export.errors import ContractError
+from export.errors import ContractError, EnvironmentLacksError
+from pipeline import doctor
 from pipeline.backends import rtx_plugin
 from pipeline.backends.base import LoweredGraph
 from pipeline.backends.rtx import ENGINE, METADATA, ONNX, RtxBackend
@@ -215,3 +216,19 @@ def test_a_missing_triton_is_a_problem_with_a_remedy(monkeypatch: pytest.MonkeyP
     (problem,) = RtxBackend().problems(RECIPE)
     assert "rtx.path=plugin: triton is not installed" in problem
     assert RtxBackend().problems(replace(RECIPE, rtx=Rtx())) == []
+
+
+def test_doctor_lists_the_plugins_that_the_registry_finds() -> None:
+    found = doctor.rtx_plugins_check()
+    assert found.ok and found.found == (
+        "namespace fpq, version 1: Quantize GeluQuantize NormModulateQuantize PackedGemm; compiled, not run"
+    )
+
+
+def test_doctor_says_why_there_are_no_plugins(monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing() -> None:
+        raise EnvironmentLacksError("tensorrt_rtx is not here; install it")
+
+    monkeypatch.setattr(doctor.plugin, "registered", missing)
+    found = doctor.rtx_plugins_check()
+    assert not found.ok and not found.needed and "rtx.path=plugin; tensorrt_rtx is not here" in found.remedy

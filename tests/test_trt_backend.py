@@ -9,7 +9,7 @@ import onnx
 import pytest
 
 from export.errors import ContractError, EnvironmentLacksError
-from pipeline import compiler
+from pipeline import compiler, doctor
 from pipeline.backends import BACKENDS, trt, trt_run
 from pipeline.backends.rtx import ONNX
 from pipeline.passes.lower_rtx_plugin import KernelNode
@@ -54,7 +54,7 @@ def test_without_tensorrt_it_is_refused_by_name(monkeypatch: pytest.MonkeyPatch)
 def test_what_else_is_missing_is_named(version: str, sm: int, text: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("pipeline.machine.find_spec", lambda name: object())
     monkeypatch.setattr("pipeline.machine.tool_version", lambda name: version)
-    (problem,) = trt.environment_problems(sm)
+    (problem,) = trt_run.environment_problems(sm)
     assert text in problem
 
 
@@ -107,3 +107,10 @@ def test_a_plugin_that_is_not_among_the_engines_layers_is_named() -> None:
 def test_which_machines_run_an_engine(version: str, sm: int, text: str) -> None:
     found = trt_run.machine_problem({"tensorrt": "11.1.0", "compute_capabilities": [90]}, version, sm)
     assert text in found and bool(text) == bool(found)
+
+
+def test_doctor_lists_plugins_and_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(trt_run, "environment_problems", lambda sm: ["target trt needs tensorrt"])
+    found = doctor.tensorrt_check()
+    assert not found.ok and not found.needed and "only needed for the target trt; target trt needs" in found.remedy
+    assert "namespace fpq: Quantize GeluQuantize" in found.found and found.found.endswith("not run")

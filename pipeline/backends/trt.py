@@ -18,12 +18,11 @@ from typing import Any
 import onnx
 import onnx_ir as ir
 
-from export.errors import ContractError, EnvironmentLacksError
-from pipeline import machine
+from export.errors import ContractError
 from pipeline.backends import lowering_file, rtx_build, rtx_plugin
 from pipeline.backends.base import BuildResult, Capabilities, Engine, LoweredGraph
 from pipeline.backends.rtx import DATA, ONNX, method_problems
-from pipeline.backends.trt_run import ENGINE, METADATA, TrtEngine
+from pipeline.backends.trt_run import ENGINE, METADATA, MODULE, TrtEngine, environment_problems
 from pipeline.bundle import cuda_sm
 from pipeline.files import sha256, write_json
 from pipeline.passes import run_shared
@@ -38,9 +37,6 @@ from plugins.tensorrt_rtx.payload import NAMESPACE, VERSION, Payload
 
 logger = logging.getLogger(__name__)
 SCHEMA_VERSION = 1
-MODULE = "tensorrt"
-# The first release whose quick-deployable plugins have ahead-of-time implementations.
-MINIMUM_VERSION = (10, 9)
 FIELDS = {"plugin_namespace": NAMESPACE, "plugin_version": VERSION, "aot": 1}
 PROOF = (
     "linears are proven in the graph of fused ops through onnxruntime, kernels in Triton's interpreter by the tests; "
@@ -89,20 +85,6 @@ class TrtBackend:
     def load(self, bundle_dir: Path) -> Engine:
         """Engine on the GPU. Raises EnvironmentLacksError where there is none or it is another one."""
         return TrtEngine(bundle_dir / self.name)
-
-
-def environment_problems(sm: int) -> list[str]:
-    """What this machine lacks for building; `sm`: compute capability of its GPU, 0 for none."""
-    try:
-        machine.require((MODULE,), "target trt")
-    except EnvironmentLacksError as error:
-        return [str(error)]
-    found, least = machine.tool_version(MODULE), ".".join(map(str, MINIMUM_VERSION))
-    if tuple(int(part) for part in found.split(".")[:2] if part.isdigit()) < MINIMUM_VERSION:
-        return [f"target trt needs tensorrt {least} or newer, this is {found or 'unknown'}; pip install -U tensorrt"]
-    if not sm:
-        return ["target trt is built on the NVIDIA GPU that it is for, and none is visible; use --target rtx or cpu"]
-    return [f"target trt: {problem}" for problem in compile.problems((sm,))]
 
 
 def write_graph(lowered: Path, path: Path, batch_size: int, sm: int) -> list[KernelNode]:

@@ -18,8 +18,26 @@ from export.errors import EnvironmentLacksError, ResourceError
 from pipeline import machine
 from pipeline.backends.base import Arrays
 from pipeline.backends.rtx_run import Buffers, check_inputs, read_metadata, release, visible_sm
+from plugins.tensorrt_rtx import compile
 
 ENGINE, METADATA = "model.engine", "metadata.json"
+MODULE = "tensorrt"
+# The first release whose quick-deployable plugins have ahead-of-time implementations.
+MINIMUM_VERSION = (10, 9)
+
+
+def environment_problems(sm: int) -> list[str]:
+    """What this machine lacks for building; `sm`: compute capability of its GPU, 0 for none."""
+    try:
+        machine.require((MODULE,), "target trt")
+    except EnvironmentLacksError as error:
+        return [str(error)]
+    found, least = machine.tool_version(MODULE), ".".join(map(str, MINIMUM_VERSION))
+    if tuple(int(part) for part in found.split(".")[:2] if part.isdigit()) < MINIMUM_VERSION:
+        return [f"target trt needs tensorrt {least} or newer, this is {found or 'unknown'}; pip install -U tensorrt"]
+    if not sm:
+        return ["target trt is built on the NVIDIA GPU that it is for, and none is visible; use --target rtx or cpu"]
+    return [f"target trt: {problem}" for problem in compile.problems((sm,))]
 
 
 def machine_problem(metadata: Mapping[str, Any], version: str, sm: int) -> str:
@@ -77,9 +95,9 @@ class TrtEngine:
 
     def __init__(self, folder: Path) -> None:
         """Raises EnvironmentLacksError before anything is deserialized where this machine cannot run the engine."""
-        machine.require(("tensorrt", "torch"), "running the target trt")
+        machine.require((MODULE, "torch"), "running the target trt")
         self.metadata = read_metadata(folder)
-        problem = machine_problem(self.metadata, machine.tool_version("tensorrt"), visible_sm())
+        problem = machine_problem(self.metadata, machine.tool_version(MODULE), visible_sm())
         if problem:
             raise EnvironmentLacksError(problem)
         self._captured: dict[tuple[Any, ...], tuple[Any, Captured]] = {}
@@ -88,7 +106,7 @@ class TrtEngine:
     def _open(self, path: Path) -> None:
         import torch
 
-        trt: Any = import_module("tensorrt")
+        trt: Any = import_module(MODULE)
         self._runtime = trt.Runtime(trt.Logger(trt.Logger.WARNING))
         self._engine = self._runtime.deserialize_cuda_engine(path.read_bytes())
         if self._engine is None:

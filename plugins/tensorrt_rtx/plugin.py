@@ -122,6 +122,13 @@ def plugin_class(trt: Any) -> Any:
     return KernelPlugin
 
 
+def registered() -> tuple[str, ...]:
+    """Names of our plugins that TensorRT-RTX's own registry finds. Raises EnvironmentLacksError as `creators`."""
+    creators()
+    registry = loader.load().get_plugin_registry()
+    return tuple(name for name in PLUGINS.values() if registry.get_creator(name, VERSION, NAMESPACE) is not None)
+
+
 def fields(trt: Any, text: str) -> tuple[Any, ...]:
     """(plugin fields that hold `text`, what must be kept as long as they are used).
 
