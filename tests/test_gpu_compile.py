@@ -89,6 +89,22 @@ def test_instructions(built: dict[Any, Compiled], case: tuple[str, int]) -> None
     assert sum(one.opcodes.values()) <= (31 if case[1] >= 89 else 35) * per_thread, "slow paths of a division included"
 
 
+@pytest.mark.parametrize("sm", TARGETS)
+def test_arithmetic_is_what_the_interpreter_does(built: dict[Any, Compiled], sm: int) -> None:
+    """IEEE division and square root, subnormals kept (bytes of SM80 are made of them), sums in the order written.
+
+    Without a norm or GELU in front every float32 operation is then one that NumPy rounds alike: the codes are equal.
+    """
+    ptx = built["quantize", sm].ptx
+    assert ".ftz" not in ptx and "div.full" not in ptx and "div.approx" not in ptx and "rcp.approx" not in ptx
+    assert ptx.count("div.rn.f32") == 2, "of the scale, and its reciprocal"
+    # One row's reciprocal; then two for the quotient's parts, one for the remainder, and two around the anchor.
+    assert ptx.count("fma.rn.f32") == 1 + 5 * (WIDTH // 32)
+    assert ptx.count("cvt.rn.satfinite.e4m3x2.f32") == (WIDTH // 64 if sm >= 89 else 0)
+    norm = built["norm_modulate_quantize", sm].ptx
+    assert "sqrt.rn.f32" in norm and ".ftz" not in norm and "approx" not in norm
+
+
 def test_description(built: dict[Any, Compiled]) -> None:
     one = built["norm_modulate_quantize", 90]
     pointers = [("x", "*fp16"), ("shift", "*fp16"), ("scale", "*fp16"), ("codes", "*u8"), ("scales", "*fp32")]

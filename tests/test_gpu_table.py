@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import pickle
+import subprocess
+import sys
 from dataclasses import FrozenInstanceError
 from typing import Any
 
@@ -83,3 +85,11 @@ def test_arguments_that_a_spec_does_without() -> None:
         spec = QuantizeSpec("E2M3", 8, epsilon=epsilon)
         assert (optional in with_bias.arguments_of(spec)) is there
         assert ("bias" not in with_bias.all_constants(spec, tile, 0)) is there
+
+
+def test_kernels_need_no_graph_library() -> None:
+    """A bare GPU machine has torch, triton, NumPy and ml_dtypes; and the table itself needs no torch and no triton."""
+    code = "import sys, plugins.gpu.table, plugins.gpu.compiled, plugins.gpu.launch_quantize, plugins.gpu.launch_gemm\n"
+    code += "print(sorted({name.split('.')[0] for name in sys.modules} & {'onnx', 'onnxruntime', 'torch', 'triton'}))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"

@@ -1,0 +1,27 @@
+"""GPU quantizers under the interpreter: running them, and what their meanings say of the same tensors."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+
+from plugins.gpu.specs import QuantizeSpec
+from plugins.gpu.table import kernel
+
+U = 2.0**-24  # largest relative error of one float32 rounding
+DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
+KERNEL_OF = {"none": "quantize", "gelu": "gelu_quantize", "norm_modulate": "norm_modulate_quantize"}
+
+
+def expected(spec: QuantizeSpec, **inputs: Any) -> tuple[np.ndarray, np.ndarray]:
+    """The meaning's (operand bytes, scales) of torch tensors."""
+    arrays = {name: x.float().numpy() if isinstance(x, torch.Tensor) else x for name, x in inputs.items()}
+    codes, scales = kernel(KERNEL_OF[spec.before]).reference(spec, **arrays)
+    return codes, scales
+
+
+def assert_equal(found: tuple[torch.Tensor, torch.Tensor], wanted: tuple[np.ndarray, np.ndarray]) -> None:
+    np.testing.assert_array_equal(found[1].numpy(), wanted[1], err_msg="scales")
+    np.testing.assert_array_equal(found[0].numpy(), wanted[0], err_msg="codes")
