@@ -2,7 +2,8 @@
 
 A program holds one row of C channels as two blocks, BLOCK and TAIL wide (plugins/gpu/row_tiles.py); y is the first
 block and z the second, which is not there where TAIL is 0. All arithmetic is float32. x [M, C], codes u8 [M, C] and
-scales f32 [M] are row-major and contiguous. Constants: plugins/gpu/rounding_tables.py.
+scales f32 [M] are row-major and contiguous. Constants: plugins/gpu/rounding_tables.py. The grid says how many rows
+there are; M is passed as to the kernels whose programs share rows. No size is compiled in: one binary serves all.
 
 A row with NaN or Inf has the scale NaN and codes 0. Magnitudes are compared as integers: their order is the same, and
 NaN and Inf are above all numbers, where a maximum of floats would lose NaN.
@@ -105,7 +106,7 @@ def _quantize_row(
         tl.store(scales + row, float("nan"))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M"])
 def quantize(
     x, M, codes, scales,
     C: tl.constexpr, BLOCK: tl.constexpr, TAIL: tl.constexpr,
@@ -123,7 +124,7 @@ def quantize(
     )  # fmt: skip
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M"])
 def gelu_quantize(
     x, M, codes, scales,
     C: tl.constexpr, BLOCK: tl.constexpr, TAIL: tl.constexpr,
@@ -141,7 +142,7 @@ def gelu_quantize(
     )  # fmt: skip
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M", "tokens"])
 def norm_modulate_quantize(
     x, shift, scale, M, tokens, codes, scales,
     C: tl.constexpr, BLOCK: tl.constexpr, TAIL: tl.constexpr, EPSILON: tl.constexpr,
