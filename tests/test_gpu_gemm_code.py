@@ -29,6 +29,7 @@ OTHERS: dict[Any, Request] = {
     ("plain", 89): Request(kernel("packed_gemm"), PLAIN, 89),
     ("few rows", 90): Request(kernel("packed_gemm"), PLAIN, 90, rows=16),
     ("promoted", 90): Request(kernel("expanded_gemm"), GemmSpec("E3M2", "E2M1", 1152, 1152), 90),
+    ("promoted multipliers", 90): Request(kernel("expanded_gemm"), INTO, 90),
     ("integers", 90): Request(kernel("packed_gemm"), INTEGERS, 90),
     ("integers", 86): Request(kernel("packed_gemm"), INTEGERS, 86),
     ("pack", 80): Request(kernel("pack"), PackSpec(1152), 80),

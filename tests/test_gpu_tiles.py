@@ -190,12 +190,13 @@ def test_promotion_of_the_recipes() -> None:
     assert promotion_of(GemmSpec("E3M4", "E2M1", 1152, 64), fp8=False, architecture=90).holds == "expected"
 
 
-def test_ada_steps_no_further_than_promotion_allows() -> None:
-    """Hopper's tensor core promotes within a step; elsewhere a step is what is promoted."""
+def test_steps_go_no_further_than_promotion_allows() -> None:
     spec = GemmSpec("E2M3", "E2M1", 1152, 1152, 32, MULTIPLIERS)
-    for tile in (packed_tile(spec, 4096, 89), expanded_tile(spec, 4096, 89)):
-        assert tile.k <= 64 and gemm_constants(spec, tile, 89)["PROMOTE"] == tile.k
-    assert gemm_constants(spec, packed_tile(spec, 4096, 90), 90)["PROMOTE"] == 64
+    for sm in (89, 90):
+        for tile in (packed_tile(spec, 4096, sm), expanded_tile(spec, 4096, sm)):
+            assert tile.k == gemm_constants(spec, tile, sm)["PROMOTE"] == 64
+    assert expanded_tile(GemmSpec("E3M2", "E2M1", 1152, 1152), 4096, 90).k == 128
+    assert gemm_constants(spec, expanded_tile(spec, 4096, 100), 100)["PROMOTE"] == 0
 
 
 # --- promotion against a model of the short accumulator --------------------------------------------------------------

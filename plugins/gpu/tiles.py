@@ -91,8 +91,10 @@ def scales_sums(spec: GemmSpec, step: int, sm: int) -> bool:
 
 # --- the table -------------------------------------------------------------------------------------------------------
 
-# plain: one accumulator. by_group: the sum of each step is scaled, in registers of its own. bytes: expanded weights.
-Kind = Literal["plain", "by_group", "bytes"]
+# plain: packed weights, one accumulator. by_group: the sum of each step is scaled, in registers of its own. bytes:
+# expanded weights. promoted, promoted_bytes: the sum of each step is added in registers of its own (where a unit has no
+# such rows, those of plain and bytes serve).
+Kind = Literal["plain", "by_group", "bytes", "promoted", "promoted_bytes"]
 Unit = Literal["wgmma", "mma", "tcgen05", "mma_fp16", "wgmma_fp16", "tcgen05_fp16"]
 
 
@@ -118,6 +120,15 @@ TABLE: dict[tuple[Unit, Kind], tuple[tuple[Tile, float], ...]] = {
         (128, 256, 128, 8, 3, False, 0.9),
         (128, 128, 128, 8, 3, False, 0.85),
         (64, 128, 128, 4, 4, False, 0.7),
+        (16, 128, 128, 4, 4, True, 0.2),
+    ),
+    ("wgmma", "promoted"): _rows(
+        (128, 64, 128, 4, 4, True, 0.6),
+        (64, 128, 128, 4, 4, True, 0.4),
+        (16, 128, 128, 4, 4, True, 0.15),
+    ),
+    ("wgmma", "promoted_bytes"): _rows(
+        (64, 128, 128, 4, 3, False, 0.75),
         (16, 128, 128, 4, 4, True, 0.2),
     ),
     ("mma", "plain"): _rows(
@@ -193,6 +204,7 @@ TABLE: dict[tuple[Unit, Kind], tuple[tuple[Tile, float], ...]] = {
 }
 FP8_UNITS: dict[int, Unit] = {89: "mma", 90: "wgmma", 100: "tcgen05", 120: "mma"}
 FP16_UNITS: dict[int, Unit] = {90: "wgmma_fp16", 100: "tcgen05_fp16"}  # elsewhere mma_fp16
+PROMOTED: dict[str, Kind] = {"plain": "promoted", "bytes": "promoted_bytes", "by_group": "by_group"}
 LEAST_STEP = {True: 32, False: 16}  # products of one FP8 or FP16 instruction
 SPLITS = (1, 2, 3, 4, 6, 8)
 LEAST_STEPS_OF_A_SPLIT = 4
@@ -222,16 +234,16 @@ def expanded_tile(spec: GemmSpec, rows: int, sm: int, *, may_split: bool = False
     return _cheapest(spec, rows, sm, _steps(spec, sm, "by_group" if spec.real_groups else "bytes"), may_split)
 
 
-def _steps(spec: GemmSpec, sm: int, kind: Kind) -> tuple[tuple[Tile, float], ...]:
-    """The table's rows for this GPU, with steps that the groups and the promotion of `spec` allow.
+def _steps(spec: GemmSpec, sm: int, kind: Literal["plain", "by_group", "bytes"]) -> tuple[tuple[Tile, float], ...]:
+    """The table's rows for this GPU, with steps no longer than groups and promotion of `spec` allow.
 
-    A step that divides its group needs no masks. Outside of Hopper, where the tensor core itself can promote within a
-    step, a step is no longer than promotion allows.
+    A step that divides its group needs no masks; where sums are promoted, every step's sum is.
     """
     fp8, known = uses_fp8(spec, sm), architecture(sm)
-    found = TABLE[FP8_UNITS[known] if fp8 else FP16_UNITS.get(known, "mma_fp16"), kind]
+    unit = FP8_UNITS[known] if fp8 else FP16_UNITS.get(known, "mma_fp16")
     every = promotion_of(spec, fp8, known, by_group=kind == "by_group").every
-    longest = every if every and known != 90 else max(tile.k for tile, _ in found)
+    found = TABLE.get((unit, PROMOTED[kind]), TABLE[unit, kind]) if every else TABLE[unit, kind]
+    longest = every or max(tile.k for tile, _ in found)
     if kind == "by_group":
         longest = min(longest, spec.group_size & -spec.group_size)
     most = MOST_OUTPUTS_WITH_GATE if spec.has_gate else 255
