@@ -99,8 +99,8 @@ def random_inputs(graph: ir.Graph) -> Arrays:
 
 def test_every_step_equals_onnxruntime(built: Built) -> None:
     """Each node gets the inputs that onnxruntime computed, so that no rounding is carried on."""
-    graph = ir.load(built.engine / "model.onnx")
-    expected = all_tensors(built.engine / "model.onnx", graph.graph)
+    graph = ir.load(built.lowered.path)
+    expected = all_tensors(built.lowered.path, graph.graph)
     module = LoweredModule(graph)
     given = {name: torch.from_numpy(array) for name, array in expected.items()} | module.plan.constants
     given |= dict(module.named_buffers(recurse=False))
@@ -156,7 +156,8 @@ def test_the_engine_passes_all_gates_in_both_arithmetics(built: Built, tmp_path:
     arithmetic = arithmetic_of("cuda", recipe, runs=True)
     assert failed_ends(half, found, arithmetic) == set()
     assert "cuda/median_sqnr_db" in failed_ends(half, found, arithmetic_of("cuda", recipe, runs=False))
-    gemms = list(half.module.gemms)
+    assert half.step is not None
+    gemms = list(half.step.module.gemms)
     assert all(gemm.is_expanded for gemm in gemms)
     gemms[-1].w = gemms[-1].w.flip(0)
     assert "cuda/step_sqnr_db" in failed_ends(half, found, arithmetic)
@@ -175,7 +176,7 @@ def test_the_engine_runs_on_the_kernels(
     if built.model.family.name != "dit":
         pytest.skip("one family, the smallest, suffices")
     engine = CudaEngine(built.rebuilt(tmp_path / "half", activations="fp16", weights="packed"), device="cpu")
-    inputs = random_inputs(ir.load(built.engine / "model.onnx").graph)
+    inputs = random_inputs(ir.load(built.lowered.path).graph)
     found = engine.run(inputs)["sample"]
     monkeypatch.delenv("TRITON_INTERPRET")
     expected = engine.run(inputs)["sample"]
@@ -183,7 +184,7 @@ def test_the_engine_runs_on_the_kernels(
 
 
 def test_tokens_are_half_and_timesteps_are_not(built: Built) -> None:
-    module = LoweredModule(ir.load(built.engine / "model.onnx"), activations="fp16")
+    module = LoweredModule(ir.load(built.lowered.path), activations="fp16")
     types = module.plan.types
     sines = [name for step in module.steps for name in step.outputs if "Sin" in step.name or name.startswith("sin")]
     assert sines and {types[name] for name in sines} == {torch.float32}
@@ -192,7 +193,7 @@ def test_tokens_are_half_and_timesteps_are_not(built: Built) -> None:
 
 
 def test_auto_expands_where_a_call_has_many_tokens(built: Built, monkeypatch: pytest.MonkeyPatch) -> None:
-    graph = ir.load(built.engine / "model.onnx")
+    graph = ir.load(built.lowered.path)
     module = LoweredModule(graph, weights="auto").finish()
     inputs = {name: torch.from_numpy(array) for name, array in random_inputs(graph.graph).items()}
     with torch.inference_mode():
@@ -208,7 +209,7 @@ def gemm_name(module: LoweredModule, gemm: Any) -> str:
 
 
 def test_an_unknown_op_is_refused_before_anything_runs(built: Built) -> None:
-    graph = ir.load(built.engine / "model.onnx")
+    graph = ir.load(built.lowered.path)
     node = next(node for node in graph.graph if node.op_type == "Sigmoid")
     node.op_type = "Selu"
     with pytest.raises(ContractError, match=r"target cuda does not know Selu \(first at node .*\); add a row"):
@@ -236,7 +237,7 @@ def test_what_build_writes(built: Built) -> None:
 def test_the_same_portable_model_gives_the_same_bytes(built: Built, tmp_path: Path) -> None:
     again = BACKEND.lower(built.folder / "model.onnx", tmp_path, built.recipe)
     for name in ("model.onnx", "model.onnx.data"):
-        assert again.path.with_name(name).read_bytes() == (built.engine / name).read_bytes()
+        assert again.path.with_name(name).read_bytes() == built.lowered.path.with_name(name).read_bytes()
 
 
 @pytest.mark.parametrize(
@@ -282,7 +283,7 @@ def test_metadata_of_another_schema_is_refused(tmp_path: Path) -> None:
 )
 def test_wrong_inputs_are_refused(changed: Arrays, message: str, built: Built) -> None:
     engine = CudaEngine(built.engine, device="cpu")
-    inputs = random_inputs(ir.load(built.engine / "model.onnx").graph) | changed
+    inputs = random_inputs(ir.load(built.lowered.path).graph) | changed
     with pytest.raises(RecipeError, match=message):
         engine.run(inputs)
 
@@ -298,8 +299,8 @@ class FakeGraph:
             self.captured["outputs"][name].copy_(tensor)
 
 
-def test_a_captured_graph_is_made_once_for_each_shape(built: Built, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What surrounds the capture; the capture itself needs a GPU."""
+def test_a_graph_is_captured_once_for_each_shape(built: Built, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What surrounds the capture; the capture itself needs a GPU. Inputs are what was copied, conditions included."""
     made = []
 
     def make(module: Any, inputs: dict[str, Any]) -> Captured:
@@ -308,19 +309,36 @@ def test_a_captured_graph_is_made_once_for_each_shape(built: Built, monkeypatch:
         return Captured(FakeGraph(captured), inputs, captured["outputs"])
 
     engine = CudaEngine(built.engine, device="cpu")
-    inputs = random_inputs(ir.load(built.engine / "model.onnx").graph)
-    other = inputs | {"hidden_states": inputs["hidden_states"] + 1}
-    expected = [engine.run(call)["sample"] for call in (inputs, other)]
+    inputs = random_inputs(ir.load(built.lowered.path).graph)
+    calls = [inputs, inputs | {"hidden_states": inputs["hidden_states"] + 1}]
+    for name in sorted(set(inputs) & {"encoder_hidden_states", "class_labels"}):
+        calls.append(inputs | {name: inputs[name] + 1})
+    calls = [*calls, *calls]
+    expected = [CudaEngine(built.engine, device="cpu").run(call)["sample"] for call in calls]
     monkeypatch.setattr(Captured, "make", make)
-    engine.device = "cpu:0"
-    for call, sample in zip((inputs, other, inputs), (*expected, expected[0]), strict=True):
+    parts = [part for part in (engine.step, engine.condition) if part is not None]
+    for part in parts:
+        part.device = "cpu:0"
+    for call, sample in zip(calls, expected, strict=True):
         assert np.array_equal(engine.run(call)["sample"], sample)
-    assert len(made) == 1
+    assert len(made) == len(parts)
+
+
+def test_the_condition_is_computed_when_it_changes(built: Built) -> None:
+    engine = CudaEngine(built.engine, device="cpu")
+    if engine.condition is None or engine.step is None:
+        pytest.skip("the model has no product that depends on the condition alone")
+    inputs = random_inputs(ir.load(built.lowered.path).graph)
+    first = engine.run(inputs)["sample"]
+    engine.run(inputs | {"timestep": inputs["timestep"] + 1})
+    assert engine.conditions == 1 and "encoder_hidden_states" not in engine.step.inputs
+    inputs["encoder_hidden_states"][0, 0, 0] += 10.0  # in place, in the caller's array
+    assert not np.array_equal(engine.run(inputs)["sample"], first) and engine.conditions == 2
 
 
 def test_it_stands_in_for_a_diffusers_transformer(built: Built) -> None:
     engine, family = CudaEngine(built.engine, device="cpu"), FAMILIES[built.model.family.name]
-    inputs = random_inputs(ir.load(built.engine / "model.onnx").graph)
+    inputs = random_inputs(ir.load(built.lowered.path).graph)
     given: dict[str, Any] = {name: torch.from_numpy(array) for name, array in inputs.items()}
     if "image_rotary_cos" in given:
         given["image_rotary_emb"] = (given.pop("image_rotary_cos"), given.pop("image_rotary_sin"))

@@ -20,13 +20,14 @@ from export.formats import get_format
 from pipeline import machine
 from pipeline.backends import lowering_file
 from pipeline.backends.base import BuildResult, Capabilities, Engine, GemmRow, LoweredGraph
-from pipeline.backends.cuda_run import METADATA, MIN_SM, MODEL, SCHEMA_VERSION, CudaEngine
+from pipeline.backends.cuda_run import CONDITION, METADATA, MIN_SM, MODEL, SCHEMA_VERSION, CudaEngine
 from pipeline.files import sha256, write_json
 from pipeline.methods import METHODS
 from pipeline.passes import run_shared
 from pipeline.passes.graph import drop_unused
 from pipeline.passes.lower_cuda import GROUPS_REFUSED, OWN_CODES, PATHS, lower
 from pipeline.passes.lower_cuda_ops import DOMAIN
+from pipeline.passes.split_condition import split_condition
 from pipeline.recipe import Cuda
 from plugins.gpu.operands import operand_of
 
@@ -66,22 +67,37 @@ class CudaBackend:
         return LoweredGraph(work_dir / MODEL, tuple(lowering.probes), tuple(lowering.choices))
 
     def build(self, lowered: LoweredGraph, out_dir: Path, recipe: Any) -> BuildResult:
-        """The lowered graph itself, metadata.json and lowering.json. Raises ContractError for a graph that the
-        executor cannot run."""
+        """The lowered graph, split by how often its parts run, metadata.json and lowering.json. Raises ContractError
+        for a graph that the executor cannot run."""
         model = ir.load(lowered.path)
         refuse_unrunnable(model)
-        for name in (MODEL, DATA):  # no hard links: onnx_ir refuses to read data through one
-            shutil.copyfile(lowered.path.with_name(name), out_dir / name)
+        parts = split(model)
+        # No hard link: onnx_ir refuses to read data through one.
+        shutil.copyfile(lowered.path.with_name(DATA), out_dir / DATA)
+        for name, part in parts.items():
+            ir.save(part, out_dir / name)
         metadata = describe(model, lowered, options(recipe))
         write_json(out_dir / METADATA, metadata)
         placed = LoweredGraph(out_dir / MODEL, lowered.probes, lowered.choices)
         lowering_file.write(placed, out_dir / lowering_file.NAME)
-        files = tuple(f"{out_dir.name}/{name}" for name in (MODEL, DATA, METADATA, lowering_file.NAME))
+        files = tuple(f"{out_dir.name}/{name}" for name in (*parts, DATA, METADATA, lowering_file.NAME))
         return BuildResult(files, lowered, metadata)
 
     def load(self, bundle_dir: Path) -> Engine:
         """Engine on the GPU. Raises EnvironmentLacksError where there is none, or too old a one."""
         return CudaEngine(bundle_dir / self.name)
+
+
+def split(model: ir.Model) -> dict[str, ir.Model]:
+    """File name -> part: what runs once per image, and the rest; one part where what crosses is not all floats."""
+    found = split_condition(model)
+    if found is None:
+        return {MODEL: model}
+    crossing = [value for value in found.condition.graph.outputs if value.dtype != ir.DataType.FLOAT]
+    if crossing:
+        logger.info("the graph is not split: %s is %s", crossing[0].name, crossing[0].dtype)
+        return {MODEL: model}
+    return {MODEL: found.step, CONDITION: found.condition}
 
 
 def refuse_unrunnable(model: ir.Model) -> None:

@@ -6,7 +6,10 @@ tensor has. A node that no table knows is refused then, by name.
 Activations. With "fp32" every tensor has the type that ONNX gives it. With "fp16" tensors of tokens (what descends
 from an input of three axes or more) are FP16 between the kernels, which compute in float32 and round once; the
 timestep's path stays float32, since sin(t * f) with t up to 1000 is noise in FP16; and unquantized products with large
-weights run in FP16 wherever they are.
+weights run in FP16 wherever they are. That halves what a kernel reads and writes beside its codes. Its cost, measured
+on the CPU with pixart_mini (recipe pixart_w4a6 with method rtn, 4 steps): 32 to 42 dB between engine and float64
+reference, where quantization itself leaves 26 to 33 dB and "fp32" 41 to 50 dB; the final picture is as near to the
+float model's either way (36.6 and 36.2 dB).
 """
 
 from __future__ import annotations

@@ -1,15 +1,18 @@
 """Runs a `cuda` engine: the lowered graph as a torch module on an NVIDIA GPU, captured as a CUDA graph.
 
-For each set of input shapes there are fixed input tensors and one captured graph; a call copies in, replays, copies
-out. No machine with a GPU was at hand: capture and kernels are compiled, not run. The same module runs on the CPU
-(device="cpu", without capture), where it is proven equal to the graph in onnxruntime.
+What depends on the condition alone (keys and values of cross-attention) is a module of its own, which runs when the
+condition changes. For each set of input shapes there are fixed input tensors and one captured graph; a call copies in
+what is new, replays, copies out.
+
+No machine with a GPU was at hand: capture and kernels are compiled, not run. The same modules run on the CPU
+(device="cpu", without capture), where they are proven equal to the graph in onnxruntime.
 """
 
 from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,7 +24,7 @@ from pipeline import machine
 from pipeline.backends.base import Arrays
 
 logger = logging.getLogger(__name__)
-MODEL, METADATA = "model.onnx", "metadata.json"
+MODEL, CONDITION, METADATA = "model.onnx", "condition.onnx", "metadata.json"
 SCHEMA_VERSION = 1
 MIN_SM = 80
 # Calls before the capture: kernels are compiled in the first, and torch's libraries ask for their memory.
@@ -82,11 +85,12 @@ def check_inputs(expected: Mapping[str, Mapping[str, Any]], inputs: Arrays) -> N
 
 @dataclass
 class Captured:
-    """One CUDA graph: write `inputs`, replay, read `outputs`."""
+    """One CUDA graph: write `inputs`, replay, read `outputs`. condition: the number of the condition in `inputs`."""
 
     graph: Any
     inputs: dict[str, Any]
     outputs: dict[str, Any]
+    condition: int = 0
 
     @classmethod
     def make(cls, module: Any, inputs: dict[str, Any]) -> Captured:
@@ -111,8 +115,42 @@ class Captured:
         return self.outputs
 
 
+class Part:
+    """A module with its captured graphs; on the CPU it just runs."""
+
+    def __init__(self, path: Path, options: Mapping[str, str], device: str) -> None:
+        import onnx_ir as ir
+
+        from pipeline.backends.cuda_module import LoweredModule
+
+        module = LoweredModule(ir.load(path), **options).finish()
+        self.inputs, self.device = module.inputs, device
+        self.module: Any = module.to(device).eval()
+        self.captured: dict[tuple[Any, ...], Captured] = {}
+
+    def run(self, tensors: dict[str, Any], kept: Mapping[str, Any], condition: int = 0) -> dict[str, Any]:
+        """Outputs on the device. kept: inputs there already, which are copied only if `condition` is another one."""
+        kept = {name: tensor for name, tensor in kept.items() if name in self.inputs}
+        if self.device == "cpu":
+            found: dict[str, Any] = self.module({**tensors, **kept})
+            return found
+        key = tuple((name, tuple(tensor.shape)) for name, tensor in sorted({**tensors, **kept}.items()))
+        if key not in self.captured:
+            placed = {name: tensor.to(self.device, copy=True) for name, tensor in {**tensors, **kept}.items()}
+            self.captured[key] = Captured.make(self.module, placed)
+            logger.info("captured a CUDA graph for %s", key)
+        captured = self.captured[key]
+        new = tensors if captured.condition == condition else {**tensors, **kept}
+        captured.condition = condition
+        return captured.run(new)
+
+
 class CudaEngine:
-    """A lowered graph on the current GPU. One call at a time."""
+    """A lowered graph on the current GPU. One call at a time.
+
+    Whether the condition has changed is decided by comparing all its numbers with a copy, so callers may reuse or
+    overwrite their arrays.
+    """
 
     def __init__(self, folder: Path, device: str = "cuda") -> None:
         """Raises EnvironmentLacksError before anything is read where this machine cannot run the engine.
@@ -120,42 +158,47 @@ class CudaEngine:
         device "cpu" runs the module without kernels and without capture: a proof of the executor, not a fast engine.
         """
         machine.require(("torch", "onnx_ir"), "running the target cuda")
-        self.metadata, self.device = read_metadata(folder), device
+        self.metadata = read_metadata(folder)
         if device != "cpu":
             problem = machine_problem(self.metadata, visible_sm(), machine.tool_version("triton"))
             if problem:
                 raise EnvironmentLacksError(problem)
-        self._captured: dict[tuple[Any, ...], Captured] = {}
-        self._open(folder / MODEL)
-
-    def _open(self, path: Path) -> None:
-        import onnx_ir as ir
-
-        from pipeline.backends.cuda_module import LoweredModule
-
-        module = LoweredModule(ir.load(path), **self.metadata["options"]).finish()
-        self.module: Any = module.to(self.device).eval()
+        options, path = self.metadata["options"], folder / CONDITION
+        self.step: Part | None = Part(folder / MODEL, options, device)
+        self.condition = Part(path, options, device) if path.is_file() else None
+        self.kept_for: Arrays = {}
+        self.kept: dict[str, Any] = {}
+        self.conditions = 0
 
     def run(self, inputs: Arrays) -> Arrays:
         """Outputs by name for inputs by name, NumPy on both sides."""
         import torch
 
+        if self.step is None:
+            raise RecipeError("the engine is closed; load it again")
         check_inputs(self.metadata["inputs"], inputs)
-        types = {name: row["dtype"] for name, row in self.metadata["inputs"].items()}
-        tensors = {name: torch.from_numpy(np.ascontiguousarray(array, types[name])) for name, array in inputs.items()}
         with torch.inference_mode():
-            found = self.module(tensors) if self.device == "cpu" else self._replay(tensors)
+            if self.condition is not None:
+                self._prepare(self.condition, {name: inputs[name] for name in self.condition.inputs})
+            found = self.step.run(self._tensors(self.step.inputs, inputs), self.kept, self.conditions)
             return {name: tensor.to("cpu", copy=True).numpy() for name, tensor in found.items()}
 
-    def _replay(self, tensors: dict[str, Any]) -> dict[str, Any]:
-        key = tuple((name, tuple(tensor.shape)) for name, tensor in sorted(tensors.items()))
-        if key not in self._captured:
-            placed = {name: tensor.to(self.device) for name, tensor in tensors.items()}
-            self._captured[key] = Captured.make(self.module, placed)
-            logger.info("captured a CUDA graph for %s", key)
-        return self._captured[key].run(tensors)
+    def _prepare(self, part: Part, condition: Arrays) -> None:
+        """Make `kept` belong to this condition."""
+        if self.kept and all(np.array_equal(array, self.kept_for[name]) for name, array in condition.items()):
+            return
+        self.kept = part.run(self._tensors(part.inputs, condition), {})
+        self.kept_for = {name: np.array(array) for name, array in condition.items()}
+        self.conditions += 1
+
+    def _tensors(self, names: Sequence[str], inputs: Arrays) -> dict[str, Any]:
+        """The arrays called `names`, those that the model has, as tensors on the host."""
+        import torch
+
+        rows = {name: row for name, row in self.metadata["inputs"].items() if name in names}
+        return {name: torch.from_numpy(np.ascontiguousarray(inputs[name], row["dtype"])) for name, row in rows.items()}
 
     def close(self) -> None:
         """Free the GPU; the engine cannot run afterwards."""
-        self._captured.clear()
-        self.module = None
+        self.step = self.condition = None
+        self.kept, self.kept_for = {}, {}
