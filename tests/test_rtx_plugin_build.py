@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -12,6 +13,7 @@ import onnx
 import onnx_ir as ir
 import pytest
 
+from export import ops
 from export.errors import ContractError, EnvironmentLacksError
 from pipeline import doctor
 from pipeline.backends import rtx_plugin
@@ -22,9 +24,9 @@ from pipeline.gates import quantize_oracle
 from pipeline.passes.lower_cuda_ops import DOMAIN
 from pipeline.passes.lower_rtx_weights import packed_weight
 from pipeline.probing import ProbedGraph, open_session
-from pipeline.recipe import Calibrate, Recipe, Rtx
+from pipeline.recipe import Calibrate, Formats, Recipe, Rtx
 from plugins.tensorrt_rtx.payload import FIELD, Payload, from_text
-from tests.rtx_models import Linear, block, single
+from tests.rtx_models import Graph, Linear, block, single
 
 pytest.importorskip("tensorrt_rtx", reason="tensorrt-rtx is not installed")
 pytest.importorskip("triton", reason="triton is not installed")
@@ -168,7 +170,7 @@ def test_two_builds_give_the_same_graph_and_metadata(folder: Path, tmp_path: Pat
 @pytest.mark.parametrize(
     ("linear", "sms"),
     [
-        (Linear("layer", 128, 64, "INT8", weight="E1M2"), (86, 89)),
+        (Linear("layer", 128, 64, "INT8", weight="E1M2"), (86,)),
         (Linear("layer", 128, 64, "E3M4", group_size=32, real_groups=True), (120,)),
     ],
     ids=["INT8 without FP8 units", "real groups"],
@@ -200,10 +202,35 @@ def test_a_weight_that_is_not_packed_is_named(folder: Path) -> None:
         check_plugins(engine, {"ff.up": 4 * 16384})
 
 
-def test_constant_scales_are_refused_before_any_work_and_while_lowering() -> None:
+def test_constant_scales_are_refused_before_any_work() -> None:
     static = replace(RECIPE, calibrate=Calibrate(method="msfp"))
     (problem,) = RtxBackend().problems(static)
     assert "activations=per_tensor of msfp" in problem and "rtx.path=native" in problem
+
+
+def test_constant_scales_are_refused_while_lowering(tmp_path: Path) -> None:
+    graph, layer = Graph(), Linear("layer", 64, 48)
+    graph.initializers += [
+        onnx.numpy_helper.from_array(np.full(1, v, np.float32), n) for n, v in (("s", 0.1), ("z", 0))
+    ]
+    node = ops.make_node("QuantizeStatic", ["x", "s", "z"], ["c"], name="layer/quantize", format="E2M3")
+    graph.nodes.append(node)
+    graph.linear(("c", "s"), layer, "y")
+    with pytest.raises(ContractError, match=r"layer/quantize: plugins quantize with one scale per token"):
+        lowered(tmp_path, RECIPE, graph.model(64, {"y": 48}))
+
+
+@pytest.mark.parametrize(
+    ("formats", "text"),
+    [
+        (Formats("INT8", "INT8"), "weights in INT8: plugins take 4-bit weights; .*rtx.path=native"),
+        (Formats("E2M1", "E2M3", {"ff.in": "E2M3"}), "weights in E2M3: plugins take 4-bit weights"),
+    ],
+)
+def test_formats_that_no_kernel_takes_are_refused_before_any_work(formats: Formats, text: str) -> None:
+    (problem,) = RtxBackend().problems(replace(RECIPE, formats=formats))
+    assert re.search(text, problem)
+    assert RtxBackend().problems(replace(RECIPE, formats=formats, rtx=Rtx())) == []
 
 
 def test_gpus_that_no_kernel_is_compiled_for_are_refused_before_any_work() -> None:

@@ -15,8 +15,9 @@ from pipeline.backends.rtx import ONNX
 from pipeline.passes.lower_rtx_plugin import KernelNode
 from pipeline.recipe import Calibrate, Recipe
 from plugins.gpu.specs import QuantizeSpec
-from plugins.tensorrt_rtx.payload import from_text
+from plugins.tensorrt_rtx.payload import Payload, from_text
 from tests.rtx_models import block
+from tests.test_trt_aot import payload_of
 
 RECIPE = Recipe("t", "zoo:pixart_mini")
 WIDTH = 128
@@ -68,8 +69,14 @@ def test_nothing_is_missing_with_a_new_release_and_a_gpu(monkeypatch: pytest.Mon
     assert "activations=per_tensor of msfp" in problem
 
 
-def test_the_builders_graph_has_ahead_of_time_plugins(lowered, tmp_path: Path) -> None:
-    pytest.importorskip("triton", reason="triton is not installed")
+def test_the_builders_graph_has_ahead_of_time_plugins(lowered, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    def compiled(kernel: str, spec: object, rows: tuple[int, ...], sms: tuple[int, ...], form: str) -> Payload:
+        asked.append((sms, form))
+        return payload_of(kernel, spec)
+
+    monkeypatch.setattr(trt.compile, "compile_payload", compiled)
     path = lowered.path.with_name("engine.onnx")
     nodes = trt.write_graph(lowered.path, path, 1, 90)
     graph = onnx.load(path, load_external_data=False).graph
@@ -77,8 +84,8 @@ def test_the_builders_graph_has_ahead_of_time_plugins(lowered, tmp_path: Path) -
     assert len(plugins) == 10 and plugins["ff.up"].op_type == "PackedGemmMultipliers"
     attributes = {a.name: onnx.helper.get_attribute_value(a) for a in plugins["attn.to_q"].attribute}
     assert (attributes["plugin_namespace"], attributes["plugin_version"], attributes["aot"]) == (b"fpq", b"1", 1)
-    payload = from_text(attributes["payload"].decode())
-    assert payload.sms == (90,) and all(b".target sm_90a" in variant.code for variant in payload.variants)
+    assert b".visible .entry packed_gemm" in from_text(attributes["payload"].decode()).variants[0].code
+    assert set(asked) == {((90,), "ptx")} and len(asked) == 7  # q, k, v and out are one kernel
     assert trt.described(lowered, nodes)["plugins"]["packed_gemm"] == 6
     assert "without TensorRT at hand" in trt.described(lowered, nodes)["proof"]
 

@@ -61,7 +61,7 @@ class FrontEnd:
         def register(name: str) -> Callable[[Any], Any]:
             def keep(function: Any) -> Any:
                 names = list(inspect.signature(function).parameters)
-                assert tuple(names[len(names) - len(more) :]) == more if more else True
+                assert tuple(names[len(names) - len(more) :]) == more
                 self.found.setdefault(name, {})[kind] = function
                 return function
 

@@ -83,6 +83,7 @@ class RtxBackend:
         """GPUs that the builder refuses, activations that no lowering takes, and a missing package."""
         with_plugins = recipe.rtx.path == "plugin"
         found = [*sm_problems(recipe.rtx.sm), *method_problems(recipe, with_plugins), *rtx_build.package_problems()]
+        found += rtx_plugin.format_problems(recipe) if with_plugins else []
         return [*found, *rtx_plugin.problems(recipe.rtx.sm)] if with_plugins and not found else found
 
     def lower(self, portable: Path, work_dir: Path, recipe: Any) -> LoweredGraph:

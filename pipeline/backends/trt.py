@@ -52,7 +52,8 @@ class TrtBackend:
 
     def problems(self, recipe: Any) -> list[str]:
         """What is missing here: TensorRT, a release that is new enough, its GPU, a compiler for the kernels."""
-        return [*environment_problems(cuda_sm()), *method_problems(recipe, with_plugins=True)]
+        chosen = [*method_problems(recipe, with_plugins=True), *rtx_plugin.format_problems(recipe)]
+        return [*environment_problems(cuda_sm()), *chosen]
 
     def lower(self, portable: Path, work_dir: Path, recipe: Any) -> LoweredGraph:
         """Write the graph of fused ops, which is verified, into `work_dir`."""
