@@ -150,9 +150,13 @@ def gemm_of_values(a: Array, w: Array, w_scales: Array) -> Array:
 
 
 def gelu_tanh(x: Array) -> Array:
-    """GELU in its tanh form, in float64, rounded to float32 once."""
+    """GELU in its tanh form, in float64, rounded to float32 once.
+
+    (1 + tanh(u)) / 2 is written as 1 / (1 + exp(-2 u)), which loses no digits where tanh(u) is near -1.
+    """
     wide = x.astype(np.float64)
-    return (0.5 * wide * (1.0 + np.tanh(np.sqrt(2 / np.pi) * (wide + 0.044715 * wide**3)))).astype(F32)
+    with np.errstate(over="ignore", invalid="ignore"):  # exp(-2 u) is Inf for x below -21, and GELU(x) is then -0
+        return (wide / (1.0 + np.exp(-2.0 * np.sqrt(2.0 / np.pi) * (wide + 0.044715 * wide**3)))).astype(F32)
 
 
 def gemm_epilogue(y: Array, gate: Array | None, residual: Array | None, *, epilogue: str, tokens: int) -> Array:
@@ -210,14 +214,9 @@ def norm_modulate_quantize(
 
 
 def gelu_quantize(x: Array, *, format: str, **_tables: Any) -> tuple[Array, Array]:
-    """QuantizeActivation of GELU(x) in its tanh form; the GELU in float64, rounded to float32 once.
-
-    (1 + tanh(u)) / 2 is written as 1 / (1 + exp(-2 u)), which loses no digits where tanh(u) is near -1.
-    """
-    wide = x.astype(np.float64)
-    with np.errstate(over="ignore", invalid="ignore"):  # exp(-2 u) is Inf for x below -11, and GELU(x) is then -0
-        gelu = wide / (1.0 + np.exp(-2.0 * np.sqrt(2.0 / np.pi) * (wide + 0.044715 * wide**3)))
-        return quantize_activation(gelu.astype(F32), format=format)
+    """QuantizeActivation of GELU(x) in its tanh form."""
+    with np.errstate(invalid="ignore"):
+        return quantize_activation(gelu_tanh(x), format=format)
 
 
 def no_multipliers(in_features: int, group_size: int) -> NDArray[np.uint8]:

@@ -8,9 +8,8 @@ import triton.language as tl
 
 @triton.jit
 def gelu_tanh(x):
-    """x / 2 * (1 + tanh(u)), u = sqrt(2 / pi) * (x + 0.044715 x^3), as x / (1 + exp(-2u)): nothing cancels."""
-    u = 0.7978845608028654 * (x + 0.044715 * x * x * x)
-    return x / (1.0 + tl.exp(-2.0 * u))
+    """x (1 + tanh(u)) / 2 with u = sqrt(2 / pi) (x + 0.044715 x^3), as x / (1 + 2^(-2u log2(e))): nothing cancels."""
+    return x / (1.0 + tl.exp2(x * (x * x * -0.10294323958 - 2.30220819814)))
 
 
 @triton.jit

@@ -14,6 +14,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from plugins.gpu.epilogue import gelu_tanh
 from plugins.gpu.rounding import grid_to_byte, quotient, reciprocal_parts, round_to_grid
 
 
@@ -37,12 +38,6 @@ def _store(codes, row, byte, C: tl.constexpr, START: tl.constexpr, WIDTH: tl.con
         tl.store(at, byte, mask=column < C)
     else:
         tl.store(at, byte)
-
-
-@triton.jit
-def _gelu(x):
-    """x * (1 + tanh(u)) / 2 with u = sqrt(2 / pi) * (x + 0.044715 x^3), as x / (1 + 2^(-2 u log2(e)))."""
-    return x / (1.0 + tl.exp2(x * (x * x * -0.10294323958 - 2.30220819814)))
 
 
 @triton.jit
@@ -134,8 +129,8 @@ def gelu_quantize(
 ):  # fmt: skip
     """x [M, C] -> codes, scales of GELU(x)."""
     row = tl.program_id(0)
-    y = _gelu(_load(x, row, C, 0, BLOCK))
-    z = _gelu(_load(x, row, C, BLOCK, TAIL)) if TAIL > 0 else y
+    y = gelu_tanh(_load(x, row, C, 0, BLOCK))
+    z = gelu_tanh(_load(x, row, C, BLOCK, TAIL)) if TAIL > 0 else y
     _quantize_row(
         y, z, row, codes, scales, C, BLOCK, TAIL,
         MAX_VALUE, ABSMAX_FLOOR, ANCHOR, LOWEST, SIGNED, KIND, UP, MOVE, SIGN,
