@@ -20,6 +20,7 @@ CASES: dict[Any, Request] = {
     **{("into", sm): Request(kernel("packed_gemm"), INTO, sm) for sm in (80, 89, 90, 100, 120)},
     **{("out", sm): Request(kernel("expanded_gemm"), OUT, sm) for sm in (86, 90)},
     **{("plain", sm): Request(kernel("packed_gemm"), PLAIN, sm) for sm in (89, 90)},
+    ("promoted", 89): Request(kernel("expanded_gemm"), GemmSpec("E3M2", "E2M1", 4608, 1152), 89),
     ("promoted", 90): Request(kernel("expanded_gemm"), INTO, 90),
 }
 
@@ -57,3 +58,10 @@ def test_decoding_costs_few_instructions(built: dict[Any, Compiled]) -> None:
     """A thread decodes 64 weights in a step, in words of four: no byte permutation is left of taking words apart."""
     assert built["plain", 90].count("PRMT") < 16
     assert built["plain", 89].count("PRMT") < 16
+
+
+@pytest.mark.parametrize("sm", [89, 90])
+def test_promoted_sums_are_added_in_float32(built: dict[Any, Compiled], sm: int) -> None:
+    """One addition for each of a thread's 64 outputs: the compiler has not made the tensor core do it after all."""
+    assert built["promoted", sm].count("FADD") >= 64
+    assert built["plain", sm].count("FADD") < 64

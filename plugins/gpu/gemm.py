@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 
 from plugins.gpu.epilogue import finish
-from plugins.gpu.loads import load_multipliers, operand_bytes, packed_weights
+from plugins.gpu.loads import load_multipliers, operand_tile, packed_weights
 
 
 @triton.jit
@@ -88,7 +88,7 @@ def sum_of_products(
     for block in range(start, min(start + EACH, ALL)):
         span = block // BLOCKS
         first, limit = span * SPAN + block % BLOCKS * BK, (span + 1) * SPAN
-        left = operand_bytes(a_rows, first, limit, FP8, A_KIND, A_SHIFT, WIDTH, BK, MASKED)
+        left = operand_tile(a_rows, first, limit, FP8, A_KIND, A_SHIFT, WIDTH, BK, MASKED)
         if PACKED:
             right = packed_weights(
                 w_rows, codes, first, limit,
@@ -97,7 +97,7 @@ def sum_of_products(
             if FP8:
                 right = right.to(tl.float8e4nv, bitcast=True)
         else:
-            right = operand_bytes(w_rows, first, limit, FP8, "signed", 7, WIDTH, BK, MASKED)
+            right = operand_tile(w_rows, first, limit, FP8, "signed", 7, WIDTH, BK, MASKED)
         factor = load_factor(w_scales, codes, n, first, K, GROUP, FACTOR, MULTIPLIERS_LOW, MULTIPLIERS_HIGH)
         acc = add_products(acc, left, right, factor, FACTOR, WEIGHTS_FIRST, PROMOTE)
     return acc

@@ -18,7 +18,7 @@ def packed_table(multipliers: tuple[int, ...]) -> tuple[int, int]:
 
 
 def activation_constants(spec: GemmSpec, fp8: bool) -> tuple[str, int, int]:
-    """(KIND, SHIFT, e) of `load_activations`: an operand stands for value * 2^e."""
+    """(KIND, SHIFT, e) of `loads.operand_tile`: an operand stands for value * 2^e. Raises RecipeError."""
     operand, fmt = spec.operand, spec.activation_format
     if operand.kind == INT8:
         return "int8", 0, operand.shift

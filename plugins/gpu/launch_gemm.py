@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 from export.errors import ContractError, EnvironmentLacksError
@@ -13,6 +14,9 @@ from plugins.gpu.tiles import Tile
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+TORCH_TYPES = {"fp16": "float16", "bf16": "bfloat16", "fp32": "float32"}
+HEURISTICS = {"packed_gemm": tiles.packed_tile, "expanded_gemm": tiles.expanded_tile}
 
 
 def packed_gemm(
@@ -86,15 +90,12 @@ def expected_shapes(spec: GemmSpec, m: int, tokens: int, expanded: bool) -> dict
     rows["bias"] = ((n,), "float32")
     if spec.zero_point:
         rows |= {"a_zero": ((m,), "float32"), "w_sums": ((n,), "float32")}
-    if spec.epilogue == "gate_residual":
+    if spec.has_gate:
         rows |= {
             "gate": ((-(-m // tokens), n), TORCH_TYPES[spec.output]),
             "residual": ((m, n), TORCH_TYPES[spec.output]),
         }
     return rows
-
-
-TORCH_TYPES = {"fp16": "float16", "bf16": "bfloat16", "fp32": "float32"}
 
 
 def _gemm(
@@ -130,15 +131,18 @@ def _gemm(
     return y
 
 
-HEURISTICS = {"packed_gemm": tiles.packed_tile, "expanded_gemm": tiles.expanded_tile}
-
-
 def run(row: Kernel, spec: Any, tile: Any, rows: int, sm: int, given: dict[str, Any]) -> None:
     """Launch the kernel of `row` on `given`, arguments by name; those that the spec does without are left out."""
-    arguments = {argument.name: given[argument.name] for argument in row.arguments_of(spec)}
-    constants = row.all_constants(spec, tile, sm)
-    grid = row.grid(spec, tile, rows)
-    row.function()[grid](**arguments, **constants, **launch_options(tile))
+    names, constants = _plan(row, spec, tile, sm)
+    arguments = {name: given[name] for name in names}
+    row.function()[row.grid(spec, tile, rows)](**arguments, **constants)
+
+
+@lru_cache(4096)
+def _plan(row: Kernel, spec: Any, tile: Any, sm: int) -> tuple[tuple[str, ...], dict[str, Any]]:
+    """(names of the run-time arguments, compile-time arguments and options): what no call changes."""
+    names = tuple(argument.name for argument in row.arguments_of(spec))
+    return names, {**row.all_constants(spec, tile, sm), **launch_options(tile)}
 
 
 def _reduce(spec: GemmSpec, tile: Tile, parts: Tensor, given: dict[str, Any], y: Tensor) -> None:
@@ -147,7 +151,8 @@ def _reduce(spec: GemmSpec, tile: Tile, parts: Tensor, given: dict[str, Any], y:
     names = ("a_scale", "w_scales", "bias", "a_zero", "w_sums", "gate", "residual", "M", "tokens")
     constants = gemm_constants.reduce_constants(spec, tile)
     grid = (-(-len(y) // constants["BM"]) * -(-spec.out_features // constants["BN"]),)
-    reduce_splits[grid](parts, *(given.get(name) for name in names), y, **constants, num_warps=4)
+    options = {"num_warps": 4, "enable_fp_fusion": True}
+    reduce_splits[grid](parts, *(given.get(name) for name in names), y, **constants, **options)
 
 
 def pack(codes: Tensor, *, out: Tensor | None = None) -> Tensor:
@@ -163,7 +168,7 @@ def pack(codes: Tensor, *, out: Tensor | None = None) -> Tensor:
 
 
 def expand(spec: GemmSpec, w: Tensor, multiplier_codes: Tensor | None = None, *, out: Tensor | None = None) -> Tensor:
-    """w u8 [N, K / 2] -> u8 [N, K]: E4M3 bytes of value * multiplier * 2^gemm_constants.weight_exponent(spec)."""
+    """w u8 [N, K / 2] -> u8 [N, K]: E4M3 bytes of value * multiplier * 2^weight_exponent(spec)."""
     n, k = spec.out_features, spec.in_features
     expected: dict[str, tuple[tuple[int, ...], str]] = {"w": ((n, k // 2), "uint8")}
     if spec.has_multipliers:

@@ -32,7 +32,7 @@ def load_words(base, first, limit, BYTES: tl.constexpr, COUNT: tl.constexpr, MAS
 
 
 @triton.jit
-def operand_bytes(
+def operand_tile(
     a, first, limit, FP8: tl.constexpr, KIND: tl.constexpr, SHIFT: tl.constexpr, WIDTH: tl.constexpr,
     BK: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip

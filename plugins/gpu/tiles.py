@@ -8,6 +8,7 @@ tensor core's rate that the loop's other instructions leave possible.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import Literal
 
 from export.errors import RecipeError
@@ -219,16 +220,18 @@ SPLIT_MARGIN = 1.1  # what a split must promise, for the memory it takes
 # --- the choice ------------------------------------------------------------------------------------------------------
 
 
+@lru_cache(4096)
 def packed_tile(spec: GemmSpec, rows: int, sm: int, *, may_split: bool = False) -> Tile:
     """The tile of packed_gemm for `rows` tokens (M) on compute capability `sm` (0: interpreted).
 
     may_split: whether the sum may be split among programs and added by a second kernel.
     """
-    plain, by_group = _steps(spec, sm, "plain"), _steps(spec, sm, "by_group")
+    by_group = _steps(spec, sm, "by_group") if spec.group_size else ()
     grouped = spec.real_groups or any(scales_sums(spec, tile.k, sm) for tile, _ in by_group)
-    return _cheapest(spec, rows, sm, by_group if grouped else plain, may_split)
+    return _cheapest(spec, rows, sm, by_group if grouped else _steps(spec, sm, "plain"), may_split)
 
 
+@lru_cache(4096)
 def expanded_tile(spec: GemmSpec, rows: int, sm: int, *, may_split: bool = False) -> Tile:
     """The tile of expanded_gemm, as packed_tile."""
     return _cheapest(spec, rows, sm, _steps(spec, sm, "by_group" if spec.real_groups else "bytes"), may_split)
