@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
-from benchmarks.gpu_run import Context, Task
+from benchmarks.gpu_run import Context, Task, failed_of
 from benchmarks.gpu_timing import Flush, contest, rates, sets_for
 from plugins.gpu.specs import QuantizeSpec
 
@@ -161,6 +161,7 @@ def measure(context: Context, case: FusedCase, flush: Flush) -> dict[str, Any]:
         "ratios": ratios(rows),
         "alone_differs": float(off / plain(case, sets[0]).float().norm()),
         "input_sets": count,
+        **failed_of(refused, (FUSED,)),
     }
 
 

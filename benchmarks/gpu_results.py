@@ -137,11 +137,15 @@ def rows_of(document: dict[str, Any], section: str) -> list[dict[str, Any]]:
 
 
 def wrong(document: dict[str, Any]) -> list[str]:
-    """Names of checks that did not pass, and of failed rows of any section."""
-    checks = document["sections"].get("check", {}).get("rows", [])
-    found = [row["name"] for row in checks if not row.get("passed")]
-    others = [row for name, part in document["sections"].items() if name != "check" for row in part["rows"]]
-    return found + [row["name"] for row in others if "failed" in row]
+    """Names of rows that did not pass a check."""
+    return [row["name"] for part in document["sections"].values() for row in part["rows"] if row.get("passed") is False]
+
+
+def broken(document: dict[str, Any]) -> list[str]:
+    """Names of rows that could not be run, and of sections that did not come to their end, with the reason."""
+    found = [f"{name}: {part['stopped']}" for name, part in document["sections"].items() if part["stopped"]]
+    rows = [row for part in document["sections"].values() for row in part["rows"]]
+    return found + [f"{row['name']}: {row['failed']}" for row in rows if "failed" in row]
 
 
 def is_checked(document: dict[str, Any]) -> bool:

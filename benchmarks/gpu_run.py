@@ -68,18 +68,30 @@ class Clock:
 
 
 def work_off(tasks: Iterable[Task], clock: Clock, keep: Callable[[dict[str, Any]], None]) -> list[str]:
-    """Run tasks in order while the budget lasts, handing each row to `keep` -> names of those not reached.
-
-    A task that raises has the row {"name", "failed": why}: one contestant that a GPU lacks must not cost the others.
-    """
+    """Run tasks in order while the budget lasts, handing each row to `keep` -> names of those not reached."""
     missed = []
     for task in tasks:
         if clock.left < task.seconds:
             missed.append(task.name)
             continue
-        try:
-            row = task.run()
-        except Exception as error:  # stated in the row and in the exit code
-            row = {"failed": told(error)}
-        keep({"name": task.name, **row})
+        keep(row_of(task))
     return missed
+
+
+def failed_of(refused: dict[str, str], ours: tuple[str, ...]) -> dict[str, str]:
+    """What a row says if one of our own contestants could not run; nothing where only others could not.
+
+    >>> failed_of({"packed": "RuntimeError: x", "fp8": "y"}, ("packed",)), failed_of({"fp8": "y"}, ("packed",))
+    ({'failed': 'packed: RuntimeError: x'}, {})
+    """
+    found = [f"{name}: {refused[name]}" for name in ours if name in refused]
+    return {"failed": "; ".join(found)} if found else {}
+
+
+def row_of(task: Task) -> dict[str, Any]:
+    """Run a task. One that raises has the row {"name", "failed": why}: what a GPU lacks must not cost the others."""
+    try:
+        row = task.run()
+    except Exception as error:  # stated in the row and in the exit code
+        row = {"failed": told(error)}
+    return {"name": task.name, **row}

@@ -92,6 +92,8 @@ class Flush:
 
 def interleaved(work: Mapping[str, tuple[Call, int]], flush: Call, seconds: float) -> dict[str, Timing]:
     """Time every (call, how many results it stands for) once a round, after one to warm up, for about `seconds`."""
+    if not work:
+        return {}
     started = time.perf_counter()
     for call, _ in work.values():
         _milliseconds(call, flush)
@@ -130,18 +132,25 @@ def host_milliseconds(call: Call, rounds: int = 20) -> float:
     return float(np.median(found))
 
 
-def contest(
-    contestants: Mapping[str, Sequence[Call]], flush: Call, seconds: float
-) -> tuple[dict[str, Timing], dict[str, str]]:
-    """Capture and time `contestants`, each a call for every set of inputs -> times, and why others could not run."""
+def capture_all(contestants: Mapping[str, Sequence[Call]]) -> tuple[dict[str, Any], dict[str, str]]:
+    """A graph of each contestant's calls, one for every set of inputs -> graphs, and why others could not run."""
     graphs: dict[str, Any] = {}
     refused: dict[str, str] = {}
     for name, calls in contestants.items():
         try:
-            graphs[name] = (captured(calls).replay, len(calls))
+            graphs[name] = captured(calls)
         except Exception as error:  # a contestant that this GPU or this torch does not have is named, not hidden
             refused[name] = told(error)
-    return (interleaved(graphs, flush, seconds) if graphs else {}), refused
+    return graphs, refused
+
+
+def contest(
+    contestants: Mapping[str, Sequence[Call]], flush: Call, seconds: float
+) -> tuple[dict[str, Timing], dict[str, str]]:
+    """Capture and time `contestants` -> times of one call, and why others could not run."""
+    graphs, refused = capture_all(contestants)
+    work = {name: (graph.replay, len(contestants[name])) for name, graph in graphs.items()}
+    return interleaved(work, flush, seconds), refused
 
 
 def told(error: Exception) -> str:

@@ -102,6 +102,29 @@ def _speed_rows(found: dict[str, Any]) -> list[list[Any]]:
     return rows
 
 
+def gpu_speed() -> str:
+    """For each measured GPU, every target with what was found, from the JSON of benchmarks/gpu.py."""
+    rows = [row for path in sorted(RESULTS.glob("gpu_*.json")) for row in _gpu_rows(json.loads(path.read_text()))]
+    if not rows:
+        return (
+            "No GPU was at hand: nothing measured. The GPU kernels are compiled, not run; on a machine with one, "
+            "`python -m benchmarks.gpu` checks and measures them."
+        )
+    return markdown(
+        ["GPU, commit", "number, the worst of its rows", "target, set for an H100", "found", "verdict"], rows
+    )
+
+
+def _gpu_rows(found: dict[str, Any]) -> list[list[Any]]:
+    commits = ", ".join(sorted({part["commit"] for part in found["sections"].values()}))
+    rows = []
+    for target in found["targets"]:
+        limit = f"{'at least' if target['at_least'] else 'at most'} {target['limit']:g}"
+        value = "-" if target["value"] is None else f"{target['value']:.3f}"
+        rows.append([f"{found['gpu']['name']}, {commits}", target["name"], limit, value, target["verdict"]])
+    return rows
+
+
 def first_sentence(path: Path) -> str:
     """First sentence of a module's docstring."""
     text = " ".join((ast.get_docstring(ast.parse(path.read_text())) or "").split("\n\n")[0].split())
@@ -133,6 +156,7 @@ PARTS: dict[str, Callable[[], str]] = {
     "bundled-models": bundled_models,
     "quality": short_table,
     "speed": speed,
+    "gpu-speed": gpu_speed,
     "code-map": code_map,
 }
 

@@ -1,0 +1,174 @@
+"""A whole PixArt-XL/2 denoiser: bf16 by eager torch and torch.compile against ours, all in CUDA graphs.
+
+Weights are random and packed with exact groups of 64, as the recipe pixart_w4a6 has them. torch.compile gets the block,
+as is usual for deep models, and at 1024 pixels the whole model too if the budget lasts. Replaying a graph is the time
+of the kernels; a call without one shows what launching adds, and how long the host is busy with it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks.gpu_denoiser import Denoiser, Run, Size, fake_quantized, randomize, run_block, sample
+from benchmarks.gpu_quantized_denoiser import (
+    ACTIVATION,
+    Launched,
+    QuantizedDenoiser,
+    quantize_blocks,
+    quantized,
+    weight_bytes,
+)
+from benchmarks.gpu_run import Context, Task, failed_of
+from benchmarks.gpu_timing import Flush, capture_all, host_milliseconds, interleaved
+from benchmarks.gpu_weights import EXACT_64, Packed
+from benchmarks.shapes import LATENT_CELL, WORKLOADS
+
+SECONDS = 3.0  # of timing, for each row
+OURS, COMPILED = ("packed", "expanded"), ("bf16_compiled_blocks", "bf16_compiled_whole")
+# Ours and plain bf16 arithmetic on the same grid round the stream alike, so neither may be far from float32's result:
+# at most twice as far as the plain one, whose roundings are as many.
+TIMES_PLAIN = 2.0
+
+
+@dataclass(frozen=True)
+class Models:
+    """One set of weights in all forms. allocated: bytes that torch holds for each of ours, its scales included."""
+
+    size: Size
+    bf16: Denoiser
+    weights: list[dict[str, Packed]]
+    ours: dict[str, QuantizedDenoiser]
+    allocated: dict[str, int]
+
+
+def make_models(context: Context, size: Size) -> Models:
+    """Random weights, quantized; on the device."""
+    with torch.device(context.device):
+        bf16 = randomize(Denoiser(size, 1)).to(torch.bfloat16).requires_grad_(False)
+    allocated = {}
+    start = torch.cuda.memory_allocated()
+    weights = quantize_blocks(bf16, EXACT_64)
+    packed = quantized(bf16, weights, Launched())
+    allocated["packed"] = torch.cuda.memory_allocated() - start
+    start = torch.cuda.memory_allocated()
+    expanded = quantized(bf16, weights, Launched(), expand=True)
+    allocated["expanded"] = torch.cuda.memory_allocated() - start
+    return Models(size, bf16, weights, {"packed": packed, "expanded": expanded}, allocated)
+
+
+def weights_row(models: Models) -> dict[str, Any]:
+    """Bytes of all weights of the denoiser, bf16 and ours; what is not quantized counts as bf16 in both."""
+    bf16 = 2 * sum(x.numel() for x in models.bf16.parameters())
+    counted = {name: weight_bytes(models.bf16, model.blocks) for name, model in models.ours.items()}
+    kept = 2 * sum(x.numel() for name, x in models.bf16.named_parameters() if ".linears." not in name)
+    return {"parameters": bf16 // 2, "bf16_bytes": bf16, "bytes": counted, "bytes_not_quantized": kept} | {
+        "allocated_for_blocks": models.allocated,
+        "packed_of_bf16": counted["packed"] / bf16,
+        "expanded_of_bf16": counted["expanded"] / bf16,
+    }
+
+
+def relative(found: Tensor, wanted: Tensor) -> float:
+    """Norm of the difference over the norm of what is wanted."""
+    return float((found.double() - wanted.double()).norm() / wanted.double().norm())
+
+
+@torch.no_grad()
+def numbers_row(models: Models, pixels: int) -> dict[str, Any]:
+    """Ours, and the same in plain bf16 arithmetic, from the float32 run on dequantized weights and activations."""
+    models.bf16.resize(_grid(models.size, pixels))
+    inputs = sample(models.bf16, 1)
+    wide = [x.float() for x in inputs]
+    reference = fake_quantized(models.bf16, models.weights, ACTIVATION, torch.float32)
+    wanted = reference(*wide)
+    del reference
+    plain = relative(fake_quantized(models.bf16, models.weights, ACTIVATION, torch.bfloat16)(*inputs), wanted)
+    found = {name: relative(model(*inputs), wanted) for name, model in models.ours.items()}
+    cost = relative(models.bf16(*inputs), wanted)
+    row = {"pixels_compared": pixels, "error": found, "plain_bf16_error": plain, "quantization_costs": cost}
+    return {**row, "passed": all(error <= TIMES_PLAIN * plain for error in found.values())}
+
+
+def _grid(size: Size, pixels: int) -> int:
+    return pixels // LATENT_CELL // size.patch
+
+
+def contestants_of(models: Models, inputs: tuple[Tensor, ...], whole: bool) -> dict[str, Callable[[], Tensor]]:
+    """Calls of the denoiser; whole: torch.compile gets all of it, beside the quicker of ours, else each block."""
+    if whole:
+        compiled = torch.compile(models.bf16, dynamic=False, fullgraph=True)
+        quick = models.ours["expanded"]
+        return {"bf16_compiled_whole": partial(compiled, *inputs), "expanded": partial(quick, *inputs)}
+    block: Run = torch.compile(run_block, dynamic=False, fullgraph=True)
+    calls: dict[str, Callable[[], Tensor]] = {
+        "bf16_eager": lambda: models.bf16(*inputs),
+        "bf16_compiled_blocks": lambda: models.bf16(*inputs, run=block),
+    }
+    return calls | {name: partial(model, *inputs) for name, model in models.ours.items()}
+
+
+@torch.no_grad()
+def times_row(models: Models, flush: Flush, pixels: int, batch: int, whole: bool = False) -> dict[str, Any]:
+    """One row: kernel time (a graph's replay), time without a graph, and the host's share, of every contestant."""
+    torch._dynamo.reset()
+    models.bf16.resize(_grid(models.size, pixels))
+    inputs = sample(models.bf16, batch)
+    calls = contestants_of(models, inputs, whole)
+    graphs, refused = capture_all({name: [call] for name, call in calls.items()})
+    replays = {name: (graph.replay, 1) for name, graph in graphs.items()}
+    times = interleaved(replays, flush, SECONDS)
+    bare = interleaved({name: (calls[name], 1) for name in graphs}, flush, SECONDS / 2)
+    rows = {
+        name: time.to_row()
+        | {
+            "ungraphed_ms": bare[name].median,
+            "launch_ms": host_milliseconds(calls[name], 10),
+            "graph_launch_ms": host_milliseconds(graphs[name].replay, 10),
+        }
+        for name, time in times.items()
+    }
+    flops = sum(row.flops for row in WORKLOADS["pixart"].at(pixels).gemms(batch))
+    return {"pixels": pixels, "batch": batch, "gemm_flops": flops, "contestants": rows, "refused": refused} | {
+        "ratios": ratios(rows),
+        **failed_of(refused, OURS),
+    }
+
+
+def ratios(rows: dict[str, dict[str, Any]]) -> dict[str, float]:
+    """Speed of the quicker of ours, of eager bf16's and of the quicker compiled one's; and of each of ours.
+
+    >>> row = lambda ms: {"latency_ms": ms}
+    >>> ratios({"bf16_eager": row(6.0), "bf16_compiled_blocks": row(4.0), "packed": row(4.0), "expanded": row(2.0)})
+    {'over_eager': 3.0, 'over_compiled': 2.0, 'packed_over_compiled': 1.0, 'expanded_over_compiled': 2.0}
+    """
+    times = {name: row["latency_ms"] for name, row in rows.items()}
+    ours = {name: times[name] for name in OURS if name in times}
+    compiled = [times[name] for name in COMPILED if name in times]
+    found = {}
+    if ours and "bf16_eager" in times:
+        found["over_eager"] = times["bf16_eager"] / min(ours.values())
+    if ours and compiled:
+        found["over_compiled"] = min(compiled) / min(ours.values())
+        found |= {f"{name}_over_compiled": min(compiled) / time for name, time in ours.items()}
+    return found
+
+
+def tasks(context: Context) -> list[Task]:
+    """Bytes and numbers first; then 1024 pixels, which the target is about; the whole model compiled last."""
+    models, flush = make_models(context, Size()), Flush(context.l2_bytes)
+    found = [
+        Task("weights", partial(weights_row, models)),
+        Task("numbers at 256 pixels", partial(numbers_row, models, 256), 5.0),
+    ]
+    for pixels, batch in ((1024, 1), (512, 1), (256, 1), (1024, 2)):
+        row = partial(times_row, models, flush, pixels, batch)
+        found.append(Task(f"{pixels} pixels, batch {batch}", row, 20.0))
+    found.append(Task("numbers at 1024 pixels", partial(numbers_row, models, 1024), 8.0))
+    whole = partial(times_row, models, flush, 1024, 1, whole=True)
+    return [*found, Task("1024 pixels, batch 1, compiled whole", whole, 60.0)]

@@ -1,0 +1,29 @@
+"""A section of the GPU benchmark without a GPU, for the tests of what runs sections."""
+
+from __future__ import annotations
+
+import os
+import time
+
+from benchmarks.gpu_run import Context, Task
+
+
+def _break() -> dict:
+    raise RuntimeError("this GPU has none\nof that")
+
+
+def _sleep() -> dict:
+    time.sleep(600)
+    return {}
+
+
+def tasks(context: Context) -> list[Task]:
+    return [
+        Task("one", lambda: {"passed": True, "process": os.getpid()}),
+        Task("two", _break),
+        Task("three", lambda: {"passed": True, "process": os.getpid()}),
+    ]
+
+
+def endless(context: Context) -> list[Task]:
+    return [Task("quick", dict), Task("slow", _sleep)]

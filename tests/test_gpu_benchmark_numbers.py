@@ -1,0 +1,360 @@
+"""The GPU benchmark's checks find planted faults, its sections run on a machine without a GPU with time made up, and
+its own kernels compile."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from benchmarks import (
+    gpu_check,
+    gpu_check_quantizers,
+    gpu_denoiser_times,
+    gpu_exactness,
+    gpu_fused,
+    gpu_gemm,
+    gpu_timing,
+)
+from benchmarks.gpu_check_quantizers import QuantizerCase
+from benchmarks.gpu_denoiser import Size
+from benchmarks.gpu_run import Context
+from benchmarks.gpu_weights import CHANNEL, EXACT_64, Granularity, dequantized, fake_quantize, quantize_weight
+from benchmarks.shapes import Shape
+from export import op_meanings
+from export.embedding import exact_multipliers
+from export.errors import ContractError
+
+pytest.importorskip("triton", reason="the GPU kernels need triton")
+pytestmark = [pytest.mark.usefixtures("interpreter"), pytest.mark.filterwarnings("ignore:All-NaN slice")]
+CPU = Context("cpu", 0, l2_bytes=4096, tiny=True)
+SMALL = gpu_check.GemmCase("E2M3", "E2M1", 6, 8, 64, Granularity("exact groups of 16", 16))
+REAL_16 = Granularity("real groups of 16", 16, True)
+
+
+# --- numbers in plain torch -------------------------------------------------------------------------------------------
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.sampled_from(["E2M3", "E3M2", "E4M3", "INT8", "INT6", "E3M4"]), st.integers(0, 2**32 - 1), st.floats(-9, 9))
+def test_fake_quantizing_is_the_op_and_its_inverse(name: str, seed: int, magnitude: float) -> None:
+    x = (np.random.default_rng(seed).standard_normal((3, 40)) * 2.0**magnitude).astype(np.float32)
+    x[0] = 0
+    codes, scale = op_meanings.quantize_activation(x, format=name)
+    (wanted,) = op_meanings.dequantize_activation(codes, scale, format=name)
+    assert np.array_equal(fake_quantize(torch.from_numpy(x), name).numpy(), wanted)
+
+
+@pytest.mark.parametrize("weight", ["E2M1", "E1M2", "E3M0", "INT4"])
+@pytest.mark.parametrize("granularity", [CHANNEL, Granularity("exact", 16), REAL_16], ids=lambda row: row.name)
+def test_packed_weights_stand_for_what_the_op_says(weight: str, granularity: Granularity) -> None:
+    w = torch.randn(10, 80, generator=torch.Generator().manual_seed(0))
+    w[3, 5] = 8.0
+    packed = quantize_weight(w, weight, granularity)
+    fields = granularity.spec_fields(weight)
+    group_size = fields.get("group_size", 0)
+    codes = packed.multiplier_codes
+    (wanted,) = op_meanings.dequantize_weight(
+        packed.codes.numpy(),
+        packed.scales.numpy(),
+        op_meanings.no_multipliers(80, group_size) if codes is None else codes.numpy(),
+        format=weight,
+        in_features=80,
+        group_size=group_size,
+        multipliers=fields.get("multipliers", (1,)),
+    )
+    found = dequantized(packed).numpy()
+    assert np.allclose(found, wanted.T, rtol=2.0**-23, atol=0)  # scale times multiplier rounds before or after
+    # Half the largest step of a 4-bit format is a third of its largest value (E3M0), under the scale of the group.
+    assert (np.abs(found - w.numpy()) <= np.abs(w.numpy()).reshape(10, -1, group_size or 80).max(-1).max() * 0.34).all()
+
+
+def test_group_multipliers_bring_weights_closer() -> None:
+    w = torch.randn(8, 256, generator=torch.Generator().manual_seed(0)) * torch.logspace(-1, 0, 256)
+    errors = [float((dequantized(quantize_weight(w, "E2M1", g)) - w).norm()) for g in (CHANNEL, EXACT_64)]
+    assert errors[1] < errors[0]
+    assert EXACT_64.spec_fields("E2M1") == {
+        "group_size": 64, "real_groups": False, "multipliers": exact_multipliers("E2M1"),
+    }  # fmt: skip
+
+
+# --- checks find faults -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["packed_gemm", "expanded_gemm"])
+@pytest.mark.parametrize("case", [SMALL, gpu_check.GemmCase("E4M3", "E3M0", 5, 7, 66, output="fp16")], ids=str)
+def test_right_kernels_pass(name: str, case: gpu_check.GemmCase) -> None:
+    row = gpu_check.check_gemm(CPU, case, name)
+    assert row["passed"] and row["sums_differ"] == 0 and 0 < row["error_over_allowed"] <= 1
+
+
+FAULTS = {
+    "a sum off by its last bit": lambda spec, y: _changed(y, lambda v: np.nextafter(v, np.float32(1e9))),
+    "an output off by 2 percent": lambda spec, y: y if spec.output == "fp32" else _changed(y, lambda v: v * 1.02),
+    "an output not written": lambda spec, y: y if spec.output == "fp32" else _changed(y, lambda v: 0 * v),
+    "a NaN lost": lambda spec, y: np.nan_to_num(y),
+    "a NaN more": lambda spec, y: y if spec.output == "fp32" else _changed(y, lambda v: v * np.nan),
+}
+
+
+def _changed(y: np.ndarray, change: Any) -> np.ndarray:
+    """y with its largest finite element changed."""
+    y = y.copy()
+    at = np.unravel_index(np.nanargmax(np.abs(y)), y.shape)
+    y[at] = change(y[at])
+    return y
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_wrong_gemms_are_found(fault: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    right = gpu_check.run_gemm
+
+    def wrong(context: Context, spec: Any, *rest: Any) -> np.ndarray:
+        return FAULTS[fault](spec, right(context, spec, *rest))
+
+    monkeypatch.setattr(gpu_check, "run_gemm", wrong)
+    assert not gpu_check.check_gemm(CPU, SMALL, "packed_gemm")["passed"]
+
+
+@pytest.mark.parametrize("before", ["none", "gelu", "norm_modulate"])
+@pytest.mark.parametrize("fault", ["code", "scale", "nan", "format"])
+def test_wrong_quantizers_are_found(before: str, fault: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    from plugins.gpu import launch_quantize
+
+    right, case = launch_quantize.quantize, QuantizerCase(before, "E2M3", 8, 40, "bf16")
+    assert gpu_check_quantizers.check_quantizer(CPU, case)["passed"]
+
+    def wrong(spec: Any, x: Any, **given: Any) -> Any:
+        codes, scales = right(spec, x, **given)
+        if fault == "code":
+            codes[5, 7] ^= 8  # another binade of the same token
+        elif fault == "scale":
+            scales[5] *= 1.001
+        elif fault == "nan":
+            scales[torch.isnan(scales)] = 1.0
+        else:
+            codes, _ = right(gpu_check_quantizers.QuantizeSpec("E3M2", 40, before, "bf16"), x, **given)
+        return codes, scales
+
+    monkeypatch.setattr(launch_quantize, "quantize", wrong)
+    assert not gpu_check_quantizers.check_quantizer(CPU, case)["passed"]
+
+
+def test_every_case_on_a_gpu_is_one_that_the_kernels_take() -> None:
+    cases = gpu_check.gemm_cases(tiny=False)
+    assert len({case.name for case in cases}) == len(cases) >= 20
+    assert {case.spec.epilogue for case in cases} == {"none", "gelu", "gate_residual"}
+    assert {case.output for case in cases} == {"fp16", "bf16", "fp32"}
+    assert {case.weight for case in cases} >= {"E2M1", "E1M2", "E3M0", "INT4"}
+    assert all(case.spec for case in gpu_check_quantizers.quantizer_cases(tiny=False))
+
+
+@pytest.mark.parametrize("activation", ["E2M3", "E4M3", "E3M4"])
+def test_sums_of_the_drawn_codes_are_exact_in_float32_whatever_their_order(activation: str) -> None:
+    case = gpu_check.GemmCase(activation, "E2M1", 4, 5, 1152)
+    arrays = gpu_check.inputs_of(case)
+    values = gpu_check.gemm_meanings.byte_values(activation)[arrays["a"]]
+    assert np.abs(values).sum(1).max() * 6 / (np.abs(values[values != 0]).min() * 0.5) < 2**24
+
+
+# --- sections with time made up ---------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def clockless(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No CUDA: a graph is the list of its calls, and every replay takes one of five times."""
+
+    class Replay:
+        def __init__(self, calls: Any) -> None:
+            self.calls = calls
+            self.replay()
+
+        def replay(self) -> None:
+            for call in self.calls:
+                call()
+
+    ticks = itertools.count()
+    monkeypatch.setattr(gpu_timing, "captured", Replay)
+    monkeypatch.setattr(gpu_timing, "ROUNDS", (2, 2))
+    monkeypatch.setattr(gpu_timing, "_milliseconds", lambda call, flush: 1.0 + next(ticks) % 5)
+    monkeypatch.setattr("torch.cuda.synchronize", lambda: None)
+    monkeypatch.setattr("torch.cuda.memory_allocated", lambda: 0)
+    monkeypatch.setattr("torch.compile", lambda function, **_: function)
+
+
+@pytest.mark.usefixtures("clockless")
+@pytest.mark.parametrize("granularity", [CHANNEL, Granularity("exact", 16), REAL_16], ids=lambda row: row.name)
+def test_a_row_of_gemms(granularity: Granularity, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu_gemm, "contestants_of", lambda context: (*gpu_gemm.OURS, *gpu_gemm.FP8, "bf16"))
+    row = gpu_gemm.measure(CPU, Shape(16, 32, 64, 256, ("pixart ff.in",)), granularity, lambda: None)
+    json.dumps(row)
+    assert set(row["contestants"]) | set(row["refused"]) == {*gpu_gemm.OURS, *gpu_gemm.FP8, "bf16"}
+    assert set(row["contestants"]) >= {*gpu_gemm.OURS, "bf16"}
+    assert row["agree"]["expanded_gemm"] == 0.0  # the same sums, rounded alike
+    if "fp8_rowwise" in row["agree"]:  # torch has it on a CPU; the interpreter cuts bf16 off where torch rounds
+        assert row["agree"]["fp8_rowwise"] < 2.0**-7
+    for name, found in row["contestants"].items():
+        assert found["gb_per_s"] > 0 and found["rounds"] == 2, name
+
+
+@pytest.mark.parametrize("contestant", [*gpu_gemm.OURS, "bf16"])
+@pytest.mark.parametrize("granularity", [CHANNEL, Granularity("exact", 16), REAL_16], ids=lambda row: row.name)
+def test_counted_bytes_are_those_of_the_tensors(contestant: str, granularity: Granularity) -> None:
+    shape = Shape(6, 8, 64, 256, ())
+    given = gpu_gemm.operands(CPU, shape, granularity)
+    y = torch.empty(shape.m, shape.n, dtype=torch.bfloat16)
+    ours = [given.a, given.a_scale, given.packed.scales, given.bias, y]
+    codes = [] if given.packed.multiplier_codes is None else [given.packed.multiplier_codes]
+    tensors = {
+        "packed_gemm": [*ours, given.packed.codes, *codes],
+        "expanded_gemm": [*ours, given.expanded],
+        "bf16": [given.a_wide, given.w_wide, y],
+    }[contestant]
+    size = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+    assert gpu_gemm.moved_bytes(shape, granularity, contestant) == size
+
+
+@pytest.mark.usefixtures("clockless")
+@pytest.mark.parametrize(
+    "case", [gpu_fused.FusedCase("norm_modulate", 2, 3, 72), gpu_fused.FusedCase("gelu", 1, 5, 72)], ids=str
+)
+def test_a_row_of_fused_kernels(case: gpu_fused.FusedCase, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch._dynamo.reset", lambda: None)
+    row = gpu_fused.measure(CPU, case, lambda: None)
+    json.dumps(row)
+    assert set(row["contestants"]) == {"fused", "triton_alone", "compiled_alone", "copy"} and not row["refused"]
+    assert set(row["ratios"]) == {"over_alone", "of_copy"}
+    assert row["alone_differs"] < 2.0**-6  # bf16, which the interpreter cuts off, and torch's LayerNorm rounds twice
+    given = gpu_fused.inputs_of(CPU, case)
+    read = sum(2 * tensor.numel() for tensor in given.values())
+    assert case.moved_bytes(False) == read + 2 * case.m * case.channels
+    assert case.moved_bytes(True) == read + case.m * case.channels + 4 * case.m
+
+
+def test_a_contestant_that_cannot_run_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken() -> None:
+        raise RuntimeError("row-wise scaling is not on this GPU")
+
+    monkeypatch.setattr(gpu_timing, "captured", lambda calls: calls[0]())
+    times, refused = gpu_timing.contest({"fp8_rowwise": [broken]}, lambda: None, 1.0)
+    assert times == {} and refused == {"fp8_rowwise": "RuntimeError: row-wise scaling is not on this GPU"}
+
+
+@pytest.mark.usefixtures("clockless")
+def test_a_row_in_which_ours_cannot_run_has_failed(monkeypatch: pytest.MonkeyPatch) -> None:
+    from plugins.gpu import launch_gemm
+
+    def packed_gemm(*_inputs: Any, **_options: Any) -> None:
+        raise RuntimeError("out of shared memory")
+
+    monkeypatch.setattr(launch_gemm, "packed_gemm", packed_gemm)
+    row = gpu_gemm.measure(CPU, Shape(16, 32, 64, 256, ("pixart ff.in",)), CHANNEL, lambda: None)
+    assert row["failed"] == "packed_gemm: RuntimeError: out of shared memory"
+    assert "expanded_gemm" in row["contestants"] and row["agree"] == {}
+
+
+@pytest.mark.usefixtures("clockless")
+def test_the_rows_of_the_denoiser(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch._dynamo.reset", lambda: None)
+    monkeypatch.setattr(gpu_denoiser_times, "EXACT_64", Granularity("exact", 16))
+    monkeypatch.setattr(gpu_denoiser_times, "host_milliseconds", lambda call, rounds: 0.5)
+    size = Size(width=32, heads=4, layers=1, caption=3, caption_channels=16)
+    models = gpu_denoiser_times.make_models(CPU, size)
+    weights = gpu_denoiser_times.weights_row(models)
+    assert weights["packed_of_bf16"] < weights["expanded_of_bf16"] < 1
+    numbers = gpu_denoiser_times.numbers_row(models, 32)
+    assert set(numbers["error"]) == {"packed", "expanded"} and numbers["error"]["packed"] < 0.05
+    row = gpu_denoiser_times.times_row(models, lambda: None, 32, 2)
+    assert set(row["contestants"]) == {"bf16_eager", "bf16_compiled_blocks", "packed", "expanded"}
+    assert set(row["ratios"]) >= {"over_eager", "over_compiled"} and not row["refused"]
+    whole = gpu_denoiser_times.times_row(models, lambda: None, 32, 1, whole=True)
+    assert set(whole["contestants"]) == {"bf16_compiled_whole", "expanded"}
+    json.dumps([weights, numbers, row, whole])
+
+
+# --- the accumulator's probe ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("activation", ["E2M3", "E3M2"])
+@pytest.mark.parametrize("interval", [0, 64, None])
+def test_the_probe_counts_nothing_where_sums_are_exact(activation: str, interval: int | None) -> None:
+    row = gpu_exactness.count(CPU, activation, 96, interval, 16)
+    assert (
+        set(row["differ"].values()) == {0}
+        and row["outputs"] == 256
+        and set(row["differ"]) == set(gpu_exactness.PATTERNS)
+    )
+
+
+def test_the_probe_counts_sums_that_lose_bits(monkeypatch: pytest.MonkeyPatch) -> None:
+    right = gpu_exactness.probe
+    cut = lambda *given: right(*given).half().float()  # noqa: E731  an accumulator of 11 bits
+    monkeypatch.setattr(gpu_exactness, "probe", cut)
+    row = gpu_exactness.count(CPU, "E2M3", 96, 0, 16)
+    assert row["differ"]["one sign"] > 200 and row["worst_over_mean"]["one sign"] > 0
+
+
+def test_inputs_of_the_probe_are_on_their_formats_grids() -> None:
+    for activation, pattern in itertools.product(gpu_exactness.ACTIVATIONS, gpu_exactness.PATTERNS):
+        drawn = gpu_exactness.operands(CPU, activation, pattern, 96, 8)
+        for name, values in zip((activation, "E2M1"), drawn, strict=True):
+            back = gpu_exactness.e4m3_value(gpu_exactness.e4m3_bytes(values, name))
+            assert torch.equal(back.double(), values * 2.0 ** gpu_exactness.operand_of(name).shift), (pattern, name)
+
+
+def test_a_gpu_without_fp8_is_told_so() -> None:
+    (task,) = gpu_exactness.tasks(Context("cuda", 80))
+    assert "no FP8 tensor cores" in task.run()["skipped"]
+    assert len(gpu_exactness.tasks(Context("cuda", 90))) == 30
+
+
+# --- compiled, not run ------------------------------------------------------------------------------------------------
+
+
+COMPILE = """
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from benchmarks import gpu_kernels as k
+
+def build(function, sm, types, constants, warps):
+    signature = {name: types.get(name, "constexpr") for name in function.arg_names}
+    source = ASTSource(fn=function, signature=signature, constexprs=constants)
+    return triton.compile(source, target=GPUTarget("cuda", sm, 32), options={"num_warps": warps}).asm["ptx"]
+
+rows = dict(C=1152, BLOCK=1024, TAIL=128)
+x = {"x": "*bf16", "y": "*bf16", "shift": "*bf16", "scale": "*bf16", "tokens": "i32"}
+sums = {"a": "*u8", "w": "*u8", "y": "*fp32", "M": "i32", "N": "i32", "K": "i32"}
+for sm in (80, 90):
+    build(k.norm_modulate, sm, x, rows | {"EPSILON": 1e-6}, 4)
+    build(k.gelu, sm, x, rows, 4)
+for interval in (32, 512):
+    ptx = build(k.fp8_sums, 90, sums, dict(PROMOTE=interval, BM=128, BN=128, BK=min(interval, 128)), 4)
+    assert "wgmma.mma_async.sync.aligned.m64n128k32.f32.e4m3.e4m3" in ptx
+print("ok")
+"""
+
+
+def test_the_kernels_of_the_benchmark_compile(tmp_path: Path) -> None:
+    import os
+
+    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    environment["TRITON_CACHE_DIR"] = str(tmp_path)
+    root = Path(__file__).parent.parent
+    command = [sys.executable, "-c", COMPILE]
+    done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, timeout=300, check=False)
+    assert done.stdout.strip() == "ok", done.stderr
+
+
+def test_an_odd_depth_is_refused() -> None:
+    with pytest.raises(ContractError):
+        gpu_gemm.operands(CPU, Shape(2, 3, 63, 256, ()), CHANNEL)
