@@ -11,7 +11,6 @@ from pipeline.backends import BACKENDS
 from pipeline.verify import verify
 from tests import tiny
 
-
 TARGETS = ("rtx", "trt")
 
 
