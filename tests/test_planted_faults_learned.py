@@ -17,7 +17,8 @@ from export.to_onnx import export_portable
 from pipeline import recipe as recipes
 from pipeline.backends import BACKENDS
 from pipeline.backends.base import LoweredGraph
-from pipeline.recipe import Cpu
+from pipeline.backends.cuda_run import CudaEngine
+from pipeline.recipe import Cpu, Cuda
 from pipeline.report import Report
 from pipeline.study import study
 from pipeline.verify import verify_target
@@ -101,6 +102,18 @@ def test_the_cpu_engine_passes_as_well(path: str, case: Case, tmp_path: Path) ->
         verify_target("cpu", bench.model, bench.layers, graph, engine, bench.found, report)
     finally:
         engine.close()
+    assert report.failures() == []
+
+
+def test_the_cuda_engine_passes_as_well(case: Case, tmp_path: Path) -> None:
+    """Built, split, and run on the CPU in float32: static scales, zero points, balance, branches."""
+    if case.target != "cuda":
+        pytest.skip("one engine for GPUs")
+    bench, report = case.bench, Report()
+    recipe = replace(bench.recipe, cuda=Cuda(activations="fp32"))
+    BACKENDS["cuda"].build(case.graph, tmp_path, recipe)
+    engine = CudaEngine(tmp_path, device="cpu")
+    verify_target("cuda", bench.model, bench.layers, case.graph, engine, bench.found, report)
     assert report.failures() == []
 
 
