@@ -7,8 +7,10 @@ import re
 import numpy as np
 import onnx_ir as ir
 import pytest
+import torch
 
 from export.errors import ContractError
+from pipeline.backends.cuda_module import LoweredModule
 from pipeline.passes import run_shared
 from pipeline.passes.lower_cuda import LowerCuda, lower
 from pipeline.passes.lower_cuda_attention import FuseAttention
@@ -51,6 +53,21 @@ def test_a_linear_becomes_one_gemm_with_the_same_result(weight, granularity, gro
     model, before, after = both(model, {"x": activations(np.random.default_rng(0)), "gate": gates(0)})
     assert kinds(model) == ["Quantize", "Gemm", "Neg"]
     assert_close(after, before)
+
+
+@pytest.mark.parametrize("weights", ["packed", "expanded"])
+@pytest.mark.parametrize("granularity, group", [("per_channel", 0), ("exact_group", 16), ("group", 32)])
+@pytest.mark.parametrize("weight, activation", [("E2M1", "E3M4"), ("E3M0", "E4M3"), ("E1M2", "INT8"), ("INT4", "E3M2")])
+def test_the_executor_gives_what_onnxruntime_gives(weight, activation, granularity, group, weights):
+    layer = square(weight=weight, activation=activation, granularity=granularity, group=group)
+    model = portable(LINEAR + "y = Neg(h)", layer, **SHAPES)
+    feeds = {"x": activations(np.random.default_rng(4)), "gate": gates(4)}
+    model, _, expected = both(model, feeds)
+    module = LoweredModule(model, weights=weights)
+    found = module({name: torch.from_numpy(array) for name, array in feeds.items()})["y"].numpy()
+    # Exact sums rounded to float32, a product for each group of scales, two products and a sum: in one order.
+    rows = np.abs(expected).max(axis=-1, keepdims=True) + np.abs(layer[0].bias).max()
+    assert (np.abs(found - expected) <= (64 // (group or 64) + 4) * 2.0**-24 * rows).all()
 
 
 def gates(seed: int) -> np.ndarray:
