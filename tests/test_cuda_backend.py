@@ -24,7 +24,7 @@ from pipeline import recipe as recipes
 from pipeline.backends import BACKENDS, cuda_run, lowering_file
 from pipeline.backends.base import Arrays, LoweredGraph
 from pipeline.backends.cuda_module import LoweredModule, run_step
-from pipeline.backends.cuda_run import Captured, CudaEngine, machine_problem
+from pipeline.backends.cuda_run import Captured, CudaEngine, Part, machine_problem
 from pipeline.bundle import Bundle
 from pipeline.compiler import parse_targets
 from pipeline.diffusers_adapter import EngineTransformer
@@ -299,29 +299,55 @@ class FakeGraph:
             self.captured["outputs"][name].copy_(tensor)
 
 
-def test_a_graph_is_captured_once_for_each_shape(built: Built, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What surrounds the capture; the capture itself needs a GPU. Inputs are what was copied, conditions included."""
-    made = []
+@pytest.fixture
+def made(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
+    """What was captured, with FakeGraphs."""
+    found: list[dict[str, Any]] = []
 
     def make(module: Any, inputs: dict[str, Any]) -> Captured:
         captured = {"module": module, "inputs": inputs, "outputs": module(inputs)}
-        made.append(captured)
+        found.append(captured)
         return Captured(FakeGraph(captured), inputs, captured["outputs"])
 
-    engine = CudaEngine(built.engine, device="cpu")
+    monkeypatch.setattr(Captured, "make", make)
+    return found
+
+
+def capturing(folder: Path) -> tuple[CudaEngine, list[Part]]:
+    """An engine that captures as on a GPU, on the CPU; and its parts."""
+    engine = CudaEngine(folder, device="cpu")
+    parts = [part for part in (engine.step, engine.condition) if part is not None]
+    for part in parts:
+        part.device = "cpu:0"
+    return engine, parts
+
+
+def test_a_graph_is_captured_once_for_each_shape(built: Built, made: list[dict[str, Any]]) -> None:
+    """What surrounds the capture; the capture itself needs a GPU. Inputs are what was copied, conditions included."""
+    engine, parts = capturing(built.engine)
     inputs = random_inputs(ir.load(built.lowered.path).graph)
     calls = [inputs, inputs | {"hidden_states": inputs["hidden_states"] + 1}]
     for name in sorted(set(inputs) & {"encoder_hidden_states", "class_labels"}):
         calls.append(inputs | {name: inputs[name] + 1})
     calls = [*calls, *calls]
     expected = [CudaEngine(built.engine, device="cpu").run(call)["sample"] for call in calls]
-    monkeypatch.setattr(Captured, "make", make)
-    parts = [part for part in (engine.step, engine.condition) if part is not None]
-    for part in parts:
-        part.device = "cpu:0"
     for call, sample in zip(calls, expected, strict=True):
         assert np.array_equal(engine.run(call)["sample"], sample)
     assert len(made) == len(parts)
+
+
+def test_a_graph_that_reads_packed_weights_goes_when_they_are_expanded(
+    built: Built, made: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pipeline.backends.cuda_dialect_ops.EXPAND_FROM", 32)  # tokens of two pictures, not of one
+    engine, parts = capturing(built.engine)
+    two = random_inputs(ir.load(built.lowered.path).graph)
+    one = {name: array[:1] if "rotary" not in name else array for name, array in two.items()}
+    first = engine.run(one)["sample"]
+    assert [len(part.captured) for part in parts] == [1] * len(parts) and parts[0].module.expanded == 0
+    engine.run(two)
+    assert len(parts[0].captured) == 1 and parts[0].module.expanded > 0
+    assert np.array_equal(engine.run(one)["sample"], first) and len(parts[0].captured) == 2
 
 
 def test_the_condition_is_computed_when_it_changes(built: Built) -> None:

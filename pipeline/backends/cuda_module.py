@@ -215,6 +215,11 @@ class LoweredModule(nn.Module):
         self.plan.constants = {name: tensor for name, tensor in self.plan.constants.items() if name in self.plan.host}
         return self
 
+    @property
+    def expanded(self) -> int:
+        """How many linears hold a byte for each weight."""
+        return sum(bool(gemm.is_expanded) for gemm in self.gemms)
+
     def forward(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Run every step; `inputs` lie on the module's device."""
         buffers = dict(self.named_buffers(recurse=False))

@@ -137,12 +137,20 @@ class Part:
         key = tuple((name, tuple(tensor.shape)) for name, tensor in sorted({**tensors, **kept}.items()))
         if key not in self.captured:
             placed = {name: tensor.to(self.device, copy=True) for name, tensor in {**tensors, **kept}.items()}
-            self.captured[key] = Captured.make(self.module, placed)
-            logger.info("captured a CUDA graph for %s", key)
+            self._capture(key, placed)
         captured = self.captured[key]
         new = tensors if captured.condition == condition else {**tensors, **kept}
         captured.condition = condition
         return captured.run(new)
+
+    def _capture(self, key: tuple[Any, ...], placed: dict[str, Any]) -> None:
+        """Capture for new shapes. Older graphs read weights where they were: if linears have expanded, they go."""
+        before = self.module.expanded
+        made = Captured.make(self.module, placed)
+        if self.module.expanded != before:
+            self.captured.clear()
+        self.captured[key] = made
+        logger.info("captured a CUDA graph for %s", key)
 
 
 class CudaEngine:
