@@ -63,7 +63,8 @@ def test_choice_for_real_layers(k: int, n: int, sm: int) -> None:
     for spec in (
         GemmSpec("E2M3", "E2M1", k, n),
         GemmSpec("E2M3", "E2M1", k, n, 64, MULTIPLIERS, epilogue="gate_residual"),
-        GemmSpec("INT8", "INT4", k, n, 128, real_groups=True),
+        GemmSpec("E3M2", "E2M1", k, n, 32, (1, 2), epilogue="gate_residual", output="fp32"),
+        GemmSpec("INT8", "INT4", k, n, 128, real_groups=True, epilogue="gate_residual", output="fp32"),
     ):
         for rows in ROWS:
             for choose, weight_bytes in ((packed_tile, 0.5), (expanded_tile, 1.0)):

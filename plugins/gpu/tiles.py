@@ -126,10 +126,12 @@ TABLE: dict[tuple[Unit, Kind], tuple[tuple[Tile, float], ...]] = {
     ("wgmma", "promoted"): _rows(
         (128, 64, 128, 4, 4, True, 0.6),
         (64, 128, 128, 4, 4, True, 0.4),
+        (64, 64, 128, 4, 4, True, 0.35),
         (16, 128, 128, 4, 4, True, 0.15),
     ),
     ("wgmma", "promoted_bytes"): _rows(
         (64, 128, 128, 4, 3, False, 0.75),
+        (64, 64, 128, 4, 4, False, 0.5),
         (16, 128, 128, 4, 4, True, 0.2),
     ),
     ("mma", "plain"): _rows(
@@ -209,8 +211,9 @@ PROMOTED: dict[str, Kind] = {"plain": "promoted", "bytes": "promoted_bytes", "by
 LEAST_STEP = {True: 32, False: 16}  # products of one FP8 or FP16 instruction
 SPLITS = (1, 2, 3, 4, 6, 8)
 LEAST_STEPS_OF_A_SPLIT = 4
-# With a gate and a residual a thread holds three tiles, so its part of one must be small for all to fit in registers.
-MOST_OUTPUTS_WITH_GATE = 64
+# Outputs of a thread. With a gate and a residual it holds three tiles, which must fit into registers together, and with
+# promotion two sums besides, of which float32 gates leave less room.
+MOST_OUTPUTS, MOST_WITH_GATE, MOST_WITH_WIDE_GATE = 255, 64, 32
 # Clocks before a program's first product and after its last, and of one more kernel (the sum of splits).
 FILL_CLOCKS = 2000
 REDUCTION_CLOCKS = 5000
@@ -249,7 +252,8 @@ def _steps(spec: GemmSpec, sm: int, kind: Literal["plain", "by_group", "bytes"])
     longest = every or max(tile.k for tile, _ in found)
     if kind == "by_group":
         longest = min(longest, spec.group_size & -spec.group_size)
-    most = MOST_OUTPUTS_WITH_GATE if spec.has_gate else 255
+    wide = every > 0 and spec.output == "fp32"
+    most = MOST_OUTPUTS if not spec.has_gate else MOST_WITH_WIDE_GATE if wide else MOST_WITH_GATE
     return tuple(
         (replace(tile, k=max(min(tile.k, longest), LEAST_STEP[fp8])), share)
         for tile, share in found
