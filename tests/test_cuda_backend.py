@@ -19,14 +19,11 @@ from export.checkpoint import QuantizedLinear
 from export.errors import ContractError, EnvironmentLacksError, RecipeError
 from export.families import FAMILIES
 from export.to_onnx import export_portable
-from pipeline import bundle as bundles
 from pipeline import recipe as recipes
 from pipeline.backends import BACKENDS, cuda_run, lowering_file
 from pipeline.backends.base import Arrays, LoweredGraph
 from pipeline.backends.cuda_module import LoweredModule, run_step
-from pipeline.backends.cuda_run import Captured, CudaEngine, Part, machine_problem
-from pipeline.bundle import Bundle
-from pipeline.compiler import parse_targets
+from pipeline.backends.cuda_run import Captured, CudaEngine, Part
 from pipeline.diffusers_adapter import EngineTransformer
 from pipeline.recipe import Cuda, Recipe
 from pipeline.report import Report
@@ -240,37 +237,10 @@ def test_the_same_portable_model_gives_the_same_bytes(built: Built, tmp_path: Pa
         assert again.path.with_name(name).read_bytes() == built.lowered.path.with_name(name).read_bytes()
 
 
-@pytest.mark.parametrize(
-    ("sm", "triton", "message"),
-    [
-        (0, "3.9.0", "needs an NVIDIA GPU and a PyTorch with CUDA; none is visible here"),
-        (75, "3.9.0", "needs SM 80 or newer, this GPU is SM 75; build with --target cpu"),
-        (90, "", "needs triton; install with: pip install triton"),
-        (90, "3.9.0", ""),
-    ],
-)
-def test_what_a_machine_lacks(sm: int, triton: str, message: str) -> None:
-    found = machine_problem({"least_sm": 80}, sm, triton)
-    assert message in found and bool(found) == bool(message)
-
-
 def test_loading_without_a_gpu_is_refused(built: Built, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cuda_run, "visible_sm", lambda: 0)
     with pytest.raises(EnvironmentLacksError, match="needs an NVIDIA GPU"):
         BACKEND.load(built.folder)
-
-
-@pytest.mark.parametrize("text", ["", "[]", '{"schema_version": 1}'])
-def test_damaged_metadata_is_refused(text: str, tmp_path: Path) -> None:
-    (tmp_path / "metadata.json").write_text(text)
-    with pytest.raises(ContractError, match=r"cannot be read .*; build the engine again"):
-        CudaEngine(tmp_path, device="cpu")
-
-
-def test_metadata_of_another_schema_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "metadata.json").write_text('{"schema_version": 2}')
-    with pytest.raises(ContractError, match="schema 2, this version reads 1"):
-        CudaEngine(tmp_path, device="cpu")
 
 
 @pytest.mark.parametrize(
@@ -370,43 +340,3 @@ def test_it_stands_in_for_a_diffusers_transformer(built: Built) -> None:
         given["image_rotary_emb"] = (given.pop("image_rotary_cos"), given.pop("image_rotary_sin"))
     transformer = EngineTransformer(engine, family, dict(built.model.config))
     assert np.array_equal(transformer(**given).sample.numpy(), engine.run(inputs)["sample"])
-
-
-# --- recipes and targets --------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("chosen", "message"),
-    [
-        ({"formats": {"weight": "INT6"}}, "weights in INT6: the kernels of target cuda take 4-bit weights"),
-        (
-            {"calibrate": {"method": "qdit", "options": {"activations": "token_group"}}},
-            "activations=token_group of qdit: target cuda has no scale per token and group",
-        ),
-    ],
-)
-def test_recipes_that_no_kernel_takes(chosen: dict[str, Any], message: str) -> None:
-    problems = BACKEND.problems(recipes.from_dict({"name": "tiny", "model": "none"} | chosen, "test"))
-    assert len(problems) == 1 and message in problems[0]
-
-
-def test_the_usual_recipe_has_no_problem() -> None:
-    assert BACKEND.problems(recipes.load("pixart_w4a6")) == []
-
-
-@pytest.mark.parametrize(("sm", "included"), [(0, False), (75, False), (80, True), (90, True)])
-def test_auto_builds_it_where_a_gpu_is_visible(sm: int, included: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(bundles, "cuda_sm", lambda: sm)
-    assert ("cuda" in parse_targets("auto")) is included
-    assert parse_targets("cuda") == ("cuda",)
-
-
-@pytest.mark.parametrize(("sm", "chosen"), [(90, "cuda"), (70, "cpu"), (0, "cpu")])
-def test_a_bundle_takes_it_before_the_cpu_where_it_runs(
-    sm: int, chosen: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(bundles, "cuda_sm", lambda: sm)
-    versions = {"onnxruntime": "1.31.1", "triton": "3.9.0"}
-    monkeypatch.setattr(bundles.machine, "tool_version", lambda name: versions.get(name, ""))
-    targets = {"cpu": {}, "cuda": {"metadata": {"least_sm": 80}}}
-    assert Bundle(tmp_path, {"targets": targets, "tools": versions}).choose() == chosen
