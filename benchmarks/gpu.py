@@ -50,11 +50,11 @@ class Section:
 
 
 SECTIONS = (
-    Section("check", 75, "benchmarks.gpu_check", parallel=True),
-    Section("exactness", 40, "benchmarks.gpu_exactness"),
-    Section("gemm", 130, "benchmarks.gpu_gemm", compiles=True),
+    Section("check", 65, "benchmarks.gpu_check", parallel=True),
+    Section("exactness", 35, "benchmarks.gpu_exactness"),
+    Section("gemm", 120, "benchmarks.gpu_gemm", compiles=True),
     Section("fused", 55, "benchmarks.gpu_fused"),
-    Section("denoiser", 155, "benchmarks.gpu_denoiser_times"),
+    Section("denoiser", 180, "benchmarks.gpu_denoiser_times"),
 )
 
 

@@ -60,9 +60,9 @@ sys.exit(importlib.import_module("benchmarks.gpu").main(["--check-only"]))
     done = run_python(code, TRITON_INTERPRET="1")
     assert done.returncode == 0, done.stdout + done.stderr
     count, _, total = done.stdout.splitlines()[-1].split()[:3]
-    assert count == total and int(count) >= 25
+    assert count == total and int(count) >= 18
     for name in ("quantize", "gelu_quantize", "norm_modulate_quantize", "pack, expand", "packed_gemm", "expanded_gemm"):
-        assert any(line.startswith(name) for line in done.stdout.splitlines()), name
+        assert any(name in line for line in done.stdout.splitlines()), name
 
 
 @pytest.mark.parametrize("arguments", [[], ["--section", "gemm"], ["--check-only"]])
