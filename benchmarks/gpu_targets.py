@@ -32,6 +32,11 @@ class Target:
         return {**row, "value": worst, "verdict": "met" if met else "missed"}
 
 
+def _unpassed(document: Document) -> list[float]:
+    rows = document["sections"].get("check", {}).get("rows", [])
+    return [float(sum(not row.get("passed") for row in rows))] if rows else []
+
+
 def _gemm(kernel: str) -> Callable[[Document], list[float]]:
     def values(document: Document) -> list[float]:
         rows = [row for row in rows_of(document, "gemm") if row["m"] >= LARGE and row["granularity"] == "per channel"]
@@ -64,6 +69,7 @@ def _exact(document: Document) -> list[float]:
 
 
 TARGETS = (
+    Target("kernel checks that did not pass", 0.0, False, _unpassed),
     Target("expanded_gemm, speed of cuBLASLt FP8's, M >= 4096", 0.90, True, _gemm("expanded_gemm")),
     Target("packed_gemm, speed of cuBLASLt FP8's, M >= 4096", 0.75, True, _gemm("packed_gemm")),
     Target(

@@ -2,7 +2,8 @@
 
 A kernel of a few microseconds cannot be timed alone: a graph holds one call for each of several sets of inputs, more
 of them than the L2 cache holds, and the time of a replay is divided by their number. Before each replay the cache is
-overwritten, which also lets the host run ahead, so that no time between the two events is the host's.
+overwritten, which also lets the host run ahead, so that no time between the two events is the host's. The gap between
+two kernels of a graph counts, for all contestants alike.
 """
 
 from __future__ import annotations

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.denoiser import BASELINES, PATHS
+from benchmarks.gpu_targets import judged
 from benchmarks.quality_tables import markdown, short_table
 from benchmarks.record import RESULTS
 from export.embedding import embeds, exact_multipliers
@@ -118,7 +119,7 @@ def gpu_speed() -> str:
 def _gpu_rows(found: dict[str, Any]) -> list[list[Any]]:
     commits = ", ".join(sorted({part["commit"] for part in found["sections"].values()}))
     rows = []
-    for target in found["targets"]:
+    for target in judged(found):
         limit = f"{'at least' if target['at_least'] else 'at most'} {target['limit']:g}"
         value = "-" if target["value"] is None else f"{target['value']:.3f}"
         rows.append([f"{found['gpu']['name']}, {commits}", target["name"], limit, value, target["verdict"]])
