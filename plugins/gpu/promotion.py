@@ -12,7 +12,7 @@ bits holds every integer up to 2^bits, so the sum is exact, in any order, while 
   With FP16 operands the accumulator is float32 itself: promotion would not make its sum exact, and is not used.
 
 Accumulators: float32 (24 bits) for FP16 operands and for FP8 on Blackwell; 14 bits (a float of 13 fraction bits, which
-truncates) for FP8 on Ada and Hopper: arXiv 2411.10958 section 3, 2412.19437 section 3.3.2. Cited, not measured here.
+truncates) for FP8 on Ada and Hopper: arXiv 2411.10958, and 2412.19437 section 3.3. Cited, not measured here.
 """
 
 from __future__ import annotations
