@@ -51,7 +51,7 @@ def test_metadata_of_another_schema_is_refused(tmp_path: Path) -> None:
         ({"formats": {"weight": "INT6"}}, "weights in INT6: the kernels of target cuda take 4-bit weights"),
         (
             {"calibrate": {"method": "qdit", "options": {"activations": "token_group"}}},
-            "activations=token_group of qdit: target cuda has no scale per token and group",
+            "activations=token_group of qdit: the GPU kernels have no scale per token and group",
         ),
     ],
 )

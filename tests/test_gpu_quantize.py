@@ -62,7 +62,7 @@ def test_equals_the_meaning(name: str, channels: int) -> None:
 @pytest.mark.parametrize("name", ["E2M3", "E3M2", "E4M3", "E2M1"])
 def test_the_hardware_conversion_gives_the_same_bytes(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """From SM89 on bytes come out of a conversion instruction, which the interpreter has, too."""
-    monkeypatch.setattr(launch_quantize, "compute_capability", lambda _: 89)
+    monkeypatch.setattr(launch_quantize, "sm_of", lambda _: 89)
     spec = QuantizeSpec(name, 130, input="fp32")
     x = torch.from_numpy(tokens(get_format(name), 130))
     assert_equal(quantize(spec, x), expected(spec, x=x))

@@ -21,8 +21,8 @@ from pipeline.passes.refusal import RewritePass
 from plugins.gpu import specs
 
 GROUPS_REFUSED = (
-    "target cuda has no scale per token and group of input channels; build it with --target cpu, or calibrate with one "
-    "scale per token"
+    "the GPU kernels have no scale per token and group of input channels; build it with --target cpu, or calibrate "
+    "with one scale per token"
 )
 # Operand bytes of the activation -> what the tensor cores multiply.
 PATHS = {"E4M3": "fp8 operands", "INT8": "int8 codes, fp16 operands"}
@@ -121,7 +121,7 @@ def kernel_spec(spec: GemmSpec) -> specs.GemmSpec:
             real_groups=spec.real_groups,
         )
     except (RecipeError, ContractError) as error:
-        raise ContractError(f"{spec.layer} cannot be lowered for target cuda: {error}") from error
+        raise ContractError(f"{spec.layer} cannot be lowered to the GPU kernels: {error}") from error
 
 
 def _refuse_groups(graph: ir.Graph) -> None:

@@ -5,8 +5,9 @@ from __future__ import annotations
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
-from export.errors import ContractError, EnvironmentLacksError
+from export.errors import ContractError
 from plugins.gpu import gemm_constants, tiles
+from plugins.gpu.device import sm_of
 from plugins.gpu.kernel import Kernel, launch_options
 from plugins.gpu.specs import GemmSpec, PackSpec
 from plugins.gpu.table import kernel
@@ -187,24 +188,6 @@ def _output(out: Tensor | None, shape: tuple[int, ...], dtype: str, like: Tensor
         return torch.empty(shape, dtype=getattr(torch, dtype), device=like.device)
     _check_tensor("out", out, shape, dtype)
     return out
-
-
-def sm_of(tensor: Tensor) -> int:
-    """Compute capability (10 * major + minor) of the tensor's GPU; INTERPRETED on the CPU.
-
-    Raises EnvironmentLacksError where the CPU has no interpreter.
-    """
-    import torch
-    import triton
-
-    if tensor.device.type == "cuda":
-        major, minor = torch.cuda.get_device_capability(tensor.device)
-        return 10 * major + minor
-    if triton.knobs.runtime.interpret:
-        return tiles.INTERPRETED
-    raise EnvironmentLacksError(
-        f"tensors on {tensor.device}: the kernels run on a GPU, or on the CPU with TRITON_INTERPRET=1 set before start"
-    )
 
 
 def _checked(expected: dict[str, tuple[tuple[int, ...], str]], given: dict[str, Tensor | None]) -> dict[str, Tensor]:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from export.errors import ContractError, EnvironmentLacksError
+from export.errors import ContractError
+from plugins.gpu.device import sm_of
 from plugins.gpu.kernel import launch_options
 from plugins.gpu.row_tiles import RowTile
 from plugins.gpu.specs import QuantizeSpec
@@ -49,28 +50,10 @@ def quantize(
 
 
 def _launch(spec: QuantizeSpec, arguments: dict, rows: int, tile: RowTile | None) -> None:
-    row, sm = kernel(KERNEL_OF[spec.before]), compute_capability(arguments["x"])
+    row, sm = kernel(KERNEL_OF[spec.before]), sm_of(arguments["x"])
     chosen = tile or row.tile(spec, rows, sm)
     constants = row.all_constants(spec, chosen, sm)
     row.function()[row.grid(spec, chosen, rows)](**arguments, **constants, **launch_options(chosen))
-
-
-def compute_capability(x: torch.Tensor) -> int:
-    """80, 90, ... of the tensor's GPU; 0 for a tensor of the CPU, where the interpreter runs.
-
-    Raises EnvironmentLacksError where the CPU has no interpreter.
-    """
-    import torch
-    import triton
-
-    if x.device.type == "cuda":
-        major, minor = torch.cuda.get_device_capability(x.device)
-        return 10 * major + minor
-    if not triton.knobs.runtime.interpret:
-        raise EnvironmentLacksError(
-            f"x is on {x.device}: the kernels run on a GPU, or on the CPU with TRITON_INTERPRET=1 set before start"
-        )
-    return 0
 
 
 def _dtype(name: str) -> torch.dtype:
