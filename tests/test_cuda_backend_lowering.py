@@ -195,9 +195,7 @@ def test_what_is_no_attention_stays(body, reason):
 def test_weights_that_no_kernel_takes_are_refused_by_layer(weight, activation):
     model = portable(LINEAR + "y = Neg(h)", square(weight=weight, activation=activation), **SHAPES)
     run_shared(model)
-    with pytest.raises(
-        ContractError, match=f"a cannot be lowered to the GPU kernels: weights in {weight}:"
-    ):
+    with pytest.raises(ContractError, match=f"a cannot be lowered to the GPU kernels: weights in {weight}:"):
         lower(model)
 
 
