@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -27,6 +28,9 @@ if TYPE_CHECKING:
     from export.models import LoadedModel
 
 logger = logging.getLogger(__name__)
+# Blocks of smaller models are learned on one thread. Their operations take microseconds, so a second thread gains
+# little, and where other work shares the cores its spinning waits take most of the time: a sixth of the speed was seen.
+SMALL_PARAMETERS = 50_000_000
 
 
 def with_method(recipe: Recipe, model: LoadedModel) -> Recipe:
@@ -58,15 +62,32 @@ def calibrate(model: LoadedModel, recipe: Recipe, folder: Path) -> list[Quantize
     left = [name for name, group in units.items() if not state.has_all(group)]
     observes = METHODS[recipe.calibrate.method].observes == "blocks"
     work = _observed(method, units, left, state) if observes else (Unit(name, units[name]) for name in left)
-    for unit in track(work, len(units), "calibrate", len(units) - len(left)):
-        for layer in method.quantize(unit):
-            state.add(layer)
+    with _threads(observes and model.parameters <= SMALL_PARAMETERS):
+        for unit in track(work, len(units), "calibrate", len(units) - len(left)):
+            for layer in method.quantize(unit):
+                state.add(layer)
     layers = method.finish(state.layers([plan.name for plan in plans]))
     state.complete(layers)
     size_mb = sum(layer.size_bytes for layer in layers) / 1e6
     seconds = time.monotonic() - started
     logger.info("calibrated %d linears (%s) in %.1f s: %.1f MB", len(layers), recipe.calibrate.method, seconds, size_mb)
     return layers
+
+
+@contextmanager
+def _threads(single: bool) -> Iterator[None]:
+    """PyTorch on one thread while it lasts, if `single`."""
+    if not single:
+        yield
+        return
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def _make_method(model: LoadedModel, recipe: Recipe, plans: Sequence[LayerPlan], folder: Path) -> Method:
