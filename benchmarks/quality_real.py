@@ -36,6 +36,7 @@ from export.errors import EnvironmentLacksError, RecipeError
 from export.models import LoadedModel, denoiser, load
 from pipeline import recipe as recipes
 from pipeline.backends.reference import ReferenceEngine, fake_quant
+from pipeline.calibrate import pipeline_data
 from pipeline.diffusers_adapter import EngineTransformer
 from pipeline.files import sha256_json
 from pipeline.latent_pictures import find_pipeline, pipeline_arguments
@@ -76,8 +77,7 @@ def run_real(arguments: argparse.Namespace) -> int:
 
 def refuse_missing(root: Path, arguments: argparse.Namespace) -> None:
     """Raises EnvironmentLacksError naming every part of the pipeline and every need of a metric that is not there."""
-    index = json.loads((root / "model_index.json").read_text())
-    parts = [name for name, value in index.items() if isinstance(value, list) and len(value) == 2 and value[0]]
+    parts = pipeline_data.listed_parts(root / pipeline_data.INDEX)
     missing = [f"{root / name} of the pipeline" for name in parts if not (root / name).is_dir()]
     for name in arguments.metric:
         missing += [f"{name} needs {problem}" for problem in METRICS[name].problems(arguments)]

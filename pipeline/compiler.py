@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 # What `--target auto` builds where its package is installed (and, for those of GPU_TARGETS, a GPU of at least that
-# compute capability is visible), and what has a place but no builder here yet.
+# compute capability is visible).
 AUTO_TARGETS = {"cpu": "onnxruntime", "rtx": "tensorrt_rtx", "cuda": "triton"}
 GPU_TARGETS = {"cuda": 80}
 # Built only where it is named.

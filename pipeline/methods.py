@@ -288,6 +288,12 @@ AUTO = "auto"
 AUTO_ROWS = ((100_000_000, "fp4dit"), (math.inf, "rtn"))
 
 
+def asked_activations(method: str, preset: str, options: Mapping[str, Any]) -> Scalar | None:
+    """The method's option `activations`, None where it has none; what "auto" stands for scales them per token."""
+    known = METHODS.get(method)
+    return known.resolve(preset, options).get("activations") if known else None
+
+
 def settled_method(method: str, parameters: int) -> str:
     """`method`, or what "auto" means for a model with that many parameters.
 

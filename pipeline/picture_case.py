@@ -77,7 +77,7 @@ def _conditioned(model: LoadedModel, recipe: Recipe, count: int) -> Case:
 
 def is_large(model: LoadedModel) -> bool:
     """Is the model too large to be run many times?"""
-    return sum(tensor.numel() for tensor in model.module.parameters()) > SMALL_PARAMETERS
+    return model.parameters > SMALL_PARAMETERS
 
 
 def _conditioning(inputs: Arrays) -> Arrays:

@@ -22,7 +22,7 @@ from pipeline.backends import lowering_file
 from pipeline.backends.base import BuildResult, Capabilities, Engine, GemmRow, LoweredGraph
 from pipeline.backends.cuda_run import CONDITION, METADATA, MIN_SM, MODEL, SCHEMA_VERSION, CudaEngine
 from pipeline.files import sha256, write_json
-from pipeline.methods import METHODS
+from pipeline.methods import asked_activations
 from pipeline.passes import run_shared
 from pipeline.passes.graph import drop_unused
 from pipeline.passes.lower_cuda import GROUPS_REFUSED, OWN_CODES, PATHS, lower
@@ -124,9 +124,7 @@ def format_problems(recipe: Any) -> list[str]:
 def method_problems(recipe: Any) -> list[str]:
     """One message where the method would give activations a scale per token and group."""
     chosen = recipe.calibrate
-    known = METHODS.get(chosen.method)  # "auto" stands for methods whose scales are per token
-    resolved = known.resolve(chosen.preset, chosen.options) if known else {}
-    if resolved.get("activations") != "token_group":
+    if asked_activations(chosen.method, chosen.preset, chosen.options) != "token_group":
         return []
     return [f"calibrate.options.activations=token_group of {chosen.method}: {GROUPS_REFUSED}"]
 

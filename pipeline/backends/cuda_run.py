@@ -22,6 +22,7 @@ import numpy as np
 from export.errors import ContractError, EnvironmentLacksError, RecipeError
 from pipeline import machine
 from pipeline.backends.base import Arrays
+from pipeline.backends.rtx_run import visible_sm
 
 logger = logging.getLogger(__name__)
 MODEL, CONDITION, METADATA = "model.onnx", "condition.onnx", "metadata.json"
@@ -58,16 +59,6 @@ def read_metadata(folder: Path) -> dict[str, Any]:
         return found | {"inputs": dict(found["inputs"]), "options": dict(found["options"])}
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ContractError(f"{path} cannot be read ({error}); build the engine again") from error
-
-
-def visible_sm() -> int:
-    """Compute capability of PyTorch's current GPU, 0 without one."""
-    import torch
-
-    if not torch.cuda.is_available():
-        return 0
-    major, minor = torch.cuda.get_device_capability()
-    return int(major * 10 + minor)
 
 
 def check_inputs(expected: Mapping[str, Mapping[str, Any]], inputs: Arrays) -> None:

@@ -15,7 +15,7 @@ from pipeline.backends.base import BuildResult, Capabilities, Engine, GemmRow, L
 from pipeline.backends.rtx_engine_file import EngineFile, check_gemms, read_engine_file
 from pipeline.backends.rtx_run import ENGINE, METADATA, RtxEngine
 from pipeline.files import sha256, write_json
-from pipeline.methods import METHODS
+from pipeline.methods import asked_activations
 from pipeline.passes import run_shared
 from pipeline.passes.graph import drop_unused
 from pipeline.passes.lower_rtx import GROUPS_REFUSED, Lowering, lower
@@ -147,8 +147,7 @@ def method_problems(recipe: Any, with_plugins: bool = False) -> list[str]:
     """One message where the method would give activations scales that nothing here runs."""
     refused = {"token_group": GROUPS_REFUSED} | ({"per_tensor": STATIC_REFUSED} if with_plugins else {})
     chosen = recipe.calibrate
-    known = METHODS.get(chosen.method)  # "auto" stands for methods whose scales are per token
-    asked = (known.resolve(chosen.preset, chosen.options) if known else {}).get("activations")
+    asked = asked_activations(chosen.method, chosen.preset, chosen.options)
     return [f"calibrate.options.activations={asked} of {chosen.method}: {refused[asked]}"] if asked in refused else []
 
 

@@ -21,6 +21,7 @@ from pipeline.calibrate.method import Context, Method, Unit
 from pipeline.calibrate.plan import LayerPlan, make_plans
 from pipeline.calibrate.state import CalibrationState
 from pipeline.methods import AUTO, METHODS
+from pipeline.picture_case import is_large
 from pipeline.progress import track
 from pipeline.recipe import Recipe, settled
 
@@ -28,9 +29,6 @@ if TYPE_CHECKING:
     from export.models import LoadedModel
 
 logger = logging.getLogger(__name__)
-# Blocks of smaller models are learned on one thread. Their operations take microseconds, so a second thread gains
-# little, and where other work shares the cores its spinning waits take most of the time: a sixth of the speed was seen.
-SMALL_PARAMETERS = 50_000_000
 
 
 def with_method(recipe: Recipe, model: LoadedModel) -> Recipe:
@@ -62,7 +60,7 @@ def calibrate(model: LoadedModel, recipe: Recipe, folder: Path) -> list[Quantize
     left = [name for name, group in units.items() if not state.has_all(group)]
     observes = METHODS[recipe.calibrate.method].observes == "blocks"
     work = _observed(method, units, left, state) if observes else (Unit(name, units[name]) for name in left)
-    with _threads(observes and model.parameters <= SMALL_PARAMETERS):
+    with _threads(observes and not is_large(model)):
         for unit in track(work, len(units), "calibrate", len(units) - len(left)):
             for layer in method.quantize(unit):
                 state.add(layer)
@@ -76,7 +74,11 @@ def calibrate(model: LoadedModel, recipe: Recipe, folder: Path) -> list[Quantize
 
 @contextmanager
 def _threads(single: bool) -> Iterator[None]:
-    """PyTorch on one thread while it lasts, if `single`."""
+    """PyTorch on one thread while it lasts, if `single`.
+
+    For small models: their operations take microseconds, so a second thread gains little, and where other work shares
+    the cores its spinning waits take most of the time; a sixth of the speed was seen.
+    """
     if not single:
         yield
         return

@@ -32,12 +32,12 @@ def pipeline_root(model: LoadedModel) -> Path | None:
     """The folder of the model's pipeline if every part that its index lists is there, else None."""
     for folder in (model.folder, model.folder.parent):
         path = folder / INDEX
-        if path.is_file() and all((folder / part).is_dir() for part in _parts(path)):
+        if path.is_file() and all((folder / part).is_dir() for part in listed_parts(path)):
             return folder
     return None
 
 
-def _parts(index: Path) -> list[str]:
+def listed_parts(index: Path) -> list[str]:
     """Names of the parts of a pipeline; `[null, null]` stands for one that it does without."""
     document = json.loads(index.read_text())
     return [name for name, value in document.items() if isinstance(value, list) and len(value) == 2 and value[0]]

@@ -40,9 +40,9 @@ def packed_gemm(
 ) -> Tensor:
     """y [M, N] as GemmSpec says, weights packed u8 [N, K / 2].
 
-    out: where to write it. tile, sm: what to run instead of `choose_tile` for the tensors' GPU. Raises ContractError
-    for a tensor that is missing or of another shape or type, EnvironmentLacksError for CPU tensors that no interpreter
-    takes.
+    out: where to write it. tile, sm: what to run instead of HEURISTICS' choice for the tensors' GPU. Raises
+    ContractError for a tensor that is missing or of another shape or type, EnvironmentLacksError for CPU tensors that
+    no interpreter takes.
     """
     inputs = dict(
         a=a, a_scale=a_scale, w=w, w_scales=w_scales, multiplier_codes=multiplier_codes, bias=bias, a_zero=a_zero,
