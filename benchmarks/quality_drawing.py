@@ -28,7 +28,7 @@ from pipeline.sampling import make_sampler, sample
 
 Pictures = NDArray[np.float32]
 Run = Callable[[Arrays], Arrays]
-BATCH_SIZE = 50
+BATCH_SIZES = {"pixart_mini": 4, "dit_mini": 50}  # pictures at once: what a block computes stays in the cache
 LABELS = 10_000  # the long list; more pictures than this cannot be asked for
 JUDGED_AT_ONCE = 500
 # Pictures whose steps on the float model's trajectory are compared; both halves of guidance count.
@@ -75,8 +75,9 @@ def make_subject(name: str, count: int, seed: int) -> Subject:
 
 def draw(subject: Subject, run: Run, label: str) -> Pictures:
     """All pictures of the subject by the denoiser `run`, [N, C, H, W]."""
-    starts = range(0, len(subject.prompts), BATCH_SIZE)
-    parts = (slice(start, start + BATCH_SIZE) for start in starts)
+    size = BATCH_SIZES[subject.name]
+    starts = range(0, len(subject.prompts), size)
+    parts = (slice(start, start + size) for start in starts)
     return np.concatenate([_draw(subject, run, part) for part in track(parts, len(starts), label)])
 
 

@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.quality_drawing import Run, Subject, Trajectory
+from benchmarks.quality_drawing import BATCH_SIZES, STEP_PICTURES, Run, Subject, Trajectory
 from benchmarks.quality_rows import Row
 from export import checkpoint
 from export.checkpoint import QuantizedLinear
@@ -37,6 +37,7 @@ logger = logging.getLogger(__name__)
 CALIBRATION_TIME = "seconds.json"
 # Steps and pictures (with and without prompt) on which the engine is proven.
 PROVEN_PICTURES = 2
+TIMED_CALLS = 5
 
 
 @dataclass
@@ -170,7 +171,7 @@ def choose(
     graph, engine = built
     proof = prove(subject, layers, recipe, graph, trajectory)
     failed = [gate.name for gate in proof if not gate.passed]
-    call = trajectory.calls[len(trajectory.calls) // 2]
+    call = first_samples(trajectory.calls[len(trajectory.calls) // 2], min(BATCH_SIZES[subject.name], STEP_PICTURES))
     own = f"cpu engine, {recipe.cpu.path}"
     seconds = {own: call_seconds(engine.run, call), "reference": call_seconds(reference.run, call)}
     agreement = sqnr_db(reference.run(call)["sample"], engine.run(call)["sample"])
@@ -202,7 +203,7 @@ def prove(
     from pipeline.verify import layer_results
 
     steps = sorted({0, len(trajectory.calls) // 2, len(trajectory.calls) - 1})
-    calls = [first_samples(trajectory.calls[step]) for step in steps]
+    calls = [first_samples(trajectory.calls[step], PROVEN_PICTURES) for step in steps]
     found = Study(make_case(subject.model, recipe), calls=calls, probed=tuple(range(len(calls))))
     probed = ProbedGraph(graph)
     modules = {ref.name: ref.module for ref in subject.model.linears()}
@@ -211,18 +212,18 @@ def prove(
     return [coverage_gate("cpu", len(present), len(modules)), *layer_gates("cpu", results, 0)]
 
 
-def first_samples(call: Arrays) -> Arrays:
-    """The first PROVEN_PICTURES of both halves of a guided call."""
+def first_samples(call: Arrays, count: int) -> Arrays:
+    """The first `count` pictures of both halves of a guided call."""
     half = len(call["timestep"]) // 2
-    rows = [*range(PROVEN_PICTURES), *range(half, half + PROVEN_PICTURES)]
+    rows = [*range(count), *range(half, half + count)]
     return {name: value[rows] for name, value in call.items()}
 
 
 def call_seconds(run: Callable[[Arrays], Arrays], call: Arrays) -> float:
-    """The faster of two calls after one that warms up."""
+    """The fastest of TIMED_CALLS after one that warms up."""
     run(call)
     seconds = []
-    for _ in range(2):
+    for _ in range(TIMED_CALLS):
         started = time.perf_counter()
         run(call)
         seconds.append(time.perf_counter() - started)
