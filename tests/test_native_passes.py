@@ -12,7 +12,7 @@ from pipeline.passes import run_shared
 from pipeline.passes.lower_cpu import LowerCpu
 from pipeline.passes.native import run_native
 from pipeline.passes.native_ops import In, Out, drop_unread_outputs, inputs_of, is_chain, outputs_of
-from tests import native
+from tests import learned, native
 from tests.portable import portable, random_linear, run
 
 INPUTS = "float[B,S,64] x, float[B,1,64] shift, float[B,1,64] scale, float[B,1,64] gate, float[B,S,64] h"
@@ -107,11 +107,12 @@ def test_what_no_one_reads_is_not_computed_in_an_engine():
     np.testing.assert_array_equal(native.run(model, feeds())[0], expected)
 
 
+@pytest.mark.parametrize("groups", [{}, {"granularity": "group", "group": 16}], ids=["channels", "groups"])
 @pytest.mark.parametrize("activation, weight", [("E2M3", "E2M1"), ("INT8", "INT4"), ("INT6", "INT6"), ("E2M1", "E2M1")])
-def test_every_probed_tensor_is_that_of_the_stock_graph(activation, weight):
+def test_every_probed_tensor_is_that_of_the_stock_graph(activation, weight, groups):
     """Bit for bit, but for the norm and GELU, which each sum in their own order: their codes follow from their x."""
-    stock, probes = lowered(activation=activation, weight=weight)
-    model, _ = rewritten(activation=activation, weight=weight)
+    stock, probes = lowered(activation=activation, weight=weight, **groups)
+    model, _ = rewritten(activation=activation, weight=weight, **groups)
     for row in probes:
         names = [row.x, *row.codes, row.act_scale, row.gemm, row.output]
         found = dict(zip(names, native.run(with_outputs(model, names), feeds(), names), strict=True))
@@ -187,9 +188,21 @@ def test_two_limbs_are_left_alone():
     }
 
 
-def test_real_groups_get_the_native_quantizer_only():
+def test_real_groups_are_finished_behind_the_sum_of_their_products():
     model, passes = rewritten(PLAIN, "float[B,S,64] x", granularity="group", group=32)
-    assert chains(model) == [("X", "CODES+SCALE")] and passes["NativeFinish"].fired == 0
+    assert chains(model) == [("X", "CODES+SCALE"), ("X+TOKEN_SCALE+BIAS", "LINEAR")]
+    types = Counter(node.op_type for node in model.graph)
+    assert types["MatMulIntegerToFloat"] == 2 and types["Sum"] == passes["NativeFinish"].fired == 1
+
+
+def test_groups_of_tokens_get_the_native_quantizer_only():
+    """Their integer sums are probed, and scaled by token and group."""
+    layer = learned.with_scaling(random_linear("a", n=64, granularity="group", group=32), "token_group", 32)
+    model = portable(PLAIN, [layer], "float[B,S,64] x", "float[B,S,64] y")
+    run_shared(model)
+    LowerCpu(capabilities(("avx512_vnni",)))(model)
+    passes = {found.name: found for found in run_native(model)}
+    assert passes["NativeFinish"].fired == 0 and not any(node.op_type == "Sum" for node in model.graph)
 
 
 NORM = """

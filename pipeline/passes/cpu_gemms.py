@@ -45,10 +45,12 @@ def integer_gemm(emit: Emitter, spec: GemmSpec, a: Operand) -> Product:
 
 
 def grouped_gemm(emit: Emitter, spec: GemmSpec, a: Operand) -> Product:
-    """S sums per output: [S, M, K/S] x [S, K/S, N] in int32, each sum scaled, then added in float32.
+    """S sums per output, [S, M, K/S] x [S, K/S, N] in int32, each scaled by its group, then added in float32.
 
-    Scales of tokens go by group as well where the activation has groups, and the integer sums are what is probed.
+    Where scales of tokens go by group as well, the integer sums are what is probed.
     """
+    if len(a.codes) == 1 and not spec.activation_group:
+        return _fused_groups(emit, spec, a)
     w = image_initializer(emit, spec)
     groups, k, n = spec.sum_groups, spec.sum_length, spec.out_features
     w = emit.op("Reshape", w, emit.constant([groups, k, n], np.int64), name="grouped_weight")
@@ -65,6 +67,29 @@ def grouped_gemm(emit: Emitter, spec: GemmSpec, a: Operand) -> Product:
     of_token = None if spec.activation_group else a.scale
     y = emit.op("Reshape", flat, _shape_like(emit, a.x if of_token is None else of_token, n), name="product")
     return Product(y, sums if spec.activation_group else y, "", of_token)
+
+
+def _fused_groups(emit: Emitter, spec: GemmSpec, a: Operand) -> Product:
+    """One fused op of onnxruntime for each group: its integer sums never reach the memory."""
+    w, (code,) = image_initializer(emit, spec), a.codes
+    groups, k, n = spec.sum_groups, spec.sum_length, spec.out_features
+    scales = emit.lazy(f"{spec.layer}.unit_scales", FLOAT, (groups, n), partial(_sum_scales, spec, groups))
+    one, zero = emit.constant(1.0), emit.constant(a.zero, np.uint8)
+    parts = []
+    for group in range(groups):
+        rows = _slice(emit, code, group * k, k, -1, f"rows_{group}")
+        weight = _slice(emit, w, group * k, k, 0, f"weight_{group}")
+        weight.shape = ir.Shape((k, n))
+        scale = emit.op("Gather", scales, emit.constant(group, np.int64), name=f"scales_{group}", axis=0)
+        name = f"product_{group}"
+        parts.append(emit.op("MatMulIntegerToFloat", rows, weight, one, scale, zero, name=name, domain=MICROSOFT))
+    y = emit.op("Sum", *parts, name="product")
+    return Product(y, y, "", a.scale)
+
+
+def _slice(emit: Emitter, value: ir.Value, start: int, length: int, axis: int, name: str) -> ir.Value:
+    ends = (emit.constant([place], np.int64) for place in (start, start + length, axis))
+    return emit.op("Slice", value, *ends, name=name)
 
 
 def _channel_scales(emit: Emitter, spec: GemmSpec) -> ir.Value:

@@ -9,6 +9,8 @@ from pipeline.passes.graph import attribute, drop_unused, is_op, only_reader, ot
 from pipeline.passes.native_ops import In, Out, channels, is_chain, misfit, put_chain, value_out
 from pipeline.passes.refusal import RewritePass
 
+FUSED = "MatMulIntegerToFloat"
+
 
 class NativeFinish(RewritePass):
     """gelu(product * token scale + bias) * gate + residual -> TokenChain, as far as the graph has these in this order.
@@ -17,7 +19,7 @@ class NativeFinish(RewritePass):
     """
 
     def rewrite(self, model: ir.Model) -> None:
-        for node in [node for node in model.graph if is_op(node, "MatMulIntegerToFloat", MICROSOFT)]:
+        for node in _products(model.graph):
             scaled = only_reader(node.outputs[0])
             if scaled is None or not is_op(scaled, "Mul") or not _is_scale(other_input(scaled, node.outputs[0])):
                 self.refuse(node.name, "its result is not scaled by a token scale alone")
@@ -43,6 +45,16 @@ class NativeFinish(RewritePass):
         put_chain(graph, last, inputs, outputs, gelu=gelu)
 
 
+def _products(graph: ir.Graph) -> list[ir.Node]:
+    """The fused integer GEMMs, and the sums of those that have one for each group."""
+    gemms = [node for node in graph if is_op(node, FUSED, MICROSOFT)]
+    found: dict[ir.Node, None] = {}
+    for node in gemms:
+        reader = only_reader(node.outputs[0])
+        found[reader if reader is not None and is_op(reader, "Sum") else node] = None
+    return list(found)
+
+
 def _is_scale(value: ir.Value) -> bool:
     node = value.producer()
     return node is not None and is_chain(node) and value_out(node, Out.SCALE) is value
@@ -50,7 +62,9 @@ def _is_scale(value: ir.Value) -> bool:
 
 def _is_bias(value: ir.Value, product: ir.Value) -> bool:
     """A stored vector, one number for each channel of the product; it is not read here."""
-    weight = product.producer().inputs[1]  # type: ignore[union-attr]
+    node = product.producer()
+    gemm = node.inputs[0].producer() if node.op_type == "Sum" else node  # type: ignore[union-attr]
+    weight = gemm.inputs[1]  # type: ignore[union-attr]
     shape = value.const_value.shape if value.const_value is not None else None
     return shape is not None and shape.rank() == 1 and shape[0] == channels(weight)
 
