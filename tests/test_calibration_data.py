@@ -7,11 +7,13 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from diffusers import DiffusionPipeline
 
 from export.errors import RecipeError, ResourceError
 from export.models import denoiser, load
 from pipeline import calibrate as package
 from pipeline import machine
+from pipeline.calibrate import pipeline_data
 from pipeline.calibrate.blocks import BlockRunner, WeightOnlyLinear, block_of, group_by_block
 from pipeline.calibrate.data import calibration_data, kept_steps, read_prompts
 from pipeline.calibrate.method import Method, Unit
@@ -119,6 +121,20 @@ def test_a_real_pipeline_samples_with_its_own_text_encoder(family, tmp_path, mon
     assert np.array_equal(first, third) and not np.array_equal(first, second)  # two lines serve three prompts
     (root / "text_encoder").rename(root / "elsewhere")
     assert read_prompts(model, recipe) == ("random",) * 3
+
+
+def test_a_text_encoder_that_does_not_fit_is_refused_before_it_is_read(tmp_path, monkeypatch):
+    folder = folder_of("pixart", tmp_path, monkeypatch)
+    root = tmp_path / "real"
+    CALLS["pixart"][0](load(str(folder)).module).save_pretrained(root)
+    parts = [getattr(DiffusionPipeline.from_pretrained(root), name) for name in ("text_encoder", "vae")]
+    weights = {id(weight): weight.numel() for part in parts for weight in part.parameters()}  # tied ones once
+    (root / "vae" / "diffusion_pytorch_model.fp16.safetensors").write_bytes(b"a variant, not read")
+    assert pipeline_data.float32_bytes(root) == 4 * sum(weights.values())
+    monkeypatch.setattr(machine, "available_memory_bytes", lambda: 1000)
+    monkeypatch.setattr(DiffusionPipeline, "from_pretrained", None)
+    with pytest.raises(ResourceError, match=r"other parts take 0\.0 GiB in float32, 0\.0 GiB are free"):
+        calibration_data(load(str(root)), made("pixart", tmp_path / "other")[1])
 
 
 def test_layers_belong_to_the_repeated_block():

@@ -7,6 +7,9 @@ random conditioning. The text encoder is loaded in float32, so that latents are 
 from __future__ import annotations
 
 import json
+import logging
+import math
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib import resources
@@ -15,7 +18,10 @@ from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from safetensors import safe_open
 
+from export.errors import ResourceError
+from pipeline import machine
 from pipeline.backends.base import Arrays, Engine
 from pipeline.files import sha256_json
 
@@ -23,7 +29,10 @@ if TYPE_CHECKING:
     from export.models import LoadedModel
     from pipeline.recipe import Recipe
 
+logger = logging.getLogger(__name__)
 INDEX = "model_index.json"
+# Weights of a part, in one file or in shards; others are variants ("model.fp16.safetensors") that are not loaded.
+WEIGHTS = re.compile(r"[a-z_]+(-\d+-of-\d+)?\.safetensors")
 CAPTIONS = "captions.txt"
 Keep = Callable[[int, Arrays], None]
 
@@ -47,6 +56,30 @@ def identity(root: Path) -> str:
     """Hash of the pipeline's index and of its files' names and sizes, which tells one text encoder from another."""
     files = sorted(path for path in root.rglob("*") if path.is_file())
     return sha256_json([[str(path.relative_to(root)), path.stat().st_size] for path in files])
+
+
+def float32_bytes(root: Path) -> int:
+    """Size in float32 of the weights of all parts but the transformer, from the heads of their safetensors files."""
+    folders = (root / part for part in listed_parts(root / INDEX) if part != "transformer")
+    files = [path for folder in folders for path in sorted(folder.iterdir()) if WEIGHTS.fullmatch(path.name)]
+    return 4 * sum(_elements(path) for path in files)
+
+
+def _elements(path: Path) -> int:
+    with safe_open(path, framework="numpy") as tensors:
+        return sum(math.prod(tensors.get_slice(key).get_shape()) for key in tensors.keys())  # noqa: SIM118
+
+
+def refuse_too_large(root: Path) -> None:
+    """Raise ResourceError if the pipeline's other parts do not fit into the memory that is free."""
+    needed, free = float32_bytes(root), machine.available_memory_bytes()
+    logger.info("calibration data: the text encoder and the pipeline's other parts take %.2f GiB", needed / 2**30)
+    if free and needed > free:
+        raise ResourceError(
+            f"{root}: text encoder and other parts take {needed / 2**30:.1f} GiB in float32, {free / 2**30:.1f} GiB "
+            "are free; close other programs, calibrate where there is more memory and build from its checkpoint, or copy"
+            " the transformer's folder out of the pipeline, which then calibrates on random conditioning"
+        )
 
 
 def example_prompts(model: LoadedModel, count: int, seed: int) -> list[str]:
@@ -81,11 +114,12 @@ class PipelineSampler:
     """The model's pipeline with the float model's engine in the transformer's place, opened once for all batches."""
 
     def __init__(self, root: Path, model: LoadedModel, recipe: Recipe, engine: Engine) -> None:
-        """Raises OSError as diffusers does for a part that cannot be read."""
+        """Raises ResourceError for parts too large, and OSError as diffusers does for one that cannot be read."""
         from diffusers import DiffusionPipeline
 
         from pipeline.diffusers_adapter import EngineTransformer
 
+        refuse_too_large(root)
         self.model, self.recipe, self.engine = model, recipe, engine
         transformer = EngineTransformer(engine, model.family, model.config)
         self.pipe: Any = DiffusionPipeline.from_pretrained(root, transformer=transformer, local_files_only=True)
