@@ -77,8 +77,8 @@ def refuse_too_large(root: Path) -> None:
     if free and needed > free:
         raise ResourceError(
             f"{root}: text encoder and other parts take {needed / 2**30:.1f} GiB in float32, {free / 2**30:.1f} GiB "
-            "are free; close other programs, calibrate where there is more memory and build from its checkpoint, or copy"
-            " the transformer's folder out of the pipeline, which then calibrates on random conditioning"
+            "are free; close other programs, calibrate where there is more memory and build from its checkpoint, or "
+            "copy the transformer's folder out of the pipeline, which then calibrates on random conditioning"
         )
 
 
