@@ -38,6 +38,12 @@ def make_parser() -> Parser:
         made.add_argument(f"--{flag}", type=int, help=text)
     made.add_argument("--batch-size", type=int, help="images at a time in verification and measurement")
     made.add_argument("--calib-size", type=int, help="number of calibration samples")
+    made.add_argument(
+        "--checkpoint",
+        type=Path,
+        metavar="DIR",
+        help="layers that `calibrate` wrote by these settings, taken as they are",
+    )
     made.add_argument("--n-steps", type=int, help="denoising steps in verification and measurement")
     made.add_argument("--seed", type=int, help="seed of noise and calibration samples")
     made.add_argument(
@@ -81,7 +87,9 @@ def make_request(args: argparse.Namespace, answer: Answer) -> BuildRequest:
     if args.target_sm is not None and "rtx" not in targets:
         raise RecipeError(f"--target-sm belongs to the target rtx, and --target is {args.target}; add rtx to --target")
     output = args.output_dir or Path("engines") / recipe.name
-    return BuildRequest(recipe, targets, output, args.resume, args.force, listener=lambda event: answer.event(**event))
+    return BuildRequest(
+        recipe, targets, output, args.resume, args.force, args.checkpoint, listener=lambda event: answer.event(**event)
+    )
 
 
 def work(args: argparse.Namespace, answer: Answer) -> int:

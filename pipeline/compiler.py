@@ -44,13 +44,17 @@ NEEDED = ("torch", "diffusers", "onnx", "onnx_ir", "onnxscript", "onnxruntime")
 
 @dataclass(frozen=True)
 class BuildRequest:
-    """One build: a resolved recipe, the targets, the destination folder, and what to do with what stands there."""
+    """One build: a resolved recipe, the targets, the destination folder, and what to do with what stands there.
+
+    checkpoint: a folder of `python -m pipeline.calibrate` whose layers are taken instead of calibrating.
+    """
 
     recipe: Recipe
     targets: tuple[str, ...]
     output: Path
     resume: bool = False
     force: bool = False
+    checkpoint: Path | None = None
     listener: Listener = lambda event: None
 
     @property
@@ -77,7 +81,7 @@ def compile_engine(request: BuildRequest) -> Path:
     refuse_full_disk(request, model.parameters)
     key = build_key(recipe, model)
     with WorkFolder(request.work_path, key, request.resume, request.force, request.listener, [model_time]) as work:
-        layers = calibrated(work, model, recipe)
+        layers = calibrated(work, model, recipe, request.checkpoint)
         exported(work, model, layers, recipe)
         results = {target: built(work, target, recipe) for target in request.targets}
         facts = manifest.BuildFacts(recipe, model_row(model), layers, list(model.kept()), results, work.times)
@@ -154,14 +158,19 @@ def build_key(recipe: Recipe, model: LoadedModel) -> str:
     return sha256_json(parts)
 
 
-def calibrated(work: WorkFolder, model: LoadedModel, recipe: Recipe) -> list[QuantizedLinear]:
-    """Stage: quantize every linear; the method keeps its own finer state in the same folder."""
-    from pipeline.calibrate import calibrate
+def calibrated(
+    work: WorkFolder, model: LoadedModel, recipe: Recipe, source: Path | None = None
+) -> list[QuantizedLinear]:
+    """Stage: quantize every linear, or take the layers in `source`; the method keeps its own finer state in the same
+    folder."""
+    from pipeline.calibrate import adopt, calibrate
 
     folder = work.scratch("calibrate")
-    return work.run(
-        "calibrate", ("calibrate",), lambda: calibrate(model, recipe, folder), lambda: checkpoint.load(folder)
-    )
+
+    def quantize() -> list[QuantizedLinear]:
+        return adopt(model, recipe, source, folder) if source else calibrate(model, recipe, folder)
+
+    return work.run("calibrate", ("calibrate",), quantize, lambda: checkpoint.load(folder))
 
 
 def exported(work: WorkFolder, model: LoadedModel, layers: list[QuantizedLinear], recipe: Recipe) -> None:

@@ -15,7 +15,7 @@ from export import checkpoint
 from export.errors import ModelError, RecipeError
 from export.formats import get_format
 from pipeline import recipe as recipes
-from pipeline.calibrate import calibrate
+from pipeline.calibrate import adopt, calibrate
 from pipeline.calibrate.__main__ import main
 from pipeline.calibrate.rtn import RoundToNearest
 from pipeline.methods import METHODS
@@ -189,6 +189,28 @@ def test_a_finished_run_is_read_back(tmp_path, monkeypatch):
     again = calibrate(make_model(), make_recipe(), tmp_path)
     assert all(np.array_equal(a.codes, b.codes) for a, b in zip(first, again, strict=True))
     assert not (tmp_path / "layers").exists()
+
+
+def test_a_finished_checkpoint_is_adopted_elsewhere(tmp_path, monkeypatch):
+    first = calibrate(make_model(), make_recipe(), tmp_path / "first")
+    monkeypatch.delattr(RoundToNearest, "quantize")
+    again = adopt(make_model(), make_recipe(), tmp_path / "first", tmp_path / "second")
+    assert all(np.array_equal(a.codes, b.codes) for a, b in zip(first, again, strict=True))
+    assert digests(tmp_path / "second") == digests(tmp_path / "first")
+
+
+def test_a_checkpoint_of_other_settings_is_refused_with_what_differs(tmp_path):
+    calibrate(make_model(), make_recipe(), tmp_path / "first")
+    first, out = tmp_path / "first", tmp_path / "out"
+    other = make_recipe("weights.group_size=32", "weights.search=absmax")
+    with pytest.raises(RecipeError, match=r"size is 64 there, 32 here; weights\.search is mse there, absmax here\)"):
+        adopt(make_model(), other, first, out)
+    with pytest.raises(RecipeError, match="model_sha256 is weights of seed 0 there, weights of seed 1 here"):
+        adopt(make_model(seed=1), make_recipe(), first, out)
+    (first / checkpoint.LAYERS_FILE).unlink()
+    with pytest.raises(RecipeError, match=r"holds no finished calibration; python -m pipeline\.calibrate"):
+        adopt(make_model(), make_recipe(), first, out)
+    assert not out.exists()
 
 
 def command(folder, output, group_size):

@@ -14,12 +14,14 @@ from typing import Any
 import pytest
 
 from pipeline import cli, load
+from pipeline.calibrate import __main__ as calibrate
 from tests import tiny
 
 ROOT = Path(__file__).parent.parent
 STAGES = ("calibrate", "export", "cpu", "verify", "bench")
 FLAGS = ["--engine", "pixart_w4a6", "--target", "cpu", "--n-steps", "3", "--json"]
-FLAGS += ["--set", "method=rtn", "--set", "weights.group_size=32"]
+SETTINGS = ["--set", "method=rtn", "--set", "weights.group_size=32"]
+FLAGS += SETTINGS
 # What may differ between two builds: when it was, how long it took, and files that hold measured times.
 TIMES = ("created", "stages")
 TIMED_FILES = ("bench.json",)
@@ -145,6 +147,18 @@ def test_a_bundle_verifies_again(undisturbed: Path, tmp_path: Path, capsys: pyte
     shown = capsys.readouterr().out.splitlines()
     assert shown[-1] == f"PASSED {undisturbed}" and any(line.startswith("ok    cpu/gemm_exact = 0") for line in shown)
     assert (tmp_path / "report/index.html").is_file() and content(undisturbed) == before
+
+
+def test_a_build_from_a_checkpoint_is_the_build_that_calibrates(
+    model: Path, undisturbed: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    layers, steps = tmp_path / "layers", "sampling.n_steps=3"
+    calibration = ["--engine", "pixart_w4a6", "-m", str(model), "-o", str(layers), "--set", steps, *SETTINGS]
+    assert calibrate.main(calibration) == 0
+    build(model, tmp_path / "e", "--checkpoint", str(layers))
+    assert content(tmp_path / "e") == content(undisturbed)
+    assert cli.main(["build", *FLAGS, "-m", str(model), "-o", str(tmp_path / "f"), "--checkpoint", str(model)]) == 2
+    assert "holds no finished calibration" in capsys.readouterr().err and not (tmp_path / "f").exists()
 
 
 def test_an_engine_of_another_portable_model_is_found(

@@ -19,7 +19,7 @@ from export.errors import ResourceError
 from pipeline import machine
 from pipeline.calibrate.method import Context, Method, Unit
 from pipeline.calibrate.plan import LayerPlan, make_plans
-from pipeline.calibrate.state import CalibrationState
+from pipeline.calibrate.state import CalibrationState, copy_finished
 from pipeline.methods import AUTO, METHODS
 from pipeline.picture_case import is_large
 from pipeline.progress import track
@@ -70,6 +70,15 @@ def calibrate(model: LoadedModel, recipe: Recipe, folder: Path) -> list[Quantize
     seconds = time.monotonic() - started
     logger.info("calibrated %d linears (%s) in %.1f s: %.1f MB", len(layers), recipe.calibrate.method, seconds, size_mb)
     return layers
+
+
+def adopt(model: LoadedModel, recipe: Recipe, source: Path, folder: Path) -> list[QuantizedLinear]:
+    """The layers that `python -m pipeline.calibrate` wrote into `source`, copied into `folder`.
+
+    Raises RecipeError if they were made of another model or by other settings than these.
+    """
+    copy_finished(source, folder, _origin(model, with_method(recipe, model)))
+    return checkpoint.load(folder)
 
 
 @contextmanager

@@ -11,15 +11,43 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from export import checkpoint
 from export.checkpoint import LAYERS_FILE, QuantizedLinear
+from export.errors import RecipeError
 from pipeline.calibrate.plan import LayerPlan
 
 ORIGIN_FILE = "calibration.json"
+
+
+def copy_finished(source: Path, folder: Path, origin: Mapping[str, Any]) -> None:
+    """Copy the finished calibration in `source` into `folder`.
+
+    Raises RecipeError if there is none, or with every setting that differs if it was not made from `origin`.
+    """
+    path = source / ORIGIN_FILE
+    if not (path.is_file() and (source / LAYERS_FILE).is_file()):
+        raise RecipeError(f"{source} holds no finished calibration; python -m pipeline.calibrate -o {source} makes one")
+    found, wanted = (dict(_flat(value)) for value in (json.loads(path.read_text()), json.loads(json.dumps(origin))))
+    differing = [key for key in sorted(found | wanted) if found.get(key) != wanted.get(key)]
+    if differing:
+        told = "; ".join(f"{key} is {found.get(key)} there, {wanted.get(key)} here" for key in differing)
+        raise RecipeError(f"{source}: made from other settings ({told}); give the same ones, or calibrate again")
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in (ORIGIN_FILE, checkpoint.WEIGHTS_FILE, LAYERS_FILE):
+        shutil.copyfile(source / name, folder / name)
+
+
+def _flat(value: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Keys like `weights.search`, as recipes and --set have them, and their values."""
+    if not isinstance(value, dict) or not value:
+        yield prefix, value
+        return
+    for key, inner in value.items():
+        yield from _flat(inner, f"{prefix}.{key}" if prefix else key)
 
 
 class CalibrationState:
