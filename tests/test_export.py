@@ -15,7 +15,7 @@ import onnxruntime as ort
 import pytest
 import torch
 
-from export import to_onnx
+from export import checkpoint, to_onnx
 from export.checkpoint import QuantizedLinear
 from export.errors import ContractError, ResourceError
 from export.models import LoadedModel, denoiser, load, sample_inputs
@@ -215,6 +215,20 @@ def test_same_inputs_give_the_same_bytes(exported, tmp_path, export):
         ]
         assert digests[0] == digests[1], name
     assert sorted(p.name for p in tmp_path.iterdir()) == [path.name, f"{path.name}.data"]
+
+
+def test_a_checkpoint_is_exported_without_the_float_weights(exported, tmp_path):
+    """The checkpoint, read back, and a model whose quantized linears hold nothing but NaN: the same bytes."""
+    case = exported("pixart")
+    checkpoint.save(case.layers, tmp_path / "layers")
+    model = load(str(case.model.folder))
+    with torch.no_grad():
+        for ref in model.linears():
+            for values in ref.module.parameters():
+                values.fill_(torch.nan)
+    export_portable(model, checkpoint.load(tmp_path / "layers"), tmp_path / "model.onnx")
+    for name in ("model.onnx", "model.onnx.data"):
+        assert (tmp_path / name).read_bytes() == (case.portable_path.parent / name).read_bytes()
 
 
 @pytest.mark.parametrize(("name", "size"), [("pixart_sizes", (96, 48)), ("dit", (96, 96)), ("hunyuan", (48, 96))])
