@@ -223,8 +223,8 @@ def test_constant_scales_are_refused_while_lowering(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("formats", "text"),
     [
-        (Formats("INT8", "INT8"), "weights in INT8: plugins take 4-bit weights; .*rtx.path=native"),
-        (Formats("E2M1", "E2M3", {"ff.in": "E2M3"}), "weights in E2M3: plugins take 4-bit weights"),
+        (Formats("INT8", "INT8"), "weights in INT8: the GPU kernels take 4-bit weights.*; .*rtx.path=native"),
+        (Formats("E2M1", "E2M3", {"ff.in": "E2M3"}), "weights in E2M3: the GPU kernels take 4-bit weights"),
     ],
 )
 def test_formats_that_no_kernel_takes_are_refused_before_any_work(formats: Formats, text: str) -> None:

@@ -15,12 +15,12 @@ from typing import Any
 
 import onnx_ir as ir
 
-from export.errors import ContractError, RecipeError
-from export.formats import get_format
+from export.errors import ContractError
 from pipeline import machine
 from pipeline.backends import lowering_file
 from pipeline.backends.base import BuildResult, Capabilities, Engine, GemmRow, LoweredGraph
 from pipeline.backends.cuda_run import CONDITION, METADATA, MIN_SM, MODEL, SCHEMA_VERSION, CudaEngine
+from pipeline.backends.kernel_formats import recipe_problems
 from pipeline.files import sha256, write_json
 from pipeline.methods import asked_activations
 from pipeline.passes import run_shared
@@ -29,10 +29,10 @@ from pipeline.passes.lower_cuda import GROUPS_REFUSED, OWN_CODES, PATHS, lower
 from pipeline.passes.lower_cuda_ops import DOMAIN
 from pipeline.passes.split_condition import split_condition
 from pipeline.recipe import Cuda
-from plugins.gpu.operands import operand_of
 
 logger = logging.getLogger(__name__)
 DATA = "model.onnx.data"
+REMEDY = "use another format, or --target cpu"
 GEMMS = (
     GemmRow(PATHS["E4M3"], "E4M3", "E4M3", real_groups=True),
     GemmRow(PATHS["INT8"], "INT8", "FP16", real_groups=True),
@@ -53,7 +53,7 @@ class CudaBackend:
 
     def problems(self, recipe: Any) -> list[str]:
         """Formats and activations that no kernel takes."""
-        return [] if recipe is None else [*format_problems(recipe), *method_problems(recipe)]
+        return [] if recipe is None else [*recipe_problems(recipe, REMEDY), *method_problems(recipe)]
 
     def lower(self, portable: Path, work_dir: Path, recipe: Any) -> LoweredGraph:
         """Write model.onnx and its data, lowered, into `work_dir`; weights stay packed."""
@@ -105,20 +105,6 @@ def refuse_unrunnable(model: ir.Model) -> None:
     from pipeline.backends.cuda_module import refuse_unknown
 
     refuse_unknown(model.graph)
-
-
-def format_problems(recipe: Any) -> list[str]:
-    """One message for each number format of the recipe that no kernel takes."""
-    found = []
-    for name in sorted({recipe.formats.weight, *recipe.formats.weight_of.values()}):
-        if get_format(name).bits != 4:
-            remedy = "use a 4-bit format, or build with --target cpu"
-            found.append(f"weights in {name}: the kernels of target cuda take 4-bit weights; {remedy}")
-    try:
-        operand_of(recipe.formats.activation)
-    except RecipeError as error:
-        found.append(f"target cuda: {error}")
-    return found
 
 
 def method_problems(recipe: Any) -> list[str]:

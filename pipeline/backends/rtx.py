@@ -12,6 +12,7 @@ import onnx_ir as ir
 
 from pipeline.backends import lowering_file, rtx_build, rtx_plugin
 from pipeline.backends.base import BuildResult, Capabilities, Engine, GemmRow, LoweredGraph
+from pipeline.backends.kernel_formats import recipe_problems
 from pipeline.backends.rtx_engine_file import EngineFile, check_gemms, read_engine_file
 from pipeline.backends.rtx_run import ENGINE, METADATA, RtxEngine
 from pipeline.files import sha256, write_json
@@ -83,7 +84,7 @@ class RtxBackend:
         """GPUs that the builder refuses, activations that no lowering takes, and a missing package."""
         with_plugins = recipe.rtx.path == "plugin"
         found = [*sm_problems(recipe.rtx.sm), *method_problems(recipe, with_plugins), *rtx_build.package_problems()]
-        found += rtx_plugin.format_problems(recipe) if with_plugins else []
+        found += recipe_problems(recipe, rtx_plugin.REMEDY) if with_plugins else []
         return [*found, *rtx_plugin.problems(recipe.rtx.sm)] if with_plugins and not found else found
 
     def lower(self, portable: Path, work_dir: Path, recipe: Any) -> LoweredGraph:

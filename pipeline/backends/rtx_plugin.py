@@ -18,14 +18,12 @@ from typing import Any
 import onnx
 import onnx_ir as ir
 
-from export.errors import EnvironmentLacksError, RecipeError
-from export.formats import get_format
+from export.errors import EnvironmentLacksError
 from pipeline.backends import rtx_build
 from pipeline.backends.base import Choice
 from pipeline.backends.rtx_engine_file import EngineFile, check_plugins, read_engine_file
 from pipeline.passes.lower_cuda import LowerCuda
 from pipeline.passes.lower_rtx_plugin import KernelNode, lower_fused, plugin_graph
-from plugins.gpu.operands import operand_of
 from plugins.tensorrt_rtx import compile, loader, plugin
 from plugins.tensorrt_rtx.payload import FIELD, NAMESPACE, PLUGINS, VERSION, Payload
 
@@ -46,17 +44,6 @@ def problems(sms: Sequence[int]) -> list[str]:
         loader.load()
     except EnvironmentLacksError as error:
         found.append(str(error))
-    return found
-
-
-def format_problems(recipe: Any) -> list[str]:
-    """One message for each number format of the recipe that no plugin takes."""
-    wide = [n for n in sorted({recipe.formats.weight, *recipe.formats.weight_of.values()}) if get_format(n).bits != 4]
-    found = [f"weights in {name}: plugins take 4-bit weights; {REMEDY}" for name in wide]
-    try:
-        operand_of(recipe.formats.activation)
-    except RecipeError as error:
-        found.append(f"{error}; {REMEDY}")
     return found
 
 

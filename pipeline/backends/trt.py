@@ -21,6 +21,7 @@ import onnx_ir as ir
 from export.errors import ContractError
 from pipeline.backends import lowering_file, rtx_build, rtx_plugin
 from pipeline.backends.base import BuildResult, Capabilities, Engine, LoweredGraph
+from pipeline.backends.kernel_formats import recipe_problems
 from pipeline.backends.rtx import DATA, ONNX, method_problems
 from pipeline.backends.trt_run import ENGINE, METADATA, MODULE, TrtEngine, environment_problems
 from pipeline.bundle import cuda_sm
@@ -52,7 +53,7 @@ class TrtBackend:
 
     def problems(self, recipe: Any) -> list[str]:
         """What is missing here: TensorRT, a release that is new enough, its GPU, a compiler for the kernels."""
-        chosen = [*method_problems(recipe, with_plugins=True), *rtx_plugin.format_problems(recipe)]
+        chosen = [*method_problems(recipe, with_plugins=True), *recipe_problems(recipe, rtx_plugin.REMEDY)]
         return [*environment_problems(cuda_sm()), *chosen]
 
     def lower(self, portable: Path, work_dir: Path, recipe: Any) -> LoweredGraph:

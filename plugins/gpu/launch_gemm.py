@@ -59,7 +59,6 @@ def expanded_gemm(
     w_scales: Tensor,
     bias: Tensor,
     *,
-    multiplier_codes: Tensor | None = None,
     a_zero: Tensor | None = None,
     w_sums: Tensor | None = None,
     gate: Tensor | None = None,
@@ -69,7 +68,7 @@ def expanded_gemm(
     tile: Tile | None = None,
     sm: int | None = None,
 ) -> Tensor:
-    """As packed_gemm with w_expanded u8 [N, K] from `expand`; multiplier_codes are in it and not read."""
+    """As packed_gemm with w_expanded u8 [N, K] from `expand`, multipliers folded in."""
     inputs = dict(
         a=a, a_scale=a_scale, w=w_expanded, w_scales=w_scales, bias=bias, a_zero=a_zero, w_sums=w_sums, gate=gate,
         residual=residual,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -14,6 +15,23 @@ Epilogue = Literal["none", "gelu", "gate_residual"]
 FloatType = Literal["fp16", "bf16", "fp32"]
 EPILOGUES = ("none", "gelu", "gate_residual")
 FLOAT_TYPES = ("fp16", "bf16", "fp32")
+
+
+def weight_problem(weight: str) -> str:
+    """Why no kernel takes weights in this format, '' if they do."""
+    if get_format(weight).bits == 4:
+        return ""
+    return f"weights in {weight}: the GPU kernels take 4-bit weights, packed two per byte"
+
+
+def format_problems(weights: Iterable[str], activation: str) -> list[str]:
+    """One message for each of these formats that no kernel takes."""
+    found = [problem for name in sorted(set(weights)) if (problem := weight_problem(name))]
+    try:
+        operand_of(activation)
+    except RecipeError as error:
+        found.append(str(error))
+    return found
 
 
 @dataclass(frozen=True)
@@ -45,8 +63,8 @@ class GemmSpec:
     output: FloatType = "fp16"
 
     def __post_init__(self) -> None:
-        if self.weight_format.bits != 4:
-            raise RecipeError(f"weights in {self.weight}: the GPU kernels take 4-bit weights, packed two per byte")
+        if problem := weight_problem(self.weight):
+            raise RecipeError(problem)
         _check(self.in_features > 0 and self.in_features % 2 == 0, f"in_features {self.in_features} must be even")
         _check(self.out_features > 0, f"out_features {self.out_features} must be positive")
         fits = self.group_size == 0 or (self.group_size > 0 and self.in_features % self.group_size == 0)

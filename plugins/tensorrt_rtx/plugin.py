@@ -52,74 +52,83 @@ def text_of(field: Any) -> str:
     return np.asarray(field.data, np.int8).tobytes().rstrip(b"\0").decode()
 
 
+class KernelMethods:
+    """One kernel of one layer, without TensorRT's base classes. Names of methods and fields are TensorRT's."""
+
+    trt: Any
+
+    def open(self, text: str) -> None:
+        """Fill the fields from the payload's text."""
+        self.text, self.payload = text, from_text(text)
+        self.ports = ports_of(self.payload)
+        self.plugin_name, self.plugin_version = PLUGINS[self.payload.kernel], VERSION
+        self.plugin_namespace, self.num_outputs = NAMESPACE, len(self.ports.outputs)
+        self.fields = fields(self.trt, text)
+        self.launcher: Launcher | None = None
+
+    def get_capability_interface(self, type: Any) -> Any:
+        return self
+
+    def clone(self) -> Any:
+        return type(self)(self.text)  # type: ignore[call-arg]
+
+    def get_output_data_types(self, input_types: Any) -> list[Any]:
+        return [getattr(self.trt, name) for name in self.ports.outputs]
+
+    def get_output_shapes(self, inputs: Any, shape_inputs: Any, exprs: Any) -> list[Any]:
+        return [self._shape(inputs[0], width, exprs) for width in self.ports.widths]
+
+    def _shape(self, first: Any, width: int, exprs: Any) -> Any:
+        shape = self.trt.DimsExprs(first)
+        if width:
+            shape[len(shape) - 1] = exprs.constant(width)
+        return shape
+
+    def supports_format_combination(self, pos: int, in_out: Any, num_inputs: int) -> bool:
+        names = (*self.ports.inputs, *self.ports.outputs)
+        found = in_out[pos].desc
+        return bool(found.format == self.trt.TensorFormat.LINEAR and found.type == getattr(self.trt, names[pos]))
+
+    def configure_plugin(self, inputs: Any, outputs: Any) -> None:
+        """Nothing depends on the profile: the payload has code for every number of rows."""
+
+    def get_workspace_size(self, inputs: Any, outputs: Any) -> int:
+        return 0
+
+    def get_valid_tactics(self) -> list[int]:
+        return []
+
+    def get_fields_to_serialize(self) -> Any:
+        return self.fields[0]
+
+    def attach_to_context(self, context: Any) -> Any:
+        attached = self.clone()
+        attached.launcher = Launcher(self.payload.complete(), cuda_driver())
+        attached.launcher.load()
+        return attached
+
+    def on_shape_change(self, inputs: Any, outputs: Any) -> None:
+        assert self.launcher is not None, "the plugin is not attached to a context"
+        self.launcher.prepare([tuple(item.dims) for item in inputs])
+
+    def enqueue(
+        self, input_desc: Any, output_desc: Any, inputs: Any, outputs: Any, workspace: int, stream: int
+    ) -> None:
+        assert self.launcher is not None, "the plugin is not attached to a context"
+        self.launcher.launch(inputs, outputs, stream)
+
+
 def plugin_class(trt: Any) -> Any:
     """The IPluginV3 class of module tensorrt_rtx."""
+    bases = (trt.IPluginV3, trt.IPluginV3OneCore, trt.IPluginV3OneBuild, trt.IPluginV3OneRuntime)
 
-    class KernelPlugin(trt.IPluginV3, trt.IPluginV3OneCore, trt.IPluginV3OneBuild, trt.IPluginV3OneRuntime):
-        """One kernel of one layer. Names of methods and fields are TensorRT's."""
+    def init(self: Any, text: str) -> None:
+        for base in bases:
+            base.__init__(self)
+        self.open(text)
 
-        def __init__(self, text: str) -> None:
-            for base in KernelPlugin.__bases__:
-                base.__init__(self)
-            self.text, self.payload = text, from_text(text)
-            self.ports = ports_of(self.payload)
-            self.plugin_name, self.plugin_version = PLUGINS[self.payload.kernel], VERSION
-            self.plugin_namespace, self.num_outputs = NAMESPACE, len(self.ports.outputs)
-            self.fields = fields(trt, text)
-            self.launcher: Launcher | None = None
-
-        def get_capability_interface(self, type: Any) -> Any:
-            return self
-
-        def clone(self) -> Any:
-            return KernelPlugin(self.text)
-
-        def get_output_data_types(self, input_types: Any) -> list[Any]:
-            return [getattr(trt, name) for name in self.ports.outputs]
-
-        def get_output_shapes(self, inputs: Any, shape_inputs: Any, exprs: Any) -> list[Any]:
-            return [self._shape(inputs[0], width, exprs) for width in self.ports.widths]
-
-        def _shape(self, first: Any, width: int, exprs: Any) -> Any:
-            shape = trt.DimsExprs(first)
-            if width:
-                shape[len(shape) - 1] = exprs.constant(width)
-            return shape
-
-        def supports_format_combination(self, pos: int, in_out: Any, num_inputs: int) -> bool:
-            names = (*self.ports.inputs, *self.ports.outputs)
-            found = in_out[pos].desc
-            return bool(found.format == trt.TensorFormat.LINEAR and found.type == getattr(trt, names[pos]))
-
-        def configure_plugin(self, inputs: Any, outputs: Any) -> None:
-            """Nothing depends on the profile: the payload has code for every number of rows."""
-
-        def get_workspace_size(self, inputs: Any, outputs: Any) -> int:
-            return 0
-
-        def get_valid_tactics(self) -> list[int]:
-            return []
-
-        def get_fields_to_serialize(self) -> Any:
-            return self.fields[0]
-
-        def attach_to_context(self, context: Any) -> Any:
-            attached = self.clone()
-            attached.launcher = Launcher(self.payload.complete(), cuda_driver())
-            attached.launcher.load()
-            return attached
-
-        def on_shape_change(self, inputs: Any, outputs: Any) -> None:
-            assert self.launcher is not None, "the plugin is not attached to a context"
-            self.launcher.prepare([tuple(item.dims) for item in inputs])
-
-        def enqueue(
-            self, input_desc: Any, output_desc: Any, inputs: Any, outputs: Any, workspace: int, stream: int
-        ) -> None:
-            assert self.launcher is not None, "the plugin is not attached to a context"
-            self.launcher.launch(inputs, outputs, stream)
-
-    return KernelPlugin
+    # Ours first: the bases have methods of these names that only say what is missing.
+    return type("KernelPlugin", (KernelMethods, *bases), {"__init__": init, "trt": trt})
 
 
 def registered() -> tuple[str, ...]:
