@@ -169,15 +169,22 @@ def failed_ends(engine: CudaEngine, found: Study, arithmetic: str) -> set[str]:
 def test_the_engine_runs_on_the_kernels(
     built: Built, interpreter: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The whole model on Triton kernels, interpreted; but for a code that flips they give what plain torch gives."""
+    """The whole model on Triton kernels, interpreted: as near to plain torch in fp16 as that is to float32.
+
+    Both round tokens to fp16 in the same places, and differ where a last place flips a code; each by itself is off
+    from float32 by all its fp16 roundings.
+    """
     if built.model.family.name != "dit":
         pytest.skip("one family, the smallest, suffices")
-    engine = CudaEngine(built.rebuilt(tmp_path / "half", activations="fp16", weights="packed"), device="cpu")
+    half, full = (
+        CudaEngine(built.rebuilt(tmp_path / name, activations=name, weights="packed"), device="cpu")
+        for name in ("fp16", "fp32")
+    )
     inputs = random_inputs(ir.load(built.lowered.path).graph)
-    found = engine.run(inputs)["sample"]
+    found = half.run(inputs)["sample"]
     monkeypatch.delenv("TRITON_INTERPRET")
-    expected = engine.run(inputs)["sample"]
-    assert np.linalg.norm(found - expected) <= 1e-2 * np.linalg.norm(expected)
+    expected, exact = half.run(inputs)["sample"], full.run(inputs)["sample"]
+    assert np.linalg.norm(found - expected) <= np.linalg.norm(expected - exact)
 
 
 def test_tokens_are_half_and_timesteps_are_not(built: Built) -> None:
