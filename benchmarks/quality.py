@@ -150,7 +150,7 @@ def run_model(name: str, arguments: argparse.Namespace) -> int:
         failed += found["status"] == FAILED
         told = (name, position, len(wanted), row.name, told_result(found), time.monotonic() - started)
         logger.info("%s %d of %d, %s: %s; %.0f s", *told)
-    if SENSITIVITY in arguments.table:
+    if SENSITIVITY in wanted_tables(name, arguments):
         from benchmarks.quality_sensitivity import sensitivity
 
         results.put(SENSITIVITY, sensitivity(subject, base.trajectory), subject.facts)
@@ -159,7 +159,16 @@ def run_model(name: str, arguments: argparse.Namespace) -> int:
 
 
 def chosen_rows(name: str, arguments: argparse.Namespace) -> list[Row]:
-    return rows_of(name, [table for table in arguments.table if table != SENSITIVITY], arguments.rows)
+    tables = [table for table in wanted_tables(name, arguments) if table != SENSITIVITY]
+    return rows_of(name, tables, arguments.rows or ["*"])
+
+
+def wanted_tables(name: str, arguments: argparse.Namespace) -> list[str]:
+    """Those of --table; else by --rows alone any row can be chosen, and without both all but the slow ones."""
+    if arguments.table or arguments.rows:
+        return arguments.table or [*TABLES]
+    usual = [table.name for table in TABLES.values() if name in table.models and table.name not in ON_REQUEST]
+    return [*usual, SENSITIVITY]
 
 
 def available(
@@ -201,7 +210,7 @@ def make_parser() -> argparse.ArgumentParser:
         "--table",
         action="append",
         choices=tables,
-        help=f"rows of this table (default: of all but {', '.join(ON_REQUEST)})",
+        help=f"rows of this table (default: of all but {', '.join(ON_REQUEST)}, ablations of one model)",
     )
     parser.add_argument(
         "--rows", action="append", metavar="PATTERN", help="rows of such names, for example 'rtn-*-w4a6'"
@@ -226,12 +235,6 @@ def make_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def default_tables(arguments: argparse.Namespace) -> list[str]:
-    """All but the slow ones; by --rows alone any row can be chosen."""
-    usual = [name for name in TABLES if name not in ON_REQUEST]
-    return [*TABLES] if arguments.rows else [*usual, SENSITIVITY]
-
-
 def checked(parser: argparse.ArgumentParser) -> argparse.Namespace:
     arguments = parser.parse_args()
     if arguments.model and not (arguments.rows and arguments.metric):
@@ -240,8 +243,6 @@ def checked(parser: argparse.ArgumentParser) -> argparse.Namespace:
         parser.error("--set changes what rows are; give an --output-dir of your own for their results")
     if not 0 <= arguments.count <= drawing.LABELS:
         parser.error(f"--count {arguments.count}: use 1 to {drawing.LABELS}")
-    arguments.table = arguments.table or default_tables(arguments)
-    arguments.rows = arguments.rows or ["*"]
     return arguments
 
 

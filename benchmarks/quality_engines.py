@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.quality_drawing import BATCH_SIZES, STEP_PICTURES, Run, Subject, Trajectory
+from benchmarks.quality_drawing import BATCH_SIZES, Run, Subject, Trajectory
 from benchmarks.quality_rows import Row
 from export import checkpoint
 from export.checkpoint import QuantizedLinear
@@ -171,7 +171,7 @@ def choose(
     graph, engine = built
     proof = prove(subject, layers, recipe, graph, trajectory)
     failed = [gate.name for gate in proof if not gate.passed]
-    call = first_samples(trajectory.calls[len(trajectory.calls) // 2], min(BATCH_SIZES[subject.name], STEP_PICTURES))
+    call = first_samples(trajectory.calls[len(trajectory.calls) // 2], BATCH_SIZES[subject.name])
     own = f"cpu engine, {recipe.cpu.path}"
     seconds = {own: call_seconds(engine.run, call), "reference": call_seconds(reference.run, call)}
     agreement = sqnr_db(reference.run(call)["sample"], engine.run(call)["sample"])
@@ -213,8 +213,9 @@ def prove(
 
 
 def first_samples(call: Arrays, count: int) -> Arrays:
-    """The first `count` pictures of both halves of a guided call."""
+    """The first `count` pictures, or as many as there are, of both halves of a guided call."""
     half = len(call["timestep"]) // 2
+    count = min(count, half)
     rows = [*range(count), *range(half, half + count)]
     return {name: value[rows] for name, value in call.items()}
 

@@ -104,7 +104,8 @@ def page(folder: Path = record.RESULTS) -> str:
     parts += [subject_text(model, found) for model, found in known.items() if found["rows"]]
     for table in TABLES.values():
         parts += [f"## {table.question}", *picture(table.name)]
-        parts += [table_text(table, model, found["rows"]) for model, found in known.items() if found["rows"]]
+        shown = {model: found["rows"] for model, found in known.items() if found["rows"] and model in table.models}
+        parts += [table_text(table, model, rows) for model, rows in shown.items()]
     parts += ["## Which layers cost most, and in which steps?", *picture("sensitivity"), *picture("steps")]
     parts += [sensitivity_text(model, found.get("sensitivity", [])) for model, found in known.items()]
     parts += [study_text(folder)]
