@@ -53,6 +53,7 @@ ARMS = {
     "scale_aware_fast": Arm(True, 400, 4e-4, 8),
     "plain_fast": Arm(False, 400, 1e-2, 8),
     "scale_aware_2500": Arm(True, 2500, 1e-4),
+    "scale_aware_2500_quick": Arm(True, 2500, 4e-4),
     "plain_2500": Arm(False, 2500, 1e-3),
     "plain_2500_quick": Arm(False, 2500, 1e-2),
     "plain_20000": Arm(False, 20000, 1e-3),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -16,10 +17,20 @@ LABELS = {
     "nearest": "round to nearest",
     "scale_aware_fast": "scale-aware, fast preset",
     "scale_aware_2500": "scale-aware, published rate",
+    "scale_aware_2500_quick": "scale-aware, four times that rate",
     "plain_fast": "plain, fast preset",
     "plain_2500": "plain, published rate",
+    "plain_2500_quick": "plain, ten times that rate",
     "plain_20000": "plain, published rate",
 }
+
+AGAINST = (
+    ("scale_aware_fast", "nearest"),
+    ("scale_aware_fast", "plain_fast"),
+    ("scale_aware_2500", "plain_20000"),
+    ("scale_aware_2500_quick", "plain_20000"),
+    ("scale_aware_2500_quick", "plain_2500_quick"),
+)
 
 
 def study_text(folder: Path = record.RESULTS) -> str:
@@ -51,16 +62,17 @@ def _cell(result: Mapping[str, Any] | None) -> str:
 
 
 def _answer(blocks: Mapping[str, Any]) -> str:
-    """Scale-aware at 2,500 against plain at 20,000, in the blocks where both were run."""
-    pairs = [
-        (b["scale_aware_2500"], b["plain_20000"])
-        for b in blocks.values()
-        if {"scale_aware_2500", "plain_20000"} <= set(b)
-    ]
+    """Every pair of AGAINST, in the blocks where both were run."""
+    return " ".join(_compared(blocks, *pair) for pair in AGAINST).strip()
+
+
+def _compared(blocks: Mapping[str, Any], arm: str, other: str) -> str:
+    pairs = [(found[arm], found[other]) for found in blocks.values() if {arm, other} <= set(found)]
     if not pairs:
         return ""
-    wins = {key: sum(aware[key] <= plain[key] for aware, plain in pairs) for key in ("loss", "held_out_loss")}
+    wins = {key: sum(one[key] <= two[key] for one, two in pairs) for key in ("loss", "held_out_loss")}
+    ratio = math.exp(sum(math.log(one["loss"] / two["loss"]) for one, two in pairs) / len(pairs))
     return (
-        f"Scale-aware rounding at 2,500 iterations is no worse than plain at 20,000 in {wins['loss']} of {len(pairs)} "
-        f"blocks, on held-out calls in {wins['held_out_loss']} of {len(pairs)}."
+        f"{_title(arm, blocks).capitalize()}: no worse than {_title(other, blocks)} in {wins['loss']} of {len(pairs)} "
+        f"blocks, on held-out calls in {wins['held_out_loss']}; {ratio:.2f} times its loss in the geometric mean."
     )
