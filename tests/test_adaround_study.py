@@ -59,4 +59,4 @@ def test_the_page_shows_what_was_measured_and_says_what_was_not(tmp_path):
     text = study_text(tmp_path)
     assert "| b.0 | 3.0000 (3.0000) | 1.0000 (2.0000) | 1.5000 (1.5000) |" in text
     assert "| b.1 | 4.0000 (4.0000) | 2.0000 (2.0000) | not measured yet |" in text
-    assert "in 1 of 1 blocks, on held-out calls in 0 of 1" in text
+    assert "in 1 of 1 blocks, on held-out calls in 0; 0.67 times its loss" in text
