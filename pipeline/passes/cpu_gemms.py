@@ -45,12 +45,12 @@ def integer_gemm(emit: Emitter, spec: GemmSpec, a: Operand) -> Product:
 
 
 def grouped_gemm(emit: Emitter, spec: GemmSpec, a: Operand) -> Product:
-    """S sums per output, [S, M, K/S] x [S, K/S, N] in int32, each scaled by its group, then added in float32.
+    """S sums per output, each scaled by its group, then added in float32."""
+    return _scaled_groups(emit, spec, a) if spec.activation_group else _fused_groups(emit, spec, a)
 
-    Where scales of tokens go by group as well, the integer sums are what is probed.
-    """
-    if len(a.codes) == 1 and not spec.activation_group:
-        return _fused_groups(emit, spec, a)
+
+def _scaled_groups(emit: Emitter, spec: GemmSpec, a: Operand) -> Product:
+    """Scales of tokens by group as well: [S, M, K/S] x [S, K/S, N] in int32, and the integer sums are probed."""
     w = image_initializer(emit, spec)
     groups, k, n = spec.sum_groups, spec.sum_length, spec.out_features
     w = emit.op("Reshape", w, emit.constant([groups, k, n], np.int64), name="grouped_weight")
@@ -60,29 +60,27 @@ def grouped_gemm(emit: Emitter, spec: GemmSpec, a: Operand) -> Product:
     turned = tuple(emit.op("Transpose", row, name=f"grouped_{i}", perm=[1, 0, 2]) for i, row in enumerate(rows))
     total = _limb_sum(emit, turned, a.weights, w, emit.constant(a.zero, np.uint8))
     sums = emit.op("Cast", total, name="sum_f32", to=FLOAT)
-    scaled = emit.op("Mul", sums, scales, name="scaled")
-    if spec.activation_group:
-        scaled = emit.op("Mul", scaled, _group_scales(emit, spec, a), name="scaled_groups")
+    scaled = emit.op(
+        "Mul", emit.op("Mul", sums, scales, name="scaled"), _group_scales(emit, spec, a), name="scaled_groups"
+    )
     flat = emit.op("ReduceSum", scaled, emit.constant([0], np.int64), name="flat", keepdims=0)
-    of_token = None if spec.activation_group else a.scale
-    y = emit.op("Reshape", flat, _shape_like(emit, a.x if of_token is None else of_token, n), name="product")
-    return Product(y, sums if spec.activation_group else y, "", of_token)
+    y = emit.op("Reshape", flat, _shape_like(emit, a.x, n), name="product")
+    return Product(y, sums, "", None)
 
 
 def _fused_groups(emit: Emitter, spec: GemmSpec, a: Operand) -> Product:
-    """One fused op of onnxruntime for each group: its integer sums never reach the memory."""
-    w, (code,) = image_initializer(emit, spec), a.codes
-    groups, k, n = spec.sum_groups, spec.sum_length, spec.out_features
-    scales = emit.lazy(f"{spec.layer}.unit_scales", FLOAT, (groups, n), partial(_sum_scales, spec, groups))
-    one, zero = emit.constant(1.0), emit.constant(a.zero, np.uint8)
-    parts = []
+    """One fused op of onnxruntime for each group and limb: its integer sums never reach the memory."""
+    w, groups, k = image_initializer(emit, spec), spec.sum_groups, spec.sum_length
+    scales = emit.lazy(f"{spec.layer}.unit_scales", FLOAT, (groups, spec.out_features), partial(_sum_scales, spec))
+    zero, parts = emit.constant(a.zero, np.uint8), []
     for group in range(groups):
-        rows = _slice(emit, code, group * k, k, -1, f"rows_{group}")
         weight = _slice(emit, w, group * k, k, 0, f"weight_{group}")
-        weight.shape = ir.Shape((k, n))
+        weight.shape = ir.Shape((k, spec.out_features))
         scale = emit.op("Gather", scales, emit.constant(group, np.int64), name=f"scales_{group}", axis=0)
-        name = f"product_{group}"
-        parts.append(emit.op("MatMulIntegerToFloat", rows, weight, one, scale, zero, name=name, domain=MICROSOFT))
+        for i, (code, limb) in enumerate(zip(a.codes, a.weights, strict=True)):
+            rows = _slice(emit, code, group * k, k, -1, f"rows_{group}_{i}")
+            given = (rows, weight, emit.constant(float(limb)), scale, zero)
+            parts.append(emit.op("MatMulIntegerToFloat", *given, name=f"product_{group}_{i}", domain=MICROSOFT))
     y = emit.op("Sum", *parts, name="product")
     return Product(y, y, "", a.scale)
 
@@ -95,13 +93,15 @@ def _slice(emit: Emitter, value: ir.Value, start: int, length: int, axis: int, n
 def _channel_scales(emit: Emitter, spec: GemmSpec) -> ir.Value:
     """Weight scales [S, 1, N], or [1, 1, N] where a channel has one for all sums."""
     rows, n = (spec.sum_groups, spec.out_features) if spec.real_groups else (1, spec.out_features)
-    scales = emit.lazy(f"{spec.layer}.unit_scales", FLOAT, (rows, n), partial(_sum_scales, spec, rows))
+    made = partial(_sum_scales, spec) if spec.real_groups else lambda: unit_scales(spec)[None]
+    scales = emit.lazy(f"{spec.layer}.unit_scales", FLOAT, (rows, n), made)
     return emit.op("Reshape", scales, emit.constant([rows, 1, n], np.int64), name="grouped_scales")
 
 
-def _sum_scales(spec: GemmSpec, rows: int) -> NDArray[np.float32]:
+def _sum_scales(spec: GemmSpec) -> NDArray[np.float32]:
+    """[S, N]: scales of the weight's groups, each as often as it spans sums."""
     found = unit_scales(spec).reshape(spec.scale_groups, -1)
-    return np.repeat(found, rows // spec.scale_groups, axis=0)
+    return np.repeat(found, spec.sum_groups // spec.scale_groups, axis=0)
 
 
 def _group_scales(emit: Emitter, spec: GemmSpec, a: Operand) -> ir.Value:
