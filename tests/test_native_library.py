@@ -17,7 +17,7 @@ from pipeline.bundle import FITNESS
 from pipeline.gates import check_linear, quantize_oracle
 from pipeline.probing import ProbedGraph
 from pipeline.recipe import Cpu, Recipe
-from plugins.cpu import library
+from plugins.cpu import library, rounding_errors
 from tests import native
 from tests.portable import activations, portable, random_linear
 
@@ -29,6 +29,8 @@ CROSS = """
 """
 LAYERS = [random_linear("a"), random_linear("b", granularity="exact_group", group=16, seed=1)]
 INPUTS = "float[B,S,64] hidden_states, float[B,S,64] text"
+
+HEADERS = ("ort_abi.h", "token_chain.h", "variants.h")
 
 
 @pytest.fixture
@@ -65,7 +67,7 @@ def test_the_same_compiler_gives_the_same_bytes(tmp_path):
 
 def test_the_sources_are_part_of_the_code_version_and_of_the_package():
     assert {".c", ".h", ".py"} == set(machine.SOURCES)
-    assert all((library.FOLDER / name).is_file() for name in (*library.SOURCES, "ort_abi.h", "token_chain.h"))
+    assert all((library.FOLDER / name).is_file() for name in (*library.SOURCES, *rounding_errors.SOURCES, *HEADERS))
 
 
 def test_every_declared_function_of_onnxruntime_is_called():

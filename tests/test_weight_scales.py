@@ -13,6 +13,7 @@ from export.op_meanings import quantize_weight
 from pipeline.calibrate import scales as scales_module
 from pipeline.calibrate.plan import group_multipliers, image_limit
 from pipeline.calibrate.scales import REACHES, RoundingErrors, find_scales, round_to_codes
+from plugins.cpu import library, rounding_errors
 
 E2M1 = (1, 2, 3, 4, 5, 6, 8, 10)
 WEIGHT_FORMATS = ("E2M1", "E1M2", "E3M0", "E2M3", "E3M2", "E4M3", "INT4", "INT6", "INT8")
@@ -65,6 +66,35 @@ def test_rounding_by_addition_makes_the_errors_of_the_codec(name):
     # An error e of a value v <= clip + e is computed to within 3 roundings of v, so e^2 to within 6 v e roundings.
     bound = 6 * ROUNDING * 16 * np.abs(blocks).max() * np.sqrt(np.array(wanted)) + 1e-5 * np.array(wanted) + 1e-12
     assert (np.abs(found - wanted) <= bound).all()
+
+
+@pytest.mark.parametrize("name", WEIGHT_FORMATS)
+@pytest.mark.parametrize("shape", [(5, 3, 8), (7, 2, 64), (3, 1, 1152), (4, 5, 100), (2, 3, 1), (3, 4, 17)])
+def test_c_and_numpy_give_the_same_bits(name, shape):
+    if rounding_errors.compiled() is None:
+        pytest.skip("no C compiler")
+    rng = np.random.default_rng(4)
+    blocks = np.abs(rng.standard_t(3, shape)).astype(np.float32)
+    blocks[0] = 0
+    scale = rng.uniform(0.01, 2, len(blocks)).astype(np.float32)
+    errors = RoundingErrors(blocks, get_format(name))
+    fast, errors.function = errors.at(scale), None
+    np.testing.assert_array_equal(fast, errors.at(scale))
+
+
+def test_scales_do_not_depend_on_a_compiler(monkeypatch):
+    blocks = np.random.default_rng(5).standard_normal((40, 6, 32)).astype(np.float32)
+    fast = find_scales(blocks, get_format("E2M1"), E2M1, "mse")
+    monkeypatch.setattr(rounding_errors, "compiled", lambda: None)
+    for one, other in zip(fast, find_scales(blocks, get_format("E2M1"), E2M1, "mse"), strict=True):
+        np.testing.assert_array_equal(one, other)
+
+
+def test_without_a_compiler_numpy_is_taken_and_told(monkeypatch, caplog):
+    caplog.set_level("INFO")
+    monkeypatch.setattr(library.shutil, "which", lambda _: None)
+    assert rounding_errors.compiled.__wrapped__() is None
+    assert "searched by NumPy, some times slower: cpu.path native needs one of cc" in caplog.text
 
 
 @pytest.mark.parametrize("multipliers", [(1,), E2M1])

@@ -16,14 +16,16 @@ from numpy.typing import NDArray
 
 from export.formats import Format, encode, fold_negative_zero
 from export.ops import ABSMAX_FLOOR
+from plugins.cpu import rounding_errors
 
 F32 = NDArray[np.float32]
 T = TypeVar("T")
 # What is tried for the largest multiplier's reach, as shares of the row's absmax. Below 1 the row's peak is clipped.
 # Above 1 the peak takes a smaller multiplier, which leaves the others finer choices: worth 0.1 dB at g = 64, 0.2 at 32.
 REACHES = tuple(float(share) for share in np.linspace(1.5, 0.5, 21))
-# A chunk of float32 and its two work arrays stay in a core's second-level cache.
+# A chunk of float32 stays in a core's second-level cache.
 CHUNK_ELEMENTS = 65536
+LANES = 16  # as in plugins/cpu/variants.h
 
 
 def find_scales(blocks: F32, fmt: Format, multipliers: tuple[int, ...], search: str) -> tuple[F32, NDArray[np.uint8]]:
@@ -101,29 +103,45 @@ def _best_multipliers(
 
 
 class RoundingErrors:
-    """Squared rounding errors of fixed magnitudes [R, G, g] at many scales.
+    """Squared rounding errors of fixed magnitudes [R, G, g] at many scales, the same bits in C and in NumPy.
 
     Rounding is one addition: a + c - c rounds a to multiples of ulp(c), and with c = a * 2^(23 - M), not below
     2^(23 - f), that ulp is the format's own step at a. Ties may go the other way than the codec's; the error is equal.
     """
 
     def __init__(self, magnitude: F32, fmt: Format) -> None:
-        self.magnitude, self.max_value = magnitude, np.float32(fmt.max_value)
+        self.magnitude = np.ascontiguousarray(magnitude, np.float32)
         self.slope = np.float32(2.0 ** (23 - fmt.mantissa_bits))
         self.floor = np.float32(2.0 ** (23 - fmt.fraction_bits))
-        self.scaled, self.magic, self.rounded = (np.empty_like(magnitude) for _ in range(3))
+        self.max_value, self.function = np.float32(fmt.max_value), rounding_errors.compiled()
 
     def at(self, scale: F32) -> F32:
         """[R, G]: sum over each group of (magnitude - rounded magnitude)^2, for scales [R]."""
-        scaled, magic, rounded = self.scaled, self.magic, self.rounded
-        np.multiply(self.magnitude, (1 / scale)[:, None, None], out=scaled)
-        np.multiply(scaled, self.slope, out=magic)
+        if self.function is None:
+            return self._by_numpy(scale)
+        grid = (float(number) for number in (self.slope, self.floor, self.max_value))
+        return rounding_errors.rounding_errors(self.function, self.magnitude, scale, *grid)
+
+    def _by_numpy(self, scale: F32) -> F32:
+        scaled = self.magnitude * (1 / scale)[:, None, None]
+        magic = scaled * self.slope
         np.maximum(magic, self.floor, out=magic)
-        np.add(scaled, magic, out=rounded)
+        rounded = scaled + magic
         np.subtract(rounded, magic, out=rounded)
         np.minimum(rounded, self.max_value, out=rounded)
         np.subtract(rounded, scaled, out=rounded)
-        return np.einsum("rgk,rgk->rg", rounded, rounded) * (scale * scale)[:, None]
+        return _sums(np.square(rounded, out=rounded)) * (scale * scale)[:, None]
+
+
+def _sums(x: F32) -> F32:
+    """Sums over the last axis of [R, G, g]: LANES partial sums in order, then added in pairs."""
+    padded = np.pad(x, ((0, 0), (0, 0), (0, -x.shape[2] % LANES)))
+    part = np.zeros((*x.shape[:2], LANES), np.float32)
+    for row in np.moveaxis(padded.reshape(*x.shape[:2], -1, LANES), 2, 0):
+        part += row
+    while part.shape[2] > 1:
+        part = part[..., : part.shape[2] // 2] + part[..., part.shape[2] // 2 :]
+    return part[..., 0]
 
 
 SEARCHES: dict[str, Callable[[F32, Format, tuple[int, ...]], tuple[F32, NDArray[np.uint8]]]] = {

@@ -5,8 +5,8 @@
 
 #include "ort_abi.h"
 #include "token_chain.h"
+#include "variants.h"
 
-#define EXPORT __attribute__((visibility("default")))
 #define MAX_RANK 8
 #define FLOATS_PER_CHUNK 16384 /* rows of one call on one thread: 64 KiB, which stays in its cache */
 

@@ -38,10 +38,10 @@ def compiler() -> str:
     return found
 
 
-def build(path: Path, flags: tuple[str, ...] = ()) -> None:
+def build(path: Path, flags: tuple[str, ...] = (), sources: tuple[str, ...] = SOURCES) -> None:
     """Compile the library to `path`; the same compiler gives the same bytes. Raises EnvironmentLacksError."""
     wide = X86_FLAGS if platform.machine() in ("x86_64", "AMD64") else ()
-    command = [compiler(), *FLAGS, *wide, *flags, *SOURCES, "-o", str(path.absolute())]
+    command = [compiler(), *FLAGS, *wide, *flags, *sources, "-o", str(path.absolute())]
     done = subprocess.run(command, cwd=FOLDER, capture_output=True, text=True, check=False, timeout=TIMEOUT_S)
     if done.returncode:
         lines = [line for line in done.stderr.splitlines() if "error" in line] or done.stderr.splitlines()

@@ -1,0 +1,44 @@
+"""The search for weight scales in C: a seventh of NumPy's time for the same bits, where there is a C compiler."""
+
+from __future__ import annotations
+
+import ctypes
+import logging
+import tempfile
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from export.errors import EnvironmentLacksError
+from plugins.cpu import library
+
+logger = logging.getLogger(__name__)
+F32 = NDArray[np.float32]
+SOURCES = ("rounding_errors.c",)
+POINTER, INTEGER, FLOAT = np.ctypeslib.ndpointer(np.float32, flags="C_CONTIGUOUS"), ctypes.c_int64, ctypes.c_float
+ARGUMENTS = (POINTER, POINTER, INTEGER, INTEGER, INTEGER, FLOAT, FLOAT, FLOAT, POINTER)
+
+
+@cache
+def compiled() -> Any | None:
+    """The function, compiled for this process; None where nothing can be compiled."""
+    with tempfile.TemporaryDirectory(prefix="ditc-") as folder:
+        path = Path(folder) / "rounding_errors.so"
+        try:
+            library.build(path, sources=SOURCES)
+            function = ctypes.CDLL(str(path)).fpq_rounding_errors
+        except (EnvironmentLacksError, OSError) as error:
+            logger.info("scales are searched by NumPy, some times slower: %s", error)
+            return None
+    function.argtypes, function.restype = ARGUMENTS, None
+    return function
+
+
+def rounding_errors(function: Any, x: F32, scales: F32, slope: float, least: float, max_value: float) -> F32:
+    """[rows, groups]: squared errors of magnitudes x [rows, groups, n] at scales [rows], see rounding_errors.c."""
+    errors = np.empty(x.shape[:2], np.float32)
+    function(x, np.ascontiguousarray(scales), *x.shape, slope, least, max_value, errors)
+    return errors
