@@ -97,9 +97,14 @@ def _best_multipliers(
     errors: RoundingErrors, scale: F32, multipliers: tuple[int, ...]
 ) -> tuple[F32, NDArray[np.uint8]]:
     """Least error of every group at the row scales [R], and the multiplier that gives it; both [R, G]."""
-    found = np.stack([errors.at(scale * np.float32(m)) for m in multipliers])
-    index = found.argmin(axis=0)
-    return np.take_along_axis(found, index[None], 0)[0], np.array(multipliers, np.uint8)[index]
+    first, *others = multipliers
+    best = errors.at(scale * np.float32(first))
+    chosen = np.full(best.shape, first, np.uint8)
+    for multiplier in others:
+        error = errors.at(scale * np.float32(multiplier))
+        chosen[error < best] = multiplier  # the first of equals stays
+        np.minimum(error, best, out=best)
+    return best, chosen
 
 
 class RoundingErrors:
