@@ -1,4 +1,4 @@
-"""The search for weight scales in C: a seventh of NumPy's time for the same bits, where there is a C compiler."""
+"""The search for weight scales in C, where there is a C compiler: NumPy's bits, several times as fast."""
 
 from __future__ import annotations
 
