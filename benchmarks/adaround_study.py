@@ -127,7 +127,7 @@ class Results:
         }
 
     def add(self, key: str, block: str, arm: str, result: dict[str, Any]) -> None:
-        self.found.setdefault(key, {}).setdefault(block, {})[arm] = result
+        self.found.setdefault(key, {}).setdefault(block, {})[arm] = result | {"commit": record.commit()}
         record.write(self.name, {"recipes": self.found, "strength": STRENGTH}, self.folder)
 
 

@@ -39,7 +39,8 @@ def study_text(folder: Path = record.RESULTS) -> str:
     for path in sorted(folder.glob("adaround_*.json")):
         found = json.loads(path.read_text())
         for name, blocks in found["recipes"].items():
-            title = f"### {name}\n\n{found['machine']['cpu']}, commit {found['commit']}."
+            commits = dict.fromkeys(arm["commit"] for block in blocks.values() for arm in block.values())
+            title = f"### {name}\n\n{found['machine']['cpu']}, commit {', '.join(commits)}."
             parts.append(f"{title}\n\n{_table(blocks)}\n\n{_answer(blocks)}".rstrip())
     return "\n\n".join([f"## {QUESTION}", PREFACE, *parts]) if parts else ""
 
@@ -63,7 +64,7 @@ def _cell(result: Mapping[str, Any] | None) -> str:
 
 def _answer(blocks: Mapping[str, Any]) -> str:
     """Every pair of AGAINST, in the blocks where both were run."""
-    return " ".join(_compared(blocks, *pair) for pair in AGAINST).strip()
+    return " ".join(filter(None, (_compared(blocks, *pair) for pair in AGAINST)))
 
 
 def _compared(blocks: Mapping[str, Any], arm: str, other: str) -> str:

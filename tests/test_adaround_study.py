@@ -47,7 +47,7 @@ def test_arms_that_are_unknown_are_refused(capsys):
 
 def test_the_page_shows_what_was_measured_and_says_what_was_not(tmp_path):
     def arm(iterations, loss, held_out):
-        return {"iterations": iterations, "loss": loss, "held_out_loss": held_out}
+        return {"iterations": iterations, "loss": loss, "held_out_loss": held_out, "commit": "abc"}
 
     blocks = {
         "b.0": {"nearest": arm(0, 3, 3), "scale_aware_2500": arm(2500, 1, 2), "plain_20000": arm(20000, 1.5, 1.5)},
