@@ -20,6 +20,7 @@ GROUP_STYLES = {
     "real scale": ("#3b6fb6", "^"),
 }
 DPI = 110
+WIDE_RANGE = 5000  # of a logarithmic axis, beyond which it has room for powers of ten only
 
 
 def measured(document: Document) -> dict[str, Any]:
@@ -56,7 +57,9 @@ def _logarithmic(axes: Any) -> None:
 
     if axes.has_data():
         axes.set_xscale("log")
-        axes.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))  # fewer labels than would overlap
+        low, high = axes.get_xlim()
+        wide = high / low > WIDE_RANGE
+        axes.xaxis.set_major_locator(LogLocator(subs=(1.0,) if wide else (1.0, 2.0, 5.0)))  # labels may not overlap
         axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
         axes.xaxis.set_minor_formatter(NullFormatter())
     else:
@@ -146,7 +149,13 @@ def draw_all(folder: Path, results: Path = record.RESULTS) -> list[Path]:
     """Write every plot for which something has been measured; returns the files."""
     documents = {model: Results(model, results).read() for model in MODELS}
     shown = {model: found for model, found in documents.items() if found["rows"]}
-    return [draw(name, shown, folder) for name in PLOTS if shown]
+    found = {name: {model: shown[model] for model in shown if model in models_of(name)} for name in PLOTS}
+    return [draw(name, panels, folder) for name, panels in found.items() if panels]
+
+
+def models_of(name: str) -> tuple[str, ...]:
+    """The models that a plot has a panel for: those of its table, or all."""
+    return TABLES[name].models if name in TABLES else tuple(MODELS)
 
 
 def draw(name: str, documents: Mapping[str, Document], folder: Path) -> Path:
