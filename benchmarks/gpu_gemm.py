@@ -89,20 +89,12 @@ def caller(name: str, spec: GemmSpec, given: Operands) -> Callable[[], Tensor]:
     unit = 2.0 ** -(weight_exponent(spec) + spec.operand.shift)
     a_scale, w_scale = given.a_scale[:, None], (given.packed.scales[:, :1] * unit).t().contiguous()
 
-    def ours(kernel: Callable[..., Tensor], weight: Tensor) -> Tensor:
-        return kernel(
-            spec,
-            given.a,
-            given.a_scale,
-            weight,
-            given.packed.scales,
-            given.bias,
-            multiplier_codes=given.packed.multiplier_codes,
-        )
-
+    rest, codes = (given.packed.scales, given.bias), given.packed.multiplier_codes
     calls: dict[str, Callable[[], Any]] = {
-        "packed_gemm": lambda: ours(launch_gemm.packed_gemm, given.packed.codes),
-        "expanded_gemm": lambda: ours(launch_gemm.expanded_gemm, given.expanded),
+        "packed_gemm": lambda: launch_gemm.packed_gemm(
+            spec, given.a, given.a_scale, given.packed.codes, *rest, multiplier_codes=codes
+        ),
+        "expanded_gemm": lambda: launch_gemm.expanded_gemm(spec, given.a, given.a_scale, given.expanded, *rest),
         "fp8_rowwise": lambda: scaled_mm(a, w, a_scale, w_scale),
         "fp8_tensorwise": lambda: scaled_mm(a, w, one, one),
         "bf16": lambda: torch.mm(given.a_wide, given.w_wide.t()),

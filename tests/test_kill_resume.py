@@ -8,12 +8,14 @@ import shutil
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from pipeline import cli, load
+from pipeline.backends.rtx_engine_file import read_engine_file
 from pipeline.calibrate import __main__ as calibrate
 from tests import tiny
 
@@ -25,6 +27,7 @@ FLAGS += SETTINGS
 # What may differ between two builds: when it was, how long it took, and files that hold measured times.
 TIMES = ("created", "stages")
 TIMED_FILES = ("bench.json",)
+ENGINE = "rtx/model.engine"
 
 pytestmark = pytest.mark.slow
 
@@ -105,7 +108,7 @@ def test_killed_at_every_stage_in_turn(model: Path, undisturbed: Path, tmp_path:
     load(output)
 
 
-def test_an_rtx_build_killed_in_its_stages_ends_in_the_same_bytes(model: Path, tmp_path: Path) -> None:
+def test_an_rtx_build_killed_in_its_stages_ends_in_the_same_engine(model: Path, tmp_path: Path) -> None:
     pytest.importorskip("tensorrt_rtx", reason="tensorrt-rtx is not installed: pip install tensorrt-rtx")
     both, whole, output = ("--target", "cpu,rtx", "--target-sm", "89"), tmp_path / "whole/e", tmp_path / "engines/e"
     build(model, whole, *both)
@@ -115,7 +118,17 @@ def test_an_rtx_build_killed_in_its_stages_ends_in_the_same_bytes(model: Path, t
         assert not output.exists()
     events = build(model, output, *both, "--resume")
     assert "rtx" in [event["name"] for event in events if event.get("status") == "resumed"]
-    assert (output / "rtx/model.engine").is_file() and content(output) == content(whole)
+    found, expected = content(output), content(whole)
+    found.pop(ENGINE), expected.pop(ENGINE)
+    assert found == expected
+    same_engine(output / ENGINE, whole / ENGINE)
+
+
+def same_engine(one: Path, other: Path) -> None:
+    """Size, tensors and steps. TensorRT-RTX's builder numbers some of its own objects in no fixed order: two engines of
+    one graph may differ in a few bytes, 6 of 5.6 million were seen here."""
+    first, second = read_engine_file(one), read_engine_file(other)
+    assert replace(first, path=other) == second
 
 
 def test_ctrl_c_saves_the_state_and_says_so(model: Path, undisturbed: Path, tmp_path: Path) -> None:
