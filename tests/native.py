@@ -9,10 +9,13 @@ import onnx_ir as ir
 import pytest
 
 from export.formats import get_format
-from pipeline.passes.cpu_quantizers import zero_point
+from pipeline.passes.cpu_quantizers import SMALL_ZERO, limb_base, zero_point
 from pipeline.passes.native_ops import ATTRIBUTES, DOMAIN, OP, VERSION, In, Out
 from plugins.cpu import library
 
+ELEMENT_TYPES = dict.fromkeys(("CODES", "LOW_CODES"), ir.DataType.UINT8) | dict.fromkeys(
+    ("HIGH_SUM", "LOW_SUM"), ir.DataType.INT32
+)
 _FOLDERS: list[tempfile.TemporaryDirectory] = []
 
 
@@ -51,22 +54,27 @@ def run(model: ir.Model, feeds: dict, outputs=None, flags: tuple[str, ...] = ())
     return session(model, flags).run(outputs, feeds)
 
 
-def quantizer(name: str) -> dict:
+def quantizer(name: str, limbs: int = 1) -> dict:
     """Attributes of a chain that quantizes into a format."""
     fmt = get_format(name)
     factor = 2.0 ** (23 - fmt.mantissa_bits) - 16 if len(fmt.binade_starts) else 0.0
     numbers = {"max_value": fmt.max_value, "kmax": float(fmt.kmax), "rounding_factor": factor}
+    if limbs == 2:
+        return numbers | {"zero": SMALL_ZERO, "limb_base": limb_base(fmt.kmax, limbs)}
     return numbers | {"zero": zero_point(fmt.kmax)}
 
 
 def chain_model(places, wanted, **given) -> ir.Model:
     """A model of one TokenChain: inputs and outputs are called as their places, of any shape."""
-    inputs = {place: ir.Value(name=place.name, type=ir.TensorType(ir.DataType.FLOAT)) for place in places}
+    inputs = {
+        place: ir.Value(name=place.name, type=ir.TensorType(ELEMENT_TYPES.get(place.name, ir.DataType.FLOAT)))
+        for place in places
+    }
     attributes = ir.convenience.convert_attributes(ATTRIBUTES | given)
     node = ir.Node(DOMAIN, OP, [inputs.get(place) for place in In], attributes, num_outputs=len(Out), name="chain")
     for place, value in zip(Out, node.outputs, strict=True):
         value.name = place.name if place in wanted else ""
-        value.type = ir.TensorType(ir.DataType.UINT8 if place is Out.CODES else ir.DataType.FLOAT)
+        value.type = ir.TensorType(ELEMENT_TYPES.get(place.name, ir.DataType.FLOAT))
     outputs = [node.outputs[place] for place in wanted]
     graph = ir.Graph(list(inputs.values()), outputs, nodes=[node], opset_imports={"": 21, DOMAIN: VERSION}, name="g")
     return ir.Model(graph, ir_version=10)

@@ -19,6 +19,7 @@ from pipeline.probing import ProbedGraph
 from pipeline.recipe import Cpu, Recipe
 from plugins.cpu import library, rounding_errors
 from tests import native
+from tests.learned import with_scaling
 from tests.portable import activations, portable, random_linear
 
 RECIPE = Recipe(name="test", model="zoo:pixart_mini", cpu=Cpu(path="native"))
@@ -166,7 +167,7 @@ def test_other_systems_are_refused(monkeypatch):
 
 def test_a_recipe_without_anything_to_fuse_is_refused(tmp_path):
     native.need_compiler()
-    model = portable('y = fpq.QuantizedLinear <layer="a"> (x)', [random_linear(activation="E3M4")])
+    model = portable('y = fpq.QuantizedLinear <layer="a"> (x)', [with_scaling(random_linear(), "per_tensor")])
     ir.save(model, tmp_path / "model.onnx", external_data="model.onnx.data")
     with pytest.raises(RecipeError, match=r"nothing to fuse.*cpu.path=stock"):
         CpuBackend().lower(tmp_path / "model.onnx", tmp_path, RECIPE)

@@ -41,14 +41,14 @@ SHAPES |= {"kt": ("B", 4, 16, "S"), "joined": ("B", "S", 64)}
 PLAIN = 'y = fpq.QuantizedLinear <layer="a"> (x)'
 
 
-def lowered(body=BLOCK, inputs=INPUTS, outputs="float[B,S,64] y", activation="E2M3", **given):
+def lowered(body=BLOCK, inputs=INPUTS, outputs="float[B,S,64] y", activation="E2M3", flags=("avx512_vnni",), **given):
     """(stock model, probes of it) of linears a to d of 64 channels."""
     layers = [random_linear(name, n=64, activation=activation, seed=i, **given) for i, name in enumerate("abcd")]
     layers = [layer for layer in layers if f'"{layer.name}"' in body]
     model = portable(body, layers, inputs, outputs)
     _as_exported(model)
     run_shared(model)
-    rewrite = LowerCpu(capabilities(("avx512_vnni",)))
+    rewrite = LowerCpu(capabilities(flags))
     rewrite(model)
     return model, rewrite.probes
 
@@ -107,8 +107,11 @@ def test_what_no_one_reads_is_not_computed_in_an_engine():
     np.testing.assert_array_equal(native.run(model, feeds())[0], expected)
 
 
+PAIRS = [("E2M3", "E2M1"), ("INT8", "INT4"), ("INT6", "INT6"), ("E2M1", "E2M1"), ("E3M4", "E2M1"), ("E3M2", "E2M1")]
+
+
 @pytest.mark.parametrize("groups", [{}, {"granularity": "group", "group": 16}], ids=["channels", "groups"])
-@pytest.mark.parametrize("activation, weight", [("E2M3", "E2M1"), ("INT8", "INT4"), ("INT6", "INT6"), ("E2M1", "E2M1")])
+@pytest.mark.parametrize("activation, weight", PAIRS)
 def test_every_probed_tensor_is_that_of_the_stock_graph(activation, weight, groups):
     """Bit for bit, but for the norm and GELU, which each sum in their own order: their codes follow from their x."""
     stock, probes = lowered(activation=activation, weight=weight, **groups)
@@ -179,13 +182,37 @@ def _finishes(node):
     return is_chain(node) and Out.LINEAR in outputs_of(node)
 
 
-def test_two_limbs_are_left_alone():
-    model, passes = rewritten(PLAIN, "float[B,S,64] x", activation="E3M4")
+@pytest.mark.parametrize("activation", ["E3M4", "INT8"])
+def test_two_limbs_are_quantized_and_joined(activation):
+    model, passes = rewritten(activation=activation, weight="INT8" if activation == "INT8" else "E2M1", flags=())
+    assert chains(model) == [
+        ("X+NORM_SCALE+NORM_SHIFT", "CODES+SCALE+QUANTIZED+LOW_CODES"),
+        ("TOKEN_SCALE+BIAS+GATE+RESIDUAL+HIGH_SUM+LOW_SUM+CHANNEL_SCALE", "CODES+SCALE+Y+LINEAR+LOW_CODES+PRODUCT"),
+        ("TOKEN_SCALE+BIAS+HIGH_SUM+LOW_SUM+CHANNEL_SCALE", "CODES+SCALE+Y+LINEAR+LOW_CODES+PRODUCT"),
+        ("TOKEN_SCALE+BIAS+RESIDUAL+HIGH_SUM+LOW_SUM+CHANNEL_SCALE", "Y+LINEAR+PRODUCT"),
+    ]
+    types = Counter(node.op_type for node in model.graph)
+    assert types == {"TokenChain": 4, "MatMulInteger": 6, "Add": 1}
+    assert not any(rewrite.refusals for rewrite in passes.values())
+
+
+SPOILT = {
+    "another base": ("low", 1, np.float32(2.0)),
+    "another zero": ("low", 2, np.uint8(63)),
+}
+
+
+@pytest.mark.parametrize("case", SPOILT)
+def test_limbs_that_are_not_ours_are_left_alone(case):
+    name, place, number = SPOILT[case]
+    model, _ = lowered(PLAIN, "float[B,S,64] x", activation="E3M4")
+    (node,) = [node for node in model.graph if node.name.endswith(f"/{name}")]
+    value = ir.Value(name="other", const_value=ir.tensor(number))
+    model.graph.register_initializer(value)
+    node.replace_input_with(place, value)
+    passes = {found.name: found for found in run_native(model)}
     assert not any(is_chain(node) for node in model.graph)
-    assert {refusal.reason for refusal in passes["NativeQuantize"].refusals} == {
-        "it is a limb of a wider image",
-        "its image is not rounded by one sum",
-    }
+    assert "nor in two limbs" in passes["NativeQuantize"].refusals[0].reason
 
 
 def test_real_groups_are_finished_behind_the_sum_of_their_products():

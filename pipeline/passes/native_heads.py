@@ -21,7 +21,7 @@ class NativeHeads(RewritePass):
     def rewrite(self, model: ir.Model) -> None:
         for node in [node for node in model.graph if is_chain(node)]:
             made, read = set(outputs_of(node)), set(inputs_of(node))
-            if made == {Out.LINEAR}:
+            if made - {Out.PRODUCT} == {Out.LINEAR}:
                 self._split(model.graph, node)
             elif Out.CODES in made and read == {In.X}:
                 self._gather(model.graph, node)
@@ -39,7 +39,7 @@ class NativeHeads(RewritePass):
             return
         if perm == HEADS_LAST:
             turn = _in_two(graph, turn)
-        outputs = {Out.LINEAR: linear, Out.Y: turn.outputs[0]}
+        outputs = outputs_of(chain) | {Out.Y: turn.outputs[0]}
         put_chain(graph, turn, inputs_of(chain), outputs, **stages(chain) | {"heads_out": heads})
         graph.remove(chain, safe=True)
         self.fired += 1

@@ -15,7 +15,7 @@ DOMAIN, VERSION, OP = "fpq.native", 1, "TokenChain"
 
 
 class In(IntEnum):
-    """Inputs by place, all but the first optional."""
+    """Inputs by place, each optional; rows are given by X, or by the sums of two limbs and their channels' scale."""
 
     X = 0
     TOKEN_SCALE = 1
@@ -24,6 +24,9 @@ class In(IntEnum):
     RESIDUAL = 4
     NORM_SCALE = 5
     NORM_SHIFT = 6
+    HIGH_SUM = 7
+    LOW_SUM = 8
+    CHANNEL_SCALE = 9
 
 
 class Out(IntEnum):
@@ -34,6 +37,8 @@ class Out(IntEnum):
     Y = 2
     LINEAR = 3
     QUANTIZED = 4
+    LOW_CODES = 5
+    PRODUCT = 6
 
 
 # Attributes and the value of those that belong to an absent stage.
@@ -47,6 +52,8 @@ ATTRIBUTES: dict[str, Any] = {
     "kmax": 1.0,
     "rounding_factor": 0.0,
     "zero": 0,
+    "limb_base": 0,
+    "limb_weight": 0,
 }
 
 

@@ -57,6 +57,12 @@ VARIANTS void scale_by(const float *x, float scale, float *out, int64_t n) {
   for (int64_t i = 0; i < n; i++) out[i] = x[i] * scale;
 }
 
+VARIANTS void join_sums(
+    const int32_t *high, const int32_t *low, int32_t weight, const float *scale, float *out, int64_t n) {
+  ELEMENTWISE
+  for (int64_t i = 0; i < n; i++) out[i] = (float)(high[i] * weight + low[i]) * scale[i];
+}
+
 VARIANTS void add(const float *x, const float *y, float *out, int64_t n) {
   ELEMENTWISE
   for (int64_t i = 0; i < n; i++) out[i] = x[i] + y[i];
@@ -117,22 +123,62 @@ VARIANTS void round_row(const float *x, float inverse, float factor, int32_t zer
   }
 }
 
+/* The same in two limbs. An image is far below 2^23, so quotients and products by the base, a power of two, are exact. */
+VARIANTS void round_row_in_limbs(const float *x, float inverse, const TokenChain *chain, int64_t row) {
+  int64_t n = chain->n;
+  uint8_t *high = chain->codes + row * n, *low = chain->low_codes + row * n;
+  float factor = chain->rounding_factor, base = (float)chain->limb_base, part = 1.0f / base;
+  int32_t zero = chain->zero;
+  for (int64_t i = 0; i < n; i++) {
+    float v = x[i] * inverse, wide = fabsf(v) * factor;
+    float c = wide > MAGIC ? wide : MAGIC;
+    float image = (v + c) - c, top = (image * part + MAGIC) - MAGIC;
+    high[i] = (uint8_t)(zero + (int32_t)top);
+    low[i] = (uint8_t)(zero + (int32_t)(image - top * base));
+  }
+}
+
 static void quantize_row(const TokenChain *chain, const float *x, int64_t row) {
   uint8_t *codes = chain->codes + row * chain->n;
   int32_t bits = absmax_bits(x, chain->n);
   if (bits >= 0x7f800000) { /* infinity or NaN: the token must not look healthy */
     memset(codes, chain->zero, (size_t)chain->n);
+    if (chain->low_codes) memset(chain->low_codes + row * chain->n, chain->zero, (size_t)chain->n);
     chain->scale[row] = NAN;
     return;
   }
   float absmax = from_bits(bits);
   absmax = absmax > chain->absmax_floor ? absmax : chain->absmax_floor;
   chain->scale[row] = absmax / chain->max_value;
-  round_row(x, chain->kmax / absmax, chain->rounding_factor, chain->zero, codes, chain->n);
+  float inverse = chain->kmax / absmax;
+  if (chain->low_codes) round_row_in_limbs(x, inverse, chain, row);
+  else round_row(x, inverse, chain->rounding_factor, chain->zero, codes, chain->n);
 }
 
 /* Row of an array, NULL for no array. */
 static inline float *row_of(float *array, int64_t row, int64_t n) { return array ? array + row * n : NULL; }
+
+/* Where part `head` of a row lies in [samples, heads, tokens, n / heads]. */
+static inline int64_t part_of(const TokenChain *chain, int64_t row, int64_t heads, int64_t head) {
+  int64_t sample = row / chain->tokens, token = row % chain->tokens;
+  return ((sample * heads + head) * chain->tokens + token) * (chain->n / heads);
+}
+
+static const float *gather_row(const TokenChain *chain, int64_t row, float *out) {
+  int64_t heads = chain->heads_in, size = chain->n / heads;
+  for (int64_t head = 0; head < heads; head++)
+    memcpy(out + head * size, chain->x + part_of(chain, row, heads, head), (size_t)size * sizeof *out);
+  return out;
+}
+
+static const float *input_row(const TokenChain *chain, int64_t row, float *out) {
+  int64_t n = chain->n;
+  if (chain->heads_in) return gather_row(chain, row, out);
+  if (!chain->high_sum) return chain->x + row * n;
+  const int32_t *high = chain->high_sum + row * n, *low = chain->low_sum + row * n;
+  join_sums(high, low, chain->limb_weight, chain->channel_scale, out, n);
+  return out;
+}
 
 static const float *linear_row(const TokenChain *chain, const float *x, int64_t row, float *out) {
   int64_t n = chain->n;
@@ -154,19 +200,6 @@ static const float *residual_row(const TokenChain *chain, const float *x, int64_
   return x;
 }
 
-/* Where part `head` of a row lies in [samples, heads, tokens, n / heads]. */
-static inline int64_t part_of(const TokenChain *chain, int64_t row, int64_t heads, int64_t head) {
-  int64_t sample = row / chain->tokens, token = row % chain->tokens;
-  return ((sample * heads + head) * chain->tokens + token) * (chain->n / heads);
-}
-
-static const float *gather_row(const TokenChain *chain, int64_t row, float *out) {
-  int64_t heads = chain->heads_in, size = chain->n / heads;
-  for (int64_t head = 0; head < heads; head++)
-    memcpy(out + head * size, chain->x + part_of(chain, row, heads, head), (size_t)size * sizeof *out);
-  return out;
-}
-
 static void scatter_row(const TokenChain *chain, int64_t row, const float *from) {
   int64_t heads = chain->heads_out, size = chain->n / heads;
   for (int64_t head = 0; head < heads; head++)
@@ -182,7 +215,8 @@ void token_chain_rows(const TokenChain *chain, int64_t first, int64_t last, floa
   for (int64_t row = first; row < last; row++) {
     float *linear = row_of(chain->linear, row, n), *y = row_of(chain->heads_out ? NULL : chain->y, row, n);
     float *quantized = row_of(chain->quantized, row, n);
-    const float *at = chain->heads_in ? gather_row(chain, row, scratch) : chain->x + row * n;
+    float *product = row_of(chain->product, row, n);
+    const float *at = input_row(chain, row, product ? product : scratch);
     at = linear_row(chain, at, row, linear ? linear : y ? y : scratch);
     copy_row(at, linear, n);
     at = residual_row(chain, at, row, y ? y : scratch);
