@@ -8,12 +8,15 @@ of the kernels; a call without one shows what launching adds, and how long the h
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from benchmarks.gpu_denoiser import Denoiser, Run, Size, fake_quantized, randomize, run_block, sample
 from benchmarks.gpu_quantized_denoiser import (
@@ -25,7 +28,7 @@ from benchmarks.gpu_quantized_denoiser import (
     weight_bytes,
 )
 from benchmarks.gpu_run import Context, Task, failed_of
-from benchmarks.gpu_timing import Flush, capture_all, host_milliseconds, interleaved
+from benchmarks.gpu_timing import Flush, capture_all, contest, host_milliseconds, interleaved
 from benchmarks.gpu_weights import EXACT_64, Packed
 from benchmarks.shapes import LATENT_CELL, WORKLOADS
 
@@ -34,6 +37,12 @@ OURS, COMPILED = ("packed", "expanded"), ("bf16_compiled_blocks", "bf16_compiled
 # Ours and plain bf16 arithmetic on the same grid round the stream alike, so neither may be far from float32's result:
 # at most twice as far as the plain one, whose roundings are as many.
 TIMES_PLAIN = 2.0
+ATTENTION = {
+    "default": None,
+    "flash": SDPBackend.FLASH_ATTENTION,
+    "cudnn": SDPBackend.CUDNN_ATTENTION,
+    "efficient": SDPBackend.EFFICIENT_ATTENTION,
+}
 
 
 @dataclass(frozen=True)
@@ -140,6 +149,28 @@ def times_row(models: Models, flush: Flush, pixels: int, batch: int, whole: bool
     }
 
 
+@torch.no_grad()
+def attention_row(size: Size, device: str, flush: Flush, pixels: int) -> dict[str, Any]:
+    """Self-attention of one block by each of torch's implementations, in the bf16 that all denoisers here give it: how
+    much of their time no GEMM can save."""
+    shape = (1, size.heads, _grid(size, pixels) ** 2, size.width // size.heads)
+    q, k, v = (torch.randn(shape, device=device, dtype=torch.bfloat16) for _ in range(3))
+    times, refused = contest({name: [partial(attend, name, q, k, v)] for name in ATTENTION}, flush, SECONDS / 3)
+    flops = 4 * shape[1] * shape[2] ** 2 * shape[3]
+    rows = {name: time.to_row() | {"tflops": flops / time.median / 1e9} for name, time in times.items()}
+    return {"pixels": pixels, "heads": shape[1], "tokens": shape[2], "head_size": shape[3]} | {
+        "contestants": rows,
+        "refused": refused,
+    }
+
+
+def attend(name: str, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Attention of q, k, v [B, heads, tokens, size] by one implementation; "default": the one torch takes."""
+    backend = ATTENTION[name]
+    with nullcontext() if backend is None else sdpa_kernel(backend):
+        return functional.scaled_dot_product_attention(q, k, v)
+
+
 def ratios(rows: dict[str, dict[str, Any]]) -> dict[str, float]:
     """Speed of the quicker of ours, of eager bf16's and of the quicker compiled one's; and of each of ours.
 
@@ -169,6 +200,8 @@ def tasks(context: Context) -> list[Task]:
     for pixels, batch in ((1024, 1), (512, 1), (256, 1), (1024, 2)):
         row = partial(times_row, models, flush, pixels, batch)
         found.append(Task(f"{pixels} pixels, batch {batch}", row, 20.0))
+    alone = partial(attention_row, models.size, context.device, flush, 1024)
+    found.append(Task("attention alone at 1024 pixels", alone, 4.0))
     found.append(Task("numbers at 1024 pixels", partial(numbers_row, models, 1024), 8.0))
     whole = partial(times_row, models, flush, 1024, 1, whole=True)
     return [*found, Task("1024 pixels, batch 1, compiled whole", whole, 85.0)]

@@ -18,12 +18,15 @@ from benchmarks.gpu_weights import CHANNEL, EXACT_64, REAL_128, Granularity, Pac
 from benchmarks.shapes import Shape, gemm_shapes
 from plugins.gpu.gemm_constants import weight_exponent
 from plugins.gpu.specs import GemmSpec, QuantizeSpec
+from plugins.gpu.tiles import expands_first
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 ACTIVATION, WEIGHT = "E2M3", "E2M1"
 OURS = ("packed_gemm", "expanded_gemm")
+# The two ways of packed_gemm, which chooses between them: what the choice is to be tuned by.
+WAYS = {"packed_in_registers": False, "packed_expanded_first": True}
 FP8 = ("fp8_rowwise", "fp8_tensorwise")
 SECONDS = 0.5  # of timing, for each row
 
@@ -73,8 +76,9 @@ def moved_bytes(shape: Shape, granularity: Granularity, contestant: str) -> int:
     groups = k // granularity.group_size if granularity.group_size else 1
     scales = {"fp8_tensorwise": 8, "fp8_rowwise": 4 * (m + n)}
     ours = 4 * (m + n * (groups if granularity.real else 1)) + 4 * n
-    multipliers = n * -(-groups // 2) if contestant == "packed_gemm" and groups > 1 and not granularity.real else 0
-    weight = n * k // 2 if contestant == "packed_gemm" else n * k
+    packed = contestant.startswith("packed")
+    multipliers = n * -(-groups // 2) if packed and groups > 1 and not granularity.real else 0
+    weight = n * k // 2 if packed else n * k
     return m * k + weight + 2 * m * n + scales.get(contestant, ours + multipliers)
 
 
@@ -90,10 +94,10 @@ def caller(name: str, spec: GemmSpec, given: Operands) -> Callable[[], Tensor]:
     a_scale, w_scale = given.a_scale[:, None], (given.packed.scales[:, :1] * unit).t().contiguous()
 
     rest, codes = (given.packed.scales, given.bias), given.packed.multiplier_codes
+    packed = partial(launch_gemm.packed_gemm, spec, given.a, given.a_scale, given.packed.codes, *rest)
     calls: dict[str, Callable[[], Any]] = {
-        "packed_gemm": lambda: launch_gemm.packed_gemm(
-            spec, given.a, given.a_scale, given.packed.codes, *rest, multiplier_codes=codes
-        ),
+        "packed_gemm": lambda: packed(multiplier_codes=codes),
+        **{way: partial(packed, multiplier_codes=codes, expand_first=first) for way, first in WAYS.items()},
         "expanded_gemm": lambda: launch_gemm.expanded_gemm(spec, given.a, given.a_scale, given.expanded, *rest),
         "fp8_rowwise": lambda: scaled_mm(a, w, a_scale, w_scale),
         "fp8_tensorwise": lambda: scaled_mm(a, w, one, one),
@@ -112,7 +116,7 @@ def scaled_mm(a: Tensor, w: Tensor, a_scale: Tensor, w_scale: Tensor) -> Tensor:
 
 def contestants_of(context: Context) -> tuple[str, ...]:
     """Who runs on this GPU; FP8 needs compute capability 89."""
-    return (*OURS, *(FP8 if context.has_fp8 else ()), "bf16")
+    return (*OURS, *WAYS, *(FP8 if context.has_fp8 else ()), "bf16")
 
 
 def measure(context: Context, shape: Shape, granularity: Granularity, flush: Flush) -> dict[str, Any]:
@@ -131,6 +135,7 @@ def measure(context: Context, shape: Shape, granularity: Granularity, flush: Flu
     return {**place, "granularity": granularity.name, "contestants": rows, "refused": refused} | {
         "ratios": ratios(rows),
         "tiles": tiles,
+        "expands_first": expands_first(spec, shape.m, context.sm),
         "agree": agreement({name: calls[name] for name in times}, granularity),
         "input_sets": count,
         **failed_of(refused, OURS),
@@ -175,17 +180,17 @@ def rows_to_measure() -> list[tuple[Shape, Granularity]]:
     return [(s, CHANNEL) for s in shapes] + [(s, g) for g in (EXACT_64, REAL_128) for s in few]
 
 
-def compile_both(context: Context, shape: Shape, granularity: Granularity) -> dict[str, Any]:
-    """Run both of our kernels once, so that they are in Triton's cache."""
+def compile_ours(context: Context, shape: Shape, granularity: Granularity) -> dict[str, Any]:
+    """Run each of our kernels once, so that they are in Triton's cache."""
     given = operands(context, shape, granularity)
-    for name in OURS:
+    for name in (*OURS, *WAYS):
         caller(name, spec_of(shape, granularity), given)()
     return {}
 
 
 def compiling(context: Context) -> list[Task]:
     """What `tasks` will compile."""
-    return [Task(f"{row[0].name} {row[1].name}", partial(compile_both, context, *row)) for row in rows_to_measure()]
+    return [Task(f"{row[0].name} {row[1].name}", partial(compile_ours, context, *row)) for row in rows_to_measure()]
 
 
 def tasks(context: Context) -> list[Task]:

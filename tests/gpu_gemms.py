@@ -77,7 +77,13 @@ def array(found: torch.Tensor) -> np.ndarray:
 
 
 def run(
-    spec: GemmSpec, arrays: Arrays, tile: Tile | None = None, sm: int = 0, tokens: int = 1, expanded: bool = False
+    spec: GemmSpec,
+    arrays: Arrays,
+    tile: Tile | None = None,
+    sm: int = 0,
+    tokens: int = 1,
+    expanded: bool = False,
+    **choices: Any,
 ) -> np.ndarray:
     """y of the interpreted kernel, in the output type; expanded: of expanded_gemm on NumPy's expanded weights."""
     given = {name: tensor(value) for name, value in arrays.items() if name != "codes"}
@@ -86,7 +92,7 @@ def run(
         given = {name: value for name, value in given.items() if name != "multiplier_codes"} | {"w": tensor(w)}
     first = [given.pop(name) for name in ("a", "a_scale", "w", "w_scales", "bias")]
     launch = launch_gemm.expanded_gemm if expanded else launch_gemm.packed_gemm
-    return array(launch(spec, *first, **given, tokens=tokens, tile=tile, sm=sm))
+    return array(launch(spec, *first, **given, tokens=tokens, tile=tile, sm=sm, **choices))
 
 
 def meaning(spec: GemmSpec, arrays: Arrays, tokens: int = 1) -> np.ndarray:

@@ -194,14 +194,17 @@ def clockless(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("torch.compile", lambda function, **_: function)
 
 
+EVERYONE = (*gpu_gemm.OURS, *gpu_gemm.WAYS, *gpu_gemm.FP8, "bf16")
+
+
 @pytest.mark.usefixtures("clockless")
 @pytest.mark.parametrize("granularity", [CHANNEL, Granularity("exact", 16), REAL_16], ids=lambda row: row.name)
 def test_a_row_of_gemms(granularity: Granularity, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gpu_gemm, "contestants_of", lambda context: (*gpu_gemm.OURS, *gpu_gemm.FP8, "bf16"))
+    monkeypatch.setattr(gpu_gemm, "contestants_of", lambda context: EVERYONE)
     row = gpu_gemm.measure(CPU, Shape(16, 32, 64, 256, ("pixart ff.in",)), granularity, lambda: None)
     json.dumps(row)
-    assert set(row["contestants"]) | set(row["refused"]) == {*gpu_gemm.OURS, *gpu_gemm.FP8, "bf16"}
-    assert set(row["contestants"]) >= {*gpu_gemm.OURS, "bf16"}
+    assert set(row["contestants"]) | set(row["refused"]) == set(EVERYONE)
+    assert set(row["contestants"]) >= {*gpu_gemm.OURS, *gpu_gemm.WAYS, "bf16"} and row["expands_first"] is False
     assert row["agree"]["expanded_gemm"] == 0.0  # the same sums, rounded alike
     if "fp8_rowwise" in row["agree"]:  # torch has it on a CPU; the interpreter cuts bf16 off where torch rounds
         assert row["agree"]["fp8_rowwise"] < 2.0**-7
@@ -241,6 +244,17 @@ def test_a_row_of_fused_kernels(case: gpu_fused.FusedCase, monkeypatch: pytest.M
     read = sum(2 * tensor.numel() for tensor in given.values())
     assert case.moved_bytes(False) == read + 2 * case.m * case.channels
     assert case.moved_bytes(True) == read + case.m * case.channels + 4 * case.m
+
+
+@pytest.mark.usefixtures("clockless")
+def test_a_row_of_attention_alone() -> None:
+    row = gpu_denoiser_times.attention_row(gpu_denoiser_times.Size(64, 4), "cpu", lambda: None, 64)
+    json.dumps(row)
+    assert set(row["contestants"]) | set(row["refused"]) == set(gpu_denoiser_times.ATTENTION)
+    assert "default" in row["contestants"], row["refused"]
+    assert (row["heads"], row["tokens"], row["head_size"]) == (4, 16, 16)
+    found = row["contestants"]["default"]
+    assert found["tflops"] == pytest.approx(4 * 4 * 16 * 16 * 16 / found["latency_ms"] / 1e9)
 
 
 def test_a_contestant_that_cannot_run_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

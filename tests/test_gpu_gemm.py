@@ -14,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from export.formats import get_format, pack
+from plugins.gpu import launch_gemm
 from plugins.gpu.gemm_constants import packed_constants
 from plugins.gpu.operands import operand_bytes
 from plugins.gpu.promotion import promotion_of
@@ -121,6 +122,27 @@ def test_the_chosen_tile() -> None:
     arrays = case(spec, 20)
     for expanded in (False, True):
         assert_bits(run(spec, arrays, expanded=expanded), meaning(spec, arrays))
+
+
+@pytest.mark.parametrize("multipliers", [(1,), MULTIPLIERS])
+@pytest.mark.parametrize("real_groups", [False, True])
+def test_expanding_first_changes_nothing(multipliers: tuple[int, ...], real_groups: bool) -> None:
+    spec = GemmSpec("E2M3", "E2M1", 128, 35, 64, multipliers, real_groups=real_groups, output="fp32")
+    arrays = case(spec, 19)
+    for sm in (FP16, FP8):
+        assert_bits(run(spec, arrays, sm=sm, expand_first=True), run(spec, arrays, sm=sm, expand_first=False))
+
+
+def test_many_tokens_expand_the_weight_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    spec = GemmSpec("E2M3", "E2M1", 64, 16, 64, MULTIPLIERS, output="fp32")
+    arrays, calls = case(spec, 3), []
+    monkeypatch.setattr(launch_gemm.tiles, "expands_first", lambda *given: calls.append(given) or True)
+    monkeypatch.setattr(launch_gemm, "expand", lambda *given, of=launch_gemm.expand: calls.append(given) or of(*given))
+    assert_bits(run(spec, arrays), meaning(spec, arrays))
+    assert calls[0] == (spec, 3, 0) and calls[1][0] is spec
+    del calls[:]
+    run(spec, arrays, SMALL)
+    assert not calls, "a given tile is one of the kernel that decodes in registers"
 
 
 def test_no_rows() -> None:

@@ -28,6 +28,7 @@ from plugins.gpu.tiles import (
     band_tile,
     clocks,
     expanded_tile,
+    expands_first,
     gemm_grid,
     packed_tile,
     scales_sums,
@@ -104,6 +105,14 @@ def test_where_multipliers_go(group: int, sm: int, factor: str) -> None:
     assert scales_sums(spec, tile.k, sm) == (factor == "multiplier")
     assert gemm_constants(spec, tile, sm)["FACTOR"] == "none", "expanded weights have theirs"
     assert packed_constants(spec, packed_tile(spec, 1024, 80), 80)["FACTOR"] == "none", "FP16 multiplies weights"
+
+
+@pytest.mark.parametrize("sm", TARGETS)
+def test_only_many_tokens_expand_their_weight_first(sm: int) -> None:
+    """With groups every GPU does at 8192 tokens, none at 256; what is chosen at some number stays chosen above it."""
+    spec = GemmSpec("E2M3", "E2M1", 1152, 4608, 64, MULTIPLIERS)
+    chosen = [expands_first(spec, 2**i, sm) for i in range(3, 15)]
+    assert not any(chosen[:6]) and chosen[10] and chosen == sorted(chosen)
 
 
 def test_more_work_takes_longer() -> None:

@@ -37,18 +37,24 @@ def packed_gemm(
     out: Tensor | None = None,
     tile: Tile | None = None,
     sm: int | None = None,
+    expand_first: bool | None = None,
 ) -> Tensor:
     """y [M, N] as GemmSpec says, weights packed u8 [N, K / 2].
 
-    out: where to write it. tile, sm: what to run instead of HEURISTICS' choice for the tensors' GPU. Raises
-    ContractError for a tensor that is missing or of another shape or type, EnvironmentLacksError for CPU tensors that
-    no interpreter takes.
+    out: where to write it. tile, sm: what to run instead of HEURISTICS' choice for the tensors' GPU. expand_first:
+    whether the weight is expanded for this call (N x K bytes until it ends) or decoded in registers; without: registers
+    for a given tile, else what `tiles.expands_first` says. Raises ContractError for a tensor that is missing or of
+    another shape or type, EnvironmentLacksError for CPU tensors that no interpreter takes.
     """
     inputs = dict(
         a=a, a_scale=a_scale, w=w, w_scales=w_scales, multiplier_codes=multiplier_codes, bias=bias, a_zero=a_zero,
         w_sums=w_sums, gate=gate, residual=residual,
     )  # fmt: skip
-    return _gemm(spec, inputs, tokens, out, tile, sm, expanded=False)
+    if expand_first is None:
+        expand_first = tile is None and len(a) > 0 and tiles.expands_first(spec, len(a), sm_of(a) if sm is None else sm)
+    if expand_first:
+        inputs["w"] = expand(spec, w, multiplier_codes)
+    return _gemm(spec, inputs, tokens, out, tile, sm, expanded=expand_first)
 
 
 def expanded_gemm(

@@ -214,9 +214,9 @@ LEAST_STEPS_OF_A_SPLIT = 4
 # Outputs of a thread. With a gate and a residual it holds three tiles, which must fit into registers together, and with
 # promotion two sums besides, of which float32 gates leave less room.
 MOST_OUTPUTS, MOST_WITH_GATE, MOST_WITH_WIDE_GATE = 255, 64, 32
-# Clocks before a program's first product and after its last, and of one more kernel (the sum of splits).
+# Clocks before a program's first product and after its last, and of one more kernel (the sum of splits, an expansion).
 FILL_CLOCKS = 2000
-REDUCTION_CLOCKS = 5000
+KERNEL_CLOCKS = 5000
 SPLIT_MARGIN = 1.1  # what a split must promise, for the memory it takes
 
 
@@ -229,15 +229,35 @@ def packed_tile(spec: GemmSpec, rows: int, sm: int, *, may_split: bool = False) 
 
     may_split: whether the sum may be split among programs and added by a second kernel.
     """
-    by_group = _steps(spec, sm, "by_group") if spec.group_size else ()
-    grouped = spec.real_groups or any(scales_sums(spec, tile.k, sm) for tile, _ in by_group)
-    return _cheapest(spec, rows, sm, by_group if grouped else _steps(spec, sm, "plain"), may_split)
+    return _cheapest(spec, rows, sm, _packed_steps(spec, sm), may_split)[1]
 
 
 @lru_cache(4096)
 def expanded_tile(spec: GemmSpec, rows: int, sm: int, *, may_split: bool = False) -> Tile:
     """The tile of expanded_gemm, as packed_tile."""
-    return _cheapest(spec, rows, sm, _steps(spec, sm, "by_group" if spec.real_groups else "bytes"), may_split)
+    return _cheapest(spec, rows, sm, _expanded_steps(spec, sm), may_split)[1]
+
+
+@lru_cache(4096)
+def expands_first(spec: GemmSpec, rows: int, sm: int) -> bool:
+    """Whether a packed weight is better expanded into memory of this call's own, which expanded_gemm then reads.
+
+    A tile decodes its weights anew for every tile of tokens; with many tokens one pass over the weight is cheaper.
+    """
+    packed = _cheapest(spec, rows, sm, _packed_steps(spec, sm), may_split=True)[0]
+    expanded = _cheapest(spec, rows, sm, _expanded_steps(spec, sm), may_split=True)[0]
+    moved_bytes = 1.5 * spec.in_features * spec.out_features
+    return expanded + moved_bytes / MACHINES[architecture(sm)].bytes_per_clock + KERNEL_CLOCKS < packed
+
+
+def _packed_steps(spec: GemmSpec, sm: int) -> tuple[tuple[Tile, float], ...]:
+    by_group = _steps(spec, sm, "by_group") if spec.group_size else ()
+    grouped = spec.real_groups or any(scales_sums(spec, tile.k, sm) for tile, _ in by_group)
+    return by_group if grouped else _steps(spec, sm, "plain")
+
+
+def _expanded_steps(spec: GemmSpec, sm: int) -> tuple[tuple[Tile, float], ...]:
+    return _steps(spec, sm, "by_group" if spec.real_groups else "bytes")
 
 
 def _steps(spec: GemmSpec, sm: int, kind: Literal["plain", "by_group", "bytes"]) -> tuple[tuple[Tile, float], ...]:
@@ -261,14 +281,17 @@ def _steps(spec: GemmSpec, sm: int, kind: Literal["plain", "by_group", "bytes"])
     )
 
 
-def _cheapest(spec: GemmSpec, rows: int, sm: int, candidates: tuple[tuple[Tile, float], ...], may_split: bool) -> Tile:
+def _cheapest(
+    spec: GemmSpec, rows: int, sm: int, candidates: tuple[tuple[Tile, float], ...], may_split: bool
+) -> tuple[float, Tile]:
+    """The tile of the fewest clocks, and those."""
     options = [
         (clocks(spec, rows, sm, split, share) * (1 if split.splits == 1 else SPLIT_MARGIN), split)
         for tile, share in candidates
         for split in (replace(tile, splits=splits) for splits in SPLITS)
         if split.splits == 1 or (may_split and _steps_of(spec, tile) >= LEAST_STEPS_OF_A_SPLIT * split.splits)
     ]
-    return min(options, key=lambda option: option[0])[1]
+    return min(options, key=lambda option: option[0])
 
 
 def _steps_of(spec: GemmSpec, tile: Tile) -> int:
@@ -287,7 +310,7 @@ def clocks(spec: GemmSpec, rows: int, sm: int, tile: Tile, share: float) -> floa
     programs = -(-rows // tile.m) * -(-spec.out_features // tile.n) * tile.splits
     turns = -(-programs // machine.multiprocessors)
     work = -(-_steps_of(spec, tile) // tile.splits) * tile.m * tile.n * tile.k / rate
-    reduction = 2 * 4 * rows * spec.out_features * tile.splits / machine.bytes_per_clock + REDUCTION_CLOCKS
+    reduction = 2 * 4 * rows * spec.out_features * tile.splits / machine.bytes_per_clock + KERNEL_CLOCKS
     return turns * work + FILL_CLOCKS + (reduction if tile.splits > 1 else 0)
 
 
