@@ -20,7 +20,6 @@ from benchmarks.gpu_weights import CHANNEL, EXACT_64, REAL_128, Granularity
 from export.embedding import exact_sum_limit
 from export.formats import get_format, pack
 from plugins.gpu import gemm_meanings
-from plugins.gpu.gemm_constants import weight_exponent
 from plugins.gpu.operands import operand_bytes
 from plugins.gpu.specs import GemmSpec, PackSpec
 from plugins.gpu.table import kernel
@@ -45,10 +44,15 @@ class GemmCase:
     zero_point: bool = False
     epilogue: Any = "none"
     output: Any = "bf16"
+    integers: bool = False
 
     @property
     def name(self) -> str:
-        extra = " zero point" * self.zero_point + f" {self.epilogue}" * (self.epilogue != "none")
+        extra = (
+            " as INT8" * self.integers
+            + " zero point" * self.zero_point
+            + f" {self.epilogue}" * (self.epilogue != "none")
+        )
         return (
             f"{self.activation} x {self.weight} {self.m}x{self.n}x{self.k} {self.granularity.name}{extra} {self.output}"
         )
@@ -57,7 +61,7 @@ class GemmCase:
     def spec(self) -> GemmSpec:
         return GemmSpec(
             self.activation, self.weight, self.k, self.n, zero_point=self.zero_point, epilogue=self.epilogue,
-            output=self.output, **self.granularity.spec_fields(self.weight),
+            output=self.output, integers=self.integers, **self.granularity.spec_fields(self.weight),
         )  # fmt: skip
 
 
@@ -72,11 +76,12 @@ def gemm_cases(tiny: bool) -> list[GemmCase]:
     ends = [replace(case, epilogue="gelu"), replace(case, m=2 * m, epilogue="gate_residual")]
     ends += [replace(case, activation="UE2M2", zero_point=True, output="fp16"), replace(case, output="fp32")]
     odd = [replace(case, m=1, n=7, k=74), replace(case, m=33, n=130, k=66, granularity=Granularity("groups", 22))]
+    integers = [replace(one, integers=True) for one in (case, *grouped, ends[1])]
     if tiny:
-        return [case, *grouped, formats[2], weights[1], *ends[:3], odd[0]]
+        return [case, *grouped, formats[2], weights[1], *ends[:3], odd[0], integers[1]]
     deep = [replace(case, m=200, n=384, k=4608), replace(grouped[0], n=3456), replace(grouped[1], n=384, k=4608)]
     mixed = [GemmCase("E3M2", "E3M0", 130, 1408, 1408, EXACT_64, output="fp16"), replace(case, m=4096, n=384, k=1408)]
-    return [case, *grouped, *ends, *deep, *formats, *weights, *odd, *mixed]
+    return [case, *grouped, *integers, *ends, *deep, *formats, *weights, *odd, *mixed]
 
 
 def codes_for(case: GemmCase, rng: np.random.Generator) -> Array:
@@ -91,7 +96,7 @@ def codes_for(case: GemmCase, rng: np.random.Generator) -> Array:
         usable &= (np.abs(values) <= fmt.max_value / 2) & (values / unit == np.rint(values / unit))
     codes = rng.choice(np.flatnonzero(usable), (case.m, case.k))
     codes[case.m // 2] = 0  # a token of zeros
-    return operand_bytes(case.activation)[codes]
+    return operand_bytes(case.activation, case.integers)[codes]
 
 
 def inputs_of(case: GemmCase, seed: int = 0) -> dict[str, Array]:
@@ -159,10 +164,12 @@ def allowed(case: GemmCase, arrays: dict[str, Array], expected: Array, tokens: i
     times |u|, and functions good to a few units: 32 + 16 |u| half units. Then one rounding to the output; `cut`: to
     bf16 the interpreter does not round to nearest but cuts off, a whole unit.
     """
-    values = np.abs(gemm_meanings.byte_values(case.activation)[arrays["a"]])
+    values = np.abs(gemm_meanings.byte_values(case.activation, case.integers)[arrays["a"]])
     (w,) = gemm_meanings.expand(case.spec, arrays["w"], arrays.get("multiplier_codes"))
-    weights = np.abs(get_format("E4M3").values[w]) * 2.0 ** -weight_exponent(case.spec)
-    weights = weights.reshape(case.n, case.spec.scale_groups, -1) * arrays["w_scales"][..., None]
+    weights = (
+        np.abs(gemm_meanings.expanded_values(case.spec, w)).reshape(case.n, case.spec.scale_groups, -1)
+        * arrays["w_scales"][..., None]
+    )
     size = (values @ weights.reshape(case.n, -1).T) * arrays["a_scale"][:, None] + np.abs(arrays["bias"])
     if case.zero_point:
         size = size + np.abs(arrays["a_zero"][:, None] * arrays["w_sums"])
@@ -215,6 +222,6 @@ def tasks(context: Context) -> list[Task]:
     cases = gemm_cases(context.tiny)
     found = quantizer_tasks(context)
     repacked = [case for case in cases if case.granularity in (CHANNEL, EXACT_64)]
-    repacked = list({(case.weight, case.granularity, case.k): case for case in repacked}.values())
+    repacked = list({(case.weight, case.granularity, case.k, case.integers): case for case in repacked}.values())
     found += [Task(f"pack, expand {case.name}", partial(check_repack, context, case)) for case in repacked]
     return found + [Task(f"{' and '.join(GEMMS)} {case.name}", partial(check_gemm, context, case)) for case in cases]

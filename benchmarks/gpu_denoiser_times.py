@@ -33,7 +33,7 @@ from benchmarks.gpu_weights import EXACT_64, Packed
 from benchmarks.shapes import LATENT_CELL, WORKLOADS
 
 SECONDS = 3.0  # of timing, for each row
-OURS, COMPILED = ("packed", "expanded"), ("bf16_compiled_blocks", "bf16_compiled_whole")
+OURS, COMPILED = ("packed", "expanded", "expanded_int8"), ("bf16_compiled_blocks", "bf16_compiled_whole")
 # Ours and plain bf16 arithmetic on the same grid round the stream alike, so neither may be far from float32's result:
 # at most twice as far as the plain one, whose roundings are as many.
 TIMES_PLAIN = 2.0
@@ -68,7 +68,9 @@ def make_models(context: Context, size: Size) -> Models:
     start = torch.cuda.memory_allocated()
     expanded = quantized(bf16, weights, Launched(), expand=True)
     allocated["expanded"] = torch.cuda.memory_allocated() - start
-    return Models(size, bf16, weights, {"packed": packed, "expanded": expanded}, allocated)
+    images = quantized(bf16, weights, Launched(), expand=True, integers=True)
+    ours = {"packed": packed, "expanded": expanded, "expanded_int8": images}
+    return Models(size, bf16, weights, ours, allocated)
 
 
 def weights_row(models: Models) -> dict[str, Any]:

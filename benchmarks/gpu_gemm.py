@@ -1,6 +1,7 @@
 """GEMMs at the shapes of the models: ours with 4-bit weights against FP8 and bf16 of PyTorch (cuBLASLt, CUTLASS).
 
-All read cold operands (benchmarks/gpu_timing.py) and write bf16. The FP8 contestants get the very bytes that ours
+Ours multiply E4M3 bytes, or with "_int8" INT8 images of the same codes. All read cold operands
+(benchmarks/gpu_timing.py) and write bf16. The FP8 contestants get the very bytes that ours
 multiply, so the row-wise one gives the same outputs up to its accumulation; the row says how far off ("agree"). Bias
 is left out of theirs.
 """
@@ -8,7 +9,7 @@ is left out of theirs.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -24,7 +25,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 ACTIVATION, WEIGHT = "E2M3", "E2M1"
-OURS = ("packed_gemm", "expanded_gemm")
+INT8 = "_int8"
+OURS = ("packed_gemm", "expanded_gemm", "packed_gemm_int8", "expanded_gemm_int8")
 # The two ways of packed_gemm, which chooses between them: what the choice is to be tuned by.
 WAYS = {"packed_in_registers": False, "packed_expanded_first": True}
 FP8 = ("fp8_rowwise", "fp8_tensorwise")
@@ -33,20 +35,26 @@ SECONDS = 0.5  # of timing, for each row
 
 @dataclass(frozen=True)
 class Operands:
-    """One set of inputs. a u8 [M, K], a_scale f32 [M]; w as packed; expanded u8 [N, K]; a_wide, w_wide bf16; bias."""
+    """One set of inputs. a u8 [M, K], a_scale f32 [M]; w as packed; expanded u8 [N, K]; a_wide, w_wide bf16; bias.
+
+    images, expanded_images: a and expanded for INT8 tensor cores.
+    """
 
     a: Tensor
+    images: Tensor
     a_scale: Tensor
     packed: Packed
     expanded: Tensor
+    expanded_images: Tensor
     a_wide: Tensor
     w_wide: Tensor
     bias: Tensor
 
 
-def spec_of(shape: Shape, granularity: Granularity) -> GemmSpec:
+def spec_of(shape: Shape, granularity: Granularity, integers: bool = False) -> GemmSpec:
     """E2M3 x E2M1 to bf16 at `shape`."""
-    return GemmSpec(ACTIVATION, WEIGHT, shape.k, shape.n, output="bf16", **granularity.spec_fields(WEIGHT))
+    fields = granularity.spec_fields(WEIGHT)
+    return GemmSpec(ACTIVATION, WEIGHT, shape.k, shape.n, output="bf16", integers=integers, **fields)
 
 
 def operands(context: Context, shape: Shape, granularity: Granularity) -> Operands:
@@ -57,10 +65,15 @@ def operands(context: Context, shape: Shape, granularity: Granularity) -> Operan
 
     a = torch.randn((shape.m, shape.k), device=context.device, dtype=torch.bfloat16)
     w = torch.randn((shape.n, shape.k), device=context.device, dtype=torch.bfloat16) / shape.k**0.5
-    codes, scale = launch_quantize.quantize(QuantizeSpec(ACTIVATION, shape.k, input="bf16"), a)
     packed = quantize_weight(w, WEIGHT, granularity)
-    expanded = launch_gemm.expand(spec_of(shape, granularity), packed.codes, packed.multiplier_codes)
-    return Operands(codes, scale, packed, expanded, a, w, torch.zeros(shape.n, device=context.device))
+    forms = []
+    for integers in (False, True):
+        codes, scale = launch_quantize.quantize(QuantizeSpec(ACTIVATION, shape.k, input="bf16", integers=integers), a)
+        spec = spec_of(shape, granularity, integers)
+        forms.append((codes, launch_gemm.expand(spec, packed.codes, packed.multiplier_codes)))
+    (codes, expanded), (images, expanded_images) = forms
+    bias = torch.zeros(shape.n, device=context.device)
+    return Operands(codes, images, scale, packed, expanded, expanded_images, a, w, bias)
 
 
 def moved_bytes(shape: Shape, granularity: Granularity, contestant: str) -> int:
@@ -82,23 +95,31 @@ def moved_bytes(shape: Shape, granularity: Granularity, contestant: str) -> int:
     return m * k + weight + 2 * m * n + scales.get(contestant, ours + multipliers)
 
 
+def our_caller(name: str, spec: GemmSpec, given: Operands) -> Callable[[], Tensor]:
+    """A call of one of our kernels on one set of inputs, `spec` being of the operands that it multiplies."""
+    from plugins.gpu import launch_gemm
+
+    a, rest = given.images if spec.integers else given.a, (given.packed.scales, given.bias)
+    if name.startswith("expanded"):
+        w = given.expanded_images if spec.integers else given.expanded
+        return partial(launch_gemm.expanded_gemm, spec, a, given.a_scale, w, *rest)
+    codes = given.packed.multiplier_codes
+    packed = partial(launch_gemm.packed_gemm, spec, a, given.a_scale, given.packed.codes, *rest, multiplier_codes=codes)
+    return partial(packed, expand_first=WAYS.get(name))
+
+
 def caller(name: str, spec: GemmSpec, given: Operands) -> Callable[[], Tensor]:
     """A call of contestant `name` on one set of inputs."""
     import torch
 
-    from plugins.gpu import launch_gemm
-
+    if name in OURS or name in WAYS:
+        return our_caller(name, replace(spec, integers=name.endswith(INT8)), given)
     one = torch.ones((), device=given.a.device)
     a, w = (x.view(torch.float8_e4m3fn) for x in (given.a, given.expanded))
     unit = 2.0 ** -(weight_exponent(spec) + spec.operand.shift)
     a_scale, w_scale = given.a_scale[:, None], (given.packed.scales[:, :1] * unit).t().contiguous()
 
-    rest, codes = (given.packed.scales, given.bias), given.packed.multiplier_codes
-    packed = partial(launch_gemm.packed_gemm, spec, given.a, given.a_scale, given.packed.codes, *rest)
     calls: dict[str, Callable[[], Any]] = {
-        "packed_gemm": lambda: packed(multiplier_codes=codes),
-        **{way: partial(packed, multiplier_codes=codes, expand_first=first) for way, first in WAYS.items()},
-        "expanded_gemm": lambda: launch_gemm.expanded_gemm(spec, given.a, given.a_scale, given.expanded, *rest),
         "fp8_rowwise": lambda: scaled_mm(a, w, a_scale, w_scale),
         "fp8_tensorwise": lambda: scaled_mm(a, w, one, one),
         "bf16": lambda: torch.mm(given.a_wide, given.w_wide.t()),
@@ -135,7 +156,11 @@ def measure(context: Context, shape: Shape, granularity: Granularity, flush: Flu
     return {**place, "granularity": granularity.name, "contestants": rows, "refused": refused} | {
         "ratios": ratios(rows),
         "tiles": tiles,
-        "expands_first": expands_first(spec, shape.m, context.sm),
+        "expands_first": {
+            name: expands_first(replace(spec, integers=name.endswith(INT8)), shape.m, context.sm)
+            for name in OURS
+            if name.startswith("packed")
+        },
         "agree": agreement({name: calls[name] for name in times}, granularity),
         "input_sets": count,
         **failed_of(refused, OURS),
@@ -145,7 +170,8 @@ def measure(context: Context, shape: Shape, granularity: Granularity, flush: Flu
 def _tile(name: str, spec: GemmSpec, m: int, sm: int) -> Any:
     from plugins.gpu import launch_gemm
 
-    return launch_gemm.HEURISTICS[name](spec, m, sm, may_split=True)
+    choose = launch_gemm.HEURISTICS[name.removesuffix(INT8)]
+    return choose(replace(spec, integers=name.endswith(INT8)), m, sm, may_split=True)
 
 
 def ratios(rows: dict[str, dict[str, Any]]) -> dict[str, dict[str, float]]:
@@ -165,7 +191,7 @@ def ratios(rows: dict[str, dict[str, Any]]) -> dict[str, dict[str, float]]:
 
 def agreement(calls: dict[str, list[Callable[[], Tensor]]], granularity: Granularity) -> dict[str, float]:
     """Norm of the difference from packed_gemm's output over its norm, of those that compute the same."""
-    same = ("expanded_gemm", *(("fp8_rowwise",) if not granularity.real else ()))
+    same = (*OURS[1:], *(("fp8_rowwise",) if not granularity.real else ()))
     if "packed_gemm" not in calls:
         return {}
     wanted = calls["packed_gemm"][0]().float()

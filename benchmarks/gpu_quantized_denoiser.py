@@ -93,9 +93,10 @@ class QuantizedBlock:
     def __init__(self, heads: int, linears: dict[str, QuantizedLinear], kernels: Kernels, dtype: FloatType) -> None:
         self.heads, self.linears, self.kernels = heads, linears, kernels
         width = linears["qkv"].spec.in_features
-        self.norm = QuantizeSpec(ACTIVATION, width, "norm_modulate", dtype, EPSILON)
-        self.plain = QuantizeSpec(ACTIVATION, width, "none", dtype)
-        self.gelu = QuantizeSpec(ACTIVATION, 4 * width, "gelu", dtype)
+        integers = linears["qkv"].spec.integers
+        self.norm = QuantizeSpec(ACTIVATION, width, "norm_modulate", dtype, EPSILON, integers)
+        self.plain = QuantizeSpec(ACTIVATION, width, "none", dtype, integers=integers)
+        self.gelu = QuantizeSpec(ACTIVATION, 4 * width, "gelu", dtype, integers=integers)
 
     def __call__(self, x: Tensor, modulation: Tensor, words: tuple[Tensor, Tensor], one: Tensor) -> Tensor:
         """x [B * T, C], modulation [6, B, C], words: codes [B * L, C] and scales, one [B, C] of ones."""
@@ -146,13 +147,21 @@ def quantize_blocks(model: Denoiser, granularity: Granularity) -> list[dict[str,
 
 
 def quantized(
-    model: Denoiser, weights: list[dict[str, Packed]], kernels: Kernels, dtype: FloatType = "bf16", expand: bool = False
+    model: Denoiser,
+    weights: list[dict[str, Packed]],
+    kernels: Kernels,
+    dtype: FloatType = "bf16",
+    expand: bool = False,
+    integers: bool = False,
 ) -> QuantizedDenoiser:
-    """`model` on `kernels`, its linears' weights packed, or expanded by our kernel."""
+    """`model` on `kernels`, its linears' weights packed, or expanded by our kernel; integers: INT8 operands."""
     blocks = [
         QuantizedBlock(
             model.size.heads,
-            {name: _linear(block.linears[name], name, packed, dtype, expand) for name, packed in given.items()},
+            {
+                name: _linear(block.linears[name], name, packed, dtype, expand, integers)
+                for name, packed in given.items()
+            },
             kernels,
             dtype,
         )
@@ -161,9 +170,11 @@ def quantized(
     return QuantizedDenoiser(model, blocks)
 
 
-def _linear(linear: nn.Module, name: str, packed: Packed, dtype: FloatType, expand: bool) -> QuantizedLinear:
+def _linear(
+    linear: nn.Module, name: str, packed: Packed, dtype: FloatType, expand: bool, integers: bool
+) -> QuantizedLinear:
     n, half = packed.codes.shape
-    fields = packed.granularity.spec_fields(WEIGHT)
+    fields = packed.granularity.spec_fields(WEIGHT) | {"integers": integers}
     spec = GemmSpec(ACTIVATION, WEIGHT, 2 * half, n, epilogue=LINEARS[name].epilogue, output=dtype, **fields)
     expanded = None
     if expand:

@@ -138,12 +138,15 @@ class Cuda:
 
     weights: "packed" keeps two codes in a byte, "expanded" a byte for each weight (twice the memory, faster with many
     tokens), "auto" chooses for each linear by its tokens. activations: what lies between the kernels, "fp16" or "fp32".
+    operands: what tensor cores multiply, "fp8", or "int8" where a layer's formats embed in it (integers always do).
     """
 
     weights: str = "auto"
     activations: str = "fp16"
+    operands: str = "fp8"
 
     def __post_init__(self) -> None:
+        _check(self.operands in ("fp8", "int8"), f"cuda.operands {self.operands!r}; use fp8 or int8")
         _check(
             self.weights in ("auto", "packed", "expanded"),
             f"cuda.weights {self.weights!r}; use auto, packed or expanded",

@@ -25,10 +25,10 @@ TYPE_NAMES = {value: key for key, value in TORCH_TYPES.items()}
 
 
 @cache
-def byte_values(name: str) -> Tensor:
+def byte_values(name: str, integers: bool = False) -> Tensor:
     """Operand byte of format `name` -> the value it stands for, f32 [256]; bytes that no code has are NaN."""
     found, fmt = np.full(256, np.nan, np.float32), get_format(name)
-    found[operand_bytes(name)] = fmt.values
+    found[operand_bytes(name, integers)] = fmt.values
     return torch.from_numpy(found)
 
 
@@ -49,14 +49,18 @@ def _nibbles(packed: Tensor, count: int) -> Tensor:
 
 
 def expand(spec: GemmSpec, w: Tensor, multiplier_codes: Tensor | None) -> Tensor:
-    """Packed codes u8 [N, K / 2] -> E4M3 bytes u8 [N, K] of value * multiplier * 2^weight_exponent."""
+    """Packed codes u8 [N, K / 2] -> u8 [N, K], bytes of spec.weight_kind, of value * multiplier * 2^weight_exponent."""
     values = weight_values(spec, w, multiplier_codes) * 2.0 ** weight_exponent(spec)
-    return values.to(torch.float8_e4m3fn).view(torch.uint8)
+    return values.to(_held_as(spec)).view(torch.uint8)
 
 
 def expanded_values(spec: GemmSpec, w_expanded: Tensor) -> Tensor:
     """What `expand` gives -> value times multiplier, f32 [N, K]."""
-    return w_expanded.view(torch.float8_e4m3fn).float() * 2.0 ** -weight_exponent(spec)
+    return w_expanded.view(_held_as(spec)).float() * 2.0 ** -weight_exponent(spec)
+
+
+def _held_as(spec: GemmSpec) -> torch.dtype:
+    return torch.int8 if spec.multiplies_integers else torch.float8_e4m3fn
 
 
 def gemm(
@@ -76,7 +80,7 @@ def gemm(
     """GemmSpec's y [M, N] with `weight` as values f32 [N, K]: exact sums, then float32, rounded once to the output."""
     groups = spec.scale_groups
     dtype = _sum_type(spec)
-    x = byte_values(spec.activation).to(a.device)[a.int()].to(dtype).reshape(len(a), groups, -1)
+    x = byte_values(spec.activation, spec.integers).to(a.device)[a.int()].to(dtype).reshape(len(a), groups, -1)
     w = weight.to(dtype).reshape(len(weight), groups, -1)
     sums = (x.transpose(0, 1) @ w.permute(1, 2, 0)).float()
     y = (sums * w_scales.t()[:, None, :]).sum(0) * a_scale[:, None]
@@ -111,12 +115,12 @@ def quantize(
     finite = torch.isfinite(x).all(-1, keepdim=True)
     x = torch.where(finite, x, 0.0)
     found = x.abs().amax(-1, keepdim=True).clamp(min=ABSMAX_FLOOR) / get_format(spec.format).max_value
-    return encoded(spec.format, x / found), torch.where(finite, found, torch.nan)[:, 0]
+    return encoded(spec.format, x / found, spec.integers), torch.where(finite, found, torch.nan)[:, 0]
 
 
-def encoded(name: str, x: Tensor) -> Tensor:
+def encoded(name: str, x: Tensor, integers: bool = False) -> Tensor:
     """Operand bytes of the codes nearest to x: ties to even, saturating, -0 folded; NaN has the code 0."""
-    tables = _tables(name, x.device)
+    tables = _tables(name, x.device, integers)
     magnitude = x.abs().nan_to_num(0.0).clamp(max=float(get_format(name).max_value))
     binade = torch.bucketize(magnitude, tables["thresholds"], right=True)
     code = (magnitude / tables["steps"][binade]).round().int() + binade.int() * tables["binade_codes"]
@@ -125,9 +129,9 @@ def encoded(name: str, x: Tensor) -> Tensor:
 
 
 @cache
-def _tables(name: str, device: torch.device) -> dict[str, Any]:
+def _tables(name: str, device: torch.device, integers: bool) -> dict[str, Any]:
     found = attributes("QuantizeActivation", format=name)
-    bytes_ = torch.from_numpy(operand_bytes(name)).to(device)
+    bytes_ = torch.from_numpy(operand_bytes(name, integers)).to(device)
     return {
         "thresholds": torch.tensor(found["thresholds"], device=device),
         "steps": torch.tensor(found["steps"], device=device),

@@ -43,6 +43,7 @@ def gemm_spec(
     epilogue: str = "none",
     output: str = "fp16",
     a_zero: Tensor | None = None,
+    integers: bool = False,
     **_operands: Any,
 ) -> GemmSpec:
     """The spec that a GEMM op's arguments amount to. Raises RecipeError or ContractError for what no kernel takes.
@@ -60,6 +61,7 @@ def gemm_spec(
         zero_point=a_zero is not None,
         epilogue=epilogue,  # type: ignore[arg-type]
         output=output,  # type: ignore[arg-type]
+        integers=integers,
     )
 
 
@@ -100,15 +102,16 @@ def _fake_gemm(a: Tensor, a_scale: Tensor, w: Tensor, w_scales: Tensor, bias: Te
 def expand(
     w: Tensor,
     *,
+    activation: str,
     weight: str,
     in_features: int,
     group_size: int = 0,
     multipliers: Sequence[int] = (1,),
     multiplier_codes: Tensor | None = None,
+    integers: bool = False,
 ) -> Tensor:
-    """Packed codes [N, K / 2] -> E4M3 bytes u8 [N, K], multipliers folded in."""
-    # Which activation a GEMM reads does not change its weight's bytes.
-    spec = GemmSpec("E4M3", weight, in_features, int(w.shape[0]), group_size, tuple(multipliers))
+    """Packed codes [N, K / 2] -> u8 [N, K], E4M3 or INT8 bytes as a GEMM with `activation` reads them."""
+    spec = GemmSpec(activation, weight, in_features, int(w.shape[0]), group_size, tuple(multipliers), integers=integers)
     if on_kernels(w):
         from plugins.gpu import launch_gemm
 
@@ -124,21 +127,21 @@ def _fake_expand(w: Tensor, *, in_features: int, **_given: Any) -> Tensor:
 # --- quantizers -----------------------------------------------------------------------------------------------------
 
 
-def quantize(x: Tensor, *, format: str) -> tuple[Tensor, Tensor]:
+def quantize(x: Tensor, *, format: str, integers: bool = False) -> tuple[Tensor, Tensor]:
     """x [M, C] -> operand bytes u8 [M, C], scale f32 [M] of each token."""
-    return _quantize(QuantizeSpec(format, int(x.shape[1]), "none", _type_of(x)), x)
+    return _quantize(QuantizeSpec(format, int(x.shape[1]), "none", _type_of(x), integers=integers), x)
 
 
-def gelu_quantize(x: Tensor, *, format: str) -> tuple[Tensor, Tensor]:
+def gelu_quantize(x: Tensor, *, format: str, integers: bool = False) -> tuple[Tensor, Tensor]:
     """The same of GELU(x), tanh form."""
-    return _quantize(QuantizeSpec(format, int(x.shape[1]), "gelu", _type_of(x)), x)
+    return _quantize(QuantizeSpec(format, int(x.shape[1]), "gelu", _type_of(x), integers=integers), x)
 
 
 def norm_modulate_quantize(
-    x: Tensor, shift: Tensor, scale: Tensor, *, format: str, epsilon: float, tokens: int
+    x: Tensor, shift: Tensor, scale: Tensor, *, format: str, epsilon: float, tokens: int, integers: bool = False
 ) -> tuple[Tensor, Tensor]:
     """The same of LayerNorm(x) * (1 + scale) + shift, both [M / tokens, C] of x's type."""
-    spec = QuantizeSpec(format, int(x.shape[1]), "norm_modulate", _type_of(x), epsilon)
+    spec = QuantizeSpec(format, int(x.shape[1]), "norm_modulate", _type_of(x), epsilon, integers)
     return _quantize(spec, x, shift=shift, scale=scale, tokens=tokens)
 
 
@@ -176,9 +179,10 @@ _GEMM_INPUTS = "Tensor a, Tensor a_scale, Tensor w, Tensor w_scales, Tensor bias
 _WEIGHT = "int group_size=0, int[] multipliers=[1]"
 _GEMM = (
     f"str activation, str weight, {_WEIGHT}, str epilogue='none', str output='fp16', Tensor? a_zero=None, "
-    "Tensor? w_sums=None, Tensor? gate=None, Tensor? residual=None, SymInt tokens=0"
+    "Tensor? w_sums=None, Tensor? gate=None, Tensor? residual=None, SymInt tokens=0, bool integers=False"
 )
 _CODES = "(Tensor codes, Tensor scale)"
+_QUANTIZE = f"(Tensor x, *, str format, bool integers=False) -> {_CODES}"
 
 OPS = (
     TorchOp(
@@ -190,15 +194,17 @@ OPS = (
     TorchOp("expanded_gemm", f"({_GEMM_INPUTS}, {_GEMM}) -> Tensor", expanded_gemm, _fake_gemm),
     TorchOp(
         "expand",
-        f"(Tensor w, *, str weight, int in_features, {_WEIGHT}, Tensor? multiplier_codes=None) -> Tensor",
+        f"(Tensor w, *, str activation, str weight, int in_features, {_WEIGHT}, Tensor? multiplier_codes=None, "
+        "bool integers=False) -> Tensor",
         expand,
         _fake_expand,
     ),
-    TorchOp("quantize", f"(Tensor x, *, str format) -> {_CODES}", quantize, _fake_quantize),
-    TorchOp("gelu_quantize", f"(Tensor x, *, str format) -> {_CODES}", gelu_quantize, _fake_quantize),
+    TorchOp("quantize", _QUANTIZE, quantize, _fake_quantize),
+    TorchOp("gelu_quantize", _QUANTIZE, gelu_quantize, _fake_quantize),
     TorchOp(
         "norm_modulate_quantize",
-        f"(Tensor x, Tensor shift, Tensor scale, *, str format, float epsilon, SymInt tokens) -> {_CODES}",
+        "(Tensor x, Tensor shift, Tensor scale, *, str format, float epsilon, SymInt tokens, bool integers=False) -> "
+        f"{_CODES}",
         norm_modulate_quantize,
         _fake_quantize,
     ),

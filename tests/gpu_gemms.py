@@ -14,7 +14,7 @@ from plugins.gpu.gemm_meanings import expand
 from plugins.gpu.operands import operand_bytes
 from plugins.gpu.specs import GemmSpec
 from plugins.gpu.table import kernel
-from plugins.gpu.tiles import Tile
+from plugins.gpu.tile_table import Tile
 
 Arrays = dict[str, np.ndarray]
 EPS = 2.0**-24  # half a unit in the last place of float32
@@ -47,7 +47,7 @@ def case(spec: GemmSpec, m: int, seed: int = 0, tokens: int = 1) -> Arrays:
     indices = rng.integers(0, len(spec.multipliers), (n, spec.groups)).astype(np.uint8)
     found = {
         "codes": codes,
-        "a": operand_bytes(spec.activation)[codes],
+        "a": operand_bytes(spec.activation, spec.integers)[codes],
         "a_scale": a_scale,
         "w": np.ascontiguousarray(pack(weights, 4)),
         "w_scales": w_scales,

@@ -70,6 +70,45 @@ def test_the_executor_gives_what_onnxruntime_gives(weight, activation, granulari
     assert (np.abs(found - expected) <= (64 // (group or 64) + 4) * 2.0**-24 * rows).all()
 
 
+@pytest.mark.parametrize("weights", ["packed", "expanded"])
+@pytest.mark.parametrize("granularity, group", [("per_channel", 0), ("exact_group", 16), ("group", 32)])
+def test_int8_operands_change_no_number(granularity, group, weights):
+    """Codes of one quantizer for two GEMMs; their sums are exact in FP8's place or INT8's."""
+    layers = [*square("a", granularity=granularity, group=group), *square("b", weight="E1M2", seed=1)]
+    body = LINEAR + 'k = fpq.QuantizedLinear <layer="b"> (x)\ny = Add(h, k)'
+    feeds = {"x": activations(np.random.default_rng(4)), "gate": gates(4)}
+    found, paths = {}, {}
+    for operands in ("fp8", "int8"):
+        model = portable(body, layers, **SHAPES)
+        run_shared(model)
+        paths[operands] = {choice.path for choice in lower(model, operands).choices}
+        module = LoweredModule(model, weights=weights)
+        found[operands] = module({name: torch.from_numpy(array) for name, array in feeds.items()})["y"]
+        assert {gemm.operands["integers"] for gemm in module.gemms} == {operands == "int8"}
+        assert module.expanded == (2 if weights == "expanded" else 0)
+    assert paths == {"fp8": {"fp8 operands"}, "int8": {"int8 operands"}}
+    assert torch.equal(found["int8"], found["fp8"])
+
+
+@pytest.mark.parametrize(
+    "other", [{"weight": "UE3M1"}, {"weight": "E3M0", "activation": "E3M2"}], ids=["weights", "activations"]
+)
+def test_codes_that_one_reader_cannot_take_as_int8_stay_fp8(other):
+    """Weights up to 192 beside a GEMM that would fit; an activation format that does not embed."""
+    layers = [*square("a", **{"activation": other.get("activation", "E2M3")}), *square("b", seed=1, **other)]
+    model = portable(LINEAR + 'k = fpq.QuantizedLinear <layer="b"> (x)\ny = Add(h, k)', layers, **SHAPES)
+    run_shared(model)
+    assert [choice.path for choice in lower(model, "int8").choices] == ["fp8 operands"] * 2
+    LoweredModule(model)
+
+
+def test_integer_formats_are_int8_operands_by_themselves():
+    model = portable(LINEAR + "y = Neg(h)", square(weight="INT4", activation="INT8"), **SHAPES)
+    run_shared(model)
+    (choice,) = lower(model).choices
+    assert choice.path == "int8 operands" and "their sums in INT32" in choice.why
+
+
 def gates(seed: int) -> np.ndarray:
     return np.random.default_rng(seed).standard_normal((2, 1, 64)).astype(np.float32)
 

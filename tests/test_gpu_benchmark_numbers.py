@@ -204,8 +204,10 @@ def test_a_row_of_gemms(granularity: Granularity, monkeypatch: pytest.MonkeyPatc
     row = gpu_gemm.measure(CPU, Shape(16, 32, 64, 256, ("pixart ff.in",)), granularity, lambda: None)
     json.dumps(row)
     assert set(row["contestants"]) | set(row["refused"]) == set(EVERYONE)
-    assert set(row["contestants"]) >= {*gpu_gemm.OURS, *gpu_gemm.WAYS, "bf16"} and row["expands_first"] is False
-    assert row["agree"]["expanded_gemm"] == 0.0  # the same sums, rounded alike
+    assert set(row["contestants"]) >= {*gpu_gemm.OURS, *gpu_gemm.WAYS, "bf16"}
+    assert row["expands_first"] == {"packed_gemm": False, "packed_gemm_int8": False}
+    for name in gpu_gemm.OURS[1:]:
+        assert row["agree"][name] == 0.0  # the same sums, rounded alike
     if "fp8_rowwise" in row["agree"]:  # torch has it on a CPU; the interpreter cuts bf16 off where torch rounds
         assert row["agree"]["fp8_rowwise"] < 2.0**-7
     for name, found in row["contestants"].items():
@@ -223,6 +225,8 @@ def test_counted_bytes_are_those_of_the_tensors(contestant: str, granularity: Gr
     tensors = {
         "packed_gemm": [*ours, given.packed.codes, *codes],
         "expanded_gemm": [*ours, given.expanded],
+        "packed_gemm_int8": [*ours, given.packed.codes, *codes],
+        "expanded_gemm_int8": [*ours, given.expanded_images],
         "bf16": [given.a_wide, given.w_wide, y],
     }[contestant]
     size = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
@@ -275,7 +279,8 @@ def test_a_row_in_which_ours_cannot_run_has_failed(monkeypatch: pytest.MonkeyPat
 
     monkeypatch.setattr(launch_gemm, "packed_gemm", packed_gemm)
     row = gpu_gemm.measure(CPU, Shape(16, 32, 64, 256, ("pixart ff.in",)), CHANNEL, lambda: None)
-    assert row["failed"] == "packed_gemm: RuntimeError: out of shared memory"
+    why = "RuntimeError: out of shared memory"
+    assert row["failed"] == f"packed_gemm: {why}; packed_gemm_int8: {why}"
     assert "expanded_gemm" in row["contestants"] and row["agree"] == {}
 
 
@@ -289,9 +294,9 @@ def test_the_rows_of_the_denoiser(monkeypatch: pytest.MonkeyPatch) -> None:
     weights = gpu_denoiser_times.weights_row(models)
     assert weights["packed_of_bf16"] < weights["expanded_of_bf16"] < 1
     numbers = gpu_denoiser_times.numbers_row(models, 32)
-    assert set(numbers["error"]) == {"packed", "expanded"} and numbers["error"]["packed"] < 0.05
+    assert set(numbers["error"]) == set(gpu_denoiser_times.OURS) and numbers["error"]["packed"] < 0.05
     row = gpu_denoiser_times.times_row(models, lambda: None, 32, 2)
-    assert set(row["contestants"]) == {"bf16_eager", "bf16_compiled_blocks", "packed", "expanded"}
+    assert set(row["contestants"]) == {"bf16_eager", "bf16_compiled_blocks", *gpu_denoiser_times.OURS}
     assert set(row["ratios"]) >= {"over_eager", "over_compiled"} and not row["refused"]
     whole = gpu_denoiser_times.times_row(models, lambda: None, 32, 1, whole=True)
     assert set(whole["contestants"]) == {"bf16_compiled_whole", "expanded"}

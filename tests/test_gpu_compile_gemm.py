@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -12,8 +13,9 @@ from plugins.gpu.specs import GemmSpec, PackSpec
 from plugins.gpu.table import KERNELS, kernel
 
 pytest.importorskip("triton", reason="the GPU kernels need triton")
-# Tensor core instructions of each target: mma.sync (QMMA, HMMA), wgmma (QGMMA), tcgen05 (UTCQMMA).
+# Tensor core instructions of each target: mma.sync (QMMA, IMMA, HMMA), wgmma (QGMMA, IGMMA), tcgen05 (UTC...).
 FP8 = {80: "HMMA", 86: "HMMA", 89: "QMMA", 90: "QGMMA", 100: "UTCQMMA", 120: "QMMA"}
+INT8 = {80: "IMMA", 86: "IMMA", 89: "IMMA", 90: "IGMMA", 100: "UTCIMMA", 120: "IMMA"}
 FP16 = {80: "HMMA", 86: "HMMA", 89: "HMMA", 90: "HGMMA", 100: "UTCHMMA", 120: "HMMA"}
 PLAIN = GemmSpec("E2M3", "E2M1", 1152, 1152)
 EXACT = GemmSpec("E2M3", "E2M1", 1152, 1152, 64, (1, 2, 3, 4, 5, 6, 8, 10))
@@ -36,24 +38,30 @@ ON_HOPPER = {
     "expanded, few tokens": Request(kernel("expanded_gemm"), PLAIN, 90, rows=FEW),
     "expanded, gelu": Request(kernel("expanded_gemm"), GELU, 90, rows=MANY),
 }
+INTEGERS = {
+    (name, sm, "integers"): Request(kernel(name), replace(EXACT, integers=True), sm, rows=MANY)
+    for name in ("packed_gemm", "expanded_gemm")
+    for sm in (80, 90, 100, 120)
+}
 IN_HALF = {sm: Request(kernel("packed_gemm"), HALF, sm, rows=MANY) for sm in (80, 90)}
 AT_LOAD = {
     ("pack", 80): Request(kernel("pack"), PackSpec(1152), 80),
     ("expand", 80): Request(kernel("expand"), EXACT, 80),
     ("expand", 90): Request(kernel("expand"), PLAIN, 90),
+    ("expand integers", 90): Request(kernel("expand"), replace(EXACT, integers=True), 90),
 }
 
 
 @pytest.fixture(scope="session")
 def built(tmp_path_factory: pytest.TempPathFactory) -> dict[Any, Compiled]:
     """All kernels of this file, from one process and an empty cache."""
-    requests: dict[Any, Request] = {**EVERYWHERE, **ON_HOPPER, **IN_HALF, **AT_LOAD}
+    requests: dict[Any, Request] = {**EVERYWHERE, **INTEGERS, **ON_HOPPER, **IN_HALF, **AT_LOAD}
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("DITC_CACHE", str(tmp_path_factory.mktemp("cache")))
         return dict(zip(requests, compile_kernels(list(requests.values())), strict=True))
 
 
-@pytest.mark.parametrize("case", [*EVERYWHERE, *ON_HOPPER, *IN_HALF, *AT_LOAD], ids=str)
+@pytest.mark.parametrize("case", [*EVERYWHERE, *INTEGERS, *ON_HOPPER, *IN_HALF, *AT_LOAD], ids=str)
 def test_resources(built: dict[Any, Compiled], case: Any) -> None:
     """Nothing spills; registers and shared memory are within the target's limits."""
     assert built[case].problems() == []
@@ -64,6 +72,12 @@ def test_resources(built: dict[Any, Compiled], case: Any) -> None:
 def test_fp8_tensor_cores(built: dict[Any, Compiled], case: tuple[str, int]) -> None:
     found = {name for name in {*FP8.values(), *FP16.values()} if built[case].count(name + ".", name)}
     assert found == {FP8[case[1]]}
+
+
+@pytest.mark.parametrize("case", INTEGERS, ids=str)
+def test_int8_tensor_cores(built: dict[Any, Compiled], case: tuple[str, int, str]) -> None:
+    every = {*INT8.values(), *FP8.values(), *FP16.values()}
+    assert {name for name in every if built[case].count(name + ".", name)} == {INT8[case[1]]}
 
 
 @pytest.mark.parametrize("case", ON_HOPPER)

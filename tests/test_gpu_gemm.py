@@ -19,7 +19,7 @@ from plugins.gpu.gemm_constants import packed_constants
 from plugins.gpu.operands import operand_bytes
 from plugins.gpu.promotion import promotion_of
 from plugins.gpu.specs import GemmSpec
-from plugins.gpu.tiles import Tile
+from plugins.gpu.tile_table import Tile
 from tests.gpu_gemms import EPS, case, exact, finite_codes, half_unit, meaning, run, stored
 
 pytestmark = pytest.mark.usefixtures("interpreter")

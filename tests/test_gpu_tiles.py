@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -20,9 +22,9 @@ from plugins.gpu.promotion import (
     promotion_of,
 )
 from plugins.gpu.specs import GemmSpec, PackSpec
+from plugins.gpu.tile_table import TABLE
 from plugins.gpu.tiles import (
     INTERPRETED,
-    TABLE,
     architecture,
     band_grid,
     band_tile,
@@ -31,8 +33,8 @@ from plugins.gpu.tiles import (
     expands_first,
     gemm_grid,
     packed_tile,
+    product_type,
     scales_sums,
-    uses_fp8,
 )
 
 MULTIPLIERS = (1, 2, 3, 4, 5, 6, 8, 10)
@@ -134,8 +136,12 @@ def test_old_and_new_gpus() -> None:
     ):
         packed_tile(GemmSpec("E2M3", "E2M1", 64, 64), 64, 75)
     assert [architecture(sm) for sm in (0, 80, 87, 89, 90, 103, 121)] == [90, 80, 86, 89, 90, 100, 120]
-    assert [uses_fp8(GemmSpec("E2M3", "E2M1", 64, 64), sm) for sm in (80, 86, 89, 90)] == [False, False, True, True]
-    assert not uses_fp8(GemmSpec("INT8", "E2M1", 64, 64), 90)
+    plain = GemmSpec("E2M3", "E2M1", 64, 64)
+    assert [product_type(plain, sm) for sm in (80, 86, 89, 90)] == ["fp16", "fp16", "fp8", "fp8"]
+    for spec in (replace(plain, integers=True), replace(plain, activation="INT8")):
+        assert [product_type(spec, sm) for sm in (80, 90, 120)] == ["int8"] * 3
+    assert product_type(GemmSpec("INT8", "UE3M1", 64, 64), 90) == "fp16", "its image, up to 192, does not fit"
+    assert product_type(GemmSpec("E3M4", "E2M1", 64, 64), 90) == "fp16"
 
 
 # --- constants -------------------------------------------------------------------------------------------------------
@@ -181,7 +187,8 @@ def test_exact_means_that_no_data_passes_the_bound(activation: str, weight: str,
     spec = GemmSpec(activation, weight, 2 * pairs, 16)
     found = promotion_of(spec, fp8=short, architecture=90)
     largest = np.abs(get_format(activation).image).max() * np.abs(get_format(weight).image).max() * 2 * pairs
-    assert (found.holds == "exact") == (largest <= 2 ** (SHORT_BITS if short else FP32_BITS))
+    bits = 31 if spec.multiplies_integers else SHORT_BITS if short else FP32_BITS
+    assert (found.holds == "exact") == (largest <= 2**bits)
 
 
 def test_promotion_of_the_recipes() -> None:

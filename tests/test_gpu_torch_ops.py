@@ -42,30 +42,43 @@ def gemm_inputs(weight: str = "E2M1", activation: str = "E2M3", groups: str = "n
     }
 
 
-def as_torch(given: dict[str, Any]) -> tuple[list[torch.Tensor], dict[str, Any]]:
+def as_torch(given: dict[str, Any], integers: bool = False) -> tuple[list[torch.Tensor], dict[str, Any]]:
     """The same as arguments of the packed op."""
-    a = operand_bytes(given["activation_format"])[given["a_codes"]]
+    a = operand_bytes(given["activation_format"], integers)[given["a_codes"]]
     arrays = [a, given["a_scale"][:, 0], given["w_codes"], given["w_scales"], given["bias"]]
     choices: dict[str, Any] = {key: given[f"{key}_format"] for key in ("activation", "weight")}
     choices |= {"group_size": given["group_size"], "multipliers": list(given["multipliers"]), "output": "fp32"}
+    choices |= {"integers": True} if integers else {}
     if given["multipliers"] != (1,):
         choices["multiplier_codes"] = torch.from_numpy(given["multiplier_codes"])
     return [torch.from_numpy(array) for array in arrays], choices
 
 
+OF_WEIGHT = ("activation", "weight", "group_size", "multipliers", "multiplier_codes", "integers")
+
+
 def expanded(tensors: list[torch.Tensor], choices: dict[str, Any]) -> tuple[list[torch.Tensor], dict[str, Any]]:
     """The same as arguments of the expanded op."""
     rest = {key: value for key, value in choices.items() if key != "multiplier_codes"}
-    own = {key: choices[key] for key in ("weight", "group_size", "multipliers", "multiplier_codes") if key in choices}
+    own = {key: choices[key] for key in OF_WEIGHT if key in choices}
     return [*tensors[:2], OPS.expand(tensors[2], in_features=K, **own), *tensors[3:]], rest
 
 
 @pytest.mark.parametrize("groups", ["none", "exact", "real"])
-@pytest.mark.parametrize("weight, activation", [("E2M1", "E2M3"), ("E3M0", "E3M4"), ("E1M2", "INT8"), ("INT4", "E4M3")])
-def test_both_gemms_equal_the_meaning(weight: str, activation: str, groups: str) -> None:
+@pytest.mark.parametrize(
+    "weight, activation, integers",
+    [
+        ("E2M1", "E2M3", False),
+        ("E2M1", "E2M3", True),
+        ("E3M0", "E3M4", False),
+        ("E1M2", "INT8", False),
+        ("INT4", "E4M3", False),
+    ],
+)
+def test_both_gemms_equal_the_meaning(weight: str, activation: str, integers: bool, groups: str) -> None:
     given = gemm_inputs(weight, activation, groups)
     (expected,) = op_meanings.packed_gemm(**given)
-    tensors, choices = as_torch(given)
+    tensors, choices = as_torch(given, integers)
     found = OPS.packed_gemm(*tensors, **choices)
     # Exact sums rounded to float32, then at most one product for each group and the two products and sums after them.
     bound = (given["w_scales"].shape[1] + 4) * 2.0**-24 * (np.abs(expected).max() + np.abs(given["bias"]).max())
@@ -87,13 +100,16 @@ def test_epilogues_and_zero_point() -> None:
     torch.testing.assert_close(shifted, plain + a_zero[:, None] * w_sums, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", ["E2M1", "E2M3", "E3M2", "E3M4", "E4M3", "INT6", "INT8", "UE2M2"])
-def test_codes_and_scales_equal_the_meaning(name: str) -> None:
+@pytest.mark.parametrize(
+    "name, integers",
+    [(name, False) for name in ("E2M1", "E2M3", "E3M2", "E3M4", "E4M3", "INT6", "INT8", "UE2M2")] + [("E2M3", True)],
+)
+def test_codes_and_scales_equal_the_meaning(name: str, integers: bool) -> None:
     x = np.random.default_rng(1).standard_normal((40, K)).astype(np.float32) ** 3
     x[3], x[4, 5], x[5, 6] = 0.0, np.nan, np.inf
     codes, scale = op_meanings.quantize_activation(x, format=name)
-    found, scales = OPS.quantize(torch.from_numpy(x), format=name)
-    assert np.array_equal(found.numpy(), operand_bytes(name)[codes])
+    found, scales = OPS.quantize(torch.from_numpy(x), format=name, integers=integers)
+    assert np.array_equal(found.numpy(), operand_bytes(name, integers)[codes])
     assert np.array_equal(scales.numpy(), scale[:, 0], equal_nan=True)
 
 
@@ -124,10 +140,9 @@ def cases() -> list[Any]:
     """Every op with small arguments."""
     tensors, choices = as_torch(gemm_inputs(groups="exact"))
     other, rest = expanded(tensors, choices)
-    keys = ("weight", "group_size", "multipliers", "multiplier_codes")
-    own = {key: choices[key] for key in keys} | {"in_features": K}
+    own = {key: choices[key] for key in OF_WEIGHT if key in choices} | {"in_features": K}
     x, row = torch.randn(M, K), torch.randn(2, K)
-    norm = {"format": "E2M3", "epsilon": 1e-6, "tokens": 3}
+    norm = {"format": "E2M3", "epsilon": 1e-6, "tokens": 3, "integers": True}
     return [
         pytest.param(OPS.packed_gemm, tensors, choices, id="packed_gemm"),
         pytest.param(OPS.expanded_gemm, other, rest | {"output": "fp16"}, id="expanded_gemm"),

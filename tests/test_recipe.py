@@ -46,6 +46,7 @@ OTHER = {
     "rtx.path": "plugin",
     "trt.attention": "fp32",
     "cuda.weights": "packed",
+    "cuda.operands": "int8",
     "cuda.activations": "fp32",
 }
 ONLY_ONE = {"calibrate.method", "calibrate.options"}  # keys whose other legal values need other keys
@@ -130,6 +131,7 @@ BAD_VALUES = [
     ("rtx.weights", "fp16"),
     ("rtx.sm", []),
     ("cuda.weights", "fp8"),
+    ("cuda.operands", "fp4"),
     ("cuda.activations", "bf16"),
 ]
 

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from export.errors import ContractError
 from plugins.gpu import machine_code
 from plugins.gpu.specs import GemmSpec, QuantizeSpec
-from plugins.gpu.tiles import Tile
+from plugins.gpu.tile_table import Tile
 from plugins.tensorrt.aot import aot_kernel, plugin_name
 from plugins.tensorrt.expressions import as_expression, rows_of
 from plugins.tensorrt.plugins import EXAMPLES

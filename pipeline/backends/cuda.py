@@ -25,7 +25,7 @@ from pipeline.files import sha256, write_json
 from pipeline.methods import asked_activations
 from pipeline.passes import run_shared
 from pipeline.passes.graph import drop_unused
-from pipeline.passes.lower_cuda import GROUPS_REFUSED, OWN_CODES, PATHS, lower
+from pipeline.passes.lower_cuda import FP8, GROUPS_REFUSED, INT8, OWN_CODES, WIDE_INT8, lower
 from pipeline.passes.lower_cuda_ops import DOMAIN
 from pipeline.passes.split_condition import split_condition
 from pipeline.recipe import Cuda
@@ -34,8 +34,9 @@ logger = logging.getLogger(__name__)
 DATA = "model.onnx.data"
 REMEDY = "use another format, or --target cpu"
 GEMMS = (
-    GemmRow(PATHS["E4M3"], "E4M3", "E4M3", real_groups=True),
-    GemmRow(PATHS["INT8"], "INT8", "FP16", real_groups=True),
+    GemmRow(FP8, "E4M3", "E4M3", real_groups=True),
+    GemmRow(INT8, "INT8", "INT8", real_groups=True),
+    GemmRow(WIDE_INT8, "INT8", "FP16", real_groups=True),
     GemmRow(OWN_CODES, "FP16", "FP16", real_groups=True),
 )
 
@@ -59,7 +60,7 @@ class CudaBackend:
         """Write model.onnx and its data, lowered, into `work_dir`; weights stay packed."""
         model = ir.load(portable)
         run_shared(model)
-        lowering = lower(model)
+        lowering = lower(model, options(recipe).operands)
         if not lowering.choices:
             raise ContractError(f"{portable} has no quantized linear to lower; export the model again")
         drop_unused(model)

@@ -46,7 +46,8 @@ class Gemm(nn.Module):
             "group_size": attributes["group_size"],
             "multipliers": multipliers,
         }
-        self.of_activation = {"activation": attributes["activation_format"], "output": TYPE_NAMES[output]}
+        self.operands = {"activation": attributes["activation_format"], "integers": attributes["integers"]}
+        self.output = TYPE_NAMES[output]
         self.in_features, self.weights = attributes["in_features"], weights
         for name, tensor in (
             ("w", constants["codes"]),
@@ -65,7 +66,7 @@ class Gemm(nn.Module):
         scale = self._scale(a_scale, len(a))
         if not self.is_expanded and (self.weights == "expanded" or (self.weights == "auto" and len(a) >= EXPAND_FROM)):
             self.expand()
-        given: dict[str, Any] = {**self.choices, **self.of_activation}
+        given: dict[str, Any] = {**self.choices, **self.operands, "output": self.output}
         if gate is not None and residual is not None:
             rows = gate.reshape(-1, gate.shape[-1]).contiguous()
             flat = residual.reshape(len(a), -1).contiguous()
@@ -87,9 +88,8 @@ class Gemm(nn.Module):
 
     def expand(self) -> None:
         """Replace the packed codes by bytes with multipliers folded in."""
-        self.w = OPS.expand(
-            self.w, in_features=self.in_features, multiplier_codes=self.multiplier_codes, **self.choices
-        )
+        of_weight = {**self.choices, "in_features": self.in_features, "multiplier_codes": self.multiplier_codes}
+        self.w = OPS.expand(self.w, **of_weight, **self.operands)
         self.multiplier_codes, self.is_expanded = None, True
 
 
@@ -97,7 +97,8 @@ def _quantizer(attributes: Mapping[str, Any], op: Callable[..., Any]) -> Callabl
     """x -> (bytes of x's shape, scale [..., 1])."""
 
     def run(x: Tensor) -> tuple[Tensor, Tensor]:
-        codes, scale = op(x.reshape(-1, x.shape[-1]).contiguous(), format=attributes["format"])
+        rows = x.reshape(-1, x.shape[-1]).contiguous()
+        codes, scale = op(rows, format=attributes["format"], integers=attributes["integers"])
         return codes.reshape(x.shape), scale.reshape(*x.shape[:-1], 1)
 
     return run
@@ -112,7 +113,7 @@ def gelu_quantize(attributes: Mapping[str, Any]) -> Callable[..., Any]:
 
 
 def norm_modulate_quantize(attributes: Mapping[str, Any]) -> Callable[..., Any]:
-    given = {"format": attributes["format"], "epsilon": attributes["epsilon"]}
+    given = {key: attributes[key] for key in ("format", "epsilon", "integers")}
 
     def run(x: Tensor, shift: Tensor, gain: Tensor) -> tuple[Tensor, Tensor]:
         rows = [item.reshape(-1, x.shape[-1]).contiguous() for item in (x, shift, gain)]
@@ -124,7 +125,8 @@ def norm_modulate_quantize(attributes: Mapping[str, Any]) -> Callable[..., Any]:
 
 def quantize_static(attributes: Mapping[str, Any]) -> Callable[..., Any]:
     """A few torch functions; no kernel of its own, since one constant scale needs no pass over the token."""
-    return lambda x, scale, zero: (encoded(attributes["format"], (x.float() - zero) / scale),)
+    name, integers = attributes["format"], attributes["integers"]
+    return lambda x, scale, zero: (encoded(name, (x.float() - zero) / scale, integers),)
 
 
 def attention(attributes: Mapping[str, Any]) -> Callable[..., Any]:

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from export.errors import ContractError
 from pipeline.backends.cuda_dialect_ops import DIALECT_OPS, Gemm
 from pipeline.backends.cuda_onnx_ops import ONNX_OPS
+from pipeline.passes.lower_cuda import OPERANDS_KEY
 from pipeline.passes.lower_cuda_ops import DOMAIN, OPS
 
 HALF, FULL = torch.float16, torch.float32
@@ -175,14 +176,14 @@ class LoweredModule(nn.Module):
             self.plan.types[outputs[0]] = compute
         inputs = tuple(self._operand(name, kind) for name, kind in zip(names, wanted, strict=True))
         types = tuple(None if name in self.plan.constants else kind for name, kind in zip(names, wanted, strict=True))
-        self.steps.append(Step(str(node.name), row.make(_attributes(node)), inputs, types, tuple(outputs)))
+        self.steps.append(Step(str(node.name), row.make(_choices(node)), inputs, types, tuple(outputs)))
 
     def _add_gemm(self, node: ir.Node, given: dict[str, str]) -> None:
         output = self.plan.sources[given["a_codes"]]
         static = given["a_scale"] in self.plan.constants
         kept = ("codes", "w_scales", "multiplier_codes", "bias", *(["a_scale"] if static else []))
         constants = {key: self.plan.constants[given[key]] for key in kept}
-        gemm = Gemm(constants, _attributes(node), output, self.weights)
+        gemm = Gemm(constants, _choices(node), output, self.weights)
         self.gemms.append(gemm)
         names = [given["a_codes"], "" if static else given["a_scale"]]
         moving = [given[key] for key in ("gate", "residual") if key in given]
@@ -262,6 +263,11 @@ def _torch_type(value: ir.Value) -> torch.dtype:
 
 def _attributes(node: ir.Node) -> dict[str, Any]:
     return {key: found.value for key, found in node.attributes.items()}
+
+
+def _choices(node: ir.Node) -> dict[str, Any]:
+    """Attributes of a node of the dialect, and whether its codes are INT8 images by choice."""
+    return _attributes(node) | {"integers": node.metadata_props.get(OPERANDS_KEY) == "int8"}
 
 
 def _on_host(plan: Plan, names: list[str]) -> bool:

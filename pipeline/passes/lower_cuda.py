@@ -24,16 +24,23 @@ GROUPS_REFUSED = (
     "the GPU kernels have no scale per token and group of input channels; build it with --target cpu, or calibrate "
     "with one scale per token"
 )
-# Operand bytes of the activation -> what the tensor cores multiply.
-PATHS = {"E4M3": "fp8 operands", "INT8": "int8 codes, fp16 operands"}
-OWN_CODES = "own codes, fp16 operands"
+# What the tensor cores multiply.
+FP8, INT8 = "fp8 operands", "int8 operands"
+WIDE_INT8, OWN_CODES = "int8 codes, fp16 operands", "own codes, fp16 operands"
+# Metadata of quantizers and GEMMs whose codes are INT8 images by choice (cuda.operands).
+OPERANDS_KEY = "fpq.operands"
 
 
 class LowerCuda(RewritePass):
     """Lower every packed GEMM and quantizer; `choices` and `probes` have one row for each GEMM.
 
-    A GELU whose only reader is a quantizer joins it. Raises ContractError for what no kernel takes, naming the layer.
+    A GELU whose only reader is a quantizer joins it. operands: "int8" for INT8 images wherever every reader of a
+    quantizer takes them. Raises ContractError for what no kernel takes, naming the layer.
     """
+
+    def __init__(self, operands: str = "fp8") -> None:
+        super().__init__()
+        self.operands = operands
 
     def rewrite(self, model: ir.Model) -> None:
         self.choices: list[Choice] = []
@@ -42,9 +49,11 @@ class LowerCuda(RewritePass):
         for node in list(model.graph):
             if node.domain == DOMAIN and node.op_type in (*QUANTIZERS, "NormModulateQuantize"):
                 self._quantizer(model.graph, node)
-        for node in list(model.graph):
-            if node.domain == DOMAIN and node.op_type == "PackedGemm":
-                self._gemm(model.graph, node)
+        gemms = [node for node in model.graph if node.domain == DOMAIN and node.op_type == "PackedGemm"]
+        if self.operands == "int8":
+            _choose_integers(gemms)
+        for node in gemms:
+            self._gemm(model.graph, node)
         _finish(model)
 
     def _quantizer(self, graph: ir.Graph, node: ir.Node) -> None:
@@ -87,28 +96,55 @@ class LowerCuda(RewritePass):
 
     def _gemm(self, graph: ir.Graph, node: ir.Node) -> None:
         spec, quantizer = read_spec(node), _quantizer_of(node)
-        kernel = kernel_spec(spec)
+        chosen = quantizer.metadata_props.get(OPERANDS_KEY, "")
+        kernel = kernel_spec(spec, integers=chosen == "int8")
         given = gemm_attributes({key: found.value for key, found in node.attributes.items()})
         fused = fused_node("Gemm", list(node.inputs), spec.layer, node, **given)
+        fused.metadata_props.update({OPERANDS_KEY: chosen} if chosen else {})
         fused.outputs[0].name, fused.outputs[0].shape = node.outputs[0].name, node.outputs[0].shape
         graph.insert_before(node, fused)
         ir.convenience.replace_all_uses_with(node.outputs[0], fused.outputs[0], replace_graph_outputs=True)
         graph.remove(node, safe=True)
-        self.choices.append(Choice(spec.layer, PATHS.get(kernel.operand.kind, OWN_CODES), _why(spec, kernel)))
-        self.probes.append(_probe(spec, fused, quantizer))
+        self.choices.append(Choice(spec.layer, path_of(kernel), _why(spec, kernel)))
+        self.probes.append(_probe(spec, path_of(kernel), fused, quantizer))
         self.fired += 1
 
 
-def lower(model: ir.Model) -> LowerCuda:
+def lower(model: ir.Model, operands: str = "fp8") -> LowerCuda:
     """Lower `model` in place, after the shared passes. Returns the lowering with its choices and probes."""
-    lowering = LowerCuda()
+    lowering = LowerCuda(operands)
     for rewrite in (FuseAttention(), lowering, FuseGateResidual()):
         rewrite(model)
     add_functions(model)
     return lowering
 
 
-def kernel_spec(spec: GemmSpec) -> specs.GemmSpec:
+def path_of(kernel: specs.GemmSpec) -> str:
+    """What the tensor cores multiply; FP16 in the place of FP8 on a GPU that has none."""
+    if kernel.multiplies_integers:
+        return INT8
+    return {"E4M3": FP8, "INT8": WIDE_INT8}.get(kernel.operand.kind, OWN_CODES)
+
+
+def _choose_integers(gemms: list[ir.Node]) -> None:
+    """Mark the quantizers all of whose readers multiply INT8 images: their codes have one form."""
+    readers: dict[ir.Node, list[ir.Node]] = {}
+    for node in gemms:
+        readers.setdefault(_quantizer_of(node), []).append(node)
+    for quantizer, nodes in readers.items():
+        if all(_takes_integers(read_spec(node)) for node in nodes):
+            quantizer.metadata_props[OPERANDS_KEY] = "int8"
+
+
+def _takes_integers(spec: GemmSpec) -> bool:
+    kernel_spec(spec)  # what no kernel takes at all is an error, not a reason for FP8
+    try:
+        return kernel_spec(spec, integers=True).multiplies_integers
+    except ContractError:
+        return False
+
+
+def kernel_spec(spec: GemmSpec, integers: bool = False) -> specs.GemmSpec:
     """What the kernel is compiled for. Raises ContractError, naming the layer, where no kernel takes it."""
     try:
         return specs.GemmSpec(
@@ -119,6 +155,7 @@ def kernel_spec(spec: GemmSpec) -> specs.GemmSpec:
             group_size=spec.group_size,
             multipliers=spec.multipliers,
             real_groups=spec.real_groups,
+            integers=integers,
         )
     except (RecipeError, ContractError) as error:
         raise ContractError(f"{spec.layer} cannot be lowered to the GPU kernels: {error}") from error
@@ -143,13 +180,15 @@ def _quantizer_of(gemm: ir.Node) -> ir.Node:
 
 def _why(spec: GemmSpec, kernel: specs.GemmSpec) -> str:
     held = f"{spec.activation.name} and {spec.weight.name} are exact in the operands"
+    if kernel.multiplies_integers:
+        return f"{held}, and their sums in INT32"
     length = exact_sum_limit(spec.activation.kmax, spec.weight_kmax)
     if spec.sum_length <= length:
         return f"{held}; a float32 sum of {spec.sum_length} products is exact (up to {length} are)"
     return f"{held}; float32 sums are exact up to {length} of {spec.sum_length} products"
 
 
-def _probe(spec: GemmSpec, gemm: ir.Node, quantizer: ir.Node) -> ProbeRow:
+def _probe(spec: GemmSpec, path: str, gemm: ir.Node, quantizer: ir.Node) -> ProbeRow:
     seen = {"GeluQuantize": "gelu", "NormModulateQuantize": "modulated"}.get(quantizer.op_type)
     x = output_of(quantizer, seen) if seen else quantizer.inputs[0]
     assert x is not None
@@ -157,7 +196,7 @@ def _probe(spec: GemmSpec, gemm: ir.Node, quantizer: ir.Node) -> ProbeRow:
     static = spec.activation_scale is not None
     return ProbeRow(
         layer=spec.layer,
-        path=PATHS.get(specs.operand_of(spec.activation.name).kind, OWN_CODES),
+        path=path,
         x=str(unbalanced(x).name),
         codes=(str(output_of(quantizer, "values").name),),
         limb_weights=(1.0,),

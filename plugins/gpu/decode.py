@@ -40,6 +40,39 @@ def nibbles_to_e4m3(x, SIGNED: tl.constexpr, INTEGER: tl.constexpr, SHIFT: tl.co
 
 
 @triton.jit
+def nibbles_to_magnitudes(x, SIGNED: tl.constexpr, INTEGER: tl.constexpr, SHIFT: tl.constexpr):
+    """u32 words, a nibble in each byte -> u32, in each byte the integer |value| * 2^f of the format, below 128.
+
+    A float of e > 0 is its mantissa with the hidden bit, e - 1 places up; the places are moved 1, 2 and 4 at a time. No
+    byte runs over into the next: what has been moved so far lies below 2^(8 - places) wherever more is to come.
+    """
+    if INTEGER:
+        negative = (x >> 3) & 0x01010101
+        return ((x & 0x07070707) ^ ((negative << 3) - negative)) + negative
+    MANTISSA: tl.constexpr = 3 - SHIFT
+    EXPONENT: tl.constexpr = (3 if SIGNED else 4) - MANTISSA
+    exponent = (x >> MANTISSA) & (0x01010101 * ((1 << EXPONENT) - 1))
+    normal = exponent
+    for bit in tl.static_range(1, EXPONENT):
+        normal |= exponent >> bit
+    normal &= 0x01010101
+    found = (x & (0x01010101 * ((1 << MANTISSA) - 1))) | (normal << MANTISSA)
+    places = exponent - normal
+    for bit in tl.static_range(0, EXPONENT):
+        moved = ((places >> bit) & 0x01010101) * 255
+        found = (found & ~moved) | ((found << (1 << bit)) & moved)
+    return found
+
+
+@triton.jit
+def negated(v, x):
+    """u32 words of bytes v below 128 -> two's complement bytes, minus v where the nibble in x has its sign bit."""
+    one = (x >> 3) & 0x01010101
+    top = one << 7
+    return ((v ^ (top - one)) + one) ^ top
+
+
+@triton.jit
 def half_times(bits, factor):
     """u32, the bits of a fp16 number in its lower half, times fp16 -> u32 likewise."""
     product = bits.to(tl.uint16).to(tl.float16, bitcast=True) * factor

@@ -35,8 +35,13 @@ def add_products(acc, left, right, factor, FACTOR: tl.constexpr, WEIGHTS_FIRST: 
         one, two = right, tl.trans(left)
     else:
         one, two = left, tl.trans(right)
-    if FACTOR != "none":
-        part = tl.dot(one, two, max_num_imprecise_acc=PROMOTE if PROMOTE else None)
+    if one.dtype == tl.int8 and FACTOR == "none":
+        return tl.dot(one, two, acc, out_dtype=tl.int32)
+    elif FACTOR != "none":
+        if one.dtype == tl.int8:
+            part = tl.dot(one, two, out_dtype=tl.int32).to(tl.float32)
+        else:
+            part = tl.dot(one, two, max_num_imprecise_acc=PROMOTE if PROMOTE else None)
         return acc + part * (factor[:, None] if WEIGHTS_FIRST else factor[None, :])
     elif PROMOTE:
         return acc + tl.dot(one, two, max_num_imprecise_acc=PROMOTE)
@@ -63,7 +68,7 @@ def sum_of_products(
     a, w, w_scales, multiplier_codes, m, n,
     PACKED: tl.constexpr, K: tl.constexpr, GROUP: tl.constexpr, REAL_GROUPS: tl.constexpr, FACTOR: tl.constexpr,
     MULTIPLIERS_LOW: tl.constexpr, MULTIPLIERS_HIGH: tl.constexpr, W_SIGNED: tl.constexpr, W_INTEGER: tl.constexpr,
-    W_SHIFT: tl.constexpr, WIDTH: tl.constexpr, A_KIND: tl.constexpr, A_SHIFT: tl.constexpr, FP8: tl.constexpr,
+    W_SHIFT: tl.constexpr, WIDTH: tl.constexpr, A_KIND: tl.constexpr, A_SHIFT: tl.constexpr, TYPE: tl.constexpr,
     PROMOTE: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, SPLITS: tl.constexpr,
     WEIGHTS_FIRST: tl.constexpr,
 ):  # fmt: skip
@@ -84,23 +89,24 @@ def sum_of_products(
     EACH: tl.constexpr = (ALL + SPLITS - 1) // SPLITS
     LOW: tl.constexpr = 0 if FACTOR == "multiplier" else MULTIPLIERS_LOW
     start = tl.program_id(1) * EACH
-    acc = tl.zeros((BN, BM) if WEIGHTS_FIRST else (BM, BN), tl.float32)
+    SUM: tl.constexpr = tl.int32 if TYPE == "int8" and FACTOR == "none" else tl.float32
+    acc = tl.zeros((BN, BM) if WEIGHTS_FIRST else (BM, BN), SUM)
     for block in range(start, min(start + EACH, ALL)):
         span = block // BLOCKS
         first, limit = span * SPAN + block % BLOCKS * BK, (span + 1) * SPAN
-        left = operand_tile(a_rows, first, limit, FP8, A_KIND, A_SHIFT, WIDTH, BK, MASKED)
+        left = operand_tile(a_rows, first, limit, TYPE, A_KIND, A_SHIFT, WIDTH, BK, MASKED)
         if PACKED:
             right = packed_weights(
                 w_rows, codes, first, limit,
-                K, GROUP, LOW, MULTIPLIERS_HIGH, W_SIGNED, W_INTEGER, W_SHIFT, FP8, WIDTH, BK, MASKED,
+                K, GROUP, LOW, MULTIPLIERS_HIGH, W_SIGNED, W_INTEGER, W_SHIFT, TYPE, WIDTH, BK, MASKED,
             )  # fmt: skip
-            if FP8:
-                right = right.to(tl.float8e4nv, bitcast=True)
+            if TYPE != "fp16":
+                right = right.to(left.dtype, bitcast=True)
         else:
-            right = operand_tile(w_rows, first, limit, FP8, "signed", 7, WIDTH, BK, MASKED)
+            right = operand_tile(w_rows, first, limit, TYPE, "signed", 7, WIDTH, BK, MASKED)
         factor = load_factor(w_scales, codes, n, first, K, GROUP, FACTOR, MULTIPLIERS_LOW, MULTIPLIERS_HIGH)
         acc = add_products(acc, left, right, factor, FACTOR, WEIGHTS_FIRST, PROMOTE)
-    return acc
+    return acc.to(tl.float32)
 
 
 @triton.jit
@@ -108,7 +114,7 @@ def packed_gemm(
     a, a_scale, w, w_scales, multiplier_codes, bias, a_zero, w_sums, gate, residual, M, tokens, y,
     N: tl.constexpr, K: tl.constexpr, GROUP: tl.constexpr, REAL_GROUPS: tl.constexpr, FACTOR: tl.constexpr,
     MULTIPLIERS_LOW: tl.constexpr, MULTIPLIERS_HIGH: tl.constexpr, W_SIGNED: tl.constexpr, W_INTEGER: tl.constexpr,
-    W_SHIFT: tl.constexpr, WIDTH: tl.constexpr, A_KIND: tl.constexpr, A_SHIFT: tl.constexpr, FP8: tl.constexpr,
+    W_SHIFT: tl.constexpr, WIDTH: tl.constexpr, A_KIND: tl.constexpr, A_SHIFT: tl.constexpr, TYPE: tl.constexpr,
     UNIT: tl.constexpr, EPILOGUE: tl.constexpr, PROMOTE: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
     BK: tl.constexpr, SPLITS: tl.constexpr, BAND: tl.constexpr, WEIGHTS_FIRST: tl.constexpr,
 ):  # fmt: skip
@@ -118,7 +124,7 @@ def packed_gemm(
     acc = sum_of_products(
         a, w, w_scales, multiplier_codes, tl.minimum(m, M - 1), tl.minimum(n, N - 1),
         True, K, GROUP, REAL_GROUPS, FACTOR, MULTIPLIERS_LOW, MULTIPLIERS_HIGH, W_SIGNED, W_INTEGER, W_SHIFT, WIDTH,
-        A_KIND, A_SHIFT, FP8, PROMOTE, BM, BN, BK, SPLITS, WEIGHTS_FIRST,
+        A_KIND, A_SHIFT, TYPE, PROMOTE, BM, BN, BK, SPLITS, WEIGHTS_FIRST,
     )  # fmt: skip
     if WEIGHTS_FIRST:
         acc = tl.trans(acc)
@@ -132,16 +138,16 @@ def packed_gemm(
 def expanded_gemm(
     a, a_scale, w, w_scales, bias, a_zero, w_sums, gate, residual, M, tokens, y,
     N: tl.constexpr, K: tl.constexpr, GROUP: tl.constexpr, REAL_GROUPS: tl.constexpr, FACTOR: tl.constexpr,
-    WIDTH: tl.constexpr, A_KIND: tl.constexpr, A_SHIFT: tl.constexpr, FP8: tl.constexpr, UNIT: tl.constexpr,
+    WIDTH: tl.constexpr, A_KIND: tl.constexpr, A_SHIFT: tl.constexpr, TYPE: tl.constexpr, UNIT: tl.constexpr,
     EPILOGUE: tl.constexpr, PROMOTE: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
     SPLITS: tl.constexpr, BAND: tl.constexpr, WEIGHTS_FIRST: tl.constexpr,
 ):  # fmt: skip
-    """w u8 [N, K], E4M3 bytes from `expand`. Grid and y as in packed_gemm."""
+    """w u8 [N, K], bytes from `expand`. Grid and y as in packed_gemm."""
     row, column = tile_of(tl.program_id(0), M, N, BM, BN, BAND)
     m, n = row * BM + tl.arange(0, BM), column * BN + tl.arange(0, BN)
     acc = sum_of_products(
         a, w, w_scales, None, tl.minimum(m, M - 1), tl.minimum(n, N - 1),
-        False, K, GROUP, REAL_GROUPS, FACTOR, 0, 0, 0, 0, 0, WIDTH, A_KIND, A_SHIFT, FP8, PROMOTE, BM, BN, BK, SPLITS,
+        False, K, GROUP, REAL_GROUPS, FACTOR, 0, 0, 0, 0, 0, WIDTH, A_KIND, A_SHIFT, TYPE, PROMOTE, BM, BN, BK, SPLITS,
         WEIGHTS_FIRST,
     )  # fmt: skip
     if WEIGHTS_FIRST:

@@ -8,7 +8,8 @@ from export.errors import RecipeError
 from plugins.gpu.operands import E4M3, INT8
 from plugins.gpu.promotion import promotion_of
 from plugins.gpu.specs import GemmSpec, PackSpec
-from plugins.gpu.tiles import BandTile, Tile, architecture, scales_sums, uses_fp8
+from plugins.gpu.tile_table import Tile
+from plugins.gpu.tiles import BandTile, architecture, product_type, scales_sums
 
 
 def packed_table(multipliers: tuple[int, ...]) -> tuple[int, int]:
@@ -17,21 +18,23 @@ def packed_table(multipliers: tuple[int, ...]) -> tuple[int, int]:
     return whole % 2**64, whole // 2**64
 
 
-def activation_constants(spec: GemmSpec, fp8: bool) -> tuple[str, int, int]:
+def activation_constants(spec: GemmSpec, products: str) -> tuple[str, int, int]:
     """(KIND, SHIFT, e) of `loads.operand_tile`: an operand stands for value * 2^e. Raises RecipeError."""
     operand, fmt = spec.operand, spec.activation_format
     if operand.kind == INT8:
         return "int8", 0, operand.shift
     if operand.kind == E4M3:
-        return "signed", 7, operand.shift - (0 if fp8 else 8)
+        return "signed", 7, operand.shift - (8 if products == "fp16" else 0)
     if fmt.exponent_bits == 5 and fmt.specials == "none":
         raise RecipeError(f"activations in {fmt.name}: its top binade has the bits of FP16's Inf; use another format")
     return "signed" if fmt.sign_bits else "unsigned", 10 - fmt.mantissa_bits, fmt.bias - 15
 
 
 def weight_exponent(spec: GemmSpec) -> int:
-    """e of the E4M3 bytes of weights: they stand for value * multiplier * 2^e."""
+    """e of the bytes of expanded weights: they stand for value * multiplier * 2^e."""
     fmt = spec.weight_format
+    if spec.multiplies_integers:
+        return fmt.fraction_bits
     return -9 if fmt.is_integer else fmt.bias - 7
 
 
@@ -42,9 +45,9 @@ def load_width(spec: GemmSpec) -> int:
 
 def gemm_constants(spec: GemmSpec, tile: Tile, sm: int, *, by_group: bool = False) -> dict[str, Any]:
     """The compile-time arguments that packed_gemm and expanded_gemm share. by_group: a multiplier follows each sum."""
-    fp8 = uses_fp8(spec, sm)
-    promotion = promotion_of(spec, fp8, architecture(sm), by_group=by_group or spec.real_groups)
-    kind, shift, exponent = activation_constants(spec, fp8)
+    products = product_type(spec, sm)
+    promotion = promotion_of(spec, products == "fp8", architecture(sm), by_group=by_group or spec.real_groups)
+    kind, shift, exponent = activation_constants(spec, products)
     return {
         "N": spec.out_features,
         "K": spec.in_features,
@@ -54,8 +57,8 @@ def gemm_constants(spec: GemmSpec, tile: Tile, sm: int, *, by_group: bool = Fals
         "FACTOR": "multiplier" if by_group else "scale" if spec.real_groups else "none",
         "A_KIND": kind,
         "A_SHIFT": shift,
-        "FP8": fp8,
-        "UNIT": 2.0 ** -(exponent + weight_exponent(spec) - (0 if fp8 else 8)),
+        "TYPE": products,
+        "UNIT": 2.0 ** -(exponent + weight_exponent(spec) - (8 if products == "fp16" else 0)),
         "EPILOGUE": spec.epilogue,
         "PROMOTE": min(promotion.every, tile.k),
         "BM": tile.m,
@@ -107,4 +110,9 @@ def pack_constants(spec: PackSpec, tile: BandTile, sm: int) -> dict[str, Any]:
 
 def expand_constants(spec: GemmSpec, tile: BandTile, sm: int) -> dict[str, Any]:
     """The compile-time arguments of expand."""
-    return {**weight_constants(spec), "ROWS": tile.rows, "COLUMNS": tile.columns}
+    return {
+        **weight_constants(spec),
+        "TYPE": "int8" if spec.multiplies_integers else "fp8",
+        "ROWS": tile.rows,
+        "COLUMNS": tile.columns,
+    }

@@ -48,18 +48,24 @@ def expanded_gemm(
     **_sizes: int,
 ) -> tuple[Array]:
     """As `packed_gemm`, with w u8 [N, K] from `expand`."""
-    values = decode(get_format("E4M3"), w) * 2.0 ** -weight_exponent(spec)
-    y = op_meanings.gemm_of_values(byte_values(spec.activation)[a], values, w_scales) * a_scale[:, None]
+    held = byte_values(spec.activation, spec.integers)[a]
+    y = op_meanings.gemm_of_values(held, expanded_values(spec, w), w_scales) * a_scale[:, None]
     if a_zero is not None and w_sums is not None:
         y = y + a_zero[:, None] * w_sums
     return (op_meanings.gemm_epilogue(y + bias, gate, residual, epilogue=spec.epilogue, tokens=tokens),)
 
 
+def expanded_values(spec: GemmSpec, w: Array) -> Array:
+    """What `expand` gives -> value times multiplier, float64 [N, K]."""
+    held = w.view(np.int8).astype(np.float64) if spec.multiplies_integers else decode(get_format("E4M3"), w)
+    return held * 2.0 ** -weight_exponent(spec)
+
+
 @cache
-def byte_values(name: str) -> Array:
+def byte_values(name: str, integers: bool = False) -> Array:
     """Operand byte of format `name` -> the value it stands for, float64 [256]; NaN for bytes that no code has."""
     values = np.full(256, np.nan)
-    values[operand_bytes(name)] = get_format(name).values
+    values[operand_bytes(name, integers)] = get_format(name).values
     return values
 
 
@@ -69,9 +75,10 @@ def pack(spec: PackSpec, codes: Array, **_sizes: int) -> tuple[Array]:
 
 
 def expand(spec: GemmSpec, w: Array, multiplier_codes: Array | None = None, **_sizes: int) -> tuple[Array]:
-    """w u8 [N, K / 2] -> u8 [N, K]: E4M3 bytes of value * multiplier * 2^weight_exponent(spec)."""
+    """w u8 [N, K / 2] -> u8 [N, K]: bytes of spec.weight_kind, of value * multiplier * 2^weight_exponent(spec)."""
     fmt, table = spec.weight_format, np.asarray(spec.multipliers, np.float64)
     value = decode(fmt, unpack(w, 4, spec.in_features)).reshape(len(w), spec.groups, -1)
     if multiplier_codes is not None:
         value = value * table[unpack(multiplier_codes, 4, spec.groups)][..., None]
-    return (encode(get_format("E4M3"), value.reshape(len(w), -1) * 2.0 ** weight_exponent(spec)),)
+    held = value.reshape(len(w), -1) * 2.0 ** weight_exponent(spec)
+    return (held.astype(np.int8).view(np.uint8) if spec.multiplies_integers else encode(get_format("E4M3"), held),)

@@ -11,7 +11,7 @@ from plugins.gpu.device import sm_of
 from plugins.gpu.kernel import Kernel, launch_options
 from plugins.gpu.specs import GemmSpec, PackSpec
 from plugins.gpu.table import kernel
-from plugins.gpu.tiles import Tile
+from plugins.gpu.tile_table import Tile
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -174,7 +174,7 @@ def pack(codes: Tensor, *, out: Tensor | None = None) -> Tensor:
 
 
 def expand(spec: GemmSpec, w: Tensor, multiplier_codes: Tensor | None = None, *, out: Tensor | None = None) -> Tensor:
-    """w u8 [N, K / 2] -> u8 [N, K]: E4M3 bytes of value * multiplier * 2^weight_exponent(spec)."""
+    """w u8 [N, K / 2] -> u8 [N, K]: bytes of spec.weight_kind, of value * multiplier * 2^weight_exponent(spec)."""
     n, k = spec.out_features, spec.in_features
     expected: dict[str, tuple[tuple[int, ...], str]] = {"w": ((n, k // 2), "uint8")}
     if spec.has_multipliers:

@@ -8,7 +8,9 @@ import triton.language as tl
 from plugins.gpu.decode import (
     bytes_of,
     bytes_to_fp16,
+    negated,
     nibbles_to_e4m3,
+    nibbles_to_magnitudes,
     repeated,
     scaled_e4m3,
     small_integer,
@@ -33,17 +35,17 @@ def load_words(base, first, limit, BYTES: tl.constexpr, COUNT: tl.constexpr, MAS
 
 @triton.jit
 def operand_tile(
-    a, first, limit, FP8: tl.constexpr, KIND: tl.constexpr, SHIFT: tl.constexpr, WIDTH: tl.constexpr,
+    a, first, limit, TYPE: tl.constexpr, KIND: tl.constexpr, SHIFT: tl.constexpr, WIDTH: tl.constexpr,
     BK: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
-    """Operand bytes first .. first + BK of the rows at a [N, 1], zero from `limit` on -> [N, BK], fp8e4nv or fp16."""
-    if FP8:
-        at = a.to(tl.pointer_type(tl.float8e4nv), bitcast=True)
-        k = first + tl.arange(0, BK)[None, :]
-        return tl.load(at + k, mask=k < limit, other=0.0) if MASKED else tl.load(at + k)
-    else:
+    """Operand bytes first .. first + BK of the rows at a [N, 1], zero from `limit` on -> [N, BK] of TYPE."""
+    if TYPE == "fp16":
         words = load_words(a, first // WIDTH, limit // WIDTH, WIDTH, BK // WIDTH, MASKED)
         return bytes_to_fp16(words, KIND, SHIFT, WIDTH)
+    else:
+        at = a.to(tl.pointer_type(tl.int8 if TYPE == "int8" else tl.float8e4nv), bitcast=True)
+        k = first + tl.arange(0, BK)[None, :]
+        return tl.load(at + k, mask=k < limit, other=0.0) if MASKED else tl.load(at + k)
 
 
 @triton.jit
@@ -75,24 +77,29 @@ def multiplier_of_words(
 @triton.jit
 def packed_weights(
     w, codes, first, limit, K: tl.constexpr, GROUP: tl.constexpr, LOW: tl.constexpr, HIGH: tl.constexpr,
-    SIGNED: tl.constexpr, INTEGER: tl.constexpr, SHIFT: tl.constexpr, FP8: tl.constexpr, WIDTH: tl.constexpr,
+    SIGNED: tl.constexpr, INTEGER: tl.constexpr, SHIFT: tl.constexpr, TYPE: tl.constexpr, WIDTH: tl.constexpr,
     BK: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
     """Weights first .. first + BK of the rows at w [BN, 1], codes [BN] -> [BN, BK], zero from `limit` on.
 
-    u8 E4M3 bytes if FP8, else fp16; with LOW not 0 times the multipliers of their groups. WIDTH: weights of a load (4
-    or 2); it divides K, GROUP and `limit`.
+    u8 for "int8" and "fp8" (E4M3 bytes), else fp16; with LOW not 0 times the multipliers of their groups. WIDTH:
+    weights of a load (4 or 2); it divides K, GROUP and `limit`.
     """
-    q = load_words(w, first // WIDTH, limit // WIDTH, WIDTH // 2, BK // WIDTH, MASKED)
-    r = nibbles_to_e4m3(spread_nibbles(q, WIDTH), SIGNED, INTEGER, SHIFT)
+    x = spread_nibbles(load_words(w, first // WIDTH, limit // WIDTH, WIDTH // 2, BK // WIDTH, MASKED), WIDTH)
     if LOW != 0:
-        factor = multiplier_of_words(codes, first, K, GROUP, LOW, HIGH, WIDTH, BK).to(tl.float16)
-    if FP8:
-        return bytes_of(scaled_e4m3(r, factor) if LOW != 0 else r, WIDTH)
+        factor = multiplier_of_words(codes, first, K, GROUP, LOW, HIGH, WIDTH, BK)
+    if TYPE == "int8":
+        v = nibbles_to_magnitudes(x, SIGNED, INTEGER, SHIFT)
+        if LOW != 0:
+            v *= factor.to(tl.uint32)
+        return bytes_of(negated(v, x) if SIGNED else v, WIDTH)
+    elif TYPE == "fp8":
+        r = nibbles_to_e4m3(x, SIGNED, INTEGER, SHIFT)
+        return bytes_of(scaled_e4m3(r, factor.to(tl.float16)) if LOW != 0 else r, WIDTH)
     else:
-        value = bytes_to_fp16(r, "signed", 7, WIDTH)
+        value = bytes_to_fp16(nibbles_to_e4m3(x, SIGNED, INTEGER, SHIFT), "signed", 7, WIDTH)
         if LOW != 0 and GROUP % BK == 0:
-            value *= factor
+            value *= factor.to(tl.float16)
         elif LOW != 0:
-            value *= repeated(factor, WIDTH)
+            value *= repeated(factor.to(tl.float16), WIDTH)
         return value

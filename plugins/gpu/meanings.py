@@ -17,13 +17,13 @@ Array = NDArray[Any]
 def quantize(spec: QuantizeSpec, x: Array, **_sizes: int) -> tuple[Array, Array]:
     """x [M, C] -> operand bytes u8 [M, C], scale f32 [M]: QuantizeActivation."""
     codes, scale = op_meanings.quantize_activation(x.astype(np.float32), format=spec.format)
-    return operand_bytes(spec.format)[codes], scale[:, 0]
+    return operand_bytes(spec.format, spec.integers)[codes], scale[:, 0]
 
 
 def gelu_quantize(spec: QuantizeSpec, x: Array, **_sizes: int) -> tuple[Array, Array]:
     """As `quantize`, of the GELU (tanh form) of x."""
     codes, scale = op_meanings.gelu_quantize(x.astype(np.float32), format=spec.format)
-    return operand_bytes(spec.format)[codes], scale[:, 0]
+    return operand_bytes(spec.format, spec.integers)[codes], scale[:, 0]
 
 
 def norm_modulate_quantize(
@@ -38,4 +38,4 @@ def norm_modulate_quantize(
         format=spec.format,
         epsilon=spec.epsilon,
     )
-    return operand_bytes(spec.format)[codes].reshape(x.shape), a_scale.reshape(-1)
+    return operand_bytes(spec.format, spec.integers)[codes].reshape(x.shape), a_scale.reshape(-1)

@@ -1,8 +1,9 @@
 """Operand bytes: how the GPU kernels hold activation codes, one byte for each value.
 
 An FP8 tensor core multiplies E4M3 bytes. A format that embeds in E4M3 is therefore stored as the E4M3 byte of value *
-2^shift, and no kernel decodes it; one that embeds in INT8 alone as its integer image; the rest (E3M4) as its own code,
-which becomes FP16 by moving bits. A GPU without FP8 decodes every kind to FP16, exactly.
+2^shift, and no kernel decodes it; an integer format, and on request any that embeds in INT8, as its integer image,
+which an INT8 tensor core multiplies; the rest (E3M4) as its own code, which becomes FP16 by moving bits. A GPU without
+FP8 decodes E4M3 bytes to FP16, exactly.
 """
 
 from __future__ import annotations
@@ -32,14 +33,18 @@ class Operand:
 
 
 @cache
-def operand_of(name: str) -> Operand:
-    """The operand bytes of format `name`. Raises RecipeError for one that no kernel takes.
+def operand_of(name: str, integers: bool = False) -> Operand:
+    """The operand bytes of format `name`; integers: as an INT8 image. Raises RecipeError for one that no kernel takes.
 
     >>> operand_of("E2M3"), operand_of("INT6"), operand_of("E3M4")
     (Operand(kind='E4M3', shift=0), Operand(kind='INT8', shift=0), Operand(kind='E3M4', shift=0))
+    >>> operand_of("E2M3", integers=True)
+    Operand(kind='INT8', shift=3)
     """
     fmt = get_format(name)
-    if not fmt.is_integer and embeds(name, E4M3):
+    if integers and not embeds(name, INT8):
+        raise RecipeError(f"format {name} does not embed in INT8 (its largest image is {fmt.kmax}); use FP8 operands")
+    if not (fmt.is_integer or integers) and embeds(name, E4M3):
         return Operand(E4M3, _e4m3_shift(fmt))
     if embeds(name, INT8):
         return Operand(INT8, fmt.fraction_bits)
@@ -57,9 +62,9 @@ def _e4m3_shift(fmt: Format) -> int:
 
 
 @cache
-def operand_bytes(name: str) -> NDArray[np.uint8]:
+def operand_bytes(name: str, integers: bool = False) -> NDArray[np.uint8]:
     """Code of format `name` -> its operand byte, [2^bits]; minus zero becomes zero."""
-    fmt, operand = get_format(name), operand_of(name)
+    fmt, operand = get_format(name), operand_of(name, integers)
     codes = fold_negative_zero(fmt, np.arange(2**fmt.bits, dtype=np.uint8))
     if operand.kind == INT8:
         return fmt.image[codes].astype(np.int8).view(np.uint8)

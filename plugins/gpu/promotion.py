@@ -11,6 +11,8 @@ bits holds every integer up to 2^bits, so the sum is exact, in any order, while 
   promotion every EVERY_ROUNDED products keeps those within short sums. The float32 additions round by 2^-24 each.
   With FP16 operands the accumulator is float32 itself: promotion would not make its sum exact, and is not used.
 
+INT8 operands are added in INT32, which a spec that has them never leaves: exact for all data.
+
 Accumulators: float32 (24 bits) for FP16 operands and for FP8 on Blackwell; 14 bits (a float of 13 fraction bits, which
 truncates) for FP8 on Ada and Hopper: arXiv 2411.10958, and 2412.19437 section 3.3. Cited, not measured here.
 """
@@ -68,6 +70,8 @@ def promotion_of(spec: GemmSpec, fp8: bool, architecture: int, *, by_group: bool
     >>> promotion_of(GemmSpec("E3M2", "E2M1", 1152, 1152), fp8=True, architecture=90)
     Promotion(every=128, holds='expected')
     """
+    if spec.multiplies_integers:
+        return Promotion(0, "exact")
     bits = accumulator_bits(fp8, architecture)
     count = spec.group_size if by_group else spec.in_features
     product = largest_product(spec, with_multipliers=not by_group)

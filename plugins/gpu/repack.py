@@ -1,4 +1,4 @@
-"""Weights from one layout to another on the device: codes to nibbles, nibbles to E4M3 bytes. Run once, at load."""
+"""Weights from one layout to another on the device: codes to nibbles, nibbles to E4M3 or INT8 bytes."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ def expand(
     w, multiplier_codes, rows, expanded,
     K: tl.constexpr, GROUP: tl.constexpr, MULTIPLIERS_LOW: tl.constexpr, MULTIPLIERS_HIGH: tl.constexpr,
     W_SIGNED: tl.constexpr, W_INTEGER: tl.constexpr, W_SHIFT: tl.constexpr, WIDTH: tl.constexpr,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    TYPE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """w u8 [rows, K / 2] -> u8 [rows, K], E4M3 bytes of value * multiplier * 2^e. Grid (bands of ROWS rows)."""
+    """w u8 [rows, K / 2] -> u8 [rows, K], bytes of value * multiplier * 2^e. Grid (bands of ROWS rows)."""
     row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)[:, None]
     safe = tl.minimum(row, rows - 1)
     codes = multiplier_codes
@@ -36,7 +36,7 @@ def expand(
     for first in range(0, K, COLUMNS):
         byte = packed_weights(
             w + safe * (K // 2), codes, first, K, K, GROUP, MULTIPLIERS_LOW, MULTIPLIERS_HIGH, W_SIGNED, W_INTEGER,
-            W_SHIFT, True, WIDTH, COLUMNS, True,
+            W_SHIFT, TYPE, WIDTH, COLUMNS, True,
         )  # fmt: skip
         column = first + tl.arange(0, COLUMNS)[None, :]
         tl.store(expanded + row * K + column, byte, mask=(row < rows) & (column < K))

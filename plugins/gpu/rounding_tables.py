@@ -13,7 +13,7 @@ FP32_MIN_EXPONENT = -126
 HAS_E4M3_CONVERSION = 89  # first compute capability with cvt.e4m3x2 (PTX ISA, cvt)
 
 
-def rounding_constants(name: str, sm: int) -> dict[str, Any]:
+def rounding_constants(name: str, sm: int, integers: bool = False) -> dict[str, Any]:
     """Constexpr arguments of plugins/gpu/rounding.py for format `name` on compute capability `sm`.
 
     MAX_VALUE and ABSMAX_FLOOR of the scale; SIGNED; the grid: ANCHOR = 1.5 * 2^(23 - mantissa bits) and LOWEST, the
@@ -21,7 +21,7 @@ def rounding_constants(name: str, sm: int) -> dict[str, Any]:
     hardware); UP = the power of two that takes a value to the byte's number; MOVE, SIGN: where the byte lies in the
     float32.
     """
-    fmt, operand = get_format(name), operand_of(name)
+    fmt, operand = get_format(name), operand_of(name, integers)
     base = {
         "MAX_VALUE": fmt.max_value,
         "ABSMAX_FLOOR": ABSMAX_FLOOR,

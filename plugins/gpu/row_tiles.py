@@ -80,7 +80,7 @@ def constants(spec: QuantizeSpec, tile: RowTile, sm: int) -> dict[str, Any]:
         "C": spec.channels,
         "BLOCK": tile.block,
         "TAIL": tile.tail,
-        **rounding_constants(spec.format, sm),
+        **rounding_constants(spec.format, sm, spec.integers),
     }
 
 

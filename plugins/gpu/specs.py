@@ -6,10 +6,10 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
 
-from export.embedding import embeds
+from export.embedding import INT8_MAX, embeds
 from export.errors import ContractError, RecipeError
 from export.formats import Format, get_format
-from plugins.gpu.operands import Operand, operand_of
+from plugins.gpu.operands import E4M3, INT8, Operand, operand_of
 
 Epilogue = Literal["none", "gelu", "gate_residual"]
 FloatType = Literal["fp16", "bf16", "fp32"]
@@ -41,7 +41,8 @@ class GemmSpec:
     Tensors, row-major and contiguous:
       a        u8 [M, K]            operand bytes of `activation` (plugins/gpu/operands.py)
       a_scale  f32 [M]              of each token; a static scale is repeated
-      w        u8 [N, K / 2]        codes of `weight`, element 2i in the low nibble; expanded_gemm: u8 [N, K] E4M3 bytes
+      w        u8 [N, K / 2]        codes of `weight`, element 2i in the low nibble; expanded_gemm: u8 [N, K], operand
+                                    bytes of value * multiplier, `weight_kind`
       w_scales f32 [N, scale_groups]
       multiplier_codes u8 [N, ceil(groups / 2)]  nibbles, indices into `multipliers`; absent without multipliers
       bias     f32 [N]
@@ -49,6 +50,7 @@ class GemmSpec:
       gate     `output` [M / tokens, N], residual `output` [M, N]  with gate_residual only: y = residual + gate * y;
                `tokens` rows share a gate (a run-time integer)
     group_size: input channels that share a multiplier, or with `real_groups` a real scale; 0: the whole row.
+    integers: operands are INT8 images, for INT8 tensor cores; integer formats are anyway, where weights fit.
     """
 
     activation: str
@@ -61,6 +63,7 @@ class GemmSpec:
     zero_point: bool = False
     epilogue: Epilogue = "none"
     output: FloatType = "fp16"
+    integers: bool = False
 
     def __post_init__(self) -> None:
         if problem := weight_problem(self.weight):
@@ -76,7 +79,11 @@ class GemmSpec:
         _check(not (self.real_groups and self.group_size == 0), "real_groups needs a group_size")
         _check(self.epilogue in EPILOGUES, f"epilogue {self.epilogue!r}; use one of {EPILOGUES}")
         _check(self.output in FLOAT_TYPES, f"output {self.output!r}; use one of {FLOAT_TYPES}")
-        operand_of(self.activation)
+        operand_of(self.activation, self.integers)
+        if self.integers and not self.multiplies_integers:
+            raise RecipeError(
+                f"weights in {self.weight} times {max(self.multipliers)} do not fit INT8 images; use FP8 operands"
+            )
         for m in self.multipliers:
             if not embeds(self.weight, "E4M3", m):
                 raise RecipeError(
@@ -94,7 +101,20 @@ class GemmSpec:
 
     @property
     def operand(self) -> Operand:
-        return operand_of(self.activation)
+        return operand_of(self.activation, self.integers)
+
+    @property
+    def multiplies_integers(self) -> bool:
+        """Whether INT8 tensor cores multiply: both images fit INT8 and no sum leaves INT32."""
+        a, w = self.activation_format, self.weight_format
+        largest = max(w.kmax, int(-w.image.min())) * max(self.multipliers)
+        sums_fit = self.in_features * max(a.kmax, int(-a.image.min())) * largest < 2**31
+        return self.operand.kind == INT8 and largest <= INT8_MAX and sums_fit
+
+    @property
+    def weight_kind(self) -> str:
+        """What expanded weights are the bytes of: "E4M3" or "INT8"."""
+        return INT8 if self.multiplies_integers else E4M3
 
     @property
     def groups(self) -> int:
@@ -129,6 +149,7 @@ class QuantizeSpec:
 
     before: what happens to a token first. "none"; "gelu" (tanh form); "norm_modulate": LayerNorm without affine
     parameters, then * (1 + scale) + shift with shift and scale `input` [M / tokens, C]. `tokens` rows share them.
+    integers: codes as INT8 images, for a GemmSpec with `integers`.
     """
 
     format: str
@@ -136,9 +157,10 @@ class QuantizeSpec:
     before: Literal["none", "gelu", "norm_modulate"] = "none"
     input: FloatType = "fp16"
     epsilon: float = 1e-6
+    integers: bool = False
 
     def __post_init__(self) -> None:
-        operand_of(self.format)
+        operand_of(self.format, self.integers)
         _check(self.channels > 0, f"channels {self.channels} must be positive")
         _check(self.before in ("none", "gelu", "norm_modulate"), f"before {self.before!r} is no step of a quantizer")
         _check(self.input in FLOAT_TYPES, f"input {self.input!r}; use one of {FLOAT_TYPES}")
@@ -146,7 +168,7 @@ class QuantizeSpec:
 
     @property
     def operand(self) -> Operand:
-        return operand_of(self.format)
+        return operand_of(self.format, self.integers)
 
 
 def _check(ok: bool, message: str) -> None:

@@ -14,7 +14,7 @@ _PLAIN = (_X, _M, _CODES, _TOKEN_SCALES)
 
 _A = (Argument("a", "*u8", "input", "[M, K] operand bytes"), Argument("a_scale", "*fp32", "input", "[M]"))
 _W = Argument("w", "*u8", "input", "[N, K / 2] codes, element 2i in the low nibble")
-_W_EXPANDED = Argument("w", "*u8", "input", "[N, K] E4M3 bytes from expand")
+_W_EXPANDED = Argument("w", "*u8", "input", "[N, K] bytes from expand")
 _W_SCALES = Argument("w_scales", "*fp32", "input", "[N, scale groups]")
 _MULTIPLIER_CODES = Argument("multiplier_codes", "*u8", "input", "[N, ceil(groups / 2)] nibbles", "has_multipliers")
 _AFTER = (
@@ -84,7 +84,7 @@ KERNELS: tuple[Kernel, ...] = (
     ),
     Kernel(
         "expanded_gemm",
-        "As packed_gemm with weights expanded once, at load, to E4M3 bytes with their multipliers.",
+        "As packed_gemm with weights expanded once, at load, to E4M3 or INT8 bytes with their multipliers.",
         "plugins.gpu.gemm:expanded_gemm",
         GemmSpec,
         (*_A, _W_EXPANDED, _W_SCALES, *_AFTER),
@@ -110,7 +110,7 @@ KERNELS: tuple[Kernel, ...] = (
     ),
     Kernel(
         "expand",
-        "w u8 [N, K / 2], multiplier_codes -> u8 [N, K], E4M3 bytes of value * multiplier * a power of two.",
+        "w u8 [N, K / 2], multiplier_codes -> u8 [N, K], E4M3 or INT8 bytes of value * multiplier * a power of two.",
         "plugins.gpu.repack:expand",
         GemmSpec,
         (_W, _MULTIPLIER_CODES, _ROWS, Argument("expanded", "*u8", "output", "[N, K]")),

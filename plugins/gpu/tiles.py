@@ -1,8 +1,7 @@
 """Which tile a GEMM runs in: pure functions of the spec, the number of tokens and the GPU, in this one place.
 
-Nothing here changes a result beyond the order of a sum; every choice is legal for every shape. The rows were chosen by
-reading machine code (compiled, not run): registers without spills, instructions in flight, and `share`, the part of the
-tensor core's rate that the loop's other instructions leave possible.
+Nothing here changes a result beyond the order of a sum; every choice is legal for every shape. The tiles to choose from
+are in plugins/gpu/tile_table.py.
 """
 
 from __future__ import annotations
@@ -15,51 +14,22 @@ from export.errors import RecipeError
 from plugins.gpu.operands import E4M3
 from plugins.gpu.promotion import promotion_of
 from plugins.gpu.specs import GemmSpec, PackSpec
+from plugins.gpu.tile_table import INSTRUCTIONS, MACHINES, PROMOTED, TABLE, Products, Tile
 
-
-@dataclass(frozen=True)
-class Machine:
-    """A GPU's multiprocessors, multiply-adds of one of them in a clock (dense), bytes of memory in a clock of all.
-
-    Of the largest common GPU of each architecture, from its data sheet: for the ratio of work and waiting alone.
-    """
-
-    multiprocessors: int
-    fp16_rate: int
-    fp8_rate: int
-    bytes_per_clock: int
-
-
-# A100, RTX 3090, RTX 4090, H100, B200, RTX 5090
-MACHINES = {
-    80: Machine(108, 1024, 0, 1100),
-    86: Machine(82, 256, 0, 550),
-    89: Machine(128, 512, 1024, 400),
-    90: Machine(132, 2048, 4096, 1900),
-    100: Machine(148, 4096, 8192, 4300),
-    120: Machine(170, 512, 1024, 740),
-}
 # Where tensor cores multiply FP8; below, and for operands that are no E4M3 bytes, FP16.
 FIRST_FP8 = 89
 INTERPRETED = 0
 LEAST_SCALED_STEP = 64
-
-
-@dataclass(frozen=True)
-class Tile:
-    """m, n: outputs of a program; k: input channels of a step; splits: programs that share an output's sum.
-
-    band: rows of tiles taken together (L2). weights_first: y^T = w a^T, which puts decoded weights in registers.
-    """
-
-    m: int
-    n: int
-    k: int
-    num_warps: int
-    num_stages: int
-    splits: int = 1
-    band: int = 8
-    weights_first: bool = False
+LEAST_STEP: dict[Products, int] = {"fp8": 32, "int8": 32, "fp16": 16}  # products of one instruction
+SPLITS = (1, 2, 3, 4, 6, 8)
+LEAST_STEPS_OF_A_SPLIT = 4
+# Outputs of a thread. With a gate and a residual it holds three tiles, which must fit into registers together, and with
+# promotion two sums besides, of which float32 gates leave less room.
+MOST_OUTPUTS, MOST_WITH_GATE, MOST_WITH_WIDE_GATE = 255, 64, 32
+# Clocks before a program's first product and after its last, and of one more kernel (the sum of splits, an expansion).
+FILL_CLOCKS = 2000
+KERNEL_CLOCKS = 5000
+SPLIT_MARGIN = 1.1  # what a split must promise, for the memory it takes
 
 
 def architecture(sm: int) -> int:
@@ -74,9 +44,11 @@ def architecture(sm: int) -> int:
     return max(known for known in MACHINES if known <= sm)
 
 
-def uses_fp8(spec: GemmSpec, sm: int) -> bool:
-    """Whether both operands go to FP8 tensor cores as E4M3 bytes."""
-    return architecture(sm) >= FIRST_FP8 and spec.operand.kind == E4M3
+def product_type(spec: GemmSpec, sm: int) -> Products:
+    """What the tensor cores multiply: both operands' INT8 images, their E4M3 bytes, or all decoded to FP16."""
+    if spec.multiplies_integers:
+        return "int8"
+    return "fp8" if architecture(sm) >= FIRST_FP8 and spec.operand.kind == E4M3 else "fp16"
 
 
 def scales_sums(spec: GemmSpec, step: int, sm: int) -> bool:
@@ -87,137 +59,7 @@ def scales_sums(spec: GemmSpec, step: int, sm: int) -> bool:
     LEAST_SCALED_STEP the additions would outnumber what they save.
     """
     groups = spec.has_multipliers and not spec.real_groups and spec.group_size > 0
-    return groups and step >= LEAST_SCALED_STEP and spec.group_size % step == 0 and uses_fp8(spec, sm)
-
-
-# --- the table -------------------------------------------------------------------------------------------------------
-
-# plain: packed weights, one accumulator. by_group: the sum of each step is scaled, in registers of its own. bytes:
-# expanded weights. promoted, promoted_bytes: the sum of each step is added in registers of its own (where a unit has no
-# such rows, those of plain and bytes serve).
-Kind = Literal["plain", "by_group", "bytes", "promoted", "promoted_bytes"]
-Unit = Literal["wgmma", "mma", "tcgen05", "mma_fp16", "wgmma_fp16", "tcgen05_fp16"]
-
-
-def _rows(*rows: tuple[int, int, int, int, int, bool, float]) -> tuple[tuple[Tile, float], ...]:
-    """(m, n, k, warps, stages, weights_first, share) -> (tile, share)."""
-    return tuple((Tile(*row[:5], weights_first=row[5]), row[6]) for row in rows)
-
-
-TABLE: dict[tuple[Unit, Kind], tuple[tuple[Tile, float], ...]] = {
-    ("wgmma", "plain"): _rows(
-        (128, 128, 128, 8, 4, True, 0.8),
-        (64, 128, 128, 8, 4, True, 0.5),
-        (32, 128, 128, 4, 4, True, 0.3),
-        (16, 128, 128, 4, 4, True, 0.15),
-    ),
-    ("wgmma", "by_group"): _rows(
-        (128, 64, 64, 4, 4, True, 0.5),
-        (64, 128, 64, 4, 4, True, 0.4),
-        (32, 128, 64, 4, 4, True, 0.25),
-        (16, 128, 64, 4, 4, True, 0.12),
-    ),
-    ("wgmma", "bytes"): _rows(
-        (128, 256, 128, 8, 3, False, 0.9),
-        (128, 128, 128, 8, 3, False, 0.85),
-        (64, 128, 128, 4, 4, False, 0.7),
-        (16, 128, 128, 4, 4, True, 0.2),
-    ),
-    ("wgmma", "promoted"): _rows(
-        (128, 64, 128, 4, 4, True, 0.6),
-        (64, 128, 128, 4, 4, True, 0.4),
-        (64, 64, 128, 4, 4, True, 0.35),
-        (16, 128, 128, 4, 4, True, 0.15),
-    ),
-    ("wgmma", "promoted_bytes"): _rows(
-        (64, 128, 128, 4, 3, False, 0.75),
-        (64, 64, 128, 4, 4, False, 0.5),
-        (16, 128, 128, 4, 4, True, 0.2),
-    ),
-    ("mma", "plain"): _rows(
-        (128, 128, 128, 8, 3, False, 0.8),
-        (64, 128, 128, 4, 3, False, 0.75),
-        (32, 64, 128, 4, 3, False, 0.5),
-        (16, 128, 128, 4, 4, False, 0.4),
-    ),
-    ("mma", "by_group"): _rows(
-        (128, 128, 64, 8, 3, False, 0.6),
-        (64, 128, 64, 4, 3, False, 0.6),
-        (32, 64, 64, 4, 3, False, 0.4),
-        (16, 128, 64, 4, 4, False, 0.3),
-    ),
-    ("mma", "bytes"): _rows(
-        (128, 128, 64, 8, 4, False, 0.9),
-        (64, 128, 128, 4, 3, False, 0.8),
-        (16, 128, 128, 4, 4, False, 0.5),
-    ),
-    ("tcgen05", "plain"): _rows(
-        (128, 128, 128, 8, 3, False, 0.7),
-        (64, 128, 128, 4, 3, False, 0.5),
-        (16, 128, 128, 4, 4, True, 0.15),
-    ),
-    ("tcgen05", "by_group"): _rows(
-        (64, 128, 64, 4, 3, False, 0.3),
-        (16, 128, 64, 4, 4, True, 0.1),
-    ),
-    ("tcgen05", "bytes"): _rows(
-        (128, 128, 128, 8, 4, False, 0.8),
-        (64, 128, 128, 4, 4, False, 0.6),
-        (16, 128, 128, 4, 4, True, 0.2),
-    ),
-    ("mma_fp16", "plain"): _rows(
-        (128, 128, 64, 8, 3, False, 0.5),
-        (64, 128, 64, 4, 3, True, 0.45),
-        (16, 128, 64, 4, 4, True, 0.3),
-    ),
-    ("mma_fp16", "by_group"): _rows(
-        (128, 128, 32, 8, 3, True, 0.4),
-        (64, 64, 32, 4, 4, True, 0.4),
-        (16, 128, 32, 4, 4, True, 0.25),
-    ),
-    ("mma_fp16", "bytes"): _rows(
-        (128, 128, 64, 8, 3, False, 0.55),
-        (64, 128, 64, 8, 3, False, 0.5),
-        (16, 128, 64, 4, 4, True, 0.35),
-    ),
-    ("wgmma_fp16", "plain"): _rows(
-        (128, 128, 64, 8, 3, True, 0.5),
-        (64, 128, 64, 4, 3, True, 0.45),
-        (16, 128, 64, 4, 4, True, 0.2),
-    ),
-    ("wgmma_fp16", "by_group"): _rows(
-        (128, 64, 64, 4, 3, True, 0.4),
-        (64, 64, 64, 4, 3, True, 0.35),
-        (16, 128, 64, 4, 4, True, 0.15),
-    ),
-    ("wgmma_fp16", "bytes"): _rows(
-        (128, 128, 64, 8, 3, False, 0.5),
-        (64, 128, 64, 4, 3, False, 0.45),
-        (16, 128, 64, 4, 4, True, 0.2),
-    ),
-    ("tcgen05_fp16", "plain"): _rows(
-        (128, 128, 64, 8, 3, False, 0.5),
-        (64, 128, 64, 4, 3, False, 0.4),
-    ),
-    ("tcgen05_fp16", "by_group"): _rows((64, 64, 64, 4, 3, False, 0.3)),
-    ("tcgen05_fp16", "bytes"): _rows(
-        (128, 128, 64, 8, 3, False, 0.5),
-        (64, 128, 64, 4, 3, False, 0.4),
-    ),
-}
-FP8_UNITS: dict[int, Unit] = {89: "mma", 90: "wgmma", 100: "tcgen05", 120: "mma"}
-FP16_UNITS: dict[int, Unit] = {90: "wgmma_fp16", 100: "tcgen05_fp16"}  # elsewhere mma_fp16
-PROMOTED: dict[str, Kind] = {"plain": "promoted", "bytes": "promoted_bytes", "by_group": "by_group"}
-LEAST_STEP = {True: 32, False: 16}  # products of one FP8 or FP16 instruction
-SPLITS = (1, 2, 3, 4, 6, 8)
-LEAST_STEPS_OF_A_SPLIT = 4
-# Outputs of a thread. With a gate and a residual it holds three tiles, which must fit into registers together, and with
-# promotion two sums besides, of which float32 gates leave less room.
-MOST_OUTPUTS, MOST_WITH_GATE, MOST_WITH_WIDE_GATE = 255, 64, 32
-# Clocks before a program's first product and after its last, and of one more kernel (the sum of splits, an expansion).
-FILL_CLOCKS = 2000
-KERNEL_CLOCKS = 5000
-SPLIT_MARGIN = 1.1  # what a split must promise, for the memory it takes
+    return groups and step >= LEAST_SCALED_STEP and spec.group_size % step == 0 and product_type(spec, sm) == "fp8"
 
 
 # --- the choice ------------------------------------------------------------------------------------------------------
@@ -265,9 +107,9 @@ def _steps(spec: GemmSpec, sm: int, kind: Literal["plain", "by_group", "bytes"])
 
     A step that divides its group needs no masks; where sums are promoted, every step's sum is.
     """
-    fp8, known = uses_fp8(spec, sm), architecture(sm)
-    unit = FP8_UNITS[known] if fp8 else FP16_UNITS.get(known, "mma_fp16")
-    every = promotion_of(spec, fp8, known, by_group=kind == "by_group").every
+    products, known = product_type(spec, sm), architecture(sm)
+    unit = f"{INSTRUCTIONS.get(known, 'mma')}_{products}"
+    every = promotion_of(spec, products == "fp8", known, by_group=kind == "by_group").every
     found = TABLE.get((unit, PROMOTED[kind]), TABLE[unit, kind]) if every else TABLE[unit, kind]
     longest = every or max(tile.k for tile, _ in found)
     if kind == "by_group":
@@ -275,7 +117,7 @@ def _steps(spec: GemmSpec, sm: int, kind: Literal["plain", "by_group", "bytes"])
     wide = every > 0 and spec.output == "fp32"
     most = MOST_OUTPUTS if not spec.has_gate else MOST_WITH_WIDE_GATE if wide else MOST_WITH_GATE
     return tuple(
-        (replace(tile, k=max(min(tile.k, longest), LEAST_STEP[fp8])), share)
+        (replace(tile, k=max(min(tile.k, longest), LEAST_STEP[products])), share)
         for tile, share in found
         if tile.m * tile.n <= most * 32 * tile.num_warps
     )
@@ -306,7 +148,7 @@ def clocks(spec: GemmSpec, rows: int, sm: int, tile: Tile, share: float) -> floa
     of them wait for the first loads of the last one.
     """
     machine = MACHINES[architecture(sm)]
-    rate = (machine.fp8_rate if uses_fp8(spec, sm) else machine.fp16_rate) * share
+    rate = machine.rates[product_type(spec, sm)] * share
     programs = -(-rows // tile.m) * -(-spec.out_features // tile.n) * tile.splits
     turns = -(-programs // machine.multiprocessors)
     work = -(-_steps_of(spec, tile) // tile.splits) * tile.m * tile.n * tile.k / rate
