@@ -1,6 +1,6 @@
 """What learned rounding gains in each block: `python -m benchmarks.adaround_study [ARM ...] --engine pixart_w4a6`.
 
-Scale-aware rounding (FP4DiT) and plain AdaRound, with the authors' iterations and rates and with the fast presets',
+Scale-aware rounding (FP4DiT) and plain AdaRound, with published iterations and rates and with the fast presets',
 against rounding to nearest: loss of the block's output (see pipeline/calibrate/reconstruct.py) on the calibration
 calls and on calls of other prompts and noise that were not learned from. All arms of a block get the same input, that
 of the network whose earlier blocks are rounded to nearest. Writes benchmarks/results/adaround_MACHINE.json after every
@@ -48,6 +48,7 @@ class Arm:
     batch: int = 16
 
 
+# FP4DiT's code learns at 1e-4 with scale awareness and, switched off, without it ("same"); Q-Diffusion's at 1e-3.
 ARMS = {
     "nearest": Arm(),
     "scale_aware_fast": Arm(True, 400, 4e-4, 8),
@@ -57,6 +58,8 @@ ARMS = {
     "plain_2500": Arm(False, 2500, 1e-3),
     "plain_2500_quick": Arm(False, 2500, 1e-2),
     "plain_20000": Arm(False, 20000, 1e-3),
+    "plain_2500_same": Arm(False, 2500, 1e-4),
+    "plain_20000_same": Arm(False, 20000, 1e-4),
 }
 
 

@@ -19,14 +19,19 @@ LABELS = {
     "scale_aware_2500": "scale-aware, published rate",
     "scale_aware_2500_quick": "scale-aware, four times that rate",
     "plain_fast": "plain, fast preset",
-    "plain_2500": "plain, published rate",
-    "plain_2500_quick": "plain, ten times that rate",
-    "plain_20000": "plain, published rate",
+    "plain_2500_same": "plain, the same rate",
+    "plain_20000_same": "plain, the same rate",
+    "plain_2500": "plain, ten times the rate (Q-Diffusion's)",
+    "plain_2500_quick": "plain, a hundred times the rate",
+    "plain_20000": "plain, ten times the rate (Q-Diffusion's)",
 }
 
 AGAINST = (
     ("scale_aware_fast", "nearest"),
     ("scale_aware_fast", "plain_fast"),
+    ("scale_aware_2500", "nearest"),
+    ("scale_aware_2500", "plain_2500_same"),
+    ("scale_aware_2500", "plain_20000_same"),
     ("scale_aware_2500", "plain_20000"),
     ("scale_aware_2500_quick", "plain_20000"),
     ("scale_aware_2500_quick", "plain_2500_quick"),
