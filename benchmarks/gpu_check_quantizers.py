@@ -31,14 +31,15 @@ class QuantizerCase:
     m: int
     c: int
     input: Any
+    integers: bool = False
 
     @property
     def name(self) -> str:
-        return f"{KERNEL_OF[self.before]} {self.format} {self.m}x{self.c} {self.input}"
+        return f"{KERNEL_OF[self.before]} {self.format}{' as INT8' * self.integers} {self.m}x{self.c} {self.input}"
 
     @property
     def spec(self) -> QuantizeSpec:
-        return QuantizeSpec(self.format, self.c, self.before, self.input)
+        return QuantizeSpec(self.format, self.c, self.before, self.input, integers=self.integers)
 
 
 def quantizer_cases(tiny: bool) -> list[QuantizerCase]:
@@ -47,13 +48,14 @@ def quantizer_cases(tiny: bool) -> list[QuantizerCase]:
     if tiny:
         rows = [(kind, "E2M3", 8, 72, "bf16") for kind in kinds]
         rows += [("none", "INT8", 8, 33, "fp32"), ("norm_modulate", "E4M3", 8, 40, "fp16")]
-        return [QuantizerCase(*row) for row in rows]
+        return [*(QuantizerCase(*row) for row in rows), QuantizerCase("none", "E2M3", 8, 33, "bf16", integers=True)]
     rows = [(kind, "E2M3", 512, c, "bf16") for kind, c in zip(kinds, (1152, 4608, 1152), strict=True)]
     for fmt in ("E3M2", "E4M3", "INT8", "E3M4", "INT6", "UE2M2"):
         rows += [(kind, fmt, 64, 1408, "fp16") for kind in kinds]
     rows += [("none", "E2M3", 33, c, "fp32") for c in (1, 257, 6144)]
     rows += [("norm_modulate", "E2M3", 32, 1000, "fp32"), ("norm_modulate", "INT8", 4096, 1152, "bf16")]
-    return [QuantizerCase(*row) for row in rows]
+    images = [QuantizerCase(kind, "E2M3", 64, 1152, "bf16", integers=True) for kind in kinds]
+    return [*(QuantizerCase(*row) for row in rows), *images]
 
 
 def rows_of(case: QuantizerCase, seed: int = 0) -> Array:
@@ -121,7 +123,7 @@ def worst_code(case: QuantizerCase, found: tuple[Array, Array], wanted: tuple[Ar
     The nearest code is at a distance d from y / scale; one chosen from a quotient that is off by e is at most
     d + 2 e away. e is STEPS roundings of the row's largest number.
     """
-    values = byte_values(case.format)
+    values = byte_values(case.format, case.integers)
     healthy = np.isfinite(wanted[1])
     if not (np.isfinite(found[1]) == healthy).all() or found[0][~healthy].any():
         return 1e9

@@ -64,6 +64,26 @@ def load_factor(
 
 
 @triton.jit
+def weight_tile(
+    w, codes, first, limit, PACKED: tl.constexpr, K: tl.constexpr, GROUP: tl.constexpr, LOW: tl.constexpr,
+    HIGH: tl.constexpr, SIGNED: tl.constexpr, INTEGER: tl.constexpr, SHIFT: tl.constexpr, TYPE: tl.constexpr,
+    WIDTH: tl.constexpr, BK: tl.constexpr, MASKED: tl.constexpr,
+):  # fmt: skip
+    """Weights first .. first + BK of the rows at w [BN, 1], decoded or as expanded, in the type of operand_tile."""
+    if PACKED:
+        found = packed_weights(
+            w, codes, first, limit, K, GROUP, LOW, HIGH, SIGNED, INTEGER, SHIFT, TYPE, WIDTH, BK, MASKED
+        )
+        if TYPE == "int8":
+            found = found.to(tl.int8, bitcast=True)
+        elif TYPE == "fp8":
+            found = found.to(tl.float8e4nv, bitcast=True)
+        return found
+    else:
+        return operand_tile(w, first, limit, TYPE, "signed", 7, WIDTH, BK, MASKED)
+
+
+@triton.jit
 def sum_of_products(
     a, w, w_scales, multiplier_codes, m, n,
     PACKED: tl.constexpr, K: tl.constexpr, GROUP: tl.constexpr, REAL_GROUPS: tl.constexpr, FACTOR: tl.constexpr,
@@ -95,15 +115,10 @@ def sum_of_products(
         span = block // BLOCKS
         first, limit = span * SPAN + block % BLOCKS * BK, (span + 1) * SPAN
         left = operand_tile(a_rows, first, limit, TYPE, A_KIND, A_SHIFT, WIDTH, BK, MASKED)
-        if PACKED:
-            right = packed_weights(
-                w_rows, codes, first, limit,
-                K, GROUP, LOW, MULTIPLIERS_HIGH, W_SIGNED, W_INTEGER, W_SHIFT, TYPE, WIDTH, BK, MASKED,
-            )  # fmt: skip
-            if TYPE != "fp16":
-                right = right.to(left.dtype, bitcast=True)
-        else:
-            right = operand_tile(w_rows, first, limit, TYPE, "signed", 7, WIDTH, BK, MASKED)
+        right = weight_tile(
+            w_rows, codes, first, limit, PACKED,
+            K, GROUP, LOW, MULTIPLIERS_HIGH, W_SIGNED, W_INTEGER, W_SHIFT, TYPE, WIDTH, BK, MASKED,
+        )  # fmt: skip
         factor = load_factor(w_scales, codes, n, first, K, GROUP, FACTOR, MULTIPLIERS_LOW, MULTIPLIERS_HIGH)
         acc = add_products(acc, left, right, factor, FACTOR, WEIGHTS_FIRST, PROMOTE)
     return acc.to(tl.float32)
