@@ -194,13 +194,21 @@ def clockless(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("torch.compile", lambda function, **_: function)
 
 
+def test_small_shapes_of_hunyuan_have_fewer_contestants() -> None:
+    hopper = Context("cuda", 90)
+    small, large = Shape(1024, 64, 64, 512, ("hunyuan ff.in",)), Shape(4096, 64, 64, 1024, ("hunyuan ff.in",))
+    assert gpu_gemm.contestants_of(hopper, small) == ("packed_gemm", "expanded_gemm", *gpu_gemm.FP8, "bf16")
+    assert gpu_gemm.contestants_of(hopper, large) == EVERYONE
+    assert gpu_gemm.contestants_of(Context("cuda", 80), large) == (*gpu_gemm.OURS, *gpu_gemm.WAYS, "bf16")
+
+
 EVERYONE = (*gpu_gemm.OURS, *gpu_gemm.WAYS, *gpu_gemm.FP8, "bf16")
 
 
 @pytest.mark.usefixtures("clockless")
 @pytest.mark.parametrize("granularity", [CHANNEL, Granularity("exact", 16), REAL_16], ids=lambda row: row.name)
 def test_a_row_of_gemms(granularity: Granularity, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gpu_gemm, "contestants_of", lambda context: EVERYONE)
+    monkeypatch.setattr(gpu_gemm, "contestants_of", lambda context, shape: EVERYONE)
     row = gpu_gemm.measure(CPU, Shape(16, 32, 64, 256, ("pixart ff.in",)), granularity, lambda: None)
     json.dumps(row)
     assert set(row["contestants"]) | set(row["refused"]) == set(EVERYONE)
