@@ -3,7 +3,7 @@
 Scale-aware rounding (FP4DiT) and plain AdaRound, with published iterations and rates and with the fast presets',
 against rounding to nearest: loss of the block's output (see pipeline/calibrate/reconstruct.py) on the calibration
 calls and on calls of other prompts and noise that were not learned from. All arms of a block get the same input, that
-of the network whose earlier blocks are rounded to nearest. Writes benchmarks/results/adaround_MACHINE.json after every
+of the network whose earlier blocks are rounded to nearest. Writes benchmarks/results/adaround_study.json after every
 arm of every block; what is there already is not run again. --share shortens all arms, for a trial.
 """
 
@@ -22,7 +22,6 @@ import torch
 
 from benchmarks import record
 from benchmarks.arguments import add_names
-from benchmarks.denoiser import machine_slug
 from export import models
 from export.checkpoint import QuantizedLinear
 from pipeline import recipe as recipes
@@ -32,6 +31,7 @@ from pipeline.calibrate.data import calibration_data
 from pipeline.calibrate.plan import LayerPlan, make_plans
 from pipeline.calibrate.reconstruct import Settings, output_loss, reconstruct
 from pipeline.calibrate.rtn import float_weight, quantize_linear
+from pipeline.machine import cpu_name
 from pipeline.recipe import Recipe
 
 HELD_OUT_SEED, HELD_OUT_PROMPTS = 1000, 8
@@ -115,8 +115,8 @@ def _learn(case: BlockCase, arm: Arm, nearest: Sequence[QuantizedLinear], recipe
 class Results:
     """The JSON file: recipe -> block -> arm -> what `run_arm` found."""
 
-    def __init__(self, folder: Path, machine: str) -> None:
-        self.folder, self.name = folder, f"adaround_{machine}"
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.name = folder, "adaround_study"
         path = folder / f"{self.name}.json"
         self.found: dict[str, Any] = json.loads(path.read_text())["recipes"] if path.is_file() else {}
 
@@ -130,7 +130,10 @@ class Results:
         }
 
     def add(self, key: str, block: str, arm: str, result: dict[str, Any]) -> None:
-        self.found.setdefault(key, {}).setdefault(block, {})[arm] = result | {"commit": record.commit()}
+        self.found.setdefault(key, {}).setdefault(block, {})[arm] = result | {
+            "commit": record.commit(),
+            "cpu": cpu_name(),
+        }
         record.write(self.name, {"recipes": self.found, "strength": STRENGTH}, self.folder)
 
 
@@ -170,7 +173,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     recipe = recipes.with_settings(recipes.load(args.engine), args.set)
     arms = {name: shortened(ARMS[name], args.share) for name in args.names}
-    study(recipe, arms, args.blocks, Results(args.results, machine_slug()))
+    study(recipe, arms, args.blocks, Results(args.results))
     return 0
 
 

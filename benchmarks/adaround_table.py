@@ -1,4 +1,4 @@
-"""The study of learned rounding as Markdown, from benchmarks/results/adaround_MACHINE.json."""
+"""The study of learned rounding as Markdown, from benchmarks/results/adaround_study.json."""
 
 from __future__ import annotations
 
@@ -39,14 +39,13 @@ AGAINST = (
 
 
 def study_text(folder: Path = record.RESULTS) -> str:
-    """One table for each machine and model; empty if nothing was measured."""
-    parts = []
-    for path in sorted(folder.glob("adaround_*.json")):
-        found = json.loads(path.read_text())
-        for name, blocks in found["recipes"].items():
-            commits = dict.fromkeys(arm["commit"] for block in blocks.values() for arm in block.values())
-            title = f"### {name}\n\n{found['machine']['cpu']}, commit {', '.join(commits)}."
-            parts.append(f"{title}\n\n{_table(blocks)}\n\n{_answer(blocks)}".rstrip())
+    """One table for each model and formats; empty if nothing was measured."""
+    path, parts = folder / "adaround_study.json", []
+    recipes = json.loads(path.read_text())["recipes"] if path.is_file() else {}
+    for name, blocks in recipes.items():
+        arms = [arm for block in blocks.values() for arm in block.values()]
+        cpus, commits = (", ".join(dict.fromkeys(arm[key] for arm in arms)) for key in ("cpu", "commit"))
+        parts.append(f"### {name}\n\n{cpus}, commit {commits}.\n\n{_table(blocks)}\n\n{_answer(blocks)}".rstrip())
     return "\n\n".join([f"## {QUESTION}", PREFACE, *parts]) if parts else ""
 
 

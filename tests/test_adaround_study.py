@@ -29,14 +29,14 @@ def test_learned_arms_beat_nearest_and_say_what_they_did(case):
 
 def test_finished_arms_are_not_run_again_unless_they_differ(case, tmp_path):
     arms = {"nearest": ARMS["nearest"], "plain_fast": shortened(ARMS["plain_fast"], 0.01)}
-    results = Results(tmp_path, "here")
+    results = Results(tmp_path)
     for name, arm in arms.items():
         results.add("key", "block", name, run_arm(case, arm, recipes.load("pixart_w4a6")))
-    again = Results(tmp_path, "here")
+    again = Results(tmp_path)
     assert again.missing("key", "block", arms) == {}
     assert list(again.missing("key", "block", ARMS)) == [name for name in ARMS if name != "nearest"]
     assert again.missing("key", "other", arms) == arms
-    assert json.loads((tmp_path / "adaround_here.json").read_text())["machine"]
+    assert json.loads((tmp_path / "adaround_study.json").read_text())["machine"]
 
 
 def test_arms_that_are_unknown_are_refused(capsys):
@@ -47,16 +47,17 @@ def test_arms_that_are_unknown_are_refused(capsys):
 
 def test_the_page_shows_what_was_measured_and_says_what_was_not(tmp_path):
     def arm(iterations, loss, held_out):
-        return {"iterations": iterations, "loss": loss, "held_out_loss": held_out, "commit": "abc"}
+        return {"iterations": iterations, "loss": loss, "held_out_loss": held_out, "commit": "abc", "cpu": "X"}
 
     blocks = {
         "b.0": {"nearest": arm(0, 3, 3), "scale_aware_2500": arm(2500, 1, 2), "plain_20000": arm(20000, 1.5, 1.5)},
         "b.1": {"nearest": arm(0, 4, 4), "scale_aware_2500": arm(2500, 2, 2)},
     }
     assert study_text(tmp_path) == ""
-    document = {"recipes": {"r": blocks}, "machine": {"cpu": "X"}, "commit": "abc"}
-    (tmp_path / "adaround_x.json").write_text(json.dumps(document))
+    document = {"recipes": {"r": blocks}, "commit": "abc"}
+    (tmp_path / "adaround_study.json").write_text(json.dumps(document))
     text = study_text(tmp_path)
+    assert "X, commit abc." in text
     assert "| b.0 | 3.0000 (3.0000) | 1.0000 (2.0000) | 1.5000 (1.5000) |" in text
     assert "| b.1 | 4.0000 (4.0000) | 2.0000 (2.0000) | not measured yet |" in text
     assert "in 1 of 1 blocks, on held-out calls in 0; 0.67 times its loss" in text
