@@ -20,7 +20,7 @@ GROUP_STYLES = {
     "real scale": ("#3b6fb6", "^"),
 }
 DPI = 110
-WIDE_RANGE = 5000  # of a logarithmic axis, beyond which it has room for powers of ten only
+WIDE_RANGE = 3000  # of a logarithmic axis, beyond which it has room for powers of ten only
 
 
 def measured(document: Document) -> dict[str, Any]:
