@@ -73,8 +73,8 @@ def _exact(document: Document) -> list[float]:
 
 TARGETS = (
     Target("kernel checks that did not pass", 0.0, False, _unpassed),
-    Target("expanded_gemm, speed of cuBLASLt FP8's, M >= 4096", 0.90, True, _gemm("expanded_gemm")),
-    Target("packed_gemm, speed of cuBLASLt FP8's, M >= 4096", 0.75, True, _gemm("packed_gemm")),
+    Target("expanded_gemm, FP8 or INT8, of cuBLASLt FP8's speed, M >= 4096", 0.90, True, _gemm("expanded_gemm")),
+    Target("packed_gemm, FP8 or INT8, of cuBLASLt FP8's speed, M >= 4096", 0.75, True, _gemm("packed_gemm")),
     Target(
         "norm_modulate_quantize, time of LayerNorm + modulate's", 1.05, False, _fused("norm_modulate", "over_alone")
     ),

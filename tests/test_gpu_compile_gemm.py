@@ -41,7 +41,7 @@ ON_HOPPER = {
 INTEGERS = {
     (name, sm, "integers"): Request(kernel(name), replace(EXACT, integers=True), sm, rows=MANY)
     for name in ("packed_gemm", "expanded_gemm")
-    for sm in (80, 90, 100, 120)
+    for sm in TARGETS
 }
 IN_HALF = {sm: Request(kernel("packed_gemm"), HALF, sm, rows=MANY) for sm in (80, 90)}
 AT_LOAD = {

@@ -82,7 +82,8 @@ class GemmSpec:
         operand_of(self.activation, self.integers)
         if self.integers and not self.multiplies_integers:
             raise RecipeError(
-                f"weights in {self.weight} times {max(self.multipliers)} do not fit INT8 images; use FP8 operands"
+                f"weights in {self.weight} times {max(self.multipliers)}, {self.in_features} input channels: INT8 "
+                f"operands take images up to {INT8_MAX} and sums below 2^31; use FP8 operands"
             )
         for m in self.multipliers:
             if not embeds(self.weight, "E4M3", m):
