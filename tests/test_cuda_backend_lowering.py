@@ -90,6 +90,56 @@ def test_int8_operands_change_no_number(granularity, group, weights):
     assert torch.equal(found["int8"], found["fp8"])
 
 
+SECOND = 'k = fpq.QuantizedLinear <layer="b"> (x)\n'
+
+
+def executed(body: str, layers: list, **choices: str) -> tuple[list[int], LoweredModule]:
+    """Linears in each GEMM of the executor, and the executor, whose result is compared with the graph's."""
+    shapes = SHAPES | {"outputs": "float[B,S,192] y"}
+    model = portable(LINEAR + SECOND + body, layers, inner="float[B,S,64] h", **shapes)
+    feeds = {"x": activations(np.random.default_rng(4)), "gate": gates(4)[:1]}
+    model, _, expected = both(model, feeds)
+    module = LoweredModule(model, **choices)
+    found = module({name: torch.from_numpy(array) for name, array in feeds.items()})["y"].numpy()
+    assert_close(found, expected)
+    return [len(gemm.widths) for gemm in module.gemms], module
+
+
+@pytest.mark.parametrize("weights", ["packed", "expanded"])
+@pytest.mark.parametrize("granularity, group", [("per_channel", 0), ("exact_group", 16), ("group", 32)])
+@pytest.mark.parametrize("activation", ["E2M3", "INT8"])
+def test_linears_of_the_same_codes_are_one_gemm(activation, granularity, group, weights):
+    """Of unequal widths, each result from its own columns; codes are freed once."""
+    chosen = {"activation": activation, "granularity": granularity, "group": group}
+    layers = [*square("a", **chosen), random_linear("b", n=128, k=64, seed=1, **chosen)]
+    linears, module = executed("y = Concat <axis = -1> (k, h)", layers, weights=weights)
+    assert linears == [2] and module.gemms[0].widths == [64, 128]
+    assert module.expanded == (1 if weights == "expanded" else 0)
+    (step,) = (step for step in module.steps if step.run is module.gemms[0])
+    assert step.name == "a + b" and len(step.outputs) == 2
+
+
+@pytest.mark.parametrize(
+    "body, other",
+    [
+        ("y = Concat <axis = -1> (k, h)", {"weight": "E1M2"}),
+        ("y = Concat <axis = -1> (k, h)", {"granularity": "exact_group", "group": 16}),
+        ("y = Concat <axis = -1> (k, h)", {"activation": "E3M2"}),
+        ("g = Mul(gate, h)\ns = Add(x, g)\ny = Concat <axis = -1> (k, s)", {}),
+    ],
+    ids=["weight formats", "groups", "activation formats", "an epilogue"],
+)
+def test_other_linears_stay_alone(body, other):
+    linears, _ = executed(body, [*square("a"), random_linear("b", n=128, k=64, seed=1, **other)])
+    assert linears == [1, 1]
+
+
+def test_gemms_are_merged_up_to_a_width(monkeypatch):
+    monkeypatch.setattr("pipeline.backends.cuda_merge.MERGED_COLUMNS", 64 + 127)
+    linears, _ = executed("y = Concat <axis = -1> (k, h)", [*square("a"), random_linear("b", n=128, k=64, seed=1)])
+    assert linears == [1, 1]
+
+
 @pytest.mark.parametrize(
     "other", [{"weight": "UE3M1"}, {"weight": "E3M0", "activation": "E3M2"}], ids=["weights", "activations"]
 )

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from export.errors import ContractError
 from pipeline.backends.cuda_dialect_ops import DIALECT_OPS, Gemm
+from pipeline.backends.cuda_merge import merge_gemms
 from pipeline.backends.cuda_onnx_ops import ONNX_OPS
 from pipeline.passes.lower_cuda import OPERANDS_KEY
 from pipeline.passes.lower_cuda_ops import DOMAIN, OPS
@@ -35,9 +36,10 @@ LARGE_ELEMENTS = 2**20
 
 @dataclass
 class Step:
-    """One node: `run` on the tensors called `inputs` ("" for an absent one), converted to `types` where not None.
+    """One node, or several Gemms of the same codes.
 
-    outputs: names, "" for one that nobody reads. narrow: convert results from FP16 back to float32. done: tensors that
+    run: a function of the tensors called `inputs` ("" for an absent one), converted to `types` where not None.
+    outputs: names, "" for one that nobody reads. widen: convert results from FP16 back to float32. done: tensors that
     no later step reads.
     """
 
@@ -74,11 +76,12 @@ class LoweredModule(nn.Module):
         self.inputs = tuple(str(value.name) for value in model.graph.inputs)
         self.outputs = tuple(str(value.name) for value in model.graph.outputs)
         self.steps: list[Step] = []
-        self.gemms = nn.ModuleList()
         self.stored: dict[tuple[str, torch.dtype], str] = {}
         self._read_inputs(model.graph)
         for node in model.graph:
             self._add(node)
+        self.steps = merge_gemms(self.steps)
+        self.gemms = nn.ModuleList(step.run for step in self.steps if isinstance(step.run, Gemm))
         _mark_last_uses(self.steps, self.outputs)
 
     def _read_inputs(self, graph: ir.Graph) -> None:
@@ -184,7 +187,6 @@ class LoweredModule(nn.Module):
         kept = ("codes", "w_scales", "multiplier_codes", "bias", *(["a_scale"] if static else []))
         constants = {key: self.plan.constants[given[key]] for key in kept}
         gemm = Gemm(constants, _choices(node), output, self.weights)
-        self.gemms.append(gemm)
         names = [given["a_codes"], "" if static else given["a_scale"]]
         moving = [given[key] for key in ("gate", "residual") if key in given]
         inputs = (*names, *(self._operand(name, output) for name in moving))
@@ -218,7 +220,7 @@ class LoweredModule(nn.Module):
 
     @property
     def expanded(self) -> int:
-        """How many linears hold a byte for each weight."""
+        """How many GEMMs hold a byte for each weight."""
         return sum(bool(gemm.is_expanded) for gemm in self.gemms)
 
     def forward(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
