@@ -197,7 +197,24 @@ GROUPS = Table(
         *(Line(f"real scale, {size}", f"rtn-fp-group{size}", real(size), None, ("w4a6",)) for size in (128, 64, 32)),
     ),
 )
-TABLES = {table.name: table for table in (METHODS, FP_OR_INT, QDIT, MSFP, GROUPS, FULL)}
+LEARNED_GROUPS = Table(
+    "learned_groups",
+    "Are smaller exact groups worth their bytes under learned rounding?",
+    tuple(
+        Line(f"FP4DiT, groups of {size}", f"fp4dit-fp-exact{size}", method("fp4dit", exact(size)), None, ("w4a6",))
+        for size in (64, 32, 16)
+    ),
+)
+FULL_DEFAULT = Table(
+    "full_default",
+    "What does the full preset bring to the default recipe?",
+    (
+        Line("FP4DiT, fast", "fp4dit-fp-exact64", method("fp4dit", exact(64)), None, ("w4a6",)),
+        Line("FP4DiT, full", "fp4dit-fp-full", ("preset=full", *method("fp4dit", exact(64))), None, ("w4a6",)),
+    ),
+    ("pixart_mini",),
+)
+TABLES = {table.name: table for table in (METHODS, FP_OR_INT, QDIT, MSFP, GROUPS, LEARNED_GROUPS, FULL, FULL_DEFAULT)}
 ON_REQUEST = (FULL.name,)  # hours of calibration: measured when asked for by --table
 
 

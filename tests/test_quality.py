@@ -154,6 +154,15 @@ def test_rows_are_chosen_by_table_and_name():
     assert names == ["rtn-fp-channel-w4a6", *(f"rtn-fp-power{size}-w4a6" for size in (128, 64, 32, 16))]
 
 
+def test_the_default_recipe_has_rows_of_smaller_groups_and_of_its_full_preset():
+    for model in MODELS:
+        names = [row.name for row in rows_of(model, ["learned_groups"])]
+        assert names == ["fp4dit-fp-exact64-w4a6", "fp4dit-fp-exact32-w4a6", "fp4dit-fp-exact16-w4a6"]
+    fast, full = rows_of("pixart_mini", ["full_default"])
+    assert set(full.settings) - set(fast.settings) == {"preset=full"} and not set(fast.settings) - set(full.settings)
+    assert TABLES["full_default"].models == ("pixart_mini",)
+
+
 def test_a_method_that_is_not_there_is_told_by_name():
     row = Row("magic-w4a6", "dit_mini", "dit_w4a8", ("method=magic",))
     with pytest.raises(RecipeError, match="'magic' is not available; use one of auto, rtn"):
