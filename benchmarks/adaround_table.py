@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import record
+from benchmarks.record import markdown
 
 QUESTION = "What does learned rounding gain in a block, and how many iterations does it take?"
 PREFACE = """`python -m benchmarks.adaround_study`: loss of a block's output on the calibration calls, and in brackets
@@ -50,8 +51,6 @@ def study_text(folder: Path = record.RESULTS) -> str:
 
 
 def _table(blocks: Mapping[str, Any]) -> str:
-    from benchmarks.quality_tables import markdown
-
     arms = [arm for arm in LABELS if any(arm in block for block in blocks.values())]
     rows = [[name, *(_cell(block.get(arm)) for arm in arms)] for name, block in blocks.items()]
     return markdown(["block", *(_title(arm, blocks) for arm in arms)], rows)

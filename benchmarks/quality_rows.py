@@ -89,7 +89,7 @@ METHODS = Table(
         Line("FP4DiT, exact groups of 64", "fp4dit-mixed-exact64", method("fp4dit", exact(64)), weight_of=MIXED),
         Line("FP4DiT without E3M0, exact groups of 64", "fp4dit-fp-exact64", method("fp4dit", exact(64))),
         Line("FP AdaRound, exact groups of 64", "fp_adaround-fp-exact64", method("fp_adaround", exact(64))),
-        Line("Q-DiT", "qdit-int-group128", method("qdit", real(128)), INT, ("w6a8", *WIDTHS)),
+        Line("Q-DiT, groups of 128", "qdit-int-group128", method("qdit", real(128)), INT, ("w6a8", *WIDTHS)),
         Line("MSFP", "msfp-fp", method("msfp")),
         Line("INT AdaRound", "adaround-int-channel", method("adaround"), INT),
         Line("BRECQ", "brecq-int-channel", method("brecq"), INT),
@@ -229,3 +229,17 @@ def rows_of(model: str, tables: Iterable[str] = tuple(TABLES), patterns: Iterabl
                     raise ValueError(f"two rows are called {row.name} and differ: {known} and {row}")
     wanted = list(patterns)
     return [row for row in found.values() if any(fnmatchcase(row.name, pattern) for pattern in wanted)]
+
+
+def nearest_rows() -> dict[str, str]:
+    """Row -> the row that rounds to nearest in the same formats, granularity and group size, for all rows but those
+    that have none, and those that round to nearest."""
+    rows = rows_of(next(iter(MODELS)))  # names and settings are those of every model
+    plain = [row for row in rows if "method=rtn" in row.settings]
+    nearest = {_numbers(row): row.name for row in plain if not row.multipliers}
+    return {row.name: nearest[_numbers(row)] for row in rows if row not in plain and _numbers(row) in nearest}
+
+
+def _numbers(row: Row) -> tuple[str, ...]:
+    """The settings that say what numbers a row's weights and activations are, whatever chooses them."""
+    return tuple(key for key in row.settings if key.startswith(("formats.", "weights.")))

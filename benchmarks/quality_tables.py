@@ -6,16 +6,17 @@ that was not measured says why, and the sentences below a table are computed fro
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from benchmarks import record
 from benchmarks.adaround_table import study_text
-from benchmarks.quality_answers import ANSWERS
+from benchmarks.quality_answers import ANSWERS, sensitivity_answers
 from benchmarks.quality_results import FLOAT, MEASURED, Results
 from benchmarks.quality_rows import MODELS, TABLES, WIDTHS, Line, Table
+from benchmarks.record import markdown
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGE = ROOT / "docs" / "quality.md"
@@ -56,13 +57,6 @@ COLUMNS = (
 
 def bits_per_weight(found: Record) -> float:
     return 8 * found["weight_bytes"] / found["weights"]
-
-
-def markdown(header: Iterable[str], rows: Iterable[Iterable[Any]]) -> str:
-    """A Markdown table."""
-    titles = list(header)
-    lines = [titles, ["---"] * len(titles), *([str(cell) for cell in row] for row in rows)]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def records(model: str, folder: Path = record.RESULTS) -> dict[str, Record]:
@@ -154,7 +148,7 @@ def sensitivity_text(model: str, rows: Sequence[Record]) -> str:
     parts = ("weights", "activations", "both")
     header = ["dB", *(f"{name}, {part}" for name in names for part in parts)]
     body = [[f"`{kind}`", *(at[name, kind, part] for name in names for part in parts)] for kind in kinds]
-    return f"### {model}\n\n{markdown(header, body)}"
+    return "\n\n".join([f"### {model}", markdown(header, body), *sensitivity_answers(rows)])
 
 
 # --- README.md ------------------------------------------------------------------------------------------------------

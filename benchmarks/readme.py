@@ -16,8 +16,8 @@ from typing import Any
 
 from benchmarks.denoiser import BASELINES, PATHS
 from benchmarks.gpu_targets import judged
-from benchmarks.quality_tables import markdown, short_table
-from benchmarks.record import RESULTS
+from benchmarks.quality_tables import short_table
+from benchmarks.record import RESULTS, markdown
 from export.embedding import embeds, exact_multipliers
 from export.formats import FORMATS
 from pipeline.methods import METHODS

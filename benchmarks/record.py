@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import subprocess
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -34,3 +35,10 @@ def write(name: str, document: dict[str, Any], folder: Path = RESULTS) -> Path:
     stamped = {**document, "machine": machine.facts(), "versions": machine.tool_versions(), "commit": commit()}
     write_json(path, stamped)
     return path
+
+
+def markdown(header: Iterable[str], rows: Iterable[Iterable[Any]]) -> str:
+    """A Markdown table."""
+    titles = list(header)
+    lines = [titles, ["---"] * len(titles), *([str(cell) for cell in row] for row in rows)]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)

@@ -32,7 +32,7 @@ from benchmarks.quality_metrics import (
 )
 from benchmarks.quality_plots import draw_all
 from benchmarks.quality_results import FAILED, FLOAT, MEASURED, UNAVAILABLE, Results, row_key
-from benchmarks.quality_rows import CHANNEL, MODELS, TABLES, Line, Row, rows_of
+from benchmarks.quality_rows import CHANNEL, MODELS, TABLES, Line, Row, nearest_rows, rows_of
 from benchmarks.quality_sensitivity import PartlyQuantized, cases, mean_noise_db
 from export.errors import RecipeError
 from pipeline.report import Gate
@@ -332,6 +332,18 @@ def made_up(distance, psnr=30.0, size=1000):
     }
 
 
+def sensitivity_rows():
+    """Two kinds at W4A4, the second the worse one but for the first step."""
+    steps = {"a": [5.0, 40, 40, 40], "b": [10.0, 20, 20, 20], "all": [20.0, 30, 20, 10]}
+    shown = {"a": (30.0, 22.0, 20.0), "b": (25.0, 15.0, 10.0), "all": (24.0, 14.0, 9.0)}
+    parts = ("weights", "activations", "both")
+    return [
+        {"row": "fp-w4a4", "kind": kind, "part": part, "sqnr_db": value, "step_sqnr_db": steps[kind]}
+        for kind, values in shown.items()
+        for part, value in zip(parts, values, strict=True)
+    ]
+
+
 @pytest.fixture
 def results(tmp_path):
     store = Results("dit_mini", tmp_path)
@@ -341,9 +353,7 @@ def results(tmp_path):
     store.add("rtn-int-channel-w4a6", made_up(3.0, 25.0), facts)
     store.add("rtn-fp-exact64-w4a6", made_up(1.05), facts)
     store.add("fp4dit-mixed-exact64-w4a6", {"status": FAILED, "reason": "ValueError: x | y"}, facts)
-    parts = ("weights", "activations", "both")
-    rows = [{"row": "fp-w4a4", "kind": kind, "part": part, "sqnr_db": 9.0} for kind in ("a", "b") for part in parts]
-    store.put("sensitivity", rows, facts)
+    store.put("sensitivity", sensitivity_rows(), facts)
     return store
 
 
@@ -373,15 +383,61 @@ def test_estimates_are_compared_by_their_intervals(first, second, told):
     assert quality_answers.compare(estimate(first), estimate(second), less_is_better=True) == told
 
 
-def test_the_aim_is_judged_only_where_round_to_nearest_loses_something():
-    base, row = "rtn-mixed-exact64-w4a6", "fp4dit-mixed-exact64-w4a6"
-    grown = made_up(1.0) | {"frechet_increase": estimate(4.0)}
-    found = {base: grown, row: made_up(0.2) | {"frechet_increase": estimate(0.9)}, "other-w4a6": grown}
-    told = quality_answers.aim(found, [row, "other-w4a6"], "w4a6")
-    assert told == "round to nearest +4.00 (+3.60 to +4.40); reached by `fp4dit-mixed-exact64-w4a6` of 2 measured"
-    found[base] = made_up(1.0) | {"frechet_increase": {"value": 1.0, "low": -0.1, "high": 2.0}}
-    assert "cannot be judged" in quality_answers.aim(found, [row], "w4a6")
-    assert quality_answers.aim({}, [row], "w4a6") == ""
+@pytest.mark.parametrize(
+    ("value", "told"),
+    [(0.2, "reached"), (0.245, "reached within chance"), (0.255, "missed within chance"), (0.4, "missed")],
+)
+def test_the_aim_is_a_quarter_of_round_to_nearest_in_the_same_formats(value, told):
+    row, base, other = "fp4dit-mixed-exact64-w4a6", "rtn-mixed-exact64-w4a6", "rtn-fp-exact64-w4a6"
+    found = {row: made_up(value), base: made_up(1.0), other: made_up(0.5)}
+    cells = [f"`{row}`", f"`{base}`", f"{value:.3g} of 1, x {value:.2f} (better)", "+0.0 dB (within chance)", told]
+    assert quality_answers.against_nearest(found, row, base)[:5] == cells
+    assert quality_answers.against_nearest(found, row, base)[5].startswith(f"x {value / 0.5:.2f}")
+    assert quality_answers.aim_to_float(found, [(row, base)]) == f"{told} by `fp4dit-mixed-exact64` ({value:.2f})"
+
+
+def test_without_its_round_to_nearest_no_row_is_judged():
+    row, base = "fp4dit-mixed-exact64-w4a6", "rtn-mixed-exact64-w4a6"
+    found = {row: made_up(0.1), "rtn-fp-exact64-w4a6": made_up(1.0)}
+    assert quality_answers.against_nearest(found, row, base)[1:5] == [f"`{base}`: not measured yet", "", "", ""]
+    assert quality_answers.aim_to_float(found, [(row, base)]) == ""
+    assert quality_answers.aim_to_real(found, [(row, base)]) == {}
+    assert quality_answers.methods({}) == []
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "kind"), [(-4.5, -2.8, "SHRANK"), (-0.1, 2.0, "UNSURE"), (0.0, 2.0, "UNSURE"), (0.2, 2.0, "GREW")]
+)
+def test_the_distance_to_real_data_judges_only_where_it_grew(low, high, kind):
+    row, base = "fp4dit-mixed-exact64-w4a6", "rtn-mixed-exact64-w4a6"
+    growth = {"value": (low + high) / 2, "low": low, "high": high}
+    found = {base: made_up(1.0) | {"frechet_increase": growth}}
+    found[row] = made_up(0.1) | {"frechet_increase": {"value": 0.01, "low": 0.005, "high": 0.02}}
+    ((told, text),) = quality_answers.aim_to_real(found, [(row, base)]).items()
+    assert told == getattr(quality_answers, kind)
+    assert text.startswith(f"`{base}` {growth['value']:+.2f} ({low:+.2f} to {high:+.2f})")
+    assert text.endswith(f"with `{row}` +0.01, reached") == (kind == "GREW")
+
+
+def test_each_row_has_the_round_to_nearest_of_its_own_formats():
+    nearest = nearest_rows()
+    assert nearest["fp4dit-fp-exact64-w4a6"] == nearest["fp4dit-fp-full-w4a6"] == "rtn-fp-exact64-w4a6"
+    assert nearest["fp4dit-mixed-group128-w4a8"] == "rtn-mixed-group128-w4a8"
+    assert nearest["brecq-int-channel-w4a4"] == "rtn-int-channel-w4a4"
+    assert nearest["msfp-fp-w4a6"] == "rtn-fp-channel-w4a6"
+    assert "qdit-int-group128-w6a8" not in nearest  # nobody rounds it to nearest
+    assert not any(name.startswith("rtn") for name in nearest) and not any("power" in name for name in nearest.values())
+
+
+def test_sensitivity_is_told_from_the_noise_of_kinds_parts_and_steps():
+    told = "\n".join(quality_answers.sensitivity_answers(sensitivity_rows()))
+    assert (
+        "- FP W4A4: `b` 10.0 dB, `a` 20.0 dB; all together 9.0 dB, with 10.0 times the noise from activations" in told
+    )
+    # noise 0.01, 0.001, 0.01, 0.1: of 0.121 the last of four steps has 83 %
+    assert "20.0 dB in the first, 30.0 dB at best (step 1), 10.0 dB in the last; the last 1 of 4 steps hold 83%" in told
+    assert "costliest: `a` in 1, `b` in 3" in told
+    assert quality_answers.sensitivity_answers([]) == []
 
 
 @pytest.mark.parametrize("without", ["", "sensitivity"])
