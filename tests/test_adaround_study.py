@@ -45,19 +45,36 @@ def test_arms_that_are_unknown_are_refused(capsys):
     assert "'no_such_arm' is unknown" in capsys.readouterr().err
 
 
-def test_the_page_shows_what_was_measured_and_says_what_was_not(tmp_path):
-    def arm(iterations, loss, held_out):
-        return {"iterations": iterations, "loss": loss, "held_out_loss": held_out, "commit": "abc", "cpu": "X"}
+def arm(iterations, loss, held_out, rate=1e-4):
+    found = {"iterations": iterations, "learning_rate": rate, "loss": loss, "held_out_loss": held_out}
+    return found | {"commit": "abc", "cpu": "X"}
 
+
+def page(folder, blocks):
+    (folder / "adaround_study.json").write_text(json.dumps({"recipes": {"r": blocks}, "commit": "abc"}))
+    return study_text(folder)
+
+
+def test_the_page_shows_what_was_measured_and_says_what_was_not(tmp_path):
     blocks = {
-        "b.0": {"nearest": arm(0, 3, 3), "scale_aware_2500": arm(2500, 1, 2), "plain_20000": arm(20000, 1.5, 1.5)},
+        "b.0": {"nearest": arm(0, 3, 3), "scale_aware_2500": arm(2500, 1, 2), "plain_20000_same": arm(20000, 1.5, 1.5)},
         "b.1": {"nearest": arm(0, 4, 4), "scale_aware_2500": arm(2500, 2, 2)},
     }
     assert study_text(tmp_path) == ""
-    document = {"recipes": {"r": blocks}, "commit": "abc"}
-    (tmp_path / "adaround_study.json").write_text(json.dumps(document))
-    text = study_text(tmp_path)
+    text = page(tmp_path, blocks)
     assert "X, commit abc." in text
     assert "| b.0 | 3.0000 (3.0000) | 1.0000 (2.0000) | 1.5000 (1.5000) |" in text
     assert "| b.1 | 4.0000 (4.0000) | 2.0000 (2.0000) | not measured yet |" in text
-    assert "in 1 of 1 blocks, on held-out calls in 0; 0.67 times its loss" in text
+    title = "scale-aware, full preset: 2,500 iterations at 0.0001"
+    assert f"{title}, against plain, full preset: not measured yet" in text
+    assert f"- {title}, against round to nearest: wins in all 2 blocks, 0.41 times the loss (geometric mean)" in text
+
+
+def test_the_page_says_where_scale_awareness_loses_at_either_rate(tmp_path):
+    learned = {"scale_aware_2500": arm(2500, 2, 2), "plain_20000_same": arm(20000, 3, 1)}
+    other = {"scale_aware_2500": arm(2500, 2, 2), "plain_20000_same": arm(20000, 1, 1)}
+    text = page(tmp_path, {"b.0": learned | {"plain_20000": arm(20000, 1, 1, 1e-3)}, "b.1": other})
+    title = "- scale-aware, full preset: 2,500 iterations at 0.0001, against plain"
+    assert f"{title}: 20,000 iterations at 0.0001: wins in 1 of 2 blocks, loses in 1, 1.15 times the loss" in text
+    lost = "loses in the one block, 2.00 times the loss"
+    assert f"{title}, full preset: 20,000 iterations at 0.001: {lost}; on held-out calls it {lost}" in text
