@@ -232,6 +232,8 @@ def make_parser() -> argparse.ArgumentParser:
     real.add_argument("--metric", action="append", choices=["fid", "clip", "image_reward", "hpsv2"])
     real.add_argument("--real-pictures", type=Path, metavar="DIR", help="for fid")
     real.add_argument("--scorer-python", type=Path, metavar="FILE", help="for image_reward and hpsv2")
+    real.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto", help="draws and scores; auto: a GPU "
+                      "where torch has one")  # fmt: skip
     return parser
 
 

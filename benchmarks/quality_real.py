@@ -9,17 +9,20 @@ the PyTorch reference. Everything that is missing is refused by name before work
 - `image_reward`, `hpsv2`: a Python with that package and its weights, --scorer-python PATH. They need versions of
   transformers and protobuf that the compiler cannot live with, so they have an environment of their own.
 
-Pictures stay in the work folder, so that metrics can be added later. No such run has been made yet: the metrics' own
-weights were not at hand, and tests stand in small modules for them.
+The reference draws on --device, by default a GPU where torch has one; the noise is drawn on the host, so that it is
+the same everywhere. Calibration stays on the host. Pictures stay in the work folder, so that metrics can be added
+later. No such run has been made yet, on no device: the metrics' own weights were not at hand, and tests stand in small
+modules for them.
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import logging
 from collections.abc import Callable
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -30,15 +33,16 @@ import torch
 from benchmarks import record
 from benchmarks.quality_metrics import median_estimate, psnr_db, ssim
 from benchmarks.quality_real_metrics import METRICS, Pictures, read_picture
-from benchmarks.quality_results import FLOAT, MEASURED, Results, row_key
+from benchmarks.quality_results import FAILED, FLOAT, MEASURED, Results, row_key
 from benchmarks.quality_rows import Row, rows_of
 from export.errors import EnvironmentLacksError, RecipeError
 from export.models import LoadedModel, denoiser, load
 from pipeline import recipe as recipes
+from pipeline.backends.base import Arrays
 from pipeline.backends.reference import ReferenceEngine, fake_quant
 from pipeline.calibrate import pipeline_data
 from pipeline.diffusers_adapter import EngineTransformer
-from pipeline.files import sha256_json
+from pipeline.files import remove, sha256_json
 from pipeline.latent_pictures import find_pipeline, pipeline_arguments
 from pipeline.progress import track
 from pipeline.recipe import Recipe
@@ -53,26 +57,44 @@ FAMILY_ROWS = {
 }
 
 
+@dataclass(frozen=True)
+class Real:
+    """A real pipeline and what all of its rows have in common. facts: what decides the pictures of one denoiser."""
+
+    pipe: Any
+    model: LoadedModel
+    prompts: list[str]
+    arguments: argparse.Namespace
+    facts: dict[str, Any]
+    work: Path
+
+
 def run_real(arguments: argparse.Namespace) -> int:
-    """Measure the chosen rows of a real pipeline; returns 0. Raises UserError for what is missing."""
+    """Measure the chosen rows of a real pipeline; returns how many failed. Raises UserError for what is missing."""
     root = Path(find_pipeline(arguments.model))
-    prompts = read_prompts(arguments)
+    prompts, arguments.device = read_prompts(arguments), chosen_device(arguments.device)
     refuse_missing(root, arguments)
     model = load(str(root))
     rows = [(row, real_recipe(row, arguments)) for row in real_rows(model, arguments)]
-    subject = facts(model, prompts, arguments)
     results = Results(f"real_{root.name}", arguments.output_dir or record.RESULTS)
-    pipe = open_pipeline(root)
-    work = arguments.work_dir / results.model
-    base = measure(FLOAT, None, (pipe, model), prompts, arguments, work, subject)
-    results.add(FLOAT, base[0], subject)
+    found = facts(model, prompts, arguments)
+    results.refuse_others(found)
+    real = Real(open_pipeline(root), model, prompts, arguments, found, arguments.work_dir / results.model)
+    base = float_pictures(real)
+    key = row_key(found, None, ())
+    results.add(FLOAT, scored(real, results, FLOAT, key, base) | {"drawn_by": drawn_by(arguments)}, found)
+    failed = 0
     for row, recipe in rows:
-        key = row_key(subject, recipe, row.multipliers)
-        if arguments.redo or not results.has(row.name, key):
-            found, _ = measure(row.name, recipe, (pipe, model), prompts, arguments, work, subject, base[1])
-            results.add(row.name, found | {"settings": list(row.settings), "key": key}, subject)
+        told = row_record(real, results, row, recipe, base)
+        results.add(row.name, told, found)
+        failed += told["status"] == FAILED
     print(results.path)
-    return 0
+    return failed
+
+
+def chosen_device(name: str) -> str:
+    """ "auto" is a GPU where torch has one."""
+    return name if name != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def refuse_missing(root: Path, arguments: argparse.Namespace) -> None:
@@ -81,6 +103,8 @@ def refuse_missing(root: Path, arguments: argparse.Namespace) -> None:
     missing = [f"{root / name} of the pipeline" for name in parts if not (root / name).is_dir()]
     for name in arguments.metric:
         missing += [f"{name} needs {problem}" for problem in METRICS[name].problems(arguments)]
+    if arguments.device == "cuda" and not torch.cuda.is_available():
+        missing.append(f"--device cuda needs a GPU that torch {torch.__version__} can use; take --device cpu")
     if missing:
         raise EnvironmentLacksError("; ".join(missing))
 
@@ -111,8 +135,13 @@ def real_recipe(row: Row, arguments: argparse.Namespace) -> Recipe:
     return replace(made, model=arguments.model)
 
 
+def family_recipe(model: LoadedModel, arguments: argparse.Namespace) -> Recipe:
+    """What the rows of the model's family start from: float draws with its steps and guidance, too."""
+    return recipes.with_settings(recipes.load(FAMILY_ROWS[model.family.name][1]), arguments.set)
+
+
 def facts(model: LoadedModel, prompts: list[str], arguments: argparse.Namespace) -> dict[str, Any]:
-    """What all rows have in common; the float row's recipe gives steps and guidance, which --set may change."""
+    """What all rows have in common; metrics are not among it, they may be added later."""
     return {
         "model": arguments.model,
         "model_sha256": model.sha256,
@@ -120,7 +149,8 @@ def facts(model: LoadedModel, prompts: list[str], arguments: argparse.Namespace)
         "count": len(prompts),
         "seed": arguments.seed,
         "set": arguments.set,
-        "metrics": arguments.metric,
+        "sampling": asdict(family_recipe(model, arguments).sampling),
+        "device": arguments.device,
     }
 
 
@@ -130,35 +160,67 @@ def open_pipeline(root: Path) -> Any:
     return DiffusionPipeline.from_pretrained(root, local_files_only=True)
 
 
-def measure(
-    name: str,
-    recipe: Recipe | None,
-    parts: tuple[Any, LoadedModel],
-    prompts: list[str],
-    arguments: argparse.Namespace,
-    work: Path,
-    subject: dict[str, Any],
-    base: Pictures | None = None,
-) -> tuple[dict[str, Any], Pictures]:
-    """One row's record and its pictures; recipe None is the float model, base its pictures."""
-    from pipeline.calibrate import calibrate
+# --- rows -----------------------------------------------------------------------------------------------------------
 
-    pipe, model = parts
-    key = row_key({k: v for k, v in subject.items() if k != "metrics"}, recipe, ())
+
+def row_record(real: Real, results: Results, row: Row, recipe: Recipe, base: Pictures) -> dict[str, Any]:
+    """A row's numbers, or why there are none: one that fails stops no other."""
+    key = row_key(real.facts, recipe, row.multipliers)
+    stated = {"settings": list(row.settings), "key": key}
+    try:
+        pictures, drawn = row_pictures(real, row, recipe, key)
+        return stated | drawn | scored(real, results, row.name, key, pictures, base)
+    except Exception as error:
+        logger.exception("%s failed", row.name)
+        return stated | {"status": FAILED, "reason": f"{type(error).__name__}: {error}"}
+
+
+def scored(
+    real: Real, results: Results, name: str, key: str, pictures: Pictures, base: Pictures | None = None
+) -> dict[str, Any]:
+    """The measures of a row's pictures. Metrics that its record holds already are kept, unless --redo."""
+    before = results.read()["rows"].get(name, {}) if results.has(name, key) and not real.arguments.redo else {}
     found: dict[str, Any] = {"status": MEASURED, "key": key}
-    module, sampling = denoiser(model), recipes.with_settings(recipes.load("pixart_w4a6"), arguments.set)
-    if recipe is not None:
-        layers = calibrate(model, recipe, work / "calibrated" / key)
-        module, sampling = fake_quant(model, layers, torch.float32), recipe
-        found |= {"weight_bytes": sum(layer.size_bytes for layer in layers), "drawn_by": "reference"}
-    folder = work / f"{name}-{key}"
-    pictures = stored_pictures(folder, lambda: draw(pipe, module, model, sampling, prompts, arguments.seed), prompts)
-    found |= {metric: METRICS[metric].score(pictures, prompts, folder, arguments) for metric in arguments.metric}
+    for metric in dict.fromkeys([*(metric for metric in METRICS if metric in before), *real.arguments.metric]):
+        kept = before.get(metric)
+        folder = picture_folder(real, name, key)
+        made = kept if kept is not None else METRICS[metric].score(pictures, real.prompts, folder, real.arguments)
+        found[metric] = made
+        logger.info("%s: %s %g", name, metric, made)
     if base is not None:
         pair = [part.transpose(0, 3, 1, 2) / np.float32(127.5) - 1 for part in (pictures, base)]
         found |= {"psnr_db": asdict(median_estimate(psnr_db(*pair))), "ssim": asdict(median_estimate(ssim(*pair)))}
-    logger.info("%s: %s", name, {metric: found[metric] for metric in arguments.metric})
-    return found, pictures
+    return found
+
+
+def float_pictures(real: Real) -> Pictures:
+    """The float model's, drawn with the steps and guidance of its family's recipe."""
+    folder = picture_folder(real, FLOAT, row_key(real.facts, None, ()))
+    recipe = family_recipe(real.model, real.arguments)
+    return stored_pictures(folder, lambda: draw(real, denoiser(real.model), recipe), real.prompts)
+
+
+def row_pictures(real: Real, row: Row, recipe: Recipe, key: str) -> tuple[Pictures, dict[str, Any]]:
+    """The quantized model's, with the size of its weights and what drew them; --redo makes both anew."""
+    from pipeline.calibrate import calibrate
+
+    folder, kept = picture_folder(real, row.name, key), real.work / "calibrated" / key
+    if real.arguments.redo:
+        remove(folder)
+        remove(kept)
+    layers = calibrate(real.model, recipe, kept)
+    module = fake_quant(real.model, layers, torch.float32)
+    pictures = stored_pictures(folder, lambda: draw(real, module, recipe), real.prompts)
+    drawn = {"weight_bytes": sum(layer.size_bytes for layer in layers), "drawn_by": drawn_by(real.arguments)}
+    return pictures, drawn
+
+
+def drawn_by(arguments: argparse.Namespace) -> str:
+    return f"reference, {arguments.device}"
+
+
+def picture_folder(real: Real, name: str, key: str) -> Path:
+    return real.work / f"{name}-{key}"
 
 
 # --- pictures -------------------------------------------------------------------------------------------------------
@@ -176,18 +238,34 @@ def stored_pictures(folder: Path, make: Callable[[], Pictures], prompts: list[st
     return np.stack([read_picture(folder / f"{index:04d}.png") for index in range(len(prompts))])
 
 
-def draw(pipe: Any, module: Any, model: LoadedModel, recipe: Recipe, prompts: list[str], seed: int) -> Pictures:
-    """One picture for each prompt with the denoiser `module` in the pipeline; picture i has the seed `seed` + i."""
-    pipe.transformer = EngineTransformer(ReferenceEngine(module, torch.float32), model.family, model.config)
+class PlacedEngine(ReferenceEngine):
+    """The float32 reference with a copy of its module on `device`; arrays come from the host and go back there."""
+
+    def __init__(self, module: torch.nn.Module, device: str) -> None:
+        super().__init__(module if device == "cpu" else copy.deepcopy(module).to(device), torch.float32)
+        self.device = device
+
+    def run(self, inputs: Arrays) -> Arrays:
+        tensors = {name: self._tensor(value).to(self.device) for name, value in inputs.items()}
+        with torch.inference_mode():
+            return {"sample": self.module(**tensors).cpu().numpy()}
+
+
+def draw(real: Real, module: torch.nn.Module, recipe: Recipe) -> Pictures:
+    """One picture for each prompt with the denoiser `module` in the pipeline; picture i has the seed --seed + i."""
+    pipe, model, device = real.pipe, real.model, real.arguments.device
+    torch.backends.cudnn.allow_tf32 = False  # float32 means float32 in convolutions, as it does in products
+    pipe.transformer = EngineTransformer(PlacedEngine(module, device), model.family, model.config)
+    pipe.to(device)
     pipe.set_progress_bar_config(disable=True)
     steps = {"num_inference_steps": recipe.sampling.n_steps, "guidance_scale": recipe.sampling.guidance_scale}
     as_bundle: Any = SimpleNamespace(recipe=recipe)
     named = pipeline_arguments(model.family.name)
     drawn = []
-    starts = range(0, len(prompts), BATCH_SIZE)
+    starts = range(0, len(real.prompts), BATCH_SIZE)
     for start in track(starts, len(starts), "pictures"):
-        part = prompts[start : start + BATCH_SIZE]
-        generators = [torch.Generator().manual_seed(seed + start + i) for i in range(len(part))]
+        part = real.prompts[start : start + BATCH_SIZE]
+        generators = [torch.Generator().manual_seed(real.arguments.seed + start + i) for i in range(len(part))]
         images = pipe(**named(pipe, as_bundle, part), generator=generators, output_type="np", **steps).images
         drawn.append(np.rint(np.clip(images, 0, 1) * 255).astype(np.uint8))
     return np.concatenate(drawn)
