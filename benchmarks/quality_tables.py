@@ -21,6 +21,7 @@ from benchmarks.record import markdown
 ROOT = Path(__file__).resolve().parent.parent
 PAGE = ROOT / "docs" / "quality.md"
 Record = Mapping[str, Any]
+AGREEMENT = "engine_against_reference_sqnr_db"  # of a row's proof
 
 
 @dataclass(frozen=True)
@@ -117,6 +118,9 @@ drawn scenes and handwritten digits: the numbers compare methods and formats, an
 - PSNR and SSIM compare each picture with float's of the same noise; medians. A picture that took another course early
   is a bad match and may be a good picture, so read them beside the distances.
 - Weights are those of the quantized linears with all scales and multipliers; float's row counts 2 bytes for each.
+- A row's proof covers its linears: every code, integer sum, scale and output of each, against the oracle, on calls of
+  three steps of two pictures. Whole steps and pictures are compared with the float32 reference on one call alone, whose
+  agreement stands below; `pipeline.verify` has gates for them, by float64 runs that these rows have not made.
 - Calibration minutes are of the machine named below, with whatever else it was doing. Calibration data are collected
   by the first row that needs them, and shared."""
 
@@ -125,11 +129,13 @@ def subject_text(model: str, found: Record) -> str:
     subject, machine = found["subject"], found["machine"]
     rows = [row for row in found["rows"].values() if row["status"] == MEASURED]
     drawn = {name: sum(name in row.get("drawn_by", "") for row in rows) for name in ("cpu engine", "reference")}
+    agreement = [row["proof"][AGREEMENT] for row in rows if AGREEMENT in row.get("proof", {})]
+    agreed = f" Engine and reference agree on their call to {min(agreement):.1f} dB or better." if agreement else ""
     return (
         f"**{model}**: {subject['count']} pictures ({subject['prompts']}), {subject['n_steps']} steps of "
         f"{subject['sampler']}, guidance {subject['guidance_scale']:g}, seed {subject['seed']}; {machine['cpu']}, "
         f"{machine['cpus']} CPUs. {drawn['cpu engine']} rows drawn by the proven `cpu` engine, {drawn['reference']} by "
-        f"the PyTorch reference. Intervals: {found['intervals']}."
+        f"the PyTorch reference.{agreed} Intervals: {found['intervals']}."
     )
 
 

@@ -329,6 +329,7 @@ def made_up(distance, psnr=30.0, size=1000):
         "calibration_minutes": 0.1,
         "step_sqnr_db": [20.0, 10.0],
         "drawn_by": "cpu engine, stock",
+        "proof": {"engine_against_reference_sqnr_db": psnr + 10},
     }
 
 
@@ -366,6 +367,7 @@ def test_records_stand_beside_each_other(results):
 def test_a_page_has_the_numbers_and_says_what_is_missing(results):
     page = quality_tables.page(results.folder)
     assert "| round to nearest, FP | 1.05 (0.945 to 1.16) |" in page
+    assert "Engine and reference agree on their call to 35.0 dB or better." in page
     assert "| failed: ValueError: x / y |" in page and "not measured yet" in page
     assert "- W4A6, channel: distance x 0.33 (better), PSNR +5.0 dB (within chance)" in page
     assert "E3M0 before GELU against" not in page  # neither row is measured: nothing is said
