@@ -19,6 +19,7 @@ GROUP_STYLES = {
     "exact multiplier": ("#d9822b", "o"),
     "real scale": ("#3b6fb6", "^"),
 }
+CODE_BITS = 4  # of the weights in the plot of groups
 DPI = 110
 WIDE_RANGE = 3000  # of a logarithmic axis, beyond which it has room for powers of ten only
 
@@ -66,11 +67,11 @@ def _logarithmic(axes: Any) -> None:
         axes.text(0.5, 0.5, "not measured yet", ha="center", transform=axes.transAxes)
 
 
-def _legend_once(axes: Any) -> None:
+def _legend_once(axes: Any, columns: int = 1, place: str = "best") -> None:
     handles, labels = axes.get_legend_handles_labels()
     unique = dict(zip(labels, handles, strict=True))
     if unique:
-        axes.legend(unique.values(), unique.keys(), fontsize=8, loc="best")
+        axes.legend(unique.values(), unique.keys(), fontsize=8, loc=place, ncols=columns)
 
 
 def table_dots(name: str) -> Callable[[Any, Document, str], None]:
@@ -79,12 +80,13 @@ def table_dots(name: str) -> Callable[[Any, Document, str], None]:
 
 
 def groups(axes: Any, document: Document, model: str) -> None:
-    """PSNR against bits per weight, one curve for each kind of group scale; points are group sizes."""
+    """PSNR against bits that scales take, one curve for each kind of group scale; points are group sizes."""
     rows, points = measured(document), {kind: [] for kind in GROUP_STYLES}  # type: dict[str, Any], dict[str, list[Any]]
     for line in TABLES["groups"].lines:
         kind, _, size = line.label.partition(", ")
         if found := rows.get(f"{line.name}-w4a6"):
-            points[kind].append((8 * found["weight_bytes"] / found["weights"], found["psnr_db"], size))
+            bits = 8 * found["weight_bytes"] / found["weights"] - CODE_BITS
+            points[kind].append((bits, found["psnr_db"], size))
     for kind, found in points.items():
         colour, mark = GROUP_STYLES[kind]
         for bits, psnr, size in found:
@@ -92,7 +94,8 @@ def groups(axes: Any, document: Document, model: str) -> None:
             axes.annotate(size, (bits, psnr["value"]), textcoords="offset points", xytext=(5, 3), fontsize=8)
         if found:
             axes.plot([p[0] for p in found], [p[1]["value"] for p in found], mark, ls="-", color=colour, label=kind)
-    axes.set_xlabel("bits per weight, scales included")
+    _logarithmic(axes)
+    axes.set_xlabel(f"bits per weight for scales, beyond the {CODE_BITS} of a code")
     axes.set_ylabel("PSNR to float, dB (median)")
     axes.set_title(f"{model}, E2M1 weights, E2M3 activations, round to nearest", fontsize=10)
     axes.grid(alpha=0.3)
@@ -112,7 +115,8 @@ def steps(axes: Any, document: Document, model: str) -> None:
     axes.set_ylabel("SQNR of the step's output, dB")
     axes.set_title(f"{model}, round to nearest per channel, on float's trajectory", fontsize=10)
     axes.grid(alpha=0.3)
-    _legend_once(axes)
+    axes.set_ylim(bottom=0)  # room for the legend below the lines
+    _legend_once(axes, columns=2, place="lower left")
 
 
 def sensitivity(axes: Any, document: Document, model: str) -> None:
