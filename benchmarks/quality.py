@@ -26,7 +26,7 @@ from benchmarks import quality_metrics as metrics
 from benchmarks import record
 from benchmarks.arguments import add_names
 from benchmarks.quality_drawing import Pictures, Subject, Trajectory
-from benchmarks.quality_engines import calibrated, drawer, row_recipe
+from benchmarks.quality_engines import calibrated, drawer, refuse_missing_gpu, row_recipe
 from benchmarks.quality_metrics import Array
 from benchmarks.quality_results import FAILED, FLOAT, MEASURED, UNAVAILABLE, Results, row_key
 from benchmarks.quality_rows import MODELS, ON_REQUEST, TABLES, Row, rows_of
@@ -83,11 +83,13 @@ def float_row(subject: Subject, base: Base) -> dict[str, Any]:
     return {"status": MEASURED, "key": row_key(subject.facts, None, ()), **found, **bytes_}
 
 
-def measured_row(subject: Subject, base: Base, row: Row, recipe: Recipe, work: Path, redo: bool) -> dict[str, Any]:
+def measured_row(
+    subject: Subject, base: Base, row: Row, recipe: Recipe, work: Path, arguments: argparse.Namespace
+) -> dict[str, Any]:
     """Calibrate, draw and judge one row."""
-    layers, minutes = calibrated(subject, row, recipe, work / "calibrated", redo)
+    layers, minutes = calibrated(subject, row, recipe, work / "calibrated", arguments.redo)
     started = time.monotonic()
-    with drawer(subject, layers, recipe, base.trajectory, work / "engine") as made:
+    with drawer(subject, layers, recipe, base.trajectory, work / "engine", arguments.target) as made:
         pictures = drawing.draw(subject, made.run, f"{subject.name} {row.name}")
         steps_db = base.trajectory.errors_db(made.run)
     draw_minutes = (time.monotonic() - started) / 60
@@ -116,12 +118,14 @@ def group_sizes(layers: Iterable[QuantizedLinear]) -> dict[str, int]:
     return found
 
 
-def row_record(subject: Subject, base: Base, row: Row, recipe: Recipe, work: Path, redo: bool) -> dict[str, Any]:
+def row_record(
+    subject: Subject, base: Base, row: Row, recipe: Recipe, work: Path, arguments: argparse.Namespace
+) -> dict[str, Any]:
     """`measured_row`, or why it could not be: a table with a hole says what is in it."""
     stated = {"recipe": row.recipe, "settings": list(row.settings), "multipliers": list(row.multipliers)}
     stated |= {"key": row_key(subject.facts, recipe, row.multipliers)}
     try:
-        return stated | {"status": MEASURED} | measured_row(subject, base, row, recipe, work, redo)
+        return stated | {"status": MEASURED} | measured_row(subject, base, row, recipe, work, arguments)
     except Exception as error:
         logger.exception("%s %s failed", subject.name, row.name)
         return stated | {"status": FAILED, "reason": f"{type(error).__name__}: {error}"}
@@ -136,6 +140,7 @@ def run_model(name: str, arguments: argparse.Namespace) -> int:
     count = arguments.count or (QUICK_COUNT if arguments.quick else COUNTS[name])
     subject, work = drawing.make_subject(name, count, arguments.seed), arguments.work_dir / name
     results.refuse_others(subject.facts)
+    refuse_missing_gpu(arguments.target)
     wanted = available(subject, chosen_rows(name, arguments), results, arguments)
     if arguments.list:
         return 0
@@ -145,7 +150,7 @@ def run_model(name: str, arguments: argparse.Namespace) -> int:
     failed = 0
     for position, (row, recipe) in enumerate(wanted, 1):
         started = time.monotonic()
-        found = row_record(subject, base, row, recipe, work, arguments.redo)
+        found = row_record(subject, base, row, recipe, work, arguments)
         results.add(row.name, found, subject.facts)
         failed += found["status"] == FAILED
         told = (name, position, len(wanted), row.name, told_result(found), time.monotonic() - started)
@@ -222,6 +227,7 @@ def make_parser() -> argparse.ArgumentParser:
                         "--output-dir, since the rows are then not those of the tables")  # fmt: skip
     parser.add_argument("--cpu-path", choices=["stock", "native"], default="stock", help="how the engine computes that "
                         "draws; the gates hold for both")  # fmt: skip
+    parser.add_argument("--target", choices=["cpu", "cuda"], default="cpu", help="whose engine draws (cuda: on a GPU)")
     parser.add_argument("--redo", action="store_true", help="measure the chosen rows again")
     parser.add_argument("--list", action="store_true", help="say which rows are measured, and measure nothing")
     parser.add_argument("--work-dir", type=Path, default=WORK, help="checkpoints and float pictures are kept here")

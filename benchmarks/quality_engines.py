@@ -1,5 +1,7 @@
 """The quantized model of a row: calibrated once and kept, built for the `cpu` target, proven, and the faster runner.
 
+With another target its engine stands in the place of the `cpu` one; the gates are those of its lowered graph.
+
 The engine draws two to three times as fast as the reference in PyTorch. It stands in for the reference only where
 every linear has been found exact on a few of the row's own calls; else the reference draws, and the result says why.
 """
@@ -23,10 +25,10 @@ from benchmarks.quality_drawing import BATCH_SIZES, Run, Subject, Trajectory
 from benchmarks.quality_rows import Row
 from export import checkpoint
 from export.checkpoint import QuantizedLinear
-from export.errors import UserError
+from export.errors import EnvironmentLacksError, UserError
 from pipeline import recipe as recipes
+from pipeline.backends import BACKENDS
 from pipeline.backends.base import Arrays, Engine, LoweredGraph
-from pipeline.backends.cpu import CpuBackend
 from pipeline.backends.reference import ReferenceEngine, fake_quant
 from pipeline.files import remove, sha256_json, write_json
 from pipeline.gates import sqnr_db
@@ -42,7 +44,8 @@ TIMED_CALLS = 5
 
 @dataclass
 class Drawer:
-    """What draws a row's pictures. name: "cpu engine, PATH" or "reference"; proof: what gates and comparison found."""
+    """What draws a row's pictures. name: "cpu engine, PATH", "cuda engine, fp32" or "reference"; proof: what gates and
+    comparison found."""
 
     run: Run
     name: str
@@ -120,59 +123,76 @@ def _common(exact: Sequence[int], wanted: Sequence[int]) -> tuple[int, ...]:
 
 @contextmanager
 def drawer(
-    subject: Subject, layers: Sequence[QuantizedLinear], recipe: Recipe, trajectory: Trajectory, scratch: Path
+    subject: Subject,
+    layers: Sequence[QuantizedLinear],
+    recipe: Recipe,
+    trajectory: Trajectory,
+    scratch: Path,
+    target: str = "cpu",
 ) -> Iterator[Drawer]:
     """The faster of engine and reference that computes these layers exactly; "native" has nothing to fuse behind static
     scales, where the stock engine draws."""
     reference = ReferenceEngine(fake_quant(subject.model, layers, torch.float32), torch.float32)
-    for path in dict.fromkeys((recipe.cpu.path, "stock")):
-        made = replace(recipe, cpu=replace(recipe.cpu, path=path))
+    for name, made in ways(recipe, target).items():
         try:
-            graph, engine = build_engine(subject, layers, made, scratch)
+            graph, engine = build_engine(subject, layers, made, scratch, target)
             break
         except UserError as error:
             refusal = str(error)
-            logger.warning("%s: the cpu engine (%s) refuses it: %s", subject.name, path, refusal)
+            logger.warning("%s: the %s refuses it: %s", subject.name, name, refusal)
     else:
         yield Drawer(reference.run, "reference", {"refused": refusal})
         return
     try:
-        yield choose(subject, layers, made, trajectory, (graph, engine), reference)
+        proof = prove(subject, layers, made, graph, trajectory, target)
+        yield choose(subject, name, proof, trajectory, engine, reference)
     finally:
         engine.close()
         shutil.rmtree(scratch, ignore_errors=True)
 
 
+def ways(recipe: Recipe, target: str) -> dict[str, Recipe]:
+    """Engine name -> recipe, in the order in which they are tried. On a GPU float32 lies between the kernels, so that
+    rows of either target can stand in one table."""
+    if target == "cuda":
+        return {"cuda engine, fp32": replace(recipe, cuda=replace(recipe.cuda, activations="fp32"))}
+    paths = dict.fromkeys((recipe.cpu.path, "stock"))
+    return {f"cpu engine, {path}": replace(recipe, cpu=replace(recipe.cpu, path=path)) for path in paths}
+
+
+def refuse_missing_gpu(target: str) -> None:
+    """Raises EnvironmentLacksError before any work."""
+    if target == "cuda" and not torch.cuda.is_available():
+        raise EnvironmentLacksError(f"--target cuda: torch {torch.__version__} finds no GPU; take --target cpu")
+
+
 def build_engine(
-    subject: Subject, layers: Sequence[QuantizedLinear], recipe: Recipe, folder: Path
+    subject: Subject, layers: Sequence[QuantizedLinear], recipe: Recipe, folder: Path, target: str
 ) -> tuple[LoweredGraph, Engine]:
-    """The cpu engine of the layers, as `build` makes it, in `folder` (emptied first)."""
+    """The target's engine of the layers, as `build` makes it, in `folder` (emptied first)."""
     from export.to_onnx import export_portable
 
     shutil.rmtree(folder, ignore_errors=True)
-    for name in ("lowered", "cpu"):
+    for name in ("lowered", target):
         (folder / name).mkdir(parents=True)
     export_portable(subject.model, list(layers), folder / "model.onnx")
-    backend = CpuBackend()
+    backend = BACKENDS[target]
     graph = backend.lower(folder / "model.onnx", folder / "lowered", recipe)
-    backend.build(graph, folder / "cpu", recipe)
+    backend.build(graph, folder / target, recipe)
     return graph, backend.load(folder)
 
 
 def choose(
     subject: Subject,
-    layers: Sequence[QuantizedLinear],
-    recipe: Recipe,
+    own: str,
+    proof: Sequence[Gate],
     trajectory: Trajectory,
-    built: tuple[LoweredGraph, Engine],
+    engine: Engine,
     reference: ReferenceEngine,
 ) -> Drawer:
-    """The engine, unless a gate fails or the reference is faster."""
-    graph, engine = built
-    proof = prove(subject, layers, recipe, graph, trajectory)
+    """The engine called `own`, unless a gate fails or the reference is faster."""
     failed = [gate.name for gate in proof if not gate.passed]
     call = first_samples(trajectory.calls[len(trajectory.calls) // 2], BATCH_SIZES[subject.name])
-    own = f"cpu engine, {recipe.cpu.path}"
     seconds = {own: call_seconds(engine.run, call), "reference": call_seconds(reference.run, call)}
     agreement = sqnr_db(reference.run(call)["sample"], engine.run(call)["sample"])
     facts = {
@@ -181,7 +201,7 @@ def choose(
         "engine_against_reference_sqnr_db": agreement,
     }
     if failed:
-        logger.error("%s: the cpu engine fails %s; the reference draws", subject.name, ", ".join(failed))
+        logger.error("%s: the %s fails %s; the reference draws", subject.name, own, ", ".join(failed))
         return Drawer(reference.run, "reference", facts | {"refused": f"gates failed: {', '.join(failed)}"})
     name = min(seconds, key=lambda key: seconds[key])
     return Drawer(engine.run if name == own else reference.run, name, facts)
@@ -193,6 +213,7 @@ def prove(
     recipe: Recipe,
     graph: LoweredGraph,
     trajectory: Trajectory,
+    target: str,
 ) -> list[Gate]:
     """The gates of `verify` over all linears, on calls of the first, a middle and the last step: every code as the
     oracle's, every integer GEMM equal, scales and bias within float32 rounding."""
@@ -208,8 +229,8 @@ def prove(
     probed = ProbedGraph(graph)
     modules = {ref.name: ref.module for ref in subject.model.linears()}
     present = [layer for layer in layers if layer.name in probed.complete]
-    results = layer_results("cpu", present, modules, probed, found, Realisations())
-    return [coverage_gate("cpu", len(present), len(modules)), *layer_gates("cpu", results, 0)]
+    results = layer_results(target, present, modules, probed, found, Realisations())
+    return [coverage_gate(target, len(present), len(modules)), *layer_gates(target, results, 0)]
 
 
 def first_samples(call: Arrays, count: int) -> Arrays:

@@ -34,7 +34,8 @@ from benchmarks.quality_plots import draw_all
 from benchmarks.quality_results import FAILED, FLOAT, MEASURED, UNAVAILABLE, Results, row_key
 from benchmarks.quality_rows import CHANNEL, MODELS, TABLES, Line, Row, nearest_rows, rows_of
 from benchmarks.quality_sensitivity import PartlyQuantized, cases, mean_noise_db
-from export.errors import RecipeError
+from export.errors import EnvironmentLacksError, RecipeError
+from pipeline.backends.cuda import CudaBackend
 from pipeline.report import Gate
 
 RNG = np.random.default_rng(0)
@@ -284,6 +285,24 @@ def test_an_engine_that_fails_a_gate_does_not_draw(subject, trajectory, monkeypa
     monkeypatch.setattr(quality_engines, "prove", lambda *_: [Gate("cpu/gemm_exact", 1.0, 0, "", "")])
     with quality_engines.drawer(subject, layers, recipe, trajectory, tmp_path / "engine") as made:
         assert made.name == "reference" and "cpu/gemm_exact" in made.proof["refused"]
+
+
+def test_the_engine_of_another_target_draws_if_its_graph_is_proven(subject, trajectory, monkeypatch, tmp_path):
+    row = rows_of("dit_mini", patterns=["rtn-fp-channel-w4a8"])[0]
+    recipe = quality_engines.row_recipe(row)
+    layers, _ = quality_engines.calibrated(subject, row, recipe, tmp_path)
+    monkeypatch.setattr(CudaBackend, "load", lambda *_: drawing.float_engine(subject))  # no GPU here
+    monkeypatch.setattr(quality_engines, "call_seconds", lambda *_: 1.0)
+    with quality_engines.drawer(subject, layers, recipe, trajectory, tmp_path / "engine", "cuda") as made:
+        assert made.proof["gates"]["cuda/gemm_exact"] == 0 and made.proof["gates"]["cuda/coverage"] == len(layers)
+        assert set(made.proof["call_s"]) == {"cuda engine, fp32", "reference"} and "refused" not in made.proof
+
+
+def test_a_gpu_that_is_not_there_is_missed_before_work(command, monkeypatch, caplog):
+    monkeypatch.setattr(drawing.torch.cuda, "is_available", lambda: False)
+    code, rows = command("--rows", "rtn-fp-channel-w4a8", "--target", "cuda")
+    assert code == EnvironmentLacksError.exit_code and rows == {}
+    assert "finds no GPU; take --target cpu" in caplog.text
 
 
 def test_rows_that_fail_or_are_not_there_are_recorded(command, monkeypatch):
