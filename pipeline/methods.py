@@ -6,7 +6,7 @@ Light on purpose: recipes are checked against this table without loading torch o
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from importlib import import_module
 from typing import Any, Literal
@@ -42,12 +42,37 @@ class Option:
         return value
 
 
+# A method's options, resolved -> the values of `QuantizedLinear.activation_scaling` that its layers may have besides
+# "per_token", which every target runs.
+Scalings = Callable[[Mapping[str, Scalar]], tuple[str, ...]]
+
+
+def per_token(options: Mapping[str, Scalar]) -> tuple[str, ...]:
+    return ()
+
+
+def per_tensor(options: Mapping[str, Scalar]) -> tuple[str, ...]:
+    return ("per_tensor",)
+
+
+def as_asked(options: Mapping[str, Scalar]) -> tuple[str, ...]:
+    """What the option "activations" says."""
+    asked = str(options["activations"])
+    return () if asked == "per_token" else (asked,)
+
+
+def msfp_scalings(options: Mapping[str, Scalar]) -> tuple[str, ...]:
+    """Layers that try a zero point get a constant scale where that is better, whatever the others have."""
+    return per_tensor(options) if options["mixed_sign"] else as_asked(options)
+
+
 @dataclass(frozen=True)
 class MethodRow:
     """`target` is "module:Class", a subclass of pipeline.calibrate.method.Method.
 
     observes: "weights" (no data: every layer is a unit by itself) or "blocks" (calibration data runs through the
-    float model and the quantized one, block by block).
+    float model and the quantized one, block by block). activations: how its layers scale their inputs; targets refuse
+    by it, before any work, what they cannot run, so a method that gives its layers another scaling must say so here.
     """
 
     name: str
@@ -55,6 +80,7 @@ class MethodRow:
     observes: Literal["weights", "blocks"]
     summary: str
     options: Mapping[str, Option] = field(default_factory=dict)
+    activations: Scalings = per_token
 
     def resolve(self, preset: str, given: Mapping[str, Any]) -> dict[str, Scalar]:
         """Every option's value. Raises RecipeError for an option that the method does not have, or a wrong type."""
@@ -190,6 +216,7 @@ _ROWS = (
             "step_iterations": Option(200, 5000, help="of learning activation scales for each block, 0 for none"),
             "step_lr": Option(5e-3, 4e-4, help="learning rate of a factor on each activation scale"),
         },
+        activations=per_tensor,
     ),
     MethodRow(
         "qdit",
@@ -203,6 +230,7 @@ _ROWS = (
         }
         | _GPTQ
         | _GROUP_SEARCH,
+        activations=as_asked,
     ),
     MethodRow(
         "g4w_p4a",
@@ -218,6 +246,7 @@ _ROWS = (
             "deviation": Option(0.4, help="its standard deviation"),
         }
         | _GPTQ,
+        activations=per_tensor,
     ),
     MethodRow(
         "ptq4dm",
@@ -229,6 +258,7 @@ _ROWS = (
             "mean": Option(0.4, help="of the timesteps' normal distribution, in trajectories from the clean end"),
             "deviation": Option(0.4, help="its standard deviation"),
         },
+        activations=per_tensor,
     ),
     MethodRow(
         "repq_vit",
@@ -241,6 +271,7 @@ _ROWS = (
             "search": Option("percentile", help="range of activations that are not behind a norm"),
             "kinds": Option("attn.qkv, ff.in", help="kinds of the layers behind a norm"),
         },
+        activations=per_tensor,
     ),
     MethodRow(
         "tfmq_dm",
@@ -248,6 +279,7 @@ _ROWS = (
         "blocks",
         "AdaRound by block, layers that see the timestep only apart; static activations",
         _STATIC | _PLAIN_ROUNDING | _LEARNED,
+        activations=per_tensor,
     ),
     MethodRow(
         "ptq4dit",
@@ -258,6 +290,7 @@ _ROWS = (
         | _PLAIN_ROUNDING
         | _LEARNED
         | {"kinds": Option("attn.qkv, attn.out, cross.q, cross.kv, cross.out, ff.in", help="kinds to balance")},
+        activations=per_tensor,
     ),
     MethodRow(
         "vidit_q",
@@ -277,6 +310,7 @@ _ROWS = (
         "blocks",
         "MSFP: signed or unsigned FP by search, low-rank branches routed by the timestep, tuned with the DFA loss",
         _MSFP,
+        activations=msfp_scalings,
     ),
 )
 METHODS: dict[str, MethodRow] = {row.name: row for row in _ROWS}
@@ -288,10 +322,10 @@ AUTO = "auto"
 AUTO_ROWS = ((100_000_000, "fp4dit"), (math.inf, "rtn"))
 
 
-def asked_activations(method: str, preset: str, options: Mapping[str, Any]) -> Scalar | None:
-    """The method's option `activations`, None where it has none; what "auto" stands for scales them per token."""
-    known = METHODS.get(method)
-    return known.resolve(preset, options).get("activations") if known else None
+def activation_scalings(method: str, preset: str, options: Mapping[str, Any]) -> tuple[str, ...]:
+    """The scalings besides per token that layers of the method may have; none for "auto", whose rows have none."""
+    row = METHODS.get(method)
+    return row.activations(row.resolve(preset, options)) if row else ()
 
 
 def settled_method(method: str, parameters: int) -> str:
