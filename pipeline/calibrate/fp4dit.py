@@ -67,9 +67,8 @@ class LayerRounding(BlockRounding):
     def quantize_layer(self, plan: LayerPlan, observed: Observed) -> QuantizedLinear:
         rounding = self.rounding(plan, quantize_linear(plan, self.context.recipe.weights.search))
         inputs, noisy = (observed.layer_inputs(plan.name, noisy=which) for which in (False, True))
-        quadratic, settings = Quadratic.of(torch.from_numpy(float_weight(plan)), inputs, noisy), self.settings()
-        learn_layer(rounding, quadratic, settings.schedule, settings.learning_rate, settings.strength)
-        return rounding.layer()
+        quadratic = Quadratic.of(torch.from_numpy(float_weight(plan)), inputs, noisy)
+        return learned_layer(rounding, quadratic, self.settings())
 
 
 def _observed(unit: Unit) -> Observed:
@@ -77,13 +76,25 @@ def _observed(unit: Unit) -> Observed:
     return unit.observed
 
 
+def learned_layer(rounding: SoftRounding, quadratic: Quadratic, settings: Settings) -> QuantizedLinear:
+    """The layer with rounding learned on its own output, or its base where that is no worse."""
+    learn_layer(rounding, quadratic, settings.schedule, settings.learning_rate, settings.strength)
+    nearest, learned = rounding.base, rounding.layer()
+    before, after = (float(quadratic.loss(torch.from_numpy(one.dequantized()).float())) for one in (nearest, learned))
+    return learned if _has_paid(nearest.name, before, after) else nearest
+
+
 def better(
     observed: Observed, name: str, nearest: list[QuantizedLinear], learned: list[QuantizedLinear]
 ) -> list[QuantizedLinear]:
     """The learned layers, unless the block is better off without: too few iterations leave weights undecided."""
     before, after = (output_loss(observed, layers, JUDGED_CALLS) for layers in (nearest, learned))
+    return learned if _has_paid(name, before, after) else nearest
+
+
+def _has_paid(name: str, before: float, after: float) -> bool:
+    """Whether learning lowered the loss; told either way."""
     logger.info("%s: loss %.4g rounded to nearest, %.4g learned", name, before, after)
-    if after < before:
-        return learned
-    logger.warning("%s: learned rounding is not better and not used; use more iterations or calibration data", name)
-    return nearest
+    if after >= before:
+        logger.warning("%s: learned rounding is not better and not used; use more iterations or calibration data", name)
+    return after < before
