@@ -43,6 +43,17 @@ def toml(options: dict[str, Any]) -> str:
     return "{" + ", ".join(f"{key} = {value}" for key, value in values.items()) + "}"
 
 
+@pytest.mark.parametrize(
+    ("name", "label"), [("adaround", "blocks.0.to_q"), ("qdit", "blocks.0"), ("g4w_p4a", "blocks.0")]
+)
+def test_progress_is_shown_before_a_block_is_done(name: str, label: str, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO")
+    given = {"adaround": {"iterations": 2}, "g4w_p4a": {"granularity": "recipe"}}.get(name, {})
+    method, unit = observed.make(name, f"calibrate.options={toml(given)}")
+    method.quantize(unit)
+    assert f"{label}: 1 of {2 if name == 'adaround' else len(unit.plans)}" in caplog.text
+
+
 @pytest.mark.parametrize("name", [AUTO, *METHODS])
 def test_targets_refuse_before_any_work_what_they_cannot_run(name: str) -> None:
     recipe = recipes.from_dict({"name": "t", "model": "zoo:dit_mini", "calibrate": {"method": name}}, "test")

@@ -31,6 +31,7 @@ from pipeline.calibrate.group_space import from_text, layer_sizes, make_space, t
 from pipeline.calibrate.method import Context, Method, Unit
 from pipeline.calibrate.plan import LayerPlan
 from pipeline.calibrate.static_activations import find_range
+from pipeline.progress import track
 
 logger = logging.getLogger(__name__)
 
@@ -111,7 +112,7 @@ class QDit(Method):
         return Candidates(model.source, recipe, genes, space, activations, model, folder / "layers")
 
     def quantize(self, unit: Unit) -> list[QuantizedLinear]:
-        return [self.quantize_layer(unit, plan) for plan in unit.plans]
+        return [self.quantize_layer(unit, plan) for plan in track(unit.plans, len(unit.plans), unit.name)]
 
     def quantize_layer(self, unit: Unit, plan: LayerPlan) -> QuantizedLinear:
         assert unit.observed is not None
