@@ -19,11 +19,15 @@ Scalar = int | float | str | bool
 
 @dataclass(frozen=True)
 class Option:
-    """One option of a method: its value in each preset, and what it means. `full` is `fast` unless given."""
+    """One option of a method: its value in each preset, and what it means. `full` is `fast` unless given.
+
+    decides: whether the layers depend on it; a run may be resumed with another value of an option that decides nothing.
+    """
 
     fast: Scalar
     full: Scalar | None = None
     help: str = ""
+    decides: bool = True
 
     def __post_init__(self) -> None:
         if self.full is not None and type(self.full) is not type(self.fast):
@@ -96,6 +100,10 @@ class MethodRow:
                 raise RecipeError(f"calibrate.options.{name} of {self.name}: {error}") from error
         return values
 
+    def deciding(self, given: Mapping[str, Any]) -> dict[str, Any]:
+        """The given options that the layers depend on."""
+        return {name: value for name, value in given.items() if self.options[name].decides}
+
     def load(self) -> Any:
         """The method's class."""
         module, _, name = self.target.partition(":")
@@ -127,7 +135,7 @@ _GROUP_SEARCH = {
     "population": Option(24, 50, help="candidates in each generation"),
     "mutation": Option(0.1, help="share of genes that a mutation draws anew"),
     "samples": Option(64, 128, help="model inputs that a candidate is scored on"),
-    "workers": Option(1, help="processes of the search"),
+    "workers": Option(1, help="processes of the search", decides=False),
     "group_sizes": Option("", help='one for each layer, such as "32,64*3,128", instead of a search'),
 }
 

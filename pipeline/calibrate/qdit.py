@@ -54,6 +54,10 @@ ACTIVATIONS: dict[str, Callable[[LayerPlan, Callable[[], Tensors]], dict[str, An
     "per_token": lambda plan, rows: {},
     "per_tensor": per_tensor,
 }
+ELSEWHERE = {
+    "search": "; pictures judge in python -m benchmarks.search_groups --fitness fid, and what it finds goes to "
+    "calibrate.options.group_sizes"
+}
 CHOICES = {
     "activations": tuple(ACTIVATIONS),
     "rounding": ("gptq", "nearest"),
@@ -70,7 +74,8 @@ class QDit(Method):
         for name, known in CHOICES.items():
             if context.options[name] not in known:
                 found = context.options[name]
-                raise RecipeError(f"calibrate.options.{name} {found!r} of qdit; use one of {', '.join(known)}")
+                use = ", ".join(known) + ELSEWHERE.get(name, "")
+                raise RecipeError(f"calibrate.options.{name} {found!r} of qdit; use one of {use}")
         self.weight_search = gptq.clip_search(context.recipe, context.options)
 
     def plan(self, plans: list[LayerPlan]) -> list[LayerPlan]:
