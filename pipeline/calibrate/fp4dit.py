@@ -4,6 +4,12 @@ fp4dit: scale-aware, block by block, on the recipe's float formats (arXiv 2503.1
 scale awareness. adaround: plain, every layer by itself (arXiv 2004.10568). brecq: plain, block by block, as
 Q-Diffusion runs it on INT formats (arXiv 2102.05426, 2302.04304). Scales and group multipliers are found first, by the
 recipe's search (the authors: absmax); the rounding is learned on the grid that they make.
+
+Differences of fp4dit from the authors' code: queries, keys and values stay float in attention's products, where theirs
+are rounded to the activation format; calibration data are the model's own sampling trajectories, not noised photographs
+with their captions; a block whose learned rounding is no better than nearest keeps nearest, in all methods here.
+Differences of brecq and adaround, as published for integers: activations are dynamic per token and not of learned
+static steps; there is no weighting by the Fisher information; integers are symmetric.
 """
 
 from __future__ import annotations

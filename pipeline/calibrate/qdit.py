@@ -8,7 +8,8 @@ Differences, all of them choices that can be measured through the options: integ
 and `--a_sym` of the authors' code, which their own search uses), since a zero point per group would cost a GEMM per
 group; H sees the inputs that the network with quantized weights gives (the authors' 256 samples at distinct timesteps
 are here the recipe's trajectories); the recipe chooses the granularity: `weights.granularity=group` is theirs,
-`exact_group` gives each channel one scale and its groups small integer multipliers.
+`exact_group` gives each channel one scale and its groups small integer multipliers. One difference has no option: DiT's
+adaLN linears stay float, as in all methods here, where the authors' GPTQ path rounds their weights too.
 """
 
 from __future__ import annotations
