@@ -8,7 +8,8 @@ few pictures: both sets share noise and prompts). `--fitness proxy` scores by th
 
 Writes DIR/scores.json while it goes (a stopped run goes on), DIR/NAME.toml, a recipe with the sizes that were found
 (`python -m pipeline.build --engine DIR/NAME.toml`), and DIR/search_groups.json with the cost of the sizes that were
-found and of the recipe's own, and the settings that give them to any other recipe of the model, as `--set` takes them.
+found and of the recipe's own, and the settings that give them to any other recipe of the model, as `--set` takes them
+(calibrate.method=fp4dit takes the same group_sizes, and learns the rounding in them).
 """
 
 from __future__ import annotations

@@ -164,6 +164,7 @@ _LEARNED = {
     "strength": Option(0.01, help="weight of the regulariser that draws the rounding to 0 or 1"),
     "batch": Option(8, 16, help="samples of one iteration"),
 }
+_FOUND_SIZES = {"group_sizes": Option("", help='one for each layer, such as "32,64*3,128", as a search of qdit finds')}
 _PLAIN_ROUNDING = {
     "iterations": Option(400, 20000, help="for each block"),
     "lr": Option(1e-2, 1e-3, help="learning rate of the rounding variables"),
@@ -185,14 +186,15 @@ _ROWS = (
             "iterations": Option(400, 2500, help="for each block"),
             "lr": Option(4e-4, 1e-4, help="learning rate of V', in units of the weight"),
         }
-        | _LEARNED,
+        | _LEARNED
+        | _FOUND_SIZES,
     ),
     MethodRow(
         "fp_adaround",
         "pipeline.calibrate.fp4dit:BlockRounding",
         "blocks",
         "AdaRound on the float grid without scale awareness, block by block",
-        _PLAIN_ROUNDING | _LEARNED,
+        _PLAIN_ROUNDING | _LEARNED | _FOUND_SIZES,
     ),
     MethodRow(
         "adaround",

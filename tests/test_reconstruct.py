@@ -245,6 +245,21 @@ def test_options_that_learn_nothing_are_refused(option):
         fp4dit.ScaleAwareRounding(context("fp4dit", **{option: 0})).settings()
 
 
+@pytest.mark.parametrize("method", ["fp4dit", "fp_adaround"])
+def test_layers_with_group_sizes_of_their_own_are_learned(method):
+    observed = observed_block()
+    made = methods.METHODS[method].load()(context(method, iterations=60, group_sizes="4,16"))
+    plans = made.plan(plans_of(observed))
+    nearest = [quantize_linear(plan, "mse") for plan in plans]
+    layers = made.quantize(Unit("block", plans, observed))
+    assert [(layer.group_size, layer.multipliers.shape) for layer in layers] == [(4, (32, 4)), (16, (16, 2))]
+    assert output_loss(observed, layers) < output_loss(observed, nearest)
+    for layer, base in zip(layers, nearest, strict=True):
+        assert np.array_equal(layer.multipliers, base.multipliers) and (layer.codes != base.codes).any()
+    with pytest.raises(RecipeError, match=r"block\.up: group size 3; use a divisor of K=16"):
+        methods.METHODS[method].load()(context(method, group_sizes="3,16")).plan(plans_of(observed))
+
+
 def test_a_stray_linear_is_reconstructed_by_itself():
     torch.manual_seed(1)
     linear = nn.Linear(WIDTH, 8).requires_grad_(False)

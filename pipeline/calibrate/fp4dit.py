@@ -23,6 +23,7 @@ from export.checkpoint import QuantizedLinear
 from export.errors import RecipeError
 from pipeline.calibrate.adaround import Quadratic, Schedule, SoftRounding, learn_layer
 from pipeline.calibrate.blocks import Observed
+from pipeline.calibrate.group_space import from_text, with_sizes
 from pipeline.calibrate.method import Method, Unit
 from pipeline.calibrate.plan import LayerPlan
 from pipeline.calibrate.reconstruct import Settings, output_loss, reconstruct
@@ -37,6 +38,11 @@ class BlockRounding(Method):
     """Plain AdaRound of all linears of a block together: "fp_adaround" and "brecq"."""
 
     scale_aware: ClassVar[bool] = False
+
+    def plan(self, plans: list[LayerPlan]) -> list[LayerPlan]:
+        """With the group sizes of the option, where the method has it and it is given."""
+        text = str(self.context.options.get("group_sizes", ""))
+        return with_sizes(plans, from_text(text)) if text else plans
 
     def quantize(self, unit: Unit) -> list[QuantizedLinear]:
         observed = _observed(unit)
