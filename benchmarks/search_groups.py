@@ -7,7 +7,9 @@ few pictures: both sets share noise and prompts). `--fitness proxy` scores by th
 `--set calibrate.options.population=50`, or candidates=nearest to round to nearest while searching, as the authors do.
 
 Writes DIR/scores.json while it goes (a stopped run goes on), DIR/NAME.toml, a recipe with the sizes that were found
-(`python -m pipeline.build --engine DIR/NAME.toml`), and DIR/search_groups.json with what they are worth.
+(`python -m pipeline.build --engine DIR/NAME.toml`), and DIR/search_groups.json with the cost of the sizes that were
+found and of the recipe's own, and the settings that give them to any other recipe of the model, as `--set` takes them
+(calibrate.method=fp4dit takes the same group_sizes, and learns the rounding in them).
 """
 
 from __future__ import annotations
@@ -15,7 +17,7 @@ from __future__ import annotations
 import argparse
 import logging
 import time
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +31,7 @@ from export.errors import RecipeError
 from pipeline import recipe as recipes
 from pipeline.backends.reference import ReferenceEngine
 from pipeline.calibrate.data import calibration_data
-from pipeline.calibrate.group_candidates import CandidateModels, Candidates, one_thread
+from pipeline.calibrate.group_candidates import CandidateModels, Candidates, one_thread, scored_keys
 from pipeline.calibrate.group_proxy import ProxyScore
 from pipeline.calibrate.group_search import Found, Individual, Space, search
 from pipeline.calibrate.group_space import layer_sizes, to_text
@@ -129,7 +131,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     options, model = method.context.options, method.context.model
     plans = make_plans(model.linears(), recipe)
     space, settings = method.space(plans), search_settings(options, method.context.seed)
-    keys = {key: asdict(recipe)[key] for key in ("formats", "weights", "calibrate", "sampling")}
+    keys = scored_keys(recipe)
     layers = folder / sha256_json([keys, model.sha256])[:12]
     candidates = method.candidates(plans, space, layers).for_workers(settings.workers)
     score = make_score(arguments, method, candidates)
@@ -138,7 +140,9 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     sizes = layer_sizes(plans, str(options["genes"]), space, found.best)
     made = found_recipe(recipe, sizes)
     (folder / f"{made.name}.toml").write_text(recipes.to_toml(made))
-    document = describe(space, found, origin, sizes) | {"seconds": time.monotonic() - started}
+    unsearched = found.costs.get(space.uniform(recipe.weights.group_size))
+    document = describe(space, found, origin, sizes) | {"unsearched_cost": unsearched}
+    document |= {"recipe": recipe.name, "seconds": time.monotonic() - started}
     record.write("search_groups", document, folder)
     return document
 
@@ -147,6 +151,11 @@ def found_recipe(recipe: Recipe, sizes: list[int]) -> Recipe:
     """The recipe that builds with these sizes."""
     options = recipe.calibrate.options | {"group_sizes": to_text(sizes)}
     return replace(recipe, name=f"{recipe.name}_searched", calibrate=replace(recipe.calibrate, options=options))
+
+
+def settings_for(sizes: list[int]) -> list[str]:
+    """What `--set` takes to have these sizes in a build, or in `python -m pipeline.calibrate`."""
+    return ["calibrate.method=qdit", f"calibrate.options.group_sizes={to_text(sizes)}"]
 
 
 def describe(space: Space, found: Found, origin: dict[str, Any], sizes: list[int]) -> dict[str, Any]:
@@ -159,6 +168,7 @@ def describe(space: Space, found: Found, origin: dict[str, Any], sizes: list[int
         "size_bytes": space.size_bytes(found.best),
         "genes": {gene.name: size for gene, size in zip(space.genes, found.best, strict=True)},
         "group_sizes": to_text(sizes),
+        "settings": settings_for(sizes),
         "cost": found.cost,
         "trace": list(found.trace),
         "scored": len(found.costs),
@@ -170,7 +180,10 @@ def main() -> None:
     arguments = make_parser().parse_args()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     document = run(arguments)
+    unsearched = document["unsearched_cost"]
     print(f"{document['cost']:.4f} with {document['group_sizes']}, {document['size_bytes']:,} bytes")
+    print(f"{'not scored' if unsearched is None else format(unsearched, '.4f')} with the recipe's own group size")
+    print(" ".join(f"--set '{setting}'" for setting in document["settings"]))
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ Light on purpose: recipes are checked against this table without loading torch o
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from importlib import import_module
 from typing import Any, Literal
@@ -19,11 +19,15 @@ Scalar = int | float | str | bool
 
 @dataclass(frozen=True)
 class Option:
-    """One option of a method: its value in each preset, and what it means. `full` is `fast` unless given."""
+    """One option of a method: its value in each preset, and what it means. `full` is `fast` unless given.
+
+    decides: whether the layers depend on it; a run may be resumed with another value of an option that decides nothing.
+    """
 
     fast: Scalar
     full: Scalar | None = None
     help: str = ""
+    decides: bool = True
 
     def __post_init__(self) -> None:
         if self.full is not None and type(self.full) is not type(self.fast):
@@ -42,12 +46,37 @@ class Option:
         return value
 
 
+# A method's options, resolved -> the values of `QuantizedLinear.activation_scaling` that its layers may have besides
+# "per_token", which every target runs.
+Scalings = Callable[[Mapping[str, Scalar]], tuple[str, ...]]
+
+
+def per_token(options: Mapping[str, Scalar]) -> tuple[str, ...]:
+    return ()
+
+
+def per_tensor(options: Mapping[str, Scalar]) -> tuple[str, ...]:
+    return ("per_tensor",)
+
+
+def as_asked(options: Mapping[str, Scalar]) -> tuple[str, ...]:
+    """What the option "activations" says."""
+    asked = str(options["activations"])
+    return () if asked == "per_token" else (asked,)
+
+
+def msfp_scalings(options: Mapping[str, Scalar]) -> tuple[str, ...]:
+    """Layers that try a zero point get a constant scale where that is better, whatever the others have."""
+    return per_tensor(options) if options["mixed_sign"] else as_asked(options)
+
+
 @dataclass(frozen=True)
 class MethodRow:
     """`target` is "module:Class", a subclass of pipeline.calibrate.method.Method.
 
     observes: "weights" (no data: every layer is a unit by itself) or "blocks" (calibration data runs through the
-    float model and the quantized one, block by block).
+    float model and the quantized one, block by block). activations: how its layers scale their inputs; targets refuse
+    by it, before any work, what they cannot run, so a method that gives its layers another scaling must say so here.
     """
 
     name: str
@@ -55,6 +84,7 @@ class MethodRow:
     observes: Literal["weights", "blocks"]
     summary: str
     options: Mapping[str, Option] = field(default_factory=dict)
+    activations: Scalings = per_token
 
     def resolve(self, preset: str, given: Mapping[str, Any]) -> dict[str, Scalar]:
         """Every option's value. Raises RecipeError for an option that the method does not have, or a wrong type."""
@@ -69,6 +99,10 @@ class MethodRow:
             except ValueError as error:
                 raise RecipeError(f"calibrate.options.{name} of {self.name}: {error}") from error
         return values
+
+    def deciding(self, given: Mapping[str, Any]) -> dict[str, Any]:
+        """The given options that the layers depend on."""
+        return {name: value for name, value in given.items() if self.options[name].decides}
 
     def load(self) -> Any:
         """The method's class."""
@@ -101,7 +135,7 @@ _GROUP_SEARCH = {
     "population": Option(24, 50, help="candidates in each generation"),
     "mutation": Option(0.1, help="share of genes that a mutation draws anew"),
     "samples": Option(64, 128, help="model inputs that a candidate is scored on"),
-    "workers": Option(1, help="processes of the search"),
+    "workers": Option(1, help="processes of the search", decides=False),
     "group_sizes": Option("", help='one for each layer, such as "32,64*3,128", instead of a search'),
 }
 
@@ -130,6 +164,7 @@ _LEARNED = {
     "strength": Option(0.01, help="weight of the regulariser that draws the rounding to 0 or 1"),
     "batch": Option(8, 16, help="samples of one iteration"),
 }
+_FOUND_SIZES = {"group_sizes": Option("", help='one for each layer, such as "32,64*3,128", as a search of qdit finds')}
 _PLAIN_ROUNDING = {
     "iterations": Option(400, 20000, help="for each block"),
     "lr": Option(1e-2, 1e-3, help="learning rate of the rounding variables"),
@@ -151,14 +186,15 @@ _ROWS = (
             "iterations": Option(400, 2500, help="for each block"),
             "lr": Option(4e-4, 1e-4, help="learning rate of V', in units of the weight"),
         }
-        | _LEARNED,
+        | _LEARNED
+        | _FOUND_SIZES,
     ),
     MethodRow(
         "fp_adaround",
         "pipeline.calibrate.fp4dit:BlockRounding",
         "blocks",
         "AdaRound on the float grid without scale awareness, block by block",
-        _PLAIN_ROUNDING | _LEARNED,
+        _PLAIN_ROUNDING | _LEARNED | _FOUND_SIZES,
     ),
     MethodRow(
         "adaround",
@@ -190,6 +226,7 @@ _ROWS = (
             "step_iterations": Option(200, 5000, help="of learning activation scales for each block, 0 for none"),
             "step_lr": Option(5e-3, 4e-4, help="learning rate of a factor on each activation scale"),
         },
+        activations=per_tensor,
     ),
     MethodRow(
         "qdit",
@@ -203,6 +240,7 @@ _ROWS = (
         }
         | _GPTQ
         | _GROUP_SEARCH,
+        activations=as_asked,
     ),
     MethodRow(
         "g4w_p4a",
@@ -218,6 +256,7 @@ _ROWS = (
             "deviation": Option(0.4, help="its standard deviation"),
         }
         | _GPTQ,
+        activations=per_tensor,
     ),
     MethodRow(
         "ptq4dm",
@@ -229,6 +268,7 @@ _ROWS = (
             "mean": Option(0.4, help="of the timesteps' normal distribution, in trajectories from the clean end"),
             "deviation": Option(0.4, help="its standard deviation"),
         },
+        activations=per_tensor,
     ),
     MethodRow(
         "repq_vit",
@@ -241,6 +281,7 @@ _ROWS = (
             "search": Option("percentile", help="range of activations that are not behind a norm"),
             "kinds": Option("attn.qkv, ff.in", help="kinds of the layers behind a norm"),
         },
+        activations=per_tensor,
     ),
     MethodRow(
         "tfmq_dm",
@@ -248,6 +289,7 @@ _ROWS = (
         "blocks",
         "AdaRound by block, layers that see the timestep only apart; static activations",
         _STATIC | _PLAIN_ROUNDING | _LEARNED,
+        activations=per_tensor,
     ),
     MethodRow(
         "ptq4dit",
@@ -258,6 +300,7 @@ _ROWS = (
         | _PLAIN_ROUNDING
         | _LEARNED
         | {"kinds": Option("attn.qkv, attn.out, cross.q, cross.kv, cross.out, ff.in", help="kinds to balance")},
+        activations=per_tensor,
     ),
     MethodRow(
         "vidit_q",
@@ -277,6 +320,7 @@ _ROWS = (
         "blocks",
         "MSFP: signed or unsigned FP by search, low-rank branches routed by the timestep, tuned with the DFA loss",
         _MSFP,
+        activations=msfp_scalings,
     ),
 )
 METHODS: dict[str, MethodRow] = {row.name: row for row in _ROWS}
@@ -288,10 +332,10 @@ AUTO = "auto"
 AUTO_ROWS = ((100_000_000, "fp4dit"), (math.inf, "rtn"))
 
 
-def asked_activations(method: str, preset: str, options: Mapping[str, Any]) -> Scalar | None:
-    """The method's option `activations`, None where it has none; what "auto" stands for scales them per token."""
-    known = METHODS.get(method)
-    return known.resolve(preset, options).get("activations") if known else None
+def activation_scalings(method: str, preset: str, options: Mapping[str, Any]) -> tuple[str, ...]:
+    """The scalings besides per token that layers of the method may have; none for "auto", whose rows have none."""
+    row = METHODS.get(method)
+    return row.activations(row.resolve(preset, options)) if row else ()
 
 
 def settled_method(method: str, parameters: int) -> str:

@@ -175,6 +175,14 @@ def test_sizes_that_do_not_divide_k_are_left_out_with_a_message(caplog):
     assert make_space(plans_of(), "layer", (64, 128)).genes[0].sizes == (64, 128)
 
 
+def test_a_layer_that_no_size_divides_keeps_its_own(caplog):
+    caplog.set_level("INFO")
+    space = make_space(plans_of("weights.group_size=32"), "kind", (192, 288))
+    assert [gene.sizes for gene in space.genes] == [(32,), (192, 288), (32,)]
+    assert "groups of 288 do not divide K=128, left out for 2 genes" in caplog.text
+    assert space.fits(space.uniform(288)) and space.uniform(288) == (32, 288, 32)
+
+
 def test_the_budget_is_what_the_plans_take():
     plans = plans_of("weights.group_size=64")
     space = make_space(plans, "kind")
@@ -235,5 +243,6 @@ def test_words_are_refused():
         make_space(plans_of(), "block")
     with pytest.raises(RecipeError, match="no layer with groups"):
         make_space(plans_of("weights.granularity=per_channel"), "kind")
-    with pytest.raises(RecipeError, match=r"blocks\.0 attn\.qkv: none of the group sizes \[100\] divides its K=128"):
+    nothing = r"nothing to choose: of the group sizes \[100\] at most one .* K \(\[128, 576\]\).*sizes=16,32,64$"
+    with pytest.raises(RecipeError, match=nothing):
         make_space(plans_of(), "kind", [100])

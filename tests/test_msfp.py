@@ -17,7 +17,7 @@ from export.models import denoiser, load
 from pipeline.backends.reference import fake_quant
 from pipeline.calibrate import calibrate, talora_tuning
 from pipeline.calibrate.data import calibration_data
-from pipeline.calibrate.dfa import loss_weights
+from pipeline.calibrate.dfa import loss_weights, prediction_weights
 from pipeline.calibrate.talora import Branches
 from pipeline.calibrate.talora_tuning import Batches, Settings, Tuner
 from pipeline.recipe import load as load_recipe
@@ -107,6 +107,29 @@ def test_branches_share_one_router_and_lower_the_error(tmp_path):
     assert error(tuned) < 0.8 * error(plain)
     for layer, before in zip(tuned, plain, strict=True):
         np.testing.assert_array_equal(layer.codes, before.codes)  # branches alone have learned
+
+
+@pytest.mark.parametrize("use_dfa", ["true", "false"])
+def test_tuning_is_given_the_weights_of_dfa_and_moves_the_router(use_dfa, tmp_path, monkeypatch):
+    """Of DiT's ddim sampler, whose steps weigh differently, with guidance."""
+    model, recipe = made(tmp_path, f"use_dfa={use_dfa}", "iterations=2", "router_lr=0.01", family="dit")
+    given, whole = [], talora_tuning.tune
+
+    def kept(model, layers, calls, weights, *more):
+        given.extend(weights)
+        return whole(model, layers, calls, weights, *more)
+
+    monkeypatch.setattr(talora_tuning, "tune", kept)
+    router = shared_router(calibrate(model, recipe, tmp_path / "out"))
+    data, guidance = calibration_data(model, recipe), recipe.sampling.guidance_scale
+    steps = [call.step for call in data.calls]
+    gamma = prediction_weights(make_sampler("ddim", data.n_steps))[steps]
+    wanted = np.outer(gamma, [guidance, guidance - 1]) if use_dfa == "true" else np.ones((len(steps), 2))
+    assert len(set(gamma)) == 2 and guidance > 1
+    np.testing.assert_allclose(given, wanted / wanted.mean(), rtol=1e-5)  # float32
+    before = talora_tuning._router(data.calls, Branches(2, 2), recipe.calibrate.seed).exported()
+    moved = [np.abs(getattr(router, key) - getattr(before, key)).max() for key in ("w1", "b1", "w2", "b2")]
+    assert min(moved) > 1e-3  # two steps of Adam, of 0.01 at first
 
 
 def test_the_tuned_model_is_the_finished_one(tmp_path):

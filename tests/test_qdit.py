@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import pickle
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import numpy as np
@@ -24,10 +26,13 @@ from pipeline.calibrate.group_candidates import Candidates
 from pipeline.calibrate.group_proxy import ProxyScore
 from pipeline.calibrate.group_search import Found
 from pipeline.calibrate.group_space import make_space
+from pipeline.calibrate.method import Context
 from pipeline.calibrate.plan import make_plans
 from pipeline.calibrate.ptq4dm import skewed_shares
+from pipeline.calibrate.qdit import QDit
 from pipeline.calibrate.state import CalibrationState
 from pipeline.calibrate.static_activations import find_range, unsigned_format
+from pipeline.methods import METHODS
 from pipeline.report import Report
 from pipeline.study import study
 from pipeline.verify import verify_target
@@ -159,7 +164,7 @@ def test_groups_of_128_are_refused_where_they_do_not_fit():
         ("activations=static", "activations 'static' of qdit; use one of token_group, per_token, per_tensor"),
         ("range=all", "range 'all'; use one of absmax, mse, recipe"),
         ("rounding=up", "rounding 'up' of qdit; use one of gptq, nearest"),
-        ("search=fid", "search 'fid' of qdit; use one of none, proxy"),
+        ("search=fid", "search 'fid' of qdit; use one of none, proxy; pictures judge in python -m benchmarks.search_g"),
         ("group_sizes=8,8", "2 group sizes for 6 layers"),
         ("group_sizes=3*6", r"blocks\.0\.to_q: group size 3; use a divisor of K=16"),
     ],
@@ -286,6 +291,41 @@ def test_a_stopped_calibration_goes_on_with_its_scores(model, tmp_path, monkeypa
     again = calibrate(model, quick(), tmp_path / "parts")
     assert [layer.group_size for layer in again] == [layer.group_size for layer in whole]
     assert all(np.array_equal(a.codes, b.codes) for a, b in zip(again, whole, strict=True))
+
+
+class InThread(ThreadPoolExecutor):
+    """Stands for a pool of processes: what it is sent is pickled, but nothing is imported anew, which takes seconds."""
+
+    def __init__(self, workers, context, start, arguments):
+        super().__init__(1, initializer=start, initargs=pickle.loads(pickle.dumps(arguments)))
+
+
+def test_a_longer_search_in_more_processes_takes_the_scores_of_a_shorter_one(model, tmp_path, monkeypatch):
+    """And finds what one process finds."""
+    monkeypatch.setattr("pipeline.calibrate.group_search.ProcessPoolExecutor", InThread)
+
+    def searched(folder, *settings):
+        recipe = quick("candidates=nearest", "population=4", *settings)
+        options = METHODS["qdit"].resolve("fast", recipe.calibrate.options)
+        method = QDit(Context(model, recipe, options, folder, calibration_data(model, recipe)))
+        plans = method.plan(make_plans(model.linears(), recipe))
+        return [plan.group_size for plan in plans], folder / "search" / "scores.json"
+
+    sizes, path = searched(tmp_path / "whole")
+    whole = json.loads(path.read_text())["costs"]
+    _, path = searched(tmp_path / "parts", "generations=1")
+    document = json.loads(path.read_text())
+    worst = max(document["costs"], key=document["costs"].get)
+    document["costs"][worst] += 1  # still the worst, and told from one that is scored again
+    path.write_text(json.dumps(document))
+    again, _ = searched(tmp_path / "parts", "workers=2")
+    assert again == sizes and len(document["costs"]) < len(whole)
+    assert json.loads(path.read_text())["costs"] == whole | {worst: whole[worst] + 1}
+
+
+def test_the_number_of_processes_alone_does_not_start_a_calibration_anew(model):
+    origins = [package._origin(model, quick(*more)) for more in ((), ("workers=2",), ("generations=3",))]
+    assert origins[0] == origins[1] != origins[2]
 
 
 @pytest.mark.parametrize("granularity", ["group", "exact_group"])

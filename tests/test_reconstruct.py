@@ -44,8 +44,10 @@ def calls_of(batches: list[int], tokens: list[int], noise: float = 0.0) -> list[
     return made
 
 
-def observed_block(batches: tuple[int, ...] = (4, 4, 3), tokens: tuple[int, ...] = (TOKENS,) * 3) -> Observed:
-    torch.manual_seed(0)
+def observed_block(
+    batches: tuple[int, ...] = (4, 4, 3), tokens: tuple[int, ...] = (TOKENS,) * 3, seed: int = 0
+) -> Observed:
+    torch.manual_seed(seed)
     block = Block().requires_grad_(False).eval()
     names = {"block.up": "up", "block.down": "down"}
     calls, noisy = (calls_of(list(batches), list(tokens), noise) for noise in (0.0, 0.02))
@@ -201,10 +203,61 @@ def test_worse_than_nearest_is_not_used(caplog):
     assert "not better and not used" in caplog.text
 
 
+@pytest.mark.parametrize("method", ["fp4dit", "fp_adaround", "brecq", "adaround"])
+def test_rounding_variables_of_another_block_are_not_used(method, monkeypatch, caplog):
+    """Planted: each of two blocks of equal shapes is given what the other has learned, and falls back to nearest."""
+    blocks = [observed_block(seed=seed) for seed in (0, 1)]
+    units = [Unit("block", plans_of(observed), observed) for observed in blocks]
+    nearest = [[quantize_linear(plan, "mse").codes for plan in unit.plans] for unit in units]
+    whole = SoftRounding.layer
+
+    def codes(unit, change):
+        """Codes of the unit's layers; `change` meets every rounding when it has been learned."""
+        monkeypatch.setattr(SoftRounding, "layer", lambda rounding: (change(rounding), whole(rounding))[1])
+        return [layer.codes for layer in methods.METHODS[method].load()(wanted).quantize(unit)]
+
+    wanted, learned = context(method, iterations=40), [{}, {}]
+    for unit, own, base in zip(units, learned, nearest, strict=True):
+        found = codes(unit, lambda rounding, own=own: own.update({rounding.base.name: rounding.v.detach().clone()}))
+        assert all((a != b).any() for a, b in zip(found, base, strict=True))
+    assert "not used" not in caplog.text
+    for unit, other, base in zip(units, reversed(learned), nearest, strict=True):
+        found = codes(unit, lambda rounding, other=other: rounding.v.data.copy_(other[rounding.base.name]))
+        assert all(np.array_equal(a, b) for a, b in zip(found, base, strict=True))
+    assert caplog.text.count("not better and not used") == (4 if method == "adaround" else 2)
+
+
+def test_a_layer_that_learning_makes_worse_stays_rounded_to_nearest(caplog):
+    """Two iterations of a far too large rate leave the rounding to chance."""
+    observed = observed_block()
+    plans = plans_of(observed)
+    made = methods.METHODS["adaround"].load()(context("adaround", iterations=2, lr=100.0))
+    layers = made.quantize(Unit("block", plans, observed))
+    for layer, plan in zip(layers, plans, strict=True):
+        nearest = quantize_linear(plan, "mse")
+        assert np.array_equal(layer.codes, nearest.codes)
+        assert f"{plan.name}: learned rounding is not better and not used" in caplog.text
+
+
 @pytest.mark.parametrize("option", ["iterations", "lr", "batch"])
 def test_options_that_learn_nothing_are_refused(option):
     with pytest.raises(RecipeError, match=f"calibrate.options.{option} 0.* must be above 0; method=rtn"):
         fp4dit.ScaleAwareRounding(context("fp4dit", **{option: 0})).settings()
+
+
+@pytest.mark.parametrize("method", ["fp4dit", "fp_adaround"])
+def test_layers_with_group_sizes_of_their_own_are_learned(method):
+    observed = observed_block()
+    made = methods.METHODS[method].load()(context(method, iterations=60, group_sizes="4,16"))
+    plans = made.plan(plans_of(observed))
+    nearest = [quantize_linear(plan, "mse") for plan in plans]
+    layers = made.quantize(Unit("block", plans, observed))
+    assert [(layer.group_size, layer.multipliers.shape) for layer in layers] == [(4, (32, 4)), (16, (16, 2))]
+    assert output_loss(observed, layers) < output_loss(observed, nearest)
+    for layer, base in zip(layers, nearest, strict=True):
+        assert np.array_equal(layer.multipliers, base.multipliers) and (layer.codes != base.codes).any()
+    with pytest.raises(RecipeError, match=r"block\.up: group size 3; use a divisor of K=16"):
+        methods.METHODS[method].load()(context(method, group_sizes="3,16")).plan(plans_of(observed))
 
 
 def test_a_stray_linear_is_reconstructed_by_itself():

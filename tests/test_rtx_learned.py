@@ -131,7 +131,7 @@ def recipe_of(method: str, **options: Any) -> Any:
 
 def test_a_method_with_groups_is_refused_before_work_starts() -> None:
     (problem,) = method_problems(recipe_of("qdit"))
-    assert problem.startswith("calibrate.options.activations=token_group of qdit: target rtx runs one GEMM")
+    assert problem.startswith("calibrate.method qdit scales activations token_group: target rtx runs one GEMM")
     assert problem in RtxBackend().problems(recipe_of("qdit", activations="token_group"))
 
 

@@ -64,8 +64,41 @@ def test_what_is_found_is_a_recipe_that_builds_with_it(fitness, tmp_path):
     assert len(sizes) == 24 and set(sizes) <= {64, 128}
     assert document["size_bytes"] <= document["budget_bytes"]
     assert document["cost"] <= min(document["uniform"].values())
+    written = json.loads((tmp_path / "search_groups.json").read_text())
+    assert {"machine", "versions", "commit"} < written.keys() and written["settings"] == document["settings"]
+    assert document["unsearched_cost"] == document["uniform"]["64"] >= document["cost"]
+    by_hand = recipes.with_settings(recipes.load("dit_w4a8"), document["settings"])
+    assert by_hand.calibrate.options["group_sizes"] == recipe.calibrate.options["group_sizes"]
     scores = json.loads((tmp_path / "scores.json").read_text())["costs"]
     assert len(scores) == document["scored"] == 3 and np.isfinite(list(scores.values())).all()
+
+
+def test_a_stopped_search_goes_on_with_its_scores(tmp_path, monkeypatch):
+    """Also where more is asked for than before. Scores are made up here, for speed."""
+
+    class Stop(Exception):
+        pass
+
+    asked = []
+
+    def score(frechet, individual):
+        if len(asked) == 2:
+            raise Stop
+        asked.append(individual)
+        return float(sum(individual))
+
+    monkeypatch.setattr(search_groups._Frechet, "__init__", lambda *_: None)
+    monkeypatch.setattr(search_groups._Frechet, "__call__", score)
+    nearest = ["--set", "calibrate.options.candidates=nearest"]
+    with pytest.raises(Stop):
+        search_groups.run(arguments(tmp_path, *nearest))
+    kept = json.loads((tmp_path / "scores.json").read_text())
+    first = list(asked)
+    asked.clear()
+    more = ["--set", "calibrate.options.generations=2", "--set", "calibrate.options.population=2"]
+    document = search_groups.run(arguments(tmp_path, *nearest, *more))
+    assert len(first) == 2 and not set(first) & set(asked) and document["scored"] == len(first) + len(asked) > 2
+    assert kept["costs"].items() < json.loads((tmp_path / "scores.json").read_text())["costs"].items()
 
 
 def test_a_model_without_judge_is_refused(tmp_path):

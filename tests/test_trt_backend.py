@@ -66,7 +66,7 @@ def test_nothing_is_missing_with_a_new_release_and_a_gpu(monkeypatch: pytest.Mon
     monkeypatch.setattr(trt, "cuda_sm", lambda: 90)
     assert BACKENDS["trt"].problems(RECIPE) == []
     (problem,) = BACKENDS["trt"].problems(replace(RECIPE, calibrate=Calibrate(method="msfp")))
-    assert "activations=per_tensor of msfp" in problem
+    assert "calibrate.method msfp scales activations per_tensor" in problem
 
 
 def test_the_builders_graph_has_ahead_of_time_plugins(lowered, monkeypatch: pytest.MonkeyPatch) -> None:

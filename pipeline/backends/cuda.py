@@ -22,7 +22,7 @@ from pipeline.backends.base import BuildResult, Capabilities, Engine, GemmRow, L
 from pipeline.backends.cuda_run import CONDITION, METADATA, MIN_SM, MODEL, SCHEMA_VERSION, CudaEngine
 from pipeline.backends.kernel_formats import recipe_problems
 from pipeline.files import sha256, write_json
-from pipeline.methods import asked_activations
+from pipeline.methods import activation_scalings
 from pipeline.passes import run_shared
 from pipeline.passes.graph import drop_unused
 from pipeline.passes.lower_cuda import FP8, GROUPS_REFUSED, INT8, OWN_CODES, WIDE_INT8, lower
@@ -111,9 +111,9 @@ def refuse_unrunnable(model: ir.Model) -> None:
 def method_problems(recipe: Any) -> list[str]:
     """One message where the method would give activations a scale per token and group."""
     chosen = recipe.calibrate
-    if asked_activations(chosen.method, chosen.preset, chosen.options) != "token_group":
+    if "token_group" not in activation_scalings(chosen.method, chosen.preset, chosen.options):
         return []
-    return [f"calibrate.options.activations=token_group of {chosen.method}: {GROUPS_REFUSED}"]
+    return [f"calibrate.method {chosen.method} scales activations token_group: {GROUPS_REFUSED}"]
 
 
 def describe(model: ir.Model, lowered: LoweredGraph, chosen: Cuda) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from pipeline.backends.kernel_formats import recipe_problems
 from pipeline.backends.rtx_engine_file import EngineFile, check_gemms, read_engine_file
 from pipeline.backends.rtx_run import ENGINE, METADATA, RtxEngine
 from pipeline.files import sha256, write_json
-from pipeline.methods import asked_activations
+from pipeline.methods import activation_scalings
 from pipeline.passes import run_shared
 from pipeline.passes.graph import drop_unused
 from pipeline.passes.lower_rtx import GROUPS_REFUSED, Lowering, lower
@@ -148,8 +148,10 @@ def method_problems(recipe: Any, with_plugins: bool = False) -> list[str]:
     """One message where the method would give activations scales that nothing here runs."""
     refused = {"token_group": GROUPS_REFUSED} | ({"per_tensor": STATIC_REFUSED} if with_plugins else {})
     chosen = recipe.calibrate
-    asked = asked_activations(chosen.method, chosen.preset, chosen.options)
-    return [f"calibrate.options.activations={asked} of {chosen.method}: {refused[asked]}"] if asked in refused else []
+    given = activation_scalings(chosen.method, chosen.preset, chosen.options)
+    return [
+        f"calibrate.method {chosen.method} scales activations {one}: {refused[one]}" for one in given if one in refused
+    ]
 
 
 def expected_gemms(lowered: LoweredGraph) -> dict[str, str]:

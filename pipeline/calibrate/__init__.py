@@ -163,8 +163,9 @@ def _observed(
 
 def _origin(model: LoadedModel, recipe: Recipe) -> dict[str, Any]:
     """Everything that the result depends on."""
-    keys = ["formats", "weights", "calibrate"]
-    if METHODS[recipe.calibrate.method].observes == "blocks":
+    keys, row = ["formats", "weights", "calibrate"], METHODS[recipe.calibrate.method]
+    if row.observes == "blocks":
         keys.append("sampling")  # the trajectory that the data are taken from
     parts = {key: asdict(getattr(recipe, key)) for key in keys}
+    parts["calibrate"]["options"] = row.deciding(recipe.calibrate.options)
     return {"schema_version": checkpoint.SCHEMA_VERSION, "model_sha256": model.sha256, **parts}

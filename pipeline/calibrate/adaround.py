@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from export.checkpoint import QuantizedLinear
 from export.formats import get_format, pack, quantize
 from pipeline.backends.reference import local_step
+from pipeline.progress import track
 
 ZETA, GAMMA = 1.1, -0.1  # ends of the stretched sigmoid, so that 0 and 1 are reached at finite V
 STRETCH = ZETA - GAMMA
@@ -210,7 +211,7 @@ def learn_layer(
 ) -> None:
     """Learn `rounding.v` by Adam on the quadratic loss plus `strength` times the regulariser. Deterministic."""
     optimiser = torch.optim.Adam([rounding.v], lr=learning_rate, fused=True)
-    for iteration in range(schedule.iterations):
+    for iteration in track(range(schedule.iterations), schedule.iterations, rounding.base.name):
         weight, share = rounding()
         loss = quadratic.loss(weight)
         beta = schedule.beta(iteration)

@@ -17,6 +17,7 @@ from pipeline.calibrate.group_space import with_sizes
 from pipeline.calibrate.method import Unit
 from pipeline.calibrate.plan import LayerPlan
 from pipeline.calibrate.ptq4dm import Ptq4dm
+from pipeline.progress import track
 
 GROUP_SIZE = 128
 
@@ -34,7 +35,8 @@ class G4wP4a(Ptq4dm):
         return with_sizes(grouped, [GROUP_SIZE] * len(grouped))  # refuses a layer that it does not divide
 
     def quantize(self, unit: Unit) -> list[QuantizedLinear]:
-        return [self.with_static_range(unit, plan, self.weights(unit, plan), None) for plan in unit.plans]
+        plans = track(unit.plans, len(unit.plans), unit.name)
+        return [self.with_static_range(unit, plan, self.weights(unit, plan), None) for plan in plans]
 
     def weights(self, unit: Unit, plan: LayerPlan) -> QuantizedLinear:
         """By GPTQ on the inputs that the network with quantized weights gives."""

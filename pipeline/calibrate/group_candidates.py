@@ -9,9 +9,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -30,6 +30,20 @@ from pipeline.recipe import Recipe
 
 if TYPE_CHECKING:
     from export.models import LoadedModel
+
+
+# Options that say how to search and not what a candidate is: scores outlast a change of them.
+SEARCH_ONLY = frozenset(
+    {"search", "sizes", "budget_bytes", "generations", "population", "mutation", "workers", "group_sizes"}
+)
+
+
+def scored_keys(recipe: Recipe) -> dict[str, Any]:
+    """What a candidate's layers, and the data that they are made and scored on, depend on in a recipe."""
+    parts = asdict(recipe)
+    options = {key: value for key, value in recipe.calibrate.options.items() if key not in SEARCH_ONLY}
+    found = {key: parts[key] for key in ("formats", "weights", "sampling")}
+    return found | {"calibrate": parts["calibrate"] | {"options": options}}
 
 
 @contextmanager

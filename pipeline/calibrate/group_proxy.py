@@ -8,7 +8,7 @@ many bytes.
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -17,7 +17,7 @@ from torch import nn
 
 from pipeline.backends.base import Arrays
 from pipeline.calibrate.data import CalibrationData
-from pipeline.calibrate.group_candidates import CandidateModels, Candidates, one_thread
+from pipeline.calibrate.group_candidates import CandidateModels, Candidates, one_thread, scored_keys
 from pipeline.calibrate.group_search import Individual
 from pipeline.gates import sqnr_db
 
@@ -38,10 +38,10 @@ class ProxyScore:
     @property
     def origin(self) -> dict[str, Any]:
         """What scores depend on beside model and data, which the folder of a calibration belongs to."""
-        wanted, recipe = self.candidates, asdict(self.candidates.recipe)
+        wanted = self.candidates
         rounding = "nearest" if wanted.layers is None else "stored"
-        parts = {key: recipe[key] for key in ("formats", "weights", "calibrate")}
-        return {"score": "proxy", "layers": rounding, "activations": wanted.activations, **parts}
+        keys = scored_keys(wanted.recipe)
+        return {"score": "proxy", "layers": rounding, "activations": wanted.activations, **keys}
 
     def __call__(self) -> _Proxy:
         return _Proxy(self)

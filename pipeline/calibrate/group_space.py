@@ -45,8 +45,10 @@ def gene_names(plans: Sequence[LayerPlan], genes: str) -> list[str]:
 
 
 def make_space(plans: Sequence[LayerPlan], genes: str, sizes: Sequence[int] = (), budget_bytes: int = 0) -> Space:
-    """The genes of all grouped layers. sizes: what to choose from, empty for `SIZES`; a size that does not divide K is
-    left out there, with a message. budget_bytes: 0 for what the plans take now.
+    """The genes of all grouped layers. budget_bytes: 0 for what the plans take now.
+
+    sizes: what to choose from, empty for `SIZES`. A size that does not divide K is left out there, which is logged; a
+    gene that none divides keeps its own. Raises RecipeError where no gene has a choice.
     """
     members: dict[str, list[LayerPlan]] = {}
     for name, plan in zip(gene_names(plans, genes), plans, strict=True):
@@ -58,6 +60,8 @@ def make_space(plans: Sequence[LayerPlan], genes: str, sizes: Sequence[int] = ()
     made = tuple(_gene(name, group, sizes, skipped) for name, group in members.items())
     for (size, k), count in sorted(skipped.items()):
         logger.info("group search: groups of %d do not divide K=%d, left out for %d genes", size, k, count)
+    if all(len(gene.sizes) == 1 for gene in made):
+        _refuse_single_sizes([plan for group in members.values() for plan in group], sizes)
     now = sum(layer_bytes(plan, plan.group_size) for group in members.values() for plan in group)
     space = Space(made, budget_bytes or now)
     if space.least_bytes == space.budget_bytes:
@@ -68,12 +72,34 @@ def make_space(plans: Sequence[LayerPlan], genes: str, sizes: Sequence[int] = ()
 
 def _gene(name: str, plans: list[LayerPlan], sizes: Sequence[int], skipped: Counter[tuple[int, int]]) -> Gene:
     k = math.gcd(*(plan.linear.module.in_features for plan in plans))
-    wanted = sorted(set(sizes or SIZES[plans[0].granularity]))
+    wanted = _wanted(plans[0], sizes)
     fitting = tuple(size for size in wanted if size > 0 and k % size == 0)
     skipped.update((size, k) for size in wanted if size not in fitting)
-    if not fitting:
-        raise RecipeError(f"{name}: none of the group sizes {wanted} divides its K={k}; add a divisor of K")
+    fitting = fitting or (plans[0].group_size,)  # divides K, as the recipe's size has to
     return Gene(name, fitting, tuple(sum(layer_bytes(plan, size) for plan in plans) for size in fitting))
+
+
+def _refuse_single_sizes(plans: list[LayerPlan], sizes: Sequence[int]) -> None:
+    widths = sorted({plan.linear.module.in_features for plan in plans})
+    offered = ",".join(map(str, _divisors(math.gcd(*widths))))
+    raise RecipeError(
+        f"the group search has nothing to choose: of the group sizes {_wanted(plans[0], sizes)} at most one divides "
+        f"any layer's K ({widths}); give some that do, such as --set calibrate.options.sizes={offered}"
+    )
+
+
+def _wanted(plan: LayerPlan, sizes: Sequence[int]) -> list[int]:
+    return sorted(set(sizes or SIZES[plan.granularity]))
+
+
+def _divisors(k: int) -> list[int]:
+    """Four sizes to offer: the divisors of K from 16 up, or its largest.
+
+    >>> _divisors(72), _divisors(256)
+    ([18, 24, 36, 72], [16, 32, 64, 128])
+    """
+    found = [size for size in range(1, k + 1) if k % size == 0]
+    return [size for size in found if size >= 16][:4] or found[-4:]
 
 
 def layer_sizes(plans: Sequence[LayerPlan], genes: str, space: Space, individual: Individual) -> list[int]:

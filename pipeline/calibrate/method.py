@@ -48,7 +48,10 @@ class Unit:
 
 
 class Method:
-    """One calibration method. The same context and units give the same bytes."""
+    """One calibration method. The same context and units give the same bytes.
+
+    Layers scale their inputs per token, or as the method's row declares (`MethodRow.activations`).
+    """
 
     def __init__(self, context: Context) -> None:
         self.context = context

@@ -8,6 +8,9 @@ Weights: signed FP, one scale per output channel unless the option granularity s
 scale per tensor, or ("per_token") our dynamic signed quantizer with a searched format, where an AAL may still take
 the static unsigned one. Bit widths are those of the recipe's formats.
 
+Rank, learning rates and iterations of the tuning are our choices (talora.py); of the paper only a rank of 32 and two
+branches are recalled, options lora_rank and lora_count.
+
 The paper evaluated U-Nets; that its rules carry over to a DiT is our reading, and the ablation by options tells:
 mixed_sign=false and use_lora=false is its base, then mixed sign, TALoRA (use_lora, without use_dfa), DFA.
 """

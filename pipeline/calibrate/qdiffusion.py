@@ -3,7 +3,8 @@
 Per output channel weights and one activation scale per layer for all timesteps, of least squared error at first. Then
 the rounded weights stay and the activation scales are learned with straight-through rounding (arXiv 1902.08153). The
 authors' rate, 4e-4, is for the scales themselves; here a factor on each scale is learned, so that the rate does not
-depend on the size of a layer's activations. Not here: their split of a concatenated skip's two halves (no bundled
+depend on the size of a layer's activations. Weights are symmetric, where theirs are asymmetric, and ranges minimise the
+squared error, where their code has the 2.4-norm. Not here: their split of a concatenated skip's two halves (no bundled
 family quantizes one) and quantized softmax outputs.
 """
 

@@ -8,7 +8,8 @@ Differences, all of them choices that can be measured through the options: integ
 and `--a_sym` of the authors' code, which their own search uses), since a zero point per group would cost a GEMM per
 group; H sees the inputs that the network with quantized weights gives (the authors' 256 samples at distinct timesteps
 are here the recipe's trajectories); the recipe chooses the granularity: `weights.granularity=group` is theirs,
-`exact_group` gives each channel one scale and its groups small integer multipliers.
+`exact_group` gives each channel one scale and its groups small integer multipliers. One difference has no option: DiT's
+adaLN linears stay float, as in all methods here, where the authors' GPTQ path rounds their weights too.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ from pipeline.calibrate.group_space import from_text, layer_sizes, make_space, t
 from pipeline.calibrate.method import Context, Method, Unit
 from pipeline.calibrate.plan import LayerPlan
 from pipeline.calibrate.static_activations import find_range
+from pipeline.progress import track
 
 logger = logging.getLogger(__name__)
 
@@ -53,6 +55,10 @@ ACTIVATIONS: dict[str, Callable[[LayerPlan, Callable[[], Tensors]], dict[str, An
     "per_token": lambda plan, rows: {},
     "per_tensor": per_tensor,
 }
+ELSEWHERE = {
+    "search": "; pictures judge in python -m benchmarks.search_groups --fitness fid, and what it finds goes to "
+    "calibrate.options.group_sizes"
+}
 CHOICES = {
     "activations": tuple(ACTIVATIONS),
     "rounding": ("gptq", "nearest"),
@@ -69,7 +75,8 @@ class QDit(Method):
         for name, known in CHOICES.items():
             if context.options[name] not in known:
                 found = context.options[name]
-                raise RecipeError(f"calibrate.options.{name} {found!r} of qdit; use one of {', '.join(known)}")
+                use = ", ".join(known) + ELSEWHERE.get(name, "")
+                raise RecipeError(f"calibrate.options.{name} {found!r} of qdit; use one of {use}")
         self.weight_search = gptq.clip_search(context.recipe, context.options)
 
     def plan(self, plans: list[LayerPlan]) -> list[LayerPlan]:
@@ -111,7 +118,7 @@ class QDit(Method):
         return Candidates(model.source, recipe, genes, space, activations, model, folder / "layers")
 
     def quantize(self, unit: Unit) -> list[QuantizedLinear]:
-        return [self.quantize_layer(unit, plan) for plan in unit.plans]
+        return [self.quantize_layer(unit, plan) for plan in track(unit.plans, len(unit.plans), unit.name)]
 
     def quantize_layer(self, unit: Unit, plan: LayerPlan) -> QuantizedLinear:
         assert unit.observed is not None

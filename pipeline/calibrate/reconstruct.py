@@ -1,7 +1,8 @@
 """Block reconstruction: learn the rounding of all linears of a block together, so that the block's output stays.
 
 BRECQ (arXiv 2102.05426) as FP4DiT runs it: the input is what the network with quantized weights gives, the target the
-float block's output, activations stay float, Adam over random batches of samples of all timesteps.
+float block's output, activations stay float, Adam over random batches of samples of all timesteps. The error is the
+plain squared one: BRECQ's option of the Fisher information as its weight is left out.
 """
 
 from __future__ import annotations

@@ -5,9 +5,10 @@ of the timestep and a two-layer perceptron; its argmax is a one-hot choice whose
 (straight through). The branch reads the layer's float input and stays apart from the weight: merged into it, as in
 EfficientDM, every timestep group would need weights of its own.
 
-Not published, so ours: the router's width and its start. From random numbers one branch served 9 of 10 timesteps of
-zoo:pixart_mini for good, so the second layer starts as the least-squares fit of equal shares of the trajectory, early
-timesteps to the first branch: the coarse-to-fine division that the paper reports as learned.
+The paper's text was not seen, so ours: the router's width and its start, the rank (8; the paper's is recalled as 32),
+the learning rates and the number of iterations. A branch that the first choice leaves idle gets no gradient, and a
+random start may leave one idle for good, so the router's second layer starts as the least-squares fit of equal shares
+of the trajectory, early timesteps to the first branch: the coarse-to-fine division that the paper reports as learned.
 """
 
 from __future__ import annotations

@@ -21,8 +21,9 @@ from dataclasses import replace
 import torch
 
 from export.checkpoint import QuantizedLinear
-from pipeline.calibrate.adaround import Quadratic, SoftRounding, learn_layer
+from pipeline.calibrate.adaround import Quadratic, SoftRounding
 from pipeline.calibrate.baseline import StaticBaseline
+from pipeline.calibrate.fp4dit import learned_layer
 from pipeline.calibrate.method import Unit
 from pipeline.calibrate.plan import LayerPlan
 from pipeline.calibrate.rtn import float_weight, quantize_linear
@@ -48,6 +49,4 @@ class TfmqDm(StaticBaseline):
             return base
         observed = self.observed(unit)
         seen = (observed.layer_inputs(plan.name, noisy) for noisy in (False, True))
-        rounding = SoftRounding(weight, base, scale_aware=False)
-        learn_layer(rounding, Quadratic.of(weight, *seen), settings.schedule, settings.learning_rate, settings.strength)
-        return rounding.layer()
+        return learned_layer(SoftRounding(weight, base, scale_aware=False), Quadratic.of(weight, *seen), settings)

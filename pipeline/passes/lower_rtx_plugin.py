@@ -37,7 +37,7 @@ BEFORE: dict[str, Any] = {"Quantize": "none", "GeluQuantize": "gelu", "NormModul
 # Input of a fused op -> argument of its kernel, where the two differ.
 RENAMED = {"a_codes": "a", "codes": "w", "gain": "scale"}
 STATIC_REFUSED = (
-    "plugins quantize with one scale per token, this layer has a constant one; use --target rtx --set rtx.path=native"
+    "plugins quantize with one scale per token, a constant one is not theirs; use --target rtx --set rtx.path=native"
 )
 Bounds = tuple[int, int, int]
 # Rows where the graph does not tell a tensor's shape.
