@@ -152,10 +152,20 @@ def test_codes_that_one_reader_cannot_take_as_int8_stay_fp8(other):
     LoweredModule(model)
 
 
-def test_integer_formats_are_int8_operands_by_themselves():
+@pytest.mark.parametrize("sm, integers", [(0, False), (86, True), (89, True), (90, False), (120, True)])
+def test_left_to_the_gpu_it_decides_at_load(sm, integers):
+    model = portable(LINEAR + "y = Neg(h)", square(), **SHAPES)
+    run_shared(model)
+    (choice,) = lower(model, "auto").choices
+    (gemm,) = LoweredModule(model, sm=sm).gemms
+    assert choice.path == "int8 or fp8 operands" and gemm.operands["integers"] == integers
+
+
+@pytest.mark.parametrize("operands", ["fp8", "auto", "int8"])
+def test_integer_formats_are_int8_operands_by_themselves(operands):
     model = portable(LINEAR + "y = Neg(h)", square(weight="INT4", activation="INT8"), **SHAPES)
     run_shared(model)
-    (choice,) = lower(model).choices
+    (choice,) = lower(model, operands).choices
     assert choice.path == "int8 operands" and "their sums in INT32" in choice.why
 
 

@@ -6,6 +6,7 @@ are in plugins/gpu/tile_table.py.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Literal
@@ -49,6 +50,18 @@ def product_type(spec: GemmSpec, sm: int) -> Products:
     if spec.multiplies_integers:
         return "int8"
     return "fp8" if architecture(sm) >= FIRST_FP8 and spec.operand.kind == E4M3 else "fp16"
+
+
+def prefers_integers(sms: Sequence[int]) -> bool:
+    """Whether INT8 tensor cores are quicker than what multiplies FP8 operands, on every one of these GPUs.
+
+    By their peak rates: on GeForce and Ampere they are, on data-centre GPUs from Hopper on both run alike, and decoding
+    to FP8 costs less. A GPU below 80, or none (0), prefers nothing.
+    """
+    if min(sms) < min(MACHINES):
+        return False
+    rates = [MACHINES[architecture(sm)].rates for sm in sms]
+    return all(found["int8"] > found.get("fp8", found["fp16"]) for found in rates)
 
 
 def scales_sums(spec: GemmSpec, step: int, sm: int) -> bool:
