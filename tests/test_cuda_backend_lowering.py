@@ -153,11 +153,12 @@ def test_codes_that_one_reader_cannot_take_as_int8_stay_fp8(other):
 
 
 @pytest.mark.parametrize("sm, integers", [(0, False), (86, True), (89, True), (90, False), (120, True)])
-def test_left_to_the_gpu_it_decides_at_load(sm, integers):
+def test_left_to_the_gpu_it_decides_at_load(sm, integers, monkeypatch):
+    monkeypatch.setattr("pipeline.backends.cuda_module.visible_sm", lambda: sm)
     model = portable(LINEAR + "y = Neg(h)", square(), **SHAPES)
     run_shared(model)
     (choice,) = lower(model, "auto").choices
-    (gemm,) = LoweredModule(model, sm=sm).gemms
+    (gemm,) = LoweredModule(model).gemms
     assert choice.path == "int8 or fp8 operands" and gemm.operands["integers"] == integers
 
 

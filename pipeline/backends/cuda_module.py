@@ -69,14 +69,12 @@ class Plan:
 class LoweredModule(nn.Module):
     """forward(inputs by name) -> outputs by name; float outputs are float32."""
 
-    def __init__(
-        self, model: ir.Model, activations: str = "fp32", weights: str = "packed", sm: int | None = None
-    ) -> None:
-        """activations: "fp32" or "fp16". weights: "packed", "expanded" or "auto". sm: the GPU that decides where codes
-        are INT8 images or FP8 bytes; the visible one unless given. Raises ContractError for a graph that the executor
-        does not know, naming the nodes."""
+    def __init__(self, model: ir.Model, activations: str = "fp32", weights: str = "packed") -> None:
+        """activations: "fp32" or "fp16". weights: "packed", "expanded" or "auto". The visible GPU decides where codes
+        that may be either are INT8 images. Raises ContractError for a graph that the executor does not know, naming the
+        nodes."""
         super().__init__()
-        self.prefers_integers = prefers_integers([visible_sm() if sm is None else sm])
+        self.prefers_integers = prefers_integers([visible_sm()])
         refuse_unknown(model.graph)
         self.plan, self.weights = Plan(activations == "fp16"), weights
         self.inputs = tuple(str(value.name) for value in model.graph.inputs)

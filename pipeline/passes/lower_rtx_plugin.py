@@ -22,6 +22,7 @@ from pipeline.passes.graph import drop_unused
 from pipeline.passes.lower_cuda import OPERANDS_KEY, LowerCuda, takes_integers
 from pipeline.passes.lower_cuda_epilogue import FuseGateResidual
 from pipeline.passes.lower_cuda_ops import DOMAIN, OPS, add_functions
+from pipeline.passes.lower_rtx_merge import MergeGemms
 from plugins.gpu import table
 from plugins.gpu.specs import Epilogue, GemmSpec, QuantizeSpec
 
@@ -71,8 +72,10 @@ def lower_fused(model: ir.Model, operands: str = "fp8") -> LowerCuda:
     operands: as LowerCuda's. Raises ContractError for a layer that no kernel takes.
     """
     lowering = LowerCuda(operands)
-    for rewrite in (lowering, FuseGateResidual()):
+    merging = MergeGemms()
+    for rewrite in (lowering, FuseGateResidual(), merging):
         rewrite(model)
+    lowering.probes = [merging.probe(row) for row in lowering.probes]
     static = [node for node in model.graph if node.domain == DOMAIN and node.op_type == "QuantizeStatic"]
     if static:
         raise ContractError(f"{static[0].name}: {STATIC_REFUSED}")

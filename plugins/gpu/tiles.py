@@ -31,6 +31,9 @@ MOST_OUTPUTS, MOST_WITH_GATE, MOST_WITH_WIDE_GATE = 255, 64, 32
 FILL_CLOCKS = 2000
 KERNEL_CLOCKS = 5000
 SPLIT_MARGIN = 1.1  # what a split must promise, for the memory it takes
+# Linears of the same codes are merged up to so many output channels: a tile of 128 for each of an H100's 132
+# multiprocessors. From there on one row of tiles fills the GPU, and merging more only makes the result larger.
+MERGED_COLUMNS = 132 * 128
 
 
 def architecture(sm: int) -> int:
