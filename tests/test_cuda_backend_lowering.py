@@ -16,6 +16,7 @@ from pipeline.passes.lower_cuda import LowerCuda, lower
 from pipeline.passes.lower_cuda_attention import FuseAttention
 from pipeline.passes.lower_cuda_epilogue import FuseGateResidual
 from pipeline.passes.lower_cuda_ops import DOMAIN, OPS, add_functions
+from tests.learned import with_scaling
 from tests.portable import activations, op_types, portable, random_linear, run
 
 SHAPES = {"inputs": "float[B,S,64] x, float[B,1,64] gate", "outputs": "float[B,S,64] y"}
@@ -222,6 +223,19 @@ def test_a_gelu_joins_its_quantizer():
     model, before, after = both(model, {"x": activations(np.random.default_rng(2)), "gate": gates(2)})
     assert kinds(model)[:4] == ["Quantize", "Gemm", "GeluQuantize", "Gemm"]
     assert np.linalg.norm(after - before) <= 1e-2 * np.linalg.norm(before)  # one code may flip
+
+
+def test_a_gelu_joins_a_static_quantizer():
+    """Codes and all that follows are those of both apart; the executor gives what onnxruntime gives."""
+    layers = [random_linear("a", n=64), with_scaling(random_linear("b", n=64, seed=1), "zero")]
+    body = LINEAR + 'g = Gelu <approximate = "tanh"> (h)\n y = fpq.QuantizedLinear <layer="b"> (g)'
+    feeds = {"x": activations(np.random.default_rng(2)), "gate": gates(2)}
+    model, before, after = both(portable(body, layers, **SHAPES), feeds)
+    assert [kind for kind in kinds(model) if kind in OPS] == ["Quantize", "Gemm", "GeluQuantizeStatic", "Gemm"]
+    assert np.linalg.norm(after - before) <= 1e-2 * np.linalg.norm(before)  # one code may flip
+    module = LoweredModule(model)
+    found = module({name: torch.from_numpy(array) for name, array in feeds.items()})["y"].numpy()
+    assert np.linalg.norm(found - after) <= 1e-2 * np.linalg.norm(after)
 
 
 @pytest.mark.parametrize(

@@ -176,7 +176,7 @@ class LoweredModule(nn.Module):
         wanted = [FULL if key in row.wide else compute for key in keys]
         outputs = [str(value.name) for value in node.outputs]
         if "codes" in OPS[node.op_type].outputs:
-            outputs = outputs[:1] if node.op_type == "QuantizeStatic" else outputs[:2]
+            outputs = outputs[: 2 if "scale" in OPS[node.op_type].outputs else 1]
             self.plan.types |= dict(zip(outputs, (torch.uint8, FULL), strict=False))
             self.plan.sources[outputs[0]] = compute
         else:

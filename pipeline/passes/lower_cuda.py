@@ -24,6 +24,14 @@ GROUPS_REFUSED = (
     "the GPU kernels have no scale per token and group of input channels; build it with --target cpu, or calibrate "
     "with one scale per token"
 )
+# Quantizer -> fused op; a GELU in front gives its name to the first two.
+FUSED = {
+    "QuantizeActivation": "Quantize",
+    "QuantizeStatic": "QuantizeStatic",
+    "NormModulateQuantize": "NormModulateQuantize",
+}
+# Fused op -> its output that the linear reads unquantized.
+SEEN = {"GeluQuantize": "gelu", "GeluQuantizeStatic": "gelu", "NormModulateQuantize": "modulated"}
 # What the tensor cores multiply.
 FP8, INT8 = "fp8 operands", "int8 operands"
 EITHER = "int8 or fp8 operands"
@@ -59,16 +67,14 @@ class LowerCuda(RewritePass):
 
     def _quantizer(self, graph: ir.Graph, node: ir.Node) -> None:
         name, fmt = str(node.name), attribute(node, "format")
-        kind, inputs, extra = "Quantize", list(node.inputs), {}
-        if node.op_type == "NormModulateQuantize":
-            kind, extra = "NormModulateQuantize", {"epsilon": float(attribute(node, "epsilon"))}
-        elif node.op_type == "QuantizeStatic":
-            kind = "QuantizeStatic"
+        kind, inputs, extra, gelu = FUSED[node.op_type], list(node.inputs), {}, None
+        if kind == "NormModulateQuantize":
+            extra = {"epsilon": float(attribute(node, "epsilon"))}
         elif (gelu := self._gelu(node)) is not None:
-            kind, inputs = "GeluQuantize", [gelu.inputs[0]]
+            kind, inputs[0] = f"Gelu{kind}", gelu.inputs[0]
         fused = fused_node(kind, inputs, name, node, **quantizer_attributes(fmt, **extra))
         old, new = list(node.outputs), fused.outputs[: len(node.outputs)]
-        if kind == "GeluQuantize":
+        if gelu is not None:
             old, new = [*old, node.inputs[0]], [*new, output_of(fused, "gelu")]  # type: ignore[list-item]
         for before, after in zip(old, new, strict=True):
             after.name, after.shape = before.name, before.shape
@@ -76,10 +82,8 @@ class LowerCuda(RewritePass):
         for before, after in zip(node.outputs, new, strict=False):
             ir.convenience.replace_all_uses_with(before, after)
         graph.remove(node, safe=True)
-        if kind == "GeluQuantize":
-            gelu_node = old[-1].producer()
-            assert gelu_node is not None
-            graph.remove(gelu_node, safe=True)
+        if gelu is not None:
+            graph.remove(gelu, safe=True)
         self.fired += 1
 
     def _gelu(self, quantizer: ir.Node) -> ir.Node | None:
@@ -198,7 +202,7 @@ def _why(spec: GemmSpec, kernel: specs.GemmSpec) -> str:
 
 
 def _probe(spec: GemmSpec, path: str, gemm: ir.Node, quantizer: ir.Node) -> ProbeRow:
-    seen = {"GeluQuantize": "gelu", "NormModulateQuantize": "modulated"}.get(quantizer.op_type)
+    seen = SEEN.get(quantizer.op_type)
     x = output_of(quantizer, seen) if seen else quantizer.inputs[0]
     assert x is not None
     branch, total = low_rank_of(gemm.outputs[0]) or (None, gemm.outputs[0])

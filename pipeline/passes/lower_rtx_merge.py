@@ -101,7 +101,9 @@ def _joined(graph: ir.Graph, nodes: Sequence[ir.Node], place: int, name: str) ->
         pairs = zip(tensors, widths, strict=True)
         return np.concatenate([np.broadcast_to(t.numpy(), (width, *t.numpy().shape[1:])) for t, width in pairs])
 
-    return initializer(graph, ir.LazyTensor(lambda: ir.tensor(rows(), name=name), tensors[0].dtype, shape, name=name))
+    return initializer(
+        graph, ir.LazyTensor(lambda: ir.tensor(rows(), name=name), tensors[0].dtype, ir.Shape(shape), name=name)
+    )
 
 
 def _split(graph: ir.Graph, y: ir.Value, widths: Sequence[int], name: str) -> ir.Node:

@@ -76,7 +76,7 @@ def lower_fused(model: ir.Model, operands: str = "fp8") -> LowerCuda:
     for rewrite in (lowering, FuseGateResidual(), merging):
         rewrite(model)
     lowering.probes = [merging.probe(row) for row in lowering.probes]
-    static = [node for node in model.graph if node.domain == DOMAIN and node.op_type == "QuantizeStatic"]
+    static = [node for node in model.graph if node.domain == DOMAIN and node.op_type.endswith("QuantizeStatic")]
     if static:
         raise ContractError(f"{static[0].name}: {STATIC_REFUSED}")
     add_functions(model)
