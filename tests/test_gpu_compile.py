@@ -181,6 +181,17 @@ def test_source_reaches_helpers_of_helpers() -> None:
     assert "def gelu_quantize(" not in source and "def _gelu(" not in source
 
 
+def test_key_follows_the_source_of_a_helper(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A line more in a function that the kernel's functions call is another kernel."""
+    from plugins.gpu import rounding
+
+    before = compiled._key(request("quantize", 90))
+    helper, read = rounding.reciprocal_parts.fn, compiled.inspect.getsource
+    text = read(helper) + "    # another line\n"
+    monkeypatch.setattr(compiled.inspect, "getsource", lambda function: text if function is helper else read(function))
+    assert compiled._key(request("quantize", 90)) != before
+
+
 def test_second_time_from_the_cache(empty: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     first = compile_kernels([request("quantize", 80)])
     assert [path.name for path in empty.iterdir()] == [compiled._key(request("quantize", 80))]

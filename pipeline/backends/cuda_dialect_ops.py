@@ -15,13 +15,10 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 import plugins.torch_ops  # noqa: F401, registers torch.ops.fpq
+from plugins.gpu.tiles import EXPAND_FROM
 from plugins.torch_meanings import TYPE_NAMES
 
 OPS = torch.ops.fpq
-# From how many tokens a linear expands its weight to a byte each, if left to choose. Reading N x K bytes and doing
-# 2 M N K operations takes equally long on an H100 at M = 1979e12 / 3.35e12 / 2 = 295 (data sheet, FP8): from the next
-# tile on, decoding costs more than reading saves.
-EXPAND_FROM = 512
 # FP16 holds no number below -65504; a row of nothing but -inf would become NaN.
 LOWEST_MASK = -30000.0
 

@@ -98,6 +98,17 @@ KERNELS: tuple[Kernel, ...] = (
         tiles.gemm_grid,
     ),
     Kernel(
+        "reduce_splits",
+        "parts f32 [splits, M, N], unscaled sums of a GEMM's splits (with real groups scaled) -> y as packed_gemm.",
+        "plugins.gpu.epilogue:reduce_splits",
+        GemmSpec,
+        (Argument("parts", "*fp32", "input", "[splits, M, N]"), _A[1], _W_SCALES, *_AFTER),
+        gemm_meanings.reduce_splits,
+        tiles.reduce_tile,
+        gemm_constants.reduce_constants,
+        tiles.reduce_grid,
+    ),
+    Kernel(
         "pack",
         "codes u8 [N, K] below 16 -> u8 [N, K / 2], element 2i in the low nibble.",
         "plugins.gpu.repack:pack",

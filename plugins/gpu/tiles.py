@@ -34,6 +34,10 @@ SPLIT_MARGIN = 1.1  # what a split must promise, for the memory it takes
 # Linears of the same codes are merged up to so many output channels: a tile of 128 for each of an H100's 132
 # multiprocessors. From there on one row of tiles fills the GPU, and merging more only makes the result larger.
 MERGED_COLUMNS = 132 * 128
+# From how many tokens on a linear whose weight may stay expanded does: reading N x K bytes and doing 2 M N K operations
+# takes equally long on an H100 at M = 1979e12 / 3.35e12 / 2 = 295 (data sheet, FP8); from the next tile on, decoding
+# costs more than reading saves. Whether one call pays for an expansion of its own is another question, `expands_first`.
+EXPAND_FROM = 512
 
 
 def architecture(sm: int) -> int:
@@ -175,6 +179,30 @@ def clocks(spec: GemmSpec, rows: int, sm: int, tile: Tile, share: float) -> floa
 def gemm_grid(spec: GemmSpec, tile: Tile, rows: int) -> tuple[int, int, int]:
     """Programs of packed_gemm and expanded_gemm."""
     return (-(-rows // tile.m) * -(-spec.out_features // tile.n), tile.splits, 1)
+
+
+# --- the sum of splits -----------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class ReduceTile:
+    """m, n: outputs of a program, which adds `splits` parts of each."""
+
+    splits: int
+    m: int = 16
+    n: int = 128
+    num_warps: int = 4
+    num_stages: int = 3
+
+
+def reduce_tile(spec: GemmSpec, rows: int, sm: int) -> ReduceTile:
+    """The tile of reduce_splits after the packed_gemm that the heuristics choose."""
+    return ReduceTile(packed_tile(spec, rows, sm, may_split=True).splits)
+
+
+def reduce_grid(spec: GemmSpec, tile: ReduceTile, rows: int) -> tuple[int, int, int]:
+    """Programs of reduce_splits."""
+    return (-(-rows // tile.m) * -(-spec.out_features // tile.n), 1, 1)
 
 
 # --- pack and expand -------------------------------------------------------------------------------------------------
