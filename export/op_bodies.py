@@ -204,9 +204,9 @@ def dequantize_activation(body: Body) -> None:
     body.op("Mul", value, "scale", out="x")
 
 
-def quantize_static(body: Body) -> None:
+def quantize_static(body: Body, x: str = "x") -> None:
     """x, scale, zero -> codes."""
-    _encode(body, body.op("Div", body.op("Sub", "x", "zero"), "scale"), "codes")
+    _encode(body, body.op("Div", body.op("Sub", x, "zero"), "scale"), "codes")
 
 
 def dequantize_static(body: Body) -> None:

@@ -104,7 +104,8 @@ class ProbedGraph:
     def _probe(self, row: ProbeRow, tensors: Arrays, call: Arrays) -> LinearProbe:
         x = _rows(tensors[row.x])
         image = activation_image(row, [_rows(tensors[name]) for name in row.codes])
-        gemm = tensors[row.gemm]
+        gemm, (first, count) = tensors[row.gemm], row.gemm_columns
+        gemm = gemm[..., first : first + count] if count else gemm
         return LinearProbe(
             x=x,
             image=image.reshape(x.shape),

@@ -27,6 +27,10 @@ def _check(ok: bool, message: str) -> None:
         raise RecipeError(message)
 
 
+def _check_operands(target: str, value: str) -> None:
+    _check(value in ("auto", "fp8", "int8"), f"{target}.operands {value!r}; use auto, fp8 or int8")
+
+
 @dataclass(frozen=True)
 class Formats:
     """Number format of weights and activations; `weight_of` overrides single layer kinds."""
@@ -106,16 +110,18 @@ class Rtx:
 
     attention: "fp16" runs attention, and large unquantized linears, on FP16 operands; "fp32" nothing. path: "native"
     expresses quantized linears in TensorRT's own ops, "plugin" puts this project's kernels in their place; weights then
-    stay packed, whatever `weights` says.
+    stay packed, whatever `weights` says, and `operands` is as that of `cuda`, for all GPUs of `sm` alike.
     """
 
     weights: str = "fp8"
     sm: tuple[int, ...] = (89, 120)
     attention: str = "fp16"
     path: str = "native"
+    operands: str = "auto"
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "sm", tuple(self.sm))
+        _check_operands("rtx", self.operands)
         _check(self.weights in ("fp8", "int8", "int4"), f"rtx.weights {self.weights!r}; use fp8, int8 or int4")
         _check(self.path in ("native", "plugin"), f"rtx.path {self.path!r}; use native or plugin")
         _check(self.attention in ("fp16", "fp32"), f"rtx.attention {self.attention!r}; use fp16 or fp32")
@@ -124,11 +130,13 @@ class Rtx:
 
 @dataclass(frozen=True)
 class Trt:
-    """Options of the `trt` target. attention: as that of `rtx`."""
+    """Options of the `trt` target. attention: as that of `rtx`. operands: as that of `cuda`."""
 
     attention: str = "fp16"
+    operands: str = "auto"
 
     def __post_init__(self) -> None:
+        _check_operands("trt", self.operands)
         _check(self.attention in ("fp16", "fp32"), f"trt.attention {self.attention!r}; use fp16 or fp32")
 
 
@@ -138,15 +146,17 @@ class Cuda:
 
     weights: "packed" keeps two codes in a byte, "expanded" a byte for each weight (twice the memory, faster with many
     tokens), "auto" chooses for each linear by its tokens. activations: what lies between the kernels, "fp16" or "fp32".
-    operands: what tensor cores multiply, "fp8", or "int8" where a layer's formats embed in it (integers always do).
+    operands: what tensor cores multiply, "fp8", or "int8" where a layer's formats embed in it (integers always do);
+    "auto" is "int8" on GPUs whose INT8 rate is the higher (plugins/gpu/tile_table.py), chosen where the engine is
+    loaded, or built with machine code.
     """
 
     weights: str = "auto"
     activations: str = "fp16"
-    operands: str = "fp8"
+    operands: str = "auto"
 
     def __post_init__(self) -> None:
-        _check(self.operands in ("fp8", "int8"), f"cuda.operands {self.operands!r}; use fp8 or int8")
+        _check_operands("cuda", self.operands)
         _check(
             self.weights in ("auto", "packed", "expanded"),
             f"cuda.weights {self.weights!r}; use auto, packed or expanded",

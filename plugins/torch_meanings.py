@@ -118,6 +118,14 @@ def quantize(
     return encoded(spec.format, x / found, spec.integers), torch.where(finite, found, torch.nan)[:, 0]
 
 
+def quantize_static(spec: QuantizeSpec, x: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
+    """A static QuantizeSpec's operand bytes u8 [M, C]."""
+    x = x.float()
+    if spec.before == "gelu":
+        x = torch.nn.functional.gelu(x, approximate="tanh")
+    return encoded(spec.format, (x - zero) / scale, spec.integers)
+
+
 def encoded(name: str, x: Tensor, integers: bool = False) -> Tensor:
     """Operand bytes of the codes nearest to x: ties to even, saturating, -0 folded; NaN has the code 0."""
     tables = _tables(name, x.device, integers)

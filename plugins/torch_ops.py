@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from plugins import torch_meanings as meanings
-from plugins.gpu.specs import GemmSpec, QuantizeSpec
+from plugins.gpu.specs import GemmSpec, PackSpec, QuantizeSpec
 from plugins.torch_meanings import TORCH_TYPES, TYPE_NAMES
 
 NAMESPACE = "fpq"
@@ -99,6 +99,20 @@ def _fake_gemm(a: Tensor, a_scale: Tensor, w: Tensor, w_scales: Tensor, bias: Te
     return a.new_empty((a.shape[0], w_scales.shape[0]), dtype=TORCH_TYPES[output])
 
 
+def pack(codes: Tensor) -> Tensor:
+    """codes u8 [N, K] below 16, K even -> u8 [N, K / 2], element 2i in the low nibble."""
+    if on_kernels(codes):
+        from plugins.gpu import launch_gemm
+
+        return launch_gemm.pack(codes)
+    PackSpec(int(codes.shape[1]))
+    return codes[:, ::2] | (codes[:, 1::2] << 4)
+
+
+def _fake_pack(codes: Tensor) -> Tensor:
+    return codes.new_empty((codes.shape[0], codes.shape[1] // 2))
+
+
 def expand(
     w: Tensor,
     *,
@@ -135,6 +149,30 @@ def quantize(x: Tensor, *, format: str, integers: bool = False) -> tuple[Tensor,
 def gelu_quantize(x: Tensor, *, format: str, integers: bool = False) -> tuple[Tensor, Tensor]:
     """The same of GELU(x), tanh form."""
     return _quantize(QuantizeSpec(format, int(x.shape[1]), "gelu", _type_of(x), integers=integers), x)
+
+
+def quantize_static(x: Tensor, scale: Tensor, zero: Tensor, *, format: str, integers: bool = False) -> Tensor:
+    """x [M, C] -> operand bytes u8 [M, C] of (x - zero) / scale, both f32 [1]."""
+    spec = QuantizeSpec(format, int(x.shape[1]), "none", _type_of(x), integers=integers, static=True)
+    return _quantize_static(spec, x, scale, zero)
+
+
+def gelu_quantize_static(x: Tensor, scale: Tensor, zero: Tensor, *, format: str, integers: bool = False) -> Tensor:
+    """The same of GELU(x), tanh form."""
+    spec = QuantizeSpec(format, int(x.shape[1]), "gelu", _type_of(x), integers=integers, static=True)
+    return _quantize_static(spec, x, scale, zero)
+
+
+def _quantize_static(spec: QuantizeSpec, x: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
+    if on_kernels(x):
+        from plugins.gpu import launch_quantize
+
+        return launch_quantize.quantize_static(spec, x, scale, zero)
+    return meanings.quantize_static(spec, x, scale, zero)
+
+
+def _fake_quantize_static(x: Tensor, scale: Tensor, zero: Tensor, **_given: Any) -> Tensor:
+    return x.new_empty(x.shape, dtype=torch.uint8)
 
 
 def norm_modulate_quantize(
@@ -183,6 +221,7 @@ _GEMM = (
 )
 _CODES = "(Tensor codes, Tensor scale)"
 _QUANTIZE = f"(Tensor x, *, str format, bool integers=False) -> {_CODES}"
+_STATIC = "(Tensor x, Tensor scale, Tensor zero, *, str format, bool integers=False) -> Tensor"
 
 OPS = (
     TorchOp(
@@ -192,6 +231,7 @@ OPS = (
         _fake_gemm,
     ),
     TorchOp("expanded_gemm", f"({_GEMM_INPUTS}, {_GEMM}) -> Tensor", expanded_gemm, _fake_gemm),
+    TorchOp("pack", "(Tensor codes) -> Tensor", pack, _fake_pack),
     TorchOp(
         "expand",
         f"(Tensor w, *, str activation, str weight, int in_features, {_WEIGHT}, Tensor? multiplier_codes=None, "
@@ -201,6 +241,8 @@ OPS = (
     ),
     TorchOp("quantize", _QUANTIZE, quantize, _fake_quantize),
     TorchOp("gelu_quantize", _QUANTIZE, gelu_quantize, _fake_quantize),
+    TorchOp("quantize_static", _STATIC, quantize_static, _fake_quantize_static),
+    TorchOp("gelu_quantize_static", _STATIC, gelu_quantize_static, _fake_quantize_static),
     TorchOp(
         "norm_modulate_quantize",
         "(Tensor x, Tensor shift, Tensor scale, *, str format, float epsilon, SymInt tokens, bool integers=False) -> "

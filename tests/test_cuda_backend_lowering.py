@@ -16,6 +16,7 @@ from pipeline.passes.lower_cuda import LowerCuda, lower
 from pipeline.passes.lower_cuda_attention import FuseAttention
 from pipeline.passes.lower_cuda_epilogue import FuseGateResidual
 from pipeline.passes.lower_cuda_ops import DOMAIN, OPS, add_functions
+from tests.learned import with_scaling
 from tests.portable import activations, op_types, portable, random_linear, run
 
 SHAPES = {"inputs": "float[B,S,64] x, float[B,1,64] gate", "outputs": "float[B,S,64] y"}
@@ -152,10 +153,21 @@ def test_codes_that_one_reader_cannot_take_as_int8_stay_fp8(other):
     LoweredModule(model)
 
 
-def test_integer_formats_are_int8_operands_by_themselves():
+@pytest.mark.parametrize("sm, integers", [(0, False), (86, True), (89, True), (90, False), (120, True)])
+def test_left_to_the_gpu_it_decides_at_load(sm, integers, monkeypatch):
+    monkeypatch.setattr("pipeline.backends.cuda_module.visible_sm", lambda: sm)
+    model = portable(LINEAR + "y = Neg(h)", square(), **SHAPES)
+    run_shared(model)
+    (choice,) = lower(model, "auto").choices
+    (gemm,) = LoweredModule(model).gemms
+    assert choice.path == "int8 or fp8 operands" and gemm.operands["integers"] == integers
+
+
+@pytest.mark.parametrize("operands", ["fp8", "auto", "int8"])
+def test_integer_formats_are_int8_operands_by_themselves(operands):
     model = portable(LINEAR + "y = Neg(h)", square(weight="INT4", activation="INT8"), **SHAPES)
     run_shared(model)
-    (choice,) = lower(model).choices
+    (choice,) = lower(model, operands).choices
     assert choice.path == "int8 operands" and "their sums in INT32" in choice.why
 
 
@@ -211,6 +223,19 @@ def test_a_gelu_joins_its_quantizer():
     model, before, after = both(model, {"x": activations(np.random.default_rng(2)), "gate": gates(2)})
     assert kinds(model)[:4] == ["Quantize", "Gemm", "GeluQuantize", "Gemm"]
     assert np.linalg.norm(after - before) <= 1e-2 * np.linalg.norm(before)  # one code may flip
+
+
+def test_a_gelu_joins_a_static_quantizer():
+    """Codes and all that follows are those of both apart; the executor gives what onnxruntime gives."""
+    layers = [random_linear("a", n=64), with_scaling(random_linear("b", n=64, seed=1), "zero")]
+    body = LINEAR + 'g = Gelu <approximate = "tanh"> (h)\n y = fpq.QuantizedLinear <layer="b"> (g)'
+    feeds = {"x": activations(np.random.default_rng(2)), "gate": gates(2)}
+    model, before, after = both(portable(body, layers, **SHAPES), feeds)
+    assert [kind for kind in kinds(model) if kind in OPS] == ["Quantize", "Gemm", "GeluQuantizeStatic", "Gemm"]
+    assert np.linalg.norm(after - before) <= 1e-2 * np.linalg.norm(before)  # one code may flip
+    module = LoweredModule(model)
+    found = module({name: torch.from_numpy(array) for name, array in feeds.items()})["y"].numpy()
+    assert np.linalg.norm(found - after) <= 1e-2 * np.linalg.norm(after)
 
 
 @pytest.mark.parametrize(

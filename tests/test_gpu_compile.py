@@ -41,13 +41,17 @@ WIDER = {
     ("norm_modulate_quantize", 1151, "E3M4", "fp16"),
     ("quantize", 16384, "E2M3", "fp32"),
 }
+STATIC = {
+    (name, sm, "static"): Request(kernel(name), QuantizeSpec("E2M3", WIDTH, BEFORE[name], static=True), sm)  # type: ignore[arg-type]
+    for name, sm in (("quantize", 80), ("gelu_quantize", 90), ("quantize", 120))
+}
 ON_HOPPER = {case: request(case[0], 90, *case[1:]) for case in sorted(WIDER)}
 
 
 @pytest.fixture(scope="session")
 def built(tmp_path_factory: pytest.TempPathFactory) -> dict[Any, Compiled]:
     """All kernels of this file, from one process and an empty cache."""
-    requests = {**EVERYWHERE, **ON_HOPPER}
+    requests = {**EVERYWHERE, **ON_HOPPER, **STATIC}
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("DITC_CACHE", str(tmp_path_factory.mktemp("cache")))
         return dict(zip(requests, compile_kernels(list(requests.values())), strict=True))
@@ -60,6 +64,15 @@ def empty(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 # --- the machine code ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("case", STATIC, ids=str)
+def test_a_given_scale_needs_no_pass_over_the_row(built: dict[Any, Compiled], case: Any) -> None:
+    """No maximum, no shuffle, no store of a scale: numbers in, codes out."""
+    one, least = built[case], built[case[:2]]
+    assert one.problems() == [] and one.count("SHFL", "REDUX", "CREDUX", "BAR") == 0
+    assert ("static_scale", "*fp32") in one.arguments and "scales" not in dict(one.arguments)
+    assert one.registers <= least.registers + 16, "as many rows in flight as with a scale per token, or nearly"
 
 
 @pytest.mark.parametrize("case", [*EVERYWHERE, *ON_HOPPER], ids=str)
@@ -166,6 +179,17 @@ def test_source_reaches_helpers_of_helpers() -> None:
     for name in ("norm_modulate_quantize", "_quantize_row", "_bytes", "reciprocal_parts", "grid_to_byte"):
         assert f"def {name}(" in source, name
     assert "def gelu_quantize(" not in source and "def _gelu(" not in source
+
+
+def test_key_follows_the_source_of_a_helper(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A line more in a function that the kernel's functions call is another kernel."""
+    from plugins.gpu import rounding
+
+    before = compiled._key(request("quantize", 90))
+    helper, read = rounding.reciprocal_parts.fn, compiled.inspect.getsource
+    text = read(helper) + "    # another line\n"
+    monkeypatch.setattr(compiled.inspect, "getsource", lambda function: text if function is helper else read(function))
+    assert compiled._key(request("quantize", 90)) != before
 
 
 def test_second_time_from_the_cache(empty: Path, monkeypatch: pytest.MonkeyPatch) -> None:

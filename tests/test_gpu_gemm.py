@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -19,8 +20,10 @@ from plugins.gpu.gemm_constants import packed_constants
 from plugins.gpu.operands import operand_bytes
 from plugins.gpu.promotion import promotion_of
 from plugins.gpu.specs import GemmSpec
+from plugins.gpu.table import kernel
 from plugins.gpu.tile_table import Tile
-from tests.gpu_gemms import EPS, case, exact, finite_codes, half_unit, meaning, run, stored
+from plugins.gpu.tiles import ReduceTile
+from tests.gpu_gemms import EPS, case, exact, finite_codes, half_unit, meaning, run, stored, tensor
 
 pytestmark = pytest.mark.usefixtures("interpreter")
 SMALL = Tile(16, 32, 64, 4, 2)
@@ -237,6 +240,23 @@ def test_one_gate_for_many_tokens() -> None:
         spec = GemmSpec("E2M3", "E2M1", 32, 8, epilogue="gate_residual", output="fp32")
         arrays = case(spec, 24, tokens=tokens)
         assert_bits(run(spec, arrays, SMALL, tokens=tokens), meaning(spec, arrays, tokens=tokens))
+
+
+@pytest.mark.parametrize("groups", [0, 32])
+def test_parts_of_a_sum_are_added_in_their_order(groups: int) -> None:
+    """Any float32 parts, then scales, zero point, gate and residual: the meaning's float32 steps, bit for bit."""
+    spec = GemmSpec(
+        *("UE2M4", "E2M1", 64, 35, groups), real_groups=groups > 0, zero_point=True, epilogue="gate_residual",
+        output="fp32",
+    )  # fmt: skip
+    row, arrays = kernel("reduce_splits"), case(spec, 20, tokens=2)
+    parts = np.random.default_rng(0).standard_normal((3, 20, 35)).astype(np.float32) ** 5
+    names = [argument.name for argument in row.arguments_of(spec) if argument.role == "input"]
+    inputs = {name: parts if name == "parts" else arrays[name] for name in names}
+    y, sizes = torch.empty(20, 35), {"M": 20, "tokens": 2}
+    tensors = {name: tensor(array) for name, array in inputs.items()}
+    launch_gemm.run(row, spec, ReduceTile(3), 20, 0, {**tensors, **sizes, "y": y})
+    assert_bits(y.numpy(), row.reference(spec, **inputs, **sizes)[0])
 
 
 # --- broken and empty tokens -----------------------------------------------------------------------------------------

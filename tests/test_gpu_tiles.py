@@ -33,6 +33,7 @@ from plugins.gpu.tiles import (
     expands_first,
     gemm_grid,
     packed_tile,
+    prefers_integers,
     product_type,
     scales_sums,
 )
@@ -142,6 +143,14 @@ def test_old_and_new_gpus() -> None:
         assert [product_type(spec, sm) for sm in (80, 90, 120)] == ["int8"] * 3
     assert product_type(GemmSpec("INT8", "UE3M1", 64, 64), 90) == "fp16", "its image, up to 192, does not fit"
     assert product_type(GemmSpec("E3M4", "E2M1", 64, 64), 90) == "fp16"
+
+
+def test_int8_is_preferred_where_its_rate_is_the_higher() -> None:
+    """On every GPU named, and nowhere where one of them is as quick with FP8, too old, or not there."""
+    assert [prefers_integers([sm]) for sm in (0, 75, 80, 86, 89, 90, 100, 120, 121)] == [
+        *(False, False), *(True, True, True), *(False, False), *(True, True),
+    ]  # fmt: skip
+    assert prefers_integers((80, 89, 120)) and not prefers_integers((89, 90)) and not prefers_integers((0, 89))
 
 
 # --- constants -------------------------------------------------------------------------------------------------------

@@ -143,6 +143,7 @@ def cases() -> list[Any]:
     own = {key: choices[key] for key in OF_WEIGHT if key in choices} | {"in_features": K}
     x, row = torch.randn(M, K), torch.randn(2, K)
     norm = {"format": "E2M3", "epsilon": 1e-6, "tokens": 3, "integers": True}
+    static, codes = [torch.tensor([0.04]), torch.tensor([0.3])], torch.arange(16, dtype=torch.uint8).repeat(3, 2)
     return [
         pytest.param(OPS.packed_gemm, tensors, choices, id="packed_gemm"),
         pytest.param(OPS.expanded_gemm, other, rest | {"output": "fp16"}, id="expanded_gemm"),
@@ -150,6 +151,9 @@ def cases() -> list[Any]:
         pytest.param(OPS.quantize, [x], {"format": "E2M3"}, id="quantize"),
         pytest.param(OPS.gelu_quantize, [x.half()], {"format": "E4M3"}, id="gelu_quantize"),
         pytest.param(OPS.norm_modulate_quantize, [x, row, row], norm, id="norm_modulate_quantize"),
+        pytest.param(OPS.quantize_static, [x, *static], {"format": "INT8"}, id="quantize_static"),
+        pytest.param(OPS.gelu_quantize_static, [x.half(), *static], {"format": "E2M3"}, id="gelu_quantize_static"),
+        pytest.param(OPS.pack, [codes], {}, id="pack"),
     ]
 
 

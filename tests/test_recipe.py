@@ -44,7 +44,9 @@ OTHER = {
     "rtx.sm": (89,),
     "rtx.attention": "fp32",
     "rtx.path": "plugin",
+    "rtx.operands": "int8",
     "trt.attention": "fp32",
+    "trt.operands": "fp8",
     "cuda.weights": "packed",
     "cuda.operands": "int8",
     "cuda.activations": "fp32",
@@ -132,6 +134,8 @@ BAD_VALUES = [
     ("rtx.sm", []),
     ("cuda.weights", "fp8"),
     ("cuda.operands", "fp4"),
+    ("rtx.operands", "int4"),
+    ("trt.operands", ""),
     ("cuda.activations", "bf16"),
 ]
 

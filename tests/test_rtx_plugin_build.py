@@ -25,6 +25,7 @@ from pipeline.passes.lower_cuda_ops import DOMAIN
 from pipeline.passes.lower_rtx_weights import packed_weight
 from pipeline.probing import ProbedGraph, open_session
 from pipeline.recipe import Calibrate, Formats, Recipe, Rtx
+from plugins.gpu.specs import GemmSpec, QuantizeSpec
 from plugins.tensorrt_rtx.payload import FIELD, Payload, from_text
 from tests.rtx_models import Graph, Linear, block, single
 
@@ -33,7 +34,7 @@ pytest.importorskip("triton", reason="triton is not installed")
 pytestmark = pytest.mark.rtx
 WIDTH = 128
 RECIPE = Recipe("t", "zoo:pixart_mini", rtx=Rtx(sm=(89,), path="plugin"))
-PLUGINS = {"gelu_quantize": 1, "norm_modulate_quantize": 2, "packed_gemm": 6, "quantize": 1}
+PLUGINS = {"gelu_quantize": 1, "norm_modulate_quantize": 2, "packed_gemm": 4, "quantize": 1}
 LINEARS = ("attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out", "ff.up", "ff.down")
 
 
@@ -84,7 +85,8 @@ def test_the_engine_carries_machine_code_once_for_equal_layers(folder: Path) -> 
     assert all(variant.code.startswith(b"\x7fELF") for payload in payloads for variant in payload.variants)
     carried = {name: payload for (name, _), payload in zip(nodes, payloads, strict=True) if payload.variants}
     assert sorted(carried) == [
-        "attn.to_out/quantize", "attn.to_q", "ff.down", "ff.down/quantize", "ff.up", "norm1", "norm2",
+        *("attn.to_out", "attn.to_out/quantize", "attn.to_q+attn.to_k+attn.to_v"),
+        *("ff.down", "ff.down/quantize", "ff.up", "norm1", "norm2"),
     ]  # fmt: skip
     assert all(payload.sms == (89,) for payload in carried.values())
     data = (folder / "rtx" / ENGINE).read_bytes()
@@ -95,7 +97,7 @@ def builders_graph(folder: Path) -> tuple[list[tuple[str, bytes]], list[Payload]
     """(name, payload as text) of every plugin node of the builder's graph, and the payloads."""
     path = folder / "work" / "again.onnx"
     compiled = partial(rtx_plugin._compiled, (89,))
-    rtx_plugin.write_graph(folder / "work" / ONNX, path, 1, compiled, lambda payload: "P", {})
+    rtx_plugin.write_graph(folder / "work" / ONNX, path, 1, compiled, lambda payload: "P", {}, (89,))
     graph = onnx.load(path, load_external_data=False).graph
     path.unlink()
     found = [(node.name, a.s) for node in graph.node for a in node.attribute if a.name == FIELD]
@@ -105,7 +107,13 @@ def builders_graph(folder: Path) -> tuple[list[tuple[str, bytes]], list[Payload]
 def test_the_builders_graph_is_the_verified_one_without_bodies(folder: Path) -> None:
     path = folder / "work" / "again.onnx"
     rtx_plugin.write_graph(
-        folder / "work" / ONNX, path, 1, lambda node: Payload(node.kernel, node.spec, ()), lambda payload: "P", {}
+        folder / "work" / ONNX,
+        path,
+        1,
+        lambda node: Payload(node.kernel, node.spec, ()),
+        lambda payload: "P",
+        {},
+        (89,),
     )
     verified, made = (onnx.load(folder / "work" / name, load_external_data=False) for name in (ONNX, path.name))
     path.unlink()
@@ -155,7 +163,7 @@ def packed_nodes(model: onnx.ModelProto) -> list[ir.Node]:
 def test_probes_cover_every_linear_and_choices_say_plugin(tmp_path: Path) -> None:
     graph = lowered(tmp_path, recipe(89), small_block())
     assert {probe.layer for probe in graph.probes} == set(LINEARS)
-    assert {choice.path for choice in graph.choices} == {"plugin, fp8 operands"}
+    assert {choice.path for choice in graph.choices} == {"plugin, int8 or fp8 operands"}
     assert all(probe.exact for probe in graph.probes)
 
 
@@ -181,6 +189,40 @@ def test_other_formats_and_gpus_build(linear: Linear, sms: tuple[int, ...], tmp_
     found = RtxBackend().build(lowered(tmp_path, chosen, single(linear)), tmp_path / "rtx", chosen).metadata
     assert found["plugins"] == {"packed_gemm": 1, "quantize": 1} and found["compute_capabilities"] == list(sms)
     assert found["constant_bytes"]["int8"] == 128 * 64 // 2
+
+
+def specs_of(graph: LoweredGraph, *sms: int) -> list[QuantizeSpec | GemmSpec]:
+    """Of every plugin of the builder's graph for these GPUs."""
+    path = graph.path.with_name("again.onnx")
+    arguments = (graph.path, path, 1, lambda node: Payload(node.kernel, node.spec, ()), lambda payload: "P", {}, sms)
+    return [node.spec for node in rtx_plugin.write_graph(*arguments)]
+
+
+@pytest.mark.parametrize(
+    ("operands", "sms", "integers"),
+    [
+        ("int8", (80,), True),
+        ("fp8", (80,), False),
+        ("auto", (80, 86, 89, 120), True),
+        ("auto", (90,), False),
+        ("auto", (89, 100), False),
+    ],
+)
+def test_operands_are_what_the_recipe_or_the_gpus_say(
+    operands: str, sms: tuple[int, ...], integers: bool, tmp_path: Path
+) -> None:
+    """Codes and GEMMs alike; the graph that is verified is the same for every GPU."""
+    graph = lowered(tmp_path, replace(RECIPE, rtx=Rtx(path="plugin", operands=operands)), small_block())
+    specs = specs_of(graph, *sms)
+    assert {spec.integers for spec in specs} == {integers} and len(specs) == sum(PLUGINS.values())
+    assert all(spec.multiplies_integers == integers for spec in specs if isinstance(spec, GemmSpec))
+
+
+def test_formats_that_do_not_embed_in_int8_stay_fp8(tmp_path: Path) -> None:
+    chosen = replace(RECIPE, rtx=Rtx(path="plugin", operands="int8"))
+    graph = lowered(tmp_path, chosen, single(Linear("layer", 64, 48, "E3M2")))
+    assert {spec.integers for spec in specs_of(graph, 86)} == {False}
+    assert {choice.path for choice in graph.choices} == {"plugin, fp8 operands"}
 
 
 # --- what must be refused ------------------------------------------------------------------------------------------

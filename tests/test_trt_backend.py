@@ -81,12 +81,13 @@ def test_the_builders_graph_has_ahead_of_time_plugins(lowered, monkeypatch: pyte
     nodes = trt.write_graph(lowered.path, path, 1, 90)
     graph = onnx.load(path, load_external_data=False).graph
     plugins = {node.name: node for node in graph.node if node.name in {n.name for n in nodes}}
-    assert len(plugins) == 10 and plugins["ff.up"].op_type == "PackedGemmMultipliers"
-    attributes = {a.name: onnx.helper.get_attribute_value(a) for a in plugins["attn.to_q"].attribute}
+    assert len(plugins) == 8 and plugins["ff.up"].op_type == "PackedGemmMultipliers"
+    merged = plugins["attn.to_q+attn.to_k+attn.to_v"]
+    attributes = {a.name: onnx.helper.get_attribute_value(a) for a in merged.attribute}
     assert (attributes["plugin_namespace"], attributes["plugin_version"], attributes["aot"]) == (b"fpq", b"1", 1)
     assert b".visible .entry packed_gemm" in from_text(attributes["payload"].decode()).variants[0].code
-    assert set(asked) == {((90,), "ptx")} and len(asked) == 7  # q, k, v and out are one kernel
-    assert trt.described(lowered, nodes)["plugins"]["packed_gemm"] == 6
+    assert set(asked) == {((90,), "ptx")} and len(asked) == 8  # q, k and v are one kernel, and one launch
+    assert trt.described(lowered, nodes)["plugins"]["packed_gemm"] == 4
     assert "without TensorRT at hand" in trt.described(lowered, nodes)["proof"]
 
 

@@ -55,7 +55,8 @@ class ProbeRow:
     act_scale: the per-token scale, value = image * 2^-f * act_scale; of groups, one after the other; "" for a static
     scale, which is part of the GEMM's. gemm: the GEMM's result, which must equal
     float32(integer sum * gemm_unit) * gemm_scale, with gemm_scale the name of a float32 initializer [N], or "" for
-    none. gemm_groups: above 1 it is [groups, M, N], the sums of as many parts of K. `exact` is False only where the
+    none. gemm_groups: above 1 it is [groups, M, N], the sums of as many parts of K. gemm_columns: (first, count) of the
+    layer's own columns in it, (0, 0) for all. `exact` is False only where the
     path is not an integer embedding (then `why` of the choice says so).
     half_roundings: how often such a path rounds a factor or the sum of a product to FP16.
     output: the linear's float result, scaled and with its bias added (it proves weight scales and bias). low_rank: the
@@ -78,6 +79,7 @@ class ProbeRow:
     half_roundings: int = 0
     low_rank: str = ""
     gemm_groups: int = 1
+    gemm_columns: tuple[int, int] = (0, 0)
 
 
 @dataclass(frozen=True)

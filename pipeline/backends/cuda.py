@@ -25,7 +25,7 @@ from pipeline.files import sha256, write_json
 from pipeline.methods import activation_scalings
 from pipeline.passes import run_shared
 from pipeline.passes.graph import drop_unused
-from pipeline.passes.lower_cuda import FP8, GROUPS_REFUSED, INT8, OWN_CODES, WIDE_INT8, lower
+from pipeline.passes.lower_cuda import EITHER, FP8, GROUPS_REFUSED, INT8, OWN_CODES, WIDE_INT8, lower
 from pipeline.passes.lower_cuda_ops import DOMAIN
 from pipeline.passes.split_condition import split_condition
 from pipeline.recipe import Cuda
@@ -36,6 +36,7 @@ REMEDY = "use another format, or --target cpu"
 GEMMS = (
     GemmRow(FP8, "E4M3", "E4M3", real_groups=True),
     GemmRow(INT8, "INT8", "INT8", real_groups=True),
+    GemmRow(EITHER, "INT8", "INT8", real_groups=True),
     GemmRow(WIDE_INT8, "INT8", "FP16", real_groups=True),
     GemmRow(OWN_CODES, "FP16", "FP16", real_groups=True),
 )

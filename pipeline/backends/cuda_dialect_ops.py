@@ -15,13 +15,10 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 import plugins.torch_ops  # noqa: F401, registers torch.ops.fpq
-from plugins.torch_meanings import TYPE_NAMES, encoded
+from plugins.gpu.tiles import EXPAND_FROM
+from plugins.torch_meanings import TYPE_NAMES
 
 OPS = torch.ops.fpq
-# From how many tokens a linear expands its weight to a byte each, if left to choose. Reading N x K bytes and doing
-# 2 M N K operations takes equally long on an H100 at M = 1979e12 / 3.35e12 / 2 = 295 (data sheet, FP8): from the next
-# tile on, decoding costs more than reading saves.
-EXPAND_FROM = 512
 # FP16 holds no number below -65504; a row of nothing but -inf would become NaN.
 LOWEST_MASK = -30000.0
 
@@ -147,10 +144,24 @@ def norm_modulate_quantize(attributes: Mapping[str, Any]) -> Callable[..., Any]:
     return run
 
 
+def _static_quantizer(attributes: Mapping[str, Any], op: Callable[..., Any]) -> Callable[..., Any]:
+    """x, scale, zero -> bytes of x's shape."""
+    choices = {key: attributes[key] for key in ("format", "integers")}
+
+    def run(x: Tensor, scale: Tensor, zero: Tensor) -> tuple[Tensor]:
+        rows = x.reshape(-1, x.shape[-1]).contiguous()
+        codes = op(rows, scale.reshape(1), zero.reshape(1), **choices)
+        return (codes.reshape(x.shape),)
+
+    return run
+
+
 def quantize_static(attributes: Mapping[str, Any]) -> Callable[..., Any]:
-    """A few torch functions; no kernel of its own, since one constant scale needs no pass over the token."""
-    name, integers = attributes["format"], attributes["integers"]
-    return lambda x, scale, zero: (encoded(name, (x.float() - zero) / scale, integers),)
+    return _static_quantizer(attributes, OPS.quantize_static)
+
+
+def gelu_quantize_static(attributes: Mapping[str, Any]) -> Callable[..., Any]:
+    return _static_quantizer(attributes, OPS.gelu_quantize_static)
 
 
 def attention(attributes: Mapping[str, Any]) -> Callable[..., Any]:
@@ -178,6 +189,7 @@ DIALECT_OPS = {
     "GeluQuantize": DialectOp(gelu_quantize),
     "NormModulateQuantize": DialectOp(norm_modulate_quantize),
     "QuantizeStatic": DialectOp(quantize_static, frozenset({"scale", "zero"})),
+    "GeluQuantizeStatic": DialectOp(gelu_quantize_static, frozenset({"scale", "zero"})),
     "Gemm": DialectOp(None, frozenset({"a_scale"})),
     "GemmGateResidual": DialectOp(None, frozenset({"a_scale"})),
     "Attention": DialectOp(attention),

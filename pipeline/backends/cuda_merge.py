@@ -10,13 +10,10 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from pipeline.backends.cuda_dialect_ops import Gemm
+from plugins.gpu.tiles import MERGED_COLUMNS
 
 if TYPE_CHECKING:
     from pipeline.backends.cuda_module import Step
-
-# A tile of 128 columns for each of an H100's 132 multiprocessors: from there on one row of tiles fills the GPU, and
-# merging more only makes the result larger.
-MERGED_COLUMNS = 132 * 128
 
 
 def merge_gemms(steps: Sequence[Step]) -> list[Step]:

@@ -26,8 +26,10 @@ from export.errors import ContractError
 from pipeline.backends.cuda_dialect_ops import DIALECT_OPS, Gemm
 from pipeline.backends.cuda_merge import merge_gemms
 from pipeline.backends.cuda_onnx_ops import ONNX_OPS
-from pipeline.passes.lower_cuda import OPERANDS_KEY
+from pipeline.backends.rtx_run import visible_sm
+from pipeline.passes.lower_cuda import OPERANDS_KEY, takes_integers
 from pipeline.passes.lower_cuda_ops import DOMAIN, OPS
+from plugins.gpu.tiles import prefers_integers
 
 HALF, FULL = torch.float16, torch.float32
 # Unquantized weights of at least so many elements are kept in FP16 with FP16 activations.
@@ -68,9 +70,11 @@ class LoweredModule(nn.Module):
     """forward(inputs by name) -> outputs by name; float outputs are float32."""
 
     def __init__(self, model: ir.Model, activations: str = "fp32", weights: str = "packed") -> None:
-        """activations: "fp32" or "fp16". weights: "packed", "expanded" or "auto". Raises ContractError for a graph
-        that the executor does not know, naming the nodes."""
+        """activations: "fp32" or "fp16". weights: "packed", "expanded" or "auto". The visible GPU decides where codes
+        that may be either are INT8 images. Raises ContractError for a graph that the executor does not know, naming the
+        nodes."""
         super().__init__()
+        self.prefers_integers = prefers_integers([visible_sm()])
         refuse_unknown(model.graph)
         self.plan, self.weights = Plan(activations == "fp16"), weights
         self.inputs = tuple(str(value.name) for value in model.graph.inputs)
@@ -172,27 +176,33 @@ class LoweredModule(nn.Module):
         wanted = [FULL if key in row.wide else compute for key in keys]
         outputs = [str(value.name) for value in node.outputs]
         if "codes" in OPS[node.op_type].outputs:
-            outputs = outputs[:1] if node.op_type == "QuantizeStatic" else outputs[:2]
+            outputs = outputs[: 2 if "scale" in OPS[node.op_type].outputs else 1]
             self.plan.types |= dict(zip(outputs, (torch.uint8, FULL), strict=False))
             self.plan.sources[outputs[0]] = compute
         else:
             self.plan.types[outputs[0]] = compute
         inputs = tuple(self._operand(name, kind) for name, kind in zip(names, wanted, strict=True))
         types = tuple(None if name in self.plan.constants else kind for name, kind in zip(names, wanted, strict=True))
-        self.steps.append(Step(str(node.name), row.make(_choices(node)), inputs, types, tuple(outputs)))
+        self.steps.append(Step(str(node.name), row.make(self._choices(node)), inputs, types, tuple(outputs)))
 
     def _add_gemm(self, node: ir.Node, given: dict[str, str]) -> None:
         output = self.plan.sources[given["a_codes"]]
         static = given["a_scale"] in self.plan.constants
         kept = ("codes", "w_scales", "multiplier_codes", "bias", *(["a_scale"] if static else []))
         constants = {key: self.plan.constants[given[key]] for key in kept}
-        gemm = Gemm(constants, _choices(node), output, self.weights)
+        gemm = Gemm(constants, self._choices(node), output, self.weights)
         names = [given["a_codes"], "" if static else given["a_scale"]]
         moving = [given[key] for key in ("gate", "residual") if key in given]
         inputs = (*names, *(self._operand(name, output) for name in moving))
         types = (None, None, *(None if name in self.plan.constants else output for name in moving))
         self.plan.types[str(node.outputs[0].name)] = output
         self.steps.append(Step(str(node.name), gemm, inputs, types, (str(node.outputs[0].name),)))
+
+    def _choices(self, node: ir.Node) -> dict[str, Any]:
+        """Attributes of a node of the dialect, and whether its codes are INT8 images by choice."""
+        return _attributes(node) | {
+            "integers": takes_integers(node.metadata_props.get(OPERANDS_KEY), self.prefers_integers)
+        }
 
     def _type(self, name: str) -> torch.dtype:
         found = self.plan.constants.get(name)
@@ -265,11 +275,6 @@ def _torch_type(value: ir.Value) -> torch.dtype:
 
 def _attributes(node: ir.Node) -> dict[str, Any]:
     return {key: found.value for key, found in node.attributes.items()}
-
-
-def _choices(node: ir.Node) -> dict[str, Any]:
-    """Attributes of a node of the dialect, and whether its codes are INT8 images by choice."""
-    return _attributes(node) | {"integers": node.metadata_props.get(OPERANDS_KEY) == "int8"}
 
 
 def _on_host(plan: Plan, names: list[str]) -> bool:

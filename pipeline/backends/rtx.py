@@ -19,6 +19,7 @@ from pipeline.files import sha256, write_json
 from pipeline.methods import activation_scalings
 from pipeline.passes import run_shared
 from pipeline.passes.graph import drop_unused
+from pipeline.passes.lower_cuda import LowerCuda
 from pipeline.passes.lower_rtx import GROUPS_REFUSED, Lowering, lower
 from pipeline.passes.lower_rtx_attention import halve_attention
 from pipeline.passes.lower_rtx_gemms import matmul_names
@@ -91,9 +92,10 @@ class RtxBackend:
         """Write the graph that the builder gets into `work_dir`; weights are converted one by one while writing."""
         model, sms = ir.load(portable), tuple(recipe.rtx.sm)
         run_shared(model)
-        lowering = (
-            rtx_plugin.lower(model) if recipe.rtx.path == "plugin" else lower_native(model, recipe.rtx.weights, sms)
-        )
+        if recipe.rtx.path == "plugin":
+            lowering: LowerCuda | Lowering = rtx_plugin.lower(model, recipe.rtx.operands)
+        else:
+            lowering = lower_native(model, recipe.rtx.weights, sms)
         if recipe.rtx.attention == "fp16":
             attentions, linears = halve_attention(model), halve_large_linears(model)
             logger.info("in FP16: %d attentions, unquantized linears %s", attentions, ", ".join(linears) or "none")

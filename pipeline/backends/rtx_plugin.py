@@ -24,6 +24,7 @@ from pipeline.backends.base import Choice
 from pipeline.backends.rtx_engine_file import EngineFile, check_plugins, read_engine_file
 from pipeline.passes.lower_cuda import LowerCuda
 from pipeline.passes.lower_rtx_plugin import KernelNode, lower_fused, plugin_graph
+from plugins.gpu.tiles import prefers_integers
 from plugins.tensorrt_rtx import compile, loader, plugin
 from plugins.tensorrt_rtx.payload import FIELD, NAMESPACE, PLUGINS, VERSION, Payload
 
@@ -47,9 +48,9 @@ def problems(sms: Sequence[int]) -> list[str]:
     return found
 
 
-def lower(model: ir.Model) -> LowerCuda:
+def lower(model: ir.Model, operands: str) -> LowerCuda:
     """Lower `model` to fused ops, in place, after the shared passes. Raises ContractError for what no kernel takes."""
-    lowering = lower_fused(model)
+    lowering = lower_fused(model, operands)
     lowering.choices = [Choice(row.layer, f"plugin, {row.path}", row.why) for row in lowering.choices]
     return lowering
 
@@ -61,11 +62,12 @@ def write_graph(
     compiled: Callable[[KernelNode], Payload],
     name: Callable[[Payload], str],
     fields: Mapping[str, Any],
+    sms: Sequence[int],
 ) -> list[KernelNode]:
     """Write the graph that a builder gets to `path`, beside `lowered`, whose weights it shares; returns its plugins.
 
     compiled: what a node's plugin carries; equal layers are compiled once. name: of a plugin; fields: attributes of
-    all. Raises ContractError for an op without a plugin.
+    all; sms: the GPUs that it is for. Raises ContractError for an op without a plugin.
     """
     model = onnx.load(lowered, load_external_data=False)
     made: dict[Any, Payload] = {}
@@ -78,7 +80,8 @@ def write_graph(
             payload = made[key] = compiled(node)
         return name(payload), {**fields, FIELD: payload.to_text()}
 
-    nodes = plugin_graph(model, rtx_build.shape_bounds(model, batch_size), plugin_of)
+    bounds = rtx_build.shape_bounds(model, batch_size)
+    nodes = plugin_graph(model, bounds, plugin_of, prefers_integers(sms))
     onnx.save(model, path)
     logger.info("%d plugins of %d kernels", len(nodes), len(made))
     return nodes
@@ -93,7 +96,7 @@ def build(
     graph = lowered.with_name(GRAPH)
     try:
         compiled = partial(_compiled, sms)
-        nodes = write_graph(lowered, graph, batch_size, compiled, lambda found: PLUGINS[found.kernel], FIELDS)
+        nodes = write_graph(lowered, graph, batch_size, compiled, lambda found: PLUGINS[found.kernel], FIELDS, sms)
         facts = rtx_build.build_engine(graph, engine_path, sms, batch_size)
     finally:
         graph.unlink(missing_ok=True)
@@ -111,6 +114,7 @@ def described(nodes: Sequence[KernelNode]) -> dict[str, Any]:
     return {
         "proof": PROOF,
         "plugins": dict(sorted(Counter(node.kernel for node in nodes).items())),
+        "int8_operands": sum(getattr(node.spec, "multiplies_integers", False) for node in nodes),
         "plugin_namespace": NAMESPACE,
         "plugin_version": VERSION,
         "packed_weight_bytes": sum(node.weight_bytes for node in nodes),

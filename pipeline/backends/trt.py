@@ -60,7 +60,7 @@ class TrtBackend:
         """Write the graph of fused ops, which is verified, into `work_dir`."""
         model = ir.load(portable)
         run_shared(model)
-        lowering = rtx_plugin.lower(model)
+        lowering = rtx_plugin.lower(model, recipe.trt.operands)
         if recipe.trt.attention == "fp16":
             halve_attention(model)
             halve_large_linears(model)
@@ -91,7 +91,7 @@ class TrtBackend:
 
 def write_graph(lowered: Path, path: Path, batch_size: int, sm: int) -> list[KernelNode]:
     """Write the builder's graph for GPU `sm` to `path`, beside `lowered`; returns its plugins."""
-    return rtx_plugin.write_graph(lowered, path, batch_size, partial(_compiled, sm), plugin_name, FIELDS)
+    return rtx_plugin.write_graph(lowered, path, batch_size, partial(_compiled, sm), plugin_name, FIELDS, (sm,))
 
 
 def _compiled(sm: int, node: KernelNode) -> Payload:

@@ -24,10 +24,19 @@ GROUPS_REFUSED = (
     "the GPU kernels have no scale per token and group of input channels; build it with --target cpu, or calibrate "
     "with one scale per token"
 )
+# Quantizer -> fused op; a GELU in front gives its name to the first two.
+FUSED = {
+    "QuantizeActivation": "Quantize",
+    "QuantizeStatic": "QuantizeStatic",
+    "NormModulateQuantize": "NormModulateQuantize",
+}
+# Fused op -> its output that the linear reads unquantized.
+SEEN = {"GeluQuantize": "gelu", "GeluQuantizeStatic": "gelu", "NormModulateQuantize": "modulated"}
 # What the tensor cores multiply.
 FP8, INT8 = "fp8 operands", "int8 operands"
+EITHER = "int8 or fp8 operands"
 WIDE_INT8, OWN_CODES = "int8 codes, fp16 operands", "own codes, fp16 operands"
-# Metadata of quantizers and GEMMs whose codes are INT8 images by choice (cuda.operands).
+# Metadata of quantizers and GEMMs whose codes are INT8 images by choice: "int8", or "auto" if the GPU decides.
 OPERANDS_KEY = "fpq.operands"
 
 
@@ -35,7 +44,7 @@ class LowerCuda(RewritePass):
     """Lower every packed GEMM and quantizer; `choices` and `probes` have one row for each GEMM.
 
     A GELU whose only reader is a quantizer joins it. operands: "int8" for INT8 images wherever every reader of a
-    quantizer takes them. Raises ContractError for what no kernel takes, naming the layer.
+    quantizer takes them, "auto" to leave it to the GPU. Raises ContractError for what no kernel takes, by layer.
     """
 
     def __init__(self, operands: str = "fp8") -> None:
@@ -50,24 +59,22 @@ class LowerCuda(RewritePass):
             if node.domain == DOMAIN and node.op_type in (*QUANTIZERS, "NormModulateQuantize"):
                 self._quantizer(model.graph, node)
         gemms = [node for node in model.graph if node.domain == DOMAIN and node.op_type == "PackedGemm"]
-        if self.operands == "int8":
-            _choose_integers(gemms)
+        if self.operands != "fp8":
+            _choose_integers(gemms, self.operands)
         for node in gemms:
             self._gemm(model.graph, node)
         _finish(model)
 
     def _quantizer(self, graph: ir.Graph, node: ir.Node) -> None:
         name, fmt = str(node.name), attribute(node, "format")
-        kind, inputs, extra = "Quantize", list(node.inputs), {}
-        if node.op_type == "NormModulateQuantize":
-            kind, extra = "NormModulateQuantize", {"epsilon": float(attribute(node, "epsilon"))}
-        elif node.op_type == "QuantizeStatic":
-            kind = "QuantizeStatic"
+        kind, inputs, extra, gelu = FUSED[node.op_type], list(node.inputs), {}, None
+        if kind == "NormModulateQuantize":
+            extra = {"epsilon": float(attribute(node, "epsilon"))}
         elif (gelu := self._gelu(node)) is not None:
-            kind, inputs = "GeluQuantize", [gelu.inputs[0]]
+            kind, inputs[0] = f"Gelu{kind}", gelu.inputs[0]
         fused = fused_node(kind, inputs, name, node, **quantizer_attributes(fmt, **extra))
         old, new = list(node.outputs), fused.outputs[: len(node.outputs)]
-        if kind == "GeluQuantize":
+        if gelu is not None:
             old, new = [*old, node.inputs[0]], [*new, output_of(fused, "gelu")]  # type: ignore[list-item]
         for before, after in zip(old, new, strict=True):
             after.name, after.shape = before.name, before.shape
@@ -75,10 +82,8 @@ class LowerCuda(RewritePass):
         for before, after in zip(node.outputs, new, strict=False):
             ir.convenience.replace_all_uses_with(before, after)
         graph.remove(node, safe=True)
-        if kind == "GeluQuantize":
-            gelu_node = old[-1].producer()
-            assert gelu_node is not None
-            graph.remove(gelu_node, safe=True)
+        if gelu is not None:
+            graph.remove(gelu, safe=True)
         self.fired += 1
 
     def _gelu(self, quantizer: ir.Node) -> ir.Node | None:
@@ -98,6 +103,7 @@ class LowerCuda(RewritePass):
         spec, quantizer = read_spec(node), _quantizer_of(node)
         chosen = quantizer.metadata_props.get(OPERANDS_KEY, "")
         kernel = kernel_spec(spec, integers=chosen == "int8")
+        path = EITHER if chosen == "auto" else path_of(kernel)
         given = gemm_attributes({key: found.value for key, found in node.attributes.items()})
         fused = fused_node("Gemm", list(node.inputs), spec.layer, node, **given)
         fused.metadata_props.update({OPERANDS_KEY: chosen} if chosen else {})
@@ -105,8 +111,8 @@ class LowerCuda(RewritePass):
         graph.insert_before(node, fused)
         ir.convenience.replace_all_uses_with(node.outputs[0], fused.outputs[0], replace_graph_outputs=True)
         graph.remove(node, safe=True)
-        self.choices.append(Choice(spec.layer, path_of(kernel), _why(spec, kernel)))
-        self.probes.append(_probe(spec, path_of(kernel), fused, quantizer))
+        self.choices.append(Choice(spec.layer, path, _why(spec, kernel)))
+        self.probes.append(_probe(spec, path, fused, quantizer))
         self.fired += 1
 
 
@@ -126,18 +132,25 @@ def path_of(kernel: specs.GemmSpec) -> str:
     return {"E4M3": FP8, "INT8": WIDE_INT8}.get(kernel.operand.kind, OWN_CODES)
 
 
-def _choose_integers(gemms: list[ir.Node]) -> None:
-    """Mark the quantizers all of whose readers multiply INT8 images: their codes have one form."""
+def takes_integers(chosen: str | None, preferred: bool) -> bool:
+    """Whether codes marked `chosen` are INT8 images on a GPU that prefers them, or does not."""
+    return chosen == "int8" or (chosen == "auto" and preferred)
+
+
+def _choose_integers(gemms: list[ir.Node], chosen: str) -> None:
+    """Mark the quantizers all of whose readers can multiply INT8 images: their codes have one form."""
     readers: dict[ir.Node, list[ir.Node]] = {}
     for node in gemms:
         readers.setdefault(_quantizer_of(node), []).append(node)
     for quantizer, nodes in readers.items():
-        if all(_takes_integers(read_spec(node)) for node in nodes):
-            quantizer.metadata_props[OPERANDS_KEY] = "int8"
+        if all(_fits_integers(read_spec(node), chosen) for node in nodes):
+            quantizer.metadata_props[OPERANDS_KEY] = chosen
 
 
-def _takes_integers(spec: GemmSpec) -> bool:
-    kernel_spec(spec)  # what no kernel takes at all is an error, not a reason for FP8
+def _fits_integers(spec: GemmSpec, chosen: str) -> bool:
+    """Integer formats, INT8 images in any case, need no choice of the GPU's."""
+    if kernel_spec(spec).multiplies_integers:  # what no kernel takes at all is an error, not a reason for FP8
+        return chosen == "int8"
     try:
         return kernel_spec(spec, integers=True).multiplies_integers
     except ContractError:
@@ -189,7 +202,7 @@ def _why(spec: GemmSpec, kernel: specs.GemmSpec) -> str:
 
 
 def _probe(spec: GemmSpec, path: str, gemm: ir.Node, quantizer: ir.Node) -> ProbeRow:
-    seen = {"GeluQuantize": "gelu", "NormModulateQuantize": "modulated"}.get(quantizer.op_type)
+    seen = SEEN.get(quantizer.op_type)
     x = output_of(quantizer, seen) if seen else quantizer.inputs[0]
     assert x is not None
     branch, total = low_rank_of(gemm.outputs[0]) or (None, gemm.outputs[0])

@@ -82,6 +82,12 @@ def _quantize_static(body: Body) -> None:
     _values(body)
 
 
+def _gelu_quantize_static(body: Body) -> None:
+    body.op("Gelu", "x", approximate="tanh", out="gelu")
+    op_bodies.quantize_static(body, x="gelu")
+    _values(body)
+
+
 def _gemm(body: Body) -> None:
     """The linear's result, see `_linear`."""
     _linear(body, "y")
@@ -210,6 +216,15 @@ _ROWS = (
         frozenset({"values"}),
         _QUANTIZER,
         _quantize_static,
+    ),
+    FusedOp(
+        "GeluQuantizeStatic",
+        "QuantizeStatic of gelu(x), tanh form.",
+        ("x", "scale", "zero"),
+        {"codes": U8, "gelu": F32} | _VALUES,
+        frozenset({"gelu", "values"}),
+        _QUANTIZER,
+        _gelu_quantize_static,
     ),
     FusedOp(
         "Gemm",

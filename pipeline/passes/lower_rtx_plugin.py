@@ -19,9 +19,10 @@ from onnx import NodeProto, TensorProto, helper
 
 from export.errors import ContractError
 from pipeline.passes.graph import drop_unused
-from pipeline.passes.lower_cuda import LowerCuda
+from pipeline.passes.lower_cuda import OPERANDS_KEY, LowerCuda, takes_integers
 from pipeline.passes.lower_cuda_epilogue import FuseGateResidual
 from pipeline.passes.lower_cuda_ops import DOMAIN, OPS, add_functions
+from pipeline.passes.lower_rtx_merge import MergeGemms
 from plugins.gpu import table
 from plugins.gpu.specs import Epilogue, GemmSpec, QuantizeSpec
 
@@ -65,15 +66,17 @@ class KernelNode:
         return self.spec.in_features * self.spec.out_features // 2 if isinstance(self.spec, GemmSpec) else 0
 
 
-def lower_fused(model: ir.Model) -> LowerCuda:
+def lower_fused(model: ir.Model, operands: str = "fp8") -> LowerCuda:
     """Lower `model` in place to fused ops, after the shared passes; attention stays TensorRT's.
 
-    Raises ContractError for a layer that no kernel takes.
+    operands: as LowerCuda's. Raises ContractError for a layer that no kernel takes.
     """
-    lowering = LowerCuda()
-    for rewrite in (lowering, FuseGateResidual()):
+    lowering = LowerCuda(operands)
+    merging = MergeGemms()
+    for rewrite in (lowering, FuseGateResidual(), merging):
         rewrite(model)
-    static = [node for node in model.graph if node.domain == DOMAIN and node.op_type == "QuantizeStatic"]
+    lowering.probes = [merging.probe(row) for row in lowering.probes]
+    static = [node for node in model.graph if node.domain == DOMAIN and node.op_type.endswith("QuantizeStatic")]
     if static:
         raise ContractError(f"{static[0].name}: {STATIC_REFUSED}")
     add_functions(model)
@@ -82,19 +85,23 @@ def lower_fused(model: ir.Model) -> LowerCuda:
 
 
 def plugin_graph(
-    model: onnx.ModelProto, bounds: Mapping[str, Any], plugin: Callable[[KernelNode], tuple[str, dict[str, Any]]]
+    model: onnx.ModelProto,
+    bounds: Mapping[str, Any],
+    plugin: Callable[[KernelNode], tuple[str, dict[str, Any]]],
+    integers: bool = False,
 ) -> list[KernelNode]:
     """Turn the fused ops of `model` into plugin nodes, in place; its weights may stay in their file.
 
     bounds: input -> (smallest, usual, largest) shape. plugin: name of a node's plugin, and the attributes that rebuild
-    it. Raises ContractError for an op without a plugin.
+    it. integers: whether codes are INT8 images where the lowering left that to the GPU. Raises ContractError for an op
+    without a plugin.
     """
     constants = {tensor.name: tensor for tensor in model.graph.initializer}
     rows, channels = _rows(model, bounds), _channels(model)
     found = []
     for node in model.graph.node:
         if node.domain == DOMAIN:
-            made = _kernel_node(node, constants, channels, rows.get(node.input[0], UNKNOWN_ROWS))
+            made = _kernel_node(node, constants, channels, rows.get(node.input[0], UNKNOWN_ROWS), integers)
             _rewrite(node, made, constants)
             node.op_type, attributes = plugin(made)
             node.attribute.extend(helper.make_attribute(key, value) for key, value in attributes.items())
@@ -104,11 +111,17 @@ def plugin_graph(
 
 
 def _kernel_node(
-    node: NodeProto, constants: Mapping[str, TensorProto], channels: Mapping[str, int], rows: Bounds
+    node: NodeProto,
+    constants: Mapping[str, TensorProto],
+    channels: Mapping[str, int],
+    rows: Bounds,
+    preferred: bool,
 ) -> KernelNode:
     given: dict[str, Any] = {item.name: _plain(helper.get_attribute_value(item)) for item in node.attribute}
+    chosen = {item.key: item.value for item in node.metadata_props}.get(OPERANDS_KEY)
+    given["integers"] = takes_integers(chosen, preferred)
     if node.op_type in QUANTIZERS:
-        extra = {"epsilon": given["epsilon"]} if "epsilon" in given else {}
+        extra = {key: given[key] for key in ("epsilon", "integers") if key in given}
         spec = QuantizeSpec(given["format"], channels[node.output[0]], BEFORE[node.op_type], "fp32", **extra)
         return KernelNode(node.name, QUANTIZERS[node.op_type], spec, rows)
     if node.op_type not in GEMMS:
@@ -132,6 +145,7 @@ def _gemm_spec(node: NodeProto, given: Mapping[str, Any], constants: Mapping[str
         real_groups=scales.dims[1] > 1,
         epilogue=GEMMS[node.op_type],
         output="fp32",
+        integers=given["integers"],
     )
 
 

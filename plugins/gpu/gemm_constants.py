@@ -9,7 +9,7 @@ from plugins.gpu.operands import E4M3, INT8
 from plugins.gpu.promotion import promotion_of
 from plugins.gpu.specs import GemmSpec, PackSpec
 from plugins.gpu.tile_table import Tile
-from plugins.gpu.tiles import BandTile, architecture, product_type, scales_sums
+from plugins.gpu.tiles import BandTile, ReduceTile, architecture, product_type, scales_sums
 
 
 def packed_table(multipliers: tuple[int, ...]) -> tuple[int, int]:
@@ -75,15 +75,15 @@ def packed_constants(spec: GemmSpec, tile: Tile, sm: int) -> dict[str, Any]:
     return {**gemm_constants(spec, tile, sm, by_group=scales_sums(spec, tile.k, sm)), **weight_constants(spec)}
 
 
-def reduce_constants(spec: GemmSpec, tile: Tile) -> dict[str, Any]:
+def reduce_constants(spec: GemmSpec, tile: ReduceTile, sm: int) -> dict[str, Any]:
     """The compile-time arguments of reduce_splits."""
     return {
         "N": spec.out_features,
         "REAL_GROUPS": spec.real_groups,
         "EPILOGUE": spec.epilogue,
         "SPLITS": tile.splits,
-        "BM": 16,
-        "BN": 128,
+        "BM": tile.m,
+        "BN": tile.n,
     }
 
 

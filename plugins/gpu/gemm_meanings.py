@@ -49,10 +49,45 @@ def expanded_gemm(
 ) -> tuple[Array]:
     """As `packed_gemm`, with w u8 [N, K] from `expand`."""
     held = byte_values(spec.activation, spec.integers)[a]
-    y = op_meanings.gemm_of_values(held, expanded_values(spec, w), w_scales) * a_scale[:, None]
+    total = op_meanings.gemm_of_values(held, expanded_values(spec, w), w_scales)
+    return (_finished(spec, total, a_scale, bias, a_zero, w_sums, gate, residual, tokens),)
+
+
+def reduce_splits(
+    spec: GemmSpec,
+    parts: Array,
+    a_scale: Array,
+    w_scales: Array,
+    bias: Array,
+    a_zero: Array | None = None,
+    w_sums: Array | None = None,
+    gate: Array | None = None,
+    residual: Array | None = None,
+    tokens: int = 0,
+    **_sizes: int,
+) -> tuple[Array]:
+    """parts f32 [splits, M, N] added in their order -> y float32 [M, N]; with real groups they are scaled already."""
+    total = np.add.reduce(parts, axis=0, dtype=np.float32)
+    total = total if spec.real_groups else total * w_scales[:, 0]
+    return (_finished(spec, total, a_scale, bias, a_zero, w_sums, gate, residual, tokens),)
+
+
+def _finished(
+    spec: GemmSpec,
+    total: Array,
+    a_scale: Array,
+    bias: Array,
+    a_zero: Array | None,
+    w_sums: Array | None,
+    gate: Array | None,
+    residual: Array | None,
+    tokens: int,
+) -> Array:
+    """What follows a sum with the scales of its channels, float32 [M, N]."""
+    y = total * a_scale[:, None]
     if a_zero is not None and w_sums is not None:
         y = y + a_zero[:, None] * w_sums
-    return (op_meanings.gemm_epilogue(y + bias, gate, residual, epilogue=spec.epilogue, tokens=tokens),)
+    return op_meanings.gemm_epilogue(y + bias, gate, residual, epilogue=spec.epilogue, tokens=tokens)
 
 
 def expanded_values(spec: GemmSpec, w: Array) -> Array:

@@ -6,7 +6,7 @@ from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 from export.errors import ContractError
-from plugins.gpu import gemm_constants, tiles
+from plugins.gpu import tiles
 from plugins.gpu.device import sm_of
 from plugins.gpu.kernel import Kernel, launch_options
 from plugins.gpu.specs import GemmSpec, PackSpec
@@ -133,7 +133,7 @@ def _gemm(
         return y
     parts = torch.empty((tile.splits, *y.shape), dtype=torch.float32, device=a.device)
     run(row, spec, tile, m, sm, {**given, "y": parts})
-    _reduce(spec, tile, parts, given, y)
+    run(kernel("reduce_splits"), spec, tiles.ReduceTile(tile.splits), m, sm, {**given, "parts": parts, "y": y})
     return y
 
 
@@ -149,16 +149,6 @@ def _plan(row: Kernel, spec: Any, tile: Any, sm: int) -> tuple[tuple[str, ...], 
     """(names of the run-time arguments, compile-time arguments and options): what no call changes."""
     names = tuple(argument.name for argument in row.arguments_of(spec))
     return names, {**row.all_constants(spec, tile, sm), **launch_options(tile)}
-
-
-def _reduce(spec: GemmSpec, tile: Tile, parts: Tensor, given: dict[str, Any], y: Tensor) -> None:
-    from plugins.gpu.epilogue import reduce_splits
-
-    names = ("a_scale", "w_scales", "bias", "a_zero", "w_sums", "gate", "residual", "M", "tokens")
-    constants = gemm_constants.reduce_constants(spec, tile)
-    grid = (-(-len(y) // constants["BM"]) * -(-spec.out_features // constants["BN"]),)
-    options = {"num_warps": 4, "enable_fp_fusion": True}
-    reduce_splits[grid](parts, *(given.get(name) for name in names), y, **constants, **options)
 
 
 def pack(codes: Tensor, *, out: Tensor | None = None) -> Tensor:

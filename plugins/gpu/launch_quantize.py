@@ -49,6 +49,24 @@ def quantize(
     return codes, scales
 
 
+def quantize_static(
+    spec: QuantizeSpec, x: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor, *, tile: RowTile | None = None
+) -> torch.Tensor:
+    """x [M, C], scale and zero f32 [1] -> operand bytes u8 [M, C], for a static spec; else as `quantize`."""
+    import torch
+
+    if not spec.static:
+        raise ContractError("this quantizer's spec has a scale per token; a static one has static=True")
+    rows = x.shape[0] if x.dim() == 2 else -1
+    _check_tensor("x", x, (rows, spec.channels), _dtype(spec.input))
+    for name, tensor in (("scale", scale), ("zero", zero)):
+        _check_tensor(name, tensor, (1,), torch.float32)
+    codes = torch.empty(rows, spec.channels, dtype=torch.uint8, device=x.device)
+    if rows:
+        _launch(spec, {"x": x, "static_scale": scale, "static_zero": zero, "M": rows, "codes": codes}, rows, tile)
+    return codes
+
+
 def _launch(spec: QuantizeSpec, arguments: dict, rows: int, tile: RowTile | None) -> None:
     row, sm = kernel(KERNEL_OF[spec.before]), sm_of(arguments["x"])
     chosen = tile or row.tile(spec, rows, sm)

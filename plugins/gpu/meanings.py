@@ -14,16 +14,22 @@ from plugins.gpu.specs import QuantizeSpec
 Array = NDArray[Any]
 
 
-def quantize(spec: QuantizeSpec, x: Array, **_sizes: int) -> tuple[Array, Array]:
-    """x [M, C] -> operand bytes u8 [M, C], scale f32 [M]: QuantizeActivation."""
+def quantize(
+    spec: QuantizeSpec, x: Array, static_scale: Array | None = None, static_zero: Array | None = None, **_sizes: int
+) -> tuple[Array, ...]:
+    """x [M, C] -> operand bytes u8 [M, C], scale f32 [M]: QuantizeActivation; with a static scale QuantizeStatic, which
+    has no second output."""
+    if static_scale is not None and static_zero is not None:
+        (codes,) = op_meanings.quantize_static(x.astype(np.float32), static_scale, static_zero, format=spec.format)
+        return (operand_bytes(spec.format, spec.integers)[codes],)
     codes, scale = op_meanings.quantize_activation(x.astype(np.float32), format=spec.format)
     return operand_bytes(spec.format, spec.integers)[codes], scale[:, 0]
 
 
-def gelu_quantize(spec: QuantizeSpec, x: Array, **_sizes: int) -> tuple[Array, Array]:
+def gelu_quantize(spec: QuantizeSpec, x: Array, **static: Any) -> tuple[Array, ...]:
     """As `quantize`, of the GELU (tanh form) of x."""
-    codes, scale = op_meanings.gelu_quantize(x.astype(np.float32), format=spec.format)
-    return operand_bytes(spec.format, spec.integers)[codes], scale[:, 0]
+    with np.errstate(invalid="ignore"):
+        return quantize(spec, op_meanings.gelu_tanh(x.astype(np.float32)), **static)
 
 
 def norm_modulate_quantize(

@@ -5,6 +5,9 @@ block and z the second, which is not there where TAIL is 0. All arithmetic is fl
 scales f32 [M] are row-major and contiguous. Constants: plugins/gpu/rounding_tables.py. The grid says how many rows
 there are; M is passed as to the kernels whose programs share rows. No size is compiled in: one binary serves all.
 
+With static_scale and static_zero, f32 [1], codes are those of (x - zero) / scale, saturating, and there are no scales;
+they are None where each token has a scale of its own. The static scale is positive and normal.
+
 A row with NaN or Inf has the scale NaN and codes 0. Magnitudes are compared as integers: their order is the same, and
 NaN and Inf are above all numbers, where a maximum of floats would lose NaN.
 """
@@ -74,6 +77,33 @@ def _bytes(
 
 
 @triton.jit
+def _shifted(y, scale, zero, MAX_VALUE: tl.constexpr):
+    """y - zero within what the grid holds at this scale; NaN becomes 0. What saturates either way is cut before the
+    division, which could overflow."""
+    shifted = y - zero
+    shifted = tl.where(shifted == shifted, shifted, 0.0)
+    return tl.minimum(tl.maximum(shifted, -MAX_VALUE * scale), MAX_VALUE * scale)
+
+
+@triton.jit
+def _quantize_static(
+    y, z, row, codes, static_scale, static_zero,
+    C: tl.constexpr, BLOCK: tl.constexpr, TAIL: tl.constexpr, MAX_VALUE: tl.constexpr,
+    ANCHOR: tl.constexpr, LOWEST: tl.constexpr, SIGNED: tl.constexpr,
+    KIND: tl.constexpr, UP: tl.constexpr, MOVE: tl.constexpr, SIGN: tl.constexpr,
+):  # fmt: skip
+    """Codes of a float32 row under a scale and a zero that are given."""
+    scale, zero = tl.load(static_scale), tl.load(static_zero)
+    up, divisor, high, low = reciprocal_parts(scale)
+    y = _shifted(y, scale, zero, MAX_VALUE)
+    _store(codes, row, _bytes(y, up, divisor, high, low, ANCHOR, LOWEST, SIGNED, KIND, UP, MOVE, SIGN), C, 0, BLOCK)
+    if TAIL > 0:
+        z = _shifted(z, scale, zero, MAX_VALUE)
+        byte_z = _bytes(z, up, divisor, high, low, ANCHOR, LOWEST, SIGNED, KIND, UP, MOVE, SIGN)
+        _store(codes, row, byte_z, C, BLOCK, TAIL)
+
+
+@triton.jit
 def _quantize_row(
     y, z, row, codes, scales,
     C: tl.constexpr, BLOCK: tl.constexpr, TAIL: tl.constexpr,
@@ -103,7 +133,7 @@ def _quantize_row(
 
 @triton.jit(do_not_specialize=["M"])
 def quantize(
-    x, M, codes, scales,
+    x, static_scale, static_zero, M, codes, scales,
     C: tl.constexpr, BLOCK: tl.constexpr, TAIL: tl.constexpr,
     MAX_VALUE: tl.constexpr, ABSMAX_FLOOR: tl.constexpr,
     ANCHOR: tl.constexpr, LOWEST: tl.constexpr, SIGNED: tl.constexpr,
@@ -113,15 +143,21 @@ def quantize(
     row = tl.program_id(0)
     y = _load(x, row, C, 0, BLOCK)
     z = _load(x, row, C, BLOCK, TAIL) if TAIL > 0 else y
-    _quantize_row(
-        y, z, row, codes, scales, C, BLOCK, TAIL,
-        MAX_VALUE, ABSMAX_FLOOR, ANCHOR, LOWEST, SIGNED, KIND, UP, MOVE, SIGN,
-    )  # fmt: skip
+    if static_scale is not None:
+        _quantize_static(
+            y, z, row, codes, static_scale, static_zero, C, BLOCK, TAIL,
+            MAX_VALUE, ANCHOR, LOWEST, SIGNED, KIND, UP, MOVE, SIGN,
+        )  # fmt: skip
+    else:
+        _quantize_row(
+            y, z, row, codes, scales, C, BLOCK, TAIL,
+            MAX_VALUE, ABSMAX_FLOOR, ANCHOR, LOWEST, SIGNED, KIND, UP, MOVE, SIGN,
+        )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["M"])
 def gelu_quantize(
-    x, M, codes, scales,
+    x, static_scale, static_zero, M, codes, scales,
     C: tl.constexpr, BLOCK: tl.constexpr, TAIL: tl.constexpr,
     MAX_VALUE: tl.constexpr, ABSMAX_FLOOR: tl.constexpr,
     ANCHOR: tl.constexpr, LOWEST: tl.constexpr, SIGNED: tl.constexpr,
@@ -131,10 +167,16 @@ def gelu_quantize(
     row = tl.program_id(0)
     y = gelu_tanh(_load(x, row, C, 0, BLOCK))
     z = gelu_tanh(_load(x, row, C, BLOCK, TAIL)) if TAIL > 0 else y
-    _quantize_row(
-        y, z, row, codes, scales, C, BLOCK, TAIL,
-        MAX_VALUE, ABSMAX_FLOOR, ANCHOR, LOWEST, SIGNED, KIND, UP, MOVE, SIGN,
-    )  # fmt: skip
+    if static_scale is not None:
+        _quantize_static(
+            y, z, row, codes, static_scale, static_zero, C, BLOCK, TAIL,
+            MAX_VALUE, ANCHOR, LOWEST, SIGNED, KIND, UP, MOVE, SIGN,
+        )  # fmt: skip
+    else:
+        _quantize_row(
+            y, z, row, codes, scales, C, BLOCK, TAIL,
+            MAX_VALUE, ABSMAX_FLOOR, ANCHOR, LOWEST, SIGNED, KIND, UP, MOVE, SIGN,
+        )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["M", "tokens"])

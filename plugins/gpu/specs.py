@@ -150,7 +150,8 @@ class QuantizeSpec:
 
     before: what happens to a token first. "none"; "gelu" (tanh form); "norm_modulate": LayerNorm without affine
     parameters, then * (1 + scale) + shift with shift and scale `input` [M / tokens, C]. `tokens` rows share them.
-    integers: codes as INT8 images, for a GemmSpec with `integers`.
+    integers: codes as INT8 images, for a GemmSpec with `integers`. static: codes of (x - zero) / scale with scale and
+    zero f32 [1] that are given, the same for all tokens; no scales are written. Not behind a norm.
     """
 
     format: str
@@ -159,6 +160,7 @@ class QuantizeSpec:
     input: FloatType = "fp16"
     epsilon: float = 1e-6
     integers: bool = False
+    static: bool = False
 
     def __post_init__(self) -> None:
         operand_of(self.format, self.integers)
@@ -166,6 +168,12 @@ class QuantizeSpec:
         _check(self.before in ("none", "gelu", "norm_modulate"), f"before {self.before!r} is no step of a quantizer")
         _check(self.input in FLOAT_TYPES, f"input {self.input!r}; use one of {FLOAT_TYPES}")
         _check(self.epsilon >= 0, f"epsilon {self.epsilon} must not be negative")
+        _check(not self.static or self.before != "norm_modulate", "a quantizer behind a norm has a scale per token")
+
+    @property
+    def per_token(self) -> bool:
+        """Whether scales are found and written."""
+        return not self.static
 
     @property
     def operand(self) -> Operand:

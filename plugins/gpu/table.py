@@ -7,10 +7,14 @@ from plugins.gpu.kernel import Argument, Kernel
 from plugins.gpu.specs import GemmSpec, PackSpec, QuantizeSpec
 
 _CODES = Argument("codes", "*u8", "output", "[M, C] operand bytes")
-_TOKEN_SCALES = Argument("scales", "*fp32", "output", "[M]")
+_TOKEN_SCALES = Argument("scales", "*fp32", "output", "[M]", "per_token")
+_STATIC = (
+    Argument("static_scale", "*fp32", "input", "[1]", "static"),
+    Argument("static_zero", "*fp32", "input", "[1]", "static"),
+)
 _X = Argument("x", "*{input}", "input", "[M, C]")
 _M = Argument("M", "i32", "size", "rows of x")
-_PLAIN = (_X, _M, _CODES, _TOKEN_SCALES)
+_PLAIN = (_X, *_STATIC, _M, _CODES, _TOKEN_SCALES)
 
 _A = (Argument("a", "*u8", "input", "[M, K] operand bytes"), Argument("a_scale", "*fp32", "input", "[M]"))
 _W = Argument("w", "*u8", "input", "[N, K / 2] codes, element 2i in the low nibble")
@@ -32,7 +36,7 @@ _ROWS = Argument("rows", "i32", "size", "N, rows of w")
 KERNELS: tuple[Kernel, ...] = (
     Kernel(
         "quantize",
-        "x [M, C] -> codes u8 [M, C], scale f32 [M]: the operand bytes of x / scale, scale = absmax / max_value.",
+        "x [M, C] -> codes u8 [M, C], scale f32 [M]: operand bytes of x / scale, scale = absmax / max_value or static.",
         "plugins.gpu.quantize:quantize",
         QuantizeSpec,
         _PLAIN,
@@ -92,6 +96,17 @@ KERNELS: tuple[Kernel, ...] = (
         tiles.expanded_tile,
         gemm_constants.gemm_constants,
         tiles.gemm_grid,
+    ),
+    Kernel(
+        "reduce_splits",
+        "parts f32 [splits, M, N], unscaled sums of a GEMM's splits (with real groups scaled) -> y as packed_gemm.",
+        "plugins.gpu.epilogue:reduce_splits",
+        GemmSpec,
+        (Argument("parts", "*fp32", "input", "[splits, M, N]"), _A[1], _W_SCALES, *_AFTER),
+        gemm_meanings.reduce_splits,
+        tiles.reduce_tile,
+        gemm_constants.reduce_constants,
+        tiles.reduce_grid,
     ),
     Kernel(
         "pack",

@@ -16,8 +16,8 @@ Products = Literal["fp16", "fp8", "int8"]  # what the tensor cores multiply
 class Machine:
     """A GPU's multiprocessors, multiply-adds of one of them in a clock (dense), bytes of memory in a clock of all.
 
-    rates: by what is multiplied, where the GPU multiplies it. Of the largest common GPU of each architecture, from its
-    data sheet: for the ratio of work and waiting alone.
+    rates: by what is multiplied, where the GPU multiplies it, floats with float32 sums. Of the largest common GPU of
+    each architecture: for the ratio of work and waiting, and of operand types.
     """
 
     multiprocessors: int
@@ -25,14 +25,17 @@ class Machine:
     bytes_per_clock: int
 
 
-# A100, RTX 3090, RTX 4090, H100, B200, RTX 5090
+# A100, RTX 3090, RTX 4090, H100, B200, RTX 5090. Rates are NVIDIA's peak numbers (architecture whitepapers) divided by
+# multiprocessors and boost clock. GeForce halves what sums floats in float32: an RTX 4090 (2.52 GHz) has 165 FP16, 330
+# FP8 and 661 INT8 TOP/s, an RTX 5090 (2.41 GHz) 210, 419 and 838. Professional cards of the same generations (L40S, RTX
+# PRO: 504 dense BF16 TFLOP/s of 188 at 2.62 GHz) do not; there FP16 and FP8 have twice the rate below, INT8 the same.
 MACHINES = {
     80: Machine(108, {"fp16": 1024, "int8": 2048}, 1100),
     86: Machine(82, {"fp16": 256, "int8": 1024}, 550),
-    89: Machine(128, {"fp16": 512, "fp8": 1024, "int8": 1024}, 400),
+    89: Machine(128, {"fp16": 256, "fp8": 512, "int8": 1024}, 400),
     90: Machine(132, {"fp16": 2048, "fp8": 4096, "int8": 4096}, 1900),
     100: Machine(148, {"fp16": 4096, "fp8": 8192, "int8": 8192}, 4300),
-    120: Machine(170, {"fp16": 512, "fp8": 1024, "int8": 1024}, 740),
+    120: Machine(170, {"fp16": 256, "fp8": 512, "int8": 1024}, 740),
 }
 
 

@@ -6,6 +6,7 @@ are in plugins/gpu/tile_table.py.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Literal
@@ -30,6 +31,13 @@ MOST_OUTPUTS, MOST_WITH_GATE, MOST_WITH_WIDE_GATE = 255, 64, 32
 FILL_CLOCKS = 2000
 KERNEL_CLOCKS = 5000
 SPLIT_MARGIN = 1.1  # what a split must promise, for the memory it takes
+# Linears of the same codes are merged up to so many output channels: a tile of 128 for each of an H100's 132
+# multiprocessors. From there on one row of tiles fills the GPU, and merging more only makes the result larger.
+MERGED_COLUMNS = 132 * 128
+# From how many tokens on a linear whose weight may stay expanded does: reading N x K bytes and doing 2 M N K operations
+# takes equally long on an H100 at M = 1979e12 / 3.35e12 / 2 = 295 (data sheet, FP8); from the next tile on, decoding
+# costs more than reading saves. Whether one call pays for an expansion of its own is another question, `expands_first`.
+EXPAND_FROM = 512
 
 
 def architecture(sm: int) -> int:
@@ -49,6 +57,18 @@ def product_type(spec: GemmSpec, sm: int) -> Products:
     if spec.multiplies_integers:
         return "int8"
     return "fp8" if architecture(sm) >= FIRST_FP8 and spec.operand.kind == E4M3 else "fp16"
+
+
+def prefers_integers(sms: Sequence[int]) -> bool:
+    """Whether INT8 tensor cores are quicker than what multiplies FP8 operands, on every one of these GPUs.
+
+    By their peak rates: on GeForce and Ampere they are, on data-centre GPUs from Hopper on both run alike, and decoding
+    to FP8 costs less. A GPU below 80, or none (0), prefers nothing.
+    """
+    if min(sms) < min(MACHINES):
+        return False
+    rates = [MACHINES[architecture(sm)].rates for sm in sms]
+    return all(found["int8"] > found.get("fp8", found["fp16"]) for found in rates)
 
 
 def scales_sums(spec: GemmSpec, step: int, sm: int) -> bool:
@@ -159,6 +179,30 @@ def clocks(spec: GemmSpec, rows: int, sm: int, tile: Tile, share: float) -> floa
 def gemm_grid(spec: GemmSpec, tile: Tile, rows: int) -> tuple[int, int, int]:
     """Programs of packed_gemm and expanded_gemm."""
     return (-(-rows // tile.m) * -(-spec.out_features // tile.n), tile.splits, 1)
+
+
+# --- the sum of splits -----------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class ReduceTile:
+    """m, n: outputs of a program, which adds `splits` parts of each."""
+
+    splits: int
+    m: int = 16
+    n: int = 128
+    num_warps: int = 4
+    num_stages: int = 3
+
+
+def reduce_tile(spec: GemmSpec, rows: int, sm: int) -> ReduceTile:
+    """The tile of reduce_splits after the packed_gemm that the heuristics choose."""
+    return ReduceTile(packed_tile(spec, rows, sm, may_split=True).splits)
+
+
+def reduce_grid(spec: GemmSpec, tile: ReduceTile, rows: int) -> tuple[int, int, int]:
+    """Programs of reduce_splits."""
+    return (-(-rows // tile.m) * -(-spec.out_features // tile.n), 1, 1)
 
 
 # --- pack and expand -------------------------------------------------------------------------------------------------
