@@ -35,7 +35,6 @@ from benchmarks.quality_results import FAILED, FLOAT, MEASURED, UNAVAILABLE, Res
 from benchmarks.quality_rows import CHANNEL, MODELS, TABLES, Line, Row, nearest_rows, rows_of
 from benchmarks.quality_sensitivity import PartlyQuantized, cases, mean_noise_db
 from export.errors import EnvironmentLacksError, RecipeError
-from pipeline.backends.cuda import CudaBackend
 from pipeline.report import Gate
 
 RNG = np.random.default_rng(0)
@@ -291,11 +290,20 @@ def test_the_engine_of_another_target_draws_if_its_graph_is_proven(subject, traj
     row = rows_of("dit_mini", patterns=["rtn-fp-channel-w4a8"])[0]
     recipe = quality_engines.row_recipe(row)
     layers, _ = quality_engines.calibrated(subject, row, recipe, tmp_path)
-    monkeypatch.setattr(CudaBackend, "load", lambda *_: drawing.float_engine(subject))  # no GPU here
-    monkeypatch.setattr(quality_engines, "call_seconds", lambda *_: 1.0)
+    asked, seconds = [], iter([1.0, 2.0])
+
+    def build(_, __, made, ___, target):  # no GPU here: the float model stands in
+        asked.append((target, made.cuda.activations))
+        return None, drawing.float_engine(subject)
+
+    monkeypatch.setattr(quality_engines, "build_engine", build)
+    monkeypatch.setattr(quality_engines, "prove", lambda *given: [Gate(f"{given[-1]}/gemm_exact", 0.0, 0, "", "")])
+    monkeypatch.setattr(quality_engines, "call_seconds", lambda *_: next(seconds))
     with quality_engines.drawer(subject, layers, recipe, trajectory, tmp_path / "engine", "cuda") as made:
-        assert made.proof["gates"]["cuda/gemm_exact"] == 0 and made.proof["gates"]["cuda/coverage"] == len(layers)
-        assert set(made.proof["call_s"]) == {"cuda engine, fp32", "reference"} and "refused" not in made.proof
+        assert asked == [("cuda", "fp32")] and made.name == "cuda engine, fp32"
+        assert (
+            made.proof["gates"] == {"cuda/gemm_exact": 0} and 20 < made.proof["engine_against_reference_sqnr_db"] < 60
+        )
 
 
 def test_a_gpu_that_is_not_there_is_missed_before_work(command, monkeypatch, caplog):
