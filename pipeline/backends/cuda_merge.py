@@ -9,7 +9,6 @@ from collections.abc import Hashable, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from pipeline.backends.cuda_dialect_ops import Gemm
 from plugins.gpu.tiles import MERGED_COLUMNS
 
 if TYPE_CHECKING:
@@ -37,6 +36,8 @@ def merge_gemms(steps: Sequence[Step]) -> list[Step]:
 
 def _key(step: Step) -> Hashable | None:
     """Steps of equal keys can be merged; None for one that cannot."""
+    from pipeline.backends.cuda_dialect_ops import Gemm
+
     plain = isinstance(step.run, Gemm) and len(step.inputs) == 2
     return (step.inputs, step.run.kind) if plain else None
 
