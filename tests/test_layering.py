@@ -48,7 +48,6 @@ DEFINES_TORCH_MODULES |= {
     "plugins/torch_meanings.py",
     "plugins/torch_ops.py",
     "pipeline/backends/cuda_dialect_ops.py",
-    "pipeline/backends/cuda_merge.py",
     "pipeline/backends/cuda_module.py",
     "pipeline/backends/cuda_onnx_ops.py",
 }
