@@ -8,14 +8,18 @@ import json
 import os
 import subprocess
 import sys
+import weakref
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 
-from benchmarks import gpu, gpu_results, gpu_targets, readme
+from benchmarks import gpu, gpu_fused, gpu_gemm, gpu_results, gpu_targets, gpu_timing, readme
 from benchmarks.gpu_pool import work_off_in_processes
 from benchmarks.gpu_results import Results, broken, is_checked, validate, wrong
 from benchmarks.gpu_run import Clock, Context, Task, work_off
@@ -370,4 +374,38 @@ def test_rates_and_sets_of_inputs() -> None:
     assert rates(0.5, 10**12, 10**9) == {"tflops": 2000.0, "gb_per_s": 2000.0}
     for size in np.geomspace(1e3, 1e10, 20):
         count = sets_for(int(size), 50 << 20)
-        assert 2 <= count <= 48 and (count == 48 or count * size >= 2 * (50 << 20))
+        assert 2 <= count <= 320 and (count == 320 or count * size >= 2 * (50 << 20))
+
+
+def test_inputs_of_every_measured_call_are_more_than_the_cache_holds() -> None:
+    l2 = 60 << 20  # of the largest of these GPUs, an H200
+    read = [gpu_gemm.least_read(*row) for row in gpu_gemm.rows_to_measure()]
+    read += [min(case.read_bytes, case.moved_bytes(True) // 2) for case in gpu_fused.CASES]
+    assert all(size * gpu_timing.sets_for(size, l2) >= gpu_timing.COLD * l2 for size in read)
+
+
+def test_all_results_of_a_captured_graph_have_places_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Result:
+        pass
+
+    alive: weakref.WeakSet[Result] = weakref.WeakSet()
+    counted = []
+
+    def call() -> Result:
+        found = Result()
+        alive.add(found)
+        return found
+
+    @contextmanager
+    def graph(_graph: Any) -> Iterator[None]:
+        yield
+        counted.append(len(alive))
+
+    stream = SimpleNamespace(wait_stream=lambda _other: None)
+    for name in ("Stream", "current_stream", "CUDAGraph"):
+        monkeypatch.setattr(f"torch.cuda.{name}", lambda: stream)
+    monkeypatch.setattr("torch.cuda.stream", nullcontext)
+    monkeypatch.setattr("torch.cuda.synchronize", lambda: None)
+    monkeypatch.setattr("torch.cuda.graph", graph)
+    held = gpu_timing.captured([call] * 3)
+    assert counted == [3] and len(held.results) == len(set(map(id, held.results))) == 3
