@@ -118,7 +118,7 @@ def caller(name: str, spec: GemmSpec, given: Operands) -> Callable[[], Tensor]:
     """A call of contestant `name` on one set of inputs."""
     import torch
 
-    if name in OURS or name in WAYS:
+    if is_ours(name):
         return our_caller(name, replace(spec, integers=name.endswith(INT8)), given)
     one = torch.ones((), device=given.a.device)
     a, w = (x.view(torch.float8_e4m3fn) for x in (given.a, given.expanded))
@@ -146,6 +146,11 @@ def contestants_of(context: Context, shape: Shape) -> tuple[str, ...]:
     the forms that only tell how to choose, since each is a kernel to compile."""
     ours = OURS[:2] if shape.m < LARGE and shape.users[0].startswith("hunyuan") else (*OURS, *WAYS)
     return (*ours, *(FP8 if context.has_fp8 else ()), "bf16")
+
+
+def is_ours(name: str) -> bool:
+    """Whether a contestant runs our kernels."""
+    return name in OURS or name in WAYS
 
 
 def measure(context: Context, shape: Shape, granularity: Granularity, flush: Flush) -> dict[str, Any]:
@@ -217,9 +222,8 @@ def rows_to_measure() -> list[tuple[Shape, Granularity]]:
 def compile_ours(context: Context, shape: Shape, granularity: Granularity) -> dict[str, Any]:
     """Run each of our kernels once, so that they are in Triton's cache."""
     given = operands(context, shape, granularity)
-    for name in contestants_of(context, shape):
-        if name in OURS or name in WAYS:
-            caller(name, spec_of(shape, granularity), given)()
+    for name in filter(is_ours, contestants_of(context, shape)):
+        caller(name, spec_of(shape, granularity), given)()
     return {}
 
 

@@ -7,6 +7,7 @@ import itertools
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from hypothesis import strategies as st
 from benchmarks import (
     gpu_check,
     gpu_check_quantizers,
+    gpu_check_timed,
     gpu_denoiser_times,
     gpu_exactness,
     gpu_fused,
@@ -28,11 +30,12 @@ from benchmarks import (
 from benchmarks.gpu_check_quantizers import QuantizerCase
 from benchmarks.gpu_denoiser import Size
 from benchmarks.gpu_run import Context
-from benchmarks.gpu_weights import CHANNEL, EXACT_64, Granularity, dequantized, fake_quantize, quantize_weight
+from benchmarks.gpu_weights import CHANNEL, EXACT_64, REAL_128, Granularity, dequantized, fake_quantize, quantize_weight
 from benchmarks.shapes import Shape
 from export import op_meanings
 from export.embedding import exact_multipliers
 from export.errors import ContractError
+from plugins.gpu.tile_table import Tile
 
 pytest.importorskip("triton", reason="the GPU kernels need triton")
 pytestmark = [pytest.mark.usefixtures("interpreter"), pytest.mark.filterwarnings("ignore:All-NaN slice")]
@@ -159,6 +162,62 @@ def test_every_case_on_a_gpu_is_one_that_the_kernels_take() -> None:
     assert {case.output for case in cases} == {"fp16", "bf16", "fp32"}
     assert {case.weight for case in cases} >= {"E2M1", "E1M2", "E3M0", "INT4"}
     assert all(case.spec for case in gpu_check_quantizers.quantizer_cases(tiny=False))
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        gpu_check.GemmCase("E2M3", "E2M1", 5, 2, 4608),
+        gpu_check.GemmCase("E4M3", "E2M1", 5, 2, 1152),
+        gpu_check.GemmCase("E2M3", "E2M1", 5, 2, 1152, EXACT_64),
+        gpu_check.GemmCase("E2M3", "E2M1", 5, 2, 1152, REAL_128),
+    ],
+    ids=lambda case: case.name,
+)
+def test_sums_of_the_check_are_exact_in_an_accumulator_of_14_bits(case: gpu_check.GemmCase) -> None:
+    codes = gpu_check.inputs_of(case, sm=90)["a"]
+    values = np.abs(gpu_check.gemm_meanings.byte_values(case.activation)[codes])
+    unit = values[values > 0].min() * 0.5
+    span, _ = gpu_check.places_of_a_sum(case.spec, 1, 90)
+    sums = (values * 6 * max(case.spec.multipliers) / unit).reshape(5, -1, span)
+    alone = (sums > 0).sum(-1) <= 1
+    assert ((sums.sum(-1) <= 2**13) | alone).all()
+    assert (np.count_nonzero(codes, 1) > 0).sum() == 4  # all but the token of zeros
+    dense = gpu_check.inputs_of(case, sm=80)["a"]
+    assert np.count_nonzero(dense) > 4 * case.k / 2  # float32 accumulators take them all
+
+
+HOPPER = Context("cuda", 90)
+
+
+def test_every_gemm_that_is_timed_is_checked_in_its_tile() -> None:
+    found = gpu_check_timed.timed_gemms(HOPPER)
+    assert len({one.name for one in found}) == len(found)
+    variants = {one.variant for one in found}
+    for shape, granularity in gpu_gemm.rows_to_measure():
+        for name in set(gpu_gemm.OURS) & set(gpu_gemm.contestants_of(HOPPER, shape)):
+            case = gpu_check.GemmCase("E2M3", "E2M1", 1, shape.n, shape.k, granularity, integers="int8" in name)
+            expands = name.startswith("packed") and gpu_gemm.expands_first(case.spec, shape.m, 90)
+            run = name.replace("packed", "expanded") if expands else name
+            tile = gpu_gemm._tile(run, case.spec, shape.m, 90)
+            one = gpu_check_timed.TimedGemm(run.removesuffix("_int8"), case, tile)
+            assert one.variant in variants, (name, shape.name)
+    assert {one.case.epilogue for one in found} == {"none", "gate_residual"}
+    assert {one.tile.splits for one in found} >= {1, 3, 6}
+    for one in found:
+        assert one.small.m > one.tile.m and one.small.m % 32 == 0
+    names = [task.name for task in gpu_check.tasks(HOPPER)]
+    assert names[: len(found)] == [one.name for one in found] and len(set(names)) == len(names)
+
+
+@pytest.mark.parametrize("splits", [1, 3])
+def test_a_wrong_kernel_is_found_in_the_tile_it_is_timed_in(splits: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    case = gpu_check.GemmCase("E2M3", "E2M1", 4096, 16, 192)
+    timed = gpu_check_timed.TimedGemm("packed_gemm", case, Tile(16, 16, 32, 4, 1, splits))
+    assert gpu_check_timed.check_timed(CPU, timed)["passed"]
+    other = replace(timed, tile=replace(timed.tile, m=32))
+    monkeypatch.setattr(gpu_check_timed, "run_gemm", lambda *given: 1.02 * gpu_check.run_gemm(*given))
+    assert not gpu_check_timed.check_timed(CPU, other)["passed"]
 
 
 @pytest.mark.parametrize("activation", ["E2M3", "E4M3", "E3M4"])
