@@ -3,7 +3,7 @@
 Every kernel is checked against its NumPy meaning first; then the FP8 accumulator is probed, and GEMMs, fused quantizers
 and a whole denoiser are timed against what PyTorch offers. Needs PyTorch, Triton, NumPy and ml_dtypes and nothing else,
 takes under 8 minutes, and writes benchmarks/results/gpu_NAME.json row by row. Exit code 0; 3 without a GPU; 4 if a
-check failed; 1 if something else did.
+result was wrong; 1 if something else failed or was not reached.
 
 --check-only checks and stops; under TRITON_INTERPRET=1 it needs no GPU, at small sizes, and writes nothing.
 """
@@ -183,15 +183,17 @@ def check_interpreted(context: Context) -> int:
 def finish(results: Results) -> int:
     """Print the targets; the exit code."""
     print(f"\n{results.document['gpu']['name']}\n{table(results.document['targets'])}\n{results.path}")
-    for name, section in results.document["sections"].items():
-        for row in section["not_reached"]:
-            print(f"NOT REACHED within {section['budget_s']:.0f} s of {name}: {row}")
+    sections = results.document["sections"].items()
+    late = [
+        (f"within {part['budget_s']:.0f} s of {name}", row) for name, part in sections for row in part["not_reached"]
+    ]
     found, others = wrong(results.document), broken(results.document)
-    for told in (*(f"WRONG {name}" for name in found), *(f"FAILED {name}" for name in others)):
-        print(told)
+    lines = [f"NOT REACHED {where}: {row}" for where, row in late]
+    lines += [*(f"WRONG {name}" for name in found), *(f"FAILED {name}" for name in others)]
+    print("\n".join(lines))
     if found:
         return ParityError.exit_code
-    return 1 if others else 0
+    return 1 if others or late else 0
 
 
 def main(argv: Sequence[str] | None = None) -> int:

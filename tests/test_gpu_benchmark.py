@@ -236,7 +236,7 @@ def test_a_check_that_did_not_pass_does_not_count(results: Results, row: dict[st
 
 @pytest.mark.parametrize(
     ("rows", "code"),
-    [([{"name": "a", "passed": True}], 0), ([{"name": "a", "passed": False}], 4), ([{"name": "a", "failed": "b"}], 1)],
+    [([{"name": "a", "passed": True}], 1), ([{"name": "a", "passed": False}], 4), ([{"name": "a", "failed": "b"}], 1)],
 )
 def test_exit_codes(
     results: Results, rows: list[dict[str, Any]], code: int, capsys: pytest.CaptureFixture[str]
@@ -249,6 +249,14 @@ def test_exit_codes(
     assert gpu.finish(results) == code
     told = capsys.readouterr().out
     assert "NOT REACHED within 60 s of check: late" in told and "not measured" in told
+
+
+def test_the_exit_code_is_0_where_all_was_reached_and_right(results: Results) -> None:
+    results.begin("check", 60)
+    results.keep("check", {"name": "a", "passed": True})
+    results.end("check", [], 1.0)
+    results.document["targets"] = gpu_targets.judged(results.document)
+    assert gpu.finish(results) == 0
 
 
 def test_all_sections_run_each_in_a_process_and_the_targets_are_judged(
@@ -306,11 +314,13 @@ def document(**rows: list[dict[str, Any]]) -> dict[str, Any]:
 
 def gemm_row(m: int, expanded: float, packed: float, granularity: str = "per channel") -> dict[str, Any]:
     ratios = {"expanded_gemm": {"fp8": expanded, "bf16": 2.0}, "packed_gemm": {"fp8": packed}}
-    return {"name": "r", "m": m, "granularity": granularity, "ratios": ratios}
+    return {"name": "r", "m": m, "granularity": granularity, "ratios": ratios, "wrong": {}}
 
 
 def verdicts(found: dict[str, Any]) -> dict[str, tuple[Any, str]]:
-    return {row["name"].split(",")[0]: (row["value"], row["verdict"]) for row in gpu_targets.judged(found)}
+    """By the first words of a target's name; of those that begin alike, the first."""
+    rows = reversed(gpu_targets.judged(found))
+    return {row["name"].split(",")[0]: (row["value"], row["verdict"]) for row in rows}
 
 
 def test_nothing_measured_meets_nothing() -> None:
@@ -326,12 +336,37 @@ def test_the_worst_row_decides_and_only_rows_that_a_target_is_about() -> None:
     assert found["expanded_gemm"] == (0.91, "met") and found["packed_gemm"] == (0.74, "missed")
 
 
+def test_the_default_recipe_has_targets_of_its_own() -> None:
+    found = gpu_targets.judged(document(gemm=[gemm_row(4096, 0.95, 0.7, "exact groups of 64")]))
+    rows = [row for row in found if "default recipe" in row["name"]]
+    assert [(row["limit"], row["value"], row["verdict"]) for row in rows] == [(0.9, 0.95, "met"), (0.75, 0.7, "missed")]
+
+
+def test_a_wrong_kernel_has_no_speed() -> None:
+    row = gemm_row(4096, 0.95, 0.8)
+    row["ratios"] |= {"expanded_gemm_int8": {"fp8": 0.92}, "packed_gemm_int8": {"fp8": 0.5}}
+    found = verdicts(document(gemm=[row | {"wrong": {"expanded_gemm": "far off", "packed_gemm": "far off"}}]))
+    assert found["expanded_gemm"] == (0.92, "met") and found["packed_gemm"] == (0.5, "missed")
+    row["ratios"] = {"expanded_gemm": {"fp8": 0.95}}
+    assert verdicts(document(gemm=[row | {"wrong": {"expanded_gemm": "x"}}]))["expanded_gemm"] == (0.0, "missed")
+
+
 @pytest.mark.parametrize(
     ("rows", "value", "verdict"),
     [([{"passed": True}], 0.0, "met"), ([{"passed": True}, {"passed": False}, {"failed": "x"}], 2.0, "missed")],
 )
 def test_checks_are_a_target(rows: list[dict[str, Any]], value: float, verdict: str) -> None:
-    assert verdicts(document(check=rows))["kernel checks that did not pass"] == (value, verdict)
+    assert verdicts(document(check=rows))["kernel checks that did not pass or were not reached"] == (value, verdict)
+
+
+@pytest.mark.parametrize(("change", "value"), [({"not_reached": ["a", "b"]}, 2.0), ({"stopped": "after 65 s"}, 1.0)])
+@pytest.mark.parametrize("rows", [[], [{"name": "c", "passed": True}]])
+def test_an_incomplete_check_does_not_meet_its_target(
+    rows: list[dict[str, Any]], change: dict[str, Any], value: float
+) -> None:
+    found = document(check=rows)
+    found["sections"]["check"] |= change
+    assert verdicts(found)["kernel checks that did not pass or were not reached"] == (value, "missed")
 
 
 def test_targets_of_the_other_sections() -> None:
@@ -345,8 +380,8 @@ def test_targets_of_the_other_sections() -> None:
     exact += [{"activation": "E2M3", "interval": 0, "outputs": 4, "differ": {"a": 4}, "name": "e"}]
     found = {row["name"]: row for row in gpu_targets.judged(document(fused=fused, denoiser=denoiser, exactness=exact))}
     values = [found[target.name]["value"] for target in gpu_targets.TARGETS]
-    assert values == [None, None, None, 1.06, 0.85, 1.04, 1.7, 0.27, 0.25]
-    assert [found[target.name]["verdict"] for target in gpu_targets.TARGETS][3:] == [
+    assert values == [None, None, None, None, None, 1.06, 0.85, 1.04, 1.7, 0.27, 0.25]
+    assert [found[target.name]["verdict"] for target in gpu_targets.TARGETS][5:] == [
         "missed", "met", "met", "met", "met", "missed",
     ]  # fmt: skip
 

@@ -18,6 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from benchmarks import (
+    gpu_agreement,
     gpu_check,
     gpu_check_quantizers,
     gpu_check_timed,
@@ -273,10 +274,9 @@ def test_a_row_of_gemms(granularity: Granularity, monkeypatch: pytest.MonkeyPatc
     assert set(row["contestants"]) | set(row["refused"]) == set(EVERYONE)
     assert set(row["contestants"]) >= {*gpu_gemm.OURS, *gpu_gemm.WAYS, "bf16"}
     assert row["expands_first"] == {"packed_gemm": False, "packed_gemm_int8": False}
-    for name in gpu_gemm.OURS[1:]:
-        assert row["agree"][name] == 0.0  # the same sums, rounded alike
-    if "fp8_rowwise" in row["agree"]:  # torch has it on a CPU; the interpreter cuts bf16 off where torch rounds
-        assert row["agree"]["fp8_rowwise"] < 2.0**-7
+    assert row["passed"] and row["wrong"] == {}
+    assert set(row["error"]) >= {*gpu_gemm.OURS, *gpu_gemm.WAYS}
+    assert all(0 < error < 2.0**-7 for error in row["error"].values())  # the interpreter cuts bf16 off, a whole unit
     for name, found in row["contestants"].items():
         assert found["gb_per_s"] > 0 and found["rounds"] == 2, name
 
@@ -348,7 +348,22 @@ def test_a_row_in_which_ours_cannot_run_has_failed(monkeypatch: pytest.MonkeyPat
     row = gpu_gemm.measure(CPU, Shape(16, 32, 64, 256, ("pixart ff.in",)), CHANNEL, lambda: None)
     why = "RuntimeError: out of shared memory"
     assert row["failed"] == f"packed_gemm: {why}; packed_gemm_int8: {why}"
-    assert "expanded_gemm" in row["contestants"] and row["agree"] == {}
+    assert "expanded_gemm" in row["contestants"] and set(row["error"]) >= {"expanded_gemm"}
+
+
+@pytest.mark.parametrize(("integers", "shape"), [(False, Shape(4096, 1408, 6144, 1024, ())), (True, None)])
+def test_a_tile_left_out_is_further_off_than_the_limit(integers: bool, shape: Shape | None) -> None:
+    shape = shape or Shape(4096, 6144, 1408, 1024, ())
+    limit = gpu_agreement.limit(gpu_gemm.spec_of(shape, CHANNEL, integers), 90)
+    y = torch.ones(shape.m, shape.n)
+    y[:128, :128] = 0
+    assert 2.0**-8 <= limit < gpu_agreement.error(y, torch.ones_like(y, dtype=torch.float64))
+
+
+def test_wrong_outputs_are_named() -> None:
+    spec = gpu_gemm.spec_of(Shape(16, 32, 64, 256, ()), CHANNEL)
+    errors = {"packed_gemm": 0.001, "expanded_gemm": 0.3, "expanded_gemm_int8": float("nan"), "fp8_rowwise": 0.3}
+    assert set(gpu_gemm.wrong_of(errors, spec, 90)) == {"expanded_gemm", "expanded_gemm_int8"}
 
 
 @pytest.mark.usefixtures("clockless")
