@@ -2,7 +2,8 @@
 
 Weights are random and packed with exact groups of 64, as the recipe pixart_w4a6 has them. torch.compile gets the block,
 as is usual for deep models, and at 1024 pixels the whole model too if the budget lasts. Replaying a graph is the time
-of the kernels; a call without one shows what launching adds, and how long the host is busy with it.
+of the kernels; a call without one shows what launching adds, and how long the host is busy with it. What the engines of
+the cuda backend do otherwise is in every row: OTHERWISE.
 """
 
 from __future__ import annotations
@@ -49,6 +50,11 @@ SIZES = ((1024, 1), (512, 1), (256, 1), (1024, 2))  # (pixels, batch) of the row
 # Ours and plain bf16 arithmetic on the same grid round the stream alike, so neither may be far from float32's result:
 # at most twice as far as the plain one, whose roundings are as many.
 TIMES_PLAIN = 2.0
+# This denoiser, beside an engine of pipeline/backends/cuda.py of the same recipe.
+OTHERWISE = {
+    "dtype": "bf16 between the kernels of all contestants; the engine: fp16",
+    "recomputed": "keys and values of the cross-attention, in every call of all contestants; the engine: once a prompt",
+}
 ATTENTION = {
     "default": None,
     "flash": SDPBackend.FLASH_ATTENTION,
@@ -165,6 +171,7 @@ def times_row(models: Models, flush: Flush, pixels: int, batch: int, whole: bool
     flops = sum(row.flops for row in WORKLOADS["pixart"].at(pixels).gemms(batch))
     return {"pixels": pixels, "batch": batch, "gemm_flops": flops, "contestants": rows, "refused": refused} | {
         "ratios": ratios(rows),
+        "engine_otherwise": OTHERWISE,
         **failed_of(refused, OURS),
     }
 
