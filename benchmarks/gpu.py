@@ -5,7 +5,8 @@ and a whole denoiser are timed against what PyTorch offers. Needs PyTorch, Trito
 takes under 8 minutes, and writes benchmarks/results/gpu_NAME.json row by row. Exit code 0; 3 without a GPU; 4 if a
 result was wrong; 1 if something else failed or was not reached.
 
---check-only checks and stops; under TRITON_INTERPRET=1 it needs no GPU, at small sizes, and writes nothing.
+--check-only checks and stops; under TRITON_INTERPRET=1 it needs no GPU, at small sizes, and writes nothing. Without a
+git checkout the variable DITC_COMMIT tells the document which commit it belongs to.
 """
 
 from __future__ import annotations

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from benchmarks.gpu_run import Context, Task, failed_of
 from benchmarks.gpu_timing import Flush, contest, rates, sets_for
+from plugins.gpu.kernel import launch_options
 from plugins.gpu.specs import QuantizeSpec
 
 if TYPE_CHECKING:
@@ -102,7 +103,7 @@ def triton_alone(case: FusedCase, given: dict[str, Tensor], sm: int) -> Tensor:
     from plugins.gpu.row_tiles import row_tile
 
     tile, y = row_tile(case.spec, case.m, sm), torch.empty_like(given["x"])
-    blocks: dict[str, Any] = {"C": case.channels, "BLOCK": tile.block, "TAIL": tile.tail, "num_warps": tile.num_warps}
+    blocks: dict[str, Any] = {"C": case.channels, "BLOCK": tile.block, "TAIL": tile.tail, **launch_options(tile)}
     if case.kind == "gelu":
         gpu_kernels.gelu[(case.m,)](given["x"], y, **blocks)
     else:

@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from benchmarks import gpu, gpu_fused, gpu_gemm, gpu_results, gpu_targets, gpu_timing, readme
+from benchmarks import gpu, gpu_fused, gpu_gemm, gpu_results, gpu_targets, gpu_timing, readme, record
 from benchmarks.gpu_pool import work_off_in_processes
 from benchmarks.gpu_results import Results, broken, is_checked, validate, wrong
 from benchmarks.gpu_run import Clock, Context, GpuLostError, Task, work_off
@@ -429,13 +429,14 @@ def test_targets_of_the_other_sections() -> None:
     fused += [{"name": "f", "kind": "norm_modulate", "m": 4096, "ratios": {"over_alone": 1.06, "of_copy": 0.85}}]
     denoiser = [{"name": "w", "packed_of_bf16": 0.27}, {"name": "d", "pixels": 1024, "ratios": {"over_compiled": 1.7}}]
     denoiser += [{"name": "d", "pixels": 256, "ratios": {"over_compiled": 1.1}}]
-    exact = [{"activation": "E2M3", "interval": None, "outputs": 4, "differ": {"a": 0, "b": 2}, "name": "e"}]
-    exact += [{"activation": "E2M3", "interval": 0, "outputs": 4, "differ": {"a": 4}, "name": "e"}]
+    pair = {"name": "e", "activation": "E2M3", "outputs": 4, "granularity": "per channel"}
+    exact = [{**pair, "interval": None, "differ": {"a": 0, "b": 2}}, {**pair, "interval": 0, "differ": {"a": 4}}]
+    exact += [{**pair, "interval": None, "differ": {"a": 0}, "granularity": "exact groups of 64"}]
     found = {row["name"]: row for row in gpu_targets.judged(document(fused=fused, denoiser=denoiser, exactness=exact))}
     values = [found[target.name]["value"] for target in gpu_targets.TARGETS]
-    assert values == [None, None, None, None, None, 1.06, 0.85, 1.04, 1.7, 0.27, 0.25]
+    assert values == [None, None, None, None, None, 1.06, 0.85, 1.04, 1.7, 0.27, 0.25, 0.0]
     assert [found[target.name]["verdict"] for target in gpu_targets.TARGETS][5:] == [
-        "missed", "met", "met", "met", "met", "missed",
+        "missed", "met", "met", "met", "met", "missed", "met",
     ]  # fmt: skip
 
 
@@ -447,6 +448,17 @@ def test_the_readme_says_that_nothing_was_measured(tmp_path: Path, monkeypatch: 
     table = readme.gpu_speed()
     assert "| NVIDIA Nothing 1, c |" in table and "| at least 0.9 | 0.950 | met |" in table
     assert "| at most 1.05 | - | not measured |" in table
+
+
+def test_the_commit_can_be_told_where_there_is_no_checkout(monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_git(*_arguments: Any) -> str:
+        raise FileNotFoundError("git")
+
+    monkeypatch.setattr(record, "_git", no_git)
+    monkeypatch.delenv("DITC_COMMIT", raising=False)
+    assert gpu_results.stamp()["commit"] == ""
+    monkeypatch.setenv("DITC_COMMIT", "0123456789ab")
+    assert gpu_results.stamp()["commit"] == "0123456789ab"
 
 
 def test_committed_results_are_valid() -> None:

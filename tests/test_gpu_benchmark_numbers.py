@@ -43,6 +43,7 @@ pytestmark = [pytest.mark.usefixtures("interpreter"), pytest.mark.filterwarnings
 CPU = Context("cpu", 0, l2_bytes=4096, tiny=True)
 SMALL = gpu_check.GemmCase("E2M3", "E2M1", 6, 8, 64, Granularity("exact groups of 16", 16))
 REAL_16 = Granularity("real groups of 16", 16, True)
+GROUPS_32 = Granularity("exact groups of 32", 32)
 
 
 # --- numbers in plain torch -------------------------------------------------------------------------------------------
@@ -391,7 +392,7 @@ def test_the_rows_of_the_denoiser(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("activation", ["E2M3", "E3M2"])
 @pytest.mark.parametrize("interval", [0, 64, None])
 def test_the_probe_counts_nothing_where_sums_are_exact(activation: str, interval: int | None) -> None:
-    row = gpu_exactness.count(CPU, activation, 96, interval, 16)
+    row = gpu_exactness.count(CPU, gpu_exactness.spec_of(activation, 96, GROUPS_32, 16), GROUPS_32, interval)
     assert (
         set(row["differ"].values()) == {0}
         and row["outputs"] == 256
@@ -403,22 +404,30 @@ def test_the_probe_counts_sums_that_lose_bits(monkeypatch: pytest.MonkeyPatch) -
     right = gpu_exactness.probe
     cut = lambda *given: right(*given).half().float()  # noqa: E731  an accumulator of 11 bits
     monkeypatch.setattr(gpu_exactness, "probe", cut)
-    row = gpu_exactness.count(CPU, "E2M3", 96, 0, 16)
+    row = gpu_exactness.count(CPU, gpu_exactness.spec_of("E2M3", 96, CHANNEL, 16), CHANNEL, 0)
     assert row["differ"]["one sign"] > 200 and row["worst_over_mean"]["one sign"] > 0
 
 
 def test_inputs_of_the_probe_are_on_their_formats_grids() -> None:
-    for activation, pattern in itertools.product(gpu_exactness.ACTIVATIONS, gpu_exactness.PATTERNS):
-        drawn = gpu_exactness.operands(CPU, activation, pattern, 96, 8)
-        for name, values in zip((activation, "E2M1"), drawn, strict=True):
-            back = gpu_exactness.e4m3_value(gpu_exactness.e4m3_bytes(values, name))
-            assert torch.equal(back.double(), values * 2.0 ** gpu_exactness.operand_of(name).shift), (pattern, name)
+    for (activation, _), pattern in itertools.product(gpu_exactness.PAIRS, gpu_exactness.PATTERNS):
+        spec = gpu_exactness.spec_of(activation, 96, GROUPS_32, 8)
+        a, w = gpu_exactness.operands(CPU, spec, pattern)
+        exponents = gpu_exactness.operand_of(activation).shift, gpu_exactness.weight_exponent(spec)
+        for values, exponent in zip((a, w), exponents, strict=True):
+            back = gpu_exactness.e4m3_value(gpu_exactness.e4m3_bytes(values, exponent))
+            assert torch.equal(back.double(), values * 2.0**exponent), (pattern, activation)
+        products = np.outer(np.abs(gpu_exactness.get_format("E2M1").values), spec.multipliers)
+        assert set(w.abs().unique().tolist()) <= set(products.ravel().tolist())
 
 
 def test_a_gpu_without_fp8_is_told_so() -> None:
     (task,) = gpu_exactness.tasks(Context("cuda", 80))
     assert "no FP8 tensor cores" in task.run()["skipped"]
-    assert len(gpu_exactness.tasks(Context("cuda", 90))) == 30
+    names = [task.name for task in gpu_exactness.tasks(HOPPER)]
+    assert len(set(names)) == len(names) == 42
+    assert {name.split(", ")[-1] for name in names if "groups of 64, K 1152" in name} >= {
+        "never promoted", "promoted every 64", "expanded_gemm as compiled",
+    }  # fmt: skip
 
 
 # --- compiled, not run ------------------------------------------------------------------------------------------------
@@ -429,11 +438,16 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from benchmarks import gpu_kernels as k
+from benchmarks.gpu_exactness import TILE, WARPS
+from plugins.gpu.machine_code import resources
 
 def build(function, sm, types, constants, warps):
     signature = {name: types.get(name, "constexpr") for name in function.arg_names}
-    source = ASTSource(fn=function, signature=signature, constexprs=constants)
-    return triton.compile(source, target=GPUTarget("cuda", sm, 32), options={"num_warps": warps}).asm["ptx"]
+    aligned = [index for index, name in enumerate(function.arg_names) if types.get(name) and name != "tokens"]
+    attributes = {(index,): [["tt.divisibility", 16]] for index in aligned}  # as launched: torch's memory, whole tiles
+    source = ASTSource(fn=function, signature=signature, constexprs=constants, attrs=attributes)
+    options = {"num_warps": warps, "enable_fp_fusion": True}
+    return triton.compile(source, target=GPUTarget("cuda", sm, 32), options=options).asm
 
 rows = dict(C=1152, BLOCK=1024, TAIL=128)
 x = {"x": "*bf16", "y": "*bf16", "shift": "*bf16", "scale": "*bf16", "tokens": "i32"}
@@ -441,9 +455,11 @@ sums = {"a": "*u8", "w": "*u8", "y": "*fp32", "M": "i32", "N": "i32", "K": "i32"
 for sm in (80, 90):
     build(k.norm_modulate, sm, x, rows | {"EPSILON": 1e-6}, 4)
     build(k.gelu, sm, x, rows, 4)
-for interval in (32, 512):
-    ptx = build(k.fp8_sums, 90, sums, dict(PROMOTE=interval, BM=128, BN=128, BK=min(interval, 128)), 4)
-    assert "wgmma.mma_async.sync.aligned.m64n128k32.f32.e4m3.e4m3" in ptx
+for interval in (32, 64, 8192):
+    constants = dict(PROMOTE=interval, BM=TILE, BN=TILE, BK=min(interval, 128))
+    made = build(k.fp8_sums, 90, sums, constants, WARPS)
+    assert "wgmma.mma_async.sync.aligned.m64n128k32.f32.e4m3.e4m3" in made["ptx"]
+    assert resources(made["cubin"], "fp8_sums").local_bytes == 0, interval
 print("ok")
 """
 
