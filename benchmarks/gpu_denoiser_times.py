@@ -29,6 +29,7 @@ from benchmarks.gpu_quantized_denoiser import (
     weight_bytes,
 )
 from benchmarks.gpu_run import Context, Task, failed_of
+from benchmarks.gpu_targets import LARGE_PIXELS
 from benchmarks.gpu_timing import Flush, capture_all, contest, host_milliseconds, interleaved, told
 from benchmarks.gpu_weights import EXACT_64, Packed
 from benchmarks.shapes import LATENT_CELL, WORKLOADS
@@ -46,7 +47,8 @@ class Form:
 
 FORMS = {"packed": Form(), "expanded": Form(expand=True), "expanded_int8": Form(expand=True, integers=True)}
 OURS, COMPILED = tuple(FORMS), ("bf16_compiled_blocks", "bf16_compiled_whole")
-SIZES = ((1024, 1), (512, 1), (256, 1), (1024, 2))  # (pixels, batch) of the rows; the target is about the first
+SIZES = ((LARGE_PIXELS, 1), (512, 1), (256, 1), (LARGE_PIXELS, 2))  # (pixels, batch) of the rows
+LEAST_PIXELS = min(pixels for pixels, _ in SIZES)
 # Ours and plain bf16 arithmetic on the same grid round the stream alike, so neither may be far from float32's result:
 # at most twice as far as the plain one, whose roundings are as many.
 TIMES_PLAIN = 2.0
@@ -218,7 +220,7 @@ def ratios(rows: dict[str, dict[str, Any]]) -> dict[str, float]:
 
 
 def tasks(context: Context) -> list[Task]:
-    """Bytes and numbers first; then 1024 pixels, which the target is about; the whole model compiled last.
+    """Bytes and numbers first; then LARGE_PIXELS, which the target is about; the whole model compiled last.
 
     The models are made by the first row that needs them; should that fail, by the next one.
     """
@@ -226,16 +228,16 @@ def tasks(context: Context) -> list[Task]:
     models = cache(partial(make_models, context, size))
     found = [
         Task("weights", lambda: weights_row(models())),
-        Task("numbers at 256 pixels", lambda: numbers_row(models(), 256), 5.0),
+        Task(f"numbers at {LEAST_PIXELS} pixels", lambda: numbers_row(models(), LEAST_PIXELS), 5.0),
     ]
     for pixels, batch in SIZES:
         row = partial(_times, models, flush, pixels, batch)
         found.append(Task(f"{pixels} pixels, batch {batch}", row, 20.0))
-    alone = partial(attention_row, size, context.device, flush, 1024)
-    found.append(Task("attention alone at 1024 pixels", alone, 4.0))
-    found.append(Task("numbers at 1024 pixels", lambda: numbers_row(models(), 1024), 8.0))
-    whole = partial(_times, models, flush, 1024, 1, whole=True)
-    return [*found, Task("1024 pixels, batch 1, compiled whole", whole, 85.0)]
+    alone = partial(attention_row, size, context.device, flush, LARGE_PIXELS)
+    found.append(Task(f"attention alone at {LARGE_PIXELS} pixels", alone, 4.0))
+    found.append(Task(f"numbers at {LARGE_PIXELS} pixels", lambda: numbers_row(models(), LARGE_PIXELS), 8.0))
+    whole = partial(_times, models, flush, LARGE_PIXELS, 1, whole=True)
+    return [*found, Task(f"{LARGE_PIXELS} pixels, batch 1, compiled whole", whole, 85.0)]
 
 
 def _times(models: Callable[[], Models], *given: Any, **options: Any) -> dict[str, Any]:

@@ -8,6 +8,7 @@ the default recipe is tried with multipliers of exact groups of 64 besides.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -114,8 +115,8 @@ PATTERNS: dict[str, tuple[Callable[[Drawer, int, int], Tensor], Callable[[Drawer
 }
 
 
-def spec_of(activation: str, k: int, granularity: Granularity, size: int = SIZE) -> GemmSpec:
-    """The GEMM whose sums are looked at."""
+def spec_of(activation: str, k: int, granularity: Granularity, size: int) -> GemmSpec:
+    """The GEMM whose sums are looked at, of `size` output channels and as many tokens."""
     return GemmSpec(activation, WEIGHT, k, size, output="fp32", **granularity.spec_fields(WEIGHT))
 
 
@@ -195,15 +196,13 @@ def tasks(context: Context) -> list[Task]:
             "skipped": f"compute capability {context.sm} has no FP8 tensor cores; sums are FP16's, exact in float32"
         }
         return [Task("FP8 accumulator", lambda: told)]
-    return [
-        Task(
-            f"{activation} x {WEIGHT}, {granularity.name}, K {k}, {interval_name(interval)}",
-            partial(count, context, spec_of(activation, k, granularity), granularity, interval),
-        )
-        for activation, granularity in PAIRS
-        for k in DEPTHS
-        for interval in intervals_of(spec_of(activation, k, granularity), context.sm)
-    ]
+    found = []
+    for (activation, granularity), k in itertools.product(PAIRS, DEPTHS):
+        spec = spec_of(activation, k, granularity, SIZE)
+        for interval in intervals_of(spec, context.sm):
+            name = f"{activation} x {WEIGHT}, {granularity.name}, K {k}, {interval_name(interval)}"
+            found.append(Task(name, partial(count, context, spec, granularity, interval)))
+    return found
 
 
 def intervals_of(spec: GemmSpec, sm: int) -> tuple[int | None, ...]:
