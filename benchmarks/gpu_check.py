@@ -1,9 +1,10 @@
 """Is every kernel right? Compared with the NumPy meanings of the kernel table, before anything is timed.
 
-A GEMM is run twice on the same codes. First with scales of one and a float32 output: the integer sums, which must be
-equal. Then whole, with scales, zero point, epilogue and output type: off by one rounding to the output and those of
-the float32 steps before it, `allowed` below. Quantizers must give the codes and scales of their meanings, but for
-values that a float32 norm or GELU moves over the middle between two codes, `worst_code` below.
+A GEMM is run twice on the same codes, whose sums are exact in this GPU's accumulators whatever their order. First with
+scales of one and a float32 output: the integer sums, which must be equal. Then whole, with scales, zero point, epilogue
+and output type: off by one rounding to the output and those of the float32 steps before it, `allowed` below. Quantizers
+must give the codes and scales of their meanings, but for values that a float32 norm or GELU moves over the middle
+between two codes, `worst_code` in gpu_check_quantizers.py.
 """
 
 from __future__ import annotations
@@ -21,8 +22,11 @@ from export.embedding import exact_sum_limit
 from export.formats import get_format, pack
 from plugins.gpu import gemm_meanings
 from plugins.gpu.operands import operand_bytes
+from plugins.gpu.promotion import FP32_BITS, accumulator_bits, promotion_of
 from plugins.gpu.specs import GemmSpec, PackSpec
 from plugins.gpu.table import kernel
+from plugins.gpu.tile_table import Tile
+from plugins.gpu.tiles import architecture, product_type
 
 Array = NDArray[Any]
 GEMMS = ("packed_gemm", "expanded_gemm")
@@ -84,27 +88,53 @@ def gemm_cases(tiny: bool) -> list[GemmCase]:
     return [case, *grouped, *integers, *ends, *deep, *formats, *weights, *odd, *mixed]
 
 
-def codes_for(case: GemmCase, rng: np.random.Generator) -> Array:
-    """Operand bytes [M, K]: of all codes where every sum of K products is exact in float32, else of small values."""
+def codes_for(case: GemmCase, rng: np.random.Generator, sm: int) -> Array:
+    """Operand bytes [M, K]: of all codes where every sum of K products is exact in float32, else of small values; and
+    zeros but in a few places where compute capability `sm` adds them in an accumulator shorter than float32."""
     fmt, weight = get_format(case.activation), get_format(case.weight)
     values = fmt.values[: 2**fmt.bits]
     usable = np.isfinite(values) & (np.abs(values) <= fmt.max_value)
-    most = max(case.spec.multipliers) * weight.kmax
+    most, largest = max(case.spec.multipliers) * weight.kmax, fmt.kmax
     if case.k > exact_sum_limit(fmt.kmax, most):
         # Multiples of a larger unit, so that the sums have fewer bits: still exact, whatever the order.
         unit = 2.0 ** np.floor(np.log2(fmt.max_value)) / 8
         usable &= (np.abs(values) <= fmt.max_value / 2) & (values / unit == np.rint(values / unit))
+        largest = int(np.abs(values[usable]).max() / unit)
     codes = rng.choice(np.flatnonzero(usable), (case.m, case.k))
+    span, places = places_of_a_sum(case.spec, largest * most, sm)
+    if places < span:
+        codes[~scattered(rng, case.m, case.k, span, places)] = 0
     codes[case.m // 2] = 0  # a token of zeros
     return operand_bytes(case.activation, case.integers)[codes]
 
 
-def inputs_of(case: GemmCase, seed: int = 0) -> dict[str, Array]:
+def places_of_a_sum(spec: GemmSpec, product: int, sm: int) -> tuple[int, int]:
+    """(products that a tensor core adds up, how many of them may differ from zero for that sum to be exact).
+
+    One bit less than the accumulator is said to have; a single product is always exact: two significands of 4 bits.
+    """
+    fp8, known = product_type(spec, sm) == "fp8", architecture(sm)
+    bits = accumulator_bits(fp8, known)
+    if bits == FP32_BITS:
+        return spec.in_features, spec.in_features
+    span = spec.group_size if spec.real_groups else spec.in_features
+    span = promotion_of(spec, fp8, known, by_group=spec.real_groups).every or span
+    return span, max(1, 2 ** (bits - 1) // product)
+
+
+def scattered(rng: np.random.Generator, rows: int, columns: int, span: int, places: int) -> NDArray[np.bool_]:
+    """Bool [rows, columns], in every row `places` of each `span` columns true; of a last, shorter one at most."""
+    draw = rng.random((rows, -(-columns // span), span))
+    last = np.partition(draw, places - 1)[..., places - 1 : places]
+    return np.asarray((draw <= last).reshape(rows, -1)[:, :columns])
+
+
+def inputs_of(case: GemmCase, seed: int = 0, sm: int = 0) -> dict[str, Array]:
     """NumPy inputs of packed_gemm by argument name; gate and residual are float32 numbers of the output type."""
     rng, spec = np.random.default_rng(seed), case.spec
     table = len(spec.multipliers)
     found: dict[str, Array] = {
-        "a": codes_for(case, rng),
+        "a": codes_for(case, rng, sm),
         "a_scale": rng.uniform(0.01, 0.1, case.m).astype(np.float32),
         "w": pack(rng.integers(0, 16, (case.n, case.k)).astype(np.uint8), 4),
         "w_scales": rng.uniform(0.001, 0.01, (case.n, spec.scale_groups)).astype(np.float32),
@@ -130,7 +160,7 @@ def _halves(x: Array) -> Array:
 
 def check_gemm(context: Context, case: GemmCase) -> dict[str, Any]:
     """One row: for both kernels how many integer sums differ, and the worst error of an output over what is allowed."""
-    arrays, tokens = inputs_of(case), case.m // 2 if case.spec.has_gate else 0
+    arrays, tokens = inputs_of(case, sm=context.sm), case.m // 2 if case.spec.has_gate else 0
     plain = replace(case.spec, output="fp32", epilogue="none", zero_point=False)
     ones = {key: np.ones_like(arrays[key]) for key in ("a_scale", "w_scales")} | {"bias": np.zeros_like(arrays["bias"])}
     ones |= {key: arrays[key] for key in ("a", "w", "multiplier_codes") if key in arrays}
@@ -141,13 +171,13 @@ def check_gemm(context: Context, case: GemmCase) -> dict[str, Any]:
     for name in GEMMS:
         differ = int((run_gemm(context, plain, ones, name, 0) != sums).sum())
         found = run_gemm(context, case.spec, arrays, name, tokens)
-        worst = _over(found - expected, limit, np.isnan(expected) == np.isnan(found))
+        worst = over(found - expected, limit, np.isnan(expected) == np.isnan(found))
         row[name] = {"sums_differ": differ, "error_over_allowed": worst}
         row["passed"] = row["passed"] and differ == 0 and worst <= 1
     return row
 
 
-def _over(error: Array, limit: Array, same_nans: Array) -> float:
+def over(error: Array, limit: Array, same_nans: Array) -> float:
     """The largest error as a share of its limit; 1e9 where only one side is NaN (JSON has no Inf)."""
     if not same_nans.all():
         return 1e9
@@ -184,8 +214,10 @@ def allowed(case: GemmCase, arrays: dict[str, Array], expected: Array, tokens: i
     return error + units * HALF_UNIT[case.output] * (np.abs(expected) + error) + SMALLEST[case.output]
 
 
-def run_gemm(context: Context, spec: GemmSpec, arrays: dict[str, Array], name: str, tokens: int) -> Array:
-    """The kernel `name` on NumPy inputs -> float32 [M, N]."""
+def run_gemm(
+    context: Context, spec: GemmSpec, arrays: dict[str, Array], name: str, tokens: int, tile: Tile | None = None
+) -> Array:
+    """The kernel `name` on NumPy inputs -> float32 [M, N]. tile: instead of the heuristics' choice."""
     from plugins.gpu import launch_gemm
 
     tensors = {key: context.tensor(value) for key, value in arrays.items()}
@@ -195,9 +227,9 @@ def run_gemm(context: Context, spec: GemmSpec, arrays: dict[str, Array], name: s
     multiplier_codes = tensors.pop("multiplier_codes", None)
     if name == "expanded_gemm":
         tensors["w_expanded"] = launch_gemm.expand(spec, tensors.pop("w"), multiplier_codes)
-        y = launch_gemm.expanded_gemm(spec, **tensors, tokens=tokens)
+        y = launch_gemm.expanded_gemm(spec, **tensors, tokens=tokens, tile=tile)
     else:
-        y = launch_gemm.packed_gemm(spec, **tensors, multiplier_codes=multiplier_codes, tokens=tokens)
+        y = launch_gemm.packed_gemm(spec, **tensors, multiplier_codes=multiplier_codes, tokens=tokens, tile=tile)
     return np.asarray(y.float().cpu().numpy())
 
 
@@ -216,11 +248,12 @@ def check_repack(context: Context, case: GemmCase) -> dict[str, Any]:
 
 
 def tasks(context: Context) -> list[Task]:
-    """Quantizers first: they are quick to compile; then pack and expand; then the GEMMs."""
+    """The GEMMs that are timed first, then quantizers, pack and expand, and GEMMs of all formats."""
     from benchmarks.gpu_check_quantizers import quantizer_tasks
+    from benchmarks.gpu_check_timed import timed_tasks
 
     cases = gemm_cases(context.tiny)
-    found = quantizer_tasks(context)
+    found = timed_tasks(context) + quantizer_tasks(context)
     repacked = [case for case in cases if case.granularity in (CHANNEL, EXACT_64)]
     repacked = list({(case.weight, case.granularity, case.k, case.integers): case for case in repacked}.values())
     found += [Task(f"pack, expand {case.name}", partial(check_repack, context, case)) for case in repacked]

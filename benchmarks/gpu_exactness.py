@@ -2,11 +2,13 @@
 
 Operands embed in E4M3 exactly; the question is how many bits the accumulator keeps. Published models of Hopper's say
 about 13 below the largest addend. Each pair of formats is tried on random inputs and on inputs made to lose bits, with
-the tensor core's sums added in float32 every so many products, and through expanded_gemm as it is compiled.
+the tensor core's sums added in float32 every so many products, and through expanded_gemm as it is compiled. The pair of
+the default recipe is tried with multipliers of exact groups of 64 besides.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -15,16 +17,21 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from benchmarks.gpu_run import Context, Task
+from benchmarks.gpu_weights import CHANNEL, EXACT_64, Granularity
 from export.formats import get_format
+from plugins.gpu.gemm_constants import weight_exponent
 from plugins.gpu.operands import operand_of
+from plugins.gpu.promotion import promotion_of
+from plugins.gpu.specs import GemmSpec
+from plugins.gpu.tiles import architecture
 
 if TYPE_CHECKING:
     from torch import Generator, Tensor
 
 WEIGHT = "E2M1"
-ACTIVATIONS = ("E2M3", "E3M2", "E4M3")
+PAIRS = (("E2M3", CHANNEL), ("E2M3", EXACT_64), ("E3M2", CHANNEL), ("E4M3", CHANNEL))
 DEPTHS = (1152, 4608)
-SIZE, TILE = 256, 128  # outputs [SIZE, SIZE] in tiles
+SIZE, TILE, WARPS = 256, 128, 8  # outputs [SIZE, SIZE] in tiles; two sums of a tile fit 8 warps' registers
 STEP = 32  # K of one FP8 tensor-core instruction
 NEVER = 0
 # Products that the tensor core sums up before a float32 addition.
@@ -108,24 +115,32 @@ PATTERNS: dict[str, tuple[Callable[[Drawer, int, int], Tensor], Callable[[Drawer
 }
 
 
-def operands(context: Context, activation: str, pattern: str, k: int, size: int = SIZE) -> tuple[Tensor, Tensor]:
-    """(a [size, k], w [size, k]): values as float64 on the device."""
+def spec_of(activation: str, k: int, granularity: Granularity, size: int) -> GemmSpec:
+    """The GEMM whose sums are looked at, of `size` output channels and as many tokens."""
+    return GemmSpec(activation, WEIGHT, k, size, output="fp32", **granularity.spec_fields(WEIGHT))
+
+
+def operands(context: Context, spec: GemmSpec, pattern: str) -> tuple[Tensor, Tensor]:
+    """(a [N, K], w [N, K]): values as float64 on the device, those of w times a drawn multiplier of their group."""
     import torch
 
+    k, size = spec.in_features, spec.out_features
     generator = torch.Generator(device=context.device).manual_seed(k)
     found = []
-    for name, make in zip((activation, WEIGHT), PATTERNS[pattern], strict=True):
+    for name, make in zip((spec.activation, WEIGHT), PATTERNS[pattern], strict=True):
         values = get_format(name).values
         positive = np.unique(values[np.isfinite(values) & (values >= 0)])
         found.append(make(Drawer(context.tensor(positive), generator), size, k))
-    return found[0], found[1]
+    table = torch.tensor(spec.multipliers, dtype=torch.float64, device=context.device)
+    drawn = torch.randint(len(table), (size, spec.groups), generator=generator, device=context.device)
+    return found[0], found[1] * table[drawn].repeat_interleave(k // spec.groups, 1)
 
 
-def e4m3_bytes(values: Tensor, name: str) -> Tensor:
-    """Operand bytes u8 of values of format `name`."""
+def e4m3_bytes(values: Tensor, exponent: int) -> Tensor:
+    """E4M3 bytes u8 of values times 2^exponent."""
     import torch
 
-    return (values * 2.0 ** operand_of(name).shift).float().to(torch.float8_e4m3fn).view(torch.uint8)
+    return (values * 2.0**exponent).float().to(torch.float8_e4m3fn).view(torch.uint8)
 
 
 def probe(a: Tensor, w: Tensor, interval: int, tile: int = TILE) -> Tensor:
@@ -137,23 +152,20 @@ def probe(a: Tensor, w: Tensor, interval: int, tile: int = TILE) -> Tensor:
     (m, k), n = a.shape, len(w)
     step = min(128, interval or 128)
     y = torch.full((m, n), torch.nan, device=a.device)
-    fp8_sums[(m // tile, n // tile)](a, w, y, m, n, k, PROMOTE=interval or 8192, BM=tile, BN=tile, BK=step)
+    options = {"num_warps": WARPS, "enable_fp_fusion": True}
+    fp8_sums[(m // tile, n // tile)](a, w, y, m, n, k, PROMOTE=interval or 8192, BM=tile, BN=tile, BK=step, **options)
     return y
 
 
-def compiled(activation: str, a: Tensor, w: Tensor) -> Tensor:
+def compiled(spec: GemmSpec, a: Tensor, w: Tensor) -> Tensor:
     """The same through expanded_gemm, whose sums of values are made sums of bytes again, exactly: powers of two."""
     import torch
 
     from plugins.gpu import launch_gemm
-    from plugins.gpu.gemm_constants import weight_exponent
-    from plugins.gpu.specs import GemmSpec
 
-    spec = GemmSpec(activation, WEIGHT, a.shape[1], len(w), output="fp32")
     one, scales = torch.ones(len(a), device=a.device), torch.ones((len(w), 1), device=a.device)
-    w = (e4m3_value(w) * 2.0 ** (weight_exponent(spec) - operand_of(WEIGHT).shift)).to(torch.float8_e4m3fn)
-    y = launch_gemm.expanded_gemm(spec, a, one, w.view(torch.uint8), scales, torch.zeros_like(scales[:, 0]))
-    return y * 2.0 ** (operand_of(activation).shift + operand_of(WEIGHT).shift)
+    y = launch_gemm.expanded_gemm(spec, a, one, w, scales, torch.zeros_like(scales[:, 0]))
+    return y * 2.0 ** (operand_of(spec.activation).shift + weight_exponent(spec))
 
 
 def e4m3_value(x: Tensor) -> Tensor:
@@ -163,40 +175,40 @@ def e4m3_value(x: Tensor) -> Tensor:
     return x.view(torch.float8_e4m3fn).float()
 
 
-def count(context: Context, activation: str, k: int, interval: int | None, size: int = SIZE) -> dict[str, Any]:
+def count(context: Context, spec: GemmSpec, granularity: Granularity, interval: int | None) -> dict[str, Any]:
     """Outputs that differ from the exact sum rounded to float32, for each pattern. interval None: as compiled."""
     differ, worst = {}, {}
+    exponents = operand_of(spec.activation).shift, weight_exponent(spec)
     for pattern in PATTERNS:
-        values = operands(context, activation, pattern, k, size)
-        a, w = (e4m3_bytes(x, name) for x, name in zip(values, (activation, WEIGHT), strict=True))
+        a, w = (e4m3_bytes(x, e) for x, e in zip(operands(context, spec, pattern), exponents, strict=True))
         exact = e4m3_value(a).double() @ e4m3_value(w).double().T
-        found = compiled(activation, a, w) if interval is None else probe(a, w, interval, min(TILE, size))
+        found = compiled(spec, a, w) if interval is None else probe(a, w, interval, min(TILE, len(a)))
         differ[pattern] = int((found != exact.float()).sum())
         worst[pattern] = float(((found - exact).abs() / exact.abs().mean().clamp(min=1e-30)).max())
-    return {"activation": activation, "weight": WEIGHT, "k": k, "interval": interval, "outputs": size * size} | {
-        "differ": differ,
-        "worst_over_mean": worst,
-    }
+    pair = {"activation": spec.activation, "weight": WEIGHT, "k": spec.in_features, "granularity": granularity.name}
+    return pair | {"interval": interval, "outputs": found.numel(), "differ": differ, "worst_over_mean": worst}
 
 
 def tasks(context: Context) -> list[Task]:
-    """A row for each pair, depth and interval, the pair of the recipes first."""
+    """A row for each pair, depth and interval, those of the default recipe first."""
     if not context.has_fp8:
         told = {
             "skipped": f"compute capability {context.sm} has no FP8 tensor cores; sums are FP16's, exact in float32"
         }
         return [Task("FP8 accumulator", lambda: told)]
     found = []
-    for activation in ACTIVATIONS:
-        for k in DEPTHS:
-            for interval in (*INTERVALS, None):
-                found.append(
-                    Task(
-                        f"{activation} x {WEIGHT}, K {k}, {interval_name(interval)}",
-                        partial(count, context, activation, k, interval),
-                    )
-                )
+    for (activation, granularity), k in itertools.product(PAIRS, DEPTHS):
+        spec = spec_of(activation, k, granularity, SIZE)
+        for interval in intervals_of(spec, context.sm):
+            name = f"{activation} x {WEIGHT}, {granularity.name}, K {k}, {interval_name(interval)}"
+            found.append(Task(name, partial(count, context, spec, granularity, interval)))
     return found
+
+
+def intervals_of(spec: GemmSpec, sm: int) -> tuple[int | None, ...]:
+    """INTERVALS and the one that plugins/gpu/promotion.py chooses; last, as compiled."""
+    chosen = promotion_of(spec, True, architecture(sm)).every
+    return (*dict.fromkeys((*INTERVALS, chosen)), None)
 
 
 def interval_name(interval: int | None) -> str:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from benchmarks.gpu_run import Context, Task, failed_of
 from benchmarks.gpu_timing import Flush, contest, rates, sets_for
+from plugins.gpu.kernel import launch_options
 from plugins.gpu.specs import QuantizeSpec
 
 if TYPE_CHECKING:
@@ -50,8 +51,13 @@ class FusedCase:
         >>> FusedCase("norm_modulate", 1, 4, 8).moved_bytes(True), FusedCase("gelu", 1, 4, 8).moved_bytes(False)
         (144, 128)
         """
-        read = 2 * self.m * self.channels + (4 * self.batch * self.channels if self.kind == "norm_modulate" else 0)
-        return read + (self.m * self.channels + 4 * self.m if quantized else 2 * self.m * self.channels)
+        written = self.m * self.channels + 4 * self.m if quantized else 2 * self.m * self.channels
+        return self.read_bytes + written
+
+    @property
+    def read_bytes(self) -> int:
+        """x, shift and scale."""
+        return 2 * self.m * self.channels + (4 * self.batch * self.channels if self.kind == "norm_modulate" else 0)
 
 
 CASES = (
@@ -69,7 +75,7 @@ CASES = (
 
 
 def inputs_of(context: Context, case: FusedCase) -> dict[str, Tensor]:
-    """x, shift and scale in bf16, and places for the codes and scales, or for the operation's own output."""
+    """x, and for the norm shift and scale, in bf16."""
     import torch
 
     def draw(*shape: int) -> Tensor:
@@ -81,12 +87,12 @@ def inputs_of(context: Context, case: FusedCase) -> dict[str, Tensor]:
     return found
 
 
-def fused(case: FusedCase, given: dict[str, Tensor]) -> Tensor:
-    """Operand bytes u8 [M, C]."""
+def fused(case: FusedCase, given: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+    """Operand bytes u8 [M, C] and scales f32 [M]."""
     from plugins.gpu import launch_quantize
 
     tokens = case.tokens if case.kind == "norm_modulate" else 0
-    return launch_quantize.quantize(case.spec, **given, tokens=tokens)[0]
+    return launch_quantize.quantize(case.spec, **given, tokens=tokens)
 
 
 def triton_alone(case: FusedCase, given: dict[str, Tensor], sm: int) -> Tensor:
@@ -97,7 +103,7 @@ def triton_alone(case: FusedCase, given: dict[str, Tensor], sm: int) -> Tensor:
     from plugins.gpu.row_tiles import row_tile
 
     tile, y = row_tile(case.spec, case.m, sm), torch.empty_like(given["x"])
-    blocks: dict[str, Any] = {"C": case.channels, "BLOCK": tile.block, "TAIL": tile.tail, "num_warps": tile.num_warps}
+    blocks: dict[str, Any] = {"C": case.channels, "BLOCK": tile.block, "TAIL": tile.tail, **launch_options(tile)}
     if case.kind == "gelu":
         gpu_kernels.gelu[(case.m,)](given["x"], y, **blocks)
     else:
@@ -137,7 +143,7 @@ def copier(context: Context, size_bytes: int) -> Callable[[], Any]:
 def measure(context: Context, case: FusedCase, flush: Flush) -> dict[str, Any]:
     """One row: times and rates of all contestants, the fused kernel against the baseline and against copying."""
     size, made = case.moved_bytes(True), compiled(case)
-    count = sets_for(size, context.l2_bytes)
+    count = sets_for(min(case.read_bytes, size // 2), context.l2_bytes)  # the copy reads half of what it moves
     sets = [inputs_of(context, case) for _ in range(count)]
     calls: dict[str, list[Callable[[], Any]]] = {
         FUSED: [partial(fused, case, given) for given in sets],

@@ -1,9 +1,9 @@
 """GEMMs at the shapes of the models: ours with 4-bit weights against FP8 and bf16 of PyTorch (cuBLASLt, CUTLASS).
 
 Ours multiply E4M3 bytes, or with "_int8" INT8 images of the same codes. All read cold operands
-(benchmarks/gpu_timing.py) and write bf16. The FP8 contestants get the very bytes that ours
-multiply, so the row-wise one gives the same outputs up to its accumulation; the row says how far off ("agree"). Bias
-is left out of theirs.
+(benchmarks/gpu_timing.py) and write bf16. The FP8 contestants get the very bytes that ours multiply, so the row-wise
+one gives the same outputs up to its accumulation. Bias is left out of theirs. The row says how far each output is from
+the exact one ("error"), and which of ours are further off than rounding explains ("wrong").
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from benchmarks import gpu_agreement
 from benchmarks.gpu_run import Context, Task, failed_of
 from benchmarks.gpu_targets import LARGE
 from benchmarks.gpu_timing import Flush, contest, rates, sets_for
@@ -96,6 +97,11 @@ def moved_bytes(shape: Shape, granularity: Granularity, contestant: str) -> int:
     return m * k + weight + 2 * m * n + scales.get(contestant, ours + multipliers)
 
 
+def least_read(shape: Shape, granularity: Granularity) -> int:
+    """Bytes of inputs that the contestant of the smallest ones, packed_gemm, reads in a call."""
+    return moved_bytes(shape, granularity, "packed_gemm") - 2 * shape.m * shape.n
+
+
 def our_caller(name: str, spec: GemmSpec, given: Operands) -> Callable[[], Tensor]:
     """A call of one of our kernels on one set of inputs, `spec` being of the operands that it multiplies."""
     from plugins.gpu import launch_gemm
@@ -113,7 +119,7 @@ def caller(name: str, spec: GemmSpec, given: Operands) -> Callable[[], Tensor]:
     """A call of contestant `name` on one set of inputs."""
     import torch
 
-    if name in OURS or name in WAYS:
+    if is_ours(name):
         return our_caller(name, replace(spec, integers=name.endswith(INT8)), given)
     one = torch.ones((), device=given.a.device)
     a, w = (x.view(torch.float8_e4m3fn) for x in (given.a, given.expanded))
@@ -143,10 +149,15 @@ def contestants_of(context: Context, shape: Shape) -> tuple[str, ...]:
     return (*ours, *(FP8 if context.has_fp8 else ()), "bf16")
 
 
+def is_ours(name: str) -> bool:
+    """Whether a contestant runs our kernels."""
+    return name in OURS or name in WAYS
+
+
 def measure(context: Context, shape: Shape, granularity: Granularity, flush: Flush) -> dict[str, Any]:
     """One row: times and rates of all contestants, and their ratios."""
     spec, names = spec_of(shape, granularity), contestants_of(context, shape)
-    count = sets_for(moved_bytes(shape, granularity, "packed_gemm"), context.l2_bytes)
+    count = sets_for(least_read(shape, granularity), context.l2_bytes)
     sets = [operands(context, shape, granularity) for _ in range(count)]
     calls = {name: [caller(name, spec, given) for given in sets] for name in names}
     times, refused = contest(calls, flush, SECONDS)
@@ -154,6 +165,8 @@ def measure(context: Context, shape: Shape, granularity: Granularity, flush: Flu
         name: time.to_row() | rates(time.median, shape.flops, moved_bytes(shape, granularity, name))
         for name, time in times.items()
     }
+    errors = errors_of({name: calls[name][0] for name in times}, spec, sets[0])
+    wrong = wrong_of(errors, spec, context.sm)
     tiles = {name: str(_tile(name, spec, shape.m, context.sm)) for name in OURS}
     place = {"m": shape.m, "n": shape.n, "k": shape.k, "pixels": shape.pixels, "users": list(shape.users)}
     return {**place, "granularity": granularity.name, "contestants": rows, "refused": refused} | {
@@ -164,7 +177,9 @@ def measure(context: Context, shape: Shape, granularity: Granularity, flush: Flu
             for name in OURS
             if name.startswith("packed")
         },
-        "agree": agreement({name: calls[name] for name in times}, granularity),
+        "error": errors,
+        "wrong": wrong,
+        "passed": not wrong,
         "input_sets": count,
         **failed_of(refused, OURS),
     }
@@ -192,14 +207,18 @@ def ratios(rows: dict[str, dict[str, Any]]) -> dict[str, dict[str, float]]:
     return found
 
 
-def agreement(calls: dict[str, list[Callable[[], Tensor]]], granularity: Granularity) -> dict[str, float]:
-    """Norm of the difference from packed_gemm's output over its norm, of those that compute the same."""
-    same = (*OURS[1:], *(("fp8_rowwise",) if not granularity.real else ()))
-    if "packed_gemm" not in calls:
-        return {}
-    wanted = calls["packed_gemm"][0]().float()
-    found = {name: calls[name][0]().float() for name in same if name in calls}
-    return {name: float((y - wanted).norm() / wanted.norm()) for name, y in found.items()}
+def errors_of(calls: dict[str, Callable[[], Tensor]], spec: GemmSpec, given: Operands) -> dict[str, float]:
+    """Error of the output of each that computes the same as ours, as gpu_agreement has it."""
+    same = [name for name in calls if is_ours(name) or (name == "fp8_rowwise" and not spec.real_groups)]
+    wanted = gpu_agreement.exact(spec, given.a, given.a_scale, given.packed)
+    return {name: gpu_agreement.error(calls[name](), wanted) for name in same}
+
+
+def wrong_of(errors: dict[str, float], spec: GemmSpec, sm: int) -> dict[str, str]:
+    """Which of ours are further off than rounding explains, and how far. NaN is."""
+    limits = {name: gpu_agreement.limit(replace(spec, integers=name.endswith(INT8)), sm) for name in errors}
+    found = {name: (error, limits[name]) for name, error in errors.items() if is_ours(name)}
+    return {name: f"error {error:.4f}, limit {most:.4f}" for name, (error, most) in found.items() if not error <= most}
 
 
 def rows_to_measure() -> list[tuple[Shape, Granularity]]:
@@ -212,9 +231,8 @@ def rows_to_measure() -> list[tuple[Shape, Granularity]]:
 def compile_ours(context: Context, shape: Shape, granularity: Granularity) -> dict[str, Any]:
     """Run each of our kernels once, so that they are in Triton's cache."""
     given = operands(context, shape, granularity)
-    for name in contestants_of(context, shape):
-        if name in OURS or name in WAYS:
-            caller(name, spec_of(shape, granularity), given)()
+    for name in filter(is_ours, contestants_of(context, shape)):
+        caller(name, spec_of(shape, granularity), given)()
     return {}
 
 

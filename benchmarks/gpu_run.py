@@ -45,6 +45,22 @@ class Context:
     def has_fp8(self) -> bool:
         return self.sm >= 89
 
+    def loss(self) -> str:
+        """Why this process can use the GPU no more (a kernel's illegal access ends its context), or ""."""
+        if self.interpreted:
+            return ""
+        import torch
+
+        try:
+            torch.cuda.synchronize()
+        except RuntimeError as error:
+            return told(error)
+        return ""
+
+
+class GpuLostError(Exception):
+    """This process can use the GPU no more; another one can."""
+
 
 @dataclass(frozen=True)
 class Task:
@@ -57,7 +73,7 @@ class Task:
 
 @dataclass
 class Clock:
-    """A section's budget, counted from when its process started."""
+    """A budget, counted from when this was made."""
 
     budget_s: float
     started: float = field(default_factory=time.monotonic)
@@ -67,14 +83,22 @@ class Clock:
         return self.budget_s - (time.monotonic() - self.started)
 
 
-def work_off(tasks: Iterable[Task], clock: Clock, keep: Callable[[dict[str, Any]], None]) -> list[str]:
-    """Run tasks in order while the budget lasts, handing each row to `keep` -> names of those not reached."""
+def work_off(
+    tasks: Iterable[Task], context: Context, clock: Clock, keep: Callable[[dict[str, Any]], None]
+) -> list[str]:
+    """Run tasks in order while the budget lasts, handing each row to `keep` -> names of those not reached.
+
+    Raises GpuLostError after the row of a task that lost the GPU.
+    """
     missed = []
     for task in tasks:
         if clock.left < task.seconds:
             missed.append(task.name)
             continue
-        keep(row_of(task))
+        row = row_of(task, context)
+        keep(row)
+        if row.get("lost"):
+            raise GpuLostError(task.name)
     return missed
 
 
@@ -88,10 +112,15 @@ def failed_of(refused: dict[str, str], ours: tuple[str, ...]) -> dict[str, str]:
     return {"failed": "; ".join(found)} if found else {}
 
 
-def row_of(task: Task) -> dict[str, Any]:
-    """Run a task. One that raises has the row {"name", "failed": why}: what a GPU lacks must not cost the others."""
+def row_of(task: Task, context: Context) -> dict[str, Any]:
+    """Run a task. One that raises has the row {"name", "failed": why}: what a GPU lacks must not cost the others.
+
+    "lost": the GPU is of no use to this process any more.
+    """
     try:
         row = task.run()
     except Exception as error:  # stated in the row and in the exit code
         row = {"failed": told(error)}
+    if loss := context.loss():
+        row = {"failed": row.get("failed", loss), "lost": True}
     return {"name": task.name, **row}

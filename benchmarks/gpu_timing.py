@@ -1,9 +1,10 @@
 """Times on a GPU: calls in a CUDA graph over rotated inputs, the L2 cache flushed, contestants interleaved.
 
 A kernel of a few microseconds cannot be timed alone: a graph holds one call for each of several sets of inputs, more
-of them than the L2 cache holds, and the time of a replay is divided by their number. Before each replay the cache is
-overwritten, which also lets the host run ahead, so that no time between the two events is the host's. The gap between
-two kernels of a graph counts, for all contestants alike.
+of them than the L2 cache holds, and the time of a replay is divided by their number. Every call writes its result to a
+place of its own, as a copy does. Before each replay the cache is overwritten, which also lets the host run ahead, so
+that no time between the two events is the host's. The gap between two kernels of a graph counts, for all contestants
+alike.
 """
 
 from __future__ import annotations
@@ -19,9 +20,9 @@ import numpy as np
 Call = Callable[[], Any]
 # Rounds are as many as fit into a contest's time, within these bounds.
 ROUNDS = (11, 101)
-# Sets of inputs that together are this often as large as the L2 cache; one call must not find what another left.
+# Sets whose inputs alone are together this often as large as the L2 cache; one call must not find what another left.
 COLD = 2.0
-MAX_SETS = 48
+MAX_SETS = 320
 # Overwritten before a replay: at least this much, which takes longer than launching a graph.
 FLUSH_BYTES = 512 << 20
 MILLISECONDS = 1e3
@@ -51,16 +52,27 @@ def rates(latency_ms: float, flops: int, size_bytes: int) -> dict[str, float]:
     return {"tflops": flops / latency_ms / 1e9, "gb_per_s": size_bytes / latency_ms / 1e6}
 
 
-def sets_for(call_bytes: int, l2_bytes: int) -> int:
-    """How many sets of inputs to rotate over, for a call that moves `call_bytes`.
+def sets_for(input_bytes: int, l2_bytes: int) -> int:
+    """How many sets of inputs all contestants rotate over; `input_bytes`: what the one that reads least reads of a set.
 
     >>> sets_for(14_000_000, 50_000_000), sets_for(10**9, 50_000_000), sets_for(1000, 50_000_000)
-    (8, 2, 48)
+    (8, 2, 320)
     """
-    return min(MAX_SETS, max(2, math.ceil(COLD * l2_bytes / call_bytes)))
+    return min(MAX_SETS, max(2, math.ceil(COLD * l2_bytes / input_bytes)))
 
 
-def captured(calls: Sequence[Call]) -> Any:
+@dataclass(frozen=True)
+class Captured:
+    """A CUDA graph and the results of its calls. Those alive at once during capture cannot share memory."""
+
+    graph: Any
+    results: list[Any]
+
+    def replay(self) -> None:
+        self.graph.replay()
+
+
+def captured(calls: Sequence[Call]) -> Captured:
     """A CUDA graph of all `calls`, each run three times before, so that compiling and allocating are done."""
     import torch
 
@@ -74,9 +86,8 @@ def captured(calls: Sequence[Call]) -> Any:
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        for call in calls:
-            call()
-    return graph
+        results = [call() for call in calls]
+    return Captured(graph, results)
 
 
 class Flush:
@@ -135,6 +146,9 @@ def host_milliseconds(call: Call, rounds: int = 20) -> float:
 
 def capture_all(contestants: Mapping[str, Sequence[Call]]) -> tuple[dict[str, Any], dict[str, str]]:
     """A graph of each contestant's calls, one for every set of inputs -> graphs, and why others could not run."""
+    import torch
+
+    torch.cuda.empty_cache()  # gives back what the graphs of the row before wrote to
     graphs: dict[str, Any] = {}
     refused: dict[str, str] = {}
     for name, calls in contestants.items():

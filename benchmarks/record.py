@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 from collections.abc import Iterable
 from pathlib import Path
@@ -14,12 +15,13 @@ RESULTS = Path(__file__).resolve().parent / "results"
 
 
 def commit() -> str:
-    """Commit of the working tree, with "+" if tracked files differ from it; "" outside a git checkout."""
+    """Commit of the working tree, with "+" if tracked files differ from it; outside a git checkout what the variable
+    DITC_COMMIT says, "" without it."""
     root = Path(__file__).resolve().parent
     try:
         found = [_git(root, "rev-parse", "--short=12", "HEAD"), _git(root, "status", "--porcelain", "-uno")]
     except (OSError, subprocess.CalledProcessError):
-        return ""
+        return os.environ.get("DITC_COMMIT", "")
     return found[0] + ("+" if found[1] else "")
 
 

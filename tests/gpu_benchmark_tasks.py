@@ -25,5 +25,10 @@ def tasks(context: Context) -> list[Task]:
     ]
 
 
+def losing(context: Context) -> list[Task]:
+    """A worker that says of its second task that the GPU is gone."""
+    return [Task("one", dict), Task("two", lambda: {"failed": "illegal access", "lost": True}), Task("three", dict)]
+
+
 def endless(context: Context) -> list[Task]:
     return [Task("quick", dict), Task("slow", _sleep)]
