@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import signal
 from dataclasses import dataclass, replace
 from types import SimpleNamespace
 
@@ -15,7 +16,7 @@ from export import checkpoint
 from export.errors import ContractError, ModelError, RecipeError
 from export.formats import get_format
 from pipeline import recipe as recipes
-from pipeline.calibrate import adopt, calibrate
+from pipeline.calibrate import adopt, calibrate, reconstruct
 from pipeline.calibrate.__main__ import _recipe, main, make_parser
 from pipeline.calibrate.rtn import RoundToNearest
 from pipeline.calibrate.state import ORIGIN_FILE, TIME_FILE, CalibrationState
@@ -335,3 +336,33 @@ def test_command_leaves_other_folders_alone_and_resumes(tmp_path, capsys):
     assert main([*flags, "--resume"]) == 0 and len(checkpoint.load(tmp_path / "out")) == 20
     assert main([*flags[:4], "-o", str(folder)]) == 2 and "not a calibration" in capsys.readouterr().err
     assert (folder / "config.json").is_file()
+
+
+def test_ctrl_c_within_a_learned_block_keeps_the_others(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("DITC_CACHE", str(tmp_path / "cache"))
+    folder, draw, drawn = tiny.folder("pixart", tmp_path), reconstruct.Batches.draw, []
+    settings = ("calibrate.options={iterations = 2, batch = 2}", "sampling.n_steps=2", "calibrate.timesteps=1")
+    extra = ["--calib-size", "1", *(part for setting in ("method=fp4dit", *settings) for part in ("--set", setting))]
+
+    def flags(name):
+        return [*command(folder, tmp_path / name, group_size=32), *extra]
+
+    def interrupted(batches):
+        drawn.append(batches)
+        if len(drawn) == 4:  # the last iteration of the second of two blocks
+            signal.raise_signal(signal.SIGINT)
+        return draw(batches)
+
+    assert main(flags("whole")) == 0
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a run in the background ignores it
+    try:
+        with monkeypatch.context() as patch:
+            patch.setattr(reconstruct.Batches, "draw", interrupted)
+            assert main(flags("parts")) == 130
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert "run the same command again with --resume" in capsys.readouterr().err
+    assert len(list((tmp_path / "parts").glob("layers/*/*.json"))) == 10
+    monkeypatch.setattr(reconstruct.Batches, "draw", lambda batches: drawn.append(batches) or draw(batches))
+    assert main([*flags("parts"), "--resume"]) == 0
+    assert len(drawn) == 6 and digests(tmp_path / "parts") == digests(tmp_path / "whole")
