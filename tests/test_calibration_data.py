@@ -311,10 +311,12 @@ def test_an_observing_method_is_resumed_to_the_same_layers(tmp_path, monkeypatch
     assert [path.name for path in (tmp_path / "parts").iterdir() if path.is_dir()] == []
 
 
-def test_too_many_samples_are_refused_before_work(tmp_path, monkeypatch):
+@pytest.mark.parametrize("method", ["watching", "fp4dit", "msfp"])
+def test_too_many_samples_are_refused_before_work(method, tmp_path, monkeypatch):
     monkeypatch.setitem(METHODS, "watching", ROW)
+    monkeypatch.setattr("pipeline.calibrate.data.calibration_data", None)
     monkeypatch.setattr(machine, "available_memory_bytes", lambda: 1000)
-    model, recipe = made("pixart", tmp_path, "method=watching")
+    model, recipe = made("pixart", tmp_path, f"method={method}")
     with pytest.raises(ResourceError, match="--calib-size, now 3"):
         package.calibrate(model, recipe, tmp_path / "out")
 

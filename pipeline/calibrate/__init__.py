@@ -6,9 +6,10 @@ What a method is stands in method.py, which methods there are in pipeline/method
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -106,32 +107,35 @@ def _threads(single: bool) -> Iterator[None]:
 def _make_method(model: LoadedModel, recipe: Recipe, plans: Sequence[LayerPlan], folder: Path) -> Method:
     """The recipe's method, with calibration data if it observes any."""
     row, wanted = METHODS[recipe.calibrate.method], recipe.calibrate
-    data = None
+    made: Method = row.load()(Context(model, recipe, row.resolve(wanted.preset, wanted.options), folder))
     if _observes(recipe):
         from pipeline.calibrate.data import calibration_data
 
-        _refuse_too_large(model, recipe, plans)
-        data = calibration_data(model, recipe)
-    made: Method = row.load()(Context(model, recipe, row.resolve(wanted.preset, wanted.options), folder, data))
+        _refuse_too_large(made, plans)
+        made.context = replace(made.context, data=calibration_data(model, recipe))
     return made
 
 
-def _refuse_too_large(model: LoadedModel, recipe: Recipe, plans: Sequence[LayerPlan]) -> None:
-    """Say how much memory the blocks' tensors take, before anything is computed, and refuse what does not fit."""
+def _refuse_too_large(method: Method, plans: Sequence[LayerPlan]) -> None:
+    """Say how much memory the calibration takes, before anything is computed, and refuse what does not fit."""
     from export.models import sample_inputs
-    from pipeline.calibrate.blocks import block_bytes, block_of
-    from pipeline.calibrate.data import kept_steps
+    from pipeline.calibrate.data import BATCH_PROMPTS, kept_steps
+    from pipeline.calibrate.memory import measure
 
-    wanted, size = recipe.calibrate, recipe.sampling
-    halves = 1 if size.guidance_scale == 1.0 else 2
-    samples = wanted.size * halves * len(kept_steps(size.n_steps, wanted.timesteps))
+    model, wanted, size = method.context.model, method.context.recipe.calibrate, method.context.recipe.sampling
+    halves, steps = 1 if size.guidance_scale == 1.0 else 2, len(kept_steps(size.n_steps, wanted.timesteps))
+    samples, calls = wanted.size * halves * steps, math.ceil(wanted.size / BATCH_PROMPTS) * steps
     one = sample_inputs(model, 1, wanted.seed, size.height, size.width)
-    needed, free = block_bytes(model, samples, one, block_of(plans[0].name)), machine.available_memory_bytes()
-    logger.info("calibration holds about %.2f GiB: one block's inputs for %d samples", needed / 2**30, samples)
+    per_call = halves * min(wanted.size, BATCH_PROMPTS)
+    sizes = measure(model, _group(plans, method.context.recipe), one, samples, calls, per_call)
+    units = [method.unit_bytes(sizes, block) for block in sizes.blocks]
+    needed, free = sizes.total(units, method.apart_bytes(sizes, list(plans))), machine.available_memory_bytes()
+    logger.info("calibration on %d samples needs about %.2f GiB beside the model", samples, needed / 2**30)
     if free and needed > free:
         raise ResourceError(
             f"calibration on {samples} samples needs about {needed / 2**30:.1f} GiB, {free / 2**30:.1f} GiB are free; "
-            f"use fewer prompts (--calib-size, now {wanted.size}) or --set calibrate.timesteps (now {wanted.timesteps})"
+            f"use fewer prompts (--calib-size, now {wanted.size}), --set calibrate.timesteps (now {wanted.timesteps}), "
+            f"or smaller calibrate.options (batch, rows, workers, as far as {wanted.method} has them)"
         )
 
 
