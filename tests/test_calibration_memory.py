@@ -26,7 +26,7 @@ from pipeline.recipe import with_settings
 from tests import tiny
 
 M_MMAP_THRESHOLD = -3  # glibc's malloc.h
-BATCH, STEPS = 24, 4  # samples of a call, calls
+BATCH, STEPS = 16, 3  # samples of a call, calls
 FEW = ("formats.activation=E2M3", "weights.search=absmax", "weights.group_size=32")
 
 
@@ -41,10 +41,10 @@ def exact_malloc():
     libc.mallopt(M_MMAP_THRESHOLD, 2**25)  # what glibc itself raises it to
 
 
-def wide_model(tmp_path, monkeypatch, layers=tiny.LAYERS):
-    """256 tokens of width 64, so that activations outweigh what Python itself takes."""
+def model_of(tmp_path, monkeypatch, size=32, layers=tiny.LAYERS):
+    """256 tokens of width 64 unless `size` says otherwise, so that activations outweigh what Python itself takes."""
     name, config = tiny.MODELS["pixart"]
-    monkeypatch.setitem(tiny.MODELS, "pixart", (name, config | {"sample_size": 32, "num_layers": layers}))
+    monkeypatch.setitem(tiny.MODELS, "pixart", (name, config | {"sample_size": size, "num_layers": layers}))
     return load(str(tiny.folder("pixart", tmp_path / str(layers), half=False)))
 
 
@@ -91,7 +91,7 @@ def test_the_estimate_bounds_the_peak_and_is_of_its_size(case, tmp_path, monkeyp
     if work is tune:
         settings = (*settings, "formats.activation=E2M1")
         monkeypatch.setattr("pipeline.calibrate.talora_tuning.Tuner.save", lambda *_: None)
-    model = wide_model(tmp_path, monkeypatch)
+    model = model_of(tmp_path, monkeypatch)
     method = method_of(model, *settings)
     method.context = replace(method.context, folder=tmp_path)
     units = group_by_block(method.plan(make_plans(model.linears(), method.context.recipe)))
@@ -108,7 +108,7 @@ def test_the_estimate_bounds_the_peak_and_is_of_its_size(case, tmp_path, monkeyp
 
 
 def test_nothing_grows_with_the_number_of_blocks(tmp_path, monkeypatch):
-    model = wide_model(tmp_path, monkeypatch, layers=4)
+    model = model_of(tmp_path, monkeypatch, size=8, layers=4)
     recipe = with_settings(load_recipe("pixart_w4a6"), list(FEW))
     units = group_by_block(make_plans(model.linears(), recipe))
     assert looks_like_chain(denoiser(model), list(units), sample_inputs(model, 1, 0))
