@@ -45,7 +45,7 @@ def make_parser() -> Parser:
         help="layers that `calibrate` wrote by these settings, taken as they are",
     )
     made.add_argument("--n-steps", type=int, help="denoising steps in verification and measurement")
-    made.add_argument("--seed", type=int, help="seed of noise and calibration samples")
+    made.add_argument("--seed", type=int, help="sampling.seed (verification's noise) and calibrate.seed")
     made.add_argument(
         "--set", action="append", default=[], metavar="KEY=VALUE", help="any recipe key, e.g. rtx.weights=int4"
     )
@@ -77,8 +77,9 @@ def resolve(args: argparse.Namespace) -> recipes.Recipe:
         found = replace(found, calibrate=replace(found.calibrate, size=args.calib_size))
     if args.target_sm is not None:
         found = replace(found, rtx=replace(found.rtx, sm=args.target_sm))
-    names = ("n_steps", "batch_size", "height", "width", "seed")
-    return recipes.with_sampling(found, **{name: getattr(args, name) for name in names})
+    names = ("n_steps", "batch_size", "height", "width")
+    found = recipes.with_sampling(found, **{name: getattr(args, name) for name in names})
+    return recipes.with_seed(found, args.seed)
 
 
 def make_request(args: argparse.Namespace, answer: Answer) -> BuildRequest:

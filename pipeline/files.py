@@ -1,8 +1,9 @@
-"""Files that are either whole or absent: atomic writes, streamed hashes, published folders."""
+"""Files that are either whole or absent: atomic writes, streamed hashes, published folders, locks."""
 
 from __future__ import annotations
 
 import errno
+import fcntl
 import hashlib
 import json
 import os
@@ -10,6 +11,8 @@ import re
 import shutil
 from pathlib import Path
 from typing import Any
+
+from export.errors import RecipeError
 
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 # Libraries that write in their own way report a full disk in their own words: safetensors (Rust), NumPy's tofile.
@@ -51,6 +54,21 @@ def sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def lock(folder: Path, who: str) -> int:
+    """Lock a folder until the descriptor that is returned is closed, or the process ends in whatever way.
+
+    Raises RecipeError if another `who` ("build") holds it.
+    """
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        os.close(descriptor)
+        remedy = "wait for it, or choose another --output-dir"
+        raise RecipeError(f"another {who} is writing {folder}; {remedy}") from error
+    return descriptor
 
 
 def tree(folder: Path) -> list[str]:

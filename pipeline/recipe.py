@@ -359,3 +359,10 @@ def with_sampling(recipe: Recipe, **changes: Any) -> Recipe:
     """The recipe with those sampling fields that are not None replaced."""
     given = {key: value for key, value in changes.items() if value is not None}
     return replace(recipe, sampling=replace(recipe.sampling, **given))
+
+
+def with_seed(recipe: Recipe, seed: int | None) -> Recipe:
+    """The recipe with both its seeds, of sampling and of calibration, replaced: what `--seed` means. None: as it is."""
+    if seed is None:
+        return recipe
+    return replace(with_sampling(recipe, seed=seed), calibrate=replace(recipe.calibrate, seed=seed))

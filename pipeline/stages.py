@@ -7,7 +7,6 @@ and scratch folders. An old work folder is refused unless `resume` goes on with 
 
 from __future__ import annotations
 
-import fcntl
 import json
 import logging
 import os
@@ -20,7 +19,7 @@ from typing import Any, TypeVar
 
 from export.errors import RecipeError, UserError
 from pipeline import machine
-from pipeline.files import is_out_of_disk, remove, sha256, sha256_json, tree, write_json
+from pipeline.files import is_out_of_disk, lock, remove, sha256, sha256_json, tree, write_json
 from pipeline.progress import heartbeat
 
 logger = logging.getLogger(__name__)
@@ -67,7 +66,7 @@ class WorkFolder:
             remedy = "add --resume to finish it, or --force to start again"
             raise RecipeError(f"{self.path} holds an interrupted build; {remedy}")
         self.made_parents = _make_parents(self.path)
-        self.lock = _lock(self.path)
+        self.lock = lock(self.path, "build")
         try:
             self._start()
         except BaseException as error:
@@ -171,15 +170,3 @@ def _make_parents(path: Path) -> list[Path]:
             raise
         raise RecipeError(f"cannot write to {path.parent} ({error.strerror}); choose another --output-dir") from error
     return missing
-
-
-def _lock(folder: Path) -> int:
-    """Lock a folder until the descriptor that is returned is closed, or the process ends in whatever way."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        os.close(descriptor)
-        remedy = "wait for it, or choose another --output-dir"
-        raise RecipeError(f"another build is writing {folder}; {remedy}") from error
-    return descriptor

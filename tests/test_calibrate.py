@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import signal
 from dataclasses import dataclass, replace
 from types import SimpleNamespace
 
@@ -12,12 +13,13 @@ import pytest
 import torch
 
 from export import checkpoint
-from export.errors import ModelError, RecipeError
+from export.errors import ContractError, ModelError, RecipeError
 from export.formats import get_format
 from pipeline import recipe as recipes
-from pipeline.calibrate import adopt, calibrate
-from pipeline.calibrate.__main__ import main
+from pipeline.calibrate import adopt, calibrate, reconstruct
+from pipeline.calibrate.__main__ import _recipe, main, make_parser
 from pipeline.calibrate.rtn import RoundToNearest
+from pipeline.calibrate.state import ORIGIN_FILE, TIME_FILE, CalibrationState
 from pipeline.methods import METHODS
 from tests import tiny
 
@@ -142,6 +144,14 @@ class Stopped(RoundToNearest):
 STOPPED = replace(METHODS["rtn"], target="tests.test_calibrate:Stopped")
 
 
+def stopped_after(done, folder, monkeypatch):
+    Stopped.left = done
+    with monkeypatch.context() as patch:
+        patch.setitem(METHODS, "rtn", STOPPED)
+        with pytest.raises(KeyboardInterrupt):
+            calibrate(make_model(), make_recipe(), folder)
+
+
 @pytest.mark.parametrize("done", [0, 1, 2])
 def test_a_stopped_run_goes_on_and_ends_in_the_same_bytes(done, tmp_path, monkeypatch):
     whole, parts = tmp_path / "whole", tmp_path / "parts"
@@ -163,11 +173,7 @@ def test_a_stopped_run_goes_on_and_ends_in_the_same_bytes(done, tmp_path, monkey
 def test_a_half_written_layer_is_done_again(tmp_path, monkeypatch):
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     calibrate(make_model(), make_recipe(), whole)
-    Stopped.left = 2
-    with monkeypatch.context() as patch:
-        patch.setitem(METHODS, "rtn", STOPPED)
-        with pytest.raises(KeyboardInterrupt):
-            calibrate(make_model(), make_recipe(), parts)
+    stopped_after(2, parts, monkeypatch)
     next(parts.glob(f"layers/*/{checkpoint.LAYERS_FILE}")).unlink()
     calibrate(make_model(), make_recipe(), parts)
     assert digests(parts) == digests(whole)
@@ -181,6 +187,72 @@ def test_state_of_another_recipe_or_model_is_not_used(change, tmp_path):
     calibrate(model, recipe, tmp_path / "folder")
     calibrate(model, recipe, tmp_path / "fresh")
     assert digests(tmp_path / "folder") == digests(tmp_path / "fresh")
+
+
+@pytest.mark.parametrize("finished", [False, True])
+def test_a_resumed_run_refuses_state_of_other_settings_and_leaves_it(finished, tmp_path):
+    calibrate(make_model(), make_recipe(), tmp_path)
+    if not finished:
+        (tmp_path / checkpoint.LAYERS_FILE).unlink()
+    before = digests(tmp_path)
+    with pytest.raises(
+        RecipeError, match=r"\(weights\.group_size is 64 there, 32 here\); restore them to go on, or .*--f"
+    ):
+        calibrate(make_model(), make_recipe("weights.group_size=32"), tmp_path, resume=True)
+    with pytest.raises(RecipeError, match="model_sha256 is weights of seed 0 there, weights of seed 1 here"):
+        calibrate(make_model(seed=1), make_recipe(), tmp_path, resume=True)
+    assert digests(tmp_path) == before
+
+
+def test_what_decides_nothing_may_change(tmp_path, monkeypatch):
+    calibrate(make_model(), make_recipe(), tmp_path / "first")
+    monkeypatch.delattr(RoundToNearest, "quantize")
+    others = ("sampling.seed=1", "sampling.batch_size=2", "sampling.n_steps=3", "calibrate.seed=1", "calibrate.size=5")
+    assert calibrate(make_model(), make_recipe(*others), tmp_path / "first", resume=True)
+    assert adopt(make_model(), make_recipe(*others), tmp_path / "first", tmp_path / "second")
+
+
+def test_exchanged_layers_are_found(tmp_path, monkeypatch):
+    stopped_after(2, tmp_path, monkeypatch)
+    first, second = (tmp_path / "layers" / name for name in list(SHAPES)[:2])
+    first.rename(tmp_path / "aside"), second.rename(first), (tmp_path / "aside").rename(second)
+    with pytest.raises(
+        ContractError, match=r"to_q: found block\.0\.ff_in where block\.0\.to_q belongs; remove that folder"
+    ):
+        calibrate(make_model(), make_recipe(), tmp_path, resume=True)
+
+
+def test_a_finished_checkpoint_of_other_layers_is_found(tmp_path):
+    layers = calibrate(make_model(), make_recipe(), tmp_path / "first")
+    for wrong, part in (
+        (layers[::-1], r"found block\.1\.ff_out where block\.0\.to_q"),
+        (layers[:2], "2 layers where 3"),
+    ):
+        checkpoint.save(wrong, tmp_path / "first")
+        with pytest.raises(ContractError, match=part):
+            calibrate(make_model(), make_recipe(), tmp_path / "first")
+        with pytest.raises(ContractError, match=part):
+            adopt(make_model(), make_recipe(), tmp_path / "first", tmp_path / "second")
+
+
+def test_two_runs_in_one_folder(tmp_path):
+    with (
+        CalibrationState(tmp_path, {"a": 1}),
+        pytest.raises(RecipeError, match="another calibration is writing"),
+        CalibrationState(tmp_path, {"a": 2}),
+    ):
+        pytest.fail("entered")
+    assert json.loads((tmp_path / ORIGIN_FILE).read_text()) == {"a": 1}
+
+
+def test_a_resumed_run_counts_the_time_of_the_earlier_one(tmp_path, monkeypatch, caplog):
+    caplog.set_level("INFO")
+    stopped_after(2, tmp_path, monkeypatch)
+    path = tmp_path / "layers" / TIME_FILE
+    assert 0 < json.loads(path.read_text())["seconds"] < 60
+    path.write_text('{"seconds": 3600}')
+    calibrate(make_model(), make_recipe(), tmp_path)
+    assert "(rtn) in 360" in caplog.text and not path.exists()
 
 
 def test_a_finished_run_is_read_back(tmp_path, monkeypatch):
@@ -236,6 +308,23 @@ def test_command_refuses_a_group_size_that_does_not_fit(tmp_path, capsys, caplog
     assert not (tmp_path / "out").exists()
 
 
+def test_command_resumes_only_what_it_was_asked_for(tmp_path, capsys):
+    folder = tiny.folder("pixart", tmp_path / "model")
+    flags = command(folder, tmp_path / "out", group_size=32)
+    assert main(flags) == 0
+    before = digests(tmp_path / "out")
+    assert main([*command(folder, tmp_path / "out", group_size=64), "--resume"]) == 2
+    assert "weights.group_size is 32 there, 64 here" in capsys.readouterr().err
+    with CalibrationState(tmp_path / "out", json.loads((tmp_path / "out" / ORIGIN_FILE).read_text())):
+        assert main([*flags, "--force"]) == 2 and "another calibration is writing" in capsys.readouterr().err
+    assert digests(tmp_path / "out") == before
+
+
+def test_seed_is_that_of_calibration_and_of_sampling():
+    found = _recipe(make_parser().parse_args(["--engine", "pixart_w4a6", "--seed", "5", "--set", "calibrate.seed=2"]))
+    assert (found.calibrate.seed, found.sampling.seed) == (5, 5)
+
+
 def test_command_leaves_other_folders_alone_and_resumes(tmp_path, capsys):
     folder = tiny.folder("pixart", tmp_path / "model")
     flags = command(folder, tmp_path / "out", group_size=32)
@@ -247,3 +336,33 @@ def test_command_leaves_other_folders_alone_and_resumes(tmp_path, capsys):
     assert main([*flags, "--resume"]) == 0 and len(checkpoint.load(tmp_path / "out")) == 20
     assert main([*flags[:4], "-o", str(folder)]) == 2 and "not a calibration" in capsys.readouterr().err
     assert (folder / "config.json").is_file()
+
+
+def test_ctrl_c_within_a_learned_block_keeps_the_others(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("DITC_CACHE", str(tmp_path / "cache"))
+    folder, draw, drawn = tiny.folder("pixart", tmp_path), reconstruct.Batches.draw, []
+    settings = ("calibrate.options={iterations = 2, batch = 2}", "sampling.n_steps=2", "calibrate.timesteps=1")
+    extra = ["--calib-size", "1", *(part for setting in ("method=fp4dit", *settings) for part in ("--set", setting))]
+
+    def flags(name):
+        return [*command(folder, tmp_path / name, group_size=32), *extra]
+
+    def interrupted(batches):
+        drawn.append(batches)
+        if len(drawn) == 4:  # the last iteration of the second of two blocks
+            signal.raise_signal(signal.SIGINT)
+        return draw(batches)
+
+    assert main(flags("whole")) == 0
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a run in the background ignores it
+    try:
+        with monkeypatch.context() as patch:
+            patch.setattr(reconstruct.Batches, "draw", interrupted)
+            assert main(flags("parts")) == 130
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert "run the same command again with --resume" in capsys.readouterr().err
+    assert len(list((tmp_path / "parts").glob("layers/*/*.json"))) == 10
+    monkeypatch.setattr(reconstruct.Batches, "draw", lambda batches: drawn.append(batches) or draw(batches))
+    assert main([*flags("parts"), "--resume"]) == 0
+    assert len(drawn) == 6 and digests(tmp_path / "parts") == digests(tmp_path / "whole")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 
 import numpy as np
@@ -9,7 +10,7 @@ import pytest
 import torch
 from diffusers import DiffusionPipeline
 
-from export.errors import RecipeError, ResourceError
+from export.errors import ModelError, RecipeError, ResourceError
 from export.models import denoiser, load
 from pipeline import calibrate as package
 from pipeline import machine
@@ -77,6 +78,81 @@ def test_other_settings_give_other_data(tmp_path):
     first = calibration_data(model, recipe)
     other = calibration_data(model, replace(recipe, calibrate=replace(recipe.calibrate, seed=1)))
     assert not np.array_equal(first.calls[0].inputs["hidden_states"], other.calls[0].inputs["hidden_states"])
+
+
+def synthetic(model, sampler):
+    """Write a generation.json that draws by this sampler on random captions."""
+    inputs = {
+        "encoder_hidden_states": {"shape": [5, 32]},
+        "encoder_attention_mask": {"shape": [5], "value": 1},
+    }
+    document = {"sampler": sampler, "conditioning": {"kind": "synthetic", "inputs": inputs}}
+    (model.folder / "generation.json").write_text(json.dumps(document))
+
+
+def test_another_description_beside_the_model_gives_other_data(tmp_path):
+    model, recipe = made("pixart", tmp_path, "calibrate.size=1", "sampling.n_steps=2")
+    found = []
+    for sampler in ("ddim", "flow_euler"):
+        synthetic(model, sampler)
+        found.append(calibration_data(model, recipe).calls[-1].inputs["hidden_states"])
+    assert not np.array_equal(*found)
+
+
+def test_another_scheduler_of_as_many_bytes_is_another_pipeline(tmp_path):
+    path = tmp_path / "scheduler_config.json"
+    found = []
+    for name in ("ddim", "ddpm"):
+        path.write_text(json.dumps({"name": name}))
+        found.append(pipeline_data.identity(tmp_path))
+    assert found[0] != found[1]
+
+
+@pytest.mark.parametrize("damage", [None, 100, 10_000])
+def test_missing_and_broken_files_are_made_again(damage, tmp_path, caplog):
+    """damage: to how many bytes a file is cut (its head alone takes more than 100), None to remove it."""
+    model, recipe = made("pixart", tmp_path, "calibrate.size=17")
+    whole = calibration_data(model, recipe)
+    folder = next((machine.cache_dir() / "calibration").iterdir())
+    named = json.loads((folder / "data.json").read_text())["files"]
+    assert sorted(named) == sorted(path.name for path in folder.glob("batch*")) and len(named) == 4
+    path = folder / named[2]
+    path.unlink() if damage is None else path.write_bytes(path.read_bytes()[:damage])
+    kept = (folder / named[0]).stat().st_mtime_ns
+    again = calibration_data(model, recipe)
+    assert f"1 of 4 files missing or broken ({named[2]}); making them again" in caplog.text
+    assert (folder / named[0]).stat().st_mtime_ns == kept and again.samples == whole.samples == 2 * 17 * 2
+    for a, b in zip(whole.calls, again.calls, strict=True):
+        np.testing.assert_array_equal(a.inputs["hidden_states"], b.inputs["hidden_states"])
+
+
+def test_a_sampler_that_ends_early_is_told(tmp_path, monkeypatch):
+    model, recipe = made("pixart", tmp_path)
+    monkeypatch.setattr("pipeline.calibrate.data._draw", lambda *_: None)
+    with pytest.raises(ModelError, match=r"without the call of batch0000_step0000.* and 1 others; use fewer"):
+        calibration_data(model, recipe)
+
+
+def test_a_resumed_run_refuses_other_data(tmp_path, monkeypatch):
+    monkeypatch.setitem(METHODS, "watching", ROW)
+    model, recipe = made("pixart", tmp_path, "method=watching", "calibrate.size=1", "sampling.n_steps=2")
+    synthetic(model, "ddim")
+    lines, moved = tmp_path / "a.txt", tmp_path / "b.txt"
+    lines.write_text("a red circle")
+
+    def by(path):
+        return replace(recipe, calibrate=replace(recipe.calibrate, prompts=str(path)))
+
+    package.calibrate(model, by(lines), tmp_path / "out")
+    lines.rename(moved)
+    assert package.calibrate(model, by(moved), tmp_path / "out", resume=True), "the texts count, not where they are"
+    moved.write_text("a blue circle")
+    with pytest.raises(RecipeError, match=r"other settings \(data\.prompts_sha256 is \w+ there, \w+ here\)"):
+        package.calibrate(model, by(moved), tmp_path / "out", resume=True)
+    moved.write_text("a red circle")
+    synthetic(model, "flow_euler")
+    with pytest.raises(RecipeError, match=r"other settings \(data\.generation_sha256 is"):
+        package.calibrate(model, by(moved), tmp_path / "out", resume=True)
 
 
 def test_prompts_come_from_a_file(tmp_path):
@@ -235,10 +311,12 @@ def test_an_observing_method_is_resumed_to_the_same_layers(tmp_path, monkeypatch
     assert [path.name for path in (tmp_path / "parts").iterdir() if path.is_dir()] == []
 
 
-def test_too_many_samples_are_refused_before_work(tmp_path, monkeypatch):
+@pytest.mark.parametrize("method", ["watching", "fp4dit", "msfp"])
+def test_too_many_samples_are_refused_before_work(method, tmp_path, monkeypatch):
     monkeypatch.setitem(METHODS, "watching", ROW)
+    monkeypatch.setattr("pipeline.calibrate.data.calibration_data", None)
     monkeypatch.setattr(machine, "available_memory_bytes", lambda: 1000)
-    model, recipe = made("pixart", tmp_path, "method=watching")
+    model, recipe = made("pixart", tmp_path, f"method={method}")
     with pytest.raises(ResourceError, match="--calib-size, now 3"):
         package.calibrate(model, recipe, tmp_path / "out")
 

@@ -134,7 +134,7 @@ def test_flags_reach_the_recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     sampling = recipe.sampling
     assert (sampling.n_steps, sampling.seed, sampling.batch_size, sampling.height, sampling.width) == (5, 3, 2, 64, 32)
     assert (recipe.weights.group_size, recipe.rtx.weights, recipe.rtx.sm) == (32, "int4", (86, 89))
-    assert recipe.calibrate.size == 9 and recipe.model == str(tmp_path / "model")
+    assert (recipe.calibrate.size, recipe.calibrate.seed) == (9, 3) and recipe.model == str(tmp_path / "model")
     (tmp_path / "again.toml").write_text(recipes.to_toml(recipe))
     assert recipes.load("again.toml") == recipe
 

@@ -207,6 +207,22 @@ def test_a_damaged_state_is_begun_again(tmp_path):
     assert all(torch.equal(a, b) for a, b in zip(before, tuner.parameters, strict=True))
 
 
+def test_the_number_of_threads_changes_nothing(tmp_path, monkeypatch):
+    """Tokens and batch are enough for PyTorch to share sums among threads, if it were let."""
+    found, before = [], torch.get_num_threads()
+    try:
+        for threads in (1, 2):
+            monkeypatch.setenv("DITC_CACHE", str(tmp_path / f"cache of {threads}"))
+            torch.set_num_threads(threads)
+            model, recipe = made(tmp_path, "iterations=3", "batch=16")
+            calibrate(model, recipe, tmp_path / str(threads))
+            assert torch.get_num_threads() == threads
+            found.append({path.name: path.read_bytes() for path in (tmp_path / str(threads)).iterdir()})
+    finally:
+        torch.set_num_threads(before)
+    assert found[0] == found[1]
+
+
 def test_memory_is_estimated_from_what_gradients_keep(tmp_path):
     model, recipe = made(tmp_path, "use_lora=false")
     small = make_tuner(model, recipe, tmp_path)

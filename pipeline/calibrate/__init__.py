@@ -6,10 +6,10 @@ What a method is stands in method.py, which methods there are in pipeline/method
 from __future__ import annotations
 
 import logging
-import time
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +19,7 @@ from export.errors import ResourceError
 from pipeline import machine
 from pipeline.calibrate.method import Context, Method, Unit
 from pipeline.calibrate.plan import LayerPlan, make_plans
-from pipeline.calibrate.state import CalibrationState, copy_finished
+from pipeline.calibrate.state import CalibrationState, copy_finished, load_named
 from pipeline.methods import AUTO, METHODS
 from pipeline.picture_case import is_large
 from pipeline.progress import track
@@ -41,34 +41,27 @@ def with_method(recipe: Recipe, model: LoadedModel) -> Recipe:
     return found
 
 
-def calibrate(model: LoadedModel, recipe: Recipe, folder: Path) -> list[QuantizedLinear]:
+def calibrate(model: LoadedModel, recipe: Recipe, folder: Path, resume: bool = False) -> list[QuantizedLinear]:
     """Quantize every linear of `model` by the recipe's method and write the checkpoint into `folder`.
 
-    Units that an interrupted run of the same model and recipe left in `folder` are used as they are. Raises
-    RecipeError if a group size does not fit, ModelError naming the layer if a weight is NaN or Inf, ResourceError if
+    Units that an interrupted run of the same model, settings and data left in `folder` are used as they are; what
+    other settings left there is removed, or with `resume` refused. Raises RecipeError for that, if another run has the
+    folder, or if a group size does not fit; ModelError naming the layer if a weight is NaN or Inf; ResourceError if
     the observed blocks do not fit into memory.
     """
     recipe = with_method(recipe, model)
     plans = make_plans(model.linears(), recipe)
-    state = CalibrationState(folder, _origin(model, recipe))
-    if state.is_complete:
-        return checkpoint.load(folder)
-    started = time.monotonic()
-    method = _make_method(model, recipe, plans, folder)
-    plans = method.plan(plans)
-    units = _group(plans, recipe)
-    left = [name for name, group in units.items() if not state.has_all(group)]
-    observes = METHODS[recipe.calibrate.method].observes == "blocks"
-    work = _observed(method, units, left, state) if observes else (Unit(name, units[name]) for name in left)
-    with _threads(observes and not is_large(model)):
-        for unit in track(work, len(units), "calibrate", len(units) - len(left)):
-            for layer in method.quantize(unit):
-                state.add(layer)
-    layers = method.finish(state.layers([plan.name for plan in plans]))
-    state.complete(layers)
-    size_mb = sum(layer.size_bytes for layer in layers) / 1e6
-    seconds = time.monotonic() - started
-    logger.info("calibrated %d linears (%s) in %.1f s: %.1f MB", len(layers), recipe.calibrate.method, seconds, size_mb)
+    with CalibrationState(folder, _origin(model, recipe), resume) as state:
+        if state.is_complete:
+            return load_named(folder, [plan.name for plan in plans])
+        with _threads(_observes(recipe) and not is_large(model)):
+            method = _make_method(model, recipe, plans, folder)
+            plans = method.plan(plans)
+            _quantize(method, plans, state)
+            layers = method.finish(state.layers([plan.name for plan in plans]))
+        state.complete(layers)
+        size_mb, chosen = sum(layer.size_bytes for layer in layers) / 1e6, recipe.calibrate.method
+        logger.info("calibrated %d linears (%s) in %.1f s: %.1f MB", len(layers), chosen, state.seconds, size_mb)
     return layers
 
 
@@ -78,7 +71,17 @@ def adopt(model: LoadedModel, recipe: Recipe, source: Path, folder: Path) -> lis
     Raises RecipeError if they were made of another model or by other settings than these.
     """
     copy_finished(source, folder, _origin(model, with_method(recipe, model)))
-    return checkpoint.load(folder)
+    return load_named(folder, [linear.name for linear in model.linears()])
+
+
+def _quantize(method: Method, plans: Sequence[LayerPlan], state: CalibrationState) -> None:
+    """Quantize the units that are left. What is observed is let go with this call, before the method finishes."""
+    units = _group(plans, method.context.recipe)
+    left = [name for name, group in units.items() if not state.has_all(group)]
+    observes = _observes(method.context.recipe)
+    work = _observed(method, units, left, state) if observes else (Unit(name, units[name]) for name in left)
+    for unit in track(work, len(units), "calibrate", len(units) - len(left)):
+        state.add(method.quantize(unit))
 
 
 @contextmanager
@@ -104,32 +107,35 @@ def _threads(single: bool) -> Iterator[None]:
 def _make_method(model: LoadedModel, recipe: Recipe, plans: Sequence[LayerPlan], folder: Path) -> Method:
     """The recipe's method, with calibration data if it observes any."""
     row, wanted = METHODS[recipe.calibrate.method], recipe.calibrate
-    data = None
-    if row.observes == "blocks":
+    made: Method = row.load()(Context(model, recipe, row.resolve(wanted.preset, wanted.options), folder))
+    if _observes(recipe):
         from pipeline.calibrate.data import calibration_data
 
-        _refuse_too_large(model, recipe, plans)
-        data = calibration_data(model, recipe)
-    made: Method = row.load()(Context(model, recipe, row.resolve(wanted.preset, wanted.options), folder, data))
+        _refuse_too_large(made, plans)
+        made.context = replace(made.context, data=calibration_data(model, recipe))
     return made
 
 
-def _refuse_too_large(model: LoadedModel, recipe: Recipe, plans: Sequence[LayerPlan]) -> None:
-    """Say how much memory the blocks' tensors take, before anything is computed, and refuse what does not fit."""
+def _refuse_too_large(method: Method, plans: Sequence[LayerPlan]) -> None:
+    """Say how much memory the calibration takes, before anything is computed, and refuse what does not fit."""
     from export.models import sample_inputs
-    from pipeline.calibrate.blocks import block_bytes, block_of
-    from pipeline.calibrate.data import kept_steps
+    from pipeline.calibrate.data import BATCH_PROMPTS, kept_steps
+    from pipeline.calibrate.memory import measure
 
-    wanted, size = recipe.calibrate, recipe.sampling
-    halves = 1 if size.guidance_scale == 1.0 else 2
-    samples = wanted.size * halves * len(kept_steps(size.n_steps, wanted.timesteps))
+    model, wanted, size = method.context.model, method.context.recipe.calibrate, method.context.recipe.sampling
+    halves, steps = 1 if size.guidance_scale == 1.0 else 2, len(kept_steps(size.n_steps, wanted.timesteps))
+    samples, calls = wanted.size * halves * steps, math.ceil(wanted.size / BATCH_PROMPTS) * steps
     one = sample_inputs(model, 1, wanted.seed, size.height, size.width)
-    needed, free = block_bytes(model, samples, one, block_of(plans[0].name)), machine.available_memory_bytes()
-    logger.info("calibration holds about %.2f GiB: one block's inputs for %d samples", needed / 2**30, samples)
+    per_call = halves * min(wanted.size, BATCH_PROMPTS)
+    sizes = measure(model, _group(plans, method.context.recipe), one, samples, calls, per_call)
+    units = [method.unit_bytes(sizes, block) for block in sizes.blocks]
+    needed, free = sizes.total(units, method.apart_bytes(sizes, list(plans))), machine.available_memory_bytes()
+    logger.info("calibration on %d samples needs about %.2f GiB beside the model", samples, needed / 2**30)
     if free and needed > free:
         raise ResourceError(
             f"calibration on {samples} samples needs about {needed / 2**30:.1f} GiB, {free / 2**30:.1f} GiB are free; "
-            f"use fewer prompts (--calib-size, now {wanted.size}) or --set calibrate.timesteps (now {wanted.timesteps})"
+            f"use fewer prompts (--calib-size, now {wanted.size}), --set calibrate.timesteps (now {wanted.timesteps}), "
+            f"or smaller calibrate.options (batch, rows, workers, as far as {wanted.method} has them)"
         )
 
 
@@ -161,11 +167,30 @@ def _observed(
             runner.advance(observed, state.layers([plan.name for plan in plans]))
 
 
+# Keys of a recipe that decide what calibration gives, by what the method observes.
+DECIDING: dict[str, dict[str, tuple[str, ...]]] = {
+    "weights": {"calibrate": ("method", "preset", "options")},
+    "blocks": {
+        "calibrate": ("method", "preset", "options", "size", "timesteps", "seed"),
+        "sampling": ("n_steps", "guidance_scale", "height", "width"),  # of the trajectory that data are taken from
+    },
+}
+
+
+def _observes(recipe: Recipe) -> bool:
+    """Does the recipe's method look at more than weights?"""
+    return METHODS[recipe.calibrate.method].observes == "blocks"
+
+
 def _origin(model: LoadedModel, recipe: Recipe) -> dict[str, Any]:
-    """Everything that the result depends on."""
-    keys, row = ["formats", "weights", "calibrate"], METHODS[recipe.calibrate.method]
-    if row.observes == "blocks":
-        keys.append("sampling")  # the trajectory that the data are taken from
-    parts = {key: asdict(getattr(recipe, key)) for key in keys}
+    """Everything that the result depends on; data by their content, not by the name of a file."""
+    row = METHODS[recipe.calibrate.method]
+    parts = {key: asdict(getattr(recipe, key)) for key in ("formats", "weights")}
+    for key, names in DECIDING[row.observes].items():
+        parts[key] = {name: value for name, value in asdict(getattr(recipe, key)).items() if name in names}
     parts["calibrate"]["options"] = row.deciding(recipe.calibrate.options)
+    if _observes(recipe):
+        from pipeline.calibrate.data import content
+
+        parts["data"] = content(model, recipe)
     return {"schema_version": checkpoint.SCHEMA_VERSION, "model_sha256": model.sha256, **parts}

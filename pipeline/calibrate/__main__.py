@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
 from export.checkpoint import LAYERS_FILE
-from export.errors import RecipeError
+from export.errors import RecipeError, UserError
 from pipeline import recipe as recipes
 from pipeline.calibrate.state import ORIGIN_FILE
 from pipeline.command import Answer, Parser, parser, run
-from pipeline.files import remove
+from pipeline.files import lock, remove
 
 DESCRIPTION = "Quantize a model's linears by a recipe and write the checkpoint; --resume finishes a stopped run."
 
@@ -25,7 +27,7 @@ def make_parser() -> Parser:
     made.add_argument("-m", "--model", metavar="ID_OR_DIR", help="model folder, hub id or zoo:NAME (default: recipe's)")
     made.add_argument("-o", "--output-dir", type=Path, metavar="DIR", help="folder (default: checkpoints/NAME)")
     made.add_argument("--calib-size", type=int, help="number of prompts whose trajectories are used")
-    made.add_argument("--seed", type=int, help="of the calibration data and the learning")
+    made.add_argument("--seed", type=int, help="sampling.seed and calibrate.seed (data and learning)")
     made.add_argument("--resume", action="store_true", help="go on with an interrupted calibration")
     made.add_argument("--force", action="store_true", help="replace what is in the folder")
     made.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="any recipe key")
@@ -40,7 +42,8 @@ def work(args: argparse.Namespace, answer: Answer) -> int:
     recipe = _recipe(args)
     folder = args.output_dir or Path("checkpoints") / recipe.name
     _refuse_occupied(folder, args.resume, args.force)
-    layers = calibrate(models.load(recipe.model), recipe, folder)
+    with _told(folder):
+        layers = calibrate(models.load(recipe.model), recipe, folder, args.resume)
     size_bytes = sum(layer.size_bytes for layer in layers)
     document = {"event": "result", "path": str(folder), "linears": len(layers), "size_bytes": size_bytes}
     answer.document(document, f"{len(layers)} linears, {size_bytes / 1e6:.1f} MB in {folder}")
@@ -50,9 +53,9 @@ def work(args: argparse.Namespace, answer: Answer) -> int:
 def _recipe(args: argparse.Namespace) -> recipes.Recipe:
     """The recipe with the flags applied."""
     found = recipes.with_settings(recipes.load(args.engine), args.set)
-    given = {"size": args.calib_size, "seed": args.seed}
-    changes = {key: value for key, value in given.items() if value is not None}
-    return replace(found, model=args.model or found.model, calibrate=replace(found.calibrate, **changes))
+    if args.calib_size is not None:
+        found = replace(found, calibrate=replace(found.calibrate, size=args.calib_size))
+    return replace(recipes.with_seed(found, args.seed), model=args.model or found.model)
 
 
 def _refuse_occupied(folder: Path, resume: bool, force: bool) -> None:
@@ -69,7 +72,19 @@ def _refuse_occupied(folder: Path, resume: bool, force: bool) -> None:
             "a finished calibration; add" if complete else "an interrupted calibration; add --resume to finish it, or"
         )
         raise RecipeError(f"{folder} holds {held} --force to start again, or choose another --output-dir")
+    os.close(lock(folder, "calibration"))  # not while another run writes it
     remove(folder)
+
+
+@contextmanager
+def _told(folder: Path) -> Iterator[None]:
+    """Add to an interruption, a lack of memory or a bug that the finished units are kept."""
+    try:
+        yield
+    except BaseException as error:
+        if not isinstance(error, UserError) and (folder / ORIGIN_FILE).is_file():
+            error.add_note(f"state saved in {folder}; run the same command again with --resume")
+        raise
 
 
 def main(argv: Sequence[str] | None = None) -> int:

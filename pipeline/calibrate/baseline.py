@@ -15,6 +15,7 @@ from pipeline.calibrate.adaround import Schedule, SoftRounding
 from pipeline.calibrate.balance import InputMap
 from pipeline.calibrate.blocks import Observed, Tensors
 from pipeline.calibrate.fp4dit import better
+from pipeline.calibrate.memory import BlockSize, Sizes, rounding_bytes
 from pipeline.calibrate.method import Method, Unit
 from pipeline.calibrate.plan import LayerPlan
 from pipeline.calibrate.reconstruct import Settings, reconstruct
@@ -39,6 +40,11 @@ class Baseline(Method):
         if rows <= 0:
             raise RecipeError(f"calibrate.options.rows {rows} must be positive")
         return rows
+
+    def unit_bytes(self, sizes: Sizes, block: BlockSize) -> int:
+        options = self.context.options
+        learned = rounding_bytes(block, int(options["batch"])) if "strength" in options else 0
+        return sizes.kept_rows(block, self.rows_per_call) + learned
 
     def observed(self, unit: Unit) -> Observed:
         assert unit.observed is not None, f"{unit.name}: this method observes blocks"

@@ -7,9 +7,10 @@ from __future__ import annotations
 import copy
 import logging
 import re
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
@@ -88,6 +89,10 @@ class Observed:
         self._outputs: Tensors | None = None
         self._kept: dict[tuple[bool, int], dict[str, Tensors]] = {}
 
+    def free(self) -> None:
+        """Let go of all tensors: others may still hold this object while the next block is observed."""
+        self.calls, self.noisy, self._outputs, self._kept = [], [], None, {}
+
     @property
     def outputs(self) -> Tensors:
         """The float block's output for each of `calls`, [B, S, C]."""
@@ -115,7 +120,8 @@ class Observed:
             part = self.block.get_submodule(self.names[name])
             handles.append(part.register_forward_pre_hook(_keeper(found[name], rows)))
         try:
-            run_block(self.block, self.noisy if noisy else self.calls)
+            for call in self.noisy if noisy else self.calls:
+                call.run(self.block)
         finally:
             for handle in handles:
                 handle.remove()
@@ -134,10 +140,22 @@ def _keeper(into: Tensors, rows: int) -> Callable[[Any, tuple[Any, ...]], None]:
     return keep
 
 
-@torch.no_grad()
 def run_block(block: nn.Module, calls: Sequence[BlockCall]) -> Tensors:
     """Output of the block for each call. Calls that miss a tensor (a block of one layer) are refused by the block."""
-    return [_first(call.run(block)) for call in calls]
+    return list(_outputs(block, calls))
+
+
+@torch.no_grad()
+def _outputs(block: nn.Module, calls: Iterable[BlockCall]) -> Iterator[torch.Tensor]:
+    """The outputs one by one; each call is read when its output is asked for."""
+    for call in calls:
+        yield _first(call.run(block))
+
+
+def _replace_hidden(calls: list[BlockCall], outputs: Iterator[torch.Tensor]) -> None:
+    """Put the next block's input in place of each call's, one by one: old and new need not be in memory together."""
+    for i, hidden in enumerate(outputs):
+        calls[i] = calls[i].with_hidden(hidden)
 
 
 def _first(output: Any) -> torch.Tensor:
@@ -163,10 +181,10 @@ class BlockRunner:
         self.model, self.data, self.blocks = model, data, list(blocks)
         self.module = denoiser(model)
         self.timesteps = [call.timestep for call in data.calls]
-        self.done: dict[str, nn.Module] = {}
+        self.done: dict[str, nn.Module] = {}  # finished layers; stays empty for a chain, which needs none of them
         self._calls: list[BlockCall] | None = None
         self._noisy: list[BlockCall] | None = None
-        self.is_chain = len(self.blocks) > 1 and self._looks_like_chain()
+        self.is_chain = looks_like_chain(self.module, self.blocks, data.calls[0].inputs)
 
     def observe(self, block: str, plans: Sequence[LayerPlan]) -> Observed:
         """The block's calls. Blocks must be observed in order, each followed by `advance`."""
@@ -174,23 +192,23 @@ class BlockRunner:
         names = {plan.name: plan.name.removeprefix(block).lstrip(".") for plan in plans}
         if self._calls is None or self._noisy is None:
             self._calls = self._capture(self.module, block)
-            self._noisy = self._capture(self._quantized(), block) if self.done else self._calls
+            self._noisy = self._capture(self._quantized(), block) if self.done else list(self._calls)
         return Observed(part, names, self._calls, self._noisy, self.timesteps)
 
     def advance(self, observed: Observed, layers: Sequence[QuantizedLinear]) -> None:
-        """Go on behind a block that is finished."""
+        """Go on behind a block that is finished, whose `observed` is then empty."""
         replacements = {layer.name: WeightOnlyLinear(layer) for layer in layers}
-        self.done |= replacements
-        if not self.is_chain:
+        if self.is_chain:
+            self._calls, self._noisy = observed.calls, observed.noisy
+            _replace_hidden(self._calls, iter(observed.outputs))
+            quantized = copy.deepcopy(observed.block)
+            for name, linear in replacements.items():
+                quantized.set_submodule(observed.names[name], linear)
+            _replace_hidden(self._noisy, _outputs(quantized, observed.noisy))
+        else:
+            self.done |= replacements
             self._calls = self._noisy = None
-            return
-        quantized = copy.deepcopy(observed.block)
-        for name, linear in replacements.items():
-            quantized.set_submodule(observed.names[name], linear)
-        outputs = zip(observed.calls, observed.outputs, strict=True)
-        after = zip(observed.noisy, run_block(quantized, observed.noisy), strict=True)
-        self._calls = [call.with_hidden(hidden) for call, hidden in outputs]
-        self._noisy = [call.with_hidden(hidden) for call, hidden in after]
+        observed.free()
 
     def _quantized(self) -> nn.Module:
         from export.models import denoiser
@@ -212,28 +230,45 @@ class BlockRunner:
                 run_captured(module, call.inputs)
         return found
 
-    @torch.no_grad()
-    def _looks_like_chain(self) -> bool:
-        """Does every block get its predecessor's output and otherwise what the first one gets?"""
-        seen: list[tuple[BlockCall, torch.Tensor]] = []
-        handles = [
-            self.module.transformer.get_submodule(block).register_forward_hook(
-                lambda _, args, kwargs, output: seen.append((BlockCall(args, dict(kwargs)), _first(output))),
-                with_kwargs=True,
-            )
-            for block in self.blocks
-        ]
-        try:
-            self.module(**_tensors({name: value[:1] for name, value in self.data.calls[0].inputs.items()}))
-        finally:
-            for handle in handles:
-                handle.remove()
-        first = seen[0][0]
-        follows = all(
-            call.hidden is output and _same(call.with_hidden(first.hidden), first)
-            for (_, output), (call, _) in pairwise(seen)
+
+@torch.no_grad()
+def looks_like_chain(module: Any, blocks: Sequence[str], inputs: Arrays) -> bool:
+    """Does every block get its predecessor's output and otherwise what the first one gets?"""
+    seen: list[tuple[BlockCall, torch.Tensor]] = []
+    handles = [
+        module.transformer.get_submodule(block).register_forward_hook(
+            lambda _, args, kwargs, output: seen.append((BlockCall(args, dict(kwargs)), _first(output))),
+            with_kwargs=True,
         )
-        return len(seen) == len(self.blocks) and follows
+        for block in blocks
+    ]
+    try:
+        module(**_tensors({name: value[:1] for name, value in inputs.items()}))
+    finally:
+        for handle in handles:
+            handle.remove()
+    first = seen[0][0]
+    follows = all(
+        call.hidden is output and _same(call.with_hidden(first.hidden), first)
+        for (_, output), (call, _) in pairwise(seen)
+    )
+    return len(seen) == len(blocks) > 1 and follows
+
+
+@torch.no_grad()
+def first_calls(module: Any, blocks: Sequence[str], inputs: Arrays) -> dict[str, BlockCall]:
+    """Block -> its call in one run of the denoiser."""
+    found: dict[str, BlockCall] = {}
+    with ExitStack() as stack:
+        for name in blocks:
+            keep = partial(_keep_call, found, name)
+            stack.enter_context(_hook(module.transformer.get_submodule(name), keep))
+        module(**_tensors(inputs))
+    return found
+
+
+def _keep_call(into: dict[str, BlockCall], name: str, _: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    into[name] = BlockCall(args, dict(kwargs))
 
 
 def run_captured(module: Any, inputs: Arrays) -> None:
@@ -295,24 +330,3 @@ class WeightOnlyLinear(nn.Linear):
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         x = input if self.input_multiplier is None else input * self.input_multiplier
         return super().forward(x if self.input_offset is None else x + self.input_offset)
-
-
-def block_bytes(model: LoadedModel, data_samples: int, sample: Arrays, block: str) -> int:
-    """Bytes that observing a block holds: inputs in the float and the quantized network and outputs, for all samples.
-
-    Measured on the inputs of one sample, `sample`, which runs through the model up to the block.
-    """
-    from export.models import denoiser
-
-    found: list[int] = []
-
-    def count(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        tensors = [item for item in (*args, *kwargs.values()) if isinstance(item, torch.Tensor)]
-        found.append(3 * BlockCall(args, kwargs).hidden.nbytes + sum(item.nbytes for item in tensors))
-        raise _Captured
-
-    module = denoiser(model)
-    with torch.no_grad(), _hook(module.transformer.get_submodule(block), count):
-        run_captured(module, sample)
-    weights = sum(part.numel() * 4 for part in module.transformer.get_submodule(block).parameters())
-    return found[0] * data_samples + 3 * weights  # float copy, quantized copy, the learned one

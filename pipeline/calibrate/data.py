@@ -7,20 +7,23 @@ at evenly spread steps are kept: safetensors files in a cache folder named after
 from __future__ import annotations
 
 import logging
+import math
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from safetensors import SafetensorError, safe_open
 from safetensors.numpy import load_file, save_file
 
-from export.errors import RecipeError
+from export.errors import ModelError, RecipeError
 from pipeline import machine
 from pipeline.backends.base import Arrays
 from pipeline.calibrate import pipeline_data
 from pipeline.conditioning import GENERATION_FILE, load_generation
-from pipeline.files import sha256_json, write_json
+from pipeline.files import sha256, sha256_json, write_json
 from pipeline.picture_case import Case, example_prompts, make_case
 from pipeline.progress import track
 from pipeline.recipe import Recipe
@@ -31,6 +34,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 ORIGIN_FILE = "data.json"
+FORMAT_VERSION = 2  # of the folder; raise it when the same origin gives other calls
 # Prompts sampled at a time; with guidance a call holds twice as many samples.
 BATCH_PROMPTS = 16
 # Apart from the seeds of the pictures that an engine is verified on: those must not be calibrated on.
@@ -70,11 +74,30 @@ def calibration_data(model: LoadedModel, recipe: Recipe) -> CalibrationData:
     prompts = read_prompts(model, recipe)
     origin = _origin(model, recipe, prompts)
     folder = machine.cache_dir() / "calibration" / sha256_json(origin)[:16]
-    if not (folder / ORIGIN_FILE).is_file():
+    names = _names(recipe, len(prompts))
+    if _made_again(folder, names):
         _collect(model, recipe, prompts, folder)
-        write_json(folder / ORIGIN_FILE, origin)  # last: without it the folder is an unfinished one
+        _refuse_missing(model, [name for name in names if not (folder / name).is_file()])
+        write_json(folder / ORIGIN_FILE, origin | {"files": names})  # last: without it the folder is an unfinished one
     logger.info("calibration data in %s", folder)
-    return _load(folder, recipe)
+    return CalibrationData(tuple(_load(folder / name) for name in names), recipe.sampling.n_steps)
+
+
+def content(model: LoadedModel, recipe: Recipe) -> dict[str, Any]:
+    """Hashes of what decides the calls beside model and settings: the prompts' texts, and what draws pictures of them.
+
+    Raises RecipeError for a prompt file that cannot be used.
+    """
+    return {"prompts_sha256": sha256_json(list(read_prompts(model, recipe))), **_sampled_by(model)}
+
+
+def _sampled_by(model: LoadedModel) -> dict[str, Any]:
+    """Hash of the description beside the model, or of the pipeline that it belongs to; nothing without either."""
+    if (model.folder / GENERATION_FILE).is_file():
+        paths = [model.folder / name for name in load_generation(model.folder).files]
+        return {"generation_sha256": sha256_json({path.name: sha256(path) for path in paths if path.is_file()})}
+    root = _root(model)
+    return {"pipeline": pipeline_data.identity(root)} if root else {}
 
 
 def read_prompts(model: LoadedModel, recipe: Recipe) -> tuple[str, ...]:
@@ -111,15 +134,16 @@ def kept_steps(n_steps: int, timesteps: int) -> list[int]:
 
 
 def _origin(model: LoadedModel, recipe: Recipe, prompts: tuple[str, ...]) -> dict[str, Any]:
-    sampling, root = recipe.sampling, _root(model)
-    found = {
+    sampling = recipe.sampling
+    return {
+        "format_version": FORMAT_VERSION,
         "model_sha256": model.sha256,
         "prompts": list(prompts),
         "seed": recipe.calibrate.seed,
         "timesteps": recipe.calibrate.timesteps,
         "sampling": [sampling.n_steps, sampling.guidance_scale, sampling.height, sampling.width],
+        **_sampled_by(model),
     }
-    return found | ({"pipeline": pipeline_data.identity(root)} if root else {})
 
 
 def _root(model: LoadedModel) -> Path | None:
@@ -141,7 +165,7 @@ def _collect(model: LoadedModel, recipe: Recipe, prompts: tuple[str, ...], folde
     folder.mkdir(parents=True, exist_ok=True)
     for number, start in enumerate(track(starts, len(starts), "calibration data")):
         if all(_path(folder, number, step).is_file() for step in steps):
-            continue  # an interrupted run has made this batch
+            continue  # another run has made this batch
 
         def keep(step: int, inputs: Arrays, number: int = number) -> None:
             if step in steps:
@@ -182,9 +206,43 @@ def _path(folder: Path, number: int, step: int) -> Path:
     return folder / f"batch{number:04d}_step{step:04d}.safetensors"
 
 
-def _load(folder: Path, recipe: Recipe) -> CalibrationData:
-    calls = []
-    for path in sorted(folder.glob("batch*.safetensors")):
-        inputs = load_file(path)
-        calls.append(Call(inputs, float(inputs["timestep"][0]), int(path.stem.rpartition("step")[2])))
-    return CalibrationData(tuple(calls), recipe.sampling.n_steps)
+def _names(recipe: Recipe, prompts: int) -> list[str]:
+    """The files of a whole folder, in the order of the calls."""
+    steps = kept_steps(recipe.sampling.n_steps, recipe.calibrate.timesteps)
+    batches = range(math.ceil(prompts / BATCH_PROMPTS))
+    return [_path(Path(), number, step).name for number in batches for step in steps]
+
+
+def _made_again(folder: Path, names: Sequence[str]) -> bool:
+    """Is anything to be made? Broken files are removed, and said like missing ones if the folder once was whole."""
+    broken = [name for name in names if not _is_whole(folder / name)]
+    for name in broken:
+        (folder / name).unlink(missing_ok=True)
+    finished = (folder / ORIGIN_FILE).is_file()
+    if broken and finished:
+        logger.warning(
+            "%s: %d of %d files missing or broken (%s); making them again", folder, len(broken), len(names), broken[0]
+        )
+    return bool(broken) or not finished
+
+
+def _is_whole(path: Path) -> bool:
+    """Is the file there, as long as its head says?"""
+    try:
+        with safe_open(path, framework="numpy"):
+            return True
+    except (OSError, SafetensorError):
+        return False
+
+
+def _refuse_missing(model: LoadedModel, missing: Sequence[str]) -> None:
+    if missing:
+        raise ModelError(
+            f"{model.source}: sampling ended without the call of {missing[0]} and {len(missing) - 1} others; "
+            "use fewer sampling.n_steps, as many as the model's scheduler takes"
+        )
+
+
+def _load(path: Path) -> Call:
+    inputs = load_file(path)
+    return Call(inputs, float(inputs["timestep"][0]), int(path.stem.rpartition("step")[2]))

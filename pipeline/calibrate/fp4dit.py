@@ -24,6 +24,7 @@ from export.errors import RecipeError
 from pipeline.calibrate.adaround import Quadratic, Schedule, SoftRounding, learn_layer
 from pipeline.calibrate.blocks import Observed
 from pipeline.calibrate.group_space import from_text, with_sizes
+from pipeline.calibrate.memory import BlockSize, Sizes, layer_rounding_bytes, rounding_bytes
 from pipeline.calibrate.method import Method, Unit
 from pipeline.calibrate.plan import LayerPlan
 from pipeline.calibrate.reconstruct import Settings, output_loss, reconstruct
@@ -51,6 +52,9 @@ class BlockRounding(Method):
         reconstruct(observed, roundings, self.settings(), unit.name, self.context.seed)
         return better(observed, unit.name, nearest, [roundings[base.name].layer() for base in nearest])
 
+    def unit_bytes(self, sizes: Sizes, block: BlockSize) -> int:
+        return rounding_bytes(block, int(self.context.options["batch"]))
+
     def rounding(self, plan: LayerPlan, base: QuantizedLinear) -> SoftRounding:
         return SoftRounding(torch.from_numpy(float_weight(plan)), base, self.scale_aware)
 
@@ -75,6 +79,10 @@ class LayerRounding(BlockRounding):
 
     def quantize(self, unit: Unit) -> list[QuantizedLinear]:
         return [self.quantize_layer(plan, _observed(unit)) for plan in unit.plans]
+
+    def unit_bytes(self, sizes: Sizes, block: BlockSize) -> int:
+        """At the layer where it is most: all its inputs, float and quantized, their sums in float64, the learning."""
+        return max(layer_rounding_bytes(sizes, layer) for layer in block.layers)
 
     def quantize_layer(self, plan: LayerPlan, observed: Observed) -> QuantizedLinear:
         rounding = self.rounding(plan, quantize_linear(plan, self.context.recipe.weights.search))

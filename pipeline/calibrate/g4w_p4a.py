@@ -14,6 +14,7 @@ from export.checkpoint import QuantizedLinear
 from export.errors import RecipeError
 from pipeline.calibrate import gptq
 from pipeline.calibrate.group_space import with_sizes
+from pipeline.calibrate.memory import BlockSize, Sizes, gptq_bytes
 from pipeline.calibrate.method import Unit
 from pipeline.calibrate.plan import LayerPlan
 from pipeline.calibrate.ptq4dm import Ptq4dm
@@ -33,6 +34,9 @@ class G4wP4a(Ptq4dm):
             raise RecipeError(f"calibrate.options.granularity {wanted!r} of g4w_p4a; use group or recipe")
         grouped = [replace(plan, granularity="group", group_size=GROUP_SIZE, multipliers=(1,)) for plan in plans]
         return with_sizes(grouped, [GROUP_SIZE] * len(grouped))  # refuses a layer that it does not divide
+
+    def unit_bytes(self, sizes: Sizes, block: BlockSize) -> int:
+        return 2 * super().unit_bytes(sizes, block) + gptq_bytes(block)
 
     def quantize(self, unit: Unit) -> list[QuantizedLinear]:
         plans = track(unit.plans, len(unit.plans), unit.name)

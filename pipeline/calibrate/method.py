@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from export.models import LoadedModel
     from pipeline.calibrate.blocks import Observed
     from pipeline.calibrate.data import CalibrationData
+    from pipeline.calibrate.memory import BlockSize, Sizes
 
 
 @dataclass(frozen=True)
@@ -63,6 +64,14 @@ class Method:
     def quantize(self, unit: Unit) -> list[QuantizedLinear]:
         """The finished layers of one unit, one for each plan, in order."""
         raise NotImplementedError(f"{type(self).__name__}.quantize")
+
+    def unit_bytes(self, sizes: Sizes, block: BlockSize) -> int:
+        """Bytes that `quantize` holds for a block beside its calls; asked before there are data."""
+        return 0
+
+    def apart_bytes(self, sizes: Sizes, plans: list[LayerPlan]) -> int:
+        """Bytes that `plan` or `finish` holds, whichever is more; asked before there are data."""
+        return 0
 
     def finish(self, layers: list[QuantizedLinear]) -> list[QuantizedLinear]:
         """All layers once more, for methods that tune the whole model end to end."""

@@ -27,6 +27,7 @@ from export.formats import Format, get_format
 from pipeline.calibrate.balance import kinds
 from pipeline.calibrate.baseline import Baseline
 from pipeline.calibrate.blocks import Tensors
+from pipeline.calibrate.memory import Sizes, tuning_bytes
 from pipeline.calibrate.method import Unit
 from pipeline.calibrate.msfp_search import search_range, search_token_format, search_weight, splits
 from pipeline.calibrate.plan import LayerPlan
@@ -77,6 +78,9 @@ class Msfp(Baseline):
     def _formats(self, plan: LayerPlan, signed: bool) -> tuple[Format, ...]:
         bits = get_format(plan.activation_format).bits
         return splits(bits, signed, bool(self.context.options["embedded"]))
+
+    def apart_bytes(self, sizes: Sizes, plans: list[LayerPlan]) -> int:
+        return tuning_bytes(sizes, int(self.context.options["batch"])) if self.context.options["use_lora"] else 0
 
     def finish(self, layers: list[QuantizedLinear]) -> list[QuantizedLinear]:
         """Branches and router, tuned end to end."""

@@ -23,7 +23,7 @@ from safetensors import safe_open
 from export.errors import ResourceError
 from pipeline import machine
 from pipeline.backends.base import Arrays, Engine
-from pipeline.files import sha256_json
+from pipeline.files import sha256, sha256_json
 
 if TYPE_CHECKING:
     from export.models import LoadedModel
@@ -34,6 +34,7 @@ INDEX = "model_index.json"
 # Weights of a part, in one file or in shards; others are variants ("model.fp16.safetensors") that are not loaded.
 WEIGHTS = re.compile(r"[a-z_]+(-\d+-of-\d+)?\.safetensors")
 CAPTIONS = "captions.txt"
+CONFIGURING = (".json", ".txt")
 Keep = Callable[[int, Arrays], None]
 
 
@@ -53,9 +54,14 @@ def listed_parts(index: Path) -> list[str]:
 
 
 def identity(root: Path) -> str:
-    """Hash of the pipeline's index and of its files' names and sizes, which tells one text encoder from another."""
+    """Hash of the names of the pipeline's files, of the content of those that configure it (its scheduler), and of the
+    others' sizes, which tell one text encoder from another."""
     files = sorted(path for path in root.rglob("*") if path.is_file())
-    return sha256_json([[str(path.relative_to(root)), path.stat().st_size] for path in files])
+    return sha256_json([[str(path.relative_to(root)), _identity(path)] for path in files])
+
+
+def _identity(path: Path) -> str | int:
+    return sha256(path) if path.suffix in CONFIGURING else path.stat().st_size
 
 
 def float32_bytes(root: Path) -> int:

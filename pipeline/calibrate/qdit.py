@@ -29,6 +29,7 @@ from pipeline.calibrate.group_candidates import Candidates, store_layers
 from pipeline.calibrate.group_proxy import ProxyScore
 from pipeline.calibrate.group_search import Settings, Space, search
 from pipeline.calibrate.group_space import from_text, layer_sizes, make_space, to_text, with_sizes
+from pipeline.calibrate.memory import BlockSize, Sizes, gptq_bytes
 from pipeline.calibrate.method import Context, Method, Unit
 from pipeline.calibrate.plan import LayerPlan
 from pipeline.calibrate.static_activations import find_range
@@ -116,6 +117,18 @@ class QDit(Method):
         runner = BlockRunner(model, self.context.data, list(group_by_block(plans)))
         store_layers(runner, plans, genes, space, self.quantize_layer, folder / "layers")
         return Candidates(model.source, recipe, genes, space, activations, model, folder / "layers")
+
+    def unit_bytes(self, sizes: Sizes, block: BlockSize) -> int:
+        kept = sizes.kept_rows(block, int(self.context.options["rows"]))
+        return (2 if self.context.options["activations"] == "per_tensor" else 1) * kept + gptq_bytes(block)
+
+    def apart_bytes(self, sizes: Sizes, plans: list[LayerPlan]) -> int:
+        """Every worker of the search has a model and each layer in all its sizes, in float32."""
+        if self.context.options["search"] != "proxy" or self.context.options["group_sizes"]:
+            return 0
+        choices = max(len(gene.sizes) for gene in self.space(plans).genes)
+        model_bytes = 4 * self.context.model.parameters
+        return int(self.context.options["workers"]) * (model_bytes + (choices + 1) * sizes.linear_bytes)
 
     def quantize(self, unit: Unit) -> list[QuantizedLinear]:
         return [self.quantize_layer(unit, plan) for plan in track(unit.plans, len(unit.plans), unit.name)]

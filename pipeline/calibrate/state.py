@@ -1,7 +1,7 @@
 """What calibration keeps on disk: finished layers of a run that may be stopped, then the whole checkpoint.
 
-FOLDER/calibration.json     what the layers were made from (model, recipe); another run's state is not used
-FOLDER/layers/NAME/         one finished layer, while the run goes on
+FOLDER/calibration.json     what the layers were made from (model, settings, data); another run's state is not used
+FOLDER/layers/NAME/         one finished layer, while the run goes on; layers/seconds.json: the time it took so far
 FOLDER/.../                 a method's own state, while the run goes on
 FOLDER/quantized.*          the checkpoint, when all layers are done; the folders are then removed
 """
@@ -9,18 +9,24 @@ FOLDER/quantized.*          the checkpoint, when all layers are done; the folder
 from __future__ import annotations
 
 import json
+import logging
 import os
 import shutil
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from types import TracebackType
 from typing import Any
 
 from export import checkpoint
 from export.checkpoint import LAYERS_FILE, QuantizedLinear
-from export.errors import RecipeError
+from export.errors import ContractError, RecipeError
 from pipeline.calibrate.plan import LayerPlan
+from pipeline.files import lock
 
+logger = logging.getLogger(__name__)
 ORIGIN_FILE = "calibration.json"
+TIME_FILE = "seconds.json"
 
 
 def copy_finished(source: Path, folder: Path, origin: Mapping[str, Any]) -> None:
@@ -31,14 +37,22 @@ def copy_finished(source: Path, folder: Path, origin: Mapping[str, Any]) -> None
     path = source / ORIGIN_FILE
     if not (path.is_file() and (source / LAYERS_FILE).is_file()):
         raise RecipeError(f"{source} holds no finished calibration; python -m pipeline.calibrate -o {source} makes one")
-    found, wanted = (dict(_flat(value)) for value in (json.loads(path.read_text()), json.loads(json.dumps(origin))))
-    differing = [key for key in sorted(found | wanted) if found.get(key) != wanted.get(key)]
-    if differing:
-        told = "; ".join(f"{key} is {found.get(key)} there, {wanted.get(key)} here" for key in differing)
+    told = differences(path, origin)
+    if told:
         raise RecipeError(f"{source}: made from other settings ({told}); give the same ones, or calibrate again")
     folder.mkdir(parents=True, exist_ok=True)
     for name in (ORIGIN_FILE, checkpoint.WEIGHTS_FILE, LAYERS_FILE):
         shutil.copyfile(source / name, folder / name)
+
+
+def differences(path: Path, origin: Mapping[str, Any]) -> str:
+    """What `path` says otherwise than `origin`, key by key in words; "" where they agree."""
+    try:
+        found, wanted = (dict(_flat(value)) for value in (json.loads(path.read_text()), json.loads(json.dumps(origin))))
+    except ValueError as error:
+        raise ContractError(f"{path}: cannot be read ({error}); calibrate again with --force") from error
+    differing = [key for key in sorted(found | wanted) if found.get(key) != wanted.get(key)]
+    return "; ".join(f"{key} is {found.get(key)} there, {wanted.get(key)} here" for key in differing)
 
 
 def _flat(value: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -51,29 +65,65 @@ def _flat(value: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
 
 
 class CalibrationState:
-    """The folder of one calibration. State of another model or recipe is removed when it is opened."""
+    """The folder of one calibration, locked while it is entered.
 
-    def __init__(self, folder: Path, origin: Mapping[str, Any]) -> None:
+    Entering raises RecipeError if another process has it. State of other settings is refused with what differs
+    (RecipeError) by `resume`, and else removed with a warning.
+    """
+
+    def __init__(self, folder: Path, origin: Mapping[str, Any], resume: bool = False) -> None:
         self.folder, self.layers_dir = folder, folder / "layers"
-        text = json.dumps(origin, indent=1, sort_keys=True)
-        path = folder / ORIGIN_FILE
-        if not path.is_file() or path.read_text() != text:
+        self.origin, self.resume = origin, resume
+
+    def __enter__(self) -> CalibrationState:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.lock = lock(self.folder, "calibration")
+        try:
+            self._take_up()
+        except BaseException:
+            os.close(self.lock)
+            raise
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        os.close(self.lock)
+
+    def _take_up(self) -> None:
+        """Make the folder one of this calibration."""
+        path = self.folder / ORIGIN_FILE
+        told = differences(path, self.origin) if path.is_file() else ""
+        if told and self.resume:
+            remedy = "restore them to go on, or start again with --force instead of --resume"
+            raise RecipeError(f"{self.folder} holds a calibration by other settings ({told}); {remedy}")
+        if told:
+            logger.warning("%s: removing a calibration by other settings (%s)", self.folder, told)
+        if told or not path.is_file():
             self._clear()
-            folder.mkdir(parents=True, exist_ok=True)
-            partial = path.with_suffix(".part")
-            partial.write_text(text)
-            os.replace(partial, path)
+            _write(path, self.origin)
+        times = self.layers_dir / TIME_FILE
+        self._earlier = float(json.loads(times.read_text())["seconds"]) if times.is_file() else 0.0
+        self._started = time.monotonic()
 
     def _clear(self) -> None:
         for name in (ORIGIN_FILE, checkpoint.LAYERS_FILE, checkpoint.WEIGHTS_FILE):
             (self.folder / name).unlink(missing_ok=True)
-        for child in self.folder.iterdir() if self.folder.is_dir() else ():
+        self._remove_folders()
+
+    def _remove_folders(self) -> None:
+        for child in self.folder.iterdir():
             if child.is_dir():
                 shutil.rmtree(child)
 
     @property
     def is_complete(self) -> bool:
         return (self.folder / LAYERS_FILE).is_file()
+
+    @property
+    def seconds(self) -> float:
+        """How long this run has taken, and the interrupted ones before it to their last finished unit."""
+        return self._earlier + time.monotonic() - self._started
 
     def has(self, name: str) -> bool:
         """Whether the layer is done; its JSON is written last."""
@@ -82,16 +132,38 @@ class CalibrationState:
     def has_all(self, plans: Sequence[LayerPlan]) -> bool:
         return all(self.has(plan.name) for plan in plans)
 
-    def add(self, layer: QuantizedLinear) -> None:
-        checkpoint.save([layer], self.layers_dir / layer.name)
+    def add(self, layers: Sequence[QuantizedLinear]) -> None:
+        """Keep the layers of a finished unit."""
+        for layer in layers:
+            checkpoint.save([layer], self.layers_dir / layer.name)
+        _write(self.layers_dir / TIME_FILE, {"seconds": self.seconds})
 
     def layers(self, names: Sequence[str]) -> list[QuantizedLinear]:
-        """Finished layers by name, in that order."""
-        return [layer for name in names for layer in checkpoint.load(self.layers_dir / name)]
+        """Finished layers by name, in that order. Raises ContractError if a folder holds another layer."""
+        return [layer for name in names for layer in load_named(self.layers_dir / name, [name])]
 
     def complete(self, layers: list[QuantizedLinear]) -> None:
         """Write the checkpoint, and remove what only an unfinished run needs."""
         checkpoint.save(layers, self.folder)
-        for child in self.folder.iterdir():
-            if child.is_dir():
-                shutil.rmtree(child)
+        self._remove_folders()
+
+
+def load_named(folder: Path, names: Sequence[str]) -> list[QuantizedLinear]:
+    """The layers that `folder` holds. Raises ContractError if they are not these, in this order."""
+    layers = checkpoint.load(folder)
+    pairs = zip([layer.name for layer in layers], names, strict=False)
+    wrong = next(((found, name) for found, name in pairs if found != name), None)
+    if wrong or len(layers) != len(names):
+        found, wanted = wrong or (f"{len(layers)} layers", f"{len(names)}")
+        raise ContractError(
+            f"{folder}: found {found} where {wanted} belongs; remove that folder, which is then made again"
+        )
+    return layers
+
+
+def _write(path: Path, document: Any) -> None:
+    """Write JSON through a temporary name. Not synced: what is lost with the machine's power is made again."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(".part")
+    partial.write_text(json.dumps(document, indent=1, sort_keys=True))
+    os.replace(partial, path)
