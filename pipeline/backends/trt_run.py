@@ -75,6 +75,7 @@ class Captured:
         import torch
 
         buffers, graph = Buffers.make(context, arrays, outputs, "cuda"), torch.cuda.CUDAGraph()
+        buffers.bind()  # outputs, too: their shapes were not known before
         stream = torch.cuda.current_stream()
         execute(context, stream.cuda_stream)
         stream.synchronize()
