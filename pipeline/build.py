@@ -14,7 +14,14 @@ from export.errors import RecipeError
 from pipeline import recipe as recipes
 from pipeline.calibrate.plan import make_plans
 from pipeline.command import Answer, Parser, parser, run
-from pipeline.compiler import BuildRequest, compile_engine, load_model, parse_targets, refuse_early
+from pipeline.compiler import (
+    BuildRequest,
+    compile_engine,
+    fitting_targets,
+    load_model,
+    parse_targets,
+    refuse_early,
+)
 
 DESCRIPTION = "Build a verified engine bundle: model, calibrate, export, targets, verify, bench."
 
@@ -27,7 +34,9 @@ def make_parser() -> Parser:
         "-m", "--model", metavar="ID_OR_DIR", help="diffusers folder, hub id or zoo:NAME (default: recipe's)"
     )
     made.add_argument(
-        "--target", default="auto", help="cpu, rtx, cuda, or several with commas; auto: all that can be built here"
+        "--target",
+        default="auto",
+        help="cpu, rtx, cuda, or several with commas; auto: all that this recipe can be built for here",
     )
     made.add_argument("-o", "--output-dir", type=Path, metavar="DIR", help="where to write (default: engines/NAME)")
     made.add_argument("--target-sm", type=integers, metavar="89,120", help="GPUs that the rtx engine is built for")
@@ -87,6 +96,8 @@ def make_request(args: argparse.Namespace, answer: Answer) -> BuildRequest:
     recipe, targets = resolve(args), parse_targets(args.target)
     if args.target_sm is not None and "rtx" not in targets:
         raise RecipeError(f"--target-sm belongs to the target rtx, and --target is {args.target}; add rtx to --target")
+    if args.target == "auto":
+        targets = fitting_targets(targets, recipe, named=() if args.target_sm is None else ("rtx",))
     output = args.output_dir or Path("engines") / recipe.name
     return BuildRequest(
         recipe, targets, output, args.resume, args.force, args.checkpoint, listener=lambda event: answer.event(**event)

@@ -129,6 +129,25 @@ def parse_targets(text: str) -> tuple[str, ...]:
     return names
 
 
+def fitting_targets(targets: tuple[str, ...], recipe: Recipe, named: tuple[str, ...] = ()) -> tuple[str, ...]:
+    """`targets` of `auto` without those that refuse the recipe or lack something here; the log says which, and why.
+
+    Those in `named` were asked for and stay: `refuse_early` refuses them by name. Raises EnvironmentLacksError with
+    all reasons if none is left.
+    """
+    from pipeline.backends import BACKENDS
+
+    machine.require(NEEDED, "building an engine")
+    problems = {target: BACKENDS[target].problems(recipe) for target in targets if target not in named}
+    left = tuple(target for target in targets if not problems.get(target))
+    reasons = [f"{target}: {problem}" for target, found in problems.items() for problem in found]
+    if not left:
+        raise EnvironmentLacksError(f"no target can be built from this recipe here; {'; '.join(reasons)}")
+    for reason in reasons:
+        logger.warning("left out of --target auto, %s", reason)
+    return left
+
+
 def _built_by_auto(target: str, module: str) -> bool:
     from pipeline.bundle import cuda_sm
 

@@ -39,8 +39,8 @@ def as_diffusers(bundle: Bundle, target: str = "auto") -> EngineTransformer:
 class EngineTransformer(ModelMixin, ConfigMixin):
     """Looks like the family's diffusers transformer: `config`, `dtype`, `device`, and `forward` with its arguments.
 
-    The engine computes with float32 inputs and outputs on the host; the result has the type and device of
-    `hidden_states`.
+    An engine with `run_tensors` gets the caller's tensors, another one float32 arrays on the host; the result has the
+    type and device of `hidden_states`.
     """
 
     config_name = "config.json"
@@ -69,28 +69,41 @@ class EngineTransformer(ModelMixin, ConfigMixin):
         as_dict, hidden = given.pop("return_dict", True), given["hidden_states"]
         named = {key: value for key, value in _flattened(given).items() if value is not None}
         self._refuse_unknown(named)
-        inputs = {row.name: self._array(row, named, hidden) for row in self.rows}
-        sample = torch.from_numpy(np.ascontiguousarray(self.engine.run(inputs)["sample"]))
-        sample = sample.to(hidden.device, hidden.dtype)
+        inputs = {row.name: self._tensor(row, named, hidden) for row in self.rows}
+        sample = self._run(inputs).to(hidden.device, hidden.dtype)
         return Transformer2DModelOutput(sample=sample) if as_dict else (sample,)
+
+    def _run(self, inputs: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        run_tensors = getattr(self.engine, "run_tensors", None)
+        if run_tensors is not None:
+            found: torch.Tensor = run_tensors(inputs)["sample"]
+            return found
+        arrays = {row.name: _array(row, inputs[row.name]) for row in self.rows}
+        return torch.from_numpy(np.ascontiguousarray(self.engine.run(arrays)["sample"]))
 
     def _refuse_unknown(self, named: Mapping[str, Any]) -> None:
         unknown = sorted(set(named) - {row.name for row in self.rows})
         if unknown:
             raise RecipeError(f"the engine has no input {unknown[0]}; leave it away, or use the float transformer")
 
-    def _array(self, row: Input, named: Mapping[str, Any], hidden: torch.Tensor) -> np.ndarray[Any, Any]:
-        """One engine input; a missing mask keeps every token, a single timestep serves the whole batch."""
+    def _tensor(self, row: Input, named: Mapping[str, Any], hidden: torch.Tensor) -> torch.Tensor:
+        """One engine input; a missing mask keeps every token, a single timestep serves the whole batch.
+
+        A tensor that fits is passed as it is, so that an engine may know it again.
+        """
         value = named.get(row.name)
-        if value is None:
-            return _filled(row, named, len(hidden))
-        array = torch.as_tensor(value).detach().cpu().to(TORCH_TYPES[row.dtype])
-        if array.ndim == 0 or (row.shape == ("batch",) and len(array) == 1):
-            array = array.expand(len(hidden))
-        return array.contiguous().numpy()
+        tensor = torch.from_numpy(_filled(row, named, len(hidden))) if value is None else torch.as_tensor(value)
+        if tensor.ndim == 0 or (row.shape == ("batch",) and len(tensor) == 1):
+            tensor = tensor.expand(len(hidden))
+        return tensor
 
 
 TORCH_TYPES = {"float32": torch.float32, "int64": torch.int64}
+
+
+def _array(row: Input, tensor: torch.Tensor) -> np.ndarray[Any, Any]:
+    """The input in the engine's type, on the host."""
+    return tensor.detach().cpu().to(TORCH_TYPES[row.dtype]).contiguous().numpy()
 
 
 def _filled(row: Input, named: Mapping[str, Any], batch_size: int) -> np.ndarray[Any, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import runpy
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -13,7 +14,7 @@ from typing import Any
 from export.errors import EnvironmentLacksError, UserError
 from pipeline import machine
 from pipeline import recipe as recipes
-from pipeline.backends import trt_run
+from pipeline.backends import cuda_run, trt_run
 from pipeline.bundle import cuda_sm
 from pipeline.command import Answer, parser, run
 from pipeline.compiler import NEEDED
@@ -98,10 +99,18 @@ def rtx_plugins_check() -> Check:
 
 
 def tensorrt_check() -> Check:
-    """What the target trt lacks here, and the plugins that it would register."""
+    """What the target trt lacks here, and our plugins: those in TensorRT's registry, else those it would register."""
     problems = trt_run.environment_problems(cuda_sm())
-    names = " ".join(map(plugin_name, EXAMPLES))
-    found = f"{machine.tool_version('tensorrt') or 'not installed'}; namespace {NAMESPACE}: {names}; not run"
+    wanted = tuple(map(plugin_name, EXAMPLES))
+    try:
+        names, where = trt_run.registered_plugins(), "registered"
+    except ImportError as error:
+        names, where = wanted, "would register"
+        problems = problems or [f"tensorrt does not load: {error}"]
+    if missing := sorted(set(wanted) - set(names)):
+        problems = [*problems, f"missing: {', '.join(missing)}"]
+    listed = f"{where} in namespace {NAMESPACE}, version {VERSION}: {' '.join(names) or 'none'}"
+    found = f"{machine.tool_version('tensorrt') or 'not installed'}; {listed}; not run"
     return Check("tensorrt", not problems, found, False, f"only needed for the target trt; {'; '.join(problems)}")
 
 
@@ -112,10 +121,33 @@ def gpu_check() -> Check:
 
 
 def triton_check() -> Check:
-    remedy = "only needed to run the target cuda; pip install triton"
-    return Check(
-        "triton", find_spec("triton") is not None, machine.tool_version("triton") or "not installed", False, remedy
-    )
+    """Triton, of a release that the kernels are written for, with its assemblers."""
+    version = machine.tool_version("triton") if find_spec("triton") else ""
+    try:
+        problems = compiled.problems() if version else ["pip install triton"]
+    except EnvironmentLacksError as error:
+        problems = [f"triton {version} does not load: {error.__cause__}"]
+    remedy = f"only needed for kernels of the targets cuda and trt, and rtx.path=plugin; {'; '.join(problems)}"
+    return Check("triton", not problems, version or "not installed", False, remedy)
+
+
+def cuda_check() -> Check:
+    """What running the target cuda needs, together: a GPU, a PyTorch with CUDA, triton."""
+    sm, cuda = cuda_sm(), torch_cuda()
+    triton = machine.tool_version("triton") if find_spec("triton") else ""
+    problems = [] if cuda else ["this PyTorch is built without CUDA; install one from https://pytorch.org"]
+    problem = cuda_run.machine_problem({}, sm, triton)
+    problems += [problem] if problem else []
+    found = f"{f'SM {sm}' if sm else 'no GPU'}, CUDA of torch {cuda or 'none'}, triton {triton or 'none'}"
+    return Check("cuda", not problems, found, False, f"only needed to run the target cuda; {'; '.join(problems)}")
+
+
+def torch_cuda() -> str:
+    """The CUDA release that PyTorch is built with, '' for none; read from its version file, without importing it."""
+    spec = find_spec("torch")
+    if spec is None or spec.origin is None:
+        return ""
+    return str(runpy.run_path(str(Path(spec.origin).with_name("version.py")))["cuda"] or "")
 
 
 def compiler_check() -> Check:
@@ -181,6 +213,7 @@ CHECKS: tuple[Callable[[], Check], ...] = (
     tensorrt_check,
     gpu_check,
     triton_check,
+    cuda_check,
     compiler_check,
     cpu_check,
     memory_check,

@@ -62,25 +62,47 @@ LAYER_RULES = (
 )
 
 
+# nan in place of a difference marks such a path.
+NO_SUM = (
+    "a GEMM with real scales per group, or of formats too wide for integers, has no single integer sum; linear_output "
+    "bounds its product"
+)
+
+
 def coverage_gate(target: str, count: int, expected: int) -> Gate:
     why = "quantized linears that the target's graph computes, of all that the model's family quantizes"
     return Gate(f"{target}/coverage", count, expected, "linears", why, at_most=False)
 
 
 def layer_gates(target: str, rows: Sequence[LayerResult], bad_outputs: int) -> list[Gate]:
-    """Gates over all linears of a target; a gate names the worst layer."""
+    """Gates over all linears of a target; a gate names the worst layer. Without `gemm_exact` where no layer has
+    anything to compare there, see `notes_on_layers`."""
     nonfinite = sum(row.nonfinite for row in rows) + bad_outputs
     why = "no NaN or Inf in any quantized layer, step or picture"
     finite = Gate(f"{target}/finite", nonfinite, 0, "values", why + _culprit(rows, "nonfinite"))
-    return [finite, *(_layer_gate(target, rule, rows) for rule in LAYER_RULES), _codes_gate(target, rows)]
+    found = [_layer_gate(target, rule, rows) for rule in LAYER_RULES if not rows or _compared(rule, rows)]
+    return [finite, *found, _codes_gate(target, rows)]
+
+
+def notes_on_layers(target: str, rows: Sequence[LayerResult]) -> list[str]:
+    """What a report says where a gate over layers would pass without having compared any."""
+    idle = [rule.name for rule in LAYER_RULES if rows and not _compared(rule, rows)]
+    return [f"{target}: {name} compares 0 of {len(rows)} layers and is no gate here: {NO_SUM}" for name in idle]
+
+
+def _compared(rule: LayerRule, rows: Sequence[LayerResult]) -> list[LayerResult]:
+    """The layers that a rule looks at."""
+    return [row for row in rows if rule.key != "gemm_max_abs_diff" or not math.isnan(row.gemm_max_abs_diff)]
 
 
 def _layer_gate(target: str, rule: LayerRule, rows: Sequence[LayerResult]) -> Gate:
-    if rule.key == "gemm_max_abs_diff":  # nan marks a path that is no integer embedding; linear_output covers it
-        rows = [row for row in rows if not math.isnan(row.gemm_max_abs_diff)]
-    values = np.array([getattr(row, rule.key) for row in rows], np.float64)
-    combined = values.sum() if rule.total else values.max(initial=0)
-    return Gate(f"{target}/{rule.name}", float(combined), rule.limit, rule.unit, rule.why + _culprit(rows, rule.key))
+    """nan, which never passes, where the target has no layer at all."""
+    found = _compared(rule, rows)
+    values = np.array([getattr(row, rule.key) for row in found] or [math.nan], np.float64)
+    combined = values.sum() if rule.total else values.max()
+    some = f"; {len(found)} of {len(rows)} layers: {NO_SUM}" if len(found) < len(rows) else ""
+    why = f"{rule.why}{some}{_culprit(found, rule.key)}"
+    return Gate(f"{target}/{rule.name}", float(combined), rule.limit, rule.unit, why)
 
 
 def _culprit(rows: Sequence[LayerResult], key: str) -> str:

@@ -23,7 +23,7 @@ from pipeline.progress import track
 from pipeline.recipe import Recipe
 from pipeline.report import LayerResult, Report, write_layers_csv
 from pipeline.study import Realisations, Study, layer_input_db, study
-from pipeline.verdict import coverage_gate, end_gates, layer_gates, quantization_gates, step_results
+from pipeline.verdict import coverage_gate, end_gates, layer_gates, notes_on_layers, quantization_gates, step_results
 
 if TYPE_CHECKING:
     from export.models import LoadedModel
@@ -102,6 +102,7 @@ def verify_target(
     image = found.case.draw(run)
     nonfinite = errors.nonfinite + int(np.count_nonzero(~np.isfinite(image)))
     report.gates += layer_gates(target, results, nonfinite) + end_gates(target, errors, image, found, single)
+    report.notes += notes_on_layers(target, results)
     if arithmetic in ARITHMETIC_NOTES:
         report.notes.append(f"{target}: {ARITHMETIC_NOTES[arithmetic]}")
     return image

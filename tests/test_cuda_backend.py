@@ -226,6 +226,7 @@ def test_an_unknown_op_is_refused_before_anything_runs(built: Built) -> None:
 def test_what_build_writes(built: Built) -> None:
     metadata = json.loads((built.engine / "metadata.json").read_text())
     assert metadata["least_sm"] == 80 and metadata["torch"] == torch.__version__
+    assert metadata["proof"].endswith("kernels are compiled, not run")
     assert metadata["options"] == {"weights": "auto", "activations": "fp32"}
     gemms = sum(metadata["kernels"][name] for name in ("Gemm", "GemmGateResidual"))
     assert gemms == sum(metadata["paths"].values()) == len(built.layers)
@@ -339,11 +340,53 @@ def test_the_condition_is_computed_when_it_changes(built: Built) -> None:
     assert not np.array_equal(engine.run(inputs)["sample"], first) and engine.conditions == 2
 
 
-def test_it_stands_in_for_a_diffusers_transformer(built: Built) -> None:
+def test_tensors_give_what_arrays_give(built: Built) -> None:
+    """In other types, not contiguous, and made in inference mode, too; results are the caller's own."""
+    engine, inputs = CudaEngine(built.engine, device="cpu"), random_inputs(ir.load(built.lowered.path).graph)
+    expected = engine.run(inputs)["sample"]
+    given = {name: torch.from_numpy(array.astype(array.dtype)) for name, array in inputs.items()}
+    found = engine.run_tensors(given)["sample"]
+    assert np.array_equal(found.numpy(), expected) and not found.is_inference()
+    given["hidden_states"] = given["hidden_states"].double().mT.contiguous().mT
+    given["timestep"] = given["timestep"].clone().requires_grad_()
+    with torch.inference_mode():
+        copies = {name: tensor.clone() for name, tensor in given.items()}
+    for one in (given, copies, copies):
+        again = engine.run_tensors(one)["sample"]
+        assert torch.equal(again, found) and again.data_ptr() != found.data_ptr() and not again.requires_grad
+    assert engine.conditions == (engine.condition is not None)
+    with pytest.raises(RecipeError, match=r"hidden_states has shape \(1,\)"):
+        engine.run_tensors(given | {"hidden_states": torch.zeros(1)})
+
+
+def test_a_condition_is_known_by_its_tensor_and_its_version(built: Built, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = CudaEngine(built.engine, device="cpu")
+    if engine.condition is None:
+        pytest.skip("the model has no product that depends on the condition alone")
+    inputs = random_inputs(ir.load(built.lowered.path).graph)
+    given = {name: torch.from_numpy(array) for name, array in inputs.items()}
+    compared: list[bool] = []
+    monkeypatch.setattr(torch, "equal", lambda a, b: compared.append(bool((a == b).all())) or compared[-1])
+    names = set(engine.condition.inputs)
+    first = engine.run_tensors(given)["sample"]
+    engine.run_tensors(given | {"timestep": given["timestep"] + 1})
+    assert engine.conditions == 1 and not compared  # the same tensors: not looked at
+    equal = {name: tensor.clone() if name in names else tensor for name, tensor in given.items()}
+    engine.run_tensors(equal), engine.run_tensors(equal)
+    assert engine.conditions == 1 and compared == [True] * len(names)  # compared once, then known
+    equal["encoder_hidden_states"][0, 0, 0] += 10.0  # in place: another version
+    changed = engine.run_tensors(equal)["sample"]
+    assert engine.conditions == 2 and compared[len(names) :] == [False] and bool((changed != first).any())
+    assert np.array_equal(engine.run(inputs)["sample"], first.numpy()) and engine.conditions == 3
+
+
+def test_it_stands_in_for_a_diffusers_transformer(built: Built, monkeypatch: pytest.MonkeyPatch) -> None:
     engine, family = CudaEngine(built.engine, device="cpu"), FAMILIES[built.model.family.name]
     inputs = random_inputs(ir.load(built.lowered.path).graph)
     given: dict[str, Any] = {name: torch.from_numpy(array) for name, array in inputs.items()}
     if "image_rotary_cos" in given:
         given["image_rotary_emb"] = (given.pop("image_rotary_cos"), given.pop("image_rotary_sin"))
     transformer = EngineTransformer(engine, family, dict(built.model.config))
-    assert np.array_equal(transformer(**given).sample.numpy(), engine.run(inputs)["sample"])
+    expected = engine.run(inputs)["sample"]
+    monkeypatch.setattr(engine, "run", None)  # tensors do not go through NumPy
+    assert np.array_equal(transformer(**given).sample.numpy(), expected)

@@ -24,7 +24,8 @@ BACKEND = BACKENDS["cuda"]
         (0, "3.9.0", "needs an NVIDIA GPU and a PyTorch with CUDA; none is visible here"),
         (75, "3.9.0", "needs SM 80 or newer, this GPU is SM 75; build with --target cpu"),
         (90, "", "needs triton; install with: pip install triton"),
-        (90, "3.9.0", ""),
+        (90, "3.5.1", "needs triton 3.6 or newer, this is 3.5.1; pip install -U triton"),
+        (90, "3.6.0", ""),
     ],
 )
 def test_what_a_machine_lacks(sm: int, triton: str, message: str) -> None:

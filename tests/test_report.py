@@ -19,6 +19,7 @@ from pipeline.report import Gate, LayerResult, Report, StepResult, read_json, wr
 from pipeline.report_page import Page, render
 from pipeline.report_pictures import amplification, file_names, gallery, png
 from pipeline.report_plots import Axis, Series, line_plot
+from pipeline.verdict import layer_gates, notes_on_layers
 
 
 def layer(name: str = "blocks.0.to_q", **changes: Any) -> LayerResult:
@@ -72,6 +73,18 @@ def test_gate_sides_and_nan(value: float, at_most: bool, passed: bool) -> None:
 
 def test_a_report_without_gates_does_not_pass() -> None:
     assert not Report().passed
+
+
+def test_exact_sums_are_a_gate_only_where_some_layer_has_one() -> None:
+    """nan marks a layer without: none of them, some, and a target without any layer."""
+    some, none = [layer("a"), layer("b", gemm_max_abs_diff=math.nan)], [layer("b", gemm_max_abs_diff=math.nan)]
+    gates = {gate.name: gate for gate in layer_gates("cpu", some, 0)}
+    assert gates["cpu/gemm_exact"].passed and "; 1 of 2 layers: a GEMM with real scales" in gates["cpu/gemm_exact"].why
+    assert notes_on_layers("cpu", some) == []
+    assert "cpu/gemm_exact" not in {gate.name for gate in layer_gates("cpu", none, 0)}
+    (note,) = notes_on_layers("cpu", none)
+    assert note.startswith("cpu: gemm_exact compares 0 of 1 layers and is no gate here")
+    assert [gate.name for gate in layer_gates("cpu", [], 0) if gate.passed] == ["cpu/finite"]
 
 
 def test_json_comes_back_and_has_no_numbers_that_json_lacks() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,7 +10,7 @@ import onnx
 import pytest
 
 from export.errors import ContractError, EnvironmentLacksError
-from pipeline import compiler, doctor
+from pipeline import compiler
 from pipeline.backends import BACKENDS, trt, trt_run
 from pipeline.backends.rtx import ONNX
 from pipeline.passes.lower_rtx_plugin import KernelNode
@@ -95,11 +96,22 @@ def test_probes_are_in_the_lowered_graph(lowered) -> None:
     assert lowered.path.name == ONNX and len(lowered.probes) == 6
 
 
-def test_a_plugin_that_is_not_among_the_engines_layers_is_named() -> None:
-    nodes = [KernelNode(name, "quantize", QuantizeSpec("E2M3", 64), (1, 2, 3)) for name in ("a/quantize", "b/quantize")]
-    trt.check_layers('{"Layers": ["a/quantize", "b/quantize"]}', nodes)
-    with pytest.raises(ContractError, match=r"b/quantize: the engine has no layer"):
-        trt.check_layers('{"Layers": ["a/quantize"]}', nodes)
+NODES = [KernelNode(name, "quantize", QuantizeSpec("E2M3", 64), (1, 2, 3)) for name in ("ff.down", "ff.down/quantize")]
+
+
+@pytest.mark.parametrize("form", [lambda name: {"Name": name, "LayerType": "PluginV3"}, str], ids=["details", "names"])
+def test_a_plugin_that_is_not_among_the_engines_layers_is_named(form) -> None:
+    both = json.dumps({"Layers": [form(node.name) for node in NODES], "I/O Tensors": []})
+    assert trt.layer_names(both) == {"ff.down", "ff.down/quantize"}
+    trt.check_layers(both, NODES)
+    with pytest.raises(ContractError, match=r"^ff.down: the engine has no layer"):  # though its quantizer's name has it
+        trt.check_layers(json.dumps({"Layers": [form("ff.down/quantize")]}), NODES)
+
+
+@pytest.mark.parametrize("text", ["", "[]", '{"Bindings": []}', '{"Layers": [{"Type": "x"}]}'])
+def test_a_list_of_layers_that_cannot_be_read_is_refused(text: str) -> None:
+    with pytest.raises(ContractError, match="cannot be read"):
+        trt.check_layers(text, NODES)
 
 
 @pytest.mark.parametrize(
@@ -115,10 +127,3 @@ def test_a_plugin_that_is_not_among_the_engines_layers_is_named() -> None:
 def test_which_machines_run_an_engine(version: str, sm: int, text: str) -> None:
     found = trt_run.machine_problem({"tensorrt": "11.1.0", "compute_capabilities": [90]}, version, sm)
     assert text in found and bool(text) == bool(found)
-
-
-def test_doctor_lists_plugins_and_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(trt_run, "environment_problems", lambda sm: ["target trt needs tensorrt"])
-    found = doctor.tensorrt_check()
-    assert not found.ok and not found.needed and "only needed for the target trt; target trt needs" in found.remedy
-    assert "namespace fpq: Quantize GeluQuantize" in found.found and found.found.endswith("not run")

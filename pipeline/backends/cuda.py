@@ -32,6 +32,10 @@ from pipeline.recipe import Cuda
 
 logger = logging.getLogger(__name__)
 DATA = "model.onnx.data"
+PROOF = (
+    "linears are proven in the lowered graph through onnxruntime, kernels in Triton's interpreter by the tests; "
+    "kernels are compiled, not run"
+)
 REMEDY = "use another format, or --target cpu"
 GEMMS = (
     GemmRow(FP8, "E4M3", "E4M3", real_groups=True),
@@ -132,6 +136,7 @@ def describe(model: ir.Model, lowered: LoweredGraph, chosen: Cuda) -> dict[str, 
         "weights_bytes": lowered.path.with_name(DATA).stat().st_size,
         "onnx_sha256": sha256(lowered.path),
         "onnx_data_sha256": sha256(lowered.path.with_name(DATA)),
+        "proof": PROOF,
     }
 
 

@@ -12,10 +12,11 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -23,6 +24,10 @@ from export.errors import ContractError, EnvironmentLacksError, RecipeError
 from pipeline import machine
 from pipeline.backends.base import Arrays
 from pipeline.backends.rtx_run import visible_sm
+from plugins.gpu.compiled import MINIMUM_TRITON
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 logger = logging.getLogger(__name__)
 MODEL, CONDITION, METADATA = "model.onnx", "condition.onnx", "metadata.json"
@@ -44,6 +49,9 @@ def machine_problem(metadata: Mapping[str, Any], sm: int, triton: str) -> str:
         return f"the target cuda needs SM {least} or newer, this GPU is SM {sm}; build with --target cpu"
     if not triton:
         return "running the target cuda needs triton; install with: pip install triton"
+    if tuple(int(part) for part in triton.split(".")[:2]) < MINIMUM_TRITON:
+        least = ".".join(map(str, MINIMUM_TRITON))
+        return f"running the target cuda needs triton {least} or newer, this is {triton}; pip install -U triton"
     return ""
 
 
@@ -61,17 +69,36 @@ def read_metadata(folder: Path) -> dict[str, Any]:
         raise ContractError(f"{path} cannot be read ({error}); build the engine again") from error
 
 
-def check_inputs(expected: Mapping[str, Mapping[str, Any]], inputs: Arrays) -> None:
+def check_inputs(expected: Mapping[str, Mapping[str, Any]], inputs: Mapping[str, Any]) -> None:
     """Raise RecipeError for a missing or unknown input, or one of another number of axes or fixed size."""
     if wrong := sorted(set(expected) ^ set(inputs)):
         raise RecipeError(f"inputs {wrong} are missing or unknown; the engine takes {', '.join(sorted(expected))}")
     for name, row in expected.items():
-        shape, found = row["shape"], inputs[name].shape
+        shape, found = row["shape"], tuple(inputs[name].shape)
         fits = len(shape) == len(found) and all(
             size == known for size, known in zip(found, shape, strict=True) if isinstance(known, int)
         )
         if not fits:
             raise RecipeError(f"input {name} has shape {found}; the engine takes {tuple(shape)}")
+
+
+@contextmanager
+def without_tf32() -> Iterator[None]:
+    """Convolutions and products of float32 numbers are those of float32 while it lasts, as the gates' limits have it.
+
+    cuDNN rounds their factors to 10 bits by torch's default. A captured call keeps what it was captured with.
+    """
+    import torch
+
+    switches: tuple[Any, ...] = (torch.backends.cudnn.conv, torch.backends.cuda.matmul)
+    before = [switch.fp32_precision for switch in switches]
+    try:
+        for switch in switches:
+            switch.fp32_precision = "ieee"
+        yield
+    finally:
+        for switch, value in zip(switches, before, strict=True):
+            switch.fp32_precision = value
 
 
 @dataclass
@@ -88,15 +115,17 @@ class Captured:
         """Warm up on a stream of its own, as captures must, then capture. Outputs lie in the graph's own memory."""
         import torch
 
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            for _ in range(WARM_UPS):
-                module(inputs)
-        torch.cuda.current_stream().wait_stream(stream)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            outputs = module(inputs)
+        stream, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
+        current = torch.cuda.current_stream()
+        stream.wait_stream(current)
+        with without_tf32():
+            with torch.cuda.stream(stream):
+                for _ in range(WARM_UPS):
+                    module(inputs)
+            current.wait_stream(stream)
+            # A capture that fails may leave its stream the current one: the outer context puts this one back.
+            with torch.cuda.stream(current), torch.cuda.graph(graph):
+                outputs = module(inputs)
         return cls(graph, inputs, outputs)
 
     def run(self, arrays: Mapping[str, Any]) -> dict[str, Any]:
@@ -120,7 +149,9 @@ class Part:
         self.captured: dict[tuple[Any, ...], Captured] = {}
 
     def run(self, tensors: dict[str, Any], kept: Mapping[str, Any], condition: int = 0) -> dict[str, Any]:
-        """Outputs on the device. kept: inputs there already, which are copied only if `condition` is another one."""
+        """Outputs on the device, of tensors anywhere.
+
+        kept: inputs there already, which are copied only if `condition` is another one."""
         kept = {name: tensor for name, tensor in kept.items() if name in self.inputs}
         if self.device == "cpu":
             found: dict[str, Any] = self.module({**tensors, **kept})
@@ -144,11 +175,31 @@ class Part:
         logger.info("captured a CUDA graph for %s", key)
 
 
+@dataclass(frozen=True)
+class Seen:
+    """An input of the condition: the caller's tensor and its count of changes in place, and a copy of its numbers.
+
+    version: None where torch does not count (in inference mode); such a tensor is never taken for unchanged.
+    """
+
+    tensor: Tensor
+    version: int | None
+    copy: Tensor
+
+    @classmethod
+    def make(cls, tensor: Tensor, copy: Tensor) -> Seen:
+        return cls(tensor, None if tensor.is_inference() else tensor._version, copy)
+
+    def is_(self, tensor: Tensor) -> bool:
+        """Is it the same tensor, not written since?"""
+        return tensor is self.tensor and self.version is not None and tensor._version == self.version
+
+
 class CudaEngine:
     """A lowered graph on the current GPU. One call at a time.
 
-    Whether the condition has changed is decided by comparing all its numbers with a copy, so callers may reuse or
-    overwrite their arrays.
+    Whether the condition has changed is decided by comparing its numbers with a copy, so callers may reuse or overwrite
+    what they pass; a tensor that torch knows to be unchanged since the last call is not compared.
     """
 
     def __init__(self, folder: Path, device: str = "cuda") -> None:
@@ -163,14 +214,27 @@ class CudaEngine:
             if problem:
                 raise EnvironmentLacksError(problem)
         options, path = self.metadata["options"], folder / CONDITION
+        self.device = device
         self.step: Part | None = Part(folder / MODEL, options, device)
         self.condition = Part(path, options, device) if path.is_file() else None
-        self.kept_for: Arrays = {}
-        self.kept: dict[str, Any] = {}
+        self.seen: dict[str, Seen] = {}
+        self.kept: dict[str, Tensor] = {}
         self.conditions = 0
 
     def run(self, inputs: Arrays) -> Arrays:
         """Outputs by name for inputs by name, NumPy on both sides."""
+        import torch
+
+        found = self._run({name: torch.from_numpy(np.ascontiguousarray(array)) for name, array in inputs.items()})
+        return {name: tensor.to("cpu", copy=True).numpy() for name, tensor in found.items()}
+
+    def run_tensors(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """As `run`, of tensors on any device; the outputs are new tensors on the engine's."""
+        found = self._run(inputs)
+        return {name: tensor.clone() for name, tensor in found.items()}  # outside of inference mode: plain tensors
+
+    def _run(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Outputs in the engine's own memory, which the next call overwrites."""
         import torch
 
         if self.step is None:
@@ -179,25 +243,31 @@ class CudaEngine:
         with torch.inference_mode():
             if self.condition is not None:
                 self._prepare(self.condition, {name: inputs[name] for name in self.condition.inputs})
-            found = self.step.run(self._tensors(self.step.inputs, inputs), self.kept, self.conditions)
-            return {name: tensor.to("cpu", copy=True).numpy() for name, tensor in found.items()}
+            return self.step.run(self._typed(self.step.inputs, inputs), self.kept, self.conditions)
 
-    def _prepare(self, part: Part, condition: Arrays) -> None:
+    def _prepare(self, part: Part, condition: Mapping[str, Tensor]) -> None:
         """Make `kept` belong to this condition."""
-        if self.kept and all(np.array_equal(array, self.kept_for[name]) for name, array in condition.items()):
-            return
-        self.kept = part.run(self._tensors(part.inputs, condition), {})
-        self.kept_for = {name: np.array(array) for name, array in condition.items()}
-        self.conditions += 1
+        import torch
 
-    def _tensors(self, names: Sequence[str], inputs: Arrays) -> dict[str, Any]:
-        """The arrays called `names`, those that the model has, as tensors on the host."""
+        new = [name for name, tensor in condition.items() if name not in self.seen or not self.seen[name].is_(tensor)]
+        placed = {name: tensor.to(self.device) for name, tensor in self._typed(new, condition).items()}
+        if any(name not in self.seen or not torch.equal(placed[name], self.seen[name].copy) for name in new):
+            self.kept = part.run(self._typed(part.inputs, condition), {})
+            self.conditions += 1
+            for name, tensor in placed.items():
+                self.seen[name] = Seen.make(condition[name], tensor.clone())
+        else:
+            for name in new:
+                self.seen[name] = Seen.make(condition[name], self.seen[name].copy)
+
+    def _typed(self, names: Sequence[str], inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The inputs called `names`, those that the model has, in the model's types, where they are."""
         import torch
 
         rows = {name: row for name, row in self.metadata["inputs"].items() if name in names}
-        return {name: torch.from_numpy(np.ascontiguousarray(inputs[name], row["dtype"])) for name, row in rows.items()}
+        return {name: inputs[name].to(getattr(torch, row["dtype"])).contiguous() for name, row in rows.items()}
 
     def close(self) -> None:
         """Free the GPU; the engine cannot run afterwards."""
         self.step = self.condition = None
-        self.kept, self.kept_for = {}, {}
+        self.kept, self.seen = {}, {}

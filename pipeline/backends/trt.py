@@ -7,6 +7,7 @@ hand: the graph that the builder gets, the PTX and the launch sizes are tested, 
 
 from __future__ import annotations
 
+import json
 import logging
 from collections import Counter
 from collections.abc import Sequence
@@ -109,16 +110,13 @@ def build_engine(
     plugins.register(MODULE)
     log = rtx_build.make_logger(trt)
     builder = trt.Builder(log)
-    flags = (
-        trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED,
-        trt.NetworkDefinitionCreationFlag.PREFER_AOT_PYTHON_PLUGINS,
-    )
-    network = builder.create_network(sum(1 << int(flag) for flag in flags))
+    network = builder.create_network(network_flags(trt))
     parser = rtx_build.parsed(trt, network, log, graph)
     shapes = rtx_build.shape_bounds(onnx.load(graph, load_external_data=False), batch_size)
     config = builder.create_builder_config()
     config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
-    config.clear_flag(trt.BuilderFlag.TF32)
+    if (tf32 := getattr(trt.BuilderFlag, "TF32", None)) is not None:
+        config.clear_flag(tf32)
     config.add_optimization_profile(rtx_build.profile_of(builder, shapes))
     engine = builder.build_serialized_network(network, config)
     if engine is None:
@@ -131,13 +129,31 @@ def build_engine(
     return {"shapes": shapes, "tensorrt": trt.__version__, "compute_capabilities": [sm], "engine_bytes": size}
 
 
+def network_flags(trt: Any) -> int:
+    """Strongly typed, and plugins by their PTX. From release 11 on every network is strongly typed and the flag of it
+    ignored, so a release may lack it; one that lacks the other takes the only implementation that our plugins have."""
+    known = trt.NetworkDefinitionCreationFlag
+    found = [getattr(known, name, None) for name in ("STRONGLY_TYPED", "PREFER_AOT_PYTHON_PLUGINS")]
+    return sum(1 << int(flag) for flag in found if flag is not None)
+
+
 def check_layers(information: str, nodes: Sequence[KernelNode]) -> None:
-    """Raise ContractError where the engine's own list of layers lacks a plugin."""
-    missing = [node for node in nodes if node.name not in information]
+    """Raise ContractError where the engine's own list of layers (JSON of its inspector) lacks a plugin."""
+    names = layer_names(information)
+    missing = [node for node in nodes if node.name not in names]
     if missing:
         raise ContractError(
             f"{missing[0].name}: the engine has no layer of that name for the plugin {missing[0].kernel}"
         )
+
+
+def layer_names(information: str) -> set[str]:
+    """Names of the layers in the inspector's JSON: objects with a Name, or names alone where details are off."""
+    try:
+        layers = json.loads(information)["Layers"]
+        return {str(row["Name"] if isinstance(row, dict) else row) for row in layers}
+    except (ValueError, KeyError, TypeError) as error:
+        raise ContractError(f"the inspector's list of layers cannot be read ({error!r}); build again") from error
 
 
 def described(lowered: LoweredGraph, nodes: Sequence[KernelNode]) -> dict[str, Any]:

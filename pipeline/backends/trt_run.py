@@ -18,7 +18,9 @@ from export.errors import EnvironmentLacksError, ResourceError
 from pipeline import machine
 from pipeline.backends.base import Arrays
 from pipeline.backends.rtx_run import Buffers, check_inputs, read_metadata, release, visible_sm
+from plugins.tensorrt import plugins
 from plugins.tensorrt_rtx import compile
+from plugins.tensorrt_rtx.payload import NAMESPACE, VERSION
 
 ENGINE, METADATA = "model.engine", "metadata.json"
 MODULE = "tensorrt"
@@ -38,6 +40,12 @@ def environment_problems(sm: int) -> list[str]:
     if not sm:
         return ["target trt is built on the NVIDIA GPU that it is for, and none is visible; use --target rtx or cpu"]
     return [f"target trt: {problem}" for problem in compile.problems((sm,))]
+
+
+def registered_plugins() -> tuple[str, ...]:
+    """Names of our plugins that TensorRT's own registry finds. Raises ImportError where it is not installed."""
+    names, registry = plugins.register(MODULE), import_module(MODULE).get_plugin_registry()
+    return tuple(name for name in names if registry.get_creator(name, VERSION, NAMESPACE) is not None)
 
 
 def machine_problem(metadata: Mapping[str, Any], version: str, sm: int) -> str:
@@ -67,6 +75,7 @@ class Captured:
         import torch
 
         buffers, graph = Buffers.make(context, arrays, outputs, "cuda"), torch.cuda.CUDAGraph()
+        buffers.bind()  # outputs, too: their shapes were not known before
         stream = torch.cuda.current_stream()
         execute(context, stream.cuda_stream)
         stream.synchronize()
