@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import fcntl
 import hashlib
 import json
 import os
@@ -61,6 +60,8 @@ def lock(folder: Path, who: str) -> int:
 
     Raises RecipeError if another `who` ("build") holds it.
     """
+    import fcntl  # not on Windows, where bundles are loaded with this module
+
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -35,7 +35,11 @@ SHAPES = {
     "activations by group": (("method=qdit",), ("cpu",), "has no scale per token and group"),
     "per token": (("method=qdit", "calibrate.options.activations=per_token"), ALL, ""),
     "static": (("method=msfp",), ALL, ""),
-    "static for plugins": (("method=msfp", "rtx.path=plugin"), ("cpu", "cuda"), "rtx: calibrate.options.activations"),
+    "static for plugins": (
+        ("method=msfp", "rtx.path=plugin"),
+        ("cpu", "cuda"),
+        "rtx: calibrate.method msfp scales activations per_tensor",
+    ),
     "weights no kernel takes": (("formats.weight=INT6",), ("cpu", "rtx"), "cuda: weights in INT6"),
     "a GPU rtx refuses": (("rtx.sm=[90]",), ("cpu", "cuda"), "rtx: target rtx cannot be built for SM 90"),
 }

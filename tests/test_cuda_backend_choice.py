@@ -52,7 +52,7 @@ def test_metadata_of_another_schema_is_refused(tmp_path: Path) -> None:
         ({"formats": {"weight": "INT6"}}, "weights in INT6: the GPU kernels take 4-bit weights"),
         (
             {"calibrate": {"method": "qdit", "options": {"activations": "token_group"}}},
-            "activations=token_group of qdit: the GPU kernels have no scale per token and group",
+            "calibrate.method qdit scales activations token_group: the GPU kernels have no scale per token and group",
         ),
     ],
 )
