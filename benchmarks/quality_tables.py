@@ -105,13 +105,20 @@ def page(folder: Path = record.RESULTS) -> str:
     known = {model: Results(model, folder).read() for model in MODELS}
     parts += [subject_text(model, found) for model, found in known.items() if found["rows"]]
     for table in TABLES.values():
-        parts += [f"## {table.question}", *picture(table.name)]
+        parts += [f"## {table.question}", models_text(table), *picture(table.name)]
         shown = {model: found["rows"] for model, found in known.items() if found["rows"] and model in table.models}
         parts += [table_text(table, model, rows) for model, rows in shown.items()]
     parts += ["## Which layers cost most, and in which steps?", *picture("sensitivity"), *picture("steps")]
     parts += [sensitivity_text(model, found.get("sensitivity", [])) for model, found in known.items()]
     parts += [study_text(folder)]
     return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def models_text(table: Table) -> str:
+    """Which model an ablation is measured on, where it is not both."""
+    if set(table.models) == set(MODELS):
+        return ""
+    return f"Measured on {', '.join(f'`{name}`' for name in table.models)} alone; the first table has both models."
 
 
 PREFACE = """Written by `python -m benchmarks.quality_tables` from `benchmarks/results/quality_*.json`; measured by
