@@ -10,6 +10,7 @@ from __future__ import annotations
 import inspect
 import json
 import logging
+import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -22,7 +23,7 @@ from numpy.typing import NDArray
 from export.errors import ModelError, RecipeError
 from export.families import FAMILIES, LAYER_KINDS, Family, Input
 from export.sources import find
-from export.weights_files import find_weights, load_tensors
+from export.weights_files import SINGLE_FILES, find_weights, load_tensors
 
 __all__ = [
     "FAMILIES",
@@ -34,6 +35,7 @@ __all__ = [
     "float_linears",
     "load",
     "sample_inputs",
+    "save_kept",
 ]
 
 logger = logging.getLogger(__name__)
@@ -42,6 +44,7 @@ LEGACY_CLASSES = {"ada_norm_zero": "DiTTransformer2DModel", "ada_norm_single": "
 RESIDENT_BYTES = 512 * 2**20
 # A latent cell stands for 8 x 8 pixels in the VAEs of all latent families (four levels, three halvings).
 LATENT_PIXELS = 8
+GENERATION_FILE = "generation.json"
 
 
 @dataclass(frozen=True)
@@ -79,7 +82,7 @@ class LoadedModel:
     @cached_property
     def pixels_per_cell(self) -> int:
         """Image pixels per cell of `hidden_states`: 1 for a pixel-space model, 8 for a latent one."""
-        generation = self.folder / "generation.json"
+        generation = self.folder / GENERATION_FILE
         stated = _read_json(generation).get("output") if generation.is_file() else ""
         return 1 if stated == "pixels" or self.config["in_channels"] <= 3 else LATENT_PIXELS
 
@@ -117,9 +120,10 @@ def _linears(module: Any) -> list[tuple[str, Any]]:
 # --- where a model comes from --------------------------------------------------------------------------------------
 
 
-def load(source: str) -> LoadedModel:
+def load(source: str, kept_only: bool = False) -> LoadedModel:
     """Load a denoiser from a diffusers folder (a transformer or a pipeline), `zoo:NAME`, or a hub id in the cache.
 
+    kept_only: the folder is one of `save_kept`; the linears to quantize are NaN: the model can be exported, not run.
     Raises ModelError if the folder, configuration or weights cannot be used, EnvironmentLacksError for a hub id that
     has not been downloaded.
     """
@@ -133,7 +137,10 @@ def load(source: str) -> LoadedModel:
         raise ModelError(
             f"{folder}: {family.class_name} has no linear in repeated blocks; there is nothing to quantize"
         )
-    _assign(module, family, load_tensors(files, _shapes(module)))
+    absent = _quantized_tensors(module, family) if kept_only else set()
+    shapes = _shapes(module)
+    tensors = load_tensors(files, {name: shape for name, shape in shapes.items() if name not in absent})
+    _assign(module, family, tensors | _nan({name: shapes[name] for name in absent}))
     for note in notes:
         logger.warning("%s: %s", source, note)
     return LoadedModel(module, family, config, folder, source, revision, files.sha256(), notes)
@@ -214,6 +221,39 @@ def _with_buffers(module: Any, cls: Any, known: dict[str, Any]) -> Any:
 
 def _shapes(module: Any) -> dict[str, tuple[int, ...]]:
     return {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
+
+
+def _quantized_tensors(module: Any, family: Family) -> set[str]:
+    """Names of the tensors of all linears to quantize."""
+    linears = (path for path, _ in _linears(module) if family.kind_of(path))
+    return {f"{path}.{name}" for path in linears for name, _ in module.get_submodule(path).named_parameters()}
+
+
+def _nan(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
+    """Tensors of NaN that take no memory."""
+    import torch
+
+    return {name: torch.full((), torch.nan).expand(shape) for name, shape in shapes.items()}
+
+
+def save_kept(model: LoadedModel, folder: Path) -> None:
+    """Write what the model holds beside the linears to quantize, as in its files: with a checkpoint, all of an export.
+
+    The folder is there only when it is whole.
+    """
+    from safetensors.torch import save_file
+
+    absent, files = _quantized_tensors(model.module, model.family), find_weights(model.folder)
+    partial = folder.with_name(f"{folder.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    known = set(model.module.state_dict()) - absent
+    save_file({key: tensor for _, key, tensor in files.tensors() if key in known}, partial / SINGLE_FILES[0])
+    (partial / "config.json").write_text(json.dumps(dict(model.config), indent=1))
+    if (model.folder / GENERATION_FILE).is_file():  # says what a cell of the image is
+        shutil.copyfile(model.folder / GENERATION_FILE, partial / GENERATION_FILE)
+    shutil.rmtree(folder, ignore_errors=True)
+    partial.rename(folder)
 
 
 def _assign(module: Any, family: Family, tensors: dict[str, Any]) -> None:

@@ -12,6 +12,7 @@ from export.errors import RecipeError
 VERBS = {
     "build": ("pipeline.build", "build a verified engine bundle from a recipe"),
     "calibrate": ("pipeline.calibrate.__main__", "quantize a model into a checkpoint, without building an engine"),
+    "export": ("pipeline.export", "write a checkpoint of calibrate as portable ONNX, without the float model"),
     "verify": ("pipeline.verify_command", "check a bundle again: files, lowering, all parity gates"),
     "bench": ("pipeline.bench_command", "measure a bundle on this machine"),
     "generate": ("pipeline.generate", "draw an image with a bundle"),

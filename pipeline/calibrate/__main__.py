@@ -13,7 +13,7 @@ from pathlib import Path
 from export.checkpoint import LAYERS_FILE
 from export.errors import RecipeError, UserError
 from pipeline import recipe as recipes
-from pipeline.calibrate.state import ORIGIN_FILE
+from pipeline.calibrate.state import KEPT, ORIGIN_FILE
 from pipeline.command import Answer, Parser, parser, run
 from pipeline.files import lock, remove
 
@@ -43,7 +43,9 @@ def work(args: argparse.Namespace, answer: Answer) -> int:
     folder = args.output_dir or Path("checkpoints") / recipe.name
     _refuse_occupied(folder, args.resume, args.force)
     with _told(folder):
-        layers = calibrate(models.load(recipe.model), recipe, folder, args.resume)
+        model = models.load(recipe.model)
+        layers = calibrate(model, recipe, folder, args.resume)
+        models.save_kept(model, folder / KEPT)
     size_bytes = sum(layer.size_bytes for layer in layers)
     document = {"event": "result", "path": str(folder), "linears": len(layers), "size_bytes": size_bytes}
     answer.document(document, f"{len(layers)} linears, {size_bytes / 1e6:.1f} MB in {folder}")

@@ -4,6 +4,7 @@ FOLDER/calibration.json     what the layers were made from (model, settings, dat
 FOLDER/layers/NAME/         one finished layer, while the run goes on; layers/seconds.json: the time it took so far
 FOLDER/.../                 a method's own state, while the run goes on
 FOLDER/quantized.*          the checkpoint, when all layers are done; the folders are then removed
+FOLDER/kept/                what is not quantized, written by the command `calibrate`, so that `export` needs no model
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from pipeline.files import lock
 logger = logging.getLogger(__name__)
 ORIGIN_FILE = "calibration.json"
 TIME_FILE = "seconds.json"
+KEPT = "kept"
 
 
 def copy_finished(source: Path, folder: Path, origin: Mapping[str, Any]) -> None:

@@ -1,0 +1,72 @@
+"""`python -m pipeline.export CHECKPOINT -o DIR`: what `calibrate` wrote as portable ONNX; no float model is needed."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from export.checkpoint import LAYERS_FILE, load
+from export.errors import RecipeError
+from pipeline import machine
+from pipeline.calibrate.state import KEPT
+from pipeline.command import Answer, Parser, parser, run
+from pipeline.compiler import NEEDED
+from pipeline.files import publish, remove
+
+FILES = {"model.onnx", "model.onnx.data"}
+DESCRIPTION = "Write a calibrated checkpoint as one portable ONNX model; the float model is not needed."
+
+
+def make_parser() -> Parser:
+    """All flags of `export`."""
+    made = parser("export", DESCRIPTION)
+    made.add_argument("checkpoint", type=Path, help="a folder that `calibrate` wrote")
+    made.add_argument("-o", "--output-dir", type=Path, metavar="DIR", required=True, help="where to write model.onnx")
+    made.add_argument("--height", type=int, default=0, help="of the image in pixels (default: the model's own)")
+    made.add_argument("--width", type=int, default=0, help="of the image in pixels (default: the model's own)")
+    made.add_argument("--force", action="store_true", help="replace an earlier export in the folder")
+    return made
+
+
+def work(args: argparse.Namespace, answer: Answer) -> int:
+    """Export into a folder beside the destination, then rename."""
+    refuse(args.checkpoint, args.output_dir, args.force)
+    machine.require(NEEDED, "exporting a checkpoint")
+    from export import models
+    from export.to_onnx import export_portable
+
+    layers, model = load(args.checkpoint), models.load(str(args.checkpoint / KEPT), kept_only=True)
+    destination = args.output_dir.absolute()
+    partial, aside = (destination.with_name(f"{destination.name}.{end}") for end in ("partial", "replaced"))
+    remove(partial)
+    partial.mkdir(parents=True)
+    try:
+        summary = export_portable(model, layers, partial / "model.onnx", args.height, args.width)
+        publish(partial, destination, aside)
+    finally:
+        remove(partial)
+    path = args.output_dir / "model.onnx"
+    answer.document({"event": "result", "path": str(path), "linears": len(layers)}, f"{path}: {summary}")
+    return 0
+
+
+def refuse(checkpoint: Path, output: Path, force: bool) -> None:
+    """Refuse before work starts what is no finished calibration, and to replace what is no export."""
+    if not ((checkpoint / LAYERS_FILE).is_file() and (checkpoint / KEPT).is_dir()):
+        remedy = f"python -m pipeline.calibrate --engine NAME -o {checkpoint} makes one"
+        raise RecipeError(f"{checkpoint} holds no finished calibration with what is not quantized ({KEPT}/); {remedy}")
+    if output.exists() and not (output.is_dir() and {path.name for path in output.iterdir()} <= FILES):
+        raise RecipeError(f"{output} is not an export and is not replaced; choose another --output-dir")
+    if output.exists() and not force:
+        raise RecipeError(f"{output} exists; add --force to replace it, or choose another --output-dir")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point; returns the exit code."""
+    return run(make_parser(), work, argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
