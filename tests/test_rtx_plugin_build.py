@@ -247,7 +247,7 @@ def test_a_weight_that_is_not_packed_is_named(folder: Path) -> None:
 def test_constant_scales_are_refused_before_any_work() -> None:
     static = replace(RECIPE, calibrate=Calibrate(method="msfp"))
     (problem,) = RtxBackend().problems(static)
-    assert "activations=per_tensor of msfp" in problem and "rtx.path=native" in problem
+    assert "calibrate.method msfp scales activations per_tensor" in problem and "rtx.path=native" in problem
 
 
 def test_constant_scales_are_refused_while_lowering(tmp_path: Path) -> None:

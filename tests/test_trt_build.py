@@ -120,7 +120,7 @@ def test_what_the_builder_is_asked_for(lowered: LoweredGraph, builder: Builder, 
     assert builder.network_flags == (1 << STRONGLY_TYPED) | (1 << AOT)
     assert builder.cleared == [TF32] and builder.config.profiling_verbosity == "detailed"
     assert set(builder.front_end.found) >= {"fpq::Quantize", "fpq::PackedGemmMultipliers"}
-    assert {node.name for node in nodes} < set(builder.layers) and len(nodes) == 10
+    assert {node.name for node in nodes} < set(builder.layers) and len(nodes) == 8
     (profile,) = builder.profiles
     assert facts["shapes"] == profile and all(
         low[0] == 1 < usual[0] <= most[0] for low, usual, most in profile.values()
