@@ -6,6 +6,7 @@ that was not measured says why, and the sentences below a table are computed fro
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -108,6 +109,7 @@ def page(folder: Path = record.RESULTS) -> str:
         parts += [f"## {table.question}", models_text(table), *picture(table.name)]
         shown = {model: found["rows"] for model, found in known.items() if found["rows"] and model in table.models}
         parts += [table_text(table, model, rows) for model, rows in shown.items()]
+        parts += [search_text(folder)] if table.name == "qdit" else []
     parts += ["## Which layers cost most, and in which steps?", *picture("sensitivity"), *picture("steps")]
     parts += [sensitivity_text(model, found.get("sensitivity", [])) for model, found in known.items()]
     parts += [study_text(folder)]
@@ -119,6 +121,23 @@ def models_text(table: Table) -> str:
     if set(table.models) == set(MODELS):
         return ""
     return f"Measured on {', '.join(f'`{name}`' for name in table.models)} alone; the first table has both models."
+
+
+def search_text(folder: Path) -> str:
+    """What `benchmarks.search_groups` found with pictures as the judge; nothing before it has been run."""
+    path = folder / "search_groups.json"
+    if not path.is_file():
+        return ""
+    found = json.loads(path.read_text())
+    origin, own = found["origin"], found["unsearched_cost"]
+    compared = "not scored" if own is None else f"{own:.4g}, so x {found['cost'] / own:.3f}"
+    return (
+        "Searched by pictures instead of the denoiser's error (`python -m benchmarks.search_groups`, "
+        f"{found['recipe']}, {origin['score']}, {origin['count']} pictures for each of {found['scored']} candidates, "
+        f"{found['seconds'] / 60:.0f} min, {found['machine']['cpu']}, commit {found['commit']}): distance "
+        f"{found['cost']:.4g} with {found['group_sizes']} in {found['size_bytes']:,} bytes; with the recipe's own size "
+        f"in {found['budget_bytes']:,} bytes {compared}."
+    )
 
 
 PREFACE = """Written by `python -m benchmarks.quality_tables` from `benchmarks/results/quality_*.json`; measured by

@@ -150,3 +150,13 @@ def test_plots_are_drawn_from_what_there_is(without, results, tmp_path):
     paths = draw_all(tmp_path / "docs", results.folder)
     assert {path.name for path in paths} >= {"quality_methods.png", "quality_groups.png", "quality_sensitivity.png"}
     assert all(Path(path).read_bytes()[:4] == b"\x89PNG" for path in paths)
+
+
+@pytest.mark.parametrize(("own", "told"), [(0.5, "bytes 0.5, so x 0.500."), (None, "bytes not scored.")])
+def test_a_search_by_pictures_is_told_with_what_it_started_from(own, told, tmp_path):
+    assert quality_tables.search_text(tmp_path) == ""
+    found = {"recipe": "r", "origin": {"score": "frechet from float", "count": 9}, "scored": 7, "seconds": 120.0}
+    found |= {"machine": {"cpu": "c"}, "commit": "abc", "cost": 0.25, "group_sizes": "64*2", "unsearched_cost": own}
+    (tmp_path / "search_groups.json").write_text(json.dumps(found | {"size_bytes": 1000, "budget_bytes": 2000}))
+    shown = quality_tables.search_text(tmp_path)
+    assert "7 candidates, 2 min" in shown and "0.25 with 64*2 in 1,000 bytes" in shown and shown.endswith(told)
