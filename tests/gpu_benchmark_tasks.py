@@ -7,6 +7,16 @@ import time
 
 from benchmarks.gpu_run import Context, Task
 
+# What a document says of a GPU that is not there.
+FACTS = {
+    "name": "NVIDIA Nothing 1",
+    "compute_capability": 90,
+    "multiprocessors": 1,
+    "memory_bytes": 1,
+    "l2_bytes": 1,
+    "cuda": "13.0",
+}
+
 
 def _break() -> dict:
     raise RuntimeError("this GPU has none\nof that")

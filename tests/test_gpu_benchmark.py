@@ -21,18 +21,11 @@ from benchmarks.gpu_results import Results, broken, is_checked, validate, wrong
 from benchmarks.gpu_run import Clock, Context, GpuLostError, Task, work_off
 from benchmarks.shapes import MEASURED, PIXELS, WORKLOADS, gemm_shapes
 from tests import gpu_benchmark_tasks
+from tests.gpu_benchmark_tasks import FACTS
 
 ROOT = Path(__file__).parent.parent
 MODULES = sorted(path.stem for path in (ROOT / "benchmarks").glob("gpu*.py"))
 CPU = Context("cpu", 0, tiny=True)
-FACTS = {
-    "name": "NVIDIA Nothing 1",
-    "compute_capability": 90,
-    "multiprocessors": 1,
-    "memory_bytes": 1,
-    "l2_bytes": 1,
-    "cuda": "13.0",
-}
 # Not on a bare machine with a GPU and PyTorch.
 BLOCKED = ("onnx", "onnxruntime", "onnx_ir", "onnxscript", "diffusers", "transformers", "safetensors", "psutil", "tqdm")
 

@@ -29,13 +29,10 @@ from benchmarks.gpu_results import Results, validate
 from benchmarks.gpu_run import Clock, Context
 from benchmarks.gpu_weights import Granularity
 from benchmarks.shapes import Shape
+from tests.gpu_benchmark_tasks import FACTS
 
 pytest.importorskip("triton", reason="the GPU kernels need triton")
 CPU, HOPPER = Context("cpu", 0, l2_bytes=1024, tiny=True), Context("cuda", 90, l2_bytes=50 << 20)
-FACTS = {
-    "name": "NVIDIA Nothing 1", "compute_capability": 90, "multiprocessors": 1, "memory_bytes": 1, "l2_bytes": 1,
-    "cuda": "13.0",
-}  # fmt: skip
 CHANNEL, EXACT = gpu_targets.CHANNEL, Granularity("exact groups of 64", 16)
 
 

@@ -16,15 +16,7 @@ import pytest
 from benchmarks import gpu_fused, gpu_gemm, gpu_results, gpu_targets, gpu_timing, readme, record
 from benchmarks.gpu_results import validate
 from export.errors import ContractError
-
-FACTS = {
-    "name": "NVIDIA Nothing 1",
-    "compute_capability": 90,
-    "multiprocessors": 1,
-    "memory_bytes": 1,
-    "l2_bytes": 1,
-    "cuda": "13.0",
-}
+from tests.gpu_benchmark_tasks import FACTS
 
 
 def test_a_document_of_another_kind_is_refused() -> None:

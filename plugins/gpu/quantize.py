@@ -131,6 +131,27 @@ def _quantize_row(
         tl.store(scales + row, float("nan"))
 
 
+@triton.jit
+def _quantize_either(
+    y, z, row, codes, scales, static_scale, static_zero,
+    C: tl.constexpr, BLOCK: tl.constexpr, TAIL: tl.constexpr,
+    MAX_VALUE: tl.constexpr, ABSMAX_FLOOR: tl.constexpr,
+    ANCHOR: tl.constexpr, LOWEST: tl.constexpr, SIGNED: tl.constexpr,
+    KIND: tl.constexpr, UP: tl.constexpr, MOVE: tl.constexpr, SIGN: tl.constexpr,
+):  # fmt: skip
+    """Codes of a float32 row, under a scale that is given or under its own, which is stored."""
+    if static_scale is not None:
+        _quantize_static(
+            y, z, row, codes, static_scale, static_zero, C, BLOCK, TAIL,
+            MAX_VALUE, ANCHOR, LOWEST, SIGNED, KIND, UP, MOVE, SIGN,
+        )  # fmt: skip
+    else:
+        _quantize_row(
+            y, z, row, codes, scales, C, BLOCK, TAIL,
+            MAX_VALUE, ABSMAX_FLOOR, ANCHOR, LOWEST, SIGNED, KIND, UP, MOVE, SIGN,
+        )  # fmt: skip
+
+
 @triton.jit(do_not_specialize=["M"])
 def quantize(
     x, static_scale, static_zero, M, codes, scales,
@@ -143,16 +164,10 @@ def quantize(
     row = tl.program_id(0)
     y = _load(x, row, C, 0, BLOCK)
     z = _load(x, row, C, BLOCK, TAIL) if TAIL > 0 else y
-    if static_scale is not None:
-        _quantize_static(
-            y, z, row, codes, static_scale, static_zero, C, BLOCK, TAIL,
-            MAX_VALUE, ANCHOR, LOWEST, SIGNED, KIND, UP, MOVE, SIGN,
-        )  # fmt: skip
-    else:
-        _quantize_row(
-            y, z, row, codes, scales, C, BLOCK, TAIL,
-            MAX_VALUE, ABSMAX_FLOOR, ANCHOR, LOWEST, SIGNED, KIND, UP, MOVE, SIGN,
-        )  # fmt: skip
+    _quantize_either(
+        y, z, row, codes, scales, static_scale, static_zero, C, BLOCK, TAIL,
+        MAX_VALUE, ABSMAX_FLOOR, ANCHOR, LOWEST, SIGNED, KIND, UP, MOVE, SIGN,
+    )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["M"])
@@ -167,16 +182,10 @@ def gelu_quantize(
     row = tl.program_id(0)
     y = gelu_tanh(_load(x, row, C, 0, BLOCK))
     z = gelu_tanh(_load(x, row, C, BLOCK, TAIL)) if TAIL > 0 else y
-    if static_scale is not None:
-        _quantize_static(
-            y, z, row, codes, static_scale, static_zero, C, BLOCK, TAIL,
-            MAX_VALUE, ANCHOR, LOWEST, SIGNED, KIND, UP, MOVE, SIGN,
-        )  # fmt: skip
-    else:
-        _quantize_row(
-            y, z, row, codes, scales, C, BLOCK, TAIL,
-            MAX_VALUE, ABSMAX_FLOOR, ANCHOR, LOWEST, SIGNED, KIND, UP, MOVE, SIGN,
-        )  # fmt: skip
+    _quantize_either(
+        y, z, row, codes, scales, static_scale, static_zero, C, BLOCK, TAIL,
+        MAX_VALUE, ABSMAX_FLOOR, ANCHOR, LOWEST, SIGNED, KIND, UP, MOVE, SIGN,
+    )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["M", "tokens"])
