@@ -81,7 +81,7 @@ class Walk:
         import torch
 
         try:
-            with torch.inference_mode(), self._context():
+            with torch.no_grad(), self._context():  # inference mode would hide parts of composite operations
                 _Port.current.walk = self
                 result = self._module(**self._inputs)
             self._stop = Stop(OUTPUT, result.numpy())
