@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from threading import Barrier
 from typing import TYPE_CHECKING, Any
 
@@ -56,17 +56,19 @@ BATCHES = ((1, ONE), (2, LONGEST), (3, ODD), (9, LONGEST))
 
 @dataclass(frozen=True)
 class Call:
-    """One call: `rows` of the pool `pool`, as inputs by name; `text` says what is special about it."""
+    """One call: `rows` of the pool `pool`, as inputs by name; `text` says what is special about it. batched: the inputs
+    that hold one row for each sample."""
 
     text: str
     pool: str
     rows: tuple[int, ...]
     inputs: Arrays
+    batched: frozenset[str]
 
     def reversed(self) -> Call:
         """The same samples in the opposite order."""
-        inputs = {name: value[::-1].copy() if len(value) == len(self.rows) else value for name, value in self.inputs.items()}
-        return Call(f"{self.text}, rows reversed", self.pool, self.rows[::-1], inputs)
+        inputs = {name: value[::-1].copy() if name in self.batched else value for name, value in self.inputs.items()}
+        return replace(self, text=f"{self.text}, rows reversed", rows=self.rows[::-1], inputs=inputs)
 
 
 def make_pools(model: LoadedModel, case: Case) -> dict[str, Arrays]:
@@ -76,13 +78,13 @@ def make_pools(model: LoadedModel, case: Case) -> dict[str, Arrays]:
 
 def make_calls(model: LoadedModel, pools: dict[str, Arrays]) -> list[Call]:
     """One call for each row of BATCHES."""
-    batched = {row.name for row in model.inputs if row.batched}
+    batched = frozenset(row.name for row in model.inputs if row.batched)
     calls = []
     for size, pool in BATCHES:
         count = len(pools[pool]["timestep"])
         rows = tuple(i % count for i in range(size))
         inputs = {name: value[list(rows)] if name in batched else value for name, value in pools[pool].items()}
-        calls.append(Call(f"batch {size}{_caption(model.inputs, inputs)}", pool, rows, inputs))
+        calls.append(Call(f"batch {size}{_caption(model.inputs, inputs)}", pool, rows, inputs, batched))
     return calls
 
 
@@ -163,7 +165,7 @@ def call_errors(calls: Sequence[Call], exact: dict[str, NDArray[Any]], run: Run)
 
 
 def sample_errors(call: Call, exact: dict[str, NDArray[Any]], output: NDArray[Any]) -> list[SampleError]:
-    """Each sample of `output`; all channels count, learned variances too. nan where the shape is not the reference's."""
+    """Each sample of `output`, by all its channels, learned variances too; nan where the shape is another."""
     expected = exact[call.pool][list(call.rows)]
     if output.shape != expected.shape:
         return [SampleError(call.text, i, float("nan")) for i in range(len(expected))]
@@ -172,7 +174,7 @@ def sample_errors(call: Call, exact: dict[str, NDArray[Any]], output: NDArray[An
 
 def state_errors(calls: Sequence[Call], exact: dict[str, NDArray[Any]], run: Run, made: int) -> list[SampleError]:
     """What an engine keeps from call to call: a condition changed at an equal batch size, one changed in place, the
-    STEADY_CALL-th call (`made`: calls so far), two threads at once."""
+    STEADY_CALL-th call (`made` of them so far), two threads at once."""
     single, pair, *_ = calls
     back = pair.reversed()
     run(pair.inputs)
@@ -182,11 +184,11 @@ def state_errors(calls: Sequence[Call], exact: dict[str, NDArray[Any]], run: Run
     run(arrays)
     for name, value in back.inputs.items():
         arrays[name][...] = value
-    errors += call_errors([Call(f"{back.text}, changed in place", back.pool, back.rows, arrays)], exact, run)
+    errors += call_errors([replace(back, text=f"{back.text}, changed in place", inputs=arrays)], exact, run)
 
     for _ in range(made, STEADY_CALL - 1):
         run(single.inputs)
-    steady = Call(f"call {STEADY_CALL}", single.pool, single.rows, single.inputs)
+    steady = replace(single, text=f"call {STEADY_CALL}")
     return errors + call_errors([steady], exact, run) + _threaded([pair, back], exact, run)
 
 
@@ -201,6 +203,6 @@ def _threaded(calls: Sequence[Call], exact: dict[str, NDArray[Any]], run: Run) -
             errors += call_errors([call], exact, run)
         return errors
 
-    named = [Call(f"{call.text}, {len(calls)} threads", call.pool, call.rows, call.inputs) for call in calls]
+    named = [replace(call, text=f"{call.text}, {len(calls)} threads") for call in calls]
     with ThreadPoolExecutor(len(calls)) as threads:
         return [error for errors in threads.map(repeat, named) for error in errors]
