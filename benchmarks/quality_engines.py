@@ -229,7 +229,8 @@ def prove(
     probed = ProbedGraph(graph)
     modules = {ref.name: ref.module for ref in subject.model.linears()}
     present = [layer for layer in layers if layer.name in probed.complete]
-    results = layer_results(target, present, modules, probed, found, Realisations())
+    named = {f"step {step + 1}": call for step, call in zip(steps, calls, strict=True)}
+    results = layer_results(target, present, modules, probed, found, Realisations(), named)
     return [coverage_gate(target, len(present), len(modules)), *layer_gates(target, results, 0)]
 
 
