@@ -204,7 +204,7 @@ def save(layers: list[QuantizedLinear], folder: Path) -> None:
     os.replace(folder / f"{WEIGHTS_FILE}.part", folder / WEIGHTS_FILE)
     rows = [{key: getattr(layer, key) for key in ROW_KEYS} for layer in layers]
     text = json.dumps({"schema_version": SCHEMA_VERSION, "layers": rows}, indent=1)
-    (folder / f"{LAYERS_FILE}.part").write_text(text)
+    (folder / f"{LAYERS_FILE}.part").write_text(text, encoding="utf-8")
     os.replace(folder / f"{LAYERS_FILE}.part", folder / LAYERS_FILE)
 
 
@@ -236,7 +236,7 @@ def load(folder: Path) -> list[QuantizedLinear]:
 
 def _read_rows(path: Path) -> list[dict[str, Any]]:
     try:
-        document = json.loads(path.read_text())
+        document = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise ContractError(f"{path}: cannot be read ({error}); {REMEDY}") from error
     found = document.get("schema_version") if isinstance(document, dict) else None

@@ -8,7 +8,7 @@ library (`from_single_file` knows none of the three).
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -27,8 +27,7 @@ OTHER_PARTS = ("first_stage_model.", "vae.", "cond_stage_model.", "conditioner."
 
 def _swapped_halves(tensor: torch.Tensor) -> torch.Tensor:
     """HunyuanDiT makes (shift, scale) where diffusers makes (scale, shift)."""
-    shift, scale = tensor.chunk(2)
-    return torch.cat([scale, shift])
+    return tensor.roll(len(tensor) // 2, 0)
 
 
 def _first_row(tensor: torch.Tensor) -> torch.Tensor:
@@ -125,16 +124,20 @@ LAYOUTS = {"DiTTransformer2DModel": DIT, "PixArtTransformer2DModel": PIXART, "Hu
 
 
 def plain_names(names: Iterable[str]) -> dict[str, str]:
-    """Name in the file -> name without what wrappers add. A prefix goes only where every name has it.
+    """Name in the file -> name without what wrappers add. A prefix is one where most names have it.
 
-    Names of other parts in the file of a whole pipeline are left out.
+    Names without it stay as they are, to be judged as such; those of other parts of a pipeline are left out.
     """
     plain = {name: name for name in names}
     if any(name.startswith(PREFIXES[0]) for name in plain):
         plain = {name: name for name in plain if not name.startswith(OTHER_PARTS)}
-    while prefix := next((p for p in PREFIXES if plain and all(name.startswith(p) for name in plain.values())), ""):
+    while prefix := next((prefix for prefix in PREFIXES if _leads(prefix, plain)), ""):
         plain = {name: short.removeprefix(prefix) for name, short in plain.items()}
     return {name: short.replace(COMPILED, "") for name, short in plain.items()}
+
+
+def _leads(prefix: str, plain: Mapping[str, str]) -> bool:
+    return 2 * sum(name.startswith(prefix) for name in plain.values()) > len(plain)
 
 
 def translated(class_name: str, key: str, tensor: torch.Tensor, layers: int) -> Iterator[tuple[str, torch.Tensor]]:
@@ -146,7 +149,8 @@ def translated(class_name: str, key: str, tensor: torch.Tensor, layers: int) -> 
     for row in LAYOUTS[class_name]:
         match = re.fullmatch(row.pattern, path) if dot else None
         if match:
-            parts = _parts(key, row.change(tensor) if row.change else tensor, len(row.targets))
+            changed = row.change(tensor) if row.change and tensor.ndim else tensor
+            parts = _parts(key, changed, len(row.targets))
             for target, part in zip(row.targets, parts, strict=True):
                 name = match.expand(target)
                 for spread in [name.replace("*", str(layer)) for layer in range(layers)] if "*" in name else [name]:

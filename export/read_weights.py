@@ -38,7 +38,7 @@ ANGLE_ERROR = 256 * 2.0**-24
 REFUSED = (
     (
         r".*(lora|hada_|lokr_|dora_|oft_|base_layer|magnitude_vector|\.alpha$).*",
-        "an adapter that was not merged",
+        "part of an adapter that was not merged",
         MERGE,
     ),
     (
@@ -62,7 +62,7 @@ REFUSED = (
         "give a model without them, or the class and config.json that have them",
     ),
     (
-        r".*(attn|to_[qkv]|to_out|qkv|_linear|proj).*\.bias",
+        r".*\.(attn\d?|cross_attn)\..*\.bias",
         "a bias of a layer that has none by config.json (attention_bias: false)",
         'set "attention_bias": true in config.json if the model was trained with it',
     ),

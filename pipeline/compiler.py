@@ -230,7 +230,7 @@ def drop_other_targets(folder: Path, targets: tuple[str, ...]) -> None:
 
 def describe(folder: Path, model: LoadedModel, recipe: Recipe) -> None:
     """Write what a bundle needs to be used alone: recipe, config, and how the model generates."""
-    (folder / "recipe.toml").write_text(to_toml(recipe))
+    (folder / "recipe.toml").write_text(to_toml(recipe), encoding="utf-8")
     write_json(folder / "config.json", dict(model.config))
     if (model.folder / GENERATION_FILE).is_file():
         for name in load_generation(model.folder).files:

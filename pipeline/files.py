@@ -41,7 +41,7 @@ def sha256_json(document: Any) -> str:
 def write_json(path: Path, document: Any) -> None:
     """Write a JSON file through a temporary name, so that a reader finds the old one or the new one."""
     part = path.with_name(path.name + ".part")
-    part.write_text(json.dumps(document, indent=1) + "\n")
+    part.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
     sync(part)
     os.replace(part, path)
 

@@ -55,11 +55,12 @@ def _from_cache(repository: str) -> str:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 
+    name, _, revision = repository.partition("@")
     try:
-        return str(snapshot_download(repository, local_files_only=True))
+        return str(snapshot_download(name, revision=revision or None, local_files_only=True))
     except (LocalEntryNotFoundError, HFValidationError) as error:
         raise EnvironmentLacksError(
-            f"pipeline {repository} is not in the local cache; run: hf download {repository}; or give --pipeline DIR"
+            f"pipeline {repository} is not in the local cache; run: hf download {name}; or give --pipeline DIR"
         ) from error
 
 

@@ -135,7 +135,7 @@ def read(folder: Path) -> dict[str, Any]:
     if not path.is_file() or path.is_symlink():
         raise ContractError(f"{folder} is not a bundle: it has no {FILE_NAME}; give the folder that build wrote")
     try:
-        document = json.loads(path.read_text())
+        document = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ContractError(f"{path} is not valid JSON ({error}); build the bundle again") from error
     _check(document, path)

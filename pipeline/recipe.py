@@ -292,9 +292,9 @@ def load(name_or_path: str) -> Recipe:
             raise RecipeError(
                 f"recipe file {path} does not exist; give a path to a .toml file or one of {recipe_names()}"
             )
-        text = path.read_text()
+        text = path.read_text(encoding="utf-8")
     elif name_or_path in recipe_names():
-        text = (resources.files("pipeline") / "recipes" / f"{name_or_path}.toml").read_text()
+        text = (resources.files("pipeline") / "recipes" / f"{name_or_path}.toml").read_text(encoding="utf-8")
     else:
         raise RecipeError(
             f"recipe {name_or_path!r} is unknown; use one of {', '.join(recipe_names())}, or a .toml file"

@@ -59,7 +59,7 @@ def read_metadata(folder: Path) -> dict[str, Any]:
     """metadata.json of a built engine. Raises ContractError for a damaged file or another schema."""
     path = folder / METADATA
     try:
-        found = dict(json.loads(path.read_text()))
+        found = dict(json.loads(path.read_text(encoding="utf-8")))
         if found["schema_version"] != SCHEMA_VERSION:
             raise ContractError(
                 f"{path}: schema {found['schema_version']}, this version reads {SCHEMA_VERSION}; build the engine again"

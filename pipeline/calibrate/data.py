@@ -111,7 +111,7 @@ def read_prompts(model: LoadedModel, recipe: Recipe) -> tuple[str, ...]:
                 f"calibrate.prompts: nothing encodes prompts for {model.source}; give the folder of its whole "
                 f"diffusers pipeline ({pipeline_data.INDEX} and all it lists), or a model with {GENERATION_FILE}"
             )
-        lines = [line.strip() for line in path.read_text().splitlines()] if path.is_file() else []
+        lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()] if path.is_file() else []
         found = [line for line in lines if line]
         if not found:
             raise RecipeError(f"calibrate.prompts: {path} has no prompt; give a text file with one prompt per line")

@@ -49,7 +49,7 @@ def pipeline_root(model: LoadedModel) -> Path | None:
 
 def listed_parts(index: Path) -> list[str]:
     """Names of the parts of a pipeline; `[null, null]` stands for one that it does without."""
-    document = json.loads(index.read_text())
+    document = json.loads(index.read_text(encoding="utf-8"))
     return [name for name, value in document.items() if isinstance(value, list) and len(value) == 2 and value[0]]
 
 
@@ -94,7 +94,7 @@ def example_prompts(model: LoadedModel, count: int, seed: int) -> list[str]:
     if model.family.name == "dit":
         classes = int(model.config["num_embeds_ada_norm"])
         return [str(number) for number in rng.integers(classes, size=count)]
-    lines = (resources.files("pipeline.calibrate") / CAPTIONS).read_text().splitlines()
+    lines = (resources.files("pipeline.calibrate") / CAPTIONS).read_text(encoding="utf-8").splitlines()
     order = rng.permutation(len(lines))
     return [lines[order[i % len(lines)]] for i in range(count)]
 
