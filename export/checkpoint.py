@@ -81,6 +81,11 @@ class QuantizedLinear:
         self._check_arrays()
         if not np.isfinite(self.scales).all():
             raise ContractError(f"{self.name}: a weight scale is NaN or Inf; the float weight is broken")
+        if not (self.scales > 0).all():
+            smallest = float(self.scales.min())
+            raise ContractError(f"{self.name}: a weight scale is {smallest:g} and must be above 0; calibrate again")
+        if self.bias is not None and not np.isfinite(self.bias).all():
+            raise ContractError(f"{self.name}: the bias holds NaN or Inf; the float model is broken")
         finite = np.isfinite(get_format(self.weight_format).values)
         if not (finite.all() or finite[self.unpacked_codes()].all()):
             raise ContractError(f"{self.name}: a {self.weight_format} code is NaN or Inf; the float weight is broken")

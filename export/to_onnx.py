@@ -20,10 +20,11 @@ import numpy as np
 import onnx_ir as ir
 
 from export.checkpoint import QuantizedLinear, shared_router
-from export.errors import ContractError, ResourceError
+from export.errors import ContractError, ModelError, ResourceError
 from export.graph_builder import add_initializer
 from export.models import LoadedModel, denoiser, sample_inputs
 from export.quantize_graph import quantize_graph
+from export.read_weights import is_finite
 
 logger = logging.getLogger(__name__)
 # Sizes of the traced example: two different numbers above 1, so that no axis is mistaken for another.
@@ -156,6 +157,8 @@ def _bind(graph: ir.Model, values: Mapping[str, Any], narrow: bool) -> None:
     for value in [value for value in graph.graph.inputs if value.name in values]:
         graph.graph.inputs.remove(value)
         tensor = values[str(value.name)]
+        if tensor.is_floating_point() and not is_finite(tensor):
+            raise ModelError(f"{value.name}: holds NaN or Inf and would be part of the engine; use another model")
         if _only_read_transposed(value):
             tensor = tensor.T
             _drop_transposes(graph.graph, value)
