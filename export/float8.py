@@ -8,14 +8,20 @@ programs that write such files compute.
 from __future__ import annotations
 
 import re
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
+if TYPE_CHECKING:
+    import torch
 
 # Range, infinities and zero differ between them; all of their values are fp16's.
-FLOAT8 = (torch.float8_e4m3fn, torch.float8_e5m2, torch.float8_e4m3fnuz, torch.float8_e5m2fnuz)
+FLOAT8 = ("float8_e4m3fn", "float8_e5m2", "float8_e4m3fnuz", "float8_e5m2fnuz")
 # "layer.weight_scale" of compressed-tensors and ModelOpt, "layer.scale_weight" of ComfyUI.
 SCALE = re.compile(r"(?P<layer>.*)\.(weight_scale|scale_weight)")
+
+
+def is_float8(tensor: torch.Tensor) -> bool:
+    """Is the tensor of a type whose values are all fp16's?"""
+    return str(tensor.dtype).removeprefix("torch.") in FLOAT8
 
 
 def weight_of_scale(name: str) -> str:
@@ -26,9 +32,9 @@ def weight_of_scale(name: str) -> str:
 
 def widened(tensor: torch.Tensor) -> torch.Tensor:
     """Float8 as fp16 with the same values; float64 as float32, rounded; any other tensor as it is."""
-    if tensor.dtype in FLOAT8:
+    if is_float8(tensor):
         return tensor.half()
-    return tensor.float() if tensor.dtype == torch.float64 else tensor
+    return tensor.float() if tensor.is_floating_point() and tensor.itemsize > 4 else tensor
 
 
 def scaled(weight: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
@@ -41,9 +47,9 @@ def scale_problem(weight: Any, scale: torch.Tensor) -> str:
     """Why `scale` cannot be applied to `weight` (None if the file has no such tensor), in words; "" if it can."""
     if weight is None:
         return "belongs to no weight of the file"
-    if weight.dtype not in FLOAT8 or weight.ndim != 2:
+    if not is_float8(weight) or weight.ndim != 2:
         return f"belongs to a weight that is {weight.dtype} {tuple(weight.shape)}, not a float8 matrix"
-    if not scale.dtype.is_floating_point or scale.dtype in FLOAT8 or scale.itemsize < 2:
+    if not scale.is_floating_point() or scale.itemsize < 2:
         return f"is {scale.dtype}"
     if tuple(scale.shape) not in ((), (1,), (1, 1), (weight.shape[0],), (weight.shape[0], 1)):
         return f"has shape {tuple(scale.shape)}, neither one number nor one for each of {weight.shape[0]} channels"

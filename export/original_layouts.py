@@ -10,10 +10,13 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-
-import torch
+from typing import TYPE_CHECKING
 
 from export.errors import ModelError
+
+if TYPE_CHECKING:
+    import torch
+
 
 # All three call the patch embedding so, and diffusers' classes do not.
 MARK = "x_embedder.proj.weight"

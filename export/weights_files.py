@@ -25,8 +25,8 @@ INDEX_FILES = (f"{STEM}.safetensors.index.json",)
 # The same with one; diffusers has named the index of a variant's shards in both ways.
 VARIANT_FILES = (f"{STEM}.{{}}.safetensors", "model.{}.safetensors")
 VARIANT_INDEX_FILES = (f"{STEM}.{{}}.safetensors.index.json", f"{STEM}.safetensors.index.{{}}.json")
-# A name such as fp16 or non_ema; a shard's number, "00001-of-00002", is none.
-VARIANT = r"(?!\d+-of-)[A-Za-z0-9][\w-]*"
+# A name such as fp16 or non_ema; "fp16-00001-of-00002" is a shard of one.
+VARIANT = r"(?!.*\d-of-\d)[A-Za-z0-9][\w-]*"
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors", "pytorch_lora_weights.safetensors")
 MERGE = (
