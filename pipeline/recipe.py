@@ -377,6 +377,8 @@ def with_model(recipe: Recipe, model: str | None, variant: str | None, config: s
 
 def _absolute(source: str) -> str:
     """The full path of a folder or file that is here; anything else, a hub id for example, as it is."""
+    if source.encode(errors="replace").decode() != source:  # bytes that are no text here would be lost in recipe.toml
+        raise RecipeError(f"{source!r} is not text in this locale; set PYTHONUTF8=1, or rename the folder or file")
     path = Path(source).expanduser()
     if path.is_dir():
         return str(path.resolve())
