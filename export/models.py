@@ -24,7 +24,15 @@ from export.errors import ModelError, RecipeError
 from export.families import FAMILIES, LAYER_KINDS, Family, Input
 from export.read_weights import Weights, read_weights
 from export.sources import find
-from export.weights_files import SINGLE_FILES, WeightsFiles, find_weights, weights_file, what_instead
+from export.weights_files import (
+    ADAPTER_FILES,
+    MERGE,
+    SINGLE_FILES,
+    WeightsFiles,
+    find_weights,
+    weights_file,
+    what_instead,
+)
 
 __all__ = [
     "FAMILIES",
@@ -153,11 +161,18 @@ def load(source: str, kept_only: bool = False, variant: str = "", config: str = 
     logger.info("%s: %s", source, weights)
     for name in weights.used:
         logger.debug("%s: uses %s", source, name)
+    notes += _adapters_beside(root, folder)
     for note in notes:
         logger.warning("%s: %s", source, note)
     return LoadedModel(
         module, family, values, folder, source, revision, files.sha256(), files, notes, weights.used, weights.ignored
     )
+
+
+def _adapters_beside(root: Path, folder: Path) -> tuple[str, ...]:
+    """A note for each adapter that lies beside the model: nothing says whether it is meant to be part of it."""
+    paths = sorted({place / name for place in {root, folder} for name in ADAPTER_FILES if (place / name).is_file()})
+    return tuple(f"{path} is an adapter and is not part of this model; if it should be, {MERGE}" for path in paths)
 
 
 def _model_folder(root: Path) -> Path:
@@ -171,10 +186,13 @@ def _config_file(config: str, folder: Path) -> tuple[Path, str]:
     if not config:
         remedy = "give a diffusers transformer folder, or a pipeline with transformer/"
         return folder / "config.json", f"{remedy}; for a weights file also --config with the model's config.json"
-    path = Path(config).expanduser()
+    path, rule = Path(config).expanduser(), "--config takes a config.json, the folder of one, a hub id or zoo:NAME"
     if not path.is_file():
-        path = _model_folder(find(config)[0]) / "config.json"
-    return path, "--config takes a config.json, the folder of one, a hub id or zoo:NAME"
+        try:
+            path = _model_folder(find(config)[0]) / "config.json"
+        except ModelError as error:
+            raise ModelError(f"--config {config!r}: {rule}, and this is none of them ({error})") from error
+    return path, rule
 
 
 def _weights(root: Path, folder: Path, variant: str) -> WeightsFiles:
@@ -295,8 +313,11 @@ def save_kept(model: LoadedModel, folder: Path) -> None:
     partial = folder.with_name(f"{folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
-    tensors = {key: tensor.contiguous() for key, tensor in kept.items() if key not in absent}
-    save_file(tensors, partial / SINGLE_FILES[0])
+    tensors = {key: tensor for key, tensor in kept.items() if key not in absent}
+    # One tensor of a file may be several of the model (DiT's own files have one embedder for all blocks).
+    firsts = {tensor.data_ptr(): key for key, tensor in reversed(tensors.items())}
+    own = {key: t.contiguous() if firsts[t.data_ptr()] == key else t.clone() for key, t in tensors.items()}
+    save_file(own, partial / SINGLE_FILES[0])
     (partial / "config.json").write_text(json.dumps(dict(model.config), indent=1), encoding="utf-8")
     if (model.folder / GENERATION_FILE).is_file():  # says what a cell of the image is
         shutil.copyfile(model.folder / GENERATION_FILE, partial / GENERATION_FILE)

@@ -137,11 +137,7 @@ def _unwrapped(files: WeightsFiles) -> tuple[dict[str, Stored], dict[str, str]]:
     plain = plain_names(held)
     result: dict[str, Stored] = {}
     for key, name in plain.items():
-        if name in result:
-            raise ModelError(
-                f"{held[key].path}: tensors {result[name].key} and {key} are both {name}; remove one of them"
-            )
-        result[name] = held[key]
+        _add(result, name, held[key])
     return result, {key: "belongs to another part of the pipeline" for key in held if key not in plain}
 
 
@@ -149,11 +145,18 @@ def _in_diffusers_names(stored: Mapping[str, Stored], config: Mapping[str, Any])
     class_name = str(config["_class_name"])
     if class_name not in LAYOUTS or MARK not in stored:
         return dict(stored)
-    return {
-        name: Stored(row.path, row.key, tensor)
-        for key, row in stored.items()
-        for name, tensor in translated(class_name, key, row.tensor, int(config.get("num_layers", 0)))
-    }
+    named: dict[str, Stored] = {}
+    for key, row in stored.items():
+        for name, tensor in translated(class_name, key, row.tensor, int(config.get("num_layers", 0))):
+            _add(named, name, Stored(row.path, row.key, tensor))
+    return named
+
+
+def _add(named: dict[str, Stored], name: str, row: Stored) -> None:
+    if name in named:
+        both = f"tensors {named[name].key} and {row.key} are both {name}"
+        raise ModelError(f"{row.path}: {both}; remove one of them")
+    named[name] = row
 
 
 # --- float8 --------------------------------------------------------------------------------------------------------

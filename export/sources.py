@@ -24,7 +24,7 @@ def find(source: str) -> tuple[Path, str]:
         return path, ""
     if source.endswith((*PICKLES, ".safetensors", ".gguf")):
         raise ModelError(f"model {source!r} is not a file here; check the path")
-    if match := re.fullmatch(r"([A-Za-z0-9][\w.-]*/[\w.-]+)(?:@([\w./-]+))?", source):
+    if match := re.fullmatch(r"([A-Za-z0-9][\w.-]*/[\w.-]+)(?:@((?!.*\.\.)[\w./-]+))?", source):
         return _from_cache(match[1], match[2])
     raise ModelError(
         f"model {source!r} is not a folder here and not a hub id; give a folder, a .safetensors file, OWNER/NAME, "

@@ -66,11 +66,12 @@ def export_portable(
     """Write the portable quantized model to `path` and `path`.data for images of `height` x `width` pixels.
 
     Batch and caption length stay dynamic. Raises ContractError unless `layers` are exactly the model's linears to
-    quantize and fit them in shape.
+    quantize and fit them in shape, ModelError if a tensor that is not quantized has NaN or Inf.
     """
     from export.trace import PlaceholderLinear
 
     _check_layers(model, layers)
+    _check_finite(model, {ref.name for ref in model.linears()})
     _tell_undecided(layers)
     stand_ins = {ref.name: PlaceholderLinear(ref.name, ref.module.out_features) for ref in model.linears()}
     graph = _traced(model, stand_ins, height, width)
@@ -83,9 +84,13 @@ def export_portable(
 
 
 def export_float(model: LoadedModel, path: Path, height: int = 0, width: int = 0) -> None:
-    """Write the float model with float32 weights, for baselines; same inputs and output as the portable one."""
+    """Write the float model with float32 weights, for baselines; same inputs and output as the portable one.
+
+    Raises ModelError if a tensor of the model has NaN or Inf.
+    """
     import torch
 
+    _check_finite(model, set())
     stand_ins = {}
     for ref in model.linears():
         # A weight of the right shape that takes no memory; its values are bound by name when the file is written.
@@ -119,6 +124,13 @@ def _check_layers(model: LoadedModel, layers: list[QuantizedLinear]) -> None:
             raise ContractError(
                 f"{layer.name}: model and checkpoint disagree on whether it has a bias; calibrate again"
             )
+
+
+def _check_finite(model: LoadedModel, replaced: set[str]) -> None:
+    """Refuse a tensor with NaN or Inf that the graph will hold; those of the linears in `replaced` it will not."""
+    for name, tensor in (*model.module.named_parameters(), *model.module.named_buffers()):
+        if tensor.is_floating_point() and name.rpartition(".")[0] not in replaced and not is_finite(tensor):
+            raise ModelError(f"{name}: holds NaN or Inf and would be part of the engine; use another model")
 
 
 def _tell_undecided(layers: list[QuantizedLinear]) -> None:
@@ -157,8 +169,6 @@ def _bind(graph: ir.Model, values: Mapping[str, Any], narrow: bool) -> None:
     for value in [value for value in graph.graph.inputs if value.name in values]:
         graph.graph.inputs.remove(value)
         tensor = values[str(value.name)]
-        if tensor.is_floating_point() and not is_finite(tensor):
-            raise ModelError(f"{value.name}: holds NaN or Inf and would be part of the engine; use another model")
         if _only_read_transposed(value):
             tensor = tensor.T
             _drop_transposes(graph.graph, value)

@@ -17,13 +17,14 @@ import torch
 
 from export import checkpoint, to_onnx
 from export.checkpoint import QuantizedLinear
-from export.errors import ContractError, ResourceError
+from export.errors import ContractError, ModelError, ResourceError
 from export.models import LoadedModel, denoiser, load, sample_inputs
 from export.op_meanings import dequantize_activation, quantize_activation
 from export.ops import attributes
 from export.portable import read_layers
 from export.quantize_graph import multiplier_table, quantize_graph
 from export.to_onnx import ExportSummary, export_float, export_portable
+from export.torch_modules import with_modules
 from export.trace import PlaceholderLinear
 from tests import tiny
 
@@ -339,6 +340,22 @@ def test_layers_that_do_not_fit_the_model_are_named(exported, tmp_path, change, 
     case = exported("dit")
     with pytest.raises(ContractError, match=message):
         export_portable(case.model, change(case.layers), tmp_path / "model.onnx")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("portable", [False, True])
+def test_a_weight_that_is_not_finite_is_named(exported, tmp_path, portable, value):
+    case = exported("dit")
+    model = replace(case.model, module=with_modules(case.model.module, {}))
+    weight = model.module.proj_out_2.weight.clone()
+    weight[3, 5] = value
+    model.module.proj_out_2.weight = torch.nn.Parameter(weight, requires_grad=False)
+    with pytest.raises(ModelError, match=r"proj_out_2\.weight: holds NaN or Inf and would be part of the engine; use"):
+        if portable:
+            export_portable(model, case.layers, tmp_path / "model.onnx")
+        else:
+            export_float(model, tmp_path / "model.onnx")
     assert list(tmp_path.iterdir()) == []
 
 

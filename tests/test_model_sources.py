@@ -200,6 +200,18 @@ def test_files_of_other_kinds_say_what_to_do(tmp_path, name, capsys):
     )
 
 
+def test_an_adapter_beside_a_model_is_told(copied, caplog):
+    (copied / "pytorch_lora_weights.safetensors").write_bytes(b"")
+    assert "pytorch_lora_weights.safetensors is an adapter and is not part of this model" in load(str(copied)).notes[0]
+    assert "merge the adapter" in caplog.text
+
+
+def test_configurations_that_are_none(copied, capsys):
+    assert "--config 'no.json': --config takes a config.json, the folder" in refused(
+        ["-m", str(copied), "--config", "no.json"], capsys
+    )
+
+
 def adapter(folder: Path) -> None:
     (folder / WEIGHTS).rename(folder / "pytorch_lora_weights.safetensors")
     (folder / "config.json").unlink()

@@ -110,6 +110,35 @@ def test_denoiser_of_a_whole_pipelines_file(folders, tmp_path):
         load(str(path), config=str(folder))
 
 
+def positions(width: int, side: int) -> torch.Tensor:
+    """The table of the original models, from their definition: [1, side * side, width] in float64."""
+    rates = 10000.0 ** -(torch.arange(width // 4, dtype=torch.float64) / (width // 4))
+    rows, columns = torch.meshgrid(torch.arange(side), torch.arange(side), indexing="ij")
+    # The column comes first.
+    angles = [place.flatten()[:, None] * rates for place in (columns, rows)]
+    return torch.cat([part for angle in angles for part in (angle.sin(), angle.cos())], 1)[None]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+def test_table_of_positions_in_an_original_file(folders, tmp_path, dtype):
+    path, folder = tmp_path / "one.safetensors", folders["dit"]
+    state = {key: value.clone() for key, value in original_weights.dit(load_file(folder / WEIGHTS), 2).items()}
+    table = positions(64, 4).to(dtype)
+    save_file(state | {"pos_embed": table}, path)
+    assert load(str(path), config=str(folder)).ignored == {"pos_embed": "the table of positions that config.json makes"}
+    save_file(state | {"pos_embed": table.flip(1)}, path)  # trained, or of another model
+    with pytest.raises(ModelError, match=r"pos_embed of shape \(1, 16, 64\) is not the table of positions that config"):
+        load(str(path), config=str(folder))
+
+
+def test_a_tensor_under_both_of_its_names(folders, tmp_path):
+    state = load_file(folders["dit"] / WEIGHTS)
+    both = original_weights.dit(state, 2) | {"pos_embed.proj.bias": state["pos_embed.proj.bias"]}
+    save_file({key: value.clone() for key, value in both.items()}, tmp_path / "one.safetensors")
+    with pytest.raises(ModelError, match=r"proj\.bias and .*proj\.bias are both pos_embed\.proj\.bias; remove one"):
+        load(str(tmp_path / "one.safetensors"), config=str(folders["dit"]))
+
+
 def test_a_matrix_that_does_not_hold_q_k_and_v(folders, tmp_path):
     state = {
         key: value.half() for key, value in original_weights.pixart(load_file(folders["pixart"] / WEIGHTS), 2).items()
@@ -262,11 +291,12 @@ def test_the_command_line_says_it_in_a_sentence(pixart, capsys):
     assert "Traceback" not in printed.err
 
 
-def test_what_is_kept_of_an_original_layout_is_read_back(folders, tmp_path):
+@pytest.mark.parametrize("name", ["pixart", "dit"])
+def test_what_is_kept_of_an_original_layout_is_read_back(folders, tmp_path, name):
     """`calibrate` keeps what is not quantized under the names of diffusers."""
-    state = original_weights.pixart(load_file(folders["pixart"] / WEIGHTS), 2)
+    state = original_weights.LAYOUTS[name](load_file(folders[name] / WEIGHTS), 2)
     save_file({key: value.half().clone() for key, value in state.items()}, tmp_path / "one.safetensors")
-    model = load(str(tmp_path / "one.safetensors"), config=str(folders["pixart"]))
+    model = load(str(tmp_path / "one.safetensors"), config=str(folders[name]))
     save(tiny.quantized(model), tmp_path / "checkpoint")
     save_kept(model, tmp_path / "kept")
     kept = load(str(tmp_path / "kept"), kept_only=True)
