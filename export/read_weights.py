@@ -20,6 +20,8 @@ from export.weights_files import MERGE, WeightsFiles
 TOGETHER = "config.json and the weights must belong together"
 OF_TRAINING = "stands for dropped captions while training; a denoiser is given its captions"
 OF_A_RANGE = "range of the layer's input in a quantized run; the weight does not depend on it"
+# What a weight may be, once float8 and float64 have become one of them.
+TYPES = ("torch.float16", "torch.bfloat16", "torch.float32")
 # Tensors without an effect on the denoiser: regex of the name -> why.
 HARMLESS = (
     # Older diffusers files of PixArt-alpha, and the original ones, keep the embedding that classifier-free training
@@ -34,6 +36,8 @@ HARMLESS = (
 POSITIONS = r"pos_embed(\.pos_embed)?"
 # sin and cos of an angle of at most 256 in float32; rounding to the file's type comes on top.
 ANGLE_ERROR = 256 * 2.0**-24
+# The block that a tensor belongs to, after the name of its list of blocks.
+BLOCK = r"(.*?blocks\.)\d+\."
 # Regex of the name -> what it is, and the remedy. In order: what says most comes first.
 REFUSED = (
     (
@@ -108,8 +112,7 @@ def read_weights(
     own repositories, and prefixes of wrappers, are understood. Raises ModelError naming the file and the tensor.
     """
     stored, ignored = _unwrapped(files)
-    stored = _without_scales(stored)
-    named = _in_diffusers_names(stored, config)
+    named = _in_diffusers_names(_without_scales(stored), config)
     for name, row in list(named.items()):
         if name not in expected:
             if not (why := _harmless(name, row, positions)):
@@ -120,8 +123,8 @@ def read_weights(
     for name, shape in expected.items():
         _check(named[name], shape)
     tensors = {name: named[name].tensor for name in expected}
-    used = (key for _, key, _ in files.tensors() if key not in ignored)
-    return Weights(tensors, tuple(used), ignored)
+    used = tuple(row.key for row in stored.values() if row.key not in ignored)
+    return Weights(tensors, used, ignored)
 
 
 # --- names ---------------------------------------------------------------------------------------------------------
@@ -210,13 +213,14 @@ def _refuse(
 ) -> None:
     """Raise ModelError for the tensor of `named` without a use that says most of what is wrong."""
     others = [other for other in named if other not in expected]
+    beyond = _beyond(others, expected)
     for pattern, what, remedy in REFUSED:
-        if hits := [other for other in others if re.fullmatch(pattern, other) and not _beyond(other, expected)]:
+        if hits := [other for other in others if re.fullmatch(pattern, other) and other not in beyond]:
             raise ModelError(f"{_told(hits, named)}: {what}; {remedy}")
-    if hits := [other for other in others if _beyond(other, expected)]:
+    if beyond:
         layers = config.get("num_layers", "fewer")
         remedy = "correct num_layers, or take the config.json that belongs to this file"
-        raise ModelError(f"{_told(hits, named)}: a layer beyond config.json's num_layers of {layers}; {remedy}")
+        raise ModelError(f"{_told(list(beyond), named)}: a layer beyond config.json's num_layers of {layers}; {remedy}")
     raise ModelError(
         f"{_told([name], named)}: {config['_class_name']} of this config.json has no such tensor; {TOGETHER}"
     )
@@ -227,13 +231,12 @@ def _told(hits: list[str], named: Mapping[str, Stored]) -> str:
     return f"{row.path}: tensor {row.key}" + (f" (and {len(hits) - 1} more)" if len(hits) > 1 else "")
 
 
-def _beyond(name: str, expected: Iterable[str]) -> bool:
-    """Does the name belong to a block of which the class has none, though it has others of its kind?"""
-    match = re.match(r"(.*?blocks\.)(\d+)\.", name)
-    if not match:
-        return False
-    blocks = [other for other in expected if other.startswith(match[1])]
-    return bool(blocks) and not any(other.startswith(match[0]) for other in blocks)
+def _beyond(others: Iterable[str], expected: Iterable[str]) -> dict[str, str]:
+    """Those of `others` (-> their block) whose block the class lacks, though it has others of its kind."""
+    known = {match[0]: match[1] for name in expected if (match := re.match(BLOCK, name))}
+    kinds = set(known.values())
+    matches = {name: match for name in others if (match := re.match(BLOCK, name))}
+    return {name: match[0] for name, match in matches.items() if match[1] in kinds and match[0] not in known}
 
 
 def _refuse_missing(files: WeightsFiles, expected: Mapping[str, Any], named: Mapping[str, Stored]) -> None:
@@ -247,13 +250,13 @@ def _refuse_missing(files: WeightsFiles, expected: Mapping[str, Any], named: Map
 
 def _check(row: Stored, shape: tuple[int, ...]) -> None:
     path, key, tensor = row.path, row.key, row.tensor
+    if str(tensor.dtype) not in TYPES:
+        raise ModelError(
+            f"{path}: tensor {key} is {tensor.dtype}; weights must be fp16, bf16 or fp32 (or float8), export them again"
+        )
     if tuple(tensor.shape) != shape:
         raise ModelError(
             f"{path}: tensor {key} has shape {tuple(tensor.shape)}, config.json asks for {shape}; {TOGETHER}"
-        )
-    if not tensor.is_floating_point():
-        raise ModelError(
-            f"{path}: tensor {key} is {tensor.dtype}; weights must be fp16, bf16 or fp32, export them again"
         )
     if not is_finite(tensor):
         raise ModelError(

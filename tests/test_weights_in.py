@@ -189,6 +189,22 @@ def test_float8_with_scales_is_their_product(pixart, name, shape):
     assert len(model.ignored) == 21 and "scaled_fp8" in model.ignored
 
 
+@pytest.mark.parametrize("kind", ["float8_e8m0fnu", "float4_e2m1fn_x2", "uint8", "bool", "complex64"])
+def test_types_that_are_no_weights(pixart, kind):
+    """Packed types hold two numbers in an element; this one has the right number of elements."""
+    codes = torch.zeros(64 * 64 * 8, dtype=torch.uint8).view(getattr(torch, kind))[: 64 * 64].reshape(64, 64)
+    state = load_file(pixart / WEIGHTS) | {Q_WEIGHT: codes}
+    save_file(state, pixart / WEIGHTS)
+    with pytest.raises(ModelError, match=rf"to_q\.weight is torch\.{kind}; weights must be fp16, bf16 or fp32"):
+        load(str(pixart))
+
+
+def test_float64_is_rounded_to_float32(pixart):
+    change(pixart, lambda state: state | {key: state[key].double() + 1e-12 for key in matrices(state)})
+    state, model = load_file(pixart / WEIGHTS), load(str(pixart)).module.state_dict()
+    assert all(torch.equal(model[key], state[key].float()) for key in matrices(state))
+
+
 Q_WEIGHT = f"{ATTENTION}.to_q.weight"
 BAD_SCALES = {
     "of blocks": (torch.ones(2, 2), "has shape \\(2, 2\\), neither one number nor one for each of 64 channels"),
