@@ -15,7 +15,7 @@ from pipeline.build import resolve
 from pipeline.bundle import load_bundle
 from pipeline.calibrate.plan import LayerPlan, group_multipliers, make_plans
 from pipeline.command import Answer, Parser, add_model_flags, parser, run
-from pipeline.compiler import load_model
+from pipeline.compiler import load_model, tensor_counts
 from pipeline.recipe import Recipe
 from pipeline.table import table
 
@@ -64,7 +64,8 @@ def recipe_document(recipe: Recipe) -> dict[str, Any]:
         "quantized_weights": sum(row["size_bytes"] for row in layers),
         "same_weights_fp16": sum(2 * row["shape"][0] * row["shape"][1] for row in layers),
     }
-    row = {"source": model.source, "family": model.family.name, "sha256": model.sha256}
+    row: dict[str, Any] = {"source": model.source, "family": model.family.name, "sha256": model.sha256}
+    row["tensors"] = tensor_counts(model)
     return {"engine": recipe.name, "model": row, "layers": layers, "kept": kept, "bytes": sizes}
 
 

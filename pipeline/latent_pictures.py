@@ -21,8 +21,11 @@ def draw_latent(bundle: Bundle, request: DrawRequest, source: str | None = None)
     import torch
     from diffusers import DiffusionPipeline
 
+    from pipeline.calibrate.pipeline_data import shared_variant
+
     transformer = bundle.as_diffusers(request.target)
-    pipeline = DiffusionPipeline.from_pretrained(root, transformer=transformer, local_files_only=True)
+    opened = {"variant": shared_variant(Path(root)), "local_files_only": True}
+    pipeline = DiffusionPipeline.from_pretrained(root, transformer=transformer, **opened)
     arguments = pipeline_arguments(bundle.manifest["model"]["family"])
     given = {"num_inference_steps": request.n_steps, "guidance_scale": request.guidance_scale}
     settings = {key: value for key, value in given.items() if value}

@@ -199,6 +199,25 @@ def test_a_real_pipeline_samples_with_its_own_text_encoder(family, tmp_path, mon
     assert read_prompts(model, recipe) == ("random",) * 3
 
 
+def test_a_pipeline_of_one_variant_samples_with_it(tmp_path, monkeypatch):
+    folder = folder_of("pixart", tmp_path, monkeypatch)
+    plain, root = tmp_path / "plain", tmp_path / "real"
+    for path, variant in ((plain, None), (root, "fp16")):
+        CALLS["pixart"][0](load(str(folder)).module).save_pretrained(path, variant=variant)
+    recipe = made("pixart", tmp_path / "other")[1]
+    expected, data = (calibration_data(load(str(path)), recipe) for path in (plain, root))
+    for call, other in zip(expected.calls, data.calls, strict=True):
+        assert all(np.array_equal(call.inputs[name], other.inputs[name]) for name in call.inputs)
+    assert pipeline_data.shared_variant(plain) is None and pipeline_data.shared_variant(root) == "fp16"
+    assert pipeline_data.float32_bytes(plain) == pipeline_data.float32_bytes(root) > 0
+    file = root / "vae" / "diffusion_pytorch_model.fp16.safetensors"
+    file.rename(file.with_name("diffusion_pytorch_model.bf16.safetensors"))
+    with pytest.raises(
+        ModelError, match=r"must share one variant \(text_encoder: fp16; vae: bf16\); download the plain"
+    ):
+        pipeline_data.shared_variant(root)
+
+
 def test_a_text_encoder_that_does_not_fit_is_refused_before_it_is_read(tmp_path, monkeypatch):
     folder = folder_of("pixart", tmp_path, monkeypatch)
     root = tmp_path / "real"

@@ -137,6 +137,14 @@ def test_a_single_file_with_its_configuration_beside_it_or_named(copied, tmp_pat
     )
 
 
+@pytest.mark.parametrize("verb", ["build", "calibrate", "verify", "bench", "inspect"])
+def test_every_verb_that_takes_a_model_takes_what_says_more_about_it(verb, capsys):
+    with pytest.raises(SystemExit) as end:
+        main([verb, "--help"])
+    assert end.value.code == 0
+    assert {"--model", "--variant", "--config"} <= set(capsys.readouterr().out.replace(",", " ").split())
+
+
 def test_another_model_does_not_take_the_recipes_variant_and_configuration():
     own = recipes.Recipe("e", "zoo:dit_mini", model_variant="ema", model_config="zoo:dit_mini")
     assert recipes.with_model(own, None, None, None) == own
