@@ -7,6 +7,7 @@ the type in which an engine stores them, so that the float model, the reference 
 
 from __future__ import annotations
 
+import hashlib
 import inspect
 import json
 import logging
@@ -88,6 +89,12 @@ class LoadedModel:
     def inputs(self) -> tuple[Input, ...]:
         """The family's input table for this configuration."""
         return self.family.inputs(self.config)
+
+    @cached_property
+    def config_sha256(self) -> str:
+        """Hash of the configuration without notes on its origin; the same weights with another are another model."""
+        stated = {key: value for key, value in self.config.items() if not key.startswith("_")}
+        return hashlib.sha256(json.dumps(stated, sort_keys=True).encode()).hexdigest()
 
     @cached_property
     def parameters(self) -> int:

@@ -179,7 +179,7 @@ def model_row(model: LoadedModel) -> dict[str, Any]:
 
 def build_key(recipe: Recipe, model: LoadedModel) -> str:
     """Hash of everything that decides the bytes of the bundle."""
-    parts = [asdict(recipe), model_row(model), machine.tool_versions(), machine.code_version()]
+    parts = [asdict(recipe), model_row(model), model.config_sha256, machine.tool_versions(), machine.code_version()]
     return sha256_json(parts)
 
 

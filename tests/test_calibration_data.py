@@ -80,6 +80,14 @@ def test_other_settings_give_other_data(tmp_path):
     assert not np.array_equal(first.calls[0].inputs["hidden_states"], other.calls[0].inputs["hidden_states"])
 
 
+def test_another_configuration_of_the_same_weights_gives_other_data(tmp_path):
+    """A position table for pictures half as large, say."""
+    model, recipe = made("pixart", tmp_path)
+    for changes, folders in (({}, 1), ({"interpolation_scale": 0.5}, 2), ({"_name_or_path": "elsewhere"}, 2)):
+        calibration_data(replace(model, config={**model.config, **changes}), recipe)
+        assert len(list((machine.cache_dir() / "calibration").iterdir())) == folders
+
+
 def synthetic(model, sampler):
     """Write a generation.json that draws by this sampler on random captions."""
     inputs = {

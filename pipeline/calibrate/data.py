@@ -138,6 +138,7 @@ def _origin(model: LoadedModel, recipe: Recipe, prompts: tuple[str, ...]) -> dic
     return {
         "format_version": FORMAT_VERSION,
         "model_sha256": model.sha256,
+        "config_sha256": model.config_sha256,
         "prompts": list(prompts),
         "seed": recipe.calibrate.seed,
         "timesteps": recipe.calibrate.timesteps,
