@@ -26,7 +26,7 @@ from export.quantize_graph import multiplier_table, quantize_graph
 from export.to_onnx import ExportSummary, export_float, export_portable
 from export.torch_modules import with_modules
 from export.trace import PlaceholderLinear
-from tests import tiny
+from tests import hub, tiny
 
 NAMES = ("pixart", "pixart_sigma", "dit", "hunyuan", "unknown")
 # Sigma's own size is 1024 pixels; a small profile keeps the test small and covers a second resolution.
@@ -390,6 +390,17 @@ def test_a_model_that_is_not_portable_is_refused_when_read(exported):
     case = exported("dit")
     with pytest.raises(ContractError, match="no quantized linear in it"):
         read_layers(case.float_path)
+
+
+def test_a_portable_model_in_the_hubs_cache_is_read_through_its_links(exported, tmp_path):
+    case = exported("dit")
+    folder = hub.snapshot(case.portable_path.parent, tmp_path / "repository")
+    assert (folder / f"{case.portable_path.name}.data").is_symlink()
+    layers = read_layers(folder / case.portable_path.name)
+    assert [layer.name for layer in layers] == [layer.name for layer in read_layers(case.portable_path)]
+    by_name = {layer.name: layer for layer in case.layers}
+    assert all(np.array_equal(layer.codes, by_name[layer.name].codes) for layer in layers)
+    assert all(np.array_equal(layer.scales, by_name[layer.name].scales) for layer in layers)
 
 
 def test_portable_model_with_a_node_removed_is_refused_when_read(exported, tmp_path):
