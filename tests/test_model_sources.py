@@ -203,9 +203,8 @@ FILES = {
 @pytest.mark.parametrize("name", FILES)
 def test_files_of_other_kinds_say_what_to_do(tmp_path, name, capsys):
     (tmp_path / name).write_bytes(b"GGUF")
-    assert f"{name} {FILES[name]}" in refused(["-m", str(tmp_path / name)], capsys) or FILES[name] in refused(
-        ["-m", str(tmp_path / name)], capsys
-    )
+    message = refused(["-m", str(tmp_path / name)], capsys)
+    assert str(tmp_path / name) in message and FILES[name] in message
 
 
 def test_an_adapter_beside_a_model_is_told(copied, caplog):
