@@ -97,7 +97,7 @@ def timed(path: Path) -> Iterator[list[float]]:
 
 
 def stored_seconds(path: Path) -> float:
-    return float(json.loads(path.read_text())["seconds"]) if path.is_file() else 0.0
+    return float(json.loads(path.read_text(encoding="utf-8"))["seconds"]) if path.is_file() else 0.0
 
 
 def restricted(subject: Subject, row: Row, recipe: Recipe, folder: Path) -> list[QuantizedLinear]:

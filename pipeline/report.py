@@ -161,7 +161,7 @@ def _number(value: Any) -> float:
 def write_layers_csv(report: Report, path: Path) -> None:
     """One line for each quantized linear and target."""
     names = list(LayerResult.__dataclass_fields__)
-    with path.open("w", newline="") as stream:
+    with path.open("w", encoding="utf-8", newline="") as stream:
         writer = csv.DictWriter(stream, names)
         writer.writeheader()
         writer.writerows(asdict(row) for row in report.layers)

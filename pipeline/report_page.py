@@ -23,7 +23,7 @@ from pipeline.study import Study
 if TYPE_CHECKING:
     from export.models import LoadedModel
 
-STYLE = (resources.files("pipeline") / "report_style.css").read_text
+STYLE = resources.files("pipeline") / "report_style.css"
 LINE_STYLES = ("line1", "line2", "line3", "line4")
 WORST_STRETCHES = 8
 FAINT_STYLES = ("faint", "faint2", "faint", "faint2")
@@ -117,7 +117,9 @@ def render(page: Page) -> str:
         _facts_section(page),
         _layers_table(page.report),
     )
-    head = f"<meta charset='utf-8'><title>{escape(page.title)}</title><style>{STYLE()}</style>"
+    head = (
+        f"<meta charset='utf-8'><title>{escape(page.title)}</title><style>{STYLE.read_text(encoding='utf-8')}</style>"
+    )
     body = f"<body><main>{''.join(sections)}</main></body>"
     return f"<!doctype html><html lang='en'><head>{head}</head>{body}</html>\n"
 

@@ -74,7 +74,7 @@ def verify(
         engine = engines.get(target)
         pictures[target] = verify_target(target, model, layers, graph, engine, found, report, arithmetics[target])
     out_dir.mkdir(parents=True, exist_ok=True)
-    (out_dir / "parity.json").write_text(report.to_json())
+    (out_dir / "parity.json").write_text(report.to_json(), encoding="utf-8")
     write_layers_csv(report, out_dir / "layers.csv")
     write_page(report, model, recipe, found, pictures, out_dir)
     for gate in report.failures():
