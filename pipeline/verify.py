@@ -123,7 +123,8 @@ def verify_target(
     report.steps += step_results(target, errors, found, single)
     strange = call_errors(found.special_calls, found.pool_exact, run)
     if engine is not None:
-        strange += state_errors(found.special_calls, found.pool_exact, run, len(found.calls) + len(found.special_calls))
+        made = len(found.calls) + len(found.special_calls)
+        strange += state_errors(found.special_calls, found.pools, found.pool_exact, run, made)
     report.gates += calls_gates(target, strange, found, single)
     image = found.case.draw(run)
     nonfinite = errors.nonfinite + int(np.count_nonzero(~np.isfinite(image)))
