@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from onnx.external_data_helper import ExternalDataInfo
 
 from export.errors import ContractError
+from export.formats import Format, get_format
 from pipeline.backends.base import Arrays, LoweredGraph, ProbeRow
 from pipeline.gates import LinearProbe
 from plugins.cpu import library
@@ -31,7 +32,8 @@ FOLDER_OPTION = "session.model_external_initializers_file_folder_path"
 
 def tensor_names(row: ProbeRow) -> tuple[str, ...]:
     """The tensors of one probe row, without gemm_scale (an initializer)."""
-    return tuple(name for name in (row.x, *row.codes, row.act_scale, row.gemm, row.output, row.low_rank) if name)
+    names = (row.x, *row.codes, row.act_scale, row.gemm, row.output, row.low_rank, *row.operands)
+    return tuple(name for name in names if name)
 
 
 class ProbedGraph:
@@ -118,6 +120,7 @@ class ProbedGraph:
             half_roundings=row.half_roundings,
             low_rank=_rows(tensors[row.low_rank]) if row.low_rank else None,
             timesteps=_timesteps(call, len(x)) if row.low_rank else None,
+            operands=(_rows(tensors[row.operands[0]]), tensors[row.operands[1]]) if row.operands else None,
         )
 
 
@@ -129,11 +132,21 @@ def _timesteps(call: Arrays, rows: int) -> NDArray | None:
 
 def activation_image(row: ProbeRow, codes: Sequence[NDArray]) -> NDArray[np.float64]:
     """Integer image of an activation from the hardware operands that hold it, see ProbeRow."""
+    if row.codes_format:
+        return decoded_image(get_format(row.codes_format), codes[0])
     limbs = (
         weight * (np.asarray(code, np.float64) * row.codes_unit - row.codes_offset)
         for weight, code in zip(row.limb_weights, codes, strict=True)
     )
     return np.sum(list(limbs), axis=0)
+
+
+def decoded_image(fmt: Format, codes: NDArray[np.uint8]) -> NDArray[np.float64]:
+    """Integer image of codes of a format; NaN, which no gate lets pass, for codes that are no finite number of it."""
+    numbers = np.full(2**8, np.nan)
+    finite = np.isfinite(fmt.values)
+    numbers[: len(fmt.values)][finite] = fmt.image[finite]
+    return numbers[codes]
 
 
 def _rows(tensor: NDArray) -> NDArray:

@@ -31,7 +31,10 @@ PIXEL_RANGE = 2.0
 
 @dataclass(frozen=True)
 class LayerRule:
-    """A gate over all linears of a target: the field of LayerResult it reads, and how the layers are combined."""
+    """A gate over all linears of a target: the field of LayerResult it reads, and how the layers are combined.
+
+    idle: what the report says where the field is nan in all layers, so that nothing is compared; "" for nothing.
+    """
 
     name: str
     key: str
@@ -39,10 +42,30 @@ class LayerRule:
     unit: str
     why: str
     total: bool = False
+    idle: str = ""
 
 
+# nan in place of a difference marks such a path.
+NO_SUM = (
+    "a GEMM with real scales per group, of formats too wide for integers, or of operands that are scaled beforehand, "
+    "has no single integer sum; linear_output bounds its product"
+)
 LAYER_RULES = (
-    LayerRule("gemm_exact", "gemm_max_abs_diff", 0, "", "every GEMM equals the exact integer sum of its own codes"),
+    LayerRule(
+        "gemm_exact",
+        "gemm_max_abs_diff",
+        0,
+        "",
+        "every GEMM equals the exact integer sum of its own codes",
+        idle=NO_SUM,
+    ),
+    LayerRule(
+        "operands_exact",
+        "operand_max_abs_diff",
+        0,
+        "",
+        "both operands of every GEMM are its own codes times their scales, rounded as the dialect says, to the bit",
+    ),
     LayerRule(
         "codes_inadmissible",
         "codes_inadmissible",
@@ -61,12 +84,7 @@ LAYER_RULES = (
     ),
 )
 
-
-# nan in place of a difference marks such a path.
-NO_SUM = (
-    "a GEMM with real scales per group, or of formats too wide for integers, has no single integer sum; linear_output "
-    "bounds its product"
-)
+MAY_BE_ABSENT = frozenset({"gemm_max_abs_diff", "operand_max_abs_diff"})
 
 
 def coverage_gate(target: str, count: int, expected: int) -> Gate:
@@ -86,13 +104,15 @@ def layer_gates(target: str, rows: Sequence[LayerResult], bad_outputs: int) -> l
 
 def notes_on_layers(target: str, rows: Sequence[LayerResult]) -> list[str]:
     """What a report says where a gate over layers would pass without having compared any."""
-    idle = [rule.name for rule in LAYER_RULES if rows and not _compared(rule, rows)]
-    return [f"{target}: {name} compares 0 of {len(rows)} layers and is no gate here: {NO_SUM}" for name in idle]
+    idle = [rule for rule in LAYER_RULES if rule.idle and rows and not _compared(rule, rows)]
+    return [
+        f"{target}: {rule.name} compares 0 of {len(rows)} layers and is no gate here: {rule.idle}" for rule in idle
+    ]
 
 
 def _compared(rule: LayerRule, rows: Sequence[LayerResult]) -> list[LayerResult]:
-    """The layers that a rule looks at."""
-    return [row for row in rows if rule.key != "gemm_max_abs_diff" or not math.isnan(row.gemm_max_abs_diff)]
+    """The layers that a rule looks at: nan in a field that may be absent is no finding."""
+    return [row for row in rows if rule.key not in MAY_BE_ABSENT or not math.isnan(getattr(row, rule.key))]
 
 
 def _layer_gate(target: str, rule: LayerRule, rows: Sequence[LayerResult]) -> Gate:
@@ -100,7 +120,7 @@ def _layer_gate(target: str, rule: LayerRule, rows: Sequence[LayerResult]) -> Ga
     found = _compared(rule, rows)
     values = np.array([getattr(row, rule.key) for row in found] or [math.nan], np.float64)
     combined = values.sum() if rule.total else values.max()
-    some = f"; {len(found)} of {len(rows)} layers: {NO_SUM}" if len(found) < len(rows) else ""
+    some = f"; {len(found)} of {len(rows)} layers: {rule.idle}" if len(found) < len(rows) else ""
     why = f"{rule.why}{some}{_culprit(found, rule.key)}"
     return Gate(f"{target}/{rule.name}", float(combined), rule.limit, rule.unit, why)
 

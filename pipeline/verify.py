@@ -163,6 +163,9 @@ def joined(probes: Sequence[LinearProbe]) -> LinearProbe:
     arrays: dict[str, Any] = {
         key: np.concatenate([getattr(p, key) for p in probes]) for key in keys if getattr(first, key) is not None
     }
+    if first.operands is not None:  # the weight is the same in every call
+        values = np.concatenate([probe.operands[0] for probe in probes if probe.operands is not None])
+        arrays["operands"] = (values, first.operands[1])
     return replace(first, **arrays)
 
 
@@ -190,6 +193,7 @@ def _layer_result(
         input_limit_db=inputs_db[1],
         weight_sqnr_db=sqnr_db(weight, layer.dequantized()),
         size_bytes=layer.size_bytes,
+        operand_max_abs_diff=check.operand_max_abs_diff,
     )
 
 

@@ -13,6 +13,7 @@ ROWS = {
     "rtx": ("pipeline.backends.rtx", "RtxBackend"),
     "cuda": ("pipeline.backends.cuda", "CudaBackend"),
     "trt": ("pipeline.backends.trt", "TrtBackend"),
+    "onnx": ("pipeline.backends.portable", "PortableBackend"),
 }
 
 
