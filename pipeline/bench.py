@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from pipeline import machine
+from pipeline.backends import PORTABLE
 from pipeline.backends.base import Arrays, Engine
 from pipeline.bench_baselines import Contestant, baselines, peak_memory
 from pipeline.recipe import Recipe
@@ -80,6 +81,17 @@ def bench(
         "code": machine.code_version(),
         "machine": machine.facts(),
     }
+
+
+def measured(targets: Iterable[str]) -> tuple[str, ...]:
+    """The targets of a bundle that are measured unless others are named: the portable model, which is made to run
+    anywhere and not to be fast, only where it is all there is.
+
+    >>> measured(["cpu", "onnx"]), measured(["onnx"])
+    (('cpu',), ('onnx',))
+    """
+    found = tuple(targets)
+    return tuple(target for target in found if target != PORTABLE) or found
 
 
 def _caller(runner: Contestant, inputs: Arrays) -> Callable[[], object]:

@@ -9,9 +9,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from export.errors import RecipeError
 from pipeline.bundle import load_bundle
 from pipeline.command import Answer, Parser, parser, run
-from pipeline.compiler import load_model, opened
+from pipeline.compiler import load_model, opened, parse_targets
 from pipeline.files import write_json
 from pipeline.stages import timed
 
@@ -21,24 +22,32 @@ def make_parser() -> Parser:
     made = parser("bench", "Measure the engines of a bundle on this machine, against the float model.")
     made.add_argument("bundle", type=Path, metavar="BUNDLE", help="a folder that build wrote")
     made.add_argument("-m", "--model", metavar="ID_OR_DIR", help="the float model, if it moved since the build")
+    made.add_argument(
+        "--target",
+        default="auto",
+        help="one of the bundle's, or several with commas; auto: all but onnx, the portable model, which is slow",
+    )
     made.add_argument("-o", "--output", type=Path, metavar="FILE.json", help="write the numbers here too")
     return made
 
 
-def bench_bundle(path: Path, source: str = "") -> dict[str, Any]:
-    """Verify the files, then measure every engine that runs here. Raises UserError subclasses."""
-    from pipeline.bench import bench
+def bench_bundle(path: Path, source: str = "", target: str = "auto") -> dict[str, Any]:
+    """Verify the files, then measure every engine of `target` that runs here. Raises UserError subclasses."""
+    from pipeline.bench import bench, measured
 
     bundle, _ = timed("files", lambda: load_bundle(path))
+    targets = measured(bundle.targets) if target == "auto" else parse_targets(target)
+    for missing in [name for name in targets if name not in bundle.targets]:
+        raise RecipeError(bundle.problem(missing))
     model, _ = timed("model", lambda: load_model(source or bundle.manifest["model"]["source"]))
-    with opened(path, bundle.targets) as engines, tempfile.TemporaryDirectory(prefix="ditc-") as folder:
+    with opened(path, targets) as engines, tempfile.TemporaryDirectory(prefix="ditc-") as folder:
         document, _ = timed("bench", lambda: bench(model, engines, bundle.recipe, path, Path(folder)))
     return document
 
 
 def work(args: argparse.Namespace, answer: Answer) -> int:
     """Measure and answer with the numbers."""
-    document = bench_bundle(args.bundle, args.model or "")
+    document = bench_bundle(args.bundle, args.model or "", args.target)
     if args.output:
         write_json(args.output, document)
     answer.document({"event": "bench", **document}, json.dumps(document, indent=1))

@@ -172,8 +172,8 @@ class LinearCheck:
 
     gemm_max_abs_diff: against the exact integer sum of the engine's own codes (nan where the path is not an integer
     embedding). operand_max_abs_diff: of the GEMM's own float32 operands against codes times scales, rounded as the
-    dialect says (nan where they are no tensors of the graph). scale_error, output_error: largest difference over the bound that float32 roundings allow, so at most 1;
-    output_error covers the low-rank branch, too.
+    dialect says (nan where it multiplies codes). scale_error, output_error: largest difference over the bound that
+    float32 roundings allow, so at most 1; output_error covers the low-rank branch, too.
     """
 
     codes: int

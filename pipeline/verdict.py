@@ -105,9 +105,7 @@ def layer_gates(target: str, rows: Sequence[LayerResult], bad_outputs: int) -> l
 def notes_on_layers(target: str, rows: Sequence[LayerResult]) -> list[str]:
     """What a report says where a gate over layers would pass without having compared any."""
     idle = [rule for rule in LAYER_RULES if rule.idle and rows and not _compared(rule, rows)]
-    return [
-        f"{target}: {rule.name} compares 0 of {len(rows)} layers and is no gate here: {rule.idle}" for rule in idle
-    ]
+    return [f"{target}: {rule.name} compares 0 of {len(rows)} layers and is no gate here: {rule.idle}" for rule in idle]
 
 
 def _compared(rule: LayerRule, rows: Sequence[LayerResult]) -> list[LayerResult]:

@@ -7,6 +7,7 @@ from typing import Any
 
 from export.errors import ContractError, EnvironmentLacksError
 from pipeline import machine
+from pipeline.backends import PORTABLE
 from pipeline.backends.base import BuildResult, Capabilities, Engine, LoweredGraph
 from pipeline.backends.portable_engine import DATA, MODEL, PortableEngine
 
@@ -14,8 +15,8 @@ from pipeline.backends.portable_engine import DATA, MODEL, PortableEngine
 class PortableBackend:
     """Every bundle has it: its files, model.onnx and model.onnx.data, stand at the bundle's root."""
 
-    name = "onnx"
-    capabilities = Capabilities("onnx", ())
+    name = PORTABLE
+    capabilities = Capabilities(PORTABLE, ())
 
     def problems(self, recipe: Any) -> list[str]:
         """Only onnxruntime can be missing: function bodies exist for whatever can be exported."""
