@@ -190,7 +190,8 @@ class LinearCheck:
 def check_linear(layer: QuantizedLinear, probe: LinearProbe, oracle: ActivationOracle) -> LinearCheck:
     """Compare one linear of an engine with the oracle; `oracle` is activation_oracle(probe.x, layer)."""
     image = np.nan_to_num(probe.image, nan=0.0, posinf=0.0, neginf=0.0).astype(np.float64)
-    total = exact_sums(image, layer.image(), probe.gemm.shape[1] if probe.gemm.ndim == 3 else 1)
+    groups = probe.gemm.shape[1] if probe.gemm.ndim == 3 else 1
+    total = exact_sums(image, layer.image(), groups) if probe.exact else np.zeros(0)
     outside = (probe.image < oracle.lowest) | (probe.image > oracle.highest) | ~np.isfinite(probe.image)
     tensors = (probe.x, probe.gemm, probe.act_scale, probe.output, probe.low_rank, *(probe.operands or ()))
     produced = [item for item in tensors if item is not None]

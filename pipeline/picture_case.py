@@ -41,6 +41,16 @@ class Case:
         sampler = make_sampler(self.sampler, self.n_steps, self.timestep_scale)
         return sample(run, self.conditioning, self.noise, sampler, self.guidance_scale, on_step)
 
+    def first(self, count: int) -> Case:
+        """The case of the first `count` pictures."""
+        conditioning = [{name: value[:count] for name, value in part.items()} for part in self.conditioning]
+        return replace(
+            self,
+            prompts=self.prompts[:count],
+            conditioning=(conditioning[0], conditioning[1]),
+            noise=self.noise[:count],
+        )
+
     def shown(self, output: NDArray[Any]) -> NDArray[Any]:
         """The part of a denoiser's output that the sampler uses: a learned sigma is dropped."""
         return output[:, : self.noise.shape[1]]

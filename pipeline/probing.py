@@ -55,6 +55,11 @@ class ProbedGraph:
         rows = (row for row in self.rows.values() if row.gemm_scale in constants)
         return frozenset(row.layer for row in rows if self.produced.issuperset(tensor_names(row)))
 
+    @cached_property
+    def weights(self) -> frozenset[str]:
+        """Dequantized weights, which are the same in every call: decoders of stored tensors make them."""
+        return frozenset(row.operands[1] for row in self.rows.values() if row.operands)
+
     def constant(self, name: str) -> NDArray | None:
         """An initializer by name, or None for ""."""
         if not name:
@@ -82,11 +87,13 @@ class ProbedGraph:
         changed.graph.output.extend(onnx.ValueInfoProto(name=name) for name in wanted)
         session = open_session(changed, self.path.parent)
         del changed
-        results = []
+        results: list[Arrays] = []
         for call in calls:
             fed = {name: call[name] for name in inputs}
-            found = dict(zip(wanted, session.run(wanted, fed), strict=True))
-            results.append(found | {name: fed[name] for name in names if name in inputs})
+            known = {name: results[0][name] for name in self.weights & set(wanted)} if results else {}
+            asked = [name for name in wanted if name not in known]
+            found = dict(zip(asked, session.run(asked, fed), strict=True))
+            results.append(found | known | {name: fed[name] for name in names if name in inputs})
         return results
 
     def probes(self, layers: Sequence[str], calls: Sequence[Arrays]) -> Iterator[tuple[str, list[LinearProbe]]]:
@@ -96,7 +103,7 @@ class ProbedGraph:
             batch, left = left[:size], left[size:]
             names = {name for layer in batch for name in tensor_names(self.rows[layer])}
             found = self.run(sorted(names), calls)
-            held = sum(array.nbytes for tensors in found for array in tensors.values())
+            held = sum({id(array): array.nbytes for tensors in found for array in tensors.values()}.values())
             size = max(1, int(BATCH_BYTES / max(held / len(batch), 1)))
             logger.debug("probed %d layers, %.0f MiB", len(batch), held / 2**20)
             for layer in batch:

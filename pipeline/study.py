@@ -90,11 +90,11 @@ class Study:
         pairs = zip(self.plain, self.exact, strict=True)
         return [sqnr_db(self.case.shown(plain), self.case.shown(exact)) for plain, exact in pairs]
 
-    def errors(self, run: Run) -> StepErrors:
-        """Run a denoiser on every step's inputs."""
-        calls = track(self.calls, len(self.calls), "verify: steps")
-        outputs = [self.case.shown(run(call)["sample"]) for call in calls]
-        pairs = [(self.case.shown(exact), output) for exact, output in zip(self.exact, outputs, strict=True)]
+    def errors(self, run: Run, steps: Sequence[int] = ()) -> StepErrors:
+        """Run a denoiser on the inputs of every step, or of `steps` alone."""
+        steps = steps or range(len(self.calls))
+        outputs = [self.case.shown(run(self.calls[i])["sample"]) for i in track(steps, len(steps), "verify: steps")]
+        pairs = [(self.case.shown(self.exact[i]), output) for i, output in zip(steps, outputs, strict=True)]
         return StepErrors(
             [sqnr_db(exact, output) for exact, output in pairs],
             [sqnr_db(one, other) for exact, output in pairs for one, other in zip(exact, output, strict=True)],

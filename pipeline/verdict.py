@@ -136,11 +136,14 @@ def _codes_gate(target: str, rows: Sequence[LayerResult]) -> Gate:
     return Gate(f"{target}/codes_equal", share, limit, "share", why, at_most=False)
 
 
-def step_results(target: str, errors: StepErrors, found: Study, single: Realisations) -> list[StepResult]:
-    """One row per denoising step."""
-    worst = [min(run.steps_db[step] for run in single.errors) for step in range(len(errors.steps_db))]
-    rows = zip(errors.steps_db, worst, found.quant_db, strict=True)
-    return [StepResult(target, step, *numbers) for step, numbers in enumerate(rows)]
+def step_results(
+    target: str, errors: StepErrors, found: Study, single: Realisations, steps: Sequence[int]
+) -> list[StepResult]:
+    """One row per denoising step; `errors` are those of `steps`, and the others' is nan."""
+    measured = dict(zip(steps, errors.steps_db, strict=True))
+    worst = [min(run.steps_db[step] for run in single.errors) for step in range(len(found.calls))]
+    rows = enumerate(zip(worst, found.quant_db, strict=True))
+    return [StepResult(target, step, measured.get(step, math.nan), *numbers) for step, numbers in rows]
 
 
 def end_gates(target: str, errors: StepErrors, images: NDArray[Any], found: Study, single: Realisations) -> list[Gate]:
@@ -148,17 +151,19 @@ def end_gates(target: str, errors: StepErrors, images: NDArray[Any], found: Stud
 
     `single`: float32 runs of the reference in the target's arithmetic. The worst step bounds how bad it can get; the
     median sample tells a fault that touches every sample from flips that hit few. No limit is looser than the error of
-    quantization itself, and none asks for more than ROUNDED_DB.
+    quantization itself, and none asks for more than ROUNDED_DB. A target that draws no picture has no gate for it.
     """
     worst_step = min(min(run.steps_db) for run in single.hit_errors)
     quarter = float(np.quantile([value for run in single.errors for value in run.samples_db], 0.25))
     worst_image = min(value for drawn in single.hit_images for value in pictures_db(found, drawn))
     step_cost, image_cost = min(found.quant_db), min(pictures_db(found, found.images["float"]))
-    rows = (
+    rows = [
         ("step_sqnr_db", _lowest(errors.steps_db), (worst_step, step_cost), "worst step"),
         ("median_sqnr_db", _median(errors.samples_db), (quarter, step_cost), "lower quartile"),
-        ("final_psnr_db", _lowest(pictures_db(found, images)), (worst_image, image_cost), "worst picture"),
-    )
+    ]
+    if len(images):
+        psnr = _lowest(pictures_db(found, images))
+        rows.append(("final_psnr_db", psnr, (worst_image, image_cost), "worst picture"))
     return [_end_gate(f"{target}/{name}", value, limits, what) for name, value, limits, what in rows]
 
 
@@ -178,10 +183,10 @@ def _lowest(values: Sequence[float]) -> float:
 
 
 def pictures_db(found: Study, images: NDArray[Any]) -> list[float]:
-    """PSNR of each picture against the float64 reference's."""
+    """PSNR of each picture against the float64 reference's; `images` may be the first few."""
     reference = found.images["reference"]
     peak = PIXEL_RANGE if found.case.output == "pixels" else float(np.ptp(reference))
-    return [psnr_db(one, other, peak) for one, other in zip(reference, images, strict=True)]
+    return [psnr_db(one, other, peak) for one, other in zip(reference[: len(images)], images, strict=True)]
 
 
 def quantization_gates(found: Study, recipe: Recipe) -> list[Gate]:

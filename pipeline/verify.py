@@ -17,7 +17,9 @@ import numpy as np
 
 from export.checkpoint import QuantizedLinear
 from pipeline.backends.base import Engine, LoweredGraph
+from pipeline.effort import effort_for, note
 from pipeline.gates import LinearCheck, LinearProbe, activation_oracle, check_linear, sqnr_db
+from pipeline.picture_case import is_large
 from pipeline.probing import ProbedGraph
 from pipeline.progress import track
 from pipeline.recipe import Recipe
@@ -91,18 +93,21 @@ def verify_target(
     expected = {ref.name: ref.module for ref in model.linears()}
     present = [layer for layer in layers if layer.name in probed.complete and layer.name in expected]
     report.gates.append(coverage_gate(target, len(present), len(expected)))
-    results = layer_results(target, present, expected, probed, found, of_graph)
+    whole = (found.case.n_steps, found.probed, len(found.case.noise))
+    effort = effort_for(target, *whole, large=is_large(model))
+    results = layer_results(target, present, expected, probed, found, of_graph, effort.probed)
     report.layers += results
     run = engine.run if engine else probed.denoiser()
     if engine is None:
         apart = PLUGINS_APART if any(choice.path.startswith("plugin") for choice in graph.choices) else ""
         report.notes.append(f"{target}: {PROVEN_NOT_RUN}{apart}")
-    errors = found.errors(run)
-    report.steps += step_results(target, errors, found, single)
-    image = found.case.draw(run)
+    errors = found.errors(run, effort.steps)
+    report.steps += step_results(target, errors, found, single, effort.steps)
+    image = found.case.first(effort.pictures).draw(run) if effort.pictures else found.case.noise[:0]
     nonfinite = errors.nonfinite + int(np.count_nonzero(~np.isfinite(image)))
     report.gates += layer_gates(target, results, nonfinite) + end_gates(target, errors, image, found, single)
     report.notes += notes_on_layers(target, results)
+    report.notes += filter(None, [note(target, effort, *whole)])
     if arithmetic in ARITHMETIC_NOTES:
         report.notes.append(f"{target}: {ARITHMETIC_NOTES[arithmetic]}")
     return image
@@ -132,10 +137,12 @@ def layer_results(
     probed: ProbedGraph,
     found: Study,
     single: Realisations,
+    steps: Sequence[int] = (),
 ) -> list[LayerResult]:
-    """Every linear of one target on inputs from the first, a middle and the last step."""
-    rows = {layer.name: layer for layer in layers}
-    calls = [found.calls[step] for step in found.probed]
+    """Every linear of one target on the inputs of `steps`, by default the first, a middle and the last one (the study
+    has looked at no others)."""
+    rows, steps = {layer.name: layer for layer in layers}, steps or found.probed
+    calls, places = [found.calls[step] for step in steps], [found.probed.index(step) for step in steps]
     results, known = [], ("", b"")
     for name, probes in track(probed.probes(list(rows), calls), len(rows), f"verify {target}: linears"):
         probe = joined(probes)
@@ -143,7 +150,9 @@ def layer_results(
         if quantizer != known:  # q, k and v read one quantizer and follow each other
             known, oracle = quantizer, activation_oracle(np.nan_to_num(probe.x), rows[name])
         check = check_linear(rows[name], probe, oracle)
-        input_db = layer_input_db(found.layer_inputs.get(name, []), [item.x for item in probes])
+        recorded = found.layer_inputs.get(name, [])
+        expected = [recorded[place] for place in places if place < len(recorded)]
+        input_db = layer_input_db(expected, [item.x for item in probes])
         inputs = (input_db, single.layer_db.get(name, math.nan))
         results.append(_layer_result(target, rows[name], modules[name], probed.rows[name].path, check, inputs))
     return results
