@@ -65,8 +65,9 @@ class LayerResult:
 
 @dataclass(frozen=True)
 class StepResult:
-    """One denoising step on one target, all on the same x_t: engine against the float64 reference (nan in steps that a
-    slow target leaves out), the worst float32 run of the reference against it, the reference against the float model."""
+    """One denoising step on one target, all on the same x_t: engine against the float64 reference, the worst float32
+    run of the reference against it, and the reference against the float model. sqnr_db is nan where a slow target was
+    not run."""
 
     target: str
     step: int
