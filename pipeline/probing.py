@@ -75,7 +75,7 @@ class ProbedGraph:
         """The graph as it is, run by onnxruntime: stands in for an engine that this machine cannot run."""
         session = open_session(self.model, self.path.parent)
         names = [output.name for output in session.get_outputs()]
-        return lambda inputs: dict(zip(names, session.run(names, inputs), strict=True))
+        return lambda inputs: self._call(session, names, inputs)
 
     def run(self, names: Sequence[str], calls: Sequence[Arrays]) -> list[Arrays]:
         """The tensors `names` for each of the model inputs `calls`."""
@@ -92,9 +92,18 @@ class ProbedGraph:
             fed = {name: call[name] for name in inputs}
             known = {name: results[0][name] for name in self.weights & set(wanted)} if results else {}
             asked = [name for name in wanted if name not in known]
-            found = dict(zip(asked, session.run(asked, fed), strict=True))
+            found = self._call(session, asked, fed)
             results.append(found | known | {name: fed[name] for name in names if name in inputs})
         return results
+
+    def _call(self, session: Any, names: Sequence[str], inputs: Arrays) -> Arrays:
+        """Tensors by name. Raises ContractError where onnxruntime stops, as it does at a code beyond its table."""
+        from onnxruntime.capi import onnxruntime_pybind11_state as state
+
+        try:
+            return dict(zip(names, session.run(names, inputs), strict=True))
+        except (state.InvalidArgument, state.RuntimeException, state.Fail) as error:
+            raise ContractError(f"{self.path} cannot be run: {error}; build the bundle again") from error
 
     def probes(self, layers: Sequence[str], calls: Sequence[Arrays]) -> Iterator[tuple[str, list[LinearProbe]]]:
         """For each layer what it computed in each call, a batch of layers at a time."""
