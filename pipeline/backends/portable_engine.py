@@ -10,7 +10,7 @@ from pipeline.backends.base import Arrays
 MODEL, DATA = "model.onnx", "model.onnx.data"
 # onnxruntime folds constants, so that weights are decoded once, and needs some 38 bytes for each weight while it does
 # (see export/ops.py). Above this size of the packed file weights stay packed, and are decoded in every call.
-FOLDED_BYTES = 16 * 2**20
+FOLDED_BYTES = 8 * 2**20
 
 
 class PortableEngine:
