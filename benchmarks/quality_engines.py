@@ -230,7 +230,7 @@ def prove(
     modules = {ref.name: ref.module for ref in subject.model.linears()}
     present = [layer for layer in layers if layer.name in probed.complete]
     named = {f"step {step + 1}": call for step, call in zip(steps, calls, strict=True)}
-    results = layer_results(target, present, modules, probed, found, Realisations(), named)
+    results = layer_results(target, present, modules, probed, found, Realisations(), named, found.probed)
     return [coverage_gate(target, len(present), len(modules)), *layer_gates(target, results, 0)]
 
 

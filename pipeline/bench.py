@@ -9,14 +9,15 @@ from __future__ import annotations
 import logging
 import sys
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from pipeline import machine
+from pipeline.backends import PORTABLE
 from pipeline.backends.base import Arrays, Engine
 from pipeline.bench_baselines import Contestant, baselines, peak_memory
 from pipeline.recipe import Recipe
@@ -82,6 +83,17 @@ def bench(
     }
 
 
+def measured(targets: Iterable[str]) -> tuple[str, ...]:
+    """The targets of a bundle that are measured unless others are named: the portable model, which is made to run
+    anywhere and not to be fast, only where it is all there is.
+
+    >>> measured(["cpu", "onnx"]), measured(["onnx"])
+    (('cpu',), ('onnx',))
+    """
+    found = tuple(targets)
+    return tuple(target for target in found if target != PORTABLE) or found
+
+
 def _caller(runner: Contestant, inputs: Arrays) -> Callable[[], object]:
     return lambda: runner.run(inputs)
 
@@ -125,13 +137,8 @@ def image_timings(runners: list[Contestant], case: Any, calls: Mapping[str, Timi
     expected = {name: float(np.median(row.seconds)) * case.n_steps * guided for name, row in calls.items()}
     if sum(expected.values()) * (IMAGE_ROUNDS[0] + 1) > IMAGES_BUDGET_S:
         return {name: Timing((seconds,), derived=True) for name, seconds in expected.items()}
-    one = replace(case, noise=case.noise[:1], conditioning=tuple(_first(part) for part in case.conditioning))
-    draws = {row.name: _drawer(row, one) for row in runners}
+    draws = {row.name: _drawer(row, case.first(1)) for row in runners}
     return interleaved(draws, IMAGES_BUDGET_S, IMAGE_ROUNDS)
-
-
-def _first(inputs: Arrays) -> Arrays:
-    return {name: value[:1] for name, value in inputs.items()}
 
 
 def _drawer(runner: Contestant, case: Any) -> Callable[[], object]:

@@ -41,7 +41,9 @@ class Contestant:
     @staticmethod
     def of_engine(name: str, engine: Engine, bundle: Path) -> Contestant:
         """The engine of target `name`; it is closed by whoever opened it."""
-        files = [bundle / name / file for file in tree(bundle / name) if file.endswith(WEIGHT_SUFFIXES)]
+        folder = bundle / name
+        own = [folder / file for file in tree(folder)] or list(bundle.iterdir())  # the portable model is at the root
+        files = [path for path in own if path.suffix in WEIGHT_SUFFIXES]
         return Contestant(name, engine.run, sum(path.stat().st_size for path in files), (name, str(bundle)))
 
 

@@ -35,7 +35,8 @@ def make_parser() -> Parser:
     made.add_argument(
         "--target",
         default="auto",
-        help="cpu, rtx, cuda, or several with commas; auto: all that this recipe can be built for here",
+        help="cpu, rtx, cuda, trt, or several with commas; auto: all that this recipe can be built for here; onnx, the "
+        "portable model, is part of every bundle and proven in any case",
     )
     made.add_argument("-o", "--output-dir", type=Path, metavar="DIR", help="where to write (default: engines/NAME)")
     made.add_argument("--target-sm", type=integers, metavar="89,120", help="GPUs that the rtx engine is built for")

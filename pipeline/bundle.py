@@ -11,15 +11,16 @@ from typing import Any
 
 from export.errors import ContractError, EnvironmentLacksError, RecipeError
 from pipeline import machine, manifest, recipe
-from pipeline.backends import cuda_run, trt_run
+from pipeline.backends import PORTABLE, cuda_run, trt_run
 from pipeline.backends.base import Engine
 from pipeline.backends.rtx_run import machine_problem, release
 from pipeline.files import is_hub_link, sha256, tree
 
 logger = logging.getLogger(__name__)
 
-# Fastest first: `engine("auto")` takes the first that the machine can run.
-SPEED_ORDER = ("trt", "cuda", "rtx", "cpu")
+# Fastest first: `engine("auto")` takes the first that the machine can run. The portable model comes last: it runs
+# anywhere, many times slower.
+SPEED_ORDER = ("trt", "cuda", "rtx", "cpu", PORTABLE)
 
 
 @dataclass(frozen=True)
@@ -57,6 +58,8 @@ class Bundle:
         problems = {name: self.problem(name) for name in wanted}
         for name, problem in problems.items():
             if not problem:
+                if target == "auto" and name == PORTABLE:
+                    logger.warning("no faster target fits this machine: the portable model runs, many times slower")
                 return name
             logger.info("target %s does not fit this machine: %s", name, problem)
         raise EnvironmentLacksError("; ".join(problems.values()) or f"{self.path} has no target that can run")
@@ -115,15 +118,26 @@ def _verify_file(path: Path, row: Mapping[str, Any]) -> None:
 # --- does a target fit this machine? -------------------------------------------------------------------------------
 
 
-def _cpu_problem(document: Mapping[str, Any]) -> str:
+def _onnxruntime_problem(document: Mapping[str, Any], target: str) -> str:
+    """A runtime that is absent, or older than the one that the target was verified with."""
     if not machine.tool_version("onnxruntime"):
-        return "target cpu needs onnxruntime; install with: pip install onnxruntime"
+        return f"target {target} needs onnxruntime; install with: pip install onnxruntime"
     built, found = (
         release(version) for version in (document["tools"]["onnxruntime"], machine.tool_version("onnxruntime"))
     )
     if tuple(map(int, found)) < tuple(map(int, built)):
         versions = f"verified with onnxruntime {'.'.join(built)}, this is {'.'.join(found)}"
-        return f"target cpu was {versions}; upgrade onnxruntime or rebuild"
+        return f"target {target} was {versions}; upgrade onnxruntime or rebuild"
+    return ""
+
+
+def _portable_problem(document: Mapping[str, Any]) -> str:
+    return _onnxruntime_problem(document, PORTABLE)
+
+
+def _cpu_problem(document: Mapping[str, Any]) -> str:
+    if problem := _onnxruntime_problem(document, "cpu"):
+        return problem
     lacking = _lacking(document["targets"]["cpu"])
     return (
         f"target cpu needs {', '.join(lacking)}, which this processor lacks; build it on this machine"
@@ -161,6 +175,7 @@ FITNESS: dict[str, Callable[[Mapping[str, Any]], str]] = {
     "rtx": _rtx_problem,
     "cuda": _cuda_problem,
     "trt": _trt_problem,
+    PORTABLE: _portable_problem,
 }
 
 

@@ -16,6 +16,7 @@ from export import checkpoint
 from export.checkpoint import QuantizedLinear
 from export.errors import EnvironmentLacksError, ParityError, RecipeError, ResourceError
 from pipeline import build_record, machine, manifest
+from pipeline.backends import PORTABLE
 from pipeline.backends.base import BuildResult, Engine
 from pipeline.calibrate import with_method
 from pipeline.conditioning import GENERATION_FILE, load_generation
@@ -34,11 +35,12 @@ AUTO_TARGETS = {"cpu": "onnxruntime", "rtx": "tensorrt_rtx", "cuda": "triton"}
 GPU_TARGETS = {"cuda": 80}
 # Built only where it is named.
 NAMED_TARGETS = {"trt": "tensorrt"}
-TARGETS = {**AUTO_TARGETS, **NAMED_TARGETS}
+# PORTABLE is in every bundle, so that it is proven in every build, named or not.
+TARGETS = {**AUTO_TARGETS, **NAMED_TARGETS, PORTABLE: "onnxruntime"}
 # Disk while building, in bytes per parameter: checkpoint by layer and joined, and the portable model (together below
 # 2); the baselines of the measurement (9, see bench); the CPU's INT8 weights; the lowered graph and the engine of rtx;
 # the packed weights of cuda and trt, twice.
-BYTES_PER_PARAMETER = {"always": 11.0, "cpu": 1.5, "rtx": 2.5, "cuda": 1.5, "trt": 1.5}
+BYTES_PER_PARAMETER = {"always": 11.0, "cpu": 1.5, "rtx": 2.5, "cuda": 1.5, "trt": 1.5, PORTABLE: 0.0}
 NEEDED = ("torch", "diffusers", "onnx", "onnx_ir", "onnxscript", "onnxruntime")
 
 
@@ -46,7 +48,8 @@ NEEDED = ("torch", "diffusers", "onnx", "onnx_ir", "onnxscript", "onnxruntime")
 class BuildRequest:
     """One build: a resolved recipe, the targets, the destination folder, and what to do with what stands there.
 
-    checkpoint: a folder of `python -m pipeline.calibrate` whose layers are taken instead of calibrating.
+    targets: the portable model is always among them. checkpoint: a folder of `python -m pipeline.calibrate` whose
+    layers are taken instead of calibrating.
     """
 
     recipe: Recipe
@@ -56,6 +59,10 @@ class BuildRequest:
     force: bool = False
     checkpoint: Path | None = None
     listener: Listener = lambda event: None
+
+    def __post_init__(self) -> None:
+        if PORTABLE not in self.targets:
+            object.__setattr__(self, "targets", (*self.targets, PORTABLE))
 
     @property
     def work_path(self) -> Path:
@@ -221,6 +228,9 @@ def built(work: WorkFolder, target: str, recipe: Recipe) -> BuildResult:
             folder.mkdir()
         lowered = backend.lower(work.bundle / "model.onnx", scratch, recipe)
         result = backend.build(lowered, out, recipe)
+        for folder in (out, scratch):
+            if not any(folder.iterdir()):  # the portable model's files are the export's
+                folder.rmdir()
         build_record.write(result, work.path, target)
         return result
 
@@ -288,10 +298,10 @@ def reject(work: WorkFolder, facts: manifest.BuildFacts, rejected: Path) -> None
 
 def benched(work: WorkFolder, model: LoadedModel, facts: manifest.BuildFacts) -> None:
     """Stage: measure the engines that run here against the float model."""
-    from pipeline.bench import bench
+    from pipeline.bench import bench, measured
 
     def measure() -> None:
-        with opened(work.bundle, tuple(facts.results)) as engines:
+        with opened(work.bundle, measured(facts.results)) as engines:
             document: dict[str, Any] = bench(model, engines, facts.recipe, work.bundle, work.scratch("bench"))
         remove(work.path / "bench")
         write_json(work.bundle / "bench.json", document)

@@ -73,7 +73,7 @@ def onnxruntime_check() -> Check:
         found = import_module("onnxruntime")
     except ImportError as error:
         return Check("onnxruntime", False, f"does not load: {error}", True, _install("onnxruntime"))
-    return Check("onnxruntime", True, found.__version__, True)
+    return Check("onnxruntime", True, f"{found.__version__}, runs the targets cpu and onnx", True)
 
 
 def rtx_check() -> Check:

@@ -26,7 +26,8 @@ QUOTIENT_ROUNDINGS = 4
 # The same for the token scale: absmax / max_value, and one rescaling.
 SCALE_ROUNDINGS = 2
 # After the integer sum: conversion to float32, times the channel scale, times the token scale (itself SCALE_ROUNDINGS
-# off), plus bias.
+# off), plus bias. Where scaled operands are multiplied instead, K products and their sum round K times, and besides:
+# both operands (a zero point rounds the activation's once more, but then no token scale does), and plus bias.
 OUTPUT_ROUNDINGS = 4 + SCALE_ROUNDINGS
 # Second-order terms of that first-order count are below 2^-40; one per mille covers them.
 FIRST_ORDER = 1.001
@@ -147,7 +148,8 @@ class LinearProbe:
     x: [M, K]. image: integer image of its activation codes, [M, K] float64. act_scale: [M, 1] or [M, groups], None
     where it is a constant of the GEMM. gemm: [M, N], or [M, groups of sums, N]. output, low_rank: [M, N], or None where
     the engine does not keep it or has none. timesteps: [M], which each token's sample had, or None. The other fields
-    are those of the ProbeRow, gemm_scale as array [N] or None.
+    are those of the ProbeRow, gemm_scale as array [N] or None. operands: the GEMM's own, float32 [M, K] and [K, N],
+    where it multiplies values that are scaled already, or None.
     """
 
     x: Array
@@ -161,6 +163,7 @@ class LinearProbe:
     half_roundings: int = 0
     low_rank: Array | None = None
     timesteps: Array | None = None
+    operands: tuple[Array, Array] | None = None
 
 
 @dataclass(frozen=True)
@@ -168,8 +171,9 @@ class LinearCheck:
     """Findings about one linear.
 
     gemm_max_abs_diff: against the exact integer sum of the engine's own codes (nan where the path is not an integer
-    embedding). scale_error, output_error: largest difference over the bound that float32 roundings allow, so at most 1;
-    output_error covers the low-rank branch, too.
+    embedding). operand_max_abs_diff: of the GEMM's own float32 operands against codes times scales, rounded as the
+    dialect says (nan where it multiplies codes). scale_error, output_error: largest difference over the bound that
+    float32 roundings allow, so at most 1; output_error covers the low-rank branch, too.
     """
 
     codes: int
@@ -180,14 +184,16 @@ class LinearCheck:
     scale_error: float
     output_error: float
     nonfinite: int
+    operand_max_abs_diff: float = math.nan
 
 
 def check_linear(layer: QuantizedLinear, probe: LinearProbe, oracle: ActivationOracle) -> LinearCheck:
     """Compare one linear of an engine with the oracle; `oracle` is activation_oracle(probe.x, layer)."""
     image = np.nan_to_num(probe.image, nan=0.0, posinf=0.0, neginf=0.0).astype(np.float64)
-    total = exact_sums(image, layer.image(), probe.gemm.shape[1] if probe.gemm.ndim == 3 else 1)
+    groups = probe.gemm.shape[1] if probe.gemm.ndim == 3 else 1
+    total = exact_sums(image, layer.image(), groups) if probe.exact else np.zeros(0)
     outside = (probe.image < oracle.lowest) | (probe.image > oracle.highest) | ~np.isfinite(probe.image)
-    tensors = (probe.x, probe.gemm, probe.act_scale, probe.output, probe.low_rank)
+    tensors = (probe.x, probe.gemm, probe.act_scale, probe.output, probe.low_rank, *(probe.operands or ()))
     produced = [item for item in tensors if item is not None]
     errors = (_output_error(layer, probe, oracle, image, total), _low_rank_error(layer, probe))
     return LinearCheck(
@@ -199,6 +205,7 @@ def check_linear(layer: QuantizedLinear, probe: LinearProbe, oracle: ActivationO
         scale_error=_scale_error(probe, oracle),
         output_error=math.nan if math.isnan(errors[0]) else max(errors),
         nonfinite=sum(int(np.count_nonzero(~np.isfinite(item))) for item in produced),
+        operand_max_abs_diff=_operand_difference(layer, probe, image),
     )
 
 
@@ -231,6 +238,25 @@ def _gemm_difference(probe: LinearProbe, total: Array) -> float:
         expected = expected * np.asarray(probe.gemm_scale, np.float32).reshape(1, -1)
     difference = np.abs(np.asarray(probe.gemm, np.float64) - expected)
     return float(np.nan_to_num(difference, nan=np.inf).max(initial=0))
+
+
+def _operand_difference(layer: QuantizedLinear, probe: LinearProbe, image: Array) -> float:
+    """Largest difference of the GEMM's operands from the engine's own codes and scales, to the bit.
+
+    value(code) * scale is exact in float64 (8 bits times 24), so its float32 is the one rounding that the graph makes;
+    a zero point is added in float32, which rounds once more, as in the graph.
+    """
+    if probe.operands is None:
+        return math.nan
+    scale = layer.activation_scale if probe.act_scale is None else probe.act_scale
+    assert scale is not None, f"{layer.name}: neither a scale per token nor a static one"
+    spread = np.repeat(np.atleast_2d(np.asarray(scale, np.float64)), layer.activation_group or image.shape[1], axis=1)
+    value = (image * to_value(layer, "activation") * spread).astype(np.float32)
+    if layer.activation_zero is not None:
+        value = value + layer.activation_zero.astype(np.float32)
+    pairs = zip(probe.operands, (value, layer.dequantized().astype(np.float32).T), strict=True)
+    differences = (np.abs(np.asarray(operand, np.float64) - expected) for operand, expected in pairs)
+    return max(float(np.nan_to_num(item, nan=np.inf).max(initial=0)) for item in differences)
 
 
 def _scale_error(probe: LinearProbe, oracle: ActivationOracle) -> float:
@@ -267,11 +293,14 @@ def _product(
 ) -> tuple[Array, Array, float]:
     """(product [M, N] in float64, sum of the magnitudes that were rounded, how often float32 rounds)."""
     unit = to_value(layer, "activation") * oracle.scale
-    if not probe.exact:  # float sums over real scales per group, or of formats too wide for integers
+    if not probe.exact:  # float sums over real scales per group, of formats too wide for integers, of scaled operands
         spread = np.repeat(unit, image.shape[1] // unit.shape[1], axis=1) if unit.shape[1] > 1 else unit
         value, weight = image * spread, layer.dequantized()
         roundings = OUTPUT_ROUNDINGS + layer.in_features + probe.half_roundings * HALF_ROUNDING / ROUNDING
-        return value @ weight.T, np.abs(value) @ np.abs(weight).T, roundings
+        magnitude = np.abs(value) @ np.abs(weight).T
+        if probe.operands is not None and layer.activation_zero is not None:  # each product has its share of the zero
+            magnitude = magnitude + np.abs(layer.activation_zero[0]) * np.abs(weight).sum(axis=1)
+        return value @ weight.T, magnitude, roundings
     if total.ndim == 2:
         product = total * (to_value(layer, "weight") * unit) * layer.scales[:, 0].astype(np.float64)
         return product, np.abs(product), OUTPUT_ROUNDINGS

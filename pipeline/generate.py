@@ -152,7 +152,8 @@ def make_parser() -> Parser:
     made.add_argument("--seed", type=int, default=0, help="of the first picture of each prompt; the next has seed + 1")
     made.add_argument("--n-steps", type=int, default=0, help="denoising steps (default: the model's)")
     made.add_argument("--guidance-scale", type=float, help="1 is without guidance (default: the model's)")
-    made.add_argument("--target", default="auto", help="cpu, rtx, cuda; auto: the fastest that this machine can run")
+    made.add_argument("--target", default="auto", help="cpu, rtx, cuda, trt, onnx (the portable "
+                      "model, slow); auto: the fastest that this machine can run")  # fmt: skip
     made.add_argument("--num-images", type=int, default=1, help="pictures of each prompt")
     text = f"enlarge every pixel this many times (default: to at least {SHOWN_PIXELS} pixels a side)"
     made.add_argument("--scale", type=int, default=0, help=text)

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from pipeline.backends.base import Arrays
 from pipeline.conditioning import GENERATION_FILE, Generation, load_generation
 from pipeline.recipe import Recipe
-from pipeline.sampling import make_sampler, sample
+from pipeline.sampling import UNBATCHED, make_sampler, sample
 
 if TYPE_CHECKING:
     from export.models import LoadedModel
@@ -40,6 +40,14 @@ class Case:
         """Pictures (or latents) [B, C, H, W] by this denoiser."""
         sampler = make_sampler(self.sampler, self.n_steps, self.timestep_scale)
         return sample(run, self.conditioning, self.noise, sampler, self.guidance_scale, on_step)
+
+    def first(self, count: int) -> Case:
+        """The case of the first `count` pictures alone."""
+        wanted, plain = (
+            {name: value if name in UNBATCHED else value[:count] for name, value in part.items()}
+            for part in self.conditioning
+        )
+        return replace(self, prompts=self.prompts[:count], conditioning=(wanted, plain), noise=self.noise[:count])
 
     def shown(self, output: NDArray[Any]) -> NDArray[Any]:
         """The part of a denoiser's output that the sampler uses: a learned sigma is dropped."""

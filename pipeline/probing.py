@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from onnx.external_data_helper import ExternalDataInfo
 
 from export.errors import ContractError
+from export.formats import Format, get_format
 from pipeline.backends.base import Arrays, LoweredGraph, ProbeRow
 from pipeline.gates import LinearProbe
 from plugins.cpu import library
@@ -31,7 +32,8 @@ FOLDER_OPTION = "session.model_external_initializers_file_folder_path"
 
 def tensor_names(row: ProbeRow) -> tuple[str, ...]:
     """The tensors of one probe row, without gemm_scale (an initializer)."""
-    return tuple(name for name in (row.x, *row.codes, row.act_scale, row.gemm, row.output, row.low_rank) if name)
+    names = (row.x, *row.codes, row.act_scale, row.gemm, row.output, row.low_rank, *row.operands)
+    return tuple(name for name in names if name)
 
 
 class ProbedGraph:
@@ -52,6 +54,11 @@ class ProbedGraph:
         constants = {item.name for item in self.model.graph.initializer} | {""}
         rows = (row for row in self.rows.values() if row.gemm_scale in constants)
         return frozenset(row.layer for row in rows if self.produced.issuperset(tensor_names(row)))
+
+    @cached_property
+    def weights(self) -> frozenset[str]:
+        """Dequantized weights, which are the same in every call: decoders of stored tensors make them."""
+        return frozenset(row.operands[1] for row in self.rows.values() if row.operands)
 
     def constant(self, name: str) -> NDArray | None:
         """An initializer by name, or None for ""."""
@@ -75,7 +82,7 @@ class ProbedGraph:
         """The graph as it is, run by onnxruntime: stands in for an engine that this machine cannot run."""
         session = open_session(self.model, self.path.parent)
         names = [output.name for output in session.get_outputs()]
-        return lambda inputs: dict(zip(names, session.run(names, inputs), strict=True))
+        return lambda inputs: self._call(session, names, inputs)
 
     def run(self, names: Sequence[str], calls: Sequence[Arrays]) -> list[Arrays]:
         """The tensors `names` for each of the model inputs `calls`."""
@@ -87,12 +94,23 @@ class ProbedGraph:
         changed.graph.output.extend(onnx.ValueInfoProto(name=name) for name in wanted)
         session = open_session(changed, self.path.parent)
         del changed
-        results = []
+        results: list[Arrays] = []
         for call in calls:
             fed = {name: call[name] for name in inputs}
-            found = dict(zip(wanted, session.run(wanted, fed), strict=True))
-            results.append(found | {name: fed[name] for name in names if name in inputs})
+            known = {name: results[0][name] for name in self.weights & set(wanted)} if results else {}
+            asked = [name for name in wanted if name not in known]
+            found = self._call(session, asked, fed)
+            results.append(found | known | {name: fed[name] for name in names if name in inputs})
         return results
+
+    def _call(self, session: Any, names: Sequence[str], inputs: Arrays) -> Arrays:
+        """Tensors by name. Raises ContractError where onnxruntime stops, as it does at a code beyond its table."""
+        from onnxruntime.capi import onnxruntime_pybind11_state as state
+
+        try:
+            return dict(zip(names, session.run(names, inputs), strict=True))
+        except (state.InvalidArgument, state.RuntimeException, state.Fail) as error:
+            raise ContractError(f"{self.path} cannot be run: {error}; build the bundle again") from error
 
     def probes(self, layers: Sequence[str], calls: Sequence[Arrays]) -> Iterator[tuple[str, list[LinearProbe]]]:
         """For each layer what it computed in each call, a batch of layers at a time."""
@@ -101,7 +119,7 @@ class ProbedGraph:
             batch, left = left[:size], left[size:]
             names = {name for layer in batch for name in tensor_names(self.rows[layer])}
             found = self.run(sorted(names), calls)
-            held = sum(array.nbytes for tensors in found for array in tensors.values())
+            held = sum({id(array): array.nbytes for tensors in found for array in tensors.values()}.values())
             size = max(1, int(BATCH_BYTES / max(held / len(batch), 1)))
             logger.debug("probed %d layers, %.0f MiB", len(batch), held / 2**20)
             for layer in batch:
@@ -125,6 +143,7 @@ class ProbedGraph:
             half_roundings=row.half_roundings,
             low_rank=_rows(tensors[row.low_rank]) if row.low_rank else None,
             timesteps=_timesteps(call, len(x)) if row.low_rank else None,
+            operands=(_rows(tensors[row.operands[0]]), tensors[row.operands[1]]) if row.operands else None,
         )
 
 
@@ -136,11 +155,21 @@ def _timesteps(call: Arrays, rows: int) -> NDArray | None:
 
 def activation_image(row: ProbeRow, codes: Sequence[NDArray]) -> NDArray[np.float64]:
     """Integer image of an activation from the hardware operands that hold it, see ProbeRow."""
+    if row.codes_format:
+        return decoded_image(get_format(row.codes_format), codes[0])
     limbs = (
         weight * (np.asarray(code, np.float64) * row.codes_unit - row.codes_offset)
         for weight, code in zip(row.limb_weights, codes, strict=True)
     )
     return np.sum(list(limbs), axis=0)
+
+
+def decoded_image(fmt: Format, codes: NDArray[np.uint8]) -> NDArray[np.float64]:
+    """Integer image of codes of a format; NaN, which no gate lets pass, for codes that are no finite number of it."""
+    numbers = np.full(2**8, np.nan)
+    finite = np.isfinite(fmt.values)
+    numbers[: len(fmt.values)][finite] = fmt.image[finite]
+    return numbers[codes]
 
 
 def _rows(tensor: NDArray) -> NDArray:

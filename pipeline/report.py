@@ -37,8 +37,9 @@ class Gate:
 class LayerResult:
     """One quantized linear on one target.
 
-    On the oracle's inputs: gemm_max_abs_diff (nan where the path is no integer embedding), codes_equal_share and its
-    derived codes_limit_share, codes_inadmissible, scale_error and output_error (1 is the rounding bound), nonfinite.
+    On the oracle's inputs: gemm_max_abs_diff (nan where the path is no integer embedding), operand_max_abs_diff (nan
+    where the GEMM's operands are not scaled beforehand), codes_equal_share and its derived codes_limit_share,
+    codes_inadmissible, scale_error and output_error (1 is the rounding bound), nonfinite.
     In the running engine: input_sqnr_db, its float input against the float64 reference's, and the same number for the
     worst float32 run of the reference.
     """
@@ -62,12 +63,14 @@ class LayerResult:
     input_limit_db: float
     weight_sqnr_db: float
     size_bytes: int
+    operand_max_abs_diff: float = math.nan
 
 
 @dataclass(frozen=True)
 class StepResult:
     """One denoising step on one target, all on the same x_t: engine against the float64 reference, the worst float32
-    run of the reference against it, and the reference against the float model."""
+    run of the reference against it, and the reference against the float model. sqnr_db is nan where a slow target was
+    not run."""
 
     target: str
     step: int

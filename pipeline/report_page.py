@@ -199,9 +199,16 @@ def _pictures(page: Page) -> str:
     heads = "".join(f"<th>{escape(column.heading)}</th>" for column in page.columns)
     rows = ""
     for i, prompt in enumerate(page.prompts):
-        cells = "".join(f"<td><img alt='{escape(c.heading)}' src='{_data_uri(c.pngs[i])}'></td>" for c in page.columns)
+        cells = "".join(_picture(column, i) for column in page.columns)
         rows += f"<tr><th class='prompt'>{escape(prompt)}</th>{cells}</tr>"
     return _section("Pictures", _table(f"<th></th>{heads}", rows, "pictures"), page.pictures_note)
+
+
+def _picture(column: Column, row: int) -> str:
+    """One cell; empty where the engine drew fewer pictures."""
+    if row >= len(column.pngs):
+        return "<td></td>"
+    return f"<td><img alt='{escape(column.heading)}' src='{_data_uri(column.pngs[row])}'></td>"
 
 
 def _data_uri(png: bytes) -> str:

@@ -25,15 +25,17 @@ class Column:
 def gallery(images: Mapping[str, NDArray[Any]], engines: Mapping[str, NDArray[Any]], pixels: bool) -> list[Column]:
     """Columns float, reference, engines, then what separates them, amplified; images [B, C, H, W] by name.
 
-    Latents (`pixels` False) are shown by their first three channels, all in the reference's range.
+    An engine may have drawn the first few only, or none. Latents (`pixels` False) are shown by their first three
+    channels, all in the reference's range.
     """
-    reference = images["reference"]
+    reference, drawn = images["reference"], {target: engine for target, engine in engines.items() if len(engine)}
     low, high = (-1.0, 1.0) if pixels else (float(reference.min()), float(reference.max()))
     columns = [_column(name, name, images[name], low, high) for name in ("float", "reference")]
-    columns += [_column(target, f"{target} engine", engine, low, high) for target, engine in engines.items()]
+    columns += [_column(target, f"{target} engine", engine, low, high) for target, engine in drawn.items()]
     columns.append(_difference("quantization", "reference - float", reference - images["float"], high - low))
-    for target, engine in engines.items():
-        columns.append(_difference(f"{target}-difference", f"{target} - reference", engine - reference, high - low))
+    for target, engine in drawn.items():
+        difference = engine - reference[: len(engine)]
+        columns.append(_difference(f"{target}-difference", f"{target} - reference", difference, high - low))
     return columns
 
 

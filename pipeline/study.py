@@ -41,8 +41,6 @@ JITTER_ULPS = 2.0
 # sample the jitter grows until most samples are hit (their SQNR is below what float operations alone leave).
 HITTING_ULPS = (8.0, 32.0, 128.0, 512.0)
 HIT_DB, HIT_SHARE = 100.0, 0.75
-# Samples of one call of a large model whose inner tensors are held at a time.
-LARGE_LOOK = 3
 
 
 @dataclass(frozen=True)
@@ -97,12 +95,6 @@ class Study:
     pool_plain: dict[str, NDArray[Any]] = field(default_factory=dict)
     special_calls: list[Call] = field(default_factory=list)
     stretches: SegmentReference | None = None
-    large: bool = False
-
-    @property
-    def largest_look(self) -> int:
-        """The largest batch of a special call whose inside is looked at: all, or what a large model has room for."""
-        return LARGE_LOOK if self.large else max(len(call.rows) for call in self.special_calls)
 
     @property
     def calls_quant_db(self) -> list[float]:
@@ -122,11 +114,11 @@ class Study:
         pairs = zip(self.plain, self.exact, strict=True)
         return [sqnr_db(self.case.shown(plain), self.case.shown(exact)) for plain, exact in pairs]
 
-    def errors(self, run: Run) -> StepErrors:
-        """Run a denoiser on every step's inputs."""
-        calls = track(self.calls, len(self.calls), "verify: steps")
-        outputs = [self.case.shown(run(call)["sample"]) for call in calls]
-        pairs = [(self.case.shown(exact), output) for exact, output in zip(self.exact, outputs, strict=True)]
+    def errors(self, run: Run, steps: Sequence[int] = ()) -> StepErrors:
+        """Run a denoiser on the inputs of every step, or of `steps` alone."""
+        steps = steps or range(len(self.calls))
+        outputs = [self.case.shown(run(self.calls[i])["sample"]) for i in track(steps, len(steps), "verify: steps")]
+        pairs = [(self.case.shown(self.exact[i]), output) for i, output in zip(steps, outputs, strict=True)]
         return StepErrors(
             [sqnr_db(exact, output) for exact, output in pairs],
             [sqnr_db(one, other) for exact, output in pairs for one, other in zip(exact, output, strict=True)],
@@ -150,7 +142,7 @@ def study(
         set_resolution(module, *found.case.noise.shape[2:])
         return ReferenceEngine(module.to(dtype) if dtype == torch.float64 else module, dtype)
 
-    found = Study(make_case(model, recipe), large=is_large(model))
+    found = Study(make_case(model, recipe))
     found.pools = make_pools(model, found.case)
     found.special_calls = make_calls(model, found.pools)
     found.stretches = SegmentReference(model, found.case.noise.shape[2:])

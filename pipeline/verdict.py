@@ -32,7 +32,10 @@ PIXEL_RANGE = 2.0
 
 @dataclass(frozen=True)
 class LayerRule:
-    """A gate over all linears of a target: the field of LayerResult it reads, and how the layers are combined."""
+    """A gate over all linears of a target: the field of LayerResult it reads, and how the layers are combined.
+
+    idle: what the report says where the field is nan in all layers, so that nothing is compared; "" for nothing.
+    """
 
     name: str
     key: str
@@ -40,10 +43,30 @@ class LayerRule:
     unit: str
     why: str
     total: bool = False
+    idle: str = ""
 
 
+# nan in place of a difference marks such a path.
+NO_SUM = (
+    "a GEMM with real scales per group, of formats too wide for integers, or of operands that are scaled beforehand, "
+    "has no single integer sum; linear_output bounds its product"
+)
 LAYER_RULES = (
-    LayerRule("gemm_exact", "gemm_max_abs_diff", 0, "", "every GEMM equals the exact integer sum of its own codes"),
+    LayerRule(
+        "gemm_exact",
+        "gemm_max_abs_diff",
+        0,
+        "",
+        "every GEMM equals the exact integer sum of its own codes",
+        idle=NO_SUM,
+    ),
+    LayerRule(
+        "operands_exact",
+        "operand_max_abs_diff",
+        0,
+        "",
+        "both operands of every GEMM are its own codes times their scales, rounded as the dialect says, to the bit",
+    ),
     LayerRule(
         "codes_inadmissible",
         "codes_inadmissible",
@@ -62,12 +85,7 @@ LAYER_RULES = (
     ),
 )
 
-
-# nan in place of a difference marks such a path.
-NO_SUM = (
-    "a GEMM with real scales per group, or of formats too wide for integers, has no single integer sum; linear_output "
-    "bounds its product"
-)
+MAY_BE_ABSENT = frozenset({"gemm_max_abs_diff", "operand_max_abs_diff"})
 
 
 def coverage_gate(target: str, count: int, expected: int) -> Gate:
@@ -87,13 +105,13 @@ def layer_gates(target: str, rows: Sequence[LayerResult], bad_outputs: int) -> l
 
 def notes_on_layers(target: str, rows: Sequence[LayerResult]) -> list[str]:
     """What a report says where a gate over layers would pass without having compared any."""
-    idle = [rule.name for rule in LAYER_RULES if rows and not _compared(rule, rows)]
-    return [f"{target}: {name} compares 0 of {len(rows)} layers and is no gate here: {NO_SUM}" for name in idle]
+    idle = [rule for rule in LAYER_RULES if rule.idle and rows and not _compared(rule, rows)]
+    return [f"{target}: {rule.name} compares 0 of {len(rows)} layers and is no gate here: {rule.idle}" for rule in idle]
 
 
 def _compared(rule: LayerRule, rows: Sequence[LayerResult]) -> list[LayerResult]:
-    """The layers that a rule looks at."""
-    return [row for row in rows if rule.key != "gemm_max_abs_diff" or not math.isnan(row.gemm_max_abs_diff)]
+    """The layers that a rule looks at: nan in a field that may be absent is no finding."""
+    return [row for row in rows if rule.key not in MAY_BE_ABSENT or not math.isnan(getattr(row, rule.key))]
 
 
 def _layer_gate(target: str, rule: LayerRule, rows: Sequence[LayerResult]) -> Gate:
@@ -101,7 +119,7 @@ def _layer_gate(target: str, rule: LayerRule, rows: Sequence[LayerResult]) -> Ga
     found = _compared(rule, rows)
     values = np.array([getattr(row, rule.key) for row in found] or [math.nan], np.float64)
     combined = values.sum() if rule.total else values.max()
-    some = f"; {len(found)} of {len(rows)} layers: {NO_SUM}" if len(found) < len(rows) else ""
+    some = f"; {len(found)} of {len(rows)} layers: {rule.idle}" if len(found) < len(rows) else ""
     why = f"{rule.why}{some}{_culprit(found, rule.key)}"
     return Gate(f"{target}/{rule.name}", float(combined), rule.limit, rule.unit, why)
 
@@ -119,11 +137,14 @@ def _codes_gate(target: str, rows: Sequence[LayerResult]) -> Gate:
     return Gate(f"{target}/codes_equal", share, limit, "share", why, at_most=False)
 
 
-def step_results(target: str, errors: StepErrors, found: Study, single: Realisations) -> list[StepResult]:
-    """One row per denoising step."""
-    worst = [min(run.steps_db[step] for run in single.errors) for step in range(len(errors.steps_db))]
-    rows = zip(errors.steps_db, worst, found.quant_db, strict=True)
-    return [StepResult(target, step, *numbers) for step, numbers in enumerate(rows)]
+def step_results(
+    target: str, errors: StepErrors, found: Study, single: Realisations, steps: Sequence[int]
+) -> list[StepResult]:
+    """One row per denoising step; `errors` are those of `steps`, and the others' is nan."""
+    measured = dict(zip(steps, errors.steps_db, strict=True))
+    worst = [min(run.steps_db[step] for run in single.errors) for step in range(len(found.calls))]
+    rows = enumerate(zip(worst, found.quant_db, strict=True))
+    return [StepResult(target, step, measured.get(step, math.nan), *numbers) for step, numbers in rows]
 
 
 def end_gates(target: str, errors: StepErrors, images: NDArray[Any], found: Study, single: Realisations) -> list[Gate]:
@@ -131,17 +152,20 @@ def end_gates(target: str, errors: StepErrors, images: NDArray[Any], found: Stud
 
     `single`: float32 runs of the reference in the target's arithmetic. The worst step bounds how bad it can get; the
     median sample tells a fault that touches every sample from flips that hit few. No limit is looser than the error of
-    quantization itself, unless that is under ROUNDED_DB: none asks for more.
+    quantization itself, unless that is under ROUNDED_DB: none asks for more. A target that draws no picture has no gate
+    for it.
     """
     worst_step = min(min(run.steps_db) for run in single.hit_errors)
     quarter = _quarter([value for run in single.errors for value in run.samples_db])
     worst_image = min(value for drawn in single.hit_images for value in pictures_db(found, drawn))
     step_cost, image_cost = min(found.quant_db), min(pictures_db(found, found.images["float"]))
-    rows = (
+    rows = [
         ("step_sqnr_db", _lowest(errors.steps_db), (worst_step, step_cost), "worst step"),
         ("median_sqnr_db", _median(errors.samples_db), (quarter, step_cost), "lower quartile"),
-        ("final_psnr_db", _lowest(pictures_db(found, images)), (worst_image, image_cost), "worst picture"),
-    )
+    ]
+    if len(images):
+        psnr = _lowest(pictures_db(found, images))
+        rows.append(("final_psnr_db", psnr, (worst_image, image_cost), "worst picture"))
     return [_end_gate(f"{target}/{name}", value, limits, what) for name, value, limits, what in rows]
 
 
@@ -191,10 +215,10 @@ def _lowest(values: Sequence[float]) -> float:
 
 
 def pictures_db(found: Study, images: NDArray[Any]) -> list[float]:
-    """PSNR of each picture against the float64 reference's."""
+    """PSNR of each picture against the float64 reference's; `images` may be the first few."""
     reference = found.images["reference"]
     peak = PIXEL_RANGE if found.case.output == "pixels" else float(np.ptp(reference))
-    return [psnr_db(one, other, peak) for one, other in zip(reference, images, strict=True)]
+    return [psnr_db(one, other, peak) for one, other in zip(reference[: len(images)], images, strict=True)]
 
 
 def quantization_gates(found: Study, recipe: Recipe) -> list[Gate]:

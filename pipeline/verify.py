@@ -18,7 +18,9 @@ import numpy as np
 from export.checkpoint import QuantizedLinear
 from pipeline.backends.base import Arrays, Engine, LoweredGraph
 from pipeline.calls import call_errors, state_errors
+from pipeline.effort import Effort, effort_for, note
 from pipeline.gates import LinearCheck, LinearProbe, activation_oracle, check_linear, sqnr_db
+from pipeline.picture_case import is_large
 from pipeline.probing import ProbedGraph
 from pipeline.progress import track
 from pipeline.recipe import Recipe
@@ -104,13 +106,16 @@ def verify_target(
     present = [layer for layer in layers if layer.name in probed.complete and layer.name in expected]
     report.gates.append(coverage_gate(target, len(present), len(expected)))
     assert found.stretches is not None
-    calls = looked_at(found)
+    whole = (found.case.n_steps, found.probed, len(found.case.noise))
+    effort = effort_for(target, *whole, large=is_large(model))
+    calls = looked_at(found, effort)
     order = {name: place for place, name in enumerate(found.stretches.order(found.calls[0]))}
     present.sort(key=lambda layer: order[layer.name])
     with SegmentCheck(target, found.stretches, calls, of_graph_name) as segments:
-        whole = len(present) == len(order)  # else the coverage gate fails, and nothing behind a gap can be judged
-        results = layer_results(target, present, expected, probed, found, of_graph, calls, segments if whole else None)
-        if whole:
+        complete = len(present) == len(order)  # else the coverage gate fails, and nothing behind a gap can be judged
+        told = segments if complete else None
+        results = layer_results(target, present, expected, probed, found, of_graph, calls, effort.probed, told)
+        if complete:
             segments.end([tensors["sample"] for tensors in probed.run(["sample"], list(calls.values()))])
     report.layers += results
     report.segments += segments.results
@@ -119,26 +124,28 @@ def verify_target(
     if engine is None:
         apart = PLUGINS_APART if any(choice.path.startswith("plugin") for choice in graph.choices) else ""
         report.notes.append(f"{target}: {PROVEN_NOT_RUN}{apart}")
-    errors = found.errors(run)
-    report.steps += step_results(target, errors, found, single)
-    strange = call_errors(found.special_calls, found.pool_exact, run)
-    if engine is not None:
-        made = len(found.calls) + len(found.special_calls)
-        strange += state_errors(found.special_calls, found.pools, found.pool_exact, run, made)
+    errors = found.errors(run, effort.steps)
+    report.steps += step_results(target, errors, found, single, effort.steps)
+    special = [call for call in found.special_calls if len(call.rows) in effort.special]
+    strange = call_errors(special, found.pool_exact, run)
+    if engine is not None and effort.state:
+        made = len(effort.steps) + len(special)
+        strange += state_errors(special, found.pools, found.pool_exact, run, made)
     report.gates += calls_gates(target, strange, found, single)
-    image = found.case.draw(run)
+    image = found.case.first(effort.pictures).draw(run) if effort.pictures else found.case.noise[:0]
     nonfinite = errors.nonfinite + int(np.count_nonzero(~np.isfinite(image)))
     report.gates += layer_gates(target, results, nonfinite) + end_gates(target, errors, image, found, single)
     report.notes += notes_on_layers(target, results)
+    report.notes += filter(None, [note(target, effort, *whole)])
     if arithmetic in ARITHMETIC_NOTES:
         report.notes.append(f"{target}: {ARITHMETIC_NOTES[arithmetic]}")
     return image
 
 
-def looked_at(found: Study) -> dict[str, Arrays]:
+def looked_at(found: Study, effort: Effort) -> dict[str, Arrays]:
     """The calls whose inside is looked at: the probed steps, and those that drawing does not make."""
-    steps = {f"step {i + 1}": found.calls[i] for i in found.probed}
-    return steps | {call.text: call.inputs for call in found.special_calls if len(call.rows) <= found.largest_look}
+    steps = {f"step {i + 1}": found.calls[i] for i in effort.probed}
+    return steps | {call.text: call.inputs for call in found.special_calls if len(call.rows) in effort.inside}
 
 
 def tables_gate(target: str, model: LoadedModel, probed: ProbedGraph) -> list[Gate]:
@@ -178,12 +185,12 @@ def layer_results(
     found: Study,
     single: Realisations,
     calls: Mapping[str, Arrays],
+    steps: Sequence[int],
     segments: SegmentCheck | None = None,
 ) -> list[LayerResult]:
-    """Every linear of one target in `calls`, of which the first are the probed steps. `segments` is told of each, and
-    needs them to be all, in the order of computation."""
-    rows = {layer.name: layer for layer in layers}
-    steps = len(found.probed)
+    """Every linear of one target in `calls`, of which the first are those of `steps`, out of `Study.probed`. `segments`
+    is told of each, and needs them to be all, in the order of computation."""
+    rows, places = {layer.name: layer for layer in layers}, [found.probed.index(step) for step in steps]
     results, known = [], ("", b"")
     for name, probes in track(probed.probes(list(rows), list(calls.values())), len(rows), f"verify {target}: linears"):
         probe = joined(probes)
@@ -193,7 +200,9 @@ def layer_results(
         if quantizer != known:  # q, k and v read one quantizer and follow each other
             known, oracle = quantizer, activation_oracle(np.nan_to_num(probe.x), rows[name])
         check = check_linear(rows[name], probe, oracle)
-        input_db = layer_input_db(found.layer_inputs.get(name, []), [item.x for item in probes[:steps]])
+        recorded = found.layer_inputs.get(name, [])
+        reference = [recorded[place] for place in places if place < len(recorded)]
+        input_db = layer_input_db(reference, [item.x for item in probes[: len(steps)]])
         inputs = (input_db, single.layer_db.get(name, math.nan))
         results.append(_layer_result(target, rows[name], modules[name], probed.rows[name].path, check, inputs))
     return results
@@ -213,6 +222,9 @@ def joined(probes: Sequence[LinearProbe]) -> LinearProbe:
     arrays: dict[str, Any] = {
         key: np.concatenate([getattr(p, key) for p in probes]) for key in keys if getattr(first, key) is not None
     }
+    if first.operands is not None:  # the weight is the same in every call
+        values = np.concatenate([probe.operands[0] for probe in probes if probe.operands is not None])
+        arrays["operands"] = (values, first.operands[1])
     return replace(first, **arrays)
 
 
@@ -240,6 +252,7 @@ def _layer_result(
         input_limit_db=inputs_db[1],
         weight_sqnr_db=sqnr_db(weight, layer.dequantized()),
         size_bytes=layer.size_bytes,
+        operand_max_abs_diff=check.operand_max_abs_diff,
     )
 
 

@@ -20,7 +20,7 @@ from pipeline.calibrate import __main__ as calibrate
 from tests import tiny
 
 ROOT = Path(__file__).parent.parent
-STAGES = ("calibrate", "export", "cpu", "verify", "bench")
+STAGES = ("calibrate", "export", "cpu", "onnx", "verify", "bench")
 FLAGS = ["--engine", "pixart_w4a6", "--target", "cpu", "--n-steps", "3", "--json"]
 SETTINGS = ["--set", "method=rtn", "--set", "weights.group_size=32"]
 FLAGS += SETTINGS
@@ -159,6 +159,7 @@ def test_a_bundle_verifies_again(undisturbed: Path, tmp_path: Path, capsys: pyte
     assert cli.main(["verify", str(undisturbed), "-o", str(tmp_path / "report")]) == 0
     shown = capsys.readouterr().out.splitlines()
     assert shown[-1] == f"PASSED {undisturbed}" and any(line.startswith("ok    cpu/gemm_exact = 0") for line in shown)
+    assert any(line.startswith("ok    onnx/operands_exact = 0") for line in shown)
     assert (tmp_path / "report/index.html").is_file() and content(undisturbed) == before
 
 

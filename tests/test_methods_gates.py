@@ -1,4 +1,5 @@
-"""Every calibration method through a build's gates: calibrated, exported, lowered for the CPU, verified."""
+"""Every calibration method through a build's gates: calibrated, exported, lowered for the CPU, verified; and so is the
+portable model, which is a target itself."""
 
 from __future__ import annotations
 
@@ -11,6 +12,7 @@ import pytest
 from export import models, to_onnx
 from pipeline import recipe as recipes
 from pipeline.backends import BACKENDS
+from pipeline.backends.base import Engine, LoweredGraph
 from pipeline.calibrate import calibrate
 from pipeline.methods import METHODS
 from pipeline.report import Report
@@ -75,7 +77,7 @@ def few(method: str) -> list[str]:
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_every_method_passes_the_gates_of_the_cpu(case: str, model: Any, tmp_path: Path) -> None:
+def test_every_method_passes_the_gates(case: str, model: Any, tmp_path: Path) -> None:
     method, more = CASES[case]
     made = recipes.with_settings(recipes.load("pixart_w4a8"), [*SETTINGS, f"method={method}", *few(method), *more])
     recipe, report = replace(made, model=model.source), Report()
@@ -83,10 +85,21 @@ def test_every_method_passes_the_gates_of_the_cpu(case: str, model: Any, tmp_pat
     to_onnx.export_portable(model, layers, tmp_path / "model.onnx")
     (tmp_path / "work").mkdir()
     graph = BACKENDS["cpu"].lower(tmp_path / "model.onnx", tmp_path / "work", recipe)
-    verify_target("cpu", model, layers, graph, None, study(model, layers, recipe), report)
+    found = study(model, layers, recipe)
+    verify_target("cpu", model, layers, graph, None, found, report)
+    verify_target("onnx", model, layers, *portable(tmp_path), found, report)
     assert report.failures() == []
     names = {gate.name: gate.why for gate in report.gates}
     assert {"cpu/coverage", "cpu/linear_output", "cpu/codes_equal", "cpu/step_sqnr_db"} <= names.keys()
     assert ("cpu/gemm_exact" not in names) is (case in WITHOUT_SUM)
     assert ("5 of 6 layers" in names.get("cpu/gemm_exact", "")) is (case == "g4w_p4a")
-    assert any(f"compares 0 of {len(layers)} layers" in note for note in report.notes) is (case in WITHOUT_SUM)
+    assert any(f"cpu: gemm_exact compares 0 of {len(layers)}" in note for note in report.notes) is (case in WITHOUT_SUM)
+    expected = {"onnx/coverage", "onnx/operands_exact", "onnx/linear_output", "onnx/codes_equal", "onnx/step_sqnr_db"}
+    assert expected <= names.keys() and "onnx/gemm_exact" not in names
+    assert any(f"onnx: gemm_exact compares 0 of {len(layers)}" in note for note in report.notes)
+
+
+def portable(folder: Path) -> tuple[LoweredGraph, Engine]:
+    """The portable model of a folder as a target: its graph and its engine."""
+    backend = BACKENDS["onnx"]
+    return backend.lower(folder / "model.onnx", folder / "work", None), backend.load(folder)

@@ -7,6 +7,7 @@ import io
 import json
 import math
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from PIL import Image
 from export.errors import ContractError
 from pipeline.report import Gate, LayerResult, Report, StepResult, read_json, write_layers_csv
 from pipeline.report_page import Page, render
-from pipeline.report_pictures import amplification, file_names, gallery, png
+from pipeline.report_pictures import Column, amplification, file_names, gallery, png
 from pipeline.report_plots import Axis, Series, line_plot
 from pipeline.verdict import layer_gates, notes_on_layers
 
@@ -53,10 +54,10 @@ def report(value: float = 0.0) -> Report:
     return Report(gates, [layer(), layer("blocks.1.to_q", gemm_max_abs_diff=math.nan)], steps, ["rtx: not run"])
 
 
-def page(found: Report, title: str = "pixart_w4a6") -> str:
+def page(found: Report, title: str = "pixart_w4a6", columns: Sequence[Column] = ()) -> str:
     shape = (2, 3, 8, 8)
     images = {"reference": np.zeros(shape), "float": np.full(shape, 0.1)}
-    columns = gallery(images, {"cpu": np.full(shape, 0.001)}, pixels=True)
+    columns = columns or gallery(images, {"cpu": np.full(shape, 0.001)}, pixels=True)
     facts = {"Model": {"source": "zoo:<mini>"}}
     return render(
         Page(title, "a description", found, facts, "name = 'r'", ("a red ring", "a blue ring"), columns, "note")
@@ -157,6 +158,20 @@ def test_gallery_states_its_amplification_and_survives_nan() -> None:
     assert [column.stem for column in columns] == ["float", "reference", "cpu", "quantization", "cpu-difference"]
     assert re.search(r"x[\d,]+ around grey", columns[3].heading)
     assert set(file_names(columns)) == {f"{column.stem}-0.png" for column in columns}
+
+
+def test_an_engine_may_have_drawn_fewer_pictures_or_none() -> None:
+    images = {"reference": np.zeros((2, 3, 8, 8)), "float": np.full((2, 3, 8, 8), 0.1)}
+    columns = gallery(images, {"onnx": np.zeros((1, 3, 8, 8)), "large": np.zeros((0, 3, 8, 8))}, pixels=True)
+    assert {column.stem: len(column.pngs) for column in columns} == {
+        "float": 2,
+        "reference": 2,
+        "onnx": 1,
+        "quantization": 2,
+        "onnx-difference": 1,
+    }
+    html = page(report(), columns=columns)
+    assert html.count("<td></td>") == 2 and html.count("<img") == 2 * 3 + 2
 
 
 # --- the page -------------------------------------------------------------------------------------------------------

@@ -7,12 +7,15 @@ from importlib import import_module
 
 from pipeline.backends.base import Backend
 
+# The portable model, from which the others are lowered. Its files stand at a bundle's root.
+PORTABLE = "onnx"
 # name -> (module, class)
 ROWS = {
     "cpu": ("pipeline.backends.cpu", "CpuBackend"),
     "rtx": ("pipeline.backends.rtx", "RtxBackend"),
     "cuda": ("pipeline.backends.cuda", "CudaBackend"),
     "trt": ("pipeline.backends.trt", "TrtBackend"),
+    PORTABLE: ("pipeline.backends.portable", "PortableBackend"),
 }
 
 

@@ -58,6 +58,9 @@ class ProbeRow:
     none. gemm_groups: above 1 it is [groups, M, N], the sums of as many parts of K. gemm_columns: (first, count) of the
     layer's own columns in it, (0, 0) for all. `exact` is False only where the
     path is not an integer embedding (then `why` of the choice says so).
+    codes_format: the codes are those of this number format, not integers; '' for integers.
+    operands: the dequantized activation and weight [K, N], zero point included, where the GEMM multiplies float32
+    values that are already scaled; else ().
     half_roundings: how often such a path rounds a factor or the sum of a product to FP16.
     output: the linear's float result, scaled and with its bias added (it proves weight scales and bias). low_rank: the
     result of its low-rank branch, which `output` includes; "" without one.
@@ -80,6 +83,8 @@ class ProbeRow:
     low_rank: str = ""
     gemm_groups: int = 1
     gemm_columns: tuple[int, int] = (0, 0)
+    codes_format: str = ""
+    operands: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from pipeline.backends.base import Choice, LoweredGraph, ProbeRow
 SCHEMA_VERSION = 1
 NAME = "lowering.json"
 # Fields of a probe row that are written only where they say something.
-OPTIONAL_NAMES = ("low_rank", "gemm_groups", "gemm_columns")
+OPTIONAL_NAMES = ("low_rank", "gemm_groups", "gemm_columns", "codes_format", "operands")
 OPTIONAL = {field.name: field.default for field in fields(ProbeRow) if field.name in OPTIONAL_NAMES}
 
 
@@ -48,4 +48,4 @@ def _stated(row: dict) -> dict:
 
 
 def _tuples(row: dict) -> dict:
-    return {key: tuple(row[key]) for key in ("codes", "limb_weights", "gemm_columns") if key in row}
+    return {key: tuple(row[key]) for key in ("codes", "limb_weights", "gemm_columns", "operands") if key in row}
