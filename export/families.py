@@ -8,7 +8,7 @@ share of the time, and an error in them reaches every token. PixArt and DiT foll
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -39,9 +39,19 @@ class Input:
             raise ValueError(f"{self.name}: fill {self.fill!r}; use one of {FILLS}")
 
     @property
+    def batched(self) -> bool:
+        """Whether the first axis counts samples; else one value, such as a table for the picture's size, serves all."""
+        return bool(self.shape) and self.shape[0] == "batch"
+
+    @property
     def dynamic_axes(self) -> dict[int, str]:
         """Axis -> name of every dynamic dimension."""
         return {axis: size for axis, size in enumerate(self.shape) if isinstance(size, str) and size in DYNAMIC}
+
+
+def shared_names(rows: Iterable[Input]) -> frozenset[str]:
+    """Names of the inputs without a batch axis: whoever splits or joins batches leaves them as they are."""
+    return frozenset(row.name for row in rows if not row.batched)
 
 
 @dataclass(frozen=True)

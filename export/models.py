@@ -21,7 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from export.errors import ModelError, RecipeError
-from export.families import FAMILIES, LAYER_KINDS, Family, Input
+from export.families import FAMILIES, LAYER_KINDS, Family, Input, shared_names
 from export.sources import find
 from export.weights_files import SINGLE_FILES, find_weights, load_tensors
 
@@ -73,6 +73,11 @@ class LoadedModel:
     def inputs(self) -> tuple[Input, ...]:
         """The family's input table for this configuration."""
         return self.family.inputs(self.config)
+
+    @cached_property
+    def shared(self) -> frozenset[str]:
+        """Names of the inputs that have no batch axis."""
+        return shared_names(self.inputs)
 
     @cached_property
     def parameters(self) -> int:

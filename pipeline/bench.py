@@ -10,7 +10,7 @@ import logging
 import sys
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +23,7 @@ from pipeline.recipe import Recipe
 
 if TYPE_CHECKING:
     from export.models import LoadedModel
+    from pipeline.picture_case import Case
 
 logger = logging.getLogger(__name__)
 SCHEMA_VERSION = 1
@@ -116,7 +117,7 @@ def _seconds(call: Callable[[], object]) -> float:
     return time.perf_counter() - started
 
 
-def image_timings(runners: list[Contestant], case: Any, calls: Mapping[str, Timing]) -> dict[str, Timing]:
+def image_timings(runners: list[Contestant], case: Case, calls: Mapping[str, Timing]) -> dict[str, Timing]:
     """Whole images. Where a round of them would burst the budget, steps times the median call stands in, marked so.
 
     A guided call has twice the rows of a plain one, and the case may hold more pictures than a call: both are counted.
@@ -125,16 +126,11 @@ def image_timings(runners: list[Contestant], case: Any, calls: Mapping[str, Timi
     expected = {name: float(np.median(row.seconds)) * case.n_steps * guided for name, row in calls.items()}
     if sum(expected.values()) * (IMAGE_ROUNDS[0] + 1) > IMAGES_BUDGET_S:
         return {name: Timing((seconds,), derived=True) for name, seconds in expected.items()}
-    one = replace(case, noise=case.noise[:1], conditioning=tuple(_first(part) for part in case.conditioning))
-    draws = {row.name: _drawer(row, one) for row in runners}
+    draws = {row.name: _drawer(row, case.first(1)) for row in runners}
     return interleaved(draws, IMAGES_BUDGET_S, IMAGE_ROUNDS)
 
 
-def _first(inputs: Arrays) -> Arrays:
-    return {name: value[:1] for name, value in inputs.items()}
-
-
-def _drawer(runner: Contestant, case: Any) -> Callable[[], object]:
+def _drawer(runner: Contestant, case: Case) -> Callable[[], object]:
     return lambda: case.draw(runner.run)
 
 
