@@ -87,9 +87,7 @@ class LoadedModel:
     @cached_property
     def pixels_per_cell(self) -> int:
         """Image pixels per cell of `hidden_states`: 1 for a pixel-space model, 8 for a latent one."""
-        generation = self.folder / GENERATION_FILE
-        stated = _read_json(generation).get("output") if generation.is_file() else ""
-        return 1 if stated == "pixels" or self.config["in_channels"] <= 3 else LATENT_PIXELS
+        return pixels_per_cell(self.folder, self.config)
 
     def linears(self) -> list[LinearRef]:
         """The linears to quantize, in module order."""
@@ -114,6 +112,13 @@ class LoadedModel:
         if self.family.square and height != width:
             raise RecipeError(f"image size {height} x {width}: {self.family.name} makes square images only")
         return height // self.pixels_per_cell, width // self.pixels_per_cell
+
+
+def pixels_per_cell(folder: Path, config: Mapping[str, Any]) -> int:
+    """As the property of a loaded model, for the folder and the configuration of a model or a bundle."""
+    generation = folder / GENERATION_FILE
+    stated = _read_json(generation).get("output") if generation.is_file() else ""
+    return 1 if stated == "pixels" or config["in_channels"] <= 3 else LATENT_PIXELS
 
 
 def _linears(module: Any) -> list[tuple[str, Any]]:
