@@ -90,9 +90,9 @@ class EngineTransformer(ModelMixin, ConfigMixin):
     """Looks like the family's diffusers transformer: `config`, `dtype`, `device`, and `forward` with its arguments.
 
     An engine with `run_tensors` gets the caller's tensors, another one float32 arrays on the host; the result has the
-    type and device of `hidden_states`. There are no torch parameters: `parameters()` is empty. `config.sample_size` is
-    the engine's where it draws squares. Copies share the engine. What an engine cannot do is refused in words
-    (`pipeline/diffusers_refusals.py`).
+    type and device of `hidden_states`. The one torch parameter is empty, of the type and place that the pipeline was
+    asked for. `config.sample_size` is the engine's where it draws squares. Copies share the engine. What an engine
+    cannot do is refused in words (`pipeline/diffusers_refusals.py`).
     """
 
     config_name = "config.json"
@@ -113,8 +113,9 @@ class EngineTransformer(ModelMixin, ConfigMixin):
             self.attributes |= {key: cells for key, cells in zip(("height", "width"), size.cells, strict=True)
                                 if key in self.attributes}  # fmt: skip
         self.register_to_config(**self._shown_config(whole))
-        # Follows pipe.to(...), so that the pipeline prepares its tensors in the type and place it was asked for.
-        self.register_buffer("place", torch.zeros(0), persistent=False)
+        # Follows pipe.to(...) and offloading, so that the pipeline prepares its tensors in the type and place it was
+        # asked for. A parameter, since offloading hooks and callers look at the first one of a module.
+        self.place = torch.nn.Parameter(torch.zeros(0), requires_grad=False)
         self.eval()
 
     def _shown_config(self, whole: Mapping[str, Any]) -> dict[str, Any]:
@@ -130,11 +131,11 @@ class EngineTransformer(ModelMixin, ConfigMixin):
 
     @property
     def dtype(self) -> torch.dtype:
-        return self.get_buffer("place").dtype
+        return self.place.dtype
 
     @property
     def device(self) -> torch.device:
-        return self.get_buffer("place").device
+        return self.place.device
 
     def __getattr__(self, name: str) -> Any:
         attributes = self.__dict__.get("attributes", {})
@@ -226,7 +227,8 @@ class EngineTransformer(ModelMixin, ConfigMixin):
     def __copy__(self) -> EngineTransformer:
         """A stand-in of its own type and place for the same engine, which is closed for both at once."""
         twin = EngineTransformer(self.engine, self.family, self.own_config, self.size)
-        return twin.to(self.device, self.dtype)
+        twin.place = torch.nn.Parameter(self.place.clone(), requires_grad=False)
+        return twin
 
     def __deepcopy__(self, memo: dict[int, Any]) -> EngineTransformer:
         return memo.setdefault(id(self), self.__copy__())

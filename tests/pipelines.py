@@ -7,13 +7,32 @@ that 64 pixels are 8 latent cells. HunyuanDiT's pipeline fixes its text lengths,
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import pytest
 import torch
+from numpy.typing import NDArray
+from torch import nn
 
+from export import checkpoint as checkpoints
+from export.checkpoint import QuantizedLinear
+from export.models import LoadedModel, load
+from export.torch_modules import set_resolution
+from pipeline import compiler
+from pipeline.backends.reference import ReferenceEngine, fake_quant
+from pipeline.build import main as build_main
+from pipeline.bundle import Bundle, load_bundle
+from pipeline.calibrate.__main__ import main as calibrate_main
+from pipeline.diffusers_adapter import EngineTransformer
+from pipeline.gates import psnr_db
+from pipeline.reference_hooks import jittered
+from pipeline.study import HIT_DB, HIT_SHARE, HITTING_ULPS, JITTER_ULPS
+from pipeline.verdict import FACTOR_DB, ROUNDED_DB
 from tests import tiny
 
 WORDS = ("a", "the", "red", "blue", "circle", "ring", "on", "white", "of", "photo", "cat", "dog", "and", "with")
@@ -143,3 +162,112 @@ def write(name: str, folder: Path, **config: Any) -> Path:
         index = folder / "model_index.json"
         index.write_text(json.dumps(json.loads(index.read_text()) | {"id2label": LABELS}))
     return folder
+
+
+# --- built and drawn -----------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Built:
+    """A pipeline's folder, the bundle built of its transformer, and the quantized layers that both share."""
+
+    root: Path
+    bundle: Bundle
+    model: LoadedModel
+    layers: Sequence[QuantizedLinear]
+
+    def pipeline(self, transformer: Any = None) -> Any:
+        """The pipeline as diffusers loads it, the float model's own transformer in it where none is given."""
+        from diffusers import DiffusionPipeline
+
+        named = {} if transformer is None else {"transformer": transformer}
+        pipe = DiffusionPipeline.from_pretrained(self.root, local_files_only=True, **named)
+        pipe.set_progress_bar_config(disable=True)
+        return pipe
+
+    @cached_property
+    def float(self) -> Any:
+        """The pipeline of the float model whose kept weights are rounded as an engine stores them."""
+        return self.pipeline(self.model.module)
+
+    @cached_property
+    def engine(self) -> Any:
+        return self.pipeline(self.bundle.as_diffusers("cpu"))
+
+    @cached_property
+    def quantized(self) -> nn.Module:
+        """The fake-quantized denoiser; its `transformer` is the true diffusers class with other linears."""
+        return fake_quant(self.model, self.layers, torch.float32)
+
+    @cached_property
+    def fake(self) -> Any:
+        """The pipeline of the fake-quantized model in float32, without our stand-in."""
+        return self.pipeline(self.quantized.transformer)
+
+    @cached_property
+    def exact(self) -> Any:
+        """The pipeline of the fake-quantized model in float64."""
+        module = fake_quant(self.model, self.layers, torch.float64)
+        set_resolution(module, *self.model.cells(self.bundle.recipe.sampling.height, self.bundle.recipe.sampling.width))
+        engine = ReferenceEngine(module.to(torch.float64), torch.float64)
+        return self.pipeline(EngineTransformer(engine, self.model.family, self.model.config))
+
+    def refuse_wrong_picture(self, **call: Any) -> None:
+        """Assert that the engine's pipeline draws what the fake-quantized and the float one draw.
+
+        The limits are the gates': for the first, the reference's float32 runs, with flips in most samples, less
+        FACTOR_DB, or quantization's own error; for the second, the recipe's budget. In latents, relative to their range.
+        """
+        wanted, drawn, unquantized = (latents(pipe, **call) for pipe in (self.exact, self.engine, self.float))
+        cost = decibels(wanted, unquantized)
+        runs = decibels(wanted, latents(self.fake, **call))
+        for seed, ulps in enumerate((JITTER_ULPS, *HITTING_ULPS)):
+            if np.mean(np.array(runs) < HIT_DB) >= HIT_SHARE:
+                break
+            with jittered(self.quantized, seed, ulps):
+                runs = decibels(wanted, latents(self.fake, **call))
+        limit = max(min(min(runs) - FACTOR_DB, ROUNDED_DB), min(cost))
+        assert min(decibels(wanted, drawn)) >= limit, (decibels(wanted, drawn), runs, cost)
+        assert np.median(decibels(unquantized, drawn)) >= self.bundle.recipe.budgets.final_psnr_fp_db
+
+
+def latents(pipe: Any, seed: int = 3, n_steps: int = 3, **call: Any) -> NDArray[np.float64]:
+    """What the pipeline gives its VAE for these arguments: the last latents, [B, C, H, W]."""
+    seen: list[torch.Tensor] = []
+    decode = pipe.vae.decode
+
+    def watched(z: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        seen.append(z)
+        return decode(z, *args, **kwargs)
+
+    pipe.vae.decode = watched
+    try:
+        generator = torch.Generator().manual_seed(seed)
+        pipe(**call, generator=generator, num_inference_steps=n_steps, output_type="np")
+    finally:
+        pipe.vae.decode = decode
+    return np.concatenate([z.double().numpy() for z in seen])
+
+
+def decibels(reference: NDArray[np.float64], others: NDArray[np.float64]) -> list[float]:
+    """PSNR of each sample, the peak being the reference's range."""
+    peak = float(np.ptp(reference))
+    return [psnr_db(one, other, peak) for one, other in zip(reference, others, strict=True)]
+
+
+def build(name: str, folder: Path, method: str, *flags: str) -> Built:
+    """Write the pipeline `name`, calibrate it by `method` on its own trajectories and build the `cpu` engine of that.
+
+    flags: more of `build` and `calibrate`. Measuring is left out, which takes longer than all the rest.
+    """
+    root, checkpoint = write(name, folder / "pipeline"), folder / "checkpoint"
+    settings = [f"method={method}", "weights.group_size=32", "calibrate.timesteps=2", "sampling.n_steps=3", *flags]
+    common = ["--engine", ROWS[name].recipe, "-m", str(root), "--calib-size", "2"]
+    common += [part for setting in settings for part in ("--set", setting)]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("DITC_CACHE", str(folder / "cache"))
+        patch.setattr(compiler, "benched", lambda *_: None)
+        assert calibrate_main([*common, "-o", str(checkpoint)]) == 0
+        bundle = ["--target", "cpu", "--checkpoint", str(checkpoint), "-o", str(folder / "bundle")]
+        assert build_main([*common, *bundle]) == 0
+    return Built(root, load_bundle(folder / "bundle"), load(str(root)), checkpoints.load(checkpoint))
