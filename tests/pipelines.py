@@ -216,7 +216,7 @@ class Built:
         """Assert that the engine's pipeline draws what the fake-quantized and the float one draw.
 
         The limits are the gates': for the first, the reference's float32 runs, with flips in most samples, less
-        FACTOR_DB, or quantization's own error; for the second, the recipe's budget. In latents, relative to their range.
+        FACTOR_DB, or quantization's own error; for the second, the recipe's budget. In latents, by their range.
         """
         wanted, drawn, unquantized = (latents(pipe, **call) for pipe in (self.exact, self.engine, self.float))
         cost = decibels(wanted, unquantized)
