@@ -157,6 +157,14 @@ def test_another_size_names_the_engine_s_and_the_remedy(stand_in: Any) -> None:
         transformer(**call_of(model))
 
 
+def test_a_pipeline_without_sizes_draws_the_engine_s(stand_in: Any) -> None:
+    """A model for 64 pixels, an engine for 256, which is one of the sizes that the pipeline bins to."""
+    _, transformer = stand_in("alpha", (32, 32))
+    pipe = pipelines.pixart_alpha(transformer)
+    pipe.set_progress_bar_config(disable=True)
+    assert pipe("a red circle", num_inference_steps=2, output_type="np").images.shape == (1, 256, 256, 3)
+
+
 # --- beside calls --------------------------------------------------------------------------------------------------
 
 
