@@ -7,7 +7,7 @@ that 64 pixels are 8 latent cells. HunyuanDiT's pipeline fixes its text lengths,
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -41,6 +41,7 @@ TEXT = tiny.HUNYUAN | {"text_len": 77, "text_len_t5": 256}
 STYLELESS = {"use_style_cond_and_image_meta_size": False}  # version 1.2
 SIGMA = tiny.PIXART | {"sample_size": 128, "use_additional_conditions": False}
 HALVINGS = 3
+RUNS = 4
 
 
 def vae() -> Any:
@@ -215,20 +216,25 @@ class Built:
     def refuse_wrong_picture(self, **call: Any) -> None:
         """Assert that the engine's pipeline draws what the fake-quantized and the float one draw.
 
-        The limits are the gates': for the first, the reference's float32 runs, with flips in most samples, less
-        FACTOR_DB, or quantization's own error; for the second, the recipe's budget. In latents, by their range.
+        The limits are the gates': for the first, float32 runs of the reference with flips in most samples, less
+        FACTOR_DB, or quantization's own error; for the second, the recipe's budget. In latents, by their range. A call
+        has few samples and one flip can cost 20 dB, so that the worst of several runs is taken.
         """
         wanted, drawn, unquantized = (latents(pipe, **call) for pipe in (self.exact, self.engine, self.float))
         cost = decibels(wanted, unquantized)
-        runs = decibels(wanted, latents(self.fake, **call))
-        for seed, ulps in enumerate((JITTER_ULPS, *HITTING_ULPS)):
-            if np.mean(np.array(runs) < HIT_DB) >= HIT_SHARE:
-                break
-            with jittered(self.quantized, seed, ulps):
-                runs = decibels(wanted, latents(self.fake, **call))
+        runs = [value for seed in range(RUNS) for value in self._hit_run(seed, wanted, call)]
         limit = max(min(min(runs) - FACTOR_DB, ROUNDED_DB), min(cost))
         assert min(decibels(wanted, drawn)) >= limit, (decibels(wanted, drawn), runs, cost)
         assert np.median(decibels(unquantized, drawn)) >= self.bundle.recipe.budgets.final_psnr_fp_db
+
+    def _hit_run(self, seed: int, wanted: NDArray[np.float64], call: Mapping[str, Any]) -> list[float]:
+        """A float32 run with the least jitter that makes flips in most samples."""
+        for ulps in (JITTER_ULPS, *HITTING_ULPS):
+            with jittered(self.quantized, seed, ulps):
+                found = decibels(wanted, latents(self.fake, **call))
+            if np.mean(np.array(found) < HIT_DB) >= HIT_SHARE:
+                break
+        return found
 
 
 def latents(pipe: Any, seed: int = 3, n_steps: int = 3, **call: Any) -> NDArray[np.float64]:
