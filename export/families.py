@@ -8,12 +8,13 @@ share of the time, and an error in them reaches every token. PixArt and DiT foll
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 Config = Mapping[str, Any]
 Tensors = Mapping[str, Any]
+Attributes = dict[str, int | bool]
 
 # Layer kinds a recipe can give a format of their own.
 LAYER_KINDS = ("attn.qkv", "attn.out", "cross.q", "cross.kv", "cross.out", "ff.in", "ff.out", "adaln", "skip", "other")
@@ -26,13 +27,15 @@ FILLS = ("normal", "timestep", "mask", "aspect", "class", "zeros", "rotary_cos",
 class Input:
     """One model input. `shape` mixes numbers with "batch", "tokens", "height", "width" (cells) and "patches".
 
-    `fill` says what a sample holds; "class:N" draws classes below N.
+    `fill` says what a sample holds; "class:N" draws classes below N. implied: a caller may leave it away, its value
+    follows from the picture's size.
     """
 
     name: str
     shape: tuple[int | str, ...]
     fill: str = "normal"
     dtype: str = "float32"
+    implied: bool = False
 
     def __post_init__(self) -> None:
         if self.fill.partition(":")[0] not in FILLS:
@@ -40,8 +43,8 @@ class Input:
 
     @property
     def batched(self) -> bool:
-        """Does it hold one row for each sample? Tables that depend on the picture's size alone do not."""
-        return self.shape[0] == "batch"
+        """Whether the first axis counts samples; else one value, such as a table for the picture's size, serves all."""
+        return bool(self.shape) and self.shape[0] == "batch"
 
     @property
     def dynamic_axes(self) -> dict[int, str]:
@@ -49,12 +52,20 @@ class Input:
         return {axis: size for axis, size in enumerate(self.shape) if isinstance(size, str) and size in DYNAMIC}
 
 
+def shared_names(rows: Iterable[Input]) -> frozenset[str]:
+    """Names of the inputs without a batch axis: whoever splits or joins batches leaves them as they are."""
+    return frozenset(row.name for row in rows if not row.batched)
+
+
 @dataclass(frozen=True)
 class Family:
     """One row. `quantized`: (regex of the module path, layer kind); `kept`: (regex, reason); first match wins.
 
     `matches` tells whether a configuration of class `class_name` is of this family; `call` runs the diffusers module
-    on named inputs and returns the output tensor; `conditioning` says in words how conditions enter.
+    on named inputs and returns the output tensor; `conditioning` says in words how conditions enter. `attributes` are
+    the plain attributes of an instance, which pipelines read beside its configuration. `ignored` names inputs that the
+    class accepts and does not read in this configuration. binned: the family's pipelines choose among sizes of their
+    own unless they are called with use_resolution_binning=False.
     """
 
     name: str
@@ -67,6 +78,9 @@ class Family:
     conditioning: str
     tokens: int = 0
     square: bool = False
+    binned: bool = True
+    attributes: Callable[[Config], Attributes] = lambda config: {}
+    ignored: Callable[[Config], frozenset[str]] = lambda config: frozenset()
 
     def kind_of(self, path: str) -> str:
         """Layer kind of a linear to quantize; "" if it is kept."""
@@ -99,6 +113,18 @@ def _image(config: Config) -> Input:
     return Input("hidden_states", ("batch", config["in_channels"], "height", "width"))
 
 
+def _widths(config: Config) -> Attributes:
+    """Of a whole configuration, the class's defaults included."""
+    return {
+        "attention_head_dim": config["attention_head_dim"],
+        "inner_dim": config["num_attention_heads"] * config["attention_head_dim"],
+        "out_channels": config["in_channels"] if config["out_channels"] is None else config["out_channels"],
+        "height": config["sample_size"],
+        "width": config["sample_size"],
+        "gradient_checkpointing": False,
+    }
+
+
 # --- PixArt --------------------------------------------------------------------------------------------------------
 
 
@@ -125,8 +151,17 @@ def _pixart_inputs(config: Config) -> tuple[Input, ...]:
         Input("encoder_attention_mask", ("batch", "tokens"), "mask"),
     ]
     if uses_size_conditions(config):
-        rows += [Input("resolution", ("batch", 2), "image_size"), Input("aspect_ratio", ("batch", 1), "aspect")]
+        rows.append(Input("resolution", ("batch", 2), "image_size", implied=True))
+        rows.append(Input("aspect_ratio", ("batch", 1), "aspect", implied=True))
     return tuple(rows)
+
+
+def _pixart_ignored(config: Config) -> frozenset[str]:
+    return frozenset() if uses_size_conditions(config) else frozenset({"resolution", "aspect_ratio"})
+
+
+def _pixart_attributes(config: Config) -> Attributes:
+    return {**_widths(config), "use_additional_conditions": uses_size_conditions(config)}
 
 
 def _call_pixart(module: Any, inputs: Tensors) -> Any:
@@ -150,7 +185,7 @@ def _pixart(name: str, matches: Callable[[Config], bool], tokens: int) -> Family
     quantized = _block_linears(r"transformer_blocks\.\d+")
     return Family(
         name, "PixArtTransformer2DModel", matches, quantized, PIXART_KEPT, _pixart_inputs, _call_pixart,
-        PIXART_CONDITIONING, tokens,
+        PIXART_CONDITIONING, tokens, attributes=_pixart_attributes, ignored=_pixart_ignored,
     )  # fmt: skip
 
 
@@ -185,6 +220,8 @@ DIT = Family(
     call=_call_plain,
     conditioning="class label and timestep embeddings through adaLN-zero in every block; the null class is the last",
     square=True,
+    binned=False,
+    attributes=lambda config: {**_widths(config), "patch_size": config["patch_size"]},
 )
 
 
@@ -215,6 +252,21 @@ def _call_hunyuan(module: Any, inputs: Tensors) -> Any:
     return module(**plain, image_rotary_emb=rotary, return_dict=False)[0]
 
 
+def _hunyuan_ignored(config: Config) -> frozenset[str]:
+    used = config.get("use_style_cond_and_image_meta_size", True)
+    return frozenset() if used else frozenset({"image_meta_size", "style"})
+
+
+def _hunyuan_attributes(config: Config) -> Attributes:
+    """Of a whole configuration, the class's defaults included."""
+    heads, channels = config["num_attention_heads"], config["in_channels"]
+    return {
+        "num_heads": heads,
+        "inner_dim": heads * config["attention_head_dim"],
+        "out_channels": 2 * channels if config["learn_sigma"] else channels,
+    }
+
+
 HUNYUAN = Family(
     name="hunyuan",
     class_name="HunyuanDiT2DModel",
@@ -234,6 +286,8 @@ HUNYUAN = Family(
     call=_call_hunyuan,
     conditioning="CLIP and T5 embeddings through cross-attention (masked tokens replaced by learned padding); "
     "timestep, pooled text, size and style through an adaLN shift; rotary position embedding as inputs",
+    attributes=_hunyuan_attributes,
+    ignored=_hunyuan_ignored,
 )
 
 

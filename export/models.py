@@ -22,7 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from export.errors import ModelError, RecipeError
-from export.families import FAMILIES, LAYER_KINDS, Family, Input
+from export.families import FAMILIES, LAYER_KINDS, Family, Input, shared_names
 from export.read_weights import Weights, read_weights
 from export.sources import find
 from export.weights_files import (
@@ -97,6 +97,11 @@ class LoadedModel:
         return hashlib.sha256(json.dumps(stated, sort_keys=True).encode()).hexdigest()
 
     @cached_property
+    def shared(self) -> frozenset[str]:
+        """Names of the inputs that have no batch axis."""
+        return shared_names(self.inputs)
+
+    @cached_property
     def parameters(self) -> int:
         """How many numbers the denoiser holds."""
         return sum(tensor.numel() for tensor in self.module.parameters())
@@ -104,9 +109,7 @@ class LoadedModel:
     @cached_property
     def pixels_per_cell(self) -> int:
         """Image pixels per cell of `hidden_states`: 1 for a pixel-space model, 8 for a latent one."""
-        generation = self.folder / GENERATION_FILE
-        stated = _read_json(generation).get("output") if generation.is_file() else ""
-        return 1 if stated == "pixels" or self.config["in_channels"] <= 3 else LATENT_PIXELS
+        return pixels_per_cell(self.folder, self.config)
 
     def linears(self) -> list[LinearRef]:
         """The linears to quantize, in module order."""
@@ -131,6 +134,13 @@ class LoadedModel:
         if self.family.square and height != width:
             raise RecipeError(f"image size {height} x {width}: {self.family.name} makes square images only")
         return height // self.pixels_per_cell, width // self.pixels_per_cell
+
+
+def pixels_per_cell(folder: Path, config: Mapping[str, Any]) -> int:
+    """As the property of a loaded model, for the folder and the configuration of a model or a bundle."""
+    generation = folder / GENERATION_FILE
+    stated = _read_json(generation).get("output") if generation.is_file() else ""
+    return 1 if stated == "pixels" or config["in_channels"] <= 3 else LATENT_PIXELS
 
 
 def _linears(module: Any) -> list[tuple[str, Any]]:

@@ -24,6 +24,7 @@ from pipeline.recipe import Recipe
 
 if TYPE_CHECKING:
     from export.models import LoadedModel
+    from pipeline.picture_case import Case
 
 logger = logging.getLogger(__name__)
 SCHEMA_VERSION = 1
@@ -128,7 +129,7 @@ def _seconds(call: Callable[[], object]) -> float:
     return time.perf_counter() - started
 
 
-def image_timings(runners: list[Contestant], case: Any, calls: Mapping[str, Timing]) -> dict[str, Timing]:
+def image_timings(runners: list[Contestant], case: Case, calls: Mapping[str, Timing]) -> dict[str, Timing]:
     """Whole images. Where a round of them would burst the budget, steps times the median call stands in, marked so.
 
     A guided call has twice the rows of a plain one, and the case may hold more pictures than a call: both are counted.
@@ -141,7 +142,7 @@ def image_timings(runners: list[Contestant], case: Any, calls: Mapping[str, Timi
     return interleaved(draws, IMAGES_BUDGET_S, IMAGE_ROUNDS)
 
 
-def _drawer(runner: Contestant, case: Any) -> Callable[[], object]:
+def _drawer(runner: Contestant, case: Case) -> Callable[[], object]:
     return lambda: case.draw(runner.run)
 
 

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from pipeline.backends.base import Arrays
 from pipeline.gates import sqnr_db
 from pipeline.picture_case import Case, Run, is_large
-from pipeline.sampling import TRAIN_STEPS, make_sampler
+from pipeline.sampling import TRAIN_STEPS, make_sampler, take_samples
 
 if TYPE_CHECKING:
     from export.families import Input
@@ -56,14 +56,12 @@ BATCHES = ((1, ONE), (2, LONGEST), (3, ODD), (9, LONGEST))
 
 @dataclass(frozen=True)
 class Call:
-    """One call: `rows` of the pool `pool`, as inputs by name; `text` says what is special about it. batched: the inputs
-    that hold one row for each sample."""
+    """One call: `rows` of the pool `pool`, as inputs by name; `text` says what is special about it."""
 
     text: str
     pool: str
     rows: tuple[int, ...]
     inputs: Arrays
-    batched: frozenset[str]
 
 
 def make_pools(model: LoadedModel, case: Case) -> dict[str, Arrays]:
@@ -73,19 +71,17 @@ def make_pools(model: LoadedModel, case: Case) -> dict[str, Arrays]:
 
 def make_calls(model: LoadedModel, pools: dict[str, Arrays]) -> list[Call]:
     """One call for each row of BATCHES."""
-    batched = frozenset(row.name for row in model.inputs if row.batched)
     calls = []
     for size, pool in BATCHES:
         rows = tuple(i % len(pools[pool]["timestep"]) for i in range(size))
-        call = rows_of(pool, rows, pools[pool], batched)
+        call = rows_of(pool, rows, pools[pool], model.shared)
         calls.append(replace(call, text=f"{call.text}{_caption(model.inputs, call.inputs)}"))
     return calls
 
 
-def rows_of(name: str, rows: tuple[int, ...], pool: Arrays, batched: frozenset[str]) -> Call:
+def rows_of(name: str, rows: tuple[int, ...], pool: Arrays, shared: frozenset[str]) -> Call:
     """The samples `rows` of the pool `name` as one call."""
-    inputs = {key: value[list(rows)] if key in batched else value for key, value in pool.items()}
-    return Call(f"batch {len(rows)}", name, rows, inputs, batched)
+    return Call(f"batch {len(rows)}", name, rows, take_samples(pool, list(rows), shared))
 
 
 def _caption(rows: Sequence[Input], inputs: Arrays) -> str:
@@ -175,14 +171,19 @@ def sample_errors(call: Call, exact: dict[str, NDArray[Any]], output: NDArray[An
 
 
 def state_errors(
-    calls: Sequence[Call], pools: Mapping[str, Arrays], exact: dict[str, NDArray[Any]], run: Run, made: int
+    calls: Sequence[Call],
+    pools: Mapping[str, Arrays],
+    shared: frozenset[str],
+    exact: dict[str, NDArray[Any]],
+    run: Run,
+    made: int,
 ) -> list[SampleError]:
     """What an engine keeps from call to call: a condition changed at an equal batch size (in one sample, in all, in
     place), the STEADY_CALL-th call (`made` of them so far), two threads at once."""
     single, pair, *_ = calls
     first, second, third = pair.rows[0], pair.rows[1], len(pools[pair.pool]["timestep"]) - 1
     orders = (first, second), (first, third), (second, third), (third, first), (first, second)
-    changed = [rows_of(pair.pool, rows, pools[pair.pool], pair.batched) for rows in orders]
+    changed = [rows_of(pair.pool, rows, pools[pair.pool], shared) for rows in orders]
     errors = call_errors([replace(call, text=f"{call.text}, condition changed") for call in changed], exact, run)
 
     arrays = {name: value.copy() for name, value in changed[2].inputs.items()}  # another condition than the call before

@@ -20,6 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from export.errors import ContractError, RecipeError
+from export.families import FAMILIES, shared_names
 from pipeline.command import Answer, Parser, parser, run
 from pipeline.conditioning import GENERATION_FILE, Generation, load_generation
 from pipeline.progress import track
@@ -85,8 +86,16 @@ def _draw_part(
     scale = generation.guidance_scale if request.guidance_scale is None else request.guidance_scale
     shape = picture_shape(bundle)
     noise = np.stack([np.random.default_rng(seed).standard_normal(shape) for _, seed in part]).astype(np.float32)
-    images = sample(engine.run, generation.encode([prompt for prompt, _ in part]), noise, sampler, scale)
+    encoded = generation.encode([prompt for prompt, _ in part])
+    images = sample(engine.run, encoded, noise, sampler, scale, shared=_shared(bundle))
     return to_pixels(images)
+
+
+def _shared(bundle: Bundle) -> frozenset[str]:
+    """Names of the engine's inputs without a batch axis; classes without a row of their own have none."""
+    family = FAMILIES.get(bundle.manifest["model"]["family"])
+    config = json.loads((bundle.path / "config.json").read_text(encoding="utf-8"))
+    return shared_names(family.inputs(config)) if family else frozenset()
 
 
 def picture_shape(bundle: Bundle) -> tuple[int, int, int]:

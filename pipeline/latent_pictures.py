@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -9,35 +10,61 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from export.errors import EnvironmentLacksError, RecipeError
+from export.families import FAMILIES
 from pipeline.generate import BATCH_SIZE, DrawRequest, Pictures
 
 if TYPE_CHECKING:
     from pipeline.bundle import Bundle
 
+# Older folders name one class for PixArt and DiT.
+LEGACY_CLASS = "Transformer2DModel"
+
 
 def draw_latent(bundle: Bundle, request: DrawRequest, source: str | None = None) -> Pictures:
     """Pictures [prompts * num_images, H, W, 3] uint8; `source` names the pipeline if it is not the model's own."""
     root = find_pipeline(source or str(bundle.manifest["model"]["source"]))  # refuse before the slow imports
+    family = str(bundle.manifest["model"]["family"])
+    _refuse_other_class(root, family)
     import torch
     from diffusers import DiffusionPipeline
 
     from pipeline.calibrate.pipeline_data import shared_variant
 
     transformer = bundle.as_diffusers(request.target)
-    opened = {"variant": shared_variant(Path(root)), "local_files_only": True}
-    pipeline = DiffusionPipeline.from_pretrained(root, transformer=transformer, **opened)
-    arguments = pipeline_arguments(bundle.manifest["model"]["family"])
-    given = {"num_inference_steps": request.n_steps, "guidance_scale": request.guidance_scale}
-    settings = {key: value for key, value in given.items() if value}
-    drawn = []
-    for first in range(0, len(request.pictures), BATCH_SIZE):
-        part = request.pictures[first : first + BATCH_SIZE]
-        generators = [torch.Generator().manual_seed(seed) for _, seed in part]
-        named = arguments(pipeline, bundle, [text for text, _ in part])
-        images = pipeline(**named, generator=generators, output_type="np", **settings).images
-        drawn.append(np.rint(np.clip(images, 0, 1) * 255).astype(np.uint8))
-    transformer.engine.close()
+    try:
+        opened = {"variant": shared_variant(Path(root)), "local_files_only": True}
+        pipeline = DiffusionPipeline.from_pretrained(root, transformer=transformer, **opened)
+        arguments = pipeline_arguments(family)
+        settings = _settings(request)
+        drawn = []
+        for first in range(0, len(request.pictures), BATCH_SIZE):
+            part = request.pictures[first : first + BATCH_SIZE]
+            generators = [torch.Generator().manual_seed(seed) for _, seed in part]
+            named = arguments(pipeline, bundle, [text for text, _ in part])
+            images = pipeline(**named, generator=generators, output_type="np", **settings).images
+            drawn.append(np.rint(np.clip(images, 0, 1) * 255).astype(np.uint8))
+    finally:
+        transformer.engine.close()
     return np.concatenate(drawn)
+
+
+def _settings(request: DrawRequest) -> dict[str, float]:
+    """The pipeline's arguments for what the request states; a guidance scale of 0 is one."""
+    steps: dict[str, float] = {"num_inference_steps": request.n_steps} if request.n_steps else {}
+    return steps if request.guidance_scale is None else steps | {"guidance_scale": request.guidance_scale}
+
+
+def _refuse_other_class(root: str, family: str) -> None:
+    """Raise RecipeError if the pipeline's transformer is of another class than the engine's model."""
+    index = json.loads((Path(root) / "model_index.json").read_text(encoding="utf-8"))
+    row = index.get("transformer")
+    known = FAMILIES.get(family)
+    class_name = row[1] if isinstance(row, list) and len(row) == 2 else None
+    if known and class_name not in (known.class_name, LEGACY_CLASS):
+        wanted = f"the engine is one of {known.class_name}"
+        raise RecipeError(
+            f"{root}: its transformer is {class_name or 'absent'}, {wanted}; give the pipeline it is from"
+        )
 
 
 def find_pipeline(source: str) -> str:
@@ -78,10 +105,10 @@ def _classes(pipeline: Any, _: Bundle, prompts: list[str]) -> dict[str, Any]:
     """ImageNet classes by number or name."""
     names = pipeline.labels
     for prompt in prompts:
-        if not prompt.isdigit() and prompt not in names:
+        if not prompt.isdecimal() and prompt not in names:
             shown = ", ".join(list(names)[:8])
             raise RecipeError(f"prompt {prompt!r} is not a class; use a number or a name such as {shown}")
-    return {"class_labels": [int(prompt) if prompt.isdigit() else names[prompt] for prompt in prompts]}
+    return {"class_labels": [int(prompt) if prompt.isdecimal() else names[prompt] for prompt in prompts]}
 
 
 # Family -> the pipeline's arguments, where a prompt is not a text.

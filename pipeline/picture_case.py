@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from pipeline.backends.base import Arrays
 from pipeline.conditioning import GENERATION_FILE, Generation, load_generation
 from pipeline.recipe import Recipe
-from pipeline.sampling import UNBATCHED, make_sampler, sample
+from pipeline.sampling import make_sampler, sample, take_samples
 
 if TYPE_CHECKING:
     from export.models import LoadedModel
@@ -25,7 +25,10 @@ SMALL_PARAMETERS, SMALL_PICTURES = 50_000_000, 4
 
 @dataclass(frozen=True)
 class Case:
-    """How the pictures of a verification are made; `output` is "pixels" or "latents"."""
+    """How the pictures of a verification are made; `output` is "pixels" or "latents".
+
+    shared: names of the conditioning's inputs that have no batch axis.
+    """
 
     prompts: tuple[str, ...]
     conditioning: tuple[Arrays, Arrays]
@@ -35,23 +38,21 @@ class Case:
     n_steps: int
     guidance_scale: float
     output: str
+    shared: frozenset[str] = frozenset()
 
     def draw(self, run: Run, on_step: Callable[[int, Arrays, Arrays], None] | None = None) -> NDArray[np.float32]:
         """Pictures (or latents) [B, C, H, W] by this denoiser."""
         sampler = make_sampler(self.sampler, self.n_steps, self.timestep_scale)
-        return sample(run, self.conditioning, self.noise, sampler, self.guidance_scale, on_step)
-
-    def first(self, count: int) -> Case:
-        """The case of the first `count` pictures alone."""
-        wanted, plain = (
-            {name: value if name in UNBATCHED else value[:count] for name, value in part.items()}
-            for part in self.conditioning
-        )
-        return replace(self, prompts=self.prompts[:count], conditioning=(wanted, plain), noise=self.noise[:count])
+        return sample(run, self.conditioning, self.noise, sampler, self.guidance_scale, on_step, self.shared)
 
     def shown(self, output: NDArray[Any]) -> NDArray[Any]:
         """The part of a denoiser's output that the sampler uses: a learned sigma is dropped."""
         return output[:, : self.noise.shape[1]]
+
+    def first(self, count: int) -> Case:
+        """The case of the first `count` pictures alone."""
+        wanted, plain = (take_samples(part, slice(count), self.shared) for part in self.conditioning)
+        return replace(self, prompts=self.prompts[:count], conditioning=(wanted, plain), noise=self.noise[:count])
 
 
 def make_case(model: LoadedModel, recipe: Recipe, pictures: int = 0) -> Case:
@@ -66,7 +67,8 @@ def make_case(model: LoadedModel, recipe: Recipe, pictures: int = 0) -> Case:
     drawn = sample_inputs(model, count, wanted.seed, wanted.height, wanted.width)
     noise = np.random.default_rng(wanted.seed).standard_normal(drawn["hidden_states"].shape).astype(np.float32)
     made = _conditioned(model, recipe, count)
-    return replace(made, noise=noise, n_steps=wanted.n_steps, guidance_scale=wanted.guidance_scale)
+    made = replace(made, noise=noise, shared=model.shared)
+    return replace(made, n_steps=wanted.n_steps, guidance_scale=wanted.guidance_scale)
 
 
 def _conditioned(model: LoadedModel, recipe: Recipe, count: int) -> Case:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -12,8 +12,6 @@ from export.errors import RecipeError
 from pipeline.backends.base import Arrays
 
 FloatArray = NDArray[np.float32]
-# Inputs without a batch axis: tables that depend on the picture's size alone.
-UNBATCHED = frozenset({"image_rotary_cos", "image_rotary_sin"})
 # Noise schedule of the eps-predicting models (DiT, PixArt, Hunyuan were trained with 1000 steps; betas are linear).
 TRAIN_STEPS, BETA_FIRST, BETA_LAST = 1000, 1e-4, 2e-2
 
@@ -77,17 +75,18 @@ def sample(
     sampler: Sampler,
     guidance_scale: float,
     on_step: Callable[[int, Arrays, Arrays], None] | None = None,
+    shared: frozenset[str] = frozenset(),
 ) -> FloatArray:
     """Denoise `noise` [B, C, H, W] and return the result, float32 of that shape.
 
     `conditioning`: model inputs with the prompt and without it (as `conditioning.encode` gives them). Unless
     `guidance_scale` is 1 both halves run as one batch of 2 B, prompts first (classifier-free guidance,
     arXiv 2207.12598). A model that predicts more channels than C (a learned sigma) has them dropped.
-    `on_step(i, inputs, outputs)` sees every call of `run`.
+    `on_step(i, inputs, outputs)` sees every call of `run`. `shared`: inputs without a batch axis, given once.
     """
     x = np.asarray(noise, np.float32)
     guided = guidance_scale != 1.0
-    constant = _stacked(*conditioning) if guided else conditioning[0]
+    constant = _stacked(*conditioning, shared) if guided else conditioning[0]
     for i, timestep in enumerate(sampler.timesteps):
         batch = np.concatenate([x, x]) if guided else x
         times = np.full(len(batch), timestep, np.float32)
@@ -103,8 +102,11 @@ def sample(
     return x
 
 
-def _stacked(wanted: Arrays, plain: Arrays) -> Arrays:
+def _stacked(wanted: Arrays, plain: Arrays, shared: frozenset[str]) -> Arrays:
     """Both conditionings as one batch."""
-    return {
-        name: value if name in UNBATCHED else np.concatenate([value, plain[name]]) for name, value in wanted.items()
-    }
+    return {name: value if name in shared else np.concatenate([value, plain[name]]) for name, value in wanted.items()}
+
+
+def take_samples(inputs: Arrays, rows: slice | Sequence[int] | NDArray[np.integer], shared: frozenset[str]) -> Arrays:
+    """Some samples of a batch of model inputs; those of `shared` have no batch axis and stay whole."""
+    return {name: value if name in shared else value[rows] for name, value in inputs.items()}

@@ -130,7 +130,7 @@ def verify_target(
     strange = call_errors(special, found.pool_exact, run)
     if engine is not None and effort.state:
         made = len(effort.steps) + len(special)
-        strange += state_errors(special, found.pools, found.pool_exact, run, made)
+        strange += state_errors(special, found.pools, model.shared, found.pool_exact, run, made)
     report.gates += calls_gates(target, strange, found, single)
     image = found.case.first(effort.pictures).draw(run) if effort.pictures else found.case.noise[:0]
     nonfinite = errors.nonfinite + int(np.count_nonzero(~np.isfinite(image)))

@@ -161,7 +161,7 @@ def _errors(engine: Counted, subject: tuple[models.LoadedModel, Case]) -> dict[s
     calls, right = make_calls(model, pools), Counted(model)
     exact = {name: right.run(pool)["sample"] for name, pool in pools.items()}
     errors = call_errors(calls, exact, engine.run)
-    errors += state_errors(calls, pools, exact, engine.run, len(calls))
+    errors += state_errors(calls, pools, model.shared, exact, engine.run, len(calls))
     worst: dict[str, float] = {}
     for error in errors:
         worst[error.call] = min(error.sqnr_db, worst.get(error.call, np.inf))

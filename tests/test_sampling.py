@@ -91,7 +91,7 @@ def test_tables_without_a_batch_axis_are_passed_once():
         return {"sample": inputs["hidden_states"]}
 
     both = ({"image_rotary_cos": table}, {"image_rotary_cos": table})
-    sample(run, both, random(7), make_sampler("flow_euler", 1), 2.0)
+    sample(run, both, random(7), make_sampler("flow_euler", 1), 2.0, shared=frozenset({"image_rotary_cos"}))
     assert seen[0].shape == table.shape
 
 

@@ -18,9 +18,11 @@ import torch
 from torch import nn
 
 from export.checkpoint import QuantizedLinear
+from export.families import shared_names
 from pipeline.backends.base import Arrays
 from pipeline.calibrate.data import CalibrationData
 from pipeline.calibrate.plan import LayerPlan
+from pipeline.sampling import take_samples
 
 if TYPE_CHECKING:
     from export.models import LoadedModel
@@ -243,7 +245,8 @@ def looks_like_chain(module: Any, blocks: Sequence[str], inputs: Arrays) -> bool
         for block in blocks
     ]
     try:
-        module(**_tensors({name: value[:1] for name, value in inputs.items()}))
+        shared = shared_names(module.family.inputs(module.transformer.config))
+        module(**_tensors(take_samples(inputs, slice(1), shared)))
     finally:
         for handle in handles:
             handle.remove()

@@ -20,6 +20,7 @@ from pipeline.calibrate.data import CalibrationData
 from pipeline.calibrate.group_candidates import CandidateModels, Candidates, one_thread, scored_keys
 from pipeline.calibrate.group_search import Individual
 from pipeline.gates import sqnr_db
+from pipeline.sampling import take_samples
 
 
 @dataclass(frozen=True)
@@ -33,7 +34,8 @@ class ProxyScore:
     def of(cls, candidates: Candidates, data: CalibrationData, samples: int) -> ProxyScore:
         """On about `samples` samples, the same number of each calibration call."""
         each = max(1, samples // len(data.calls))
-        return cls(candidates, tuple(_evenly(call.inputs, each) for call in data.calls))
+        shared = candidates.load().shared
+        return cls(candidates, tuple(_evenly(call.inputs, each, shared) for call in data.calls))
 
     @property
     def origin(self) -> dict[str, Any]:
@@ -47,11 +49,11 @@ class ProxyScore:
         return _Proxy(self)
 
 
-def _evenly(inputs: Arrays, count: int) -> Arrays:
-    """`count` samples of a call, evenly spread over its batch; inputs without a batch axis stay whole."""
+def _evenly(inputs: Arrays, count: int, shared: frozenset[str]) -> Arrays:
+    """`count` samples of a call, evenly spread over its batch."""
     batch = len(inputs["hidden_states"])
     rows = np.linspace(0, batch - 1, min(count, batch)).round().astype(int)
-    return {name: value[rows] if len(value) == batch else value for name, value in inputs.items()}
+    return take_samples(inputs, rows, shared)
 
 
 class _Proxy:

@@ -206,6 +206,7 @@ class Batches:
         self, model: LoadedModel, calls: Sequence[Call], weights: Sequence[Sequence[float]], settings: Settings
     ) -> None:
         self.calls, self.weights, self.settings = list(calls), list(weights), settings
+        self.shared = model.shared
         self.inputs = [{key: torch.from_numpy(value) for key, value in call.inputs.items()} for call in calls]
         self.targets = self._predictions(model)
         self.peers: dict[Any, list[tuple[int, int]]] = {}
@@ -241,9 +242,7 @@ class Batches:
 
     def _join(self, key: str, picks: Sequence[tuple[int, int]]) -> Tensor:
         """The picked samples of one input; an input without batch axis (rotary tables) as it is."""
-        from pipeline.sampling import UNBATCHED
-
-        if key in UNBATCHED:
+        if key in self.shared:
             return self.inputs[picks[0][0]][key]
         return torch.stack([self.inputs[call][key][row] for call, row in picks])
 
