@@ -9,8 +9,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from pipeline import machine
 from pipeline.bundle import load_bundle
-from pipeline.command import Answer, Parser, parser, run
+from pipeline.command import Answer, Parser, add_threads, parser, run
 from pipeline.compiler import load_model, opened
 from pipeline.files import write_json
 from pipeline.stages import timed
@@ -22,23 +23,31 @@ def make_parser() -> Parser:
     made.add_argument("bundle", type=Path, metavar="BUNDLE", help="a folder that build wrote")
     made.add_argument("-m", "--model", metavar="ID_OR_DIR", help="the float model, if it moved since the build")
     made.add_argument("-o", "--output", type=Path, metavar="FILE.json", help="write the numbers here too")
+    add_threads(made)
     return made
 
 
-def bench_bundle(path: Path, source: str = "") -> dict[str, Any]:
-    """Verify the files, then measure every engine that runs here. Raises UserError subclasses."""
+def bench_bundle(path: Path, source: str = "", threads: int | None = None) -> dict[str, Any]:
+    """Verify the files, then measure every engine that runs here, and what it is compared with, with as many threads.
+
+    Raises UserError subclasses."""
     from pipeline.bench import bench
 
-    bundle, _ = timed("files", lambda: load_bundle(path))
+    bundle, _ = timed("files", lambda: load_bundle(path, threads))
     model, _ = timed("model", lambda: load_model(source or bundle.manifest["model"]["source"]))
-    with opened(path, bundle.targets) as engines, tempfile.TemporaryDirectory(prefix="ditc-") as folder:
-        document, _ = timed("bench", lambda: bench(model, engines, bundle.recipe, path, Path(folder)))
+    count, recipe = machine.threads(threads), bundle.recipe
+    with (
+        bundle.copied() as private,
+        opened(private.path, bundle.targets, count) as engines,
+        tempfile.TemporaryDirectory(prefix="ditc-") as folder,
+    ):
+        document, _ = timed("bench", lambda: bench(model, engines, recipe, private.path, Path(folder), count))
     return document
 
 
 def work(args: argparse.Namespace, answer: Answer) -> int:
     """Measure and answer with the numbers."""
-    document = bench_bundle(args.bundle, args.model or "")
+    document = bench_bundle(args.bundle, args.model or "", args.threads)
     if args.output:
         write_json(args.output, document)
     answer.document({"event": "bench", **document}, json.dumps(document, indent=1))

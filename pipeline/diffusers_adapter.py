@@ -6,7 +6,6 @@ pipe.transformer = load("engines/pixart_w4a6").as_diffusers()
 from __future__ import annotations
 
 import inspect
-import json
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -32,8 +31,7 @@ def as_diffusers(bundle: Bundle, target: str = "auto") -> EngineTransformer:
         raise ContractError(
             f"{bundle.path}: no diffusers form for family {bundle.manifest['model']['family']}, only {known}"
         )
-    config = json.loads((bundle.path / "config.json").read_text())
-    return EngineTransformer(bundle.engine(target), family, config)
+    return EngineTransformer(bundle.engine(target), family, bundle.config())
 
 
 class EngineTransformer(ModelMixin, ConfigMixin):
