@@ -20,14 +20,15 @@ _FOLDERS: list[tempfile.TemporaryDirectory] = []
 
 
 @functools.cache
-def _problems() -> list[str]:
+def problems() -> list[str]:
+    """Why nothing can be compiled here."""
     return library.problems()
 
 
 def need_compiler() -> None:
     """Skip the test where nothing can be compiled."""
-    if _problems():
-        pytest.skip(_problems()[0])
+    if problems():
+        pytest.skip(problems()[0])
 
 
 @functools.cache

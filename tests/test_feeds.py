@@ -36,7 +36,10 @@ def test_what_fits_passes_at_any_size_and_up_to_the_largest_number() -> None:
 
 
 WRONG: dict[str, tuple[dict[str, Any], str]] = {
-    "unknown": ({"z": np.zeros(2, np.float32)}, r"inputs \['z'\] are missing or unknown; the engine takes labels, mask"),
+    "unknown": (
+        {"z": np.zeros(2, np.float32)},
+        r"inputs \['z'\] are missing or unknown; the engine takes labels, mask",
+    ),
     "batch 0": ({"x": np.zeros((0, 3, 4), np.float32)}, r"x has shape \(0, 3, 4\).*give at least one of each"),
     "no token": (
         {"x": np.zeros((2, 0, 4), np.float32)},

@@ -135,12 +135,21 @@ def refusal(path: Path) -> str:
     return ""
 
 
+def exposure(path: Path) -> str:
+    """Why others may put something else in the place of `path`, '' if they may not: a folder above it is theirs too."""
+    for folder in path.parent.resolve().parents:
+        mode = folder.stat().st_mode
+        if mode & stat.S_IWOTH and not mode & stat.S_ISVTX:
+            return f"lies in {folder}, which can be written by others"
+    return ""
+
+
 def trusted(path: Path) -> bool:
     """May this library be loaded? Otherwise the log says why not."""
     for item in (path.parent, path):
         try:
-            why = refusal(item)
-        except FileNotFoundError:
+            why = refusal(item) or exposure(item)
+        except OSError:  # not there, or not to be read
             return False
         if why:
             logger.warning("%s %s: the kernel library in it is not used; remove it", item, why)
