@@ -1,12 +1,43 @@
-"""Sessions of a `cpu` engine that call back before and after they run: threads meet where a test wants them to."""
+"""Threads that meet where a test wants them to: sessions of a `cpu` engine that call back before and after they run."""
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
 from pipeline.backends.cpu_engine import Sessions
+
+TIMEOUT_S = 60
+
+
+class Worker(threading.Thread):
+    """Runs a function and keeps what it gives or raises."""
+
+    def __init__(self, work: Callable[[], Any]) -> None:
+        super().__init__(daemon=True)
+        self.work, self.error, self.found = work, None, None
+        self.start()
+
+    def run(self) -> None:
+        try:
+            self.found = self.work()
+        except Exception as error:
+            self.error = error
+
+    def result(self) -> Any:
+        self.join(TIMEOUT_S)
+        assert not self.is_alive(), "the call did not end"
+        if self.error:
+            raise self.error
+        return self.found
+
+
+def once(work: Callable[[], object]) -> Callable[[], None]:
+    """A hook that acts the first time only."""
+    left = [work]
+    return lambda: left.pop()() if left else None
 
 
 def _nothing() -> None:

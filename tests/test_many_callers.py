@@ -6,7 +6,7 @@ Nothing here is left to chance: hooks in the sessions hold a thread at the worst
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from pipeline.backends.cpu import CpuBackend
 from pipeline.backends.cpu_engine import KEPT, CpuEngine
 from pipeline.recipe import Cpu, Recipe
 from tests import native
-from tests.hooked_sessions import hooked
+from tests.hooked_sessions import TIMEOUT_S, Worker, hooked, once
 from tests.portable import portable, random_linear
 
 # The mask is read by the part of the condition and by the rest: a call must see one mask in both.
@@ -32,7 +32,6 @@ BODY = """
   y = Add(masked, seen)
 """
 INPUTS = "float[B,S,64] hidden_states, float[B,S,64] text, float[B,S,1] mask"
-TIMEOUT_S = 60
 Call = dict[str, Any]
 
 
@@ -70,34 +69,6 @@ def call(seed: int, batch: int = 1, tokens: int = 5) -> Call:
     mask = (rng.random((batch, tokens, 1)) > 0.3).astype(np.float32)
     hidden, text = (rng.standard_normal(shape).astype(np.float32) for _ in range(2))
     return {"hidden_states": hidden, "text": text, "mask": mask}
-
-
-class Worker(threading.Thread):
-    """Runs a function and keeps what it gives or raises."""
-
-    def __init__(self, work: Callable[[], Any]) -> None:
-        super().__init__(daemon=True)
-        self.work, self.error, self.found = work, None, None
-        self.start()
-
-    def run(self) -> None:
-        try:
-            self.found = self.work()
-        except Exception as error:
-            self.error = error
-
-    def result(self) -> Any:
-        self.join(TIMEOUT_S)
-        assert not self.is_alive(), "the call did not end"
-        if self.error:
-            raise self.error
-        return self.found
-
-
-def once(work: Callable[[], object]) -> Callable[[], None]:
-    """A hook that acts the first time only."""
-    left = [work]
-    return lambda: left.pop()() if left else None
 
 
 def alone(engine: CpuEngine, calls: list[Call]) -> list[np.ndarray]:

@@ -115,7 +115,8 @@ class Captured:
                     module(inputs)
             current.wait_stream(stream)
             # A capture that fails may leave its stream the current one: the outer context puts this one back.
-            with torch.cuda.stream(current), torch.cuda.graph(graph):
+            # What other threads do on the GPU meanwhile is not part of the capture and does not break it.
+            with torch.cuda.stream(current), torch.cuda.graph(graph, capture_error_mode="thread_local"):
                 outputs = module(inputs)
         return cls(graph, inputs, outputs)
 

@@ -83,7 +83,8 @@ class Captured:
         stream = torch.cuda.current_stream()
         execute(context, stream.cuda_stream)
         stream.synchronize()
-        with torch.cuda.graph(graph, stream=stream):
+        # What other threads do on the GPU meanwhile is not part of the capture and does not break it.
+        with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
             execute(context, stream.cuda_stream)
         return cls(buffers, graph)
 
