@@ -210,8 +210,9 @@ class ReferenceEngine:
 
 
 def declared_inputs(module: Any) -> tuple[feeds.Declared, ...]:
-    """The inputs of a family's denoiser; nothing of a module that is none."""
-    if not isinstance(module, Denoiser):
+    """The inputs of a family's denoiser; nothing of a module that is none, or has no configuration to know them by."""
+    config = getattr(module.transformer, "config", None) if isinstance(module, Denoiser) else None
+    if config is None:
         return ()
-    rows = {row.name: row for row in module.family.inputs(dict(module.transformer.config))}
+    rows = {row.name: row for row in module.family.inputs(dict(config))}
     return tuple(feeds.Declared(name, rows[name].dtype, rows[name].shape) for name in module.names)
