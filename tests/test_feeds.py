@@ -54,8 +54,14 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "a list": ({"timestep": [1.0, 2.0]}, r"timestep is of type list; give a NumPy array of float32"),
     "overflow": ({"x": np.full((2, 3, 4), 1e30, np.float32)}, r"x holds 1e\+30; .*magnitude up to 1.09951e\+12"),
     "negative overflow": ({"x": np.full((2, 3, 4), -1e30, np.float32)}, r"x holds -1e\+30"),
-    "NaN": ({"x": np.where(np.eye(3, 4), np.nan, np.ones((2, 3, 4))).astype(np.float32)}, r"x holds NaN or infinity"),
-    "infinity": ({"mask": np.full((2, 3), -np.inf, np.float32)}, r"mask holds NaN or infinity"),
+    "overflow beside NaN": (
+        {"x": np.stack([np.full((3, 4), np.nan), np.full((3, 4), 1e30)]).astype(np.float32)},
+        r"x holds 1e\+30; ",
+    ),
+    "overflow beside infinity": (
+        {"mask": np.full((2, 3), [np.inf, -np.inf, -1e30], np.float32)},
+        r"mask holds -1e\+30",
+    ),
     "phase": ({"timestep": np.full(2, 1e6, np.float32)}, r"timestep holds 1e\+06; .*up to 16384"),
     "negative class": ({"labels": np.array([0, -1])}, r"labels holds -1; indices and lengths start at 0"),
 }
@@ -66,6 +72,12 @@ def test_what_does_not_fit_is_refused_in_words(name: str) -> None:
     change, words = WRONG[name]
     with pytest.raises(RecipeError, match=words):
         check_feeds(DECLARED, inputs() | change)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_what_is_not_finite_passes(value: float) -> None:
+    check_feeds(DECLARED, inputs() | {"x": np.full((2, 3, 4), value, np.float32)})
+    check_feeds(DECLARED, inputs() | {"timestep": np.array([1, value], np.float32)})
 
 
 def test_a_missing_input() -> None:
@@ -83,7 +95,7 @@ def test_tensors_are_checked_as_arrays_are() -> None:
     tensors = {name: torch.from_numpy(array) for name, array in inputs().items()}
     check_feeds(DECLARED, tensors | {"x": tensors["x"].clone().requires_grad_()})
     check_feeds(DECLARED, tensors | {"x": tensors["x"].half()}, cast=True)
-    for name in ("float64", "NaN", "overflow", "negative class", "other batch"):
+    for name in ("float64", "overflow beside NaN", "overflow", "negative class", "other batch"):
         change, words = WRONG[name]
         with pytest.raises(RecipeError, match=words):
             check_feeds(DECLARED, tensors | {key: torch.from_numpy(array) for key, array in change.items()})

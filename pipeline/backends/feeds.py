@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -86,8 +87,8 @@ def check_feeds(
 ) -> None:
     """Raise RecipeError where a call does not give what the engine takes: names, types, shapes, sizes, magnitudes.
 
-    inputs: NumPy arrays or torch tensors. cast: the engine converts element types itself. bounded: refuse numbers that
-    are not finite or too large for float32 arithmetic (see LARGEST).
+    inputs: NumPy arrays or torch tensors. cast: the engine converts element types itself. bounded: refuse finite
+    numbers that are too large for float32 arithmetic (see LARGEST).
     """
     rows = {row.name: row for row in declared}
     if wrong := sorted(set(rows) ^ set(inputs)):
@@ -125,25 +126,42 @@ def _check_shape(row: Declared, shape: tuple[int, ...], sizes: dict[str, tuple[s
                 )
 
 
+class TooLargeError(RecipeError):
+    """A finite number that is too large for float32 arithmetic."""
+
+
 def check_numbers(inputs: Mapping[str, Any]) -> None:
-    """Raise RecipeError for a float that is not finite or too large (see LARGEST), and for a negative integer."""
+    """Raise RecipeError for a finite float that is too large (see LARGEST), and for a negative integer.
+
+    NaN and infinity pass: a sample that has one gives NaN, as in PyTorch.
+    """
     for name, array in inputs.items():
-        _check_numbers(name, array)
+        if "bool" not in str(array.dtype):
+            _check_numbers(name, array)
 
 
 def _check_numbers(name: str, array: Any) -> None:
-    if "bool" in str(array.dtype):
-        return
-    if isinstance(array, np.ndarray):
-        low, high = float(array.min()), float(array.max())  # NaN where there is one, as in torch
-    else:
-        low, high = (float(bound) for bound in array.detach().aminmax())
+    low, high = _bounds(array)
     if "float" not in str(array.dtype):
         if low < 0:
             raise RecipeError(f"input {name} holds {low:g}; indices and lengths start at 0")
         return
     limit = LARGEST_OF.get(name, LARGEST)
-    if not (-limit <= low and high <= limit):
-        found = high if not high <= limit else low
-        what = f"holds {found:g}" if np.isfinite(found) else "holds NaN or infinity"
-        raise RecipeError(f"input {name} {what}; the engine takes numbers of magnitude up to {limit:g}")
+    if max(high, -low) > limit:
+        found = high if high > limit else low
+        raise TooLargeError(f"input {name} holds {found:g}; the engine takes numbers of magnitude up to {limit:g}")
+
+
+def _bounds(array: Any) -> tuple[float, float]:
+    """Least and largest of the finite numbers of an array or tensor; (0, 0) without any."""
+    if isinstance(array, np.ndarray):
+        low, high, finite = float(array.min()), float(array.max()), np.isfinite
+    else:
+        import torch
+
+        array, finite = array.detach(), torch.isfinite
+        low, high = (float(bound) for bound in array.aminmax())
+    if math.isfinite(low) and math.isfinite(high):
+        return low, high
+    array = array[finite(array)]
+    return _bounds(array) if len(array) else (0.0, 0.0)
