@@ -120,7 +120,7 @@ def changed_every_time(engine: CpuEngine, inputs: Arrays) -> Callable[[], object
     """Calls that find nothing kept of the condition, as the first step of an image does."""
 
     def call() -> object:
-        engine.kept = {}
+        engine.forget()
         return engine.run(inputs)
 
     return call

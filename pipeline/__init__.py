@@ -15,8 +15,12 @@ if TYPE_CHECKING:
 __all__ = ["load"]
 
 
-def load(path: str | Path) -> Bundle:
-    """Open a bundle folder; every file is verified first. Raises export.errors.ContractError if it is damaged."""
+def load(path: str | Path, threads: int | None = None) -> Bundle:
+    """Open a bundle folder; every file is verified first. Raises export.errors.ContractError if it is damaged.
+
+    threads: of an engine's call on the CPU; None: one for each core, within the container's CPU limit and
+    OMP_NUM_THREADS.
+    """
     from pipeline.bundle import load_bundle
 
-    return load_bundle(path)
+    return load_bundle(path, threads)

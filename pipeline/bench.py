@@ -49,21 +49,27 @@ class Timing:
 
 
 def bench(
-    model: LoadedModel, engines: Mapping[str, Engine], recipe: Recipe, bundle: Path, scratch: Path
+    model: LoadedModel,
+    engines: Mapping[str, Engine],
+    recipe: Recipe,
+    bundle: Path,
+    scratch: Path,
+    threads: int | None = None,
 ) -> dict[str, Any]:
     """Measure `engines` (of the folder `bundle`) and the baselines: one denoiser call, and a whole image with guidance.
 
     Returns the document of bench.json. Engines that do not run on this machine are simply not in it. The baselines'
-    models are written into `scratch`: float32 twice and INT8, 9 bytes per parameter.
+    models are written into `scratch`: float32 twice and INT8, 9 bytes per parameter. threads: of the engines, which the
+    baselines get, too; None: what the machine allows.
     """
     from export.models import sample_inputs
     from pipeline.picture_case import make_case
 
-    size = recipe.sampling
+    size, count = recipe.sampling, machine.threads(threads)
     inputs = sample_inputs(model, size.batch_size, size.seed, size.height, size.width)
     case = make_case(model, recipe)
     runners = [Contestant.of_engine(name, engine, bundle) for name, engine in engines.items()]
-    runners += baselines(model, recipe, scratch)
+    runners += baselines(model, recipe, scratch, count)
     calls = interleaved({row.name: _caller(row, inputs) for row in runners}, CALLS_BUDGET_S, CALL_ROUNDS)
     images = image_timings(runners, case, calls)
     rows = {row.name: _row(row, calls, images, inputs) for row in runners}
@@ -76,6 +82,7 @@ def bench(
         "image": {"pictures": len(case.noise), "n_steps": case.n_steps, "guidance_scale": case.guidance_scale},
         "shapes": {name: list(value.shape) for name, value in inputs.items()},
         "interleaved": True,
+        "threads": count,
         "contestants": rows,
         "ratios": ratios(rows, tuple(engines)),
         "tools": machine.tool_versions(),

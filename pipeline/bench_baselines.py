@@ -47,7 +47,7 @@ class Contestant:
         return Contestant(name, engine.run, sum(path.stat().st_size for path in files), (name, str(bundle)))
 
 
-def baselines(model: LoadedModel, recipe: Recipe, folder: Path) -> list[Contestant]:
+def baselines(model: LoadedModel, recipe: Recipe, folder: Path, threads: int) -> list[Contestant]:
     """PyTorch in float32 and bfloat16, onnxruntime in float32 and with dynamically quantized INT8 weights."""
     from export.to_onnx import export_float
 
@@ -56,13 +56,13 @@ def baselines(model: LoadedModel, recipe: Recipe, folder: Path) -> list[Contesta
     quantized = folder / "int8.onnx"
     quantize_int8(exported, quantized)
     return [
-        *_torch(model),
-        _onnxruntime("onnxruntime_fp32", exported),
-        _onnxruntime("onnxruntime_int8", quantized),
+        *_torch(model, threads),
+        _onnxruntime("onnxruntime_fp32", exported, threads),
+        _onnxruntime("onnxruntime_int8", quantized, threads),
     ]
 
 
-def _torch(model: LoadedModel) -> list[Contestant]:
+def _torch(model: LoadedModel, threads: int) -> list[Contestant]:
     """The float module in float32 and under bfloat16 autocast, one set of weights for both; float32 in and out."""
     import torch
 
@@ -74,6 +74,7 @@ def _torch(model: LoadedModel) -> list[Contestant]:
 
     def run(inputs: Arrays, dtype: torch.dtype) -> Arrays:
         tensors = [torch.from_numpy(np.ascontiguousarray(inputs[key])) for key in names]
+        torch.set_num_threads(threads)
         with torch.inference_mode(), torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
             return {"sample": module(*tensors).float().numpy()}
 
@@ -108,18 +109,19 @@ def quantize_int8(source: Path, destination: Path) -> None:
         logging.root.setLevel(level)
 
 
-def open_stock_session(path: Path) -> Any:
+def open_stock_session(path: Path, threads: int = 0) -> Any:
     """onnxruntime as it comes, but for idle threads, which sleep: several sessions would steal each other's cores."""
     import onnxruntime as ort
 
     options = ort.SessionOptions()
     options.log_severity_level = 3
+    options.intra_op_num_threads = threads
     options.add_session_config_entry("session.force_spinning_stop", "1")
     return ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
 
 
-def _onnxruntime(name: str, path: Path) -> Contestant:
-    sessions = [open_stock_session(path)]
+def _onnxruntime(name: str, path: Path, threads: int) -> Contestant:
+    sessions = [open_stock_session(path, threads)]
 
     def run(inputs: Arrays) -> Arrays:
         return {"sample": sessions[0].run(["sample"], inputs)[0]}

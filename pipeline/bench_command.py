@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from export.errors import RecipeError
+from pipeline import machine
 from pipeline.bundle import load_bundle
-from pipeline.command import Answer, Parser, add_model_flags, parser, run
+from pipeline.command import Answer, Parser, add_model_flags, add_threads, parser, run
 from pipeline.compiler import load_model, opened, parse_targets
 from pipeline.files import write_json
 from pipeline.recipe import ModelFlags, with_model
@@ -29,29 +30,38 @@ def make_parser() -> Parser:
         help="one of the bundle's, or several with commas; auto: all but onnx, the portable model, which is slow",
     )
     made.add_argument("-o", "--output", type=Path, metavar="FILE.json", help="write the numbers here too")
+    add_threads(made)
     return made
 
 
-def bench_bundle(path: Path, flags: ModelFlags = (None, None, None), target: str = "auto") -> dict[str, Any]:
-    """Verify the files, then measure every engine of `target` that runs here. Raises UserError subclasses.
+def bench_bundle(
+    path: Path, flags: ModelFlags = (None, None, None), target: str = "auto", threads: int | None = None
+) -> dict[str, Any]:
+    """Verify the files, then measure every engine of `target` that runs here, and what it is compared with, with as
+    many threads. Raises UserError subclasses.
 
     flags: another model, variant and configuration than the bundle was built from, None for the same.
     """
     from pipeline.bench import bench, measured
 
-    bundle, _ = timed("files", lambda: load_bundle(path))
+    bundle, _ = timed("files", lambda: load_bundle(path, threads))
     targets = measured(bundle.targets) if target == "auto" else parse_targets(target)
     for missing in [name for name in targets if name not in bundle.targets]:
         raise RecipeError(bundle.problem(missing))
     model, _ = timed("model", lambda: load_model(with_model(bundle.recipe, *flags)))
-    with opened(path, targets) as engines, tempfile.TemporaryDirectory(prefix="ditc-") as folder:
-        document, _ = timed("bench", lambda: bench(model, engines, bundle.recipe, path, Path(folder)))
+    count, recipe = machine.threads(threads), bundle.recipe
+    with (
+        bundle.copied() as private,
+        opened(private.path, targets, count) as engines,
+        tempfile.TemporaryDirectory(prefix="ditc-") as folder,
+    ):
+        document, _ = timed("bench", lambda: bench(model, engines, recipe, private.path, Path(folder), count))
     return document
 
 
 def work(args: argparse.Namespace, answer: Answer) -> int:
     """Measure and answer with the numbers."""
-    document = bench_bundle(args.bundle, (args.model, args.variant, args.config), args.target)
+    document = bench_bundle(args.bundle, (args.model, args.variant, args.config), args.target, args.threads)
     if args.output:
         write_json(args.output, document)
     answer.document({"event": "bench", **document}, json.dumps(document, indent=1))

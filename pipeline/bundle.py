@@ -3,32 +3,57 @@
 from __future__ import annotations
 
 import ctypes
+import io
+import json
 import logging
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+import re
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from export.errors import ContractError, EnvironmentLacksError, RecipeError
 from pipeline import machine, manifest, recipe
-from pipeline.backends import PORTABLE, cuda_run, trt_run
+from pipeline.backends import PORTABLE, cpu_engine, cuda_run, rtx_run, trt_run
 from pipeline.backends.base import Engine
 from pipeline.backends.rtx_run import machine_problem, release
+from pipeline.conditioning import Generation, load_generation
 from pipeline.files import is_hub_link, sha256, tree
+from pipeline.snapshot import read_verified, verified_copy
+from plugins.cpu import library
 
 logger = logging.getLogger(__name__)
 
 # Fastest first: `engine("auto")` takes the first that the machine can run. The portable model comes last: it runs
 # anywhere, many times slower.
 SPEED_ORDER = ("trt", "cuda", "rtx", "cpu", PORTABLE)
+# What a build writes: the files of each target, owned by its engine, and everything else as patterns. The portable
+# model has no folder of its own.
+TARGET_FILES: dict[str, frozenset[str]] = {
+    "cpu": cpu_engine.FILES,
+    "rtx": rtx_run.FILES,
+    "cuda": cuda_run.FILES,
+    "trt": trt_run.FILES,
+    PORTABLE: frozenset(),
+}
+GENERATION_FILES = re.compile(r"generation\.json|[\w-][\w.-]*\.safetensors")
+OTHER_FILES = re.compile(
+    r"recipe\.toml|config\.json|model\.onnx|model\.onnx\.data|bench\.json"
+    r"|report/(index\.html|parity\.json|layers\.csv|images/[\w-][\w.-]*\.png)"
+)
 
 
 @dataclass(frozen=True)
 class Bundle:
-    """A verified bundle folder and its manifest."""
+    """A verified bundle folder and its manifest. threads: of an engine's call; None: what the machine allows.
+
+    What is used later is verified again while it is read, so that a file changed since then is noticed.
+    """
 
     path: Path
     manifest: Mapping[str, Any]
+    threads: int | None = None
 
     @property
     def name(self) -> str:
@@ -65,10 +90,35 @@ class Bundle:
         raise EnvironmentLacksError("; ".join(problems.values()) or f"{self.path} has no target that can run")
 
     def engine(self, target: str = "auto") -> Engine:
-        """Load the engine of `target`, or of the fastest target that fits this machine."""
+        """Load the engine of `target`, or of the fastest target that fits this machine.
+
+        It is loaded from a private copy, hashed while it is made: what happens to the bundle's files later cannot
+        change it.
+        """
         from pipeline.backends import BACKENDS
 
-        return BACKENDS[self.choose(target)].load(self.path)
+        chosen = self.choose(target)
+        with self.copied(lambda name: name.startswith(f"{chosen}/")) as private:
+            return BACKENDS[chosen].load(private.path, machine.threads(self.threads))
+
+    @contextmanager
+    def copied(self, wanted: Callable[[str], object] = lambda name: True) -> Iterator[Bundle]:
+        """This bundle as a private, verified copy of the files whose names are `wanted`, while the context lasts."""
+        files = self.manifest["files"]
+        with verified_copy(self.path, {name: files[name] for name in files if wanted(name)}) as private:
+            yield replace(self, path=private)
+
+    @contextmanager
+    def generation(self) -> Iterator[Generation]:
+        """How the model makes pictures, from a private, verified copy of its files, while the context lasts."""
+        with self.copied(GENERATION_FILES.fullmatch) as private:
+            yield load_generation(private.path)
+
+    def config(self) -> dict[str, Any]:
+        """The diffusers configuration. Raises ContractError if the file changed since it was verified."""
+        found = io.BytesIO()
+        read_verified(self.path / "config.json", self.manifest["files"]["config.json"], found)
+        return dict(json.loads(found.getvalue()))
 
     def as_diffusers(self, target: str = "auto") -> Any:
         """A drop-in for the `transformer` of a diffusers pipeline."""
@@ -77,19 +127,44 @@ class Bundle:
         return as_diffusers(self, target)
 
 
-def load_bundle(path: str | Path) -> Bundle:
+def load_bundle(path: str | Path, threads: int | None = None) -> Bundle:
     """Open a bundle: form, file names, links, sizes and hashes are verified before anything is deserialized.
 
-    Raises ContractError for a bundle that is damaged, not a bundle, or of another version.
+    threads: of an engine's call on the CPU; None: what the machine allows. Raises ContractError for a bundle that is
+    damaged, not a bundle, of another version, or holds what no build makes; RecipeError for a wrong number of threads.
     """
+    machine.threads(threads)
     folder = Path(path)
     if not folder.is_dir():
         raise ContractError(
             f"{folder} is not a folder; give the folder that build wrote, for example engines/pixart_w4a6"
         )
     document = manifest.read(folder)
+    refuse_strange_files(folder, document["files"], document["targets"])
     verify_files(folder, document["files"])
-    return Bundle(folder, document)
+    return Bundle(folder, document, threads)
+
+
+def refuse_strange_files(folder: Path, files: Mapping[str, Any], targets: Mapping[str, Any]) -> None:
+    """Raise ContractError for the first file that no build makes: a bundle is data, of known kinds."""
+    for name in sorted(files):
+        if is_made_by_build(name, targets):
+            continue
+        if name.rpartition("/")[2] == library.NAME:
+            why = (
+                "is compiled code, as bundles of earlier versions held it, and is never loaded; build the bundle again"
+            )
+        else:
+            why = "is not a file that build makes; do not use this bundle, get it from its source"
+        raise ContractError(f"{folder / name} {why}")
+
+
+def is_made_by_build(name: str, targets: Mapping[str, Any]) -> bool:
+    """May a bundle with these targets have a file of this name?"""
+    target, _, rest = name.partition("/")
+    if target in targets and target in TARGET_FILES:
+        return rest in TARGET_FILES[target]
+    return bool(GENERATION_FILES.fullmatch(name) or OTHER_FILES.fullmatch(name))
 
 
 def verify_files(folder: Path, files: Mapping[str, Mapping[str, Any]]) -> None:
@@ -136,22 +211,13 @@ def _portable_problem(document: Mapping[str, Any]) -> str:
 
 
 def _cpu_problem(document: Mapping[str, Any]) -> str:
+    from pipeline.backends import cpu
+
     if problem := _onnxruntime_problem(document, "cpu"):
         return problem
-    lacking = _lacking(document["targets"]["cpu"])
-    return (
-        f"target cpu needs {', '.join(lacking)}, which this processor lacks; build it on this machine"
-        if lacking
-        else ""
-    )
 
-
-def _lacking(row: Mapping[str, Any]) -> list[str]:
-    """Operations that the cpu engine relies on and this processor does not have."""
-    from pipeline.backends import BACKENDS
-
-    required = set(row.get("metadata", {}).get("requires", ()))
-    return sorted(required - BACKENDS["cpu"].capabilities.ops) if required else []
+    needs = document["targets"]["cpu"].get("metadata", {}).get("requires", ())
+    return cpu.problem(needs, cpu.CpuBackend().capabilities.ops) if needs else ""
 
 
 def _rtx_problem(document: Mapping[str, Any]) -> str:

@@ -66,6 +66,12 @@ def add_model_flags(made: Parser, model: str) -> None:
     )
 
 
+def add_threads(made: Parser) -> None:
+    """The flag of verbs that run engines."""
+    text = "threads of an engine's call (default: one for each core, within the CPU limit of the container)"
+    made.add_argument("--threads", type=int, metavar="N", help=text)
+
+
 class Answer:
     """Writes to the real stdout, even while stray prints of libraries are sent to stderr."""
 

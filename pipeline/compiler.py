@@ -254,15 +254,15 @@ def describe(folder: Path, model: LoadedModel, recipe: Recipe) -> None:
 
 
 @contextmanager
-def opened(folder: Path, targets: tuple[str, ...]) -> Iterator[dict[str, Engine]]:
-    """The engines of a bundle folder that this machine can run, closed at the end."""
+def opened(folder: Path, targets: tuple[str, ...], threads: int = 0) -> Iterator[dict[str, Engine]]:
+    """The engines of a folder of verified files that this machine can run, closed at the end."""
     from pipeline.backends import BACKENDS
 
     engines: dict[str, Engine] = {}
     try:
         for target in targets:
             try:
-                engines[target] = BACKENDS[target].load(folder)
+                engines[target] = BACKENDS[target].load(folder, threads)
             except EnvironmentLacksError as error:
                 logger.info("the %s engine does not run here, its lowered graph stands in for it: %s", target, error)
         yield engines

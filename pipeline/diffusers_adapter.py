@@ -6,7 +6,6 @@ pipe.transformer = load("engines/pixart_w4a6").as_diffusers()
 from __future__ import annotations
 
 import inspect
-import json
 import logging
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
@@ -37,7 +36,7 @@ def as_diffusers(bundle: Bundle, target: str = "auto") -> EngineTransformer:
         raise ContractError(
             f"{bundle.path}: no diffusers form for family {bundle.manifest['model']['family']}, only {known}"
         )
-    config = json.loads((bundle.path / "config.json").read_text(encoding="utf-8"))
+    config = bundle.config()
     size = DrawnSize.of_bundle(bundle, config)
     if family.binned and size.cells != (config["sample_size"],) * 2:
         logger.warning("%s: call its pipeline with %s", size.sentence, size.arguments)

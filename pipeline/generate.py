@@ -21,8 +21,8 @@ from numpy.typing import NDArray
 
 from export.errors import ContractError, RecipeError
 from export.families import FAMILIES, shared_names
-from pipeline.command import Answer, Parser, parser, run
-from pipeline.conditioning import GENERATION_FILE, Generation, load_generation
+from pipeline.command import Answer, Parser, add_threads, parser, run
+from pipeline.conditioning import GENERATION_FILE, Generation
 from pipeline.progress import track
 from pipeline.sampling import make_sampler, sample
 
@@ -64,14 +64,14 @@ class DrawRequest:
 
 def draw(bundle: Bundle, request: DrawRequest) -> Pictures:
     """Pictures [prompts * num_images, H, W, 1 or 3] uint8 of a pixel model."""
-    generation = load_generation(bundle.path)
-    generation.encode(list(request.prompts))  # refuse a bad prompt before the engine is loaded
-    engine = bundle.engine(request.target)
-    try:
-        parts = _parts(request.pictures)
-        drawn = [_draw_part(bundle, generation, engine, request, part) for part in track(parts, len(parts), "draw")]
-    finally:
-        engine.close()
+    with bundle.generation() as generation:
+        generation.encode(list(request.prompts))  # refuse a bad prompt before the engine is loaded
+        engine = bundle.engine(request.target)
+        try:
+            parts = _parts(request.pictures)
+            drawn = [_draw_part(bundle, generation, engine, request, part) for part in track(parts, len(parts), "draw")]
+        finally:
+            engine.close()
     return np.concatenate(drawn)
 
 
@@ -100,7 +100,7 @@ def _shared(bundle: Bundle) -> frozenset[str]:
 
 def picture_shape(bundle: Bundle) -> tuple[int, int, int]:
     """Channels, height and width that the engine of a pixel model was made for."""
-    config, size = json.loads((bundle.path / "config.json").read_text(encoding="utf-8")), bundle.recipe.sampling
+    config, size = bundle.config(), bundle.recipe.sampling
     own = config["sample_size"]
     return config["in_channels"], size.height or own, size.width or own
 
@@ -168,6 +168,7 @@ def make_parser() -> Parser:
     made.add_argument("--scale", type=int, default=0, help=text)
     made.add_argument("--pipeline", metavar="ID_OR_DIR", help="diffusers pipeline with text encoder and VAE, for a "
                       "latent model (default: the one the engine's model came from)")  # fmt: skip
+    add_threads(made)
     return made
 
 
@@ -177,7 +178,7 @@ def work(args: argparse.Namespace, answer: Answer) -> int:
 
     if args.scale < 0 or args.output.suffix.lower() != ".png":
         raise RecipeError(f"--scale must not be negative, and {args.output} must end in .png")
-    bundle = load(args.bundle)
+    bundle = load(args.bundle, args.threads)
     request = DrawRequest(
         tuple(args.prompt), args.seed, args.num_images, args.n_steps, args.guidance_scale, args.target
     )
@@ -205,7 +206,10 @@ def _columns(request: DrawRequest) -> int:
 
 def makes_pixels(bundle: Bundle) -> bool:
     """Whether the bundle describes how it makes pictures, and its engine makes them without a VAE."""
-    return (bundle.path / GENERATION_FILE).is_file() and load_generation(bundle.path).output == "pixels"
+    if GENERATION_FILE not in bundle.manifest["files"]:
+        return False
+    with bundle.generation() as generation:
+        return generation.output == "pixels"
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import os
 import platform
 import re
@@ -14,7 +15,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from export.errors import EnvironmentLacksError
+from export.errors import EnvironmentLacksError, RecipeError
 
 TOOLS = {
     "numpy": "numpy",
@@ -88,6 +89,76 @@ def cpu_flags() -> tuple[str, ...]:
 def cpu_count() -> int:
     """Processors that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+# --- how many threads may compute -----------------------------------------------------------------------------------
+
+MOST_THREADS = 1024
+
+
+def threads(asked: int | None = None, root: Path = Path("/")) -> int:
+    """Threads of one engine call: `asked`, or one for each core that this process may use, its container's CPU time
+    and OMP_NUM_THREADS allow. Raises RecipeError for a number that is none.
+
+    root: where /proc and /sys lie.
+    """
+    if asked is not None:
+        if not 1 <= asked <= MOST_THREADS:
+            raise RecipeError(f"{asked} threads were asked for; use 1 to {MOST_THREADS}, or leave it to the machine")
+        return asked
+    limits = (core_count(root), container_cpus(root), omp_threads())
+    return max(1, math.floor(min(limit for limit in limits if limit is not None)))
+
+
+def core_count(root: Path = Path("/")) -> int:
+    """Cores of the processors that this process may use: two hyperthreads of one core are no two."""
+    if not hasattr(os, "sched_getaffinity"):
+        return os.cpu_count() or 1
+    siblings = "sys/devices/system/cpu/cpu{}/topology/thread_siblings_list"
+    rows = {number: _text(root / siblings.format(number)) for number in os.sched_getaffinity(0)}
+    return len({row.strip() or str(number) for number, row in rows.items()})
+
+
+def omp_threads() -> int | None:
+    """OMP_NUM_THREADS: its first number ("4,2" is 4 at the outer level); None where it is not set or not a number."""
+    found = re.match(r"\s*(\d+)", os.environ.get("OMP_NUM_THREADS", ""))
+    return int(found.group(1)) or None if found else None
+
+
+def container_cpus(root: Path = Path("/")) -> float | None:
+    """CPU time that the container allows, in processors; None without a limit.
+
+    The least of the limits of this process' control group and of the groups above it, of version 2 (cpu.max) or
+    version 1 (cpu.cfs_quota_us). A container may see its own group as the root.
+    """
+    limits = []
+    for line in _text(root / "proc/self/cgroup").splitlines():
+        _, controllers, path = [*line.split(":", 2), "", ""][:3]
+        if controllers and "cpu" not in controllers.split(","):
+            continue
+        mounts = [root / "sys/fs/cgroup"] if not controllers else []
+        mounts += [root / "sys/fs/cgroup" / name for name in (controllers, "cpu", "unified") if name]
+        group = Path(path.lstrip("/"))
+        limits += [_quota(mount / part) for mount in mounts for part in (group, *group.parents)]
+    return min((limit for limit in limits if limit is not None), default=None)
+
+
+def _quota(group: Path) -> float | None:
+    """Processors of one control group: microseconds of CPU time in a period of so many."""
+    numbers = _text(group / "cpu.max").split() or [
+        *_text(group / "cpu.cfs_quota_us").split(), *_text(group / "cpu.cfs_period_us").split()
+    ]  # fmt: skip
+    if len(numbers) != 2 or not all(number.isdigit() for number in numbers) or not int(numbers[1]):
+        return None  # "max", -1, or no file: no limit
+    return int(numbers[0]) / int(numbers[1]) or None
+
+
+def _text(path: Path) -> str:
+    """A file's text, "" where it cannot be read."""
+    try:
+        return path.read_text()
+    except (OSError, ValueError):
+        return ""
 
 
 def facts() -> dict[str, Any]:

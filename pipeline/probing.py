@@ -20,8 +20,11 @@ from onnx.external_data_helper import ExternalDataInfo
 
 from export.errors import ContractError
 from export.formats import Format, get_format
+from pipeline import machine
+from pipeline.backends import feeds
 from pipeline.backends.base import Arrays, LoweredGraph, ProbeRow
 from pipeline.gates import LinearProbe
+from pipeline.passes.native_ops import DOMAIN as NATIVE
 from plugins.cpu import library
 
 logger = logging.getLogger(__name__)
@@ -79,10 +82,17 @@ class ProbedGraph:
         return flat.reshape(found.dims)
 
     def denoiser(self) -> Callable[[Arrays], Arrays]:
-        """The graph as it is, run by onnxruntime: stands in for an engine that this machine cannot run."""
+        """The graph as it is, run by onnxruntime: stands in for an engine that this machine cannot run. The function
+        may be called from any number of threads. Its calls raise RecipeError for inputs that do not fit."""
         session = open_session(self.model, self.path.parent)
-        names = [output.name for output in session.get_outputs()]
-        return lambda inputs: self._call(session, names, inputs)
+        names, declared = [output.name for output in session.get_outputs()], feeds.of_session(session)
+
+        def run(inputs: Arrays) -> Arrays:
+            call = {name: np.array(array, order="C") for name, array in inputs.items()}
+            feeds.check_feeds(declared, call)
+            return self._call(session, names, call)
+
+        return run
 
     def run(self, names: Sequence[str], calls: Sequence[Arrays]) -> list[Arrays]:
         """The tensors `names` for each of the model inputs `calls`."""
@@ -181,7 +191,8 @@ def open_session(model: onnx.ModelProto, folder: Path) -> Any:
 
     Basic optimizations only: the extended ones break FP8 QDQ pairs. No constant folding: it would hold every 8-bit
     weight a second and third time, decoded to float32 and packed. Spinning threads are stopped between runs, since the
-    engine under test and the reference take turns.
+    engine under test and the reference take turns. A graph with native ops gets the kernel library of this package;
+    nothing in `folder` is run.
     """
     import onnxruntime
 
@@ -192,7 +203,9 @@ def open_session(model: onnx.ModelProto, folder: Path) -> Any:
     options.enable_cpu_mem_arena = options.enable_mem_pattern = False
     options.add_session_config_entry(FOLDER_OPTION, str(folder.resolve()))
     options.add_session_config_entry("session.force_spinning_stop", "1")
-    library.register(options, folder)
+    options.intra_op_num_threads = machine.threads()
+    if any(node.domain == NATIVE for node in model.graph.node):
+        library.register(options)
     return onnxruntime.InferenceSession(
         model.SerializeToString(), options, ["CPUExecutionProvider"], disabled_optimizers=["ConstantFolding"]
     )

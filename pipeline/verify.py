@@ -17,10 +17,11 @@ import numpy as np
 
 from export.checkpoint import QuantizedLinear
 from pipeline.backends.base import Arrays, Engine, LoweredGraph
+from pipeline.backends.feeds import TooLargeError
 from pipeline.calls import call_errors, state_errors
 from pipeline.effort import Effort, effort_for, note
 from pipeline.gates import LinearCheck, LinearProbe, activation_oracle, check_linear, sqnr_db
-from pipeline.picture_case import is_large
+from pipeline.picture_case import Case, Run, is_large
 from pipeline.probing import ProbedGraph
 from pipeline.progress import track
 from pipeline.recipe import Recipe
@@ -132,7 +133,7 @@ def verify_target(
         made = len(effort.steps) + len(special)
         strange += state_errors(special, found.pools, model.shared, found.pool_exact, run, made)
     report.gates += calls_gates(target, strange, found, single)
-    image = found.case.first(effort.pictures).draw(run) if effort.pictures else found.case.noise[:0]
+    image = drawn(run, found.case.first(effort.pictures)) if effort.pictures else found.case.noise[:0]
     nonfinite = errors.nonfinite + int(np.count_nonzero(~np.isfinite(image)))
     report.gates += layer_gates(target, results, nonfinite) + end_gates(target, errors, image, found, single)
     report.notes += notes_on_layers(target, results)
@@ -158,6 +159,15 @@ def tables_gate(target: str, model: LoadedModel, probed: ProbedGraph) -> list[Ga
     why += f"; {other[0]} does not" if other else ""
     count = len(tables)
     return [Gate(f"{target}/tables", count - len(other), count, "tables", why, at_most=False)] if tables else []
+
+
+def drawn(run: Run, case: Case) -> Any:
+    """The engine's pictures; NaN where it drives its own latents beyond the numbers that it takes."""
+    try:
+        return case.draw(run)
+    except TooLargeError as error:
+        logger.warning("the pictures diverge: %s", error)
+        return np.full_like(case.noise, np.nan)
 
 
 def arithmetic_of(target: str, recipe: Recipe, runs: bool) -> str:

@@ -8,9 +8,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from export.errors import ContractError, ParityError
+from pipeline import machine
 from pipeline.backends.base import LoweredGraph
 from pipeline.bundle import Bundle, load_bundle
-from pipeline.command import Answer, Parser, add_model_flags, parser, run
+from pipeline.command import Answer, Parser, add_model_flags, add_threads, parser, run
 from pipeline.compiler import load_model, opened
 from pipeline.files import sha256, tree
 from pipeline.recipe import ModelFlags, with_model
@@ -29,26 +30,30 @@ def make_parser() -> Parser:
     made.add_argument("bundle", type=Path, metavar="BUNDLE", help="a folder that build wrote")
     add_model_flags(made, "the float model, if it moved since the build")
     made.add_argument("-o", "--output-dir", type=Path, metavar="DIR", help="write the new report here")
+    add_threads(made)
     return made
 
 
-def verify_bundle(path: Path, report_dir: Path, flags: ModelFlags = (None, None, None)) -> Report:
+def verify_bundle(
+    path: Path, report_dir: Path, flags: ModelFlags = (None, None, None), threads: int | None = None
+) -> Report:
     """Verify files, repeat the lowering and compare, run all gates into `report_dir`. Raises UserError subclasses.
 
-    flags: another model, variant and configuration than the bundle was built from, None for the same.
+    All of it on a private copy of the bundle, whose files nobody changes meanwhile. flags: another model, variant and
+    configuration than the bundle was built from, None for the same.
     """
     from export.portable import read_layers
     from pipeline.verify import verify
 
-    bundle, _ = timed("files", lambda: load_bundle(path))
-    model, _ = timed("model", lambda: load_model(with_model(bundle.recipe, *flags)))
-    if model.sha256 != bundle.manifest["model"]["sha256"]:
+    original, _ = timed("files", lambda: load_bundle(path, threads))
+    model, _ = timed("model", lambda: load_model(with_model(original.recipe, *flags)))
+    if model.sha256 != original.manifest["model"]["sha256"]:
         remedy = "name the model that the bundle was built from with -m"
         raise ContractError(f"{model.source} has other weights than the bundle was built from; {remedy}")
-    layers = read_layers(path / "model.onnx")
-    with tempfile.TemporaryDirectory(prefix="ditc-") as folder:
+    with original.copied() as bundle, tempfile.TemporaryDirectory(prefix="ditc-") as folder:
+        layers = read_layers(bundle.path / "model.onnx")
         lowered, _ = timed("lower", lambda: lower_again(bundle, Path(folder)))
-        with opened(path, bundle.targets) as engines:
+        with opened(bundle.path, bundle.targets, machine.threads(threads)) as engines:
             report, _ = timed("gates", lambda: verify(model, layers, lowered, engines, bundle.recipe, report_dir))
     return report
 
@@ -87,7 +92,8 @@ def compare(folder: Path, target: str, expected: Mapping[str, str]) -> None:
 def work(args: argparse.Namespace, answer: Answer) -> int:
     """Verify and answer with the verdict and every gate."""
     with tempfile.TemporaryDirectory(prefix="ditc-") as folder:
-        report = verify_bundle(args.bundle, args.output_dir or Path(folder), (args.model, args.variant, args.config))
+        flags = (args.model, args.variant, args.config)
+        report = verify_bundle(args.bundle, args.output_dir or Path(folder), flags, args.threads)
     for gate in report.gates:
         row = {"name": gate.name, "value": gate.value, "limit": gate.limit, "unit": gate.unit, "passed": gate.passed}
         answer.event(event="gate", **row)

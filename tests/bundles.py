@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from export.checkpoint import QuantizedLinear, make_linear
 from pipeline import manifest, recipe
 from pipeline.backends.base import BuildResult, Choice, LoweredGraph
+from pipeline.bundle import Bundle
+from pipeline.files import sha256, tree
 
 
 def small_linear(name: str = "blocks.0.attn1.to_q") -> QuantizedLinear:
@@ -46,3 +51,26 @@ def make_bundle(folder: Path) -> Path:
     (folder / "config.json").write_text("{}")
     manifest.write(manifest.compose(facts(folder), folder), folder)
     return folder
+
+
+@dataclass(frozen=True)
+class StandIn(Bundle):
+    """A bundle of a few true files with something else in place of its engine and recipe."""
+
+    make_engine: Callable[[], Any] = lambda: None
+    stated: recipe.Recipe | None = None
+
+    @property
+    def recipe(self) -> recipe.Recipe:
+        assert self.stated is not None
+        return self.stated
+
+    def engine(self, target: str = "auto") -> Any:
+        return self.make_engine()
+
+
+def stand_in(path: Path, stated: recipe.Recipe, model: dict[str, str], make_engine: Callable[[], Any]) -> StandIn:
+    """A bundle of the files in `path`; model: family and source."""
+    files = {name: {"size": (path / name).stat().st_size, "sha256": sha256(path / name)} for name in tree(path)}
+    document = {"engine": stated.name, "model": model, "files": files}
+    return StandIn(path, document, make_engine=make_engine, stated=stated)

@@ -64,8 +64,9 @@ class FakeCuda:
             self.current = before
 
     @contextmanager
-    def graph(self, graph: Graph, stream: Stream | None = None) -> Iterator[None]:
+    def graph(self, graph: Graph, stream: Stream | None = None, capture_error_mode: str = "global") -> Iterator[None]:
         """As torch's: if the end of the capture raises, the stream of the capture stays the current one."""
+        assert capture_error_mode == "thread_local", "other threads' work would break the capture"
         before, self.current = self.current, stream or Stream("capture", 99, self.events)
         self.capturing = graph
         self.events.append(f"capture on {self.current.name}")

@@ -20,14 +20,15 @@ _FOLDERS: list[tempfile.TemporaryDirectory] = []
 
 
 @functools.cache
-def _problems() -> list[str]:
+def problems() -> list[str]:
+    """Why nothing can be compiled here."""
     return library.problems()
 
 
 def need_compiler() -> None:
     """Skip the test where nothing can be compiled."""
-    if _problems():
-        pytest.skip(_problems()[0])
+    if problems():
+        pytest.skip(problems()[0])
 
 
 @functools.cache
@@ -46,7 +47,7 @@ def session(model: ir.Model, flags: tuple[str, ...] = (), threads: int = 2):
 
     options = ort.SessionOptions()
     options.intra_op_num_threads, options.log_severity_level = threads, 4
-    library.register(options, folder(flags))
+    library.register(options, folder(flags) / library.NAME)
     return ort.InferenceSession(ir.to_proto(model).SerializeToString(), options, ["CPUExecutionProvider"])
 
 

@@ -46,7 +46,7 @@ def test_baselines_compute_the_same_picture(model: models.LoadedModel, tmp_path:
     """float32 twins agree to rounding; bf16 and INT8 roughly, since they round every operand to 8 bits or fewer."""
     chosen = recipe.load("pixart_w4a6")
     inputs = models.sample_inputs(model, 1, 0)
-    found = {row.name: row.run(inputs)["sample"] for row in bench_baselines.baselines(model, chosen, tmp_path)}
+    found = {row.name: row.run(inputs)["sample"] for row in bench_baselines.baselines(model, chosen, tmp_path, 1)}
     reference = found.pop("torch_fp32")
     error = {name: np.abs(value - reference).max() / np.abs(reference).max() for name, value in found.items()}
     # 2 blocks of about 30 float32 operations in a row, each off by 2^-24 at most: 2^-24 * 60, times 16 for sums of 64
@@ -59,7 +59,7 @@ def test_baselines_compute_the_same_picture(model: models.LoadedModel, tmp_path:
 
 def test_memory_is_that_of_a_fresh_process(model: models.LoadedModel, tmp_path: Path) -> None:
     export_float(model, tmp_path / "float.onnx")
-    runner = bench_baselines._onnxruntime("onnxruntime_fp32", tmp_path / "float.onnx")
+    runner = bench_baselines._onnxruntime("onnxruntime_fp32", tmp_path / "float.onnx", 1)
     found = bench_baselines.peak_memory(runner, models.sample_inputs(model, 1, 0))
     assert found and found < machine.peak_memory_bytes(), "this process has torch loaded, the fresh one has not"
 

@@ -14,6 +14,7 @@ from pipeline.backends import BACKENDS, lowering_file
 from pipeline.backends.base import LoweredGraph
 from pipeline.backends.cpu import CpuBackend
 from pipeline.backends.cpu_engine import open_session
+from tests.hooked_sessions import hooked
 from tests.portable import HEADER, activations, portable, random_linear
 
 BODY = """
@@ -158,16 +159,8 @@ def conditioned(tmp_path):
 
 def test_the_condition_is_computed_once_and_again_when_it_changes(conditioned):
     engine, lowered = conditioned
-    whole, calls, original = open_session(lowered), [], engine.condition.run
-
-    class Counted:
-        get_inputs, get_outputs = engine.condition.get_inputs, engine.condition.get_outputs
-
-        def run(self, *args):
-            calls.append(1)
-            return original(*args)
-
-    engine.condition = Counted()
+    whole, calls = open_session(lowered), []
+    engine.sessions = hooked(engine.sessions, condition=lambda: calls.append(1))
     rng = np.random.default_rng(0)
     text = rng.standard_normal((1, 5, 64)).astype(np.float32)
     for step, expected_calls in enumerate((1, 1, 2, 2, 3)):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -18,6 +17,7 @@ from pipeline.diffusers_adapter import as_diffusers
 from pipeline.generate import DrawRequest
 from pipeline.latent_pictures import draw_latent, find_pipeline
 from tests import tiny
+from tests.bundles import stand_in
 
 # One denoiser call and its repetition through NumPy are the same float32 operations on the same inputs.
 EQUAL = dict(rtol=0, atol=0)
@@ -39,13 +39,9 @@ def make_bundle(folder, tmp_path):
     path = tmp_path / "bundle"
     path.mkdir(exist_ok=True)
     (path / "config.json").write_text(json.dumps(dict(model.config)))
-    bundle = SimpleNamespace(
-        path=path,
-        manifest={"model": {"family": model.family.name, "source": str(folder)}},
-        recipe=recipes.Recipe(name="tiny", model=str(folder)),
-        engine=lambda target="auto": CountingEngine(models.denoiser(model)),
-    )
-    bundle.as_diffusers = lambda target="auto": as_diffusers(bundle, target)
+    row = {"family": model.family.name, "source": str(folder)}
+    stated = recipes.Recipe(name="tiny", model=str(folder))
+    bundle = stand_in(path, stated, row, lambda: CountingEngine(models.denoiser(model)))
     return bundle, model
 
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -16,6 +16,7 @@ import pipeline
 from export.errors import ContractError, EnvironmentLacksError, RecipeError
 from pipeline import recipe as recipes
 from pipeline.generate import DrawRequest, arrange, default_scale, draw, main, makes_pixels, picture_shape, to_pixels
+from tests.bundles import stand_in
 
 DIGITS = {"kind": "classes", "names": [str(i) for i in range(10)], "null_class": 10}
 GENERATION = {"sampler": "flow_euler", "n_steps": 4, "guidance_scale": 2.0, "output": "pixels", "conditioning": DIGITS}
@@ -44,15 +45,9 @@ def make_bundle(tmp_path, generation=GENERATION, channels=1, **sampling):
     if generation is not None:
         (path / "generation.json").write_text(json.dumps(generation))
     (path / "config.json").write_text(json.dumps({"in_channels": channels, "sample_size": 8}))
+    stated = recipes.Recipe(name="digits", model="none", sampling=recipes.Sampling(**sampling))
     engine = LevelEngine()
-    return SimpleNamespace(
-        path=path,
-        name="digits",
-        engine=lambda target="auto": engine,
-        last_engine=engine,
-        recipe=recipes.Recipe(name="digits", model="none", sampling=recipes.Sampling(**sampling)),
-        manifest={"model": {"family": "pixart", "source": str(tmp_path / "nowhere")}},
-    )
+    return stand_in(path, stated, {"family": "pixart", "source": str(tmp_path / "nowhere")}, lambda: engine)
 
 
 def test_pictures_are_those_of_the_prompts(tmp_path):
@@ -61,24 +56,24 @@ def test_pictures_are_those_of_the_prompts(tmp_path):
     assert found.shape == (3, 8, 8, 1) and found.dtype == np.uint8
     levels = np.rint((np.array([0, 9, 3]) / 4.5) * 127.5)
     assert (np.abs(found - levels[:, None, None, None]) <= 1).all()  # four float32 steps, then rounding to bytes
-    assert bundle.last_engine.closed and len(bundle.last_engine.calls) == 4
+    assert bundle.engine().closed and len(bundle.engine().calls) == 4
 
 
 def test_model_s_own_steps_and_guidance_unless_given(tmp_path):
     bundle = make_bundle(tmp_path)
     draw(bundle, DrawRequest(("1",)))
-    assert len(bundle.last_engine.calls) == 4 and len(bundle.last_engine.calls[0]["class_labels"]) == 2
+    assert len(bundle.engine().calls) == 4 and len(bundle.engine().calls[0]["class_labels"]) == 2
     draw(bundle, DrawRequest(("1",), n_steps=2, guidance_scale=1.0))
-    assert len(bundle.last_engine.calls) == 6 and len(bundle.last_engine.calls[4]["class_labels"]) == 1
+    assert len(bundle.engine().calls) == 6 and len(bundle.engine().calls[4]["class_labels"]) == 1
 
 
 def test_every_picture_has_its_own_seed_whatever_is_drawn_beside_it(tmp_path):
     bundle = make_bundle(tmp_path)
 
     def noise(request):
-        bundle.last_engine.calls.clear()
+        bundle.engine().calls.clear()
         draw(bundle, request)
-        first = [call["hidden_states"] for call in bundle.last_engine.calls if call["timestep"][0] == 1000]
+        first = [call["hidden_states"] for call in bundle.engine().calls if call["timestep"][0] == 1000]
         return np.concatenate(first)
 
     together = noise(DrawRequest(("1", "2"), seed=5, num_images=3, guidance_scale=1.0))
@@ -90,8 +85,7 @@ def test_every_picture_has_its_own_seed_whatever_is_drawn_beside_it(tmp_path):
 
 
 def test_a_bad_prompt_is_refused_before_the_engine_is_loaded(tmp_path):
-    bundle = make_bundle(tmp_path)
-    bundle.engine = None
+    bundle = replace(make_bundle(tmp_path), make_engine=lambda: pytest.fail("the engine was loaded"))
     with pytest.raises(RecipeError, match="'horse' is not a class"):
         draw(bundle, DrawRequest(("horse",)))
 
@@ -133,7 +127,7 @@ def test_small_pictures_are_shown_large(size, scale):
 
 
 def run_main(bundle, monkeypatch, *flags):
-    monkeypatch.setattr(pipeline, "load", lambda path: bundle)
+    monkeypatch.setattr(pipeline, "load", lambda path, threads=None: bundle)
     return main([str(bundle.path), *flags])
 
 

@@ -12,7 +12,7 @@ from export.errors import ContractError, EnvironmentLacksError, RecipeError
 from pipeline import machine
 from pipeline.backends import cpu
 from pipeline.backends.cpu import CpuBackend
-from pipeline.backends.cpu_engine import MODEL, open_session
+from pipeline.backends.cpu_engine import FILES, MODEL, open_session
 from pipeline.bundle import FITNESS
 from pipeline.gates import check_linear, quantize_oracle
 from pipeline.probing import ProbedGraph
@@ -90,8 +90,8 @@ def test_sessions_may_come_and_go():
 
 def test_an_engine_gives_what_the_stock_engine_gives(source):
     result, stock = built(source), built(source, "stock", None)
-    assert f"cpu/{library.NAME}" in result.files and "cpu/condition.onnx" in result.files
-    assert f"stock/{library.NAME}" not in stock.files
+    for made in (result, stock):
+        assert {file.split("/")[1] for file in made.files} == FILES  # data only
     engines = [cpu.CpuEngine(source / name) for name in ("cpu", "stock")]
     found, expected = (engine.run(feeds())["y"] for engine in engines)
     np.testing.assert_array_equal(found, expected)  # no norm, no GELU: the same roundings
@@ -127,21 +127,23 @@ def test_it_is_loaded_only_where_it_runs(source, monkeypatch):
     result = built(source)
     assert result.metadata == {"requires": [library.requirement()]}
     CpuBackend().load(source).close()
-    monkeypatch.setattr(library, "requirement", lambda: "native_linux_other")
-    with pytest.raises(EnvironmentLacksError, match=r"native_linux_.*lacks; build it here"):
+    built_with = library.version()
+    monkeypatch.setattr(library, "version", lambda: "0123456789abcdef")
+    with pytest.raises(EnvironmentLacksError, match=rf"with version {built_with} .* has 0123456789abcdef; build"):
         CpuBackend().load(source)
 
 
 def test_a_bundle_says_what_it_needs(monkeypatch):
     tools = {"onnxruntime": machine.tool_version("onnxruntime")}
-    document = {"tools": tools, "targets": {"cpu": {"metadata": {"requires": ["native_plan9_mips"]}}}}
-    assert "native_plan9_mips" in FITNESS["cpu"](document)
+    document = {"tools": tools, "targets": {"cpu": {"metadata": {"requires": ["kernel_library_aa"]}}}}
+    assert f"version aa of the kernel library, this installation has {library.version()}" in FITNESS["cpu"](document)
+    document["targets"]["cpu"]["metadata"] = {"requires": ["quantum_dots"]}
+    assert "CPUs with quantum_dots, which this one lacks" in FITNESS["cpu"](document)
 
 
-def test_a_library_that_does_not_load_is_an_error(source):
+def test_a_graph_with_native_ops_is_refused_without_the_library(source):
     built(source)
-    (source / "cpu" / library.NAME).write_bytes(b"not a library")
-    with pytest.raises(EnvironmentLacksError, match=r"does not load here.*build the engine on this machine"):
+    with pytest.raises(ContractError, match=r"refused by onnxruntime .*TokenChain.*build the engine again"):
         open_session(source / "cpu" / MODEL)
 
 

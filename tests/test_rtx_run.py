@@ -11,10 +11,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from export.errors import ContractError, EnvironmentLacksError, RecipeError, ResourceError
+from export.errors import ContractError, EnvironmentLacksError, ResourceError
 from pipeline.backends import rtx_run
 from pipeline.backends.rtx import RtxBackend
-from pipeline.backends.rtx_run import Buffers, cache_path, check_inputs, machine_problem, read_metadata, write_cache
+from pipeline.backends.rtx_run import Buffers, cache_path, machine_problem, read_metadata, write_cache
 
 torch = pytest.importorskip("torch", reason="torch is not installed")
 SHAPES = {"x": [[1, 4], [2, 4], [8, 4]], "t": [[1], [2], [8]]}
@@ -113,33 +113,6 @@ def test_damaged_metadata(text: str | None, tmp_path: Path) -> None:
         (tmp_path / "metadata.json").write_text(text)
     with pytest.raises(ContractError, match=r"metadata\.json cannot be read"):
         read_metadata(tmp_path)
-
-
-# --- inputs --------------------------------------------------------------------------------------------------------
-
-
-def test_inputs_within_bounds_pass() -> None:
-    check_inputs(SHAPES, inputs(1))
-    check_inputs(SHAPES, inputs(8))
-
-
-@pytest.mark.parametrize(
-    ("change", "words"),
-    [
-        ({"x": np.zeros((9, 4), np.float32)}, r"input x has shape \(9, 4\); the engine takes \(1, 4\) to \(8, 4\)"),
-        ({"x": np.zeros((2, 5), np.float32)}, r"input x has shape \(2, 5\)"),
-        ({"x": np.zeros((2, 4, 1), np.float32)}, r"input x has shape \(2, 4, 1\)"),
-        ({"z": np.zeros(2, np.float32)}, r"inputs \['z'\] are missing or unknown; the engine takes t, x"),
-    ],
-)
-def test_wrong_inputs_are_named(change: dict[str, np.ndarray], words: str) -> None:
-    with pytest.raises(RecipeError, match=words):
-        check_inputs(SHAPES, inputs() | change)
-
-
-def test_missing_input() -> None:
-    with pytest.raises(RecipeError, match=r"inputs \['t'\] are missing"):
-        check_inputs(SHAPES, {"x": inputs()["x"]})
 
 
 # --- buffers -------------------------------------------------------------------------------------------------------

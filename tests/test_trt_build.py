@@ -18,12 +18,13 @@ import onnx
 import pytest
 import torch
 
-from export.errors import ContractError, ResourceError
+from export.errors import ContractError, RecipeError, ResourceError
 from pipeline.backends import trt, trt_run
 from pipeline.backends.base import LoweredGraph
 from pipeline.passes.lower_rtx_plugin import KernelNode
 from plugins.tensorrt import plugins
 from tests.fake_cuda import FakeCuda
+from tests.hooked_sessions import Worker
 from tests.test_trt_aot import payload_of
 from tests.test_trt_backend import lowered  # noqa: F401, a fixture
 from tests.test_trt_plugins import TYPES, FrontEnd
@@ -292,3 +293,33 @@ def test_an_engine_that_refuses_to_run_is_not_captured(
     with pytest.raises(ResourceError, match="could not be run"):
         engine.run({"x": np.ones((1, 4), np.float32)})
     assert not engine._captured and cuda.events == [] and cuda.current.name == "main"
+
+
+@pytest.mark.parametrize("closes", [False, True])
+def test_calls_and_closing_of_other_threads_wait(
+    closes: bool, contexts: Any, cuda: FakeCuda, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine, _ = contexts
+    x, waiting, replay = np.ones((1, 4), np.float32), [], trt_run.Captured.run
+
+    def another_comes(captured: Any, arrays: Any) -> Any:
+        if not waiting:
+            waiting.append(Worker(engine.close if closes else lambda: engine.run({"x": 3 * x})["y"]))
+            waiting[0].join(0.1)
+            assert waiting[0].is_alive(), "it did not wait"
+        return replay(captured, arrays)
+
+    monkeypatch.setattr(trt_run.Captured, "run", another_comes)
+    assert np.array_equal(engine.run({"x": x})["y"], 2 * x)
+    found = waiting[0].result()
+    if not closes:
+        assert np.array_equal(found, 6 * x)
+        return
+    with pytest.raises(RecipeError, match="the engine is closed; load it again"):
+        engine.run({"x": x})
+
+
+@pytest.mark.parametrize("change", [{"x": np.ones((9, 4), np.float32)}, {"x": np.ones((1, 4))}, {}])
+def test_inputs_that_do_not_fit_are_refused(change: Any, contexts: Any) -> None:
+    with pytest.raises(RecipeError, match=r"x has shape \(9, 4\)|x is of float64|missing or unknown"):
+        contexts[0].run(change)

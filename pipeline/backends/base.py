@@ -109,7 +109,11 @@ class BuildResult:
 
 
 class Engine(Protocol):
-    """A built denoiser. Inputs and outputs are NumPy arrays named as in the portable model."""
+    """A built denoiser. Inputs and outputs are NumPy arrays named as in the portable model.
+
+    Both methods may be called from any number of threads at once: each call of `run` gets the results of its own
+    inputs, or RecipeError in words where they do not fit (see `feeds`) or the engine is closed.
+    """
 
     def run(self, inputs: Arrays) -> Arrays: ...
 
@@ -134,6 +138,8 @@ class Backend(Protocol):
         """Make the engine from the lowered graph and write it into `out_dir` (the target's folder of the bundle)."""
         ...
 
-    def load(self, bundle_dir: Path) -> Engine:
-        """Engine of a bundle folder whose files have been verified."""
+    def load(self, bundle_dir: Path, threads: int = 0) -> Engine:
+        """Engine of a folder of verified files that may go once it is loaded.
+
+        threads: of one call, for engines that compute on the CPU; 0: as many as `machine.threads` allows."""
         ...

@@ -6,6 +6,7 @@ import json
 import logging
 import os
 import shutil
+from collections.abc import Collection
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,11 +23,10 @@ from pipeline.backends.base import (
     LoweredGraph,
     ProbeRow,
 )
-from pipeline.backends.cpu_engine import CONDITION, MODEL, CpuEngine
+from pipeline.backends.cpu_engine import CONDITION, DATA, METADATA, MODEL, CpuEngine, required
 from plugins.cpu import library
 
 logger = logging.getLogger(__name__)
-DATA, METADATA = "model.onnx.data", "metadata.json"
 GEMMS = (
     GemmRow("u8 x s8", "U8", "S8"),
     GemmRow("u8 x s8, 2 limbs", "U8", "S8", limbs=2),
@@ -83,7 +83,6 @@ class CpuBackend:
         if native(recipe):
             choices = use_native(model, choices, lowering.probes)
             needs.add(library.requirement())
-            library.build(work_dir / library.NAME)
         FoldWeights()(model)
         ir.save(model, work_dir / MODEL, external_data=DATA, size_threshold_bytes=1024)
         (work_dir / METADATA).write_text(json.dumps({"requires": sorted(needs)}) + "\n", encoding="utf-8")
@@ -97,7 +96,7 @@ class CpuBackend:
         from pipeline.passes.native_ops import drop_unread_outputs
         from pipeline.passes.split_condition import split_condition
 
-        beside = (DATA, METADATA, *([library.NAME] if lowered.path.with_name(library.NAME).is_file() else []))
+        beside = (DATA, METADATA)
         for name in beside:
             link_or_copy(lowered.path.with_name(name), out_dir / name)
         model = ir.load(lowered.path)
@@ -112,24 +111,27 @@ class CpuBackend:
         files = tuple(f"{out_dir.name}/{name}" for name in (*parts, *beside, lowering_file.NAME))
         return BuildResult(files, lowered, json.loads((out_dir / METADATA).read_text(encoding="utf-8")))
 
-    def load(self, bundle_dir: Path) -> Engine:
+    def load(self, bundle_dir: Path, threads: int = 0) -> Engine:
         """Engine of a verified bundle folder. Raises EnvironmentLacksError where it would not run, or not exactly."""
         machine.require(("onnxruntime",), "running the cpu engine")
         folder = bundle_dir / self.name
-        missing = _required(folder / METADATA) - self.capabilities.ops
-        if missing:
-            raise EnvironmentLacksError(
-                f"{folder} was built for CPUs with {', '.join(sorted(missing))}, which this one lacks; build it here"
-            )
-        return CpuEngine(folder)
+        if lacking := problem(required(folder), self.capabilities.ops):
+            raise EnvironmentLacksError(lacking)
+        return CpuEngine(folder, threads)
 
 
-def _required(path: Path) -> set[str]:
-    """Capabilities that an engine needs to be exact."""
-    try:
-        return set(json.loads(path.read_text(encoding="utf-8"))["requires"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ContractError(f"{path} cannot be read ({error}); build the engine again") from error
+def problem(needs: Collection[str], ops: Collection[str]) -> str:
+    """Why an engine with these needs does not run exactly here, with a remedy; '' if it does."""
+    missing = sorted(set(needs) - set(ops))
+    versions = [name.removeprefix(library.PREFIX) for name in missing if name.startswith(library.PREFIX)]
+    if versions:
+        return (
+            f"target cpu was proven with version {versions[0]} of the kernel library, this installation has "
+            f"{library.version()}; build the engine again, or install the release that built it"
+        )
+    if missing:
+        return f"target cpu was built for CPUs with {', '.join(missing)}, which this one lacks; build it here"
+    return ""
 
 
 def use_native(model: Any, choices: list[Choice], probes: list[ProbeRow]) -> list[Choice]:

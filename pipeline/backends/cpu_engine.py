@@ -2,68 +2,167 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from export.errors import ContractError, RecipeError
+from pipeline import machine
+from pipeline.backends import feeds, lowering_file
 from pipeline.backends.base import Arrays
 from plugins.cpu import library
 
-MODEL, CONDITION = "model.onnx", "condition.onnx"
+MODEL, CONDITION, DATA, METADATA = "model.onnx", "condition.onnx", "model.onnx.data", "metadata.json"
+# What a build makes in the target's folder.
+FILES = frozenset({MODEL, CONDITION, DATA, METADATA, lowering_file.NAME})
+# Conditions whose results are kept: the last one of two callers. A third caller's is computed again at every call.
+KEPT = 2
+# Classes by which onnxruntime refuses a file. Others (a lack of memory) are not the file's fault.
+FILE_ERRORS = ("Fail", "InvalidArgument", "InvalidGraph", "InvalidProtobuf", "NoModel", "NoSuchFile", "NotImplemented")
+
+
+@dataclass(frozen=True)
+class Sessions:
+    """What runs at every call, and what runs for a new condition (None: nothing depends on the condition alone)."""
+
+    step: Any
+    condition: Any | None
+
+
+@dataclass(frozen=True)
+class Kept:
+    """A condition, copied, and what was computed from that copy; never changed."""
+
+    condition: Arrays
+    results: Arrays
+
+    def is_of(self, inputs: Arrays) -> bool:
+        """Do all numbers of the condition equal those in `inputs`?"""
+        return all(_equal(array, inputs.get(name)) for name, array in self.condition.items())
 
 
 class CpuEngine:
-    """One or two onnxruntime sessions on the CPU. Not safe for concurrent calls.
+    """One or two onnxruntime sessions on the CPU. `run` may be called from any number of threads.
 
-    What depends on the condition alone (keys and values of cross-attention) is computed when the condition changes,
-    and kept. Whether it has changed is decided by comparing all its numbers with a copy, so callers may reuse or
-    overwrite their arrays.
+    What depends on the condition alone (keys and values of cross-attention) is computed when a condition is new, and
+    kept. Whether it is new is decided by comparing all its numbers with a copy. A call computes with its own copies of
+    the inputs, so callers may reuse or overwrite their arrays at any time, and takes the kept results once, together
+    with the condition they belong to. The sessions themselves keep nothing between calls.
     """
 
     def __init__(self, folder: Path, threads: int = 0) -> None:
-        self.step = open_session(folder / MODEL, threads)
+        """threads: of one call; 0: as many as `machine.threads` allows. Raises ContractError for damaged files."""
+        native = library.requirement() in required(folder)
         split = (folder / CONDITION).is_file()
-        self.condition = open_session(folder / CONDITION, threads) if split else None
-        self.outputs = [output.name for output in self.step.get_outputs()]
-        self.step_inputs = {value.name for value in self.step.get_inputs()}
-        self.kept_for: Arrays = {}
-        self.kept: Arrays = {}
+        step = open_session(folder / MODEL, threads, native)
+        self.sessions: Sessions | None = Sessions(
+            step, open_session(folder / CONDITION, threads, native) if split else None
+        )
+        self.outputs = [output.name for output in step.get_outputs()]
+        self.declared = declared_inputs(self.sessions)
+        self.step_inputs = {value.name for value in step.get_inputs()}
+        self.kept: tuple[Kept, ...] = ()
 
     def run(self, inputs: Arrays) -> Arrays:
-        """Outputs by name for inputs by name."""
-        if self.condition is not None:
-            self._prepare(self.condition, {value.name: inputs[value.name] for value in self.condition.get_inputs()})
-        feeds = {name: array for name, array in (inputs | self.kept).items() if name in self.step_inputs}
-        return dict(zip(self.outputs, self.step.run(self.outputs, feeds), strict=True))
+        """Outputs by name for inputs by name. Raises RecipeError for inputs that do not fit, and once closed."""
+        sessions = self.sessions
+        if sessions is None:
+            raise RecipeError("the engine is closed; load it again")
+        kept = next((row for row in self.kept if row.is_of(inputs)), None)
+        known = {} if kept is None else kept.condition
+        call = {name: known[name] if name in known else _copy(array) for name, array in inputs.items()}
+        feeds.check_feeds(self.declared, call)
+        if kept is None and sessions.condition is not None:
+            kept = self._prepare(sessions.condition, call)
+        results = {} if kept is None else kept.results
+        fed = {name: array for name, array in (call | results).items() if name in self.step_inputs}
+        return run_session(sessions.step, self.outputs, fed)
 
-    def _prepare(self, session: Any, condition: Arrays) -> None:
-        """Make `kept` belong to this condition."""
-        if self.kept and all(np.array_equal(array, self.kept_for[name]) for name, array in condition.items()):
-            return
-        names = [output.name for output in session.get_outputs()]
-        self.kept = dict(zip(names, session.run(names, condition), strict=True))
-        self.kept_for = {name: np.array(array) for name, array in condition.items()}
+    def _prepare(self, session: Any, call: Arrays) -> Kept:
+        """Compute what depends on the condition alone. Of callers at the same time one may lose its place in `kept`,
+        which costs time, never a result: each goes on with what it made."""
+        condition = {value.name: call[value.name] for value in session.get_inputs()}
+        made = Kept(condition, run_session(session, [output.name for output in session.get_outputs()], condition))
+        self.kept = (made, *self.kept[: KEPT - 1])
+        return made
+
+    def forget(self) -> None:
+        """Drop the kept conditions: the next call computes its own again."""
+        self.kept = ()
 
     def close(self) -> None:
-        """Free the sessions; the engine cannot run afterwards."""
-        self.step = self.condition = None
-        self.kept, self.kept_for = {}, {}
+        """Free the sessions, when the calls that are running have ended; later calls raise RecipeError."""
+        self.sessions = None
+        self.forget()
 
 
-def open_session(path: Path, threads: int = 0) -> Any:
-    """Session of a lowered graph; `threads` 0: one for each core.
+def _equal(array: Any, other: Any) -> bool:
+    fits = getattr(other, "dtype", None) == array.dtype and getattr(other, "shape", None) == array.shape
+    return bool(fits and np.array_equal(array, other))
+
+
+def _copy(array: Any) -> Any:
+    """A private copy of an array; what is none is left for the check of inputs to refuse."""
+    return np.array(array, order="C") if isinstance(array, np.ndarray) else array
+
+
+def run_session(session: Any, names: list[str], fed: Arrays) -> Arrays:
+    """Outputs of one session. Raises RecipeError where onnxruntime refuses the numbers, such as a class too high."""
+    try:
+        return dict(zip(names, session.run(names, fed), strict=True))
+    except Exception as error:
+        if type(error).__name__ != "InvalidArgument":
+            raise
+        raise RecipeError(f"the engine cannot run these inputs ({' '.join(str(error).split())[:300]})") from error
+
+
+def declared_inputs(sessions: Sessions) -> tuple[feeds.Declared, ...]:
+    """The engine's own inputs: those of both sessions, without what one hands to the other."""
+    parts = [part for part in (sessions.condition, sessions.step) if part is not None]
+    handed = {value.name for part in parts for value in part.get_outputs()}
+    rows = {row.name: row for part in parts for row in feeds.of_session(part)}
+    return tuple(row for name, row in rows.items() if name not in handed)
+
+
+def required(folder: Path) -> frozenset[str]:
+    """Capabilities that an engine needs to be exact, from its metadata.json. Raises ContractError."""
+    path = folder / METADATA
+    try:
+        return frozenset(json.loads(path.read_text(encoding="utf-8"))["requires"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ContractError(f"{path} cannot be read ({error}); build the engine again") from error
+
+
+def open_session(path: Path, threads: int = 0, native: bool = False) -> Any:
+    """Session of a lowered graph; threads 0: as many as `machine.threads` allows. native: with the kernel library.
 
     onnxruntime adds its fusions of transposes, scales and biases. It may not touch pairs of QuantizeLinear and
-    DequantizeLinear: here they split an image into limbs. A native library beside the graph is registered.
+    DequantizeLinear: here they split an image into limbs. No code beside the graph is looked for or loaded.
     """
     import onnxruntime as ort
 
     options = ort.SessionOptions()
-    options.intra_op_num_threads = threads
+    options.intra_op_num_threads = threads or machine.threads()
     options.log_severity_level = 3
     options.add_session_config_entry("session.disable_quant_qdq", "1")
     # Idle threads sleep instead of spinning, so that engines do not steal each other's cores.
     options.add_session_config_entry("session.force_spinning_stop", "1")
-    library.register(options, path.parent)
-    return ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    if native:
+        library.register(options)
+    return opened(ort, path, options)
+
+
+def opened(ort: Any, path: Path, options: Any, without: Sequence[str] = ()) -> Any:
+    """onnxruntime's session of a file, `without` some of its optimizers. Raises ContractError where it refuses it."""
+    left_out = {"disabled_optimizers": list(without)} if without else {}
+    try:
+        return ort.InferenceSession(path, options, providers=["CPUExecutionProvider"], **left_out)
+    except Exception as error:
+        if type(error).__name__ not in FILE_ERRORS:
+            raise
+        reason = " ".join(str(error).split())[:300]
+        raise ContractError(f"{path} is refused by onnxruntime ({reason}); build the engine again") from error

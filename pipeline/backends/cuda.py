@@ -90,7 +90,7 @@ class CudaBackend:
         files = tuple(f"{out_dir.name}/{name}" for name in (*parts, DATA, METADATA, lowering_file.NAME))
         return BuildResult(files, lowered, metadata)
 
-    def load(self, bundle_dir: Path) -> Engine:
+    def load(self, bundle_dir: Path, threads: int = 0) -> Engine:
         """Engine on the GPU. Raises EnvironmentLacksError where there is none, or too old a one."""
         return CudaEngine(bundle_dir / self.name)
 

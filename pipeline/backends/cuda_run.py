@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 import logging
+import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -22,6 +23,7 @@ import numpy as np
 
 from export.errors import ContractError, EnvironmentLacksError, RecipeError
 from pipeline import machine
+from pipeline.backends import feeds, lowering_file
 from pipeline.backends.base import Arrays
 from pipeline.backends.rtx_run import visible_sm
 from plugins.gpu.compiled import MINIMUM_TRITON
@@ -31,6 +33,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 MODEL, CONDITION, METADATA = "model.onnx", "condition.onnx", "metadata.json"
+# What a build makes in the target's folder.
+FILES = frozenset({MODEL, CONDITION, METADATA, "model.onnx.data", lowering_file.NAME})
 SCHEMA_VERSION = 1
 MIN_SM = 80
 # Calls before the capture: kernels are compiled in the first, and torch's libraries ask for their memory.
@@ -67,19 +71,6 @@ def read_metadata(folder: Path) -> dict[str, Any]:
         return found | {"inputs": dict(found["inputs"]), "options": dict(found["options"])}
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ContractError(f"{path} cannot be read ({error}); build the engine again") from error
-
-
-def check_inputs(expected: Mapping[str, Mapping[str, Any]], inputs: Mapping[str, Any]) -> None:
-    """Raise RecipeError for a missing or unknown input, or one of another number of axes or fixed size."""
-    if wrong := sorted(set(expected) ^ set(inputs)):
-        raise RecipeError(f"inputs {wrong} are missing or unknown; the engine takes {', '.join(sorted(expected))}")
-    for name, row in expected.items():
-        shape, found = row["shape"], tuple(inputs[name].shape)
-        fits = len(shape) == len(found) and all(
-            size == known for size, known in zip(found, shape, strict=True) if isinstance(known, int)
-        )
-        if not fits:
-            raise RecipeError(f"input {name} has shape {found}; the engine takes {tuple(shape)}")
 
 
 @contextmanager
@@ -124,7 +115,8 @@ class Captured:
                     module(inputs)
             current.wait_stream(stream)
             # A capture that fails may leave its stream the current one: the outer context puts this one back.
-            with torch.cuda.stream(current), torch.cuda.graph(graph):
+            # What other threads do on the GPU meanwhile is not part of the capture and does not break it.
+            with torch.cuda.stream(current), torch.cuda.graph(graph, capture_error_mode="thread_local"):
                 outputs = module(inputs)
         return cls(graph, inputs, outputs)
 
@@ -178,27 +170,31 @@ class Part:
 class Seen:
     """An input of the condition: the caller's tensor and its count of changes in place, and a copy of its numbers.
 
-    version: None where torch does not count (in inference mode); such a tensor is never taken for unchanged.
+    version: None where torch does not count (in inference mode); such a tensor is never taken for unchanged. It is read
+    before the numbers are, so that a change in between makes the next call look again.
     """
 
     tensor: Tensor
     version: int | None
     copy: Tensor
 
-    @classmethod
-    def make(cls, tensor: Tensor, copy: Tensor) -> Seen:
-        return cls(tensor, None if tensor.is_inference() else tensor._version, copy)
-
     def is_(self, tensor: Tensor) -> bool:
         """Is it the same tensor, not written since?"""
         return tensor is self.tensor and self.version is not None and tensor._version == self.version
 
 
-class CudaEngine:
-    """A lowered graph on the current GPU. One call at a time.
+def version_of(tensor: Tensor) -> int | None:
+    """How often a tensor was written in place, None where torch does not count."""
+    return None if tensor.is_inference() else tensor._version
 
-    Whether the condition has changed is decided by comparing its numbers with a copy, so callers may reuse or overwrite
-    what they pass; a tensor that torch knows to be unchanged since the last call is not compared.
+
+class CudaEngine:
+    """A lowered graph on the current GPU. It may be called from any number of threads: a captured graph owns its
+    memory, so a lock lets one call run at a time, and a call on another stream waits for the one before.
+
+    Whether the condition has changed is decided by comparing its numbers with a copy, which is also what is computed
+    with, so callers may reuse or overwrite what they pass; a tensor that torch knows to be unchanged since the last
+    call is not compared.
     """
 
     def __init__(self, folder: Path, device: str = "cuda") -> None:
@@ -213,24 +209,52 @@ class CudaEngine:
             if problem:
                 raise EnvironmentLacksError(problem)
         options, path = self.metadata["options"], folder / CONDITION
+        rows = self.metadata["inputs"].items()
+        self.declared = tuple(feeds.Declared(name, row["dtype"], tuple(row["shape"])) for name, row in rows)
         self.device = device
+        self.lock = threading.Lock()
         self.step: Part | None = Part(folder / MODEL, options, device)
         self.condition = Part(path, options, device) if path.is_file() else None
         self.seen: dict[str, Seen] = {}
         self.kept: dict[str, Tensor] = {}
         self.conditions = 0
+        self.done: Any = None
 
     def run(self, inputs: Arrays) -> Arrays:
-        """Outputs by name for inputs by name, NumPy on both sides."""
+        """Outputs by name for inputs by name, NumPy on both sides. Raises RecipeError for inputs that do not fit."""
         import torch
 
-        found = self._run({name: torch.from_numpy(np.ascontiguousarray(array)) for name, array in inputs.items()})
-        return {name: tensor.to("cpu", copy=True).numpy() for name, tensor in found.items()}
+        copies = {name: np.array(array, order="C") for name, array in inputs.items()}
+        feeds.check_feeds(self.declared, copies)
+        with self.lock:
+            found = self._run({name: torch.from_numpy(array) for name, array in copies.items()})
+            return {name: tensor.to("cpu", copy=True).numpy() for name, tensor in found.items()}
 
     def run_tensors(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """As `run`, of tensors on any device; the outputs are new tensors on the engine's."""
-        found = self._run(inputs)
-        return {name: tensor.clone() for name, tensor in found.items()}  # outside of inference mode: plain tensors
+        """As `run`, of tensors of any float or integer type on any device; the outputs are new tensors on the
+        engine's."""
+        feeds.check_feeds(self.declared, inputs, cast=True, bounded=False)
+        with self.lock:
+            known = {name for name, row in self.seen.items() if row.is_(inputs[name])}
+            feeds.check_numbers({name: tensor for name, tensor in inputs.items() if name not in known})
+            found = self._run(inputs)
+            outputs = {name: tensor.clone() for name, tensor in found.items()}  # not in inference mode: plain tensors
+            self._note()
+        return outputs
+
+    def _wait(self) -> None:
+        """What the caller's stream does next comes after the last call, whichever stream that was on."""
+        if self.done is not None:
+            import torch
+
+            torch.cuda.current_stream().wait_event(self.done)
+
+    def _note(self) -> None:
+        """The last call of this stream reads and writes the engine's memory up to here."""
+        if self.device != "cpu":
+            import torch
+
+            self.done = torch.cuda.current_stream().record_event()
 
     def _run(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Outputs in the engine's own memory, which the next call overwrites."""
@@ -238,26 +262,28 @@ class CudaEngine:
 
         if self.step is None:
             raise RecipeError("the engine is closed; load it again")
-        check_inputs(self.metadata["inputs"], inputs)
+        self._wait()
         with torch.inference_mode():
             if self.condition is not None:
                 self._prepare(self.condition, {name: inputs[name] for name in self.condition.inputs})
-            return self.step.run(self._typed(self.step.inputs, inputs), self.kept, self.conditions)
+            copies = {name: row.copy for name, row in self.seen.items()}
+            return self.step.run(self._typed(self.step.inputs, {**inputs, **copies}), self.kept, self.conditions)
 
     def _prepare(self, part: Part, condition: Mapping[str, Tensor]) -> None:
-        """Make `kept` belong to this condition."""
+        """Make `kept` and the copies in `seen` belong to this condition."""
         import torch
 
         new = [name for name, tensor in condition.items() if name not in self.seen or not self.seen[name].is_(tensor)]
+        versions = {name: version_of(condition[name]) for name in new}
         placed = {name: tensor.to(self.device) for name, tensor in self._typed(new, condition).items()}
-        if any(name not in self.seen or not torch.equal(placed[name], self.seen[name].copy) for name in new):
-            self.kept = part.run(self._typed(part.inputs, condition), {})
+        changed = [name for name in new if name not in self.seen or not torch.equal(placed[name], self.seen[name].copy)]
+        copies = {name: placed[name].clone() if name in changed else self.seen[name].copy for name in new}
+        seen = self.seen | {name: Seen(condition[name], versions[name], copies[name]) for name in new}
+        if changed:
+            self.seen = {}  # nothing is known if what follows fails
+            self.kept = part.run(self._typed(part.inputs, {name: row.copy for name, row in seen.items()}), {})
             self.conditions += 1
-            for name, tensor in placed.items():
-                self.seen[name] = Seen.make(condition[name], tensor.clone())
-        else:
-            for name in new:
-                self.seen[name] = Seen.make(condition[name], self.seen[name].copy)
+        self.seen = seen
 
     def _typed(self, names: Sequence[str], inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The inputs called `names`, those that the model has, in the model's types, where they are."""
@@ -267,6 +293,7 @@ class CudaEngine:
         return {name: inputs[name].to(getattr(torch, row["dtype"])).contiguous() for name, row in rows.items()}
 
     def close(self) -> None:
-        """Free the GPU; the engine cannot run afterwards."""
-        self.step = self.condition = None
-        self.kept, self.seen = {}, {}
+        """Free the GPU, after the call that is running; later calls raise RecipeError."""
+        with self.lock:
+            self.step = self.condition = None
+            self.kept, self.seen = {}, {}

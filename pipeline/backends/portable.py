@@ -41,7 +41,7 @@ class PortableBackend:
         """Nothing is written: the engine is the file that was exported."""
         return BuildResult((MODEL, DATA), lowered)
 
-    def load(self, bundle_dir: Path) -> Engine:
+    def load(self, bundle_dir: Path, threads: int = 0) -> Engine:
         """Engine of a verified bundle folder."""
         machine.require(("onnxruntime",), "running the portable model")
-        return PortableEngine(bundle_dir)
+        return PortableEngine(bundle_dir, threads)

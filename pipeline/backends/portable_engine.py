@@ -5,7 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from export.errors import RecipeError
+from pipeline import machine
+from pipeline.backends import feeds
 from pipeline.backends.base import Arrays
+from pipeline.backends.cpu_engine import opened, run_session
 
 MODEL, DATA = "model.onnx", "model.onnx.data"
 # onnxruntime folds constants, so that weights are decoded once, and needs some 38 bytes for each weight while it does
@@ -18,13 +22,16 @@ class PortableEngine:
 
     def __init__(self, folder: Path, threads: int = 0) -> None:
         self.session: Any = open_portable(folder / MODEL, threads)
-        self.inputs = [value.name for value in self.session.get_inputs()]
+        self.declared = feeds.of_session(self.session)
         self.outputs = [value.name for value in self.session.get_outputs()]
 
     def run(self, inputs: Arrays) -> Arrays:
-        """Outputs by name for inputs by name."""
-        fed = {name: inputs[name] for name in self.inputs}
-        return dict(zip(self.outputs, self.session.run(self.outputs, fed), strict=True))
+        """Outputs by name for inputs by name. Raises RecipeError for inputs that do not fit, and once closed."""
+        session = self.session
+        if session is None:
+            raise RecipeError("the engine is closed; load it again")
+        feeds.check_feeds(self.declared, inputs)
+        return run_session(session, self.outputs, inputs)
 
     def close(self) -> None:
         """Free the session; the engine cannot run afterwards."""
@@ -33,11 +40,11 @@ class PortableEngine:
 
 def open_portable(path: Path, threads: int = 0) -> Any:
     """Session of a portable model with all of onnxruntime's optimizations, except that a large one is not decoded
-    ahead; `threads` 0: one for each core."""
+    ahead; threads 0: as many as `machine.threads` allows."""
     import onnxruntime as ort
 
     options = ort.SessionOptions()
-    options.intra_op_num_threads = threads
+    options.intra_op_num_threads = threads or machine.threads()
     options.log_severity_level = 3
     # Idle threads sleep instead of spinning, so that engines do not steal each other's cores.
     options.add_session_config_entry("session.force_spinning_stop", "1")
@@ -47,4 +54,4 @@ def open_portable(path: Path, threads: int = 0) -> Any:
         skipped = ["ConstantFolding"]
         # Freed tensors go back to the system: arena and memory pattern would keep room for all decoded weights at once.
         options.enable_cpu_mem_arena = options.enable_mem_pattern = False
-    return ort.InferenceSession(path, options, providers=["CPUExecutionProvider"], disabled_optimizers=skipped)
+    return opened(ort, path, options, skipped)

@@ -6,6 +6,7 @@ Weights stay integer images (1 byte each) and are dequantized at every call, so 
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -19,6 +20,8 @@ from export.errors import ContractError
 from export.formats import Format, get_format
 from export.ops import ABSMAX_FLOOR
 from export.router import Router
+from export.torch_modules import Denoiser
+from pipeline.backends import feeds
 from pipeline.backends.base import Arrays
 
 if TYPE_CHECKING:
@@ -185,20 +188,38 @@ def _convert(part: nn.Module, dtype: torch.dtype) -> None:
 
 
 class ReferenceEngine:
-    """A torch denoiser (`denoiser(model)` for the float model, `fake_quant(...)` for the quantized) as an engine."""
+    """A torch denoiser (`denoiser(model)` for the float model, `fake_quant(...)` for the quantized) as an engine.
+
+    A lock lets one of several threads' calls run at a time: the module is told the timesteps of a call before it runs.
+    """
 
     def __init__(self, module: nn.Module, dtype: torch.dtype = torch.float32) -> None:
         self.module, self.dtype = module, dtype
+        self.lock = threading.Lock()
+        self.declared = declared_inputs(module)
 
     def run(self, inputs: Arrays) -> Arrays:
-        """Float inputs are converted to the engine's type; the output has that type."""
+        """Float inputs are converted to the engine's type; the output has that type. Raises RecipeError for inputs that
+        do not fit, but takes numbers of any magnitude, as PyTorch does."""
+        if self.declared:
+            feeds.check_feeds(self.declared, inputs, cast=True, bounded=False)
         tensors = {name: self._tensor(value) for name, value in inputs.items()}
-        with torch.inference_mode():
+        with self.lock, torch.inference_mode():
             return {"sample": self.module(**tensors).numpy()}
 
     def _tensor(self, value: np.ndarray[Any, Any]) -> torch.Tensor:
-        tensor = torch.from_numpy(np.ascontiguousarray(value))
+        """A copy, so that the caller may overwrite what it passed."""
+        tensor = torch.from_numpy(np.array(value, order="C"))
         return tensor.to(self.dtype) if tensor.is_floating_point() else tensor
 
     def close(self) -> None:
         """Nothing is held open."""
+
+
+def declared_inputs(module: Any) -> tuple[feeds.Declared, ...]:
+    """The inputs of a family's denoiser; nothing of a module that is none, or has no configuration to know them by."""
+    config = getattr(module.transformer, "config", None) if isinstance(module, Denoiser) else None
+    if config is None:
+        return ()
+    rows = {row.name: row for row in module.family.inputs(dict(config))}
+    return tuple(feeds.Declared(name, rows[name].dtype, rows[name].shape) for name in module.names)

@@ -11,6 +11,7 @@ import hashlib
 import json
 import logging
 import os
+import threading
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,12 +21,15 @@ import numpy as np
 
 from export.errors import ContractError, EnvironmentLacksError, RecipeError, ResourceError
 from pipeline import machine
+from pipeline.backends import feeds, lowering_file
 from pipeline.backends.base import Arrays
 from pipeline.backends.rtx_engine_file import read_header
 from plugins.tensorrt_rtx import plugin
 
 logger = logging.getLogger(__name__)
 ENGINE, METADATA = "model.engine", "metadata.json"
+# What a build makes in the target's folder.
+FILES = frozenset({ENGINE, METADATA, lowering_file.NAME})
 CACHE_FOLDER = "ditc/rtx"
 
 
@@ -44,18 +48,6 @@ def machine_problem(metadata: Mapping[str, Any], version: str, sm: int) -> str:
     if release(version) != release(built):
         return f"the engine was built with tensorrt-rtx {built}, this is {version}; install that release or build again"
     return ""
-
-
-def check_inputs(shapes: Mapping[str, Any], inputs: Arrays) -> None:
-    """Raise RecipeError for a missing or unknown input or a shape outside of the engine's bounds."""
-    wrong = sorted(set(shapes) ^ set(inputs))
-    if wrong:
-        raise RecipeError(f"inputs {wrong} are missing or unknown; the engine takes {', '.join(sorted(shapes))}")
-    for name, array in inputs.items():
-        low, _, high = shapes[name]
-        fits = len(low) == array.ndim and all(a <= d <= b for a, d, b in zip(low, array.shape, high, strict=True))
-        if not fits:
-            raise RecipeError(f"input {name} has shape {array.shape}; the engine takes {tuple(low)} to {tuple(high)}")
 
 
 def read_metadata(folder: Path) -> dict[str, Any]:
@@ -138,7 +130,8 @@ class Buffers:
 
 
 class RtxEngine:
-    """A deserialized engine on the current GPU. One call at a time."""
+    """A deserialized engine on the current GPU. It may be called from any number of threads: buffers and context belong
+    to one call at a time, which a lock sees to."""
 
     def __init__(self, folder: Path) -> None:
         """Raises EnvironmentLacksError before anything is deserialized where this machine cannot run the engine."""
@@ -149,6 +142,7 @@ class RtxEngine:
         if problem:
             raise EnvironmentLacksError(problem)
         read_header(folder / ENGINE)
+        self._lock = threading.Lock()
         self._cache_path = cache_path(self.metadata, sm)
         self._buffers: dict[tuple[Any, ...], Buffers] = {}
         if self.metadata.get("plugins"):
@@ -172,29 +166,33 @@ class RtxEngine:
         self._stream = torch.cuda.Stream()
         names = [self._engine.get_tensor_name(i) for i in range(self._engine.num_io_tensors)]
         self._outputs = [n for n in names if self._engine.get_tensor_mode(n) == trt.TensorIOMode.OUTPUT]
-        self._dtypes = {name: np.dtype(trt.nptype(self._engine.get_tensor_dtype(name))) for name in names}
+        dtypes = {name: trt.nptype(self._engine.get_tensor_dtype(name)) for name in names}
+        self._declared = feeds.of_bounds(self.metadata["shapes"], dtypes)
 
     def _load_cache(self) -> None:
         if self._cache_path.is_file() and not self._cache.deserialize(self._cache_path.read_bytes()):
             logger.info("the runtime cache %s is of another driver or GPU and is made anew", self._cache_path)
 
     def run(self, inputs: Arrays) -> Arrays:
-        """Outputs by name for inputs by name, NumPy on both sides."""
+        """Outputs by name for inputs by name, NumPy on both sides. Raises RecipeError for inputs that do not fit."""
         import torch
 
-        check_inputs(self.metadata["shapes"], inputs)
-        arrays = {name: np.ascontiguousarray(array, self._dtypes[name]) for name, array in inputs.items()}
+        arrays = {name: np.array(array, order="C") for name, array in inputs.items()}
+        feeds.check_feeds(self._declared, arrays)
         key = tuple((name, array.shape) for name, array in sorted(arrays.items()))
-        with torch.cuda.stream(self._stream):
+        with self._lock, torch.cuda.stream(self._stream):
+            if self._context is None:
+                raise RecipeError("the engine is closed; load it again")
             if key not in self._buffers:
                 self._buffers[key] = Buffers.make(self._context, arrays, self._outputs, "cuda")
             return self._buffers[key].run(arrays, self._stream.cuda_stream)
 
     def close(self) -> None:
-        """Keep the kernels compiled so far and free the GPU."""
-        if self._context is not None:
-            blob = self._cache.serialize()
-            if blob is not None:
-                write_cache(self._cache_path, bytes(memoryview(blob)))
-        self._buffers.clear()
-        self._context = self._engine = self._cache = None
+        """Keep the kernels compiled so far and free the GPU, after the call that is running."""
+        with self._lock:
+            if self._context is not None:
+                blob = self._cache.serialize()
+                if blob is not None:
+                    write_cache(self._cache_path, bytes(memoryview(blob)))
+            self._buffers.clear()
+            self._context = self._engine = self._cache = None

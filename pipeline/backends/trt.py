@@ -86,7 +86,7 @@ class TrtBackend:
         files = tuple(f"{out_dir.name}/{name}" for name in (ENGINE, METADATA, lowering_file.NAME))
         return BuildResult(files, lowered, metadata)
 
-    def load(self, bundle_dir: Path) -> Engine:
+    def load(self, bundle_dir: Path, threads: int = 0) -> Engine:
         """Engine on the GPU. Raises EnvironmentLacksError where there is none or it is another one."""
         return TrtEngine(bundle_dir / self.name)
 

@@ -6,6 +6,7 @@ hand.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib import import_module
@@ -14,15 +15,18 @@ from typing import Any
 
 import numpy as np
 
-from export.errors import EnvironmentLacksError, ResourceError
+from export.errors import EnvironmentLacksError, RecipeError, ResourceError
 from pipeline import machine
+from pipeline.backends import feeds, lowering_file
 from pipeline.backends.base import Arrays
-from pipeline.backends.rtx_run import Buffers, check_inputs, read_metadata, release, visible_sm
+from pipeline.backends.rtx_run import Buffers, read_metadata, release, visible_sm
 from plugins.tensorrt import plugins
 from plugins.tensorrt_rtx import compile
 from plugins.tensorrt_rtx.payload import NAMESPACE, VERSION
 
 ENGINE, METADATA = "model.engine", "metadata.json"
+# What a build makes in the target's folder.
+FILES = frozenset({ENGINE, METADATA, lowering_file.NAME})
 MODULE = "tensorrt"
 # The first release whose quick-deployable plugins have ahead-of-time implementations.
 MINIMUM_VERSION = (10, 9)
@@ -79,7 +83,8 @@ class Captured:
         stream = torch.cuda.current_stream()
         execute(context, stream.cuda_stream)
         stream.synchronize()
-        with torch.cuda.graph(graph, stream=stream):
+        # What other threads do on the GPU meanwhile is not part of the capture and does not break it.
+        with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
             execute(context, stream.cuda_stream)
         return cls(buffers, graph)
 
@@ -100,7 +105,8 @@ def execute(context: Any, stream: int) -> None:
 
 
 class TrtEngine:
-    """A deserialized engine on the current GPU. One call at a time."""
+    """A deserialized engine on the current GPU. It may be called from any number of threads: a captured graph owns its
+    buffers, so a lock lets one call run at a time."""
 
     def __init__(self, folder: Path) -> None:
         """Raises EnvironmentLacksError before anything is deserialized where this machine cannot run the engine."""
@@ -109,6 +115,7 @@ class TrtEngine:
         problem = machine_problem(self.metadata, machine.tool_version(MODULE), visible_sm())
         if problem:
             raise EnvironmentLacksError(problem)
+        self._lock = threading.Lock()
         self._captured: dict[tuple[Any, ...], tuple[Any, Captured]] = {}
         self._open(folder / ENGINE)
 
@@ -123,22 +130,26 @@ class TrtEngine:
         self._stream = torch.cuda.Stream()
         names = [self._engine.get_tensor_name(i) for i in range(self._engine.num_io_tensors)]
         self._outputs = [n for n in names if self._engine.get_tensor_mode(n) == trt.TensorIOMode.OUTPUT]
-        self._dtypes = {name: np.dtype(trt.nptype(self._engine.get_tensor_dtype(name))) for name in names}
+        dtypes = {name: trt.nptype(self._engine.get_tensor_dtype(name)) for name in names}
+        self._declared = feeds.of_bounds(self.metadata["shapes"], dtypes)
 
     def run(self, inputs: Arrays) -> Arrays:
-        """Outputs by name for inputs by name, NumPy on both sides."""
+        """Outputs by name for inputs by name, NumPy on both sides. Raises RecipeError for inputs that do not fit."""
         import torch
 
-        check_inputs(self.metadata["shapes"], inputs)
-        arrays = {name: np.ascontiguousarray(array, self._dtypes[name]) for name, array in inputs.items()}
+        arrays = {name: np.array(array, order="C") for name, array in inputs.items()}
+        feeds.check_feeds(self._declared, arrays)
         key = tuple((name, array.shape) for name, array in sorted(arrays.items()))
-        with torch.cuda.stream(self._stream):
+        with self._lock, torch.cuda.stream(self._stream):
+            if self._engine is None:
+                raise RecipeError("the engine is closed; load it again")
             if key not in self._captured:  # a captured call keeps its context's shapes and addresses
                 context = self._engine.create_execution_context()
                 self._captured[key] = context, Captured.make(context, arrays, self._outputs)
             return self._captured[key][1].run(arrays)
 
     def close(self) -> None:
-        """Free the GPU."""
-        self._captured.clear()
-        self._engine = self._runtime = None
+        """Free the GPU, after the call that is running."""
+        with self._lock:
+            self._captured.clear()
+            self._engine = self._runtime = None

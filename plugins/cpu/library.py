@@ -1,31 +1,76 @@
-"""The native library of the `cpu` target: compiled by the system's C compiler, registered in stock onnxruntime."""
+"""The kernel library of the `cpu` target: part of this package, compiled into the user's cache, registered in stock
+onnxruntime.
+
+Only what was compiled from the sources beside this file is ever loaded. It lies in a folder of the user's cache that
+is named by those sources and the machine's binary interface, in a file named by the compiler; the folder and the file
+belong to the user, and nobody else may write them. A bundle holds no code: it names the version it was proven with.
+"""
 
 from __future__ import annotations
 
+import hashlib
+import logging
+import os
 import platform
+import re
 import shutil
+import stat
 import subprocess
 import sys
 import tempfile
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 from export.errors import EnvironmentLacksError
 
+logger = logging.getLogger(__name__)
 NAME = "fpq_native.so"
 FOLDER = Path(__file__).resolve().parent
 SOURCES = ("bindings.c", "token_chain.c")
+HEADERS = ("ort_abi.h", "token_chain.h", "variants.h")
 COMPILERS = ("cc", "gcc", "clang")
 # No contraction: a fused multiply-add would round once where the rules of the ops round twice.
 FLAGS = ("-std=c11", "-O3", "-ffp-contract=off", "-fno-math-errno", "-fPIC", "-shared", "-fvisibility=hidden", "-s")
 X86_FLAGS = ("-mprefer-vector-width=512",)
 TIMEOUT_S = 120
-REMEDY = "install a C compiler (Debian, Ubuntu: apt install gcc libc6-dev), or build with --set cpu.path=stock"
+COMPILER_REMEDY = "install a C compiler (Debian, Ubuntu: apt install gcc libc6-dev)"
+REMEDY = f"{COMPILER_REMEDY}, or build with --set cpu.path=stock"
+COMMENT = re.compile(r"/\*.*?\*/|//[^\n]*", re.DOTALL)
+# Libraries that could be kept nowhere: compiled for this process, removed at its end.
+_UNCACHED: dict[str, tempfile.TemporaryDirectory[str]] = {}
+
+
+# --- which version -------------------------------------------------------------------------------------------------
+
+
+def code(text: str) -> str:
+    """C code without comments and layout, which decide nothing.
+
+    >>> code("int a; /* one */\\n\\n  int b; // two")
+    'int a; int b;'
+    """
+    return " ".join(COMMENT.sub(" ", text).split())
+
+
+@cache
+def version() -> str:
+    """16 hexadecimal digits: what is computed, to the bit, is decided by the sources and by how they are compiled."""
+    digest = hashlib.sha256(repr(FLAGS).encode())
+    for name in (*SOURCES, *HEADERS):
+        digest.update(f"\0{name}\0{code((FOLDER / name).read_text(encoding='utf-8'))}".encode())
+    return digest.hexdigest()[:16]
+
+
+PREFIX = "kernel_library_"
 
 
 def requirement() -> str:
-    """What a machine must run for a library that is compiled here."""
-    return f"native_{platform.system().lower()}_{platform.machine()}"
+    """How an engine's metadata names the version of the library that it was proven with."""
+    return PREFIX + version()
+
+
+# --- compiling -----------------------------------------------------------------------------------------------------
 
 
 def compiler() -> str:
@@ -67,12 +112,104 @@ def problems() -> list[str]:
     return []
 
 
-def register(options: Any, folder: Path) -> None:
-    """Give session options the ops of the library in `folder`, if one lies there. Raises EnvironmentLacksError."""
-    path = folder / NAME
-    if not path.is_file():
-        return
+# --- the user's cache ----------------------------------------------------------------------------------------------
+
+
+def cache_folder() -> Path:
+    """Where libraries of these sources lie for this system, processor and C library; DITC_CACHE overrides the user's
+    cache folder."""
+    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    root = Path(os.environ.get("DITC_CACHE") or Path(base) / "ditc")
+    interface = (platform.system(), platform.machine(), *platform.libc_ver())
+    return root / "native" / "-".join((version(), *filter(None, interface)))
+
+
+def compiler_key(path: str) -> str:
+    """16 hexadecimal digits that tell compilers and their releases apart."""
+    done = subprocess.run([path, "--version"], capture_output=True, check=False, timeout=TIMEOUT_S)
+    return hashlib.sha256(os.path.realpath(path).encode() + b"\0" + done.stdout).hexdigest()[:16]
+
+
+def refusal(path: Path) -> str:
+    """Why a file or folder may not be trusted with code, '' if it may: only its owner, this user, can have written it.
+
+    A link is refused: what it names may be replaced by others."""
+    facts = path.lstat()
+    if not (stat.S_ISREG(facts.st_mode) or stat.S_ISDIR(facts.st_mode)):
+        return "is neither a file nor a folder"
+    if facts.st_uid != os.getuid():
+        return f"belongs to user {facts.st_uid}, not to you"
+    if facts.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+        return "can be written by others"
+    return ""
+
+
+def exposure(path: Path) -> str:
+    """Why others may put something else in the place of `path`, '' if they may not: a folder above it is theirs too."""
+    for folder in path.parent.resolve().parents:
+        mode = folder.stat().st_mode
+        if mode & stat.S_IWOTH and not mode & stat.S_ISVTX:
+            return f"lies in {folder}, which can be written by others"
+    return ""
+
+
+def trusted(path: Path) -> bool:
+    """May this library be loaded? Otherwise the log says why not."""
+    for item in (path.parent, path):
+        try:
+            why = refusal(item) or exposure(item)
+        except OSError:  # not there, or not to be read
+            return False
+        if why:
+            logger.warning("%s %s: the kernel library in it is not used; remove it", item, why)
+            return False
+    return True
+
+
+def path_of_library() -> Path:
+    """The library's file: from the cache, or compiled now. Raises EnvironmentLacksError where neither is possible."""
+    folder = cache_folder()
+    try:
+        chosen = compiler()
+    except EnvironmentLacksError as error:
+        kept = [path for path in sorted(folder.glob("*.so")) if trusted(path)]
+        if kept:
+            return kept[0]
+        remedy = f"{COMPILER_REMEDY}, or build the engine with --set cpu.path=stock"
+        raise EnvironmentLacksError(
+            f"cpu.path native needs a C compiler to make its kernel library, and {folder} holds none; {remedy}"
+        ) from error
+    path = folder / f"{compiler_key(chosen)}.so"
+    return path if trusted(path) else _compiled(path)
+
+
+def _compiled(path: Path) -> Path:
+    """Compile into the cache under a temporary name, then rename; where the cache cannot be used, for this process."""
+    try:
+        path.parent.parent.mkdir(parents=True, exist_ok=True)
+        path.parent.mkdir(mode=0o700, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=path.parent, prefix=".making-") as folder:  # only the user may enter it
+            part = Path(folder) / NAME
+            build(part)
+            part.chmod(0o700)
+            os.replace(part, path)
+        logger.info("compiled the kernel library into %s", path)
+        if trusted(path):
+            return path
+    except OSError as error:
+        logger.warning("the kernel library cannot be kept in %s (%s); it is compiled again next time", path, error)
+    if path.name not in _UNCACHED:
+        _UNCACHED[path.name] = tempfile.TemporaryDirectory(prefix="ditc-")
+        build(Path(_UNCACHED[path.name].name) / NAME)
+    return Path(_UNCACHED[path.name].name) / NAME
+
+
+def register(options: Any, path: Path | None = None) -> None:
+    """Give session options the ops of the library (at `path`, for tests of other builds of it).
+
+    Raises EnvironmentLacksError where it cannot be made or does not load."""
+    path = path_of_library() if path is None else path
     try:
         options.register_custom_ops_library(str(path.resolve()))
     except Exception as error:  # onnxruntime raises its own classes, one for each cause
-        raise EnvironmentLacksError(f"{path} does not load here ({error}); build the engine on this machine") from error
+        raise EnvironmentLacksError(f"{path} does not load here ({error}); remove it, it is then made again") from error

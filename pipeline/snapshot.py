@@ -1,0 +1,84 @@
+"""What is verified is what is used: a private copy of files, hashed while it is written.
+
+Between a check and the load a file can be swapped or written to, and onnxruntime maps weights into memory, so that a
+file changed in place changes the results of a live engine. So engines are loaded from a copy in a folder of this
+user's that nobody else may enter, and the hash is that of the very bytes written there. After loading the copy is
+removed: what is still mapped lives on without a name.
+
+Weights handed over in memory would need no copy on disk, but onnxruntime keeps such buffers beside its packed form
+for as long as the session lives: 783 MiB instead of 416 for 400 MB of int8 weights.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import stat
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from export.errors import ContractError
+from pipeline import machine
+
+CHUNK_BYTES = 2**20
+REMEDY = "copy or build the bundle again"
+Row = Mapping[str, Any]
+
+
+@contextmanager
+def verified_copy(folder: Path, rows: Mapping[str, Row]) -> Iterator[Path]:
+    """A private folder with the files `rows` (name -> size, sha256) of `folder`, for as long as the context lasts.
+
+    Raises ContractError where a file is not there or is not as its row says; OSError where the disk is full.
+    """
+    # Where a system cannot remove what is still mapped (Windows), the copy stays behind.
+    with tempfile.TemporaryDirectory(prefix="open-", dir=_place(), ignore_cleanup_errors=True) as private:
+        for name, row in rows.items():
+            target = Path(private) / name
+            target.parent.mkdir(parents=True, exist_ok=True)
+            with target.open("xb") as output:
+                read_verified(folder / name, row, output)
+        yield Path(private)
+
+
+def read_verified(path: Path, row: Row, output: Any) -> None:
+    """Write the bytes of a plain file to `output`. Raises ContractError unless they are those of the row."""
+    digest, left = hashlib.sha256(), int(row["size"])
+    with open(_descriptor(path), "rb", buffering=0) as source:
+        while chunk := source.read(CHUNK_BYTES):
+            left -= len(chunk)
+            if left < 0:
+                break
+            digest.update(chunk)
+            output.write(chunk)
+    if left:
+        found = "more" if left < 0 else row["size"] - left
+        raise ContractError(f"{path} has {found} bytes, the manifest says {row['size']}; {REMEDY}")
+    if digest.hexdigest() != row["sha256"]:
+        raise ContractError(f"{path} differs from the manifest (sha256); {REMEDY}")
+
+
+def _descriptor(path: Path) -> int:
+    """An open plain file: no link is followed and no pipe waited for."""
+    flags = os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
+    try:
+        descriptor = os.open(path, flags)
+    except OSError as error:
+        raise ContractError(f"{path} cannot be read as a plain file ({error.strerror}); {REMEDY}") from error
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise ContractError(f"{path} is not a plain file; {REMEDY}")
+    return descriptor
+
+
+def _place() -> Path | None:
+    """The user's cache folder, which lies on a disk where /tmp may be memory; None: the system's temporary folder."""
+    folder = machine.cache_dir()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError:
+        return None
+    return folder if os.access(folder, os.W_OK | os.X_OK) else None
