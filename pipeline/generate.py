@@ -94,8 +94,7 @@ def _draw_part(
 def _shared(bundle: Bundle) -> frozenset[str]:
     """Names of the engine's inputs without a batch axis; classes without a row of their own have none."""
     family = FAMILIES.get(bundle.manifest["model"]["family"])
-    config = json.loads((bundle.path / "config.json").read_text(encoding="utf-8"))
-    return shared_names(family.inputs(config)) if family else frozenset()
+    return shared_names(family.inputs(bundle.config())) if family else frozenset()
 
 
 def picture_shape(bundle: Bundle) -> tuple[int, int, int]:

@@ -26,6 +26,7 @@ FACTOR_DB = 20 * math.log10(FACTOR)
 # 10 linears in a row per layer, each a few units in the last place. For tens of layers this stays under 2^-24 * 170, or
 # 100 dB, and no flip-free engine is asked for more.
 ROUNDED_DB = 100.0
+EQUAL_DB = 1000.0
 # Pictures of pixel models lie in [-1, 1]; latents are compared by the range that the reference's have.
 PIXEL_RANGE = 2.0
 
@@ -201,13 +202,13 @@ def segments_gate(target: str, rows: Sequence[SegmentResult]) -> Gate:
 
 
 def _quarter(values: Sequence[float]) -> float:
-    """The lower quartile, one of the values: between two infinities there is no number."""
-    return float(np.quantile(values, 0.25, method="lower"))
+    """The lower quartile. Equal samples count as EQUAL_DB: between two infinities there is no number."""
+    return float(np.quantile(np.minimum(values, EQUAL_DB), 0.25))
 
 
 def _median(values: Sequence[float]) -> float:
-    """The median, the lower of two in the middle; nan if one of all is not a number."""
-    return math.nan if any(math.isnan(value) for value in values) else float(np.quantile(values, 0.5, method="lower"))
+    """The median; nan if one of all is not a number."""
+    return math.nan if any(math.isnan(value) for value in values) else float(np.median(values))
 
 
 def _lowest(values: Sequence[float]) -> float:

@@ -72,7 +72,9 @@ class Exported:
         watched = [layer for layer in self.layers if layer.name in WATCHED]
         present = [layer for layer in watched if layer.name in probed.complete]
         single = self.found.float32["fp32"]
-        rows = verification.layer_results("onnx", present, modules, probed, self.found, single, self.found.probed[1:2])
+        steps = self.found.probed[1:2]
+        calls = {f"step {step + 1}": self.found.calls[step] for step in steps}
+        rows = verification.layer_results("onnx", present, modules, probed, self.found, single, calls, steps)
         gates = [coverage_gate("onnx", len(present), len(watched)), *layer_gates("onnx", rows, 0)]
         return {gate.name.removeprefix("onnx/") for gate in gates if not gate.passed}
 
