@@ -15,7 +15,7 @@ from typing import Any
 
 from export.errors import ContractError, EnvironmentLacksError, RecipeError
 from pipeline import machine, manifest, recipe
-from pipeline.backends import PORTABLE, cpu_engine, cuda_run, rtx_run, trt_run
+from pipeline.backends import PORTABLE, cpu_engine, cuda_run, portable_engine, rtx_run, trt_run
 from pipeline.backends.base import Engine
 from pipeline.backends.rtx_run import machine_problem, release
 from pipeline.conditioning import Generation, load_generation
@@ -28,18 +28,18 @@ logger = logging.getLogger(__name__)
 # Fastest first: `engine("auto")` takes the first that the machine can run. The portable model comes last: it runs
 # anywhere, many times slower.
 SPEED_ORDER = ("trt", "cuda", "rtx", "cpu", PORTABLE)
-# What a build writes: the files of each target, owned by its engine, and everything else as patterns. The portable
-# model has no folder of its own.
+# What a build writes: the files of each target, owned by its engine, and everything else as patterns. Each target has a
+# folder of its name, but for the portable model, which stands at the bundle's root.
 TARGET_FILES: dict[str, frozenset[str]] = {
-    "cpu": cpu_engine.FILES,
-    "rtx": rtx_run.FILES,
-    "cuda": cuda_run.FILES,
-    "trt": trt_run.FILES,
-    PORTABLE: frozenset(),
+    "cpu": frozenset(f"cpu/{name}" for name in cpu_engine.FILES),
+    "rtx": frozenset(f"rtx/{name}" for name in rtx_run.FILES),
+    "cuda": frozenset(f"cuda/{name}" for name in cuda_run.FILES),
+    "trt": frozenset(f"trt/{name}" for name in trt_run.FILES),
+    PORTABLE: portable_engine.FILES,
 }
 GENERATION_FILES = re.compile(r"generation\.json|[\w-][\w.-]*\.safetensors")
 OTHER_FILES = re.compile(
-    r"recipe\.toml|config\.json|model\.onnx|model\.onnx\.data|bench\.json"
+    r"recipe\.toml|config\.json|bench\.json"
     r"|report/(index\.html|parity\.json|layers\.csv|images/[\w-][\w.-]*\.png)"
 )
 
@@ -98,7 +98,7 @@ class Bundle:
         from pipeline.backends import BACKENDS
 
         chosen = self.choose(target)
-        with self.copied(lambda name: name.startswith(f"{chosen}/")) as private:
+        with self.copied(TARGET_FILES[chosen].__contains__) as private:
             return BACKENDS[chosen].load(private.path, machine.threads(self.threads))
 
     @contextmanager
@@ -117,7 +117,7 @@ class Bundle:
     def config(self) -> dict[str, Any]:
         """The diffusers configuration. Raises ContractError if the file changed since it was verified."""
         found = io.BytesIO()
-        read_verified(self.path / "config.json", self.manifest["files"]["config.json"], found)
+        read_verified(self.path, "config.json", self.manifest["files"]["config.json"], found)
         return dict(json.loads(found.getvalue()))
 
     def as_diffusers(self, target: str = "auto") -> Any:
@@ -161,10 +161,8 @@ def refuse_strange_files(folder: Path, files: Mapping[str, Any], targets: Mappin
 
 def is_made_by_build(name: str, targets: Mapping[str, Any]) -> bool:
     """May a bundle with these targets have a file of this name?"""
-    target, _, rest = name.partition("/")
-    if target in targets and target in TARGET_FILES:
-        return rest in TARGET_FILES[target]
-    return bool(GENERATION_FILES.fullmatch(name) or OTHER_FILES.fullmatch(name))
+    known = any(name in TARGET_FILES[target] for target in (PORTABLE, *targets) if target in TARGET_FILES)
+    return bool(known or GENERATION_FILES.fullmatch(name) or OTHER_FILES.fullmatch(name))
 
 
 def verify_files(folder: Path, files: Mapping[str, Mapping[str, Any]]) -> None:

@@ -22,6 +22,7 @@ from typing import Any
 
 from export.errors import ContractError
 from pipeline import machine
+from pipeline.files import is_hub_link
 
 CHUNK_BYTES = 2**20
 REMEDY = "copy or build the bundle again"
@@ -40,12 +41,16 @@ def verified_copy(folder: Path, rows: Mapping[str, Row]) -> Iterator[Path]:
             target = Path(private) / name
             target.parent.mkdir(parents=True, exist_ok=True)
             with target.open("xb") as output:
-                read_verified(folder / name, row, output)
+                read_verified(folder, name, row, output)
         yield Path(private)
 
 
-def read_verified(path: Path, row: Row, output: Any) -> None:
-    """Write the bytes of a plain file to `output`. Raises ContractError unless they are those of the row."""
+def read_verified(folder: Path, name: str, row: Row, output: Any) -> None:
+    """Write the bytes of a plain file, or of a link of the hub's cache, to `output`. Raises ContractError unless they
+    are those of the row."""
+    path = folder / name
+    if path.is_symlink() and is_hub_link(path, folder):
+        path = path.resolve()
     digest, left = hashlib.sha256(), int(row["size"])
     with open(_descriptor(path), "rb", buffering=0) as source:
         while chunk := source.read(CHUNK_BYTES):

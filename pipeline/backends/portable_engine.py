@@ -12,6 +12,8 @@ from pipeline.backends.base import Arrays
 from pipeline.backends.cpu_engine import opened, run_session
 
 MODEL, DATA = "model.onnx", "model.onnx.data"
+# What a build makes, at the bundle's root.
+FILES = frozenset({MODEL, DATA})
 # onnxruntime folds constants, so that weights are decoded once, and needs some 38 bytes for each weight while it does
 # (see export/ops.py). Above this size of the packed file weights stay packed, and are decoded in every call.
 FOLDED_BYTES = 8 * 2**20
