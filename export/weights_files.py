@@ -6,7 +6,6 @@ Pickles (.bin, .pt) are refused, because reading one runs code from the file.
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -14,8 +13,11 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
+from typing_extensions import TypedDict
 
+from export.documents import Rules, open_file, read_json
 from export.errors import ModelError
+from export.names import inside
 
 STEM = "diffusion_pytorch_model"
 # In order of preference: full precision first, then the fp16 variant; a single file before its shards.
@@ -28,6 +30,12 @@ INDEX_FILES = (
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 REFETCH = "copy or download the file again"
 CHUNK_BYTES = 1 << 22
+
+
+class Index(TypedDict):
+    """An index of shards: tensor to the name of its file."""
+
+    weight_map: dict[str, str]
 
 
 @dataclass(frozen=True)
@@ -63,6 +71,7 @@ class WeightsFiles:
 
 
 def _open(path: Path) -> Any:
+    open_file(path, ModelError, REFETCH).close()  # refuses what is no file, for which safe_open would wait
     try:
         return safe_open(path, framework="pt")
     except (SafetensorError, OSError) as error:
@@ -88,13 +97,11 @@ def find_weights(folder: Path) -> WeightsFiles:
 
 def _sharded(folder: Path, index_name: str) -> WeightsFiles:
     path = folder / index_name
-    try:
-        shard_of = dict(json.loads(path.read_text())["weight_map"])
-    except (ValueError, KeyError, TypeError) as error:
-        raise ModelError(f"{path}: not an index of shards ({error!r}); {REFETCH}") from error
+    shard_of = read_json(path, Index, Rules(ModelError, REFETCH))["weight_map"]
     names = tuple(sorted(set(shard_of.values())))
     for name in names:
-        if Path(name).name != name:
+        inside(folder, name, path, ModelError)
+        if "/" in name:
             raise ModelError(f"{path}: shard {name!r} leaves the folder; an index may only name files beside it")
         if not (folder / name).is_file():
             raise ModelError(f"{folder / name}: this shard is missing; {REFETCH}")
@@ -104,7 +111,7 @@ def _sharded(folder: Path, index_name: str) -> WeightsFiles:
 def file_sha256(path: Path) -> str:
     """Hex sha256 of a file, streamed."""
     digest = hashlib.sha256()
-    with path.open("rb") as file:
+    with open_file(path, ModelError, REFETCH) as file:
         while chunk := file.read(CHUNK_BYTES):
             digest.update(chunk)
     return digest.hexdigest()

@@ -12,7 +12,7 @@ from typing import Any
 from pipeline.bundle import load_bundle
 from pipeline.command import Answer, Parser, parser, run
 from pipeline.compiler import load_model, opened
-from pipeline.files import write_json
+from pipeline.files import refuse_unwritable, write_json
 from pipeline.stages import timed
 
 
@@ -38,6 +38,8 @@ def bench_bundle(path: Path, source: str = "") -> dict[str, Any]:
 
 def work(args: argparse.Namespace, answer: Answer) -> int:
     """Measure and answer with the numbers."""
+    if args.output:
+        refuse_unwritable(args.output, False, "--output")
     document = bench_bundle(args.bundle, args.model or "")
     if args.output:
         write_json(args.output, document)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -22,6 +21,7 @@ from pipeline.compiler import (
     parse_targets,
     refuse_early,
 )
+from pipeline.signals import leave
 
 DESCRIPTION = "Build a verified engine bundle: model, calibrate, export, targets, verify, bench."
 
@@ -136,4 +136,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main)

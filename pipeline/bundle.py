@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import ctypes
 import logging
+import os
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from export.documents import open_file
 from export.errors import ContractError, EnvironmentLacksError, RecipeError
 from pipeline import machine, manifest, recipe
-from pipeline.backends import cuda_run, trt_run
+from pipeline.backends import cuda_run, metadata_file, trt_run
 from pipeline.backends.base import Engine
 from pipeline.backends.rtx_run import machine_problem, release
 from pipeline.files import sha256, tree
@@ -47,6 +50,7 @@ class Bundle:
             return (
                 f"{self.path} has no target {target}, only {', '.join(self.targets)}; build it with --target {target}"
             )
+        metadata_file.check(target, self.manifest["targets"][target]["metadata"], self.path / manifest.FILE_NAME)
         return FITNESS[target](self.manifest) if target in FITNESS else ""
 
     def choose(self, target: str = "auto") -> str:
@@ -85,14 +89,26 @@ def load_bundle(path: str | Path) -> Bundle:
             f"{folder} is not a folder; give the folder that build wrote, for example engines/pixart_w4a6"
         )
     document = manifest.read(folder)
+    refuse_unknown_targets(document, folder)
     verify_files(folder, document["files"])
     return Bundle(folder, document)
+
+
+def refuse_unknown_targets(document: Mapping[str, Any], folder: Path) -> None:
+    """Raise ContractError for a target that this version does not have."""
+    from pipeline.backends import BACKENDS
+
+    if unknown := sorted(set(document["targets"]) - set(BACKENDS)):
+        raise ContractError(
+            f"{folder / manifest.FILE_NAME}: target {unknown[0]!r} is unknown to this version, which has "
+            f"{', '.join(BACKENDS)}; install the version that built it"
+        )
 
 
 def verify_files(folder: Path, files: Mapping[str, Mapping[str, Any]]) -> None:
     """Compare the folder with the manifest's table of files. Raises ContractError naming the first difference."""
     found = tree(folder)
-    links = [name for name in found if (folder / name).is_symlink()]
+    links = [name for name in found if (folder / name).is_symlink()]  # sha256 refuses pipes and devices
     if links:
         raise ContractError(f"{folder / links[0]} is a link; a bundle has plain files only, copy it with cp -rL")
     names = set(found) - {manifest.FILE_NAME}
@@ -104,7 +120,8 @@ def verify_files(folder: Path, files: Mapping[str, Mapping[str, Any]]) -> None:
 
 
 def _verify_file(path: Path, row: Mapping[str, Any]) -> None:
-    size = path.stat().st_size
+    with open_file(path) as file:
+        size = os.fstat(file.fileno()).st_size
     if size != row["size"]:
         raise ContractError(f"{path} has {size} bytes, the manifest says {row['size']}; copy or build the bundle again")
     if sha256(path) != row["sha256"]:
@@ -117,9 +134,10 @@ def _verify_file(path: Path, row: Mapping[str, Any]) -> None:
 def _cpu_problem(document: Mapping[str, Any]) -> str:
     if not machine.tool_version("onnxruntime"):
         return "target cpu needs onnxruntime; install with: pip install onnxruntime"
-    built, found = (
-        release(version) for version in (document["tools"]["onnxruntime"], machine.tool_version("onnxruntime"))
-    )
+    told = document["tools"].get("onnxruntime", "")
+    if not re.match(r"\d{1,9}\.\d{1,9}", told):
+        raise ContractError(f"the manifest names no version of onnxruntime ({told!r}); build the bundle again")
+    built, found = (release(version) for version in (told, machine.tool_version("onnxruntime")))
     if tuple(map(int, found)) < tuple(map(int, built)):
         versions = f"verified with onnxruntime {'.'.join(built)}, this is {'.'.join(found)}"
         return f"target cpu was {versions}; upgrade onnxruntime or rebuild"

@@ -6,7 +6,6 @@ pipe.transformer = load("engines/pixart_w4a6").as_diffusers()
 from __future__ import annotations
 
 import inspect
-import json
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +17,7 @@ from diffusers.models.modeling_outputs import Transformer2DModelOutput
 
 from export.errors import ContractError, RecipeError
 from export.families import FAMILIES, Family, Input
+from export.model_config import read_config
 from pipeline.backends.base import Engine
 
 if TYPE_CHECKING:
@@ -32,7 +32,7 @@ def as_diffusers(bundle: Bundle, target: str = "auto") -> EngineTransformer:
         raise ContractError(
             f"{bundle.path}: no diffusers form for family {bundle.manifest['model']['family']}, only {known}"
         )
-    config = json.loads((bundle.path / "config.json").read_text())
+    config = read_config(bundle.path, ContractError)
     return EngineTransformer(bundle.engine(target), family, config)
 
 

@@ -12,7 +12,7 @@ from pipeline.backends.base import LoweredGraph
 from pipeline.bundle import Bundle, load_bundle
 from pipeline.command import Answer, Parser, parser, run
 from pipeline.compiler import load_model, opened
-from pipeline.files import sha256, tree
+from pipeline.files import refuse_unwritable, sha256, tree
 from pipeline.report import Report
 from pipeline.stages import timed
 
@@ -81,6 +81,8 @@ def compare(folder: Path, target: str, expected: Mapping[str, str]) -> None:
 
 def work(args: argparse.Namespace, answer: Answer) -> int:
     """Verify and answer with the verdict and every gate."""
+    if args.output_dir:
+        refuse_unwritable(args.output_dir, True, "--output-dir")
     with tempfile.TemporaryDirectory(prefix="ditc-") as folder:
         report = verify_bundle(args.bundle, args.output_dir or Path(folder), args.model or "")
     for gate in report.gates:

@@ -12,6 +12,7 @@ from typing import Any
 
 from export.errors import ContractError, EnvironmentLacksError, RecipeError
 from pipeline import machine
+from pipeline.backends import metadata_file
 from pipeline.backends.base import (
     WIDE_SUM,
     BuildResult,
@@ -26,7 +27,7 @@ from pipeline.backends.cpu_engine import CONDITION, MODEL, CpuEngine
 from plugins.cpu import library
 
 logger = logging.getLogger(__name__)
-DATA, METADATA = "model.onnx.data", "metadata.json"
+DATA, METADATA = "model.onnx.data", metadata_file.NAME
 GEMMS = (
     GemmRow("u8 x s8", "U8", "S8"),
     GemmRow("u8 x s8, 2 limbs", "U8", "S8", limbs=2),
@@ -109,26 +110,18 @@ class CpuBackend:
             LoweredGraph(out_dir / MODEL, lowered.probes, lowered.choices), out_dir / lowering_file.NAME
         )
         files = tuple(f"{out_dir.name}/{name}" for name in (*parts, *beside, lowering_file.NAME))
-        return BuildResult(files, lowered, json.loads((out_dir / METADATA).read_text()))
+        return BuildResult(files, lowered, dict(metadata_file.read(out_dir, metadata_file.CpuMetadata)))
 
     def load(self, bundle_dir: Path) -> Engine:
         """Engine of a verified bundle folder. Raises EnvironmentLacksError where it would not run, or not exactly."""
         machine.require(("onnxruntime",), "running the cpu engine")
         folder = bundle_dir / self.name
-        missing = _required(folder / METADATA) - self.capabilities.ops
+        missing = set(metadata_file.read(folder, metadata_file.CpuMetadata)["requires"]) - self.capabilities.ops
         if missing:
             raise EnvironmentLacksError(
                 f"{folder} was built for CPUs with {', '.join(sorted(missing))}, which this one lacks; build it here"
             )
         return CpuEngine(folder)
-
-
-def _required(path: Path) -> set[str]:
-    """Capabilities that an engine needs to be exact."""
-    try:
-        return set(json.loads(path.read_text())["requires"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ContractError(f"{path} cannot be read ({error}); build the engine again") from error
 
 
 def use_native(model: Any, choices: list[Choice], probes: list[ProbeRow]) -> list[Choice]:

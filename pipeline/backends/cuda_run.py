@@ -10,7 +10,6 @@ No machine with a GPU was at hand: capture and kernels are compiled, not run. Th
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -20,8 +19,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from export.errors import ContractError, EnvironmentLacksError, RecipeError
+from export.errors import EnvironmentLacksError, RecipeError
 from pipeline import machine
+from pipeline.backends import metadata_file
 from pipeline.backends.base import Arrays
 from pipeline.backends.rtx_run import visible_sm
 from plugins.gpu.compiled import MINIMUM_TRITON
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 logger = logging.getLogger(__name__)
-MODEL, CONDITION, METADATA = "model.onnx", "condition.onnx", "metadata.json"
+MODEL, CONDITION, METADATA = "model.onnx", "condition.onnx", metadata_file.NAME
 SCHEMA_VERSION = 1
 MIN_SM = 80
 # Calls before the capture: kernels are compiled in the first, and torch's libraries ask for their memory.
@@ -57,16 +57,7 @@ def machine_problem(metadata: Mapping[str, Any], sm: int, triton: str) -> str:
 
 def read_metadata(folder: Path) -> dict[str, Any]:
     """metadata.json of a built engine. Raises ContractError for a damaged file or another schema."""
-    path = folder / METADATA
-    try:
-        found = dict(json.loads(path.read_text()))
-        if found["schema_version"] != SCHEMA_VERSION:
-            raise ContractError(
-                f"{path}: schema {found['schema_version']}, this version reads {SCHEMA_VERSION}; build the engine again"
-            )
-        return found | {"inputs": dict(found["inputs"]), "options": dict(found["options"])}
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ContractError(f"{path} cannot be read ({error}); build the engine again") from error
+    return dict(metadata_file.read(folder, metadata_file.CudaMetadata, metadata_file.VERSION_1))
 
 
 def check_inputs(expected: Mapping[str, Mapping[str, Any]], inputs: Mapping[str, Any]) -> None:

@@ -20,12 +20,13 @@ import numpy as np
 
 from export.errors import ContractError, EnvironmentLacksError, RecipeError, ResourceError
 from pipeline import machine
+from pipeline.backends import metadata_file
 from pipeline.backends.base import Arrays
 from pipeline.backends.rtx_engine_file import read_header
 from plugins.tensorrt_rtx import plugin
 
 logger = logging.getLogger(__name__)
-ENGINE, METADATA = "model.engine", "metadata.json"
+ENGINE, METADATA = "model.engine", metadata_file.NAME
 CACHE_FOLDER = "ditc/rtx"
 
 
@@ -58,12 +59,9 @@ def check_inputs(shapes: Mapping[str, Any], inputs: Arrays) -> None:
             raise RecipeError(f"input {name} has shape {array.shape}; the engine takes {tuple(low)} to {tuple(high)}")
 
 
-def read_metadata(folder: Path) -> dict[str, Any]:
+def read_metadata(folder: Path, schema: Any = metadata_file.RtxMetadata) -> dict[str, Any]:
     """metadata.json of a built engine."""
-    try:
-        return dict(json.loads((folder / METADATA).read_text()))
-    except (OSError, ValueError, TypeError) as error:
-        raise ContractError(f"{folder / METADATA} cannot be read ({error}); build the engine again") from error
+    return dict(metadata_file.read(folder, schema))
 
 
 def visible_sm() -> int:

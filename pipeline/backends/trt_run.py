@@ -16,13 +16,14 @@ import numpy as np
 
 from export.errors import EnvironmentLacksError, ResourceError
 from pipeline import machine
+from pipeline.backends import metadata_file
 from pipeline.backends.base import Arrays
 from pipeline.backends.rtx_run import Buffers, check_inputs, read_metadata, release, visible_sm
 from plugins.tensorrt import plugins
 from plugins.tensorrt_rtx import compile
 from plugins.tensorrt_rtx.payload import NAMESPACE, VERSION
 
-ENGINE, METADATA = "model.engine", "metadata.json"
+ENGINE, METADATA = "model.engine", metadata_file.NAME
 MODULE = "tensorrt"
 # The first release whose quick-deployable plugins have ahead-of-time implementations.
 MINIMUM_VERSION = (10, 9)
@@ -105,7 +106,7 @@ class TrtEngine:
     def __init__(self, folder: Path) -> None:
         """Raises EnvironmentLacksError before anything is deserialized where this machine cannot run the engine."""
         machine.require((MODULE, "torch"), "running the target trt")
-        self.metadata = read_metadata(folder)
+        self.metadata = read_metadata(folder, metadata_file.TrtMetadata)
         problem = machine_problem(self.metadata, machine.tool_version(MODULE), visible_sm())
         if problem:
             raise EnvironmentLacksError(problem)
