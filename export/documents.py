@@ -170,6 +170,8 @@ def _contents(value: Any) -> Iterator[Any]:
     """What a value holds; nothing for a text or number, which is checked."""
     if isinstance(value, str) and UNSHOWN.search(value):
         raise _WrongDocument(f"the text {value[:SHOWN_CHARACTERS]!r} has characters that cannot be shown")
+    if type(value) is int and abs(value) > BIGGEST_INTEGER:
+        raise _WrongDocument(f"the integer {str(value)[:20]}... does not fit into 64 bits")
     if isinstance(value, dict):
         yield from value
         yield from value.values()

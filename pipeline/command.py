@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, NoReturn, TextIO
 
 from export.errors import RecipeError, ResourceError, UserError
-from pipeline.files import is_out_of_disk
+from pipeline.files import is_out_of_disk, is_out_of_memory
 from pipeline.signals import Terminated, exit_code, heeded
 
 logger = logging.getLogger(__name__)
@@ -51,16 +51,6 @@ PLACES = {
     errno.EXDEV: "choose a path on one file system",
 }
 TOO_MANY = (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EAGAIN)
-# Messages by which libraries report exhausted memory in an exception of their own kind.
-OUT_OF_MEMORY = (
-    "can't allocate memory",
-    "cannot allocate memory",
-    "bad_alloc",
-    "bad allocation",
-    "out of memory",
-    "failed to allocate memory",
-    "can't start new thread",
-)
 
 
 class AnswerError(OSError):
@@ -190,7 +180,7 @@ def _judge(error: BaseException, text: str) -> tuple[int, str]:
         return exit_code(error), "terminated" if isinstance(error, Terminated) else "interrupted"
     if isinstance(error, UserError):
         return error.exit_code, text
-    if isinstance(error, MemoryError) or any(words in text.lower() for words in OUT_OF_MEMORY):
+    if is_out_of_memory(error):
         remedy = "close other programs, or use a smaller --batch-size, --height and --width"
         return ResourceError.exit_code, f"memory ran out ({text or type(error).__name__}); {remedy}"
     if isinstance(error, AnswerError) and error.errno == errno.EPIPE:

@@ -21,11 +21,26 @@ DISK_MESSAGES = re.compile(
     r"|\d+ requested and \d+ written",
     re.IGNORECASE,
 )
+# Messages by which libraries report exhausted memory in an exception of their own kind.
+OUT_OF_MEMORY = (
+    "can't allocate memory",
+    "cannot allocate memory",
+    "bad_alloc",
+    "bad allocation",
+    "out of memory",
+    "failed to allocate memory",
+    "can't start new thread",
+)
 
 
 def is_out_of_disk(error: BaseException) -> bool:
     """Did writing fail for lack of space (or of quota, or of the allowed file size)?"""
     return (isinstance(error, OSError) and error.errno in DISK_ERRORS) or bool(DISK_MESSAGES.search(str(error)))
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Did memory run out, in Python or in a library that says so in its own words?"""
+    return isinstance(error, MemoryError) or any(words in str(error).lower() for words in OUT_OF_MEMORY)
 
 
 def sha256(path: Path) -> str:

@@ -61,9 +61,8 @@ class Weights:
     def __post_init__(self) -> None:
         _check(self.granularity in GRANULARITIES, f"weights.granularity {self.granularity!r}; use {GRANULARITIES}")
         _check(self.search in SEARCHES, f"weights.search {self.search!r}; use one of {SEARCHES}")
-        _check(
-            0 < self.group_size <= MOST_GROUP, f"weights.group_size {self.group_size} must be positive, to {MOST_GROUP}"
-        )
+        _check(self.group_size > 0, f"weights.group_size {self.group_size} must be positive")
+        _check(self.group_size <= MOST_GROUP, f"weights.group_size {self.group_size}; use at most {MOST_GROUP}")
 
 
 @dataclass(frozen=True)

@@ -8,11 +8,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from export.errors import ContractError, ParityError
+from pipeline.backends import metadata_file
 from pipeline.backends.base import LoweredGraph
 from pipeline.bundle import Bundle, load_bundle
 from pipeline.command import Answer, Parser, parser, run
 from pipeline.compiler import load_model, opened
 from pipeline.files import refuse_unwritable, sha256, tree
+from pipeline.manifest import FILE_NAME
 from pipeline.report import Report
 from pipeline.stages import timed
 
@@ -53,19 +55,22 @@ def lower_again(bundle: Bundle, folder: Path) -> dict[str, LoweredGraph]:
 
     Raises ContractError where they are not: then the engine does not belong to the portable model, or to this code.
     """
+    from export.onnx_files import reading
     from pipeline.backends import BACKENDS
 
     lowered = {}
     for target in bundle.targets:
         scratch, out = folder / "lowered" / target, folder / "built" / target
         scratch.mkdir(parents=True)
-        lowered[target] = BACKENDS[target].lower(bundle.path / "model.onnx", scratch, bundle.recipe)
+        with reading(bundle.path / "model.onnx"):
+            lowered[target] = BACKENDS[target].lower(bundle.path / "model.onnx", scratch, bundle.recipe)
         if target in REBUILT:
             out.mkdir(parents=True)
             BACKENDS[target].build(lowered[target], out, bundle.recipe)
             compare(out, target, {name: row["sha256"] for name, row in bundle.manifest["files"].items()})
         else:
             metadata = bundle.manifest["targets"][target]["metadata"]
+            metadata_file.check(target, metadata, bundle.path / FILE_NAME)
             source = {"model.onnx": metadata["onnx_sha256"], "model.onnx.data": metadata["onnx_data_sha256"]}
             compare(scratch, target, {f"{target}/{name}": digest for name, digest in source.items()})
     return lowered

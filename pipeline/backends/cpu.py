@@ -69,11 +69,12 @@ class CpuBackend:
         """Write model.onnx and model.onnx.data, lowered, into `work_dir`; weights stream from the portable file."""
         import onnx_ir as ir
 
+        from export.onnx_files import load_model
         from pipeline.passes import run_shared
         from pipeline.passes.fold_weights import FoldWeights
         from pipeline.passes.lower_cpu import LowerCpu
 
-        model = ir.load(portable)
+        model = load_model(portable)
         run_shared(model)
         lowering = LowerCpu(self.capabilities)
         lowering(model)

@@ -7,7 +7,9 @@ from typing import Any
 
 import numpy as np
 
+from export.documents import open_file
 from pipeline.backends.base import Arrays
+from pipeline.backends.runtime_errors import runtime_errors
 from plugins.cpu import library
 
 MODEL, CONDITION = "model.onnx", "condition.onnx"
@@ -22,6 +24,7 @@ class CpuEngine:
     """
 
     def __init__(self, folder: Path, threads: int = 0) -> None:
+        self.folder = folder
         self.step = open_session(folder / MODEL, threads)
         split = (folder / CONDITION).is_file()
         self.condition = open_session(folder / CONDITION, threads) if split else None
@@ -35,14 +38,16 @@ class CpuEngine:
         if self.condition is not None:
             self._prepare(self.condition, {value.name: inputs[value.name] for value in self.condition.get_inputs()})
         feeds = {name: array for name, array in (inputs | self.kept).items() if name in self.step_inputs}
-        return dict(zip(self.outputs, self.step.run(self.outputs, feeds), strict=True))
+        with runtime_errors(self.folder / MODEL):
+            return dict(zip(self.outputs, self.step.run(self.outputs, feeds), strict=True))
 
     def _prepare(self, session: Any, condition: Arrays) -> None:
         """Make `kept` belong to this condition."""
         if self.kept and all(np.array_equal(array, self.kept_for[name]) for name, array in condition.items()):
             return
         names = [output.name for output in session.get_outputs()]
-        self.kept = dict(zip(names, session.run(names, condition), strict=True))
+        with runtime_errors(self.folder / CONDITION):
+            self.kept = dict(zip(names, session.run(names, condition), strict=True))
         self.kept_for = {name: np.array(array) for name, array in condition.items()}
 
     def close(self) -> None:
@@ -66,4 +71,6 @@ def open_session(path: Path, threads: int = 0) -> Any:
     # Idle threads sleep instead of spinning, so that engines do not steal each other's cores.
     options.add_session_config_entry("session.force_spinning_stop", "1")
     library.register(options, path.parent)
-    return ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    open_file(path).close()  # refuses what is no file
+    with runtime_errors(path):
+        return ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])

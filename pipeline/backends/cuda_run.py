@@ -130,11 +130,10 @@ class Part:
     """A module with its captured graphs; on the CPU it just runs."""
 
     def __init__(self, path: Path, options: Mapping[str, str], device: str) -> None:
-        import onnx_ir as ir
-
+        from export.onnx_files import load_model
         from pipeline.backends.cuda_module import LoweredModule
 
-        module = LoweredModule(ir.load(path), **options).finish()
+        module = LoweredModule(load_model(path), **options).finish()
         self.inputs, self.device = module.inputs, device
         self.module: Any = module.to(device).eval()
         self.captured: dict[tuple[Any, ...], Captured] = {}
