@@ -70,8 +70,8 @@ def lower_again(bundle: Bundle, folder: Path) -> dict[str, LoweredGraph]:
             compare(out, target, {name: row["sha256"] for name, row in bundle.manifest["files"].items()})
         else:
             metadata = bundle.manifest["targets"][target]["metadata"]
-            metadata_file.check(target, metadata, bundle.path / FILE_NAME)
-            source = {"model.onnx": metadata["onnx_sha256"], "model.onnx.data": metadata["onnx_data_sha256"]}
+            hashes = metadata_file.lowered_hashes(target, metadata, bundle.path / FILE_NAME)
+            source = {"model.onnx": hashes["onnx_sha256"], "model.onnx.data": hashes["onnx_data_sha256"]}
             compare(scratch, target, {f"{target}/{name}": digest for name, digest in source.items()})
     return lowered
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -97,6 +97,27 @@ def make_models(folder: Path) -> None:
     (folder / "words/generation.json").write_text(json.dumps(SAMPLING | {"conditioning": VOCABULARY}))
     rows = sum(len(slot["words"]) for slot in SLOTS) + 1
     save_file({"t": np.zeros((rows, 32), np.float32)}, folder / "words/tokens.safetensors")
+
+
+def copies(source: Path, destination: Path, args: Sequence[str]) -> Path:
+    """Copies of the folders that a command line, or the recipe, names, with the recipe pointing to the copies."""
+    destination.mkdir()
+    wanted = {"recipe.toml", "model", *args} | ({"e2.partial"} if "e2" in args else set())
+    for name in sorted(wanted & {path.name for path in source.iterdir()}):
+        kind: Any = shutil.copytree if (source / name).is_dir() else shutil.copyfile
+        kind(source / name, destination / name)
+    recipe = destination / "recipe.toml"
+    if "e2" not in args:  # resumed, a build must have the model that it began with
+        recipe.write_text(recipe.read_text().replace(str(source), str(destination)))
+    return destination
+
+
+def sentence(log: str) -> str:
+    """The one line by which a verb says why it failed. Raises AssertionError for a stack trace."""
+    assert "Traceback" not in log, log
+    lines = [line for line in log.splitlines() if " error: " in line]
+    assert len(lines) == 1 and log.rstrip().endswith(lines[0]), log
+    return lines[0]
 
 
 def reseal(bundle: Path) -> None:

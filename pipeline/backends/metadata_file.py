@@ -28,27 +28,51 @@ class CpuMetadata(TypedDict):
     requires: list[str]
 
 
-class GpuMetadata(TypedDict):
-    """The hashes are those of the lowered graph that the engine was built from."""
+class Lowered(TypedDict):
+    """Hashes of the lowered graph that the engine of a GPU was built from."""
 
     onnx_sha256: Sha256
     onnx_data_sha256: Sha256
 
 
-class RtxMetadata(GpuMetadata):
-    """shapes: least, usual and largest shape of every input."""
+class RtxNeeds(TypedDict):
+    """The release that loads the engine, and the GPUs that it holds code for."""
 
     tensorrt_rtx: str
     compute_capabilities: list[ComputeCapability]
-    shapes: dict[str, tuple[list[Size], list[Size], list[Size]]]
 
 
-class TrtMetadata(GpuMetadata):
-    """As RtxMetadata."""
+class TrtNeeds(TypedDict):
+    """As RtxNeeds."""
 
     tensorrt: str
     compute_capabilities: list[ComputeCapability]
-    shapes: dict[str, tuple[list[Size], list[Size], list[Size]]]
+
+
+class CudaNeeds(TypedDict):
+    """The least GPU that runs the engine."""
+
+    least_sm: NotRequired[ComputeCapability]
+
+
+class CpuNeeds(TypedDict):
+    """As CpuMetadata."""
+
+    requires: NotRequired[list[str]]
+
+
+class Shapes(TypedDict):
+    """shapes: least, usual and largest shape of every input."""
+
+    shapes: NotRequired[dict[str, tuple[list[Size], list[Size], list[Size]]]]
+
+
+class RtxMetadata(RtxNeeds, Shapes):
+    """metadata.json of the target rtx."""
+
+
+class TrtMetadata(TrtNeeds, Shapes):
+    """metadata.json of the target trt."""
 
 
 class CudaInput(TypedDict):
@@ -58,15 +82,14 @@ class CudaInput(TypedDict):
     shape: list[Size | str]
 
 
-class CudaMetadata(GpuMetadata):
-    """options: of the recipe, see recipe.Cuda."""
+class CudaMetadata(CudaNeeds):
+    """metadata.json of the target cuda. options: of the recipe, see recipe.Cuda."""
 
-    least_sm: NotRequired[ComputeCapability]
     options: dict[str, str]
     inputs: dict[str, CudaInput]
 
 
-SCHEMAS: dict[str, Any] = {"cpu": CpuMetadata, "rtx": RtxMetadata, "cuda": CudaMetadata, "trt": TrtMetadata}
+NEEDS: dict[str, Any] = {"cpu": CpuNeeds, "rtx": RtxNeeds, "cuda": CudaNeeds, "trt": TrtNeeds}
 T = TypeVar("T")
 
 
@@ -75,7 +98,12 @@ def read(folder: Path, schema: type[T], rules: Rules = RULES) -> T:
     return read_json(folder / NAME, schema, rules)
 
 
-def check(target: str, metadata: Any, source: Path) -> None:
-    """The manifest's copy of the metadata of `target`. Raises ContractError naming `source`."""
-    if target in SCHEMAS:
-        validated(metadata, f"{source}: targets.{target}.metadata", SCHEMAS[target], RULES)
+def check_needs(target: str, metadata: Any, source: Path) -> None:
+    """What the manifest `source` says that `target` needs. Raises ContractError."""
+    if target in NEEDS:
+        validated(metadata, f"{source}: targets.{target}.metadata", NEEDS[target], RULES)
+
+
+def lowered_hashes(target: str, metadata: Any, source: Path) -> Lowered:
+    """Of the graph that the engine of `target` was built from, as the manifest `source` says. Raises ContractError."""
+    return validated(metadata, f"{source}: targets.{target}.metadata", Lowered, RULES)
