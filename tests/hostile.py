@@ -133,8 +133,8 @@ def reseal(bundle: Path) -> None:
     path.write_text(json.dumps(document))
 
 
-def edit(path: Path, change: Callable[[Any], Any]) -> None:
-    """Replace a JSON file by `change` of its document (a new document, or None for one changed in place)."""
+def edit(path: Path, change: Callable[[Any], object]) -> None:
+    """Apply `change` to the document in a JSON file."""
     document = json.loads(path.read_text())
-    changed = change(document)
-    path.write_text(json.dumps(document if changed is None else changed))
+    change(document)
+    path.write_text(json.dumps(document))
