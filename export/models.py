@@ -135,6 +135,7 @@ def load(source: str, kept_only: bool = False) -> LoadedModel:
     config = _read_config(folder)
     family, notes = _family_of(config, folder)
     files = find_weights(folder)
+    files.refuse_damaged()
     if not kept_only:
         _refuse_too_few_bytes(least_parameters(config), files, folder)
     module = _build(family, config, folder, None if kept_only else files)
@@ -194,7 +195,16 @@ def _family_of(config: Mapping[str, Any], folder: Path) -> tuple[Family, tuple[s
 
 
 # What constructors of diffusers raise for values that they were not made for.
-REFUSALS = (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
+REFUSALS = (
+    ArithmeticError,
+    AssertionError,
+    AttributeError,
+    LookupError,
+    NameError,
+    RuntimeError,
+    TypeError,
+    ValueError,
+)
 # Numbers that are read of every configuration, beside what the constructor reads.
 NUMBERS = ("in_channels", "patch_size", "sample_size")
 

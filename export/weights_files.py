@@ -58,6 +58,12 @@ class WeightsFiles:
         lines = "".join(f"{name} {digests[name]}\n" for name in sorted(digests))
         return hashlib.sha256(lines.encode()).hexdigest()
 
+    def refuse_damaged(self) -> None:
+        """Raise ModelError for a file that is no whole safetensors file, by its header and length."""
+        for name in self.names:
+            with _open(self.folder / name):
+                pass
+
     def tensors(self) -> Iterator[tuple[str, str, Any]]:
         """Yield (file name, tensor name, torch tensor backed by the mapped file)."""
         for name in self.names:

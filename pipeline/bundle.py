@@ -50,7 +50,9 @@ class Bundle:
             return (
                 f"{self.path} has no target {target}, only {', '.join(self.targets)}; build it with --target {target}"
             )
-        metadata_file.check_needs(target, self.manifest["targets"][target]["metadata"], self.path / manifest.FILE_NAME)
+        metadata_file.check_needs(
+            target, self.manifest["targets"][target].get("metadata", {}), self.path / manifest.FILE_NAME
+        )
         return FITNESS[target](self.manifest) if target in FITNESS else ""
 
     def choose(self, target: str = "auto") -> str:

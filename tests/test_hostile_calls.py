@@ -134,7 +134,7 @@ def socket_file(folder: Path) -> None:
     server.close()
 
 
-WORDS = ("calibrate", "--engine", "recipe.toml", "-m", "words", "-o", "o", "--set", "method=gptq")
+WORDS = ("calibrate", "--engine", "recipe.toml", "-m", "words", "-o", "o", "--set", "method=ptq4dm")
 SHARDS = (*DRY, "-m", "sharded")
 INDEX = f"sharded/{WEIGHTS}.index.json"
 FIRST_SHARD = "diffusion_pytorch_model-00001-of-00005.safetensors"
