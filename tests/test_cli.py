@@ -284,9 +284,9 @@ def test_answers_that_nobody_can_read_are_no_internal_error(command: str, code: 
 
 
 def test_a_reader_that_left_is_told_by_the_exit_code() -> None:
-    code = "import sys, os; os.close(os.dup2(os.open(os.devnull, os.O_RDONLY), 0)); " + (
-        "r, w = os.pipe(); os.close(r); os.dup2(w, 1); from pipeline.list import main; from pipeline.signals import leave; "
-        "leave(lambda: main([]))"
+    code = (
+        "import os; from pipeline.list import main; from pipeline.signals import leave\n"
+        "reader, writer = os.pipe(); os.close(reader); os.dup2(writer, 1); leave(lambda: main([]))"
     )
     done = python(code)
     assert done.returncode == 141 and done.stderr.count("\n") == 1

@@ -16,7 +16,9 @@ def runtime_errors(path: Path) -> Iterator[None]:
     try:
         yield
     except Exception as error:  # its classes, one for each cause, share no base
-        if not type(error).__module__.startswith("onnxruntime.") or is_out_of_memory(error):
+        # A message of its own with a name from the file that is not UTF-8 comes as UnicodeDecodeError.
+        own = type(error).__module__.startswith("onnxruntime.") or isinstance(error, UnicodeDecodeError)
+        if not own or is_out_of_memory(error):
             raise
         reason = " ".join(str(error).split())[:300]
         raise ContractError(
