@@ -26,13 +26,15 @@ def read_layers(path: Path) -> list[QuantizedLinear]:
     Raises ContractError if a layer lacks one of its nodes or tensors.
     """
     model = load_model(path)
-    nodes: dict[str, dict[str, ir.Node]] = {}
-    for node in model.graph:
-        if layer := node.metadata_props.get(LAYER_KEY):
-            nodes.setdefault(layer, {})[(node.name or "").removeprefix(f"{layer}/")] = node
-    if not nodes:
-        raise ContractError(f"{path}: no quantized linear in it; it is not a portable model, or one lowered already")
     with reading(path):
+        nodes: dict[str, dict[str, ir.Node]] = {}
+        for node in model.graph:
+            if layer := node.metadata_props.get(LAYER_KEY):
+                nodes.setdefault(layer, {})[(node.name or "").removeprefix(f"{layer}/")] = node
+        if not nodes:
+            raise ContractError(
+                f"{path}: no quantized linear in it; it is not a portable model, or one lowered already"
+            )
         router = _read_router(path, model)
         return [_read_layer(path, layer, roles, router) for layer, roles in nodes.items()]
 
