@@ -223,7 +223,7 @@ def _first_fault(error: ValidationError) -> str:
         return f"{key!r} is missing"
     if row["type"] == "extra_forbidden":
         return f"key {key!r} is unknown"
-    return f"{key} is {shown(row['input'])}; {row['msg'][:1].lower()}{row['msg'][1:].replace('Input', 'it')}"
+    return f"{key} is {shown(row['input'])}; {row['msg'].replace('Input', 'it', 1)}"
 
 
 def shown(value: Any) -> str:

@@ -26,12 +26,21 @@ def inside(folder: Path, name: str, told_by: Path, error: type[UserError] = Cont
     name: as the file `told_by` has it, a relative path with "/" between its parts. Raises `error` if it could mean
     anything outside of the folder: by "..", as an absolute path, by a drive, by a link that leads out.
     """
-    if why := _wrong(name):
-        raise error(f"{told_by}: file {name!r} {why}; {REMEDY}")
+    check_name(name, told_by, error)
     path = folder / name
-    if not leads_inside(path, folder):
+    try:
+        is_inside = leads_inside(path, folder)
+    except UnicodeEncodeError as reason:
+        raise error(f"{told_by}: file {name!r} cannot be named in this system's encoding; use UTF-8") from reason
+    if not is_inside:
         raise error(f"{told_by}: file {name!r} leaves the folder by a link; {REMEDY}, or copy it with cp -rL")
     return path
+
+
+def check_name(name: str, told_by: Path, error: type[UserError] = ContractError) -> None:
+    """Raise `error` if `name` is no relative path of a file on every system; no file is looked at."""
+    if why := _wrong(name):
+        raise error(f"{told_by}: file {name!r} {why}; {REMEDY}")
 
 
 def _wrong(name: str) -> str:

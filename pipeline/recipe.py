@@ -16,7 +16,7 @@ from export.documents import MOST_TOML_BYTES, Rules, parse_toml, read_text
 from export.errors import RecipeError
 from export.families import LAYER_KINDS
 from export.formats import get_format
-from export.names import inside
+from export.names import check_name
 from pipeline.methods import AUTO, METHODS, PRESETS, settled_method
 
 GRANULARITIES = get_args(Granularity)
@@ -226,7 +226,7 @@ class Recipe:
     trt: Trt = Trt()
 
     def __post_init__(self) -> None:
-        inside(Path(), self.name, Path("recipe"), RecipeError)
+        check_name(self.name, Path("recipe"), RecipeError)
         _check("/" not in self.name, f"recipe name {self.name!r} must be a plain file name")
         _check(bool(self.model), f"recipe {self.name}: model is empty; give a folder, a hub id or zoo:NAME")
 
