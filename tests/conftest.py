@@ -37,7 +37,7 @@ def interpreter(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--fuzz-cases", type=int, default=250, help="damaged documents that tests/test_fuzz.py tries")
+    parser.addoption("--fuzz-cases", type=int, default=200, help="damaged documents that tests/test_fuzz.py tries")
 
 
 @pytest.fixture(scope="session")
