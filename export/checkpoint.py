@@ -9,17 +9,21 @@ from __future__ import annotations
 
 import json
 import os
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Annotated, Any, Literal, get_args
 
 import numpy as np
+from annotated_types import Ge, Le, MinLen
 from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
+from typing_extensions import TypedDict
 
 from export.checkpoint_checks import check_activation, check_low_rank
+from export.documents import Rules, open_file, read_json
 from export.embedding import exact_multipliers
 from export.errors import ContractError
 from export.formats import get_format, pack, packed_size, unpack
@@ -191,7 +195,32 @@ ARRAYS = (
     "input_offset", "lora_down", "lora_up",
 )  # fmt: skip
 ROW_KEYS = [field.name for field in fields(QuantizedLinear) if field.name not in (*ARRAYS, "router")]
+Size = Annotated[int, Ge(0), Le(2**24)]
+
+
+class LayerRow(TypedDict):
+    """What is not an array of a QuantizedLinear; these are the keys of ROW_KEYS."""
+
+    name: Annotated[str, MinLen(1)]
+    kind: str
+    in_features: Size
+    weight_format: str
+    activation_format: str
+    granularity: Granularity
+    group_size: Size
+    activation_scaling: ActivationScaling
+    activation_group: Size
+
+
+class LayersFile(TypedDict):
+    """quantized.json."""
+
+    schema_version: int
+    layers: list[LayerRow]
+
+
 REMEDY = "the checkpoint is damaged or incomplete, calibrate again"
+RULES = Rules(remedy=REMEDY, version=SCHEMA_VERSION, version_remedy="calibrate again", extra="forbid")
 
 
 def save(layers: list[QuantizedLinear], folder: Path) -> None:
@@ -230,6 +259,7 @@ def load(folder: Path) -> list[QuantizedLinear]:
     another schema."""
     rows = _read_rows(folder / LAYERS_FILE)
     path = folder / WEIGHTS_FILE
+    open_file(path, remedy=REMEDY).close()  # refuses what is no file, for which safe_open would wait
     try:
         with safe_open(path, framework="np") as tensors:
             names = set(tensors.keys())
@@ -239,18 +269,12 @@ def load(folder: Path) -> list[QuantizedLinear]:
         raise ContractError(f"{path}: cannot be read ({error}); {REMEDY}") from error
 
 
-def _read_rows(path: Path) -> list[dict[str, Any]]:
-    try:
-        document = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ContractError(f"{path}: cannot be read ({error}); {REMEDY}") from error
-    found = document.get("schema_version") if isinstance(document, dict) else None
-    if found != SCHEMA_VERSION:
-        raise ContractError(f"{path}: schema version {found}, this program reads {SCHEMA_VERSION}; calibrate again")
-    for row in document["layers"] if isinstance(document.get("layers"), list) else [None]:
-        if not isinstance(row, dict) or set(row) != set(ROW_KEYS):
-            raise ContractError(f"{path}: a layer has not the keys {ROW_KEYS}; {REMEDY}")
-    return document["layers"]
+def _read_rows(path: Path) -> list[LayerRow]:
+    rows = read_json(path, LayersFile, RULES)["layers"]
+    names = Counter(row["name"] for row in rows)
+    if repeated := [name for name, count in names.items() if count > 1]:
+        raise ContractError(f"{path}: layer {repeated[0]} stands there twice; {REMEDY}")
+    return rows
 
 
 def _load_router(tensors: Any, names: set[str]) -> Router | None:
@@ -263,7 +287,7 @@ def _load_router(tensors: Any, names: set[str]) -> Router | None:
     return Router(**{key: tensors.get_tensor(name) for key, name in keys.items()})
 
 
-def _load_layer(row: dict[str, Any], tensors: Any, names: set[str], router: Router | None) -> QuantizedLinear:
+def _load_layer(row: LayerRow, tensors: Any, names: set[str], router: Router | None) -> QuantizedLinear:
     keys = {key: f"{row['name']}/{key}" for key in ARRAYS}
     missing = [keys[key] for key in ("codes", "scales") if keys[key] not in names]
     if missing:

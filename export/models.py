@@ -21,8 +21,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from export.documents import read_json
 from export.errors import ModelError, RecipeError
 from export.families import FAMILIES, LAYER_KINDS, Family, Input, shared_names
+from export.model_config import RULES as CONFIG_RULES
+from export.model_config import least_parameters, read_config
 from export.read_weights import Weights, read_weights
 from export.sources import find
 from export.weights_files import (
@@ -139,7 +142,7 @@ class LoadedModel:
 def pixels_per_cell(folder: Path, config: Mapping[str, Any]) -> int:
     """As the property of a loaded model, for the folder and the configuration of a model or a bundle."""
     generation = folder / GENERATION_FILE
-    stated = _read_json(generation).get("output") if generation.is_file() else ""
+    stated = read_json(generation, dict[str, Any], CONFIG_RULES).get("output") if generation.is_file() else ""
     return 1 if stated == "pixels" or config["in_channels"] <= 3 else LATENT_PIXELS
 
 
@@ -164,10 +167,14 @@ def load(source: str, kept_only: bool = False, variant: str = "", config: str = 
     """
     root, revision = find(source)
     folder = _model_folder(root)
-    values = _read_config(*_config_file(config, folder))
+    config_path, remedy = _config_file(config, folder)
+    values = _read_config(config_path, remedy)
     family, notes = _family_of(values, folder)
     files = _weights(root, folder, variant)
-    module = _build(family, values, folder)
+    files.refuse_damaged()
+    if not kept_only:
+        _refuse_too_few_bytes(least_parameters(values), files, config_path)
+    module = _build(family, values, config_path, None if kept_only else files)
     if not any(family.kind_of(path) for path, _ in _linears(module)):
         raise ModelError(
             f"{folder}: {family.class_name} has no linear in repeated blocks; there is nothing to quantize"
@@ -229,7 +236,7 @@ def _read(files: WeightsFiles, config: Mapping[str, Any], module: Any, absent: s
 def _read_config(path: Path, remedy: str) -> dict[str, Any]:
     if not path.is_file():
         raise ModelError(f"{path.parent} has no {path.name}; {what_instead(path.parent) or remedy}")
-    config = _read_json(path)
+    config = read_config(path)
     if "_class_name" not in config:
         raise ModelError(f"{path}: no _class_name in it; give the folder of a diffusers model")
     if quantization := config.get("quantization_config"):
@@ -240,11 +247,13 @@ def _read_config(path: Path, remedy: str) -> dict[str, Any]:
     return config | {"_class_name": _class_name(config)}
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        return dict(json.loads(path.read_text(encoding="utf-8")))
-    except (ValueError, TypeError) as error:
-        raise ModelError(f"{path}: not a JSON object ({error}); copy or download it again") from error
+def _refuse_too_few_bytes(parameters: int, files: WeightsFiles, config: Path) -> None:
+    """A parameter takes a byte at least: a file too small for what config.json asks for is another model's."""
+    if parameters > files.size_bytes:
+        raise ModelError(
+            f"{config} asks for {parameters:,} parameters or more, its weights have {files.size_bytes:,} bytes; "
+            "config.json and the weights must belong together"
+        )
 
 
 def _class_name(config: Mapping[str, Any]) -> str:
@@ -268,22 +277,45 @@ def _family_of(config: Mapping[str, Any], folder: Path) -> tuple[Family, tuple[s
 # --- module and weights --------------------------------------------------------------------------------------------
 
 
-def _build(family: Family, config: Mapping[str, Any], folder: Path) -> Any:
-    """The module without memory for its parameters (on torch's meta device), with its position tables filled in."""
+# What constructors of diffusers raise for values that they were not made for.
+REFUSALS = (
+    ArithmeticError,
+    AssertionError,
+    AttributeError,
+    LookupError,
+    NameError,
+    RuntimeError,
+    TypeError,
+    ValueError,
+)
+# Numbers that are read of every configuration, beside what the constructor reads.
+NUMBERS = ("in_channels", "patch_size", "sample_size")
+
+
+def _build(family: Family, config: dict[str, Any], path: Path, files: WeightsFiles | None) -> Any:
+    """The module without memory for its parameters (on torch's meta device), with its position tables filled in.
+
+    Numbers that `config` leaves to the class are added to it. files: the weights, which must be large enough."""
     import diffusers
     import torch
 
     from export.torch_modules import set_resolution, use_masked_attention
 
     cls = getattr(diffusers, family.class_name)
-    known = {key: value for key, value in config.items() if key in inspect.signature(cls.__init__).parameters}
+    parameters = inspect.signature(cls.__init__).parameters
+    for key in NUMBERS:
+        config.setdefault(key, parameters[key].default if key in parameters else None)
+        if type(config[key]) is not int:
+            raise ModelError(f"{path}: {key} is {config[key]!r}; {family.class_name} needs a number")
+    known = {key: value for key, value in config.items() if key in parameters}
     try:
         with torch.device("meta"):
             module = cls(**known)
-    except (TypeError, ValueError, NotImplementedError) as error:
-        raise ModelError(
-            f"{folder / 'config.json'}: {family.class_name} refuses it ({error}); check the values"
-        ) from error
+    except REFUSALS as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise ModelError(f"{path}: {family.class_name} refuses it ({reason}); check the values") from error
+    if files is not None:
+        _refuse_too_few_bytes(sum(tensor.numel() for tensor in module.parameters()), files, path)
     set_resolution(module, config["sample_size"], config["sample_size"])
     use_masked_attention(module)
     return _with_buffers(module, cls, known)

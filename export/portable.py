@@ -13,7 +13,7 @@ from export.checkpoint import QuantizedLinear
 from export.errors import ContractError
 from export.formats import get_format, unpack
 from export.low_rank_graph import ROUTER
-from export.model_file import read_model
+from export.onnx_files import load_model, reading
 from export.ops import DOMAIN
 from export.quantize_graph import GRANULARITY_KEY, KIND_KEY, LAYER_KEY, QUANTIZERS
 from export.router import ARRAYS as ROUTER_ARRAYS
@@ -25,15 +25,18 @@ def read_layers(path: Path) -> list[QuantizedLinear]:
 
     Raises ContractError if a layer lacks one of its nodes or tensors.
     """
-    model = read_model(path)
-    nodes: dict[str, dict[str, ir.Node]] = {}
-    for node in model.graph:
-        if layer := node.metadata_props.get(LAYER_KEY):
-            nodes.setdefault(layer, {})[(node.name or "").removeprefix(f"{layer}/")] = node
-    if not nodes:
-        raise ContractError(f"{path}: no quantized linear in it; it is not a portable model, or one lowered already")
-    router = _read_router(path, model)
-    return [_read_layer(path, layer, roles, router) for layer, roles in nodes.items()]
+    model = load_model(path)
+    with reading(path):
+        nodes: dict[str, dict[str, ir.Node]] = {}
+        for node in model.graph:
+            if layer := node.metadata_props.get(LAYER_KEY):
+                nodes.setdefault(layer, {})[(node.name or "").removeprefix(f"{layer}/")] = node
+        if not nodes:
+            raise ContractError(
+                f"{path}: no quantized linear in it; it is not a portable model, or one lowered already"
+            )
+        router = _read_router(path, model)
+        return [_read_layer(path, layer, roles, router) for layer, roles in nodes.items()]
 
 
 def _read_layer(path: Path, layer: str, nodes: dict[str, ir.Node], router: Router | None) -> QuantizedLinear:

@@ -6,7 +6,6 @@ Pickles (.bin, .pt) are refused, because reading one runs code from the file.
 from __future__ import annotations
 
 import hashlib
-import json
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -15,8 +14,11 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
+from typing_extensions import TypedDict
 
+from export.documents import Rules, open_file, read_json
 from export.errors import ModelError
+from export.names import inside
 
 STEM = "diffusion_pytorch_model"
 # The files of a folder without a variant, in order of preference: a single file before its shards.
@@ -42,6 +44,12 @@ REFETCH = "copy or download the file again"
 CHUNK_BYTES = 1 << 22
 
 
+class Index(TypedDict):
+    """An index of shards: tensor to the name of its file."""
+
+    weight_map: dict[str, str]
+
+
 @dataclass(frozen=True)
 class WeightsFiles:
     """The files of one model. `shard_of` names the file of every tensor in a sharded model; empty for one file."""
@@ -62,6 +70,12 @@ class WeightsFiles:
         lines = "".join(f"{name} {digests[name]}\n" for name in sorted(digests))
         return hashlib.sha256(lines.encode()).hexdigest()
 
+    def refuse_damaged(self) -> None:
+        """Raise ModelError for a file that is no whole safetensors file, by its header and length."""
+        for name in self.names:
+            with _open(self.folder / name):
+                pass
+
     def tensors(self) -> Iterator[tuple[str, str, Any]]:
         """Yield (file name, tensor name, torch tensor backed by the mapped file)."""
         for name in self.names:
@@ -76,6 +90,7 @@ class WeightsFiles:
 
 
 def _open(path: Path) -> Any:
+    open_file(path, ModelError, REFETCH).close()  # refuses what is no file, for which safe_open would wait
     try:
         return safe_open(path, framework="pt")
     except (SafetensorError, OSError) as error:
@@ -173,13 +188,11 @@ def weights_file(path: Path) -> WeightsFiles:
 
 def _sharded(folder: Path, index_name: str) -> WeightsFiles:
     path = folder / index_name
-    try:
-        shard_of = dict(json.loads(path.read_text(encoding="utf-8"))["weight_map"])
-    except (ValueError, KeyError, TypeError) as error:
-        raise ModelError(f"{path}: not an index of shards ({error!r}); {REFETCH}") from error
+    shard_of = read_json(path, Index, Rules(ModelError, REFETCH))["weight_map"]
     names = tuple(sorted(set(shard_of.values())))
     for name in names:
-        if Path(name).name != name:
+        inside(folder, name, path, ModelError)
+        if "/" in name:
             raise ModelError(f"{path}: shard {name!r} leaves the folder; an index may only name files beside it")
         if not (folder / name).is_file():
             raise ModelError(f"{folder / name}: this shard is missing; {REFETCH}")
@@ -189,7 +202,7 @@ def _sharded(folder: Path, index_name: str) -> WeightsFiles:
 def file_sha256(path: Path) -> str:
     """Hex sha256 of a file, streamed."""
     digest = hashlib.sha256()
-    with path.open("rb") as file:
+    with open_file(path, ModelError, REFETCH) as file:
         while chunk := file.read(CHUNK_BYTES):
             digest.update(chunk)
     return digest.hexdigest()

@@ -1,7 +1,6 @@
 """`python -m pipeline <verb>` is `ditc <verb>`."""
 
-import sys
-
 from pipeline.cli import main
+from pipeline.signals import leave
 
-sys.exit(main())
+leave(main)

@@ -7,7 +7,6 @@ the result, an absolute time says little without its machine. `python -m pipelin
 from __future__ import annotations
 
 import logging
-import sys
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -162,5 +161,6 @@ def ratios(rows: Mapping[str, Mapping[str, Any]], engines: tuple[str, ...]) -> d
 
 if __name__ == "__main__":
     from pipeline.bench_command import main
+    from pipeline.signals import leave
 
-    sys.exit(main())
+    leave(main)

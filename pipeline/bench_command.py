@@ -14,7 +14,7 @@ from pipeline import machine
 from pipeline.bundle import load_bundle
 from pipeline.command import Answer, Parser, add_model_flags, add_threads, parser, run
 from pipeline.compiler import load_model, opened, parse_targets
-from pipeline.files import write_json
+from pipeline.files import refuse_unwritable, write_json
 from pipeline.recipe import ModelFlags, with_model
 from pipeline.stages import timed
 
@@ -61,6 +61,8 @@ def bench_bundle(
 
 def work(args: argparse.Namespace, answer: Answer) -> int:
     """Measure and answer with the numbers."""
+    if args.output:
+        refuse_unwritable(args.output, False, "--output")
     document = bench_bundle(args.bundle, (args.model, args.variant, args.config), args.target, args.threads)
     if args.output:
         write_json(args.output, document)

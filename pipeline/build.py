@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -23,6 +22,7 @@ from pipeline.compiler import (
     refuse_early,
     tensor_counts,
 )
+from pipeline.signals import leave
 
 DESCRIPTION = "Build a verified engine bundle: model, calibrate, export, targets, verify, bench."
 
@@ -134,4 +134,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main)

@@ -2,12 +2,23 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
+from typing import Any
 
+from typing_extensions import TypedDict
+
+from export.documents import read_json
+from export.names import inside
 from pipeline.backends import lowering_file
 from pipeline.backends.base import BuildResult
 from pipeline.files import write_json
+
+
+class ResultFile(TypedDict):
+    """What a target stage gave, see BuildResult."""
+
+    files: list[str]
+    metadata: dict[str, Any]
 
 
 def names(target: str) -> tuple[str, str]:
@@ -23,7 +34,9 @@ def write(result: BuildResult, folder: Path, target: str) -> None:
 
 
 def read(folder: Path, target: str) -> BuildResult:
-    """Inverse of `write`."""
+    """Inverse of `write`. Raises ContractError for a damaged record."""
     result_name, lowering_name = names(target)
-    document = json.loads((folder / result_name).read_text(encoding="utf-8"))
+    document = read_json(folder / result_name, ResultFile)
+    for name in document["files"]:
+        inside(folder, name, folder / result_name)
     return BuildResult(tuple(document["files"]), lowering_file.read(folder / lowering_name), document["metadata"])

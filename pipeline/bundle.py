@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import ctypes
-import io
-import json
 import logging
+import os
 import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -13,14 +12,17 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from export.documents import open_file
 from export.errors import ContractError, EnvironmentLacksError, RecipeError
+from export.model_config import FILE as CONFIG
+from export.model_config import engine_config, read_config
 from pipeline import machine, manifest, recipe
-from pipeline.backends import PORTABLE, cpu_engine, cuda_run, portable_engine, rtx_run, trt_run
+from pipeline.backends import PORTABLE, cpu_engine, cuda_run, metadata_file, portable_engine, rtx_run, trt_run
 from pipeline.backends.base import Engine
 from pipeline.backends.rtx_run import machine_problem, release
 from pipeline.conditioning import Generation, load_generation
 from pipeline.files import is_hub_link, sha256, tree
-from pipeline.snapshot import read_verified, verified_copy
+from pipeline.snapshot import verified_copy
 from plugins.cpu import library
 
 logger = logging.getLogger(__name__)
@@ -73,6 +75,9 @@ class Bundle:
             return (
                 f"{self.path} has no target {target}, only {', '.join(self.targets)}; build it with --target {target}"
             )
+        metadata_file.check_needs(
+            target, self.manifest["targets"][target].get("metadata", {}), self.path / manifest.FILE_NAME
+        )
         return FITNESS[target](self.manifest) if target in FITNESS else ""
 
     def choose(self, target: str = "auto") -> str:
@@ -115,10 +120,11 @@ class Bundle:
             yield load_generation(private.path)
 
     def config(self) -> dict[str, Any]:
-        """The diffusers configuration. Raises ContractError if the file changed since it was verified."""
-        found = io.BytesIO()
-        read_verified(self.path, "config.json", self.manifest["files"]["config.json"], found)
-        return dict(json.loads(found.getvalue()))
+        """The diffusers configuration, with what drawing needs in it. Raises ContractError where it lacks that, or the
+        file changed since it was verified."""
+        with self.copied({CONFIG}.__contains__) as private:
+            engine_config(private.path)
+            return read_config(private.path / CONFIG, ContractError)
 
     def as_diffusers(self, target: str = "auto") -> Any:
         """A drop-in for the `transformer` of a diffusers pipeline."""
@@ -140,6 +146,7 @@ def load_bundle(path: str | Path, threads: int | None = None) -> Bundle:
             f"{folder} is not a folder; give the folder that build wrote, for example engines/pixart_w4a6"
         )
     document = manifest.read(folder)
+    refuse_unknown_targets(document, folder)
     refuse_strange_files(folder, document["files"], document["targets"])
     verify_files(folder, document["files"])
     return Bundle(folder, document, threads)
@@ -165,10 +172,21 @@ def is_made_by_build(name: str, targets: Mapping[str, Any]) -> bool:
     return bool(known or GENERATION_FILES.fullmatch(name) or OTHER_FILES.fullmatch(name))
 
 
+def refuse_unknown_targets(document: Mapping[str, Any], folder: Path) -> None:
+    """Raise ContractError for a target that this version does not have."""
+    from pipeline.backends import BACKENDS
+
+    if unknown := sorted(set(document["targets"]) - set(BACKENDS)):
+        raise ContractError(
+            f"{folder / manifest.FILE_NAME}: target {unknown[0]!r} is unknown to this version, which has "
+            f"{', '.join(BACKENDS)}; install the version that built it"
+        )
+
+
 def verify_files(folder: Path, files: Mapping[str, Mapping[str, Any]]) -> None:
     """Compare the folder with the manifest's table of files. Raises ContractError naming the first difference."""
     found = tree(folder)
-    links = (name for name in found if (folder / name).is_symlink())
+    links = (name for name in found if (folder / name).is_symlink())  # sha256 refuses pipes and devices
     foreign = [name for name in links if not is_hub_link(folder / name, folder)]
     if foreign:
         raise ContractError(f"{folder / foreign[0]} is a link; a bundle has plain files only, copy it with cp -rL")
@@ -181,7 +199,8 @@ def verify_files(folder: Path, files: Mapping[str, Mapping[str, Any]]) -> None:
 
 
 def _verify_file(path: Path, row: Mapping[str, Any]) -> None:
-    size = path.stat().st_size
+    with open_file(path) as file:
+        size = os.fstat(file.fileno()).st_size
     if size != row["size"]:
         raise ContractError(f"{path} has {size} bytes, the manifest says {row['size']}; copy or build the bundle again")
     if sha256(path) != row["sha256"]:
@@ -195,9 +214,10 @@ def _onnxruntime_problem(document: Mapping[str, Any], target: str) -> str:
     """A runtime that is absent, or older than the one that the target was verified with."""
     if not machine.tool_version("onnxruntime"):
         return f"target {target} needs onnxruntime; install with: pip install onnxruntime"
-    built, found = (
-        release(version) for version in (document["tools"]["onnxruntime"], machine.tool_version("onnxruntime"))
-    )
+    told = document["tools"].get("onnxruntime", "")
+    if not re.match(r"\d{1,9}\.\d{1,9}", told):
+        raise ContractError(f"the manifest names no version of onnxruntime ({told!r}); build the bundle again")
+    built, found = (release(version) for version in (told, machine.tool_version("onnxruntime")))
     if tuple(map(int, found)) < tuple(map(int, built)):
         versions = f"verified with onnxruntime {'.'.join(built)}, this is {'.'.join(found)}"
         return f"target {target} was {versions}; upgrade onnxruntime or rebuild"

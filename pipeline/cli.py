@@ -5,8 +5,10 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from importlib import import_module
+from typing import NoReturn
 
 from export.errors import RecipeError
+from pipeline.signals import leave
 
 # verb: (module with main(), what it does)
 VERBS = {
@@ -40,5 +42,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     return int(import_module(VERBS[verb][0]).main(rest))
 
 
+def command() -> NoReturn:
+    """The console script."""
+    leave(main)
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    command()

@@ -8,28 +8,64 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import errno
 import io
 import json
 import logging
+import os
 import sys
 from collections.abc import Callable, Sequence
+from io import TextIOWrapper
+from pathlib import Path
 from typing import Any, NoReturn, TextIO
 
 from export.errors import RecipeError, ResourceError, UserError
-from pipeline.files import is_out_of_disk
+from pipeline.files import is_out_of_disk, is_out_of_memory
+from pipeline.signals import Terminated, exit_code, heeded
 
 logger = logging.getLogger(__name__)
 
-INTERNAL_ERROR, INTERRUPTED = 1, 130
-# Messages by which libraries report exhausted memory in an exception of their own kind.
-OUT_OF_MEMORY = ("can't allocate memory", "bad_alloc", "bad allocation", "out of memory", "failed to allocate memory")
+INTERNAL_ERROR = 1
+PACKAGE = Path(__file__).parent
+# Exit code where whoever read the answers left, as shells count: 128 and the number of SIGPIPE.
+READER_LEFT = 141
+# What the file system refuses for a reason outside of this program: the number of the error, and the remedy.
+PLACES = {
+    errno.ENOENT: "check the path",
+    errno.ENOTDIR: "a part of the path is a file, choose another",
+    errno.EISDIR: "it is a folder, choose another path",
+    errno.EEXIST: "choose another path",
+    errno.ENOTEMPTY: "choose another path",
+    errno.ENAMETOOLONG: "choose a shorter name",
+    errno.ELOOP: "its links lead in a circle, choose another path",
+    errno.EACCES: "choose a place that you may write to, or change its permissions",
+    errno.EPERM: "choose a place that you may write to, or change its permissions",
+    errno.EROFS: "this file system can only be read, choose another path",
+    errno.ENXIO: "it is no plain file, choose another path",
+    errno.ENODEV: "it is no plain file, choose another path",
+    errno.ESPIPE: "it is no plain file, choose another path",
+    errno.EINVAL: "the file system does not take it, choose another path",
+    errno.EIO: "the disk or the network behind it fails, choose another path",
+    errno.ESTALE: "the network file system lost it, run the command again",
+    errno.ETXTBSY: "it is in use, choose another path",
+    errno.EBUSY: "it is in use, choose another path",
+    errno.EXDEV: "choose a path on one file system",
+}
+TOO_MANY = (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EAGAIN)
+
+
+class AnswerError(OSError):
+    """The answer could not be written: its reader left, or what stdout leads to is full."""
 
 
 class Parser(argparse.ArgumentParser):
     """Argument parser that takes --snake_case for --kebab-case and names the nearest remedy on a usage error."""
 
     def parse_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:  # type: ignore[override]
-        return super().parse_args([kebab(arg) for arg in (sys.argv[1:] if args is None else args)], namespace)
+        words = [kebab(arg) for arg in (sys.argv[1:] if args is None else args)]
+        if any("\0" in word for word in words):
+            self.error("an argument has a character of number 0, which no path or text may have")
+        return super().parse_args(words, namespace)
 
     def error(self, message: str) -> NoReturn:
         self.print_usage(sys.stderr)
@@ -77,6 +113,8 @@ class Answer:
 
     def __init__(self, stream: TextIO, as_json: bool) -> None:
         self.stream, self.as_json = stream, as_json
+        if isinstance(stream, TextIOWrapper):  # a path need not be text in the terminal's encoding
+            stream.reconfigure(errors="backslashreplace")
 
     def line(self, text: str) -> None:
         """One line for people; nothing with --json."""
@@ -93,8 +131,20 @@ class Answer:
         self._write(json.dumps(document, default=str) if self.as_json else text)
 
     def _write(self, text: str) -> None:
-        self.stream.write(text + "\n")
-        self.stream.flush()
+        try:
+            self.stream.write(text + "\n")
+            self.stream.flush()
+        except OSError as error:
+            raise AnswerError(error.errno, error.strerror) from error
+
+    def give_up(self) -> None:
+        """Let what could not be written go nowhere, or the interpreter would complain about it at its end."""
+        try:
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, self.stream.fileno())
+        except OSError:  # a stream without a descriptor, which needs no care
+            return
+        os.close(nowhere)
 
 
 Work = Callable[[Any, Answer], int]
@@ -106,23 +156,35 @@ def run(made: Parser, work: Work, argv: Sequence[str] | None = None, verdict: bo
     verdict: a failure is also answered on stdout, as `FAILED <reason>`.
     """
     args = made.parse_args(argv)
+    sys.stdout, sys.stderr = sys.stdout or open_nowhere(), sys.stderr or open_nowhere()  # closed by whoever started us
     set_up_logging(args.verbose, args.quiet)
     if isinstance(sys.stdout, io.TextIOWrapper):  # a letter that the locale lacks is no reason to end without an answer
         sys.stdout.reconfigure(errors="backslashreplace")
     answer = Answer(sys.stdout, args.json)
+    with heeded():
+        try:
+            with contextlib.redirect_stdout(sys.stderr):
+                return work(args, answer)
+        except (Exception, KeyboardInterrupt) as error:
+            return failed(error, args, answer, verdict)
+
+
+def open_nowhere() -> TextIO:
+    """Takes whatever is written."""
+    return open(os.devnull, "w", encoding="utf-8")
+
+
+def failed(error: BaseException, args: argparse.Namespace, answer: Answer, verdict: bool) -> int:
+    """Say in one sentence how the work ended; returns the exit code."""
+    code, message = judge(error)
+    logger.error("error: %s", message, exc_info=args.verbose or code == INTERNAL_ERROR)
     try:
-        with contextlib.redirect_stdout(sys.stderr):
-            return work(args, answer)
-    except BrokenPipeError:
-        sys.stderr.close()  # the reader of our answers left; Python would complain about it at exit
-        return INTERNAL_ERROR
-    except (Exception, KeyboardInterrupt) as error:
-        code, message = judge(error)
-        logger.error("error: %s", message, exc_info=args.verbose or code == INTERNAL_ERROR)
         if verdict:
             answer.line(f"FAILED {message}")
         answer.event(event="result", passed=False, exit_code=code, reason=message)
-        return code
+    except AnswerError:  # nobody reads it; the log has the sentence
+        answer.give_up()
+    return code
 
 
 def judge(error: BaseException) -> tuple[int, str]:
@@ -133,14 +195,31 @@ def judge(error: BaseException) -> tuple[int, str]:
 
 def _judge(error: BaseException, text: str) -> tuple[int, str]:
     if isinstance(error, KeyboardInterrupt):
-        return INTERRUPTED, "interrupted"
+        return exit_code(error), "terminated" if isinstance(error, Terminated) else "interrupted"
     if isinstance(error, UserError):
         return error.exit_code, text
-    if isinstance(error, MemoryError) or any(words in text.lower() for words in OUT_OF_MEMORY):
+    if is_out_of_memory(error):
         remedy = "close other programs, or use a smaller --batch-size, --height and --width"
         return ResourceError.exit_code, f"memory ran out ({text or type(error).__name__}); {remedy}"
+    if isinstance(error, AnswerError) and error.errno == errno.EPIPE:
+        return READER_LEFT, "whoever read the answers left, before they were complete"
     if is_out_of_disk(error):
         return ResourceError.exit_code, f"the disk is full ({text}); free some space or choose another --output-dir"
+    if isinstance(error, AnswerError):
+        return RecipeError.exit_code, f"stdout cannot be written ({error.strerror}); let it lead elsewhere"
+    if isinstance(error, OSError):
+        return _judge_system(error, text)
+    return INTERNAL_ERROR, f"internal error, {type(error).__name__}: {text}"
+
+
+def _judge_system(error: OSError, text: str) -> tuple[int, str]:
+    """What the system refused: a resource, or a file that is not the program's own. Anything else is a bug."""
+    if error.errno in TOO_MANY:
+        return ResourceError.exit_code, f"the system has too little left ({text}); close other programs"
+    name = error.filename2 or error.filename
+    own = isinstance(name, str) and Path(name).absolute().is_relative_to(PACKAGE)
+    if error.errno in PLACES and isinstance(name, str) and not own:
+        return RecipeError.exit_code, f"{name} cannot be used ({error.strerror}); {PLACES[error.errno]}"
     return INTERNAL_ERROR, f"internal error, {type(error).__name__}: {text}"
 
 

@@ -14,13 +14,15 @@ from typing import TYPE_CHECKING, Any
 
 from export import checkpoint
 from export.checkpoint import QuantizedLinear
+from export.documents import open_file
 from export.errors import EnvironmentLacksError, ParityError, RecipeError, ResourceError
+from export.names import inside
 from pipeline import build_record, machine, manifest
 from pipeline.backends import PORTABLE
 from pipeline.backends.base import BuildResult, Engine
 from pipeline.calibrate import with_method
 from pipeline.conditioning import GENERATION_FILE, load_generation
-from pipeline.files import publish, remove, sha256_json, write_json
+from pipeline.files import publish, refuse_unwritable, remove, sha256_json, write_json
 from pipeline.recipe import Recipe, to_toml
 from pipeline.stages import Listener, WorkFolder, timed
 
@@ -96,6 +98,7 @@ def compile_engine(request: BuildRequest) -> Path:
         describe(work.bundle, model, recipe)
         verified(work, model, facts, request.rejected_path)
         benched(work, model, facts)
+        refuse_existing(request)  # another build may have finished since this one began
         manifest.write(manifest.compose(facts, work.bundle), work.bundle)
         publish(work.bundle, request.output, aside=work.path / "replaced")
     return request.output
@@ -109,6 +112,12 @@ def refuse_early(request: BuildRequest) -> None:
     problems = [problem for target in request.targets for problem in BACKENDS[target].problems(request.recipe)]
     if problems:
         raise EnvironmentLacksError("; ".join(problems))
+    refuse_existing(request)
+    refuse_unwritable(request.output, True, "--output-dir")
+
+
+def refuse_existing(request: BuildRequest) -> None:
+    """Refuse to replace what was not to be replaced, or is no bundle."""
     if request.output.exists() and not request.force:
         raise RecipeError(f"{request.output} exists; add --force to replace it, or choose another --output-dir")
     if request.output.exists() and not (request.output / manifest.FILE_NAME).is_file():
@@ -250,7 +259,9 @@ def describe(folder: Path, model: LoadedModel, recipe: Recipe) -> None:
     write_json(folder / "config.json", dict(model.config))
     if (model.folder / GENERATION_FILE).is_file():
         for name in load_generation(model.folder).files:
-            shutil.copyfile(model.folder / name, folder / name)
+            source = model.folder / name
+            open_file(source).close()  # refuses what is no file
+            shutil.copyfile(source, inside(folder, name, source))
 
 
 @contextmanager

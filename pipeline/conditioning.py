@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import zlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -10,13 +9,16 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from safetensors import SafetensorError
 from safetensors.numpy import load_file
 
+from export.documents import read_json
 from export.errors import ContractError, RecipeError
+from pipeline import generation_file
 from pipeline.backends.base import Arrays
 from pipeline.scene_grammar import token_ids
 
-GENERATION_FILE = "generation.json"
+GENERATION_FILE = generation_file.NAME
 CLASS_PREFIXES = ("a", "an", "the", "class", "digit")
 
 
@@ -34,11 +36,6 @@ class Generation:
     guidance_scale: float = 2.0
     n_steps: int = 20
     output: str = "pixels"
-
-    def __post_init__(self) -> None:
-        kind = self.conditioning.get("kind")
-        if kind not in ENCODERS:
-            raise ContractError(f"{self.folder / GENERATION_FILE}: kind {kind!r}; use one of {', '.join(ENCODERS)}")
 
     def encode(self, prompts: list[str]) -> tuple[Arrays, Arrays]:
         """Model inputs of B prompts, and of B empty prompts. Raises RecipeError for a prompt outside the grammar."""
@@ -58,35 +55,45 @@ def load_generation(folder: Path) -> Generation:
     path = folder / GENERATION_FILE
     if not path.is_file():
         raise ContractError(f"{path} is missing; it says how prompts become inputs. Build the bundle again")
-    try:
-        return from_dict(json.loads(path.read_text(encoding="utf-8")), folder)
-    except json.JSONDecodeError as error:
-        raise ContractError(f"{path} is not valid JSON ({error}); build the bundle again") from error
+    return from_dict(read_json(path, dict[str, Any], generation_file.RULES), folder)
 
 
 def from_dict(document: Mapping[str, Any], folder: Path) -> Generation:
-    """The description in `document`; keys that generating does not need are left alone."""
+    """The description in `document`; keys that generating does not need are left alone. Raises ContractError."""
+    generation_file.check(document, folder)
     known = {
         key: value for key, value in document.items() if key in Generation.__dataclass_fields__ and key != "folder"
     }
-    for key in ("sampler", "conditioning"):
-        if key not in known:
-            raise ContractError(f"{folder / GENERATION_FILE}: key {key!r} is missing; build the bundle again")
     return Generation(folder=folder, **known)
 
 
 def _vocabulary(generation: Generation, prompts: list[str]) -> tuple[Arrays, Arrays]:
     """Token embeddings: encoder_hidden_states [B, slots, D] and a mask of ones; `null_token` is the empty prompt."""
-    path = generation.folder / generation.conditioning["embedding"]
-    if not path.is_file():
-        raise ContractError(f"{path} is missing; it holds the token embedding. Build the bundle again")
-    table = load_file(path)[generation.conditioning["tensor"]].astype(np.float32)
+    path = generation_file.embedding_path(generation.folder, generation.conditioning["embedding"])
+    table = _table(path, generation.conditioning["tensor"])
     ids = np.stack([token_ids(prompt, generation.conditioning["slots"]) for prompt in prompts])
     if ids.max() >= len(table):
         raise ContractError(f"{path}: {len(table)} rows, but the vocabulary reaches token {ids.max()}")
+    if generation.conditioning["null_token"] >= len(table):
+        raise ContractError(f"{path}: {len(table)} rows, but null_token is {generation.conditioning['null_token']}")
     mask = np.ones(ids.shape, np.float32)
     wanted, plain = table[ids], table[np.full_like(ids, generation.conditioning["null_token"])]
     return _captions(wanted, mask), _captions(plain, mask)
+
+
+def _table(path: Path, tensor: str) -> np.ndarray:
+    """The token embedding [words, D] float32."""
+    if not path.is_file():
+        raise ContractError(f"{path} is missing; it holds the token embedding. Build the bundle again")
+    try:
+        found = load_file(path).get(tensor)
+    except (SafetensorError, OSError) as error:
+        raise ContractError(f"{path}: not a whole safetensors file ({error}); build the bundle again") from error
+    if found is None or found.ndim != 2 or not np.issubdtype(found.dtype, np.floating):
+        kind = "no tensor" if found is None else f"a {found.dtype} tensor of shape {found.shape}"
+        wanted = "it holds the token embedding [words, D]. Build the bundle again"
+        raise ContractError(f"{path}: {kind} {tensor!r}; {wanted}")
+    return found.astype(np.float32)
 
 
 def _captions(states: np.ndarray, mask: np.ndarray) -> Arrays:

@@ -19,6 +19,7 @@ from pipeline.bundle import cuda_sm
 from pipeline.command import Answer, parser, run
 from pipeline.compiler import NEEDED
 from pipeline.list import zoo_models
+from pipeline.signals import leave
 from pipeline.table import table
 from plugins.cpu import library
 from plugins.gpu import compiled
@@ -244,4 +245,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main)

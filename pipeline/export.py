@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -13,7 +12,8 @@ from pipeline import machine
 from pipeline.calibrate.state import KEPT
 from pipeline.command import Answer, Parser, parser, run
 from pipeline.compiler import NEEDED
-from pipeline.files import publish, remove
+from pipeline.files import publish, refuse_unwritable, remove
+from pipeline.signals import leave
 
 FILES = {"model.onnx", "model.onnx.data"}
 DESCRIPTION = "Write a calibrated checkpoint as one portable ONNX model; the float model is not needed."
@@ -61,6 +61,7 @@ def refuse(checkpoint: Path, output: Path, force: bool) -> None:
         raise RecipeError(f"{output} is not an export and is not replaced; choose another --output-dir")
     if output.exists() and not force:
         raise RecipeError(f"{output} exists; add --force to replace it, or choose another --output-dir")
+    refuse_unwritable(output, True, "--output-dir")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -69,4 +70,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main)

@@ -11,6 +11,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from export.documents import open_file
 from export.errors import RecipeError
 
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -20,6 +21,16 @@ DISK_MESSAGES = re.compile(
     r"|\d+ requested and \d+ written",
     re.IGNORECASE,
 )
+# Messages by which libraries report exhausted memory in an exception of their own kind.
+OUT_OF_MEMORY = (
+    "can't allocate memory",
+    "cannot allocate memory",
+    "bad_alloc",
+    "bad allocation",
+    "out of memory",
+    "failed to allocate memory",
+    "can't start new thread",
+)
 
 
 def is_out_of_disk(error: BaseException) -> bool:
@@ -27,9 +38,14 @@ def is_out_of_disk(error: BaseException) -> bool:
     return (isinstance(error, OSError) and error.errno in DISK_ERRORS) or bool(DISK_MESSAGES.search(str(error)))
 
 
+def is_out_of_memory(error: BaseException) -> bool:
+    """Did memory run out, in Python or in a library that says so in its own words?"""
+    return isinstance(error, MemoryError) or any(words in str(error).lower() for words in OUT_OF_MEMORY)
+
+
 def sha256(path: Path) -> str:
     """SHA-256 of a file, read in pieces."""
-    with path.open("rb") as stream:
+    with open_file(path) as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
@@ -58,7 +74,7 @@ def sync(path: Path) -> None:
 def lock(folder: Path, who: str) -> int:
     """Lock a folder until the descriptor that is returned is closed, or the process ends in whatever way.
 
-    Raises RecipeError if another `who` ("build") holds it.
+    Raises RecipeError naming the process if another `who` ("build") holds it.
     """
     import fcntl  # not on Windows, where bundles are loaded with this module
 
@@ -66,10 +82,45 @@ def lock(folder: Path, who: str) -> int:
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:
+        holder = _holder(descriptor)
         os.close(descriptor)
-        remedy = "wait for it, or choose another --output-dir"
-        raise RecipeError(f"another {who} is writing {folder}; {remedy}") from error
+        remedy = "wait for it, stop it, or choose another --output-dir"
+        raise RecipeError(f"another {who}{holder} is writing {folder}; {remedy}") from error
+    if not _is_at(descriptor, folder):  # its holder removed it between our two calls
+        os.close(descriptor)
+        raise RecipeError(f"another {who} ended and removed {folder} at this moment; run the command again")
     return descriptor
+
+
+def _holder(descriptor: int) -> str:
+    """The process that locked a file, in words; "" where the system does not tell (Linux does)."""
+    table, wanted = Path("/proc/locks"), os.fstat(descriptor)
+    place = f"{os.major(wanted.st_dev):02x}:{os.minor(wanted.st_dev):02x}:{wanted.st_ino}"
+    rows = [line.split() for line in table.read_text().splitlines()] if table.is_file() else []
+    found = [row[4] for row in rows if len(row) > 5 and row[1] == "FLOCK" and row[5] == place]
+    return f" (process {found[0]})" if found else ""
+
+
+def _is_at(descriptor: int, path: Path) -> bool:
+    """Is the open folder still the one of that name?"""
+    try:
+        return os.path.samestat(os.fstat(descriptor), os.stat(path))
+    except FileNotFoundError:
+        return False
+
+
+def refuse_unwritable(path: Path, is_folder: bool, flag: str) -> None:
+    """Raise RecipeError, before any work, if no file (or folder) can be written at `path`, which `flag` names."""
+    if path.exists() and (path.is_dir() != is_folder or not (path.is_dir() or path.is_file())):
+        kind = "a folder" if path.is_dir() else "a file" if path.is_file() else "no plain file"
+        raise RecipeError(f"{path} is {kind}; give {flag} the name of a {'folder' if is_folder else 'file'}")
+    parent = next(place for place in (path.absolute(), *path.absolute().parents) if os.path.lexists(place))
+    if parent == path.absolute() and not is_folder:
+        parent = parent.parent
+    if not parent.is_dir():
+        raise RecipeError(f"{parent} is not a folder, so {path} cannot be written; choose another {flag}")
+    if not os.access(parent, os.W_OK | os.X_OK):
+        raise RecipeError(f"{parent} may not be written to; choose another {flag}, or change its permissions")
 
 
 def tree(folder: Path) -> list[str]:

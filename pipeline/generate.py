@@ -10,7 +10,6 @@ import argparse
 import json
 import logging
 import math
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,8 +22,10 @@ from export.errors import ContractError, RecipeError
 from export.families import FAMILIES, shared_names
 from pipeline.command import Answer, Parser, add_threads, parser, run
 from pipeline.conditioning import GENERATION_FILE, Generation
+from pipeline.files import refuse_unwritable
 from pipeline.progress import track
 from pipeline.sampling import make_sampler, sample
+from pipeline.signals import leave
 
 if TYPE_CHECKING:
     from pipeline.bundle import Bundle
@@ -33,6 +34,8 @@ logger = logging.getLogger(__name__)
 DESCRIPTION = "Draw pictures with an engine bundle."
 # Pictures drawn at a time: with guidance a batch of 8, the largest that every engine is built for.
 BATCH_SIZE = 4
+# Of one command, so that a slip of the finger is refused at once.
+MOST_PICTURES, MOST_STEPS, MOST_SHEET_PIXELS = 4096, 10_000, 2**28
 # Small pictures are enlarged by a whole factor, so that they can be seen: to at least this many pixels a side.
 SHOWN_PIXELS = 256
 Pictures = NDArray[np.uint8]
@@ -55,6 +58,13 @@ class DrawRequest:
     def __post_init__(self) -> None:
         if self.num_images < 1 or self.seed < 0 or self.n_steps < 0:
             raise RecipeError("--num-images must be at least 1, --seed and --n-steps not negative")
+        if self.num_images * len(self.prompts) > MOST_PICTURES or self.n_steps > MOST_STEPS or self.seed >= 2**63:
+            raise RecipeError(f"at most {MOST_PICTURES} pictures, {MOST_STEPS} --n-steps and seeds below 2**63")
+        if self.guidance_scale is not None and not math.isfinite(self.guidance_scale):
+            raise RecipeError(f"--guidance-scale {self.guidance_scale} is not a number; give one such as 4.5")
+        for prompt in self.prompts:
+            if any("\ud800" <= character <= "\udfff" for character in prompt):
+                raise RecipeError(f"prompt {prompt!r} is not text in the terminal's encoding; use UTF-8")
 
     @property
     def pictures(self) -> list[tuple[str, int]]:
@@ -138,6 +148,9 @@ def save(pictures: Pictures, path: Path, columns: int, scale: int, facts: dict[s
     """Write one PNG, every pixel enlarged to scale x scale; `facts` go into it as text. Returns (width, height)."""
     from PIL import Image, PngImagePlugin
 
+    height, width = (side * scale for side in arrange(pictures, columns).shape[:2])
+    if height * width > MOST_SHEET_PIXELS:
+        raise RecipeError(f"a sheet of {width} x {height} pixels is too large; use a smaller --scale or fewer pictures")
     sheet = arrange(pictures, columns).repeat(scale, axis=0).repeat(scale, axis=1)
     information = PngImagePlugin.PngInfo()
     for key, value in facts.items():
@@ -177,6 +190,7 @@ def work(args: argparse.Namespace, answer: Answer) -> int:
 
     if args.scale < 0 or args.output.suffix.lower() != ".png":
         raise RecipeError(f"--scale must not be negative, and {args.output} must end in .png")
+    refuse_unwritable(args.output, False, "--output")
     bundle = load(args.bundle, args.threads)
     request = DrawRequest(
         tuple(args.prompt), args.seed, args.num_images, args.n_steps, args.guidance_scale, args.target
@@ -217,4 +231,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ from pipeline.calibrate.plan import LayerPlan, group_multipliers, make_plans
 from pipeline.command import Answer, Parser, add_model_flags, parser, run
 from pipeline.compiler import load_model, tensor_counts
 from pipeline.recipe import Recipe
+from pipeline.signals import leave
 from pipeline.table import table
 
 HARDWARE = ("INT8", "E4M3", "FP16")
@@ -176,4 +176,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main)

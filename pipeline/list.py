@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 from dataclasses import asdict
 from importlib import resources
@@ -17,6 +16,7 @@ from pipeline.compiler import TARGETS
 from pipeline.machine import TOOLS, tool_version
 from pipeline.methods import METHODS
 from pipeline.recipe import Recipe
+from pipeline.signals import leave
 from pipeline.table import table
 
 HARDWARE = ("INT8", "E4M3", "FP16")
@@ -135,4 +135,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main)

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
-from pathlib import Path, PurePosixPath
-from typing import Any
+from pathlib import Path
+from typing import Any, cast
 
 from export.checkpoint import QuantizedLinear
+from export.documents import Rules, read_json
 from export.errors import ContractError
+from export.names import distinct, inside
 from pipeline import machine
 from pipeline.backends.base import BuildResult
 from pipeline.files import is_hub_link, sha256, tree, write_json
@@ -20,23 +21,7 @@ from pipeline.stages import StageTime
 
 SCHEMA_VERSION = 1
 FILE_NAME = "manifest.json"
-KEYS = {
-    "schema_version": int,
-    "engine": str,
-    "recipe": dict,
-    "model": dict,
-    "layers": list,
-    "kept": list,
-    "counts": dict,
-    "bytes": dict,
-    "targets": dict,
-    "files": dict,
-    "tools": dict,
-    "code": str,
-    "machine": dict,
-    "created": str,
-    "stages": list,
-}
+RULES = Rules(version=SCHEMA_VERSION)
 
 
 @dataclass(frozen=True)
@@ -132,33 +117,17 @@ def write(document: Mapping[str, Any], folder: Path) -> None:
 
 def read(folder: Path) -> dict[str, Any]:
     """The manifest of a bundle folder, its form and paths checked. Raises ContractError."""
+    from pipeline.manifest_schema import Manifest
+
     path = folder / FILE_NAME
     if not path.is_file() or (path.is_symlink() and not is_hub_link(path, folder)):
         raise ContractError(f"{folder} is not a bundle: it has no {FILE_NAME}; give the folder that build wrote")
-    try:
-        document = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ContractError(f"{path} is not valid JSON ({error}); build the bundle again") from error
-    _check(document, path)
+    document = cast(dict[str, Any], read_json(path, Manifest, RULES))
+    for name in document["files"]:
+        inside(folder, name, path)
+    distinct([*document["files"], FILE_NAME], path)
+    for target, row in document["targets"].items():
+        inside(folder, target, path)
+        if unlisted := sorted(set(row["files"]) - set(document["files"])):
+            raise ContractError(f"{path}: target {target} has a file {unlisted[0]!r} that is not in its table of files")
     return document
-
-
-def _check(document: Any, path: Path) -> None:
-    found = document.get("schema_version") if isinstance(document, dict) else None
-    if found != SCHEMA_VERSION:
-        remedy = "build it again, or install the version that made it"
-        raise ContractError(f"{path}: schema version {found}, this version reads {SCHEMA_VERSION}; {remedy}")
-    wrong = [key for key, kind in KEYS.items() if not isinstance(document.get(key), kind)]
-    if wrong:
-        raise ContractError(f"{path}: {', '.join(wrong)} missing or of the wrong type; build the bundle again")
-    for name, row in document["files"].items():
-        _check_name(name, path)
-        if not isinstance(row, dict) or not isinstance(row.get("size"), int) or not isinstance(row.get("sha256"), str):
-            raise ContractError(f"{path}: files[{name!r}] has no size and sha256; build the bundle again")
-
-
-def _check_name(name: str, path: Path) -> None:
-    parts = PurePosixPath(name).parts
-    outside = name.startswith("/") or ".." in parts or "\\" in name or ":" in name or "\0" in name or not parts
-    if outside or PurePosixPath(name).as_posix() != name:
-        raise ContractError(f"{path}: file {name!r} leaves the folder; do not use this bundle, get it from its source")

@@ -18,11 +18,12 @@ import onnx
 from numpy.typing import NDArray
 from onnx.external_data_helper import ExternalDataInfo
 
-from export.errors import ContractError
 from export.formats import Format, get_format
+from export.onnx_files import read_graph
 from pipeline import machine
 from pipeline.backends import feeds
 from pipeline.backends.base import Arrays, LoweredGraph, ProbeRow
+from pipeline.backends.runtime_errors import runtime_errors
 from pipeline.gates import LinearProbe
 from pipeline.passes.native_ops import DOMAIN as NATIVE
 from plugins.cpu import library
@@ -46,8 +47,7 @@ class ProbedGraph:
         """Reads the graph without its weights. Raises ContractError if its external data is missing or cut short."""
         self.path = lowered.path
         self.rows = {row.layer: row for row in lowered.probes}
-        self.model = onnx.load(self.path, load_external_data=False)
-        check_external_data(self.model, self.path)
+        self.model = read_graph(self.path)
         nodes = self.model.graph.node
         self.produced = {name for node in nodes for name in node.output} | {i.name for i in self.model.graph.input}
 
@@ -84,7 +84,8 @@ class ProbedGraph:
     def denoiser(self) -> Callable[[Arrays], Arrays]:
         """The graph as it is, run by onnxruntime: stands in for an engine that this machine cannot run. The function
         may be called from any number of threads. Its calls raise RecipeError for inputs that do not fit."""
-        session = open_session(self.model, self.path.parent)
+        with runtime_errors(self.path):
+            session = open_session(self.model, self.path.parent)
         names, declared = [output.name for output in session.get_outputs()], feeds.of_session(session)
 
         def run(inputs: Arrays) -> Arrays:
@@ -102,7 +103,8 @@ class ProbedGraph:
         wanted = sorted(set(names) - inputs)
         del changed.graph.output[:]  # what only other outputs need is then not computed
         changed.graph.output.extend(onnx.ValueInfoProto(name=name) for name in wanted)
-        session = open_session(changed, self.path.parent)
+        with runtime_errors(self.path):
+            session = open_session(changed, self.path.parent)
         del changed
         results: list[Arrays] = []
         for call in calls:
@@ -115,12 +117,8 @@ class ProbedGraph:
 
     def _call(self, session: Any, names: Sequence[str], inputs: Arrays) -> Arrays:
         """Tensors by name. Raises ContractError where onnxruntime stops, as it does at a code beyond its table."""
-        from onnxruntime.capi import onnxruntime_pybind11_state as state
-
-        try:
+        with runtime_errors(self.path):
             return dict(zip(names, session.run(names, inputs), strict=True))
-        except (state.InvalidArgument, state.RuntimeException, state.Fail) as error:
-            raise ContractError(f"{self.path} cannot be run: {error}; build the bundle again") from error
 
     def probes(self, layers: Sequence[str], calls: Sequence[Arrays]) -> Iterator[tuple[str, list[LinearProbe]]]:
         """For each layer what it computed in each call, a batch of layers at a time."""
@@ -209,29 +207,3 @@ def open_session(model: onnx.ModelProto, folder: Path) -> Any:
     return onnxruntime.InferenceSession(
         model.SerializeToString(), options, ["CPUExecutionProvider"], disabled_optimizers=["ConstantFolding"]
     )
-
-
-def check_external_data(model: onnx.ModelProto, path: Path) -> None:
-    """Every initializer kept outside the graph must lie wholly inside its file and have the size of its type."""
-    for tensor in model.graph.initializer:
-        if tensor.data_location != onnx.TensorProto.EXTERNAL:
-            continue
-        info = ExternalDataInfo(tensor)
-        data = path.parent / info.location
-        size = data.stat().st_size if data.is_file() else -1
-        expected = tensor_bytes(tensor)
-        if size < 0 or (info.offset or 0) + expected > size or (info.length or expected) != expected:
-            end = (info.offset or 0) + expected
-            found = f"has {size} bytes" if size >= 0 else "is missing"
-            raise ContractError(
-                f"{data} {found}, but {tensor.name} ends at byte {end}; the file is damaged, build again"
-            )
-
-
-def tensor_bytes(tensor: onnx.TensorProto) -> int:
-    """Bytes of a tensor's data; types below one byte are packed without gaps."""
-    bits = TYPE_BITS.get(tensor.data_type) or 8 * onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type).itemsize
-    return -(-math.prod(tensor.dims) * bits // 8)
-
-
-TYPE_BITS = {getattr(onnx.TensorProto, name): 4 for name in ("INT4", "UINT4", "FLOAT4E2M1")}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import tomllib
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from importlib import resources
@@ -13,15 +12,20 @@ from typing import Any, get_args, get_origin, get_type_hints
 import tomli_w
 
 from export.checkpoint import Granularity
+from export.documents import MOST_TOML_BYTES, Rules, parse_toml, read_text
 from export.errors import RecipeError
 from export.families import LAYER_KINDS
 from export.formats import get_format
+from export.names import check_name
 from pipeline.methods import AUTO, METHODS, PRESETS, settled_method
 
 GRANULARITIES = get_args(Granularity)
 SEARCHES = ("absmax", "mse")
 # What the flags --model, --variant and --config say, None where one was not given.
 ModelFlags = tuple[str | None, str | None, str | None]
+# Far beyond what anyone computes: a slip of the finger, or a hostile file, is refused at once.
+MOST_SEED, MOST_STEPS, MOST_SAMPLES, MOST_PIXELS, MOST_GROUP = 2**63, 10_000, 65_536, 32_768, 2**20
+RULES = Rules(RecipeError, "see recipe.toml in any bundle for the form")
 
 
 def _check(ok: bool, message: str) -> None:
@@ -60,6 +64,7 @@ class Weights:
         _check(self.granularity in GRANULARITIES, f"weights.granularity {self.granularity!r}; use {GRANULARITIES}")
         _check(self.search in SEARCHES, f"weights.search {self.search!r}; use one of {SEARCHES}")
         _check(self.group_size > 0, f"weights.group_size {self.group_size} must be positive")
+        _check(self.group_size <= MOST_GROUP, f"weights.group_size {self.group_size}; use at most {MOST_GROUP}")
 
 
 @dataclass(frozen=True)
@@ -87,7 +92,9 @@ class Calibrate:
         _check(self.preset in PRESETS, f"calibrate.preset {self.preset!r}; use one of {', '.join(PRESETS)}")
         _check(self.size > 0, f"calibrate.size {self.size} must be positive")
         _check(self.timesteps > 0, f"calibrate.timesteps {self.timesteps} must be positive")
-        _check(self.seed >= 0, f"calibrate.seed {self.seed} must not be negative")
+        _check(0 <= self.seed < MOST_SEED, f"calibrate.seed {self.seed} must not be negative, and below 2**63")
+        _check(self.size <= MOST_SAMPLES, f"calibrate.size {self.size}; use at most {MOST_SAMPLES}")
+        _check(self.timesteps <= MOST_STEPS, f"calibrate.timesteps {self.timesteps}; use at most {MOST_STEPS}")
         if self.method == AUTO:
             _check(
                 not self.options, "calibrate.options belong to a method; name it in calibrate.method instead of auto"
@@ -128,6 +135,7 @@ class Rtx:
         _check(self.path in ("native", "plugin"), f"rtx.path {self.path!r}; use native or plugin")
         _check(self.attention in ("fp16", "fp32"), f"rtx.attention {self.attention!r}; use fp16 or fp32")
         _check(bool(self.sm), "rtx.sm is empty; name at least one compute capability, for example 89")
+        _check(all(0 < sm < 1000 for sm in self.sm), f"rtx.sm {list(self.sm)}; a compute capability is for example 89")
 
 
 @dataclass(frozen=True)
@@ -180,7 +188,13 @@ class Sampling:
     def __post_init__(self) -> None:
         _check(self.n_steps > 0 and self.batch_size > 0, "sampling.n_steps and sampling.batch_size must be positive")
         _check(min(self.height, self.width) >= 0, "sampling.height and sampling.width must not be negative")
-        _check(self.seed >= 0, f"sampling.seed {self.seed} must not be negative")
+        _check(0 <= self.seed < MOST_SEED, f"sampling.seed {self.seed} must not be negative, and below 2**63")
+        _check(self.n_steps <= MOST_STEPS, f"sampling.n_steps {self.n_steps}; use at most {MOST_STEPS}")
+        _check(self.batch_size <= MOST_SAMPLES, f"sampling.batch_size {self.batch_size}; use at most {MOST_SAMPLES}")
+        _check(
+            max(self.height, self.width) <= MOST_PIXELS,
+            f"sampling.height {self.height}, sampling.width {self.width}; use at most {MOST_PIXELS}",
+        )
         _check(math.isfinite(self.guidance_scale), f"sampling.guidance_scale {self.guidance_scale} is not a number")
 
 
@@ -193,7 +207,7 @@ class Budgets:
 
     def __post_init__(self) -> None:
         for name, value in asdict(self).items():
-            _check(not math.isnan(value), f"budgets.{name} is nan, which nothing can meet; give a number of dB")
+            _check(math.isfinite(value), f"budgets.{name} is {value}, which is no budget; give a number of dB")
 
 
 @dataclass(frozen=True)
@@ -220,7 +234,8 @@ class Recipe:
     trt: Trt = Trt()
 
     def __post_init__(self) -> None:
-        _check(bool(self.name) and "/" not in self.name, f"recipe name {self.name!r} must be a plain file name")
+        check_name(self.name, Path("recipe"), RecipeError)
+        _check("/" not in self.name, f"recipe name {self.name!r} must be a plain file name")
         _check(bool(self.model), f"recipe {self.name}: model is empty; give a folder, a hub id or zoo:NAME")
 
 
@@ -300,17 +315,14 @@ def load(name_or_path: str) -> Recipe:
             raise RecipeError(
                 f"recipe file {path} does not exist; give a path to a .toml file or one of {recipe_names()}"
             )
-        text = path.read_text(encoding="utf-8")
+        text = read_text(path, RULES, MOST_TOML_BYTES)
     elif name_or_path in recipe_names():
-        text = (resources.files("pipeline") / "recipes" / f"{name_or_path}.toml").read_text(encoding="utf-8")
+        text = (resources.files("pipeline") / "recipes" / f"{name_or_path}.toml").read_text("utf-8")
     else:
         raise RecipeError(
             f"recipe {name_or_path!r} is unknown; use one of {', '.join(recipe_names())}, or a .toml file"
         )
-    try:
-        return from_dict(tomllib.loads(text), name_or_path)
-    except tomllib.TOMLDecodeError as error:
-        raise RecipeError(f"{name_or_path}: not valid TOML ({error})") from error
+    return from_dict(parse_toml(text, name_or_path, RULES), name_or_path)
 
 
 def with_settings(recipe: Recipe, settings: list[str]) -> Recipe:
@@ -338,12 +350,8 @@ def with_settings(recipe: Recipe, settings: list[str]) -> Recipe:
 
 def _path(key: str, setting: str) -> list[str]:
     """The parts of a dotted TOML key; a part may be in quotes."""
-    try:
-        document: Any = tomllib.loads(f"{key} = 0")
-    except tomllib.TOMLDecodeError as error:
-        raise RecipeError(
-            f"--set {setting!r}: {key!r} is not a key; expected for example weights.group_size"
-        ) from error
+    remedy = f"{key!r} is not a key, expected for example weights.group_size"
+    document: Any = parse_toml(f"{key} = 0", f"--set {setting!r}", Rules(RecipeError, remedy))
     path = []
     while isinstance(document, dict):
         name, document = next(iter(document.items()))
@@ -353,8 +361,8 @@ def _path(key: str, setting: str) -> list[str]:
 
 def _value(text: str) -> Any:
     try:
-        return tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
+        return parse_toml(f"value = {text}", "--set", RULES)["value"]
+    except RecipeError:
         return text
 
 

@@ -18,6 +18,7 @@ SYNONYMS = {"grey": "gray"}
 EXCHANGED = {"right of": "left of", "below": "above"}
 FIRST, SECOND = ("colour", "shape"), ("second colour", "second shape")
 ALONE, NONE = "alone", "none"
+SLOT_NAMES = (*FIRST, "relation", *SECOND, "background")
 GRAMMAR = "a COLOUR SHAPE [RELATION a COLOUR SHAPE] on BACKGROUND"
 
 
@@ -73,6 +74,9 @@ def _exchanged(chosen: dict[str, str]) -> dict[str, str]:
 def token_ids(prompt: str, slots: Slots) -> NDArray[np.int64]:
     """Token of every slot, [slots] int64: 0 is the empty prompt, then the words of slot 0, of slot 1 and so on."""
     chosen = parse(prompt, slots)
+    for slot in slots:
+        if chosen[slot["name"]] not in slot["words"]:
+            raise RecipeError(f"prompt {prompt!r}: this model has no {slot['name']} {chosen[slot['name']]!r}")
     offsets = np.cumsum([1, *(len(slot["words"]) for slot in slots)])[:-1]
     return np.array(
         [offset + list(slot["words"]).index(chosen[slot["name"]]) for offset, slot in zip(offsets, slots, strict=True)]

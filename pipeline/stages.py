@@ -7,7 +7,6 @@ and scratch folders. An old work folder is refused unless `resume` goes on with 
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import time
@@ -17,7 +16,11 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, TypeVar
 
-from export.errors import RecipeError, UserError
+from typing_extensions import TypedDict
+
+from export.documents import Rules, read_json
+from export.errors import ContractError, RecipeError, UserError
+from export.names import inside
 from pipeline import machine
 from pipeline.files import is_out_of_disk, lock, remove, sha256, sha256_json, tree, write_json
 from pipeline.progress import heartbeat
@@ -34,6 +37,23 @@ class StageTime:
     name: str
     seconds: float
     peak_memory_bytes: int
+
+
+class KeyFile(TypedDict):
+    """key.json: a hash of everything that decides the build."""
+
+    key: str
+
+
+class Marker(TypedDict):
+    """stages/NAME.json. files: name, relative to the work folder, to sha256."""
+
+    key: str
+    files: dict[str, str]
+    time: StageTime
+
+
+MARKER_RULES = Rules(extra="forbid")
 
 
 @dataclass
@@ -62,6 +82,10 @@ class WorkFolder:
         return folder
 
     def __enter__(self) -> WorkFolder:
+        if self.path.is_dir():
+            os.close(lock(self.path, "build"))  # a build that is at work is told apart from one that was interrupted
+        elif self.path.exists():
+            raise RecipeError(f"{self.path} is no folder of a build; remove it, or choose another --output-dir")
         if self.path.exists() and not (self.resume or self.force):
             remedy = "add --resume to finish it, or --force to start again"
             raise RecipeError(f"{self.path} holds an interrupted build; {remedy}")
@@ -99,10 +123,10 @@ class WorkFolder:
 
     def _key_matches(self) -> bool:
         path = self.path / "key.json"
-        found = json.loads(path.read_text(encoding="utf-8"))["key"] if path.exists() else None
-        if found and found != self.key:
+        found = read_or_none(path, KeyFile)
+        if found and found["key"] != self.key:
             logger.warning("recipe, model, tools or code changed since the interrupted build; starting again")
-        return found == self.key
+        return found is not None and found["key"] == self.key
 
     def run(
         self, name: str, outputs: tuple[str, ...], work: Callable[[], T], reload: Callable[[], T], depends: Any = None
@@ -136,14 +160,26 @@ class WorkFolder:
     def _finished(self, name: str, key: str) -> StageTime | None:
         """The stage's time if its marker has this key and all its files are as they were written."""
         marker = self.path / "stages" / f"{name}.json"
-        document: dict[str, Any] = json.loads(marker.read_text(encoding="utf-8")) if marker.exists() else {"key": None}
-        if document["key"] != key:
+        document = read_or_none(marker, Marker)
+        if document is None or document["key"] != key:
             return None
         for path, digest in document["files"].items():
-            if not (self.path / path).is_file() or sha256(self.path / path) != digest:
+            file = inside(self.path, path, marker)
+            if not file.is_file() or sha256(file) != digest:
                 logger.warning("%s: %s is not as it was written; doing the stage again", name, path)
                 return None
-        return StageTime(**document["time"])
+        return document["time"]
+
+
+def read_or_none(path: Path, schema: type[T]) -> T | None:
+    """State of an interrupted build; None where there is none, or, with a warning, where it is damaged."""
+    if not os.path.lexists(path):
+        return None
+    try:
+        return read_json(path, schema, MARKER_RULES)
+    except ContractError as error:
+        logger.warning("%s; that part is done again", str(error).partition(";")[0])
+        return None
 
 
 def timed(name: str, work: Callable[[], T], listener: Listener = lambda event: None) -> tuple[T, StageTime]:

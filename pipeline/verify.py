@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import logging
 import math
-import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -273,6 +272,7 @@ def activation_label(layer: QuantizedLinear) -> str:
 
 
 if __name__ == "__main__":
+    from pipeline.signals import leave
     from pipeline.verify_command import main
 
-    sys.exit(main())
+    leave(main)

@@ -9,11 +9,13 @@ from pathlib import Path
 
 from export.errors import ContractError, ParityError
 from pipeline import machine
+from pipeline.backends import metadata_file
 from pipeline.backends.base import LoweredGraph
 from pipeline.bundle import Bundle, load_bundle
 from pipeline.command import Answer, Parser, add_model_flags, add_threads, parser, run
 from pipeline.compiler import load_model, opened
-from pipeline.files import sha256, tree
+from pipeline.files import refuse_unwritable, sha256, tree
+from pipeline.manifest import FILE_NAME
 from pipeline.recipe import ModelFlags, with_model
 from pipeline.report import Report
 from pipeline.stages import timed
@@ -63,20 +65,23 @@ def lower_again(bundle: Bundle, folder: Path) -> dict[str, LoweredGraph]:
 
     Raises ContractError where they are not: then the engine does not belong to the portable model, or to this code.
     """
+    from export.onnx_files import reading
     from pipeline.backends import BACKENDS
 
     lowered = {}
     for target in bundle.targets:
         scratch, out = folder / "lowered" / target, folder / "built" / target
         scratch.mkdir(parents=True)
-        lowered[target] = BACKENDS[target].lower(bundle.path / "model.onnx", scratch, bundle.recipe)
+        with reading(bundle.path / "model.onnx"):
+            lowered[target] = BACKENDS[target].lower(bundle.path / "model.onnx", scratch, bundle.recipe)
         if target in REBUILT:
             out.mkdir(parents=True)
             BACKENDS[target].build(lowered[target], out, bundle.recipe)
             compare(out, target, {name: row["sha256"] for name, row in bundle.manifest["files"].items()})
         else:
             metadata = bundle.manifest["targets"][target]["metadata"]
-            source = {"model.onnx": metadata["onnx_sha256"], "model.onnx.data": metadata["onnx_data_sha256"]}
+            hashes = metadata_file.lowered_hashes(target, metadata, bundle.path / FILE_NAME)
+            source = {"model.onnx": hashes["onnx_sha256"], "model.onnx.data": hashes["onnx_data_sha256"]}
             compare(scratch, target, {f"{target}/{name}": digest for name, digest in source.items()})
     return lowered
 
@@ -91,6 +96,8 @@ def compare(folder: Path, target: str, expected: Mapping[str, str]) -> None:
 
 def work(args: argparse.Namespace, answer: Answer) -> int:
     """Verify and answer with the verdict and every gate."""
+    if args.output_dir:
+        refuse_unwritable(args.output_dir, True, "--output-dir")
     with tempfile.TemporaryDirectory(prefix="ditc-") as folder:
         flags = (args.model, args.variant, args.config)
         report = verify_bundle(args.bundle, args.output_dir or Path(folder), flags, args.threads)

@@ -10,6 +10,7 @@ import importlib
 import importlib.util
 import os
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
@@ -33,3 +34,16 @@ def interpreter(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setenv(VARIABLE, "1")
     with np.errstate(all="ignore"):
         yield
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--fuzz-cases", type=int, default=200, help="damaged documents that tests/test_fuzz.py tries")
+
+
+@pytest.fixture(scope="session")
+def victims(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """Whole folders of every kind that the verbs read, see tests/hostile.py. To be copied, not changed."""
+    from tests import hostile
+
+    with pytest.MonkeyPatch.context() as patch:
+        yield hostile.make_all(tmp_path_factory.mktemp("hostile"), patch)

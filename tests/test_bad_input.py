@@ -89,7 +89,7 @@ BAD_MODELS: dict[str, tuple[Callable[[Path], object], str]] = {
     "NaN weights": (plant_nan, f"tensor {LAYER} holds NaN or Inf"),
     "pickle": (only_pickle, "is a pickle"),
     "missing config": (lambda folder: (folder / "config.json").unlink(), "has no config.json"),
-    "damaged config": (lambda folder: (folder / "config.json").write_text("{"), "config.json: not a"),
+    "damaged config": (lambda folder: (folder / "config.json").write_text("{"), "config.json is not valid JSON"),
     "unsupported family": (
         lambda folder: edit_config(folder, _class_name="UNet2DConditionModel"),
         "UNet2DConditionModel",

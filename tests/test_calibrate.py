@@ -238,7 +238,7 @@ def test_a_finished_checkpoint_of_other_layers_is_found(tmp_path):
 def test_two_runs_in_one_folder(tmp_path):
     with (
         CalibrationState(tmp_path, {"a": 1}),
-        pytest.raises(RecipeError, match="another calibration is writing"),
+        pytest.raises(RecipeError, match=r"another calibration.* is writing"),
         CalibrationState(tmp_path, {"a": 2}),
     ):
         pytest.fail("entered")
@@ -316,7 +316,7 @@ def test_command_resumes_only_what_it_was_asked_for(tmp_path, capsys):
     assert main([*command(folder, tmp_path / "out", group_size=64), "--resume"]) == 2
     assert "weights.group_size is 32 there, 64 here" in capsys.readouterr().err
     with CalibrationState(tmp_path / "out", json.loads((tmp_path / "out" / ORIGIN_FILE).read_text())):
-        assert main([*flags, "--force"]) == 2 and "another calibration is writing" in capsys.readouterr().err
+        assert main([*flags, "--force"]) == 2 and "another calibration" in capsys.readouterr().err
     assert digests(tmp_path / "out") == before
 
 

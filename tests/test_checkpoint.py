@@ -213,7 +213,7 @@ def test_an_interrupted_save_is_no_checkpoint(tmp_path: Path, monkeypatch: pytes
     monkeypatch.setattr("export.checkpoint.json.dumps", interrupt)
     with pytest.raises(KeyboardInterrupt):
         save([layer(seed=2)], tmp_path)
-    with pytest.raises(ContractError, match=f"{LAYERS_FILE}: cannot be read"):
+    with pytest.raises(ContractError, match=f"{LAYERS_FILE} is missing"):
         load(tmp_path)
 
 

@@ -34,7 +34,7 @@ def edit(folder: Path, change: Any) -> None:
 @pytest.mark.parametrize("name", [LAYERS_FILE, WEIGHTS_FILE])
 def test_missing_file(saved: Path, name: str) -> None:
     (saved / name).unlink()
-    with pytest.raises(ContractError, match=f"{name}: cannot be read .*calibrate again"):
+    with pytest.raises(ContractError, match=f"{name}.*calibrate again"):
         load(saved)
 
 
@@ -43,26 +43,26 @@ def test_missing_file(saved: Path, name: str) -> None:
 def test_truncated_file(saved: Path, name: str, keep: float) -> None:
     data = (saved / name).read_bytes()
     (saved / name).write_bytes(data[: min(int(len(data) * keep), len(data) - 2)])
-    with pytest.raises(ContractError, match=f"{name}: cannot be read .*calibrate again"):
+    with pytest.raises(ContractError, match=f"{name}.*calibrate again"):
         load(saved)
 
 
 def test_bytes_that_are_no_text(saved: Path) -> None:
     (saved / LAYERS_FILE).write_bytes(b"\xff\xfe\x00")
-    with pytest.raises(ContractError, match="cannot be read"):
+    with pytest.raises(ContractError, match="is not in UTF-8"):
         load(saved)
 
 
 @pytest.mark.parametrize("text", ["[]", "3", '{"layers": []}'])
 def test_another_document(saved: Path, text: str) -> None:
     (saved / LAYERS_FILE).write_text(text)
-    with pytest.raises(ContractError, match="schema version None, this program reads 2; calibrate again"):
+    with pytest.raises(ContractError, match="schema version None, this version reads 2; calibrate again"):
         load(saved)
 
 
 def test_another_schema(saved: Path) -> None:
     edit(saved, lambda document: document.update(schema_version=99))
-    with pytest.raises(ContractError, match="schema version 99, this program reads 2"):
+    with pytest.raises(ContractError, match="schema version 99, this version reads 2"):
         load(saved)
 
 
@@ -78,7 +78,7 @@ DAMAGES = {
 @pytest.mark.parametrize("damage", DAMAGES)
 def test_damaged_rows(saved: Path, damage: str) -> None:
     edit(saved, DAMAGES[damage])
-    with pytest.raises(ContractError, match=f"{LAYERS_FILE}: a layer has not the keys .*calibrate again"):
+    with pytest.raises(ContractError, match=f"{LAYERS_FILE}: .*layers.*calibrate again"):
         load(saved)
 
 

@@ -16,13 +16,23 @@ from export.errors import ContractError, EnvironmentLacksError, ParityError, Rec
 from pipeline import cli, progress
 from pipeline import recipe as recipes
 from pipeline.build import make_parser, resolve
-from pipeline.command import Parser, judge, kebab, parser, run
+from pipeline.command import AnswerError, Parser, judge, kebab, parser, run
 from pipeline.compiler import BuildRequest, drop_other_targets
 from pipeline.methods import METHODS
 
 ROOT = Path(__file__).parent.parent
 CAPTURE: dict[str, Any] = {"cwd": ROOT, "capture_output": True, "text": True, "timeout": 120}
-HEAVY = ("torch", "diffusers", "transformers", "onnxruntime", "tensorrt_rtx", "triton", "matplotlib", "onnxscript")
+HEAVY = (
+    "torch",
+    "diffusers",
+    "transformers",
+    "onnxruntime",
+    "tensorrt_rtx",
+    "triton",
+    "matplotlib",
+    "onnxscript",
+    "pydantic",
+)
 
 
 def python(code: str, *args: str) -> subprocess.CompletedProcess[str]:
@@ -150,6 +160,19 @@ ERRORS: list[tuple[BaseException, int, str]] = [
     (OSError(errno.ENOSPC, "No space left on device"), 5, "the disk is full"),
     (RuntimeError('IoError(Os { code: 28, message: "No space left on device" })'), 5, "the disk is full"),
     (KeyboardInterrupt(), 130, "interrupted"),
+    (OSError(errno.ENOMEM, "Cannot allocate memory"), 5, "memory ran out"),
+    (RuntimeError("can't start new thread"), 5, "memory ran out"),
+    (OSError(errno.EMFILE, "Too many open files", "/x"), 5, "the system has too little left"),
+    (
+        PermissionError(errno.EACCES, "Permission denied", "/x"),
+        2,
+        "/x cannot be used (Permission denied); choose a place",
+    ),
+    (OSError(errno.EROFS, "Read-only file system", "/x"), 2, "/x cannot be used (Read-only file system)"),
+    (FileNotFoundError(errno.ENOENT, "No such file", str(ROOT / "pipeline/gone.css")), 1, "internal error"),
+    (FileNotFoundError(errno.ENOENT, "No such file"), 1, "internal error"),
+    (AnswerError(errno.EPIPE, "Broken pipe"), 141, "whoever read the answers left"),
+    (AnswerError(errno.EBADF, "Bad file descriptor"), 2, "stdout cannot be written"),
     (ZeroDivisionError("a bug"), 1, "internal error, ZeroDivisionError: a bug"),
 ]
 
@@ -243,10 +266,31 @@ def test_targets_are_refused_before_work(
     assert text in capsys.readouterr().out
 
 
-def test_a_reader_that_leaves_is_no_internal_error() -> None:
-    command = f"{sys.executable} -m pipeline.list | true"
-    done = subprocess.run(["bash", "-c", command], check=False, **CAPTURE)
-    assert "Traceback" not in done.stderr
+@pytest.mark.parametrize(
+    ("command", "code", "words"),
+    [
+        ("list | true; exit ${PIPESTATUS[0]}", (0, 141), ""),
+        ("list > /dev/full", (5,), "the disk is full"),
+        ("list >&-", (0,), ""),
+        ("list 2>&-", (0,), ""),
+        ("inspect nowhere --json > /dev/full", (2,), "is not a folder"),
+        ("inspect nowhere >&- 2>&-", (2,), ""),
+    ],
+)
+def test_answers_that_nobody_can_read_are_no_internal_error(command: str, code: tuple[int, ...], words: str) -> None:
+    done = subprocess.run(["bash", "-c", f"{sys.executable} -m pipeline.{command}"], check=False, **CAPTURE)
+    assert done.returncode in code, done.stderr
+    assert "Traceback" not in done.stderr and "Exception ignored" not in done.stderr and words in done.stderr
+
+
+def test_a_reader_that_left_is_told_by_the_exit_code() -> None:
+    code = (
+        "import os; from pipeline.list import main; from pipeline.signals import leave\n"
+        "reader, writer = os.pipe(); os.close(reader); os.dup2(writer, 1); leave(lambda: main([]))"
+    )
+    done = python(code)
+    assert done.returncode == 141 and done.stderr.count("\n") == 1
+    assert "whoever read the answers left" in done.stderr
 
 
 def test_progress_lines_tell_what_is_left(caplog: pytest.LogCaptureFixture) -> None:

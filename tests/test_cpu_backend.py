@@ -80,9 +80,9 @@ def test_lowering_json_gives_back_what_was_written(source):
 @pytest.mark.parametrize(
     "change, message",
     [
-        ({"schema_version": 99}, "schema 99"),
-        ({"probes": [{"layer": "a"}]}, "not a lowering file"),
-        (None, "not a lowering"),
+        ({"schema_version": 99}, "schema version 99"),
+        ({"probes": [{"layer": "a"}]}, "'probes.0.path' is missing"),
+        (None, "not valid JSON"),
     ],
 )
 def test_a_damaged_lowering_file_is_refused(tmp_path, change, message):

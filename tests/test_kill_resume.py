@@ -131,7 +131,7 @@ def same_engine(one: Path, other: Path) -> None:
     assert replace(first, path=other) == second
 
 
-def test_ctrl_c_saves_the_state_and_says_so(model: Path, undisturbed: Path, tmp_path: Path) -> None:
+def test_ctrl_c_and_sigterm_save_the_state_and_say_so(model: Path, undisturbed: Path, tmp_path: Path) -> None:
     output = tmp_path / "engines/e"
     code, rest = stop_at("export", signal.SIGINT, model, output)
     assert code == 130
@@ -140,6 +140,8 @@ def test_ctrl_c_saves_the_state_and_says_so(model: Path, undisturbed: Path, tmp_
     assert not output.exists()
     refused = subprocess.run(command(model, output), check=False, cwd=ROOT, capture_output=True, text=True, timeout=600)
     assert refused.returncode == 2 and "holds an interrupted build" in refused.stdout
+    code, rest = stop_at("cpu", signal.SIGTERM, model, output, "--resume")
+    assert code == 143 and "terminated; state saved in" in json.loads(rest.splitlines()[-1])["reason"]
     build(model, output, "--resume")
     assert content(output) == content(undisturbed)
 

@@ -18,7 +18,17 @@ ALLOWED = {
     "pipeline": {"pipeline", "plugins", "export"},
 }
 # Imported at the top of no module of the compiler, so that light verbs work without them.
-HEAVY = {"torch", "diffusers", "transformers", "onnxruntime", "tensorrt_rtx", "triton", "matplotlib", "sklearn"}
+HEAVY = {
+    "pydantic",
+    "torch",
+    "diffusers",
+    "transformers",
+    "onnxruntime",
+    "tensorrt_rtx",
+    "triton",
+    "matplotlib",
+    "sklearn",
+}
 # Modules that define torch modules; they are themselves imported inside functions only.
 DEFINES_TORCH_MODULES = {
     "export/torch_modules.py",

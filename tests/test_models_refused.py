@@ -93,8 +93,8 @@ def test_pickles_are_refused_unread(pixart, name):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("{", "config.json: not a JSON object"),
-        ("[1]", "config.json: not a JSON object"),
+        ("{", "config.json.*; copy or download it again"),
+        ("[1]", "config.json.*; copy or download it again"),
         ("{}", "config.json: no _class_name in it"),
         ('{"_class_name": "Nonsense"}', "has no model 'Nonsense'"),
         ('{"_class_name": "AutoencoderKL", "in_channels": 3}', "AutoencoderKL has no number 'sample_size'"),
@@ -140,7 +140,7 @@ def test_missing_shard_and_index_that_leaves_the_folder(tmp_path):
     with pytest.raises(ModelError, match="leaves the folder"):
         load(str(shards))
     index.write_text("{}")
-    with pytest.raises(ModelError, match="not an index of shards"):
+    with pytest.raises(ModelError, match="'weight_map' is missing"):
         load(str(shards))
 
 

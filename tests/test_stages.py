@@ -131,7 +131,7 @@ def test_two_builds_of_one_output(tmp_path: Path) -> None:
     with WorkFolder(tmp_path / "x.partial", "key") as work:
         Counter(work)()
         other = WorkFolder(tmp_path / "x.partial", "key", resume=True)
-        with pytest.raises(RecipeError, match="another build is writing"), other:
+        with pytest.raises(RecipeError, match=r"another build.* is writing"), other:
             pytest.fail("entered")
         assert (work.path / OUTPUT).read_bytes() == b"result"
 

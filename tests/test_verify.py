@@ -274,8 +274,10 @@ def test_example_prompts_are_understood_and_repeatable() -> None:
     words = {"colour": ["red", "orange"], "shape": ["ring"], "relation": ["alone", "above"]}
     words |= {"second colour": ["none", "blue"], "second shape": ["none", "square"], "background": ["white"]}
     slots = [{"name": name, "words": found} for name, found in words.items()]
-    scenes = from_dict({"sampler": "ddim", "conditioning": {"kind": "vocabulary", "slots": slots}}, Path("."))
-    classes = from_dict({"sampler": "ddim", "conditioning": {"kind": "classes", "names": list("0123")}}, Path("."))
+    table = {"embedding": "tokens.safetensors", "tensor": "t", "null_token": 0}
+    vocabulary, digits = {"kind": "vocabulary", **table, "slots": slots}, {"kind": "classes", "null_class": 4}
+    scenes = from_dict({"sampler": "ddim", "conditioning": vocabulary}, Path("."))
+    classes = from_dict({"sampler": "ddim", "conditioning": digits | {"names": list("0123")}}, Path("."))
     drawn = example_prompts(scenes, 8, seed=0)
     assert set(drawn) <= {f"{c} ring above a blue square on white" for c in ("a red", "an orange")}
     assert drawn == example_prompts(scenes, 8, seed=0)

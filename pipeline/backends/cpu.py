@@ -13,6 +13,7 @@ from typing import Any
 
 from export.errors import ContractError, EnvironmentLacksError, RecipeError
 from pipeline import machine
+from pipeline.backends import metadata_file
 from pipeline.backends.base import (
     WIDE_SUM,
     BuildResult,
@@ -68,12 +69,12 @@ class CpuBackend:
         """Write model.onnx and model.onnx.data, lowered, into `work_dir`; weights stream from the portable file."""
         import onnx_ir as ir
 
-        from export.model_file import read_model
+        from export.onnx_files import load_model
         from pipeline.passes import run_shared
         from pipeline.passes.fold_weights import FoldWeights
         from pipeline.passes.lower_cpu import LowerCpu
 
-        model = read_model(portable)
+        model = load_model(portable)
         run_shared(model)
         lowering = LowerCpu(self.capabilities)
         lowering(model)
@@ -109,7 +110,7 @@ class CpuBackend:
             LoweredGraph(out_dir / MODEL, lowered.probes, lowered.choices), out_dir / lowering_file.NAME
         )
         files = tuple(f"{out_dir.name}/{name}" for name in (*parts, *beside, lowering_file.NAME))
-        return BuildResult(files, lowered, json.loads((out_dir / METADATA).read_text(encoding="utf-8")))
+        return BuildResult(files, lowered, dict(metadata_file.read(out_dir, metadata_file.CpuMetadata)))
 
     def load(self, bundle_dir: Path, threads: int = 0) -> Engine:
         """Engine of a verified bundle folder. Raises EnvironmentLacksError where it would not run, or not exactly."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,19 +9,19 @@ from typing import Any
 
 import numpy as np
 
-from export.errors import ContractError, RecipeError
+from export.documents import open_file
+from export.errors import RecipeError
 from pipeline import machine
-from pipeline.backends import feeds, lowering_file
+from pipeline.backends import feeds, lowering_file, metadata_file
 from pipeline.backends.base import Arrays
+from pipeline.backends.runtime_errors import runtime_errors
 from plugins.cpu import library
 
-MODEL, CONDITION, DATA, METADATA = "model.onnx", "condition.onnx", "model.onnx.data", "metadata.json"
+MODEL, CONDITION, DATA, METADATA = "model.onnx", "condition.onnx", "model.onnx.data", metadata_file.NAME
 # What a build makes in the target's folder.
 FILES = frozenset({MODEL, CONDITION, DATA, METADATA, lowering_file.NAME})
 # Conditions whose results are kept: the last one of two callers. A third caller's is computed again at every call.
 KEPT = 2
-# Classes by which onnxruntime refuses a file. Others (a lack of memory) are not the file's fault.
-FILE_ERRORS = ("Fail", "InvalidArgument", "InvalidGraph", "InvalidProtobuf", "NoModel", "NoSuchFile", "NotImplemented")
 
 
 @dataclass(frozen=True)
@@ -130,11 +129,7 @@ def declared_inputs(sessions: Sessions) -> tuple[feeds.Declared, ...]:
 
 def required(folder: Path) -> frozenset[str]:
     """Capabilities that an engine needs to be exact, from its metadata.json. Raises ContractError."""
-    path = folder / METADATA
-    try:
-        return frozenset(json.loads(path.read_text(encoding="utf-8"))["requires"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ContractError(f"{path} cannot be read ({error}); build the engine again") from error
+    return frozenset(metadata_file.read(folder, metadata_file.CpuMetadata)["requires"])
 
 
 def open_session(path: Path, threads: int = 0, native: bool = False) -> Any:
@@ -159,10 +154,6 @@ def open_session(path: Path, threads: int = 0, native: bool = False) -> Any:
 def opened(ort: Any, path: Path, options: Any, without: Sequence[str] = ()) -> Any:
     """onnxruntime's session of a file, `without` some of its optimizers. Raises ContractError where it refuses it."""
     left_out = {"disabled_optimizers": list(without)} if without else {}
-    try:
+    open_file(path).close()  # refuses what is no file
+    with runtime_errors(path):
         return ort.InferenceSession(path, options, providers=["CPUExecutionProvider"], **left_out)
-    except Exception as error:
-        if type(error).__name__ not in FILE_ERRORS:
-            raise
-        reason = " ".join(str(error).split())[:300]
-        raise ContractError(f"{path} is refused by onnxruntime ({reason}); build the engine again") from error

@@ -10,7 +10,6 @@ No machine with a GPU was at hand: capture and kernels are compiled, not run. Th
 
 from __future__ import annotations
 
-import json
 import logging
 import threading
 from collections.abc import Iterator, Mapping, Sequence
@@ -21,9 +20,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from export.errors import ContractError, EnvironmentLacksError, RecipeError
+from export.errors import EnvironmentLacksError, RecipeError
 from pipeline import machine
-from pipeline.backends import feeds, lowering_file
+from pipeline.backends import feeds, lowering_file, metadata_file
 from pipeline.backends.base import Arrays
 from pipeline.backends.rtx_run import visible_sm
 from plugins.gpu.compiled import MINIMUM_TRITON
@@ -32,7 +31,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 logger = logging.getLogger(__name__)
-MODEL, CONDITION, METADATA = "model.onnx", "condition.onnx", "metadata.json"
+MODEL, CONDITION, METADATA = "model.onnx", "condition.onnx", metadata_file.NAME
 # What a build makes in the target's folder.
 FILES = frozenset({MODEL, CONDITION, METADATA, "model.onnx.data", lowering_file.NAME})
 SCHEMA_VERSION = 1
@@ -61,16 +60,7 @@ def machine_problem(metadata: Mapping[str, Any], sm: int, triton: str) -> str:
 
 def read_metadata(folder: Path) -> dict[str, Any]:
     """metadata.json of a built engine. Raises ContractError for a damaged file or another schema."""
-    path = folder / METADATA
-    try:
-        found = dict(json.loads(path.read_text(encoding="utf-8")))
-        if found["schema_version"] != SCHEMA_VERSION:
-            raise ContractError(
-                f"{path}: schema {found['schema_version']}, this version reads {SCHEMA_VERSION}; build the engine again"
-            )
-        return found | {"inputs": dict(found["inputs"]), "options": dict(found["options"])}
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ContractError(f"{path} cannot be read ({error}); build the engine again") from error
+    return dict(metadata_file.read(folder, metadata_file.CudaMetadata, metadata_file.VERSION_1))
 
 
 @contextmanager
@@ -131,10 +121,10 @@ class Part:
     """A module with its captured graphs; on the CPU it just runs."""
 
     def __init__(self, path: Path, options: Mapping[str, str], device: str) -> None:
-        from export.model_file import read_model
+        from export.onnx_files import load_model
         from pipeline.backends.cuda_module import LoweredModule
 
-        module = LoweredModule(read_model(path), **options).finish()
+        module = LoweredModule(load_model(path), **options).finish()
         self.inputs, self.device = module.inputs, device
         self.module: Any = module.to(device).eval()
         self.captured: dict[tuple[Any, ...], Captured] = {}

@@ -6,14 +6,29 @@ import json
 from dataclasses import asdict, fields
 from pathlib import Path
 
-from export.errors import ContractError
+from typing_extensions import TypedDict
+
+from export.documents import Rules, read_json
+from export.names import inside
 from pipeline.backends.base import Choice, LoweredGraph, ProbeRow
 
 SCHEMA_VERSION = 1
+RULES = Rules(
+    remedy="build the engine again", version=SCHEMA_VERSION, version_remedy="build the engine again", extra="forbid"
+)
 NAME = "lowering.json"
 # Fields of a probe row that are written only where they say something.
 OPTIONAL_NAMES = ("low_rank", "gemm_groups", "gemm_columns", "codes_format", "operands")
 OPTIONAL = {field.name: field.default for field in fields(ProbeRow) if field.name in OPTIONAL_NAMES}
+
+
+class LoweringFile(TypedDict):
+    """graph: name of the lowered graph, in the folder of this file or below."""
+
+    schema_version: int
+    graph: str
+    choices: list[Choice]
+    probes: list[ProbeRow]
 
 
 def write(lowered: LoweredGraph, path: Path) -> None:
@@ -30,22 +45,11 @@ def write(lowered: LoweredGraph, path: Path) -> None:
 
 def read(path: Path) -> LoweredGraph:
     """Inverse of `write`. Raises ContractError for another schema or a damaged file."""
-    try:
-        document = json.loads(path.read_text(encoding="utf-8"))
-        found = document.get("schema_version")
-        if found != SCHEMA_VERSION:
-            raise ContractError(f"{path}: schema {found}, this version reads {SCHEMA_VERSION}; build the engine again")
-        choices = tuple(Choice(**row) for row in document["choices"])
-        probes = tuple(ProbeRow(**{**row, **_tuples(row)}) for row in document["probes"])
-        return LoweredGraph(path.parent / document["graph"], probes, choices)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ContractError(f"{path} is not a lowering file ({error}); build the engine again") from error
+    document = read_json(path, LoweringFile, RULES)
+    graph = inside(path.parent, document["graph"], path)
+    return LoweredGraph(graph, tuple(document["probes"]), tuple(document["choices"]))
 
 
 def _stated(row: dict) -> dict:
     """A probe without what few layers have."""
     return {key: value for key, value in row.items() if key not in OPTIONAL or value != OPTIONAL[key]}
-
-
-def _tuples(row: dict) -> dict:
-    return {key: tuple(row[key]) for key in ("codes", "limb_weights", "gemm_columns", "operands") if key in row}

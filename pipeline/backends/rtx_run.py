@@ -21,13 +21,13 @@ import numpy as np
 
 from export.errors import ContractError, EnvironmentLacksError, RecipeError, ResourceError
 from pipeline import machine
-from pipeline.backends import feeds, lowering_file
+from pipeline.backends import feeds, lowering_file, metadata_file
 from pipeline.backends.base import Arrays
 from pipeline.backends.rtx_engine_file import read_header
 from plugins.tensorrt_rtx import plugin
 
 logger = logging.getLogger(__name__)
-ENGINE, METADATA = "model.engine", "metadata.json"
+ENGINE, METADATA = "model.engine", metadata_file.NAME
 # What a build makes in the target's folder.
 FILES = frozenset({ENGINE, METADATA, lowering_file.NAME})
 CACHE_FOLDER = "ditc/rtx"
@@ -50,12 +50,9 @@ def machine_problem(metadata: Mapping[str, Any], version: str, sm: int) -> str:
     return ""
 
 
-def read_metadata(folder: Path) -> dict[str, Any]:
+def read_metadata(folder: Path, schema: Any = metadata_file.RtxMetadata) -> dict[str, Any]:
     """metadata.json of a built engine."""
-    try:
-        return dict(json.loads((folder / METADATA).read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError) as error:
-        raise ContractError(f"{folder / METADATA} cannot be read ({error}); build the engine again") from error
+    return dict(metadata_file.read(folder, schema))
 
 
 def visible_sm() -> int:

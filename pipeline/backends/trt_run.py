@@ -17,14 +17,14 @@ import numpy as np
 
 from export.errors import EnvironmentLacksError, RecipeError, ResourceError
 from pipeline import machine
-from pipeline.backends import feeds, lowering_file
+from pipeline.backends import feeds, lowering_file, metadata_file
 from pipeline.backends.base import Arrays
 from pipeline.backends.rtx_run import Buffers, read_metadata, release, visible_sm
 from plugins.tensorrt import plugins
 from plugins.tensorrt_rtx import compile
 from plugins.tensorrt_rtx.payload import NAMESPACE, VERSION
 
-ENGINE, METADATA = "model.engine", "metadata.json"
+ENGINE, METADATA = "model.engine", metadata_file.NAME
 # What a build makes in the target's folder.
 FILES = frozenset({ENGINE, METADATA, lowering_file.NAME})
 MODULE = "tensorrt"
@@ -111,7 +111,7 @@ class TrtEngine:
     def __init__(self, folder: Path) -> None:
         """Raises EnvironmentLacksError before anything is deserialized where this machine cannot run the engine."""
         machine.require((MODULE, "torch"), "running the target trt")
-        self.metadata = read_metadata(folder)
+        self.metadata = read_metadata(folder, metadata_file.TrtMetadata)
         problem = machine_problem(self.metadata, machine.tool_version(MODULE), visible_sm())
         if problem:
             raise EnvironmentLacksError(problem)

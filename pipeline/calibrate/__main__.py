@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -15,7 +14,8 @@ from export.errors import RecipeError, UserError
 from pipeline import recipe as recipes
 from pipeline.calibrate.state import KEPT, ORIGIN_FILE
 from pipeline.command import Answer, Parser, add_model_flags, parser, run
-from pipeline.files import lock, remove
+from pipeline.files import lock, refuse_unwritable, remove
+from pipeline.signals import leave
 
 DESCRIPTION = "Quantize a model's linears by a recipe and write the checkpoint; --resume finishes a stopped run."
 
@@ -62,8 +62,7 @@ def _recipe(args: argparse.Namespace) -> recipes.Recipe:
 
 def _refuse_occupied(folder: Path, resume: bool, force: bool) -> None:
     """Refuse to touch what another run left, unless told to; `force` removes it."""
-    if folder.exists() and not folder.is_dir():
-        raise RecipeError(f"{folder} is a file; choose another --output-dir")
+    refuse_unwritable(folder, True, "--output-dir")
     if not folder.is_dir() or not any(folder.iterdir()) or (resume and not force):
         return
     if not (folder / ORIGIN_FILE).is_file():
@@ -95,4 +94,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main)

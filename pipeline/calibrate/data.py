@@ -18,6 +18,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import load_file, save_file
 
+from export.documents import Rules, read_text
 from export.errors import ModelError, RecipeError
 from pipeline import machine
 from pipeline.backends.base import Arrays
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
     from pipeline.backends.reference import ReferenceEngine
 
 logger = logging.getLogger(__name__)
+PROMPTS_RULES = Rules(RecipeError, "give a text file with one prompt per line")
 ORIGIN_FILE = "data.json"
 FORMAT_VERSION = 2  # of the folder; raise it when the same origin gives other calls
 # Prompts sampled at a time; with guidance a call holds twice as many samples.
@@ -111,7 +113,7 @@ def read_prompts(model: LoadedModel, recipe: Recipe) -> tuple[str, ...]:
                 f"calibrate.prompts: nothing encodes prompts for {model.source}; give the folder of its whole "
                 f"diffusers pipeline ({pipeline_data.INDEX} and all it lists), or a model with {GENERATION_FILE}"
             )
-        lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()] if path.is_file() else []
+        lines = [line.strip() for line in read_text(path, PROMPTS_RULES).splitlines()] if path.exists() else []
         found = [line for line in lines if line]
         if not found:
             raise RecipeError(f"calibrate.prompts: {path} has no prompt; give a text file with one prompt per line")

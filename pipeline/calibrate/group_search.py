@@ -15,19 +15,24 @@ from __future__ import annotations
 import json
 import logging
 import math
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import contextmanager
 from dataclasses import dataclass
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
+from annotated_types import Predicate
+from typing_extensions import TypedDict
 
-from export.errors import RecipeError
+from export.documents import read_json
+from export.errors import ContractError, RecipeError
 from pipeline.files import write_json
 from pipeline.progress import track
+from pipeline.signals import ignore_interrupts, stop_workers
 
 logger = logging.getLogger(__name__)
 Individual = tuple[int, ...]  # the group size of every gene
@@ -191,21 +196,42 @@ def _repaired(space: Space, individual: Individual, rng: np.random.Generator) ->
     return tuple(sizes)
 
 
+def _is_key(text: str) -> bool:
+    return re.fullmatch(r"\d{1,9}(,\d{1,9})*", text, re.ASCII) is not None
+
+
+class ScoresFile(TypedDict):
+    """costs: group sizes with commas to their cost, null for the worst there is."""
+
+    origin: dict[str, Any]
+    costs: dict[Annotated[str, Predicate(_is_key)], float | None]
+
+
+def _read_scores(path: Path) -> ScoresFile | None:
+    """Scores of an interrupted search; None without any, or where they cannot be read, which costs time only."""
+    try:
+        return read_json(path, ScoresFile) if path.is_file() else None
+    except ContractError as error:
+        logger.warning("%s; the search starts again", error)
+        return None
+
+
 class Scores:
     """Costs by individual, in a JSON file that is written anew with every one."""
 
     def __init__(self, path: Path, origin: Mapping[str, Any]) -> None:
         self.path, self.origin = path, json.loads(json.dumps(origin))
         self.costs: dict[Individual, float] = {}
-        document = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-        if document.get("origin") == self.origin:
-            self.costs = {_sizes(key): float(cost) for key, cost in document["costs"].items()}
+        document = _read_scores(path)
+        if document is not None and document["origin"] == self.origin:
+            self.costs = {_sizes(key): math.inf if cost is None else cost for key, cost in document["costs"].items()}
 
     def add(self, individual: Individual, cost: float) -> None:
         """A cost that is no number counts as the worst."""
         self.costs[individual] = math.inf if math.isnan(cost) else float(cost)
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        write_json(self.path, {"origin": self.origin, "costs": {_key(one): cost for one, cost in self.costs.items()}})
+        costs = {_key(one): cost if math.isfinite(cost) else None for one, cost in self.costs.items()}
+        write_json(self.path, {"origin": self.origin, "costs": costs})
 
     def ranked(self, individuals: Iterable[Individual]) -> list[Individual]:
         """Best first; of equals the one with the larger groups."""
@@ -246,6 +272,9 @@ def _scorers(make_score: Callable[[], Score], workers: int) -> Iterator[Callable
 
     try:
         yield scored
+    except BaseException:
+        stop_workers()
+        raise
     finally:
         pool.shutdown(cancel_futures=True)
 
@@ -254,6 +283,7 @@ _made: dict[str, Score] = {}
 
 
 def _start(make_score: Callable[[], Score]) -> None:
+    ignore_interrupts()
     _made["score"] = make_score()
 
 

@@ -6,7 +6,6 @@ random conditioning. The text encoder is loaded in float32, so that latents are 
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 import re
@@ -20,7 +19,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from safetensors import safe_open
 
+from export.documents import Rules, read_json
 from export.errors import ModelError, ResourceError
+from export.names import inside
 from pipeline import machine
 from pipeline.backends.base import Arrays, Engine
 from pipeline.files import sha256, sha256_json
@@ -49,8 +50,11 @@ def pipeline_root(model: LoadedModel) -> Path | None:
 
 def listed_parts(index: Path) -> list[str]:
     """Names of the parts of a pipeline; `[null, null]` stands for one that it does without."""
-    document = json.loads(index.read_text(encoding="utf-8"))
-    return [name for name, value in document.items() if isinstance(value, list) and len(value) == 2 and value[0]]
+    document = read_json(index, dict[str, Any], Rules(ModelError, "copy or download it again"))
+    names = [name for name, value in document.items() if isinstance(value, list) and len(value) == 2 and value[0]]
+    for name in names:
+        inside(index.parent, name, index, ModelError)
+    return names
 
 
 def shared_variant(root: Path) -> str | None:

@@ -17,10 +17,14 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Annotated, Any
+
+from annotated_types import Ge
+from typing_extensions import TypedDict
 
 from export import checkpoint
 from export.checkpoint import LAYERS_FILE, QuantizedLinear
+from export.documents import Rules, read_json
 from export.errors import ContractError, RecipeError
 from pipeline.calibrate.plan import LayerPlan
 from pipeline.files import lock
@@ -29,6 +33,13 @@ logger = logging.getLogger(__name__)
 ORIGIN_FILE = "calibration.json"
 TIME_FILE = "seconds.json"
 KEPT = "kept"
+RULES = Rules(remedy="calibrate again with --force")
+
+
+class Times(TypedDict):
+    """seconds: what an interrupted run took."""
+
+    seconds: Annotated[float, Ge(0)]
 
 
 def copy_finished(source: Path, folder: Path, origin: Mapping[str, Any]) -> None:
@@ -49,13 +60,8 @@ def copy_finished(source: Path, folder: Path, origin: Mapping[str, Any]) -> None
 
 def differences(path: Path, origin: Mapping[str, Any]) -> str:
     """What `path` says otherwise than `origin`, key by key in words; "" where they agree."""
-    try:
-        found, wanted = (
-            dict(_flat(value))
-            for value in (json.loads(path.read_text(encoding="utf-8")), json.loads(json.dumps(origin)))
-        )
-    except ValueError as error:
-        raise ContractError(f"{path}: cannot be read ({error}); calibrate again with --force") from error
+    told = read_json(path, dict[str, Any], RULES)
+    found, wanted = (dict(_flat(value)) for value in (told, json.loads(json.dumps(origin))))
     differing = [key for key in sorted(found | wanted) if found.get(key) != wanted.get(key)]
     return "; ".join(f"{key} is {found.get(key)} there, {wanted.get(key)} here" for key in differing)
 
@@ -108,7 +114,7 @@ class CalibrationState:
             self._clear()
             _write(path, self.origin)
         times = self.layers_dir / TIME_FILE
-        self._earlier = float(json.loads(times.read_text(encoding="utf-8"))["seconds"]) if times.is_file() else 0.0
+        self._earlier = read_json(times, Times, RULES)["seconds"] if times.is_file() else 0.0
         self._started = time.monotonic()
 
     def _clear(self) -> None:

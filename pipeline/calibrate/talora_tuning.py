@@ -178,7 +178,7 @@ class Tuner:
             with safe_open(path, framework="pt") as file:
                 iteration = int(json.loads(file.metadata()["state"])["iteration"])
                 tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - not a dict
-        except (OSError, ValueError, KeyError, SafetensorError) as error:
+        except (OSError, ValueError, KeyError, TypeError, RecursionError, SafetensorError) as error:
             logger.warning("%s cannot be read (%s); tuning starts again", path, error)
             return 0
         with torch.no_grad():

@@ -1,0 +1,253 @@
+"""The one reader of documents from outside: whole files, JSON and TOML, as strict as their content must be.
+
+A document is a regular file of bounded size in UTF-8. JSON has each key once, no NaN or Infinity, numbers that fit into
+64 bits, texts that can be shown, and bounded depth. What is in it is checked by a schema: a TypedDict or a dataclass,
+whose types pydantic enforces without converting anything.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+import stat
+import tomllib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cache
+from io import BufferedReader
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, NoReturn, TypeVar
+
+from export.errors import ContractError, UserError
+
+if TYPE_CHECKING:
+    from pydantic import TypeAdapter, ValidationError
+
+T = TypeVar("T")
+MOST_BYTES = 8 << 20
+MOST_TOML_BYTES = 256 << 10
+# Deeper than any document of ours or of diffusers (6), and far from the interpreter's own limit (about 1000).
+MOST_DEPTH = 48
+BIGGEST_INTEGER = 2**63 - 1
+# Line ends and tabs aside: they would steer a terminal that shows them, or cannot be encoded.
+UNSHOWN = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ud800-\udfff]")
+SHOWN_CHARACTERS = 80
+KINDS = (
+    (stat.S_ISDIR, "a folder"),
+    (stat.S_ISFIFO, "a pipe"),
+    (stat.S_ISSOCK, "a socket"),
+    (stat.S_ISCHR, "a device"),
+    (stat.S_ISBLK, "a device"),
+)
+
+
+@dataclass(frozen=True)
+class Rules:
+    """How a kind of document is refused. version: what its `schema_version` must be; None: it has none.
+
+    extra: whether keys that the schema does not name are left alone or refused.
+    """
+
+    error: type[UserError] = ContractError
+    remedy: str = "build the bundle again"
+    version: int | None = None
+    version_remedy: str = "build it again, or install the version that made it"
+    extra: Literal["ignore", "allow", "forbid"] = "allow"
+
+
+class _WrongDocument(ValueError):
+    """What is wrong with the text of a document, in words."""
+
+
+# --- files ---------------------------------------------------------------------------------------------------------
+
+
+def open_file(path: Path, error: type[UserError] = ContractError, remedy: str = "") -> BufferedReader:
+    """A regular file, opened for reading. Raises `error` for whatever else has that name; nothing is waited for."""
+    end = f"; {remedy}" if remedy else ""
+    try:
+        _refuse_special(path, os.stat(path).st_mode, error, end)
+        # Not blocking: the name may have become that of a pipe since.
+        descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
+    except FileNotFoundError as missing:
+        raise error(f"{path} is missing{end}") from missing
+    except (OSError, ValueError) as reason:
+        raise error(f"{path} cannot be read ({getattr(reason, 'strerror', None) or reason}){end}") from reason
+    file = os.fdopen(descriptor, "rb")
+    try:
+        _refuse_special(path, os.fstat(descriptor).st_mode, error, end)
+    except UserError:
+        file.close()
+        raise
+    return file
+
+
+def _refuse_special(path: Path, mode: int, error: type[UserError], end: str) -> None:
+    if not stat.S_ISREG(mode):
+        kind = next((words for test, words in KINDS if test(mode)), "something else")
+        raise error(f"{path} is {kind}, not a file{end}")
+
+
+def read_text(path: Path, rules: Rules = Rules(), most_bytes: int = MOST_BYTES) -> str:
+    """The text of a regular file of at most so many bytes, UTF-8 whatever the locale; a byte order mark is left out."""
+    with open_file(path, rules.error, rules.remedy) as file:
+        data = file.read(most_bytes + 1)
+    if len(data) > most_bytes:
+        raise rules.error(f"{path} has more than {most_bytes:,} bytes, which no such file needs; {rules.remedy}")
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise rules.error(f"{path} is not in UTF-8 ({error.reason} at byte {error.start}); {rules.remedy}") from error
+
+
+# --- JSON ----------------------------------------------------------------------------------------------------------
+
+
+def read_json(path: Path, schema: type[T], rules: Rules = Rules()) -> T:
+    """The JSON document in `path` as `schema` describes it. Raises `rules.error` naming the file and the first fault.
+
+    schema: a TypedDict, a dataclass, or types made of them; keys that it does not name stay, unless rules.extra says
+    otherwise.
+    """
+    text = read_text(path, rules)
+    check_json(text, str(path), rules)
+    return _validated(text, str(path), schema, rules)
+
+
+def check_json(text: str, source: str, rules: Rules = Rules()) -> Any:
+    """The document in a JSON text, its form checked, its schema not."""
+    hooks: dict[str, Any] = {"object_pairs_hook": _object, "parse_constant": _no_constant}
+    try:
+        document = json.loads(text, parse_int=_integer, parse_float=_float, **hooks)
+        _check_values(document)
+    except RecursionError as error:
+        raise rules.error(f"{source} is nested more than {MOST_DEPTH} deep; {rules.remedy}") from error
+    except _WrongDocument as error:
+        raise rules.error(f"{source}: {error}; {rules.remedy}") from error
+    except ValueError as error:
+        raise rules.error(f"{source} is not valid JSON ({error}); {rules.remedy}") from error
+    _check_version(document, source, rules)
+    return document
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    document = dict(pairs)
+    if len(document) < len(pairs):
+        keys = [key for key, _ in pairs]
+        raise _WrongDocument(f"key {next(key for key in keys if keys.count(key) > 1)!r} stands there twice")
+    return document
+
+
+def _no_constant(name: str) -> NoReturn:
+    raise _WrongDocument(f"{name} is not a number")
+
+
+def _integer(digits: str) -> int:
+    if len(digits) > len(str(-BIGGEST_INTEGER)) or abs(int(digits)) > BIGGEST_INTEGER:
+        raise _WrongDocument(f"the integer {digits[:20]}... does not fit into 64 bits")
+    return int(digits)
+
+
+def _float(digits: str) -> float:
+    if not math.isfinite(float(digits)):
+        raise _WrongDocument(f"the number {digits[:20]} is too large")
+    return float(digits)
+
+
+def _check_values(document: Any) -> None:
+    """Depth and texts of a parsed document, without recursion."""
+    level = [document]
+    for _ in range(MOST_DEPTH):
+        if not level:
+            return
+        level = [value for holder in level for value in _contents(holder)]
+    raise RecursionError
+
+
+def _contents(value: Any) -> Iterator[Any]:
+    """What a value holds; nothing for a text or number, which is checked."""
+    if isinstance(value, str) and UNSHOWN.search(value):
+        raise _WrongDocument(f"the text {value[:SHOWN_CHARACTERS]!r} has characters that cannot be shown")
+    if type(value) is int and abs(value) > BIGGEST_INTEGER:
+        raise _WrongDocument(f"the integer {str(value)[:20]}... does not fit into 64 bits")
+    if isinstance(value, dict):
+        yield from value
+        yield from value.values()
+    elif isinstance(value, list):
+        yield from value
+
+
+def _check_version(document: Any, source: str, rules: Rules) -> None:
+    if rules.version is None:
+        return
+    found = document.get("schema_version") if isinstance(document, dict) else None
+    if type(found) is not int or found != rules.version:
+        told = f"schema version {shown(found)}, this version reads {rules.version}"
+        raise rules.error(f"{source}: {told}; {rules.version_remedy}")
+
+
+# --- schema --------------------------------------------------------------------------------------------------------
+
+
+@cache
+def _adapter(schema: Any) -> TypeAdapter[Any]:
+    from pydantic import TypeAdapter  # takes a tenth of a second, which `--help` and `list` need not spend
+
+    return TypeAdapter(schema)
+
+
+def _validated(text: str, source: str, schema: type[T], rules: Rules) -> T:
+    """The document as an instance of `schema`; as JSON, where a list may stand for a tuple and nothing is converted."""
+    from pydantic import ValidationError
+
+    try:
+        adapter: TypeAdapter[T] = _adapter(schema)  # type: ignore[arg-type]
+        found = adapter.validate_json(text, strict=True, extra=rules.extra)
+    except ValidationError as error:
+        raise rules.error(f"{source}: {_first_fault(error)}; {rules.remedy}") from error
+    return found
+
+
+def validated(document: Any, source: str, schema: type[T], rules: Rules = Rules()) -> T:
+    """A document that was parsed already, as `schema` describes it. Raises `rules.error` naming `source`."""
+    return _validated(json.dumps(document), source, schema, rules)
+
+
+def _first_fault(error: ValidationError) -> str:
+    """The first difference between a document and its schema, in words."""
+    row = error.errors(include_url=False, include_context=False)[0]
+    key = ".".join(map(str, row["loc"])) or "the document"
+    if row["type"] == "missing":
+        return f"{key!r} is missing"
+    if row["type"] == "extra_forbidden":
+        return f"key {key!r} is unknown"
+    return f"{key} is {shown(row['input'])}; {row['msg'].replace('Input', 'it', 1)}"
+
+
+def shown(value: Any) -> str:
+    """A value of a document in a message: its beginning.
+
+    >>> shown("a" * 200)[-5:], shown(None), shown([1, 2])
+    ('aa...', 'None', '[1, 2]')
+    """
+    text = repr(value)
+    return text if len(text) <= SHOWN_CHARACTERS else f"{text[: SHOWN_CHARACTERS - 3]}..."
+
+
+# --- TOML ----------------------------------------------------------------------------------------------------------
+
+
+def parse_toml(text: str, source: str, rules: Rules) -> dict[str, Any]:
+    """The document in a TOML text; numbers may be inf or nan there. Raises `rules.error` naming `source`."""
+    try:
+        document = tomllib.loads(text)
+        _check_values(document)
+    except RecursionError as error:
+        raise rules.error(f"{source} is nested more than {MOST_DEPTH} deep; {rules.remedy}") from error
+    except _WrongDocument as error:
+        raise rules.error(f"{source}: {error}; {rules.remedy}") from error
+    except ValueError as error:  # TOMLDecodeError, and what int() and datetime say of numbers and dates
+        raise rules.error(f"{source}: not valid TOML ({error}); {rules.remedy}") from error
+    return document

@@ -1,0 +1,76 @@
+"""Names of files that come out of a file: they may only mean files inside the folder that the file describes.
+
+Every name in a manifest, a generation.json, an index of shards, a lowering file or the external data of an ONNX file
+passes `inside` before it is read or written. Names are judged by the rules of all systems at once, since a folder made
+on one is used on another.
+"""
+
+from __future__ import annotations
+
+import re
+import unicodedata
+from collections.abc import Iterable
+from pathlib import Path, PurePosixPath, PureWindowsPath
+
+from export.errors import ContractError, UserError
+
+# Characters that some system reads as a separator, a drive, a stream or a pattern, and control characters.
+FORBIDDEN = re.compile(r'[\\:*?"<>|\x00-\x1f\x7f-\x9f\ud800-\udfff]')
+MOST_BYTES = 255
+REMEDY = "do not use this folder, get it from its source"
+
+
+def inside(folder: Path, name: str, told_by: Path, error: type[UserError] = ContractError) -> Path:
+    """The path of the file called `name` in `folder`, which need not exist.
+
+    name: as the file `told_by` has it, a relative path with "/" between its parts. Raises `error` if it could mean
+    anything outside of the folder: by "..", as an absolute path, by a drive, by a link that leads out.
+    """
+    check_name(name, told_by, error)
+    path = folder / name
+    try:
+        is_inside = leads_inside(path, folder)
+    except UnicodeEncodeError as reason:
+        raise error(f"{told_by}: file {name!r} cannot be named in this system's encoding; use UTF-8") from reason
+    if not is_inside:
+        raise error(f"{told_by}: file {name!r} leaves the folder by a link; {REMEDY}, or copy it with cp -rL")
+    return path
+
+
+def check_name(name: str, told_by: Path, error: type[UserError] = ContractError) -> None:
+    """Raise `error` if `name` is no relative path of a file on every system; no file is looked at."""
+    if why := _wrong(name):
+        raise error(f"{told_by}: file {name!r} {why}; {REMEDY}")
+
+
+def _wrong(name: str) -> str:
+    """Why `name` is no relative path of a file on every system; "" if it is one."""
+    parts = name.split("/")
+    if PurePosixPath(name).is_absolute() or PureWindowsPath(name).anchor or ".." in parts or "\\" in name:
+        return "leaves the folder"
+    if FORBIDDEN.search(name) or any(len(part.encode()) > MOST_BYTES for part in parts):
+        return "leaves the folder on some systems, or cannot be a name there"
+    if any(part in ("", ".") or part[-1] in ". " or PureWindowsPath(part).is_reserved() for part in parts):
+        return "leaves the folder on some systems, or cannot be a name there"
+    return ""
+
+
+def leads_inside(path: Path, folder: Path) -> bool:
+    """Does `path` lie in `folder` when all links are followed?
+
+    The cache of the Hugging Face hub keeps the content of a repository's files in `blobs/`, beside the `snapshots/`
+    whose links lead there: that folder counts as inside.
+    """
+    root, found = folder.resolve(), path.resolve()
+    snapshots = next((parent for parent in (root, *root.parents) if parent.parent.name == "snapshots"), None)
+    blobs = [snapshots.parent.parent / "blobs"] if snapshots else []
+    return any(found.is_relative_to(allowed) for allowed in (root, *blobs))
+
+
+def distinct(names: Iterable[str], told_by: Path, error: type[UserError] = ContractError) -> None:
+    """Raise `error` if two of the names are one file where case, or the form of accents, does not matter."""
+    known: dict[str, str] = {}
+    for name in names:
+        other = known.setdefault(unicodedata.normalize("NFC", name).casefold(), name)
+        if other != name:
+            raise error(f"{told_by}: {other!r} and {name!r} are one file on some systems; {REMEDY}")
