@@ -170,45 +170,83 @@ def sample_errors(call: Call, exact: dict[str, NDArray[Any]], output: NDArray[An
     return [SampleError(call.text, i, sqnr_db(*pair)) for i, pair in enumerate(zip(expected, output, strict=True))]
 
 
-def state_errors(
+@dataclass(frozen=True)
+class StateResult:
+    """What an engine that keeps something between calls gets wrong.
+
+    errors: its samples against the reference. unequal: numbers that differ from those of an equal call before, and the
+    first such call in words, None for none.
+    """
+
+    errors: list[SampleError]
+    unequal: int
+    where: str | None
+
+
+def state_result(
     calls: Sequence[Call],
     pools: Mapping[str, Arrays],
     shared: frozenset[str],
     exact: dict[str, NDArray[Any]],
     run: Run,
     made: int,
-) -> list[SampleError]:
-    """What an engine keeps from call to call: a condition changed at an equal batch size (in one sample, in all, in
-    place), the STEADY_CALL-th call (`made` of them so far), two threads at once."""
+) -> StateResult:
+    """Calls whose results may depend on those before: a condition changed at an equal batch size (in one sample, in
+    all, in place), the STEADY_CALL-th call (`made` of them so far), two threads at once.
+
+    Each is made twice at least. Equal calls have no reason to differ in any bit, so no flipped code hides a fault here.
+    """
     single, pair, *_ = calls
     first, second, third = pair.rows[0], pair.rows[1], len(pools[pair.pool]["timestep"]) - 1
-    orders = (first, second), (first, third), (second, third), (third, first), (first, second)
+    orders = (first, second), (first, third), (second, third), (third, first)
     changed = [rows_of(pair.pool, rows, pools[pair.pool], shared) for rows in orders]
-    errors = call_errors([replace(call, text=f"{call.text}, condition changed") for call in changed], exact, run)
+    again = [replace(call, text=f"{call.text}, condition changed") for call in (*changed, changed[0])]
 
     arrays = {name: value.copy() for name, value in changed[2].inputs.items()}  # another condition than the call before
+    in_place = replace(changed[1], text=f"{pair.text}, changed in place", inputs=arrays)
+    steady = replace(single, text=f"call {STEADY_CALL}")
+    threads = [replace(call, text=f"{call.text}, 2 threads") for call in changed[2:]]
+
+    outputs = [run(call.inputs)["sample"] for call in again]
     run(arrays)
     for name, value in changed[1].inputs.items():
         arrays[name][...] = value
-    errors += call_errors([replace(changed[1], text=f"{pair.text}, changed in place", inputs=arrays)], exact, run)
-
-    for _ in range(made + len(changed) + 2, STEADY_CALL - 1):
+    outputs.append(run(arrays)["sample"])
+    alone = run(single.inputs)["sample"]
+    for _ in range(made + len(outputs) + 2, STEADY_CALL - 1):
         run(single.inputs)
-    steady = replace(single, text=f"call {STEADY_CALL}")
-    return errors + call_errors([steady], exact, run) + _threaded(changed[2:4], exact, run)
+    outputs.append(run(steady.inputs)["sample"])
+    parallel = _at_once(threads, run)
+
+    # (call, its output, that of an equal call before)
+    repeats = list(zip([again[4], in_place, steady], outputs[4:], [outputs[0], outputs[1], alone], strict=True))
+    for call, several, earlier in zip(threads, parallel, outputs[2:4], strict=True):
+        repeats += [(call, output, earlier) for output in several]
+    unequal = [(call.text, int(np.count_nonzero(_differ(output, earlier)))) for call, output, earlier in repeats]
+    answers = [*zip(again[:4], outputs[:4], strict=True), *((call, output) for call, output, _ in repeats)]
+    errors = [error for call, output in answers for error in sample_errors(call, exact, output)]
+    return StateResult(
+        errors, sum(count for _, count in unequal), next((text for text, count in unequal if count), None)
+    )
 
 
-def _threaded(calls: Sequence[Call], exact: dict[str, NDArray[Any]], run: Run) -> list[SampleError]:
-    """Callers of one batch size with conditions of their own, who all call at once, THREAD_ROUNDS times."""
+def _differ(output: NDArray[Any], earlier: NDArray[Any]) -> NDArray[np.bool_]:
+    """Which numbers differ; NaN equals NaN, and another shape differs everywhere."""
+    if output.shape != earlier.shape:
+        return np.ones(output.shape, bool)
+    return (output != earlier) & ~(np.isnan(output) & np.isnan(earlier))
+
+
+def _at_once(calls: Sequence[Call], run: Run) -> list[list[NDArray[Any]]]:
+    """Outputs of callers of one batch size with conditions of their own, who all call at once, THREAD_ROUNDS times."""
     together = Barrier(len(calls))
 
-    def repeat(call: Call) -> list[SampleError]:
-        errors = []
+    def repeat(call: Call) -> list[NDArray[Any]]:
+        outputs = []
         for _ in range(THREAD_ROUNDS):
             together.wait()
-            errors += call_errors([call], exact, run)
-        return errors
+            outputs.append(run(call.inputs)["sample"])
+        return outputs
 
-    named = [replace(call, text=f"{call.text}, {len(calls)} threads") for call in calls]
     with ThreadPoolExecutor(len(calls)) as threads:
-        return [error for errors in threads.map(repeat, named) for error in errors]
+        return list(threads.map(repeat, calls))

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.calls import SampleError
+from pipeline.calls import SampleError, StateResult
 from pipeline.gates import psnr_db
 from pipeline.recipe import Recipe
 from pipeline.report import Gate, LayerResult, SegmentResult, StepResult
@@ -188,6 +188,13 @@ def calls_gates(target: str, errors: Sequence[SampleError], found: Study, single
     )
     gates = [_end_gate(f"{target}/{name}", value, limits, what) for name, value, limits, what in rows]
     return [replace(gate, why=f"{gate.why}; worst in {worst.call}, sample {worst.sample}") for gate in gates]
+
+
+def repeats_gate(target: str, state: StateResult) -> Gate:
+    """Equal calls, with others between them and beside them in another thread."""
+    why = "equal calls give equal numbers to the bit: after other conditions, in place, the fiftieth, in two threads"
+    why += f"; first other in {state.where}" if state.where else ""
+    return Gate(f"{target}/repeats", state.unequal, 0, "numbers", why)
 
 
 def segments_gate(target: str, rows: Sequence[SegmentResult]) -> Gate:

@@ -17,7 +17,7 @@ import numpy as np
 from export.checkpoint import QuantizedLinear
 from pipeline.backends.base import Arrays, Engine, LoweredGraph
 from pipeline.backends.feeds import TooLargeError
-from pipeline.calls import call_errors, state_errors
+from pipeline.calls import call_errors, state_result
 from pipeline.effort import Effort, effort_for, note
 from pipeline.gates import LinearCheck, LinearProbe, activation_oracle, check_linear, sqnr_db
 from pipeline.picture_case import Case, Run, is_large
@@ -34,6 +34,7 @@ from pipeline.verdict import (
     layer_gates,
     notes_on_layers,
     quantization_gates,
+    repeats_gate,
     segments_gate,
     step_results,
 )
@@ -130,7 +131,9 @@ def verify_target(
     strange = call_errors(special, found.pool_exact, run)
     if engine is not None and effort.state:
         made = len(effort.steps) + len(special)
-        strange += state_errors(special, found.pools, model.shared, found.pool_exact, run, made)
+        state = state_result(special, found.pools, model.shared, found.pool_exact, run, made)
+        strange += state.errors
+        report.gates.append(repeats_gate(target, state))
     report.gates += calls_gates(target, strange, found, single)
     image = drawn(run, found.case.first(effort.pictures)) if effort.pictures else found.case.noise[:0]
     nonfinite = errors.nonfinite + int(np.count_nonzero(~np.isfinite(image)))
