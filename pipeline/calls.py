@@ -40,14 +40,14 @@ class PoolSpec:
     `large`: how many of them a large model takes."""
 
     name: str
-    timesteps: tuple[int, ...]
+    timesteps: tuple[float, ...]
     large: int
     latent_factor: float = 1.0
 
 
 POOLS = (
     PoolSpec(ONE, (3, 700), 1),
-    PoolSpec(ODD, (500, 975, 10), 2, LATENT_FACTOR),
+    PoolSpec(ODD, (666.625, 975, 10), 2, LATENT_FACTOR),
     PoolSpec(LONGEST, (1000, 0, 975, 999, 3, 20, 250, 500, 800), 3),
 )
 # (batch size, pool): rows are taken in turn.
@@ -186,55 +186,64 @@ class StateResult:
 def state_result(
     calls: Sequence[Call],
     pools: Mapping[str, Arrays],
-    shared: frozenset[str],
+    model: LoadedModel,
     exact: dict[str, NDArray[Any]],
     run: Run,
     made: int,
 ) -> StateResult:
     """Calls whose results may depend on those before: a condition changed at an equal batch size (in one sample, in
-    all, in place), the STEADY_CALL-th call (`made` of them so far), two threads at once.
+    all, in place, in its mask alone), the STEADY_CALL-th call (`made` of them so far), two threads at once.
 
     Each is made twice at least. Equal calls have no reason to differ in any bit, so no flipped code hides a fault here.
     """
     single, pair, *_ = calls
     first, second, third = pair.rows[0], pair.rows[1], len(pools[pair.pool]["timestep"]) - 1
     orders = (first, second), (first, third), (second, third), (third, first)
-    changed = [rows_of(pair.pool, rows, pools[pair.pool], shared) for rows in orders]
-    again = [replace(call, text=f"{call.text}, condition changed") for call in (*changed, changed[0])]
+    changed = [rows_of(pair.pool, rows, pools[pair.pool], model.shared) for rows in orders]
+    changed = [replace(call, text=f"{call.text}, condition changed") for call in changed]
+    outputs = [run(call.inputs)["sample"] for call in changed]
+    repeats = [(changed[0], run(changed[0].inputs)["sample"], outputs[0])]  # call, its output, that of its equal before
 
     arrays = {name: value.copy() for name, value in changed[2].inputs.items()}  # another condition than the call before
-    in_place = replace(changed[1], text=f"{pair.text}, changed in place", inputs=arrays)
-    steady = replace(single, text=f"call {STEADY_CALL}")
-    threads = [replace(call, text=f"{call.text}, 2 threads") for call in changed[2:]]
-
-    outputs = [run(call.inputs)["sample"] for call in again]
     run(arrays)
     for name, value in changed[1].inputs.items():
         arrays[name][...] = value
-    outputs.append(run(arrays)["sample"])
+    in_place = replace(changed[1], text=f"{pair.text}, changed in place", inputs=arrays)
+    repeats.append((in_place, run(arrays)["sample"], outputs[1]))
+
+    masked = {row.name: _half(changed[2].inputs[row.name]) for row in model.inputs if row.fill == "mask"}
+    other_mask = replace(changed[2], text=f"{pair.text}, mask changed alone", inputs=changed[2].inputs | masked)
+    of_other_mask = run(other_mask.inputs)["sample"]
+    repeats.append((replace(other_mask, inputs=changed[2].inputs), run(changed[2].inputs)["sample"], outputs[2]))
+    again = _unequal(run(other_mask.inputs)["sample"], of_other_mask)
+
     alone = run(single.inputs)["sample"]
-    for _ in range(made + len(outputs) + 2, STEADY_CALL - 1):
+    for _ in range(made + len(changed) + 7, STEADY_CALL - 1):
         run(single.inputs)
-    outputs.append(run(steady.inputs)["sample"])
-    parallel = _at_once(threads, run)
+    repeats.append((replace(single, text=f"call {STEADY_CALL}"), run(single.inputs)["sample"], alone))
 
-    # (call, its output, that of an equal call before)
-    repeats = list(zip([again[4], in_place, steady], outputs[4:], [outputs[0], outputs[1], alone], strict=True))
-    for call, several, earlier in zip(threads, parallel, outputs[2:4], strict=True):
+    threads = [replace(call, text=f"{pair.text}, 2 threads") for call in changed[2:]]
+    for call, several, earlier in zip(threads, _at_once(threads, run), outputs[2:], strict=True):
         repeats += [(call, output, earlier) for output in several]
-    unequal = [(call.text, int(np.count_nonzero(_differ(output, earlier)))) for call, output, earlier in repeats]
-    answers = [*zip(again[:4], outputs[:4], strict=True), *((call, output) for call, output, _ in repeats)]
+
+    unequal = [(other_mask.text, again), *((call.text, _unequal(*pair)) for call, *pair in repeats)]
+    answers = [*zip(changed, outputs, strict=True), *((call, output) for call, output, _ in repeats)]
     errors = [error for call, output in answers for error in sample_errors(call, exact, output)]
-    return StateResult(
-        errors, sum(count for _, count in unequal), next((text for text, count in unequal if count), None)
-    )
+    where = next((text for text, count in unequal if count), None)
+    return StateResult(errors, sum(count for _, count in unequal), where)
 
 
-def _differ(output: NDArray[Any], earlier: NDArray[Any]) -> NDArray[np.bool_]:
-    """Which numbers differ; NaN equals NaN, and another shape differs everywhere."""
+def _half(mask: NDArray[Any]) -> NDArray[Any]:
+    """Ones for the first half of the tokens in every row."""
+    tokens = mask.shape[1]
+    return np.broadcast_to(np.arange(tokens) < -(-tokens // 2), mask.shape).astype(mask.dtype)
+
+
+def _unequal(output: NDArray[Any], earlier: NDArray[Any]) -> int:
+    """How many numbers differ; NaN equals NaN, and another shape differs everywhere."""
     if output.shape != earlier.shape:
-        return np.ones(output.shape, bool)
-    return (output != earlier) & ~(np.isnan(output) & np.isnan(earlier))
+        return output.size
+    return int(np.count_nonzero((output != earlier) & ~(np.isnan(output) & np.isnan(earlier))))
 
 
 def _at_once(calls: Sequence[Call], run: Run) -> list[list[NDArray[Any]]]:

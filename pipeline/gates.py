@@ -187,6 +187,13 @@ class LinearCheck:
     operand_max_abs_diff: float = math.nan
 
 
+def check_quantizer(layer: QuantizedLinear, x: Array, image: Array, act_scale: Array | None) -> tuple[int, float]:
+    """(codes that no rounding explains, error of the scale over its bound) of a layer's quantizer on x [M, K]."""
+    oracle = activation_oracle(x, layer)
+    outside = (image < oracle.lowest) | (image > oracle.highest) | ~np.isfinite(image)
+    return int(np.count_nonzero(outside)), _scale_error(act_scale, oracle)
+
+
 def check_linear(layer: QuantizedLinear, probe: LinearProbe, oracle: ActivationOracle) -> LinearCheck:
     """Compare one linear of an engine with the oracle; `oracle` is activation_oracle(probe.x, layer)."""
     image = np.nan_to_num(probe.image, nan=0.0, posinf=0.0, neginf=0.0).astype(np.float64)
@@ -202,7 +209,7 @@ def check_linear(layer: QuantizedLinear, probe: LinearProbe, oracle: ActivationO
         codes_ambiguous=oracle.ambiguous,
         codes_inadmissible=int(np.count_nonzero(outside)),
         gemm_max_abs_diff=_gemm_difference(probe, total),
-        scale_error=_scale_error(probe, oracle),
+        scale_error=_scale_error(probe.act_scale, oracle),
         output_error=math.nan if math.isnan(errors[0]) else max(errors),
         nonfinite=sum(int(np.count_nonzero(~np.isfinite(item))) for item in produced),
         operand_max_abs_diff=_operand_difference(layer, probe, image),
@@ -259,12 +266,12 @@ def _operand_difference(layer: QuantizedLinear, probe: LinearProbe, image: Array
     return max(float(np.nan_to_num(item, nan=np.inf).max(initial=0)) for item in differences)
 
 
-def _scale_error(probe: LinearProbe, oracle: ActivationOracle) -> float:
+def _scale_error(act_scale: Array | None, oracle: ActivationOracle) -> float:
     """0 for a static scale: it is a constant that codes and output prove."""
-    if probe.act_scale is None:
+    if act_scale is None:
         return 0.0
     relative = SCALE_ROUNDINGS * ROUNDING * FIRST_ORDER + oracle.scale_slack
-    return _largest(probe.act_scale - oracle.scale, oracle.scale * relative)
+    return _largest(act_scale - oracle.scale, oracle.scale * relative)
 
 
 def _output_error(

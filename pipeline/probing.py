@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -115,6 +115,36 @@ class ProbedGraph:
             results.append(found | known | {name: fed[name] for name in names if name in inputs})
         return results
 
+    def cut(self, names: Sequence[str], fed: Mapping[str, NDArray]) -> Callable[[Mapping[str, NDArray]], Arrays]:
+        """What the graph computes for the tensors `names` when all that read those of `fed` get arrays of the same
+        types and ranks. A tensor may be in both: it is computed, and others read what was given."""
+        wanted = [f"{name}/cut" if name in fed else name for name in names]
+        changed = onnx.ModelProto()
+        changed.CopyFrom(self.model)
+        for node in changed.graph.node:
+            node.output[:] = [f"{name}/cut" if name in fed else name for name in node.output]
+        kept = [value for value in changed.graph.value_info if value.name not in fed]
+        del changed.graph.value_info[:], changed.graph.input[:], changed.graph.output[:]
+        changed.graph.value_info.extend(kept)
+        for name, array in fed.items():
+            kind = onnx.helper.np_dtype_to_tensor_dtype(array.dtype)
+            changed.graph.input.append(onnx.helper.make_tensor_value_info(name, kind, [None] * array.ndim))
+            left_over = onnx.helper.make_tensor_value_info(f"{name}/cut", kind, [None] * array.ndim)
+            changed.graph.value_info.append(left_over)  # of an op of ours, whose other outputs may be needed
+        changed.graph.output.extend(onnx.ValueInfoProto(name=name) for name in wanted)
+        needed = _needed(changed.graph, set(wanted))
+        nodes = [node for node in changed.graph.node if any(name and name in needed for name in node.output)]
+        del changed.graph.node[:]
+        changed.graph.node.extend(nodes)
+        with runtime_errors(self.path):
+            session = open_session(changed, self.path.parent)
+
+        def run(arrays: Mapping[str, NDArray]) -> Arrays:
+            results = self._call(session, wanted, dict(arrays))
+            return {name: results[key] for name, key in zip(names, wanted, strict=True)}
+
+        return run
+
     def _call(self, session: Any, names: Sequence[str], inputs: Arrays) -> Arrays:
         """Tensors by name. Raises ContractError where onnxruntime stops, as it does at a code beyond its table."""
         with runtime_errors(self.path):
@@ -153,6 +183,15 @@ class ProbedGraph:
             timesteps=_timesteps(call, len(x)) if row.low_rank else None,
             operands=(_rows(tensors[row.operands[0]]), tensors[row.operands[1]]) if row.operands else None,
         )
+
+
+def _needed(graph: onnx.GraphProto, wanted: set[str]) -> set[str]:
+    """Names of all tensors that `wanted` are computed from, and themselves. Nodes stand in the order of computation."""
+    needed = set(wanted)
+    for node in reversed(graph.node):
+        if any(name and name in needed for name in node.output):
+            needed.update(node.input)
+    return needed
 
 
 def _timesteps(call: Arrays, rows: int) -> NDArray | None:

@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.calls import SampleError, StateResult
+from pipeline.extremes import FACTORS, ExtremeResult
 from pipeline.gates import psnr_db
 from pipeline.recipe import Recipe
 from pipeline.report import Gate, LayerResult, SegmentResult, StepResult
@@ -188,6 +189,17 @@ def calls_gates(target: str, errors: Sequence[SampleError], found: Study, single
     )
     gates = [_end_gate(f"{target}/{name}", value, limits, what) for name, value, limits, what in rows]
     return [replace(gate, why=f"{gate.why}; worst in {worst.call}, sample {worst.sample}") for gate in gates]
+
+
+def quantizers_gate(target: str, rows: Sequence[ExtremeResult]) -> Gate:
+    """Quantizers on tokens that no call reaches: very small, zero, very large."""
+    why = f"quantizers that differ from the oracle on their tokens times {', '.join(f'{f:g}' for f in FACTORS)}"
+    wrong = [row for row in rows if row.codes_inadmissible or not row.scale_error <= 1]
+    if wrong:
+        row = wrong[0]
+        why += f"; first that of {row.layer}, times {row.factor:g}: {row.codes_inadmissible} codes, scale off by "
+        why += f"{row.scale_error:g} times its bound"
+    return Gate(f"{target}/quantizers", len(wrong), 0, "quantizers", why)
 
 
 def repeats_gate(target: str, state: StateResult) -> Gate:

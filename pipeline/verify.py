@@ -19,6 +19,7 @@ from pipeline.backends.base import Arrays, Engine, LoweredGraph
 from pipeline.backends.feeds import TooLargeError
 from pipeline.calls import call_errors, state_result
 from pipeline.effort import Effort, effort_for, note
+from pipeline.extremes import extreme_results
 from pipeline.gates import LinearCheck, LinearProbe, activation_oracle, check_linear, sqnr_db
 from pipeline.picture_case import Case, Run, is_large
 from pipeline.probing import ProbedGraph
@@ -34,6 +35,7 @@ from pipeline.verdict import (
     layer_gates,
     notes_on_layers,
     quantization_gates,
+    quantizers_gate,
     repeats_gate,
     segments_gate,
     step_results,
@@ -121,6 +123,7 @@ def verify_target(
     report.layers += results
     report.segments += segments.results
     report.gates += [segments_gate(target, segments.results), *tables_gate(target, model, probed)]
+    report.gates.append(quantizers_gate(target, extreme_results(probed, present, found.special_calls[0].inputs)))
     run = engine.run if engine else probed.denoiser()
     if engine is None:
         apart = PLUGINS_APART if any(choice.path.startswith("plugin") for choice in graph.choices) else ""
@@ -131,7 +134,7 @@ def verify_target(
     strange = call_errors(special, found.pool_exact, run)
     if engine is not None and effort.state:
         made = len(effort.steps) + len(special)
-        state = state_result(special, found.pools, model.shared, found.pool_exact, run, made)
+        state = state_result(special, found.pools, model, found.pool_exact, run, made)
         strange += state.errors
         report.gates.append(repeats_gate(target, state))
     report.gates += calls_gates(target, strange, found, single)
