@@ -16,12 +16,13 @@ from export.documents import open_file
 from export.errors import ContractError, EnvironmentLacksError, RecipeError
 from export.model_config import FILE as CONFIG
 from export.model_config import engine_config, read_config
+from export.names import is_hub_link
 from pipeline import machine, manifest, recipe
 from pipeline.backends import PORTABLE, cpu_engine, cuda_run, metadata_file, portable_engine, rtx_run, trt_run
 from pipeline.backends.base import Engine
 from pipeline.backends.rtx_run import machine_problem, release
 from pipeline.conditioning import Generation, load_generation
-from pipeline.files import is_hub_link, sha256, tree
+from pipeline.files import sha256, tree
 from pipeline.snapshot import verified_copy
 from plugins.cpu import library
 

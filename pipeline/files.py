@@ -132,18 +132,6 @@ def tree(folder: Path) -> list[str]:
     return sorted(found)
 
 
-def is_hub_link(path: Path, folder: Path) -> bool:
-    """Is a link in `folder` one of the hub's cache, REPOSITORY/snapshots/REVISION/... -> REPOSITORY/blobs/HASH?
-
-    It must end at a plain file right in the `blobs` of the same repository, whose `snapshots` hold the folder.
-    """
-    snapshots = next((parent for parent in folder.resolve().parents if parent.name == "snapshots"), None)
-    if snapshots is None:
-        return False
-    target, blobs = path.resolve(), snapshots.parent / "blobs"
-    return target.parent == blobs and target.is_file() and not blobs.is_symlink()
-
-
 def sync_tree(folder: Path) -> None:
     """`sync` for every file and folder below, and for the folder itself."""
     for parent, _, names in os.walk(folder, topdown=False):
