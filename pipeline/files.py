@@ -96,7 +96,7 @@ def _holder(descriptor: int) -> str:
     """The process that locked a file, in words; "" where the system does not tell (Linux does)."""
     table, wanted = Path("/proc/locks"), os.fstat(descriptor)
     place = f"{os.major(wanted.st_dev):02x}:{os.minor(wanted.st_dev):02x}:{wanted.st_ino}"
-    rows = [line.split() for line in table.read_text().splitlines()] if table.is_file() else []
+    rows = [line.split() for line in table.read_text(encoding="utf-8").splitlines()] if table.is_file() else []
     found = [row[4] for row in rows if len(row) > 5 and row[1] == "FLOCK" and row[5] == place]
     return f" (process {found[0]})" if found else ""
 
