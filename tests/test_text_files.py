@@ -25,7 +25,7 @@ TEXT_CALLS = ("read_text", "write_text")
 def calls_without_encoding(path: Path) -> Iterator[int]:
     """Line numbers of calls that read or write text in the locale's encoding."""
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-        if not isinstance(node, ast.Call) or "encoding" in (names := {keyword.arg for keyword in node.keywords}):
+        if not isinstance(node, ast.Call) or "encoding" in {keyword.arg for keyword in node.keywords}:
             continue
         name = node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", "")
         modes = [part.value for part in node.args if isinstance(part, ast.Constant) and isinstance(part.value, str)]
