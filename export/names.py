@@ -56,15 +56,20 @@ def _wrong(name: str) -> str:
 
 
 def leads_inside(path: Path, folder: Path) -> bool:
-    """Does `path` lie in `folder` when all links are followed?
+    """Does `path` lie in `folder`, or in the hub's cache beside it, when all links are followed?"""
+    return path.resolve().is_relative_to(folder.resolve()) or is_hub_link(path, folder)
 
-    The cache of the Hugging Face hub keeps the content of a repository's files in `blobs/`, beside the `snapshots/`
-    whose links lead there: that folder counts as inside.
+
+def is_hub_link(path: Path, folder: Path) -> bool:
+    """Does `path`, below `folder`, end where the hub's cache keeps the content of its file?
+
+    That is REPOSITORY/blobs/HASH for a link below REPOSITORY/snapshots/REVISION, and nothing deeper. It need not exist.
     """
-    root, found = folder.resolve(), path.resolve()
-    snapshots = next((parent for parent in (root, *root.parents) if parent.parent.name == "snapshots"), None)
-    blobs = [snapshots.parent.parent / "blobs"] if snapshots else []
-    return any(found.is_relative_to(allowed) for allowed in (root, *blobs))
+    snapshots = next((parent for parent in folder.resolve().parents if parent.name == "snapshots"), None)
+    if snapshots is None:
+        return False
+    blobs = snapshots.parent / "blobs"
+    return path.resolve().parent == blobs and not blobs.is_symlink()
 
 
 def distinct(names: Iterable[str], told_by: Path, error: type[UserError] = ContractError) -> None:

@@ -179,7 +179,23 @@ def _without_scales(stored: Mapping[str, Stored]) -> dict[str, Stored]:
             assert weight is not None
             result[weight_name] = Stored(weight.path, weight.key, float8.scaled(weight.tensor, row.tensor))
             del result[name]
+    _refuse_lost_scales(stored, result)
     return {name: Stored(row.path, row.key, float8.widened(row.tensor)) for name, row in result.items()}
+
+
+def _refuse_lost_scales(stored: Mapping[str, Stored], result: Mapping[str, Stored]) -> None:
+    """Raise ModelError for a float8 weight without a scale where the file says that there is one: by the range of the
+    layer's input, which files with scales alone have, or by ComfyUI's mark in a file without any scale."""
+    marks = [name for name in stored if name == "scaled_fp8"] if not any(map(float8.weight_of_scale, stored)) else []
+    for name, row in result.items():
+        if not float8.is_float8(row.tensor):
+            continue
+        layer = name.rpartition(".")[0]
+        if told := [mark for mark in (f"{layer}.input_scale", f"{layer}.scale_input", *marks) if mark in stored]:
+            raise ModelError(
+                f"{row.path}: tensor {row.key} is float8 without a scale, though {stored[told[0]].key} says that it "
+                "has one; give the whole file, or the float model"
+            )
 
 
 # --- what the class does not take ----------------------------------------------------------------------------------

@@ -13,15 +13,16 @@ from pathlib import Path
 from typing import Any
 
 from export.documents import open_file
-from export.errors import ContractError, EnvironmentLacksError, RecipeError
+from export.errors import ContractError, EnvironmentLacksError, RecipeError, UserError
 from export.model_config import FILE as CONFIG
 from export.model_config import engine_config, read_config
+from export.names import is_hub_link
 from pipeline import machine, manifest, recipe
 from pipeline.backends import PORTABLE, cpu_engine, cuda_run, metadata_file, portable_engine, rtx_run, trt_run
 from pipeline.backends.base import Engine
 from pipeline.backends.rtx_run import machine_problem, release
 from pipeline.conditioning import Generation, load_generation
-from pipeline.files import is_hub_link, sha256, tree
+from pipeline.files import sha256, tree
 from pipeline.snapshot import verified_copy
 from plugins.cpu import library
 
@@ -108,10 +109,17 @@ class Bundle:
 
     @contextmanager
     def copied(self, wanted: Callable[[str], object] = lambda name: True) -> Iterator[Bundle]:
-        """This bundle as a private, verified copy of the files whose names are `wanted`, while the context lasts."""
+        """This bundle as a private, verified copy of the files whose names are `wanted`, while the context lasts.
+
+        An error from within that names a file of the copy, which is then gone, names the bundle's instead.
+        """
         files = self.manifest["files"]
         with verified_copy(self.path, {name: files[name] for name in files if wanted(name)}) as private:
-            yield replace(self, path=private)
+            try:
+                yield replace(self, path=private)
+            except UserError as error:
+                error.args = tuple(str(part).replace(str(private), str(self.path)) for part in error.args)
+                raise
 
     @contextmanager
     def generation(self) -> Iterator[Generation]:

@@ -52,9 +52,10 @@ class DrawnSize:
     @classmethod
     def of_bundle(cls, bundle: Bundle, config: Mapping[str, Any]) -> DrawnSize:
         """The size that the recipe states, the model's own where it states none."""
-        from export.models import pixels_per_cell
+        from export.models import GENERATION_FILE, pixels_per_cell
 
-        scale, size = pixels_per_cell(bundle.path, config), bundle.recipe.sampling
+        with bundle.copied({GENERATION_FILE}.__contains__) as private:
+            scale, size = pixels_per_cell(private.path, config), bundle.recipe.sampling
         own = config["sample_size"]
         return cls((size.height // scale or own, size.width // scale or own), scale)
 

@@ -96,7 +96,7 @@ def _holder(descriptor: int) -> str:
     """The process that locked a file, in words; "" where the system does not tell (Linux does)."""
     table, wanted = Path("/proc/locks"), os.fstat(descriptor)
     place = f"{os.major(wanted.st_dev):02x}:{os.minor(wanted.st_dev):02x}:{wanted.st_ino}"
-    rows = [line.split() for line in table.read_text().splitlines()] if table.is_file() else []
+    rows = [line.split() for line in table.read_text(encoding="utf-8").splitlines()] if table.is_file() else []
     found = [row[4] for row in rows if len(row) > 5 and row[1] == "FLOCK" and row[5] == place]
     return f" (process {found[0]})" if found else ""
 
@@ -130,18 +130,6 @@ def tree(folder: Path) -> list[str]:
         links = [name for name in folders if os.path.islink(os.path.join(parent, name))]
         found += [(Path(parent) / name).relative_to(folder).as_posix() for name in names + links]
     return sorted(found)
-
-
-def is_hub_link(path: Path, folder: Path) -> bool:
-    """Is a link in `folder` one of the hub's cache, REPOSITORY/snapshots/REVISION/... -> REPOSITORY/blobs/HASH?
-
-    It must end at a plain file right in the `blobs` of the same repository, whose `snapshots` hold the folder.
-    """
-    snapshots = next((parent for parent in folder.resolve().parents if parent.name == "snapshots"), None)
-    if snapshots is None:
-        return False
-    target, blobs = path.resolve(), snapshots.parent / "blobs"
-    return target.parent == blobs and target.is_file() and not blobs.is_symlink()
 
 
 def sync_tree(folder: Path) -> None:

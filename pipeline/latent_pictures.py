@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,14 +25,12 @@ def draw_latent(bundle: Bundle, request: DrawRequest, source: str | None = None)
     family = str(bundle.manifest["model"]["family"])
     _refuse_other_class(root, family)
     import torch
-    from diffusers import DiffusionPipeline
 
-    from pipeline.calibrate.pipeline_data import shared_variant
+    from pipeline.calibrate.pipeline_data import open_pipeline
 
     transformer = bundle.as_diffusers(request.target)
     try:
-        opened = {"variant": shared_variant(Path(root)), "local_files_only": True}
-        pipeline = DiffusionPipeline.from_pretrained(root, transformer=transformer, **opened)
+        pipeline = open_pipeline(Path(root), transformer)
         arguments = pipeline_arguments(family)
         settings = _settings(request)
         drawn = []
@@ -55,9 +52,13 @@ def _settings(request: DrawRequest) -> dict[str, float]:
 
 
 def _refuse_other_class(root: str, family: str) -> None:
-    """Raise RecipeError if the pipeline's transformer is of another class than the engine's model."""
-    index = json.loads((Path(root) / "model_index.json").read_text(encoding="utf-8"))
-    row = index.get("transformer")
+    """Raise RecipeError if the pipeline's transformer is of another class than the engine's model.
+
+    ModelError for an index that cannot be read.
+    """
+    from pipeline.calibrate.pipeline_data import INDEX, read_index
+
+    row = read_index(Path(root) / INDEX).get("transformer")
     known = FAMILIES.get(family)
     class_name = row[1] if isinstance(row, list) and len(row) == 2 else None
     if known and class_name not in (known.class_name, LEGACY_CLASS):

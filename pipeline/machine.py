@@ -156,7 +156,7 @@ def _quota(group: Path) -> float | None:
 def _text(path: Path) -> str:
     """A file's text, "" where it cannot be read."""
     try:
-        return path.read_text()
+        return path.read_text(encoding="utf-8")
     except (OSError, ValueError):
         return ""
 

@@ -12,10 +12,10 @@ from typing import Any, cast
 from export.checkpoint import QuantizedLinear
 from export.documents import Rules, read_json
 from export.errors import ContractError
-from export.names import distinct, inside
+from export.names import distinct, inside, is_hub_link
 from pipeline import machine
 from pipeline.backends.base import BuildResult
-from pipeline.files import is_hub_link, sha256, tree, write_json
+from pipeline.files import sha256, tree, write_json
 from pipeline.recipe import Recipe
 from pipeline.stages import StageTime
 

@@ -21,8 +21,8 @@ from pathlib import Path
 from typing import Any
 
 from export.errors import ContractError
+from export.names import is_hub_link
 from pipeline import machine
-from pipeline.files import is_hub_link
 
 CHUNK_BYTES = 2**20
 REMEDY = "copy or build the bundle again"

@@ -157,10 +157,10 @@ def end_gates(target: str, errors: StepErrors, images: NDArray[Any], found: Stud
     quantization itself, unless that is under ROUNDED_DB: none asks for more. A target that draws no picture has no gate
     for it.
     """
-    worst_step = min(min(run.steps_db) for run in single.hit_errors)
+    worst_step = _worst([value for run in single.hit_errors for value in run.steps_db])
     quarter = _quarter([value for run in single.errors for value in run.samples_db])
-    worst_image = min(value for drawn in single.hit_images for value in pictures_db(found, drawn))
-    step_cost, image_cost = min(found.quant_db), min(pictures_db(found, found.images["float"]))
+    worst_image = _worst([value for drawn in single.hit_images for value in pictures_db(found, drawn)])
+    step_cost, image_cost = _lowest(found.quant_db), _lowest(pictures_db(found, found.images["float"]))
     rows = [
         ("step_sqnr_db", _lowest(errors.steps_db), (worst_step, step_cost), "worst step"),
         ("median_sqnr_db", _median(errors.samples_db), (quarter, step_cost), "lower quartile"),
@@ -172,10 +172,11 @@ def end_gates(target: str, errors: StepErrors, images: NDArray[Any], found: Stud
 
 
 def _end_gate(name: str, value: float, limits: tuple[float, float], what: str) -> Gate:
-    """limits: of the float32 runs, and of quantization."""
+    """limits: of the float32 runs, and of quantization, of which nan is a bug of ours that Gate refuses."""
     float32, quantization = limits
     why = f"{what} of the reference's float32 runs, less {FACTOR_DB:.0f} dB; or quantization's own error"
-    return Gate(name, value, min(max(float32 - FACTOR_DB, quantization), ROUNDED_DB), "dB", why, at_most=False)
+    limit = min(max(quantization, float32 - FACTOR_DB), ROUNDED_DB)  # nan stays where it stands first
+    return Gate(name, value, limit, "dB", why, at_most=False)
 
 
 def calls_gates(target: str, errors: Sequence[SampleError], found: Study, single: Realisations) -> list[Gate]:
@@ -184,7 +185,7 @@ def calls_gates(target: str, errors: Sequence[SampleError], found: Study, single
     worst = min(errors, key=lambda error: np.nan_to_num(error.sqnr_db, nan=-np.inf, posinf=np.inf))
     quarter = _quarter(single.calls_db)
     rows = (
-        ("calls", _lowest(values), (min(single.hit_calls_db), min(found.calls_quant_db)), "worst sample"),
+        ("calls", _lowest(values), (_worst(single.hit_calls_db), _lowest(found.calls_quant_db)), "worst sample"),
         ("calls_median", _median(values), (quarter, _median(found.calls_quant_db)), "lower quartile"),
     )
     gates = [_end_gate(f"{target}/{name}", value, limits, what) for name, value, limits, what in rows]
@@ -220,9 +221,17 @@ def segments_gate(target: str, rows: Sequence[SegmentResult]) -> Gate:
     return Gate(f"{target}/segments", error, 1, "x bound", why)
 
 
+def _worst(values: Sequence[float]) -> float:
+    """The least of float32 runs. One that overflows, as parts in FP16 may, has no number and sets no limit: -inf."""
+    return min(-math.inf if math.isnan(value) else value for value in values)
+
+
 def _quarter(values: Sequence[float]) -> float:
-    """The lower quartile. Equal samples count as EQUAL_DB: between two infinities there is no number."""
-    return float(np.quantile(np.minimum(values, EQUAL_DB), 0.25))
+    """The lower quartile of float32 runs; an overflow as in `_worst`.
+
+    Equal samples count as EQUAL_DB, and overflows as its negative: between two infinities there is no number.
+    """
+    return float(np.quantile(np.nan_to_num(np.clip(values, -EQUAL_DB, EQUAL_DB), nan=-EQUAL_DB), 0.25))
 
 
 def _median(values: Sequence[float]) -> float:

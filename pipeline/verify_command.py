@@ -6,20 +6,28 @@ import argparse
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from export.errors import ContractError, ParityError
+from export.model_config import FILE as CONFIG
+from export.model_config import read_config
 from pipeline import machine
+from pipeline import recipe as recipes
 from pipeline.backends import metadata_file
 from pipeline.backends.base import LoweredGraph
-from pipeline.bundle import Bundle, load_bundle
+from pipeline.bundle import GENERATION_FILES, Bundle, load_bundle
 from pipeline.command import Answer, Parser, add_model_flags, add_threads, parser, run
-from pipeline.compiler import load_model, opened
+from pipeline.compiler import describe, load_model, opened
 from pipeline.files import refuse_unwritable, sha256, tree
 from pipeline.manifest import FILE_NAME
 from pipeline.recipe import ModelFlags, with_model
 from pipeline.report import Report
 from pipeline.stages import timed
 
+if TYPE_CHECKING:
+    from export.models import LoadedModel
+
+RECIPE = "recipe.toml"
 # Targets whose build takes a moment and gives equal bytes, so that it is repeated (of the portable model no byte is
 # made, it is looked at as it lies in the bundle). The others, which run a vendor's compiler, are compared by the graph
 # that it was given.
@@ -53,11 +61,37 @@ def verify_bundle(
         remedy = "name the model that the bundle was built from with -m"
         raise ContractError(f"{model.source} has other weights than the bundle was built from; {remedy}")
     with original.copied() as bundle, tempfile.TemporaryDirectory(prefix="ditc-") as folder:
+        refuse_other_description(bundle, model)
         layers = read_layers(bundle.path / "model.onnx")
         lowered, _ = timed("lower", lambda: lower_again(bundle, Path(folder)))
         with opened(bundle.path, bundle.targets, machine.threads(threads)) as engines:
             report, _ = timed("gates", lambda: verify(model, layers, lowered, engines, bundle.recipe, report_dir))
     return report
+
+
+def refuse_other_description(bundle: Bundle, model: LoadedModel) -> None:
+    """Raise ContractError where a bundle's recipe.toml, config.json or generation.json is not that of what is verified.
+
+    Pictures are drawn by what these files say, and no gate looks at them. Of config.json, notes on its origin
+    (keys that begin with "_") do not matter.
+    """
+    with tempfile.TemporaryDirectory(prefix="ditc-") as name:
+        describe(Path(name), model, bundle.recipe)
+        own = {file: sha256(Path(name) / file) for file in tree(Path(name))}
+    rows = bundle.manifest["files"]
+    held = {file: rows[file]["sha256"] for file in rows if file in own or GENERATION_FILES.fullmatch(file)}
+    # By their content: the same may be written in several ways.
+    if _stated(read_config(bundle.path / CONFIG, ContractError)) == _stated(model.config):
+        held[CONFIG] = own[CONFIG]
+    if recipes.load(str(bundle.path / RECIPE)) == bundle.recipe:
+        held[RECIPE] = own[RECIPE]
+    if differing := sorted(file for file in own.keys() | held.keys() if own.get(file) != held.get(file)):
+        remedy = "build the bundle again, or name the model that it was built from with -m"
+        raise ContractError(f"{bundle.path / differing[0]} is not what the manifest's model and recipe make; {remedy}")
+
+
+def _stated(config: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in config.items() if not key.startswith("_")}
 
 
 def lower_again(bundle: Bundle, folder: Path) -> dict[str, LoweredGraph]:

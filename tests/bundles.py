@@ -48,7 +48,7 @@ def make_bundle(folder: Path) -> Path:
     (folder / "cpu").mkdir(parents=True)
     (folder / "model.onnx").write_bytes(b"portable")
     (folder / "cpu/model.onnx").write_bytes(b"lowered")
-    (folder / "config.json").write_text("{}")
+    (folder / "config.json").write_text('{"in_channels": 4, "sample_size": 32}')
     manifest.write(manifest.compose(facts(folder), folder), folder)
     return folder
 

@@ -80,6 +80,15 @@ def test_what_is_not_finite_passes(value: float) -> None:
     check_feeds(DECLARED, inputs() | {"timestep": np.array([1, value], np.float32)})
 
 
+def test_all_numbers_of_a_masked_array_count() -> None:
+    """Engines take them all."""
+    masked = np.ma.masked_array(np.ones((2, 3), np.float32), mask=True)
+    check_feeds(DECLARED, inputs() | {"mask": masked})
+    with pytest.raises(RecipeError, match=r"mask holds 1e\+30"):
+        masked.data[...] = 1e30
+        check_feeds(DECLARED, inputs() | {"mask": masked})
+
+
 def test_a_missing_input() -> None:
     with pytest.raises(RecipeError, match=r"inputs \['mask'\] are missing"):
         check_feeds(DECLARED, {name: array for name, array in inputs().items() if name != "mask"})

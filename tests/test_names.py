@@ -63,9 +63,15 @@ def test_the_hub_s_cache_keeps_content_beside_its_snapshots(tmp_path: Path) -> N
     (tmp_path / "outside").write_text("")
     (snapshot / "weights").symlink_to("../../../blobs/sha")
     (snapshot / "out").symlink_to(tmp_path / "outside")
+    (repository / "blobs/deep").mkdir()
+    (repository / "blobs/deep/sha").write_text("")
+    (snapshot / "deep").symlink_to("../../../blobs/deep/sha")
+    (snapshot / "absent").symlink_to("../../../blobs/other")
     assert inside(snapshot, "weights", snapshot / "x").is_file()
-    with pytest.raises(ContractError, match="leaves the folder by a link"):
-        inside(snapshot, "out", snapshot / "x")
+    assert not inside(snapshot, "absent", snapshot / "x").exists(), "for its reader to say that it is missing"
+    for name in ("out", "deep"):
+        with pytest.raises(ContractError, match="leaves the folder by a link"):
+            inside(snapshot, name, snapshot / "x")
 
 
 def test_names_that_differ_in_case_or_accents_alone_are_refused() -> None:

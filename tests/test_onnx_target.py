@@ -41,6 +41,7 @@ from pipeline.verify import verify_target
 from tests import learned, tiny
 from tests.faults import CROSS_V, FF_OUT, PORTABLE_FAULTS, Fault, Graph, K, Q, V
 from tests.faults_learned import LEARNED_FAULTS, OUT
+from tests.hooked_sessions import Hooked
 from tests.test_planted_faults_learned import learned_layer
 
 BACKEND = BACKENDS["onnx"]
@@ -264,7 +265,7 @@ def test_a_graph_that_stops_is_refused_in_words(exported: Any, tmp_path: Path) -
     graph = Graph(exported("learned").portable)
     _code_beyond_the_table(graph)
     graph.save(tmp_path / "model.onnx")
-    with pytest.raises(ContractError, match=r"model\.onnx cannot be run: .*out of data bounds"):
+    with pytest.raises(ContractError, match=r"model\.onnx: onnxruntime refuses it .*out of data bounds"):
         exported("learned").checks(tmp_path / "model.onnx")
 
 
@@ -322,6 +323,15 @@ def test_many_threads_share_one_engine(exported: Any) -> None:
     with ThreadPoolExecutor(4) as pool:
         found = list(pool.map(lambda call: engine.run(call)["sample"], made.found.calls * 4))
     assert all(np.array_equal(one, other) for one, other in zip(found, expected * 4, strict=True))
+
+
+def test_an_array_overwritten_during_a_call_makes_no_mixture(exported: Any) -> None:
+    made = exported("exact_group")
+    engine, call = PortableEngine(made.portable.parent, threads=1), made.found.calls[0]
+    expected = engine.run(call)["sample"]
+    mine = {name: array.copy() for name, array in call.items()}
+    engine.session = Hooked(engine.session, lambda: mine["hidden_states"].fill(0), lambda: None)
+    assert np.array_equal(engine.run(mine)["sample"], expected)
 
 
 @pytest.fixture(scope="module")

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -12,6 +14,7 @@ import torch
 
 from export import models
 from export.errors import ContractError
+from pipeline.calls import SampleError
 from pipeline.gates import LinearProbe
 from pipeline.segments import (
     LIMIT,
@@ -20,9 +23,11 @@ from pipeline.segments import (
     SegmentReference,
     diagnose,
     errors_over_limits,
+    judge,
     operations_jittered,
 )
-from pipeline.walk import OUTPUT, Walk, stopping_module, tensors_of
+from pipeline.verdict import calls_gates
+from pipeline.walk import OUTPUT, Stop, Walk, stopping_module, tensors_of
 from tests import tiny
 
 FAMILIES = ("pixart", "pixart_sizes", "hunyuan", "dit", "unknown")
@@ -142,6 +147,29 @@ def test_numbers_that_are_not_finite_have_a_stretch_too(model: models.LoadedMode
         return np.where(np.abs(x) > np.quantile(np.abs(x), 0.99), np.inf, x) if name == OUTPUT else x
 
     assert _check(model, overflow)[-1].diagnosis == "NaN or Inf, where the module's numbers are finite"
+
+
+@pytest.mark.parametrize(("size", "words"), [(1e6, "numbers up to 1e\\+06 here, FP16 holds 65504"), (1.0, "inside")])
+def test_parts_in_fp16_that_overflow_are_called_that(size: float, words: str) -> None:
+    """onnxruntime on a CPU computes them in float32, so that only the passes overflow."""
+    exact = np.full((1, 4, 8), size)
+    stops = [Stop("to_out", exact), *(Stop("to_out", np.full_like(exact, np.inf)) for _ in range(4))]
+    found = judge("rtx", "step 1", stops, exact.astype(np.float32), halved=True)
+    assert found.error == np.inf and re.match(f"FP16 overflow.* {words}", str(found.diagnosis))
+
+
+def test_float32_runs_that_overflow_set_no_limit() -> None:
+    cost, overflown = (
+        SimpleNamespace(calls_quant_db=[20.0, 30.0]),
+        SimpleNamespace(calls_db=[np.nan] * 4, hit_calls_db=[np.nan] * 4),
+    )
+    errors = [SampleError("batch 1", 0, 22.0), SampleError("batch 2", 0, np.nan)]
+    for count, passed in ((1, [True, False]), (2, [False, False])):
+        gates = calls_gates("rtx", errors[:count], cost, overflown)  # type: ignore[arg-type]
+        assert [gate.limit for gate in gates] == [20.0, 25.0] and [gate.passed for gate in gates] == passed
+    cost.calls_quant_db = [20.0, np.nan]
+    with pytest.raises(AssertionError, match="the limit is not a number, a bug of verification"):
+        calls_gates("rtx", errors, cost, overflown)  # type: ignore[arg-type]
 
 
 # --- arithmetic -----------------------------------------------------------------------------------------------------

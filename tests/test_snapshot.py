@@ -16,6 +16,8 @@ from export.errors import ContractError
 from pipeline import load, machine, manifest, snapshot
 from pipeline.backends import BACKENDS
 from pipeline.backends.cpu_engine import CpuEngine
+from pipeline.bundle import Bundle
+from pipeline.diffusers_adapter import DrawnSize
 from tests.bundles import facts, make_bundle
 
 ROWS, WIDTH = 4096, 64
@@ -131,6 +133,29 @@ def test_a_file_changed_after_the_check_is_noticed(change, folder: Path, place: 
     with pytest.raises(ContractError, match=r"config\.json"):
         bundle.config()
     assert list(place.iterdir()) == [], "nothing is left behind"
+
+
+def test_errors_name_the_bundle_s_file_and_not_the_copy_that_is_gone(folder: Path) -> None:
+    (folder / "cpu/metadata.json").write_text('{"requires": 3}')
+    (folder / "config.json").write_text('{"sample_size": 0}')
+    (folder / "manifest.json").unlink()
+    manifest.write(manifest.compose(facts(folder), folder), folder)
+    for use, name in ((Bundle.config, "config.json"), (Bundle.engine, "cpu/metadata.json")):
+        with pytest.raises(ContractError) as caught:
+            use(load(folder))
+        assert str(caught.value).startswith(f"{folder / name}: ")
+
+
+def test_the_size_that_a_drop_in_draws_comes_from_the_verified_file(folder: Path) -> None:
+    """Pixel models have cells of one pixel, latent ones of eight: generation.json says which."""
+    (folder / "generation.json").write_text('{"output": "pixels"}')
+    (folder / "manifest.json").unlink()
+    manifest.write(manifest.compose(facts(folder), folder), folder)
+    bundle, config = load(folder), {"sample_size": 32, "in_channels": 4}
+    assert DrawnSize.of_bundle(bundle, config).pixels == (32, 32)
+    (folder / "generation.json").write_text('{"output": "latent"}')
+    with pytest.raises(ContractError, match=r"generation\.json differs from the manifest"):
+        DrawnSize.of_bundle(bundle, config)
 
 
 def test_a_file_swapped_while_the_engine_loads_cannot_matter(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -25,12 +25,14 @@ TEXT_CALLS = ("read_text", "write_text")
 def calls_without_encoding(path: Path) -> Iterator[int]:
     """Line numbers of calls that read or write text in the locale's encoding."""
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-        if not isinstance(node, ast.Call) or "encoding" in (names := {keyword.arg for keyword in node.keywords}):
+        if not isinstance(node, ast.Call) or "encoding" in {keyword.arg for keyword in node.keywords}:
             continue
         name = node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", "")
         modes = [part.value for part in node.args if isinstance(part, ast.Constant) and isinstance(part.value, str)]
         opens = name in ("open", "fdopen") and (isinstance(node.func, ast.Name) or bool(modes) or not node.args)
-        if name in TEXT_CALLS or "text" in names or (opens and not any("b" in mode for mode in modes)):
+        text = name in TEXT_CALLS and isinstance(node.func, ast.Attribute) and "utf-8" not in modes
+        as_text = any(part.arg == "text" and getattr(part.value, "value", None) is True for part in node.keywords)
+        if text or as_text or (opens and not any("b" in mode for mode in modes)):
             yield node.lineno
 
 
@@ -44,6 +46,9 @@ def calls_without_encoding(path: Path) -> Iterator[int]:
         ("path.open('w', newline='')", False),
         ("subprocess.run(command, text=True)", False),
         ("path.read_text(encoding='utf-8')", True),
+        ("path.read_text('utf-8')", True),
+        ("read_text(path, rules)", True),  # the reader of documents
+        ("replace(call, text='single')", True),
         ("path.open('rb')", True),
         ("open(path, 'wb')", True),
         ("os.open(path, os.O_RDONLY)", True),

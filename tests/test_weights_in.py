@@ -230,6 +230,14 @@ def test_a_scale_without_a_float8_weight(pixart):
         load(str(pixart))
 
 
+@pytest.mark.parametrize("mark", [f"{ATTENTION}.to_q.input_scale", f"{ATTENTION}.to_q.scale_input", "scaled_fp8"])
+def test_a_scale_that_got_lost(pixart, mark):
+    codes = {Q_WEIGHT: torch.ones(64, 64).to(torch.float8_e4m3fn), mark: torch.tensor(3.0)}
+    change(pixart, lambda state: state | codes)
+    with pytest.raises(ModelError, match=rf"to_q\.weight is float8 without a scale, though {mark} says"):
+        load(str(pixart))
+
+
 # --- used, harmless, refused ---------------------------------------------------------------------------------------
 
 

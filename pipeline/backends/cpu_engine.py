@@ -73,7 +73,7 @@ class CpuEngine:
             raise RecipeError("the engine is closed; load it again")
         kept = next((row for row in self.kept if row.is_of(inputs)), None)
         known = {} if kept is None else kept.condition
-        call = {name: known[name] if name in known else _copy(array) for name, array in inputs.items()}
+        call = {name: known[name] if name in known else own(array) for name, array in inputs.items()}
         feeds.check_feeds(self.declared, call)
         if kept is None and sessions.condition is not None:
             kept = self._prepare(sessions.condition, call)
@@ -104,7 +104,7 @@ def _equal(array: Any, other: Any) -> bool:
     return bool(fits and np.array_equal(array, other))
 
 
-def _copy(array: Any) -> Any:
+def own(array: Any) -> Any:
     """A private copy of an array; what is none is left for the check of inputs to refuse."""
     return np.array(array, order="C") if isinstance(array, np.ndarray) else array
 

@@ -155,6 +155,7 @@ def _check_numbers(name: str, array: Any) -> None:
 def _bounds(array: Any) -> tuple[float, float]:
     """Least and largest of the finite numbers of an array or tensor; (0, 0) without any."""
     if isinstance(array, np.ndarray):
+        array = np.asarray(array)  # of a masked array all numbers count, since engines take them all
         low, high, finite = float(array.min()), float(array.max()), np.isfinite
     else:
         import torch

@@ -9,7 +9,7 @@ from export.errors import RecipeError
 from pipeline import machine
 from pipeline.backends import feeds
 from pipeline.backends.base import Arrays
-from pipeline.backends.cpu_engine import opened, run_session
+from pipeline.backends.cpu_engine import opened, own, run_session
 
 MODEL, DATA = "model.onnx", "model.onnx.data"
 # What a build makes, at the bundle's root.
@@ -20,7 +20,10 @@ FOLDED_BYTES = 8 * 2**20
 
 
 class PortableEngine:
-    """One onnxruntime session on the CPU. Keeps nothing between calls, so it may be called from several threads."""
+    """One onnxruntime session on the CPU. Keeps nothing between calls, so it may be called from several threads.
+
+    A call computes with its own copies of the inputs, so callers may overwrite their arrays at any time.
+    """
 
     def __init__(self, folder: Path, threads: int = 0) -> None:
         self.session: Any = open_portable(folder / MODEL, threads)
@@ -32,8 +35,9 @@ class PortableEngine:
         session = self.session
         if session is None:
             raise RecipeError("the engine is closed; load it again")
-        feeds.check_feeds(self.declared, inputs)
-        return run_session(session, self.outputs, inputs)
+        call = {name: own(array) for name, array in inputs.items()}
+        feeds.check_feeds(self.declared, call)
+        return run_session(session, self.outputs, call)
 
     def close(self) -> None:
         """Free the session; the engine cannot run afterwards."""

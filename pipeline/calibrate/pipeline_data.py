@@ -17,14 +17,14 @@ from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 
-from export.documents import Rules, read_json
-from export.errors import ModelError, ResourceError
+from export.documents import Rules, open_file, read_json
+from export.errors import ModelError, ResourceError, UserError
 from export.names import inside
 from pipeline import machine
 from pipeline.backends.base import Arrays, Engine
-from pipeline.files import sha256, sha256_json
+from pipeline.files import is_out_of_disk, is_out_of_memory, sha256, sha256_json
 
 if TYPE_CHECKING:
     from export.models import LoadedModel
@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 INDEX = "model_index.json"
+REMEDY = "copy or download it again"
 # Weights of a part, in one file or in shards, without a variant or with one before or behind the shard's number.
 WEIGHTS = re.compile(r"[a-z_]+(\.([\w-]+?))?(-\d+-of-\d+)?(\.([\w-]+))?\.safetensors")
 CAPTIONS = "captions.txt"
@@ -48,9 +49,14 @@ def pipeline_root(model: LoadedModel) -> Path | None:
     return None
 
 
+def read_index(index: Path) -> dict[str, Any]:
+    """A pipeline's model_index.json: class names, and [library, class] by part. Raises ModelError."""
+    return read_json(index, dict[str, Any], Rules(ModelError, REMEDY))
+
+
 def listed_parts(index: Path) -> list[str]:
     """Names of the parts of a pipeline; `[null, null]` stands for one that it does without."""
-    document = read_json(index, dict[str, Any], Rules(ModelError, "copy or download it again"))
+    document = read_index(index)
     names = [name for name, value in document.items() if isinstance(value, list) and len(value) == 2 and value[0]]
     for name in names:
         inside(index.parent, name, index, ModelError)
@@ -107,8 +113,38 @@ def float32_bytes(root: Path) -> int:
 
 
 def _elements(path: Path) -> int:
-    with safe_open(path, framework="numpy") as tensors:
-        return sum(math.prod(tensors.get_slice(key).get_shape()) for key in tensors.keys())  # noqa: SIM118
+    open_file(path, ModelError, REMEDY).close()  # refuses what is no file, for which safe_open would wait
+    try:
+        with safe_open(path, framework="numpy") as tensors:
+            return sum(math.prod(tensors.get_slice(key).get_shape()) for key in tensors.keys())  # noqa: SIM118
+    except (SafetensorError, OSError) as error:
+        raise ModelError(f"{path}: not a whole safetensors file ({error}); {REMEDY}") from error
+
+
+# What diffusers and transformers raise for parts that are missing, damaged or of another version.
+REFUSALS = (ArithmeticError, AttributeError, ImportError, LookupError, OSError, RuntimeError, SafetensorError,
+            TypeError, ValueError)  # fmt: skip
+
+
+def open_pipeline(root: Path, transformer: Any) -> Any:
+    """The diffusers pipeline in the folder `root` with this transformer. Raises ModelError for one that cannot be read.
+
+    Lack of memory or disk stays what it is.
+    """
+    from diffusers import DiffusionPipeline
+
+    settings = {"variant": shared_variant(root), "local_files_only": True}
+    for path in (path for part in _other_parts(root) for path in (root / part).rglob("*") if not path.is_dir()):
+        open_file(path, ModelError, REMEDY).close()  # refuses what is no file, for which diffusers would wait
+    try:
+        return DiffusionPipeline.from_pretrained(root, transformer=transformer, **settings)
+    except UserError:
+        raise
+    except REFUSALS as error:
+        if is_out_of_memory(error) or is_out_of_disk(error):
+            raise
+        reason = " ".join(str(error).split())[:300] or type(error).__name__
+        raise ModelError(f"{root}: diffusers cannot open this pipeline ({reason}); {REMEDY}") from error
 
 
 def refuse_too_large(root: Path) -> None:
@@ -155,16 +191,13 @@ class PipelineSampler:
     """The model's pipeline with the float model's engine in the transformer's place, opened once for all batches."""
 
     def __init__(self, root: Path, model: LoadedModel, recipe: Recipe, engine: Engine) -> None:
-        """Raises ResourceError for parts too large, and OSError as diffusers does for one that cannot be read."""
-        from diffusers import DiffusionPipeline
-
+        """Raises ResourceError for parts too large, and ModelError for one that cannot be read."""
         from pipeline.diffusers_adapter import EngineTransformer
 
         refuse_too_large(root)
         self.model, self.recipe, self.engine = model, recipe, engine
         transformer = EngineTransformer(engine, model.family, model.config)
-        settings = {"variant": shared_variant(root), "local_files_only": True}
-        self.pipe: Any = DiffusionPipeline.from_pretrained(root, transformer=transformer, **settings)
+        self.pipe: Any = open_pipeline(root, transformer)
         self.pipe.set_progress_bar_config(disable=True)
 
     def draw(self, prompts: Sequence[str], seed: int, keep: Keep) -> None:

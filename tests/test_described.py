@@ -1,0 +1,72 @@
+"""`verify` looks at what no gate does: a bundle's recipe, configuration and description of drawing are the model's."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from export import models, sources
+from export.errors import UserError
+from pipeline import recipe as recipes
+from pipeline.compiler import describe
+from pipeline.verify_command import refuse_other_description
+from tests.bundles import stand_in
+from tests.hostile import edit
+
+RECIPE = recipes.load("pixart_w4a6")
+
+
+@pytest.fixture(scope="module")
+def model() -> models.LoadedModel:
+    return models.load("zoo:pixart_mini")
+
+
+def check(folder: Path, model: models.LoadedModel) -> None:
+    row = {"family": model.family.name, "source": model.source}
+    refuse_other_description(stand_in(folder, RECIPE, row, lambda: None), model)
+
+
+def notes_on_origin(folder: Path) -> None:
+    edit(folder / "config.json", lambda document: document.update(_name_or_path="elsewhere", _diffusers_version="0"))
+
+
+def test_what_a_build_writes_is_taken(model: models.LoadedModel, tmp_path: Path) -> None:
+    describe(tmp_path, model, RECIPE)
+    check(tmp_path, model)
+    notes_on_origin(tmp_path)
+    check(tmp_path, model)
+
+
+def setting(file: str, key: str, value: Any) -> Callable[[Path], object]:
+    return lambda folder: edit(folder / file, lambda document: document.__setitem__(key, value))
+
+
+GENERATION = sources.find("zoo:pixart_mini")[0] / "generation.json"
+EMBEDDING = json.loads(GENERATION.read_text(encoding="utf-8"))["conditioning"]["embedding"]
+OTHERS: dict[str, tuple[Callable[[Path], object], str]] = {
+    "guidance": (setting("generation.json", "guidance_scale", 7.5), "generation.json"),
+    "kind of output": (setting("generation.json", "output", "latents"), "generation.json"),
+    "no description": (lambda folder: (folder / "generation.json").unlink(), "generation.json"),
+    "size": (setting("config.json", "sample_size", 64), "config.json"),
+    "words": (lambda folder: (folder / EMBEDDING).write_bytes(b"other"), EMBEDDING),
+    "one file more": (lambda folder: shutil.copyfile(folder / EMBEDDING, folder / "payload.safetensors"), "payload"),
+    "recipe": (
+        lambda folder: (folder / "recipe.toml").write_text(recipes.to_toml(recipes.load("pixart_w4a4"))),
+        "recipe.toml",
+    ),
+    "no recipe": (lambda folder: (folder / "recipe.toml").unlink(), "recipe.toml"),
+}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_another_description_is_refused(name: str, model: models.LoadedModel, tmp_path: Path) -> None:
+    change, file = OTHERS[name]
+    describe(tmp_path, model, RECIPE)
+    change(tmp_path)
+    with pytest.raises(UserError, match=f"{file}.*(is not what the manifest's model and recipe make|does not exist)"):
+        check(tmp_path, model)
