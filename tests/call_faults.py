@@ -17,9 +17,9 @@ from numpy.typing import NDArray
 
 from pipeline.backends.base import Arrays
 from pipeline.passes.split_condition import STEP_INPUTS
+from pipeline.picture_case import Run
 from tests.graph_faults import ALL, CALLS, CAPTIONED, CLASSES, MINIS
 
-Run = Callable[[Arrays], Arrays]
 FEW = (*MINIS, "hunyuan")
 CAPTION = "encoder_hidden_states"
 
@@ -300,15 +300,26 @@ CALL_FAULTS = (
     CallFault("first timestep for all", "timesteps", _first_for_all("timestep"), ALL),
     CallFault("first condition for all", "conditions", _first_condition_for_all),
     # captions
-    CallFault("wrong at odd lengths", "captions", wrong_where(lambda inputs: _caption_length(inputs) % 2 == 1), CAPTIONED),
+    CallFault(
+        "wrong at odd lengths", "captions", wrong_where(lambda inputs: _caption_length(inputs) % 2 == 1), CAPTIONED
+    ),
     CallFault("wrong at one token", "captions", wrong_where(lambda inputs: _caption_length(inputs) == 1), CAPTIONED),
     CallFault("wrong at other lengths", "captions", OtherLengths, CAPTIONED),
-    CallFault("wrong at the longest", "captions", wrong_where(lambda inputs: _caption_length(inputs) >= 120), ("pixart",)),
+    CallFault(
+        "wrong at the longest", "captions", wrong_where(lambda inputs: _caption_length(inputs) >= 120), ("pixart",)
+    ),
     # masks
     CallFault("mask of ones", "masks", on_inputs(_ones_for_partial_masks), ("pixart_mini", "pixart", "hunyuan")),
     CallFault("empty mask as full", "masks", on_inputs(_empty_masks_as_full), ("pixart_mini", "hunyuan")),
-    CallFault("mask of the first sample", "masks", _first_for_all("encoder_attention_mask", "text_embedding_mask"), ("pixart_mini", "hunyuan")),
-    CallFault("tokens after the third masked", "masks", on_inputs(partial(_caption_cut, length=3)), ("pixart_mini", "hunyuan")),
+    CallFault(
+        "mask of the first sample",
+        "masks",
+        _first_for_all("encoder_attention_mask", "text_embedding_mask"),
+        ("pixart_mini", "hunyuan"),
+    ),
+    CallFault(
+        "tokens after the third masked", "masks", on_inputs(partial(_caption_cut, length=3)), ("pixart_mini", "hunyuan")
+    ),
     # values
     CallFault("latents clipped at 5", "values", on_inputs(_clipped), MINIS),
     CallFault("overflow beyond 8", "values", on_output(_overflow)),

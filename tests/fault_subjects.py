@@ -14,10 +14,12 @@ import onnx_ir as ir
 from export import models, to_onnx
 from export.checkpoint import QuantizedLinear
 from export.models import LoadedModel
+from pipeline import picture_case
 from pipeline import recipe as recipes
 from pipeline.backends import BACKENDS
 from pipeline.backends.base import Arrays, Engine, LoweredGraph
 from pipeline.calibrate import calibrate
+from pipeline.picture_case import Run
 from pipeline.probing import ProbedGraph
 from pipeline.recipe import Cpu, Recipe
 from pipeline.report import Gate, Report
@@ -28,7 +30,12 @@ from tests.graph_edit import GraphEdit
 
 # The bundled models with the recipe that is theirs, and the tiny model of each family.
 RECIPES = {"pixart_mini": "pixart_w4a6", "dit_mini": "dit_w4a8"}
-STEPS = 2
+# Two pictures of two steps, prompted and not: few, so that many faults can be planted.
+STEPS, PICTURES = 2, 2
+# Pixels of a side where the model's own size is large for a tiny model: PixArt-Sigma's 1024.
+SIDES = {"pixart_sigma": 64}
+# Where quantization hardly matters: adaLN as at the start of training, and an output layer of zeros.
+ZEROS = {"ada_zero": ("dit", ".norm1.linear"), "out_zero": ("pixart", "proj_out")}
 LEARNED = "learned"  # the end of the names of bundled models with routed branches and static scales
 
 
@@ -76,10 +83,17 @@ class Subject:
         plant(edit)
         return replace(clean, path=edit.save())
 
-    def failures(self, graph: LoweredGraph | None = None, engine: Engine | None = None) -> dict[str, Gate]:
-        """The gates that fail, by name without the target."""
+    def failures(self, graph: LoweredGraph) -> dict[str, Gate]:
+        """The gates that fail for a graph, by name without the target."""
+        return self._failures(graph, self.layers, None)
+
+    def failures_of_calls(self, plant: Callable[[Run], Run]) -> dict[str, Gate]:
+        """The gates that fail for a fault in how calls are answered. No layer is looked at: the graph is right."""
+        return self._failures(self.graph("stock"), [], GraphEngine(plant(self.engine.run)))
+
+    def _failures(self, graph: LoweredGraph, layers: list[QuantizedLinear], engine: Engine | None) -> dict[str, Gate]:
         report = Report()
-        verify_target("cpu", self.model, self.layers, graph or self.graph("stock"), engine, self.found, report)
+        verify_target("cpu", self.model, layers, graph, engine, self.found, report)
         return {gate.name.partition("/")[2]: gate for gate in report.failures()}
 
 
@@ -108,7 +122,7 @@ class Subjects:
     def _model(self, name: str) -> LoadedModel:
         if name in RECIPES:
             return models.load(f"zoo:{name}")
-        return models.load(str(tiny.folder(name, self.root)))
+        return models.load(str(_with_zeros(name, self.root) if name in ZEROS else tiny.folder(name, self.root)))
 
     def _subject(self, name: str) -> Subject:
         base, _, kind = name.partition(" ")
@@ -118,10 +132,12 @@ class Subjects:
         layers = _layers(base, model, recipe, folder)
         if kind == LEARNED:
             layers = learn(layers)
-        self._export(model, layers, folder / "model.onnx")
-        return Subject(name, model, layers, recipe, folder, study(model, layers, recipe))
+        self._export(model, layers, folder / "model.onnx", recipe)
+        with mock.patch.object(picture_case, "SMALL_PICTURES", PICTURES):
+            found = study(model, layers, recipe)
+        return Subject(name, model, layers, recipe, folder, found)
 
-    def _export(self, model: LoadedModel, layers: list[QuantizedLinear], path: Path) -> None:
+    def _export(self, model: LoadedModel, layers: list[QuantizedLinear], path: Path, recipe: Recipe) -> None:
         """Export; a model is traced once, whatever its layers hold."""
         trace = to_onnx._traced
 
@@ -131,12 +147,27 @@ class Subjects:
             return self.traces[of.source].clone()
 
         with mock.patch.object(to_onnx, "_traced", traced):
-            to_onnx.export_portable(model, layers, path)
+            to_onnx.export_portable(model, layers, path, recipe.sampling.height, recipe.sampling.width)
+
+
+def _with_zeros(name: str, root: Path) -> Path:
+    """A folder of a tiny model some of whose parameters are zero."""
+    base, part = ZEROS[name]
+    module = tiny.build(base)
+    for path, parameter in module.named_parameters():
+        if part in path:
+            parameter.zero_()
+    module.half().save_pretrained(root / name)
+    return root / name
 
 
 def _recipe(name: str, model: LoadedModel) -> Recipe:
-    settings = ["method=rtn", f"sampling.n_steps={STEPS}"]
-    base = recipes.load(RECIPES[name]) if name in RECIPES else recipes.from_dict({"name": "t", "model": model.source}, "t")
+    side = SIDES.get(name, 0)
+    sizes = [f"sampling.height={side}", f"sampling.width={side}"]
+    settings = ["method=rtn", f"sampling.n_steps={STEPS}", *sizes]
+    base = (
+        recipes.load(RECIPES[name]) if name in RECIPES else recipes.from_dict({"name": "t", "model": model.source}, "t")
+    )
     return recipes.with_settings(base, settings)
 
 

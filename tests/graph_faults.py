@@ -496,15 +496,25 @@ GRAPH_FAULTS = (
     # activations
     GraphFault("GELU by erf in all blocks", "activation", _erf_everywhere, ALL, graph="portable"),
     GraphFault("GELU by erf in one block", "activation", _erf_in_the_last_block, ALL),
-    GraphFault("GELU by erf in one block, native path", "activation", _erf_in_the_last_block, MINIS, graph="portable native"),
+    GraphFault(
+        "GELU by erf in one block, native path", "activation", _erf_in_the_last_block, MINIS, graph="portable native"
+    ),
     GraphFault("GELU by erf in the caption", "activation", _erf_in_the_caption, CAPTIONED),
     GraphFault("GELU by a sigmoid", "activation", _quick_gelu, ALL),
     GraphFault("ReLU for SiLU", "activation", _relu_for_silu, ALL),
     # attention
     GraphFault("attention scale x 1.01", "attention", partial(_scale_attention, factor=1.01), ALL),
     GraphFault("attention scale x 1.001", "attention", partial(_scale_attention, factor=1.001), ALL, graph="portable"),
-    GraphFault("attention scale x 1.001, native path", "attention", partial(_scale_attention, factor=1.001), MINIS, graph="native"),
-    GraphFault("attention scale x 1.001 in one block", "attention", partial(_scale_one_attention, place=-1, factor=1.001), ALL),
+    GraphFault(
+        "attention scale x 1.001, native path",
+        "attention",
+        partial(_scale_attention, factor=1.001),
+        MINIS,
+        graph="native",
+    ),
+    GraphFault(
+        "attention scale x 1.001 in one block", "attention", partial(_scale_one_attention, place=-1, factor=1.001), ALL
+    ),
     GraphFault("attention scale of three digits", "attention", _scale_scores, MINIS),
     GraphFault("softmax over queries", "attention", _wrong_axis, ALL),
     GraphFault("heads turned", "attention", _turned_heads, ALL),
@@ -531,11 +541,31 @@ GRAPH_FAULTS = (
     GraphFault("residual x 1.001", "residuals", _grown_residual, ALL),
     GraphFault("residual of the block before", "residuals", _residual_of_the_block_before, ALL),
     # kept weights and tables
-    GraphFault("final layer: one weight + 0.02", "kept weights", partial(_nudge_weight, parts=("proj_out.", "proj_out_2.")), ALL),
+    GraphFault(
+        "final layer: one weight + 0.02",
+        "kept weights",
+        partial(_nudge_weight, parts=("proj_out.", "proj_out_2.")),
+        ALL,
+    ),
     GraphFault("patches: one weight + 0.02", "kept weights", partial(_nudge_weight, parts=("pos_embed.proj.",)), ALL),
-    GraphFault("timestep: one weight + 0.02", "kept weights", partial(_nudge_weight, parts=("timestep_embedder.linear_2.",)), ALL),
-    GraphFault("adaLN: one weight + 0.02", "kept weights", partial(_nudge_weight, parts=("adaln_single.linear.", "norm1.linear.")), MODULATED),
-    GraphFault("caption: one weight + 0.02", "kept weights", partial(_nudge_weight, parts=("caption_projection.linear_2.",)), CAPTIONED),
+    GraphFault(
+        "timestep: one weight + 0.02",
+        "kept weights",
+        partial(_nudge_weight, parts=("timestep_embedder.linear_2.",)),
+        ALL,
+    ),
+    GraphFault(
+        "adaLN: one weight + 0.02",
+        "kept weights",
+        partial(_nudge_weight, parts=("adaln_single.linear.", "norm1.linear.")),
+        MODULATED,
+    ),
+    GraphFault(
+        "caption: one weight + 0.02",
+        "kept weights",
+        partial(_nudge_weight, parts=("caption_projection.linear_2.",)),
+        CAPTIONED,
+    ),
     GraphFault("one position + 0.05", "tables", _nudge_positions, MODULATED),
     GraphFault("one frequency + 0.05", "tables", _nudge_frequencies, ALL),
     GraphFault("one entry of the modulation + 0.05", "tables", _nudge_modulation_table, CAPTIONED),

@@ -64,7 +64,9 @@ def _join(edit: GraphEdit, tensor: str) -> tuple[onnx.NodeProto, str]:
 def gates(edit: GraphEdit, end: str) -> list[tuple[onnx.NodeProto, str]]:
     """(the Mul by an adaLN gate behind the block's linear named `end`, the linear's output)."""
     pairs = [(node, tensor) for tensor in edit.tensors(end) for node in edit.readers(tensor) if node.op_type == "Mul"]
-    return some([(node, tensor) for node, tensor in pairs if not edit.is_constant(other(node, tensor))], f"no gate {end}")
+    return some(
+        [(node, tensor) for node, tensor in pairs if not edit.is_constant(other(node, tensor))], f"no gate {end}"
+    )
 
 
 @dataclass(frozen=True)

@@ -234,15 +234,30 @@ LINEAR_FAULTS = (
     GraphFault("half a branch", "routed branches", _half_a_branch, LEARNED, OUTPUT, "portable"),
     GraphFault("branch dropped", "routed branches", _branch_dropped, LEARNED, OUTPUT, "portable"),
     GraphFault("up-matrix of another layer", "routed branches", _branch_of_another_layer, LEARNED, OUTPUT, "portable"),
-    GraphFault("branch of the first sample", "routed branches", _branch_of_the_first_sample, LEARNED, CALLS, "portable"),
-    GraphFault("router rounds its timestep", "routed branches", _router_reads_rounded_hundreds, LEARNED, CALLS, "portable"),
+    GraphFault(
+        "branch of the first sample", "routed branches", _branch_of_the_first_sample, LEARNED, CALLS, "portable"
+    ),
+    GraphFault(
+        "router rounds its timestep", "routed branches", _router_reads_rounded_hundreds, LEARNED, CALLS, "portable"
+    ),
     GraphFault("first branch below t = 20", "routed branches", _branch_of_the_end, LEARNED, CALLS, "portable"),
     GraphFault("branch x 1.001", "routed branches", _branch_slightly_off, LEARNED, OUTPUT),
     GraphFault("branch in FP16", "routed branches", _branch_in_half, LEARNED, OUTPUT),
-    GraphFault("static scale x (1 + 2^-10)", "static scales", partial(_static_scale, exponent=-10), LEARNED, CODES | OUTPUT, "portable"),
-    GraphFault("static scale of another layer", "static scales", _static_scale_of_another_layer, LEARNED, CODES, "portable"),
+    GraphFault(
+        "static scale x (1 + 2^-10)",
+        "static scales",
+        partial(_static_scale, exponent=-10),
+        LEARNED,
+        CODES | OUTPUT,
+        "portable",
+    ),
+    GraphFault(
+        "static scale of another layer", "static scales", _static_scale_of_another_layer, LEARNED, CODES, "portable"
+    ),
     GraphFault("zero point dropped", "static scales", partial(_static_zero, factor=0), LEARNED, CODES, "portable"),
-    GraphFault("zero point x 1.001", "static scales", partial(_static_zero, factor=1.001), LEARNED, CODES | OUTPUT, "portable"),
+    GraphFault(
+        "zero point x 1.001", "static scales", partial(_static_zero, factor=1.001), LEARNED, CODES | OUTPUT, "portable"
+    ),
     GraphFault("balance of the neighbour", "static scales", _balance_of_the_neighbour, LEARNED, CODES, "portable"),
     GraphFault("one factor of the balance x 1.01", "static scales", _one_balance, LEARNED, CODES, "portable"),
     GraphFault("offset dropped", "static scales", _offset_dropped, LEARNED, CODES, "portable"),
