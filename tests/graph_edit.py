@@ -14,7 +14,6 @@ from numpy.typing import NDArray
 from onnx import helper, numpy_helper
 from onnx.external_data_helper import ExternalDataInfo
 
-
 Item = TypeVar("Item")
 
 

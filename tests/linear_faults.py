@@ -1,4 +1,4 @@
-"""Faults inside quantized linears of whole models: their stored numbers, quantizers, sums, branches and static scales."""
+"""Faults inside quantized linears of whole models: stored numbers, quantizers, sums, branches and static scales."""
 
 from __future__ import annotations
 
