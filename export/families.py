@@ -39,6 +39,11 @@ class Input:
             raise ValueError(f"{self.name}: fill {self.fill!r}; use one of {FILLS}")
 
     @property
+    def batched(self) -> bool:
+        """Does it hold one row for each sample? Tables that depend on the picture's size alone do not."""
+        return self.shape[0] == "batch"
+
+    @property
     def dynamic_axes(self) -> dict[int, str]:
         """Axis -> name of every dynamic dimension."""
         return {axis: size for axis, size in enumerate(self.shape) if isinstance(size, str) and size in DYNAMIC}

@@ -25,7 +25,7 @@ from plugins.cpu import library
 
 logger = logging.getLogger(__name__)
 # Layers of the first batch, and bytes of probed tensors that later batches may hold at once.
-FIRST_BATCH, BATCH_BYTES = 16, 2**30
+FIRST_BATCH, BATCH_BYTES = 4, 2**30
 FOLDER_OPTION = "session.model_external_initializers_file_folder_path"
 
 
@@ -57,7 +57,14 @@ class ProbedGraph:
         """An initializer by name, or None for ""."""
         if not name:
             return None
-        found = next(item for item in self.model.graph.initializer if item.name == name)
+        return self._numbers(next(item for item in self.model.graph.initializer if item.name == name))
+
+    def holds(self, table: NDArray[np.floating]) -> bool:
+        """Is there an initializer of this shape, in whatever float type, with just these numbers?"""
+        same = (item for item in self.model.graph.initializer if tuple(item.dims) == table.shape)
+        return any(np.array_equal(self._numbers(item), table) for item in same)
+
+    def _numbers(self, found: onnx.TensorProto) -> NDArray:
         if found.data_location != onnx.TensorProto.EXTERNAL:
             return onnx.numpy_helper.to_array(found)
         info, dtype = ExternalDataInfo(found), onnx.helper.tensor_dtype_to_np_dtype(found.data_type)

@@ -97,14 +97,14 @@ def half_parts(module: Any) -> Iterator[None]:
         def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
             if func is not scaled_dot_product_attention:
                 return func(*args, **(kwargs or {}))
-            operands = [argument.half().float() for argument in args[:3]]
-            return func(*operands, *args[3:], **(kwargs or {})).half().float()
+            operands = [_half(argument) for argument in args[:3]]
+            return _half(func(*operands, *args[3:], **(kwargs or {})))
 
     with ExitStack() as stack:
         for part in module.modules():
             if isinstance(part, torch.nn.Linear) and part.weight.numel() >= LARGE_ELEMENTS:
-                stack.callback(part.register_forward_pre_hook(lambda _, inputs: inputs[0].half().float()).remove)
-                stack.callback(part.register_forward_hook(lambda _, inputs, output: output.half().float()).remove)
+                stack.callback(part.register_forward_pre_hook(lambda _, inputs: _half(inputs[0])).remove)
+                stack.callback(part.register_forward_hook(lambda _, inputs, output: _half(output)).remove)
         stack.enter_context(HalfAttention())
         yield
 
@@ -139,6 +139,11 @@ def half_tokens(module: Any) -> Iterator[None]:
                 stack.callback(part.register_forward_hook(leave).remove)
         stack.enter_context(mode)
         yield
+
+
+def _half(tensor: Any) -> Any:
+    """Rounded to FP16, in the tensor's own type."""
+    return tensor.half().to(tensor.dtype)
 
 
 def _rounded(value: Any) -> Any:

@@ -25,6 +25,9 @@ class Gate:
     why: str
     at_most: bool = True
 
+    def __post_init__(self) -> None:
+        assert not math.isnan(self.limit), f"gate {self.name}: its limit is not a number, which is a bug of verification"
+
     @property
     def passed(self) -> bool:
         return not math.isnan(self.value) and (self.value <= self.limit if self.at_most else self.value >= self.limit)
@@ -73,6 +76,23 @@ class StepResult:
     quant_sqnr_db: float
 
 
+@dataclass(frozen=True)
+class SegmentResult:
+    """The worst call of one stretch: the one that ends at the input of the quantized linear `layer` ("": at the
+    model's output).
+
+    error: over its limit, 1 is the bound. noise_ulps: what rounding does in it, in units of 2^-24 of its result's root
+    mean square. call: which one was worst. diagnosis: what is likely wrong; None within the limit.
+    """
+
+    target: str
+    layer: str
+    call: str
+    error: float
+    noise_ulps: float
+    diagnosis: str | None
+
+
 @dataclass
 class Report:
     """Everything that verification found. Gate names carry the target as prefix: `cpu/gemm_exact`."""
@@ -80,6 +100,7 @@ class Report:
     gates: list[Gate] = field(default_factory=list)
     layers: list[LayerResult] = field(default_factory=list)
     steps: list[StepResult] = field(default_factory=list)
+    segments: list[SegmentResult] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
     @property
@@ -95,6 +116,7 @@ class Report:
         document: dict[str, Any] = {"schema_version": SCHEMA_VERSION, "passed": self.passed, "gates": gates}
         document["layers"] = [asdict(row) for row in self.layers]
         document["steps"] = [asdict(row) for row in self.steps]
+        document["segments"] = [asdict(row) for row in self.segments]
         document["notes"] = self.notes
         return json.dumps(_plain(document), indent=1, allow_nan=False)
 
@@ -122,7 +144,8 @@ def read_json(text: str) -> Report:
     gates = [_row(Gate, row) for row in document["gates"]]
     layers = [_row(LayerResult, row) for row in document["layers"]]
     steps = [_row(StepResult, row) for row in document["steps"]]
-    return Report(gates, layers, steps, list(document.get("notes", [])))
+    segments = [_row(SegmentResult, row) for row in document.get("segments", [])]
+    return Report(gates, layers, steps, segments, list(document.get("notes", [])))
 
 
 def _row(kind: Any, row: dict[str, Any]) -> Any:

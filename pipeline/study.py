@@ -18,11 +18,13 @@ from numpy.typing import NDArray
 
 from export.checkpoint import QuantizedLinear
 from pipeline.backends.base import Arrays
+from pipeline.calls import Call, make_calls, make_pools
 from pipeline.gates import sqnr_db
 from pipeline.picture_case import Case, Run, is_large, make_case
 from pipeline.progress import track
 from pipeline.recipe import Recipe
 from pipeline.reference_hooks import ARITHMETICS, Comparison, Recorder, hooked, jittered
+from pipeline.segments import SegmentReference
 
 if TYPE_CHECKING:
     import torch
@@ -39,6 +41,8 @@ JITTER_ULPS = 2.0
 # sample the jitter grows until most samples are hit (their SQNR is below what float operations alone leave).
 HITTING_ULPS = (8.0, 32.0, 128.0, 512.0)
 HIT_DB, HIT_SHARE = 100.0, 0.75
+# Samples of one call of a large model whose inner tensors are held at a time.
+LARGE_LOOK = 3
 
 
 @dataclass(frozen=True)
@@ -56,7 +60,8 @@ class Realisations:
     """Float32 runs of the reference in one arithmetic.
 
     errors, images: of the plain runs; layer_db: by layer the worst run's SQNR of its input in the probed steps.
-    hit_errors, hit_images: of runs in which flips hit most samples (the plain ones where they do).
+    hit_errors, hit_images: of runs in which flips hit most samples (the plain ones where they do). calls_db,
+    hit_calls_db: SQNR of every sample of the pools of calls, of the plain runs and of those that flips hit.
     """
 
     errors: list[StepErrors] = field(default_factory=list)
@@ -64,6 +69,8 @@ class Realisations:
     layer_db: dict[str, float] = field(default_factory=dict)
     hit_errors: list[StepErrors] = field(default_factory=list)
     hit_images: list[NDArray[Any]] = field(default_factory=list)
+    calls_db: list[float] = field(default_factory=list)
+    hit_calls_db: list[float] = field(default_factory=list)
 
 
 @dataclass
@@ -73,6 +80,8 @@ class Study:
     exact, plain: outputs of the float64 reference and of the float model per step. images: final pictures of the runs
     "reference" and "float". float32: the reference's float32 runs by arithmetic. probed: the steps whose
     layers are looked at; layer_inputs: float64 reference's input of each linear in them, [rows, K] float32.
+    pools: samples of calls that drawing does not make (pipeline.calls), pool_exact and pool_plain: the float64
+    reference's and the float model's outputs for them. stretches: what segments are compared with.
     """
 
     case: Case
@@ -83,6 +92,29 @@ class Study:
     float32: dict[str, Realisations] = field(default_factory=dict)
     probed: tuple[int, ...] = ()
     layer_inputs: dict[str, list[NDArray[np.float32]]] = field(default_factory=dict)
+    pools: dict[str, Arrays] = field(default_factory=dict)
+    pool_exact: dict[str, NDArray[Any]] = field(default_factory=dict)
+    pool_plain: dict[str, NDArray[Any]] = field(default_factory=dict)
+    special_calls: list[Call] = field(default_factory=list)
+    stretches: SegmentReference | None = None
+    large: bool = False
+
+    @property
+    def largest_look(self) -> int:
+        """The largest batch of a special call whose inside is looked at: all, or what a large model has room for."""
+        return LARGE_LOOK if self.large else max(len(call.rows) for call in self.special_calls)
+
+    @property
+    def calls_quant_db(self) -> list[float]:
+        """Reference against float model, every sample of the pools."""
+        pairs = [(self.pool_plain[name], exact) for name, exact in self.pool_exact.items()]
+        return [sqnr_db(*sample) for pair in pairs for sample in zip(*pair, strict=True)]
+
+    def pools_db(self, run: Run) -> list[float]:
+        """A denoiser against the float64 reference, every sample of the pools."""
+        outputs = {name: run(inputs)["sample"] for name, inputs in self.pools.items()}
+        pairs = [(exact, outputs[name]) for name, exact in self.pool_exact.items()]
+        return [sqnr_db(*sample) for pair in pairs for sample in zip(*pair, strict=True)]
 
     @property
     def quant_db(self) -> list[float]:
@@ -118,7 +150,10 @@ def study(
         set_resolution(module, *found.case.noise.shape[2:])
         return ReferenceEngine(module.to(dtype) if dtype == torch.float64 else module, dtype)
 
-    found = Study(make_case(model, recipe))
+    found = Study(make_case(model, recipe), large=is_large(model))
+    found.pools = make_pools(model, found.case)
+    found.special_calls = make_calls(model, found.pools)
+    found.stretches = SegmentReference(model, found.case.noise.shape[2:])
     found.probed = tuple(sorted({0, found.case.n_steps // 2, found.case.n_steps - 1}))
     _run_exact(found, engine(fake_quant(model, layers, torch.float64), torch.float64))
     single = engine(fake_quant(model, layers, torch.float32), torch.float32)
@@ -142,6 +177,7 @@ def _run_exact(found: Study, engine: Any) -> None:
     with hooked(engine.module, record):
         found.images["reference"] = found.case.draw(_watched(engine.run, record, found.probed), keep)
     found.layer_inputs = record.inputs
+    found.pool_exact = {name: engine.run(inputs)["sample"] for name, inputs in found.pools.items()}
 
 
 def _watched(run: Run, record: Recorder | Comparison, probed: Sequence[int]) -> Run:
@@ -158,13 +194,14 @@ def _watched(run: Run, record: Recorder | Comparison, probed: Sequence[int]) -> 
 def _realisations(found: Study, engine: Any, count: int) -> Realisations:
     made = Realisations()
     for seed in range(count):
-        if sum(len(run.samples_db) for run in made.errors) >= ENOUGH_SAMPLES:
+        if len(_samples(made.errors)) >= ENOUGH_SAMPLES:
             break
         with jittered(engine.module, seed, JITTER_ULPS):
             made.images.append(found.case.draw(engine.run))
             comparison = Comparison(found.layer_inputs)
             with hooked(engine.module, comparison):
                 made.errors.append(found.errors(_watched(engine.run, comparison, found.probed)))
+            made.calls_db += found.pools_db(engine.run)
         for name, value in comparison.sqnr_db.items():
             made.layer_db[name] = min(value, made.layer_db.get(name, np.inf))
     _add_hits(found, engine, made)
@@ -172,23 +209,30 @@ def _realisations(found: Study, engine: Any, count: int) -> Realisations:
 
 
 def _add_hits(found: Study, engine: Any, made: Realisations) -> None:
-    """Raise the jitter until flips hit most samples."""
-    made.hit_errors, made.hit_images = made.errors, made.images
+    """Raise the jitter until flips hit most samples, of the steps and of the pools each."""
+    made.hit_errors, made.hit_images, made.hit_calls_db = made.errors, made.images, made.calls_db
     for ulps in HITTING_ULPS:
-        if most_are_hit(made.hit_errors):
-            return
+        steps_hit, calls_hit = most_are_hit(_samples(made.hit_errors)), most_are_hit(made.hit_calls_db)
         with jittered(engine.module, len(made.errors), ulps):
-            made.hit_errors, made.hit_images = [found.errors(engine.run)], [found.case.draw(engine.run)]
+            if not steps_hit:
+                made.hit_errors, made.hit_images = [found.errors(engine.run)], [found.case.draw(engine.run)]
+            if not calls_hit:
+                made.hit_calls_db = found.pools_db(engine.run)
 
 
-def most_are_hit(errors: Sequence[StepErrors]) -> bool:
+def _samples(errors: Sequence[StepErrors]) -> list[float]:
+    return [value for run in errors for value in run.samples_db]
+
+
+def most_are_hit(samples_db: Sequence[float]) -> bool:
     """Do flips touch at least HIT_SHARE of all samples?"""
-    return float(np.mean([value < HIT_DB for run in errors for value in run.samples_db])) >= HIT_SHARE
+    return float(np.mean([value < HIT_DB for value in samples_db])) >= HIT_SHARE
 
 
 def _run_float(found: Study, engine: Any) -> None:
     found.plain = [engine.run(call)["sample"] for call in found.calls]
     found.images["float"] = found.case.draw(engine.run)
+    found.pool_plain = {name: engine.run(inputs)["sample"] for name, inputs in found.pools.items()}
 
 
 def layer_input_db(reference: Sequence[NDArray[Any]], inputs: Sequence[NDArray[Any]]) -> float:

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from pipeline.calls import SampleError
 from pipeline.gates import psnr_db
 from pipeline.recipe import Recipe
-from pipeline.report import Gate, LayerResult, StepResult
+from pipeline.report import Gate, LayerResult, SegmentResult, StepResult
 from pipeline.study import Realisations, StepErrors, Study
 
 # An engine and a float32 run of the reference are two draws of one experiment: the float64 result, plus what flipped
@@ -130,7 +131,7 @@ def end_gates(target: str, errors: StepErrors, images: NDArray[Any], found: Stud
 
     `single`: float32 runs of the reference in the target's arithmetic. The worst step bounds how bad it can get; the
     median sample tells a fault that touches every sample from flips that hit few. No limit is looser than the error of
-    quantization itself, and none asks for more than ROUNDED_DB.
+    quantization itself, unless that is under ROUNDED_DB: none asks for more.
     """
     worst_step = min(min(run.steps_db) for run in single.hit_errors)
     quarter = float(np.quantile([value for run in single.errors for value in run.samples_db], 0.25))
@@ -148,7 +149,31 @@ def _end_gate(name: str, value: float, limits: tuple[float, float], what: str) -
     """limits: of the float32 runs, and of quantization."""
     float32, quantization = limits
     why = f"{what} of the reference's float32 runs, less {FACTOR_DB:.0f} dB; or quantization's own error"
-    return Gate(name, value, max(min(float32 - FACTOR_DB, ROUNDED_DB), quantization), "dB", why, at_most=False)
+    return Gate(name, value, min(max(float32 - FACTOR_DB, quantization), ROUNDED_DB), "dB", why, at_most=False)
+
+
+def calls_gates(target: str, errors: Sequence[SampleError], found: Study, single: Realisations) -> list[Gate]:
+    """Calls that drawing does not make: the worst of all samples, and the median one."""
+    values = [error.sqnr_db for error in errors]
+    worst = min(errors, key=lambda error: np.nan_to_num(error.sqnr_db, nan=-np.inf, posinf=np.inf))
+    quarter = float(np.quantile(single.calls_db, 0.25))
+    rows = (
+        ("calls", _lowest(values), (min(single.hit_calls_db), min(found.calls_quant_db)), "worst sample"),
+        ("calls_median", _median(values), (quarter, float(np.median(found.calls_quant_db))), "lower quartile"),
+    )
+    gates = [_end_gate(f"{target}/{name}", value, limits, what) for name, value, limits, what in rows]
+    return [replace(gate, why=f"{gate.why}; worst in {worst.call}, sample {worst.sample}") for gate in gates]
+
+
+def segments_gate(target: str, rows: Sequence[SegmentResult]) -> Gate:
+    """The worst stretch; names the first that is over its limit, whose error those behind it may have inherited."""
+    why = "every stretch between quantized linears within what rounding does in it, on the engine's own tensors"
+    first = next((row for row in rows if not row.error <= 1), None)
+    if first is not None:
+        layer = first.layer or "the output"
+        why += f"; first over its limit: the stretch up to {layer}, in {first.call}: {first.diagnosis}"
+    error = max((row.error for row in rows), default=math.nan)
+    return Gate(f"{target}/segments", error, 1, "x bound", why)
 
 
 def _median(values: Sequence[float]) -> float:

@@ -16,14 +16,25 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from export.checkpoint import QuantizedLinear
-from pipeline.backends.base import Engine, LoweredGraph
+from pipeline.backends.base import Arrays, Engine, LoweredGraph
+from pipeline.calls import call_errors, state_errors
 from pipeline.gates import LinearCheck, LinearProbe, activation_oracle, check_linear, sqnr_db
 from pipeline.probing import ProbedGraph
 from pipeline.progress import track
 from pipeline.recipe import Recipe
-from pipeline.report import LayerResult, Report, write_layers_csv
+from pipeline.report import Gate, LayerResult, Report, write_layers_csv
+from pipeline.segments import SegmentCheck
 from pipeline.study import Realisations, Study, layer_input_db, study
-from pipeline.verdict import coverage_gate, end_gates, layer_gates, notes_on_layers, quantization_gates, step_results
+from pipeline.verdict import (
+    calls_gates,
+    coverage_gate,
+    end_gates,
+    layer_gates,
+    notes_on_layers,
+    quantization_gates,
+    segments_gate,
+    step_results,
+)
 
 if TYPE_CHECKING:
     from export.models import LoadedModel
@@ -87,18 +98,32 @@ def verify_target(
     for "fp16 tokens", whose graph is float32.
     """
     probed, single = ProbedGraph(graph), found.float32[arithmetic]
-    of_graph = found.float32["fp32"] if arithmetic == "fp16 tokens" else single
+    of_graph_name = "fp32" if arithmetic == "fp16 tokens" else arithmetic
+    of_graph = found.float32[of_graph_name]
     expected = {ref.name: ref.module for ref in model.linears()}
     present = [layer for layer in layers if layer.name in probed.complete and layer.name in expected]
     report.gates.append(coverage_gate(target, len(present), len(expected)))
-    results = layer_results(target, present, expected, probed, found, of_graph)
+    assert found.stretches is not None
+    calls = looked_at(found)
+    order = {name: place for place, name in enumerate(found.stretches.order(found.calls[0]))}
+    present.sort(key=lambda layer: order[layer.name])
+    with SegmentCheck(target, found.stretches, calls, of_graph_name) as segments:
+        results = layer_results(target, present, expected, probed, found, of_graph, calls, segments)
+        if len(present) == len(order):
+            segments.end([tensors["sample"] for tensors in probed.run(["sample"], list(calls.values()))])
     report.layers += results
+    report.segments += segments.results
+    report.gates += [segments_gate(target, segments.results), *tables_gate(target, model, probed)]
     run = engine.run if engine else probed.denoiser()
     if engine is None:
         apart = PLUGINS_APART if any(choice.path.startswith("plugin") for choice in graph.choices) else ""
         report.notes.append(f"{target}: {PROVEN_NOT_RUN}{apart}")
     errors = found.errors(run)
     report.steps += step_results(target, errors, found, single)
+    strange = call_errors(found.special_calls, found.pool_exact, run)
+    if engine is not None:
+        strange += state_errors(found.special_calls, found.pool_exact, run, len(found.calls) + len(found.special_calls))
+    report.gates += calls_gates(target, strange, found, single)
     image = found.case.draw(run)
     nonfinite = errors.nonfinite + int(np.count_nonzero(~np.isfinite(image)))
     report.gates += layer_gates(target, results, nonfinite) + end_gates(target, errors, image, found, single)
@@ -106,6 +131,24 @@ def verify_target(
     if arithmetic in ARITHMETIC_NOTES:
         report.notes.append(f"{target}: {ARITHMETIC_NOTES[arithmetic]}")
     return image
+
+
+def looked_at(found: Study) -> dict[str, Arrays]:
+    """The calls whose inside is looked at: the probed steps, and those that drawing does not make."""
+    steps = {f"step {i + 1}": found.calls[i] for i in found.probed}
+    return steps | {call.text: call.inputs for call in found.special_calls if len(call.rows) <= found.largest_look}
+
+
+def tables_gate(target: str, model: LoadedModel, probed: ProbedGraph) -> list[Gate]:
+    """Every embedding table stands in the graph, number for number: no call reads all of its rows."""
+    import torch
+
+    tables = {path: part for path, part in model.module.named_modules() if isinstance(part, torch.nn.Embedding)}
+    other = [path for path, part in tables.items() if not probed.holds(part.weight.detach().float().numpy())]
+    why = "embedding tables that stand in the graph number for number, of all that the model has"
+    why += f"; {other[0]} does not" if other else ""
+    count = len(tables)
+    return [Gate(f"{target}/tables", count - len(other), count, "tables", why, at_most=False)] if tables else []
 
 
 def arithmetic_of(target: str, recipe: Recipe, runs: bool) -> str:
@@ -132,18 +175,23 @@ def layer_results(
     probed: ProbedGraph,
     found: Study,
     single: Realisations,
+    calls: Mapping[str, Arrays],
+    segments: SegmentCheck,
 ) -> list[LayerResult]:
-    """Every linear of one target on inputs from the first, a middle and the last step."""
+    """Every linear of one target in `calls`, and the stretch before it. `layers` in the order of computation; the
+    first calls are the probed steps."""
     rows = {layer.name: layer for layer in layers}
-    calls = [found.calls[step] for step in found.probed]
+    steps = len(found.probed)
     results, known = [], ("", b"")
-    for name, probes in track(probed.probes(list(rows), calls), len(rows), f"verify {target}: linears"):
+    for name, probes in track(probed.probes(list(rows), list(calls.values())), len(rows), f"verify {target}: linears"):
         probe = joined(probes)
+        if len(rows) == len(modules):
+            segments.at(name, probes)
         quantizer = (probed.rows[name].x, quantizer_key(rows[name]))
         if quantizer != known:  # q, k and v read one quantizer and follow each other
             known, oracle = quantizer, activation_oracle(np.nan_to_num(probe.x), rows[name])
         check = check_linear(rows[name], probe, oracle)
-        input_db = layer_input_db(found.layer_inputs.get(name, []), [item.x for item in probes])
+        input_db = layer_input_db(found.layer_inputs.get(name, []), [item.x for item in probes[:steps]])
         inputs = (input_db, single.layer_db.get(name, math.nan))
         results.append(_layer_result(target, rows[name], modules[name], probed.rows[name].path, check, inputs))
     return results

@@ -6,7 +6,7 @@ Weights stay integer images (1 byte each) and are dequantized at every call, so 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -146,17 +146,24 @@ def fake_quant(model: LoadedModel, layers: Sequence[QuantizedLinear], dtype: tor
 
     Unquantized tensors are shared with `model` (copied where `dtype` differs); `model` itself is not changed.
     """
-    from export.models import denoiser
-
     if not layers:
         raise ContractError("no quantized layer was given; calibrate the model first, or run the float model itself")
     router = shared_router(layers)
     routing = None if router is None else Routing(router)
-    module: nn.Module = denoiser(model, {layer.name: FakeQuantLinear(layer, dtype, routing) for layer in layers})
+    module = reference_module(model, {layer.name: FakeQuantLinear(layer, dtype, routing) for layer in layers}, dtype)
     if routing is not None:
         module.register_forward_pre_hook(partial(_tell_timesteps, routing), with_kwargs=True)
+    return module
+
+
+def reference_module(model: LoadedModel, linears: Mapping[str, nn.Module], dtype: torch.dtype) -> nn.Module:
+    """`denoiser` with `linears` in the places they name, all other tensors in `dtype`; `model` is not changed."""
+    from export.models import denoiser
+
+    module: nn.Module = denoiser(model, linears)
+    inside = {id(part) for linear in linears.values() for part in linear.modules()}
     for part in module.modules():
-        if not isinstance(part, FakeQuantLinear):
+        if id(part) not in inside:
             _convert(part, dtype)
     return module
 
