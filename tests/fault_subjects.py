@@ -30,8 +30,10 @@ from tests.graph_edit import GraphEdit
 
 # The bundled models with the recipe that is theirs, and the tiny model of each family.
 RECIPES = {"pixart_mini": "pixart_w4a6", "dit_mini": "dit_w4a8"}
-# Two pictures of two steps, prompted and not: few, so that many faults can be planted.
-STEPS, PICTURES = 2, 2
+# Two pictures of one step, prompted and not: few, so that many faults can be planted.
+STEPS, PICTURES = 1, 2
+# With learned branches, of which a step chooses one, more of both: code flips spread wider, and few samples say little.
+LEARNED_STEPS = 2
 # Pixels of a side where the model's own size is large for a tiny model: PixArt-Sigma's 1024.
 SIDES = {"pixart_sigma": 64}
 # Where quantization hardly matters: adaLN as at the start of training, and an output layer of zeros.
@@ -128,14 +130,16 @@ class Subjects:
         base, _, kind = name.partition(" ")
         model, folder = self.model(base), self.root / name.replace(" ", "-")
         folder.mkdir(exist_ok=True)
-        recipe = _recipe(base, model)
+        recipe = _recipe(base, model, LEARNED_STEPS if kind else STEPS)
         layers = _layers(base, model, recipe, folder)
         if kind == LEARNED:
             layers = learn(layers)
         self._export(model, layers, folder / "model.onnx", recipe)
-        with mock.patch.object(picture_case, "SMALL_PICTURES", PICTURES):
+        pictures = picture_case.SMALL_PICTURES if kind else PICTURES
+        with mock.patch.object(picture_case, "SMALL_PICTURES", pictures):
             found = study(model, layers, recipe)
-        return Subject(name, model, layers, recipe, folder, found)
+        # As for a large model, no inside of the largest calls is looked at: it takes as long as that of all others.
+        return Subject(name, model, layers, recipe, folder, replace(found, large=True))
 
     def _export(self, model: LoadedModel, layers: list[QuantizedLinear], path: Path, recipe: Recipe) -> None:
         """Export; a model is traced once, whatever its layers hold."""
@@ -161,10 +165,10 @@ def _with_zeros(name: str, root: Path) -> Path:
     return root / name
 
 
-def _recipe(name: str, model: LoadedModel) -> Recipe:
+def _recipe(name: str, model: LoadedModel, steps: int) -> Recipe:
     side = SIDES.get(name, 0)
     sizes = [f"sampling.height={side}", f"sampling.width={side}"]
-    settings = ["method=rtn", f"sampling.n_steps={STEPS}", *sizes]
+    settings = ["method=rtn", f"sampling.n_steps={steps}", *sizes]
     base = (
         recipes.load(RECIPES[name]) if name in RECIPES else recipes.from_dict({"name": "t", "model": model.source}, "t")
     )

@@ -31,7 +31,7 @@ from tests.graph_places import (
 
 Plant = Callable[[GraphEdit], None]
 SEGMENTS, CALLS = frozenset({"segments"}), frozenset({"calls"})
-EITHER = SEGMENTS | CALLS
+EITHER = SEGMENTS | CALLS | {"tables"}
 # Groups of subjects (tests/fault_subjects.py) that have what a fault is about.
 MINIS = ("pixart_mini", "dit_mini")
 TINIES = ("pixart", "pixart_sigma", "hunyuan", "dit")

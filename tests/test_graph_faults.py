@@ -11,9 +11,14 @@ import pytest
 from tests.call_faults import CALL_FAULTS, CallFault
 from tests.fault_subjects import ZEROS, Subjects
 from tests.graph_edit import GraphEdit, NothingToPlantError
-from tests.graph_faults import ALL, GRAPH_FAULTS, MINIS, GraphFault
+from tests.graph_faults import ALL, GRAPH_FAULTS, MINIS, TINIES, GraphFault
 from tests.linear_faults import LEARNED, LINEAR_FAULTS
 
+# Test -> the faults that it plants.
+TABLES: dict[str, Sequence[Any]] = {
+    "test_a_fault_in_the_graph_is_caught": (*GRAPH_FAULTS, *LINEAR_FAULTS),
+    "test_a_fault_in_the_calls_is_caught": CALL_FAULTS,
+}
 CLEAN = (*ALL, *LEARNED, "pixart_sizes", *ZEROS)
 
 
@@ -23,12 +28,24 @@ def subjects(tmp_path_factory: pytest.TempPathFactory) -> Subjects:
     return Subjects(tmp_path_factory.mktemp("faults"))
 
 
-def each(faults: Sequence[Any]) -> Any:
-    """Every fault in every subject, subject by subject, so that each is built once."""
-    names = dict.fromkeys(name for fault in faults for name in fault.subjects)
-    pairs = [(name, fault) for name in names for fault in faults if name in fault.subjects]
-    ids = [f"{name}-{fault.name}" for name, fault in pairs]
-    return pytest.mark.parametrize(("name", "fault"), pairs, ids=ids)
+def chosen(faults: Sequence[Any], every: bool) -> list[tuple[str, Any]]:
+    """(subject, fault), subject by subject, so that each is built once. Without `every` a fault is planted in one
+    bundled model and one tiny one, in turn: the whole table takes minutes."""
+    pairs = []
+    for index, fault in enumerate(faults):
+        sizes = [[name for name in fault.subjects if (name in TINIES) == tiny] for tiny in (False, True)]
+        pairs += [(names[index % len(names)], fault) for names in sizes if names and not every]
+        pairs += [(name, fault) for name in fault.subjects if every]
+    order = list(dict.fromkeys(name for name, _ in pairs))
+    return sorted(pairs, key=lambda pair: order.index(pair[0]))
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """A test of `fault` gets the faults of its table."""
+    if "fault" in metafunc.fixturenames:
+        faults = TABLES[metafunc.function.__name__]
+        pairs = chosen(faults, metafunc.config.getoption("--all-faults"))
+        metafunc.parametrize(("name", "fault"), pairs, ids=[f"{name}-{fault.name}" for name, fault in pairs])
 
 
 @pytest.mark.parametrize("path", ["stock", "native"])
@@ -38,14 +55,12 @@ def test_a_right_graph_passes_all_gates(name: str, path: str, subjects: Subjects
     assert subject.failures(subject.graph(path)) == {}
 
 
-@each((*GRAPH_FAULTS, *LINEAR_FAULTS))
 def test_a_fault_in_the_graph_is_caught(name: str, fault: GraphFault, subjects: Subjects) -> None:
     subject = subjects.subject(name)
     failed = subject.failures(subject.planted(fault.graph, fault.plant))
     assert fault.caught_by & set(failed), f"{fault.name}: only {sorted(failed)} failed"
 
 
-@each(CALL_FAULTS)
 def test_a_fault_in_the_calls_is_caught(name: str, fault: CallFault, subjects: Subjects) -> None:
     failed = subjects.subject(name).failures_of_calls(fault.plant)
     assert fault.caught_by & set(failed), f"{fault.name}: only {sorted(failed)} failed"
