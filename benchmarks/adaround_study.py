@@ -118,7 +118,7 @@ class Results:
     def __init__(self, folder: Path) -> None:
         self.folder, self.name = folder, "adaround_study"
         path = folder / f"{self.name}.json"
-        self.found: dict[str, Any] = json.loads(path.read_text())["recipes"] if path.is_file() else {}
+        self.found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))["recipes"] if path.is_file() else {}
 
     def missing(self, key: str, block: str, arms: dict[str, Arm]) -> dict[str, Arm]:
         """The arms of a block that are not there, or were run otherwise (--share)."""

@@ -47,7 +47,7 @@ PRESETS = ("scale_aware_2500", "plain_20000")
 def study_text(folder: Path = record.RESULTS) -> str:
     """One table for each model and formats; empty if nothing was measured."""
     path, parts = folder / "adaround_study.json", []
-    recipes = json.loads(path.read_text())["recipes"] if path.is_file() else {}
+    recipes = json.loads(path.read_text(encoding="utf-8"))["recipes"] if path.is_file() else {}
     for name, blocks in recipes.items():
         arms = [arm for block in blocks.values() for arm in block.values()]
         cpus, commits = (", ".join(dict.fromkeys(arm[key] for arm in arms)) for key in ("cpu", "commit"))

@@ -47,7 +47,9 @@ def gpu_state() -> dict[str, str]:
     """Clocks, temperature, power and driver as nvidia-smi says; empty where it is not there or does not answer."""
     command = ["nvidia-smi", f"--query-gpu={','.join(STATE)}", "--format=csv,noheader", "--id=0"]
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)
+        done = subprocess.run(
+            command, capture_output=True, text=True, encoding="utf-8", errors="replace", timeout=10, check=True
+        )
     except (OSError, subprocess.SubprocessError):
         return {}
     return dict(zip(STATE, (value.strip() for value in done.stdout.split(",")), strict=False))
@@ -90,7 +92,7 @@ class Results:
     @classmethod
     def open(cls, path: Path, gpu: dict[str, Any]) -> Results:
         """What is at `path`, or an empty document for `gpu`."""
-        document = json.loads(path.read_text()) if path.exists() else {"sections": {}, "targets": []}
+        document = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {"sections": {}, "targets": []}
         head = {"schema_version": SCHEMA_VERSION, "gpu": gpu, "machine": host_facts()}
         return cls(path, {**head, "sections": document["sections"], "targets": document["targets"]})
 

@@ -39,7 +39,7 @@ ATTRIBUTES = ("colour", "shape", "second colour", "second shape", "background")
 
 def load_model(folder: Path) -> torch.nn.Module:
     """The float32 model of a published folder."""
-    name = json.loads((folder / "config.json").read_text())["_class_name"]
+    name = json.loads((folder / "config.json").read_text(encoding="utf-8"))["_class_name"]
     return CLASSES[name].from_pretrained(folder, local_files_only=True).float().eval()
 
 
@@ -113,7 +113,7 @@ def measure(name: str, folder: Path, arguments: argparse.Namespace) -> tuple[dic
     real_labels, real = judges.JUDGES[name].test()
     document = {
         "model": name,
-        "training": json.loads((folder / "training.json").read_text()),
+        "training": json.loads((folder / "training.json").read_text(encoding="utf-8")),
         "conditions": CONDITIONS[name],
         "count": len(labels),
         "sampler": generation.sampler,

@@ -99,7 +99,7 @@ def write(workload: Workload, folder: Path, seed: int = 0, shard_bytes: int = SH
     """Write the diffusers folder and return the number of parameters."""
     folder.mkdir(parents=True, exist_ok=True)
     shapes, config = shapes_of(workload)
-    (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+    (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     shards = list(shards_of(shapes, shard_bytes))
     files = [f"{STEM}-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
     files = [f"{STEM}.safetensors"] if len(shards) == 1 else files
@@ -110,7 +110,7 @@ def write(workload: Workload, folder: Path, seed: int = 0, shard_bytes: int = SH
     if len(shards) > 1:
         where = {name: file for file, names in zip(files, shards, strict=True) for name in names}
         index = {"metadata": {"total_size": 2 * parameters}, "weight_map": where}
-        (folder / f"{STEM}.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
+        (folder / f"{STEM}.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
     return parameters
 
 

@@ -62,7 +62,7 @@ def generation(name: str) -> dict[str, Any]:
 
 
 def _write_json(path: Path, document: dict[str, Any]) -> None:
-    path.write_text(json.dumps(document, indent=1) + "\n")
+    path.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
 
 
 def _half(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -104,7 +104,7 @@ def _quality(name: str) -> str:
     path = RESULTS / f"zoo_{name}.json"
     if not path.exists():
         return f"Not measured yet: run `python -m benchmarks.judge_zoo {name}`."
-    found = json.loads(path.read_text())
+    found = json.loads(path.read_text(encoding="utf-8"))
     rows = [f"| {key} | {value:.1%} |" for key, value in found["accuracy"].items()]
     table = "\n".join(["| of the pictures, right in | share |", "|---|---|", *rows])
     judge = ", ".join(f"{key} {value:.1%}" for key, value in found["judge_test_accuracy"].items())
@@ -151,8 +151,8 @@ def write_card(name: str, folder: Path) -> None:
     """Write README.md of a published folder from its own files and the judge's JSON."""
     from benchmarks.train_zoo import DROP_SHARE, EMA_DECAY
 
-    config = json.loads((folder / "config.json").read_text())
-    facts = json.loads((folder / "training.json").read_text())
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    facts = json.loads((folder / "training.json").read_text(encoding="utf-8"))
     text = CARD.format(
         name=name,
         class_name=config["_class_name"],
@@ -170,7 +170,7 @@ def write_card(name: str, folder: Path) -> None:
         limits=LIMITS[name],
         **{**facts, "parameters": facts["parameters"] / 1e6},
     )
-    (folder / "README.md").write_text(text)
+    (folder / "README.md").write_text(text, encoding="utf-8")
 
 
 def main() -> None:

@@ -97,7 +97,7 @@ def timed(path: Path) -> Iterator[list[float]]:
 
 
 def stored_seconds(path: Path) -> float:
-    return float(json.loads(path.read_text())["seconds"]) if path.is_file() else 0.0
+    return float(json.loads(path.read_text(encoding="utf-8"))["seconds"]) if path.is_file() else 0.0
 
 
 def restricted(subject: Subject, row: Row, recipe: Recipe, folder: Path) -> list[QuantizedLinear]:
@@ -229,7 +229,8 @@ def prove(
     probed = ProbedGraph(graph)
     modules = {ref.name: ref.module for ref in subject.model.linears()}
     present = [layer for layer in layers if layer.name in probed.complete]
-    results = layer_results(target, present, modules, probed, found, Realisations())
+    named = {f"step {step + 1}": call for step, call in zip(steps, calls, strict=True)}
+    results = layer_results(target, present, modules, probed, found, Realisations(), named)
     return [coverage_gate(target, len(present), len(modules)), *layer_gates(target, results, 0)]
 
 

@@ -112,7 +112,7 @@ def refuse_missing(root: Path, arguments: argparse.Namespace) -> None:
 def read_prompts(arguments: argparse.Namespace) -> list[str]:
     """The first --count lines of --prompts. Raises RecipeError if there are fewer."""
     path = arguments.prompts
-    lines = [line.strip() for line in path.read_text().splitlines()] if path and path.is_file() else []
+    lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()] if path and path.is_file() else []
     found = [line for line in lines if line]
     if not arguments.count or len(found) < arguments.count:
         raise RecipeError(f"--prompts {path}: {len(found)} prompts; give --count and a file with that many lines")
@@ -234,7 +234,7 @@ def stored_pictures(folder: Path, make: Callable[[], Pictures], prompts: list[st
         folder.mkdir(parents=True, exist_ok=True)
         for index, picture in enumerate(make()):
             Image.fromarray(picture).save(folder / f"{index:04d}.png")
-        (folder / "prompts.json").write_text(json.dumps(prompts))
+        (folder / "prompts.json").write_text(json.dumps(prompts), encoding="utf-8")
     return np.stack([read_picture(folder / f"{index:04d}.png") for index in range(len(prompts))])
 
 

@@ -126,14 +126,22 @@ def rehearse(name: str, python: Path) -> None:
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place)
         Image.new("RGB", (64, 64), "grey").save(folder / "0000.png")
-        (folder / "prompts.json").write_text(json.dumps(["grey"]))
+        (folder / "prompts.json").write_text(json.dumps(["grey"]), encoding="utf-8")
         scores(name, python, folder)
 
 
 def scores(name: str, python: Path, folder: Path) -> list[float]:
     """Of the pictures in a folder, by `quality_scorer.py` in `python`, offline. Raises EnvironmentLacksError."""
     command = [str(python), quality_scorer.__file__, name, str(folder)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, env=os.environ | OFFLINE)
+    done = subprocess.run(
+        command,
+        capture_output=True,
+        text=True,
+        encoding="utf-8",
+        errors="replace",
+        check=False,
+        env=os.environ | OFFLINE,
+    )
     if done.returncode:
         told = (done.stderr.strip() or "no message").splitlines()[-1]
         raise EnvironmentLacksError(f"{name}: {python} failed ({told}); repair its environment")

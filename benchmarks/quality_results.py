@@ -36,7 +36,7 @@ class Results:
 
     def read(self) -> dict[str, Any]:
         """The whole document; without rows if there is none yet."""
-        return json.loads(self.path.read_text()) if self.path.is_file() else {"rows": {}}
+        return json.loads(self.path.read_text(encoding="utf-8")) if self.path.is_file() else {"rows": {}}
 
     def refuse_others(self, subject: Mapping[str, Any]) -> None:
         """Raises RecipeError if the file holds rows of other pictures: a table must not mix them."""

@@ -35,7 +35,7 @@ SCORERS: dict[str, Callable[[list[str], list[str]], list[float]]] = {"image_rewa
 
 def main() -> None:
     name, folder = sys.argv[1], Path(sys.argv[2])
-    prompts = json.loads((folder / "prompts.json").read_text())
+    prompts = json.loads((folder / "prompts.json").read_text(encoding="utf-8"))
     pictures = [str(folder / f"{index:04d}.png") for index in range(len(prompts))]
     with contextlib.redirect_stdout(sys.stderr):  # the packages print
         scores = SCORERS[name](pictures, prompts)

@@ -128,7 +128,7 @@ def search_text(folder: Path) -> str:
     path = folder / "search_groups.json"
     if not path.is_file():
         return ""
-    found = json.loads(path.read_text())
+    found = json.loads(path.read_text(encoding="utf-8"))
     origin, own = found["origin"], found["unsearched_cost"]
     compared = "not scored" if own is None else f"{own:.4g}, so x {found['cost'] / own:.3f}"
     return (
@@ -218,7 +218,7 @@ def main() -> None:
 
     for path in draw_all(PAGE.parent):
         print(path)
-    PAGE.write_text(page())
+    PAGE.write_text(page(), encoding="utf-8")
     print(PAGE)
 
 

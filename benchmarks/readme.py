@@ -71,7 +71,7 @@ def bundled_models() -> str:
     """One row for each bundled model, from the judge's JSON."""
     rows = []
     for path in sorted(RESULTS.glob("zoo_*.json")):
-        found = json.loads(path.read_text())
+        found = json.loads(path.read_text(encoding="utf-8"))
         worst, judge = min(found["accuracy"].values()), min(found["judge_test_accuracy"].values())
         size = f"{found['training']['parameters'] / 1e6:.1f} M"
         rows.append([f"`{found['model']}`", size, found["conditions"], found["count"], f"{worst:.1%}", f"{judge:.1%}"])
@@ -82,7 +82,9 @@ def bundled_models() -> str:
 def speed() -> str:
     """One row for each measured machine, engine and batch size, from the JSON of benchmarks/denoiser.py."""
     rows = [
-        row for path in sorted(RESULTS.glob("denoiser_*.json")) for row in _speed_rows(json.loads(path.read_text()))
+        row
+        for path in sorted(RESULTS.glob("denoiser_*.json"))
+        for row in _speed_rows(json.loads(path.read_text(encoding="utf-8")))
     ]
     if not rows:
         return "Not measured yet: run `python -m benchmarks.denoiser`."
@@ -105,7 +107,11 @@ def _speed_rows(found: dict[str, Any]) -> list[list[Any]]:
 
 def gpu_speed() -> str:
     """For each measured GPU, every target with what was found, from the JSON of benchmarks/gpu.py."""
-    rows = [row for path in sorted(RESULTS.glob("gpu_*.json")) for row in _gpu_rows(json.loads(path.read_text()))]
+    rows = [
+        row
+        for path in sorted(RESULTS.glob("gpu_*.json"))
+        for row in _gpu_rows(json.loads(path.read_text(encoding="utf-8")))
+    ]
     if not rows:
         return (
             "No GPU was at hand: nothing measured. The GPU kernels are compiled, not run; on a machine with one, "
@@ -128,7 +134,7 @@ def _gpu_rows(found: dict[str, Any]) -> list[list[Any]]:
 
 def first_sentence(path: Path) -> str:
     """First sentence of a module's docstring."""
-    text = " ".join((ast.get_docstring(ast.parse(path.read_text())) or "").split("\n\n")[0].split())
+    text = " ".join((ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or "").split("\n\n")[0].split())
     return re.split(r"(?<=\.)\s", text)[0]
 
 
@@ -179,7 +185,7 @@ def filled(text: str) -> str:
 
 
 def main() -> None:
-    README.write_text(filled(README.read_text()))
+    README.write_text(filled(README.read_text(encoding="utf-8")), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -139,7 +139,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     found = search(space, settings, score, folder / "scores.json", origin)
     sizes = layer_sizes(plans, str(options["genes"]), space, found.best)
     made = found_recipe(recipe, sizes)
-    (folder / f"{made.name}.toml").write_text(recipes.to_toml(made))
+    (folder / f"{made.name}.toml").write_text(recipes.to_toml(made), encoding="utf-8")
     unsearched = found.costs.get(space.uniform(recipe.weights.group_size))
     document = describe(space, found, origin, sizes) | {"unsearched_cost": unsearched}
     document |= {"recipe": recipe.name, "seconds": time.monotonic() - started}

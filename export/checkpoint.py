@@ -81,6 +81,11 @@ class QuantizedLinear:
         self._check_arrays()
         if not np.isfinite(self.scales).all():
             raise ContractError(f"{self.name}: a weight scale is NaN or Inf; the float weight is broken")
+        if not (self.scales > 0).all():
+            smallest = float(self.scales.min())
+            raise ContractError(f"{self.name}: a weight scale is {smallest:g} and must be above 0; calibrate again")
+        if self.bias is not None and not np.isfinite(self.bias).all():
+            raise ContractError(f"{self.name}: the bias holds NaN or Inf; the float model is broken")
         finite = np.isfinite(get_format(self.weight_format).values)
         if not (finite.all() or finite[self.unpacked_codes()].all()):
             raise ContractError(f"{self.name}: a {self.weight_format} code is NaN or Inf; the float weight is broken")
@@ -204,7 +209,7 @@ def save(layers: list[QuantizedLinear], folder: Path) -> None:
     os.replace(folder / f"{WEIGHTS_FILE}.part", folder / WEIGHTS_FILE)
     rows = [{key: getattr(layer, key) for key in ROW_KEYS} for layer in layers]
     text = json.dumps({"schema_version": SCHEMA_VERSION, "layers": rows}, indent=1)
-    (folder / f"{LAYERS_FILE}.part").write_text(text)
+    (folder / f"{LAYERS_FILE}.part").write_text(text, encoding="utf-8")
     os.replace(folder / f"{LAYERS_FILE}.part", folder / LAYERS_FILE)
 
 
@@ -236,7 +241,7 @@ def load(folder: Path) -> list[QuantizedLinear]:
 
 def _read_rows(path: Path) -> list[dict[str, Any]]:
     try:
-        document = json.loads(path.read_text())
+        document = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise ContractError(f"{path}: cannot be read ({error}); {REMEDY}") from error
     found = document.get("schema_version") if isinstance(document, dict) else None

@@ -7,6 +7,7 @@ the type in which an engine stores them, so that the float model, the reference 
 
 from __future__ import annotations
 
+import hashlib
 import inspect
 import json
 import logging
@@ -22,8 +23,17 @@ from numpy.typing import NDArray
 
 from export.errors import ModelError, RecipeError
 from export.families import FAMILIES, LAYER_KINDS, Family, Input
+from export.read_weights import Weights, read_weights
 from export.sources import find
-from export.weights_files import SINGLE_FILES, find_weights, load_tensors
+from export.weights_files import (
+    ADAPTER_FILES,
+    MERGE,
+    SINGLE_FILES,
+    WeightsFiles,
+    find_weights,
+    weights_file,
+    what_instead,
+)
 
 __all__ = [
     "FAMILIES",
@@ -58,7 +68,10 @@ class LinearRef:
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """A denoiser in memory. `module` is in eval mode and computes in float32; `notes` are things a user should know."""
+    """A denoiser in memory. `module` is in eval mode and computes in float32; `notes` are things a user should know.
+
+    `used` are the names of the tensors in its files that are part of it, `ignored` those that are not, and why.
+    """
 
     module: Any
     family: Family
@@ -67,12 +80,21 @@ class LoadedModel:
     source: str
     revision: str
     sha256: str
+    files: WeightsFiles
     notes: tuple[str, ...] = field(default=())
+    used: tuple[str, ...] = field(default=())
+    ignored: Mapping[str, str] = field(default_factory=dict)
 
     @cached_property
     def inputs(self) -> tuple[Input, ...]:
         """The family's input table for this configuration."""
         return self.family.inputs(self.config)
+
+    @cached_property
+    def config_sha256(self) -> str:
+        """Hash of the configuration without notes on its origin; the same weights with another are another model."""
+        stated = {key: value for key, value in self.config.items() if not key.startswith("_")}
+        return hashlib.sha256(json.dumps(stated, sort_keys=True).encode()).hexdigest()
 
     @cached_property
     def parameters(self) -> int:
@@ -120,47 +142,97 @@ def _linears(module: Any) -> list[tuple[str, Any]]:
 # --- where a model comes from --------------------------------------------------------------------------------------
 
 
-def load(source: str, kept_only: bool = False) -> LoadedModel:
-    """Load a denoiser from a diffusers folder (a transformer or a pipeline), `zoo:NAME`, or a hub id in the cache.
+def load(source: str, kept_only: bool = False, variant: str = "", config: str = "") -> LoadedModel:
+    """Load a denoiser from a diffusers folder (a transformer or a pipeline) or a .safetensors file, `zoo:NAME`, or a
+    hub id (OWNER/NAME or OWNER/NAME@REVISION) in the cache.
 
+    variant: which of a folder's weights, as in diffusers ("fp16", "ema"), "" for the plain ones, or the only ones.
+    config: the model's config.json, a folder that has it, `zoo:NAME` or a hub id; "" for the one beside the weights.
     kept_only: the folder is one of `save_kept`; the linears to quantize are NaN: the model can be exported, not run.
     Raises ModelError if the folder, configuration or weights cannot be used, EnvironmentLacksError for a hub id that
     has not been downloaded.
     """
     root, revision = find(source)
-    folder = root / "transformer" if (root / "transformer" / "config.json").is_file() else root
-    config = _read_config(folder)
-    family, notes = _family_of(config, folder)
-    files = find_weights(folder)
-    module = _build(family, config, folder)
+    folder = _model_folder(root)
+    values = _read_config(*_config_file(config, folder))
+    family, notes = _family_of(values, folder)
+    files = _weights(root, folder, variant)
+    module = _build(family, values, folder)
     if not any(family.kind_of(path) for path, _ in _linears(module)):
         raise ModelError(
             f"{folder}: {family.class_name} has no linear in repeated blocks; there is nothing to quantize"
         )
     absent = _quantized_tensors(module, family) if kept_only else set()
-    shapes = _shapes(module)
-    tensors = load_tensors(files, {name: shape for name, shape in shapes.items() if name not in absent})
-    _assign(module, family, tensors | _nan({name: shapes[name] for name in absent}))
+    weights = _read(files, values, module, absent)
+    _assign(module, family, dict(weights.tensors) | _nan(module, absent))
+    logger.info("%s: %s", source, weights)
+    for name in weights.used:
+        logger.debug("%s: uses %s", source, name)
+    notes += _adapters_beside(root, folder)
     for note in notes:
         logger.warning("%s: %s", source, note)
-    return LoadedModel(module, family, config, folder, source, revision, files.sha256(), notes)
+    return LoadedModel(
+        module, family, values, folder, source, revision, files.sha256(), files, notes, weights.used, weights.ignored
+    )
 
 
-def _read_config(folder: Path) -> dict[str, Any]:
-    path = folder / "config.json"
+def _adapters_beside(root: Path, folder: Path) -> tuple[str, ...]:
+    """A note for each adapter that lies beside the model: nothing says whether it is meant to be part of it."""
+    paths = sorted({place / name for place in {root, folder} for name in ADAPTER_FILES if (place / name).is_file()})
+    return tuple(f"{path} is an adapter and is not part of this model; if it should be, {MERGE}" for path in paths)
+
+
+def _model_folder(root: Path) -> Path:
+    if root.is_file():
+        return root.parent
+    return root / "transformer" if (root / "transformer" / "config.json").is_file() else root
+
+
+def _config_file(config: str, folder: Path) -> tuple[Path, str]:
+    """The file to read the configuration from, and what to do if there is none."""
+    if not config:
+        remedy = "give a diffusers transformer folder, or a pipeline with transformer/"
+        return folder / "config.json", f"{remedy}; for a weights file also --config with the model's config.json"
+    path, rule = Path(config).expanduser(), "--config takes a config.json, the folder of one, a hub id or zoo:NAME"
     if not path.is_file():
-        raise ModelError(
-            f"{folder} has no config.json; give a diffusers transformer folder, or a pipeline with transformer/"
-        )
+        try:
+            path = _model_folder(find(config)[0]) / "config.json"
+        except ModelError as error:
+            raise ModelError(f"--config {config!r}: {rule}, and this is none of them ({error})") from error
+    return path, rule
+
+
+def _weights(root: Path, folder: Path, variant: str) -> WeightsFiles:
+    if root.is_dir():
+        return find_weights(folder, variant)
+    if variant:
+        raise ModelError(f"{root} is one file, and --variant {variant} chooses between files; give only one of them")
+    return weights_file(root)
+
+
+def _read(files: WeightsFiles, config: Mapping[str, Any], module: Any, absent: set[str]) -> Weights:
+    """The tensors of `module` but for those in `absent`, with every tensor of the files accounted for."""
+    shapes = {name: shape for name, shape in _shapes(module).items() if name not in absent}
+    return read_weights(files, config, shapes, getattr(getattr(module, "pos_embed", None), "pos_embed", None))
+
+
+def _read_config(path: Path, remedy: str) -> dict[str, Any]:
+    if not path.is_file():
+        raise ModelError(f"{path.parent} has no {path.name}; {what_instead(path.parent) or remedy}")
     config = _read_json(path)
     if "_class_name" not in config:
         raise ModelError(f"{path}: no _class_name in it; give the folder of a diffusers model")
+    if quantization := config.get("quantization_config"):
+        method = quantization.get("quant_method", "unknown") if isinstance(quantization, dict) else quantization
+        raise ModelError(
+            f"{path}: quantization_config says that the weights are quantized already ({method}); give the float model"
+        )
     return config | {"_class_name": _class_name(config)}
 
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        return dict(json.loads(path.read_text()))
+        return dict(json.loads(path.read_text(encoding="utf-8")))
     except (ValueError, TypeError) as error:
         raise ModelError(f"{path}: not a JSON object ({error}); copy or download it again") from error
 
@@ -229,11 +301,11 @@ def _quantized_tensors(module: Any, family: Family) -> set[str]:
     return {f"{path}.{name}" for path in linears for name, _ in module.get_submodule(path).named_parameters()}
 
 
-def _nan(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
-    """Tensors of NaN that take no memory."""
+def _nan(module: Any, names: set[str]) -> dict[str, Any]:
+    """Tensors of NaN that take no memory, in the shapes of those of `module`."""
     import torch
 
-    return {name: torch.full((), torch.nan).expand(shape) for name, shape in shapes.items()}
+    return {name: torch.full((), torch.nan).expand(shape) for name, shape in _shapes(module).items() if name in names}
 
 
 def save_kept(model: LoadedModel, folder: Path) -> None:
@@ -243,13 +315,17 @@ def save_kept(model: LoadedModel, folder: Path) -> None:
     """
     from safetensors.torch import save_file
 
-    absent, files = _quantized_tensors(model.module, model.family), find_weights(model.folder)
+    kept = _read(model.files, model.config, model.module, set()).tensors
+    absent = _quantized_tensors(model.module, model.family)
     partial = folder.with_name(f"{folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
-    known = set(model.module.state_dict()) - absent
-    save_file({key: tensor for _, key, tensor in files.tensors() if key in known}, partial / SINGLE_FILES[0])
-    (partial / "config.json").write_text(json.dumps(dict(model.config), indent=1))
+    tensors = {key: tensor for key, tensor in kept.items() if key not in absent}
+    # One tensor of a file may be several of the model (DiT's own files have one embedder for all blocks).
+    firsts = {tensor.data_ptr(): key for key, tensor in reversed(tensors.items())}
+    own = {key: t.contiguous() if firsts[t.data_ptr()] == key else t.clone() for key, t in tensors.items()}
+    save_file(own, partial / SINGLE_FILES[0])
+    (partial / "config.json").write_text(json.dumps(dict(model.config), indent=1), encoding="utf-8")
     if (model.folder / GENERATION_FILE).is_file():  # says what a cell of the image is
         shutil.copyfile(model.folder / GENERATION_FILE, partial / GENERATION_FILE)
     shutil.rmtree(folder, ignore_errors=True)

@@ -13,6 +13,7 @@ from export.checkpoint import QuantizedLinear
 from export.errors import ContractError
 from export.formats import get_format, unpack
 from export.low_rank_graph import ROUTER
+from export.model_file import read_model
 from export.ops import DOMAIN
 from export.quantize_graph import GRANULARITY_KEY, KIND_KEY, LAYER_KEY, QUANTIZERS
 from export.router import ARRAYS as ROUTER_ARRAYS
@@ -24,7 +25,7 @@ def read_layers(path: Path) -> list[QuantizedLinear]:
 
     Raises ContractError if a layer lacks one of its nodes or tensors.
     """
-    model = ir.load(path)
+    model = read_model(path)
     nodes: dict[str, dict[str, ir.Node]] = {}
     for node in model.graph:
         if layer := node.metadata_props.get(LAYER_KEY):

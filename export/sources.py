@@ -1,4 +1,4 @@
-"""Where a model comes from: a folder, the bundled zoo, or the local cache of the hub (nothing is downloaded)."""
+"""Where a model comes from: a folder or file, the bundled zoo, or the hub's local cache (nothing is downloaded)."""
 
 from __future__ import annotations
 
@@ -6,19 +6,30 @@ import re
 from pathlib import Path
 
 from export.errors import EnvironmentLacksError, ModelError
+from export.weights_files import PICKLES, weights_file
 
 ZOO = Path(__file__).parent / "zoo"
 
 
 def find(source: str) -> tuple[Path, str]:
-    """Folder and revision ("" but for the hub) of `source`: a folder, `zoo:NAME` or a hub id OWNER/NAME."""
+    """Folder or weights file, and revision ("" but for the hub), of `source`: a folder, a .safetensors file, `zoo:NAME`
+    or a hub id OWNER/NAME, with @REVISION (a branch, tag or commit) where it is not the main branch."""
     if source.startswith("zoo:"):
         return _zoo_folder(source.removeprefix("zoo:")), ""
-    if Path(source).expanduser().is_dir():
-        return Path(source).expanduser(), ""
-    if re.fullmatch(r"[A-Za-z0-9][\w.-]*/[\w.-]+", source):
-        return _from_cache(source)
-    raise ModelError(f"model {source!r} is not a folder here and not a hub id; give a folder, OWNER/NAME or zoo:NAME")
+    path = Path(source).expanduser()
+    if path.is_dir():
+        return path, ""
+    if path.is_file():
+        weights_file(path)  # refuses what is no weights file
+        return path, ""
+    if source.endswith((*PICKLES, ".safetensors", ".gguf")):
+        raise ModelError(f"model {source!r} is not a file here; check the path")
+    if match := re.fullmatch(r"([A-Za-z0-9][\w.-]*/[\w.-]+)(?:@((?!.*\.\.)[\w./-]+))?", source):
+        return _from_cache(match[1], match[2])
+    raise ModelError(
+        f"model {source!r} is not a folder here and not a hub id; give a folder, a .safetensors file, OWNER/NAME, "
+        "OWNER/NAME@REVISION or zoo:NAME"
+    )
 
 
 def _zoo_folder(name: str) -> Path:
@@ -28,16 +39,17 @@ def _zoo_folder(name: str) -> Path:
     return ZOO / name
 
 
-def _from_cache(repository: str) -> tuple[Path, str]:
+def _from_cache(repository: str, revision: str | None) -> tuple[Path, str]:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import LocalEntryNotFoundError
 
-    missing = f"model {repository} is not in the local cache and no folder of that name exists"
-    command = f'hf download {repository} --include "transformer/*"'
+    name = f"{repository}@{revision}" if revision else repository
+    missing = f"model {name} is not in the local cache and no folder of that name exists"
+    command = f'hf download {repository} --include "transformer/*"' + (f" --revision {revision}" if revision else "")
     try:
-        folder = Path(snapshot_download(repository, local_files_only=True))
+        folder = Path(snapshot_download(repository, revision=revision, local_files_only=True))
     except LocalEntryNotFoundError as error:
         raise EnvironmentLacksError(f"{missing}; run: {command}") from error
     if not any((folder / part / "config.json").is_file() for part in ("", "transformer")):
-        raise EnvironmentLacksError(f"the cached {repository} has no transformer; run: {command}")
+        raise EnvironmentLacksError(f"the cached {name} has no transformer; run: {command}")
     return folder, folder.name

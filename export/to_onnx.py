@@ -20,10 +20,11 @@ import numpy as np
 import onnx_ir as ir
 
 from export.checkpoint import QuantizedLinear, shared_router
-from export.errors import ContractError, ResourceError
+from export.errors import ContractError, ModelError, ResourceError
 from export.graph_builder import add_initializer
 from export.models import LoadedModel, denoiser, sample_inputs
 from export.quantize_graph import quantize_graph
+from export.read_weights import is_finite
 
 logger = logging.getLogger(__name__)
 # Sizes of the traced example: two different numbers above 1, so that no axis is mistaken for another.
@@ -65,11 +66,12 @@ def export_portable(
     """Write the portable quantized model to `path` and `path`.data for images of `height` x `width` pixels.
 
     Batch and caption length stay dynamic. Raises ContractError unless `layers` are exactly the model's linears to
-    quantize and fit them in shape.
+    quantize and fit them in shape, ModelError if a tensor that is not quantized has NaN or Inf.
     """
     from export.trace import PlaceholderLinear
 
     _check_layers(model, layers)
+    _check_finite(model, {ref.name for ref in model.linears()})
     _tell_undecided(layers)
     stand_ins = {ref.name: PlaceholderLinear(ref.name, ref.module.out_features) for ref in model.linears()}
     graph = _traced(model, stand_ins, height, width)
@@ -82,9 +84,13 @@ def export_portable(
 
 
 def export_float(model: LoadedModel, path: Path, height: int = 0, width: int = 0) -> None:
-    """Write the float model with float32 weights, for baselines; same inputs and output as the portable one."""
+    """Write the float model with float32 weights, for baselines; same inputs and output as the portable one.
+
+    Raises ModelError if a tensor of the model has NaN or Inf.
+    """
     import torch
 
+    _check_finite(model, set())
     stand_ins = {}
     for ref in model.linears():
         # A weight of the right shape that takes no memory; its values are bound by name when the file is written.
@@ -118,6 +124,13 @@ def _check_layers(model: LoadedModel, layers: list[QuantizedLinear]) -> None:
             raise ContractError(
                 f"{layer.name}: model and checkpoint disagree on whether it has a bias; calibrate again"
             )
+
+
+def _check_finite(model: LoadedModel, replaced: set[str]) -> None:
+    """Refuse a tensor with NaN or Inf that the graph will hold; those of the linears in `replaced` it will not."""
+    for name, tensor in (*model.module.named_parameters(), *model.module.named_buffers()):
+        if tensor.is_floating_point() and name.rpartition(".")[0] not in replaced and not is_finite(tensor):
+            raise ModelError(f"{name}: holds NaN or Inf and would be part of the engine; use another model")
 
 
 def _tell_undecided(layers: list[QuantizedLinear]) -> None:

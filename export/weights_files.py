@@ -1,4 +1,4 @@
-"""Weights of a diffusers folder: safetensors in one file or in shards, memory-mapped and checked.
+"""Weights files: safetensors in one file or in shards, of one variant, memory-mapped.
 
 Pickles (.bin, .pt) are refused, because reading one runs code from the file.
 """
@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -18,14 +19,25 @@ from safetensors import SafetensorError, safe_open
 from export.errors import ModelError
 
 STEM = "diffusion_pytorch_model"
-# In order of preference: full precision first, then the fp16 variant; a single file before its shards.
-SINGLE_FILES = (f"{STEM}.safetensors", f"{STEM}.fp16.safetensors", "model.safetensors")
-INDEX_FILES = (
-    f"{STEM}.safetensors.index.json",
-    f"{STEM}.fp16.safetensors.index.json",
-    f"{STEM}.safetensors.index.fp16.json",
+# The files of a folder without a variant, in order of preference: a single file before its shards.
+SINGLE_FILES = (f"{STEM}.safetensors", "model.safetensors")
+INDEX_FILES = (f"{STEM}.safetensors.index.json",)
+# The same with one; diffusers has named the index of a variant's shards in both ways.
+VARIANT_FILES = (f"{STEM}.{{}}.safetensors", "model.{}.safetensors")
+VARIANT_INDEX_FILES = (f"{STEM}.{{}}.safetensors.index.json", f"{STEM}.safetensors.index.{{}}.json")
+# A name such as fp16 or non_ema; "fp16-00001-of-00002" is a shard of one.
+VARIANT = r"(?!.*\d-of-\d)[A-Za-z0-9][\w-]*"
+PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors", "pytorch_lora_weights.safetensors")
+MERGE = (
+    "merge the adapter: load its base into a diffusers pipeline, pipe.load_lora_weights(adapter), pipe.fuse_lora(), "
+    "pipe.unload_lora_weights(), pipe.save_pretrained(folder), and give that folder"
 )
-PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
+NO_GGUF = "it holds weights that are quantized already; give the float model that it was made from, as safetensors"
+NO_PICKLE = (
+    "is a pickle, which can run code when read; load it where you trust it and save it again with "
+    "model.save_pretrained(folder, safe_serialization=True), or safetensors.torch.save_file(state_dict, path)"
+)
 REFETCH = "copy or download the file again"
 CHUNK_BYTES = 1 << 22
 
@@ -53,13 +65,14 @@ class WeightsFiles:
     def tensors(self) -> Iterator[tuple[str, str, Any]]:
         """Yield (file name, tensor name, torch tensor backed by the mapped file)."""
         for name in self.names:
-            with _open(self.folder / name) as tensors:
-                found = set(tensors.keys())
+            path = self.folder / name
+            with _open(path) as tensors:
+                held = set(tensors.keys())
                 stated = {key for key, shard in self.shard_of.items() if shard == name}
-                if stated - found:
-                    raise ModelError(f"{self.folder / name}: tensor {min(stated - found)} is missing; {REFETCH}")
-                for key in sorted(found):
-                    yield name, key, tensors.get_tensor(key)
+                if stated - held:
+                    raise ModelError(f"{path}: tensor {min(stated - held)} is missing; {REFETCH}")
+                for key in sorted(held):
+                    yield name, key, _tensor(tensors, path, key)
 
 
 def _open(path: Path) -> Any:
@@ -69,27 +82,99 @@ def _open(path: Path) -> Any:
         raise ModelError(f"{path}: not a whole safetensors file ({error}); {REFETCH}") from error
 
 
-def find_weights(folder: Path) -> WeightsFiles:
-    """The weight files of a diffusers model folder. Raises ModelError if there is none that can be read."""
-    for name in SINGLE_FILES:
+def _tensor(tensors: Any, path: Path, key: str) -> Any:
+    try:
+        return tensors.get_tensor(key)
+    except (SafetensorError, AttributeError, ValueError) as error:  # a type that this torch or safetensors lacks
+        kind = tensors.get_slice(key).get_dtype()
+        raise ModelError(
+            f"{path}: tensor {key} is {kind}, which is not a weight's type; give the float model"
+        ) from error
+
+
+def find_weights(folder: Path, variant: str = "") -> WeightsFiles:
+    """The weight files of a diffusers model folder. Raises ModelError if there is none that can be read.
+
+    variant: as in diffusers, the "fp16" of diffusion_pytorch_model.fp16.safetensors. Without one, the files without
+    one, else those of the only variant there is; two variants may be two models, so that they are not chosen between.
+    """
+    held = _variants(folder)
+    if variant and variant not in held:
+        there = ", ".join(held) or ("only one without a name" if _plain(folder) else "none")
+        raise ModelError(f"{folder} has no weights of the variant {variant!r}; the variants there: {there}")
+    plain = None if variant else _plain(folder)
+    if plain is not None:
+        return plain
+    if len(held) > 1 and not variant:
+        raise ModelError(f"{folder} has the variants {', '.join(held)} and no plain file; choose one with --variant")
+    if held:
+        return _first(folder, *_named(variant or held[0])) or _nothing(folder)
+    return _nothing(folder)
+
+
+def _plain(folder: Path) -> WeightsFiles | None:
+    return _first(folder, SINGLE_FILES, INDEX_FILES)
+
+
+def _named(variant: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Names of the single files, and of the indices of shards, of a variant."""
+    singles, indices = ([name.format(variant) for name in names] for names in (VARIANT_FILES, VARIANT_INDEX_FILES))
+    return tuple(singles), tuple(indices)
+
+
+def _first(folder: Path, singles: tuple[str, ...], indices: tuple[str, ...]) -> WeightsFiles | None:
+    for name in singles:
         if (folder / name).is_file():
             return WeightsFiles(folder, (name,), {})
-    for name in INDEX_FILES:
+    for name in indices:
         if (folder / name).is_file():
             return _sharded(folder, name)
-    pickles = sorted(path.name for pattern in PICKLES for path in folder.glob(pattern))
-    if pickles:
-        raise ModelError(
-            f"{folder / pickles[0]} is a pickle, which can run code when read; load it where you trust it and save it "
-            "again with model.save_pretrained(folder, safe_serialization=True)"
-        )
-    raise ModelError(f"{folder} has no {SINGLE_FILES[0]} and no {INDEX_FILES[0]}; {REFETCH.replace('the file', 'it')}")
+    return None
+
+
+def _variants(folder: Path) -> list[str]:
+    """The variants in a folder, by the names of its files."""
+    patterns = [
+        re.escape(name).replace(re.escape("{}"), f"({VARIANT})") for name in (*VARIANT_FILES, *VARIANT_INDEX_FILES)
+    ]
+    matches = (re.fullmatch(pattern, path.name) for path in folder.iterdir() for pattern in patterns)
+    return sorted({match[1] for match in matches if match})
+
+
+def _nothing(folder: Path) -> WeightsFiles:
+    """Raise ModelError that says what a folder without readable weights holds instead."""
+    remedy = what_instead(folder) or "copy or download it again"
+    raise ModelError(f"{folder} has no {SINGLE_FILES[0]} and no {INDEX_FILES[0]}; {remedy}")
+
+
+def what_instead(folder: Path) -> str:
+    """What a folder without a model that can be read holds instead, with the remedy; "" if nothing of a known kind."""
+    names = sorted(path.name for path in folder.iterdir() if path.is_file()) if folder.is_dir() else []
+    for names_of_kind, text in (
+        ([name for name in names if name in ADAPTER_FILES], f"is an adapter, not a model; {MERGE}"),
+        ([name for name in names if name.endswith(".gguf")], f"is GGUF; {NO_GGUF}"),
+        ([name for name in names if name.endswith(PICKLES)], NO_PICKLE),
+    ):
+        if names_of_kind:
+            return f"{folder / names_of_kind[0]} {text}"
+    return ""
+
+
+def weights_file(path: Path) -> WeightsFiles:
+    """One weights file that is given by itself. Raises ModelError unless it is safetensors."""
+    if path.name.endswith(".safetensors"):
+        return WeightsFiles(path.parent, (path.name,), {})
+    if path.name.endswith(".gguf"):
+        raise ModelError(f"{path} is GGUF; {NO_GGUF}")
+    if path.name.endswith(PICKLES):
+        raise ModelError(f"{path} {NO_PICKLE}")
+    raise ModelError(f"{path} is not a .safetensors file; give a diffusers folder or a .safetensors file")
 
 
 def _sharded(folder: Path, index_name: str) -> WeightsFiles:
     path = folder / index_name
     try:
-        shard_of = dict(json.loads(path.read_text())["weight_map"])
+        shard_of = dict(json.loads(path.read_text(encoding="utf-8"))["weight_map"])
     except (ValueError, KeyError, TypeError) as error:
         raise ModelError(f"{path}: not an index of shards ({error!r}); {REFETCH}") from error
     names = tuple(sorted(set(shard_of.values())))
@@ -108,40 +193,3 @@ def file_sha256(path: Path) -> str:
         while chunk := file.read(CHUNK_BYTES):
             digest.update(chunk)
     return digest.hexdigest()
-
-
-def load_tensors(files: WeightsFiles, expected: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
-    """Every expected tensor by name, checked: present, of the expected shape, floating point and finite.
-
-    The tensors keep the file's dtype and stay mapped. Tensors that the model does not know are left out.
-    """
-    found: dict[str, Any] = {}
-    for name, key, tensor in files.tensors():
-        if key in expected:
-            _check_tensor(files.folder / name, key, tensor, expected[key])
-            found[key] = tensor
-    missing = sorted(set(expected) - set(found))
-    if missing:
-        raise ModelError(
-            f"{files.folder / files.names[0]}: tensor {missing[0]} is missing ({len(missing)} of {len(expected)} are); "
-            f"config.json and the weights must belong together, {REFETCH}"
-        )
-    return found
-
-
-def _check_tensor(path: Path, key: str, tensor: Any, shape: tuple[int, ...]) -> None:
-    if tuple(tensor.shape) != shape:
-        raise ModelError(
-            f"{path}: tensor {key} has shape {tuple(tensor.shape)}, config.json asks for {shape}; "
-            "config.json and the weights must belong together"
-        )
-    if not tensor.is_floating_point():
-        raise ModelError(
-            f"{path}: tensor {key} is {tensor.dtype}; weights must be fp16, bf16 or fp32, export them again"
-        )
-    # aminmax passes NaN and Inf on, reads the tensor once and allocates nothing.
-    low, high = tensor.aminmax() if tensor.numel() else (0.0, 0.0)
-    if not float(high) - float(low) < float("inf"):
-        raise ModelError(
-            f"{path}: tensor {key} holds NaN or Inf; the training run or the file is broken, use another one"
-        )

@@ -136,7 +136,15 @@ def peak_memory(runner: Contestant, inputs: Arrays) -> int | None:
     with tempfile.TemporaryDirectory(prefix="ditc-") as folder:
         np.savez(Path(folder) / "inputs.npz", **inputs)  # type: ignore[arg-type]
         command = [sys.executable, "-m", "pipeline.bench_baselines", *runner.memory_of, f"{folder}/inputs.npz"]
-        done = subprocess.run(command, check=False, capture_output=True, text=True, timeout=MEMORY_TIMEOUT_S)
+        done = subprocess.run(
+            command,
+            check=False,
+            capture_output=True,
+            text=True,
+            encoding="utf-8",
+            errors="replace",
+            timeout=MEMORY_TIMEOUT_S,
+        )
     if done.returncode:
         logger.warning("memory of %s could not be measured: %s", runner.name, done.stderr.strip().splitlines()[-1:])
         return None

@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.bundle import load_bundle
-from pipeline.command import Answer, Parser, parser, run
+from pipeline.command import Answer, Parser, add_model_flags, parser, run
 from pipeline.compiler import load_model, opened
 from pipeline.files import write_json
+from pipeline.recipe import ModelFlags, with_model
 from pipeline.stages import timed
 
 
@@ -20,17 +21,20 @@ def make_parser() -> Parser:
     """All flags of `bench`."""
     made = parser("bench", "Measure the engines of a bundle on this machine, against the float model.")
     made.add_argument("bundle", type=Path, metavar="BUNDLE", help="a folder that build wrote")
-    made.add_argument("-m", "--model", metavar="ID_OR_DIR", help="the float model, if it moved since the build")
+    add_model_flags(made, "the float model, if it moved since the build")
     made.add_argument("-o", "--output", type=Path, metavar="FILE.json", help="write the numbers here too")
     return made
 
 
-def bench_bundle(path: Path, source: str = "") -> dict[str, Any]:
-    """Verify the files, then measure every engine that runs here. Raises UserError subclasses."""
+def bench_bundle(path: Path, flags: ModelFlags = (None, None, None)) -> dict[str, Any]:
+    """Verify the files, then measure every engine that runs here. Raises UserError subclasses.
+
+    flags: another model, variant and configuration than the bundle was built from, None for the same.
+    """
     from pipeline.bench import bench
 
     bundle, _ = timed("files", lambda: load_bundle(path))
-    model, _ = timed("model", lambda: load_model(source or bundle.manifest["model"]["source"]))
+    model, _ = timed("model", lambda: load_model(with_model(bundle.recipe, *flags)))
     with opened(path, bundle.targets) as engines, tempfile.TemporaryDirectory(prefix="ditc-") as folder:
         document, _ = timed("bench", lambda: bench(model, engines, bundle.recipe, path, Path(folder)))
     return document
@@ -38,7 +42,7 @@ def bench_bundle(path: Path, source: str = "") -> dict[str, Any]:
 
 def work(args: argparse.Namespace, answer: Answer) -> int:
     """Measure and answer with the numbers."""
-    document = bench_bundle(args.bundle, args.model or "")
+    document = bench_bundle(args.bundle, (args.model, args.variant, args.config))
     if args.output:
         write_json(args.output, document)
     answer.document({"event": "bench", **document}, json.dumps(document, indent=1))

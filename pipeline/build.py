@@ -13,7 +13,7 @@ from typing import Any
 from export.errors import RecipeError
 from pipeline import recipe as recipes
 from pipeline.calibrate.plan import make_plans
-from pipeline.command import Answer, Parser, parser, run
+from pipeline.command import Answer, Parser, add_model_flags, parser, run
 from pipeline.compiler import (
     BuildRequest,
     compile_engine,
@@ -21,6 +21,7 @@ from pipeline.compiler import (
     load_model,
     parse_targets,
     refuse_early,
+    tensor_counts,
 )
 
 DESCRIPTION = "Build a verified engine bundle: model, calibrate, export, targets, verify, bench."
@@ -30,9 +31,7 @@ def make_parser() -> Parser:
     """All flags of `build`."""
     made = parser("build", DESCRIPTION)
     made.add_argument("--engine", required=True, metavar="NAME|RECIPE.toml", help="a recipe (see `list`) or a file")
-    made.add_argument(
-        "-m", "--model", metavar="ID_OR_DIR", help="diffusers folder, hub id or zoo:NAME (default: recipe's)"
-    )
+    add_model_flags(made, "diffusers folder, .safetensors file, hub id or zoo:NAME (default: recipe's)")
     made.add_argument(
         "--target",
         default="auto",
@@ -79,9 +78,7 @@ def integers(text: str) -> tuple[int, ...]:
 def resolve(args: argparse.Namespace) -> recipes.Recipe:
     """The recipe with all flags applied."""
     found = recipes.with_settings(recipes.load(args.engine), args.set)
-    if args.model:
-        folder = Path(args.model)
-        found = replace(found, model=str(folder.resolve()) if folder.is_dir() else args.model)
+    found = recipes.with_model(found, args.model, args.variant, args.config)
     if args.calib_size is not None:
         found = replace(found, calibrate=replace(found.calibrate, size=args.calib_size))
     if args.target_sm is not None:
@@ -118,11 +115,11 @@ def work(args: argparse.Namespace, answer: Answer) -> int:
 def dry_run(request: BuildRequest, answer: Answer) -> int:
     """All checks that need no work, and the plan."""
     refuse_early(request)
-    model = load_model(request.recipe.model)
+    model = load_model(request.recipe)
     model.cells(request.recipe.sampling.height, request.recipe.sampling.width)
     linears, kept = len(make_plans(model.linears(), request.recipe)), len(model.kept())
     plan: dict[str, Any] = {"recipe": asdict(request.recipe), "targets": request.targets, "output": str(request.output)}
-    plan |= {"family": model.family.name, "quantized": linears, "kept": kept}
+    plan |= {"family": model.family.name, "quantized": linears, "kept": kept, "tensors": tensor_counts(model)}
     text = f"{linears} linears to quantize, {kept} kept, targets {', '.join(request.targets)}; nothing was written"
     answer.document(
         {"event": "plan", **plan}, json.dumps(plan["recipe"], indent=1) + f"\n{text}\nDRY RUN {request.output}"

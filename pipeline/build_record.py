@@ -25,5 +25,5 @@ def write(result: BuildResult, folder: Path, target: str) -> None:
 def read(folder: Path, target: str) -> BuildResult:
     """Inverse of `write`."""
     result_name, lowering_name = names(target)
-    document = json.loads((folder / result_name).read_text())
+    document = json.loads((folder / result_name).read_text(encoding="utf-8"))
     return BuildResult(tuple(document["files"]), lowering_file.read(folder / lowering_name), document["metadata"])

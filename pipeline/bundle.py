@@ -14,7 +14,7 @@ from pipeline import machine, manifest, recipe
 from pipeline.backends import cuda_run, trt_run
 from pipeline.backends.base import Engine
 from pipeline.backends.rtx_run import machine_problem, release
-from pipeline.files import sha256, tree
+from pipeline.files import is_hub_link, sha256, tree
 
 logger = logging.getLogger(__name__)
 
@@ -92,9 +92,10 @@ def load_bundle(path: str | Path) -> Bundle:
 def verify_files(folder: Path, files: Mapping[str, Mapping[str, Any]]) -> None:
     """Compare the folder with the manifest's table of files. Raises ContractError naming the first difference."""
     found = tree(folder)
-    links = [name for name in found if (folder / name).is_symlink()]
-    if links:
-        raise ContractError(f"{folder / links[0]} is a link; a bundle has plain files only, copy it with cp -rL")
+    links = (name for name in found if (folder / name).is_symlink())
+    foreign = [name for name in links if not is_hub_link(folder / name, folder)]
+    if foreign:
+        raise ContractError(f"{folder / foreign[0]} is a link; a bundle has plain files only, copy it with cp -rL")
     names = set(found) - {manifest.FILE_NAME}
     for text, differing in (("is missing", set(files) - names), ("is not in the manifest", names - set(files))):
         if differing:

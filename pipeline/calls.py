@@ -6,9 +6,9 @@ every call is a choice of rows from a pool.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from threading import Barrier
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from pipeline.backends.base import Arrays
 from pipeline.gates import sqnr_db
 from pipeline.picture_case import Case, Run, is_large
-from pipeline.sampling import make_sampler
+from pipeline.sampling import TRAIN_STEPS, make_sampler
 
 if TYPE_CHECKING:
     from export.families import Input
@@ -36,19 +36,19 @@ THREAD_ROUNDS = 4
 
 @dataclass(frozen=True)
 class PoolSpec:
-    """Samples of one caption length. timesteps: shares of the schedule's top, one for each sample of a small model;
+    """Samples of one caption length. timesteps: in thousandths of the schedule's top, one for each sample;
     `large`: how many of them a large model takes."""
 
     name: str
-    timesteps: tuple[float, ...]
+    timesteps: tuple[int, ...]
     large: int
     latent_factor: float = 1.0
 
 
 POOLS = (
-    PoolSpec(ONE, (0.003, 0.7), 1),
-    PoolSpec(ODD, (0.5, 0.975, 0.01), 2, LATENT_FACTOR),
-    PoolSpec(LONGEST, (1.0, 0.0, 0.975, 0.003, 0.02, 0.25, 0.5, 0.75, 0.9), 3),
+    PoolSpec(ONE, (3, 700), 1),
+    PoolSpec(ODD, (500, 975, 10), 2, LATENT_FACTOR),
+    PoolSpec(LONGEST, (1000, 0, 975, 999, 3, 20, 250, 500, 800), 3),
 )
 # (batch size, pool): rows are taken in turn.
 BATCHES = ((1, ONE), (2, LONGEST), (3, ODD), (9, LONGEST))
@@ -56,17 +56,14 @@ BATCHES = ((1, ONE), (2, LONGEST), (3, ODD), (9, LONGEST))
 
 @dataclass(frozen=True)
 class Call:
-    """One call: `rows` of the pool `pool`, as inputs by name; `text` says what is special about it."""
+    """One call: `rows` of the pool `pool`, as inputs by name; `text` says what is special about it. batched: the inputs
+    that hold one row for each sample."""
 
     text: str
     pool: str
     rows: tuple[int, ...]
     inputs: Arrays
-
-    def reversed(self) -> Call:
-        """The same samples in the opposite order."""
-        inputs = {name: value[::-1].copy() if len(value) == len(self.rows) else value for name, value in self.inputs.items()}
-        return Call(f"{self.text}, rows reversed", self.pool, self.rows[::-1], inputs)
+    batched: frozenset[str]
 
 
 def make_pools(model: LoadedModel, case: Case) -> dict[str, Arrays]:
@@ -76,14 +73,19 @@ def make_pools(model: LoadedModel, case: Case) -> dict[str, Arrays]:
 
 def make_calls(model: LoadedModel, pools: dict[str, Arrays]) -> list[Call]:
     """One call for each row of BATCHES."""
-    batched = {row.name for row in model.inputs if row.batched}
+    batched = frozenset(row.name for row in model.inputs if row.batched)
     calls = []
     for size, pool in BATCHES:
-        count = len(pools[pool]["timestep"])
-        rows = tuple(i % count for i in range(size))
-        inputs = {name: value[list(rows)] if name in batched else value for name, value in pools[pool].items()}
-        calls.append(Call(f"batch {size}{_caption(model.inputs, inputs)}", pool, rows, inputs))
+        rows = tuple(i % len(pools[pool]["timestep"]) for i in range(size))
+        call = rows_of(pool, rows, pools[pool], batched)
+        calls.append(replace(call, text=f"{call.text}{_caption(model.inputs, call.inputs)}"))
     return calls
+
+
+def rows_of(name: str, rows: tuple[int, ...], pool: Arrays, batched: frozenset[str]) -> Call:
+    """The samples `rows` of the pool `name` as one call."""
+    inputs = {key: value[list(rows)] if key in batched else value for key, value in pool.items()}
+    return Call(f"batch {len(rows)}", name, rows, inputs, batched)
 
 
 def _caption(rows: Sequence[Input], inputs: Arrays) -> str:
@@ -95,19 +97,19 @@ def _pool(spec: PoolSpec, model: LoadedModel, case: Case) -> Arrays:
     """Samples of `spec`: conditions from the case's prompts (and their empty ones) in turn, latents of their own."""
     from export.models import sample_inputs
 
-    shares = spec.timesteps[: spec.large] if is_large(model) else spec.timesteps
+    times = spec.timesteps[: spec.large] if is_large(model) else spec.timesteps
     height, width = (side * model.pixels_per_cell for side in case.noise.shape[2:])
     seed = 1 + POOLS.index(spec)
-    inputs = sample_inputs(model, len(shares), seed, height, width, _tokens(spec, model, case))
-    top = float(make_sampler(case.sampler, case.n_steps, case.timestep_scale).timesteps.max())
+    inputs = sample_inputs(model, len(times), seed, height, width, _tokens(spec, model, case))
+    top = make_sampler(case.sampler, TRAIN_STEPS, case.timestep_scale).timesteps.max()
     for row in model.inputs:
         value = inputs[row.name]
         if row.fill == "timestep":
-            value = np.rint(np.array(shares) * top)
+            value = np.minimum(np.array(times) * (case.timestep_scale / 1000), top)
         elif row.fill == "mask":
             value = _masks(value.shape)
         elif row.fill.startswith("class:"):
-            value = _labels(spec, int(row.fill.partition(":")[2]), len(shares))
+            value = _labels(spec, int(row.fill.partition(":")[2]), len(times))
         elif row.name in case.conditioning[0] and row.batched:
             value = _conditions(case, row, value.shape)
         elif row.name == "hidden_states":
@@ -158,36 +160,41 @@ class SampleError:
 
 
 def call_errors(calls: Sequence[Call], exact: dict[str, NDArray[Any]], run: Run) -> list[SampleError]:
-    """Every sample of every call."""
-    return [error for call in calls for error in sample_errors(call, exact, run(call.inputs)["sample"])]
+    """Every sample of every call. Judged when all have been made: a result may not change under its caller's hands."""
+    outputs = [run(call.inputs)["sample"] for call in calls]
+    pairs = zip(calls, outputs, strict=True)
+    return [error for call, output in pairs for error in sample_errors(call, exact, output)]
 
 
 def sample_errors(call: Call, exact: dict[str, NDArray[Any]], output: NDArray[Any]) -> list[SampleError]:
-    """Each sample of `output`; all channels count, learned variances too. nan where the shape is not the reference's."""
+    """Each sample of `output`, by all its channels, learned variances too; nan where the shape is another."""
     expected = exact[call.pool][list(call.rows)]
     if output.shape != expected.shape:
         return [SampleError(call.text, i, float("nan")) for i in range(len(expected))]
     return [SampleError(call.text, i, sqnr_db(*pair)) for i, pair in enumerate(zip(expected, output, strict=True))]
 
 
-def state_errors(calls: Sequence[Call], exact: dict[str, NDArray[Any]], run: Run, made: int) -> list[SampleError]:
-    """What an engine keeps from call to call: a condition changed at an equal batch size, one changed in place, the
-    STEADY_CALL-th call (`made`: calls so far), two threads at once."""
+def state_errors(
+    calls: Sequence[Call], pools: Mapping[str, Arrays], exact: dict[str, NDArray[Any]], run: Run, made: int
+) -> list[SampleError]:
+    """What an engine keeps from call to call: a condition changed at an equal batch size (in one sample, in all, in
+    place), the STEADY_CALL-th call (`made` of them so far), two threads at once."""
     single, pair, *_ = calls
-    back = pair.reversed()
-    run(pair.inputs)
-    errors = call_errors([back], exact, run)
+    first, second, third = pair.rows[0], pair.rows[1], len(pools[pair.pool]["timestep"]) - 1
+    orders = (first, second), (first, third), (second, third), (third, first), (first, second)
+    changed = [rows_of(pair.pool, rows, pools[pair.pool], pair.batched) for rows in orders]
+    errors = call_errors([replace(call, text=f"{call.text}, condition changed") for call in changed], exact, run)
 
-    arrays = {name: value.copy() for name, value in pair.inputs.items()}
+    arrays = {name: value.copy() for name, value in changed[2].inputs.items()}  # another condition than the call before
     run(arrays)
-    for name, value in back.inputs.items():
+    for name, value in changed[1].inputs.items():
         arrays[name][...] = value
-    errors += call_errors([Call(f"{back.text}, changed in place", back.pool, back.rows, arrays)], exact, run)
+    errors += call_errors([replace(changed[1], text=f"{pair.text}, changed in place", inputs=arrays)], exact, run)
 
-    for _ in range(made, STEADY_CALL - 1):
+    for _ in range(made + len(changed) + 2, STEADY_CALL - 1):
         run(single.inputs)
-    steady = Call(f"call {STEADY_CALL}", single.pool, single.rows, single.inputs)
-    return errors + call_errors([steady], exact, run) + _threaded([pair, back], exact, run)
+    steady = replace(single, text=f"call {STEADY_CALL}")
+    return errors + call_errors([steady], exact, run) + _threaded(changed[2:4], exact, run)
 
 
 def _threaded(calls: Sequence[Call], exact: dict[str, NDArray[Any]], run: Run) -> list[SampleError]:
@@ -201,6 +208,6 @@ def _threaded(calls: Sequence[Call], exact: dict[str, NDArray[Any]], run: Run) -
             errors += call_errors([call], exact, run)
         return errors
 
-    named = [Call(f"{call.text}, {len(calls)} threads", call.pool, call.rows, call.inputs) for call in calls]
+    named = [replace(call, text=f"{call.text}, {len(calls)} threads") for call in calls]
     with ThreadPoolExecutor(len(calls)) as threads:
         return [error for errors in threads.map(repeat, named) for error in errors]

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import io
 import json
 import logging
 import sys
@@ -56,6 +57,15 @@ def parser(verb: str, description: str) -> Parser:
     return made
 
 
+def add_model_flags(made: Parser, model: str) -> None:
+    """-m and what says more about it, for the verbs that load a float model. model: the help of -m."""
+    made.add_argument("-m", "--model", metavar="ID_OR_DIR", help=model)
+    made.add_argument("--variant", metavar="NAME", help="which of the model's weights files, for example fp16 or ema")
+    made.add_argument(
+        "--config", metavar="FILE_OR_ID", help="config.json of a model whose weights have none beside them"
+    )
+
+
 class Answer:
     """Writes to the real stdout, even while stray prints of libraries are sent to stderr."""
 
@@ -91,6 +101,8 @@ def run(made: Parser, work: Work, argv: Sequence[str] | None = None, verdict: bo
     """
     args = made.parse_args(argv)
     set_up_logging(args.verbose, args.quiet)
+    if isinstance(sys.stdout, io.TextIOWrapper):  # a letter that the locale lacks is no reason to end without an answer
+        sys.stdout.reconfigure(errors="backslashreplace")
     answer = Answer(sys.stdout, args.json)
     try:
         with contextlib.redirect_stdout(sys.stderr):

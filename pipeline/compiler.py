@@ -75,7 +75,7 @@ def compile_engine(request: BuildRequest) -> Path:
     recipe = request.recipe
     refuse_early(request)
     logger.info("%s of %s for %s into %s", recipe.name, recipe.model, ", ".join(request.targets), request.output)
-    model, model_time = timed("model", lambda: load_model(recipe.model), request.listener)
+    model, model_time = timed("model", lambda: load_model(recipe), request.listener)
     model.cells(recipe.sampling.height, recipe.sampling.width)  # refuses an image size that the model cannot make
     recipe = with_method(recipe, model)
     refuse_full_disk(request, model.parameters)
@@ -154,26 +154,32 @@ def _built_by_auto(target: str, module: str) -> bool:
     return find_spec(module) is not None and (target not in GPU_TARGETS or cuda_sm() >= GPU_TARGETS[target])
 
 
-def load_model(source: str) -> LoadedModel:
-    """The float model of a folder, hub id or `zoo:NAME`."""
+def load_model(recipe: Recipe) -> LoadedModel:
+    """The float model that the recipe names."""
     from export.models import load
 
-    return load(source)
+    return load(recipe.model, variant=recipe.model_variant, config=recipe.model_config)
 
 
-def model_row(model: LoadedModel) -> dict[str, str]:
-    """Where the model came from, for the manifest."""
+def tensor_counts(model: LoadedModel) -> dict[str, Any]:
+    """How many tensors of the model's files are used, and which are not, with the reason why that is harmless."""
+    return {"used": len(model.used), "ignored": dict(model.ignored)}
+
+
+def model_row(model: LoadedModel) -> dict[str, Any]:
+    """Where the model came from and what of its files is in it, for the manifest."""
     return {
         "source": model.source,
         "revision": model.revision,
         "sha256": model.sha256,
         "family": model.family.name,
+        "tensors": tensor_counts(model),
     }
 
 
 def build_key(recipe: Recipe, model: LoadedModel) -> str:
     """Hash of everything that decides the bytes of the bundle."""
-    parts = [asdict(recipe), model_row(model), machine.tool_versions(), machine.code_version()]
+    parts = [asdict(recipe), model_row(model), model.config_sha256, machine.tool_versions(), machine.code_version()]
     return sha256_json(parts)
 
 
@@ -230,7 +236,7 @@ def drop_other_targets(folder: Path, targets: tuple[str, ...]) -> None:
 
 def describe(folder: Path, model: LoadedModel, recipe: Recipe) -> None:
     """Write what a bundle needs to be used alone: recipe, config, and how the model generates."""
-    (folder / "recipe.toml").write_text(to_toml(recipe))
+    (folder / "recipe.toml").write_text(to_toml(recipe), encoding="utf-8")
     write_json(folder / "config.json", dict(model.config))
     if (model.folder / GENERATION_FILE).is_file():
         for name in load_generation(model.folder).files:

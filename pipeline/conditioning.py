@@ -59,7 +59,7 @@ def load_generation(folder: Path) -> Generation:
     if not path.is_file():
         raise ContractError(f"{path} is missing; it says how prompts become inputs. Build the bundle again")
     try:
-        return from_dict(json.loads(path.read_text()), folder)
+        return from_dict(json.loads(path.read_text(encoding="utf-8")), folder)
     except json.JSONDecodeError as error:
         raise ContractError(f"{path} is not valid JSON ({error}); build the bundle again") from error
 

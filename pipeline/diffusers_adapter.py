@@ -32,7 +32,7 @@ def as_diffusers(bundle: Bundle, target: str = "auto") -> EngineTransformer:
         raise ContractError(
             f"{bundle.path}: no diffusers form for family {bundle.manifest['model']['family']}, only {known}"
         )
-    config = json.loads((bundle.path / "config.json").read_text())
+    config = json.loads((bundle.path / "config.json").read_text(encoding="utf-8"))
     return EngineTransformer(bundle.engine(target), family, config)
 
 

@@ -41,7 +41,7 @@ def sha256_json(document: Any) -> str:
 def write_json(path: Path, document: Any) -> None:
     """Write a JSON file through a temporary name, so that a reader finds the old one or the new one."""
     part = path.with_name(path.name + ".part")
-    part.write_text(json.dumps(document, indent=1) + "\n")
+    part.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
     sync(part)
     os.replace(part, path)
 
@@ -79,6 +79,18 @@ def tree(folder: Path) -> list[str]:
         links = [name for name in folders if os.path.islink(os.path.join(parent, name))]
         found += [(Path(parent) / name).relative_to(folder).as_posix() for name in names + links]
     return sorted(found)
+
+
+def is_hub_link(path: Path, folder: Path) -> bool:
+    """Is a link in `folder` one of the hub's cache, REPOSITORY/snapshots/REVISION/... -> REPOSITORY/blobs/HASH?
+
+    It must end at a plain file right in the `blobs` of the same repository, whose `snapshots` hold the folder.
+    """
+    snapshots = next((parent for parent in folder.resolve().parents if parent.name == "snapshots"), None)
+    if snapshots is None:
+        return False
+    target, blobs = path.resolve(), snapshots.parent / "blobs"
+    return target.parent == blobs and target.is_file() and not blobs.is_symlink()
 
 
 def sync_tree(folder: Path) -> None:

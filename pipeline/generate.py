@@ -91,7 +91,7 @@ def _draw_part(
 
 def picture_shape(bundle: Bundle) -> tuple[int, int, int]:
     """Channels, height and width that the engine of a pixel model was made for."""
-    config, size = json.loads((bundle.path / "config.json").read_text()), bundle.recipe.sampling
+    config, size = json.loads((bundle.path / "config.json").read_text(encoding="utf-8")), bundle.recipe.sampling
     own = config["sample_size"]
     return config["in_channels"], size.height or own, size.width or own
 

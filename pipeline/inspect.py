@@ -14,7 +14,8 @@ from export.formats import get_format, packed_size
 from pipeline.build import resolve
 from pipeline.bundle import load_bundle
 from pipeline.calibrate.plan import LayerPlan, group_multipliers, make_plans
-from pipeline.command import Answer, Parser, parser, run
+from pipeline.command import Answer, Parser, add_model_flags, parser, run
+from pipeline.compiler import load_model, tensor_counts
 from pipeline.recipe import Recipe
 from pipeline.table import table
 
@@ -56,16 +57,15 @@ def _choices(targets: Mapping[str, Any], layer: str) -> dict[str, Any]:
 
 def recipe_document(recipe: Recipe) -> dict[str, Any]:
     """The same for a recipe on its model, before anything is built: formats, scales, embedding and bytes."""
-    from export.models import load
-
-    model = load(recipe.model)
+    model = load_model(recipe)
     layers = [planned_layer(plan) for plan in make_plans(model.linears(), recipe)]
     kept = [{"name": name, "reason": reason} for name, reason in model.kept()]
     sizes = {
         "quantized_weights": sum(row["size_bytes"] for row in layers),
         "same_weights_fp16": sum(2 * row["shape"][0] * row["shape"][1] for row in layers),
     }
-    row = {"source": model.source, "family": model.family.name, "sha256": model.sha256}
+    row: dict[str, Any] = {"source": model.source, "family": model.family.name, "sha256": model.sha256}
+    row["tensors"] = tensor_counts(model)
     return {"engine": recipe.name, "model": row, "layers": layers, "kept": kept, "bytes": sizes}
 
 
@@ -153,7 +153,7 @@ def make_parser() -> Parser:
     made = parser("inspect", "Show per layer: formats, scales, embedding, path chosen, why, bytes; and totals.")
     made.add_argument("bundle", nargs="?", type=Path, metavar="BUNDLE", help="a folder that build wrote")
     made.add_argument("--engine", metavar="NAME|RECIPE.toml", help="a recipe instead, applied to its model")
-    made.add_argument("-m", "--model", metavar="ID_OR_DIR", help="with --engine: another model")
+    add_model_flags(made, "with --engine: another model")
     made.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="with --engine: any recipe key")
     made.set_defaults(
         calib_size=None, target_sm=None, n_steps=None, batch_size=None, height=None, width=None, seed=None

@@ -21,8 +21,11 @@ def draw_latent(bundle: Bundle, request: DrawRequest, source: str | None = None)
     import torch
     from diffusers import DiffusionPipeline
 
+    from pipeline.calibrate.pipeline_data import shared_variant
+
     transformer = bundle.as_diffusers(request.target)
-    pipeline = DiffusionPipeline.from_pretrained(root, transformer=transformer, local_files_only=True)
+    opened = {"variant": shared_variant(Path(root)), "local_files_only": True}
+    pipeline = DiffusionPipeline.from_pretrained(root, transformer=transformer, **opened)
     arguments = pipeline_arguments(bundle.manifest["model"]["family"])
     given = {"num_inference_steps": request.n_steps, "guidance_scale": request.guidance_scale}
     settings = {key: value for key, value in given.items() if value}
@@ -55,11 +58,12 @@ def _from_cache(repository: str) -> str:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 
+    name, _, revision = repository.partition("@")
     try:
-        return str(snapshot_download(repository, local_files_only=True))
+        return str(snapshot_download(name, revision=revision or None, local_files_only=True))
     except (LocalEntryNotFoundError, HFValidationError) as error:
         raise EnvironmentLacksError(
-            f"pipeline {repository} is not in the local cache; run: hf download {repository}; or give --pipeline DIR"
+            f"pipeline {repository} is not in the local cache; run: hf download {name}; or give --pipeline DIR"
         ) from error
 
 

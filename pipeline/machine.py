@@ -69,7 +69,7 @@ def code_version() -> str:
 
 def _cpuinfo() -> str:
     path = Path("/proc/cpuinfo")
-    return path.read_text() if path.exists() else ""
+    return path.read_text(encoding="utf-8") if path.exists() else ""
 
 
 def cpu_name() -> str:
@@ -113,7 +113,7 @@ def cache_dir() -> Path:
 def available_memory_bytes() -> int:
     """Memory that new work can take without swapping; 0 where the system does not say."""
     try:
-        rows = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
+        rows = dict(line.split(":") for line in Path("/proc/meminfo").read_text(encoding="utf-8").splitlines())
     except OSError:
         return 0
     return int(rows["MemAvailable"].split()[0]) * 1024 if "MemAvailable" in rows else 0
@@ -122,7 +122,7 @@ def available_memory_bytes() -> int:
 def reset_peak_memory() -> None:
     """Start a new measurement of the peak resident size, where the kernel allows it (Linux)."""
     try:
-        Path("/proc/self/clear_refs").write_text("5")
+        Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")
     except OSError:
         return  # then peak_memory_bytes is the highest value of the whole process, never too low
 
@@ -130,7 +130,9 @@ def reset_peak_memory() -> None:
 def peak_memory_bytes() -> int:
     """Peak resident size since `reset_peak_memory`, in bytes."""
     status = Path("/proc/self/status")
-    found = re.search(r"^VmHWM:\s*(\d+) kB", status.read_text(), re.MULTILINE) if status.exists() else None
+    found = (
+        re.search(r"^VmHWM:\s*(\d+) kB", status.read_text(encoding="utf-8"), re.MULTILINE) if status.exists() else None
+    )
     if found:  # getrusage would count what the parent process had when it started this one
         return int(found.group(1)) * 1024
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

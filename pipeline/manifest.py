@@ -14,7 +14,7 @@ from export.checkpoint import QuantizedLinear
 from export.errors import ContractError
 from pipeline import machine
 from pipeline.backends.base import BuildResult
-from pipeline.files import sha256, tree, write_json
+from pipeline.files import is_hub_link, sha256, tree, write_json
 from pipeline.recipe import Recipe
 from pipeline.stages import StageTime
 
@@ -41,10 +41,11 @@ KEYS = {
 
 @dataclass(frozen=True)
 class BuildFacts:
-    """What the stages found out, from which `compose` makes the manifest. model: source, revision, sha256, family."""
+    """What the stages found out, from which `compose` makes the manifest. model: source, revision, sha256, family, and
+    which tensors of its files are in it."""
 
     recipe: Recipe
-    model: Mapping[str, str]
+    model: Mapping[str, Any]
     layers: list[QuantizedLinear]
     kept: list[tuple[str, str]]
     results: Mapping[str, BuildResult]
@@ -132,10 +133,10 @@ def write(document: Mapping[str, Any], folder: Path) -> None:
 def read(folder: Path) -> dict[str, Any]:
     """The manifest of a bundle folder, its form and paths checked. Raises ContractError."""
     path = folder / FILE_NAME
-    if not path.is_file() or path.is_symlink():
+    if not path.is_file() or (path.is_symlink() and not is_hub_link(path, folder)):
         raise ContractError(f"{folder} is not a bundle: it has no {FILE_NAME}; give the folder that build wrote")
     try:
-        document = json.loads(path.read_text())
+        document = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ContractError(f"{path} is not valid JSON ({error}); build the bundle again") from error
     _check(document, path)

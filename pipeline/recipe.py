@@ -20,6 +20,8 @@ from pipeline.methods import AUTO, METHODS, PRESETS, settled_method
 
 GRANULARITIES = get_args(Granularity)
 SEARCHES = ("absmax", "mse")
+# What the flags --model, --variant and --config say, None where one was not given.
+ModelFlags = tuple[str | None, str | None, str | None]
 
 
 def _check(ok: bool, message: str) -> None:
@@ -196,11 +198,17 @@ class Budgets:
 
 @dataclass(frozen=True)
 class Recipe:
-    """One engine: model family, number formats, calibration, sampling, budgets, target options."""
+    """One engine: model, number formats, calibration, sampling, budgets, target options.
+
+    model_variant, model_config: which of the model's weights files, and its config.json where it is elsewhere; both as
+    `export.models.load` takes them, "" for the plain ones.
+    """
 
     name: str
     model: str
     description: str = ""
+    model_variant: str = ""
+    model_config: str = ""
     formats: Formats = Formats()
     weights: Weights = Weights()
     calibrate: Calibrate = Calibrate()
@@ -292,9 +300,9 @@ def load(name_or_path: str) -> Recipe:
             raise RecipeError(
                 f"recipe file {path} does not exist; give a path to a .toml file or one of {recipe_names()}"
             )
-        text = path.read_text()
+        text = path.read_text(encoding="utf-8")
     elif name_or_path in recipe_names():
-        text = (resources.files("pipeline") / "recipes" / f"{name_or_path}.toml").read_text()
+        text = (resources.files("pipeline") / "recipes" / f"{name_or_path}.toml").read_text(encoding="utf-8")
     else:
         raise RecipeError(
             f"recipe {name_or_path!r} is unknown; use one of {', '.join(recipe_names())}, or a .toml file"
@@ -353,6 +361,29 @@ def _value(text: str) -> Any:
 def to_toml(recipe: Recipe) -> str:
     """The resolved recipe as TOML; `load` gives an equal recipe back."""
     return tomli_w.dumps(asdict(recipe))
+
+
+def with_model(recipe: Recipe, model: str | None, variant: str | None, config: str | None) -> Recipe:
+    """The recipe for what the flags --model, --variant and --config name, None where one was not given.
+
+    A variant or a configuration of the recipe's own belongs to its own model, and goes with it.
+    """
+    if model:
+        recipe = replace(recipe, model=_absolute(model), model_variant="", model_config="")
+    if config:
+        recipe = replace(recipe, model_config=_absolute(config))
+    return recipe if variant is None else replace(recipe, model_variant=variant)
+
+
+def _absolute(source: str) -> str:
+    """The full path of a folder or file that is here; anything else, a hub id for example, as it is."""
+    if source.encode(errors="replace").decode() != source:  # bytes that are no text here would be lost in recipe.toml
+        raise RecipeError(f"{source!r} is not text in this locale; set PYTHONUTF8=1, or rename the folder or file")
+    path = Path(source).expanduser()
+    if path.is_dir():
+        return str(path.resolve())
+    # A file keeps its name: the hub's cache links it to one that is named by its hash.
+    return str(path.parent.resolve() / path.name) if path.is_file() else source
 
 
 def with_sampling(recipe: Recipe, **changes: Any) -> Recipe:

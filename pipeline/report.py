@@ -26,7 +26,7 @@ class Gate:
     at_most: bool = True
 
     def __post_init__(self) -> None:
-        assert not math.isnan(self.limit), f"gate {self.name}: its limit is not a number, which is a bug of verification"
+        assert not math.isnan(self.limit), f"gate {self.name}: the limit is not a number, a bug of verification"
 
     @property
     def passed(self) -> bool:
@@ -100,8 +100,8 @@ class Report:
     gates: list[Gate] = field(default_factory=list)
     layers: list[LayerResult] = field(default_factory=list)
     steps: list[StepResult] = field(default_factory=list)
-    segments: list[SegmentResult] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    segments: list[SegmentResult] = field(default_factory=list)
 
     @property
     def passed(self) -> bool:
@@ -145,7 +145,7 @@ def read_json(text: str) -> Report:
     layers = [_row(LayerResult, row) for row in document["layers"]]
     steps = [_row(StepResult, row) for row in document["steps"]]
     segments = [_row(SegmentResult, row) for row in document.get("segments", [])]
-    return Report(gates, layers, steps, segments, list(document.get("notes", [])))
+    return Report(gates, layers, steps, list(document.get("notes", [])), segments)
 
 
 def _row(kind: Any, row: dict[str, Any]) -> Any:
@@ -161,7 +161,7 @@ def _number(value: Any) -> float:
 def write_layers_csv(report: Report, path: Path) -> None:
     """One line for each quantized linear and target."""
     names = list(LayerResult.__dataclass_fields__)
-    with path.open("w", newline="") as stream:
+    with path.open("w", encoding="utf-8", newline="") as stream:
         writer = csv.DictWriter(stream, names)
         writer.writeheader()
         writer.writerows(asdict(row) for row in report.layers)

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from pipeline import machine
 from pipeline.recipe import Recipe, to_toml
-from pipeline.report import Gate, LayerResult, Report
+from pipeline.report import Gate, LayerResult, Report, SegmentResult
 from pipeline.report_pictures import Column, file_names, gallery
 from pipeline.report_plots import Series, line_plot
 from pipeline.study import Study
@@ -23,8 +23,9 @@ from pipeline.study import Study
 if TYPE_CHECKING:
     from export.models import LoadedModel
 
-STYLE = (resources.files("pipeline") / "report_style.css").read_text
+STYLE = resources.files("pipeline") / "report_style.css"
 LINE_STYLES = ("line1", "line2", "line3", "line4")
+WORST_STRETCHES = 8
 FAINT_STYLES = ("faint", "faint2", "faint", "faint2")
 Facts = Mapping[str, str]
 
@@ -112,10 +113,13 @@ def render(page: Page) -> str:
         _pictures(page),
         _steps(page.report),
         _layers_plot(page.report),
+        _stretches(page.report),
         _facts_section(page),
         _layers_table(page.report),
     )
-    head = f"<meta charset='utf-8'><title>{escape(page.title)}</title><style>{STYLE()}</style>"
+    head = (
+        f"<meta charset='utf-8'><title>{escape(page.title)}</title><style>{STYLE.read_text(encoding='utf-8')}</style>"
+    )
     body = f"<body><main>{''.join(sections)}</main></body>"
     return f"<!doctype html><html lang='en'><head>{head}</head>{body}</html>\n"
 
@@ -230,6 +234,34 @@ def _layers_plot(report: Report) -> str:
         "Inputs of all linears in the running engine against the float64 reference: flipped codes amplify with depth."
     )
     return _section("Error by layer", plot, text)
+
+
+def _stretches(report: Report) -> str:
+    if not report.segments:
+        return ""
+    rows = _by_target(report.segments)
+    first = next(iter(rows.values()))
+    names = [row.layer or "output" for row in first]
+    series = [
+        Series(f"{target}: error over its limit", style, [row.error for row in found])
+        for (target, found), style in zip(rows.items(), LINE_STYLES, strict=False)
+    ]
+    plot = line_plot(
+        series, names, "stretch that ends at the linears of a block", "1 is the limit", _block_ticks(names)
+    )
+    worst = sorted(report.segments, key=lambda row: -row.error)[:WORST_STRETCHES]
+    cells = "".join(_stretch_row(row) for row in worst)
+    heads = "<th>target</th><th>stretch up to</th><th>worst call</th>"
+    heads += "<th class='num'>error / limit</th><th class='num'>rounding, units of 2^-24</th><th>likely cause</th>"
+    text = "Embedders, norms, attention, activation functions, gates and residuals against the float64 module, each on "
+    text += "the engine's own tensors. The limit is what rounding does in the stretch, measured on the same inputs."
+    return _section("Between the linears", plot + _table(heads, cells), text)
+
+
+def _stretch_row(row: SegmentResult) -> str:
+    texts = "".join(f"<td>{escape(text)}</td>" for text in (row.target, row.layer or "the output", row.call))
+    numbers = "".join(f"<td class='num'>{_number(number)}</td>" for number in (row.error, row.noise_ulps))
+    return f"<tr>{texts}{numbers}<td>{escape(row.diagnosis or 'within its limit')}</td></tr>"
 
 
 def _by_target(rows: Sequence[Any]) -> dict[str, list[Any]]:

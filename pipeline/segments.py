@@ -20,8 +20,8 @@ from numpy.typing import NDArray
 from export.errors import ContractError
 from pipeline.backends.base import Arrays
 from pipeline.gates import HALF_ROUNDING, ROUNDING, LinearProbe
-from pipeline.report import SegmentResult
 from pipeline.reference_hooks import ARITHMETICS
+from pipeline.report import SegmentResult
 from pipeline.walk import OUTPUT, Stop, Walk, stopping_module, tensors_of
 
 if TYPE_CHECKING:
@@ -45,8 +45,8 @@ PART_LIMIT = 16.0
 ROUNDED_OPERAND: dict[str, Callable[[Any], Any]] = {"gelu": lambda x: x.abs() / 2}
 # Operations that move numbers and round none.
 MOVES = frozenset(
-    "arange cat clone constant_pad_nd copy_ detach embedding empty full gather index index_select lift_fresh ones "
-    "repeat select_copy slice_copy stack zeros _to_copy".split()
+    ("arange", "cat", "clone", "constant_pad_nd", "copy_", "detach", "embedding", "empty", "full", "gather", "index",
+     "index_select", "lift_fresh", "new_zeros", "ones", "repeat", "stack", "zeros", "_to_copy", "_unsafe_view")
 )  # fmt: skip
 
 
@@ -66,7 +66,7 @@ class SegmentReference:
         self._order: tuple[str, ...] = ()
 
     def order(self, inputs: Arrays) -> tuple[str, ...]:
-        """The linears in the order in which the module calls them. Raises ContractError if it calls one twice or never."""
+        """The linears in the order in which the module calls them; ContractError if it calls one twice or never."""
         if not self._order:
             walk = Walk(self._single, tensors_of(inputs, self._types[1]), nullcontext)
             visited, stop = [], walk.start()
@@ -150,8 +150,8 @@ def judge(target: str, call: str, stops: Sequence[Stop], result: NDArray[Any], h
         return SegmentResult(target, layer, call, np.inf, 0.0, _nonfinite(exact, halved))
     error = float(errors_over_limits(exact, difference, noise).max())
     ulps = _rms(noise) / max(_rms(exact), np.finfo(float).tiny) / ROUNDING
-    text = diagnose(exact, difference) if error > 1 else None
-    return SegmentResult(target, layer, call, error, float(ulps), text)
+    diagnosis = diagnose(exact, difference) if error > 1 else None
+    return SegmentResult(target, layer, call, error, float(ulps), diagnosis)
 
 
 def _by_sample(tensor: NDArray[Any], shape: tuple[int, ...]) -> Array:
@@ -203,10 +203,10 @@ def diagnose(exact: Array, difference: Array) -> str:
     for axes, what in (((1, 2), "samples"), ((0, 1), "channels"), ((0, 2), "tokens")):
         share = power.sum(axes) / max(power.sum(), np.finfo(float).tiny)
         few = np.flatnonzero(share > 0.5 / len(share))
-        if 0 < len(few) <= max(1, len(share) // 8) or (what == "samples" and 0 < len(few) < len(share)):
-            if share[few].sum() > 0.99:
-                listed = ", ".join(map(str, few[:6])) + (", ..." if len(few) > 6 else "")
-                return f"{size}, only in {what} {listed} of {len(share)}: {CAUSES[what]}"
+        most = len(share) - 1 if what == "samples" else len(share) // 8
+        if len(few) <= most and share[few].sum() > 0.99:
+            listed = ", ".join(map(str, few[:6])) + (", ..." if len(few) > 6 else "")
+            return f"{size}, only in {what} {listed} of {len(share)}: {CAUSES[what]}"
     scale = float((exact * difference).sum() / max(np.square(exact).sum(), np.finfo(float).tiny))
     if _rms(difference - scale * exact) < 0.05 * _rms(difference):
         return f"all numbers times {1 + scale:.6g}: a factor is wrong"

@@ -99,7 +99,7 @@ class WorkFolder:
 
     def _key_matches(self) -> bool:
         path = self.path / "key.json"
-        found = json.loads(path.read_text())["key"] if path.exists() else None
+        found = json.loads(path.read_text(encoding="utf-8"))["key"] if path.exists() else None
         if found and found != self.key:
             logger.warning("recipe, model, tools or code changed since the interrupted build; starting again")
         return found == self.key
@@ -136,7 +136,7 @@ class WorkFolder:
     def _finished(self, name: str, key: str) -> StageTime | None:
         """The stage's time if its marker has this key and all its files are as they were written."""
         marker = self.path / "stages" / f"{name}.json"
-        document: dict[str, Any] = json.loads(marker.read_text()) if marker.exists() else {"key": None}
+        document: dict[str, Any] = json.loads(marker.read_text(encoding="utf-8")) if marker.exists() else {"key": None}
         if document["key"] != key:
             return None
         for path, digest in document["files"].items():

@@ -134,7 +134,7 @@ def end_gates(target: str, errors: StepErrors, images: NDArray[Any], found: Stud
     quantization itself, unless that is under ROUNDED_DB: none asks for more.
     """
     worst_step = min(min(run.steps_db) for run in single.hit_errors)
-    quarter = float(np.quantile([value for run in single.errors for value in run.samples_db], 0.25))
+    quarter = _quarter([value for run in single.errors for value in run.samples_db])
     worst_image = min(value for drawn in single.hit_images for value in pictures_db(found, drawn))
     step_cost, image_cost = min(found.quant_db), min(pictures_db(found, found.images["float"]))
     rows = (
@@ -156,10 +156,10 @@ def calls_gates(target: str, errors: Sequence[SampleError], found: Study, single
     """Calls that drawing does not make: the worst of all samples, and the median one."""
     values = [error.sqnr_db for error in errors]
     worst = min(errors, key=lambda error: np.nan_to_num(error.sqnr_db, nan=-np.inf, posinf=np.inf))
-    quarter = float(np.quantile(single.calls_db, 0.25))
+    quarter = _quarter(single.calls_db)
     rows = (
         ("calls", _lowest(values), (min(single.hit_calls_db), min(found.calls_quant_db)), "worst sample"),
-        ("calls_median", _median(values), (quarter, float(np.median(found.calls_quant_db))), "lower quartile"),
+        ("calls_median", _median(values), (quarter, _median(found.calls_quant_db)), "lower quartile"),
     )
     gates = [_end_gate(f"{target}/{name}", value, limits, what) for name, value, limits, what in rows]
     return [replace(gate, why=f"{gate.why}; worst in {worst.call}, sample {worst.sample}") for gate in gates]
@@ -176,8 +176,14 @@ def segments_gate(target: str, rows: Sequence[SegmentResult]) -> Gate:
     return Gate(f"{target}/segments", error, 1, "x bound", why)
 
 
+def _quarter(values: Sequence[float]) -> float:
+    """The lower quartile, one of the values: between two infinities there is no number."""
+    return float(np.quantile(values, 0.25, method="lower"))
+
+
 def _median(values: Sequence[float]) -> float:
-    return math.nan if any(math.isnan(value) for value in values) else float(np.median(values))
+    """The median, the lower of two in the middle; nan if one of all is not a number."""
+    return math.nan if any(math.isnan(value) for value in values) else float(np.quantile(values, 0.5, method="lower"))
 
 
 def _lowest(values: Sequence[float]) -> float:

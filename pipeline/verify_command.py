@@ -10,9 +10,10 @@ from pathlib import Path
 from export.errors import ContractError, ParityError
 from pipeline.backends.base import LoweredGraph
 from pipeline.bundle import Bundle, load_bundle
-from pipeline.command import Answer, Parser, parser, run
+from pipeline.command import Answer, Parser, add_model_flags, parser, run
 from pipeline.compiler import load_model, opened
 from pipeline.files import sha256, tree
+from pipeline.recipe import ModelFlags, with_model
 from pipeline.report import Report
 from pipeline.stages import timed
 
@@ -25,18 +26,21 @@ def make_parser() -> Parser:
     """All flags of `verify`."""
     made = parser("verify", "Check a bundle again: file hashes, lowering repeated, all parity gates.")
     made.add_argument("bundle", type=Path, metavar="BUNDLE", help="a folder that build wrote")
-    made.add_argument("-m", "--model", metavar="ID_OR_DIR", help="the float model, if it moved since the build")
+    add_model_flags(made, "the float model, if it moved since the build")
     made.add_argument("-o", "--output-dir", type=Path, metavar="DIR", help="write the new report here")
     return made
 
 
-def verify_bundle(path: Path, report_dir: Path, source: str = "") -> Report:
-    """Verify files, repeat the lowering and compare, run all gates into `report_dir`. Raises UserError subclasses."""
+def verify_bundle(path: Path, report_dir: Path, flags: ModelFlags = (None, None, None)) -> Report:
+    """Verify files, repeat the lowering and compare, run all gates into `report_dir`. Raises UserError subclasses.
+
+    flags: another model, variant and configuration than the bundle was built from, None for the same.
+    """
     from export.portable import read_layers
     from pipeline.verify import verify
 
     bundle, _ = timed("files", lambda: load_bundle(path))
-    model, _ = timed("model", lambda: load_model(source or bundle.manifest["model"]["source"]))
+    model, _ = timed("model", lambda: load_model(with_model(bundle.recipe, *flags)))
     if model.sha256 != bundle.manifest["model"]["sha256"]:
         remedy = "name the model that the bundle was built from with -m"
         raise ContractError(f"{model.source} has other weights than the bundle was built from; {remedy}")
@@ -82,7 +86,7 @@ def compare(folder: Path, target: str, expected: Mapping[str, str]) -> None:
 def work(args: argparse.Namespace, answer: Answer) -> int:
     """Verify and answer with the verdict and every gate."""
     with tempfile.TemporaryDirectory(prefix="ditc-") as folder:
-        report = verify_bundle(args.bundle, args.output_dir or Path(folder), args.model or "")
+        report = verify_bundle(args.bundle, args.output_dir or Path(folder), (args.model, args.variant, args.config))
     for gate in report.gates:
         row = {"name": gate.name, "value": gate.value, "limit": gate.limit, "unit": gate.unit, "passed": gate.passed}
         answer.event(event="gate", **row)

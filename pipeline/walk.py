@@ -42,7 +42,9 @@ class Walk:
     `module` is what `stopping_module` made. `context` holds during the pass (jitter, parts in FP16).
     """
 
-    def __init__(self, module: Any, inputs: dict[str, torch.Tensor], context: Callable[[], AbstractContextManager[Any]]):
+    def __init__(
+        self, module: Any, inputs: dict[str, torch.Tensor], context: Callable[[], AbstractContextManager[Any]]
+    ) -> None:
         self._module, self._inputs, self._context = module, inputs, context
         self._turn, self._arrived = threading.Semaphore(0), threading.Semaphore(0)
         self._stop: Stop | None = None

@@ -14,6 +14,7 @@ from export.errors import ContractError, EnvironmentLacksError, RecipeError
 from pipeline import bundle as bundles
 from pipeline import load, machine, manifest
 from pipeline.files import publish
+from tests import hub
 from tests.bundles import make_bundle
 
 
@@ -204,3 +205,42 @@ def test_a_stop_while_publishing_leaves_no_mixture(
         publish(new, old, aside=tmp_path / "work/replaced")
     assert not old.exists() if survived else (old / "stale").exists()
     assert load(new).name == "small", "the new bundle is still whole, for --resume to publish"
+
+
+def test_links_of_the_hubs_cache_are_followed_into_its_blobs_only(folder: Path, tmp_path: Path) -> None:
+    """The manifest, too, is a link there."""
+    repository = tmp_path / "models--someone--engine"
+    laid_out = hub.snapshot(folder, repository, "engines/small")
+    assert (laid_out / "manifest.json").is_symlink()
+    assert load(laid_out).name == load(folder).name
+    (tmp_path / "again").symlink_to(laid_out)  # reached through a link of the user's own
+    assert load(tmp_path / "again").name == load(folder).name
+    part = laid_out / "cpu/model.onnx"
+    blob = part.resolve()
+    for outside in (folder / "cpu/model.onnx", repository / "refs" / "model.onnx"):
+        part.unlink()
+        if not outside.exists():
+            outside.write_bytes(blob.read_bytes())
+        part.symlink_to(outside)
+        with pytest.raises(ContractError, match=r"model\.onnx is a link; a bundle has plain files only"):
+            load(laid_out)
+    part.unlink()
+    part.symlink_to(blob)
+    held = blob.read_bytes()
+    blob.unlink()
+    blob.symlink_to(folder / "cpu/model.onnx")  # a blob that is a link itself
+    with pytest.raises(ContractError, match=r"model\.onnx is a link"):
+        load(laid_out)
+    blob.unlink()
+    blob.write_bytes(held + b"x")
+    with pytest.raises(ContractError, match="bytes, the manifest says"):
+        load(laid_out)
+
+
+def test_blobs_that_are_elsewhere_are_not_followed(folder: Path, tmp_path: Path) -> None:
+    repository = tmp_path / "models--someone--engine"
+    laid_out = hub.snapshot(folder, repository)
+    (repository / "blobs").rename(tmp_path / "elsewhere")
+    (repository / "blobs").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(ContractError, match="is not a bundle"):
+        load(laid_out)

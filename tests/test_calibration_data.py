@@ -80,6 +80,14 @@ def test_other_settings_give_other_data(tmp_path):
     assert not np.array_equal(first.calls[0].inputs["hidden_states"], other.calls[0].inputs["hidden_states"])
 
 
+def test_another_configuration_of_the_same_weights_gives_other_data(tmp_path):
+    """A position table for pictures half as large, say."""
+    model, recipe = made("pixart", tmp_path)
+    for changes, folders in (({}, 1), ({"interpolation_scale": 0.5}, 2), ({"_name_or_path": "elsewhere"}, 2)):
+        calibration_data(replace(model, config={**model.config, **changes}), recipe)
+        assert len(list((machine.cache_dir() / "calibration").iterdir())) == folders
+
+
 def synthetic(model, sampler):
     """Write a generation.json that draws by this sampler on random captions."""
     inputs = {
@@ -197,6 +205,25 @@ def test_a_real_pipeline_samples_with_its_own_text_encoder(family, tmp_path, mon
     assert np.array_equal(first, third) and not np.array_equal(first, second)  # two lines serve three prompts
     (root / "text_encoder").rename(root / "elsewhere")
     assert read_prompts(model, recipe) == ("random",) * 3
+
+
+def test_a_pipeline_of_one_variant_samples_with_it(tmp_path, monkeypatch):
+    folder = folder_of("pixart", tmp_path, monkeypatch)
+    plain, root = tmp_path / "plain", tmp_path / "real"
+    for path, variant in ((plain, None), (root, "fp16")):
+        CALLS["pixart"][0](load(str(folder)).module).save_pretrained(path, variant=variant)
+    recipe = made("pixart", tmp_path / "other")[1]
+    expected, data = (calibration_data(load(str(path)), recipe) for path in (plain, root))
+    for call, other in zip(expected.calls, data.calls, strict=True):
+        assert all(np.array_equal(call.inputs[name], other.inputs[name]) for name in call.inputs)
+    assert pipeline_data.shared_variant(plain) is None and pipeline_data.shared_variant(root) == "fp16"
+    assert pipeline_data.float32_bytes(plain) == pipeline_data.float32_bytes(root) > 0
+    file = root / "vae" / "diffusion_pytorch_model.fp16.safetensors"
+    file.rename(file.with_name("diffusion_pytorch_model.bf16.safetensors"))
+    with pytest.raises(
+        ModelError, match=r"must share one variant \(text_encoder: fp16; vae: bf16\); download the plain"
+    ):
+        pipeline_data.shared_variant(root)
 
 
 def test_a_text_encoder_that_does_not_fit_is_refused_before_it_is_read(tmp_path, monkeypatch):

@@ -256,6 +256,13 @@ RULES: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
         "a weight scale is NaN or Inf; the float weight is broken",
     ),
     "Inf scale": ({"scales": np.full((N, 1), np.inf, np.float32)}, ContractError, "a weight scale is NaN or Inf"),
+    "zero scale": ({"scales": np.zeros((N, 1), np.float32)}, ContractError, "a weight scale is 0 and must be above 0"),
+    "negative scale": (
+        {"scales": -GOOD.scales},
+        ContractError,
+        r"a weight scale is -[\d.]+ and must be above 0; calibrate again",
+    ),
+    "NaN bias": ({"bias": np.full(N, np.nan, np.float32)}, ContractError, "the bias holds NaN or Inf; the float model"),
     "no multipliers": (
         {"multipliers": None},
         ContractError,

@@ -17,15 +17,16 @@ import torch
 
 from export import checkpoint, to_onnx
 from export.checkpoint import QuantizedLinear
-from export.errors import ContractError, ResourceError
+from export.errors import ContractError, ModelError, ResourceError
 from export.models import LoadedModel, denoiser, load, sample_inputs
 from export.op_meanings import dequantize_activation, quantize_activation
 from export.ops import attributes
 from export.portable import read_layers
 from export.quantize_graph import multiplier_table, quantize_graph
 from export.to_onnx import ExportSummary, export_float, export_portable
+from export.torch_modules import with_modules
 from export.trace import PlaceholderLinear
-from tests import tiny
+from tests import hub, tiny
 
 NAMES = ("pixart", "pixart_sigma", "dit", "hunyuan", "unknown")
 # Sigma's own size is 1024 pixels; a small profile keeps the test small and covers a second resolution.
@@ -342,6 +343,22 @@ def test_layers_that_do_not_fit_the_model_are_named(exported, tmp_path, change, 
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("portable", [False, True])
+def test_a_weight_that_is_not_finite_is_named(exported, tmp_path, portable, value):
+    case = exported("dit")
+    model = replace(case.model, module=with_modules(case.model.module, {}))
+    weight = model.module.proj_out_2.weight.clone()
+    weight[3, 5] = value
+    model.module.proj_out_2.weight = torch.nn.Parameter(weight, requires_grad=False)
+    with pytest.raises(ModelError, match=r"proj_out_2\.weight: holds NaN or Inf and would be part of the engine; use"):
+        if portable:
+            export_portable(model, case.layers, tmp_path / "model.onnx")
+        else:
+            export_float(model, tmp_path / "model.onnx")
+    assert list(tmp_path.iterdir()) == []
+
+
 TEXT = '<ir_version: 10, opset_import: ["" : 21, "fpq" : 1]> g (float[B, 64] x) => (float[B, 64] y) {body}'
 
 
@@ -373,6 +390,17 @@ def test_a_model_that_is_not_portable_is_refused_when_read(exported):
     case = exported("dit")
     with pytest.raises(ContractError, match="no quantized linear in it"):
         read_layers(case.float_path)
+
+
+def test_a_portable_model_in_the_hubs_cache_is_read_through_its_links(exported, tmp_path):
+    case = exported("dit")
+    folder = hub.snapshot(case.portable_path.parent, tmp_path / "repository")
+    assert (folder / f"{case.portable_path.name}.data").is_symlink()
+    layers = read_layers(folder / case.portable_path.name)
+    assert [layer.name for layer in layers] == [layer.name for layer in read_layers(case.portable_path)]
+    by_name = {layer.name: layer for layer in case.layers}
+    assert all(np.array_equal(layer.codes, by_name[layer.name].codes) for layer in layers)
+    assert all(np.array_equal(layer.scales, by_name[layer.name].scales) for layer in layers)
 
 
 def test_portable_model_with_a_node_removed_is_refused_when_read(exported, tmp_path):

@@ -8,7 +8,7 @@ import pytest
 from benchmarks import readme
 from pipeline.cli import VERBS
 
-TEXT = readme.README.read_text()
+TEXT = readme.README.read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize("name", ["formats", "recipes", "methods", "bundled-models", "quality", "speed"])

@@ -20,6 +20,8 @@ OTHER = {
     "name": "other",
     "model": "zoo:dit_mini",
     "description": "words",
+    "model_variant": "fp16",
+    "model_config": "config.json",
     "formats.weight": "INT4",
     "formats.activation": "INT8",
     "formats.weight_of": {"ff.in": "E3M0"},

@@ -74,14 +74,14 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
-def build(name: str, seed: int = 0) -> Any:
+def build(name: str, seed: int = 0, **changes: Any) -> Any:
     """The torch module with random weights; tensors that start at zero are made random, so that every path counts."""
     import diffusers
     import torch
 
     torch.manual_seed(seed)
     class_name, config = MODELS[name]
-    module = getattr(diffusers, class_name)(**config).eval().requires_grad_(False)
+    module = getattr(diffusers, class_name)(**config | changes).eval().requires_grad_(False)
     for parameter in module.parameters():
         if not parameter.any():
             parameter.normal_(std=0.02)

@@ -68,11 +68,12 @@ class CpuBackend:
         """Write model.onnx and model.onnx.data, lowered, into `work_dir`; weights stream from the portable file."""
         import onnx_ir as ir
 
+        from export.model_file import read_model
         from pipeline.passes import run_shared
         from pipeline.passes.fold_weights import FoldWeights
         from pipeline.passes.lower_cpu import LowerCpu
 
-        model = ir.load(portable)
+        model = read_model(portable)
         run_shared(model)
         lowering = LowerCpu(self.capabilities)
         lowering(model)
@@ -85,7 +86,7 @@ class CpuBackend:
             library.build(work_dir / library.NAME)
         FoldWeights()(model)
         ir.save(model, work_dir / MODEL, external_data=DATA, size_threshold_bytes=1024)
-        (work_dir / METADATA).write_text(json.dumps({"requires": sorted(needs)}) + "\n")
+        (work_dir / METADATA).write_text(json.dumps({"requires": sorted(needs)}) + "\n", encoding="utf-8")
         return LoweredGraph(work_dir / MODEL, tuple(lowering.probes), tuple(choices))
 
     def build(self, lowered: LoweredGraph, out_dir: Path, recipe: Any) -> BuildResult:
@@ -109,7 +110,7 @@ class CpuBackend:
             LoweredGraph(out_dir / MODEL, lowered.probes, lowered.choices), out_dir / lowering_file.NAME
         )
         files = tuple(f"{out_dir.name}/{name}" for name in (*parts, *beside, lowering_file.NAME))
-        return BuildResult(files, lowered, json.loads((out_dir / METADATA).read_text()))
+        return BuildResult(files, lowered, json.loads((out_dir / METADATA).read_text(encoding="utf-8")))
 
     def load(self, bundle_dir: Path) -> Engine:
         """Engine of a verified bundle folder. Raises EnvironmentLacksError where it would not run, or not exactly."""
@@ -126,7 +127,7 @@ class CpuBackend:
 def _required(path: Path) -> set[str]:
     """Capabilities that an engine needs to be exact."""
     try:
-        return set(json.loads(path.read_text())["requires"])
+        return set(json.loads(path.read_text(encoding="utf-8"))["requires"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ContractError(f"{path} cannot be read ({error}); build the engine again") from error
 

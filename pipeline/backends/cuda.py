@@ -16,6 +16,7 @@ from typing import Any
 import onnx_ir as ir
 
 from export.errors import ContractError
+from export.model_file import read_model
 from pipeline import machine
 from pipeline.backends import lowering_file
 from pipeline.backends.base import BuildResult, Capabilities, Engine, GemmRow, LoweredGraph
@@ -63,7 +64,7 @@ class CudaBackend:
 
     def lower(self, portable: Path, work_dir: Path, recipe: Any) -> LoweredGraph:
         """Write model.onnx and its data, lowered, into `work_dir`; weights stay packed."""
-        model = ir.load(portable)
+        model = read_model(portable)
         run_shared(model)
         lowering = lower(model, options(recipe).operands)
         if not lowering.choices:

@@ -59,7 +59,7 @@ def read_metadata(folder: Path) -> dict[str, Any]:
     """metadata.json of a built engine. Raises ContractError for a damaged file or another schema."""
     path = folder / METADATA
     try:
-        found = dict(json.loads(path.read_text()))
+        found = dict(json.loads(path.read_text(encoding="utf-8")))
         if found["schema_version"] != SCHEMA_VERSION:
             raise ContractError(
                 f"{path}: schema {found['schema_version']}, this version reads {SCHEMA_VERSION}; build the engine again"
@@ -139,11 +139,10 @@ class Part:
     """A module with its captured graphs; on the CPU it just runs."""
 
     def __init__(self, path: Path, options: Mapping[str, str], device: str) -> None:
-        import onnx_ir as ir
-
+        from export.model_file import read_model
         from pipeline.backends.cuda_module import LoweredModule
 
-        module = LoweredModule(ir.load(path), **options).finish()
+        module = LoweredModule(read_model(path), **options).finish()
         self.inputs, self.device = module.inputs, device
         self.module: Any = module.to(device).eval()
         self.captured: dict[tuple[Any, ...], Captured] = {}

@@ -25,13 +25,13 @@ def write(lowered: LoweredGraph, path: Path) -> None:
         "choices": [asdict(choice) for choice in lowered.choices],
         "probes": [_stated(asdict(probe)) for probe in lowered.probes],
     }
-    path.write_text(json.dumps(document, indent=1) + "\n")
+    path.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
 
 
 def read(path: Path) -> LoweredGraph:
     """Inverse of `write`. Raises ContractError for another schema or a damaged file."""
     try:
-        document = json.loads(path.read_text())
+        document = json.loads(path.read_text(encoding="utf-8"))
         found = document.get("schema_version")
         if found != SCHEMA_VERSION:
             raise ContractError(f"{path}: schema {found}, this version reads {SCHEMA_VERSION}; build the engine again")

@@ -10,6 +10,7 @@ from typing import Any
 
 import onnx_ir as ir
 
+from export.model_file import read_model
 from pipeline.backends import lowering_file, rtx_build, rtx_plugin
 from pipeline.backends.base import BuildResult, Capabilities, Engine, GemmRow, LoweredGraph
 from pipeline.backends.kernel_formats import recipe_problems
@@ -90,7 +91,7 @@ class RtxBackend:
 
     def lower(self, portable: Path, work_dir: Path, recipe: Any) -> LoweredGraph:
         """Write the graph that the builder gets into `work_dir`; weights are converted one by one while writing."""
-        model, sms = ir.load(portable), tuple(recipe.rtx.sm)
+        model, sms = read_model(portable), tuple(recipe.rtx.sm)
         run_shared(model)
         if recipe.rtx.path == "plugin":
             lowering: LowerCuda | Lowering = rtx_plugin.lower(model, recipe.rtx.operands)

@@ -61,7 +61,7 @@ def check_inputs(shapes: Mapping[str, Any], inputs: Arrays) -> None:
 def read_metadata(folder: Path) -> dict[str, Any]:
     """metadata.json of a built engine."""
     try:
-        return dict(json.loads((folder / METADATA).read_text()))
+        return dict(json.loads((folder / METADATA).read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError) as error:
         raise ContractError(f"{folder / METADATA} cannot be read ({error}); build the engine again") from error
 

@@ -20,6 +20,7 @@ import onnx
 import onnx_ir as ir
 
 from export.errors import ContractError
+from export.model_file import read_model
 from pipeline.backends import lowering_file, rtx_build, rtx_plugin
 from pipeline.backends.base import BuildResult, Capabilities, Engine, LoweredGraph
 from pipeline.backends.kernel_formats import recipe_problems
@@ -59,7 +60,7 @@ class TrtBackend:
 
     def lower(self, portable: Path, work_dir: Path, recipe: Any) -> LoweredGraph:
         """Write the graph of fused ops, which is verified, into `work_dir`."""
-        model = ir.load(portable)
+        model = read_model(portable)
         run_shared(model)
         lowering = rtx_plugin.lower(model, recipe.trt.operands)
         if recipe.trt.attention == "fp16":

@@ -193,4 +193,5 @@ def _origin(model: LoadedModel, recipe: Recipe) -> dict[str, Any]:
         from pipeline.calibrate.data import content
 
         parts["data"] = content(model, recipe)
-    return {"schema_version": checkpoint.SCHEMA_VERSION, "model_sha256": model.sha256, **parts}
+    hashes = {"model_sha256": model.sha256, "config_sha256": model.config_sha256}
+    return {"schema_version": checkpoint.SCHEMA_VERSION, **hashes, **parts}

@@ -14,7 +14,7 @@ from export.checkpoint import LAYERS_FILE
 from export.errors import RecipeError, UserError
 from pipeline import recipe as recipes
 from pipeline.calibrate.state import KEPT, ORIGIN_FILE
-from pipeline.command import Answer, Parser, parser, run
+from pipeline.command import Answer, Parser, add_model_flags, parser, run
 from pipeline.files import lock, remove
 
 DESCRIPTION = "Quantize a model's linears by a recipe and write the checkpoint; --resume finishes a stopped run."
@@ -24,7 +24,7 @@ def make_parser() -> Parser:
     """All flags of `calibrate`."""
     made = parser("calibrate", DESCRIPTION)
     made.add_argument("--engine", required=True, metavar="NAME|RECIPE.toml", help="a recipe (see `list`) or a file")
-    made.add_argument("-m", "--model", metavar="ID_OR_DIR", help="model folder, hub id or zoo:NAME (default: recipe's)")
+    add_model_flags(made, "diffusers folder, .safetensors file, hub id or zoo:NAME (default: recipe's)")
     made.add_argument("-o", "--output-dir", type=Path, metavar="DIR", help="folder (default: checkpoints/NAME)")
     made.add_argument("--calib-size", type=int, help="number of prompts whose trajectories are used")
     made.add_argument("--seed", type=int, help="sampling.seed and calibrate.seed (data and learning)")
@@ -43,7 +43,7 @@ def work(args: argparse.Namespace, answer: Answer) -> int:
     folder = args.output_dir or Path("checkpoints") / recipe.name
     _refuse_occupied(folder, args.resume, args.force)
     with _told(folder):
-        model = models.load(recipe.model)
+        model = models.load(recipe.model, variant=recipe.model_variant, config=recipe.model_config)
         layers = calibrate(model, recipe, folder, args.resume)
         models.save_kept(model, folder / KEPT)
     size_bytes = sum(layer.size_bytes for layer in layers)
@@ -57,7 +57,7 @@ def _recipe(args: argparse.Namespace) -> recipes.Recipe:
     found = recipes.with_settings(recipes.load(args.engine), args.set)
     if args.calib_size is not None:
         found = replace(found, calibrate=replace(found.calibrate, size=args.calib_size))
-    return replace(recipes.with_seed(found, args.seed), model=args.model or found.model)
+    return recipes.with_model(recipes.with_seed(found, args.seed), args.model, args.variant, args.config)
 
 
 def _refuse_occupied(folder: Path, resume: bool, force: bool) -> None:

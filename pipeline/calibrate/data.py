@@ -111,7 +111,7 @@ def read_prompts(model: LoadedModel, recipe: Recipe) -> tuple[str, ...]:
                 f"calibrate.prompts: nothing encodes prompts for {model.source}; give the folder of its whole "
                 f"diffusers pipeline ({pipeline_data.INDEX} and all it lists), or a model with {GENERATION_FILE}"
             )
-        lines = [line.strip() for line in path.read_text().splitlines()] if path.is_file() else []
+        lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()] if path.is_file() else []
         found = [line for line in lines if line]
         if not found:
             raise RecipeError(f"calibrate.prompts: {path} has no prompt; give a text file with one prompt per line")
@@ -138,6 +138,7 @@ def _origin(model: LoadedModel, recipe: Recipe, prompts: tuple[str, ...]) -> dic
     return {
         "format_version": FORMAT_VERSION,
         "model_sha256": model.sha256,
+        "config_sha256": model.config_sha256,
         "prompts": list(prompts),
         "seed": recipe.calibrate.seed,
         "timesteps": recipe.calibrate.timesteps,

@@ -80,7 +80,8 @@ class Candidates:
     def load(self) -> LoadedModel:
         from export.models import load
 
-        return self.model or load(self.source)
+        chosen = self.recipe
+        return self.model or load(self.source, variant=chosen.model_variant, config=chosen.model_config)
 
 
 class CandidateModels:

@@ -197,7 +197,7 @@ class Scores:
     def __init__(self, path: Path, origin: Mapping[str, Any]) -> None:
         self.path, self.origin = path, json.loads(json.dumps(origin))
         self.costs: dict[Individual, float] = {}
-        document = json.loads(path.read_text()) if path.is_file() else {}
+        document = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
         if document.get("origin") == self.origin:
             self.costs = {_sizes(key): float(cost) for key, cost in document["costs"].items()}
 

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from safetensors import safe_open
 
-from export.errors import ResourceError
+from export.errors import ModelError, ResourceError
 from pipeline import machine
 from pipeline.backends.base import Arrays, Engine
 from pipeline.files import sha256, sha256_json
@@ -31,8 +31,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 INDEX = "model_index.json"
-# Weights of a part, in one file or in shards; others are variants ("model.fp16.safetensors") that are not loaded.
-WEIGHTS = re.compile(r"[a-z_]+(-\d+-of-\d+)?\.safetensors")
+# Weights of a part, in one file or in shards, without a variant or with one before or behind the shard's number.
+WEIGHTS = re.compile(r"[a-z_]+(\.([\w-]+?))?(-\d+-of-\d+)?(\.([\w-]+))?\.safetensors")
 CAPTIONS = "captions.txt"
 CONFIGURING = (".json", ".txt")
 Keep = Callable[[int, Arrays], None]
@@ -49,8 +49,36 @@ def pipeline_root(model: LoadedModel) -> Path | None:
 
 def listed_parts(index: Path) -> list[str]:
     """Names of the parts of a pipeline; `[null, null]` stands for one that it does without."""
-    document = json.loads(index.read_text())
+    document = json.loads(index.read_text(encoding="utf-8"))
     return [name for name, value in document.items() if isinstance(value, list) and len(value) == 2 and value[0]]
+
+
+def shared_variant(root: Path) -> str | None:
+    """The variant to open the pipeline's other parts in, None if all have plain weights.
+
+    Raises ModelError if those without plain weights share no variant, or more than one.
+    """
+    found = {part: _variants(root / part) for part in _other_parts(root)}
+    lacking = {part: variants for part, variants in found.items() if variants and "" not in variants}
+    if not lacking:
+        return None
+    shared = sorted(set.intersection(*lacking.values()))
+    if len(shared) != 1:
+        held = "; ".join(f"{part}: {', '.join(sorted(variants))}" for part, variants in lacking.items())
+        raise ModelError(
+            f"{root}: parts without plain weights must share one variant ({held}); download the plain ones"
+        )
+    return shared[0]
+
+
+def _other_parts(root: Path) -> list[str]:
+    return [part for part in listed_parts(root / INDEX) if part != "transformer"]
+
+
+def _variants(folder: Path) -> set[str]:
+    """Variants of a part's weights, "" for plain ones; none for a part without weights."""
+    matches = (WEIGHTS.fullmatch(path.name) for path in (folder.iterdir() if folder.is_dir() else ()))
+    return {match[2] or match[5] or "" for match in matches if match}
 
 
 def identity(root: Path) -> str:
@@ -66,8 +94,11 @@ def _identity(path: Path) -> str | int:
 
 def float32_bytes(root: Path) -> int:
     """Size in float32 of the weights of all parts but the transformer, from the heads of their safetensors files."""
-    folders = (root / part for part in listed_parts(root / INDEX) if part != "transformer")
-    files = [path for folder in folders for path in sorted(folder.iterdir()) if WEIGHTS.fullmatch(path.name)]
+    variant, files = shared_variant(root) or "", []
+    for folder in (root / part for part in _other_parts(root)):
+        wanted = "" if "" in _variants(folder) else variant
+        matches = {path: WEIGHTS.fullmatch(path.name) for path in sorted(folder.iterdir())}
+        files += [path for path, match in matches.items() if match and (match[2] or match[5] or "") == wanted]
     return 4 * sum(_elements(path) for path in files)
 
 
@@ -94,7 +125,7 @@ def example_prompts(model: LoadedModel, count: int, seed: int) -> list[str]:
     if model.family.name == "dit":
         classes = int(model.config["num_embeds_ada_norm"])
         return [str(number) for number in rng.integers(classes, size=count)]
-    lines = (resources.files("pipeline.calibrate") / CAPTIONS).read_text().splitlines()
+    lines = (resources.files("pipeline.calibrate") / CAPTIONS).read_text(encoding="utf-8").splitlines()
     order = rng.permutation(len(lines))
     return [lines[order[i % len(lines)]] for i in range(count)]
 
@@ -128,7 +159,8 @@ class PipelineSampler:
         refuse_too_large(root)
         self.model, self.recipe, self.engine = model, recipe, engine
         transformer = EngineTransformer(engine, model.family, model.config)
-        self.pipe: Any = DiffusionPipeline.from_pretrained(root, transformer=transformer, local_files_only=True)
+        settings = {"variant": shared_variant(root), "local_files_only": True}
+        self.pipe: Any = DiffusionPipeline.from_pretrained(root, transformer=transformer, **settings)
         self.pipe.set_progress_bar_config(disable=True)
 
     def draw(self, prompts: Sequence[str], seed: int, keep: Keep) -> None:

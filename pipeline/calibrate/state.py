@@ -50,7 +50,10 @@ def copy_finished(source: Path, folder: Path, origin: Mapping[str, Any]) -> None
 def differences(path: Path, origin: Mapping[str, Any]) -> str:
     """What `path` says otherwise than `origin`, key by key in words; "" where they agree."""
     try:
-        found, wanted = (dict(_flat(value)) for value in (json.loads(path.read_text()), json.loads(json.dumps(origin))))
+        found, wanted = (
+            dict(_flat(value))
+            for value in (json.loads(path.read_text(encoding="utf-8")), json.loads(json.dumps(origin)))
+        )
     except ValueError as error:
         raise ContractError(f"{path}: cannot be read ({error}); calibrate again with --force") from error
     differing = [key for key in sorted(found | wanted) if found.get(key) != wanted.get(key)]
@@ -105,7 +108,7 @@ class CalibrationState:
             self._clear()
             _write(path, self.origin)
         times = self.layers_dir / TIME_FILE
-        self._earlier = float(json.loads(times.read_text())["seconds"]) if times.is_file() else 0.0
+        self._earlier = float(json.loads(times.read_text(encoding="utf-8"))["seconds"]) if times.is_file() else 0.0
         self._started = time.monotonic()
 
     def _clear(self) -> None:
@@ -167,5 +170,5 @@ def _write(path: Path, document: Any) -> None:
     """Write JSON through a temporary name. Not synced: what is lost with the machine's power is made again."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(".part")
-    partial.write_text(json.dumps(document, indent=1, sort_keys=True))
+    partial.write_text(json.dumps(document, indent=1, sort_keys=True), encoding="utf-8")
     os.replace(partial, path)

@@ -65,7 +65,15 @@ def _cuobjdump(cubin: bytes, option: str) -> str:
         file.flush()
         command = [str(path), option, file.name]
         try:
-            done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=TIMEOUT_S)
+            done = subprocess.run(
+                command,
+                capture_output=True,
+                text=True,
+                encoding="utf-8",
+                errors="replace",
+                check=False,
+                timeout=TIMEOUT_S,
+            )
         except OSError as error:
             raise EnvironmentLacksError(f"{path} does not run ({error}); reinstall triton") from error
     if done.returncode:

@@ -1,0 +1,181 @@
+"""Calls that drawing does not make: what they hold, and engines whose state or callers get mixed up."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+
+from export import models
+from pipeline import recipe as recipes
+from pipeline.backends.base import Arrays
+from pipeline.backends.reference import ReferenceEngine
+from pipeline.calls import (
+    BATCHES,
+    LONGEST,
+    ODD,
+    ONE,
+    STEADY_CALL,
+    call_errors,
+    make_calls,
+    make_pools,
+    state_errors,
+)
+from pipeline.picture_case import Case, make_case
+from tests import tiny
+
+RECIPE = recipes.with_sampling(recipes.load("pixart_w4a6"), n_steps=3)
+
+
+@pytest.fixture(scope="module", params=["pixart", "hunyuan", "dit"])
+def subject(request: Any, tmp_path_factory: Any) -> tuple[models.LoadedModel, Case]:
+    model = models.load(str(tiny.folder(request.param, tmp_path_factory.mktemp(request.param))))
+    return model, make_case(model, RECIPE)
+
+
+@pytest.fixture(scope="module")
+def zoo() -> tuple[models.LoadedModel, Case]:
+    model = models.load("zoo:dit_mini")
+    return model, make_case(model, RECIPE)
+
+
+def test_pools_hold_what_the_calls_are_for(subject: tuple[models.LoadedModel, Case]) -> None:
+    model, case = subject
+    pools = make_pools(model, case)
+    times = np.concatenate([pool["timestep"] for pool in pools.values()])
+    assert {0, 3, 975, 999} <= set(times) and times.max() == 999  # ddim's last training step
+    assert np.abs(pools[ODD]["hidden_states"]).max() > 2 * np.abs(pools[LONGEST]["hidden_states"]).max() / 1.5
+    for row in model.inputs:
+        if "tokens" in row.shape:
+            lengths = [pools[name][row.name].shape[1] for name in (ONE, ODD, LONGEST)]
+            assert lengths == [1, 7, model.family.tokens]
+        if row.fill == "mask":
+            counts = pools[LONGEST][row.name].sum(axis=1)
+            assert counts[0] == pools[LONGEST][row.name].shape[1] and counts[1] == 0
+            assert 0 < counts[3] < counts[2] < counts[0]
+        if row.fill.startswith("class:"):
+            drawn = {int(label) for pool in pools.values() for label in pool[row.name]}
+            assert drawn == set(range(11))  # ten classes, and the one for "no class"
+
+
+def test_calls_have_every_batch_size_and_take_rows_in_turn(subject: tuple[models.LoadedModel, Case]) -> None:
+    model, case = subject
+    pools = make_pools(model, case)
+    calls = make_calls(model, pools)
+    assert [len(call.rows) for call in calls] == [size for size, _ in BATCHES] == [1, 2, 3, 9]
+    for call in calls:
+        for row in model.inputs:
+            expected = pools[call.pool][row.name]
+            assert np.array_equal(call.inputs[row.name], expected[list(call.rows)] if row.batched else expected)
+
+
+# --- engines with a fault -------------------------------------------------------------------------------------------
+
+
+class Counted:
+    """An engine that computes right, and counts its calls."""
+
+    def __init__(self, model: models.LoadedModel) -> None:
+        self.engine, self.calls = ReferenceEngine(models.denoiser(model)), 0
+
+    def run(self, inputs: Arrays) -> Arrays:
+        self.calls += 1
+        return self.engine.run(inputs)
+
+
+class StaleCondition(Counted):
+    """Looks at the first label alone to see whether the condition has changed."""
+
+    kept: Any = None
+
+    def run(self, inputs: Arrays) -> Arrays:
+        labels = inputs["class_labels"]
+        if self.kept is None or len(self.kept) != len(labels) or self.kept[0] != labels[0]:
+            self.kept = labels.copy()
+        return super().run(inputs | {"class_labels": self.kept})
+
+
+class Aliased(Counted):
+    """Keeps the caller's array for comparison, not a copy."""
+
+    kept: Any = None
+    result: Any = None
+
+    def run(self, inputs: Arrays) -> Arrays:
+        labels = inputs["class_labels"]
+        if self.kept is None or not np.array_equal(self.kept, labels):
+            self.kept, self.used = labels, labels.copy()
+        return super().run(inputs | {"class_labels": self.used})
+
+
+class OneBuffer(Counted):
+    """Gives every caller the same array."""
+
+    buffers: dict[tuple[int, ...], Any]
+
+    def run(self, inputs: Arrays) -> Arrays:
+        output = super().run(inputs)["sample"]
+        self.buffers = getattr(self, "buffers", {})
+        buffer = self.buffers.setdefault(output.shape, output)
+        buffer[...] = output
+        return {"sample": buffer}
+
+
+class Forgetful(Counted):
+    """Wrong from its 41st call on."""
+
+    def run(self, inputs: Arrays) -> Arrays:
+        output = super().run(inputs)["sample"]
+        return {"sample": output[..., ::-1] if self.calls > 40 else output}
+
+
+class SharedSlot(Counted):
+    """Puts the condition into one place for all callers, and waits for another caller before it reads it."""
+
+    slot: Any = None
+    together = threading.Barrier(2)
+
+    def run(self, inputs: Arrays) -> Arrays:
+        self.slot = inputs["class_labels"]
+        if threading.current_thread() is not threading.main_thread():
+            self.together.wait(timeout=60)
+        return super().run(inputs | {"class_labels": self.slot})
+
+
+FAULTY: list[tuple[Callable[[models.LoadedModel], Counted], str]] = [
+    (StaleCondition, "condition changed"),
+    (Aliased, "changed in place"),
+    (OneBuffer, "condition changed"),
+    (Forgetful, f"call {STEADY_CALL}"),
+    (SharedSlot, "2 threads"),
+]
+
+
+def _errors(engine: Counted, subject: tuple[models.LoadedModel, Case]) -> dict[str, float]:
+    """The worst SQNR in dB by call."""
+    model, case = subject
+    pools = make_pools(model, case)
+    calls, right = make_calls(model, pools), Counted(model)
+    exact = {name: right.run(pool)["sample"] for name, pool in pools.items()}
+    errors = call_errors(calls, exact, engine.run)
+    errors += state_errors(calls, pools, exact, engine.run, len(calls))
+    worst: dict[str, float] = {}
+    for error in errors:
+        worst[error.call] = min(error.sqnr_db, worst.get(error.call, np.inf))
+    return worst
+
+
+def test_a_right_engine_is_right_in_every_call(zoo: tuple[models.LoadedModel, Case]) -> None:
+    engine = Counted(zoo[0])
+    worst = _errors(engine, zoo)
+    assert min(worst.values()) > 100
+    assert any(f"call {STEADY_CALL}" in call for call in worst)
+
+
+@pytest.mark.parametrize(("engine", "where"), FAULTY, ids=[engine.__name__ for engine, _ in FAULTY])  # type: ignore[attr-defined]
+def test_a_mixed_up_engine_is_seen(engine: Any, where: str, zoo: tuple[models.LoadedModel, Case]) -> None:
+    worst = _errors(engine(zoo[0]), zoo)
+    assert min(value for call, value in worst.items() if where in call) < 30
