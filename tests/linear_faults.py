@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from tests.graph_edit import GraphEdit, Step, some
 from tests.graph_faults import CALLS, MINIS, GraphFault, half, times
+from tests.learned import BRANCHES
 
 LEARNED = tuple(f"{name} learned" for name in MINIS)
 BOTH = (*MINIS, "hunyuan")
@@ -166,9 +167,9 @@ def _router_reads_rounded_hundreds(edit: GraphEdit) -> None:
 
 
 def _branch_of_the_end(edit: GraphEdit) -> None:
-    """Below t = 20 the first branch, whatever the router says."""
-    early = edit.apply("timestep", Step("GreaterOrEqual", (np.float32(20),)), Step("Cast", attributes={"to": 7}))
-    edit.route("router/branch", Step("Mul", (early,)))
+    """Below t = 20 the next branch."""
+    last = edit.apply("timestep", Step("Less", (np.float32(20),)), Step("Cast", attributes={"to": 7}))
+    edit.route("router/branch", Step("Add", (last,)), Step("Mod", (np.int64(BRANCHES),)))
 
 
 def _branch_slightly_off(edit: GraphEdit) -> None:
@@ -240,7 +241,7 @@ LINEAR_FAULTS = (
     GraphFault(
         "router rounds its timestep", "routed branches", _router_reads_rounded_hundreds, LEARNED, CALLS, "portable"
     ),
-    GraphFault("first branch below t = 20", "routed branches", _branch_of_the_end, LEARNED, CALLS, "portable"),
+    GraphFault("next branch below t = 20", "routed branches", _branch_of_the_end, LEARNED, CALLS, "portable"),
     GraphFault("branch x 1.001", "routed branches", _branch_slightly_off, LEARNED, OUTPUT),
     GraphFault("branch in FP16", "routed branches", _branch_in_half, LEARNED, OUTPUT),
     GraphFault(
