@@ -236,12 +236,22 @@ LINEAR_FAULTS = (
     GraphFault("branch dropped", "routed branches", _branch_dropped, LEARNED, OUTPUT, "portable"),
     GraphFault("up-matrix of another layer", "routed branches", _branch_of_another_layer, LEARNED, OUTPUT, "portable"),
     GraphFault(
-        "branch of the first sample", "routed branches", _branch_of_the_first_sample, LEARNED, CALLS, "portable"
+        "branch of the first sample",
+        "routed branches",
+        _branch_of_the_first_sample,
+        LEARNED,
+        OUTPUT | CALLS,
+        "portable",
     ),
     GraphFault(
-        "router rounds its timestep", "routed branches", _router_reads_rounded_hundreds, LEARNED, CALLS, "portable"
+        "router rounds its timestep",
+        "routed branches",
+        _router_reads_rounded_hundreds,
+        LEARNED,
+        OUTPUT | CALLS,
+        "portable",
     ),
-    GraphFault("next branch below t = 20", "routed branches", _branch_of_the_end, LEARNED, CALLS, "portable"),
+    GraphFault("next branch below t = 20", "routed branches", _branch_of_the_end, LEARNED, OUTPUT | CALLS, "portable"),
     GraphFault("branch x 1.001", "routed branches", _branch_slightly_off, LEARNED, OUTPUT),
     GraphFault("branch in FP16", "routed branches", _branch_in_half, LEARNED, OUTPUT),
     GraphFault(
