@@ -48,13 +48,13 @@ def condition(inputs: Arrays) -> Arrays:
 
 
 def wrong_where(rows: Callable[[Arrays], NDArray[np.bool_] | bool]) -> Callable[[Run], Run]:
-    """Samples that `rows` names (or all of a call) come out 2 % too large."""
+    """Samples that `rows` names (or all of a call) come out 10 % too large."""
 
     def plant(run: Run) -> Run:
         def faulty(inputs: Arrays) -> Arrays:
             sample = run(inputs)["sample"]
             chosen = np.broadcast_to(rows(inputs), len(sample)).reshape(-1, *[1] * (sample.ndim - 1))
-            return {"sample": np.where(chosen, sample * np.float32(1.02), sample)}
+            return {"sample": np.where(chosen, sample * np.float32(1.1), sample)}
 
         return faulty
 
@@ -118,7 +118,7 @@ def _ones_for_partial_masks(inputs: Arrays) -> Arrays:
 
 
 def _empty_masks_as_full(inputs: Arrays) -> Arrays:
-    """A mask of zeros is taken for "none given"."""
+    """A mask of zeros is taken for "none given". (In PixArt both give the same: a constant on all scores.)"""
     masks = {name: array for name, array in inputs.items() if "mask" in name}
     empty = {name: (array == 0).all(axis=1, keepdims=True) for name, array in masks.items()}
     return {name: np.where(empty[name], np.ones_like(array), array) for name, array in masks.items()}
@@ -149,7 +149,7 @@ class OtherLengths:
     def __call__(self, inputs: Arrays) -> Arrays:
         self.first = self.first or _caption_length(inputs)
         sample = self.run(inputs)["sample"]
-        return {"sample": sample if _caption_length(inputs) == self.first else sample * np.float32(1.02)}
+        return {"sample": sample if _caption_length(inputs) == self.first else sample * np.float32(1.1)}
 
 
 # --- what is kept from call to call ---------------------------------------------------------------------------------
@@ -228,7 +228,7 @@ class FromCall:
     def __call__(self, inputs: Arrays) -> Arrays:
         self.calls += 1
         sample = self.run(inputs)["sample"]
-        return {"sample": sample * np.float32(1.02) if self.calls >= self.first else sample}
+        return {"sample": sample * np.float32(1.1) if self.calls >= self.first else sample}
 
 
 class Drifting:
@@ -239,7 +239,7 @@ class Drifting:
 
     def __call__(self, inputs: Arrays) -> Arrays:
         self.calls += 1
-        return {"sample": self.run(inputs)["sample"] * np.float32(1 + 2e-4 * self.calls)}
+        return {"sample": self.run(inputs)["sample"] * np.float32(1 + 2e-3 * self.calls)}
 
 
 class OneSlot:
@@ -310,7 +310,7 @@ CALL_FAULTS = (
     ),
     # masks
     CallFault("mask of ones", "masks", on_inputs(_ones_for_partial_masks), ("pixart_mini", "pixart", "hunyuan")),
-    CallFault("empty mask as full", "masks", on_inputs(_empty_masks_as_full), ("pixart_mini", "hunyuan")),
+    CallFault("empty mask as full", "masks", on_inputs(_empty_masks_as_full), ("hunyuan",)),
     CallFault(
         "mask of the first sample",
         "masks",
@@ -332,7 +332,7 @@ CALL_FAULTS = (
     CallFault("refreshed by identity", "state", kept(_identical)),
     CallFault("refreshed by sums", "state", kept(_same_sums), ("dit_mini", "dit")),
     CallFault("mask not compared", "state", kept(_same_but_masks), ("pixart_mini", "hunyuan")),
-    CallFault("refreshed by large changes", "state", kept(_nearly), ("pixart_mini", "hunyuan")),
+    CallFault("refreshed by large changes", "state", kept(_nearly), ("pixart_mini",)),
     CallFault("condition one call late", "state", OneCallLate),
     CallFault("wrong from call 41 on", "state", partial(FromCall, first=41), ALL),
     CallFault("drifting", "state", Drifting),
