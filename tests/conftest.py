@@ -25,8 +25,8 @@ if importlib.util.find_spec("triton"):
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    """--all-faults: plant every fault in every model that has a place for it, not in one of each size."""
-    parser.addoption("--all-faults", action="store_true", help="plant every fault in every model, some 10 minutes")
+    """--all-faults: plant every fault in every model that has a place for it, not in one."""
+    parser.addoption("--all-faults", action="store_true", help="plant every fault in every model, some 15 minutes")
 
 
 @pytest.fixture

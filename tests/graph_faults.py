@@ -30,7 +30,7 @@ from tests.graph_places import (
 )
 
 Plant = Callable[[GraphEdit], None]
-SEGMENTS, CALLS = frozenset({"segments"}), frozenset({"calls"})
+SEGMENTS, CALLS = frozenset({"segments"}), frozenset({"calls", "calls_median"})
 EITHER = SEGMENTS | CALLS | {"tables"}
 # Groups of subjects (tests/fault_subjects.py) that have what a fault is about.
 MINIS = ("pixart_mini", "dit_mini")
@@ -579,7 +579,7 @@ GRAPH_FAULTS = (
     GraphFault("last output channel x 1.001", "ends", _wrong_sigma, ALL),
     GraphFault("latents clipped at 5", "ends", _clipped_latents, ALL, CALLS),
     GraphFault("timestep rounded", "ends", _rounded_timestep, MINIS, EITHER),
-    GraphFault("timestep of the first sample", "ends", _first_timestep, ALL, CALLS),
+    GraphFault("timestep of the first sample", "ends", _first_timestep, ALL, EITHER),
     # masks
     GraphFault("caption mask dropped", "masks", _mask_dropped, CAPTIONED, CALLS, "portable"),
     GraphFault("caption mask dropped in one block", "masks", _mask_in_one_block_dropped, CAPTIONED, EITHER),
