@@ -25,6 +25,11 @@ if importlib.util.find_spec("triton"):
     del os.environ[VARIABLE]
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """--all-faults: plant every fault in every model that has a place for it, not in one."""
+    parser.addoption("--all-faults", action="store_true", help="plant every fault in every model, some 15 minutes")
+
+
 @pytest.fixture
 def interpreter(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Kernels run on CPU tensors, interpreted; NumPy's warnings about NaN and Inf in them mean nothing."""
