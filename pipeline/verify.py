@@ -96,11 +96,12 @@ def verify_target(
     found: Study,
     report: Report,
     arithmetic: str = "fp32",
+    effort: Effort | None = None,
 ) -> Any:
     """Append one target's gates and rows to `report`; returns the engine's pictures.
 
     arithmetic: of the engine, see `study`. That of the lowered graph, in which layers are looked at, is the same but
-    for "fp16 tokens", whose graph is float32.
+    for "fp16 tokens", whose graph is float32. effort: what is run; None: all that `effort_for` asks for.
     """
     probed, single = ProbedGraph(graph), found.float32[arithmetic]
     of_graph_name = "fp32" if arithmetic == "fp16 tokens" else arithmetic
@@ -110,7 +111,7 @@ def verify_target(
     report.gates.append(coverage_gate(target, len(present), len(expected)))
     assert found.stretches is not None
     whole = (found.case.n_steps, found.probed, len(found.case.noise))
-    effort = effort_for(target, *whole, large=is_large(model))
+    effort = effort or effort_for(target, *whole, large=is_large(model))
     calls = looked_at(found, effort)
     order = {name: place for place, name in enumerate(found.stretches.order(found.calls[0]))}
     present.sort(key=lambda layer: order[layer.name])

@@ -26,8 +26,9 @@ if importlib.util.find_spec("triton"):
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    """--all-faults: plant every fault in every model that has a place for it, not in one."""
+    """What a longer run than the usual one looks at."""
     parser.addoption("--all-faults", action="store_true", help="plant every fault in every model, some 15 minutes")
+    parser.addoption("--fuzz-cases", type=int, default=200, help="damaged documents that tests/test_fuzz.py tries")
 
 
 @pytest.fixture
@@ -39,10 +40,6 @@ def interpreter(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setenv(VARIABLE, "1")
     with np.errstate(all="ignore"):
         yield
-
-
-def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--fuzz-cases", type=int, default=200, help="damaged documents that tests/test_fuzz.py tries")
 
 
 @pytest.fixture(scope="session")

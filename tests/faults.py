@@ -18,10 +18,15 @@ from onnx import helper, numpy_helper
 
 from export.formats import pack, unpack
 from pipeline.backends.base import LoweredGraph, ProbeRow
+from pipeline.effort import Effort
 
 Q, K, V = (f"transformer_blocks.1.attn1.to_{part}" for part in "qkv")
 CROSS_V, FF_IN, FF_OUT = (f"transformer_blocks.1.{part}" for part in ("attn2.to_v", "ff.net.0.proj", "ff.net.2"))
 FIRST_Q, FIRST_FF_OUT = "transformer_blocks.0.attn1.to_q", "transformer_blocks.0.ff.net.2"
+
+
+# Enough for faults inside linears: no call beside the steps, but one for the gates that need some.
+INSIDE_LINEARS = Effort(steps=(0, 1, 2), probed=(0, 2), pictures=4, special=(1,), inside=(), state=False)
 
 
 class Graph:
