@@ -6,6 +6,7 @@ every call is a choice of rows from a pool.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -37,18 +38,21 @@ THREAD_ROUNDS = 4
 @dataclass(frozen=True)
 class PoolSpec:
     """Samples of one caption length. timesteps: in thousandths of the schedule's top, one for each sample;
-    `large`: how many of them a large model takes."""
+    `large`: how many of them a large model takes. first_mask: the row of MASKS that its first sample has."""
 
     name: str
     timesteps: tuple[float, ...]
     large: int
     latent_factor: float = 1.0
+    first_mask: int = 0
 
 
+# Share of a caption's tokens that a sample sees, in turn.
+MASKS = (1.0, 0.0, 2 / 3, 1 / 3)
 POOLS = (
     PoolSpec(ONE, (3, 700), 1),
-    PoolSpec(ODD, (666.625, 975, 10), 2, LATENT_FACTOR),
-    PoolSpec(LONGEST, (1000, 0, 975, 999, 3, 20, 250, 500, 800), 3),
+    PoolSpec(ODD, (666.625, 975, 10), 2, LATENT_FACTOR, first_mask=2),
+    PoolSpec(LONGEST, (1000, 0, 975, 999, 3, 20), 3),
 )
 # (batch size, pool): rows are taken in turn.
 BATCHES = ((1, ONE), (2, LONGEST), (3, ODD), (9, LONGEST))
@@ -103,7 +107,7 @@ def _pool(spec: PoolSpec, model: LoadedModel, case: Case) -> Arrays:
         if row.fill == "timestep":
             value = np.minimum(np.array(times) * (case.timestep_scale / 1000), top)
         elif row.fill == "mask":
-            value = _masks(value.shape)
+            value = _masks(value.shape, spec.first_mask)
         elif row.fill.startswith("class:"):
             value = _labels(spec, int(row.fill.partition(":")[2]), len(times))
         elif row.name in case.conditioning[0] and row.batched:
@@ -120,11 +124,11 @@ def _tokens(spec: PoolSpec, model: LoadedModel, case: Case) -> int:
     return {ONE: 1, ODD: ODD_TOKENS, LONGEST: max([model.family.tokens, *lengths])}[spec.name]
 
 
-def _masks(shape: tuple[int, ...]) -> NDArray[Any]:
-    """Row 0 all ones, row 1 all zeros, then ones for two thirds of the tokens, one third, and so on."""
+def _masks(shape: tuple[int, ...], first: int) -> NDArray[Any]:
+    """Ones for a share of each sample's tokens, the shares of MASKS in turn from `first` on."""
     samples, tokens = shape
-    lengths = [tokens, 0, -(-2 * tokens // 3), -(-tokens // 3)]
-    return (np.arange(tokens)[None] < np.array([lengths[i % 4] for i in range(samples)])[:, None]).astype(np.float64)
+    lengths = np.array([math.ceil(MASKS[(first + i) % len(MASKS)] * tokens) for i in range(samples)])
+    return (np.arange(tokens)[None] < lengths[:, None]).astype(np.float64)
 
 
 def _labels(spec: PoolSpec, classes: int, count: int) -> NDArray[Any]:
