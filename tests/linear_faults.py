@@ -230,7 +230,7 @@ LINEAR_FAULTS = (
     GraphFault("quantizer truncates", "quantizers", _truncating_quantizer, BOTH, CODES),
     GraphFault("codes of the neighbour token", "quantizers", _codes_of_the_neighbour, BOTH, GEMM),
     GraphFault("codes of another layer", "quantizers", _codes_of_another_layer, BOTH, GEMM),
-    GraphFault("floor of absmax 1e-3", "quantizers", _floor_of_absmax, MINIS, SCALE | CALLS | frozenset({"segments"})),
+    GraphFault("floor of absmax 1e-3", "quantizers", _floor_of_absmax, MINIS, frozenset({"quantizers"})),
     GraphFault("next branch", "routed branches", _next_branch, LEARNED, OUTPUT, "portable"),
     GraphFault("half a branch", "routed branches", _half_a_branch, LEARNED, OUTPUT, "portable"),
     GraphFault("branch dropped", "routed branches", _branch_dropped, LEARNED, OUTPUT, "portable"),
