@@ -47,6 +47,8 @@ class PoolSpec:
     first_mask: int = 0
 
 
+# Fills that say how large a picture is: every call has other ones, and those of a sample differ.
+SIZES = ("image_size", "aspect")
 # Share of a caption's tokens that a sample sees, in turn.
 MASKS = (1.0, 0.0, 2 / 3, 1 / 3)
 POOLS = (
@@ -110,6 +112,8 @@ def _pool(spec: PoolSpec, model: LoadedModel, case: Case) -> Arrays:
             value = _masks(value.shape, spec.first_mask)
         elif row.fill.startswith("class:"):
             value = _labels(spec, int(row.fill.partition(":")[2]), len(times))
+        elif row.fill in SIZES:
+            value = value * np.random.default_rng(seed).uniform(0.5, 1.5, value.shape)
         elif row.name in case.conditioning[0] and row.batched:
             value = _conditions(case, row, value.shape)
         elif row.name == "hidden_states":
@@ -196,7 +200,8 @@ def state_result(
     made: int,
 ) -> StateResult:
     """Calls whose results may depend on those before: a condition changed at an equal batch size (in one sample, in
-    all, in place, in its mask alone), the STEADY_CALL-th call (`made` of them so far), two threads at once.
+    all, in place, in its mask alone), NaN in one sample, which must be all that sample gives and stay in it, the
+    STEADY_CALL-th call (`made` of them so far), two threads at once.
 
     Each is made twice at least. Equal calls have no reason to differ in any bit, so no flipped code hides a fault here.
     """
@@ -221,8 +226,13 @@ def state_result(
     repeats.append((replace(other_mask, inputs=changed[2].inputs), run(changed[2].inputs)["sample"], outputs[2]))
     again = _unequal(run(other_mask.inputs)["sample"], of_other_mask)
 
+    spoilt = changed[3].inputs["hidden_states"].copy()
+    spoilt[0, 0, 0, 0] = np.nan
+    with_nan = run(changed[3].inputs | {"hidden_states": spoilt})["sample"]
+    hidden_nan = int(np.isfinite(with_nan[0]).sum()) + _unequal(with_nan[1], outputs[3][1])
+
     alone = run(single.inputs)["sample"]
-    for _ in range(made + len(changed) + 7, STEADY_CALL - 1):
+    for _ in range(made + len(changed) + 8, STEADY_CALL - 1):
         run(single.inputs)
     repeats.append((replace(single, text=f"call {STEADY_CALL}"), run(single.inputs)["sample"], alone))
 
@@ -230,7 +240,8 @@ def state_result(
     for call, several, earlier in zip(threads, _at_once(threads, run), outputs[2:], strict=True):
         repeats += [(call, output, earlier) for output in several]
 
-    unequal = [(other_mask.text, again), *((call.text, _unequal(*pair)) for call, *pair in repeats)]
+    unequal = [(other_mask.text, again), (f"{pair.text}, NaN in the first sample", hidden_nan)]
+    unequal += [(call.text, _unequal(output, earlier)) for call, output, earlier in repeats]
     answers = [*zip(changed, outputs, strict=True), *((call, output) for call, output, _ in repeats)]
     errors = [error for call, output in answers for error in sample_errors(call, exact, output)]
     where = next((text for text, count in unequal if count), None)
