@@ -40,14 +40,16 @@ class PoolSpec:
     `large`: how many of them a large model takes."""
 
     name: str
-    timesteps: tuple[int, ...]
+    timesteps: tuple[float, ...]
     large: int
     latent_factor: float = 1.0
 
 
+# Schedules of flow matching have timesteps between the integers, which 11 significant bits do not hold: one of them is
+# here, and for models whose own schedule has none.
 POOLS = (
     PoolSpec(ONE, (3, 700), 1),
-    PoolSpec(ODD, (500, 975, 10), 2, LATENT_FACTOR),
+    PoolSpec(ODD, (500, 974.6, 10), 2, LATENT_FACTOR),
     PoolSpec(LONGEST, (1000, 0, 975, 999, 3, 20, 250, 500, 800), 3),
 )
 # (batch size, pool): rows are taken in turn.
