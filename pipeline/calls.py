@@ -150,11 +150,14 @@ def _conditions(case: Case, row: Input, shape: tuple[int, ...]) -> NDArray[Any]:
 
 @dataclass(frozen=True)
 class SampleError:
-    """SQNR in dB of one sample of one call against the float64 reference."""
+    """SQNR in dB of one sample of one call against the float64 reference. pool, row: which sample that is, as several
+    calls make the same."""
 
     call: str
     sample: int
     sqnr_db: float
+    pool: str
+    row: int
 
 
 def call_errors(calls: Sequence[Call], exact: dict[str, NDArray[Any]], run: Run) -> list[SampleError]:
@@ -168,8 +171,11 @@ def sample_errors(call: Call, exact: dict[str, NDArray[Any]], output: NDArray[An
     """Each sample of `output`, by all its channels, learned variances too; nan where the shape is another."""
     expected = exact[call.pool][list(call.rows)]
     if output.shape != expected.shape:
-        return [SampleError(call.text, i, float("nan")) for i in range(len(expected))]
-    return [SampleError(call.text, i, sqnr_db(*pair)) for i, pair in enumerate(zip(expected, output, strict=True))]
+        values = [float("nan")] * len(expected)
+    else:
+        values = [sqnr_db(*pair) for pair in zip(expected, output, strict=True)]
+    rows = enumerate(zip(values, call.rows, strict=True))
+    return [SampleError(call.text, i, value, call.pool, row) for i, (value, row) in rows]
 
 
 def state_errors(

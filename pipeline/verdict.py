@@ -156,10 +156,10 @@ def end_gates(target: str, errors: StepErrors, images: NDArray[Any], found: Stud
     quantization itself, unless that is under ROUNDED_DB: none asks for more. A target that draws no picture has no gate
     for it.
     """
-    worst_step = min(min(run.steps_db) for run in single.hit_errors)
+    worst_step = _lowest([value for run in single.hit_errors for value in run.steps_db])
     quarter = _quarter([value for run in single.errors for value in run.samples_db])
-    worst_image = min(value for drawn in single.hit_images for value in pictures_db(found, drawn))
-    step_cost, image_cost = min(found.quant_db), min(pictures_db(found, found.images["float"]))
+    worst_image = _lowest([value for drawn in single.hit_images for value in pictures_db(found, drawn)])
+    step_cost, image_cost = _lowest(found.quant_db), _lowest(pictures_db(found, found.images["float"]))
     rows = [
         ("step_sqnr_db", _lowest(errors.steps_db), (worst_step, step_cost), "worst step"),
         ("median_sqnr_db", _median(errors.samples_db), (quarter, step_cost), "lower quartile"),
@@ -171,20 +171,30 @@ def end_gates(target: str, errors: StepErrors, images: NDArray[Any], found: Stud
 
 
 def _end_gate(name: str, value: float, limits: tuple[float, float], what: str) -> Gate:
-    """limits: of the float32 runs, and of quantization."""
+    """limits: of the float32 runs, and of quantization; nan where these runs overflowed, which gives no tolerance."""
     float32, quantization = limits
     why = f"{what} of the reference's float32 runs, less {FACTOR_DB:.0f} dB; or quantization's own error"
-    return Gate(name, value, min(max(float32 - FACTOR_DB, quantization), ROUNDED_DB), "dB", why, at_most=False)
+    if any(math.isnan(limit) for limit in limits):
+        why += "; the model's own runs overflow in this arithmetic"
+    numbers = [limit for limit in (float32 - FACTOR_DB, quantization) if not math.isnan(limit)]
+    return Gate(name, value, min(max(numbers, default=ROUNDED_DB), ROUNDED_DB), "dB", why, at_most=False)
 
 
 def calls_gates(target: str, errors: Sequence[SampleError], found: Study, single: Realisations) -> list[Gate]:
-    """Calls that drawing does not make: the worst of all samples, and the median one."""
-    values = [error.sqnr_db for error in errors]
+    """Calls that drawing does not make: the worst of all samples, and the median one.
+
+    For the median a sample that several calls make counts once, by its worst: the float32 runs that give the limit made
+    each once, and three samples make up two thirds of all calls.
+    """
+    values, by_sample = [error.sqnr_db for error in errors], dict[tuple[str, int], list[float]]()
+    for error in errors:
+        by_sample.setdefault((error.pool, error.row), []).append(error.sqnr_db)
+    worst_of = [_lowest(found_db) for found_db in by_sample.values()]
     worst = min(errors, key=lambda error: np.nan_to_num(error.sqnr_db, nan=-np.inf, posinf=np.inf))
     quarter = _quarter(single.calls_db)
     rows = (
-        ("calls", _lowest(values), (min(single.hit_calls_db), min(found.calls_quant_db)), "worst sample"),
-        ("calls_median", _median(values), (quarter, _median(found.calls_quant_db)), "lower quartile"),
+        ("calls", _lowest(values), (_lowest(single.hit_calls_db), _lowest(found.calls_quant_db)), "worst sample"),
+        ("calls_median", _median(worst_of), (quarter, _median(found.calls_quant_db)), "lower quartile"),
     )
     gates = [_end_gate(f"{target}/{name}", value, limits, what) for name, value, limits, what in rows]
     return [replace(gate, why=f"{gate.why}; worst in {worst.call}, sample {worst.sample}") for gate in gates]
