@@ -52,7 +52,9 @@ def _from_cache(repository: str, revision: str | None) -> tuple[Path, str]:
         raise EnvironmentLacksError(f"{missing}; run: {command}") from error
     except (HFValidationError, OSError) as error:  # a name that no repository can have, or no file system
         reason = getattr(error, "strerror", None) or str(error).rstrip(".")
-        raise ModelError(f"model {name!r} is not a hub id ({reason}); give OWNER/NAME or OWNER/NAME@REVISION") from error
+        raise ModelError(
+            f"model {name!r} is not a hub id ({reason}); give OWNER/NAME or OWNER/NAME@REVISION"
+        ) from error
     if not any((folder / part / "config.json").is_file() for part in ("", "transformer")):
         raise EnvironmentLacksError(f"the cached {name} has no transformer; run: {command}")
     return folder, folder.name

@@ -106,6 +106,8 @@ def _pool(spec: PoolSpec, model: LoadedModel, case: Case) -> Arrays:
             value = np.minimum(np.array(times) * (case.timestep_scale / 1000), top)
         elif row.fill == "mask":
             value = _masks(value.shape)
+        elif row.fill == "image_size":
+            value = value + _sizes_apart(value.shape)
         elif row.fill.startswith("class:"):
             value = _labels(spec, int(row.fill.partition(":")[2]), len(times))
         elif row.name in case.conditioning[0] and row.batched:
@@ -127,6 +129,12 @@ def _masks(shape: tuple[int, ...]) -> NDArray[Any]:
     samples, tokens = shape
     lengths = [tokens, 0, -(-2 * tokens // 3), -(-tokens // 3)]
     return (np.arange(tokens)[None] < np.array([lengths[i % 4] for i in range(samples)])[:, None]).astype(np.float64)
+
+
+def _sizes_apart(shape: tuple[int, ...]) -> NDArray[Any]:
+    """Pixels to add to [samples, numbers] of image sizes and crops: square pictures alone would not tell height from
+    width, nor a sample from the next."""
+    return 24.0 * (1 + np.arange(shape[1]))[None] + 8.0 * np.arange(shape[0])[:, None]
 
 
 def _labels(spec: PoolSpec, classes: int, count: int) -> NDArray[Any]:

