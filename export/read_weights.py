@@ -38,6 +38,8 @@ POSITIONS = r"pos_embed(\.pos_embed)?"
 ANGLE_ERROR = 256 * 2.0**-24
 # The block that a tensor belongs to, after the name of its list of blocks.
 BLOCK = r"(.*?blocks\.)\d+\."
+# Biases of attention; of a model that has them by config.json, such a name is wrong for another reason.
+ATTENTION_BIAS = r".*\.(attn\d?|cross_attn)\..*\.bias"
 # Regex of the name -> what it is, and the remedy. In order: what says most comes first.
 REFUSED = (
     (
@@ -66,7 +68,7 @@ REFUSED = (
         "give a model without them, or the class and config.json that have them",
     ),
     (
-        r".*\.(attn\d?|cross_attn)\..*\.bias",
+        ATTENTION_BIAS,
         "a bias of a layer that has none by config.json (attention_bias: false)",
         'set "attention_bias": true in config.json if the model was trained with it',
     ),
@@ -229,10 +231,20 @@ def _refuse(
 ) -> None:
     """Raise ModelError for the tensor of `named` without a use that says most of what is wrong."""
     others = [other for other in named if other not in expected]
+    prefixes = _prefixes(others, expected)
     beyond = _beyond(others, expected)
+    unclear = [other for other in others if other not in beyond and other not in prefixes]
     for pattern, what, remedy in REFUSED:
-        if hits := [other for other in others if re.fullmatch(pattern, other) and other not in beyond]:
+        if pattern == ATTENTION_BIAS and config.get("attention_bias"):
+            continue
+        if hits := [other for other in unclear if re.fullmatch(pattern, other)]:
             raise ModelError(f"{_told(hits, named)}: {what}; {remedy}")
+    if prefixes:
+        prefix = next(iter(prefixes.values()))
+        raise ModelError(
+            f"{_told(list(prefixes), named)}: a tensor of the model under the prefix {prefix!r}, which not all of its "
+            "tensors have, or which no wrapper is known to add; save one model alone, without a prefix"
+        )
     if beyond:
         layers = config.get("num_layers", "fewer")
         remedy = "correct num_layers, or take the config.json that belongs to this file"
@@ -240,6 +252,13 @@ def _refuse(
     raise ModelError(
         f"{_told([name], named)}: {config['_class_name']} of this config.json has no such tensor; {TOGETHER}"
     )
+
+
+def _prefixes(others: Iterable[str], expected: Iterable[str]) -> dict[str, str]:
+    """Those of `others` (-> the prefix) that are names of the class behind one more prefix."""
+    known = set(expected)
+    tails = ((name, name[place + 1 :]) for name in others for place in range(len(name)) if name[place] == ".")
+    return {name: name.removesuffix(tail) for name, tail in tails if tail in known}
 
 
 def _told(hits: list[str], named: Mapping[str, Stored]) -> str:

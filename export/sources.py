@@ -41,7 +41,7 @@ def _zoo_folder(name: str) -> Path:
 
 def _from_cache(repository: str, revision: str | None) -> tuple[Path, str]:
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import LocalEntryNotFoundError
+    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 
     name = f"{repository}@{revision}" if revision else repository
     missing = f"model {name} is not in the local cache and no folder of that name exists"
@@ -50,6 +50,11 @@ def _from_cache(repository: str, revision: str | None) -> tuple[Path, str]:
         folder = Path(snapshot_download(repository, revision=revision, local_files_only=True))
     except LocalEntryNotFoundError as error:
         raise EnvironmentLacksError(f"{missing}; run: {command}") from error
+    except (HFValidationError, OSError) as error:  # a name that no repository can have, or no file system
+        reason = getattr(error, "strerror", None) or str(error).rstrip(".")
+        raise ModelError(
+            f"model {name!r} is not a hub id ({reason}); give OWNER/NAME or OWNER/NAME@REVISION"
+        ) from error
     if not any((folder / part / "config.json").is_file() for part in ("", "transformer")):
         raise EnvironmentLacksError(f"the cached {name} has no transformer; run: {command}")
     return folder, folder.name

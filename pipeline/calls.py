@@ -51,6 +51,8 @@ class PoolSpec:
 SIZES = ("image_size", "aspect")
 # Share of a caption's tokens that a sample sees, in turn.
 MASKS = (1.0, 0.0, 2 / 3, 1 / 3)
+# Schedules of flow matching have timesteps between the integers, which 11 significant bits do not hold: one of them is
+# here, and for models whose own schedule has none.
 POOLS = (
     PoolSpec(ONE, (3, 700), 1),
     PoolSpec(ODD, (666.625, 975, 10), 2, LATENT_FACTOR, first_mask=2),
@@ -156,11 +158,14 @@ def _conditions(case: Case, row: Input, shape: tuple[int, ...]) -> NDArray[Any]:
 
 @dataclass(frozen=True)
 class SampleError:
-    """SQNR in dB of one sample of one call against the float64 reference."""
+    """SQNR in dB of one sample of one call against the float64 reference. pool, row: which sample that is, as several
+    calls make the same."""
 
     call: str
     sample: int
     sqnr_db: float
+    pool: str
+    row: int
 
 
 def call_errors(calls: Sequence[Call], exact: dict[str, NDArray[Any]], run: Run) -> list[SampleError]:
@@ -174,8 +179,11 @@ def sample_errors(call: Call, exact: dict[str, NDArray[Any]], output: NDArray[An
     """Each sample of `output`, by all its channels, learned variances too; nan where the shape is another."""
     expected = exact[call.pool][list(call.rows)]
     if output.shape != expected.shape:
-        return [SampleError(call.text, i, float("nan")) for i in range(len(expected))]
-    return [SampleError(call.text, i, sqnr_db(*pair)) for i, pair in enumerate(zip(expected, output, strict=True))]
+        values = [float("nan")] * len(expected)
+    else:
+        values = [sqnr_db(*pair) for pair in zip(expected, output, strict=True)]
+    rows = enumerate(zip(values, call.rows, strict=True))
+    return [SampleError(call.text, i, value, call.pool, row) for i, (value, row) in rows]
 
 
 @dataclass(frozen=True)

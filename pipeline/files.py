@@ -8,6 +8,7 @@ import json
 import os
 import re
 import shutil
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -114,6 +115,7 @@ def refuse_unwritable(path: Path, is_folder: bool, flag: str) -> None:
     if path.exists() and (path.is_dir() != is_folder or not (path.is_dir() or path.is_file())):
         kind = "a folder" if path.is_dir() else "a file" if path.is_file() else "no plain file"
         raise RecipeError(f"{path} is {kind}; give {flag} the name of a {'folder' if is_folder else 'file'}")
+    refuse_in_bundle(path.resolve().parents, path, flag)
     parent = next(place for place in (path.absolute(), *path.absolute().parents) if os.path.lexists(place))
     if parent == path.absolute() and not is_folder:
         parent = parent.parent
@@ -121,6 +123,14 @@ def refuse_unwritable(path: Path, is_folder: bool, flag: str) -> None:
         raise RecipeError(f"{parent} is not a folder, so {path} cannot be written; choose another {flag}")
     if not os.access(parent, os.W_OK | os.X_OK):
         raise RecipeError(f"{parent} may not be written to; choose another {flag}, or change its permissions")
+
+
+def refuse_in_bundle(folders: Iterable[Path], path: Path, flag: str) -> None:
+    """Raise RecipeError if one of `folders` is a bundle, which a file at `path` would damage: it is sealed."""
+    from pipeline.manifest import FILE_NAME
+
+    if bundle := next((folder for folder in folders if (folder / FILE_NAME).is_file()), None):
+        raise RecipeError(f"{path} is in the bundle {bundle}, which a new file would damage; choose another {flag}")
 
 
 def tree(folder: Path) -> list[str]:

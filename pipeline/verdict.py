@@ -157,9 +157,9 @@ def end_gates(target: str, errors: StepErrors, images: NDArray[Any], found: Stud
     quantization itself, unless that is under ROUNDED_DB: none asks for more. A target that draws no picture has no gate
     for it.
     """
-    worst_step = _worst([value for run in single.hit_errors for value in run.steps_db])
+    worst_step = _lowest([value for run in single.hit_errors for value in run.steps_db])
     quarter = _quarter([value for run in single.errors for value in run.samples_db])
-    worst_image = _worst([value for drawn in single.hit_images for value in pictures_db(found, drawn)])
+    worst_image = _lowest([value for drawn in single.hit_images for value in pictures_db(found, drawn)])
     step_cost, image_cost = _lowest(found.quant_db), _lowest(pictures_db(found, found.images["float"]))
     rows = [
         ("step_sqnr_db", _lowest(errors.steps_db), (worst_step, step_cost), "worst step"),
@@ -172,21 +172,30 @@ def end_gates(target: str, errors: StepErrors, images: NDArray[Any], found: Stud
 
 
 def _end_gate(name: str, value: float, limits: tuple[float, float], what: str) -> Gate:
-    """limits: of the float32 runs, and of quantization, of which nan is a bug of ours that Gate refuses."""
+    """limits: of the float32 runs, and of quantization; nan where these runs overflowed, which gives no tolerance."""
     float32, quantization = limits
     why = f"{what} of the reference's float32 runs, less {FACTOR_DB:.0f} dB; or quantization's own error"
-    limit = min(max(quantization, float32 - FACTOR_DB), ROUNDED_DB)  # nan stays where it stands first
-    return Gate(name, value, limit, "dB", why, at_most=False)
+    if any(math.isnan(limit) for limit in limits):
+        why += "; the model's own runs overflow in this arithmetic"
+    numbers = [limit for limit in (float32 - FACTOR_DB, quantization) if not math.isnan(limit)]
+    return Gate(name, value, min(max(numbers, default=ROUNDED_DB), ROUNDED_DB), "dB", why, at_most=False)
 
 
 def calls_gates(target: str, errors: Sequence[SampleError], found: Study, single: Realisations) -> list[Gate]:
-    """Calls that drawing does not make: the worst of all samples, and the median one."""
-    values = [error.sqnr_db for error in errors]
+    """Calls that drawing does not make: the worst of all samples, and the median one.
+
+    For the median a sample that several calls make counts once, by its worst: the float32 runs that give the limit made
+    each once, and three samples make up two thirds of all calls.
+    """
+    values, by_sample = [error.sqnr_db for error in errors], dict[tuple[str, int], list[float]]()
+    for error in errors:
+        by_sample.setdefault((error.pool, error.row), []).append(error.sqnr_db)
+    worst_of = [_lowest(found_db) for found_db in by_sample.values()]
     worst = min(errors, key=lambda error: np.nan_to_num(error.sqnr_db, nan=-np.inf, posinf=np.inf))
     quarter = _quarter(single.calls_db)
     rows = (
-        ("calls", _lowest(values), (_worst(single.hit_calls_db), _lowest(found.calls_quant_db)), "worst sample"),
-        ("calls_median", _median(values), (quarter, _median(found.calls_quant_db)), "lower quartile"),
+        ("calls", _lowest(values), (_lowest(single.hit_calls_db), _lowest(found.calls_quant_db)), "worst sample"),
+        ("calls_median", _median(worst_of), (quarter, _median(found.calls_quant_db)), "lower quartile"),
     )
     gates = [_end_gate(f"{target}/{name}", value, limits, what) for name, value, limits, what in rows]
     return [replace(gate, why=f"{gate.why}; worst in {worst.call}, sample {worst.sample}") for gate in gates]
@@ -221,13 +230,8 @@ def segments_gate(target: str, rows: Sequence[SegmentResult]) -> Gate:
     return Gate(f"{target}/segments", error, 1, "x bound", why)
 
 
-def _worst(values: Sequence[float]) -> float:
-    """The least of float32 runs. One that overflows, as parts in FP16 may, has no number and sets no limit: -inf."""
-    return min(-math.inf if math.isnan(value) else value for value in values)
-
-
 def _quarter(values: Sequence[float]) -> float:
-    """The lower quartile of float32 runs; an overflow as in `_worst`.
+    """The lower quartile of float32 runs; an overflow counts as the worst there is.
 
     Equal samples count as EQUAL_DB, and overflows as its negative: between two infinities there is no number.
     """

@@ -18,7 +18,7 @@ from pipeline.backends.base import LoweredGraph
 from pipeline.bundle import GENERATION_FILES, Bundle, load_bundle
 from pipeline.command import Answer, Parser, add_model_flags, add_threads, parser, run
 from pipeline.compiler import describe, load_model, opened
-from pipeline.files import refuse_unwritable, sha256, tree
+from pipeline.files import refuse_in_bundle, refuse_unwritable, sha256, tree
 from pipeline.manifest import FILE_NAME
 from pipeline.recipe import ModelFlags, with_model
 from pipeline.report import Report
@@ -132,6 +132,7 @@ def work(args: argparse.Namespace, answer: Answer) -> int:
     """Verify and answer with the verdict and every gate."""
     if args.output_dir:
         refuse_unwritable(args.output_dir, True, "--output-dir")
+        refuse_in_bundle([args.output_dir], args.output_dir, "--output-dir")
     with tempfile.TemporaryDirectory(prefix="ditc-") as folder:
         flags = (args.model, args.variant, args.config)
         report = verify_bundle(args.bundle, args.output_dir or Path(folder), flags, args.threads)

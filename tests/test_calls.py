@@ -48,6 +48,8 @@ def test_pools_hold_what_the_calls_are_for(subject: tuple[models.LoadedModel, Ca
     pools = make_pools(model, case)
     times = np.concatenate([pool["timestep"] for pool in pools.values()])
     assert {0, 3, 666.625, 975, 999} <= set(times) and times.max() == 999  # ddim's last training step
+    between = times != np.round(times)
+    assert (times[between] != times[between].astype(np.float16)).any()
     assert np.abs(pools[ODD]["hidden_states"]).max() > 2 * np.abs(pools[LONGEST]["hidden_states"]).max() / 1.5
     for row in model.inputs:
         if "tokens" in row.shape:
@@ -57,6 +59,9 @@ def test_pools_hold_what_the_calls_are_for(subject: tuple[models.LoadedModel, Ca
             counts = pools[LONGEST][row.name].sum(axis=1)
             assert counts[0] == pools[LONGEST][row.name].shape[1] and counts[1] == 0
             assert 0 < counts[3] < counts[2] < counts[0]
+        if row.fill == "image_size":
+            rows = pools[LONGEST][row.name]
+            assert len(np.unique(rows[0])) == rows.shape[1] and (rows[0] != rows[1]).all()
         if row.fill.startswith("class:"):
             drawn = {int(label) for pool in pools.values() for label in pool[row.name]}
             assert drawn == set(range(11))  # ten classes, and the one for "no class"

@@ -190,6 +190,12 @@ def test_a_file_that_is_not_there_is_no_hub_id():
         load("some/model.safetensors")
 
 
+@pytest.mark.parametrize("name", ["owner/..", "owner/.name", "owner/a--b", "owner/" + "x" * 200])
+def test_names_that_no_repository_can_have(name):
+    with pytest.raises((ModelError, EnvironmentLacksError), match="is not a hub id|is not in the local cache"):
+        load(name)
+
+
 FILES = {
     "model.gguf": "is GGUF; it holds weights that are quantized already; give the float model",
     "DiT-XL-2-256x256.pt": "is a pickle, which can run code when read; load it where you trust it and save it again",

@@ -248,6 +248,12 @@ def test_nan_anywhere_fails() -> None:
     assert not any(gate.passed for gate in gates.values())
 
 
+def test_runs_of_the_reference_that_overflow_give_no_limit() -> None:
+    gates = _gates(_study([50, math.nan, 50, 50]), [50] * 4)
+    assert gates["step_sqnr_db"].limit == pytest.approx(20 * math.log10(11)) and gates["step_sqnr_db"].passed
+    assert "overflow" in gates["step_sqnr_db"].why
+
+
 def test_quantization_gates_use_the_budgets() -> None:
     recipe = recipes.from_dict({"name": "r", "model": "m", "budgets": {"quant_sqnr_db": 19.0}}, "test")
     gates = {gate.name: gate for gate in quantization_gates(_study([50] * 4), recipe)}
@@ -314,6 +320,24 @@ def test_verify_writes_a_passing_report(activation: str, granularity: str, targe
     assert json.loads((tmp_path / "report" / "parity.json").read_text())["schema_version"] == 1
     assert len((tmp_path / "report" / "layers.csv").read_text().splitlines()) == 1 + len(layers)
     assert (tmp_path / "report" / "images" / f"{target}-0.png").is_file()
+
+
+@pytest.mark.parametrize(("target", "size", "words"), [("cpu", 3e38, "NaN or Inf"), ("rtx", 3e4, "FP16 overflow")])
+def test_a_model_that_overflows_in_the_targets_arithmetic(target: str, size: float, words: str, tmp_path: Path) -> None:
+    """The reference's own runs overflow too: no limit comes from them, and the gates fail in words."""
+    model = models.load(str(tiny.folder("dit", tmp_path, half=False)))
+    values = next(ref.module for ref in model.linears() if ref.name.endswith("1.attn1.to_v"))
+    values.weight.copy_(values.weight.sign() * size)
+    layers = tiny.quantized(model, granularity="exact_group")
+    recipe = recipes.from_dict({"name": "tiny", "model": model.source, "sampling": {"n_steps": 1}}, "test")
+    export_portable(model, layers, tmp_path / "model.onnx")
+    (tmp_path / target).mkdir()
+    graph = BACKENDS[target].lower(tmp_path / "model.onnx", tmp_path / target, recipe)
+    report = verify(model, layers, {target: graph}, {}, recipe, tmp_path / "report")
+    failed = {gate.name.partition("/")[2]: gate for gate in report.failures()}
+    assert words in failed["segments"].why
+    if target == "cpu":  # onnxruntime's CPU may hold what it computes between FP16 operations in float32
+        assert "the model's own runs overflow in this arithmetic" in failed["calls"].why
 
 
 def test_recorder_shares_and_comparison_measures() -> None:

@@ -267,6 +267,7 @@ REFUSED = {
     f"{ATTENTION}.to_q.weight_scale_inv": "a scale that no weight of the file goes with; give the float model",
     f"{ATTENTION}.to_q.weight_quantizer._amax": "part of a quantized weight in a form that is not read; give the float",
     f"{ATTENTION}.to_q.input_amax": "part of a quantized weight in a form that is not read; give the float model",
+    f"ema.{ATTENTION}.to_q.bias": "a tensor of the model under the prefix 'ema.', which not all of its tensors have",
     "vae.conv.weight": "PixArtTransformer2DModel of this config.json has no such tensor; config.json and the weights",
 }
 
@@ -284,6 +285,22 @@ def test_biases_that_the_configuration_denies(pixart):
     configure(pixart, attention_bias=False)
     with pytest.raises(
         ModelError, match=r"attn1\.to_k\.bias \(and 11 more\): a bias of a layer that has none by config"
+    ):
+        load(str(pixart))
+
+
+@pytest.mark.parametrize("prefix", ["net.", "generator.core."])
+def test_a_prefix_that_no_wrapper_adds_is_named(pixart, prefix):
+    change(pixart, lambda state: {prefix + key: value for key, value in state.items()})
+    count = len(load_file(pixart / WEIGHTS))
+    with pytest.raises(ModelError, match=rf"\(and {count - 1} more\): a tensor .* under the prefix '{prefix}', which"):
+        load(str(pixart))
+
+
+def test_no_bias_is_denied_by_a_configuration_that_has_them(pixart):
+    change(pixart, lambda state: state | {"transformer_blocks.0.attn3.to_q.bias": NORM})
+    with pytest.raises(
+        ModelError, match=r"attn3\.to_q\.bias: PixArtTransformer2DModel of this config.json has no such"
     ):
         load(str(pixart))
 
