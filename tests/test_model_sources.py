@@ -192,7 +192,7 @@ def test_a_file_that_is_not_there_is_no_hub_id():
 
 @pytest.mark.parametrize("name", ["owner/..", "owner/.name", "owner/a--b", "owner/" + "x" * 200])
 def test_names_that_no_repository_can_have(name):
-    with pytest.raises((ModelError, EnvironmentLacksError), match="is not a hub id|is not in the local cache"):
+    with pytest.raises((ModelError, EnvironmentLacksError), match=r"is not a hub id|is not in the local cache"):
         load(name)
 
 
