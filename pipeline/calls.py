@@ -115,7 +115,7 @@ def _pool(spec: PoolSpec, model: LoadedModel, case: Case) -> Arrays:
         elif row.fill.startswith("class:"):
             value = _labels(spec, int(row.fill.partition(":")[2]), len(times))
         elif row.fill in SIZES:
-            value = value * np.random.default_rng(seed).uniform(0.5, 1.5, value.shape)
+            value = value + np.abs(value).max() * np.random.default_rng(seed).uniform(0.25, 1.0, value.shape)
         elif row.name in case.conditioning[0] and row.batched:
             value = _conditions(case, row, value.shape)
         elif row.name == "hidden_states":

@@ -63,7 +63,8 @@ def _times(array: NDArray, factor: float) -> NDArray:
     if not np.issubdtype(array.dtype, np.floating):
         return array
     largest = np.finfo(array.dtype).max
-    return np.clip(array.astype(np.float64) * factor, -largest, largest).astype(array.dtype)
+    with np.errstate(invalid="ignore"):  # masks of -inf times 0 are NaN, as they are in the graph
+        return np.clip(array.astype(np.float64) * factor, -largest, largest).astype(array.dtype)
 
 
 def _judge(layer: QuantizedLinear, row: ProbeRow, tensors: Mapping[str, NDArray], factor: float) -> ExtremeResult:
