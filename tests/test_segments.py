@@ -47,13 +47,8 @@ def _outputs(model: models.LoadedModel, inputs: dict[str, Any]) -> tuple[dict[st
     outside: dict[str, Any] = {}
     for ref in model.linears():
         part = whole.transformer.get_submodule(ref.name)
-        part.register_forward_hook(
-            lambda _, x, y, name=ref.name: (
-                inside.update({name: x[0].numpy()}),
-                outside.update({name: y.numpy()}),
-                None,
-            )[2]
-        )
+        part.register_forward_pre_hook(lambda _, x, name=ref.name: inside.update({name: x[0].numpy()}))
+        part.register_forward_hook(lambda _, x, y, name=ref.name: outside.update({name: y.numpy()}))
     with torch.no_grad():
         return inside, outside, whole(**tensors_of(inputs, torch.float64)).numpy()
 
