@@ -10,7 +10,10 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
+
+from export.errors import ContractError
 
 Config = Mapping[str, Any]
 Tensors = Mapping[str, Any]
@@ -50,6 +53,16 @@ class Input:
     def dynamic_axes(self) -> dict[int, str]:
         """Axis -> name of every dynamic dimension."""
         return {axis: size for axis, size in enumerate(self.shape) if isinstance(size, str) and size in DYNAMIC}
+
+
+def stated_inputs(family: Family, config: Config, source: Path) -> tuple[Input, ...]:
+    """The family's inputs by the configuration in `source`. Raises ContractError naming a key that it lacks."""
+    try:
+        return family.inputs(config)
+    except KeyError as error:
+        raise ContractError(
+            f"{source} lacks {error}, which family {family.name} needs; build the bundle again"
+        ) from error
 
 
 def shared_names(rows: Iterable[Input]) -> frozenset[str]:

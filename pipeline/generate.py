@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from export.errors import ContractError, RecipeError
-from export.families import FAMILIES, shared_names
+from export.families import FAMILIES, shared_names, stated_inputs
 from pipeline.command import Answer, Parser, add_threads, parser, run
 from pipeline.conditioning import GENERATION_FILE, Generation
 from pipeline.files import refuse_unwritable
@@ -104,7 +104,9 @@ def _draw_part(
 def _shared(bundle: Bundle) -> frozenset[str]:
     """Names of the engine's inputs without a batch axis; classes without a row of their own have none."""
     family = FAMILIES.get(bundle.manifest["model"]["family"])
-    return shared_names(family.inputs(bundle.config())) if family else frozenset()
+    if family is None:
+        return frozenset()
+    return shared_names(stated_inputs(family, bundle.config(), bundle.path / "config.json"))
 
 
 def picture_shape(bundle: Bundle) -> tuple[int, int, int]:

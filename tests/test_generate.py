@@ -47,7 +47,7 @@ def make_bundle(tmp_path, generation=GENERATION, channels=1, **sampling):
     (path / "config.json").write_text(json.dumps({"in_channels": channels, "sample_size": 8}))
     stated = recipes.Recipe(name="digits", model="none", sampling=recipes.Sampling(**sampling))
     engine = LevelEngine()
-    return stand_in(path, stated, {"family": "pixart", "source": str(tmp_path / "nowhere")}, lambda: engine)
+    return stand_in(path, stated, {"family": "dit", "source": str(tmp_path / "nowhere")}, lambda: engine)
 
 
 def test_pictures_are_those_of_the_prompts(tmp_path):
