@@ -219,7 +219,8 @@ def state_result(
     changed = [rows_of(pair.pool, rows, pools[pair.pool], model.shared) for rows in orders]
     changed = [replace(call, text=f"{call.text}, condition changed") for call in changed]
     outputs = [run(call.inputs)["sample"] for call in changed]
-    repeats = [(changed[0], run(changed[0].inputs)["sample"], outputs[0])]  # call, its output, that of its equal before
+    # The same samples as in the call before, in the other order. (call, its output, that of its equal before)
+    repeats = [(changed[1], run(changed[1].inputs)["sample"], outputs[1])]
 
     arrays = {name: value.copy() for name, value in changed[2].inputs.items()}  # another condition than the call before
     run(arrays)

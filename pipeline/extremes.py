@@ -45,7 +45,7 @@ def extreme_results(probed: ProbedGraph, layers: Sequence[QuantizedLinear], call
     results = []
     for factor in FACTORS:
         scaled = {name: _times(array, factor) for name, array in fed.items()}
-        tensors = {**scaled, **run(scaled)}
+        tensors = {**scaled, **run(call | scaled)}
         results += [_judge(layer, rows[layer.name], tensors, factor) for layer in quantizers.values()]
     return results
 

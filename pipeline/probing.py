@@ -124,7 +124,7 @@ class ProbedGraph:
         for node in changed.graph.node:
             node.output[:] = [f"{name}/cut" if name in fed else name for name in node.output]
         kept = [value for value in changed.graph.value_info if value.name not in fed]
-        del changed.graph.value_info[:], changed.graph.input[:], changed.graph.output[:]
+        del changed.graph.value_info[:], changed.graph.output[:]
         changed.graph.value_info.extend(kept)
         for name, array in fed.items():
             kind = onnx.helper.np_dtype_to_tensor_dtype(array.dtype)
@@ -140,7 +140,8 @@ class ProbedGraph:
             session = open_session(changed, self.path.parent)
 
         def run(arrays: Mapping[str, NDArray]) -> Arrays:
-            results = self._call(session, wanted, dict(arrays))
+            known = {value.name for value in session.get_inputs()}
+            results = self._call(session, wanted, {name: array for name, array in arrays.items() if name in known})
             return {name: results[key] for name, key in zip(names, wanted, strict=True)}
 
         return run

@@ -94,8 +94,9 @@ def silence() -> None:
 
 
 def ignore_interrupts() -> None:
-    """For worker processes: a key press reaches them too, and is their parent's to heed."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    """For worker processes: a key press reaches them too, and is their parent's to heed. Threads have no say in it."""
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def stop_workers() -> None:

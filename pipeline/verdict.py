@@ -192,7 +192,8 @@ def calls_gates(target: str, errors: Sequence[SampleError], found: Study, single
         by_sample.setdefault((error.pool, error.row), []).append(error.sqnr_db)
     worst_of = [_lowest(found_db) for found_db in by_sample.values()]
     worst = min(errors, key=lambda error: np.nan_to_num(error.sqnr_db, nan=-np.inf, posinf=np.inf))
-    quarter = _quarter(single.calls_db)
+    # Of runs that flips hit: a few samples without any flip in plain runs would ask the same luck of the engine.
+    quarter = _quarter(single.hit_calls_db)
     rows = (
         ("calls", _lowest(values), (_lowest(single.hit_calls_db), _lowest(found.calls_quant_db)), "worst sample"),
         ("calls_median", _median(worst_of), (quarter, _median(found.calls_quant_db)), "lower quartile"),

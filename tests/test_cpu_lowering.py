@@ -8,6 +8,7 @@ import pytest
 
 from export.formats import get_format, to_image
 from export.op_meanings import quantize_activation
+from pipeline import machine
 from pipeline.backends.base import WIDE_SUM
 from pipeline.backends.cpu import capabilities
 from pipeline.passes import run_shared
@@ -38,6 +39,9 @@ INTEGER_CASES = [
 SHAPES = [(16, 64), (7, 32), (33, 96), (1, 160)]
 
 
+HERE = capabilities(machine.cpu_flags())
+
+
 def lowered(layer, capabilities=WIDE):
     """(model, pass) of a graph with one linear, x [B, S, K] -> y."""
     n, k = layer.out_features, layer.in_features
@@ -46,6 +50,13 @@ def lowered(layer, capabilities=WIDE):
     rewrite = LowerCpu(capabilities)
     rewrite(model)
     return model, rewrite
+
+
+def skip_where_sums_saturate(layer):
+    """The lowering asks for a CPU that sums byte products in 32 bits; others saturate pairs of large ones in 16."""
+    largest = 255 if layer.activation_format == "INT8" else 0
+    if WIDE_SUM not in HERE.ops and 2 * largest * int(np.abs(layer.image()).max()) > 32767:
+        pytest.skip("this CPU sums pairs of byte products in saturating 16 bits")
 
 
 def oracle(layer, x):
@@ -71,6 +82,7 @@ def initializer(model, name):
 @pytest.mark.parametrize("n, k", SHAPES)
 def test_integer_paths_give_the_exact_sum_for_their_own_codes(weight, activation, granularity, group, n, k):
     layer = random_linear(n=n, k=k, weight=weight, activation=activation, granularity=granularity, group=group)
+    skip_where_sums_saturate(layer)
     model, rewrite = lowered(layer)
     (row,), (choice,) = rewrite.probes, rewrite.choices
     assert row.exact and choice.path == row.path and "exact" in choice.why
@@ -100,6 +112,7 @@ def test_integer_paths_agree_with_the_oracle_of_the_whole_linear(weight, activat
     unit = 2.0 ** -(fmt.fraction_bits + get_format(weight).fraction_bits)
     expected = total * (layer.scales[:, 0].astype(np.float64) * unit) * scale + layer.bias
     magnitude = np.abs(total * layer.scales[:, 0] * unit * scale) + np.abs(layer.bias)
+    skip_where_sums_saturate(layer)
     model, _ = lowered(layer)
     # Sum to float32, times channel scale, times token scale (itself one rounding), plus bias.
     assert (np.abs(run(model, {"x": x})[0] - expected) <= 5.01 * ROUNDING * magnitude).all()

@@ -96,6 +96,6 @@ def test_an_engine_that_diverges_fails_its_gates_in_pictures_of_nan(made: Any) -
     def draw(run: Any) -> Any:
         return run(inputs | {"hidden_states": run(inputs)["sample"][:, :4] * np.float32(1e30)})["sample"]
 
-    study = SimpleNamespace(images={"reference": np.zeros((2, 4, 8, 8), np.float32)}, case=SimpleNamespace(draw=draw))
-    found = drawn(engines["stock"].run, study)  # type: ignore[arg-type]
+    case = SimpleNamespace(draw=draw, noise=np.zeros((2, 4, 8, 8), np.float32))
+    found = drawn(engines["stock"].run, case)  # type: ignore[arg-type]
     assert found.shape == (2, 4, 8, 8) and np.isnan(found).all()
