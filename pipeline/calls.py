@@ -190,8 +190,8 @@ def sample_errors(call: Call, exact: dict[str, NDArray[Any]], output: NDArray[An
 class StateResult:
     """What an engine that keeps something between calls gets wrong.
 
-    errors: its samples against the reference. unequal: numbers that differ from those of an equal call before, and the
-    first such call in words, None for none.
+    errors: its samples against the reference. unequal: how many numbers differ from those of an equal call before, or
+    hide NaN of an input. where: the first such call in words, None for none.
     """
 
     errors: list[SampleError]

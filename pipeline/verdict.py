@@ -190,7 +190,7 @@ def calls_gates(target: str, errors: Sequence[SampleError], found: Study, single
     values, by_sample = [error.sqnr_db for error in errors], dict[tuple[str, int], list[float]]()
     for error in errors:
         by_sample.setdefault((error.pool, error.row), []).append(error.sqnr_db)
-    worst_of = [_lowest(found_db) for found_db in by_sample.values()]
+    worst_of = [_lowest(sample_db) for sample_db in by_sample.values()]
     worst = min(errors, key=lambda error: np.nan_to_num(error.sqnr_db, nan=-np.inf, posinf=np.inf))
     # Of runs that flips hit: a few samples without any flip in plain runs would ask the same luck of the engine.
     quarter = _quarter(single.hit_calls_db)
