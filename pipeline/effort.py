@@ -2,8 +2,9 @@
 
 It decodes its weights in function bodies and multiplies in float32. On a small model a call takes several times as long
 as the `cpu` engine's; on a large one, whose weights stay packed and are decoded in every call, about 45 processor
-seconds for 600 M parameters. There every linear is looked at in one step instead of three, two steps are compared and
-no picture is drawn. What is compared meets the same limits as in other targets.
+seconds for 600 M parameters. Its linears are looked at in one step instead of two, and in no call of a large batch;
+of a large model two steps are compared and no picture is drawn. What is compared meets the same limits as in other
+targets.
 """
 
 from __future__ import annotations
@@ -16,8 +17,9 @@ from pipeline.backends import PORTABLE
 # Of the portable model of a small model: pictures of its own trajectory, and every how many steps are compared.
 PICTURES, EVERY = 1, 3
 BATCHES = tuple(size for size, _ in calls.BATCHES)
-# Of a large model: the largest batch of a special call whose inner tensors are looked at, which takes memory and time.
-LARGE_INSIDE = 3
+# Batches of the special calls whose inner tensors are looked at. The samples of 3 are among those of 9, which take more
+# memory and time: of a large model and of the portable one the 3 are looked at, else the 9.
+INSIDE, FEW_INSIDE = (1, 2, 9), (1, 2, 3)
 
 
 @dataclass(frozen=True)
@@ -30,25 +32,26 @@ class Effort:
     probed: tuple[int, ...]
     pictures: int
     special: tuple[int, ...] = BATCHES
-    inside: tuple[int, ...] = BATCHES
+    inside: tuple[int, ...] = INSIDE
     state: bool = True
 
 
 def effort_for(target: str, n_steps: int, probed: tuple[int, ...], pictures: int, large: bool) -> Effort:
     """What is run of `target`, out of all steps, the steps `probed` and `pictures`; `large`: the model is.
 
-    >>> effort_for("cpu", 4, (0, 2, 3), 4, large=False)
-    Effort(steps=(0, 1, 2, 3), probed=(0, 2, 3), pictures=4, special=(1, 2, 3, 9), inside=(1, 2, 3, 9), state=True)
-    >>> effort_for("onnx", 8, (0, 4, 7), 1, large=True)
-    Effort(steps=(0, 7), probed=(4,), pictures=0, special=(1, 2), inside=(), state=False)
+    >>> effort_for("cpu", 4, (0, 3), 4, large=False)
+    Effort(steps=(0, 1, 2, 3), probed=(0, 3), pictures=4, special=(1, 2, 3, 9), inside=(1, 2, 9), state=True)
+    >>> effort_for("onnx", 8, (0, 7), 1, large=True)
+    Effort(steps=(0, 7), probed=(7,), pictures=0, special=(1, 2), inside=(), state=False)
     """
     if target != PORTABLE:
-        inside = tuple(size for size in BATCHES if not large or size <= LARGE_INSIDE)
-        return Effort(tuple(range(n_steps)), probed, pictures, inside=inside)
+        return Effort(tuple(range(n_steps)), probed, pictures, inside=FEW_INSIDE if large else INSIDE)
+    last = (probed[-1],)
     if large:
         ends = tuple(sorted({probed[0], probed[-1]}))
-        return Effort(ends, (probed[len(probed) // 2],), 0, special=(1, 2), inside=(), state=False)
-    return Effort(tuple(sorted({*range(0, n_steps, EVERY), *probed})), probed, min(PICTURES, pictures))
+        return Effort(ends, last, 0, special=(1, 2), inside=(), state=False)
+    steps = tuple(sorted({*range(0, n_steps, EVERY), *probed}))
+    return Effort(steps, last, min(PICTURES, pictures), inside=FEW_INSIDE)
 
 
 def note(target: str, effort: Effort, n_steps: int, probed: tuple[int, ...], pictures: int) -> str:
@@ -56,7 +59,7 @@ def note(target: str, effort: Effort, n_steps: int, probed: tuple[int, ...], pic
     if effort == Effort(tuple(range(n_steps)), probed, pictures):
         return ""
     if target != PORTABLE:
-        left = ", ".join(str(size) for size in BATCHES if size not in effort.inside)
+        left = ", ".join(str(size) for size in INSIDE if size not in effort.inside)
         return f"{target}: large model, calls of batch {left} are compared by their outputs alone"
     drawn = f"{effort.pictures} of {pictures} pictures" if effort.pictures else "no picture"
     looked = f"linears in {len(effort.probed)} of {len(probed)} steps"

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
+from functools import cache
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,6 +20,8 @@ from export.op_meanings import ABSMAX_FLOOR
 Array = NDArray[np.floating]
 # Largest relative error of one float32 operation (round to nearest), and of one in FP16.
 ROUNDING = 2.0**-24
+# Lower bits of a float64 that do not say between which midpoints of a format it lies.
+PLACE_SHIFT = 44
 HALF_ROUNDING = 2.0**-11
 # Float32 operations between x and the number that is rounded to the grid, in the longest form a lowering may use:
 # scale = absmax / max_value, inverse = 1 / scale, x * inverse, and one rescaling that is not a power of two.
@@ -123,7 +126,7 @@ def _rounded(fmt: Format, x: Array, scale: NDArray[np.float64], error: Array | N
         slack += error / scale
     images, midpoints = _grid(fmt)
     bounds = np.concatenate([[-np.inf], midpoints, [np.inf]])
-    place = np.searchsorted(midpoints, quotient)
+    place = _places(fmt, quotient)
     close = (quotient - bounds[place] <= slack) | (bounds[place + 1] - quotient <= slack)
     nearest = images[place]
     lowest, highest = nearest.copy(), nearest.copy()
@@ -133,6 +136,26 @@ def _rounded(fmt: Format, x: Array, scale: NDArray[np.float64], error: Array | N
     return ActivationOracle(nearest, lowest, highest, scale)
 
 
+@cache
+def _place_table(fmt: Format) -> NDArray[np.uint16]:
+    """Upper 20 bits of a float64 -> how many midpoints lie at or below it (below it, of negative numbers).
+
+    These bits hold sign, exponent and 8 bits of the significand. A midpoint of a format of 8 bits has no more, so all
+    numbers with the same upper bits lie between the same two midpoints, or on the one with zeros for lower bits.
+    """
+    _, midpoints = _grid(fmt)
+    assert np.array_equal(midpoints.view(np.int64) & (2**PLACE_SHIFT - 1), np.zeros(len(midpoints), np.int64))
+    first = (np.arange(2 ** (64 - PLACE_SHIFT), dtype=np.uint64) << np.uint64(PLACE_SHIFT)).view(np.float64)
+    places = np.where(np.signbit(first), *(np.searchsorted(midpoints, first, side) for side in ("left", "right")))
+    return places.astype(np.uint16)
+
+
+def _places(fmt: Format, x: Array) -> NDArray[np.uint16]:
+    """Between which midpoints each number lies; of a number on a midpoint, on either side of it."""
+    return _place_table(fmt)[np.ascontiguousarray(x, np.float64).view(np.uint64) >> np.uint64(PLACE_SHIFT)]
+
+
+@cache
 def _grid(fmt: Format) -> tuple[NDArray[np.integer], NDArray[np.float64]]:
     """Images in ascending order, and the midpoints between neighbours, of the values a symmetric quantizer uses."""
     usable = np.isfinite(fmt.values) & (np.abs(fmt.values) <= fmt.max_value)

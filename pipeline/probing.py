@@ -151,13 +151,20 @@ class ProbedGraph:
         with runtime_errors(self.path):
             return dict(zip(names, session.run(names, inputs), strict=True))
 
-    def probes(self, layers: Sequence[str], calls: Sequence[Arrays]) -> Iterator[tuple[str, list[LinearProbe]]]:
-        """For each layer what it computed in each call, a batch of layers at a time."""
-        left, size = list(layers), FIRST_BATCH
+    def probes(
+        self, layers: Sequence[str], calls: Sequence[Arrays], outputs: list[Arrays] | None = None
+    ) -> Iterator[tuple[str, list[LinearProbe]]]:
+        """For each layer what it computed in each call, a batch of layers at a time. `outputs` gets the model's own
+        outputs in each call, which are computed with the last batch."""
+        left, size, last = list(layers), FIRST_BATCH, [output.name for output in self.model.graph.output]
         while left:
             batch, left = left[:size], left[size:]
             names = {name for layer in batch for name in tensor_names(self.rows[layer])}
+            if outputs is not None and not left:
+                names.update(last)
             found = self.run(sorted(names), calls)
+            if outputs is not None and not left:
+                outputs += [{name: tensors[name] for name in last} for tensors in found]
             held = sum({id(array): array.nbytes for tensors in found for array in tensors.values()}.values())
             size = max(1, int(BATCH_BYTES / max(held / len(batch), 1)))
             logger.debug("probed %d layers, %.0f MiB", len(batch), held / 2**20)

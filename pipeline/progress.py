@@ -12,6 +12,8 @@ from typing import TypeVar
 
 from tqdm import tqdm
 
+from pipeline.side_by_side import raise_if_stopped
+
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
@@ -29,10 +31,13 @@ def eta_text(done: int, total: int, elapsed_s: float) -> str:
 def track(items: Iterable[T], total: int, label: str, first: int = 0, every_s: float = 10.0) -> Iterator[T]:
     """Yield `items`, reporting progress on stderr; `first` counts items done by an earlier run."""
     if sys.stderr.isatty():
-        yield from tqdm(items, desc=label, total=total, initial=first, file=sys.stderr, leave=False)
+        for item in tqdm(items, desc=label, total=total, initial=first, file=sys.stderr, leave=False):
+            raise_if_stopped()
+            yield item
         return
     started = told = time.monotonic()
     for count, item in enumerate(items, 1):
+        raise_if_stopped()
         yield item
         now = time.monotonic()
         if count == 1 or now - told >= every_s or first + count == total:

@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.gates import ROUNDING, ratio_db
+from pipeline.noise import NoiseTable
 from pipeline.passes.lower_rtx_kept import LARGE_ELEMENTS
 
 
@@ -62,15 +63,12 @@ class Comparison:
 def jittered(module: Any, seed: int, ulps: float) -> Iterator[None]:
     """Move every quantizer's input by up to `ulps`: of the number itself, and of its row's root mean square (what
     an error made before a cancellation leaves)."""
-    import torch
-
-    generator = torch.Generator().manual_seed(seed)
+    noise = NoiseTable(seed)
 
     def move(part: Any, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
         x = arguments[0]
         size = x.abs() + x.square().mean(-1, keepdim=True).sqrt()
-        noise = torch.rand(x.shape, generator=generator, dtype=x.dtype) * 2 - 1
-        return (x + noise * size * (ulps * ROUNDING), *arguments[1:])
+        return (noise.moved(x, size, ulps * ROUNDING), *arguments[1:])
 
     with hooked(module, move):
         yield

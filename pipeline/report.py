@@ -106,6 +106,14 @@ class Report:
     notes: list[str] = field(default_factory=list)
     segments: list[SegmentResult] = field(default_factory=list)
 
+    def add(self, part: Report) -> None:
+        """Append what a part of the verification found."""
+        self.gates += part.gates
+        self.layers += part.layers
+        self.steps += part.steps
+        self.notes += part.notes
+        self.segments += part.segments
+
     @property
     def passed(self) -> bool:
         return bool(self.gates) and all(gate.passed for gate in self.gates)

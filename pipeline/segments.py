@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from export.errors import ContractError
 from pipeline.backends.base import Arrays
 from pipeline.gates import HALF_ROUNDING, ROUNDING, LinearProbe
+from pipeline.noise import NoiseTable
 from pipeline.reference_hooks import ARITHMETICS
 from pipeline.report import SegmentResult
 from pipeline.walk import OUTPUT, Stop, Walk, stopping_module, tensors_of
@@ -58,17 +59,22 @@ class SegmentReference:
 
         from export.torch_modules import set_resolution
 
+        def module(dtype: torch.dtype) -> Any:
+            made = stopping_module(model, dtype)
+            set_resolution(made, *cells)
+            return made
+
         self._types = torch.float64, torch.float32
-        self._exact, self._single = (stopping_module(model, dtype) for dtype in self._types)
-        for module in (self._exact, self._single):
-            set_resolution(module, *cells)
+        self._exact = module(self._types[0])
+        # One for each arithmetic, whose hooks are on its parts: targets may be judged at the same time.
+        self._single = {arithmetic: module(self._types[1]) for arithmetic in ARITHMETICS}
         self.layers = tuple(ref.name for ref in model.linears())
         self._order: tuple[str, ...] = ()
 
     def order(self, inputs: Arrays) -> tuple[str, ...]:
         """The linears in the order in which the module calls them; ContractError if it calls one twice or never."""
         if not self._order:
-            walk = Walk(self._single, tensors_of(inputs, self._types[1]), nullcontext)
+            walk = Walk(self._single["fp32"], tensors_of(inputs, self._types[1]), nullcontext)
             visited, stop = [], walk.start()
             while stop.layer != OUTPUT:
                 visited.append(stop.layer)
@@ -82,13 +88,14 @@ class SegmentReference:
     def walks(self, inputs: Arrays, arithmetic: str) -> list[Walk]:
         """One exact pass and REALISATIONS in `arithmetic` with jitter."""
         exact, single = (tensors_of(inputs, dtype) for dtype in self._types)
-        jittered = [Walk(self._single, single, self._context(arithmetic, seed)) for seed in range(REALISATIONS)]
+        module = self._single[arithmetic]
+        jittered = [Walk(module, single, self._context(arithmetic, seed)) for seed in range(REALISATIONS)]
         return [Walk(self._exact, exact, nullcontext), *jittered]
 
     def _context(self, arithmetic: str, seed: int) -> Callable[[], AbstractContextManager[Any]]:
         @contextmanager
         def entered() -> Iterator[None]:
-            with ARITHMETICS[arithmetic](self._single), operations_jittered(seed, JITTER_ULPS):
+            with ARITHMETICS[arithmetic](self._single[arithmetic]), operations_jittered(seed, JITTER_ULPS):
                 yield
 
         return entered
@@ -228,13 +235,12 @@ def operations_jittered(seed: int, ulps: float) -> Iterator[None]:
     import torch
     from torch.utils._python_dispatch import TorchDispatchMode
 
-    generator = torch.Generator().manual_seed(seed)
+    generator, noise = torch.Generator().manual_seed(seed), NoiseTable(seed)
 
     def moved(value: Any, extra: Any) -> Any:
         if not isinstance(value, torch.Tensor) or value.dtype != torch.float32:
             return value
-        size = value if extra is None else value.abs() + extra
-        return value + size * ((torch.rand(value.shape, generator=generator) * 2 - 1) * (ulps * ROUNDING))
+        return noise.moved(value, value if extra is None else value.abs() + extra, ulps * ROUNDING)
 
     class Jitter(TorchDispatchMode):
         def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

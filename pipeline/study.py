@@ -9,14 +9,16 @@ target that computes parts in FP16 is measured against float32 runs that round t
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from export.checkpoint import QuantizedLinear
+from pipeline import machine
 from pipeline.backends.base import Arrays
 from pipeline.calls import Call, make_calls, make_pools
 from pipeline.gates import sqnr_db
@@ -25,6 +27,7 @@ from pipeline.progress import track
 from pipeline.recipe import Recipe
 from pipeline.reference_hooks import ARITHMETICS, Comparison, Recorder, hooked, jittered
 from pipeline.segments import SegmentReference
+from pipeline.side_by_side import side_by_side
 
 if TYPE_CHECKING:
     import torch
@@ -95,6 +98,14 @@ class Study:
     pool_plain: dict[str, NDArray[Any]] = field(default_factory=dict)
     special_calls: list[Call] = field(default_factory=list)
     stretches: SegmentReference | None = None
+    _weights_db: dict[str, float] = field(default_factory=dict)
+
+    def weight_db(self, layer: QuantizedLinear, linear: torch.nn.Linear) -> float:
+        """SQNR of a layer's quantized weight, which is the same in every target."""
+        if layer.name not in self._weights_db:
+            weight = linear.weight.detach().float().numpy()
+            self._weights_db[layer.name] = sqnr_db(weight, layer.dequantized())
+        return self._weights_db[layer.name]
 
     @property
     def calls_quant_db(self) -> list[float]:
@@ -114,10 +125,10 @@ class Study:
         pairs = zip(self.plain, self.exact, strict=True)
         return [sqnr_db(self.case.shown(plain), self.case.shown(exact)) for plain, exact in pairs]
 
-    def errors(self, run: Run, steps: Sequence[int] = ()) -> StepErrors:
+    def errors(self, run: Run, steps: Sequence[int] = (), label: str = "verify: steps") -> StepErrors:
         """Run a denoiser on the inputs of every step, or of `steps` alone."""
         steps = steps or range(len(self.calls))
-        outputs = [self.case.shown(run(self.calls[i])["sample"]) for i in track(steps, len(steps), "verify: steps")]
+        outputs = [self.case.shown(run(self.calls[i])["sample"]) for i in track(steps, len(steps), label)]
         pairs = [(self.case.shown(self.exact[i]), output) for i, output in zip(steps, outputs, strict=True)]
         return StepErrors(
             [sqnr_db(exact, output) for exact, output in pairs],
@@ -129,7 +140,8 @@ class Study:
 def study(
     model: LoadedModel, layers: Sequence[QuantizedLinear], recipe: Recipe, arithmetics: Collection[str] = ("fp32",)
 ) -> Study:
-    """Run float64 reference, float32 realisations and float model, one after the other, each freed before the next.
+    """Run float64 reference, float32 realisations and float model; of a large model one after the other, each freed
+    before the next.
 
     arithmetics: "fp32", or "fp16" for parts in FP16, as the targets under test have it.
     """
@@ -146,15 +158,23 @@ def study(
     found.pools = make_pools(model, found.case)
     found.special_calls = make_calls(model, found.pools)
     found.stretches = SegmentReference(model, found.case.noise.shape[2:])
-    found.probed = tuple(sorted({0, found.case.n_steps // 2, found.case.n_steps - 1}))
+    found.probed = tuple(sorted({0, found.case.n_steps - 1}))
     _run_exact(found, engine(fake_quant(model, layers, torch.float64), torch.float64))
-    single = engine(fake_quant(model, layers, torch.float32), torch.float32)
-    for arithmetic in sorted(set(arithmetics)):
+
+    def realise(arithmetic: str) -> None:
+        single = engine(fake_quant(model, layers, torch.float32), torch.float32)
         with ARITHMETICS[arithmetic](single.module):
-            found.float32[arithmetic] = _realisations(found, single, 1 if is_large(model) else REALISATIONS)
-    del single
-    names = tuple(row.name for row in model.inputs)
-    _run_float(found, engine(Denoiser(with_modules(model.module, {}), model.family, names), torch.float32))
+            found.float32[arithmetic] = _realisations(
+                found, single, 1 if is_large(model) else REALISATIONS, f"verify: steps in {arithmetic}"
+            )
+
+    def run_float() -> None:
+        names = tuple(row.name for row in model.inputs)
+        _run_float(found, engine(Denoiser(with_modules(model.module, {}), model.family, names), torch.float32))
+
+    runs: list[Callable[[], None]] = [partial(realise, arithmetic) for arithmetic in sorted(set(arithmetics))]
+    runs.append(run_float)
+    side_by_side(runs, 1 if is_large(model) else machine.threads())
     return found
 
 
@@ -183,7 +203,7 @@ def _watched(run: Run, record: Recorder | Comparison, probed: Sequence[int]) -> 
     return call
 
 
-def _realisations(found: Study, engine: Any, count: int) -> Realisations:
+def _realisations(found: Study, engine: Any, count: int, label: str) -> Realisations:
     made = Realisations()
     for seed in range(count):
         if len(_samples(made.errors)) >= ENOUGH_SAMPLES:
@@ -192,7 +212,7 @@ def _realisations(found: Study, engine: Any, count: int) -> Realisations:
             made.images.append(found.case.draw(engine.run))
             comparison = Comparison(found.layer_inputs)
             with hooked(engine.module, comparison):
-                made.errors.append(found.errors(_watched(engine.run, comparison, found.probed)))
+                made.errors.append(found.errors(_watched(engine.run, comparison, found.probed), label=label))
             made.calls_db += found.pools_db(engine.run)
         for name, value in comparison.sqnr_db.items():
             made.layer_db[name] = min(value, made.layer_db.get(name, np.inf))

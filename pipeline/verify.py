@@ -9,24 +9,28 @@ import logging
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from export.checkpoint import QuantizedLinear
+from pipeline import machine
+from pipeline.backends import PORTABLE
 from pipeline.backends.base import Arrays, Engine, LoweredGraph
 from pipeline.backends.feeds import TooLargeError
 from pipeline.calls import call_errors, state_result
 from pipeline.effort import Effort, effort_for, note
 from pipeline.extremes import extreme_results
-from pipeline.gates import LinearCheck, LinearProbe, activation_oracle, check_linear, sqnr_db
+from pipeline.gates import LinearCheck, LinearProbe, activation_oracle, check_linear
 from pipeline.picture_case import Case, Run, is_large
 from pipeline.probing import ProbedGraph
 from pipeline.progress import track
 from pipeline.recipe import Recipe
 from pipeline.report import Gate, LayerResult, Report, write_layers_csv
 from pipeline.segments import SegmentCheck
+from pipeline.side_by_side import side_by_side
 from pipeline.study import Realisations, Study, layer_input_db, study
 from pipeline.verdict import (
     calls_gates,
@@ -75,10 +79,19 @@ def verify(
     arithmetics = {target: arithmetic_of(target, recipe, target in engines) for target in lowered}
     found = study(model, layers, recipe, _studied(arithmetics.values()))
     report = Report(gates=quantization_gates(found, recipe))
-    pictures = {}
-    for target, graph in lowered.items():
-        engine = engines.get(target)
-        pictures[target] = verify_target(target, model, layers, graph, engine, found, report, arithmetics[target])
+
+    def one(target: str) -> tuple[Report, Any]:
+        part, engine = Report(), engines.get(target)
+        images = verify_target(target, model, layers, lowered[target], engine, found, part, arithmetics[target])
+        return part, images
+
+    # The slowest first, so that no thread is left with it at the end.
+    order = sorted(lowered, key=lambda target: target != PORTABLE)
+    threads = 1 if is_large(model) else machine.threads()
+    results = dict(zip(order, side_by_side([partial(one, target) for target in order], threads), strict=True))
+    pictures = {target: results[target][1] for target in lowered}
+    for target in lowered:
+        report.add(results[target][0])
     out_dir.mkdir(parents=True, exist_ok=True)
     (out_dir / "parity.json").write_text(report.to_json(), encoding="utf-8")
     write_layers_csv(report, out_dir / "layers.csv")
@@ -120,8 +133,6 @@ def verify_target(
         complete = len(present) == len(order)  # else the coverage gate fails, and nothing behind a gap can be judged
         told = segments if complete else None
         results = layer_results(target, present, expected, probed, found, of_graph, calls, effort.probed, told)
-        if complete:
-            segments.end([tensors["sample"] for tensors in probed.run(["sample"], list(calls.values()))])
     report.layers += results
     report.segments += segments.results
     report.gates += [segments_gate(target, segments.results), *tables_gate(target, model, probed)]
@@ -130,7 +141,7 @@ def verify_target(
     if engine is None:
         apart = PLUGINS_APART if any(choice.path.startswith("plugin") for choice in graph.choices) else ""
         report.notes.append(f"{target}: {PROVEN_NOT_RUN}{apart}")
-    errors = found.errors(run, effort.steps)
+    errors = found.errors(run, effort.steps, f"verify {target}: steps")
     report.steps += step_results(target, errors, found, single, effort.steps)
     special = [call for call in found.special_calls if len(call.rows) in effort.special]
     strange = call_errors(special, found.pool_exact, run)
@@ -211,8 +222,9 @@ def layer_results(
     """Every linear of one target in `calls`, of which the first are those of `steps`, out of `Study.probed`. `segments`
     is told of each, and needs them to be all, in the order of computation."""
     rows, places = {layer.name: layer for layer in layers}, [found.probed.index(step) for step in steps]
-    results, known = [], ("", b"")
-    for name, probes in track(probed.probes(list(rows), list(calls.values())), len(rows), f"verify {target}: linears"):
+    results, known, outputs = [], ("", b""), list[Arrays]()
+    of_layers = probed.probes(list(rows), list(calls.values()), outputs)
+    for name, probes in track(of_layers, len(rows), f"verify {target}: linears"):
         probe = joined(probes)
         if segments is not None:
             segments.at(name, probes)
@@ -224,7 +236,10 @@ def layer_results(
         reference = [recorded[place] for place in places if place < len(recorded)]
         input_db = layer_input_db(reference, [item.x for item in probes[: len(steps)]])
         inputs = (input_db, single.layer_db.get(name, math.nan))
-        results.append(_layer_result(target, rows[name], modules[name], probed.rows[name].path, check, inputs))
+        weight_db = found.weight_db(rows[name], modules[name])
+        results.append(_layer_result(target, rows[name], weight_db, probed.rows[name].path, check, inputs))
+    if segments is not None:
+        segments.end([tensors["sample"] for tensors in outputs])
     return results
 
 
@@ -249,9 +264,8 @@ def joined(probes: Sequence[LinearProbe]) -> LinearProbe:
 
 
 def _layer_result(
-    target: str, layer: QuantizedLinear, module: Any, path: str, check: LinearCheck, inputs_db: tuple[float, float]
+    target: str, layer: QuantizedLinear, weight_db: float, path: str, check: LinearCheck, inputs_db: tuple[float, float]
 ) -> LayerResult:
-    weight = module.weight.detach().float().numpy()
     return LayerResult(
         target=target,
         name=layer.name,
@@ -270,7 +284,7 @@ def _layer_result(
         nonfinite=check.nonfinite,
         input_sqnr_db=inputs_db[0],
         input_limit_db=inputs_db[1],
-        weight_sqnr_db=sqnr_db(weight, layer.dequantized()),
+        weight_sqnr_db=weight_db,
         size_bytes=layer.size_bytes,
         operand_max_abs_diff=check.operand_max_abs_diff,
     )

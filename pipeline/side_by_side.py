@@ -1,0 +1,64 @@
+"""Several independent pieces of work at once, a thread each: small models leave most of every processor's time unused
+when their operations share all cores."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
+from contextlib import contextmanager
+from typing import TypeVar
+
+T = TypeVar("T")
+_thread = threading.local()
+
+
+class StoppedError(Exception):
+    """Ends a thread whose work nobody waits for any more."""
+
+
+def side_by_side(work: Sequence[Callable[[], T]], threads: int) -> list[T]:
+    """The results of all functions, in their order; with one thread one after the other, here.
+
+    PyTorch's operations get one thread each meanwhile. An error of one function is raised, as is a signal's exception
+    that comes meanwhile; the other functions end at their next `raise_if_stopped`.
+    """
+    if min(threads, len(work)) < 2:
+        return [function() for function in work]
+    stop = threading.Event()
+
+    def run(function: Callable[[], T]) -> T:
+        _thread.stop = stop
+        try:
+            return function()
+        finally:
+            del _thread.stop
+
+    with _single_threaded_torch(), ThreadPoolExecutor(threads) as pool:
+        futures: list[Future[T]] = [pool.submit(run, function) for function in work]
+        try:
+            wait(futures, return_when=FIRST_EXCEPTION)
+            failed = [future for future in futures if future.done() and future.exception() is not None]
+            return [failed[0].result()] if failed else [future.result() for future in futures]
+        finally:
+            stop.set()
+            pool.shutdown(wait=True, cancel_futures=True)
+
+
+def raise_if_stopped() -> None:
+    """To be called now and then by long work: raises StoppedError in a thread whose result is no longer wanted."""
+    stop = getattr(_thread, "stop", None)
+    if stop is not None and stop.is_set():
+        raise StoppedError
+
+
+@contextmanager
+def _single_threaded_torch() -> Iterator[None]:
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
