@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from export.config_keys import unread_keys
 from export.documents import read_json
 from export.errors import ModelError, RecipeError
 from export.families import FAMILIES, LAYER_KINDS, Family, Input, shared_names
@@ -302,6 +303,7 @@ def _build(family: Family, config: dict[str, Any], path: Path, files: WeightsFil
     from export.torch_modules import set_resolution, use_masked_attention
 
     cls = getattr(diffusers, family.class_name)
+    unread_keys(config, family.class_name, path, NUMBERS)
     parameters = inspect.signature(cls.__init__).parameters
     for key in NUMBERS:
         config.setdefault(key, parameters[key].default if key in parameters else None)

@@ -92,7 +92,7 @@ def dequantize_activation(codes: Array, scale: Array, *, format: str, **_tables:
 def quantize_static(x: Array, scale: Array, zero: Array, *, format: str, **_tables: Any) -> tuple[Array]:
     """Codes of (x - zero) / scale with scale and zero of shape [1], in float32; NaN becomes the code 0.
 
-    A constant scale cannot carry a NaN on as a token's scale does; the residual stream around a linear does.
+    A constant scale cannot carry a NaN on as a token's scale does; the graph does it, see export/carry_nan.py.
     """
     shifted = x - zero
     return (quantize(get_format(format), np.where(np.isnan(shifted), F32(0), shifted) / scale),)

@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
+from export.carry_nan import carry_nan
 from export.checkpoint import QuantizedLinear, shared_router
 from export.errors import ContractError, ModelError, ResourceError
 from export.graph_builder import add_initializer
@@ -76,6 +77,8 @@ def export_portable(
     stand_ins = {ref.name: PlaceholderLinear(ref.name, ref.module.out_features) for ref in model.linears()}
     graph = _traced(model, stand_ins, height, width)
     quantize_graph(graph, layers)
+    if any(layer.activation_scale is not None for layer in layers):
+        carry_nan(graph.graph, [row.name for row in model.inputs])
     _bind(graph, _values(model, height, width), narrow=True)
     _save(graph, path)
     summary = _summary(model, len(layers), path)

@@ -11,15 +11,13 @@ from typing import Any
 
 from export.errors import RecipeError
 from pipeline import recipe as recipes
-from pipeline.calibrate.plan import make_plans
 from pipeline.command import Answer, Parser, add_model_flags, parser, run
 from pipeline.compiler import (
     BuildRequest,
     compile_engine,
     fitting_targets,
-    load_model,
     parse_targets,
-    refuse_early,
+    prepare,
     tensor_counts,
 )
 from pipeline.signals import leave
@@ -115,10 +113,8 @@ def work(args: argparse.Namespace, answer: Answer) -> int:
 
 def dry_run(request: BuildRequest, answer: Answer) -> int:
     """All checks that need no work, and the plan."""
-    refuse_early(request)
-    model = load_model(request.recipe)
-    model.cells(request.recipe.sampling.height, request.recipe.sampling.width)
-    linears, kept = len(make_plans(model.linears(), request.recipe)), len(model.kept())
+    _, model, _ = prepare(replace(request, listener=lambda event: None))  # a plan is all that is answered
+    linears, kept = len(model.linears()), len(model.kept())
     plan: dict[str, Any] = {"recipe": asdict(request.recipe), "targets": request.targets, "output": str(request.output)}
     plan |= {"family": model.family.name, "quantized": linears, "kept": kept, "tensors": tensor_counts(model)}
     text = f"{linears} linears to quantize, {kept} kept, targets {', '.join(request.targets)}; nothing was written"

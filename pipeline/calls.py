@@ -206,13 +206,10 @@ def state_result(
     exact: dict[str, NDArray[Any]],
     run: Run,
     made: int,
-    carries_nan: bool = True,
 ) -> StateResult:
     """Calls whose results may depend on those before: a condition changed at an equal batch size (in one sample, in
     all, in place, in its mask alone), NaN in one sample, which must be all that sample gives and stay in it, the
     STEADY_CALL-th call (`made` of them so far), two threads at once.
-
-    carries_nan: False for static activation scales, under which NaN becomes a code like any other.
 
     Each is made twice at least. Equal calls have no reason to differ in any bit, so no flipped code hides a fault here.
     """
@@ -241,7 +238,7 @@ def state_result(
     spoilt = changed[3].inputs["hidden_states"].copy()
     spoilt[0, 0, 0, 0] = np.nan
     with_nan = run(changed[3].inputs | {"hidden_states": spoilt})["sample"]
-    hidden_nan = _unequal(with_nan[1], outputs[3][1]) + (int(np.isfinite(with_nan[0]).sum()) if carries_nan else 0)
+    hidden_nan = int(np.isfinite(with_nan[0]).sum()) + _unequal(with_nan[1], outputs[3][1])
 
     alone = run(single.inputs)["sample"]
     for _ in range(made + len(changed) + 8, STEADY_CALL - 1):

@@ -20,11 +20,14 @@ from export.names import inside
 from pipeline import build_record, machine, manifest
 from pipeline.backends import PORTABLE
 from pipeline.backends.base import BuildResult, Engine
-from pipeline.calibrate import with_method
+from pipeline.calibrate import refuse_unfit, with_method
+from pipeline.calibrate.plan import make_plans
 from pipeline.conditioning import GENERATION_FILE, load_generation
 from pipeline.files import publish, refuse_unwritable, remove, sha256_json, write_json
+from pipeline.picture_case import make_case
 from pipeline.recipe import Recipe, to_toml
-from pipeline.stages import Listener, WorkFolder, timed
+from pipeline.sampling import make_sampler
+from pipeline.stages import Listener, StageTime, WorkFolder, refuse_interrupted, timed
 
 if TYPE_CHECKING:
     from export.models import LoadedModel
@@ -81,13 +84,7 @@ def compile_engine(request: BuildRequest) -> Path:
     Raises export.errors.UserError: before work starts for whatever cannot be done, ParityError when a gate fails (the
     engine and its report are kept at `request.rejected_path`).
     """
-    recipe = request.recipe
-    refuse_early(request)
-    logger.info("%s of %s for %s into %s", recipe.name, recipe.model, ", ".join(request.targets), request.output)
-    model, model_time = timed("model", lambda: load_model(recipe), request.listener)
-    model.cells(recipe.sampling.height, recipe.sampling.width)  # refuses an image size that the model cannot make
-    recipe = with_method(recipe, model)
-    refuse_full_disk(request, model.parameters)
+    recipe, model, model_time = prepare(request)
     key = build_key(recipe, model)
     with WorkFolder(request.work_path, key, request.resume, request.force, request.listener, [model_time]) as work:
         layers = calibrated(work, model, recipe, request.checkpoint)
@@ -104,8 +101,25 @@ def compile_engine(request: BuildRequest) -> Path:
     return request.output
 
 
+def prepare(request: BuildRequest) -> tuple[Recipe, LoadedModel, StageTime]:
+    """The recipe with its method, and the model: all that can be refused before work starts is refused here."""
+    recipe = request.recipe
+    refuse_early(request)
+    logger.info("%s of %s for %s into %s", recipe.name, recipe.model, ", ".join(request.targets), request.output)
+    model, model_time = timed("model", lambda: load_model(recipe), request.listener)
+    model.cells(recipe.sampling.height, recipe.sampling.width)  # refuses an image size that the model cannot make
+    recipe = with_method(recipe, model)
+    refuse_full_disk(request, model.parameters)
+    make_plans(model.linears(), recipe)  # refuses groups that do not fit
+    refuse_undrawable(model, recipe)
+    if request.checkpoint:
+        refuse_unfit(model, recipe, request.checkpoint)
+    refuse_interrupted(request.work_path, request.resume, request.force)
+    return recipe, model, model_time
+
+
 def refuse_early(request: BuildRequest) -> None:
-    """Refuse what cannot be done before any work starts."""
+    """Refuse what can be refused without the model."""
     from pipeline.backends import BACKENDS
 
     machine.require(NEEDED, "building an engine")
@@ -114,6 +128,12 @@ def refuse_early(request: BuildRequest) -> None:
         raise EnvironmentLacksError("; ".join(problems))
     refuse_existing(request)
     refuse_unwritable(request.output, True, "--output-dir")
+
+
+def refuse_undrawable(model: LoadedModel, recipe: Recipe) -> None:
+    """Refuse a description of drawing (generation.json) by which the pictures of the gates cannot be made."""
+    case = make_case(model, recipe)
+    make_sampler(case.sampler, case.n_steps, case.timestep_scale)
 
 
 def refuse_existing(request: BuildRequest) -> None:

@@ -181,7 +181,7 @@ def make_parser() -> Parser:
     text = f"enlarge every pixel this many times (default: to at least {SHOWN_PIXELS} pixels a side)"
     made.add_argument("--scale", type=int, default=0, help=text)
     made.add_argument("--pipeline", metavar="ID_OR_DIR", help="diffusers pipeline with text encoder and VAE, for a "
-                      "latent model (default: the one the engine's model came from)")  # fmt: skip
+                      "latent model only (default: the one the engine's model came from)")  # fmt: skip
     add_threads(made)
     return made
 
@@ -198,6 +198,10 @@ def work(args: argparse.Namespace, answer: Answer) -> int:
         tuple(args.prompt), args.seed, args.num_images, args.n_steps, args.guidance_scale, args.target
     )
     if makes_pixels(bundle):
+        if args.pipeline is not None:
+            raise RecipeError(
+                f"{args.bundle} draws by itself, without a pipeline; leave --pipeline {args.pipeline} away"
+            )
         pictures = draw(bundle, request)
     else:
         from pipeline.latent_pictures import draw_latent

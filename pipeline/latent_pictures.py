@@ -26,7 +26,7 @@ def draw_latent(bundle: Bundle, request: DrawRequest, source: str | None = None)
     _refuse_other_class(root, family)
     import torch
 
-    from pipeline.calibrate.pipeline_data import open_pipeline
+    from pipeline.calibrate.pipeline_data import drawing, open_pipeline
 
     transformer = bundle.as_diffusers(request.target)
     try:
@@ -38,7 +38,8 @@ def draw_latent(bundle: Bundle, request: DrawRequest, source: str | None = None)
             part = request.pictures[first : first + BATCH_SIZE]
             generators = [torch.Generator().manual_seed(seed) for _, seed in part]
             named = arguments(pipeline, bundle, [text for text, _ in part])
-            images = pipeline(**named, generator=generators, output_type="np", **settings).images
+            with drawing(Path(root)):
+                images = pipeline(**named, generator=generators, output_type="np", **settings).images
             drawn.append(np.rint(np.clip(images, 0, 1) * 255).astype(np.uint8))
     finally:
         transformer.engine.close()

@@ -175,12 +175,6 @@ def facts() -> dict[str, Any]:
     }
 
 
-def cache_dir() -> Path:
-    """Where results that can be made again are kept between runs; the variable DITC_CACHE overrides it."""
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(os.environ.get("DITC_CACHE") or Path(base) / "ditc")
-
-
 def available_memory_bytes() -> int:
     """Memory that new work can take without swapping; 0 where the system does not say."""
     try:

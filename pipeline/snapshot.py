@@ -20,9 +20,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from export.cache_folder import cache_folder
 from export.errors import ContractError
 from export.names import is_hub_link
-from pipeline import machine
 
 CHUNK_BYTES = 2**20
 REMEDY = "copy or build the bundle again"
@@ -81,7 +81,7 @@ def _descriptor(path: Path) -> int:
 
 def _place() -> Path | None:
     """The user's cache folder, which lies on a disk where /tmp may be memory; None: the system's temporary folder."""
-    folder = machine.cache_dir()
+    folder = cache_folder()
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError:

@@ -82,13 +82,7 @@ class WorkFolder:
         return folder
 
     def __enter__(self) -> WorkFolder:
-        if self.path.is_dir():
-            os.close(lock(self.path, "build"))  # a build that is at work is told apart from one that was interrupted
-        elif self.path.exists():
-            raise RecipeError(f"{self.path} is no folder of a build; remove it, or choose another --output-dir")
-        if self.path.exists() and not (self.resume or self.force):
-            remedy = "add --resume to finish it, or --force to start again"
-            raise RecipeError(f"{self.path} holds an interrupted build; {remedy}")
+        refuse_interrupted(self.path, self.resume, self.force)
         self.made_parents = _make_parents(self.path)
         self.lock = lock(self.path, "build")
         try:
@@ -169,6 +163,18 @@ class WorkFolder:
                 logger.warning("%s: %s is not as it was written; doing the stage again", name, path)
                 return None
         return document["time"]
+
+
+def refuse_interrupted(path: Path, resume: bool, force: bool) -> None:
+    """Raise RecipeError if the work folder at `path` is another process's, or no such folder, or if it holds an
+    interrupted build, which only `resume` or `force` may touch."""
+    if path.is_dir():
+        os.close(lock(path, "build"))  # a build that is at work is told apart from one that was interrupted
+    elif path.exists():
+        raise RecipeError(f"{path} is no folder of a build; remove it, or choose another --output-dir")
+    if path.exists() and not (resume or force):
+        remedy = "add --resume to finish it, or --force to start again"
+        raise RecipeError(f"{path} holds an interrupted build; {remedy}")
 
 
 def read_or_none(path: Path, schema: type[T]) -> T | None:

@@ -55,7 +55,6 @@ ARITHMETIC_NOTES = {
     "fp16": f"attention in FP16; {ROUNDED}",
     "fp16 tokens": f"tensors of tokens in FP16; {ROUNDED}; layers are proven in float32",
 }
-NAN_LOST = "static activation scales have no code for NaN: a sample with NaN in its inputs may come out finite"
 PROVEN_NOT_RUN = "numerically proven through onnxruntime; engine built, not run"
 # Of an engine whose linears are plugins: the graph that is proven has their meaning, not their code.
 PLUGINS_APART = "; kernels in its plugins are proven by the tests in Triton's interpreter, not here"
@@ -147,10 +146,7 @@ def verify_target(
     strange = call_errors(special, found.pool_exact, run)
     if engine is not None and effort.state:
         made = len(effort.steps) + len(special)
-        carries_nan = all(layer.activation_scale is None for layer in layers)
-        if not carries_nan:
-            report.notes.append(f"{target}: {NAN_LOST}")
-        state = state_result(special, found.pools, model, found.pool_exact, run, made, carries_nan)
+        state = state_result(special, found.pools, model, found.pool_exact, run, made)
         strange += state.errors
         report.gates.append(repeats_gate(target, state))
     report.gates += calls_gates(target, strange, found, single)

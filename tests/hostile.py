@@ -3,7 +3,8 @@
 model/       a DiT that draws digits of 8 x 8 pixels        sharded/   the same in shards
 words/       a PixArt with a vocabulary                     recipe.toml
 checkpoint/  what `calibrate` wrote of model/               e/         the bundle that `build` wrote of it
-e2.partial/  a build that was stopped before its gates
+e2.partial/  a build that was stopped before its gates      w/         a bundle of words/, with engines for GPUs
+pipe/        a pipeline of a DiT with latents               l/         a bundle of its transformer
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from pipeline import compiler, manifest
 from pipeline.build import main as build
 from pipeline.calibrate.__main__ import main as calibrate
 from pipeline.files import sha256, tree
-from tests import tiny
+from tests import hostile_gpu, pipelines, tiny
 
 DIGITS = {"kind": "classes", "names": [str(i) for i in range(10)], "null_class": 10}
 SAMPLING = {"sampler": "flow_euler", "timestep_scale": 1000, "n_steps": 2, "guidance_scale": 2.0, "output": "pixels"}
@@ -74,6 +75,12 @@ def make_all(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     shutil.copytree(folder / "e2.partial", folder / "e.partial")
     monkeypatch.setattr(compiler, "verified", lambda *_: None)
     assert build([*flags, str(folder / "e"), "--resume"]) == 0
+    words = ["-m", str(folder / "words"), "--target", "cpu,cuda", "-o", str(folder / "w")]
+    assert build(["--engine", str(recipe), *words]) == 0
+    hostile_gpu.add_engines(folder / "w")
+    reseal(folder / "w")
+    pipelines.write("dit", folder / "pipe")
+    assert build([*flags, str(folder / "l"), "-m", str(folder / "pipe")]) == 0
     return folder
 
 

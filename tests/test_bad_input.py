@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import resource
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -17,7 +18,7 @@ from safetensors.numpy import load_file, save_file
 
 from export.errors import UserError
 from pipeline import build, cli, compiler, stages
-from tests import tiny
+from tests import hostile, tiny
 from tests.bundles import make_bundle
 
 ROOT = Path(__file__).parent.parent
@@ -258,6 +259,56 @@ def test_dry_run_checks_everything_and_writes_nothing(
     assert (
         build.main([*COMMON, "-m", str(model), "-o", str(output), "--dry-run", "--set", "weights.group_size=48"]) == 2
     )
+
+
+def _no_checkpoint(folder: Path) -> list[str]:
+    return ["--checkpoint", str(folder / "nope")]
+
+
+def _no_sampler(folder: Path) -> list[str]:
+    (folder / "m/generation.json").write_text('{"conditioning": {"kind": "synthetic", "inputs": {}}}')
+    return []
+
+
+def _unknown_sampler(folder: Path) -> list[str]:
+    text = '{"sampler": "dpm", "conditioning": {"kind": "synthetic", "inputs": {}}}'
+    (folder / "m/generation.json").write_text(text)
+    return []
+
+
+def _interrupted(folder: Path) -> list[str]:
+    (folder / "e.partial").mkdir()
+    return []
+
+
+def _bad_group(folder: Path) -> list[str]:
+    return ["--set", "weights.group_size=48"]
+
+
+# What is wrong -> (how to make it so, part of the sentence).
+UNBUILDABLE = {
+    "no checkpoint": (_no_checkpoint, "nope holds no finished calibration"),
+    "no sampler": (_no_sampler, "'sampler' is missing"),
+    "unknown sampler": (_unknown_sampler, "'dpm'"),
+    "interrupted": (_interrupted, "holds an interrupted build"),
+    "group size": (_bad_group, "48"),
+}
+
+
+@pytest.mark.parametrize("name", UNBUILDABLE)
+def test_dry_run_refuses_what_build_refuses_before_work_starts(
+    name: str, model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With the same code and the same sentence; the build has not begun any stage by then."""
+    monkeypatch.setattr(stages.WorkFolder, "run", lambda *_: pytest.fail("work has started"))
+    shutil.copytree(model, tmp_path / "m")
+    spoil, text = UNBUILDABLE[name]
+    flags = [*COMMON, "-m", str(tmp_path / "m"), "-o", str(tmp_path / "e"), *spoil(tmp_path)]
+    ends = []
+    for extra in ([], ["--dry-run"]):
+        code = build.main([*flags, *extra])
+        ends.append((code, hostile.sentence(capsys.readouterr().err).partition(" error: ")[2]))
+    assert ends[0] == ends[1] and ends[0][0] == 2 and text in ends[0][1]
 
 
 def test_every_user_error_has_an_exit_code_of_the_contract() -> None:

@@ -10,6 +10,7 @@ import pytest
 import torch
 from diffusers import DiffusionPipeline
 
+from export.cache_folder import cache_folder
 from export.errors import ModelError, RecipeError, ResourceError
 from export.models import denoiser, load
 from pipeline import calibrate as package
@@ -64,7 +65,7 @@ def test_data_hold_both_halves_of_guidance_and_are_made_once(tmp_path, monkeypat
 def test_an_interrupted_collection_goes_on(tmp_path):
     model, recipe = made("pixart", tmp_path, "calibrate.size=20")
     whole = calibration_data(model, recipe)
-    folder = next((machine.cache_dir() / "calibration").iterdir())
+    folder = next((cache_folder("calibration")).iterdir())
     (folder / "data.json").unlink()
     sorted(folder.glob("batch0001*"))[0].unlink()
     again = calibration_data(model, recipe)
@@ -85,7 +86,7 @@ def test_another_configuration_of_the_same_weights_gives_other_data(tmp_path):
     model, recipe = made("pixart", tmp_path)
     for changes, folders in (({}, 1), ({"interpolation_scale": 0.5}, 2), ({"_name_or_path": "elsewhere"}, 2)):
         calibration_data(replace(model, config={**model.config, **changes}), recipe)
-        assert len(list((machine.cache_dir() / "calibration").iterdir())) == folders
+        assert len(list((cache_folder("calibration")).iterdir())) == folders
 
 
 def synthetic(model, sampler):
@@ -121,7 +122,7 @@ def test_missing_and_broken_files_are_made_again(damage, tmp_path, caplog):
     """damage: to how many bytes a file is cut (its head alone takes more than 100), None to remove it."""
     model, recipe = made("pixart", tmp_path, "calibrate.size=17")
     whole = calibration_data(model, recipe)
-    folder = next((machine.cache_dir() / "calibration").iterdir())
+    folder = next((cache_folder("calibration")).iterdir())
     named = json.loads((folder / "data.json").read_text())["files"]
     assert sorted(named) == sorted(path.name for path in folder.glob("batch*")) and len(named) == 4
     path = folder / named[2]

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from export.errors import RecipeError
+from export.errors import ContractError, RecipeError
 from pipeline.backends.feeds import LARGEST, LARGEST_OF, Declared, check_feeds, of_bounds
 
 DECLARED = (
@@ -115,6 +115,9 @@ def bounded(batch: int) -> dict[str, Any]:
 
 
 def test_bounds_of_an_engine_with_profiles() -> None:
+    for bounds in ({"x": [[1], [2, 4], [8, 4]]}, {"x": [[1, 4], [9, 4], [8, 4]]}, {"other": [[1], [1], [1]]}):
+        with pytest.raises(ContractError, match="which the engine cannot have"):
+            of_bounds(bounds, {"x": np.float32})
     declared = of_bounds(BOUNDS, {"x": np.float32, "timestep": np.float32})
     for batch in (1, 8):
         check_feeds(declared, bounded(batch))

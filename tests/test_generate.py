@@ -131,6 +131,12 @@ def run_main(bundle, monkeypatch, *flags):
     return main([str(bundle.path), *flags])
 
 
+def test_a_pipeline_is_refused_where_none_is_needed(tmp_path, monkeypatch, capsys):
+    flags = ("--prompt", "9", "-o", str(tmp_path / "out.png"), "--pipeline", "PixArt-alpha/PixArt-XL-2-512x512")
+    assert run_main(make_bundle(tmp_path), monkeypatch, *flags) == 2
+    assert "draws by itself" in capsys.readouterr().err and not (tmp_path / "out.png").exists()
+
+
 def test_command_writes_one_picture_enlarged_without_blur(tmp_path, monkeypatch, capsys):
     target = tmp_path / "new" / "out.png"
     assert run_main(make_bundle(tmp_path), monkeypatch, "--prompt", "9", "-o", str(target), "--seed", "3") == 0

@@ -146,7 +146,9 @@ def test_alpha_and_sigma_are_told_apart_by_configuration(config, family):
 
 def test_old_class_name_of_hub_folders_is_understood(pixart):
     config = json.loads((pixart / "config.json").read_text())
-    (pixart / "config.json").write_text(json.dumps(config | {"_class_name": "Transformer2DModel", "double": True}))
+    (pixart / "config.json").write_text(
+        json.dumps(config | {"_class_name": "Transformer2DModel", "double_self_attention": False})
+    )
     assert load(str(pixart)).family.name == "pixart"
 
 

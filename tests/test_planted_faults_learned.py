@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import pytest
 
 from export import models
@@ -115,6 +116,23 @@ def test_the_cuda_engine_passes_as_well(case: Case, tmp_path: Path) -> None:
     engine = CudaEngine(tmp_path, device="cpu")
     verify_target("cuda", bench.model, bench.layers, case.graph, engine, bench.found, report)
     assert report.failures() == []
+
+
+def test_nan_that_is_lost_fails_the_repeats(case: Case, tmp_path: Path) -> None:
+    if case.target != "cuda":
+        pytest.skip("one target says it for all: it is one part of the portable graph")
+    bench, report = case.bench, Report()
+    graph = onnx.load(bench.portable)
+    last = next(node for node in graph.graph.node if node.name == "nan/sample")
+    last.op_type, kept = "Identity", last.input[0]
+    last.input[:] = [kept]
+    onnx.save(graph, bench.portable.with_name("forgets.onnx"))
+    lowered = bench.lower("cuda", bench.portable.with_name("forgets.onnx"), tmp_path / "work")
+    (tmp_path / "cuda").mkdir()
+    BACKENDS["cuda"].build(lowered, tmp_path / "cuda", replace(bench.recipe, cuda=Cuda(activations="fp32")))
+    engine = CudaEngine(tmp_path / "cuda", device="cpu")
+    verify_target("cuda", bench.model, bench.layers, lowered, engine, bench.found, report)
+    assert {gate.name for gate in report.failures()} == {"cuda/repeats"}
 
 
 @pytest.mark.parametrize("fault", LEARNED_FAULTS, ids=lambda fault: fault.name)

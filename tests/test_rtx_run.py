@@ -147,6 +147,7 @@ def test_a_failed_run_and_a_refused_shape_are_errors() -> None:
 
 
 def test_cache_files_differ_by_engine_gpu_and_release(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.delenv("DITC_CACHE", raising=False)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     paths = {
         cache_path(METADATA, 89),

@@ -12,8 +12,9 @@ import onnx
 import pytest
 from onnx import TensorProto, helper
 
+from export.cache_folder import cache_folder
 from export.errors import ContractError
-from pipeline import load, machine, manifest, snapshot
+from pipeline import load, manifest, snapshot
 from pipeline.backends import BACKENDS
 from pipeline.backends.cpu_engine import CpuEngine
 from pipeline.bundle import Bundle
@@ -194,7 +195,7 @@ def test_a_cache_that_cannot_be_written_gives_way_to_the_temporary_folder(
 ) -> None:
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("DITC_CACHE", str(tmp_path / "file"))
-    assert snapshot._place() is None and machine.cache_dir() == tmp_path / "file"
+    assert snapshot._place() is None and cache_folder() == tmp_path / "file"
     load(folder).engine("cpu").close()
 
 

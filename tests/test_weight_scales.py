@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import os
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -10,6 +10,7 @@ import pytest
 from export.embedding import embeds
 from export.formats import FORMATS, decode, encode, get_format
 from export.op_meanings import quantize_weight
+from pipeline import machine
 from pipeline.calibrate import scales as scales_module
 from pipeline.calibrate.plan import group_multipliers, image_limit
 from pipeline.calibrate.scales import REACHES, RoundingErrors, find_scales, round_to_codes
@@ -130,9 +131,23 @@ def test_neither_threads_nor_chunks_change_a_byte(monkeypatch):
     whole = find_scales(blocks, get_format("E2M1"), E2M1, "mse")
     for chunk, threads in ((1, 1), (500, 3)):
         monkeypatch.setattr(scales_module, "CHUNK_ELEMENTS", chunk)
-        monkeypatch.setattr(os, "cpu_count", lambda threads=threads: threads)
+        monkeypatch.setattr(machine, "threads", lambda threads=threads: threads)
         again = find_scales(blocks, get_format("E2M1"), E2M1, "mse")
         assert all(np.array_equal(a, b) for a, b in zip(whole, again, strict=True))
+
+
+def test_no_more_threads_than_the_one_rule_allows(monkeypatch):
+    made = []
+
+    class Counted(ThreadPoolExecutor):
+        def __init__(self, threads):
+            made.append(threads)
+            super().__init__(threads)
+
+    monkeypatch.setattr(scales_module, "ThreadPoolExecutor", Counted)
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    find_scales(np.ones((3, 2, 4), np.float32), get_format("E2M1"), E2M1, "absmax")
+    assert made == [1]
 
 
 @pytest.mark.parametrize(("name", "multipliers"), [("E2M1", E2M1), ("INT4", (1, 2, 3)), ("E3M0", (1,))])

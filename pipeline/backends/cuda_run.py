@@ -20,11 +20,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from export.errors import EnvironmentLacksError, RecipeError
+from export.errors import ContractError, EnvironmentLacksError, RecipeError
 from pipeline import machine
 from pipeline.backends import feeds, lowering_file, metadata_file
 from pipeline.backends.base import Arrays
 from pipeline.backends.rtx_run import visible_sm
+from pipeline.files import is_out_of_memory
 from plugins.gpu.compiled import MINIMUM_TRITON
 
 if TYPE_CHECKING:
@@ -121,10 +122,12 @@ class Part:
     """A module with its captured graphs; on the CPU it just runs."""
 
     def __init__(self, path: Path, options: Mapping[str, str], device: str) -> None:
-        from export.onnx_files import load_model
+        from export.onnx_files import load_model, reading
         from pipeline.backends.cuda_module import LoweredModule
 
-        module = LoweredModule(load_model(path), **options).finish()
+        self.path = path
+        with reading(path):
+            module = LoweredModule(load_model(path), options["activations"], options["weights"]).finish()
         self.inputs, self.device = module.inputs, device
         self.module: Any = module.to(device).eval()
         self.captured: dict[tuple[Any, ...], Captured] = {}
@@ -135,8 +138,7 @@ class Part:
         kept: inputs there already, which are copied only if `condition` is another one."""
         kept = {name: tensor for name, tensor in kept.items() if name in self.inputs}
         if self.device == "cpu":
-            found: dict[str, Any] = self.module({**tensors, **kept})
-            return found
+            return self._compute({**tensors, **kept})
         key = tuple((name, tuple(tensor.shape)) for name, tensor in sorted({**tensors, **kept}.items()))
         if key not in self.captured:
             placed = {name: tensor.to(self.device, copy=True) for name, tensor in {**tensors, **kept}.items()}
@@ -146,10 +148,26 @@ class Part:
         captured.condition = condition
         return captured.run(new)
 
+    def _compute(self, tensors: Mapping[str, Any]) -> dict[str, Any]:
+        """One call of the module. Raises ContractError for a graph whose steps do not fit each other.
+
+        Lack of memory and what the GPU reports stay what they are.
+        """
+        try:
+            found: dict[str, Any] = self.module(tensors)
+        except (LookupError, TypeError, ValueError, RuntimeError) as error:
+            if is_out_of_memory(error) or "CUDA" in str(error):
+                raise
+            reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+            raise ContractError(
+                f"{self.path} cannot be run ({reason}); verify the bundle, or build it again"
+            ) from error
+        return found
+
     def _capture(self, key: tuple[Any, ...], placed: dict[str, Any]) -> None:
         """Capture for new shapes. Older graphs read weights where they were: if linears have expanded, they go."""
         before = self.module.expanded
-        made = Captured.make(self.module, placed)
+        made = Captured.make(self._compute, placed)
         if self.module.expanded != before:
             self.captured.clear()
         self.captured[key] = made

@@ -5,11 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import zip_longest
 from typing import Any
 
 import numpy as np
 
-from export.errors import RecipeError
+from export.documents import shown
+from export.errors import ContractError, RecipeError
 
 # The largest magnitude of a float input. A norm sums the squares of a token's channels in float32: they overflow from
 # 1.8e19 / sqrt(channels) on, 2.9e17 for 4096 channels, and the norm of such a token is then zero in some runtimes and
@@ -70,10 +72,16 @@ def _named(shape: Sequence[int | str | None], name: str) -> list[int | str]:
 def of_bounds(bounds: Mapping[str, Any], dtypes: Mapping[str, Any]) -> tuple[Declared, ...]:
     """The inputs of an engine with optimization profiles: name -> (smallest, usual, largest) shape.
 
-    What varies is the batch, the first axis, and the number of tokens.
+    What varies is the batch, the first axis, and the number of tokens. dtypes: of the engine's tensors, by name. Raises
+    ContractError where the bounds, which a file states, are none, or of a tensor that the engine lacks.
     """
     found = []
-    for name, (low, _, high) in bounds.items():
+    for name, (low, usual, high) in bounds.items():
+        rows = list(zip_longest(low, usual, high, fillvalue=-1))
+        ordered = all(0 <= a <= b <= c for a, b, c in rows)
+        if name not in dtypes or not ordered:
+            told = f"shapes of {shown(name)}: {shown(low)}, {shown(usual)}, {shown(high)}"
+            raise ContractError(f"metadata.json states {told}, which the engine cannot have; build the engine again")
         sizes = [
             a if a == b else ("batch" if axis == 0 else "tokens")
             for axis, (a, b) in enumerate(zip(low, high, strict=True))

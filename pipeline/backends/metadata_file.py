@@ -6,7 +6,7 @@ Only what is read again has a type here; every backend writes more for people.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any, NotRequired, TypeVar
+from typing import Annotated, Any, Literal, NotRequired, TypeVar
 
 from annotated_types import Ge, Len, Lt
 from typing_extensions import TypedDict
@@ -64,7 +64,7 @@ class CpuNeeds(TypedDict):
 class Shapes(TypedDict):
     """shapes: least, usual and largest shape of every input."""
 
-    shapes: NotRequired[dict[str, tuple[list[Size], list[Size], list[Size]]]]
+    shapes: dict[str, tuple[list[Size], list[Size], list[Size]]]
 
 
 class RtxMetadata(RtxNeeds, Shapes):
@@ -82,10 +82,17 @@ class CudaInput(TypedDict):
     shape: list[Size | str]
 
 
-class CudaMetadata(CudaNeeds):
-    """metadata.json of the target cuda. options: of the recipe, see recipe.Cuda."""
+class CudaOptions(TypedDict):
+    """Of the recipe, see recipe.Cuda."""
 
-    options: dict[str, str]
+    weights: Literal["auto", "packed", "expanded"]
+    activations: Literal["fp16", "fp32"]
+
+
+class CudaMetadata(CudaNeeds):
+    """metadata.json of the target cuda."""
+
+    options: CudaOptions
     inputs: dict[str, CudaInput]
 
 

@@ -19,6 +19,7 @@ from typing import Any
 
 import numpy as np
 
+from export.cache_folder import cache_folder
 from export.errors import ContractError, EnvironmentLacksError, RecipeError, ResourceError
 from pipeline import machine
 from pipeline.backends import feeds, lowering_file, metadata_file
@@ -30,7 +31,7 @@ logger = logging.getLogger(__name__)
 ENGINE, METADATA = "model.engine", metadata_file.NAME
 # What a build makes in the target's folder.
 FILES = frozenset({ENGINE, METADATA, lowering_file.NAME})
-CACHE_FOLDER = "ditc/rtx"
+CACHE_FOLDER = "rtx"
 
 
 def release(version: str) -> tuple[str, ...]:
@@ -67,10 +68,9 @@ def visible_sm() -> int:
 
 def cache_path(metadata: Mapping[str, Any], sm: int) -> Path:
     """File of the runtime cache: one for each engine, GPU generation and release, under the user's cache folder."""
-    root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     facts = [metadata["onnx_sha256"], metadata["onnx_data_sha256"], metadata["tensorrt_rtx"], sm]
     key = hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:32]
-    return root / CACHE_FOLDER / f"{key}-sm{sm}.cache"
+    return cache_folder(CACHE_FOLDER, f"{key}-sm{sm}.cache")
 
 
 def write_cache(path: Path, blob: bytes) -> None:

@@ -19,7 +19,7 @@ from export.errors import ResourceError
 from pipeline import machine
 from pipeline.calibrate.method import Context, Method, Unit
 from pipeline.calibrate.plan import LayerPlan, make_plans
-from pipeline.calibrate.state import CalibrationState, copy_finished, load_named
+from pipeline.calibrate.state import CalibrationState, copy_finished, load_named, refuse_unfinished
 from pipeline.methods import AUTO, METHODS
 from pipeline.picture_case import is_large
 from pipeline.progress import track
@@ -72,6 +72,12 @@ def adopt(model: LoadedModel, recipe: Recipe, source: Path, folder: Path) -> lis
     """
     copy_finished(source, folder, _origin(model, with_method(recipe, model)))
     return load_named(folder, [linear.name for linear in model.linears()])
+
+
+def refuse_unfit(model: LoadedModel, recipe: Recipe, source: Path) -> None:
+    """Raise what `adopt` would raise, without copying."""
+    refuse_unfinished(source, _origin(model, with_method(recipe, model)))
+    load_named(source, [linear.name for linear in model.linears()])
 
 
 def _quantize(method: Method, plans: Sequence[LayerPlan], state: CalibrationState) -> None:

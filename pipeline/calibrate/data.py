@@ -18,9 +18,9 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import load_file, save_file
 
+from export.cache_folder import cache_folder
 from export.documents import Rules, read_text
 from export.errors import ModelError, RecipeError
-from pipeline import machine
 from pipeline.backends.base import Arrays
 from pipeline.calibrate import pipeline_data
 from pipeline.conditioning import GENERATION_FILE, load_generation
@@ -75,7 +75,7 @@ def calibration_data(model: LoadedModel, recipe: Recipe) -> CalibrationData:
     """
     prompts = read_prompts(model, recipe)
     origin = _origin(model, recipe, prompts)
-    folder = machine.cache_dir() / "calibration" / sha256_json(origin)[:16]
+    folder = cache_folder("calibration", sha256_json(origin)[:16])
     names = _names(recipe, len(prompts))
     if _made_again(folder, names):
         _collect(model, recipe, prompts, folder)

@@ -9,10 +9,12 @@ from __future__ import annotations
 import logging
 import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
+from traceback import walk_tb
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
@@ -147,6 +149,24 @@ def open_pipeline(root: Path, transformer: Any) -> Any:
         raise ModelError(f"{root}: diffusers cannot open this pipeline ({reason}); {REMEDY}") from error
 
 
+@contextmanager
+def drawing(root: Path) -> Iterator[None]:
+    """Within, the pipeline in `root` is called: what its parts raise for their own settings becomes a ModelError.
+
+    What our transformer in it raises stays what it is, and so does a lack of memory.
+    """
+    try:
+        yield
+    except UserError:
+        raise
+    except REFUSALS as error:
+        frames = (frame.f_globals.get("__name__") for frame, _ in walk_tb(error.__traceback__))
+        if is_out_of_memory(error) or is_out_of_disk(error) or "pipeline.diffusers_adapter" in frames:
+            raise
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+        raise ModelError(f"{root}: its pipeline cannot draw with these settings ({reason}); {REMEDY}") from error
+
+
 def refuse_too_large(root: Path) -> None:
     """Raise ResourceError if the pipeline's other parts do not fit into the memory that is free."""
     needed, free = float32_bytes(root), machine.available_memory_bytes()
@@ -195,7 +215,7 @@ class PipelineSampler:
         from pipeline.diffusers_adapter import EngineTransformer
 
         refuse_too_large(root)
-        self.model, self.recipe, self.engine = model, recipe, engine
+        self.root, self.model, self.recipe, self.engine = root, model, recipe, engine
         transformer = EngineTransformer(engine, model.family, model.config)
         self.pipe: Any = open_pipeline(root, transformer)
         self.pipe.set_progress_bar_config(disable=True)
@@ -212,4 +232,5 @@ class PipelineSampler:
         settings = {"num_inference_steps": size.n_steps, "guidance_scale": size.guidance_scale}
         named = pipeline_arguments(self.model.family.name)(self.pipe, bundle, list(prompts))
         generators = [torch.Generator().manual_seed(seed + i) for i in range(len(prompts))]
-        self.pipe(**named, **settings, generator=generators, output_type="latent")
+        with drawing(self.root):
+            self.pipe(**named, **settings, generator=generators, output_type="latent")

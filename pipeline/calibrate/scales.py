@@ -6,7 +6,6 @@ a small integer multiplier each. Per channel is G = 1; real group scales are R =
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
@@ -16,6 +15,7 @@ from numpy.typing import NDArray
 
 from export.formats import Format, encode, fold_negative_zero
 from export.ops import ABSMAX_FLOOR
+from pipeline import machine
 from plugins.cpu import rounding_errors
 
 F32 = NDArray[np.float32]
@@ -41,7 +41,7 @@ def _by_chunk(work: Callable[..., T], *arrays: NDArray[Any]) -> list[T]:
     """`work` on chunks of rows, in threads (NumPy lets them run); chunks do not depend on the number of threads."""
     rows = max(1, CHUNK_ELEMENTS // max(1, arrays[0][0].size))
     parts = [[array[i : i + rows] for array in arrays] for i in range(0, len(arrays[0]), rows)]
-    pool = ThreadPoolExecutor(os.cpu_count())
+    pool = ThreadPoolExecutor(machine.threads())
     try:
         return list(pool.map(lambda part: work(*part), parts))
     finally:

@@ -43,19 +43,22 @@ class Times(TypedDict):
 
 
 def copy_finished(source: Path, folder: Path, origin: Mapping[str, Any]) -> None:
-    """Copy the finished calibration in `source` into `folder`.
+    """Copy the finished calibration in `source` into `folder`. Raises RecipeError as `refuse_unfinished` does."""
+    refuse_unfinished(source, origin)
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in (ORIGIN_FILE, checkpoint.WEIGHTS_FILE, LAYERS_FILE):
+        shutil.copyfile(source / name, folder / name)
 
-    Raises RecipeError if there is none, or with every setting that differs if it was not made from `origin`.
-    """
+
+def refuse_unfinished(source: Path, origin: Mapping[str, Any]) -> None:
+    """Raise RecipeError if `source` has no finished calibration, or with every setting that differs if it was not made
+    from `origin`."""
     path = source / ORIGIN_FILE
     if not (path.is_file() and (source / LAYERS_FILE).is_file()):
         raise RecipeError(f"{source} holds no finished calibration; python -m pipeline.calibrate -o {source} makes one")
     told = differences(path, origin)
     if told:
         raise RecipeError(f"{source}: made from other settings ({told}); give the same ones, or calibrate again")
-    folder.mkdir(parents=True, exist_ok=True)
-    for name in (ORIGIN_FILE, checkpoint.WEIGHTS_FILE, LAYERS_FILE):
-        shutil.copyfile(source / name, folder / name)
 
 
 def differences(path: Path, origin: Mapping[str, Any]) -> str:

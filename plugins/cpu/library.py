@@ -22,6 +22,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from export.cache_folder import cache_folder
 from export.errors import EnvironmentLacksError
 
 logger = logging.getLogger(__name__)
@@ -115,13 +116,10 @@ def problems() -> list[str]:
 # --- the user's cache ----------------------------------------------------------------------------------------------
 
 
-def cache_folder() -> Path:
-    """Where libraries of these sources lie for this system, processor and C library; DITC_CACHE overrides the user's
-    cache folder."""
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    root = Path(os.environ.get("DITC_CACHE") or Path(base) / "ditc")
+def library_folder() -> Path:
+    """Where libraries of these sources lie for this system, processor and C library."""
     interface = (platform.system(), platform.machine(), *platform.libc_ver())
-    return root / "native" / "-".join((version(), *filter(None, interface)))
+    return cache_folder("native", "-".join((version(), *filter(None, interface))))
 
 
 def compiler_key(path: str) -> str:
@@ -168,7 +166,7 @@ def trusted(path: Path) -> bool:
 
 def path_of_library() -> Path:
     """The library's file: from the cache, or compiled now. Raises EnvironmentLacksError where neither is possible."""
-    folder = cache_folder()
+    folder = library_folder()
     try:
         chosen = compiler()
     except EnvironmentLacksError as error:

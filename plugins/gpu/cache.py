@@ -14,13 +14,14 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from export.cache_folder import cache_folder
+
 log = logging.getLogger(__name__)
 
 
 def folder() -> Path:
-    """Where compiled kernels lie; the variable DITC_CACHE overrides the user's cache folder."""
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(os.environ.get("DITC_CACHE") or Path(base) / "ditc") / "kernels"
+    """Where compiled kernels lie."""
+    return cache_folder("kernels")
 
 
 def key_of(parts: Any) -> str:
