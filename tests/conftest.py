@@ -14,6 +14,10 @@ from pathlib import Path
 
 import pytest
 
+# Processes that test side by side share the cores: one thread each, which must be said before PyTorch is imported.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 VARIABLE = "TRITON_INTERPRET"
 # Every module with @triton.jit functions.
 KERNEL_MODULES = ("decode", "epilogue", "gemm", "loads", "quantize", "repack", "rounding")

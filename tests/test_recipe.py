@@ -100,7 +100,7 @@ def wrong_types(key):
     return [value for value in WRONG_TYPES if type(value) not in fitting or kind is dict]
 
 
-CASES = [(key, value) for key in (*OTHER, *ONLY_ONE) for value in wrong_types(key)]
+CASES = [(key, value) for key in (*OTHER, *sorted(ONLY_ONE)) for value in wrong_types(key)]
 
 
 @pytest.mark.parametrize(("key", "value"), CASES, ids=str)
