@@ -142,7 +142,7 @@ def verify_target(
         state = state_result(special, found.pools, model, found.pool_exact, run, made, carries_nan)
         strange += state.errors
         report.gates.append(repeats_gate(target, state))
-    report.gates += calls_gates(target, strange, found, single)
+    report.gates += calls_gates(target, strange, found, single, errors.samples)
     image = drawn(run, found.case.first(effort.pictures)) if effort.pictures else found.case.noise[:0]
     nonfinite = errors.nonfinite + int(np.count_nonzero(~np.isfinite(image)))
     report.gates += layer_gates(target, results, nonfinite) + end_gates(target, errors, image, found, single)
