@@ -30,7 +30,7 @@ EXPLAINED = 0.5
 # A result is another sample's if it is so many times nearer to it, in power.
 NEARER = 10.0
 # Traits that one sentence names at most; so few different samples fit many by chance, and likely ones are named too.
-NAMED, FEW = 4, 2
+NAMED, FEW = 6, 2
 NEAR_LIMIT_DB = 6.0
 # Equal calls of a right engine do not differ at all; more than this is no rounding of the decibel itself.
 STEADY_DB, EQUAL_DB = 0.5, 1000.0

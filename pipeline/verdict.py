@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from pipeline.backends.cuda_overflow import Overflow
 from pipeline.call_patterns import CALL_TRAITS, PICTURE_TRAITS, STEP_TRAITS, Trait, cause_of_repeat, diagnose, sign_of
 from pipeline.calls import SampleError, StateResult
 from pipeline.extremes import FACTORS, ExtremeResult
@@ -251,6 +252,13 @@ def repeats_gate(target: str, state: StateResult) -> Gate:
     if state.where:
         why += f"; first other in {state.where}: {cause_of_repeat(state.where)}"
     return Gate(f"{target}/repeats", state.unequal, 0, "numbers", why)
+
+
+def fp16_gate(target: str, where: tuple[str, Overflow] | None) -> Gate:
+    """An engine with FP16 between its steps; `where`: the call and the first number that is too large for it."""
+    why = "numbers between the engine's steps stay within FP16; found on the CPU, in calls whose inside is looked at"
+    why += f"; in {where[0]}: {where[1]}" if where else ""
+    return Gate(f"{target}/fp16_range", int(where is not None), 0, "steps", why)
 
 
 def segments_gate(target: str, rows: Sequence[SegmentResult]) -> Gate:

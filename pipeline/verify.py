@@ -16,6 +16,7 @@ import numpy as np
 
 from export.checkpoint import QuantizedLinear
 from pipeline.backends.base import Arrays, Engine, LoweredGraph
+from pipeline.backends.cuda_overflow import find_overflow
 from pipeline.backends.feeds import TooLargeError
 from pipeline.calls import call_errors, state_result
 from pipeline.effort import Effort, effort_for, note
@@ -26,12 +27,14 @@ from pipeline.probing import ProbedGraph
 from pipeline.progress import track
 from pipeline.recipe import Recipe
 from pipeline.report import Gate, LayerResult, Report, write_layers_csv
+from pipeline.sampling import take_samples
 from pipeline.segments import SegmentCheck
 from pipeline.study import Realisations, Study, layer_input_db, study
 from pipeline.verdict import (
     calls_gates,
     coverage_gate,
     end_gates,
+    fp16_gate,
     layer_gates,
     notes_on_layers,
     quantization_gates,
@@ -79,6 +82,8 @@ def verify(
     for target, graph in lowered.items():
         engine = engines.get(target)
         pictures[target] = verify_target(target, model, layers, graph, engine, found, report, arithmetics[target])
+        if target == "cuda" and recipe.cuda.activations == "fp16":
+            report.gates.append(fp16_gate(target, find_overflow(graph.path, overflow_calls(found, is_large(model)))))
     out_dir.mkdir(parents=True, exist_ok=True)
     (out_dir / "parity.json").write_text(report.to_json(), encoding="utf-8")
     write_layers_csv(report, out_dir / "layers.csv")
@@ -157,6 +162,16 @@ def looked_at(found: Study, effort: Effort) -> dict[str, Arrays]:
     """The calls whose inside is looked at: the probed steps, and those that drawing does not make."""
     steps = {f"step {i + 1}": found.calls[i] for i in effort.probed}
     return steps | {call.text: call.inputs for call in found.special_calls if len(call.rows) in effort.inside}
+
+
+def overflow_calls(found: Study, large: bool) -> dict[str, Arrays]:
+    """The calls in which FP16 is looked at: the first step, and the special call with the largest latents; of a large
+    model one sample of the first step alone."""
+    first = found.calls[found.probed[0]]
+    if large:
+        return {"step 1, sample 1": take_samples(first, [0], found.case.shared)}
+    special = max(found.special_calls, key=lambda call: float(np.abs(call.inputs["hidden_states"]).max()))
+    return {"step 1": first, special.text: special.inputs}
 
 
 def tables_gate(target: str, model: LoadedModel, probed: ProbedGraph) -> list[Gate]:

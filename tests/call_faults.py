@@ -370,7 +370,12 @@ CALL_FAULTS = (
     CallFault("condition one call late", "state", OneCallLate),
     CallFault("wrong from call 41 on", "state", partial(FromCall, first=41), ALL, words="from call to call"),
     CallFault("drifting", "state", Drifting),
-    CallFault("one buffer for all results", "state", OneBuffer, words="the result of another call is given"),
+    CallFault(
+        "one buffer for all results",
+        "state",
+        OneBuffer,
+        words="the result of another call is given|what an earlier call left is used",
+    ),
     CallFault("writes into its input", "state", _writes_into_its_input),
     CallFault("one slot for all threads", "threads", OneSlot, ALL),
 )
