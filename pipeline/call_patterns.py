@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 # What calls that test an engine's memory are called, behind their batch size.
 CHANGED, IN_PLACE, MASK_ALONE = "condition changed", "changed in place", "mask changed alone"
+NEAR = "condition nearly the same"
 NAN_FIRST, THREADS, STEADY = "NaN in the first sample", "2 threads", "steady state"
 PROMPTED, UNPROMPTED = "with a prompt", "without a prompt"
 # A result this near to the reference has no sign: float operations alone leave as much.
@@ -200,6 +201,7 @@ def _said(text: str, otherwise: str) -> Words:
 SETTING_CAUSES = {
     CHANGED: "the condition of an earlier call is kept",
     IN_PLACE: "whether a condition changed is decided by the array, not by its numbers",
+    NEAR: "a condition counts as unchanged while it is close to the one before",
     MASK_ALONE: "masks are not compared when it is decided whether a condition changed",
     NAN_FIRST: "samples see each other, or NaN is clipped or becomes a code",
     STEADY: "something adds up or is used up from call to call",
