@@ -289,7 +289,7 @@ def _common(errors: Sequence[SampleError], wrong: Sequence[bool], traits: Sequen
     if exact:
         text = f": those of {_or(exact)} and no other"
     if likely and (few or not exact):
-        text += f", {'or ' if exact else ''}some of {_or(likely[:NAMED] if few else likely[:1])}"
+        text += f", {'or ' if exact else ''}some of {_or(likely[:NAMED])}"
     return text
 
 
