@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from contextlib import nullcontext
 from pathlib import Path
@@ -12,13 +13,16 @@ import numpy as np
 import pytest
 import torch
 
+from benchmarks import record
 from export import models
 from export.errors import ContractError
 from pipeline.calls import SampleError
 from pipeline.gates import LinearProbe
 from pipeline.segments import (
+    JITTER_ULPS,
     LIMIT,
     PART_LIMIT,
+    SHARED_LIMIT,
     SegmentCheck,
     SegmentReference,
     diagnose,
@@ -250,6 +254,16 @@ def test_a_linear_that_is_never_called_is_refused(tmp_path: Path) -> None:
     reference.layers = (*reference.layers, "transformer_blocks.9.ff")
     with pytest.raises(ContractError, match=r"transformer_blocks.9.ff: the model calls it 0 times"):
         reference.order(inputs)
+
+
+def test_the_measured_margins_are_those_of_these_limits() -> None:
+    """benchmarks.segment_margins writes them; the comments beside the limits say how near right engines come."""
+    document = json.loads((record.RESULTS / "segment_margins.json").read_text(encoding="utf-8"))
+    assert document["limits"] == {
+        "LIMIT": LIMIT, "PART_LIMIT": PART_LIMIT, "SHARED_LIMIT": SHARED_LIMIT, "JITTER_ULPS": JITTER_ULPS
+    }  # fmt: skip
+    assert {row["target"] for row in document["rows"]} == {"cpu-stock", "cpu-native", "rtx", "cuda", "onnx"}
+    assert all(row["ratio"] < 0.54 for row in document["rows"])
 
 
 # --- what all numbers share -----------------------------------------------------------------------------------------
