@@ -44,8 +44,9 @@ class Traits:
     """What is special about one sample of one call.
 
     batch: samples of the call, `place`: which it is. tokens: the longest caption's, None without one. mask: "full",
-    "partial" or "empty", None without one. latent: the largest of its latents. other_timestep, other_condition: than
-    the first sample's. setting: what the call was made for, "" for none. rows: the samples of the call, of their pool.
+    "partial" or "empty", None without one. latent: the largest of its latents. other_timestep, other_condition,
+    other_mask: than the first sample's. setting: what the call was made for, "" for none. rows: the samples of the
+    call, of their pool.
     """
 
     batch: int
@@ -57,6 +58,7 @@ class Traits:
     label: int | None = None
     other_timestep: bool = False
     other_condition: bool = False
+    other_mask: bool = False
     setting: str = ""
     rows: tuple[int, ...] = ()
 
@@ -70,7 +72,8 @@ def traits_of(inputs: Mapping[str, NDArray[Any]], place: int, setting: str = "",
     with_rows = {name: array for name, array in inputs.items() if array.ndim and len(array) == batch}
     condition = {name: array for name, array in with_rows.items() if name not in ("hidden_states", "timestep")}
     captions = [array.shape[1] for array in condition.values() if array.ndim == 3]
-    masks = [array[place] for name, array in condition.items() if "mask" in name]
+    of_masks = [array for name, array in condition.items() if "mask" in name]
+    masks = [array[place] for array in of_masks]
     labels = [int(array[place]) for name, array in condition.items() if name == "class_labels"]
     times = np.broadcast_to(inputs["timestep"], batch)
     return Traits(
@@ -83,6 +86,7 @@ def traits_of(inputs: Mapping[str, NDArray[Any]], place: int, setting: str = "",
         label=labels[0] if labels else None,
         other_timestep=bool(times[place] != times[0]),
         other_condition=any(not np.array_equal(array[place], array[0]) for array in condition.values()),
+        other_mask=any(not np.array_equal(array[place], array[0]) for array in of_masks),
         setting=setting,
         rows=rows,
     )
@@ -230,6 +234,11 @@ CALL_TRAITS = (
         lambda e: e.traits.tokens, _numbers("a token count of {}"), "a tile or padding of captions fits other lengths"
     ),
     Trait(lambda e: e.traits.mask, _named("{} masks"), "a mask is not applied, or not as it is given"),
+    Trait(
+        lambda e: None if e.traits.mask is None else e.traits.other_mask,
+        _said("another mask than the first sample's", "the mask of the first sample"),
+        "one mask is taken for all samples",
+    ),
     Trait(
         lambda e: e.traits.other_condition,
         _said("another condition than the first sample's", "the condition of the first sample"),

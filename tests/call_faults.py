@@ -48,7 +48,7 @@ KIND_WORDS = {
     "timesteps": "timestep [0-9.]+",
     "conditions": "one condition is taken for all samples",
     "captions": "a token count of",
-    "masks": "(empty|partial|full) masks|or full|or partial",
+    "masks": "(empty|partial|full) masks|or full|or partial|one mask is taken for all samples",
     "state": "what an earlier call left is used|the condition of an earlier call is kept",
     "threads": "callers share a slot or a buffer",
 }

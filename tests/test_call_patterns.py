@@ -45,6 +45,7 @@ ALIKE: list[tuple[list[dict[str, Any]], list[dict[str, Any]], str]] = [
     ([{"tokens": 7}, {"tokens": 1}, {"tokens": 121}], [{"tokens": 8}, {"tokens": 200}], "1, 7, 121, the odd ones"),
     ([{"mask": "partial"}], [{"mask": "full"}, {"mask": "empty"}], "those of partial masks"),
     ([{"mask": "partial"}], [{"mask": "partial", "batch": 3}, {"mask": "full", "batch": 3}], "some of partial masks"),
+    ([{"mask": "full", "other_mask": True}], [{"mask": "full"}], "one mask is taken for all samples"),
     ([{"label": 10}], [{"label": 3}], "class 10 (rows of the class table"),
     ([{"latent": 9.0}, {"latent": 9.5}], [{"latent": 4.0}], "latents that reach 9 and above"),
     ([{"setting": CHANGED}], [{"setting": ""}], SETTING_CAUSES[CHANGED]),
@@ -163,6 +164,7 @@ def test_traits_are_read_from_the_inputs() -> None:
     assert [row.latent for row in found] == [1, 4, 2]
     assert [row.other_timestep for row in found] == [False, True, False]
     assert [row.other_condition for row in found] == [False, True, True]
+    assert [row.other_mask for row in found] == [False, True, True]
     assert found[0].label is None and found[0].setting == CHANGED and found[0].rows == (4, 5, 6)
     assert traits_of({**inputs, "class_labels": np.array([3, 4, 5])}, 1).label == 4
 
