@@ -20,7 +20,8 @@ from numpy.typing import NDArray
 from export.checkpoint import QuantizedLinear
 from pipeline import machine
 from pipeline.backends.base import Arrays
-from pipeline.calls import Call, make_calls, make_pools
+from pipeline.call_patterns import PROMPTED, UNPROMPTED
+from pipeline.calls import Call, SampleError, make_calls, make_pools, sample_errors
 from pipeline.gates import sqnr_db
 from pipeline.picture_case import Case, Run, is_large, make_case
 from pipeline.progress import track
@@ -49,11 +50,13 @@ HIT_DB, HIT_SHARE = 100.0, 0.75
 @dataclass(frozen=True)
 class StepErrors:
     """A denoiser against the float64 reference on every step's inputs: SQNR in dB of each step, and of each sample of
-    each step (prompted and unprompted, [n_steps * batch]); how many output values are not finite."""
+    each step (prompted and unprompted, [n_steps * batch]); how many output values are not finite; `samples`: the same
+    with what is special about each."""
 
     steps_db: list[float]
     samples_db: list[float]
     nonfinite: int
+    samples: list[SampleError] = field(default_factory=list)
 
 
 @dataclass
@@ -130,11 +133,20 @@ class Study:
         steps = steps or range(len(self.calls))
         outputs = [self.case.shown(run(self.calls[i])["sample"]) for i in track(steps, len(steps), label)]
         pairs = [(self.case.shown(self.exact[i]), output) for i, output in zip(steps, outputs, strict=True)]
+        samples = [error for i, pair in zip(steps, pairs, strict=True) for error in self._sample_errors(i, *pair)]
         return StepErrors(
             [sqnr_db(exact, output) for exact, output in pairs],
-            [sqnr_db(one, other) for exact, output in pairs for one, other in zip(exact, output, strict=True)],
+            [error.sqnr_db for error in samples],
             sum(int(np.count_nonzero(~np.isfinite(output))) for output in outputs),
+            samples,
         )
+
+    def _sample_errors(self, step: int, exact: NDArray[Any], output: NDArray[Any]) -> list[SampleError]:
+        batch = len(exact)
+        guided = batch == 2 * len(self.case.noise)
+        settings = ((PROMPTED,) * (batch // 2) + (UNPROMPTED,) * (batch // 2)) if guided else ""
+        text = f"step {step + 1}"
+        return sample_errors(Call(text, text, tuple(range(batch)), self.calls[step], settings), {text: exact}, output)
 
 
 def study(

@@ -10,6 +10,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from pipeline.backends.cuda_overflow import Overflow
+from pipeline.call_patterns import CALL_TRAITS, PICTURE_TRAITS, STEP_TRAITS, Trait, cause_of_repeat, diagnose, sign_of
 from pipeline.calls import SampleError, StateResult
 from pipeline.extremes import FACTORS, ExtremeResult
 from pipeline.gates import psnr_db
@@ -165,10 +167,33 @@ def end_gates(target: str, errors: StepErrors, images: NDArray[Any], found: Stud
         ("step_sqnr_db", _lowest(errors.steps_db), (worst_step, step_cost), "worst step"),
         ("median_sqnr_db", _median(errors.samples_db), (quarter, step_cost), "lower quartile"),
     ]
+    gates = [_end_gate(f"{target}/{name}", value, limits, what) for name, value, limits, what in rows]
+    gates = [_with_cause(gate, errors.samples, STEP_TRAITS) for gate in gates]
     if len(images):
         psnr = _lowest(pictures_db(found, images))
-        rows.append(("final_psnr_db", psnr, (worst_image, image_cost), "worst picture"))
-    return [_end_gate(f"{target}/{name}", value, limits, what) for name, value, limits, what in rows]
+        gate = _end_gate(f"{target}/final_psnr_db", psnr, (worst_image, image_cost), "worst picture")
+        later = "; " + NOT_IN_STEPS if not gate.passed and all(step.passed for step in gates) else ""
+        gates.append(replace(gate, why=gate.why + later))
+        gates[-1] = _with_cause(gates[-1], picture_errors(found, images), PICTURE_TRAITS)
+    return gates
+
+
+NOT_IN_STEPS = "every step is right on the reference's own inputs: errors grow from step to step, or something is kept"
+
+
+def picture_errors(found: Study, images: NDArray[Any]) -> list[SampleError]:
+    """Each picture as a sample of one call; the number is its PSNR."""
+    reference, rows = found.images["reference"], tuple(range(len(images)))
+    signs = [sign_of(image, row, reference, rows) for row, image in enumerate(images)]
+    pairs = zip(pictures_db(found, images), signs, strict=True)
+    return [SampleError("pictures", i, value, "pictures", i, sign=sign) for i, (value, sign) in enumerate(pairs)]
+
+
+def _with_cause(gate: Gate, errors: Sequence[SampleError], traits: Sequence[Trait]) -> Gate:
+    """A failed gate with what is likely wrong."""
+    if gate.passed or not errors:
+        return gate
+    return replace(gate, why=f"{gate.why}; {diagnose(errors, gate.limit, traits)}")
 
 
 def _end_gate(name: str, value: float, limits: tuple[float, float], what: str) -> Gate:
@@ -181,8 +206,15 @@ def _end_gate(name: str, value: float, limits: tuple[float, float], what: str) -
     return Gate(name, value, min(max(numbers, default=ROUNDED_DB), ROUNDED_DB), "dB", why, at_most=False)
 
 
-def calls_gates(target: str, errors: Sequence[SampleError], found: Study, single: Realisations) -> list[Gate]:
-    """Calls that drawing does not make: the worst of all samples, and the median one.
+def calls_gates(
+    target: str,
+    errors: Sequence[SampleError],
+    found: Study,
+    single: Realisations,
+    steps: Sequence[SampleError] = (),
+) -> list[Gate]:
+    """Calls that drawing does not make: the worst of all samples, and the median one. `steps`: the samples of the calls
+    that it makes, which a fault of some calls may leave right.
 
     For the median a sample that several calls make counts once, by its worst: the float32 runs that give the limit made
     each once, and three samples make up two thirds of all calls.
@@ -199,7 +231,8 @@ def calls_gates(target: str, errors: Sequence[SampleError], found: Study, single
         ("calls_median", _median(worst_of), (quarter, _median(found.calls_quant_db)), "lower quartile"),
     )
     gates = [_end_gate(f"{target}/{name}", value, limits, what) for name, value, limits, what in rows]
-    return [replace(gate, why=f"{gate.why}; worst in {worst.call}, sample {worst.sample}") for gate in gates]
+    gates = [replace(gate, why=f"{gate.why}; worst in {worst.call}, sample {worst.sample}") for gate in gates]
+    return [_with_cause(gate, [*steps, *errors], CALL_TRAITS) for gate in gates]
 
 
 def quantizers_gate(target: str, rows: Sequence[ExtremeResult]) -> Gate:
@@ -216,8 +249,16 @@ def quantizers_gate(target: str, rows: Sequence[ExtremeResult]) -> Gate:
 def repeats_gate(target: str, state: StateResult) -> Gate:
     """Equal calls, with others between them and beside them in another thread."""
     why = "equal calls give equal numbers to the bit: after other conditions, in place, the fiftieth, in two threads"
-    why += f"; first other in {state.where}" if state.where else ""
+    if state.where:
+        why += f"; first other in {state.where}: {cause_of_repeat(state.where)}"
     return Gate(f"{target}/repeats", state.unequal, 0, "numbers", why)
+
+
+def fp16_gate(target: str, where: tuple[str, Overflow] | None) -> Gate:
+    """An engine with FP16 between its steps; `where`: the call and the first number that is too large for it."""
+    why = "numbers between the engine's steps stay within FP16; found on the CPU, in calls whose inside is looked at"
+    why += f"; in {where[0]}: {where[1]}" if where else ""
+    return Gate(f"{target}/fp16_range", int(where is not None), 0, "steps", why)
 
 
 def segments_gate(target: str, rows: Sequence[SegmentResult]) -> Gate:

@@ -19,6 +19,7 @@ from export.checkpoint import QuantizedLinear
 from pipeline import machine
 from pipeline.backends import PORTABLE
 from pipeline.backends.base import Arrays, Engine, LoweredGraph
+from pipeline.backends.cuda_overflow import find_overflow
 from pipeline.backends.feeds import TooLargeError
 from pipeline.calls import call_errors, state_result
 from pipeline.effort import Effort, effort_for, note
@@ -29,6 +30,7 @@ from pipeline.probing import ProbedGraph
 from pipeline.progress import track
 from pipeline.recipe import Recipe
 from pipeline.report import Gate, LayerResult, Report, write_layers_csv
+from pipeline.sampling import take_samples
 from pipeline.segments import SegmentCheck
 from pipeline.side_by_side import side_by_side
 from pipeline.study import Realisations, Study, layer_input_db, study
@@ -36,6 +38,7 @@ from pipeline.verdict import (
     calls_gates,
     coverage_gate,
     end_gates,
+    fp16_gate,
     layer_gates,
     notes_on_layers,
     quantization_gates,
@@ -82,6 +85,9 @@ def verify(
     def one(target: str) -> tuple[Report, Any]:
         part, engine = Report(), engines.get(target)
         images = verify_target(target, model, layers, lowered[target], engine, found, part, arithmetics[target])
+        if target == "cuda" and recipe.cuda.activations == "fp16":
+            overflow = find_overflow(lowered[target].path, overflow_calls(found, is_large(model)))
+            part.gates.append(fp16_gate(target, overflow))
         return part, images
 
     # The slowest first, so that no thread is left with it at the end.
@@ -149,7 +155,7 @@ def verify_target(
         state = state_result(special, found.pools, model, found.pool_exact, run, made)
         strange += state.errors
         report.gates.append(repeats_gate(target, state))
-    report.gates += calls_gates(target, strange, found, single)
+    report.gates += calls_gates(target, strange, found, single, errors.samples)
     image = drawn(run, found.case.first(effort.pictures)) if effort.pictures else found.case.noise[:0]
     nonfinite = errors.nonfinite + int(np.count_nonzero(~np.isfinite(image)))
     report.gates += layer_gates(target, results, nonfinite) + end_gates(target, errors, image, found, single)
@@ -164,6 +170,16 @@ def looked_at(found: Study, effort: Effort) -> dict[str, Arrays]:
     """The calls whose inside is looked at: the probed steps, and those that drawing does not make."""
     steps = {f"step {i + 1}": found.calls[i] for i in effort.probed}
     return steps | {call.text: call.inputs for call in found.special_calls if len(call.rows) in effort.inside}
+
+
+def overflow_calls(found: Study, large: bool) -> dict[str, Arrays]:
+    """The calls in which FP16 is looked at: the first step, and the special call with the largest latents; of a large
+    model one sample of the first step alone."""
+    first = found.calls[found.probed[0]]
+    if large:
+        return {"step 1, sample 1": take_samples(first, [0], found.case.shared)}
+    special = max(found.special_calls, key=lambda call: float(np.abs(call.inputs["hidden_states"]).max()))
+    return {"step 1": first, special.text: special.inputs}
 
 
 def tables_gate(target: str, model: LoadedModel, probed: ProbedGraph) -> list[Gate]:

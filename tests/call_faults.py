@@ -21,18 +21,37 @@ from pipeline.picture_case import Run
 from tests.graph_faults import ALL, CALLS, CAPTIONED, CLASSES, MINIS
 
 FEW = (*MINIS, "hunyuan")
+# What is kept wrongly may change less than the limits of `calls`; equal calls must be equal to the bit.
+KEPT = CALLS | {"repeats"}
 CAPTION = "encoder_hidden_states"
 
 
 @dataclass(frozen=True)
 class CallFault:
-    """plant: wraps a right denoiser. subjects, caught_by, kind: as those of GraphFault."""
+    """plant: wraps a right denoiser. subjects, caught_by, kind: as those of GraphFault. words: a pattern of what the
+    failed gates say; "" for that of its kind."""
 
     name: str
     kind: str
     plant: Callable[[Run], Run]
     subjects: tuple[str, ...] = FEW
     caught_by: frozenset[str] = CALLS
+    words: str = ""
+
+    @property
+    def said(self) -> str:
+        return self.words or KIND_WORDS[self.kind]
+
+
+# What gates are expected to say of a kind of fault, among other things that calls have in common.
+KIND_WORDS = {
+    "timesteps": "timestep [0-9.]+",
+    "conditions": "one condition is taken for all samples",
+    "captions": "a token count of",
+    "masks": "(empty|partial|full) masks|or full|or partial|one mask is taken for all samples",
+    "state": "what an earlier call left is used|the condition of an earlier call is kept",
+    "threads": "callers share a slot or a buffer",
+}
 
 
 def batch(inputs: Arrays) -> int:
@@ -286,18 +305,33 @@ def _writes_into_its_input(run: Run) -> Run:
 
 CALL_FAULTS = (
     # sizes
-    CallFault("wrong at batch 1", "batches", wrong_where(lambda inputs: batch(inputs) == 1), ALL),
-    CallFault("wrong at batch 2", "batches", wrong_where(lambda inputs: batch(inputs) == 2)),
-    CallFault("wrong at batch 3", "batches", wrong_where(lambda inputs: batch(inputs) == 3)),
-    CallFault("wrong above batch 8", "batches", wrong_where(lambda inputs: batch(inputs) > 8), ALL),
-    CallFault("ninth sample wrong", "batches", wrong_where(lambda inputs: np.arange(batch(inputs)) == 8)),
-    CallFault("rows swapped at batch 2", "batches", on_output(_rows_swapped_at_two)),
-    CallFault("last row of an odd batch", "batches", on_output(_odd_last_row)),
+    CallFault("wrong at batch 1", "batches", wrong_where(lambda inputs: batch(inputs) == 1), ALL, words="batch 1[ ,]"),
+    CallFault("wrong at batch 2", "batches", wrong_where(lambda inputs: batch(inputs) == 2), words="batch 2[ ,]"),
+    CallFault("wrong at batch 3", "batches", wrong_where(lambda inputs: batch(inputs) == 3), words="batch 3[ ,]"),
+    CallFault(
+        "wrong above batch 8", "batches", wrong_where(lambda inputs: batch(inputs) > 8), ALL, words="batch 9[ ,]"
+    ),
+    CallFault(
+        "ninth sample wrong",
+        "batches",
+        wrong_where(lambda inputs: np.arange(batch(inputs)) == 8),
+        words="place 8 in the batch",
+    ),
+    CallFault(
+        "rows swapped at batch 2", "batches", on_output(_rows_swapped_at_two), words="rows are exchanged or repeated"
+    ),
+    CallFault("last row of an odd batch", "batches", on_output(_odd_last_row), words="the last place of an odd batch"),
     # timesteps
     CallFault("wrong below t = 20", "timesteps", wrong_where(lambda inputs: inputs["timestep"] < 20), ALL),
     CallFault("wrong at t = 975", "timesteps", wrong_where(lambda inputs: np.round(inputs["timestep"]) == 975)),
     CallFault("wrong at t = 999 and above", "timesteps", wrong_where(lambda inputs: inputs["timestep"] == 999)),
-    CallFault("first timestep for all", "timesteps", _first_for_all("timestep"), ALL),
+    CallFault(
+        "first timestep for all",
+        "timesteps",
+        _first_for_all("timestep"),
+        ALL,
+        words="one timestep is taken for all samples",
+    ),
     CallFault("first condition for all", "conditions", _first_condition_for_all),
     # captions
     CallFault(
@@ -321,22 +355,41 @@ CALL_FAULTS = (
         "tokens after the third masked", "masks", on_inputs(partial(_caption_cut, length=3)), ("pixart_mini", "hunyuan")
     ),
     # values
-    CallFault("latents clipped at 5", "values", on_inputs(_clipped), MINIS),
-    CallFault("overflow beyond 8", "values", on_output(_overflow)),
-    CallFault("no class lost", "values", on_inputs(_labels_with_the_last_lost), CLASSES),
+    CallFault("latents clipped at 5", "values", on_inputs(_clipped), MINIS, words="latents that reach"),
+    CallFault("overflow beyond 8", "values", on_output(_overflow), words="NaN or Inf where the reference is finite"),
+    CallFault("no class lost", "values", on_inputs(_labels_with_the_last_lost), CLASSES, words="class [0-9]+"),
     # state
     CallFault("condition never refreshed", "state", kept(_always, key=lambda _: None), ALL),
     CallFault("condition kept per batch", "state", kept(_always), ALL),
     CallFault("refreshed by the first number", "state", kept(_first_number)),
     CallFault("refreshed by the first sample", "state", kept(_first_row)),
-    CallFault("refreshed by identity", "state", kept(_identical)),
+    CallFault("refreshed by identity", "state", kept(_identical), words="by the array, not by its numbers"),
     CallFault("refreshed by sums", "state", kept(_same_sums), ("dit_mini", "dit")),
-    CallFault("mask not compared", "state", kept(_same_but_masks), ("pixart_mini", "hunyuan")),
-    CallFault("refreshed by large changes", "state", kept(_nearly), ("pixart_mini",)),
+    CallFault(
+        "mask not compared",
+        "state",
+        kept(_same_but_masks),
+        ("pixart_mini", "hunyuan"),
+        KEPT,
+        words="masks are not compared",
+    ),
+    CallFault(
+        "refreshed by large changes",
+        "state",
+        kept(_nearly),
+        (*CAPTIONED, "hunyuan"),
+        KEPT,
+        words="while it is close to the one before",
+    ),
     CallFault("condition one call late", "state", OneCallLate),
-    CallFault("wrong from call 41 on", "state", partial(FromCall, first=41), ALL),
+    CallFault("wrong from call 41 on", "state", partial(FromCall, first=41), ALL, words="from call to call"),
     CallFault("drifting", "state", Drifting),
-    CallFault("one buffer for all results", "state", OneBuffer),
+    CallFault(
+        "one buffer for all results",
+        "state",
+        OneBuffer,
+        words="the result of another call is given|what an earlier call left is used",
+    ),
     CallFault("writes into its input", "state", _writes_into_its_input),
     CallFault("one slot for all threads", "threads", OneSlot, ALL),
 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from copy import deepcopy
 from dataclasses import dataclass, field, replace
 from functools import cache, cached_property
 from pathlib import Path
@@ -95,7 +96,14 @@ class Subject:
 
     def failures_of_calls(self, plant: Callable[[Run], Run]) -> dict[str, Gate]:
         """The gates that fail for a fault in how calls are answered. No layer is looked at: the graph is right."""
-        return self._failures(self.graph("stock"), [], GraphEngine(plant(self.engine.run)))
+        found = self.found
+        kept = deepcopy(
+            (found.case, found.calls, found.pools, found.special_calls)
+        )  # a fault may write into its inputs
+        try:
+            return self._failures(self.graph("stock"), [], GraphEngine(plant(self.engine.run)))
+        finally:
+            found.case, found.calls, found.pools, found.special_calls = kept
 
     def _failures(self, graph: LoweredGraph, layers: list[QuantizedLinear], engine: Engine | None) -> dict[str, Gate]:
         report = Report()

@@ -66,9 +66,20 @@ def _exchanged_weights(edit: GraphEdit) -> None:
     edit.change(names[1], lambda _: first)
 
 
+# Ops that sum codes -> which input is the zero point of the activation's.
+SUMS = {"MatMulIntegerToFloat": 4, "MatMulInteger": 2}
+
+
+def _sums(edit: GraphEdit, end: str) -> list[Any]:
+    """The sums of a layer's codes: one, or one for each part that codes of 8 bits are split into."""
+    start = f"{layer_of(edit, end)}/"
+    return some([node for node in edit.nodes(*SUMS) if node.output[0].startswith(start)], f"no sum of {end}")
+
+
 def _zero_point(edit: GraphEdit) -> None:
-    product = _product(edit, QUERY)
-    product.input[4] = edit.constant(np.asarray(edit.array(product.input[4]) + 1))
+    node = _sums(edit, QUERY)[0]
+    place = SUMS[node.op_type]
+    node.input[place] = edit.constant(np.asarray(edit.array(node.input[place]) + 1))
 
 
 def _product(edit: GraphEdit, end: str) -> Any:
@@ -79,7 +90,7 @@ def _product(edit: GraphEdit, end: str) -> Any:
 def _sum_off_by_one(edit: GraphEdit) -> None:
     """In one channel."""
     product = _product(edit, HIDDEN)
-    scales = edit.array(product.input[3])
+    scales = edit.array(next(name for name in product.input if name.endswith(".unit_scales")))
     step = np.zeros_like(scales)
     step[len(step) // 2] = scales[len(step) // 2]
     edit.route(product.output[0], Step("Add", (step,)))
@@ -105,19 +116,18 @@ def _truncating_quantizer(edit: GraphEdit) -> None:
 
 def _codes_of_the_neighbour(edit: GraphEdit) -> None:
     """Two tokens of one sample exchanged on the way into the sum."""
-    product = _product(edit, OUT)
-    codes = product.input[0]
-    first, second, rest = (
-        edit.apply(codes, Step("Slice", (np.array([start]), np.array([end]), np.array([1]))))
-        for start, end in ((0, 1), (1, 2), (2, 2**31))
-    )
-    product.input[0] = edit.apply(second, Step("Concat", (first, rest), {"axis": 1}))
+    for node in _sums(edit, OUT):
+        first, second, rest = (
+            edit.apply(node.input[0], Step("Slice", (np.array([start]), np.array([end]), np.array([1]))))
+            for start, end in ((0, 1), (1, 2), (2, 2**31))
+        )
+        node.input[0] = edit.apply(second, Step("Concat", (first, rest), {"axis": 1}))
 
 
 def _codes_of_another_layer(edit: GraphEdit) -> None:
     """A quantizer shared by mistake: the output projection reads what the queries did."""
-    product = _product(edit, OUT)
-    product.input[0] = _product(edit, QUERY).input[0]
+    for node, other in zip(_sums(edit, OUT), _sums(edit, QUERY), strict=True):
+        node.input[0] = other.input[0]
 
 
 def _floor_of_absmax(edit: GraphEdit) -> None:

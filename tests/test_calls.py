@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -19,6 +20,7 @@ from pipeline.calls import (
     ODD,
     ONE,
     STEADY_CALL,
+    SampleError,
     StateResult,
     call_errors,
     make_calls,
@@ -26,6 +28,8 @@ from pipeline.calls import (
     state_result,
 )
 from pipeline.picture_case import Case, make_case
+from pipeline.report import Gate
+from pipeline.verdict import FACTOR_DB, calls_gates
 from tests import tiny
 
 RECIPE = recipes.with_sampling(recipes.load("pixart_w4a6"), n_steps=3)
@@ -188,3 +192,35 @@ def test_a_mixed_up_engine_is_seen(engine: Any, where: str, zoo: tuple[models.Lo
     assert min(value for call, value in worst.items() if where in call) < 30
     if engine is not OneBuffer:  # whose results are one array, equal to itself
         assert state.unequal > 0 and state.where is not None
+
+
+# --- gates ----------------------------------------------------------------------------------------------------------
+
+
+def _gates(errors: list[SampleError], calls_quant_db: list[float], hit_calls_db: list[float]) -> dict[str, Gate]:
+    found, single = SimpleNamespace(calls_quant_db=calls_quant_db), SimpleNamespace(hit_calls_db=hit_calls_db)
+    return {gate.name: gate for gate in calls_gates("cpu", errors, found, single)}  # type: ignore[arg-type]
+
+
+def test_for_the_median_a_sample_counts_once_by_its_worst() -> None:
+    """Two of five samples come out at 20 dB, each once in many calls. Counted call by call the median would be 50."""
+    right = [SampleError(f"call {i}", 0, 50.0, LONGEST, row) for row in (0, 1) for i in range(20)]
+    wrong = [SampleError("call 9", 0, 20.0, LONGEST, row) for row in (0, 1)]
+    others = [SampleError("batch 3", 0, value, ODD, row) for row, value in enumerate((30.0, 40.0, 60.0))]
+    errors = [*right, *wrong, *others]
+    assert np.median([error.sqnr_db for error in errors]) == 50
+    gate = _gates(errors, [10.0] * 5, [45.0] * 5)["cpu/calls_median"]
+    assert gate.value == 30.0 and gate.limit == pytest.approx(45 - FACTOR_DB) and not gate.passed
+    assert "3 of 45 samples are wrong" in gate.why  # those below the limit, call by call
+
+
+def test_equal_rows_of_two_pools_are_two_samples() -> None:
+    errors = [SampleError("a call", 0, value, pool, 0) for pool, value in ((ONE, 20.0), (ODD, 40.0), (LONGEST, 60.0))]
+    gates = _gates(errors, [10.0] * 3, [50.0] * 3)
+    assert gates["cpu/calls_median"].value == 40.0 and gates["cpu/calls"].value == 20.0
+
+
+def test_one_sample_without_a_number_fails_both_gates() -> None:
+    errors = [SampleError("batch 2", i, value, LONGEST, i) for i, value in enumerate((50.0, 50.0, np.nan))]
+    for gate in _gates(errors, [10.0] * 3, [50.0] * 3).values():
+        assert np.isnan(gate.value) and not gate.passed and "1 of 3 samples are wrong" in gate.why

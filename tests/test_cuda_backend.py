@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -23,13 +24,14 @@ from pipeline import recipe as recipes
 from pipeline.backends import BACKENDS, cuda_run, lowering_file
 from pipeline.backends.base import Arrays, LoweredGraph
 from pipeline.backends.cuda_module import LoweredModule, run_step
+from pipeline.backends.cuda_overflow import find_overflow
 from pipeline.backends.cuda_run import Captured, CudaEngine, Part
 from pipeline.diffusers_adapter import EngineTransformer
 from pipeline.recipe import Cuda, Recipe
 from pipeline.report import Report
 from pipeline.study import Study, study
 from pipeline.verdict import end_gates
-from pipeline.verify import arithmetic_of, verify_target
+from pipeline.verify import arithmetic_of, verify, verify_target
 from plugins.gpu.operands import operand_bytes
 from tests import tiny
 
@@ -194,6 +196,40 @@ def test_tokens_are_half_and_timesteps_are_not(built: Built) -> None:
     assert sines and {types[name] for name in sines} == {torch.float32}
     gemms = [step.outputs[0] for step in module.steps if step.name.endswith(("to_q", "to_out.0", "net.2"))]
     assert gemms and {types[name] for name in gemms} == {torch.float16}
+
+
+# The name of a parameter -> what makes the numbers behind it too large for FP16.
+LARGE = {"1.attn1.to_v": ("output of .*1.attn1.to_q.*", 4e4), "1.ff.net.2": ("output of .*1.ff.net.2", 1e5)}
+
+
+@pytest.mark.parametrize("part", LARGE)
+def test_a_number_beyond_fp16_is_named_with_its_layer(part: str, tmp_path: Path) -> None:
+    words, size = LARGE[part]
+    model = models.load(str(tiny.folder("dit", tmp_path, half=False)))
+    linear = next(ref.module for ref in model.linears() if ref.name.endswith(part))
+    linear.weight.copy_(linear.weight.sign() * size)
+    layers = tiny.quantized(model, granularity="exact_group")
+    export_portable(model, layers, tmp_path / "model.onnx")
+    chosen = {"name": "tiny", "model": model.source, "sampling": {"n_steps": 2}, "cuda": {"activations": "fp16"}}
+    recipe = recipes.from_dict(chosen, "test")
+    (tmp_path / "cuda").mkdir()
+    lowered = BACKEND.lower(tmp_path / "model.onnx", tmp_path / "cuda", recipe)
+    report = verify(model, layers, {"cuda": lowered}, {}, recipe, tmp_path / "report")
+    gate = next(gate for gate in report.gates if gate.name == "cuda/fp16_range")
+    assert not gate.passed and re.search(f"in step 1: FP16 overflow: the {words} reaches .*FP16 holds 65504", gate.why)
+    single = verify(
+        model, layers, {"cuda": lowered}, {}, replace(recipe, cuda=Cuda(activations="fp32")), tmp_path / "2"
+    )
+    assert "cuda/fp16_range" not in {gate.name for gate in single.gates}
+
+
+def test_numbers_within_fp16_pass(built: Built) -> None:
+    """Random inputs, and those that are too large from the start."""
+    inputs = random_inputs(ir.load(built.lowered.path).graph)
+    assert find_overflow(built.lowered.path, {"a call": inputs}) is None
+    large = inputs | {"hidden_states": inputs["hidden_states"] * np.float32(1e6)}
+    where = find_overflow(built.lowered.path, {"a call": inputs, "another": large})
+    assert where is not None and where[0] == "another" and "an input reaches" in str(where[1])
 
 
 def test_auto_expands_where_a_call_has_many_tokens(built: Built, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,6 +3,7 @@ by the gate that is meant to catch them; the graphs without a fault pass all gat
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -66,6 +67,8 @@ def test_a_fault_in_the_graph_is_caught(name: str, fault: GraphFault, subjects: 
 def test_a_fault_in_the_calls_is_caught(name: str, fault: CallFault, subjects: Subjects) -> None:
     failed = subjects.subject(name).failures_of_calls(fault.plant)
     assert fault.caught_by & set(failed), f"{fault.name}: only {sorted(failed)} failed"
+    said = " ".join(gate.why for key, gate in failed.items() if key in fault.caught_by | {"repeats"})
+    assert re.search(fault.said, said), f"{fault.name}: the gates say {said}"
 
 
 def test_a_right_engine_answers_all_calls(subjects: Subjects) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from contextlib import nullcontext
 from pathlib import Path
@@ -12,19 +13,23 @@ import numpy as np
 import pytest
 import torch
 
+from benchmarks import record
 from export import models
 from export.errors import ContractError
 from pipeline.calls import SampleError
 from pipeline.gates import LinearProbe
 from pipeline.segments import (
+    JITTER_ULPS,
     LIMIT,
     PART_LIMIT,
+    SHARED_LIMIT,
     SegmentCheck,
     SegmentReference,
     diagnose,
     errors_over_limits,
     judge,
     operations_jittered,
+    shared_over_limits,
 )
 from pipeline.verdict import ROUNDED_DB, calls_gates
 from pipeline.walk import OUTPUT, Stop, Walk, stopping_module, tensors_of
@@ -249,3 +254,63 @@ def test_a_linear_that_is_never_called_is_refused(tmp_path: Path) -> None:
     reference.layers = (*reference.layers, "transformer_blocks.9.ff")
     with pytest.raises(ContractError, match=r"transformer_blocks.9.ff: the model calls it 0 times"):
         reference.order(inputs)
+
+
+def test_the_measured_margins_are_those_of_these_limits() -> None:
+    """benchmarks.segment_margins writes them; the comments beside the limits say how near right engines come."""
+    document = json.loads((record.RESULTS / "segment_margins.json").read_text(encoding="utf-8"))
+    assert document["limits"] == {
+        "LIMIT": LIMIT, "PART_LIMIT": PART_LIMIT, "SHARED_LIMIT": SHARED_LIMIT, "JITTER_ULPS": JITTER_ULPS
+    }  # fmt: skip
+    assert {row["target"] for row in document["rows"]} == {"cpu-stock", "cpu-native", "rtx", "cuda", "onnx"}
+    assert all(row["ratio"] < 0.54 for row in document["rows"])
+
+
+# --- what all numbers share -----------------------------------------------------------------------------------------
+
+HALF_NOISE = 3e-4  # of attention in FP16: a few roundings
+
+
+def _relative(rng: np.random.Generator, exact: Any, shape: tuple[int, ...], size: float = HALF_NOISE) -> Any:
+    return exact * rng.standard_normal(shape) * size
+
+
+def test_noise_of_fp16_shares_nothing_whatever_it_is_made_of() -> None:
+    """Each number rounds alone, or with all of its token, or with all of its channel, or with all of its sample."""
+    rng = np.random.default_rng(0)
+    exact = rng.standard_normal((3, 64, 128)) + 0.5
+    for own, of_passes in (
+        ((3, 64, 128), (4, 3, 64, 128)),
+        ((3, 64, 1), (4, 3, 64, 1)),
+        ((3, 1, 128), (4, 3, 1, 128)),
+        ((3, 1, 1), (4, 3, 1, 1)),
+    ):
+        noise = _relative(rng, exact, of_passes)
+        assert shared_over_limits(exact, _relative(rng, exact, own), noise).max() < 0.6
+
+
+@pytest.mark.parametrize("factor", [1.001, 0.999])
+def test_a_factor_far_below_the_rounding_of_fp16_shows(factor: float) -> None:
+    rng = np.random.default_rng(0)
+    exact = rng.standard_normal((3, 64, 128))
+    noise, right = (_relative(rng, exact, shape) for shape in ((4, 3, 64, 128), exact.shape))
+    wrong = right + (factor - 1) * exact
+    assert errors_over_limits(exact, wrong, noise).max() < 1 < shared_over_limits(exact, wrong, noise)[0].min()
+    assert diagnose(exact, wrong * 0.3 + 0.7 * (factor - 1) * exact, shared=True).startswith("all numbers times")
+
+
+def test_an_offset_far_below_the_rounding_of_fp16_shows() -> None:
+    rng = np.random.default_rng(0)
+    exact = rng.standard_normal((3, 64, 128))
+    noise, wrong = _relative(rng, exact, (4, 3, 64, 128)), _relative(rng, exact, exact.shape)
+    wrong[1] += 1e-3
+    assert errors_over_limits(exact, wrong, noise).max() < 1
+    assert (shared_over_limits(exact, wrong, noise)[1] > 1).tolist() == [False, True, False]
+
+
+def test_operations_that_err_to_one_side_are_no_factor() -> None:
+    """Of float32: two units in each of a few operations in a row, beside nearly no noise."""
+    exact = np.random.default_rng(0).standard_normal((1, 64, 128))
+    assert shared_over_limits(exact, exact * 16 * 2.0**-24, np.zeros((4, 1, 64, 128))).max() < 1
+    assert shared_over_limits(exact, exact * 128 * 2.0**-24, np.zeros((4, 1, 64, 128))).max() > 1
+    assert shared_over_limits(0 * exact, 0 * exact, np.zeros((4, 1, 64, 128))).max() == 0

@@ -19,6 +19,7 @@ from pipeline import probing
 from pipeline import recipe as recipes
 from pipeline.backends import BACKENDS
 from pipeline.backends.base import LoweredGraph
+from pipeline.call_patterns import PROMPTED, UNPROMPTED
 from pipeline.conditioning import from_dict
 from pipeline.gates import (
     ROUNDING,
@@ -34,7 +35,7 @@ from pipeline.probing import ProbedGraph
 from pipeline.reference_hooks import Comparison, Recorder, half_parts, hooked, jittered
 from pipeline.report import Gate, read_json
 from pipeline.study import Realisations, StepErrors, Study, layer_input_db
-from pipeline.verdict import FACTOR_DB, ROUNDED_DB, end_gates, quantization_gates
+from pipeline.verdict import FACTOR_DB, NOT_IN_STEPS, ROUNDED_DB, end_gates, quantization_gates
 from pipeline.verify import verify
 from tests import tiny
 from tests.hand_lowered import linear, lower
@@ -252,6 +253,28 @@ def test_runs_of_the_reference_that_overflow_give_no_limit() -> None:
     gates = _gates(_study([50, math.nan, 50, 50]), [50] * 4)
     assert gates["step_sqnr_db"].limit == pytest.approx(20 * math.log10(11)) and gates["step_sqnr_db"].passed
     assert "overflow" in gates["step_sqnr_db"].why
+
+
+def test_pictures_that_are_wrong_where_steps_are_right_say_so() -> None:
+    gate = _gates(_study([50, 60, 70, 70]), [50, 60, 70, 70], image_error=0.2)["final_psnr_db"]
+    assert not gate.passed and NOT_IN_STEPS in gate.why
+    assert "2 of 2 samples are wrong" in gate.why and "all numbers times 1.2" in gate.why
+    both = _gates(_study([22] * 4), [19] * 4, image_error=0.2)["final_psnr_db"]
+    assert not both.passed and NOT_IN_STEPS not in both.why
+
+
+def test_a_wrong_step_says_which_and_for_whom() -> None:
+    found, rng = _study([50] * 8, n_steps=4), np.random.default_rng(0)
+    found.case = replace(found.case, noise=found.case.noise[:1], guidance_scale=2.0)
+    found.exact = [rng.standard_normal((2, 3, 4, 4)) for _ in range(4)]
+    times = [np.full(2, 1000.0 - 250 * step, np.float32) for step in range(4)]
+    found.calls = [{"hidden_states": np.zeros((2, 3, 4, 4), np.float32), "timestep": time} for time in times]
+    outputs = iter([{"sample": exact * (1 if step < 3 else 1.1)} for step, exact in enumerate(found.exact)])
+    errors = found.errors(lambda _: next(outputs))
+    assert [error.traits.setting for error in errors.samples[:2]] == [PROMPTED, UNPROMPTED]
+    gate = end_gates("cpu", errors, found.images["reference"][:0], found, found.float32["fp32"])[0]
+    assert not gate.passed and "2 of 8 samples are wrong: those of step 4 or timestep 250" in gate.why
+    assert gate.why.endswith("all numbers times 1.1: a factor is wrong")
 
 
 def test_quantization_gates_use_the_budgets() -> None:

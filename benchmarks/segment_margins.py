@@ -1,0 +1,94 @@
+"""How near right engines come to the limits of the gate `segments`: `python -m benchmarks.segment_margins`.
+
+For each bundled model with its recipe, and each target, the largest ratio of an error to its limit over all stretches
+and calls that a verification looks at. Weights are rounded to nearest: what lies between quantized linears does not
+depend on how their weights were found. Writes benchmarks/results/segment_margins.json; takes some minutes on one core.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import tempfile
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from benchmarks import record
+from export import models
+from export.models import LoadedModel
+from export.to_onnx import export_portable
+from pipeline import recipe as recipes
+from pipeline import segments
+from pipeline.backends import BACKENDS
+from pipeline.backends.base import LoweredGraph
+from pipeline.calibrate import calibrate
+from pipeline.effort import Effort
+from pipeline.recipe import Cpu, Recipe
+from pipeline.report import Report
+from pipeline.study import Study, study
+from pipeline.verify import arithmetic_of, verify_target
+
+logger = logging.getLogger(__name__)
+# Bundled model -> its recipe, and targets that are proven by their lowered graphs; GPU kernels refuse the multipliers
+# of dit_w4a8.
+MODELS = {"pixart_mini": ("pixart_w4a6", ("rtx", "cuda", "onnx")), "dit_mini": ("dit_w4a8", ("rtx", "onnx"))}
+STEPS = 4
+
+
+def main() -> None:
+    """Measure and write."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", choices=sorted(MODELS), action="append", help="default: all")
+    parser.add_argument("-o", "--output", type=Path, default=record.RESULTS, help="folder of the result")
+    arguments = parser.parse_args()
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    rows = [row for name in arguments.model or MODELS for row in model_rows(name)]
+    limits = {key: getattr(segments, key) for key in ("LIMIT", "PART_LIMIT", "SHARED_LIMIT", "JITTER_ULPS")}
+    path = record.write("segment_margins", {"limits": limits, "steps": STEPS, "rows": rows}, arguments.output)
+    logger.info("wrote %s", path)
+
+
+def model_rows(name: str) -> Iterator[dict[str, Any]]:
+    """One row for each target of a bundled model."""
+    model = models.load(f"zoo:{name}")
+    recipe_name, others = MODELS[name]
+    recipe = recipes.with_settings(recipes.load(recipe_name), ["method=rtn", f"sampling.n_steps={STEPS}"])
+    with tempfile.TemporaryDirectory() as folder:
+        root = Path(folder)
+        layers = calibrate(model, recipe, root / "calibrate")
+        portable = root / "model.onnx"
+        export_portable(model, layers, portable, recipe.sampling.height, recipe.sampling.width)
+        found = study(model, layers, recipe, {"fp32", recipe.rtx.attention})
+        for label, target, chosen in targets(recipe, others):
+            (root / label).mkdir()
+            graph = BACKENDS[target].lower(portable, root / label, chosen)
+            arithmetic = arithmetic_of(target, chosen, runs=False)
+            row = measured(target, model, layers, graph, found, arithmetic)
+            yield {"model": name, "target": label, "arithmetic": arithmetic, **row}
+
+
+def targets(recipe: Recipe, others: Sequence[str]) -> Iterator[tuple[str, str, Recipe]]:
+    """(label, target, recipe): both paths of `cpu`, then `others`."""
+    for path in ("stock", "native"):
+        yield f"cpu-{path}", "cpu", replace(recipe, cpu=Cpu(path))
+    for target in others:
+        yield target, target, recipe
+
+
+def measured(
+    target: str, model: LoadedModel, layers: Any, graph: LoweredGraph, found: Study, arithmetic: str
+) -> dict[str, Any]:
+    """The worst stretch of a lowered graph."""
+    report, probed = Report(), found.probed
+    effort = Effort((0,), probed, 0, special=(1, 2, 3))
+    verify_target(target, model, layers, graph, None, found, report, arithmetic, effort)
+    worst = max(report.segments, key=lambda row: row.error)
+    logger.info("%s %s: %.3f of the limit, up to %s in %s", model.source, target, worst.error, worst.layer, worst.call)
+    stretches = len(report.segments)
+    return {"ratio": worst.error, "layer": worst.layer, "call": worst.call, "stretches": stretches}
+
+
+if __name__ == "__main__":
+    main()
