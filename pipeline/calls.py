@@ -10,7 +10,7 @@ import math
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from threading import Barrier
+from threading import Barrier, BrokenBarrierError
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -35,6 +35,7 @@ from pipeline.call_patterns import (
 from pipeline.gates import sqnr_db
 from pipeline.picture_case import Case, Run, is_large
 from pipeline.sampling import TRAIN_STEPS, make_sampler, take_samples
+from pipeline.side_by_side import raise_if_stopped
 
 if TYPE_CHECKING:
     from export.families import Input
@@ -241,11 +242,12 @@ def state_result(
 ) -> StateResult:
     """Calls whose results may depend on those before: a condition changed at an equal batch size (in one sample, in
     all, in place, in its mask alone, a little), NaN in one sample, which must be all that sample gives and stay in it,
-    the STEADY_CALL-th call (`made` of them so far), two threads at once.
+    the STEADY_CALL-th call (`made` of them so far) or the next after more, two threads at once.
 
     Each is made twice at least. Equal calls have no reason to differ in any bit, so no flipped code hides a fault here.
     """
     single, pair, *_ = calls
+    run = counted = _Counted(run, made)
     first, second, third = pair.rows[0], pair.rows[1], len(pools[pair.pool]["timestep"]) - 1
     orders = (first, second), (first, third), (second, third), (third, first)
     changed = [rows_of(pair.pool, rows, pools[pair.pool], model.shared) for rows in orders]
@@ -278,9 +280,10 @@ def state_result(
     after_another = _unequal(run(near)["sample"], after_its_like)
 
     alone = run(single.inputs)["sample"]
-    for _ in range(made + len(changed) + 11, STEADY_CALL - 1):
+    while counted.count < STEADY_CALL - 1:
         run(single.inputs)
-    repeats.append((single.for_(STEADY, f"call {STEADY_CALL}"), run(single.inputs)["sample"], alone))
+    steady = single.for_(STEADY, f"call {counted.count + 1}")
+    repeats.append((steady, run(single.inputs)["sample"], alone))
 
     threads = [call.for_(THREADS, f"{pair.text}, {THREADS}") for call in changed[2:]]
     for call, several, earlier in zip(threads, _at_once(threads, run), outputs[2:], strict=True):
@@ -293,6 +296,18 @@ def state_result(
     errors = [error for call, output in answers for error in sample_errors(call, exact, output)]
     where = next((text for text, count in unequal if count), None)
     return StateResult(errors, sum(count for _, count in unequal), where)
+
+
+class _Counted:
+    """A denoiser that counts its calls, `count` made before it was wrapped."""
+
+    def __init__(self, run: Run, count: int) -> None:
+        self._run, self.count = run, count
+
+    def __call__(self, inputs: Arrays) -> Arrays:
+        raise_if_stopped()
+        self.count += 1
+        return self._run(inputs)
 
 
 def _nearly_the_same(model: LoadedModel, inputs: Arrays) -> Arrays:
@@ -320,15 +335,26 @@ def _unequal(output: NDArray[Any], earlier: NDArray[Any]) -> int:
 
 
 def _at_once(calls: Sequence[Call], run: Run) -> list[list[NDArray[Any]]]:
-    """Outputs of callers of one batch size with conditions of their own, who all call at once, THREAD_ROUNDS times."""
+    """Outputs of callers of one batch size with conditions of their own, who all call at once, THREAD_ROUNDS times.
+
+    Raises what a call raises.
+    """
     together = Barrier(len(calls))
 
     def repeat(call: Call) -> list[NDArray[Any]]:
         outputs = []
         for _ in range(THREAD_ROUNDS):
             together.wait()
-            outputs.append(run(call.inputs)["sample"])
+            try:
+                outputs.append(run(call.inputs)["sample"])
+            except BaseException:
+                together.abort()  # nobody waits for this thread any more
+                raise
         return outputs
 
     with ThreadPoolExecutor(len(calls)) as threads:
-        return list(threads.map(repeat, calls))
+        results = [threads.submit(repeat, call) for call in calls]
+    errors = [error for result in results if (error := result.exception()) is not None]
+    if errors:
+        raise next((error for error in errors if not isinstance(error, BrokenBarrierError)), errors[0])
+    return [result.result() for result in results]

@@ -17,9 +17,12 @@ from pipeline.backends import PORTABLE
 # Of the portable model of a small model: pictures of its own trajectory, and every how many steps are compared.
 PICTURES, EVERY = 1, 3
 BATCHES = tuple(size for size, _ in calls.BATCHES)
-# Batches of the special calls whose inner tensors are looked at. The samples of 3 are among those of 9, which take more
-# memory and time: of a large model and of the portable one the 3 are looked at, else the 9.
-INSIDE, FEW_INSIDE = (1, 2, 9), (1, 2, 3)
+# Batches of the special calls whose inner tensors are looked at: samples of every pool. Those of 2 are among those of
+# 9, which take more memory and time: of the portable model the 2 are looked at, else the 9.
+INSIDE, FEW_INSIDE = (1, 3, 9), (1, 2, 3)
+# The same of a large model: what is not among the samples of a step, whose captions have the length of the prompts. Its
+# portable model makes no other special calls.
+LARGE_INSIDE = (1, 3)
 
 
 @dataclass(frozen=True)
@@ -40,16 +43,17 @@ def effort_for(target: str, n_steps: int, probed: tuple[int, ...], pictures: int
     """What is run of `target`, out of all steps, the steps `probed` and `pictures`; `large`: the model is.
 
     >>> effort_for("cpu", 4, (0, 3), 4, large=False)
-    Effort(steps=(0, 1, 2, 3), probed=(0, 3), pictures=4, special=(1, 2, 3, 9), inside=(1, 2, 9), state=True)
+    Effort(steps=(0, 1, 2, 3), probed=(0, 3), pictures=4, special=(1, 2, 3, 9), inside=(1, 3, 9), state=True)
     >>> effort_for("onnx", 8, (0, 7), 1, large=True)
-    Effort(steps=(0, 7), probed=(7,), pictures=0, special=(1, 2), inside=(), state=False)
+    Effort(steps=(0, 7), probed=(7,), pictures=0, special=(1, 3), inside=(), state=False)
     """
     if target != PORTABLE:
-        return Effort(tuple(range(n_steps)), probed, pictures, inside=FEW_INSIDE if large else INSIDE)
-    last = (probed[-1],)
+        looked_at, inside = (probed[-1:], LARGE_INSIDE) if large else (probed, INSIDE)
+        return Effort(tuple(range(n_steps)), looked_at, pictures, inside=inside)
+    last = probed[-1:]
     if large:
         ends = tuple(sorted({probed[0], probed[-1]}))
-        return Effort(ends, last, 0, special=(1, 2), inside=(), state=False)
+        return Effort(ends, last, 0, special=LARGE_INSIDE, inside=(), state=False)
     steps = tuple(sorted({*range(0, n_steps, EVERY), *probed}))
     return Effort(steps, last, min(PICTURES, pictures), inside=FEW_INSIDE)
 
@@ -58,13 +62,13 @@ def note(target: str, effort: Effort, n_steps: int, probed: tuple[int, ...], pic
     """What a report says where less was run than can be; "" where it was not."""
     if effort == Effort(tuple(range(n_steps)), probed, pictures):
         return ""
-    if target != PORTABLE:
-        left = ", ".join(str(size) for size in INSIDE if size not in effort.inside)
-        return f"{target}: large model, calls of batch {left} are compared by their outputs alone"
-    drawn = f"{effort.pictures} of {pictures} pictures" if effort.pictures else "no picture"
+    largest = f"calls of batch {' and '.join(str(size) for size in BATCHES if size not in effort.inside)}"
     looked = f"linears in {len(effort.probed)} of {len(probed)} steps"
+    if target != PORTABLE:
+        return f"{target}: large model, {looked}; {largest} are compared by their outputs alone"
+    drawn = f"{effort.pictures} of {pictures} pictures" if effort.pictures else "no picture"
     text = f"{target}: compared in {len(effort.steps)} of {n_steps} steps, {looked}, {drawn}: it is slow"
     if effort.special == BATCHES:
-        return text
+        return f"{text}; {largest} are compared by their outputs alone"
     sizes = " and ".join(map(str, effort.special))
     return f"{text}; of the calls that drawing does not make, batches {sizes}, by their outputs; none for what is kept"

@@ -7,23 +7,34 @@ numbers at the same places but by chance.
 
 from __future__ import annotations
 
+from functools import cache
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     import torch
 
-# A table holds this many times the numbers of the largest tensor, so that slices hardly overlap, and at least SMALLEST.
-SPARE, SMALLEST = 2, 2**18
+# Numbers of the table: those of the hidden layer of 900 tokens at true size, 16 MiB. A larger tensor gets them again.
+NUMBERS = 2**22
+# Of the table, apart from the seeds that runs have: a run's own draws have nothing to do with it.
+TABLE_SEED = 2**40 + 1
 
 
-class NoiseTable:
-    """Numbers uniform in [-1, 1) from one seed."""
+@cache
+def _table(dtype: torch.dtype) -> torch.Tensor:
+    """[2 * NUMBERS], uniform in [-1, 1): the numbers twice, so that a slice of NUMBERS may begin anywhere."""
+    import torch
+
+    numbers = torch.rand(NUMBERS, generator=torch.Generator().manual_seed(TABLE_SEED), dtype=dtype) * 2 - 1
+    return numbers.repeat(2)
+
+
+class Noise:
+    """Numbers uniform in [-1, 1) for one run, from its seed."""
 
     def __init__(self, seed: int) -> None:
         import torch
 
         self._generator = torch.Generator().manual_seed(seed)
-        self._numbers = torch.empty(0)
 
     def moved(self, value: torch.Tensor, size: torch.Tensor, factor: float) -> torch.Tensor:
         """value + factor * size * noise, for value and size of one shape and one float type."""
@@ -35,8 +46,7 @@ class NoiseTable:
     def _slice(self, count: int, dtype: torch.dtype) -> torch.Tensor:
         import torch
 
-        if len(self._numbers) < max(SPARE * count, SMALLEST) or self._numbers.dtype != dtype:
-            size = max(SPARE * count, SMALLEST)
-            self._numbers = torch.rand(size, generator=self._generator, dtype=dtype) * 2 - 1
-        first = int(torch.randint(len(self._numbers) - count + 1, (), generator=self._generator))
-        return self._numbers[first : first + count]
+        first = int(torch.randint(NUMBERS, (), generator=self._generator))
+        if count <= NUMBERS:
+            return _table(dtype)[first : first + count]
+        return _table(dtype)[first : first + NUMBERS].repeat(-(-count // NUMBERS))[:count]

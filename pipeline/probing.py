@@ -43,9 +43,12 @@ def tensor_names(row: ProbeRow) -> tuple[str, ...]:
 class ProbedGraph:
     """A lowered graph that can be asked for the inner tensors of its quantized linears."""
 
-    def __init__(self, lowered: LoweredGraph) -> None:
-        """Reads the graph without its weights. Raises ContractError if its external data is missing or cut short."""
-        self.path = lowered.path
+    def __init__(self, lowered: LoweredGraph, threads: int | None = None) -> None:
+        """Reads the graph without its weights. Raises ContractError if its external data is missing or cut short.
+
+        threads: of each operation, see `machine.threads`.
+        """
+        self.path, self._threads = lowered.path, machine.threads(threads)
         self.rows = {row.layer: row for row in lowered.probes}
         self.model = read_graph(self.path)
         nodes = self.model.graph.node
@@ -85,7 +88,7 @@ class ProbedGraph:
         """The graph as it is, run by onnxruntime: stands in for an engine that this machine cannot run. The function
         may be called from any number of threads. Its calls raise RecipeError for inputs that do not fit."""
         with runtime_errors(self.path):
-            session = open_session(self.model, self.path.parent)
+            session = open_session(self.model, self.path.parent, self._threads)
         names, declared = [output.name for output in session.get_outputs()], feeds.of_session(session)
 
         def run(inputs: Arrays) -> Arrays:
@@ -104,7 +107,7 @@ class ProbedGraph:
         del changed.graph.output[:]  # what only other outputs need is then not computed
         changed.graph.output.extend(onnx.ValueInfoProto(name=name) for name in wanted)
         with runtime_errors(self.path):
-            session = open_session(changed, self.path.parent)
+            session = open_session(changed, self.path.parent, self._threads)
         del changed
         results: list[Arrays] = []
         for call in calls:
@@ -137,7 +140,7 @@ class ProbedGraph:
         del changed.graph.node[:]
         changed.graph.node.extend(nodes)
         with runtime_errors(self.path):
-            session = open_session(changed, self.path.parent)
+            session = open_session(changed, self.path.parent, self._threads)
 
         def run(arrays: Mapping[str, NDArray]) -> Arrays:
             known = {value.name for value in session.get_inputs()}
@@ -231,7 +234,7 @@ def _rows(tensor: NDArray) -> NDArray:
     return tensor.reshape(-1, tensor.shape[-1])
 
 
-def open_session(model: onnx.ModelProto, folder: Path) -> Any:
+def open_session(model: onnx.ModelProto, folder: Path, threads: int | None = None) -> Any:
     """onnxruntime session of a graph without its weights, which lie in `folder`.
 
     Basic optimizations only: the extended ones break FP8 QDQ pairs. No constant folding: it would hold every 8-bit
@@ -248,7 +251,7 @@ def open_session(model: onnx.ModelProto, folder: Path) -> Any:
     options.enable_cpu_mem_arena = options.enable_mem_pattern = False
     options.add_session_config_entry(FOLDER_OPTION, str(folder.resolve()))
     options.add_session_config_entry("session.force_spinning_stop", "1")
-    options.intra_op_num_threads = machine.threads()
+    options.intra_op_num_threads = machine.threads(threads)
     if any(node.domain == NATIVE for node in model.graph.node):
         library.register(options)
     return onnxruntime.InferenceSession(

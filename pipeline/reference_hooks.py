@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.gates import ROUNDING, ratio_db
-from pipeline.noise import NoiseTable
+from pipeline.noise import Noise
 from pipeline.passes.lower_rtx_kept import LARGE_ELEMENTS
 
 
@@ -63,7 +63,7 @@ class Comparison:
 def jittered(module: Any, seed: int, ulps: float) -> Iterator[None]:
     """Move every quantizer's input by up to `ulps`: of the number itself, and of its row's root mean square (what
     an error made before a cancellation leaves)."""
-    noise = NoiseTable(seed)
+    noise = Noise(seed)
 
     def move(part: Any, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
         x = arguments[0]

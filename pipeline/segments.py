@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -20,7 +21,7 @@ from numpy.typing import NDArray
 from export.errors import ContractError
 from pipeline.backends.base import Arrays
 from pipeline.gates import HALF_ROUNDING, ROUNDING, LinearProbe
-from pipeline.noise import NoiseTable
+from pipeline.noise import Noise
 from pipeline.reference_hooks import ARITHMETICS
 from pipeline.report import SegmentResult
 from pipeline.walk import OUTPUT, Stop, Walk, stopping_module, tensors_of
@@ -125,6 +126,7 @@ class SegmentCheck:
         self._walks = {text: reference.walks(inputs, arithmetic) for text, inputs in calls.items()}
         self._stops: dict[str, list[Stop]] = {}
         self.results: list[SegmentResult] = []
+        self._read: list[NDArray[Any]] = []  # what was judged last, which is kept so that its memory is not used again
 
     def __enter__(self) -> SegmentCheck:
         self._stops = {text: [walk.start() for walk in walks] for text, walks in self._walks.items()}
@@ -147,11 +149,19 @@ class SegmentCheck:
         self._judge(OUTPUT, outputs)
 
     def _judge(self, layer: str, tensors: Sequence[NDArray[Any]]) -> None:
-        rows = []
+        read = [*tensors, *(stop.x for stops in self._stops.values() for stop in stops)]
+        if self.results and all(map(_same_memory, read, self._read)):  # q, k and v read one tensor after the other
+            self.results.append(replace(self.results[-1], layer=layer))
+            return
+        self._read, rows = read, list[SegmentResult]()
         for (text, stops), tensor in zip(self._stops.items(), tensors, strict=True):
             assert {stop.layer for stop in stops} == {layer}, f"the module stands at {stops[0].layer}, not at {layer}"
             rows.append(judge(self._target, text, stops, tensor, self._halved))
         self.results.append(max(rows, key=lambda row: row.error))
+
+
+def _same_memory(one: NDArray[Any], other: NDArray[Any]) -> bool:
+    return one.shape == other.shape and one.__array_interface__["data"] == other.__array_interface__["data"]
 
 
 # --- one stretch ----------------------------------------------------------------------------------------------------
@@ -190,12 +200,13 @@ def errors_over_limits(exact: Array, difference: Array, noise: Array) -> Array:
     sample's, or the whole sample's relative noise for numbers of its size, whichever is most: a few passes may meet by
     chance.
     """
-    whole_noise, whole = _rms(noise, (0, 2, 3)), _rms(exact, (1, 2))  # [B]
-    ratios = [_ratio(_rms(difference, (1, 2)), whole_noise) / LIMIT]
+    squares = np.square(exact), np.square(difference), np.einsum("rbij,rbij->bij", noise, noise) / len(noise)
+    whole, whole_difference, whole_noise = (np.sqrt(np.mean(square, (1, 2))) for square in squares)  # [B]
+    ratios = [_ratio(whole_difference, whole_noise) / LIMIT]
     for axis in (1, 2):  # columns, rows
-        of_size = _ratio(whole_noise, whole)[:, None] * np.maximum(_rms(exact, axis), whole[:, None])
-        part_noise = np.maximum(_rms(noise, (0, axis + 1)), of_size)
-        ratios.append(_ratio(_rms(difference, axis), part_noise).max(axis=1) / PART_LIMIT)
+        of_exact, of_difference, of_noise = (np.sqrt(np.mean(square, axis)) for square in squares)
+        of_size = _ratio(whole_noise, whole)[:, None] * np.maximum(of_exact, whole[:, None])
+        ratios.append(_ratio(of_difference, np.maximum(of_noise, of_size)).max(axis=1) / PART_LIMIT)
     largest: Array = np.max(ratios, axis=0)
     return largest
 
@@ -209,7 +220,7 @@ def shared_over_limits(exact: Array, difference: Array, noise: Array) -> Array:
     whole, power = _rms(exact, (1, 2)), np.mean(np.square(exact), (1, 2))  # [B]
     deviation = _ratio(_rms(noise, (0, 2, 3)), whole) / np.sqrt(min(exact.shape[1:]))
     sums = np.mean(exact * difference, (1, 2)), np.mean(difference, (1, 2))
-    of_passes = np.mean(exact * noise, (2, 3)), np.mean(noise, (2, 3))  # [runs, B]
+    of_passes = np.einsum("bij,rbij->rb", exact, noise) / exact[0].size, np.mean(noise, (2, 3))  # [runs, B]
     errors = []
     for value, passes, unit in zip(sums, of_passes, (power, whole), strict=True):
         spread = np.maximum(_ratio(_rms(passes, 0), unit), deviation)
@@ -277,7 +288,8 @@ def operations_jittered(seed: int, ulps: float) -> Iterator[None]:
     import torch
     from torch.utils._python_dispatch import TorchDispatchMode
 
-    generator, noise = torch.Generator().manual_seed(seed), NoiseTable(seed)
+    noise = Noise(seed)
+    generator = torch.Generator().manual_seed(seed + REALISATIONS)  # its own: the two must not move together
 
     def moved(value: Any, extra: Any) -> Any:
         if not isinstance(value, torch.Tensor) or value.dtype != torch.float32:

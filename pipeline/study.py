@@ -150,7 +150,11 @@ class Study:
 
 
 def study(
-    model: LoadedModel, layers: Sequence[QuantizedLinear], recipe: Recipe, arithmetics: Collection[str] = ("fp32",)
+    model: LoadedModel,
+    layers: Sequence[QuantizedLinear],
+    recipe: Recipe,
+    arithmetics: Collection[str] = ("fp32",),
+    threads: int | None = None,
 ) -> Study:
     """Run float64 reference, float32 realisations and float model; of a large model one after the other, each freed
     before the next.
@@ -186,7 +190,7 @@ def study(
 
     runs: list[Callable[[], None]] = [partial(realise, arithmetic) for arithmetic in sorted(set(arithmetics))]
     runs.append(run_float)
-    side_by_side(runs, 1 if is_large(model) else machine.threads())
+    side_by_side(runs, 1 if is_large(model) else machine.threads(threads))
     return found
 
 

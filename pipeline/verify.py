@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -24,7 +24,7 @@ from pipeline.backends.feeds import TooLargeError
 from pipeline.calls import call_errors, state_result
 from pipeline.effort import Effort, effort_for, note
 from pipeline.extremes import extreme_results
-from pipeline.gates import LinearCheck, LinearProbe, activation_oracle, check_linear
+from pipeline.gates import ActivationOracle, LinearCheck, LinearProbe, activation_oracle, check_linear
 from pipeline.picture_case import Case, Run, is_large
 from pipeline.probing import ProbedGraph
 from pipeline.progress import track
@@ -70,21 +70,28 @@ def verify(
     engines: Mapping[str, Engine],
     recipe: Recipe,
     out_dir: Path,
+    threads: int | None = None,
 ) -> Report:
     """All gates of design: `layers` are what every engine must compute. Writes the report's files into `out_dir`.
 
     A target of `lowered` without an entry in `engines` is judged by its lowered graph in onnxruntime, and the report
-    says so. Raises ContractError where a lowered graph cannot be read at all.
+    says so. threads: how many to use, see `machine.threads`; targets of a small model are judged side by side. Raises
+    ContractError where a lowered graph cannot be read at all.
     """
     from pipeline.report_page import write_page
 
     arithmetics = {target: arithmetic_of(target, recipe, target in engines) for target in lowered}
-    found = study(model, layers, recipe, _studied(arithmetics.values()))
+    threads = machine.threads(threads)
+    found = study(model, layers, recipe, _studied(arithmetics.values()), threads)
+    at_once = 1 if is_large(model) else min(threads, len(lowered))
     report = Report(gates=quantization_gates(found, recipe))
 
     def one(target: str) -> tuple[Report, Any]:
         part, engine = Report(), engines.get(target)
-        images = verify_target(target, model, layers, lowered[target], engine, found, part, arithmetics[target])
+        probed = ProbedGraph(lowered[target], threads // at_once)
+        images = verify_target(
+            target, model, layers, lowered[target], engine, found, part, arithmetics[target], probed=probed
+        )
         if target == "cuda" and recipe.cuda.activations == "fp16":
             overflow = find_overflow(lowered[target].path, overflow_calls(found, is_large(model)))
             part.gates.append(fp16_gate(target, overflow))
@@ -92,8 +99,7 @@ def verify(
 
     # The slowest first, so that no thread is left with it at the end.
     order = sorted(lowered, key=lambda target: target != PORTABLE)
-    threads = 1 if is_large(model) else machine.threads()
-    results = dict(zip(order, side_by_side([partial(one, target) for target in order], threads), strict=True))
+    results = dict(zip(order, side_by_side([partial(one, target) for target in order], at_once), strict=True))
     pictures = {target: results[target][1] for target in lowered}
     for target in lowered:
         report.add(results[target][0])
@@ -116,13 +122,15 @@ def verify_target(
     report: Report,
     arithmetic: str = "fp32",
     effort: Effort | None = None,
+    probed: ProbedGraph | None = None,
 ) -> Any:
     """Append one target's gates and rows to `report`; returns the engine's pictures.
 
     arithmetic: of the engine, see `study`. That of the lowered graph, in which layers are looked at, is the same but
-    for "fp16 tokens", whose graph is float32. effort: what is run; None: all that `effort_for` asks for.
+    for "fp16 tokens", whose graph is float32. effort: what is run; None: all that `effort_for` asks for. probed:
+    `graph` where it is open already.
     """
-    probed, single = ProbedGraph(graph), found.float32[arithmetic]
+    probed, single = probed or ProbedGraph(graph), found.float32[arithmetic]
     of_graph_name = "fp32" if arithmetic == "fp16 tokens" else arithmetic
     of_graph = found.float32[of_graph_name]
     expected = {ref.name: ref.module for ref in model.linears()}
@@ -137,7 +145,9 @@ def verify_target(
     with SegmentCheck(target, found.stretches, calls, of_graph_name) as segments:
         complete = len(present) == len(order)  # else the coverage gate fails, and nothing behind a gap can be judged
         told = segments if complete else None
-        results = layer_results(target, present, expected, probed, found, of_graph, calls, effort.probed, told)
+        # Of a large model the linear and the stretch before it take seconds each.
+        threads = 2 if is_large(model) else 1
+        results = layer_results(target, present, expected, probed, found, of_graph, calls, effort.probed, told, threads)
     report.layers += results
     report.segments += segments.results
     report.gates += [segments_gate(target, segments.results), *tables_gate(target, model, probed)]
@@ -230,20 +240,22 @@ def layer_results(
     calls: Mapping[str, Arrays],
     steps: Sequence[int],
     segments: SegmentCheck | None = None,
+    threads: int = 1,
 ) -> list[LayerResult]:
     """Every linear of one target in `calls`, of which the first are those of `steps`, out of `Study.probed`. `segments`
-    is told of each, and needs them to be all, in the order of computation."""
+    is told of each, and needs them to be all, in the order of computation; beside the linear itself, with `threads`."""
     rows, places = {layer.name: layer for layer in layers}, [found.probed.index(step) for step in steps]
     results, known, outputs = [], ("", b""), list[Arrays]()
+    oracle: ActivationOracle | None = None
     of_layers = probed.probes(list(rows), list(calls.values()), outputs)
     for name, probes in track(of_layers, len(rows), f"verify {target}: linears"):
-        probe = joined(probes)
-        if segments is not None:
-            segments.at(name, probes)
         quantizer = (probed.rows[name].x, quantizer_key(rows[name]))
-        if quantizer != known:  # q, k and v read one quantizer and follow each other
-            known, oracle = quantizer, activation_oracle(np.nan_to_num(probe.x), rows[name])
-        check = check_linear(rows[name], probe, oracle)
+        shared = oracle if quantizer == known else None  # q, k and v read one quantizer and follow each other
+        known = quantizer
+        work: list[Callable[[], Any]] = [partial(_checked, rows[name], probes, shared)]
+        if segments is not None:
+            work.append(partial(segments.at, name, probes))
+        (check, oracle), *_ = side_by_side(work, threads)
         recorded = found.layer_inputs.get(name, [])
         reference = [recorded[place] for place in places if place < len(recorded)]
         input_db = layer_input_db(reference, [item.x for item in probes[: len(steps)]])
@@ -253,6 +265,15 @@ def layer_results(
     if segments is not None:
         segments.end([tensors["sample"] for tensors in outputs])
     return results
+
+
+def _checked(
+    layer: QuantizedLinear, probes: Sequence[LinearProbe], oracle: ActivationOracle | None
+) -> tuple[LinearCheck, ActivationOracle]:
+    """What a linear computed in all calls, against the oracle of its quantizer, which is made where None is given."""
+    probe = joined(probes)
+    oracle = oracle or activation_oracle(np.nan_to_num(probe.x), layer)
+    return check_linear(layer, probe, oracle), oracle
 
 
 def quantizer_key(layer: QuantizedLinear) -> bytes:

@@ -65,7 +65,9 @@ def verify_bundle(
         layers = read_layers(bundle.path / "model.onnx")
         lowered, _ = timed("lower", lambda: lower_again(bundle, Path(folder)))
         with opened(bundle.path, bundle.targets, machine.threads(threads)) as engines:
-            report, _ = timed("gates", lambda: verify(model, layers, lowered, engines, bundle.recipe, report_dir))
+            report, _ = timed(
+                "gates", lambda: verify(model, layers, lowered, engines, bundle.recipe, report_dir, threads)
+            )
     return report
 
 

@@ -19,14 +19,18 @@ from pipeline.calls import (
     LONGEST,
     ODD,
     ONE,
+    POOLS,
     STEADY_CALL,
+    THREAD_ROUNDS,
     SampleError,
     StateResult,
+    _at_once,
     call_errors,
     make_calls,
     make_pools,
     state_result,
 )
+from pipeline.effort import FEW_INSIDE, INSIDE, LARGE_INSIDE
 from pipeline.picture_case import Case, make_case
 from pipeline.report import Gate
 from pipeline.verdict import FACTOR_DB, calls_gates
@@ -224,3 +228,58 @@ def test_one_sample_without_a_number_fails_both_gates() -> None:
     errors = [SampleError("batch 2", i, value, LONGEST, i) for i, value in enumerate((50.0, 50.0, np.nan))]
     for gate in _gates(errors, [10.0] * 3, [50.0] * 3).values():
         assert np.isnan(gate.value) and not gate.passed and "1 of 3 samples are wrong" in gate.why
+
+
+@pytest.mark.parametrize("failing", [1, 2, 3])
+def test_a_call_that_fails_in_a_thread_leaves_no_other_waiting(failing: int, zoo: Any) -> None:
+    """The other callers stand at a barrier then; what was raised comes out."""
+    model, case = zoo
+    calls = make_calls(model, make_pools(model, case))[:2]
+    count, lock = 0, threading.Lock()
+
+    def run(inputs: Arrays) -> Arrays:
+        nonlocal count
+        with lock:
+            count += 1
+            if count == failing:
+                raise ValueError("the engine broke")
+        return {"sample": inputs["hidden_states"]}
+
+    with pytest.raises(ValueError, match="the engine broke"):
+        _at_once(calls, run)
+
+
+@pytest.mark.parametrize("made", [0, 60])
+def test_the_steady_call_is_named_by_its_number(made: int, zoo: Any) -> None:
+    """An engine of many steps has made more calls already."""
+    model, case = zoo
+    pools = make_pools(model, case)
+    calls = make_calls(model, pools)
+    exact = {name: pool["hidden_states"] for name, pool in pools.items()}
+
+    def where(spoilt: int) -> tuple[str | None, int]:
+        """What is found of an engine whose call number `spoilt` is wrong, and how many calls it has made."""
+        count = made
+
+        def run(inputs: Arrays) -> Arrays:
+            nonlocal count
+            count += 1
+            latents = inputs["hidden_states"]
+            of_all = 0 * latents.mean(axis=(1, 2, 3), keepdims=True)  # a NaN reaches the whole sample
+            return {"sample": (latents + of_all) * np.float32(1 + (count == spoilt))}
+
+        return state_result(calls, pools, model, exact, run, made).where, count
+
+    nothing, total = where(-1)
+    steady = total - 2 * THREAD_ROUNDS  # two threads come last
+    assert nothing is None and steady == max(STEADY_CALL, steady)
+    assert where(steady) == (f"call {steady}", total)
+
+
+def test_samples_of_every_pool_are_looked_into() -> None:
+    pool_of = dict(BATCHES)
+    for inside in (INSIDE, FEW_INSIDE):
+        assert {pool_of[size] for size in inside} == {spec.name for spec in POOLS}
+    assert ODD in {pool_of[size] for size in LARGE_INSIDE}
+    for size in set(FEW_INSIDE) - set(INSIDE):  # its samples are among those of a larger call
+        assert any(pool_of[size] == pool_of[other] and other > size for other in INSIDE)
