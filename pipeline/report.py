@@ -41,7 +41,8 @@ class LayerResult:
 
     On the oracle's inputs: gemm_max_abs_diff (nan where the path is no integer embedding), operand_max_abs_diff (nan
     where the GEMM's operands are not scaled beforehand), codes_equal_share and its derived codes_limit_share,
-    codes_inadmissible, scale_error and output_error (1 is the rounding bound), nonfinite.
+    codes_inadmissible, scale_error and output_error (1 is the rounding bound), nonfinite. calls: of those that are
+    wrong, the call in which each is worst, in words.
     In the running engine: input_sqnr_db, its float input against the float64 reference's, and the same number for the
     worst float32 run of the reference.
     """
@@ -66,6 +67,7 @@ class LayerResult:
     weight_sqnr_db: float
     size_bytes: int
     operand_max_abs_diff: float = math.nan
+    calls: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -157,8 +159,8 @@ def _plain(value: Any) -> Any:
 
 def write_layers_csv(report: Report, path: Path) -> None:
     """One line for each quantized linear and target."""
-    names = list(LayerResult.__dataclass_fields__)
+    names = [name for name in LayerResult.__dataclass_fields__ if name != "calls"]
     with path.open("w", encoding="utf-8", newline="") as stream:
-        writer = csv.DictWriter(stream, names)
+        writer = csv.DictWriter(stream, names, extrasaction="ignore")
         writer.writeheader()
         writer.writerows(asdict(row) for row in report.layers)
