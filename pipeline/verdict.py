@@ -338,6 +338,8 @@ def segments_gate(target: str, rows: Sequence[SegmentResult]) -> Gate:
     if first is not None:
         layer = first.layer or "the output"
         why += f"; first over its limit: the stretch up to {layer}, in {first.call}: {first.diagnosis}"
+    elif not rows:
+        why += "; none was judged: linears are missing, see coverage"
     error = max((row.error for row in rows), default=math.nan)
     return Gate(f"{target}/segments", error, 1, "x bound", why)
 
