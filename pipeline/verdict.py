@@ -372,9 +372,24 @@ def quantization_gates(found: Study, recipe: Recipe) -> list[Gate]:
     """What quantization costs: the reference against the float model, within the recipe's budgets."""
     noise = sum(10 ** (-value / 10) for value in found.quant_db) / len(found.quant_db)
     sqnr = -10 * math.log10(noise) if noise > 0 else math.inf
-    psnr = float(np.median(pictures_db(found, found.images["float"])))
+    pictures = pictures_db(found, found.images["float"])
+    psnr = float(np.median(pictures))
     budget = "what quantization costs against the float model; the limit is the recipe's budget"
-    return [
+    gates = [
         Gate("quant_sqnr_db", sqnr, recipe.budgets.quant_sqnr_db, "dB", f"steps: {budget}", at_most=False),
         Gate("final_psnr_fp_db", psnr, recipe.budgets.final_psnr_fp_db, "dB", f"pictures: {budget}", at_most=False),
     ]
+    places = (f"step {_worst_place(found.quant_db)}", f"picture {_worst_place(pictures)}")
+    pairs = zip(gates, places, strict=True)
+    return [
+        gate if gate.passed else replace(gate, why=f"{gate.why}; worst in {where}: {TOO_COARSE}")
+        for gate, where in pairs
+    ]
+
+
+TOO_COARSE = "formats too narrow or groups too large for this model, or a calibration that went wrong"
+
+
+def _worst_place(values: Sequence[float]) -> int:
+    """Place of the lowest number, from 1; nan is the lowest."""
+    return int(np.argmin(np.nan_to_num(values, nan=-np.inf, posinf=np.inf, neginf=-np.inf))) + 1

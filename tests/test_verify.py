@@ -35,7 +35,7 @@ from pipeline.probing import ProbedGraph
 from pipeline.reference_hooks import Comparison, Recorder, half_parts, hooked, jittered
 from pipeline.report import Gate
 from pipeline.study import Realisations, StepErrors, Study, layer_input_db
-from pipeline.verdict import FACTOR_DB, NOT_IN_STEPS, ROUNDED_DB, end_gates, quantization_gates
+from pipeline.verdict import FACTOR_DB, NOT_IN_STEPS, ROUNDED_DB, TOO_COARSE, end_gates, quantization_gates
 from pipeline.verify import verify
 from tests import tiny
 from tests.hand_lowered import linear, lower
@@ -283,6 +283,11 @@ def test_quantization_gates_use_the_budgets() -> None:
     gates = {gate.name: gate for gate in quantization_gates(_study([50] * 4), recipe)}
     assert gates["quant_sqnr_db"].value == pytest.approx(20 * math.log10(11)) and gates["quant_sqnr_db"].passed
     assert gates["final_psnr_fp_db"].value == pytest.approx(20 * math.log10(2 / 0.1))
+    found = _study([50] * 4, n_steps=3)
+    found.plain[1] = found.plain[1] + 0.5
+    steps, pictures = quantization_gates(found, recipe)
+    assert not steps.passed and steps.why.endswith(f"; worst in step 2: {TOO_COARSE}")
+    assert pictures.passed and TOO_COARSE not in pictures.why
 
 
 def test_half_parts_rounds_operands_and_result() -> None:
