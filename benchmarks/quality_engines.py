@@ -231,7 +231,8 @@ def prove(
     present = [layer for layer in layers if layer.name in probed.complete]
     named = {f"step {step + 1}": call for step, call in zip(steps, calls, strict=True)}
     results = layer_results(target, present, modules, probed, found, Realisations(), named, found.probed)
-    return [coverage_gate(target, len(present), len(modules)), *layer_gates(target, results, 0)]
+    coverage = coverage_gate(target, {layer.name for layer in present}, list(modules))
+    return [coverage, *layer_gates(target, results, 0)]
 
 
 def first_samples(call: Arrays, count: int) -> Arrays:

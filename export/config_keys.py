@@ -20,9 +20,11 @@ logger = logging.getLogger(__name__)
 # diffusers write from them, have keys of its other modes; each at its default asks for nothing.
 OLDER_CLASS = "Transformer2DModel"
 SUCCESSORS = ("PixArtTransformer2DModel", "DiTTransformer2DModel")
-# Keys of no class, and what they are about.
+# What diffusers itself notes on the origin of a configuration; it drops any key with such a name without a word.
+NOTES = frozenset(("_class_name", "_diffusers_version", "_name_or_path", "_use_default_values"))
 MOST_SHOWN = 4
 TRAINING = "how it was trained"
+# Keys of no class, and what they are about.
 HARMLESS = {
     **dict.fromkeys(
         # of diffusers' EMAModel, which saves its settings beside those of the model
@@ -39,7 +41,7 @@ HARMLESS = {
 def unread_keys(
     config: Mapping[str, Any], class_name: str, path: Path, also_read: Collection[str] = ()
 ) -> dict[str, str]:
-    """The keys that the class of diffusers does not read, each with why that is harmless; private ones left out.
+    """The keys that the class of diffusers does not read, each with why that is harmless; those of NOTES left out.
 
     config: as read from `path`; also_read: keys that are read of every configuration. Raises ModelError naming the
     others that the class does not read.
@@ -48,7 +50,7 @@ def unread_keys(
     older = _defaults(OLDER_CLASS) if class_name in SUCCESSORS else {}
     harmless, strange = {}, []
     for key, value in config.items():
-        if key in parameters or key.startswith("_"):  # notes on its origin, which diffusers drops without a word
+        if key in parameters or key in NOTES:
             continue
         if key in HARMLESS:
             harmless[key] = HARMLESS[key]

@@ -312,10 +312,7 @@ def verified(work: WorkFolder, model: LoadedModel, facts: manifest.BuildFacts, r
             report = verify(model, facts.layers, lowered, engines, facts.recipe, work.bundle / "report")
         if not report.passed:
             reject(work, facts, rejected)
-            failed = "; ".join(
-                f"{gate.name} = {gate.value:g} {gate.unit}, limit {gate.limit:g}" for gate in report.failures()
-            )
-            raise ParityError(f"parity gate failed: {failed}; see {rejected / 'report' / 'index.html'}")
+            raise ParityError(f"{report.sentence()}; see {rejected / 'report' / 'index.html'}")
 
     work.run("verify", ("bundle/report",), check, lambda: None, depends=sorted(facts.results))
 

@@ -196,7 +196,8 @@ class EngineTransformer(ModelMixin, ConfigMixin):
             height, width = self.size.pixels
             values = {"image_size": [float(height), float(width)], "aspect": [height / width]}
             return torch.tensor([values[row.fill]]).expand(len(hidden), -1)
-        raise RecipeError(f"the transformer's input {row.name} is missing")
+        shape = ", ".join(map(str, row.shape))
+        raise RecipeError(f"the transformer's input {row.name} is missing; pass it, with shape [{shape}]")
 
     def _refuse_shapes(self, inputs: Mapping[str, torch.Tensor]) -> None:
         """Raise RecipeError for the first input that does not fit the engine or the other inputs."""
@@ -244,10 +245,11 @@ def _refuse_shape(row: Input, tensor: torch.Tensor, sizes: dict[str, int]) -> No
         fits &= size == (wanted if isinstance(wanted, int) else sizes.setdefault(wanted, size))
     if not fits:
         wanted_shape = ", ".join(f"{sizes[size]} ({size})" if size in sizes else str(size) for size in row.shape)
-        raise RecipeError(f"{row.name} has shape {tuple(tensor.shape)}, the engine takes [{wanted_shape}]")
+        shape = tuple(tensor.shape)
+        raise RecipeError(f"{row.name} has shape {shape}, the engine takes [{wanted_shape}]; pass that shape")
     last = _last_index(row)
     if last is not None and tensor.numel() and not bool(((tensor >= 0) & (tensor <= last)).all()):
-        raise RecipeError(f"{row.name} holds {tensor.tolist()}; the model knows 0 to {last}")
+        raise RecipeError(f"{row.name} holds {tensor.tolist()}; the model knows 0 to {last}, pass one of them")
 
 
 def _last_index(row: Input) -> int | None:

@@ -20,8 +20,6 @@ from export.op_meanings import ABSMAX_FLOOR
 Array = NDArray[np.floating]
 # Largest relative error of one float32 operation (round to nearest), and of one in FP16.
 ROUNDING = 2.0**-24
-# Lower bits of a float64 that do not say between which midpoints of a format it lies.
-PLACE_SHIFT = 44
 HALF_ROUNDING = 2.0**-11
 # Float32 operations between x and the number that is rounded to the grid, in the longest form a lowering may use:
 # scale = absmax / max_value, inverse = 1 / scale, x * inverse, and one rescaling that is not a power of two.
@@ -134,6 +132,10 @@ def _rounded(fmt: Format, x: Array, scale: NDArray[np.float64], error: Array | N
     highest[close] = images[np.searchsorted(midpoints, (quotient + slack)[close])]
     nearest[close] = to_image(fmt, encode(fmt, quotient[close]))  # ties to even
     return ActivationOracle(nearest, lowest, highest, scale)
+
+
+# Lower bits of a float64 that do not say between which midpoints of a format it lies.
+PLACE_SHIFT = 44
 
 
 @cache

@@ -186,8 +186,12 @@ class Sampling:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        _check(self.n_steps > 0 and self.batch_size > 0, "sampling.n_steps and sampling.batch_size must be positive")
-        _check(min(self.height, self.width) >= 0, "sampling.height and sampling.width must not be negative")
+        for name in ("n_steps", "batch_size"):
+            value = getattr(self, name)
+            _check(value > 0, f"sampling.{name} {value} must be positive; use 1 at least")
+        for name in ("height", "width"):
+            value = getattr(self, name)
+            _check(value >= 0, f"sampling.{name} {value} must not be negative; use 0 for the model's own size")
         _check(0 <= self.seed < MOST_SEED, f"sampling.seed {self.seed} must not be negative, and below 2**63")
         _check(self.n_steps <= MOST_STEPS, f"sampling.n_steps {self.n_steps}; use at most {MOST_STEPS}")
         _check(self.batch_size <= MOST_SAMPLES, f"sampling.batch_size {self.batch_size}; use at most {MOST_SAMPLES}")

@@ -9,14 +9,15 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from export.errors import ContractError
-
 SCHEMA_VERSION = 1
 
 
 @dataclass(frozen=True)
 class Gate:
-    """One condition of a build. `at_most` tells on which side of `limit` the value must lie; NaN never passes."""
+    """One condition of a build. `at_most` tells on which side of `limit` the value must lie; NaN never passes.
+
+    Raises ValueError for a limit that is not a number.
+    """
 
     name: str
     value: float
@@ -26,7 +27,8 @@ class Gate:
     at_most: bool = True
 
     def __post_init__(self) -> None:
-        assert not math.isnan(self.limit), f"gate {self.name}: the limit is not a number, a bug of verification"
+        if math.isnan(self.limit):
+            raise ValueError(f"gate {self.name}: the limit is not a number, a bug of verification; please report it")
 
     @property
     def passed(self) -> bool:
@@ -39,7 +41,8 @@ class LayerResult:
 
     On the oracle's inputs: gemm_max_abs_diff (nan where the path is no integer embedding), operand_max_abs_diff (nan
     where the GEMM's operands are not scaled beforehand), codes_equal_share and its derived codes_limit_share,
-    codes_inadmissible, scale_error and output_error (1 is the rounding bound), nonfinite.
+    codes_inadmissible, scale_error and output_error (1 is the rounding bound), nonfinite. calls: of those that are
+    wrong, the call in which each is worst, in words.
     In the running engine: input_sqnr_db, its float input against the float64 reference's, and the same number for the
     worst float32 run of the reference.
     """
@@ -64,6 +67,7 @@ class LayerResult:
     weight_sqnr_db: float
     size_bytes: int
     operand_max_abs_diff: float = math.nan
+    calls: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -121,6 +125,14 @@ class Report:
     def failures(self) -> list[Gate]:
         return [gate for gate in self.gates if not gate.passed]
 
+    def sentence(self) -> str:
+        """What failed in one line: value and limit of every gate, and why the first of them may have failed."""
+        failed = self.failures()
+        if not failed:
+            return "no parity gate failed" if self.gates else "no parity gate was run"
+        rows = (f"{gate.name} = {gate.value:g} {gate.unit}".rstrip() + f", limit {gate.limit:g}" for gate in failed)
+        return f"parity gate failed: {'; '.join(rows)}; {failed[0].name}: {failed[0].why}"
+
     def to_json(self) -> str:
         """The document parity.json; nan becomes null, and inf the text "inf", which JSON lacks."""
         gates = [{**asdict(gate), "passed": gate.passed} for gate in self.gates]
@@ -145,34 +157,10 @@ def _plain(value: Any) -> Any:
     return number if math.isfinite(number) else ("inf" if number > 0 else "-inf")
 
 
-def read_json(text: str) -> Report:
-    """The report back from parity.json. Raises ContractError for another schema."""
-    document = json.loads(text)
-    if document.get("schema_version") != SCHEMA_VERSION:
-        raise ContractError(
-            f"parity.json: schema {document.get('schema_version')}, this version reads {SCHEMA_VERSION}"
-        )
-    gates = [_row(Gate, row) for row in document["gates"]]
-    layers = [_row(LayerResult, row) for row in document["layers"]]
-    steps = [_row(StepResult, row) for row in document["steps"]]
-    segments = [_row(SegmentResult, row) for row in document.get("segments", [])]
-    return Report(gates, layers, steps, list(document.get("notes", [])), segments)
-
-
-def _row(kind: Any, row: dict[str, Any]) -> Any:
-    known = kind.__dataclass_fields__
-    floats = {name for name, field_ in known.items() if field_.type == "float"}
-    return kind(**{key: _number(value) if key in floats else value for key, value in row.items() if key in known})
-
-
-def _number(value: Any) -> float:
-    return math.nan if value is None else float(value)
-
-
 def write_layers_csv(report: Report, path: Path) -> None:
     """One line for each quantized linear and target."""
-    names = list(LayerResult.__dataclass_fields__)
+    names = [name for name in LayerResult.__dataclass_fields__ if name != "calls"]
     with path.open("w", encoding="utf-8", newline="") as stream:
-        writer = csv.DictWriter(stream, names)
+        writer = csv.DictWriter(stream, names, extrasaction="ignore")
         writer.writeheader()
         writer.writerows(asdict(row) for row in report.layers)

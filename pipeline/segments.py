@@ -95,7 +95,10 @@ class SegmentReference:
                 stop = walk.go_on(None)
             if sorted(visited) != sorted(self.layers):
                 odd = sorted(set(self.layers) ^ set(visited)) or sorted({x for x in visited if visited.count(x) > 1})
-                raise ContractError(f"{odd[0]}: the model calls it {visited.count(odd[0])} times, expected once")
+                times = f"the model calls it {visited.count(odd[0])} times in a step, a quantized linear is called once"
+                raise ContractError(
+                    f"{odd[0]}: {times}; keep it unquantized, in its family's row of export/families.py"
+                )
             self._order = tuple(visited)
         return self._order
 
@@ -261,9 +264,8 @@ def diagnose(exact: Array, difference: Array, shared: bool = False) -> str:
     if _rms(difference - scale * exact) < 0.05 * _rms(difference):
         return f"all numbers times {1 + scale:.6g}: a factor is wrong"
     offset = float(difference.mean()) / max(_rms(exact), np.finfo(float).tiny)
-    if (
-        shared and max(abs(scale), abs(offset)) > relative / 10
-    ):  # beside them, numbers are as far off as rounding has it
+    # Beside a shared factor or offset, numbers are as far off as rounding has it.
+    if shared and max(abs(scale), abs(offset)) > relative / 10:
         words = (
             f"all numbers times {1 + scale:.4g}"
             if abs(scale) > abs(offset)

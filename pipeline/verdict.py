@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -38,7 +38,8 @@ PIXEL_RANGE = 2.0
 class LayerRule:
     """A gate over all linears of a target: the field of LayerResult it reads, and how the layers are combined.
 
-    idle: what the report says where the field is nan in all layers, so that nothing is compared; "" for nothing.
+    cause: what is likely wrong where it fails. idle: what the report says where the field is nan in all layers, so that
+    nothing is compared; "" for nothing.
     """
 
     name: str
@@ -46,6 +47,7 @@ class LayerRule:
     limit: float
     unit: str
     why: str
+    cause: str
     total: bool = False
     idle: str = ""
 
@@ -62,6 +64,7 @@ LAYER_RULES = (
         0,
         "",
         "every GEMM equals the exact integer sum of its own codes",
+        "its weight codes are other ones or in another order, or sums overflow or round",
         idle=NO_SUM,
     ),
     LayerRule(
@@ -70,6 +73,7 @@ LAYER_RULES = (
         0,
         "",
         "both operands of every GEMM are its own codes times their scales, rounded as the dialect says, to the bit",
+        "an operand is decoded by another table, scale or zero point, or rounded to fewer bits",
     ),
     LayerRule(
         "codes_inadmissible",
@@ -77,34 +81,80 @@ LAYER_RULES = (
         0,
         "codes",
         "an activation code may differ from the oracle's only within float32 rounding of a midpoint",
+        "it quantizes by another format, scale, clip or rule of rounding, or what it reads is not its input",
         total=True,
     ),
-    LayerRule("scale_error", "scale_error", 1, "x bound", "token scales within two float32 roundings of the oracle's"),
+    LayerRule(
+        "scale_error",
+        "scale_error",
+        1,
+        "x bound",
+        "token scales within two float32 roundings of the oracle's",
+        "absmax is of other numbers (of all tokens, of a part), has another floor, or is kept in fewer bits",
+    ),
     LayerRule(
         "linear_output",
         "output_error",
         1,
         "x bound",
         "channel scales, bias and branches: every output within the float32 roundings that follow the integer sum",
+        "a channel scale, token scale, bias, zero point or branch is another, or is applied in fewer bits",
     ),
 )
 
 MAY_BE_ABSENT = frozenset({"gemm_max_abs_diff", "operand_max_abs_diff"})
 
 
-def coverage_gate(target: str, count: int, expected: int) -> Gate:
+# How many names a gate lists.
+NAMED = 3
+NOT_COVERED = "they are not in the checkpoint, or lowering lost what they compute"
+NONFINITE = "a number overflows the type that holds it, or is divided by zero"
+
+
+def coverage_gate(target: str, present: Collection[str], expected: Collection[str]) -> Gate:
+    """Names of the linears that a target's graph computes, and of all that the family quantizes."""
     why = "quantized linears that the target's graph computes, of all that the model's family quantizes"
-    return Gate(f"{target}/coverage", count, expected, "linears", why, at_most=False)
+    missing = [name for name in expected if name not in present]
+    if missing:
+        more = f" and {len(missing) - NAMED} more" if len(missing) > NAMED else ""
+        why += f"; without {', '.join(missing[:NAMED])}{more}, in every call: {NOT_COVERED}"
+    return Gate(f"{target}/coverage", len(expected) - len(missing), len(expected), "linears", why, at_most=False)
 
 
-def layer_gates(target: str, rows: Sequence[LayerResult], bad_outputs: int) -> list[Gate]:
-    """Gates over all linears of a target; a gate names the worst layer. Without `gemm_exact` where no layer has
-    anything to compare there, see `notes_on_layers`."""
+def layer_gates(target: str, rows: Sequence[LayerResult], bad_outputs: int, where: str = "") -> list[Gate]:
+    """Gates over all linears of a target; a failed one names the worst layer, its worst call and the likely cause.
+
+    bad_outputs: how many numbers of steps and pictures are not finite; where: the first of these in words. Without
+    `gemm_exact` where no layer has anything to compare there, see `notes_on_layers`.
+    """
+    found = [_layer_gate(target, rule, rows) for rule in LAYER_RULES if not rows or _compared(rule, rows)]
+    return [_finite_gate(target, rows, bad_outputs, where), *found, _codes_gate(target, rows)]
+
+
+def _finite_gate(target: str, rows: Sequence[LayerResult], bad_outputs: int, where: str) -> Gate:
+    """Names the first layer: from there on NaN goes through all that follow."""
     nonfinite = sum(row.nonfinite for row in rows) + bad_outputs
     why = "no NaN or Inf in any quantized layer, step or picture"
-    finite = Gate(f"{target}/finite", nonfinite, 0, "values", why + _culprit(rows, "nonfinite"))
-    found = [_layer_gate(target, rule, rows) for rule in LAYER_RULES if not rows or _compared(rule, rows)]
-    return [finite, *found, _codes_gate(target, rows)]
+    first = next((row for row in rows if row.nonfinite), None)
+    if first is not None:
+        why += f"; first in {first.name}{_in_call(first, 'nonfinite')}: there or before it {NONFINITE}"
+    elif bad_outputs:
+        why += f"; in no layer that was looked at, first in {where or 'the outputs'}: {NONFINITE}"
+    return Gate(f"{target}/finite", nonfinite, 0, "values", why)
+
+
+def first_nonfinite(errors: StepErrors, images: NDArray[Any]) -> str:
+    """The first step, or picture that the engine drew by itself, with a number that is not finite; "" for none."""
+    bad = next((error for error in errors.samples if math.isnan(error.sqnr_db)), None)
+    if bad is not None:
+        return f"{bad.call}, sample {bad.sample}"
+    picture = next((i for i, image in enumerate(images) if not np.isfinite(image).all()), None)
+    return "" if picture is None else f"picture {picture + 1} that the engine drew by itself"
+
+
+def fails(rule: LayerRule, value: float) -> bool:
+    """Is a layer's number beyond the limit? nan is, but where it stands for nothing to compare."""
+    return not value <= rule.limit and not (math.isnan(value) and rule.key in MAY_BE_ABSENT)
 
 
 def notes_on_layers(target: str, rows: Sequence[LayerResult]) -> list[str]:
@@ -124,21 +174,32 @@ def _layer_gate(target: str, rule: LayerRule, rows: Sequence[LayerResult]) -> Ga
     values = np.array([getattr(row, rule.key) for row in found] or [math.nan], np.float64)
     combined = values.sum() if rule.total else values.max()
     some = f"; {len(found)} of {len(rows)} layers: {rule.idle}" if len(found) < len(rows) else ""
-    why = f"{rule.why}{some}{_culprit(found, rule.key)}"
-    return Gate(f"{target}/{rule.name}", float(combined), rule.limit, rule.unit, why)
+    gate = Gate(f"{target}/{rule.name}", float(combined), rule.limit, rule.unit, f"{rule.why}{some}")
+    return replace(gate, why=f"{gate.why}{_culprit(found, rule, gate.passed)}")
 
 
-def _culprit(rows: Sequence[LayerResult], key: str) -> str:
-    """The layer with the largest number, if any layer has one above zero."""
-    worst = max(rows, key=lambda row: np.nan_to_num(getattr(row, key), nan=np.inf), default=None)
-    return f"; most in {worst.name}" if worst is not None and getattr(worst, key) != 0 else ""
+def _culprit(rows: Sequence[LayerResult], rule: LayerRule, passed: bool) -> str:
+    """The layer with the largest number, if any layer has one above zero; where that fails, in which call, and why."""
+    worst = max(rows, key=lambda row: np.nan_to_num(getattr(row, rule.key), nan=np.inf), default=None)
+    if worst is None:
+        return "; there is no layer at all: see coverage"
+    if passed:
+        return f"; most in {worst.name}" if getattr(worst, rule.key) != 0 else ""
+    return f"; most in {worst.name}{_in_call(worst, rule.key)}: {rule.cause}"
+
+
+def _in_call(row: LayerResult, key: str) -> str:
+    return f", in {row.calls[key]}" if key in row.calls else ""
 
 
 def _codes_gate(target: str, rows: Sequence[LayerResult]) -> Gate:
+    """A code that no rounding explains is what takes the share below its limit, so that the cause is that rule's."""
     share = float(np.mean([row.codes_equal_share for row in rows])) if rows else math.nan
     limit = float(np.mean([row.codes_limit_share for row in rows])) if rows else 1.0
     why = "share of activation codes equal to the oracle's; the limit is the share that no float32 rounding can change"
-    return Gate(f"{target}/codes_equal", share, limit, "share", why, at_most=False)
+    gate = Gate(f"{target}/codes_equal", share, limit, "share", why, at_most=False)
+    rule = next(rule for rule in LAYER_RULES if rule.key == "codes_inadmissible")
+    return gate if gate.passed else replace(gate, why=f"{why}{_culprit(rows, rule, passed=False)}")
 
 
 def step_results(
@@ -235,20 +296,29 @@ def calls_gates(
     return [_with_cause(gate, [*steps, *errors], CALL_TRAITS) for gate in gates]
 
 
-def quantizers_gate(target: str, rows: Sequence[ExtremeResult]) -> Gate:
-    """Quantizers on tokens that no call reaches: very small, zero, very large."""
+def quantizers_gate(target: str, rows: Sequence[ExtremeResult], call: str) -> Gate:
+    """Quantizers on tokens that no call reaches: very small, zero, very large; made from those of `call`."""
     why = f"quantizers that differ from the oracle on their tokens times {', '.join(f'{f:g}' for f in FACTORS)}"
     wrong = [row for row in rows if row.codes_inadmissible or not row.scale_error <= 1]
     if wrong:
         row = wrong[0]
-        why += f"; first that of {row.layer}, times {row.factor:g}: {row.codes_inadmissible} codes, scale off by "
-        why += f"{row.scale_error:g} times its bound"
+        why += f"; first that of {row.layer}, in {call} times {row.factor:g}: {row.codes_inadmissible} codes, scale "
+        why += f"off by {row.scale_error:g} times its bound: {_cause_of_extreme(row)}"
     return Gate(f"{target}/quantizers", len(wrong), 0, "quantizers", why)
+
+
+def _cause_of_extreme(row: ExtremeResult) -> str:
+    """What is likely wrong with a quantizer; FACTORS begin below the floor of absmax, and end beyond FP16."""
+    if row.scale_error <= 1:
+        return "codes are clipped or rounded otherwise, or NaN comes from zero times infinity"
+    if row.factor > 1:
+        return "its scale overflows a type such as FP16, or has an upper bound"
+    return "the floor of its absmax is another, or an epsilon is added to it"
 
 
 def repeats_gate(target: str, state: StateResult) -> Gate:
     """Equal calls, with others between them and beside them in another thread."""
-    why = "equal calls give equal numbers to the bit: after other conditions, in place, the fiftieth, in two threads"
+    why = "equal calls give equal numbers to the bit: after other conditions, in place, after many, in two threads"
     if state.where:
         why += f"; first other in {state.where}: {cause_of_repeat(state.where)}"
     return Gate(f"{target}/repeats", state.unequal, 0, "numbers", why)
@@ -268,6 +338,8 @@ def segments_gate(target: str, rows: Sequence[SegmentResult]) -> Gate:
     if first is not None:
         layer = first.layer or "the output"
         why += f"; first over its limit: the stretch up to {layer}, in {first.call}: {first.diagnosis}"
+    elif not rows:
+        why += "; none was judged: linears are missing, see coverage"
     error = max((row.error for row in rows), default=math.nan)
     return Gate(f"{target}/segments", error, 1, "x bound", why)
 
@@ -300,9 +372,24 @@ def quantization_gates(found: Study, recipe: Recipe) -> list[Gate]:
     """What quantization costs: the reference against the float model, within the recipe's budgets."""
     noise = sum(10 ** (-value / 10) for value in found.quant_db) / len(found.quant_db)
     sqnr = -10 * math.log10(noise) if noise > 0 else math.inf
-    psnr = float(np.median(pictures_db(found, found.images["float"])))
+    pictures = pictures_db(found, found.images["float"])
+    psnr = float(np.median(pictures))
     budget = "what quantization costs against the float model; the limit is the recipe's budget"
-    return [
+    gates = [
         Gate("quant_sqnr_db", sqnr, recipe.budgets.quant_sqnr_db, "dB", f"steps: {budget}", at_most=False),
         Gate("final_psnr_fp_db", psnr, recipe.budgets.final_psnr_fp_db, "dB", f"pictures: {budget}", at_most=False),
     ]
+    places = (f"step {_worst_place(found.quant_db)}", f"picture {_worst_place(pictures)}")
+    pairs = zip(gates, places, strict=True)
+    return [
+        gate if gate.passed else replace(gate, why=f"{gate.why}; worst in {where}: {TOO_COARSE}")
+        for gate, where in pairs
+    ]
+
+
+TOO_COARSE = "formats too narrow or groups too large for this model, or a calibration that went wrong"
+
+
+def _worst_place(values: Sequence[float]) -> int:
+    """Place of the lowest number, from 1; nan is the lowest."""
+    return int(np.argmin(np.nan_to_num(values, nan=-np.inf, posinf=np.inf, neginf=-np.inf))) + 1

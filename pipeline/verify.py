@@ -35,9 +35,12 @@ from pipeline.segments import SegmentCheck
 from pipeline.side_by_side import side_by_side
 from pipeline.study import Realisations, Study, layer_input_db, study
 from pipeline.verdict import (
+    LAYER_RULES,
     calls_gates,
     coverage_gate,
     end_gates,
+    fails,
+    first_nonfinite,
     fp16_gate,
     layer_gates,
     notes_on_layers,
@@ -135,7 +138,7 @@ def verify_target(
     of_graph = found.float32[of_graph_name]
     expected = {ref.name: ref.module for ref in model.linears()}
     present = [layer for layer in layers if layer.name in probed.complete and layer.name in expected]
-    report.gates.append(coverage_gate(target, len(present), len(expected)))
+    report.gates.append(coverage_gate(target, {layer.name for layer in present}, list(expected)))
     assert found.stretches is not None
     whole = (found.case.n_steps, found.probed, len(found.case.noise))
     effort = effort or effort_for(target, *whole, large=is_large(model))
@@ -151,7 +154,9 @@ def verify_target(
     report.layers += results
     report.segments += segments.results
     report.gates += [segments_gate(target, segments.results), *tables_gate(target, model, probed)]
-    report.gates.append(quantizers_gate(target, extreme_results(probed, present, found.special_calls[0].inputs)))
+    special_call = found.special_calls[0]
+    extremes = extreme_results(probed, present, special_call.inputs)
+    report.gates.append(quantizers_gate(target, extremes, special_call.text))
     run = engine.run if engine else probed.denoiser()
     if engine is None:
         apart = PLUGINS_APART if any(choice.path.startswith("plugin") for choice in graph.choices) else ""
@@ -168,7 +173,8 @@ def verify_target(
     report.gates += calls_gates(target, strange, found, single, errors.samples)
     image = drawn(run, found.case.first(effort.pictures)) if effort.pictures else found.case.noise[:0]
     nonfinite = errors.nonfinite + int(np.count_nonzero(~np.isfinite(image)))
-    report.gates += layer_gates(target, results, nonfinite) + end_gates(target, errors, image, found, single)
+    report.gates += layer_gates(target, results, nonfinite, first_nonfinite(errors, image))
+    report.gates += end_gates(target, errors, image, found, single)
     report.notes += notes_on_layers(target, results)
     report.notes += filter(None, [note(target, effort, *whole)])
     if arithmetic in ARITHMETIC_NOTES:
@@ -199,7 +205,7 @@ def tables_gate(target: str, model: LoadedModel, probed: ProbedGraph) -> list[Ga
     tables = {path: part for path, part in model.module.named_modules() if isinstance(part, torch.nn.Embedding)}
     other = [path for path, part in tables.items() if not probed.holds(part.weight.detach().float().numpy())]
     why = "embedding tables that stand in the graph number for number, of all that the model has"
-    why += f"; {other[0]} does not" if other else ""
+    why += f"; {other[0]} does not, for any call: it was rounded or changed on the way there" if other else ""
     count = len(tables)
     return [Gate(f"{target}/tables", count - len(other), count, "tables", why, at_most=False)] if tables else []
 
@@ -261,7 +267,9 @@ def layer_results(
         input_db = layer_input_db(reference, [item.x for item in probes[: len(steps)]])
         inputs = (input_db, single.layer_db.get(name, math.nan))
         weight_db = found.weight_db(rows[name], modules[name])
-        results.append(_layer_result(target, rows[name], weight_db, probed.rows[name].path, check, inputs))
+        found_wrong = worst_calls(rows[name], dict(zip(calls, probes, strict=True)), check)
+        row = _layer_result(target, rows[name], weight_db, probed.rows[name].path, check, inputs)
+        results.append(replace(row, calls=found_wrong))
     if segments is not None:
         segments.end([tensors["sample"] for tensors in outputs])
     return results
@@ -294,6 +302,23 @@ def joined(probes: Sequence[LinearProbe]) -> LinearProbe:
         values = np.concatenate([probe.operands[0] for probe in probes if probe.operands is not None])
         arrays["operands"] = (values, first.operands[1])
     return replace(first, **arrays)
+
+
+def worst_calls(layer: QuantizedLinear, probes: Mapping[str, LinearProbe], check: LinearCheck) -> dict[str, str]:
+    """Of each field of `check` that fails its gate, the call in which it is worst, and of how many. probes: by call."""
+    wrong = {rule.key: rule for rule in LAYER_RULES if fails(rule, getattr(check, rule.key))}
+    keys = [*wrong, *(["nonfinite"] if check.nonfinite else [])]
+    if not keys:
+        return {}
+    oracles = {text: activation_oracle(np.nan_to_num(probe.x), layer) for text, probe in probes.items()}
+    checks = {text: check_linear(layer, probe, oracles[text]) for text, probe in probes.items()}
+    texts = {}
+    for key in keys:
+        values = {text: float(np.nan_to_num(getattr(one, key), nan=np.inf)) for text, one in checks.items()}
+        limit = wrong[key].limit if key in wrong else 0
+        several = sum(value > limit for value in values.values())
+        texts[key] = f"{max(values, key=values.__getitem__)} ({several} of {len(values)} calls are wrong)"
+    return texts
 
 
 def _layer_result(

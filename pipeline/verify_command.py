@@ -145,7 +145,8 @@ def work(args: argparse.Namespace, answer: Answer) -> int:
             f"{'ok  ' if gate.passed else 'FAIL'}  {gate.name} = {gate.value:g} {gate.unit} (limit {gate.limit:g})"
         )
     if not report.passed:
-        raise ParityError("parity gate failed: " + ", ".join(gate.name for gate in report.failures()))
+        kept = f"see {args.output_dir / 'index.html'}" if args.output_dir else "give -o DIR to keep the report"
+        raise ParityError(f"{report.sentence()}; {kept}")
     answer.event(event="result", passed=True, exit_code=0, path=str(args.bundle))
     answer.line(f"PASSED {args.bundle}")
     return 0

@@ -70,6 +70,11 @@ def test_anything_else_is_named(name: str) -> None:
             unread_keys(config | strange, class_name, PATH)
 
 
+def test_only_the_notes_that_diffusers_writes_may_begin_with_an_underscore() -> None:
+    with pytest.raises(ModelError, match="DiTTransformer2DModel does not know '_qk_norm': 'rms'; "):
+        unread_keys(ORIGIN | {"_qk_norm": "rms"}, "DiTTransformer2DModel", PATH)
+
+
 def test_of_many_the_first_are_named() -> None:
     with pytest.raises(ModelError, match="'k3': 3 and 96 more; "):
         unread_keys({f"k{i}": i for i in range(100)}, "DiTTransformer2DModel", PATH)

@@ -13,7 +13,9 @@ import pytest
 from export import models, sources
 from export.errors import UserError
 from pipeline import recipe as recipes
+from pipeline import verify_command
 from pipeline.compiler import describe
+from pipeline.report import Gate, Report
 from pipeline.verify_command import refuse_other_description
 from tests.bundles import stand_in
 from tests.hostile import edit
@@ -70,3 +72,16 @@ def test_another_description_is_refused(name: str, model: models.LoadedModel, tm
     change(tmp_path)
     with pytest.raises(UserError, match=f"{file}.*(is not what the manifest's model and recipe make|does not exist)"):
         check(tmp_path, model)
+
+
+@pytest.mark.parametrize("kept", [True, False])
+def test_a_failure_of_verify_says_how_far_and_where_the_report_is(
+    kept: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    gates = [Gate("cpu/calls", 20.5, 60, "dB", "worst sample; most in call 3: the mask is kept", at_most=False)]
+    monkeypatch.setattr(verify_command, "verify_bundle", lambda *_: Report(gates))
+    flags = ["-o", str(tmp_path / "report")] if kept else []
+    assert verify_command.main([str(tmp_path / "bundle"), *flags]) == 4
+    where = f"see {tmp_path / 'report' / 'index.html'}" if kept else "give -o DIR to keep the report"
+    sentence = "parity gate failed: cpu/calls = 20.5 dB, limit 60; cpu/calls: worst sample; most in call 3: the mask is"
+    assert f"{sentence} kept; {where}" in capsys.readouterr().err

@@ -199,7 +199,7 @@ def test_arguments_the_engine_cannot_honour_are_refused(adapters):
     with pytest.raises(RecipeError, match="no input cross_attention_kwargs"):
         transformer(**inputs, cross_attention_kwargs={"scale": 0.5})
     inputs.pop("encoder_hidden_states")
-    with pytest.raises(RecipeError, match="encoder_hidden_states is missing"):
+    with pytest.raises(RecipeError, match=r"states is missing; pass it, with shape \[batch, tokens, \d+\]"):
         transformer(**inputs)
 
 

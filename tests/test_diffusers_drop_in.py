@@ -110,8 +110,8 @@ REFUSED = (
     ("hunyuan11", {"image_meta_size": None}, "input image_meta_size is missing"),
     ("hunyuan11", {"image_rotary_emb": (torch.ones(4, 32),) * 2}, r"image_rotary_cos has shape \(4, 32\)"),
     ("hunyuan11", {"style": torch.ones(2, dtype=torch.int64)}, "style holds"),
-    ("dit", {"class_labels": torch.tensor([-1, 3])}, r"class_labels holds \[-1, 3\]; the model knows 0 to 1000"),
-    ("dit", {"hidden_states": torch.ones(4, 8, 8)}, r"hidden_states has shape \(4, 8, 8\)"),
+    ("dit", {"class_labels": torch.tensor([-1, 3])}, r"holds \[-1, 3\]; the model knows 0 to 1000, pass one of"),
+    ("dit", {"hidden_states": torch.ones(4, 8, 8)}, r"hidden_states has shape \(4, 8, 8\), .*; pass that shape"),
 )
 
 

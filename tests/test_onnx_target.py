@@ -76,7 +76,10 @@ class Exported:
         steps = self.found.probed[1:2]
         calls = {f"step {step + 1}": self.found.calls[step] for step in steps}
         rows = verification.layer_results("onnx", present, modules, probed, self.found, single, calls, steps)
-        gates = [coverage_gate("onnx", len(present), len(watched)), *layer_gates("onnx", rows, 0)]
+        gates = [
+            coverage_gate("onnx", {row.name for row in present}, [row.name for row in watched]),
+            *layer_gates("onnx", rows, 0),
+        ]
         return {gate.name.removeprefix("onnx/") for gate in gates if not gate.passed}
 
 

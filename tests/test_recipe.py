@@ -148,6 +148,12 @@ def test_values_out_of_range_are_refused_with_the_source(key, value):
         from_dict(document_with(key, value), "file")
 
 
+@pytest.mark.parametrize("key", ["n_steps", "batch_size", "height", "width"])
+def test_a_number_out_of_range_is_told_with_what_to_use(key):
+    with pytest.raises(RecipeError, match=f"sampling.{key} -2 must .*; use "):
+        from_dict(document_with(f"sampling.{key}", -2), "file")
+
+
 @pytest.mark.parametrize("key", ["wieghts", "weights.groupsize", "sampling.steps"])
 def test_unknown_keys_are_refused_with_the_known_ones(key):
     with pytest.raises(RecipeError, match=f"key {key} is unknown; use one of "):

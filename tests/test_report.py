@@ -15,12 +15,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from export.errors import ContractError
-from pipeline.report import Gate, LayerResult, Report, StepResult, read_json, write_layers_csv
+from pipeline.report import Gate, LayerResult, Report, StepResult, write_layers_csv
 from pipeline.report_page import Page, render
 from pipeline.report_pictures import Column, amplification, file_names, gallery, png
 from pipeline.report_plots import Axis, Series, line_plot
 from pipeline.verdict import layer_gates, notes_on_layers
+from tests.report_file import read_report
 
 
 def layer(name: str = "blocks.0.to_q", **changes: Any) -> LayerResult:
@@ -91,7 +91,7 @@ def test_exact_sums_are_a_gate_only_where_some_layer_has_one() -> None:
 def test_json_comes_back_and_has_no_numbers_that_json_lacks() -> None:
     text = report().to_json()
     json.loads(text, parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
-    again = read_json(text)
+    again = read_report(text)
     assert again.gates == report().gates and again.steps == report().steps and again.notes == ["rtx: not run"]
     assert math.isnan(again.layers[1].gemm_max_abs_diff) and again.layers[0] == report().layers[0]
 
@@ -103,9 +103,17 @@ def test_json_has_the_fields_that_scripts_read() -> None:
     assert document["gates"][0]["passed"] is False
 
 
-def test_another_schema_is_refused() -> None:
-    with pytest.raises(ContractError, match="schema 2, this version reads 1"):
-        read_json('{"schema_version": 2}')
+def test_a_limit_that_is_not_a_number_says_so() -> None:
+    with pytest.raises(ValueError, match="gate cpu/calls: the limit is not a number, a bug of verification"):
+        Gate("cpu/calls", 1.0, math.nan, "dB", "why")
+
+
+def test_a_failed_report_is_one_sentence_with_values_limits_and_a_cause() -> None:
+    assert report(1.0).sentence() == "parity gate failed: cpu/gemm_exact = 1, limit 0; cpu/gemm_exact: exact sums"
+    gates = [Gate("a", 1.5, 1, "x bound", "because"), Gate("b", math.nan, 3, "dB", "so", at_most=False)]
+    text = "parity gate failed: a = 1.5 x bound, limit 1; b = nan dB, limit 3; a: because"
+    assert Report(gates).sentence() == text
+    assert Report().sentence() == "no parity gate was run" and report().sentence() == "no parity gate failed"
 
 
 def test_csv_has_one_line_per_layer(tmp_path: Path) -> None:

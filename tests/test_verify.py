@@ -33,12 +33,13 @@ from pipeline.gates import (
 from pipeline.picture_case import Case, example_prompts
 from pipeline.probing import ProbedGraph
 from pipeline.reference_hooks import Comparison, Recorder, half_parts, hooked, jittered
-from pipeline.report import Gate, read_json
+from pipeline.report import Gate
 from pipeline.study import Realisations, StepErrors, Study, layer_input_db
-from pipeline.verdict import FACTOR_DB, NOT_IN_STEPS, ROUNDED_DB, end_gates, quantization_gates
+from pipeline.verdict import FACTOR_DB, NOT_IN_STEPS, ROUNDED_DB, TOO_COARSE, end_gates, quantization_gates
 from pipeline.verify import verify
 from tests import tiny
 from tests.hand_lowered import linear, lower
+from tests.report_file import read_report
 
 SIGNED = [name for name, fmt in FORMATS.items() if fmt.sign_bits]
 
@@ -282,6 +283,11 @@ def test_quantization_gates_use_the_budgets() -> None:
     gates = {gate.name: gate for gate in quantization_gates(_study([50] * 4), recipe)}
     assert gates["quant_sqnr_db"].value == pytest.approx(20 * math.log10(11)) and gates["quant_sqnr_db"].passed
     assert gates["final_psnr_fp_db"].value == pytest.approx(20 * math.log10(2 / 0.1))
+    found = _study([50] * 4, n_steps=3)
+    found.plain[1] = found.plain[1] + 0.5
+    steps, pictures = quantization_gates(found, recipe)
+    assert not steps.passed and steps.why.endswith(f"; worst in step 2: {TOO_COARSE}")
+    assert pictures.passed and TOO_COARSE not in pictures.why
 
 
 def test_half_parts_rounds_operands_and_result() -> None:
@@ -338,7 +344,7 @@ def test_verify_writes_a_passing_report(activation: str, granularity: str, targe
     assert report.notes[0] == f"{target}: numerically proven through onnxruntime; engine built, not run"
     assert any("attention in FP16" in note for note in report.notes) is (target == "rtx")
     assert {row.name for row in report.layers} == {layer.name for layer in layers}
-    again = read_json((tmp_path / "report" / "parity.json").read_text())
+    again = read_report((tmp_path / "report" / "parity.json").read_text())
     assert again.passed and again.gates == report.gates
     assert json.loads((tmp_path / "report" / "parity.json").read_text())["schema_version"] == 1
     assert len((tmp_path / "report" / "layers.csv").read_text().splitlines()) == 1 + len(layers)

@@ -116,7 +116,9 @@ def run_session(session: Any, names: list[str], fed: Arrays) -> Arrays:
     except Exception as error:
         if type(error).__name__ != "InvalidArgument":
             raise
-        raise RecipeError(f"the engine cannot run these inputs ({' '.join(str(error).split())[:300]})") from error
+        remedy = "give numbers that the model knows, such as classes that it was trained on"
+        reason = " ".join(str(error).split())[:300]
+        raise RecipeError(f"the engine cannot run these inputs ({reason}); {remedy}") from error
 
 
 def declared_inputs(sessions: Sessions) -> tuple[feeds.Declared, ...]:
