@@ -97,7 +97,7 @@ def activation_operand(name: str, kind: str, max_limbs: int) -> Operand | None:
     """The cheapest exact operand of an activation format, None if `max_limbs` numbers of the type cannot hold it.
 
     >>> activation_operand("E2M3", "E4M3", 1)
-    Operand(format='E2M3', type='E4M3', exponent=-9, native=True, limbs=1, limb_base=0)
+    Operand(format='E2M3', type='E4M3', exponent=-9, native=True, limbs=1, limb_base=0, shift=0)
     """
     fmt = get_format(name)
     images, exponents = magnitudes(fmt), _exponents(fmt, kind)
