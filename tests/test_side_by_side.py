@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import signal
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -23,6 +26,7 @@ from pipeline.probing import ProbedGraph
 from pipeline.progress import track
 from pipeline.side_by_side import StoppedError, raise_if_stopped, side_by_side
 from tests.hand_lowered import linear, lower
+from tests.test_signals import ROOT
 
 
 def slow(value: int) -> int:
@@ -64,6 +68,43 @@ def test_nothing_stops_outside() -> None:
 
 
 # --- signals --------------------------------------------------------------------------------------------------------
+
+
+# A verb whose two threads work for a minute, in steps, and one that waits for them.
+VERB = """
+import threading, time
+from functools import partial
+from pipeline.command import parser, run
+from pipeline.progress import track
+from pipeline.side_by_side import side_by_side
+from pipeline.signals import leave
+
+def long(both, begun):
+    both.wait()
+    begun()
+    for step in track(range(6000), 6000, "steps"):
+        time.sleep(0.01)
+
+def work(args, answer):
+    both = threading.Barrier(2)
+    side_by_side([partial(long, both, partial(answer.line, "begun")), partial(long, both, int)], 2)
+    return 0
+
+leave(lambda: run(parser("test", "A verb."), work, [], verdict=True))
+"""
+
+
+def test_a_signal_ends_all_threads() -> None:
+    pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    with subprocess.Popen([sys.executable, "-c", VERB], cwd=ROOT, **pipes) as process:
+        try:
+            assert process.stdout and process.stdout.readline() == "begun\n"
+            process.send_signal(signal.SIGTERM)
+            out, err = process.communicate(timeout=30)  # half of what is left of their work
+        finally:
+            process.kill()
+    assert process.returncode == 143 and out == "FAILED terminated\n"
+    assert "Traceback" not in err and err.rstrip().endswith("error: terminated")
 
 
 def test_a_signal_before_all_have_begun_ends_those_that_have() -> None:
