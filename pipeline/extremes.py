@@ -16,6 +16,7 @@ from export.checkpoint import QuantizedLinear
 from pipeline.backends.base import Arrays, ProbeRow
 from pipeline.gates import check_quantizer
 from pipeline.probing import ProbedGraph, activation_image
+from pipeline.side_by_side import raise_if_stopped
 
 # From the floor of absmax (1e-30) to far beyond what float16 holds; squares of the largest stay finite in float32.
 FACTORS = (1e-25, 1e-6, 0.0, 1e12)
@@ -46,7 +47,9 @@ def extreme_results(probed: ProbedGraph, layers: Sequence[QuantizedLinear], call
     for factor in FACTORS:
         scaled = {name: _times(array, factor) for name, array in fed.items()}
         tensors = {**scaled, **run(call | scaled)}
-        results += [_judge(layer, rows[layer.name], tensors, factor) for layer in quantizers.values()]
+        for layer in quantizers.values():
+            raise_if_stopped()
+            results.append(_judge(layer, rows[layer.name], tensors, factor))
     return results
 
 

@@ -14,6 +14,7 @@ from pipeline.backends.base import Arrays
 from pipeline.conditioning import GENERATION_FILE, Generation, load_generation
 from pipeline.recipe import Recipe
 from pipeline.sampling import make_sampler, sample, take_samples
+from pipeline.side_by_side import raise_if_stopped
 
 if TYPE_CHECKING:
     from export.models import LoadedModel
@@ -43,7 +44,12 @@ class Case:
     def draw(self, run: Run, on_step: Callable[[int, Arrays, Arrays], None] | None = None) -> NDArray[np.float32]:
         """Pictures (or latents) [B, C, H, W] by this denoiser."""
         sampler = make_sampler(self.sampler, self.n_steps, self.timestep_scale)
-        return sample(run, self.conditioning, self.noise, sampler, self.guidance_scale, on_step, self.shared)
+
+        def watched(inputs: Arrays) -> Arrays:
+            raise_if_stopped()
+            return run(inputs)
+
+        return sample(watched, self.conditioning, self.noise, sampler, self.guidance_scale, on_step, self.shared)
 
     def shown(self, output: NDArray[Any]) -> NDArray[Any]:
         """The part of a denoiser's output that the sampler uses: a learned sigma is dropped."""

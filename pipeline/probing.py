@@ -26,6 +26,7 @@ from pipeline.backends.base import Arrays, LoweredGraph, ProbeRow
 from pipeline.backends.runtime_errors import runtime_errors
 from pipeline.gates import LinearProbe
 from pipeline.passes.native_ops import DOMAIN as NATIVE
+from pipeline.side_by_side import raise_if_stopped
 from plugins.cpu import library
 
 logger = logging.getLogger(__name__)
@@ -151,6 +152,7 @@ class ProbedGraph:
 
     def _call(self, session: Any, names: Sequence[str], inputs: Arrays) -> Arrays:
         """Tensors by name. Raises ContractError where onnxruntime stops, as it does at a code beyond its table."""
+        raise_if_stopped()
         with runtime_errors(self.path):
             return dict(zip(names, session.run(names, inputs), strict=True))
 

@@ -35,8 +35,8 @@ def side_by_side(work: Sequence[Callable[[], T]], threads: int) -> list[T]:
             del _thread.stop
 
     with _single_threaded_torch(), ThreadPoolExecutor(threads) as pool:
-        futures: list[Future[T]] = [pool.submit(run, function) for function in work]
-        try:
+        try:  # from here on: a signal may come before all have begun
+            futures: list[Future[T]] = [pool.submit(run, function) for function in work]
             wait(futures, return_when=FIRST_EXCEPTION)
             failed = [future for future in futures if future.done() and future.exception() is not None]
             return [failed[0].result()] if failed else [future.result() for future in futures]

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pipeline.backends.base import Arrays
+from pipeline.side_by_side import raise_if_stopped
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -69,6 +70,7 @@ def _sizes(module: LoweredModule, inputs: dict[str, Tensor]) -> Iterator[tuple[i
         known[name] = inputs[name].to(module.plan.types[name])
         yield -1, _largest([known[name]])
     for place, step in enumerate(module.steps):
+        raise_if_stopped()
         results = run_step(step, [known[name] if name else None for name in step.inputs])
         known.update((name, tensor) for name, tensor in zip(step.outputs, results, strict=False) if name)
         yield place, _largest(results)

@@ -23,6 +23,7 @@ from export.router import Router
 from export.torch_modules import Denoiser
 from pipeline.backends import feeds
 from pipeline.backends.base import Arrays
+from pipeline.side_by_side import raise_if_stopped
 
 if TYPE_CHECKING:
     from export.models import LoadedModel
@@ -201,6 +202,7 @@ class ReferenceEngine:
     def run(self, inputs: Arrays) -> Arrays:
         """Float inputs are converted to the engine's type; the output has that type. Raises RecipeError for inputs that
         do not fit, but takes numbers of any magnitude, as PyTorch does."""
+        raise_if_stopped()
         if self.declared:
             feeds.check_feeds(self.declared, inputs, cast=True, bounded=False)
         tensors = {name: self._tensor(value) for name, value in inputs.items()}
