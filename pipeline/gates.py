@@ -7,6 +7,7 @@ float32 roundings, with the count beside it.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cache
 
@@ -18,6 +19,7 @@ from export.formats import Format, encode, get_format, to_image
 from export.op_meanings import ABSMAX_FLOOR
 
 Array = NDArray[np.floating]
+Dequantized = Callable[[], NDArray[np.float64]]  # the weight [N, K] of a linear
 # Largest relative error of one float32 operation (round to nearest), and of one in FP16.
 ROUNDING = 2.0**-24
 HALF_ROUNDING = 2.0**-11
@@ -227,7 +229,8 @@ def check_linear(layer: QuantizedLinear, probe: LinearProbe, oracle: ActivationO
     outside = (probe.image < oracle.lowest) | (probe.image > oracle.highest) | ~np.isfinite(probe.image)
     tensors = (probe.x, probe.gemm, probe.act_scale, probe.output, probe.low_rank, *(probe.operands or ()))
     produced = [item for item in tensors if item is not None]
-    errors = (_output_error(layer, probe, oracle, image, total), _low_rank_error(layer, probe))
+    dequantized = cache(layer.dequantized)  # large, and not needed where sums are exact
+    errors = (_output_error(layer, dequantized, probe, oracle, image, total), _low_rank_error(layer, probe))
     return LinearCheck(
         codes=image.size,
         codes_different=int(np.count_nonzero(probe.image != oracle.image)),
@@ -237,7 +240,7 @@ def check_linear(layer: QuantizedLinear, probe: LinearProbe, oracle: ActivationO
         scale_error=_scale_error(probe.act_scale, oracle),
         output_error=math.nan if math.isnan(errors[0]) else max(errors),
         nonfinite=sum(int(np.count_nonzero(~np.isfinite(item))) for item in produced),
-        operand_max_abs_diff=_operand_difference(layer, probe, image),
+        operand_max_abs_diff=_operand_difference(layer, dequantized, probe, image),
     )
 
 
@@ -272,7 +275,7 @@ def _gemm_difference(probe: LinearProbe, total: Array) -> float:
     return float(np.nan_to_num(difference, nan=np.inf).max(initial=0))
 
 
-def _operand_difference(layer: QuantizedLinear, probe: LinearProbe, image: Array) -> float:
+def _operand_difference(layer: QuantizedLinear, dequantized: Dequantized, probe: LinearProbe, image: Array) -> float:
     """Largest difference of the GEMM's operands from the engine's own codes and scales, to the bit.
 
     value(code) * scale is exact in float64 (8 bits times 24), so its float32 is the one rounding that the graph makes;
@@ -286,7 +289,7 @@ def _operand_difference(layer: QuantizedLinear, probe: LinearProbe, image: Array
     value = (image * to_value(layer, "activation") * spread).astype(np.float32)
     if layer.activation_zero is not None:
         value = value + layer.activation_zero.astype(np.float32)
-    pairs = zip(probe.operands, (value, layer.dequantized().astype(np.float32).T), strict=True)
+    pairs = zip(probe.operands, (value, dequantized().astype(np.float32).T), strict=True)
     differences = (np.abs(np.asarray(operand, np.float64) - expected) for operand, expected in pairs)
     return max(float(np.nan_to_num(item, nan=np.inf).max(initial=0)) for item in differences)
 
@@ -300,7 +303,12 @@ def _scale_error(act_scale: Array | None, oracle: ActivationOracle) -> float:
 
 
 def _output_error(
-    layer: QuantizedLinear, probe: LinearProbe, oracle: ActivationOracle, image: Array, total: Array
+    layer: QuantizedLinear,
+    dequantized: Dequantized,
+    probe: LinearProbe,
+    oracle: ActivationOracle,
+    image: Array,
+    total: Array,
 ) -> float:
     """The output, less what the engine's own low-rank branch gave, against product and bias.
 
@@ -308,10 +316,10 @@ def _output_error(
     """
     if probe.output is None:
         return math.nan
-    product, magnitude, roundings = _product(layer, probe, oracle, image, total)
+    product, magnitude, roundings = _product(layer, dequantized, probe, oracle, image, total)
     bias: Array | float = 0.0 if layer.bias is None else layer.bias.astype(np.float64)
     if layer.activation_zero is not None:
-        bias = bias + float(layer.activation_zero[0]) * layer.dequantized().sum(axis=1)
+        bias = bias + float(layer.activation_zero[0]) * dequantized().sum(axis=1)
     slack = np.max(oracle.scale_slack, axis=-1, keepdims=True)
     bound = roundings * ROUNDING * FIRST_ORDER * (magnitude + np.abs(bias)) + FIRST_ORDER * slack * magnitude
     found = np.asarray(probe.output, np.float64)
@@ -321,13 +329,18 @@ def _output_error(
 
 
 def _product(
-    layer: QuantizedLinear, probe: LinearProbe, oracle: ActivationOracle, image: Array, total: Array
+    layer: QuantizedLinear,
+    dequantized: Dequantized,
+    probe: LinearProbe,
+    oracle: ActivationOracle,
+    image: Array,
+    total: Array,
 ) -> tuple[Array, Array, float]:
     """(product [M, N] in float64, sum of the magnitudes that were rounded, how often float32 rounds)."""
     unit = to_value(layer, "activation") * oracle.scale
     if not probe.exact:  # float sums over real scales per group, of formats too wide for integers, of scaled operands
         spread = np.repeat(unit, image.shape[1] // unit.shape[1], axis=1) if unit.shape[1] > 1 else unit
-        value, weight = image * spread, layer.dequantized()
+        value, weight = image * spread, dequantized()
         roundings = OUTPUT_ROUNDINGS + layer.in_features + probe.half_roundings * HALF_ROUNDING / ROUNDING
         magnitude = np.abs(value) @ np.abs(weight).T
         if probe.operands is not None and layer.activation_zero is not None:  # each product has its share of the zero

@@ -32,6 +32,8 @@ from plugins.cpu import library
 logger = logging.getLogger(__name__)
 # Layers of the first batch, and bytes of probed tensors that later batches may hold at once.
 FIRST_BATCH, BATCH_BYTES = 4, 2**30
+# Layers whose dequantized weights are held at once.
+WEIGHTS_AT_ONCE = 8
 FOLDER_OPTION = "session.model_external_initializers_file_folder_path"
 
 
@@ -113,10 +115,8 @@ class ProbedGraph:
         results: list[Arrays] = []
         for call in calls:
             fed = {name: call[name] for name in inputs}
-            known = {name: results[0][name] for name in self.weights & set(wanted)} if results else {}
-            asked = [name for name in wanted if name not in known]
-            found = self._call(session, asked, fed)
-            results.append(found | known | {name: fed[name] for name in names if name in inputs})
+            found = self._call(session, wanted, fed)
+            results.append(found | {name: fed[name] for name in names if name in inputs})
         return results
 
     def cut(self, names: Sequence[str], fed: Mapping[str, NDArray]) -> Callable[[Mapping[str, NDArray]], Arrays]:
@@ -138,8 +138,12 @@ class ProbedGraph:
         changed.graph.output.extend(onnx.ValueInfoProto(name=name) for name in wanted)
         needed = _needed(changed.graph, set(wanted))
         nodes = [node for node in changed.graph.node if any(name and name in needed for name in node.output)]
-        del changed.graph.node[:]
+        constants = [item for item in changed.graph.initializer if item.name in needed]
+        inputs = [item for item in changed.graph.input if item.name in needed]
+        del changed.graph.node[:], changed.graph.initializer[:], changed.graph.input[:]
         changed.graph.node.extend(nodes)
+        changed.graph.initializer.extend(constants)
+        changed.graph.input.extend(inputs)
         with runtime_errors(self.path):
             session = open_session(changed, self.path.parent, self._threads)
 
@@ -164,7 +168,7 @@ class ProbedGraph:
         left, size, last = list(layers), FIRST_BATCH, [output.name for output in self.model.graph.output]
         while left:
             batch, left = left[:size], left[size:]
-            names = {name for layer in batch for name in tensor_names(self.rows[layer])}
+            names = {name for layer in batch for name in tensor_names(self.rows[layer])} - self.weights
             if outputs is not None and not left:
                 names.update(last)
             found = self.run(sorted(names), calls)
@@ -173,9 +177,18 @@ class ProbedGraph:
             held = sum({id(array): array.nbytes for tensors in found for array in tensors.values()}.values())
             size = max(1, int(BATCH_BYTES / max(held / len(batch), 1)))
             logger.debug("probed %d layers, %.0f MiB", len(batch), held / 2**20)
-            for layer in batch:
-                pairs = zip(found, calls, strict=True)
-                yield layer, [self._probe(self.rows[layer], tensors, call) for tensors, call in pairs]
+            for first in range(0, len(batch), WEIGHTS_AT_ONCE):
+                few = batch[first : first + WEIGHTS_AT_ONCE]
+                weights = self._decoded(few)
+                for layer in few:
+                    pairs = zip(found, calls, strict=True)
+                    yield layer, [self._probe(self.rows[layer], tensors | weights, call) for tensors, call in pairs]
+
+    def _decoded(self, layers: Sequence[str]) -> Arrays:
+        """The dequantized weights of layers, computed by the nodes that the graph has for them and nothing else: with
+        them the tensors of few layers would fill a batch."""
+        names = sorted({row.operands[1] for layer in layers if (row := self.rows[layer]).operands})
+        return self.cut(names, {})({}) if names else {}
 
     def _probe(self, row: ProbeRow, tensors: Arrays, call: Arrays) -> LinearProbe:
         x = _rows(tensors[row.x])
