@@ -1,6 +1,6 @@
 """Speed of one denoiser call at true size on this CPU: `python -m benchmarks.denoiser --model FOLDER --work-dir DIR`.
 
-FOLDER holds a model of true configuration (`python -m benchmarks.make_xl` writes one with random weights). The engine,
+FOLDER holds a model of true configuration (`python -m benchmarks.zoo.make_xl` writes one with random weights). The engine,
 with onnxruntime alone ("engine") and with native ops ("engine_native"), is compared with onnxruntime in float32 and
 with its dynamic INT8 quantization: correctness first, then every contestant once per round, medians and their ratios;
 load time and peak memory in processes of their own. Writes benchmarks/results/denoiser_MACHINE.json. What is expensive
@@ -26,14 +26,14 @@ import numpy as np
 from benchmarks import record
 from export import checkpoint
 from export.errors import EnvironmentLacksError
-from export.models import LoadedModel, load, sample_inputs
+from export.models.load import LoadedModel, load, sample_inputs
 from pipeline import machine
 from pipeline.backends.base import Arrays
-from pipeline.backends.cpu import CpuBackend
-from pipeline.backends.cpu_engine import CpuEngine
-from pipeline.bench import interleaved
-from pipeline.bench_baselines import open_stock_session, quantize_int8
-from pipeline.gates import sqnr_db
+from pipeline.backends.cpu.backend import CpuBackend
+from pipeline.backends.cpu.engine import CpuEngine
+from pipeline.bench.measure import interleaved
+from pipeline.bench.baselines import open_stock_session, quantize_int8
+from pipeline.verify.oracle import sqnr_db
 from pipeline.recipe import Recipe, with_settings
 from pipeline.recipe import load as load_recipe
 

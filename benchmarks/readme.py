@@ -15,11 +15,11 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.denoiser import BASELINES, PATHS
-from benchmarks.gpu_targets import judged
-from benchmarks.quality_tables import short_table
+from benchmarks.gpu.targets import judged
+from benchmarks.quality.tables import short_table
 from benchmarks.record import RESULTS, markdown
-from export.embedding import embeds, exact_multipliers
-from export.formats import FORMATS
+from export.formats.embedding import embeds, exact_multipliers
+from export.formats.format import FORMATS
 from pipeline.methods import METHODS
 from pipeline.recipe import load, recipe_names
 
@@ -106,7 +106,7 @@ def _speed_rows(found: dict[str, Any]) -> list[list[Any]]:
 
 
 def gpu_speed() -> str:
-    """For each measured GPU, every target with what was found, from the JSON of benchmarks/gpu.py."""
+    """For each measured GPU, every target with what was found, from the JSON of benchmarks/gpu/__main__.py."""
     rows = [
         row
         for path in sorted(RESULTS.glob("gpu_*.json"))

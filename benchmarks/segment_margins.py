@@ -16,19 +16,19 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import record
-from export import models
-from export.models import LoadedModel
+from export.models import load as models
+from export.models.load import LoadedModel
 from export.to_onnx import export_portable
 from pipeline import recipe as recipes
-from pipeline import segments
+from pipeline.verify import segments
 from pipeline.backends import BACKENDS
 from pipeline.backends.base import LoweredGraph
 from pipeline.calibrate import calibrate
-from pipeline.effort import Effort
+from pipeline.verify.effort import Effort
 from pipeline.recipe import Cpu, Recipe
-from pipeline.report import Report
-from pipeline.study import Study, study
-from pipeline.verify import arithmetic_of, verify_target
+from pipeline.verify.report import Report
+from pipeline.verify.study import Study, study
+from pipeline.verify.proof import arithmetic_of, verify_target
 
 logger = logging.getLogger(__name__)
 # Bundled model -> its recipe, and targets that are proven by their lowered graphs; GPU kernels refuse the multipliers

@@ -15,8 +15,8 @@ from __future__ import annotations
 import numpy as np
 import onnx_ir as ir
 
-from export.graph_builder import GraphBuilder
-from export.ops import DOMAIN
+from export.dialect.graph import GraphBuilder
+from export.dialect.ops import DOMAIN
 
 PREFIX = "nan"
 FLOAT = ir.DataType.FLOAT

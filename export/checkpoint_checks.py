@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from export.errors import ContractError
-from export.formats import Format, get_format
+from export.formats.format import Format, get_format
 
 if TYPE_CHECKING:
     from export.checkpoint import QuantizedLinear

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from export.checkpoint import half_where_exact
 from export.errors import ContractError
-from export.graph_builder import GraphBuilder, LayerBuilder
+from export.dialect.graph import GraphBuilder, LayerBuilder
 from export.router import ARRAYS, Router
 
 TIMESTEP, ROUTER = "timestep", "router"

@@ -14,7 +14,7 @@ from onnx.external_data_helper import ExternalDataInfo
 
 from export.documents import open_file
 from export.errors import ContractError, UserError
-from export.model_file import read_model
+from export.models.model_file import read_model
 from export.names import inside
 
 REMEDY = "the file is damaged, build again"

@@ -22,10 +22,10 @@ import onnx_ir as ir
 from export.carry_nan import carry_nan
 from export.checkpoint import QuantizedLinear, shared_router
 from export.errors import ContractError, ModelError, ResourceError
-from export.graph_builder import add_initializer
-from export.models import LoadedModel, denoiser, sample_inputs
+from export.dialect.graph import add_initializer
+from export.models.load import LoadedModel, denoiser, sample_inputs
 from export.quantize_graph import quantize_graph
-from export.read_weights import is_finite
+from export.models.read_weights import is_finite
 
 logger = logging.getLogger(__name__)
 # Sizes of the traced example: two different numbers above 1, so that no axis is mistaken for another.
@@ -149,7 +149,7 @@ def _tell_undecided(layers: list[QuantizedLinear]) -> None:
 
 
 def _traced(model: LoadedModel, stand_ins: Mapping[str, Any], height: int, width: int) -> ir.Model:
-    from export.torch_modules import set_resolution
+    from export.models.torch_modules import set_resolution
     from export.trace import trace
 
     module = denoiser(model, stand_ins)
@@ -160,7 +160,7 @@ def _traced(model: LoadedModel, stand_ins: Mapping[str, Any], height: int, width
 
 def _values(model: LoadedModel, height: int, width: int) -> dict[str, Any]:
     """Every parameter and buffer by its module path, with position tables for the resolution."""
-    from export.torch_modules import set_resolution, with_modules
+    from export.models.torch_modules import set_resolution, with_modules
 
     module = with_modules(model.module, {})
     set_resolution(module, *model.cells(height, width))

@@ -22,8 +22,8 @@ from onnxscript.rewriter.rules import common as rules
 from torch import nn
 
 from export.errors import ContractError
-from export.families import Input
-from export.ops import DOMAIN, VERSION
+from export.models.families import Input
+from export.dialect.ops import DOMAIN, VERSION
 from export.quantize_graph import PLACEHOLDER
 
 OPSET, IR_VERSION = 21, 10

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from pipeline.bundle import Bundle
+    from pipeline.bundle.bundle import Bundle
 
 __all__ = ["load"]
 
@@ -21,6 +21,6 @@ def load(path: str | Path, threads: int | None = None) -> Bundle:
     threads: of an engine's call on the CPU; None: one for each core, within the container's CPU limit and
     OMP_NUM_THREADS.
     """
-    from pipeline.bundle import load_bundle
+    from pipeline.bundle.bundle import load_bundle
 
     return load_bundle(path, threads)

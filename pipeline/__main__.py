@@ -1,6 +1,51 @@
-"""`python -m pipeline <verb>` is `ditc <verb>`."""
+"""`ditc <verb>`: the same verbs as `python -m pipeline.<verb>`, each module imported only when it is called."""
 
-from pipeline.cli import main
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from importlib import import_module
+from typing import NoReturn
+
+from export.errors import RecipeError
 from pipeline.signals import leave
 
-leave(main)
+# verb: (module with main(), what it does)
+VERBS = {
+    "build": ("pipeline.build", "build a verified engine bundle from a recipe"),
+    "calibrate": ("pipeline.calibrate.__main__", "quantize a model into a checkpoint, without building an engine"),
+    "export": ("pipeline.export", "write a checkpoint of calibrate as portable ONNX, without the float model"),
+    "verify": ("pipeline.verify", "check a bundle again: files, lowering, all parity gates"),
+    "bench": ("pipeline.bench", "measure a bundle on this machine"),
+    "generate": ("pipeline.generate", "draw an image with a bundle"),
+    "inspect": ("pipeline.inspect", "show what a bundle or recipe does, layer by layer"),
+    "list": ("pipeline.list", "show recipes, bundled models and targets"),
+    "doctor": ("pipeline.doctor", "check what this machine can build, and what is missing"),
+}
+
+
+def usage() -> str:
+    """The help text."""
+    rows = "\n".join(f"  {verb:<10} {text}" for verb, (_, text) in VERBS.items())
+    return f"usage: ditc VERB [options]\n\n{rows}\n\n`ditc VERB --help` shows the options of a verb."
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point; returns the exit code."""
+    verb, *rest = list(sys.argv[1:] if argv is None else argv) or ["--help"]
+    if verb in ("-h", "--help"):
+        sys.stdout.write(usage() + "\n")
+        return 0
+    if verb not in VERBS:
+        sys.stderr.write(f"ditc: verb {verb!r} is unknown; use one of {', '.join(VERBS)}\n")
+        return RecipeError.exit_code
+    return int(import_module(VERBS[verb][0]).main(rest))
+
+
+def command() -> NoReturn:
+    """The console script."""
+    leave(main)
+
+
+if __name__ == "__main__":
+    command()

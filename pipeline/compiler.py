@@ -17,20 +17,21 @@ from export.checkpoint import QuantizedLinear
 from export.documents import open_file
 from export.errors import EnvironmentLacksError, ParityError, RecipeError, ResourceError
 from export.names import inside
-from pipeline import build_record, machine, manifest
+from pipeline.bundle import build_record, manifest
+from pipeline import machine
 from pipeline.backends import PORTABLE
 from pipeline.backends.base import BuildResult, Engine
 from pipeline.calibrate import refuse_unfit, with_method
 from pipeline.calibrate.plan import make_plans
-from pipeline.conditioning import GENERATION_FILE, load_generation
+from pipeline.generate.conditioning import GENERATION_FILE, load_generation
 from pipeline.files import publish, refuse_unwritable, remove, sha256_json, write_json
-from pipeline.picture_case import make_case
+from pipeline.generate.case import make_case
 from pipeline.recipe import Recipe, to_toml
-from pipeline.sampling import make_sampler
-from pipeline.stages import Listener, StageTime, WorkFolder, refuse_interrupted, timed
+from pipeline.generate.sampling import make_sampler
+from pipeline.bundle.stages import Listener, StageTime, WorkFolder, refuse_interrupted, timed
 
 if TYPE_CHECKING:
-    from export.models import LoadedModel
+    from export.models.load import LoadedModel
 
 logger = logging.getLogger(__name__)
 
@@ -185,14 +186,14 @@ def fitting_targets(targets: tuple[str, ...], recipe: Recipe, named: tuple[str, 
 
 
 def _built_by_auto(target: str, module: str) -> bool:
-    from pipeline.bundle import cuda_sm
+    from pipeline.bundle.bundle import cuda_sm
 
     return find_spec(module) is not None and (target not in GPU_TARGETS or cuda_sm() >= GPU_TARGETS[target])
 
 
 def load_model(recipe: Recipe) -> LoadedModel:
     """The float model that the recipe names."""
-    from export.models import load
+    from export.models.load import load
 
     return load(recipe.model, variant=recipe.model_variant, config=recipe.model_config)
 
@@ -304,7 +305,7 @@ def opened(folder: Path, targets: tuple[str, ...], threads: int = 0) -> Iterator
 
 def verified(work: WorkFolder, model: LoadedModel, facts: manifest.BuildFacts, rejected: Path) -> None:
     """Stage: all gates. A failure moves the engine with its report to `rejected` and raises ParityError."""
-    from pipeline.verify import verify
+    from pipeline.verify.proof import verify
 
     def check() -> None:
         lowered = {target: result.lowered for target, result in facts.results.items()}
@@ -326,7 +327,7 @@ def reject(work: WorkFolder, facts: manifest.BuildFacts, rejected: Path) -> None
 
 def benched(work: WorkFolder, model: LoadedModel, facts: manifest.BuildFacts) -> None:
     """Stage: measure the engines that run here against the float model."""
-    from pipeline.bench import bench, measured
+    from pipeline.bench.measure import bench, measured
 
     def measure() -> None:
         with opened(work.bundle, measured(facts.results)) as engines:

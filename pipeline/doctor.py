@@ -14,8 +14,9 @@ from typing import Any
 from export.errors import EnvironmentLacksError, UserError
 from pipeline import machine
 from pipeline import recipe as recipes
-from pipeline.backends import cuda_run, trt_run
-from pipeline.bundle import cuda_sm
+from pipeline.backends.cuda import engine as cuda_run
+from pipeline.backends.trt import engine as trt_run
+from pipeline.bundle.bundle import cuda_sm
 from pipeline.command import Answer, parser, run
 from pipeline.compiler import NEEDED
 from pipeline.list import zoo_models

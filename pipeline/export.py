@@ -34,7 +34,7 @@ def work(args: argparse.Namespace, answer: Answer) -> int:
     """Export into a folder beside the destination, then rename."""
     refuse(args.checkpoint, args.output_dir, args.force)
     machine.require(NEEDED, "exporting a checkpoint")
-    from export import models
+    from export.models import load as models
     from export.to_onnx import export_portable
 
     layers, model = load(args.checkpoint), models.load(str(args.checkpoint / KEPT), kept_only=True)

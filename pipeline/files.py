@@ -127,7 +127,7 @@ def refuse_unwritable(path: Path, is_folder: bool, flag: str) -> None:
 
 def refuse_in_bundle(folders: Iterable[Path], path: Path, flag: str) -> None:
     """Raise RecipeError if one of `folders` is a bundle, which a file at `path` would damage: it is sealed."""
-    from pipeline.manifest import FILE_NAME
+    from pipeline.bundle.manifest import FILE_NAME
 
     if bundle := next((folder for folder in folders if (folder / FILE_NAME).is_file()), None):
         raise RecipeError(f"{path} is in the bundle {bundle}, which a new file would damage; choose another {flag}")

@@ -7,11 +7,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from export.embedding import embeds
+from export.formats.embedding import embeds
 from export.errors import RecipeError
-from export.formats import get_format, packed_size
+from export.formats.format import get_format, packed_size
 from pipeline.build import resolve
-from pipeline.bundle import load_bundle
+from pipeline.bundle.bundle import load_bundle
 from pipeline.calibrate.plan import LayerPlan, group_multipliers, make_plans
 from pipeline.command import Answer, Parser, add_model_flags, parser, run
 from pipeline.compiler import load_model, tensor_counts

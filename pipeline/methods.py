@@ -159,7 +159,7 @@ _MSFP = {
 }
 
 # Learned rounding. The full presets are the authors'; the fast ones were chosen by trials on the first block of
-# pixart_mini alone, and benchmarks/adaround_study.py compares them with the full ones.
+# pixart_mini alone, and benchmarks/quality/adaround_study.py compares them with the full ones.
 _LEARNED = {
     "strength": Option(0.01, help="weight of the regulariser that draws the rounding to 0 or 1"),
     "batch": Option(8, 16, help="samples of one iteration"),
@@ -173,13 +173,13 @@ _PLAIN_ROUNDING = {
 _ROWS = (
     MethodRow(
         "rtn",
-        "pipeline.calibrate.rtn:RoundToNearest",
+        "pipeline.calibrate.methods.rtn:RoundToNearest",
         "weights",
         "round to nearest: scales from the weights alone, no data",
     ),
     MethodRow(
         "fp4dit",
-        "pipeline.calibrate.fp4dit:ScaleAwareRounding",
+        "pipeline.calibrate.methods.fp4dit:ScaleAwareRounding",
         "blocks",
         "FP4DiT: scale-aware AdaRound, block by block",
         {
@@ -191,14 +191,14 @@ _ROWS = (
     ),
     MethodRow(
         "fp_adaround",
-        "pipeline.calibrate.fp4dit:BlockRounding",
+        "pipeline.calibrate.methods.fp4dit:BlockRounding",
         "blocks",
         "AdaRound on the float grid without scale awareness, block by block",
         _PLAIN_ROUNDING | _LEARNED | _FOUND_SIZES,
     ),
     MethodRow(
         "adaround",
-        "pipeline.calibrate.fp4dit:LayerRounding",
+        "pipeline.calibrate.methods.fp4dit:LayerRounding",
         "blocks",
         "AdaRound, each layer by itself; for INT formats as published",
         {
@@ -209,14 +209,14 @@ _ROWS = (
     ),
     MethodRow(
         "brecq",
-        "pipeline.calibrate.fp4dit:BlockRounding",
+        "pipeline.calibrate.methods.fp4dit:BlockRounding",
         "blocks",
         "BRECQ: AdaRound block by block; for INT formats as published",
         _PLAIN_ROUNDING | _LEARNED,
     ),
     MethodRow(
         "qdiffusion",
-        "pipeline.calibrate.qdiffusion:QDiffusion",
+        "pipeline.calibrate.methods.qdiffusion:QDiffusion",
         "blocks",
         "Q-Diffusion: BRECQ weights per channel, static activations with learned steps",
         _STATIC
@@ -230,7 +230,7 @@ _ROWS = (
     ),
     MethodRow(
         "qdit",
-        "pipeline.calibrate.qdit:QDit",
+        "pipeline.calibrate.methods.qdit:QDit",
         "blocks",
         "Q-DiT: GPTQ on groups, activations scaled per token and group, searched group sizes",
         {
@@ -244,7 +244,7 @@ _ROWS = (
     ),
     MethodRow(
         "g4w_p4a",
-        "pipeline.calibrate.g4w_p4a:G4wP4a",
+        "pipeline.calibrate.methods.g4w_p4a:G4wP4a",
         "blocks",
         "GPTQ weights in groups of 128, static activations as in ptq4dm",
         {
@@ -260,7 +260,7 @@ _ROWS = (
     ),
     MethodRow(
         "ptq4dm",
-        "pipeline.calibrate.ptq4dm:Ptq4dm",
+        "pipeline.calibrate.methods.ptq4dm:Ptq4dm",
         "blocks",
         "static activation ranges from timesteps drawn towards the clean end",
         _STATIC
@@ -272,7 +272,7 @@ _ROWS = (
     ),
     MethodRow(
         "repq_vit",
-        "pipeline.calibrate.repq_vit:RepqVit",
+        "pipeline.calibrate.methods.repq_vit:RepqVit",
         "blocks",
         "percentile ranges; per-channel activations behind norms folded to per-tensor",
         {
@@ -285,7 +285,7 @@ _ROWS = (
     ),
     MethodRow(
         "tfmq_dm",
-        "pipeline.calibrate.tfmq_dm:TfmqDm",
+        "pipeline.calibrate.methods.tfmq_dm:TfmqDm",
         "blocks",
         "AdaRound by block, layers that see the timestep only apart; static activations",
         _STATIC | _PLAIN_ROUNDING | _LEARNED,
@@ -293,7 +293,7 @@ _ROWS = (
     ),
     MethodRow(
         "ptq4dit",
-        "pipeline.calibrate.ptq4dit:Ptq4dit",
+        "pipeline.calibrate.methods.ptq4dit:Ptq4dit",
         "blocks",
         "salient channels of activations and weights balanced; static activations",
         _STATIC
@@ -304,7 +304,7 @@ _ROWS = (
     ),
     MethodRow(
         "vidit_q",
-        "pipeline.calibrate.vidit_q:ViditQ",
+        "pipeline.calibrate.methods.vidit_q:ViditQ",
         "blocks",
         "SmoothQuant's channel balance before activations scaled per token",
         _SEEN
@@ -316,7 +316,7 @@ _ROWS = (
     ),
     MethodRow(
         "msfp",
-        "pipeline.calibrate.msfp:Msfp",
+        "pipeline.calibrate.methods.msfp:Msfp",
         "blocks",
         "MSFP: signed or unsigned FP by search, low-rank branches routed by the timestep, tuned with the DFA loss",
         _MSFP,

@@ -14,8 +14,8 @@ import tomli_w
 from export.checkpoint import Granularity
 from export.documents import MOST_TOML_BYTES, Rules, parse_toml, read_text
 from export.errors import RecipeError
-from export.families import LAYER_KINDS
-from export.formats import get_format
+from export.models.families import LAYER_KINDS
+from export.formats.format import get_format
 from export.names import check_name
 from pipeline.methods import AUTO, METHODS, PRESETS, settled_method
 
@@ -219,7 +219,7 @@ class Recipe:
     """One engine: model, number formats, calibration, sampling, budgets, target options.
 
     model_variant, model_config: which of the model's weights files, and its config.json where it is elsewhere; both as
-    `export.models.load` takes them, "" for the plain ones.
+    `export.models.load.load` takes them, "" for the plain ones.
     """
 
     name: str

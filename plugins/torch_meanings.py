@@ -1,6 +1,6 @@
 """What the GPU kernels compute, in plain torch on any device: their place on a machine without a GPU.
 
-The same numbers as the NumPy meanings (export/op_meanings.py), on operand bytes and quick enough to run a whole model.
+The same numbers as the NumPy meanings (export/dialect/reference.py), on operand bytes and quick enough to run a whole model.
 """
 
 from __future__ import annotations
@@ -12,10 +12,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from export.embedding import exact_sum_limit
-from export.formats import get_format
-from export.op_meanings import ABSMAX_FLOOR
-from export.ops import attributes
+from export.formats.embedding import exact_sum_limit
+from export.formats.format import get_format
+from export.dialect.reference import ABSMAX_FLOOR
+from export.dialect.ops import attributes
 from plugins.gpu.gemm_constants import weight_exponent
 from plugins.gpu.operands import operand_bytes
 from plugins.gpu.specs import GemmSpec, QuantizeSpec

@@ -10,9 +10,10 @@ from typing import Any
 import numpy as np
 
 from export.checkpoint import QuantizedLinear, make_linear
-from pipeline import manifest, recipe
+from pipeline.bundle import manifest
+from pipeline import recipe
 from pipeline.backends.base import BuildResult, Choice, LoweredGraph
-from pipeline.bundle import Bundle
+from pipeline.bundle.bundle import Bundle
 from pipeline.files import sha256, tree
 
 

@@ -15,15 +15,15 @@ from pathlib import Path
 import numpy as np
 import psutil
 
-from export.models import load, sample_inputs
+from export.models.load import load, sample_inputs
 from pipeline import machine
 from pipeline.calibrate.blocks import BlockRunner, group_by_block
 from pipeline.calibrate.data import CalibrationData, Call
 from pipeline.calibrate.memory import measure
 from pipeline.calibrate.method import Context, Unit
 from pipeline.calibrate.plan import make_plans
-from pipeline.calibrate.rtn import quantize_linear
-from pipeline.calibrate.talora_tuning import Tuner
+from pipeline.calibrate.methods.rtn import quantize_linear
+from pipeline.calibrate.learn.tuning import Tuner
 from pipeline.methods import METHODS
 from pipeline.recipe import load as load_recipe
 from pipeline.recipe import with_settings

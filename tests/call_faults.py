@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from pipeline.backends.base import Arrays
 from pipeline.passes.split_condition import STEP_INPUTS
-from pipeline.picture_case import Run
+from pipeline.generate.case import Run
 from tests.graph_faults import ALL, CALLS, CAPTIONED, CLASSES, MINIS
 
 FEW = (*MINIS, "hunyuan")

@@ -12,21 +12,22 @@ from unittest import mock
 
 import onnx_ir as ir
 
-from export import models, to_onnx
+from export.models import load as models
+from export import to_onnx
 from export.checkpoint import QuantizedLinear
-from export.models import LoadedModel
-from pipeline import picture_case
+from export.models.load import LoadedModel
+from pipeline.generate import case as picture_case
 from pipeline import recipe as recipes
 from pipeline.backends import BACKENDS
 from pipeline.backends.base import Arrays, Engine, LoweredGraph
 from pipeline.calibrate import calibrate
-from pipeline.effort import FEW_INSIDE, Effort
-from pipeline.picture_case import Run
-from pipeline.probing import ProbedGraph
+from pipeline.verify.effort import FEW_INSIDE, Effort
+from pipeline.generate.case import Run
+from pipeline.verify.probe import ProbedGraph
 from pipeline.recipe import Cpu, Recipe
-from pipeline.report import Gate, Report
-from pipeline.study import Study, study
-from pipeline.verify import verify_target
+from pipeline.verify.report import Gate, Report
+from pipeline.verify.study import Study, study
+from pipeline.verify.proof import verify_target
 from tests import learned, tiny
 from tests.graph_edit import GraphEdit
 

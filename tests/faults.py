@@ -16,9 +16,9 @@ import onnx
 from numpy.typing import NDArray
 from onnx import helper, numpy_helper
 
-from export.formats import pack, unpack
+from export.formats.format import pack, unpack
 from pipeline.backends.base import LoweredGraph, ProbeRow
-from pipeline.effort import Effort
+from pipeline.verify.effort import Effort
 
 Q, K, V = (f"transformer_blocks.1.attn1.to_{part}" for part in "qkv")
 CROSS_V, FF_IN, FF_OUT = (f"transformer_blocks.1.{part}" for part in ("attn2.to_v", "ff.net.0.proj", "ff.net.2"))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import time
 
-from benchmarks.gpu_run import Context, Task
+from benchmarks.gpu.run import Context, Task
 
 # What a document says of a GPU that is not there.
 FACTS = {

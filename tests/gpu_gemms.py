@@ -8,7 +8,7 @@ import ml_dtypes
 import numpy as np
 import torch
 
-from export.formats import decode, get_format, pack, unpack
+from export.formats.format import decode, get_format, pack, unpack
 from plugins.gpu import launch_gemm
 from plugins.gpu.gemm_meanings import expand
 from plugins.gpu.operands import operand_bytes

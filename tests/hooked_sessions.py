@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
-from pipeline.backends.cpu_engine import Sessions
+from pipeline.backends.cpu.engine import Sessions
 
 TIMEOUT_S = 60
 

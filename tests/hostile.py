@@ -19,8 +19,9 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from benchmarks import scenes
-from pipeline import compiler, manifest
+from benchmarks.zoo import scenes
+from pipeline import compiler
+from pipeline.bundle import manifest
 from pipeline.build import main as build
 from pipeline.calibrate.__main__ import main as calibrate
 from pipeline.files import sha256, tree

@@ -16,10 +16,13 @@ import numpy as np
 import pytest
 
 from export.errors import EnvironmentLacksError
-from pipeline import bundle as bundles
+from pipeline.bundle import bundle as bundles
 from pipeline import machine
-from pipeline.backends import cuda_run, feeds, rtx_run, trt_run
-from pipeline.backends.rtx_engine_file import CAPABILITIES_AT, HEADER_SIZE, MAGIC, SIZE_AT, SM_BITS
+from pipeline.backends.cuda import engine as cuda_run
+from pipeline.backends import feeds
+from pipeline.backends.rtx import engine as rtx_run
+from pipeline.backends.trt import engine as trt_run
+from pipeline.backends.tensorrt.plan_file import CAPABILITIES_AT, HEADER_SIZE, MAGIC, SIZE_AT, SM_BITS
 
 SM = 89
 NO_GPU = "is well described, and there is no GPU here"

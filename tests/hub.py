@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
-from export.weights_files import file_sha256
+from export.models.weights import file_sha256
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 

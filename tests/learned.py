@@ -35,7 +35,7 @@ def with_scaling(layer: QuantizedLinear, scaling: str, group: int = 8, reach: fl
         changes: dict[str, Any] = {"activation_format": "UE2M2", "activation_scale": scale, "activation_zero": zero}
         return replace(layer, activation_scaling="per_tensor", **changes)
     if scaling == "per_tensor":
-        from export.formats import get_format
+        from export.formats.format import get_format
 
         scale = np.float32([reach / get_format(layer.activation_format).max_value])
         return replace(layer, activation_scaling="per_tensor", activation_scale=scale)
@@ -62,7 +62,7 @@ def with_low_rank(
 
 def expected_output(layer: QuantizedLinear, x: Any, timesteps: Any) -> Any:
     """What the layer stands for, sample by sample and token by token in float64: x [B, S, K] -> [B, S, N]."""
-    from export.formats import decode, get_format, quantize
+    from export.formats.format import decode, get_format, quantize
 
     fmt, weight = get_format(layer.activation_format), layer.dequantized()
     found = np.zeros((*x.shape[:-1], layer.out_features))

@@ -8,9 +8,9 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 
-from export.formats import get_format
-from pipeline.passes.cpu_quantizers import SMALL_ZERO, limb_base, zero_point
-from pipeline.passes.native_ops import ATTRIBUTES, DOMAIN, OP, VERSION, In, Out
+from export.formats.format import get_format
+from pipeline.backends.cpu.quantizers import SMALL_ZERO, limb_base, zero_point
+from pipeline.backends.cpu.native_ops import ATTRIBUTES, DOMAIN, OP, VERSION, In, Out
 from plugins.cpu import library
 
 ELEMENT_TYPES = dict.fromkeys(("CODES", "LOW_CODES"), ir.DataType.UINT8) | dict.fromkeys(

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from export.models import LinearRef
+from export.models.load import LinearRef
 from pipeline.calibrate.blocks import BlockCall, Observed
 from pipeline.calibrate.data import CalibrationData, Call
 from pipeline.calibrate.method import Context, Unit

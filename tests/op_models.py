@@ -10,7 +10,7 @@ import onnxruntime as ort
 from onnx import helper
 from onnx.reference import ReferenceEvaluator
 
-from export.ops import DOMAIN, OPS, VERSION, attributes, make_node
+from export.dialect.ops import DOMAIN, OPS, VERSION, attributes, make_node
 
 FORMATS = ("E2M1", "E1M2", "E3M0", "E2M3", "E3M2", "E3M4", "E4M3", "E5M2", "INT4", "INT6", "INT8", "UE2M2", "UE4M4")
 LEVELS = ("ORT_ENABLE_ALL", "ORT_ENABLE_BASIC", "ORT_DISABLE_ALL")

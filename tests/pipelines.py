@@ -21,18 +21,18 @@ from torch import nn
 
 from export import checkpoint as checkpoints
 from export.checkpoint import QuantizedLinear
-from export.models import LoadedModel, load
-from export.torch_modules import set_resolution
+from export.models.load import LoadedModel, load
+from export.models.torch_modules import set_resolution
 from pipeline import compiler
 from pipeline.backends.reference import ReferenceEngine, fake_quant
 from pipeline.build import main as build_main
-from pipeline.bundle import Bundle, load_bundle
+from pipeline.bundle.bundle import Bundle, load_bundle
 from pipeline.calibrate.__main__ import main as calibrate_main
-from pipeline.diffusers_adapter import EngineTransformer
-from pipeline.gates import psnr_db
-from pipeline.reference_hooks import jittered
-from pipeline.study import HIT_DB, HIT_SHARE, HITTING_ULPS, JITTER_ULPS
-from pipeline.verdict import FACTOR_DB, ROUNDED_DB
+from pipeline.generate.diffusers_adapter import EngineTransformer
+from pipeline.verify.oracle import psnr_db
+from pipeline.verify.reference_hooks import jittered
+from pipeline.verify.study import HIT_DB, HIT_SHARE, HITTING_ULPS, JITTER_ULPS
+from pipeline.verify.gates import FACTOR_DB, ROUNDED_DB
 from tests import tiny
 
 WORDS = ("a", "the", "red", "blue", "circle", "ring", "on", "white", "of", "photo", "cat", "dog", "and", "with")

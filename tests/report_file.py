@@ -7,7 +7,7 @@ import math
 from dataclasses import fields
 from typing import Any
 
-from pipeline.report import Gate, LayerResult, Report, SegmentResult, StepResult
+from pipeline.verify.report import Gate, LayerResult, Report, SegmentResult, StepResult
 
 
 def read_report(text: str) -> Report:

@@ -10,9 +10,9 @@ import onnx
 from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
-from export import ops
-from export.embedding import exact_multipliers
-from export.formats import fold_negative_zero, get_format, pack
+from export.dialect import ops
+from export.formats.embedding import exact_multipliers
+from export.formats.format import fold_negative_zero, get_format, pack
 
 
 @dataclass(frozen=True)

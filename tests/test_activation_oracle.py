@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from export.checkpoint import QuantizedLinear
-from export.formats import get_format, quantize, to_image
-from pipeline.gates import LinearProbe, activation_oracle, check_linear, quantize_oracle
+from export.formats.format import get_format, quantize, to_image
+from pipeline.verify.oracle import LinearProbe, activation_oracle, check_linear, quantize_oracle
 from tests import learned
 from tests.portable import random_linear
 

@@ -12,10 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from export.checkpoint import make_linear
-from export.formats import get_format
-from pipeline.calibrate.adaround import Neighbours, Quadratic, Schedule, SoftRounding, learn_layer, undecided, unit_of
+from export.formats.format import get_format
+from pipeline.calibrate.learn.adaround import Neighbours, Quadratic, Schedule, SoftRounding, learn_layer, undecided, unit_of
 from pipeline.calibrate.plan import LayerPlan, group_multipliers
-from pipeline.calibrate.rtn import quantize_linear
+from pipeline.calibrate.methods.rtn import quantize_linear
 
 N, K = 6, 32
 GRANULARITIES = {"per_channel": 0, "group": 8, "exact_group": 8}

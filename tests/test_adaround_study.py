@@ -6,9 +6,9 @@ import json
 
 import pytest
 
-from benchmarks import adaround_study
-from benchmarks.adaround_study import ARMS, BlockCase, Results, run_arm, shortened
-from benchmarks.adaround_table import study_text
+from benchmarks.quality import adaround_study
+from benchmarks.quality.adaround_study import ARMS, BlockCase, Results, run_arm, shortened
+from benchmarks.quality.adaround_table import study_text
 from pipeline import recipe as recipes
 from tests.test_reconstruct import observed_block, plans_of
 

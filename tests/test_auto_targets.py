@@ -8,9 +8,10 @@ from dataclasses import replace
 import pytest
 
 from export.errors import EnvironmentLacksError
-from pipeline import cli, compiler
+from pipeline import __main__ as cli, compiler
 from pipeline import recipe as recipes
-from pipeline.backends import cpu, rtx_build
+from pipeline.backends.cpu import backend as cpu
+from pipeline.backends.tensorrt import build as rtx_build
 from pipeline.build import make_parser, make_request
 from pipeline.command import Answer
 from pipeline.compiler import BuildRequest, fitting_targets, refuse_early

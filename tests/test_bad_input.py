@@ -17,7 +17,8 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from export.errors import UserError
-from pipeline import build, cli, compiler, stages
+from pipeline import build, __main__ as cli, compiler
+from pipeline.bundle import stages
 from tests import hostile, tiny
 from tests.bundles import make_bundle
 

@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 
 from export.checkpoint import make_linear
 from export.errors import ContractError, RecipeError
-from export.families import LAYER_KINDS
-from export.models import LinearRef
+from export.models.families import LAYER_KINDS
+from export.models.load import LinearRef
 from pipeline.calibrate import balance
 from pipeline.calibrate.balance import InputMap
 from pipeline.calibrate.plan import LayerPlan

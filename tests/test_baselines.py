@@ -9,11 +9,11 @@ import pytest
 import torch
 
 from export.errors import RecipeError
-from export.formats import FORMATS, get_format
+from export.formats.format import FORMATS, get_format
 from pipeline.backends.reference import FakeQuantLinear
-from pipeline.calibrate import ptq4dit, repq_vit, vidit_q
-from pipeline.calibrate.ptq4dm import skewed_shares
-from pipeline.calibrate.reconstruct import output_loss
+from pipeline.calibrate.methods import ptq4dit, repq_vit, vidit_q
+from pipeline.calibrate.methods.ptq4dm import skewed_shares
+from pipeline.calibrate.learn.reconstruct import output_loss
 from pipeline.calibrate.static_activations import TAILS
 from tests import observed
 

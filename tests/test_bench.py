@@ -7,9 +7,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from export import models
+from export.models import load as models
 from export.to_onnx import export_float
-from pipeline import bench, bench_baselines, machine, recipe
+from pipeline.bench import measure as bench, baselines as bench_baselines
+from pipeline import machine, recipe
 from pipeline.backends import BACKENDS
 from pipeline.backends.base import WIDE_SUM
 from tests import tiny

@@ -11,8 +11,9 @@ from typing import Any
 import pytest
 
 from export.errors import ContractError, EnvironmentLacksError, RecipeError
-from pipeline import bundle as bundles
-from pipeline import load, machine, manifest
+from pipeline.bundle import bundle as bundles
+from pipeline import load, machine
+from pipeline.bundle import manifest
 from pipeline.files import publish
 from tests import hub
 from tests.bundles import make_bundle

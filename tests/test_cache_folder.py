@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from export.cache_folder import cache_folder
-from pipeline import snapshot
-from pipeline.backends.rtx_run import cache_path
+from pipeline.bundle import snapshot
+from pipeline.backends.rtx.engine import cache_path
 from plugins.cpu import library
 from plugins.gpu import cache
 

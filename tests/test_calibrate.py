@@ -14,11 +14,12 @@ import torch
 
 from export import checkpoint
 from export.errors import ContractError, ModelError, RecipeError
-from export.formats import get_format
+from export.formats.format import get_format
 from pipeline import recipe as recipes
-from pipeline.calibrate import adopt, calibrate, reconstruct
+from pipeline.calibrate import adopt, calibrate
+from pipeline.calibrate.learn import reconstruct
 from pipeline.calibrate.__main__ import _recipe, main, make_parser
-from pipeline.calibrate.rtn import RoundToNearest
+from pipeline.calibrate.methods.rtn import RoundToNearest
 from pipeline.calibrate.state import ORIGIN_FILE, TIME_FILE, CalibrationState
 from pipeline.methods import METHODS
 from tests import tiny

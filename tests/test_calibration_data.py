@@ -12,15 +12,15 @@ from diffusers import DiffusionPipeline
 
 from export.cache_folder import cache_folder
 from export.errors import ModelError, RecipeError, ResourceError
-from export.models import denoiser, load
+from export.models.load import denoiser, load
 from pipeline import calibrate as package
 from pipeline import machine
-from pipeline.calibrate import pipeline_data
+from pipeline.generate import pipeline_folder as pipeline_data
 from pipeline.calibrate.blocks import BlockRunner, WeightOnlyLinear, block_of, group_by_block
 from pipeline.calibrate.data import calibration_data, kept_steps, read_prompts
 from pipeline.calibrate.method import Method, Unit
 from pipeline.calibrate.plan import make_plans
-from pipeline.calibrate.rtn import quantize_linear
+from pipeline.calibrate.methods.rtn import quantize_linear
 from pipeline.methods import METHODS, MethodRow, Option
 from pipeline.recipe import load as load_recipe
 from pipeline.recipe import with_settings

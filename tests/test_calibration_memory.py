@@ -13,10 +13,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from export.models import denoiser, sample_inputs
+from export.models.load import denoiser, sample_inputs
 from pipeline.calibrate.blocks import BlockRunner, group_by_block, looks_like_chain
 from pipeline.calibrate.plan import make_plans
-from pipeline.calibrate.rtn import quantize_linear
+from pipeline.calibrate.methods.rtn import quantize_linear
 from pipeline.recipe import load as load_recipe
 from pipeline.recipe import with_settings
 from tests.calibration_peaks import FEW, made_up, model_of

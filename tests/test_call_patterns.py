@@ -7,23 +7,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from pipeline.call_patterns import (
-    CALL_TRAITS,
-    CHANGED,
-    PICTURE_TRAITS,
-    PROMPTED,
-    SETTING_CAUSES,
-    STEADY,
-    STEP_TRAITS,
-    UNPROMPTED,
-    Sign,
-    Traits,
-    cause_of_repeat,
-    diagnose,
-    sign_of,
-    traits_of,
-)
-from pipeline.calls import Call, SampleError, sample_errors
+from pipeline.verify.call_patterns import CALL_TRAITS, CHANGED, PICTURE_TRAITS, PROMPTED, SETTING_CAUSES, STEADY, STEP_TRAITS, UNPROMPTED, Sign, Traits, cause_of_repeat, diagnose, sign_of, traits_of
+from pipeline.verify.calls import Call, SampleError, sample_errors
 
 LIMIT, RIGHT, WRONG = 30.0, 50.0, 20.0
 

@@ -10,30 +10,15 @@ from typing import Any
 import numpy as np
 import pytest
 
-from export import models
+from export.models import load as models
 from pipeline import recipe as recipes
 from pipeline.backends.base import Arrays
 from pipeline.backends.reference import ReferenceEngine
-from pipeline.calls import (
-    BATCHES,
-    LONGEST,
-    ODD,
-    ONE,
-    POOLS,
-    STEADY_CALL,
-    THREAD_ROUNDS,
-    SampleError,
-    StateResult,
-    _at_once,
-    call_errors,
-    make_calls,
-    make_pools,
-    state_result,
-)
-from pipeline.effort import FEW_INSIDE, INSIDE, LARGE_INSIDE
-from pipeline.picture_case import Case, make_case
-from pipeline.report import Gate
-from pipeline.verdict import FACTOR_DB, calls_gates
+from pipeline.verify.calls import BATCHES, LONGEST, ODD, ONE, POOLS, STEADY_CALL, THREAD_ROUNDS, SampleError, StateResult, _at_once, call_errors, make_calls, make_pools, state_result
+from pipeline.verify.effort import FEW_INSIDE, INSIDE, LARGE_INSIDE
+from pipeline.generate.case import Case, make_case
+from pipeline.verify.report import Gate
+from pipeline.verify.gates import FACTOR_DB, calls_gates
 from tests import tiny
 
 RECIPE = recipes.with_sampling(recipes.load("pixart_w4a6"), n_steps=3)

@@ -10,15 +10,15 @@ import numpy as np
 import pytest
 import torch
 
-from export import models
+from export.models import load as models
 from export.checkpoint import QuantizedLinear
-from export.models import LoadedModel, sample_inputs
+from export.models.load import LoadedModel, sample_inputs
 from export.to_onnx import export_portable
 from pipeline import recipe as recipes
 from pipeline.backends import BACKENDS
 from pipeline.backends.base import Arrays
 from pipeline.backends.reference import ReferenceEngine, fake_quant
-from pipeline.probing import ProbedGraph
+from pipeline.verify.probe import ProbedGraph
 from tests import learned, tiny
 
 TARGETS = ("onnx", "cpu", "native", "rtx", "cuda")

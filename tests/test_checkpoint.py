@@ -17,10 +17,10 @@ from export.checkpoint import (
     make_linear,
     save,
 )
-from export.embedding import exact_multipliers
+from export.formats.embedding import exact_multipliers
 from export.errors import ContractError, RecipeError
-from export.formats import decode, encode, get_format
-from export.ops import OPS, attributes, no_multipliers
+from export.formats.format import decode, encode, get_format
+from export.dialect.ops import OPS, attributes, no_multipliers
 from tests import learned
 
 N, K, GROUP = 6, 24, 8

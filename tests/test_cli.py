@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from export.errors import ContractError, EnvironmentLacksError, ParityError, RecipeError, ResourceError
-from pipeline import cli, progress
+from pipeline import __main__ as cli, progress
 from pipeline import recipe as recipes
 from pipeline.build import make_parser, resolve
 from pipeline.command import AnswerError, Parser, judge, kebab, parser, run
@@ -40,7 +40,7 @@ def python(code: str, *args: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, "-c", code, *args], check=False, **CAPTURE)
 
 
-BLOCKED = f"import sys; sys.modules.update(dict.fromkeys({HEAVY!r})); from pipeline.cli import main; sys.exit(main())"
+BLOCKED = f"import sys; sys.modules.update(dict.fromkeys({HEAVY!r})); from pipeline.__main__ import main; sys.exit(main())"
 
 
 @pytest.mark.parametrize(
@@ -74,7 +74,7 @@ def test_doctor_names_a_remedy_for_each_missing_thing() -> None:
 
 
 def test_no_heavy_import_before_work() -> None:
-    verbs = "pipeline.build, pipeline.bundle, pipeline.inspect, pipeline.list, pipeline.doctor, pipeline.verify_command"
+    verbs = "pipeline.build, pipeline.bundle.bundle, pipeline.inspect, pipeline.list, pipeline.doctor, pipeline.verify"
     code = f"import sys, {verbs}; sys.exit(', '.join(name for name in {HEAVY!r} if name in sys.modules) or None)"
     done = python(code)
     assert done.returncode == 0, f"imported: {done.stderr}"

@@ -11,10 +11,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.numpy import save_file
 
-from benchmarks import scenes
+from benchmarks.zoo import scenes
 from export.errors import ContractError, RecipeError
-from pipeline.conditioning import from_dict, load_generation
-from pipeline.scene_grammar import parse, token_ids
+from pipeline.generate.conditioning import from_dict, load_generation
+from pipeline.generate.scene_grammar import parse, token_ids
 
 SLOTS = [{"name": name, "words": list(words)} for name, words in scenes.SLOTS.items()]
 COLOURS, SHAPES, GROUNDS = list(scenes.COLOURS), list(scenes.SHAPES), list(scenes.BACKGROUNDS)

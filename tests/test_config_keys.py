@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from export import models
-from export.config_keys import unread_keys
+from export.models import load as models
+from export.models.config_keys import unread_keys
 from export.errors import ModelError
 from tests import tiny
 

@@ -12,8 +12,8 @@ import pytest
 from export.errors import ContractError, EnvironmentLacksError
 from pipeline.backends import BACKENDS, lowering_file
 from pipeline.backends.base import LoweredGraph
-from pipeline.backends.cpu import CpuBackend
-from pipeline.backends.cpu_engine import open_session
+from pipeline.backends.cpu.backend import CpuBackend
+from pipeline.backends.cpu.engine import open_session
 from tests.hooked_sessions import hooked
 from tests.portable import HEADER, activations, portable, random_linear
 

@@ -11,18 +11,18 @@ import onnx_ir as ir
 import pytest
 
 from export.checkpoint import QuantizedLinear
-from export.formats import FORMATS, get_format, to_image
-from export.op_meanings import quantize_static
+from export.formats.format import FORMATS, get_format, to_image
+from export.dialect.reference import quantize_static
 from pipeline.backends.base import LoweredGraph
-from pipeline.backends.cpu import capabilities
-from pipeline.gates import LinearCheck, activation_oracle, check_linear
+from pipeline.backends.cpu.backend import capabilities
+from pipeline.verify.oracle import LinearCheck, activation_oracle, check_linear
 from pipeline.passes import run_shared
-from pipeline.passes.cpu_quantizers import quantize_static as emit_static
-from pipeline.passes.cpu_quantizers import static_image, unsupported
+from pipeline.backends.cpu.quantizers import quantize_static as emit_static
+from pipeline.backends.cpu.quantizers import static_image, unsupported
 from pipeline.passes.emit import Emitter
-from pipeline.passes.lower_cpu import FLOAT_PATH, LowerCpu
-from pipeline.probing import ProbedGraph
-from pipeline.verify import joined
+from pipeline.backends.cpu.lower import FLOAT_PATH, LowerCpu
+from pipeline.verify.probe import ProbedGraph
+from pipeline.verify.proof import joined
 from tests import learned
 from tests.portable import HEADER, activations, op_types, portable, random_linear, run
 
@@ -201,7 +201,7 @@ def test_what_does_not_embed_runs_in_float(activation: str, scaling: str, tmp_pa
 
 def test_narrow_cpus_need_two_limbs_for_wide_codes() -> None:
     """255 * 127 * 2 exceeds int16; 124 * 7 * 2 does not."""
-    from pipeline.passes.cpu_paths import choose_path
+    from pipeline.backends.cpu.paths import choose_path
     from pipeline.passes.gemm_spec import read_spec
 
     paths = {}

@@ -6,15 +6,15 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 
-from export.formats import get_format, to_image
-from export.op_meanings import quantize_activation
+from export.formats.format import get_format, to_image
+from export.dialect.reference import quantize_activation
 from pipeline import machine
 from pipeline.backends.base import WIDE_SUM
-from pipeline.backends.cpu import capabilities
+from pipeline.backends.cpu.backend import capabilities
 from pipeline.passes import run_shared
-from pipeline.passes.cpu_paths import choose_path, refusal
+from pipeline.backends.cpu.paths import choose_path, refusal
 from pipeline.passes.gemm_spec import read_spec, weight_image
-from pipeline.passes.lower_cpu import FLOAT_PATH, FUNCTION_PATH, LowerCpu
+from pipeline.backends.cpu.lower import FLOAT_PATH, FUNCTION_PATH, LowerCpu
 from tests.portable import activations, op_types, portable, random_linear, run
 
 BODY = 'y = fpq.QuantizedLinear <layer="a"> (x)'

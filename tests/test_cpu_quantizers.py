@@ -4,18 +4,9 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 
-from export.formats import FORMATS, encode, get_format, to_image
-from export.op_meanings import quantize_activation
-from pipeline.passes.cpu_quantizers import (
-    LARGE_ZERO,
-    SMALL_ZERO,
-    largest_code,
-    limb_base,
-    quantize,
-    rounded_image,
-    unsupported,
-    zero_point,
-)
+from export.formats.format import FORMATS, encode, get_format, to_image
+from export.dialect.reference import quantize_activation
+from pipeline.backends.cpu.quantizers import LARGE_ZERO, SMALL_ZERO, largest_code, limb_base, quantize, rounded_image, unsupported, zero_point
 from pipeline.passes.emit import Emitter
 from tests.portable import HEADER, activations, run
 

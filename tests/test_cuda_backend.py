@@ -15,23 +15,24 @@ import onnxruntime
 import pytest
 import torch
 
-from export import models
+from export.models import load as models
 from export.checkpoint import QuantizedLinear
 from export.errors import ContractError, EnvironmentLacksError, RecipeError
-from export.families import FAMILIES
+from export.models.families import FAMILIES
 from export.to_onnx import export_portable
 from pipeline import recipe as recipes
-from pipeline.backends import BACKENDS, cuda_run, lowering_file
+from pipeline.backends import BACKENDS, lowering_file
+from pipeline.backends.cuda import engine as cuda_run
 from pipeline.backends.base import Arrays, LoweredGraph
-from pipeline.backends.cuda_module import LoweredModule, run_step
-from pipeline.backends.cuda_overflow import find_overflow
-from pipeline.backends.cuda_run import Captured, CudaEngine, Part
-from pipeline.diffusers_adapter import EngineTransformer
+from pipeline.backends.cuda.module import LoweredModule, run_step
+from pipeline.backends.cuda.overflow import find_overflow
+from pipeline.backends.cuda.engine import Captured, CudaEngine, Part
+from pipeline.generate.diffusers_adapter import EngineTransformer
 from pipeline.recipe import Cuda, Recipe
-from pipeline.report import Report
-from pipeline.study import Study, study
-from pipeline.verdict import end_gates
-from pipeline.verify import arithmetic_of, verify, verify_target
+from pipeline.verify.report import Report
+from pipeline.verify.study import Study, study
+from pipeline.verify.gates import end_gates
+from pipeline.verify.proof import arithmetic_of, verify, verify_target
 from plugins.gpu.operands import operand_bytes
 from tests import tiny
 
@@ -239,7 +240,7 @@ def test_auto_expands_where_a_call_has_many_tokens(built: Built, monkeypatch: py
     with torch.inference_mode():
         few = module(inputs)["sample"]
         assert not any(gemm.is_expanded for gemm in module.gemms)
-        monkeypatch.setattr("pipeline.backends.cuda_dialect_ops.EXPAND_FROM", 20)
+        monkeypatch.setattr("pipeline.backends.cuda.torch_gemm.EXPAND_FROM", 20)
         assert torch.equal(module(inputs)["sample"], few)  # the same sums, from a byte for each weight
     assert {gemm.is_expanded for gemm in module.gemms if "net.0" in gemm_name(module, gemm)} == {True}
 
@@ -353,7 +354,7 @@ def test_a_graph_is_captured_once_for_each_shape(built: Built, made: list[dict[s
 def test_a_graph_that_reads_packed_weights_goes_when_they_are_expanded(
     built: Built, made: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("pipeline.backends.cuda_dialect_ops.EXPAND_FROM", 32)  # tokens of two pictures, not of one
+    monkeypatch.setattr("pipeline.backends.cuda.torch_gemm.EXPAND_FROM", 32)  # tokens of two pictures, not of one
     engine, parts = capturing(built.engine)
     two = random_inputs(ir.load(built.lowered.path).graph)
     one = {name: array[:1] if "rotary" not in name else array for name, array in two.items()}

@@ -8,11 +8,11 @@ from typing import Any
 import pytest
 
 from export.errors import ContractError
-from pipeline import bundle as bundles
+from pipeline.bundle import bundle as bundles
 from pipeline import recipe as recipes
 from pipeline.backends import BACKENDS
-from pipeline.backends.cuda_run import CudaEngine, machine_problem
-from pipeline.bundle import Bundle
+from pipeline.backends.cuda.engine import CudaEngine, machine_problem
+from pipeline.bundle.bundle import Bundle
 from pipeline.compiler import parse_targets
 
 BACKEND = BACKENDS["cuda"]

@@ -10,12 +10,12 @@ import pytest
 import torch
 
 from export.errors import ContractError
-from pipeline.backends.cuda_module import LoweredModule
+from pipeline.backends.cuda.module import LoweredModule
 from pipeline.passes import run_shared
-from pipeline.passes.lower_cuda import LowerCuda, lower
-from pipeline.passes.lower_cuda_attention import FuseAttention
-from pipeline.passes.lower_cuda_epilogue import FuseGateResidual
-from pipeline.passes.lower_cuda_ops import DOMAIN, OPS, add_functions
+from pipeline.backends.fused.lower import LowerCuda, lower
+from pipeline.backends.fused.attention import FuseAttention
+from pipeline.backends.fused.gate_residual import FuseGateResidual
+from pipeline.backends.fused.ops import DOMAIN, OPS, add_functions
 from tests.learned import with_scaling
 from tests.portable import activations, op_types, portable, random_linear, run
 
@@ -136,7 +136,7 @@ def test_other_linears_stay_alone(body, other):
 
 
 def test_gemms_are_merged_up_to_a_width(monkeypatch):
-    monkeypatch.setattr("pipeline.backends.cuda_merge.MERGED_COLUMNS", 64 + 127)
+    monkeypatch.setattr("pipeline.backends.cuda.merge.MERGED_COLUMNS", 64 + 127)
     linears, _ = executed("y = Concat <axis = -1> (k, h)", [*square("a"), random_linear("b", n=128, k=64, seed=1)])
     assert linears == [1, 1]
 
@@ -155,7 +155,7 @@ def test_codes_that_one_reader_cannot_take_as_int8_stay_fp8(other):
 
 @pytest.mark.parametrize("sm, integers", [(0, False), (86, True), (89, True), (90, False), (120, True)])
 def test_left_to_the_gpu_it_decides_at_load(sm, integers, monkeypatch):
-    monkeypatch.setattr("pipeline.backends.cuda_module.visible_sm", lambda: sm)
+    monkeypatch.setattr("pipeline.backends.cuda.module.visible_sm", lambda: sm)
     model = portable(LINEAR + "y = Neg(h)", square(), **SHAPES)
     run_shared(model)
     (choice,) = lower(model, "auto").choices

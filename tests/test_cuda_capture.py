@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from pipeline.backends.cuda_run import WARM_UPS, Captured
+from pipeline.backends.cuda.engine import WARM_UPS, Captured
 from tests.fake_cuda import FakeCuda
 
 SWITCHES: Any = (torch.backends.cudnn.conv, torch.backends.cuda.matmul)

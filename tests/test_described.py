@@ -10,13 +10,13 @@ from typing import Any
 
 import pytest
 
-from export import models, sources
+from export.models import load as models, sources
 from export.errors import UserError
 from pipeline import recipe as recipes
-from pipeline import verify_command
+from pipeline.verify import __main__ as verify_command
 from pipeline.compiler import describe
-from pipeline.report import Gate, Report
-from pipeline.verify_command import refuse_other_description
+from pipeline.verify.report import Gate, Report
+from pipeline.verify.__main__ import refuse_other_description
 from tests.bundles import stand_in
 from tests.hostile import edit
 

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from pipeline.calibrate.dfa import dfa_loss, loss_weights, prediction_weights
-from pipeline.sampling import BETA_FIRST, BETA_LAST, SAMPLERS, TRAIN_STEPS, make_sampler, sample
+from pipeline.calibrate.learn.dfa import dfa_loss, loss_weights, prediction_weights
+from pipeline.generate.sampling import BETA_FIRST, BETA_LAST, SAMPLERS, TRAIN_STEPS, make_sampler, sample
 
 
 @pytest.mark.parametrize("name", SAMPLERS)

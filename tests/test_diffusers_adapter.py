@@ -9,13 +9,13 @@ import pytest
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, DiTPipeline, PixArtAlphaPipeline
 
-from export import models
+from export.models import load as models
 from export.errors import ContractError, EnvironmentLacksError, RecipeError
 from pipeline import recipe as recipes
 from pipeline.backends.reference import ReferenceEngine
-from pipeline.diffusers_adapter import as_diffusers
-from pipeline.generate import DrawRequest
-from pipeline.latent_pictures import draw_latent, find_pipeline
+from pipeline.generate.diffusers_adapter import as_diffusers
+from pipeline.generate.__main__ import DrawRequest
+from pipeline.generate.latent import draw_latent, find_pipeline
 from tests import tiny
 from tests.bundles import stand_in
 

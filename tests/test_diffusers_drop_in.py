@@ -13,12 +13,12 @@ import numpy as np
 import pytest
 import torch
 
-from export import models
+from export.models import load as models
 from export.errors import RecipeError
-from export.families import FAMILIES, shared_names
+from export.models.families import FAMILIES, shared_names
 from pipeline.backends.reference import ReferenceEngine
-from pipeline.diffusers_adapter import DrawnSize, EngineTransformer
-from pipeline.diffusers_refusals import ADAPTERS, CLASS_METHODS, METHODS
+from pipeline.generate.diffusers_adapter import DrawnSize, EngineTransformer
+from pipeline.generate.diffusers_refusals import ADAPTERS, CLASS_METHODS, METHODS
 from tests import pipelines, tiny
 
 # Alpha for 1024 pixels: whether it takes sizes follows from sample_size alone. They take a third of the width each.

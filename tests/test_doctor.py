@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from pipeline import doctor
-from pipeline.backends import trt_run
+from pipeline.backends.trt import engine as trt_run
 
 INSTALLED = {"triton": "3.9.0", "tensorrt": "11.1.0.106", "torch": "2.13.0"}
 

@@ -8,9 +8,9 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from export.embedding import embeds, exact_multipliers, exact_sum_limit
+from export.formats.embedding import embeds, exact_multipliers, exact_sum_limit
 from export.errors import RecipeError
-from export.formats import FORMATS, decode, encode, get_format, to_image
+from export.formats.format import FORMATS, decode, encode, get_format, to_image
 
 # format: (f, kmax, INT8, E4M3, FP16)
 TABLE = {

@@ -18,13 +18,13 @@ import torch
 from export import checkpoint, to_onnx
 from export.checkpoint import QuantizedLinear
 from export.errors import ContractError, ModelError, ResourceError
-from export.models import LoadedModel, denoiser, load, sample_inputs
-from export.op_meanings import dequantize_activation, quantize_activation
-from export.ops import attributes
+from export.models.load import LoadedModel, denoiser, load, sample_inputs
+from export.dialect.reference import dequantize_activation, quantize_activation
+from export.dialect.ops import attributes
 from export.portable import read_layers
 from export.quantize_graph import multiplier_table, quantize_graph
 from export.to_onnx import ExportSummary, export_float, export_portable
-from export.torch_modules import with_modules
+from export.models.torch_modules import with_modules
 from export.trace import PlaceholderLinear
 from tests import hub, tiny
 

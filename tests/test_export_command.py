@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from export import checkpoint
-from export.models import load
+from export.models.load import load
 from export.to_onnx import export_portable
 from pipeline.calibrate.__main__ import main as calibrate
 from pipeline.calibrate.state import KEPT

@@ -15,7 +15,7 @@ import torch
 from export import to_onnx
 from export.checkpoint import QuantizedLinear
 from export.errors import ContractError
-from export.models import LoadedModel, load, sample_inputs
+from export.models.load import LoadedModel, load, sample_inputs
 from export.portable import read_layers
 from export.to_onnx import export_portable
 from pipeline.backends.reference import ReferenceEngine, fake_quant

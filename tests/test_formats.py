@@ -6,21 +6,7 @@ import numpy as np
 import pytest
 
 from export.errors import RecipeError
-from export.formats import (
-    FORMATS,
-    Format,
-    decode,
-    decode_with_zero_point,
-    encode,
-    encode_with_zero_point,
-    fold_negative_zero,
-    get_format,
-    pack,
-    packed_size,
-    quantize,
-    to_image,
-    unpack,
-)
+from export.formats.format import FORMATS, Format, decode, decode_with_zero_point, encode, encode_with_zero_point, fold_negative_zero, get_format, pack, packed_size, quantize, to_image, unpack
 
 ALL = list(FORMATS.values())
 FLOATS = [row for row in ALL if not row.is_integer]

@@ -10,12 +10,7 @@ import pytest
 from onnx import TensorProto, helper
 from onnx.reference import ReferenceEvaluator
 
-from export.formats import (
-    FORMATS,
-    Format,
-    decode,
-    encode,
-)
+from export.formats.format import FORMATS, Format, decode, encode
 
 FLOATS = [row for row in FORMATS.values() if not row.is_integer]
 

@@ -7,18 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from export.formats import (
-    FORMATS,
-    Format,
-    decode,
-    decode_with_zero_point,
-    encode,
-    encode_with_zero_point,
-    pack,
-    packed_size,
-    quantize,
-    unpack,
-)
+from export.formats.format import FORMATS, Format, decode, decode_with_zero_point, encode, encode_with_zero_point, pack, packed_size, quantize, unpack
 
 formats = st.sampled_from(list(FORMATS.values()))
 unsigned_formats = st.sampled_from([row for row in FORMATS.values() if not row.sign_bits])

@@ -25,8 +25,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from export import to_onnx
-from pipeline import bench, cli, compiler, verify
-from pipeline.report import Gate, Report
+from pipeline.bench import measure as bench
+from pipeline import __main__ as cli, compiler
+from pipeline.verify import proof as verify
+from pipeline.verify.report import Gate, Report
 from tests import hostile, hostile_gpu
 from tests.mutations import damaged_bytes, damaged_json
 

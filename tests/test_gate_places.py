@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from export.formats import FORMATS, get_format
-from pipeline.gates import _grid, _places
+from export.formats.format import FORMATS, get_format
+from pipeline.verify.oracle import _grid, _places
 
 
 @pytest.mark.parametrize("name", FORMATS)

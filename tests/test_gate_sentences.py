@@ -10,23 +10,14 @@ from typing import Any
 import numpy as np
 import pytest
 
-from pipeline.calls import SampleError
-from pipeline.extremes import ExtremeResult
-from pipeline.gates import activation_oracle, check_linear
-from pipeline.probing import ProbedGraph
-from pipeline.report import Gate, LayerResult
-from pipeline.study import StepErrors
-from pipeline.verdict import (
-    LAYER_RULES,
-    NONFINITE,
-    NOT_COVERED,
-    coverage_gate,
-    first_nonfinite,
-    layer_gates,
-    quantizers_gate,
-    segments_gate,
-)
-from pipeline.verify import joined, worst_calls
+from pipeline.verify.calls import SampleError
+from pipeline.verify.extremes import ExtremeResult
+from pipeline.verify.oracle import activation_oracle, check_linear
+from pipeline.verify.probe import ProbedGraph
+from pipeline.verify.report import Gate, LayerResult
+from pipeline.verify.study import StepErrors
+from pipeline.verify.gates import LAYER_RULES, NONFINITE, NOT_COVERED, coverage_gate, first_nonfinite, layer_gates, quantizers_gate, segments_gate
+from pipeline.verify.proof import joined, worst_calls
 from tests.hand_lowered import linear, lower
 from tests.test_report import layer
 

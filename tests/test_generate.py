@@ -15,7 +15,7 @@ from PIL import Image
 import pipeline
 from export.errors import ContractError, EnvironmentLacksError, RecipeError
 from pipeline import recipe as recipes
-from pipeline.generate import DrawRequest, arrange, default_scale, draw, main, makes_pixels, picture_shape, to_pixels
+from pipeline.generate.__main__ import DrawRequest, arrange, default_scale, draw, main, makes_pixels, picture_shape, to_pixels
 from tests.bundles import stand_in
 
 DIGITS = {"kind": "classes", "names": [str(i) for i in range(10)], "null_class": 10}
@@ -180,7 +180,7 @@ def test_drawing_needs_no_torch(tmp_path):
     make_bundle(tmp_path)
     code = (
         "import sys\nfrom pathlib import Path\n"
-        "import pipeline.bundle\nfrom pipeline.generate import DrawRequest, draw\n"
+        "import pipeline.bundle.bundle\nfrom pipeline.generate import DrawRequest, draw\n"
         "from tests.test_generate import make_bundle\n"
         f"draw(make_bundle(Path({str(tmp_path)!r})), DrawRequest(('3',)))\n"
         "heavy = sorted({'torch', 'diffusers', 'transformers', 'matplotlib', 'onnxscript'} & set(sys.modules))\n"

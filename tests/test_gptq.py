@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from export.errors import ModelError
-from export.formats import FORMATS, get_format, quantize
-from pipeline.calibrate.gptq import Grid, gptq, hessian, inverse_factor, output_error
+from export.formats.format import FORMATS, get_format, quantize
+from pipeline.calibrate.learn.gptq import Grid, gptq, hessian, inverse_factor, output_error
 from pipeline.calibrate.scales import find_scales, round_to_codes
 
 N, K = 6, 48
@@ -97,7 +97,7 @@ def test_blocks_change_nothing(group, monkeypatch):
     matrix = hessian([inputs], 480)
     grid = Grid(get_format("INT4"), "group" if group else "per_channel", group)
     whole = gptq(weight, matrix, grid)
-    monkeypatch.setattr("pipeline.calibrate.gptq.BLOCK", 1)
+    monkeypatch.setattr("pipeline.calibrate.learn.gptq.BLOCK", 1)
     single = gptq(weight, matrix, grid)
     np.testing.assert_array_equal(whole.codes, single.codes)
     np.testing.assert_array_equal(whole.scales, single.scales)

@@ -15,10 +15,10 @@ from typing import Any
 
 import pytest
 
-from benchmarks import gpu, gpu_results, gpu_targets
-from benchmarks.gpu_pool import work_off_in_processes
-from benchmarks.gpu_results import Results, broken, is_checked, validate, wrong
-from benchmarks.gpu_run import Clock, Context, GpuLostError, Task, work_off
+from benchmarks.gpu import __main__ as gpu, results as gpu_results, targets as gpu_targets
+from benchmarks.gpu.pool import work_off_in_processes
+from benchmarks.gpu.results import Results, broken, is_checked, validate, wrong
+from benchmarks.gpu.run import Clock, Context, GpuLostError, Task, work_off
 from benchmarks.shapes import MEASURED, PIXELS, WORKLOADS, gemm_shapes
 from tests import gpu_benchmark_tasks
 from tests.gpu_benchmark_tasks import FACTS

@@ -9,15 +9,10 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks import (
-    gpu_check,
-    gpu_check_quantizers,
-    gpu_check_timed,
-    gpu_gemm,
-)
-from benchmarks.gpu_check_quantizers import QuantizerCase
-from benchmarks.gpu_run import Context
-from benchmarks.gpu_weights import EXACT_64, REAL_128, Granularity
+from benchmarks.gpu import check as gpu_check, check_quantizers as gpu_check_quantizers, check_timed as gpu_check_timed, gemm as gpu_gemm
+from benchmarks.gpu.check_quantizers import QuantizerCase
+from benchmarks.gpu.run import Context
+from benchmarks.gpu.weights import EXACT_64, REAL_128, Granularity
 from plugins.gpu.tile_table import Tile
 
 pytest.importorskip("triton", reason="the GPU kernels need triton")

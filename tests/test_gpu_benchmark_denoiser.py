@@ -10,10 +10,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from benchmarks.gpu_denoiser import Denoiser, Size, fake_quantized, randomize, run_block, sample
-from benchmarks.gpu_denoiser_times import relative
-from benchmarks.gpu_quantized_denoiser import Meanings, quantize_blocks, quantized, weight_bytes
-from benchmarks.gpu_weights import CHANNEL, EXACT_64, Granularity
+from benchmarks.gpu.denoiser import Denoiser, Size, fake_quantized, randomize, run_block, sample
+from benchmarks.gpu.denoiser_times import relative
+from benchmarks.gpu.quantized_denoiser import Meanings, quantize_blocks, quantized, weight_bytes
+from benchmarks.gpu.weights import CHANNEL, EXACT_64, Granularity
 from benchmarks.shapes import WORKLOADS
 
 SIZE, GRID = Size(width=64, heads=4, layers=2, caption=5, caption_channels=48), 4

@@ -11,23 +11,13 @@ from typing import Any
 
 import pytest
 
-from benchmarks import (
-    gpu,
-    gpu_check,
-    gpu_check_quantizers,
-    gpu_denoiser_times,
-    gpu_exactness,
-    gpu_fused,
-    gpu_gemm,
-    gpu_targets,
-    gpu_timing,
-    readme,
-)
-from benchmarks.gpu_denoiser import Size
-from benchmarks.gpu_quantized_denoiser import Meanings
-from benchmarks.gpu_results import Results, validate
-from benchmarks.gpu_run import Clock, Context
-from benchmarks.gpu_weights import Granularity
+from benchmarks.gpu import __main__ as gpu, check as gpu_check, check_quantizers as gpu_check_quantizers, denoiser_times as gpu_denoiser_times, exactness as gpu_exactness, fused as gpu_fused, gemm as gpu_gemm, targets as gpu_targets, timing as gpu_timing
+from benchmarks import readme
+from benchmarks.gpu.denoiser import Size
+from benchmarks.gpu.quantized_denoiser import Meanings
+from benchmarks.gpu.results import Results, validate
+from benchmarks.gpu.run import Clock, Context
+from benchmarks.gpu.weights import Granularity
 from benchmarks.shapes import Shape
 from tests.gpu_benchmark_tasks import FACTS
 

@@ -16,20 +16,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from benchmarks import (
-    gpu_agreement,
-    gpu_denoiser_times,
-    gpu_exactness,
-    gpu_fused,
-    gpu_gemm,
-    gpu_timing,
-)
-from benchmarks.gpu_denoiser import Size
-from benchmarks.gpu_run import Context
-from benchmarks.gpu_weights import CHANNEL, EXACT_64, Granularity, dequantized, fake_quantize, quantize_weight
+from benchmarks.gpu import agreement as gpu_agreement, denoiser_times as gpu_denoiser_times, exactness as gpu_exactness, fused as gpu_fused, gemm as gpu_gemm, timing as gpu_timing
+from benchmarks.gpu.denoiser import Size
+from benchmarks.gpu.run import Context
+from benchmarks.gpu.weights import CHANNEL, EXACT_64, Granularity, dequantized, fake_quantize, quantize_weight
 from benchmarks.shapes import Shape
-from export import op_meanings
-from export.embedding import exact_multipliers
+from export.dialect import reference as op_meanings
+from export.formats.embedding import exact_multipliers
 from export.errors import ContractError
 
 pytest.importorskip("triton", reason="the GPU kernels need triton")

@@ -13,8 +13,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from benchmarks import gpu_fused, gpu_gemm, gpu_results, gpu_targets, gpu_timing, readme, record
-from benchmarks.gpu_results import validate
+from benchmarks.gpu import fused as gpu_fused, gemm as gpu_gemm, results as gpu_results, targets as gpu_targets, timing as gpu_timing
+from benchmarks import readme, record
+from benchmarks.gpu.results import validate
 from export.errors import ContractError
 from tests.gpu_benchmark_tasks import FACTS
 
@@ -136,7 +137,7 @@ def test_committed_results_are_valid() -> None:
 
 
 def test_rates_and_sets_of_inputs() -> None:
-    from benchmarks.gpu_timing import Timing, rates, sets_for
+    from benchmarks.gpu.timing import Timing, rates, sets_for
 
     row = Timing((3.0, 1.0, 2.0)).to_row()
     assert row["latency_ms"] == 2.0 and row["rounds"] == 3 and row["p10_ms"] <= 2.0 <= row["p90_ms"]

@@ -14,7 +14,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from export.formats import get_format, pack
+from export.formats.format import get_format, pack
 from plugins.gpu import launch_gemm
 from plugins.gpu.gemm_constants import packed_constants
 from plugins.gpu.operands import operand_bytes

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from export.errors import RecipeError
-from export.formats import get_format
+from export.formats.format import get_format
 from plugins.gpu import launch_gemm, launch_quantize
 from plugins.gpu.gemm_constants import gemm_constants
 from plugins.gpu.gemm_meanings import expand

@@ -11,7 +11,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from export.errors import ContractError, EnvironmentLacksError
-from export.formats import Format, get_format
+from export.formats.format import Format, get_format
 from plugins.gpu import launch_quantize, row_tiles
 from plugins.gpu.launch_quantize import quantize
 from plugins.gpu.row_tiles import RowTile

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 import torch
 
-from export.formats import decode, get_format
-from export.formats import quantize as encode
-from export.op_meanings import ABSMAX_FLOOR
+from export.formats.format import decode, get_format
+from export.formats.format import quantize as encode
+from export.dialect.reference import ABSMAX_FLOOR
 from plugins.gpu.launch_quantize import quantize
 from plugins.gpu.operands import operand_bytes
 from plugins.gpu.specs import QuantizeSpec

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from export.errors import ContractError
-from export.formats import Format, decode, get_format
-from export.formats import quantize as encode
+from export.formats.format import Format, decode, get_format
+from export.formats.format import quantize as encode
 from plugins.gpu import launch_quantize
 from plugins.gpu.launch_quantize import quantize_static
 from plugins.gpu.operands import operand_bytes

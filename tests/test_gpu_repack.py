@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from export.errors import ContractError, EnvironmentLacksError, RecipeError
-from export.formats import decode, get_format, pack, unpack
+from export.formats.format import decode, get_format, pack, unpack
 from plugins.gpu import launch_gemm
 from plugins.gpu.gemm_constants import weight_exponent
 from plugins.gpu.specs import GemmSpec

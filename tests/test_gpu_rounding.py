@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from export.formats import FORMATS, Format, get_format, quantize
+from export.formats.format import FORMATS, Format, get_format, quantize
 from plugins.gpu.operands import operand_bytes
 from plugins.gpu.rounding_tables import rounding_constants
 

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from export.errors import RecipeError
-from export.formats import decode, get_format, quantize
+from export.formats.format import decode, get_format, quantize
 from plugins.gpu.gemm_constants import expand_constants, gemm_constants, packed_constants, packed_table
 from plugins.gpu.machine_code import SHARED_KIB, TARGETS
 from plugins.gpu.promotion import (

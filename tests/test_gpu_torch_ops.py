@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 import torch
 
-from export import op_meanings
-from export.embedding import exact_multipliers
+from export.dialect import reference as op_meanings
+from export.formats.embedding import exact_multipliers
 from export.errors import ContractError, RecipeError
-from export.formats import get_format, pack
+from export.formats.format import get_format, pack
 from plugins import torch_meanings, torch_ops
 from plugins.gpu.operands import operand_bytes
 

@@ -11,10 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from export.errors import RecipeError
-from pipeline.calibrate.group_search import Gene, Scores, Settings, Space, first_generation, next_generation, search
-from pipeline.calibrate.group_space import from_text, layer_bytes, layer_sizes, make_space, to_text, with_sizes
+from pipeline.calibrate.groups.search import Gene, Scores, Settings, Space, first_generation, next_generation, search
+from pipeline.calibrate.groups.space import from_text, layer_bytes, layer_sizes, make_space, to_text, with_sizes
 from pipeline.calibrate.plan import make_plans
-from pipeline.calibrate.rtn import quantize_linear
+from pipeline.calibrate.methods.rtn import quantize_linear
 from tests.test_calibrate import make_model, make_recipe
 
 SIZES = (32, 64, 128)

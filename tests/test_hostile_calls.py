@@ -19,7 +19,7 @@ import onnx
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from pipeline import cli
+from pipeline import __main__ as cli
 from tests import hostile
 from tests.hostile import edit, reseal
 

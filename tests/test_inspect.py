@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from pipeline import inspect, manifest
+from pipeline import inspect
+from pipeline.bundle import manifest
 from pipeline.table import table
 from tests import learned, tiny
 from tests.bundles import make_bundle
@@ -80,7 +81,7 @@ def test_layers_without_anything_special_have_no_column_for_it(
 
 
 def test_a_recipe_on_a_model_says_what_calibration_will_do(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    from export import models
+    from export.models import load as models
     from pipeline import recipe
     from pipeline.calibrate import calibrate
 

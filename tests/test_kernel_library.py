@@ -14,9 +14,10 @@ from typing import Any
 import pytest
 
 from export.errors import ContractError, EnvironmentLacksError
-from pipeline import load, manifest
+from pipeline import load
+from pipeline.bundle import manifest
 from pipeline.backends import BACKENDS
-from pipeline.bundle import OTHER_FILES, TARGET_FILES, is_made_by_build
+from pipeline.bundle.bundle import OTHER_FILES, TARGET_FILES, is_made_by_build
 from plugins.cpu import library
 from tests import native
 from tests.bundles import make_bundle
@@ -242,7 +243,7 @@ def reseal(folder: Path) -> None:
 
 @pytest.mark.parametrize("verb", ["load", "verify", "bench", "generate", "inspect"])
 def test_a_planted_library_never_runs(verb: str, planted: tuple[Path, Path], tmp_path: Path) -> None:
-    from pipeline.cli import main
+    from pipeline.__main__ import main
 
     path, marker = planted
     folder = make_bundle(tmp_path / "small")
@@ -260,9 +261,9 @@ def test_the_session_helpers_do_not_look_beside_the_graph(planted: tuple[Path, P
     """Where a library lies beside a graph nevertheless: in an engine's folder, or beside a lowered graph."""
     import onnx_ir as ir
 
-    from pipeline.backends.cpu import CpuBackend
-    from pipeline.backends.cpu_engine import CpuEngine
-    from pipeline.probing import ProbedGraph
+    from pipeline.backends.cpu.backend import CpuBackend
+    from pipeline.backends.cpu.engine import CpuEngine
+    from pipeline.verify.probe import ProbedGraph
     from tests.portable import activations, portable, random_linear
 
     path, marker = planted

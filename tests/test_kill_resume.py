@@ -14,8 +14,8 @@ from typing import Any
 
 import pytest
 
-from pipeline import cli, load
-from pipeline.backends.rtx_engine_file import read_engine_file
+from pipeline import __main__ as cli, load
+from pipeline.backends.tensorrt.plan_file import read_engine_file
 from pipeline.calibrate import __main__ as calibrate
 from tests import tiny
 

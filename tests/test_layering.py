@@ -31,10 +31,10 @@ HEAVY = {
 }
 # Modules that define torch modules; they are themselves imported inside functions only.
 DEFINES_TORCH_MODULES = {
-    "export/torch_modules.py",
+    "export/models/torch_modules.py",
     "export/trace.py",
     "pipeline/backends/reference.py",
-    "pipeline/diffusers_adapter.py",
+    "pipeline/generate/diffusers_adapter.py",
 }
 # Calibration's own machinery; every other module of the package belongs to a method, loaded by its row in the table.
 LIGHT_CALIBRATION = {
@@ -57,9 +57,9 @@ DEFINES_TORCH_MODULES |= {
 DEFINES_TORCH_MODULES |= {
     "plugins/torch_meanings.py",
     "plugins/torch_ops.py",
-    "pipeline/backends/cuda_dialect_ops.py",
-    "pipeline/backends/cuda_module.py",
-    "pipeline/backends/cuda_onnx_ops.py",
+    "pipeline/backends/cuda/torch_gemm.py",
+    "pipeline/backends/cuda/module.py",
+    "pipeline/backends/cuda/torch_onnx.py",
 }
 DEFINES_TORCH_MODULES |= {f"plugins/gpu/{name}.py" for name in KERNEL_MODULES}
 FILES = sorted(path.relative_to(ROOT) for package in ALLOWED for path in (ROOT / package).rglob("*.py"))

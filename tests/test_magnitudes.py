@@ -9,15 +9,15 @@ from typing import Any
 import numpy as np
 import pytest
 
-from export import models
+from export.models import load as models
 from export.errors import RecipeError
 from export.to_onnx import export_portable
 from pipeline import recipe as recipes
-from pipeline.backends.cpu import CpuBackend
-from pipeline.backends.cpu_engine import CpuEngine
+from pipeline.backends.cpu.backend import CpuBackend
+from pipeline.backends.cpu.engine import CpuEngine
 from pipeline.backends.feeds import LARGEST, LARGEST_OF
-from pipeline.gates import sqnr_db
-from pipeline.verify import drawn
+from pipeline.verify.oracle import sqnr_db
+from pipeline.verify.proof import drawn
 from tests import native, tiny
 
 # At ordinary numbers the engines of this model are 120 dB from the float64 reference, and no code flips. Of a timestep

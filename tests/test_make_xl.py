@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.numpy import load_file
 
-from benchmarks.make_xl import OUTLIER_SHARE, shards_of, tensor, write
+from benchmarks.zoo.make_xl import OUTLIER_SHARE, shards_of, tensor, write
 from benchmarks.shapes import WORKLOADS
 
 
@@ -81,7 +81,7 @@ def test_a_tensor_larger_than_the_limit_has_a_shard_of_its_own():
 
 
 def test_true_configurations_have_their_published_size():
-    from benchmarks.make_xl import shapes_of
+    from benchmarks.zoo.make_xl import shapes_of
 
     sizes = {name: sum(np.prod(shape) for shape in shapes_of(row)[0].values()) for name, row in WORKLOADS.items()}
     # DiT counts its embedders once in the paper (675 M); diffusers has one in each block.

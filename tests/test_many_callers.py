@@ -16,8 +16,8 @@ import onnx_ir as ir
 import pytest
 
 from export.errors import RecipeError
-from pipeline.backends.cpu import CpuBackend
-from pipeline.backends.cpu_engine import KEPT, CpuEngine
+from pipeline.backends.cpu.backend import CpuBackend
+from pipeline.backends.cpu.engine import KEPT, CpuEngine
 from pipeline.recipe import Cpu, Recipe
 from tests import native
 from tests.hooked_sessions import TIMEOUT_S, Worker, hooked, once

@@ -13,7 +13,7 @@ import onnx_ir as ir
 import pytest
 
 from export.errors import RecipeError
-from pipeline.backends.cuda import CudaBackend
+from pipeline.backends.cuda.backend import CudaBackend
 from tests.hooked_sessions import Worker, once
 from tests.portable import portable, random_linear
 from tests.test_many_callers import BODY, INPUTS, Call, call
@@ -36,7 +36,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def engine(folder: Path) -> Any:
-    from pipeline.backends.cuda_run import CudaEngine
+    from pipeline.backends.cuda.engine import CudaEngine
 
     return CudaEngine(folder, device="cpu")
 
@@ -171,7 +171,7 @@ def test_calls_of_the_reference_take_turns() -> None:
 
 
 def test_the_reference_says_what_does_not_fit(tmp_path: Path) -> None:
-    from export import models
+    from export.models import load as models
     from pipeline.backends.reference import ReferenceEngine
     from tests import tiny
 

@@ -9,15 +9,16 @@ from typing import Any
 
 import pytest
 
-from export import models, to_onnx
+from export.models import load as models
+from export import to_onnx
 from pipeline import recipe as recipes
 from pipeline.backends import BACKENDS
 from pipeline.backends.base import Engine, LoweredGraph
 from pipeline.calibrate import calibrate
 from pipeline.methods import METHODS
-from pipeline.report import Report
-from pipeline.study import study
-from pipeline.verify import verify_target
+from pipeline.verify.report import Report
+from pipeline.verify.study import study
+from pipeline.verify.proof import verify_target
 from tests import tiny
 
 # One block of width 128, in which the groups of 128 that methods ask for exist.

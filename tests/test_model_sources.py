@@ -13,10 +13,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from export.errors import EnvironmentLacksError, ModelError
-from export.models import load
-from export.weights_files import file_sha256, find_weights
+from export.models.load import load
+from export.models.weights import file_sha256, find_weights
 from pipeline import recipe as recipes
-from pipeline.cli import main
+from pipeline.__main__ import main
 from tests import hub, tiny
 
 STEM = "diffusion_pytorch_model"

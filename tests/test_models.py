@@ -14,12 +14,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from export import models
+from export.models import load as models
 from export.errors import EnvironmentLacksError, ModelError
-from export.families import FAMILIES, LAYER_KINDS
-from export.models import denoiser, float_linears, load, sample_inputs, stored_value
-from export.torch_modules import MaskedAttention, UpcastLinear, with_modules
-from export.weights_files import file_sha256
+from export.models.families import FAMILIES, LAYER_KINDS
+from export.models.load import denoiser, float_linears, load, sample_inputs, stored_value
+from export.models.torch_modules import MaskedAttention, UpcastLinear, with_modules
+from export.models.weights import file_sha256
 from tests import tiny
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"

@@ -11,7 +11,7 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from export.errors import ModelError, RecipeError
-from export.models import load, sample_inputs
+from export.models.load import load, sample_inputs
 from tests import tiny
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
@@ -101,7 +101,7 @@ def test_pickles_are_refused_unread(pixart, name):
         (
             '{"_class_name": "CogView3PlusTransformer2DModel", "in_channels": 4, "sample_size": 8, "patch_size": 2,'
             ' "text_embed_dim": 8}',
-            "forward needs 'original_size', which the generic rule cannot make; add a row .* export/families.py",
+            "forward needs 'original_size', which the generic rule cannot make; add a row .* export/models/families.py",
         ),
         (
             '{"_class_name": "UNet2DModel", "in_channels": 4, "sample_size": 8, "patch_size": 2}',

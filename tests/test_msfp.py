@@ -12,17 +12,18 @@ import torch
 from export import checkpoint
 from export.checkpoint import shared_router
 from export.errors import RecipeError, ResourceError
-from export.formats import get_format
-from export.models import denoiser, load
+from export.formats.format import get_format
+from export.models.load import denoiser, load
 from pipeline.backends.reference import fake_quant
-from pipeline.calibrate import calibrate, talora_tuning
+from pipeline.calibrate import calibrate
+from pipeline.calibrate.learn import tuning as talora_tuning
 from pipeline.calibrate.data import calibration_data
-from pipeline.calibrate.dfa import loss_weights, prediction_weights
-from pipeline.calibrate.talora import Branches
-from pipeline.calibrate.talora_tuning import Batches, Settings, Tuner
+from pipeline.calibrate.learn.dfa import loss_weights, prediction_weights
+from pipeline.calibrate.learn.talora import Branches
+from pipeline.calibrate.learn.tuning import Batches, Settings, Tuner
 from pipeline.recipe import load as load_recipe
 from pipeline.recipe import with_settings
-from pipeline.sampling import make_sampler
+from pipeline.generate.sampling import make_sampler
 from tests import tiny
 
 SMALL = (

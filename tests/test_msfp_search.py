@@ -11,17 +11,9 @@ import pytest
 import torch
 
 from export.errors import ModelError, RecipeError
-from export.formats import (
-    FORMATS,
-    decode,
-    decode_with_zero_point,
-    encode,
-    encode_with_zero_point,
-    get_format,
-    quantize,
-)
-from export.op_meanings import dequantize_activation, quantize_activation
-from pipeline.calibrate.msfp_search import CLIPS, SPANS, ZEROS, search_range, search_token_format, search_weight, splits
+from export.formats.format import FORMATS, decode, decode_with_zero_point, encode, encode_with_zero_point, get_format, quantize
+from export.dialect.reference import dequantize_activation, quantize_activation
+from pipeline.calibrate.methods.msfp_search import CLIPS, SPANS, ZEROS, search_range, search_token_format, search_weight, splits
 from pipeline.calibrate.plan import INT16_MAX, LayerPlan, group_multipliers, image_limit
 from pipeline.calibrate.scales import REACHES
 

@@ -10,12 +10,12 @@ import pytest
 
 from export.errors import ContractError, EnvironmentLacksError, RecipeError
 from pipeline import machine
-from pipeline.backends import cpu
-from pipeline.backends.cpu import CpuBackend
-from pipeline.backends.cpu_engine import FILES, MODEL, open_session
-from pipeline.bundle import FITNESS
-from pipeline.gates import check_linear, quantize_oracle
-from pipeline.probing import ProbedGraph
+from pipeline.backends.cpu import backend as cpu
+from pipeline.backends.cpu.backend import CpuBackend
+from pipeline.backends.cpu.engine import FILES, MODEL, open_session
+from pipeline.bundle.bundle import FITNESS
+from pipeline.verify.oracle import check_linear, quantize_oracle
+from pipeline.verify.probe import ProbedGraph
 from pipeline.recipe import Cpu, Recipe
 from plugins.cpu import library, rounding_errors
 from tests import native

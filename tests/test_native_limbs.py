@@ -3,9 +3,9 @@
 import numpy as np
 import pytest
 
-from export.formats import get_format, to_image
-from export.op_meanings import quantize_activation
-from pipeline.passes.native_ops import In, Out
+from export.formats.format import get_format, to_image
+from export.dialect.reference import quantize_activation
+from pipeline.backends.cpu.native_ops import In, Out
 from tests import native
 from tests.portable import activations
 from tests.test_cpu_quantizers import TWO_LIMBS, image_and_scale, on_the_grid

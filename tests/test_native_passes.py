@@ -7,11 +7,11 @@ import onnx_ir as ir
 import pytest
 from onnx_ir.passes.common import LiftConstantsToInitializersPass
 
-from pipeline.backends.cpu import capabilities
+from pipeline.backends.cpu.backend import capabilities
 from pipeline.passes import run_shared
-from pipeline.passes.lower_cpu import LowerCpu
-from pipeline.passes.native import run_native
-from pipeline.passes.native_ops import In, Out, drop_unread_outputs, inputs_of, is_chain, outputs_of
+from pipeline.backends.cpu.lower import LowerCpu
+from pipeline.backends.cpu.native import run_native
+from pipeline.backends.cpu.native_ops import In, Out, drop_unread_outputs, inputs_of, is_chain, outputs_of
 from tests import learned, native
 from tests.portable import portable, random_linear, run
 

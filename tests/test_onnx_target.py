@@ -16,28 +16,32 @@ import pytest
 from onnx import helper
 from PIL import Image
 
-from export import models, to_onnx
+from export.models import load as models
+from export import to_onnx
 from export.checkpoint import QuantizedLinear
 from export.errors import ContractError, EnvironmentLacksError
-from export.formats import get_format
-from export.models import LoadedModel
-from pipeline import bench, cli, load, machine, manifest
-from pipeline import bundle as bundles
+from export.formats.format import get_format
+from export.models.load import LoadedModel
+from pipeline.bench import measure as bench
+from pipeline import __main__ as cli, load, machine
+from pipeline.bundle import manifest
+from pipeline.bundle import bundle as bundles
 from pipeline import recipe as recipes
-from pipeline import verify as verification
-from pipeline.backends import BACKENDS, lowering_file, portable_engine
+from pipeline.verify import proof as verification
+from pipeline.backends import BACKENDS, lowering_file
+from pipeline.backends.portable import engine as portable_engine
 from pipeline.backends.base import Engine
-from pipeline.backends.portable_engine import PortableEngine
+from pipeline.backends.portable.engine import PortableEngine
 from pipeline.compiler import BuildRequest, describe, model_row, parse_targets
-from pipeline.effort import Effort, effort_for, note
-from pipeline.gates import sqnr_db
-from pipeline.passes.portable_linears import port, portable_linears
-from pipeline.probing import ProbedGraph, decoded_image
+from pipeline.verify.effort import Effort, effort_for, note
+from pipeline.verify.oracle import sqnr_db
+from pipeline.backends.portable.linears import port, portable_linears
+from pipeline.verify.probe import ProbedGraph, decoded_image
 from pipeline.recipe import Recipe
-from pipeline.report import Report
-from pipeline.study import Study, study
-from pipeline.verdict import ROUNDED_DB, coverage_gate, layer_gates
-from pipeline.verify import verify_target
+from pipeline.verify.report import Report
+from pipeline.verify.study import Study, study
+from pipeline.verify.gates import ROUNDED_DB, coverage_gate, layer_gates
+from pipeline.verify.proof import verify_target
 from tests import learned, tiny
 from tests.faults import CROSS_V, FF_OUT, PORTABLE_FAULTS, Fault, Graph, K, Q, V
 from tests.faults_learned import LEARNED_FAULTS, OUT

@@ -7,9 +7,9 @@ import math
 import numpy as np
 import pytest
 
-from export.formats import decode, get_format, quantize
-from export.op_meanings import ABSMAX_FLOOR
-from export.ops import OPS
+from export.formats.format import decode, get_format, quantize
+from export.dialect.reference import ABSMAX_FLOOR
+from export.dialect.ops import OPS
 from tests.op_models import F32_EPS, run_everywhere
 
 

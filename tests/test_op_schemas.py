@@ -10,7 +10,7 @@ import pytest
 from onnx import defs
 
 from export.errors import ContractError, RecipeError
-from export.ops import DOMAIN, OPS, VERSION, attributes, no_multipliers, register_schemas
+from export.dialect.ops import DOMAIN, OPS, VERSION, attributes, no_multipliers, register_schemas
 from tests.op_models import model_of
 
 # --- functions, schemas, shapes ------------------------------------------------------------------------------------
@@ -77,7 +77,7 @@ SHAPES: dict[str, tuple[list[tuple[Any, ...]], list[tuple[Any, ...]]]] = {
 @pytest.fixture
 def registered() -> Iterator[None]:
     """Schemas known to onnx for one test only."""
-    assert not any(defs.has(name, DOMAIN) for name in OPS), "importing export.ops must not register schemas"
+    assert not any(defs.has(name, DOMAIN) for name in OPS), "importing export.dialect.ops must not register schemas"
     register_schemas()
     register_schemas()
     yield

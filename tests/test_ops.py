@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from onnx import TensorProto, helper
 
-from export.embedding import exact_multipliers, exact_sum_limit
-from export.formats import Format, decode, encode, get_format, pack, packed_size, quantize, unpack
-from export.ops import ABSMAX_FLOOR, DOMAIN, OPS, VERSION, attributes, make_node, no_multipliers
+from export.formats.embedding import exact_multipliers, exact_sum_limit
+from export.formats.format import Format, decode, encode, get_format, pack, packed_size, quantize, unpack
+from export.dialect.ops import ABSMAX_FLOOR, DOMAIN, OPS, VERSION, attributes, make_node, no_multipliers
 from tests.op_models import F32_EPS, FORMATS, LEVELS, Arrays, model_of, run_everywhere, session_of
 
 # --- activations ---------------------------------------------------------------------------------------------------

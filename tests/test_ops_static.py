@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from export.errors import ContractError
-from export.formats import decode, encode, get_format, quantize, unpack
-from export.ops import OPS, attributes
+from export.formats.format import decode, encode, get_format, quantize, unpack
+from export.dialect.ops import OPS, attributes
 from tests.op_models import F32_EPS, FORMATS, model_of, run_everywhere, session_of
 from tests.test_ops import full_scale, gemm_case, tokens
 

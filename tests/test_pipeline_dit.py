@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 from export.errors import RecipeError
-from pipeline.generate import main as generate
+from pipeline.generate.__main__ import main as generate
 from tests import pipelines
 from tests.pipelines import Built, decibels, latents
 

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from export.errors import ModelError, RecipeError
-from pipeline.calibrate.pipeline_data import float32_bytes, open_pipeline
-from pipeline.latent_pictures import _refuse_other_class
+from pipeline.generate.pipeline_folder import float32_bytes, open_pipeline
+from pipeline.generate.latent import _refuse_other_class
 from tests import pipelines, tiny
 
 Damage = Callable[[Path], object]

@@ -12,8 +12,8 @@ import torch
 from PIL import Image
 
 from export.errors import RecipeError
-from pipeline import bench
-from pipeline.generate import main as generate
+from pipeline.bench import measure as bench
+from pipeline.generate.__main__ import main as generate
 from tests import pipelines
 from tests.pipelines import Built, decibels, latents
 

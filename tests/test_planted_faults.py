@@ -8,18 +8,18 @@ from typing import Any
 
 import pytest
 
-from export import models
+from export.models import load as models
 from export.checkpoint import QuantizedLinear
 from export.errors import ContractError
-from export.models import LoadedModel
+from export.models.load import LoadedModel
 from export.to_onnx import export_portable
 from pipeline import recipe as recipes
 from pipeline.backends import BACKENDS
 from pipeline.backends.base import LoweredGraph
 from pipeline.recipe import Recipe
-from pipeline.report import Report
-from pipeline.study import Study, study
-from pipeline.verify import verify_target
+from pipeline.verify.report import Report
+from pipeline.verify.study import Study, study
+from pipeline.verify.proof import verify_target
 from tests import tiny
 from tests.faults import INSIDE_LINEARS, LOWERED_FAULTS, PORTABLE_FAULTS, Fault, Graph, LoweredFault, edited
 

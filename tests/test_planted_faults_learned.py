@@ -12,17 +12,17 @@ import numpy as np
 import onnx
 import pytest
 
-from export import models
+from export.models import load as models
 from export.checkpoint import QuantizedLinear
 from export.to_onnx import export_portable
 from pipeline import recipe as recipes
 from pipeline.backends import BACKENDS
 from pipeline.backends.base import LoweredGraph
-from pipeline.backends.cuda_run import CudaEngine
+from pipeline.backends.cuda.engine import CudaEngine
 from pipeline.recipe import Cpu, Cuda
-from pipeline.report import Report
-from pipeline.study import study
-from pipeline.verify import verify_target
+from pipeline.verify.report import Report
+from pipeline.verify.study import study
+from pipeline.verify.proof import verify_target
 from tests import learned, tiny
 from tests.faults import INSIDE_LINEARS, Fault, Graph, LoweredFault
 from tests.faults_learned import LEARNED_FAULTS, LOWERED_LEARNED_FAULTS, row_of

@@ -11,9 +11,9 @@ import torch
 from pipeline import methods
 from pipeline.backends.reference import FakeQuantLinear
 from pipeline.calibrate.method import Unit
-from pipeline.calibrate.qdiffusion import StaticLinear, learn_steps
-from pipeline.calibrate.reconstruct import block_loss, with_parts
-from pipeline.calibrate.rtn import quantize_linear
+from pipeline.calibrate.methods.qdiffusion import StaticLinear, learn_steps
+from pipeline.calibrate.learn.reconstruct import block_loss, with_parts
+from pipeline.calibrate.methods.rtn import quantize_linear
 from tests.test_reconstruct import context, observed_block, plans_of
 
 

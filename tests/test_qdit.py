@@ -13,29 +13,31 @@ import torch
 
 from export import checkpoint
 from export.errors import RecipeError
-from export.formats import get_format
-from export.models import denoiser, load
+from export.formats.format import get_format
+from export.models.load import denoiser, load
 from export.to_onnx import export_portable
 from pipeline import calibrate as package
 from pipeline import recipe as recipes
 from pipeline.backends import BACKENDS
 from pipeline.backends.reference import ReferenceEngine, fake_quant
-from pipeline.calibrate import calibrate, gptq, rtn
+from pipeline.calibrate import calibrate
+from pipeline.calibrate.learn import gptq
+from pipeline.calibrate.methods import rtn
 from pipeline.calibrate.data import calibration_data
-from pipeline.calibrate.group_candidates import Candidates
-from pipeline.calibrate.group_proxy import ProxyScore
-from pipeline.calibrate.group_search import Found
-from pipeline.calibrate.group_space import make_space
+from pipeline.calibrate.groups.candidates import Candidates
+from pipeline.calibrate.groups.proxy import ProxyScore
+from pipeline.calibrate.groups.search import Found
+from pipeline.calibrate.groups.space import make_space
 from pipeline.calibrate.method import Context
 from pipeline.calibrate.plan import make_plans
-from pipeline.calibrate.ptq4dm import skewed_shares
-from pipeline.calibrate.qdit import QDit
+from pipeline.calibrate.methods.ptq4dm import skewed_shares
+from pipeline.calibrate.methods.qdit import QDit
 from pipeline.calibrate.state import CalibrationState
 from pipeline.calibrate.static_activations import find_range, unsigned_format
 from pipeline.methods import METHODS
-from pipeline.report import Report
-from pipeline.study import study
-from pipeline.verify import verify_target
+from pipeline.verify.report import Report
+from pipeline.verify.study import study
+from pipeline.verify.proof import verify_target
 from tests import observed, tiny
 from tests.test_planted_faults import Bench
 
@@ -253,7 +255,7 @@ def test_the_proxy_is_the_error_of_the_denoiser_with_candidate_layers(model):
 
 def test_the_search_tries_the_layers_that_it_will_get(model, tmp_path, monkeypatch):
     """With the recipe's own sizes chosen, the stored candidates are the layers of the checkpoint."""
-    monkeypatch.setattr("pipeline.calibrate.qdit.search", lambda space, *_: Found(space.uniform(32), (), {}))
+    monkeypatch.setattr("pipeline.calibrate.methods.qdit.search", lambda space, *_: Found(space.uniform(32), (), {}))
     monkeypatch.setattr(Found, "cost", 0.0)
     stored = {}
     whole = CalibrationState.complete
@@ -286,8 +288,8 @@ def test_a_stopped_calibration_goes_on_with_its_scores(model, tmp_path, monkeypa
             calibrate(model, quick(), tmp_path / "parts")
     scores = tmp_path / "parts" / "search" / "scores.json"
     assert len(json.loads(scores.read_text())["costs"]) >= 6
-    monkeypatch.setattr("pipeline.calibrate.qdit.store_layers", lambda *_: None)
-    monkeypatch.setattr("pipeline.calibrate.group_proxy._Proxy.__call__", stop)  # nothing is left to score
+    monkeypatch.setattr("pipeline.calibrate.methods.qdit.store_layers", lambda *_: None)
+    monkeypatch.setattr("pipeline.calibrate.groups.proxy._Proxy.__call__", stop)  # nothing is left to score
     again = calibrate(model, quick(), tmp_path / "parts")
     assert [layer.group_size for layer in again] == [layer.group_size for layer in whole]
     assert all(np.array_equal(a.codes, b.codes) for a, b in zip(again, whole, strict=True))
@@ -302,7 +304,7 @@ class InThread(ThreadPoolExecutor):
 
 def test_a_longer_search_in_more_processes_takes_the_scores_of_a_shorter_one(model, tmp_path, monkeypatch):
     """And finds what one process finds."""
-    monkeypatch.setattr("pipeline.calibrate.group_search.ProcessPoolExecutor", InThread)
+    monkeypatch.setattr("pipeline.calibrate.groups.search.ProcessPoolExecutor", InThread)
 
     def searched(folder, *settings):
         recipe = quick("candidates=nearest", "population=4", *settings)

@@ -8,30 +8,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from benchmarks import (
-    quality,
-    quality_engines,
-    quality_metrics,
-    quality_sensitivity,
-)
-from benchmarks import quality_drawing as drawing
-from benchmarks.quality_metrics import (
-    centred,
-    frechet,
-    frechet_between,
-    frechet_estimate,
-    frechet_increase,
-    gaussian,
-    median_estimate,
-    psnr_db,
-    share_estimate,
-    ssim,
-)
-from benchmarks.quality_results import FAILED, FLOAT, MEASURED, UNAVAILABLE, Results, row_key
-from benchmarks.quality_rows import CHANNEL, MODELS, TABLES, Line, Row, rows_of
-from benchmarks.quality_sensitivity import PartlyQuantized, cases, mean_noise_db
+from benchmarks.quality import __main__ as quality, engines as quality_engines, metrics as quality_metrics, sensitivity as quality_sensitivity
+from benchmarks.quality import drawing
+from benchmarks.quality.metrics import centred, frechet, frechet_between, frechet_estimate, frechet_increase, gaussian, median_estimate, psnr_db, share_estimate, ssim
+from benchmarks.quality.results import FAILED, FLOAT, MEASURED, UNAVAILABLE, Results, row_key
+from benchmarks.quality.rows import CHANNEL, MODELS, TABLES, Line, Row, rows_of
+from benchmarks.quality.sensitivity import PartlyQuantized, cases, mean_noise_db
 from export.errors import EnvironmentLacksError, RecipeError
-from pipeline.report import Gate
+from pipeline.verify.report import Gate
 
 RNG = np.random.default_rng(0)
 

@@ -5,13 +5,10 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import (
-    quality_answers,
-    quality_tables,
-)
-from benchmarks.quality_plots import draw_all
-from benchmarks.quality_results import FAILED, FLOAT, MEASURED, Results
-from benchmarks.quality_rows import TABLES, nearest_rows
+from benchmarks.quality import answers as quality_answers, tables as quality_tables
+from benchmarks.quality.plots import draw_all
+from benchmarks.quality.results import FAILED, FLOAT, MEASURED, Results
+from benchmarks.quality.rows import TABLES, nearest_rows
 
 
 def estimate(value):

@@ -9,8 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from benchmarks import quality, quality_metrics, quality_real, quality_real_metrics
-from benchmarks.quality_real_metrics import METRICS, Metric
+from benchmarks.quality import __main__ as quality, metrics as quality_metrics, real as quality_real, real_metrics as quality_real_metrics
+from benchmarks.quality.real_metrics import METRICS, Metric
 from export.errors import EnvironmentLacksError, RecipeError
 from tests import tiny
 from tests.test_diffusers_adapter import make_pixart_pipeline
@@ -24,7 +24,7 @@ PACKAGE = {
 
 @pytest.fixture
 def root(tmp_path):
-    from export.models import load
+    from export.models.load import load
 
     folder = tmp_path / "pixart_real"
     make_pixart_pipeline(load(str(tiny.folder("pixart", tmp_path, half=False))).module).save_pretrained(folder)
@@ -71,7 +71,7 @@ def test_a_pipeline_without_its_text_encoder_is_refused(root):
 def test_too_few_prompts_and_unknown_rows_are_refused(root):
     with pytest.raises(RecipeError, match="2 prompts; give --count"):
         quality_real.run_real(arguments(root, count=3))
-    from export.models import load
+    from export.models.load import load
 
     with pytest.raises(RecipeError, match="no such row"):
         quality_real.real_rows(load(str(root)), arguments(root, rows=["nothing"]))
@@ -221,7 +221,7 @@ def test_fid_is_that_of_torchmetrics_in_the_features_given(tmp_path, monkeypatch
     import torch
     from PIL import Image
 
-    from benchmarks.quality_metrics import frechet, gaussian
+    from benchmarks.quality.metrics import frechet, gaussian
 
     class Corner(torch.nn.Module):
         num_features = 4

@@ -6,7 +6,7 @@ import shlex
 import pytest
 
 from benchmarks import readme
-from pipeline.cli import VERBS
+from pipeline.__main__ import VERBS
 
 TEXT = readme.README.read_text(encoding="utf-8")
 
@@ -60,6 +60,6 @@ def test_the_continuous_integration_finds_its_command():
 
 
 def test_the_page_about_quality_is_up_to_date():
-    from benchmarks import quality_tables
+    from benchmarks.quality import tables as quality_tables
 
-    assert quality_tables.PAGE.read_text() == quality_tables.page(), "run python -m benchmarks.quality_tables"
+    assert quality_tables.PAGE.read_text() == quality_tables.page(), "run python -m benchmarks.quality.tables"

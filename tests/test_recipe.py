@@ -7,7 +7,7 @@ from dataclasses import asdict, fields, is_dataclass
 import pytest
 
 from export.errors import RecipeError
-from export.families import FAMILIES
+from export.models.families import FAMILIES
 from pipeline import recipe as recipes
 from pipeline.calibrate.plan import group_multipliers
 from pipeline.methods import AUTO_ROWS

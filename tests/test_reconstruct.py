@@ -11,13 +11,13 @@ from torch import nn
 
 from export.errors import RecipeError
 from pipeline import methods
-from pipeline.calibrate import fp4dit
-from pipeline.calibrate.adaround import Schedule, SoftRounding
+from pipeline.calibrate.methods import fp4dit
+from pipeline.calibrate.learn.adaround import Schedule, SoftRounding
 from pipeline.calibrate.blocks import BlockCall, Observed
 from pipeline.calibrate.method import Unit
 from pipeline.calibrate.plan import LayerPlan, group_multipliers
-from pipeline.calibrate.reconstruct import Batches, Settings, block_loss, generator, join, output_loss, reconstruct
-from pipeline.calibrate.rtn import float_weight, quantize_linear
+from pipeline.calibrate.learn.reconstruct import Batches, Settings, block_loss, generator, join, output_loss, reconstruct
+from pipeline.calibrate.methods.rtn import float_weight, quantize_linear
 
 WIDTH, HIDDEN, TOKENS = 16, 32, 5
 

@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 import torch
 
-from export import models
+from export.models import load as models
 from export.checkpoint import make_linear
-from export.embedding import exact_multipliers
+from export.formats.embedding import exact_multipliers
 from export.errors import ContractError
-from export.formats import FORMATS, decode, encode, fold_negative_zero, get_format, pack
-from export.op_meanings import ABSMAX_FLOOR, dequantize_activation, dequantize_weight, quantize_activation
+from export.formats.format import FORMATS, decode, encode, fold_negative_zero, get_format, pack
+from export.dialect.reference import ABSMAX_FLOOR, dequantize_activation, dequantize_weight, quantize_activation
 from pipeline.backends.reference import FakeQuantLinear, ReferenceEngine, fake_quant, fake_quantize, round_to_format
 from tests import learned, tiny
 

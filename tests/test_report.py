@@ -15,11 +15,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pipeline.report import Gate, LayerResult, Report, StepResult, write_layers_csv
-from pipeline.report_page import Page, render
-from pipeline.report_pictures import Column, amplification, file_names, gallery, png
-from pipeline.report_plots import Axis, Series, line_plot
-from pipeline.verdict import layer_gates, notes_on_layers
+from pipeline.verify.report import Gate, LayerResult, Report, StepResult, write_layers_csv
+from pipeline.verify.page import Page, render
+from pipeline.verify.pictures import Column, amplification, file_names, gallery, png
+from pipeline.verify.plots import Axis, Series, line_plot
+from pipeline.verify.gates import layer_gates, notes_on_layers
 from tests.report_file import read_report
 
 

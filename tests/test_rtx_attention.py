@@ -9,10 +9,10 @@ import onnx
 import onnx_ir as ir
 import pytest
 
-from pipeline.backends import rtx_build
-from pipeline.backends.rtx_engine_file import read_engine_file
-from pipeline.passes.lower_rtx_attention import LOWEST_MASK, halve_attention
-from pipeline.passes.lower_rtx_half import SPLITTER
+from pipeline.backends.tensorrt import build as rtx_build
+from pipeline.backends.tensorrt.plan_file import read_engine_file
+from pipeline.backends.tensorrt.half_attention import LOWEST_MASK, halve_attention
+from pipeline.backends.tensorrt.half import SPLITTER
 from tests.test_rtx_lowering import run
 
 HEADS, HEAD_WIDTH, TOKENS = 2, 64, 16

@@ -12,15 +12,15 @@ from typing import Any
 import numpy as np
 import pytest
 
-from export import models
-from export.models import LoadedModel
+from export.models import load as models
+from export.models.load import LoadedModel
 from export.to_onnx import export_portable
 from pipeline import recipe as recipes
 from pipeline.backends import BACKENDS
 from pipeline.backends.base import LoweredGraph
-from pipeline.probing import ProbedGraph
-from pipeline.report import SegmentResult
-from pipeline.segments import SegmentCheck, SegmentReference
+from pipeline.verify.probe import ProbedGraph
+from pipeline.verify.report import SegmentResult
+from pipeline.verify.segments import SegmentCheck, SegmentReference
 from tests import tiny
 from tests.graph_edit import GraphEdit, Step
 

@@ -12,16 +12,16 @@ import pytest
 
 from export.checkpoint import QuantizedLinear
 from export.errors import ContractError
-from export.formats import get_format
+from export.formats.format import get_format
 from pipeline import recipe as recipes
 from pipeline.backends.base import LoweredGraph
-from pipeline.backends.rtx import RtxBackend, capabilities, method_problems
-from pipeline.gates import activation_oracle, check_linear
+from pipeline.backends.rtx.backend import RtxBackend, capabilities, method_problems
+from pipeline.verify.oracle import activation_oracle, check_linear
 from pipeline.passes import run_shared
-from pipeline.passes.lower_rtx import Lowering, lower
-from pipeline.probing import ProbedGraph
+from pipeline.backends.rtx.lower import Lowering, lower
+from pipeline.verify.probe import ProbedGraph
 from pipeline.recipe import Rtx
-from pipeline.verify import joined
+from pipeline.verify.proof import joined
 from tests import learned
 from tests.portable import op_types, portable, random_linear
 from tests.test_cpu_learned import AROUND, INPUTS, ONE, SCALINGS, UNSIGNED, assert_proven, inputs

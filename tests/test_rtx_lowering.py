@@ -13,13 +13,13 @@ import onnx_ir as ir
 import onnxruntime as ort
 import pytest
 
-from export.embedding import exact_multipliers
+from export.formats.embedding import exact_multipliers
 from export.errors import ContractError
-from export.formats import encode, fold_negative_zero, get_format, unpack
-from export.op_meanings import ABSMAX_FLOOR
+from export.formats.format import encode, fold_negative_zero, get_format, unpack
+from export.dialect.reference import ABSMAX_FLOOR
 from pipeline.backends.base import ProbeRow
-from pipeline.backends.rtx import capabilities
-from pipeline.passes.lower_rtx import Lowering, lower
+from pipeline.backends.rtx.backend import capabilities
+from pipeline.backends.rtx.lower import Lowering, lower
 from tests.rtx_models import Graph, Linear, block, single
 
 WIDE = (89, 120)

@@ -12,13 +12,13 @@ import pytest
 
 from pipeline.backends import lowering_file
 from pipeline.backends.base import LoweredGraph
-from pipeline.gates import LinearProbe
+from pipeline.verify.oracle import LinearProbe
 from pipeline.passes import run_shared
 from pipeline.passes.graph import drop_unused
-from pipeline.passes.lower_cuda import LowerCuda, lower
-from pipeline.passes.lower_cuda_ops import DOMAIN
-from pipeline.passes.lower_rtx_plugin import lower_fused
-from pipeline.probing import ProbedGraph
+from pipeline.backends.fused.lower import LowerCuda, lower
+from pipeline.backends.fused.ops import DOMAIN
+from pipeline.backends.tensorrt.plugin_graph import lower_fused
+from pipeline.verify.probe import ProbedGraph
 from tests.portable import activations, portable, random_linear
 
 SHAPES = {"inputs": "float[B,S,64] x, float[B,1,64] gate", "outputs": "float[B,S,192] y", "inner": "float[B,S,64] h"}
@@ -90,6 +90,6 @@ def test_other_linears_stay_alone(other: dict[str, Any], body: str) -> None:
 
 
 def test_gemms_are_merged_up_to_a_width(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("pipeline.passes.lower_rtx_merge.MERGED_COLUMNS", 64 + 127)
+    monkeypatch.setattr("pipeline.backends.fused.merge_gemms.MERGED_COLUMNS", 64 + 127)
     model, _ = lowered(lower_fused, {}, {})
     assert gemms(model) == ["a", "b"]

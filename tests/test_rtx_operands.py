@@ -6,8 +6,8 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from export.formats import encode, get_format
-from pipeline.passes.lower_rtx_operands import activation_operand, decoding_lines, magnitudes, weight_exponent
+from export.formats.format import encode, get_format
+from pipeline.backends.rtx.operands import activation_operand, decoding_lines, magnitudes, weight_exponent
 
 E4M3 = ml_dtypes.float8_e4m3fn
 

@@ -13,17 +13,17 @@ import onnx
 import onnx_ir as ir
 import pytest
 
-from export import ops
+from export.dialect import ops
 from export.errors import ContractError, EnvironmentLacksError
 from pipeline import doctor
-from pipeline.backends import rtx_plugin
+from pipeline.backends.tensorrt import plugin_payloads as rtx_plugin
 from pipeline.backends.base import LoweredGraph
-from pipeline.backends.rtx import ENGINE, METADATA, ONNX, RtxBackend
-from pipeline.backends.rtx_engine_file import PLUGIN_STEP, check_plugins, read_engine_file
-from pipeline.gates import quantize_oracle
-from pipeline.passes.lower_cuda_ops import DOMAIN
-from pipeline.passes.lower_rtx_weights import packed_weight
-from pipeline.probing import ProbedGraph, open_session
+from pipeline.backends.rtx.backend import ENGINE, METADATA, ONNX, RtxBackend
+from pipeline.backends.tensorrt.plan_file import PLUGIN_STEP, check_plugins, read_engine_file
+from pipeline.verify.oracle import quantize_oracle
+from pipeline.backends.fused.ops import DOMAIN
+from pipeline.backends.rtx.weights import packed_weight
+from pipeline.verify.probe import ProbedGraph, open_session
 from pipeline.recipe import Calibrate, Formats, Recipe, Rtx
 from plugins.gpu.specs import GemmSpec, QuantizeSpec
 from plugins.tensorrt_rtx.payload import FIELD, Payload, from_text

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from export import models
+from export.models import load as models
 from export.to_onnx import export_portable
 from pipeline import recipe as recipes
 from pipeline.backends import BACKENDS
-from pipeline.verify import verify
+from pipeline.verify.proof import verify
 from tests import tiny
 
 TARGETS = ("rtx", "trt")

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from export.errors import RecipeError
-from pipeline.sampling import SAMPLERS, make_sampler, sample
+from pipeline.generate.sampling import SAMPLERS, make_sampler, sample
 
 SHAPE = (2, 3, 4, 4)
 

@@ -5,9 +5,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from benchmarks import scenes
-from benchmarks.publish_zoo import VOCABULARY
-from pipeline.scene_grammar import token_ids
+from benchmarks.zoo import scenes
+from benchmarks.zoo.publish import VOCABULARY
+from pipeline.generate.scene_grammar import token_ids
 
 
 def labels(count, seed=0):

@@ -9,13 +9,14 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks import judges, quality_drawing, search_groups
-from benchmarks.quality_drawing import draw, float_engine, make_subject
+from benchmarks.zoo import judges
+from benchmarks.quality import drawing as quality_drawing, search_groups
+from benchmarks.quality.drawing import draw, float_engine, make_subject
 from export.errors import RecipeError
 from pipeline import recipe as recipes
 from pipeline.backends.reference import ReferenceEngine, fake_quant
-from pipeline.calibrate.group_candidates import nearest_layer
-from pipeline.calibrate.group_space import from_text
+from pipeline.calibrate.groups.candidates import nearest_layer
+from pipeline.calibrate.groups.space import from_text
 from pipeline.calibrate.plan import make_plans
 
 

@@ -14,25 +14,13 @@ import pytest
 import torch
 
 from benchmarks import record
-from export import models
+from export.models import load as models
 from export.errors import ContractError
-from pipeline.calls import SampleError
-from pipeline.gates import LinearProbe
-from pipeline.segments import (
-    JITTER_ULPS,
-    LIMIT,
-    PART_LIMIT,
-    SHARED_LIMIT,
-    SegmentCheck,
-    SegmentReference,
-    diagnose,
-    errors_over_limits,
-    judge,
-    operations_jittered,
-    shared_over_limits,
-)
-from pipeline.verdict import ROUNDED_DB, calls_gates
-from pipeline.walk import OUTPUT, Stop, Walk, stopping_module, tensors_of
+from pipeline.verify.calls import SampleError
+from pipeline.verify.oracle import LinearProbe
+from pipeline.verify.segments import JITTER_ULPS, LIMIT, PART_LIMIT, SHARED_LIMIT, SegmentCheck, SegmentReference, diagnose, errors_over_limits, judge, operations_jittered, shared_over_limits
+from pipeline.verify.gates import ROUNDED_DB, calls_gates
+from pipeline.verify.walk import OUTPUT, Stop, Walk, stopping_module, tensors_of
 from tests import tiny
 
 FAMILIES = ("pixart", "pixart_sizes", "hunyuan", "dit", "unknown")

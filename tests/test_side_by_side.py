@@ -18,11 +18,11 @@ import pytest
 import torch
 
 from pipeline import side_by_side as threads_of
-from pipeline.backends.cuda_overflow import _sizes
+from pipeline.backends.cuda.overflow import _sizes
 from pipeline.backends.reference import ReferenceEngine
-from pipeline.extremes import extreme_results
-from pipeline.picture_case import Case
-from pipeline.probing import ProbedGraph
+from pipeline.verify.extremes import extreme_results
+from pipeline.generate.case import Case
+from pipeline.verify.probe import ProbedGraph
 from pipeline.progress import track
 from pipeline.side_by_side import StoppedError, raise_if_stopped, side_by_side
 from tests.hand_lowered import linear, lower

@@ -16,7 +16,7 @@ from export.errors import RecipeError
 from pipeline.command import judge
 from pipeline.files import lock
 from pipeline.signals import Terminated, heeded, leave
-from pipeline.stages import WorkFolder
+from pipeline.bundle.stages import WorkFolder
 
 ROOT = Path(__file__).parent.parent
 # A verb that waits, cleans up slowly when it is stopped, and has a worker thread at its end.

@@ -14,11 +14,12 @@ from onnx import TensorProto, helper
 
 from export.cache_folder import cache_folder
 from export.errors import ContractError
-from pipeline import load, manifest, snapshot
+from pipeline import load
+from pipeline.bundle import manifest, snapshot
 from pipeline.backends import BACKENDS
-from pipeline.backends.cpu_engine import CpuEngine
-from pipeline.bundle import Bundle
-from pipeline.diffusers_adapter import DrawnSize
+from pipeline.backends.cpu.engine import CpuEngine
+from pipeline.bundle.bundle import Bundle
+from pipeline.generate.diffusers_adapter import DrawnSize
 from tests.bundles import facts, make_bundle
 
 ROWS, WIDTH = 4096, 64

@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 
 from export.errors import ModelError, RecipeError
-from pipeline import stages
+from pipeline.bundle import stages
 from pipeline.command import judge
-from pipeline.stages import WorkFolder
+from pipeline.bundle.stages import WorkFolder
 
 OUTPUT = "bundle/a.bin"
 

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from export.errors import ModelError, RecipeError
-from export.formats import decode, encode, get_format, quantize
+from export.formats.format import decode, encode, get_format, quantize
 from pipeline.calibrate.static_activations import (
     METHODS,
     SHARES,

@@ -9,10 +9,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from export.errors import ContractError
-from export.formats import FORMATS, decode, get_format, quantize
-from export.ops import ABSMAX_FLOOR
+from export.formats.format import FORMATS, decode, get_format, quantize
+from export.dialect.ops import ABSMAX_FLOOR
 from pipeline.backends.reference import fake_quantize as reference_fake_quantize
-from pipeline.calibrate import ste
+from pipeline.calibrate.learn import ste
 
 SIGNED = [name for name, fmt in FORMATS.items() if fmt.sign_bits]
 UNSIGNED = [name for name, fmt in FORMATS.items() if not fmt.sign_bits]

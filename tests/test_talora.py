@@ -10,16 +10,9 @@ import torch
 
 from export.checkpoint import make_linear
 from export.errors import RecipeError
-from export.formats import encode, fold_negative_zero, get_format
+from export.formats.format import encode, fold_negative_zero, get_format
 from pipeline.backends.reference import FakeQuantLinear, Routing
-from pipeline.calibrate.talora import (
-    BranchedLinear,
-    Branches,
-    Gates,
-    TimestepRouter,
-    one_hot_straight_through,
-    start,
-)
+from pipeline.calibrate.learn.talora import BranchedLinear, Branches, Gates, TimestepRouter, one_hot_straight_through, start
 
 N, K, H, R = 6, 16, 3, 2
 TIMES = torch.linspace(50, 1000, 20)

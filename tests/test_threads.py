@@ -9,9 +9,10 @@ from pathlib import Path
 import pytest
 
 from export.errors import RecipeError
-from pipeline import bundle as bundles
+from pipeline.bundle import bundle as bundles
 from pipeline import load, machine
-from pipeline.backends import BACKENDS, cpu_engine
+from pipeline.backends import BACKENDS
+from pipeline.backends.cpu import engine as cpu_engine
 from tests.bundles import make_bundle
 
 
@@ -134,7 +135,7 @@ def test_load_hands_them_to_the_engine(tmp_path: Path, monkeypatch: pytest.Monke
 
 @pytest.mark.parametrize("verb", ["generate", "bench", "verify"])
 def test_verbs_refuse_a_wrong_number(verb: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    from pipeline.cli import main
+    from pipeline.__main__ import main
 
     folder = make_bundle(tmp_path / "small")
     flags = ["--prompt", "a red circle"] if verb == "generate" else []

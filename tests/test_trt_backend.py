@@ -11,9 +11,10 @@ import pytest
 
 from export.errors import ContractError, EnvironmentLacksError
 from pipeline import compiler
-from pipeline.backends import BACKENDS, trt, trt_run
-from pipeline.backends.rtx import ONNX
-from pipeline.passes.lower_rtx_plugin import KernelNode
+from pipeline.backends import BACKENDS
+from pipeline.backends.trt import backend as trt, engine as trt_run
+from pipeline.backends.rtx.backend import ONNX
+from pipeline.backends.tensorrt.plugin_graph import KernelNode
 from pipeline.recipe import Calibrate, Recipe
 from plugins.gpu.specs import QuantizeSpec
 from plugins.tensorrt_rtx.payload import Payload, from_text

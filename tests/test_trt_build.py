@@ -19,9 +19,9 @@ import pytest
 import torch
 
 from export.errors import ContractError, RecipeError, ResourceError
-from pipeline.backends import trt, trt_run
+from pipeline.backends.trt import backend as trt, engine as trt_run
 from pipeline.backends.base import LoweredGraph
-from pipeline.passes.lower_rtx_plugin import KernelNode
+from pipeline.backends.tensorrt.plugin_graph import KernelNode
 from plugins.tensorrt import plugins
 from tests.fake_cuda import FakeCuda
 from tests.hooked_sessions import Worker

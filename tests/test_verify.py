@@ -11,32 +11,24 @@ from typing import Any
 import numpy as np
 import pytest
 
-from export import models
-from export.formats import FORMATS, decode, get_format
-from export.ops import OPS
+from export.models import load as models
+from export.formats.format import FORMATS, decode, get_format
+from export.dialect.ops import OPS
 from export.to_onnx import export_portable
-from pipeline import probing
+from pipeline.verify import probe as probing
 from pipeline import recipe as recipes
 from pipeline.backends import BACKENDS
 from pipeline.backends.base import LoweredGraph
-from pipeline.call_patterns import PROMPTED, UNPROMPTED
-from pipeline.conditioning import from_dict
-from pipeline.gates import (
-    ROUNDING,
-    LinearProbe,
-    check_linear,
-    exact_product,
-    psnr_db,
-    quantize_oracle,
-    sqnr_db,
-)
-from pipeline.picture_case import Case, example_prompts
-from pipeline.probing import ProbedGraph
-from pipeline.reference_hooks import Comparison, Recorder, half_parts, hooked, jittered
-from pipeline.report import Gate
-from pipeline.study import Realisations, StepErrors, Study, layer_input_db
-from pipeline.verdict import FACTOR_DB, NOT_IN_STEPS, ROUNDED_DB, TOO_COARSE, end_gates, quantization_gates
-from pipeline.verify import verify
+from pipeline.verify.call_patterns import PROMPTED, UNPROMPTED
+from pipeline.generate.conditioning import from_dict
+from pipeline.verify.oracle import ROUNDING, LinearProbe, check_linear, exact_product, psnr_db, quantize_oracle, sqnr_db
+from pipeline.generate.case import Case, example_prompts
+from pipeline.verify.probe import ProbedGraph
+from pipeline.verify.reference_hooks import Comparison, Recorder, half_parts, hooked, jittered
+from pipeline.verify.report import Gate
+from pipeline.verify.study import Realisations, StepErrors, Study, layer_input_db
+from pipeline.verify.gates import FACTOR_DB, NOT_IN_STEPS, ROUNDED_DB, TOO_COARSE, end_gates, quantization_gates
+from pipeline.verify.proof import verify
 from tests import tiny
 from tests.hand_lowered import linear, lower
 from tests.report_file import read_report

@@ -14,9 +14,10 @@ from typing import Any
 import pytest
 import torch
 
-from export import models
+from export.models import load as models
 from export.to_onnx import export_portable
-from pipeline import machine, study, verify
+from pipeline import machine
+from pipeline.verify import study, proof as verify
 from pipeline import recipe as recipes
 from pipeline.backends import BACKENDS
 from pipeline.backends.base import Engine, LoweredGraph

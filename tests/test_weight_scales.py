@@ -7,9 +7,9 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 
-from export.embedding import embeds
-from export.formats import FORMATS, decode, encode, get_format
-from export.op_meanings import quantize_weight
+from export.formats.embedding import embeds
+from export.formats.format import FORMATS, decode, encode, get_format
+from export.dialect.reference import quantize_weight
 from pipeline import machine
 from pipeline.calibrate import scales as scales_module
 from pipeline.calibrate.plan import group_multipliers, image_limit

@@ -14,8 +14,8 @@ from safetensors.torch import load_file, save_file
 
 from export.checkpoint import save
 from export.errors import ModelError
-from export.models import LoadedModel, load, save_kept
-from pipeline.cli import main
+from export.models.load import LoadedModel, load, save_kept
+from pipeline.__main__ import main
 from tests import original_weights, tiny
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"

@@ -9,13 +9,13 @@ import torch
 from diffusers import DiTTransformer2DModel
 from safetensors.torch import load_file
 
-from benchmarks import judges, publish_zoo, train_zoo
-from benchmarks.publish_zoo import SIZE_LIMIT_BYTES, WEIGHTS_FILE, ZOO
+from benchmarks.zoo import judges, publish as publish_zoo, train as train_zoo
+from benchmarks.zoo.publish import SIZE_LIMIT_BYTES, WEIGHTS_FILE, ZOO
 from benchmarks.record import RESULTS
-from benchmarks.zoo_tasks import TASKS, digits
-from pipeline.conditioning import load_generation
+from benchmarks.zoo.tasks import TASKS, digits
+from pipeline.generate.conditioning import load_generation
 from pipeline.recipe import load as load_recipe
-from pipeline.sampling import SAMPLERS
+from pipeline.generate.sampling import SAMPLERS
 
 REQUIRED_ACCURACY = 0.95
 NAMES = list(TASKS)

@@ -11,11 +11,11 @@ from pipeline.backends.base import Backend
 PORTABLE = "onnx"
 # name -> (module, class)
 ROWS = {
-    "cpu": ("pipeline.backends.cpu", "CpuBackend"),
-    "rtx": ("pipeline.backends.rtx", "RtxBackend"),
-    "cuda": ("pipeline.backends.cuda", "CudaBackend"),
-    "trt": ("pipeline.backends.trt", "TrtBackend"),
-    PORTABLE: ("pipeline.backends.portable", "PortableBackend"),
+    "cpu": ("pipeline.backends.cpu.backend", "CpuBackend"),
+    "rtx": ("pipeline.backends.rtx.backend", "RtxBackend"),
+    "cuda": ("pipeline.backends.cuda.backend", "CudaBackend"),
+    "trt": ("pipeline.backends.trt.backend", "TrtBackend"),
+    PORTABLE: ("pipeline.backends.portable.backend", "PortableBackend"),
 }
 
 

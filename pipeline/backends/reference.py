@@ -17,16 +17,16 @@ from torch import nn
 
 from export.checkpoint import QuantizedLinear, shared_router
 from export.errors import ContractError
-from export.formats import Format, get_format
-from export.ops import ABSMAX_FLOOR
+from export.formats.format import Format, get_format
+from export.dialect.ops import ABSMAX_FLOOR
 from export.router import Router
-from export.torch_modules import Denoiser
+from export.models.torch_modules import Denoiser
 from pipeline.backends import feeds
 from pipeline.backends.base import Arrays
 from pipeline.side_by_side import raise_if_stopped
 
 if TYPE_CHECKING:
-    from export.models import LoadedModel
+    from export.models.load import LoadedModel
 
 # Of each float type: the integer type of its size, and the mask of its exponent field.
 EXPONENT = {torch.float32: (torch.int32, 0x7F800000), torch.float64: (torch.int64, 0x7FF0000000000000)}
@@ -162,7 +162,7 @@ def fake_quant(model: LoadedModel, layers: Sequence[QuantizedLinear], dtype: tor
 
 def reference_module(model: LoadedModel, linears: Mapping[str, nn.Module], dtype: torch.dtype) -> nn.Module:
     """`denoiser` with `linears` in the places they name, all other tensors in `dtype`; `model` is not changed."""
-    from export.models import denoiser
+    from export.models.load import denoiser
 
     module: nn.Module = denoiser(model, linears)
     inside = {id(part) for linear in linears.values() for part in linear.modules()}

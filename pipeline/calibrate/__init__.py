@@ -21,12 +21,12 @@ from pipeline.calibrate.method import Context, Method, Unit
 from pipeline.calibrate.plan import LayerPlan, make_plans
 from pipeline.calibrate.state import CalibrationState, copy_finished, load_named, refuse_unfinished
 from pipeline.methods import AUTO, METHODS
-from pipeline.picture_case import is_large
+from pipeline.generate.case import is_large
 from pipeline.progress import track
 from pipeline.recipe import Recipe, settled
 
 if TYPE_CHECKING:
-    from export.models import LoadedModel
+    from export.models.load import LoadedModel
 
 logger = logging.getLogger(__name__)
 
@@ -124,7 +124,7 @@ def _make_method(model: LoadedModel, recipe: Recipe, plans: Sequence[LayerPlan],
 
 def _refuse_too_large(method: Method, plans: Sequence[LayerPlan]) -> None:
     """Say how much memory the calibration takes, before anything is computed, and refuse what does not fit."""
-    from export.models import sample_inputs
+    from export.models.load import sample_inputs
     from pipeline.calibrate.data import BATCH_PROMPTS, kept_steps
     from pipeline.calibrate.memory import measure
 

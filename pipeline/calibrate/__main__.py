@@ -36,7 +36,7 @@ def make_parser() -> Parser:
 
 def work(args: argparse.Namespace, answer: Answer) -> int:
     """Calibrate and say what came out."""
-    from export import models
+    from export.models import load as models
     from pipeline.calibrate import calibrate
 
     recipe = _recipe(args)

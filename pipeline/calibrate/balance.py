@@ -18,11 +18,11 @@ from numpy.typing import NDArray
 
 from export.checkpoint import QuantizedLinear
 from export.errors import ContractError, RecipeError
-from export.families import LAYER_KINDS
-from export.ops import ABSMAX_FLOOR
+from export.models.families import LAYER_KINDS
+from export.dialect.ops import ABSMAX_FLOOR
 from pipeline.calibrate.blocks import Observed, Tensors, run_block
 from pipeline.calibrate.plan import LayerPlan
-from pipeline.calibrate.rtn import float_weight
+from pipeline.calibrate.methods.rtn import float_weight
 
 F32 = NDArray[np.float32]
 F64 = NDArray[np.float64]

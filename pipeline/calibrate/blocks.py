@@ -18,14 +18,14 @@ import torch
 from torch import nn
 
 from export.checkpoint import QuantizedLinear
-from export.families import shared_names
+from export.models.families import shared_names
 from pipeline.backends.base import Arrays
 from pipeline.calibrate.data import CalibrationData
 from pipeline.calibrate.plan import LayerPlan
-from pipeline.sampling import take_samples
+from pipeline.generate.sampling import take_samples
 
 if TYPE_CHECKING:
-    from export.models import LoadedModel
+    from export.models.load import LoadedModel
 
 logger = logging.getLogger(__name__)
 Tensors = list[torch.Tensor]
@@ -178,7 +178,7 @@ class BlockRunner:
     """
 
     def __init__(self, model: LoadedModel, data: CalibrationData, blocks: Sequence[str]) -> None:
-        from export.models import denoiser
+        from export.models.load import denoiser
 
         self.model, self.data, self.blocks = model, data, list(blocks)
         self.module = denoiser(model)
@@ -213,7 +213,7 @@ class BlockRunner:
         observed.free()
 
     def _quantized(self) -> nn.Module:
-        from export.models import denoiser
+        from export.models.load import denoiser
 
         module: nn.Module = denoiser(self.model, self.done)
         return module

@@ -22,15 +22,15 @@ from export.cache_folder import cache_folder
 from export.documents import Rules, read_text
 from export.errors import ModelError, RecipeError
 from pipeline.backends.base import Arrays
-from pipeline.calibrate import pipeline_data
-from pipeline.conditioning import GENERATION_FILE, load_generation
+from pipeline.generate import pipeline_folder as pipeline_data
+from pipeline.generate.conditioning import GENERATION_FILE, load_generation
 from pipeline.files import sha256, sha256_json, write_json
-from pipeline.picture_case import Case, example_prompts, make_case
+from pipeline.generate.case import Case, example_prompts, make_case
 from pipeline.progress import track
 from pipeline.recipe import Recipe
 
 if TYPE_CHECKING:
-    from export.models import LoadedModel
+    from export.models.load import LoadedModel
     from pipeline.backends.reference import ReferenceEngine
 
 logger = logging.getLogger(__name__)
@@ -158,7 +158,7 @@ def _collect(model: LoadedModel, recipe: Recipe, prompts: tuple[str, ...], folde
     """Sample every batch of prompts and write its kept calls."""
     import torch
 
-    from export.models import denoiser
+    from export.models.load import denoiser
     from pipeline.backends.reference import ReferenceEngine
 
     steps = set(kept_steps(recipe.sampling.n_steps, recipe.calibrate.timesteps))
@@ -183,7 +183,7 @@ def _collect(model: LoadedModel, recipe: Recipe, prompts: tuple[str, ...], folde
 
 def _draw(case: Case, engine: ReferenceEngine, keep: pipeline_data.Keep) -> None:
     """Sample by the description beside the model, or from random conditioning."""
-    from export.torch_modules import set_resolution
+    from export.models.torch_modules import set_resolution
 
     set_resolution(engine.module, *case.noise.shape[2:])
     case.draw(engine.run, lambda step, inputs, _: keep(step, inputs))

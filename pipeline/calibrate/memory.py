@@ -20,7 +20,7 @@ from pipeline.calibrate.blocks import BlockCall, first_calls, float_copy, looks_
 from pipeline.calibrate.plan import LayerPlan
 
 if TYPE_CHECKING:
-    from export.models import LoadedModel
+    from export.models.load import LoadedModel
 
 F32, F64 = 4, 8
 # Arrays as large as the weights while rounding is learned: the weight, low, gap, inverse, v, its gradient, Adam's two
@@ -127,7 +127,7 @@ def measure(
     model: LoadedModel, units: Mapping[str, Sequence[LayerPlan]], one: Arrays, samples: int, calls: int, per_call: int
 ) -> Sizes:
     """The sizes of a calibration whose units are these blocks; `one` are the model inputs of one sample."""
-    from export.models import denoiser
+    from export.models.load import denoiser
 
     module = denoiser(model)
     calls_of = first_calls(module, list(units), one)

@@ -16,7 +16,7 @@ from pipeline.methods import Scalar
 from pipeline.recipe import Recipe
 
 if TYPE_CHECKING:
-    from export.models import LoadedModel
+    from export.models.load import LoadedModel
     from pipeline.calibrate.blocks import Observed
     from pipeline.calibrate.data import CalibrationData
     from pipeline.calibrate.memory import BlockSize, Sizes

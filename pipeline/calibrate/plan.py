@@ -10,13 +10,13 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from export.checkpoint import Granularity
-from export.embedding import INT8_MAX, embeds, exact_multipliers
+from export.formats.embedding import INT8_MAX, embeds, exact_multipliers
 from export.errors import RecipeError
-from export.formats import get_format
+from export.formats.format import get_format
 from pipeline.recipe import Recipe
 
 if TYPE_CHECKING:
-    from export.models import LinearRef
+    from export.models.load import LinearRef
 
 logger = logging.getLogger(__name__)
 MULTIPLIER_CODES = 16  # multipliers are stored as 4-bit indices

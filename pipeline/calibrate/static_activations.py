@@ -17,8 +17,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from export.errors import ModelError, RecipeError
-from export.formats import Format, decode, encode, get_format
-from export.ops import ABSMAX_FLOOR
+from export.formats.format import Format, decode, encode, get_format
+from export.dialect.ops import ABSMAX_FLOOR
 
 F32 = NDArray[np.float32]
 F64 = NDArray[np.float64]

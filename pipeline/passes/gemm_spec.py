@@ -10,7 +10,7 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from export.errors import ContractError
-from export.formats import Format, get_format, unpack
+from export.formats.format import Format, get_format, unpack
 from pipeline.passes.graph import attribute, constant
 
 

@@ -10,7 +10,7 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 from onnx_ir.passes.common import RemoveUnusedFunctionsPass, RemoveUnusedNodesPass
 
-from export.ops import DOMAIN, OPS, VERSION, attributes
+from export.dialect.ops import DOMAIN, OPS, VERSION, attributes
 
 LAYER_KEY, KIND_KEY = "fpq.layer", "fpq.kind"
 # Ops that turn floats into codes, and those that turn codes into floats.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import onnx_ir as ir
 
-from export.ops import DOMAIN
+from export.dialect.ops import DOMAIN
 from pipeline.passes.graph import (
     BALANCE,
     DEQUANTIZERS,

@@ -114,7 +114,7 @@ VARIANTS int32_t absmax_bits(const float *x, int64_t n) {
   return largest;
 }
 
-/* The "magic add" of pipeline/passes/cpu_quantizers.py. */
+/* The "magic add" of pipeline/backends/cpu/quantizers.py. */
 VARIANTS void round_row(const float *x, float inverse, float factor, int32_t zero, uint8_t *codes, int64_t n) {
   for (int64_t i = 0; i < n; i++) {
     float v = x[i] * inverse, wide = fabsf(v) * factor;

@@ -23,7 +23,7 @@ typedef struct TokenChain {
   int gelu;
   int64_t heads_in, heads_out; /* 0: rows in one piece */
   float epsilon;                                        /* of the norm */
-  float absmax_floor, max_value, kmax, rounding_factor; /* of the quantizer, see pipeline/passes/cpu_quantizers.py */
+  float absmax_floor, max_value, kmax, rounding_factor; /* of the quantizer, see pipeline/backends/cpu/quantizers.py */
   int32_t zero, limb_base, limb_weight; /* limb_base 0: the image is one limb */
   uint8_t *codes, *low_codes;
   float *product, *scale, *y, *linear, *quantized;

@@ -1,4 +1,4 @@
-"""NumPy meanings of the GEMM kernels: the ops' meanings (export/op_meanings.py) with operand bytes for codes."""
+"""NumPy meanings of the GEMM kernels: the ops' meanings (export/dialect/reference.py) with operand bytes for codes."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from export import op_meanings
-from export.formats import decode, encode, get_format, unpack
-from export.formats import pack as pack_codes
+from export.dialect import reference as op_meanings
+from export.formats.format import decode, encode, get_format, unpack
+from export.formats.format import pack as pack_codes
 from plugins.gpu.gemm_constants import weight_exponent
 from plugins.gpu.operands import operand_bytes
 from plugins.gpu.specs import GemmSpec, PackSpec

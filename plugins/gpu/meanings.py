@@ -1,4 +1,4 @@
-"""NumPy meanings of the GPU kernels: the ops' meanings (export/op_meanings.py) with operand bytes for codes."""
+"""NumPy meanings of the GPU kernels: the ops' meanings (export/dialect/reference.py) with operand bytes for codes."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from export import op_meanings
+from export.dialect import reference as op_meanings
 from plugins.gpu.operands import operand_bytes
 from plugins.gpu.specs import QuantizeSpec
 

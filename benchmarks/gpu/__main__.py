@@ -1,0 +1,246 @@
+"""Correctness and speed of the GPU kernels: `python -m benchmarks.gpu` on a machine with an NVIDIA GPU and PyTorch.
+
+Every kernel is checked against its NumPy meaning first; then the FP8 accumulator is probed, and GEMMs, fused quantizers
+and a whole denoiser are timed against what PyTorch offers. Needs PyTorch, Triton, NumPy and ml_dtypes and nothing else,
+takes under 8 minutes, and writes benchmarks/results/gpu_NAME.json row by row. Exit code 0; 3 without a GPU; 4 if a
+result was wrong; 1 if something else failed or was not reached.
+
+--check-only checks and stops; under TRITON_INTERPRET=1 it needs no GPU, at small sizes, and writes nothing. Without a
+git checkout the variable DITC_COMMIT tells the document which commit it belongs to.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import os
+import signal
+import subprocess
+import sys
+import time
+import warnings
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from benchmarks.gpu.pool import MOST_WORKERS, work_off_in_processes
+from benchmarks.gpu.results import Results, broken, gpu_facts, is_checked, slug, wrong
+from benchmarks.gpu.run import Clock, Context, GpuLostError, work_off
+from benchmarks.gpu.targets import judged, table
+from benchmarks.record import RESULTS
+from export.errors import EnvironmentLacksError, ParityError
+from pipeline import machine
+
+TOTAL_S = 460.0  # of all sections
+GRACE_S = 15.0  # a section that overruns its time by this much is stopped; with less to go, none is begun
+LOST = 75  # exit code of a section's process that lost the GPU: another one is to go on
+
+
+@dataclass(frozen=True)
+class Section:
+    """One part, run in a process of its own, so that one that fails or hangs leaves the others alone.
+
+    module: has tasks(context) -> list of Task. budget_s: from before its process starts; what sections before it leave
+    over comes on top. parallel: its tasks may share the GPU. compiles: it has compiling(context), tasks to run in
+    parallel before.
+    """
+
+    name: str
+    budget_s: float
+    module: str
+    parallel: bool = False
+    compiles: bool = False
+
+
+SECTIONS = (
+    Section("check", 80, "benchmarks.gpu.check", parallel=True),
+    Section("exactness", 35, "benchmarks.gpu.exactness"),
+    Section("gemm", 120, "benchmarks.gpu.gemm", compiles=True),
+    Section("fused", 50, "benchmarks.gpu.fused"),
+    Section("denoiser", 170, "benchmarks.gpu.denoiser_times"),
+)
+
+
+def section_called(name: str) -> Section:
+    return {section.name: section for section in SECTIONS}[name]
+
+
+def find_context(check_only: bool) -> Context:
+    """The GPU, or for check_only the interpreter. Raises EnvironmentLacksError before any work if neither is there."""
+    machine.require(("torch", "triton"), "benchmarks.gpu")
+    if check_only and os.environ.get("TRITON_INTERPRET") == "1":
+        return Context("cpu", 0, tiny=True)
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        raise EnvironmentLacksError("TRITON_INTERPRET=1 keeps kernels off the GPU; unset it, or give --check-only")
+    import torch
+
+    if not torch.cuda.is_available():
+        raise EnvironmentLacksError(
+            f"torch {torch.__version__} sees no CUDA GPU; benchmarks.gpu needs one (compute capability 80 or newer). "
+            "Without: TRITON_INTERPRET=1 python -m benchmarks.gpu --check-only"
+        )
+    facts = gpu_facts()
+    if facts["compute_capability"] < 80:
+        raise EnvironmentLacksError(
+            f"{facts['name']} has compute capability {facts['compute_capability']}; the kernels need 80 or newer"
+        )
+    return Context("cuda", facts["compute_capability"], facts["l2_bytes"])
+
+
+def run_section(section: Section, context: Context, results: Results, clock: Clock) -> None:
+    """Run what the document lacks of `section` in this process, keeping each row as it comes. Raises GpuLostError."""
+    kept = {row["name"] for row in results.document["sections"][section.name]["rows"]}
+
+    def keep(row: dict[str, Any]) -> None:
+        results.keep(section.name, row)
+        print(f"{clock.budget_s - clock.left:6.1f} s  {section.name}: {short(row)}", flush=True)
+
+    workers = min(MOST_WORKERS, machine.cpu_count())
+    if section.parallel:
+        missed = work_off_in_processes(section.module, "tasks", context, clock, keep, workers, kept)
+    else:
+        if section.compiles and not kept:
+            with suppress(GpuLostError):  # a kernel that loses the GPU does so again, and is named, where it is timed
+                work_off_in_processes(section.module, "compiling", context, Clock(clock.left / 2), _forget, workers)
+        tasks = importlib.import_module(section.module).tasks(context)
+        missed = work_off([task for task in tasks if task.name not in kept], context, clock, keep)
+    results.end(section.name, missed, clock.budget_s - clock.left)
+
+
+def _forget(row: dict[str, Any]) -> None:
+    """Rows of compiling: one that failed fails again, and is kept, where it is timed."""
+
+
+def short(row: dict[str, Any]) -> str:
+    """A row on one line: its name, verdict and ratios."""
+    told = [str(row["name"])]
+    told += [f"{key} {row[key]}" for key in ("failed", "skipped", "differ") if key in row]
+    if "passed" in row:
+        told.append("ok" if row["passed"] else f"WRONG {row}")
+    for name, part in row.get("contestants", {}).items():
+        told.append(f"{name} {part['latency_ms'] * 1e3:.1f} us")
+    told += [f"{key} {value}" for key, value in row.get("ratios", {}).items()]
+    told += [f"without {name} ({why})" for name, why in row.get("refused", {}).items()]
+    return "; ".join(told)
+
+
+def exit_code(command: list[str], seconds: float) -> int:
+    """Run a command; subprocess.TimeoutExpired after `seconds`. No process that it started outlives it."""
+    process = subprocess.Popen(command, start_new_session=True)
+    try:
+        return process.wait(seconds)
+    finally:
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+
+def run_in_child(section: Section, results: Results, seconds: float) -> None:
+    """Run `section` in processes of its own, another one whenever one loses the GPU, and say in the document if it did
+    not come to its end. Each is told when the section's time is over, by the clock that all processes share."""
+    clock = Clock(seconds)
+    until = repr(clock.started + seconds)
+    command = [sys.executable, "-m", "benchmarks.gpu", "--one", section.name, "--until", until]
+    command += ["--output-dir", str(results.path.parent)]
+    try:
+        while (code := exit_code(command, clock.left + GRACE_S)) == LOST and clock.left > GRACE_S:
+            print(f"{section.name}: the GPU was lost; going on in another process", flush=True)
+        why = f"its process ended with {code}" if code else ""
+    except subprocess.TimeoutExpired:
+        why = f"stopped after {seconds + GRACE_S:.0f} s"
+    results.document = Results.open(results.path, results.document["gpu"]).document
+    if why:
+        results.stop(section.name, why)
+        print(f"{section.name}: {why}", flush=True)
+
+
+def chosen(names: Sequence[str], check_only: bool) -> list[Section]:
+    """The sections to run, in order; the check is always among them."""
+    if check_only:
+        return [SECTIONS[0]]
+    return [section for section in SECTIONS if not names or section.name in (*names, "check")]
+
+
+def measure(sections: list[Section], results: Results, wanted: Sequence[str]) -> None:
+    """Run sections one after the other within TOTAL_S. A check of the same code is not repeated unless asked for."""
+    clock = Clock(TOTAL_S)
+    for index, section in enumerate(sections):
+        if section.name == "check" and wanted and "check" not in wanted and is_checked(results.document):
+            print("check: passed before with this code and these tools", flush=True)
+            continue
+        seconds = clock.left - sum(later.budget_s for later in sections[index + 1 :])
+        results.begin(section.name, seconds)  # here, so that a process that dies at once leaves a trace
+        if seconds < GRACE_S:
+            results.stop(section.name, f"not begun: {TOTAL_S:.0f} s were over")
+            continue
+        run_in_child(section, results, seconds)
+    results.document["targets"] = judged(results.document)
+    results.save()
+
+
+def check_interpreted(context: Context) -> int:
+    """Check under the interpreter, writing nothing; the exit code."""
+    warnings.simplefilter("ignore", RuntimeWarning)  # tokens with NaN, which NumPy reports from within the interpreter
+    rows: list[dict[str, Any]] = []
+
+    def keep(row: dict[str, Any]) -> None:
+        rows.append(row)
+        print(short(row), flush=True)
+
+    started = time.monotonic()
+    module = importlib.import_module(SECTIONS[0].module)
+    missed = work_off(module.tasks(context), context, Clock(SECTIONS[0].budget_s), keep)
+    failed = [row["name"] for row in rows if not row.get("passed")]
+    print(f"{len(rows) - len(failed)} of {len(rows) + len(missed)} passed in {time.monotonic() - started:.1f} s")
+    return ParityError.exit_code if failed or missed else 0
+
+
+def finish(results: Results) -> int:
+    """Print the targets; the exit code."""
+    print(f"\n{results.document['gpu']['name']}\n{table(results.document['targets'])}\n{results.path}")
+    sections = results.document["sections"].items()
+    late = [
+        (f"within {part['budget_s']:.0f} s of {name}", row) for name, part in sections for row in part["not_reached"]
+    ]
+    found, others = wrong(results.document), broken(results.document)
+    lines = [f"NOT REACHED {where}: {row}" for where, row in late]
+    lines += [*(f"WRONG {name}" for name in found), *(f"FAILED {name}" for name in others)]
+    print("\n".join(lines))
+    if found:
+        return ParityError.exit_code
+    return 1 if others or late else 0
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    names = [section.name for section in SECTIONS]
+    parser.add_argument("--section", action="append", default=[], choices=names, help="only these (repeatable)")
+    parser.add_argument("--check-only", action="store_true", help="check the kernels and stop")
+    parser.add_argument("--output-dir", type=Path, default=RESULTS, help="where gpu_NAME.json is written")
+    parser.add_argument("--one", choices=names, help=argparse.SUPPRESS)  # a section, in this process
+    parser.add_argument("--until", type=float, help=argparse.SUPPRESS)  # when its time is over, by time.monotonic()
+    arguments = parser.parse_args(argv)
+    try:
+        context = find_context(arguments.check_only)
+    except EnvironmentLacksError as error:
+        print(f"benchmarks.gpu: {error}", file=sys.stderr)
+        return error.exit_code
+    if context.interpreted:
+        return check_interpreted(context)
+    facts = gpu_facts()
+    results = Results.open(arguments.output_dir / f"gpu_{slug(facts['name'])}.json", facts)
+    if arguments.one:
+        clock = Clock(arguments.until - time.monotonic())
+        try:
+            run_section(section_called(arguments.one), context, results, clock)
+        except GpuLostError:
+            return LOST
+        return 0
+    measure(chosen(arguments.section, arguments.check_only), results, arguments.section)
+    return finish(results)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

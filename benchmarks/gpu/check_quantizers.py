@@ -1,0 +1,141 @@
+"""Are the quantizers right? Tokens of all magnitudes, with zeros, NaN, Inf and outliers, against the NumPy meanings."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from benchmarks.gpu.run import Context, Task
+from plugins.gpu.gemm_meanings import byte_values
+from plugins.gpu.launch_quantize import KERNEL_OF
+from plugins.gpu.specs import QuantizeSpec
+from plugins.gpu.table import kernel
+
+Array = NDArray[Any]
+EPS32 = 2.0**-24
+# Roundings to float32 on the way from an element to its quotient by the scale, of the largest number in its row: the
+# sums' trees (log2 of 4608 channels, twice), centring, deviation, gain and shift, or GELU's exponential; the scale.
+STEPS = 64
+
+
+@dataclass(frozen=True)
+class QuantizerCase:
+    """One quantizer to check on x [M, C]."""
+
+    before: Any
+    format: str
+    m: int
+    c: int
+    input: Any
+    integers: bool = False
+
+    @property
+    def name(self) -> str:
+        return f"{KERNEL_OF[self.before]} {self.format}{' as INT8' * self.integers} {self.m}x{self.c} {self.input}"
+
+    @property
+    def spec(self) -> QuantizeSpec:
+        return QuantizeSpec(self.format, self.c, self.before, self.input, integers=self.integers)
+
+
+def quantizer_cases(tiny: bool) -> list[QuantizerCase]:
+    """All kernels over the formats of the recipes, widths of the models and odd ones."""
+    kinds = ("none", "gelu", "norm_modulate")
+    if tiny:
+        rows = [(kind, "E2M3", 8, 72, "bf16") for kind in kinds]
+        rows += [("none", "INT8", 8, 33, "fp32"), ("norm_modulate", "E4M3", 8, 40, "fp16")]
+        return [*(QuantizerCase(*row) for row in rows), QuantizerCase("none", "E2M3", 8, 33, "bf16", integers=True)]
+    rows = [(kind, "E2M3", 512, c, "bf16") for kind, c in zip(kinds, (1152, 4608, 1152), strict=True)]
+    for fmt in ("E3M2", "E4M3", "INT8", "E3M4", "INT6", "UE2M2"):
+        rows += [(kind, fmt, 64, 1408, "fp16") for kind in kinds]
+    rows += [("none", "E2M3", 33, c, "fp32") for c in (1, 257, 6144)]
+    rows += [("norm_modulate", "E2M3", 32, 1000, "fp32"), ("norm_modulate", "INT8", 4096, 1152, "bf16")]
+    images = [QuantizerCase(kind, "E2M3", 64, 1152, "bf16", integers=True) for kind in kinds]
+    return [*(QuantizerCase(*row) for row in rows), *images]
+
+
+def rows_of(case: QuantizerCase, seed: int = 0) -> Array:
+    """x f32 [M, C], numbers that fp16 and bf16 hold: tokens over many binades; then zeros, NaN, Inf and an outlier."""
+    rng = np.random.default_rng(seed)
+    x = rng.standard_normal((case.m, case.c)) * np.exp2(rng.integers(-6, 5, (case.m, 1)))
+    mantissa, exponent = np.frexp(x)
+    x = np.ldexp(np.rint(mantissa * 128) / 128, exponent).astype(np.float32)
+    x[0], x[1, 0], x[2, -1], x[3, case.c // 2] = 0, np.nan, np.inf, 300
+    return x
+
+
+def check_quantizer(context: Context, case: QuantizerCase) -> dict[str, Any]:
+    """One row: codes and scales that differ, and the worst of them over what is allowed."""
+    from plugins.gpu import launch_quantize
+
+    x, extra = rows_of(case), _modulation(case)
+    given = {key: context.tensor(value).to(context.dtype(case.input)) for key, value in {"x": x, **extra}.items()}
+    tokens = case.m // 2 if extra else 0
+    codes, scales = launch_quantize.quantize(case.spec, **given, tokens=tokens)
+    found, found_scales = codes.cpu().numpy(), scales.cpu().numpy()
+    sizes = {"tokens": tokens} if extra else {}
+    wanted, wanted_scales = kernel(KERNEL_OF[case.before]).reference(case.spec, x, **extra, **sizes)
+    worst = worst_code(case, (found, found_scales), (wanted, wanted_scales), before_scale(case, x, extra))
+    differ = int((found != wanted).sum()), int((~_same(found_scales, wanted_scales)).sum())
+    exact = case.before == "none"
+    passed = differ == (0, 0) if exact else worst <= 1
+    return {"codes_differ": differ[0], "scales_differ": differ[1], "of": x.size, "worst_over_allowed": worst} | {
+        "passed": passed
+    }
+
+
+def _same(one: Array, two: Array) -> Array:
+    return (one == two) | (np.isnan(one) & np.isnan(two))
+
+
+def _modulation(case: QuantizerCase) -> dict[str, Array]:
+    """shift and scale [2, C] for norm_modulate, nothing for the others."""
+    if case.before != "norm_modulate":
+        return {}
+    rng = np.random.default_rng(2)
+    draw = [np.rint(rng.standard_normal((2, case.c)) * 64) / 128 for _ in range(2)]
+    return {"shift": draw[0].astype(np.float32), "scale": draw[1].astype(np.float32)}
+
+
+def before_scale(case: QuantizerCase, x: Array, extra: dict[str, Array]) -> Array:
+    """What is quantized, float64 [M, C]; NaN where a token has NaN or Inf."""
+    wide = np.where(np.isfinite(x).all(1, keepdims=True), x, np.nan).astype(np.float64)
+    if case.before == "none":
+        return wide
+    if case.before == "gelu":
+        with np.errstate(over="ignore"):
+            return wide / (1 + np.exp(-2 * np.sqrt(2 / np.pi) * (wide + 0.044715 * wide**3)))
+    centred = wide - wide.mean(1, keepdims=True)
+    normal = centred / np.sqrt((centred**2).mean(1, keepdims=True) + case.spec.epsilon)
+    gain, shift = (
+        np.repeat(part, case.m // 2, axis=0) for part in (1 + extra["scale"].astype(np.float64), extra["shift"])
+    )
+    return np.asarray(normal * gain + shift)
+
+
+def worst_code(case: QuantizerCase, found: tuple[Array, Array], wanted: tuple[Array, Array], y: Array) -> float:
+    """How far a code's value lies beyond the nearest code's from the true quotient, over what roundings may do.
+
+    The nearest code is at a distance d from y / scale; one chosen from a quotient that is off by e is at most
+    d + 2 e away. e is STEPS roundings of the row's largest number.
+    """
+    values = byte_values(case.format, case.integers)
+    healthy = np.isfinite(wanted[1])
+    if not (np.isfinite(found[1]) == healthy).all() or found[0][~healthy].any():
+        return 1e9
+    scale = wanted[1][healthy, None].astype(np.float64)
+    q = y[healthy] / scale
+    far = [np.abs(values[codes[healthy]] - q) for codes in (found[0], wanted[0])]
+    limit = 2 * STEPS * EPS32 * np.abs(q).max(1, keepdims=True).clip(1e-3)
+    off = np.abs(found[1][healthy] / wanted[1][healthy] - 1) / (STEPS * EPS32)
+    worst = max(float(((far[0] - far[1]) / limit).max()), float(off.max()), 0.0)
+    return worst if np.isfinite(worst) else 1e9
+
+
+def quantizer_tasks(context: Context) -> list[Task]:
+    """One task for each case."""
+    return [Task(case.name, partial(check_quantizer, context, case)) for case in quantizer_cases(context.tiny)]

@@ -1,0 +1,193 @@
+"""The fused quantizers against the same operation without quantizing, and against copying as many bytes.
+
+The operation alone is a Triton kernel of the same form (benchmarks/gpu/kernels.py) and what torch.compile makes of it,
+both to bf16; the quicker one is the baseline. The copy moves the bytes that the fused kernel must.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING, Any, Literal
+
+from benchmarks.gpu.run import Context, Task, failed_of
+from benchmarks.gpu.timing import Flush, contest, rates, sets_for
+from plugins.gpu.kernel import launch_options
+from plugins.gpu.specs import QuantizeSpec
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+FORMAT, EPSILON = "E2M3", 1e-6
+FUSED, ALONE = "fused", ("triton_alone", "compiled_alone")
+SECONDS = 0.5
+
+
+@dataclass(frozen=True)
+class FusedCase:
+    """x [M, C] bf16, M = batch * tokens."""
+
+    kind: Literal["norm_modulate", "gelu"]
+    batch: int
+    tokens: int
+    channels: int
+
+    @property
+    def m(self) -> int:
+        return self.batch * self.tokens
+
+    @property
+    def name(self) -> str:
+        return f"{self.kind}_quantize {self.m}x{self.channels}"
+
+    @property
+    def spec(self) -> QuantizeSpec:
+        return QuantizeSpec(FORMAT, self.channels, self.kind, "bf16", EPSILON)
+
+    def moved_bytes(self, quantized: bool) -> int:
+        """Read once and written once: x, shift and scale, and codes with their scales or a bf16 output.
+
+        >>> FusedCase("norm_modulate", 1, 4, 8).moved_bytes(True), FusedCase("gelu", 1, 4, 8).moved_bytes(False)
+        (144, 128)
+        """
+        written = self.m * self.channels + 4 * self.m if quantized else 2 * self.m * self.channels
+        return self.read_bytes + written
+
+    @property
+    def read_bytes(self) -> int:
+        """x, shift and scale."""
+        return 2 * self.m * self.channels + (4 * self.batch * self.channels if self.kind == "norm_modulate" else 0)
+
+
+CASES = (
+    FusedCase("norm_modulate", 1, 4096, 1152),
+    FusedCase("norm_modulate", 2, 4096, 1152),
+    FusedCase("gelu", 1, 4096, 4608),
+    FusedCase("norm_modulate", 1, 4096, 1408),
+    FusedCase("norm_modulate", 1, 1024, 1152),
+    FusedCase("norm_modulate", 1, 256, 1152),
+    FusedCase("gelu", 2, 4096, 4608),
+    FusedCase("gelu", 1, 1024, 4608),
+    FusedCase("gelu", 1, 256, 4608),
+    FusedCase("gelu", 1, 4096, 6144),
+)
+
+
+def inputs_of(context: Context, case: FusedCase) -> dict[str, Tensor]:
+    """x, and for the norm shift and scale, in bf16."""
+    import torch
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(shape, device=context.device).to(torch.bfloat16)
+
+    found = {"x": draw(case.m, case.channels)}
+    if case.kind == "norm_modulate":
+        found |= {"shift": draw(case.batch, case.channels), "scale": draw(case.batch, case.channels)}
+    return found
+
+
+def fused(case: FusedCase, given: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+    """Operand bytes u8 [M, C] and scales f32 [M]."""
+    from plugins.gpu import launch_quantize
+
+    tokens = case.tokens if case.kind == "norm_modulate" else 0
+    return launch_quantize.quantize(case.spec, **given, tokens=tokens)
+
+
+def triton_alone(case: FusedCase, given: dict[str, Tensor], sm: int) -> Tensor:
+    """bf16 [M, C] by a Triton kernel in the same tile as the quantizer's."""
+    import torch
+
+    from benchmarks.gpu import kernels as gpu_kernels
+    from plugins.gpu.row_tiles import row_tile
+
+    tile, y = row_tile(case.spec, case.m, sm), torch.empty_like(given["x"])
+    blocks: dict[str, Any] = {"C": case.channels, "BLOCK": tile.block, "TAIL": tile.tail, **launch_options(tile)}
+    if case.kind == "gelu":
+        gpu_kernels.gelu[(case.m,)](given["x"], y, **blocks)
+    else:
+        kernel = gpu_kernels.norm_modulate[(case.m,)]
+        kernel(given["x"], given["shift"], given["scale"], case.tokens, y, EPSILON=EPSILON, **blocks)
+    return y
+
+
+def plain(case: FusedCase, given: dict[str, Tensor]) -> Tensor:
+    """bf16 [M, C] in plain torch: what torch.compile is given, and what the Triton kernel is checked with."""
+    from torch.nn import functional
+
+    x = given["x"]
+    if case.kind == "gelu":
+        return functional.gelu(x, approximate="tanh")
+    normal = functional.layer_norm(x.view(case.batch, case.tokens, case.channels), (case.channels,), eps=EPSILON)
+    return (normal * (1 + given["scale"][:, None]) + given["shift"][:, None]).view(case.m, case.channels)
+
+
+def compiled(case: FusedCase) -> Callable[..., Tensor]:
+    """`plain` by torch.compile, for one case; what was compiled before is forgotten, for dynamo keeps eight shapes."""
+    import torch
+
+    torch._dynamo.reset()
+    made: Callable[..., Tensor] = torch.compile(lambda given: plain(case, given), dynamic=False, fullgraph=True)
+    return made
+
+
+def copier(context: Context, size_bytes: int) -> Callable[[], Any]:
+    """A copy that reads and writes `size_bytes` together."""
+    import torch
+
+    one, two = (torch.empty(size_bytes // 2, dtype=torch.uint8, device=context.device) for _ in range(2))
+    return lambda: two.copy_(one)
+
+
+def measure(context: Context, case: FusedCase, flush: Flush) -> dict[str, Any]:
+    """One row: times and rates of all contestants, the fused kernel against the baseline and against copying."""
+    size, made = case.moved_bytes(True), compiled(case)
+    count = sets_for(min(case.read_bytes, size // 2), context.l2_bytes)  # the copy reads half of what it moves
+    sets = [inputs_of(context, case) for _ in range(count)]
+    calls: dict[str, list[Callable[[], Any]]] = {
+        FUSED: [partial(fused, case, given) for given in sets],
+        "triton_alone": [partial(triton_alone, case, given, context.sm) for given in sets],
+        "compiled_alone": [partial(made, given) for given in sets],
+        "copy": [copier(context, size) for _ in sets],
+    }
+    times, refused = contest(calls, flush, SECONDS)
+    moved = {FUSED: size, "copy": size // 2 * 2}
+    rows = {
+        name: time.to_row() | rates(time.median, 0, moved.get(name, case.moved_bytes(False)))
+        for name, time in times.items()
+    }
+    off = (triton_alone(case, sets[0], context.sm).float() - plain(case, sets[0]).float()).norm()
+    return {
+        "kind": case.kind,
+        "m": case.m,
+        "channels": case.channels,
+        "contestants": rows,
+        "refused": refused,
+        "ratios": ratios(rows),
+        "alone_differs": float(off / plain(case, sets[0]).float().norm()),
+        "input_sets": count,
+        **failed_of(refused, (FUSED,)),
+    }
+
+
+def ratios(rows: dict[str, dict[str, Any]]) -> dict[str, float]:
+    """ "over_alone": time over the quicker of ALONE; "of_copy": bandwidth over that of the copy.
+
+    >>> row = lambda ms, rate: {"latency_ms": ms, "gb_per_s": rate}
+    >>> ratios({"fused": row(3.0, 80.0), "triton_alone": row(2.0, 1.0), "copy": row(1.0, 100.0)})
+    {'over_alone': 1.5, 'of_copy': 0.8}
+    """
+    found = {}
+    alone = [rows[name]["latency_ms"] for name in ALONE if name in rows]
+    if FUSED in rows and alone:
+        found["over_alone"] = rows[FUSED]["latency_ms"] / min(alone)
+    if FUSED in rows and "copy" in rows:
+        found["of_copy"] = rows[FUSED]["gb_per_s"] / rows["copy"]["gb_per_s"]
+    return found
+
+
+def tasks(context: Context) -> list[Task]:
+    """A row for each of CASES."""
+    flush = Flush(context.l2_bytes)
+    return [Task(case.name, partial(measure, context, case, flush), 6.0) for case in CASES]

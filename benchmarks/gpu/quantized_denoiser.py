@@ -1,0 +1,190 @@
+"""The denoiser on our kernels: fused quantizers, GEMMs of 4-bit weights with their epilogues, attention by torch.
+
+The kernels are a parameter, so that a test can run the same code on their NumPy meanings.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from benchmarks.gpu.denoiser import EPSILON, LINEARS, Denoiser, attention
+from benchmarks.gpu.weights import Granularity, Packed, quantize_weight
+from plugins.gpu.launch_quantize import KERNEL_OF
+from plugins.gpu.specs import FloatType, GemmSpec, QuantizeSpec
+from plugins.gpu.table import kernel
+
+WEIGHT, ACTIVATION = "E2M1", "E2M3"
+
+
+@dataclass(frozen=True)
+class QuantizedLinear:
+    """One linear: weights packed, or expanded u8 [N, K]; bias f32 [N]."""
+
+    spec: GemmSpec
+    packed: Packed
+    bias: Tensor
+    expanded: Tensor | None = None
+
+    @property
+    def size_bytes(self) -> int:
+        """Of the weights as they are used, with their scales; and of the bias."""
+        scales = self.packed.scales.numel() * 4
+        weights = self.packed.size_bytes if self.expanded is None else self.expanded.numel() + scales
+        return weights + 4 * self.bias.numel()
+
+
+class Kernels(Protocol):
+    """What a quantized block calls."""
+
+    def quantize(self, spec: QuantizeSpec, x: Tensor, **given: Any) -> tuple[Tensor, Tensor]: ...
+    def gemm(self, linear: QuantizedLinear, a: Tensor, a_scale: Tensor, **given: Any) -> Tensor: ...
+
+
+class Launched:
+    """The Triton kernels."""
+
+    def quantize(self, spec: QuantizeSpec, x: Tensor, **given: Any) -> tuple[Tensor, Tensor]:
+        from plugins.gpu import launch_quantize
+
+        return launch_quantize.quantize(spec, x, **given)
+
+    def gemm(self, linear: QuantizedLinear, a: Tensor, a_scale: Tensor, **given: Any) -> Tensor:
+        from plugins.gpu import launch_gemm
+
+        spec, scales, bias = linear.spec, linear.packed.scales, linear.bias
+        if linear.expanded is not None:
+            return launch_gemm.expanded_gemm(spec, a, a_scale, linear.expanded, scales, bias, **given)
+        codes = linear.packed.multiplier_codes
+        return launch_gemm.packed_gemm(
+            spec, a, a_scale, linear.packed.codes, scales, bias, multiplier_codes=codes, **given
+        )
+
+
+class Meanings:
+    """Their NumPy meanings, on tensors of the CPU, the output rounded to its type."""
+
+    def quantize(self, spec: QuantizeSpec, x: Tensor, **given: Any) -> tuple[Tensor, Tensor]:
+        found = kernel(KERNEL_OF[spec.before]).reference(spec, x.float().numpy(), **_arrays(given))
+        return torch.from_numpy(found[0]), torch.from_numpy(found[1])
+
+    def gemm(self, linear: QuantizedLinear, a: Tensor, a_scale: Tensor, **given: Any) -> Tensor:
+        packed = linear.packed
+        inputs = {"a": a, "a_scale": a_scale, "w": packed.codes, "w_scales": packed.scales, "bias": linear.bias}
+        inputs |= {} if packed.multiplier_codes is None else {"multiplier_codes": packed.multiplier_codes}
+        (y,) = kernel("packed_gemm").reference(linear.spec, **_arrays({**inputs, **given}))
+        return torch.from_numpy(y).to(TORCH[linear.spec.output])
+
+
+TORCH = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
+
+
+def _arrays(given: dict[str, Any]) -> dict[str, Any]:
+    wide = {key: x.float() if isinstance(x, Tensor) and x.is_floating_point() else x for key, x in given.items()}
+    return {key: x.numpy() if isinstance(x, Tensor) else x for key, x in wide.items()}
+
+
+class QuantizedBlock:
+    """A block on `kernels`; x [B * T, C] stays in the type `dtype` between its linears."""
+
+    def __init__(self, heads: int, linears: dict[str, QuantizedLinear], kernels: Kernels, dtype: FloatType) -> None:
+        self.heads, self.linears, self.kernels = heads, linears, kernels
+        width = linears["qkv"].spec.in_features
+        integers = linears["qkv"].spec.integers
+        self.norm = QuantizeSpec(ACTIVATION, width, "norm_modulate", dtype, EPSILON, integers)
+        self.plain = QuantizeSpec(ACTIVATION, width, "none", dtype, integers=integers)
+        self.gelu = QuantizeSpec(ACTIVATION, 4 * width, "gelu", dtype, integers=integers)
+
+    def __call__(self, x: Tensor, modulation: Tensor, words: tuple[Tensor, Tensor], one: Tensor) -> Tensor:
+        """x [B * T, C], modulation [6, B, C], words: codes [B * L, C] and scales, one [B, C] of ones."""
+        shift1, scale1, gate1, shift2, scale2, gate2 = modulation
+        batch, quantize = len(one), self.kernels.quantize
+        tokens = len(x) // batch
+        codes = quantize(self.norm, x, shift=shift1, scale=scale1, tokens=tokens)
+        found = self._attention(self._gemm("qkv", codes).chunk(3, -1), batch)
+        x = self._gemm("out", quantize(self.plain, found), gate=gate1, residual=x, tokens=tokens)
+        query = self._gemm("cross_q", quantize(self.plain, x))
+        found = self._attention((query, *self._gemm("cross_kv", words).chunk(2, -1)), batch)
+        x = self._gemm("cross_out", quantize(self.plain, found), gate=one, residual=x, tokens=tokens)
+        codes = quantize(self.norm, x, shift=shift2, scale=scale2, tokens=tokens)
+        codes = quantize(self.gelu, self._gemm("ff_in", codes))
+        return self._gemm("ff_out", codes, gate=gate2, residual=x, tokens=tokens)
+
+    def _gemm(self, name: str, codes: tuple[Tensor, Tensor], **given: Any) -> Tensor:
+        return self.kernels.gemm(self.linears[name], *codes, **given)
+
+    def _attention(self, parts: tuple[Tensor, ...], batch: int) -> Tensor:
+        q, k, v = (part.unflatten(0, (batch, -1)) for part in parts)
+        return attention(q, k, v, self.heads).flatten(0, 1).contiguous()
+
+
+class QuantizedDenoiser:
+    """`base` with its blocks replaced; embeddings and the last layer stay as they are."""
+
+    def __init__(self, base: Denoiser, blocks: list[QuantizedBlock]) -> None:
+        self.base, self.blocks = base, blocks
+
+    def __call__(self, latent: Tensor, timestep: Tensor, caption: Tensor) -> Tensor:
+        x, modulations, words, embedded = self.base.begin(latent, timestep, caption)
+        first = self.blocks[0]
+        codes = first.kernels.quantize(first.plain, words.flatten(0, 1))
+        one, batch = torch.ones_like(modulations[0, 0]), len(x)
+        x = x.flatten(0, 1).contiguous()
+        for block, modulation in zip(self.blocks, modulations.contiguous(), strict=True):
+            x = block(x, modulation, codes, one)
+        return self.base.finish(x.unflatten(0, (batch, -1)), embedded)
+
+
+def quantize_blocks(model: Denoiser, granularity: Granularity) -> list[dict[str, Packed]]:
+    """All weights of the blocks' linears, packed."""
+    return [
+        {name: quantize_weight(linear.weight.detach(), WEIGHT, granularity) for name, linear in block.linears.items()}
+        for block in model.blocks
+    ]
+
+
+def quantized(
+    model: Denoiser,
+    weights: list[dict[str, Packed]],
+    kernels: Kernels,
+    dtype: FloatType = "bf16",
+    expand: bool = False,
+    integers: bool = False,
+) -> QuantizedDenoiser:
+    """`model` on `kernels`, its linears' weights packed, or expanded by our kernel; integers: INT8 operands."""
+    blocks = [
+        QuantizedBlock(
+            model.size.heads,
+            {
+                name: _linear(block.linears[name], name, packed, dtype, expand, integers)
+                for name, packed in given.items()
+            },
+            kernels,
+            dtype,
+        )
+        for block, given in zip(model.blocks, weights, strict=True)
+    ]
+    return QuantizedDenoiser(model, blocks)
+
+
+def _linear(
+    linear: nn.Module, name: str, packed: Packed, dtype: FloatType, expand: bool, integers: bool
+) -> QuantizedLinear:
+    n, half = packed.codes.shape
+    fields = packed.granularity.spec_fields(WEIGHT) | {"integers": integers}
+    spec = GemmSpec(ACTIVATION, WEIGHT, 2 * half, n, epilogue=LINEARS[name].epilogue, output=dtype, **fields)
+    expanded = None
+    if expand:
+        from plugins.gpu import launch_gemm
+
+        expanded = launch_gemm.expand(spec, packed.codes, packed.multiplier_codes)
+    return QuantizedLinear(spec, packed, linear.bias.detach().float(), expanded)
+
+
+def weight_bytes(model: Denoiser, blocks: list[QuantizedBlock]) -> int:
+    """Bytes of all weights when the blocks' linears are these and the rest is bf16."""
+    kept = sum(x.numel() for name, x in model.named_parameters() if ".linears." not in name)
+    return 2 * kept + sum(linear.size_bytes for block in blocks for linear in block.linears.values())

@@ -1,0 +1,277 @@
+"""Quality of quantized models: `python -m benchmarks.quality [pixart_mini] [dit_mini]`.
+
+Every row of `benchmarks/quality/rows.py` is calibrated, built for the CPU, proven, and draws the same prompts from the
+same noise; the bundled judge compares its pictures with held-out real data and with the float model's. A row that is
+already in benchmarks/results/quality_MODEL.json is not measured again, so a stopped run goes on where it was. Rows
+whose method is not there, or fails, are recorded with the reason. `python -m benchmarks.quality.tables` writes the
+tables and plots from the JSON.
+
+With --model FOLDER a real pipeline is measured by published metrics instead, see `benchmarks/quality/real.py`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import time
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from benchmarks.quality import drawing
+from benchmarks.quality import metrics
+from benchmarks import record
+from benchmarks.arguments import add_names
+from benchmarks.quality.drawing import Pictures, Subject, Trajectory
+from benchmarks.quality.engines import calibrated, drawer, refuse_missing_gpu, row_recipe
+from benchmarks.quality.metrics import Array
+from benchmarks.quality.results import FAILED, FLOAT, MEASURED, UNAVAILABLE, Results, row_key
+from benchmarks.quality.rows import MODELS, ON_REQUEST, TABLES, Row, rows_of
+from export.checkpoint import QuantizedLinear
+from export.errors import ContractError, RecipeError, UserError
+from pipeline.recipe import Recipe
+
+logger = logging.getLogger("benchmarks.quality")
+COUNTS = {"pixart_mini": 1000, "dit_mini": 2000}
+QUICK_COUNT = 100
+WORK, QUICK_RESULTS = Path("work/quality"), Path("work/quality/quick")
+SENSITIVITY = "sensitivity"
+
+
+@dataclass(frozen=True)
+class Base:
+    """What the rows of one subject are compared with: the float model's pictures, features and steps, and real data."""
+
+    pictures: Pictures
+    features: Array
+    real: Array
+    trajectory: Trajectory
+
+
+def make_base(subject: Subject, work: Path) -> Base:
+    """The float model draws, unless its pictures are there."""
+    pictures = drawing.float_pictures(subject, work)
+    features, _ = drawing.judged(subject.name, pictures)
+    return Base(pictures, features, drawing.real_features(subject.name), drawing.float_trajectory(subject))
+
+
+def judge_pictures(subject: Subject, base: Base, pictures: Pictures) -> dict[str, Any]:
+    """The measures that any set of pictures has. Raises ContractError for NaN or Inf."""
+    if not np.isfinite(pictures).all():
+        broken = int((~np.isfinite(pictures)).any(axis=(1, 2, 3)).sum())
+        raise ContractError(f"{broken} of {len(pictures)} pictures hold NaN or Inf")
+    features, read = drawing.judged(subject.name, pictures)
+    right = drawing.right_pictures(subject.labels, read)
+    slots = (read == subject.labels).double().mean(0).tolist()
+    return {
+        "frechet_to_real": asdict(metrics.frechet_estimate(features, base.real)),
+        "frechet_increase": asdict(metrics.frechet_increase(features, base.features, base.real)),
+        "frechet_to_float": asdict(metrics.frechet_between(features, base.features)),
+        "accuracy": asdict(metrics.share_estimate(right)),
+        "accuracy_by_slot": slots,
+    }
+
+
+def float_row(subject: Subject, base: Base) -> dict[str, Any]:
+    """The record of the float model; its bytes are those of the same linears in fp16."""
+    linears = [ref.module.weight.numel() for ref in subject.model.linears()]
+    found = judge_pictures(subject, base, base.pictures)
+    bytes_ = {"weight_bytes": 2 * sum(linears), "weights": sum(linears)}
+    return {"status": MEASURED, "key": row_key(subject.facts, None, ()), **found, **bytes_}
+
+
+def measured_row(
+    subject: Subject, base: Base, row: Row, recipe: Recipe, work: Path, arguments: argparse.Namespace
+) -> dict[str, Any]:
+    """Calibrate, draw and judge one row."""
+    layers, minutes = calibrated(subject, row, recipe, work / "calibrated", arguments.redo)
+    started = time.monotonic()
+    with drawer(subject, layers, recipe, base.trajectory, work / "engine", arguments.target) as made:
+        pictures = drawing.draw(subject, made.run, f"{subject.name} {row.name}")
+        steps_db = base.trajectory.errors_db(made.run)
+    draw_minutes = (time.monotonic() - started) / 60
+    found = judge_pictures(subject, base, pictures)
+    return {
+        **found,
+        "psnr_db": asdict(metrics.median_estimate(metrics.psnr_db(pictures, base.pictures))),
+        "ssim": asdict(metrics.median_estimate(metrics.ssim(pictures, base.pictures))),
+        "step_sqnr_db": steps_db,
+        "weight_bytes": sum(layer.size_bytes for layer in layers),
+        "weights": sum(layer.in_features * layer.out_features for layer in layers),
+        "group_sizes": group_sizes(layers),
+        "calibration_minutes": minutes,
+        "drawing_minutes": draw_minutes,
+        "drawn_by": made.name,
+        "proof": made.proof,
+    }
+
+
+def group_sizes(layers: Iterable[QuantizedLinear]) -> dict[str, int]:
+    """How many layers have which granularity and group size."""
+    found: dict[str, int] = {}
+    for layer in layers:
+        name = f"{layer.granularity} {layer.group_size}" if layer.group_size else layer.granularity
+        found[name] = found.get(name, 0) + 1
+    return found
+
+
+def row_record(
+    subject: Subject, base: Base, row: Row, recipe: Recipe, work: Path, arguments: argparse.Namespace
+) -> dict[str, Any]:
+    """`measured_row`, or why it could not be: a table with a hole says what is in it."""
+    stated = {"recipe": row.recipe, "settings": list(row.settings), "multipliers": list(row.multipliers)}
+    stated |= {"key": row_key(subject.facts, recipe, row.multipliers)}
+    try:
+        return stated | {"status": MEASURED} | measured_row(subject, base, row, recipe, work, arguments)
+    except Exception as error:
+        logger.exception("%s %s failed", subject.name, row.name)
+        return stated | {"status": FAILED, "reason": f"{type(error).__name__}: {error}"}
+
+
+# --- command --------------------------------------------------------------------------------------------------------
+
+
+def run_model(name: str, arguments: argparse.Namespace) -> int:
+    """All chosen rows of one model; returns how many failed."""
+    results = Results(name, arguments.output_dir or (QUICK_RESULTS if arguments.quick else record.RESULTS))
+    count = arguments.count or (QUICK_COUNT if arguments.quick else COUNTS[name])
+    subject, work = drawing.make_subject(name, count, arguments.seed), arguments.work_dir / name
+    results.refuse_others(subject.facts)
+    refuse_missing_gpu(arguments.target)
+    wanted = available(subject, chosen_rows(name, arguments), results, arguments)
+    if arguments.list:
+        return 0
+    base = make_base(subject, work)
+    if not results.has(FLOAT, row_key(subject.facts, None, ())):
+        results.add(FLOAT, float_row(subject, base), subject.facts)
+    failed = 0
+    for position, (row, recipe) in enumerate(wanted, 1):
+        started = time.monotonic()
+        found = row_record(subject, base, row, recipe, work, arguments)
+        results.add(row.name, found, subject.facts)
+        failed += found["status"] == FAILED
+        told = (name, position, len(wanted), row.name, told_result(found), time.monotonic() - started)
+        logger.info("%s %d of %d, %s: %s; %.0f s", *told)
+    if SENSITIVITY in wanted_tables(name, arguments):
+        from benchmarks.quality.sensitivity import sensitivity
+
+        results.put(SENSITIVITY, sensitivity(subject, base.trajectory), subject.facts)
+    print(results.path)
+    return failed
+
+
+def chosen_rows(name: str, arguments: argparse.Namespace) -> list[Row]:
+    tables = [table for table in wanted_tables(name, arguments) if table != SENSITIVITY]
+    return rows_of(name, tables, arguments.rows or ["*"])
+
+
+def wanted_tables(name: str, arguments: argparse.Namespace) -> list[str]:
+    """Those of --table; else by --rows alone any row can be chosen, and without both all but the slow ones."""
+    if arguments.table or arguments.rows:
+        return arguments.table or [*TABLES]
+    usual = [table.name for table in TABLES.values() if name in table.models and table.name not in ON_REQUEST]
+    return [*usual, SENSITIVITY]
+
+
+def available(
+    subject: Subject, rows: list[Row], results: Results, arguments: argparse.Namespace
+) -> list[tuple[Row, Recipe]]:
+    """The rows that are still to be measured. Those that cannot be are recorded so; --list says it of all."""
+    found = []
+    for row in rows:
+        try:
+            recipe = row_recipe(row, [*arguments.set, f"cpu.path={arguments.cpu_path}"])
+        except RecipeError as error:
+            logger.warning("%s %s is not available: %s", subject.name, row.name, error)
+            if not arguments.list:
+                reason = {"status": UNAVAILABLE, "reason": str(error), "settings": list(row.settings)}
+                results.add(row.name, reason, subject.facts)
+            continue
+        done = results.has(row.name, row_key(subject.facts, recipe, row.multipliers)) and not arguments.redo
+        if arguments.list:
+            print(f"{subject.name} {row.name}: {'measured' if done else 'to do'}")
+        if not done:
+            found.append((row, recipe))
+    return found
+
+
+def told_result(found: dict[str, Any]) -> str:
+    """One line about a record."""
+    if found["status"] != MEASURED:
+        return f"{found['status']}, {found['reason']}"
+    distance, psnr = found["frechet_increase"]["value"], found["psnr_db"]["value"]
+    drawn = f"{found['drawn_by']}, calibrated in {found['calibration_minutes']:.1f} min"
+    return f"Frechet {distance:+.3f}, right {found['accuracy']['value']:.1%}, PSNR {psnr:.1f} dB, by {drawn}"
+
+
+def make_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_names(parser, MODELS)
+    tables = [*TABLES, SENSITIVITY]
+    parser.add_argument(
+        "--table",
+        action="append",
+        choices=tables,
+        help=f"rows of this table (default: of all but {', '.join(ON_REQUEST)}, ablations of one model)",
+    )
+    parser.add_argument(
+        "--rows", action="append", metavar="PATTERN", help="rows of such names, for example 'rtn-*-w4a6'"
+    )
+    parser.add_argument("--count", type=int, default=0, help=f"pictures of each row (default: {COUNTS})")
+    parser.add_argument("--quick", action="store_true", help=f"{QUICK_COUNT} pictures, results in {QUICK_RESULTS}")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="of all rows' recipes; needs "
+                        "--output-dir, since the rows are then not those of the tables")  # fmt: skip
+    parser.add_argument("--cpu-path", choices=["stock", "native"], default="stock", help="how the engine computes that "
+                        "draws; the gates hold for both")  # fmt: skip
+    parser.add_argument("--target", choices=["cpu", "cuda"], default="cpu", help="whose engine draws (cuda: on a GPU)")
+    parser.add_argument("--redo", action="store_true", help="measure the chosen rows again")
+    parser.add_argument("--list", action="store_true", help="say which rows are measured, and measure nothing")
+    parser.add_argument("--work-dir", type=Path, default=WORK, help="checkpoints and float pictures are kept here")
+    parser.add_argument("--output-dir", type=Path, help=f"default: {record.RESULTS}")
+    real = parser.add_argument_group("a real pipeline by published metrics (needs --rows and --count)")
+    real.add_argument("--model", metavar="ID_OR_DIR", help="diffusers pipeline with text encoder and VAE")
+    real.add_argument("--prompts", type=Path, metavar="FILE", help="one prompt on each line; class names for DiT")
+    real.add_argument("--metric", action="append", choices=["fid", "clip", "image_reward", "hpsv2"])
+    real.add_argument("--real-pictures", type=Path, metavar="DIR", help="for fid")
+    real.add_argument("--scorer-python", type=Path, metavar="FILE", help="for image_reward and hpsv2")
+    real.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto", help="draws and scores; auto: a GPU "
+                      "where torch has one")  # fmt: skip
+    return parser
+
+
+def checked(parser: argparse.ArgumentParser) -> argparse.Namespace:
+    arguments = parser.parse_args()
+    if arguments.model and not (arguments.rows and arguments.metric):
+        parser.error("--model needs --rows PATTERN and at least one --metric")
+    if arguments.set and not arguments.output_dir:
+        parser.error("--set changes what rows are; give an --output-dir of your own for their results")
+    if not 0 <= arguments.count <= drawing.LABELS:
+        parser.error(f"--count {arguments.count}: use 1 to {drawing.LABELS}")
+    return arguments
+
+
+def main() -> int:
+    arguments = checked(make_parser())
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
+    try:
+        return min(run(arguments), 1)
+    except UserError as error:
+        logger.error("error: %s", error)
+        return error.exit_code
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """The bundled models, or a real one; returns how many rows failed."""
+    if arguments.model:
+        from benchmarks.quality.real import run_real
+
+        return run_real(arguments)
+    return sum(run_model(name, arguments) for name in arguments.names)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,281 @@
+"""What a quality table says, in sentences computed from its numbers: one function for each question.
+
+"Within chance" means that the intervals of two rows overlap; since all rows share prompts and noise, that is cautious.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from benchmarks.quality.results import MEASURED
+from benchmarks.quality.rows import METHODS, MSFP, QDIT, WIDTHS, Table, nearest_rows
+from benchmarks.record import markdown
+
+Records = Mapping[str, Mapping[str, Any]]
+ALL, WEIGHTS, ACTIVATIONS, BOTH = "all", "weights", "activations", "both"  # kinds and parts of the sensitivity records
+LATE = 0.25  # of the steps, the last ones, of which the share of the noise is told
+DISTANCE, GROWTH, PSNR = "frechet_to_float", "frechet_increase", "psnr_db"
+# The aim: a method's distance over float's is at most this share of that of round to nearest in the same formats.
+# Float's pictures have no distance to themselves, so of the distance to them the whole is over float's.
+AIM = 0.25
+REACHED, REACHED_MAYBE, MISSED_MAYBE, MISSED = "reached", "reached within chance", "missed within chance", "missed"
+GREW = "grew, so rows are judged by it"
+UNSURE = "within chance of no growth, which judges no row"
+SHRANK = "wholly below 0, nearer to real data than float's own pictures, so that nothing grew and it judges no row"
+# Round to nearest in the formats and groups of the default recipe.
+DEFAULT = "rtn-fp-exact64"
+AGAINST_NEAREST = f"""Each against round to nearest in the same formats, granularity and group size: what the method
+adds to them (bits per weight, above, say where it adds bytes as well). A low share of a bad row may still be a bad row,
+so the last column has `{DEFAULT}` of the same width, the formats and groups of the default recipe, for all:"""
+
+
+def compare(first: Mapping[str, float], second: Mapping[str, float], less_is_better: bool) -> str:
+    """ "better", "worse" or "within chance": the first estimate against the second.
+
+    >>> compare({"value": 1, "low": 0.9, "high": 1.1}, {"value": 2, "low": 1.8, "high": 2.2}, less_is_better=True)
+    'better'
+    """
+    if first["low"] <= second["high"] and second["low"] <= first["high"]:
+        return "within chance"
+    return "better" if (first["value"] < second["value"]) == less_is_better else "worse"
+
+
+def _measured(found: Records, *names: str) -> bool:
+    return all(found.get(name, {}).get("status") == MEASURED for name in names)
+
+
+def verdict(found: Records, first: str, second: str) -> str:
+    """One row against another: distance and PSNR with how sure each comparison is. "" unless both are measured."""
+    if not _measured(found, first, second):
+        return ""
+    return f"distance {_ratio(found, first, second)}, PSNR {_gain(found, first, second)}"
+
+
+def _ratio(found: Records, first: str, second: str) -> str:
+    if not _measured(found, first, second):
+        return ""
+    one, other = found[first][DISTANCE], found[second][DISTANCE]
+    return f"x {one['value'] / other['value']:.2f} ({compare(one, other, less_is_better=True)})"
+
+
+def _gain(found: Records, first: str, second: str) -> str:
+    one, other = found[first][PSNR], found[second][PSNR]
+    return f"{one['value'] - other['value']:+.1f} dB ({compare(one, other, less_is_better=False)})"
+
+
+def bullets(title: str, rows: Mapping[str, str]) -> list[str]:
+    """A title and a bullet for each row with a verdict; nothing if none has one."""
+    told = [f"- {name}: {text}" for name, text in rows.items() if text]
+    return ["\n".join([title, "", *told])] if told else []
+
+
+def fp_or_int(found: Records) -> list[str]:
+    """FP against INT at each width and granularity."""
+    places = [(width, scales) for scales in ("channel", "group128") for width in WIDTHS]
+    plain = {f"{w.upper()}, {s}": verdict(found, f"rtn-fp-{s}-{w}", f"rtn-int-{s}-{w}") for w, s in places}
+    mixed = {f"{w.upper()}, {s}": verdict(found, f"rtn-mixed-{s}-{w}", f"rtn-fp-{s}-{w}") for w, s in places}
+    return bullets("FP against INT:", plain) + bullets("E3M0 before GELU against E2M1 there:", mixed)
+
+
+def groups(found: Records) -> list[str]:
+    """Exact multipliers against the nearest peers in bytes."""
+    compared = {
+        "exact multipliers of 64 against none": ("exact64", "channel"),
+        "exact multipliers of 64 against powers of two of 64 (equal bytes)": ("exact64", "power64"),
+        "exact multipliers of 32 against powers of two of 32 (equal bytes)": ("exact32", "power32"),
+        "exact multipliers of 32 against real scales of 128": ("exact32", "group128"),
+        "exact multipliers of 16 against real scales of 64": ("exact16", "group64"),
+    }
+    rows = {
+        f"{name}{_bits(found, first, second)}": verdict(found, first, second)
+        for name, (first, second) in (
+            (name, [f"rtn-fp-{part}-w4a6" for part in parts]) for name, parts in compared.items()
+        )
+    }
+    return bullets("At W4A6, round to nearest:", rows)
+
+
+def _bits(found: Records, *names: str) -> str:
+    if not _measured(found, *names):
+        return ""
+    shown = [f"{8 * found[name]['weight_bytes'] / found[name]['weights']:.2f}" for name in names]
+    return f", {' and '.join(shown)} bits per weight"
+
+
+def learned_groups(found: Records) -> list[str]:
+    """Smaller exact groups against the default's 64, all learned."""
+    names = {size: f"fp4dit-fp-exact{size}-w4a6" for size in (64, 32, 16)}
+    rows = {
+        f"groups of {size} against 64{_bits(found, names[size], names[64])}": verdict(found, names[size], names[64])
+        for size in (32, 16)
+    }
+    return bullets("At W4A6, FP4DiT:", rows)
+
+
+def pairs(*compared: tuple[str, str, str]) -> Callable[[Records], list[str]]:
+    """Rows against others: (title, row, other)."""
+
+    def told(found: Records) -> list[str]:
+        return bullets("Row against row:", {title: verdict(found, one, other) for title, one, other in compared})
+
+    return told
+
+
+# --- methods and the aim --------------------------------------------------------------------------------------------
+
+
+def methods(found: Records) -> list[str]:
+    """Every method against round to nearest in its own formats and groups, and what of the aim is reached."""
+    rows = {width: judged_rows(found, width) for width in WIDTHS}
+    every = [pair for pairs in rows.values() for pair in pairs]
+    if not every:
+        return []
+    titles = ["distance to float", "PSNR to float", f"at most {AIM:g} of the distance", f"distance to `{DEFAULT}`'s"]
+    by_float = {width.upper(): aim_to_float(found, rows[width]) for width in WIDTHS}
+    return [
+        AGAINST_NEAREST,
+        markdown(["row", "round to nearest", *titles], [against_nearest(found, *pair) for pair in every]),
+        *bullets(f"The aim by float's pictures, a distance of at most {AIM:g} of round to nearest's:", by_float),
+        *bullets(f"The aim by real data, a growth over float's of at most {AIM:g} of:", aim_to_real(found, every)),
+    ]
+
+
+def judged_rows(found: Records, width: str) -> list[tuple[str, str]]:
+    """The measured rows of METHODS at one width, each with its row of round to nearest."""
+    nearest = nearest_rows()
+    names = [f"{line.name}-{width}" for line in METHODS.lines]
+    return [(name, nearest[name]) for name in names if name in nearest and _measured(found, name)]
+
+
+def against_nearest(found: Records, name: str, base: str) -> list[str]:
+    """The cells of one row; empty ones where round to nearest is not measured."""
+    default = _ratio(found, name, f"{DEFAULT}-{name.rpartition('-')[2]}")
+    if not _measured(found, base):
+        return [f"`{name}`", f"`{base}`: not measured yet", "", "", "", default]
+    one, other = found[name], found[base]
+    distances = f"{one[DISTANCE]['value']:.3g} of {other[DISTANCE]['value']:.3g}, {_ratio(found, name, base)}"
+    return [
+        f"`{name}`",
+        f"`{base}`",
+        distances,
+        _gain(found, name, base),
+        aimed(one[DISTANCE], other[DISTANCE]),
+        default,
+    ]
+
+
+def aimed(one: Mapping[str, float], base: Mapping[str, float]) -> str:
+    """Is an estimate at most AIM of a positive one? Within chance where the intervals of both sides overlap."""
+    limit = {part: AIM * value for part, value in base.items()}
+    by_chance = REACHED_MAYBE if one["value"] <= limit["value"] else MISSED_MAYBE
+    return {"better": REACHED, "worse": MISSED}.get(compare(one, limit, less_is_better=True), by_chance)
+
+
+def aim_to_float(found: Records, rows: Sequence[tuple[str, str]]) -> str:
+    """How the rows of one width fare by the distance to float's pictures, the best first; "" if no base is measured."""
+    known = [(name, found[name][DISTANCE], found[base][DISTANCE]) for name, base in rows if _measured(found, base)]
+    shares = sorted((one["value"] / base["value"], name, aimed(one, base)) for name, one, base in known)
+    told: dict[str, list[str]] = {}
+    for share, name, outcome in shares:
+        told.setdefault(outcome, []).append(f"`{name.rpartition('-')[0]}` ({share:.2f})")
+    order = [outcome for outcome in (REACHED, REACHED_MAYBE, MISSED_MAYBE, MISSED) if outcome in told]
+    return "; ".join(f"{outcome} by {', '.join(told[outcome])}" for outcome in order)
+
+
+def aim_to_real(found: Records, rows: Sequence[tuple[str, str]]) -> dict[str, str]:
+    """Did the distance to real data of each base grow over float's? Only there can its rows be judged by it."""
+    told: dict[str, list[str]] = {}
+    for base in dict.fromkeys(base for _, base in rows if _measured(found, base)):
+        growth = found[base][GROWTH]
+        shown = f"`{base}` {growth['value']:+.2f} ({growth['low']:+.2f} to {growth['high']:+.2f})"
+        own = [name for name, of in rows if of == base] if growth["low"] > 0 else []
+        judged = [f"`{name}` {found[name][GROWTH]['value']:+.2f}, {aimed(found[name][GROWTH], growth)}" for name in own]
+        told.setdefault(growth_kind(growth), []).append(" with ".join([shown, *filter(None, ["; ".join(judged)])]))
+    return {kind: "; ".join(shown) for kind, shown in told.items()}
+
+
+def growth_kind(growth: Mapping[str, float]) -> str:
+    """What the interval of round to nearest's growth allows to say."""
+    if growth["high"] < 0:
+        return SHRANK
+    return GREW if growth["low"] > 0 else UNSURE
+
+
+def steps_of(table: Table) -> Callable[[Records], list[str]]:
+    """Each line of an ablation against the line before, at every width that both have."""
+
+    def told(found: Records) -> list[str]:
+        pairs = zip(table.lines, table.lines[1:], strict=False)
+        rows = {
+            f"{line.label}, {width.upper()}": verdict(found, f"{line.name}-{width}", f"{before.name}-{width}")
+            for before, line in pairs
+            for width in line.widths
+            if width in before.widths
+        }
+        return bullets("Each line against the one before:", rows)
+
+    return told
+
+
+# --- sensitivity ----------------------------------------------------------------------------------------------------
+
+
+def sensitivity_answers(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Which kinds of layers cost most, and the error by step, for every format and width measured."""
+    by_name: dict[str, dict[tuple[str, str], Mapping[str, Any]]] = {}
+    for row in rows:
+        by_name.setdefault(row["row"].replace("-", " ").upper(), {})[row["kind"], row["part"]] = row
+    kinds = {name: kinds_text(cases) for name, cases in by_name.items()}
+    steps = {name: steps_text(cases) for name, cases in by_name.items()}
+    return [
+        *bullets("One kind quantized, its weights and activations, the costliest kind first:", kinds),
+        *bullets("By step, all kinds quantized; a step's noise is its share of the step's output:", steps),
+    ]
+
+
+Cases = Mapping[tuple[str, str], Mapping[str, Any]]  # (kind, part) -> the record
+
+
+def _alone(cases: Cases, key: str) -> dict[str, Any]:
+    """Kind -> what its record with weights and activations quantized has under `key`."""
+    return {kind: case[key] for (kind, part), case in cases.items() if part == BOTH and kind != ALL}
+
+
+def kinds_text(cases: Cases) -> str:
+    """The order of the kinds, and whether weights or activations cost more."""
+    costs = sorted(_alone(cases, "sqnr_db").items(), key=lambda pair: pair[1])
+    order = ", ".join(f"`{kind}` {value:.1f} dB" for kind, value in costs)
+    weights, activations, both = (cases[ALL, part]["sqnr_db"] for part in (WEIGHTS, ACTIVATIONS, BOTH))
+    more, less = (WEIGHTS, ACTIVATIONS) if weights < activations else (ACTIVATIONS, WEIGHTS)
+    times = 10 ** (abs(weights - activations) / 10)
+    return f"{order}; all together {both:.1f} dB, with {times:.1f} times the noise from {more} as from {less}"
+
+
+def steps_text(cases: Cases) -> str:
+    """First, best and last step, how much of the noise the last ones hold, and which kind is the costliest in each."""
+    steps = cases[ALL, BOTH]["step_sqnr_db"]
+    noise = [10 ** (-value / 10) for value in steps]
+    late = math.ceil(LATE * len(steps))
+    kinds = _alone(cases, "step_sqnr_db")
+    worst = [min(kinds, key=lambda kind: kinds[kind][step]) for step in range(len(steps))]
+    counts = ", ".join(f"`{kind}` in {worst.count(kind)}" for kind in kinds if kind in worst)
+    best = f"{max(steps):.1f} dB at best (step {steps.index(max(steps))})"
+    share = f"the last {late} of {len(steps)} steps hold {sum(noise[-late:]) / sum(noise):.0%} of the noise"
+    return f"{steps[0]:.1f} dB in the first, {best}, {steps[-1]:.1f} dB in the last; {share}; costliest: {counts}"
+
+
+ANSWERS: dict[str, Callable[[Records], list[str]]] = {
+    "fp_or_int": fp_or_int,
+    "groups": groups,
+    "methods": methods,
+    "qdit": steps_of(QDIT),
+    "msfp": steps_of(MSFP),
+    "learned_groups": learned_groups,
+    "full": pairs(
+        ("FP4DiT, full against fast", "fp4dit-full-w4a6", "fp4dit-mixed-exact64-w4a6"),
+        ("MSFP, full against fast", "msfp-full-w4a6", "msfp-fp-w4a6"),
+    ),
+    "full_default": pairs(("full against fast", "fp4dit-fp-full-w4a6", "fp4dit-fp-exact64-w4a6")),
+}

@@ -1,0 +1,156 @@
+"""What every row of the quality tables draws: the same prompts from the same noise, with the model's own sampler.
+
+Fewer pictures are the first ones of more: labels come from one long list, and every picture's noise from its own seed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from benchmarks.zoo import judges
+from benchmarks.zoo.judge import CONDITIONS, conditions
+from benchmarks.quality.metrics import Array
+from export.models.load import LoadedModel, denoiser, load
+from pipeline.backends.base import Arrays
+from pipeline.backends.reference import ReferenceEngine
+from pipeline.generate.conditioning import Generation, load_generation
+from pipeline.files import sha256, sha256_json
+from pipeline.verify.oracle import sqnr_db
+from pipeline.progress import track
+from pipeline.generate.sampling import make_sampler, sample
+
+Pictures = NDArray[np.float32]
+Run = Callable[[Arrays], Arrays]
+BATCH_SIZES = {"pixart_mini": 4, "dit_mini": 50}  # pictures at once: what a block computes stays in the cache
+LABELS = 10_000  # the long list; more pictures than this cannot be asked for
+JUDGED_AT_ONCE = 500
+# Pictures whose steps on the float model's trajectory are compared; both halves of guidance count.
+STEP_PICTURES = 16
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A bundled model and what is drawn with it. labels: [N, slots] int64; noise: [N, C, H, W]."""
+
+    name: str
+    model: LoadedModel
+    generation: Generation
+    labels: torch.Tensor
+    prompts: list[str]
+    noise: Pictures
+    seed: int
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """Everything that decides the pictures of one denoiser, and how they are judged."""
+        return {
+            "model": self.name,
+            "model_sha256": self.model.sha256,
+            "prompts": CONDITIONS[self.name],
+            "count": len(self.prompts),
+            "seed": self.seed,
+            "sampler": self.generation.sampler,
+            "n_steps": self.generation.n_steps,
+            "guidance_scale": self.generation.guidance_scale,
+            "judge_sha256": sha256(judges.JUDGES[self.name].path),
+        }
+
+
+def make_subject(name: str, count: int, seed: int) -> Subject:
+    """The bundled model `name` with `count` prompts and their noise."""
+    model = load(f"zoo:{name}")
+    labels, prompts = conditions(name, LABELS, seed)
+    size = model.config["sample_size"]
+    shape = (model.config["in_channels"], size, size)
+    noise = np.stack([np.random.default_rng([seed, i]).standard_normal(shape, np.float32) for i in range(count)])
+    return Subject(name, model, load_generation(model.folder), labels[:count], prompts[:count], noise, seed)
+
+
+def draw(subject: Subject, run: Run, label: str) -> Pictures:
+    """All pictures of the subject by the denoiser `run`, [N, C, H, W]."""
+    size = BATCH_SIZES[subject.name]
+    starts = range(0, len(subject.prompts), size)
+    parts = (slice(start, start + size) for start in starts)
+    return np.concatenate([_draw(subject, run, part) for part in track(parts, len(starts), label)])
+
+
+def _draw(
+    subject: Subject, run: Run, part: slice, on_step: Callable[[int, Arrays, Arrays], None] | None = None
+) -> Pictures:
+    made = subject.generation
+    sampler = make_sampler(made.sampler, made.n_steps, made.timestep_scale)
+    encoded = made.encode(subject.prompts[part])
+    return sample(run, encoded, subject.noise[part], sampler, made.guidance_scale, on_step)
+
+
+def float_engine(subject: Subject) -> ReferenceEngine:
+    return ReferenceEngine(denoiser(subject.model), torch.float32)
+
+
+def float_pictures(subject: Subject, folder: Path) -> Pictures:
+    """The float model's pictures; kept in `folder`, since every row is compared with them."""
+    path = folder / f"float-{sha256_json(subject.facts)[:12]}.npy"
+    if not path.is_file():
+        folder.mkdir(parents=True, exist_ok=True)
+        pictures = draw(subject, float_engine(subject).run, f"{subject.name} float")
+        np.save(path.with_suffix(".part.npy"), pictures)
+        path.with_suffix(".part.npy").replace(path)
+    return np.load(path)
+
+
+# --- steps ----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Trajectory:
+    """The float model's calls while it draws STEP_PICTURES pictures: inputs and output [2 B, C, H, W] of every step."""
+
+    calls: list[Arrays]
+    outputs: list[NDArray[Any]]
+
+    def errors_db(self, run: Run) -> list[float]:
+        """SQNR of another denoiser's output in each step, on the same inputs."""
+        pairs = zip(self.calls, self.outputs, strict=True)
+        return [sqnr_db(output, run(call)["sample"]) for call, output in pairs]
+
+
+def float_trajectory(subject: Subject, count: int = STEP_PICTURES) -> Trajectory:
+    """Of the first `count` pictures."""
+    calls: list[Arrays] = []
+    outputs: list[NDArray[Any]] = []
+
+    def keep(_: int, inputs: Arrays, found: Arrays) -> None:
+        calls.append(inputs)
+        outputs.append(found["sample"])
+
+    _draw(subject, float_engine(subject).run, slice(0, count), keep)
+    return Trajectory(calls, outputs)
+
+
+# --- the judge ------------------------------------------------------------------------------------------------------
+
+
+@torch.inference_mode()
+def judged(name: str, pictures: Pictures) -> tuple[Array, torch.Tensor]:
+    """What the bundled judge sees: features [N, 64] float64, and labels [N, slots] int64."""
+    judge = judges.load(name)
+    parts = torch.from_numpy(pictures).clamp(-1, 1).split(JUDGED_AT_ONCE)
+    features = torch.cat([judge.features(part) for part in parts]).double().numpy()
+    return features, torch.cat([judge.read(part) for part in parts])
+
+
+def real_features(name: str) -> Array:
+    """Features of the held-out real data, [M, 64]."""
+    return judged(name, judges.JUDGES[name].test()[1].numpy())[0]
+
+
+def right_pictures(labels: torch.Tensor, read: torch.Tensor) -> NDArray[np.bool_]:
+    """[N]: does the judge read everything that the prompt asks for?"""
+    return (labels == read).all(1).numpy()

@@ -1,0 +1,254 @@
+"""The quantized model of a row: calibrated once and kept, built for the `cpu` target, proven, and the faster runner.
+
+With another target its engine stands in the place of the `cpu` one; the gates are those of its lowered graph.
+
+The engine draws two to three times as fast as the reference in PyTorch. It stands in for the reference only where
+every linear has been found exact on a few of the row's own calls; else the reference draws, and the result says why.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import shutil
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.quality.drawing import BATCH_SIZES, Run, Subject, Trajectory
+from benchmarks.quality.rows import Row
+from export import checkpoint
+from export.checkpoint import QuantizedLinear
+from export.errors import EnvironmentLacksError, UserError
+from pipeline import recipe as recipes
+from pipeline.backends import BACKENDS
+from pipeline.backends.base import Arrays, Engine, LoweredGraph
+from pipeline.backends.reference import ReferenceEngine, fake_quant
+from pipeline.files import remove, sha256_json, write_json
+from pipeline.verify.oracle import sqnr_db
+from pipeline.recipe import Recipe
+from pipeline.verify.report import Gate
+
+logger = logging.getLogger(__name__)
+CALIBRATION_TIME = "seconds.json"
+# Steps and pictures (with and without prompt) on which the engine is proven.
+PROVEN_PICTURES = 2
+TIMED_CALLS = 5
+
+
+@dataclass
+class Drawer:
+    """What draws a row's pictures. name: "cpu engine, PATH", "cuda engine, fp32" or "reference"; proof: what gates and
+    comparison found."""
+
+    run: Run
+    name: str
+    proof: dict[str, Any] = field(default_factory=dict)
+
+
+def row_recipe(row: Row, settings: Sequence[str] = ()) -> Recipe:
+    """The row's recipe for its model. Raises RecipeError for a method or an option that is not there."""
+    made = recipes.with_settings(recipes.load(row.recipe), [*row.settings, *settings])
+    return replace(made, model=f"zoo:{row.model}")
+
+
+def calibration_key(recipe: Recipe, model_sha256: str, multipliers: tuple[int, ...]) -> str:
+    """Hash of all settings that decide the quantized layers."""
+    parts = [asdict(getattr(recipe, part)) for part in ("formats", "weights", "calibrate", "sampling")]
+    return sha256_json([*parts, model_sha256, list(multipliers)])[:16]
+
+
+def calibrated(
+    subject: Subject, row: Row, recipe: Recipe, folder: Path, redo: bool = False
+) -> tuple[list[QuantizedLinear], float]:
+    """The row's layers, and the minutes that their calibration took; rows of equal settings share one folder.
+
+    redo: forget what the folder holds.
+    """
+    from pipeline.calibrate import calibrate
+
+    place = folder / calibration_key(recipe, subject.model.sha256, row.multipliers)
+    if redo:
+        remove(place)
+    with timed(place / CALIBRATION_TIME) as spent:
+        own = restricted(subject, row, recipe, place) if row.multipliers else None
+        layers = own or calibrate(subject.model, recipe, place)
+    return layers, spent[0] / 60
+
+
+@contextmanager
+def timed(path: Path) -> Iterator[list[float]]:
+    """Seconds of the body, added to what `path` holds of earlier, interrupted runs; a run that finds all done adds
+    next to nothing. Yields a list whose only element is the sum, at the end."""
+    spent = [stored_seconds(path)]
+    started = time.monotonic()
+    try:
+        yield spent
+    finally:
+        spent[0] += time.monotonic() - started
+        if path.parent.is_dir() and not math.isclose(spent[0], stored_seconds(path), abs_tol=0.5):
+            write_json(path, {"seconds": spent[0]})
+
+
+def stored_seconds(path: Path) -> float:
+    return float(json.loads(path.read_text(encoding="utf-8"))["seconds"]) if path.is_file() else 0.0
+
+
+def restricted(subject: Subject, row: Row, recipe: Recipe, folder: Path) -> list[QuantizedLinear]:
+    """Round to nearest with the row's group multipliers alone, for example powers of two."""
+    from pipeline.calibrate.plan import make_plans
+    from pipeline.calibrate.methods.rtn import quantize_linear
+
+    if (folder / checkpoint.LAYERS_FILE).is_file():
+        return checkpoint.load(folder)
+    plans = make_plans(subject.model.linears(), recipe)
+    allowed = [replace(plan, multipliers=_common(plan.multipliers, row.multipliers)) for plan in plans]
+    layers = [quantize_linear(plan, recipe.weights.search) for plan in allowed]
+    checkpoint.save(layers, folder)
+    return layers
+
+
+def _common(exact: Sequence[int], wanted: Sequence[int]) -> tuple[int, ...]:
+    return tuple(multiplier for multiplier in exact if multiplier in wanted) or (1,)
+
+
+# --- runner ---------------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def drawer(
+    subject: Subject,
+    layers: Sequence[QuantizedLinear],
+    recipe: Recipe,
+    trajectory: Trajectory,
+    scratch: Path,
+    target: str = "cpu",
+) -> Iterator[Drawer]:
+    """The faster of engine and reference that computes these layers exactly; "native" has nothing to fuse behind static
+    scales, where the stock engine draws."""
+    reference = ReferenceEngine(fake_quant(subject.model, layers, torch.float32), torch.float32)
+    for name, made in ways(recipe, target).items():
+        try:
+            graph, engine = build_engine(subject, layers, made, scratch, target)
+            break
+        except UserError as error:
+            refusal = str(error)
+            logger.warning("%s: the %s refuses it: %s", subject.name, name, refusal)
+    else:
+        yield Drawer(reference.run, "reference", {"refused": refusal})
+        return
+    try:
+        proof = prove(subject, layers, made, graph, trajectory, target)
+        yield choose(subject, name, proof, trajectory, engine, reference)
+    finally:
+        engine.close()
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+def ways(recipe: Recipe, target: str) -> dict[str, Recipe]:
+    """Engine name -> recipe, in the order in which they are tried. On a GPU float32 lies between the kernels, so that
+    rows of either target can stand in one table."""
+    if target == "cuda":
+        return {"cuda engine, fp32": replace(recipe, cuda=replace(recipe.cuda, activations="fp32"))}
+    paths = dict.fromkeys((recipe.cpu.path, "stock"))
+    return {f"cpu engine, {path}": replace(recipe, cpu=replace(recipe.cpu, path=path)) for path in paths}
+
+
+def refuse_missing_gpu(target: str) -> None:
+    """Raises EnvironmentLacksError before any work."""
+    if target == "cuda" and not torch.cuda.is_available():
+        raise EnvironmentLacksError(f"--target cuda: torch {torch.__version__} finds no GPU; take --target cpu")
+
+
+def build_engine(
+    subject: Subject, layers: Sequence[QuantizedLinear], recipe: Recipe, folder: Path, target: str
+) -> tuple[LoweredGraph, Engine]:
+    """The target's engine of the layers, as `build` makes it, in `folder` (emptied first)."""
+    from export.to_onnx import export_portable
+
+    shutil.rmtree(folder, ignore_errors=True)
+    for name in ("lowered", target):
+        (folder / name).mkdir(parents=True)
+    export_portable(subject.model, list(layers), folder / "model.onnx")
+    backend = BACKENDS[target]
+    graph = backend.lower(folder / "model.onnx", folder / "lowered", recipe)
+    backend.build(graph, folder / target, recipe)
+    return graph, backend.load(folder)
+
+
+def choose(
+    subject: Subject,
+    own: str,
+    proof: Sequence[Gate],
+    trajectory: Trajectory,
+    engine: Engine,
+    reference: ReferenceEngine,
+) -> Drawer:
+    """The engine called `own`, unless a gate fails or the reference is faster."""
+    failed = [gate.name for gate in proof if not gate.passed]
+    call = first_samples(trajectory.calls[len(trajectory.calls) // 2], BATCH_SIZES[subject.name])
+    seconds = {own: call_seconds(engine.run, call), "reference": call_seconds(reference.run, call)}
+    agreement = sqnr_db(reference.run(call)["sample"], engine.run(call)["sample"])
+    facts = {
+        "gates": {gate.name: gate.value for gate in proof},
+        "call_s": seconds,
+        "engine_against_reference_sqnr_db": agreement,
+    }
+    if failed:
+        logger.error("%s: the %s fails %s; the reference draws", subject.name, own, ", ".join(failed))
+        return Drawer(reference.run, "reference", facts | {"refused": f"gates failed: {', '.join(failed)}"})
+    name = min(seconds, key=lambda key: seconds[key])
+    return Drawer(engine.run if name == own else reference.run, name, facts)
+
+
+def prove(
+    subject: Subject,
+    layers: Sequence[QuantizedLinear],
+    recipe: Recipe,
+    graph: LoweredGraph,
+    trajectory: Trajectory,
+    target: str,
+) -> list[Gate]:
+    """The gates of `verify` over all linears, on calls of the first, a middle and the last step: every code as the
+    oracle's, every integer GEMM equal, scales and bias within float32 rounding."""
+    from pipeline.generate.case import make_case
+    from pipeline.verify.probe import ProbedGraph
+    from pipeline.verify.study import Realisations, Study
+    from pipeline.verify.gates import coverage_gate, layer_gates
+    from pipeline.verify.proof import layer_results
+
+    steps = sorted({0, len(trajectory.calls) // 2, len(trajectory.calls) - 1})
+    calls = [first_samples(trajectory.calls[step], PROVEN_PICTURES) for step in steps]
+    found = Study(make_case(subject.model, recipe), calls=calls, probed=tuple(range(len(calls))))
+    probed = ProbedGraph(graph)
+    modules = {ref.name: ref.module for ref in subject.model.linears()}
+    present = [layer for layer in layers if layer.name in probed.complete]
+    named = {f"step {step + 1}": call for step, call in zip(steps, calls, strict=True)}
+    results = layer_results(target, present, modules, probed, found, Realisations(), named, found.probed)
+    coverage = coverage_gate(target, {layer.name for layer in present}, list(modules))
+    return [coverage, *layer_gates(target, results, 0)]
+
+
+def first_samples(call: Arrays, count: int) -> Arrays:
+    """The first `count` pictures, or as many as there are, of both halves of a guided call."""
+    half = len(call["timestep"]) // 2
+    count = min(count, half)
+    rows = [*range(count), *range(half, half + count)]
+    return {name: value[rows] for name, value in call.items()}
+
+
+def call_seconds(run: Callable[[Arrays], Arrays], call: Arrays) -> float:
+    """The fastest of TIMED_CALLS after one that warms up."""
+    run(call)
+    seconds = []
+    for _ in range(TIMED_CALLS):
+        started = time.perf_counter()
+        run(call)
+        seconds.append(time.perf_counter() - started)
+    return min(seconds)

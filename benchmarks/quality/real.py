@@ -1,0 +1,271 @@
+"""Published metrics for real pipelines: `python -m benchmarks.quality --model FOLDER --prompts FILE --rows PATTERN`.
+
+FOLDER is a diffusers pipeline with text encoder and VAE; its transformer is quantized as the row says and put back, in
+the PyTorch reference. Everything that is missing is refused by name before work starts, and nothing is downloaded:
+
+- `fid`: packages torchmetrics and torch-fidelity (`pip install '.[quality]'`), its Inception weights in torch's hub
+  folder, and --real-pictures with at least as many pictures as are drawn.
+- `clip`: torchmetrics, and openai/clip-vit-base-patch16 in the hub's cache.
+- `image_reward`, `hpsv2`: a Python with that package and its weights, --scorer-python PATH. They need versions of
+  transformers and protobuf that the compiler cannot live with, so they have an environment of their own.
+
+The reference draws on --device, by default a GPU where torch has one; the noise is drawn on the host, so that it is
+the same everywhere. Calibration stays on the host. Pictures stay in the work folder, so that metrics can be added
+later. No such run has been made yet, on no device: the metrics' own weights were not at hand, and tests stand in small
+modules for them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import logging
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import torch
+
+from benchmarks import record
+from benchmarks.quality.metrics import median_estimate, psnr_db, ssim
+from benchmarks.quality.real_metrics import METRICS, Pictures, read_picture
+from benchmarks.quality.results import FAILED, FLOAT, MEASURED, Results, row_key
+from benchmarks.quality.rows import Row, rows_of
+from export.errors import EnvironmentLacksError, RecipeError
+from export.models.load import LoadedModel, denoiser, load
+from pipeline import recipe as recipes
+from pipeline.backends.base import Arrays
+from pipeline.backends.reference import ReferenceEngine, fake_quant
+from pipeline.generate import pipeline_folder as pipeline_data
+from pipeline.generate.diffusers_adapter import EngineTransformer
+from pipeline.files import remove, sha256_json
+from pipeline.generate.latent import find_pipeline, pipeline_arguments
+from pipeline.progress import track
+from pipeline.recipe import Recipe
+
+logger = logging.getLogger("benchmarks.quality")
+BATCH_SIZE = 4
+# Family -> the bundled model whose rows it has, and the recipe that they start from.
+FAMILY_ROWS = {
+    "pixart": ("pixart_mini", "pixart_w4a6"),
+    "hunyuan": ("pixart_mini", "hunyuan_w4a6"),
+    "dit": ("dit_mini", "dit_w4a8"),
+}
+
+
+@dataclass(frozen=True)
+class Real:
+    """A real pipeline and what all of its rows have in common. facts: what decides the pictures of one denoiser."""
+
+    pipe: Any
+    model: LoadedModel
+    prompts: list[str]
+    arguments: argparse.Namespace
+    facts: dict[str, Any]
+    work: Path
+
+
+def run_real(arguments: argparse.Namespace) -> int:
+    """Measure the chosen rows of a real pipeline; returns how many failed. Raises UserError for what is missing."""
+    root = Path(find_pipeline(arguments.model))
+    prompts, arguments.device = read_prompts(arguments), chosen_device(arguments.device)
+    refuse_missing(root, arguments)
+    model = load(str(root))
+    rows = [(row, real_recipe(row, arguments)) for row in real_rows(model, arguments)]
+    results = Results(f"real_{root.name}", arguments.output_dir or record.RESULTS)
+    found = facts(model, prompts, arguments)
+    results.refuse_others(found)
+    real = Real(open_pipeline(root), model, prompts, arguments, found, arguments.work_dir / results.model)
+    base = float_pictures(real)
+    key = row_key(found, None, ())
+    results.add(FLOAT, scored(real, results, FLOAT, key, base) | {"drawn_by": drawn_by(arguments)}, found)
+    failed = 0
+    for row, recipe in rows:
+        told = row_record(real, results, row, recipe, base)
+        results.add(row.name, told, found)
+        failed += told["status"] == FAILED
+    print(results.path)
+    return failed
+
+
+def chosen_device(name: str) -> str:
+    """ "auto" is a GPU where torch has one."""
+    return name if name != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def refuse_missing(root: Path, arguments: argparse.Namespace) -> None:
+    """Raises EnvironmentLacksError naming every part of the pipeline and every need of a metric that is not there."""
+    parts = pipeline_data.listed_parts(root / pipeline_data.INDEX)
+    missing = [f"{root / name} of the pipeline" for name in parts if not (root / name).is_dir()]
+    for name in arguments.metric:
+        missing += [f"{name} needs {problem}" for problem in METRICS[name].problems(arguments)]
+    if arguments.device == "cuda" and not torch.cuda.is_available():
+        missing.append(f"--device cuda needs a GPU that torch {torch.__version__} can use; take --device cpu")
+    if missing:
+        raise EnvironmentLacksError("; ".join(missing))
+
+
+def read_prompts(arguments: argparse.Namespace) -> list[str]:
+    """The first --count lines of --prompts. Raises RecipeError if there are fewer."""
+    path = arguments.prompts
+    lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()] if path and path.is_file() else []
+    found = [line for line in lines if line]
+    if not arguments.count or len(found) < arguments.count:
+        raise RecipeError(f"--prompts {path}: {len(found)} prompts; give --count and a file with that many lines")
+    return found[: arguments.count]
+
+
+def real_rows(model: LoadedModel, arguments: argparse.Namespace) -> list[Row]:
+    """Rows by --rows, as the bundled model of the same kind has them. Raises RecipeError for none."""
+    if model.family.name not in FAMILY_ROWS:
+        raise RecipeError(f"{model.family.name}: no rows for this family; use one of {', '.join(FAMILY_ROWS)}")
+    stand_in, recipe = FAMILY_ROWS[model.family.name]
+    found = [replace(row, recipe=recipe) for row in rows_of(stand_in, patterns=arguments.rows) if not row.multipliers]
+    if not found:
+        raise RecipeError(f"--rows {' '.join(arguments.rows)}: no such row; --list shows them all")
+    return found
+
+
+def real_recipe(row: Row, arguments: argparse.Namespace) -> Recipe:
+    made = recipes.with_settings(recipes.load(row.recipe), [*row.settings, *arguments.set])
+    return replace(made, model=arguments.model)
+
+
+def family_recipe(model: LoadedModel, arguments: argparse.Namespace) -> Recipe:
+    """What the rows of the model's family start from: float draws with its steps and guidance, too."""
+    return recipes.with_settings(recipes.load(FAMILY_ROWS[model.family.name][1]), arguments.set)
+
+
+def facts(model: LoadedModel, prompts: list[str], arguments: argparse.Namespace) -> dict[str, Any]:
+    """What all rows have in common; metrics are not among it, they may be added later."""
+    return {
+        "model": arguments.model,
+        "model_sha256": model.sha256,
+        "prompts_sha256": sha256_json(prompts),
+        "count": len(prompts),
+        "seed": arguments.seed,
+        "set": arguments.set,
+        "sampling": asdict(family_recipe(model, arguments).sampling),
+        "device": arguments.device,
+    }
+
+
+def open_pipeline(root: Path) -> Any:
+    from diffusers import DiffusionPipeline
+
+    return DiffusionPipeline.from_pretrained(root, local_files_only=True)
+
+
+# --- rows -----------------------------------------------------------------------------------------------------------
+
+
+def row_record(real: Real, results: Results, row: Row, recipe: Recipe, base: Pictures) -> dict[str, Any]:
+    """A row's numbers, or why there are none: one that fails stops no other."""
+    key = row_key(real.facts, recipe, row.multipliers)
+    stated = {"settings": list(row.settings), "key": key}
+    try:
+        pictures, drawn = row_pictures(real, row, recipe, key)
+        return stated | drawn | scored(real, results, row.name, key, pictures, base)
+    except Exception as error:
+        logger.exception("%s failed", row.name)
+        return stated | {"status": FAILED, "reason": f"{type(error).__name__}: {error}"}
+
+
+def scored(
+    real: Real, results: Results, name: str, key: str, pictures: Pictures, base: Pictures | None = None
+) -> dict[str, Any]:
+    """The measures of a row's pictures. Metrics that its record holds already are kept, unless --redo."""
+    before = results.read()["rows"].get(name, {}) if results.has(name, key) and not real.arguments.redo else {}
+    found: dict[str, Any] = {"status": MEASURED, "key": key}
+    for metric in dict.fromkeys([*(metric for metric in METRICS if metric in before), *real.arguments.metric]):
+        kept = before.get(metric)
+        folder = picture_folder(real, name, key)
+        made = kept if kept is not None else METRICS[metric].score(pictures, real.prompts, folder, real.arguments)
+        found[metric] = made
+        logger.info("%s: %s %g", name, metric, made)
+    if base is not None:
+        pair = [part.transpose(0, 3, 1, 2) / np.float32(127.5) - 1 for part in (pictures, base)]
+        found |= {"psnr_db": asdict(median_estimate(psnr_db(*pair))), "ssim": asdict(median_estimate(ssim(*pair)))}
+    return found
+
+
+def float_pictures(real: Real) -> Pictures:
+    """The float model's, drawn with the steps and guidance of its family's recipe."""
+    folder = picture_folder(real, FLOAT, row_key(real.facts, None, ()))
+    recipe = family_recipe(real.model, real.arguments)
+    return stored_pictures(folder, lambda: draw(real, denoiser(real.model), recipe), real.prompts)
+
+
+def row_pictures(real: Real, row: Row, recipe: Recipe, key: str) -> tuple[Pictures, dict[str, Any]]:
+    """The quantized model's, with the size of its weights and what drew them; --redo makes both anew."""
+    from pipeline.calibrate import calibrate
+
+    folder, kept = picture_folder(real, row.name, key), real.work / "calibrated" / key
+    if real.arguments.redo:
+        remove(folder)
+        remove(kept)
+    layers = calibrate(real.model, recipe, kept)
+    module = fake_quant(real.model, layers, torch.float32)
+    pictures = stored_pictures(folder, lambda: draw(real, module, recipe), real.prompts)
+    drawn = {"weight_bytes": sum(layer.size_bytes for layer in layers), "drawn_by": drawn_by(real.arguments)}
+    return pictures, drawn
+
+
+def drawn_by(arguments: argparse.Namespace) -> str:
+    return f"reference, {arguments.device}"
+
+
+def picture_folder(real: Real, name: str, key: str) -> Path:
+    return real.work / f"{name}-{key}"
+
+
+# --- pictures -------------------------------------------------------------------------------------------------------
+
+
+def stored_pictures(folder: Path, make: Callable[[], Pictures], prompts: list[str]) -> Pictures:
+    """Pictures of a folder; drawn and written there (prompts.json last) if they are not."""
+    from PIL import Image
+
+    if not (folder / "prompts.json").is_file():
+        folder.mkdir(parents=True, exist_ok=True)
+        for index, picture in enumerate(make()):
+            Image.fromarray(picture).save(folder / f"{index:04d}.png")
+        (folder / "prompts.json").write_text(json.dumps(prompts), encoding="utf-8")
+    return np.stack([read_picture(folder / f"{index:04d}.png") for index in range(len(prompts))])
+
+
+class PlacedEngine(ReferenceEngine):
+    """The float32 reference with a copy of its module on `device`; arrays come from the host and go back there."""
+
+    def __init__(self, module: torch.nn.Module, device: str) -> None:
+        super().__init__(module if device == "cpu" else copy.deepcopy(module).to(device), torch.float32)
+        self.device = device
+
+    def run(self, inputs: Arrays) -> Arrays:
+        tensors = {name: self._tensor(value).to(self.device) for name, value in inputs.items()}
+        with torch.inference_mode():
+            return {"sample": self.module(**tensors).cpu().numpy()}
+
+
+def draw(real: Real, module: torch.nn.Module, recipe: Recipe) -> Pictures:
+    """One picture for each prompt with the denoiser `module` in the pipeline; picture i has the seed --seed + i."""
+    pipe, model, device = real.pipe, real.model, real.arguments.device
+    torch.backends.cudnn.allow_tf32 = False  # float32 means float32 in convolutions, as it does in products
+    pipe.transformer = EngineTransformer(PlacedEngine(module, device), model.family, model.config)
+    pipe.to(device)
+    pipe.set_progress_bar_config(disable=True)
+    steps = {"num_inference_steps": recipe.sampling.n_steps, "guidance_scale": recipe.sampling.guidance_scale}
+    as_bundle: Any = SimpleNamespace(recipe=recipe)
+    named = pipeline_arguments(model.family.name)
+    drawn = []
+    starts = range(0, len(real.prompts), BATCH_SIZE)
+    for start in track(starts, len(starts), "pictures"):
+        part = real.prompts[start : start + BATCH_SIZE]
+        generators = [torch.Generator().manual_seed(real.arguments.seed + start + i) for i in range(len(part))]
+        images = pipe(**named(pipe, as_bundle, part), generator=generators, output_type="np", **steps).images
+        drawn.append(np.rint(np.clip(images, 0, 1) * 255).astype(np.uint8))
+    return np.concatenate(drawn)

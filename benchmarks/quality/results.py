@@ -1,0 +1,76 @@
+"""The results of `benchmarks/quality/__main__.py`: one JSON for each model, a record for each row, written row by row."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from benchmarks import record
+from benchmarks.quality.metrics import LEVEL, RESAMPLES
+from export.errors import RecipeError
+from pipeline import machine
+from pipeline.files import sha256_json
+
+FLOAT = "float"
+# What a record may say of its row.
+MEASURED, UNAVAILABLE, FAILED = "measured", "unavailable", "failed"
+INTERVALS = (
+    f"{LEVEL:.0%}; frechet_*: {RESAMPLES} bootstraps over pictures (real data fixed, sets of equal noise resampled "
+    "together), percentiles moved so that their mean is the estimate; accuracy: Wilson; psnr_db, ssim: percentile "
+    f"bootstrap of the median over pictures, {RESAMPLES} resamples; all with seed 0"
+)
+
+
+class Results:
+    """benchmarks/results/quality_MODEL.json (or another folder): records by the name of their row."""
+
+    def __init__(self, model: str, folder: Path) -> None:
+        self.model, self.folder = model, folder
+
+    @property
+    def path(self) -> Path:
+        return self.folder / f"quality_{self.model}.json"
+
+    def read(self) -> dict[str, Any]:
+        """The whole document; without rows if there is none yet."""
+        return json.loads(self.path.read_text(encoding="utf-8")) if self.path.is_file() else {"rows": {}}
+
+    def refuse_others(self, subject: Mapping[str, Any]) -> None:
+        """Raises RecipeError if the file holds rows of other pictures: a table must not mix them."""
+        found = self.read().get("subject", subject)
+        different = [
+            f"{key} {found.get(key)!r}, not {subject[key]!r}" for key in subject if found.get(key) != subject[key]
+        ]
+        if different:
+            raise RecipeError(f"{self.path} has {'; '.join(different)}; give another --output-dir, or remove it")
+
+    def has(self, name: str, key: str) -> bool:
+        """Is the row measured under this key?"""
+        found = self.read()["rows"].get(name, {})
+        return found.get("status") == MEASURED and found.get("key") == key
+
+    def add(self, name: str, found: Mapping[str, Any], subject: Mapping[str, Any]) -> None:
+        """Put in one row's record; what else stands in the file stays."""
+        document = self.read()
+        stamp = {"cpu": machine.cpu_name(), "commit": record.commit(), "code_sha256": machine.code_version()}
+        document["rows"][name] = {**found, **stamp}
+        self._write(document, subject)
+
+    def put(self, part: str, found: Any, subject: Mapping[str, Any]) -> None:
+        """Replace a part beside the rows, for example "sensitivity"."""
+        self._write(self.read() | {part: found}, subject)
+
+    def _write(self, document: dict[str, Any], subject: Mapping[str, Any]) -> None:
+        made = {"model": self.model, "subject": subject, "intervals": INTERVALS}
+        rest = {key: value for key, value in document.items() if key not in (*made, "machine", "versions", "commit")}
+        record.write(self.path.stem, made | rest, self.folder)
+
+
+def row_key(subject: Mapping[str, Any], recipe: Any, multipliers: tuple[int, ...]) -> str:
+    """Hash of the settings that decide a row's numbers. The code does so, too: its hash is kept with every record, and
+    `--redo` measures a row again after a change."""
+    parts = [asdict(getattr(recipe, part)) for part in ("formats", "weights", "calibrate")] if recipe else []
+    return sha256_json([subject, parts, list(multipliers)])[:16]

@@ -1,0 +1,226 @@
+"""Tables of the quality results: `python -m benchmarks.quality.tables` writes docs/quality.md and the plots beside it.
+
+README.md's short table comes from here, too (`benchmarks/readme.py`). Nothing is stated that is not in the JSON: a row
+that was not measured says why, and the sentences below a table are computed from its intervals.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from benchmarks import record
+from benchmarks.quality.adaround_table import study_text
+from benchmarks.quality.answers import ANSWERS, sensitivity_answers
+from benchmarks.quality.results import FLOAT, MEASURED, Results
+from benchmarks.quality.rows import MODELS, TABLES, WIDTHS, Line, Table
+from benchmarks.record import markdown
+
+ROOT = Path(__file__).resolve().parent.parent
+PAGE = ROOT / "docs" / "quality.md"
+Record = Mapping[str, Any]
+# What draws, as records call it, and in words.
+DRAWERS = {
+    "cpu engine": "the proven `cpu` engine",
+    "cuda engine": "the `cuda` engine, whose graph is proven in onnxruntime",
+    "reference": "the PyTorch reference",
+}
+AGREEMENT = "engine_against_reference_sqnr_db"  # of a row's proof
+
+
+@dataclass(frozen=True)
+class Column:
+    """`show`: the cell of a measured record; float's own cell is "-" where `of_float` is False."""
+
+    title: str
+    show: Callable[[Record], str]
+    of_float: bool = True
+
+
+def estimate(key: str, form: str) -> Callable[[Record], str]:
+    """Value and interval of an estimate."""
+
+    def show(found: Record) -> str:
+        value, low, high = (format(found[key][part], form) for part in ("value", "low", "high"))
+        return f"{value} ({low} to {high})"
+
+    return show
+
+
+COLUMNS = (
+    Column("Frechet distance to float", estimate("frechet_to_float", ".3g"), of_float=False),
+    Column("to real data", estimate("frechet_to_real", ".3g")),
+    Column("more than float's", estimate("frechet_increase", "+.2f"), of_float=False),
+    Column("right", estimate("accuracy", ".1%")),
+    Column("PSNR to float, dB", estimate("psnr_db", ".1f"), of_float=False),
+    Column("SSIM", lambda found: f"{found['ssim']['value']:.4f}", of_float=False),
+    Column("bits per weight", lambda found: f"{bits_per_weight(found):.3f}"),
+    Column("weights, MB", lambda found: f"{found['weight_bytes'] / 1e6:.2f}"),
+    Column("calibration, min", lambda found: f"{found['calibration_minutes']:.1f}", of_float=False),
+)
+
+
+def bits_per_weight(found: Record) -> float:
+    return 8 * found["weight_bytes"] / found["weights"]
+
+
+def records(model: str, folder: Path = record.RESULTS) -> dict[str, Record]:
+    """By row name; empty if nothing was measured."""
+    return dict(Results(model, folder).read()["rows"])
+
+
+# --- docs/quality.md ------------------------------------------------------------------------------------------------
+
+
+def table_text(table: Table, model: str, found: Mapping[str, Record]) -> str:
+    """One Markdown table for each width that has a line in `table`, the float model first, and what they answer."""
+    widths = [width for width in ("w6a8", *WIDTHS) if any(width in line.widths for line in table.lines)]
+    parts = [f"### {model}"]
+    for width in widths:
+        lines = [line for line in table.lines if width in line.widths]
+        rows = [["float", *cells(found.get(FLOAT), is_float=True)]]
+        rows += [[line.label, *cells(found.get(f"{line.name}-{width}"))] for line in lines]
+        parts += [f"{width.upper()}:", markdown(["", *(column.title for column in COLUMNS)], rows)]
+    answers = ANSWERS[table.name](found) if table.name in ANSWERS else []
+    return "\n\n".join([*parts, *answers])
+
+
+def cells(found: Record | None, is_float: bool = False) -> list[str]:
+    """A measured row's numbers, or one cell that says why there are none."""
+    if found is None or found["status"] != MEASURED:
+        return [absence(found), *[""] * (len(COLUMNS) - 1)]
+    return [column.show(found) if column.of_float or not is_float else "-" for column in COLUMNS]
+
+
+def absence(found: Record | None) -> str:
+    return "not measured yet" if found is None else f"{found['status']}: {found['reason']}".replace("|", "/")
+
+
+def page(folder: Path = record.RESULTS) -> str:
+    """The whole of docs/quality.md."""
+    parts = ["# Quality of quantized models", PREFACE]
+    known = {model: Results(model, folder).read() for model in MODELS}
+    parts += [subject_text(model, found) for model, found in known.items() if found["rows"]]
+    for table in TABLES.values():
+        parts += [f"## {table.question}", models_text(table), *picture(table.name)]
+        shown = {model: found["rows"] for model, found in known.items() if found["rows"] and model in table.models}
+        parts += [table_text(table, model, rows) for model, rows in shown.items()]
+        parts += [search_text(folder)] if table.name == "qdit" else []
+    parts += ["## Which layers cost most, and in which steps?", *picture("sensitivity"), *picture("steps")]
+    parts += [sensitivity_text(model, found.get("sensitivity", [])) for model, found in known.items()]
+    parts += [study_text(folder)]
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def models_text(table: Table) -> str:
+    """Which model an ablation is measured on, where it is not both."""
+    if set(table.models) == set(MODELS):
+        return ""
+    return f"Measured on {', '.join(f'`{name}`' for name in table.models)} alone; the first table has both models."
+
+
+def search_text(folder: Path) -> str:
+    """What `benchmarks.quality.search_groups` found with pictures as the judge; nothing before it has been run."""
+    path = folder / "search_groups.json"
+    if not path.is_file():
+        return ""
+    found = json.loads(path.read_text(encoding="utf-8"))
+    origin, own = found["origin"], found["unsearched_cost"]
+    compared = "not scored" if own is None else f"{own:.4g}, so x {found['cost'] / own:.3f}"
+    return (
+        "Searched by pictures instead of the denoiser's error (`python -m benchmarks.quality.search_groups`, "
+        f"{found['recipe']}, {origin['score']}, {origin['count']} pictures for each of {found['scored']} candidates, "
+        f"{found['seconds'] / 60:.0f} min, {found['machine']['cpu']}, commit {found['commit']}): distance "
+        f"{found['cost']:.4g} with {found['group_sizes']} in {found['size_bytes']:,} bytes; with the recipe's own size "
+        f"in {found['budget_bytes']:,} bytes {compared}."
+    )
+
+
+PREFACE = """Written by `python -m benchmarks.quality.tables` from `benchmarks/results/quality_*.json`; measured by
+`python -m benchmarks.quality`. All rows of a model draw the same prompts from the same noise. Small models trained on
+drawn scenes and handwritten digits: the numbers compare methods and formats, and stand in for no published number.
+
+- Frechet distances are taken in the 64 features of a small judge, not of Inception. They fall with the number of
+  pictures: compare within a table only. A distance to real data may fall below float's: guidance makes pictures
+  cleaner than data, and noise undoes some of it. The distance to the float model's pictures has no such excuse.
+- "right": the judge reads in the picture everything that the prompt asks for.
+- PSNR and SSIM compare each picture with float's of the same noise; medians. A picture that took another course early
+  is a bad match and may be a good picture, so read them beside the distances.
+- Weights are those of the quantized linears with all scales and multipliers; float's row counts 2 bytes for each.
+- A row's proof covers its linears: every code, integer sum, scale and output of each, against the oracle, on calls of
+  three steps of two pictures. Whole steps and pictures are compared with the float32 reference on one call alone, whose
+  agreement stands below; `pipeline.verify.proof` has gates for them, by float64 runs that these rows have not made.
+- Calibration minutes are of the machine named below, with whatever else it was doing. Calibration data are collected
+  by the first row that needs them, and shared."""
+
+
+def subject_text(model: str, found: Record) -> str:
+    subject, machine = found["subject"], found["machine"]
+    rows = [row for row in found["rows"].values() if row["status"] == MEASURED]
+    drawn = Counter(row["drawn_by"].partition(",")[0] for row in rows if "drawn_by" in row)
+    by = ", ".join(f"{drawn[name]} by {told}" for name, told in DRAWERS.items() if drawn[name])
+    agreement = [row["proof"][AGREEMENT] for row in rows if AGREEMENT in row.get("proof", {})]
+    agreed = f" Engine and reference agree on their call to {min(agreement):.1f} dB or better." if agreement else ""
+    return (
+        f"**{model}**: {subject['count']} pictures ({subject['prompts']}), {subject['n_steps']} steps of "
+        f"{subject['sampler']}, guidance {subject['guidance_scale']:g}, seed {subject['seed']}; {machine['cpu']}, "
+        f"{machine['cpus']} CPUs. Rows drawn: {by}.{agreed} Intervals: {found['intervals']}."
+    )
+
+
+def picture(name: str) -> list[str]:
+    """A link to the plot, if it has been drawn."""
+    path = PAGE.parent / f"quality_{name}.png"
+    return [f"![{name}]({path.name})"] if path.is_file() else []
+
+
+def sensitivity_text(model: str, rows: Sequence[Record]) -> str:
+    """SQNR of the denoiser's output with one kind of layer quantized; lower costs more."""
+    if not rows:
+        return ""
+    names, kinds = dict.fromkeys(row["row"] for row in rows), dict.fromkeys(row["kind"] for row in rows)
+    at = {(row["row"], row["kind"], row["part"]): f"{row['sqnr_db']:.1f}" for row in rows}
+    parts = ("weights", "activations", "both")
+    header = ["dB", *(f"{name}, {part}" for name in names for part in parts)]
+    body = [[f"`{kind}`", *(at[name, kind, part] for name in names for part in parts)] for kind in kinds]
+    return "\n\n".join([f"### {model}", markdown(header, body), *sensitivity_answers(rows)])
+
+
+# --- README.md ------------------------------------------------------------------------------------------------------
+
+
+def short_table(folder: Path = record.RESULTS) -> str:
+    """Methods by width, for both models: distance to float, and PSNR."""
+    found = {model: records(model, folder) for model in MODELS}
+    if not any(found.values()):
+        return "Not measured yet: run `python -m benchmarks.quality`."
+    header = ["method", *(f"`{model}` {width.upper()}" for model in MODELS for width in WIDTHS)]
+    return markdown(header, [[line.label, *short_cells(line, found)] for line in TABLES["methods"].lines])
+
+
+def short_cells(line: Line, found: Mapping[str, Mapping[str, Record]]) -> list[str]:
+    rows = (found[model].get(f"{line.name}-{width}") for model in MODELS for width in WIDTHS)
+    return [short_cell(row) for row in rows]
+
+
+def short_cell(row: Record | None) -> str:
+    if row is None or row["status"] != MEASURED:
+        return "-"
+    return f"{row['frechet_to_float']['value']:.3g}; {row['psnr_db']['value']:.1f} dB"
+
+
+def main() -> None:
+    from benchmarks.quality.plots import draw_all
+
+    for path in draw_all(PAGE.parent):
+        print(path)
+    PAGE.write_text(page(), encoding="utf-8")
+    print(PAGE)
+
+
+if __name__ == "__main__":
+    main()

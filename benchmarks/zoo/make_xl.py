@@ -1,0 +1,141 @@
+"""Write a model folder of true size with random weights: `python -m benchmarks.zoo.make_xl -o work/pixart_xl`.
+
+For measuring memory and speed where the real weights are not at hand. The weights are scaled so that signals neither
+die nor grow over the layers, and outlier channels are planted, as trained transformers have them: some input columns
+of every linear of a block, and some channels of the adaLN scales (so that activations have outliers as well). Every
+tensor is drawn from a generator seeded by (seed, its name) and written shard by shard: the same arguments give the
+same bytes, in the memory of one shard.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import math
+import re
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from safetensors.numpy import save_file
+
+from benchmarks.shapes import WORKLOADS, Workload
+from pipeline.progress import track
+
+logger = logging.getLogger(__name__)
+STEM = "diffusion_pytorch_model"
+SHARD_BYTES = 400_000_000
+OUTLIER_SHARE = 1 / 96  # 12 of 1152 channels
+WEIGHT_OUTLIER, ACTIVATION_OUTLIER = 8.0, 5.0
+SMALL = 0.02
+ADALN_ROWS, ADALN_SCALES = 6, (1, 4)  # shift, scale, gate of the attention, then of the feed-forward
+RESIDUAL = ("to_out.0.weight", "ff.net.2.weight")
+
+
+def shapes_of(workload: Workload) -> tuple[dict[str, tuple[int, ...]], dict[str, Any]]:
+    """Shape of every tensor of the model, and its diffusers configuration; no memory is taken for the weights."""
+    import diffusers
+
+    with torch.device("meta"):
+        model = getattr(diffusers, workload.class_name)(**workload.config)
+    config = {key: value for key, value in model.config.items() if not key.startswith("_")}
+    config |= {"_class_name": workload.class_name, "_diffusers_version": diffusers.__version__}
+    return {name: tuple(value.shape) for name, value in model.state_dict().items()}, config
+
+
+def _outliers(rng: np.random.Generator, channels: int) -> NDArray[np.int64]:
+    return rng.choice(channels, max(1, round(channels * OUTLIER_SHARE)), replace=False)
+
+
+def tensor(name: str, shape: tuple[int, ...], layers: int, seed: int) -> NDArray[np.float16]:
+    """The random weight called `name`."""
+    rng = np.random.default_rng([seed, zlib.crc32(name.encode())])
+    values = rng.standard_normal(shape, np.float32)
+    in_block = "blocks." in name
+    if name.endswith("scale_shift_table") or (in_block and name.endswith("norm1.linear.bias")):
+        values = _adaln(values, rng)
+    elif len(shape) == 1 and re.search(r"norm[^.]*\.weight$", name):
+        values = 1 + SMALL * values
+    elif len(shape) == 1 or "embedding" in name:
+        values *= SMALL
+    else:
+        values *= (1 / math.sqrt(2 * layers) if name.endswith(RESIDUAL) else 1) / math.sqrt(math.prod(shape[1:]))
+        if in_block and len(shape) == 2:
+            values[:, _outliers(rng, shape[1])] *= WEIGHT_OUTLIER
+    return values.astype(np.float16)
+
+
+def _adaln(values: NDArray[np.float32], rng: np.random.Generator) -> NDArray[np.float32]:
+    """Modulation offsets, small, with outlier channels in the rows that scale."""
+    if values.size % ADALN_ROWS:
+        return values * SMALL  # the shift and scale of the output layer, or HunyuanDiT's shift alone
+    rows = values.reshape(ADALN_ROWS, -1) * SMALL
+    chosen = _outliers(rng, rows.shape[1])
+    for row in ADALN_SCALES:
+        rows[row, chosen] += ACTIVATION_OUTLIER
+    return rows.reshape(values.shape)
+
+
+def shards_of(shapes: dict[str, tuple[int, ...]], limit_bytes: int) -> Iterator[list[str]]:
+    """Tensor names in order, cut so that a shard of fp16 stays within `limit_bytes` (or holds one tensor)."""
+    names: list[str] = []
+    size = 0
+    for name, shape in shapes.items():
+        more = 2 * math.prod(shape)
+        if names and size + more > limit_bytes:
+            yield names
+            names, size = [], 0
+        names.append(name)
+        size += more
+    yield names
+
+
+def write(workload: Workload, folder: Path, seed: int = 0, shard_bytes: int = SHARD_BYTES) -> int:
+    """Write the diffusers folder and return the number of parameters."""
+    folder.mkdir(parents=True, exist_ok=True)
+    shapes, config = shapes_of(workload)
+    (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    shards = list(shards_of(shapes, shard_bytes))
+    files = [f"{STEM}-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
+    files = [f"{STEM}.safetensors"] if len(shards) == 1 else files
+    for file, names in track(zip(files, shards, strict=True), len(shards), "shards"):
+        made = {name: tensor(name, shapes[name], workload.config["num_layers"], seed) for name in names}
+        save_file(made, folder / file, metadata={"format": "pt"})
+    parameters = sum(math.prod(shape) for shape in shapes.values())
+    if len(shards) > 1:
+        where = {name: file for file, names in zip(files, shards, strict=True) for name in names}
+        index = {"metadata": {"total_size": 2 * parameters}, "weight_map": where}
+        (folder / f"{STEM}.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+    return parameters
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="pixart", choices=list(WORKLOADS))
+    parser.add_argument("-o", "--output-dir", type=Path, required=True)
+    parser.add_argument("--layers", type=int, help="transformer blocks (default: the true number)")
+    parser.add_argument("--heads", type=int, help="attention heads; the width follows (default: the true number)")
+    parser.add_argument("--sample-size", type=int, help="latent cells per edge: 32 is 256 pixels")
+    parser.add_argument("--shard-mb", type=int, default=SHARD_BYTES // 1_000_000)
+    parser.add_argument("--seed", type=int, default=0)
+    arguments = parser.parse_args()
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    chosen = {
+        "num_layers": arguments.layers,
+        "num_attention_heads": arguments.heads,
+        "sample_size": arguments.sample_size,
+    }
+    workload = WORKLOADS[arguments.model].changed(**{key: value for key, value in chosen.items() if value})
+    parameters = write(workload, arguments.output_dir, arguments.seed, arguments.shard_mb * 1_000_000)
+    print(
+        f"{arguments.output_dir}: {workload.class_name}, {parameters / 1e6:.1f} M parameters, {workload.pixels} pixels"
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,453 @@
+"""Load a Diffusion Transformer from a folder, the hub's cache or the bundled zoo, and call it by named inputs.
+
+Weights are memory-mapped. Linears to quantize keep the file's type in large models and are upcast at use, so a model
+of 611 M parameters in fp16 takes 1.2 GB of evictable page cache and no float32 copy. Kept weights are rounded to fp16,
+the type in which an engine stores them, so that the float model, the reference and every engine share their values.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+import json
+import logging
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from export.models.config_keys import unread_keys
+from export.documents import read_json
+from export.errors import ModelError, RecipeError
+from export.models.families import FAMILIES, LAYER_KINDS, Family, Input, shared_names
+from export.models.config import RULES as CONFIG_RULES
+from export.models.config import least_parameters, read_config
+from export.models.read_weights import Weights, read_weights
+from export.models.sources import find
+from export.models.weights import ADAPTER_FILES, MERGE, SINGLE_FILES, WeightsFiles, find_weights, weights_file, what_instead
+
+__all__ = [
+    "FAMILIES",
+    "LAYER_KINDS",
+    "Family",
+    "LinearRef",
+    "LoadedModel",
+    "denoiser",
+    "float_linears",
+    "load",
+    "sample_inputs",
+    "save_kept",
+]
+
+logger = logging.getLogger(__name__)
+LEGACY_CLASSES = {"ada_norm_zero": "DiTTransformer2DModel", "ada_norm_single": "PixArtTransformer2DModel"}
+# Below this many bytes in float32 a model is simply held in float32; above, 16-bit linears are upcast at use.
+RESIDENT_BYTES = 512 * 2**20
+# A latent cell stands for 8 x 8 pixels in the VAEs of all latent families (four levels, three halvings).
+LATENT_PIXELS = 8
+GENERATION_FILE = "generation.json"
+
+
+@dataclass(frozen=True)
+class LinearRef:
+    """One linear to quantize: module path, layer kind, torch.nn.Linear (weight [N, K], fp32 or the file's type)."""
+
+    name: str
+    kind: str
+    module: Any
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A denoiser in memory. `module` is in eval mode and computes in float32; `notes` are things a user should know.
+
+    `used` are the names of the tensors in its files that are part of it, `ignored` those that are not, and why.
+    """
+
+    module: Any
+    family: Family
+    config: Mapping[str, Any]
+    folder: Path
+    source: str
+    revision: str
+    sha256: str
+    files: WeightsFiles
+    notes: tuple[str, ...] = field(default=())
+    used: tuple[str, ...] = field(default=())
+    ignored: Mapping[str, str] = field(default_factory=dict)
+
+    @cached_property
+    def inputs(self) -> tuple[Input, ...]:
+        """The family's input table for this configuration."""
+        return self.family.inputs(self.config)
+
+    @cached_property
+    def config_sha256(self) -> str:
+        """Hash of the configuration without notes on its origin; the same weights with another are another model."""
+        stated = {key: value for key, value in self.config.items() if not key.startswith("_")}
+        return hashlib.sha256(json.dumps(stated, sort_keys=True).encode()).hexdigest()
+
+    @cached_property
+    def shared(self) -> frozenset[str]:
+        """Names of the inputs that have no batch axis."""
+        return shared_names(self.inputs)
+
+    @cached_property
+    def parameters(self) -> int:
+        """How many numbers the denoiser holds."""
+        return sum(tensor.numel() for tensor in self.module.parameters())
+
+    @cached_property
+    def pixels_per_cell(self) -> int:
+        """Image pixels per cell of `hidden_states`: 1 for a pixel-space model, 8 for a latent one."""
+        return pixels_per_cell(self.folder, self.config)
+
+    def linears(self) -> list[LinearRef]:
+        """The linears to quantize, in module order."""
+        paths = ((path, part, self.family.kind_of(path)) for path, part in _linears(self.module))
+        return [LinearRef(path, kind, part) for path, part, kind in paths if kind]
+
+    def kept(self) -> list[tuple[str, str]]:
+        """(module path, reason) of every linear, convolution and embedding that is not quantized."""
+        import torch
+
+        layers = (torch.nn.Linear, torch.nn.Conv2d, torch.nn.Embedding)
+        paths = (path for path, part in self.module.named_modules() if isinstance(part, layers))
+        return [(path, self.family.reason_of(path)) for path in paths if not self.family.kind_of(path)]
+
+    def cells(self, height: int = 0, width: int = 0) -> tuple[int, int]:
+        """Height and width of `hidden_states` for an image of that many pixels; 0 stands for the model's own size."""
+        own = self.config["sample_size"] * self.pixels_per_cell
+        height, width = height or own, width or own
+        unit = self.pixels_per_cell * self.config["patch_size"]
+        if height % unit or width % unit or min(height, width) <= 0:
+            raise RecipeError(f"image size {height} x {width}: {self.source} needs multiples of {unit} pixels")
+        if self.family.square and height != width:
+            raise RecipeError(f"image size {height} x {width}: {self.family.name} makes square images only")
+        return height // self.pixels_per_cell, width // self.pixels_per_cell
+
+
+def pixels_per_cell(folder: Path, config: Mapping[str, Any]) -> int:
+    """As the property of a loaded model, for the folder and the configuration of a model or a bundle."""
+    generation = folder / GENERATION_FILE
+    stated = read_json(generation, dict[str, Any], CONFIG_RULES).get("output") if generation.is_file() else ""
+    return 1 if stated == "pixels" or config["in_channels"] <= 3 else LATENT_PIXELS
+
+
+def _linears(module: Any) -> list[tuple[str, Any]]:
+    import torch
+
+    return [(path, part) for path, part in module.named_modules() if isinstance(part, torch.nn.Linear)]
+
+
+# --- where a model comes from --------------------------------------------------------------------------------------
+
+
+def load(source: str, kept_only: bool = False, variant: str = "", config: str = "") -> LoadedModel:
+    """Load a denoiser from a diffusers folder (a transformer or a pipeline) or a .safetensors file, `zoo:NAME`, or a
+    hub id (OWNER/NAME or OWNER/NAME@REVISION) in the cache.
+
+    variant: which of a folder's weights, as in diffusers ("fp16", "ema"), "" for the plain ones, or the only ones.
+    config: the model's config.json, a folder that has it, `zoo:NAME` or a hub id; "" for the one beside the weights.
+    kept_only: the folder is one of `save_kept`; the linears to quantize are NaN: the model can be exported, not run.
+    Raises ModelError if the folder, configuration or weights cannot be used, EnvironmentLacksError for a hub id that
+    has not been downloaded.
+    """
+    root, revision = find(source)
+    folder = _model_folder(root)
+    config_path, remedy = _config_file(config, folder)
+    values = _read_config(config_path, remedy)
+    family, notes = _family_of(values, folder)
+    files = _weights(root, folder, variant)
+    files.refuse_damaged()
+    if not kept_only:
+        _refuse_too_few_bytes(least_parameters(values), files, config_path)
+    module = _build(family, values, config_path, None if kept_only else files)
+    if not any(family.kind_of(path) for path, _ in _linears(module)):
+        raise ModelError(
+            f"{folder}: {family.class_name} has no linear in repeated blocks; there is nothing to quantize"
+        )
+    absent = _quantized_tensors(module, family) if kept_only else set()
+    weights = _read(files, values, module, absent)
+    _assign(module, family, dict(weights.tensors) | _nan(module, absent))
+    logger.info("%s: %s", source, weights)
+    for name in weights.used:
+        logger.debug("%s: uses %s", source, name)
+    notes += _adapters_beside(root, folder)
+    for note in notes:
+        logger.warning("%s: %s", source, note)
+    return LoadedModel(
+        module, family, values, folder, source, revision, files.sha256(), files, notes, weights.used, weights.ignored
+    )
+
+
+def _adapters_beside(root: Path, folder: Path) -> tuple[str, ...]:
+    """A note for each adapter that lies beside the model: nothing says whether it is meant to be part of it."""
+    paths = sorted({place / name for place in {root, folder} for name in ADAPTER_FILES if (place / name).is_file()})
+    return tuple(f"{path} is an adapter and is not part of this model; if it should be, {MERGE}" for path in paths)
+
+
+def _model_folder(root: Path) -> Path:
+    if root.is_file():
+        return root.parent
+    return root / "transformer" if (root / "transformer" / "config.json").is_file() else root
+
+
+def _config_file(config: str, folder: Path) -> tuple[Path, str]:
+    """The file to read the configuration from, and what to do if there is none."""
+    if not config:
+        remedy = "give a diffusers transformer folder, or a pipeline with transformer/"
+        return folder / "config.json", f"{remedy}; for a weights file also --config with the model's config.json"
+    path, rule = Path(config).expanduser(), "--config takes a config.json, the folder of one, a hub id or zoo:NAME"
+    if not path.is_file():
+        try:
+            path = _model_folder(find(config)[0]) / "config.json"
+        except ModelError as error:
+            raise ModelError(f"--config {config!r}: {rule}, and this is none of them ({error})") from error
+    return path, rule
+
+
+def _weights(root: Path, folder: Path, variant: str) -> WeightsFiles:
+    if root.is_dir():
+        return find_weights(folder, variant)
+    if variant:
+        raise ModelError(f"{root} is one file, and --variant {variant} chooses between files; give only one of them")
+    return weights_file(root)
+
+
+def _read(files: WeightsFiles, config: Mapping[str, Any], module: Any, absent: set[str]) -> Weights:
+    """The tensors of `module` but for those in `absent`, with every tensor of the files accounted for."""
+    shapes = {name: shape for name, shape in _shapes(module).items() if name not in absent}
+    return read_weights(files, config, shapes, getattr(getattr(module, "pos_embed", None), "pos_embed", None))
+
+
+def _read_config(path: Path, remedy: str) -> dict[str, Any]:
+    if not path.is_file():
+        raise ModelError(f"{path.parent} has no {path.name}; {what_instead(path.parent) or remedy}")
+    config = read_config(path)
+    if "_class_name" not in config:
+        raise ModelError(f"{path}: no _class_name in it; give the folder of a diffusers model")
+    if quantization := config.get("quantization_config"):
+        method = quantization.get("quant_method", "unknown") if isinstance(quantization, dict) else quantization
+        raise ModelError(
+            f"{path}: quantization_config says that the weights are quantized already ({method}); give the float model"
+        )
+    return config | {"_class_name": _class_name(config)}
+
+
+def _refuse_too_few_bytes(parameters: int, files: WeightsFiles, config: Path) -> None:
+    """A parameter takes a byte at least: a file too small for what config.json asks for is another model's."""
+    if parameters > files.size_bytes:
+        raise ModelError(
+            f"{config} asks for {parameters:,} parameters or more, its weights have {files.size_bytes:,} bytes; "
+            "config.json and the weights must belong together"
+        )
+
+
+def _class_name(config: Mapping[str, Any]) -> str:
+    """The class that reads this configuration; older folders name one class for PixArt and DiT."""
+    name = str(config["_class_name"])
+    return LEGACY_CLASSES.get(config.get("norm_type", ""), name) if name == "Transformer2DModel" else name
+
+
+def _family_of(config: Mapping[str, Any], folder: Path) -> tuple[Family, tuple[str, ...]]:
+    name = config["_class_name"]
+    for family in FAMILIES.values():
+        if family.class_name == name and family.matches(config):
+            return family, ()
+    from export.models.generic import generic_family
+
+    family = generic_family(name, config, folder)
+    note = f"{name} is not in the table of families; the linears of its repeated blocks are quantized by a generic rule"
+    return family, (note,)
+
+
+# --- module and weights --------------------------------------------------------------------------------------------
+
+
+# What constructors of diffusers raise for values that they were not made for.
+REFUSALS = (
+    ArithmeticError,
+    AssertionError,
+    AttributeError,
+    LookupError,
+    NameError,
+    RuntimeError,
+    TypeError,
+    ValueError,
+)
+# Numbers that are read of every configuration, beside what the constructor reads.
+NUMBERS = ("in_channels", "patch_size", "sample_size")
+
+
+def _build(family: Family, config: dict[str, Any], path: Path, files: WeightsFiles | None) -> Any:
+    """The module without memory for its parameters (on torch's meta device), with its position tables filled in.
+
+    Numbers that `config` leaves to the class are added to it. files: the weights, which must be large enough."""
+    import diffusers
+    import torch
+
+    from export.models.torch_modules import set_resolution, use_masked_attention
+
+    cls = getattr(diffusers, family.class_name)
+    unread_keys(config, family.class_name, path, NUMBERS)
+    parameters = inspect.signature(cls.__init__).parameters
+    for key in NUMBERS:
+        config.setdefault(key, parameters[key].default if key in parameters else None)
+        if type(config[key]) is not int:
+            raise ModelError(f"{path}: {key} is {config[key]!r}; {family.class_name} needs a number")
+    known = {key: value for key, value in config.items() if key in parameters}
+    try:
+        with torch.device("meta"):
+            module = cls(**known)
+    except REFUSALS as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise ModelError(f"{path}: {family.class_name} refuses it ({reason}); check the values") from error
+    if files is not None:
+        _refuse_too_few_bytes(sum(tensor.numel() for tensor in module.parameters()), files, path)
+    set_resolution(module, config["sample_size"], config["sample_size"])
+    use_masked_attention(module)
+    return _with_buffers(module, cls, known)
+
+
+def _with_buffers(module: Any, cls: Any, known: dict[str, Any]) -> Any:
+    """Buffers that no file holds must be computed: build a second time in memory if any is left without values."""
+    saved = set(module.state_dict())
+    unfilled = {path for path, buffer in module.named_buffers() if buffer.is_meta} - saved
+    if unfilled:
+        values = dict(cls(**known).named_buffers())
+        for path in unfilled:
+            parent, _, name = path.rpartition(".")
+            module.get_submodule(parent).register_buffer(name, values[path], persistent=False)
+    return module
+
+
+def _shapes(module: Any) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
+
+
+def _quantized_tensors(module: Any, family: Family) -> set[str]:
+    """Names of the tensors of all linears to quantize."""
+    linears = (path for path, _ in _linears(module) if family.kind_of(path))
+    return {f"{path}.{name}" for path in linears for name, _ in module.get_submodule(path).named_parameters()}
+
+
+def _nan(module: Any, names: set[str]) -> dict[str, Any]:
+    """Tensors of NaN that take no memory, in the shapes of those of `module`."""
+    import torch
+
+    return {name: torch.full((), torch.nan).expand(shape) for name, shape in _shapes(module).items() if name in names}
+
+
+def save_kept(model: LoadedModel, folder: Path) -> None:
+    """Write what the model holds beside the linears to quantize, as in its files: with a checkpoint, all of an export.
+
+    The folder is there only when it is whole.
+    """
+    from safetensors.torch import save_file
+
+    kept = _read(model.files, model.config, model.module, set()).tensors
+    absent = _quantized_tensors(model.module, model.family)
+    partial = folder.with_name(f"{folder.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    tensors = {key: tensor for key, tensor in kept.items() if key not in absent}
+    # One tensor of a file may be several of the model (DiT's own files have one embedder for all blocks).
+    firsts = {tensor.data_ptr(): key for key, tensor in reversed(tensors.items())}
+    own = {key: t.contiguous() if firsts[t.data_ptr()] == key else t.clone() for key, t in tensors.items()}
+    save_file(own, partial / SINGLE_FILES[0])
+    (partial / "config.json").write_text(json.dumps(dict(model.config), indent=1), encoding="utf-8")
+    if (model.folder / GENERATION_FILE).is_file():  # says what a cell of the image is
+        shutil.copyfile(model.folder / GENERATION_FILE, partial / GENERATION_FILE)
+    shutil.rmtree(folder, ignore_errors=True)
+    partial.rename(folder)
+
+
+def _assign(module: Any, family: Family, tensors: dict[str, Any]) -> None:
+    """Put checked tensors into the module, each in the type it is used in, and make it ready to run."""
+    from export.models.torch_modules import UpcastLinear
+
+    linears = {path: part for path, part in _linears(module) if family.kind_of(path)}
+    resident = 4 * sum(tensor.numel() for tensor in tensors.values()) <= RESIDENT_BYTES
+    for path, part in linears.items():
+        if not resident and tensors[f"{path}.weight"].itemsize < 4:
+            module.set_submodule(path, UpcastLinear.of(part))
+    module.load_state_dict({key: _typed(key, value, linears, resident) for key, value in tensors.items()}, assign=True)
+    module.requires_grad_(False).eval()
+
+
+def _typed(key: str, tensor: Any, linears: Mapping[str, Any], resident: bool) -> Any:
+    path, _, name = key.rpartition(".")
+    if path not in linears:
+        return stored_value(key, tensor)
+    return tensor if name == "weight" and not resident else tensor.float()
+
+
+def stored_value(key: str, tensor: Any) -> Any:
+    """A kept weight as float32 with the values an engine stores: rounded to fp16 where fp16 can hold it.
+
+    The rule: no overflow, and the rounding error within half a unit of fp16's 11 significant bits (2^-11 of the norm),
+    which fails when values fall under fp16's range.
+    """
+    exact = tensor.float()
+    rounded = exact.half().float()
+    if bool((rounded - exact).norm() <= 2.0**-11 * exact.norm()):
+        return rounded
+    logger.info("%s: does not fit into fp16, kept in fp32", key)
+    return exact
+
+
+# --- running -------------------------------------------------------------------------------------------------------
+
+
+def denoiser(model: LoadedModel, replacements: Mapping[str, Any] | None = None) -> Any:
+    """torch.nn.Module that takes the family's inputs, by name or in table order, and returns the output tensor.
+
+    `replacements` puts other modules at given paths, in a copy that shares all other tensors with `model`.
+    """
+    from export.models.torch_modules import Denoiser, with_modules
+
+    module = with_modules(model.module, replacements) if replacements else model.module
+    return Denoiser(module, model.family, tuple(row.name for row in model.inputs)).eval()
+
+
+def float_linears(model: LoadedModel) -> dict[str, Any]:
+    """float32 copies of the linears that are upcast at use, as `replacements`: more memory, but no upcast per call."""
+    import torch
+
+    copies = {}
+    for ref in model.linears():
+        if ref.module.weight.dtype != torch.float32:
+            with torch.device("meta"):
+                plain = torch.nn.Linear(ref.module.in_features, ref.module.out_features, ref.module.bias is not None)
+            plain.weight = torch.nn.Parameter(ref.module.weight.float(), requires_grad=False)
+            plain.bias = ref.module.bias
+            copies[ref.name] = plain
+    return copies
+
+
+def sample_inputs(
+    model: LoadedModel, batch_size: int, seed: int, height: int = 0, width: int = 0, tokens: int = 0
+) -> dict[str, NDArray[Any]]:
+    """Random inputs of the right shapes and types, the same for the same arguments.
+
+    height, width: image size in pixels, 0 for the model's own. tokens: caption length, 0 for the family's usual one.
+    """
+    from export.models.samples import fill
+
+    cells = model.cells(height, width)
+    patches = (cells[0] // model.config["patch_size"]) * (cells[1] // model.config["patch_size"])
+    sizes = {"batch": batch_size, "tokens": tokens or model.family.tokens, "height": cells[0], "width": cells[1]}
+    sizes |= {"patches": patches}
+    result = {}
+    for index, row in enumerate(model.inputs):
+        shape = tuple(size if isinstance(size, int) else sizes[size] for size in row.shape)
+        result[row.name] = np.asarray(
+            fill(row.fill, shape, np.random.default_rng([seed, index]), model, cells), row.dtype
+        )
+    return result

@@ -1,0 +1,60 @@
+"""Where a model comes from: a folder or file, the bundled zoo, or the hub's local cache (nothing is downloaded)."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from export.errors import EnvironmentLacksError, ModelError
+from export.models.weights import PICKLES, weights_file
+
+ZOO = Path(__file__).parent / "zoo"
+
+
+def find(source: str) -> tuple[Path, str]:
+    """Folder or weights file, and revision ("" but for the hub), of `source`: a folder, a .safetensors file, `zoo:NAME`
+    or a hub id OWNER/NAME, with @REVISION (a branch, tag or commit) where it is not the main branch."""
+    if source.startswith("zoo:"):
+        return _zoo_folder(source.removeprefix("zoo:")), ""
+    path = Path(source).expanduser()
+    if path.is_dir():
+        return path, ""
+    if path.is_file():
+        weights_file(path)  # refuses what is no weights file
+        return path, ""
+    if source.endswith((*PICKLES, ".safetensors", ".gguf")):
+        raise ModelError(f"model {source!r} is not a file here; check the path")
+    if match := re.fullmatch(r"([A-Za-z0-9][\w.-]*/[\w.-]+)(?:@((?!.*\.\.)[\w./-]+))?", source):
+        return _from_cache(match[1], match[2])
+    raise ModelError(
+        f"model {source!r} is not a folder here and not a hub id; give a folder, a .safetensors file, OWNER/NAME, "
+        "OWNER/NAME@REVISION or zoo:NAME"
+    )
+
+
+def _zoo_folder(name: str) -> Path:
+    found = sorted(path.parent.name for path in ZOO.glob("*/config.json"))
+    if name not in found:
+        raise ModelError(f"zoo:{name} is not a bundled model; use one of {', '.join(f'zoo:{row}' for row in found)}")
+    return ZOO / name
+
+
+def _from_cache(repository: str, revision: str | None) -> tuple[Path, str]:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
+
+    name = f"{repository}@{revision}" if revision else repository
+    missing = f"model {name} is not in the local cache and no folder of that name exists"
+    command = f'hf download {repository} --include "transformer/*"' + (f" --revision {revision}" if revision else "")
+    try:
+        folder = Path(snapshot_download(repository, revision=revision, local_files_only=True))
+    except LocalEntryNotFoundError as error:
+        raise EnvironmentLacksError(f"{missing}; run: {command}") from error
+    except (HFValidationError, OSError) as error:  # a name that no repository can have, or no file system
+        reason = getattr(error, "strerror", None) or str(error).rstrip(".")
+        raise ModelError(
+            f"model {name!r} is not a hub id ({reason}); give OWNER/NAME or OWNER/NAME@REVISION"
+        ) from error
+    if not any((folder / part / "config.json").is_file() for part in ("", "transformer")):
+        raise EnvironmentLacksError(f"the cached {name} has no transformer; run: {command}")
+    return folder, folder.name

@@ -1,0 +1,139 @@
+"""The op TokenChain of domain `fpq.native`: what its node looks like (plugins/cpu/token_chain.h: what it computes)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from enum import IntEnum
+from typing import Any
+
+import onnx_ir as ir
+
+from export.dialect.ops import ABSMAX_FLOOR
+from pipeline.passes.graph import constant, is_op
+
+DOMAIN, VERSION, OP = "fpq.native", 1, "TokenChain"
+
+
+class In(IntEnum):
+    """Inputs by place, each optional; rows are given by X, or by the sums of two limbs and their channels' scale."""
+
+    X = 0
+    TOKEN_SCALE = 1
+    BIAS = 2
+    GATE = 3
+    RESIDUAL = 4
+    NORM_SCALE = 5
+    NORM_SHIFT = 6
+    HIGH_SUM = 7
+    LOW_SUM = 8
+    CHANNEL_SCALE = 9
+
+
+class Out(IntEnum):
+    """Outputs by place, each optional; one that nobody wants has no name and costs nothing."""
+
+    CODES = 0
+    SCALE = 1
+    Y = 2
+    LINEAR = 3
+    QUANTIZED = 4
+    LOW_CODES = 5
+    PRODUCT = 6
+
+
+# Attributes and the value of those that belong to an absent stage.
+ATTRIBUTES: dict[str, Any] = {
+    "heads_in": 0,
+    "heads_out": 0,
+    "gelu": 0,
+    "epsilon": 0.0,
+    "absmax_floor": float(ABSMAX_FLOOR),
+    "max_value": 1.0,
+    "kmax": 1.0,
+    "rounding_factor": 0.0,
+    "zero": 0,
+    "limb_base": 0,
+    "limb_weight": 0,
+}
+
+
+def is_chain(node: ir.Node | None) -> bool:
+    return is_op(node, OP, DOMAIN)
+
+
+def value_in(node: ir.Node, place: In) -> ir.Value | None:
+    """The input at `place`, None if it is not given."""
+    return node.inputs[place] if place < len(node.inputs) else None
+
+
+def value_out(node: ir.Node, place: Out) -> ir.Value | None:
+    """The output at `place`, None if it is not given."""
+    return node.outputs[place] if node.outputs[place].name else None
+
+
+def stages(node: ir.Node) -> dict[str, Any]:
+    """Attributes of a chain that are not those of an absent stage."""
+    found = {name: node.attributes[name].value for name in ATTRIBUTES}
+    return {name: value for name, value in found.items() if value != ATTRIBUTES[name]}
+
+
+def inputs_of(node: ir.Node) -> dict[In, ir.Value]:
+    return {place: value for place in In if (value := value_in(node, place)) is not None}
+
+
+def outputs_of(node: ir.Node) -> dict[Out, ir.Value]:
+    return {place: value for place in Out if (value := value_out(node, place)) is not None}
+
+
+def put_chain(
+    graph: ir.Graph, anchor: ir.Node, inputs: Mapping[In, ir.Value], outputs: Mapping[Out, ir.Value], **given: Any
+) -> ir.Node:
+    """A chain in front of `anchor` that makes the values `outputs` in the place of their old nodes, names kept."""
+    attributes = ir.convenience.convert_attributes(ATTRIBUTES | given)
+    node = ir.Node(DOMAIN, OP, [inputs.get(place) for place in In], attributes, num_outputs=len(Out))
+    node.name = f"{next(iter(outputs.values())).name}/chain"
+    node.metadata_props.update(anchor.metadata_props)
+    graph.insert_before(anchor, node)
+    for place, new in zip(Out, node.outputs, strict=True):
+        _take_over(outputs.get(place), new)
+    return node
+
+
+def _take_over(old: ir.Value | None, new: ir.Value) -> None:
+    """Let `new` stand where `old` stood; a value that nobody wants gets no name."""
+    new.name = ""
+    if old is None:
+        return
+    new.name, new.shape, new.type = old.name, old.shape, old.type
+    ir.convenience.replace_all_uses_with(old, new, replace_graph_outputs=True)
+    old.name = ""
+
+
+def drop_unread_outputs(model: ir.Model) -> None:
+    """Take the names from outputs of chains that nothing reads: the kernel then does not write them."""
+    for node in filter(is_chain, model.graph):
+        for value in node.outputs:
+            if not list(value.uses()) and not value.is_graph_output():
+                value.name = ""
+
+
+def channels(value: ir.Value | None) -> int | None:
+    """Size of the last axis if it is known."""
+    size = value.shape[-1] if value is not None and value.shape is not None and value.shape.rank() else None
+    return size if isinstance(size, int) else None
+
+
+def misfit(row: ir.Value, x: ir.Value | None) -> str:
+    """Why `row` is neither [channels] nor [batch, 1, channels] for x [batch, tokens, channels], '' if it is one."""
+    shape, of_x, n = row.shape, x.shape if x is not None else None, channels(x)
+    if shape is not None and of_x is not None and n is not None and channels(row) == n:
+        per_sample = shape.rank() == of_x.rank() == 3 and shape[1] == 1 and shape[0] == of_x[0]
+        if shape.rank() == 1 or per_sample:
+            return ""
+    return f"{row.name} has shape {shape}, neither [{n}] nor [batch, 1, {n}] of {of_x}"
+
+
+def number(value: ir.Value | None) -> float | None:
+    """The number that a constant scalar holds, else None."""
+    array = constant(value)
+    return float(array.reshape(-1)[0]) if array is not None and array.size == 1 else None

@@ -1,0 +1,189 @@
+"""Activation quantizers in standard ONNX ops, as cheap as onnxruntime's CPU kernels allow.
+
+Rounding to a float format without any loop over binades ("magic add"): with v the activation in units of the integer
+image and c = max(|v| F, 1.5 * 2^23), F = 2^(23-M) - MARGIN, the float32 sum v + c has just the precision of the
+format's step at |v|, so (v + c) - c is v rounded to nearest even on the format's grid, subnormals included. Let |v| lie
+in the binade that starts at 2^e; c and v + c should then lie in the binade of 2^n, n = e + 23 - M.
+- At the binade's end the margin keeps v + c out of the next one: against 16 |v| stand v itself and the rounding of c.
+- At its start c falls below 2^n for |v| < 2^e (1 + 17 * 2^(M-23)). If v + c does, too, it is rounded to half a step,
+  which still gives 2^e. If v + c does not, c must be a multiple of the step, since it is taken off again: |v| is
+  2^e + k 2^(e-23) with k <= 17 * 2^M, so |v| F = k 2^(e-M) + 2^n - 16 * 2^e up to 16 k 2^(e-23), which is less than
+  half a unit of c as long as 2 M < 13. So c is the multiple of 2^(e-M), the step, that stands there; but only as the
+  product of the rounded |v|: |x| times a factor with the inverse scale in it has another last bit.
+A uniform grid needs no such sum: QuantizeLinear itself rounds.
+
+A scale per token is found first; one per group of input channels likewise, the groups taken for tokens. A static scale
+is a constant, so that nothing is reduced, but what lies beyond its range is clipped: on float grids before the sum, on
+uniform ones by QuantizeLinear's own saturation, and in uint8 where that reaches too far.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import onnx_ir as ir
+
+from export.formats.format import Format
+from export.dialect.ops import ABSMAX_FLOOR
+from pipeline.passes.emit import Emitter
+
+FLOAT_DIGITS = 23
+MARGIN = 16.0
+# An 8-bit unsigned operand with this zero point holds images up to the zero point less one.
+SMALL_ZERO, LARGE_ZERO = 64, 128
+UINT8_MAX = 255
+
+
+@dataclass(frozen=True)
+class Operand:
+    """A quantized activation in a graph: image = sum_i weights[i] * (codes[i] - zero); value = image 2^-f scale.
+
+    scale: [..., 1]; of groups [M, groups, 1] with codes [M, groups, group_size]; None for a static one.
+    """
+
+    x: ir.Value
+    codes: tuple[ir.Value, ...]
+    weights: tuple[int, ...]
+    zero: int
+    scale: ir.Value | None
+
+
+def unsupported(fmt: Format, static: bool = False) -> str:
+    """Why this format has no quantizer here, '' if it has one."""
+    if not (fmt.sign_bits or static):
+        return f"{fmt.name} has no sign"
+    if len(fmt.binade_starts) and fmt.kmax.bit_length() > FLOAT_DIGITS - 1 - fmt.mantissa_bits:
+        return f"the range of {fmt.name} is too wide for rounding by one float32 sum"
+    return ""
+
+
+def zero_point(kmax: int) -> int:
+    """Zero point of a u8 operand for images up to `kmax` in magnitude; the smaller one keeps pair sums small."""
+    return SMALL_ZERO if kmax < SMALL_ZERO else LARGE_ZERO
+
+
+def limb_base(kmax: int, limbs: int) -> int:
+    """Weight of the high limb: 1 for one limb, else the smallest power of two that fits it into 64 codes."""
+    if limbs == 1:
+        return 1
+    base = 2
+    while round(kmax / base) >= SMALL_ZERO:
+        base *= 2
+    return base
+
+
+def largest_code(kmax: int, limbs: int) -> int:
+    """Largest u8 code of any limb."""
+    base = limb_base(kmax, limbs)
+    largest = max(round(kmax / base), base // 2 if limbs > 1 else 0)
+    return largest + zero_point(largest)
+
+
+def largest_operand(fmt: Format, limbs: int) -> int:
+    """Largest u8 code of any limb of this format."""
+    return largest_code(fmt.kmax, limbs) if fmt.sign_bits or limbs > 1 else fmt.kmax
+
+
+def quantize(emit: Emitter, x: ir.Value, fmt: Format, limbs: int) -> Operand:
+    """x f32 [..., K] -> u8 operands [..., K] and scale [..., 1]."""
+    magnitude, absmax, scale = token_scale(emit, x, fmt)
+    image = _in_image_units(emit, x, magnitude, absmax, fmt)
+    if limbs == 1:
+        zero = zero_point(fmt.kmax)
+        return Operand(x, (_to_u8(emit, image, 1.0, zero, "codes"),), (1,), zero, scale)
+    return _two_limbs(emit, x, image, fmt, limbs, scale)
+
+
+def _two_limbs(emit: Emitter, x: ir.Value, image: ir.Value, fmt: Format, limbs: int, scale: ir.Value | None) -> Operand:
+    if not len(fmt.binade_starts):
+        image = emit.op("Round", image, name="image")
+    base = limb_base(fmt.kmax, limbs)
+    unit, offset = emit.constant(float(base)), emit.constant(SMALL_ZERO, np.uint8)
+    high = _to_u8(emit, image, float(base), SMALL_ZERO, "high")
+    rest = emit.op("Sub", image, emit.op("DequantizeLinear", high, unit, offset, name="high_image"), name="low_image")
+    return Operand(x, (high, _to_u8(emit, rest, 1.0, SMALL_ZERO, "low")), (base, 1), SMALL_ZERO, scale)
+
+
+def quantize_groups(emit: Emitter, x: ir.Value, fmt: Format, limbs: int, group: int, groups: int) -> Operand:
+    """x f32 [..., K] -> u8 operands [M, groups, group] and scale [M, groups, 1], M the number of tokens."""
+    found = quantize(emit, in_groups(emit, x, group, groups), fmt, limbs)
+    return Operand(x, found.codes, found.weights, found.zero, found.scale)
+
+
+def in_groups(emit: Emitter, x: ir.Value, group: int, groups: int) -> ir.Value:
+    """[..., K] -> [M, groups, group]."""
+    return emit.op("Reshape", x, emit.constant([-1, groups, group], np.int64), name="in_groups")
+
+
+def quantize_static(emit: Emitter, x: ir.Value, fmt: Format, limbs: int, scale: float, zero: float) -> Operand:
+    """x f32 [..., K] -> u8 operands [..., K] of (x - zero) / scale; their scale is left to the GEMM."""
+    if limbs > 1:
+        image = static_image(emit, x, fmt, scale, zero, rounded=False)
+        return _two_limbs(emit, x, image, fmt, limbs, None)
+    offset = zero_point(fmt.kmax) if fmt.sign_bits else 0
+    if len(fmt.binade_starts):
+        image = static_image(emit, x, fmt, scale, zero)
+        return Operand(x, (_to_u8(emit, image, 1.0, offset, "codes"),), (1,), offset, None)
+    codes = _to_u8(emit, _above_zero(emit, x, zero), _image_scale(fmt, scale), offset, "all_codes")
+    lowest = offset - fmt.kmax if fmt.sign_bits else 0
+    if lowest > 0 or offset + fmt.kmax < UINT8_MAX:
+        bounds = (emit.constant(bound, np.uint8) for bound in (lowest, offset + fmt.kmax))
+        codes = emit.op("Clip", codes, *bounds, name="codes")
+    return Operand(x, (codes,), (1,), offset, None)
+
+
+def static_image(emit: Emitter, x: ir.Value, fmt: Format, scale: float, zero: float, rounded: bool = True) -> ir.Value:
+    """(x - zero) / scale in units of the image, within the format's range and on its grid (uniform: if `rounded`)."""
+    image = emit.op("Div", _above_zero(emit, x, zero), emit.constant(_image_scale(fmt, scale)), name="scaled")
+    lowest = emit.constant(-float(fmt.kmax) if fmt.sign_bits else 0.0)
+    image = emit.op("Clip", image, lowest, emit.constant(float(fmt.kmax)), name="within")
+    if len(fmt.binade_starts):
+        return _on_grid(emit, image, emit.op("Abs", image, name="size") if fmt.sign_bits else image, fmt)
+    return emit.op("Round", image, name="image") if rounded else image
+
+
+def _above_zero(emit: Emitter, x: ir.Value, zero: float) -> ir.Value:
+    return emit.op("Sub", x, emit.constant(zero), name="above_zero") if zero else x
+
+
+def _image_scale(fmt: Format, scale: float) -> float:
+    """Value of one unit of the image; a power of two times the scale, so exact in float32."""
+    return scale * 2.0**-fmt.fraction_bits
+
+
+def rounded_image(emit: Emitter, x: ir.Value, fmt: Format) -> tuple[ir.Value, ir.Value]:
+    """x f32 [..., K] -> (integer image as f32 [..., K], scale [..., 1]), for formats too wide for integer operands."""
+    magnitude, absmax, scale = token_scale(emit, x, fmt)
+    image = _in_image_units(emit, x, magnitude, absmax, fmt)
+    return (image if len(fmt.binade_starts) else emit.op("Round", image, name="image")), scale
+
+
+def token_scale(emit: Emitter, x: ir.Value, fmt: Format) -> tuple[ir.Value, ir.Value, ir.Value]:
+    """(|x|, max(absmax, floor) [..., 1], scale [..., 1])."""
+    magnitude = emit.op("Abs", x, name="magnitude")
+    last = emit.constant([-1], np.int64)
+    peak = emit.op("ReduceMax", magnitude, last, name="peak", keepdims=1)
+    absmax = emit.op("Clip", peak, emit.constant(ABSMAX_FLOOR), name="absmax")
+    return magnitude, absmax, emit.op("Div", absmax, emit.constant(fmt.max_value), name="scale")
+
+
+def _in_image_units(emit: Emitter, x: ir.Value, magnitude: ir.Value, absmax: ir.Value, fmt: Format) -> ir.Value:
+    """x scaled so that absmax becomes kmax, rounded to the format's grid (uniform grids: not yet rounded)."""
+    inverse = emit.op("Div", emit.constant(float(fmt.kmax)), absmax, name="inverse")
+    scaled = emit.op("Mul", x, inverse, name="scaled")
+    if not len(fmt.binade_starts):
+        return scaled
+    return _on_grid(emit, scaled, emit.op("Mul", magnitude, inverse, name="size"), fmt)
+
+
+def _on_grid(emit: Emitter, scaled: ir.Value, size: ir.Value, fmt: Format) -> ir.Value:
+    """`scaled`, with the magnitudes `size`, rounded to a float format's grid by one sum."""
+    factor = emit.constant(2.0 ** (FLOAT_DIGITS - fmt.mantissa_bits) - MARGIN)
+    wide = emit.op("Mul", size, factor, name="wide")
+    c = emit.op("Clip", wide, emit.constant(1.5 * 2.0**FLOAT_DIGITS), name="magic")
+    return emit.op("Sub", emit.op("Add", scaled, c, name="rounding"), c, name="rounded")
+
+
+def _to_u8(emit: Emitter, image: ir.Value, unit: float, zero: int, name: str) -> ir.Value:
+    return emit.op("QuantizeLinear", image, emit.constant(unit), emit.constant(zero, np.uint8), name=name)

@@ -1,0 +1,315 @@
+"""A lowered graph as a torch module: its nodes in order, each one torch function, on any device.
+
+All decisions are made when the graph is read: what is a constant, what is a number on the host, which type every
+tensor has. A node that no table knows is refused then, by name.
+
+Activations. With "fp32" every tensor has the type that ONNX gives it. With "fp16" tensors of tokens (what descends
+from an input of three axes or more) are FP16 between the kernels, which compute in float32 and round once; the
+timestep's path stays float32, since sin(t * f) with t up to 1000 is noise in FP16; and unquantized products with large
+weights run in FP16 wherever they are. That halves what a kernel reads and writes beside its codes. Its cost, measured
+on the CPU with pixart_mini (recipe pixart_w4a6 with method rtn, 4 steps): 32 to 42 dB between engine and float64
+reference, where quantization itself leaves 26 to 33 dB and "fp32" 41 to 50 dB; the final picture is as near to the
+float model's either way (36.6 and 36.2 dB).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import onnx_ir as ir
+import torch
+from torch import Tensor, nn
+
+from export.errors import ContractError
+from pipeline.backends.cuda.torch_gemm import DIALECT_OPS, Gemm
+from pipeline.backends.cuda.merge import merge_gemms
+from pipeline.backends.cuda.torch_onnx import ONNX_OPS
+from pipeline.backends.rtx.engine import visible_sm
+from pipeline.backends.fused.lower import OPERANDS_KEY, takes_integers
+from pipeline.backends.fused.ops import DOMAIN, OPS
+from plugins.gpu.tiles import prefers_integers
+
+HALF, FULL = torch.float16, torch.float32
+# Unquantized weights of at least so many elements are kept in FP16 with FP16 activations.
+LARGE_ELEMENTS = 2**20
+
+
+@dataclass
+class Step:
+    """One node, or several Gemms of the same codes.
+
+    run: a function of the tensors called `inputs` ("" for an absent one), converted to `types` where not None.
+    outputs: names, "" for one that nobody reads. widen: convert results from FP16 back to float32. done: tensors that
+    no later step reads.
+    """
+
+    name: str
+    run: Any
+    inputs: tuple[str, ...]
+    types: tuple[torch.dtype | None, ...]
+    outputs: tuple[str, ...]
+    widen: bool = False
+    done: tuple[str, ...] = ()
+
+
+@dataclass
+class Plan:
+    """What is known of the tensors while the graph is read. types: of those on the device; constants: on the CPU."""
+
+    half: bool
+    types: dict[str, torch.dtype] = field(default_factory=dict)
+    constants: dict[str, Tensor] = field(default_factory=dict)
+    host: set[str] = field(default_factory=set)
+    # Scale of codes -> type of the activations that were quantized.
+    sources: dict[str, torch.dtype] = field(default_factory=dict)
+
+
+class LoweredModule(nn.Module):
+    """forward(inputs by name) -> outputs by name; float outputs are float32."""
+
+    def __init__(self, model: ir.Model, activations: str = "fp32", weights: str = "packed") -> None:
+        """activations: "fp32" or "fp16". weights: "packed", "expanded" or "auto". The visible GPU decides where codes
+        that may be either are INT8 images. Raises ContractError for a graph that the executor does not know, naming the
+        nodes."""
+        super().__init__()
+        self.prefers_integers = prefers_integers([visible_sm()])
+        refuse_unknown(model.graph)
+        self.plan, self.weights = Plan(activations == "fp16"), weights
+        self.inputs = tuple(str(value.name) for value in model.graph.inputs)
+        self.outputs = tuple(str(value.name) for value in model.graph.outputs)
+        self.steps: list[Step] = []
+        self.stored: dict[tuple[str, torch.dtype], str] = {}
+        self._read_inputs(model.graph)
+        for node in model.graph:
+            self._add(node)
+        self.steps = merge_gemms(self.steps)
+        self.gemms = nn.ModuleList(step.run for step in self.steps if isinstance(step.run, Gemm))
+        _mark_last_uses(self.steps, self.outputs)
+
+    def _read_inputs(self, graph: ir.Graph) -> None:
+        for value in graph.inputs:
+            dtype = _torch_type(value)
+            tokens = value.shape is not None and value.shape.rank() >= 3
+            self.plan.types[str(value.name)] = HALF if self.plan.half and dtype == FULL and tokens else dtype
+        for name, value in graph.initializers.items():
+            if value.const_value is not None:
+                self.plan.constants[name] = torch.from_numpy(value.const_value.numpy().copy())
+
+    def _add(self, node: ir.Node) -> None:
+        names = [str(value.name) if value is not None else "" for value in node.inputs]
+        known = [name in self.plan.constants for name in names if name]
+        if node.domain == DOMAIN:
+            self._add_dialect(node, names)
+        elif node.op_type == "Shape" or _on_host(self.plan, names):
+            self._add_host(node, names)
+        elif known and all(known):
+            self._fold(node, names)
+        else:
+            self._add_onnx(node, names)
+
+    def _fold(self, node: ir.Node, names: list[str]) -> None:
+        """All inputs are constants, so the outputs are."""
+        run = ONNX_OPS[node.op_type].make(_attributes(node))
+        found = run(*(self.plan.constants[name] if name else None for name in names))
+        for value, tensor in zip(node.outputs, found if isinstance(found, Sequence) else [found], strict=False):
+            self.plan.constants[str(value.name)] = tensor
+
+    def _add_host(self, node: ir.Node, names: list[str]) -> None:
+        run = ONNX_OPS[node.op_type].make(_attributes(node))
+        outputs = tuple(str(value.name) for value in node.outputs)
+        self.plan.host.update(outputs)
+        inputs = tuple(self._host(name) if name in self.plan.constants else name for name in names)
+        self.steps.append(Step(str(node.name), run, inputs, (None,) * len(inputs), outputs))
+
+    def _add_onnx(self, node: ir.Node, names: list[str]) -> None:
+        row, attributes = ONNX_OPS[node.op_type], _attributes(node)
+        compute, widen = self._compute_type(names, row.product)
+        inputs, types = [], []
+        for index, name in enumerate(names):
+            host = index in row.host
+            if name and host != (name in self.plan.host) and (name not in self.plan.constants):
+                place = "on the GPU, but a size must be known on the CPU" if host else "on the CPU, but read by the GPU"
+                raise ContractError(f"{node.name} ({node.op_type}): input {name} is computed {place}")
+            wanted = compute if name and not host and self._type(name).is_floating_point else None
+            inputs.append(self._host(name) if name and host else self._operand(name, wanted))
+            types.append(wanted if wanted and name not in self.plan.constants else None)
+        outputs = tuple(str(value.name) if value.uses() or value.is_graph_output() else "" for value in node.outputs)
+        result = self._result_type(node, names, FULL if widen else compute)
+        self.plan.types.update({name: result for name in outputs if name})
+        if node.op_type == "Cast" and compute is not None and result == HALF:
+            attributes = {"to": ir.DataType.FLOAT16.value}
+        self.steps.append(Step(str(node.name), row.make(attributes), tuple(inputs), tuple(types), outputs, widen))
+
+    def _compute_type(self, names: list[str], product: bool) -> tuple[torch.dtype | None, bool]:
+        """(type of all float inputs or None, whether the result goes back to float32)."""
+        floats = [name for name in names if name and self._type(name).is_floating_point]
+        if not floats:
+            return None, False
+        moving = [self.plan.types[name] for name in floats if name not in self.plan.constants]
+        if HALF in moving:
+            return HALF, False
+        large = max((self.plan.constants[n].numel() for n in floats if n in self.plan.constants), default=0)
+        if self.plan.half and product and large >= LARGE_ELEMENTS:
+            return HALF, True
+        return FULL, False
+
+    def _result_type(self, node: ir.Node, names: list[str], compute: torch.dtype | None) -> torch.dtype:
+        if node.op_type == "Cast":
+            to = node.attributes["to"].as_int()
+            wide = to == ir.DataType.FLOAT.value
+            return HALF if wide and compute == HALF else _DTYPES[to]
+        if node.op_type == "ArgMax":
+            return torch.int64
+        return compute or self._type(names[0])
+
+    def _add_dialect(self, node: ir.Node, names: list[str]) -> None:
+        row, keys = DIALECT_OPS[node.op_type], OPS[node.op_type].inputs
+        given = dict(zip(keys, names, strict=True))
+        refuse_proof_outputs(node)
+        if row.make is None:
+            self._add_gemm(node, given)
+            return
+        floats = [name for key, name in given.items() if key not in row.wide]
+        compute = HALF if any(self._type(name) == HALF for name in floats) else FULL
+        wanted = [FULL if key in row.wide else compute for key in keys]
+        outputs = [str(value.name) for value in node.outputs]
+        if "codes" in OPS[node.op_type].outputs:
+            outputs = outputs[: 2 if "scale" in OPS[node.op_type].outputs else 1]
+            self.plan.types |= dict(zip(outputs, (torch.uint8, FULL), strict=False))
+            self.plan.sources[outputs[0]] = compute
+        else:
+            self.plan.types[outputs[0]] = compute
+        inputs = tuple(self._operand(name, kind) for name, kind in zip(names, wanted, strict=True))
+        types = tuple(None if name in self.plan.constants else kind for name, kind in zip(names, wanted, strict=True))
+        self.steps.append(Step(str(node.name), row.make(self._choices(node)), inputs, types, tuple(outputs)))
+
+    def _add_gemm(self, node: ir.Node, given: dict[str, str]) -> None:
+        output = self.plan.sources[given["a_codes"]]
+        static = given["a_scale"] in self.plan.constants
+        kept = ("codes", "w_scales", "multiplier_codes", "bias", *(["a_scale"] if static else []))
+        constants = {key: self.plan.constants[given[key]] for key in kept}
+        gemm = Gemm(constants, self._choices(node), output, self.weights)
+        names = [given["a_codes"], "" if static else given["a_scale"]]
+        moving = [given[key] for key in ("gate", "residual") if key in given]
+        inputs = (*names, *(self._operand(name, output) for name in moving))
+        types = (None, None, *(None if name in self.plan.constants else output for name in moving))
+        self.plan.types[str(node.outputs[0].name)] = output
+        self.steps.append(Step(str(node.name), gemm, inputs, types, (str(node.outputs[0].name),)))
+
+    def _choices(self, node: ir.Node) -> dict[str, Any]:
+        """Attributes of a node of the dialect, and whether its codes are INT8 images by choice."""
+        return _attributes(node) | {
+            "integers": takes_integers(node.metadata_props.get(OPERANDS_KEY), self.prefers_integers)
+        }
+
+    def _type(self, name: str) -> torch.dtype:
+        found = self.plan.constants.get(name)
+        return found.dtype if found is not None else self.plan.types.get(name, torch.int64)
+
+    def _operand(self, name: str, dtype: torch.dtype | None) -> str:
+        """The name under which a step finds a device tensor; a constant is stored once for each type it is read in."""
+        if name not in self.plan.constants:
+            return name
+        key = (name, dtype or self.plan.constants[name].dtype)
+        if key not in self.stored:
+            self.stored[key] = f"constant_{len(self.stored)}"
+            self.register_buffer(self.stored[key], self.plan.constants[name].to(key[1]).contiguous(), persistent=False)
+        return self.stored[key]
+
+    def _host(self, name: str) -> str:
+        """The name of a number on the host."""
+        self.plan.host.add(name)
+        return name
+
+    def finish(self) -> LoweredModule:
+        """Drop what only reading needed; called once, after the graph has been read and its tensors may go."""
+        self.plan.constants = {name: tensor for name, tensor in self.plan.constants.items() if name in self.plan.host}
+        return self
+
+    @property
+    def expanded(self) -> int:
+        """How many GEMMs hold a byte for each weight."""
+        return sum(bool(gemm.is_expanded) for gemm in self.gemms)
+
+    def forward(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Run every step; `inputs` lie on the module's device."""
+        buffers = dict(self.named_buffers(recurse=False))
+        found = dict(self.plan.constants) | buffers
+        for name in self.inputs:
+            found[name] = inputs[name].to(self.plan.types[name])
+        for step in self.steps:
+            results = run_step(step, [found[name] if name else None for name in step.inputs])
+            found.update((name, tensor) for name, tensor in zip(step.outputs, results, strict=False) if name)
+            for name in step.done:
+                del found[name]
+        return {name: found[name].float() for name in self.outputs}
+
+
+def run_step(step: Step, inputs: Sequence[Tensor | None]) -> Sequence[Tensor]:
+    """The outputs of one step."""
+    pairs = zip(inputs, step.types, strict=True)
+    found = step.run(*(x.to(kind) if x is not None and kind is not None else x for x, kind in pairs))
+    results: Sequence[Tensor] = found if isinstance(found, tuple | list) else (found,)
+    return [x.float() for x in results] if step.widen else results
+
+
+_DTYPES = {
+    ir.DataType.FLOAT.value: FULL,
+    ir.DataType.FLOAT16.value: HALF,
+    ir.DataType.INT64.value: torch.int64,
+    ir.DataType.INT32.value: torch.int32,
+    ir.DataType.BOOL.value: torch.bool,
+}
+
+
+def _torch_type(value: ir.Value) -> torch.dtype:
+    kind = value.dtype.value if value.dtype is not None else 0
+    if kind not in _DTYPES:
+        raise ContractError(
+            f"input {value.name} is {value.dtype}; the executor takes {', '.join(map(str, _DTYPES.values()))}"
+        )
+    return _DTYPES[kind]
+
+
+def _attributes(node: ir.Node) -> dict[str, Any]:
+    return {key: found.value for key, found in node.attributes.items()}
+
+
+def _on_host(plan: Plan, names: list[str]) -> bool:
+    """Is something computed from sizes alone?"""
+    read = [name for name in names if name]
+    computed = [name for name in read if name in plan.host and name not in plan.constants]
+    return bool(computed) and all(name in plan.host or name in plan.constants for name in read)
+
+
+def refuse_unknown(graph: ir.Graph) -> None:
+    """Raise ContractError for nodes that the tables lack, all of them by name."""
+    tables: dict[str, Any] = {"": ONNX_OPS, DOMAIN: DIALECT_OPS}
+    unknown = [node for node in graph if node.op_type not in tables.get(node.domain, ())]
+    if unknown:
+        kinds = sorted({f"{node.domain}::{node.op_type}".removeprefix("::") for node in unknown})
+        first = unknown[0].name
+        raise ContractError(
+            f"the executor of target cuda does not know {', '.join(kinds)} (first at node {first}); add a row to "
+            "pipeline/backends/cuda/torch_onnx.py, or build with --target cpu"
+        )
+
+
+def refuse_proof_outputs(node: ir.Node) -> None:
+    """Outputs that only parity gates read are not computed here."""
+    row = OPS[node.op_type]
+    for key, value in zip(row.outputs, node.outputs, strict=True):
+        if key in row.proof and (value.uses() or value.is_graph_output()):
+            raise ContractError(f"{node.name}: output {key} is read by the graph; the kernels do not write it")
+
+
+def _mark_last_uses(steps: list[Step], kept: tuple[str, ...]) -> None:
+    """Fill `done`, from the last step to the first."""
+    made = {name for step in steps for name in step.outputs if name}
+    seen = set(kept)
+    for step in reversed(steps):
+        names = {name for name in (*step.inputs, *step.outputs) if name in made}
+        step.done = tuple(sorted(names - seen))
+        seen |= names

@@ -1,0 +1,89 @@
+"""residual + gate * linear -> the linear's own epilogue."""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx_ir as ir
+
+from pipeline.passes.emit import initializer
+from pipeline.passes.graph import constant, drop_unused, has_role, is_op, only_reader, other_input
+from pipeline.backends.fused.ops import DOMAIN, fused_node
+from pipeline.passes.refusal import RewritePass
+
+
+class FuseGateResidual(RewritePass):
+    """Add(residual, Mul(gate, Gemm)) -> GemmGateResidual, and Add(residual, Gemm) with a gate of ones.
+
+    The linear's result may have no other reader; what lies between keeps nothing that others read. A multiplication
+    or division by one in between is dropped.
+    """
+
+    def rewrite(self, model: ir.Model) -> None:
+        _drop_ones(model)
+        for node in list(model.graph):
+            if is_op(node, "Gemm", DOMAIN):
+                self._try(model.graph, node)
+        if self.fired:
+            model.graph.sort()
+            drop_unused(model)
+
+    def _try(self, graph: ir.Graph, gemm: ir.Node) -> None:
+        linear = gemm.outputs[0]
+        reader = only_reader(linear)
+        gate, product = None, linear
+        if is_op(reader, "Mul") and reader is not None:
+            gate, product = other_input(reader, linear), reader.outputs[0]
+        add = only_reader(product)
+        if not is_op(add, "Add") or add is None or has_role(add, "add_low_rank"):
+            return
+        residual = other_input(add, product)
+        if reason := _unfit(linear, gate, residual):
+            self.refuse(gemm.name, reason)
+            return
+        gate = gate if gate is not None else _ones(graph, linear)
+        given = {key: attribute.value for key, attribute in gemm.attributes.items()}
+        fused = fused_node("GemmGateResidual", [*gemm.inputs, gate, residual], str(gemm.name), gemm, **given)
+        graph.insert_before(add, fused)
+        y, inner, sums = fused.outputs
+        for old, new in ((gemm.outputs[1], sums), (linear, inner)):
+            new.name, new.shape = old.name, old.shape
+        y.name, y.shape = add.outputs[0].name, add.outputs[0].shape
+        ir.convenience.replace_all_uses_with(add.outputs[0], y, replace_graph_outputs=True)
+        for node in dict.fromkeys((add, reader, gemm)):
+            if node is not None:
+                graph.remove(node, safe=True)
+        self.fired += 1
+
+
+def _unfit(linear: ir.Value, gate: ir.Value | None, residual: ir.Value) -> str:
+    """Why an epilogue cannot do it, '' if it can."""
+    if linear.shape is None or linear.shape.rank() != 3:
+        return f"{linear.name} has shape {linear.shape}, not [batch, tokens, channels]"
+    if not isinstance(linear.shape[2], int):
+        return f"{linear.name} has an unknown number of channels"
+    if residual.shape is None or residual.shape != linear.shape:
+        return f"{residual.name} has shape {residual.shape}, not that of {linear.name}"
+    if gate is not None and (gate.shape is None or gate.shape.rank() != 3 or gate.shape[1] != 1):
+        return f"gate {gate.name} has shape {gate.shape}, not [batch, 1, channels]"
+    return ""
+
+
+def _ones(graph: ir.Graph, linear: ir.Value) -> ir.Value:
+    """A gate that changes nothing, [1, 1, N]."""
+    size = linear.shape[2] if linear.shape is not None else None
+    assert isinstance(size, int)
+    name = f"no_gate/{size}"
+    if name in graph.initializers:
+        return graph.initializers[name]
+    return initializer(graph, ir.tensor(np.ones([1, 1, size], np.float32), name=name))
+
+
+def _drop_ones(model: ir.Model) -> None:
+    """x / 1 and x * 1 with a scalar one -> x."""
+    for node in list(model.graph):
+        if not (is_op(node, "Div") or is_op(node, "Mul")) or node.outputs[0].is_graph_output():
+            continue
+        x, factor = node.inputs[0], constant(node.inputs[1])
+        if x is not None and factor is not None and factor.ndim == 0 and factor == 1:
+            ir.convenience.replace_all_uses_with(node.outputs[0], x)
+            model.graph.remove(node, safe=True)

@@ -1,0 +1,309 @@
+"""The ops of a graph lowered for the `cuda` target: one row each with inputs, outputs and ONNX function body.
+
+Each row is what one kernel (or one call of torch) does. The function body says the same in standard ops, so stock
+onnxruntime runs the lowered graph, too. Outputs that only a parity gate asks for are marked; an engine that nobody
+asks for them does not compute them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import onnx_ir as ir
+from onnx import AttributeProto, FunctionProto, TensorProto, helper
+
+from export.dialect import functions as op_bodies
+from export.dialect.functions import Body
+from export.dialect.ops import ABSMAX_FLOOR, attributes
+
+DOMAIN, VERSION = "fpq.cuda", 1
+F32, U8 = ir.DataType.FLOAT, ir.DataType.UINT8
+INT, INTS, FLOAT, FLOATS = AttributeProto.INT, AttributeProto.INTS, AttributeProto.FLOAT, AttributeProto.FLOATS
+STRING = AttributeProto.STRING
+
+
+@dataclass(frozen=True)
+class FusedOp:
+    """inputs: names. outputs: name -> element type, those of `proof` read by parity gates only. attributes: name ->
+    type. body appends the function body's nodes."""
+
+    name: str
+    doc: str
+    inputs: tuple[str, ...]
+    outputs: dict[str, ir.DataType]
+    proof: frozenset[str]
+    attributes: dict[str, Any]
+    body: Callable[[Body], None]
+
+    def function(self) -> FunctionProto:
+        """The op as an ONNX function in standard ops."""
+        body = Body(self.attributes)
+        self.body(body)
+        opsets = [helper.make_opsetid("", op_bodies.OPSET)]
+        return helper.make_function(
+            DOMAIN, self.name, self.inputs, list(self.outputs), body.nodes, opsets, list(self.attributes)
+        )
+
+
+# --- bodies ---------------------------------------------------------------------------------------------------------
+
+
+def _values(body: Body) -> None:
+    """codes -> values, the numbers that the codes stand for."""
+    body.op("Gather", body.attribute("values"), body.cast("codes", TensorProto.INT32), out="values")
+
+
+def _quantize(body: Body) -> None:
+    op_bodies.quantize_activation(body, ABSMAX_FLOOR)
+    _values(body)
+
+
+def _gelu_quantize(body: Body) -> None:
+    body.op("Gelu", "x", approximate="tanh", out="gelu")
+    op_bodies.quantize_activation(body, ABSMAX_FLOOR, x="gelu")
+    _values(body)
+
+
+def _norm_modulate_quantize(body: Body) -> None:
+    one = helper.make_tensor("", TensorProto.FLOAT, [1], [1.0])
+    ones = body.op("ConstantOfShape", body.op("Shape", "x", start=-1), value=one)
+    normal = body.op("LayerNormalization", "x", ones, axis=-1)
+    body.nodes[-1].attribute.append(AttributeProto(name="epsilon", ref_attr_name="epsilon", type=FLOAT))
+    gained = body.op("Mul", normal, body.op("Add", "gain", body.number(1.0)))
+    body.op("Add", gained, "shift", out="modulated")
+    op_bodies.quantize_activation(body, ABSMAX_FLOOR, x="modulated")
+    _values(body)
+
+
+def _quantize_static(body: Body) -> None:
+    op_bodies.quantize_static(body)
+    _values(body)
+
+
+def _gelu_quantize_static(body: Body) -> None:
+    body.op("Gelu", "x", approximate="tanh", out="gelu")
+    op_bodies.quantize_static(body, x="gelu")
+    _values(body)
+
+
+def _gemm(body: Body) -> None:
+    """The linear's result, see `_linear`."""
+    _linear(body, "y")
+
+
+def _gemm_gate_residual(body: Body) -> None:
+    _linear(body, "linear")
+    body.op("Add", body.op("Mul", "gate", "linear"), "residual", out="y")
+
+
+def _linear(body: Body, out: str) -> None:
+    """sums [groups, M, N]: unscaled products added up in float64, where they are exact, and rounded once to float32."""
+    groups = body.op("Shape", "w_scales", start=1, end=2)
+    width = body.op("Div", body.vector(body.attribute("in_features")), groups)
+    a = body.op("Gather", body.attribute("activation_values"), body.cast("a_codes", TensorProto.INT32))
+    a = body.op("Transpose", body.op("Reshape", a, body.shape(body.ints(-1), groups, width)), perm=[1, 0, 2])
+    w = body.op("Reshape", _weight(body), body.shape(body.ints(0), groups, width))
+    w = body.op("Transpose", w, perm=[1, 2, 0])
+    exact = body.op("MatMul", body.cast(a, TensorProto.DOUBLE), body.cast(w, TensorProto.DOUBLE))
+    body.cast(exact, TensorProto.FLOAT, out="sums")
+    w_scales = body.op("Unsqueeze", body.op("Transpose", "w_scales", perm=[1, 0]), body.ints(1))
+    total = body.op("ReduceSum", body.op("Mul", "sums", w_scales), body.ints(0), keepdims=0)
+    leading, n = body.op("Shape", "a_codes", start=0, end=-1), body.op("Shape", "codes", start=0, end=1)
+    shaped = body.op("Reshape", total, body.shape(leading, n))
+    body.op("Add", body.op("Mul", shaped, "a_scale"), "bias", out=out)
+
+
+def _weight(body: Body) -> str:
+    """codes -> f32 [N, groups, K / groups]: value times multiplier, exact. Codes have 4 bits, K is even."""
+    groups = body.vector(body.attribute("groups"))
+    value = body.op("Gather", body.attribute("values"), _nibbles(body, "codes"))
+    value = body.op("Reshape", value, body.shape(body.ints(0), groups, body.ints(-1)))
+    padded = body.cast(_nibbles(body, "multiplier_codes"), TensorProto.INT64)
+    indices = body.op("Slice", padded, body.ints(0), groups, body.ints(1))
+    factors = body.cast(body.op("Gather", body.attribute("multipliers"), indices), TensorProto.FLOAT)
+    return body.op("Mul", value, body.op("Unsqueeze", factors, body.ints(-1)))
+
+
+def _nibbles(body: Body, packed: str) -> str:
+    """u8 [N, bytes] -> i32 [N, 2 bytes], element 2i the low nibble."""
+    four, mask = (
+        body.op("Constant", value=helper.make_tensor("", TensorProto.UINT8, [], [number])) for number in (4, 15)
+    )
+    low = body.op("Unsqueeze", body.op("BitwiseAnd", packed, mask), body.ints(-1))
+    high = body.op("Unsqueeze", body.op("BitShift", packed, four, direction="RIGHT"), body.ints(-1))
+    pairs = body.op("Concat", low, high, axis=-1)
+    return body.cast(body.op("Reshape", pairs, body.ints(0, -1)), TensorProto.INT32)
+
+
+def _attention(body: Body) -> None:
+    _mix(body, _scores(body))
+
+
+def _masked_attention(body: Body) -> None:
+    _mix(body, body.op("Add", _scores(body), "mask"))
+
+
+def _scores(body: Body) -> str:
+    scaled = body.op("Mul", "q", body.attribute("scale"))
+    return body.op("MatMul", scaled, body.op("Transpose", "k", perm=[0, 1, 3, 2]))
+
+
+def _mix(body: Body, scores: str) -> None:
+    body.op("MatMul", body.op("Softmax", scores, axis=-1), "v", out="y")
+
+
+# --- the table ------------------------------------------------------------------------------------------------------
+
+_QUANTIZER = {
+    "format": STRING,
+    "max_value": FLOAT,
+    "thresholds": FLOATS,
+    "steps": FLOATS,
+    "binade_codes": INT,
+    "max_code": INT,
+    "negative_codes": INTS,
+    "values": FLOATS,
+}
+_GEMM = {
+    "layer": STRING,
+    "activation_format": STRING,
+    "weight_format": STRING,
+    "in_features": INT,
+    "group_size": INT,
+    "multipliers": INTS,
+    "groups": INT,
+    "values": FLOATS,
+    "activation_values": FLOATS,
+}
+_CODES, _VALUES = {"codes": U8, "scale": F32}, {"values": F32}
+_GEMM_INPUTS = ("a_codes", "a_scale", "codes", "w_scales", "multiplier_codes", "bias")
+
+_ROWS = (
+    FusedOp(
+        "Quantize",
+        "x [..., K] -> codes, scale of each token; fpq.QuantizeActivation.",
+        ("x",),
+        _CODES | _VALUES,
+        frozenset({"values"}),
+        _QUANTIZER,
+        _quantize,
+    ),
+    FusedOp(
+        "GeluQuantize",
+        "Quantize of gelu(x), tanh form.",
+        ("x",),
+        _CODES | {"gelu": F32} | _VALUES,
+        frozenset({"gelu", "values"}),
+        _QUANTIZER,
+        _gelu_quantize,
+    ),
+    FusedOp(
+        "NormModulateQuantize",
+        "Quantize of LayerNorm(x) * (1 + gain) + shift; x [B, S, C], shift and gain [B, 1, C].",
+        ("x", "shift", "gain"),
+        _CODES | {"modulated": F32} | _VALUES,
+        frozenset({"modulated", "values"}),
+        _QUANTIZER | {"epsilon": FLOAT},
+        _norm_modulate_quantize,
+    ),
+    FusedOp(
+        "QuantizeStatic",
+        "x, scale [1], zero [1] -> codes of (x - zero) / scale; fpq.QuantizeStatic.",
+        ("x", "scale", "zero"),
+        {"codes": U8} | _VALUES,
+        frozenset({"values"}),
+        _QUANTIZER,
+        _quantize_static,
+    ),
+    FusedOp(
+        "GeluQuantizeStatic",
+        "QuantizeStatic of gelu(x), tanh form.",
+        ("x", "scale", "zero"),
+        {"codes": U8, "gelu": F32} | _VALUES,
+        frozenset({"gelu", "values"}),
+        _QUANTIZER,
+        _gelu_quantize_static,
+    ),
+    FusedOp(
+        "Gemm",
+        "a_codes [..., K], a_scale [..., 1] or [1], codes [N, packed], w_scales [N, groups], multiplier_codes, bias [N]"
+        " -> y [..., N]; fpq.PackedGemm. sums [groups, M, N]: the exact sums of unscaled products.",
+        _GEMM_INPUTS,
+        {"y": F32, "sums": F32},
+        frozenset({"sums"}),
+        _GEMM,
+        _gemm,
+    ),
+    FusedOp(
+        "GemmGateResidual",
+        "y = residual + gate * Gemm; gate [B or 1, 1, N], residual [B, S, N]. linear: what Gemm gives.",
+        (*_GEMM_INPUTS, "gate", "residual"),
+        {"y": F32, "linear": F32, "sums": F32},
+        frozenset({"linear", "sums"}),
+        _GEMM,
+        _gemm_gate_residual,
+    ),
+    FusedOp(
+        "Attention",
+        "softmax(scale * q k') v; q [B, H, S, D], k and v [B, H, T, D].",
+        ("q", "k", "v"),
+        {"y": F32},
+        frozenset(),
+        {"scale": FLOAT},
+        _attention,
+    ),
+    FusedOp(
+        "MaskedAttention",
+        "softmax(scale * q k' + mask) v; mask is broadcast to [B, H, S, T].",
+        ("q", "k", "v", "mask"),
+        {"y": F32},
+        frozenset(),
+        {"scale": FLOAT},
+        _masked_attention,
+    ),
+)
+OPS: dict[str, FusedOp] = {row.name: row for row in _ROWS}
+
+
+def gemm_attributes(packed: dict[str, Any]) -> dict[str, Any]:
+    """Attributes of Gemm from those of a fpq.PackedGemm."""
+    found = packed | {"values": packed["weight_values"]}
+    return {key: found[key] for key in _GEMM}
+
+
+def quantizer_attributes(format_name: str, **choices: Any) -> dict[str, Any]:
+    """Attributes of a quantizer of that format."""
+    decoder = attributes("DequantizeActivation", format=format_name)
+    return {**attributes("QuantizeActivation", format=format_name), "values": decoder["values"], **choices}
+
+
+def fused_node(op_name: str, inputs: Sequence[ir.Value | None], name: str, like: ir.Node, **given: Any) -> ir.Node:
+    """A node of this dialect; metadata (layer, kind) is taken from `like`. Outputs have types, no names yet."""
+    row, found = OPS[op_name], ir.convenience.convert_attributes(given)
+    node = ir.Node(
+        DOMAIN,
+        op_name,
+        inputs,
+        found,
+        num_outputs=len(row.outputs),
+        name=name,
+        metadata_props=dict(like.metadata_props),
+    )
+    for output, (key, kind) in zip(node.outputs, row.outputs.items(), strict=True):
+        output.name, output.type = f"{name}/{key}", ir.TensorType(kind)
+    return node
+
+
+def output_of(node: ir.Node, key: str) -> ir.Value:
+    """The output called `key` in the op's row."""
+    return node.outputs[list(OPS[node.op_type].outputs).index(key)]
+
+
+def add_functions(model: ir.Model) -> None:
+    """Give the model the function bodies of the ops of this dialect that it uses."""
+    for name in sorted({node.op_type for node in model.graph if node.domain == DOMAIN}):
+        function = ir.serde.deserialize_function(OPS[name].function())
+        model.functions[function.identifier()] = function
+    model.opset_imports[DOMAIN] = VERSION

@@ -1,0 +1,185 @@
+"""The `rtx` target: a TensorRT-RTX engine built ahead of time, on a machine that needs no GPU."""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import onnx_ir as ir
+
+from export.onnx_files import load_model
+from pipeline.backends import lowering_file
+from pipeline.backends.tensorrt import build as rtx_build, plugin_payloads as rtx_plugin
+from pipeline.backends.base import BuildResult, Capabilities, Engine, GemmRow, LoweredGraph
+from pipeline.backends.fused.kernel_formats import recipe_problems
+from pipeline.backends.tensorrt.plan_file import EngineFile, check_gemms, read_engine_file
+from pipeline.backends.rtx.engine import ENGINE, METADATA, RtxEngine
+from pipeline.files import sha256, write_json
+from pipeline.methods import activation_scalings
+from pipeline.passes import run_shared
+from pipeline.passes.graph import drop_unused
+from pipeline.backends.fused.lower import LowerCuda
+from pipeline.backends.rtx.lower import GROUPS_REFUSED, Lowering, lower
+from pipeline.backends.tensorrt.half_attention import halve_attention
+from pipeline.backends.rtx.gemms import matmul_names
+from pipeline.backends.tensorrt.half_linears import halve_large_linears
+from pipeline.backends.tensorrt.plugin_graph import STATIC_REFUSED
+
+logger = logging.getLogger(__name__)
+ONNX, DATA = "model.onnx", "model.onnx.data"
+
+SCHEMA_VERSION = 1
+
+# GPUs the builder takes, and those among them with FP8 tensor cores.
+BUILDABLE_SMS = (80, 86, 89, 120, 121)
+FP8_SMS = frozenset({89, 120, 121})
+DATA_CENTRE = "TensorRT-RTX is for RTX GPUs; data-centre GPUs of this generation need the target cuda"
+WHY_NOT = {
+    75: "its FP32 GEMMs are refused on Turing",
+    90: DATA_CENTRE,
+    100: DATA_CENTRE,
+    103: DATA_CENTRE,
+}
+FP8 = (GemmRow("fp8", "E4M3", "E4M3"), GemmRow("fp8, 2 limbs", "E4M3", "E4M3", limbs=2))
+INT8 = (GemmRow("int8", "INT8", "INT8"), GemmRow("int8, 2 limbs", "INT8", "INT8", limbs=2))
+FP8_INT4 = (
+    GemmRow("fp8, int4 weights", "E4M3", "INT4"),
+    GemmRow("fp8, int4 weights, 2 limbs", "E4M3", "INT4", limbs=2),
+)
+INT8_INT4 = (
+    GemmRow("int8, int4 weights", "INT8", "INT4"),
+    GemmRow("int8, int4 weights, 2 limbs", "INT8", "INT4", limbs=2),
+)
+# Real scales per group, in the smallest storage first.
+HALF = (
+    GemmRow("fp16, int4 weights", "FP16", "INT4", real_groups=True),
+    GemmRow("fp16, fp8 weights", "FP16", "E4M3", real_groups=True),
+    GemmRow("fp16", "FP16", "FP16", real_groups=True),
+)
+# Rows in order of preference by rtx.weights: one GEMM before two, the smaller weight before the larger.
+ROWS: dict[str, tuple[GemmRow, ...]] = {
+    "fp8": (FP8[0], INT8[0], FP8[1], INT8[1], *HALF),
+    "int8": (*INT8, *FP8, *HALF),
+    "int4": (FP8_INT4[0], INT8_INT4[0], FP8_INT4[1], INT8_INT4[1], FP8[0], INT8[0], FP8[1], INT8[1], *HALF),
+}
+# Type of a GEMM's operands in the engine's plan, by the activation type of its row.
+PLAN_TYPES = {"E4M3": "fp8_e4m3", "INT8": "int8", "FP16": "half"}
+
+
+def capabilities(weights: str, sms: tuple[int, ...]) -> Capabilities:
+    """What every one of the GPUs runs; without FP8 tensor cores on each of them only the other rows are left."""
+    has_fp8 = set(sms) <= FP8_SMS
+    return Capabilities(
+        "rtx", tuple(row for row in ROWS[weights] if has_fp8 or "E4M3" not in (row.activation_type, row.weight_type))
+    )
+
+
+class RtxBackend:
+    """Builds one engine for all compute capabilities of `recipe.rtx.sm`."""
+
+    name = "rtx"
+    capabilities = capabilities("fp8", (89, 120))
+
+    def problems(self, recipe: Any) -> list[str]:
+        """GPUs that the builder refuses, activations that no lowering takes, and a missing package."""
+        with_plugins = recipe.rtx.path == "plugin"
+        found = [*sm_problems(recipe.rtx.sm), *method_problems(recipe, with_plugins), *rtx_build.package_problems()]
+        found += recipe_problems(recipe, rtx_plugin.REMEDY) if with_plugins else []
+        return [*found, *rtx_plugin.problems(recipe.rtx.sm)] if with_plugins and not found else found
+
+    def lower(self, portable: Path, work_dir: Path, recipe: Any) -> LoweredGraph:
+        """Write the graph that the builder gets into `work_dir`; weights are converted one by one while writing."""
+        model, sms = load_model(portable), tuple(recipe.rtx.sm)
+        run_shared(model)
+        if recipe.rtx.path == "plugin":
+            lowering: LowerCuda | Lowering = rtx_plugin.lower(model, recipe.rtx.operands)
+        else:
+            lowering = lower_native(model, recipe.rtx.weights, sms)
+        if recipe.rtx.attention == "fp16":
+            attentions, linears = halve_attention(model), halve_large_linears(model)
+            logger.info("in FP16: %d attentions, unquantized linears %s", attentions, ", ".join(linears) or "none")
+        drop_unused(model)
+        path = work_dir / ONNX
+        ir.save(model, path, external_data=DATA, size_threshold_bytes=1024)
+        return LoweredGraph(path, tuple(lowering.probes), tuple(lowering.choices))
+
+    def build(self, lowered: LoweredGraph, out_dir: Path, recipe: Any) -> BuildResult:
+        """Engine, metadata.json and lowering.json. Raises ContractError where a linear is not the GEMM it should be."""
+        sms = tuple(recipe.rtx.sm)
+        build = rtx_plugin.build if recipe.rtx.path == "plugin" else build_native
+        facts, engine, more = build(lowered.path, out_dir / ENGINE, sms, recipe.sampling.batch_size)
+        if recipe.rtx.path == "native":
+            check_gemms(engine, expected_gemms(lowered))
+        metadata = describe(engine, lowered, facts) | more
+        write_json(out_dir / METADATA, metadata)
+        lowering_file.write(lowered, out_dir / lowering_file.NAME)
+        files = tuple(f"{out_dir.name}/{name}" for name in (ENGINE, METADATA, lowering_file.NAME))
+        return BuildResult(files, lowered, metadata)
+
+    def load(self, bundle_dir: Path, threads: int = 0) -> Engine:
+        """Engine on the GPU. Raises EnvironmentLacksError where there is none or it is another one."""
+        return RtxEngine(bundle_dir / self.name)
+
+
+def lower_native(model: ir.Model, weights: str, sms: tuple[int, ...]) -> Lowering:
+    """Lower to TensorRT's own ops, in place, for what all GPUs run."""
+    if without := sorted(set(sms) - FP8_SMS):
+        logger.info("SM %s has no FP8 tensor cores: the engine uses INT8 operands", ", ".join(map(str, without)))
+    return lower(model, capabilities(weights, sms))
+
+
+def build_native(
+    path: Path, engine_path: Path, sms: tuple[int, ...], batch_size: int
+) -> tuple[rtx_build.BuildFacts, EngineFile, dict[str, Any]]:
+    """As `rtx_plugin.build`, of a graph in TensorRT's own ops."""
+    facts = rtx_build.build_engine(path, engine_path, sms, batch_size)
+    return facts, read_engine_file(engine_path), {}
+
+
+def sm_problems(sms: tuple[int, ...]) -> list[str]:
+    """One message for each compute capability that the builder refuses."""
+    takes = (
+        f"TensorRT-RTX builds for SM {', '.join(map(str, BUILDABLE_SMS))}; set rtx.sm or --target-sm to some of them"
+    )
+    refused = [sm for sm in sms if sm not in BUILDABLE_SMS]
+    return [f"target rtx cannot be built for SM {sm}: {WHY_NOT.get(sm, 'unknown to it')}. {takes}" for sm in refused]
+
+
+def method_problems(recipe: Any, with_plugins: bool = False) -> list[str]:
+    """One message where the method would give activations scales that nothing here runs."""
+    refused = {"token_group": GROUPS_REFUSED} | ({"per_tensor": STATIC_REFUSED} if with_plugins else {})
+    chosen = recipe.calibrate
+    given = activation_scalings(chosen.method, chosen.preset, chosen.options)
+    return [
+        f"calibrate.method {chosen.method} scales activations {one}: {refused[one]}" for one in given if one in refused
+    ]
+
+
+def expected_gemms(lowered: LoweredGraph) -> dict[str, str]:
+    """MatMul node -> operand type in the plan, for every quantized linear and limb."""
+    types = {row.path: PLAN_TYPES[row.activation_type] for rows in ROWS.values() for row in rows}
+    return {node: types[probe.path] for probe in lowered.probes for node in matmul_names(probe.layer, len(probe.codes))}
+
+
+def describe(engine: EngineFile, lowered: LoweredGraph, facts: rtx_build.BuildFacts) -> dict[str, Any]:
+    """metadata.json: what the engine needs and holds, and which release built it."""
+    kinds = Counter(step.kind for step in engine.steps)
+    return {
+        "schema_version": SCHEMA_VERSION,
+        "compute_capabilities": list(engine.sms),
+        "engine_bytes": engine.size_bytes,
+        "engine_version": engine.version,
+        "weights_bytes": sum(engine.constant_bytes.values()),
+        "constant_bytes": engine.constant_bytes,
+        "kernels": dict(sorted(kinds.items())),
+        "gemms": engine.gemm_types,
+        "fused_attentions": sum("gemm_mha" in step.name for step in engine.steps),
+        "dimension_bounds": engine.bounds,
+        "onnx_sha256": sha256(lowered.path),
+        "onnx_data_sha256": sha256(lowered.path.with_name(DATA)),
+        "paths": dict(Counter(choice.path for choice in lowered.choices)),
+        **asdict(facts),
+    }

@@ -1,0 +1,207 @@
+"""A graph of fused ops -> the graph for TensorRT's parser: each fused op a node that its plugin answers to.
+
+The fused ops are those of the `cuda` lowering, with function bodies in standard ops, so that stock onnxruntime runs the
+graph that is verified. Here each becomes a node of the same kernel without a body, since a parser prefers bodies to
+plugins: outputs that only a parity gate reads are dropped, codes are the kernels' operand bytes, and bytes are int8,
+which the builder keeps as bytes (it widens uint8 to 32 bits).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import onnx
+import onnx_ir as ir
+from onnx import NodeProto, TensorProto, helper
+
+from export.errors import ContractError
+from pipeline.passes.graph import drop_unused
+from pipeline.backends.fused.lower import OPERANDS_KEY, LowerCuda, takes_integers
+from pipeline.backends.fused.gate_residual import FuseGateResidual
+from pipeline.backends.fused.ops import DOMAIN, OPS, add_functions
+from pipeline.backends.fused.merge_gemms import MergeGemms
+from plugins.gpu import table
+from plugins.gpu.specs import Epilogue, GemmSpec, QuantizeSpec
+
+# Fused op -> kernel of the table.
+QUANTIZERS = {
+    "Quantize": "quantize",
+    "GeluQuantize": "gelu_quantize",
+    "NormModulateQuantize": "norm_modulate_quantize",
+}
+GEMMS: dict[str, Epilogue] = {"Gemm": "none", "GemmGateResidual": "gate_residual"}
+GEMM = "packed_gemm"
+BEFORE: dict[str, Any] = {"Quantize": "none", "GeluQuantize": "gelu", "NormModulateQuantize": "norm_modulate"}
+# Input of a fused op -> argument of its kernel, where the two differ.
+RENAMED = {"a_codes": "a", "codes": "w", "gain": "scale"}
+STATIC_REFUSED = (
+    "plugins quantize with one scale per token, a constant one is not theirs; use --target rtx --set rtx.path=native"
+)
+Bounds = tuple[int, int, int]
+# Rows where the graph does not tell a tensor's shape.
+UNKNOWN_ROWS: Bounds = (1, 1024, 65536)
+
+
+@dataclass(frozen=True)
+class KernelNode:
+    """One plugin of the graph: name of its node, kernel of the table, spec, smallest, usual and most rows."""
+
+    name: str
+    kernel: str
+    spec: GemmSpec | QuantizeSpec
+    rows: Bounds
+
+    @property
+    def inputs(self) -> tuple[str, ...]:
+        """Names of the kernel's input arguments, in order."""
+        arguments = table.kernel(self.kernel).arguments_of(self.spec)
+        return tuple(argument.name for argument in arguments if argument.role == "input")
+
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of its packed weight; 0 for a quantizer."""
+        return self.spec.in_features * self.spec.out_features // 2 if isinstance(self.spec, GemmSpec) else 0
+
+
+def lower_fused(model: ir.Model, operands: str = "fp8") -> LowerCuda:
+    """Lower `model` in place to fused ops, after the shared passes; attention stays TensorRT's.
+
+    operands: as LowerCuda's. Raises ContractError for a layer that no kernel takes.
+    """
+    lowering = LowerCuda(operands)
+    merging = MergeGemms()
+    for rewrite in (lowering, FuseGateResidual(), merging):
+        rewrite(model)
+    lowering.probes = [merging.probe(row) for row in lowering.probes]
+    static = [node for node in model.graph if node.domain == DOMAIN and node.op_type.endswith("QuantizeStatic")]
+    if static:
+        raise ContractError(f"{static[0].name}: {STATIC_REFUSED}")
+    add_functions(model)
+    drop_unused(model)
+    return lowering
+
+
+def plugin_graph(
+    model: onnx.ModelProto,
+    bounds: Mapping[str, Any],
+    plugin: Callable[[KernelNode], tuple[str, dict[str, Any]]],
+    integers: bool = False,
+) -> list[KernelNode]:
+    """Turn the fused ops of `model` into plugin nodes, in place; its weights may stay in their file.
+
+    bounds: input -> (smallest, usual, largest) shape. plugin: name of a node's plugin, and the attributes that rebuild
+    it. integers: whether codes are INT8 images where the lowering left that to the GPU. Raises ContractError for an op
+    without a plugin.
+    """
+    constants = {tensor.name: tensor for tensor in model.graph.initializer}
+    rows, channels = _rows(model, bounds), _channels(model)
+    found = []
+    for node in model.graph.node:
+        if node.domain == DOMAIN:
+            made = _kernel_node(node, constants, channels, rows.get(node.input[0], UNKNOWN_ROWS), integers)
+            _rewrite(node, made, constants)
+            node.op_type, attributes = plugin(made)
+            node.attribute.extend(helper.make_attribute(key, value) for key, value in attributes.items())
+            found.append(made)
+    _clean(model)
+    return found
+
+
+def _kernel_node(
+    node: NodeProto,
+    constants: Mapping[str, TensorProto],
+    channels: Mapping[str, int],
+    rows: Bounds,
+    preferred: bool,
+) -> KernelNode:
+    given: dict[str, Any] = {item.name: _plain(helper.get_attribute_value(item)) for item in node.attribute}
+    chosen = {item.key: item.value for item in node.metadata_props}.get(OPERANDS_KEY)
+    given["integers"] = takes_integers(chosen, preferred)
+    if node.op_type in QUANTIZERS:
+        extra = {key: given[key] for key in ("epsilon", "integers") if key in given}
+        spec = QuantizeSpec(given["format"], channels[node.output[0]], BEFORE[node.op_type], "fp32", **extra)
+        return KernelNode(node.name, QUANTIZERS[node.op_type], spec, rows)
+    if node.op_type not in GEMMS:
+        raise ContractError(f"{node.name} ({node.op_type}) has no plugin; use --target rtx --set rtx.path=native")
+    return KernelNode(node.name, GEMM, _gemm_spec(node, given, constants), rows)
+
+
+def _plain(value: Any) -> Any:
+    return value.decode() if isinstance(value, bytes) else value
+
+
+def _gemm_spec(node: NodeProto, given: Mapping[str, Any], constants: Mapping[str, TensorProto]) -> GemmSpec:
+    weight, scales = (constants[node.input[index]] for index in (2, 3))
+    return GemmSpec(
+        given["activation_format"],
+        given["weight_format"],
+        in_features=given["in_features"],
+        out_features=weight.dims[0],
+        group_size=given["group_size"],
+        multipliers=tuple(given["multipliers"]),
+        real_groups=scales.dims[1] > 1,
+        epilogue=GEMMS[node.op_type],
+        output="fp32",
+        integers=given["integers"],
+    )
+
+
+def _rewrite(node: NodeProto, made: KernelNode, constants: Mapping[str, TensorProto]) -> None:
+    """Inputs in the kernel's order, no outputs that only a parity gate reads, no attributes, bytes as int8."""
+    row = OPS[node.op_type]
+    inputs = {RENAMED.get(name, name): value for name, value in zip(row.inputs, node.input, strict=True)}
+    outputs = [value for name, value in zip(row.outputs, node.output, strict=True) if name not in row.proof]
+    _check_multipliers(made, constants.get(inputs.get("multiplier_codes", "")))
+    del node.input[:], node.output[:], node.attribute[:]
+    node.input.extend(inputs[name] for name in made.inputs)
+    node.output.extend(outputs)
+    for name in node.input:
+        if name in constants and constants[name].data_type == TensorProto.UINT8:
+            constants[name].data_type = TensorProto.INT8  # the same bytes
+
+
+def _check_multipliers(made: KernelNode, codes: TensorProto | None) -> None:
+    """A kernel reads one row of indices for each channel."""
+    if codes is not None and "multiplier_codes" in made.inputs and codes.dims[0] != made.spec.out_features:  # type: ignore[union-attr]
+        raise ContractError(
+            f"{made.name}: multiplier indices of shape {list(codes.dims)}; a kernel reads a row for each of "
+            f"{made.spec.out_features} channels, export the model again"  # type: ignore[union-attr]
+        )
+
+
+def _clean(model: onnx.ModelProto) -> None:
+    """No function bodies, no types of tensors in between (codes are int8 now), no constant that only bodies read."""
+    del model.functions[:], model.graph.value_info[:]
+    read = {name for node in model.graph.node for name in node.input} | {item.name for item in model.graph.output}
+    kept = [tensor for tensor in model.graph.initializer if tensor.name in read]
+    del model.graph.initializer[:]
+    model.graph.initializer.extend(kept)
+
+
+def _channels(model: onnx.ModelProto) -> dict[str, int]:
+    """Codes -> input channels of the GEMMs that read them."""
+    gemms = [node for node in model.graph.node if node.domain == DOMAIN and node.op_type in GEMMS]
+    return {node.input[0]: next(a.i for a in node.attribute if a.name == "in_features") for node in gemms}
+
+
+def _rows(model: onnx.ModelProto, bounds: Mapping[str, Any]) -> dict[str, Bounds]:
+    """Name of a tensor -> rows at the smallest, usual and largest inputs, wherever the graph tells its shape."""
+    symbols = {
+        dim.dim_param: column
+        for value in model.graph.input
+        for dim, column in zip(value.type.tensor_type.shape.dim, zip(*bounds[value.name], strict=True), strict=True)
+        if dim.dim_param
+    }
+    values = [value for value in (*model.graph.input, *model.graph.value_info) if value.type.tensor_type.shape.dim]
+    found = {value.name: [_bounds(dim, symbols) for dim in value.type.tensor_type.shape.dim[:-1]] for value in values}
+    rows = {
+        name: [math.prod(column) for column in zip(*dims, strict=True)] for name, dims in found.items() if all(dims)
+    }
+    return {name: (low, usual, high) for name, (low, usual, high) in ((n, r) for n, r in rows.items() if len(r) == 3)}
+
+
+def _bounds(dim: Any, symbols: Mapping[str, Bounds]) -> Bounds | None:
+    return (dim.dim_value,) * 3 if dim.HasField("dim_value") else symbols.get(dim.dim_param)

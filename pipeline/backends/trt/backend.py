@@ -1,0 +1,170 @@
+"""The `trt` target: a TensorRT engine whose quantized linears are this project's kernels, for the GPU at hand.
+
+The network is strongly typed; the kernels are quick-deployable plugins whose PTX TensorRT embeds, so the engine needs
+neither Python nor a plugin library to run. TensorRT builds on the GPU that the engine is for. Its package was not at
+hand: the graph that the builder gets, the PTX and the launch sizes are tested, building and running are not run.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections import Counter
+from collections.abc import Sequence
+from functools import partial
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import onnx
+import onnx_ir as ir
+
+from export.errors import ContractError
+from export.onnx_files import load_model
+from pipeline.backends import lowering_file
+from pipeline.backends.tensorrt import build as rtx_build, plugin_payloads as rtx_plugin
+from pipeline.backends.base import BuildResult, Capabilities, Engine, LoweredGraph
+from pipeline.backends.fused.kernel_formats import recipe_problems
+from pipeline.backends.rtx.backend import DATA, ONNX, method_problems
+from pipeline.backends.trt.engine import ENGINE, METADATA, MODULE, TrtEngine, environment_problems
+from pipeline.bundle.bundle import cuda_sm
+from pipeline.files import sha256, write_json
+from pipeline.passes import run_shared
+from pipeline.passes.graph import drop_unused
+from pipeline.backends.tensorrt.half_attention import halve_attention
+from pipeline.backends.tensorrt.half_linears import halve_large_linears
+from pipeline.backends.tensorrt.plugin_graph import KernelNode
+from plugins.tensorrt import plugins
+from plugins.tensorrt.aot import plugin_name
+from plugins.tensorrt_rtx import compile
+from plugins.tensorrt_rtx.payload import NAMESPACE, VERSION, Payload
+
+logger = logging.getLogger(__name__)
+SCHEMA_VERSION = 1
+FIELDS = {"plugin_namespace": NAMESPACE, "plugin_version": VERSION, "aot": 1}
+PROOF = (
+    "linears are proven in the graph of fused ops through onnxruntime, kernels in Triton's interpreter by the tests; "
+    "building and running were written without TensorRT at hand"
+)
+
+
+class TrtBackend:
+    """Builds one engine for the GPU of this machine."""
+
+    name = "trt"
+    capabilities = Capabilities("trt", ())
+
+    def problems(self, recipe: Any) -> list[str]:
+        """What is missing here: TensorRT, a release that is new enough, its GPU, a compiler for the kernels."""
+        chosen = [*method_problems(recipe, with_plugins=True), *recipe_problems(recipe, rtx_plugin.REMEDY)]
+        return [*environment_problems(cuda_sm()), *chosen]
+
+    def lower(self, portable: Path, work_dir: Path, recipe: Any) -> LoweredGraph:
+        """Write the graph of fused ops, which is verified, into `work_dir`."""
+        model = load_model(portable)
+        run_shared(model)
+        lowering = rtx_plugin.lower(model, recipe.trt.operands)
+        if recipe.trt.attention == "fp16":
+            halve_attention(model)
+            halve_large_linears(model)
+        drop_unused(model)
+        path = work_dir / ONNX
+        ir.save(model, path, external_data=DATA, size_threshold_bytes=1024)
+        return LoweredGraph(path, tuple(lowering.probes), tuple(lowering.choices))
+
+    def build(self, lowered: LoweredGraph, out_dir: Path, recipe: Any) -> BuildResult:
+        """Engine, metadata.json and lowering.json. Raises ContractError where a plugin is not in the engine."""
+        sm, batch = cuda_sm(), recipe.sampling.batch_size
+        graph = lowered.path.with_name(rtx_plugin.GRAPH)
+        try:
+            nodes = write_graph(lowered.path, graph, batch, sm)
+            facts = build_engine(graph, out_dir / ENGINE, nodes, sm, batch)
+        finally:
+            graph.unlink(missing_ok=True)
+        metadata = {**facts, **described(lowered, nodes)}
+        write_json(out_dir / METADATA, metadata)
+        lowering_file.write(lowered, out_dir / lowering_file.NAME)
+        files = tuple(f"{out_dir.name}/{name}" for name in (ENGINE, METADATA, lowering_file.NAME))
+        return BuildResult(files, lowered, metadata)
+
+    def load(self, bundle_dir: Path, threads: int = 0) -> Engine:
+        """Engine on the GPU. Raises EnvironmentLacksError where there is none or it is another one."""
+        return TrtEngine(bundle_dir / self.name)
+
+
+def write_graph(lowered: Path, path: Path, batch_size: int, sm: int) -> list[KernelNode]:
+    """Write the builder's graph for GPU `sm` to `path`, beside `lowered`; returns its plugins."""
+    return rtx_plugin.write_graph(lowered, path, batch_size, partial(_compiled, sm), plugin_name, FIELDS, (sm,))
+
+
+def _compiled(sm: int, node: KernelNode) -> Payload:
+    return compile.compile_payload(node.kernel, node.spec, node.rows, (sm,), "ptx")
+
+
+def build_engine(
+    graph: Path, engine_path: Path, nodes: Sequence[KernelNode], sm: int, batch_size: int
+) -> dict[str, Any]:
+    """Build with TensorRT and write the engine; returns facts for the metadata. Not run.
+
+    Raises ContractError with the parser's node and message or the builder's reason.
+    """
+    trt: Any = import_module(MODULE)
+    plugins.register(MODULE)
+    log = rtx_build.make_logger(trt)
+    builder = trt.Builder(log)
+    network = builder.create_network(network_flags(trt))
+    parser = rtx_build.parsed(trt, network, log, graph)
+    shapes = rtx_build.shape_bounds(onnx.load(graph, load_external_data=False), batch_size)
+    config = builder.create_builder_config()
+    config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
+    if (tf32 := getattr(trt.BuilderFlag, "TF32", None)) is not None:
+        config.clear_flag(tf32)
+    config.add_optimization_profile(rtx_build.profile_of(builder, shapes))
+    engine = builder.build_serialized_network(network, config)
+    if engine is None:
+        raise rtx_build.build_error(trt, log.errors, (sm,))
+    del parser
+    rtx_build.write_engine(engine_path, memoryview(engine))
+    inspector = trt.Runtime(log).deserialize_cuda_engine(engine).create_engine_inspector()
+    check_layers(inspector.get_engine_information(trt.LayerInformationFormat.JSON), nodes)
+    size = engine_path.stat().st_size
+    return {"shapes": shapes, "tensorrt": trt.__version__, "compute_capabilities": [sm], "engine_bytes": size}
+
+
+def network_flags(trt: Any) -> int:
+    """Strongly typed, and plugins by their PTX. From release 11 on every network is strongly typed and the flag of it
+    ignored, so a release may lack it; one that lacks the other takes the only implementation that our plugins have."""
+    known = trt.NetworkDefinitionCreationFlag
+    found = [getattr(known, name, None) for name in ("STRONGLY_TYPED", "PREFER_AOT_PYTHON_PLUGINS")]
+    return sum(1 << int(flag) for flag in found if flag is not None)
+
+
+def check_layers(information: str, nodes: Sequence[KernelNode]) -> None:
+    """Raise ContractError where the engine's own list of layers (JSON of its inspector) lacks a plugin."""
+    names = layer_names(information)
+    missing = [node for node in nodes if node.name not in names]
+    if missing:
+        raise ContractError(
+            f"{missing[0].name}: the engine has no layer of that name for the plugin {missing[0].kernel}"
+        )
+
+
+def layer_names(information: str) -> set[str]:
+    """Names of the layers in the inspector's JSON: objects with a Name, or names alone where details are off."""
+    try:
+        layers = json.loads(information)["Layers"]
+        return {str(row["Name"] if isinstance(row, dict) else row) for row in layers}
+    except (ValueError, KeyError, TypeError) as error:
+        raise ContractError(f"the inspector's list of layers cannot be read ({error!r}); build again") from error
+
+
+def described(lowered: LoweredGraph, nodes: Sequence[KernelNode]) -> dict[str, Any]:
+    """The part of metadata.json that needs no TensorRT."""
+    return {
+        "schema_version": SCHEMA_VERSION,
+        "onnx_sha256": sha256(lowered.path),
+        "onnx_data_sha256": sha256(lowered.path.with_name(DATA)),
+        "paths": dict(Counter(choice.path for choice in lowered.choices)),
+        **rtx_plugin.described(nodes),
+        "proof": PROOF,
+    }

@@ -1,0 +1,166 @@
+"""Latency and memory of engines against what a user would run without them, measured interleaved in one run.
+
+Each round calls every contestant once, so that whatever else the machine does hits all of them alike: the ratios are
+the result, an absolute time says little without its machine. `python -m pipeline.bench.measure BUNDLE` measures again.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from pipeline import machine
+from pipeline.backends import PORTABLE
+from pipeline.backends.base import Arrays, Engine
+from pipeline.bench.baselines import Contestant, baselines, peak_memory
+from pipeline.recipe import Recipe
+
+if TYPE_CHECKING:
+    from export.models.load import LoadedModel
+    from pipeline.generate.case import Case
+
+logger = logging.getLogger(__name__)
+SCHEMA_VERSION = 1
+# Rounds are as many as fit into the time, within these bounds: a median of three is the least that ignores an outlier.
+CALLS_BUDGET_S, CALL_ROUNDS = 20.0, (3, 30)
+IMAGES_BUDGET_S, IMAGE_ROUNDS = 40.0, (3, 10)
+MILLISECONDS = 1e3
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Seconds of the timed runs of one contestant; derived: computed from other timings, not measured itself."""
+
+    seconds: tuple[float, ...]
+    derived: bool = False
+
+    def to_row(self) -> dict[str, Any]:
+        """Median, 10th and 90th percentile in milliseconds."""
+        p10, median, p90 = np.percentile(self.seconds, (10, 50, 90)) * MILLISECONDS
+        row = {"median": float(median), "p10": float(p10), "p90": float(p90), "rounds": len(self.seconds)}
+        return row | ({"derived": "steps x median call"} if self.derived else {})
+
+
+def bench(
+    model: LoadedModel,
+    engines: Mapping[str, Engine],
+    recipe: Recipe,
+    bundle: Path,
+    scratch: Path,
+    threads: int | None = None,
+) -> dict[str, Any]:
+    """Measure `engines` (of the folder `bundle`) and the baselines: one denoiser call, and a whole image with guidance.
+
+    Returns the document of bench.json. Engines that do not run on this machine are simply not in it. The baselines'
+    models are written into `scratch`: float32 twice and INT8, 9 bytes per parameter. threads: of the engines, which the
+    baselines get, too; None: what the machine allows.
+    """
+    from export.models.load import sample_inputs
+    from pipeline.generate.case import make_case
+
+    size, count = recipe.sampling, machine.threads(threads)
+    inputs = sample_inputs(model, size.batch_size, size.seed, size.height, size.width)
+    case = make_case(model, recipe)
+    runners = [Contestant.of_engine(name, engine, bundle) for name, engine in engines.items()]
+    runners += baselines(model, recipe, scratch, count)
+    calls = interleaved({row.name: _caller(row, inputs) for row in runners}, CALLS_BUDGET_S, CALL_ROUNDS)
+    images = image_timings(runners, case, calls)
+    rows = {row.name: _row(row, calls, images, inputs) for row in runners}
+    for row in runners:
+        row.close()
+    return {
+        "schema_version": SCHEMA_VERSION,
+        "engine": recipe.name,
+        "batch_size": size.batch_size,
+        "image": {"pictures": len(case.noise), "n_steps": case.n_steps, "guidance_scale": case.guidance_scale},
+        "shapes": {name: list(value.shape) for name, value in inputs.items()},
+        "interleaved": True,
+        "threads": count,
+        "contestants": rows,
+        "ratios": ratios(rows, tuple(engines)),
+        "tools": machine.tool_versions(),
+        "code": machine.code_version(),
+        "machine": machine.facts(),
+    }
+
+
+def measured(targets: Iterable[str]) -> tuple[str, ...]:
+    """The targets of a bundle that are measured unless others are named: the portable model, which is made to run
+    anywhere and not to be fast, only where it is all there is.
+
+    >>> measured(["cpu", "onnx"]), measured(["onnx"])
+    (('cpu',), ('onnx',))
+    """
+    found = tuple(targets)
+    return tuple(target for target in found if target != PORTABLE) or found
+
+
+def _caller(runner: Contestant, inputs: Arrays) -> Callable[[], object]:
+    return lambda: runner.run(inputs)
+
+
+def _row(
+    runner: Contestant, calls: Mapping[str, Timing], images: Mapping[str, Timing], inputs: Arrays
+) -> dict[str, Any]:
+    return {
+        "call_ms": calls[runner.name].to_row(),
+        "image_ms": images[runner.name].to_row(),
+        "weights_bytes": runner.weights_bytes,
+        "peak_rss_bytes": peak_memory(runner, inputs),
+    }
+
+
+def interleaved(
+    work: Mapping[str, Callable[[], object]], budget_s: float, bounds: tuple[int, int]
+) -> dict[str, Timing]:
+    """Time every item of `work` once per round, after one round to warm up; rounds as many as fit into `budget_s`."""
+    warm = {name: _seconds(call) for name, call in work.items()}
+    rounds = int(np.clip(budget_s / max(sum(warm.values()), 1e-9), *bounds))
+    found: dict[str, list[float]] = {name: [] for name in work}
+    for _ in range(rounds):
+        for name, call in work.items():
+            found[name].append(_seconds(call))
+    return {name: Timing(tuple(seconds)) for name, seconds in found.items()}
+
+
+def _seconds(call: Callable[[], object]) -> float:
+    started = time.perf_counter()
+    call()
+    return time.perf_counter() - started
+
+
+def image_timings(runners: list[Contestant], case: Case, calls: Mapping[str, Timing]) -> dict[str, Timing]:
+    """Whole images. Where a round of them would burst the budget, steps times the median call stands in, marked so.
+
+    A guided call has twice the rows of a plain one, and the case may hold more pictures than a call: both are counted.
+    """
+    guided = 2 if case.guidance_scale != 1.0 else 1
+    expected = {name: float(np.median(row.seconds)) * case.n_steps * guided for name, row in calls.items()}
+    if sum(expected.values()) * (IMAGE_ROUNDS[0] + 1) > IMAGES_BUDGET_S:
+        return {name: Timing((seconds,), derived=True) for name, seconds in expected.items()}
+    draws = {row.name: _drawer(row, case.first(1)) for row in runners}
+    return interleaved(draws, IMAGES_BUDGET_S, IMAGE_ROUNDS)
+
+
+def _drawer(runner: Contestant, case: Case) -> Callable[[], object]:
+    return lambda: case.draw(runner.run)
+
+
+def ratios(rows: Mapping[str, Mapping[str, Any]], engines: tuple[str, ...]) -> dict[str, dict[str, float]]:
+    """How many times faster each engine's call is than each baseline's, by medians of the same rounds."""
+    medians = {name: row["call_ms"]["median"] for name, row in rows.items()}
+    others = [name for name in medians if name not in engines]
+    return {name: {other: medians[other] / medians[name] for other in others} for name in engines}
+
+
+if __name__ == "__main__":
+    from pipeline.bench.__main__ import main
+    from pipeline.signals import leave
+
+    leave(main)

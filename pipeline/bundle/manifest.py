@@ -1,0 +1,133 @@
+"""manifest.json: what a bundle is, which files it has, and everything needed to make it again."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, cast
+
+from export.checkpoint import QuantizedLinear
+from export.documents import Rules, read_json
+from export.errors import ContractError
+from export.names import distinct, inside, is_hub_link
+from pipeline import machine
+from pipeline.backends.base import BuildResult
+from pipeline.files import sha256, tree, write_json
+from pipeline.recipe import Recipe
+from pipeline.bundle.stages import StageTime
+
+SCHEMA_VERSION = 1
+FILE_NAME = "manifest.json"
+RULES = Rules(version=SCHEMA_VERSION)
+
+
+@dataclass(frozen=True)
+class BuildFacts:
+    """What the stages found out, from which `compose` makes the manifest. model: source, revision, sha256, family, and
+    which tensors of its files are in it."""
+
+    recipe: Recipe
+    model: Mapping[str, Any]
+    layers: list[QuantizedLinear]
+    kept: list[tuple[str, str]]
+    results: Mapping[str, BuildResult]
+    times: list[StageTime] = field(default_factory=list)
+
+
+def compose(facts: BuildFacts, folder: Path) -> dict[str, Any]:
+    """The manifest of the finished files in `folder` (its own file left out)."""
+    files = {name: _file_row(folder / name) for name in tree(folder) if name != FILE_NAME}
+    return {
+        "schema_version": SCHEMA_VERSION,
+        "engine": facts.recipe.name,
+        "recipe": asdict(facts.recipe),
+        "model": dict(facts.model),
+        "layers": [_layer_row(layer) for layer in facts.layers],
+        "kept": [{"name": name, "reason": reason} for name, reason in facts.kept],
+        "counts": _counts(facts),
+        "bytes": _sizes(facts.layers, files),
+        "targets": {name: _target_row(result) for name, result in facts.results.items()},
+        "files": files,
+        "tools": machine.tool_versions(),
+        "code": machine.code_version(),
+        "machine": machine.facts(),
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        "stages": [asdict(row) for row in facts.times],
+    }
+
+
+def _file_row(path: Path) -> dict[str, Any]:
+    return {"size": path.stat().st_size, "sha256": sha256(path)}
+
+
+def _layer_row(layer: QuantizedLinear) -> dict[str, Any]:
+    return {
+        "name": layer.name,
+        "kind": layer.kind,
+        "shape": [layer.out_features, layer.in_features],
+        "weight_format": layer.weight_format,
+        "activation_format": layer.activation_format,
+        "granularity": layer.granularity,
+        "group_size": layer.group_size,
+        "size_bytes": layer.size_bytes,
+        **input_facts(layer),
+    }
+
+
+def input_facts(layer: QuantizedLinear) -> dict[str, Any]:
+    """How a layer's input is scaled, and what stands before and beside its GEMM; keys that say nothing are left out."""
+    found: dict[str, Any] = {"activation_scaling": layer.activation_scaling}
+    if layer.activation_group:
+        found["activation_group"] = layer.activation_group
+    for key in ("activation_scale", "activation_zero"):
+        if getattr(layer, key) is not None:
+            found[key] = float(getattr(layer, key)[0])
+    if balance := [key for key in ("input_multiplier", "input_offset") if getattr(layer, key) is not None]:
+        found["balance"] = balance
+    if layer.lora_down is not None:
+        found["low_rank"] = {"branches": layer.lora_down.shape[0], "rank": layer.lora_down.shape[1]}
+    return found
+
+
+def _counts(facts: BuildFacts) -> dict[str, Any]:
+    pairs = Counter(f"{layer.weight_format} x {layer.activation_format}" for layer in facts.layers)
+    return {"quantized": len(facts.layers), "kept": len(facts.kept), "formats": dict(sorted(pairs.items()))}
+
+
+def _sizes(layers: list[QuantizedLinear], files: Mapping[str, Mapping[str, Any]]) -> dict[str, int]:
+    return {
+        "quantized_weights": sum(layer.size_bytes for layer in layers),
+        "same_weights_fp16": sum(2 * layer.out_features * layer.in_features for layer in layers),
+        "all_files": sum(row["size"] for row in files.values()),
+    }
+
+
+def _target_row(result: BuildResult) -> dict[str, Any]:
+    choices = {row.layer: {"path": row.path, "why": row.why} for row in result.lowered.choices}
+    return {"files": list(result.files), "metadata": dict(result.metadata), "choices": choices}
+
+
+def write(document: Mapping[str, Any], folder: Path) -> None:
+    """Write manifest.json into `folder`."""
+    write_json(folder / FILE_NAME, document)
+
+
+def read(folder: Path) -> dict[str, Any]:
+    """The manifest of a bundle folder, its form and paths checked. Raises ContractError."""
+    from pipeline.bundle.manifest_schema import Manifest
+
+    path = folder / FILE_NAME
+    if not path.is_file() or (path.is_symlink() and not is_hub_link(path, folder)):
+        raise ContractError(f"{folder} is not a bundle: it has no {FILE_NAME}; give the folder that build wrote")
+    document = cast(dict[str, Any], read_json(path, Manifest, RULES))
+    for name in document["files"]:
+        inside(folder, name, path)
+    distinct([*document["files"], FILE_NAME], path)
+    for target, row in document["targets"].items():
+        inside(folder, target, path)
+        if unlisted := sorted(set(row["files"]) - set(document["files"])):
+            raise ContractError(f"{path}: target {target} has a file {unlisted[0]!r} that is not in its table of files")
+    return document

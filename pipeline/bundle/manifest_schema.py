@@ -1,0 +1,115 @@
+"""Types of manifest.json: what is read of it again. Keys beyond these may stand there and stay."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, NotRequired
+
+from annotated_types import Ge, Len, Lt, MinLen
+from typing_extensions import TypedDict
+
+from pipeline.bundle.stages import StageTime
+
+Bytes = Annotated[int, Ge(0), Lt(2**60)]
+Count = Annotated[int, Ge(0), Lt(2**31)]
+Name = Annotated[str, MinLen(1)]
+Sha256 = Annotated[str, Len(64, 64)]
+
+
+class Model(TypedDict):
+    """Where the float model came from."""
+
+    source: Name
+    revision: str
+    sha256: Sha256
+    family: Name
+
+
+class LowRank(TypedDict):
+    """Low-rank branches beside a layer."""
+
+    branches: Count
+    rank: Count
+
+
+class Layer(TypedDict):
+    """One quantized linear; shape: [N, K]."""
+
+    name: Name
+    kind: str
+    shape: tuple[Count, Count]
+    weight_format: str
+    activation_format: str
+    granularity: str
+    group_size: Count
+    size_bytes: Bytes
+    activation_scaling: NotRequired[str]
+    activation_group: NotRequired[Count]
+    activation_scale: NotRequired[float]
+    activation_zero: NotRequired[float]
+    balance: NotRequired[list[str]]
+    low_rank: NotRequired[LowRank]
+
+
+class Kept(TypedDict):
+    """A layer that is not quantized, and why."""
+
+    name: str
+    reason: str
+
+
+class Counts(TypedDict):
+    """formats: "weight x activation" to layers."""
+
+    quantized: Count
+    kept: Count
+    formats: dict[str, Count]
+
+
+class Sizes(TypedDict):
+    """Bytes of the quantized weights, of the same in fp16, and of all files of the bundle."""
+
+    quantized_weights: Bytes
+    same_weights_fp16: Bytes
+    all_files: Bytes
+
+
+class Path(TypedDict):
+    """What a lowering chose for a layer, and why."""
+
+    path: str
+    why: str
+
+
+class Target(TypedDict):
+    """metadata: see pipeline/backends/metadata_file.py."""
+
+    files: list[str]
+    metadata: dict[str, Any]
+    choices: dict[str, Path]
+
+
+class File(TypedDict):
+    """Size in bytes and sha256 in hexadecimal digits."""
+
+    size: Bytes
+    sha256: Sha256
+
+
+class Manifest(TypedDict):
+    """The whole document. recipe: see pipeline/recipe.py."""
+
+    schema_version: int
+    engine: Name
+    recipe: dict[str, Any]
+    model: Model
+    layers: list[Layer]
+    kept: list[Kept]
+    counts: Counts
+    bytes: Sizes
+    targets: Annotated[dict[str, Target], MinLen(1)]
+    files: dict[str, File]
+    tools: dict[str, str]
+    code: str
+    machine: dict[str, Any]
+    created: str
+    stages: list[StageTime]

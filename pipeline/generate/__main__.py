@@ -1,0 +1,240 @@
+"""`python -m pipeline.generate BUNDLE --prompt "..." -o out.png`: draw with an engine.
+
+A bundle of a pixel model draws by itself, in NumPy and its engine alone. A latent model needs the text encoder and VAE
+of its diffusers pipeline, whose transformer the engine replaces.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from export.errors import ContractError, RecipeError
+from export.models.families import FAMILIES, shared_names, stated_inputs
+from pipeline.command import Answer, Parser, add_threads, parser, run
+from pipeline.generate.conditioning import GENERATION_FILE, Generation
+from pipeline.files import refuse_unwritable
+from pipeline.progress import track
+from pipeline.generate.sampling import make_sampler, sample
+from pipeline.signals import leave
+
+if TYPE_CHECKING:
+    from pipeline.bundle.bundle import Bundle
+
+logger = logging.getLogger(__name__)
+DESCRIPTION = "Draw pictures with an engine bundle."
+# Pictures drawn at a time: with guidance a batch of 8, the largest that every engine is built for.
+BATCH_SIZE = 4
+# Of one command, so that a slip of the finger is refused at once.
+MOST_PICTURES, MOST_STEPS, MOST_SHEET_PIXELS = 4096, 10_000, 2**28
+# Small pictures are enlarged by a whole factor, so that they can be seen: to at least this many pixels a side.
+SHOWN_PIXELS = 256
+Pictures = NDArray[np.uint8]
+
+
+@dataclass(frozen=True)
+class DrawRequest:
+    """What to draw: `num_images` pictures of every prompt, with the seeds `seed`, `seed` + 1, ...
+
+    n_steps 0 and guidance_scale None stand for the model's own.
+    """
+
+    prompts: tuple[str, ...]
+    seed: int = 0
+    num_images: int = 1
+    n_steps: int = 0
+    guidance_scale: float | None = None
+    target: str = "auto"
+
+    def __post_init__(self) -> None:
+        if self.num_images < 1 or self.seed < 0 or self.n_steps < 0:
+            raise RecipeError("--num-images must be at least 1, --seed and --n-steps not negative")
+        if self.num_images * len(self.prompts) > MOST_PICTURES or self.n_steps > MOST_STEPS or self.seed >= 2**63:
+            raise RecipeError(f"at most {MOST_PICTURES} pictures, {MOST_STEPS} --n-steps and seeds below 2**63")
+        if self.guidance_scale is not None and not math.isfinite(self.guidance_scale):
+            raise RecipeError(f"--guidance-scale {self.guidance_scale} is not a number; give one such as 4.5")
+        for prompt in self.prompts:
+            if any("\ud800" <= character <= "\udfff" for character in prompt):
+                raise RecipeError(f"prompt {prompt!r} is not text in the terminal's encoding; use UTF-8")
+
+    @property
+    def pictures(self) -> list[tuple[str, int]]:
+        """(prompt, seed) of every picture, prompt by prompt."""
+        return [(prompt, self.seed + index) for prompt in self.prompts for index in range(self.num_images)]
+
+
+def draw(bundle: Bundle, request: DrawRequest) -> Pictures:
+    """Pictures [prompts * num_images, H, W, 1 or 3] uint8 of a pixel model."""
+    with bundle.generation() as generation:
+        generation.encode(list(request.prompts))  # refuse a bad prompt before the engine is loaded
+        engine = bundle.engine(request.target)
+        try:
+            parts = _parts(request.pictures)
+            drawn = [_draw_part(bundle, generation, engine, request, part) for part in track(parts, len(parts), "draw")]
+        finally:
+            engine.close()
+    return np.concatenate(drawn)
+
+
+def _parts(pictures: list[tuple[str, int]]) -> list[list[tuple[str, int]]]:
+    return [pictures[first : first + BATCH_SIZE] for first in range(0, len(pictures), BATCH_SIZE)]
+
+
+def _draw_part(
+    bundle: Bundle, generation: Generation, engine: Any, request: DrawRequest, part: list[tuple[str, int]]
+) -> Pictures:
+    sampler = make_sampler(generation.sampler, request.n_steps or generation.n_steps, generation.timestep_scale)
+    scale = generation.guidance_scale if request.guidance_scale is None else request.guidance_scale
+    shape = picture_shape(bundle)
+    noise = np.stack([np.random.default_rng(seed).standard_normal(shape) for _, seed in part]).astype(np.float32)
+    encoded = generation.encode([prompt for prompt, _ in part])
+    images = sample(engine.run, encoded, noise, sampler, scale, shared=_shared(bundle))
+    return to_pixels(images)
+
+
+def _shared(bundle: Bundle) -> frozenset[str]:
+    """Names of the engine's inputs without a batch axis; classes without a row of their own have none."""
+    family = FAMILIES.get(bundle.manifest["model"]["family"])
+    if family is None:
+        return frozenset()
+    return shared_names(stated_inputs(family, bundle.config(), bundle.path / "config.json"))
+
+
+def picture_shape(bundle: Bundle) -> tuple[int, int, int]:
+    """Channels, height and width that the engine of a pixel model was made for."""
+    config, size = bundle.config(), bundle.recipe.sampling
+    own = config["sample_size"]
+    return config["in_channels"], size.height or own, size.width or own
+
+
+def to_pixels(images: NDArray[np.float32]) -> Pictures:
+    """[B, C, H, W] in [-1, 1] -> [B, H, W, C] uint8, rounded. Raises ContractError for NaN: the engine is broken."""
+    if not np.isfinite(images).all():
+        raise ContractError("the engine's picture has NaN or Inf; verify the bundle, and build it again if that fails")
+    return np.rint((np.clip(images, -1, 1) + 1) * 127.5).astype(np.uint8).transpose(0, 2, 3, 1)
+
+
+# --- picture files -------------------------------------------------------------------------------------------------
+
+
+def arrange(pictures: Pictures, columns: int, gap: int = 1) -> Pictures:
+    """One sheet [H', W', C]: rows of `columns` pictures with white lines of `gap` pixels between them."""
+    count, height, width, channels = pictures.shape
+    rows = -(-count // columns)
+    sheet = np.full((rows * (height + gap) - gap, columns * (width + gap) - gap, channels), 255, np.uint8)
+    for index, picture in enumerate(pictures):
+        top, left = index // columns * (height + gap), index % columns * (width + gap)
+        sheet[top : top + height, left : left + width] = picture
+    return sheet
+
+
+def default_scale(height: int, width: int) -> int:
+    """The whole factor that makes the shorter side at least SHOWN_PIXELS.
+
+    >>> default_scale(32, 32), default_scale(512, 512)
+    (8, 1)
+    """
+    return math.ceil(SHOWN_PIXELS / min(height, width))
+
+
+def save(pictures: Pictures, path: Path, columns: int, scale: int, facts: dict[str, Any]) -> tuple[int, int]:
+    """Write one PNG, every pixel enlarged to scale x scale; `facts` go into it as text. Returns (width, height)."""
+    from PIL import Image, PngImagePlugin
+
+    height, width = (side * scale for side in arrange(pictures, columns).shape[:2])
+    if height * width > MOST_SHEET_PIXELS:
+        raise RecipeError(f"a sheet of {width} x {height} pixels is too large; use a smaller --scale or fewer pictures")
+    sheet = arrange(pictures, columns).repeat(scale, axis=0).repeat(scale, axis=1)
+    information = PngImagePlugin.PngInfo()
+    for key, value in facts.items():
+        information.add_itxt(key, str(value))
+    image = Image.fromarray(sheet[:, :, 0] if sheet.shape[2] == 1 else sheet)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    image.save(path, format="PNG", pnginfo=information)
+    return image.size
+
+
+# --- command -------------------------------------------------------------------------------------------------------
+
+
+def make_parser() -> Parser:
+    """All flags of `generate`."""
+    made = parser("generate", DESCRIPTION)
+    made.add_argument("bundle", type=Path, help="engine folder written by build")
+    made.add_argument("--prompt", action="append", required=True, help="what to draw; several give a sheet")
+    made.add_argument("-o", "--output", type=Path, default=Path("out.png"), metavar="FILE.png")
+    made.add_argument("--seed", type=int, default=0, help="of the first picture of each prompt; the next has seed + 1")
+    made.add_argument("--n-steps", type=int, default=0, help="denoising steps (default: the model's)")
+    made.add_argument("--guidance-scale", type=float, help="1 is without guidance (default: the model's)")
+    made.add_argument("--target", default="auto", help="cpu, rtx, cuda, trt, onnx (the portable "
+                      "model, slow); auto: the fastest that this machine can run")  # fmt: skip
+    made.add_argument("--num-images", type=int, default=1, help="pictures of each prompt")
+    text = f"enlarge every pixel this many times (default: to at least {SHOWN_PIXELS} pixels a side)"
+    made.add_argument("--scale", type=int, default=0, help=text)
+    made.add_argument("--pipeline", metavar="ID_OR_DIR", help="diffusers pipeline with text encoder and VAE, for a "
+                      "latent model only (default: the one the engine's model came from)")  # fmt: skip
+    add_threads(made)
+    return made
+
+
+def work(args: argparse.Namespace, answer: Answer) -> int:
+    """Draw and say where the picture is."""
+    from pipeline import load
+
+    if args.scale < 0 or args.output.suffix.lower() != ".png":
+        raise RecipeError(f"--scale must not be negative, and {args.output} must end in .png")
+    refuse_unwritable(args.output, False, "--output")
+    bundle = load(args.bundle, args.threads)
+    request = DrawRequest(
+        tuple(args.prompt), args.seed, args.num_images, args.n_steps, args.guidance_scale, args.target
+    )
+    if makes_pixels(bundle):
+        if args.pipeline is not None:
+            raise RecipeError(
+                f"{args.bundle} draws by itself, without a pipeline; leave --pipeline {args.pipeline} away"
+            )
+        pictures = draw(bundle, request)
+    else:
+        from pipeline.generate.latent import draw_latent
+
+        pictures = draw_latent(bundle, request, args.pipeline)
+    scale = args.scale or default_scale(*pictures.shape[1:3])
+    facts = {"engine": bundle.name, "prompts": json.dumps(request.prompts), "seed": request.seed}
+    width, height = save(pictures, args.output, _columns(request), scale, facts)
+    text = f"{args.output}: {len(pictures)} picture(s), {width} x {height} pixels"
+    text += f", every pixel shown {scale} x {scale} (--scale)" if scale > 1 else ""
+    answer.document(
+        {"event": "result", "path": str(args.output), "width": width, "height": height, "scale": scale}, text
+    )
+    return 0
+
+
+def _columns(request: DrawRequest) -> int:
+    """One row for each prompt; with one picture of each, a sheet that is about square."""
+    return request.num_images if request.num_images > 1 else math.ceil(math.sqrt(len(request.prompts)))
+
+
+def makes_pixels(bundle: Bundle) -> bool:
+    """Whether the bundle describes how it makes pictures, and its engine makes them without a VAE."""
+    if GENERATION_FILE not in bundle.manifest["files"]:
+        return False
+    with bundle.generation() as generation:
+        return generation.output == "pixels"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point; returns the exit code."""
+    return run(make_parser(), work, argv)
+
+
+if __name__ == "__main__":
+    leave(main)

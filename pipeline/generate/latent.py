@@ -1,0 +1,122 @@
+"""Drawing with a latent model: the diffusers pipeline it belongs to, with the engine as its transformer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from export.errors import EnvironmentLacksError, RecipeError
+from export.models.families import FAMILIES
+from pipeline.generate.__main__ import BATCH_SIZE, DrawRequest, Pictures
+
+if TYPE_CHECKING:
+    from pipeline.bundle.bundle import Bundle
+
+# Older folders name one class for PixArt and DiT.
+LEGACY_CLASS = "Transformer2DModel"
+
+
+def draw_latent(bundle: Bundle, request: DrawRequest, source: str | None = None) -> Pictures:
+    """Pictures [prompts * num_images, H, W, 3] uint8; `source` names the pipeline if it is not the model's own."""
+    root = find_pipeline(source or str(bundle.manifest["model"]["source"]))  # refuse before the slow imports
+    family = str(bundle.manifest["model"]["family"])
+    _refuse_other_class(root, family)
+    import torch
+
+    from pipeline.generate.pipeline_folder import drawing, open_pipeline
+
+    transformer = bundle.as_diffusers(request.target)
+    try:
+        pipeline = open_pipeline(Path(root), transformer)
+        arguments = pipeline_arguments(family)
+        settings = _settings(request)
+        drawn = []
+        for first in range(0, len(request.pictures), BATCH_SIZE):
+            part = request.pictures[first : first + BATCH_SIZE]
+            generators = [torch.Generator().manual_seed(seed) for _, seed in part]
+            named = arguments(pipeline, bundle, [text for text, _ in part])
+            with drawing(Path(root)):
+                images = pipeline(**named, generator=generators, output_type="np", **settings).images
+            drawn.append(np.rint(np.clip(images, 0, 1) * 255).astype(np.uint8))
+    finally:
+        transformer.engine.close()
+    return np.concatenate(drawn)
+
+
+def _settings(request: DrawRequest) -> dict[str, float]:
+    """The pipeline's arguments for what the request states; a guidance scale of 0 is one."""
+    steps: dict[str, float] = {"num_inference_steps": request.n_steps} if request.n_steps else {}
+    return steps if request.guidance_scale is None else steps | {"guidance_scale": request.guidance_scale}
+
+
+def _refuse_other_class(root: str, family: str) -> None:
+    """Raise RecipeError if the pipeline's transformer is of another class than the engine's model.
+
+    ModelError for an index that cannot be read.
+    """
+    from pipeline.generate.pipeline_folder import INDEX, read_index
+
+    row = read_index(Path(root) / INDEX).get("transformer")
+    known = FAMILIES.get(family)
+    class_name = row[1] if isinstance(row, list) and len(row) == 2 else None
+    if known and class_name not in (known.class_name, LEGACY_CLASS):
+        wanted = f"the engine is one of {known.class_name}"
+        raise RecipeError(
+            f"{root}: its transformer is {class_name or 'absent'}, {wanted}; give the pipeline it is from"
+        )
+
+
+def find_pipeline(source: str) -> str:
+    """The folder or hub id of the diffusers pipeline that `source` (a pipeline or its transformer folder) means."""
+    folder = Path(source).expanduser()
+    for candidate in (folder, folder.parent):
+        if (candidate / "model_index.json").is_file():
+            return str(candidate)
+    if folder.exists() or ":" in source:
+        raise EnvironmentLacksError(
+            f"{source} is a transformer alone: its text encoder and VAE are needed to draw; "
+            "name their pipeline with --pipeline DIR, or use load(BUNDLE).as_diffusers() in your own"
+        )
+    return _from_cache(source)
+
+
+def _from_cache(repository: str) -> str:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
+
+    name, _, revision = repository.partition("@")
+    try:
+        return str(snapshot_download(name, revision=revision or None, local_files_only=True))
+    except (LocalEntryNotFoundError, HFValidationError) as error:
+        raise EnvironmentLacksError(
+            f"pipeline {repository} is not in the local cache; run: hf download {name}; or give --pipeline DIR"
+        ) from error
+
+
+def _texts(_: Any, bundle: Bundle, prompts: list[str]) -> dict[str, Any]:
+    """Texts, and the one size that the engine was made for (the pipeline's own where the recipe states none)."""
+    size = bundle.recipe.sampling
+    stated = {key: value for key, value in (("height", size.height), ("width", size.width)) if value}
+    return {"prompt": prompts, "use_resolution_binning": False, **stated}
+
+
+def _classes(pipeline: Any, _: Bundle, prompts: list[str]) -> dict[str, Any]:
+    """ImageNet classes by number or name."""
+    names = pipeline.labels
+    for prompt in prompts:
+        if not prompt.isdecimal() and prompt not in names:
+            shown = ", ".join(list(names)[:8])
+            raise RecipeError(f"prompt {prompt!r} is not a class; use a number or a name such as {shown}")
+    return {"class_labels": [int(prompt) if prompt.isdecimal() else names[prompt] for prompt in prompts]}
+
+
+# Family -> the pipeline's arguments, where a prompt is not a text.
+ARGUMENTS: dict[str, Callable[[Any, Bundle, list[str]], dict[str, Any]]] = {"dit": _classes}
+
+
+def pipeline_arguments(family: str) -> Callable[[Any, Bundle, list[str]], dict[str, Any]]:
+    """What makes the arguments of a family's pipeline from (pipeline, bundle, prompts)."""
+    return ARGUMENTS.get(family, _texts)

@@ -1,0 +1,236 @@
+"""The trajectory of a real model, drawn by the diffusers pipeline it belongs to: its text encoder, its scheduler.
+
+A folder with model_index.json and all that it lists has them; a transformer alone does not, and then calibration sees
+random conditioning. The text encoder is loaded in float32, so that latents are float32 as well.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import re
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+from traceback import walk_tb
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from safetensors import SafetensorError, safe_open
+
+from export.documents import Rules, open_file, read_json
+from export.errors import ModelError, ResourceError, UserError
+from export.names import inside
+from pipeline import machine
+from pipeline.backends.base import Arrays, Engine
+from pipeline.files import is_out_of_disk, is_out_of_memory, sha256, sha256_json
+
+if TYPE_CHECKING:
+    from export.models.load import LoadedModel
+    from pipeline.recipe import Recipe
+
+logger = logging.getLogger(__name__)
+INDEX = "model_index.json"
+REMEDY = "copy or download it again"
+# Weights of a part, in one file or in shards, without a variant or with one before or behind the shard's number.
+WEIGHTS = re.compile(r"[a-z_]+(\.([\w-]+?))?(-\d+-of-\d+)?(\.([\w-]+))?\.safetensors")
+CAPTIONS = "captions.txt"
+CONFIGURING = (".json", ".txt")
+Keep = Callable[[int, Arrays], None]
+
+
+def pipeline_root(model: LoadedModel) -> Path | None:
+    """The folder of the model's pipeline if every part that its index lists is there, else None."""
+    for folder in (model.folder, model.folder.parent):
+        path = folder / INDEX
+        if path.is_file() and all((folder / part).is_dir() for part in listed_parts(path)):
+            return folder
+    return None
+
+
+def read_index(index: Path) -> dict[str, Any]:
+    """A pipeline's model_index.json: class names, and [library, class] by part. Raises ModelError."""
+    return read_json(index, dict[str, Any], Rules(ModelError, REMEDY))
+
+
+def listed_parts(index: Path) -> list[str]:
+    """Names of the parts of a pipeline; `[null, null]` stands for one that it does without."""
+    document = read_index(index)
+    names = [name for name, value in document.items() if isinstance(value, list) and len(value) == 2 and value[0]]
+    for name in names:
+        inside(index.parent, name, index, ModelError)
+    return names
+
+
+def shared_variant(root: Path) -> str | None:
+    """The variant to open the pipeline's other parts in, None if all have plain weights.
+
+    Raises ModelError if those without plain weights share no variant, or more than one.
+    """
+    found = {part: _variants(root / part) for part in _other_parts(root)}
+    lacking = {part: variants for part, variants in found.items() if variants and "" not in variants}
+    if not lacking:
+        return None
+    shared = sorted(set.intersection(*lacking.values()))
+    if len(shared) != 1:
+        held = "; ".join(f"{part}: {', '.join(sorted(variants))}" for part, variants in lacking.items())
+        raise ModelError(
+            f"{root}: parts without plain weights must share one variant ({held}); download the plain ones"
+        )
+    return shared[0]
+
+
+def _other_parts(root: Path) -> list[str]:
+    return [part for part in listed_parts(root / INDEX) if part != "transformer"]
+
+
+def _variants(folder: Path) -> set[str]:
+    """Variants of a part's weights, "" for plain ones; none for a part without weights."""
+    matches = (WEIGHTS.fullmatch(path.name) for path in (folder.iterdir() if folder.is_dir() else ()))
+    return {match[2] or match[5] or "" for match in matches if match}
+
+
+def identity(root: Path) -> str:
+    """Hash of the names of the pipeline's files, of the content of those that configure it (its scheduler), and of the
+    others' sizes, which tell one text encoder from another."""
+    files = sorted(path for path in root.rglob("*") if path.is_file())
+    return sha256_json([[str(path.relative_to(root)), _identity(path)] for path in files])
+
+
+def _identity(path: Path) -> str | int:
+    return sha256(path) if path.suffix in CONFIGURING else path.stat().st_size
+
+
+def float32_bytes(root: Path) -> int:
+    """Size in float32 of the weights of all parts but the transformer, from the heads of their safetensors files."""
+    variant, files = shared_variant(root) or "", []
+    for folder in (root / part for part in _other_parts(root)):
+        wanted = "" if "" in _variants(folder) else variant
+        matches = {path: WEIGHTS.fullmatch(path.name) for path in sorted(folder.iterdir())}
+        files += [path for path, match in matches.items() if match and (match[2] or match[5] or "") == wanted]
+    return 4 * sum(_elements(path) for path in files)
+
+
+def _elements(path: Path) -> int:
+    open_file(path, ModelError, REMEDY).close()  # refuses what is no file, for which safe_open would wait
+    try:
+        with safe_open(path, framework="numpy") as tensors:
+            return sum(math.prod(tensors.get_slice(key).get_shape()) for key in tensors.keys())  # noqa: SIM118
+    except (SafetensorError, OSError) as error:
+        raise ModelError(f"{path}: not a whole safetensors file ({error}); {REMEDY}") from error
+
+
+# What diffusers and transformers raise for parts that are missing, damaged or of another version.
+REFUSALS = (ArithmeticError, AttributeError, ImportError, LookupError, OSError, RuntimeError, SafetensorError,
+            TypeError, ValueError)  # fmt: skip
+
+
+def open_pipeline(root: Path, transformer: Any) -> Any:
+    """The diffusers pipeline in the folder `root` with this transformer. Raises ModelError for one that cannot be read.
+
+    Lack of memory or disk stays what it is.
+    """
+    from diffusers import DiffusionPipeline
+
+    settings = {"variant": shared_variant(root), "local_files_only": True}
+    for path in (path for part in _other_parts(root) for path in (root / part).rglob("*") if not path.is_dir()):
+        open_file(path, ModelError, REMEDY).close()  # refuses what is no file, for which diffusers would wait
+    try:
+        return DiffusionPipeline.from_pretrained(root, transformer=transformer, **settings)
+    except UserError:
+        raise
+    except REFUSALS as error:
+        if is_out_of_memory(error) or is_out_of_disk(error):
+            raise
+        reason = " ".join(str(error).split())[:300] or type(error).__name__
+        raise ModelError(f"{root}: diffusers cannot open this pipeline ({reason}); {REMEDY}") from error
+
+
+@contextmanager
+def drawing(root: Path) -> Iterator[None]:
+    """Within, the pipeline in `root` is called: what its parts raise for their own settings becomes a ModelError.
+
+    What our transformer in it raises stays what it is, and so does a lack of memory.
+    """
+    try:
+        yield
+    except UserError:
+        raise
+    except REFUSALS as error:
+        frames = (frame.f_globals.get("__name__") for frame, _ in walk_tb(error.__traceback__))
+        if is_out_of_memory(error) or is_out_of_disk(error) or "pipeline.generate.diffusers_adapter" in frames:
+            raise
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+        raise ModelError(f"{root}: its pipeline cannot draw with these settings ({reason}); {REMEDY}") from error
+
+
+def refuse_too_large(root: Path) -> None:
+    """Raise ResourceError if the pipeline's other parts do not fit into the memory that is free."""
+    needed, free = float32_bytes(root), machine.available_memory_bytes()
+    logger.info("calibration data: the text encoder and the pipeline's other parts take %.2f GiB", needed / 2**30)
+    if free and needed > free:
+        raise ResourceError(
+            f"{root}: text encoder and other parts take {needed / 2**30:.1f} GiB in float32, {free / 2**30:.1f} GiB "
+            "are free; close other programs, calibrate where there is more memory and build from its checkpoint, or "
+            "copy the transformer's folder out of the pipeline, which then calibrates on random conditioning"
+        )
+
+
+def example_prompts(model: LoadedModel, count: int, seed: int) -> list[str]:
+    """Captions of everyday pictures, or for a model of classes the numbers of some, the same for the same seed."""
+    rng = np.random.default_rng(seed)
+    if model.family.name == "dit":
+        classes = int(model.config["num_embeds_ada_norm"])
+        return [str(number) for number in rng.integers(classes, size=count)]
+    lines = (resources.files("pipeline.calibrate") / CAPTIONS).read_text(encoding="utf-8").splitlines()
+    order = rng.permutation(len(lines))
+    return [lines[order[i % len(lines)]] for i in range(count)]
+
+
+@dataclass
+class _Recorder:
+    """An engine that shows every call's inputs before it computes."""
+
+    engine: Engine
+    keep: Keep
+    calls: int = 0
+
+    def run(self, inputs: Arrays) -> Arrays:
+        self.keep(self.calls, inputs)
+        self.calls += 1
+        return self.engine.run(inputs)
+
+    def close(self) -> None:
+        self.engine.close()
+
+
+class PipelineSampler:
+    """The model's pipeline with the float model's engine in the transformer's place, opened once for all batches."""
+
+    def __init__(self, root: Path, model: LoadedModel, recipe: Recipe, engine: Engine) -> None:
+        """Raises ResourceError for parts too large, and ModelError for one that cannot be read."""
+        from pipeline.generate.diffusers_adapter import EngineTransformer
+
+        refuse_too_large(root)
+        self.root, self.model, self.recipe, self.engine = root, model, recipe, engine
+        transformer = EngineTransformer(engine, model.family, model.config)
+        self.pipe: Any = open_pipeline(root, transformer)
+        self.pipe.set_progress_bar_config(disable=True)
+
+    def draw(self, prompts: Sequence[str], seed: int, keep: Keep) -> None:
+        """Sample `prompts` by the recipe's steps and guidance; `keep` gets (step, inputs of both halves)."""
+        import torch
+
+        from pipeline.generate.latent import pipeline_arguments
+
+        self.pipe.transformer.engine = _Recorder(self.engine, keep)
+        bundle: Any = SimpleNamespace(recipe=self.recipe)
+        size = self.recipe.sampling
+        settings = {"num_inference_steps": size.n_steps, "guidance_scale": size.guidance_scale}
+        named = pipeline_arguments(self.model.family.name)(self.pipe, bundle, list(prompts))
+        generators = [torch.Generator().manual_seed(seed + i) for i in range(len(prompts))]
+        with drawing(self.root):
+            self.pipe(**named, **settings, generator=generators, output_type="latent")

@@ -1,0 +1,157 @@
+"""`python -m pipeline.verify.proof BUNDLE`: check a bundle again, from its files to all parity gates."""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from export.errors import ContractError, ParityError
+from export.models.config import FILE as CONFIG
+from export.models.config import read_config
+from pipeline import machine
+from pipeline import recipe as recipes
+from pipeline.backends import metadata_file
+from pipeline.backends.base import LoweredGraph
+from pipeline.bundle.bundle import GENERATION_FILES, Bundle, load_bundle
+from pipeline.command import Answer, Parser, add_model_flags, add_threads, parser, run
+from pipeline.compiler import describe, load_model, opened
+from pipeline.files import refuse_in_bundle, refuse_unwritable, sha256, tree
+from pipeline.bundle.manifest import FILE_NAME
+from pipeline.recipe import ModelFlags, with_model
+from pipeline.verify.report import Report
+from pipeline.bundle.stages import timed
+
+if TYPE_CHECKING:
+    from export.models.load import LoadedModel
+
+RECIPE = "recipe.toml"
+# Targets whose build takes a moment and gives equal bytes, so that it is repeated (of the portable model no byte is
+# made, it is looked at as it lies in the bundle). The others, which run a vendor's compiler, are compared by the graph
+# that it was given.
+REBUILT = ("cpu", "onnx")
+
+
+def make_parser() -> Parser:
+    """All flags of `verify`."""
+    made = parser("verify", "Check a bundle again: file hashes, lowering repeated, all parity gates.")
+    made.add_argument("bundle", type=Path, metavar="BUNDLE", help="a folder that build wrote")
+    add_model_flags(made, "the float model, if it moved since the build")
+    made.add_argument("-o", "--output-dir", type=Path, metavar="DIR", help="write the new report here")
+    add_threads(made)
+    return made
+
+
+def verify_bundle(
+    path: Path, report_dir: Path, flags: ModelFlags = (None, None, None), threads: int | None = None
+) -> Report:
+    """Verify files, repeat the lowering and compare, run all gates into `report_dir`. Raises UserError subclasses.
+
+    All of it on a private copy of the bundle, whose files nobody changes meanwhile. flags: another model, variant and
+    configuration than the bundle was built from, None for the same.
+    """
+    from export.portable import read_layers
+    from pipeline.verify.proof import verify
+
+    original, _ = timed("files", lambda: load_bundle(path, threads))
+    model, _ = timed("model", lambda: load_model(with_model(original.recipe, *flags)))
+    if model.sha256 != original.manifest["model"]["sha256"]:
+        remedy = "name the model that the bundle was built from with -m"
+        raise ContractError(f"{model.source} has other weights than the bundle was built from; {remedy}")
+    with original.copied() as bundle, tempfile.TemporaryDirectory(prefix="ditc-") as folder:
+        refuse_other_description(bundle, model)
+        layers = read_layers(bundle.path / "model.onnx")
+        lowered, _ = timed("lower", lambda: lower_again(bundle, Path(folder)))
+        with opened(bundle.path, bundle.targets, machine.threads(threads)) as engines:
+            report, _ = timed(
+                "gates", lambda: verify(model, layers, lowered, engines, bundle.recipe, report_dir, threads)
+            )
+    return report
+
+
+def refuse_other_description(bundle: Bundle, model: LoadedModel) -> None:
+    """Raise ContractError where a bundle's recipe.toml, config.json or generation.json is not that of what is verified.
+
+    Pictures are drawn by what these files say, and no gate looks at them. Of config.json, notes on its origin
+    (keys that begin with "_") do not matter.
+    """
+    with tempfile.TemporaryDirectory(prefix="ditc-") as name:
+        describe(Path(name), model, bundle.recipe)
+        own = {file: sha256(Path(name) / file) for file in tree(Path(name))}
+    rows = bundle.manifest["files"]
+    held = {file: rows[file]["sha256"] for file in rows if file in own or GENERATION_FILES.fullmatch(file)}
+    # By their content: the same may be written in several ways.
+    if _stated(read_config(bundle.path / CONFIG, ContractError)) == _stated(model.config):
+        held[CONFIG] = own[CONFIG]
+    if recipes.load(str(bundle.path / RECIPE)) == bundle.recipe:
+        held[RECIPE] = own[RECIPE]
+    if differing := sorted(file for file in own.keys() | held.keys() if own.get(file) != held.get(file)):
+        remedy = "build the bundle again, or name the model that it was built from with -m"
+        raise ContractError(f"{bundle.path / differing[0]} is not what the manifest's model and recipe make; {remedy}")
+
+
+def _stated(config: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in config.items() if not key.startswith("_")}
+
+
+def lower_again(bundle: Bundle, folder: Path) -> dict[str, LoweredGraph]:
+    """Lower the portable model anew for every target; the bytes must be those that the bundle holds or was built from.
+
+    Raises ContractError where they are not: then the engine does not belong to the portable model, or to this code.
+    """
+    from export.onnx_files import reading
+    from pipeline.backends import BACKENDS
+
+    lowered = {}
+    for target in bundle.targets:
+        scratch, out = folder / "lowered" / target, folder / "built" / target
+        scratch.mkdir(parents=True)
+        with reading(bundle.path / "model.onnx"):
+            lowered[target] = BACKENDS[target].lower(bundle.path / "model.onnx", scratch, bundle.recipe)
+        if target in REBUILT:
+            out.mkdir(parents=True)
+            BACKENDS[target].build(lowered[target], out, bundle.recipe)
+            compare(out, target, {name: row["sha256"] for name, row in bundle.manifest["files"].items()})
+        else:
+            metadata = bundle.manifest["targets"][target]["metadata"]
+            hashes = metadata_file.lowered_hashes(target, metadata, bundle.path / FILE_NAME)
+            source = {"model.onnx": hashes["onnx_sha256"], "model.onnx.data": hashes["onnx_data_sha256"]}
+            compare(scratch, target, {f"{target}/{name}": digest for name, digest in source.items()})
+    return lowered
+
+
+def compare(folder: Path, target: str, expected: Mapping[str, str]) -> None:
+    """The hash of every file in `folder` against that of `target`/file in `expected`."""
+    for name in tree(folder):
+        if expected.get(f"{target}/{name}") != sha256(folder / name):
+            remedy = "build the bundle again with this version"
+            raise ContractError(f"{target}: the portable model now lowers to another {name} than was built; {remedy}")
+
+
+def work(args: argparse.Namespace, answer: Answer) -> int:
+    """Verify and answer with the verdict and every gate."""
+    if args.output_dir:
+        refuse_unwritable(args.output_dir, True, "--output-dir")
+        refuse_in_bundle([args.output_dir], args.output_dir, "--output-dir")
+    with tempfile.TemporaryDirectory(prefix="ditc-") as folder:
+        flags = (args.model, args.variant, args.config)
+        report = verify_bundle(args.bundle, args.output_dir or Path(folder), flags, args.threads)
+    for gate in report.gates:
+        row = {"name": gate.name, "value": gate.value, "limit": gate.limit, "unit": gate.unit, "passed": gate.passed}
+        answer.event(event="gate", **row)
+        answer.line(
+            f"{'ok  ' if gate.passed else 'FAIL'}  {gate.name} = {gate.value:g} {gate.unit} (limit {gate.limit:g})"
+        )
+    if not report.passed:
+        kept = f"see {args.output_dir / 'index.html'}" if args.output_dir else "give -o DIR to keep the report"
+        raise ParityError(f"{report.sentence()}; {kept}")
+    answer.event(event="result", passed=True, exit_code=0, path=str(args.bundle))
+    answer.line(f"PASSED {args.bundle}")
+    return 0
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point; returns the exit code."""
+    return run(make_parser(), work, argv, verdict=True)

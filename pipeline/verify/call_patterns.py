@@ -1,0 +1,356 @@
+"""What is likely wrong with an engine, from which samples it gets wrong and what their numbers look like.
+
+Two kinds of evidence. A trait is what all wrong samples have and no right one has: a batch size, a caption's length, a
+changed condition. A sign is how a wrong result differs from the reference's: not finite, larger by a factor, another
+sample's. Several traits may fit, since few calls are made; all are named.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+if TYPE_CHECKING:
+    from pipeline.verify.calls import SampleError
+
+# What calls that test an engine's memory are called, behind their batch size.
+CHANGED, IN_PLACE, MASK_ALONE = "condition changed", "changed in place", "mask changed alone"
+NEAR = "condition nearly the same"
+NAN_FIRST, THREADS, STEADY = "NaN in the first sample", "2 threads", "steady state"
+PROMPTED, UNPROMPTED = "with a prompt", "without a prompt"
+# A result this near to the reference has no sign: float operations alone leave as much.
+NEAR_DB = 100.0
+# Share of an error's power that a factor must explain. It explains 1 / n of n numbers' noise, and about half where
+# flipped codes err as much.
+EXPLAINED = 0.5
+# A result is another sample's if it is so many times nearer to it, in power.
+NEARER = 10.0
+# Traits that one sentence names at most; so few different samples fit many by chance, and likely ones are named too.
+NAMED, FEW = 6, 2
+NEAR_LIMIT_DB = 6.0
+# Equal calls of a right engine do not differ at all; more than this is no rounding of the decibel itself.
+STEADY_DB, EQUAL_DB = 0.5, 1000.0
+# A factor may be anything up to this; beyond it only if nearly nothing else is wrong: an unlike picture fits 0.
+USUAL_FACTOR, LARGE_EXPLAINED = 0.5, 0.95
+
+
+@dataclass(frozen=True)
+class Traits:
+    """What is special about one sample of one call.
+
+    batch: samples of the call, `place`: which it is. tokens: the longest caption's, None without one. mask: "full",
+    "partial" or "empty", None without one. latent: the largest of its latents. other_timestep, other_condition,
+    other_mask: than the first sample's. setting: what the call was made for, "" for none. rows: the samples of the
+    call, of their pool.
+    """
+
+    batch: int
+    place: int
+    timestep: float
+    latent: float
+    tokens: int | None = None
+    mask: str | None = None
+    label: int | None = None
+    other_timestep: bool = False
+    other_condition: bool = False
+    other_mask: bool = False
+    setting: str = ""
+    rows: tuple[int, ...] = ()
+
+
+NO_TRAITS = Traits(batch=1, place=0, timestep=math.nan, latent=math.nan)
+
+
+def traits_of(inputs: Mapping[str, NDArray[Any]], place: int, setting: str = "", rows: tuple[int, ...] = ()) -> Traits:
+    """Of sample `place` of a call with these inputs."""
+    batch = len(inputs["hidden_states"])
+    with_rows = {name: array for name, array in inputs.items() if array.ndim and len(array) == batch}
+    condition = {name: array for name, array in with_rows.items() if name not in ("hidden_states", "timestep")}
+    captions = [array.shape[1] for array in condition.values() if array.ndim == 3]
+    of_masks = [array for name, array in condition.items() if "mask" in name]
+    masks = [array[place] for array in of_masks]
+    labels = [int(array[place]) for name, array in condition.items() if name == "class_labels"]
+    times = np.broadcast_to(inputs["timestep"], batch)
+    return Traits(
+        batch=batch,
+        place=place,
+        timestep=float(times[place]),
+        latent=float(np.abs(inputs["hidden_states"][place]).max()),
+        tokens=max(captions, default=None),
+        mask=_fullness(masks) if masks else None,
+        label=labels[0] if labels else None,
+        other_timestep=bool(times[place] != times[0]),
+        other_condition=any(not np.array_equal(array[place], array[0]) for array in condition.values()),
+        other_mask=any(not np.array_equal(array[place], array[0]) for array in of_masks),
+        setting=setting,
+        rows=rows,
+    )
+
+
+def _fullness(masks: Sequence[NDArray[Any]]) -> str:
+    """Of the masks of one sample: "empty" or "partial" if one is."""
+    shares = [float(np.mean(mask != 0)) for mask in masks]
+    return "empty" if 0 in shares else "partial" if min(shares) < 1 else "full"
+
+
+# --- signs ----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Sign:
+    """How a wrong result looks. kind: equal for results that are wrong in one way."""
+
+    kind: str
+    text: str
+
+
+def sign_of(output: NDArray[Any], row: int, exact: NDArray[Any], rows: Sequence[int]) -> Sign | None:
+    """Of a result for the sample `row` of a pool whose references are `exact` [samples, C, ...], in a call of the
+    samples `rows`; None for none of those known."""
+    expected, found = np.asarray(exact[row], np.float64), np.asarray(output, np.float64)
+    if not np.isfinite(found).all():
+        return Sign("not finite", "NaN or Inf where the reference is finite: an overflow, or a division by zero")
+    difference = found - expected
+    power = float(np.sum(difference**2))
+    if power <= 10 ** (-NEAR_DB / 10) * float(np.sum(expected**2)):
+        return None
+    if not found.any():
+        return Sign("zeros", "all numbers are zero: nothing was written")
+    return _of_another(found, power, row, exact, rows) or _factor(expected, difference) or _channels(difference)
+
+
+def other_shape(shape: tuple[int, ...], expected: tuple[int, ...]) -> Sign:
+    """Of a result that has another shape than the reference's."""
+    return Sign(
+        "shape", f"the shape is {shape} in place of {expected}: an axis that should vary is fixed in the engine"
+    )
+
+
+def _of_another(found: NDArray[Any], power: float, row: int, exact: NDArray[Any], rows: Sequence[int]) -> Sign | None:
+    powers = [float(np.sum((found - np.asarray(other, np.float64)) ** 2)) for other in exact]
+    nearest = int(np.argmin(powers))
+    if powers[nearest] * NEARER >= power or nearest == row:
+        return None
+    if nearest in rows:
+        return Sign("row", f"sample {rows.index(nearest)} of the call is given: rows are exchanged or repeated")
+    return Sign("call", "the result of another call is given: a buffer is shared, or what is kept is not renewed")
+
+
+def _factor(expected: NDArray[Any], difference: NDArray[Any]) -> Sign | None:
+    size = float(np.sum(expected**2))
+    factor = float(np.sum(expected * difference)) / size if size else 0.0
+    share = EXPLAINED if abs(factor) <= USUAL_FACTOR else LARGE_EXPLAINED
+    if factor**2 * size < share * float(np.sum(difference**2)):
+        return None
+    return Sign("factor", f"all numbers times {1 + float(f'{factor:.1g}'):g}: a factor is wrong")
+
+
+def _channels(difference: NDArray[Any]) -> Sign | None:
+    """An error in few channels [C, ...] alone."""
+    shares = np.sum(difference.reshape(len(difference), -1) ** 2, axis=1) / np.sum(difference**2)
+    few = np.flatnonzero(shares > 1 / (2 * len(shares)))
+    if len(few) == len(shares) or shares[few].sum() < 0.99:
+        return None
+    named = ", ".join(map(str, few))
+    return Sign("channels", f"only channels {named} of the output: a bias, a table or a row of the last weight differs")
+
+
+# --- traits ---------------------------------------------------------------------------------------------------------
+
+Value = Callable[["SampleError"], Any]
+Words = Callable[[set[Any], set[Any]], str]
+
+
+@dataclass(frozen=True)
+class Trait:
+    """One thing that samples differ in. value: None where a sample has none; words: name the wrong samples' values,
+    given those and the right ones'; ordered: only a threshold counts, as every sample has a value of its own."""
+
+    value: Value
+    words: Words
+    cause: str
+    ordered: bool = False
+
+
+def _numbers(form: str) -> Words:
+    """`form` with the values of the wrong samples, or the bound that they lie beyond."""
+
+    def words(wrong: set[Any], right: set[Any]) -> str:
+        first, last, several = min(wrong), max(wrong), len(wrong) > 1
+        text = ", ".join(f"{value:g}" for value in sorted(wrong))
+        if several and right and first > max(right):
+            text = f"{first:g} and above"
+        elif several and right and last < min(right):
+            text = f"{last:g} and below"
+        odd = several and all(value % 2 == 1 for value in wrong) and not any(value % 2 == 1 for value in right)
+        return form.format(text) + (", the odd ones" if odd else "")
+
+    return words
+
+
+def _named(form: str) -> Words:
+    return lambda wrong, _: form.format(" or ".join(sorted(wrong)))
+
+
+def _said(text: str, otherwise: str) -> Words:
+    """For what is true or false."""
+    return lambda wrong, _: text if True in wrong else otherwise
+
+
+SETTING_CAUSES = {
+    CHANGED: "the condition of an earlier call is kept",
+    IN_PLACE: "whether a condition changed is decided by the array, not by its numbers",
+    NEAR: "a condition counts as unchanged while it is close to the one before",
+    MASK_ALONE: "masks are not compared when it is decided whether a condition changed",
+    NAN_FIRST: "samples see each other, or NaN is clipped or becomes a code",
+    STEADY: "something adds up or is used up from call to call",
+    THREADS: "callers share a slot or a buffer",
+}
+_BATCH = "a buffer, a tile or a captured graph fits other batch sizes only"
+_TIME = "the timestep's embedding or its range"
+_PLACE = Trait(lambda e: e.sample, _numbers("place {} in the batch"), "rows of a call are computed or ordered wrongly")
+_TIMESTEP = Trait(lambda e: e.traits.timestep, _numbers("timestep {}"), _TIME)
+_SETTING = Trait(lambda e: e.traits.setting, _named("calls {}"), "")
+CALL_TRAITS = (
+    Trait(lambda e: e.traits.batch, _numbers("batch {}"), _BATCH),
+    _PLACE,
+    Trait(
+        lambda e: e.traits.batch % 2 == 1 < e.traits.batch and e.sample == e.traits.batch - 1,
+        _said("the last place of an odd batch", "other places than the last of an odd batch"),
+        "rows are computed in pairs",
+    ),
+    _TIMESTEP,
+    Trait(
+        lambda e: e.traits.other_timestep,
+        _said("another timestep than the first sample's", "the timestep of the first sample"),
+        "one timestep is taken for all samples",
+    ),
+    Trait(
+        lambda e: e.traits.tokens, _numbers("a token count of {}"), "a tile or padding of captions fits other lengths"
+    ),
+    Trait(lambda e: e.traits.mask, _named("{} masks"), "a mask is not applied, or not as it is given"),
+    Trait(
+        lambda e: None if e.traits.mask is None else e.traits.other_mask,
+        _said("another mask than the first sample's", "the mask of the first sample"),
+        "one mask is taken for all samples",
+    ),
+    Trait(
+        lambda e: e.traits.other_condition,
+        _said("another condition than the first sample's", "the condition of the first sample"),
+        "one condition is taken for all samples",
+    ),
+    Trait(lambda e: e.traits.label, _numbers("class {}"), "rows of the class table, or how it is read"),
+    Trait(
+        lambda e: e.traits.latent,
+        _numbers("latents that reach {}"),
+        "numbers are clipped, overflow or have a scale taken once",
+        ordered=True,
+    ),
+    _SETTING,
+)
+STEP_TRAITS = (
+    Trait(lambda e: int(e.call.rpartition(" ")[2]), _numbers("step {}"), _TIME),
+    _TIMESTEP,
+    Trait(lambda e: e.traits.setting or None, _named("samples {}"), "a condition or its mask"),
+    _PLACE,
+)
+PICTURE_TRAITS = (Trait(lambda e: e.sample, _numbers("picture {}"), "what differs between samples is used wrongly"),)
+
+
+def diagnose(errors: Sequence[SampleError], limit: float, traits: Sequence[Trait] = CALL_TRAITS) -> str:
+    """What is likely wrong where samples are below `limit` dB; errors: in the order of calls.
+
+    Samples that look wrong in the worst one's way count as wrong too: a fault need not take each over the limit.
+    """
+    worst = min(errors, key=lambda error: -math.inf if math.isnan(error.sqnr_db) else error.sqnr_db)
+    wrong = [not error.sqnr_db >= limit or _same_kind(error.sign, worst.sign) for error in errors]
+    text = f"{sum(wrong)} of {len(wrong)} samples are wrong"
+    parts = [f"{text}{_common(errors, wrong, traits)}"]
+    if worst.sign is not None:
+        parts.append(f"the worst: {worst.sign.text}")
+    elif worst.sqnr_db >= limit - NEAR_LIMIT_DB:
+        parts.append(f"none by more than {NEAR_LIMIT_DB:g} dB: a few flipped codes more, or a small fault")
+    return "; ".join(parts)
+
+
+def _same_kind(sign: Sign | None, other: Sign | None) -> bool:
+    return sign is not None and other is not None and sign.kind == other.kind
+
+
+def _common(errors: Sequence[SampleError], wrong: Sequence[bool], traits: Sequence[Trait]) -> str:
+    """What wrong samples alone have; without such, what they all have and few right ones."""
+    unsteady = _unsteady(errors)
+    if unsteady:
+        setting = [] if all(wrong) else _fitting(errors, wrong, [_SETTING])[1] + _fitting(errors, wrong, [_SETTING])[0]
+        among = "".join(f", all in {words}" for words, _ in setting)
+        causes = "; ".join(cause for _, cause in setting)
+        return f"{among}; {unsteady}: what an earlier call left is used" + (f" ({causes})" if causes else "")
+    if all(wrong):
+        return ", so it is nothing that calls differ in"
+    exact, likely = _fitting(errors, wrong, traits)
+    few = len({(error.pool, error.row) for error, is_wrong in zip(errors, wrong, strict=True) if is_wrong}) <= FEW
+    text = ""
+    if exact:
+        text = f": those of {_or(exact)} and no other"
+    if likely and (few or not exact):
+        text += f", {'or ' if exact else ''}some of {_or(likely[:NAMED])}"
+    return text
+
+
+def _or(pairs: Sequence[tuple[str, str]]) -> str:
+    """(words, cause) in one sentence; a cause that several share once."""
+    causes = list(dict.fromkeys(cause for _, cause in pairs if cause))
+    return f"{' or '.join(words for words, _ in pairs)}" + (f" ({'; or '.join(causes)})" if causes else "")
+
+
+def _fitting(
+    errors: Sequence[SampleError], wrong: Sequence[bool], traits: Sequence[Trait]
+) -> tuple[list[tuple[str, str]], list[tuple[str, str]]]:
+    """(words, cause) of traits that the wrong samples alone have, and of those that some right ones share, the fewest
+    first."""
+    exact, likely = [], []
+    for trait in traits:
+        values = [trait.value(error) for error in errors]
+        bad = {value for value, is_wrong in zip(values, wrong, strict=True) if is_wrong}
+        good = {value for value, is_wrong in zip(values, wrong, strict=True) if not is_wrong}
+        if None in bad | good or (trait is _SETTING and "" in bad):  # "" says nothing
+            continue
+        text = trait.words(bad, good), _cause(trait, bad)
+        if not bad & good and (not trait.ordered or min(bad) > max(good)):
+            exact.append(text)
+        elif good - bad and not trait.ordered:
+            likely.append(
+                (sum(value in bad and not is_wrong for value, is_wrong in zip(values, wrong, strict=True)), text)
+            )
+    return exact[:NAMED], [text for _, text in sorted(likely)]
+
+
+def _cause(trait: Trait, values: set[Hashable]) -> str:
+    if trait is not _SETTING:
+        return trait.cause
+    return "; or ".join(cause for key, cause in SETTING_CAUSES.items() if key in values)
+
+
+def _unsteady(errors: Sequence[SampleError]) -> str:
+    """Two calls of the same samples whose errors differ, in words; "" for none. Equal calls give equal numbers."""
+    first: dict[tuple[str, tuple[int, ...], int], SampleError] = {}
+    for error in errors:
+        if not error.traits.rows:
+            continue
+        before = first.setdefault((error.pool, error.traits.rows, error.sample), error)
+        values = np.nan_to_num(np.clip([before.sqnr_db, error.sqnr_db], -EQUAL_DB, EQUAL_DB), nan=-EQUAL_DB)
+        if abs(values[0] - values[1]) > STEADY_DB:
+            there, here = (f"{one.sqnr_db:.1f} dB in {one.call!r}" for one in (before, error))
+            return f"sample {error.sample} has {there} and {here}"
+    return ""
+
+
+def cause_of_repeat(where: str) -> str:
+    """What is likely wrong where the calls `where` differ from equal ones before."""
+    steady = where.startswith("call ")
+    return next(text for key, text in SETTING_CAUSES.items() if key in where or (steady and key == STEADY))

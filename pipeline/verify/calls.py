@@ -1,0 +1,346 @@
+"""Calls that drawing a picture does not make: other batch sizes, caption lengths, masks, timesteps, latents, callers.
+
+Samples of one batch do not see each other, so the reference computes each sample once, in pools by caption length, and
+every call is a choice of rows from a pool.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from threading import Barrier, BrokenBarrierError
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pipeline.backends.base import Arrays
+from pipeline.verify.call_patterns import CHANGED, IN_PLACE, MASK_ALONE, NAN_FIRST, NEAR, NO_TRAITS, STEADY, THREADS, Sign, Traits, other_shape, sign_of, traits_of
+from pipeline.verify.oracle import sqnr_db
+from pipeline.generate.case import Case, Run, is_large
+from pipeline.generate.sampling import TRAIN_STEPS, make_sampler, take_samples
+from pipeline.side_by_side import raise_if_stopped
+
+if TYPE_CHECKING:
+    from export.models.families import Input
+    from export.models.load import LoadedModel
+
+ONE, ODD, LONGEST = "one", "odd", "longest"
+# Unequal to any caption length that a sampler uses, and to every multiple of a vector's width.
+ODD_TOKENS = 7
+# Larger latents than noise: a bound that noise never reaches, or a scale taken once, shows.
+LATENT_FACTOR = 3.0
+# The call from which on an engine is expected to have reached a steady state (graphs captured, buffers reused).
+STEADY_CALL = 50
+THREAD_ROUNDS = 4
+# Of a condition's numbers, for one that is nearly the same.
+LITTLE = 2.0**-5
+
+
+@dataclass(frozen=True)
+class PoolSpec:
+    """Samples of one caption length. timesteps: in thousandths of the schedule's top, one for each sample;
+    `large`: how many of them a large model takes. first_mask: the row of MASKS that its first sample has."""
+
+    name: str
+    timesteps: tuple[float, ...]
+    large: int
+    latent_factor: float = 1.0
+    first_mask: int = 0
+
+
+# Fills that say how large a picture is: every call has other ones, and those of a sample differ.
+SIZES = ("image_size", "aspect")
+# Share of a caption's tokens that a sample sees, in turn.
+MASKS = (1.0, 0.0, 2 / 3, 1 / 3)
+# Schedules of flow matching have timesteps between the integers, which 11 significant bits do not hold: one of them is
+# here, and for models whose own schedule has none.
+POOLS = (
+    PoolSpec(ONE, (3, 700), 1),
+    PoolSpec(ODD, (666.625, 975, 10), 2, LATENT_FACTOR, first_mask=2),
+    PoolSpec(LONGEST, (1000, 0, 975, 999, 3, 20), 3),
+)
+# (batch size, pool): rows are taken in turn.
+BATCHES = ((1, ONE), (2, LONGEST), (3, ODD), (9, LONGEST))
+
+
+@dataclass(frozen=True)
+class Call:
+    """One call: `rows` of the pool `pool`, as inputs by name; `text` says what is special about it.
+
+    setting: what it was made for (call_patterns), "" for its size; or a list of that by sample.
+    """
+
+    text: str
+    pool: str
+    rows: tuple[int, ...]
+    inputs: Arrays
+    setting: str | tuple[str, ...] = ""
+
+    def for_(self, setting: str, text: str = "") -> Call:
+        """The same call made for another reason; text: what it is called if not after that."""
+        return replace(self, setting=setting, text=text or f"{self.text}, {setting}")
+
+
+def make_pools(model: LoadedModel, case: Case) -> dict[str, Arrays]:
+    """Inputs by pool; every array with a batch axis holds one row for each sample."""
+    return {spec.name: _pool(spec, model, case) for spec in POOLS}
+
+
+def make_calls(model: LoadedModel, pools: dict[str, Arrays]) -> list[Call]:
+    """One call for each row of BATCHES."""
+    calls = []
+    for size, pool in BATCHES:
+        rows = tuple(i % len(pools[pool]["timestep"]) for i in range(size))
+        call = rows_of(pool, rows, pools[pool], model.shared)
+        calls.append(replace(call, text=f"{call.text}{_caption(model.inputs, call.inputs)}"))
+    return calls
+
+
+def rows_of(name: str, rows: tuple[int, ...], pool: Arrays, shared: frozenset[str]) -> Call:
+    """The samples `rows` of the pool `name` as one call."""
+    return Call(f"batch {len(rows)}", name, rows, take_samples(pool, list(rows), shared))
+
+
+def _caption(rows: Sequence[Input], inputs: Arrays) -> str:
+    lengths = {inputs[row.name].shape[row.shape.index("tokens")] for row in rows if "tokens" in row.shape}
+    return f", {max(lengths)} caption token{'s' * (max(lengths) > 1)}" if lengths else ""
+
+
+def _pool(spec: PoolSpec, model: LoadedModel, case: Case) -> Arrays:
+    """Samples of `spec`: conditions from the case's prompts (and their empty ones) in turn, latents of their own."""
+    from export.models.load import sample_inputs
+
+    times = spec.timesteps[: spec.large] if is_large(model) else spec.timesteps
+    height, width = (side * model.pixels_per_cell for side in case.noise.shape[2:])
+    seed = 1 + POOLS.index(spec)
+    inputs = sample_inputs(model, len(times), seed, height, width, _tokens(spec, model, case))
+    top = make_sampler(case.sampler, TRAIN_STEPS, case.timestep_scale).timesteps.max()
+    for row in model.inputs:
+        value = inputs[row.name]
+        if row.fill == "timestep":
+            value = np.minimum(np.array(times) * (case.timestep_scale / 1000), top)
+        elif row.fill == "mask":
+            value = _masks(value.shape, spec.first_mask)
+        elif row.fill.startswith("class:"):
+            value = _labels(spec, int(row.fill.partition(":")[2]), len(times))
+        elif row.fill in SIZES:
+            value = value + np.abs(value).max() * np.random.default_rng(seed).uniform(0.25, 1.0, value.shape)
+        elif row.name in case.conditioning[0] and row.batched:
+            value = _conditions(case, row, value.shape)
+        elif row.name == "hidden_states":
+            value = value * spec.latent_factor
+        inputs[row.name] = value.astype(row.dtype)
+    return inputs
+
+
+def _tokens(spec: PoolSpec, model: LoadedModel, case: Case) -> int:
+    """Caption length of a pool; the longest is the family's own, or the case's where that is longer."""
+    lengths = [case.conditioning[0][row.name].shape[1] for row in model.inputs if "tokens" in row.shape]
+    return {ONE: 1, ODD: ODD_TOKENS, LONGEST: max([model.family.tokens, *lengths])}[spec.name]
+
+
+def _masks(shape: tuple[int, ...], first: int) -> NDArray[Any]:
+    """Ones for a share of each sample's tokens, the shares of MASKS in turn from `first` on."""
+    samples, tokens = shape
+    lengths = np.array([math.ceil(MASKS[(first + i) % len(MASKS)] * tokens) for i in range(samples)])
+    return (np.arange(tokens)[None] < lengths[:, None]).astype(np.float64)
+
+
+def _labels(spec: PoolSpec, classes: int, count: int) -> NDArray[Any]:
+    """Class labels, other ones in every pool, downwards from `classes`, which stands for no class."""
+    before = sum(len(pool.timesteps) for pool in POOLS[POOLS.index(spec) + 1 :])
+    return (classes - before - np.arange(count)) % (classes + 1)
+
+
+def _conditions(case: Case, row: Input, shape: tuple[int, ...]) -> NDArray[Any]:
+    """[samples, ...] from the case's prompted and empty conditions in turn, repeated or cut to the caption's length."""
+    sides = [side[row.name] for side in case.conditioning]
+    values = np.stack([sides[i % 2][i // 2 % len(sides[0])] for i in range(shape[0])])
+    if "tokens" in row.shape:
+        axis = row.shape.index("tokens")
+        values = np.take(values, np.arange(shape[axis]) % values.shape[axis], axis)
+    return values
+
+
+# --- running them ---------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class SampleError:
+    """SQNR in dB of one sample of one call against the float64 reference. pool, row: which sample that is, as several
+    calls make the same. traits, sign: what is special about it (nothing of a picture), and how it is wrong, see
+    call_patterns."""
+
+    call: str
+    sample: int
+    sqnr_db: float
+    pool: str
+    row: int
+    traits: Traits = NO_TRAITS
+    sign: Sign | None = None
+
+
+def call_errors(calls: Sequence[Call], exact: dict[str, NDArray[Any]], run: Run) -> list[SampleError]:
+    """Every sample of every call. Judged when all have been made: a result may not change under its caller's hands."""
+    outputs = [run(call.inputs)["sample"] for call in calls]
+    pairs = zip(calls, outputs, strict=True)
+    return [error for call, output in pairs for error in sample_errors(call, exact, output)]
+
+
+def sample_errors(call: Call, exact: dict[str, NDArray[Any]], output: NDArray[Any]) -> list[SampleError]:
+    """Each sample of `output`, by all its channels, learned variances too; nan where the shape is another."""
+    expected = exact[call.pool][list(call.rows)]
+    if output.shape != expected.shape:
+        values = [float("nan")] * len(expected)
+        signs: list[Sign | None] = [other_shape(output.shape, expected.shape)] * len(expected)
+    else:
+        values = [sqnr_db(*pair) for pair in zip(expected, output, strict=True)]
+        signs = [sign_of(one, row, exact[call.pool], call.rows) for one, row in zip(output, call.rows, strict=True)]
+    settings = (call.setting,) * len(values) if isinstance(call.setting, str) else call.setting
+    traits = [traits_of(call.inputs, i, setting, call.rows) for i, setting in enumerate(settings)]
+    columns = enumerate(zip(values, call.rows, traits, signs, strict=True))
+    return [SampleError(call.text, i, value, call.pool, row, of, sign) for i, (value, row, of, sign) in columns]
+
+
+@dataclass(frozen=True)
+class StateResult:
+    """What an engine that keeps something between calls gets wrong.
+
+    errors: its samples against the reference. unequal: how many numbers differ from those of an equal call before, or
+    hide NaN of an input. where: the first such call in words, None for none.
+    """
+
+    errors: list[SampleError]
+    unequal: int
+    where: str | None
+
+
+def state_result(
+    calls: Sequence[Call],
+    pools: Mapping[str, Arrays],
+    model: LoadedModel,
+    exact: dict[str, NDArray[Any]],
+    run: Run,
+    made: int,
+) -> StateResult:
+    """Calls whose results may depend on those before: a condition changed at an equal batch size (in one sample, in
+    all, in place, in its mask alone, a little), NaN in one sample, which must be all that sample gives and stay in it,
+    the STEADY_CALL-th call (`made` of them so far) or the next after more, two threads at once.
+
+    Each is made twice at least. Equal calls have no reason to differ in any bit, so no flipped code hides a fault here.
+    """
+    single, pair, *_ = calls
+    run = counted = _Counted(run, made)
+    first, second, third = pair.rows[0], pair.rows[1], len(pools[pair.pool]["timestep"]) - 1
+    orders = (first, second), (first, third), (second, third), (third, first)
+    changed = [rows_of(pair.pool, rows, pools[pair.pool], model.shared) for rows in orders]
+    changed = [call.for_(CHANGED) for call in changed]
+    outputs = [run(call.inputs)["sample"] for call in changed]
+    # The same samples as in the call before, in the other order. (call, its output, that of its equal before)
+    repeats = [(changed[1], run(changed[1].inputs)["sample"], outputs[1])]
+
+    arrays = {name: value.copy() for name, value in changed[2].inputs.items()}  # another condition than the call before
+    run(arrays)
+    for name, value in changed[1].inputs.items():
+        arrays[name][...] = value
+    in_place = replace(changed[1], inputs=arrays).for_(IN_PLACE, f"{pair.text}, {IN_PLACE}")
+    repeats.append((in_place, run(arrays)["sample"], outputs[1]))
+
+    masked = {row.name: _half(changed[2].inputs[row.name]) for row in model.inputs if row.fill == "mask"}
+    other_mask = replace(changed[2], inputs=changed[2].inputs | masked).for_(MASK_ALONE, f"{pair.text}, {MASK_ALONE}")
+    of_other_mask = run(other_mask.inputs)["sample"]
+    repeats.append((replace(other_mask, inputs=changed[2].inputs), run(changed[2].inputs)["sample"], outputs[2]))
+    again = _unequal(run(other_mask.inputs)["sample"], of_other_mask)
+
+    repeats.append((changed[2], run(changed[2].inputs)["sample"], outputs[2]))
+    near = changed[2].inputs | _nearly_the_same(model, changed[2].inputs)
+    after_its_like = run(near)["sample"]
+
+    spoilt = changed[3].inputs["hidden_states"].copy()
+    spoilt[0, 0, 0, 0] = np.nan
+    with_nan = run(changed[3].inputs | {"hidden_states": spoilt})["sample"]
+    hidden_nan = int(np.isfinite(with_nan[0]).sum()) + _unequal(with_nan[1], outputs[3][1])
+    after_another = _unequal(run(near)["sample"], after_its_like)
+
+    alone = run(single.inputs)["sample"]
+    while counted.count < STEADY_CALL - 1:
+        run(single.inputs)
+    steady = single.for_(STEADY, f"call {counted.count + 1}")
+    repeats.append((steady, run(single.inputs)["sample"], alone))
+
+    threads = [call.for_(THREADS, f"{pair.text}, {THREADS}") for call in changed[2:]]
+    for call, several, earlier in zip(threads, _at_once(threads, run), outputs[2:], strict=True):
+        repeats += [(call, output, earlier) for output in several]
+
+    unequal = [(other_mask.text, again), (f"{pair.text}, {NEAR}", after_another)]
+    unequal.append((f"{pair.text}, {NAN_FIRST}", hidden_nan))
+    unequal += [(call.text, _unequal(output, earlier)) for call, output, earlier in repeats]
+    answers = [*zip(changed, outputs, strict=True), *((call, output) for call, output, _ in repeats)]
+    errors = [error for call, output in answers for error in sample_errors(call, exact, output)]
+    where = next((text for text, count in unequal if count), None)
+    return StateResult(errors, sum(count for _, count in unequal), where)
+
+
+class _Counted:
+    """A denoiser that counts its calls, `count` made before it was wrapped."""
+
+    def __init__(self, run: Run, count: int) -> None:
+        self._run, self.count = run, count
+
+    def __call__(self, inputs: Arrays) -> Arrays:
+        raise_if_stopped()
+        self.count += 1
+        return self._run(inputs)
+
+
+def _nearly_the_same(model: LoadedModel, inputs: Arrays) -> Arrays:
+    """The float conditions with those of the last sample moved by LITTLE: codes of 8 bits see it, a glance does not."""
+    found = {}
+    for row in model.inputs:
+        latents = row.name == "hidden_states"
+        if row.batched and row.fill not in ("timestep", "mask") and row.dtype.startswith("float") and not latents:
+            found[row.name] = inputs[row.name].copy()
+            found[row.name][-1] *= np.float32(1 + LITTLE)
+    return found
+
+
+def _half(mask: NDArray[Any]) -> NDArray[Any]:
+    """Ones for the first half of the tokens in every row."""
+    tokens = mask.shape[1]
+    return np.broadcast_to(np.arange(tokens) < -(-tokens // 2), mask.shape).astype(mask.dtype)
+
+
+def _unequal(output: NDArray[Any], earlier: NDArray[Any]) -> int:
+    """How many numbers differ; NaN equals NaN, and another shape differs everywhere."""
+    if output.shape != earlier.shape:
+        return output.size
+    return int(np.count_nonzero((output != earlier) & ~(np.isnan(output) & np.isnan(earlier))))
+
+
+def _at_once(calls: Sequence[Call], run: Run) -> list[list[NDArray[Any]]]:
+    """Outputs of callers of one batch size with conditions of their own, who all call at once, THREAD_ROUNDS times.
+
+    Raises what a call raises.
+    """
+    together = Barrier(len(calls))
+
+    def repeat(call: Call) -> list[NDArray[Any]]:
+        outputs = []
+        for _ in range(THREAD_ROUNDS):
+            together.wait()
+            try:
+                outputs.append(run(call.inputs)["sample"])
+            except BaseException:
+                together.abort()  # nobody waits for this thread any more
+                raise
+        return outputs
+
+    with ThreadPoolExecutor(len(calls)) as threads:
+        results = [threads.submit(repeat, call) for call in calls]
+    errors = [error for result in results if (error := result.exception()) is not None]
+    if errors:
+        raise next((error for error in errors if not isinstance(error, BrokenBarrierError)), errors[0])
+    return [result.result() for result in results]

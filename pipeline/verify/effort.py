@@ -1,0 +1,74 @@
+"""How much of a target is run in a verification: all that there is, but less of the portable model, which is slow.
+
+It decodes its weights in function bodies and multiplies in float32. On a small model a call takes several times as long
+as the `cpu` engine's; on a large one, whose weights stay packed and are decoded in every call, about 45 processor
+seconds for 600 M parameters. Its linears are looked at in one step instead of two, and in no call of a large batch;
+of a large model two steps are compared and no picture is drawn. What is compared meets the same limits as in other
+targets.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from pipeline.verify import calls
+from pipeline.backends import PORTABLE
+
+# Of the portable model of a small model: pictures of its own trajectory, and every how many steps are compared.
+PICTURES, EVERY = 1, 3
+BATCHES = tuple(size for size, _ in calls.BATCHES)
+# Batches of the special calls whose inner tensors are looked at: samples of every pool. Those of 2 are among those of
+# 9, which take more memory and time: of the portable model the 2 are looked at, else the 9.
+INSIDE, FEW_INSIDE = (1, 3, 9), (1, 2, 3)
+# The same of a large model: what is not among the samples of a step, whose captions have the length of the prompts. Its
+# portable model makes no other special calls.
+LARGE_INSIDE = (1, 3)
+
+
+@dataclass(frozen=True)
+class Effort:
+    """steps: whose output is compared with the reference's. probed: the steps in which all linears and stretches are
+    looked at. pictures: how many the target draws by itself. special: batch sizes of the calls that drawing does not
+    make; inside: those of them that are looked into. state: are calls made for what an engine keeps between them?"""
+
+    steps: tuple[int, ...]
+    probed: tuple[int, ...]
+    pictures: int
+    special: tuple[int, ...] = BATCHES
+    inside: tuple[int, ...] = INSIDE
+    state: bool = True
+
+
+def effort_for(target: str, n_steps: int, probed: tuple[int, ...], pictures: int, large: bool) -> Effort:
+    """What is run of `target`, out of all steps, the steps `probed` and `pictures`; `large`: the model is.
+
+    >>> effort_for("cpu", 4, (0, 3), 4, large=False)
+    Effort(steps=(0, 1, 2, 3), probed=(0, 3), pictures=4, special=(1, 2, 3, 9), inside=(1, 3, 9), state=True)
+    >>> effort_for("onnx", 8, (0, 7), 1, large=True)
+    Effort(steps=(0, 7), probed=(7,), pictures=0, special=(1, 3), inside=(), state=False)
+    """
+    if target != PORTABLE:
+        looked_at, inside = (probed[-1:], LARGE_INSIDE) if large else (probed, INSIDE)
+        return Effort(tuple(range(n_steps)), looked_at, pictures, inside=inside)
+    last = probed[-1:]
+    if large:
+        ends = tuple(sorted({probed[0], probed[-1]}))
+        return Effort(ends, last, 0, special=LARGE_INSIDE, inside=(), state=False)
+    steps = tuple(sorted({*range(0, n_steps, EVERY), *probed}))
+    return Effort(steps, last, min(PICTURES, pictures), inside=FEW_INSIDE)
+
+
+def note(target: str, effort: Effort, n_steps: int, probed: tuple[int, ...], pictures: int) -> str:
+    """What a report says where less was run than can be; "" where it was not."""
+    if effort == Effort(tuple(range(n_steps)), probed, pictures):
+        return ""
+    largest = f"calls of batch {' and '.join(str(size) for size in BATCHES if size not in effort.inside)}"
+    looked = f"linears in {len(effort.probed)} of {len(probed)} steps"
+    if target != PORTABLE:
+        return f"{target}: large model, {looked}; {largest} are compared by their outputs alone"
+    drawn = f"{effort.pictures} of {pictures} pictures" if effort.pictures else "no picture"
+    text = f"{target}: compared in {len(effort.steps)} of {n_steps} steps, {looked}, {drawn}: it is slow"
+    if effort.special == BATCHES:
+        return f"{text}; {largest} are compared by their outputs alone"
+    sizes = " and ".join(map(str, effort.special))
+    return f"{text}; of the calls that drawing does not make, batches {sizes}, by their outputs; none for what is kept"

@@ -1,0 +1,77 @@
+"""Quantizers on numbers that no call reaches: tokens near zero, of zeros only, and huge ones.
+
+The graph is cut at the tensor that a quantizer reads, and fed that of a real call times a factor. Where the quantizer
+is one op with what stands before it (a norm, GELU), its inputs are fed so, and it is judged by what it then reads.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from export.checkpoint import QuantizedLinear
+from pipeline.backends.base import Arrays, ProbeRow
+from pipeline.verify.oracle import check_quantizer
+from pipeline.verify.probe import ProbedGraph, activation_image
+from pipeline.side_by_side import raise_if_stopped
+
+# From the floor of absmax (1e-30) to far beyond what float16 holds; squares of the largest stay finite in float32.
+FACTORS = (1e-25, 1e-6, 0.0, 1e12)
+
+
+@dataclass(frozen=True)
+class ExtremeResult:
+    """The quantizer of `layer` (one of those that share it) on its tokens times `factor`, against the oracle."""
+
+    layer: str
+    factor: float
+    codes_inadmissible: int
+    scale_error: float
+
+
+def extreme_results(probed: ProbedGraph, layers: Sequence[QuantizedLinear], call: Arrays) -> list[ExtremeResult]:
+    """Every quantizer of a graph on every factor; the tokens are those of `call`."""
+    quantizers = {(probed.rows[layer.name].x, probed.rows[layer.name].codes): layer for layer in layers}
+    if not quantizers:
+        return []
+    rows = {layer.name: probed.rows[layer.name] for layer in quantizers.values()}
+    places = sorted({name for row in rows.values() for name in _fed(probed, row)})
+    natural = probed.run(places, [call])[0]
+    fed = {name: natural[name] for name in places}
+    fused = {row.x for row in rows.values() if row.x not in _fed(probed, row)}
+    run = probed.cut(sorted(fused.union(*({*row.codes, row.act_scale} - {""} for row in rows.values()))), fed)
+    results = []
+    for factor in FACTORS:
+        scaled = {name: _times(array, factor) for name, array in fed.items()}
+        tensors = {**scaled, **run(call | scaled)}
+        for layer in quantizers.values():
+            raise_if_stopped()
+            results.append(_judge(layer, rows[layer.name], tensors, factor))
+    return results
+
+
+def _fed(probed: ProbedGraph, row: ProbeRow) -> list[str]:
+    """The tensors to feed: what the quantizer reads, or what the op reads that gives that tensor beside the codes."""
+    node = next((node for node in probed.model.graph.node if row.x in node.output), None)
+    if node is None or not set(row.codes) & set(node.output):
+        return [row.x]
+    return [name for name in node.input if name and name in probed.produced]
+
+
+def _times(array: NDArray, factor: float) -> NDArray:
+    """Floats times the factor, within what their type holds; integers as they are."""
+    if not np.issubdtype(array.dtype, np.floating):
+        return array
+    largest = np.finfo(array.dtype).max
+    with np.errstate(invalid="ignore"):  # masks of -inf times 0 are NaN, as they are in the graph
+        return np.clip(array.astype(np.float64) * factor, -largest, largest).astype(array.dtype)
+
+
+def _judge(layer: QuantizedLinear, row: ProbeRow, tensors: Mapping[str, NDArray], factor: float) -> ExtremeResult:
+    x = tensors[row.x].reshape(-1, layer.in_features)
+    image = activation_image(row, [tensors[name].reshape(x.shape) for name in row.codes])
+    scale = tensors[row.act_scale].reshape(len(x), -1) if row.act_scale else None
+    return ExtremeResult(layer.name, factor, *check_quantizer(layer, x, image, scale))

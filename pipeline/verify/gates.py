@@ -1,0 +1,395 @@
+"""From results to gates: which number is compared with which limit, and why that limit."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pipeline.backends.cuda.overflow import Overflow
+from pipeline.verify.call_patterns import CALL_TRAITS, PICTURE_TRAITS, STEP_TRAITS, Trait, cause_of_repeat, diagnose, sign_of
+from pipeline.verify.calls import SampleError, StateResult
+from pipeline.verify.extremes import FACTORS, ExtremeResult
+from pipeline.verify.oracle import psnr_db
+from pipeline.recipe import Recipe
+from pipeline.verify.report import Gate, LayerResult, SegmentResult, StepResult
+from pipeline.verify.study import Realisations, StepErrors, Study
+
+# An engine and a float32 run of the reference are two draws of one experiment: the float64 result, plus what flipped
+# codes do to it. Every flip adds about the same power and their number grows in proportion to the rounding error before
+# the quantizers, so a factor of 2 in amplitude (4 in power) allows an engine whose operations between two quantizers
+# round four times as coarsely as PyTorch's (approximate exponentials and GELU, other orders of summation).
+FACTOR = 2.0
+FACTOR_DB = 20 * math.log10(FACTOR)
+# Without any flip a right engine is still off by the rounding of its float operations: some 10 in a row per linear and
+# 10 linears in a row per layer, each a few units in the last place. For tens of layers this stays under 2^-24 * 170, or
+# 100 dB, and no flip-free engine is asked for more.
+ROUNDED_DB = 100.0
+EQUAL_DB = 1000.0
+# Pictures of pixel models lie in [-1, 1]; latents are compared by the range that the reference's have.
+PIXEL_RANGE = 2.0
+
+
+@dataclass(frozen=True)
+class LayerRule:
+    """A gate over all linears of a target: the field of LayerResult it reads, and how the layers are combined.
+
+    cause: what is likely wrong where it fails. idle: what the report says where the field is nan in all layers, so that
+    nothing is compared; "" for nothing.
+    """
+
+    name: str
+    key: str
+    limit: float
+    unit: str
+    why: str
+    cause: str
+    total: bool = False
+    idle: str = ""
+
+
+# nan in place of a difference marks such a path.
+NO_SUM = (
+    "a GEMM with real scales per group, of formats too wide for integers, or of operands that are scaled beforehand, "
+    "has no single integer sum; linear_output bounds its product"
+)
+LAYER_RULES = (
+    LayerRule(
+        "gemm_exact",
+        "gemm_max_abs_diff",
+        0,
+        "",
+        "every GEMM equals the exact integer sum of its own codes",
+        "its weight codes are other ones or in another order, or sums overflow or round",
+        idle=NO_SUM,
+    ),
+    LayerRule(
+        "operands_exact",
+        "operand_max_abs_diff",
+        0,
+        "",
+        "both operands of every GEMM are its own codes times their scales, rounded as the dialect says, to the bit",
+        "an operand is decoded by another table, scale or zero point, or rounded to fewer bits",
+    ),
+    LayerRule(
+        "codes_inadmissible",
+        "codes_inadmissible",
+        0,
+        "codes",
+        "an activation code may differ from the oracle's only within float32 rounding of a midpoint",
+        "it quantizes by another format, scale, clip or rule of rounding, or what it reads is not its input",
+        total=True,
+    ),
+    LayerRule(
+        "scale_error",
+        "scale_error",
+        1,
+        "x bound",
+        "token scales within two float32 roundings of the oracle's",
+        "absmax is of other numbers (of all tokens, of a part), has another floor, or is kept in fewer bits",
+    ),
+    LayerRule(
+        "linear_output",
+        "output_error",
+        1,
+        "x bound",
+        "channel scales, bias and branches: every output within the float32 roundings that follow the integer sum",
+        "a channel scale, token scale, bias, zero point or branch is another, or is applied in fewer bits",
+    ),
+)
+
+MAY_BE_ABSENT = frozenset({"gemm_max_abs_diff", "operand_max_abs_diff"})
+
+
+# How many names a gate lists.
+NAMED = 3
+NOT_COVERED = "they are not in the checkpoint, or lowering lost what they compute"
+NONFINITE = "a number overflows the type that holds it, or is divided by zero"
+
+
+def coverage_gate(target: str, present: Collection[str], expected: Collection[str]) -> Gate:
+    """Names of the linears that a target's graph computes, and of all that the family quantizes."""
+    why = "quantized linears that the target's graph computes, of all that the model's family quantizes"
+    missing = [name for name in expected if name not in present]
+    if missing:
+        more = f" and {len(missing) - NAMED} more" if len(missing) > NAMED else ""
+        why += f"; without {', '.join(missing[:NAMED])}{more}, in every call: {NOT_COVERED}"
+    return Gate(f"{target}/coverage", len(expected) - len(missing), len(expected), "linears", why, at_most=False)
+
+
+def layer_gates(target: str, rows: Sequence[LayerResult], bad_outputs: int, where: str = "") -> list[Gate]:
+    """Gates over all linears of a target; a failed one names the worst layer, its worst call and the likely cause.
+
+    bad_outputs: how many numbers of steps and pictures are not finite; where: the first of these in words. Without
+    `gemm_exact` where no layer has anything to compare there, see `notes_on_layers`.
+    """
+    found = [_layer_gate(target, rule, rows) for rule in LAYER_RULES if not rows or _compared(rule, rows)]
+    return [_finite_gate(target, rows, bad_outputs, where), *found, _codes_gate(target, rows)]
+
+
+def _finite_gate(target: str, rows: Sequence[LayerResult], bad_outputs: int, where: str) -> Gate:
+    """Names the first layer: from there on NaN goes through all that follow."""
+    nonfinite = sum(row.nonfinite for row in rows) + bad_outputs
+    why = "no NaN or Inf in any quantized layer, step or picture"
+    first = next((row for row in rows if row.nonfinite), None)
+    if first is not None:
+        why += f"; first in {first.name}{_in_call(first, 'nonfinite')}: there or before it {NONFINITE}"
+    elif bad_outputs:
+        why += f"; in no layer that was looked at, first in {where or 'the outputs'}: {NONFINITE}"
+    return Gate(f"{target}/finite", nonfinite, 0, "values", why)
+
+
+def first_nonfinite(errors: StepErrors, images: NDArray[Any]) -> str:
+    """The first step, or picture that the engine drew by itself, with a number that is not finite; "" for none."""
+    bad = next((error for error in errors.samples if math.isnan(error.sqnr_db)), None)
+    if bad is not None:
+        return f"{bad.call}, sample {bad.sample}"
+    picture = next((i for i, image in enumerate(images) if not np.isfinite(image).all()), None)
+    return "" if picture is None else f"picture {picture + 1} that the engine drew by itself"
+
+
+def fails(rule: LayerRule, value: float) -> bool:
+    """Is a layer's number beyond the limit? nan is, but where it stands for nothing to compare."""
+    return not value <= rule.limit and not (math.isnan(value) and rule.key in MAY_BE_ABSENT)
+
+
+def notes_on_layers(target: str, rows: Sequence[LayerResult]) -> list[str]:
+    """What a report says where a gate over layers would pass without having compared any."""
+    idle = [rule for rule in LAYER_RULES if rule.idle and rows and not _compared(rule, rows)]
+    return [f"{target}: {rule.name} compares 0 of {len(rows)} layers and is no gate here: {rule.idle}" for rule in idle]
+
+
+def _compared(rule: LayerRule, rows: Sequence[LayerResult]) -> list[LayerResult]:
+    """The layers that a rule looks at: nan in a field that may be absent is no finding."""
+    return [row for row in rows if rule.key not in MAY_BE_ABSENT or not math.isnan(getattr(row, rule.key))]
+
+
+def _layer_gate(target: str, rule: LayerRule, rows: Sequence[LayerResult]) -> Gate:
+    """nan, which never passes, where the target has no layer at all."""
+    found = _compared(rule, rows)
+    values = np.array([getattr(row, rule.key) for row in found] or [math.nan], np.float64)
+    combined = values.sum() if rule.total else values.max()
+    some = f"; {len(found)} of {len(rows)} layers: {rule.idle}" if len(found) < len(rows) else ""
+    gate = Gate(f"{target}/{rule.name}", float(combined), rule.limit, rule.unit, f"{rule.why}{some}")
+    return replace(gate, why=f"{gate.why}{_culprit(found, rule, gate.passed)}")
+
+
+def _culprit(rows: Sequence[LayerResult], rule: LayerRule, passed: bool) -> str:
+    """The layer with the largest number, if any layer has one above zero; where that fails, in which call, and why."""
+    worst = max(rows, key=lambda row: np.nan_to_num(getattr(row, rule.key), nan=np.inf), default=None)
+    if worst is None:
+        return "; there is no layer at all: see coverage"
+    if passed:
+        return f"; most in {worst.name}" if getattr(worst, rule.key) != 0 else ""
+    return f"; most in {worst.name}{_in_call(worst, rule.key)}: {rule.cause}"
+
+
+def _in_call(row: LayerResult, key: str) -> str:
+    return f", in {row.calls[key]}" if key in row.calls else ""
+
+
+def _codes_gate(target: str, rows: Sequence[LayerResult]) -> Gate:
+    """A code that no rounding explains is what takes the share below its limit, so that the cause is that rule's."""
+    share = float(np.mean([row.codes_equal_share for row in rows])) if rows else math.nan
+    limit = float(np.mean([row.codes_limit_share for row in rows])) if rows else 1.0
+    why = "share of activation codes equal to the oracle's; the limit is the share that no float32 rounding can change"
+    gate = Gate(f"{target}/codes_equal", share, limit, "share", why, at_most=False)
+    rule = next(rule for rule in LAYER_RULES if rule.key == "codes_inadmissible")
+    return gate if gate.passed else replace(gate, why=f"{why}{_culprit(rows, rule, passed=False)}")
+
+
+def step_results(
+    target: str, errors: StepErrors, found: Study, single: Realisations, steps: Sequence[int]
+) -> list[StepResult]:
+    """One row per denoising step; `errors` are those of `steps`, and the others' is nan."""
+    measured = dict(zip(steps, errors.steps_db, strict=True))
+    worst = [min(run.steps_db[step] for run in single.errors) for step in range(len(found.calls))]
+    rows = enumerate(zip(worst, found.quant_db, strict=True))
+    return [StepResult(target, step, measured.get(step, math.nan), *numbers) for step, numbers in rows]
+
+
+def end_gates(target: str, errors: StepErrors, images: NDArray[Any], found: Study, single: Realisations) -> list[Gate]:
+    """Engine against the float64 reference: steps on the same inputs, and the pictures of its own trajectory.
+
+    `single`: float32 runs of the reference in the target's arithmetic. The worst step bounds how bad it can get; the
+    median sample tells a fault that touches every sample from flips that hit few. No limit is looser than the error of
+    quantization itself, unless that is under ROUNDED_DB: none asks for more. A target that draws no picture has no gate
+    for it.
+    """
+    worst_step = _lowest([value for run in single.hit_errors for value in run.steps_db])
+    quarter = _quarter([value for run in single.errors for value in run.samples_db])
+    worst_image = _lowest([value for drawn in single.hit_images for value in pictures_db(found, drawn)])
+    step_cost, image_cost = _lowest(found.quant_db), _lowest(pictures_db(found, found.images["float"]))
+    rows = [
+        ("step_sqnr_db", _lowest(errors.steps_db), (worst_step, step_cost), "worst step"),
+        ("median_sqnr_db", _median(errors.samples_db), (quarter, step_cost), "lower quartile"),
+    ]
+    gates = [_end_gate(f"{target}/{name}", value, limits, what) for name, value, limits, what in rows]
+    gates = [_with_cause(gate, errors.samples, STEP_TRAITS) for gate in gates]
+    if len(images):
+        psnr = _lowest(pictures_db(found, images))
+        gate = _end_gate(f"{target}/final_psnr_db", psnr, (worst_image, image_cost), "worst picture")
+        later = "; " + NOT_IN_STEPS if not gate.passed and all(step.passed for step in gates) else ""
+        gates.append(replace(gate, why=gate.why + later))
+        gates[-1] = _with_cause(gates[-1], picture_errors(found, images), PICTURE_TRAITS)
+    return gates
+
+
+NOT_IN_STEPS = "every step is right on the reference's own inputs: errors grow from step to step, or something is kept"
+
+
+def picture_errors(found: Study, images: NDArray[Any]) -> list[SampleError]:
+    """Each picture as a sample of one call; the number is its PSNR."""
+    reference, rows = found.images["reference"], tuple(range(len(images)))
+    signs = [sign_of(image, row, reference, rows) for row, image in enumerate(images)]
+    pairs = zip(pictures_db(found, images), signs, strict=True)
+    return [SampleError("pictures", i, value, "pictures", i, sign=sign) for i, (value, sign) in enumerate(pairs)]
+
+
+def _with_cause(gate: Gate, errors: Sequence[SampleError], traits: Sequence[Trait]) -> Gate:
+    """A failed gate with what is likely wrong."""
+    if gate.passed or not errors:
+        return gate
+    return replace(gate, why=f"{gate.why}; {diagnose(errors, gate.limit, traits)}")
+
+
+def _end_gate(name: str, value: float, limits: tuple[float, float], what: str) -> Gate:
+    """limits: of the float32 runs, and of quantization; nan where these runs overflowed, which gives no tolerance."""
+    float32, quantization = limits
+    why = f"{what} of the reference's float32 runs, less {FACTOR_DB:.0f} dB; or quantization's own error"
+    if any(math.isnan(limit) for limit in limits):
+        why += "; the model's own runs overflow in this arithmetic"
+    numbers = [limit for limit in (float32 - FACTOR_DB, quantization) if not math.isnan(limit)]
+    return Gate(name, value, min(max(numbers, default=ROUNDED_DB), ROUNDED_DB), "dB", why, at_most=False)
+
+
+def calls_gates(
+    target: str,
+    errors: Sequence[SampleError],
+    found: Study,
+    single: Realisations,
+    steps: Sequence[SampleError] = (),
+) -> list[Gate]:
+    """Calls that drawing does not make: the worst of all samples, and the median one. `steps`: the samples of the calls
+    that it makes, which a fault of some calls may leave right.
+
+    For the median a sample that several calls make counts once, by its worst: the float32 runs that give the limit made
+    each once, and three samples make up two thirds of all calls.
+    """
+    values, by_sample = [error.sqnr_db for error in errors], dict[tuple[str, int], list[float]]()
+    for error in errors:
+        by_sample.setdefault((error.pool, error.row), []).append(error.sqnr_db)
+    worst_of = [_lowest(sample_db) for sample_db in by_sample.values()]
+    worst = min(errors, key=lambda error: np.nan_to_num(error.sqnr_db, nan=-np.inf, posinf=np.inf))
+    # Of runs that flips hit: a few samples without any flip in plain runs would ask the same luck of the engine.
+    quarter = _quarter(single.hit_calls_db)
+    rows = (
+        ("calls", _lowest(values), (_lowest(single.hit_calls_db), _lowest(found.calls_quant_db)), "worst sample"),
+        ("calls_median", _median(worst_of), (quarter, _median(found.calls_quant_db)), "lower quartile"),
+    )
+    gates = [_end_gate(f"{target}/{name}", value, limits, what) for name, value, limits, what in rows]
+    gates = [replace(gate, why=f"{gate.why}; worst in {worst.call}, sample {worst.sample}") for gate in gates]
+    return [_with_cause(gate, [*steps, *errors], CALL_TRAITS) for gate in gates]
+
+
+def quantizers_gate(target: str, rows: Sequence[ExtremeResult], call: str) -> Gate:
+    """Quantizers on tokens that no call reaches: very small, zero, very large; made from those of `call`."""
+    why = f"quantizers that differ from the oracle on their tokens times {', '.join(f'{f:g}' for f in FACTORS)}"
+    wrong = [row for row in rows if row.codes_inadmissible or not row.scale_error <= 1]
+    if wrong:
+        row = wrong[0]
+        why += f"; first that of {row.layer}, in {call} times {row.factor:g}: {row.codes_inadmissible} codes, scale "
+        why += f"off by {row.scale_error:g} times its bound: {_cause_of_extreme(row)}"
+    return Gate(f"{target}/quantizers", len(wrong), 0, "quantizers", why)
+
+
+def _cause_of_extreme(row: ExtremeResult) -> str:
+    """What is likely wrong with a quantizer; FACTORS begin below the floor of absmax, and end beyond FP16."""
+    if row.scale_error <= 1:
+        return "codes are clipped or rounded otherwise, or NaN comes from zero times infinity"
+    if row.factor > 1:
+        return "its scale overflows a type such as FP16, or has an upper bound"
+    return "the floor of its absmax is another, or an epsilon is added to it"
+
+
+def repeats_gate(target: str, state: StateResult) -> Gate:
+    """Equal calls, with others between them and beside them in another thread."""
+    why = "equal calls give equal numbers to the bit: after other conditions, in place, after many, in two threads"
+    if state.where:
+        why += f"; first other in {state.where}: {cause_of_repeat(state.where)}"
+    return Gate(f"{target}/repeats", state.unequal, 0, "numbers", why)
+
+
+def fp16_gate(target: str, where: tuple[str, Overflow] | None) -> Gate:
+    """An engine with FP16 between its steps; `where`: the call and the first number that is too large for it."""
+    why = "numbers between the engine's steps stay within FP16; found on the CPU, in calls whose inside is looked at"
+    why += f"; in {where[0]}: {where[1]}" if where else ""
+    return Gate(f"{target}/fp16_range", int(where is not None), 0, "steps", why)
+
+
+def segments_gate(target: str, rows: Sequence[SegmentResult]) -> Gate:
+    """The worst stretch; names the first that is over its limit, whose error those behind it may have inherited."""
+    why = "every stretch between quantized linears within what rounding does in it, on the engine's own tensors"
+    first = next((row for row in rows if not row.error <= 1), None)
+    if first is not None:
+        layer = first.layer or "the output"
+        why += f"; first over its limit: the stretch up to {layer}, in {first.call}: {first.diagnosis}"
+    elif not rows:
+        why += "; none was judged: linears are missing, see coverage"
+    error = max((row.error for row in rows), default=math.nan)
+    return Gate(f"{target}/segments", error, 1, "x bound", why)
+
+
+def _quarter(values: Sequence[float]) -> float:
+    """The lower quartile of float32 runs; an overflow counts as the worst there is.
+
+    Equal samples count as EQUAL_DB, and overflows as its negative: between two infinities there is no number.
+    """
+    return float(np.quantile(np.nan_to_num(np.clip(values, -EQUAL_DB, EQUAL_DB), nan=-EQUAL_DB), 0.25))
+
+
+def _median(values: Sequence[float]) -> float:
+    """The median; nan if one of all is not a number."""
+    return math.nan if any(math.isnan(value) for value in values) else float(np.median(values))
+
+
+def _lowest(values: Sequence[float]) -> float:
+    return math.nan if any(math.isnan(value) for value in values) else min(values)
+
+
+def pictures_db(found: Study, images: NDArray[Any]) -> list[float]:
+    """PSNR of each picture against the float64 reference's; `images` may be the first few."""
+    reference = found.images["reference"]
+    peak = PIXEL_RANGE if found.case.output == "pixels" else float(np.ptp(reference))
+    return [psnr_db(one, other, peak) for one, other in zip(reference[: len(images)], images, strict=True)]
+
+
+def quantization_gates(found: Study, recipe: Recipe) -> list[Gate]:
+    """What quantization costs: the reference against the float model, within the recipe's budgets."""
+    noise = sum(10 ** (-value / 10) for value in found.quant_db) / len(found.quant_db)
+    sqnr = -10 * math.log10(noise) if noise > 0 else math.inf
+    pictures = pictures_db(found, found.images["float"])
+    psnr = float(np.median(pictures))
+    budget = "what quantization costs against the float model; the limit is the recipe's budget"
+    gates = [
+        Gate("quant_sqnr_db", sqnr, recipe.budgets.quant_sqnr_db, "dB", f"steps: {budget}", at_most=False),
+        Gate("final_psnr_fp_db", psnr, recipe.budgets.final_psnr_fp_db, "dB", f"pictures: {budget}", at_most=False),
+    ]
+    places = (f"step {_worst_place(found.quant_db)}", f"picture {_worst_place(pictures)}")
+    pairs = zip(gates, places, strict=True)
+    return [
+        gate if gate.passed else replace(gate, why=f"{gate.why}; worst in {where}: {TOO_COARSE}")
+        for gate, where in pairs
+    ]
+
+
+TOO_COARSE = "formats too narrow or groups too large for this model, or a calibration that went wrong"
+
+
+def _worst_place(values: Sequence[float]) -> int:
+    """Place of the lowest number, from 1; nan is the lowest."""
+    return int(np.argmin(np.nan_to_num(values, nan=-np.inf, posinf=np.inf, neginf=-np.inf))) + 1

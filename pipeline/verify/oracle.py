@@ -1,0 +1,390 @@
+"""Arithmetic of the parity gates: the oracle of one quantized linear, and error measures.
+
+Plain NumPy in float64 and exact integers; what an engine computed comes in as arrays. Every tolerance is counted in
+float32 roundings, with the count beside it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import cache
+
+import numpy as np
+from numpy.typing import NDArray
+
+from export.checkpoint import QuantizedLinear
+from export.formats.format import Format, encode, get_format, to_image
+from export.dialect.reference import ABSMAX_FLOOR
+
+Array = NDArray[np.floating]
+Dequantized = Callable[[], NDArray[np.float64]]  # the weight [N, K] of a linear
+# Largest relative error of one float32 operation (round to nearest), and of one in FP16.
+ROUNDING = 2.0**-24
+HALF_ROUNDING = 2.0**-11
+# Float32 operations between x and the number that is rounded to the grid, in the longest form a lowering may use:
+# scale = absmax / max_value, inverse = 1 / scale, x * inverse, and one rescaling that is not a power of two.
+QUOTIENT_ROUNDINGS = 4
+# The same for the token scale: absmax / max_value, and one rescaling.
+SCALE_ROUNDINGS = 2
+# After the integer sum: conversion to float32, times the channel scale, times the token scale (itself SCALE_ROUNDINGS
+# off), plus bias. Where scaled operands are multiplied instead, K products and their sum round K times, and besides:
+# both operands (a zero point rounds the activation's once more, but then no token scale does), and plus bias.
+OUTPUT_ROUNDINGS = 4 + SCALE_ROUNDINGS
+# Second-order terms of that first-order count are below 2^-40; one per mille covers them.
+FIRST_ORDER = 1.001
+
+
+def sqnr_db(reference: Array, value: Array) -> float:
+    """Signal to noise, 10 log10(|reference|^2 / |value - reference|^2); inf if equal, nan if not finite."""
+    reference, value = np.asarray(reference, np.float64), np.asarray(value, np.float64)
+    noise, signal = float(np.sum((value - reference) ** 2)), float(np.sum(reference**2))
+    return ratio_db(signal, noise)
+
+
+def psnr_db(reference: Array, value: Array, peak: float) -> float:
+    """Peak signal to noise of images, 10 log10(peak^2 / mean square error); `peak` is the range of the values."""
+    reference, value = np.asarray(reference, np.float64), np.asarray(value, np.float64)
+    return ratio_db(peak**2, float(np.mean((value - reference) ** 2)))
+
+
+def ratio_db(signal: float, noise: float) -> float:
+    """10 log10 of a ratio of powers; inf without noise, nan if one is not finite."""
+    if not (math.isfinite(signal) and math.isfinite(noise)):
+        return math.nan
+    if noise == 0:
+        return math.inf
+    return 10 * math.log10(signal / noise) if signal > 0 else -math.inf
+
+
+@dataclass(frozen=True)
+class ActivationOracle:
+    """What a layer's quantizer gives for x [M, K], and what float32 roundings may turn it into.
+
+    image: integer image of the nearest code, [M, K]. lowest, highest: images of the codes at both ends of the
+    interval that contains the float32 quotient; they differ only where the quotient lies within QUOTIENT_ROUNDINGS (and
+    those of a balanced input) of a midpoint. scale: [M, 1] or [M, groups] float64. scale_slack: relative error that a
+    balanced input adds to it, same shape; 0 for none.
+    """
+
+    image: NDArray[np.integer]
+    lowest: NDArray[np.integer]
+    highest: NDArray[np.integer]
+    scale: NDArray[np.float64]
+    scale_slack: Array | float = 0.0
+
+    @property
+    def ambiguous(self) -> int:
+        """How many codes may differ from the nearest one."""
+        return int(np.count_nonzero(self.lowest != self.highest))
+
+
+def quantize_oracle(x: Array, format_name: str) -> ActivationOracle:
+    """Codes of x [M, K] (finite) by the rules of fpq.QuantizeActivation, in float64: one scale for each row."""
+    x = np.asarray(x, np.float64)
+    return _rounded(get_format(format_name), x, _dynamic_scale(x, get_format(format_name)))
+
+
+def activation_oracle(x: Array, layer: QuantizedLinear) -> ActivationOracle:
+    """Codes that `layer` gives for its input x [M, K] (finite), in float64: balanced, then by its scaling."""
+    fmt, groups = get_format(layer.activation_format), layer.activation_groups
+    balanced, error = _balanced(np.asarray(x, np.float64), layer)
+    if layer.activation_scale is not None:
+        shifted = balanced - (0.0 if layer.activation_zero is None else float(layer.activation_zero[0]))
+        return _rounded(fmt, shifted, np.full((len(x), 1), layer.activation_scale[0], np.float64), error)
+    rows = balanced.reshape(len(x) * groups, -1)
+    errors = None if error is None else error.reshape(rows.shape)
+    found = _rounded(fmt, rows, _dynamic_scale(rows, fmt), errors)
+    if errors is not None:
+        slack = errors.max(axis=1, keepdims=True) / (found.scale * fmt.max_value)
+        found = _rounded(fmt, rows, found.scale, errors + slack * np.abs(rows))
+        found = replace(found, scale_slack=slack.reshape(len(x), groups))
+    images = {key: getattr(found, key).reshape(x.shape) for key in ("image", "lowest", "highest")}
+    return replace(found, **images, scale=found.scale.reshape(len(x), groups))
+
+
+def _balanced(x: Array, layer: QuantizedLinear) -> tuple[Array, Array | None]:
+    """(x * input_multiplier + input_offset, bound on what two float32 operations change, None without either)."""
+    if layer.input_multiplier is None and layer.input_offset is None:
+        return x, None
+    product = x if layer.input_multiplier is None else x * layer.input_multiplier.astype(np.float64)
+    found = product if layer.input_offset is None else product + layer.input_offset.astype(np.float64)
+    return found, ROUNDING * FIRST_ORDER * (np.abs(product) + np.abs(found))
+
+
+def _dynamic_scale(x: Array, fmt: Format) -> NDArray[np.float64]:
+    """[M, 1]: the scale at which each row's absmax is the format's largest value."""
+    return np.maximum(np.abs(x).max(axis=1, keepdims=True), ABSMAX_FLOOR) / fmt.max_value
+
+
+def _rounded(fmt: Format, x: Array, scale: NDArray[np.float64], error: Array | None = None) -> ActivationOracle:
+    """Codes of x / scale [M, K]; `error`: by how much x may be off beforehand, or None."""
+    quotient = x / scale
+    slack = QUOTIENT_ROUNDINGS * ROUNDING * np.abs(quotient)
+    if error is not None:
+        slack += error / scale
+    images, midpoints = _grid(fmt)
+    bounds = np.concatenate([[-np.inf], midpoints, [np.inf]])
+    place = _places(fmt, quotient)
+    close = (quotient - bounds[place] <= slack) | (bounds[place + 1] - quotient <= slack)
+    nearest = images[place]
+    lowest, highest = nearest.copy(), nearest.copy()
+    lowest[close] = images[np.searchsorted(midpoints, (quotient - slack)[close])]
+    highest[close] = images[np.searchsorted(midpoints, (quotient + slack)[close])]
+    nearest[close] = to_image(fmt, encode(fmt, quotient[close]))  # ties to even
+    return ActivationOracle(nearest, lowest, highest, scale)
+
+
+# Lower bits of a float64 that do not say between which midpoints of a format it lies.
+PLACE_SHIFT = 44
+
+
+@cache
+def _place_table(fmt: Format) -> NDArray[np.uint16]:
+    """Upper 20 bits of a float64 -> how many midpoints lie at or below it (below it, of negative numbers).
+
+    These bits hold sign, exponent and 8 bits of the significand. A midpoint of a format of 8 bits has no more, so all
+    numbers with the same upper bits lie between the same two midpoints, or on the one with zeros for lower bits.
+    """
+    _, midpoints = _grid(fmt)
+    assert np.array_equal(midpoints.view(np.int64) & (2**PLACE_SHIFT - 1), np.zeros(len(midpoints), np.int64))
+    first = (np.arange(2 ** (64 - PLACE_SHIFT), dtype=np.uint64) << np.uint64(PLACE_SHIFT)).view(np.float64)
+    places = np.where(np.signbit(first), *(np.searchsorted(midpoints, first, side) for side in ("left", "right")))
+    return places.astype(np.uint16)
+
+
+def _places(fmt: Format, x: Array) -> NDArray[np.uint16]:
+    """Between which midpoints each number lies; of a number on a midpoint, on either side of it."""
+    return _place_table(fmt)[np.ascontiguousarray(x, np.float64).view(np.uint64) >> np.uint64(PLACE_SHIFT)]
+
+
+@cache
+def _grid(fmt: Format) -> tuple[NDArray[np.integer], NDArray[np.float64]]:
+    """Images in ascending order, and the midpoints between neighbours, of the values a symmetric quantizer uses."""
+    usable = np.isfinite(fmt.values) & (np.abs(fmt.values) <= fmt.max_value)
+    values = np.unique(fmt.values[usable])
+    integer = np.int32 if fmt.kmax <= np.iinfo(np.int32).max else np.int64
+    return np.ldexp(values, fmt.fraction_bits).astype(integer), (values[1:] + values[:-1]) / 2
+
+
+@dataclass(frozen=True)
+class LinearProbe:
+    """What an engine computed for one linear on M tokens.
+
+    x: [M, K]. image: integer image of its activation codes, [M, K] float64. act_scale: [M, 1] or [M, groups], None
+    where it is a constant of the GEMM. gemm: [M, N], or [M, groups of sums, N]. output, low_rank: [M, N], or None where
+    the engine does not keep it or has none. timesteps: [M], which each token's sample had, or None. The other fields
+    are those of the ProbeRow, gemm_scale as array [N] or None. operands: the GEMM's own, float32 [M, K] and [K, N],
+    where it multiplies values that are scaled already, or None.
+    """
+
+    x: Array
+    image: Array
+    act_scale: Array | None
+    gemm: Array
+    output: Array | None = None
+    gemm_unit: float = 1.0
+    gemm_scale: Array | None = None
+    exact: bool = True
+    half_roundings: int = 0
+    low_rank: Array | None = None
+    timesteps: Array | None = None
+    operands: tuple[Array, Array] | None = None
+
+
+@dataclass(frozen=True)
+class LinearCheck:
+    """Findings about one linear.
+
+    gemm_max_abs_diff: against the exact integer sum of the engine's own codes (nan where the path is not an integer
+    embedding). operand_max_abs_diff: of the GEMM's own float32 operands against codes times scales, rounded as the
+    dialect says (nan where it multiplies codes). scale_error, output_error: largest difference over the bound that
+    float32 roundings allow, so at most 1; output_error covers the low-rank branch, too.
+    """
+
+    codes: int
+    codes_different: int
+    codes_ambiguous: int
+    codes_inadmissible: int
+    gemm_max_abs_diff: float
+    scale_error: float
+    output_error: float
+    nonfinite: int
+    operand_max_abs_diff: float = math.nan
+
+
+def check_quantizer(layer: QuantizedLinear, x: Array, image: Array, act_scale: Array | None) -> tuple[int, float]:
+    """(codes that no rounding explains, error of the scale over its bound) of a layer's quantizer on x [M, K]."""
+    oracle = activation_oracle(x, layer)
+    outside = (image < oracle.lowest) | (image > oracle.highest) | ~np.isfinite(image)
+    return int(np.count_nonzero(outside)), _scale_error(act_scale, oracle)
+
+
+def check_linear(layer: QuantizedLinear, probe: LinearProbe, oracle: ActivationOracle) -> LinearCheck:
+    """Compare one linear of an engine with the oracle; `oracle` is activation_oracle(probe.x, layer)."""
+    image = np.nan_to_num(probe.image, nan=0.0, posinf=0.0, neginf=0.0).astype(np.float64)
+    groups = probe.gemm.shape[1] if probe.gemm.ndim == 3 else 1
+    total = exact_sums(image, layer.image(), groups) if probe.exact else np.zeros(0)
+    outside = (probe.image < oracle.lowest) | (probe.image > oracle.highest) | ~np.isfinite(probe.image)
+    tensors = (probe.x, probe.gemm, probe.act_scale, probe.output, probe.low_rank, *(probe.operands or ()))
+    produced = [item for item in tensors if item is not None]
+    dequantized = cache(layer.dequantized)  # large, and not needed where sums are exact
+    errors = (_output_error(layer, dequantized, probe, oracle, image, total), _low_rank_error(layer, probe))
+    return LinearCheck(
+        codes=image.size,
+        codes_different=int(np.count_nonzero(probe.image != oracle.image)),
+        codes_ambiguous=oracle.ambiguous,
+        codes_inadmissible=int(np.count_nonzero(outside)),
+        gemm_max_abs_diff=_gemm_difference(probe, total),
+        scale_error=_scale_error(probe.act_scale, oracle),
+        output_error=math.nan if math.isnan(errors[0]) else max(errors),
+        nonfinite=sum(int(np.count_nonzero(~np.isfinite(item))) for item in produced),
+        operand_max_abs_diff=_operand_difference(layer, dequantized, probe, image),
+    )
+
+
+def exact_sums(image: Array, weight: NDArray[np.integer], groups: int) -> NDArray[np.float64]:
+    """image [M, K] @ weight[N, K].T without rounding: [M, N], or the sums of `groups` parts of K, [M, groups, N]."""
+    if groups == 1:
+        return exact_product(image, weight)
+    parts = zip(np.split(image, groups, axis=1), np.split(weight, groups, axis=1), strict=True)
+    return np.stack([exact_product(a, w) for a, w in parts], axis=1)
+
+
+def exact_product(image: Array, weight: NDArray[np.integer]) -> NDArray[np.float64]:
+    """image [M, K] @ weight[N, K].T without any rounding, as float64 [M, N].
+
+    Floats of p bits add integers exactly, in any order, while the sum of the magnitudes stays below 2^p: float32 where
+    that holds (twice as fast), float64 else.
+    """
+    largest = float(np.abs(image).max(initial=0)) * float(np.abs(weight).sum(axis=1, dtype=np.int64).max(initial=0))
+    if largest >= 2.0**53:
+        raise ValueError(f"sums up to {largest:.3g} are not exact in float64")
+    dtype = np.float32 if largest < 2.0**24 else np.float64
+    return (image.astype(dtype) @ weight.T.astype(dtype)).astype(np.float64)
+
+
+def _gemm_difference(probe: LinearProbe, total: Array) -> float:
+    if not probe.exact:
+        return math.nan
+    expected = (total * probe.gemm_unit).astype(np.float32)
+    if probe.gemm_scale is not None:
+        expected = expected * np.asarray(probe.gemm_scale, np.float32).reshape(1, -1)
+    difference = np.abs(np.asarray(probe.gemm, np.float64) - expected)
+    return float(np.nan_to_num(difference, nan=np.inf).max(initial=0))
+
+
+def _operand_difference(layer: QuantizedLinear, dequantized: Dequantized, probe: LinearProbe, image: Array) -> float:
+    """Largest difference of the GEMM's operands from the engine's own codes and scales, to the bit.
+
+    value(code) * scale is exact in float64 (8 bits times 24), so its float32 is the one rounding that the graph makes;
+    a zero point is added in float32, which rounds once more, as in the graph.
+    """
+    if probe.operands is None:
+        return math.nan
+    scale = layer.activation_scale if probe.act_scale is None else probe.act_scale
+    assert scale is not None, f"{layer.name}: neither a scale per token nor a static one"
+    spread = np.repeat(np.atleast_2d(np.asarray(scale, np.float64)), layer.activation_group or image.shape[1], axis=1)
+    value = (image * to_value(layer, "activation") * spread).astype(np.float32)
+    if layer.activation_zero is not None:
+        value = value + layer.activation_zero.astype(np.float32)
+    pairs = zip(probe.operands, (value, dequantized().astype(np.float32).T), strict=True)
+    differences = (np.abs(np.asarray(operand, np.float64) - expected) for operand, expected in pairs)
+    return max(float(np.nan_to_num(item, nan=np.inf).max(initial=0)) for item in differences)
+
+
+def _scale_error(act_scale: Array | None, oracle: ActivationOracle) -> float:
+    """0 for a static scale: it is a constant that codes and output prove."""
+    if act_scale is None:
+        return 0.0
+    relative = SCALE_ROUNDINGS * ROUNDING * FIRST_ORDER + oracle.scale_slack
+    return _largest(act_scale - oracle.scale, oracle.scale * relative)
+
+
+def _output_error(
+    layer: QuantizedLinear,
+    dequantized: Dequantized,
+    probe: LinearProbe,
+    oracle: ActivationOracle,
+    image: Array,
+    total: Array,
+) -> float:
+    """The output, less what the engine's own low-rank branch gave, against product and bias.
+
+    A zero point counts as a part of the bias, as which it is rounded once; the sum with the branch rounds once more.
+    """
+    if probe.output is None:
+        return math.nan
+    product, magnitude, roundings = _product(layer, dequantized, probe, oracle, image, total)
+    bias: Array | float = 0.0 if layer.bias is None else layer.bias.astype(np.float64)
+    if layer.activation_zero is not None:
+        bias = bias + float(layer.activation_zero[0]) * dequantized().sum(axis=1)
+    slack = np.max(oracle.scale_slack, axis=-1, keepdims=True)
+    bound = roundings * ROUNDING * FIRST_ORDER * (magnitude + np.abs(bias)) + FIRST_ORDER * slack * magnitude
+    found = np.asarray(probe.output, np.float64)
+    if probe.low_rank is not None:
+        bound, found = bound + ROUNDING * FIRST_ORDER * np.abs(found), found - probe.low_rank
+    return _largest(found - (product + bias), bound)
+
+
+def _product(
+    layer: QuantizedLinear,
+    dequantized: Dequantized,
+    probe: LinearProbe,
+    oracle: ActivationOracle,
+    image: Array,
+    total: Array,
+) -> tuple[Array, Array, float]:
+    """(product [M, N] in float64, sum of the magnitudes that were rounded, how often float32 rounds)."""
+    unit = to_value(layer, "activation") * oracle.scale
+    if not probe.exact:  # float sums over real scales per group, of formats too wide for integers, of scaled operands
+        spread = np.repeat(unit, image.shape[1] // unit.shape[1], axis=1) if unit.shape[1] > 1 else unit
+        value, weight = image * spread, dequantized()
+        roundings = OUTPUT_ROUNDINGS + layer.in_features + probe.half_roundings * HALF_ROUNDING / ROUNDING
+        magnitude = np.abs(value) @ np.abs(weight).T
+        if probe.operands is not None and layer.activation_zero is not None:  # each product has its share of the zero
+            magnitude = magnitude + np.abs(layer.activation_zero[0]) * np.abs(weight).sum(axis=1)
+        return value @ weight.T, magnitude, roundings
+    if total.ndim == 2:
+        product = total * (to_value(layer, "weight") * unit) * layer.scales[:, 0].astype(np.float64)
+        return product, np.abs(product), OUTPUT_ROUNDINGS
+    sums = total.shape[1]
+    of_token = np.repeat(unit, sums // unit.shape[1], axis=1)
+    of_channel = np.repeat(layer.scales.astype(np.float64), sums // layer.scales.shape[1], axis=1)
+    parts = total * of_token[..., None] * (of_channel.T * to_value(layer, "weight"))
+    return parts.sum(axis=1), np.abs(parts).sum(axis=1), OUTPUT_ROUNDINGS + sums
+
+
+def _low_rank_error(layer: QuantizedLinear, probe: LinearProbe) -> float:
+    """The branch of each token's timestep against float64; 0 without branches, inf where the engine has none of them.
+
+    Two float32 sums in a row, of K and of R products, are off by at most (K + R) roundings of the sum of all
+    magnitudes. Tokens whose timestep float32 may route either way are left out.
+    """
+    if layer.router is None or layer.lora_down is None or layer.lora_up is None:
+        return 0.0 if probe.low_rank is None else math.inf
+    if probe.low_rank is None or probe.timesteps is None:
+        return math.inf
+    chosen, decided = layer.router.choose(probe.timesteps), ~layer.router.undecided(probe.timesteps)
+    worst = 0.0
+    for h in np.unique(chosen):
+        rows = (chosen == h) & decided
+        x, found = np.asarray(probe.x[rows], np.float64), np.asarray(probe.low_rank[rows], np.float64)
+        down, up = layer.lora_down[h].astype(np.float64), layer.lora_up[h].astype(np.float64)
+        roundings = (layer.in_features + len(down)) * ROUNDING * FIRST_ORDER
+        bound = roundings * (np.abs(x) @ np.abs(down).T @ np.abs(up).T)
+        worst = max(worst, _largest(found - x @ down.T @ up.T, bound))
+    return worst
+
+
+def to_value(layer: QuantizedLinear, operand: str) -> float:
+    """What one unit of an operand's integer image is worth: 2^-f of its format; operand "weight" or "activation"."""
+    return 2.0 ** -get_format(getattr(layer, f"{operand}_format")).fraction_bits
+
+
+def _largest(difference: Array, bound: Array) -> float:
+    """Largest |difference| / bound; inf where the difference is not finite, 0 where both are zero."""
+    difference, bound = np.abs(np.nan_to_num(difference, nan=np.inf)), np.broadcast_to(bound, np.shape(difference))
+    ratio = np.divide(difference, bound, out=np.where(difference > 0, np.inf, 0.0), where=bound > 0)
+    return float(ratio.max(initial=0))

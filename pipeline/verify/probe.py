@@ -1,0 +1,274 @@
+"""Look inside a lowered graph: run it in stock onnxruntime with the tensors of its probe rows as extra outputs.
+
+Nothing is written and no weight is copied: the changed graph is handed over as bytes, its external data stays in the
+file beside the original. Layers are taken in batches, so that memory stays bounded at any model size.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+from numpy.typing import NDArray
+from onnx.external_data_helper import ExternalDataInfo
+
+from export.formats.format import Format, get_format
+from export.onnx_files import read_graph
+from pipeline import machine
+from pipeline.backends import feeds
+from pipeline.backends.base import Arrays, LoweredGraph, ProbeRow
+from pipeline.backends.runtime_errors import runtime_errors
+from pipeline.verify.oracle import LinearProbe
+from pipeline.backends.cpu.native_ops import DOMAIN as NATIVE
+from pipeline.side_by_side import raise_if_stopped
+from plugins.cpu import library
+
+logger = logging.getLogger(__name__)
+# Layers of the first batch, and bytes of probed tensors that later batches may hold at once.
+FIRST_BATCH, BATCH_BYTES = 4, 2**30
+# Layers whose dequantized weights are held at once.
+WEIGHTS_AT_ONCE = 8
+FOLDER_OPTION = "session.model_external_initializers_file_folder_path"
+
+
+def tensor_names(row: ProbeRow) -> tuple[str, ...]:
+    """The tensors of one probe row, without gemm_scale (an initializer)."""
+    names = (row.x, *row.codes, row.act_scale, row.gemm, row.output, row.low_rank, *row.operands)
+    return tuple(name for name in names if name)
+
+
+class ProbedGraph:
+    """A lowered graph that can be asked for the inner tensors of its quantized linears."""
+
+    def __init__(self, lowered: LoweredGraph, threads: int | None = None) -> None:
+        """Reads the graph without its weights. Raises ContractError if its external data is missing or cut short.
+
+        threads: of each operation, see `machine.threads`.
+        """
+        self.path, self._threads = lowered.path, machine.threads(threads)
+        self.rows = {row.layer: row for row in lowered.probes}
+        self.model = read_graph(self.path)
+        nodes = self.model.graph.node
+        self.produced = {name for node in nodes for name in node.output} | {i.name for i in self.model.graph.input}
+
+    @cached_property
+    def complete(self) -> frozenset[str]:
+        """Layers whose tensors are all in the graph; a probe row that points nowhere proves nothing."""
+        constants = {item.name for item in self.model.graph.initializer} | {""}
+        rows = (row for row in self.rows.values() if row.gemm_scale in constants)
+        return frozenset(row.layer for row in rows if self.produced.issuperset(tensor_names(row)))
+
+    @cached_property
+    def weights(self) -> frozenset[str]:
+        """Dequantized weights, which are the same in every call: decoders of stored tensors make them."""
+        return frozenset(row.operands[1] for row in self.rows.values() if row.operands)
+
+    def constant(self, name: str) -> NDArray | None:
+        """An initializer by name, or None for ""."""
+        if not name:
+            return None
+        return self._numbers(next(item for item in self.model.graph.initializer if item.name == name))
+
+    def holds(self, table: NDArray[np.floating]) -> bool:
+        """Is there an initializer of this shape, in whatever float type, with just these numbers?"""
+        same = (item for item in self.model.graph.initializer if tuple(item.dims) == table.shape)
+        return any(np.array_equal(self._numbers(item), table) for item in same)
+
+    def _numbers(self, found: onnx.TensorProto) -> NDArray:
+        if found.data_location != onnx.TensorProto.EXTERNAL:
+            return onnx.numpy_helper.to_array(found)
+        info, dtype = ExternalDataInfo(found), onnx.helper.tensor_dtype_to_np_dtype(found.data_type)
+        flat = np.fromfile(self.path.parent / info.location, dtype, math.prod(found.dims), offset=info.offset or 0)
+        return flat.reshape(found.dims)
+
+    def denoiser(self) -> Callable[[Arrays], Arrays]:
+        """The graph as it is, run by onnxruntime: stands in for an engine that this machine cannot run. The function
+        may be called from any number of threads. Its calls raise RecipeError for inputs that do not fit."""
+        with runtime_errors(self.path):
+            session = open_session(self.model, self.path.parent, self._threads)
+        names, declared = [output.name for output in session.get_outputs()], feeds.of_session(session)
+
+        def run(inputs: Arrays) -> Arrays:
+            call = {name: np.array(array, order="C") for name, array in inputs.items()}
+            feeds.check_feeds(declared, call)
+            return self._call(session, names, call)
+
+        return run
+
+    def run(self, names: Sequence[str], calls: Sequence[Arrays]) -> list[Arrays]:
+        """The tensors `names` for each of the model inputs `calls`."""
+        changed = onnx.ModelProto()
+        changed.CopyFrom(self.model)
+        inputs = {item.name for item in changed.graph.input}
+        wanted = sorted(set(names) - inputs)
+        del changed.graph.output[:]  # what only other outputs need is then not computed
+        changed.graph.output.extend(onnx.ValueInfoProto(name=name) for name in wanted)
+        with runtime_errors(self.path):
+            session = open_session(changed, self.path.parent, self._threads)
+        del changed
+        results: list[Arrays] = []
+        for call in calls:
+            fed = {name: call[name] for name in inputs}
+            found = self._call(session, wanted, fed)
+            results.append(found | {name: fed[name] for name in names if name in inputs})
+        return results
+
+    def cut(self, names: Sequence[str], fed: Mapping[str, NDArray]) -> Callable[[Mapping[str, NDArray]], Arrays]:
+        """What the graph computes for the tensors `names` when all that read those of `fed` get arrays of the same
+        types and ranks. A tensor may be in both: it is computed, and others read what was given."""
+        wanted = [f"{name}/cut" if name in fed else name for name in names]
+        changed = onnx.ModelProto()
+        changed.CopyFrom(self.model)
+        for node in changed.graph.node:
+            node.output[:] = [f"{name}/cut" if name in fed else name for name in node.output]
+        kept = [value for value in changed.graph.value_info if value.name not in fed]
+        del changed.graph.value_info[:], changed.graph.output[:]
+        changed.graph.value_info.extend(kept)
+        for name, array in fed.items():
+            kind = onnx.helper.np_dtype_to_tensor_dtype(array.dtype)
+            changed.graph.input.append(onnx.helper.make_tensor_value_info(name, kind, [None] * array.ndim))
+            left_over = onnx.helper.make_tensor_value_info(f"{name}/cut", kind, [None] * array.ndim)
+            changed.graph.value_info.append(left_over)  # of an op of ours, whose other outputs may be needed
+        changed.graph.output.extend(onnx.ValueInfoProto(name=name) for name in wanted)
+        needed = _needed(changed.graph, set(wanted))
+        nodes = [node for node in changed.graph.node if any(name and name in needed for name in node.output)]
+        constants = [item for item in changed.graph.initializer if item.name in needed]
+        inputs = [item for item in changed.graph.input if item.name in needed]
+        del changed.graph.node[:], changed.graph.initializer[:], changed.graph.input[:]
+        changed.graph.node.extend(nodes)
+        changed.graph.initializer.extend(constants)
+        changed.graph.input.extend(inputs)
+        with runtime_errors(self.path):
+            session = open_session(changed, self.path.parent, self._threads)
+
+        def run(arrays: Mapping[str, NDArray]) -> Arrays:
+            known = {value.name for value in session.get_inputs()}
+            results = self._call(session, wanted, {name: array for name, array in arrays.items() if name in known})
+            return {name: results[key] for name, key in zip(names, wanted, strict=True)}
+
+        return run
+
+    def _call(self, session: Any, names: Sequence[str], inputs: Arrays) -> Arrays:
+        """Tensors by name. Raises ContractError where onnxruntime stops, as it does at a code beyond its table."""
+        raise_if_stopped()
+        with runtime_errors(self.path):
+            return dict(zip(names, session.run(names, inputs), strict=True))
+
+    def probes(
+        self, layers: Sequence[str], calls: Sequence[Arrays], outputs: list[Arrays] | None = None
+    ) -> Iterator[tuple[str, list[LinearProbe]]]:
+        """For each layer what it computed in each call, a batch of layers at a time. `outputs` gets the model's own
+        outputs in each call, which are computed with the last batch."""
+        left, size, last = list(layers), FIRST_BATCH, [output.name for output in self.model.graph.output]
+        while left:
+            batch, left = left[:size], left[size:]
+            names = {name for layer in batch for name in tensor_names(self.rows[layer])} - self.weights
+            if outputs is not None and not left:
+                names.update(last)
+            found = self.run(sorted(names), calls)
+            if outputs is not None and not left:
+                outputs += [{name: tensors[name] for name in last} for tensors in found]
+            held = sum({id(array): array.nbytes for tensors in found for array in tensors.values()}.values())
+            size = max(1, int(BATCH_BYTES / max(held / len(batch), 1)))
+            logger.debug("probed %d layers, %.0f MiB", len(batch), held / 2**20)
+            for first in range(0, len(batch), WEIGHTS_AT_ONCE):
+                few = batch[first : first + WEIGHTS_AT_ONCE]
+                weights = self._decoded(few)
+                for layer in few:
+                    pairs = zip(found, calls, strict=True)
+                    yield layer, [self._probe(self.rows[layer], tensors | weights, call) for tensors, call in pairs]
+
+    def _decoded(self, layers: Sequence[str]) -> Arrays:
+        """The dequantized weights of layers, computed by the nodes that the graph has for them and nothing else: with
+        them the tensors of few layers would fill a batch."""
+        names = sorted({row.operands[1] for layer in layers if (row := self.rows[layer]).operands})
+        return self.cut(names, {})({}) if names else {}
+
+    def _probe(self, row: ProbeRow, tensors: Arrays, call: Arrays) -> LinearProbe:
+        x = _rows(tensors[row.x])
+        image = activation_image(row, [_rows(tensors[name]) for name in row.codes])
+        gemm, (first, count) = tensors[row.gemm], row.gemm_columns
+        gemm = gemm[..., first : first + count] if count else gemm
+        return LinearProbe(
+            x=x,
+            image=image.reshape(x.shape),
+            act_scale=tensors[row.act_scale].reshape(len(x), -1) if row.act_scale else None,
+            gemm=_rows(gemm) if row.gemm_groups == 1 else gemm.transpose(1, 0, 2),
+            output=_rows(tensors[row.output]) if row.output else None,
+            gemm_unit=row.gemm_unit,
+            gemm_scale=self.constant(row.gemm_scale),
+            exact=row.exact,
+            half_roundings=row.half_roundings,
+            low_rank=_rows(tensors[row.low_rank]) if row.low_rank else None,
+            timesteps=_timesteps(call, len(x)) if row.low_rank else None,
+            operands=(_rows(tensors[row.operands[0]]), tensors[row.operands[1]]) if row.operands else None,
+        )
+
+
+def _needed(graph: onnx.GraphProto, wanted: set[str]) -> set[str]:
+    """Names of all tensors that `wanted` are computed from, and themselves. Nodes stand in the order of computation."""
+    needed = set(wanted)
+    for node in reversed(graph.node):
+        if any(name and name in needed for name in node.output):
+            needed.update(node.input)
+    return needed
+
+
+def _timesteps(call: Arrays, rows: int) -> NDArray | None:
+    """The timestep of each row: rows of one sample follow each other."""
+    times = call.get("timestep")
+    return None if times is None else np.repeat(times.reshape(-1), rows // times.size)
+
+
+def activation_image(row: ProbeRow, codes: Sequence[NDArray]) -> NDArray[np.float64]:
+    """Integer image of an activation from the hardware operands that hold it, see ProbeRow."""
+    if row.codes_format:
+        return decoded_image(get_format(row.codes_format), codes[0])
+    limbs = (
+        weight * (np.asarray(code, np.float64) * row.codes_unit - row.codes_offset)
+        for weight, code in zip(row.limb_weights, codes, strict=True)
+    )
+    return np.sum(list(limbs), axis=0)
+
+
+def decoded_image(fmt: Format, codes: NDArray[np.uint8]) -> NDArray[np.float64]:
+    """Integer image of codes of a format; NaN, which no gate lets pass, for codes that are no finite number of it."""
+    numbers = np.full(2**8, np.nan)
+    finite = np.isfinite(fmt.values)
+    numbers[: len(fmt.values)][finite] = fmt.image[finite]
+    return numbers[codes]
+
+
+def _rows(tensor: NDArray) -> NDArray:
+    return tensor.reshape(-1, tensor.shape[-1])
+
+
+def open_session(model: onnx.ModelProto, folder: Path, threads: int | None = None) -> Any:
+    """onnxruntime session of a graph without its weights, which lie in `folder`.
+
+    Basic optimizations only: the extended ones break FP8 QDQ pairs. No constant folding: it would hold every 8-bit
+    weight a second and third time, decoded to float32 and packed. Spinning threads are stopped between runs, since the
+    engine under test and the reference take turns. A graph with native ops gets the kernel library of this package;
+    nothing in `folder` is run.
+    """
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_BASIC
+    options.log_severity_level = 3
+    # Freed tensors go back to the system: arena and memory pattern would keep room for all decoded weights at once.
+    options.enable_cpu_mem_arena = options.enable_mem_pattern = False
+    options.add_session_config_entry(FOLDER_OPTION, str(folder.resolve()))
+    options.add_session_config_entry("session.force_spinning_stop", "1")
+    options.intra_op_num_threads = machine.threads(threads)
+    if any(node.domain == NATIVE for node in model.graph.node):
+        library.register(options)
+    return onnxruntime.InferenceSession(
+        model.SerializeToString(), options, ["CPUExecutionProvider"], disabled_optimizers=["ConstantFolding"]
+    )

@@ -1,0 +1,346 @@
+"""Verification: every parity gate of a build, for every target, and the report that shows them.
+
+`python -m pipeline.verify.proof BUNDLE` checks a finished bundle again.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from export.checkpoint import QuantizedLinear
+from pipeline import machine
+from pipeline.backends import PORTABLE
+from pipeline.backends.base import Arrays, Engine, LoweredGraph
+from pipeline.backends.cuda.overflow import find_overflow
+from pipeline.backends.feeds import TooLargeError
+from pipeline.verify.calls import call_errors, state_result
+from pipeline.verify.effort import Effort, effort_for, note
+from pipeline.verify.extremes import extreme_results
+from pipeline.verify.oracle import ActivationOracle, LinearCheck, LinearProbe, activation_oracle, check_linear
+from pipeline.generate.case import Case, Run, is_large
+from pipeline.verify.probe import ProbedGraph
+from pipeline.progress import track
+from pipeline.recipe import Recipe
+from pipeline.verify.report import Gate, LayerResult, Report, write_layers_csv
+from pipeline.generate.sampling import take_samples
+from pipeline.verify.segments import SegmentCheck
+from pipeline.side_by_side import side_by_side
+from pipeline.verify.study import Realisations, Study, layer_input_db, study
+from pipeline.verify.gates import LAYER_RULES, calls_gates, coverage_gate, end_gates, fails, first_nonfinite, fp16_gate, layer_gates, notes_on_layers, quantization_gates, quantizers_gate, repeats_gate, segments_gate, step_results
+
+if TYPE_CHECKING:
+    from export.models.load import LoadedModel
+
+logger = logging.getLogger(__name__)
+# What a report says of a target that computes in another arithmetic than float32.
+ROUNDED = "the limits come from runs of the reference that round so too"
+ARITHMETIC_NOTES = {
+    "fp16": f"attention in FP16; {ROUNDED}",
+    "fp16 tokens": f"tensors of tokens in FP16; {ROUNDED}; layers are proven in float32",
+}
+PROVEN_NOT_RUN = "numerically proven through onnxruntime; engine built, not run"
+# Of an engine whose linears are plugins: the graph that is proven has their meaning, not their code.
+PLUGINS_APART = "; kernels in its plugins are proven by the tests in Triton's interpreter, not here"
+
+
+def verify(
+    model: LoadedModel,
+    layers: Sequence[QuantizedLinear],
+    lowered: Mapping[str, LoweredGraph],
+    engines: Mapping[str, Engine],
+    recipe: Recipe,
+    out_dir: Path,
+    threads: int | None = None,
+) -> Report:
+    """All gates of design: `layers` are what every engine must compute. Writes the report's files into `out_dir`.
+
+    A target of `lowered` without an entry in `engines` is judged by its lowered graph in onnxruntime, and the report
+    says so. threads: how many to use, see `machine.threads`; targets of a small model are judged side by side. Raises
+    ContractError where a lowered graph cannot be read at all.
+    """
+    from pipeline.verify.page import write_page
+
+    arithmetics = {target: arithmetic_of(target, recipe, target in engines) for target in lowered}
+    threads = machine.threads(threads)
+    found = study(model, layers, recipe, _studied(arithmetics.values()), threads)
+    at_once = 1 if is_large(model) else min(threads, len(lowered))
+    report = Report(gates=quantization_gates(found, recipe))
+
+    def one(target: str) -> tuple[Report, Any]:
+        part, engine = Report(), engines.get(target)
+        probed = ProbedGraph(lowered[target], threads // at_once)
+        images = verify_target(
+            target, model, layers, lowered[target], engine, found, part, arithmetics[target], probed=probed
+        )
+        if target == "cuda" and recipe.cuda.activations == "fp16":
+            overflow = find_overflow(lowered[target].path, overflow_calls(found, is_large(model)))
+            part.gates.append(fp16_gate(target, overflow))
+        return part, images
+
+    # The slowest first, so that no thread is left with it at the end.
+    order = sorted(lowered, key=lambda target: target != PORTABLE)
+    results = dict(zip(order, side_by_side([partial(one, target) for target in order], at_once), strict=True))
+    pictures = {target: results[target][1] for target in lowered}
+    for target in lowered:
+        report.add(results[target][0])
+    out_dir.mkdir(parents=True, exist_ok=True)
+    (out_dir / "parity.json").write_text(report.to_json(), encoding="utf-8")
+    write_layers_csv(report, out_dir / "layers.csv")
+    write_page(report, model, recipe, found, pictures, out_dir)
+    for gate in report.failures():
+        logger.error("gate %s: %g %s, limit %g; %s", gate.name, gate.value, gate.unit, gate.limit, gate.why)
+    return report
+
+
+def verify_target(
+    target: str,
+    model: LoadedModel,
+    layers: Sequence[QuantizedLinear],
+    graph: LoweredGraph,
+    engine: Engine | None,
+    found: Study,
+    report: Report,
+    arithmetic: str = "fp32",
+    effort: Effort | None = None,
+    probed: ProbedGraph | None = None,
+) -> Any:
+    """Append one target's gates and rows to `report`; returns the engine's pictures.
+
+    arithmetic: of the engine, see `study`. That of the lowered graph, in which layers are looked at, is the same but
+    for "fp16 tokens", whose graph is float32. effort: what is run; None: all that `effort_for` asks for. probed:
+    `graph` where it is open already.
+    """
+    probed, single = probed or ProbedGraph(graph), found.float32[arithmetic]
+    of_graph_name = "fp32" if arithmetic == "fp16 tokens" else arithmetic
+    of_graph = found.float32[of_graph_name]
+    expected = {ref.name: ref.module for ref in model.linears()}
+    present = [layer for layer in layers if layer.name in probed.complete and layer.name in expected]
+    report.gates.append(coverage_gate(target, {layer.name for layer in present}, list(expected)))
+    assert found.stretches is not None
+    whole = (found.case.n_steps, found.probed, len(found.case.noise))
+    effort = effort or effort_for(target, *whole, large=is_large(model))
+    calls = looked_at(found, effort)
+    order = {name: place for place, name in enumerate(found.stretches.order(found.calls[0]))}
+    present.sort(key=lambda layer: order[layer.name])
+    with SegmentCheck(target, found.stretches, calls, of_graph_name) as segments:
+        complete = len(present) == len(order)  # else the coverage gate fails, and nothing behind a gap can be judged
+        told = segments if complete else None
+        # Of a large model the linear and the stretch before it take seconds each.
+        threads = 2 if is_large(model) else 1
+        results = layer_results(target, present, expected, probed, found, of_graph, calls, effort.probed, told, threads)
+    report.layers += results
+    report.segments += segments.results
+    report.gates += [segments_gate(target, segments.results), *tables_gate(target, model, probed)]
+    special_call = found.special_calls[0]
+    extremes = extreme_results(probed, present, special_call.inputs)
+    report.gates.append(quantizers_gate(target, extremes, special_call.text))
+    run = engine.run if engine else probed.denoiser()
+    if engine is None:
+        apart = PLUGINS_APART if any(choice.path.startswith("plugin") for choice in graph.choices) else ""
+        report.notes.append(f"{target}: {PROVEN_NOT_RUN}{apart}")
+    errors = found.errors(run, effort.steps, f"verify {target}: steps")
+    report.steps += step_results(target, errors, found, single, effort.steps)
+    special = [call for call in found.special_calls if len(call.rows) in effort.special]
+    strange = call_errors(special, found.pool_exact, run)
+    if engine is not None and effort.state:
+        made = len(effort.steps) + len(special)
+        state = state_result(special, found.pools, model, found.pool_exact, run, made)
+        strange += state.errors
+        report.gates.append(repeats_gate(target, state))
+    report.gates += calls_gates(target, strange, found, single, errors.samples)
+    image = drawn(run, found.case.first(effort.pictures)) if effort.pictures else found.case.noise[:0]
+    nonfinite = errors.nonfinite + int(np.count_nonzero(~np.isfinite(image)))
+    report.gates += layer_gates(target, results, nonfinite, first_nonfinite(errors, image))
+    report.gates += end_gates(target, errors, image, found, single)
+    report.notes += notes_on_layers(target, results)
+    report.notes += filter(None, [note(target, effort, *whole)])
+    if arithmetic in ARITHMETIC_NOTES:
+        report.notes.append(f"{target}: {ARITHMETIC_NOTES[arithmetic]}")
+    return image
+
+
+def looked_at(found: Study, effort: Effort) -> dict[str, Arrays]:
+    """The calls whose inside is looked at: the probed steps, and those that drawing does not make."""
+    steps = {f"step {i + 1}": found.calls[i] for i in effort.probed}
+    return steps | {call.text: call.inputs for call in found.special_calls if len(call.rows) in effort.inside}
+
+
+def overflow_calls(found: Study, large: bool) -> dict[str, Arrays]:
+    """The calls in which FP16 is looked at: the first step, and the special call with the largest latents; of a large
+    model one sample of the first step alone."""
+    first = found.calls[found.probed[0]]
+    if large:
+        return {"step 1, sample 1": take_samples(first, [0], found.case.shared)}
+    special = max(found.special_calls, key=lambda call: float(np.abs(call.inputs["hidden_states"]).max()))
+    return {"step 1": first, special.text: special.inputs}
+
+
+def tables_gate(target: str, model: LoadedModel, probed: ProbedGraph) -> list[Gate]:
+    """Every embedding table stands in the graph, number for number: no call reads all of its rows."""
+    import torch
+
+    tables = {path: part for path, part in model.module.named_modules() if isinstance(part, torch.nn.Embedding)}
+    other = [path for path, part in tables.items() if not probed.holds(part.weight.detach().float().numpy())]
+    why = "embedding tables that stand in the graph number for number, of all that the model has"
+    why += f"; {other[0]} does not, for any call: it was rounded or changed on the way there" if other else ""
+    count = len(tables)
+    return [Gate(f"{target}/tables", count - len(other), count, "tables", why, at_most=False)] if tables else []
+
+
+def drawn(run: Run, case: Case) -> Any:
+    """The engine's pictures; NaN where it drives its own latents beyond the numbers that it takes."""
+    try:
+        return case.draw(run)
+    except TooLargeError as error:
+        logger.warning("the pictures diverge: %s", error)
+        return np.full_like(case.noise, np.nan)
+
+
+def arithmetic_of(target: str, recipe: Recipe, runs: bool) -> str:
+    """What a target computes the unquantized parts in: its engine if it `runs` here, else its lowered graph."""
+    if target in ("rtx", "trt"):
+        return str(getattr(recipe, target).attention)
+    halved = target == "cuda" and runs and recipe.cuda.activations == "fp16"
+    return "fp16 tokens" if halved else "fp32"
+
+
+def _studied(arithmetics: Iterable[str]) -> set[str]:
+    """Arithmetics of engines, and of lowered graphs where that is another one."""
+    found = set(arithmetics)
+    return found | {"fp32"} if "fp16 tokens" in found else found
+
+
+# --- layers ---------------------------------------------------------------------------------------------------------
+
+
+def layer_results(
+    target: str,
+    layers: Sequence[QuantizedLinear],
+    modules: Mapping[str, Any],
+    probed: ProbedGraph,
+    found: Study,
+    single: Realisations,
+    calls: Mapping[str, Arrays],
+    steps: Sequence[int],
+    segments: SegmentCheck | None = None,
+    threads: int = 1,
+) -> list[LayerResult]:
+    """Every linear of one target in `calls`, of which the first are those of `steps`, out of `Study.probed`. `segments`
+    is told of each, and needs them to be all, in the order of computation; beside the linear itself, with `threads`."""
+    rows, places = {layer.name: layer for layer in layers}, [found.probed.index(step) for step in steps]
+    results, known, outputs = [], ("", b""), list[Arrays]()
+    oracle: ActivationOracle | None = None
+    of_layers = probed.probes(list(rows), list(calls.values()), outputs)
+    for name, probes in track(of_layers, len(rows), f"verify {target}: linears"):
+        quantizer = (probed.rows[name].x, quantizer_key(rows[name]))
+        shared = oracle if quantizer == known else None  # q, k and v read one quantizer and follow each other
+        known = quantizer
+        work: list[Callable[[], Any]] = [partial(_checked, rows[name], probes, shared)]
+        if segments is not None:
+            work.append(partial(segments.at, name, probes))
+        (check, oracle), *_ = side_by_side(work, threads)
+        recorded = found.layer_inputs.get(name, [])
+        reference = [recorded[place] for place in places if place < len(recorded)]
+        input_db = layer_input_db(reference, [item.x for item in probes[: len(steps)]])
+        inputs = (input_db, single.layer_db.get(name, math.nan))
+        weight_db = found.weight_db(rows[name], modules[name])
+        found_wrong = worst_calls(rows[name], dict(zip(calls, probes, strict=True)), check)
+        row = _layer_result(target, rows[name], weight_db, probed.rows[name].path, check, inputs)
+        results.append(replace(row, calls=found_wrong))
+    if segments is not None:
+        segments.end([tensors["sample"] for tensors in outputs])
+    return results
+
+
+def _checked(
+    layer: QuantizedLinear, probes: Sequence[LinearProbe], oracle: ActivationOracle | None
+) -> tuple[LinearCheck, ActivationOracle]:
+    """What a linear computed in all calls, against the oracle of its quantizer, which is made where None is given."""
+    probe = joined(probes)
+    oracle = oracle or activation_oracle(np.nan_to_num(probe.x), layer)
+    return check_linear(layer, probe, oracle), oracle
+
+
+def quantizer_key(layer: QuantizedLinear) -> bytes:
+    """Equal for layers that turn the same input into the same codes."""
+    choices = (layer.activation_format, layer.activation_scaling, layer.activation_group)
+    arrays = (layer.activation_scale, layer.activation_zero, layer.input_multiplier, layer.input_offset)
+    return repr(choices).encode() + b"".join(b"-" if array is None else array.tobytes() for array in arrays)
+
+
+def joined(probes: Sequence[LinearProbe]) -> LinearProbe:
+    """The probes of several calls as one, rows after rows."""
+    first = probes[0]
+    keys = ("x", "image", "act_scale", "gemm", "output", "low_rank", "timesteps")
+    arrays: dict[str, Any] = {
+        key: np.concatenate([getattr(p, key) for p in probes]) for key in keys if getattr(first, key) is not None
+    }
+    if first.operands is not None:  # the weight is the same in every call
+        values = np.concatenate([probe.operands[0] for probe in probes if probe.operands is not None])
+        arrays["operands"] = (values, first.operands[1])
+    return replace(first, **arrays)
+
+
+def worst_calls(layer: QuantizedLinear, probes: Mapping[str, LinearProbe], check: LinearCheck) -> dict[str, str]:
+    """Of each field of `check` that fails its gate, the call in which it is worst, and of how many. probes: by call."""
+    wrong = {rule.key: rule for rule in LAYER_RULES if fails(rule, getattr(check, rule.key))}
+    keys = [*wrong, *(["nonfinite"] if check.nonfinite else [])]
+    if not keys:
+        return {}
+    oracles = {text: activation_oracle(np.nan_to_num(probe.x), layer) for text, probe in probes.items()}
+    checks = {text: check_linear(layer, probe, oracles[text]) for text, probe in probes.items()}
+    texts = {}
+    for key in keys:
+        values = {text: float(np.nan_to_num(getattr(one, key), nan=np.inf)) for text, one in checks.items()}
+        limit = wrong[key].limit if key in wrong else 0
+        several = sum(value > limit for value in values.values())
+        texts[key] = f"{max(values, key=values.__getitem__)} ({several} of {len(values)} calls are wrong)"
+    return texts
+
+
+def _layer_result(
+    target: str, layer: QuantizedLinear, weight_db: float, path: str, check: LinearCheck, inputs_db: tuple[float, float]
+) -> LayerResult:
+    return LayerResult(
+        target=target,
+        name=layer.name,
+        kind=layer.kind,
+        path=path,
+        weight_format=layer.weight_format,
+        activation_format=activation_label(layer),
+        granularity=layer.granularity,
+        group_size=layer.group_size,
+        gemm_max_abs_diff=check.gemm_max_abs_diff,
+        codes_equal_share=1 - check.codes_different / check.codes,
+        codes_limit_share=1 - check.codes_ambiguous / check.codes,
+        codes_inadmissible=check.codes_inadmissible,
+        scale_error=check.scale_error,
+        output_error=check.output_error,
+        nonfinite=check.nonfinite,
+        input_sqnr_db=inputs_db[0],
+        input_limit_db=inputs_db[1],
+        weight_sqnr_db=weight_db,
+        size_bytes=layer.size_bytes,
+        operand_max_abs_diff=check.operand_max_abs_diff,
+    )
+
+
+def activation_label(layer: QuantizedLinear) -> str:
+    """The format, with its scaling where that is not per token: "UE2M2 per_tensor"."""
+    dynamic = layer.activation_scaling == "per_token"
+    return layer.activation_format if dynamic else f"{layer.activation_format} {layer.activation_scaling}"
+
+
+if __name__ == "__main__":
+    from pipeline.signals import leave
+    from pipeline.verify.__main__ import main
+
+    leave(main)

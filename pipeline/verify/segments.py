@@ -1,0 +1,335 @@
+"""Every stretch of a graph between two quantized linears, alone: the float64 module on the engine's own tensors.
+
+A pass of the PyTorch module stops at each quantized linear. There its input, which the module computed in float64 from
+what the engine's earlier linears gave, is compared with the engine's own; then the pass goes on with the engine's
+output. So no stretch sees the errors of the linears, or a flipped code, and each is judged by its own roundings.
+
+The limit of a stretch is what rounding may do in it, measured on the same inputs: REALISATIONS further passes in the
+target's arithmetic, in which every operation rounds once by itself and moves its result by up to JITTER_ULPS more.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from export.errors import ContractError
+from pipeline.backends.base import Arrays
+from pipeline.verify.oracle import HALF_ROUNDING, ROUNDING, LinearProbe
+from pipeline.verify.noise import Noise
+from pipeline.verify.reference_hooks import ARITHMETICS
+from pipeline.verify.report import SegmentResult
+from pipeline.verify.walk import OUTPUT, Stop, Walk, stopping_module, tensors_of
+
+if TYPE_CHECKING:
+    import torch
+
+    from export.models.load import LoadedModel
+
+Array = NDArray[np.float64]
+REALISATIONS = 4
+# A runtime's operation is within two units in the last place of PyTorch's: exponentials, tanh and erf by polynomials,
+# divisions by a product with a reciprocal, sums in another order over a few terms.
+JITTER_ULPS = 2.0
+# The limits are derived for a stretch of n operations, whose errors reach its result with factors a_i; |a|^2 is the sum
+# of their squares, u = 2^-24. A pass: each operation's own rounding, uniform within u, and jitter, uniform within 2 u,
+# of variances 1 / 3 and 4 / 3. So its result deviates by s = 1.29 |a| u. A right engine: each operation within 3 u, two
+# units from PyTorch's, which rounds, and to no side. So it deviates by 3 |a| u = 2.32 s at most.
+#
+# The engine's error of a sample over that of the passes, root mean squares over all its numbers. Beyond 2.32 lie a
+# factor of 1.7 for the few operations whose error a whole sample shares, and for the passes' own scatter.
+LIMIT = 4.0
+# The same of one token or channel, which may have one and the same error in all its numbers (of a modulation, of a
+# token's scale). By Hoeffding's bound n independent errors within 3 u exceed 16 s = 20.7 |a| u with a probability below
+# 2 exp(-20.7^2 / (2 * 3^2)) = 10^-10, and some 10^5 tokens and channels are judged: 10^-5 for one false alarm. What is
+# not independent in real runtimes is measured: right engines of the bundled models stay below 0.54 of their limits, for
+# every target (benchmarks/results/segment_margins.json).
+PART_LIMIT = 16.0
+# What all numbers of a sample have in common, a factor or an offset, over its standard deviation. Roundings have no
+# side, so that the mean of n of them is 1 / sqrt(n) as large as one: coarse as FP16 is, a factor of 1.001 shows. There
+# are some 10^4 such means, of which a normal one is beyond 8 deviations in 10^-15 of all cases.
+SHARED_LIMIT = 8.0
+# Besides, each of up to 32 operations in a row may err to one side by all that JITTER_ULPS allows.
+SHARED_BIAS = 32 * JITTER_ULPS * ROUNDING
+# Operations whose result may be smaller than what they round: 0.5 x (1 + tanh) near -1. Jitter is relative to this.
+ROUNDED_OPERAND: dict[str, Callable[[Any], Any]] = {"gelu": lambda x: x.abs() / 2}
+# Operations that move numbers and round none.
+MOVES = frozenset(
+    ("arange", "cat", "clone", "constant_pad_nd", "copy_", "detach", "embedding", "empty", "full", "gather", "index",
+     "index_select", "lift_fresh", "new_zeros", "ones", "repeat", "stack", "zeros", "_to_copy", "_unsafe_view")
+)  # fmt: skip
+
+
+class SegmentReference:
+    """The passes of one model at one picture size; made once and used for every target and call."""
+
+    def __init__(self, model: LoadedModel, cells: tuple[int, int]) -> None:
+        import torch
+
+        from export.models.torch_modules import set_resolution
+
+        def module(dtype: torch.dtype) -> Any:
+            made = stopping_module(model, dtype)
+            set_resolution(made, *cells)
+            return made
+
+        self._types = torch.float64, torch.float32
+        self._exact = module(self._types[0])
+        # One for each arithmetic, whose hooks are on its parts: targets may be judged at the same time.
+        self._single = {arithmetic: module(self._types[1]) for arithmetic in ARITHMETICS}
+        self.layers = tuple(ref.name for ref in model.linears())
+        self._order: tuple[str, ...] = ()
+
+    def order(self, inputs: Arrays) -> tuple[str, ...]:
+        """The linears in the order in which the module calls them; ContractError if it calls one twice or never."""
+        if not self._order:
+            walk = Walk(self._single["fp32"], tensors_of(inputs, self._types[1]), nullcontext)
+            visited, stop = [], walk.start()
+            while stop.layer != OUTPUT:
+                visited.append(stop.layer)
+                stop = walk.go_on(None)
+            if sorted(visited) != sorted(self.layers):
+                odd = sorted(set(self.layers) ^ set(visited)) or sorted({x for x in visited if visited.count(x) > 1})
+                times = f"the model calls it {visited.count(odd[0])} times in a step, a quantized linear is called once"
+                raise ContractError(
+                    f"{odd[0]}: {times}; keep it unquantized, in its family's row of export/models/families.py"
+                )
+            self._order = tuple(visited)
+        return self._order
+
+    def walks(self, inputs: Arrays, arithmetic: str) -> list[Walk]:
+        """One exact pass and REALISATIONS in `arithmetic` with jitter."""
+        exact, single = (tensors_of(inputs, dtype) for dtype in self._types)
+        module = self._single[arithmetic]
+        jittered = [Walk(module, single, self._context(arithmetic, seed)) for seed in range(REALISATIONS)]
+        return [Walk(self._exact, exact, nullcontext), *jittered]
+
+    def _context(self, arithmetic: str, seed: int) -> Callable[[], AbstractContextManager[Any]]:
+        @contextmanager
+        def entered() -> Iterator[None]:
+            with ARITHMETICS[arithmetic](self._single[arithmetic]), operations_jittered(seed, JITTER_ULPS):
+                yield
+
+        return entered
+
+
+class SegmentCheck:
+    """The stretches of one lowered graph in several calls at once, judged in the order of computation.
+
+    Told of every quantized linear in `SegmentReference.order`, then of the outputs; a context manager.
+    """
+
+    def __init__(self, target: str, reference: SegmentReference, calls: Mapping[str, Arrays], arithmetic: str) -> None:
+        self._target, self._halved = target, arithmetic != "fp32"
+        self._walks = {text: reference.walks(inputs, arithmetic) for text, inputs in calls.items()}
+        self._stops: dict[str, list[Stop]] = {}
+        self.results: list[SegmentResult] = []
+        self._read: list[NDArray[Any]] = []  # what was judged last, which is kept so that its memory is not used again
+
+    def __enter__(self) -> SegmentCheck:
+        self._stops = {text: [walk.start() for walk in walks] for text, walks in self._walks.items()}
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        for walk in (walk for walks in self._walks.values() for walk in walks):
+            walk.abandon()
+
+    def at(self, layer: str, probes: Sequence[LinearProbe]) -> None:
+        """Judge the stretch before a quantized linear by what it computed in each call, and go on behind it."""
+        self._judge(layer, [probe.x for probe in probes])
+        for (text, walks), probe in zip(self._walks.items(), probes, strict=True):
+            if probe.output is None:
+                raise ContractError(f"{self._target}: {layer} has no output in its probe row; lower the model again")
+            self._stops[text] = [walk.go_on(probe.output) for walk in walks]
+
+    def end(self, outputs: Sequence[NDArray[Any]]) -> None:
+        """Judge the last stretch by the model's output in each call."""
+        self._judge(OUTPUT, outputs)
+
+    def _judge(self, layer: str, tensors: Sequence[NDArray[Any]]) -> None:
+        read = [*tensors, *(stop.x for stops in self._stops.values() for stop in stops)]
+        if self.results and all(map(_same_memory, read, self._read)):  # q, k and v read one tensor after the other
+            self.results.append(replace(self.results[-1], layer=layer))
+            return
+        self._read, rows = read, list[SegmentResult]()
+        for (text, stops), tensor in zip(self._stops.items(), tensors, strict=True):
+            assert {stop.layer for stop in stops} == {layer}, f"the module stands at {stops[0].layer}, not at {layer}"
+            rows.append(judge(self._target, text, stops, tensor, self._halved))
+        self.results.append(max(rows, key=lambda row: row.error))
+
+
+def _same_memory(one: NDArray[Any], other: NDArray[Any]) -> bool:
+    return one.shape == other.shape and one.__array_interface__["data"] == other.__array_interface__["data"]
+
+
+# --- one stretch ----------------------------------------------------------------------------------------------------
+
+
+def judge(target: str, call: str, stops: Sequence[Stop], result: NDArray[Any], halved: bool) -> SegmentResult:
+    """Compare the engine's `result` of a stretch with the exact pass, by the spread of the others."""
+    layer, shape = stops[0].layer, stops[0].x.shape
+    if result.size != stops[0].x.size:
+        text = f"its shape is {result.shape}, the module's {shape}"
+        return SegmentResult(target, layer, call, np.inf, 0.0, text)
+    exact = _by_sample(stops[0].x, shape)
+    difference = _by_sample(result, shape) - exact
+    noise = np.stack([_by_sample(stop.x, shape) - exact for stop in stops[1:]])
+    if not (np.isfinite(difference).all() and np.isfinite(noise).all()):  # of the engine, or of any run in its types
+        return SegmentResult(target, layer, call, np.inf, 0.0, _nonfinite(exact, halved))
+    shared = shared_over_limits(exact, difference, noise)
+    error = float(max(errors_over_limits(exact, difference, noise).max(), shared.max()))
+    ulps = _rms(noise) / max(_rms(exact), np.finfo(float).tiny) / ROUNDING
+    diagnosis = diagnose(exact, difference, bool(shared.max() > 1)) if error > 1 else None
+    return SegmentResult(target, layer, call, error, float(ulps), diagnosis)
+
+
+def _by_sample(tensor: NDArray[Any], shape: tuple[int, ...]) -> Array:
+    """[B, rows, channels] float64, of tokens [B, ..., K] or a picture [B, C, H, W]."""
+    array = np.asarray(tensor, np.float64)
+    if len(shape) == 4:
+        return array.reshape(*shape[:2], -1).swapaxes(1, 2)
+    return array.reshape(shape[0], -1, shape[-1])
+
+
+def errors_over_limits(exact: Array, difference: Array, noise: Array) -> Array:
+    """[B]: the largest of a sample's errors over their limits: of the whole sample, of each row, of each column.
+
+    exact, difference: [B, rows, K]; noise: [runs, B, rows, K]. The noise of a row or column is its own, the whole
+    sample's, or the whole sample's relative noise for numbers of its size, whichever is most: a few passes may meet by
+    chance.
+    """
+    squares = np.square(exact), np.square(difference), np.einsum("rbij,rbij->bij", noise, noise) / len(noise)
+    whole, whole_difference, whole_noise = (np.sqrt(np.mean(square, (1, 2))) for square in squares)  # [B]
+    ratios = [_ratio(whole_difference, whole_noise) / LIMIT]
+    for axis in (1, 2):  # columns, rows
+        of_exact, of_difference, of_noise = (np.sqrt(np.mean(square, axis)) for square in squares)
+        of_size = _ratio(whole_noise, whole)[:, None] * np.maximum(of_exact, whole[:, None])
+        ratios.append(_ratio(of_difference, np.maximum(of_noise, of_size)).max(axis=1) / PART_LIMIT)
+    largest: Array = np.max(ratios, axis=0)
+    return largest
+
+
+def shared_over_limits(exact: Array, difference: Array, noise: Array) -> Array:
+    """[2, B]: the factor and the offset that all numbers of a sample have in common, each over its limit.
+
+    Arguments as above. A rounding may be shared by all numbers of a token (its scale) or of a channel (a modulation),
+    so that rows or columns, whichever are fewer, count as independent; what a sample shares shows in the passes.
+    """
+    whole, power = _rms(exact, (1, 2)), np.mean(np.square(exact), (1, 2))  # [B]
+    deviation = _ratio(_rms(noise, (0, 2, 3)), whole) / np.sqrt(min(exact.shape[1:]))
+    sums = np.mean(exact * difference, (1, 2)), np.mean(difference, (1, 2))
+    of_passes = np.einsum("bij,rbij->rb", exact, noise) / exact[0].size, np.mean(noise, (2, 3))  # [runs, B]
+    errors = []
+    for value, passes, unit in zip(sums, of_passes, (power, whole), strict=True):
+        spread = np.maximum(_ratio(_rms(passes, 0), unit), deviation)
+        errors.append(_ratio(_ratio(np.abs(value), unit), SHARED_LIMIT * spread + SHARED_BIAS))
+    return np.stack(errors)
+
+
+def _rms(values: Array, axis: Any = None) -> Any:
+    return np.sqrt(np.mean(np.square(values), axis=axis))
+
+
+def _ratio(value: Array, limit: Array) -> Array:
+    """value / limit; 0 where both are zero, inf where only the limit is."""
+    return np.divide(value, limit, out=np.where(value > 0, np.inf, 0.0), where=limit > 0)
+
+
+def _nonfinite(exact: Array, halved: bool) -> str:
+    largest = float(np.abs(exact[np.isfinite(exact)]).max(initial=0))
+    if halved and largest > float(np.finfo(np.float16).max):
+        return f"FP16 overflow: numbers up to {largest:.3g} here, FP16 holds 65504"
+    return "FP16 overflow inside the stretch" if halved else "NaN or Inf, where the module's numbers are finite"
+
+
+def diagnose(exact: Array, difference: Array, shared: bool = False) -> str:
+    """What is likely wrong, from the pattern of the error; exact, difference: [B, rows, K]. shared: is there more of a
+    factor or an offset than rounding leaves?"""
+    power = np.square(difference)
+    relative = _rms(difference) / max(_rms(exact), np.finfo(float).tiny)
+    size = f"off by {relative:.1e}"
+    for axes, what in (((1, 2), "samples"), ((0, 1), "channels"), ((0, 2), "tokens")):
+        share = power.sum(axes) / max(power.sum(), np.finfo(float).tiny)
+        few = np.flatnonzero(share > 0.5 / len(share))
+        most = len(share) - 1 if what == "samples" else len(share) // 8
+        if len(few) <= most and share[few].sum() > 0.99:
+            listed = ", ".join(map(str, few[:6])) + (", ..." if len(few) > 6 else "")
+            return f"{size}, only in {what} {listed} of {len(share)}: {CAUSES[what]}"
+    scale = float((exact * difference).sum() / max(np.square(exact).sum(), np.finfo(float).tiny))
+    if _rms(difference - scale * exact) < 0.05 * _rms(difference):
+        return f"all numbers times {1 + scale:.6g}: a factor is wrong"
+    offset = float(difference.mean()) / max(_rms(exact), np.finfo(float).tiny)
+    # Beside a shared factor or offset, numbers are as far off as rounding has it.
+    if shared and max(abs(scale), abs(offset)) > relative / 10:
+        words = (
+            f"all numbers times {1 + scale:.4g}"
+            if abs(scale) > abs(offset)
+            else f"all numbers moved by {offset:.1e} of their size"
+        )
+        return f"{words} and rounded: a factor, scale or bias is wrong"
+    if HALF_ROUNDING / 8 < relative < HALF_ROUNDING:
+        return f"{size}, as much as rounding to FP16 gives"
+    return f"{size} in all samples, channels and tokens: an activation function, scale, epsilon, mask or order differs"
+
+
+CAUSES = {
+    "samples": "what differs between samples (mask, timestep, condition, batch size) is used wrongly",
+    "channels": "a bias, a table or a row of a kept weight differs",
+    "tokens": "a position table, mask or order of tokens differs",
+}
+
+
+@contextmanager
+def operations_jittered(seed: int, ulps: float) -> Iterator[None]:
+    """Every operation that rounds moves its float32 result by up to `ulps` units of 2^-24, at random."""
+    import torch
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    noise = Noise(seed)
+    generator = torch.Generator().manual_seed(seed + REALISATIONS)  # its own: the two must not move together
+
+    def moved(value: Any, extra: Any) -> Any:
+        if not isinstance(value, torch.Tensor) or value.dtype != torch.float32:
+            return value
+        return noise.moved(value, value if extra is None else value.abs() + extra, ulps * ROUNDING)
+
+    class Jitter(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            result = func(*args, **(kwargs or {}))
+            name = func._schema.name.split("::")[1]
+            if name in MOVES or any(value.alias_info for value in func._schema.returns):
+                return result
+            if name == "native_layer_norm" and result[0].dtype == torch.float32:
+                result = (_in_one_pass(result, args, generator), *result[1:])
+            extra = ROUNDED_OPERAND[name](args[0]) if name in ROUNDED_OPERAND else None
+            if isinstance(result, tuple | list):
+                return type(result)([moved(value, extra) for value in result])
+            return moved(result, extra)
+
+    with Jitter():
+        yield
+
+
+def _in_one_pass(result: tuple[Any, ...], arguments: tuple[Any, ...], generator: torch.Generator) -> Any:
+    """A LayerNorm whose sums of x and of x^2 are added up one number after the other, as runtimes may and PyTorch does
+    not: variance = mean(x^2) - mean(x)^2.
+
+    Adding K numbers of one sign so rounds by 2^-24 sqrt(K) / 3 of the sum, root mean square (the k-th partial sum is
+    k / K of it, and each rounding has 1 / sqrt(3) of its bound). The variance, a difference, gets mean(x^2) / variance
+    times that, and its root half.
+    """
+    import torch
+
+    normalized, mean, reciprocal = result
+    _, shape, weight, bias, _ = arguments
+    rounding = ROUNDING * float(np.prod(shape)) ** 0.5 / 3
+    offset = (mean * reciprocal).abs()  # the mean in standard deviations
+    scale_error, mean_error = (torch.randn(mean.shape, generator=generator) * rounding for _ in range(2))
+    unshifted = normalized if bias is None else normalized - bias
+    shift = mean_error * offset if weight is None else mean_error * offset * weight
+    return normalized + unshifted * (scale_error * (1 + offset.square()) / 2) + shift

@@ -1,0 +1,270 @@
+"""What an engine is measured against: pictures, steps and layer inputs of the reference in float64, and how far the
+reference's own float32 runs and the float model are from them.
+
+Rounding makes a float32 run flip a code wherever a quantizer's input lies within rounding error of a midpoint, and a
+flip changes everything after it. So the tolerance is measured, not set: REALISATIONS float32 runs of the reference,
+each with its quantizers' inputs moved at random by up to JITTER_ULPS, are equally right ways of computing one model. A
+target that computes parts in FP16 is measured against float32 runs that round the same parts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from export.checkpoint import QuantizedLinear
+from pipeline import machine
+from pipeline.backends.base import Arrays
+from pipeline.verify.call_patterns import PROMPTED, UNPROMPTED
+from pipeline.verify.calls import Call, SampleError, make_calls, make_pools, sample_errors
+from pipeline.verify.oracle import sqnr_db
+from pipeline.generate.case import Case, Run, is_large, make_case
+from pipeline.progress import track
+from pipeline.recipe import Recipe
+from pipeline.verify.reference_hooks import ARITHMETICS, Comparison, Recorder, hooked, jittered
+from pipeline.verify.segments import SegmentReference
+from pipeline.side_by_side import side_by_side
+
+if TYPE_CHECKING:
+    import torch
+
+    from export.models.load import LoadedModel
+
+# Float32 runs of the reference: until ENOUGH_SAMPLES samples are seen, at most REALISATIONS. A large model gets one,
+# which has thousands of flips.
+REALISATIONS, ENOUGH_SAMPLES = 2, 100
+# Between two quantizers lie about ten float32 operations, each rounding once and in an order of the runtime's choice:
+# inputs of two correct runs differ by a few units in the last place.
+JITTER_ULPS = 2.0
+# Flips are rare in small models: some samples have none, and what one flip does varies widely. For limits on the worst
+# sample the jitter grows until most samples are hit (their SQNR is below what float operations alone leave).
+HITTING_ULPS = (8.0, 32.0, 128.0, 512.0)
+HIT_DB, HIT_SHARE = 100.0, 0.75
+
+
+@dataclass(frozen=True)
+class StepErrors:
+    """A denoiser against the float64 reference on every step's inputs: SQNR in dB of each step, and of each sample of
+    each step (prompted and unprompted, [n_steps * batch]); how many output values are not finite; `samples`: the same
+    with what is special about each."""
+
+    steps_db: list[float]
+    samples_db: list[float]
+    nonfinite: int
+    samples: list[SampleError] = field(default_factory=list)
+
+
+@dataclass
+class Realisations:
+    """Float32 runs of the reference in one arithmetic.
+
+    errors, images: of the plain runs; layer_db: by layer the worst run's SQNR of its input in the probed steps.
+    hit_errors, hit_images: of runs in which flips hit most samples (the plain ones where they do). calls_db,
+    hit_calls_db: SQNR of every sample of the pools of calls, of the plain runs and of those that flips hit.
+    """
+
+    errors: list[StepErrors] = field(default_factory=list)
+    images: list[NDArray[Any]] = field(default_factory=list)
+    layer_db: dict[str, float] = field(default_factory=dict)
+    hit_errors: list[StepErrors] = field(default_factory=list)
+    hit_images: list[NDArray[Any]] = field(default_factory=list)
+    calls_db: list[float] = field(default_factory=list)
+    hit_calls_db: list[float] = field(default_factory=list)
+
+
+@dataclass
+class Study:
+    """Results of the reference. Steps run on the same inputs `calls`, the float64 reference's trajectory.
+
+    exact, plain: outputs of the float64 reference and of the float model per step. images: final pictures of the runs
+    "reference" and "float". float32: the reference's float32 runs by arithmetic. probed: the steps whose
+    layers are looked at; layer_inputs: float64 reference's input of each linear in them, [rows, K] float32.
+    pools: samples of calls that drawing does not make (pipeline.verify.calls), pool_exact and pool_plain: the float64
+    reference's and the float model's outputs for them. stretches: what segments are compared with.
+    """
+
+    case: Case
+    calls: list[Arrays] = field(default_factory=list)
+    exact: list[NDArray[Any]] = field(default_factory=list)
+    plain: list[NDArray[Any]] = field(default_factory=list)
+    images: dict[str, NDArray[Any]] = field(default_factory=dict)
+    float32: dict[str, Realisations] = field(default_factory=dict)
+    probed: tuple[int, ...] = ()
+    layer_inputs: dict[str, list[NDArray[np.float32]]] = field(default_factory=dict)
+    pools: dict[str, Arrays] = field(default_factory=dict)
+    pool_exact: dict[str, NDArray[Any]] = field(default_factory=dict)
+    pool_plain: dict[str, NDArray[Any]] = field(default_factory=dict)
+    special_calls: list[Call] = field(default_factory=list)
+    stretches: SegmentReference | None = None
+    _weights_db: dict[str, float] = field(default_factory=dict)
+
+    def weight_db(self, layer: QuantizedLinear, linear: torch.nn.Linear) -> float:
+        """SQNR of a layer's quantized weight, which is the same in every target."""
+        if layer.name not in self._weights_db:
+            weight = linear.weight.detach().float().numpy()
+            self._weights_db[layer.name] = sqnr_db(weight, layer.dequantized())
+        return self._weights_db[layer.name]
+
+    @property
+    def calls_quant_db(self) -> list[float]:
+        """Reference against float model, every sample of the pools."""
+        pairs = [(self.pool_plain[name], exact) for name, exact in self.pool_exact.items()]
+        return [sqnr_db(*sample) for pair in pairs for sample in zip(*pair, strict=True)]
+
+    def pools_db(self, run: Run) -> list[float]:
+        """A denoiser against the float64 reference, every sample of the pools."""
+        outputs = {name: run(inputs)["sample"] for name, inputs in self.pools.items()}
+        pairs = [(exact, outputs[name]) for name, exact in self.pool_exact.items()]
+        return [sqnr_db(*sample) for pair in pairs for sample in zip(*pair, strict=True)]
+
+    @property
+    def quant_db(self) -> list[float]:
+        """Reference against float model, per step."""
+        pairs = zip(self.plain, self.exact, strict=True)
+        return [sqnr_db(self.case.shown(plain), self.case.shown(exact)) for plain, exact in pairs]
+
+    def errors(self, run: Run, steps: Sequence[int] = (), label: str = "verify: steps") -> StepErrors:
+        """Run a denoiser on the inputs of every step, or of `steps` alone."""
+        steps = steps or range(len(self.calls))
+        outputs = [self.case.shown(run(self.calls[i])["sample"]) for i in track(steps, len(steps), label)]
+        pairs = [(self.case.shown(self.exact[i]), output) for i, output in zip(steps, outputs, strict=True)]
+        samples = [error for i, pair in zip(steps, pairs, strict=True) for error in self._sample_errors(i, *pair)]
+        return StepErrors(
+            [sqnr_db(exact, output) for exact, output in pairs],
+            [error.sqnr_db for error in samples],
+            sum(int(np.count_nonzero(~np.isfinite(output))) for output in outputs),
+            samples,
+        )
+
+    def _sample_errors(self, step: int, exact: NDArray[Any], output: NDArray[Any]) -> list[SampleError]:
+        batch = len(exact)
+        guided = batch == 2 * len(self.case.noise)
+        settings = ((PROMPTED,) * (batch // 2) + (UNPROMPTED,) * (batch // 2)) if guided else ""
+        text = f"step {step + 1}"
+        return sample_errors(Call(text, text, tuple(range(batch)), self.calls[step], settings), {text: exact}, output)
+
+
+def study(
+    model: LoadedModel,
+    layers: Sequence[QuantizedLinear],
+    recipe: Recipe,
+    arithmetics: Collection[str] = ("fp32",),
+    threads: int | None = None,
+) -> Study:
+    """Run float64 reference, float32 realisations and float model; of a large model one after the other, each freed
+    before the next.
+
+    arithmetics: "fp32", or "fp16" for parts in FP16, as the targets under test have it.
+    """
+    import torch
+
+    from export.models.torch_modules import Denoiser, set_resolution, with_modules
+    from pipeline.backends.reference import ReferenceEngine, fake_quant
+
+    def engine(module: Any, dtype: torch.dtype) -> ReferenceEngine:
+        set_resolution(module, *found.case.noise.shape[2:])
+        return ReferenceEngine(module.to(dtype) if dtype == torch.float64 else module, dtype)
+
+    found = Study(make_case(model, recipe))
+    found.pools = make_pools(model, found.case)
+    found.special_calls = make_calls(model, found.pools)
+    found.stretches = SegmentReference(model, found.case.noise.shape[2:])
+    found.probed = tuple(sorted({0, found.case.n_steps - 1}))
+    _run_exact(found, engine(fake_quant(model, layers, torch.float64), torch.float64))
+
+    def realise(arithmetic: str) -> None:
+        single = engine(fake_quant(model, layers, torch.float32), torch.float32)
+        with ARITHMETICS[arithmetic](single.module):
+            found.float32[arithmetic] = _realisations(
+                found, single, 1 if is_large(model) else REALISATIONS, f"verify: steps in {arithmetic}"
+            )
+
+    def run_float() -> None:
+        names = tuple(row.name for row in model.inputs)
+        _run_float(found, engine(Denoiser(with_modules(model.module, {}), model.family, names), torch.float32))
+
+    runs: list[Callable[[], None]] = [partial(realise, arithmetic) for arithmetic in sorted(set(arithmetics))]
+    runs.append(run_float)
+    side_by_side(runs, 1 if is_large(model) else machine.threads(threads))
+    return found
+
+
+def _run_exact(found: Study, engine: Any) -> None:
+    """The trajectory in float64; x_t is rounded to float32 at every step, so that all runs get the same inputs."""
+
+    def keep(i: int, inputs: Arrays, outputs: Arrays) -> None:
+        found.calls.append(inputs)
+        found.exact.append(outputs["sample"])
+
+    record = Recorder()
+    with hooked(engine.module, record):
+        found.images["reference"] = found.case.draw(_watched(engine.run, record, found.probed), keep)
+    found.layer_inputs = record.inputs
+    found.pool_exact = {name: engine.run(inputs)["sample"] for name, inputs in found.pools.items()}
+
+
+def _watched(run: Run, record: Recorder | Comparison, probed: Sequence[int]) -> Run:
+    """`run`, with the recorder or comparison switched on in the steps `probed`."""
+    steps = iter(range(10**9))
+
+    def call(inputs: Arrays) -> Arrays:
+        record.active = next(steps) in probed
+        return run(inputs)
+
+    return call
+
+
+def _realisations(found: Study, engine: Any, count: int, label: str) -> Realisations:
+    made = Realisations()
+    for seed in range(count):
+        if len(_samples(made.errors)) >= ENOUGH_SAMPLES:
+            break
+        with jittered(engine.module, seed, JITTER_ULPS):
+            made.images.append(found.case.draw(engine.run))
+            comparison = Comparison(found.layer_inputs)
+            with hooked(engine.module, comparison):
+                made.errors.append(found.errors(_watched(engine.run, comparison, found.probed), label=label))
+            made.calls_db += found.pools_db(engine.run)
+        for name, value in comparison.sqnr_db.items():
+            made.layer_db[name] = min(value, made.layer_db.get(name, np.inf))
+    _add_hits(found, engine, made)
+    return made
+
+
+def _add_hits(found: Study, engine: Any, made: Realisations) -> None:
+    """Raise the jitter until flips hit most samples, of the steps and of the pools each."""
+    made.hit_errors, made.hit_images, made.hit_calls_db = made.errors, made.images, made.calls_db
+    for ulps in HITTING_ULPS:
+        steps_hit, calls_hit = most_are_hit(_samples(made.hit_errors)), most_are_hit(made.hit_calls_db)
+        with jittered(engine.module, len(made.errors), ulps):
+            if not steps_hit:
+                made.hit_errors, made.hit_images = [found.errors(engine.run)], [found.case.draw(engine.run)]
+            if not calls_hit:
+                made.hit_calls_db = found.pools_db(engine.run)
+
+
+def _samples(errors: Sequence[StepErrors]) -> list[float]:
+    return [value for run in errors for value in run.samples_db]
+
+
+def most_are_hit(samples_db: Sequence[float]) -> bool:
+    """Do flips touch at least HIT_SHARE of all samples?"""
+    return float(np.mean([value < HIT_DB for value in samples_db])) >= HIT_SHARE
+
+
+def _run_float(found: Study, engine: Any) -> None:
+    found.plain = [engine.run(call)["sample"] for call in found.calls]
+    found.images["float"] = found.case.draw(engine.run)
+    found.pool_plain = {name: engine.run(inputs)["sample"] for name, inputs in found.pools.items()}
+
+
+def layer_input_db(reference: Sequence[NDArray[Any]], inputs: Sequence[NDArray[Any]]) -> float:
+    """SQNR of a layer's inputs over all probed steps; nan where the shapes do not fit."""
+    if [item.shape for item in reference] != [item.shape for item in inputs]:
+        return float("nan")
+    return sqnr_db(np.concatenate(reference), np.concatenate(inputs))
