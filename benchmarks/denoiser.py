@@ -31,11 +31,11 @@ from pipeline import machine
 from pipeline.backends.base import Arrays
 from pipeline.backends.cpu.backend import CpuBackend
 from pipeline.backends.cpu.engine import CpuEngine
-from pipeline.bench.measure import interleaved
 from pipeline.bench.baselines import open_stock_session, quantize_int8
-from pipeline.verify.oracle import sqnr_db
+from pipeline.bench.measure import interleaved
 from pipeline.recipe import Recipe, with_settings
 from pipeline.recipe import load as load_recipe
+from pipeline.verify.oracle import sqnr_db
 
 RECIPE = "pixart_w4a6"
 # The quickest calibration: group multipliers fold into the int8 weights and do not change the time of a call.

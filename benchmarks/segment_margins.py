@@ -20,15 +20,15 @@ from export.models import load as models
 from export.models.load import LoadedModel
 from export.to_onnx import export_portable
 from pipeline import recipe as recipes
-from pipeline.verify import segments
 from pipeline.backends import BACKENDS
 from pipeline.backends.base import LoweredGraph
 from pipeline.calibrate import calibrate
-from pipeline.verify.effort import Effort
 from pipeline.recipe import Cpu, Recipe
+from pipeline.verify import segments
+from pipeline.verify.effort import Effort
+from pipeline.verify.proof import arithmetic_of, verify_target
 from pipeline.verify.report import Report
 from pipeline.verify.study import Study, study
-from pipeline.verify.proof import arithmetic_of, verify_target
 
 logger = logging.getLogger(__name__)
 # Bundled model -> its recipe, and targets that are proven by their lowered graphs; GPU kernels refuse the multipliers

@@ -11,8 +11,8 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from export.checkpoint import half_where_exact
-from export.errors import ContractError
 from export.dialect.graph import GraphBuilder, LayerBuilder
+from export.errors import ContractError
 from export.router import ARRAYS, Router
 
 TIMESTEP, ROUTER = "timestep", "router"

@@ -16,12 +16,12 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from export.checkpoint import QuantizedLinear, shared_router
-from export.formats.embedding import exact_multipliers
-from export.errors import ContractError
-from export.formats.format import pack
 from export.dialect.graph import KIND_KEY, LAYER_KEY, LayerBuilder
-from export.low_rank_graph import add_low_rank, add_router
 from export.dialect.ops import DOMAIN, OPS, VERSION, no_multipliers
+from export.errors import ContractError
+from export.formats.embedding import exact_multipliers
+from export.formats.format import pack
+from export.low_rank_graph import add_low_rank, add_router
 
 __all__ = [
     "GRANULARITY_KEY",

@@ -21,11 +21,11 @@ import onnx_ir as ir
 
 from export.carry_nan import carry_nan
 from export.checkpoint import QuantizedLinear, shared_router
-from export.errors import ContractError, ModelError, ResourceError
 from export.dialect.graph import add_initializer
+from export.errors import ContractError, ModelError, ResourceError
 from export.models.load import LoadedModel, denoiser, sample_inputs
-from export.quantize_graph import quantize_graph
 from export.models.read_weights import is_finite
+from export.quantize_graph import quantize_graph
 
 logger = logging.getLogger(__name__)
 # Sizes of the traced example: two different numbers above 1, so that no axis is mistaken for another.

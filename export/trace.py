@@ -21,9 +21,9 @@ from onnxscript.rewriter import rewrite
 from onnxscript.rewriter.rules import common as rules
 from torch import nn
 
+from export.dialect.ops import DOMAIN, VERSION
 from export.errors import ContractError
 from export.models.families import Input
-from export.dialect.ops import DOMAIN, VERSION
 from export.quantize_graph import PLACEHOLDER
 
 OPSET, IR_VERSION = 21, 10

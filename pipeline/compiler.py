@@ -17,18 +17,18 @@ from export.checkpoint import QuantizedLinear
 from export.documents import open_file
 from export.errors import EnvironmentLacksError, ParityError, RecipeError, ResourceError
 from export.names import inside
-from pipeline.bundle import build_record, manifest
 from pipeline import machine
 from pipeline.backends import PORTABLE
 from pipeline.backends.base import BuildResult, Engine
+from pipeline.bundle import build_record, manifest
+from pipeline.bundle.stages import Listener, StageTime, WorkFolder, refuse_interrupted, timed
 from pipeline.calibrate import refuse_unfit, with_method
 from pipeline.calibrate.plan import make_plans
-from pipeline.generate.conditioning import GENERATION_FILE, load_generation
 from pipeline.files import publish, refuse_unwritable, remove, sha256_json, write_json
 from pipeline.generate.case import make_case
-from pipeline.recipe import Recipe, to_toml
+from pipeline.generate.conditioning import GENERATION_FILE, load_generation
 from pipeline.generate.sampling import make_sampler
-from pipeline.bundle.stages import Listener, StageTime, WorkFolder, refuse_interrupted, timed
+from pipeline.recipe import Recipe, to_toml
 
 if TYPE_CHECKING:
     from export.models.load import LoadedModel

@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from export.formats.embedding import embeds
 from export.errors import RecipeError
+from export.formats.embedding import embeds
 from export.formats.format import get_format, packed_size
 from pipeline.build import resolve
 from pipeline.bundle.bundle import load_bundle

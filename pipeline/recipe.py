@@ -14,8 +14,8 @@ import tomli_w
 from export.checkpoint import Granularity
 from export.documents import MOST_TOML_BYTES, Rules, parse_toml, read_text
 from export.errors import RecipeError
-from export.models.families import LAYER_KINDS
 from export.formats.format import get_format
+from export.models.families import LAYER_KINDS
 from export.names import check_name
 from pipeline.methods import AUTO, METHODS, PRESETS, settled_method
 

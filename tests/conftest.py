@@ -32,7 +32,7 @@ if importlib.util.find_spec("triton"):
 def pytest_addoption(parser: pytest.Parser) -> None:
     """What a longer run than the usual one looks at."""
     parser.addoption("--all-faults", action="store_true", help="plant every fault in every model, some 15 minutes")
-    parser.addoption("--fuzz-cases", type=int, default=200, help="damaged documents that tests/test_fuzz.py tries")
+    parser.addoption("--fuzz-cases", type=int, default=200, help="damaged documents that tests/cli/test_fuzz.py tries")
 
 
 @pytest.fixture
@@ -48,8 +48,8 @@ def interpreter(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def victims(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """Whole folders of every kind that the verbs read, see tests/hostile.py. To be copied, not changed."""
-    from tests import hostile
+    """Whole folders of every kind that the verbs read, see tests/support/hostile.py. To be copied, not changed."""
+    from tests.support import hostile
 
     with pytest.MonkeyPatch.context() as patch:
         yield hostile.make_all(tmp_path_factory.mktemp("hostile"), patch)

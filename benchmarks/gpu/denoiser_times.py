@@ -20,7 +20,14 @@ from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from benchmarks.gpu.denoiser import Denoiser, Run, Size, fake_quantized, randomize, run_block, sample
-from benchmarks.gpu.quantized_denoiser import ACTIVATION, Launched, QuantizedDenoiser, quantize_blocks, quantized, weight_bytes
+from benchmarks.gpu.quantized_denoiser import (
+    ACTIVATION,
+    Launched,
+    QuantizedDenoiser,
+    quantize_blocks,
+    quantized,
+    weight_bytes,
+)
 from benchmarks.gpu.run import Context, Task, failed_of
 from benchmarks.gpu.targets import LARGE_PIXELS
 from benchmarks.gpu.timing import Flush, capture_all, contest, host_milliseconds, interleaved, told

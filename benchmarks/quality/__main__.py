@@ -21,10 +21,9 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.quality import drawing
-from benchmarks.quality import metrics
 from benchmarks import record
 from benchmarks.arguments import add_names
+from benchmarks.quality import drawing, metrics
 from benchmarks.quality.drawing import Pictures, Subject, Trajectory
 from benchmarks.quality.engines import calibrated, drawer, refuse_missing_gpu, row_recipe
 from benchmarks.quality.metrics import Array

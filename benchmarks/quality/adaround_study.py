@@ -22,15 +22,15 @@ import torch
 
 from benchmarks import record
 from benchmarks.arguments import add_names
-from export.models import load as models
 from export.checkpoint import QuantizedLinear
+from export.models import load as models
 from pipeline import recipe as recipes
-from pipeline.calibrate.learn.adaround import Schedule, SoftRounding
 from pipeline.calibrate.blocks import BlockRunner, Observed, group_by_block
 from pipeline.calibrate.data import calibration_data
-from pipeline.calibrate.plan import LayerPlan, make_plans
+from pipeline.calibrate.learn.adaround import Schedule, SoftRounding
 from pipeline.calibrate.learn.reconstruct import Settings, output_loss, reconstruct
 from pipeline.calibrate.methods.rtn import float_weight, quantize_linear
+from pipeline.calibrate.plan import LayerPlan, make_plans
 from pipeline.machine import cpu_name
 from pipeline.recipe import Recipe
 

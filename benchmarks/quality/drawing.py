@@ -14,17 +14,17 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from benchmarks.quality.metrics import Array
 from benchmarks.zoo import judges
 from benchmarks.zoo.judge import CONDITIONS, conditions
-from benchmarks.quality.metrics import Array
 from export.models.load import LoadedModel, denoiser, load
 from pipeline.backends.base import Arrays
 from pipeline.backends.reference import ReferenceEngine
-from pipeline.generate.conditioning import Generation, load_generation
 from pipeline.files import sha256, sha256_json
-from pipeline.verify.oracle import sqnr_db
-from pipeline.progress import track
+from pipeline.generate.conditioning import Generation, load_generation
 from pipeline.generate.sampling import make_sampler, sample
+from pipeline.progress import track
+from pipeline.verify.oracle import sqnr_db
 
 Pictures = NDArray[np.float32]
 Run = Callable[[Arrays], Arrays]

@@ -31,8 +31,8 @@ from pipeline.backends import BACKENDS
 from pipeline.backends.base import Arrays, Engine, LoweredGraph
 from pipeline.backends.reference import ReferenceEngine, fake_quant
 from pipeline.files import remove, sha256_json, write_json
-from pipeline.verify.oracle import sqnr_db
 from pipeline.recipe import Recipe
+from pipeline.verify.oracle import sqnr_db
 from pipeline.verify.report import Gate
 
 logger = logging.getLogger(__name__)
@@ -102,8 +102,8 @@ def stored_seconds(path: Path) -> float:
 
 def restricted(subject: Subject, row: Row, recipe: Recipe, folder: Path) -> list[QuantizedLinear]:
     """Round to nearest with the row's group multipliers alone, for example powers of two."""
-    from pipeline.calibrate.plan import make_plans
     from pipeline.calibrate.methods.rtn import quantize_linear
+    from pipeline.calibrate.plan import make_plans
 
     if (folder / checkpoint.LAYERS_FILE).is_file():
         return checkpoint.load(folder)
@@ -218,10 +218,10 @@ def prove(
     """The gates of `verify` over all linears, on calls of the first, a middle and the last step: every code as the
     oracle's, every integer GEMM equal, scales and bias within float32 rounding."""
     from pipeline.generate.case import make_case
-    from pipeline.verify.probe import ProbedGraph
-    from pipeline.verify.study import Realisations, Study
     from pipeline.verify.gates import coverage_gate, layer_gates
+    from pipeline.verify.probe import ProbedGraph
     from pipeline.verify.proof import layer_results
+    from pipeline.verify.study import Realisations, Study
 
     steps = sorted({0, len(trajectory.calls) // 2, len(trajectory.calls) - 1})
     calls = [first_samples(trajectory.calls[step], PROVEN_PICTURES) for step in steps]

@@ -40,9 +40,9 @@ from export.models.load import LoadedModel, denoiser, load
 from pipeline import recipe as recipes
 from pipeline.backends.base import Arrays
 from pipeline.backends.reference import ReferenceEngine, fake_quant
+from pipeline.files import remove, sha256_json
 from pipeline.generate import pipeline_folder as pipeline_data
 from pipeline.generate.diffusers_adapter import EngineTransformer
-from pipeline.files import remove, sha256_json
 from pipeline.generate.latent import find_pipeline, pipeline_arguments
 from pipeline.progress import track
 from pipeline.recipe import Recipe

@@ -26,8 +26,8 @@ import torch
 from benchmarks import record
 from benchmarks.quality.drawing import Subject, draw, float_pictures, judged, make_subject, real_features
 from benchmarks.quality.metrics import Gaussian, frechet, gaussian
-from export.models import load as models
 from export.errors import RecipeError
+from export.models import load as models
 from pipeline import recipe as recipes
 from pipeline.backends.reference import ReferenceEngine
 from pipeline.calibrate.data import calibration_data
@@ -36,8 +36,8 @@ from pipeline.calibrate.groups.proxy import ProxyScore
 from pipeline.calibrate.groups.search import Found, Individual, Space, search
 from pipeline.calibrate.groups.space import layer_sizes, to_text
 from pipeline.calibrate.method import Context
-from pipeline.calibrate.plan import make_plans
 from pipeline.calibrate.methods.qdit import QDit, search_settings
+from pipeline.calibrate.plan import make_plans
 from pipeline.files import sha256_json
 from pipeline.methods import METHODS
 from pipeline.recipe import Recipe

@@ -20,8 +20,8 @@ from benchmarks.quality.rows import CHANNEL, FP, INT, Line
 from export.checkpoint import QuantizedLinear
 from export.models.load import LinearRef, denoiser
 from pipeline.backends.reference import FakeQuantLinear, ReferenceEngine
-from pipeline.calibrate.plan import make_plans
 from pipeline.calibrate.methods.rtn import quantize_linear
+from pipeline.calibrate.plan import make_plans
 from pipeline.progress import track
 
 ALL = "all"

@@ -19,15 +19,15 @@ import torch
 from diffusers import DiTTransformer2DModel, PixArtTransformer2DModel
 from numpy.typing import NDArray
 
-from benchmarks.zoo import judges, scenes
 from benchmarks import record
 from benchmarks.arguments import add_names
+from benchmarks.zoo import judges, scenes
 from benchmarks.zoo.publish import ZOO
 from benchmarks.zoo.tasks import DIGIT_CLASSES, TASKS
 from pipeline.backends.base import Arrays
 from pipeline.generate.conditioning import load_generation
-from pipeline.progress import track
 from pipeline.generate.sampling import make_sampler, sample
+from pipeline.progress import track
 
 logger = logging.getLogger(__name__)
 BATCH_SIZE = 50

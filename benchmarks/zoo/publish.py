@@ -16,9 +16,9 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from benchmarks.zoo import scenes
 from benchmarks.arguments import add_names
 from benchmarks.record import RESULTS
+from benchmarks.zoo import scenes
 from benchmarks.zoo.tasks import TASKS, Task, token_embedding
 
 logger = logging.getLogger(__name__)

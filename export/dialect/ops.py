@@ -25,9 +25,11 @@ from typing import Any
 from onnx import AttributeProto, FunctionProto, NodeProto, TensorProto, helper
 from onnx.defs import OpSchema, has, register_schema
 
-from export.dialect import functions as op_bodies, reference as op_meanings, op_tables
-from export.formats.format import get_format, packed_size
+from export.dialect import functions as op_bodies
+from export.dialect import op_tables
+from export.dialect import reference as op_meanings
 from export.dialect.reference import ABSMAX_FLOOR, no_multipliers
+from export.formats.format import get_format, packed_size
 
 __all__ = ["ABSMAX_FLOOR", "DOMAIN", "OPS", "VERSION", "Op", "attributes", "make_node", "no_multipliers"]
 

@@ -21,15 +21,23 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from export.models.config_keys import unread_keys
 from export.documents import read_json
 from export.errors import ModelError, RecipeError
-from export.models.families import FAMILIES, LAYER_KINDS, Family, Input, shared_names
 from export.models.config import RULES as CONFIG_RULES
 from export.models.config import least_parameters, read_config
+from export.models.config_keys import unread_keys
+from export.models.families import FAMILIES, LAYER_KINDS, Family, Input, shared_names
 from export.models.read_weights import Weights, read_weights
 from export.models.sources import find
-from export.models.weights import ADAPTER_FILES, MERGE, SINGLE_FILES, WeightsFiles, find_weights, weights_file, what_instead
+from export.models.weights import (
+    ADAPTER_FILES,
+    MERGE,
+    SINGLE_FILES,
+    WeightsFiles,
+    find_weights,
+    weights_file,
+    what_instead,
+)
 
 __all__ = [
     "FAMILIES",

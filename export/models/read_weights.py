@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from export.models import float8
 from export.errors import ModelError
+from export.models import float8
 from export.models.original_layouts import LAYOUTS, MARK, plain_names, translated
 from export.models.weights import MERGE, WeightsFiles
 

@@ -16,11 +16,11 @@ import torch
 from torch import nn
 
 from export.checkpoint import QuantizedLinear, shared_router
+from export.dialect.ops import ABSMAX_FLOOR
 from export.errors import ContractError
 from export.formats.format import Format, get_format
-from export.dialect.ops import ABSMAX_FLOOR
-from export.router import Router
 from export.models.torch_modules import Denoiser
+from export.router import Router
 from pipeline.backends import feeds
 from pipeline.backends.base import Arrays
 from pipeline.side_by_side import raise_if_stopped

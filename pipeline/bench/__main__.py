@@ -12,11 +12,11 @@ from typing import Any
 from export.errors import RecipeError
 from pipeline import machine
 from pipeline.bundle.bundle import load_bundle
+from pipeline.bundle.stages import timed
 from pipeline.command import Answer, Parser, add_model_flags, add_threads, parser, run
 from pipeline.compiler import load_model, opened, parse_targets
 from pipeline.files import refuse_unwritable, write_json
 from pipeline.recipe import ModelFlags, with_model
-from pipeline.bundle.stages import timed
 
 
 def make_parser() -> Parser:

@@ -18,18 +18,18 @@ from export.models.config import FILE as CONFIG
 from export.models.config import engine_config, read_config
 from export.names import is_hub_link
 from pipeline import machine, recipe
-from pipeline.bundle import manifest
 from pipeline.backends import PORTABLE, metadata_file
+from pipeline.backends.base import Engine
 from pipeline.backends.cpu import engine as cpu_engine
 from pipeline.backends.cuda import engine as cuda_run
 from pipeline.backends.portable import engine as portable_engine
 from pipeline.backends.rtx import engine as rtx_run
-from pipeline.backends.trt import engine as trt_run
-from pipeline.backends.base import Engine
 from pipeline.backends.rtx.engine import machine_problem, release
-from pipeline.generate.conditioning import Generation, load_generation
-from pipeline.files import sha256, tree
+from pipeline.backends.trt import engine as trt_run
+from pipeline.bundle import manifest
 from pipeline.bundle.snapshot import verified_copy
+from pipeline.files import sha256, tree
+from pipeline.generate.conditioning import Generation, load_generation
 from plugins.cpu import library
 
 logger = logging.getLogger(__name__)

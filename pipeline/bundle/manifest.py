@@ -15,9 +15,9 @@ from export.errors import ContractError
 from export.names import distinct, inside, is_hub_link
 from pipeline import machine
 from pipeline.backends.base import BuildResult
+from pipeline.bundle.stages import StageTime
 from pipeline.files import sha256, tree, write_json
 from pipeline.recipe import Recipe
-from pipeline.bundle.stages import StageTime
 
 SCHEMA_VERSION = 1
 FILE_NAME = "manifest.json"

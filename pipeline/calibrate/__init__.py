@@ -20,8 +20,8 @@ from pipeline import machine
 from pipeline.calibrate.method import Context, Method, Unit
 from pipeline.calibrate.plan import LayerPlan, make_plans
 from pipeline.calibrate.state import CalibrationState, copy_finished, load_named, refuse_unfinished
-from pipeline.methods import AUTO, METHODS
 from pipeline.generate.case import is_large
+from pipeline.methods import AUTO, METHODS
 from pipeline.progress import track
 from pipeline.recipe import Recipe, settled
 

@@ -17,12 +17,12 @@ import torch
 from numpy.typing import NDArray
 
 from export.checkpoint import QuantizedLinear
+from export.dialect.ops import ABSMAX_FLOOR
 from export.errors import ContractError, RecipeError
 from export.models.families import LAYER_KINDS
-from export.dialect.ops import ABSMAX_FLOOR
 from pipeline.calibrate.blocks import Observed, Tensors, run_block
-from pipeline.calibrate.plan import LayerPlan
 from pipeline.calibrate.methods.rtn import float_weight
+from pipeline.calibrate.plan import LayerPlan
 
 F32 = NDArray[np.float32]
 F64 = NDArray[np.float64]

@@ -22,10 +22,10 @@ from export.cache_folder import cache_folder
 from export.documents import Rules, read_text
 from export.errors import ModelError, RecipeError
 from pipeline.backends.base import Arrays
-from pipeline.generate import pipeline_folder as pipeline_data
-from pipeline.generate.conditioning import GENERATION_FILE, load_generation
 from pipeline.files import sha256, sha256_json, write_json
+from pipeline.generate import pipeline_folder as pipeline_data
 from pipeline.generate.case import Case, example_prompts, make_case
+from pipeline.generate.conditioning import GENERATION_FILE, load_generation
 from pipeline.progress import track
 from pipeline.recipe import Recipe
 

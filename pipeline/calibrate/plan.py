@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from export.checkpoint import Granularity
-from export.formats.embedding import INT8_MAX, embeds, exact_multipliers
 from export.errors import RecipeError
+from export.formats.embedding import INT8_MAX, embeds, exact_multipliers
 from export.formats.format import get_format
 from pipeline.recipe import Recipe
 

@@ -13,8 +13,8 @@ from typing import Any, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from export.formats.format import Format, encode, fold_negative_zero
 from export.dialect.ops import ABSMAX_FLOOR
+from export.formats.format import Format, encode, fold_negative_zero
 from pipeline import machine
 from plugins.cpu import rounding_errors
 

@@ -16,9 +16,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from export.dialect.ops import ABSMAX_FLOOR
 from export.errors import ModelError, RecipeError
 from export.formats.format import Format, decode, encode, get_format
-from export.dialect.ops import ABSMAX_FLOOR
 
 F32 = NDArray[np.float32]
 F64 = NDArray[np.float64]

@@ -21,10 +21,10 @@ from numpy.typing import NDArray
 from export.errors import ContractError, RecipeError
 from export.models.families import FAMILIES, shared_names, stated_inputs
 from pipeline.command import Answer, Parser, add_threads, parser, run
-from pipeline.generate.conditioning import GENERATION_FILE, Generation
 from pipeline.files import refuse_unwritable
-from pipeline.progress import track
+from pipeline.generate.conditioning import GENERATION_FILE, Generation
 from pipeline.generate.sampling import make_sampler, sample
+from pipeline.progress import track
 from pipeline.signals import leave
 
 if TYPE_CHECKING:

@@ -12,8 +12,8 @@ from numpy.typing import NDArray
 
 from pipeline.backends.base import Arrays
 from pipeline.generate.conditioning import GENERATION_FILE, Generation, load_generation
-from pipeline.recipe import Recipe
 from pipeline.generate.sampling import make_sampler, sample, take_samples
+from pipeline.recipe import Recipe
 from pipeline.side_by_side import raise_if_stopped
 
 if TYPE_CHECKING:

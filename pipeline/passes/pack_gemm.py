@@ -8,8 +8,8 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from export.formats.format import get_format, unpack
 from export.dialect.ops import DOMAIN
+from export.formats.format import get_format, unpack
 from pipeline.passes.emit import initializer
 from pipeline.passes.graph import (
     DEQUANTIZERS,

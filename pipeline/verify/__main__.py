@@ -16,13 +16,13 @@ from pipeline import recipe as recipes
 from pipeline.backends import metadata_file
 from pipeline.backends.base import LoweredGraph
 from pipeline.bundle.bundle import GENERATION_FILES, Bundle, load_bundle
+from pipeline.bundle.manifest import FILE_NAME
+from pipeline.bundle.stages import timed
 from pipeline.command import Answer, Parser, add_model_flags, add_threads, parser, run
 from pipeline.compiler import describe, load_model, opened
 from pipeline.files import refuse_in_bundle, refuse_unwritable, sha256, tree
-from pipeline.bundle.manifest import FILE_NAME
 from pipeline.recipe import ModelFlags, with_model
 from pipeline.verify.report import Report
-from pipeline.bundle.stages import timed
 
 if TYPE_CHECKING:
     from export.models.load import LoadedModel

@@ -17,11 +17,25 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.backends.base import Arrays
-from pipeline.verify.call_patterns import CHANGED, IN_PLACE, MASK_ALONE, NAN_FIRST, NEAR, NO_TRAITS, STEADY, THREADS, Sign, Traits, other_shape, sign_of, traits_of
-from pipeline.verify.oracle import sqnr_db
 from pipeline.generate.case import Case, Run, is_large
 from pipeline.generate.sampling import TRAIN_STEPS, make_sampler, take_samples
 from pipeline.side_by_side import raise_if_stopped
+from pipeline.verify.call_patterns import (
+    CHANGED,
+    IN_PLACE,
+    MASK_ALONE,
+    NAN_FIRST,
+    NEAR,
+    NO_TRAITS,
+    STEADY,
+    THREADS,
+    Sign,
+    Traits,
+    other_shape,
+    sign_of,
+    traits_of,
+)
+from pipeline.verify.oracle import sqnr_db
 
 if TYPE_CHECKING:
     from export.models.families import Input

@@ -11,8 +11,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from pipeline.verify import calls
 from pipeline.backends import PORTABLE
+from pipeline.verify import calls
 
 # Of the portable model of a small model: pictures of its own trajectory, and every how many steps are compared.
 PICTURES, EVERY = 1, 3

@@ -14,9 +14,9 @@ from numpy.typing import NDArray
 
 from export.checkpoint import QuantizedLinear
 from pipeline.backends.base import Arrays, ProbeRow
+from pipeline.side_by_side import raise_if_stopped
 from pipeline.verify.oracle import check_quantizer
 from pipeline.verify.probe import ProbedGraph, activation_image
-from pipeline.side_by_side import raise_if_stopped
 
 # From the floor of absmax (1e-30) to far beyond what float16 holds; squares of the largest stay finite in float32.
 FACTORS = (1e-25, 1e-6, 0.0, 1e12)

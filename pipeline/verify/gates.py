@@ -11,11 +11,19 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.backends.cuda.overflow import Overflow
-from pipeline.verify.call_patterns import CALL_TRAITS, PICTURE_TRAITS, STEP_TRAITS, Trait, cause_of_repeat, diagnose, sign_of
+from pipeline.recipe import Recipe
+from pipeline.verify.call_patterns import (
+    CALL_TRAITS,
+    PICTURE_TRAITS,
+    STEP_TRAITS,
+    Trait,
+    cause_of_repeat,
+    diagnose,
+    sign_of,
+)
 from pipeline.verify.calls import SampleError, StateResult
 from pipeline.verify.extremes import FACTORS, ExtremeResult
 from pipeline.verify.oracle import psnr_db
-from pipeline.recipe import Recipe
 from pipeline.verify.report import Gate, LayerResult, SegmentResult, StepResult
 from pipeline.verify.study import Realisations, StepErrors, Study
 

@@ -15,8 +15,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from export.checkpoint import QuantizedLinear
-from export.formats.format import Format, encode, get_format, to_image
 from export.dialect.reference import ABSMAX_FLOOR
+from export.formats.format import Format, encode, get_format, to_image
 
 Array = NDArray[np.floating]
 Dequantized = Callable[[], NDArray[np.float64]]  # the weight [N, K] of a linear

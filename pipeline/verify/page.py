@@ -15,9 +15,9 @@ from numpy.typing import NDArray
 
 from pipeline import machine
 from pipeline.recipe import Recipe, to_toml
-from pipeline.verify.report import Gate, LayerResult, Report, SegmentResult
 from pipeline.verify.pictures import Column, file_names, gallery
 from pipeline.verify.plots import Series, line_plot
+from pipeline.verify.report import Gate, LayerResult, Report, SegmentResult
 from pipeline.verify.study import Study
 
 if TYPE_CHECKING:

@@ -21,20 +21,35 @@ from pipeline.backends import PORTABLE
 from pipeline.backends.base import Arrays, Engine, LoweredGraph
 from pipeline.backends.cuda.overflow import find_overflow
 from pipeline.backends.feeds import TooLargeError
+from pipeline.generate.case import Case, Run, is_large
+from pipeline.generate.sampling import take_samples
+from pipeline.progress import track
+from pipeline.recipe import Recipe
+from pipeline.side_by_side import side_by_side
 from pipeline.verify.calls import call_errors, state_result
 from pipeline.verify.effort import Effort, effort_for, note
 from pipeline.verify.extremes import extreme_results
+from pipeline.verify.gates import (
+    LAYER_RULES,
+    calls_gates,
+    coverage_gate,
+    end_gates,
+    fails,
+    first_nonfinite,
+    fp16_gate,
+    layer_gates,
+    notes_on_layers,
+    quantization_gates,
+    quantizers_gate,
+    repeats_gate,
+    segments_gate,
+    step_results,
+)
 from pipeline.verify.oracle import ActivationOracle, LinearCheck, LinearProbe, activation_oracle, check_linear
-from pipeline.generate.case import Case, Run, is_large
 from pipeline.verify.probe import ProbedGraph
-from pipeline.progress import track
-from pipeline.recipe import Recipe
 from pipeline.verify.report import Gate, LayerResult, Report, write_layers_csv
-from pipeline.generate.sampling import take_samples
 from pipeline.verify.segments import SegmentCheck
-from pipeline.side_by_side import side_by_side
 from pipeline.verify.study import Realisations, Study, layer_input_db, study
-from pipeline.verify.gates import LAYER_RULES, calls_gates, coverage_gate, end_gates, fails, first_nonfinite, fp16_gate, layer_gates, notes_on_layers, quantization_gates, quantizers_gate, repeats_gate, segments_gate, step_results
 
 if TYPE_CHECKING:
     from export.models.load import LoadedModel

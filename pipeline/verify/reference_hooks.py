@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.verify.oracle import ROUNDING, ratio_db
-from pipeline.verify.noise import Noise
 from pipeline.backends.tensorrt.half_linears import LARGE_ELEMENTS
+from pipeline.verify.noise import Noise
+from pipeline.verify.oracle import ROUNDING, ratio_db
 
 
 @dataclass

@@ -20,8 +20,8 @@ from numpy.typing import NDArray
 
 from export.errors import ContractError
 from pipeline.backends.base import Arrays
-from pipeline.verify.oracle import HALF_ROUNDING, ROUNDING, LinearProbe
 from pipeline.verify.noise import Noise
+from pipeline.verify.oracle import HALF_ROUNDING, ROUNDING, LinearProbe
 from pipeline.verify.reference_hooks import ARITHMETICS
 from pipeline.verify.report import SegmentResult
 from pipeline.verify.walk import OUTPUT, Stop, Walk, stopping_module, tensors_of

@@ -2,7 +2,7 @@
  *
  * The wheels ship no headers. The interface is a table of function pointers that only grows at its end, so a function
  * is known for good by its place. The places below are those of version API_VERSION of the table (onnxruntime 1.18
- * and newer give it out); tests/test_native_library.py calls every one of them.
+ * and newer give it out); tests/kernels/test_native_library.py calls every one of them.
  */
 #ifndef FPQ_ORT_ABI_H
 #define FPQ_ORT_ABI_H

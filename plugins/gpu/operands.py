@@ -14,8 +14,8 @@ from functools import cache
 import numpy as np
 from numpy.typing import NDArray
 
-from export.formats.embedding import embeds
 from export.errors import RecipeError
+from export.formats.embedding import embeds
 from export.formats.format import Format, encode, fold_negative_zero, get_format
 
 E4M3, INT8 = "E4M3", "INT8"

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from export.formats.format import get_format
 from export.dialect.reference import ABSMAX_FLOOR
+from export.formats.format import get_format
 from plugins.gpu.operands import E4M3, INT8, operand_of
 
 FP32_MANTISSA_BITS = 23

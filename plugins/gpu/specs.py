@@ -6,8 +6,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
 
-from export.formats.embedding import INT8_MAX, embeds
 from export.errors import ContractError, RecipeError
+from export.formats.embedding import INT8_MAX, embeds
 from export.formats.format import Format, get_format
 from plugins.gpu.operands import E4M3, INT8, Operand, operand_of
 

@@ -70,9 +70,9 @@ class CpuBackend:
         import onnx_ir as ir
 
         from export.onnx_files import load_model
+        from pipeline.backends.cpu.lower import LowerCpu
         from pipeline.passes import run_shared
         from pipeline.passes.fold_weights import FoldWeights
-        from pipeline.backends.cpu.lower import LowerCpu
 
         model = load_model(portable)
         run_shared(model)

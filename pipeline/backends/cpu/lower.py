@@ -10,7 +10,16 @@ from export.dialect.ops import DOMAIN
 from pipeline.backends.base import WIDE_SUM, Capabilities, Choice, GemmRow, ProbeRow
 from pipeline.backends.cpu.gemms import Product, finish, float_gemm, grouped_gemm, integer_gemm, ungrouped
 from pipeline.backends.cpu.paths import choose_path, refusal
-from pipeline.backends.cpu.quantizers import Operand, in_groups, quantize, quantize_groups, quantize_static, rounded_image, static_image, unsupported
+from pipeline.backends.cpu.quantizers import (
+    Operand,
+    in_groups,
+    quantize,
+    quantize_groups,
+    quantize_static,
+    rounded_image,
+    static_image,
+    unsupported,
+)
 from pipeline.passes.emit import MICROSOFT, Emitter
 from pipeline.passes.gemm_spec import GemmSpec, read_spec
 from pipeline.passes.graph import QUANTIZERS, attribute, constant, drop_unused, low_rank_of, unbalanced

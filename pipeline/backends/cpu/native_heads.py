@@ -4,8 +4,18 @@ from __future__ import annotations
 
 import onnx_ir as ir
 
+from pipeline.backends.cpu.native_ops import (
+    In,
+    Out,
+    channels,
+    inputs_of,
+    is_chain,
+    outputs_of,
+    put_chain,
+    stages,
+    value_in,
+)
 from pipeline.passes.graph import attribute, drop_unused, only_reader, produced_by
-from pipeline.backends.cpu.native_ops import In, Out, channels, inputs_of, is_chain, outputs_of, put_chain, stages, value_in
 from pipeline.passes.refusal import RewritePass
 
 HEADS_FIRST, HEADS_LAST, SWAPPED = (0, 2, 1, 3), (0, 2, 3, 1), (0, 1, 3, 2)

@@ -4,8 +4,20 @@ from __future__ import annotations
 
 import onnx_ir as ir
 
+from pipeline.backends.cpu.native_ops import (
+    In,
+    Out,
+    inputs_of,
+    is_chain,
+    misfit,
+    number,
+    outputs_of,
+    put_chain,
+    stages,
+    value_in,
+    value_out,
+)
 from pipeline.passes.graph import attribute, drop_unused, only_reader, other_input, produced_by
-from pipeline.backends.cpu.native_ops import In, Out, inputs_of, is_chain, misfit, number, outputs_of, put_chain, stages, value_in, value_out
 from pipeline.passes.refusal import RewritePass
 
 

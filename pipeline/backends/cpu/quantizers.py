@@ -24,8 +24,8 @@ from dataclasses import dataclass
 import numpy as np
 import onnx_ir as ir
 
-from export.formats.format import Format
 from export.dialect.ops import ABSMAX_FLOOR
+from export.formats.format import Format
 from pipeline.passes.emit import Emitter
 
 FLOAT_DIGITS = 23

@@ -23,12 +23,12 @@ import torch
 from torch import Tensor, nn
 
 from export.errors import ContractError
-from pipeline.backends.cuda.torch_gemm import DIALECT_OPS, Gemm
 from pipeline.backends.cuda.merge import merge_gemms
+from pipeline.backends.cuda.torch_gemm import DIALECT_OPS, Gemm
 from pipeline.backends.cuda.torch_onnx import ONNX_OPS
-from pipeline.backends.rtx.engine import visible_sm
 from pipeline.backends.fused.lower import OPERANDS_KEY, takes_integers
 from pipeline.backends.fused.ops import DOMAIN, OPS
+from pipeline.backends.rtx.engine import visible_sm
 from plugins.gpu.tiles import prefers_integers
 
 HALF, FULL = torch.float16, torch.float32

@@ -5,9 +5,9 @@ from __future__ import annotations
 import numpy as np
 import onnx_ir as ir
 
+from pipeline.backends.fused.ops import DOMAIN, fused_node
 from pipeline.passes.emit import initializer
 from pipeline.passes.graph import constant, drop_unused, has_role, is_op, only_reader, other_input
-from pipeline.backends.fused.ops import DOMAIN, fused_node
 from pipeline.passes.refusal import RewritePass
 
 

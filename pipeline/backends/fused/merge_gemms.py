@@ -10,10 +10,10 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from pipeline.backends.base import ProbeRow
-from pipeline.passes.emit import initializer
-from pipeline.passes.graph import attribute, is_op
 from pipeline.backends.fused.lower import OPERANDS_KEY
 from pipeline.backends.fused.ops import DOMAIN, fused_node
+from pipeline.passes.emit import initializer
+from pipeline.passes.graph import attribute, is_op
 from pipeline.passes.refusal import RewritePass
 from plugins.gpu.tiles import MERGED_COLUMNS
 

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 
 import onnx_ir as ir
 
-from export.formats.format import get_format
 from export.dialect.ops import DOMAIN, OPS
+from export.formats.format import get_format
 from export.quantize_graph import QUANTIZERS
 from pipeline.backends.base import Choice, ProbeRow
 from pipeline.passes.graph import attribute, is_op, layer_of, low_rank_of, only_reader, other_input, unbalanced

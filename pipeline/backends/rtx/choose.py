@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from export.formats.embedding import FLOAT_TYPES
 from export.errors import ContractError
+from export.formats.embedding import FLOAT_TYPES
 from export.formats.format import get_format
 from pipeline.backends.base import GemmRow
 from pipeline.backends.rtx.operands import Operand, activation_operand, decoding_lines, weight_exponent

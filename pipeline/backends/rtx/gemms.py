@@ -9,10 +9,10 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from export.formats.format import get_format
-from pipeline.backends.rtx.quantizers import Token
 from pipeline.backends.rtx.choose import Plan
 from pipeline.backends.rtx.emit import STORED, RtxEmitter
 from pipeline.backends.rtx.operands import decoding_lines
+from pipeline.backends.rtx.quantizers import Token
 from pipeline.backends.rtx.weights import PackedWeight
 
 

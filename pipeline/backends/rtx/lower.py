@@ -11,16 +11,16 @@ from dataclasses import dataclass, field
 
 import onnx_ir as ir
 
-from export.errors import ContractError
 from export.dialect.ops import DOMAIN
+from export.errors import ContractError
 from pipeline.backends.base import Capabilities, Choice, GemmRow, ProbeRow
-from pipeline.passes.graph import constant, low_rank_of, unbalanced
-from pipeline.backends.rtx.quantizers import Token, emit_limbs, emit_norm_modulate, emit_static, emit_token
 from pipeline.backends.rtx.choose import Plan, choose
 from pipeline.backends.rtx.emit import RtxEmitter
 from pipeline.backends.rtx.gemms import emit_gemm
 from pipeline.backends.rtx.operands import Operand
+from pipeline.backends.rtx.quantizers import Token, emit_limbs, emit_norm_modulate, emit_static, emit_token
 from pipeline.backends.rtx.weights import PackedWeight, packed_weight
+from pipeline.passes.graph import constant, low_rank_of, unbalanced
 
 LOWERED = ("QuantizeActivation", "QuantizeStatic", "NormModulateQuantize")
 GROUPS_REFUSED = (

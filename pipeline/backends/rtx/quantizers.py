@@ -12,8 +12,8 @@ from dataclasses import dataclass
 import numpy as np
 import onnx_ir as ir
 
-from export.formats.format import get_format
 from export.dialect.ops import ABSMAX_FLOOR
+from export.formats.format import get_format
 from pipeline.backends.rtx.emit import RtxEmitter
 from pipeline.backends.rtx.operands import Operand
 

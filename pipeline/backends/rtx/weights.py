@@ -12,8 +12,8 @@ from numpy.typing import NDArray
 
 from export.errors import ContractError
 from export.formats.format import FORMATS, decode, encode, get_format, unpack
-from pipeline.passes.graph import constant
 from pipeline.backends.rtx.emit import STORED
+from pipeline.passes.graph import constant
 
 
 @dataclass(frozen=True)

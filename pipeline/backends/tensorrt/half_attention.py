@@ -9,8 +9,8 @@ from __future__ import annotations
 import numpy as np
 import onnx_ir as ir
 
-from pipeline.passes.emit import Emitter
 from pipeline.backends.tensorrt.half import FP16, emit_half, widen
+from pipeline.passes.emit import Emitter
 
 # Masks add numbers like -10000 or -inf; below this FP16 would make -inf of it, and a row of -inf becomes NaN.
 LOWEST_MASK = -30000.0

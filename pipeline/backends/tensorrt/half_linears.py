@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import onnx_ir as ir
 
-from pipeline.passes.emit import Emitter
 from pipeline.backends.tensorrt.half import FP16, emit_half, widen
+from pipeline.passes.emit import Emitter
 
 # Smaller weights stay float32: they are a negligible share of an engine.
 LARGE_ELEMENTS = 2**20

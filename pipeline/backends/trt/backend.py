@@ -22,18 +22,19 @@ import onnx_ir as ir
 from export.errors import ContractError
 from export.onnx_files import load_model
 from pipeline.backends import lowering_file
-from pipeline.backends.tensorrt import build as rtx_build, plugin_payloads as rtx_plugin
 from pipeline.backends.base import BuildResult, Capabilities, Engine, LoweredGraph
 from pipeline.backends.fused.kernel_formats import recipe_problems
 from pipeline.backends.rtx.backend import DATA, ONNX, method_problems
+from pipeline.backends.tensorrt import build as rtx_build
+from pipeline.backends.tensorrt import plugin_payloads as rtx_plugin
+from pipeline.backends.tensorrt.half_attention import halve_attention
+from pipeline.backends.tensorrt.half_linears import halve_large_linears
+from pipeline.backends.tensorrt.plugin_graph import KernelNode
 from pipeline.backends.trt.engine import ENGINE, METADATA, MODULE, TrtEngine, environment_problems
 from pipeline.bundle.bundle import cuda_sm
 from pipeline.files import sha256, write_json
 from pipeline.passes import run_shared
 from pipeline.passes.graph import drop_unused
-from pipeline.backends.tensorrt.half_attention import halve_attention
-from pipeline.backends.tensorrt.half_linears import halve_large_linears
-from pipeline.backends.tensorrt.plugin_graph import KernelNode
 from plugins.tensorrt import plugins
 from plugins.tensorrt.aot import plugin_name
 from plugins.tensorrt_rtx import compile

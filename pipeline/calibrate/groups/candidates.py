@@ -23,8 +23,8 @@ from pipeline.calibrate.blocks import BlockRunner, group_by_block
 from pipeline.calibrate.groups.search import Individual, Space
 from pipeline.calibrate.groups.space import gene_names, layer_sizes, with_sizes
 from pipeline.calibrate.method import Unit
-from pipeline.calibrate.plan import LayerPlan, make_plans
 from pipeline.calibrate.methods.rtn import quantize_linear
+from pipeline.calibrate.plan import LayerPlan, make_plans
 from pipeline.progress import track
 from pipeline.recipe import Recipe
 

@@ -19,8 +19,8 @@ from pipeline.backends.base import Arrays
 from pipeline.calibrate.data import CalibrationData
 from pipeline.calibrate.groups.candidates import CandidateModels, Candidates, one_thread, scored_keys
 from pipeline.calibrate.groups.search import Individual
-from pipeline.verify.oracle import sqnr_db
 from pipeline.generate.sampling import take_samples
+from pipeline.verify.oracle import sqnr_db
 
 
 @dataclass(frozen=True)

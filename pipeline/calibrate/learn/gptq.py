@@ -22,8 +22,8 @@ from numpy.typing import NDArray
 from export.checkpoint import Granularity, QuantizedLinear, make_linear
 from export.errors import ModelError, RecipeError
 from export.formats.format import Format, get_format, quantize
-from pipeline.calibrate.plan import LayerPlan
 from pipeline.calibrate.methods.rtn import float_weight
+from pipeline.calibrate.plan import LayerPlan
 from pipeline.calibrate.scales import F32, SEARCHES, RoundingErrors, find_scales
 from pipeline.methods import Scalar
 from pipeline.recipe import Recipe

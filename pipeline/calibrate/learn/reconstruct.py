@@ -17,8 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from export.checkpoint import QuantizedLinear
-from pipeline.calibrate.learn.adaround import Schedule, SoftRounding, undecided
 from pipeline.calibrate.blocks import BlockCall, Observed, WeightOnlyLinear, run_block
+from pipeline.calibrate.learn.adaround import Schedule, SoftRounding, undecided
 from pipeline.progress import track
 
 Pick = tuple[int, int]  # which call, which sample in it

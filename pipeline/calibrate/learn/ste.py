@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from export.dialect.ops import ABSMAX_FLOOR
 from export.errors import ContractError
 from export.formats.format import Format
-from export.dialect.ops import ABSMAX_FLOOR
 from pipeline.backends.reference import round_to_format
 
 

@@ -11,15 +11,15 @@ from torch import Tensor
 from export.checkpoint import QuantizedLinear
 from export.errors import RecipeError
 from export.formats.format import Format, get_format
-from pipeline.calibrate.learn.adaround import Schedule, SoftRounding
 from pipeline.calibrate.balance import InputMap
 from pipeline.calibrate.blocks import Observed, Tensors
-from pipeline.calibrate.methods.fp4dit import better
+from pipeline.calibrate.learn.adaround import Schedule, SoftRounding
+from pipeline.calibrate.learn.reconstruct import Settings, reconstruct
 from pipeline.calibrate.memory import BlockSize, Sizes, rounding_bytes
 from pipeline.calibrate.method import Method, Unit
-from pipeline.calibrate.plan import LayerPlan
-from pipeline.calibrate.learn.reconstruct import Settings, reconstruct
+from pipeline.calibrate.methods.fp4dit import better
 from pipeline.calibrate.methods.rtn import float_weight, quantize_linear
+from pipeline.calibrate.plan import LayerPlan
 from pipeline.calibrate.static_activations import find_range, unsigned_format
 
 GRANULARITIES = ("per_channel", "recipe")

@@ -21,14 +21,14 @@ import torch
 
 from export.checkpoint import QuantizedLinear
 from export.errors import RecipeError
-from pipeline.calibrate.learn.adaround import Quadratic, Schedule, SoftRounding, learn_layer
 from pipeline.calibrate.blocks import Observed
 from pipeline.calibrate.groups.space import from_text, with_sizes
+from pipeline.calibrate.learn.adaround import Quadratic, Schedule, SoftRounding, learn_layer
+from pipeline.calibrate.learn.reconstruct import Settings, output_loss, reconstruct
 from pipeline.calibrate.memory import BlockSize, Sizes, layer_rounding_bytes, rounding_bytes
 from pipeline.calibrate.method import Method, Unit
-from pipeline.calibrate.plan import LayerPlan
-from pipeline.calibrate.learn.reconstruct import Settings, output_loss, reconstruct
 from pipeline.calibrate.methods.rtn import float_weight, quantize_linear
+from pipeline.calibrate.plan import LayerPlan
 
 logger = logging.getLogger(__name__)
 # Calls on which a finished block is compared with rounding to nearest: enough to see a difference, a second of work.

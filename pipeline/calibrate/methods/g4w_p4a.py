@@ -12,12 +12,12 @@ from dataclasses import replace
 
 from export.checkpoint import QuantizedLinear
 from export.errors import RecipeError
-from pipeline.calibrate.learn import gptq
 from pipeline.calibrate.groups.space import with_sizes
+from pipeline.calibrate.learn import gptq
 from pipeline.calibrate.memory import BlockSize, Sizes, gptq_bytes
 from pipeline.calibrate.method import Unit
-from pipeline.calibrate.plan import LayerPlan
 from pipeline.calibrate.methods.ptq4dm import Ptq4dm
+from pipeline.calibrate.plan import LayerPlan
 from pipeline.progress import track
 
 GROUP_SIZE = 128

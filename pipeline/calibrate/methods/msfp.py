@@ -25,10 +25,10 @@ from export.checkpoint import QuantizedLinear
 from export.errors import RecipeError
 from export.formats.format import Format, get_format
 from pipeline.calibrate.balance import kinds
-from pipeline.calibrate.methods.baseline import Baseline
 from pipeline.calibrate.blocks import Tensors
 from pipeline.calibrate.memory import Sizes, tuning_bytes
 from pipeline.calibrate.method import Unit
+from pipeline.calibrate.methods.baseline import Baseline
 from pipeline.calibrate.methods.msfp_search import search_range, search_token_format, search_weight, splits
 from pipeline.calibrate.plan import LayerPlan
 

@@ -30,8 +30,8 @@ from pipeline.calibrate.balance import (
     salience_balance,
     weight_peaks,
 )  # fmt: skip
-from pipeline.calibrate.methods.baseline import StaticBaseline
 from pipeline.calibrate.method import Unit
+from pipeline.calibrate.methods.baseline import StaticBaseline
 
 
 def ranks(values: F64) -> F64:

@@ -18,9 +18,9 @@ import numpy as np
 
 from export.checkpoint import QuantizedLinear
 from export.errors import RecipeError
-from pipeline.calibrate.methods.baseline import StaticBaseline
 from pipeline.calibrate.blocks import Tensors
 from pipeline.calibrate.method import Unit
+from pipeline.calibrate.methods.baseline import StaticBaseline
 from pipeline.calibrate.static_activations import thinned
 
 

@@ -19,11 +19,11 @@ from torch import Tensor, nn
 
 from export.checkpoint import QuantizedLinear
 from export.formats.format import decode, get_format, quantize
-from pipeline.calibrate.learn import ste
-from pipeline.calibrate.methods.baseline import StaticBaseline
 from pipeline.calibrate.blocks import BlockCall, Observed, WeightOnlyLinear
-from pipeline.calibrate.method import Unit
+from pipeline.calibrate.learn import ste
 from pipeline.calibrate.learn.reconstruct import Batches, block_loss, generator, hidden_states, with_parts
+from pipeline.calibrate.method import Unit
+from pipeline.calibrate.methods.baseline import StaticBaseline
 from pipeline.progress import track
 
 logger = logging.getLogger(__name__)

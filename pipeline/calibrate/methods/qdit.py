@@ -23,15 +23,15 @@ from typing import Any
 from export.checkpoint import QuantizedLinear
 from export.errors import RecipeError
 from export.formats.format import get_format
-from pipeline.calibrate.learn import gptq
-from pipeline.calibrate.methods import rtn
 from pipeline.calibrate.blocks import BlockRunner, Tensors, group_by_block
 from pipeline.calibrate.groups.candidates import Candidates, store_layers
 from pipeline.calibrate.groups.proxy import ProxyScore
 from pipeline.calibrate.groups.search import Settings, Space, search
 from pipeline.calibrate.groups.space import from_text, layer_sizes, make_space, to_text, with_sizes
+from pipeline.calibrate.learn import gptq
 from pipeline.calibrate.memory import BlockSize, Sizes, gptq_bytes
 from pipeline.calibrate.method import Context, Method, Unit
+from pipeline.calibrate.methods import rtn
 from pipeline.calibrate.plan import LayerPlan
 from pipeline.calibrate.static_activations import find_range
 from pipeline.progress import track

@@ -20,13 +20,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from export.checkpoint import QuantizedLinear
-from export.formats.format import Format, decode, get_format, pack, quantize
 from export.dialect.ops import ABSMAX_FLOOR
+from export.formats.format import Format, decode, get_format, pack, quantize
 from pipeline.calibrate.balance import F32, F64, InputMap, kinds
-from pipeline.calibrate.methods.baseline import StaticBaseline
 from pipeline.calibrate.method import Unit
-from pipeline.calibrate.plan import LayerPlan
+from pipeline.calibrate.methods.baseline import StaticBaseline
 from pipeline.calibrate.methods.rtn import float_weight, quantize_linear
+from pipeline.calibrate.plan import LayerPlan
 from pipeline.calibrate.scales import round_to_codes
 from pipeline.calibrate.static_activations import TAILS
 

@@ -22,11 +22,11 @@ import torch
 
 from export.checkpoint import QuantizedLinear
 from pipeline.calibrate.learn.adaround import Quadratic, SoftRounding
+from pipeline.calibrate.method import Unit
 from pipeline.calibrate.methods.baseline import StaticBaseline
 from pipeline.calibrate.methods.fp4dit import learned_layer
-from pipeline.calibrate.method import Unit
-from pipeline.calibrate.plan import LayerPlan
 from pipeline.calibrate.methods.rtn import float_weight, quantize_linear
+from pipeline.calibrate.plan import LayerPlan
 
 TEMPORAL = ("adaln",)
 

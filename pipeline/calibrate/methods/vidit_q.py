@@ -19,8 +19,8 @@ import torch
 from export.checkpoint import QuantizedLinear
 from export.errors import RecipeError
 from pipeline.calibrate.balance import F64, InputMap, input_statistics, kinds, readers, salience_balance, weight_peaks
-from pipeline.calibrate.methods.baseline import Baseline
 from pipeline.calibrate.method import Context, Unit
+from pipeline.calibrate.methods.baseline import Baseline
 from pipeline.calibrate.methods.rtn import quantize_linear
 
 

@@ -1,0 +1,174 @@
+"""The `cpu` target from portable file to running engine: bytes, streaming, lowering.json, refusals of its reader."""
+
+import json
+import subprocess
+import sys
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+import pytest
+
+from export.errors import ContractError, EnvironmentLacksError
+from pipeline.backends import BACKENDS, lowering_file
+from pipeline.backends.base import LoweredGraph
+from pipeline.backends.cpu.backend import CpuBackend
+from pipeline.backends.cpu.engine import open_session
+from tests.support.hooked_sessions import hooked
+from tests.support.portable import HEADER, activations, portable, random_linear
+
+BODY = """
+  h = fpq.QuantizedLinear <layer="a"> (x)
+  y = fpq.QuantizedLinear <layer="b"> (h)
+"""
+
+
+@pytest.fixture
+def source(tmp_path):
+    """Folder with a portable model of two linears; model.onnx with its weights outside."""
+    layers = [random_linear("a", n=64, granularity="exact_group", group=16), random_linear("b", n=32, seed=1)]
+    model = portable(BODY, layers, "float[B,S,64] x", "float[B,S,32] y")
+    folder = tmp_path / "bundle"
+    folder.mkdir()
+    ir.save(model, folder / "model.onnx", external_data="model.onnx.data", size_threshold_bytes=0)
+    return folder
+
+
+def built(source, name="cpu", flags=None):
+    backend = CpuBackend(flags)
+    work = source.parent / f"work-{name}"
+    work.mkdir()
+    (source / name).mkdir()
+    return backend.build(backend.lower(source / "model.onnx", work, None), source / name, None)
+
+
+def test_an_engine_runs_and_agrees_with_the_portable_model(source):
+    result = built(source)
+    assert all((source / file).is_file() for file in result.files)
+    engine = BACKENDS["cpu"].load(source)
+    x = activations(np.random.default_rng(0))[:, 3:]
+    found = engine.run({"x": x})["y"]
+    expected = open_session(source / "model.onnx").run(None, {"x": x})[0]
+    engine.close()
+    # One code of the second linear may flip where float32 sums differ in their last bit.
+    assert np.linalg.norm(found - expected) <= 1e-2 * np.linalg.norm(expected)
+
+
+def test_the_same_portable_model_gives_the_same_bytes(source):
+    built(source)
+    built(source, "again")
+    for name in ("model.onnx", "model.onnx.data"):
+        assert (source / "cpu" / name).read_bytes() == (source / "again" / name).read_bytes()
+
+
+def test_weights_are_int8_and_outside_of_the_graph(source):
+    built(source)
+    graph = onnx.load(source / "cpu" / "model.onnx", load_external_data=False).graph
+    image = next(item for item in graph.initializer if item.name == "a.image")
+    assert image.data_type == onnx.TensorProto.INT8 and image.data_location == onnx.TensorProto.EXTERNAL
+    assert not {item.name for item in graph.initializer} & {"a.codes", "a.scales", "a.multipliers"}
+
+
+def test_lowering_json_gives_back_what_was_written(source):
+    result = built(source)
+    found = lowering_file.read(source / "cpu" / "lowering.json")
+    assert found.probes == result.lowered.probes and found.choices == result.lowered.choices
+    assert found.path == source / "cpu" / "model.onnx"
+    assert {choice.layer for choice in found.choices} == {"a", "b"}
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"schema_version": 99}, "schema version 99"),
+        ({"probes": [{"layer": "a"}]}, "'probes.0.path' is missing"),
+        (None, "not valid JSON"),
+    ],
+)
+def test_a_damaged_lowering_file_is_refused(tmp_path, change, message):
+    path = tmp_path / "lowering.json"
+    lowering_file.write(LoweredGraph(tmp_path / "model.onnx", (), ()), path)
+    path.write_text("{" if change is None else json.dumps(json.loads(path.read_text()) | change))
+    with pytest.raises(ContractError, match=message):
+        lowering_file.read(path)
+
+
+@pytest.mark.parametrize("weight, requires", [("INT4", []), ("INT8", ["int32_dot_product"])])
+def test_an_engine_that_would_saturate_elsewhere_is_refused_there(tmp_path, weight, requires):
+    model = portable('y = fpq.QuantizedLinear <layer="a"> (x)', [random_linear(weight=weight, activation="INT8")])
+    folder = tmp_path / "bundle"
+    folder.mkdir()
+    ir.save(model, folder / "model.onnx", external_data="model.onnx.data")
+    assert built(folder, flags=("avx512_vnni",)).metadata == {"requires": requires}
+    CpuBackend(("avx512_vnni",)).load(folder).close()
+    if requires:
+        with pytest.raises(EnvironmentLacksError, match="int32_dot_product"):
+            CpuBackend(("avx2",)).load(folder)
+    else:
+        CpuBackend(("avx2",)).load(folder).close()
+
+
+def test_a_model_without_quantized_linears_is_an_error(tmp_path):
+    model = ir.from_onnx_text(f"{HEADER} g (float[B,4] x) => (float[B,4] y) {{ y = Neg(x) }}")
+    ir.save(model, tmp_path / "model.onnx")
+    with pytest.raises(ContractError, match="no quantized linear"):
+        CpuBackend().lower(tmp_path / "model.onnx", tmp_path, None)
+
+
+def test_running_needs_no_compiler(source):
+    built(source)
+    code = (
+        "import sys; from pathlib import Path; from pipeline.backends import BACKENDS;"
+        f"BACKENDS['cpu'].load(Path({str(source)!r})); print('onnx_ir' in sys.modules, 'torch' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+    assert done.stdout.split() == ["False", "False"]
+
+
+def test_targets_are_listed_without_importing_them():
+    assert {"cpu", "rtx", "cuda"} <= set(BACKENDS)
+    with pytest.raises(KeyError):
+        BACKENDS["gpu"]
+
+
+def test_nothing_is_missing_here():
+    assert CpuBackend().problems(None) == []
+
+
+CROSS = """
+  k = fpq.QuantizedLinear <layer="a"> (text)
+  h = fpq.QuantizedLinear <layer="b"> (hidden_states)
+  y = Add(k, h)
+"""
+
+
+@pytest.fixture
+def conditioned(tmp_path):
+    """Engine whose first linear reads the condition alone."""
+    layers = [random_linear("a"), random_linear("b", seed=1)]
+    inputs = "float[B,S,64] hidden_states, float[B,S,64] text"
+    folder = tmp_path / "bundle"
+    folder.mkdir()
+    ir.save(portable(CROSS, layers, inputs), folder / "model.onnx", external_data="model.onnx.data")
+    result = built(folder)
+    assert "cpu/condition.onnx" in result.files
+    engine = CpuBackend().load(folder)
+    yield engine, result.lowered.path
+    engine.close()
+
+
+def test_the_condition_is_computed_once_and_again_when_it_changes(conditioned):
+    engine, lowered = conditioned
+    whole, calls = open_session(lowered), []
+    engine.sessions = hooked(engine.sessions, condition=lambda: calls.append(1))
+    rng = np.random.default_rng(0)
+    text = rng.standard_normal((1, 5, 64)).astype(np.float32)
+    for step, expected_calls in enumerate((1, 1, 2, 2, 3)):
+        if step == 2:
+            text[0, 0, 0] += 1  # the caller overwrites its own array
+        if step == 4:
+            text = np.concatenate([text, text])
+        x = rng.standard_normal(text.shape).astype(np.float32)
+        feeds = {"hidden_states": x, "text": text}
+        np.testing.assert_array_equal(engine.run(feeds)["y"], whole.run(None, feeds)[0])
+        assert len(calls) == expected_calls

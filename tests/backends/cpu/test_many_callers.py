@@ -1,0 +1,183 @@
+"""One engine, many callers: each call gets the result of its own inputs, whenever the others come in between.
+
+Nothing here is left to chance: hooks in the sessions hold a thread at the worst moment until another has gone through.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+import pytest
+
+from export.errors import RecipeError
+from pipeline.backends.cpu.backend import CpuBackend
+from pipeline.backends.cpu.engine import KEPT, CpuEngine
+from pipeline.recipe import Cpu, Recipe
+from tests.support import native
+from tests.support.hooked_sessions import TIMEOUT_S, Worker, hooked, once
+from tests.support.portable import portable, random_linear
+
+# The mask is read by the part of the condition and by the rest: a call must see one mask in both.
+BODY = """
+  k = fpq.QuantizedLinear <layer="a"> (text)
+  masked = Mul(k, mask)
+  h = fpq.QuantizedLinear <layer="b"> (hidden_states)
+  seen = Mul(h, mask)
+  y = Add(masked, seen)
+"""
+INPUTS = "float[B,S,64] hidden_states, float[B,S,64] text, float[B,S,1] mask"
+Call = dict[str, Any]
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Engine folders by `cpu.path`; the native one only where there is a compiler."""
+    root = tmp_path_factory.mktemp("callers")
+    layers = [random_linear("a"), random_linear("b", seed=1)]
+    ir.save(portable(BODY, layers, INPUTS), root / "model.onnx", external_data="model.onnx.data")
+    found = {}
+    for path in ("stock", "native")[: 1 if native.problems() else 2]:
+        recipe = Recipe(name="test", model="zoo:pixart_mini", cpu=Cpu(path=path))
+        for folder in (root / f"work-{path}", root / path):
+            folder.mkdir()
+        result = CpuBackend().build(
+            CpuBackend().lower(root / "model.onnx", root / f"work-{path}", recipe), root / path, recipe
+        )
+        assert f"{path}/condition.onnx" in result.files
+        found[path] = root / path
+    return found
+
+
+@pytest.fixture(params=["stock", "native"])
+def engine(request: pytest.FixtureRequest, folders: dict[str, Path]) -> Iterator[CpuEngine]:
+    if request.param not in folders:
+        pytest.skip(native.problems()[0])
+    found = CpuEngine(folders[request.param], threads=1)
+    yield found
+    found.close()
+
+
+def call(seed: int, batch: int = 1, tokens: int = 5) -> Call:
+    rng = np.random.default_rng(seed)
+    shape = (batch, tokens, 64)
+    mask = (rng.random((batch, tokens, 1)) > 0.3).astype(np.float32)
+    hidden, text = (rng.standard_normal(shape).astype(np.float32) for _ in range(2))
+    return {"hidden_states": hidden, "text": text, "mask": mask}
+
+
+def alone(engine: CpuEngine, calls: list[Call]) -> list[np.ndarray]:
+    """What each call gives in a fresh engine state, nobody else there."""
+    found = []
+    for one in calls:
+        engine.forget()
+        found.append(engine.run(one)["y"])
+    engine.forget()
+    return found
+
+
+@pytest.mark.parametrize("place", ["condition", "after_condition", "step"])
+@pytest.mark.parametrize("others", [1, KEPT + 1])
+def test_other_calls_come_in_between(engine: CpuEngine, place: str, others: int) -> None:
+    """While a call is about to compute its condition, has just done so, or is about to use it, others run whole."""
+    calls = [call(seed) for seed in range(1 + others)]
+    expected, sessions = alone(engine, calls), engine.sessions
+    assert sessions is not None
+    found: list[Any] = []
+
+    def go_through() -> None:
+        for one in calls[1:]:
+            found.append(Worker(partial(engine.run, one)).result()["y"])
+
+    engine.sessions = hooked(sessions, **{place: once(go_through)})
+    assert np.array_equal(engine.run(calls[0])["y"], expected[0])
+    assert len(found) == others and all(map(np.array_equal, found, expected[1:]))
+    for one, wanted in zip(calls, expected, strict=True):  # nor does anything wrong stay
+        assert np.array_equal(engine.run(one)["y"], wanted)
+
+
+def test_two_calls_meet_in_every_session(engine: CpuEngine) -> None:
+    """Both stand in the condition's session at once, then both in the other: the order of the rest is free."""
+    calls = [call(seed, tokens=5 + seed) for seed in range(2)]
+    expected, sessions = alone(engine, calls), engine.sessions
+    assert sessions is not None
+    barrier = threading.Barrier(2, timeout=TIMEOUT_S)
+    for _ in range(10):
+        engine.forget()
+        engine.sessions = hooked(sessions, condition=barrier.wait, after_condition=barrier.wait, step=barrier.wait)
+        workers = [Worker(partial(engine.run, one)) for one in calls]
+        assert all(np.array_equal(w.result()["y"], wanted) for w, wanted in zip(workers, expected, strict=True))
+
+
+@pytest.mark.parametrize("name", ["text", "mask", "hidden_states"])
+@pytest.mark.parametrize("place", ["condition", "after_condition", "step"])
+def test_an_array_overwritten_during_a_call_makes_no_mixture(engine: CpuEngine, name: str, place: str) -> None:
+    """The call computes with the numbers it found, and the next one sees the new numbers."""
+    before, after = call(0), call(1)
+    expected = alone(engine, [before, before | {name: after[name]}])
+    mine = {key: array.copy() for key, array in before.items()}
+    sessions = engine.sessions
+    assert sessions is not None
+    engine.sessions = hooked(sessions, **{place: once(lambda: np.copyto(mine[name], after[name]))})
+    assert np.array_equal(engine.run(mine)["y"], expected[0])
+    assert np.array_equal(engine.run(mine)["y"], expected[1])
+    assert np.array_equal(engine.run(before)["y"], expected[0])
+
+
+def test_results_belong_to_the_caller(engine: CpuEngine) -> None:
+    first = engine.run(call(0))["y"]
+    kept = first.copy()
+    engine.run(call(1))
+    first += 1
+    assert np.array_equal(engine.run(call(0))["y"], kept)
+
+
+def test_the_last_conditions_are_kept_and_no_more(engine: CpuEngine) -> None:
+    computed: list[int] = []
+    sessions = engine.sessions
+    assert sessions is not None
+    engine.sessions = hooked(sessions, condition=lambda: computed.append(1))
+    for seed in (0, 1, 0, 1, 0):
+        engine.run(call(seed))
+    assert len(computed) == 2
+    for seed in range(2, 2 + KEPT):
+        engine.run(call(seed))
+    assert len(engine.kept) == KEPT
+    engine.run(call(0))
+    assert len(computed) == 3 + KEPT
+
+
+@pytest.mark.parametrize("place", ["condition", "after_condition", "step"])
+def test_closing_while_a_call_runs(engine: CpuEngine, place: str) -> None:
+    """The call ends as if nothing had happened; the next is refused."""
+    expected, sessions = alone(engine, [call(0)])[0], engine.sessions
+    assert sessions is not None
+    engine.sessions = hooked(sessions, **{place: once(lambda: Worker(engine.close).result())})
+    assert np.array_equal(engine.run(call(0))["y"], expected)
+    with pytest.raises(RecipeError, match="the engine is closed; load it again"):
+        engine.run(call(0))
+    engine.close()  # twice does no harm
+
+
+def test_an_engine_says_what_does_not_fit(engine: CpuEngine) -> None:
+    """Not onnxruntime's words, whether it is seen by the part of the condition or by the rest."""
+    rows = {row.name: row.shape for row in engine.declared}
+    assert rows == {"hidden_states": ("B", "S", 64), "text": ("B", "S", 64), "mask": ("B", "S", 1)}
+    engine.run(call(0))
+    for change, words in (
+        ({"text": call(1)["text"].astype(np.float64)}, "text is of float64, the engine takes float32"),
+        ({"text": call(1, batch=2)["text"]}, "B is 1 in input .*, but 2 in input|B is 2 in input .*, but 1 in input"),
+        ({"hidden_states": call(1, batch=0)["hidden_states"]}, r"\(0, 5, 64\).*give at least one of each"),
+        ({"hidden_states": call(0)["hidden_states"] * np.float32(1e30)}, "magnitude up to"),
+        ({"more": np.ones(1, np.float32)}, "missing or unknown"),
+    ):
+        with pytest.raises(RecipeError, match=words):
+            engine.run(call(0) | change)
+    # Equal numbers of another type are not taken for the condition that is kept.
+    with pytest.raises(RecipeError, match="mask is of float64"):
+        engine.run(call(0) | {"mask": call(0)["mask"].astype(np.float64)})

@@ -1,0 +1,343 @@
+"""The native passes: what they fuse, what they must leave, and that the fused graph computes what the stock one did."""
+
+from collections import Counter
+
+import numpy as np
+import onnx_ir as ir
+import pytest
+from onnx_ir.passes.common import LiftConstantsToInitializersPass
+
+from pipeline.backends.cpu.backend import capabilities
+from pipeline.backends.cpu.lower import LowerCpu
+from pipeline.backends.cpu.native import run_native
+from pipeline.backends.cpu.native_ops import In, Out, drop_unread_outputs, inputs_of, is_chain, outputs_of
+from pipeline.passes import run_shared
+from tests.support import learned, native
+from tests.support.portable import portable, random_linear, run
+
+INPUTS = "float[B,S,64] x, float[B,1,64] shift, float[B,1,64] scale, float[B,1,64] gate, float[B,S,64] h"
+# A block's beat: norm, modulate, linear a, gate and residual, then linear b with GELU, then linear c.
+BLOCK = """
+  ones = Constant <value_floats = [{ones}]> ()
+  one = Constant <value_float = 1.0> ()
+  norm = LayerNormalization <axis = -1, epsilon = 1e-6> (x, ones)
+  plus = Add(scale, one)
+  scaled = Mul(norm, plus)
+  modulated = Add(scaled, shift)
+  a = fpq.QuantizedLinear <layer="a"> (modulated)
+  gated = Mul(gate, a)
+  sum = Add(gated, h)
+  b = fpq.QuantizedLinear <layer="b"> (sum)
+  act = Gelu <approximate="tanh"> (b)
+  c = fpq.QuantizedLinear <layer="c"> (act)
+  y = Add(c, sum)
+""".replace("{ones}", ", ".join(["1.0"] * 64))
+SHAPES = dict.fromkeys(("norm", "modulated", "a/output", "gated", "sum", "b/output", "act", "c/output"), ("B", "S", 64))
+SHAPES["mean"] = ("B", 1, 64)
+SHAPES |= dict.fromkeys(("qs", "ks", "vs", "turned"), ("B", "S", 4, 16)) | dict.fromkeys(
+    ("qt", "vt", "o"), ("B", 4, "S", 16)
+)
+SHAPES |= {"kt": ("B", 4, 16, "S"), "joined": ("B", "S", 64)}
+PLAIN = 'y = fpq.QuantizedLinear <layer="a"> (x)'
+
+
+def lowered(body=BLOCK, inputs=INPUTS, outputs="float[B,S,64] y", activation="E2M3", flags=("avx512_vnni",), **given):
+    """(stock model, probes of it) of linears a to d of 64 channels."""
+    layers = [random_linear(name, n=64, activation=activation, seed=i, **given) for i, name in enumerate("abcd")]
+    layers = [layer for layer in layers if f'"{layer.name}"' in body]
+    model = portable(body, layers, inputs, outputs)
+    _as_exported(model)
+    run_shared(model)
+    rewrite = LowerCpu(capabilities(flags))
+    rewrite(model)
+    return model, rewrite.probes
+
+
+def _as_exported(model):
+    """Constants as initializers and shapes known, as in an exporter's graph."""
+    LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
+    for value in (value for node in model.graph for value in node.outputs):
+        if value.name in SHAPES:
+            value.shape = ir.Shape(SHAPES[value.name])
+
+
+def rewritten(*args, **given):
+    """(native model, passes by name)."""
+    model, _ = lowered(*args, **given)
+    return model, {found.name: found for found in run_native(model)}
+
+
+def chains(model):
+    """(inputs, outputs) of every chain by name, in graph order."""
+    named = ((inputs_of(node), outputs_of(node)) for node in model.graph if is_chain(node))
+    return [("+".join(p.name for p in given), "+".join(p.name for p in made)) for given, made in named]
+
+
+def feeds(seed=0, batch=2, tokens=5):
+    rng = np.random.default_rng(seed)
+    each = dict.fromkeys(("shift", "scale", "gate"), (batch, 1, 64)) | dict.fromkeys("xh", (batch, tokens, 64))
+    return {name: rng.standard_normal(shape).astype(np.float32) for name, shape in each.items()}
+
+
+def with_outputs(model, names):
+    for node in model.graph:
+        model.graph.outputs.extend(value for value in node.outputs if value.name in names)
+    return model
+
+
+def test_a_block_becomes_four_chains():
+    model, passes = rewritten()
+    assert chains(model) == [
+        ("X+NORM_SCALE+NORM_SHIFT", "CODES+SCALE+QUANTIZED"),
+        ("X+TOKEN_SCALE+BIAS+GATE+RESIDUAL", "CODES+SCALE+Y+LINEAR"),
+        ("X+TOKEN_SCALE+BIAS", "CODES+SCALE+Y+LINEAR"),
+        ("X+TOKEN_SCALE+BIAS+RESIDUAL", "Y+LINEAR"),
+    ]
+    types = Counter(node.op_type for node in model.graph)
+    assert types == {"TokenChain": 4, "MatMulIntegerToFloat": 3, "Add": 1}
+    assert model.graph.opset_imports["fpq.native"] == 1
+    assert not any(rewrite.refusals for rewrite in passes.values())
+
+
+def test_what_no_one_reads_is_not_computed_in_an_engine():
+    model, _ = rewritten()
+    expected = native.run(model, feeds())[0]
+    drop_unread_outputs(model)
+    assert [made for _, made in chains(model)] == ["CODES+SCALE", "CODES+SCALE+Y", "CODES+SCALE", "Y"]
+    np.testing.assert_array_equal(native.run(model, feeds())[0], expected)
+
+
+PAIRS = [("E2M3", "E2M1"), ("INT8", "INT4"), ("INT6", "INT6"), ("E2M1", "E2M1"), ("E3M4", "E2M1"), ("E3M2", "E2M1")]
+
+
+@pytest.mark.parametrize("groups", [{}, {"granularity": "group", "group": 16}], ids=["channels", "groups"])
+@pytest.mark.parametrize("activation, weight", PAIRS)
+def test_every_probed_tensor_is_that_of_the_stock_graph(activation, weight, groups):
+    """Bit for bit, but for the norm and GELU, which each sum in their own order: their codes follow from their x."""
+    stock, probes = lowered(activation=activation, weight=weight, **groups)
+    model, _ = rewritten(activation=activation, weight=weight, **groups)
+    for row in probes:
+        names = [row.x, *row.codes, row.act_scale, row.gemm, row.output]
+        found = dict(zip(names, native.run(with_outputs(model, names), feeds(), names), strict=True))
+        alone = dict(zip(names, run(with_outputs(_cut(stock, row), names), _cut_feeds(row, found), names), strict=True))
+        for name in names:
+            np.testing.assert_array_equal(found[name], alone[name], err_msg=name)
+
+
+def _cut(stock, row):
+    """The stock graph from the quantizer's x on: x becomes an input."""
+    model = stock.clone()
+    value = next(value for node in model.graph for value in node.outputs if value.name == row.x)
+    start = ir.Value(name="start", type=ir.TensorType(ir.DataType.FLOAT))
+    same = ir.Node("", "Identity", [start])
+    ir.convenience.replace_all_uses_with(value, same.outputs[0])
+    value.name, same.outputs[0].name = "unused", row.x
+    model.graph.insert_before(model.graph[0], same)
+    model.graph.inputs.append(start)
+    model.graph.outputs.clear()
+    return model
+
+
+def _cut_feeds(row, found):
+    return feeds() | {"start": found[row.x]}
+
+
+def test_norm_and_gelu_are_those_of_onnxruntime_up_to_roundings():
+    stock, _ = lowered()
+    model, _ = rewritten()
+    names = ["a/quantize/modulated"]
+    expected = run(with_outputs(stock, names), feeds(), names)[0]
+    found = native.run(with_outputs(model, names), feeds(), names)[0]
+    np.testing.assert_allclose(found, expected, rtol=0, atol=2e-6 * np.abs(expected).max())
+
+
+BALANCED = BLOCK.replace(
+    "  c = ",
+    f"  balance = Constant <value_floats = [{', '.join(['0.5'] * 64)}]> ()\n  half = Mul(act, balance)\n  c = ",
+).replace("(act)", "(half)")
+NEVER = {
+    "a balance is no gate": (BALANCED, {"b": "BIAS"}, ["Mul"]),
+    "another GELU": (BLOCK.replace("tanh", "none"), {"a": "RESIDUAL", "b": "BIAS", "c": "RESIDUAL"}, ["Gelu"]),
+    "a second reader": (BLOCK + "\n  z = Neg(b)", {"b": "BIAS"}, ["Gelu", "Neg"]),
+    "a gate for each token": (BLOCK.replace("Mul(gate, a)", "Mul(h, a)"), {"a": "BIAS"}, ["Mul", "Add"]),
+    "a broadcast residual": (BLOCK.replace("Add(gated, h)", "Add(gated, shift)"), {"a": "GATE"}, ["Add"]),
+}
+
+
+@pytest.mark.parametrize("case", NEVER)
+def test_what_is_not_the_pattern_stays(case):
+    body, last_input, kept = NEVER[case]
+    outputs = "float[B,S,64] y" + (", float[B,S,64] z" if "z =" in body else "")
+    model, _ = rewritten(body, outputs=outputs)
+    by_layer = {chain.outputs[Out.LINEAR].name.split("/")[0]: chain for chain in model.graph if _finishes(chain)}
+    for layer, place in last_input.items():
+        stages = [found for found in inputs_of(by_layer[layer]) if found < In.NORM_SCALE]
+        assert stages[-1].name == place, layer
+    assert set(kept) <= {node.op_type for node in model.graph}
+    stock = run(lowered(body, outputs=outputs)[0], feeds())[0]
+    assert np.linalg.norm(native.run(model, feeds())[0] - stock) <= 1e-2 * np.linalg.norm(stock)
+
+
+def _finishes(node):
+    return is_chain(node) and Out.LINEAR in outputs_of(node)
+
+
+@pytest.mark.parametrize("activation", ["E3M4", "INT8"])
+def test_two_limbs_are_quantized_and_joined(activation):
+    model, passes = rewritten(activation=activation, weight="INT8" if activation == "INT8" else "E2M1", flags=())
+    assert chains(model) == [
+        ("X+NORM_SCALE+NORM_SHIFT", "CODES+SCALE+QUANTIZED+LOW_CODES"),
+        ("TOKEN_SCALE+BIAS+GATE+RESIDUAL+HIGH_SUM+LOW_SUM+CHANNEL_SCALE", "CODES+SCALE+Y+LINEAR+LOW_CODES+PRODUCT"),
+        ("TOKEN_SCALE+BIAS+HIGH_SUM+LOW_SUM+CHANNEL_SCALE", "CODES+SCALE+Y+LINEAR+LOW_CODES+PRODUCT"),
+        ("TOKEN_SCALE+BIAS+RESIDUAL+HIGH_SUM+LOW_SUM+CHANNEL_SCALE", "Y+LINEAR+PRODUCT"),
+    ]
+    types = Counter(node.op_type for node in model.graph)
+    assert types == {"TokenChain": 4, "MatMulInteger": 6, "Add": 1}
+    assert not any(rewrite.refusals for rewrite in passes.values())
+
+
+SPOILT = {
+    "another base": ("low", 1, np.float32(2.0)),
+    "another zero": ("low", 2, np.uint8(63)),
+}
+
+
+@pytest.mark.parametrize("case", SPOILT)
+def test_limbs_that_are_not_ours_are_left_alone(case):
+    name, place, number = SPOILT[case]
+    model, _ = lowered(PLAIN, "float[B,S,64] x", activation="E3M4")
+    (node,) = [node for node in model.graph if node.name.endswith(f"/{name}")]
+    value = ir.Value(name="other", const_value=ir.tensor(number))
+    model.graph.register_initializer(value)
+    node.replace_input_with(place, value)
+    passes = {found.name: found for found in run_native(model)}
+    assert not any(is_chain(node) for node in model.graph)
+    assert "nor in two limbs" in passes["NativeQuantize"].refusals[0].reason
+
+
+def test_real_groups_are_finished_behind_the_sum_of_their_products():
+    model, passes = rewritten(PLAIN, "float[B,S,64] x", granularity="group", group=32)
+    assert chains(model) == [("X", "CODES+SCALE"), ("X+TOKEN_SCALE+BIAS", "LINEAR")]
+    types = Counter(node.op_type for node in model.graph)
+    assert types["MatMulIntegerToFloat"] == 2 and types["Sum"] == passes["NativeFinish"].fired == 1
+
+
+def test_groups_of_tokens_get_the_native_quantizer_only():
+    """Their integer sums are probed, and scaled by token and group."""
+    layer = learned.with_scaling(random_linear("a", n=64, granularity="group", group=32), "token_group", 32)
+    model = portable(PLAIN, [layer], "float[B,S,64] x", "float[B,S,64] y")
+    run_shared(model)
+    LowerCpu(capabilities(("avx512_vnni",)))(model)
+    passes = {found.name: found for found in run_native(model)}
+    assert passes["NativeFinish"].fired == 0 and not any(node.op_type == "Sum" for node in model.graph)
+
+
+NORM = """
+  w = Constant <value_floats = [{w}]> ()
+  norm = LayerNormalization <axis = -1, epsilon = 1e-5> (x, w{bias})
+  y = fpq.QuantizedLinear <layer="a"> (norm)
+""".replace("{w}", ", ".join(f"{1 + i / 64}" for i in range(64)))
+
+
+def test_a_plain_norm_with_weight_and_bias_is_fused():
+    model, _ = rewritten(NORM.replace("{bias}", ", w"), "float[B,S,64] x")
+    assert chains(model)[0] == ("X+NORM_SCALE+NORM_SHIFT", "CODES+SCALE+QUANTIZED")
+    assert np.isfinite(native.run(model, {"x": feeds()["x"]})[0]).all()
+
+
+@pytest.mark.parametrize(
+    "body, outputs, reason",
+    [
+        (NORM.replace("{bias}", ""), "float[B,S,64] y", "no shift"),
+        (NORM.replace("{bias}", ", w").replace("axis = -1", "axis = 1"), "float[B,S,64] y", "axis 1"),
+        (NORM.replace("{bias}", ", w") + "\n z = Neg(norm)", "float[B,S,64] y, float[B,S,64] z", "another reader"),
+        (NORM.replace("{bias}", ", x"), "float[B,S,64] y", "neither"),
+    ],
+)
+def test_other_norms_are_refused_with_the_reason(body, outputs, reason):
+    model, passes = rewritten(body, "float[B,S,64] x", outputs)
+    assert reason in " ".join(refusal.reason for refusal in passes["NativeJoin"].refusals)
+    assert "LayerNormalization" in {node.op_type for node in model.graph}
+
+
+def test_a_norm_that_depends_on_the_linear_before_it_is_not_joined_to_it():
+    body = """
+      a = fpq.QuantizedLinear <layer="a"> (x)
+      axes = Constant <value_ints = [1]> ()
+      mean = ReduceMean <keepdims = 1> (a, axes)
+      norm = LayerNormalization <axis = -1> (a, mean, mean)
+      y = fpq.QuantizedLinear <layer="b"> (norm)
+    """
+    model, passes = rewritten(body, "float[B,S,64] x")
+    assert "depends on" in " ".join(refusal.reason for refusal in passes["NativeJoin"].refusals)
+    assert [given for given, _ in chains(model)].count("X+NORM_SCALE+NORM_SHIFT") == 1
+
+
+def test_the_rewritten_graph_is_the_same_each_time():
+    first, second = (ir.to_proto(rewritten()[0]).SerializeToString(deterministic=True) for _ in range(2))
+    assert first == second
+
+
+ATTENTION = """
+  parts = Constant <value_ints = [0, 0, 4, 16]> ()
+  whole = Constant <value_ints = [0, 0, 64]> ()
+  q = fpq.QuantizedLinear <layer="a"> (x)
+  k = fpq.QuantizedLinear <layer="b"> (x)
+  v = fpq.QuantizedLinear <layer="c"> (x)
+  qs = Reshape(q, parts)
+  qt = Transpose <perm = [0, 2, 1, 3]> (qs)
+  ks = Reshape(k, parts)
+  kt = Transpose <perm = [0, 2, 3, 1]> (ks)
+  vs = Reshape(v, parts)
+  vt = Transpose <perm = [0, 2, 1, 3]> (vs)
+  s = MatMul(qt, kt)
+  p = Softmax <axis = -1> (s)
+  o = MatMul(p, vt)
+  turned = Transpose <perm = [0, 2, 1, 3]> (o)
+  joined = Reshape(turned, whole)
+  y = fpq.QuantizedLinear <layer="d"> (joined)
+"""
+
+
+def test_heads_are_read_and_written_where_attention_keeps_them():
+    model, passes = rewritten(ATTENTION, "float[B,S,64] x")
+    assert passes["NativeHeads"].fired == 4
+    assert Counter(chains(model)) == {
+        ("X", "CODES+SCALE"): 1,
+        ("X+TOKEN_SCALE+BIAS", "Y+LINEAR"): 3,
+        ("X", "CODES+SCALE+QUANTIZED"): 1,
+        ("X+TOKEN_SCALE+BIAS", "LINEAR"): 1,
+    }
+    (turn,) = [node for node in model.graph if node.op_type in ("Transpose", "Reshape")]
+    assert turn.op_type == "Transpose" and list(turn.attributes["perm"].value) == [0, 1, 3, 2]
+    names = {value.name for node in model.graph for value in node.outputs}
+    assert {"a/output", "b/output", "c/output", "joined"} <= names  # what the parity gates look at
+    stock, _ = lowered(ATTENTION, "float[B,S,64] x")
+    x = {"x": feeds()["x"]}
+    np.testing.assert_allclose(native.run(model, x)[0], run(stock, x)[0], rtol=0, atol=1e-2 * np.abs(x["x"]).max())
+
+
+@pytest.mark.parametrize(
+    "old, new, fired",
+    [
+        ("perm = [0, 2, 1, 3]> (qs)", "perm = [0, 2, 1, 3]> (ks)", 2),  # keys are read twice, queries never
+        ("y = fpq", "more = Neg(vs)\n  y = fpq", 3),
+        ("joined = Reshape(turned, whole)", "again = Neg(turned)\n  joined = Reshape(turned, whole)", 3),
+        ("perm = [0, 2, 3, 1]> (ks)\n", "perm = [0, 2, 1, 3]> (ks)\n  other = Neg(k)\n", 3),
+    ],
+)
+def test_views_with_other_readers_stay(old, new, fired):
+    body = ATTENTION.replace(old, new)
+    if "perm = [0, 2, 1, 3]> (ks)\n  other" in new:
+        body = body.replace("s = MatMul(qt, kt)", "kx = Transpose <perm = [0, 1, 3, 2]> (kt)\n  s = MatMul(qt, kx)")
+    extra = next((name for name in ("more", "again", "other") if f"{name} =" in body), None)
+    outputs = "float[B,S,64] y" + (f", float {extra}" if extra else "")
+    _, passes = rewritten(body, "float[B,S,64] x", outputs)
+    assert passes["NativeHeads"].fired == fired
+
+
+def test_without_known_shapes_views_stay(monkeypatch):
+    monkeypatch.delitem(SHAPES, "qs")
+    monkeypatch.setitem(SHAPES, "turned", ("B", "T", 4, 16))
+    _, passes = rewritten(ATTENTION, "float[B,S,64] x")
+    assert passes["NativeHeads"].fired == 2

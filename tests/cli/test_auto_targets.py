@@ -1,0 +1,89 @@
+"""Which targets `auto` builds of a recipe, what the log says of the others, and that named targets are refused."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import replace
+
+import pytest
+
+from export.errors import EnvironmentLacksError
+from pipeline import __main__ as cli
+from pipeline import compiler
+from pipeline import recipe as recipes
+from pipeline.backends.cpu import backend as cpu
+from pipeline.backends.tensorrt import build as rtx_build
+from pipeline.build import make_parser, make_request
+from pipeline.command import Answer
+from pipeline.compiler import BuildRequest, fitting_targets, refuse_early
+
+ALL = ("cpu", "rtx", "cuda")
+
+
+@pytest.fixture(autouse=True)
+def installed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every package and a GPU are here, so that only recipes decide."""
+    monkeypatch.setattr(compiler, "_built_by_auto", lambda target, module: True)
+    monkeypatch.setattr(rtx_build, "package_problems", lambda: [])
+
+
+def request(*flags: str) -> BuildRequest:
+    args = make_parser().parse_args(["--engine", "dit_w4a8", "-o", "no such folder", *flags])
+    return make_request(args, Answer(sys.stdout, as_json=False))
+
+
+SHAPES = {
+    "the recipe as it is": ((), ALL, ""),
+    "activations by group": (("method=qdit",), ("cpu",), "has no scale per token and group"),
+    "per token": (("method=qdit", "calibrate.options.activations=per_token"), ALL, ""),
+    "static": (("method=msfp",), ALL, ""),
+    "static for plugins": (
+        ("method=msfp", "rtx.path=plugin"),
+        ("cpu", "cuda"),
+        "rtx: calibrate.method msfp scales activations per_tensor",
+    ),
+    "weights no kernel takes": (("formats.weight=INT6",), ("cpu", "rtx"), "cuda: weights in INT6"),
+    "a GPU rtx refuses": (("rtx.sm=[90]",), ("cpu", "cuda"), "rtx: target rtx cannot be built for SM 90"),
+}
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_auto_leaves_out_what_refuses_the_recipe(shape: str, caplog: pytest.LogCaptureFixture) -> None:
+    settings, targets, words = SHAPES[shape]
+    made = request(*(part for setting in settings for part in ("--set", setting)))
+    assert made.targets == (*targets, "onnx"), "the portable model is proven in any case"
+    refuse_early(made)
+    assert words in caplog.text
+    left_out = {record.getMessage().split(",")[1].split(":")[0].strip() for record in caplog.records}
+    assert left_out == set(ALL) - set(targets)
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (("--target", "rtx", "--set", "method=qdit"), "target rtx runs one GEMM for each linear"),
+        (("--target", "cpu,cuda", "--set", "method=qdit"), "the GPU kernels have no scale per token and group"),
+        (("--target-sm", "90"), "target rtx cannot be built for SM 90"),
+    ],
+)
+def test_what_was_asked_for_is_refused_by_name(flags: tuple[str, ...], words: str) -> None:
+    made = request(*flags)
+    assert {"rtx", "cuda"} & set(made.targets)
+    with pytest.raises(EnvironmentLacksError, match=words):
+        refuse_early(made)
+
+
+def test_if_nothing_is_left_every_reason_is_given(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cpu.library, "problems", lambda: ["cpu.path=native needs a C compiler"])
+    recipe = recipes.with_settings(recipes.load("dit_w4a8"), ["method=qdit", "cpu.path=native"])
+    words = r"no target can be built .*; cpu: cpu.path=native needs a C compiler; rtx: .* has no scale per token"
+    with pytest.raises(EnvironmentLacksError, match=words):
+        fitting_targets(("cpu", "rtx"), recipe)
+    assert fitting_targets(("cpu", "rtx"), replace(recipe, cpu=recipes.Cpu())) == ("cpu",)
+
+
+def test_a_method_that_one_target_lacks_builds_with_the_default_target(capsys: pytest.CaptureFixture[str]) -> None:
+    flags = ["--engine", "dit_w4a8", "--set", "method=qdit", "--dry-run", "-o", "no such folder"]
+    assert cli.main(["build", *flags]) == 0
+    shown = capsys.readouterr()
+    assert "targets cpu, onnx; nothing was written" in shown.out and "left out of --target auto, rtx" in shown.err

@@ -1,0 +1,53 @@
+"""`python -m pipeline.export`: a checkpoint becomes the same portable model with the float model gone."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+
+from export import checkpoint
+from export.models.load import load
+from export.to_onnx import export_portable
+from pipeline.calibrate.__main__ import main as calibrate
+from pipeline.calibrate.state import KEPT
+from pipeline.export import FILES, main
+from tests.support import tiny
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with model/, checkpoint/ by round to nearest, and expected/: the export with the float model."""
+    folder = tmp_path_factory.mktemp("export")
+    model = tiny.folder("pixart", folder / "model")
+    settings = ("--set", "method=rtn", "--set", "weights.group_size=32")
+    arguments = ["--engine", "pixart_w4a6", "-m", str(model), *settings, "-o", str(folder / "checkpoint")]
+    assert calibrate(arguments) == 0
+    (folder / "expected").mkdir()
+    export_portable(load(str(model)), checkpoint.load(folder / "checkpoint"), folder / "expected" / "model.onnx")
+    shutil.rmtree(folder / "model")
+    return folder
+
+
+def test_the_bytes_are_those_of_an_export_with_the_float_model(made: Path, tmp_path: Path) -> None:
+    assert main([str(made / "checkpoint"), "-o", str(tmp_path / "out")]) == 0
+    for name in FILES:
+        assert (tmp_path / "out" / name).read_bytes() == (made / "expected" / name).read_bytes()
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    assert main([str(made / "checkpoint"), "-o", str(tmp_path / "out")]) == 2  # not without --force
+    assert main([str(made / "checkpoint"), "-o", str(tmp_path / "out"), "--force"]) == 0
+
+
+def test_what_is_kept_leaves_the_quantized_weights_out(made: Path) -> None:
+    model = load(str(made / "checkpoint" / KEPT), kept_only=True)
+    assert all(bool(ref.module.weight.isnan().all()) for ref in model.linears())
+    names = {name for name, tensor in model.module.state_dict().items() if bool(tensor.isnan().any())}
+    assert {name.rpartition(".")[0] for name in names} == {ref.name for ref in model.linears()}
+
+
+def test_other_folders_are_refused(made: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([str(tmp_path), "-o", str(tmp_path / "out")]) == 2
+    assert "holds no finished calibration with what is not quantized (kept/)" in capsys.readouterr().err
+    assert main([str(made / "checkpoint"), "-o", str(made / "checkpoint"), "--force"]) == 2
+    assert "is not an export and is not replaced" in capsys.readouterr().err

@@ -1,0 +1,200 @@
+"""The generate command: pictures, sheets, files, refusals; and that it needs no torch."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import pipeline
+from export.errors import ContractError, EnvironmentLacksError, RecipeError
+from pipeline import recipe as recipes
+from pipeline.generate.__main__ import (
+    DrawRequest,
+    arrange,
+    default_scale,
+    draw,
+    main,
+    makes_pixels,
+    picture_shape,
+    to_pixels,
+)
+from tests.support.bundles import stand_in
+
+DIGITS = {"kind": "classes", "names": [str(i) for i in range(10)], "null_class": 10}
+GENERATION = {"sampler": "flow_euler", "n_steps": 4, "guidance_scale": 2.0, "output": "pixels", "conditioning": DIGITS}
+
+
+class LevelEngine:
+    """Draws a flat picture as bright as its class: the velocity that leads from the noise to that level."""
+
+    def __init__(self):
+        self.calls, self.closed = [], False
+
+    def run(self, inputs):
+        self.calls.append({name: value.copy() for name, value in inputs.items()})
+        labels = inputs["class_labels"]
+        level = np.where(labels == 10, 0.0, labels / 4.5 - 1)[:, None, None, None]
+        time = inputs["timestep"][:, None, None, None] / 1000
+        return {"sample": ((inputs["hidden_states"] - level) / time).astype(np.float32)}
+
+    def close(self):
+        self.closed = True
+
+
+def make_bundle(tmp_path, generation=GENERATION, channels=1, **sampling):
+    path = tmp_path / "bundle"
+    path.mkdir(exist_ok=True)
+    if generation is not None:
+        (path / "generation.json").write_text(json.dumps(generation))
+    (path / "config.json").write_text(json.dumps({"in_channels": channels, "sample_size": 8}))
+    stated = recipes.Recipe(name="digits", model="none", sampling=recipes.Sampling(**sampling))
+    engine = LevelEngine()
+    return stand_in(path, stated, {"family": "dit", "source": str(tmp_path / "nowhere")}, lambda: engine)
+
+
+def test_pictures_are_those_of_the_prompts(tmp_path):
+    bundle = make_bundle(tmp_path)
+    found = draw(bundle, DrawRequest(("0", "9", "a 3"), guidance_scale=1.0))
+    assert found.shape == (3, 8, 8, 1) and found.dtype == np.uint8
+    levels = np.rint((np.array([0, 9, 3]) / 4.5) * 127.5)
+    assert (np.abs(found - levels[:, None, None, None]) <= 1).all()  # four float32 steps, then rounding to bytes
+    assert bundle.engine().closed and len(bundle.engine().calls) == 4
+
+
+def test_model_s_own_steps_and_guidance_unless_given(tmp_path):
+    bundle = make_bundle(tmp_path)
+    draw(bundle, DrawRequest(("1",)))
+    assert len(bundle.engine().calls) == 4 and len(bundle.engine().calls[0]["class_labels"]) == 2
+    draw(bundle, DrawRequest(("1",), n_steps=2, guidance_scale=1.0))
+    assert len(bundle.engine().calls) == 6 and len(bundle.engine().calls[4]["class_labels"]) == 1
+
+
+def test_every_picture_has_its_own_seed_whatever_is_drawn_beside_it(tmp_path):
+    bundle = make_bundle(tmp_path)
+
+    def noise(request):
+        bundle.engine().calls.clear()
+        draw(bundle, request)
+        first = [call["hidden_states"] for call in bundle.engine().calls if call["timestep"][0] == 1000]
+        return np.concatenate(first)
+
+    together = noise(DrawRequest(("1", "2"), seed=5, num_images=3, guidance_scale=1.0))
+    assert len(together) == 6 and len(np.unique(together.reshape(6, -1)[:, 0])) == 3
+    for index in range(3):
+        alone = noise(DrawRequest(("2",), seed=5 + index, guidance_scale=1.0))
+        np.testing.assert_array_equal(alone[0], together[index])
+        np.testing.assert_array_equal(alone[0], together[3 + index])
+
+
+def test_a_bad_prompt_is_refused_before_the_engine_is_loaded(tmp_path):
+    bundle = replace(make_bundle(tmp_path), make_engine=lambda: pytest.fail("the engine was loaded"))
+    with pytest.raises(RecipeError, match="'horse' is not a class"):
+        draw(bundle, DrawRequest(("horse",)))
+
+
+def test_the_engine_s_size_is_drawn(tmp_path):
+    assert picture_shape(make_bundle(tmp_path, channels=3)) == (3, 8, 8)
+    assert picture_shape(make_bundle(tmp_path, height=16, width=24)) == (1, 16, 24)
+
+
+@pytest.mark.parametrize("field", ["num_images", "seed", "n_steps"])
+def test_negative_numbers_are_refused(field):
+    with pytest.raises(RecipeError, match="must be at least 1"):
+        DrawRequest(("1",), **{field: -1})
+
+
+def test_bytes_are_rounded_and_bounded():
+    values = np.array([-2, -1, -1 + 1 / 255, 0, 1 - 1.2 / 255, 1, 5], np.float32).reshape(1, 1, 1, 7)
+    assert to_pixels(values)[0, 0, :, 0].tolist() == [0, 0, 0, 128, 254, 255, 255]
+
+
+def test_broken_pictures_are_refused():
+    with pytest.raises(ContractError, match="NaN or Inf"):
+        to_pixels(np.full((1, 1, 2, 2), np.nan, np.float32))
+
+
+def test_sheets_have_rows_of_pictures_with_white_lines():
+    pictures = np.arange(1, 6, dtype=np.uint8)[:, None, None, None] * np.ones((1, 2, 3, 3), np.uint8)
+    sheet = arrange(pictures, columns=2)
+    assert sheet.shape == (3 * 3 - 1, 2 * 4 - 1, 3)
+    assert (sheet[0:2, 4:7] == 2).all() and (sheet[6:8, 0:3] == 5).all()
+    assert (sheet[2] == 255).all() and (sheet[:, 3] == 255).all() and (sheet[6:8, 4:7] == 255).all()
+
+
+@pytest.mark.parametrize(
+    ("size", "scale"), [((32, 32), 8), ((16, 16), 16), ((33, 99), 8), ((256, 999), 1), ((512, 512), 1)]
+)
+def test_small_pictures_are_shown_large(size, scale):
+    assert default_scale(*size) == scale
+
+
+def run_main(bundle, monkeypatch, *flags):
+    monkeypatch.setattr(pipeline, "load", lambda path, threads=None: bundle)
+    return main([str(bundle.path), *flags])
+
+
+def test_a_pipeline_is_refused_where_none_is_needed(tmp_path, monkeypatch, capsys):
+    flags = ("--prompt", "9", "-o", str(tmp_path / "out.png"), "--pipeline", "PixArt-alpha/PixArt-XL-2-512x512")
+    assert run_main(make_bundle(tmp_path), monkeypatch, *flags) == 2
+    assert "draws by itself" in capsys.readouterr().err and not (tmp_path / "out.png").exists()
+
+
+def test_command_writes_one_picture_enlarged_without_blur(tmp_path, monkeypatch, capsys):
+    target = tmp_path / "new" / "out.png"
+    assert run_main(make_bundle(tmp_path), monkeypatch, "--prompt", "9", "-o", str(target), "--seed", "3") == 0
+    image = Image.open(target)
+    assert image.size == (256, 256) and image.mode == "L"
+    assert image.text["engine"] == "digits" and json.loads(image.text["prompts"]) == ["9"] and image.text["seed"] == "3"
+    answer = capsys.readouterr().out
+    assert "1 picture(s), 256 x 256 pixels, every pixel shown 32 x 32 (--scale)" in answer
+
+
+def test_command_writes_a_sheet_at_the_asked_scale(tmp_path, monkeypatch, capsys):
+    target = tmp_path / "out.png"
+    flags = ["--prompt", "1", "--prompt", "2", "--num-images", "3", "--scale", "2", "-o", str(target), "--json"]
+    assert run_main(make_bundle(tmp_path), monkeypatch, *flags) == 0
+    assert Image.open(target).size == (2 * (3 * 9 - 1), 2 * (2 * 9 - 1))
+    assert json.loads(capsys.readouterr().out)["width"] == 52
+
+
+def test_the_same_command_writes_the_same_bytes(tmp_path, monkeypatch):
+    files = [tmp_path / "a.png", tmp_path / "b.png"]
+    for target in files:
+        run_main(make_bundle(tmp_path), monkeypatch, "--prompt", "4", "-o", str(target))
+    assert files[0].read_bytes() == files[1].read_bytes()
+
+
+@pytest.mark.parametrize("flags", [("-o", "out.jpg"), ("--scale", "-1"), ("--num-images", "0"), ("--prompt", "horse")])
+def test_command_refuses_with_exit_code_2_and_writes_nothing(flags, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert run_main(make_bundle(tmp_path), monkeypatch, "--prompt", "1", *flags) == RecipeError.exit_code
+    assert not list(tmp_path.glob("*.png"))
+
+
+def test_a_latent_bundle_without_its_pipeline_says_what_is_missing(tmp_path, monkeypatch):
+    bundle = make_bundle(tmp_path, generation=None)
+    assert not makes_pixels(bundle) and not makes_pixels(make_bundle(tmp_path, GENERATION | {"output": "latents"}))
+    code = run_main(bundle, monkeypatch, "--prompt", "a cat", "-o", str(tmp_path / "out.png"))
+    assert code == EnvironmentLacksError.exit_code
+
+
+def test_drawing_needs_no_torch(tmp_path):
+    make_bundle(tmp_path)
+    code = (
+        "import sys\nfrom pathlib import Path\n"
+        "import pipeline.bundle.bundle\nfrom pipeline.generate import DrawRequest, draw\n"
+        "from tests.generate.test_generate import make_bundle\n"
+        f"draw(make_bundle(Path({str(tmp_path)!r})), DrawRequest(('3',)))\n"
+        "heavy = sorted({'torch', 'diffusers', 'transformers', 'matplotlib', 'onnxscript'} & set(sys.modules))\n"
+        "assert not heavy, heavy\n"
+    )
+    root = Path(__file__).parents[2]
+    result = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr

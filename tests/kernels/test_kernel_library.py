@@ -1,0 +1,312 @@
+"""The kernel library in the user's cache: made once, trusted only where nobody else could have written it; and bundles,
+which never bring code of their own."""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import os
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from export.errors import ContractError, EnvironmentLacksError
+from pipeline import load
+from pipeline.backends import BACKENDS
+from pipeline.bundle import manifest
+from pipeline.bundle.bundle import OTHER_FILES, TARGET_FILES, is_made_by_build
+from plugins.cpu import library
+from tests.support import native
+from tests.support.bundles import make_bundle
+
+
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty user's cache; the folder of this machine's libraries in it."""
+    monkeypatch.delenv("DITC_CACHE", raising=False)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(library, "_UNCACHED", {})
+    return library.library_folder()
+
+
+@pytest.fixture
+def made(cache: Path, monkeypatch: pytest.MonkeyPatch) -> list[Path]:
+    """Compiling, replaced by a note of where to: a file with the sources' version."""
+
+    def build(path: Path, *_: Any, **__: Any) -> None:
+        found.append(path)
+        path.write_text(library.version())
+
+    found: list[Path] = []
+    monkeypatch.setattr(library, "build", build)
+    monkeypatch.setattr(library, "compiler", lambda: "/bin/true")
+    return found
+
+
+def without_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse() -> str:
+        raise EnvironmentLacksError("cpu.path native needs one of cc, gcc, clang")
+
+    monkeypatch.setattr(library, "compiler", refuse)
+
+
+# --- version -------------------------------------------------------------------------------------------------------
+
+
+def test_the_version_follows_the_code_and_not_its_comments(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in (*library.SOURCES, *library.HEADERS):
+        (tmp_path / name).write_text((library.FOLDER / name).read_text())
+
+    def version() -> str:
+        library.version.cache_clear()
+        return library.version()
+
+    known = version()
+    monkeypatch.setattr(library, "FOLDER", tmp_path)
+    text = (tmp_path / "token_chain.c").read_text()
+    (tmp_path / "token_chain.c").write_text("/* another comment */\n\n" + text)
+    assert version() == known
+    (tmp_path / "token_chain.c").write_text(text.replace("87.0f", "88.0f"))
+    assert version() != known
+    (tmp_path / "token_chain.c").write_text(text)
+    monkeypatch.setattr(library, "FLAGS", (*library.FLAGS, "-ffast-math"))
+    assert version() != known
+    monkeypatch.undo()
+    assert version() == known and library.requirement() == f"kernel_library_{known}"
+
+
+def test_all_files_that_are_compiled_are_in_the_version() -> None:
+    included = {line.split('"')[1] for name in library.SOURCES for line in _includes(name)}
+    included |= {line.split('"')[1] for name in included for line in _includes(name)}
+    assert included == set(library.HEADERS)
+    assert not any('"' in line and "/*" in line.split('"')[1::2] for name in library.SOURCES for line in _lines(name))
+
+
+def _lines(name: str) -> list[str]:
+    return (library.FOLDER / name).read_text().splitlines()
+
+
+def _includes(name: str) -> list[str]:
+    return [line for line in _lines(name) if line.startswith('#include "')]
+
+
+# --- cache ---------------------------------------------------------------------------------------------------------
+
+
+def test_it_is_made_once_whole_and_for_the_user_alone(made: list[Path], cache: Path, tmp_path: Path) -> None:
+    path = library.path_of_library()
+    assert path.parent == cache and cache.is_relative_to(tmp_path / "cache" / "ditc" / "native")
+    assert library.path_of_library() == path and len(made) == 1
+    assert made[0] != path and list(cache.iterdir()) == [path], "written apart, then renamed"
+    assert cache.stat().st_mode & 0o777 == 0o700 and not path.stat().st_mode & 0o022
+
+
+def test_compilers_sources_and_systems_have_their_own(
+    made: list[Path], cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    paths = {library.path_of_library()}
+    monkeypatch.setattr(library, "compiler_key", lambda path: "another")
+    paths.add(library.path_of_library())
+    monkeypatch.setattr(library, "version", lambda: "newer")
+    paths.add(library.path_of_library())
+    monkeypatch.setattr(library.platform, "machine", lambda: "riscv64")
+    paths.add(library.path_of_library())
+    monkeypatch.setattr(library.platform, "libc_ver", lambda: ("glibc", "9.99"))
+    paths.add(library.path_of_library())
+    assert len(paths) == len(made) == 5 and all(path.is_file() for path in paths)
+
+
+def group_writable(path: Path) -> None:
+    path.chmod(0o720)
+
+
+def open_folder(path: Path) -> None:
+    path.parent.chmod(0o777)
+
+
+def open_above(path: Path) -> None:
+    path.parent.parent.chmod(0o777)
+
+
+def link(path: Path) -> None:
+    path.rename(path.with_suffix(".elsewhere"))
+    path.symlink_to(path.with_suffix(".elsewhere"))
+
+
+@pytest.mark.parametrize(
+    ("spoil", "words"),
+    [
+        (group_writable, "can be written by others"),
+        (open_folder, "can be written by others"),
+        (open_above, "native, which can be written by others"),
+        (link, "is neither a file nor a folder"),
+    ],
+)
+def test_what_others_may_have_written_is_not_loaded(
+    spoil: Callable[[Path], None],
+    words: str,
+    made: list[Path],
+    cache: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    path = library.path_of_library()
+    path.write_text("planted")
+    spoil(path)
+    assert library.path_of_library().read_text() == library.version(), "made anew"
+    assert words in caplog.text
+    path.write_text("planted")
+    spoil(path) if spoil is not link else None
+    without_compiler(monkeypatch)
+    if spoil is not link:  # the link was replaced by a good file above
+        with pytest.raises(EnvironmentLacksError, match="holds none"):
+            library.path_of_library()
+
+
+def test_of_another_user(made: list[Path], cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = library.path_of_library()
+    owner = os.getuid()
+    monkeypatch.setattr(library.os, "getuid", lambda: owner + 1)
+    assert f"belongs to user {owner}" in library.refusal(path)
+    assert not library.trusted(path)
+
+
+def test_a_cache_that_cannot_be_written_costs_time_only(
+    made: list[Path], cache: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "cache").write_text("a file")
+    path = library.path_of_library()
+    assert path.read_text() == library.version() and "cannot be kept" in caplog.text
+    assert library.path_of_library() == path and len(made) == 1, "once for each process"
+
+
+def test_without_a_compiler_the_cached_one_serves(
+    made: list[Path], cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = library.path_of_library()
+    without_compiler(monkeypatch)
+    assert library.path_of_library() == path
+    path.unlink()
+    with pytest.raises(EnvironmentLacksError, match=r"holds none; install a C compiler .*cpu.path=stock") as caught:
+        library.path_of_library()
+    assert str(cache) in str(caught.value) and caught.value.exit_code == 3
+
+
+def test_a_library_that_does_not_load(cache: Path) -> None:
+    ort = pytest.importorskip("onnxruntime", reason="onnxruntime is not installed")
+    cache.mkdir(parents=True)
+    (cache / "broken.so").write_text("no library")
+    with pytest.raises(EnvironmentLacksError, match=r"broken.so does not load here .*remove it"):
+        library.register(ort.SessionOptions(), cache / "broken.so")
+
+
+def test_the_true_library_is_made_and_loads(cache: Path) -> None:
+    native.need_compiler()
+    ort = pytest.importorskip("onnxruntime", reason="onnxruntime is not installed")
+    library.register(ort.SessionOptions())
+    (path,) = cache.iterdir()
+    assert hasattr(ctypes.CDLL(str(path)), "RegisterCustomOps")
+
+
+# --- bundles hold no code ------------------------------------------------------------------------------------------
+
+PLANTED = """
+#include <stdio.h>
+__attribute__((constructor)) static void planted(void) { FILE *f = fopen("%s", "w"); if (f) fclose(f); }
+void *RegisterCustomOps(void *options, void *base) { planted(); return 0; }
+"""
+
+
+@pytest.fixture
+def planted(tmp_path: Path) -> tuple[Path, Path]:
+    """A library that writes a marker file when it is loaded, and the marker's place; it is shown to work."""
+    native.need_compiler()
+    source, path, marker = tmp_path / "planted.c", tmp_path / "planted.so", tmp_path / "it_ran"
+    source.write_text(PLANTED % marker)
+    subprocess.run([library.compiler(), "-shared", "-fPIC", str(source), "-o", str(path)], check=True)
+    ctypes.CDLL(str(path))
+    assert marker.exists()
+    marker.unlink()
+    return path, marker
+
+
+def reseal(folder: Path) -> None:
+    """Make the manifest true of the files again, as whoever planted something would."""
+    document = json.loads((folder / "manifest.json").read_text())
+    names = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
+    document["files"] = {name: manifest._file_row(folder / name) for name in names if name != "manifest.json"}
+    (folder / "manifest.json").write_text(json.dumps(document))
+
+
+@pytest.mark.parametrize("verb", ["load", "verify", "bench", "generate", "inspect"])
+def test_a_planted_library_never_runs(verb: str, planted: tuple[Path, Path], tmp_path: Path) -> None:
+    from pipeline.__main__ import main
+
+    path, marker = planted
+    folder = make_bundle(tmp_path / "small")
+    (folder / "cpu" / library.NAME).write_bytes(path.read_bytes())
+    reseal(folder)
+    if verb == "load":
+        with pytest.raises(ContractError, match=r"cpu/fpq_native.so is compiled code, .*; build the bundle again"):
+            load(folder)
+    else:
+        assert main([verb, str(folder), *(["--prompt", "a red circle"] if verb == "generate" else [])]) == 2
+    assert not marker.exists()
+
+
+def test_the_session_helpers_do_not_look_beside_the_graph(planted: tuple[Path, Path], tmp_path: Path) -> None:
+    """Where a library lies beside a graph nevertheless: in an engine's folder, or beside a lowered graph."""
+    import onnx_ir as ir
+
+    from pipeline.backends.cpu.backend import CpuBackend
+    from pipeline.backends.cpu.engine import CpuEngine
+    from pipeline.verify.probe import ProbedGraph
+    from tests.support.portable import activations, portable, random_linear
+
+    path, marker = planted
+    model = portable('y = fpq.QuantizedLinear <layer="a"> (x)', [random_linear("a")])
+    ir.save(model, tmp_path / "model.onnx", external_data="model.onnx.data")
+    for name in ("work", "cpu"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / library.NAME).write_bytes(path.read_bytes())
+    lowered = CpuBackend().lower(tmp_path / "model.onnx", tmp_path / "work", None)
+    CpuBackend().build(lowered, tmp_path / "cpu", None)
+    import numpy as np
+
+    feeds = {"x": activations(np.random.default_rng(0))[:, 3:]}
+    CpuEngine(tmp_path / "cpu").run(feeds)
+    ProbedGraph(lowered).denoiser()(feeds)
+    ProbedGraph(lowered).run(["y"], [feeds])
+    assert not marker.exists()
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["cpu/plugin.dll", "cpu/libextra.so.1", "extra.py", "cpu/__init__.py", "report/run.sh", "report/images/x.svg",
+     "conftest.py", ".hidden", "rtx/model.engine", "cpu/sub/model.onnx", "weights.pkl", "report/images/../x.png"],
+)  # fmt: skip
+def test_files_that_no_build_makes_are_refused(name: str, tmp_path: Path) -> None:
+    assert not is_made_by_build(name, {"cpu": {}})
+    if ".." in name:
+        return
+    folder = make_bundle(tmp_path / "small")
+    (folder / name).parent.mkdir(parents=True, exist_ok=True)
+    (folder / name).write_bytes(b"x")
+    reseal(folder)
+    with pytest.raises(ContractError, match="is not a file that build makes; do not use this bundle"):
+        load(folder)
+
+
+def test_what_builds_make_is_known() -> None:
+    assert set(TARGET_FILES) == set(BACKENDS), "a target says which files it makes"
+    targets = {name: {} for name in TARGET_FILES}
+    for name in (
+        "model.onnx", "model.onnx.data", "config.json", "recipe.toml", "generation.json", "token_embedding.safetensors",
+        "bench.json", "report/index.html", "report/parity.json", "report/layers.csv", "report/images/cpu-0.png",
+        "report/images/cpu-difference-3.png", "cpu/condition.onnx", "cuda/condition.onnx", "rtx/model.engine",
+    ):  # fmt: skip
+        assert is_made_by_build(name, targets), name
+    assert OTHER_FILES.fullmatch("report/images/quantization-0.png")

@@ -1,0 +1,182 @@
+"""The native library: compiling, its binary interface, and engines of `cpu.path = native` from build to load."""
+
+import json
+import re
+import sys
+
+import numpy as np
+import onnx_ir as ir
+import pytest
+
+from export.errors import ContractError, EnvironmentLacksError, RecipeError
+from pipeline import machine
+from pipeline.backends.cpu import backend as cpu
+from pipeline.backends.cpu.backend import CpuBackend
+from pipeline.backends.cpu.engine import FILES, MODEL, open_session
+from pipeline.bundle.bundle import FITNESS
+from pipeline.recipe import Cpu, Recipe
+from pipeline.verify.oracle import check_linear, quantize_oracle
+from pipeline.verify.probe import ProbedGraph
+from plugins.cpu import library, rounding_errors
+from tests.support import native
+from tests.support.learned import with_scaling
+from tests.support.portable import activations, portable, random_linear
+
+RECIPE = Recipe(name="test", model="zoo:pixart_mini", cpu=Cpu(path="native"))
+CROSS = """
+  k = fpq.QuantizedLinear <layer="a"> (text)
+  h = fpq.QuantizedLinear <layer="b"> (hidden_states)
+  y = Add(k, h)
+"""
+LAYERS = [random_linear("a"), random_linear("b", granularity="exact_group", group=16, seed=1)]
+INPUTS = "float[B,S,64] hidden_states, float[B,S,64] text"
+
+HEADERS = ("ort_abi.h", "token_chain.h", "variants.h")
+
+
+@pytest.fixture
+def source(tmp_path):
+    """Folder of a bundle with the portable model; the first linear reads the condition alone."""
+    native.need_compiler()
+    folder = tmp_path / "bundle"
+    folder.mkdir()
+    ir.save(portable(CROSS, LAYERS, INPUTS), folder / "model.onnx", external_data="model.onnx.data")
+    return folder
+
+
+def built(folder, name="cpu", recipe=RECIPE):
+    backend = CpuBackend()
+    work = folder.parent / f"work-{name}"
+    for path in (work, folder / name):
+        path.mkdir()
+    return backend.build(backend.lower(folder / "model.onnx", work, recipe), folder / name, recipe)
+
+
+def feeds(seed=0):
+    rng = np.random.default_rng(seed)
+    return {name: activations(rng, tokens=9)[:, 3:] for name in ("hidden_states", "text")}
+
+
+def test_the_same_compiler_gives_the_same_bytes(tmp_path):
+    native.need_compiler()
+    library.build(tmp_path / "first.so")
+    library.build(tmp_path / "second.so")
+    first = (tmp_path / "first.so").read_bytes()
+    assert first == (tmp_path / "second.so").read_bytes()
+    assert str(tmp_path).encode() not in first and str(library.FOLDER).encode() not in first
+
+
+def test_the_sources_are_part_of_the_code_version_and_of_the_package():
+    assert {".c", ".h", ".py"} == set(machine.SOURCES)
+    assert all((library.FOLDER / name).is_file() for name in (*library.SOURCES, *rounding_errors.SOURCES, *HEADERS))
+
+
+def test_every_declared_function_of_onnxruntime_is_called():
+    """A wrong place in the table would crash or fail the numeric tests, as long as something uses it."""
+    header, code = ((library.FOLDER / name).read_text() for name in ("ort_abi.h", "bindings.c"))
+    declared = re.findall(r"^  F\((\w+), (\d+),", header, re.MULTILINE)
+    places = [int(place) for _, place in declared]
+    assert len(declared) > 10 and places == sorted(set(places))
+    assert all(f"CALL(api, {name})" in code for name, _ in declared if name != "create_status")
+    assert places[-1] < int(re.search(r"slot\[(\d+)\]", header).group(1))
+
+
+def test_sessions_may_come_and_go():
+    for _ in range(3):
+        sessions = [native.session(native.chain_model([native.In.X], [native.Out.Y], gelu=1)) for _ in range(2)]
+        for found in sessions:
+            assert found.run(None, {"X": np.ones((1, 3), np.float32)})[0].shape == (1, 3)
+
+
+def test_an_engine_gives_what_the_stock_engine_gives(source):
+    result, stock = built(source), built(source, "stock", None)
+    for made in (result, stock):
+        assert {file.split("/")[1] for file in made.files} == FILES  # data only
+    engines = [cpu.CpuEngine(source / name) for name in ("cpu", "stock")]
+    found, expected = (engine.run(feeds())["y"] for engine in engines)
+    np.testing.assert_array_equal(found, expected)  # no norm, no GELU: the same roundings
+    for engine in engines:
+        engine.close()
+
+
+def test_building_again_gives_the_same_bytes(source):
+    first, _ = built(source), built(source, "again")
+    for file in first.files:
+        name = file.split("/")[1]
+        assert (source / "cpu" / name).read_bytes() == (source / "again" / name).read_bytes(), name
+
+
+def test_the_parity_gates_see_the_native_ops_and_hold(source):
+    lowered = CpuBackend().lower(source / "model.onnx", source, RECIPE)
+    graph = ProbedGraph(lowered)
+    assert {node.domain for node in graph.model.graph.node} >= {"fpq.native"}
+    assert graph.complete == {"a", "b"}
+    checked = 0
+    for name, probes in graph.probes(["a", "b"], [feeds(), feeds(1)]):
+        layer = next(layer for layer in LAYERS if layer.name == name)
+        for probe in probes:
+            check = check_linear(layer, probe, quantize_oracle(probe.x, layer.activation_format))
+            assert check.gemm_max_abs_diff == 0 and check.codes_inadmissible == 0 and check.nonfinite == 0
+            assert check.scale_error <= 1 and check.output_error <= 1
+            checked += check.codes
+    assert checked > 1000
+    assert all("native" in choice.why for choice in lowered.choices)
+
+
+def test_it_is_loaded_only_where_it_runs(source, monkeypatch):
+    result = built(source)
+    assert result.metadata == {"requires": [library.requirement()]}
+    CpuBackend().load(source).close()
+    built_with = library.version()
+    monkeypatch.setattr(library, "version", lambda: "0123456789abcdef")
+    with pytest.raises(EnvironmentLacksError, match=rf"with version {built_with} .* has 0123456789abcdef; build"):
+        CpuBackend().load(source)
+
+
+def test_a_bundle_says_what_it_needs(monkeypatch):
+    tools = {"onnxruntime": machine.tool_version("onnxruntime")}
+    document = {"tools": tools, "targets": {"cpu": {"metadata": {"requires": ["kernel_library_aa"]}}}}
+    assert f"version aa of the kernel library, this installation has {library.version()}" in FITNESS["cpu"](document)
+    document["targets"]["cpu"]["metadata"] = {"requires": ["quantum_dots"]}
+    assert "CPUs with quantum_dots, which this one lacks" in FITNESS["cpu"](document)
+
+
+def test_a_graph_with_native_ops_is_refused_without_the_library(source):
+    built(source)
+    with pytest.raises(ContractError, match=r"onnxruntime refuses it .*TokenChain.*build it again"):
+        open_session(source / "cpu" / MODEL)
+
+
+def test_a_missing_compiler_is_found_before_work_starts(monkeypatch):
+    monkeypatch.setattr(library.shutil, "which", lambda name: None)
+    (problem,) = CpuBackend().problems(RECIPE)
+    assert "cc, gcc, clang" in problem and "apt install gcc" in problem and "cpu.path=stock" in problem
+    assert CpuBackend().problems(None) == []
+
+
+def test_a_compiler_that_fails_says_why(monkeypatch):
+    native.need_compiler()
+    monkeypatch.setattr(library, "FLAGS", (*library.FLAGS, "-include", "no/such/header.h"))
+    (problem,) = CpuBackend().problems(RECIPE)
+    assert "no/such/header.h" in problem and "apt install" in problem
+
+
+def test_other_systems_are_refused(monkeypatch):
+    monkeypatch.setattr(sys, "platform", "win32")
+    with pytest.raises(EnvironmentLacksError, match="Linux and macOS"):
+        library.compiler()
+
+
+def test_a_recipe_without_anything_to_fuse_is_refused(tmp_path):
+    native.need_compiler()
+    model = portable('y = fpq.QuantizedLinear <layer="a"> (x)', [with_scaling(random_linear(), "per_tensor")])
+    ir.save(model, tmp_path / "model.onnx", external_data="model.onnx.data")
+    with pytest.raises(RecipeError, match=r"nothing to fuse.*cpu.path=stock"):
+        CpuBackend().lower(tmp_path / "model.onnx", tmp_path, RECIPE)
+
+
+def test_damaged_metadata_is_refused(source):
+    built(source)
+    (source / "cpu" / "metadata.json").write_text(json.dumps({}))
+    with pytest.raises(ContractError, match="'requires' is missing"):
+        CpuBackend().load(source)

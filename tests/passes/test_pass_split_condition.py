@@ -1,0 +1,75 @@
+"""What depends on the condition alone leaves the step; sizes shared by both parts do not hold it back."""
+
+import numpy as np
+import onnx_ir as ir
+
+from pipeline.passes.split_condition import split_condition
+from tests.support.portable import op_types, run
+
+HEADER = '<ir_version: 10, opset_import: ["" : 21]>'
+INPUTS = "float[batch,4] hidden_states, float[batch] timestep, float[batch,tokens,4] text"
+TEXT = f"""{HEADER} g ({INPUTS}) => (float[batch,4] y)
+<float[4,4] w = {{1.0, 0.0, 0.0, 0.5, 0.0, 2.0, 0.0, 0.0, 0.0, 0.0, 3.0, 0.0, 0.0, 1.0, 0.0, 4.0}}> {{
+  batch = Shape <start = 0, end = 1> (timestep)
+  rest = Constant <value_ints = [-1, 4]> ()
+  shape = Concat <axis = 0> (batch, rest)
+  rows = Reshape(text, shape)
+  keys = MatMul(rows, w)
+  first = Constant <value_int = 0> ()
+  key = Gather <axis = 1> (keys, first)
+  queries = MatMul(hidden_states, w)
+  mixed = Mul(queries, key)
+  back = Reshape(mixed, shape)
+  flat = Gather <axis = 1> (back, first)
+  y = Add(mixed, flat)
+}}"""
+
+
+def feeds(batch=3):
+    rng = np.random.default_rng(batch)
+    shapes = {"hidden_states": (batch, 4), "timestep": (batch,), "text": (batch, 5, 4)}
+    return {name: rng.standard_normal(shape).astype(np.float32) for name, shape in shapes.items()}
+
+
+def test_both_parts_together_compute_the_whole():
+    model = ir.from_onnx_text(TEXT)
+    split = split_condition(model)
+    assert [value.name for value in split.condition.graph.inputs] == ["text"]
+    assert split.boundary == ("key",)
+    assert [value.name for value in split.step.graph.inputs] == ["hidden_states", "timestep", "key"]
+    assert op_types(split.condition).count("MatMul") == op_types(split.step).count("MatMul") == 1
+    values = feeds()
+    (key,) = run(split.condition, {"text": values.pop("text")})
+    np.testing.assert_array_equal(run(split.step, {**values, "key": key})[0], run(model, feeds())[0])
+
+
+def test_the_whole_graph_is_not_changed():
+    model = ir.from_onnx_text(TEXT)
+    before = ir.to_proto(model).SerializeToString()
+    split_condition(model)
+    assert ir.to_proto(model).SerializeToString() == before
+
+
+def test_parts_share_the_weights():
+    model = ir.from_onnx_text(TEXT)
+    split = split_condition(model)
+    tensors = {id(part.graph.initializers["w"].const_value) for part in (model, split.condition, split.step)}
+    assert len(tensors) == 1
+
+
+def test_no_matrix_product_no_split():
+    body = "a = Neg(text) m = ReduceMax <keepdims = 0> (a) y = Add(hidden_states, m)"
+    assert split_condition(ir.from_onnx_text(f"{HEADER} g ({INPUTS}) => (float[batch,4] y) {{ {body} }}")) is None
+
+
+def test_what_depends_on_the_step_stays():
+    # The product reads the timestep, so it cannot run once per image.
+    body = "t = Unsqueeze(timestep, one) s = Mul(text, t) y = MatMul(s, w)"
+    text = TEXT.split("{\n")[0].replace("y)", "y)") + "{ one = Constant <value_ints = [1]> () " + body + " }"
+    assert split_condition(ir.from_onnx_text(text)) is None
+
+
+def test_a_size_only_the_step_knows_holds_the_product_back():
+    text = TEXT.replace("float[batch] timestep", "float[other] timestep")
+    split = split_condition(ir.from_onnx_text(text))
+    assert split is None
