@@ -1,10 +1,10 @@
 """Speed of one denoiser call at true size on this CPU: `python -m benchmarks.denoiser --model FOLDER --work-dir DIR`.
 
-FOLDER holds a model of true configuration (`python -m benchmarks.zoo.make_xl` writes one with random weights). The engine,
-with onnxruntime alone ("engine") and with native ops ("engine_native"), is compared with onnxruntime in float32 and
-with its dynamic INT8 quantization: correctness first, then every contestant once per round, medians and their ratios;
-load time and peak memory in processes of their own. Writes benchmarks/results/denoiser_MACHINE.json. What is expensive
-to make is kept in DIR for the next run.
+FOLDER holds a model of true configuration (`python -m benchmarks.zoo.make_xl` writes one with random weights). The
+engine, with onnxruntime alone ("engine") and with native ops ("engine_native"), is compared with onnxruntime in
+float32 and with its dynamic INT8 quantization: correctness first, then every contestant once per round, medians and
+their ratios; load time and peak memory in processes of their own. Writes benchmarks/results/denoiser_MACHINE.json.
+What is expensive to make is kept in DIR for the next run.
 """
 
 from __future__ import annotations
@@ -33,9 +33,9 @@ from pipeline.backends.cpu.backend import CpuBackend
 from pipeline.backends.cpu.engine import CpuEngine
 from pipeline.bench.baselines import open_stock_session, quantize_int8
 from pipeline.bench.measure import interleaved
+from pipeline.distance import sqnr_db
 from pipeline.recipe import Recipe, with_settings
 from pipeline.recipe import load as load_recipe
-from pipeline.verify.oracle import sqnr_db
 
 RECIPE = "pixart_w4a6"
 # The quickest calibration: group multipliers fold into the int8 weights and do not change the time of a call.

@@ -146,7 +146,7 @@ def code_map() -> str:
         if not _modules(folder):
             lines.append(f"- `{package}/`: {first_sentence(folder / '__init__.py')}")
         lines += [f"- `{path.relative_to(ROOT)}`: {first_sentence(path)}" for path in _modules(folder)]
-        for below in sorted(path.parent for path in folder.glob("*/__init__.py")):
+        for below in sorted(path.parent for path in folder.rglob("*/__init__.py")):
             names = ", ".join(f"`{path.stem}`" for path in _modules(below))
             lines.append(f"- `{below.relative_to(ROOT)}/`: {first_sentence(below / '__init__.py')} ({names})")
     return "\n".join(lines)

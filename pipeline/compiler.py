@@ -5,8 +5,6 @@ from __future__ import annotations
 import logging
 import os
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -18,8 +16,8 @@ from export.documents import open_file
 from export.errors import EnvironmentLacksError, ParityError, RecipeError, ResourceError
 from export.names import inside
 from pipeline import machine
-from pipeline.backends import PORTABLE
-from pipeline.backends.base import BuildResult, Engine
+from pipeline.backends import PORTABLE, opened
+from pipeline.backends.base import BuildResult
 from pipeline.bundle import build_record, manifest
 from pipeline.bundle.stages import Listener, StageTime, WorkFolder, refuse_interrupted, timed
 from pipeline.calibrate import refuse_unfit, with_method
@@ -28,7 +26,7 @@ from pipeline.files import publish, refuse_unwritable, remove, sha256_json, writ
 from pipeline.generate.case import make_case
 from pipeline.generate.conditioning import GENERATION_FILE, load_generation
 from pipeline.generate.sampling import make_sampler
-from pipeline.recipe import Recipe, to_toml
+from pipeline.recipe import Recipe, load_model, to_toml
 
 if TYPE_CHECKING:
     from export.models.load import LoadedModel
@@ -186,16 +184,9 @@ def fitting_targets(targets: tuple[str, ...], recipe: Recipe, named: tuple[str, 
 
 
 def _built_by_auto(target: str, module: str) -> bool:
-    from pipeline.bundle.bundle import cuda_sm
+    from pipeline.machine import cuda_sm
 
     return find_spec(module) is not None and (target not in GPU_TARGETS or cuda_sm() >= GPU_TARGETS[target])
-
-
-def load_model(recipe: Recipe) -> LoadedModel:
-    """The float model that the recipe names."""
-    from export.models.load import load
-
-    return load(recipe.model, variant=recipe.model_variant, config=recipe.model_config)
 
 
 def tensor_counts(model: LoadedModel) -> dict[str, Any]:
@@ -283,24 +274,6 @@ def describe(folder: Path, model: LoadedModel, recipe: Recipe) -> None:
             source = model.folder / name
             open_file(source).close()  # refuses what is no file
             shutil.copyfile(source, inside(folder, name, source))
-
-
-@contextmanager
-def opened(folder: Path, targets: tuple[str, ...], threads: int = 0) -> Iterator[dict[str, Engine]]:
-    """The engines of a folder of verified files that this machine can run, closed at the end."""
-    from pipeline.backends import BACKENDS
-
-    engines: dict[str, Engine] = {}
-    try:
-        for target in targets:
-            try:
-                engines[target] = BACKENDS[target].load(folder, threads)
-            except EnvironmentLacksError as error:
-                logger.info("the %s engine does not run here, its lowered graph stands in for it: %s", target, error)
-        yield engines
-    finally:
-        for engine in engines.values():
-            engine.close()
 
 
 def verified(work: WorkFolder, model: LoadedModel, facts: manifest.BuildFacts, rejected: Path) -> None:

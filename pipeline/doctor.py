@@ -16,12 +16,11 @@ from pipeline import machine
 from pipeline import recipe as recipes
 from pipeline.backends.cuda import engine as cuda_run
 from pipeline.backends.trt import engine as trt_run
-from pipeline.bundle.bundle import cuda_sm
-from pipeline.command import Answer, parser, run
+from pipeline.command import Answer, parser, run, table
 from pipeline.compiler import NEEDED
 from pipeline.list import zoo_models
+from pipeline.machine import cuda_sm
 from pipeline.signals import leave
-from pipeline.table import table
 from plugins.cpu import library
 from plugins.gpu import compiled
 from plugins.tensorrt.aot import plugin_name

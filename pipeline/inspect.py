@@ -13,11 +13,10 @@ from export.formats.format import get_format, packed_size
 from pipeline.build import resolve
 from pipeline.bundle.bundle import load_bundle
 from pipeline.calibrate.plan import LayerPlan, group_multipliers, make_plans
-from pipeline.command import Answer, Parser, add_model_flags, parser, run
-from pipeline.compiler import load_model, tensor_counts
-from pipeline.recipe import Recipe
+from pipeline.command import Answer, Parser, add_model_flags, parser, run, table
+from pipeline.compiler import tensor_counts
+from pipeline.recipe import Recipe, load_model
 from pipeline.signals import leave
-from pipeline.table import table
 
 HARDWARE = ("INT8", "E4M3", "FP16")
 # What `input_text` says of most layers; the column is shown where it says more.

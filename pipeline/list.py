@@ -11,13 +11,12 @@ from typing import Any
 from export.formats.embedding import embeds
 from export.formats.format import get_format
 from pipeline import recipe as recipes
-from pipeline.command import Answer, parser, run
+from pipeline.command import Answer, parser, run, table
 from pipeline.compiler import TARGETS
 from pipeline.machine import TOOLS, tool_version
 from pipeline.methods import METHODS
 from pipeline.recipe import Recipe
 from pipeline.signals import leave
-from pipeline.table import table
 
 HARDWARE = ("INT8", "E4M3", "FP16")
 # What the bits of a weight and of an activation buy, as measured and not as hoped.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import hashlib
 import math
 import os
@@ -202,3 +203,18 @@ def peak_memory_bytes() -> int:
         return int(found.group(1)) * 1024
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
+
+
+def cuda_sm() -> int:
+    """Compute capability of the first GPU, for example 89, asked of the driver; 0 if there is none."""
+    try:
+        driver = ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return 0
+    major, minor, device = ctypes.c_int(), ctypes.c_int(), ctypes.c_int()
+    if driver.cuInit(0) or driver.cuDeviceGet(ctypes.byref(device), 0):
+        return 0
+    # 75 and 76: CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR and _MINOR
+    for value, attribute in ((major, 75), (minor, 76)):
+        driver.cuDeviceGetAttribute(ctypes.byref(value), attribute, device)
+    return major.value * 10 + minor.value

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from importlib import resources
 from pathlib import Path
-from typing import Any, get_args, get_origin, get_type_hints
+from typing import TYPE_CHECKING, Any, get_args, get_origin, get_type_hints
 
 import tomli_w
 
@@ -18,6 +18,9 @@ from export.formats.format import get_format
 from export.models.families import LAYER_KINDS
 from export.names import check_name
 from pipeline.methods import AUTO, METHODS, PRESETS, settled_method
+
+if TYPE_CHECKING:
+    from export.models.load import LoadedModel
 
 GRANULARITIES = get_args(Granularity)
 SEARCHES = ("absmax", "mse")
@@ -409,3 +412,10 @@ def with_seed(recipe: Recipe, seed: int | None) -> Recipe:
     if seed is None:
         return recipe
     return replace(with_sampling(recipe, seed=seed), calibrate=replace(recipe.calibrate, seed=seed))
+
+
+def load_model(recipe: Recipe) -> LoadedModel:
+    """The float model that the recipe names."""
+    from export.models.load import load
+
+    return load(recipe.model, variant=recipe.model_variant, config=recipe.model_config)

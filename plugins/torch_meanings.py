@@ -1,6 +1,7 @@
 """What the GPU kernels compute, in plain torch on any device: their place on a machine without a GPU.
 
-The same numbers as the NumPy meanings (export/dialect/reference.py), on operand bytes and quick enough to run a whole model.
+The same numbers as the NumPy meanings (export/dialect/reference.py), on operand bytes and quick enough to run a whole
+model.
 """
 
 from __future__ import annotations

@@ -42,16 +42,16 @@ LIGHT_CALIBRATION = {
     "__main__.py",
     "data.py",
     "method.py",
-    "pipeline_data.py",
     "plan.py",
-    "rtn.py",
+    "methods/rtn.py",
     "scales.py",
     "state.py",
 }
+CALIBRATION = [path.relative_to(ROOT / "pipeline/calibrate") for path in (ROOT / "pipeline/calibrate").rglob("*.py")]
 DEFINES_TORCH_MODULES |= {
-    f"pipeline/calibrate/{path.name}"
-    for path in (ROOT / "pipeline/calibrate").glob("*.py")
-    if path.name not in LIGHT_CALIBRATION
+    f"pipeline/calibrate/{path.as_posix()}"
+    for path in CALIBRATION
+    if path.as_posix() not in LIGHT_CALIBRATION and path.name != "__init__.py"
 }
 # The `cuda` target: torch ops, and the executor made of torch functions.
 DEFINES_TORCH_MODULES |= {
@@ -64,6 +64,19 @@ DEFINES_TORCH_MODULES |= {
 DEFINES_TORCH_MODULES |= {f"plugins/gpu/{name}.py" for name in KERNEL_MODULES}
 FILES = sorted(path.relative_to(ROOT) for package in ALLOWED for path in (ROOT / package).rglob("*.py"))
 TYPE_ONLY = "TYPE_CHECKING"
+
+# The inside of pipeline, from the top: a part may import itself and what stands below it. The `__main__` of a folder is
+# a verb, and so are the single modules of the first row; what stands in no row is below all.
+ORDER = (
+    ("__main__", "build", "doctor", "export", "inspect", "list"),
+    ("compiler",),
+    ("bench", "verify"),
+    ("calibrate",),
+    ("bundle",),
+    ("generate",),
+    ("backends",),
+    ("passes",),
+)
 
 
 def imports(tree: ast.AST) -> Iterator[tuple[str, bool]]:
@@ -125,3 +138,40 @@ def test_passes_do_not_import_backends(path: Path) -> None:
     assert not wrong, (
         f"{path} imports {wrong}; a backend publishes rows (pipeline.backends.base), passes get them as data"
     )
+
+
+def rank(name: str) -> int:
+    """Row of ORDER that a module of pipeline, "pipeline.verify.study", belongs to."""
+    parts = name.split(".")[1:]
+    if parts[-1:] == ["__main__"]:
+        return 0
+    if not parts:  # the way in for users, which loads bundles
+        return ORDER.index(("bundle",))
+    return next((row for row, names in enumerate(ORDER) if parts[0] in names), len(ORDER))
+
+
+PIPELINE = [path for path in FILES if path.parts[0] == "pipeline" and path.as_posix() != "pipeline/__init__.py"]
+
+
+@pytest.mark.parametrize("path", PIPELINE, ids=str)
+def test_the_inside_of_pipeline_has_an_order(path: Path) -> None:
+    """pipeline/__init__.py is left out: it is the way in for users, who load a bundle with it."""
+    own = rank(".".join(path.with_suffix("").parts).removesuffix(".__init__"))
+    wrong = [name for name, _ in found(path) if name.startswith("pipeline.") and rank(_module(name)) < own]
+    assert not wrong, f"{path} imports {wrong}, which stand above it: {' > '.join(' '.join(row) for row in ORDER)}"
+
+
+def _module(name: str) -> str:
+    """The module of an imported name: "pipeline.verify.study" of "pipeline.verify.study.Study"."""
+    place = ROOT / name.replace(".", "/")
+    return name if place.is_dir() or place.with_suffix(".py").is_file() else name.rpartition(".")[0]
+
+
+def test_no_circle_of_imports() -> None:
+    """Of modules, whatever is imported late; type-checking alone may go round."""
+    names = {".".join(path.with_suffix("").parts).removesuffix(".__init__"): path for path in FILES}
+    graph = {name: {_module(taken) for taken, _ in found(path)} & set(names) - {name} for name, path in names.items()}
+    while leaves := [name for name, below in graph.items() if not below]:
+        graph = {name: below - set(leaves) for name, below in graph.items() if name not in leaves}
+    used = set().union(*graph.values())
+    assert not (circles := {name: below for name, below in graph.items() if name in used}), f"circles: {circles}"

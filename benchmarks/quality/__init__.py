@@ -1,0 +1,1 @@
+"""Picture quality of every method and width: measured, tabled, plotted."""

@@ -1,4 +1,4 @@
-"""What learned rounding gains in each block: `python -m benchmarks.quality.adaround_study [ARM ...] --engine pixart_w4a6`.
+"""What learned rounding gains in each block: `python -m benchmarks.quality.adaround_study [ARM ...] --engine NAME`.
 
 Scale-aware rounding (FP4DiT) and plain AdaRound, with published iterations and rates and with the fast presets',
 against rounding to nearest: loss of the block's output (see pipeline/calibrate/learn/reconstruct.py) on the calibration

@@ -12,7 +12,8 @@ from benchmarks import record
 from benchmarks.record import markdown
 
 QUESTION = "What does learned rounding gain in a block, and how many iterations does it take?"
-PREFACE = """`python -m benchmarks.quality.adaround_study`: loss of a block's output on the calibration calls, and in brackets
+PREFACE = """\
+`python -m benchmarks.quality.adaround_study`: loss of a block's output on the calibration calls, and in brackets
 on calls of other prompts and noise. All arms of a block get the same inputs and start from rounding to nearest. A title
 ends in the learning rate. FP4DiT's code learns at 0.0001 with scale awareness (`fp4dit`) and without it; Q-Diffusion's,
 and with it the full preset of plain rounding (`fp_adaround`), at 0.001: both rates are compared where both were run."""

@@ -20,11 +20,11 @@ from benchmarks.zoo.judge import CONDITIONS, conditions
 from export.models.load import LoadedModel, denoiser, load
 from pipeline.backends.base import Arrays
 from pipeline.backends.reference import ReferenceEngine
+from pipeline.distance import sqnr_db
 from pipeline.files import sha256, sha256_json
 from pipeline.generate.conditioning import Generation, load_generation
 from pipeline.generate.sampling import make_sampler, sample
 from pipeline.progress import track
-from pipeline.verify.oracle import sqnr_db
 
 Pictures = NDArray[np.float32]
 Run = Callable[[Arrays], Arrays]

@@ -30,9 +30,9 @@ from pipeline import recipe as recipes
 from pipeline.backends import BACKENDS
 from pipeline.backends.base import Arrays, Engine, LoweredGraph
 from pipeline.backends.reference import ReferenceEngine, fake_quant
+from pipeline.distance import sqnr_db
 from pipeline.files import remove, sha256_json, write_json
 from pipeline.recipe import Recipe
-from pipeline.verify.oracle import sqnr_db
 from pipeline.verify.report import Gate
 
 logger = logging.getLogger(__name__)

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.verify.oracle import ratio_db
+from pipeline.distance import ratio_db
 
 Array = NDArray[np.float64]
 RESAMPLES, LEVEL = 400, 0.95

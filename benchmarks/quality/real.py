@@ -43,7 +43,8 @@ from pipeline.backends.reference import ReferenceEngine, fake_quant
 from pipeline.files import remove, sha256_json
 from pipeline.generate import pipeline_folder as pipeline_data
 from pipeline.generate.diffusers_adapter import EngineTransformer
-from pipeline.generate.latent import find_pipeline, pipeline_arguments
+from pipeline.generate.latent import find_pipeline
+from pipeline.generate.pipeline_folder import pipeline_arguments
 from pipeline.progress import track
 from pipeline.recipe import Recipe
 

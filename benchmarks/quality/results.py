@@ -1,4 +1,4 @@
-"""The results of `benchmarks/quality/__main__.py`: one JSON for each model, a record for each row, written row by row."""
+"""The results of `python -m benchmarks.quality`: one JSON for each model, a record for each row, written row by row."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Search group sizes with pictures as the judge: `python -m benchmarks.quality.search_groups --engine dit_w4a8 -o work/groups`.
+"""Search group sizes with pictures as the judge: `python -m benchmarks.quality.search_groups --engine NAME -o DIR`.
 
 Q-DiT's search (arXiv 2406.17343): each candidate draws the same pictures from the same noise and costs their Frechet
 distance in the bundled judge's features, from the held-out real data or from the float model's own pictures (finer for

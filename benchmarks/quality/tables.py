@@ -20,7 +20,7 @@ from benchmarks.quality.results import FLOAT, MEASURED, Results
 from benchmarks.quality.rows import MODELS, TABLES, WIDTHS, Line, Table
 from benchmarks.record import markdown
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 PAGE = ROOT / "docs" / "quality.md"
 Record = Mapping[str, Any]
 # What draws, as records call it, and in words.
@@ -153,7 +153,7 @@ drawn scenes and handwritten digits: the numbers compare methods and formats, an
 - Weights are those of the quantized linears with all scales and multipliers; float's row counts 2 bytes for each.
 - A row's proof covers its linears: every code, integer sum, scale and output of each, against the oracle, on calls of
   three steps of two pictures. Whole steps and pictures are compared with the float32 reference on one call alone, whose
-  agreement stands below; `pipeline.verify.proof` has gates for them, by float64 runs that these rows have not made.
+  agreement stands below; `pipeline.verify` has gates for them, by float64 runs that these rows have not made.
 - Calibration minutes are of the machine named below, with whatever else it was doing. Calibration data are collected
   by the first row that needs them, and shared."""
 

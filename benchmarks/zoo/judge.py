@@ -1,8 +1,8 @@
 """Measure the float bundled models: `python -m benchmarks.zoo.judge pixart_mini dit_mini`.
 
 Pictures of held-out captions (or of the ten classes in turn) are drawn with the bundled sampler and read by a
-classifier trained on the same data (`benchmarks/zoo/judges.py`). Writes benchmarks/results/zoo_NAME.json, and a sheet of
-the first pictures.
+classifier trained on the same data (`benchmarks/zoo/judges.py`). Writes benchmarks/results/zoo_NAME.json, and a sheet
+of the first pictures.
 """
 
 from __future__ import annotations

@@ -24,7 +24,7 @@ from benchmarks.zoo.tasks import digits
 from pipeline.progress import track
 
 logger = logging.getLogger(__name__)
-FOLDER = Path(__file__).resolve().parent / "weights"
+FOLDER = Path(__file__).resolve().parent.parent / "weights"
 FEATURES = 64
 BATCH_SIZE = 128
 PEAK_LR = 3e-3

@@ -22,7 +22,7 @@ from benchmarks.zoo import scenes
 from benchmarks.zoo.tasks import TASKS, Task, token_embedding
 
 logger = logging.getLogger(__name__)
-ZOO = Path(__file__).resolve().parent.parent / "export" / "zoo"
+ZOO = Path(__file__).resolve().parents[2] / "export" / "zoo"
 WEIGHTS_FILE, EMBEDDING_FILE = "diffusion_pytorch_model.safetensors", "token_embedding.safetensors"
 SIZE_LIMIT_BYTES = 12_000_000
 
@@ -43,8 +43,8 @@ GENERATION: dict[str, dict[str, Any]] = {
 COMMON = {"schema_version": 1, "sampler": "flow_euler", "timestep_scale": 1000, "n_steps": 20, "output": "pixels"}
 
 DATA = {
-    "pixart_mini": "scenes drawn by `benchmarks/zoo/scenes.py`: one object, or two in a relation, on a plain background, "
-    "32 x 32 RGB. No file is downloaded. One caption in nine is held out and never trained on.",
+    "pixart_mini": "scenes drawn by `benchmarks/zoo/scenes.py`: one object, or two in a relation, on a plain "
+    "background, 32 x 32 RGB. No file is downloaded. One caption in nine is held out and never trained on.",
     "dit_mini": "the 1797 handwritten digits that ship with scikit-learn (`load_digits`; Alpaydin and Kaynak, UCI, "
     "CC BY 4.0), enlarged to 16 x 16 gray pixels. Every fifth digit is held out and never trained on.",
 }

@@ -1,0 +1,1 @@
+"""From a folder, a file or the hub's cache to a float model whose every tensor is accounted for."""

@@ -11,7 +11,8 @@ def read_model(path: Path) -> ir.Model:
     """The model at `path`; its tensors are mapped from `path`.data when they are read.
 
     In the hub's cache that file is a link to a blob, and onnx_ir reads no link that leaves the folder. The tensors are
-    then taken from where it ends, which is for the one who opens a bundle to judge (`pipeline.bundle.bundle.verify_files`).
+    then taken from where it ends, which is for the one who opens a bundle to judge
+    (`pipeline.bundle.bundle.verify_files`).
     """
     model = ir.load(path)
     data = path.with_name(f"{path.name}.data")

@@ -8,7 +8,7 @@ from pathlib import Path
 from export.errors import EnvironmentLacksError, ModelError
 from export.models.weights import PICKLES, weights_file
 
-ZOO = Path(__file__).parent / "zoo"
+ZOO = Path(__file__).parent.parent / "zoo"
 
 
 def find(source: str) -> tuple[Path, str]:

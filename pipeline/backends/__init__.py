@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from importlib import import_module
+from pathlib import Path
 
-from pipeline.backends.base import Backend
+from export.errors import EnvironmentLacksError
+from pipeline.backends.base import Backend, Engine
+
+logger = logging.getLogger(__name__)
 
 # The portable model, from which the others are lowered. Its files stand at a bundle's root.
 PORTABLE = "onnx"
@@ -39,3 +45,19 @@ class _LazyBackends(Mapping[str, Backend]):
 
 
 BACKENDS: Mapping[str, Backend] = _LazyBackends()
+
+
+@contextmanager
+def opened(folder: Path, targets: tuple[str, ...], threads: int = 0) -> Iterator[dict[str, Engine]]:
+    """The engines of a folder of verified files that this machine can run, closed at the end."""
+    engines: dict[str, Engine] = {}
+    try:
+        for target in targets:
+            try:
+                engines[target] = BACKENDS[target].load(folder, threads)
+            except EnvironmentLacksError as error:
+                logger.info("the %s engine does not run here, its lowered graph stands in for it: %s", target, error)
+        yield engines
+    finally:
+        for engine in engines.values():
+            engine.close()

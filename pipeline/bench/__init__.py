@@ -1,0 +1,1 @@
+"""Latency and memory of a bundle on this machine, beside baselines."""

@@ -1,4 +1,4 @@
-"""`python -m pipeline.bench.measure BUNDLE`: measure a bundle's engines on this machine."""
+"""`python -m pipeline.bench BUNDLE`: measure a bundle's engines on this machine."""
 
 from __future__ import annotations
 
@@ -11,12 +11,14 @@ from typing import Any
 
 from export.errors import RecipeError
 from pipeline import machine
+from pipeline.backends import opened
 from pipeline.bundle.bundle import load_bundle
 from pipeline.bundle.stages import timed
 from pipeline.command import Answer, Parser, add_model_flags, add_threads, parser, run
-from pipeline.compiler import load_model, opened, parse_targets
+from pipeline.compiler import parse_targets
 from pipeline.files import refuse_unwritable, write_json
-from pipeline.recipe import ModelFlags, with_model
+from pipeline.recipe import ModelFlags, load_model, with_model
+from pipeline.signals import leave
 
 
 def make_parser() -> Parser:
@@ -73,3 +75,7 @@ def work(args: argparse.Namespace, answer: Answer) -> int:
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point; returns the exit code."""
     return run(make_parser(), work, argv)
+
+
+if __name__ == "__main__":
+    leave(main)

@@ -1,7 +1,7 @@
 """Latency and memory of engines against what a user would run without them, measured interleaved in one run.
 
 Each round calls every contestant once, so that whatever else the machine does hits all of them alike: the ratios are
-the result, an absolute time says little without its machine. `python -m pipeline.bench.measure BUNDLE` measures again.
+the result, an absolute time says little without its machine. `python -m pipeline.bench BUNDLE` measures again.
 """
 
 from __future__ import annotations
@@ -157,10 +157,3 @@ def ratios(rows: Mapping[str, Mapping[str, Any]], engines: tuple[str, ...]) -> d
     medians = {name: row["call_ms"]["median"] for name, row in rows.items()}
     others = [name for name in medians if name not in engines]
     return {name: {other: medians[other] / medians[name] for other in others} for name in engines}
-
-
-if __name__ == "__main__":
-    from pipeline.bench.__main__ import main
-    from pipeline.signals import leave
-
-    leave(main)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import logging
 import os
 import re
@@ -256,16 +255,17 @@ def _rtx_problem(document: Mapping[str, Any]) -> str:
     found = machine.tool_version("tensorrt_rtx")
     if not found:
         return "target rtx needs tensorrt-rtx; install with: pip install tensorrt-rtx"
-    return machine_problem(document["targets"]["rtx"]["metadata"], found, cuda_sm())
+    return machine_problem(document["targets"]["rtx"]["metadata"], found, machine.cuda_sm())
 
 
 def _cuda_problem(document: Mapping[str, Any]) -> str:
     metadata = document["targets"]["cuda"]["metadata"]
-    return cuda_run.machine_problem(metadata, cuda_sm(), machine.tool_version("triton"))
+    return cuda_run.machine_problem(metadata, machine.cuda_sm(), machine.tool_version("triton"))
 
 
 def _trt_problem(document: Mapping[str, Any]) -> str:
-    return trt_run.machine_problem(document["targets"]["trt"]["metadata"], machine.tool_version("tensorrt"), cuda_sm())
+    metadata = document["targets"]["trt"]["metadata"]
+    return trt_run.machine_problem(metadata, machine.tool_version("tensorrt"), machine.cuda_sm())
 
 
 FITNESS: dict[str, Callable[[Mapping[str, Any]], str]] = {
@@ -275,18 +275,3 @@ FITNESS: dict[str, Callable[[Mapping[str, Any]], str]] = {
     "trt": _trt_problem,
     PORTABLE: _portable_problem,
 }
-
-
-def cuda_sm() -> int:
-    """Compute capability of the first GPU, for example 89, asked of the driver; 0 if there is none."""
-    try:
-        driver = ctypes.CDLL("libcuda.so.1")
-    except OSError:
-        return 0
-    major, minor, device = ctypes.c_int(), ctypes.c_int(), ctypes.c_int()
-    if driver.cuInit(0) or driver.cuDeviceGet(ctypes.byref(device), 0):
-        return 0
-    # 75 and 76: CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR and _MINOR
-    for value, attribute in ((major, 75), (minor, 76)):
-        driver.cuDeviceGetAttribute(ctypes.byref(value), attribute, device)
-    return major.value * 10 + minor.value

@@ -16,11 +16,11 @@ from export.names import distinct, inside, is_hub_link
 from pipeline import machine
 from pipeline.backends.base import BuildResult
 from pipeline.bundle.stages import StageTime
-from pipeline.files import sha256, tree, write_json
+from pipeline.files import BUNDLE_FILE, sha256, tree, write_json
 from pipeline.recipe import Recipe
 
 SCHEMA_VERSION = 1
-FILE_NAME = "manifest.json"
+FILE_NAME = BUNDLE_FILE
 RULES = Rules(version=SCHEMA_VERSION)
 
 

@@ -1,0 +1,1 @@
+"""From prompts to pictures: conditions, samplers, and an engine in its diffusers pipeline."""

@@ -11,119 +11,26 @@ import json
 import logging
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from numpy.typing import NDArray
 
-from export.errors import ContractError, RecipeError
-from export.models.families import FAMILIES, shared_names, stated_inputs
+from export.errors import RecipeError
 from pipeline.command import Answer, Parser, add_threads, parser, run
 from pipeline.files import refuse_unwritable
-from pipeline.generate.conditioning import GENERATION_FILE, Generation
-from pipeline.generate.sampling import make_sampler, sample
-from pipeline.progress import track
+from pipeline.generate.draw import DrawRequest, Pictures, draw, makes_pixels
 from pipeline.signals import leave
 
 if TYPE_CHECKING:
-    from pipeline.bundle.bundle import Bundle
+    pass
 
 logger = logging.getLogger(__name__)
 DESCRIPTION = "Draw pictures with an engine bundle."
-# Pictures drawn at a time: with guidance a batch of 8, the largest that every engine is built for.
-BATCH_SIZE = 4
-# Of one command, so that a slip of the finger is refused at once.
-MOST_PICTURES, MOST_STEPS, MOST_SHEET_PIXELS = 4096, 10_000, 2**28
 # Small pictures are enlarged by a whole factor, so that they can be seen: to at least this many pixels a side.
 SHOWN_PIXELS = 256
-Pictures = NDArray[np.uint8]
-
-
-@dataclass(frozen=True)
-class DrawRequest:
-    """What to draw: `num_images` pictures of every prompt, with the seeds `seed`, `seed` + 1, ...
-
-    n_steps 0 and guidance_scale None stand for the model's own.
-    """
-
-    prompts: tuple[str, ...]
-    seed: int = 0
-    num_images: int = 1
-    n_steps: int = 0
-    guidance_scale: float | None = None
-    target: str = "auto"
-
-    def __post_init__(self) -> None:
-        if self.num_images < 1 or self.seed < 0 or self.n_steps < 0:
-            raise RecipeError("--num-images must be at least 1, --seed and --n-steps not negative")
-        if self.num_images * len(self.prompts) > MOST_PICTURES or self.n_steps > MOST_STEPS or self.seed >= 2**63:
-            raise RecipeError(f"at most {MOST_PICTURES} pictures, {MOST_STEPS} --n-steps and seeds below 2**63")
-        if self.guidance_scale is not None and not math.isfinite(self.guidance_scale):
-            raise RecipeError(f"--guidance-scale {self.guidance_scale} is not a number; give one such as 4.5")
-        for prompt in self.prompts:
-            if any("\ud800" <= character <= "\udfff" for character in prompt):
-                raise RecipeError(f"prompt {prompt!r} is not text in the terminal's encoding; use UTF-8")
-
-    @property
-    def pictures(self) -> list[tuple[str, int]]:
-        """(prompt, seed) of every picture, prompt by prompt."""
-        return [(prompt, self.seed + index) for prompt in self.prompts for index in range(self.num_images)]
-
-
-def draw(bundle: Bundle, request: DrawRequest) -> Pictures:
-    """Pictures [prompts * num_images, H, W, 1 or 3] uint8 of a pixel model."""
-    with bundle.generation() as generation:
-        generation.encode(list(request.prompts))  # refuse a bad prompt before the engine is loaded
-        engine = bundle.engine(request.target)
-        try:
-            parts = _parts(request.pictures)
-            drawn = [_draw_part(bundle, generation, engine, request, part) for part in track(parts, len(parts), "draw")]
-        finally:
-            engine.close()
-    return np.concatenate(drawn)
-
-
-def _parts(pictures: list[tuple[str, int]]) -> list[list[tuple[str, int]]]:
-    return [pictures[first : first + BATCH_SIZE] for first in range(0, len(pictures), BATCH_SIZE)]
-
-
-def _draw_part(
-    bundle: Bundle, generation: Generation, engine: Any, request: DrawRequest, part: list[tuple[str, int]]
-) -> Pictures:
-    sampler = make_sampler(generation.sampler, request.n_steps or generation.n_steps, generation.timestep_scale)
-    scale = generation.guidance_scale if request.guidance_scale is None else request.guidance_scale
-    shape = picture_shape(bundle)
-    noise = np.stack([np.random.default_rng(seed).standard_normal(shape) for _, seed in part]).astype(np.float32)
-    encoded = generation.encode([prompt for prompt, _ in part])
-    images = sample(engine.run, encoded, noise, sampler, scale, shared=_shared(bundle))
-    return to_pixels(images)
-
-
-def _shared(bundle: Bundle) -> frozenset[str]:
-    """Names of the engine's inputs without a batch axis; classes without a row of their own have none."""
-    family = FAMILIES.get(bundle.manifest["model"]["family"])
-    if family is None:
-        return frozenset()
-    return shared_names(stated_inputs(family, bundle.config(), bundle.path / "config.json"))
-
-
-def picture_shape(bundle: Bundle) -> tuple[int, int, int]:
-    """Channels, height and width that the engine of a pixel model was made for."""
-    config, size = bundle.config(), bundle.recipe.sampling
-    own = config["sample_size"]
-    return config["in_channels"], size.height or own, size.width or own
-
-
-def to_pixels(images: NDArray[np.float32]) -> Pictures:
-    """[B, C, H, W] in [-1, 1] -> [B, H, W, C] uint8, rounded. Raises ContractError for NaN: the engine is broken."""
-    if not np.isfinite(images).all():
-        raise ContractError("the engine's picture has NaN or Inf; verify the bundle, and build it again if that fails")
-    return np.rint((np.clip(images, -1, 1) + 1) * 127.5).astype(np.uint8).transpose(0, 2, 3, 1)
-
-
-# --- picture files -------------------------------------------------------------------------------------------------
+# Of one sheet, so that a slip of the finger is refused at once.
+MOST_SHEET_PIXELS = 2**28
 
 
 def arrange(pictures: Pictures, columns: int, gap: int = 1) -> Pictures:
@@ -221,14 +128,6 @@ def work(args: argparse.Namespace, answer: Answer) -> int:
 def _columns(request: DrawRequest) -> int:
     """One row for each prompt; with one picture of each, a sheet that is about square."""
     return request.num_images if request.num_images > 1 else math.ceil(math.sqrt(len(request.prompts)))
-
-
-def makes_pixels(bundle: Bundle) -> bool:
-    """Whether the bundle describes how it makes pictures, and its engine makes them without a VAE."""
-    if GENERATION_FILE not in bundle.manifest["files"]:
-        return False
-    with bundle.generation() as generation:
-        return generation.output == "pixels"
 
 
 def main(argv: Sequence[str] | None = None) -> int:

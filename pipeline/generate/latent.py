@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from export.errors import EnvironmentLacksError, RecipeError
 from export.models.families import FAMILIES
-from pipeline.generate.__main__ import BATCH_SIZE, DrawRequest, Pictures
+from pipeline.generate.draw import BATCH_SIZE, DrawRequest, Pictures
 
 if TYPE_CHECKING:
     from pipeline.bundle.bundle import Bundle
@@ -26,7 +25,7 @@ def draw_latent(bundle: Bundle, request: DrawRequest, source: str | None = None)
     _refuse_other_class(root, family)
     import torch
 
-    from pipeline.generate.pipeline_folder import drawing, open_pipeline
+    from pipeline.generate.pipeline_folder import drawing, open_pipeline, pipeline_arguments
 
     transformer = bundle.as_diffusers(request.target)
     try:
@@ -94,29 +93,3 @@ def _from_cache(repository: str) -> str:
         raise EnvironmentLacksError(
             f"pipeline {repository} is not in the local cache; run: hf download {name}; or give --pipeline DIR"
         ) from error
-
-
-def _texts(_: Any, bundle: Bundle, prompts: list[str]) -> dict[str, Any]:
-    """Texts, and the one size that the engine was made for (the pipeline's own where the recipe states none)."""
-    size = bundle.recipe.sampling
-    stated = {key: value for key, value in (("height", size.height), ("width", size.width)) if value}
-    return {"prompt": prompts, "use_resolution_binning": False, **stated}
-
-
-def _classes(pipeline: Any, _: Bundle, prompts: list[str]) -> dict[str, Any]:
-    """ImageNet classes by number or name."""
-    names = pipeline.labels
-    for prompt in prompts:
-        if not prompt.isdecimal() and prompt not in names:
-            shown = ", ".join(list(names)[:8])
-            raise RecipeError(f"prompt {prompt!r} is not a class; use a number or a name such as {shown}")
-    return {"class_labels": [int(prompt) if prompt.isdecimal() else names[prompt] for prompt in prompts]}
-
-
-# Family -> the pipeline's arguments, where a prompt is not a text.
-ARGUMENTS: dict[str, Callable[[Any, Bundle, list[str]], dict[str, Any]]] = {"dit": _classes}
-
-
-def pipeline_arguments(family: str) -> Callable[[Any, Bundle, list[str]], dict[str, Any]]:
-    """What makes the arguments of a family's pipeline from (pipeline, bundle, prompts)."""
-    return ARGUMENTS.get(family, _texts)

@@ -22,7 +22,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from export.documents import Rules, open_file, read_json
-from export.errors import ModelError, ResourceError, UserError
+from export.errors import ModelError, RecipeError, ResourceError, UserError
 from export.names import inside
 from pipeline import machine
 from pipeline.backends.base import Arrays, Engine
@@ -30,6 +30,7 @@ from pipeline.files import is_out_of_disk, is_out_of_memory, sha256, sha256_json
 
 if TYPE_CHECKING:
     from export.models.load import LoadedModel
+    from pipeline.bundle.bundle import Bundle
     from pipeline.recipe import Recipe
 
 logger = logging.getLogger(__name__)
@@ -185,9 +186,35 @@ def example_prompts(model: LoadedModel, count: int, seed: int) -> list[str]:
     if model.family.name == "dit":
         classes = int(model.config["num_embeds_ada_norm"])
         return [str(number) for number in rng.integers(classes, size=count)]
-    lines = (resources.files("pipeline.calibrate") / CAPTIONS).read_text(encoding="utf-8").splitlines()
+    lines = (resources.files("pipeline.generate") / CAPTIONS).read_text(encoding="utf-8").splitlines()
     order = rng.permutation(len(lines))
     return [lines[order[i % len(lines)]] for i in range(count)]
+
+
+def _texts(_: Any, bundle: Bundle, prompts: list[str]) -> dict[str, Any]:
+    """Texts, and the one size that the engine was made for (the pipeline's own where the recipe states none)."""
+    size = bundle.recipe.sampling
+    stated = {key: value for key, value in (("height", size.height), ("width", size.width)) if value}
+    return {"prompt": prompts, "use_resolution_binning": False, **stated}
+
+
+def _classes(pipeline: Any, _: Bundle, prompts: list[str]) -> dict[str, Any]:
+    """ImageNet classes by number or name."""
+    names = pipeline.labels
+    for prompt in prompts:
+        if not prompt.isdecimal() and prompt not in names:
+            shown = ", ".join(list(names)[:8])
+            raise RecipeError(f"prompt {prompt!r} is not a class; use a number or a name such as {shown}")
+    return {"class_labels": [int(prompt) if prompt.isdecimal() else names[prompt] for prompt in prompts]}
+
+
+# Family -> the pipeline's arguments, where a prompt is not a text.
+ARGUMENTS: dict[str, Callable[[Any, Bundle, list[str]], dict[str, Any]]] = {"dit": _classes}
+
+
+def pipeline_arguments(family: str) -> Callable[[Any, Bundle, list[str]], dict[str, Any]]:
+    """What makes the arguments of a family's pipeline from (pipeline, bundle, prompts)."""
+    return ARGUMENTS.get(family, _texts)
 
 
 @dataclass
@@ -223,8 +250,6 @@ class PipelineSampler:
     def draw(self, prompts: Sequence[str], seed: int, keep: Keep) -> None:
         """Sample `prompts` by the recipe's steps and guidance; `keep` gets (step, inputs of both halves)."""
         import torch
-
-        from pipeline.generate.latent import pipeline_arguments
 
         self.pipe.transformer.engine = _Recorder(self.engine, keep)
         bundle: Any = SimpleNamespace(recipe=self.recipe)

@@ -1,0 +1,1 @@
+"""Proof: gates between an engine and the quantized PyTorch model, and the report that shows them."""

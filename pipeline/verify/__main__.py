@@ -1,4 +1,4 @@
-"""`python -m pipeline.verify.proof BUNDLE`: check a bundle again, from its files to all parity gates."""
+"""`python -m pipeline.verify BUNDLE`: check a bundle again, from its files to all parity gates."""
 
 from __future__ import annotations
 
@@ -13,15 +13,16 @@ from export.models.config import FILE as CONFIG
 from export.models.config import read_config
 from pipeline import machine
 from pipeline import recipe as recipes
-from pipeline.backends import metadata_file
+from pipeline.backends import metadata_file, opened
 from pipeline.backends.base import LoweredGraph
 from pipeline.bundle.bundle import GENERATION_FILES, Bundle, load_bundle
 from pipeline.bundle.manifest import FILE_NAME
 from pipeline.bundle.stages import timed
 from pipeline.command import Answer, Parser, add_model_flags, add_threads, parser, run
-from pipeline.compiler import describe, load_model, opened
+from pipeline.compiler import describe
 from pipeline.files import refuse_in_bundle, refuse_unwritable, sha256, tree
-from pipeline.recipe import ModelFlags, with_model
+from pipeline.recipe import ModelFlags, load_model, with_model
+from pipeline.signals import leave
 from pipeline.verify.report import Report
 
 if TYPE_CHECKING:
@@ -155,3 +156,7 @@ def work(args: argparse.Namespace, answer: Answer) -> int:
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point; returns the exit code."""
     return run(make_parser(), work, argv, verdict=True)
+
+
+if __name__ == "__main__":
+    leave(main)

@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.backends.base import Arrays
+from pipeline.distance import sqnr_db
 from pipeline.generate.case import Case, Run, is_large
 from pipeline.generate.sampling import TRAIN_STEPS, make_sampler, take_samples
 from pipeline.side_by_side import raise_if_stopped
@@ -35,7 +36,6 @@ from pipeline.verify.call_patterns import (
     sign_of,
     traits_of,
 )
-from pipeline.verify.oracle import sqnr_db
 
 if TYPE_CHECKING:
     from export.models.families import Input

@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.backends.cuda.overflow import Overflow
+from pipeline.distance import psnr_db
 from pipeline.recipe import Recipe
 from pipeline.verify.call_patterns import (
     CALL_TRAITS,
@@ -23,7 +24,6 @@ from pipeline.verify.call_patterns import (
 )
 from pipeline.verify.calls import SampleError, StateResult
 from pipeline.verify.extremes import FACTORS, ExtremeResult
-from pipeline.verify.oracle import psnr_db
 from pipeline.verify.report import Gate, LayerResult, SegmentResult, StepResult
 from pipeline.verify.study import Realisations, StepErrors, Study
 

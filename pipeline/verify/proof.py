@@ -1,6 +1,6 @@
 """Verification: every parity gate of a build, for every target, and the report that shows them.
 
-`python -m pipeline.verify.proof BUNDLE` checks a finished bundle again.
+`python -m pipeline.verify BUNDLE` checks a finished bundle again.
 """
 
 from __future__ import annotations
@@ -352,10 +352,3 @@ def activation_label(layer: QuantizedLinear) -> str:
     """The format, with its scaling where that is not per token: "UE2M2 per_tensor"."""
     dynamic = layer.activation_scaling == "per_token"
     return layer.activation_format if dynamic else f"{layer.activation_format} {layer.activation_scaling}"
-
-
-if __name__ == "__main__":
-    from pipeline.signals import leave
-    from pipeline.verify.__main__ import main
-
-    leave(main)

@@ -1,4 +1,4 @@
-"""Division by a token's scale and rounding to a format's grid, in float32, bit for bit as export.dialect.reference does it.
+"""Division by a token's scale and rounding to a format's grid, in float32, to the bit as export.dialect.reference does.
 
 Constants come from plugins/gpu/rounding_tables.py. No function here branches on data or needs a device library, so the
 interpreter runs them. A token's scale is s; p = 2^-exponent(s) makes s * p lie in [1, 2).

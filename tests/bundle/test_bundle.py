@@ -171,7 +171,7 @@ def test_auto_takes_the_fastest_target_that_fits(
     monkeypatch: pytest.MonkeyPatch, sm: int, version: str, chosen: str
 ) -> None:
     with_versions(monkeypatch, onnxruntime="1.31.1", tensorrt_rtx=version)
-    monkeypatch.setattr(bundles, "cuda_sm", lambda: sm)
+    monkeypatch.setattr(bundles.machine, "cuda_sm", lambda: sm)
     assert opened(BOTH, "cpu", "rtx").choose() == chosen
 
 
@@ -180,7 +180,7 @@ def test_auto_takes_the_fastest_target_that_fits(
 )
 def test_a_named_target_that_does_not_fit_is_refused(monkeypatch: pytest.MonkeyPatch, sm: int, message: str) -> None:
     with_versions(monkeypatch, **BOTH)
-    monkeypatch.setattr(bundles, "cuda_sm", lambda: sm)
+    monkeypatch.setattr(bundles.machine, "cuda_sm", lambda: sm)
     with pytest.raises(EnvironmentLacksError, match=message):
         opened(BOTH, "cpu", "rtx").choose("rtx")
 

@@ -1,8 +1,8 @@
 """Any damage to any document, in any verb that reads it, ends in an exit code of the contract and one sentence.
 
-Documents are damaged in their structure, their values and their bytes (tests/support/mutations.py), and a bundle's manifest is
-made to agree, so that the readers behind the hashes are reached. `--fuzz-cases N` tries more than the usual few
-hundred. What takes long and reads nothing from outside (tracing, gates, measurement) is left out.
+Documents are damaged in their structure, their values and their bytes (tests/support/mutations.py), and a bundle's
+manifest is made to agree, so that the readers behind the hashes are reached. `--fuzz-cases N` tries more than the
+usual few hundred. What takes long and reads nothing from outside (tracing, gates, measurement) is left out.
 """
 
 from __future__ import annotations

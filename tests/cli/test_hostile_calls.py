@@ -1,7 +1,7 @@
 """Whatever a person or a file can cause ends with exit code 2, 3 or 5 and one sentence, never with a stack trace.
 
-Each row of CALLS changes a copy of true folders (tests/support/hostile.py) and names a command line, its exit code and words of
-its sentence. tests/cli/test_fuzz.py looks for rows that are missing here.
+Each row of CALLS changes a copy of true folders (tests/support/hostile.py) and names a command line, its exit code
+and words of its sentence. tests/cli/test_fuzz.py looks for rows that are missing here.
 """
 
 from __future__ import annotations

@@ -9,7 +9,7 @@ import pytest
 
 from pipeline import inspect
 from pipeline.bundle import manifest
-from pipeline.table import table
+from pipeline.command import table
 from tests.support import learned, tiny
 from tests.support.bundles import make_bundle
 from tests.support.portable import random_linear

@@ -13,8 +13,8 @@ from export.errors import ContractError, EnvironmentLacksError, RecipeError
 from export.models import load as models
 from pipeline import recipe as recipes
 from pipeline.backends.reference import ReferenceEngine
-from pipeline.generate.__main__ import DrawRequest
 from pipeline.generate.diffusers_adapter import as_diffusers
+from pipeline.generate.draw import DrawRequest
 from pipeline.generate.latent import draw_latent, find_pipeline
 from tests.support import tiny
 from tests.support.bundles import stand_in

@@ -15,16 +15,8 @@ from PIL import Image
 import pipeline
 from export.errors import ContractError, EnvironmentLacksError, RecipeError
 from pipeline import recipe as recipes
-from pipeline.generate.__main__ import (
-    DrawRequest,
-    arrange,
-    default_scale,
-    draw,
-    main,
-    makes_pixels,
-    picture_shape,
-    to_pixels,
-)
+from pipeline.generate.__main__ import arrange, default_scale, main
+from pipeline.generate.draw import DrawRequest, draw, makes_pixels, picture_shape, to_pixels
 from tests.support.bundles import stand_in
 
 DIGITS = {"kind": "classes", "names": [str(i) for i in range(10)], "null_class": 10}

@@ -1,4 +1,5 @@
-"""Peaks of calibration's memory beside what is said before: `python -m tests.support.calibration_peaks FOLDER` prints JSON.
+"""Peaks of calibration's memory beside what is said before: `python -m tests.support.calibration_peaks FOLDER` prints
+JSON.
 
 In a process of its own, started with MALLOC_MMAP_THRESHOLD_=65536 (glibc): arrays from 64 KiB on then come from the
 system and go back to it, so that resident memory is what is in use. What ran before in a process would show.

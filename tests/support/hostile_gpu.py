@@ -66,7 +66,7 @@ def pretend_gpu(patch: pytest.MonkeyPatch) -> None:
     found = machine.tool_version
     patch.setattr(machine, "tool_version", lambda name: RELEASES.get(name) or found(name))
     patch.setattr(machine, "require", lambda *_: None)
-    patch.setattr(bundles, "cuda_sm", lambda: SM)
+    patch.setattr(bundles.machine, "cuda_sm", lambda: SM)
     for module in (rtx_run, trt_run, cuda_run):
         patch.setattr(module, "visible_sm", lambda: SM)
     patch.setattr(cuda_run.CudaEngine.__init__, "__defaults__", ("cpu",))

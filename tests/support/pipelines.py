@@ -28,9 +28,9 @@ from pipeline.backends.reference import ReferenceEngine, fake_quant
 from pipeline.build import main as build_main
 from pipeline.bundle.bundle import Bundle, load_bundle
 from pipeline.calibrate.__main__ import main as calibrate_main
+from pipeline.distance import psnr_db
 from pipeline.generate.diffusers_adapter import EngineTransformer
 from pipeline.verify.gates import FACTOR_DB, ROUNDED_DB
-from pipeline.verify.oracle import psnr_db
 from pipeline.verify.reference_hooks import jittered
 from pipeline.verify.study import HIT_DB, HIT_SHARE, HITTING_ULPS, JITTER_ULPS
 from tests.support import tiny

@@ -16,7 +16,7 @@ from pipeline import recipe as recipes
 from pipeline.backends.cpu.backend import CpuBackend
 from pipeline.backends.cpu.engine import CpuEngine
 from pipeline.backends.feeds import LARGEST, LARGEST_OF
-from pipeline.verify.oracle import sqnr_db
+from pipeline.distance import sqnr_db
 from pipeline.verify.proof import drawn
 from tests.support import native, tiny
 

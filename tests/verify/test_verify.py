@@ -18,12 +18,13 @@ from export.to_onnx import export_portable
 from pipeline import recipe as recipes
 from pipeline.backends import BACKENDS
 from pipeline.backends.base import LoweredGraph
+from pipeline.distance import psnr_db, sqnr_db
 from pipeline.generate.case import Case, example_prompts
 from pipeline.generate.conditioning import from_dict
 from pipeline.verify import probe as probing
 from pipeline.verify.call_patterns import PROMPTED, UNPROMPTED
 from pipeline.verify.gates import FACTOR_DB, NOT_IN_STEPS, ROUNDED_DB, TOO_COARSE, end_gates, quantization_gates
-from pipeline.verify.oracle import ROUNDING, LinearProbe, check_linear, exact_product, psnr_db, quantize_oracle, sqnr_db
+from pipeline.verify.oracle import ROUNDING, LinearProbe, check_linear, exact_product, quantize_oracle
 from pipeline.verify.probe import ProbedGraph
 from pipeline.verify.proof import verify
 from pipeline.verify.reference_hooks import Comparison, Recorder, half_parts, hooked, jittered

@@ -1,0 +1,1 @@
+"""Target `cuda`: PyTorch with the project's Triton kernels."""

@@ -1,0 +1,1 @@
+"""Target `onnx`: the portable model itself, in stock ONNX Runtime."""

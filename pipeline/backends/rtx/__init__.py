@@ -1,0 +1,1 @@
+"""Target `rtx`: TensorRT-RTX, built ahead of time without a GPU."""

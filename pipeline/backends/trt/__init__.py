@@ -1,0 +1,1 @@
+"""Target `trt`: TensorRT with plugins compiled ahead of time."""

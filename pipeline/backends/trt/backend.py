@@ -31,8 +31,8 @@ from pipeline.backends.tensorrt.half_attention import halve_attention
 from pipeline.backends.tensorrt.half_linears import halve_large_linears
 from pipeline.backends.tensorrt.plugin_graph import KernelNode
 from pipeline.backends.trt.engine import ENGINE, METADATA, MODULE, TrtEngine, environment_problems
-from pipeline.bundle.bundle import cuda_sm
 from pipeline.files import sha256, write_json
+from pipeline.machine import cuda_sm
 from pipeline.passes import run_shared
 from pipeline.passes.graph import drop_unused
 from plugins.tensorrt import plugins

@@ -1,0 +1,1 @@
+"""Searches for the group size of each layer."""

@@ -1,9 +1,9 @@
 """A cheap score of candidate group sizes: how far the denoiser's output is from the float one's.
 
 It is the mean over calibration calls (spread over timesteps) of the output's SQNR in dB, negated. A score by pictures
-is in benchmarks/quality/search_groups.py. Few inputs are easily overfitted: on dit_mini at W4A8 (GPTQ, exact groups, 144
-candidates on 40 inputs) the sizes that were found had 40.4 dB on other pictures, uniform groups of 64 40.5 dB in as
-many bytes.
+is in benchmarks/quality/search_groups.py. Few inputs are easily overfitted: on dit_mini at W4A8 (GPTQ, exact groups,
+144 candidates on 40 inputs) the sizes that were found had 40.4 dB on other pictures, uniform groups of 64 40.5 dB in
+as many bytes.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from pipeline.backends.base import Arrays
 from pipeline.calibrate.data import CalibrationData
 from pipeline.calibrate.groups.candidates import CandidateModels, Candidates, one_thread, scored_keys
 from pipeline.calibrate.groups.search import Individual
+from pipeline.distance import sqnr_db
 from pipeline.generate.sampling import take_samples
-from pipeline.verify.oracle import sqnr_db
 
 
 @dataclass(frozen=True)

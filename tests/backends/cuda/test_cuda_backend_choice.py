@@ -67,7 +67,7 @@ def test_the_usual_recipe_has_no_problem() -> None:
 
 @pytest.mark.parametrize(("sm", "included"), [(0, False), (75, False), (80, True), (90, True)])
 def test_auto_builds_it_where_a_gpu_is_visible(sm: int, included: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(bundles, "cuda_sm", lambda: sm)
+    monkeypatch.setattr(bundles.machine, "cuda_sm", lambda: sm)
     assert ("cuda" in parse_targets("auto")) is included
     assert parse_targets("cuda") == ("cuda",)
 
@@ -76,7 +76,7 @@ def test_auto_builds_it_where_a_gpu_is_visible(sm: int, included: bool, monkeypa
 def test_a_bundle_takes_it_before_the_cpu_where_it_runs(
     sm: int, chosen: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(bundles, "cuda_sm", lambda: sm)
+    monkeypatch.setattr(bundles.machine, "cuda_sm", lambda: sm)
     versions = {"onnxruntime": "1.31.1", "triton": "3.9.0"}
     monkeypatch.setattr(bundles.machine, "tool_version", lambda name: versions.get(name, ""))
     targets = {"cpu": {}, "cuda": {"metadata": {"least_sm": 80}}}

@@ -34,11 +34,11 @@ from pipeline.bench import measure as bench
 from pipeline.bundle import bundle as bundles
 from pipeline.bundle import manifest
 from pipeline.compiler import BuildRequest, describe, model_row, parse_targets
+from pipeline.distance import sqnr_db
 from pipeline.recipe import Recipe
 from pipeline.verify import proof as verification
 from pipeline.verify.effort import Effort, effort_for, note
 from pipeline.verify.gates import ROUNDED_DB, coverage_gate, layer_gates
-from pipeline.verify.oracle import sqnr_db
 from pipeline.verify.probe import ProbedGraph, decoded_image
 from pipeline.verify.proof import verify_target
 from pipeline.verify.report import Report
