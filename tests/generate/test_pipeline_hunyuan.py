@@ -99,3 +99,10 @@ def test_generate_draws_with_it(built: Built, tmp_path: Path) -> None:
     flags = ["--prompt", "the cat", "--n-steps", "2", "--scale", "1", "--guidance-scale", "1", "--target", "cpu"]
     assert generate([str(built.bundle.path), "--prompt", "a red circle", "-o", str(out), *flags]) == 0
     assert Image.open(out).size == (2 * 64 + 1, 64)
+
+
+def test_the_recipe_s_own_formats_pass_the_gates_and_draw(tmp_path: Path) -> None:
+    """E2M3 activations: what flips do to pictures is large here, see EIGHT_BITS, so that only the gates judge them."""
+    built = pipelines.build("hunyuan11", tmp_path, "rtn")
+    assert {layer.activation_format for layer in built.layers} == {"E2M3"}
+    assert np.isfinite(latents(built.engine, **TWO | SIZE)).all()

@@ -181,3 +181,31 @@ def test_an_engine_says_what_does_not_fit(engine: CpuEngine) -> None:
     # Equal numbers of another type are not taken for the condition that is kept.
     with pytest.raises(RecipeError, match="mask is of float64"):
         engine.run(call(0) | {"mask": call(0)["mask"].astype(np.float64)})
+
+
+WIDE = 4096, 120  # channels and tokens of a T5-XXL caption: copying and comparing one takes as long as a small step
+
+
+def test_two_threads_with_wide_captions_get_their_own_results(tmp_path: Path) -> None:
+    """Nobody is held anywhere here: the threads meet where they happen to."""
+    channels, tokens = WIDE
+    layers = [random_linear("a", k=channels), random_linear("b", seed=1)]
+    inputs = f"float[B,S,64] hidden_states, float[B,S,{channels}] text, float[B,S,1] mask"
+    ir.save(portable(BODY, layers, inputs), tmp_path / "model.onnx", external_data="model.onnx.data")
+    (tmp_path / "work").mkdir()
+    recipe = Recipe(name="test", model="zoo:pixart_mini", cpu=Cpu(path="stock"))
+    lowered = CpuBackend().lower(tmp_path / "model.onnx", tmp_path / "work", recipe)
+    (tmp_path / "engine").mkdir()
+    CpuBackend().build(lowered, tmp_path / "engine", recipe)
+    engine = CpuEngine(tmp_path / "engine", threads=1)
+    text = [np.random.default_rng(seed).standard_normal((2, tokens, channels)).astype(np.float32) for seed in (0, 1)]
+    calls = [call(0, batch=2, tokens=tokens) | {"text": caption} for caption in text]
+    expected = alone(engine, calls)
+
+    def count_wrong(index: int) -> int:
+        return sum(not np.array_equal(engine.run(calls[index])["y"], expected[index]) for _ in range(50))
+
+    workers = [Worker(partial(count_wrong, index)) for index in (0, 1)]
+    assert [worker.result() for worker in workers] == [0, 0]
+    assert not np.array_equal(*expected)
+    engine.close()
