@@ -4,7 +4,7 @@ A GEMM is run twice on the same codes, whose sums are exact in this GPU's accumu
 scales of one and a float32 output: the integer sums, which must be equal. Then whole, with scales, zero point, epilogue
 and output type: off by one rounding to the output and those of the float32 steps before it, `allowed` below. Quantizers
 must give the codes and scales of their meanings, but for values that a float32 norm or GELU moves over the middle
-between two codes, `worst_code` in gpu_check_quantizers.py.
+between two codes, `worst_code` in check_quantizers.py.
 """
 
 from __future__ import annotations

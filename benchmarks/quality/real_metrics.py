@@ -131,7 +131,7 @@ def rehearse(name: str, python: Path) -> None:
 
 
 def scores(name: str, python: Path, folder: Path) -> list[float]:
-    """Of the pictures in a folder, by `quality_scorer.py` in `python`, offline. Raises EnvironmentLacksError."""
+    """Of the pictures in a folder, by `scorer.py` in `python`, offline. Raises EnvironmentLacksError."""
     command = [str(python), quality_scorer.__file__, name, str(folder)]
     done = subprocess.run(
         command,

@@ -1,4 +1,4 @@
-"""Score pictures in a folder by a published reward model: `python quality_scorer.py image_reward FOLDER`.
+"""Score pictures in a folder by a published reward model: `python scorer.py image_reward FOLDER`.
 
 Stands alone, without imports of this project: ImageReward and HPSv2 ask for releases of transformers, protobuf and
 pytest that do not go together with the compiler's, so they run in a Python of their own (`--scorer-python`).

@@ -135,7 +135,7 @@ def lower_native(model: ir.Model, weights: str, sms: tuple[int, ...]) -> Lowerin
 def build_native(
     path: Path, engine_path: Path, sms: tuple[int, ...], batch_size: int
 ) -> tuple[rtx_build.BuildFacts, EngineFile, dict[str, Any]]:
-    """As `rtx_plugin.build`, of a graph in TensorRT's own ops."""
+    """As `plugin_payloads.build`, of a graph in TensorRT's own ops."""
     facts = rtx_build.build_engine(path, engine_path, sms, batch_size)
     return facts, read_engine_file(engine_path), {}
 

@@ -2,7 +2,7 @@
 
 Weights: GPTQ; the scales of a group are fitted when its turn comes, to their absmax unless the option `range` says
 otherwise. Activations: one scale for each token and group, found at run time; a layer's weight and its input have the
-same group size. Group sizes may be searched for (group_search.py).
+same group size. Group sizes may be searched for (groups/search.py).
 
 Differences, all of them choices that can be measured through the options: integers are symmetric (the flags `--w_sym`
 and `--a_sym` of the authors' code, which their own search uses), since a zero point per group would cost a GEMM per
