@@ -55,20 +55,20 @@ started = time.perf_counter()
 kind, path, inputs = sys.argv[1:]
 if kind == "engine":
     from pathlib import Path
-    from pipeline.backends.cpu_engine import CpuEngine
+    from pipeline.backends.cpu.engine import CpuEngine
     import onnxruntime
     started = time.perf_counter()
     engine = CpuEngine(Path(path))
     run = engine.run
 else:
-    from pipeline.bench_baselines import open_stock_session
+    from pipeline.bench.baselines import open_stock_session
     import onnxruntime
     started = time.perf_counter()
     session = open_stock_session(path)
     run = lambda feeds: {"sample": session.run(None, feeds)[0]}
 load_s = time.perf_counter() - started
 from pipeline.machine import peak_memory_bytes
-from pipeline.sampling import make_sampler, sample
+from pipeline.generate.sampling import make_sampler, sample
 feeds = dict(np.load(inputs))
 condition = {name: value for name, value in feeds.items() if name not in ("hidden_states", "timestep")}
 sample(run, (condition, condition), feeds["hidden_states"], make_sampler("ddim", 2), 4.5)

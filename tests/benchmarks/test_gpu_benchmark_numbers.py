@@ -290,8 +290,8 @@ COMPILE = """
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from benchmarks import gpu_kernels as k
-from benchmarks.gpu_exactness import TILE, WARPS
+from benchmarks.gpu import kernels as k
+from benchmarks.gpu.exactness import TILE, WARPS
 from plugins.gpu.machine_code import resources
 
 def build(function, sm, types, constants, warps):

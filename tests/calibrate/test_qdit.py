@@ -166,7 +166,10 @@ def test_groups_of_128_are_refused_where_they_do_not_fit():
         ("activations=static", "activations 'static' of qdit; use one of token_group, per_token, per_tensor"),
         ("range=all", "range 'all'; use one of absmax, mse, recipe"),
         ("rounding=up", "rounding 'up' of qdit; use one of gptq, nearest"),
-        ("search=fid", "search 'fid' of qdit; use one of none, proxy; pictures judge in python -m benchmarks.search_g"),
+        (
+            "search=fid",
+            "search 'fid' of qdit; use one of none, proxy; pictures judge in python -m benchmarks.q",
+        ),
         ("group_sizes=8,8", "2 group sizes for 6 layers"),
         ("group_sizes=3*6", r"blocks\.0\.to_q: group size 3; use a divisor of K=16"),
     ],

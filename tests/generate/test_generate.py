@@ -181,7 +181,7 @@ def test_drawing_needs_no_torch(tmp_path):
     make_bundle(tmp_path)
     code = (
         "import sys\nfrom pathlib import Path\n"
-        "import pipeline.bundle.bundle\nfrom pipeline.generate import DrawRequest, draw\n"
+        "import pipeline.bundle.bundle\nfrom pipeline.generate.draw import DrawRequest, draw\n"
         "from tests.generate.test_generate import make_bundle\n"
         f"draw(make_bundle(Path({str(tmp_path)!r})), DrawRequest(('3',)))\n"
         "heavy = sorted({'torch', 'diffusers', 'transformers', 'matplotlib', 'onnxscript'} & set(sys.modules))\n"
