@@ -48,7 +48,7 @@ LIMIT = 4.0
 # token's scale). By Hoeffding's bound n independent errors within 3 u exceed 16 s = 20.7 |a| u with a probability below
 # 2 exp(-20.7^2 / (2 * 3^2)) = 10^-10, and some 10^5 tokens and channels are judged: 10^-5 for one false alarm. What is
 # not independent in real runtimes is measured: right engines of the bundled models stay below 0.54 of their limits, for
-# every target (benchmarks/results/segment_margins.json).
+# the targets that stand in benchmarks/results/segment_margins.json.
 PART_LIMIT = 16.0
 # What all numbers of a sample have in common, a factor or an offset, over its standard deviation. Roundings have no
 # side, so that the mean of n of them is 1 / sqrt(n) as large as one: coarse as FP16 is, a factor of 1.001 shows. There
