@@ -73,7 +73,7 @@ def _counts_samples(value: ir.Value, output: ir.Value) -> bool:
 
 def _flag(build: GraphBuilder, place: ir.Value, of_samples: bool) -> ir.Value:
     """0, or NaN where `place` has one: of each sample [batch], or of all together []."""
-    name = str(place.name)
+    name = f"of/{place.name}"  # whatever a model calls its tensors, it meets no other name here
     zeros = build.plain(f"{name}_times_0", "Mul", place, build.constant(f"{name}.zero", np.zeros(1, np.float32)))
     rank = 1 if place.shape is None else place.shape.rank()
     axes = range(1, rank) if of_samples else range(rank)

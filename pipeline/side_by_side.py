@@ -26,13 +26,14 @@ def side_by_side(work: Sequence[Callable[[], T]], threads: int) -> list[T]:
     if min(threads, len(work)) < 2:
         return [function() for function in work]
     stop = threading.Event()
+    stops = (*_stops(), stop)  # what ends the work around this one ends this one, too
 
     def run(function: Callable[[], T]) -> T:
-        _thread.stop = stop
+        _thread.stops = stops
         try:
             return function()
         finally:
-            del _thread.stop
+            del _thread.stops
 
     with _single_threaded_torch(), ThreadPoolExecutor(threads) as pool:
         try:  # from here on: a signal may come before all have begun
@@ -47,9 +48,13 @@ def side_by_side(work: Sequence[Callable[[], T]], threads: int) -> list[T]:
 
 def raise_if_stopped() -> None:
     """To be called now and then by long work: raises StoppedError in a thread whose result is no longer wanted."""
-    stop = getattr(_thread, "stop", None)
-    if stop is not None and stop.is_set():
+    if any(stop.is_set() for stop in _stops()):
         raise StoppedError
+
+
+def _stops() -> tuple[threading.Event, ...]:
+    stops: tuple[threading.Event, ...] = getattr(_thread, "stops", ())
+    return stops
 
 
 @contextmanager

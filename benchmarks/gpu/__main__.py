@@ -214,7 +214,9 @@ def finish(results: Results) -> int:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        "python -m benchmarks.gpu", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     names = [section.name for section in SECTIONS]
     parser.add_argument("--section", action="append", default=[], choices=names, help="only these (repeatable)")
     parser.add_argument("--check-only", action="store_true", help="check the kernels and stop")

@@ -207,7 +207,9 @@ def told_result(found: dict[str, Any]) -> str:
 
 
 def make_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        "python -m benchmarks.quality", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     add_names(parser, MODELS)
     tables = [*TABLES, SENSITIVITY]
     parser.add_argument(

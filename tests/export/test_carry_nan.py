@@ -7,9 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
+import onnx_ir as ir
+import onnxruntime
 import pytest
 import torch
 
+from export.carry_nan import carry_nan
 from export.checkpoint import QuantizedLinear
 from export.models import load as models
 from export.models.load import LoadedModel, sample_inputs
@@ -89,3 +93,25 @@ def test_where_there_is_nan_and_where_not(case: Case) -> None:
     assert everywhere | nowhere == set(case.lost) and {"hidden_states", "timestep"} <= everywhere
     if case.model.family.name == "hunyuan":
         assert nowhere == {"encoder_hidden_states", "text_embedding_mask", "text_embedding_mask_t5"}
+
+
+GRAPHS = {
+    "an input called rows": ("a (float[B,2] rows) => (float[B,2] out) { out = Relu(rows) }", "rows"),
+    "an input called sample": ("a (float[B,2] sample) => (float[B,2] out) { out = Relu(sample) }", "sample"),
+    "a selection called sample": (
+        "a (float[B,2] x, bool[B,2] m) => (float[B,2] sample) { h = Relu(x)  z = Neg(x)  sample = Where(m, h, z) }", "x"
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", GRAPHS)
+def test_names_of_a_model_meet_none_of_ours(name: str) -> None:
+    text, place = GRAPHS[name]
+    model = ir.from_onnx_text(f'<ir_version: 10, opset_import: ["" : 21]> {text}')
+    carry_nan(model.graph, [place])
+    proto = ir.to_proto(model)
+    onnx.checker.check_model(proto, full_check=True)
+    session = onnxruntime.InferenceSession(proto.SerializeToString(), providers=["CPUExecutionProvider"])
+    fed = {place: np.array([[np.nan, 1], [2, 3]], np.float32), "m": np.ones((2, 2), bool)}
+    (out,) = session.run(None, {value.name: fed[value.name] for value in session.get_inputs()})
+    assert np.isnan(out[0]).all() and np.isfinite(out[1]).all()

@@ -160,6 +160,26 @@ def test_long_work_stops_where_nobody_waits_for_it(
 ) -> None:
     stop = threading.Event()
     stop.set()
-    monkeypatch.setattr(threads_of._thread, "stop", stop, raising=False)
+    monkeypatch.setattr(threads_of._thread, "stops", (stop,), raising=False)
     with pytest.raises(StoppedError):
         work(tmp_path)
+
+
+def test_work_inside_of_work_ends_with_it() -> None:
+    ended: list[float] = []
+
+    def inner() -> None:
+        started = time.monotonic()
+        try:
+            for _ in track(range(500), 500, "steps"):
+                time.sleep(0.01)
+        finally:
+            ended.append(time.monotonic() - started)
+
+    def wrong() -> None:
+        time.sleep(0.05)
+        raise ValueError("no such layer")
+
+    with pytest.raises(ValueError, match="no such layer"):
+        side_by_side([lambda: side_by_side([inner, inner], 2), wrong], 2)  # type: ignore[list-item, return-value]
+    assert len(ended) == 2 and max(ended) < 5

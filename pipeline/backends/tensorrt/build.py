@@ -1,6 +1,6 @@
 """Drives TensorRT-RTX's builder: ONNX file in, engine file out, its errors as errors of ours.
 
-What takes the module as `trt` serves TensorRT's builder (backends/trt.py), too.
+What takes the module as `trt` serves TensorRT's builder (backends/trt), too.
 """
 
 from __future__ import annotations
