@@ -30,7 +30,7 @@ def reading(path: Path) -> Iterator[None]:
     try:
         yield
     except (UserError, NotImplementedError, RecursionError):
-        raise
+        raise  # the last two are RuntimeErrors, but faults of ours: protobuf refuses a file that is nested so deep
     except (*MALFORMED, onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
         reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
         raise ContractError(f"{path} is not a model of this version's form ({reason}); build it again") from error

@@ -35,7 +35,7 @@ def side_by_side(work: Sequence[Callable[[], T]], threads: int) -> list[T]:
         finally:
             del _thread.stops
 
-    with _single_threaded_torch(), ThreadPoolExecutor(threads) as pool:
+    with single_threaded_torch(), ThreadPoolExecutor(threads) as pool:
         try:  # from here on: a signal may come before all have begun
             futures: list[Future[T]] = [pool.submit(run, function) for function in work]
             wait(futures, return_when=FIRST_EXCEPTION)
@@ -58,7 +58,9 @@ def _stops() -> tuple[threading.Event, ...]:
 
 
 @contextmanager
-def _single_threaded_torch() -> Iterator[None]:
+def single_threaded_torch() -> Iterator[None]:
+    """Within, PyTorch's operations take one thread each, and their sums one order. Not for overlapping use by threads:
+    the number of threads is the process's."""
     import torch
 
     before = torch.get_num_threads()

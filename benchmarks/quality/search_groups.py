@@ -31,7 +31,7 @@ from export.models import load as models
 from pipeline import recipe as recipes
 from pipeline.backends.reference import ReferenceEngine
 from pipeline.calibrate.data import calibration_data
-from pipeline.calibrate.groups.candidates import CandidateModels, Candidates, one_thread, scored_keys
+from pipeline.calibrate.groups.candidates import CandidateModels, Candidates, scored_keys
 from pipeline.calibrate.groups.proxy import ProxyScore
 from pipeline.calibrate.groups.search import Found, Individual, Space, search
 from pipeline.calibrate.groups.space import layer_sizes, to_text
@@ -41,6 +41,7 @@ from pipeline.calibrate.plan import make_plans
 from pipeline.files import sha256_json
 from pipeline.methods import METHODS
 from pipeline.recipe import Recipe
+from pipeline.side_by_side import single_threaded_torch
 
 logger = logging.getLogger(__name__)
 AGAINST = ("real", "float")
@@ -81,7 +82,8 @@ class _Frechet:
 
     def __call__(self, individual: Individual) -> float:
         engine = ReferenceEngine(self.models.module(individual), torch.float32)
-        with one_thread():
+        # sums of float32 depend on how many threads share them, and scores must not
+        with single_threaded_torch():
             pictures = draw(self.subject, engine.run, "candidate")
             return frechet(gaussian(judged(self.subject.name, pictures)[0]), self.goal)
 

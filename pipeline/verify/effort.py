@@ -20,8 +20,8 @@ BATCHES = tuple(size for size, _ in calls.BATCHES)
 # Batches of the special calls whose inner tensors are looked at: samples of every pool. Those of 2 are among those of
 # 9, which take more memory and time: of the portable model the 2 are looked at, else the 9.
 INSIDE, FEW_INSIDE = (1, 3, 9), (1, 2, 3)
-# The same of a large model: what is not among the samples of a step, whose captions have the length of the prompts. Its
-# portable model makes no other special calls.
+# The same of a large model: lengths, latents and timesteps that the samples of a step do not have. Its portable model
+# makes no other special calls, so that an empty mask is looked at in its other targets alone.
 LARGE_INSIDE = (1, 3)
 
 

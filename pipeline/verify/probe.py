@@ -179,16 +179,17 @@ class ProbedGraph:
             logger.debug("probed %d layers, %.0f MiB", len(batch), held / 2**20)
             for first in range(0, len(batch), WEIGHTS_AT_ONCE):
                 few = batch[first : first + WEIGHTS_AT_ONCE]
-                weights = self._decoded(few)
+                weights = self._decoded(few, calls[0])
                 for layer in few:
                     pairs = zip(found, calls, strict=True)
                     yield layer, [self._probe(self.rows[layer], tensors | weights, call) for tensors, call in pairs]
 
-    def _decoded(self, layers: Sequence[str]) -> Arrays:
+    def _decoded(self, layers: Sequence[str], call: Arrays) -> Arrays:
         """The dequantized weights of layers, computed by the nodes that the graph has for them and nothing else: with
-        them the tensors of few layers would fill a batch."""
+        them the tensors of few layers would fill a batch. `call`: for a graph whose weights read an input, which is
+        wrong, and which the outputs of the other calls then show."""
         names = sorted({row.operands[1] for layer in layers if (row := self.rows[layer]).operands})
-        return self.cut(names, {})({}) if names else {}
+        return self.cut(names, {})(call) if names else {}
 
     def _probe(self, row: ProbeRow, tensors: Arrays, call: Arrays) -> LinearProbe:
         x = _rows(tensors[row.x])

@@ -7,8 +7,7 @@ than uniform ones with rounding to nearest, and 0.4 dB worse with GPTQ.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -44,17 +43,6 @@ def scored_keys(recipe: Recipe) -> dict[str, Any]:
     options = {key: value for key, value in recipe.calibrate.options.items() if key not in SEARCH_ONLY}
     found = {key: parts[key] for key in ("formats", "weights", "sampling")}
     return found | {"calibrate": parts["calibrate"] | {"options": options}}
-
-
-@contextmanager
-def one_thread() -> Iterator[None]:
-    """Sums of float32 depend on how many threads share them; scores must not."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 @dataclass(frozen=True)

@@ -17,10 +17,11 @@ from torch import nn
 
 from pipeline.backends.base import Arrays
 from pipeline.calibrate.data import CalibrationData
-from pipeline.calibrate.groups.candidates import CandidateModels, Candidates, one_thread, scored_keys
+from pipeline.calibrate.groups.candidates import CandidateModels, Candidates, scored_keys
 from pipeline.calibrate.groups.search import Individual
 from pipeline.distance import sqnr_db
 from pipeline.generate.sampling import take_samples
+from pipeline.side_by_side import single_threaded_torch
 
 
 @dataclass(frozen=True)
@@ -70,5 +71,6 @@ class _Proxy:
         return -float(np.mean([sqnr_db(exact, other) for exact, other in zip(self.exact, found, strict=True)]))
 
     def _outputs(self, module: nn.Module) -> list[Any]:
-        with torch.inference_mode(), one_thread():
+        # sums of float32 depend on how many threads share them, and scores must not
+        with torch.inference_mode(), single_threaded_torch():
             return [module(**call)[:, : self.channels].numpy() for call in self.calls]
