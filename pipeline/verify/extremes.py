@@ -16,7 +16,7 @@ from export.checkpoint import QuantizedLinear
 from pipeline.backends.base import Arrays, ProbeRow
 from pipeline.side_by_side import raise_if_stopped
 from pipeline.verify.oracle import check_quantizer
-from pipeline.verify.probe import ProbedGraph, activation_image
+from pipeline.verify.probe import Beside, ProbedGraph, activation_image
 
 # From the floor of absmax (1e-30) to far beyond what float16 holds; squares of the largest stay finite in float32.
 FACTORS = (1e-25, 1e-6, 0.0, 1e12)
@@ -32,22 +32,28 @@ class ExtremeResult:
     scale_error: float
 
 
-def extreme_results(probed: ProbedGraph, layers: Sequence[QuantizedLinear], call: Arrays) -> list[ExtremeResult]:
-    """Every quantizer of a graph on every factor; the tokens are those of `call`."""
-    quantizers = {(probed.rows[layer.name].x, probed.rows[layer.name].codes): layer for layer in layers}
+def read_by_quantizers(probed: ProbedGraph, layers: Sequence[QuantizedLinear]) -> dict[str, list[str]]:
+    """By layer the tensors that its quantizer reads, of one layer for each quantizer."""
+    quantizers = {(probed.rows[layer.name].x, probed.rows[layer.name].codes): layer.name for layer in layers}
+    return {name: _fed(probed, probed.rows[name]) for name in quantizers.values()}
+
+
+def extreme_results(
+    probed: ProbedGraph, layers: Sequence[QuantizedLinear], read: Beside, call: Arrays
+) -> list[ExtremeResult]:
+    """Every quantizer of a graph on every factor times the tensors `read`, kept by the names of `read_by_quantizers`
+    in the call with the inputs `call`."""
+    quantizers = [layer for layer in layers if layer.name in read.names]
     if not quantizers:
         return []
-    rows = {layer.name: probed.rows[layer.name] for layer in quantizers.values()}
-    places = sorted({name for row in rows.values() for name in _fed(probed, row)})
-    natural = probed.run(places, [call])[0]
-    fed = {name: natural[name] for name in places}
-    fused = {row.x for row in rows.values() if row.x not in _fed(probed, row)}
+    rows, fed = {layer.name: probed.rows[layer.name] for layer in quantizers}, read.arrays
+    fused = {row.x for row in rows.values() if row.x not in read.names[row.layer]}
     run = probed.cut(sorted(fused.union(*({*row.codes, row.act_scale} - {""} for row in rows.values()))), fed)
     results = []
     for factor in FACTORS:
         scaled = {name: _times(array, factor) for name, array in fed.items()}
         tensors = {**scaled, **run(call | scaled)}
-        for layer in quantizers.values():
+        for layer in quantizers:
             raise_if_stopped()
             results.append(_judge(layer, rows[layer.name], tensors, factor))
     return results

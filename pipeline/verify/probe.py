@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -27,13 +28,12 @@ from pipeline.backends.cpu.native_ops import DOMAIN as NATIVE
 from pipeline.backends.runtime_errors import runtime_errors
 from pipeline.side_by_side import raise_if_stopped
 from pipeline.verify.oracle import LinearProbe
+from pipeline.verify.parts import Parts, needed_names, part_of
 from plugins.cpu import library
 
 logger = logging.getLogger(__name__)
 # Layers of the first batch, and bytes of probed tensors that later batches may hold at once.
-FIRST_BATCH, BATCH_BYTES = 4, 2**30
-# Layers whose dequantized weights are held at once.
-WEIGHTS_AT_ONCE = 8
+FIRST_BATCH, BATCH_BYTES = 4, 2**28
 FOLDER_OPTION = "session.model_external_initializers_file_folder_path"
 
 
@@ -41,6 +41,20 @@ def tensor_names(row: ProbeRow) -> tuple[str, ...]:
     """The tensors of one probe row, without gemm_scale (an initializer)."""
     names = (row.x, *row.codes, row.act_scale, row.gemm, row.output, row.low_rank, *row.operands)
     return tuple(name for name in names if name)
+
+
+@dataclass
+class Beside:
+    """More tensors that are kept while a graph is probed: `names` by layer, those of one call, by its place. arrays:
+    what was kept."""
+
+    call: int
+    names: Mapping[str, Sequence[str]]
+    arrays: Arrays = field(default_factory=dict)
+
+    def keep(self, layers: Sequence[str], tensors: Sequence[Arrays]) -> None:
+        """tensors: what was computed for `layers` in each call."""
+        self.arrays |= {name: tensors[self.call][name] for layer in layers for name in self.names.get(layer, ())}
 
 
 class ProbedGraph:
@@ -90,8 +104,7 @@ class ProbedGraph:
     def denoiser(self) -> Callable[[Arrays], Arrays]:
         """The graph as it is, run by onnxruntime: stands in for an engine that this machine cannot run. The function
         may be called from any number of threads. Its calls raise RecipeError for inputs that do not fit."""
-        with runtime_errors(self.path):
-            session = open_session(self.model, self.path.parent, self._threads)
+        session = self._open(self.model)
         names, declared = [output.name for output in session.get_outputs()], feeds.of_session(session)
 
         def run(inputs: Arrays) -> Arrays:
@@ -109,8 +122,7 @@ class ProbedGraph:
         wanted = sorted(set(names) - inputs)
         del changed.graph.output[:]  # what only other outputs need is then not computed
         changed.graph.output.extend(onnx.ValueInfoProto(name=name) for name in wanted)
-        with runtime_errors(self.path):
-            session = open_session(changed, self.path.parent, self._threads)
+        session = self._open(changed)
         del changed
         results: list[Arrays] = []
         for call in calls:
@@ -123,29 +135,19 @@ class ProbedGraph:
         """What the graph computes for the tensors `names` when all that read those of `fed` get arrays of the same
         types and ranks. A tensor may be in both: it is computed, and others read what was given."""
         wanted = [f"{name}/cut" if name in fed else name for name in names]
-        changed = onnx.ModelProto()
-        changed.CopyFrom(self.model)
-        for node in changed.graph.node:
-            node.output[:] = [f"{name}/cut" if name in fed else name for name in node.output]
-        kept = [value for value in changed.graph.value_info if value.name not in fed]
-        del changed.graph.value_info[:], changed.graph.output[:]
-        changed.graph.value_info.extend(kept)
-        for name, array in fed.items():
+        renamed = [
+            _with_outputs(node, [f"{name}/cut" if name in fed else name for name in node.output])
+            if any(name in fed for name in node.output)
+            else node
+            for node in self.model.graph.node
+        ]
+        needed = needed_names(renamed, wanted)
+        nodes = [node for node in renamed if any(name and name in needed for name in node.output)]
+        part = part_of(self.model, nodes, fed, wanted)
+        for name, array in fed.items():  # of an op of ours, whose other outputs may be needed
             kind = onnx.helper.np_dtype_to_tensor_dtype(array.dtype)
-            changed.graph.input.append(onnx.helper.make_tensor_value_info(name, kind, [None] * array.ndim))
-            left_over = onnx.helper.make_tensor_value_info(f"{name}/cut", kind, [None] * array.ndim)
-            changed.graph.value_info.append(left_over)  # of an op of ours, whose other outputs may be needed
-        changed.graph.output.extend(onnx.ValueInfoProto(name=name) for name in wanted)
-        needed = _needed(changed.graph, set(wanted))
-        nodes = [node for node in changed.graph.node if any(name and name in needed for name in node.output)]
-        constants = [item for item in changed.graph.initializer if item.name in needed]
-        inputs = [item for item in changed.graph.input if item.name in needed]
-        del changed.graph.node[:], changed.graph.initializer[:], changed.graph.input[:]
-        changed.graph.node.extend(nodes)
-        changed.graph.initializer.extend(constants)
-        changed.graph.input.extend(inputs)
-        with runtime_errors(self.path):
-            session = open_session(changed, self.path.parent, self._threads)
+            part.graph.value_info.append(onnx.helper.make_tensor_value_info(f"{name}/cut", kind, [None] * array.ndim))
+        session = self._open(part)
 
         def run(arrays: Mapping[str, NDArray]) -> Arrays:
             known = {value.name for value in session.get_inputs()}
@@ -154,6 +156,10 @@ class ProbedGraph:
 
         return run
 
+    def _open(self, model: onnx.ModelProto) -> Any:
+        with runtime_errors(self.path):
+            return open_session(model, self.path.parent, self._threads)
+
     def _call(self, session: Any, names: Sequence[str], inputs: Arrays) -> Arrays:
         """Tensors by name. Raises ContractError where onnxruntime stops, as it does at a code beyond its table."""
         raise_if_stopped()
@@ -161,35 +167,41 @@ class ProbedGraph:
             return dict(zip(names, session.run(names, inputs), strict=True))
 
     def probes(
-        self, layers: Sequence[str], calls: Sequence[Arrays], outputs: list[Arrays] | None = None
+        self,
+        layers: Sequence[str],
+        calls: Sequence[Arrays],
+        outputs: list[Arrays] | None = None,
+        beside: Beside | None = None,
     ) -> Iterator[tuple[str, list[LinearProbe]]]:
-        """For each layer what it computed in each call, a batch of layers at a time. `outputs` gets the model's own
-        outputs in each call, which are computed with the last batch."""
-        left, size, last = list(layers), FIRST_BATCH, [output.name for output in self.model.graph.output]
+        """For each layer what it computed in each call, a batch of layers at a time, which should stand in the order of
+        computation. `outputs` gets the model's own outputs in each call, which are computed with the last batch;
+        `beside`: what else is kept."""
+        more = beside or Beside(0, {})
+        names = {layer: {*tensor_names(self.rows[layer]), *more.names.get(layer, ())} for layer in layers}
+        last = [output.name for output in self.model.graph.output]
+        parts = Parts(
+            self.model, self._open, calls, [*last, *(name for of_layer in names.values() for name in of_layer)]
+        )
+        left, size = list(layers), FIRST_BATCH
         while left:
             batch, left = left[:size], left[size:]
-            names = {name for layer in batch for name in tensor_names(self.rows[layer])} - self.weights
+            asked = [name for layer in batch for name in names[layer]]
             if outputs is not None and not left:
-                names.update(last)
-            found = self.run(sorted(names), calls)
+                asked += last
+            raise_if_stopped()
+            with runtime_errors(self.path):
+                tensors = parts.compute(asked, self.weights)
             if outputs is not None and not left:
-                outputs += [{name: tensors[name] for name in last} for tensors in found]
-            held = sum({id(array): array.nbytes for tensors in found for array in tensors.values()}.values())
+                outputs += [{name: of_call[name] for name in last} for of_call in tensors]
+            more.keep(batch, tensors)
+            held = sum({id(array): array.nbytes for of_call in tensors for array in of_call.values()}.values())
             size = max(1, int(BATCH_BYTES / max(held / len(batch), 1)))
             logger.debug("probed %d layers, %.0f MiB", len(batch), held / 2**20)
-            for first in range(0, len(batch), WEIGHTS_AT_ONCE):
-                few = batch[first : first + WEIGHTS_AT_ONCE]
-                weights = self._decoded(few, calls[0])
-                for layer in few:
-                    pairs = zip(found, calls, strict=True)
-                    yield layer, [self._probe(self.rows[layer], tensors | weights, call) for tensors, call in pairs]
-
-    def _decoded(self, layers: Sequence[str], call: Arrays) -> Arrays:
-        """The dequantized weights of layers, computed by the nodes that the graph has for them and nothing else: with
-        them the tensors of few layers would fill a batch. `call`: for a graph whose weights read an input, which is
-        wrong, and which the outputs of the other calls then show."""
-        names = sorted({row.operands[1] for layer in layers if (row := self.rows[layer]).operands})
-        return self.cut(names, {})(call) if names else {}
+            # The weights of a graph that computes them from an input, which is wrong, show in the other calls' outputs.
+            weights = {name: array for name, array in tensors[0].items() if name in self.weights}
+            for layer in batch:
+                pairs = zip(tensors, calls, strict=True)
+                yield layer, [self._probe(self.rows[layer], of_call | weights, call) for of_call, call in pairs]
 
     def _probe(self, row: ProbeRow, tensors: Arrays, call: Arrays) -> LinearProbe:
         x = _rows(tensors[row.x])
@@ -212,13 +224,11 @@ class ProbedGraph:
         )
 
 
-def _needed(graph: onnx.GraphProto, wanted: set[str]) -> set[str]:
-    """Names of all tensors that `wanted` are computed from, and themselves. Nodes stand in the order of computation."""
-    needed = set(wanted)
-    for node in reversed(graph.node):
-        if any(name and name in needed for name in node.output):
-            needed.update(node.input)
-    return needed
+def _with_outputs(node: onnx.NodeProto, outputs: Sequence[str]) -> onnx.NodeProto:
+    copy = onnx.NodeProto()
+    copy.CopyFrom(node)
+    copy.output[:] = outputs
+    return copy
 
 
 def _timesteps(call: Arrays, rows: int) -> NDArray | None:

@@ -28,7 +28,7 @@ from pipeline.recipe import Recipe
 from pipeline.side_by_side import side_by_side
 from pipeline.verify.calls import call_errors, state_result
 from pipeline.verify.effort import Effort, effort_for, note
-from pipeline.verify.extremes import extreme_results
+from pipeline.verify.extremes import extreme_results, read_by_quantizers
 from pipeline.verify.gates import (
     LAYER_RULES,
     calls_gates,
@@ -46,7 +46,7 @@ from pipeline.verify.gates import (
     step_results,
 )
 from pipeline.verify.oracle import ActivationOracle, LinearCheck, LinearProbe, activation_oracle, check_linear
-from pipeline.verify.probe import ProbedGraph
+from pipeline.verify.probe import Beside, ProbedGraph
 from pipeline.verify.report import Gate, LayerResult, Report, write_layers_csv
 from pipeline.verify.segments import SegmentCheck
 from pipeline.verify.study import Realisations, Study, layer_input_db, study
@@ -143,6 +143,8 @@ def verify_target(
     whole = (found.case.n_steps, found.probed, len(found.case.noise))
     effort = effort or effort_for(target, *whole, large=is_large(model))
     calls = looked_at(found, effort)
+    # Of the call with fewest tokens: that of one sample, where it is looked into.
+    extreme_call = min(range(len(calls)), key=lambda place: len(list(calls.values())[place]["hidden_states"]))
     order = {name: place for place, name in enumerate(found.stretches.order(found.calls[0]))}
     present.sort(key=lambda layer: order[layer.name])
     with SegmentCheck(target, found.stretches, calls, of_graph_name) as segments:
@@ -150,13 +152,15 @@ def verify_target(
         told = segments if complete else None
         # Of a large model the linear and the stretch before it take seconds each.
         threads = 2 if is_large(model) else 1
-        results = layer_results(target, present, expected, probed, found, of_graph, calls, effort.probed, told, threads)
+        read = Beside(extreme_call, read_by_quantizers(probed, present))
+        results = layer_results(
+            target, present, expected, probed, found, of_graph, calls, effort.probed, told, threads, read
+        )
     report.layers += results
     report.segments += segments.results
     report.gates += [segments_gate(target, segments.results), *tables_gate(target, model, probed)]
-    special_call = found.special_calls[0]
-    extremes = extreme_results(probed, present, special_call.inputs)
-    report.gates.append(quantizers_gate(target, extremes, special_call.text))
+    text, inputs = list(calls.items())[extreme_call]
+    report.gates.append(quantizers_gate(target, extreme_results(probed, present, read, inputs), text))
     run = engine.run if engine else probed.denoiser()
     if engine is None:
         apart = PLUGINS_APART if any(choice.path.startswith("plugin") for choice in graph.choices) else ""
@@ -247,13 +251,15 @@ def layer_results(
     steps: Sequence[int],
     segments: SegmentCheck | None = None,
     threads: int = 1,
+    beside: Beside | None = None,
 ) -> list[LayerResult]:
     """Every linear of one target in `calls`, of which the first are those of `steps`, out of `Study.probed`. `segments`
-    is told of each, and needs them to be all, in the order of computation; beside the linear itself, with `threads`."""
+    is told of each, and needs them to be all, in the order of computation; beside the linear itself, with `threads`.
+    beside: see `ProbedGraph.probes`."""
     rows, places = {layer.name: layer for layer in layers}, [found.probed.index(step) for step in steps]
     results, known, outputs = [], ("", b""), list[Arrays]()
     oracle: ActivationOracle | None = None
-    of_layers = probed.probes(list(rows), list(calls.values()), outputs)
+    of_layers = probed.probes(list(rows), list(calls.values()), outputs, beside)
     for name, probes in track(of_layers, len(rows), f"verify {target}: linears"):
         quantizer = (probed.rows[name].x, quantizer_key(rows[name]))
         shared = oracle if quantizer == known else None  # q, k and v read one quantizer and follow each other

@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import count
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -128,10 +129,15 @@ class Study:
         pairs = zip(self.plain, self.exact, strict=True)
         return [sqnr_db(self.case.shown(plain), self.case.shown(exact)) for plain, exact in pairs]
 
-    def errors(self, run: Run, steps: Sequence[int] = (), label: str = "verify: steps") -> StepErrors:
-        """Run a denoiser on the inputs of every step, or of `steps` alone."""
+    def errors(
+        self, run: Run, steps: Sequence[int] = (), label: str = "verify: steps", first: Arrays | None = None
+    ) -> StepErrors:
+        """Run a denoiser on the inputs of every step, or of `steps` alone. first: its outputs in the first of them,
+        where they are known."""
         steps = steps or range(len(self.calls))
-        outputs = [self.case.shown(run(self.calls[i])["sample"]) for i in track(steps, len(steps), label)]
+        run_steps = steps if first is None else steps[1:]
+        outputs = [run(self.calls[i])["sample"] for i in track(run_steps, len(run_steps), label)]
+        outputs = [self.case.shown(output) for output in ([] if first is None else [first["sample"]]) + outputs]
         pairs = [(self.case.shown(self.exact[i]), output) for i, output in zip(steps, outputs, strict=True)]
         samples = [error for i, pair in zip(steps, pairs, strict=True) for error in self._sample_errors(i, *pair)]
         return StepErrors(
@@ -208,9 +214,9 @@ def _run_exact(found: Study, engine: Any) -> None:
     found.pool_exact = {name: engine.run(inputs)["sample"] for name, inputs in found.pools.items()}
 
 
-def _watched(run: Run, record: Recorder | Comparison, probed: Sequence[int]) -> Run:
-    """`run`, with the recorder or comparison switched on in the steps `probed`."""
-    steps = iter(range(10**9))
+def _watched(run: Run, record: Recorder | Comparison, probed: Sequence[int], first: int = 0) -> Run:
+    """`run`, with the recorder or comparison switched on in the steps `probed`; its first call is the step `first`."""
+    steps = count(first)
 
     def call(inputs: Arrays) -> Arrays:
         record.active = next(steps) in probed
@@ -219,16 +225,38 @@ def _watched(run: Run, record: Recorder | Comparison, probed: Sequence[int]) -> 
     return call
 
 
-def _realisations(found: Study, engine: Any, count: int, label: str) -> Realisations:
+def _drawn_and_compared(
+    found: Study, run: Run, label: str, comparison: Comparison | None = None
+) -> tuple[NDArray[Any], StepErrors]:
+    """Pictures along the denoiser's own way, and its errors along the reference's. Both begin with the same call, which
+    is made once."""
+    if comparison is None:
+        alone, compared = run, run
+    else:
+        alone = _watched(run, comparison, found.probed[:1])
+        compared = _watched(run, comparison, found.probed, first=1)
+    image, first = _drawn(found, alone)
+    return image, found.errors(compared, label=label, first=first)
+
+
+def _drawn(found: Study, run: Run) -> tuple[NDArray[Any], Arrays]:
+    """Pictures along the denoiser's own way, and its outputs in the first call, which is the same on every way."""
+    outputs: list[Arrays] = []
+    image = found.case.draw(run, lambda step, inputs, result: outputs.append(result))
+    return image, outputs[0]
+
+
+def _realisations(found: Study, engine: Any, runs: int, label: str) -> Realisations:
     made = Realisations()
-    for seed in range(count):
+    for seed in range(runs):
         if len(_samples(made.errors)) >= ENOUGH_SAMPLES:
             break
         with jittered(engine.module, seed, JITTER_ULPS):
-            made.images.append(found.case.draw(engine.run))
             comparison = Comparison(found.layer_inputs)
             with hooked(engine.module, comparison):
-                made.errors.append(found.errors(_watched(engine.run, comparison, found.probed), label=label))
+                image, errors = _drawn_and_compared(found, engine.run, label, comparison)
+            made.images.append(image)
+            made.errors.append(errors)
             made.calls_db += found.pools_db(engine.run)
         for name, value in comparison.sqnr_db.items():
             made.layer_db[name] = min(value, made.layer_db.get(name, np.inf))
@@ -243,7 +271,8 @@ def _add_hits(found: Study, engine: Any, made: Realisations) -> None:
         steps_hit, calls_hit = most_are_hit(_samples(made.hit_errors)), most_are_hit(made.hit_calls_db)
         with jittered(engine.module, len(made.errors), ulps):
             if not steps_hit:
-                made.hit_errors, made.hit_images = [found.errors(engine.run)], [found.case.draw(engine.run)]
+                image, errors = _drawn_and_compared(found, engine.run, "verify: steps")
+                made.hit_errors, made.hit_images = [errors], [image]
             if not calls_hit:
                 made.hit_calls_db = found.pools_db(engine.run)
 
@@ -258,8 +287,8 @@ def most_are_hit(samples_db: Sequence[float]) -> bool:
 
 
 def _run_float(found: Study, engine: Any) -> None:
-    found.plain = [engine.run(call)["sample"] for call in found.calls]
-    found.images["float"] = found.case.draw(engine.run)
+    found.images["float"], first = _drawn(found, engine.run)
+    found.plain = [first["sample"], *(engine.run(call)["sample"] for call in found.calls[1:])]
     found.pool_plain = {name: engine.run(inputs)["sample"] for name, inputs in found.pools.items()}
 
 

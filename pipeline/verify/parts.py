@@ -1,0 +1,119 @@
+"""A graph in several calls, computed part by part in stock onnxruntime, each node once.
+
+All inner tensors of a large model do not fit into memory, and to run it from its inputs for every few layers takes its
+time again and again. So each part begins with what the parts before have left: the tensors that later ones read.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from typing import Any
+
+import onnx
+from numpy.typing import NDArray
+
+from pipeline.backends.base import Arrays
+
+# Their results may have types that NumPy lacks (FP8), and are quickly made again where a later part reads them.
+MADE_AGAIN = frozenset({"QuantizeLinear"})
+
+
+class Parts:
+    """The calls of one graph, on their way from its inputs to its outputs."""
+
+    def __init__(
+        self,
+        model: onnx.ModelProto,
+        open_part: Callable[[onnx.ModelProto], Any],
+        calls: Sequence[Arrays],
+        asked: Iterable[str],
+    ) -> None:
+        """open_part: makes an onnxruntime session. calls: model inputs by name. asked: all names that `compute` will be
+        called with, as often as it will."""
+        self._model, self._open = model, open_part
+        self._asked = Counter(asked)
+        needed = needed_names(model.graph.node, self._asked)
+        self._nodes = [node for node in model.graph.node if any(name and name in needed for name in node.output)]
+        self._done: set[int] = set()  # places in _nodes
+        inputs = {value.name for value in model.graph.input}
+        self._arrays = [{name: array for name, array in call.items() if name in inputs} for call in calls]
+
+    def compute(self, asked: Sequence[str], once: Collection[str] = ()) -> list[Arrays]:
+        """The tensors of these names in each call; those of `once` in the first call alone.
+
+        Raises what onnxruntime does.
+        """
+        self._asked -= Counter(asked)
+        names = set(asked)
+        known = self._arrays[0].keys()
+        needed, part = names - known, list[int]()
+        for place in range(len(self._nodes) - 1, -1, -1):
+            node = self._nodes[place]
+            if any(name and name in needed for name in node.output):
+                part.insert(0, place)
+                needed.update(name for name in node.input if name not in known)
+        self._done.update(part)
+        later = self._read_later()
+        kept = {name for place in part for name in self._left(place) if name in later}
+        wanted = sorted((names - known) | kept)
+        results: list[Arrays] = [{} for _ in self._arrays]
+        if wanted:
+            nodes = [self._nodes[place] for place in part]
+            session = self._open(part_of(self._model, nodes, self._arrays[0], wanted))
+            fed = [value.name for value in session.get_inputs()]
+            for call, arrays in enumerate(self._arrays):
+                fetched = [name for name in wanted if call == 0 or name not in once or name in kept]
+                values = session.run(fetched, {name: arrays[name] for name in fed})
+                results[call] = dict(zip(fetched, values, strict=True))
+        for call, arrays in enumerate(self._arrays):
+            computed = arrays | results[call]
+            self._arrays[call] = {name: array for name, array in computed.items() if name in later}
+            results[call] = {name: computed[name] for name in names if name in computed}
+        return results
+
+    def _read_later(self) -> set[str]:
+        """The tensors that parts to come begin with or that they are asked for."""
+        later = set(self._asked)
+        for place in range(len(self._nodes) - 1, -1, -1):
+            node = self._nodes[place]
+            again = node.op_type in MADE_AGAIN and any(name in later for name in node.output)
+            if place not in self._done or again:
+                later.update(node.input)
+        return later
+
+    def _left(self, place: int) -> list[str]:
+        """What a node leaves for later parts."""
+        node = self._nodes[place]
+        return [] if node.op_type in MADE_AGAIN else [name for name in node.output if name]
+
+
+def needed_names(nodes: Sequence[onnx.NodeProto], wanted: Iterable[str]) -> set[str]:
+    """Names of all tensors that `wanted` are computed from, and themselves. `nodes` in the order of computation."""
+    needed = set(wanted)
+    for node in reversed(nodes):
+        if any(name and name in needed for name in node.output):
+            needed.update(node.input)
+    return needed
+
+
+def part_of(
+    model: onnx.ModelProto, nodes: Sequence[onnx.NodeProto], fed: Mapping[str, NDArray[Any]], wanted: Sequence[str]
+) -> onnx.ModelProto:
+    """The nodes as a model of their own, with the outputs `wanted`; those of `fed` that it reads are inputs of the
+    arrays' types and ranks. What reads neither them nor a node reads the inputs and initializers of `model`."""
+    part = onnx.ModelProto(ir_version=model.ir_version, opset_import=model.opset_import, functions=model.functions)
+    graph = part.graph
+    graph.name = model.graph.name
+    graph.node.extend(nodes)
+    read = {name for node in nodes for name in node.input} - {""}
+    inner = {name for node in nodes for name in node.output}
+    graph.initializer.extend(item for item in model.graph.initializer if item.name in read)
+    for name in sorted(read & fed.keys()):
+        kind = onnx.helper.np_dtype_to_tensor_dtype(fed[name].dtype)
+        graph.input.append(onnx.helper.make_tensor_value_info(name, kind, [None] * fed[name].ndim))
+    graph.input.extend(item for item in model.graph.input if item.name in read and item.name not in fed)
+    # Of ops that onnxruntime does not know the types are written down.
+    graph.value_info.extend(item for item in model.graph.value_info if item.name in inner and item.name not in fed)
+    graph.output.extend(onnx.ValueInfoProto(name=name) for name in wanted)
+    return part
