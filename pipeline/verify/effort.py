@@ -3,7 +3,7 @@
 It decodes its weights in function bodies and multiplies in float32. On a small model a call takes several times as long
 as the `cpu` engine's; on a large one, whose weights stay packed and are decoded in every call, about 45 processor
 seconds for 600 M parameters. Its linears are looked at in one step instead of two, and in no call of a large batch;
-of a large model two steps are compared and no picture is drawn. What is compared meets the same limits as in other
+of a large model one step is compared and no picture is drawn. What is compared meets the same limits as in other
 targets.
 """
 
@@ -45,15 +45,14 @@ def effort_for(target: str, n_steps: int, probed: tuple[int, ...], pictures: int
     >>> effort_for("cpu", 4, (0, 3), 4, large=False)
     Effort(steps=(0, 1, 2, 3), probed=(0, 3), pictures=4, special=(1, 2, 3, 9), inside=(1, 3, 9), state=True)
     >>> effort_for("onnx", 8, (0, 7), 1, large=True)
-    Effort(steps=(0, 7), probed=(7,), pictures=0, special=(1, 3), inside=(), state=False)
+    Effort(steps=(7,), probed=(7,), pictures=0, special=(1, 3), inside=(), state=False)
     """
     if target != PORTABLE:
         looked_at, inside = (probed[-1:], LARGE_INSIDE) if large else (probed, INSIDE)
         return Effort(tuple(range(n_steps)), looked_at, pictures, inside=inside)
     last = probed[-1:]
     if large:
-        ends = tuple(sorted({probed[0], probed[-1]}))
-        return Effort(ends, last, 0, special=LARGE_INSIDE, inside=(), state=False)
+        return Effort(last, last, 0, special=LARGE_INSIDE, inside=(), state=False)
     steps = tuple(sorted({*range(0, n_steps, EVERY), *probed}))
     return Effort(steps, last, min(PICTURES, pictures), inside=FEW_INSIDE)
 

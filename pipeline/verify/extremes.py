@@ -20,6 +20,8 @@ from pipeline.verify.probe import Beside, ProbedGraph, activation_image
 
 # From the floor of absmax (1e-30) to far beyond what float16 holds; squares of the largest stay finite in float32.
 FACTORS = (1e-25, 1e-6, 0.0, 1e12)
+# Tokens of a sample that a large model's quantizers get: they treat each token alike.
+LARGE_TOKENS = 32
 
 
 @dataclass(frozen=True)

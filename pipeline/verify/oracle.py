@@ -7,9 +7,10 @@ float32 roundings, with the count beside it.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass, replace
-from functools import cache
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
+from functools import cache, cached_property
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,7 +20,6 @@ from export.dialect.reference import ABSMAX_FLOOR
 from export.formats.format import Format, encode, get_format, to_image
 
 Array = NDArray[np.floating]
-Dequantized = Callable[[], NDArray[np.float64]]  # the weight [N, K] of a linear
 # Largest relative error of one float32 operation (round to nearest), and of one in FP16.
 ROUNDING = 2.0**-24
 HALF_ROUNDING = 2.0**-11
@@ -32,6 +32,8 @@ SCALE_ROUNDINGS = 2
 # off), plus bias. Where scaled operands are multiplied instead, K products and their sum round K times, and besides:
 # both operands (a zero point rounds the activation's once more, but then no token scale does), and plus bias.
 OUTPUT_ROUNDINGS = 4 + SCALE_ROUNDINGS
+# Numbers of which a block of rows consists: of a dozen float64 arrays of that size each stays in a cache.
+BLOCK_NUMBERS = 2**17
 # Second-order terms of that first-order count are below 2^-40; one per mille covers them.
 FIRST_ORDER = 1.001
 
@@ -98,6 +100,22 @@ def _dynamic_scale(x: Array, fmt: Format) -> NDArray[np.float64]:
 
 def _rounded(fmt: Format, x: Array, scale: NDArray[np.float64], error: Array | None = None) -> ActivationOracle:
     """Codes of x / scale [M, K]; `error`: by how much x may be off beforehand, or None."""
+    blocks = [
+        _block_rounded(fmt, x[part], scale[part], None if error is None else error[part]) for part in blocks_of(x)
+    ]
+    image, lowest, highest = (
+        np.concatenate([getattr(block, key) for block in blocks]) for key in ("image", "lowest", "highest")
+    )
+    return ActivationOracle(image, lowest, highest, scale)
+
+
+def blocks_of(x: Array) -> list[slice]:
+    """Slices of the rows of x [M, K] whose arrays stay in the processor's caches: at least one."""
+    rows = max(1, BLOCK_NUMBERS // max(1, x.shape[1]))
+    return [slice(first, first + rows) for first in range(0, max(1, len(x)), rows)]
+
+
+def _block_rounded(fmt: Format, x: Array, scale: NDArray[np.float64], error: Array | None) -> ActivationOracle:
     quotient = x / scale
     slack = QUOTIENT_ROUNDINGS * ROUNDING * np.abs(quotient)
     if error is not None:
@@ -199,48 +217,148 @@ def check_quantizer(layer: QuantizedLinear, x: Array, image: Array, act_scale: A
     return int(np.count_nonzero(outside)), _scale_error(act_scale, oracle)
 
 
+class LinearWeight:
+    """The weight of one layer in the forms that its check multiplies, each made when it is first asked for."""
+
+    def __init__(self, layer: QuantizedLinear) -> None:
+        self._layer = layer
+        self._factors: dict[tuple[type[np.floating], bool], Array] = {}
+
+    @cached_property
+    def integers(self) -> NDArray[np.integer]:
+        """[N, K]: the integer image."""
+        return self._layer.image()
+
+    @cached_property
+    def dequantized(self) -> NDArray[np.float64]:
+        """[N, K]; large, and not needed where sums are exact."""
+        return self._layer.dequantized()
+
+    @cached_property
+    def magnitudes(self) -> NDArray[np.float64]:
+        """[N, K]: of the dequantized weight."""
+        return np.abs(self.dequantized)
+
+    @cached_property
+    def largest_sum(self) -> float:
+        """The largest sum of the magnitudes of one output channel's integers."""
+        return float(np.abs(self.integers).sum(axis=1, dtype=np.int64).max(initial=0))
+
+    def factor(self, dtype: type[np.floating], magnitudes: bool) -> Array:
+        """[K, N]: the integers, or their magnitudes, in a float type."""
+        key = (dtype, magnitudes)
+        if key not in self._factors:
+            self._factors[key] = (np.abs(self.integers) if magnitudes else self.integers).T.astype(dtype)
+        return self._factors[key]
+
+
 def check_linear(layer: QuantizedLinear, probe: LinearProbe, oracle: ActivationOracle) -> LinearCheck:
     """Compare one linear of an engine with the oracle; `oracle` is activation_oracle(probe.x, layer)."""
-    image = np.nan_to_num(probe.image, nan=0.0, posinf=0.0, neginf=0.0).astype(np.float64)
-    groups = probe.gemm.shape[1] if probe.gemm.ndim == 3 else 1
-    total = exact_sums(image, layer.image(), groups) if probe.exact else np.zeros(0)
+    weight = LinearWeight(layer)
+    image = (
+        probe.image if np.isfinite(probe.image).all() else np.nan_to_num(probe.image, nan=0.0, posinf=0.0, neginf=0.0)
+    )
+    products: tuple[Array, ...]
+    if probe.exact:
+        products = (exact_sums(image, weight, probe.gemm.shape[1] if probe.gemm.ndim == 3 else 1),)
+    else:
+        products = _float_products(layer, weight, probe, oracle, image)
+    wide = max(probe.x.shape[1], layer.out_features)
+    checks = [
+        _check_rows(
+            layer,
+            weight,
+            _probe_rows(probe, rows),
+            _oracle_rows(oracle, rows),
+            image[rows],
+            [p[rows] for p in products],
+        )
+        for rows in blocks_of(np.broadcast_to(np.float32(0), (len(probe.x), wide)))
+    ]
+    check = _joined(checks)
+    if probe.operands is None:
+        return check
+    expected = weight.dequantized.astype(np.float32).T
+    of_weight = float(np.nan_to_num(np.abs(probe.operands[1].astype(np.float64) - expected), nan=np.inf).max(initial=0))
+    return replace(
+        check,
+        operand_max_abs_diff=max(check.operand_max_abs_diff, of_weight),
+        nonfinite=check.nonfinite + int(np.count_nonzero(~np.isfinite(probe.operands[1]))),
+    )
+
+
+def _check_rows(
+    layer: QuantizedLinear,
+    weight: LinearWeight,
+    probe: LinearProbe,
+    oracle: ActivationOracle,
+    image: Array,
+    products: Sequence[Array],
+) -> LinearCheck:
+    """image: that of the probe, finite. products: the exact sums, or the two results of `_float_products`."""
     outside = (probe.image < oracle.lowest) | (probe.image > oracle.highest) | ~np.isfinite(probe.image)
-    tensors = (probe.x, probe.gemm, probe.act_scale, probe.output, probe.low_rank, *(probe.operands or ()))
+    values = probe.operands[:1] if probe.operands else ()
+    tensors = (probe.x, probe.gemm, probe.act_scale, probe.output, probe.low_rank, *values)
     produced = [item for item in tensors if item is not None]
-    dequantized = cache(layer.dequantized)  # large, and not needed where sums are exact
-    errors = (_output_error(layer, dequantized, probe, oracle, image, total), _low_rank_error(layer, probe))
+    errors = (_output_error(layer, weight, probe, oracle, products), _low_rank_error(layer, probe))
     return LinearCheck(
         codes=image.size,
         codes_different=int(np.count_nonzero(probe.image != oracle.image)),
         codes_ambiguous=oracle.ambiguous,
         codes_inadmissible=int(np.count_nonzero(outside)),
-        gemm_max_abs_diff=_gemm_difference(probe, total),
+        gemm_max_abs_diff=_gemm_difference(probe, products[0]),
         scale_error=_scale_error(probe.act_scale, oracle),
         output_error=math.nan if math.isnan(errors[0]) else max(errors),
         nonfinite=sum(int(np.count_nonzero(~np.isfinite(item))) for item in produced),
-        operand_max_abs_diff=_operand_difference(layer, dequantized, probe, image),
+        operand_max_abs_diff=_operand_difference(layer, probe, image),
     )
 
 
-def exact_sums(image: Array, weight: NDArray[np.integer], groups: int) -> NDArray[np.float64]:
-    """image [M, K] @ weight[N, K].T without rounding: [M, N], or the sums of `groups` parts of K, [M, groups, N]."""
-    if groups == 1:
-        return exact_product(image, weight)
-    parts = zip(np.split(image, groups, axis=1), np.split(weight, groups, axis=1), strict=True)
-    return np.stack([exact_product(a, w) for a, w in parts], axis=1)
+def _probe_rows(probe: LinearProbe, rows: slice) -> LinearProbe:
+    """A probe of some of its tokens."""
+    keys = ("x", "image", "act_scale", "gemm", "output", "low_rank", "timesteps")
+    arrays: dict[str, Any] = {key: array[rows] for key in keys if (array := getattr(probe, key)) is not None}
+    operands = None if probe.operands is None else (probe.operands[0][rows], probe.operands[1])
+    return replace(probe, **arrays, operands=operands)
 
 
-def exact_product(image: Array, weight: NDArray[np.integer]) -> NDArray[np.float64]:
-    """image [M, K] @ weight[N, K].T without any rounding, as float64 [M, N].
+def _oracle_rows(oracle: ActivationOracle, rows: slice) -> ActivationOracle:
+    slack = oracle.scale_slack[rows] if isinstance(oracle.scale_slack, np.ndarray) else oracle.scale_slack
+    return ActivationOracle(oracle.image[rows], oracle.lowest[rows], oracle.highest[rows], oracle.scale[rows], slack)
+
+
+COUNTS = ("codes", "codes_different", "codes_ambiguous", "codes_inadmissible", "nonfinite")
+
+
+def _joined(checks: Sequence[LinearCheck]) -> LinearCheck:
+    """Findings about all rows from those about some each: counts are added, of errors the largest stands (nan is)."""
+    columns = {field.name: [getattr(check, field.name) for check in checks] for field in fields(LinearCheck)}
+    joined: dict[str, Any] = {
+        name: sum(column) if name in COUNTS else float(np.max(column)) for name, column in columns.items()
+    }
+    return LinearCheck(**joined)
+
+
+def exact_sums(image: Array, weight: LinearWeight, groups: int = 1, magnitudes: bool = False) -> NDArray[np.float64]:
+    """image [M, K] @ weight[N, K].T without rounding: [M, N], or the sums of `groups` parts of K, [M, groups, N].
 
     Floats of p bits add integers exactly, in any order, while the sum of the magnitudes stays below 2^p: float32 where
-    that holds (twice as fast), float64 else.
+    that holds (twice as fast), float64 else. magnitudes: of both factors. Raises ValueError where float64 is too short.
     """
-    largest = float(np.abs(image).max(initial=0)) * float(np.abs(weight).sum(axis=1, dtype=np.int64).max(initial=0))
+    largest = _largest_sum(image, weight)
     if largest >= 2.0**53:
         raise ValueError(f"sums up to {largest:.3g} are not exact in float64")
-    dtype = np.float32 if largest < 2.0**24 else np.float64
-    return (image.astype(dtype) @ weight.T.astype(dtype)).astype(np.float64)
+    factor = weight.factor(np.float32 if largest < 2.0**24 else np.float64, magnitudes)
+    left = image.astype(factor.dtype)
+    left = np.abs(left, out=left) if magnitudes else left
+    if groups == 1:
+        return (left @ factor).astype(np.float64)
+    parts = zip(np.split(left, groups, axis=1), np.split(factor, groups, axis=0), strict=True)
+    return np.stack([a @ w for a, w in parts], axis=1).astype(np.float64)
+
+
+def _largest_sum(image: Array, weight: LinearWeight) -> float:
+    return float(np.abs(image).max(initial=0)) * weight.largest_sum
 
 
 def _gemm_difference(probe: LinearProbe, total: Array) -> float:
@@ -253,8 +371,8 @@ def _gemm_difference(probe: LinearProbe, total: Array) -> float:
     return float(np.nan_to_num(difference, nan=np.inf).max(initial=0))
 
 
-def _operand_difference(layer: QuantizedLinear, dequantized: Dequantized, probe: LinearProbe, image: Array) -> float:
-    """Largest difference of the GEMM's operands from the engine's own codes and scales, to the bit.
+def _operand_difference(layer: QuantizedLinear, probe: LinearProbe, image: Array) -> float:
+    """Largest difference of the GEMM's activation operand from the engine's own codes and scales, to the bit.
 
     value(code) * scale is exact in float64 (8 bits times 24), so its float32 is the one rounding that the graph makes;
     a zero point is added in float32, which rounds once more, as in the graph.
@@ -267,9 +385,8 @@ def _operand_difference(layer: QuantizedLinear, dequantized: Dequantized, probe:
     value = (image * to_value(layer, "activation") * spread).astype(np.float32)
     if layer.activation_zero is not None:
         value = value + layer.activation_zero.astype(np.float32)
-    pairs = zip(probe.operands, (value, dequantized().astype(np.float32).T), strict=True)
-    differences = (np.abs(np.asarray(operand, np.float64) - expected) for operand, expected in pairs)
-    return max(float(np.nan_to_num(item, nan=np.inf).max(initial=0)) for item in differences)
+    difference = np.abs(np.asarray(probe.operands[0], np.float64) - value)
+    return float(np.nan_to_num(difference, nan=np.inf).max(initial=0))
 
 
 def _scale_error(act_scale: Array | None, oracle: ActivationOracle) -> float:
@@ -282,11 +399,10 @@ def _scale_error(act_scale: Array | None, oracle: ActivationOracle) -> float:
 
 def _output_error(
     layer: QuantizedLinear,
-    dequantized: Dequantized,
+    weight: LinearWeight,
     probe: LinearProbe,
     oracle: ActivationOracle,
-    image: Array,
-    total: Array,
+    products: Sequence[Array],
 ) -> float:
     """The output, less what the engine's own low-rank branch gave, against product and bias.
 
@@ -294,10 +410,14 @@ def _output_error(
     """
     if probe.output is None:
         return math.nan
-    product, magnitude, roundings = _product(layer, dequantized, probe, oracle, image, total)
+    if probe.exact:
+        product, magnitude, roundings = _scaled_sums(layer, oracle, products[0])
+    else:
+        product, magnitude = products
+        roundings = OUTPUT_ROUNDINGS + layer.in_features + probe.half_roundings * HALF_ROUNDING / ROUNDING
     bias: Array | float = 0.0 if layer.bias is None else layer.bias.astype(np.float64)
     if layer.activation_zero is not None:
-        bias = bias + float(layer.activation_zero[0]) * dequantized().sum(axis=1)
+        bias = bias + float(layer.activation_zero[0]) * weight.dequantized.sum(axis=1)
     slack = np.max(oracle.scale_slack, axis=-1, keepdims=True)
     bound = roundings * ROUNDING * FIRST_ORDER * (magnitude + np.abs(bias)) + FIRST_ORDER * slack * magnitude
     found = np.asarray(probe.output, np.float64)
@@ -306,24 +426,27 @@ def _output_error(
     return _largest(found - (product + bias), bound)
 
 
-def _product(
-    layer: QuantizedLinear,
-    dequantized: Dequantized,
-    probe: LinearProbe,
-    oracle: ActivationOracle,
-    image: Array,
-    total: Array,
-) -> tuple[Array, Array, float]:
-    """(product [M, N] in float64, sum of the magnitudes that were rounded, how often float32 rounds)."""
+def _float_products(
+    layer: QuantizedLinear, weight: LinearWeight, probe: LinearProbe, oracle: ActivationOracle, image: Array
+) -> tuple[Array, Array]:
+    """(product [M, N] in float64, sum of the magnitudes that float32 rounds) of float sums: over real scales per group,
+    of formats too wide for integers, of scaled operands."""
     unit = to_value(layer, "activation") * oracle.scale
-    if not probe.exact:  # float sums over real scales per group, of formats too wide for integers, of scaled operands
+    if unit.shape[1] == layer.scales.shape[1] == 1 and _largest_sum(image, weight) < 2.0**53:
+        per_channel = layer.scales[:, 0].astype(np.float64) * to_value(layer, "weight")
+        product, magnitude = (exact_sums(image, weight, magnitudes=of) * unit * per_channel for of in (False, True))
+    else:
         spread = np.repeat(unit, image.shape[1] // unit.shape[1], axis=1) if unit.shape[1] > 1 else unit
-        value, weight = image * spread, dequantized()
-        roundings = OUTPUT_ROUNDINGS + layer.in_features + probe.half_roundings * HALF_ROUNDING / ROUNDING
-        magnitude = np.abs(value) @ np.abs(weight).T
-        if probe.operands is not None and layer.activation_zero is not None:  # each product has its share of the zero
-            magnitude = magnitude + np.abs(layer.activation_zero[0]) * np.abs(weight).sum(axis=1)
-        return value @ weight.T, magnitude, roundings
+        value = image * spread
+        product, magnitude = value @ weight.dequantized.T, np.abs(value) @ weight.magnitudes.T
+    if probe.operands is not None and layer.activation_zero is not None:  # each product has its share of the zero
+        magnitude = magnitude + np.abs(layer.activation_zero[0]) * weight.magnitudes.sum(axis=1)
+    return product, magnitude
+
+
+def _scaled_sums(layer: QuantizedLinear, oracle: ActivationOracle, total: Array) -> tuple[Array, Array, float]:
+    """(product [M, N], sum of the magnitudes that were rounded, how often float32 rounds) of exact integer sums."""
+    unit = to_value(layer, "activation") * oracle.scale
     if total.ndim == 2:
         product = total * (to_value(layer, "weight") * unit) * layer.scales[:, 0].astype(np.float64)
         return product, np.abs(product), OUTPUT_ROUNDINGS

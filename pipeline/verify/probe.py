@@ -46,15 +46,19 @@ def tensor_names(row: ProbeRow) -> tuple[str, ...]:
 @dataclass
 class Beside:
     """More tensors that are kept while a graph is probed: `names` by layer, those of one call, by its place. arrays:
-    what was kept."""
+    what was kept; tokens: how many of a sample's, at most, or None for all."""
 
     call: int
     names: Mapping[str, Sequence[str]]
+    tokens: int | None = None
     arrays: Arrays = field(default_factory=dict)
 
     def keep(self, layers: Sequence[str], tensors: Sequence[Arrays]) -> None:
         """tensors: what was computed for `layers` in each call."""
-        self.arrays |= {name: tensors[self.call][name] for layer in layers for name in self.names.get(layer, ())}
+        names = {name for layer in layers for name in self.names.get(layer, ())}
+        for name in names:
+            array = tensors[self.call][name]  # [B, tokens, channels], or a picture, or one row for each sample
+            self.arrays[name] = array[:, : self.tokens].copy() if self.tokens and array.ndim == 3 else array
 
 
 class ProbedGraph:

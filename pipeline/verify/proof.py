@@ -28,7 +28,7 @@ from pipeline.recipe import Recipe
 from pipeline.side_by_side import side_by_side
 from pipeline.verify.calls import call_errors, state_result
 from pipeline.verify.effort import Effort, effort_for, note
-from pipeline.verify.extremes import extreme_results, read_by_quantizers
+from pipeline.verify.extremes import LARGE_TOKENS, extreme_results, read_by_quantizers
 from pipeline.verify.gates import (
     LAYER_RULES,
     calls_gates,
@@ -61,6 +61,8 @@ ARITHMETIC_NOTES = {
     "fp16": f"attention in FP16; {ROUNDED}",
     "fp16 tokens": f"tensors of tokens in FP16; {ROUNDED}; layers are proven in float32",
 }
+# Targets of a large model that are judged at the same time: each takes some 2 GB besides the models.
+LARGE_AT_ONCE = 2
 PROVEN_NOT_RUN = "numerically proven through onnxruntime; engine built, not run"
 # Of an engine whose linears are plugins: the graph that is proven has their meaning, not their code.
 PLUGINS_APART = "; kernels in its plugins are proven by the tests in Triton's interpreter, not here"
@@ -78,7 +80,8 @@ def verify(
     """All gates of design: `layers` are what every engine must compute. Writes the report's files into `out_dir`.
 
     A target of `lowered` without an entry in `engines` is judged by its lowered graph in onnxruntime, and the report
-    says so. threads: how many to use, see `machine.threads`; targets of a small model are judged side by side. Raises
+    says so. threads: how many to use, see `machine.threads`; targets are judged side by side, of a large
+    model LARGE_AT_ONCE. Raises
     ContractError where a lowered graph cannot be read at all.
     """
     from pipeline.verify.page import write_page
@@ -86,14 +89,23 @@ def verify(
     arithmetics = {target: arithmetic_of(target, recipe, target in engines) for target in lowered}
     threads = machine.threads(threads)
     found = study(model, layers, recipe, _studied(arithmetics.values()), threads)
-    at_once = 1 if is_large(model) else min(threads, len(lowered))
+    at_once = min(threads, len(lowered), LARGE_AT_ONCE if is_large(model) else threads)
     report = Report(gates=quantization_gates(found, recipe))
 
     def one(target: str) -> tuple[Report, Any]:
         part, engine = Report(), engines.get(target)
         probed = ProbedGraph(lowered[target], threads // at_once)
         images = verify_target(
-            target, model, layers, lowered[target], engine, found, part, arithmetics[target], probed=probed
+            target,
+            model,
+            layers,
+            lowered[target],
+            engine,
+            found,
+            part,
+            arithmetics[target],
+            probed=probed,
+            threads=threads // at_once,
         )
         if target == "cuda" and recipe.cuda.activations == "fp16":
             overflow = find_overflow(lowered[target].path, overflow_calls(found, is_large(model)))
@@ -126,12 +138,13 @@ def verify_target(
     arithmetic: str = "fp32",
     effort: Effort | None = None,
     probed: ProbedGraph | None = None,
+    threads: int = 1,
 ) -> Any:
     """Append one target's gates and rows to `report`; returns the engine's pictures.
 
     arithmetic: of the engine, see `study`. That of the lowered graph, in which layers are looked at, is the same but
     for "fp16 tokens", whose graph is float32. effort: what is run; None: all that `effort_for` asks for. probed:
-    `graph` where it is open already.
+    `graph` where it is open already. threads: with two or more a linear and the stretch before it are judged together.
     """
     probed, single = probed or ProbedGraph(graph), found.float32[arithmetic]
     of_graph_name = "fp32" if arithmetic == "fp16 tokens" else arithmetic
@@ -150,9 +163,8 @@ def verify_target(
     with SegmentCheck(target, found.stretches, calls, of_graph_name) as segments:
         complete = len(present) == len(order)  # else the coverage gate fails, and nothing behind a gap can be judged
         told = segments if complete else None
-        # Of a large model the linear and the stretch before it take seconds each.
-        threads = 2 if is_large(model) else 1
-        read = Beside(extreme_call, read_by_quantizers(probed, present))
+        tokens = LARGE_TOKENS if is_large(model) else None
+        read = Beside(extreme_call, read_by_quantizers(probed, present), tokens)
         results = layer_results(
             target, present, expected, probed, found, of_graph, calls, effort.probed, told, threads, read
         )

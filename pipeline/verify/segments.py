@@ -176,16 +176,34 @@ def judge(target: str, call: str, stops: Sequence[Stop], result: NDArray[Any], h
     if result.size != stops[0].x.size:
         text = f"its shape is {result.shape}, the module's {shape}"
         return SegmentResult(target, layer, call, np.inf, 0.0, text)
-    exact = _by_sample(stops[0].x, shape)
-    difference = _by_sample(result, shape) - exact
-    noise = np.stack([_by_sample(stop.x, shape) - exact for stop in stops[1:]])
-    if not (np.isfinite(difference).all() and np.isfinite(noise).all()):  # of the engine, or of any run in its types
-        return SegmentResult(target, layer, call, np.inf, 0.0, _nonfinite(exact, halved))
-    shared = shared_over_limits(exact, difference, noise)
-    error = float(max(errors_over_limits(exact, difference, noise).max(), shared.max()))
-    ulps = _rms(noise) / max(_rms(exact), np.finfo(float).tiny) / ROUNDING
-    diagnosis = diagnose(exact, difference, bool(shared.max() > 1)) if error > 1 else None
+    errors, shared, powers = list[float](), list[float](), list[tuple[float, float]]()
+    for rows in range(shape[0]):  # by sample, whose arrays stay in the processor's caches
+        exact, difference, *passes = _of_sample(rows, shape, stops, result)
+        noise = np.stack(passes)
+        if not (np.isfinite(difference).all() and np.isfinite(noise).all()):  # of the engine, or of a run in its types
+            text = _nonfinite(_by_sample(stops[0].x, shape), halved)
+            return SegmentResult(target, layer, call, np.inf, 0.0, text)
+        shared.append(float(shared_over_limits(exact, difference, noise).max()))
+        errors.append(max(float(errors_over_limits(exact, difference, noise).max()), shared[-1]))
+        powers.append((float(np.mean(np.square(noise))), float(np.mean(np.square(exact)))))
+    error = max(errors)
+    of_noise, of_exact = np.sqrt(np.mean(powers, axis=0))
+    ulps = of_noise / max(of_exact, np.finfo(float).tiny) / ROUNDING
+    diagnosis = None
+    if error > 1:
+        whole = _by_sample(stops[0].x, shape)
+        diagnosis = diagnose(whole, _by_sample(result, shape) - whole, max(shared) > 1)
     return SegmentResult(target, layer, call, error, float(ulps), diagnosis)
+
+
+def _of_sample(sample: int, shape: tuple[int, ...], stops: Sequence[Stop], result: NDArray[Any]) -> list[Array]:
+    """Of one sample [1, rows, channels]: what the exact pass gives, and how far the engine's result and those of the
+    other passes are from it."""
+    of_sample = (1, *shape[1:])
+    exact, engine, *passes = (
+        _by_sample(array.reshape(shape)[sample], of_sample) for array in (stops[0].x, result, *(s.x for s in stops[1:]))
+    )
+    return [exact, engine - exact, *(one - exact for one in passes)]
 
 
 def _by_sample(tensor: NDArray[Any], shape: tuple[int, ...]) -> Array:

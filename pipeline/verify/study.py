@@ -39,6 +39,8 @@ if TYPE_CHECKING:
 # Float32 runs of the reference: until ENOUGH_SAMPLES samples are seen, at most REALISATIONS. A large model gets one,
 # which has thousands of flips.
 REALISATIONS, ENOUGH_SAMPLES = 2, 100
+# Runs of a large model at the same time: each holds a byte for every weight.
+LARGE_AT_ONCE = 2
 # Between two quantizers lie about ten float32 operations, each rounding once and in an order of the runtime's choice:
 # inputs of two correct runs differ by a few units in the last place.
 JITTER_ULPS = 2.0
@@ -162,8 +164,8 @@ def study(
     arithmetics: Collection[str] = ("fp32",),
     threads: int | None = None,
 ) -> Study:
-    """Run float64 reference, float32 realisations and float model; of a large model one after the other, each freed
-    before the next.
+    """Run the float64 reference, then float32 realisations and the float model side by side, of a large model
+    LARGE_AT_ONCE at a time.
 
     arithmetics: "fp32", or "fp16" for parts in FP16, as the targets under test have it.
     """
@@ -196,7 +198,8 @@ def study(
 
     runs: list[Callable[[], None]] = [partial(realise, arithmetic) for arithmetic in sorted(set(arithmetics))]
     runs.append(run_float)
-    side_by_side(runs, 1 if is_large(model) else machine.threads(threads))
+    threads = machine.threads(threads)
+    side_by_side(runs, min(threads, LARGE_AT_ONCE) if is_large(model) else threads)
     return found
 
 

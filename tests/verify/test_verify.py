@@ -6,7 +6,8 @@ import json
 import math
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -24,7 +25,7 @@ from pipeline.generate.conditioning import from_dict
 from pipeline.verify import probe as probing
 from pipeline.verify.call_patterns import PROMPTED, UNPROMPTED
 from pipeline.verify.gates import FACTOR_DB, NOT_IN_STEPS, ROUNDED_DB, TOO_COARSE, end_gates, quantization_gates
-from pipeline.verify.oracle import ROUNDING, LinearProbe, check_linear, exact_product, quantize_oracle
+from pipeline.verify.oracle import ROUNDING, LinearProbe, LinearWeight, check_linear, exact_sums, quantize_oracle
 from pipeline.verify.probe import ProbedGraph
 from pipeline.verify.proof import verify
 from pipeline.verify.reference_hooks import Comparison, Recorder, half_parts, hooked, jittered
@@ -91,16 +92,21 @@ def test_a_row_of_zeros_has_codes_zero() -> None:
 # --- exact GEMM -----------------------------------------------------------------------------------------------------
 
 
+def _weight(integers: np.ndarray) -> LinearWeight:
+    return LinearWeight(cast(Any, SimpleNamespace(image=lambda: integers)))
+
+
 @pytest.mark.parametrize("largest", [3, 4000, 2**20])
-def test_exact_product_equals_int64(largest: int) -> None:
+def test_exact_sums_equals_int64(largest: int) -> None:
     rng = np.random.default_rng(0)
     image, weight = rng.integers(-largest, largest, (33, 257)), rng.integers(-127, 128, (19, 257)).astype(np.int32)
-    assert np.array_equal(exact_product(image.astype(np.float64), weight), image @ weight.T.astype(np.int64))
+    found = exact_sums(image.astype(np.float64), _weight(weight), 1)
+    assert np.array_equal(found, image @ weight.T.astype(np.int64))
 
 
-def test_exact_product_refuses_what_float64_cannot_hold() -> None:
+def test_exact_sums_refuses_what_float64_cannot_hold() -> None:
     with pytest.raises(ValueError, match="not exact in float64"):
-        exact_product(np.full((1, 4), 2.0**50), np.full((1, 4), 8, np.int32))
+        exact_sums(np.full((1, 4), 2.0**50), _weight(np.full((1, 4), 8, np.int32)), 1)
 
 
 # --- probing a graph lowered by hand --------------------------------------------------------------------------------
