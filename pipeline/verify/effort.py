@@ -9,6 +9,7 @@ targets.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from pipeline.backends import PORTABLE
@@ -23,6 +24,8 @@ INSIDE, FEW_INSIDE = (1, 3, 9), (1, 2, 3)
 # The same of a large model: lengths, latents and timesteps that the samples of a step do not have. Its portable model
 # makes no other special calls, so that an empty mask is looked at in its other targets alone.
 LARGE_INSIDE = (1, 3)
+# Calls of a large model's lowered graph where it stands in for an engine: those of 9 hold each sample three times.
+STOOD_IN = (1, 2, 3)
 
 
 @dataclass(frozen=True)
@@ -39,18 +42,23 @@ class Effort:
     state: bool = True
 
 
-def effort_for(target: str, n_steps: int, probed: tuple[int, ...], pictures: int, large: bool) -> Effort:
-    """What is run of `target`, out of all steps, the steps `probed` and `pictures`; `large`: the model is.
+def effort_for(
+    target: str, n_steps: int, probed: tuple[int, ...], pictures: int, large: bool, runs: bool = True
+) -> Effort:
+    """What is run of `target`, out of all steps, the steps `probed` and `pictures`; `large`: the model is. runs: does
+    the engine, or does its lowered graph stand in for it?
 
     >>> effort_for("cpu", 4, (0, 3), 4, large=False)
     Effort(steps=(0, 1, 2, 3), probed=(0, 3), pictures=4, special=(1, 2, 3, 9), inside=(1, 3, 9), state=True)
     >>> effort_for("onnx", 8, (0, 7), 1, large=True)
     Effort(steps=(7,), probed=(7,), pictures=0, special=(1, 3), inside=(), state=False)
     """
-    if target != PORTABLE:
-        looked_at, inside = (probed[-1:], LARGE_INSIDE) if large else (probed, INSIDE)
-        return Effort(tuple(range(n_steps)), looked_at, pictures, inside=inside)
     last = probed[-1:]
+    if target != PORTABLE:
+        if not large:
+            return Effort(tuple(range(n_steps)), probed, pictures)
+        special = BATCHES if runs else STOOD_IN
+        return Effort(tuple(range(n_steps)), last, pictures, special, LARGE_INSIDE)
     if large:
         return Effort(last, last, 0, special=LARGE_INSIDE, inside=(), state=False)
     steps = tuple(sorted({*range(0, n_steps, EVERY), *probed}))
@@ -61,13 +69,16 @@ def note(target: str, effort: Effort, n_steps: int, probed: tuple[int, ...], pic
     """What a report says where less was run than can be; "" where it was not."""
     if effort == Effort(tuple(range(n_steps)), probed, pictures):
         return ""
-    largest = f"calls of batch {' and '.join(str(size) for size in BATCHES if size not in effort.inside)}"
     looked = f"linears in {len(effort.probed)} of {len(probed)} steps"
+    alone = _calls([size for size in effort.special if size not in effort.inside], "compared by their outputs alone")
+    not_made = _calls([size for size in BATCHES if size not in effort.special], "not made")
     if target != PORTABLE:
-        return f"{target}: large model, {looked}; {largest} are compared by their outputs alone"
+        return f"{target}: large model, {looked}{alone}{not_made}"
     drawn = f"{effort.pictures} of {pictures} pictures" if effort.pictures else "no picture"
-    text = f"{target}: compared in {len(effort.steps)} of {n_steps} steps, {looked}, {drawn}: it is slow"
-    if effort.special == BATCHES:
-        return f"{text}; {largest} are compared by their outputs alone"
-    sizes = " and ".join(map(str, effort.special))
-    return f"{text}; of the calls that drawing does not make, batches {sizes}, by their outputs; none for what is kept"
+    kept = "" if effort.state else "; nor are those that show what is kept between calls"
+    steps = f"{target}: compared in {len(effort.steps)} of {n_steps} steps"
+    return f"{steps}, {looked}, {drawn}: it is slow{alone}{not_made}{kept}"
+
+
+def _calls(sizes: Sequence[int], what: str) -> str:
+    return f"; calls of batch {' and '.join(map(str, sizes))} are {what}" if sizes else ""

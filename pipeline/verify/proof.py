@@ -154,7 +154,7 @@ def verify_target(
     report.gates.append(coverage_gate(target, {layer.name for layer in present}, list(expected)))
     assert found.stretches is not None
     whole = (found.case.n_steps, found.probed, len(found.case.noise))
-    effort = effort or effort_for(target, *whole, large=is_large(model))
+    effort = effort or effort_for(target, *whole, large=is_large(model), runs=engine is not None)
     calls = looked_at(found, effort)
     # Of the call with fewest tokens: that of one sample, where it is looked into.
     extreme_call = min(range(len(calls)), key=lambda place: len(list(calls.values())[place]["hidden_states"]))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 
 import numpy as np
@@ -28,6 +29,13 @@ def test_every_round_calls_everybody_in_turn() -> None:
 def test_rounds_fill_the_budget_within_bounds() -> None:
     found = bench.interleaved({"a": lambda: None}, budget_s=1e9, bounds=(3, 7))
     assert len(found["a"].seconds) == 7
+
+
+def test_what_takes_most_of_the_budget_alone_is_timed_once() -> None:
+    work = {"quick": lambda: None, "slow": lambda: time.sleep(0.1)}
+    timings = bench.interleaved(work, budget_s=0.2, bounds=(3, 5))
+    assert {name: len(row.seconds) for name, row in timings.items()} == {"quick": 5, "slow": 1}
+    assert timings["slow"].to_row()["rounds"] == 1
 
 
 def test_percentiles_in_milliseconds() -> None:
