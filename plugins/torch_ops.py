@@ -1,10 +1,10 @@
 """The GPU kernels as torch ops, namespace `fpq`: torch.ops.fpq.packed_gemm and its neighbours.
 
 Importing this module registers them. They have fake tensors, so torch.compile and torch.export take them, and allocate
-nothing but their results, so a CUDA graph does. Tensors are as plugins/gpu/specs.py says; formats are names.
+nothing but their results, so a CUDA graph does. Tensors are as plugins/gpu/spec.py says; formats are names.
 
 On a CUDA tensor an op runs the Triton kernel; on a CPU tensor the same kernel under Triton's interpreter where
-TRITON_INTERPRET=1, else what the kernel computes in plain torch (plugins/torch_meanings.py). No GPU was at hand: on
+TRITON_INTERPRET=1, else what the kernel computes in plain torch (plugins/torch_reference.py). No GPU was at hand: on
 CUDA tensors the ops are compiled, not run.
 """
 
@@ -18,9 +18,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from plugins import torch_meanings as meanings
-from plugins.gpu.specs import GemmSpec, PackSpec, QuantizeSpec
-from plugins.torch_meanings import TORCH_TYPES, TYPE_NAMES
+from plugins import torch_reference as reference
+from plugins.gpu.spec import GemmSpec, PackSpec, QuantizeSpec
+from plugins.torch_reference import TORCH_TYPES, TYPE_NAMES
 
 NAMESPACE = "fpq"
 
@@ -71,22 +71,22 @@ def packed_gemm(
     """y [M, N] of operand bytes a [M, K] and packed codes w [N, K / 2], see GemmSpec."""
     spec, operands = gemm_spec(a, w_scales, **given), _operands(given)
     if on_kernels(a):
-        from plugins.gpu import launch_gemm
+        from plugins.gpu import launch
 
         operands["multiplier_codes"] = multiplier_codes
-        return launch_gemm.packed_gemm(spec, a, a_scale, w, w_scales, bias, **operands)
-    values = meanings.weight_values(spec, w, multiplier_codes)
-    return meanings.gemm(spec, a, a_scale, values, w_scales, bias, **operands)
+        return launch.packed_gemm(spec, a, a_scale, w, w_scales, bias, **operands)
+    values = reference.weight_values(spec, w, multiplier_codes)
+    return reference.gemm(spec, a, a_scale, values, w_scales, bias, **operands)
 
 
 def expanded_gemm(a: Tensor, a_scale: Tensor, w: Tensor, w_scales: Tensor, bias: Tensor, **given: Any) -> Tensor:
     """The same with w [N, K] as `expand` gives it, multipliers folded in."""
     spec, operands = gemm_spec(a, w_scales, **given), _operands(given)
     if on_kernels(a):
-        from plugins.gpu import launch_gemm
+        from plugins.gpu import launch
 
-        return launch_gemm.expanded_gemm(spec, a, a_scale, w, w_scales, bias, **operands)
-    return meanings.gemm(spec, a, a_scale, meanings.expanded_values(spec, w), w_scales, bias, **operands)
+        return launch.expanded_gemm(spec, a, a_scale, w, w_scales, bias, **operands)
+    return reference.gemm(spec, a, a_scale, reference.expanded_values(spec, w), w_scales, bias, **operands)
 
 
 def _operands(given: dict[str, Any]) -> dict[str, Any]:
@@ -102,9 +102,9 @@ def _fake_gemm(a: Tensor, a_scale: Tensor, w: Tensor, w_scales: Tensor, bias: Te
 def pack(codes: Tensor) -> Tensor:
     """codes u8 [N, K] below 16, K even -> u8 [N, K / 2], element 2i in the low nibble."""
     if on_kernels(codes):
-        from plugins.gpu import launch_gemm
+        from plugins.gpu import launch
 
-        return launch_gemm.pack(codes)
+        return launch.pack(codes)
     PackSpec(int(codes.shape[1]))
     return codes[:, ::2] | (codes[:, 1::2] << 4)
 
@@ -127,11 +127,11 @@ def expand(
     """Packed codes [N, K / 2] -> u8 [N, K], E4M3 or INT8 bytes as a GEMM with `activation` reads them."""
     spec = GemmSpec(activation, weight, in_features, int(w.shape[0]), group_size, tuple(multipliers), integers=integers)
     if on_kernels(w):
-        from plugins.gpu import launch_gemm
+        from plugins.gpu import launch
 
-        found: Tensor = launch_gemm.expand(spec, w, multiplier_codes=multiplier_codes)
+        found: Tensor = launch.expand(spec, w, multiplier_codes=multiplier_codes)
         return found
-    return meanings.expand(spec, w, multiplier_codes)
+    return reference.expand(spec, w, multiplier_codes)
 
 
 def _fake_expand(w: Tensor, *, in_features: int, **_given: Any) -> Tensor:
@@ -168,7 +168,7 @@ def _quantize_static(spec: QuantizeSpec, x: Tensor, scale: Tensor, zero: Tensor)
         from plugins.gpu import launch_quantize
 
         return launch_quantize.quantize_static(spec, x, scale, zero)
-    return meanings.quantize_static(spec, x, scale, zero)
+    return reference.quantize_static(spec, x, scale, zero)
 
 
 def _fake_quantize_static(x: Tensor, scale: Tensor, zero: Tensor, **_given: Any) -> Tensor:
@@ -189,7 +189,7 @@ def _quantize(spec: QuantizeSpec, x: Tensor, **given: Any) -> tuple[Tensor, Tens
 
         found: tuple[Tensor, Tensor] = launch_quantize.quantize(spec, x, **given)
         return found
-    return meanings.quantize(spec, x, **given)
+    return reference.quantize(spec, x, **given)
 
 
 def _fake_quantize(x: Tensor, *_inputs: Tensor, **_given: Any) -> tuple[Tensor, Tensor]:

@@ -20,10 +20,10 @@ from benchmarks.gpu.run import Context, Task
 from benchmarks.gpu.weights import CHANNEL, EXACT_64, REAL_128, Granularity
 from export.formats.embedding import exact_sum_limit
 from export.formats.format import get_format, pack
-from plugins.gpu import gemm_meanings
+from plugins.gpu import reference
 from plugins.gpu.operands import operand_bytes
 from plugins.gpu.promotion import FP32_BITS, accumulator_bits, promotion_of
-from plugins.gpu.specs import GemmSpec, PackSpec
+from plugins.gpu.spec import GemmSpec, PackSpec
 from plugins.gpu.table import kernel
 from plugins.gpu.tile_table import Tile
 from plugins.gpu.tiles import architecture, product_type
@@ -194,10 +194,10 @@ def allowed(case: GemmCase, arrays: dict[str, Array], expected: Array, tokens: i
     times |u|, and functions good to a few units: 32 + 16 |u| half units. Then one rounding to the output; `cut`: to
     bf16 the interpreter does not round to nearest but cuts off, a whole unit.
     """
-    values = np.abs(gemm_meanings.byte_values(case.activation, case.integers)[arrays["a"]])
-    (w,) = gemm_meanings.expand(case.spec, arrays["w"], arrays.get("multiplier_codes"))
+    values = np.abs(reference.byte_values(case.activation, case.integers)[arrays["a"]])
+    (w,) = reference.expand(case.spec, arrays["w"], arrays.get("multiplier_codes"))
     weights = (
-        np.abs(gemm_meanings.expanded_values(case.spec, w)).reshape(case.n, case.spec.scale_groups, -1)
+        np.abs(reference.expanded_values(case.spec, w)).reshape(case.n, case.spec.scale_groups, -1)
         * arrays["w_scales"][..., None]
     )
     size = (values @ weights.reshape(case.n, -1).T) * arrays["a_scale"][:, None] + np.abs(arrays["bias"])
@@ -218,7 +218,7 @@ def run_gemm(
     context: Context, spec: GemmSpec, arrays: dict[str, Array], name: str, tokens: int, tile: Tile | None = None
 ) -> Array:
     """The kernel `name` on NumPy inputs -> float32 [M, N]. tile: instead of the heuristics' choice."""
-    from plugins.gpu import launch_gemm
+    from plugins.gpu import launch
 
     tensors = {key: context.tensor(value) for key, value in arrays.items()}
     for key in ("gate", "residual"):
@@ -226,24 +226,24 @@ def run_gemm(
             tensors[key] = tensors[key].to(context.dtype(spec.output))
     multiplier_codes = tensors.pop("multiplier_codes", None)
     if name == "expanded_gemm":
-        tensors["w_expanded"] = launch_gemm.expand(spec, tensors.pop("w"), multiplier_codes)
-        y = launch_gemm.expanded_gemm(spec, **tensors, tokens=tokens, tile=tile)
+        tensors["w_expanded"] = launch.expand(spec, tensors.pop("w"), multiplier_codes)
+        y = launch.expanded_gemm(spec, **tensors, tokens=tokens, tile=tile)
     else:
-        y = launch_gemm.packed_gemm(spec, **tensors, multiplier_codes=multiplier_codes, tokens=tokens, tile=tile)
+        y = launch.packed_gemm(spec, **tensors, multiplier_codes=multiplier_codes, tokens=tokens, tile=tile)
     return np.asarray(y.float().cpu().numpy())
 
 
 def check_repack(context: Context, case: GemmCase) -> dict[str, Any]:
     """pack and expand: bytes that differ from the meanings'."""
-    from plugins.gpu import launch_gemm
+    from plugins.gpu import launch
 
     arrays = inputs_of(case)
     codes = np.random.default_rng(1).integers(0, 16, (case.n, case.k)).astype(np.uint8)
-    packed = launch_gemm.pack(context.tensor(codes)).cpu().numpy()
+    packed = launch.pack(context.tensor(codes)).cpu().numpy()
     given = [context.tensor(arrays[key]) for key in ("w", "multiplier_codes") if key in arrays]
-    expanded = launch_gemm.expand(case.spec, *given).cpu().numpy()
-    (wanted,) = gemm_meanings.expand(case.spec, arrays["w"], arrays.get("multiplier_codes"))
-    differ = int((packed != gemm_meanings.pack(PackSpec(case.k), codes)[0]).sum()), int((expanded != wanted).sum())
+    expanded = launch.expand(case.spec, *given).cpu().numpy()
+    (wanted,) = reference.expand(case.spec, arrays["w"], arrays.get("multiplier_codes"))
+    differ = int((packed != reference.pack(PackSpec(case.k), codes)[0]).sum()), int((expanded != wanted).sum())
     return {"pack_differ": differ[0], "expand_differ": differ[1], "passed": differ == (0, 0)}
 
 

@@ -10,9 +10,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from benchmarks.gpu.run import Context, Task
-from plugins.gpu.gemm_meanings import byte_values
 from plugins.gpu.launch_quantize import KERNEL_OF
-from plugins.gpu.specs import QuantizeSpec
+from plugins.gpu.reference import byte_values
+from plugins.gpu.spec import QuantizeSpec
 from plugins.gpu.table import kernel
 
 Array = NDArray[Any]

@@ -22,7 +22,7 @@ from export.formats.format import get_format
 from plugins.gpu.gemm_constants import weight_exponent
 from plugins.gpu.operands import operand_of
 from plugins.gpu.promotion import promotion_of
-from plugins.gpu.specs import GemmSpec
+from plugins.gpu.spec import GemmSpec
 from plugins.gpu.tiles import architecture
 
 if TYPE_CHECKING:
@@ -161,10 +161,10 @@ def compiled(spec: GemmSpec, a: Tensor, w: Tensor) -> Tensor:
     """The same through expanded_gemm, whose sums of values are made sums of bytes again, exactly: powers of two."""
     import torch
 
-    from plugins.gpu import launch_gemm
+    from plugins.gpu import launch
 
     one, scales = torch.ones(len(a), device=a.device), torch.ones((len(w), 1), device=a.device)
-    y = launch_gemm.expanded_gemm(spec, a, one, w, scales, torch.zeros_like(scales[:, 0]))
+    y = launch.expanded_gemm(spec, a, one, w, scales, torch.zeros_like(scales[:, 0]))
     return y * 2.0 ** (operand_of(spec.activation).shift + weight_exponent(spec))
 
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from benchmarks.gpu.run import Context, Task, failed_of
 from benchmarks.gpu.timing import Flush, contest, rates, sets_for
 from plugins.gpu.kernel import launch_options
-from plugins.gpu.specs import QuantizeSpec
+from plugins.gpu.spec import QuantizeSpec
 
 if TYPE_CHECKING:
     from torch import Tensor

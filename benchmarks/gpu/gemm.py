@@ -20,7 +20,7 @@ from benchmarks.gpu.timing import Flush, contest, rates, sets_for
 from benchmarks.gpu.weights import CHANNEL, EXACT_64, REAL_128, Granularity, Packed, quantize_weight
 from benchmarks.shapes import Shape, gemm_shapes
 from plugins.gpu.gemm_constants import weight_exponent
-from plugins.gpu.specs import GemmSpec, QuantizeSpec
+from plugins.gpu.spec import GemmSpec, QuantizeSpec
 from plugins.gpu.tiles import expands_first
 
 if TYPE_CHECKING:
@@ -63,7 +63,7 @@ def operands(context: Context, shape: Shape, granularity: Granularity) -> Operan
     """Normal activations and weights, quantized. The bf16 contestant takes them as they were before."""
     import torch
 
-    from plugins.gpu import launch_gemm, launch_quantize
+    from plugins.gpu import launch, launch_quantize
 
     a = torch.randn((shape.m, shape.k), device=context.device, dtype=torch.bfloat16)
     w = torch.randn((shape.n, shape.k), device=context.device, dtype=torch.bfloat16) / shape.k**0.5
@@ -72,7 +72,7 @@ def operands(context: Context, shape: Shape, granularity: Granularity) -> Operan
     for integers in (False, True):
         codes, scale = launch_quantize.quantize(QuantizeSpec(ACTIVATION, shape.k, input="bf16", integers=integers), a)
         spec = spec_of(shape, granularity, integers)
-        forms.append((codes, launch_gemm.expand(spec, packed.codes, packed.multiplier_codes)))
+        forms.append((codes, launch.expand(spec, packed.codes, packed.multiplier_codes)))
     (codes, expanded), (images, expanded_images) = forms
     bias = torch.zeros(shape.n, device=context.device)
     return Operands(codes, images, scale, packed, expanded, expanded_images, a, w, bias)
@@ -104,14 +104,14 @@ def least_read(shape: Shape, granularity: Granularity) -> int:
 
 def our_caller(name: str, spec: GemmSpec, given: Operands) -> Callable[[], Tensor]:
     """A call of one of our kernels on one set of inputs, `spec` being of the operands that it multiplies."""
-    from plugins.gpu import launch_gemm
+    from plugins.gpu import launch
 
     a, rest = given.images if spec.integers else given.a, (given.packed.scales, given.bias)
     if name.startswith("expanded"):
         w = given.expanded_images if spec.integers else given.expanded
-        return partial(launch_gemm.expanded_gemm, spec, a, given.a_scale, w, *rest)
+        return partial(launch.expanded_gemm, spec, a, given.a_scale, w, *rest)
     codes = given.packed.multiplier_codes
-    packed = partial(launch_gemm.packed_gemm, spec, a, given.a_scale, given.packed.codes, *rest, multiplier_codes=codes)
+    packed = partial(launch.packed_gemm, spec, a, given.a_scale, given.packed.codes, *rest, multiplier_codes=codes)
     return partial(packed, expand_first=WAYS.get(name))
 
 
@@ -186,9 +186,9 @@ def measure(context: Context, shape: Shape, granularity: Granularity, flush: Flu
 
 
 def _tile(name: str, spec: GemmSpec, m: int, sm: int) -> Any:
-    from plugins.gpu import launch_gemm
+    from plugins.gpu import launch
 
-    choose = launch_gemm.HEURISTICS[name.removesuffix(INT8)]
+    choose = launch.HEURISTICS[name.removesuffix(INT8)]
     return choose(replace(spec, integers=name.endswith(INT8)), m, sm, may_split=True)
 
 

@@ -2,7 +2,7 @@
 
 One source for SM80 to SM120: pointers and masks, no tensor maps, no inline assembly. The sum over K is one of integers
 times a power of two, so its order is free: blocks of K may be split, promoted and padded with zeros, and the result is
-the same number wherever the accumulator holds it (plugins/gpu/promotion.py). Shapes are in GemmSpec (specs.py), the
+the same number wherever the accumulator holds it (plugins/gpu/promotion.py). Shapes are in GemmSpec (spec.py), the
 constants in `gemm_constants.py`. M and N are any size, K is even.
 """
 

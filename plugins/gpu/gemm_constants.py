@@ -7,7 +7,7 @@ from typing import Any
 from export.errors import RecipeError
 from plugins.gpu.operands import E4M3, INT8
 from plugins.gpu.promotion import promotion_of
-from plugins.gpu.specs import GemmSpec, PackSpec
+from plugins.gpu.spec import GemmSpec, PackSpec
 from plugins.gpu.tile_table import Tile
 from plugins.gpu.tiles import BandTile, ReduceTile, architecture, product_type, scales_sums
 

@@ -8,7 +8,7 @@ from export.errors import ContractError
 from plugins.gpu.device import sm_of
 from plugins.gpu.kernel import launch_options
 from plugins.gpu.row_tiles import RowTile
-from plugins.gpu.specs import QuantizeSpec
+from plugins.gpu.spec import QuantizeSpec
 from plugins.gpu.table import kernel
 
 if TYPE_CHECKING:

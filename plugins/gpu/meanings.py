@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from export.dialect import reference as op_meanings
 from plugins.gpu.operands import operand_bytes
-from plugins.gpu.specs import QuantizeSpec
+from plugins.gpu.spec import QuantizeSpec
 
 Array = NDArray[Any]
 

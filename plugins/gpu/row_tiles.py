@@ -17,7 +17,7 @@ from typing import Any
 
 from export.errors import ContractError
 from plugins.gpu.rounding_tables import rounding_constants
-from plugins.gpu.specs import QuantizeSpec
+from plugins.gpu.spec import QuantizeSpec
 
 MAX_WARPS = 16
 WARP = 32

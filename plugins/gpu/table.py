@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from plugins.gpu import gemm_constants, gemm_meanings, meanings, row_tiles, tiles
+from plugins.gpu import gemm_constants, meanings, reference, row_tiles, tiles
 from plugins.gpu.kernel import Argument, Kernel
-from plugins.gpu.specs import GemmSpec, PackSpec, QuantizeSpec
+from plugins.gpu.spec import GemmSpec, PackSpec, QuantizeSpec
 
 _CODES = Argument("codes", "*u8", "output", "[M, C] operand bytes")
 _TOKEN_SCALES = Argument("scales", "*fp32", "output", "[M]", "per_token")
@@ -81,7 +81,7 @@ KERNELS: tuple[Kernel, ...] = (
         "plugins.gpu.gemm:packed_gemm",
         GemmSpec,
         (*_A, _W, _W_SCALES, _MULTIPLIER_CODES, *_AFTER),
-        gemm_meanings.packed_gemm,
+        reference.packed_gemm,
         tiles.packed_tile,
         gemm_constants.packed_constants,
         tiles.gemm_grid,
@@ -92,7 +92,7 @@ KERNELS: tuple[Kernel, ...] = (
         "plugins.gpu.gemm:expanded_gemm",
         GemmSpec,
         (*_A, _W_EXPANDED, _W_SCALES, *_AFTER),
-        gemm_meanings.expanded_gemm,
+        reference.expanded_gemm,
         tiles.expanded_tile,
         gemm_constants.gemm_constants,
         tiles.gemm_grid,
@@ -103,7 +103,7 @@ KERNELS: tuple[Kernel, ...] = (
         "plugins.gpu.epilogue:reduce_splits",
         GemmSpec,
         (Argument("parts", "*fp32", "input", "[splits, M, N]"), _A[1], _W_SCALES, *_AFTER),
-        gemm_meanings.reduce_splits,
+        reference.reduce_splits,
         tiles.reduce_tile,
         gemm_constants.reduce_constants,
         tiles.reduce_grid,
@@ -118,7 +118,7 @@ KERNELS: tuple[Kernel, ...] = (
             Argument("rows", "i32", "size", "N"),
             Argument("packed", "*u8", "output", "[N, K / 2]"),
         ),
-        gemm_meanings.pack,
+        reference.pack,
         tiles.band_tile,
         gemm_constants.pack_constants,
         tiles.band_grid,
@@ -129,7 +129,7 @@ KERNELS: tuple[Kernel, ...] = (
         "plugins.gpu.repack:expand",
         GemmSpec,
         (_W, _MULTIPLIER_CODES, _ROWS, Argument("expanded", "*u8", "output", "[N, K]")),
-        gemm_meanings.expand,
+        reference.expand,
         tiles.band_tile,
         gemm_constants.expand_constants,
         tiles.band_grid,

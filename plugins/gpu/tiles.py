@@ -14,7 +14,7 @@ from typing import Literal
 from export.errors import RecipeError
 from plugins.gpu.operands import E4M3
 from plugins.gpu.promotion import promotion_of
-from plugins.gpu.specs import GemmSpec, PackSpec
+from plugins.gpu.spec import GemmSpec, PackSpec
 from plugins.gpu.tile_table import INSTRUCTIONS, MACHINES, PROMOTED, TABLE, Products, Tile
 
 # Where tensor cores multiply FP8; below, and for operands that are no E4M3 bytes, FP16.

@@ -12,9 +12,9 @@ from dataclasses import dataclass
 from export.errors import ContractError
 from plugins.gpu.kernel import Argument
 from plugins.tensorrt.expressions import Expression, as_expression, rows_of
+from plugins.tensorrt.payload import PLUGINS, Payload, Variant
 from plugins.tensorrt.ptx import at_lowest_version, entry_name, keep_parameters
-from plugins.tensorrt_rtx.launcher import SHARED
-from plugins.tensorrt_rtx.payload import PLUGINS, Payload, Variant
+from plugins.tensorrt.rtx_launcher import SHARED
 
 # Inputs that only some layers have -> what their plugin is called besides: its name fixes how many inputs it has.
 SUFFIXES = {"multiplier_codes": "Multipliers", "gate": "GateResidual"}

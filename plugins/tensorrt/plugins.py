@@ -12,11 +12,11 @@ from importlib import import_module
 from inspect import Parameter, Signature
 from typing import Any
 
-from plugins.gpu.specs import GemmSpec, QuantizeSpec
+from plugins.gpu.spec import GemmSpec, QuantizeSpec
 from plugins.tensorrt.aot import aot_kernel, plugin_name
 from plugins.tensorrt.expressions import Expression
-from plugins.tensorrt_rtx.payload import FIELD, NAMESPACE, Payload, from_text
-from plugins.tensorrt_rtx.plugin import ports_of
+from plugins.tensorrt.payload import FIELD, NAMESPACE, Payload, from_text
+from plugins.tensorrt.rtx_plugin import ports_of
 
 # TensorRT's names of element types in a tactic's list.
 TACTIC_TYPES = {"int8": "INT8", "float16": "FP16", "bfloat16": "BF16", "float32": "FP32"}

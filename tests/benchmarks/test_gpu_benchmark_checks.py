@@ -107,7 +107,7 @@ def test_every_case_on_a_gpu_is_one_that_the_kernels_take() -> None:
 )
 def test_sums_of_the_check_are_exact_in_an_accumulator_of_14_bits(case: gpu_check.GemmCase) -> None:
     codes = gpu_check.inputs_of(case, sm=90)["a"]
-    values = np.abs(gpu_check.gemm_meanings.byte_values(case.activation)[codes])
+    values = np.abs(gpu_check.reference.byte_values(case.activation)[codes])
     unit = values[values > 0].min() * 0.5
     span, _ = gpu_check.places_of_a_sum(case.spec, 1, 90)
     sums = (values * 6 * max(case.spec.multipliers) / unit).reshape(5, -1, span)
@@ -155,5 +155,5 @@ def test_a_wrong_kernel_is_found_in_the_tile_it_is_timed_in(splits: int, monkeyp
 def test_sums_of_the_drawn_codes_are_exact_in_float32_whatever_their_order(activation: str) -> None:
     case = gpu_check.GemmCase(activation, "E2M1", 4, 5, 1152)
     arrays = gpu_check.inputs_of(case)
-    values = gpu_check.gemm_meanings.byte_values(activation)[arrays["a"]]
+    values = gpu_check.reference.byte_values(activation)[arrays["a"]]
     assert np.abs(values).sum(1).max() * 6 / (np.abs(values[values != 0]).min() * 0.5) < 2**24

@@ -193,12 +193,12 @@ def test_a_contestant_that_cannot_run_is_named(monkeypatch: pytest.MonkeyPatch) 
 
 @pytest.mark.usefixtures("clockless")
 def test_a_row_in_which_ours_cannot_run_has_failed(monkeypatch: pytest.MonkeyPatch) -> None:
-    from plugins.gpu import launch_gemm
+    from plugins.gpu import launch
 
     def packed_gemm(*_inputs: Any, **_options: Any) -> None:
         raise RuntimeError("out of shared memory")
 
-    monkeypatch.setattr(launch_gemm, "packed_gemm", packed_gemm)
+    monkeypatch.setattr(launch, "packed_gemm", packed_gemm)
     row = gpu_gemm.measure(CPU, Shape(16, 32, 64, 256, ("pixart ff.in",)), CHANNEL, lambda: None)
     why = "RuntimeError: out of shared memory"
     assert row["failed"] == f"packed_gemm: {why}; packed_gemm_int8: {why}"

@@ -12,11 +12,11 @@ from typing import Any
 import pytest
 
 from export.errors import ContractError, EnvironmentLacksError
-from plugins.gpu import cache, compiled, machine_code
-from plugins.gpu.compiled import Compiled, Request, compile_kernel, compile_kernels
+from plugins.gpu import cache, compile, machine_code
+from plugins.gpu.compile import Compiled, Request, compile_kernel, compile_kernels
 from plugins.gpu.machine_code import TARGETS
 from plugins.gpu.row_tiles import RowTile, row_tile
-from plugins.gpu.specs import QuantizeSpec
+from plugins.gpu.spec import QuantizeSpec
 from plugins.gpu.table import kernel
 
 pytest.importorskip("triton", reason="the GPU kernels need triton")
@@ -168,14 +168,14 @@ def test_key_names_everything_the_code_follows_from(monkeypatch: pytest.MonkeyPa
         replace(base, spec=QuantizeSpec("E2M3", WIDTH, input="fp32")),
         request("gelu_quantize", 90),
     ]
-    keys = {compiled._key(one) for one in variants}
-    assert len(keys) == len(variants) and compiled._key(replace(base, rows=8192)) in keys
+    keys = {compile._key(one) for one in variants}
+    assert len(keys) == len(variants) and compile._key(replace(base, rows=8192)) in keys
     monkeypatch.setattr(importlib.metadata, "version", lambda _: "99.0")
-    assert compiled._key(base) not in keys
+    assert compile._key(base) not in keys
 
 
 def test_source_reaches_helpers_of_helpers() -> None:
-    source = "".join(compiled.source_of(kernel("norm_modulate_quantize").function()))
+    source = "".join(compile.source_of(kernel("norm_modulate_quantize").function()))
     for name in ("norm_modulate_quantize", "_quantize_row", "_bytes", "reciprocal_parts", "grid_to_byte"):
         assert f"def {name}(" in source, name
     assert "def gelu_quantize(" not in source and "def _gelu(" not in source
@@ -185,18 +185,18 @@ def test_key_follows_the_source_of_a_helper(monkeypatch: pytest.MonkeyPatch) -> 
     """A line more in a function that the kernel's functions call is another kernel."""
     from plugins.gpu import rounding
 
-    before = compiled._key(request("quantize", 90))
-    helper, read = rounding.reciprocal_parts.fn, compiled.inspect.getsource
+    before = compile._key(request("quantize", 90))
+    helper, read = rounding.reciprocal_parts.fn, compile.inspect.getsource
     text = read(helper) + "    # another line\n"
-    monkeypatch.setattr(compiled.inspect, "getsource", lambda function: text if function is helper else read(function))
-    assert compiled._key(request("quantize", 90)) != before
+    monkeypatch.setattr(compile.inspect, "getsource", lambda function: text if function is helper else read(function))
+    assert compile._key(request("quantize", 90)) != before
 
 
 def test_second_time_from_the_cache(empty: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     first = compile_kernels([request("quantize", 80)])
-    assert [path.name for path in empty.iterdir()] == [compiled._key(request("quantize", 80))]
-    monkeypatch.setattr(compiled, "_compile", lambda _: pytest.fail("compiled again"))
-    monkeypatch.setattr(compiled, "_compile_in_another_process", lambda _: pytest.fail("compiled again"))
+    assert [path.name for path in empty.iterdir()] == [compile._key(request("quantize", 80))]
+    monkeypatch.setattr(compile, "_compile", lambda _: pytest.fail("compiled again"))
+    monkeypatch.setattr(compile, "_compile_in_another_process", lambda _: pytest.fail("compiled again"))
     assert compile_kernels([request("quantize", 80)]) == first
 
 
@@ -244,7 +244,7 @@ def test_several_processes(empty: Path, caplog: pytest.LogCaptureFixture) -> Non
 
 
 def test_nothing_is_missing_here() -> None:
-    assert compiled.problems() == []
+    assert compile.problems() == []
 
 
 def test_without_triton(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -258,12 +258,12 @@ def test_without_triton(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_old_triton(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.metadata, "version", lambda _: "3.5.1")
-    assert compiled.problems() == ["triton 3.5.1 is too old; run: pip install 'triton>=3.6'"]
+    assert compile.problems() == ["triton 3.5.1 is too old; run: pip install 'triton>=3.6'"]
 
 
 def test_missing_tools(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(machine_code, "tool", lambda name: Path("/nowhere") / name)
-    found = compiled.problems()
+    found = compile.problems()
     assert len(found) == 2 and found[0].startswith("/nowhere/ptxas of triton") and "reinstall triton" in found[0]
     with pytest.raises(EnvironmentLacksError, match=r"/nowhere/cuobjdump does not run .*; reinstall triton"):
         machine_code.opcodes(b"")

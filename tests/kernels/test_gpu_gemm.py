@@ -15,11 +15,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from export.formats.format import get_format, pack
-from plugins.gpu import launch_gemm
+from plugins.gpu import launch
 from plugins.gpu.gemm_constants import packed_constants
 from plugins.gpu.operands import operand_bytes
 from plugins.gpu.promotion import promotion_of
-from plugins.gpu.specs import GemmSpec
+from plugins.gpu.spec import GemmSpec
 from plugins.gpu.table import kernel
 from plugins.gpu.tile_table import Tile
 from plugins.gpu.tiles import ReduceTile
@@ -139,8 +139,8 @@ def test_expanding_first_changes_nothing(multipliers: tuple[int, ...], real_grou
 def test_many_tokens_expand_the_weight_first(monkeypatch: pytest.MonkeyPatch) -> None:
     spec = GemmSpec("E2M3", "E2M1", 64, 16, 64, MULTIPLIERS, output="fp32")
     arrays, calls = case(spec, 3), []
-    monkeypatch.setattr(launch_gemm.tiles, "expands_first", lambda *given: calls.append(given) or True)
-    monkeypatch.setattr(launch_gemm, "expand", lambda *given, of=launch_gemm.expand: calls.append(given) or of(*given))
+    monkeypatch.setattr(launch.tiles, "expands_first", lambda *given: calls.append(given) or True)
+    monkeypatch.setattr(launch, "expand", lambda *given, of=launch.expand: calls.append(given) or of(*given))
     assert_bits(run(spec, arrays), meaning(spec, arrays))
     assert calls[0] == (spec, 3, 0) and calls[1][0] is spec
     del calls[:]
@@ -255,7 +255,7 @@ def test_parts_of_a_sum_are_added_in_their_order(groups: int) -> None:
     inputs = {name: parts if name == "parts" else arrays[name] for name in names}
     y, sizes = torch.empty(20, 35), {"M": 20, "tokens": 2}
     tensors = {name: tensor(array) for name, array in inputs.items()}
-    launch_gemm.run(row, spec, ReduceTile(3), 20, 0, {**tensors, **sizes, "y": y})
+    launch.run(row, spec, ReduceTile(3), 20, 0, {**tensors, **sizes, "y": y})
     assert_bits(y.numpy(), row.reference(spec, **inputs, **sizes)[0])
 
 

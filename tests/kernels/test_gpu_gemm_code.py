@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from plugins.gpu.compiled import Compiled, Request, compile_kernels
-from plugins.gpu.specs import GemmSpec
+from plugins.gpu.compile import Compiled, Request, compile_kernels
+from plugins.gpu.spec import GemmSpec
 from plugins.gpu.table import kernel
 
 pytest.importorskip("triton", reason="the GPU kernels need triton")

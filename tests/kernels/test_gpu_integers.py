@@ -13,12 +13,12 @@ from hypothesis import strategies as st
 
 from export.errors import RecipeError
 from export.formats.format import get_format
-from plugins.gpu import launch_gemm, launch_quantize
+from plugins.gpu import launch, launch_quantize
 from plugins.gpu.gemm_constants import gemm_constants
-from plugins.gpu.gemm_meanings import expand
 from plugins.gpu.operands import operand_bytes
 from plugins.gpu.promotion import Promotion, promotion_of
-from plugins.gpu.specs import GemmSpec, QuantizeSpec
+from plugins.gpu.reference import expand
+from plugins.gpu.spec import GemmSpec, QuantizeSpec
 from plugins.gpu.table import kernel
 from plugins.gpu.tile_table import Tile
 from plugins.gpu.tiles import packed_tile
@@ -155,6 +155,6 @@ def test_expanded_bytes_are_images(weight: str) -> None:
     spec = integers("E2M3", weight, 96, 7, 48, multipliers)
     arrays = case(spec, 1)
     codes = arrays.get("multiplier_codes")
-    found = launch_gemm.expand(spec, tensor(arrays["w"]), None if codes is None else tensor(codes))
+    found = launch.expand(spec, tensor(arrays["w"]), None if codes is None else tensor(codes))
     np.testing.assert_array_equal(found.numpy(), expand(spec, arrays["w"], codes)[0])
     assert spec.weight_kind == "INT8" and found.view(torch.int8).abs().max() <= 120

@@ -15,7 +15,7 @@ from export.formats.format import Format, get_format
 from plugins.gpu import launch_quantize, row_tiles
 from plugins.gpu.launch_quantize import quantize
 from plugins.gpu.row_tiles import RowTile
-from plugins.gpu.specs import QuantizeSpec
+from plugins.gpu.spec import QuantizeSpec
 from tests.support.gpu_quantizers import DTYPES, assert_equal, expected
 
 pytest.importorskip("triton", reason="the GPU kernels need triton")

@@ -13,7 +13,7 @@ from export.formats.format import decode, get_format
 from export.formats.format import quantize as encode
 from plugins.gpu.launch_quantize import quantize
 from plugins.gpu.operands import operand_bytes
-from plugins.gpu.specs import QuantizeSpec
+from plugins.gpu.spec import QuantizeSpec
 from tests.support.gpu_quantizers import DTYPES, U, assert_equal, expected
 
 pytest.importorskip("triton", reason="the GPU kernels need triton")

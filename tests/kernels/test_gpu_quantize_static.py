@@ -15,7 +15,7 @@ from plugins.gpu import launch_quantize
 from plugins.gpu.launch_quantize import quantize_static
 from plugins.gpu.operands import operand_bytes
 from plugins.gpu.row_tiles import RowTile
-from plugins.gpu.specs import QuantizeSpec
+from plugins.gpu.spec import QuantizeSpec
 from plugins.gpu.table import kernel
 from tests.kernels.test_gpu_quantize_fused import gelu_bound
 from tests.support.gpu_quantizers import DTYPES, U

@@ -21,7 +21,7 @@ from plugins.gpu.promotion import (
     largest_product,
     promotion_of,
 )
-from plugins.gpu.specs import GemmSpec, PackSpec
+from plugins.gpu.spec import GemmSpec, PackSpec
 from plugins.gpu.tile_table import TABLE
 from plugins.gpu.tiles import (
     INTERPRETED,

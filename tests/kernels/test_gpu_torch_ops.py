@@ -12,7 +12,7 @@ from export.dialect import reference as op_meanings
 from export.errors import ContractError, RecipeError
 from export.formats.embedding import exact_multipliers
 from export.formats.format import get_format, pack
-from plugins import torch_meanings, torch_ops
+from plugins import torch_ops, torch_reference
 from plugins.gpu.operands import operand_bytes
 
 OPS = torch.ops.fpq
@@ -117,7 +117,7 @@ def test_ties_go_to_even_and_large_numbers_saturate() -> None:
     fmt = get_format("E2M3")
     grid = np.unique(fmt.values)
     x = torch.from_numpy(np.concatenate([(grid[1:] + grid[:-1]) / 2, [1e9, -1e9]]).astype(np.float32))
-    found = torch_meanings.byte_values("E2M3")[torch_meanings.encoded("E2M3", x).int()]
+    found = torch_reference.byte_values("E2M3")[torch_reference.encoded("E2M3", x).int()]
     codes = op_meanings.quantize_static(x.numpy(), np.ones(1, np.float32), np.zeros(1, np.float32), format="E2M3")[0]
     assert np.array_equal(found.numpy(), fmt.values[codes])
 

@@ -13,13 +13,13 @@ from hypothesis import strategies as st
 
 from export.errors import ContractError
 from plugins.gpu import machine_code
-from plugins.gpu.specs import GemmSpec, QuantizeSpec
+from plugins.gpu.spec import GemmSpec, QuantizeSpec
 from plugins.gpu.tile_table import Tile
 from plugins.tensorrt.aot import aot_kernel, plugin_name
 from plugins.tensorrt.expressions import as_expression, rows_of
+from plugins.tensorrt.payload import Payload, Variant, kernel_row
 from plugins.tensorrt.plugins import EXAMPLES
 from plugins.tensorrt.ptx import LOWEST_VERSION, at_lowest_version, entry_name, keep_parameters, parameter_names
-from plugins.tensorrt_rtx.payload import Payload, Variant, kernel_row
 
 TEXT = """
 .version 8.7
@@ -92,7 +92,7 @@ COMPILED = [
 @pytest.mark.parametrize(("kernel", "spec", "sm"), COMPILED, ids=[f"{k}-{sm}" for k, _, sm in COMPILED])
 def test_stripped_kernels_assemble(kernel: str, spec: Any, sm: int, tmp_path: Path) -> None:
     pytest.importorskip("triton", reason="triton is not installed")
-    from plugins.tensorrt_rtx.compile import compile_payload
+    from plugins.tensorrt.compile import compile_payload
 
     payload = compile_payload(kernel, spec, (128,), (sm,), "ptx")
     made = aot_kernel(payload, payload.variants[0], [3] * 8)

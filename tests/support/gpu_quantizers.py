@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from plugins.gpu.specs import QuantizeSpec
+from plugins.gpu.spec import QuantizeSpec
 from plugins.gpu.table import kernel
 
 U = 2.0**-24  # largest relative error of one float32 rounding

@@ -16,7 +16,7 @@ from torch.nn import functional
 
 import plugins.torch_ops  # noqa: F401, registers torch.ops.fpq
 from plugins.gpu.tiles import EXPAND_FROM
-from plugins.torch_meanings import TYPE_NAMES
+from plugins.torch_reference import TYPE_NAMES
 
 OPS = torch.ops.fpq
 # FP16 holds no number below -65504; a row of nothing but -inf would become NaN.

@@ -24,7 +24,7 @@ from pipeline.backends.fused.merge_gemms import MergeGemms
 from pipeline.backends.fused.ops import DOMAIN, OPS, add_functions
 from pipeline.passes.graph import drop_unused
 from plugins.gpu import table
-from plugins.gpu.specs import Epilogue, GemmSpec, QuantizeSpec
+from plugins.gpu.spec import Epilogue, GemmSpec, QuantizeSpec
 
 # Fused op -> kernel of the table.
 QUANTIZERS = {

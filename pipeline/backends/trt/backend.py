@@ -35,10 +35,9 @@ from pipeline.files import sha256, write_json
 from pipeline.machine import cuda_sm
 from pipeline.passes import run_shared
 from pipeline.passes.graph import drop_unused
-from plugins.tensorrt import plugins
+from plugins.tensorrt import compile, plugins
 from plugins.tensorrt.aot import plugin_name
-from plugins.tensorrt_rtx import compile
-from plugins.tensorrt_rtx.payload import NAMESPACE, VERSION, Payload
+from plugins.tensorrt.payload import NAMESPACE, VERSION, Payload
 
 logger = logging.getLogger(__name__)
 SCHEMA_VERSION = 1

@@ -20,9 +20,8 @@ from pipeline import machine
 from pipeline.backends import feeds, lowering_file, metadata_file
 from pipeline.backends.base import Arrays
 from pipeline.backends.rtx.engine import Buffers, read_metadata, release, visible_sm
-from plugins.tensorrt import plugins
-from plugins.tensorrt_rtx import compile
-from plugins.tensorrt_rtx.payload import NAMESPACE, VERSION
+from plugins.tensorrt import compile, plugins
+from plugins.tensorrt.payload import NAMESPACE, VERSION
 
 ENGINE, METADATA = "model.engine", metadata_file.NAME
 # What a build makes in the target's folder.

@@ -6,8 +6,8 @@ import math
 from collections.abc import Sequence
 
 from export.errors import ContractError
-from plugins.tensorrt_rtx.driver import Arguments, Driver
-from plugins.tensorrt_rtx.payload import Payload
+from plugins.tensorrt.payload import Payload
+from plugins.tensorrt.rtx_driver import Arguments, Driver
 
 # Inputs with one row for each sample; `tokens` rows of the first input share it.
 SHARED = ("shift", "scale", "gate")

@@ -13,7 +13,7 @@ from export.formats.format import decode, encode, get_format, unpack
 from export.formats.format import pack as pack_codes
 from plugins.gpu.gemm_constants import weight_exponent
 from plugins.gpu.operands import operand_bytes
-from plugins.gpu.specs import GemmSpec, PackSpec
+from plugins.gpu.spec import GemmSpec, PackSpec
 
 Array = NDArray[Any]
 

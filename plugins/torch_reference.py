@@ -19,7 +19,7 @@ from export.formats.embedding import exact_sum_limit
 from export.formats.format import get_format
 from plugins.gpu.gemm_constants import weight_exponent
 from plugins.gpu.operands import operand_bytes
-from plugins.gpu.specs import GemmSpec, QuantizeSpec
+from plugins.gpu.spec import GemmSpec, QuantizeSpec
 
 TORCH_TYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 TYPE_NAMES = {value: key for key, value in TORCH_TYPES.items()}

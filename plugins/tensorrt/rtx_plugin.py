@@ -14,10 +14,10 @@ from typing import Any
 import numpy as np
 
 from plugins.gpu.kernel import Argument
-from plugins.tensorrt_rtx import loader
-from plugins.tensorrt_rtx.driver import cuda_driver
-from plugins.tensorrt_rtx.launcher import Launcher
-from plugins.tensorrt_rtx.payload import FIELD, NAMESPACE, PLUGINS, VERSION, Payload, from_text
+from plugins.tensorrt import rtx_loader
+from plugins.tensorrt.payload import FIELD, NAMESPACE, PLUGINS, VERSION, Payload, from_text
+from plugins.tensorrt.rtx_driver import cuda_driver
+from plugins.tensorrt.rtx_launcher import Launcher
 
 # Triton's element type -> name of TensorRT's.
 TYPES = {"*u8": "int8", "*fp16": "float16", "*bf16": "bfloat16", "*fp32": "float32"}
@@ -134,7 +134,7 @@ def plugin_class(trt: Any) -> Any:
 def registered() -> tuple[str, ...]:
     """Names of our plugins that TensorRT-RTX's own registry finds. Raises EnvironmentLacksError as `creators`."""
     creators()
-    registry = loader.load().get_plugin_registry()
+    registry = rtx_loader.load().get_plugin_registry()
     return tuple(name for name in PLUGINS.values() if registry.get_creator(name, VERSION, NAMESPACE) is not None)
 
 
@@ -173,7 +173,7 @@ def creators() -> tuple[Any, ...]:
 
     Raises EnvironmentLacksError where tensorrt_rtx cannot be loaded.
     """
-    trt = loader.load()
+    trt = rtx_loader.load()
     made, registry = creator_class(trt), trt.get_plugin_registry()
     found = tuple(made(name) for name in PLUGINS.values())
     for creator in found:

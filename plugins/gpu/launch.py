@@ -9,7 +9,7 @@ from export.errors import ContractError
 from plugins.gpu import tiles
 from plugins.gpu.device import sm_of
 from plugins.gpu.kernel import Kernel, launch_options
-from plugins.gpu.specs import GemmSpec, PackSpec
+from plugins.gpu.spec import GemmSpec, PackSpec
 from plugins.gpu.table import kernel
 from plugins.gpu.tile_table import Tile
 

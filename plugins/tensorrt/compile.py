@@ -8,9 +8,9 @@ from dataclasses import asdict
 from typing import Any, Literal
 
 from export.errors import ContractError
-from plugins.gpu import compiled, machine_code
-from plugins.gpu.compiled import Compiled, Request
-from plugins.tensorrt_rtx.payload import Payload, Variant, kernel_row
+from plugins.gpu import compile, machine_code
+from plugins.gpu.compile import Compiled, Request
+from plugins.tensorrt.payload import Payload, Variant, kernel_row
 
 logger = logging.getLogger(__name__)
 Form = Literal["cubin", "ptx"]
@@ -22,7 +22,7 @@ def problems(sms: Sequence[int]) -> list[str]:
     known = machine_code.TARGETS
     unknown = [sm for sm in sms if sm not in known]
     found = [f"the kernels are not compiled for SM {sm}, only for {', '.join(map(str, known))}" for sm in unknown]
-    return [*found, *compiled.problems()]
+    return [*found, *compile.problems()]
 
 
 def compile_payload(kernel: str, spec: Any, rows: Sequence[int], sms: Sequence[int], form: Form = "cubin") -> Payload:
@@ -33,7 +33,7 @@ def compile_payload(kernel: str, spec: Any, rows: Sequence[int], sms: Sequence[i
     """
     row = kernel_row(kernel)
     chosen = [(sm, most, tile) for sm in sms for most, tile in _tiles(row, spec, rows, sm)]
-    codes = compiled.compile_kernels([Request(row, spec, sm, tile) for sm, _, tile in chosen])
+    codes = compile.compile_kernels([Request(row, spec, sm, tile) for sm, _, tile in chosen])
     variants = (_variant(sm, most, tile, code, form) for (sm, most, tile), code in zip(chosen, codes, strict=True))
     return Payload(kernel, spec, tuple(variants))
 
