@@ -165,9 +165,9 @@ def gelu_quantize_static(x: Tensor, scale: Tensor, zero: Tensor, *, format: str,
 
 def _quantize_static(spec: QuantizeSpec, x: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
     if on_kernels(x):
-        from plugins.gpu import launch_quantize
+        from plugins.gpu import launch
 
-        return launch_quantize.quantize_static(spec, x, scale, zero)
+        return launch.quantize_static(spec, x, scale, zero)
     return reference.quantize_static(spec, x, scale, zero)
 
 
@@ -185,9 +185,9 @@ def norm_modulate_quantize(
 
 def _quantize(spec: QuantizeSpec, x: Tensor, **given: Any) -> tuple[Tensor, Tensor]:
     if on_kernels(x):
-        from plugins.gpu import launch_quantize
+        from plugins.gpu import launch
 
-        found: tuple[Tensor, Tensor] = launch_quantize.quantize(spec, x, **given)
+        found: tuple[Tensor, Tensor] = launch.quantize(spec, x, **given)
         return found
     return reference.quantize(spec, x, **given)
 

@@ -17,9 +17,8 @@ from export.dialect.ops import attributes
 from export.dialect.reference import ABSMAX_FLOOR
 from export.formats.embedding import exact_sum_limit
 from export.formats.format import get_format
-from plugins.gpu.gemm_constants import weight_exponent
-from plugins.gpu.operands import operand_bytes
-from plugins.gpu.spec import GemmSpec, QuantizeSpec
+from plugins.gpu.spec import GemmSpec, QuantizeSpec, operand_bytes
+from plugins.gpu.tiles import weight_exponent
 
 TORCH_TYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 TYPE_NAMES = {value: key for key, value in TORCH_TYPES.items()}

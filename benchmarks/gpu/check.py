@@ -21,9 +21,8 @@ from benchmarks.gpu.weights import CHANNEL, EXACT_64, REAL_128, Granularity
 from export.formats.embedding import exact_sum_limit
 from export.formats.format import get_format, pack
 from plugins.gpu import reference
-from plugins.gpu.operands import operand_bytes
 from plugins.gpu.promotion import FP32_BITS, accumulator_bits, promotion_of
-from plugins.gpu.spec import GemmSpec, PackSpec
+from plugins.gpu.spec import GemmSpec, PackSpec, operand_bytes
 from plugins.gpu.table import kernel
 from plugins.gpu.tile_table import Tile
 from plugins.gpu.tiles import architecture, product_type

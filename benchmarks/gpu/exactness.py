@@ -19,11 +19,9 @@ import numpy as np
 from benchmarks.gpu.run import Context, Task
 from benchmarks.gpu.weights import CHANNEL, EXACT_64, Granularity
 from export.formats.format import get_format
-from plugins.gpu.gemm_constants import weight_exponent
-from plugins.gpu.operands import operand_of
 from plugins.gpu.promotion import promotion_of
-from plugins.gpu.spec import GemmSpec
-from plugins.gpu.tiles import architecture
+from plugins.gpu.spec import GemmSpec, operand_of
+from plugins.gpu.tiles import architecture, weight_exponent
 
 if TYPE_CHECKING:
     from torch import Generator, Tensor

@@ -19,9 +19,8 @@ from benchmarks.gpu.targets import LARGE
 from benchmarks.gpu.timing import Flush, contest, rates, sets_for
 from benchmarks.gpu.weights import CHANNEL, EXACT_64, REAL_128, Granularity, Packed, quantize_weight
 from benchmarks.shapes import Shape, gemm_shapes
-from plugins.gpu.gemm_constants import weight_exponent
 from plugins.gpu.spec import GemmSpec, QuantizeSpec
-from plugins.gpu.tiles import expands_first
+from plugins.gpu.tiles import expands_first, weight_exponent
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -63,14 +62,14 @@ def operands(context: Context, shape: Shape, granularity: Granularity) -> Operan
     """Normal activations and weights, quantized. The bf16 contestant takes them as they were before."""
     import torch
 
-    from plugins.gpu import launch, launch_quantize
+    from plugins.gpu import launch
 
     a = torch.randn((shape.m, shape.k), device=context.device, dtype=torch.bfloat16)
     w = torch.randn((shape.n, shape.k), device=context.device, dtype=torch.bfloat16) / shape.k**0.5
     packed = quantize_weight(w, WEIGHT, granularity)
     forms = []
     for integers in (False, True):
-        codes, scale = launch_quantize.quantize(QuantizeSpec(ACTIVATION, shape.k, input="bf16", integers=integers), a)
+        codes, scale = launch.quantize(QuantizeSpec(ACTIVATION, shape.k, input="bf16", integers=integers), a)
         spec = spec_of(shape, granularity, integers)
         forms.append((codes, launch.expand(spec, packed.codes, packed.multiplier_codes)))
     (codes, expanded), (images, expanded_images) = forms

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from benchmarks.gpu.denoiser import EPSILON, LINEARS, Denoiser, attention
 from benchmarks.gpu.weights import Granularity, Packed, quantize_weight
-from plugins.gpu.launch_quantize import KERNEL_OF
+from plugins.gpu.launch import KERNEL_OF
 from plugins.gpu.spec import FloatType, GemmSpec, QuantizeSpec
 from plugins.gpu.table import kernel
 
@@ -48,9 +48,9 @@ class Launched:
     """The Triton kernels."""
 
     def quantize(self, spec: QuantizeSpec, x: Tensor, **given: Any) -> tuple[Tensor, Tensor]:
-        from plugins.gpu import launch_quantize
+        from plugins.gpu import launch
 
-        return launch_quantize.quantize(spec, x, **given)
+        return launch.quantize(spec, x, **given)
 
     def gemm(self, linear: QuantizedLinear, a: Tensor, a_scale: Tensor, **given: Any) -> Tensor:
         from plugins.gpu import launch

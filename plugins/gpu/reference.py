@@ -1,4 +1,4 @@
-"""NumPy meanings of the GEMM kernels: the ops' meanings (export/dialect/reference.py) with operand bytes for codes."""
+"""NumPy reference of every GPU kernel: the ops' (export/dialect/reference.py) with operand bytes for codes."""
 
 from __future__ import annotations
 
@@ -8,12 +8,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from export.dialect import reference as op_meanings
+from export.dialect import reference as op_reference
 from export.formats.format import decode, encode, get_format, unpack
 from export.formats.format import pack as pack_codes
-from plugins.gpu.gemm_constants import weight_exponent
-from plugins.gpu.operands import operand_bytes
-from plugins.gpu.spec import GemmSpec, PackSpec
+from plugins.gpu.spec import GemmSpec, PackSpec, QuantizeSpec, operand_bytes
+from plugins.gpu.tiles import weight_exponent
 
 Array = NDArray[Any]
 
@@ -49,7 +48,7 @@ def expanded_gemm(
 ) -> tuple[Array]:
     """As `packed_gemm`, with w u8 [N, K] from `expand`."""
     held = byte_values(spec.activation, spec.integers)[a]
-    total = op_meanings.gemm_of_values(held, expanded_values(spec, w), w_scales)
+    total = op_reference.gemm_of_values(held, expanded_values(spec, w), w_scales)
     return (_finished(spec, total, a_scale, bias, a_zero, w_sums, gate, residual, tokens),)
 
 
@@ -87,7 +86,7 @@ def _finished(
     y = total * a_scale[:, None]
     if a_zero is not None and w_sums is not None:
         y = y + a_zero[:, None] * w_sums
-    return op_meanings.gemm_epilogue(y + bias, gate, residual, epilogue=spec.epilogue, tokens=tokens)
+    return op_reference.gemm_epilogue(y + bias, gate, residual, epilogue=spec.epilogue, tokens=tokens)
 
 
 def expanded_values(spec: GemmSpec, w: Array) -> Array:
@@ -117,3 +116,39 @@ def expand(spec: GemmSpec, w: Array, multiplier_codes: Array | None = None, **_s
         value = value * table[unpack(multiplier_codes, 4, spec.groups)][..., None]
     held = value.reshape(len(w), -1) * 2.0 ** weight_exponent(spec)
     return (held.astype(np.int8).view(np.uint8) if spec.multiplies_integers else encode(get_format("E4M3"), held),)
+
+
+Array = NDArray[Any]
+
+
+def quantize(
+    spec: QuantizeSpec, x: Array, static_scale: Array | None = None, static_zero: Array | None = None, **_sizes: int
+) -> tuple[Array, ...]:
+    """x [M, C] -> operand bytes u8 [M, C], scale f32 [M]: QuantizeActivation; with a static scale QuantizeStatic, which
+    has no second output."""
+    if static_scale is not None and static_zero is not None:
+        (codes,) = op_reference.quantize_static(x.astype(np.float32), static_scale, static_zero, format=spec.format)
+        return (operand_bytes(spec.format, spec.integers)[codes],)
+    codes, scale = op_reference.quantize_activation(x.astype(np.float32), format=spec.format)
+    return operand_bytes(spec.format, spec.integers)[codes], scale[:, 0]
+
+
+def gelu_quantize(spec: QuantizeSpec, x: Array, **static: Any) -> tuple[Array, ...]:
+    """As `quantize`, of the GELU (tanh form) of x."""
+    with np.errstate(invalid="ignore"):
+        return quantize(spec, op_reference.gelu_tanh(x.astype(np.float32)), **static)
+
+
+def norm_modulate_quantize(
+    spec: QuantizeSpec, x: Array, shift: Array, scale: Array, tokens: int, **_sizes: int
+) -> tuple[Array, Array]:
+    """x [M, C], shift and scale [M / tokens, C] -> operand bytes u8 [M, C], scale f32 [M]: NormModulateQuantize."""
+    x, shift, scale = (a.astype(np.float32) for a in (x, shift, scale))
+    codes, a_scale = op_reference.norm_modulate_quantize(
+        x.reshape(len(shift), tokens, spec.channels),
+        shift[:, None],
+        scale[:, None],
+        format=spec.format,
+        epsilon=spec.epsilon,
+    )
+    return operand_bytes(spec.format, spec.integers)[codes].reshape(x.shape), a_scale.reshape(-1)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from plugins.gpu.loads import packed_weights
+from plugins.gpu.decode import packed_weights
 
 
 @triton.jit

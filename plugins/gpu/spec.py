@@ -1,15 +1,82 @@
-"""What is known of a kernel when it is compiled: frozen, hashable, checked. Tensors come at run time."""
+"""What is known of a kernel when it is compiled: frozen, hashable, checked. Tensors come at run time.
+
+Operand bytes are how the kernels hold activation codes, one byte for each value. An FP8 tensor core multiplies E4M3
+bytes. A format that embeds in E4M3 is therefore stored as the E4M3 byte of value * 2^shift, and no kernel decodes it;
+an integer format, and on request any that embeds in INT8, as its integer, value * 2^shift, which an INT8 tensor core
+multiplies; the rest (E3M4) as its own code, which becomes FP16 by moving bits. A GPU without FP8 decodes E4M3 bytes to
+FP16, exactly.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import cache
 from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
 
 from export.errors import ContractError, RecipeError
 from export.formats.embedding import INT8_MAX, embeds
-from export.formats.format import Format, get_format
-from plugins.gpu.operands import E4M3, INT8, Operand, operand_of
+from export.formats.format import Format, encode, fold_negative_zero, get_format
+
+E4M3, INT8 = "E4M3", "INT8"
+
+
+@dataclass(frozen=True)
+class HardwareNumber:
+    """What stands for a value of a format: value * 2^shift, a number of the type `kind`, stored in one operand byte.
+
+    kind: "E4M3", "INT8", or the format's own name where codes are stored as they are.
+    """
+
+    kind: str
+    shift: int = 0
+
+
+@cache
+def operand_of(name: str, integers: bool = False) -> HardwareNumber:
+    """The hardware number of format `name`; integers: INT8 in any case. Raises RecipeError if no kernel takes it.
+
+    >>> operand_of("E2M3"), operand_of("INT6"), operand_of("E3M4")
+    (HardwareNumber(kind='E4M3', shift=0), HardwareNumber(kind='INT8', shift=0), HardwareNumber(kind='E3M4', shift=0))
+    >>> operand_of("E2M3", integers=True)
+    HardwareNumber(kind='INT8', shift=3)
+    """
+    fmt = get_format(name)
+    if integers and not embeds(name, INT8):
+        raise RecipeError(f"format {name} does not embed in INT8 (its largest image is {fmt.kmax}); use FP8 operands")
+    if not (fmt.is_integer or integers) and embeds(name, E4M3):
+        return HardwareNumber(E4M3, _e4m3_shift(fmt))
+    if embeds(name, INT8):
+        return HardwareNumber(INT8, fmt.fraction_bits)
+    if embeds(name, "FP16") and fmt.bits <= 8:
+        return HardwareNumber(name)
+    raise RecipeError(f"format {name} fits neither E4M3 nor FP16 exactly; the GPU kernels take formats that do")
+
+
+def _e4m3_shift(fmt: Format) -> int:
+    """The power of two of least magnitude that puts every value on E4M3's numbers; 0 wherever possible."""
+    target = get_format(E4M3)
+    shifts = sorted(range(-16, 17), key=lambda shift: (abs(shift), shift))
+    values = fmt.values[np.isfinite(fmt.values)]
+    return next(s for s in shifts if set(np.abs(values) * 2.0**s) <= set(np.abs(target.values)))
+
+
+@cache
+def operand_bytes(name: str, integers: bool = False) -> NDArray[np.uint8]:
+    """Code of format `name` -> its operand byte, [2^bits]; minus zero becomes zero."""
+    fmt, number = get_format(name), operand_of(name, integers)
+    codes = fold_negative_zero(fmt, np.arange(2**fmt.bits, dtype=np.uint8))
+    if number.kind == INT8:
+        return fmt.image[codes].astype(np.int8).view(np.uint8)
+    if number.kind != E4M3:
+        return codes
+    return encode(get_format(E4M3), fmt.values[codes] * 2.0**number.shift)
+
+
+# --- specs ----------------------------------------------------------------------------------------------------------
 
 Epilogue = Literal["none", "gelu", "gate_residual"]
 FloatType = Literal["fp16", "bf16", "fp32"]
@@ -39,7 +106,7 @@ class GemmSpec:
     """y [M, N] = epilogue((sum of products * w_scale) * a_scale + a_zero * w_sum + bias), N = out_features.
 
     Tensors, row-major and contiguous:
-      a        u8 [M, K]            operand bytes of `activation` (plugins/gpu/operands.py)
+      a        u8 [M, K]            operand bytes of `activation` (plugins/gpu/spec.py)
       a_scale  f32 [M]              of each token; a static scale is repeated
       w        u8 [N, K / 2]        codes of `weight`, element 2i in the low nibble; expanded_gemm: u8 [N, K], operand
                                     bytes of value * multiplier, `weight_kind`
@@ -101,7 +168,7 @@ class GemmSpec:
         return get_format(self.weight)
 
     @property
-    def operand(self) -> Operand:
+    def operand(self) -> HardwareNumber:
         return operand_of(self.activation, self.integers)
 
     @property
@@ -176,7 +243,7 @@ class QuantizeSpec:
         return not self.static
 
     @property
-    def operand(self) -> Operand:
+    def operand(self) -> HardwareNumber:
         return operand_of(self.format, self.integers)
 
 

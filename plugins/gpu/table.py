@@ -2,9 +2,105 @@
 
 from __future__ import annotations
 
-from plugins.gpu import gemm_constants, meanings, reference, row_tiles, tiles
-from plugins.gpu.kernel import Argument, Kernel
+import importlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol
+
+from plugins.gpu import reference, tiles
 from plugins.gpu.spec import GemmSpec, PackSpec, QuantizeSpec
+
+Role = Literal["input", "size", "output"]
+Grid = tuple[int, int, int]
+
+
+class Tile(Protocol):
+    """How a kernel splits its work; what else a tile holds is between the kernel's heuristics and its constants."""
+
+    @property
+    def num_warps(self) -> int: ...
+    @property
+    def num_stages(self) -> int: ...
+
+
+def launch_options(tile: Tile) -> dict[str, Any]:
+    """Triton's options of a tile. a * b + c may become one fused operation: kernels that must not are written so."""
+    return {"num_warps": tile.num_warps, "num_stages": tile.num_stages, "enable_fp_fusion": True}
+
+
+@dataclass(frozen=True)
+class Argument:
+    """One run-time argument of a kernel, in the order of its signature: inputs, then sizes, then outputs.
+
+    type: Triton's name; "*{input}" is a pointer to what the spec's field `input` names. shape: for people. when: the
+    spec's property that must hold, else the kernel is compiled without the argument (the constant None takes its
+    place). Pointers are aligned to 16 bytes.
+    """
+
+    name: str
+    type: str
+    role: Role
+    shape: str = ""
+    when: str = ""
+
+    @property
+    def is_pointer(self) -> bool:
+        return self.type.startswith("*")
+
+    def is_there(self, spec: Any) -> bool:
+        return not self.when or bool(getattr(spec, self.when))
+
+    def type_for(self, spec: Any) -> str:
+        """The type with the spec's float types filled in: "*{input}" -> "*fp16"."""
+        return self.type.format_map(_Fields(spec))
+
+
+class _Fields(dict[str, str]):
+    def __init__(self, spec: Any) -> None:
+        super().__init__()
+        self.spec = spec
+
+    def __missing__(self, key: str) -> str:
+        return str(getattr(self.spec, key))
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """One row of the table.
+
+    name: also the function's name and the entry's name in the machine code. source: "module:function" of the
+    @triton.jit function. spec: the class of what is known when it is compiled. reference(spec, **arrays by argument
+    name) -> tuple of NumPy arrays, the outputs. tile(spec, rows, sm) -> the heuristics' choice for `rows` rows of the
+    first input on compute capability `sm` (80, 90, ...; 0 under the interpreter). constants(spec, tile, sm) -> the
+    kernel's constexpr arguments. grid(spec, tile, rows) -> programs.
+    """
+
+    name: str
+    doc: str
+    source: str
+    spec: type
+    arguments: tuple[Argument, ...]
+    reference: Callable[..., tuple[Any, ...]]
+    tile: Callable[[Any, int, int], Tile]
+    constants: Callable[[Any, Any, int], dict[str, Any]]
+    grid: Callable[[Any, Any, int], Grid]
+
+    def function(self) -> Any:
+        """The @triton.jit function; imports triton."""
+        module, name = self.source.split(":")
+        return getattr(importlib.import_module(module), name)
+
+    def arguments_of(self, spec: Any) -> tuple[Argument, ...]:
+        """The arguments that a kernel for `spec` really takes, in order."""
+        return tuple(argument for argument in self.arguments if argument.is_there(spec))
+
+    def all_constants(self, spec: Any, tile: Any, sm: int) -> dict[str, Any]:
+        """Constexpr arguments and None for the run-time arguments that this spec does without."""
+        absent = {argument.name: None for argument in self.arguments if not argument.is_there(spec)}
+        return {**absent, **self.constants(spec, tile, sm)}
+
+
+# --- the rows --------------------------------------------------------------------------------------------------------
 
 _CODES = Argument("codes", "*u8", "output", "[M, C] operand bytes")
 _TOKEN_SCALES = Argument("scales", "*fp32", "output", "[M]", "per_token")
@@ -40,10 +136,10 @@ KERNELS: tuple[Kernel, ...] = (
         "plugins.gpu.quantize:quantize",
         QuantizeSpec,
         _PLAIN,
-        meanings.quantize,
-        row_tiles.row_tile,
-        row_tiles.constants,
-        row_tiles.grid,
+        reference.quantize,
+        tiles.row_tile,
+        tiles.quantize_constants,
+        tiles.row_grid,
     ),
     Kernel(
         "gelu_quantize",
@@ -51,10 +147,10 @@ KERNELS: tuple[Kernel, ...] = (
         "plugins.gpu.quantize:gelu_quantize",
         QuantizeSpec,
         _PLAIN,
-        meanings.gelu_quantize,
-        row_tiles.row_tile,
-        row_tiles.constants,
-        row_tiles.grid,
+        reference.gelu_quantize,
+        tiles.row_tile,
+        tiles.quantize_constants,
+        tiles.row_grid,
     ),
     Kernel(
         "norm_modulate_quantize",
@@ -70,10 +166,10 @@ KERNELS: tuple[Kernel, ...] = (
             _CODES,
             _TOKEN_SCALES,
         ),
-        meanings.norm_modulate_quantize,
-        row_tiles.row_tile,
-        row_tiles.norm_constants,
-        row_tiles.grid,
+        reference.norm_modulate_quantize,
+        tiles.row_tile,
+        tiles.norm_constants,
+        tiles.row_grid,
     ),
     Kernel(
         "packed_gemm",
@@ -83,7 +179,7 @@ KERNELS: tuple[Kernel, ...] = (
         (*_A, _W, _W_SCALES, _MULTIPLIER_CODES, *_AFTER),
         reference.packed_gemm,
         tiles.packed_tile,
-        gemm_constants.packed_constants,
+        tiles.packed_constants,
         tiles.gemm_grid,
     ),
     Kernel(
@@ -94,18 +190,18 @@ KERNELS: tuple[Kernel, ...] = (
         (*_A, _W_EXPANDED, _W_SCALES, *_AFTER),
         reference.expanded_gemm,
         tiles.expanded_tile,
-        gemm_constants.gemm_constants,
+        tiles.gemm_constants,
         tiles.gemm_grid,
     ),
     Kernel(
         "reduce_splits",
         "parts f32 [splits, M, N], unscaled sums of a GEMM's splits (with real groups scaled) -> y as packed_gemm.",
-        "plugins.gpu.epilogue:reduce_splits",
+        "plugins.gpu.gemm:reduce_splits",
         GemmSpec,
         (Argument("parts", "*fp32", "input", "[splits, M, N]"), _A[1], _W_SCALES, *_AFTER),
         reference.reduce_splits,
         tiles.reduce_tile,
-        gemm_constants.reduce_constants,
+        tiles.reduce_constants,
         tiles.reduce_grid,
     ),
     Kernel(
@@ -120,7 +216,7 @@ KERNELS: tuple[Kernel, ...] = (
         ),
         reference.pack,
         tiles.band_tile,
-        gemm_constants.pack_constants,
+        tiles.pack_constants,
         tiles.band_grid,
     ),
     Kernel(
@@ -131,7 +227,7 @@ KERNELS: tuple[Kernel, ...] = (
         (_W, _MULTIPLIER_CODES, _ROWS, Argument("expanded", "*u8", "output", "[N, K]")),
         reference.expand,
         tiles.band_tile,
-        gemm_constants.expand_constants,
+        tiles.expand_constants,
         tiles.band_grid,
     ),
 )

@@ -1,7 +1,7 @@
-"""Which tile a GEMM runs in: pure functions of the spec, the number of tokens and the GPU, in this one place.
+"""Which tile a kernel runs in and its compile-time arguments: pure functions of spec, number of tokens and GPU.
 
-Nothing here changes a result beyond the order of a sum; every choice is legal for every shape. The tiles to choose from
-are in plugins/gpu/tile_table.py.
+Nothing here changes a result beyond the order of a sum; every choice is legal for every shape. The tiles of GEMMs to
+choose from are in plugins/gpu/tile_table.py.
 """
 
 from __future__ import annotations
@@ -9,12 +9,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from typing import Literal
+from typing import Any, Literal
 
-from export.errors import RecipeError
-from plugins.gpu.operands import E4M3
+from export.dialect.reference import ABSMAX_FLOOR
+from export.errors import ContractError, RecipeError
+from export.formats.format import get_format
 from plugins.gpu.promotion import promotion_of
-from plugins.gpu.spec import GemmSpec, PackSpec
+from plugins.gpu.spec import E4M3, INT8, GemmSpec, PackSpec, QuantizeSpec, operand_of
 from plugins.gpu.tile_table import INSTRUCTIONS, MACHINES, PROMOTED, TABLE, Products, Tile
 
 # Where tensor cores multiply FP8; below, and for operands that are no E4M3 bytes, FP16.
@@ -227,3 +228,232 @@ def band_tile(spec: GemmSpec | PackSpec, rows: int, sm: int) -> BandTile:
 def band_grid(spec: GemmSpec | PackSpec, tile: BandTile, rows: int) -> tuple[int, int, int]:
     """Programs of pack and expand."""
     return (-(-rows // tile.rows), 1, 1)
+
+
+# --- constants of the GEMMs, pack and expand -------------------------------------------------------------------------
+
+
+def packed_table(multipliers: tuple[int, ...]) -> tuple[int, int]:
+    """Up to 16 multipliers as the bytes of two 64-bit numbers, the first in the lowest byte."""
+    whole = int.from_bytes(bytes(multipliers).ljust(16, b"\0"), "little")
+    return whole % 2**64, whole // 2**64
+
+
+def activation_constants(spec: GemmSpec, products: str) -> tuple[str, int, int]:
+    """(KIND, SHIFT, e) of `decode.operand_tile`: an operand stands for value * 2^e. Raises RecipeError."""
+    operand, fmt = spec.operand, spec.activation_format
+    if operand.kind == INT8:
+        return "int8", 0, operand.shift
+    if operand.kind == E4M3:
+        return "signed", 7, operand.shift - (8 if products == "fp16" else 0)
+    if fmt.exponent_bits == 5 and fmt.specials == "none":
+        raise RecipeError(f"activations in {fmt.name}: its top binade has the bits of FP16's Inf; use another format")
+    return "signed" if fmt.sign_bits else "unsigned", 10 - fmt.mantissa_bits, fmt.bias - 15
+
+
+def weight_exponent(spec: GemmSpec) -> int:
+    """e of the bytes of expanded weights: they stand for value * multiplier * 2^e."""
+    fmt = spec.weight_format
+    if spec.multiplies_integers:
+        return fmt.fraction_bits
+    return -9 if fmt.is_integer else fmt.bias - 7
+
+
+def load_width(spec: GemmSpec) -> int:
+    """Operands that are loaded and decoded in one word: 4 where rows and groups allow it, else 2."""
+    return 4 if spec.in_features % 4 == 0 and spec.group_size % 4 == 0 else 2
+
+
+def gemm_constants(spec: GemmSpec, tile: Tile, sm: int, *, by_group: bool = False) -> dict[str, Any]:
+    """The compile-time arguments that packed_gemm and expanded_gemm share. by_group: a multiplier follows each sum."""
+    products = product_type(spec, sm)
+    promotion = promotion_of(spec, products == "fp8", architecture(sm), by_group=by_group or spec.real_groups)
+    kind, shift, exponent = activation_constants(spec, products)
+    return {
+        "N": spec.out_features,
+        "K": spec.in_features,
+        "GROUP": spec.group_size or spec.in_features,
+        "REAL_GROUPS": spec.real_groups,
+        "WIDTH": load_width(spec),
+        "FACTOR": "multiplier" if by_group else "scale" if spec.real_groups else "none",
+        "A_KIND": kind,
+        "A_SHIFT": shift,
+        "TYPE": products,
+        "UNIT": 2.0 ** -(exponent + weight_exponent(spec) - (8 if products == "fp16" else 0)),
+        "EPILOGUE": spec.epilogue,
+        "PROMOTE": min(promotion.every, tile.k),
+        "BM": tile.m,
+        "BN": tile.n,
+        "BK": tile.k,
+        "SPLITS": tile.splits,
+        "BAND": tile.band,
+        "WEIGHTS_FIRST": tile.weights_first,
+    }
+
+
+def packed_constants(spec: GemmSpec, tile: Tile, sm: int) -> dict[str, Any]:
+    """The compile-time arguments of packed_gemm."""
+    return {**gemm_constants(spec, tile, sm, by_group=scales_sums(spec, tile.k, sm)), **weight_constants(spec)}
+
+
+def reduce_constants(spec: GemmSpec, tile: ReduceTile, sm: int) -> dict[str, Any]:
+    """The compile-time arguments of reduce_splits."""
+    return {
+        "N": spec.out_features,
+        "REAL_GROUPS": spec.real_groups,
+        "EPILOGUE": spec.epilogue,
+        "SPLITS": tile.splits,
+        "BM": tile.m,
+        "BN": tile.n,
+    }
+
+
+def weight_constants(spec: GemmSpec) -> dict[str, Any]:
+    """The compile-time arguments that say how packed weights are decoded."""
+    fmt = spec.weight_format
+    low, high = packed_table(spec.multipliers) if spec.has_multipliers else (0, 0)
+    return {
+        "K": spec.in_features,
+        "GROUP": spec.group_size or spec.in_features,
+        "MULTIPLIERS_LOW": low,
+        "MULTIPLIERS_HIGH": high,
+        "W_SIGNED": bool(fmt.sign_bits),
+        "W_INTEGER": fmt.is_integer,
+        "W_SHIFT": 3 - fmt.mantissa_bits,
+        "WIDTH": load_width(spec),
+    }
+
+
+def pack_constants(spec: PackSpec, tile: BandTile, sm: int) -> dict[str, Any]:
+    """The compile-time arguments of pack."""
+    return {"K": spec.in_features, "ROWS": tile.rows, "COLUMNS": tile.columns}
+
+
+def expand_constants(spec: GemmSpec, tile: BandTile, sm: int) -> dict[str, Any]:
+    """The compile-time arguments of expand."""
+    return {
+        **weight_constants(spec),
+        "TYPE": "int8" if spec.multiplies_integers else "fp8",
+        "ROWS": tile.rows,
+        "COLUMNS": tile.columns,
+    }
+
+
+# --- quantizers ------------------------------------------------------------------------------------------------------
+
+# A program holds a row in registers, so memory is passed over once. What a tile is chosen by, for an H100 (3.35 TB/s,
+# 132 multiprocessors that issue 128 instructions of a lane in a clock of 1.7 GHz), compiled, not run:
+# - A number moves 3 bytes (fp16 in, a code out), so memory leaves about 26 instructions for it. The norm's machine code
+#   has 23 for each and some 200 for a row, 6 for each of a thread's 36: balanced, hence 16-byte loads, no idle lanes
+#   (`row_blocks`), and nothing that goes through shared memory in a row of one warp.
+# - Memory answers after some 600 ns, so a multiprocessor needs 15 KB on their way. 90 registers a thread leave room for
+#   21 rows of 1152 numbers, 48 KB.
+# - Few rows: more warps for each, until 16 work on every multiprocessor; below 8 numbers a thread loads would shrink.
+MAX_WARPS = 16
+WARP = 32
+# Numbers of a row that a thread holds. More than the largest would not leave room for a row, its shift and its scale in
+# float32 below 255 registers, and fewer rows would be in flight; fewer than the least load less than 16 bytes at once.
+MOST_A_THREAD, LEAST_A_THREAD = 48, 8
+BUSY_WARPS = 132 * 16
+MAX_CHANNELS = 16384  # 32 a thread of 16 warps
+
+
+@dataclass(frozen=True)
+class RowTile:
+    """block + tail >= channels, powers of two (tail 0 where one block holds the row).
+
+    Two blocks because a tensor's size is a power of two: 1152 = 1024 + 128 wastes nothing, one block of 2048 would
+    keep 44 % of the lanes idle.
+    """
+
+    block: int
+    tail: int
+    num_warps: int
+    num_stages: int = 1
+
+    def __post_init__(self) -> None:
+        for name, value in (("block", self.block), ("num_warps", self.num_warps), ("tail", self.tail or 1)):
+            if value < 1 or value & (value - 1):
+                raise ContractError(f"{name} {value} of a tile must be a power of two (tail: or 0)")
+
+
+def row_blocks(channels: int) -> tuple[int, int]:
+    """(block, tail) of a row: the two powers of two with the fewest idle lanes.
+
+    >>> [row_blocks(channels) for channels in (1152, 1408, 1024, 2047, 1)]
+    [(1024, 128), (1024, 512), (1024, 0), (2048, 0), (1, 0)]
+    """
+    block = 1 << (channels.bit_length() - 1)
+    rest = channels - block
+    tail = 1 << (rest - 1).bit_length() if rest else 0
+    return (2 * block, 0) if tail == block else (block, tail)
+
+
+def row_tile(spec: QuantizeSpec, rows: int, sm: int) -> RowTile:
+    """The tile for `rows` rows of `spec` on compute capability `sm` (0: interpreted). Raises ContractError."""
+    if spec.channels > MAX_CHANNELS:
+        raise ContractError(f"{spec.channels} channels; a program's registers hold a row of at most {MAX_CHANNELS}")
+    block, tail = row_blocks(spec.channels)
+    warps = 1
+    while block + tail > warps * WARP * MOST_A_THREAD:
+        warps *= 2
+    while block >= 2 * warps * WARP * LEAST_A_THREAD and 2 * warps <= MAX_WARPS and rows * warps < BUSY_WARPS:
+        warps *= 2
+    return RowTile(block, tail, warps)
+
+
+def quantize_constants(spec: QuantizeSpec, tile: RowTile, sm: int) -> dict[str, Any]:
+    """The constexpr arguments that all quantizers share. Raises ContractError for a tile narrower than a row."""
+    if tile.block + tile.tail < spec.channels:
+        raise ContractError(f"a tile of {tile.block} + {tile.tail} columns is narrower than {spec.channels} channels")
+    return {
+        "C": spec.channels,
+        "BLOCK": tile.block,
+        "TAIL": tile.tail,
+        **rounding_constants(spec.format, sm, spec.integers),
+    }
+
+
+def norm_constants(spec: QuantizeSpec, tile: RowTile, sm: int) -> dict[str, Any]:
+    """`quantize_constants` and the epsilon of the norm."""
+    return {**quantize_constants(spec, tile, sm), "EPSILON": spec.epsilon}
+
+
+def row_grid(spec: QuantizeSpec, tile: RowTile, rows: int) -> tuple[int, int, int]:
+    """Programs for `rows` rows: one each."""
+    return (rows, 1, 1)
+
+
+FP32_MANTISSA_BITS = 23
+FP32_MIN_EXPONENT = -126
+HAS_E4M3_CONVERSION = 89  # first compute capability with cvt.e4m3x2 (PTX ISA, cvt)
+
+
+def rounding_constants(name: str, sm: int, integers: bool = False) -> dict[str, Any]:
+    """Constexpr arguments of plugins/gpu/quantize.py for format `name` on compute capability `sm`.
+
+    MAX_VALUE and ABSMAX_FLOOR of the scale; SIGNED; the grid: ANCHOR = 1.5 * 2^(23 - mantissa bits) and LOWEST, the
+    start of the lowest binade, for integers 1.5 * 2^23 and 0; KIND of byte "int8", "bits" or "e4m3" (converted by the
+    hardware); UP = the power of two that takes a value to the byte's number; MOVE, SIGN: where the byte lies in the
+    float32.
+    """
+    fmt, operand = get_format(name), operand_of(name, integers)
+    base = {
+        "MAX_VALUE": fmt.max_value,
+        "ABSMAX_FLOOR": ABSMAX_FLOOR,
+        "SIGNED": bool(fmt.sign_bits),
+        "ANCHOR": 1.5 * 2.0 ** (FP32_MANTISSA_BITS - fmt.mantissa_bits * (not fmt.is_integer)),
+        "LOWEST": 0.0 if fmt.is_integer else 2.0**fmt.min_exponent,
+    }
+    if operand.kind == INT8:
+        return {**base, "KIND": "int8", "UP": 2.0**operand.shift, "MOVE": 0, "SIGN": 0}
+    if operand.kind == E4M3 and sm >= HAS_E4M3_CONVERSION:
+        return {**base, "KIND": "e4m3", "UP": 2.0**operand.shift, "MOVE": 0, "SIGN": 0}
+    byte = get_format(operand.kind)
+    return {
+        **base,
+        "KIND": "bits",
+        "UP": 2.0 ** (operand.shift + FP32_MIN_EXPONENT - byte.min_exponent),
+        "MOVE": FP32_MANTISSA_BITS - byte.mantissa_bits,
+        "SIGN": byte.exponent_bits + byte.mantissa_bits if fmt.sign_bits else 0,
+    }

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from plugins.gpu.kernel import Argument
+from plugins.gpu.table import Argument
 from plugins.tensorrt import rtx_loader
 from plugins.tensorrt.payload import FIELD, NAMESPACE, PLUGINS, VERSION, Payload, from_text
 from plugins.tensorrt.rtx_driver import cuda_driver

@@ -65,9 +65,9 @@ def test_wrong_gemms_are_found(name: str, fault: str, monkeypatch: pytest.Monkey
 @pytest.mark.parametrize("before", ["none", "gelu", "norm_modulate"])
 @pytest.mark.parametrize("fault", ["code", "scale", "nan", "format"])
 def test_wrong_quantizers_are_found(before: str, fault: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    from plugins.gpu import launch_quantize
+    from plugins.gpu import launch
 
-    right, case = launch_quantize.quantize, QuantizerCase(before, "E2M3", 8, 40, "bf16")
+    right, case = launch.quantize, QuantizerCase(before, "E2M3", 8, 40, "bf16")
     assert gpu_check_quantizers.check_quantizer(CPU, case)["passed"]
 
     def wrong(spec: Any, x: Any, **given: Any) -> Any:
@@ -82,7 +82,7 @@ def test_wrong_quantizers_are_found(before: str, fault: str, monkeypatch: pytest
             codes, _ = right(gpu_check_quantizers.QuantizeSpec("E3M2", 40, before, "bf16"), x, **given)
         return codes, scales
 
-    monkeypatch.setattr(launch_quantize, "quantize", wrong)
+    monkeypatch.setattr(launch, "quantize", wrong)
     assert not gpu_check_quantizers.check_quantizer(CPU, case)["passed"]
 
 

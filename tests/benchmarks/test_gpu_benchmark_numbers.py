@@ -292,7 +292,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from benchmarks.gpu import kernels as k
 from benchmarks.gpu.exactness import TILE, WARPS
-from plugins.gpu.machine_code import resources
+from plugins.gpu.compile import resources
 
 def build(function, sm, types, constants, warps):
     signature = {name: types.get(name, "constexpr") for name in function.arg_names}

@@ -12,12 +12,11 @@ from typing import Any
 import pytest
 
 from export.errors import ContractError, EnvironmentLacksError
-from plugins.gpu import cache, compile, machine_code
-from plugins.gpu.compile import Compiled, Request, compile_kernel, compile_kernels
-from plugins.gpu.machine_code import TARGETS
-from plugins.gpu.row_tiles import RowTile, row_tile
+from plugins.gpu import compile
+from plugins.gpu.compile import TARGETS, Compiled, Request, compile_kernel, compile_kernels
 from plugins.gpu.spec import QuantizeSpec
 from plugins.gpu.table import kernel
+from plugins.gpu.tiles import RowTile, row_tile
 
 pytest.importorskip("triton", reason="the GPU kernels need triton")
 BEFORE = {"quantize": "none", "gelu_quantize": "gelu", "norm_modulate_quantize": "norm_modulate"}
@@ -183,10 +182,10 @@ def test_source_reaches_helpers_of_helpers() -> None:
 
 def test_key_follows_the_source_of_a_helper(monkeypatch: pytest.MonkeyPatch) -> None:
     """A line more in a function that the kernel's functions call is another kernel."""
-    from plugins.gpu import rounding
+    from plugins.gpu import quantize
 
     before = compile._key(request("quantize", 90))
-    helper, read = rounding.reciprocal_parts.fn, compile.inspect.getsource
+    helper, read = quantize.reciprocal_parts.fn, compile.inspect.getsource
     text = read(helper) + "    # another line\n"
     monkeypatch.setattr(compile.inspect, "getsource", lambda function: text if function is helper else read(function))
     assert compile._key(request("quantize", 90)) != before
@@ -204,25 +203,25 @@ def test_second_time_from_the_cache(empty: Path, monkeypatch: pytest.MonkeyPatch
     "damage", [lambda b: b[:-1], lambda b: b"", lambda b: b[:200] + b"?" + b[201:], lambda b: b"\xff"]
 )
 def test_damaged_entries_are_removed(empty: Path, damage: Any, caplog: pytest.LogCaptureFixture) -> None:
-    cache.write("k", {"numbers": list(range(100))})
+    compile.write_entry("k", {"numbers": list(range(100))})
     path = empty / "k"
     path.write_bytes(damage(path.read_bytes()))
     with caplog.at_level(logging.WARNING):
-        assert cache.read("k") is None
+        assert compile.read_entry("k") is None
     assert not path.exists() and "is damaged; it is removed and made again" in caplog.text
-    assert cache.read("k") is None, "and it is as if it had never been there"
+    assert compile.read_entry("k") is None, "and it is as if it had never been there"
 
 
 def test_a_failed_write_leaves_nothing(empty: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cache.os, "replace", lambda *_: (_ for _ in ()).throw(OSError("disk full")))
+    monkeypatch.setattr(compile.os, "replace", lambda *_: (_ for _ in ()).throw(OSError("disk full")))
     with pytest.raises(OSError, match="disk full"):
-        cache.write("k", 1)
+        compile.write_entry("k", 1)
     assert list(empty.iterdir()) == []
 
 
 def _write_often(value: int) -> None:
     for _ in range(50):
-        cache.write("k", [value] * 10_000)
+        compile.write_entry("k", [value] * 10_000)
 
 
 def test_several_processes(empty: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -233,7 +232,7 @@ def test_several_processes(empty: Path, caplog: pytest.LogCaptureFixture) -> Non
         writer.start()
     seen = []
     while any(writer.is_alive() for writer in writers) or not seen:
-        found = cache.read("k")
+        found = compile.read_entry("k")
         seen += [] if found is None else [found]
     assert all(writer.exitcode == 0 for writer in writers) and not caplog.records
     assert all(len(value) == 10_000 and len(set(value)) == 1 for value in seen)
@@ -262,16 +261,16 @@ def test_old_triton(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_missing_tools(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(machine_code, "tool", lambda name: Path("/nowhere") / name)
+    monkeypatch.setattr(compile, "tool", lambda name: Path("/nowhere") / name)
     found = compile.problems()
     assert len(found) == 2 and found[0].startswith("/nowhere/ptxas of triton") and "reinstall triton" in found[0]
     with pytest.raises(EnvironmentLacksError, match=r"/nowhere/cuobjdump does not run .*; reinstall triton"):
-        machine_code.opcodes(b"")
+        compile.opcodes(b"")
 
 
 def test_bytes_that_are_no_machine_code() -> None:
     with pytest.raises(RuntimeError, match="cuobjdump -sass failed"):
-        machine_code.opcodes(b"no machine code")
+        compile.opcodes(b"no machine code")
 
 
 def test_unknown_target() -> None:

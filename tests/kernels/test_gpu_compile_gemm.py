@@ -7,8 +7,7 @@ from typing import Any
 
 import pytest
 
-from plugins.gpu.compile import Compiled, Request, compile_kernels
-from plugins.gpu.machine_code import TARGETS
+from plugins.gpu.compile import TARGETS, Compiled, Request, compile_kernels
 from plugins.gpu.spec import GemmSpec, PackSpec
 from plugins.gpu.table import KERNELS, kernel
 from tests.kernels.test_gpu_compile_tiles import SPLIT, most_registers

@@ -16,13 +16,11 @@ from hypothesis import strategies as st
 
 from export.formats.format import get_format, pack
 from plugins.gpu import launch
-from plugins.gpu.gemm_constants import packed_constants
-from plugins.gpu.operands import operand_bytes
 from plugins.gpu.promotion import promotion_of
-from plugins.gpu.spec import GemmSpec
+from plugins.gpu.spec import GemmSpec, operand_bytes
 from plugins.gpu.table import kernel
 from plugins.gpu.tile_table import Tile
-from plugins.gpu.tiles import ReduceTile
+from plugins.gpu.tiles import ReduceTile, packed_constants
 from tests.support.gpu_gemms import EPS, case, exact, finite_codes, half_unit, meaning, run, stored, tensor
 
 pytestmark = pytest.mark.usefixtures("interpreter")

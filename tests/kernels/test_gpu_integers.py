@@ -13,15 +13,13 @@ from hypothesis import strategies as st
 
 from export.errors import RecipeError
 from export.formats.format import get_format
-from plugins.gpu import launch, launch_quantize
-from plugins.gpu.gemm_constants import gemm_constants
-from plugins.gpu.operands import operand_bytes
+from plugins.gpu import launch
 from plugins.gpu.promotion import Promotion, promotion_of
 from plugins.gpu.reference import expand
-from plugins.gpu.spec import GemmSpec, QuantizeSpec
+from plugins.gpu.spec import GemmSpec, QuantizeSpec, operand_bytes
 from plugins.gpu.table import kernel
 from plugins.gpu.tile_table import Tile
-from plugins.gpu.tiles import packed_tile
+from plugins.gpu.tiles import gemm_constants, packed_tile
 from tests.support.gpu_gemms import case, finite_codes, meaning, run, stored, tensor
 
 pytestmark = pytest.mark.usefixtures("interpreter")
@@ -138,8 +136,8 @@ def test_quantizers_write_images(name: str, before: Any) -> None:
     extra = {"shift": x[:2] / 3, "scale": x[2:4] / 7} if before == "norm_modulate" else {}
     given = {key: tensor(value.copy()) for key, value in extra.items()}
     sizes = {"tokens": 3} if extra else {}
-    codes, scales = launch_quantize.quantize(spec, tensor(x), **given, **sizes)
-    floats, float_scales = launch_quantize.quantize(replace(spec, integers=False), tensor(x), **given, **sizes)
+    codes, scales = launch.quantize(spec, tensor(x), **given, **sizes)
+    floats, float_scales = launch.quantize(replace(spec, integers=False), tensor(x), **given, **sizes)
     image_of = dict(zip(operand_bytes(name).tolist(), operand_bytes(name, True).view(np.int8).tolist(), strict=True))
     assert codes.view(torch.int8).tolist() == [[image_of[byte] for byte in row] for row in floats.tolist()]
     assert torch.equal(scales, float_scales)

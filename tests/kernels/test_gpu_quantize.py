@@ -12,10 +12,10 @@ from hypothesis import strategies as st
 
 from export.errors import ContractError, EnvironmentLacksError
 from export.formats.format import Format, get_format
-from plugins.gpu import launch_quantize, row_tiles
-from plugins.gpu.launch_quantize import quantize
-from plugins.gpu.row_tiles import RowTile
+from plugins.gpu import launch, tiles
+from plugins.gpu.launch import quantize
 from plugins.gpu.spec import QuantizeSpec
+from plugins.gpu.tiles import RowTile
 from tests.support.gpu_quantizers import DTYPES, assert_equal, expected
 
 pytest.importorskip("triton", reason="the GPU kernels need triton")
@@ -62,7 +62,7 @@ def test_equals_the_meaning(name: str, channels: int) -> None:
 @pytest.mark.parametrize("name", ["E2M3", "E3M2", "E4M3", "E2M1"])
 def test_the_hardware_conversion_gives_the_same_bytes(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """From SM89 on bytes come out of a conversion instruction, which the interpreter has, too."""
-    monkeypatch.setattr(launch_quantize, "sm_of", lambda _: 89)
+    monkeypatch.setattr(launch, "sm_of", lambda _: 89)
     spec = QuantizeSpec(name, 130, input="fp32")
     x = torch.from_numpy(tokens(get_format(name), 130))
     assert_equal(quantize(spec, x), expected(spec, x=x))
@@ -167,7 +167,7 @@ def test_refused(spec: QuantizeSpec, arguments: dict[str, Any], message: str) ->
 
 
 def test_rows_that_no_program_holds_are_refused() -> None:
-    spec = QuantizeSpec("E2M3", row_tiles.MAX_CHANNELS + 1, input="fp32")
+    spec = QuantizeSpec("E2M3", tiles.MAX_CHANNELS + 1, input="fp32")
     with pytest.raises(ContractError, match="16385 channels; a program's registers hold a row of at most 16384"):
         quantize(spec, torch.zeros(1, spec.channels))
 

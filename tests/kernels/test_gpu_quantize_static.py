@@ -11,12 +11,11 @@ import torch
 from export.errors import ContractError
 from export.formats.format import Format, decode, get_format
 from export.formats.format import quantize as encode
-from plugins.gpu import launch_quantize
-from plugins.gpu.launch_quantize import quantize_static
-from plugins.gpu.operands import operand_bytes
-from plugins.gpu.row_tiles import RowTile
-from plugins.gpu.spec import QuantizeSpec
+from plugins.gpu import launch
+from plugins.gpu.launch import quantize_static
+from plugins.gpu.spec import QuantizeSpec, operand_bytes
 from plugins.gpu.table import kernel
+from plugins.gpu.tiles import RowTile
 from tests.kernels.test_gpu_quantize_fused import gelu_bound
 from tests.support.gpu_quantizers import DTYPES, U
 
@@ -59,7 +58,7 @@ def test_equals_the_meaning(name: str, channels: int) -> None:
 
 @pytest.mark.parametrize("name", ["E2M3", "E4M3"])
 def test_the_hardware_conversion_gives_the_same_bytes(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(launch_quantize, "sm_of", lambda _: 89)
+    monkeypatch.setattr(launch, "sm_of", lambda _: 89)
     spec, given = QuantizeSpec(name, 130, input="fp32", static=True), static(0.037, 0.11)
     x = torch.from_numpy(tokens(get_format(name), 130, 0.037, 0.11))
     np.testing.assert_array_equal(quantize_static(spec, x, **given), meaning(spec, x, given))

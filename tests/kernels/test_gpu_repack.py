@@ -14,9 +14,9 @@ from hypothesis.extra import numpy as hnp
 from export.errors import ContractError, EnvironmentLacksError, RecipeError
 from export.formats.format import decode, get_format, pack, unpack
 from plugins.gpu import launch
-from plugins.gpu.gemm_constants import weight_exponent
 from plugins.gpu.spec import GemmSpec
 from plugins.gpu.table import kernel
+from plugins.gpu.tiles import weight_exponent
 from tests.support.gpu_gemms import case, tensor
 
 MULTIPLIERS = (1, 2, 3, 4, 5, 6, 8, 10)

@@ -11,13 +11,13 @@ import pytest
 import torch
 
 from export.formats.format import FORMATS, Format, get_format, quantize
-from plugins.gpu.operands import operand_bytes
-from plugins.gpu.rounding_tables import rounding_constants
+from plugins.gpu.spec import operand_bytes
+from plugins.gpu.tiles import rounding_constants
 
 triton = pytest.importorskip("triton", reason="the GPU kernels need triton")
 tl = triton.language
 
-from plugins.gpu.rounding import grid_to_byte, quotient, reciprocal_parts, round_to_grid  # noqa: E402
+from plugins.gpu.quantize import grid_to_byte, quotient, reciprocal_parts, round_to_grid  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("interpreter")
 INTERPRETED, CONVERTED = 0, 90  # with bit operations; with the hardware's conversion to E4M3 where there is one

@@ -10,9 +10,8 @@ from typing import Any
 
 import pytest
 
-from plugins.gpu.kernel import Argument, Kernel
 from plugins.gpu.spec import QuantizeSpec
-from plugins.gpu.table import KERNELS, kernel
+from plugins.gpu.table import KERNELS, Argument, Kernel, kernel
 
 pytest.importorskip("triton", reason="the GPU kernels need triton")
 ROLES = ("input", "size", "output")
@@ -89,7 +88,7 @@ def test_arguments_that_a_spec_does_without() -> None:
 
 def test_kernels_need_no_graph_library() -> None:
     """A bare GPU machine has torch, triton, NumPy and ml_dtypes; and the table itself needs no torch and no triton."""
-    code = "import sys, plugins.gpu.table, plugins.gpu.compile, plugins.gpu.launch_quantize, plugins.gpu.launch\n"
+    code = "import sys, plugins.gpu.table, plugins.gpu.compile, plugins.gpu.launch, plugins.gpu.launch\n"
     code += "print(sorted({name.split('.')[0] for name in sys.modules} & {'onnx', 'onnxruntime', 'torch', 'triton'}))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"

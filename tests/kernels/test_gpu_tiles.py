@@ -11,8 +11,7 @@ from hypothesis import strategies as st
 
 from export.errors import RecipeError
 from export.formats.format import decode, get_format, quantize
-from plugins.gpu.gemm_constants import expand_constants, gemm_constants, packed_constants, packed_table
-from plugins.gpu.machine_code import SHARED_KIB, TARGETS
+from plugins.gpu.compile import SHARED_KIB, TARGETS
 from plugins.gpu.promotion import (
     FP32_BITS,
     SHORT_BITS,
@@ -29,9 +28,13 @@ from plugins.gpu.tiles import (
     band_grid,
     band_tile,
     clocks,
+    expand_constants,
     expanded_tile,
     expands_first,
+    gemm_constants,
     gemm_grid,
+    packed_constants,
+    packed_table,
     packed_tile,
     prefers_integers,
     product_type,

@@ -13,7 +13,7 @@ from export.errors import ContractError, RecipeError
 from export.formats.embedding import exact_multipliers
 from export.formats.format import get_format, pack
 from plugins import torch_ops, torch_reference
-from plugins.gpu.operands import operand_bytes
+from plugins.gpu.spec import operand_bytes
 
 OPS = torch.ops.fpq
 M, N, K, GROUP = 6, 10, 64, 16

@@ -12,14 +12,21 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from export.errors import ContractError
-from plugins.gpu import machine_code
+from plugins.gpu import compile
 from plugins.gpu.spec import GemmSpec, QuantizeSpec
 from plugins.gpu.tile_table import Tile
-from plugins.tensorrt.aot import aot_kernel, plugin_name
+from plugins.tensorrt.aot import (
+    LOWEST_VERSION,
+    aot_kernel,
+    at_lowest_version,
+    entry_name,
+    keep_parameters,
+    parameter_names,
+    plugin_name,
+)
 from plugins.tensorrt.expressions import as_expression, rows_of
 from plugins.tensorrt.payload import Payload, Variant, kernel_row
 from plugins.tensorrt.plugins import EXAMPLES
-from plugins.tensorrt.ptx import LOWEST_VERSION, at_lowest_version, entry_name, keep_parameters, parameter_names
 
 TEXT = """
 .version 8.7
@@ -92,7 +99,7 @@ COMPILED = [
 @pytest.mark.parametrize(("kernel", "spec", "sm"), COMPILED, ids=[f"{k}-{sm}" for k, _, sm in COMPILED])
 def test_stripped_kernels_assemble(kernel: str, spec: Any, sm: int, tmp_path: Path) -> None:
     pytest.importorskip("triton", reason="triton is not installed")
-    from plugins.tensorrt.compile import compile_payload
+    from plugins.tensorrt.payload import compile_payload
 
     payload = compile_payload(kernel, spec, (128,), (sm,), "ptx")
     made = aot_kernel(payload, payload.variants[0], [3] * 8)
@@ -101,7 +108,7 @@ def test_stripped_kernels_assemble(kernel: str, spec: Any, sm: int, tmp_path: Pa
     (tmp_path / "k.ptx").write_text(made.ptx)
     target = next(word for word in made.ptx.split() if word.startswith("sm_"))
     for assembler in ("ptxas", "ptxas-blackwell"):  # of CUDA 12.9, and of Triton's own CUDA
-        command = [machine_code.tool(assembler), f"--gpu-name={target}", "-o", tmp_path / "k.cubin", tmp_path / "k.ptx"]
+        command = [compile.tool(assembler), f"--gpu-name={target}", "-o", tmp_path / "k.cubin", tmp_path / "k.ptx"]
         done = subprocess.run([*map(str, command)], capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stderr
     assert made.name.encode() in (tmp_path / "k.cubin").read_bytes()

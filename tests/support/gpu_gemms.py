@@ -10,9 +10,8 @@ import torch
 
 from export.formats.format import decode, get_format, pack, unpack
 from plugins.gpu import launch
-from plugins.gpu.operands import operand_bytes
 from plugins.gpu.reference import expand
-from plugins.gpu.spec import GemmSpec
+from plugins.gpu.spec import GemmSpec, operand_bytes
 from plugins.gpu.table import kernel
 from plugins.gpu.tile_table import Tile
 

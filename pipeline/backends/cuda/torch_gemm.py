@@ -1,6 +1,6 @@
 """The ops of the `fpq.cuda` dialect as torch modules: each holds its constants in the layout its kernel reads.
 
-Codes between them are operand bytes (plugins/gpu/operands.py), not the dialect's own codes: one for one, but the byte
+Codes between them are operand bytes (plugins/gpu/spec.py), not the dialect's own codes: one for one, but the byte
 that an FP8 tensor core multiplies.
 """
 
