@@ -21,7 +21,7 @@ from benchmarks.gpu.weights import CHANNEL, EXACT_64, Granularity
 from export.formats.format import get_format
 from plugins.gpu.promotion import promotion_of
 from plugins.gpu.spec import GemmSpec, operand_of
-from plugins.gpu.tiles import architecture, weight_exponent
+from plugins.gpu.tiles import architecture
 
 if TYPE_CHECKING:
     from torch import Generator, Tensor
@@ -163,7 +163,7 @@ def compiled(spec: GemmSpec, a: Tensor, w: Tensor) -> Tensor:
 
     one, scales = torch.ones(len(a), device=a.device), torch.ones((len(w), 1), device=a.device)
     y = launch.expanded_gemm(spec, a, one, w, scales, torch.zeros_like(scales[:, 0]))
-    return y * 2.0 ** (operand_of(spec.activation).shift + weight_exponent(spec))
+    return y * 2.0 ** (operand_of(spec.activation).shift + spec.weight_exponent)
 
 
 def e4m3_value(x: Tensor) -> Tensor:
@@ -176,7 +176,7 @@ def e4m3_value(x: Tensor) -> Tensor:
 def count(context: Context, spec: GemmSpec, granularity: Granularity, interval: int | None) -> dict[str, Any]:
     """Outputs that differ from the exact sum rounded to float32, for each pattern. interval None: as compiled."""
     differ, worst = {}, {}
-    exponents = operand_of(spec.activation).shift, weight_exponent(spec)
+    exponents = operand_of(spec.activation).shift, spec.weight_exponent
     for pattern in PATTERNS:
         a, w = (e4m3_bytes(x, e) for x, e in zip(operands(context, spec, pattern), exponents, strict=True))
         exact = e4m3_value(a).double() @ e4m3_value(w).double().T

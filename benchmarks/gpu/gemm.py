@@ -20,7 +20,7 @@ from benchmarks.gpu.timing import Flush, contest, rates, sets_for
 from benchmarks.gpu.weights import CHANNEL, EXACT_64, REAL_128, Granularity, Packed, quantize_weight
 from benchmarks.shapes import Shape, gemm_shapes
 from plugins.gpu.spec import GemmSpec, QuantizeSpec
-from plugins.gpu.tiles import expands_first, weight_exponent
+from plugins.gpu.tiles import expands_first
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -71,7 +71,7 @@ def operands(context: Context, shape: Shape, granularity: Granularity) -> Operan
     for integers in (False, True):
         codes, scale = launch.quantize(QuantizeSpec(ACTIVATION, shape.k, input="bf16", integers=integers), a)
         spec = spec_of(shape, granularity, integers)
-        forms.append((codes, launch.expand(spec, packed.codes, packed.multiplier_codes)))
+        forms.append((codes, launch.expand(spec, packed.codes, multiplier_codes=packed.multiplier_codes)))
     (codes, expanded), (images, expanded_images) = forms
     bias = torch.zeros(shape.n, device=context.device)
     return Operands(codes, images, scale, packed, expanded, expanded_images, a, w, bias)
@@ -122,7 +122,7 @@ def caller(name: str, spec: GemmSpec, given: Operands) -> Callable[[], Tensor]:
         return our_caller(name, replace(spec, integers=name.endswith(INT8)), given)
     one = torch.ones((), device=given.a.device)
     a, w = (x.view(torch.float8_e4m3fn) for x in (given.a, given.expanded))
-    unit = 2.0 ** -(weight_exponent(spec) + spec.operand.shift)
+    unit = 2.0 ** -(spec.weight_exponent + spec.operand.shift)
     a_scale, w_scale = given.a_scale[:, None], (given.packed.scales[:, :1] * unit).t().contiguous()
 
     calls: dict[str, Callable[[], Any]] = {

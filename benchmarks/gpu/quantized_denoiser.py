@@ -178,7 +178,7 @@ def _linear(
     if expand:
         from plugins.gpu import launch
 
-        expanded = launch.expand(spec, packed.codes, packed.multiplier_codes)
+        expanded = launch.expand(spec, packed.codes, multiplier_codes=packed.multiplier_codes)
     return QuantizedLinear(spec, packed, linear.bias.detach().float(), expanded)
 
 

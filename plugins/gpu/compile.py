@@ -29,7 +29,7 @@ from typing import Any
 
 from export.cache_folder import cache_folder
 from export.errors import ContractError, EnvironmentLacksError
-from plugins.gpu.table import Kernel, launch_options
+from plugins.gpu.table import Kernel, Spec, Tile, launch_options
 
 log = logging.getLogger(__name__)
 CACHE_VERSION = 2
@@ -55,9 +55,9 @@ class Request:
     """
 
     kernel: Kernel
-    spec: Any
+    spec: Spec
     sm: int
-    tile: Any = None
+    tile: Tile | None = None
     rows: int = TYPICAL_ROWS
 
     def __post_init__(self) -> None:
@@ -65,7 +65,7 @@ class Request:
             raise ContractError(f"sm {self.sm} is no target of the GPU kernels; use one of {TARGETS}")
 
     @property
-    def chosen_tile(self) -> Any:
+    def chosen_tile(self) -> Tile:
         return self.tile if self.tile is not None else self.kernel.tile(self.spec, self.rows, self.sm)
 
 
@@ -110,11 +110,6 @@ class Compiled:
         return [f"{self.name} on {self.target}: {text}" for broken, text in rules if broken]
 
 
-def compile_kernel(kernel: Kernel, spec: Any, sm: int, tile: Any = None, rows: int = TYPICAL_ROWS) -> Compiled:
-    """One kernel for one target, from the cache if it is there. Raises what `compile_kernels` raises."""
-    return compile_kernels([Request(kernel, spec, sm, tile, rows)])[0]
-
-
 def compile_kernels(requests: Sequence[Request]) -> list[Compiled]:
     """Many kernels, those that the cache lacks compiled one after the other.
 
@@ -122,12 +117,12 @@ def compile_kernels(requests: Sequence[Request]) -> list[Compiled]:
     """
     if lacking := problems():
         raise EnvironmentLacksError("; ".join(lacking))
-    found = [_cached(request) for request in requests]
-    missing = [request for request, one in zip(requests, found, strict=True) if one is None]
+    cached = [_cached(request) for request in requests]
+    missing = [request for request, one in zip(requests, cached, strict=True) if one is None]
     if any(_is_interpreted(request) for request in missing):
         _compile_in_another_process(missing)
         return [_cached(request) or _compile(request) for request in requests]
-    return [one or _compile(request) for request, one in zip(requests, found, strict=True)]
+    return [one or _compile(request) for request, one in zip(requests, cached, strict=True)]
 
 
 def problems() -> list[str]:
@@ -197,7 +192,7 @@ def _key(request: Request) -> str:
             "version": CACHE_VERSION,
             "triton": importlib.metadata.version("triton"),
             "source": source_of(request.kernel.function()),
-            "arguments": _argument_types(request),
+            "arguments": argument_types(request),
             "constants": {name: repr(value) for name, value in constants.items()},
             "sm": request.sm,
             "options": launch_options(tile),
@@ -219,19 +214,19 @@ def source_of(function: Any) -> list[str]:
         seen[name] = inspect.getsource(value.fn)
         used = (other for other in value.fn.__code__.co_names if other in value.fn.__globals__)
         values = ((other, value.fn.__globals__[other]) for other in used)
-        waiting += [(other, found) for other, found in values if not inspect.ismodule(found)]
+        waiting += [(other, one) for other, one in values if not inspect.ismodule(one)]
     return [seen.pop(function.fn.__name__), *(f"{name}: {text}" for name, text in sorted(seen.items()))]
 
 
 def _cached(request: Request) -> Compiled | None:
-    found = read_entry(_key(request))
-    if found is None:
+    entry = read_entry(_key(request))
+    if entry is None:
         return None
-    arguments = tuple((name, kind) for name, kind in found.pop("arguments"))
-    return Compiled(**found | {"arguments": arguments, "cubin": base64.b64decode(found["cubin"])})
+    arguments = tuple((name, kind) for name, kind in entry.pop("arguments"))
+    return Compiled(**entry | {"arguments": arguments, "cubin": base64.b64decode(entry["cubin"])})
 
 
-def _argument_types(request: Request) -> list[tuple[str, str]]:
+def argument_types(request: Request) -> list[tuple[str, str]]:
     return [(one.name, one.type_for(request.spec)) for one in request.kernel.arguments_of(request.spec)]
 
 
@@ -249,7 +244,7 @@ def _compile(request: Request) -> Compiled:
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    function, tile, types = request.kernel.function(), request.chosen_tile, dict(_argument_types(request))
+    function, tile, types = request.kernel.function(), request.chosen_tile, dict(argument_types(request))
     constants = request.kernel.all_constants(request.spec, tile, request.sm)
     source = ASTSource(
         fn=function,
@@ -276,7 +271,7 @@ def _alignment(request: Request, names: list[str]) -> dict[tuple[int], list[list
 def _described(built: Any, request: Request) -> Compiled:
     ptx, cubin, name = built.asm["ptx"], built.asm["cubin"], built.metadata.name
     used = resources(cubin, name)
-    arguments = tuple(_argument_types(request))
+    arguments = tuple(argument_types(request))
     return Compiled(
         name=name,
         target=_found(r"\.target (\w+)", ptx),

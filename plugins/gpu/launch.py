@@ -1,296 +1,224 @@
-"""Run the kernels on torch tensors: on their GPU, or on the CPU under Triton's interpreter (TRITON_INTERPRET=1)."""
+"""Run the kernels on torch tensors: on their GPU, or on the CPU under Triton's interpreter (TRITON_INTERPRET=1).
+
+Tensors are the arguments of the kernel's row in the table. Those that every kernel of the row has may come in their
+order, the others by name. Outputs are allocated, or given by name and written in place, so that a CUDA graph finds them
+again. All functions raise ContractError for a tensor that is missing, that the kernel has no use for, or of another
+shape, type or memory layout, and EnvironmentLacksError for CPU tensors without an interpreter.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 from export.errors import ContractError, EnvironmentLacksError
 from plugins.gpu import tiles
-from plugins.gpu.spec import GemmSpec, PackSpec, QuantizeSpec
-from plugins.gpu.table import Kernel, kernel, launch_options
-from plugins.gpu.tile_table import Tile
-from plugins.gpu.tiles import INTERPRETED, RowTile
+from plugins.gpu.spec import Before, GemmSpec, PackSpec, QuantizeSpec
+from plugins.gpu.table import Argument, Kernel, Spec, Tile, kernel, launch_options
+from plugins.gpu.tiles import INTERPRETED
 
 if TYPE_CHECKING:
-    import torch
     from torch import Tensor
 
-TORCH_TYPES = {"fp16": "float16", "bf16": "bfloat16", "fp32": "float32"}
 HEURISTICS = {"packed_gemm": tiles.packed_tile, "expanded_gemm": tiles.expanded_tile}
+KERNEL_OF: dict[Before, str] = {
+    "none": "quantize",
+    "gelu": "gelu_quantize",
+    "norm_modulate": "norm_modulate_quantize",
+}
 
 
 def packed_gemm(
     spec: GemmSpec,
-    a: Tensor,
-    a_scale: Tensor,
-    w: Tensor,
-    w_scales: Tensor,
-    bias: Tensor,
-    *,
-    multiplier_codes: Tensor | None = None,
-    a_zero: Tensor | None = None,
-    w_sums: Tensor | None = None,
-    gate: Tensor | None = None,
-    residual: Tensor | None = None,
+    *tensors: Tensor,
     tokens: int = 0,
-    out: Tensor | None = None,
-    tile: Tile | None = None,
+    tile: tiles.Tile | None = None,
     sm: int | None = None,
     expand_first: bool | None = None,
+    **named: Tensor | None,
 ) -> Tensor:
     """y [M, N] as GemmSpec says, weights packed u8 [N, K / 2].
 
-    out: where to write it. tile, sm: what to run instead of HEURISTICS' choice for the tensors' GPU. expand_first:
-    whether the weight is expanded for this call (N x K bytes until it ends) or decoded in registers; without: registers
-    for a given tile, else what `tiles.expands_first` says. Raises ContractError for a tensor that is missing or of
-    another shape or type, EnvironmentLacksError for CPU tensors that no interpreter takes.
+    tile, sm: what to run instead of HEURISTICS' choice for the tensors' GPU. expand_first: whether the weight is
+    expanded for this call (N x K bytes until it ends) or decoded in registers; without: registers for a given tile,
+    else what `tiles.expands_first` says.
     """
-    inputs = dict(
-        a=a, a_scale=a_scale, w=w, w_scales=w_scales, multiplier_codes=multiplier_codes, bias=bias, a_zero=a_zero,
-        w_sums=w_sums, gate=gate, residual=residual,
-    )  # fmt: skip
+    operands = by_name(kernel("packed_gemm"), tensors, named)
+    a = _required(operands, "a")
+    m = _rows(a)
     if expand_first is None:
-        expand_first = tile is None and len(a) > 0 and tiles.expands_first(spec, len(a), sm_of(a) if sm is None else sm)
-    if expand_first:
-        inputs["w"] = expand(spec, w, multiplier_codes)
-    return _gemm(spec, inputs, tokens, out, tile, sm, expanded=expand_first)
+        expand_first = tile is None and m > 0 and tiles.expands_first(spec, m, sm_of(a) if sm is None else sm)
+    if not expand_first:
+        return _gemm("packed_gemm", spec, operands, tokens, tile, sm)
+    operands["w"] = expand(spec, _required(operands, "w"), multiplier_codes=operands.pop("multiplier_codes", None))
+    return _gemm("expanded_gemm", spec, operands, tokens, tile, sm)
 
 
 def expanded_gemm(
     spec: GemmSpec,
-    a: Tensor,
-    a_scale: Tensor,
-    w_expanded: Tensor,
-    w_scales: Tensor,
-    bias: Tensor,
-    *,
-    a_zero: Tensor | None = None,
-    w_sums: Tensor | None = None,
-    gate: Tensor | None = None,
-    residual: Tensor | None = None,
+    *tensors: Tensor,
     tokens: int = 0,
-    out: Tensor | None = None,
-    tile: Tile | None = None,
+    tile: tiles.Tile | None = None,
     sm: int | None = None,
+    **named: Tensor | None,
 ) -> Tensor:
-    """As packed_gemm with w_expanded u8 [N, K] from `expand`, multipliers folded in."""
-    inputs = dict(
-        a=a, a_scale=a_scale, w=w_expanded, w_scales=w_scales, bias=bias, a_zero=a_zero, w_sums=w_sums, gate=gate,
-        residual=residual,
-    )  # fmt: skip
-    return _gemm(spec, inputs, tokens, out, tile, sm, expanded=True)
-
-
-def expected_shapes(spec: GemmSpec, m: int, tokens: int, expanded: bool) -> dict[str, tuple[tuple[int, ...], str]]:
-    """name -> (shape, dtype) of every input tensor that `spec` needs for m rows, in the kernels' order."""
-    n, k, groups = spec.out_features, spec.in_features, spec.groups
-    rows: dict[str, tuple[tuple[int, ...], str]] = {
-        "a": ((m, k), "uint8"),
-        "a_scale": ((m,), "float32"),
-        "w": ((n, k if expanded else k // 2), "uint8"),
-        "w_scales": ((n, spec.scale_groups), "float32"),
-    }
-    if spec.has_multipliers and not expanded:
-        rows["multiplier_codes"] = ((n, -(-groups // 2)), "uint8")
-    rows["bias"] = ((n,), "float32")
-    if spec.zero_point:
-        rows |= {"a_zero": ((m,), "float32"), "w_sums": ((n,), "float32")}
-    if spec.has_gate:
-        rows |= {
-            "gate": ((-(-m // tokens), n), TORCH_TYPES[spec.output]),
-            "residual": ((m, n), TORCH_TYPES[spec.output]),
-        }
-    return rows
+    """As packed_gemm with w u8 [N, K] from `expand`, multipliers folded in."""
+    return _gemm("expanded_gemm", spec, by_name(kernel("expanded_gemm"), tensors, named), tokens, tile, sm)
 
 
 def _gemm(
+    name: str,
     spec: GemmSpec,
-    inputs: dict[str, Tensor | None],
+    operands: Mapping[str, Tensor | None],
     tokens: int,
-    out: Tensor | None,
-    tile: Tile | None,
+    tile: tiles.Tile | None,
     sm: int | None,
-    expanded: bool,
 ) -> Tensor:
     import torch
 
-    row = kernel("expanded_gemm" if expanded else "packed_gemm")
-    a = inputs["a"]
-    assert a is not None
-    m = len(a)
-    if spec.has_gate and (tokens <= 0 or m % tokens):
-        raise ContractError(f"tokens {tokens}: the rows that share a gate must divide M {m}")
-    present = _checked(expected_shapes(spec, m, max(tokens, 1), expanded), inputs)
-    y = _output(out, (m, spec.out_features), TORCH_TYPES[spec.output], a)
+    row, a = kernel(name), _required(operands, "a")
+    m = _rows(a)
+    sizes = {"M": m, **_tokens(row, spec, m, tokens)}
+    arguments: dict[str, Any] = {**checked(row, spec, operands, sizes), **sizes}
+    y: Tensor = arguments["y"]
     if m == 0:
         return y
     sm = sm_of(a) if sm is None else sm
-    tile = tile or HEURISTICS[row.name](spec, m, sm, may_split=True)
-    given = {**present, "M": m, "tokens": tokens}
+    tile = tile or HEURISTICS[name](spec, m, sm, may_split=True)
     if tile.splits == 1:
-        run(row, spec, tile, m, sm, {**given, "y": y})
+        run(row, spec, tile, m, sm, arguments)
         return y
     parts = torch.empty((tile.splits, *y.shape), dtype=torch.float32, device=a.device)
-    run(row, spec, tile, m, sm, {**given, "y": parts})
-    run(kernel("reduce_splits"), spec, tiles.ReduceTile(tile.splits), m, sm, {**given, "parts": parts, "y": y})
+    run(row, spec, tile, m, sm, {**arguments, "y": parts})
+    run(kernel("reduce_splits"), spec, tiles.ReduceTile(tile.splits), m, sm, {**arguments, "parts": parts})
     return y
 
 
-def run(row: Kernel, spec: Any, tile: Any, rows: int, sm: int, given: dict[str, Any]) -> None:
-    """Launch the kernel of `row` on `given`, arguments by name; those that the spec does without are left out."""
+def quantize(
+    spec: QuantizeSpec, *tensors: Tensor, tokens: int = 0, tile: tiles.RowTile | None = None, **named: Tensor | None
+) -> tuple[Tensor, ...]:
+    """x [M, C] -> operand bytes u8 [M, C] and, unless static, scale f32 [M], by the kernel that `spec.before` asks for.
+
+    tile: the heuristics' choice unless given.
+    """
+    row = kernel(KERNEL_OF[spec.before])
+    return launched(row, spec, by_name(row, tensors, named), tokens, tile)
+
+
+def pack(*tensors: Tensor, **named: Tensor | None) -> Tensor:
+    """codes u8 [N, K] below 16, K even -> packed u8 [N, K / 2], element 2i in the low nibble."""
+    row = kernel("pack")
+    operands = by_name(row, tensors, named)
+    return launched(row, PackSpec(_required(operands, "codes").shape[-1]), operands)[0]
+
+
+def expand(spec: GemmSpec, *tensors: Tensor, **named: Tensor | None) -> Tensor:
+    """w u8 [N, K / 2] -> expanded u8 [N, K]: bytes of spec.weight_kind, of value * multiplier * 2^weight_exponent."""
+    row = kernel("expand")
+    return launched(row, spec, by_name(row, tensors, named))[0]
+
+
+def launched(
+    row: Kernel, spec: Spec, operands: Mapping[str, Tensor | None], tokens: int = 0, tile: Tile | None = None
+) -> tuple[Tensor, ...]:
+    """The outputs of one launch of `row`. Not for a GEMM, whose sum may be split."""
+    first = _required(operands, row.inputs(spec)[0].name)
+    rows = _rows(first)
+    sizes = {"M": rows, "rows": rows, **_tokens(row, spec, rows, tokens)}
+    arguments: dict[str, Any] = {**checked(row, spec, operands, sizes), **sizes}
+    if rows:
+        sm = sm_of(first)
+        run(row, spec, tile or row.tile(spec, rows, sm), rows, sm, arguments)
+    return tuple(arguments[argument.name] for argument in row.outputs(spec))
+
+
+def run(row: Kernel, spec: Spec, tile: Tile, rows: int, sm: int, arguments: Mapping[str, Any]) -> None:
+    """Launch the kernel of `row` on `arguments` by name; those that the spec does without are left out."""
     names, constants = _plan(row, spec, tile, sm)
-    arguments = {name: given[name] for name in names}
-    row.function()[row.grid(spec, tile, rows)](**arguments, **constants)
+    row.function()[row.grid(spec, tile, rows)](**{name: arguments[name] for name in names}, **constants)
 
 
 @lru_cache(4096)
-def _plan(row: Kernel, spec: Any, tile: Any, sm: int) -> tuple[tuple[str, ...], dict[str, Any]]:
+def _plan(row: Kernel, spec: Spec, tile: Tile, sm: int) -> tuple[tuple[str, ...], dict[str, Any]]:
     """(names of the run-time arguments, compile-time arguments and options): what no call changes."""
     names = tuple(argument.name for argument in row.arguments_of(spec))
     return names, {**row.all_constants(spec, tile, sm), **launch_options(tile)}
 
 
-def pack(codes: Tensor, *, out: Tensor | None = None) -> Tensor:
-    """codes u8 [N, K] below 16, K even -> u8 [N, K / 2], element 2i in the low nibble."""
-    n, k = codes.shape
-    spec, row = PackSpec(k), kernel("pack")
-    _check_tensor("codes", codes, (n, k), "uint8")
-    packed = _output(out, (n, k // 2), "uint8", codes)
-    if n:
-        sm = sm_of(codes)
-        run(row, spec, tiles.band_tile(spec, n, sm), n, sm, {"codes": codes, "rows": n, "packed": packed})
-    return packed
+# --- tensors ---------------------------------------------------------------------------------------------------------
 
 
-def expand(spec: GemmSpec, w: Tensor, multiplier_codes: Tensor | None = None, *, out: Tensor | None = None) -> Tensor:
-    """w u8 [N, K / 2] -> u8 [N, K]: bytes of spec.weight_kind, of value * multiplier * 2^weight_exponent(spec)."""
-    n, k = spec.out_features, spec.in_features
-    expected: dict[str, tuple[tuple[int, ...], str]] = {"w": ((n, k // 2), "uint8")}
-    if spec.has_multipliers:
-        expected["multiplier_codes"] = ((n, -(-spec.groups // 2)), "uint8")
-    present = _checked(expected, {"w": w, "multiplier_codes": multiplier_codes})
-    expanded = _output(out, (n, k), "uint8", w)
-    sm, row = sm_of(w), kernel("expand")
-    run(row, spec, tiles.band_tile(spec, n, sm), n, sm, {**present, "rows": n, "expanded": expanded})
-    return expanded
+def by_name(row: Kernel, tensors: tuple[Tensor, ...], named: Mapping[str, Tensor | None]) -> dict[str, Tensor | None]:
+    """Arguments of `row` by name: `tensors` are, in order, the inputs that every kernel of the row has."""
+    always = [argument.name for argument in row.arguments if argument.role == "input" and argument.is_always_there]
+    known = {argument.name for argument in row.arguments if argument.is_pointer}
+    unknown = sorted(set(named) - known)
+    if unknown or len(tensors) > len(always) or set(always[: len(tensors)]) & set(named):
+        problem = f"{', '.join(unknown)} by name" if unknown else f"{len(tensors)} tensors and {sorted(named)} by name"
+        raise ContractError(f"{row.name} takes {', '.join(always)} in this order, others of {sorted(known)}: {problem}")
+    return {**dict(zip(always, tensors, strict=False)), **named}
 
 
-def _output(out: Tensor | None, shape: tuple[int, ...], dtype: str, like: Tensor) -> Tensor:
+def _required(operands: Mapping[str, Tensor | None], name: str) -> Tensor:
+    tensor = operands.get(name)
+    if tensor is None:
+        raise ContractError(f"{name} is missing; the kernel needs it")
+    return tensor
+
+
+def _rows(tensor: Tensor) -> int:
+    return tensor.shape[0] if tensor.dim() else 0
+
+
+def _tokens(row: Kernel, spec: Spec, rows: int, tokens: int) -> dict[str, int]:
+    """The size `tokens` where the kernel takes it."""
+    if all(argument.name != "tokens" for argument in row.sizes(spec)):
+        return {}
+    if tokens < 1 or rows % tokens:
+        shared = " and ".join(argument.name for argument in row.inputs(spec) if argument.is_per_sample)
+        raise ContractError(f"tokens {tokens}: the rows that share a row of {shared} must divide the {rows} rows")
+    return {"tokens": tokens}
+
+
+def checked(
+    row: Kernel, spec: Spec, operands: Mapping[str, Tensor | None], sizes: Mapping[str, int]
+) -> dict[str, Tensor]:
+    """Inputs and outputs by name, as the kernel takes them; outputs that are not given are allocated."""
     import torch
 
-    if out is None:
-        return torch.empty(shape, dtype=getattr(torch, dtype), device=like.device)
-    _check_tensor("out", out, shape, dtype)
-    return out
+    signature = _signature(row, spec)
+    unused = [name for name, tensor in operands.items() if tensor is not None and name not in signature]
+    if unused:
+        raise ContractError(f"{', '.join(unused)} given, which {row.name} does not take for {spec}")
+    tensors: dict[str, Tensor] = {}
+    for name, (argument, element) in signature.items():
+        shape, tensor = argument.shape_for(spec, sizes), operands.get(name)
+        if tensor is not None:
+            _check_tensor(row, name, tensor, shape, element)
+        elif argument.role == "output":
+            device = next(iter(tensors.values())).device
+            tensor = torch.empty(shape, dtype=getattr(torch, element), device=device)
+        else:
+            raise ContractError(f"{name} is missing; {row.name} needs it as {element} {list(shape)}")
+        tensors[name] = tensor
+    return tensors
 
 
-def _checked(expected: dict[str, tuple[tuple[int, ...], str]], given: dict[str, Tensor | None]) -> dict[str, Tensor]:
-    for name, (shape, dtype) in expected.items():
-        _check_tensor(name, given.get(name), shape, dtype)
-    return {name: tensor for name in expected if (tensor := given[name]) is not None}
+@lru_cache(4096)
+def _signature(row: Kernel, spec: Spec) -> dict[str, tuple[Argument, str]]:
+    """name -> (argument, element type) of every tensor that the kernel takes, in order: inputs first."""
+    tensors = (argument for argument in row.arguments_of(spec) if argument.is_pointer)
+    return {argument.name: (argument, argument.element_for(spec)) for argument in tensors}
 
 
-def _check_tensor(name: str, tensor: Tensor | None, shape: tuple[int, ...], dtype: str) -> None:
-    if tensor is None:
-        raise ContractError(f"{name} is missing; this GEMM needs it as {dtype} {list(shape)}")
-    found = str(tensor.dtype).removeprefix("torch.")
-    if tuple(tensor.shape) != shape or found != dtype or not tensor.is_contiguous():
+def _check_tensor(row: Kernel, name: str, tensor: Tensor, shape: tuple[int, ...], element: str) -> None:
+    dtype = str(tensor.dtype).removeprefix("torch.")
+    if tuple(tensor.shape) != shape or dtype != element or not tensor.is_contiguous():
         layout = "" if tensor.is_contiguous() else ", not contiguous"
         raise ContractError(
-            f"{name} is {found} {list(tensor.shape)}{layout}; this GEMM takes {dtype} {list(shape)}, contiguous"
+            f"{name} is {dtype} {list(tensor.shape)}{layout}; {row.name} takes {element} {list(shape)}, contiguous"
         )
-
-
-KERNEL_OF = {"none": "quantize", "gelu": "gelu_quantize", "norm_modulate": "norm_modulate_quantize"}
-
-
-def quantize(
-    spec: QuantizeSpec,
-    x: torch.Tensor,
-    *,
-    shift: torch.Tensor | None = None,
-    scale: torch.Tensor | None = None,
-    tokens: int = 0,
-    codes: torch.Tensor | None = None,
-    scales: torch.Tensor | None = None,
-    tile: RowTile | None = None,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """x [M, C] -> (operand bytes u8 [M, C], scale f32 [M]) by the kernel that `spec.before` asks for.
-
-    shift, scale [M / tokens, C] and tokens: with "norm_modulate" only. codes, scales: written in place where given,
-    so that a CUDA graph finds them again. tile: the heuristics' choice unless given. Raises ContractError for shapes,
-    types or memory layouts that the kernel does not take, EnvironmentLacksError without a GPU and an interpreter.
-    """
-    import torch
-
-    rows = x.shape[0] if x.dim() == 2 else -1
-    _check_row_tensor("x", x, (rows, spec.channels), _dtype(spec.input))
-    inputs = {"x": x, **_modulation(spec, rows, shift, scale, tokens)}
-    codes = torch.empty(rows, spec.channels, dtype=torch.uint8, device=x.device) if codes is None else codes
-    scales = torch.empty(rows, dtype=torch.float32, device=x.device) if scales is None else scales
-    _check_row_tensor("codes", codes, (rows, spec.channels), torch.uint8)
-    _check_row_tensor("scales", scales, (rows,), torch.float32)
-    sizes = {"M": rows, "tokens": tokens} if spec.before == "norm_modulate" else {"M": rows}
-    if rows:
-        _launch(spec, {**inputs, **sizes, "codes": codes, "scales": scales}, rows, tile)
-    return codes, scales
-
-
-def quantize_static(
-    spec: QuantizeSpec, x: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor, *, tile: RowTile | None = None
-) -> torch.Tensor:
-    """x [M, C], scale and zero f32 [1] -> operand bytes u8 [M, C], for a static spec; else as `quantize`."""
-    import torch
-
-    if not spec.static:
-        raise ContractError("this quantizer's spec has a scale per token; a static one has static=True")
-    rows = x.shape[0] if x.dim() == 2 else -1
-    _check_row_tensor("x", x, (rows, spec.channels), _dtype(spec.input))
-    for name, tensor in (("scale", scale), ("zero", zero)):
-        _check_row_tensor(name, tensor, (1,), torch.float32)
-    codes = torch.empty(rows, spec.channels, dtype=torch.uint8, device=x.device)
-    if rows:
-        _launch(spec, {"x": x, "static_scale": scale, "static_zero": zero, "M": rows, "codes": codes}, rows, tile)
-    return codes
-
-
-def _launch(spec: QuantizeSpec, arguments: dict, rows: int, tile: RowTile | None) -> None:
-    row, sm = kernel(KERNEL_OF[spec.before]), sm_of(arguments["x"])
-    chosen = tile or row.tile(spec, rows, sm)
-    constants = row.all_constants(spec, chosen, sm)
-    row.function()[row.grid(spec, chosen, rows)](**arguments, **constants, **launch_options(chosen))
-
-
-def _dtype(name: str) -> torch.dtype:
-    import torch
-
-    return {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}[name]
-
-
-def _modulation(
-    spec: QuantizeSpec, rows: int, shift: torch.Tensor | None, scale: torch.Tensor | None, tokens: int
-) -> dict[str, torch.Tensor]:
-    """shift and scale, checked; nothing for the quantizers without them."""
-    if spec.before != "norm_modulate":
-        if shift is not None or scale is not None:
-            raise ContractError(f"shift and scale belong to norm_modulate; this quantizer's before is {spec.before!r}")
-        return {}
-    if shift is None or scale is None:
-        raise ContractError("norm_modulate needs shift and scale")
-    if tokens < 1 or rows % tokens:
-        raise ContractError(f"tokens {tokens} does not divide the {rows} rows; it is the number of rows of a sample")
-    for name, tensor in (("shift", shift), ("scale", scale)):
-        _check_row_tensor(name, tensor, (rows // tokens, spec.channels), _dtype(spec.input))
-    return {"shift": shift, "scale": scale}
-
-
-def _check_row_tensor(name: str, tensor: torch.Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> None:
-    if tuple(tensor.shape) != shape or tensor.dtype != dtype:
-        wanted = ["M" if size < 0 else size for size in shape]
-        raise ContractError(f"{name} is {tensor.dtype} {list(tensor.shape)}; the kernel takes {dtype} {wanted}")
-    if not tensor.is_contiguous():
-        raise ContractError(f"{name} with strides {tensor.stride()} is not contiguous; call .contiguous() first")
 
 
 def sm_of(tensor: Tensor) -> int:

@@ -17,8 +17,6 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from plugins.gpu.gemm import gelu_tanh
-
 
 @triton.jit
 def _load(x, row, C: tl.constexpr, START: tl.constexpr, WIDTH: tl.constexpr):
@@ -58,21 +56,21 @@ def _modulate(d, inverse, shift, scale, sample, C: tl.constexpr, START: tl.const
 
 
 @triton.jit
+def gelu_tanh(x):
+    """x (1 + tanh(u)) / 2 with u = sqrt(2 / pi) (x + 0.044715 x^3), as x / (1 + 2^(-2u log2(e))): nothing cancels."""
+    return x / (1.0 + tl.exp2(x * (x * x * -0.10294323958 - 2.30220819814)))
+
+
+@triton.jit
 def _largest(y):
     """Bits of the largest magnitude."""
     return tl.max(y.to(tl.int32, bitcast=True) & 0x7FFFFFFF, 0)
 
 
 @triton.jit
-def _bytes(
-    y, up, divisor, high, low,
-    ANCHOR: tl.constexpr, LOWEST: tl.constexpr, SIGNED: tl.constexpr,
-    KIND: tl.constexpr, UP: tl.constexpr, MOVE: tl.constexpr, SIGN: tl.constexpr,
-):  # fmt: skip
+def _bytes(y, up, divisor, high, low, GRID: tl.constexpr):
     """y f32 -> operand bytes of y / scale."""
-    return grid_to_byte(
-        round_to_grid(quotient(y, up, divisor, high, low), ANCHOR, LOWEST, SIGNED), KIND, UP, MOVE, SIGN
-    )
+    return grid_to_byte(round_to_grid(quotient(y, up, divisor, high, low), GRID), GRID)
 
 
 @triton.jit
@@ -85,120 +83,77 @@ def _shifted(y, scale, zero, MAX_VALUE: tl.constexpr):
 
 
 @triton.jit
-def _quantize_static(
-    y, z, row, codes, static_scale, static_zero,
-    C: tl.constexpr, BLOCK: tl.constexpr, TAIL: tl.constexpr, MAX_VALUE: tl.constexpr,
-    ANCHOR: tl.constexpr, LOWEST: tl.constexpr, SIGNED: tl.constexpr,
-    KIND: tl.constexpr, UP: tl.constexpr, MOVE: tl.constexpr, SIGN: tl.constexpr,
-):  # fmt: skip
+def _quantize_static(y, z, row, codes, static_scale, static_zero, ROW: tl.constexpr, GRID: tl.constexpr):
     """Codes of a float32 row under a scale and a zero that are given."""
     scale, zero = tl.load(static_scale), tl.load(static_zero)
     up, divisor, high, low = reciprocal_parts(scale)
-    y = _shifted(y, scale, zero, MAX_VALUE)
-    _store(codes, row, _bytes(y, up, divisor, high, low, ANCHOR, LOWEST, SIGNED, KIND, UP, MOVE, SIGN), C, 0, BLOCK)
-    if TAIL > 0:
-        z = _shifted(z, scale, zero, MAX_VALUE)
-        byte_z = _bytes(z, up, divisor, high, low, ANCHOR, LOWEST, SIGNED, KIND, UP, MOVE, SIGN)
-        _store(codes, row, byte_z, C, BLOCK, TAIL)
+    y = _shifted(y, scale, zero, GRID.MAX_VALUE)
+    _store(codes, row, _bytes(y, up, divisor, high, low, GRID), ROW.C, 0, ROW.BLOCK)
+    if ROW.TAIL > 0:
+        z = _shifted(z, scale, zero, GRID.MAX_VALUE)
+        _store(codes, row, _bytes(z, up, divisor, high, low, GRID), ROW.C, ROW.BLOCK, ROW.TAIL)
 
 
 @triton.jit
-def _quantize_row(
-    y, z, row, codes, scales,
-    C: tl.constexpr, BLOCK: tl.constexpr, TAIL: tl.constexpr,
-    MAX_VALUE: tl.constexpr, ABSMAX_FLOOR: tl.constexpr,
-    ANCHOR: tl.constexpr, LOWEST: tl.constexpr, SIGNED: tl.constexpr,
-    KIND: tl.constexpr, UP: tl.constexpr, MOVE: tl.constexpr, SIGN: tl.constexpr,
-):  # fmt: skip
+def _quantize_row(y, z, row, codes, scales, ROW: tl.constexpr, GRID: tl.constexpr):
     """Scale and codes of a float32 row: scale = max(absmax, ABSMAX_FLOOR) / MAX_VALUE, codes of y / scale."""
     largest = _largest(y)
-    if TAIL > 0:
+    if ROW.TAIL > 0:
         largest = tl.maximum(largest, _largest(z))
-    scale = tl.div_rn(tl.maximum(largest.to(tl.float32, bitcast=True), ABSMAX_FLOOR), MAX_VALUE)
+    scale = tl.div_rn(tl.maximum(largest.to(tl.float32, bitcast=True), GRID.ABSMAX_FLOOR), GRID.MAX_VALUE)
     if largest < 0x7F800000:
         up, divisor, high, low = reciprocal_parts(scale)
-        byte = _bytes(y, up, divisor, high, low, ANCHOR, LOWEST, SIGNED, KIND, UP, MOVE, SIGN)
-        _store(codes, row, byte, C, 0, BLOCK)
-        if TAIL > 0:
-            byte_z = _bytes(z, up, divisor, high, low, ANCHOR, LOWEST, SIGNED, KIND, UP, MOVE, SIGN)
-            _store(codes, row, byte_z, C, BLOCK, TAIL)
+        _store(codes, row, _bytes(y, up, divisor, high, low, GRID), ROW.C, 0, ROW.BLOCK)
+        if ROW.TAIL > 0:
+            _store(codes, row, _bytes(z, up, divisor, high, low, GRID), ROW.C, ROW.BLOCK, ROW.TAIL)
         tl.store(scales + row, scale)
     else:
-        _store(codes, row, tl.zeros((BLOCK,), tl.uint8), C, 0, BLOCK)
-        if TAIL > 0:
-            _store(codes, row, tl.zeros((TAIL,), tl.uint8), C, BLOCK, TAIL)
+        _store(codes, row, tl.zeros((ROW.BLOCK,), tl.uint8), ROW.C, 0, ROW.BLOCK)
+        if ROW.TAIL > 0:
+            _store(codes, row, tl.zeros((ROW.TAIL,), tl.uint8), ROW.C, ROW.BLOCK, ROW.TAIL)
         tl.store(scales + row, float("nan"))
 
 
 @triton.jit
 def _quantize_either(
-    y, z, row, codes, scales, static_scale, static_zero,
-    C: tl.constexpr, BLOCK: tl.constexpr, TAIL: tl.constexpr,
-    MAX_VALUE: tl.constexpr, ABSMAX_FLOOR: tl.constexpr,
-    ANCHOR: tl.constexpr, LOWEST: tl.constexpr, SIGNED: tl.constexpr,
-    KIND: tl.constexpr, UP: tl.constexpr, MOVE: tl.constexpr, SIGN: tl.constexpr,
+    y, z, row, codes, scales, static_scale, static_zero, ROW: tl.constexpr, GRID: tl.constexpr
 ):  # fmt: skip
     """Codes of a float32 row, under a scale that is given or under its own, which is stored."""
     if static_scale is not None:
-        _quantize_static(
-            y, z, row, codes, static_scale, static_zero, C, BLOCK, TAIL,
-            MAX_VALUE, ANCHOR, LOWEST, SIGNED, KIND, UP, MOVE, SIGN,
-        )  # fmt: skip
+        _quantize_static(y, z, row, codes, static_scale, static_zero, ROW, GRID)
     else:
-        _quantize_row(
-            y, z, row, codes, scales, C, BLOCK, TAIL,
-            MAX_VALUE, ABSMAX_FLOOR, ANCHOR, LOWEST, SIGNED, KIND, UP, MOVE, SIGN,
-        )  # fmt: skip
+        _quantize_row(y, z, row, codes, scales, ROW, GRID)
 
 
 @triton.jit(do_not_specialize=["M"])
-def quantize(
-    x, static_scale, static_zero, M, codes, scales,
-    C: tl.constexpr, BLOCK: tl.constexpr, TAIL: tl.constexpr,
-    MAX_VALUE: tl.constexpr, ABSMAX_FLOOR: tl.constexpr,
-    ANCHOR: tl.constexpr, LOWEST: tl.constexpr, SIGNED: tl.constexpr,
-    KIND: tl.constexpr, UP: tl.constexpr, MOVE: tl.constexpr, SIGN: tl.constexpr,
-):  # fmt: skip
+def quantize(x, static_scale, static_zero, M, codes, scales, ROW: tl.constexpr, GRID: tl.constexpr):
     """x [M, C] -> codes, scales."""
     row = tl.program_id(0)
-    y = _load(x, row, C, 0, BLOCK)
-    z = _load(x, row, C, BLOCK, TAIL) if TAIL > 0 else y
-    _quantize_either(
-        y, z, row, codes, scales, static_scale, static_zero, C, BLOCK, TAIL,
-        MAX_VALUE, ABSMAX_FLOOR, ANCHOR, LOWEST, SIGNED, KIND, UP, MOVE, SIGN,
-    )  # fmt: skip
+    y = _load(x, row, ROW.C, 0, ROW.BLOCK)
+    z = _load(x, row, ROW.C, ROW.BLOCK, ROW.TAIL) if ROW.TAIL > 0 else y
+    _quantize_either(y, z, row, codes, scales, static_scale, static_zero, ROW, GRID)
 
 
 @triton.jit(do_not_specialize=["M"])
-def gelu_quantize(
-    x, static_scale, static_zero, M, codes, scales,
-    C: tl.constexpr, BLOCK: tl.constexpr, TAIL: tl.constexpr,
-    MAX_VALUE: tl.constexpr, ABSMAX_FLOOR: tl.constexpr,
-    ANCHOR: tl.constexpr, LOWEST: tl.constexpr, SIGNED: tl.constexpr,
-    KIND: tl.constexpr, UP: tl.constexpr, MOVE: tl.constexpr, SIGN: tl.constexpr,
-):  # fmt: skip
+def gelu_quantize(x, static_scale, static_zero, M, codes, scales, ROW: tl.constexpr, GRID: tl.constexpr):
     """x [M, C] -> codes, scales of GELU(x)."""
     row = tl.program_id(0)
-    y = gelu_tanh(_load(x, row, C, 0, BLOCK))
-    z = gelu_tanh(_load(x, row, C, BLOCK, TAIL)) if TAIL > 0 else y
-    _quantize_either(
-        y, z, row, codes, scales, static_scale, static_zero, C, BLOCK, TAIL,
-        MAX_VALUE, ABSMAX_FLOOR, ANCHOR, LOWEST, SIGNED, KIND, UP, MOVE, SIGN,
-    )  # fmt: skip
+    y = gelu_tanh(_load(x, row, ROW.C, 0, ROW.BLOCK))
+    z = gelu_tanh(_load(x, row, ROW.C, ROW.BLOCK, ROW.TAIL)) if ROW.TAIL > 0 else y
+    _quantize_either(y, z, row, codes, scales, static_scale, static_zero, ROW, GRID)
 
 
 @triton.jit(do_not_specialize=["M", "tokens"])
 def norm_modulate_quantize(
-    x, shift, scale, M, tokens, codes, scales,
-    C: tl.constexpr, BLOCK: tl.constexpr, TAIL: tl.constexpr, EPSILON: tl.constexpr,
-    MAX_VALUE: tl.constexpr, ABSMAX_FLOOR: tl.constexpr,
-    ANCHOR: tl.constexpr, LOWEST: tl.constexpr, SIGNED: tl.constexpr,
-    KIND: tl.constexpr, UP: tl.constexpr, MOVE: tl.constexpr, SIGN: tl.constexpr,
+    x, shift, scale, M, tokens, codes, scales, ROW: tl.constexpr, GRID: tl.constexpr, EPSILON: tl.constexpr
 ):  # fmt: skip
     """x [M, C], shift and scale [M / tokens, C] -> codes, scales of LayerNorm(x) * (1 + scale) + shift.
 
     Mean first, then the mean square of what is left, both from registers: one pass over memory and no cancellation.
     """
+    C: tl.constexpr = ROW.C
+    BLOCK: tl.constexpr = ROW.BLOCK
+    TAIL: tl.constexpr = ROW.TAIL
     row = tl.program_id(0)
     sample = row // tokens
     y = _load(x, row, C, 0, BLOCK)
@@ -215,10 +170,12 @@ def norm_modulate_quantize(
     y = _modulate(y, inverse, shift, scale, sample, C, 0, BLOCK)
     if TAIL > 0:
         z = _modulate(z, inverse, shift, scale, sample, C, BLOCK, TAIL)
-    _quantize_row(
-        y, z, row, codes, scales, C, BLOCK, TAIL,
-        MAX_VALUE, ABSMAX_FLOOR, ANCHOR, LOWEST, SIGNED, KIND, UP, MOVE, SIGN,
-    )  # fmt: skip
+    _quantize_row(y, z, row, codes, scales, ROW, GRID)
+
+
+# --- division and rounding -------------------------------------------------------------------------------------------
+# In float32, to the bit as export.dialect.reference does. No function here branches on data or needs a device library,
+# so the interpreter runs them. A token's scale is s; p = 2^-exponent(s) makes s * p lie in [1, 2).
 
 
 @triton.jit
@@ -248,38 +205,38 @@ def quotient(y, up, divisor, high, low):
 
 
 @triton.jit
-def round_to_grid(q, ANCHOR: tl.constexpr, LOWEST: tl.constexpr, SIGNED: tl.constexpr):
+def round_to_grid(q, GRID: tl.constexpr):
     """q f32 -> the nearest number of the grid, ties to even, never -0. |q| is at most max_value * (1 + 2^-22).
 
     Adding a number whose float32 step is the grid's step at |q|, and an even multiple of it, rounds; taking it off
     again is exact. In the binade of 2^e that number is ANCHOR * 2^e = 1.5 * 2^(23 - mantissa bits + e), which q cannot
     move out of its own binade; LOWEST is the smallest 2^e, 0 for grids of one step.
     """
-    if not SIGNED:
+    if not GRID.SIGNED:
         q = tl.maximum(q, 0.0)
-    if LOWEST == 0.0:
-        return (q + ANCHOR) - ANCHOR
+    if GRID.LOWEST == 0.0:
+        return (q + GRID.ANCHOR) - GRID.ANCHOR
     else:
         binade = (q.to(tl.int32, bitcast=True) & 0x7F800000).to(tl.float32, bitcast=True)
-        binade = tl.maximum(binade, LOWEST)
-        return tl.fma(binade, -ANCHOR, tl.fma(binade, ANCHOR, q))
+        binade = tl.maximum(binade, GRID.LOWEST)
+        return tl.fma(binade, -GRID.ANCHOR, tl.fma(binade, GRID.ANCHOR, q))
 
 
 @triton.jit
-def grid_to_byte(r, KIND: tl.constexpr, UP: tl.constexpr, MOVE: tl.constexpr, SIGN: tl.constexpr):
+def grid_to_byte(r, GRID: tl.constexpr):
     """r f32 on the grid -> u8 operand byte.
 
     "e4m3": the hardware's conversion, exact for a number of the grid. "int8": the low byte of an integer at the end
     of a float32's mantissa. "bits": times UP, a float32 has the byte's exponent field, subnormals included; what is
     left of its mantissa moves out at MOVE, the sign to bit SIGN.
     """
-    if KIND == "e4m3":
-        return (r * UP).to(tl.float8e4nv).to(tl.uint8, bitcast=True)
-    elif KIND == "int8":
-        return ((r * UP + 12582912.0).to(tl.int32, bitcast=True) & 0xFF).to(tl.uint8)
+    if GRID.KIND == "e4m3":
+        return (r * GRID.UP).to(tl.float8e4nv).to(tl.uint8, bitcast=True)
+    elif GRID.KIND == "int8":
+        return ((r * GRID.UP + 12582912.0).to(tl.int32, bitcast=True) & 0xFF).to(tl.uint8)
     else:
-        bits = (r * UP).to(tl.int32, bitcast=True)
-        byte = (bits & 0x7FFFFFFF) >> MOVE
-        if SIGN > 0:
-            byte = byte | (((bits >> 31) & 1) << SIGN)
+        bits = (r * GRID.UP).to(tl.int32, bitcast=True)
+        byte = (bits & 0x7FFFFFFF) >> GRID.MOVE
+        if GRID.SIGN > 0:
+            byte = byte | (((bits >> 31) & 1) << GRID.SIGN)
         return byte.to(tl.uint8)

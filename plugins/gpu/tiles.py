@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import lru_cache
-from typing import Any, Literal
+from functools import lru_cache, partial
+from typing import Any, Literal, NamedTuple
 
 from export.dialect.reference import ABSMAX_FLOOR
 from export.errors import ContractError, RecipeError
@@ -69,7 +69,7 @@ def prefers_integers(sms: Sequence[int]) -> bool:
     if min(sms) < min(MACHINES):
         return False
     rates = [MACHINES[architecture(sm)].rates for sm in sms]
-    return all(found["int8"] > found.get("fp8", found["fp16"]) for found in rates)
+    return all(rate["int8"] > rate.get("fp8", rate["fp16"]) for rate in rates)
 
 
 def scales_sums(spec: GemmSpec, step: int, sm: int) -> bool:
@@ -131,15 +131,15 @@ def _steps(spec: GemmSpec, sm: int, kind: Literal["plain", "by_group", "bytes"])
     products, known = product_type(spec, sm), architecture(sm)
     unit = f"{INSTRUCTIONS.get(known, 'mma')}_{products}"
     every = promotion_of(spec, products == "fp8", known, by_group=kind == "by_group").every
-    found = TABLE.get((unit, PROMOTED[kind]), TABLE[unit, kind]) if every else TABLE[unit, kind]
-    longest = every or max(tile.k for tile, _ in found)
+    rows = TABLE.get((unit, PROMOTED[kind]), TABLE[unit, kind]) if every else TABLE[unit, kind]
+    longest = every or max(tile.k for tile, _ in rows)
     if kind == "by_group":
         longest = min(longest, spec.group_size & -spec.group_size)
     wide = every > 0 and spec.output == "fp32"
     most = MOST_OUTPUTS if not spec.has_gate else MOST_WITH_WIDE_GATE if wide else MOST_WITH_GATE
     return tuple(
         (replace(tile, k=max(min(tile.k, longest), LEAST_STEP[products])), share)
-        for tile, share in found
+        for tile, share in rows
         if tile.m * tile.n <= most * 32 * tile.num_warps
     )
 
@@ -233,6 +233,51 @@ def band_grid(spec: GemmSpec | PackSpec, tile: BandTile, rows: int) -> tuple[int
 # --- constants of the GEMMs, pack and expand -------------------------------------------------------------------------
 
 
+class GemmShape(NamedTuple):
+    """GROUP: input channels that share a multiplier, or with REAL_GROUPS a real scale."""
+
+    N: int
+    K: int
+    GROUP: int
+    REAL_GROUPS: bool
+
+
+class GemmOperands(NamedTuple):
+    """What tensor cores multiply, and how it comes from memory.
+
+    TYPE: of both operands, "fp16", "fp8" or "int8". WIDTH: those that are loaded and decoded in one word. A_KIND,
+    A_SHIFT: of decode.operand_tile. FACTOR: what multiplies the sum of a group: its real "scale"; its "multiplier",
+    where a tile lies in one group; or "none". PROMOTE: products of a partial sum, 0 for all. UNIT: of the whole sum.
+    Of packed weights: MULTIPLIED: whether they are as they are decoded; MULTIPLIERS_LOW, MULTIPLIERS_HIGH: 16 factors,
+    a byte each; W_SIGNED, W_INTEGER, W_SHIFT: of decode.nibbles_to_e4m3.
+    """
+
+    TYPE: Products
+    WIDTH: int
+    A_KIND: str = "signed"
+    A_SHIFT: int = 0
+    FACTOR: str = "none"
+    PROMOTE: int = 0
+    UNIT: float = 1.0
+    MULTIPLIED: bool = False
+    MULTIPLIERS_LOW: int = 0
+    MULTIPLIERS_HIGH: int = 0
+    W_SIGNED: bool = False
+    W_INTEGER: bool = False
+    W_SHIFT: int = 0
+
+
+class GemmTile(NamedTuple):
+    """As tile_table.Tile."""
+
+    BM: int
+    BN: int
+    BK: int
+    SPLITS: int
+    BAND: int
+    WEIGHTS_FIRST: bool
+
+
 def packed_table(multipliers: tuple[int, ...]) -> tuple[int, int]:
     """Up to 16 multipliers as the bytes of two 64-bit numbers, the first in the lowest byte."""
     whole = int.from_bytes(bytes(multipliers).ljust(16, b"\0"), "little")
@@ -251,76 +296,72 @@ def activation_constants(spec: GemmSpec, products: str) -> tuple[str, int, int]:
     return "signed" if fmt.sign_bits else "unsigned", 10 - fmt.mantissa_bits, fmt.bias - 15
 
 
-def weight_exponent(spec: GemmSpec) -> int:
-    """e of the bytes of expanded weights: they stand for value * multiplier * 2^e."""
-    fmt = spec.weight_format
-    if spec.multiplies_integers:
-        return fmt.fraction_bits
-    return -9 if fmt.is_integer else fmt.bias - 7
-
-
 def load_width(spec: GemmSpec) -> int:
     """Operands that are loaded and decoded in one word: 4 where rows and groups allow it, else 2."""
     return 4 if spec.in_features % 4 == 0 and spec.group_size % 4 == 0 else 2
 
 
-def gemm_constants(spec: GemmSpec, tile: Tile, sm: int, *, by_group: bool = False) -> dict[str, Any]:
-    """The compile-time arguments that packed_gemm and expanded_gemm share. by_group: a multiplier follows each sum."""
-    products = product_type(spec, sm)
-    promotion = promotion_of(spec, products == "fp8", architecture(sm), by_group=by_group or spec.real_groups)
-    kind, shift, exponent = activation_constants(spec, products)
-    return {
-        "N": spec.out_features,
-        "K": spec.in_features,
-        "GROUP": spec.group_size or spec.in_features,
-        "REAL_GROUPS": spec.real_groups,
-        "WIDTH": load_width(spec),
-        "FACTOR": "multiplier" if by_group else "scale" if spec.real_groups else "none",
-        "A_KIND": kind,
-        "A_SHIFT": shift,
-        "TYPE": products,
-        "UNIT": 2.0 ** -(exponent + weight_exponent(spec) - (8 if products == "fp16" else 0)),
-        "EPILOGUE": spec.epilogue,
-        "PROMOTE": min(promotion.every, tile.k),
-        "BM": tile.m,
-        "BN": tile.n,
-        "BK": tile.k,
-        "SPLITS": tile.splits,
-        "BAND": tile.band,
-        "WEIGHTS_FIRST": tile.weights_first,
-    }
+def gemm_constants(spec: GemmSpec, tile: Tile, sm: int) -> dict[str, Any]:
+    """The compile-time arguments of expanded_gemm."""
+    return _gemm_constants(spec, tile, gemm_operands(spec, tile, sm))
 
 
 def packed_constants(spec: GemmSpec, tile: Tile, sm: int) -> dict[str, Any]:
     """The compile-time arguments of packed_gemm."""
-    return {**gemm_constants(spec, tile, sm, by_group=scales_sums(spec, tile.k, sm)), **weight_constants(spec)}
+    by_group = scales_sums(spec, tile.k, sm)
+    operands = gemm_operands(spec, tile, sm, by_group=by_group)
+    decoded = packed_weights(spec, multiplied=not by_group)
+    return _gemm_constants(spec, tile, operands._replace(**decoded))
 
 
-def reduce_constants(spec: GemmSpec, tile: ReduceTile, sm: int) -> dict[str, Any]:
-    """The compile-time arguments of reduce_splits."""
-    return {
-        "N": spec.out_features,
-        "REAL_GROUPS": spec.real_groups,
-        "EPILOGUE": spec.epilogue,
-        "SPLITS": tile.splits,
-        "BM": tile.m,
-        "BN": tile.n,
-    }
+def _gemm_constants(spec: GemmSpec, tile: Tile, operands: GemmOperands) -> dict[str, Any]:
+    of_tile = GemmTile(tile.m, tile.n, tile.k, tile.splits, tile.band, tile.weights_first)
+    return {"SHAPE": gemm_shape(spec), "OPERANDS": operands, "TILE": of_tile, "EPILOGUE": spec.epilogue}
 
 
-def weight_constants(spec: GemmSpec) -> dict[str, Any]:
-    """The compile-time arguments that say how packed weights are decoded."""
+def gemm_shape(spec: GemmSpec) -> GemmShape:
+    """What GEMM, reduction and expansion know of their sizes."""
+    return GemmShape(spec.out_features, spec.in_features, spec.group_size or spec.in_features, spec.real_groups)
+
+
+def gemm_operands(spec: GemmSpec, tile: Tile, sm: int, *, by_group: bool = False) -> GemmOperands:
+    """Operands of expanded weights. by_group: a multiplier follows each sum."""
+    products = product_type(spec, sm)
+    promotion = promotion_of(spec, products == "fp8", architecture(sm), by_group=by_group or spec.real_groups)
+    kind, shift, exponent = activation_constants(spec, products)
+    return GemmOperands(
+        TYPE=products,
+        WIDTH=load_width(spec),
+        A_KIND=kind,
+        A_SHIFT=shift,
+        FACTOR="multiplier" if by_group else "scale" if spec.real_groups else "none",
+        PROMOTE=min(promotion.every, tile.k),
+        UNIT=2.0 ** -(exponent + spec.weight_exponent - (8 if products == "fp16" else 0)),
+    )
+
+
+def packed_weights(spec: GemmSpec, *, multiplied: bool) -> dict[str, Any]:
+    """Fields of GemmOperands that say how packed weights are decoded. multiplied: as they are, if they have factors."""
     fmt = spec.weight_format
     low, high = packed_table(spec.multipliers) if spec.has_multipliers else (0, 0)
     return {
-        "K": spec.in_features,
-        "GROUP": spec.group_size or spec.in_features,
+        "MULTIPLIED": multiplied and spec.has_multipliers,
         "MULTIPLIERS_LOW": low,
         "MULTIPLIERS_HIGH": high,
         "W_SIGNED": bool(fmt.sign_bits),
         "W_INTEGER": fmt.is_integer,
         "W_SHIFT": 3 - fmt.mantissa_bits,
-        "WIDTH": load_width(spec),
+    }
+
+
+def reduce_constants(spec: GemmSpec, tile: ReduceTile, sm: int) -> dict[str, Any]:
+    """The compile-time arguments of reduce_splits."""
+    return {
+        "SHAPE": gemm_shape(spec),
+        "SPLITS": tile.splits,
+        "BM": tile.m,
+        "BN": tile.n,
+        "EPILOGUE": spec.epilogue,
     }
 
 
@@ -331,12 +372,9 @@ def pack_constants(spec: PackSpec, tile: BandTile, sm: int) -> dict[str, Any]:
 
 def expand_constants(spec: GemmSpec, tile: BandTile, sm: int) -> dict[str, Any]:
     """The compile-time arguments of expand."""
-    return {
-        **weight_constants(spec),
-        "TYPE": "int8" if spec.multiplies_integers else "fp8",
-        "ROWS": tile.rows,
-        "COLUMNS": tile.columns,
-    }
+    kind: Products = "int8" if spec.multiplies_integers else "fp8"
+    operands = GemmOperands(kind, load_width(spec), **packed_weights(spec, multiplied=True))
+    return {"SHAPE": gemm_shape(spec), "OPERANDS": operands, "ROWS": tile.rows, "COLUMNS": tile.columns}
 
 
 # --- quantizers ------------------------------------------------------------------------------------------------------
@@ -406,12 +444,7 @@ def quantize_constants(spec: QuantizeSpec, tile: RowTile, sm: int) -> dict[str, 
     """The constexpr arguments that all quantizers share. Raises ContractError for a tile narrower than a row."""
     if tile.block + tile.tail < spec.channels:
         raise ContractError(f"a tile of {tile.block} + {tile.tail} columns is narrower than {spec.channels} channels")
-    return {
-        "C": spec.channels,
-        "BLOCK": tile.block,
-        "TAIL": tile.tail,
-        **rounding_constants(spec.format, sm, spec.integers),
-    }
+    return {"ROW": Row(spec.channels, tile.block, tile.tail), "GRID": rounding_grid(spec.format, sm, spec.integers)}
 
 
 def norm_constants(spec: QuantizeSpec, tile: RowTile, sm: int) -> dict[str, Any]:
@@ -429,31 +462,46 @@ FP32_MIN_EXPONENT = -126
 HAS_E4M3_CONVERSION = 89  # first compute capability with cvt.e4m3x2 (PTX ISA, cvt)
 
 
-def rounding_constants(name: str, sm: int, integers: bool = False) -> dict[str, Any]:
-    """Constexpr arguments of plugins/gpu/quantize.py for format `name` on compute capability `sm`.
+class Row(NamedTuple):
+    """C channels, as a block and a tail."""
 
-    MAX_VALUE and ABSMAX_FLOOR of the scale; SIGNED; the grid: ANCHOR = 1.5 * 2^(23 - mantissa bits) and LOWEST, the
-    start of the lowest binade, for integers 1.5 * 2^23 and 0; KIND of byte "int8", "bits" or "e4m3" (converted by the
-    hardware); UP = the power of two that takes a value to the byte's number; MOVE, SIGN: where the byte lies in the
+    C: int
+    BLOCK: int
+    TAIL: int
+
+
+class Grid(NamedTuple):
+    """A number format as the quantizers round to it, and its operand byte.
+
+    MAX_VALUE and ABSMAX_FLOOR: of the scale. SIGNED. The grid: ANCHOR = 1.5 * 2^(23 - mantissa bits) and LOWEST, the
+    start of the lowest binade; for integers 1.5 * 2^23 and 0. KIND of byte: "int8", "bits" or "e4m3" (converted by the
+    hardware). UP: the power of two that takes a value to the byte's number. MOVE, SIGN: where the byte lies in the
     float32.
     """
+
+    MAX_VALUE: float
+    ABSMAX_FLOOR: float
+    SIGNED: bool
+    ANCHOR: float
+    LOWEST: float
+    KIND: str
+    UP: float
+    MOVE: int = 0
+    SIGN: int = 0
+
+
+def rounding_grid(name: str, sm: int, integers: bool = False) -> Grid:
+    """The grid of format `name` on compute capability `sm`."""
     fmt, operand = get_format(name), operand_of(name, integers)
-    base = {
-        "MAX_VALUE": fmt.max_value,
-        "ABSMAX_FLOOR": ABSMAX_FLOOR,
-        "SIGNED": bool(fmt.sign_bits),
-        "ANCHOR": 1.5 * 2.0 ** (FP32_MANTISSA_BITS - fmt.mantissa_bits * (not fmt.is_integer)),
-        "LOWEST": 0.0 if fmt.is_integer else 2.0**fmt.min_exponent,
-    }
+    signed = bool(fmt.sign_bits)
+    anchor = 1.5 * 2.0 ** (FP32_MANTISSA_BITS - fmt.mantissa_bits * (not fmt.is_integer))
+    lowest = 0.0 if fmt.is_integer else 2.0**fmt.min_exponent
+    grid = partial(Grid, fmt.max_value, ABSMAX_FLOOR, signed, anchor, lowest)
     if operand.kind == INT8:
-        return {**base, "KIND": "int8", "UP": 2.0**operand.shift, "MOVE": 0, "SIGN": 0}
+        return grid("int8", 2.0**operand.shift)
     if operand.kind == E4M3 and sm >= HAS_E4M3_CONVERSION:
-        return {**base, "KIND": "e4m3", "UP": 2.0**operand.shift, "MOVE": 0, "SIGN": 0}
+        return grid("e4m3", 2.0**operand.shift)
     byte = get_format(operand.kind)
-    return {
-        **base,
-        "KIND": "bits",
-        "UP": 2.0 ** (operand.shift + FP32_MIN_EXPONENT - byte.min_exponent),
-        "MOVE": FP32_MANTISSA_BITS - byte.mantissa_bits,
-        "SIGN": byte.exponent_bits + byte.mantissa_bits if fmt.sign_bits else 0,
-    }
+    up = 2.0 ** (operand.shift + FP32_MIN_EXPONENT - byte.min_exponent)
+    sign = byte.exponent_bits + byte.mantissa_bits if signed else 0
+    return grid("bits", up, FP32_MANTISSA_BITS - byte.mantissa_bits, sign)

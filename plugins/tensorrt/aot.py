@@ -14,10 +14,13 @@ from export.errors import ContractError
 from plugins.gpu.table import Argument
 from plugins.tensorrt.expressions import Expression, as_expression, rows_of
 from plugins.tensorrt.payload import PLUGINS, Payload, Variant
-from plugins.tensorrt.rtx_launcher import SHARED
 
-# Inputs that only some layers have -> what their plugin is called besides: its name fixes how many inputs it has.
-SUFFIXES = {"multiplier_codes": "Multipliers", "gate": "GateResidual"}
+ENTRY = re.compile(r"\.visible\s+\.entry\s+(?P<name>[\w$]+)\s*\((?P<parameters>[^)]*)\)")
+PARAMETER = re.compile(r"\.param\b.*?(?P<name>[\w$]+)\s*$", re.DOTALL)
+VERSION = re.compile(r"^\s*\.version\s+(?P<version>\d+\.\d+)", re.MULTILINE)
+# PTX ISA of CUDA 12.8, the first that knows SM120, and what drivers since then take. Triton states the newest that its
+# own assembler knows and uses nothing of it: the tests assemble every kind of kernel under this version.
+LOWEST_VERSION = "8.7"
 
 
 @dataclass(frozen=True)
@@ -40,14 +43,12 @@ def aot_kernel(payload: Payload, variant: Variant, ranks: Sequence[int]) -> AotK
     arguments = payload.row.arguments_of(payload.spec)
     _check_order(payload.kernel, arguments)
     tile = payload.tile(variant)
-    if getattr(tile, "splits", 1) != 1:
-        raise ContractError(
-            f"{payload.kernel}: a sum in {tile.splits} parts needs a second kernel; choose a tile without"
-        )
+    if (splits := getattr(tile, "splits", 1)) != 1:
+        raise ContractError(f"{payload.kernel}: a sum in {splits} parts needs a second kernel; choose a tile without")
     rows = rows_of(0, ranks[0])
     sizes = {"M": rows, "tokens": _tokens(arguments, rows, ranks)}
     scalars = tuple(sizes[argument.name] for argument in arguments if argument.role == "size")
-    x, y, z = (as_expression(size) for size in payload.row.grid(payload.spec, tile, rows))  # type: ignore[arg-type]
+    x, y, z = (as_expression(size) for size in payload.row.grid(payload.spec, tile, rows))
     ptx = at_lowest_version(keep_parameters(variant.code.decode(), len(arguments)))
     return AotKernel(entry_name(ptx), ptx, (x, y, z), variant.threads, variant.shared_bytes, scalars)
 
@@ -63,33 +64,23 @@ def _check_order(kernel: str, arguments: Sequence[Argument]) -> None:
 
 def _tokens(arguments: Sequence[Argument], rows: Expression, ranks: Sequence[int]) -> Expression:
     """Rows that share a row of the per-sample inputs."""
-    names = [argument.name for argument in arguments if argument.role == "input"]
-    shared = next((index for index, name in enumerate(names) if name in SHARED), None)
+    inputs = [argument for argument in arguments if argument.role == "input"]
+    shared = next((index for index, argument in enumerate(inputs) if argument.is_per_sample), None)
     return rows if shared is None else rows // rows_of(shared, ranks[shared])
 
 
 def plugin_name(payload: Payload) -> str:
-    """Name of the quick-deployable plugin: of the kernel, and of the inputs that not every layer has."""
-    names = {argument.name for argument in payload.row.arguments_of(payload.spec)}
-    return PLUGINS[payload.kernel] + "".join(suffix for name, suffix in SUFFIXES.items() if name in names)
+    """Name of the quick-deployable plugin: of the kernel, and of the inputs that not every layer has, whose number the
+    name fixes."""
+    return PLUGINS[payload.kernel] + "".join(argument.suffix for argument in payload.row.inputs(payload.spec))
 
 
-ENTRY = re.compile(r"\.visible\s+\.entry\s+(?P<name>[\w$]+)\s*\((?P<parameters>[^)]*)\)")
-PARAMETER = re.compile(r"\.param\b.*?(?P<name>[\w$]+)\s*$", re.DOTALL)
-VERSION = re.compile(r"^\s*\.version\s+(?P<version>\d+\.\d+)", re.MULTILINE)
-# PTX ISA of CUDA 12.8, the first that knows SM120, and what drivers since then take. Triton states the newest that its
-# own assembler knows and uses nothing of it: the tests assemble every kind of kernel under this version.
-LOWEST_VERSION = "8.7"
+# --- PTX text as TensorRT wants it: the kernel's own parameters and no others -----------------------------------------
 
 
 def entry_name(ptx: str) -> str:
     """Name of the one kernel in `ptx`. Raises ContractError for another number of them."""
     return _entry(ptx).group("name")
-
-
-def parameter_names(ptx: str) -> list[str]:
-    """Names of the kernel's parameters, in order."""
-    return [_name(text) for text in _parameters(_entry(ptx))]
 
 
 def keep_parameters(ptx: str, count: int) -> str:
@@ -112,12 +103,12 @@ def keep_parameters(ptx: str, count: int) -> str:
 
 def at_lowest_version(ptx: str) -> str:
     """`ptx` stating LOWEST_VERSION instead of a newer one, so that older drivers take it."""
-    found = VERSION.search(ptx)
-    if found is None:
+    stated = VERSION.search(ptx)
+    if stated is None:
         raise ContractError("a PTX text states no version")
-    if _number(found["version"]) <= _number(LOWEST_VERSION):
+    if _number(stated["version"]) <= _number(LOWEST_VERSION):
         return ptx
-    start, end = found.span("version")
+    start, end = stated.span("version")
     return ptx[:start] + LOWEST_VERSION + ptx[end:]
 
 
@@ -126,10 +117,10 @@ def _number(version: str) -> tuple[int, ...]:
 
 
 def _entry(ptx: str) -> re.Match[str]:
-    found = list(ENTRY.finditer(ptx))
-    if len(found) != 1:
-        raise ContractError(f"{len(found)} kernels in a PTX text; a plugin has one")
-    return found[0]
+    entries = list(ENTRY.finditer(ptx))
+    if len(entries) != 1:
+        raise ContractError(f"{len(entries)} kernels in a PTX text; a plugin has one")
+    return entries[0]
 
 
 def _parameters(entry: re.Match[str]) -> list[str]:
@@ -138,7 +129,7 @@ def _parameters(entry: re.Match[str]) -> list[str]:
 
 
 def _name(parameter: str) -> str:
-    found = PARAMETER.search(parameter)
-    if found is None:
+    match = PARAMETER.search(parameter)
+    if match is None:
         raise ContractError(f"{parameter.strip()!r} is no PTX parameter")
-    return found.group("name")
+    return match.group("name")

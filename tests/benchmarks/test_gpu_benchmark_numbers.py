@@ -265,7 +265,7 @@ def test_inputs_of_the_probe_are_on_their_formats_grids() -> None:
     for (activation, _), pattern in itertools.product(gpu_exactness.PAIRS, gpu_exactness.PATTERNS):
         spec = gpu_exactness.spec_of(activation, 96, GROUPS_32, 8)
         a, w = gpu_exactness.operands(CPU, spec, pattern)
-        exponents = gpu_exactness.operand_of(activation).shift, gpu_exactness.weight_exponent(spec)
+        exponents = gpu_exactness.operand_of(activation).shift, spec.weight_exponent
         for values, exponent in zip((a, w), exponents, strict=True):
             back = gpu_exactness.e4m3_value(gpu_exactness.e4m3_bytes(values, exponent))
             assert torch.equal(back.double(), values * 2.0**exponent), (pattern, activation)

@@ -109,7 +109,9 @@ def test_zero_point_gate_and_residual(output: Any) -> None:
 def test_integer_formats_take_int8_tensor_cores_by_themselves() -> None:
     for activation, weight in (("INT8", "INT4"), ("INT6", "E2M1"), ("INT4", "E3M0")):
         spec = GemmSpec(activation, weight, 1152, 64)
-        assert spec.multiplies_integers and gemm_constants(spec, packed_tile(spec, 64, 90), 90)["TYPE"] == "int8"
+        assert (
+            spec.multiplies_integers and gemm_constants(spec, packed_tile(spec, 64, 90), 90)["OPERANDS"].TYPE == "int8"
+        )
         assert promotion_of(spec, fp8=False, architecture=90) == Promotion(0, "exact")
 
 
@@ -153,6 +155,6 @@ def test_expanded_bytes_are_images(weight: str) -> None:
     spec = integers("E2M3", weight, 96, 7, 48, multipliers)
     arrays = case(spec, 1)
     codes = arrays.get("multiplier_codes")
-    found = launch.expand(spec, tensor(arrays["w"]), None if codes is None else tensor(codes))
+    found = launch.expand(spec, tensor(arrays["w"]), multiplier_codes=None if codes is None else tensor(codes))
     np.testing.assert_array_equal(found.numpy(), expand(spec, arrays["w"], codes)[0])
     assert spec.weight_kind == "INT8" and found.view(torch.int8).abs().max() <= 120

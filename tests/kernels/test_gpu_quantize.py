@@ -145,18 +145,22 @@ SPEC = QuantizeSpec("E2M3", 8, input="fp32")
 NORM = QuantizeSpec("E2M3", 8, "norm_modulate", "fp32")
 GOOD = torch.zeros(6, 8)
 REFUSED = [
-    (SPEC, {"x": torch.zeros(6, 9)}, r"x is torch.float32 \[6, 9\]; the kernel takes torch.float32 \[6, 8\]"),
-    (SPEC, {"x": torch.zeros(8)}, r"x is torch.float32 \[8\]; the kernel takes torch.float32 \['M', 8\]"),
-    (SPEC, {"x": GOOD.half()}, "x is torch.float16"),
-    (SPEC, {"x": torch.zeros(8, 6).T}, r"x with strides \(1, 6\) is not contiguous; call .contiguous\(\) first"),
-    (SPEC, {"x": GOOD, "shift": GOOD}, "shift and scale belong to norm_modulate; this quantizer's before is 'none'"),
-    (SPEC, {"x": GOOD, "codes": torch.zeros(6, 8)}, "codes is torch.float32"),
-    (SPEC, {"x": GOOD, "scales": torch.zeros(5)}, r"scales is torch.float32 \[5\]"),
+    (SPEC, {"x": torch.zeros(6, 9)}, r"x is float32 \[6, 9\]; quantize takes float32 \[6, 8\]"),
+    (SPEC, {"x": torch.zeros(8)}, r"x is float32 \[8\]; quantize takes float32 \[8, 8\]"),
+    (SPEC, {"x": GOOD.half()}, "x is float16"),
+    (SPEC, {"x": torch.zeros(8, 6).T}, r"x is float32 \[6, 8\], not contiguous; quantize takes"),
+    (SPEC, {"x": GOOD, "shift": GOOD}, "quantize takes x in this order, .*: shift by name"),
+    (SPEC, {"x": GOOD, "codes": torch.zeros(6, 8)}, "codes is float32"),
+    (SPEC, {"x": GOOD, "scales": torch.zeros(5)}, r"scales is float32 \[5\]"),
     (SPEC, {"x": GOOD, "tile": RowTile(4, 2, 1)}, "a tile of 4 \\+ 2 columns is narrower than 8 channels"),
-    (NORM, {"x": GOOD}, "norm_modulate needs shift and scale"),
-    (NORM, {"x": GOOD, "shift": GOOD[:1], "scale": GOOD[:1]}, "tokens 0 does not divide the 6 rows"),
-    (NORM, {"x": GOOD, "shift": GOOD[:1], "scale": GOOD[:1], "tokens": 4}, "tokens 4 does not divide the 6 rows"),
-    (NORM, {"x": GOOD, "shift": GOOD[:2], "scale": GOOD[:1], "tokens": 3}, r"scale is torch.float32 \[1, 8\]"),
+    (NORM, {"x": GOOD, "scale": GOOD[:1], "tokens": 6}, "shift is missing; norm_modulate_quantize needs it"),
+    (
+        NORM,
+        {"x": GOOD, "shift": GOOD[:1], "scale": GOOD[:1]},
+        "tokens 0: the rows that share a row of shift and scale must divide the 6 rows",
+    ),
+    (NORM, {"x": GOOD, "shift": GOOD[:1], "scale": GOOD[:1], "tokens": 4}, "tokens 4: the rows that share a row of"),
+    (NORM, {"x": GOOD, "shift": GOOD[:2], "scale": GOOD[:1], "tokens": 3}, r"scale is float32 \[1, 8\]"),
 ]
 
 

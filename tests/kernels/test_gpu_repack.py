@@ -16,7 +16,6 @@ from export.formats.format import decode, get_format, pack, unpack
 from plugins.gpu import launch
 from plugins.gpu.spec import GemmSpec
 from plugins.gpu.table import kernel
-from plugins.gpu.tiles import weight_exponent
 from tests.support.gpu_gemms import case, tensor
 
 MULTIPLIERS = (1, 2, 3, 4, 5, 6, 8, 10)
@@ -46,7 +45,7 @@ def test_expand(interpreter: None, weight: str, n: int, k: int) -> None:
     packed = np.ascontiguousarray(pack(codes_of(n, k), 4))
     found = launch.expand(spec, torch.from_numpy(packed)).numpy()
     np.testing.assert_array_equal(found, kernel("expand").reference(spec, packed)[0])
-    values = decode(get_format("E4M3"), found) * 2.0 ** -weight_exponent(spec)
+    values = decode(get_format("E4M3"), found) * 2.0**-spec.weight_exponent
     np.testing.assert_array_equal(values, get_format(weight).values[unpack(packed, 4, k)])
 
 
@@ -54,7 +53,7 @@ def test_expand(interpreter: None, weight: str, n: int, k: int) -> None:
 def test_expand_with_multipliers(interpreter: None, k: int, group: int) -> None:
     spec = GemmSpec("E2M3", "E2M1", k, 7, group, MULTIPLIERS)
     arrays = case(spec, 1)
-    found = launch.expand(spec, tensor(arrays["w"]), tensor(arrays["multiplier_codes"])).numpy()
+    found = launch.expand(spec, tensor(arrays["w"]), multiplier_codes=tensor(arrays["multiplier_codes"])).numpy()
     np.testing.assert_array_equal(found, kernel("expand").reference(spec, arrays["w"], arrays["multiplier_codes"])[0])
 
 
@@ -69,16 +68,16 @@ def test_expanding_what_was_packed_gives_the_values(codes: np.ndarray) -> None:
         patch.setenv("TRITON_INTERPRET", "1")
         spec = GemmSpec("E2M3", "E1M2", codes.shape[1], len(codes))
         expanded = launch.expand(spec, launch.pack(torch.from_numpy(codes))).numpy()
-    values = decode(get_format("E4M3"), expanded) * 2.0 ** -weight_exponent(spec)
+    values = decode(get_format("E4M3"), expanded) * 2.0**-spec.weight_exponent
     np.testing.assert_array_equal(values, get_format("E1M2").values[codes])
 
 
 def test_into_given_tensors(interpreter: None) -> None:
     codes = torch.from_numpy(codes_of(4, 64))
     packed, expanded = torch.empty(4, 32, dtype=torch.uint8), torch.empty(4, 64, dtype=torch.uint8)
-    assert launch.pack(codes, out=packed) is packed
+    assert launch.pack(codes, packed=packed) is packed
     spec = GemmSpec("E2M3", "E2M1", 64, 4)
-    assert launch.expand(spec, packed, out=expanded) is expanded
+    assert launch.expand(spec, packed, expanded=expanded) is expanded
     assert launch.pack(torch.empty(0, 4, dtype=torch.uint8)).shape == (0, 2)
 
 
@@ -99,18 +98,26 @@ def launched(spec: GemmSpec, tokens: int = 3, **changed: Any) -> torch.Tensor:
 @pytest.mark.parametrize(
     ("spec", "changed", "message"),
     [
-        (PLAIN, {"a": torch.zeros(6, 62, dtype=torch.uint8)}, r"a is uint8 \[6, 62\]; this GEMM takes uint8 \[6, 64\]"),
-        (PLAIN, {"a": torch.zeros(6, 64)}, r"a is float32 \[6, 64\]; this GEMM takes uint8"),
+        (
+            PLAIN,
+            {"a": torch.zeros(6, 62, dtype=torch.uint8)},
+            r"a is uint8 \[6, 62\]; packed_gemm takes uint8 \[6, 64\]",
+        ),
+        (PLAIN, {"a": torch.zeros(6, 64)}, r"a is float32 \[6, 64\]; packed_gemm takes uint8"),
         (PLAIN, {"a": torch.zeros(64, 6, dtype=torch.uint8).T}, r"a is uint8 \[6, 64\], not contiguous"),
-        (PLAIN, {"a_scale": torch.ones(6, 1)}, r"a_scale is float32 \[6, 1\]; this GEMM takes float32 \[6\]"),
-        (PLAIN, {"w": torch.zeros(8, 64, dtype=torch.uint8)}, r"w is uint8 \[8, 64\]; this GEMM takes uint8 \[8, 32\]"),
-        (PLAIN, {"out": torch.zeros(6, 8)}, r"out is float32 \[6, 8\]; this GEMM takes float16 \[6, 8\]"),
-        (GROUPED, {"multiplier_codes": None}, r"multiplier_codes is missing; this GEMM needs it as uint8 \[8, 2\]"),
-        (GATED, {"gate": None}, r"gate is missing; this GEMM needs it as bfloat16 \[2, 8\]"),
-        (GATED, {"residual": torch.zeros(6, 8)}, r"residual is float32 \[6, 8\]; this GEMM takes bfloat16"),
-        (GATED, {"tokens": 4}, "tokens 4: the rows that share a gate must divide M 6"),
-        (GATED, {"tokens": 0}, "tokens 0: the rows that share a gate must divide M 6"),
-        (ZERO, {"w_sums": None}, r"w_sums is missing; this GEMM needs it as float32 \[8\]"),
+        (PLAIN, {"a_scale": torch.ones(6, 1)}, r"a_scale is float32 \[6, 1\]; packed_gemm takes float32 \[6\]"),
+        (
+            PLAIN,
+            {"w": torch.zeros(8, 64, dtype=torch.uint8)},
+            r"w is uint8 \[8, 64\]; packed_gemm takes uint8 \[8, 32\]",
+        ),
+        (PLAIN, {"y": torch.zeros(6, 8)}, r"y is float32 \[6, 8\]; packed_gemm takes float16 \[6, 8\]"),
+        (GROUPED, {"multiplier_codes": None}, r"multiplier_codes is missing; packed_gemm needs it as uint8 \[8, 2\]"),
+        (GATED, {"gate": None}, r"gate is missing; packed_gemm needs it as bfloat16 \[2, 8\]"),
+        (GATED, {"residual": torch.zeros(6, 8)}, r"residual is float32 \[6, 8\]; packed_gemm takes bfloat16"),
+        (GATED, {"tokens": 4}, "tokens 4: the rows that share a row of gate must divide the 6 rows"),
+        (GATED, {"tokens": 0}, "tokens 0: the rows that share a row of gate must divide the 6 rows"),
+        (ZERO, {"w_sums": None}, r"w_sums is missing; packed_gemm needs it as float32 \[8\]"),
     ],
 )
 def test_wrong_tensors(interpreter: None, spec: GemmSpec, changed: dict[str, Any], message: str) -> None:

@@ -90,8 +90,6 @@ def test_both_gemms_equal_the_meaning(weight: str, activation: str, integers: bo
 def test_epilogues_and_zero_point() -> None:
     tensors, choices = as_torch(gemm_inputs())
     plain = OPS.packed_gemm(*tensors, **choices)
-    gelu = OPS.packed_gemm(*tensors, **choices, epilogue="gelu")
-    assert torch.equal(gelu, torch.nn.functional.gelu(plain, approximate="tanh"))
     gate, residual = torch.randn(M // 3, N), torch.randn(M, N)
     gated = OPS.packed_gemm(*tensors, **choices, epilogue="gate_residual", gate=gate, residual=residual, tokens=3)
     assert torch.equal(gated, residual + gate.repeat_interleave(3, 0) * plain)

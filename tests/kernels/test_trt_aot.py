@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -15,15 +16,7 @@ from export.errors import ContractError
 from plugins.gpu import compile
 from plugins.gpu.spec import GemmSpec, QuantizeSpec
 from plugins.gpu.tile_table import Tile
-from plugins.tensorrt.aot import (
-    LOWEST_VERSION,
-    aot_kernel,
-    at_lowest_version,
-    entry_name,
-    keep_parameters,
-    parameter_names,
-    plugin_name,
-)
+from plugins.tensorrt.aot import LOWEST_VERSION, aot_kernel, at_lowest_version, entry_name, keep_parameters, plugin_name
 from plugins.tensorrt.expressions import as_expression, rows_of
 from plugins.tensorrt.payload import Payload, Variant, kernel_row
 from plugins.tensorrt.plugins import EXAMPLES
@@ -47,6 +40,11 @@ TEXT = """
 """
 GEMM = GemmSpec("E2M3", "E2M1", 64, 96, 32, (1, 2, 3), epilogue="gate_residual", output="fp32")
 NORM = QuantizeSpec("E2M3", 96, "norm_modulate", "fp32")
+
+
+def parameter_names(ptx: str) -> list[str]:
+    """Of the one kernel in a text, in order."""
+    return re.findall(r"\w+_param_\d+(?=\s*[,)])", ptx.split("{")[0])
 
 
 # --- PTX -----------------------------------------------------------------------------------------------------------
