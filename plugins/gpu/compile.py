@@ -2,8 +2,8 @@
 
 The key of the cache is everything that the machine code follows from: the source of the kernel and of every function it
 calls, argument types, constants, target, options and triton's version. Under Triton's interpreter (TRITON_INTERPRET=1),
-whose kernels are no compiler's input, another Python process compiles. What machine code says (instructions, registers,
-memory) is read with NVIDIA's cuobjdump, which Triton's package ships with ptxas.
+whose kernels are no compiler's input, another Python process compiles. What machine code needs (registers, memory) is
+read with NVIDIA's cuobjdump, which Triton's package ships with ptxas.
 """
 
 from __future__ import annotations
@@ -20,10 +20,8 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +40,6 @@ MAX_REGISTERS = 255
 # capability ("maximum amount of shared memory per thread block").
 SHARED_KIB = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}
 TARGETS = tuple(SHARED_KIB)
-_INSTRUCTION = re.compile(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)", re.MULTILINE)
 _RESOURCES = re.compile(r"Function (\w+):\s+REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)")
 
 
@@ -88,15 +85,6 @@ class Compiled:
     shared_bytes: int
     ptx: str
     cubin: bytes = field(repr=False)
-
-    @cached_property
-    def opcodes(self) -> Counter[str]:
-        """How often each instruction stands in the machine code, modifiers included."""
-        return opcodes(self.cubin)
-
-    def count(self, *beginnings: str) -> int:
-        """Instructions whose names begin with one of `beginnings`."""
-        return sum(count for opcode, count in self.opcodes.items() if opcode.startswith(beginnings))
 
     def problems(self) -> list[str]:
         """What would keep the kernel from running, or from running well, on its target."""
@@ -274,10 +262,10 @@ def _described(built: Any, request: Request) -> Compiled:
     arguments = tuple(argument_types(request))
     return Compiled(
         name=name,
-        target=_found(r"\.target (\w+)", ptx),
+        target=_first_match(r"\.target (\w+)", ptx),
         num_warps=built.metadata.num_warps,
         arguments=arguments,
-        unused_parameters=_found(r"\.entry \w+\((.*?)\)", ptx).count(".param") - len(arguments),
+        unused_parameters=_first_match(r"\.entry \w+\((.*?)\)", ptx).count(".param") - len(arguments),
         registers=used.registers,
         local_bytes=used.local_bytes,
         shared_bytes=built.metadata.shared,
@@ -286,7 +274,7 @@ def _described(built: Any, request: Request) -> Compiled:
     )
 
 
-def _found(pattern: str, text: str) -> str:
+def _first_match(pattern: str, text: str) -> str:
     match = re.search(pattern, text, re.DOTALL)
     assert match, f"triton's PTX has no {pattern}"
     return match[1]
@@ -326,23 +314,18 @@ def tool(name: str) -> Path:
     return Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name
 
 
-def opcodes(cubin: bytes) -> Counter[str]:
-    """How often each instruction stands in the machine code, modifiers included: {"LDG.E.128": 4, ...}."""
-    return Counter(_INSTRUCTION.findall(_cuobjdump(cubin, "-sass")))
-
-
 def resources(cubin: bytes, name: str) -> Resources:
     """Registers and memory of the entry `name`."""
-    rows = {row[0]: [int(number) for number in row[1:]] for row in _RESOURCES.findall(_usage(cubin))}
+    rows = {
+        row[0]: [int(number) for number in row[1:]]
+        for row in _RESOURCES.findall(cuobjdump(cubin, "--dump-resource-usage"))
+    }
     registers, stack, shared, local = rows[name]
     return Resources(registers, stack + local, shared)
 
 
-def _usage(cubin: bytes) -> str:
-    return _cuobjdump(cubin, "--dump-resource-usage")
-
-
-def _cuobjdump(cubin: bytes, option: str) -> str:
+def cuobjdump(cubin: bytes, option: str) -> str:
+    """What NVIDIA's tool prints of machine code: "-sass" its instructions, "--dump-resource-usage" what it needs."""
     path = tool("cuobjdump")
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)

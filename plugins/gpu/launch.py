@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from export.errors import ContractError, EnvironmentLacksError
 from plugins.gpu import tiles
@@ -80,8 +80,8 @@ def _gemm(
     row, a = kernel(name), _required(operands, "a")
     m = _rows(a)
     sizes = {"M": m, **_tokens(row, spec, m, tokens)}
-    arguments: dict[str, Any] = {**checked(row, spec, operands, sizes), **sizes}
-    y: Tensor = arguments["y"]
+    tensors = checked(row, spec, operands, sizes)
+    arguments, y = {**tensors, **sizes}, tensors["y"]
     if m == 0:
         return y
     sm = sm_of(a) if sm is None else sm
@@ -126,21 +126,21 @@ def launched(
     first = _required(operands, row.inputs(spec)[0].name)
     rows = _rows(first)
     sizes = {"M": rows, "rows": rows, **_tokens(row, spec, rows, tokens)}
-    arguments: dict[str, Any] = {**checked(row, spec, operands, sizes), **sizes}
+    arguments: dict[str, Tensor | int] = {**checked(row, spec, operands, sizes), **sizes}
     if rows:
         sm = sm_of(first)
         run(row, spec, tile or row.tile(spec, rows, sm), rows, sm, arguments)
     return tuple(arguments[argument.name] for argument in row.outputs(spec))
 
 
-def run(row: Kernel, spec: Spec, tile: Tile, rows: int, sm: int, arguments: Mapping[str, Any]) -> None:
+def run(row: Kernel, spec: Spec, tile: Tile, rows: int, sm: int, arguments: Mapping[str, Tensor | int]) -> None:
     """Launch the kernel of `row` on `arguments` by name; those that the spec does without are left out."""
     names, constants = _plan(row, spec, tile, sm)
     row.function()[row.grid(spec, tile, rows)](**{name: arguments[name] for name in names}, **constants)
 
 
 @lru_cache(4096)
-def _plan(row: Kernel, spec: Spec, tile: Tile, sm: int) -> tuple[tuple[str, ...], dict[str, Any]]:
+def _plan(row: Kernel, spec: Spec, tile: Tile, sm: int) -> tuple[tuple[str, ...], tiles.Constants]:
     """(names of the run-time arguments, compile-time arguments and options): what no call changes."""
     names = tuple(argument.name for argument in row.arguments_of(spec))
     return names, {**row.all_constants(spec, tile, sm), **launch_options(tile)}

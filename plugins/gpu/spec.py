@@ -46,7 +46,7 @@ def operand_of(name: str, integers: bool = False) -> OperandByte:
     """
     fmt = get_format(name)
     if integers and not embeds(name, INT8):
-        raise RecipeError(f"format {name} does not embed in INT8 (its largest image is {fmt.kmax}); use FP8 operands")
+        raise RecipeError(f"format {name} does not embed in INT8 (its largest integer is {fmt.kmax}); use FP8 operands")
     if not (fmt.is_integer or integers) and embeds(name, E4M3):
         return OperandByte(E4M3, _e4m3_shift(fmt))
     if embeds(name, INT8):
@@ -150,7 +150,7 @@ class GemmSpec:
         if self.integers and not self.multiplies_integers:
             raise RecipeError(
                 f"weights in {self.weight} times {max(self.multipliers)}, {self.in_features} input channels: INT8 "
-                f"operands take images up to {INT8_MAX} and sums below 2^31; use FP8 operands"
+                f"operands take integers up to {INT8_MAX} and sums below 2^31; use FP8 operands"
             )
         for m in self.multipliers:
             if not embeds(self.weight, "E4M3", m):
@@ -173,7 +173,7 @@ class GemmSpec:
 
     @property
     def multiplies_integers(self) -> bool:
-        """Whether INT8 tensor cores multiply: both images fit INT8 and no sum leaves INT32."""
+        """Whether INT8 tensor cores multiply: both operands fit INT8 and no sum leaves INT32."""
         a, w = self.activation_format, self.weight_format
         largest = max(w.kmax, int(-w.image.min())) * max(self.multipliers)
         sums_fit = self.in_features * max(a.kmax, int(-a.image.min())) * largest < 2**31

@@ -34,7 +34,7 @@ class Tile(Protocol):
     def __hash__(self) -> int: ...
 
 
-def launch_options(tile: Tile) -> dict[str, Any]:
+def launch_options(tile: Tile) -> tiles.Constants:
     """Triton's options of a tile. a * b + c may become one fused operation: kernels that must not are written so."""
     return {"num_warps": tile.num_warps, "num_stages": tile.num_stages, "enable_fp_fusion": True}
 
@@ -114,7 +114,7 @@ class Kernel:
     arguments: tuple[Argument, ...]
     reference: Callable[..., tuple[NDArray[Any], ...]]
     tile: Callable[..., Tile]
-    constants: Callable[..., dict[str, Any]]
+    constants: Callable[..., tiles.Constants]
     grid: Callable[..., Grid]
     plugin: str | None = None
 
@@ -135,9 +135,9 @@ class Kernel:
     def outputs(self, spec: Spec) -> tuple[Argument, ...]:
         return tuple(argument for argument in self.arguments_of(spec) if argument.role == "output")
 
-    def all_constants(self, spec: Spec, tile: Tile, sm: int) -> dict[str, Any]:
+    def all_constants(self, spec: Spec, tile: Tile, sm: int) -> tiles.Constants:
         """Constexpr arguments and None for the run-time arguments that this spec does without."""
-        absent = {argument.name: None for argument in self.arguments if not argument.is_there(spec)}
+        absent: tiles.Constants = {argument.name: None for argument in self.arguments if not argument.is_there(spec)}
         return {**absent, **self.constants(spec, tile, sm)}
 
 

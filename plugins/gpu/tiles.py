@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 from export.dialect.reference import ABSMAX_FLOOR
 from export.errors import ContractError, RecipeError
@@ -18,6 +18,7 @@ from plugins.gpu.promotion import promotion_of
 from plugins.gpu.spec import E4M3, INT8, GemmSpec, PackSpec, QuantizeSpec, operand_of
 from plugins.gpu.tile_table import INSTRUCTIONS, MACHINES, PROMOTED, TABLE, Products, Tile
 
+Constants = dict[str, object]  # compile-time arguments by name
 # Where tensor cores multiply FP8; below, and for operands that are no E4M3 bytes, FP16.
 FIRST_FP8 = 89
 INTERPRETED = 0
@@ -54,7 +55,7 @@ def architecture(sm: int) -> int:
 
 
 def product_type(spec: GemmSpec, sm: int) -> Products:
-    """What the tensor cores multiply: both operands' INT8 images, their E4M3 bytes, or all decoded to FP16."""
+    """What the tensor cores multiply: both operands' INT8 bytes, their E4M3 bytes, or all decoded to FP16."""
     if spec.multiplies_integers:
         return "int8"
     return "fp8" if architecture(sm) >= FIRST_FP8 and spec.operand.kind == E4M3 else "fp16"
@@ -301,20 +302,19 @@ def load_width(spec: GemmSpec) -> int:
     return 4 if spec.in_features % 4 == 0 and spec.group_size % 4 == 0 else 2
 
 
-def gemm_constants(spec: GemmSpec, tile: Tile, sm: int) -> dict[str, Any]:
+def gemm_constants(spec: GemmSpec, tile: Tile, sm: int) -> Constants:
     """The compile-time arguments of expanded_gemm."""
     return _gemm_constants(spec, tile, gemm_operands(spec, tile, sm))
 
 
-def packed_constants(spec: GemmSpec, tile: Tile, sm: int) -> dict[str, Any]:
+def packed_constants(spec: GemmSpec, tile: Tile, sm: int) -> Constants:
     """The compile-time arguments of packed_gemm."""
     by_group = scales_sums(spec, tile.k, sm)
     operands = gemm_operands(spec, tile, sm, by_group=by_group)
-    decoded = packed_weights(spec, multiplied=not by_group)
-    return _gemm_constants(spec, tile, operands._replace(**decoded))
+    return _gemm_constants(spec, tile, decoding(operands, spec, multiplied=not by_group))
 
 
-def _gemm_constants(spec: GemmSpec, tile: Tile, operands: GemmOperands) -> dict[str, Any]:
+def _gemm_constants(spec: GemmSpec, tile: Tile, operands: GemmOperands) -> Constants:
     of_tile = GemmTile(tile.m, tile.n, tile.k, tile.splits, tile.band, tile.weights_first)
     return {"SHAPE": gemm_shape(spec), "OPERANDS": operands, "TILE": of_tile, "EPILOGUE": spec.epilogue}
 
@@ -340,21 +340,21 @@ def gemm_operands(spec: GemmSpec, tile: Tile, sm: int, *, by_group: bool = False
     )
 
 
-def packed_weights(spec: GemmSpec, *, multiplied: bool) -> dict[str, Any]:
-    """Fields of GemmOperands that say how packed weights are decoded. multiplied: as they are, if they have factors."""
+def decoding(operands: GemmOperands, spec: GemmSpec, *, multiplied: bool) -> GemmOperands:
+    """`operands` with what says how packed weights are decoded. multiplied: as they are, if they have factors."""
     fmt = spec.weight_format
     low, high = packed_table(spec.multipliers) if spec.has_multipliers else (0, 0)
-    return {
-        "MULTIPLIED": multiplied and spec.has_multipliers,
-        "MULTIPLIERS_LOW": low,
-        "MULTIPLIERS_HIGH": high,
-        "W_SIGNED": bool(fmt.sign_bits),
-        "W_INTEGER": fmt.is_integer,
-        "W_SHIFT": 3 - fmt.mantissa_bits,
-    }
+    return operands._replace(
+        MULTIPLIED=multiplied and spec.has_multipliers,
+        MULTIPLIERS_LOW=low,
+        MULTIPLIERS_HIGH=high,
+        W_SIGNED=bool(fmt.sign_bits),
+        W_INTEGER=fmt.is_integer,
+        W_SHIFT=3 - fmt.mantissa_bits,
+    )
 
 
-def reduce_constants(spec: GemmSpec, tile: ReduceTile, sm: int) -> dict[str, Any]:
+def reduce_constants(spec: GemmSpec, tile: ReduceTile, sm: int) -> Constants:
     """The compile-time arguments of reduce_splits."""
     return {
         "SHAPE": gemm_shape(spec),
@@ -365,15 +365,15 @@ def reduce_constants(spec: GemmSpec, tile: ReduceTile, sm: int) -> dict[str, Any
     }
 
 
-def pack_constants(spec: PackSpec, tile: BandTile, sm: int) -> dict[str, Any]:
+def pack_constants(spec: PackSpec, tile: BandTile, sm: int) -> Constants:
     """The compile-time arguments of pack."""
     return {"K": spec.in_features, "ROWS": tile.rows, "COLUMNS": tile.columns}
 
 
-def expand_constants(spec: GemmSpec, tile: BandTile, sm: int) -> dict[str, Any]:
+def expand_constants(spec: GemmSpec, tile: BandTile, sm: int) -> Constants:
     """The compile-time arguments of expand."""
     kind: Products = "int8" if spec.multiplies_integers else "fp8"
-    operands = GemmOperands(kind, load_width(spec), **packed_weights(spec, multiplied=True))
+    operands = decoding(GemmOperands(kind, load_width(spec)), spec, multiplied=True)
     return {"SHAPE": gemm_shape(spec), "OPERANDS": operands, "ROWS": tile.rows, "COLUMNS": tile.columns}
 
 
@@ -440,14 +440,14 @@ def row_tile(spec: QuantizeSpec, rows: int, sm: int) -> RowTile:
     return RowTile(block, tail, warps)
 
 
-def quantize_constants(spec: QuantizeSpec, tile: RowTile, sm: int) -> dict[str, Any]:
+def quantize_constants(spec: QuantizeSpec, tile: RowTile, sm: int) -> Constants:
     """The constexpr arguments that all quantizers share. Raises ContractError for a tile narrower than a row."""
     if tile.block + tile.tail < spec.channels:
         raise ContractError(f"a tile of {tile.block} + {tile.tail} columns is narrower than {spec.channels} channels")
     return {"ROW": Row(spec.channels, tile.block, tile.tail), "GRID": rounding_grid(spec.format, sm, spec.integers)}
 
 
-def norm_constants(spec: QuantizeSpec, tile: RowTile, sm: int) -> dict[str, Any]:
+def norm_constants(spec: QuantizeSpec, tile: RowTile, sm: int) -> Constants:
     """`quantize_constants` and the epsilon of the norm."""
     return {**quantize_constants(spec, tile, sm), "EPSILON": spec.epsilon}
 

@@ -17,6 +17,7 @@ from plugins.gpu.compile import TARGETS, Compiled, Request, compile_kernels
 from plugins.gpu.spec import QuantizeSpec
 from plugins.gpu.table import kernel
 from plugins.gpu.tiles import RowTile, row_tile
+from tests.support.machine_code import count, opcodes
 
 pytest.importorskip("triton", reason="the GPU kernels need triton")
 BEFORE = {"quantize": "none", "gelu_quantize": "gelu", "norm_modulate_quantize": "norm_modulate"}
@@ -69,7 +70,7 @@ def empty(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_a_given_scale_needs_no_pass_over_the_row(built: dict[Any, Compiled], case: Any) -> None:
     """No maximum, no shuffle, no store of a scale: numbers in, codes out."""
     one, least = built[case], built[case[:2]]
-    assert one.problems() == [] and one.count("SHFL", "REDUX", "CREDUX", "BAR") == 0
+    assert one.problems() == [] and count(one, "SHFL", "REDUX", "CREDUX", "BAR") == 0
     assert ("static_scale", "*fp32") in one.arguments and "scales" not in dict(one.arguments)
     assert one.registers <= least.registers + 16, "as many rows in flight as with a scale per token, or nearly"
 
@@ -92,13 +93,13 @@ def test_instructions(built: dict[Any, Compiled], case: tuple[str, int]) -> None
     """16-byte loads, no barrier, no spill, divisions for the row only, FP8 conversions where the target has them."""
     one, per_thread = built[case], WIDTH // 32
     inputs = 3 if case[0] == "norm_modulate_quantize" else 1
-    assert one.count("LDG.E.128") == inputs * 1024 // 32 // 8, "1024 fp16 of 32 threads, 8 in a load"
-    assert one.count("LDG") - one.count("LDG.E.128") == inputs, "and the 128 of the tail in one load each"
-    assert one.count("BAR", "LDL", "STL", "LDS", "STS") == 0
-    assert one.count("FCHK") <= 3, "IEEE divisions: scale, reciprocal, deviation"
-    assert one.count("F2FP.SATFINITE.E4M3") == (per_thread // 2 if case[1] >= 89 else 0)
+    assert count(one, "LDG.E.128") == inputs * 1024 // 32 // 8, "1024 fp16 of 32 threads, 8 in a load"
+    assert count(one, "LDG") - count(one, "LDG.E.128") == inputs, "and the 128 of the tail in one load each"
+    assert count(one, "BAR", "LDL", "STL", "LDS", "STS") == 0
+    assert count(one, "FCHK") <= 3, "IEEE divisions: scale, reciprocal, deviation"
+    assert count(one, "F2FP.SATFINITE.E4M3") == (per_thread // 2 if case[1] >= 89 else 0)
     # The arithmetic that memory must hide: 3 bytes a number at 3.35 TB/s leave an H100 about 26 instructions for each.
-    assert sum(one.opcodes.values()) <= (31 if case[1] >= 89 else 35) * per_thread, "slow paths of a division included"
+    assert sum(opcodes(one).values()) <= (31 if case[1] >= 89 else 35) * per_thread, "slow paths of a division included"
 
 
 @pytest.mark.parametrize("sm", TARGETS)
@@ -138,7 +139,7 @@ def test_a_spill_is_seen(empty: Path) -> None:
     """8192 numbers held by one warp: 256 registers a thread, one more than there are, for the numbers alone."""
     spec = QuantizeSpec("E2M3", 8192, input="fp32")
     (one,) = compile_kernels([Request(kernel("quantize"), spec, 90, RowTile(8192, 0, 1))])
-    assert one.local_bytes > 0 and one.count("LDL", "STL") > 0
+    assert one.local_bytes > 0 and count(one, "LDL", "STL") > 0
     assert any("registers spill" in text for text in one.problems())
 
 
@@ -266,12 +267,12 @@ def test_missing_tools(monkeypatch: pytest.MonkeyPatch) -> None:
     found = compile.problems()
     assert len(found) == 2 and found[0].startswith("/nowhere/ptxas of triton") and "reinstall triton" in found[0]
     with pytest.raises(EnvironmentLacksError, match=r"/nowhere/cuobjdump does not run .*; reinstall triton"):
-        compile.opcodes(b"")
+        compile.cuobjdump(b"", "-sass")
 
 
 def test_bytes_that_are_no_machine_code() -> None:
     with pytest.raises(RuntimeError, match="cuobjdump -sass failed"):
-        compile.opcodes(b"no machine code")
+        compile.cuobjdump(b"no machine code", "-sass")
 
 
 def test_unknown_target() -> None:

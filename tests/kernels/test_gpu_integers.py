@@ -118,8 +118,8 @@ def test_integer_formats_take_int8_tensor_cores_by_themselves() -> None:
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        (("E3M2", "E2M1"), r"E3M2 does not embed in INT8 \(its largest image is 448\); use FP8 operands"),
-        (("E2M3", "UE3M1"), "weights in UE3M1 times 1, 64 input channels: INT8 operands take images up to 127"),
+        (("E3M2", "E2M1"), r"E3M2 does not embed in INT8 \(its largest integer is 448\); use FP8 operands"),
+        (("E2M3", "UE3M1"), "weights in UE3M1 times 1, 64 input channels: INT8 operands take integers up to 127"),
         (("E2M3", "E3M0", 64, 8, 16, (1, 2)), "weights in E3M0 times 2, 64 input channels"),
         (("INT8", "E3M0", 2**19, 8), r"524288 input channels: .* sums below 2\^31; use FP8 operands"),
     ],
