@@ -20,8 +20,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from export.errors import ContractError
 from plugins.gpu import launch
-from plugins.gpu.table import Argument, Kernel, Spec, kernel
+from plugins.gpu.table import Argument, Kernel, Spec, kernel, resolved, run_time_sizes
 from plugins.torch_reference import REFERENCES, TYPE_NAMES
 
 NAMESPACE = "fpq"
@@ -107,6 +108,10 @@ class TorchOp:
         choices = {name: tuple(value) if isinstance(value, list) else value for name, value in choices.items()}
         spec = self.row.spec(**{**self.fixed, **self.inferred(operands), **choices})
         present = {name: tensor for name, tensor in operands.items() if tensor is not None}
+        read = {argument.name for argument in self.row.inputs(spec)}
+        if read != present.keys():
+            missing, unused = sorted(read - present.keys()), sorted(present.keys() - read)
+            raise ContractError(f"{self.name} for {spec}: missing {missing or 'nothing'}, unused {unused or 'nothing'}")
         return spec, present, {"tokens": named["tokens"]} if "tokens" in named else {}
 
     def run(self, *tensors: Tensor, **named: Any) -> Tensor | tuple[Tensor, ...]:
@@ -122,11 +127,11 @@ class TorchOp:
 
     def fake(self, *tensors: Tensor, **named: Any) -> Tensor | tuple[Tensor, ...]:
         """Results without data."""
-        spec, _, sizes = self.bound(tensors, named)
-        first, rows = tensors[0], tensors[0].shape[0]
+        spec, _, _ = self.bound(tensors, named)
+        first, sizes = tensors[0], run_time_sizes(tensors[0].shape[0])
         outputs = [
             first.new_empty(
-                argument.shape_for(spec, {"M": rows, "rows": rows, **sizes}),
+                resolved(argument.shape_for(spec), sizes),
                 dtype=getattr(torch, argument.element_for(spec)),
             )
             for argument in self.row.outputs(spec)

@@ -164,8 +164,8 @@ def check_gemm(context: Context, case: GemmCase) -> dict[str, Any]:
     plain = replace(case.spec, output="fp32", epilogue="none", zero_point=False)
     ones = {key: np.ones_like(arrays[key]) for key in ("a_scale", "w_scales")} | {"bias": np.zeros_like(arrays["bias"])}
     ones |= {key: arrays[key] for key in ("a", "w", "multiplier_codes") if key in arrays}
-    reference = kernel("packed_gemm").reference
-    (sums,), (expected,) = reference(plain, **ones), reference(case.spec, **arrays, tokens=tokens)
+    packed = kernel("packed_gemm").reference
+    (sums,), (expected,) = packed(plain, **ones), packed(case.spec, **arrays, tokens=tokens)
     limit = allowed(case, arrays, expected, tokens, cut=context.interpreted)
     row: dict[str, Any] = {"of": sums.size, "passed": True}
     for name in GEMMS:

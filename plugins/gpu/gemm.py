@@ -6,7 +6,8 @@ the same number wherever the accumulator holds it (plugins/gpu/promotion.py). Sh
 are any size, K is even.
 
 What is known when a kernel is compiled comes in groups (tiles.py): SHAPE (GemmShape), OPERANDS (GemmOperands) and TILE
-(GemmTile). AFTER is what follows the sum: (a_scale, w_scales, bias, a_zero, w_sums, gate, residual, M, tokens, y).
+(GemmTile). A field becomes a constant of its own before it stands in a tuple, or is passed on as a string: Triton 3.6
+asks for that. AFTER is what follows the sum: (a_scale, w_scales, bias, a_zero, w_sums, gate, residual, M, tokens, y).
 """
 
 from __future__ import annotations
@@ -105,7 +106,10 @@ def sum_of_products(
 ):  # fmt: skip
     """f32 [BM, BN] (transposed if WEIGHTS_FIRST): this split's sum for rows m and columns n, both in range."""
     K: tl.constexpr = SHAPE.K
+    BM: tl.constexpr = TILE.BM
+    BN: tl.constexpr = TILE.BN
     BK: tl.constexpr = TILE.BK
+    A_KIND: tl.constexpr = OPERANDS.A_KIND
     a_rows = a + m.to(tl.int64)[:, None] * K
     w_rows = w + n.to(tl.int64)[:, None] * (K // 2 if PACKED else K)
     codes = multiplier_codes
@@ -118,11 +122,11 @@ def sum_of_products(
     EACH: tl.constexpr = (ALL + TILE.SPLITS - 1) // TILE.SPLITS
     start = tl.program_id(1) * EACH
     SUM: tl.constexpr = tl.int32 if OPERANDS.TYPE == "int8" and OPERANDS.FACTOR == "none" else tl.float32
-    acc = tl.zeros((TILE.BN, TILE.BM) if TILE.WEIGHTS_FIRST else (TILE.BM, TILE.BN), SUM)
+    acc = tl.zeros((BN, BM) if TILE.WEIGHTS_FIRST else (BM, BN), SUM)
     for block in range(start, min(start + EACH, ALL)):
         span = block // BLOCKS
         first, limit = span * SPAN + block % BLOCKS * BK, (span + 1) * SPAN
-        left = operand_tile(a_rows, first, limit, OPERANDS.A_KIND, OPERANDS.A_SHIFT, OPERANDS, BK, MASKED)
+        left = operand_tile(a_rows, first, limit, A_KIND, OPERANDS.A_SHIFT, OPERANDS, BK, MASKED)
         right = weight_tile(w_rows, codes, first, limit, PACKED, SHAPE, OPERANDS, BK, MASKED)
         factor = load_factor(w_scales, codes, n, first, SHAPE, OPERANDS)
         acc = add_products(acc, left, right, factor, OPERANDS, TILE)

@@ -9,16 +9,18 @@ shape, type or memory layout, and EnvironmentLacksError for CPU tensors without 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import TYPE_CHECKING
 
 from export.errors import ContractError, EnvironmentLacksError
 from plugins.gpu import tiles
 from plugins.gpu.spec import Before, GemmSpec, PackSpec, QuantizeSpec
-from plugins.gpu.table import Argument, Kernel, Spec, Tile, kernel, launch_options
+from plugins.gpu.table import Kernel, Spec, Tile, kernel, launch_options, resolved, run_time_sizes
 from plugins.gpu.tiles import INTERPRETED
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
 HEURISTICS = {"packed_gemm": tiles.packed_tile, "expanded_gemm": tiles.expanded_tile}
@@ -79,7 +81,7 @@ def _gemm(
 
     row, a = kernel(name), _required(operands, "a")
     m = _rows(a)
-    sizes = {"M": m, **_tokens(row, spec, m, tokens)}
+    sizes = _sizes(row, spec, m, tokens)
     tensors = checked(row, spec, operands, sizes)
     arguments, y = {**tensors, **sizes}, tensors["y"]
     if m == 0:
@@ -123,14 +125,15 @@ def launched(
     row: Kernel, spec: Spec, operands: Mapping[str, Tensor | None], tokens: int = 0, tile: Tile | None = None
 ) -> tuple[Tensor, ...]:
     """The outputs of one launch of `row`. Not for a GEMM, whose sum may be split."""
-    first = _required(operands, row.inputs(spec)[0].name)
+    signature = _signature(row, spec)
+    first = _required(operands, next(iter(signature.tensors)))
     rows = _rows(first)
-    sizes = {"M": rows, "rows": rows, **_tokens(row, spec, rows, tokens)}
-    arguments: dict[str, Tensor | int] = {**checked(row, spec, operands, sizes), **sizes}
+    sizes = _sizes(row, spec, rows, tokens)
+    tensors = checked(row, spec, operands, sizes)
     if rows:
         sm = sm_of(first)
-        run(row, spec, tile or row.tile(spec, rows, sm), rows, sm, arguments)
-    return tuple(arguments[argument.name] for argument in row.outputs(spec))
+        run(row, spec, tile or row.tile(spec, rows, sm), rows, sm, {**tensors, **sizes})
+    return tuple(tensors[name] for name in signature.outputs)
 
 
 def run(row: Kernel, spec: Spec, tile: Tile, rows: int, sm: int, arguments: Mapping[str, Tensor | int]) -> None:
@@ -149,12 +152,38 @@ def _plan(row: Kernel, spec: Spec, tile: Tile, sm: int) -> tuple[tuple[str, ...]
 # --- tensors ---------------------------------------------------------------------------------------------------------
 
 
+@dataclass(frozen=True)
+class _Signature:
+    """What the kernel of a row takes for a spec: shape and element type of its tensors, inputs first; its outputs; and
+    whether rows share other rows."""
+
+    tensors: dict[str, tuple[tuple[int | str, ...], torch.dtype]]
+    outputs: tuple[str, ...]
+    takes_tokens: bool
+
+
+@lru_cache(4096)
+def _signature(row: Kernel, spec: Spec) -> _Signature:
+    import torch
+
+    pointers = [argument for argument in row.arguments_of(spec) if argument.is_pointer]
+    tensors = {one.name: (one.shape_for(spec), getattr(torch, one.element_for(spec))) for one in pointers}
+    outputs = tuple(argument.name for argument in row.outputs(spec))
+    return _Signature(tensors, outputs, any(argument.name == "tokens" for argument in row.sizes(spec)))
+
+
+@lru_cache
+def _names(row: Kernel) -> tuple[list[str], set[str]]:
+    """(inputs that every kernel of the row has, all tensors)."""
+    always = [argument.name for argument in row.arguments if argument.role == "input" and argument.is_always_there]
+    return always, {argument.name for argument in row.arguments if argument.is_pointer}
+
+
 def by_name(row: Kernel, tensors: tuple[Tensor, ...], named: Mapping[str, Tensor | None]) -> dict[str, Tensor | None]:
     """Arguments of `row` by name: `tensors` are, in order, the inputs that every kernel of the row has."""
-    always = [argument.name for argument in row.arguments if argument.role == "input" and argument.is_always_there]
-    known = {argument.name for argument in row.arguments if argument.is_pointer}
-    unknown = sorted(set(named) - known)
-    if unknown or len(tensors) > len(always) or set(always[: len(tensors)]) & set(named):
+    always, known = _names(row)
+    unknown = sorted(named.keys() - known)
+    if unknown or len(tensors) > len(always) or not named.keys().isdisjoint(always[: len(tensors)]):
         problem = f"{', '.join(unknown)} by name" if unknown else f"{len(tensors)} tensors and {sorted(named)} by name"
         raise ContractError(f"{row.name} takes {', '.join(always)} in this order, others of {sorted(known)}: {problem}")
     return {**dict(zip(always, tensors, strict=False)), **named}
@@ -171,14 +200,14 @@ def _rows(tensor: Tensor) -> int:
     return tensor.shape[0] if tensor.dim() else 0
 
 
-def _tokens(row: Kernel, spec: Spec, rows: int, tokens: int) -> dict[str, int]:
-    """The size `tokens` where the kernel takes it."""
-    if all(argument.name != "tokens" for argument in row.sizes(spec)):
-        return {}
+def _sizes(row: Kernel, spec: Spec, rows: int, tokens: int) -> dict[str, int]:
+    """Run-time sizes by name, with `tokens` where the kernel takes it."""
+    if not _signature(row, spec).takes_tokens:
+        return run_time_sizes(rows)
     if tokens < 1 or rows % tokens:
         shared = " and ".join(argument.name for argument in row.inputs(spec) if argument.is_per_sample)
         raise ContractError(f"tokens {tokens}: the rows that share a row of {shared} must divide the {rows} rows")
-    return {"tokens": tokens}
+    return run_time_sizes(rows, tokens)
 
 
 def checked(
@@ -188,36 +217,32 @@ def checked(
     import torch
 
     signature = _signature(row, spec)
-    unused = [name for name, tensor in operands.items() if tensor is not None and name not in signature]
+    tensors: dict[str, Tensor] = {}
+    for name, (symbols, dtype) in signature.tensors.items():
+        shape, tensor = resolved(symbols, sizes), operands.get(name)
+        if tensor is not None:
+            _check_tensor(row, name, tensor, shape, dtype)
+        elif name in signature.outputs:
+            tensor = torch.empty(shape, dtype=dtype, device=next(iter(tensors.values())).device)
+        else:
+            raise ContractError(f"{name} is missing; {row.name} needs it as {_element(dtype)} {list(shape)}")
+        tensors[name] = tensor
+    unused = [name for name, tensor in operands.items() if tensor is not None and name not in tensors]
     if unused:
         raise ContractError(f"{', '.join(unused)} given, which {row.name} does not take for {spec}")
-    tensors: dict[str, Tensor] = {}
-    for name, (argument, element) in signature.items():
-        shape, tensor = argument.shape_for(spec, sizes), operands.get(name)
-        if tensor is not None:
-            _check_tensor(row, name, tensor, shape, element)
-        elif argument.role == "output":
-            device = next(iter(tensors.values())).device
-            tensor = torch.empty(shape, dtype=getattr(torch, element), device=device)
-        else:
-            raise ContractError(f"{name} is missing; {row.name} needs it as {element} {list(shape)}")
-        tensors[name] = tensor
     return tensors
 
 
-@lru_cache(4096)
-def _signature(row: Kernel, spec: Spec) -> dict[str, tuple[Argument, str]]:
-    """name -> (argument, element type) of every tensor that the kernel takes, in order: inputs first."""
-    tensors = (argument for argument in row.arguments_of(spec) if argument.is_pointer)
-    return {argument.name: (argument, argument.element_for(spec)) for argument in tensors}
+def _element(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
-def _check_tensor(row: Kernel, name: str, tensor: Tensor, shape: tuple[int, ...], element: str) -> None:
-    dtype = str(tensor.dtype).removeprefix("torch.")
-    if tuple(tensor.shape) != shape or dtype != element or not tensor.is_contiguous():
+def _check_tensor(row: Kernel, name: str, tensor: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    if tensor.shape != shape or tensor.dtype != dtype or not tensor.is_contiguous():
         layout = "" if tensor.is_contiguous() else ", not contiguous"
         raise ContractError(
-            f"{name} is {dtype} {list(tensor.shape)}{layout}; {row.name} takes {element} {list(shape)}, contiguous"
+            f"{name} is {_element(tensor.dtype)} {list(tensor.shape)}{layout}; {row.name} takes {_element(dtype)} "
+            f"{list(shape)}, contiguous"
         )
 
 

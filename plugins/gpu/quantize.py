@@ -97,20 +97,22 @@ def _quantize_static(y, z, row, codes, static_scale, static_zero, ROW: tl.conste
 @triton.jit
 def _quantize_row(y, z, row, codes, scales, ROW: tl.constexpr, GRID: tl.constexpr):
     """Scale and codes of a float32 row: scale = max(absmax, ABSMAX_FLOOR) / MAX_VALUE, codes of y / scale."""
+    BLOCK: tl.constexpr = ROW.BLOCK
+    TAIL: tl.constexpr = ROW.TAIL
     largest = _largest(y)
-    if ROW.TAIL > 0:
+    if TAIL > 0:
         largest = tl.maximum(largest, _largest(z))
     scale = tl.div_rn(tl.maximum(largest.to(tl.float32, bitcast=True), GRID.ABSMAX_FLOOR), GRID.MAX_VALUE)
     if largest < 0x7F800000:
         up, divisor, high, low = reciprocal_parts(scale)
-        _store(codes, row, _bytes(y, up, divisor, high, low, GRID), ROW.C, 0, ROW.BLOCK)
-        if ROW.TAIL > 0:
-            _store(codes, row, _bytes(z, up, divisor, high, low, GRID), ROW.C, ROW.BLOCK, ROW.TAIL)
+        _store(codes, row, _bytes(y, up, divisor, high, low, GRID), ROW.C, 0, BLOCK)
+        if TAIL > 0:
+            _store(codes, row, _bytes(z, up, divisor, high, low, GRID), ROW.C, BLOCK, TAIL)
         tl.store(scales + row, scale)
     else:
-        _store(codes, row, tl.zeros((ROW.BLOCK,), tl.uint8), ROW.C, 0, ROW.BLOCK)
-        if ROW.TAIL > 0:
-            _store(codes, row, tl.zeros((ROW.TAIL,), tl.uint8), ROW.C, ROW.BLOCK, ROW.TAIL)
+        _store(codes, row, tl.zeros((BLOCK,), tl.uint8), ROW.C, 0, BLOCK)
+        if TAIL > 0:
+            _store(codes, row, tl.zeros((TAIL,), tl.uint8), ROW.C, BLOCK, TAIL)
         tl.store(scales + row, float("nan"))
 
 

@@ -83,17 +83,20 @@ class Argument:
         """A pointer's element type by the name that NumPy and torch have for it."""
         return ELEMENTS[self.type_for(spec)]
 
-    def shape_for(self, spec: Spec, sizes: Mapping[str, int]) -> tuple[int, ...]:
-        """The shape for run-time sizes by name ("M", "tokens"), which may be symbols of torch."""
-        return tuple(_dimension(name, spec, sizes) for name in self.shape)
+    def shape_for(self, spec: Spec) -> tuple[int | str, ...]:
+        """The shape, with the names of sizes that only tensors tell, see `run_time_sizes`."""
+        return tuple(int(name) if name.isdigit() else spec.dims.get(name, name) for name in self.shape)
 
 
-def _dimension(name: str, spec: Spec, sizes: Mapping[str, int]) -> int:
-    if name == PER_SAMPLE:
-        return sizes["M"] // sizes["tokens"]
-    if name.isdigit():
-        return int(name)
-    return sizes[name] if name in sizes else spec.dims[name]
+def run_time_sizes(rows: int, tokens: int = 0) -> dict[str, int]:
+    """Sizes by name for `rows` rows of the first input, `tokens` of which belong to a sample. Symbols of torch stay."""
+    samples = {PER_SAMPLE: rows // tokens, "tokens": tokens} if tokens else {}
+    return {"M": rows, "rows": rows, **samples}
+
+
+def resolved(shape: tuple[int | str, ...], sizes: Mapping[str, int]) -> tuple[int, ...]:
+    """A shape with its run-time sizes filled in."""
+    return tuple([sizes[size] if isinstance(size, str) else size for size in shape])
 
 
 @dataclass(frozen=True)
@@ -117,6 +120,9 @@ class Kernel:
     constants: Callable[..., tiles.Constants]
     grid: Callable[..., Grid]
     plugin: str | None = None
+
+    def __hash__(self) -> int:
+        return hash(self.name)  # of all arguments it would cost every launch some microseconds
 
     def function(self) -> Any:
         """The @triton.jit function; imports triton."""
@@ -299,4 +305,7 @@ def gemm_inputs(epilogue: Epilogue) -> tuple[str, ...]:
 
 def kernel(name: str) -> Kernel:
     """The row called `name`; KeyError for an unknown one."""
-    return {row.name: row for row in KERNELS}[name]
+    for row in KERNELS:
+        if row.name == name:
+            return row
+    raise KeyError(name)

@@ -89,7 +89,7 @@ def test_wrong_quantizers_are_found(before: str, fault: str, monkeypatch: pytest
 def test_every_case_on_a_gpu_is_one_that_the_kernels_take() -> None:
     cases = gpu_check.gemm_cases(tiny=False)
     assert len({case.name for case in cases}) == len(cases) >= 20
-    assert {case.spec.epilogue for case in cases} == {"none", "gelu", "gate_residual"}
+    assert {case.spec.epilogue for case in cases} == {"none", "gate_residual"}
     assert {case.output for case in cases} == {"fp16", "bf16", "fp32"}
     assert {case.weight for case in cases} >= {"E2M1", "E1M2", "E3M0", "INT4"}
     assert all(case.spec for case in gpu_check_quantizers.quantizer_cases(tiny=False))

@@ -13,7 +13,7 @@ from export.errors import ContractError
 from plugins import torch_ops, torch_reference
 from plugins.gpu import compile, launch, table
 from plugins.gpu.spec import GemmSpec
-from plugins.gpu.table import KERNELS, Argument, Kernel, kernel
+from plugins.gpu.table import KERNELS, Argument, Kernel, kernel, resolved, run_time_sizes
 from plugins.tensorrt.payload import Payload, kernel_row
 from plugins.tensorrt.rtx_launcher import Launcher
 from plugins.tensorrt.rtx_plugin import ports_of
@@ -50,9 +50,10 @@ def test_it_is_compiled(added: Kernel) -> None:
 
 def inputs(rows: int, samples: int) -> dict[str, torch.Tensor]:
     """Every tensor that GATED's packed_gemm reads, as the table says."""
-    row, sizes = kernel("packed_gemm"), {"M": rows, "tokens": rows // samples}
-    of = {one.name: (one.shape_for(GATED, sizes), getattr(torch, one.element_for(GATED))) for one in row.inputs(GATED)}
-    return {name: torch.ones(shape, dtype=dtype) for name, (shape, dtype) in of.items()}
+    row, sizes = kernel("packed_gemm"), run_time_sizes(rows, rows // samples)
+    shapes = {one.name: resolved(one.shape_for(GATED), sizes) for one in row.inputs(GATED)}
+    types = {one.name: getattr(torch, one.element_for(GATED)) for one in row.inputs(GATED)}
+    return {name: torch.ones(shape, dtype=types[name]) for name, shape in shapes.items()}
 
 
 def test_it_is_launched(added: Kernel, monkeypatch: pytest.MonkeyPatch, interpreter: None) -> None:

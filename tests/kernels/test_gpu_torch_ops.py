@@ -217,6 +217,9 @@ def test_compile_and_export_keep_the_ops() -> None:
         ({"weight": "INT8"}, RecipeError, "weights in INT8: the GPU kernels take 4-bit weights"),
         ({"group_size": 7}, ContractError, "group_size 7 does not divide in_features 64"),
         ({"output": "fp64"}, ContractError, "output 'fp64'; use one of"),
+        ({"epilogue": "gate_residual"}, ContractError, r"missing \['gate', 'residual'\], unused nothing"),
+        ({"gate": torch.zeros(1, N)}, ContractError, r"missing nothing, unused \['gate'\]"),
+        ({"a_zero": torch.zeros(M)}, ContractError, r"missing \['w_sums'\], unused nothing"),
     ],
 )
 def test_what_no_kernel_takes_is_refused(changed: dict[str, Any], error: type[Exception], message: str) -> None:
