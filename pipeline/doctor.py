@@ -22,11 +22,11 @@ from pipeline.list import zoo_models
 from pipeline.machine import cuda_sm
 from pipeline.signals import leave
 from plugins.cpu import library
-from plugins.gpu import compiled
+from plugins.gpu import compile
+from plugins.tensorrt import rtx_plugin
 from plugins.tensorrt.aot import plugin_name
+from plugins.tensorrt.payload import NAMESPACE, PLUGINS, VERSION
 from plugins.tensorrt.plugins import EXAMPLES
-from plugins.tensorrt_rtx import plugin
-from plugins.tensorrt_rtx.payload import NAMESPACE, PLUGINS, VERSION
 
 GIB = 2**30
 # The default build of the bundled model peaks below 2 GiB; importing torch and an ONNX exporter takes most of it.
@@ -91,11 +91,11 @@ def rtx_plugins_check() -> Check:
     """Our plugins in the registry of TensorRT-RTX, as it finds them by name, version and namespace."""
     name, remedy = "tensorrt_rtx plugins", "only needed for rtx.path=plugin"
     try:
-        names = plugin.registered()
+        names = rtx_plugin.registered()
     except EnvironmentLacksError as error:
         return Check(name, False, "none", False, f"{remedy}; {error}")
     found = f"namespace {NAMESPACE}, version {VERSION}: {' '.join(names) or 'none'}; compiled, not run"
-    missing = [*sorted(set(PLUGINS.values()) - set(names)), *compiled.problems()]
+    missing = [*sorted(set(PLUGINS.values()) - set(names)), *compile.problems()]
     return Check(name, not missing, found, False, f"{remedy}; missing: {', '.join(missing)}")
 
 
@@ -125,7 +125,7 @@ def triton_check() -> Check:
     """Triton, of a release that the kernels are written for, with its assemblers."""
     version = machine.tool_version("triton") if find_spec("triton") else ""
     try:
-        problems = compiled.problems() if version else ["pip install triton"]
+        problems = compile.problems() if version else ["pip install triton"]
     except EnvironmentLacksError as error:
         problems = [f"triton {version} does not load: {error.__cause__}"]
     remedy = f"only needed for kernels of the targets cuda and trt, and rtx.path=plugin; {'; '.join(problems)}"

@@ -1,28 +1,39 @@
 """The GPU kernels as torch ops, namespace `fpq`: torch.ops.fpq.packed_gemm and its neighbours.
 
-Importing this module registers them. They have fake tensors, so torch.compile and torch.export take them, and allocate
-nothing but their results, so a CUDA graph does. Tensors are as plugins/gpu/specs.py says; formats are names.
+Importing this module registers them. Their tensors, sizes, outputs and fake tensors are those of the kernel table: what
+every kernel of a row reads comes in order, what only some read by name, and so do the fields of the spec that tensors
+do not tell. They have fake tensors, so torch.compile and torch.export take them, and allocate nothing but their
+results, so a CUDA graph does.
 
 On a CUDA tensor an op runs the Triton kernel; on a CPU tensor the same kernel under Triton's interpreter where
-TRITON_INTERPRET=1, else what the kernel computes in plain torch (plugins/torch_meanings.py). No GPU was at hand: on
+TRITON_INTERPRET=1, else what the kernel computes in plain torch (plugins/torch_reference.py). No GPU was at hand: on
 CUDA tensors the ops are compiled, not run.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import MISSING, dataclass, field, fields
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from plugins import torch_meanings as meanings
-from plugins.gpu.specs import GemmSpec, PackSpec, QuantizeSpec
-from plugins.torch_meanings import TORCH_TYPES, TYPE_NAMES
+from export.errors import ContractError
+from plugins.gpu import launch
+from plugins.gpu.table import Argument, Kernel, Spec, kernel, resolved, run_time_sizes
+from plugins.torch_reference import REFERENCES, TYPE_NAMES
 
 NAMESPACE = "fpq"
+Operands = Mapping[str, Tensor | None]
+# Type of a spec's field -> type of an op's argument.
+SCHEMA_TYPES = {
+    "str": "str", "Epilogue": "str", "FloatType": "str", "int": "int", "bool": "bool", "float": "float",
+    "tuple[int, ...]": "int[]",
+}  # fmt: skip
+# How a kernel is launched where it is more than one launch.
+GEMMS: dict[str, Callable[..., Tensor]] = {"packed_gemm": launch.packed_gemm, "expanded_gemm": launch.expanded_gemm}
 
 
 def on_kernels(x: Tensor) -> bool:
@@ -30,226 +41,154 @@ def on_kernels(x: Tensor) -> bool:
     return x.is_cuda or os.environ.get("TRITON_INTERPRET") == "1"
 
 
-# --- GEMMs ----------------------------------------------------------------------------------------------------------
-
-
-def gemm_spec(
-    a: Tensor,
-    w_scales: Tensor,
-    activation: str,
-    weight: str,
-    group_size: int = 0,
-    multipliers: Sequence[int] = (1,),
-    epilogue: str = "none",
-    output: str = "fp16",
-    a_zero: Tensor | None = None,
-    integers: bool = False,
-    **_operands: Any,
-) -> GemmSpec:
-    """The spec that a GEMM op's arguments amount to. Raises RecipeError or ContractError for what no kernel takes.
-
-    Several real scales in a row of w_scales are scales of groups.
-    """
-    return GemmSpec(
-        activation,
-        weight,
-        in_features=int(a.shape[1]),
-        out_features=int(w_scales.shape[0]),
-        group_size=group_size,
-        multipliers=tuple(multipliers),
-        real_groups=w_scales.shape[1] > 1,
-        zero_point=a_zero is not None,
-        epilogue=epilogue,  # type: ignore[arg-type]
-        output=output,  # type: ignore[arg-type]
-        integers=integers,
-    )
-
-
-def packed_gemm(
-    a: Tensor, a_scale: Tensor, w: Tensor, w_scales: Tensor, bias: Tensor, *, multiplier_codes: Any = None, **given: Any
-) -> Tensor:
-    """y [M, N] of operand bytes a [M, K] and packed codes w [N, K / 2], see GemmSpec."""
-    spec, operands = gemm_spec(a, w_scales, **given), _operands(given)
-    if on_kernels(a):
-        from plugins.gpu import launch_gemm
-
-        operands["multiplier_codes"] = multiplier_codes
-        return launch_gemm.packed_gemm(spec, a, a_scale, w, w_scales, bias, **operands)
-    values = meanings.weight_values(spec, w, multiplier_codes)
-    return meanings.gemm(spec, a, a_scale, values, w_scales, bias, **operands)
-
-
-def expanded_gemm(a: Tensor, a_scale: Tensor, w: Tensor, w_scales: Tensor, bias: Tensor, **given: Any) -> Tensor:
-    """The same with w [N, K] as `expand` gives it, multipliers folded in."""
-    spec, operands = gemm_spec(a, w_scales, **given), _operands(given)
-    if on_kernels(a):
-        from plugins.gpu import launch_gemm
-
-        return launch_gemm.expanded_gemm(spec, a, a_scale, w, w_scales, bias, **operands)
-    return meanings.gemm(spec, a, a_scale, meanings.expanded_values(spec, w), w_scales, bias, **operands)
-
-
-def _operands(given: dict[str, Any]) -> dict[str, Any]:
-    """The tensors of zero point and epilogue among a GEMM op's arguments."""
-    return {key: given[key] for key in ("a_zero", "w_sums", "gate", "residual", "tokens") if key in given}
-
-
-def _fake_gemm(a: Tensor, a_scale: Tensor, w: Tensor, w_scales: Tensor, bias: Tensor, **given: Any) -> Tensor:
-    output: str = given.get("output", "fp16")
-    return a.new_empty((a.shape[0], w_scales.shape[0]), dtype=TORCH_TYPES[output])
-
-
-def pack(codes: Tensor) -> Tensor:
-    """codes u8 [N, K] below 16, K even -> u8 [N, K / 2], element 2i in the low nibble."""
-    if on_kernels(codes):
-        from plugins.gpu import launch_gemm
-
-        return launch_gemm.pack(codes)
-    PackSpec(int(codes.shape[1]))
-    return codes[:, ::2] | (codes[:, 1::2] << 4)
-
-
-def _fake_pack(codes: Tensor) -> Tensor:
-    return codes.new_empty((codes.shape[0], codes.shape[1] // 2))
-
-
-def expand(
-    w: Tensor,
-    *,
-    activation: str,
-    weight: str,
-    in_features: int,
-    group_size: int = 0,
-    multipliers: Sequence[int] = (1,),
-    multiplier_codes: Tensor | None = None,
-    integers: bool = False,
-) -> Tensor:
-    """Packed codes [N, K / 2] -> u8 [N, K], E4M3 or INT8 bytes as a GEMM with `activation` reads them."""
-    spec = GemmSpec(activation, weight, in_features, int(w.shape[0]), group_size, tuple(multipliers), integers=integers)
-    if on_kernels(w):
-        from plugins.gpu import launch_gemm
-
-        found: Tensor = launch_gemm.expand(spec, w, multiplier_codes=multiplier_codes)
-        return found
-    return meanings.expand(spec, w, multiplier_codes)
-
-
-def _fake_expand(w: Tensor, *, in_features: int, **_given: Any) -> Tensor:
-    return w.new_empty((w.shape[0], in_features))
-
-
-# --- quantizers -----------------------------------------------------------------------------------------------------
-
-
-def quantize(x: Tensor, *, format: str, integers: bool = False) -> tuple[Tensor, Tensor]:
-    """x [M, C] -> operand bytes u8 [M, C], scale f32 [M] of each token."""
-    return _quantize(QuantizeSpec(format, int(x.shape[1]), "none", _type_of(x), integers=integers), x)
-
-
-def gelu_quantize(x: Tensor, *, format: str, integers: bool = False) -> tuple[Tensor, Tensor]:
-    """The same of GELU(x), tanh form."""
-    return _quantize(QuantizeSpec(format, int(x.shape[1]), "gelu", _type_of(x), integers=integers), x)
-
-
-def quantize_static(x: Tensor, scale: Tensor, zero: Tensor, *, format: str, integers: bool = False) -> Tensor:
-    """x [M, C] -> operand bytes u8 [M, C] of (x - zero) / scale, both f32 [1]."""
-    spec = QuantizeSpec(format, int(x.shape[1]), "none", _type_of(x), integers=integers, static=True)
-    return _quantize_static(spec, x, scale, zero)
-
-
-def gelu_quantize_static(x: Tensor, scale: Tensor, zero: Tensor, *, format: str, integers: bool = False) -> Tensor:
-    """The same of GELU(x), tanh form."""
-    spec = QuantizeSpec(format, int(x.shape[1]), "gelu", _type_of(x), integers=integers, static=True)
-    return _quantize_static(spec, x, scale, zero)
-
-
-def _quantize_static(spec: QuantizeSpec, x: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
-    if on_kernels(x):
-        from plugins.gpu import launch_quantize
-
-        return launch_quantize.quantize_static(spec, x, scale, zero)
-    return meanings.quantize_static(spec, x, scale, zero)
-
-
-def _fake_quantize_static(x: Tensor, scale: Tensor, zero: Tensor, **_given: Any) -> Tensor:
-    return x.new_empty(x.shape, dtype=torch.uint8)
-
-
-def norm_modulate_quantize(
-    x: Tensor, shift: Tensor, scale: Tensor, *, format: str, epsilon: float, tokens: int, integers: bool = False
-) -> tuple[Tensor, Tensor]:
-    """The same of LayerNorm(x) * (1 + scale) + shift, both [M / tokens, C] of x's type."""
-    spec = QuantizeSpec(format, int(x.shape[1]), "norm_modulate", _type_of(x), epsilon, integers)
-    return _quantize(spec, x, shift=shift, scale=scale, tokens=tokens)
-
-
-def _quantize(spec: QuantizeSpec, x: Tensor, **given: Any) -> tuple[Tensor, Tensor]:
-    if on_kernels(x):
-        from plugins.gpu import launch_quantize
-
-        found: tuple[Tensor, Tensor] = launch_quantize.quantize(spec, x, **given)
-        return found
-    return meanings.quantize(spec, x, **given)
-
-
-def _fake_quantize(x: Tensor, *_inputs: Tensor, **_given: Any) -> tuple[Tensor, Tensor]:
-    return x.new_empty(x.shape, dtype=torch.uint8), x.new_empty((x.shape[0],), dtype=torch.float32)
-
-
-def _type_of(x: Tensor) -> Any:
-    return TYPE_NAMES[x.dtype]
-
-
-# --- registration ---------------------------------------------------------------------------------------------------
-
-
 @dataclass(frozen=True)
 class TorchOp:
-    """One op: its schema without the name, what runs it, and its fake tensors."""
+    """One op: a kernel of the table, and where each field of its spec comes from.
+
+    choices: fields that are arguments of the op. inferred(tensors by name) -> fields that follow from the tensors.
+    fixed: fields that the op stands for; a tensor that only depends on these is always there, or never.
+    """
 
     name: str
-    schema: str
-    run: Callable[..., Any]
-    fake: Callable[..., Any]
+    kernel: str
+    choices: tuple[str, ...]
+    inferred: Callable[[Operands], dict[str, Any]]
+    fixed: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def row(self) -> Kernel:
+        return kernel(self.kernel)
+
+    @property
+    def required(self) -> tuple[str, ...]:
+        """Tensors that every call has."""
+        return tuple(argument.name for argument in self._tensors("input") if self._is_always_there(argument))
+
+    @property
+    def optional(self) -> tuple[str, ...]:
+        """Tensors that some calls have."""
+        return tuple(argument.name for argument in self._tensors("input") if not self._is_always_there(argument))
+
+    def _tensors(self, role: str) -> list[Argument]:
+        """Arguments of a role but those that the fixed fields exclude."""
+        return [
+            argument
+            for argument in self.row.arguments
+            if argument.role == role
+            and self.fixed.get(argument.when or "", True)
+            and not self.fixed.get(argument.unless or "", False)
+        ]
+
+    def _is_always_there(self, argument: Argument) -> bool:
+        return argument.when is None or argument.when in self.fixed
+
+    @property
+    def schema(self) -> str:
+        """The op's arguments and results, as torch declares them."""
+        tokens = [argument for argument in self.row.arguments if argument.name == "tokens"]
+        parts = [f"Tensor {name}" for name in self.required] + ["*"]
+        parts += [f"Tensor? {name}=None" for name in self.optional]
+        parts += [f"SymInt tokens{'=0' if argument.when else ''}" for argument in tokens]
+        spec_fields = {one.name: one for one in fields(self.row.spec)}
+        for one in (spec_fields[name] for name in self.choices):
+            default = "" if one.default is MISSING else f"={_literal(one.default)}"
+            parts.append(f"{SCHEMA_TYPES[str(one.type)]} {one.name}{default}")
+        results = [f"Tensor {argument.name}" for argument in self._tensors("output")]
+        parts = parts[:-1] if parts[-1] == "*" else parts
+        returned = "Tensor" if len(results) == 1 else f"({', '.join(results)})"
+        return f"({', '.join(parts)}) -> {returned}"
+
+    def bound(self, tensors: tuple[Tensor, ...], named: dict[str, Any]) -> tuple[Spec, Operands, dict[str, int]]:
+        """(spec, tensors by name, sizes by name) of a call. Raises RecipeError or ContractError as the spec does."""
+        operands = {
+            **dict(zip(self.required, tensors, strict=True)),
+            **{name: named.get(name) for name in self.optional},
+        }
+        choices = {name: named[name] for name in self.choices if name in named}
+        choices = {name: tuple(value) if isinstance(value, list) else value for name, value in choices.items()}
+        spec = self.row.spec(**{**self.fixed, **self.inferred(operands), **choices})
+        present = {name: tensor for name, tensor in operands.items() if tensor is not None}
+        read = {argument.name for argument in self.row.inputs(spec)}
+        if read != present.keys():
+            missing, unused = sorted(read - present.keys()), sorted(present.keys() - read)
+            raise ContractError(f"{self.name} for {spec}: missing {missing or 'nothing'}, unused {unused or 'nothing'}")
+        return spec, present, {"tokens": named["tokens"]} if "tokens" in named else {}
+
+    def run(self, *tensors: Tensor, **named: Any) -> Tensor | tuple[Tensor, ...]:
+        """On the kernel, or what it computes."""
+        spec, operands, sizes = self.bound(tensors, named)
+        if not on_kernels(tensors[0]):
+            outputs = REFERENCES[self.kernel](spec, **operands, **sizes)
+        elif self.kernel in GEMMS:
+            outputs = (GEMMS[self.kernel](spec, **operands, **sizes),)
+        else:
+            outputs = launch.launched(self.row, spec, operands, sizes.get("tokens", 0))
+        return outputs if len(outputs) > 1 else outputs[0]
+
+    def fake(self, *tensors: Tensor, **named: Any) -> Tensor | tuple[Tensor, ...]:
+        """Results without data."""
+        spec, _, _ = self.bound(tensors, named)
+        first, sizes = tensors[0], run_time_sizes(tensors[0].shape[0])
+        outputs = [
+            first.new_empty(
+                resolved(argument.shape_for(spec), sizes),
+                dtype=getattr(torch, argument.element_for(spec)),
+            )
+            for argument in self.row.outputs(spec)
+        ]
+        return tuple(outputs) if len(outputs) > 1 else outputs[0]
 
 
-_GEMM_INPUTS = "Tensor a, Tensor a_scale, Tensor w, Tensor w_scales, Tensor bias, *"
-_WEIGHT = "int group_size=0, int[] multipliers=[1]"
-_GEMM = (
-    f"str activation, str weight, {_WEIGHT}, str epilogue='none', str output='fp16', Tensor? a_zero=None, "
-    "Tensor? w_sums=None, Tensor? gate=None, Tensor? residual=None, SymInt tokens=0, bool integers=False"
-)
-_CODES = "(Tensor codes, Tensor scale)"
-_QUANTIZE = f"(Tensor x, *, str format, bool integers=False) -> {_CODES}"
-_STATIC = "(Tensor x, Tensor scale, Tensor zero, *, str format, bool integers=False) -> Tensor"
+def _literal(value: Any) -> str:
+    """A default as schemas write it."""
+    return str(list(value)) if isinstance(value, tuple) else repr(value)
+
+
+def _of_gemm(operands: Operands) -> dict[str, Any]:
+    """Sizes; several real scales in a row of w_scales are scales of groups; a zero point is there if it is operands."""
+    a, w_scales = operands["a"], operands["w_scales"]
+    assert a is not None and w_scales is not None
+    sizes = {"in_features": int(a.shape[1]), "out_features": int(w_scales.shape[0])}
+    return {**sizes, "real_groups": w_scales.shape[1] > 1, "zero_point": operands["a_zero"] is not None}
+
+
+def _of_weight(operands: Operands) -> dict[str, Any]:
+    w = operands["w"]
+    assert w is not None
+    return {"out_features": int(w.shape[0])}
+
+
+def _of_codes(operands: Operands) -> dict[str, Any]:
+    codes = operands["codes"]
+    assert codes is not None
+    return {"in_features": int(codes.shape[1])}
+
+
+def _of_activations(operands: Operands) -> dict[str, Any]:
+    x = operands["x"]
+    assert x is not None
+    return {"channels": int(x.shape[1]), "input": TYPE_NAMES[x.dtype]}
+
+
+_GEMM = ("activation", "weight", "group_size", "multipliers", "epilogue", "output", "integers")
+_EXPAND = ("activation", "weight", "in_features", "group_size", "multipliers", "integers")
+_QUANTIZE = ("format", "integers")
+
+
+def _quantizer(name: str, kernel_name: str, before: str, static: bool, more: tuple[str, ...] = ()) -> TorchOp:
+    return TorchOp(name, kernel_name, (*_QUANTIZE, *more), _of_activations, {"before": before, "static": static})
+
 
 OPS = (
-    TorchOp(
-        "packed_gemm",
-        f"({_GEMM_INPUTS}, Tensor? multiplier_codes=None, {_GEMM}) -> Tensor",
-        packed_gemm,
-        _fake_gemm,
-    ),
-    TorchOp("expanded_gemm", f"({_GEMM_INPUTS}, {_GEMM}) -> Tensor", expanded_gemm, _fake_gemm),
-    TorchOp("pack", "(Tensor codes) -> Tensor", pack, _fake_pack),
-    TorchOp(
-        "expand",
-        f"(Tensor w, *, str activation, str weight, int in_features, {_WEIGHT}, Tensor? multiplier_codes=None, "
-        "bool integers=False) -> Tensor",
-        expand,
-        _fake_expand,
-    ),
-    TorchOp("quantize", _QUANTIZE, quantize, _fake_quantize),
-    TorchOp("gelu_quantize", _QUANTIZE, gelu_quantize, _fake_quantize),
-    TorchOp("quantize_static", _STATIC, quantize_static, _fake_quantize_static),
-    TorchOp("gelu_quantize_static", _STATIC, gelu_quantize_static, _fake_quantize_static),
-    TorchOp(
-        "norm_modulate_quantize",
-        "(Tensor x, Tensor shift, Tensor scale, *, str format, float epsilon, SymInt tokens, bool integers=False) -> "
-        f"{_CODES}",
-        norm_modulate_quantize,
-        _fake_quantize,
-    ),
+    TorchOp("packed_gemm", "packed_gemm", _GEMM, _of_gemm),
+    TorchOp("expanded_gemm", "expanded_gemm", _GEMM, _of_gemm),
+    TorchOp("pack", "pack", (), _of_codes),
+    TorchOp("expand", "expand", _EXPAND, _of_weight),
+    _quantizer("quantize", "quantize", "none", static=False),
+    _quantizer("gelu_quantize", "gelu_quantize", "gelu", static=False),
+    _quantizer("quantize_static", "quantize", "none", static=True),
+    _quantizer("gelu_quantize_static", "gelu_quantize", "gelu", static=True),
+    _quantizer("norm_modulate_quantize", "norm_modulate_quantize", "norm_modulate", False, ("epsilon",)),
 )
 
 

@@ -55,7 +55,7 @@ DEFINES_TORCH_MODULES |= {
 }
 # The `cuda` target: torch ops, and the executor made of torch functions.
 DEFINES_TORCH_MODULES |= {
-    "plugins/torch_meanings.py",
+    "plugins/torch_reference.py",
     "plugins/torch_ops.py",
     "pipeline/backends/cuda/torch_gemm.py",
     "pipeline/backends/cuda/module.py",

@@ -8,9 +8,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from benchmarks.gpu.weights import Packed, dequantized
-from plugins.gpu.operands import operand_of
 from plugins.gpu.promotion import accumulator_bits, promotion_of
-from plugins.gpu.specs import GemmSpec
+from plugins.gpu.spec import GemmSpec, operand_of
 from plugins.gpu.tiles import architecture, product_type
 
 if TYPE_CHECKING:

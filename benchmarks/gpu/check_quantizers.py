@@ -10,9 +10,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from benchmarks.gpu.run import Context, Task
-from plugins.gpu.gemm_meanings import byte_values
-from plugins.gpu.launch_quantize import KERNEL_OF
-from plugins.gpu.specs import QuantizeSpec
+from plugins.gpu.launch import KERNEL_OF
+from plugins.gpu.reference import byte_values
+from plugins.gpu.spec import QuantizeSpec
 from plugins.gpu.table import kernel
 
 Array = NDArray[Any]
@@ -70,12 +70,12 @@ def rows_of(case: QuantizerCase, seed: int = 0) -> Array:
 
 def check_quantizer(context: Context, case: QuantizerCase) -> dict[str, Any]:
     """One row: codes and scales that differ, and the worst of them over what is allowed."""
-    from plugins.gpu import launch_quantize
+    from plugins.gpu import launch
 
     x, extra = rows_of(case), _modulation(case)
     given = {key: context.tensor(value).to(context.dtype(case.input)) for key, value in {"x": x, **extra}.items()}
     tokens = case.m // 2 if extra else 0
-    codes, scales = launch_quantize.quantize(case.spec, **given, tokens=tokens)
+    codes, scales = launch.quantize(case.spec, **given, tokens=tokens)
     found, found_scales = codes.cpu().numpy(), scales.cpu().numpy()
     sizes = {"tokens": tokens} if extra else {}
     wanted, wanted_scales = kernel(KERNEL_OF[case.before]).reference(case.spec, x, **extra, **sizes)

@@ -50,7 +50,7 @@ class TimedGemm:
 
 
 def launched(name: str, case: GemmCase, sm: int, expand_first: bool | None = None) -> TimedGemm:
-    """The GEMM that launch_gemm's packed_gemm or expanded_gemm runs for `case` on compute capability `sm`."""
+    """The GEMM that launch.packed_gemm or launch.expanded_gemm runs for `case` on compute capability `sm`."""
     if name == "packed_gemm":
         first = tiles.expands_first(case.spec, case.m, sm) if expand_first is None else expand_first
         name = "expanded_gemm" if first else name

@@ -19,10 +19,8 @@ import numpy as np
 from benchmarks.gpu.run import Context, Task
 from benchmarks.gpu.weights import CHANNEL, EXACT_64, Granularity
 from export.formats.format import get_format
-from plugins.gpu.gemm_constants import weight_exponent
-from plugins.gpu.operands import operand_of
 from plugins.gpu.promotion import promotion_of
-from plugins.gpu.specs import GemmSpec
+from plugins.gpu.spec import GemmSpec, operand_of
 from plugins.gpu.tiles import architecture
 
 if TYPE_CHECKING:
@@ -161,11 +159,11 @@ def compiled(spec: GemmSpec, a: Tensor, w: Tensor) -> Tensor:
     """The same through expanded_gemm, whose sums of values are made sums of bytes again, exactly: powers of two."""
     import torch
 
-    from plugins.gpu import launch_gemm
+    from plugins.gpu import launch
 
     one, scales = torch.ones(len(a), device=a.device), torch.ones((len(w), 1), device=a.device)
-    y = launch_gemm.expanded_gemm(spec, a, one, w, scales, torch.zeros_like(scales[:, 0]))
-    return y * 2.0 ** (operand_of(spec.activation).shift + weight_exponent(spec))
+    y = launch.expanded_gemm(spec, a, one, w, scales, torch.zeros_like(scales[:, 0]))
+    return y * 2.0 ** (operand_of(spec.activation).shift + spec.weight_exponent)
 
 
 def e4m3_value(x: Tensor) -> Tensor:
@@ -178,7 +176,7 @@ def e4m3_value(x: Tensor) -> Tensor:
 def count(context: Context, spec: GemmSpec, granularity: Granularity, interval: int | None) -> dict[str, Any]:
     """Outputs that differ from the exact sum rounded to float32, for each pattern. interval None: as compiled."""
     differ, worst = {}, {}
-    exponents = operand_of(spec.activation).shift, weight_exponent(spec)
+    exponents = operand_of(spec.activation).shift, spec.weight_exponent
     for pattern in PATTERNS:
         a, w = (e4m3_bytes(x, e) for x, e in zip(operands(context, spec, pattern), exponents, strict=True))
         exact = e4m3_value(a).double() @ e4m3_value(w).double().T

@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from benchmarks.gpu.run import Context, Task, failed_of
 from benchmarks.gpu.timing import Flush, contest, rates, sets_for
-from plugins.gpu.kernel import launch_options
-from plugins.gpu.specs import QuantizeSpec
+from plugins.gpu.spec import QuantizeSpec
+from plugins.gpu.table import launch_options
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -89,10 +89,10 @@ def inputs_of(context: Context, case: FusedCase) -> dict[str, Tensor]:
 
 def fused(case: FusedCase, given: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
     """Operand bytes u8 [M, C] and scales f32 [M]."""
-    from plugins.gpu import launch_quantize
+    from plugins.gpu import launch
 
     tokens = case.tokens if case.kind == "norm_modulate" else 0
-    return launch_quantize.quantize(case.spec, **given, tokens=tokens)
+    return launch.quantize(case.spec, **given, tokens=tokens)
 
 
 def triton_alone(case: FusedCase, given: dict[str, Tensor], sm: int) -> Tensor:
@@ -100,7 +100,7 @@ def triton_alone(case: FusedCase, given: dict[str, Tensor], sm: int) -> Tensor:
     import torch
 
     from benchmarks.gpu import kernels as gpu_kernels
-    from plugins.gpu.row_tiles import row_tile
+    from plugins.gpu.tiles import row_tile
 
     tile, y = row_tile(case.spec, case.m, sm), torch.empty_like(given["x"])
     blocks: dict[str, Any] = {"C": case.channels, "BLOCK": tile.block, "TAIL": tile.tail, **launch_options(tile)}

@@ -19,8 +19,7 @@ from benchmarks.gpu.targets import LARGE
 from benchmarks.gpu.timing import Flush, contest, rates, sets_for
 from benchmarks.gpu.weights import CHANNEL, EXACT_64, REAL_128, Granularity, Packed, quantize_weight
 from benchmarks.shapes import Shape, gemm_shapes
-from plugins.gpu.gemm_constants import weight_exponent
-from plugins.gpu.specs import GemmSpec, QuantizeSpec
+from plugins.gpu.spec import GemmSpec, QuantizeSpec
 from plugins.gpu.tiles import expands_first
 
 if TYPE_CHECKING:
@@ -63,16 +62,16 @@ def operands(context: Context, shape: Shape, granularity: Granularity) -> Operan
     """Normal activations and weights, quantized. The bf16 contestant takes them as they were before."""
     import torch
 
-    from plugins.gpu import launch_gemm, launch_quantize
+    from plugins.gpu import launch
 
     a = torch.randn((shape.m, shape.k), device=context.device, dtype=torch.bfloat16)
     w = torch.randn((shape.n, shape.k), device=context.device, dtype=torch.bfloat16) / shape.k**0.5
     packed = quantize_weight(w, WEIGHT, granularity)
     forms = []
     for integers in (False, True):
-        codes, scale = launch_quantize.quantize(QuantizeSpec(ACTIVATION, shape.k, input="bf16", integers=integers), a)
+        codes, scale = launch.quantize(QuantizeSpec(ACTIVATION, shape.k, input="bf16", integers=integers), a)
         spec = spec_of(shape, granularity, integers)
-        forms.append((codes, launch_gemm.expand(spec, packed.codes, packed.multiplier_codes)))
+        forms.append((codes, launch.expand(spec, packed.codes, multiplier_codes=packed.multiplier_codes)))
     (codes, expanded), (images, expanded_images) = forms
     bias = torch.zeros(shape.n, device=context.device)
     return Operands(codes, images, scale, packed, expanded, expanded_images, a, w, bias)
@@ -104,14 +103,14 @@ def least_read(shape: Shape, granularity: Granularity) -> int:
 
 def our_caller(name: str, spec: GemmSpec, given: Operands) -> Callable[[], Tensor]:
     """A call of one of our kernels on one set of inputs, `spec` being of the operands that it multiplies."""
-    from plugins.gpu import launch_gemm
+    from plugins.gpu import launch
 
     a, rest = given.images if spec.integers else given.a, (given.packed.scales, given.bias)
     if name.startswith("expanded"):
         w = given.expanded_images if spec.integers else given.expanded
-        return partial(launch_gemm.expanded_gemm, spec, a, given.a_scale, w, *rest)
+        return partial(launch.expanded_gemm, spec, a, given.a_scale, w, *rest)
     codes = given.packed.multiplier_codes
-    packed = partial(launch_gemm.packed_gemm, spec, a, given.a_scale, given.packed.codes, *rest, multiplier_codes=codes)
+    packed = partial(launch.packed_gemm, spec, a, given.a_scale, given.packed.codes, *rest, multiplier_codes=codes)
     return partial(packed, expand_first=WAYS.get(name))
 
 
@@ -123,7 +122,7 @@ def caller(name: str, spec: GemmSpec, given: Operands) -> Callable[[], Tensor]:
         return our_caller(name, replace(spec, integers=name.endswith(INT8)), given)
     one = torch.ones((), device=given.a.device)
     a, w = (x.view(torch.float8_e4m3fn) for x in (given.a, given.expanded))
-    unit = 2.0 ** -(weight_exponent(spec) + spec.operand.shift)
+    unit = 2.0 ** -(spec.weight_exponent + spec.operand.shift)
     a_scale, w_scale = given.a_scale[:, None], (given.packed.scales[:, :1] * unit).t().contiguous()
 
     calls: dict[str, Callable[[], Any]] = {
@@ -186,9 +185,9 @@ def measure(context: Context, shape: Shape, granularity: Granularity, flush: Flu
 
 
 def _tile(name: str, spec: GemmSpec, m: int, sm: int) -> Any:
-    from plugins.gpu import launch_gemm
+    from plugins.gpu import launch
 
-    choose = launch_gemm.HEURISTICS[name.removesuffix(INT8)]
+    choose = launch.HEURISTICS[name.removesuffix(INT8)]
     return choose(replace(spec, integers=name.endswith(INT8)), m, sm, may_split=True)
 
 

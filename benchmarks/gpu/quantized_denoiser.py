@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from benchmarks.gpu.denoiser import EPSILON, LINEARS, Denoiser, attention
 from benchmarks.gpu.weights import Granularity, Packed, quantize_weight
-from plugins.gpu.launch_quantize import KERNEL_OF
-from plugins.gpu.specs import FloatType, GemmSpec, QuantizeSpec
+from plugins.gpu.launch import KERNEL_OF
+from plugins.gpu.spec import FloatType, GemmSpec, QuantizeSpec
 from plugins.gpu.table import kernel
 
 WEIGHT, ACTIVATION = "E2M1", "E2M3"
@@ -48,20 +48,18 @@ class Launched:
     """The Triton kernels."""
 
     def quantize(self, spec: QuantizeSpec, x: Tensor, **given: Any) -> tuple[Tensor, Tensor]:
-        from plugins.gpu import launch_quantize
+        from plugins.gpu import launch
 
-        return launch_quantize.quantize(spec, x, **given)
+        return launch.quantize(spec, x, **given)
 
     def gemm(self, linear: QuantizedLinear, a: Tensor, a_scale: Tensor, **given: Any) -> Tensor:
-        from plugins.gpu import launch_gemm
+        from plugins.gpu import launch
 
         spec, scales, bias = linear.spec, linear.packed.scales, linear.bias
         if linear.expanded is not None:
-            return launch_gemm.expanded_gemm(spec, a, a_scale, linear.expanded, scales, bias, **given)
+            return launch.expanded_gemm(spec, a, a_scale, linear.expanded, scales, bias, **given)
         codes = linear.packed.multiplier_codes
-        return launch_gemm.packed_gemm(
-            spec, a, a_scale, linear.packed.codes, scales, bias, multiplier_codes=codes, **given
-        )
+        return launch.packed_gemm(spec, a, a_scale, linear.packed.codes, scales, bias, multiplier_codes=codes, **given)
 
 
 class Meanings:
@@ -178,9 +176,9 @@ def _linear(
     spec = GemmSpec(ACTIVATION, WEIGHT, 2 * half, n, epilogue=LINEARS[name].epilogue, output=dtype, **fields)
     expanded = None
     if expand:
-        from plugins.gpu import launch_gemm
+        from plugins.gpu import launch
 
-        expanded = launch_gemm.expand(spec, packed.codes, packed.multiplier_codes)
+        expanded = launch.expand(spec, packed.codes, multiplier_codes=packed.multiplier_codes)
     return QuantizedLinear(spec, packed, linear.bias.detach().float(), expanded)
 
 

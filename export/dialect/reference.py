@@ -160,19 +160,6 @@ def gelu_tanh(x: Array) -> Array:
         return (wide / (1.0 + np.exp(-2.0 * np.sqrt(2.0 / np.pi) * (wide + 0.044715 * wide**3)))).astype(F32)
 
 
-def gemm_epilogue(y: Array, gate: Array | None, residual: Array | None, *, epilogue: str, tokens: int) -> Array:
-    """What a GEMM kernel may do with y f32 [M, N] before it writes: "none", "gelu", or "gate_residual".
-
-    gate [M / tokens, N], residual [M, N] -> residual + gate * y, in float32. No op of a graph: kernels only.
-    """
-    if epilogue == "gelu":
-        return gelu_tanh(y)
-    if epilogue == "gate_residual":
-        assert gate is not None and residual is not None
-        return residual.astype(F32) + np.repeat(gate.astype(F32), tokens, axis=0) * y
-    return y
-
-
 def packed_group_gemm(
     a_codes: Array,
     a_scale: Array,

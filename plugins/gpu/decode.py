@@ -2,7 +2,7 @@
 
 A float format's exponent and mantissa bits, shifted so that the mantissa ends where E4M3's (or FP16's) ends, are that
 type's number times a power of two, subnormals included: all count the lowest binade from the same bit patterns.
-Integers of 4 bits are E4M3's lowest numbers, which are evenly spaced. `plugins/gpu/operands.py` says which format is
+Integers of 4 bits are E4M3's lowest numbers, which are evenly spaced. `plugins/gpu/spec.py` says which format is
 stored as what; the powers of two leave again in the epilogue.
 
 Codes are decoded WIDTH at a time, in one 32-bit word: about two instructions a weight, where one weight at a time takes
@@ -152,3 +152,95 @@ def small_integer(index, TABLE_LOW: tl.constexpr, TABLE_HIGH: tl.constexpr):
     if TABLE_HIGH != 0:
         word = tl.where(index < 8, word, tl.full(index.shape, TABLE_HIGH, tl.uint64) >> shift)
     return (word & 0xFF).to(tl.int32)
+
+
+@triton.jit
+def load_words(base, first, limit, BYTES: tl.constexpr, COUNT: tl.constexpr, MASKED: tl.constexpr):
+    """COUNT words of BYTES (1, 2 or 4) from each pointer of base u8 [N, 1] + first words on -> u32 [N, COUNT].
+
+    Zero from word `limit` on.
+    """
+    if BYTES == 4:
+        base = base.to(tl.pointer_type(tl.uint32), bitcast=True)
+    elif BYTES == 2:
+        base = base.to(tl.pointer_type(tl.uint16), bitcast=True)
+    word = first + tl.arange(0, COUNT)[None, :]
+    found = tl.load(base + word, mask=word < limit, other=0) if MASKED else tl.load(base + word)
+    return found.to(tl.uint32)
+
+
+@triton.jit
+def operand_tile(
+    a, first, limit, KIND: tl.constexpr, SHIFT: tl.constexpr, OPERANDS: tl.constexpr, BK: tl.constexpr,
+    MASKED: tl.constexpr,
+):  # fmt: skip
+    """Operand bytes first .. first + BK of the rows at a [N, 1], zero from `limit` on -> [N, BK] of OPERANDS.TYPE."""
+    WIDTH: tl.constexpr = OPERANDS.WIDTH
+    if OPERANDS.TYPE == "fp16":
+        words = load_words(a, first // WIDTH, limit // WIDTH, WIDTH, BK // WIDTH, MASKED)
+        return bytes_to_fp16(words, KIND, SHIFT, WIDTH)
+    else:
+        at = a.to(tl.pointer_type(tl.int8 if OPERANDS.TYPE == "int8" else tl.float8e4nv), bitcast=True)
+        k = first + tl.arange(0, BK)[None, :]
+        return tl.load(at + k, mask=k < limit, other=0.0) if MASKED else tl.load(at + k)
+
+
+@triton.jit
+def load_multipliers(codes, group, COUNT: tl.constexpr, OPERANDS: tl.constexpr):
+    """codes: pointers to rows of nibbles; group: which of COUNT groups -> int32 multipliers."""
+    byte = tl.load(codes + tl.minimum(group, COUNT - 1) // 2)
+    return small_integer(
+        (byte >> ((group % 2) * 4).to(tl.uint8)) & 0x0F, OPERANDS.MULTIPLIERS_LOW, OPERANDS.MULTIPLIERS_HIGH
+    )
+
+
+@triton.jit
+def multiplier_of_words(codes, first, SHAPE: tl.constexpr, OPERANDS: tl.constexpr, BK: tl.constexpr):
+    """int32 multipliers of the BK / WIDTH words of WIDTH weights from `first` on, for rows of codes [BN]."""
+    GROUP: tl.constexpr = SHAPE.GROUP
+    WIDTH: tl.constexpr = OPERANDS.WIDTH
+    GROUPS: tl.constexpr = SHAPE.K // SHAPE.GROUP
+    if GROUP % BK == 0:
+        return load_multipliers(codes, first // GROUP, GROUPS, OPERANDS)[:, None]
+    elif BK % GROUP == 0:  # groups are whole parts of the tile: load each once
+        rows: tl.constexpr = codes.shape[0]
+        parts: tl.constexpr = BK // GROUP
+        found = load_multipliers(codes[:, None], first // GROUP + tl.arange(0, parts)[None, :], GROUPS, OPERANDS)
+        wide = tl.broadcast_to(found[:, :, None], (rows, parts, GROUP // WIDTH))
+        return tl.reshape(wide, (rows, BK // WIDTH))
+    else:
+        group = (first + tl.arange(0, BK // WIDTH)[None, :] * WIDTH) // GROUP
+        return load_multipliers(codes[:, None], group, GROUPS, OPERANDS)
+
+
+@triton.jit
+def packed_weights(
+    w, codes, first, limit, SHAPE: tl.constexpr, OPERANDS: tl.constexpr, BK: tl.constexpr, MASKED: tl.constexpr
+):
+    """Weights first .. first + BK of the rows at w [BN, 1], codes [BN] -> [BN, BK], zero from `limit` on.
+
+    u8 for "int8" and "fp8" (E4M3 bytes), else fp16; if MULTIPLIED times the multipliers of their groups. WIDTH: weights
+    of a load (4 or 2); it divides K, GROUP and `limit`.
+    """
+    WIDTH: tl.constexpr = OPERANDS.WIDTH
+    SIGNED: tl.constexpr = OPERANDS.W_SIGNED
+    INTEGER: tl.constexpr = OPERANDS.W_INTEGER
+    SHIFT: tl.constexpr = OPERANDS.W_SHIFT
+    x = spread_nibbles(load_words(w, first // WIDTH, limit // WIDTH, WIDTH // 2, BK // WIDTH, MASKED), WIDTH)
+    if OPERANDS.MULTIPLIED:
+        factor = multiplier_of_words(codes, first, SHAPE, OPERANDS, BK)
+    if OPERANDS.TYPE == "int8":
+        v = nibbles_to_magnitudes(x, SIGNED, INTEGER, SHIFT)
+        if OPERANDS.MULTIPLIED:
+            v *= factor.to(tl.uint32)
+        return bytes_of(negated(v, x) if SIGNED else v, WIDTH)
+    elif OPERANDS.TYPE == "fp8":
+        r = nibbles_to_e4m3(x, SIGNED, INTEGER, SHIFT)
+        return bytes_of(scaled_e4m3(r, factor.to(tl.float16)) if OPERANDS.MULTIPLIED else r, WIDTH)
+    else:
+        value = bytes_to_fp16(nibbles_to_e4m3(x, SIGNED, INTEGER, SHIFT), "signed", 7, WIDTH)
+        if OPERANDS.MULTIPLIED and SHAPE.GROUP % BK == 0:
+            value *= factor.to(tl.float16)
+        elif OPERANDS.MULTIPLIED:
+            value *= repeated(factor.to(tl.float16), WIDTH)
+        return value

@@ -23,7 +23,7 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
-from plugins.gpu.specs import GemmSpec
+from plugins.gpu.spec import GemmSpec
 
 FP32_BITS = 24
 SHORT_BITS = 14
@@ -49,7 +49,7 @@ def accumulator_bits(fp8: bool, architecture: int) -> int:
 
 
 def largest_product(spec: GemmSpec, with_multipliers: bool) -> int:
-    """kmax_a * kmax_w in integer images; lowest integers (INT4: -8) included."""
+    """kmax_a * kmax_w; lowest integers (INT4: -8) included."""
     a, w = spec.activation_format, spec.weight_format
     largest_a = max(a.kmax, int(-a.image.min()))
     largest_w = max(w.kmax, int(-w.image.min()))
@@ -64,7 +64,7 @@ def usual_sum(product: int, count: int) -> float:
 def promotion_of(spec: GemmSpec, fp8: bool, architecture: int, *, by_group: bool = False) -> Promotion:
     """The promotion for `spec`. by_group: every group's sum is promoted anyway, multipliers follow it.
 
-    >>> from plugins.gpu.specs import GemmSpec
+    >>> from plugins.gpu.spec import GemmSpec
     >>> promotion_of(GemmSpec("E2M3", "E2M1", 1152, 1152), fp8=False, architecture=80)
     Promotion(every=0, holds='exact')
     >>> promotion_of(GemmSpec("E3M2", "E2M1", 1152, 1152), fp8=True, architecture=90)

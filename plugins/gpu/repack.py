@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from plugins.gpu.loads import packed_weights
+from plugins.gpu.decode import packed_weights
 
 
 @triton.jit
@@ -23,20 +23,16 @@ def pack(codes, rows, packed, K: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.c
 @triton.jit
 def expand(
     w, multiplier_codes, rows, expanded,
-    K: tl.constexpr, GROUP: tl.constexpr, MULTIPLIERS_LOW: tl.constexpr, MULTIPLIERS_HIGH: tl.constexpr,
-    W_SIGNED: tl.constexpr, W_INTEGER: tl.constexpr, W_SHIFT: tl.constexpr, WIDTH: tl.constexpr,
-    TYPE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    SHAPE: tl.constexpr, OPERANDS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """w u8 [rows, K / 2] -> u8 [rows, K], bytes of value * multiplier * 2^e. Grid (bands of ROWS rows)."""
+    K: tl.constexpr = SHAPE.K
     row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)[:, None]
     safe = tl.minimum(row, rows - 1)
     codes = multiplier_codes
-    if MULTIPLIERS_LOW != 0:
-        codes += tl.reshape(safe, (ROWS,)) * ((K // GROUP + 1) // 2)
+    if OPERANDS.MULTIPLIED:
+        codes += tl.reshape(safe, (ROWS,)) * ((K // SHAPE.GROUP + 1) // 2)
     for first in range(0, K, COLUMNS):
-        byte = packed_weights(
-            w + safe * (K // 2), codes, first, K, K, GROUP, MULTIPLIERS_LOW, MULTIPLIERS_HIGH, W_SIGNED, W_INTEGER,
-            W_SHIFT, TYPE, WIDTH, COLUMNS, True,
-        )  # fmt: skip
+        byte = packed_weights(w + safe * (K // 2), codes, first, K, SHAPE, OPERANDS, COLUMNS, True)
         column = first + tl.arange(0, COLUMNS)[None, :]
         tl.store(expanded + row * K + column, byte, mask=(row < rows) & (column < K))

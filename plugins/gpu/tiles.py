@@ -1,22 +1,24 @@
-"""Which tile a GEMM runs in: pure functions of the spec, the number of tokens and the GPU, in this one place.
+"""Which tile a kernel runs in and its compile-time arguments: pure functions of spec, number of tokens and GPU.
 
-Nothing here changes a result beyond the order of a sum; every choice is legal for every shape. The tiles to choose from
-are in plugins/gpu/tile_table.py.
+Nothing here changes a result beyond the order of a sum; every choice is legal for every shape. The tiles of GEMMs to
+choose from are in plugins/gpu/tile_table.py.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import lru_cache
-from typing import Literal
+from functools import lru_cache, partial
+from typing import Literal, NamedTuple
 
-from export.errors import RecipeError
-from plugins.gpu.operands import E4M3
+from export.dialect.reference import ABSMAX_FLOOR
+from export.errors import ContractError, RecipeError
+from export.formats.format import get_format
 from plugins.gpu.promotion import promotion_of
-from plugins.gpu.specs import GemmSpec, PackSpec
+from plugins.gpu.spec import E4M3, INT8, GemmSpec, PackSpec, QuantizeSpec, operand_of
 from plugins.gpu.tile_table import INSTRUCTIONS, MACHINES, PROMOTED, TABLE, Products, Tile
 
+Constants = dict[str, object]  # compile-time arguments by name
 # Where tensor cores multiply FP8; below, and for operands that are no E4M3 bytes, FP16.
 FIRST_FP8 = 89
 INTERPRETED = 0
@@ -53,7 +55,7 @@ def architecture(sm: int) -> int:
 
 
 def product_type(spec: GemmSpec, sm: int) -> Products:
-    """What the tensor cores multiply: both operands' INT8 images, their E4M3 bytes, or all decoded to FP16."""
+    """What the tensor cores multiply: both operands' INT8 bytes, their E4M3 bytes, or all decoded to FP16."""
     if spec.multiplies_integers:
         return "int8"
     return "fp8" if architecture(sm) >= FIRST_FP8 and spec.operand.kind == E4M3 else "fp16"
@@ -68,7 +70,7 @@ def prefers_integers(sms: Sequence[int]) -> bool:
     if min(sms) < min(MACHINES):
         return False
     rates = [MACHINES[architecture(sm)].rates for sm in sms]
-    return all(found["int8"] > found.get("fp8", found["fp16"]) for found in rates)
+    return all(rate["int8"] > rate.get("fp8", rate["fp16"]) for rate in rates)
 
 
 def scales_sums(spec: GemmSpec, step: int, sm: int) -> bool:
@@ -130,15 +132,15 @@ def _steps(spec: GemmSpec, sm: int, kind: Literal["plain", "by_group", "bytes"])
     products, known = product_type(spec, sm), architecture(sm)
     unit = f"{INSTRUCTIONS.get(known, 'mma')}_{products}"
     every = promotion_of(spec, products == "fp8", known, by_group=kind == "by_group").every
-    found = TABLE.get((unit, PROMOTED[kind]), TABLE[unit, kind]) if every else TABLE[unit, kind]
-    longest = every or max(tile.k for tile, _ in found)
+    rows = TABLE.get((unit, PROMOTED[kind]), TABLE[unit, kind]) if every else TABLE[unit, kind]
+    longest = every or max(tile.k for tile, _ in rows)
     if kind == "by_group":
         longest = min(longest, spec.group_size & -spec.group_size)
     wide = every > 0 and spec.output == "fp32"
     most = MOST_OUTPUTS if not spec.has_gate else MOST_WITH_WIDE_GATE if wide else MOST_WITH_GATE
     return tuple(
         (replace(tile, k=max(min(tile.k, longest), LEAST_STEP[products])), share)
-        for tile, share in found
+        for tile, share in rows
         if tile.m * tile.n <= most * 32 * tile.num_warps
     )
 
@@ -227,3 +229,279 @@ def band_tile(spec: GemmSpec | PackSpec, rows: int, sm: int) -> BandTile:
 def band_grid(spec: GemmSpec | PackSpec, tile: BandTile, rows: int) -> tuple[int, int, int]:
     """Programs of pack and expand."""
     return (-(-rows // tile.rows), 1, 1)
+
+
+# --- constants of the GEMMs, pack and expand -------------------------------------------------------------------------
+
+
+class GemmShape(NamedTuple):
+    """GROUP: input channels that share a multiplier, or with REAL_GROUPS a real scale."""
+
+    N: int
+    K: int
+    GROUP: int
+    REAL_GROUPS: bool
+
+
+class GemmOperands(NamedTuple):
+    """What tensor cores multiply, and how it comes from memory.
+
+    TYPE: of both operands, "fp16", "fp8" or "int8". WIDTH: those that are loaded and decoded in one word. A_KIND,
+    A_SHIFT: of decode.operand_tile. FACTOR: what multiplies the sum of a group: its real "scale"; its "multiplier",
+    where a tile lies in one group; or "none". PROMOTE: products of a partial sum, 0 for all. UNIT: of the whole sum.
+    Of packed weights: MULTIPLIED: whether they are as they are decoded; MULTIPLIERS_LOW, MULTIPLIERS_HIGH: 16 factors,
+    a byte each; W_SIGNED, W_INTEGER, W_SHIFT: of decode.nibbles_to_e4m3.
+    """
+
+    TYPE: Products
+    WIDTH: int
+    A_KIND: str = "signed"
+    A_SHIFT: int = 0
+    FACTOR: str = "none"
+    PROMOTE: int = 0
+    UNIT: float = 1.0
+    MULTIPLIED: bool = False
+    MULTIPLIERS_LOW: int = 0
+    MULTIPLIERS_HIGH: int = 0
+    W_SIGNED: bool = False
+    W_INTEGER: bool = False
+    W_SHIFT: int = 0
+
+
+class GemmTile(NamedTuple):
+    """As tile_table.Tile."""
+
+    BM: int
+    BN: int
+    BK: int
+    SPLITS: int
+    BAND: int
+    WEIGHTS_FIRST: bool
+
+
+def packed_table(multipliers: tuple[int, ...]) -> tuple[int, int]:
+    """Up to 16 multipliers as the bytes of two 64-bit numbers, the first in the lowest byte."""
+    whole = int.from_bytes(bytes(multipliers).ljust(16, b"\0"), "little")
+    return whole % 2**64, whole // 2**64
+
+
+def activation_constants(spec: GemmSpec, products: str) -> tuple[str, int, int]:
+    """(KIND, SHIFT, e) of `decode.operand_tile`: an operand stands for value * 2^e. Raises RecipeError."""
+    operand, fmt = spec.operand, spec.activation_format
+    if operand.kind == INT8:
+        return "int8", 0, operand.shift
+    if operand.kind == E4M3:
+        return "signed", 7, operand.shift - (8 if products == "fp16" else 0)
+    if fmt.exponent_bits == 5 and fmt.specials == "none":
+        raise RecipeError(f"activations in {fmt.name}: its top binade has the bits of FP16's Inf; use another format")
+    return "signed" if fmt.sign_bits else "unsigned", 10 - fmt.mantissa_bits, fmt.bias - 15
+
+
+def load_width(spec: GemmSpec) -> int:
+    """Operands that are loaded and decoded in one word: 4 where rows and groups allow it, else 2."""
+    return 4 if spec.in_features % 4 == 0 and spec.group_size % 4 == 0 else 2
+
+
+def gemm_constants(spec: GemmSpec, tile: Tile, sm: int) -> Constants:
+    """The compile-time arguments of expanded_gemm."""
+    return _gemm_constants(spec, tile, gemm_operands(spec, tile, sm))
+
+
+def packed_constants(spec: GemmSpec, tile: Tile, sm: int) -> Constants:
+    """The compile-time arguments of packed_gemm."""
+    by_group = scales_sums(spec, tile.k, sm)
+    operands = gemm_operands(spec, tile, sm, by_group=by_group)
+    return _gemm_constants(spec, tile, decoding(operands, spec, multiplied=not by_group))
+
+
+def _gemm_constants(spec: GemmSpec, tile: Tile, operands: GemmOperands) -> Constants:
+    of_tile = GemmTile(tile.m, tile.n, tile.k, tile.splits, tile.band, tile.weights_first)
+    return {"SHAPE": gemm_shape(spec), "OPERANDS": operands, "TILE": of_tile, "EPILOGUE": spec.epilogue}
+
+
+def gemm_shape(spec: GemmSpec) -> GemmShape:
+    """What GEMM, reduction and expansion know of their sizes."""
+    return GemmShape(spec.out_features, spec.in_features, spec.group_size or spec.in_features, spec.real_groups)
+
+
+def gemm_operands(spec: GemmSpec, tile: Tile, sm: int, *, by_group: bool = False) -> GemmOperands:
+    """Operands of expanded weights. by_group: a multiplier follows each sum."""
+    products = product_type(spec, sm)
+    promotion = promotion_of(spec, products == "fp8", architecture(sm), by_group=by_group or spec.real_groups)
+    kind, shift, exponent = activation_constants(spec, products)
+    return GemmOperands(
+        TYPE=products,
+        WIDTH=load_width(spec),
+        A_KIND=kind,
+        A_SHIFT=shift,
+        FACTOR="multiplier" if by_group else "scale" if spec.real_groups else "none",
+        PROMOTE=min(promotion.every, tile.k),
+        UNIT=2.0 ** -(exponent + spec.weight_exponent - (8 if products == "fp16" else 0)),
+    )
+
+
+def decoding(operands: GemmOperands, spec: GemmSpec, *, multiplied: bool) -> GemmOperands:
+    """`operands` with what says how packed weights are decoded. multiplied: as they are, if they have factors."""
+    fmt = spec.weight_format
+    low, high = packed_table(spec.multipliers) if spec.has_multipliers else (0, 0)
+    return operands._replace(
+        MULTIPLIED=multiplied and spec.has_multipliers,
+        MULTIPLIERS_LOW=low,
+        MULTIPLIERS_HIGH=high,
+        W_SIGNED=bool(fmt.sign_bits),
+        W_INTEGER=fmt.is_integer,
+        W_SHIFT=3 - fmt.mantissa_bits,
+    )
+
+
+def reduce_constants(spec: GemmSpec, tile: ReduceTile, sm: int) -> Constants:
+    """The compile-time arguments of reduce_splits."""
+    return {
+        "SHAPE": gemm_shape(spec),
+        "SPLITS": tile.splits,
+        "BM": tile.m,
+        "BN": tile.n,
+        "EPILOGUE": spec.epilogue,
+    }
+
+
+def pack_constants(spec: PackSpec, tile: BandTile, sm: int) -> Constants:
+    """The compile-time arguments of pack."""
+    return {"K": spec.in_features, "ROWS": tile.rows, "COLUMNS": tile.columns}
+
+
+def expand_constants(spec: GemmSpec, tile: BandTile, sm: int) -> Constants:
+    """The compile-time arguments of expand."""
+    kind: Products = "int8" if spec.multiplies_integers else "fp8"
+    operands = decoding(GemmOperands(kind, load_width(spec)), spec, multiplied=True)
+    return {"SHAPE": gemm_shape(spec), "OPERANDS": operands, "ROWS": tile.rows, "COLUMNS": tile.columns}
+
+
+# --- quantizers ------------------------------------------------------------------------------------------------------
+
+# A program holds a row in registers, so memory is passed over once. What a tile is chosen by, for an H100 (3.35 TB/s,
+# 132 multiprocessors that issue 128 instructions of a lane in a clock of 1.7 GHz), compiled, not run:
+# - A number moves 3 bytes (fp16 in, a code out), so memory leaves about 26 instructions for it. The norm's machine code
+#   has 23 for each and some 200 for a row, 6 for each of a thread's 36: balanced, hence 16-byte loads, no idle lanes
+#   (`row_blocks`), and nothing that goes through shared memory in a row of one warp.
+# - Memory answers after some 600 ns, so a multiprocessor needs 15 KB on their way. 90 registers a thread leave room for
+#   21 rows of 1152 numbers, 48 KB.
+# - Few rows: more warps for each, until 16 work on every multiprocessor; below 8 numbers a thread loads would shrink.
+MAX_WARPS = 16
+WARP = 32
+# Numbers of a row that a thread holds. More than the largest would not leave room for a row, its shift and its scale in
+# float32 below 255 registers, and fewer rows would be in flight; fewer than the least load less than 16 bytes at once.
+MOST_A_THREAD, LEAST_A_THREAD = 48, 8
+BUSY_WARPS = 132 * 16
+MAX_CHANNELS = 16384  # 32 a thread of 16 warps
+
+
+@dataclass(frozen=True)
+class RowTile:
+    """block + tail >= channels, powers of two (tail 0 where one block holds the row).
+
+    Two blocks because a tensor's size is a power of two: 1152 = 1024 + 128 wastes nothing, one block of 2048 would
+    keep 44 % of the lanes idle.
+    """
+
+    block: int
+    tail: int
+    num_warps: int
+    num_stages: int = 1
+
+    def __post_init__(self) -> None:
+        for name, value in (("block", self.block), ("num_warps", self.num_warps), ("tail", self.tail or 1)):
+            if value < 1 or value & (value - 1):
+                raise ContractError(f"{name} {value} of a tile must be a power of two (tail: or 0)")
+
+
+def row_blocks(channels: int) -> tuple[int, int]:
+    """(block, tail) of a row: the two powers of two with the fewest idle lanes.
+
+    >>> [row_blocks(channels) for channels in (1152, 1408, 1024, 2047, 1)]
+    [(1024, 128), (1024, 512), (1024, 0), (2048, 0), (1, 0)]
+    """
+    block = 1 << (channels.bit_length() - 1)
+    rest = channels - block
+    tail = 1 << (rest - 1).bit_length() if rest else 0
+    return (2 * block, 0) if tail == block else (block, tail)
+
+
+def row_tile(spec: QuantizeSpec, rows: int, sm: int) -> RowTile:
+    """The tile for `rows` rows of `spec` on compute capability `sm` (0: interpreted). Raises ContractError."""
+    if spec.channels > MAX_CHANNELS:
+        raise ContractError(f"{spec.channels} channels; a program's registers hold a row of at most {MAX_CHANNELS}")
+    block, tail = row_blocks(spec.channels)
+    warps = 1
+    while block + tail > warps * WARP * MOST_A_THREAD:
+        warps *= 2
+    while block >= 2 * warps * WARP * LEAST_A_THREAD and 2 * warps <= MAX_WARPS and rows * warps < BUSY_WARPS:
+        warps *= 2
+    return RowTile(block, tail, warps)
+
+
+def quantize_constants(spec: QuantizeSpec, tile: RowTile, sm: int) -> Constants:
+    """The constexpr arguments that all quantizers share. Raises ContractError for a tile narrower than a row."""
+    if tile.block + tile.tail < spec.channels:
+        raise ContractError(f"a tile of {tile.block} + {tile.tail} columns is narrower than {spec.channels} channels")
+    return {"ROW": Row(spec.channels, tile.block, tile.tail), "GRID": rounding_grid(spec.format, sm, spec.integers)}
+
+
+def norm_constants(spec: QuantizeSpec, tile: RowTile, sm: int) -> Constants:
+    """`quantize_constants` and the epsilon of the norm."""
+    return {**quantize_constants(spec, tile, sm), "EPSILON": spec.epsilon}
+
+
+def row_grid(spec: QuantizeSpec, tile: RowTile, rows: int) -> tuple[int, int, int]:
+    """Programs for `rows` rows: one each."""
+    return (rows, 1, 1)
+
+
+FP32_MANTISSA_BITS = 23
+FP32_MIN_EXPONENT = -126
+HAS_E4M3_CONVERSION = 89  # first compute capability with cvt.e4m3x2 (PTX ISA, cvt)
+
+
+class Row(NamedTuple):
+    """C channels, as a block and a tail."""
+
+    C: int
+    BLOCK: int
+    TAIL: int
+
+
+class Grid(NamedTuple):
+    """A number format as the quantizers round to it, and its operand byte.
+
+    MAX_VALUE and ABSMAX_FLOOR: of the scale. SIGNED. The grid: ANCHOR = 1.5 * 2^(23 - mantissa bits) and LOWEST, the
+    start of the lowest binade; for integers 1.5 * 2^23 and 0. KIND of byte: "int8", "bits" or "e4m3" (converted by the
+    hardware). UP: the power of two that takes a value to the byte's number. MOVE, SIGN: where the byte lies in the
+    float32.
+    """
+
+    MAX_VALUE: float
+    ABSMAX_FLOOR: float
+    SIGNED: bool
+    ANCHOR: float
+    LOWEST: float
+    KIND: str
+    UP: float
+    MOVE: int = 0
+    SIGN: int = 0
+
+
+def rounding_grid(name: str, sm: int, integers: bool = False) -> Grid:
+    """The grid of format `name` on compute capability `sm`."""
+    fmt, operand = get_format(name), operand_of(name, integers)
+    signed = bool(fmt.sign_bits)
+    anchor = 1.5 * 2.0 ** (FP32_MANTISSA_BITS - fmt.mantissa_bits * (not fmt.is_integer))
+    lowest = 0.0 if fmt.is_integer else 2.0**fmt.min_exponent
+    grid = partial(Grid, fmt.max_value, ABSMAX_FLOOR, signed, anchor, lowest)
+    if operand.kind == INT8:
+        return grid("int8", 2.0**operand.shift)
+    if operand.kind == E4M3 and sm >= HAS_E4M3_CONVERSION:
+        return grid("e4m3", 2.0**operand.shift)
+    byte = get_format(operand.kind)
+    up = 2.0 ** (operand.shift + FP32_MIN_EXPONENT - byte.min_exponent)
+    sign = byte.exponent_bits + byte.mantissa_bits if signed else 0
+    return grid("bits", up, FP32_MANTISSA_BITS - byte.mantissa_bits, sign)

@@ -1,13 +1,12 @@
 """Integer expressions over tensor shapes, written down before the shapes are known.
 
-TensorRT evaluates launch sizes and scalars of a plugin when the shapes come. The same expressions are evaluated with
-plain integers in tests.
+TensorRT evaluates launch sizes and scalars of a plugin when the shapes come.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -47,10 +46,6 @@ class Expression:
             raise ContractError(f"a launch size is negative: {self}")
         first, second = (operand.resolve(dim, ceil_div) for operand in self.operands)
         return OPERATIONS[self.kind](first, second, ceil_div)
-
-    def value(self, shapes: Sequence[Sequence[int]]) -> int:
-        """The integer for inputs of these shapes."""
-        return int(self.resolve(lambda index, axis: shapes[index][axis], lambda a, b: -(-a // b)))
 
 
 OPERATIONS: dict[str, Callable[[Any, Any, Callable[[Any, Any], Any]], Any]] = {

@@ -12,25 +12,26 @@ from importlib import import_module
 from inspect import Parameter, Signature
 from typing import Any
 
-from plugins.gpu.specs import GemmSpec, QuantizeSpec
+from plugins.gpu.spec import EPILOGUES, GemmSpec, QuantizeSpec
+from plugins.gpu.table import Spec, kernel
 from plugins.tensorrt.aot import aot_kernel, plugin_name
 from plugins.tensorrt.expressions import Expression
-from plugins.tensorrt_rtx.payload import FIELD, NAMESPACE, Payload, from_text
-from plugins.tensorrt_rtx.plugin import ports_of
+from plugins.tensorrt.payload import FIELD, NAMESPACE, PLUGINS, Payload, from_text
+from plugins.tensorrt.rtx_plugin import ports_of
 
 # TensorRT's names of element types in a tactic's list.
 TACTIC_TYPES = {"int8": "INT8", "float16": "FP16", "bfloat16": "BF16", "float32": "FP32"}
-_QUANTIZERS = ("quantize", "gelu_quantize", "norm_modulate_quantize")
-_GEMMS = [
-    GemmSpec("E2M3", "E2M1", 64, 64, 32, multipliers, epilogue=epilogue)
-    for multipliers in ((1,), (1, 2))
-    for epilogue in ("none", "gate_residual")
-]
+# A spec of every set of inputs that a kernel may have.
+_SPECS: dict[type, tuple[Spec, ...]] = {
+    QuantizeSpec: (QuantizeSpec("E2M3", 64),),
+    GemmSpec: tuple(
+        GemmSpec("E2M3", "E2M1", 64, 64, 32, multipliers, epilogue=epilogue)
+        for multipliers in ((1,), (1, 2))
+        for epilogue in EPILOGUES
+    ),
+}
 # One payload of each plugin: what is common to all of its layers follows from it.
-EXAMPLES: tuple[Payload, ...] = (
-    *(Payload(name, QuantizeSpec("E2M3", 64), ()) for name in _QUANTIZERS),
-    *(Payload("packed_gemm", spec, ()) for spec in _GEMMS),
-)
+EXAMPLES = tuple(Payload(name, spec, ()) for name in PLUGINS for spec in _SPECS[kernel(name).spec])
 
 
 @cache
@@ -44,7 +45,7 @@ def register(module: str = "tensorrt") -> tuple[str, ...]:
 
 def _register(trt: Any, trtp: Any, example: Payload) -> None:
     name = f"{NAMESPACE}::{plugin_name(example)}"
-    inputs = [a.name for a in example.row.arguments_of(example.spec) if a.role == "input"]
+    inputs = [argument.name for argument in example.row.inputs(example.spec)]
     outputs = len(ports_of(example).outputs)
     desc: Any = trtp.TensorDesc
     described = tuple.__class_getitem__((desc,) * outputs) if outputs > 1 else desc
@@ -80,11 +81,11 @@ def _signed(function: Callable[..., Any], desc: Any, inputs: Sequence[str], more
 def _describe(trt: Any, trtp: Any, inputs: Sequence[Any], payload: Payload) -> Any:
     """Shapes and types of the outputs."""
     ports, leading = ports_of(payload), list(inputs[0].shape_expr)
-    shapes = [(*leading[:-1], width or leading[-1]) for width in ports.widths]
-    found = tuple(
+    shapes = [(*leading[:-1], width) for width in ports.widths]
+    described = tuple(
         trtp.from_shape_expr(shape, dtype=getattr(trt, kind)) for shape, kind in zip(shapes, ports.outputs, strict=True)
     )
-    return found if len(found) > 1 else found[0]
+    return described if len(described) > 1 else described[0]
 
 
 def _tactics(trtp: Any, inputs: Sequence[Any], payload: Payload, outputs: Any) -> Any:

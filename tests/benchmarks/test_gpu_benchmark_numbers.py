@@ -193,12 +193,12 @@ def test_a_contestant_that_cannot_run_is_named(monkeypatch: pytest.MonkeyPatch) 
 
 @pytest.mark.usefixtures("clockless")
 def test_a_row_in_which_ours_cannot_run_has_failed(monkeypatch: pytest.MonkeyPatch) -> None:
-    from plugins.gpu import launch_gemm
+    from plugins.gpu import launch
 
     def packed_gemm(*_inputs: Any, **_options: Any) -> None:
         raise RuntimeError("out of shared memory")
 
-    monkeypatch.setattr(launch_gemm, "packed_gemm", packed_gemm)
+    monkeypatch.setattr(launch, "packed_gemm", packed_gemm)
     row = gpu_gemm.measure(CPU, Shape(16, 32, 64, 256, ("pixart ff.in",)), CHANNEL, lambda: None)
     why = "RuntimeError: out of shared memory"
     assert row["failed"] == f"packed_gemm: {why}; packed_gemm_int8: {why}"
@@ -265,7 +265,7 @@ def test_inputs_of_the_probe_are_on_their_formats_grids() -> None:
     for (activation, _), pattern in itertools.product(gpu_exactness.PAIRS, gpu_exactness.PATTERNS):
         spec = gpu_exactness.spec_of(activation, 96, GROUPS_32, 8)
         a, w = gpu_exactness.operands(CPU, spec, pattern)
-        exponents = gpu_exactness.operand_of(activation).shift, gpu_exactness.weight_exponent(spec)
+        exponents = gpu_exactness.operand_of(activation).shift, spec.weight_exponent
         for values, exponent in zip((a, w), exponents, strict=True):
             back = gpu_exactness.e4m3_value(gpu_exactness.e4m3_bytes(values, exponent))
             assert torch.equal(back.double(), values * 2.0**exponent), (pattern, activation)
@@ -292,7 +292,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from benchmarks.gpu import kernels as k
 from benchmarks.gpu.exactness import TILE, WARPS
-from plugins.gpu.machine_code import resources
+from plugins.gpu.compile import resources
 
 def build(function, sm, types, constants, warps):
     signature = {name: types.get(name, "constexpr") for name in function.arg_names}

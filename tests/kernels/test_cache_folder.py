@@ -10,7 +10,7 @@ from export.cache_folder import cache_folder
 from pipeline.backends.rtx.engine import cache_path
 from pipeline.bundle import snapshot
 from plugins.cpu import library
-from plugins.gpu import cache
+from plugins.gpu import compile
 
 ROOT = Path(__file__).parents[2]
 METADATA = {"onnx_sha256": "a", "onnx_data_sha256": "b", "tensorrt_rtx": "1.7.1"}
@@ -37,7 +37,7 @@ def test_where_everybody_keeps_things(
             monkeypatch.setenv(name, value and str(tmp_path / value))
     root = tmp_path / expected
     assert cache_folder() == root and cache_folder("a", "b") == root / "a/b"
-    assert cache.folder() == root / "kernels"
+    assert compile.kernels_folder() == root / "kernels"
     assert library.library_folder().parent == root / "native"
     assert cache_path(METADATA, 89).parent == root / "rtx"
     assert snapshot._place() == root

@@ -12,12 +12,12 @@ from typing import Any
 import pytest
 
 from export.errors import ContractError, EnvironmentLacksError
-from plugins.gpu import cache, compiled, machine_code
-from plugins.gpu.compiled import Compiled, Request, compile_kernel, compile_kernels
-from plugins.gpu.machine_code import TARGETS
-from plugins.gpu.row_tiles import RowTile, row_tile
-from plugins.gpu.specs import QuantizeSpec
+from plugins.gpu import compile
+from plugins.gpu.compile import TARGETS, Compiled, Request, compile_kernels
+from plugins.gpu.spec import QuantizeSpec
 from plugins.gpu.table import kernel
+from plugins.gpu.tiles import RowTile, row_tile
+from tests.support.machine_code import count, opcodes
 
 pytest.importorskip("triton", reason="the GPU kernels need triton")
 BEFORE = {"quantize": "none", "gelu_quantize": "gelu", "norm_modulate_quantize": "norm_modulate"}
@@ -70,7 +70,7 @@ def empty(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_a_given_scale_needs_no_pass_over_the_row(built: dict[Any, Compiled], case: Any) -> None:
     """No maximum, no shuffle, no store of a scale: numbers in, codes out."""
     one, least = built[case], built[case[:2]]
-    assert one.problems() == [] and one.count("SHFL", "REDUX", "CREDUX", "BAR") == 0
+    assert one.problems() == [] and count(one, "SHFL", "REDUX", "CREDUX", "BAR") == 0
     assert ("static_scale", "*fp32") in one.arguments and "scales" not in dict(one.arguments)
     assert one.registers <= least.registers + 16, "as many rows in flight as with a scale per token, or nearly"
 
@@ -93,13 +93,13 @@ def test_instructions(built: dict[Any, Compiled], case: tuple[str, int]) -> None
     """16-byte loads, no barrier, no spill, divisions for the row only, FP8 conversions where the target has them."""
     one, per_thread = built[case], WIDTH // 32
     inputs = 3 if case[0] == "norm_modulate_quantize" else 1
-    assert one.count("LDG.E.128") == inputs * 1024 // 32 // 8, "1024 fp16 of 32 threads, 8 in a load"
-    assert one.count("LDG") - one.count("LDG.E.128") == inputs, "and the 128 of the tail in one load each"
-    assert one.count("BAR", "LDL", "STL", "LDS", "STS") == 0
-    assert one.count("FCHK") <= 3, "IEEE divisions: scale, reciprocal, deviation"
-    assert one.count("F2FP.SATFINITE.E4M3") == (per_thread // 2 if case[1] >= 89 else 0)
+    assert count(one, "LDG.E.128") == inputs * 1024 // 32 // 8, "1024 fp16 of 32 threads, 8 in a load"
+    assert count(one, "LDG") - count(one, "LDG.E.128") == inputs, "and the 128 of the tail in one load each"
+    assert count(one, "BAR", "LDL", "STL", "LDS", "STS") == 0
+    assert count(one, "FCHK") <= 3, "IEEE divisions: scale, reciprocal, deviation"
+    assert count(one, "F2FP.SATFINITE.E4M3") == (per_thread // 2 if case[1] >= 89 else 0)
     # The arithmetic that memory must hide: 3 bytes a number at 3.35 TB/s leave an H100 about 26 instructions for each.
-    assert sum(one.opcodes.values()) <= (31 if case[1] >= 89 else 35) * per_thread, "slow paths of a division included"
+    assert sum(opcodes(one).values()) <= (31 if case[1] >= 89 else 35) * per_thread, "slow paths of a division included"
 
 
 @pytest.mark.parametrize("sm", TARGETS)
@@ -137,8 +137,9 @@ def test_problems_are_named(built: dict[Any, Compiled]) -> None:
 
 def test_a_spill_is_seen(empty: Path) -> None:
     """8192 numbers held by one warp: 256 registers a thread, one more than there are, for the numbers alone."""
-    one = compile_kernel(kernel("quantize"), QuantizeSpec("E2M3", 8192, input="fp32"), 90, RowTile(8192, 0, 1))
-    assert one.local_bytes > 0 and one.count("LDL", "STL") > 0
+    spec = QuantizeSpec("E2M3", 8192, input="fp32")
+    (one,) = compile_kernels([Request(kernel("quantize"), spec, 90, RowTile(8192, 0, 1))])
+    assert one.local_bytes > 0 and count(one, "LDL", "STL") > 0
     assert any("registers spill" in text for text in one.problems())
 
 
@@ -168,14 +169,14 @@ def test_key_names_everything_the_code_follows_from(monkeypatch: pytest.MonkeyPa
         replace(base, spec=QuantizeSpec("E2M3", WIDTH, input="fp32")),
         request("gelu_quantize", 90),
     ]
-    keys = {compiled._key(one) for one in variants}
-    assert len(keys) == len(variants) and compiled._key(replace(base, rows=8192)) in keys
+    keys = {compile._key(one) for one in variants}
+    assert len(keys) == len(variants) and compile._key(replace(base, rows=8192)) in keys
     monkeypatch.setattr(importlib.metadata, "version", lambda _: "99.0")
-    assert compiled._key(base) not in keys
+    assert compile._key(base) not in keys
 
 
 def test_source_reaches_helpers_of_helpers() -> None:
-    source = "".join(compiled.source_of(kernel("norm_modulate_quantize").function()))
+    source = "".join(compile.source_of(kernel("norm_modulate_quantize").function()))
     for name in ("norm_modulate_quantize", "_quantize_row", "_bytes", "reciprocal_parts", "grid_to_byte"):
         assert f"def {name}(" in source, name
     assert "def gelu_quantize(" not in source and "def _gelu(" not in source
@@ -183,20 +184,20 @@ def test_source_reaches_helpers_of_helpers() -> None:
 
 def test_key_follows_the_source_of_a_helper(monkeypatch: pytest.MonkeyPatch) -> None:
     """A line more in a function that the kernel's functions call is another kernel."""
-    from plugins.gpu import rounding
+    from plugins.gpu import quantize
 
-    before = compiled._key(request("quantize", 90))
-    helper, read = rounding.reciprocal_parts.fn, compiled.inspect.getsource
+    before = compile._key(request("quantize", 90))
+    helper, read = quantize.reciprocal_parts.fn, compile.inspect.getsource
     text = read(helper) + "    # another line\n"
-    monkeypatch.setattr(compiled.inspect, "getsource", lambda function: text if function is helper else read(function))
-    assert compiled._key(request("quantize", 90)) != before
+    monkeypatch.setattr(compile.inspect, "getsource", lambda function: text if function is helper else read(function))
+    assert compile._key(request("quantize", 90)) != before
 
 
 def test_second_time_from_the_cache(empty: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     first = compile_kernels([request("quantize", 80)])
-    assert [path.name for path in empty.iterdir()] == [compiled._key(request("quantize", 80))]
-    monkeypatch.setattr(compiled, "_compile", lambda _: pytest.fail("compiled again"))
-    monkeypatch.setattr(compiled, "_compile_in_another_process", lambda _: pytest.fail("compiled again"))
+    assert [path.name for path in empty.iterdir()] == [compile._key(request("quantize", 80))]
+    monkeypatch.setattr(compile, "_compile", lambda _: pytest.fail("compiled again"))
+    monkeypatch.setattr(compile, "_compile_in_another_process", lambda _: pytest.fail("compiled again"))
     assert compile_kernels([request("quantize", 80)]) == first
 
 
@@ -204,25 +205,25 @@ def test_second_time_from_the_cache(empty: Path, monkeypatch: pytest.MonkeyPatch
     "damage", [lambda b: b[:-1], lambda b: b"", lambda b: b[:200] + b"?" + b[201:], lambda b: b"\xff"]
 )
 def test_damaged_entries_are_removed(empty: Path, damage: Any, caplog: pytest.LogCaptureFixture) -> None:
-    cache.write("k", {"numbers": list(range(100))})
+    compile.write_entry("k", {"numbers": list(range(100))})
     path = empty / "k"
     path.write_bytes(damage(path.read_bytes()))
     with caplog.at_level(logging.WARNING):
-        assert cache.read("k") is None
+        assert compile.read_entry("k") is None
     assert not path.exists() and "is damaged; it is removed and made again" in caplog.text
-    assert cache.read("k") is None, "and it is as if it had never been there"
+    assert compile.read_entry("k") is None, "and it is as if it had never been there"
 
 
 def test_a_failed_write_leaves_nothing(empty: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cache.os, "replace", lambda *_: (_ for _ in ()).throw(OSError("disk full")))
+    monkeypatch.setattr(compile.os, "replace", lambda *_: (_ for _ in ()).throw(OSError("disk full")))
     with pytest.raises(OSError, match="disk full"):
-        cache.write("k", 1)
+        compile.write_entry("k", 1)
     assert list(empty.iterdir()) == []
 
 
 def _write_often(value: int) -> None:
     for _ in range(50):
-        cache.write("k", [value] * 10_000)
+        compile.write_entry("k", [value] * 10_000)
 
 
 def test_several_processes(empty: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -233,7 +234,7 @@ def test_several_processes(empty: Path, caplog: pytest.LogCaptureFixture) -> Non
         writer.start()
     seen = []
     while any(writer.is_alive() for writer in writers) or not seen:
-        found = cache.read("k")
+        found = compile.read_entry("k")
         seen += [] if found is None else [found]
     assert all(writer.exitcode == 0 for writer in writers) and not caplog.records
     assert all(len(value) == 10_000 and len(set(value)) == 1 for value in seen)
@@ -244,7 +245,7 @@ def test_several_processes(empty: Path, caplog: pytest.LogCaptureFixture) -> Non
 
 
 def test_nothing_is_missing_here() -> None:
-    assert compiled.problems() == []
+    assert compile.problems() == []
 
 
 def test_without_triton(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -258,20 +259,20 @@ def test_without_triton(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_old_triton(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.metadata, "version", lambda _: "3.5.1")
-    assert compiled.problems() == ["triton 3.5.1 is too old; run: pip install 'triton>=3.6'"]
+    assert compile.problems() == ["triton 3.5.1 is too old; run: pip install 'triton>=3.6'"]
 
 
 def test_missing_tools(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(machine_code, "tool", lambda name: Path("/nowhere") / name)
-    found = compiled.problems()
+    monkeypatch.setattr(compile, "tool", lambda name: Path("/nowhere") / name)
+    found = compile.problems()
     assert len(found) == 2 and found[0].startswith("/nowhere/ptxas of triton") and "reinstall triton" in found[0]
     with pytest.raises(EnvironmentLacksError, match=r"/nowhere/cuobjdump does not run .*; reinstall triton"):
-        machine_code.opcodes(b"")
+        compile.cuobjdump(b"", "-sass")
 
 
 def test_bytes_that_are_no_machine_code() -> None:
     with pytest.raises(RuntimeError, match="cuobjdump -sass failed"):
-        machine_code.opcodes(b"no machine code")
+        compile.cuobjdump(b"no machine code", "-sass")
 
 
 def test_unknown_target() -> None:

@@ -7,11 +7,11 @@ from typing import Any
 
 import pytest
 
-from plugins.gpu.compiled import Compiled, Request, compile_kernels
-from plugins.gpu.machine_code import TARGETS
-from plugins.gpu.specs import GemmSpec, PackSpec
+from plugins.gpu.compile import TARGETS, Compiled, Request, compile_kernels
+from plugins.gpu.spec import GemmSpec, PackSpec
 from plugins.gpu.table import KERNELS, kernel
 from tests.kernels.test_gpu_compile_tiles import SPLIT, most_registers
+from tests.support.machine_code import count
 
 pytest.importorskip("triton", reason="the GPU kernels need triton")
 # Tensor core instructions of each target: mma.sync (QMMA, IMMA, HMMA), wgmma (QGMMA, IGMMA), tcgen05 (UTC...).
@@ -72,19 +72,19 @@ def test_resources(built: dict[Any, Compiled], case: Any) -> None:
 
 @pytest.mark.parametrize("case", EVERYWHERE, ids=str)
 def test_fp8_tensor_cores(built: dict[Any, Compiled], case: tuple[str, int]) -> None:
-    found = {name for name in {*FP8.values(), *FP16.values()} if built[case].count(name + ".", name)}
+    found = {name for name in {*FP8.values(), *FP16.values()} if count(built[case], name + ".", name)}
     assert found == {FP8[case[1]]}
 
 
 @pytest.mark.parametrize("case", INTEGERS, ids=str)
 def test_int8_tensor_cores(built: dict[Any, Compiled], case: tuple[str, int, str]) -> None:
     every = {*INT8.values(), *FP8.values(), *FP16.values()}
-    assert {name for name in every if built[case].count(name + ".", name)} == {INT8[case[1]]}
+    assert {name for name in every if count(built[case], name + ".", name)} == {INT8[case[1]]}
 
 
 @pytest.mark.parametrize("case", ON_HOPPER)
 def test_fp8_on_hopper(built: dict[Any, Compiled], case: str) -> None:
-    assert built[case].count("QGMMA") > 0 and built[case].count("HGMMA", "HMMA", "QMMA") == 0
+    assert count(built[case], "QGMMA") > 0 and count(built[case], "HGMMA", "HMMA", "QMMA") == 0
 
 
 def test_bf16_is_rounded_to_nearest(built: dict[Any, Compiled]) -> None:
@@ -95,7 +95,7 @@ def test_bf16_is_rounded_to_nearest(built: dict[Any, Compiled]) -> None:
 
 @pytest.mark.parametrize("sm", IN_HALF)
 def test_operands_that_are_no_e4m3_go_to_fp16_tensor_cores(built: dict[Any, Compiled], sm: int) -> None:
-    assert built[sm].count(FP16[sm]) > 0 and built[sm].count("QGMMA", "QMMA") == 0
+    assert count(built[sm], FP16[sm]) > 0 and count(built[sm], "QGMMA", "QMMA") == 0
 
 
 def test_every_kernel_of_the_table_is_compiled_somewhere() -> None:

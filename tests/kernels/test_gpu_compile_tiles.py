@@ -9,8 +9,8 @@ import pytest
 
 from benchmarks.shapes import gemm_shapes
 from plugins.gpu import tiles
-from plugins.gpu.compiled import Compiled, Request, compile_kernels
-from plugins.gpu.specs import GemmSpec
+from plugins.gpu.compile import Compiled, Request, compile_kernels
+from plugins.gpu.spec import GemmSpec
 from plugins.gpu.table import kernel
 from plugins.gpu.tile_table import Tile
 

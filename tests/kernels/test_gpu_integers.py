@@ -13,15 +13,13 @@ from hypothesis import strategies as st
 
 from export.errors import RecipeError
 from export.formats.format import get_format
-from plugins.gpu import launch_gemm, launch_quantize
-from plugins.gpu.gemm_constants import gemm_constants
-from plugins.gpu.gemm_meanings import expand
-from plugins.gpu.operands import operand_bytes
+from plugins.gpu import launch
 from plugins.gpu.promotion import Promotion, promotion_of
-from plugins.gpu.specs import GemmSpec, QuantizeSpec
+from plugins.gpu.reference import expand
+from plugins.gpu.spec import GemmSpec, QuantizeSpec, operand_bytes
 from plugins.gpu.table import kernel
 from plugins.gpu.tile_table import Tile
-from plugins.gpu.tiles import packed_tile
+from plugins.gpu.tiles import gemm_constants, packed_tile
 from tests.support.gpu_gemms import case, finite_codes, meaning, run, stored, tensor
 
 pytestmark = pytest.mark.usefixtures("interpreter")
@@ -111,15 +109,17 @@ def test_zero_point_gate_and_residual(output: Any) -> None:
 def test_integer_formats_take_int8_tensor_cores_by_themselves() -> None:
     for activation, weight in (("INT8", "INT4"), ("INT6", "E2M1"), ("INT4", "E3M0")):
         spec = GemmSpec(activation, weight, 1152, 64)
-        assert spec.multiplies_integers and gemm_constants(spec, packed_tile(spec, 64, 90), 90)["TYPE"] == "int8"
+        assert (
+            spec.multiplies_integers and gemm_constants(spec, packed_tile(spec, 64, 90), 90)["OPERANDS"].TYPE == "int8"
+        )
         assert promotion_of(spec, fp8=False, architecture=90) == Promotion(0, "exact")
 
 
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        (("E3M2", "E2M1"), r"E3M2 does not embed in INT8 \(its largest image is 448\); use FP8 operands"),
-        (("E2M3", "UE3M1"), "weights in UE3M1 times 1, 64 input channels: INT8 operands take images up to 127"),
+        (("E3M2", "E2M1"), r"E3M2 does not embed in INT8 \(its largest integer is 448\); use FP8 operands"),
+        (("E2M3", "UE3M1"), "weights in UE3M1 times 1, 64 input channels: INT8 operands take integers up to 127"),
         (("E2M3", "E3M0", 64, 8, 16, (1, 2)), "weights in E3M0 times 2, 64 input channels"),
         (("INT8", "E3M0", 2**19, 8), r"524288 input channels: .* sums below 2\^31; use FP8 operands"),
     ],
@@ -138,8 +138,8 @@ def test_quantizers_write_images(name: str, before: Any) -> None:
     extra = {"shift": x[:2] / 3, "scale": x[2:4] / 7} if before == "norm_modulate" else {}
     given = {key: tensor(value.copy()) for key, value in extra.items()}
     sizes = {"tokens": 3} if extra else {}
-    codes, scales = launch_quantize.quantize(spec, tensor(x), **given, **sizes)
-    floats, float_scales = launch_quantize.quantize(replace(spec, integers=False), tensor(x), **given, **sizes)
+    codes, scales = launch.quantize(spec, tensor(x), **given, **sizes)
+    floats, float_scales = launch.quantize(replace(spec, integers=False), tensor(x), **given, **sizes)
     image_of = dict(zip(operand_bytes(name).tolist(), operand_bytes(name, True).view(np.int8).tolist(), strict=True))
     assert codes.view(torch.int8).tolist() == [[image_of[byte] for byte in row] for row in floats.tolist()]
     assert torch.equal(scales, float_scales)
@@ -155,6 +155,6 @@ def test_expanded_bytes_are_images(weight: str) -> None:
     spec = integers("E2M3", weight, 96, 7, 48, multipliers)
     arrays = case(spec, 1)
     codes = arrays.get("multiplier_codes")
-    found = launch_gemm.expand(spec, tensor(arrays["w"]), None if codes is None else tensor(codes))
+    found = launch.expand(spec, tensor(arrays["w"]), multiplier_codes=None if codes is None else tensor(codes))
     np.testing.assert_array_equal(found.numpy(), expand(spec, arrays["w"], codes)[0])
     assert spec.weight_kind == "INT8" and found.view(torch.int8).abs().max() <= 120

@@ -12,10 +12,10 @@ from hypothesis import strategies as st
 
 from export.errors import ContractError, EnvironmentLacksError
 from export.formats.format import Format, get_format
-from plugins.gpu import launch_quantize, row_tiles
-from plugins.gpu.launch_quantize import quantize
-from plugins.gpu.row_tiles import RowTile
-from plugins.gpu.specs import QuantizeSpec
+from plugins.gpu import launch, tiles
+from plugins.gpu.launch import quantize
+from plugins.gpu.spec import QuantizeSpec
+from plugins.gpu.tiles import RowTile
 from tests.support.gpu_quantizers import DTYPES, assert_equal, expected
 
 pytest.importorskip("triton", reason="the GPU kernels need triton")
@@ -62,7 +62,7 @@ def test_equals_the_meaning(name: str, channels: int) -> None:
 @pytest.mark.parametrize("name", ["E2M3", "E3M2", "E4M3", "E2M1"])
 def test_the_hardware_conversion_gives_the_same_bytes(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """From SM89 on bytes come out of a conversion instruction, which the interpreter has, too."""
-    monkeypatch.setattr(launch_quantize, "sm_of", lambda _: 89)
+    monkeypatch.setattr(launch, "sm_of", lambda _: 89)
     spec = QuantizeSpec(name, 130, input="fp32")
     x = torch.from_numpy(tokens(get_format(name), 130))
     assert_equal(quantize(spec, x), expected(spec, x=x))
@@ -145,18 +145,22 @@ SPEC = QuantizeSpec("E2M3", 8, input="fp32")
 NORM = QuantizeSpec("E2M3", 8, "norm_modulate", "fp32")
 GOOD = torch.zeros(6, 8)
 REFUSED = [
-    (SPEC, {"x": torch.zeros(6, 9)}, r"x is torch.float32 \[6, 9\]; the kernel takes torch.float32 \[6, 8\]"),
-    (SPEC, {"x": torch.zeros(8)}, r"x is torch.float32 \[8\]; the kernel takes torch.float32 \['M', 8\]"),
-    (SPEC, {"x": GOOD.half()}, "x is torch.float16"),
-    (SPEC, {"x": torch.zeros(8, 6).T}, r"x with strides \(1, 6\) is not contiguous; call .contiguous\(\) first"),
-    (SPEC, {"x": GOOD, "shift": GOOD}, "shift and scale belong to norm_modulate; this quantizer's before is 'none'"),
-    (SPEC, {"x": GOOD, "codes": torch.zeros(6, 8)}, "codes is torch.float32"),
-    (SPEC, {"x": GOOD, "scales": torch.zeros(5)}, r"scales is torch.float32 \[5\]"),
+    (SPEC, {"x": torch.zeros(6, 9)}, r"x is float32 \[6, 9\]; quantize takes float32 \[6, 8\]"),
+    (SPEC, {"x": torch.zeros(8)}, r"x is float32 \[8\]; quantize takes float32 \[8, 8\]"),
+    (SPEC, {"x": GOOD.half()}, "x is float16"),
+    (SPEC, {"x": torch.zeros(8, 6).T}, r"x is float32 \[6, 8\], not contiguous; quantize takes"),
+    (SPEC, {"x": GOOD, "shift": GOOD}, "quantize takes x in this order, .*: shift by name"),
+    (SPEC, {"x": GOOD, "codes": torch.zeros(6, 8)}, "codes is float32"),
+    (SPEC, {"x": GOOD, "scales": torch.zeros(5)}, r"scales is float32 \[5\]"),
     (SPEC, {"x": GOOD, "tile": RowTile(4, 2, 1)}, "a tile of 4 \\+ 2 columns is narrower than 8 channels"),
-    (NORM, {"x": GOOD}, "norm_modulate needs shift and scale"),
-    (NORM, {"x": GOOD, "shift": GOOD[:1], "scale": GOOD[:1]}, "tokens 0 does not divide the 6 rows"),
-    (NORM, {"x": GOOD, "shift": GOOD[:1], "scale": GOOD[:1], "tokens": 4}, "tokens 4 does not divide the 6 rows"),
-    (NORM, {"x": GOOD, "shift": GOOD[:2], "scale": GOOD[:1], "tokens": 3}, r"scale is torch.float32 \[1, 8\]"),
+    (NORM, {"x": GOOD, "scale": GOOD[:1], "tokens": 6}, "shift is missing; norm_modulate_quantize needs it"),
+    (
+        NORM,
+        {"x": GOOD, "shift": GOOD[:1], "scale": GOOD[:1]},
+        "tokens 0: the rows that share a row of shift and scale must divide the 6 rows",
+    ),
+    (NORM, {"x": GOOD, "shift": GOOD[:1], "scale": GOOD[:1], "tokens": 4}, "tokens 4: the rows that share a row of"),
+    (NORM, {"x": GOOD, "shift": GOOD[:2], "scale": GOOD[:1], "tokens": 3}, r"scale is float32 \[1, 8\]"),
 ]
 
 
@@ -167,7 +171,7 @@ def test_refused(spec: QuantizeSpec, arguments: dict[str, Any], message: str) ->
 
 
 def test_rows_that_no_program_holds_are_refused() -> None:
-    spec = QuantizeSpec("E2M3", row_tiles.MAX_CHANNELS + 1, input="fp32")
+    spec = QuantizeSpec("E2M3", tiles.MAX_CHANNELS + 1, input="fp32")
     with pytest.raises(ContractError, match="16385 channels; a program's registers hold a row of at most 16384"):
         quantize(spec, torch.zeros(1, spec.channels))
 

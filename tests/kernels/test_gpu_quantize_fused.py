@@ -11,9 +11,8 @@ import torch
 from export.dialect.reference import ABSMAX_FLOOR
 from export.formats.format import decode, get_format
 from export.formats.format import quantize as encode
-from plugins.gpu.launch_quantize import quantize
-from plugins.gpu.operands import operand_bytes
-from plugins.gpu.specs import QuantizeSpec
+from plugins.gpu.launch import quantize
+from plugins.gpu.spec import QuantizeSpec, operand_bytes
 from tests.support.gpu_quantizers import DTYPES, U, assert_equal, expected
 
 pytest.importorskip("triton", reason="the GPU kernels need triton")

@@ -11,12 +11,11 @@ import torch
 from export.errors import ContractError
 from export.formats.format import Format, decode, get_format
 from export.formats.format import quantize as encode
-from plugins.gpu import launch_quantize
-from plugins.gpu.launch_quantize import quantize_static
-from plugins.gpu.operands import operand_bytes
-from plugins.gpu.row_tiles import RowTile
-from plugins.gpu.specs import QuantizeSpec
+from plugins.gpu import launch
+from plugins.gpu.launch import quantize
+from plugins.gpu.spec import QuantizeSpec, operand_bytes
 from plugins.gpu.table import kernel
+from plugins.gpu.tiles import RowTile
 from tests.kernels.test_gpu_quantize_fused import gelu_bound
 from tests.support.gpu_quantizers import DTYPES, U
 
@@ -39,11 +38,16 @@ def tokens(fmt: Format, channels: int, scale: float, zero: float) -> np.ndarray:
 
 
 def static(scale: float, zero: float) -> dict[str, torch.Tensor]:
-    return {"scale": torch.tensor([scale]), "zero": torch.tensor([zero])}
+    return {"static_scale": torch.tensor([scale]), "static_zero": torch.tensor([zero])}
+
+
+def quantize_static(spec: QuantizeSpec, x: torch.Tensor, **given: Any) -> torch.Tensor:
+    (codes,) = quantize(spec, x, **given)
+    return codes
 
 
 def meaning(spec: QuantizeSpec, x: torch.Tensor, given: dict[str, torch.Tensor]) -> np.ndarray:
-    arrays = {f"static_{name}": tensor.numpy() for name, tensor in given.items()}
+    arrays = {name: tensor.numpy() for name, tensor in given.items()}
     return kernel("quantize").reference(spec, x.float().numpy(), **arrays)[0]
 
 
@@ -59,7 +63,7 @@ def test_equals_the_meaning(name: str, channels: int) -> None:
 
 @pytest.mark.parametrize("name", ["E2M3", "E4M3"])
 def test_the_hardware_conversion_gives_the_same_bytes(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(launch_quantize, "sm_of", lambda _: 89)
+    monkeypatch.setattr(launch, "sm_of", lambda _: 89)
     spec, given = QuantizeSpec(name, 130, input="fp32", static=True), static(0.037, 0.11)
     x = torch.from_numpy(tokens(get_format(name), 130, 0.037, 0.11))
     np.testing.assert_array_equal(quantize_static(spec, x, **given), meaning(spec, x, given))
@@ -94,7 +98,9 @@ def test_what_does_not_fit_is_refused() -> None:
     spec, x, given = QuantizeSpec("E2M3", 8, input="fp32", static=True), torch.zeros(2, 8), static(1.0, 0.0)
     with pytest.raises(ContractError, match="a quantizer behind a norm has a scale per token"):
         QuantizeSpec("E2M3", 8, "norm_modulate", static=True)
-    with pytest.raises(ContractError, match=r"scale is torch.float32 \[2\]; the kernel takes torch.float32 \[1\]"):
-        quantize_static(spec, x, torch.ones(2), given["zero"])
-    with pytest.raises(ContractError, match="this quantizer's spec has a scale per token"):
+    with pytest.raises(ContractError, match=r"static_scale is float32 \[2\]; quantize takes float32 \[1\]"):
+        quantize_static(spec, x, **given | {"static_scale": torch.ones(2)})
+    with pytest.raises(
+        ContractError, match="static_scale, static_zero given, which quantize does not take for QuantizeSpec"
+    ):
         quantize_static(QuantizeSpec("E2M3", 8, input="fp32"), x, **given)

@@ -13,9 +13,8 @@ from hypothesis.extra import numpy as hnp
 
 from export.errors import ContractError, EnvironmentLacksError, RecipeError
 from export.formats.format import decode, get_format, pack, unpack
-from plugins.gpu import launch_gemm
-from plugins.gpu.gemm_constants import weight_exponent
-from plugins.gpu.specs import GemmSpec
+from plugins.gpu import launch
+from plugins.gpu.spec import GemmSpec
 from plugins.gpu.table import kernel
 from tests.support.gpu_gemms import case, tensor
 
@@ -33,7 +32,7 @@ def codes_of(n: int, k: int) -> np.ndarray:
 @pytest.mark.parametrize(("n", "k"), [(1, 2), (3, 34), (5, 130), (9, 2050)])
 def test_pack(interpreter: None, n: int, k: int) -> None:
     codes = codes_of(n, k)
-    packed = launch_gemm.pack(torch.from_numpy(codes)).numpy()
+    packed = launch.pack(torch.from_numpy(codes)).numpy()
     np.testing.assert_array_equal(packed, pack(codes, 4))
     assert packed[0, 0] == codes[0, 0] | codes[0, 1] << 4, "element 0 in the low nibble"
 
@@ -44,9 +43,9 @@ def test_expand(interpreter: None, weight: str, n: int, k: int) -> None:
     """E4M3 bytes of value * 2^e, and their values are the codes' values."""
     spec = GemmSpec("E2M3", weight, k, n)
     packed = np.ascontiguousarray(pack(codes_of(n, k), 4))
-    found = launch_gemm.expand(spec, torch.from_numpy(packed)).numpy()
+    found = launch.expand(spec, torch.from_numpy(packed)).numpy()
     np.testing.assert_array_equal(found, kernel("expand").reference(spec, packed)[0])
-    values = decode(get_format("E4M3"), found) * 2.0 ** -weight_exponent(spec)
+    values = decode(get_format("E4M3"), found) * 2.0**-spec.weight_exponent
     np.testing.assert_array_equal(values, get_format(weight).values[unpack(packed, 4, k)])
 
 
@@ -54,7 +53,7 @@ def test_expand(interpreter: None, weight: str, n: int, k: int) -> None:
 def test_expand_with_multipliers(interpreter: None, k: int, group: int) -> None:
     spec = GemmSpec("E2M3", "E2M1", k, 7, group, MULTIPLIERS)
     arrays = case(spec, 1)
-    found = launch_gemm.expand(spec, tensor(arrays["w"]), tensor(arrays["multiplier_codes"])).numpy()
+    found = launch.expand(spec, tensor(arrays["w"]), multiplier_codes=tensor(arrays["multiplier_codes"])).numpy()
     np.testing.assert_array_equal(found, kernel("expand").reference(spec, arrays["w"], arrays["multiplier_codes"])[0])
 
 
@@ -68,18 +67,18 @@ def test_expanding_what_was_packed_gives_the_values(codes: np.ndarray) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TRITON_INTERPRET", "1")
         spec = GemmSpec("E2M3", "E1M2", codes.shape[1], len(codes))
-        expanded = launch_gemm.expand(spec, launch_gemm.pack(torch.from_numpy(codes))).numpy()
-    values = decode(get_format("E4M3"), expanded) * 2.0 ** -weight_exponent(spec)
+        expanded = launch.expand(spec, launch.pack(torch.from_numpy(codes))).numpy()
+    values = decode(get_format("E4M3"), expanded) * 2.0**-spec.weight_exponent
     np.testing.assert_array_equal(values, get_format("E1M2").values[codes])
 
 
 def test_into_given_tensors(interpreter: None) -> None:
     codes = torch.from_numpy(codes_of(4, 64))
     packed, expanded = torch.empty(4, 32, dtype=torch.uint8), torch.empty(4, 64, dtype=torch.uint8)
-    assert launch_gemm.pack(codes, out=packed) is packed
+    assert launch.pack(codes, packed=packed) is packed
     spec = GemmSpec("E2M3", "E2M1", 64, 4)
-    assert launch_gemm.expand(spec, packed, out=expanded) is expanded
-    assert launch_gemm.pack(torch.empty(0, 4, dtype=torch.uint8)).shape == (0, 2)
+    assert launch.expand(spec, packed, expanded=expanded) is expanded
+    assert launch.pack(torch.empty(0, 4, dtype=torch.uint8)).shape == (0, 2)
 
 
 # --- wrong tensors ---------------------------------------------------------------------------------------------------
@@ -90,38 +89,46 @@ GATED = GemmSpec("E2M3", "E2M1", 64, 8, epilogue="gate_residual", output="bf16")
 ZERO = GemmSpec("UE2M2", "E2M1", 64, 8, zero_point=True)
 
 
-def launch(spec: GemmSpec, tokens: int = 3, **changed: Any) -> torch.Tensor:
+def launched(spec: GemmSpec, tokens: int = 3, **changed: Any) -> torch.Tensor:
     given = {name: tensor(value) for name, value in case(spec, 6, tokens=3).items() if name != "codes"} | changed
     first = [given.pop(name) for name in ("a", "a_scale", "w", "w_scales", "bias")]
-    return launch_gemm.packed_gemm(spec, *first, **given, tokens=tokens)
+    return launch.packed_gemm(spec, *first, **given, tokens=tokens)
 
 
 @pytest.mark.parametrize(
     ("spec", "changed", "message"),
     [
-        (PLAIN, {"a": torch.zeros(6, 62, dtype=torch.uint8)}, r"a is uint8 \[6, 62\]; this GEMM takes uint8 \[6, 64\]"),
-        (PLAIN, {"a": torch.zeros(6, 64)}, r"a is float32 \[6, 64\]; this GEMM takes uint8"),
+        (
+            PLAIN,
+            {"a": torch.zeros(6, 62, dtype=torch.uint8)},
+            r"a is uint8 \[6, 62\]; packed_gemm takes uint8 \[6, 64\]",
+        ),
+        (PLAIN, {"a": torch.zeros(6, 64)}, r"a is float32 \[6, 64\]; packed_gemm takes uint8"),
         (PLAIN, {"a": torch.zeros(64, 6, dtype=torch.uint8).T}, r"a is uint8 \[6, 64\], not contiguous"),
-        (PLAIN, {"a_scale": torch.ones(6, 1)}, r"a_scale is float32 \[6, 1\]; this GEMM takes float32 \[6\]"),
-        (PLAIN, {"w": torch.zeros(8, 64, dtype=torch.uint8)}, r"w is uint8 \[8, 64\]; this GEMM takes uint8 \[8, 32\]"),
-        (PLAIN, {"out": torch.zeros(6, 8)}, r"out is float32 \[6, 8\]; this GEMM takes float16 \[6, 8\]"),
-        (GROUPED, {"multiplier_codes": None}, r"multiplier_codes is missing; this GEMM needs it as uint8 \[8, 2\]"),
-        (GATED, {"gate": None}, r"gate is missing; this GEMM needs it as bfloat16 \[2, 8\]"),
-        (GATED, {"residual": torch.zeros(6, 8)}, r"residual is float32 \[6, 8\]; this GEMM takes bfloat16"),
-        (GATED, {"tokens": 4}, "tokens 4: the rows that share a gate must divide M 6"),
-        (GATED, {"tokens": 0}, "tokens 0: the rows that share a gate must divide M 6"),
-        (ZERO, {"w_sums": None}, r"w_sums is missing; this GEMM needs it as float32 \[8\]"),
+        (PLAIN, {"a_scale": torch.ones(6, 1)}, r"a_scale is float32 \[6, 1\]; packed_gemm takes float32 \[6\]"),
+        (
+            PLAIN,
+            {"w": torch.zeros(8, 64, dtype=torch.uint8)},
+            r"w is uint8 \[8, 64\]; packed_gemm takes uint8 \[8, 32\]",
+        ),
+        (PLAIN, {"y": torch.zeros(6, 8)}, r"y is float32 \[6, 8\]; packed_gemm takes float16 \[6, 8\]"),
+        (GROUPED, {"multiplier_codes": None}, r"multiplier_codes is missing; packed_gemm needs it as uint8 \[8, 2\]"),
+        (GATED, {"gate": None}, r"gate is missing; packed_gemm needs it as bfloat16 \[2, 8\]"),
+        (GATED, {"residual": torch.zeros(6, 8)}, r"residual is float32 \[6, 8\]; packed_gemm takes bfloat16"),
+        (GATED, {"tokens": 4}, "tokens 4: the rows that share a row of gate must divide the 6 rows"),
+        (GATED, {"tokens": 0}, "tokens 0: the rows that share a row of gate must divide the 6 rows"),
+        (ZERO, {"w_sums": None}, r"w_sums is missing; packed_gemm needs it as float32 \[8\]"),
     ],
 )
 def test_wrong_tensors(interpreter: None, spec: GemmSpec, changed: dict[str, Any], message: str) -> None:
     with pytest.raises(ContractError, match=message):
-        launch(spec, **changed)
+        launched(spec, **changed)
 
 
 def test_the_cpu_needs_the_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     with pytest.raises(EnvironmentLacksError, match="tensors on cpu: the kernels run on a GPU, or on the CPU with"):
-        launch(PLAIN)
+        launched(PLAIN)
 
 
 def test_groups_share_whole_bytes() -> None:
@@ -130,4 +137,4 @@ def test_groups_share_whole_bytes() -> None:
     with pytest.raises(RecipeError, match="multiplier 7 takes E2M1 out of E4M3"):
         GemmSpec("E2M3", "E2M1", 64, 8, 16, (1, 7))
     with pytest.raises(ContractError, match="in_features 65 must be even"):
-        launch_gemm.pack(torch.zeros(2, 65, dtype=torch.uint8))
+        launch.pack(torch.zeros(2, 65, dtype=torch.uint8))

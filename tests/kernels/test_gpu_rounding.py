@@ -11,13 +11,13 @@ import pytest
 import torch
 
 from export.formats.format import FORMATS, Format, get_format, quantize
-from plugins.gpu.operands import operand_bytes
-from plugins.gpu.rounding_tables import rounding_constants
+from plugins.gpu.spec import operand_bytes
+from plugins.gpu.tiles import rounding_grid
 
 triton = pytest.importorskip("triton", reason="the GPU kernels need triton")
 tl = triton.language
 
-from plugins.gpu.rounding import grid_to_byte, quotient, reciprocal_parts, round_to_grid  # noqa: E402
+from plugins.gpu.quantize import grid_to_byte, quotient, reciprocal_parts, round_to_grid  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("interpreter")
 INTERPRETED, CONVERTED = 0, 90  # with bit operations; with the hardware's conversion to E4M3 where there is one
@@ -29,13 +29,9 @@ def divide(y, s, out, COUNT: tl.constexpr):  # type: ignore[no-untyped-def]
     tl.store(out + at, quotient(tl.load(y + at), up, divisor, high, low))
 
 
-def to_bytes(  # type: ignore[no-untyped-def]
-    q, out, COUNT: tl.constexpr, ANCHOR: tl.constexpr, LOWEST: tl.constexpr, SIGNED: tl.constexpr,
-    KIND: tl.constexpr, UP: tl.constexpr, MOVE: tl.constexpr, SIGN: tl.constexpr,
-):  # fmt: skip
+def to_bytes(q, out, COUNT: tl.constexpr, GRID: tl.constexpr):  # type: ignore[no-untyped-def]
     at = tl.arange(0, COUNT)
-    grid = round_to_grid(tl.load(q + at), ANCHOR, LOWEST, SIGNED)
-    tl.store(out + at, grid_to_byte(grid, KIND, UP, MOVE, SIGN))
+    tl.store(out + at, grid_to_byte(round_to_grid(tl.load(q + at), GRID), GRID))
 
 
 def run(function: Callable[..., None], inputs: list[np.ndarray], dtype: torch.dtype, **constants: Any) -> np.ndarray:
@@ -100,6 +96,5 @@ def test_every_grid_point_midpoint_and_neighbour(name: str, sm: int) -> None:
     spread = np.ldexp(rng.uniform(1, 2, 4000), rng.integers(-40, 9, 4000)).astype(np.float32)
     q = np.concatenate([neighbours(midpoints(fmt), 4), neighbours(grid, 4), spread, -spread, np.float32([0.0, -0.0])])
     q = q[np.abs(q) <= fmt.max_value * (1 + 2.0**-22)]
-    constants = {key: value for key, value in rounding_constants(name, sm).items() if key in to_bytes.__annotations__}
-    found = run(to_bytes, [q], torch.uint8, **constants)
+    found = run(to_bytes, [q], torch.uint8, GRID=rounding_grid(name, sm))
     np.testing.assert_array_equal(found, operand_bytes(name)[quantize(fmt, q)])

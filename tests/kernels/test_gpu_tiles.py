@@ -11,8 +11,7 @@ from hypothesis import strategies as st
 
 from export.errors import RecipeError
 from export.formats.format import decode, get_format, quantize
-from plugins.gpu.gemm_constants import expand_constants, gemm_constants, packed_constants, packed_table
-from plugins.gpu.machine_code import SHARED_KIB, TARGETS
+from plugins.gpu.compile import SHARED_KIB, TARGETS
 from plugins.gpu.promotion import (
     FP32_BITS,
     SHORT_BITS,
@@ -21,7 +20,7 @@ from plugins.gpu.promotion import (
     largest_product,
     promotion_of,
 )
-from plugins.gpu.specs import GemmSpec, PackSpec
+from plugins.gpu.spec import GemmSpec, PackSpec
 from plugins.gpu.tile_table import TABLE
 from plugins.gpu.tiles import (
     INTERPRETED,
@@ -29,9 +28,13 @@ from plugins.gpu.tiles import (
     band_grid,
     band_tile,
     clocks,
+    expand_constants,
     expanded_tile,
     expands_first,
+    gemm_constants,
     gemm_grid,
+    packed_constants,
+    packed_table,
     packed_tile,
     prefers_integers,
     product_type,
@@ -104,10 +107,12 @@ def test_a_step_stays_within_its_group() -> None:
 def test_where_multipliers_go(group: int, sm: int, factor: str) -> None:
     spec = GemmSpec("E2M3", "E2M1", 1152, 1152, group, MULTIPLIERS)
     tile = packed_tile(spec, 1024, sm)
-    assert packed_constants(spec, tile, sm)["FACTOR"] == factor
+    assert factor == packed_constants(spec, tile, sm)["OPERANDS"].FACTOR
     assert scales_sums(spec, tile.k, sm) == (factor == "multiplier")
-    assert gemm_constants(spec, tile, sm)["FACTOR"] == "none", "expanded weights have theirs"
-    assert packed_constants(spec, packed_tile(spec, 1024, 80), 80)["FACTOR"] == "none", "FP16 multiplies weights"
+    assert gemm_constants(spec, tile, sm)["OPERANDS"].FACTOR == "none", "expanded weights have theirs"
+    assert packed_constants(spec, packed_tile(spec, 1024, 80), 80)["OPERANDS"].FACTOR == "none", (
+        "FP16 multiplies weights"
+    )
 
 
 @pytest.mark.parametrize("sm", TARGETS)
@@ -171,7 +176,8 @@ def test_formats_without_a_kernel_are_refused() -> None:
 def test_words_are_as_wide_as_rows_allow() -> None:
     tile = band_tile(PackSpec(64), 8, 90)
     widths = [
-        expand_constants(GemmSpec("E2M3", "E2M1", k, 8, g), tile, 90)["WIDTH"] for k, g in ((64, 0), (66, 0), (60, 6))
+        expand_constants(GemmSpec("E2M3", "E2M1", k, 8, g), tile, 90)["OPERANDS"].WIDTH
+        for k, g in ((64, 0), (66, 0), (60, 6))
     ]
     assert widths == [4, 2, 2]
 
@@ -220,9 +226,9 @@ def test_steps_go_no_further_than_promotion_allows() -> None:
     spec = GemmSpec("E2M3", "E2M1", 1152, 1152, 32, MULTIPLIERS)
     for sm in (89, 90):
         for tile in (packed_tile(spec, 4096, sm), expanded_tile(spec, 4096, sm)):
-            assert tile.k == gemm_constants(spec, tile, sm)["PROMOTE"] == 64
+            assert tile.k == gemm_constants(spec, tile, sm)["OPERANDS"].PROMOTE == 64
     assert expanded_tile(GemmSpec("E3M2", "E2M1", 1152, 1152), 4096, 90).k == 128
-    assert gemm_constants(spec, expanded_tile(spec, 4096, 100), 100)["PROMOTE"] == 0
+    assert gemm_constants(spec, expanded_tile(spec, 4096, 100), 100)["OPERANDS"].PROMOTE == 0
 
 
 # --- promotion against a model of the short accumulator --------------------------------------------------------------

@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from plugins.gpu.specs import GemmSpec, QuantizeSpec
-from plugins.tensorrt_rtx import loader, plugin
-from plugins.tensorrt_rtx.payload import FIELD, NAMESPACE, PLUGINS, VERSION, Payload
+from plugins.gpu.spec import GemmSpec, QuantizeSpec
+from plugins.tensorrt import rtx_loader, rtx_plugin
+from plugins.tensorrt.payload import FIELD, NAMESPACE, PLUGINS, VERSION, Payload
 from tests.kernels.test_rtx_plugin_launcher import RecordingDriver, gemm_shapes, payload
 
 pytest.importorskip("tensorrt_rtx", reason="tensorrt-rtx is not installed")
@@ -20,8 +20,8 @@ GEMM = GemmSpec("E2M3", "E2M1", 64, 96, 32, (1, 2, 3), epilogue="gate_residual",
 
 def created(made: Payload, phase: str) -> Any:
     """A plugin from the registry's creator, as parser and runtime make it; the parser ends texts with a zero."""
-    trt = loader.load()
-    plugin.creators()
+    trt = rtx_loader.load()
+    rtx_plugin.creators()
     creator = trt.get_plugin_registry().get_creator(PLUGINS[made.kernel], VERSION, NAMESPACE)
     kept = np.frombuffer(made.to_text().encode() + b"\0" * (phase == "BUILD"), np.int8)
     field = trt.PluginField(FIELD, kept, trt.PluginFieldType.CHAR)
@@ -33,13 +33,13 @@ def test_a_plugin_is_made_from_its_field_alone_and_gives_it_back(phase: str) -> 
     made = payload("packed_gemm", GEMM)
     found = created(made, phase)
     (field,) = found.get_fields_to_serialize()
-    assert field.name == FIELD and plugin.text_of(field) == made.to_text()
+    assert field.name == FIELD and rtx_plugin.text_of(field) == made.to_text()
     assert (found.plugin_name, found.plugin_version, found.plugin_namespace) == ("PackedGemm", "1", "fpq")
     assert found.clone().payload == found.payload == made
 
 
 def test_types_and_formats_are_those_of_the_kernel() -> None:
-    trt, found = loader.load(), created(payload("packed_gemm", GEMM), "BUILD")
+    trt, found = rtx_loader.load(), created(payload("packed_gemm", GEMM), "BUILD")
     assert found.get_output_data_types([]) == [trt.float32] and found.num_outputs == 1
     types = ["int8", "float32", "int8", "float32", "int8", "float32", "float32", "float32", "float32"]
 
@@ -57,7 +57,7 @@ def test_types_and_formats_are_those_of_the_kernel() -> None:
 def test_enqueue_is_one_launch_on_the_stream(monkeypatch: pytest.MonkeyPatch) -> None:
     made = payload("packed_gemm", GEMM)
     recording = RecordingDriver(types=made.variants[0].types)
-    monkeypatch.setattr(plugin, "cuda_driver", lambda: recording)
+    monkeypatch.setattr(rtx_plugin, "cuda_driver", lambda: recording)
     attached = created(made, "RUNTIME").attach_to_context(None)
     loaded = len(recording.loaded)
     for batch in (1, 2):

@@ -14,11 +14,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from export.errors import ContractError, EnvironmentLacksError, ResourceError
-from plugins.gpu.specs import GemmSpec, QuantizeSpec
-from plugins.tensorrt_rtx import driver
-from plugins.tensorrt_rtx.driver import Arguments, CudaDriver
-from plugins.tensorrt_rtx.launcher import Launcher
-from plugins.tensorrt_rtx.payload import FIELD, PLUGINS, Payload, Variant, from_text, kernel_row
+from plugins.gpu.spec import GemmSpec, QuantizeSpec
+from plugins.tensorrt import rtx_driver
+from plugins.tensorrt.payload import FIELD, PLUGINS, Payload, Variant, from_text, kernel_row
+from plugins.tensorrt.rtx_driver import Arguments, CudaDriver
+from plugins.tensorrt.rtx_launcher import Launcher
 
 GEMM = GemmSpec("E2M3", "E2M1", 64, 96, 32, (1, 2, 3), epilogue="gate_residual", output="fp32")
 NORM = QuantizeSpec("E2M3", 64, "norm_modulate", "fp32")
@@ -157,7 +157,7 @@ def test_shapes_that_do_not_fit_are_refused() -> None:
 
 
 def test_a_machine_without_a_driver_is_told_so(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(driver, "LIBRARY", "libditc_no_driver.so")
+    monkeypatch.setattr(rtx_driver, "LIBRARY", "libditc_no_driver.so")
     with pytest.raises(EnvironmentLacksError, match="plugins run on an NVIDIA GPU"):
         CudaDriver()
 

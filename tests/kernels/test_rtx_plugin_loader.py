@@ -12,15 +12,15 @@ from pathlib import Path
 import pytest
 
 from export.errors import EnvironmentLacksError
-from plugins.tensorrt_rtx import loader
+from plugins.tensorrt import rtx_loader
 
 linux = pytest.mark.skipif(
-    sys.platform != "linux" or platform.machine() not in loader.MACHINES, reason="needs Linux on x86-64 or Arm"
+    sys.platform != "linux" or platform.machine() not in rtx_loader.MACHINES, reason="needs Linux on x86-64 or Arm"
 )
 
 
 def machine() -> int:
-    return loader.MACHINES[platform.machine()]
+    return rtx_loader.MACHINES[platform.machine()]
 
 
 @linux
@@ -29,7 +29,7 @@ def test_an_alias_answers_to_its_name_and_hands_out_what_it_needs(tmp_path: Path
     with pytest.raises(OSError, match="cannot open shared object"):
         ctypes.CDLL(name)
     path = tmp_path / "any.so"
-    path.write_bytes(loader.alias_library(name, "libm.so.6", machine()))
+    path.write_bytes(rtx_loader.alias_library(name, "libm.so.6", machine()))
     ctypes.CDLL(str(path), mode=ctypes.RTLD_GLOBAL)
     by_name = ctypes.CDLL(name)
     by_name.cos.restype, by_name.cos.argtypes = ctypes.c_double, [ctypes.c_double]
@@ -39,13 +39,13 @@ def test_an_alias_answers_to_its_name_and_hands_out_what_it_needs(tmp_path: Path
 @linux
 def test_an_alias_of_nothing_is_refused_by_the_system(tmp_path: Path) -> None:
     path = tmp_path / "any.so"
-    path.write_bytes(loader.alias_library("libditc_a.so", "libditc_is_nowhere.so", machine()))
+    path.write_bytes(rtx_loader.alias_library("libditc_a.so", "libditc_is_nowhere.so", machine()))
     with pytest.raises(OSError, match=r"libditc_is_nowhere\.so"):
         ctypes.CDLL(str(path))
 
 
 def test_the_bytes_depend_on_the_arguments_alone_and_are_few() -> None:
-    first, second = (loader.alias_library(loader.MISSING, loader.REAL, 62) for _ in range(2))
+    first, second = (rtx_loader.alias_library(rtx_loader.MISSING, rtx_loader.REAL, 62) for _ in range(2))
     assert first == second and len(first) < 512
     assert first[:4] == b"\x7fELF" and first[18:20] == b"\x3e\0"
     assert first.endswith(b"\0libtensorrt_rtx.so.1\0libtensorrt_rtx.so\0")
@@ -53,9 +53,9 @@ def test_the_bytes_depend_on_the_arguments_alone_and_are_few() -> None:
 
 LOAD = """
 import ctypes
-from plugins.tensorrt_rtx import loader
-trt = loader.load()
-assert loader.load() is trt
+from plugins.tensorrt import rtx_loader
+trt = rtx_loader.load()
+assert rtx_loader.load() is trt
 assert ctypes.CDLL("libtensorrt_rtx.so").getInferLibVersion() > 0
 """
 
@@ -71,25 +71,25 @@ def test_the_wheel_is_found_under_the_name_that_it_lacks(first: str) -> None:
 
 
 def test_a_missing_package_has_a_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(loader, "find_spec", lambda name: None)
+    monkeypatch.setattr(rtx_loader, "find_spec", lambda name: None)
     with pytest.raises(EnvironmentLacksError, match="pip install tensorrt-rtx"):
-        loader._named_library.__wrapped__()
+        rtx_loader._named_library.__wrapped__()
 
 
 def test_a_missing_library_has_a_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(loader, "find_spec", lambda name: machine if name == "tensorrt_rtx" else None)
-    monkeypatch.setattr(loader, "MISSING", "libditc_no_such_library.so")
+    monkeypatch.setattr(rtx_loader, "find_spec", lambda name: machine if name == "tensorrt_rtx" else None)
+    monkeypatch.setattr(rtx_loader, "MISSING", "libditc_no_such_library.so")
     with pytest.raises(EnvironmentLacksError, match=r"no libtensorrt_rtx\.so\.1 .*rtx\.path=native"):
-        loader._named_library.__wrapped__()
+        rtx_loader._named_library.__wrapped__()
 
 
 def test_a_processor_without_an_alias_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(loader.platform, "machine", lambda: "riscv64")
+    monkeypatch.setattr(rtx_loader.platform, "machine", lambda: "riscv64")
     with pytest.raises(EnvironmentLacksError, match=r"riscv64; use --set rtx\.path=native"):
-        loader._open_alias(tmp_path / loader.REAL)
+        rtx_loader._open_alias(tmp_path / rtx_loader.REAL)
 
 
 @linux
 def test_a_library_that_does_not_open_is_named(tmp_path: Path) -> None:
     with pytest.raises(EnvironmentLacksError, match=r"libtensorrt_rtx\.so cannot be supplied"):
-        loader._open_alias(tmp_path / loader.REAL)
+        rtx_loader._open_alias(tmp_path / rtx_loader.REAL)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -12,14 +14,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from export.errors import ContractError
-from plugins.gpu import machine_code
-from plugins.gpu.specs import GemmSpec, QuantizeSpec
+from plugins.gpu import compile
+from plugins.gpu.spec import GemmSpec, QuantizeSpec
 from plugins.gpu.tile_table import Tile
-from plugins.tensorrt.aot import aot_kernel, plugin_name
-from plugins.tensorrt.expressions import as_expression, rows_of
+from plugins.tensorrt.aot import LOWEST_VERSION, aot_kernel, at_lowest_version, entry_name, keep_parameters, plugin_name
+from plugins.tensorrt.expressions import Expression, as_expression, rows_of
+from plugins.tensorrt.payload import Payload, Variant, kernel_row
 from plugins.tensorrt.plugins import EXAMPLES
-from plugins.tensorrt.ptx import LOWEST_VERSION, at_lowest_version, entry_name, keep_parameters, parameter_names
-from plugins.tensorrt_rtx.payload import Payload, Variant, kernel_row
 
 TEXT = """
 .version 8.7
@@ -40,6 +41,16 @@ TEXT = """
 """
 GEMM = GemmSpec("E2M3", "E2M1", 64, 96, 32, (1, 2, 3), epilogue="gate_residual", output="fp32")
 NORM = QuantizeSpec("E2M3", 96, "norm_modulate", "fp32")
+
+
+def value(expression: Expression, shapes: Sequence[Sequence[int]]) -> int:
+    """The integer for inputs of these shapes."""
+    return int(expression.resolve(lambda index, axis: shapes[index][axis], lambda a, b: -(-a // b)))
+
+
+def parameter_names(ptx: str) -> list[str]:
+    """Of the one kernel in a text, in order."""
+    return re.findall(r"\w+_param_\d+(?=\s*[,)])", ptx.split("{")[0])
 
 
 # --- PTX -----------------------------------------------------------------------------------------------------------
@@ -92,7 +103,7 @@ COMPILED = [
 @pytest.mark.parametrize(("kernel", "spec", "sm"), COMPILED, ids=[f"{k}-{sm}" for k, _, sm in COMPILED])
 def test_stripped_kernels_assemble(kernel: str, spec: Any, sm: int, tmp_path: Path) -> None:
     pytest.importorskip("triton", reason="triton is not installed")
-    from plugins.tensorrt_rtx.compile import compile_payload
+    from plugins.tensorrt.payload import compile_payload
 
     payload = compile_payload(kernel, spec, (128,), (sm,), "ptx")
     made = aot_kernel(payload, payload.variants[0], [3] * 8)
@@ -101,7 +112,7 @@ def test_stripped_kernels_assemble(kernel: str, spec: Any, sm: int, tmp_path: Pa
     (tmp_path / "k.ptx").write_text(made.ptx)
     target = next(word for word in made.ptx.split() if word.startswith("sm_"))
     for assembler in ("ptxas", "ptxas-blackwell"):  # of CUDA 12.9, and of Triton's own CUDA
-        command = [machine_code.tool(assembler), f"--gpu-name={target}", "-o", tmp_path / "k.cubin", tmp_path / "k.ptx"]
+        command = [compile.tool(assembler), f"--gpu-name={target}", "-o", tmp_path / "k.cubin", tmp_path / "k.ptx"]
         done = subprocess.run([*map(str, command)], capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stderr
     assert made.name.encode() in (tmp_path / "k.cubin").read_bytes()
@@ -133,8 +144,8 @@ def test_launch_sizes_are_those_of_the_kernel_for_any_shape(batch: int, tokens: 
         (batch, tokens, 96),
     ]
     tile = payload.tile(payload.variants[0])
-    assert tuple(size.value(shapes) for size in made.grid) == payload.row.grid(GEMM, tile, batch * tokens)
-    assert [scalar.value(shapes) for scalar in made.scalars] == [batch * tokens, tokens]
+    assert tuple(value(size, shapes) for size in made.grid) == payload.row.grid(GEMM, tile, batch * tokens)
+    assert [value(scalar, shapes) for scalar in made.scalars] == [batch * tokens, tokens]
     assert (made.name, made.threads, made.shared_bytes) == ("packed_gemm", 128, 4096)
 
 
@@ -143,28 +154,28 @@ def test_a_quantizer_of_rows_needs_their_number_alone(rows: int) -> None:
     payload = payload_of("quantize", QuantizeSpec("E2M3", 96))
     made = aot_kernel(payload, payload.variants[0], [2])
     tile = payload.tile(payload.variants[0])
-    assert [scalar.value([(rows, 96)]) for scalar in made.scalars] == [rows]
-    assert made.grid[0].value([(rows, 96)]) == payload.row.grid(payload.spec, tile, rows)[0]
+    assert [value(scalar, [(rows, 96)]) for scalar in made.scalars] == [rows]
+    assert value(made.grid[0], [(rows, 96)]) == payload.row.grid(payload.spec, tile, rows)[0]
 
 
 def test_a_norm_shares_its_shift_over_the_tokens_of_a_sample() -> None:
     payload = payload_of("norm_modulate_quantize", NORM)
     made = aot_kernel(payload, payload.variants[0], [3, 3, 3])
-    assert [scalar.value([(2, 256, 96), (2, 1, 96), (2, 1, 96)]) for scalar in made.scalars] == [512, 256]
+    assert [value(scalar, [(2, 256, 96), (2, 1, 96), (2, 1, 96)]) for scalar in made.scalars] == [512, 256]
 
 
 @given(a=st.integers(-100, 100), b=st.integers(1, 50), c=st.integers(0, 9))
 def test_expressions_are_the_arithmetic_of_integers(a: int, b: int, c: int) -> None:
     x = rows_of(0, 2)
-    assert (x // b * c).value([(a, 1)]) == a // b * c
-    assert (-(-x // b)).value([(a, 1)]) == -(-a // b)
-    assert (c * x).value([(a, 1)]) == c * a and rows_of(0, 1).value([(a,)]) == 1
-    assert as_expression(c).value([]) == c
+    assert value(x // b * c, [(a, 1)]) == a // b * c
+    assert value(-(-x // b), [(a, 1)]) == -(-a // b)
+    assert value(c * x, [(a, 1)]) == c * a and value(rows_of(0, 1), [(a,)]) == 1
+    assert value(as_expression(c), []) == c
 
 
 def test_a_size_below_zero_is_refused() -> None:
     with pytest.raises(ContractError, match="a launch size is negative"):
-        (-rows_of(0, 2)).value([(3, 1)])
+        value(-rows_of(0, 2), [(3, 1)])
 
 
 def test_a_split_sum_is_refused() -> None:

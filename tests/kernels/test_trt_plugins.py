@@ -14,9 +14,9 @@ from typing import Any
 
 import pytest
 
-from plugins.gpu.specs import GemmSpec, QuantizeSpec
+from plugins.gpu.spec import GemmSpec, QuantizeSpec
 from plugins.tensorrt import plugins
-from plugins.tensorrt_rtx.payload import Payload, Variant, kernel_row
+from plugins.tensorrt.payload import Payload, Variant, kernel_row
 from tests.kernels.test_trt_aot import payload_of
 
 

@@ -9,10 +9,9 @@ import numpy as np
 import torch
 
 from export.formats.format import decode, get_format, pack, unpack
-from plugins.gpu import launch_gemm
-from plugins.gpu.gemm_meanings import expand
-from plugins.gpu.operands import operand_bytes
-from plugins.gpu.specs import GemmSpec
+from plugins.gpu import launch
+from plugins.gpu.reference import expand
+from plugins.gpu.spec import GemmSpec, operand_bytes
 from plugins.gpu.table import kernel
 from plugins.gpu.tile_table import Tile
 
@@ -91,8 +90,8 @@ def run(
         (w,) = expand(spec, arrays["w"], arrays.get("multiplier_codes"))
         given = {name: value for name, value in given.items() if name != "multiplier_codes"} | {"w": tensor(w)}
     first = [given.pop(name) for name in ("a", "a_scale", "w", "w_scales", "bias")]
-    launch = launch_gemm.expanded_gemm if expanded else launch_gemm.packed_gemm
-    return array(launch(spec, *first, **given, tokens=tokens, tile=tile, sm=sm, **choices))
+    kernel_of = launch.expanded_gemm if expanded else launch.packed_gemm
+    return array(kernel_of(spec, *first, **given, tokens=tokens, tile=tile, sm=sm, **choices))
 
 
 def meaning(spec: GemmSpec, arrays: Arrays, tokens: int = 1) -> np.ndarray:

@@ -7,12 +7,12 @@ from typing import Any
 import numpy as np
 import torch
 
-from plugins.gpu.specs import QuantizeSpec
+from plugins.gpu.launch import KERNEL_OF
+from plugins.gpu.spec import QuantizeSpec
 from plugins.gpu.table import kernel
 
 U = 2.0**-24  # largest relative error of one float32 rounding
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
-KERNEL_OF = {"none": "quantize", "gelu": "gelu_quantize", "norm_modulate": "norm_modulate_quantize"}
 
 
 def expected(spec: QuantizeSpec, **inputs: Any) -> tuple[np.ndarray, np.ndarray]:

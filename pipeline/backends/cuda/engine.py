@@ -26,7 +26,7 @@ from pipeline.backends import feeds, lowering_file, metadata_file
 from pipeline.backends.base import Arrays
 from pipeline.backends.rtx.engine import visible_sm
 from pipeline.files import is_out_of_memory
-from plugins.gpu.compiled import MINIMUM_TRITON
+from plugins.gpu.compile import MINIMUM_TRITON
 
 if TYPE_CHECKING:
     from torch import Tensor

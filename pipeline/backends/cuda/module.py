@@ -27,8 +27,9 @@ from pipeline.backends.cuda.merge import merge_gemms
 from pipeline.backends.cuda.torch_gemm import DIALECT_OPS, Gemm
 from pipeline.backends.cuda.torch_onnx import ONNX_OPS
 from pipeline.backends.fused.lower import OPERANDS_KEY, takes_integers
-from pipeline.backends.fused.ops import DOMAIN, OPS
+from pipeline.backends.fused.ops import DOMAIN, EPILOGUE_OF, OPS
 from pipeline.backends.rtx.engine import visible_sm
+from plugins.gpu.table import EPILOGUE_OPERANDS
 from plugins.gpu.tiles import prefers_integers
 
 HALF, FULL = torch.float16, torch.float32
@@ -188,11 +189,13 @@ class LoweredModule(nn.Module):
     def _add_gemm(self, node: ir.Node, given: dict[str, str]) -> None:
         output = self.plan.sources[given["a_codes"]]
         static = given["a_scale"] in self.plan.constants
-        kept = ("codes", "w_scales", "multiplier_codes", "bias", *(["a_scale"] if static else []))
-        constants = {key: self.plan.constants[given[key]] for key in kept}
-        gemm = Gemm(constants, self._choices(node), output, self.weights)
+        epilogue = EPILOGUE_OF[node.op_type]
+        operands = [operand.name for operand in EPILOGUE_OPERANDS[epilogue]]
+        moved = {"a_codes", *operands, *([] if static else ["a_scale"])}
+        constants = {key: self.plan.constants[name] for key, name in given.items() if key not in moved}
+        gemm = Gemm(constants, self._choices(node) | {"epilogue": epilogue}, output, self.weights)
         names = [given["a_codes"], "" if static else given["a_scale"]]
-        moving = [given[key] for key in ("gate", "residual") if key in given]
+        moving = [given[key] for key in operands]
         inputs = (*names, *(self._operand(name, output) for name in moving))
         types = (None, None, *(None if name in self.plan.constants else output for name in moving))
         self.plan.types[str(node.outputs[0].name)] = output

@@ -1,6 +1,6 @@
 """The ops of the `fpq.cuda` dialect as torch modules: each holds its constants in the layout its kernel reads.
 
-Codes between them are operand bytes (plugins/gpu/operands.py), not the dialect's own codes: one for one, but the byte
+Codes between them are operand bytes (plugins/gpu/spec.py), not the dialect's own codes: one for one, but the byte
 that an FP8 tensor core multiplies.
 """
 
@@ -15,8 +15,10 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 import plugins.torch_ops  # noqa: F401, registers torch.ops.fpq
+from plugins.gpu.spec import Epilogue
+from plugins.gpu.table import EPILOGUE_OPERANDS
 from plugins.gpu.tiles import EXPAND_FROM
-from plugins.torch_meanings import TYPE_NAMES
+from plugins.torch_reference import TYPE_NAMES
 
 OPS = torch.ops.fpq
 # FP16 holds no number below -65504; a row of nothing but -inf would become NaN.
@@ -47,6 +49,7 @@ class Gemm(nn.Module):
             "multipliers": multipliers,
         }
         self.operands = {"activation": attributes["activation_format"], "integers": attributes["integers"]}
+        self.epilogue: Epilogue = attributes["epilogue"]
         self.output = TYPE_NAMES[output]
         self.in_features, self.weights = attributes["in_features"], weights
         for name, tensor in (
@@ -80,18 +83,16 @@ class Gemm(nn.Module):
             setattr(self, name, None if found[0] is None else torch.cat(found))
         self.widths += [width for gemm in others for width in gemm.widths]
 
-    def forward(
-        self, codes: Tensor, a_scale: Tensor | None = None, gate: Tensor | None = None, residual: Tensor | None = None
-    ) -> Tensor | tuple[Tensor, ...]:
+    def forward(self, codes: Tensor, a_scale: Tensor | None = None, *operands: Tensor) -> Tensor | tuple[Tensor, ...]:
         a = codes.reshape(-1, self.in_features)
         scale = self._scale(a_scale, len(a))
         if not self.is_expanded and (self.weights == "expanded" or (self.weights == "auto" and len(a) >= EXPAND_FROM)):
             self.expand()
-        given: dict[str, Any] = {**self.choices, **self.operands, "output": self.output}
-        if gate is not None and residual is not None:
-            rows = gate.reshape(-1, gate.shape[-1]).contiguous()
-            flat = residual.reshape(len(a), -1).contiguous()
-            given |= {"epilogue": "gate_residual", "gate": rows, "residual": flat, "tokens": len(a) // len(rows)}
+        given: dict[str, Any] = {**self.choices, **self.operands, "output": self.output, "epilogue": self.epilogue}
+        for argument, operand in zip(EPILOGUE_OPERANDS[self.epilogue], operands, strict=True):
+            rows = given[argument.name] = operand.reshape(-1, operand.shape[-1]).contiguous()
+            if argument.is_per_sample:
+                given["tokens"] = len(a) // len(rows)
         if self.is_expanded:
             y = OPS.expanded_gemm(a, scale, self.w, self.w_scales, self.bias, **given)
         else:

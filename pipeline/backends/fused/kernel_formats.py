@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pipeline.recipe import Recipe
-from plugins.gpu.specs import format_problems
+from plugins.gpu.spec import format_problems
 
 
 def recipe_problems(recipe: Recipe, remedy: str) -> list[str]:

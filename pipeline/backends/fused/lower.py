@@ -1,6 +1,6 @@
 """fpq ops -> what the `cuda` target's kernels do: packed GEMMs with an epilogue, quantizers with what is before them.
 
-The dialect's codes stay what they were; on a GPU the kernels hold them as operand bytes (plugins/gpu/operands.py), one
+The dialect's codes stay what they were; on a GPU the kernels hold them as operand bytes (plugins/gpu/spec.py), one
 for one.
 """
 
@@ -18,7 +18,7 @@ from pipeline.backends.fused.ops import add_functions, fused_node, gemm_attribut
 from pipeline.passes.gemm_spec import GemmSpec, read_spec
 from pipeline.passes.graph import QUANTIZERS, attribute, drop_unused, low_rank_of, produced_by, unbalanced
 from pipeline.passes.refusal import RewritePass
-from plugins.gpu import specs
+from plugins.gpu.spec import GemmSpec as KernelSpec
 
 GROUPS_REFUSED = (
     "the GPU kernels have no scale per token and group of input channels; build it with --target cpu, or calibrate "
@@ -125,7 +125,7 @@ def lower(model: ir.Model, operands: str = "fp8") -> LowerCuda:
     return lowering
 
 
-def path_of(kernel: specs.GemmSpec) -> str:
+def path_of(kernel: KernelSpec) -> str:
     """What the tensor cores multiply; FP16 in the place of FP8 on a GPU that has none."""
     if kernel.multiplies_integers:
         return INT8
@@ -157,10 +157,10 @@ def _fits_integers(spec: GemmSpec, chosen: str) -> bool:
         return False
 
 
-def kernel_spec(spec: GemmSpec, integers: bool = False) -> specs.GemmSpec:
+def kernel_spec(spec: GemmSpec, integers: bool = False) -> KernelSpec:
     """What the kernel is compiled for. Raises ContractError, naming the layer, where no kernel takes it."""
     try:
-        return specs.GemmSpec(
+        return KernelSpec(
             activation=spec.activation.name,
             weight=spec.weight.name,
             in_features=spec.in_features,
@@ -191,7 +191,7 @@ def _quantizer_of(gemm: ir.Node) -> ir.Node:
     return producer
 
 
-def _why(spec: GemmSpec, kernel: specs.GemmSpec) -> str:
+def _why(spec: GemmSpec, kernel: KernelSpec) -> str:
     held = f"{spec.activation.name} and {spec.weight.name} are exact in the operands"
     if kernel.multiplies_integers:
         return f"{held}, and their sums in INT32"

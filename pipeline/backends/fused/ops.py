@@ -17,6 +17,8 @@ from onnx import AttributeProto, FunctionProto, TensorProto, helper
 from export.dialect import functions as op_bodies
 from export.dialect.functions import Body
 from export.dialect.ops import ABSMAX_FLOOR, attributes
+from plugins.gpu.spec import Epilogue
+from plugins.gpu.table import gemm_inputs
 
 DOMAIN, VERSION = "fpq.cuda", 1
 F32, U8 = ir.DataType.FLOAT, ir.DataType.UINT8
@@ -178,7 +180,15 @@ _GEMM = {
     "activation_values": FLOATS,
 }
 _CODES, _VALUES = {"codes": U8, "scale": F32}, {"values": F32}
-_GEMM_INPUTS = ("a_codes", "a_scale", "codes", "w_scales", "multiplier_codes", "bias")
+# Fused GEMM -> epilogue of its kernel, whose inputs are the op's.
+EPILOGUE_OF: dict[str, Epilogue] = {"Gemm": "none", "GemmGateResidual": "gate_residual"}
+# Argument of a GEMM kernel -> the op's input, where the two differ: a graph has codes where a kernel has their bytes.
+PORTS = {"a": "a_codes", "w": "codes"}
+
+
+def _gemm_ports(op_name: str) -> tuple[str, ...]:
+    return tuple(PORTS.get(name, name) for name in gemm_inputs(EPILOGUE_OF[op_name]))
+
 
 _ROWS = (
     FusedOp(
@@ -230,7 +240,7 @@ _ROWS = (
         "Gemm",
         "a_codes [..., K], a_scale [..., 1] or [1], codes [N, packed], w_scales [N, groups], multiplier_codes, bias [N]"
         " -> y [..., N]; fpq.PackedGemm. sums [groups, M, N]: the exact sums of unscaled products.",
-        _GEMM_INPUTS,
+        _gemm_ports("Gemm"),
         {"y": F32, "sums": F32},
         frozenset({"sums"}),
         _GEMM,
@@ -239,7 +249,7 @@ _ROWS = (
     FusedOp(
         "GemmGateResidual",
         "y = residual + gate * Gemm; gate [B or 1, 1, N], residual [B, S, N]. linear: what Gemm gives.",
-        (*_GEMM_INPUTS, "gate", "residual"),
+        _gemm_ports("GemmGateResidual"),
         {"y": F32, "linear": F32, "sums": F32},
         frozenset({"linear", "sums"}),
         _GEMM,

@@ -25,7 +25,7 @@ from pipeline import machine
 from pipeline.backends import feeds, lowering_file, metadata_file
 from pipeline.backends.base import Arrays
 from pipeline.backends.tensorrt.plan_file import read_header
-from plugins.tensorrt_rtx import plugin
+from plugins.tensorrt import rtx_plugin
 
 logger = logging.getLogger(__name__)
 ENGINE, METADATA = "model.engine", metadata_file.NAME
@@ -143,7 +143,7 @@ class RtxEngine:
         self._cache_path = cache_path(self.metadata, sm)
         self._buffers: dict[tuple[Any, ...], Buffers] = {}
         if self.metadata.get("plugins"):
-            plugin.creators()
+            rtx_plugin.creators()
         self._open(folder / ENGINE)
 
     def _open(self, path: Path) -> None:

@@ -21,10 +21,10 @@ from export.errors import ContractError
 from pipeline.backends.fused.gate_residual import FuseGateResidual
 from pipeline.backends.fused.lower import OPERANDS_KEY, LowerCuda, takes_integers
 from pipeline.backends.fused.merge_gemms import MergeGemms
-from pipeline.backends.fused.ops import DOMAIN, OPS, add_functions
+from pipeline.backends.fused.ops import DOMAIN, EPILOGUE_OF, OPS, PORTS, add_functions
 from pipeline.passes.graph import drop_unused
 from plugins.gpu import table
-from plugins.gpu.specs import Epilogue, GemmSpec, QuantizeSpec
+from plugins.gpu.spec import Before, GemmSpec, QuantizeSpec
 
 # Fused op -> kernel of the table.
 QUANTIZERS = {
@@ -32,11 +32,10 @@ QUANTIZERS = {
     "GeluQuantize": "gelu_quantize",
     "NormModulateQuantize": "norm_modulate_quantize",
 }
-GEMMS: dict[str, Epilogue] = {"Gemm": "none", "GemmGateResidual": "gate_residual"}
 GEMM = "packed_gemm"
-BEFORE: dict[str, Any] = {"Quantize": "none", "GeluQuantize": "gelu", "NormModulateQuantize": "norm_modulate"}
+BEFORE: dict[str, Before] = {"Quantize": "none", "GeluQuantize": "gelu", "NormModulateQuantize": "norm_modulate"}
 # Input of a fused op -> argument of its kernel, where the two differ.
-RENAMED = {"a_codes": "a", "codes": "w", "gain": "scale"}
+RENAMED = {port: argument for argument, port in PORTS.items()} | {"gain": "scale"}
 STATIC_REFUSED = (
     "plugins quantize with one scale per token, a constant one is not theirs; use --target rtx --set rtx.path=native"
 )
@@ -57,8 +56,7 @@ class KernelNode:
     @property
     def inputs(self) -> tuple[str, ...]:
         """Names of the kernel's input arguments, in order."""
-        arguments = table.kernel(self.kernel).arguments_of(self.spec)
-        return tuple(argument.name for argument in arguments if argument.role == "input")
+        return tuple(argument.name for argument in table.kernel(self.kernel).inputs(self.spec))
 
     @property
     def weight_bytes(self) -> int:
@@ -124,7 +122,7 @@ def _kernel_node(
         extra = {key: given[key] for key in ("epsilon", "integers") if key in given}
         spec = QuantizeSpec(given["format"], channels[node.output[0]], BEFORE[node.op_type], "fp32", **extra)
         return KernelNode(node.name, QUANTIZERS[node.op_type], spec, rows)
-    if node.op_type not in GEMMS:
+    if node.op_type not in EPILOGUE_OF:
         raise ContractError(f"{node.name} ({node.op_type}) has no plugin; use --target rtx --set rtx.path=native")
     return KernelNode(node.name, GEMM, _gemm_spec(node, given, constants), rows)
 
@@ -143,7 +141,7 @@ def _gemm_spec(node: NodeProto, given: Mapping[str, Any], constants: Mapping[str
         group_size=given["group_size"],
         multipliers=tuple(given["multipliers"]),
         real_groups=scales.dims[1] > 1,
-        epilogue=GEMMS[node.op_type],
+        epilogue=EPILOGUE_OF[node.op_type],
         output="fp32",
         integers=given["integers"],
     )
@@ -183,7 +181,7 @@ def _clean(model: onnx.ModelProto) -> None:
 
 def _channels(model: onnx.ModelProto) -> dict[str, int]:
     """Codes -> input channels of the GEMMs that read them."""
-    gemms = [node for node in model.graph.node if node.domain == DOMAIN and node.op_type in GEMMS]
+    gemms = [node for node in model.graph.node if node.domain == DOMAIN and node.op_type in EPILOGUE_OF]
     return {node.input[0]: next(a.i for a in node.attribute if a.name == "in_features") for node in gemms}
 
 

@@ -25,8 +25,8 @@ from pipeline.backends.tensorrt import build as rtx_build
 from pipeline.backends.tensorrt.plan_file import EngineFile, check_plugins, read_engine_file
 from pipeline.backends.tensorrt.plugin_graph import KernelNode, lower_fused, plugin_graph
 from plugins.gpu.tiles import prefers_integers
-from plugins.tensorrt_rtx import compile, loader, plugin
-from plugins.tensorrt_rtx.payload import FIELD, NAMESPACE, PLUGINS, VERSION, Payload
+from plugins.tensorrt import rtx_loader, rtx_plugin
+from plugins.tensorrt.payload import FIELD, NAMESPACE, PLUGINS, VERSION, Payload, compile_payload, compile_problems
 
 logger = logging.getLogger(__name__)
 FIELDS = {"plugin_namespace": NAMESPACE, "plugin_version": VERSION}
@@ -40,9 +40,9 @@ PROOF = (
 
 def problems(sms: Sequence[int]) -> list[str]:
     """What this machine lacks for building with plugins, beyond what every engine needs."""
-    found = [f"rtx.path=plugin: {problem}" for problem in compile.problems(sms)]
+    found = [f"rtx.path=plugin: {problem}" for problem in compile_problems(sms)]
     try:
-        loader.load()
+        rtx_loader.load()
     except EnvironmentLacksError as error:
         found.append(str(error))
     return found
@@ -92,7 +92,7 @@ def build(
 ) -> tuple[rtx_build.BuildFacts, EngineFile, dict[str, Any]]:
     """Build the engine of the graph of fused ops at `lowered`: facts of the build, its plan, and what metadata.json
     says of plugins. Raises ContractError where a plugin is not in the plan with its weight packed."""
-    plugin.creators()
+    rtx_plugin.creators()
     graph = lowered.with_name(GRAPH)
     try:
         compiled = partial(_compiled, sms)
@@ -106,7 +106,7 @@ def build(
 
 
 def _compiled(sms: Sequence[int], node: KernelNode) -> Payload:
-    return compile.compile_payload(node.kernel, node.spec, node.rows, sms)
+    return compile_payload(node.kernel, node.spec, node.rows, sms)
 
 
 def described(nodes: Sequence[KernelNode]) -> dict[str, Any]:

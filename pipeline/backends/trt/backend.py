@@ -37,8 +37,7 @@ from pipeline.passes import run_shared
 from pipeline.passes.graph import drop_unused
 from plugins.tensorrt import plugins
 from plugins.tensorrt.aot import plugin_name
-from plugins.tensorrt_rtx import compile
-from plugins.tensorrt_rtx.payload import NAMESPACE, VERSION, Payload
+from plugins.tensorrt.payload import NAMESPACE, VERSION, Payload, compile_payload
 
 logger = logging.getLogger(__name__)
 SCHEMA_VERSION = 1
@@ -99,7 +98,7 @@ def write_graph(lowered: Path, path: Path, batch_size: int, sm: int) -> list[Ker
 
 
 def _compiled(sm: int, node: KernelNode) -> Payload:
-    return compile.compile_payload(node.kernel, node.spec, node.rows, (sm,), "ptx")
+    return compile_payload(node.kernel, node.spec, node.rows, (sm,), "ptx")
 
 
 def build_engine(

@@ -21,8 +21,7 @@ from pipeline.backends import feeds, lowering_file, metadata_file
 from pipeline.backends.base import Arrays
 from pipeline.backends.rtx.engine import Buffers, read_metadata, release, visible_sm
 from plugins.tensorrt import plugins
-from plugins.tensorrt_rtx import compile
-from plugins.tensorrt_rtx.payload import NAMESPACE, VERSION
+from plugins.tensorrt.payload import NAMESPACE, VERSION, compile_problems
 
 ENGINE, METADATA = "model.engine", metadata_file.NAME
 # What a build makes in the target's folder.
@@ -43,7 +42,7 @@ def environment_problems(sm: int) -> list[str]:
         return [f"target trt needs tensorrt {least} or newer, this is {found or 'unknown'}; pip install -U tensorrt"]
     if not sm:
         return ["target trt is built on the NVIDIA GPU that it is for, and none is visible; use --target rtx or cpu"]
-    return [f"target trt: {problem}" for problem in compile.problems((sm,))]
+    return [f"target trt: {problem}" for problem in compile_problems((sm,))]
 
 
 def registered_plugins() -> tuple[str, ...]:

@@ -33,7 +33,7 @@ from pipeline.verify.gates import end_gates
 from pipeline.verify.proof import arithmetic_of, verify, verify_target
 from pipeline.verify.report import Report
 from pipeline.verify.study import Study, study
-from plugins.gpu.operands import operand_bytes
+from plugins.gpu.spec import operand_bytes
 from tests.support import tiny
 
 BACKEND = BACKENDS["cuda"]

@@ -25,8 +25,8 @@ from pipeline.backends.tensorrt.plan_file import PLUGIN_STEP, check_plugins, rea
 from pipeline.recipe import Calibrate, Formats, Recipe, Rtx
 from pipeline.verify.oracle import quantize_oracle
 from pipeline.verify.probe import ProbedGraph, open_session
-from plugins.gpu.specs import GemmSpec, QuantizeSpec
-from plugins.tensorrt_rtx.payload import FIELD, Payload, from_text
+from plugins.gpu.spec import GemmSpec, QuantizeSpec
+from plugins.tensorrt.payload import FIELD, Payload, from_text
 from tests.support.rtx_models import Graph, Linear, block, single
 
 pytest.importorskip("tensorrt_rtx", reason="tensorrt-rtx is not installed")
@@ -281,7 +281,7 @@ def test_gpus_that_no_kernel_is_compiled_for_are_refused_before_any_work() -> No
 
 
 def test_a_missing_triton_is_a_problem_with_a_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("plugins.gpu.compiled.problems", lambda: ["triton is not installed; run: pip install triton"])
+    monkeypatch.setattr("plugins.gpu.compile.problems", lambda: ["triton is not installed; run: pip install triton"])
     (problem,) = RtxBackend().problems(RECIPE)
     assert "rtx.path=plugin: triton is not installed" in problem
     assert RtxBackend().problems(replace(RECIPE, rtx=Rtx())) == []

@@ -17,8 +17,8 @@ from pipeline.backends.tensorrt.plugin_graph import KernelNode
 from pipeline.backends.trt import backend as trt
 from pipeline.backends.trt import engine as trt_run
 from pipeline.recipe import Calibrate, Recipe
-from plugins.gpu.specs import QuantizeSpec
-from plugins.tensorrt_rtx.payload import Payload, from_text
+from plugins.gpu.spec import QuantizeSpec
+from plugins.tensorrt.payload import Payload, from_text
 from tests.kernels.test_trt_aot import payload_of
 from tests.support.rtx_models import block
 

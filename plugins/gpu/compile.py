@@ -1,56 +1,68 @@
-"""Kernels compiled ahead of time for a GPU that need not be there, kept in a cache on disk.
+"""Kernels compiled ahead of time for a GPU that need not be there, kept in a cache on disk, and read again.
 
 The key of the cache is everything that the machine code follows from: the source of the kernel and of every function it
 calls, argument types, constants, target, options and triton's version. Under Triton's interpreter (TRITON_INTERPRET=1),
-whose kernels are no compiler's input, another Python process compiles.
+whose kernels are no compiler's input, another Python process compiles. What machine code needs (registers, memory) is
+read with NVIDIA's cuobjdump, which Triton's package ships with ptxas.
 """
 
 from __future__ import annotations
 
 import base64
+import hashlib
 import importlib.metadata
 import inspect
+import json
+import logging
 import os
 import pickle
 import re
 import subprocess
 import sys
-from collections import Counter
+import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
-from functools import cached_property
+from pathlib import Path
 from typing import Any
 
+from export.cache_folder import cache_folder
 from export.errors import ContractError, EnvironmentLacksError
-from plugins.gpu import cache, machine_code
-from plugins.gpu.kernel import Kernel, launch_options
+from plugins.gpu.table import Kernel, Spec, Tile, launch_options
 
+log = logging.getLogger(__name__)
 CACHE_VERSION = 2
 MINIMUM_TRITON = (3, 6)
 TYPICAL_ROWS = 4096  # tokens for which the heuristics choose a tile, where the caller does not say
-TIMEOUT_S = 1800
+COMPILE_TIMEOUT_S = 1800
+TOOL_TIMEOUT_S = 120
+MAX_REGISTERS = 255
+# Largest shared memory of a thread block in KiB: CUDA C++ programming guide, technical specifications per compute
+# capability ("maximum amount of shared memory per thread block").
+SHARED_KIB = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}
+TARGETS = tuple(SHARED_KIB)
+_RESOURCES = re.compile(r"Function (\w+):\s+REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)")
 
 
 @dataclass(frozen=True)
 class Request:
     """What to compile: a row of the table, what is known of it, the target. tile None: the heuristics' choice.
 
-    sm: compute capability, one of machine_code.TARGETS; 90, 100 and 120 compile for their sets "a". Raises
+    sm: compute capability, one of TARGETS; 90, 100 and 120 compile for their sets "a". Raises
     ContractError for another.
     """
 
     kernel: Kernel
-    spec: Any
+    spec: Spec
     sm: int
-    tile: Any = None
+    tile: Tile | None = None
     rows: int = TYPICAL_ROWS
 
     def __post_init__(self) -> None:
-        if self.sm not in machine_code.TARGETS:
-            raise ContractError(f"sm {self.sm} is no target of the GPU kernels; use one of {machine_code.TARGETS}")
+        if self.sm not in TARGETS:
+            raise ContractError(f"sm {self.sm} is no target of the GPU kernels; use one of {TARGETS}")
 
     @property
-    def chosen_tile(self) -> Any:
+    def chosen_tile(self) -> Tile:
         return self.tile if self.tile is not None else self.kernel.tile(self.spec, self.rows, self.sm)
 
 
@@ -74,30 +86,16 @@ class Compiled:
     ptx: str
     cubin: bytes = field(repr=False)
 
-    @cached_property
-    def opcodes(self) -> Counter[str]:
-        """How often each instruction stands in the machine code, modifiers included."""
-        return machine_code.opcodes(self.cubin)
-
-    def count(self, *beginnings: str) -> int:
-        """Instructions whose names begin with one of `beginnings`."""
-        return sum(count for opcode, count in self.opcodes.items() if opcode.startswith(beginnings))
-
     def problems(self) -> list[str]:
         """What would keep the kernel from running, or from running well, on its target."""
         sm = int(re.sub(r"\D", "", self.target))
-        limit = machine_code.SHARED_KIB[sm] * 1024
+        limit = SHARED_KIB[sm] * 1024
         rules = (
             (self.local_bytes > 0, f"{self.local_bytes} bytes of local memory a thread: registers spill"),
-            (self.registers > machine_code.MAX_REGISTERS, f"{self.registers} registers"),
+            (self.registers > MAX_REGISTERS, f"{self.registers} registers"),
             (self.shared_bytes > limit, f"{self.shared_bytes} bytes of shared memory; {self.target} has {limit}"),
         )
         return [f"{self.name} on {self.target}: {text}" for broken, text in rules if broken]
-
-
-def compile_kernel(kernel: Kernel, spec: Any, sm: int, tile: Any = None, rows: int = TYPICAL_ROWS) -> Compiled:
-    """One kernel for one target, from the cache if it is there. Raises what `compile_kernels` raises."""
-    return compile_kernels([Request(kernel, spec, sm, tile, rows)])[0]
 
 
 def compile_kernels(requests: Sequence[Request]) -> list[Compiled]:
@@ -107,12 +105,12 @@ def compile_kernels(requests: Sequence[Request]) -> list[Compiled]:
     """
     if lacking := problems():
         raise EnvironmentLacksError("; ".join(lacking))
-    found = [_cached(request) for request in requests]
-    missing = [request for request, one in zip(requests, found, strict=True) if one is None]
+    cached = [_cached(request) for request in requests]
+    missing = [request for request, one in zip(requests, cached, strict=True) if one is None]
     if any(_is_interpreted(request) for request in missing):
         _compile_in_another_process(missing)
         return [_cached(request) or _compile(request) for request in requests]
-    return [one or _compile(request) for request, one in zip(requests, found, strict=True)]
+    return [one or _compile(request) for request, one in zip(requests, cached, strict=True)]
 
 
 def problems() -> list[str]:
@@ -124,24 +122,65 @@ def problems() -> list[str]:
     if tuple(int(part) for part in version.split(".")[:2]) < MINIMUM_TRITON:
         least = ".".join(map(str, MINIMUM_TRITON))
         return [f"triton {version} is too old; run: pip install 'triton>={least}'"]
-    tools = [machine_code.tool(name) for name in ("ptxas", "cuobjdump")]
+    tools = [tool(name) for name in ("ptxas", "cuobjdump")]
     return [
         f"{path} of triton {version} is missing; reinstall triton" for path in tools if not os.access(path, os.X_OK)
     ]
 
 
 # --- the cache -----------------------------------------------------------------------------------------------------
+# A result that can be made again: written atomically, read by several processes, never trusted. An entry is one file:
+# the SHA-256 of the rest in hexadecimal, a line feed, JSON. An entry that is cut off, changed or of another version is
+# removed as if it were not there.
+
+
+def kernels_folder() -> Path:
+    """Where compiled kernels lie."""
+    return cache_folder("kernels")
+
+
+def entry_key(parts: Any) -> str:
+    """Name of the entry for JSON-like `parts`: 32 hexadecimal digits."""
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
+
+
+def read_entry(key: str) -> Any | None:
+    """The value of an entry, None if there is none. A damaged entry is removed with a warning."""
+    path = kernels_folder() / key
+    try:
+        digest, _, body = path.read_bytes().partition(b"\n")
+    except FileNotFoundError:
+        return None
+    if digest.decode(errors="replace") != hashlib.sha256(body).hexdigest():
+        log.warning("%s is damaged; it is removed and made again", path)
+        path.unlink(missing_ok=True)
+        return None
+    return json.loads(body)
+
+
+def write_entry(key: str, value: Any) -> None:
+    """Write an entry beside its place and rename it, so that no reader ever sees a part of it."""
+    kernels_folder().mkdir(parents=True, exist_ok=True)
+    body = json.dumps(value).encode()
+    with tempfile.NamedTemporaryFile(dir=kernels_folder(), prefix=f".{key}-", delete=False) as file:
+        try:
+            file.write(hashlib.sha256(body).hexdigest().encode() + b"\n" + body)
+            file.flush()
+            os.fsync(file.fileno())
+            os.replace(file.name, kernels_folder() / key)
+        finally:
+            Path(file.name).unlink(missing_ok=True)  # there only if something failed
 
 
 def _key(request: Request) -> str:
     tile = request.chosen_tile
     constants = request.kernel.all_constants(request.spec, tile, request.sm)
-    return cache.key_of(
+    return entry_key(
         {
             "version": CACHE_VERSION,
             "triton": importlib.metadata.version("triton"),
             "source": source_of(request.kernel.function()),
-            "arguments": _argument_types(request),
+            "arguments": argument_types(request),
             "constants": {name: repr(value) for name, value in constants.items()},
             "sm": request.sm,
             "options": launch_options(tile),
@@ -163,19 +202,19 @@ def source_of(function: Any) -> list[str]:
         seen[name] = inspect.getsource(value.fn)
         used = (other for other in value.fn.__code__.co_names if other in value.fn.__globals__)
         values = ((other, value.fn.__globals__[other]) for other in used)
-        waiting += [(other, found) for other, found in values if not inspect.ismodule(found)]
+        waiting += [(other, one) for other, one in values if not inspect.ismodule(one)]
     return [seen.pop(function.fn.__name__), *(f"{name}: {text}" for name, text in sorted(seen.items()))]
 
 
 def _cached(request: Request) -> Compiled | None:
-    found = cache.read(_key(request))
-    if found is None:
+    entry = read_entry(_key(request))
+    if entry is None:
         return None
-    arguments = tuple((name, kind) for name, kind in found.pop("arguments"))
-    return Compiled(**found | {"arguments": arguments, "cubin": base64.b64decode(found["cubin"])})
+    arguments = tuple((name, kind) for name, kind in entry.pop("arguments"))
+    return Compiled(**entry | {"arguments": arguments, "cubin": base64.b64decode(entry["cubin"])})
 
 
-def _argument_types(request: Request) -> list[tuple[str, str]]:
+def argument_types(request: Request) -> list[tuple[str, str]]:
     return [(one.name, one.type_for(request.spec)) for one in request.kernel.arguments_of(request.spec)]
 
 
@@ -193,7 +232,7 @@ def _compile(request: Request) -> Compiled:
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    function, tile, types = request.kernel.function(), request.chosen_tile, dict(_argument_types(request))
+    function, tile, types = request.kernel.function(), request.chosen_tile, dict(argument_types(request))
     constants = request.kernel.all_constants(request.spec, tile, request.sm)
     source = ASTSource(
         fn=function,
@@ -207,7 +246,7 @@ def _compile(request: Request) -> Compiled:
         built = triton.compile(source, target=GPUTarget("cuda", request.sm, 32), options=launch_options(tile))
     compiled = _described(built, request)
     stored = {one.name: getattr(compiled, one.name) for one in fields(compiled)}
-    cache.write(_key(request), stored | {"cubin": base64.b64encode(compiled.cubin).decode()})
+    write_entry(_key(request), stored | {"cubin": base64.b64encode(compiled.cubin).decode()})
     return compiled
 
 
@@ -219,14 +258,14 @@ def _alignment(request: Request, names: list[str]) -> dict[tuple[int], list[list
 
 def _described(built: Any, request: Request) -> Compiled:
     ptx, cubin, name = built.asm["ptx"], built.asm["cubin"], built.metadata.name
-    used = machine_code.resources(cubin, name)
-    arguments = tuple(_argument_types(request))
+    used = resources(cubin, name)
+    arguments = tuple(argument_types(request))
     return Compiled(
         name=name,
-        target=_found(r"\.target (\w+)", ptx),
+        target=_first_match(r"\.target (\w+)", ptx),
         num_warps=built.metadata.num_warps,
         arguments=arguments,
-        unused_parameters=_found(r"\.entry \w+\((.*?)\)", ptx).count(".param") - len(arguments),
+        unused_parameters=_first_match(r"\.entry \w+\((.*?)\)", ptx).count(".param") - len(arguments),
         registers=used.registers,
         local_bytes=used.local_bytes,
         shared_bytes=built.metadata.shared,
@@ -235,7 +274,7 @@ def _described(built: Any, request: Request) -> Compiled:
     )
 
 
-def _found(pattern: str, text: str) -> str:
+def _first_match(pattern: str, text: str) -> str:
     match = re.search(pattern, text, re.DOTALL)
     assert match, f"triton's PTX has no {pattern}"
     return match[1]
@@ -247,9 +286,66 @@ def _compile_in_another_process(requests: Sequence[Request]) -> None:
     environment["PYTHONPATH"] = os.pathsep.join(path for path in sys.path if path)
     command = [sys.executable, "-m", __name__]
     work = pickle.dumps(list(requests))
-    done = subprocess.run(command, input=work, env=environment, capture_output=True, check=False, timeout=TIMEOUT_S)
+    done = subprocess.run(
+        command, input=work, env=environment, capture_output=True, check=False, timeout=COMPILE_TIMEOUT_S
+    )
     if done.returncode:
         raise RuntimeError(f"compiling kernels in another process failed:\n{done.stderr.decode()}")
+
+
+# --- the machine code --------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Resources:
+    """registers of a thread; local_bytes of a thread (stack and spills); shared_bytes fixed at compilation."""
+
+    registers: int
+    local_bytes: int
+    shared_bytes: int
+
+
+def tool(name: str) -> Path:
+    """Path of cuobjdump, nvdisasm or ptxas in triton's package. Raises EnvironmentLacksError without triton."""
+    try:
+        import triton
+    except ImportError as error:
+        raise EnvironmentLacksError("triton is not installed; run: pip install 'ditc[cuda]'") from error
+    return Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name
+
+
+def resources(cubin: bytes, name: str) -> Resources:
+    """Registers and memory of the entry `name`."""
+    rows = {
+        row[0]: [int(number) for number in row[1:]]
+        for row in _RESOURCES.findall(cuobjdump(cubin, "--dump-resource-usage"))
+    }
+    registers, stack, shared, local = rows[name]
+    return Resources(registers, stack + local, shared)
+
+
+def cuobjdump(cubin: bytes, option: str) -> str:
+    """What NVIDIA's tool prints of machine code: "-sass" its instructions, "--dump-resource-usage" what it needs."""
+    path = tool("cuobjdump")
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        command = [str(path), option, file.name]
+        try:
+            done = subprocess.run(
+                command,
+                capture_output=True,
+                text=True,
+                encoding="utf-8",
+                errors="replace",
+                check=False,
+                timeout=TOOL_TIMEOUT_S,
+            )
+        except OSError as error:
+            raise EnvironmentLacksError(f"{path} does not run ({error}); reinstall triton") from error
+    if done.returncode:
+        raise RuntimeError(f"cuobjdump {option} failed: {done.stderr.strip()}")
+    return done.stdout
 
 
 if __name__ == "__main__":

@@ -10,24 +10,24 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
+import logging
 import zlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, Literal, cast
 
 from export.errors import ContractError, EnvironmentLacksError
-from plugins.gpu.kernel import Kernel
-from plugins.gpu.table import KERNELS
+from plugins.gpu.compile import SHARED_KIB, TARGETS, Compiled, Request, compile_kernels
+from plugins.gpu.compile import problems as compiler_problems
+from plugins.gpu.table import KERNELS, Kernel, Spec, Tile, kernel
 
+logger = logging.getLogger(__name__)
+Form = Literal["cubin", "ptx"]
+WARP = 32
 SCHEMA_VERSION = 1
 # Kernel of the table -> name of its plugin. Namespace and version are part of an engine: change them only together
 # with what the fields mean.
-PLUGINS = {
-    "quantize": "Quantize",
-    "gelu_quantize": "GeluQuantize",
-    "norm_modulate_quantize": "NormModulateQuantize",
-    "packed_gemm": "PackedGemm",
-}
+PLUGINS = {row.name: row.plugin for row in KERNELS if row.plugin is not None}
 NAMESPACE, VERSION, FIELD = "fpq", "1", "payload"
 
 
@@ -58,11 +58,11 @@ _CARRIED: dict[str, tuple[Variant, ...]] = {}
 class Payload:
     """kernel: name in the table of kernels; spec: of that row's type; variants: for each GPU, by rows.
 
-    code: hash of the variants that another plugin carries; '' where they are here.
+    code: hash of the variants that another plugin carries; '' where they are here (as the text has it).
     """
 
     kernel: str
-    spec: Any
+    spec: Spec
     variants: tuple[Variant, ...]
     code: str = ""
 
@@ -99,7 +99,7 @@ class Payload:
             )
         return next((v for v in fitting if rows <= v.rows), fitting[-1])
 
-    def tile(self, variant: Variant) -> Any:
+    def tile(self, variant: Variant) -> Tile:
         """The tile of a variant as the kernel's own type."""
         return type(self.row.tile(self.spec, variant.rows, variant.sm))(**variant.tile)
 
@@ -116,10 +116,11 @@ def _plain(variant: Variant) -> dict[str, Any]:
 
 def kernel_row(name: str) -> Kernel:
     """Row of the kernel table. Raises ContractError for a name that this version does not have."""
-    found = next((row for row in KERNELS if row.name == name), None)
-    if found is None:
-        raise ContractError(f"kernel {name!r} is not in the table of kernels; build the engine again with this version")
-    return found
+    try:
+        return kernel(name)
+    except KeyError as error:
+        message = f"kernel {name!r} is not in the table of kernels; build the engine again with this version"
+        raise ContractError(message) from error
 
 
 def from_text(text: str) -> Payload:
@@ -132,14 +133,14 @@ def from_text(text: str) -> Payload:
         if document["schema"] != SCHEMA_VERSION:
             raise ValueError(f"schema {document['schema']}, this version reads {SCHEMA_VERSION}")
         spec = kernel_row(document["kernel"]).spec(**_tuples(document["spec"]))
-        found = Payload(
+        payload = Payload(
             document["kernel"], spec, tuple(_variant(row) for row in document["variants"]), document["code"]
         )
     except (ValueError, KeyError, TypeError, zlib.error) as error:
         raise ContractError(f"a plugin's payload cannot be read ({error}); build the engine again") from error
-    if found.variants:
-        _CARRIED[found.shared().code] = found.variants
-    return found
+    if payload.variants:
+        _CARRIED[payload.shared().code] = payload.variants
+    return payload
 
 
 def _variant(row: dict[str, Any]) -> Variant:
@@ -148,3 +149,51 @@ def _variant(row: dict[str, Any]) -> Variant:
 
 def _tuples(fields: dict[str, Any]) -> dict[str, Any]:
     return {key: tuple(value) if isinstance(value, list) else value for key, value in fields.items()}
+
+
+# --- compiling ------------------------------------------------------------------------------------------------------
+
+
+def compile_problems(sms: Sequence[int]) -> list[str]:
+    """Why the kernels cannot be compiled here for these GPUs, with the remedy."""
+    known = TARGETS
+    unknown = [sm for sm in sms if sm not in known]
+    problems = [f"the kernels are not compiled for SM {sm}, only for {', '.join(map(str, known))}" for sm in unknown]
+    return [*problems, *compiler_problems()]
+
+
+def compile_payload(kernel: str, spec: Spec, rows: Sequence[int], sms: Sequence[int], form: Form = "cubin") -> Payload:
+    """The kernel for every GPU of `sms` and every tile that its heuristics choose for `rows`.
+
+    form: machine code, which runs on that very GPU, or PTX. Raises EnvironmentLacksError without a usable triton,
+    ContractError where a spec fits no kernel or the machine code cannot run.
+    """
+    row = kernel_row(kernel)
+    chosen = [(sm, most, tile) for sm in sms for most, tile in _tiles(row, spec, rows, sm)]
+    codes = compile_kernels([Request(row, spec, sm, tile) for sm, _, tile in chosen])
+    variants = (
+        _compiled_variant(sm, most, tile, code, form) for (sm, most, tile), code in zip(chosen, codes, strict=True)
+    )
+    return Payload(kernel, spec, tuple(variants))
+
+
+def _tiles(row: Kernel, spec: Spec, rows: Sequence[int], sm: int) -> list[tuple[int, Tile]]:
+    """(most rows, tile) with neighbours of the same tile as one."""
+    tiles: list[tuple[int, Tile]] = []
+    for most in sorted(set(rows)):
+        tile = row.tile(spec, most, sm)
+        if tiles and tiles[-1][1] == tile:
+            tiles.pop()
+        tiles.append((most, tile))
+    return tiles
+
+
+def _compiled_variant(sm: int, rows: int, tile: Tile, code: Compiled, form: Form) -> Variant:
+    lacking = SHARED_KIB[sm] * 1024 - code.shared_bytes
+    if lacking < 0:
+        raise ContractError(f"{code.name} needs {-lacking} bytes of shared memory more than SM {sm} has; tile {tile}")
+    for problem in code.problems():
+        logger.warning("%s", problem)
+    types = tuple(kind for _, kind in code.arguments) + ("*i8",) * code.unused_parameters
+    text = code.cubin if form == "cubin" else code.ptx.encode()
+    return Variant(sm, rows, asdict(cast(Any, tile)), code.name, types, code.num_warps * WARP, code.shared_bytes, text)

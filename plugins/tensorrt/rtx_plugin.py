@@ -13,22 +13,19 @@ from typing import Any
 
 import numpy as np
 
-from plugins.gpu.kernel import Argument
-from plugins.tensorrt_rtx import loader
-from plugins.tensorrt_rtx.driver import cuda_driver
-from plugins.tensorrt_rtx.launcher import Launcher
-from plugins.tensorrt_rtx.payload import FIELD, NAMESPACE, PLUGINS, VERSION, Payload, from_text
+from plugins.gpu.table import Argument, Spec
+from plugins.tensorrt import rtx_loader
+from plugins.tensorrt.payload import FIELD, NAMESPACE, PLUGINS, VERSION, Payload, from_text
+from plugins.tensorrt.rtx_driver import cuda_driver
+from plugins.tensorrt.rtx_launcher import Launcher
 
-# Triton's element type -> name of TensorRT's.
-TYPES = {"*u8": "int8", "*fp16": "float16", "*bf16": "bfloat16", "*fp32": "float32"}
-# Outputs with one element for each row: the last dimension becomes 1.
-PER_ROW = "[M]"
+# Element type of the kernel table -> name of TensorRT's, where the two differ.
+TYPES = {"uint8": "int8"}
 
 
 @dataclass(frozen=True)
 class Ports:
-    """Tensors of a plugin in order: element type names of TensorRT, and the last dimension of every output, 0 where it
-    is that of the first input."""
+    """Tensors of a plugin in order: element type names of TensorRT, and the last dimension of every output."""
 
     inputs: tuple[str, ...]
     outputs: tuple[str, ...]
@@ -37,14 +34,19 @@ class Ports:
 
 def ports_of(payload: Payload) -> Ports:
     """What the kernel reads and writes, from its arguments."""
-    arguments = payload.row.arguments_of(payload.spec)
-    inputs, outputs = ([a for a in arguments if a.role == role] for role in ("input", "output"))
-    read, written = (tuple(TYPES[a.type_for(payload.spec)] for a in group) for group in (inputs, outputs))
-    return Ports(read, written, tuple(_width(argument, payload) for argument in outputs))
+    row, spec = payload.row, payload.spec
+    read, written = (tuple(_type(one, spec) for one in group) for group in (row.inputs(spec), row.outputs(spec)))
+    return Ports(read, written, tuple(_width(output, spec) for output in row.outputs(spec)))
 
 
-def _width(output: Argument, payload: Payload) -> int:
-    return 1 if output.shape.startswith(PER_ROW) else int(getattr(payload.spec, "out_features", 0))
+def _type(argument: Argument, spec: Spec) -> str:
+    element = argument.element_for(spec)
+    return TYPES.get(element, element)
+
+
+def _width(output: Argument, spec: Spec) -> int:
+    """The last dimension; 1 where each row has one element."""
+    return 1 if len(output.shape) == 1 else spec.dims[output.shape[-1]]
 
 
 def text_of(field: Any) -> str:
@@ -80,14 +82,13 @@ class KernelMethods:
 
     def _shape(self, first: Any, width: int, exprs: Any) -> Any:
         shape = self.trt.DimsExprs(first)
-        if width:
-            shape[len(shape) - 1] = exprs.constant(width)
+        shape[len(shape) - 1] = exprs.constant(width)
         return shape
 
     def supports_format_combination(self, pos: int, in_out: Any, num_inputs: int) -> bool:
         names = (*self.ports.inputs, *self.ports.outputs)
-        found = in_out[pos].desc
-        return bool(found.format == self.trt.TensorFormat.LINEAR and found.type == getattr(self.trt, names[pos]))
+        desc = in_out[pos].desc
+        return bool(desc.format == self.trt.TensorFormat.LINEAR and desc.type == getattr(self.trt, names[pos]))
 
     def configure_plugin(self, inputs: Any, outputs: Any) -> None:
         """Nothing depends on the profile: the payload has code for every number of rows."""
@@ -134,7 +135,7 @@ def plugin_class(trt: Any) -> Any:
 def registered() -> tuple[str, ...]:
     """Names of our plugins that TensorRT-RTX's own registry finds. Raises EnvironmentLacksError as `creators`."""
     creators()
-    registry = loader.load().get_plugin_registry()
+    registry = rtx_loader.load().get_plugin_registry()
     return tuple(name for name in PLUGINS.values() if registry.get_creator(name, VERSION, NAMESPACE) is not None)
 
 
@@ -150,7 +151,7 @@ def fields(trt: Any, text: str) -> tuple[Any, ...]:
 
 def creator_class(trt: Any) -> Any:
     """The class of creators; each instance makes the plugins of one kernel."""
-    made = plugin_class(trt)
+    plugin = plugin_class(trt)
 
     class KernelCreator(trt.IPluginCreatorV3One):
         """Makes a plugin from its field, for building and for running alike."""
@@ -162,7 +163,7 @@ def creator_class(trt: Any) -> Any:
             self.field_names = self.kept[0]
 
         def create_plugin(self, name: str, collection: Any, phase: Any) -> Any:
-            return made(next(text_of(field) for field in collection if field.name == FIELD))
+            return plugin(next(text_of(field) for field in collection if field.name == FIELD))
 
     return KernelCreator
 
@@ -173,9 +174,9 @@ def creators() -> tuple[Any, ...]:
 
     Raises EnvironmentLacksError where tensorrt_rtx cannot be loaded.
     """
-    trt = loader.load()
-    made, registry = creator_class(trt), trt.get_plugin_registry()
-    found = tuple(made(name) for name in PLUGINS.values())
-    for creator in found:
-        registry.register_creator(creator, NAMESPACE)
-    return found
+    trt = rtx_loader.load()
+    creator, registry = creator_class(trt), trt.get_plugin_registry()
+    of_all = tuple(creator(name) for name in PLUGINS.values())
+    for one in of_all:
+        registry.register_creator(one, NAMESPACE)
+    return of_all

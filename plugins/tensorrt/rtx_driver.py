@@ -100,7 +100,3 @@ class Arguments:
 
     def set(self, index: int, value: int) -> None:
         self.values[index].value = value
-
-    def read(self) -> tuple[int, ...]:
-        """The values as they are now."""
-        return tuple(value.value for value in self.values)

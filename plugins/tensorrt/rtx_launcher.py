@@ -6,11 +6,8 @@ import math
 from collections.abc import Sequence
 
 from export.errors import ContractError
-from plugins.tensorrt_rtx.driver import Arguments, Driver
-from plugins.tensorrt_rtx.payload import Payload
-
-# Inputs with one row for each sample; `tokens` rows of the first input share it.
-SHARED = ("shift", "scale", "gate")
+from plugins.tensorrt.payload import Payload
+from plugins.tensorrt.rtx_driver import Arguments, Driver
 
 
 class Launcher:
@@ -26,7 +23,10 @@ class Launcher:
         self.inputs = [index for index, argument in enumerate(arguments) if argument.role == "input"]
         self.outputs = [index for index, argument in enumerate(arguments) if argument.role == "output"]
         self.sizes = {argument.name: index for index, argument in enumerate(arguments) if argument.role == "size"}
-        self.names = [argument.name for argument in arguments if argument.role == "input"]
+        # Inputs with one row for each sample, by place; `tokens` rows of the first input share it.
+        self.per_sample = {
+            place: one.name for place, one in enumerate(payload.row.inputs(payload.spec)) if one.is_per_sample
+        }
 
     def load(self) -> None:
         """Load the code of every variant for this GPU, before the first shapes are known."""
@@ -50,10 +50,11 @@ class Launcher:
 
     def _tokens(self, shapes: Sequence[Sequence[int]], rows: int) -> int:
         """Rows that share a row of the per-sample inputs; 1 without such inputs."""
-        counts = {math.prod(shape[:-1]) for name, shape in zip(self.names, shapes, strict=True) if name in SHARED}
+        counts = {math.prod(shapes[place][:-1]) for place in self.per_sample}
         samples = max(counts, default=rows) or 1
         if len(counts) > 1 or rows % samples:
-            raise ContractError(f"{self.payload.kernel}: {rows} rows do not fit {sorted(counts)} rows of {SHARED}")
+            names = ", ".join(self.per_sample.values())
+            raise ContractError(f"{self.payload.kernel}: {rows} rows do not fit {sorted(counts)} rows of {names}")
         return max(1, rows // samples)
 
     def launch(self, inputs: Sequence[int], outputs: Sequence[int], stream: int) -> None:
@@ -62,5 +63,5 @@ class Launcher:
             return
         for index, pointer in zip((*self.inputs, *self.outputs), (*inputs, *outputs), strict=True):
             self.arguments.set(index, pointer)
-        found = self.variant
-        self.driver.launch(self.function, self.grid, found.threads, found.shared_bytes, stream, self.arguments.params)
+        variant, params = self.variant, self.arguments.params
+        self.driver.launch(self.function, self.grid, variant.threads, variant.shared_bytes, stream, params)

@@ -110,9 +110,9 @@ def _open_alias(real: Path) -> ctypes.CDLL:
     """Open the real library by its path, then the alias, which finds it open."""
     machine = MACHINES.get(platform.machine())
     if machine is None or sys.platform != "linux":
-        found = f"{sys.platform} on {platform.machine()}"
+        here = f"{sys.platform} on {platform.machine()}"
         known = " or ".join(MACHINES)
-        raise EnvironmentLacksError(f"plugins for TensorRT-RTX need Linux on {known}, not {found}; {REMEDY}")
+        raise EnvironmentLacksError(f"plugins for TensorRT-RTX need Linux on {known}, not {here}; {REMEDY}")
     handle, name = tempfile.mkstemp(prefix="ditc-", suffix=".so")
     try:
         with os.fdopen(handle, "wb") as file:
