@@ -19,8 +19,8 @@ from export.checkpoint import QuantizedLinear, shared_router
 from export.dialect.graph import KIND_KEY, LAYER_KEY, LayerBuilder
 from export.dialect.ops import DOMAIN, OPS, VERSION, no_multipliers
 from export.errors import ContractError
-from export.formats.embedding import exact_multipliers
 from export.formats.format import pack
+from export.formats.operands import exact_multipliers
 from export.low_rank_graph import add_low_rank, add_router
 
 __all__ = [

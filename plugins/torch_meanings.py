@@ -15,8 +15,8 @@ from torch import Tensor
 
 from export.dialect.ops import attributes
 from export.dialect.reference import ABSMAX_FLOOR
-from export.formats.embedding import exact_sum_limit
 from export.formats.format import get_format
+from export.formats.operands import exact_sum_limit
 from plugins.gpu.gemm_constants import weight_exponent
 from plugins.gpu.operands import operand_bytes
 from plugins.gpu.specs import GemmSpec, QuantizeSpec

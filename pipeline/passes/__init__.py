@@ -6,7 +6,7 @@ import onnx_ir as ir
 
 from pipeline.passes.fuse_norm_modulate_quantize import FuseNormModulateQuantize
 from pipeline.passes.pack_gemm import PackGemm
-from pipeline.passes.refusal import Refusal, RewritePass
+from pipeline.passes.rewrite import Refusal, RewritePass
 from pipeline.passes.share_quantizers import ShareQuantizers
 
 __all__ = [

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from pipeline.passes.emit import initializer
 from pipeline.passes.graph import attribute, drop_unused, is_op
-from pipeline.passes.refusal import RewritePass
+from pipeline.passes.rewrite import RewritePass
 
 
 class FoldWeights(RewritePass):

@@ -21,7 +21,7 @@ from pipeline.passes.graph import (
     replace,
     unbalanced,
 )
-from pipeline.passes.refusal import RewritePass
+from pipeline.passes.rewrite import RewritePass
 
 
 class FuseNormModulateQuantize(RewritePass):

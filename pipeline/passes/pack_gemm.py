@@ -26,7 +26,7 @@ from pipeline.passes.graph import (
     produced_by,
     replace,
 )
-from pipeline.passes.refusal import RewritePass
+from pipeline.passes.rewrite import RewritePass
 
 
 class PackGemm(RewritePass):

@@ -15,7 +15,7 @@ from pipeline.passes.graph import (
     has_role,
     name_of,
 )
-from pipeline.passes.refusal import RewritePass
+from pipeline.passes.rewrite import RewritePass
 
 
 class ShareQuantizers(RewritePass):

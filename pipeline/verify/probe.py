@@ -23,7 +23,7 @@ from export.onnx_files import read_graph
 from pipeline import machine
 from pipeline.backends import feeds
 from pipeline.backends.base import Arrays, LoweredGraph, ProbeRow
-from pipeline.backends.cpu.native_ops import DOMAIN as NATIVE
+from pipeline.backends.cpu.token_chain import DOMAIN as NATIVE
 from pipeline.backends.runtime_errors import runtime_errors
 from pipeline.side_by_side import raise_if_stopped
 from pipeline.verify.oracle import LinearProbe

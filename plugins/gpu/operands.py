@@ -15,8 +15,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from export.errors import RecipeError
-from export.formats.embedding import embeds
 from export.formats.format import Format, encode, fold_negative_zero, get_format
+from export.formats.operands import embeds
 
 E4M3, INT8 = "E4M3", "INT8"
 

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from typing import Literal
 
 from export.errors import ContractError, RecipeError
-from export.formats.embedding import INT8_MAX, embeds
 from export.formats.format import Format, get_format
+from export.formats.operands import INT8_MAX, embeds
 from plugins.gpu.operands import E4M3, INT8, Operand, operand_of
 
 Epilogue = Literal["none", "gelu", "gate_residual"]

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from export.errors import RecipeError
-from export.formats.embedding import embeds, exact_multipliers, exact_sum_limit
 from export.formats.format import FORMATS, decode, encode, get_format, to_image
+from export.formats.operands import embeds, exact_multipliers, exact_sum_limit
 
 # format: (f, kmax, INT8, E4M3, FP16)
 TABLE = {

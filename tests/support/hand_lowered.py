@@ -9,8 +9,8 @@ import onnx
 from onnx import TensorProto, helper, numpy_helper
 
 from export.checkpoint import QuantizedLinear, make_linear
-from export.formats.embedding import exact_multipliers
 from export.formats.format import encode, fold_negative_zero, get_format
+from export.formats.operands import exact_multipliers
 from pipeline.backends.base import Choice, LoweredGraph, ProbeRow
 
 OFFSET = 64

@@ -94,7 +94,7 @@ class CpuBackend:
         import onnx_ir as ir
 
         from pipeline.backends import lowering_file
-        from pipeline.backends.cpu.native_ops import drop_unread_outputs
+        from pipeline.backends.cpu.token_chain import drop_unread_outputs
         from pipeline.passes.split_condition import split_condition
 
         beside = (DATA, METADATA)
@@ -138,7 +138,7 @@ def problem(needs: Collection[str], ops: Collection[str]) -> str:
 def use_native(model: Any, choices: list[Choice], probes: list[ProbeRow]) -> list[Choice]:
     """Rewrite a lowered graph with native ops; the choices then say which layers they quantize and finish."""
     from pipeline.backends.cpu.native import run_native
-    from pipeline.backends.cpu.native_ops import is_chain
+    from pipeline.backends.cpu.token_chain import is_chain
 
     passes = run_native(model)
     made = {value.name for node in model.graph if is_chain(node) for value in node.outputs}

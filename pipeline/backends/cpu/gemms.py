@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from pipeline.backends.cpu.quantizers import Operand
 from pipeline.passes.emit import MICROSOFT, Emitter
-from pipeline.passes.gemm_spec import GemmSpec, unit_scales, weight_image
+from pipeline.passes.quantized_gemm import GemmSpec, unit_scales, weight_image
 
 INT8, FLOAT, FLOAT16 = ir.DataType.INT8, ir.DataType.FLOAT, ir.DataType.FLOAT16
 

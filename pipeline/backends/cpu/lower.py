@@ -21,9 +21,9 @@ from pipeline.backends.cpu.quantizers import (
     unsupported,
 )
 from pipeline.passes.emit import MICROSOFT, Emitter
-from pipeline.passes.gemm_spec import GemmSpec, read_spec
 from pipeline.passes.graph import QUANTIZERS, attribute, constant, drop_unused, low_rank_of, unbalanced
-from pipeline.passes.refusal import RewritePass
+from pipeline.passes.quantized_gemm import GemmSpec, read_spec
+from pipeline.passes.rewrite import RewritePass
 
 GEMMS = ("PackedGemm", "PackedGroupGemm")
 FUNCTION_PATH, FLOAT_PATH = "onnx function", "float32"

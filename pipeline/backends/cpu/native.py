@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import onnx_ir as ir
 
-from pipeline.backends.cpu.native_finish import NativeFinish
+from pipeline.backends.cpu.finish_with_chain import NativeFinish
 from pipeline.backends.cpu.native_heads import NativeHeads
 from pipeline.backends.cpu.native_join import NativeJoin
-from pipeline.backends.cpu.native_quantize import NativeQuantize
-from pipeline.passes.refusal import RewritePass
+from pipeline.backends.cpu.quantize_with_chain import NativeQuantize
+from pipeline.passes.rewrite import RewritePass
 
 NATIVE_PASSES: tuple[type[RewritePass], ...] = (NativeQuantize, NativeFinish, NativeJoin, NativeHeads)
 

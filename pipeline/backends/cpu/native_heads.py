@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import onnx_ir as ir
 
-from pipeline.backends.cpu.native_ops import (
+from pipeline.backends.cpu.token_chain import (
     In,
     Out,
     channels,
@@ -16,7 +16,7 @@ from pipeline.backends.cpu.native_ops import (
     value_in,
 )
 from pipeline.passes.graph import attribute, drop_unused, only_reader, produced_by
-from pipeline.passes.refusal import RewritePass
+from pipeline.passes.rewrite import RewritePass
 
 HEADS_FIRST, HEADS_LAST, SWAPPED = (0, 2, 1, 3), (0, 2, 3, 1), (0, 1, 3, 2)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import onnx_ir as ir
 
-from pipeline.backends.cpu.native_ops import (
+from pipeline.backends.cpu.token_chain import (
     In,
     Out,
     inputs_of,
@@ -18,7 +18,7 @@ from pipeline.backends.cpu.native_ops import (
     value_out,
 )
 from pipeline.passes.graph import attribute, drop_unused, only_reader, other_input, produced_by
-from pipeline.passes.refusal import RewritePass
+from pipeline.passes.rewrite import RewritePass
 
 
 class NativeJoin(RewritePass):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pipeline.backends.base import WIDE_SUM, Capabilities, GemmRow
 from pipeline.backends.cpu.quantizers import LARGE_ZERO, SMALL_ZERO, largest_operand, limb_base
-from pipeline.passes.gemm_spec import GemmSpec
+from pipeline.passes.quantized_gemm import GemmSpec
 
 INT8_MAX, UINT8_MAX, INT16_MAX, INT32_MAX = 2**7 - 1, 2**8 - 1, 2**15 - 1, 2**31 - 1
 

@@ -8,7 +8,7 @@ import onnx_ir as ir
 
 from pipeline.backends.fused.ops import fused_node
 from pipeline.passes.graph import constant, drop_unused, is_op, only_reader, other_input, produced_by
-from pipeline.passes.refusal import RewritePass
+from pipeline.passes.rewrite import RewritePass
 
 
 @dataclass(frozen=True)

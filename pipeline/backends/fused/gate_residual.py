@@ -8,7 +8,7 @@ import onnx_ir as ir
 from pipeline.backends.fused.ops import DOMAIN, fused_node
 from pipeline.passes.emit import initializer
 from pipeline.passes.graph import constant, drop_unused, has_role, is_op, only_reader, other_input
-from pipeline.passes.refusal import RewritePass
+from pipeline.passes.rewrite import RewritePass
 
 
 class FuseGateResidual(RewritePass):

@@ -10,14 +10,14 @@ import onnx_ir as ir
 
 from export.dialect.ops import DOMAIN
 from export.errors import ContractError, RecipeError
-from export.formats.embedding import exact_sum_limit
+from export.formats.operands import exact_sum_limit
 from pipeline.backends.base import Choice, ProbeRow
 from pipeline.backends.fused.attention import FuseAttention
 from pipeline.backends.fused.gate_residual import FuseGateResidual
 from pipeline.backends.fused.ops import add_functions, fused_node, gemm_attributes, output_of, quantizer_attributes
-from pipeline.passes.gemm_spec import GemmSpec, read_spec
 from pipeline.passes.graph import QUANTIZERS, attribute, drop_unused, low_rank_of, produced_by, unbalanced
-from pipeline.passes.refusal import RewritePass
+from pipeline.passes.quantized_gemm import GemmSpec, read_spec
+from pipeline.passes.rewrite import RewritePass
 from plugins.gpu import specs
 
 GROUPS_REFUSED = (

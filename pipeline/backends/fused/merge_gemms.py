@@ -14,7 +14,7 @@ from pipeline.backends.fused.lower import OPERANDS_KEY
 from pipeline.backends.fused.ops import DOMAIN, fused_node
 from pipeline.passes.emit import initializer
 from pipeline.passes.graph import attribute, is_op
-from pipeline.passes.refusal import RewritePass
+from pipeline.passes.rewrite import RewritePass
 from plugins.gpu.tiles import MERGED_COLUMNS
 
 # Inputs of a Gemm that have a row for each output channel, by place; indices of multipliers may have one for all.

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from export.errors import ContractError
-from export.formats.embedding import FLOAT_TYPES
 from export.formats.format import get_format
+from export.formats.operands import FLOAT_TYPES
 from pipeline.backends.base import GemmRow
 from pipeline.backends.rtx.operands import Operand, activation_operand, decoding_lines, weight_exponent
 from pipeline.backends.rtx.weights import PackedWeight

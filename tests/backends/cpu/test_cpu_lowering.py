@@ -14,7 +14,7 @@ from pipeline.backends.cpu.backend import capabilities
 from pipeline.backends.cpu.lower import FLOAT_PATH, FUNCTION_PATH, LowerCpu
 from pipeline.backends.cpu.paths import choose_path, refusal
 from pipeline.passes import run_shared
-from pipeline.passes.gemm_spec import read_spec, weight_image
+from pipeline.passes.quantized_gemm import read_spec, weight_image
 from tests.support.portable import activations, op_types, portable, random_linear, run
 
 BODY = 'y = fpq.QuantizedLinear <layer="a"> (x)'

@@ -10,7 +10,7 @@ from onnx_ir.passes.common import LiftConstantsToInitializersPass
 from pipeline.backends.cpu.backend import capabilities
 from pipeline.backends.cpu.lower import LowerCpu
 from pipeline.backends.cpu.native import run_native
-from pipeline.backends.cpu.native_ops import In, Out, drop_unread_outputs, inputs_of, is_chain, outputs_of
+from pipeline.backends.cpu.token_chain import In, Out, drop_unread_outputs, inputs_of, is_chain, outputs_of
 from pipeline.passes import run_shared
 from tests.support import learned, native
 from tests.support.portable import portable, random_linear, run

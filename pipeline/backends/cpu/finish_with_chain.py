@@ -6,10 +6,10 @@ from dataclasses import dataclass
 
 import onnx_ir as ir
 
-from pipeline.backends.cpu.native_ops import In, Out, channels, is_chain, misfit, number, put_chain, value_out
+from pipeline.backends.cpu.token_chain import In, Out, channels, is_chain, misfit, number, put_chain, value_out
 from pipeline.passes.emit import MICROSOFT
 from pipeline.passes.graph import attribute, drop_unused, is_op, only_reader, other_input, produced_by
-from pipeline.passes.refusal import RewritePass
+from pipeline.passes.rewrite import RewritePass
 
 FUSED, SUM = "MatMulIntegerToFloat", "MatMulInteger"
 

@@ -6,9 +6,9 @@ from dataclasses import dataclass
 
 import onnx_ir as ir
 
-from pipeline.backends.cpu.native_ops import DOMAIN, VERSION, In, Out, number, put_chain
+from pipeline.backends.cpu.token_chain import DOMAIN, VERSION, In, Out, number, put_chain
 from pipeline.passes.graph import drop_unused, is_constant, is_op, name_of, only_reader, other_input, produced_by
-from pipeline.passes.refusal import RewritePass
+from pipeline.passes.rewrite import RewritePass
 
 MAGIC = 1.5 * 2.0**23
 
