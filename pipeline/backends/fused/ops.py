@@ -16,6 +16,7 @@ from onnx import AttributeProto, FunctionProto, TensorProto, helper
 
 from export.dialect import functions as op_bodies
 from export.dialect.functions import Body
+from export.dialect.graph import Ports
 from export.dialect.ops import ABSMAX_FLOOR, attributes
 
 DOMAIN, VERSION = "fpq.cuda", 1
@@ -296,9 +297,14 @@ def fused_node(op_name: str, inputs: Sequence[ir.Value | None], name: str, like:
     return node
 
 
-def output_of(node: ir.Node, key: str) -> ir.Value:
-    """The output called `key` in the op's row."""
-    return node.outputs[list(OPS[node.op_type].outputs).index(key)]
+def fused_inputs(node: ir.Node) -> Ports:
+    """Inputs of a node of this dialect by the names of its op's row."""
+    return Ports(node, OPS[node.op_type].inputs, node.inputs)
+
+
+def fused_outputs(node: ir.Node) -> Ports:
+    """Outputs of a node of this dialect by the names of its op's row."""
+    return Ports(node, tuple(OPS[node.op_type].outputs), node.outputs)
 
 
 def add_functions(model: ir.Model) -> None:

@@ -10,9 +10,10 @@ from typing import Any
 
 import onnx_ir as ir
 
+from export.dialect.graph import drop_unused
 from export.onnx_files import load_model
 from pipeline.backends import lowering_file
-from pipeline.backends.base import BuildResult, Capabilities, Engine, GemmRow, LoweredGraph
+from pipeline.backends.base import BuildResult, Engine, LoweredGraph
 from pipeline.backends.fused.kernel_formats import recipe_problems
 from pipeline.backends.fused.lower import LowerCuda
 from pipeline.backends.rtx.engine import ENGINE, METADATA, RtxEngine
@@ -27,7 +28,7 @@ from pipeline.backends.tensorrt.plugin_graph import STATIC_REFUSED
 from pipeline.files import sha256, write_json
 from pipeline.methods import activation_scalings
 from pipeline.passes import run_shared
-from pipeline.passes.graph import drop_unused
+from pipeline.passes.probes import Capabilities, GemmRow
 
 logger = logging.getLogger(__name__)
 ONNX, DATA = "model.onnx", "model.onnx.data"

@@ -11,32 +11,32 @@ from collections.abc import Callable
 
 import onnx_ir as ir
 
-from pipeline.passes.emit import Emitter
+from export.dialect.graph import GraphBuilder, result_of
 
 FP16, FP32 = ir.DataType.FLOAT16, ir.DataType.FLOAT
 # Veltkamp's splitting: with c = x * (2^13 + 1), c - (c - x) is x rounded to 24 - 13 = 11 bits, to nearest.
 SPLITTER = 2.0**13 + 1
 
 
-def emit_rounded(emit: Emitter, value: ir.Value | None, name: str) -> ir.Value:
+def emit_rounded(build: GraphBuilder, value: ir.Value, name: str) -> ir.Value:
     """float32 value rounded to FP16's precision."""
-    large = emit.op("Mul", value, emit.constant(SPLITTER), name=f"{name}_large")
-    rest = emit.op("Sub", large, value, name=f"{name}_rest")
-    return emit.op("Sub", large, rest, name=f"{name}_rounded")
+    large = build.op("Mul", value, build.constant(SPLITTER), name=f"{name}_large")
+    rest = build.op("Sub", large, value, name=f"{name}_rest")
+    return build.op("Sub", large, rest, name=f"{name}_rounded")
 
 
-def emit_half(emit: Emitter, value: ir.Value | None, name: str) -> ir.Value:
+def emit_half(build: GraphBuilder, value: ir.Value, name: str) -> ir.Value:
     """float32 value as FP16."""
-    return emit.op("Cast", emit_rounded(emit, value, name), name=name, to=FP16.value)
+    return build.op("Cast", emit_rounded(build, value, name), name=name, to=FP16.value)
 
 
-def widen(graph: ir.Graph, node: ir.Node, then: Callable[[Emitter, ir.Value], ir.Value] | None = None) -> None:
+def widen(graph: ir.Graph, node: ir.Node, then: Callable[[GraphBuilder, ir.Value], ir.Value] | None = None) -> None:
     """Let all readers of the FP16 output of `node` read it as rounded float32, passed through `then`."""
-    result, readers = node.outputs[0], list(node.outputs[0].uses())
-    emit = Emitter(graph, _next(graph, node), f"{node.name}/half")
+    result, readers = result_of(node), list(result_of(node).uses())
+    build = GraphBuilder(graph, _next(graph, node), f"{node.name}/half")
     result.type = ir.TensorType(FP16)
-    wide = emit_rounded(emit, emit.op("Cast", result, name="wide", to=FP32.value), "wide")
-    wide = then(emit, wide) if then else wide
+    wide = emit_rounded(build, build.op("Cast", result, name="wide", to=FP32.value), "wide")
+    wide = then(build, wide) if then else wide
     for use in readers:
         use.node.replace_input_with(use.idx, wide)
 

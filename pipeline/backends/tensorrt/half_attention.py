@@ -9,8 +9,9 @@ from __future__ import annotations
 import numpy as np
 import onnx_ir as ir
 
+from export.dialect.graph import GraphBuilder, inputs_of, is_op, result_of
+from pipeline.backends.fused.attention import AttentionNodes, attention_around
 from pipeline.backends.tensorrt.half import FP16, emit_half, widen
-from pipeline.passes.emit import Emitter
 
 # Masks add numbers like -10000 or -inf; below this FP16 would make -inf of it, and a row of -inf becomes NaN.
 LOWEST_MASK = -30000.0
@@ -19,51 +20,33 @@ LOWEST_MASK = -30000.0
 def halve_attention(model: ir.Model) -> int:
     """Convert every attention of `model` in place and return how many there are."""
     halves: dict[ir.Value, ir.Value] = {}
-    return sum(_halve(model.graph, node, halves) for node in list(model.graph) if node.op_type == "Softmax")
+    around = [attention_around(node) for node in model.graph if is_op(node, "Softmax")]
+    attentions = [nodes for nodes in around if isinstance(nodes, AttentionNodes)]
+    inner = [nodes for nodes in attentions if not result_of(nodes.mixed).is_graph_output()]
+    for nodes in inner:
+        _halve(model.graph, nodes, halves)
+    return len(inner)
 
 
-def _halve(graph: ir.Graph, softmax: ir.Node, halves: dict[ir.Value, ir.Value]) -> bool:
-    found = _around(softmax)
-    if found is None:
-        return False
-    product, masked, mixed = found
-    emit = Emitter(graph, product, f"{product.name}/half")
-    for index, value in enumerate(product.inputs):
-        product.replace_input_with(index, emit_half(emit, value, f"operand{index}"))
-    if masked is not None:
-        index = 1 if masked.inputs[0] is product.outputs[0] else 0
-        mask = masked.inputs[index]
-        assert mask is not None
+def _halve(graph: ir.Graph, nodes: AttentionNodes, halves: dict[ir.Value, ir.Value]) -> None:
+    """halves: masks that were converted already."""
+    scores, masked, mixed = nodes.scores, nodes.masked, nodes.mixed
+    build = GraphBuilder(graph, scores, f"{scores.name}/half")
+    for index, port in enumerate(("A", "B")):
+        inputs_of(scores).set(port, emit_half(build, getattr(inputs_of(scores), port), f"operand{index}"))
+    if masked is not None and nodes.mask is not None:
+        mask, port = nodes.mask, "B" if inputs_of(masked).A is result_of(scores) else "A"
         if mask not in halves:
-            halves[mask] = _half_mask(Emitter(graph, masked, f"{masked.name}/half"), mask)
-        masked.replace_input_with(index, halves[mask])
-    mixed.replace_input_with(1, emit_half(Emitter(graph, mixed, f"{mixed.name}/half"), mixed.inputs[1], "value"))
+            halves[mask] = _half_mask(GraphBuilder(graph, masked, f"{masked.name}/half"), mask)
+        inputs_of(masked).set(port, halves[mask])
+    build = GraphBuilder(graph, mixed, f"{mixed.name}/half")
+    inputs_of(mixed).set("B", emit_half(build, inputs_of(mixed).B, "value"))
     widen(graph, mixed)
-    for node in (product, masked, softmax):
+    for node in (scores, masked, nodes.softmax):
         if node is not None:
-            node.outputs[0].type = ir.TensorType(FP16)
-    return True
+            result_of(node).type = ir.TensorType(FP16)
 
 
-def _around(softmax: ir.Node) -> tuple[ir.Node, ir.Node | None, ir.Node] | None:
-    """(MatMul of scores, Add of the mask or None, MatMul with values) around a Softmax; None if it is not attention."""
-    scores, uses = softmax.inputs[0], list(softmax.outputs[0].uses())
-    producer = scores.producer() if scores is not None else None
-    masked = producer if producer is not None and producer.op_type == "Add" else None
-    product = producer if masked is None else _product_of(masked)
-    if product is None or product.op_type != "MatMul" or len(uses) != 1 or uses[0].node.op_type != "MatMul":
-        return None
-    if uses[0].node.outputs[0].is_graph_output():
-        return None
-    alone = all(len(list(node.outputs[0].uses())) == 1 for node in (product, masked) if node is not None)
-    return (product, masked, uses[0].node) if alone and uses[0].idx == 0 else None
-
-
-def _product_of(masked: ir.Node) -> ir.Node | None:
-    producers = [value.producer() for value in masked.inputs if value is not None]
-    return next((node for node in producers if node is not None and node.op_type == "MatMul"), None)
-
-
-def _half_mask(emit: Emitter, mask: ir.Value | None) -> ir.Value:
-    bounded = emit.op("Max", mask, emit.constant(LOWEST_MASK, np.float32), name="bounded")
-    return emit.op("Cast", bounded, name="mask", to=FP16.value)
+def _half_mask(build: GraphBuilder, mask: ir.Value) -> ir.Value:
+    bounded = build.op("Max", mask, build.constant(LOWEST_MASK, np.float32), name="bounded")
+    return build.op("Cast", bounded, name="mask", to=FP16.value)

@@ -17,12 +17,12 @@ import onnx
 import onnx_ir as ir
 from onnx import NodeProto, TensorProto, helper
 
+from export.dialect.graph import drop_unused
 from export.errors import ContractError
 from pipeline.backends.fused.gate_residual import FuseGateResidual
 from pipeline.backends.fused.lower import OPERANDS_KEY, LowerCuda, takes_integers
 from pipeline.backends.fused.merge_gemms import MergeGemms
 from pipeline.backends.fused.ops import DOMAIN, OPS, add_functions
-from pipeline.passes.graph import drop_unused
 from plugins.gpu import table
 from plugins.gpu.specs import Epilogue, GemmSpec, QuantizeSpec
 

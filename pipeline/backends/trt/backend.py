@@ -19,10 +19,11 @@ from typing import Any
 import onnx
 import onnx_ir as ir
 
+from export.dialect.graph import drop_unused
 from export.errors import ContractError
 from export.onnx_files import load_model
 from pipeline.backends import lowering_file
-from pipeline.backends.base import BuildResult, Capabilities, Engine, LoweredGraph
+from pipeline.backends.base import BuildResult, Engine, LoweredGraph
 from pipeline.backends.fused.kernel_formats import recipe_problems
 from pipeline.backends.rtx.backend import DATA, ONNX, method_problems
 from pipeline.backends.tensorrt import build as rtx_build
@@ -34,7 +35,7 @@ from pipeline.backends.trt.engine import ENGINE, METADATA, MODULE, TrtEngine, en
 from pipeline.files import sha256, write_json
 from pipeline.machine import cuda_sm
 from pipeline.passes import run_shared
-from pipeline.passes.graph import drop_unused
+from pipeline.passes.probes import Capabilities
 from plugins.tensorrt import plugins
 from plugins.tensorrt.aot import plugin_name
 from plugins.tensorrt_rtx import compile
