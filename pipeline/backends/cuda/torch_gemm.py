@@ -6,7 +6,7 @@ that an FP8 tensor core multiplies.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,7 +24,7 @@ LOWEST_MASK = -30000.0
 
 
 class Gemm(nn.Module):
-    """Gemm and GemmGateResidual, or several Gemms of the same codes (`append`), which give one result each.
+    """Gemm and GemmGateResidual.
 
     weights: "packed", "expanded", or "auto" (expanded at the first call of EXPAND_FROM tokens or more, which frees
     the packed ones). output: the type of y.
@@ -58,31 +58,10 @@ class Gemm(nn.Module):
         ):
             self.register_buffer(name, None if tensor is None else tensor.contiguous(), persistent=False)
         self.is_expanded = False
-        self.widths = [n]
-
-    @property
-    def columns(self) -> int:
-        """Output channels of all linears in here."""
-        return sum(self.widths)
-
-    @property
-    def kind(self) -> Hashable:
-        """Equal for linears that may become one: formats, sizes, scales, output type, and the static scale if any."""
-        static = self.get_buffer("static_scale")
-        given = {**self.choices, **self.operands, "multipliers": tuple(self.choices["multipliers"])}
-        scale = None if static is None else float(static)
-        return (tuple(given.items()), self.in_features, self.w_scales.shape[1], self.output, self.weights, scale)
-
-    def append(self, others: Sequence[Gemm]) -> None:
-        """Take in linears of the same `kind`: their channels follow these. Before any of them has expanded."""
-        for name in ("w", "w_scales", "bias", "multiplier_codes"):
-            found = [gemm.get_buffer(name) for gemm in (self, *others)]
-            setattr(self, name, None if found[0] is None else torch.cat(found))
-        self.widths += [width for gemm in others for width in gemm.widths]
 
     def forward(
         self, codes: Tensor, a_scale: Tensor | None = None, gate: Tensor | None = None, residual: Tensor | None = None
-    ) -> Tensor | tuple[Tensor, ...]:
+    ) -> Tensor:
         a = codes.reshape(-1, self.in_features)
         scale = self._scale(a_scale, len(a))
         if not self.is_expanded and (self.weights == "expanded" or (self.weights == "auto" and len(a) >= EXPAND_FROM)):
@@ -98,7 +77,7 @@ class Gemm(nn.Module):
             given["multiplier_codes"] = self.multiplier_codes
             y = OPS.packed_gemm(a, scale, self.w, self.w_scales, self.bias, **given)
         shaped: Tensor = y.reshape(*codes.shape[:-1], -1)
-        return shaped if len(self.widths) == 1 else shaped.split(self.widths, -1)
+        return shaped
 
     def _scale(self, a_scale: Tensor | None, count: int) -> Tensor:
         """f32 [M]; a static scale is repeated."""

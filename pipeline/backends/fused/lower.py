@@ -14,7 +14,9 @@ from export.errors import ContractError, RecipeError
 from export.formats.operands import exact_sum_limit
 from pipeline.backends.fused.attention import FuseAttention
 from pipeline.backends.fused.gate_residual import FuseGateResidual
+from pipeline.backends.fused.merge_gemms import MergeGemms
 from pipeline.backends.fused.ops import (
+    OPERANDS_KEY,
     add_functions,
     fused_inputs,
     fused_node,
@@ -43,8 +45,6 @@ SEEN = {"GeluQuantize": "gelu", "GeluQuantizeStatic": "gelu", "NormModulateQuant
 FP8, INT8 = "fp8 operands", "int8 operands"
 EITHER = "int8 or fp8 operands"
 WIDE_INT8, OWN_CODES = "int8 codes, fp16 operands", "own codes, fp16 operands"
-# Metadata of quantizers and GEMMs whose codes are INT8 images by choice: "int8", or "auto" if the GPU decides.
-OPERANDS_KEY = "fpq.operands"
 
 
 class LowerCuda(RewritePass):
@@ -131,12 +131,18 @@ def _take_over(old: ir.Node, fused: ir.Node) -> None:
         ir.convenience.replace_all_uses_with(before, after, replace_graph_outputs=True)
 
 
-def lower(model: ir.Model, operands: str = "fp8") -> LowerCuda:
-    """Lower `model` in place, after the shared passes. Returns the lowering with its choices and probes."""
-    lowering = LowerCuda(operands)
-    for rewrite in (FuseAttention(), lowering, FuseGateResidual()):
+def lower(model: ir.Model, operands: str = "fp8", attention: bool = True) -> LowerCuda:
+    """Lower `model` in place, after the shared passes. Returns the lowering with its choices and probes.
+
+    attention: whether attentions become one op; TensorRT fuses its own.
+    """
+    lowering, merging = LowerCuda(operands), MergeGemms()
+    attentions = [FuseAttention()] if attention else []
+    for rewrite in (*attentions, lowering, FuseGateResidual(), merging):
         rewrite(model)
+    lowering.probes = [merging.probe(row) for row in lowering.probes]
     add_functions(model)
+    drop_unused(model)
     return lowering
 
 

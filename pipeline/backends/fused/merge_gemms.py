@@ -10,8 +10,7 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from export.dialect.graph import add_initializer, attribute, is_op, lazy_tensor
-from pipeline.backends.fused.lower import OPERANDS_KEY
-from pipeline.backends.fused.ops import DOMAIN, fused_inputs, fused_node, fused_outputs
+from pipeline.backends.fused.ops import DOMAIN, OPERANDS_KEY, fused_inputs, fused_node, fused_outputs
 from pipeline.passes.probes import ProbeRow
 from pipeline.passes.rewrite import RewritePass
 from plugins.gpu.tiles import MERGED_COLUMNS

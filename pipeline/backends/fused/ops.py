@@ -20,6 +20,8 @@ from export.dialect.graph import Ports
 from export.dialect.ops import ABSMAX_FLOOR, attributes
 
 DOMAIN, VERSION = "fpq.cuda", 1
+# Metadata of quantizers and GEMMs whose codes are INT8 integers by choice: "int8", or "auto" if the GPU decides.
+OPERANDS_KEY = "fpq.operands"
 F32, U8 = ir.DataType.FLOAT, ir.DataType.UINT8
 INT, INTS, FLOAT, FLOATS = AttributeProto.INT, AttributeProto.INTS, AttributeProto.FLOAT, AttributeProto.FLOATS
 STRING = AttributeProto.STRING
