@@ -20,11 +20,14 @@ from export.dialect.graph import (
 )
 from export.dialect.ops import DOMAIN
 from pipeline.backends.cpu.gemms import Product, finish, float_gemm, grouped_gemm, integer_gemm, ungrouped
-from pipeline.backends.cpu.paths import choose_path, refusal
 from pipeline.backends.cpu.quantize_with_chain import quantize_with_chain
 from pipeline.backends.cpu.quantizers import (
+    LARGE_ZERO,
+    SMALL_ZERO,
     Operand,
     in_groups,
+    largest_operand,
+    limb_base,
     quantize,
     quantize_static,
     rounded_integers,
@@ -36,6 +39,7 @@ from pipeline.passes.quantized_gemm import PACKED_GEMMS, QuantizedGemm, read_gem
 from pipeline.passes.rewrite import RewritePass
 
 FUNCTION_PATH, FLOAT_PATH = "onnx function", "float32"
+INT8_MAX, UINT8_MAX, INT16_MAX, INT32_MAX = 2**7 - 1, 2**8 - 1, 2**15 - 1, 2**31 - 1
 
 
 @dataclass
@@ -199,3 +203,47 @@ def _static(quantizer: ir.Node) -> tuple[float, float]:
     """(scale, zero) of a QuantizeStatic."""
     ports = inputs_of(quantizer)
     return float(stored_array(ports.scale)[0]), float(stored_array(ports.zero)[0])
+
+
+# --- which form of GEMM: bounds checked by code, refusals as sentences ------------------------------------------------
+
+
+def choose_path(gemm: QuantizedGemm, capabilities: Capabilities) -> tuple[GemmRow | None, str]:
+    """(first row that is exact, why) or (None, why none is)."""
+    reasons: list[str] = []
+    for row in capabilities.gemms:
+        reason = refusal(gemm, row, WIDE_SUM in capabilities.ops)
+        if not reason:
+            return row, "; ".join([_reason_for(gemm, row), *reasons])
+        reasons.append(f"not {row.path}: {reason}")
+    return None, "; ".join(reasons)
+
+
+def _reason_for(gemm: QuantizedGemm, row: GemmRow) -> str:
+    limbs = "" if row.limbs == 1 else f" in {row.limbs} limbs"
+    return f"{gemm.activation.name} x {gemm.weight.name} is exact in u8 x s8 with int32 sums{limbs}"
+
+
+def refusal(gemm: QuantizedGemm, row: GemmRow, wide_sum: bool) -> str:
+    """Why `row` cannot run the linear exactly, '' if it can."""
+    if (gemm.sum_groups > 1) != row.real_groups:
+        return "it has no scale per group" if gemm.sum_groups > 1 else "the weight has one scale per channel"
+    return _too_wide(gemm, row.limbs) or _overflow(gemm, row.limbs, wide_sum)
+
+
+def _too_wide(gemm: QuantizedGemm, limbs: int) -> str:
+    kmax_a = gemm.activation.kmax
+    if gemm.weight_kmax > INT8_MAX:
+        return f"image {gemm.weight_kmax} of {gemm.weight.name} exceeds int8"
+    too_large = kmax_a >= LARGE_ZERO if gemm.activation.sign_bits else kmax_a > UINT8_MAX
+    if (limbs == 1 and too_large) or limb_base(kmax_a, limbs) // 2 >= SMALL_ZERO:
+        return f"image {kmax_a} of {gemm.activation.name} exceeds {limbs} operand{'s' * (limbs > 1)} of 8 bits"
+    return ""
+
+
+def _overflow(gemm: QuantizedGemm, limbs: int, wide_sum: bool) -> str:
+    pair = 2 * largest_operand(gemm.activation, limbs) * gemm.weight_kmax
+    if not wide_sum and pair > INT16_MAX:
+        return f"a pair of products can reach {pair}; this CPU sums pairs in 16 bits, at most {INT16_MAX}"
+    total = gemm.activation.kmax * gemm.weight_kmax * gemm.sum_length
+    return f"the sum can reach {total}, more than int32 holds" if total > INT32_MAX else ""

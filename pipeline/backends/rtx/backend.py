@@ -21,8 +21,7 @@ from pipeline.backends.rtx.gemms import matmul_names
 from pipeline.backends.rtx.lower import GROUPS_REFUSED, Lowering, lower
 from pipeline.backends.tensorrt import build as rtx_build
 from pipeline.backends.tensorrt import plugin_payloads as rtx_plugin
-from pipeline.backends.tensorrt.half_attention import halve_attention
-from pipeline.backends.tensorrt.half_linears import halve_large_linears
+from pipeline.backends.tensorrt.half import halve_attention, halve_large_linears
 from pipeline.backends.tensorrt.plan_file import EngineFile, check_gemms, read_engine_file
 from pipeline.backends.tensorrt.plugin_graph import STATIC_REFUSED
 from pipeline.files import sha256, write_json

@@ -28,8 +28,7 @@ from pipeline.backends.fused.kernel_formats import recipe_problems
 from pipeline.backends.rtx.backend import DATA, ONNX, method_problems
 from pipeline.backends.tensorrt import build as rtx_build
 from pipeline.backends.tensorrt import plugin_payloads as rtx_plugin
-from pipeline.backends.tensorrt.half_attention import halve_attention
-from pipeline.backends.tensorrt.half_linears import halve_large_linears
+from pipeline.backends.tensorrt.half import halve_attention, halve_large_linears
 from pipeline.backends.tensorrt.plugin_graph import KernelNode
 from pipeline.backends.trt.engine import ENGINE, METADATA, MODULE, TrtEngine, environment_problems
 from pipeline.files import sha256, write_json

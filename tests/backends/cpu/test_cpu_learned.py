@@ -201,7 +201,7 @@ def test_what_does_not_embed_runs_in_float(activation: str, scaling: str, tmp_pa
 
 def test_narrow_cpus_need_two_limbs_for_wide_codes() -> None:
     """255 * 127 * 2 exceeds int16; 124 * 7 * 2 does not."""
-    from pipeline.backends.cpu.paths import choose_path
+    from pipeline.backends.cpu.lower import choose_path
     from pipeline.passes.quantized_gemm import read_gemm
 
     paths = {}

@@ -11,7 +11,7 @@ import pytest
 
 from export.dialect.graph import drop_unused
 from pipeline.backends.tensorrt import build as rtx_build
-from pipeline.backends.tensorrt.half_linears import LARGE_ELEMENTS, halve_large_linears
+from pipeline.backends.tensorrt.half import LARGE_ELEMENTS, halve_large_linears
 from pipeline.backends.tensorrt.plan_file import read_engine_file
 from tests.backends.rtx.test_rtx_lowering import run
 
