@@ -1,33 +1,34 @@
 """What stands between the integer GEMMs of a lowered graph -> TokenChains, as few as there can be.
 
-First what follows a GEMM, then a norm in front of a quantizer, then chains that meet, then the transpositions around
+First what follows a linear, then a norm in front of a quantizer, then chains that meet, then the transpositions around
 attention. Names of tensors that probes refer to stay.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import onnx_ir as ir
 
 from export.dialect.graph import (
-    MICROSOFT,
+    FLOAT,
+    GraphBuilder,
     attribute,
     drop_unused,
     inputs_of,
-    is_op,
     only_reader,
     other_input,
     produced_by,
     read_by,
     result_of,
 )
+from pipeline.backends.cpu.gemms import Product, grouped_gemm, integer_gemm, limb_sums
+from pipeline.backends.cpu.quantizers import Operand
 from pipeline.backends.cpu.token_chain import (
     DOMAIN,
     VERSION,
     In,
     Out,
     chain_inputs,
+    chain_node,
     chain_outputs,
     channels,
     is_chain,
@@ -38,15 +39,15 @@ from pipeline.backends.cpu.token_chain import (
     value_in,
     value_out,
 )
+from pipeline.passes.quantized_gemm import QuantizedGemm
 from pipeline.passes.rewrite import RewritePass
 
-FUSED, SUM = "MatMulIntegerToFloat", "MatMulInteger"
 HEADS_FIRST, HEADS_LAST, SWAPPED = (0, 2, 1, 3), (0, 2, 3, 1), (0, 1, 3, 2)
 
 
 def finish_with_chains(model: ir.Model) -> list[RewritePass]:
     """Run the passes on a graph whose quantizers are chains, in place."""
-    passes: list[RewritePass] = [FinishGemms(), JoinChains(), MoveHeads()]
+    passes: list[RewritePass] = [AbsorbEpilogues(), JoinChains(), MoveHeads()]
     if any(is_chain(node) for node in model.graph):
         model.opset_imports[DOMAIN] = VERSION
     for rewrite in passes:
@@ -57,111 +58,60 @@ def finish_with_chains(model: ir.Model) -> list[RewritePass]:
 # --- what follows a GEMM -------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class _Product:
-    """A GEMM's scaled sum, how a chain is to read it, and the integers of the weight of (one of) its GEMMs."""
+def chained_gemm(
+    build: GraphBuilder, gemm: QuantizedGemm, operand: Operand, bias: ir.Value | None
+) -> tuple[Product, ir.Value]:
+    """A linear whose token scale and bias are applied by a TokenChain: (its product, its result).
 
-    value: ir.Value
-    inputs: dict[In, ir.Value]
-    outputs: dict[Out, ir.Value]
-    weight: ir.Value | None
-    limb_weight: int = 0
-
-
-class FinishGemms(RewritePass):
-    """gelu(product * token scale + bias) * gate + residual -> TokenChain, as far as the graph has these in this order.
-
-    A product of two limbs is taken in from their int32 sums on. The token scale must come from a TokenChain. Product
-    and linear stay outputs, for the parity gates.
+    A product of two limbs is taken in from their int32 sums on. Product and linear are outputs, for the parity gates.
     """
+    scale = operand.scale
+    assert scale is not None, f"{gemm.layer} has no scale for each token"
+    inputs, sums = {In.TOKEN_SCALE: scale} | ({} if bias is None else {In.BIAS: bias}), None
+    if gemm.real_groups or len(operand.codes) == 1:
+        product = (grouped_gemm if gemm.real_groups else integer_gemm)(build, gemm, operand)
+        inputs[In.X] = product.value
+    else:
+        sums = limb_sums(build, gemm, operand)
+        inputs |= {In.HIGH_SUM: sums.high, In.LOW_SUM: sums.low, In.CHANNEL_SCALE: sums.scales}
+    name = f"{build.prefix}/{'scaled_tokens' if bias is None else 'output'}"
+    chain = chain_node(inputs, name, build.metadata, limb_weight=sums.weight if sums else 0)
+    build.graph.insert_before(build.before, chain)
+    linear = chain.outputs[Out.LINEAR]
+    linear.name = name
+    if sums is not None:
+        value = chain.outputs[Out.PRODUCT]
+        value.name, value.type = f"{build.prefix}/product", FLOAT
+        product = Product(value, value, sums.scales, scale)
+    return product, linear
+
+
+class AbsorbEpilogues(RewritePass):
+    """gelu(linear) * gate + residual, as far as the graph has these in this order -> the chain that makes `linear`."""
 
     def rewrite(self, model: ir.Model) -> None:
-        for product in _products(model.graph):
-            value = product.value
-            scaled = read_by(value, "Mul")
-            if scaled is None or not _is_scale(other_input(scaled, value)):
-                self.refuse(str(value.name), "its result is not scaled by a token scale alone")
-                continue
-            self._finish(model.graph, product, scaled)
-            self.fired += 1
+        for chain in [node for node in model.graph if is_chain(node) and value_out(node, Out.LINEAR) is not None]:
+            self._absorb(model.graph, chain)
         model.graph.sort()
         drop_unused(model)
 
-    def _finish(self, graph: ir.Graph, product: _Product, scaled: ir.Node) -> None:
-        inputs = product.inputs | {In.TOKEN_SCALE: other_input(scaled, product.value)}
-        last = scaled
-        add = read_by(result_of(last), "Add")
-        if add is not None and _is_bias(other_input(add, result_of(last)), product.weight):
-            inputs[In.BIAS], last = other_input(add, result_of(last)), add
-        linear = result_of(last)
-        last, gelu = _gelu(last)
-        last = _absorb(last, inputs)
-        outputs = {Out.LINEAR: linear} | product.outputs
-        if result_of(last) is not linear:
-            outputs[Out.Y] = result_of(last)
-        put_chain(graph, last, inputs, outputs, gelu=gelu, limb_weight=product.limb_weight)
-
-
-def _products(graph: ir.Graph) -> list[_Product]:
-    """The fused integer GEMMs, the sums of those that have one for each group, and the products of two limbs."""
-    products: dict[ir.Value, _Product] = {}
-    for node in graph:
-        if is_op(node, FUSED, MICROSOFT):
-            value = result_of(read_by(result_of(node), "Sum") or node)
-            products.setdefault(value, _Product(value, {In.X: value}, {}, inputs_of(node).B))
-        elif (two := _in_two_limbs(node)) is not None:
-            products[two.value] = two
-    return list(products.values())
-
-
-def _in_two_limbs(node: ir.Node) -> _Product | None:
-    """`node` if it is Mul(Cast(high sum * limb weight + low sum), channel scale)."""
-    cast = produced_by(inputs_of(node).A, "Cast") if is_op(node, "Mul") else None
-    total = produced_by(inputs_of(cast).input, "Add") if cast else None
-    weighted = produced_by(inputs_of(total).A, "Mul") if total else None
-    high = produced_by(inputs_of(weighted).A, SUM) if weighted else None
-    low = produced_by(inputs_of(total).B, SUM) if total else None
-    if weighted is None or high is None or low is None or inputs_of(high).B is not inputs_of(low).B:
-        return None
-    weight, scale, limb_weight = inputs_of(high).B, inputs_of(node).B, number(inputs_of(weighted).B)
-    if limb_weight is None or _size_of(scale) != channels(weight):
-        return None
-    inputs = {In.HIGH_SUM: result_of(high), In.LOW_SUM: result_of(low), In.CHANNEL_SCALE: scale}
-    return _Product(result_of(node), inputs, {Out.PRODUCT: result_of(node)}, weight, int(limb_weight))
-
-
-def _size_of(value: ir.Value) -> int | None:
-    """Size of a stored vector, which is not read here; None for anything else."""
-    shape = value.const_value.shape if value.const_value is not None else None
-    return int(shape[0]) if shape is not None and shape.rank() == 1 else None  # type: ignore[arg-type]
-
-
-def _is_scale(value: ir.Value) -> bool:
-    node = value.producer()
-    return node is not None and is_chain(node) and value_out(node, Out.SCALE) is value
-
-
-def _is_bias(value: ir.Value, weight: ir.Value | None) -> bool:
-    """A stored vector, one number for each channel of the product."""
-    size = _size_of(value)
-    return size is not None and size == channels(weight)
-
-
-def _gelu(last: ir.Node) -> tuple[ir.Node, int]:
-    reader = read_by(result_of(last), "Gelu")
-    if reader is not None and attribute(reader, "approximate", "none") == "tanh":
-        return reader, 1
-    return last, 0
-
-
-def _absorb(last: ir.Node, inputs: dict[In, ir.Value]) -> ir.Node:
-    """Take a gate and a residual into `inputs`; the last node that is then computed."""
-    for op_type, place, fits in (("Mul", In.GATE, _is_gate), ("Add", In.RESIDUAL, _is_residual)):
-        value = result_of(last)
-        reader = read_by(value, op_type)
-        if reader is not None and fits(other_input(reader, value), value):
-            inputs[place], last = other_input(reader, value), reader
-    return last
+    def _absorb(self, graph: ir.Graph, chain: ir.Node) -> None:
+        made, inputs = chain_outputs(chain), chain_inputs(chain)
+        linear = last = made[Out.LINEAR]
+        gelu = read_by(linear, "Gelu")
+        has_gelu = gelu is not None and attribute(gelu, "approximate", "none") == "tanh"
+        last = result_of(gelu) if gelu is not None and has_gelu else linear
+        for op_type, place, fits in (("Mul", In.GATE, _is_gate), ("Add", In.RESIDUAL, _is_residual)):
+            reader = read_by(last, op_type)
+            if reader is not None and fits(other_input(reader, last), last):
+                inputs[place], last = other_input(reader, last), result_of(reader)
+        anchor = last.producer()
+        if last is linear or anchor is None:
+            return
+        outputs = {Out.LINEAR: linear} | made | {Out.Y: last}
+        put_chain(graph, anchor, inputs, outputs, **stages(chain) | {"gelu": int(has_gelu)})
+        graph.remove(chain, safe=True)
+        self.fired += 1
 
 
 def _is_gate(gate: ir.Value, value: ir.Value) -> bool:

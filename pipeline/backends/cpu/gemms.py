@@ -44,6 +44,25 @@ def integer_gemm(build: GraphBuilder, gemm: QuantizedGemm, a: Operand) -> Produc
     return Product(y, y, scales, a.scale)
 
 
+@dataclass(frozen=True)
+class LimbSums:
+    """int32 sums of both limbs; the product is float32(high * weight + low) * scales."""
+
+    high: ir.Value
+    low: ir.Value
+    weight: int
+    scales: ir.Value
+
+
+def limb_sums(build: GraphBuilder, gemm: QuantizedGemm, a: Operand) -> LimbSums:
+    """u8 x s8 of two limbs -> their sums, not yet joined."""
+    w = stored_integers(build, gemm)
+    scales = build.lazy(f"{gemm.layer}.unit_scales", FLOAT, (gemm.out_features,), gemm.unit_scales)
+    zero = build.constant(a.zero, np.uint8)
+    high, low = (build.op("MatMulInteger", code, w, zero, name=f"sum_{i}") for i, code in enumerate(a.codes))
+    return LimbSums(high, low, a.weights[0], scales)
+
+
 def grouped_gemm(build: GraphBuilder, gemm: QuantizedGemm, a: Operand) -> Product:
     """S sums per output, each scaled by its group, then added in float32."""
     return _scaled_groups(build, gemm, a) if gemm.activation_group else _fused_groups(build, gemm, a)

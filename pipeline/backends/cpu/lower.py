@@ -19,6 +19,7 @@ from export.dialect.graph import (
     stored_array,
 )
 from export.dialect.ops import DOMAIN
+from pipeline.backends.cpu.finish_with_chain import chained_gemm
 from pipeline.backends.cpu.gemms import Product, finish, float_gemm, grouped_gemm, integer_gemm, ungrouped
 from pipeline.backends.cpu.quantize_with_chain import quantize_with_chain
 from pipeline.backends.cpu.quantizers import (
@@ -55,7 +56,8 @@ class _Source:
 
 class LowerCpu(RewritePass):
     """Lower every packed GEMM and the quantizers it reads; `choices` and `probes` have one row for each.
-    `needs`: capabilities without which a chosen path would not be exact. chains: quantize with ops of our own.
+    `needs`: capabilities without which a chosen path would not be exact. chains: with ops of our own around the
+    GEMMs.
 
     A packed GEMM whose codes do not come from a quantizer, or whose activation format has none here, keeps its ONNX
     function body (refused with the reason).
@@ -94,12 +96,16 @@ class LowerCpu(RewritePass):
         if row and refusal(gemm, row, wide_sum=False):
             self.needs.add(WIDE_SUM)
         build = GraphBuilder(graph, node, gemm.layer, dict(node.metadata_props))
-        if row is None:
+        bias = inputs_of(node).bias if gemm.has_bias else None
+        operand = None if row is None else self._operand(graph, gemm, source, row.limbs)
+        if row is None or operand is None:
             product = self._float_product(graph, build, gemm, source)
+            output = finish(build, product, bias)
+        elif self.chains and operand.scale is not None and not gemm.activation_group:
+            product, output = chained_gemm(build, gemm, operand, bias)
         else:
-            emit_gemm = grouped_gemm if row.real_groups else integer_gemm
-            product = emit_gemm(build, gemm, self._operand(graph, gemm, source, row.limbs))
-        output = finish(build, product, inputs_of(node).bias if gemm.has_bias else None)
+            product = (grouped_gemm if row.real_groups else integer_gemm)(build, gemm, operand)
+            output = finish(build, product, bias)
         _substitute(graph, node, output)
         self.choices.append(Choice(gemm.layer, row.path if row else FLOAT_PATH, why))
         self.probes.append(_probe(gemm, row, source, product, output))
