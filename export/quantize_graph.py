@@ -219,8 +219,8 @@ def add_low_rank(build: LayerBuilder, x: ir.Value, branch: ir.Value) -> ir.Value
 def _matrix(build: LayerBuilder, key: str, array: NDArray[np.float32], branch: ir.Value) -> ir.Value:
     """The matrix of each sample's branch, float32 [batch, ., .]."""
     stored = build.stored(key, half_where_exact(array).transpose(0, 2, 1))
-    found = build.op("Gather", stored, branch, name=key, axis=0)
-    return found if stored.dtype == FLOAT.dtype else build.op("Cast", found, name=f"{key}_f32", to=FLOAT.dtype.value)
+    matrix = build.op("Gather", stored, branch, name=key, axis=0)
+    return matrix if stored.dtype == FLOAT.dtype else build.op("Cast", matrix, name=f"{key}_f32", to=FLOAT.dtype.value)
 
 
 def _check_batch(layer: str, x: ir.Value, branch: ir.Value) -> None:

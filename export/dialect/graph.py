@@ -83,9 +83,9 @@ class GraphBuilder:
     def _insert(
         self, domain: str, op_type: str, inputs: Sequence[ir.Value | None], name: str, choices: Any, outputs: int
     ) -> ir.Node:
-        full, given = f"{self.prefix}/{name}", ir.convenience.convert_attributes(choices)
+        full, converted = f"{self.prefix}/{name}", ir.convenience.convert_attributes(choices)
         node = ir.Node(
-            domain, op_type, inputs, given, num_outputs=outputs, name=full, metadata_props=dict(self.metadata)
+            domain, op_type, inputs, converted, num_outputs=outputs, name=full, metadata_props=dict(self.metadata)
         )
         node.outputs[0].name = full
         self.graph.insert_before(self.before, node)
@@ -135,10 +135,10 @@ def lazy_tensor(name: str, dtype: ir.DataType, shape: Sequence[int], make: Calla
 
 def fpq_node(op_type: str, inputs: Sequence[ir.Value | None], name: str, like: ir.Node, **choices: Any) -> ir.Node:
     """A node of the dialect with its format tables; metadata (layer, kind) is taken from `like`."""
-    given = ir.convenience.convert_attributes(attributes(op_type, **choices))
+    converted = ir.convenience.convert_attributes(attributes(op_type, **choices))
     count = len(OPS[op_type].outputs)
     return ir.Node(
-        DOMAIN, op_type, inputs, given, num_outputs=count, name=name, metadata_props=dict(like.metadata_props)
+        DOMAIN, op_type, inputs, converted, num_outputs=count, name=name, metadata_props=dict(like.metadata_props)
     )
 
 

@@ -101,8 +101,8 @@ def _infer_in_onnx(op: Op, context: Any) -> None:
     shapes = [_shape_of(context.get_input_type(i)) for i in range(len(op.inputs))]
     if any(shape is None for shape in shapes):
         return
-    given = {name: context.get_attribute(name) for name in op.attributes}
-    values = {name: helper.get_attribute_value(value) for name, value in given.items() if value is not None}
+    protos = {name: context.get_attribute(name) for name in op.attributes}
+    values = {name: helper.get_attribute_value(value) for name, value in protos.items() if value is not None}
     for index, (kind, shape) in enumerate(op.infer(values, *shapes)):
         context.set_output_type(index, helper.make_tensor_type_proto(kind, shape))
 

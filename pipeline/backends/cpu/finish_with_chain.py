@@ -96,8 +96,8 @@ class AbsorbEpilogues(RewritePass):
         drop_unused(model)
 
     def _absorb(self, graph: ir.Graph, chain: ir.Node) -> None:
-        made, inputs = chain_outputs(chain), chain_inputs(chain)
-        linear = last = made[Out.LINEAR]
+        present, inputs = chain_outputs(chain), chain_inputs(chain)
+        linear = last = present[Out.LINEAR]
         gelu = read_by(linear, "Gelu")
         has_gelu = gelu is not None and attribute(gelu, "approximate", "none") == "tanh"
         last = result_of(gelu) if gelu is not None and has_gelu else linear
@@ -108,7 +108,7 @@ class AbsorbEpilogues(RewritePass):
         anchor = last.producer()
         if last is linear or anchor is None:
             return
-        outputs = {Out.LINEAR: linear} | made | {Out.Y: last}
+        outputs = {Out.LINEAR: linear} | present | {Out.Y: last}
         put_chain(graph, anchor, inputs, outputs, **stages(chain) | {"gelu": int(has_gelu)})
         graph.remove(chain, safe=True)
         self.fired += 1

@@ -98,8 +98,8 @@ def _fused_groups(build: GraphBuilder, gemm: QuantizedGemm, a: Operand) -> Produ
         scale = build.op("Gather", scales, build.constant(group, np.int64), name=f"scales_{group}", axis=0)
         for i, (code, limb) in enumerate(zip(a.codes, a.weights, strict=True)):
             rows = _slice(build, code, group * k, k, -1, f"rows_{group}_{i}")
-            given = (rows, weight, build.constant(float(limb)), scale, zero)
-            parts.append(build.op("MatMulIntegerToFloat", *given, name=f"product_{group}_{i}", domain=MICROSOFT))
+            operands = (rows, weight, build.constant(float(limb)), scale, zero)
+            parts.append(build.op("MatMulIntegerToFloat", *operands, name=f"product_{group}_{i}", domain=MICROSOFT))
     y = build.op("Sum", *parts, name="product")
     return Product(y, y, None, a.scale)
 
@@ -112,8 +112,8 @@ def _slice(build: GraphBuilder, value: ir.Value, start: int, length: int, axis: 
 def _channel_scales(build: GraphBuilder, gemm: QuantizedGemm) -> ir.Value:
     """Weight scales [S, 1, N], or [1, 1, N] where a channel has one for all sums."""
     rows, n = (gemm.sum_groups, gemm.out_features) if gemm.real_groups else (1, gemm.out_features)
-    made = partial(_sum_scales, gemm) if gemm.real_groups else lambda: gemm.unit_scales()[None]
-    scales = build.lazy(f"{gemm.layer}.unit_scales", FLOAT, (rows, n), made)
+    make = partial(_sum_scales, gemm) if gemm.real_groups else lambda: gemm.unit_scales()[None]
+    scales = build.lazy(f"{gemm.layer}.unit_scales", FLOAT, (rows, n), make)
     return build.op("Reshape", scales, build.constant([rows, 1, n], np.int64), name="grouped_scales")
 
 

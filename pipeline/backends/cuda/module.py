@@ -130,9 +130,9 @@ class LoweredModule(nn.Module):
             if name and host != (name in self.known.host) and (name not in self.known.constants):
                 place = "on the GPU, but a size must be known on the CPU" if host else "on the CPU, but read by the GPU"
                 raise ContractError(f"{node.name} ({node.op_type}): input {name} is computed {place}")
-            wanted = compute if name and not host and self._type(name).is_floating_point else None
-            inputs.append(self._host(name) if name and host else self._operand(name, wanted))
-            types.append(wanted if wanted and name not in self.known.constants else None)
+            kind = compute if name and not host and self._type(name).is_floating_point else None
+            inputs.append(self._host(name) if name and host else self._operand(name, kind))
+            types.append(kind if kind and name not in self.known.constants else None)
         outputs = tuple(str(value.name) if value.uses() or value.is_graph_output() else "" for value in node.outputs)
         result = self._result_type(node, names, FULL if widen else compute)
         self.known.types.update({name: result for name in outputs if name})
@@ -164,14 +164,14 @@ class LoweredModule(nn.Module):
 
     def _add_dialect(self, node: ir.Node, names: list[str]) -> None:
         row, keys = DIALECT_OPS[node.op_type], OPS[node.op_type].inputs
-        given = dict(zip(keys, names, strict=True))
+        by_port = dict(zip(keys, names, strict=True))
         refuse_proof_outputs(node)
         if row.make is None:
-            self._add_gemm(node, given)
+            self._add_gemm(node, by_port)
             return
-        floats = [name for key, name in given.items() if key not in row.wide]
+        floats = [name for key, name in by_port.items() if key not in row.wide]
         compute = HALF if any(self._type(name) == HALF for name in floats) else FULL
-        wanted = [FULL if key in row.wide else compute for key in keys]
+        kinds = [FULL if key in row.wide else compute for key in keys]
         outputs = [str(value.name) for value in node.outputs]
         if "codes" in OPS[node.op_type].outputs:
             outputs = outputs[: 2 if "scale" in OPS[node.op_type].outputs else 1]
@@ -179,18 +179,18 @@ class LoweredModule(nn.Module):
             self.known.sources[outputs[0]] = compute
         else:
             self.known.types[outputs[0]] = compute
-        inputs = tuple(self._operand(name, kind) for name, kind in zip(names, wanted, strict=True))
-        types = tuple(None if name in self.known.constants else kind for name, kind in zip(names, wanted, strict=True))
+        inputs = tuple(self._operand(name, kind) for name, kind in zip(names, kinds, strict=True))
+        types = tuple(None if name in self.known.constants else kind for name, kind in zip(names, kinds, strict=True))
         self.steps.append(Step(str(node.name), row.make(self._choices(node)), inputs, types, tuple(outputs)))
 
-    def _add_gemm(self, node: ir.Node, given: dict[str, str]) -> None:
-        output = self.known.sources[given["a_codes"]]
-        static = given["a_scale"] in self.known.constants
+    def _add_gemm(self, node: ir.Node, by_port: dict[str, str]) -> None:
+        output = self.known.sources[by_port["a_codes"]]
+        static = by_port["a_scale"] in self.known.constants
         kept = ("codes", "w_scales", "multiplier_codes", "bias", *(["a_scale"] if static else []))
-        constants = {key: self.known.constants[given[key]] for key in kept}
+        constants = {key: self.known.constants[by_port[key]] for key in kept}
         gemm = Gemm(constants, self._choices(node), output, self.weights)
-        names = [given["a_codes"], "" if static else given["a_scale"]]
-        moving = [given[key] for key in ("gate", "residual") if key in given]
+        names = [by_port["a_codes"], "" if static else by_port["a_scale"]]
+        moving = [by_port[key] for key in ("gate", "residual") if key in by_port]
         inputs = (*names, *(self._operand(name, output) for name in moving))
         types = (None, None, *(None if name in self.known.constants else output for name in moving))
         y = str(fused_outputs(node).y.name)
@@ -251,8 +251,8 @@ class LoweredModule(nn.Module):
 def run_step(step: Step, inputs: Sequence[Tensor | None]) -> Sequence[Tensor]:
     """The outputs of one step."""
     pairs = zip(inputs, step.types, strict=True)
-    found = step.run(*(x.to(kind) if x is not None and kind is not None else x for x, kind in pairs))
-    results: Sequence[Tensor] = found if isinstance(found, tuple | list) else (found,)
+    result = step.run(*(x.to(kind) if x is not None and kind is not None else x for x, kind in pairs))
+    results: Sequence[Tensor] = result if isinstance(result, tuple | list) else (result,)
     return [x.float() for x in results] if step.widen else results
 
 
@@ -275,7 +275,7 @@ def _torch_type(value: ir.Value) -> torch.dtype:
 
 
 def _attributes(node: ir.Node) -> dict[str, Any]:
-    return {key: found.value for key, found in node.attributes.items()}
+    return {key: item.value for key, item in node.attributes.items()}
 
 
 def _on_host(known: TensorTypes, names: list[str]) -> bool:
@@ -308,9 +308,9 @@ def refuse_proof_outputs(node: ir.Node) -> None:
 
 def _mark_last_uses(steps: list[Step], kept: tuple[str, ...]) -> None:
     """Fill `done`, from the last step to the first."""
-    made = {name for step in steps for name in step.outputs if name}
+    computed = {name for step in steps for name in step.outputs if name}
     seen = set(kept)
     for step in reversed(steps):
-        names = {name for name in (*step.inputs, *step.outputs) if name in made}
+        names = {name for name in (*step.inputs, *step.outputs) if name in computed}
         step.done = tuple(sorted(names - seen))
         seen |= names

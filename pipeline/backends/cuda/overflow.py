@@ -81,8 +81,8 @@ def _sizes(module: LoweredModule, inputs: dict[str, Tensor]) -> Iterator[tuple[i
 def _largest(tensors: Sequence[Tensor]) -> float:
     import torch
 
-    found = [x for x in tensors if isinstance(x, torch.Tensor) and x.is_floating_point() and x.numel()]
-    sizes = [float(x.abs().max()) if bool(torch.isfinite(x).all()) else float("inf") for x in found]
+    floats = [x for x in tensors if isinstance(x, torch.Tensor) and x.is_floating_point() and x.numel()]
+    sizes = [float(x.abs().max()) if bool(torch.isfinite(x).all()) else float("inf") for x in floats]
     return max(sizes, default=0.0)
 
 

@@ -66,16 +66,16 @@ class Gemm(nn.Module):
         scale = self._scale(a_scale, len(a))
         if not self.is_expanded and (self.weights == "expanded" or (self.weights == "auto" and len(a) >= EXPAND_FROM)):
             self.expand()
-        given: dict[str, Any] = {**self.choices, **self.operands, "output": self.output}
+        choices: dict[str, Any] = {**self.choices, **self.operands, "output": self.output}
         if gate is not None and residual is not None:
             rows = gate.reshape(-1, gate.shape[-1]).contiguous()
             flat = residual.reshape(len(a), -1).contiguous()
-            given |= {"epilogue": "gate_residual", "gate": rows, "residual": flat, "tokens": len(a) // len(rows)}
+            choices |= {"epilogue": "gate_residual", "gate": rows, "residual": flat, "tokens": len(a) // len(rows)}
         if self.is_expanded:
-            y = OPS.expanded_gemm(a, scale, self.w, self.w_scales, self.bias, **given)
+            y = OPS.expanded_gemm(a, scale, self.w, self.w_scales, self.bias, **choices)
         else:
-            given["multiplier_codes"] = self.multiplier_codes
-            y = OPS.packed_gemm(a, scale, self.w, self.w_scales, self.bias, **given)
+            choices["multiplier_codes"] = self.multiplier_codes
+            y = OPS.packed_gemm(a, scale, self.w, self.w_scales, self.bias, **choices)
         shaped: Tensor = y.reshape(*codes.shape[:-1], -1)
         return shaped
 
@@ -113,11 +113,11 @@ def gelu_quantize(attributes: Mapping[str, Any]) -> Callable[..., Any]:
 
 
 def norm_modulate_quantize(attributes: Mapping[str, Any]) -> Callable[..., Any]:
-    given = {key: attributes[key] for key in ("format", "epsilon", "integers")}
+    choices = {key: attributes[key] for key in ("format", "epsilon", "integers")}
 
     def run(x: Tensor, shift: Tensor, gain: Tensor) -> tuple[Tensor, Tensor]:
         rows = [item.reshape(-1, x.shape[-1]).contiguous() for item in (x, shift, gain)]
-        codes, scale = OPS.norm_modulate_quantize(*rows, tokens=len(rows[0]) // len(rows[1]), **given)
+        codes, scale = OPS.norm_modulate_quantize(*rows, tokens=len(rows[0]) // len(rows[1]), **choices)
         return codes.reshape(x.shape), scale.reshape(*x.shape[:-1], 1)
 
     return run

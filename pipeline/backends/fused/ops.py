@@ -272,8 +272,8 @@ OPS: dict[str, FusedOp] = {row.name: row for row in _ROWS}
 
 def gemm_attributes(packed: dict[str, Any]) -> dict[str, Any]:
     """Attributes of Gemm from those of a fpq.PackedGemm."""
-    found = packed | {"values": packed["weight_values"]}
-    return {key: found[key] for key in _GEMM}
+    renamed = packed | {"values": packed["weight_values"]}
+    return {key: renamed[key] for key in _GEMM}
 
 
 def quantizer_attributes(format_name: str, **choices: Any) -> dict[str, Any]:
@@ -282,14 +282,14 @@ def quantizer_attributes(format_name: str, **choices: Any) -> dict[str, Any]:
     return {**attributes("QuantizeActivation", format=format_name), "values": decoder["values"], **choices}
 
 
-def fused_node(op_name: str, inputs: Sequence[ir.Value | None], name: str, like: ir.Node, **given: Any) -> ir.Node:
+def fused_node(op_name: str, inputs: Sequence[ir.Value | None], name: str, like: ir.Node, **choices: Any) -> ir.Node:
     """A node of this dialect; metadata (layer, kind) is taken from `like`. Outputs have types, no names yet."""
-    row, found = OPS[op_name], ir.convenience.convert_attributes(given)
+    row, converted = OPS[op_name], ir.convenience.convert_attributes(choices)
     node = ir.Node(
         DOMAIN,
         op_name,
         inputs,
-        found,
+        converted,
         num_outputs=len(row.outputs),
         name=name,
         metadata_props=dict(like.metadata_props),

@@ -104,10 +104,10 @@ def _half_mask(build: GraphBuilder, mask: ir.Value) -> ir.Value:
 def halve_large_linears(model: ir.Model) -> list[str]:
     """Convert in place; names of the converted nodes. A weight that is stored as float32 did not fit FP16 and stays."""
     linears = [node for node in model.graph if (is_op(node, "Gemm") or is_op(node, "MatMul")) and _is_plain(node)]
-    found = [(node, half) for node in linears if (half := _half_weight(model.graph, node)) is not None]
-    for node, half in found:
+    large = [(node, half) for node in linears if (half := _half_weight(model.graph, node)) is not None]
+    for node, half in large:
         _halve_linear(model.graph, node, half)
-    return [str(node.name) for node, _ in found]
+    return [str(node.name) for node, _ in large]
 
 
 def _is_plain(node: ir.Node) -> bool:
