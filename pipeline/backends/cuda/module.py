@@ -26,6 +26,7 @@ from export.errors import ContractError
 from pipeline.backends.cuda.torch_gemm import DIALECT_OPS, Gemm
 from pipeline.backends.cuda.torch_onnx import ONNX_OPS
 from pipeline.backends.fused.lower import takes_integers
+from pipeline.backends.fused.merge_gemms import MergeGemms
 from pipeline.backends.fused.ops import DOMAIN, OPERANDS_KEY, OPS, fused_outputs
 from pipeline.backends.rtx.engine import visible_sm
 from plugins.gpu.tiles import prefers_integers
@@ -75,6 +76,7 @@ class LoweredModule(nn.Module):
         super().__init__()
         self.prefers_integers = prefers_integers([visible_sm()])
         refuse_unknown(model.graph)
+        MergeGemms()(model)  # bundles of earlier releases have linears of the same codes apart
         self.known, self.weights = TensorTypes(activations == "fp16"), weights
         self.inputs = tuple(str(value.name) for value in model.graph.inputs)
         self.outputs = tuple(str(value.name) for value in model.graph.outputs)

@@ -135,6 +135,16 @@ def test_other_linears_stay_alone(body, other):
     assert sorted(channels) == [64, 128]
 
 
+def test_a_graph_of_an_earlier_release_is_merged_when_it_is_read():
+    """Its linears stand apart, as `lower` left them."""
+    model = portable(LINEAR + SECOND + "y = Concat <axis = -1> (k, h)", [*square("a"), *square("b", seed=1)], **SHAPES)
+    run_shared(model)
+    apart = LowerCuda()
+    apart(model)
+    assert [node.op_type for node in model.graph].count("Gemm") == 2
+    assert len(LoweredModule(model).gemms) == 1
+
+
 def test_gemms_are_merged_up_to_a_width(monkeypatch):
     monkeypatch.setattr("pipeline.backends.fused.merge_gemms.MERGED_COLUMNS", 64 + 127)
     channels, _ = executed("y = Concat <axis = -1> (k, h)", [*square("a"), random_linear("b", n=128, k=64, seed=1)])
