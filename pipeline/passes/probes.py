@@ -1,17 +1,11 @@
 """What a lowering says of each quantized linear: what it chose, why, and where the parity gates find its tensors.
 
-A backend publishes rows of what it can run; lowering gets them as data.
+A backend publishes rows of what it can run; lowering gets them as data. An engine reads them, too: no ONNX here.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
-
-import onnx_ir as ir
-
-from export.dialect.graph import low_rank_of, unbalanced
 
 # Name of a capability: products of bytes are summed in 32 bits (x86 VNNI, Arm dot product), never in saturating 16.
 WIDE_SUM = "int32_dot_product"
@@ -90,49 +84,3 @@ class ProbeRow:
     gemm_columns: tuple[int, int] | None = None
     codes_format: str | None = None
     operands: tuple[str, ...] = ()
-
-
-def probe_of(
-    layer: str,
-    path: str,
-    *,
-    x: ir.Value,
-    codes: Sequence[ir.Value],
-    act_scale: ir.Value | None,
-    gemm: ir.Value,
-    result: ir.Value,
-    limb_weights: Sequence[float] = (1.0,),
-    codes_unit: float = 1.0,
-    codes_offset: float = 0.0,
-    gemm_unit: float = 1.0,
-    gemm_scale: ir.Value | None = None,
-    operands: Sequence[ir.Value] = (),
-    **others: Any,
-) -> ProbeRow:
-    """The row of a linear, from the values of the lowered graph.
-
-    x: what the quantizer reads; what balances it is left out. result: the linear's own; where a low-rank branch is
-    added to it, `output` is the sum. others: the remaining fields of the row.
-    """
-    branch, output = low_rank_of(result) or (None, result)
-    return ProbeRow(
-        layer=layer,
-        path=path,
-        x=_name(unbalanced(x)),
-        codes=tuple(_name(value) for value in codes),
-        limb_weights=tuple(float(weight) for weight in limb_weights),
-        codes_unit=codes_unit,
-        codes_offset=codes_offset,
-        act_scale=None if act_scale is None else _name(act_scale),
-        gemm=_name(gemm),
-        gemm_unit=gemm_unit,
-        gemm_scale=None if gemm_scale is None else _name(gemm_scale),
-        output=_name(output),
-        low_rank=None if branch is None else _name(branch),
-        operands=tuple(_name(value) for value in operands),
-        **others,
-    )
-
-
-def _name(value: ir.Value) -> str:
-    return str(value.name)

@@ -1,8 +1,9 @@
-"""The quantized linear that a PackedGemm node stands for, and its weight in every form that a target stores."""
+"""The quantized linear that a PackedGemm node stands for: its weight in every form that a target stores, its probe."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -11,10 +12,11 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from export.dialect.graph import attribute, constant, inputs_of
+from export.dialect.graph import attribute, constant, inputs_of, low_rank_of, unbalanced
 from export.dialect.ops import DOMAIN
 from export.errors import ContractError
 from export.formats.format import FORMATS, Format, encode, get_format, unpack
+from pipeline.passes.probes import ProbeRow
 
 PACKED_GEMMS = ("PackedGemm", "PackedGroupGemm")
 # Hardware number -> element type of a constant that stores it.
@@ -250,3 +252,49 @@ def refuse_unpacked(graph: ir.Graph) -> None:
     if left:
         names = ", ".join(f"{node.name} ({node.op_type})" for node in left[:5])
         raise ContractError(f"{len(left)} nodes of domain {DOMAIN} were not packed and cannot be lowered: {names}")
+
+
+def probe_of(
+    layer: str,
+    path: str,
+    *,
+    x: ir.Value,
+    codes: Sequence[ir.Value],
+    act_scale: ir.Value | None,
+    gemm: ir.Value,
+    result: ir.Value,
+    limb_weights: Sequence[float] = (1.0,),
+    codes_unit: float = 1.0,
+    codes_offset: float = 0.0,
+    gemm_unit: float = 1.0,
+    gemm_scale: ir.Value | None = None,
+    operands: Sequence[ir.Value] = (),
+    **others: Any,
+) -> ProbeRow:
+    """The row of a linear, from the values of the lowered graph.
+
+    x: what the quantizer reads; what balances it is left out. result: the linear's own; where a low-rank branch is
+    added to it, `output` is the sum. others: the remaining fields of the row.
+    """
+    branch, output = low_rank_of(result) or (None, result)
+    return ProbeRow(
+        layer=layer,
+        path=path,
+        x=_name(unbalanced(x)),
+        codes=tuple(_name(value) for value in codes),
+        limb_weights=tuple(float(weight) for weight in limb_weights),
+        codes_unit=codes_unit,
+        codes_offset=codes_offset,
+        act_scale=None if act_scale is None else _name(act_scale),
+        gemm=_name(gemm),
+        gemm_unit=gemm_unit,
+        gemm_scale=None if gemm_scale is None else _name(gemm_scale),
+        output=_name(output),
+        low_rank=None if branch is None else _name(branch),
+        operands=tuple(_name(value) for value in operands),
+        **others,
+    )
+
+
+def _name(value: ir.Value) -> str:
+    return str(value.name)

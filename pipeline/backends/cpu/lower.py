@@ -35,8 +35,8 @@ from pipeline.backends.cpu.quantizers import (
     static_integers,
     unsupported,
 )
-from pipeline.passes.probes import WIDE_SUM, Capabilities, Choice, GemmRow, ProbeRow, probe_of
-from pipeline.passes.quantized_gemm import PACKED_GEMMS, QuantizedGemm, read_gemm
+from pipeline.passes.probes import WIDE_SUM, Capabilities, Choice, GemmRow, ProbeRow
+from pipeline.passes.quantized_gemm import PACKED_GEMMS, QuantizedGemm, probe_of, read_gemm
 from pipeline.passes.rewrite import RewritePass
 
 FUNCTION_PATH, FLOAT_PATH = "onnx function", "float32"

@@ -24,8 +24,8 @@ from pipeline.backends.fused.ops import (
     gemm_attributes,
     quantizer_attributes,
 )
-from pipeline.passes.probes import Choice, ProbeRow, probe_of
-from pipeline.passes.quantized_gemm import QuantizedGemm, read_gemm, refuse_groups, refuse_unpacked
+from pipeline.passes.probes import Choice, ProbeRow
+from pipeline.passes.quantized_gemm import QuantizedGemm, probe_of, read_gemm, refuse_groups, refuse_unpacked
 from pipeline.passes.rewrite import RewritePass
 from plugins.gpu import specs
 

@@ -23,7 +23,8 @@ from export.dialect.graph import (
 from export.dialect.ops import DOMAIN
 from export.formats.format import get_format
 from export.quantize_graph import QUANTIZERS
-from pipeline.passes.probes import Choice, ProbeRow, probe_of
+from pipeline.passes.probes import Choice, ProbeRow
+from pipeline.passes.quantized_gemm import probe_of
 
 PATH = "f32"
 # Inverse -> the quantizer whose codes it takes.

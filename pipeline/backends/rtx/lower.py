@@ -18,8 +18,8 @@ from export.formats.operands import HardwareNumber
 from pipeline.backends.rtx.choose import GemmChoice, choose
 from pipeline.backends.rtx.gemms import emit_gemm
 from pipeline.backends.rtx.quantizers import Token, emit_limbs, emit_norm_modulate, emit_static, emit_token
-from pipeline.passes.probes import Capabilities, Choice, GemmRow, ProbeRow, probe_of
-from pipeline.passes.quantized_gemm import QuantizedGemm, read_gemm, refuse_groups, refuse_unpacked
+from pipeline.passes.probes import Capabilities, Choice, GemmRow, ProbeRow
+from pipeline.passes.quantized_gemm import QuantizedGemm, probe_of, read_gemm, refuse_groups, refuse_unpacked
 
 LOWERED = ("QuantizeActivation", "QuantizeStatic", "NormModulateQuantize")
 GROUPS_REFUSED = (
