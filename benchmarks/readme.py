@@ -18,8 +18,8 @@ from benchmarks.denoiser import BASELINES, PATHS
 from benchmarks.gpu.targets import judged
 from benchmarks.quality.tables import short_table
 from benchmarks.record import RESULTS, markdown
-from export.formats.embedding import embeds, exact_multipliers
 from export.formats.format import FORMATS
+from export.formats.operands import embeds, exact_multipliers
 from pipeline.methods import METHODS
 from pipeline.recipe import load, recipe_names
 

@@ -41,10 +41,10 @@ def carry_nan(graph: ir.Graph, names: list[str]) -> None:
     flags = [_flag(build, place, _counts_samples(place, output)) for place in places]
     total = flags[0]
     for flag in flags[1:]:
-        total = build.plain(f"{flag.name}_too".removeprefix(f"{PREFIX}/"), "Add", total, flag)
+        total = build.op("Add", total, flag, name=f"{flag.name}_too".removeprefix(f"{PREFIX}/"))
     rank = output.shape.rank()
-    rows = build.plain("rows", "Reshape", total, build.constant("row", np.array([-1] + [1] * (rank - 1))))
-    result = build.plain("sample", "Add", output, rows, kind=output.type)
+    rows = build.op("Reshape", total, build.stored("row", np.array([-1] + [1] * (rank - 1))), name="rows")
+    result = build.op("Add", output, rows, name="sample")
     result.shape, graph.outputs[0] = output.shape, result
     graph.remove(end, safe=True)
     result.name, output.name = output.name, f"{PREFIX}/without"
@@ -74,9 +74,9 @@ def _counts_samples(value: ir.Value, output: ir.Value) -> bool:
 def _flag(build: GraphBuilder, place: ir.Value, of_samples: bool) -> ir.Value:
     """0, or NaN where `place` has one: of each sample [batch], or of all together []."""
     name = f"of/{place.name}"  # whatever a model calls its tensors, it meets no other name here
-    zeros = build.plain(f"{name}_times_0", "Mul", place, build.constant(f"{name}.zero", np.zeros(1, np.float32)))
+    zeros = build.op("Mul", place, build.stored(f"{name}.zero", np.zeros(1, np.float32)), name=f"{name}_times_0")
     rank = 1 if place.shape is None else place.shape.rank()
     axes = range(1, rank) if of_samples else range(rank)
     if not axes:
         return zeros
-    return build.plain(name, "ReduceMean", zeros, build.constant(f"{name}.axes", np.array(axes)), keepdims=0)
+    return build.op("ReduceMean", zeros, build.stored(f"{name}.axes", np.array(axes)), name=name, keepdims=0)

@@ -25,8 +25,8 @@ from typing_extensions import TypedDict
 from export.checkpoint_checks import check_activation, check_low_rank
 from export.documents import Rules, open_file, read_json
 from export.errors import ContractError
-from export.formats.embedding import exact_multipliers
 from export.formats.format import get_format, pack, packed_size, unpack
+from export.formats.operands import exact_multipliers
 from export.router import ARRAYS as ROUTER_ARRAYS
 from export.router import Router
 

@@ -13,9 +13,8 @@ from export.checkpoint import QuantizedLinear
 from export.dialect.ops import DOMAIN
 from export.errors import ContractError
 from export.formats.format import get_format, unpack
-from export.low_rank_graph import ROUTER
 from export.onnx_files import load_model, reading
-from export.quantize_graph import GRANULARITY_KEY, KIND_KEY, LAYER_KEY, QUANTIZERS
+from export.quantize_graph import GRANULARITY_KEY, KIND_KEY, LAYER_KEY, QUANTIZERS, ROUTER
 from export.router import ARRAYS as ROUTER_ARRAYS
 from export.router import Router
 

@@ -15,13 +15,13 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from export.checkpoint import QuantizedLinear, shared_router
-from export.dialect.graph import KIND_KEY, LAYER_KEY, LayerBuilder
+from export.checkpoint import QuantizedLinear, half_where_exact, shared_router
+from export.dialect.graph import FLOAT, KIND_KEY, LAYER_KEY, GraphBuilder, result_of
 from export.dialect.ops import DOMAIN, OPS, VERSION, no_multipliers
 from export.errors import ContractError
-from export.formats.embedding import exact_multipliers
 from export.formats.format import pack
-from export.low_rank_graph import add_low_rank, add_router
+from export.formats.operands import exact_multipliers
+from export.router import ARRAYS, Router
 
 __all__ = [
     "GRANULARITY_KEY",
@@ -34,6 +34,7 @@ __all__ = [
 ]
 
 PLACEHOLDER = "QuantizedLinear"
+TIMESTEP, ROUTER = "timestep", "router"
 GRANULARITY_KEY = "fpq.granularity"
 # Activation scaling -> its quantizer and the inverse.
 QUANTIZERS = {
@@ -41,6 +42,14 @@ QUANTIZERS = {
     "per_tensor": ("QuantizeStatic", "DequantizeStatic"),
     "token_group": ("QuantizeGroups", "DequantizeGroups"),
 }
+
+
+class LayerBuilder(GraphBuilder):
+    """Builds one quantized linear; its nodes say in their metadata to which layer they belong."""
+
+    def __init__(self, graph: ir.Graph, before: ir.Node, layer: QuantizedLinear) -> None:
+        super().__init__(graph, before, layer.name, {LAYER_KEY: layer.name, KIND_KEY: layer.kind})
+        self.layer = layer
 
 
 def quantize_graph(model: ir.Model, layers: list[QuantizedLinear]) -> None:
@@ -80,17 +89,17 @@ def _check_coverage(nodes: dict[str, ir.Node], by_name: dict[str, QuantizedLinea
 def _replace(graph: ir.Graph, node: ir.Node, layer: QuantizedLinear, branch: ir.Value | None) -> None:
     """x [-> Mul -> Add] -> quantize -> dequantize -> MatMul(., DequantizeWeight) -> Add bias [-> Add low-rank]."""
     build = LayerBuilder(graph, node, layer)
-    x, output = node.inputs[0], node.outputs[0]
-    assert x is not None
+    x, output = node.inputs[0], result_of(node)
+    assert x is not None, f"placeholder of {layer.name} without an input"
     value = _rounded(build, _balanced(build, x))
     weight = _weight(build)
-    result = build.plain("matmul", "MatMul", value, weight)
+    result = build.op("MatMul", value, weight, name="matmul")
     if layer.bias is not None:
         result.shape = output.shape
-        result = build.plain("bias", "Add", result, build.constant("bias", layer.bias))
+        result = build.op("Add", result, build.stored("bias", layer.bias), name="bias")
     if branch is not None and layer.router is not None:
         result.shape = output.shape
-        result = build.plain("add_low_rank", "Add", result, add_low_rank(build, x, branch))
+        result = build.op("Add", result, add_low_rank(build, x, branch), name="add_low_rank")
     result.name, result.shape, result.type = f"{layer.name}/output", output.shape, output.type
     ir.convenience.replace_all_uses_with(output, result)
     graph.remove(node, safe=True)
@@ -101,8 +110,8 @@ def _balanced(build: LayerBuilder, x: ir.Value) -> ir.Value:
     for role, op, key in (("multiply", "Mul", "input_multiplier"), ("offset", "Add", "input_offset")):
         array, shape = getattr(build.layer, key), x.shape
         if array is not None:
-            x = build.plain(role, op, x, build.constant(key, array))
-            x.shape = shape
+            x = build.op(op, x, build.stored(key, array), name=role)
+            x.shape, x.type = shape, FLOAT
     return x
 
 
@@ -116,10 +125,10 @@ def _rounded(build: LayerBuilder, x: ir.Value) -> ir.Value:
     if layer.activation_scale is not None:
         zero = np.zeros(1, np.float32) if layer.activation_zero is None else layer.activation_zero
         arrays = {"activation_scale": layer.activation_scale, "activation_zero": zero}
-        constants = [build.constant(key, array) for key, array in arrays.items()]
+        constants = [build.stored(key, array) for key, array in arrays.items()]
     quantizer, inverse = QUANTIZERS[layer.activation_scaling]
-    codes, *scale = build.fpq("quantize", quantizer, x, *constants, **choices)
-    (value,) = build.fpq("dequantize", inverse, codes, *scale, *constants, **choices)
+    codes, *scale = build.fpq(quantizer, x, *constants, name="quantize", **choices)
+    (value,) = build.fpq(inverse, codes, *scale, *constants, name="dequantize", **choices)
     codes.shape = value.shape = x.shape
     for item in scale:
         item.shape = None if x.shape is None else ir.Shape([*x.shape[:-1], layer.activation_groups])
@@ -132,9 +141,9 @@ def _weight(build: LayerBuilder) -> ir.Value:
     group_size = 0 if layer.granularity == "per_channel" else layer.group_size
     multipliers = _multiplier_codes(layer, table, group_size)
     arrays: dict[str, NDArray[Any]] = {"codes": layer.codes, "scales": layer.scales, "multipliers": multipliers}
-    stored = [build.constant(key, array) for key, array in arrays.items()]
+    stored = [build.stored(key, array) for key, array in arrays.items()]
     choices = {"in_features": layer.in_features, "group_size": group_size, "multipliers": table}
-    (weight,) = build.fpq("weight", "DequantizeWeight", *stored, format=layer.weight_format, **choices)
+    (weight,) = build.fpq("DequantizeWeight", *stored, name="weight", format=layer.weight_format, **choices)
     node = weight.producer()
     assert node is not None
     node.metadata_props[GRANULARITY_KEY] = layer.granularity
@@ -160,3 +169,66 @@ def multiplier_table(layer: QuantizedLinear) -> tuple[int, ...]:
     if len(used) > 16:
         raise ContractError(f"{layer.name}: {len(used)} different group multipliers; a 4-bit index reaches 16")
     return used
+
+
+# --- low-rank branches, in standard ops: one router, and two small products per layer ------------------------------
+# The router reads the graph's input `timestep` once and gives each sample the number of its branch; a layer gathers the
+# two matrices of that branch, so a batch may hold samples of different timesteps.
+
+
+def add_router(graph: ir.Graph, router: Router) -> ir.Value:
+    """The branch of each sample, int64 [batch], computed at the head of the graph. Raises ContractError."""
+    timestep = next((value for value in graph.inputs if value.name == TIMESTEP), None)
+    if timestep is None:
+        raise ContractError(
+            f"the model has no input {TIMESTEP}, which low-rank branches are routed by; calibrate without"
+        )
+    build = GraphBuilder(graph, graph[0], ROUTER)
+    stored = {key: build.stored(key, getattr(router, key)) for key in ARRAYS}
+    column = build.op("Reshape", timestep, build.stored("one_column", np.array([-1, 1])), name="column")
+    if timestep.dtype != FLOAT.dtype:
+        column = build.op("Cast", column, name="timestep", to=FLOAT.dtype.value)
+    phase = build.op("Mul", column, stored["frequencies"], name="phase")
+    wave = build.op(
+        "Concat", build.op("Cos", phase, name="cos"), build.op("Sin", phase, name="sin"), name="wave", axis=1
+    )
+    hidden = build.op("Gemm", wave, stored["w1"], stored["b1"], name="hidden", transB=1)
+    active = build.op("Mul", hidden, build.op("Sigmoid", hidden, name="sigmoid"), name="active")
+    logits = build.op("Gemm", active, stored["w2"], stored["b2"], name="logits", transB=1)
+    branch = build.op("ArgMax", logits, name="branch", axis=1, keepdims=0)
+    branch.shape = timestep.shape
+    return branch
+
+
+def add_low_rank(build: LayerBuilder, x: ir.Value, branch: ir.Value) -> ir.Value:
+    """lora_up[h] @ (lora_down[h] @ x) as "layer/low_rank", for x [batch, K] or [batch, rows, K].
+
+    Matrices are stored as [H, K, R] and [H, R, N], in float16 where that holds all of their numbers.
+    """
+    layer = build.layer
+    assert layer.lora_down is not None and layer.lora_up is not None
+    _check_batch(layer.name, x, branch)
+    down, up = (_matrix(build, key, getattr(layer, key), branch) for key in ("lora_down", "lora_up"))
+    if x.shape is not None and x.shape.rank() == 3:
+        return build.op("MatMul", build.op("MatMul", x, down, name="low_rank_inner"), up, name="low_rank")
+    axis = build.stored("low_rank_axis", np.array([1]))
+    inner = build.op("MatMul", build.op("Unsqueeze", x, axis, name="low_rank_row"), down, name="low_rank_inner")
+    return build.op("Squeeze", build.op("MatMul", inner, up, name="low_rank_product"), axis, name="low_rank")
+
+
+def _matrix(build: LayerBuilder, key: str, array: NDArray[np.float32], branch: ir.Value) -> ir.Value:
+    """The matrix of each sample's branch, float32 [batch, ., .]."""
+    stored = build.stored(key, half_where_exact(array).transpose(0, 2, 1))
+    matrix = build.op("Gather", stored, branch, name=key, axis=0)
+    return matrix if stored.dtype == FLOAT.dtype else build.op("Cast", matrix, name=f"{key}_f32", to=FLOAT.dtype.value)
+
+
+def _check_batch(layer: str, x: ir.Value, branch: ir.Value) -> None:
+    """The first axis of x must be the batch, since each sample has a branch of its own."""
+    shape, batch = list(x.shape or ()), next(iter(branch.shape or (None,)))
+    known = [str(size) for size in (*shape[:1], batch) if size is not None and str(size) != "None"]
+    if len(shape) not in (2, 3) or len(set(known)) > 1:
+        raise ContractError(
+            f"{layer}: its input has shape {x.shape}, not [{batch}, K] or [{batch}, rows, K], so a low-rank branch for "
+            f"each sample does not fit; calibrate without"
+        )

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from export.errors import RecipeError
-from export.formats.embedding import embeds
 from export.formats.format import get_format, packed_size
+from export.formats.operands import embeds
 from pipeline.build import resolve
 from pipeline.bundle.bundle import load_bundle
 from pipeline.calibrate.plan import LayerPlan, group_multipliers, make_plans

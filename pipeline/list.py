@@ -8,8 +8,8 @@ from importlib import resources
 from importlib.util import find_spec
 from typing import Any
 
-from export.formats.embedding import embeds
 from export.formats.format import get_format
+from export.formats.operands import embeds
 from pipeline import recipe as recipes
 from pipeline.command import Answer, parser, run, table
 from pipeline.compiler import TARGETS

@@ -17,8 +17,8 @@ from torch import Tensor
 
 from export.dialect.ops import attributes
 from export.dialect.reference import ABSMAX_FLOOR
-from export.formats.embedding import exact_sum_limit
 from export.formats.format import get_format
+from export.formats.operands import exact_sum_limit
 from plugins.gpu.spec import FloatType, GemmSpec, PackSpec, QuantizeSpec, operand_bytes
 
 TORCH_TYPES: dict[FloatType, torch.dtype] = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}

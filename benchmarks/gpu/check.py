@@ -18,8 +18,8 @@ from numpy.typing import NDArray
 
 from benchmarks.gpu.run import Context, Task
 from benchmarks.gpu.weights import CHANNEL, EXACT_64, REAL_128, Granularity
-from export.formats.embedding import exact_sum_limit
 from export.formats.format import get_format, pack
+from export.formats.operands import exact_sum_limit
 from plugins.gpu import reference
 from plugins.gpu.promotion import FP32_BITS, accumulator_bits, promotion_of
 from plugins.gpu.spec import GemmSpec, PackSpec, operand_bytes

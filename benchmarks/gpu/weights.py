@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from export.formats.embedding import exact_multipliers
 from export.formats.format import get_format
+from export.formats.operands import exact_multipliers
 
 if TYPE_CHECKING:
     from torch import Tensor

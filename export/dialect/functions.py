@@ -153,8 +153,8 @@ def _token_scale(body: Body, x: str, floor: float, out: str) -> str:
 def _multipliers(body: Body, packed: str) -> str:
     """packed 4-bit indices [N or 1, ceil(groups / 2)] -> f32 [N or 1, groups, 1]."""
     indices = _unpack(body, packed, body.integer(4), body.attribute("groups"))
-    found = body.op("Gather", body.attribute("multipliers"), indices)
-    return body.op("Unsqueeze", body.cast(found, TensorProto.FLOAT), body.ints(-1))
+    factors = body.op("Gather", body.attribute("multipliers"), indices)
+    return body.op("Unsqueeze", body.cast(factors, TensorProto.FLOAT), body.ints(-1))
 
 
 def _grouped(body: Body, x: str, groups: str) -> str:

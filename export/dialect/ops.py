@@ -17,19 +17,20 @@ holds the packed codes only and decodes in every run.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+import numpy as np
 from onnx import AttributeProto, FunctionProto, NodeProto, TensorProto, helper
 from onnx.defs import OpSchema, has, register_schema
 
-from export.dialect import functions as op_bodies
-from export.dialect import op_tables
-from export.dialect import reference as op_meanings
+from export.dialect import functions, reference
 from export.dialect.reference import ABSMAX_FLOOR, no_multipliers
-from export.formats.format import get_format, packed_size
+from export.errors import ContractError
+from export.formats.format import Format, get_format, packed_size
 
 __all__ = ["ABSMAX_FLOOR", "DOMAIN", "OPS", "VERSION", "Op", "attributes", "make_node", "no_multipliers"]
 
@@ -66,15 +67,15 @@ class Op:
     outputs: dict[str, Any]
     attributes: dict[str, tuple[Any, str]]
     numpy: Callable[..., tuple[Any, ...]]
-    body: op_bodies.Builder
+    body: functions.Builder
     infer: Callable[..., Outputs]
     tables: Callable[..., dict[str, Any]]
 
     def function(self) -> FunctionProto:
         """The op as an ONNX function in standard ops."""
-        body = op_bodies.Body({name: kind for name, (kind, _) in self.attributes.items()})
+        body = functions.Body({name: kind for name, (kind, _) in self.attributes.items()})
         self.body(body)
-        opsets = [helper.make_opsetid("", op_bodies.OPSET)]
+        opsets = [helper.make_opsetid("", functions.OPSET)]
         return helper.make_function(
             DOMAIN, self.name, list(self.inputs), list(self.outputs), body.nodes, opsets, list(self.attributes)
         )
@@ -100,8 +101,8 @@ def _infer_in_onnx(op: Op, context: Any) -> None:
     shapes = [_shape_of(context.get_input_type(i)) for i in range(len(op.inputs))]
     if any(shape is None for shape in shapes):
         return
-    found = {name: context.get_attribute(name) for name in op.attributes}
-    values = {name: helper.get_attribute_value(value) for name, value in found.items() if value is not None}
+    protos = {name: context.get_attribute(name) for name in op.attributes}
+    values = {name: helper.get_attribute_value(value) for name, value in protos.items() if value is not None}
     for index, (kind, shape) in enumerate(op.infer(values, *shapes)):
         context.set_output_type(index, helper.make_tensor_type_proto(kind, shape))
 
@@ -150,6 +151,120 @@ def _infer_packed_gemm(_attributes: dict, a: Shape, _scale: Shape, w: Shape, *_:
     return [(F32, (*a[:-1], w[0]))]
 
 
+# --- attributes: what a user chooses, checked, and the tables that follow from the rows of the formats ----------------
+
+
+def _values_of(fmt: Format) -> list[float]:
+    return [float(v) for v in fmt.values]
+
+
+def _quantizer_tables(fmt: Format) -> dict[str, Any]:
+    """Tables of the encoder: binade starts, the step in each binade, and the code of minus each non-negative code."""
+    starts = [float(v) for v in fmt.binade_starts]
+    first = 1.0 if fmt.is_integer else float(np.ldexp(1.0, fmt.min_exponent - fmt.mantissa_bits))
+    positive = np.arange(fmt.max_code + 1)
+    return {
+        "max_value": fmt.max_value,
+        "thresholds": starts or [float("inf")],
+        "steps": [first * 2**i for i in range(len(starts) + 1)],
+        "binade_codes": 2**fmt.mantissa_bits,
+        "max_code": fmt.max_code,
+        "negative_codes": [int(c) for c in _negatives(fmt, positive)],
+    }
+
+
+def _negatives(fmt: Format, positive: Any) -> Any:
+    if fmt.is_integer:
+        return -positive % 2**fmt.bits
+    if not fmt.sign_bits:
+        return np.zeros_like(positive)
+    return np.where(positive > 0, positive + 2 ** (fmt.bits - 1), 0)
+
+
+def _grouping_of(in_features: int, group_size: int, multipliers: tuple[int, ...]) -> dict[str, Any]:
+    if group_size and in_features % group_size:
+        raise ContractError(
+            f"in_features {in_features} is not a multiple of group_size {group_size}; use a divisor or 0"
+        )
+    if not 1 <= len(multipliers) <= 16:
+        raise ContractError(f"{len(multipliers)} multipliers; a 4-bit index reaches 1 to 16 of them")
+    return {
+        "in_features": in_features,
+        "group_size": group_size,
+        "multipliers": [int(m) for m in multipliers],
+        "groups": in_features // group_size if group_size else 1,
+    }
+
+
+def _weight_tables(*, format: str, in_features: int, group_size: int, multipliers: tuple[int, ...] = (1,)) -> dict:
+    fmt = get_format(format)
+    return {"format": format, "bits": fmt.bits, **_grouping_of(in_features, group_size, multipliers)}
+
+
+def _dequantize_weight_tables(*, format: str, **grouping: Any) -> dict:
+    return {**_weight_tables(format=format, **grouping), "values": _values_of(get_format(format))}
+
+
+def _quantize_weight_tables(*, format: str, **grouping: Any) -> dict:
+    return {**_weight_tables(format=format, **grouping), **_quantizer_tables(get_format(format))}
+
+
+def _quantize_activation_tables(*, format: str) -> dict:
+    return {"format": format, **_quantizer_tables(get_format(format))}
+
+
+def _dequantize_activation_tables(*, format: str) -> dict:
+    return {"format": format, "values": _values_of(get_format(format))}
+
+
+def _quantize_groups_tables(*, format: str, in_features: int, group_size: int) -> dict:
+    return {**_quantize_activation_tables(format=format), **_activation_groups(in_features, group_size)}
+
+
+def _dequantize_groups_tables(*, format: str, in_features: int, group_size: int) -> dict:
+    return {**_dequantize_activation_tables(format=format), **_activation_groups(in_features, group_size)}
+
+
+def _activation_groups(in_features: int, group_size: int) -> dict:
+    grouping = _grouping_of(in_features, group_size, (1,))
+    return {key: grouping[key] for key in ("group_size", "groups")}
+
+
+def _packed_gemm_tables(
+    *,
+    layer: str,
+    activation_format: str,
+    weight_format: str,
+    in_features: int,
+    group_size: int,
+    multipliers: tuple[int, ...] = (1,),
+) -> dict:
+    return {
+        "layer": layer,
+        "activation_format": activation_format,
+        "weight_format": weight_format,
+        **_grouping_of(in_features, group_size, multipliers),
+        "activation_values": _values_of(get_format(activation_format)),
+        "weight_values": _values_of(get_format(weight_format)),
+        "weight_bits": get_format(weight_format).bits,
+    }
+
+
+def _packed_group_gemm_tables(*, activation_group: int, in_features: int, scale_groups: int, **choices: Any) -> dict:
+    """scale_groups: real scales of a weight row, K / group_size or 1."""
+    of_activation = _activation_groups(in_features, activation_group)["groups"]
+    return {
+        **_packed_gemm_tables(in_features=in_features, **choices),
+        "activation_group": activation_group,
+        "scale_groups": scale_groups,
+        "sum_groups": math.lcm(of_activation, scale_groups),
+    }
+
+
+def _norm_modulate_quantize_tables(*, format: str, epsilon: float) -> dict:
+    return {**_quantize_activation_tables(format=format), "epsilon": epsilon}
+
+
 # --- the table -----------------------------------------------------------------------------------------------------
 
 _GROUPING = {
@@ -193,10 +308,10 @@ _ROWS = (
         {"codes": U8, **_WEIGHT_INPUTS},
         {"w": F32},
         {**_FORMAT, **_GROUPING, **_BITS, **_VALUES},
-        op_meanings.dequantize_weight,
-        op_bodies.dequantize_weight,
+        reference.dequantize_weight,
+        functions.dequantize_weight,
         _infer_dequantize_weight,
-        op_tables.dequantize_weight,
+        _dequantize_weight_tables,
     ),
     Op(
         "QuantizeWeight",
@@ -205,10 +320,10 @@ _ROWS = (
         {"w": F32, **_WEIGHT_INPUTS},
         {"codes": U8},
         {**_FORMAT, **_GROUPING, **_BITS, **_QUANTIZER},
-        op_meanings.quantize_weight,
-        op_bodies.quantize_weight,
+        reference.quantize_weight,
+        functions.quantize_weight,
         _infer_quantize_weight,
-        op_tables.quantize_weight,
+        _quantize_weight_tables,
     ),
     Op(
         "QuantizeActivation",
@@ -217,10 +332,10 @@ _ROWS = (
         {"x": F32},
         {"codes": U8, "scale": F32},
         {**_FORMAT, **_QUANTIZER},
-        op_meanings.quantize_activation,
-        partial(op_bodies.quantize_activation, floor=ABSMAX_FLOOR),
+        reference.quantize_activation,
+        partial(functions.quantize_activation, floor=ABSMAX_FLOOR),
         _infer_quantizer,
-        op_tables.quantize_activation,
+        _quantize_activation_tables,
     ),
     Op(
         "DequantizeActivation",
@@ -228,10 +343,10 @@ _ROWS = (
         {"codes": U8, "scale": F32},
         {"x": F32},
         {**_FORMAT, **_VALUES},
-        op_meanings.dequantize_activation,
-        op_bodies.dequantize_activation,
+        reference.dequantize_activation,
+        functions.dequantize_activation,
         _infer_dequantize_activation,
-        op_tables.dequantize_activation,
+        _dequantize_activation_tables,
     ),
     Op(
         "QuantizeStatic",
@@ -240,10 +355,10 @@ _ROWS = (
         {"x": F32, "scale": F32, "zero": F32},
         {"codes": U8},
         {**_FORMAT, **_QUANTIZER},
-        op_meanings.quantize_static,
-        op_bodies.quantize_static,
+        reference.quantize_static,
+        functions.quantize_static,
         _infer_quantize_static,
-        op_tables.quantize_static,
+        _quantize_activation_tables,
     ),
     Op(
         "DequantizeStatic",
@@ -251,10 +366,10 @@ _ROWS = (
         {"codes": U8, "scale": F32, "zero": F32},
         {"x": F32},
         {**_FORMAT, **_VALUES},
-        op_meanings.dequantize_static,
-        op_bodies.dequantize_static,
+        reference.dequantize_static,
+        functions.dequantize_static,
         _infer_dequantize_activation,
-        op_tables.dequantize_static,
+        _dequantize_activation_tables,
     ),
     Op(
         "QuantizeGroups",
@@ -263,10 +378,10 @@ _ROWS = (
         {"x": F32},
         {"codes": U8, "scale": F32},
         {**_FORMAT, **_ACTIVATION_GROUPS, **_QUANTIZER},
-        op_meanings.quantize_groups,
-        partial(op_bodies.quantize_groups, floor=ABSMAX_FLOOR),
+        reference.quantize_groups,
+        partial(functions.quantize_groups, floor=ABSMAX_FLOOR),
         _infer_quantize_groups,
-        op_tables.quantize_groups,
+        _quantize_groups_tables,
     ),
     Op(
         "DequantizeGroups",
@@ -274,10 +389,10 @@ _ROWS = (
         {"codes": U8, "scale": F32},
         {"x": F32},
         {**_FORMAT, **_ACTIVATION_GROUPS, **_VALUES},
-        op_meanings.dequantize_groups,
-        op_bodies.dequantize_groups,
+        reference.dequantize_groups,
+        functions.dequantize_groups,
         _infer_dequantize_activation,
-        op_tables.dequantize_groups,
+        _dequantize_groups_tables,
     ),
     Op(
         "PackedGemm",
@@ -287,10 +402,10 @@ _ROWS = (
         _GEMM_INPUTS,
         {"y": F32},
         _GEMM,
-        op_meanings.packed_gemm,
-        op_bodies.packed_gemm,
+        reference.packed_gemm,
+        functions.packed_gemm,
         _infer_packed_gemm,
-        op_tables.packed_gemm,
+        _packed_gemm_tables,
     ),
     Op(
         "PackedGroupGemm",
@@ -304,10 +419,10 @@ _ROWS = (
             "scale_groups": (INT, "real scales of a weight row"),
             "sum_groups": (INT, "sums of a row, within which neither scale changes"),
         },
-        op_meanings.packed_group_gemm,
-        op_bodies.packed_group_gemm,
+        reference.packed_group_gemm,
+        functions.packed_group_gemm,
         _infer_packed_gemm,
-        op_tables.packed_group_gemm,
+        _packed_group_gemm_tables,
     ),
     Op(
         "NormModulateQuantize",
@@ -316,10 +431,10 @@ _ROWS = (
         {"x": F32, "shift": F32, "scale": F32},
         {"codes": U8, "a_scale": F32},
         {**_FORMAT, "epsilon": (FLOAT, "added to the variance"), **_QUANTIZER},
-        op_meanings.norm_modulate_quantize,
-        partial(op_bodies.norm_modulate_quantize, floor=ABSMAX_FLOOR),
+        reference.norm_modulate_quantize,
+        partial(functions.norm_modulate_quantize, floor=ABSMAX_FLOOR),
         _infer_quantizer,
-        op_tables.norm_modulate_quantize,
+        _norm_modulate_quantize_tables,
     ),
     Op(
         "GeluQuantize",
@@ -327,10 +442,10 @@ _ROWS = (
         {"x": F32},
         {"codes": U8, "scale": F32},
         {**_FORMAT, **_QUANTIZER},
-        op_meanings.gelu_quantize,
-        partial(op_bodies.gelu_quantize, floor=ABSMAX_FLOOR),
+        reference.gelu_quantize,
+        partial(functions.gelu_quantize, floor=ABSMAX_FLOOR),
         _infer_quantizer,
-        op_tables.gelu_quantize,
+        _quantize_activation_tables,
     ),
 )
 OPS: dict[str, Op] = {row.name: row for row in _ROWS}

@@ -73,17 +73,17 @@ class Format:
         magnitude = codes % 2**magnitude_bits
         field, mantissa = magnitude >> self.mantissa_bits, magnitude % 2**self.mantissa_bits
         significand = np.where(field > 0, mantissa + 2**self.mantissa_bits, mantissa).astype(np.float64)
-        found = np.ldexp(significand, np.maximum(field, 1) - self.bias - self.mantissa_bits)
-        found = self._with_specials(found, field, mantissa)
-        return np.where(codes >> magnitude_bits == 1, -found, found)
+        values = np.ldexp(significand, np.maximum(field, 1) - self.bias - self.mantissa_bits)
+        values = self._with_specials(values, field, mantissa)
+        return np.where(codes >> magnitude_bits == 1, -values, values)
 
-    def _with_specials(self, found: NDArray, field: NDArray, mantissa: NDArray) -> NDArray:
+    def _with_specials(self, values: NDArray, field: NDArray, mantissa: NDArray) -> NDArray:
         top = field == 2**self.exponent_bits - 1
         if self.specials == "ieee":
-            return np.where(top, np.where(mantissa == 0, np.inf, np.nan), found)
+            return np.where(top, np.where(mantissa == 0, np.inf, np.nan), values)
         if self.specials == "one_nan":
-            return np.where(top & (mantissa == 2**self.mantissa_bits - 1), np.nan, found)
-        return found
+            return np.where(top & (mantissa == 2**self.mantissa_bits - 1), np.nan, values)
+        return values
 
     @property
     def max_value(self) -> float:

@@ -1,4 +1,4 @@
-"""What a target is: capability rows for lowering, a builder, and an engine that runs."""
+"""What a target is: a lowering, a builder, and an engine that runs."""
 
 from __future__ import annotations
 
@@ -9,82 +9,9 @@ from typing import Any, Protocol
 
 from numpy.typing import NDArray
 
+from pipeline.passes.probes import Capabilities, Choice, ProbeRow
+
 Arrays = dict[str, NDArray[Any]]
-# Name of a capability: products of bytes are summed in 32 bits (x86 VNNI, Arm dot product), never in saturating 16.
-WIDE_SUM = "int32_dot_product"
-
-
-@dataclass(frozen=True)
-class GemmRow:
-    """One way a target can run a quantized GEMM; lowering takes the first row that fits.
-
-    `limbs`: into how many hardware operands an activation image may be split. `path` is the name shown to people.
-    """
-
-    path: str
-    activation_type: str
-    weight_type: str
-    limbs: int = 1
-    real_groups: bool = False
-
-
-@dataclass(frozen=True)
-class Capabilities:
-    """What lowering may know of a target: its name, GEMM rows in order of preference, and fused ops it runs."""
-
-    target: str
-    gemms: tuple[GemmRow, ...]
-    ops: frozenset[str] = frozenset()
-
-
-@dataclass(frozen=True)
-class Choice:
-    """What lowering chose for one quantized linear, and why; refusals name the rule and the culprit."""
-
-    layer: str
-    path: str
-    why: str
-
-
-@dataclass(frozen=True)
-class ProbeRow:
-    """Where the parity gate finds one quantized linear inside a lowered ONNX graph (names of tensors).
-
-    x: the float tensor that the linear reads, before it is balanced channel by channel. codes: the hardware operands
-    that hold the activation's integer image, image = sum_i limb_weights[i] * (codes[i] * codes_unit - codes_offset).
-    act_scale: the per-token scale, value = image * 2^-f * act_scale; of groups, one after the other; "" for a static
-    scale, which is part of the GEMM's. gemm: the GEMM's result, which must equal
-    float32(integer sum * gemm_unit) * gemm_scale, with gemm_scale the name of a float32 initializer [N], or "" for
-    none. gemm_groups: above 1 it is [groups, M, N], the sums of as many parts of K. gemm_columns: (first, count) of the
-    layer's own columns in it, (0, 0) for all. `exact` is False only where the
-    path is not an integer embedding (then `why` of the choice says so).
-    codes_format: the codes are those of this number format, not integers; '' for integers.
-    operands: the dequantized activation and weight [K, N], zero point included, where the GEMM multiplies float32
-    values that are already scaled; else ().
-    half_roundings: how often such a path rounds a factor or the sum of a product to FP16.
-    output: the linear's float result, scaled and with its bias added (it proves weight scales and bias). low_rank: the
-    result of its low-rank branch, which `output` includes; "" without one.
-    """
-
-    layer: str
-    path: str
-    x: str
-    codes: tuple[str, ...]
-    limb_weights: tuple[float, ...]
-    codes_unit: float
-    codes_offset: float
-    act_scale: str
-    gemm: str
-    gemm_unit: float
-    gemm_scale: str
-    exact: bool = True
-    output: str = ""
-    half_roundings: int = 0
-    low_rank: str = ""
-    gemm_groups: int = 1
-    gemm_columns: tuple[int, int] = (0, 0)
-    codes_format: str = ""
-    operands: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, fields
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 
 from typing_extensions import TypedDict
 
 from export.documents import Rules, read_json
 from export.names import inside
-from pipeline.backends.base import Choice, LoweredGraph, ProbeRow
+from pipeline.backends.base import LoweredGraph
+from pipeline.passes.probes import Choice, ProbeRow
 
 SCHEMA_VERSION = 1
 RULES = Rules(
@@ -47,9 +48,15 @@ def read(path: Path) -> LoweredGraph:
     """Inverse of `write`. Raises ContractError for another schema or a damaged file."""
     document = read_json(path, LoweringFile, RULES)
     graph = inside(path.parent, document["graph"], path)
-    return LoweredGraph(graph, tuple(document["probes"]), tuple(document["choices"]))
+    return LoweredGraph(graph, tuple(map(_without_empty_names, document["probes"])), tuple(document["choices"]))
 
 
 def _stated(row: dict) -> dict:
-    """A probe without what few layers have."""
-    return {key: value for key, value in row.items() if key not in OPTIONAL or value != OPTIONAL[key]}
+    """A probe without what few layers have; the absent names of others are empty."""
+    stated = {key: value for key, value in row.items() if key not in OPTIONAL or value != OPTIONAL[key]}
+    return {key: "" if value is None else value for key, value in stated.items()}
+
+
+def _without_empty_names(row: ProbeRow) -> ProbeRow:
+    """The inverse of what `_stated` writes for an absent name."""
+    return replace(row, act_scale=row.act_scale or None, gemm_scale=row.gemm_scale or None)

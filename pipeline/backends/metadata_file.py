@@ -23,7 +23,7 @@ Size = Annotated[int, Ge(0), Lt(2**31)]
 
 
 class CpuMetadata(TypedDict):
-    """requires: capabilities without which the engine is not exact, see pipeline/backends/base.py."""
+    """requires: capabilities without which the engine is not exact, see pipeline/passes/probes.py."""
 
     requires: list[str]
 

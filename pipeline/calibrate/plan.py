@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING
 
 from export.checkpoint import Granularity
 from export.errors import RecipeError
-from export.formats.embedding import INT8_MAX, embeds, exact_multipliers
 from export.formats.format import get_format
+from export.formats.operands import INT8_MAX, embeds, exact_multipliers
 from pipeline.recipe import Recipe
 
 if TYPE_CHECKING:

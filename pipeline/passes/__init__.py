@@ -1,30 +1,25 @@
-"""Graph passes in the order they run: first those that every target shares, then one lowering per target."""
+"""Graph passes that every target shares, in the order they run, and what they tell of a quantized linear.
+
+What an engine reads of them (`probes`) needs no ONNX, so the passes are imported where they run.
+"""
 
 from __future__ import annotations
 
-import onnx_ir as ir
+from typing import TYPE_CHECKING
 
-from pipeline.passes.fuse_norm_modulate_quantize import FuseNormModulateQuantize
-from pipeline.passes.pack_gemm import PackGemm
-from pipeline.passes.refusal import Refusal, RewritePass
-from pipeline.passes.share_quantizers import ShareQuantizers
+if TYPE_CHECKING:
+    import onnx_ir as ir
 
-__all__ = [
-    "SHARED_PASSES",
-    "FuseNormModulateQuantize",
-    "PackGemm",
-    "Refusal",
-    "RewritePass",
-    "ShareQuantizers",
-    "run_shared",
-]
-
-SHARED_PASSES: tuple[type[RewritePass], ...] = (ShareQuantizers, FuseNormModulateQuantize, PackGemm)
+    from pipeline.passes.rewrite import RewritePass
 
 
 def run_shared(model: ir.Model) -> list[RewritePass]:
     """Run the passes before any lowering on `model`, in place; the passes hold counts and refusals."""
-    passes = [make() for make in SHARED_PASSES]
+    from pipeline.passes.fuse_norm_modulate_quantize import FuseNormModulateQuantize
+    from pipeline.passes.pack_gemm import PackGemm
+    from pipeline.passes.share_quantizers import ShareQuantizers
+
+    passes: list[RewritePass] = [ShareQuantizers(), FuseNormModulateQuantize(), PackGemm()]
     for rewrite in passes:
         rewrite(model)
     return passes

@@ -9,9 +9,8 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from pipeline.passes.emit import initializer
-from pipeline.passes.graph import attribute, drop_unused, is_op
-from pipeline.passes.refusal import RewritePass
+from export.dialect.graph import add_initializer, attribute, drop_unused, inputs_of, is_op, lazy_tensor, result_of
+from pipeline.passes.rewrite import RewritePass
 
 
 class FoldWeights(RewritePass):
@@ -28,14 +27,13 @@ class FoldWeights(RewritePass):
             drop_unused(model)
 
     def _try(self, graph: ir.Graph, node: ir.Node) -> None:
-        source, output = node.inputs[0], node.outputs[0]
-        tensor = source.const_value if source is not None else None
-        if tensor is None or source is None or not source.is_initializer():
+        source, output = inputs_of(node).get("input" if is_op(node, "Cast") else "data"), result_of(node)
+        if source is None or source.const_value is None or not source.is_initializer():
             return
         if output.is_graph_output():
             self.refuse(node.name, f"{output.name} is an output of the graph")
             return
-        folded = initializer(graph, _folded(node, tensor, str(output.name)))
+        folded = add_initializer(graph, _folded(node, source.const_value, str(output.name)))
         # The node gives up its name for the value that takes over.
         output.name = f"{output.name}/unfolded"
         ir.convenience.replace_all_uses_with(output, folded)
@@ -51,7 +49,7 @@ def _folded(node: ir.Node, tensor: ir.TensorProtocol, name: str) -> ir.LazyTenso
         order = tuple(attribute(node, "perm") or reversed(range(len(tensor.shape))))
         make, dtype = partial(_transposed, tensor, order), tensor.dtype
         shape = tuple(tensor.shape[axis] for axis in order)
-    return ir.LazyTensor(lambda: ir.tensor(make(), name=name), dtype, ir.Shape(shape), name=name)  # type: ignore[arg-type]
+    return lazy_tensor(name, dtype, shape, make)  # type: ignore[arg-type]
 
 
 def _cast(tensor: ir.TensorProtocol, dtype: np.dtype) -> NDArray[Any]:

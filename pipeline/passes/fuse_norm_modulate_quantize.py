@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import onnx_ir as ir
 
-from export.dialect.ops import DOMAIN
-from pipeline.passes.graph import (
+from export.dialect.graph import (
     QUANTIZERS,
     add_functions,
     attribute,
-    constant,
     drop_unused,
     fpq_node,
+    inputs_of,
     is_constant,
     is_op,
     name_of,
@@ -19,9 +20,12 @@ from pipeline.passes.graph import (
     other_input,
     produced_by,
     replace,
+    result_of,
+    stored_array,
     unbalanced,
 )
-from pipeline.passes.refusal import RewritePass
+from export.dialect.ops import DOMAIN
+from pipeline.passes.rewrite import RewritePass
 
 
 class FuseNormModulateQuantize(RewritePass):
@@ -35,67 +39,50 @@ class FuseNormModulateQuantize(RewritePass):
         for node in list(model.graph):
             if is_op(node, "QuantizeActivation", DOMAIN):
                 self._try(model.graph, node)
-            elif node.domain == DOMAIN and node.op_type in QUANTIZERS and _reads_norm(node.inputs[0]):
+            elif node.domain == DOMAIN and node.op_type in QUANTIZERS and _reads_norm(inputs_of(node).x):
                 self.refuse(node.name, f"{node.op_type} of a norm; only one scale per token is fused with it")
         if self.fired:
             add_functions(model, ["NormModulateQuantize"])
             drop_unused(model)
 
     def _try(self, graph: ir.Graph, quantizer: ir.Node) -> None:
-        modulated = quantizer.inputs[0]
-        balanced = modulated is not None and unbalanced(modulated) is not modulated
-        add = None if balanced else produced_by(modulated, "Add")
-        found = self._multiply_and_norm(add) if add else None
-        if modulated is None or add is None or found is None:
+        modulated = inputs_of(quantizer).x
+        add = produced_by(modulated, "Add") if unbalanced(modulated) is modulated else None
+        multiply, norm = _multiply_and_norm(add)
+        if add is None or multiply is None or norm is None:
             if near := _near_miss(modulated, add):
                 self.refuse(quantizer.name, near)
             return
-        multiply, norm = found
-        shift, plus_one = other_input(add, multiply.outputs[0]), other_input(multiply, norm.outputs[0])
-        reason, scale = self._check(quantizer, add, multiply, norm, plus_one, shift)
+        shift, plus_one = other_input(add, result_of(multiply)), other_input(multiply, result_of(norm))
+        scale = _without_one(plus_one)
+        reason = _other_reader(norm, multiply, add, quantizer) or _unfit_norm(norm)
+        reason = reason or (_not_per_sample("scale", scale) if scale else f"{plus_one.name} is not 1 + scale")
+        reason = reason or _not_per_sample("shift", shift)
         if reason or scale is None:
             self.refuse(quantizer.name, reason)
             return
-        inputs = [norm.inputs[0], shift, scale]
+        inputs = [inputs_of(norm).X, shift, scale]
         epsilon, fmt = float(attribute(norm, "epsilon", 1e-5)), str(attribute(quantizer, "format"))
         name = quantizer.name or name_of(norm)
-        fused = fpq_node("NormModulateQuantize", inputs, name, quantizer, format=fmt, epsilon=epsilon)
-        replace(graph, quantizer, fused)
+        replace(
+            graph, quantizer, fpq_node("NormModulateQuantize", inputs, name, quantizer, format=fmt, epsilon=epsilon)
+        )
         self.fired += 1
 
-    def _multiply_and_norm(self, add: ir.Node) -> tuple[ir.Node, ir.Node] | None:
-        for candidate in add.inputs:
-            multiply = produced_by(candidate, "Mul")
-            for value in multiply.inputs if multiply else ():
-                norm = produced_by(value, "LayerNormalization")
-                if multiply and norm:
-                    return multiply, norm
-        return None
 
-    def _check(
-        self, quantizer: ir.Node, add: ir.Node, multiply: ir.Node, norm: ir.Node, plus_one: ir.Value, shift: ir.Value
-    ) -> tuple[str, ir.Value | None]:
-        """('', scale) if the pattern holds, else (reason, None)."""
-        for node, reader in ((norm, multiply), (multiply, add), (add, quantizer)):
-            if only_reader(node.outputs[0]) is not reader:
-                return f"{node.outputs[0].name} has another reader than {name_of(reader)}", None
-        if reason := _affine(norm):
-            return reason, None
-        rank = norm.inputs[0].shape.rank() if norm.inputs[0] and norm.inputs[0].shape else 3
-        if attribute(norm, "axis", -1) not in (-1, rank - 1):
-            return f"{name_of(norm)} normalizes over axis {attribute(norm, 'axis')}, not the last one", None
-        scale = _without_one(plus_one)
-        if scale is None:
-            return f"{plus_one.name} is not 1 + scale", None
-        for name, value in (("scale", scale), ("shift", shift)):
-            if reason := _not_per_sample(name, value):
-                return reason, None
-        return "", scale
+def _multiply_and_norm(add: ir.Node | None) -> tuple[ir.Node | None, ir.Node | None]:
+    """The Mul that `add` reads and the norm that this one reads."""
+    for term in add.inputs if add else ():
+        multiply = produced_by(term, "Mul")
+        for factor in multiply.inputs if multiply else ():
+            if norm := produced_by(factor, "LayerNormalization"):
+                return multiply, norm
+    return None, None
 
 
-def _near_miss(x: ir.Value | None, add: ir.Node | None) -> str:
+def _near_miss(x: ir.Value, add: ir.Node | None) -> str:
     """Why a quantizer that reads a norm has no modulate to fuse; '' if it reads something else altogether."""
-    if x is not None and unbalanced(x) is not x and _reads_norm(x):
+    if unbalanced(x) is not x and _reads_norm(x):
         return "its norm is balanced channel by channel before it is quantized"
     if produced_by(x, "LayerNormalization"):
         return "its norm is neither scaled nor shifted per sample"
@@ -113,25 +100,35 @@ def _reads_norm(x: ir.Value | None, steps: int = 4) -> bool:
     return elementwise and any(_reads_norm(value, steps - 1) for value in node.inputs)
 
 
-def _affine(norm: ir.Node) -> str:
-    """Why the norm's own scale and bias stand in the way, '' if they do not."""
-    if not is_constant(norm.inputs[1], 1.0):
+def _other_reader(*chain: ir.Node) -> str:
+    """Which of these nodes is read by another one than the next, '' for none."""
+    for node, reader in pairwise(chain):
+        if only_reader(result_of(node)) is not reader:
+            return f"{result_of(node).name} has another reader than {name_of(reader)}"
+    return ""
+
+
+def _unfit_norm(norm: ir.Node) -> str:
+    """Why the fused op is not this norm, '' if it is."""
+    ports, mean_and_deviation = inputs_of(norm), norm.outputs[1:]
+    if not is_constant(ports.Scale, 1.0):
         return f"{name_of(norm)} has an affine scale"
-    bias = norm.inputs[2] if len(norm.inputs) > 2 else None
-    if bias is not None and not is_constant(bias, 0.0):
+    if ports.get("B") is not None and not is_constant(ports.B, 0.0):
         return f"{name_of(norm)} has an affine bias"
-    if len(norm.outputs) > 1 and any(list(extra.uses()) for extra in norm.outputs[1:]):
+    if any(list(value.uses()) for value in mean_and_deviation):
         return f"mean or deviation of {name_of(norm)} is read elsewhere"
+    rank = ports.X.shape.rank() if ports.X.shape else 3
+    if attribute(norm, "axis", -1) not in (-1, rank - 1):
+        return f"{name_of(norm)} normalizes over axis {attribute(norm, 'axis')}, not the last one"
     return ""
 
 
 def _without_one(plus_one: ir.Value) -> ir.Value | None:
     """`scale` of `1 + scale`, else None."""
     add = produced_by(plus_one, "Add")
-    for index in (0, 1) if add else ():
-        value = add.inputs[index] if add else None
-        if add and is_constant(value, 1.0) and constant(value).size == 1:  # type: ignore[union-attr]
-            return add.inputs[1 - index]
+    for value in add.inputs if add else ():
+        if add and value is not None and is_constant(value, 1.0) and stored_array(value).size == 1:
+            return other_input(add, value)
     return None
 
 

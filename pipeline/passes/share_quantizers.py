@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import onnx_ir as ir
 
-from export.dialect.ops import DOMAIN
-from pipeline.passes.graph import (
+from export.dialect.graph import (
     BALANCE,
     DEQUANTIZERS,
     QUANTIZERS,
@@ -13,9 +12,12 @@ from pipeline.passes.graph import (
     constant,
     drop_unused,
     has_role,
+    inputs_of,
     name_of,
+    stored_array,
 )
-from pipeline.passes.refusal import RewritePass
+from export.dialect.ops import DOMAIN
+from pipeline.passes.rewrite import RewritePass
 
 
 class ShareQuantizers(RewritePass):
@@ -36,9 +38,9 @@ class ShareQuantizers(RewritePass):
     def _merge_balance(self, graph: ir.Graph, role: str) -> None:
         first_of: dict[tuple[ir.Value | None, bytes], ir.Node] = {}
         for node in list(graph):
-            array = constant(node.inputs[1]) if has_role(node, role) else None
+            array = constant(inputs_of(node).B) if has_role(node, role) else None
             if array is not None:
-                self._replace(graph, node, first_of.setdefault((node.inputs[0], array.tobytes()), node))
+                self._replace(graph, node, first_of.setdefault((inputs_of(node).A, array.tobytes()), node))
 
     def _merge(self, graph: ir.Graph, op_types: tuple[str, ...]) -> None:
         first_of: dict[tuple[ir.Value | None, ...], dict[str, ir.Node]] = {}
@@ -65,11 +67,10 @@ def way_of(node: ir.Node) -> str:
 
     A static quantizer is told by the numbers of its stored scale and zero.
     """
-    found = [str(attribute(node, "format"))]
+    words = [str(attribute(node, "format"))]
     if group := attribute(node, "group_size"):
-        found.append(f"in groups of {group}")
-    for word, value in zip(("at scale", "from"), node.inputs[1:], strict=False):
-        array = constant(value) if value is not None and value.is_initializer() else None
-        if array is not None:
-            found.append(f"{word} {float(array[0])!r}")
-    return " ".join(found)
+        words.append(f"in groups of {group}")
+    if node.op_type in ("QuantizeStatic", "DequantizeStatic"):
+        for word, value in (("at scale", inputs_of(node).scale), ("from", inputs_of(node).zero)):
+            words += [f"{word} {float(stored_array(value)[0])!r}"] if value.is_initializer() else []
+    return " ".join(words)

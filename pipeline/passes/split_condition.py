@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import onnx_ir as ir
 
-from pipeline.passes.graph import attribute, drop_unused, is_op
+from export.dialect.graph import attribute, drop_unused, inputs_of, is_op, result_of
 
 logger = logging.getLogger(__name__)
 # Inputs that change from step to step; all others are the condition.
@@ -51,21 +51,21 @@ def _shared_sizes(graph: ir.Graph, step_inputs: Collection[str]) -> dict[str, tu
 
     What is computed from such a size alone belongs to both parts: the first may measure its own input instead.
     """
-    found = {
+    places = {
         str(size): (str(value.name), axis)
         for value in graph.inputs
         if value.name not in step_inputs
         for axis, size in enumerate(value.shape or ())
         if not isinstance(size, int) and size.value is not None
     }
-    measured = {str(node.outputs[0].name): _measured(node) for node in graph if is_op(node, "Shape")}
-    return {name: found[size] for name, size in measured.items() if size in found}
+    measured = {str(result_of(node).name): _measured(node) for node in graph if is_op(node, "Shape")}
+    return {name: places[size] for name, size in measured.items() if size in places}
 
 
 def _measured(node: ir.Node) -> str:
     """Name of the one size that a Shape node reads, '' for several or a number."""
-    value, start, end = node.inputs[0], attribute(node, "start", 0), attribute(node, "end")
-    sizes = list(value.shape)[start:end] if value is not None and value.is_graph_input() and value.shape else []
+    value, start, end = inputs_of(node).data, attribute(node, "start", 0), attribute(node, "end")
+    sizes = list(value.shape)[start:end] if value.is_graph_input() and value.shape else []
     return str(sizes[0]) if len(sizes) == 1 else ""
 
 
@@ -76,7 +76,7 @@ def _once(graph: ir.Graph, step_inputs: Collection[str], sizes: Collection[str])
     once = set()
     for node in graph:
         inputs = [value for value in node.inputs if value is not None]
-        if node.outputs[0].name in sizes:
+        if result_of(node).name in sizes:
             continue
         if any(value in varying for value in inputs):
             varying.update(node.outputs)
@@ -89,9 +89,9 @@ def _once(graph: ir.Graph, step_inputs: Collection[str], sizes: Collection[str])
 def _measure_elsewhere(graph: ir.Graph, sizes: Mapping[str, tuple[str, int]]) -> None:
     inputs = {value.name: value for value in graph.inputs}
     for node in graph:
-        if node.outputs[0].name in sizes:
-            name, axis = sizes[str(node.outputs[0].name)]
-            node.replace_input_with(0, inputs[name])
+        if result_of(node).name in sizes:
+            name, axis = sizes[str(result_of(node).name)]
+            inputs_of(node).set("data", inputs[name])
             node.attributes["start"], node.attributes["end"] = (
                 ir.AttrInt64("start", axis),
                 ir.AttrInt64("end", axis + 1),

@@ -13,7 +13,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from export.checkpoint import QuantizedLinear
-from pipeline.backends.base import Arrays, ProbeRow
+from pipeline.backends.base import Arrays
+from pipeline.passes.probes import ProbeRow
 from pipeline.side_by_side import raise_if_stopped
 from pipeline.verify.oracle import check_quantizer
 from pipeline.verify.probe import Beside, ProbedGraph, activation_image
@@ -50,7 +51,8 @@ def extreme_results(
         return []
     rows, fed = {layer.name: probed.rows[layer.name] for layer in quantizers}, read.arrays
     fused = {row.x for row in rows.values() if row.x not in read.names[row.layer]}
-    run = probed.cut(sorted(fused.union(*({*row.codes, row.act_scale} - {""} for row in rows.values()))), fed)
+    scales = {row.act_scale for row in rows.values() if row.act_scale is not None}
+    run = probed.cut(sorted(fused.union(scales, *(row.codes for row in rows.values()))), fed)
     results = []
     for factor in FACTORS:
         scaled = {name: _times(array, factor) for name, array in fed.items()}

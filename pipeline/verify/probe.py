@@ -23,9 +23,10 @@ from export.formats.format import Format, get_format
 from export.onnx_files import read_graph
 from pipeline import machine
 from pipeline.backends import feeds
-from pipeline.backends.base import Arrays, LoweredGraph, ProbeRow
-from pipeline.backends.cpu.native_ops import DOMAIN as NATIVE
+from pipeline.backends.base import Arrays, LoweredGraph
+from pipeline.backends.cpu.token_chain import DOMAIN as NATIVE
 from pipeline.backends.runtime_errors import runtime_errors
+from pipeline.passes.probes import ProbeRow
 from pipeline.side_by_side import raise_if_stopped
 from pipeline.verify.oracle import LinearProbe
 from pipeline.verify.parts import Parts, needed_names, part_of
@@ -78,8 +79,8 @@ class ProbedGraph:
     @cached_property
     def complete(self) -> frozenset[str]:
         """Layers whose tensors are all in the graph; a probe row that points nowhere proves nothing."""
-        constants = {item.name for item in self.model.graph.initializer} | {""}
-        rows = (row for row in self.rows.values() if row.gemm_scale in constants)
+        constants = {item.name for item in self.model.graph.initializer}
+        rows = (row for row in self.rows.values() if row.gemm_scale is None or row.gemm_scale in constants)
         return frozenset(row.layer for row in rows if self.produced.issuperset(tensor_names(row)))
 
     @cached_property
@@ -87,10 +88,8 @@ class ProbedGraph:
         """Dequantized weights, which are the same in every call: decoders of stored tensors make them."""
         return frozenset(row.operands[1] for row in self.rows.values() if row.operands)
 
-    def constant(self, name: str) -> NDArray | None:
-        """An initializer by name, or None for ""."""
-        if not name:
-            return None
+    def constant(self, name: str) -> NDArray:
+        """An initializer by name."""
         return self._numbers(next(item for item in self.model.graph.initializer if item.name == name))
 
     def holds(self, table: NDArray[np.floating]) -> bool:
@@ -210,8 +209,10 @@ class ProbedGraph:
     def _probe(self, row: ProbeRow, tensors: Arrays, call: Arrays) -> LinearProbe:
         x = _rows(tensors[row.x])
         image = activation_image(row, [_rows(tensors[name]) for name in row.codes])
-        gemm, (first, count) = tensors[row.gemm], row.gemm_columns
-        gemm = gemm[..., first : first + count] if count else gemm
+        gemm = tensors[row.gemm]
+        if row.gemm_columns is not None:
+            first, count = row.gemm_columns
+            gemm = gemm[..., first : first + count]
         return LinearProbe(
             x=x,
             image=image.reshape(x.shape),
@@ -219,7 +220,7 @@ class ProbedGraph:
             gemm=_rows(gemm) if row.gemm_groups == 1 else gemm.transpose(1, 0, 2),
             output=_rows(tensors[row.output]) if row.output else None,
             gemm_unit=row.gemm_unit,
-            gemm_scale=self.constant(row.gemm_scale),
+            gemm_scale=None if row.gemm_scale is None else self.constant(row.gemm_scale),
             exact=row.exact,
             half_roundings=row.half_roundings,
             low_rank=_rows(tensors[row.low_rank]) if row.low_rank else None,

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.backends.tensorrt.half_linears import LARGE_ELEMENTS
+from pipeline.backends.tensorrt.half import LARGE_ELEMENTS
 from pipeline.distance import ratio_db
 from pipeline.verify.noise import Noise
 from pipeline.verify.oracle import ROUNDING

@@ -18,8 +18,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from export.errors import ContractError, RecipeError
-from export.formats.embedding import INT8_MAX, embeds
 from export.formats.format import Format, encode, fold_negative_zero, get_format
+from export.formats.operands import INT8_MAX, embeds
 
 E4M3, INT8 = "E4M3", "INT8"
 

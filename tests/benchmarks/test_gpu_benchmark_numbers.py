@@ -28,7 +28,7 @@ from benchmarks.gpu.weights import CHANNEL, EXACT_64, Granularity, dequantized, 
 from benchmarks.shapes import Shape
 from export.dialect import reference as op_meanings
 from export.errors import ContractError
-from export.formats.embedding import exact_multipliers
+from export.formats.operands import exact_multipliers
 
 pytest.importorskip("triton", reason="the GPU kernels need triton")
 pytestmark = [pytest.mark.usefixtures("interpreter"), pytest.mark.filterwarnings("ignore:All-NaN slice")]

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from export.dialect.reference import quantize_weight
-from export.formats.embedding import embeds
 from export.formats.format import FORMATS, decode, encode, get_format
+from export.formats.operands import embeds
 from pipeline import machine
 from pipeline.calibrate import scales as scales_module
 from pipeline.calibrate.plan import group_multipliers, image_limit

@@ -12,9 +12,9 @@ from export.models import load as models
 from export.to_onnx import export_float
 from pipeline import machine, recipe
 from pipeline.backends import BACKENDS
-from pipeline.backends.base import WIDE_SUM
 from pipeline.bench import baselines as bench_baselines
 from pipeline.bench import measure as bench
+from pipeline.passes.probes import WIDE_SUM
 from tests.support import tiny
 
 

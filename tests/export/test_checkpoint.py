@@ -19,8 +19,8 @@ from export.checkpoint import (
 )
 from export.dialect.ops import OPS, attributes, no_multipliers
 from export.errors import ContractError, RecipeError
-from export.formats.embedding import exact_multipliers
 from export.formats.format import decode, encode, get_format
+from export.formats.operands import exact_multipliers
 from tests.support import learned
 
 N, K, GROUP = 6, 24, 8

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from export.errors import RecipeError
-from export.formats.embedding import embeds, exact_multipliers, exact_sum_limit
 from export.formats.format import FORMATS, decode, encode, get_format, to_image
+from export.formats.operands import embeds, exact_multipliers, exact_sum_limit
 
 # format: (f, kmax, INT8, E4M3, FP16)
 TABLE = {
@@ -70,7 +70,7 @@ def test_float_targets_equal_brute_force(name: str, target: str) -> None:
 
 
 @pytest.mark.parametrize("target", FLOAT_TYPES)
-@pytest.mark.parametrize("name", ["INT8", "E2M3", "E3M4", "INT6"])
+@pytest.mark.parametrize("name", ["INT8", "E2M3", "E3M4", "INT6", "E4M3", "UE4M2"])
 def test_float_targets_with_multipliers_equal_brute_force(name: str, target: str) -> None:
     """Products with up to 13 significant bits: on both sides of every type's precision."""
     for multiplier in range(1, 33):

@@ -10,8 +10,8 @@ import torch
 
 from export.dialect import reference as op_meanings
 from export.errors import ContractError, RecipeError
-from export.formats.embedding import exact_multipliers
 from export.formats.format import get_format, pack
+from export.formats.operands import exact_multipliers
 from plugins import torch_ops, torch_reference
 from plugins.gpu.spec import operand_bytes
 

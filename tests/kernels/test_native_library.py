@@ -107,7 +107,9 @@ def test_building_again_gives_the_same_bytes(source):
 
 
 def test_the_parity_gates_see_the_native_ops_and_hold(source):
-    lowered = CpuBackend().lower(source / "model.onnx", source, RECIPE)
+    work = source.parent / "work"
+    work.mkdir()
+    lowered = CpuBackend().lower(source / "model.onnx", work, RECIPE)
     graph = ProbedGraph(lowered)
     assert {node.domain for node in graph.model.graph.node} >= {"fpq.native"}
     assert graph.complete == {"a", "b"}

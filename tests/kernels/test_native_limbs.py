@@ -5,7 +5,7 @@ import pytest
 
 from export.dialect.reference import quantize_activation
 from export.formats.format import get_format, to_image
-from pipeline.backends.cpu.native_ops import In, Out
+from pipeline.backends.cpu.token_chain import In, Out
 from tests.backends.cpu.test_cpu_quantizers import TWO_LIMBS, image_and_scale, on_the_grid
 from tests.support import native
 from tests.support.portable import activations

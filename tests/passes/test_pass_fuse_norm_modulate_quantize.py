@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from pipeline.passes import FuseNormModulateQuantize
+from pipeline.passes.fuse_norm_modulate_quantize import FuseNormModulateQuantize
 from tests.support.portable import op_types, portable, random_linear, run
 
 INPUTS = "float[B,S,64] x, float[B,1,64] shift, float[B,1,64] scale"

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from pipeline.passes import PackGemm
+from pipeline.passes.pack_gemm import PackGemm
 from tests.support.portable import activations, op_types, portable, random_linear, run
 
 BODY = 'y = fpq.QuantizedLinear <layer="a"> (x)'

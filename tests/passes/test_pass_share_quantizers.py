@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from pipeline.passes import ShareQuantizers
+from pipeline.passes.share_quantizers import ShareQuantizers
 from tests.support.portable import activations, op_types, portable, random_linear, run
 
 QKV = """

@@ -11,10 +11,11 @@ import numpy as np
 
 from export.checkpoint import QuantizedLinear, make_linear
 from pipeline import recipe
-from pipeline.backends.base import BuildResult, Choice, LoweredGraph
+from pipeline.backends.base import BuildResult, LoweredGraph
 from pipeline.bundle import manifest
 from pipeline.bundle.bundle import Bundle
 from pipeline.files import sha256, tree
+from pipeline.passes.probes import Choice
 
 
 def small_linear(name: str = "blocks.0.attn1.to_q") -> QuantizedLinear:

@@ -17,7 +17,8 @@ from numpy.typing import NDArray
 from onnx import helper, numpy_helper
 
 from export.formats.format import pack, unpack
-from pipeline.backends.base import LoweredGraph, ProbeRow
+from pipeline.backends.base import LoweredGraph
+from pipeline.passes.probes import ProbeRow
 from pipeline.verify.effort import Effort
 
 Q, K, V = (f"transformer_blocks.1.attn1.to_{part}" for part in "qkv")

@@ -8,7 +8,8 @@ import numpy as np
 from numpy.typing import NDArray
 from onnx import helper
 
-from pipeline.backends.base import LoweredGraph, ProbeRow
+from pipeline.backends.base import LoweredGraph
+from pipeline.passes.probes import ProbeRow
 from tests.support.faults import CROSS_V, FF_OUT, FIRST_Q, Fault, Graph, K, LoweredFault, Q
 
 OUT = "transformer_blocks.1.attn1.to_out.0"

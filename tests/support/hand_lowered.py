@@ -9,9 +9,10 @@ import onnx
 from onnx import TensorProto, helper, numpy_helper
 
 from export.checkpoint import QuantizedLinear, make_linear
-from export.formats.embedding import exact_multipliers
 from export.formats.format import encode, fold_negative_zero, get_format
-from pipeline.backends.base import Choice, LoweredGraph, ProbeRow
+from export.formats.operands import exact_multipliers
+from pipeline.backends.base import LoweredGraph
+from pipeline.passes.probes import Choice, ProbeRow
 
 OFFSET = 64
 # A float32 of 2^20 times the size of q is a multiple of q's rounding step in E2M3 (1 in units of the image below 16,
@@ -106,7 +107,7 @@ def _linear_nodes(layer: QuantizedLinear, x: str) -> tuple[list[onnx.NodeProto],
         tensor["scale"],
         tensor["gemm"],
         1.0,
-        "",
+        None,
         True,
         tensor["y"],
     )

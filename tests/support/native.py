@@ -9,8 +9,8 @@ import onnx_ir as ir
 import pytest
 
 from export.formats.format import get_format
-from pipeline.backends.cpu.native_ops import ATTRIBUTES, DOMAIN, OP, VERSION, In, Out
 from pipeline.backends.cpu.quantizers import SMALL_ZERO, limb_base, zero_point
+from pipeline.backends.cpu.token_chain import ATTRIBUTES, DOMAIN, OP, VERSION, In, Out
 from plugins.cpu import library
 
 ELEMENT_TYPES = dict.fromkeys(("CODES", "LOW_CODES"), ir.DataType.UINT8) | dict.fromkeys(

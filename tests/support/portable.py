@@ -5,8 +5,8 @@ import onnx_ir as ir
 from onnx_ir.passes.common import IdentityEliminationPass
 
 from export.checkpoint import QuantizedLinear, make_linear
-from export.formats.embedding import exact_multipliers
 from export.formats.format import encode, get_format
+from export.formats.operands import exact_multipliers
 from export.quantize_graph import PLACEHOLDER, quantize_graph
 
 HEADER = '<ir_version: 10, opset_import: ["" : 21, "fpq" : 1]>'

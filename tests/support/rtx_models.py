@@ -11,8 +11,8 @@ from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
 from export.dialect import ops
-from export.formats.embedding import exact_multipliers
 from export.formats.format import fold_negative_zero, get_format, pack
+from export.formats.operands import exact_multipliers
 
 
 @dataclass(frozen=True)

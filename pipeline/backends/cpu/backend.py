@@ -14,17 +14,9 @@ from typing import Any
 from export.errors import ContractError, EnvironmentLacksError, RecipeError
 from pipeline import machine
 from pipeline.backends import metadata_file
-from pipeline.backends.base import (
-    WIDE_SUM,
-    BuildResult,
-    Capabilities,
-    Choice,
-    Engine,
-    GemmRow,
-    LoweredGraph,
-    ProbeRow,
-)
+from pipeline.backends.base import BuildResult, Engine, LoweredGraph
 from pipeline.backends.cpu.engine import CONDITION, DATA, METADATA, MODEL, CpuEngine, required
+from pipeline.passes.probes import WIDE_SUM, Capabilities, Choice, GemmRow, ProbeRow
 from plugins.cpu import library
 
 logger = logging.getLogger(__name__)
@@ -76,7 +68,7 @@ class CpuBackend:
 
         model = load_model(portable)
         run_shared(model)
-        lowering = LowerCpu(self.capabilities)
+        lowering = LowerCpu(self.capabilities, chains=native(recipe))
         lowering(model)
         if not lowering.choices:
             raise ContractError(f"{portable} has no quantized linear to lower; export the model again")
@@ -94,7 +86,7 @@ class CpuBackend:
         import onnx_ir as ir
 
         from pipeline.backends import lowering_file
-        from pipeline.backends.cpu.native_ops import drop_unread_outputs
+        from pipeline.backends.cpu.token_chain import drop_unread_outputs
         from pipeline.passes.split_condition import split_condition
 
         beside = (DATA, METADATA)
@@ -137,13 +129,16 @@ def problem(needs: Collection[str], ops: Collection[str]) -> str:
 
 def use_native(model: Any, choices: list[Choice], probes: list[ProbeRow]) -> list[Choice]:
     """Rewrite a lowered graph with native ops; the choices then say which layers they quantize and finish."""
-    from pipeline.backends.cpu.native import run_native
-    from pipeline.backends.cpu.native_ops import is_chain
+    from pipeline.backends.cpu.finish_with_chain import finish_with_chains
+    from pipeline.backends.cpu.token_chain import is_chain
 
-    passes = run_native(model)
+    passes = finish_with_chains(model)
     made = {value.name for node in model.graph if is_chain(node) for value in node.outputs}
     if not made:
-        why = next((refusal.reason for rewrite in passes for refusal in rewrite.refusals), "no quantizer was found")
+        why = next(
+            (refusal.reason for rewrite in passes for refusal in rewrite.refusals),
+            "no activation has a scale for each token",
+        )
         raise RecipeError(f"cpu.path native has nothing to fuse in this model ({why}); build with --set cpu.path=stock")
     fused = {row.layer for row in probes if made.issuperset((*row.codes, row.output))}
     return [replace(row, why=f"{row.why}; native ops around it") if row.layer in fused else row for row in choices]

@@ -24,9 +24,9 @@ from dataclasses import dataclass
 import numpy as np
 import onnx_ir as ir
 
+from export.dialect.graph import GraphBuilder
 from export.dialect.ops import ABSMAX_FLOOR
 from export.formats.format import Format
-from pipeline.passes.emit import Emitter
 
 FLOAT_DIGITS = 23
 MARGIN = 16.0
@@ -85,105 +85,107 @@ def largest_operand(fmt: Format, limbs: int) -> int:
     return largest_code(fmt.kmax, limbs) if fmt.sign_bits or limbs > 1 else fmt.kmax
 
 
-def quantize(emit: Emitter, x: ir.Value, fmt: Format, limbs: int) -> Operand:
+def quantize(build: GraphBuilder, x: ir.Value, fmt: Format, limbs: int) -> Operand:
     """x f32 [..., K] -> u8 operands [..., K] and scale [..., 1]."""
-    magnitude, absmax, scale = token_scale(emit, x, fmt)
-    image = _in_image_units(emit, x, magnitude, absmax, fmt)
+    magnitude, absmax, scale = token_scale(build, x, fmt)
+    image = _scaled_integers(build, x, magnitude, absmax, fmt)
     if limbs == 1:
         zero = zero_point(fmt.kmax)
-        return Operand(x, (_to_u8(emit, image, 1.0, zero, "codes"),), (1,), zero, scale)
-    return _two_limbs(emit, x, image, fmt, limbs, scale)
+        return Operand(x, (_to_u8(build, image, 1.0, zero, "codes"),), (1,), zero, scale)
+    return _two_limbs(build, x, image, fmt, limbs, scale)
 
 
-def _two_limbs(emit: Emitter, x: ir.Value, image: ir.Value, fmt: Format, limbs: int, scale: ir.Value | None) -> Operand:
+def _two_limbs(
+    build: GraphBuilder, x: ir.Value, image: ir.Value, fmt: Format, limbs: int, scale: ir.Value | None
+) -> Operand:
     if not len(fmt.binade_starts):
-        image = emit.op("Round", image, name="image")
+        image = build.op("Round", image, name="image")
     base = limb_base(fmt.kmax, limbs)
-    unit, offset = emit.constant(float(base)), emit.constant(SMALL_ZERO, np.uint8)
-    high = _to_u8(emit, image, float(base), SMALL_ZERO, "high")
-    rest = emit.op("Sub", image, emit.op("DequantizeLinear", high, unit, offset, name="high_image"), name="low_image")
-    return Operand(x, (high, _to_u8(emit, rest, 1.0, SMALL_ZERO, "low")), (base, 1), SMALL_ZERO, scale)
+    unit, offset = build.constant(float(base)), build.constant(SMALL_ZERO, np.uint8)
+    high = _to_u8(build, image, float(base), SMALL_ZERO, "high")
+    rest = build.op("Sub", image, build.op("DequantizeLinear", high, unit, offset, name="high_image"), name="low_image")
+    return Operand(x, (high, _to_u8(build, rest, 1.0, SMALL_ZERO, "low")), (base, 1), SMALL_ZERO, scale)
 
 
-def quantize_groups(emit: Emitter, x: ir.Value, fmt: Format, limbs: int, group: int, groups: int) -> Operand:
-    """x f32 [..., K] -> u8 operands [M, groups, group] and scale [M, groups, 1], M the number of tokens."""
-    found = quantize(emit, in_groups(emit, x, group, groups), fmt, limbs)
-    return Operand(x, found.codes, found.weights, found.zero, found.scale)
-
-
-def in_groups(emit: Emitter, x: ir.Value, group: int, groups: int) -> ir.Value:
+def in_groups(build: GraphBuilder, x: ir.Value, group: int, groups: int) -> ir.Value:
     """[..., K] -> [M, groups, group]."""
-    return emit.op("Reshape", x, emit.constant([-1, groups, group], np.int64), name="in_groups")
+    return build.op("Reshape", x, build.constant([-1, groups, group], np.int64), name="in_groups")
 
 
-def quantize_static(emit: Emitter, x: ir.Value, fmt: Format, limbs: int, scale: float, zero: float) -> Operand:
+def quantize_static(build: GraphBuilder, x: ir.Value, fmt: Format, limbs: int, scale: float, zero: float) -> Operand:
     """x f32 [..., K] -> u8 operands [..., K] of (x - zero) / scale; their scale is left to the GEMM."""
     if limbs > 1:
-        image = static_image(emit, x, fmt, scale, zero, rounded=False)
-        return _two_limbs(emit, x, image, fmt, limbs, None)
+        image = static_integers(build, x, fmt, scale, zero, rounded=False)
+        return _two_limbs(build, x, image, fmt, limbs, None)
     offset = zero_point(fmt.kmax) if fmt.sign_bits else 0
     if len(fmt.binade_starts):
-        image = static_image(emit, x, fmt, scale, zero)
-        return Operand(x, (_to_u8(emit, image, 1.0, offset, "codes"),), (1,), offset, None)
-    codes = _to_u8(emit, _above_zero(emit, x, zero), _image_scale(fmt, scale), offset, "all_codes")
+        image = static_integers(build, x, fmt, scale, zero)
+        return Operand(x, (_to_u8(build, image, 1.0, offset, "codes"),), (1,), offset, None)
+    codes = _to_u8(build, _above_zero(build, x, zero), _integer_unit(fmt, scale), offset, "all_codes")
     lowest = offset - fmt.kmax if fmt.sign_bits else 0
     if lowest > 0 or offset + fmt.kmax < UINT8_MAX:
-        bounds = (emit.constant(bound, np.uint8) for bound in (lowest, offset + fmt.kmax))
-        codes = emit.op("Clip", codes, *bounds, name="codes")
+        bounds = (build.constant(bound, np.uint8) for bound in (lowest, offset + fmt.kmax))
+        codes = build.op("Clip", codes, *bounds, name="codes")
     return Operand(x, (codes,), (1,), offset, None)
 
 
-def static_image(emit: Emitter, x: ir.Value, fmt: Format, scale: float, zero: float, rounded: bool = True) -> ir.Value:
+def static_integers(
+    build: GraphBuilder, x: ir.Value, fmt: Format, scale: float, zero: float, rounded: bool = True
+) -> ir.Value:
     """(x - zero) / scale in units of the image, within the format's range and on its grid (uniform: if `rounded`)."""
-    image = emit.op("Div", _above_zero(emit, x, zero), emit.constant(_image_scale(fmt, scale)), name="scaled")
-    lowest = emit.constant(-float(fmt.kmax) if fmt.sign_bits else 0.0)
-    image = emit.op("Clip", image, lowest, emit.constant(float(fmt.kmax)), name="within")
+    image = build.op("Div", _above_zero(build, x, zero), build.constant(_integer_unit(fmt, scale)), name="scaled")
+    lowest = build.constant(-float(fmt.kmax) if fmt.sign_bits else 0.0)
+    image = build.op("Clip", image, lowest, build.constant(float(fmt.kmax)), name="within")
     if len(fmt.binade_starts):
-        return _on_grid(emit, image, emit.op("Abs", image, name="size") if fmt.sign_bits else image, fmt)
-    return emit.op("Round", image, name="image") if rounded else image
+        return _on_grid(build, image, build.op("Abs", image, name="size") if fmt.sign_bits else image, fmt)
+    return build.op("Round", image, name="image") if rounded else image
 
 
-def _above_zero(emit: Emitter, x: ir.Value, zero: float) -> ir.Value:
-    return emit.op("Sub", x, emit.constant(zero), name="above_zero") if zero else x
+def _above_zero(build: GraphBuilder, x: ir.Value, zero: float) -> ir.Value:
+    return build.op("Sub", x, build.constant(zero), name="above_zero") if zero else x
 
 
-def _image_scale(fmt: Format, scale: float) -> float:
+def _integer_unit(fmt: Format, scale: float) -> float:
     """Value of one unit of the image; a power of two times the scale, so exact in float32."""
     return scale * 2.0**-fmt.fraction_bits
 
 
-def rounded_image(emit: Emitter, x: ir.Value, fmt: Format) -> tuple[ir.Value, ir.Value]:
+def rounded_integers(build: GraphBuilder, x: ir.Value, fmt: Format) -> tuple[ir.Value, ir.Value]:
     """x f32 [..., K] -> (integer image as f32 [..., K], scale [..., 1]), for formats too wide for integer operands."""
-    magnitude, absmax, scale = token_scale(emit, x, fmt)
-    image = _in_image_units(emit, x, magnitude, absmax, fmt)
-    return (image if len(fmt.binade_starts) else emit.op("Round", image, name="image")), scale
+    magnitude, absmax, scale = token_scale(build, x, fmt)
+    image = _scaled_integers(build, x, magnitude, absmax, fmt)
+    return (image if len(fmt.binade_starts) else build.op("Round", image, name="image")), scale
 
 
-def token_scale(emit: Emitter, x: ir.Value, fmt: Format) -> tuple[ir.Value, ir.Value, ir.Value]:
+def token_scale(build: GraphBuilder, x: ir.Value, fmt: Format) -> tuple[ir.Value, ir.Value, ir.Value]:
     """(|x|, max(absmax, floor) [..., 1], scale [..., 1])."""
-    magnitude = emit.op("Abs", x, name="magnitude")
-    last = emit.constant([-1], np.int64)
-    peak = emit.op("ReduceMax", magnitude, last, name="peak", keepdims=1)
-    absmax = emit.op("Clip", peak, emit.constant(ABSMAX_FLOOR), name="absmax")
-    return magnitude, absmax, emit.op("Div", absmax, emit.constant(fmt.max_value), name="scale")
+    magnitude = build.op("Abs", x, name="magnitude")
+    last = build.constant([-1], np.int64)
+    peak = build.op("ReduceMax", magnitude, last, name="peak", keepdims=1)
+    absmax = build.op("Clip", peak, build.constant(ABSMAX_FLOOR), name="absmax")
+    return magnitude, absmax, build.op("Div", absmax, build.constant(fmt.max_value), name="scale")
 
 
-def _in_image_units(emit: Emitter, x: ir.Value, magnitude: ir.Value, absmax: ir.Value, fmt: Format) -> ir.Value:
+def _scaled_integers(build: GraphBuilder, x: ir.Value, magnitude: ir.Value, absmax: ir.Value, fmt: Format) -> ir.Value:
     """x scaled so that absmax becomes kmax, rounded to the format's grid (uniform grids: not yet rounded)."""
-    inverse = emit.op("Div", emit.constant(float(fmt.kmax)), absmax, name="inverse")
-    scaled = emit.op("Mul", x, inverse, name="scaled")
+    inverse = build.op("Div", build.constant(float(fmt.kmax)), absmax, name="inverse")
+    scaled = build.op("Mul", x, inverse, name="scaled")
     if not len(fmt.binade_starts):
         return scaled
-    return _on_grid(emit, scaled, emit.op("Mul", magnitude, inverse, name="size"), fmt)
+    return _on_grid(build, scaled, build.op("Mul", magnitude, inverse, name="size"), fmt)
 
 
-def _on_grid(emit: Emitter, scaled: ir.Value, size: ir.Value, fmt: Format) -> ir.Value:
+def _on_grid(build: GraphBuilder, scaled: ir.Value, size: ir.Value, fmt: Format) -> ir.Value:
     """`scaled`, with the magnitudes `size`, rounded to a float format's grid by one sum."""
-    factor = emit.constant(2.0 ** (FLOAT_DIGITS - fmt.mantissa_bits) - MARGIN)
-    wide = emit.op("Mul", size, factor, name="wide")
-    c = emit.op("Clip", wide, emit.constant(1.5 * 2.0**FLOAT_DIGITS), name="magic")
-    return emit.op("Sub", emit.op("Add", scaled, c, name="rounding"), c, name="rounded")
+    wide = build.op("Mul", size, build.constant(rounding_factor(fmt)), name="wide")
+    c = build.op("Clip", wide, build.constant(1.5 * 2.0**FLOAT_DIGITS), name="magic")
+    return build.op("Sub", build.op("Add", scaled, c, name="rounding"), c, name="rounded")
 
 
-def _to_u8(emit: Emitter, image: ir.Value, unit: float, zero: int, name: str) -> ir.Value:
-    return emit.op("QuantizeLinear", image, emit.constant(unit), emit.constant(zero, np.uint8), name=name)
+def rounding_factor(fmt: Format) -> float:
+    """F of the rounding by one sum, for a float format."""
+    return 2.0 ** (FLOAT_DIGITS - fmt.mantissa_bits) - MARGIN
+
+
+def _to_u8(build: GraphBuilder, image: ir.Value, unit: float, zero: int, name: str) -> ir.Value:
+    return build.op("QuantizeLinear", image, build.constant(unit), build.constant(zero, np.uint8), name=name)

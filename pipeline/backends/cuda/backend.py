@@ -15,11 +15,12 @@ from typing import Any
 
 import onnx_ir as ir
 
+from export.dialect.graph import drop_unused
 from export.errors import ContractError
 from export.onnx_files import load_model
 from pipeline import machine
 from pipeline.backends import lowering_file
-from pipeline.backends.base import BuildResult, Capabilities, Engine, GemmRow, LoweredGraph
+from pipeline.backends.base import BuildResult, Engine, LoweredGraph
 from pipeline.backends.cuda.engine import CONDITION, METADATA, MIN_SM, MODEL, SCHEMA_VERSION, CudaEngine
 from pipeline.backends.fused.kernel_formats import recipe_problems
 from pipeline.backends.fused.lower import EITHER, FP8, GROUPS_REFUSED, INT8, OWN_CODES, WIDE_INT8, lower
@@ -27,7 +28,7 @@ from pipeline.backends.fused.ops import DOMAIN
 from pipeline.files import sha256, write_json
 from pipeline.methods import activation_scalings
 from pipeline.passes import run_shared
-from pipeline.passes.graph import drop_unused
+from pipeline.passes.probes import Capabilities, GemmRow
 from pipeline.passes.split_condition import split_condition
 from pipeline.recipe import Cuda
 

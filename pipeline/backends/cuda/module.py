@@ -23,11 +23,11 @@ import torch
 from torch import Tensor, nn
 
 from export.errors import ContractError
-from pipeline.backends.cuda.merge import merge_gemms
 from pipeline.backends.cuda.torch_gemm import DIALECT_OPS, Gemm
 from pipeline.backends.cuda.torch_onnx import ONNX_OPS
-from pipeline.backends.fused.lower import OPERANDS_KEY, takes_integers
-from pipeline.backends.fused.ops import DOMAIN, EPILOGUE_OF, OPS
+from pipeline.backends.fused.lower import takes_integers
+from pipeline.backends.fused.merge_gemms import MergeGemms
+from pipeline.backends.fused.ops import DOMAIN, EPILOGUE_OF, OPERANDS_KEY, OPS, fused_outputs
 from pipeline.backends.rtx.engine import visible_sm
 from plugins.gpu.table import EPILOGUE_OPERANDS
 from plugins.gpu.tiles import prefers_integers
@@ -39,7 +39,7 @@ LARGE_ELEMENTS = 2**20
 
 @dataclass
 class Step:
-    """One node, or several Gemms of the same codes.
+    """One node.
 
     run: a function of the tensors called `inputs` ("" for an absent one), converted to `types` where not None.
     outputs: names, "" for one that nobody reads. widen: convert results from FP16 back to float32. done: tensors that
@@ -56,7 +56,7 @@ class Step:
 
 
 @dataclass
-class Plan:
+class TensorTypes:
     """What is known of the tensors while the graph is read. types: of those on the device; constants: on the CPU."""
 
     half: bool
@@ -77,7 +77,8 @@ class LoweredModule(nn.Module):
         super().__init__()
         self.prefers_integers = prefers_integers([visible_sm()])
         refuse_unknown(model.graph)
-        self.plan, self.weights = Plan(activations == "fp16"), weights
+        MergeGemms()(model)  # bundles of earlier releases have linears of the same codes apart
+        self.known, self.weights = TensorTypes(activations == "fp16"), weights
         self.inputs = tuple(str(value.name) for value in model.graph.inputs)
         self.outputs = tuple(str(value.name) for value in model.graph.outputs)
         self.steps: list[Step] = []
@@ -85,7 +86,6 @@ class LoweredModule(nn.Module):
         self._read_inputs(model.graph)
         for node in model.graph:
             self._add(node)
-        self.steps = merge_gemms(self.steps)
         self.gemms = nn.ModuleList(step.run for step in self.steps if isinstance(step.run, Gemm))
         _mark_last_uses(self.steps, self.outputs)
 
@@ -93,17 +93,17 @@ class LoweredModule(nn.Module):
         for value in graph.inputs:
             dtype = _torch_type(value)
             tokens = value.shape is not None and value.shape.rank() >= 3
-            self.plan.types[str(value.name)] = HALF if self.plan.half and dtype == FULL and tokens else dtype
+            self.known.types[str(value.name)] = HALF if self.known.half and dtype == FULL and tokens else dtype
         for name, value in graph.initializers.items():
             if value.const_value is not None:
-                self.plan.constants[name] = torch.from_numpy(value.const_value.numpy().copy())
+                self.known.constants[name] = torch.from_numpy(value.const_value.numpy().copy())
 
     def _add(self, node: ir.Node) -> None:
         names = [str(value.name) if value is not None else "" for value in node.inputs]
-        known = [name in self.plan.constants for name in names if name]
+        known = [name in self.known.constants for name in names if name]
         if node.domain == DOMAIN:
             self._add_dialect(node, names)
-        elif node.op_type == "Shape" or _on_host(self.plan, names):
+        elif node.op_type == "Shape" or _on_host(self.known, names):
             self._add_host(node, names)
         elif known and all(known):
             self._fold(node, names)
@@ -113,15 +113,15 @@ class LoweredModule(nn.Module):
     def _fold(self, node: ir.Node, names: list[str]) -> None:
         """All inputs are constants, so the outputs are."""
         run = ONNX_OPS[node.op_type].make(_attributes(node))
-        found = run(*(self.plan.constants[name] if name else None for name in names))
-        for value, tensor in zip(node.outputs, found if isinstance(found, Sequence) else [found], strict=False):
-            self.plan.constants[str(value.name)] = tensor
+        results = run(*(self.known.constants[name] if name else None for name in names))
+        for value, tensor in zip(node.outputs, results if isinstance(results, Sequence) else [results], strict=False):
+            self.known.constants[str(value.name)] = tensor
 
     def _add_host(self, node: ir.Node, names: list[str]) -> None:
         run = ONNX_OPS[node.op_type].make(_attributes(node))
         outputs = tuple(str(value.name) for value in node.outputs)
-        self.plan.host.update(outputs)
-        inputs = tuple(self._host(name) if name in self.plan.constants else name for name in names)
+        self.known.host.update(outputs)
+        inputs = tuple(self._host(name) if name in self.known.constants else name for name in names)
         self.steps.append(Step(str(node.name), run, inputs, (None,) * len(inputs), outputs))
 
     def _add_onnx(self, node: ir.Node, names: list[str]) -> None:
@@ -130,15 +130,15 @@ class LoweredModule(nn.Module):
         inputs, types = [], []
         for index, name in enumerate(names):
             host = index in row.host
-            if name and host != (name in self.plan.host) and (name not in self.plan.constants):
+            if name and host != (name in self.known.host) and (name not in self.known.constants):
                 place = "on the GPU, but a size must be known on the CPU" if host else "on the CPU, but read by the GPU"
                 raise ContractError(f"{node.name} ({node.op_type}): input {name} is computed {place}")
-            wanted = compute if name and not host and self._type(name).is_floating_point else None
-            inputs.append(self._host(name) if name and host else self._operand(name, wanted))
-            types.append(wanted if wanted and name not in self.plan.constants else None)
+            kind = compute if name and not host and self._type(name).is_floating_point else None
+            inputs.append(self._host(name) if name and host else self._operand(name, kind))
+            types.append(kind if kind and name not in self.known.constants else None)
         outputs = tuple(str(value.name) if value.uses() or value.is_graph_output() else "" for value in node.outputs)
         result = self._result_type(node, names, FULL if widen else compute)
-        self.plan.types.update({name: result for name in outputs if name})
+        self.known.types.update({name: result for name in outputs if name})
         if node.op_type == "Cast" and compute is not None and result == HALF:
             attributes = {"to": ir.DataType.FLOAT16.value}
         self.steps.append(Step(str(node.name), row.make(attributes), tuple(inputs), tuple(types), outputs, widen))
@@ -148,11 +148,11 @@ class LoweredModule(nn.Module):
         floats = [name for name in names if name and self._type(name).is_floating_point]
         if not floats:
             return None, False
-        moving = [self.plan.types[name] for name in floats if name not in self.plan.constants]
+        moving = [self.known.types[name] for name in floats if name not in self.known.constants]
         if HALF in moving:
             return HALF, False
-        large = max((self.plan.constants[n].numel() for n in floats if n in self.plan.constants), default=0)
-        if self.plan.half and product and large >= LARGE_ELEMENTS:
+        large = max((self.known.constants[n].numel() for n in floats if n in self.known.constants), default=0)
+        if self.known.half and product and large >= LARGE_ELEMENTS:
             return HALF, True
         return FULL, False
 
@@ -167,39 +167,40 @@ class LoweredModule(nn.Module):
 
     def _add_dialect(self, node: ir.Node, names: list[str]) -> None:
         row, keys = DIALECT_OPS[node.op_type], OPS[node.op_type].inputs
-        given = dict(zip(keys, names, strict=True))
+        by_port = dict(zip(keys, names, strict=True))
         refuse_proof_outputs(node)
         if row.make is None:
-            self._add_gemm(node, given)
+            self._add_gemm(node, by_port)
             return
-        floats = [name for key, name in given.items() if key not in row.wide]
+        floats = [name for key, name in by_port.items() if key not in row.wide]
         compute = HALF if any(self._type(name) == HALF for name in floats) else FULL
-        wanted = [FULL if key in row.wide else compute for key in keys]
+        kinds = [FULL if key in row.wide else compute for key in keys]
         outputs = [str(value.name) for value in node.outputs]
         if "codes" in OPS[node.op_type].outputs:
             outputs = outputs[: 2 if "scale" in OPS[node.op_type].outputs else 1]
-            self.plan.types |= dict(zip(outputs, (torch.uint8, FULL), strict=False))
-            self.plan.sources[outputs[0]] = compute
+            self.known.types |= dict(zip(outputs, (torch.uint8, FULL), strict=False))
+            self.known.sources[outputs[0]] = compute
         else:
-            self.plan.types[outputs[0]] = compute
-        inputs = tuple(self._operand(name, kind) for name, kind in zip(names, wanted, strict=True))
-        types = tuple(None if name in self.plan.constants else kind for name, kind in zip(names, wanted, strict=True))
+            self.known.types[outputs[0]] = compute
+        inputs = tuple(self._operand(name, kind) for name, kind in zip(names, kinds, strict=True))
+        types = tuple(None if name in self.known.constants else kind for name, kind in zip(names, kinds, strict=True))
         self.steps.append(Step(str(node.name), row.make(self._choices(node)), inputs, types, tuple(outputs)))
 
-    def _add_gemm(self, node: ir.Node, given: dict[str, str]) -> None:
-        output = self.plan.sources[given["a_codes"]]
-        static = given["a_scale"] in self.plan.constants
+    def _add_gemm(self, node: ir.Node, by_port: dict[str, str]) -> None:
+        output = self.known.sources[by_port["a_codes"]]
+        static = by_port["a_scale"] in self.known.constants
         epilogue = EPILOGUE_OF[node.op_type]
         operands = [operand.name for operand in EPILOGUE_OPERANDS[epilogue]]
         moved = {"a_codes", *operands, *([] if static else ["a_scale"])}
-        constants = {key: self.plan.constants[name] for key, name in given.items() if key not in moved}
+        constants = {port: self.known.constants[name] for port, name in by_port.items() if port not in moved}
         gemm = Gemm(constants, self._choices(node) | {"epilogue": epilogue}, output, self.weights)
-        names = [given["a_codes"], "" if static else given["a_scale"]]
-        moving = [given[key] for key in operands]
+        names = [by_port["a_codes"], "" if static else by_port["a_scale"]]
+        moving = [by_port[port] for port in operands]
         inputs = (*names, *(self._operand(name, output) for name in moving))
-        types = (None, None, *(None if name in self.plan.constants else output for name in moving))
-        self.plan.types[str(node.outputs[0].name)] = output
-        self.steps.append(Step(str(node.name), gemm, inputs, types, (str(node.outputs[0].name),)))
+        types = (None, None, *(None if name in self.known.constants else output for name in moving))
+        y = str(fused_outputs(node).y.name)
+        self.known.types[y] = output
+        self.steps.append(Step(str(node.name), gemm, inputs, types, (y,)))
 
     def _choices(self, node: ir.Node) -> dict[str, Any]:
         """Attributes of a node of the dialect, and whether its codes are INT8 images by choice."""
@@ -208,27 +209,29 @@ class LoweredModule(nn.Module):
         }
 
     def _type(self, name: str) -> torch.dtype:
-        found = self.plan.constants.get(name)
-        return found.dtype if found is not None else self.plan.types.get(name, torch.int64)
+        constant = self.known.constants.get(name)
+        return constant.dtype if constant is not None else self.known.types.get(name, torch.int64)
 
     def _operand(self, name: str, dtype: torch.dtype | None) -> str:
         """The name under which a step finds a device tensor; a constant is stored once for each type it is read in."""
-        if name not in self.plan.constants:
+        if name not in self.known.constants:
             return name
-        key = (name, dtype or self.plan.constants[name].dtype)
+        key = (name, dtype or self.known.constants[name].dtype)
         if key not in self.stored:
             self.stored[key] = f"constant_{len(self.stored)}"
-            self.register_buffer(self.stored[key], self.plan.constants[name].to(key[1]).contiguous(), persistent=False)
+            self.register_buffer(self.stored[key], self.known.constants[name].to(key[1]).contiguous(), persistent=False)
         return self.stored[key]
 
     def _host(self, name: str) -> str:
         """The name of a number on the host."""
-        self.plan.host.add(name)
+        self.known.host.add(name)
         return name
 
     def finish(self) -> LoweredModule:
         """Drop what only reading needed; called once, after the graph has been read and its tensors may go."""
-        self.plan.constants = {name: tensor for name, tensor in self.plan.constants.items() if name in self.plan.host}
+        self.known.constants = {
+            name: tensor for name, tensor in self.known.constants.items() if name in self.known.host
+        }
         return self
 
     @property
@@ -239,22 +242,22 @@ class LoweredModule(nn.Module):
     def forward(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Run every step; `inputs` lie on the module's device."""
         buffers = dict(self.named_buffers(recurse=False))
-        found = dict(self.plan.constants) | buffers
+        tensors = dict(self.known.constants) | buffers
         for name in self.inputs:
-            found[name] = inputs[name].to(self.plan.types[name])
+            tensors[name] = inputs[name].to(self.known.types[name])
         for step in self.steps:
-            results = run_step(step, [found[name] if name else None for name in step.inputs])
-            found.update((name, tensor) for name, tensor in zip(step.outputs, results, strict=False) if name)
+            results = run_step(step, [tensors[name] if name else None for name in step.inputs])
+            tensors.update((name, tensor) for name, tensor in zip(step.outputs, results, strict=False) if name)
             for name in step.done:
-                del found[name]
-        return {name: found[name].float() for name in self.outputs}
+                del tensors[name]
+        return {name: tensors[name].float() for name in self.outputs}
 
 
 def run_step(step: Step, inputs: Sequence[Tensor | None]) -> Sequence[Tensor]:
     """The outputs of one step."""
     pairs = zip(inputs, step.types, strict=True)
-    found = step.run(*(x.to(kind) if x is not None and kind is not None else x for x, kind in pairs))
-    results: Sequence[Tensor] = found if isinstance(found, tuple | list) else (found,)
+    result = step.run(*(x.to(kind) if x is not None and kind is not None else x for x, kind in pairs))
+    results: Sequence[Tensor] = result if isinstance(result, tuple | list) else (result,)
     return [x.float() for x in results] if step.widen else results
 
 
@@ -277,14 +280,14 @@ def _torch_type(value: ir.Value) -> torch.dtype:
 
 
 def _attributes(node: ir.Node) -> dict[str, Any]:
-    return {key: found.value for key, found in node.attributes.items()}
+    return {key: item.value for key, item in node.attributes.items()}
 
 
-def _on_host(plan: Plan, names: list[str]) -> bool:
+def _on_host(known: TensorTypes, names: list[str]) -> bool:
     """Is something computed from sizes alone?"""
     read = [name for name in names if name]
-    computed = [name for name in read if name in plan.host and name not in plan.constants]
-    return bool(computed) and all(name in plan.host or name in plan.constants for name in read)
+    computed = [name for name in read if name in known.host and name not in known.constants]
+    return bool(computed) and all(name in known.host or name in known.constants for name in read)
 
 
 def refuse_unknown(graph: ir.Graph) -> None:
@@ -310,9 +313,9 @@ def refuse_proof_outputs(node: ir.Node) -> None:
 
 def _mark_last_uses(steps: list[Step], kept: tuple[str, ...]) -> None:
     """Fill `done`, from the last step to the first."""
-    made = {name for step in steps for name in step.outputs if name}
+    computed = {name for step in steps for name in step.outputs if name}
     seen = set(kept)
     for step in reversed(steps):
-        names = {name for name in (*step.inputs, *step.outputs) if name in made}
+        names = {name for name in (*step.inputs, *step.outputs) if name in computed}
         step.done = tuple(sorted(names - seen))
         seen |= names

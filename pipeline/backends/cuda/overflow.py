@@ -65,9 +65,9 @@ def _sizes(module: LoweredModule, inputs: dict[str, Tensor]) -> Iterator[tuple[i
     """
     from pipeline.backends.cuda.module import run_step
 
-    known = dict(module.plan.constants) | dict(module.named_buffers(recurse=False))
+    known = dict(module.known.constants) | dict(module.named_buffers(recurse=False))
     for name in module.inputs:
-        known[name] = inputs[name].to(module.plan.types[name])
+        known[name] = inputs[name].to(module.known.types[name])
         yield -1, _largest([known[name]])
     for place, step in enumerate(module.steps):
         raise_if_stopped()
@@ -81,8 +81,8 @@ def _sizes(module: LoweredModule, inputs: dict[str, Tensor]) -> Iterator[tuple[i
 def _largest(tensors: Sequence[Tensor]) -> float:
     import torch
 
-    found = [x for x in tensors if isinstance(x, torch.Tensor) and x.is_floating_point() and x.numel()]
-    sizes = [float(x.abs().max()) if bool(torch.isfinite(x).all()) else float("inf") for x in found]
+    floats = [x for x in tensors if isinstance(x, torch.Tensor) and x.is_floating_point() and x.numel()]
+    sizes = [float(x.abs().max()) if bool(torch.isfinite(x).all()) else float("inf") for x in floats]
     return max(sizes, default=0.0)
 
 

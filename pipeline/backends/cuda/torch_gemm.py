@@ -6,7 +6,7 @@ that an FP8 tensor core multiplies.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,7 +26,7 @@ LOWEST_MASK = -30000.0
 
 
 class Gemm(nn.Module):
-    """Gemm and GemmGateResidual, or several Gemms of the same codes (`append`), which give one result each.
+    """Gemm and GemmGateResidual.
 
     weights: "packed", "expanded", or "auto" (expanded at the first call of EXPAND_FROM tokens or more, which frees
     the packed ones). output: the type of y.
@@ -61,45 +61,24 @@ class Gemm(nn.Module):
         ):
             self.register_buffer(name, None if tensor is None else tensor.contiguous(), persistent=False)
         self.is_expanded = False
-        self.widths = [n]
 
-    @property
-    def columns(self) -> int:
-        """Output channels of all linears in here."""
-        return sum(self.widths)
-
-    @property
-    def kind(self) -> Hashable:
-        """Equal for linears that may become one: formats, sizes, scales, output type, and the static scale if any."""
-        static = self.get_buffer("static_scale")
-        given = {**self.choices, **self.operands, "multipliers": tuple(self.choices["multipliers"])}
-        scale = None if static is None else float(static)
-        return (tuple(given.items()), self.in_features, self.w_scales.shape[1], self.output, self.weights, scale)
-
-    def append(self, others: Sequence[Gemm]) -> None:
-        """Take in linears of the same `kind`: their channels follow these. Before any of them has expanded."""
-        for name in ("w", "w_scales", "bias", "multiplier_codes"):
-            found = [gemm.get_buffer(name) for gemm in (self, *others)]
-            setattr(self, name, None if found[0] is None else torch.cat(found))
-        self.widths += [width for gemm in others for width in gemm.widths]
-
-    def forward(self, codes: Tensor, a_scale: Tensor | None = None, *operands: Tensor) -> Tensor | tuple[Tensor, ...]:
+    def forward(self, codes: Tensor, a_scale: Tensor | None = None, *operands: Tensor) -> Tensor:
         a = codes.reshape(-1, self.in_features)
         scale = self._scale(a_scale, len(a))
         if not self.is_expanded and (self.weights == "expanded" or (self.weights == "auto" and len(a) >= EXPAND_FROM)):
             self.expand()
-        given: dict[str, Any] = {**self.choices, **self.operands, "output": self.output, "epilogue": self.epilogue}
+        choices: dict[str, Any] = {**self.choices, **self.operands, "output": self.output, "epilogue": self.epilogue}
         for argument, operand in zip(EPILOGUE_OPERANDS[self.epilogue], operands, strict=True):
-            rows = given[argument.name] = operand.reshape(-1, operand.shape[-1]).contiguous()
+            rows = choices[argument.name] = operand.reshape(-1, operand.shape[-1]).contiguous()
             if argument.is_per_sample:
-                given["tokens"] = len(a) // len(rows)
+                choices["tokens"] = len(a) // len(rows)
         if self.is_expanded:
-            y = OPS.expanded_gemm(a, scale, self.w, self.w_scales, self.bias, **given)
+            y = OPS.expanded_gemm(a, scale, self.w, self.w_scales, self.bias, **choices)
         else:
-            given["multiplier_codes"] = self.multiplier_codes
-            y = OPS.packed_gemm(a, scale, self.w, self.w_scales, self.bias, **given)
+            choices["multiplier_codes"] = self.multiplier_codes
+            y = OPS.packed_gemm(a, scale, self.w, self.w_scales, self.bias, **choices)
         shaped: Tensor = y.reshape(*codes.shape[:-1], -1)
-        return shaped if len(self.widths) == 1 else shaped.split(self.widths, -1)
+        return shaped
 
     def _scale(self, a_scale: Tensor | None, count: int) -> Tensor:
         """f32 [M]; a static scale is repeated."""
@@ -135,11 +114,11 @@ def gelu_quantize(attributes: Mapping[str, Any]) -> Callable[..., Any]:
 
 
 def norm_modulate_quantize(attributes: Mapping[str, Any]) -> Callable[..., Any]:
-    given = {key: attributes[key] for key in ("format", "epsilon", "integers")}
+    choices = {key: attributes[key] for key in ("format", "epsilon", "integers")}
 
     def run(x: Tensor, shift: Tensor, gain: Tensor) -> tuple[Tensor, Tensor]:
         rows = [item.reshape(-1, x.shape[-1]).contiguous() for item in (x, shift, gain)]
-        codes, scale = OPS.norm_modulate_quantize(*rows, tokens=len(rows[0]) // len(rows[1]), **given)
+        codes, scale = OPS.norm_modulate_quantize(*rows, tokens=len(rows[0]) // len(rows[1]), **choices)
         return codes.reshape(x.shape), scale.reshape(*x.shape[:-1], 1)
 
     return run

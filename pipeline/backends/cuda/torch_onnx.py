@@ -64,13 +64,13 @@ def _conv(attributes: Attributes) -> Function:
     pads = list(attributes.get("pads", [0] * 2 * rank))
     if attributes.get("auto_pad", "NOTSET") != "NOTSET" or pads[:rank] != pads[rank:] or rank != 2:
         raise ContractError(f"Conv with pads {pads} over {rank} axes; the executor has symmetric ones over two")
-    given = {
+    choices = {
         "stride": list(attributes.get("strides", [1] * rank)),
         "padding": pads[:rank],
         "dilation": list(attributes.get("dilations", [1] * rank)),
         "groups": attributes.get("group", 1),
     }
-    return lambda x, w, b=None: functional.conv2d(x, w, b, **given)
+    return lambda x, w, b=None: functional.conv2d(x, w, b, **choices)
 
 
 def _divide(x: Tensor, y: Tensor) -> Tensor:
@@ -90,8 +90,8 @@ def _gather(attributes: Attributes) -> Function:
 
     def gather(x: Tensor, indices: Tensor) -> Tensor:
         place, size = axis % x.ndim, x.shape[axis]
-        found = torch.index_select(x, place, torch.where(indices < 0, indices + size, indices).reshape(-1))
-        return found.reshape(*x.shape[:place], *indices.shape, *x.shape[place + 1 :])
+        picked = torch.index_select(x, place, torch.where(indices < 0, indices + size, indices).reshape(-1))
+        return picked.reshape(*x.shape[:place], *indices.shape, *x.shape[place + 1 :])
 
     return gather
 
@@ -133,10 +133,10 @@ def _reduce_mean(attributes: Attributes) -> Function:
 
 def _reshape(attributes: Attributes) -> Function:
     def reshape(x: Tensor, shape: Tensor) -> Tensor:
-        wanted = numbers(shape)
+        sizes = numbers(shape)
         if not attributes.get("allowzero", 0):
-            wanted = [size or x.shape[axis] for axis, size in enumerate(wanted)]
-        return x.reshape(wanted)
+            sizes = [size or x.shape[axis] for axis, size in enumerate(sizes)]
+        return x.reshape(sizes)
 
     return reshape
 

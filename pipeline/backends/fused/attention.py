@@ -1,4 +1,5 @@
-"""MatMul, Softmax, MatMul -> one attention, which torch runs as scaled_dot_product_attention."""
+"""The attention in a graph, softmax(q k' + mask) v, and one op for it, which torch runs as
+scaled_dot_product_attention."""
 
 from __future__ import annotations
 
@@ -6,23 +7,60 @@ from dataclasses import dataclass
 
 import onnx_ir as ir
 
+from export.dialect.graph import (
+    FLOAT,
+    attribute,
+    constant,
+    drop_unused,
+    inputs_of,
+    is_op,
+    only_reader,
+    other_input,
+    produced_by,
+    read_by,
+    result_of,
+)
 from pipeline.backends.fused.ops import fused_node
-from pipeline.passes.graph import constant, drop_unused, is_op, only_reader, other_input, produced_by
-from pipeline.passes.refusal import RewritePass
+from pipeline.passes.rewrite import RewritePass
 
 
 @dataclass(frozen=True)
-class _Found:
+class AttentionNodes:
+    """scores: MatMul of q and k'. masked: Add of the mask, None without one. mixed: MatMul with v."""
+
     scores: ir.Node
-    mask: ir.Value | None
-    mix: ir.Node
+    masked: ir.Node | None
+    softmax: ir.Node
+    mixed: ir.Node
+
+    @property
+    def mask(self) -> ir.Value | None:
+        return None if self.masked is None else other_input(self.masked, result_of(self.scores))
+
+
+def attention_around(softmax: ir.Node) -> AttentionNodes | str:
+    """The attention that a Softmax belongs to, or why it is none. Nothing else may read what lies inside."""
+    logits = inputs_of(softmax).input
+    rank = logits.shape.rank() if logits.shape else 4
+    if attribute(softmax, "axis", -1) not in (-1, rank - 1):
+        return f"its axis {attribute(softmax, 'axis')} is not the last one"
+    mixed = read_by(result_of(softmax), "MatMul")
+    if mixed is None or inputs_of(mixed).A is not result_of(softmax):
+        return "no MatMul with values reads it alone"
+    masked, scores = produced_by(logits, "Add"), produced_by(logits, "MatMul")
+    if masked is not None:
+        if only_reader(result_of(masked)) is not softmax:
+            return "its masked scores have another reader"
+        scores = next((node for value in masked.inputs if (node := produced_by(value, "MatMul"))), None)
+    if scores is None:
+        return "its scores are no MatMul"
+    if only_reader(result_of(scores)) is None:
+        return "its scores have another reader"
+    return AttentionNodes(scores, masked, softmax, mixed)
 
 
 class FuseAttention(RewritePass):
-    """softmax(q k' + mask) v -> Attention or MaskedAttention; constant factors of q and k' become its scale.
-
-    The scores, masked or not, may have no other reader.
-    """
+    """An attention -> Attention or MaskedAttention; constant factors of q and k' become its scale."""
 
     def rewrite(self, model: ir.Model) -> None:
         for node in list(model.graph):
@@ -32,67 +70,44 @@ class FuseAttention(RewritePass):
             drop_unused(model)
 
     def _try(self, graph: ir.Graph, softmax: ir.Node) -> None:
-        found = _around(softmax)
-        if isinstance(found, str):
-            self.refuse(softmax.name, found)
+        nodes = attention_around(softmax)
+        if isinstance(nodes, str):
+            self.refuse(softmax.name, nodes)
             return
-        (q, factor), (keys, other) = (_unscaled(value) for value in found.scores.inputs[:2])
-        v, prefix = found.mix.inputs[1], f"{softmax.name}/attention"
-        if any(value is None or value.shape is None or value.shape.rank() != 4 for value in (q, keys, v)):
+        (q, factor), (keys, other) = _unscaled(inputs_of(nodes.scores).A), _unscaled(inputs_of(nodes.scores).B)
+        v, mask, prefix = inputs_of(nodes.mixed).B, nodes.mask, f"{softmax.name}/attention"
+        if any(value.shape is None or value.shape.rank() != 4 for value in (q, keys, v)):
             self.refuse(softmax.name, "its operands are not [batch, heads, tokens, channels]")
             return
-        k = _turned(graph, found.mix, keys, f"{prefix}/k")
-        inputs = [q, k, v] if found.mask is None else [q, k, v, found.mask]
-        name = "Attention" if found.mask is None else "MaskedAttention"
-        fused = fused_node(name, inputs, prefix, found.mix, scale=factor * other)
-        old = found.mix.outputs
-        ir.convenience.replace_nodes_and_values(graph, found.mix, [found.mix], [fused], old, fused.outputs)
+        inputs = [q, _turned(graph, nodes.mixed, keys, f"{prefix}/k"), v, *([] if mask is None else [mask])]
+        op_type = "Attention" if mask is None else "MaskedAttention"
+        fused = fused_node(op_type, inputs, prefix, nodes.mixed, scale=factor * other)
+        old = nodes.mixed.outputs
+        ir.convenience.replace_nodes_and_values(graph, nodes.mixed, [nodes.mixed], [fused], old, fused.outputs)
         self.fired += 1
 
 
-def _around(softmax: ir.Node) -> _Found | str:
-    """The attention that a Softmax belongs to, or why it is none."""
-    rank = softmax.inputs[0].shape.rank() if softmax.inputs[0] and softmax.inputs[0].shape else 4
-    axis = softmax.attributes.get("axis")
-    if axis is not None and axis.as_int() not in (-1, rank - 1):
-        return f"its axis {axis.as_int()} is not the last one"
-    mix = only_reader(softmax.outputs[0])
-    if not is_op(mix, "MatMul") or mix is None or mix.inputs[0] is not softmax.outputs[0]:
-        return "no MatMul with values reads it alone"
-    mask, scores = None, produced_by(softmax.inputs[0], "MatMul")
-    if (masked := produced_by(softmax.inputs[0], "Add")) is not None:
-        if only_reader(masked.outputs[0]) is not softmax:
-            return "its masked scores have another reader"
-        scores = next((node for value in masked.inputs if (node := produced_by(value, "MatMul"))), None)
-        mask = other_input(masked, scores.outputs[0]) if scores else None
-    if scores is None:
-        return "its scores are no MatMul"
-    return _Found(scores, mask, mix) if only_reader(scores.outputs[0]) else "its scores have another reader"
-
-
-def _unscaled(value: ir.Value | None) -> tuple[ir.Value | None, float]:
+def _unscaled(value: ir.Value) -> tuple[ir.Value, float]:
     """(x, number) of x * number, (value, 1) for anything else."""
     product = produced_by(value, "Mul")
-    for index in (0, 1) if product else ():
-        array = constant(product.inputs[index]) if product else None
-        if product and array is not None and array.size == 1:
-            return product.inputs[1 - index], float(array.reshape(-1)[0])
+    for factor in product.inputs if product else ():
+        array = constant(factor)
+        if product and factor is not None and array is not None and array.size == 1:
+            return other_input(product, factor), float(array.reshape(-1)[0])
     return value, 1.0
 
 
-def _turned(graph: ir.Graph, anchor: ir.Node, keys: ir.Value | None, name: str) -> ir.Value:
+def _turned(graph: ir.Graph, anchor: ir.Node, keys: ir.Value, name: str) -> ir.Value:
     """Keys [B, H, T, D] for `keys` [B, H, D, T]; two transpositions become one."""
-    assert keys is not None
     before, perm = produced_by(keys, "Transpose"), [0, 1, 3, 2]
     if before is not None:
-        first = list(before.attributes["perm"].as_ints())
-        perm, keys = [first[axis] for axis in perm], before.inputs[0]
+        first = list(attribute(before, "perm"))
+        perm, keys = [first[axis] for axis in perm], inputs_of(before).data
     if perm == [0, 1, 2, 3]:
-        assert keys is not None
         return keys
     node = ir.Node("", "Transpose", [keys], ir.convenience.convert_attributes({"perm": perm}), name=name)
-    node.outputs[0].name, node.outputs[0].type = name, ir.TensorType(ir.DataType.FLOAT)
-    sizes = keys.shape if keys is not None else None
-    node.outputs[0].shape = None if sizes is None else ir.Shape([sizes[axis] for axis in perm])
+    turned = result_of(node)
+    turned.name, turned.type = name, FLOAT
+    turned.shape = None if keys.shape is None else ir.Shape([keys.shape[axis] for axis in perm])
     graph.insert_before(anchor, node)
-    return node.outputs[0]
+    return turned

@@ -5,10 +5,19 @@ from __future__ import annotations
 import numpy as np
 import onnx_ir as ir
 
-from pipeline.backends.fused.ops import DOMAIN, fused_node
-from pipeline.passes.emit import initializer
-from pipeline.passes.graph import constant, drop_unused, has_role, is_op, only_reader, other_input
-from pipeline.passes.refusal import RewritePass
+from export.dialect.graph import (
+    add_initializer,
+    constant,
+    drop_unused,
+    has_role,
+    inputs_of,
+    is_op,
+    other_input,
+    read_by,
+    result_of,
+)
+from pipeline.backends.fused.ops import DOMAIN, fused_node, fused_outputs
+from pipeline.passes.rewrite import RewritePass
 
 
 class FuseGateResidual(RewritePass):
@@ -28,28 +37,25 @@ class FuseGateResidual(RewritePass):
             drop_unused(model)
 
     def _try(self, graph: ir.Graph, gemm: ir.Node) -> None:
-        linear = gemm.outputs[0]
-        reader = only_reader(linear)
-        gate, product = None, linear
-        if is_op(reader, "Mul") and reader is not None:
-            gate, product = other_input(reader, linear), reader.outputs[0]
-        add = only_reader(product)
-        if not is_op(add, "Add") or add is None or has_role(add, "add_low_rank"):
+        linear = fused_outputs(gemm).y
+        gated = read_by(linear, "Mul")
+        gate, product = (other_input(gated, linear), result_of(gated)) if gated else (None, linear)
+        add = read_by(product, "Add")
+        if add is None or has_role(add, "add_low_rank"):
             return
         residual = other_input(add, product)
         if reason := _unfit(linear, gate, residual):
             self.refuse(gemm.name, reason)
             return
         gate = gate if gate is not None else _ones(graph, linear)
-        given = {key: attribute.value for key, attribute in gemm.attributes.items()}
-        fused = fused_node("GemmGateResidual", [*gemm.inputs, gate, residual], str(gemm.name), gemm, **given)
+        attributes = {key: item.value for key, item in gemm.attributes.items()}
+        fused = fused_node("GemmGateResidual", [*gemm.inputs, gate, residual], str(gemm.name), gemm, **attributes)
         graph.insert_before(add, fused)
-        y, inner, sums = fused.outputs
-        for old, new in ((gemm.outputs[1], sums), (linear, inner)):
+        ports = fused_outputs(fused)
+        for old, new in ((fused_outputs(gemm).sums, ports.sums), (linear, ports.linear), (result_of(add), ports.y)):
             new.name, new.shape = old.name, old.shape
-        y.name, y.shape = add.outputs[0].name, add.outputs[0].shape
-        ir.convenience.replace_all_uses_with(add.outputs[0], y, replace_graph_outputs=True)
-        for node in dict.fromkeys((add, reader, gemm)):
+        ir.convenience.replace_all_uses_with(result_of(add), ports.y, replace_graph_outputs=True)
+        for node in (add, gated, gemm):
             if node is not None:
                 graph.remove(node, safe=True)
         self.fired += 1
@@ -75,15 +81,15 @@ def _ones(graph: ir.Graph, linear: ir.Value) -> ir.Value:
     name = f"no_gate/{size}"
     if name in graph.initializers:
         return graph.initializers[name]
-    return initializer(graph, ir.tensor(np.ones([1, 1, size], np.float32), name=name))
+    return add_initializer(graph, ir.tensor(np.ones([1, 1, size], np.float32), name=name))
 
 
 def _drop_ones(model: ir.Model) -> None:
     """x / 1 and x * 1 with a scalar one -> x."""
     for node in list(model.graph):
-        if not (is_op(node, "Div") or is_op(node, "Mul")) or node.outputs[0].is_graph_output():
+        if not (is_op(node, "Div") or is_op(node, "Mul")) or result_of(node).is_graph_output():
             continue
-        x, factor = node.inputs[0], constant(node.inputs[1])
-        if x is not None and factor is not None and factor.ndim == 0 and factor == 1:
-            ir.convenience.replace_all_uses_with(node.outputs[0], x)
+        factor = constant(inputs_of(node).B)
+        if factor is not None and factor.ndim == 0 and factor == 1:
+            ir.convenience.replace_all_uses_with(result_of(node), inputs_of(node).A)
             model.graph.remove(node, safe=True)

@@ -9,5 +9,5 @@ from plugins.gpu.spec import format_problems
 def recipe_problems(recipe: Recipe, remedy: str) -> list[str]:
     """One message for each number format of the recipe that no kernel takes."""
     chosen = recipe.formats
-    found = format_problems((chosen.weight, *chosen.weight_of.values()), chosen.activation)
-    return [f"{problem}; {remedy}" for problem in found]
+    problems = format_problems((chosen.weight, *chosen.weight_of.values()), chosen.activation)
+    return [f"{problem}; {remedy}" for problem in problems]

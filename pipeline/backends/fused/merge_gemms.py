@@ -1,4 +1,4 @@
-"""Linears that read the same codes -> one GEMM and a Split: q, k and v are one plugin, in one launch."""
+"""Linears that read the same codes -> one GEMM and a Split: q, k and v in one launch."""
 
 from __future__ import annotations
 
@@ -9,16 +9,15 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from pipeline.backends.base import ProbeRow
-from pipeline.backends.fused.lower import OPERANDS_KEY
-from pipeline.backends.fused.ops import DOMAIN, fused_node
-from pipeline.passes.emit import initializer
-from pipeline.passes.graph import attribute, is_op
-from pipeline.passes.refusal import RewritePass
+from export.dialect.graph import add_initializer, attribute, is_op, lazy_tensor
+from pipeline.backends.fused.ops import DOMAIN, OPERANDS_KEY, fused_inputs, fused_node, fused_outputs
+from pipeline.passes.probes import ProbeRow
+from pipeline.passes.rewrite import RewritePass
 from plugins.gpu.tiles import MERGED_COLUMNS
 
-# Inputs of a Gemm that have a row for each output channel, by place; indices of multipliers may have one for all.
-BY_CHANNEL = {2: "codes", 3: "scales", 4: "multipliers", 5: "bias"}
+# Input of a Gemm that has a row for each output channel -> what the joined constant is called. Indices of multipliers
+# may have one row for all channels.
+BY_CHANNEL = {"codes": "codes", "w_scales": "scales", "multiplier_codes": "multipliers", "bias": "bias"}
 FORMATS = ("activation_format", "weight_format", "in_features", "group_size", "multipliers")
 
 
@@ -32,28 +31,29 @@ class MergeGemms(RewritePass):
     def rewrite(self, model: ir.Model) -> None:
         # Name of the sums of a linear -> name of the merged sums, first column, number of columns.
         self.places: dict[str, tuple[str, int, int]] = {}
-        groups: dict[Hashable, list[ir.Node]] = {}
+        alike: dict[Hashable, list[ir.Node]] = {}
         for node in model.graph:
             if is_op(node, "Gemm", DOMAIN):
-                groups.setdefault(_key(node), []).append(node)
-        for nodes in groups.values():
+                alike.setdefault(_key(node), []).append(node)
+        for nodes in alike.values():
             for part in _parts(nodes):
                 if len(part) > 1:
                     self._merge(model.graph, part)
 
     def _merge(self, graph: ir.Graph, nodes: Sequence[ir.Node]) -> None:
-        name, widths = "+".join(str(node.name) for node in nodes), [_width(node) for node in nodes]
-        joined = [_joined(graph, nodes, place, f"{name}.{key}") for place, key in BY_CHANNEL.items()]
-        given = {key: found.value for key, found in nodes[0].attributes.items()} | {"layer": name}
-        merged = fused_node("Gemm", [*nodes[0].inputs[:2], *joined], name, nodes[0], **given)
-        split = _split(graph, merged.outputs[0], widths, f"{name}/split")
-        graph.insert_before(nodes[0], [merged, split])
+        first, name, widths = nodes[0], "+".join(str(node.name) for node in nodes), [_width(node) for node in nodes]
+        joined = [_joined(graph, nodes, port, f"{name}.{key}") for port, key in BY_CHANNEL.items()]
+        attributes = {key: item.value for key, item in first.attributes.items()} | {"layer": name}
+        codes, scale = fused_inputs(first).a_codes, fused_inputs(first).a_scale
+        merged = fused_node("Gemm", [codes, scale, *joined], name, first, **attributes)
+        split = _split(graph, fused_outputs(merged).y, widths, f"{name}/split")
+        graph.insert_before(first, [merged, split])
         ends = np.cumsum(widths).tolist()
         for node, part, end, width in zip(nodes, split.outputs, ends, widths, strict=True):
-            y, sums = node.outputs
+            y, sums = fused_outputs(node).y, fused_outputs(node).sums
             part.name, part.shape, part.type = y.name, y.shape, y.type
             ir.convenience.replace_all_uses_with(y, part, replace_graph_outputs=True)
-            self.places[str(sums.name)] = (str(merged.outputs[1].name), end - width, width)
+            self.places[str(sums.name)] = (str(fused_outputs(merged).sums.name), end - width, width)
             graph.remove(node, safe=True)
         self.fired += 1
 
@@ -68,7 +68,9 @@ class MergeGemms(RewritePass):
 def _key(gemm: ir.Node) -> Hashable:
     """Equal for Gemms that may become one."""
     formats = tuple(str(attribute(gemm, name)) for name in FORMATS)
-    return (*gemm.inputs[:2], formats, _tensor(gemm, 3).shape[1], gemm.metadata_props.get(OPERANDS_KEY))
+    groups = _tensor(gemm, "w_scales").shape[1]
+    operands = gemm.metadata_props.get(OPERANDS_KEY)
+    return (fused_inputs(gemm).a_codes, fused_inputs(gemm).a_scale, formats, groups, operands)
 
 
 def _parts(nodes: Sequence[ir.Node]) -> list[list[ir.Node]]:
@@ -81,33 +83,31 @@ def _parts(nodes: Sequence[ir.Node]) -> list[list[ir.Node]]:
     return parts
 
 
-def _tensor(gemm: ir.Node, place: int) -> ir.TensorProtocol:
-    tensor = ir.convenience.get_const_tensor(gemm.inputs[place])  # type: ignore[arg-type]
-    assert tensor is not None, f"input {place} of {gemm.name} is no constant"
+def _tensor(gemm: ir.Node, port: str) -> ir.TensorProtocol:
+    tensor = ir.convenience.get_const_tensor(getattr(fused_inputs(gemm), port))
+    assert tensor is not None, f"{port} of {gemm.name} is no constant"
     return tensor
 
 
 def _width(gemm: ir.Node) -> int:
     """Output channels."""
-    return int(_tensor(gemm, 2).shape[0])  # type: ignore[arg-type]
+    return int(_tensor(gemm, "codes").shape[0])  # type: ignore[arg-type]
 
 
-def _joined(graph: ir.Graph, nodes: Sequence[ir.Node], place: int, name: str) -> ir.Value:
-    """An initializer of the nodes' constants at `place`, one after the other."""
-    tensors, widths = [_tensor(node, place) for node in nodes], [_width(node) for node in nodes]
-    shape = ir.Shape((sum(widths), *tensors[0].shape.numpy()[1:]))
+def _joined(graph: ir.Graph, nodes: Sequence[ir.Node], port: str, name: str) -> ir.Value:
+    """An initializer of the nodes' constants at `port`, one after the other."""
+    tensors, widths = [_tensor(node, port) for node in nodes], [_width(node) for node in nodes]
+    shape = (sum(widths), *tensors[0].shape.numpy()[1:])
 
     def rows() -> NDArray:
         pairs = zip(tensors, widths, strict=True)
         return np.concatenate([np.broadcast_to(t.numpy(), (width, *t.numpy().shape[1:])) for t, width in pairs])
 
-    return initializer(
-        graph, ir.LazyTensor(lambda: ir.tensor(rows(), name=name), tensors[0].dtype, ir.Shape(shape), name=name)
-    )
+    return add_initializer(graph, lazy_tensor(name, tensors[0].dtype, shape, rows))
 
 
 def _split(graph: ir.Graph, y: ir.Value, widths: Sequence[int], name: str) -> ir.Node:
     """Split of the last axis."""
-    sizes = initializer(graph, ir.tensor(np.array(widths, np.int64), name=f"{name}/sizes"))
+    sizes = add_initializer(graph, ir.tensor(np.array(widths, np.int64), name=f"{name}/sizes"))
     axis = ir.convenience.convert_attributes({"axis": -1})
     return ir.Node("", "Split", [y, sizes], axis, num_outputs=len(widths), name=name)

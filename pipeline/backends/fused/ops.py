@@ -16,11 +16,14 @@ from onnx import AttributeProto, FunctionProto, TensorProto, helper
 
 from export.dialect import functions as op_bodies
 from export.dialect.functions import Body
+from export.dialect.graph import Ports
 from export.dialect.ops import ABSMAX_FLOOR, attributes
 from plugins.gpu.spec import Epilogue
 from plugins.gpu.table import gemm_inputs
 
 DOMAIN, VERSION = "fpq.cuda", 1
+# Metadata of quantizers and GEMMs whose codes are INT8 integers by choice: "int8", or "auto" if the GPU decides.
+OPERANDS_KEY = "fpq.operands"
 F32, U8 = ir.DataType.FLOAT, ir.DataType.UINT8
 INT, INTS, FLOAT, FLOATS = AttributeProto.INT, AttributeProto.INTS, AttributeProto.FLOAT, AttributeProto.FLOATS
 STRING = AttributeProto.STRING
@@ -279,8 +282,8 @@ OPS: dict[str, FusedOp] = {row.name: row for row in _ROWS}
 
 def gemm_attributes(packed: dict[str, Any]) -> dict[str, Any]:
     """Attributes of Gemm from those of a fpq.PackedGemm."""
-    found = packed | {"values": packed["weight_values"]}
-    return {key: found[key] for key in _GEMM}
+    renamed = packed | {"values": packed["weight_values"]}
+    return {key: renamed[key] for key in _GEMM}
 
 
 def quantizer_attributes(format_name: str, **choices: Any) -> dict[str, Any]:
@@ -289,14 +292,14 @@ def quantizer_attributes(format_name: str, **choices: Any) -> dict[str, Any]:
     return {**attributes("QuantizeActivation", format=format_name), "values": decoder["values"], **choices}
 
 
-def fused_node(op_name: str, inputs: Sequence[ir.Value | None], name: str, like: ir.Node, **given: Any) -> ir.Node:
+def fused_node(op_name: str, inputs: Sequence[ir.Value | None], name: str, like: ir.Node, **choices: Any) -> ir.Node:
     """A node of this dialect; metadata (layer, kind) is taken from `like`. Outputs have types, no names yet."""
-    row, found = OPS[op_name], ir.convenience.convert_attributes(given)
+    row, converted = OPS[op_name], ir.convenience.convert_attributes(choices)
     node = ir.Node(
         DOMAIN,
         op_name,
         inputs,
-        found,
+        converted,
         num_outputs=len(row.outputs),
         name=name,
         metadata_props=dict(like.metadata_props),
@@ -306,9 +309,14 @@ def fused_node(op_name: str, inputs: Sequence[ir.Value | None], name: str, like:
     return node
 
 
-def output_of(node: ir.Node, key: str) -> ir.Value:
-    """The output called `key` in the op's row."""
-    return node.outputs[list(OPS[node.op_type].outputs).index(key)]
+def fused_inputs(node: ir.Node) -> Ports:
+    """Inputs of a node of this dialect by the names of its op's row."""
+    return Ports(node, OPS[node.op_type].inputs, node.inputs)
+
+
+def fused_outputs(node: ir.Node) -> Ports:
+    """Outputs of a node of this dialect by the names of its op's row."""
+    return Ports(node, tuple(OPS[node.op_type].outputs), node.outputs)
 
 
 def add_functions(model: ir.Model) -> None:

@@ -8,8 +8,9 @@ from typing import Any
 from export.errors import ContractError, EnvironmentLacksError
 from pipeline import machine
 from pipeline.backends import PORTABLE
-from pipeline.backends.base import BuildResult, Capabilities, Engine, LoweredGraph
+from pipeline.backends.base import BuildResult, Engine, LoweredGraph
 from pipeline.backends.portable.engine import DATA, MODEL, PortableEngine
+from pipeline.passes.probes import Capabilities
 
 
 class PortableBackend:

@@ -10,11 +10,21 @@ from dataclasses import dataclass
 
 import onnx_ir as ir
 
-from export.dialect.ops import DOMAIN, OPS
+from export.dialect.graph import (
+    attribute,
+    inputs_of,
+    is_op,
+    layer_of,
+    other_input,
+    outputs_of,
+    read_by,
+    result_of,
+)
+from export.dialect.ops import DOMAIN
 from export.formats.format import get_format
 from export.quantize_graph import QUANTIZERS
-from pipeline.backends.base import Choice, ProbeRow
-from pipeline.passes.graph import attribute, is_op, layer_of, low_rank_of, only_reader, other_input, unbalanced
+from pipeline.passes.probes import Choice, ProbeRow
+from pipeline.passes.quantized_gemm import probe_of
 
 PATH = "f32"
 # Inverse -> the quantizer whose codes it takes.
@@ -35,26 +45,17 @@ class PortableLinear:
     @property
     def probe(self) -> ProbeRow:
         """Where the proof finds its tensors."""
-        branch, total = low_rank_of(self.output) or (None, self.output)
-        static = self.quantizer.op_type == "QuantizeStatic"
-        activation = str(attribute(self.quantizer, "format"))
-        return ProbeRow(
-            layer=self.layer,
-            path=PATH,
-            x=_name(unbalanced(port(self.quantizer, "x"))),
-            codes=(_name(port(self.quantizer, "codes")),),
-            limb_weights=(1.0,),
-            codes_unit=1.0,
-            codes_offset=0.0,
-            codes_format=activation,
-            act_scale="" if static else _name(port(self.quantizer, "scale")),
-            operands=(_name(port(self.inverse, "x")), _name(port(self.weight, "w"))),
-            gemm=_name(self.matmul.outputs[0]),
-            gemm_unit=1.0,
-            gemm_scale="",
+        return probe_of(
+            self.layer,
+            PATH,
+            x=inputs_of(self.quantizer).x,
+            codes=[outputs_of(self.quantizer).codes],
+            codes_format=str(attribute(self.quantizer, "format")),
+            act_scale=None if self.quantizer.op_type == "QuantizeStatic" else outputs_of(self.quantizer).scale,
+            operands=(outputs_of(self.inverse).x, outputs_of(self.weight).w),
+            gemm=result_of(self.matmul),
+            result=self.output,
             exact=False,
-            output=_name(total),
-            low_rank="" if branch is None else _name(branch),
         )
 
     @property
@@ -65,21 +66,10 @@ class PortableLinear:
         return Choice(self.layer, PATH, why)
 
 
-def port(node: ir.Node, name: str) -> ir.Value:
-    """The input or output that the schema of an `fpq` op calls `name`; of the outputs where both have it."""
-    op = OPS[node.op_type]
-    for names, values in ((op.outputs, node.outputs), (op.inputs, node.inputs)):
-        if name in names:
-            value = values[list(names).index(name)]
-            assert value is not None, f"{node.name}: every input of an fpq op is passed"
-            return value
-    raise KeyError(f"{node.op_type} has no input or output {name}")
-
-
 def portable_linears(model: ir.Model) -> list[PortableLinear]:
     """Every quantized linear of a portable model, in the order of the graph."""
-    found = (_linear(node) for node in model.graph if is_op(node, "MatMul"))
-    return [linear for linear in found if linear is not None]
+    linears = (_linear(node) for node in model.graph if is_op(node, "MatMul"))
+    return [linear for linear in linears if linear is not None]
 
 
 def _linear(matmul: ir.Node) -> PortableLinear | None:
@@ -87,7 +77,7 @@ def _linear(matmul: ir.Node) -> PortableLinear | None:
     inverse, weight = (None if value is None else value.producer() for value in matmul.inputs)
     if not _is_stored(weight) or inverse is None or inverse.domain != DOMAIN:
         return None
-    quantizer = port(inverse, "codes").producer() if inverse.op_type in QUANTIZER_OF else None
+    quantizer = inputs_of(inverse).codes.producer() if inverse.op_type in QUANTIZER_OF else None
     if not is_op(quantizer, QUANTIZER_OF.get(inverse.op_type, ""), DOMAIN):
         return None
     assert quantizer is not None and weight is not None
@@ -103,12 +93,6 @@ def _is_stored(weight: ir.Node | None) -> bool:
 
 def _with_bias(matmul: ir.Node) -> ir.Value:
     """The MatMul's result, or its sum with a stored bias."""
-    product = matmul.outputs[0]
-    add = only_reader(product)
-    if is_op(add, "Add") and add is not None and other_input(add, product).is_initializer():
-        return add.outputs[0]
-    return product
-
-
-def _name(value: ir.Value) -> str:
-    return str(value.name)
+    product = result_of(matmul)
+    add = read_by(product, "Add")
+    return result_of(add) if add and other_input(add, product).is_initializer() else product

@@ -10,9 +10,10 @@ from typing import Any
 
 import onnx_ir as ir
 
+from export.dialect.graph import drop_unused
 from export.onnx_files import load_model
 from pipeline.backends import lowering_file
-from pipeline.backends.base import BuildResult, Capabilities, Engine, GemmRow, LoweredGraph
+from pipeline.backends.base import BuildResult, Engine, LoweredGraph
 from pipeline.backends.fused.kernel_formats import recipe_problems
 from pipeline.backends.fused.lower import LowerCuda
 from pipeline.backends.rtx.engine import ENGINE, METADATA, RtxEngine
@@ -20,14 +21,13 @@ from pipeline.backends.rtx.gemms import matmul_names
 from pipeline.backends.rtx.lower import GROUPS_REFUSED, Lowering, lower
 from pipeline.backends.tensorrt import build as rtx_build
 from pipeline.backends.tensorrt import plugin_payloads as rtx_plugin
-from pipeline.backends.tensorrt.half_attention import halve_attention
-from pipeline.backends.tensorrt.half_linears import halve_large_linears
+from pipeline.backends.tensorrt.half import halve_attention, halve_large_linears
 from pipeline.backends.tensorrt.plan_file import EngineFile, check_gemms, read_engine_file
 from pipeline.backends.tensorrt.plugin_graph import STATIC_REFUSED
 from pipeline.files import sha256, write_json
 from pipeline.methods import activation_scalings
 from pipeline.passes import run_shared
-from pipeline.passes.graph import drop_unused
+from pipeline.passes.probes import Capabilities, GemmRow
 
 logger = logging.getLogger(__name__)
 ONNX, DATA = "model.onnx", "model.onnx.data"

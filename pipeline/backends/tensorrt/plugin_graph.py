@@ -18,11 +18,8 @@ import onnx_ir as ir
 from onnx import NodeProto, TensorProto, helper
 
 from export.errors import ContractError
-from pipeline.backends.fused.gate_residual import FuseGateResidual
-from pipeline.backends.fused.lower import OPERANDS_KEY, LowerCuda, takes_integers
-from pipeline.backends.fused.merge_gemms import MergeGemms
-from pipeline.backends.fused.ops import DOMAIN, EPILOGUE_OF, OPS, PORTS, add_functions
-from pipeline.passes.graph import drop_unused
+from pipeline.backends.fused.lower import LowerCuda, lower, takes_integers
+from pipeline.backends.fused.ops import DOMAIN, EPILOGUE_OF, OPERANDS_KEY, OPS, PORTS
 from plugins.gpu import table
 from plugins.gpu.spec import Before, GemmSpec, QuantizeSpec
 
@@ -69,16 +66,10 @@ def lower_fused(model: ir.Model, operands: str = "fp8") -> LowerCuda:
 
     operands: as LowerCuda's. Raises ContractError for a layer that no kernel takes.
     """
-    lowering = LowerCuda(operands)
-    merging = MergeGemms()
-    for rewrite in (lowering, FuseGateResidual(), merging):
-        rewrite(model)
-    lowering.probes = [merging.probe(row) for row in lowering.probes]
+    lowering = lower(model, operands, attention=False)
     static = [node for node in model.graph if node.domain == DOMAIN and node.op_type.endswith("QuantizeStatic")]
     if static:
         raise ContractError(f"{static[0].name}: {STATIC_REFUSED}")
-    add_functions(model)
-    drop_unused(model)
     return lowering
 
 
@@ -132,7 +123,8 @@ def _plain(value: Any) -> Any:
 
 
 def _gemm_spec(node: NodeProto, given: Mapping[str, Any], constants: Mapping[str, TensorProto]) -> GemmSpec:
-    weight, scales = (constants[node.input[index]] for index in (2, 3))
+    inputs = dict(zip(OPS[node.op_type].inputs, node.input, strict=True))
+    weight, scales = constants[inputs["codes"]], constants[inputs["w_scales"]]
     return GemmSpec(
         given["activation_format"],
         given["weight_format"],

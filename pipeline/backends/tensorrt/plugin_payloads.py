@@ -19,11 +19,11 @@ import onnx
 import onnx_ir as ir
 
 from export.errors import EnvironmentLacksError
-from pipeline.backends.base import Choice
 from pipeline.backends.fused.lower import LowerCuda
 from pipeline.backends.tensorrt import build as rtx_build
 from pipeline.backends.tensorrt.plan_file import EngineFile, check_plugins, read_engine_file
 from pipeline.backends.tensorrt.plugin_graph import KernelNode, lower_fused, plugin_graph
+from pipeline.passes.probes import Choice
 from plugins.gpu.tiles import prefers_integers
 from plugins.tensorrt import rtx_loader, rtx_plugin
 from plugins.tensorrt.payload import FIELD, NAMESPACE, PLUGINS, VERSION, Payload, compile_payload, compile_problems

@@ -19,22 +19,22 @@ from typing import Any
 import onnx
 import onnx_ir as ir
 
+from export.dialect.graph import drop_unused
 from export.errors import ContractError
 from export.onnx_files import load_model
 from pipeline.backends import lowering_file
-from pipeline.backends.base import BuildResult, Capabilities, Engine, LoweredGraph
+from pipeline.backends.base import BuildResult, Engine, LoweredGraph
 from pipeline.backends.fused.kernel_formats import recipe_problems
 from pipeline.backends.rtx.backend import DATA, ONNX, method_problems
 from pipeline.backends.tensorrt import build as rtx_build
 from pipeline.backends.tensorrt import plugin_payloads as rtx_plugin
-from pipeline.backends.tensorrt.half_attention import halve_attention
-from pipeline.backends.tensorrt.half_linears import halve_large_linears
+from pipeline.backends.tensorrt.half import halve_attention, halve_large_linears
 from pipeline.backends.tensorrt.plugin_graph import KernelNode
 from pipeline.backends.trt.engine import ENGINE, METADATA, MODULE, TrtEngine, environment_problems
 from pipeline.files import sha256, write_json
 from pipeline.machine import cuda_sm
 from pipeline.passes import run_shared
-from pipeline.passes.graph import drop_unused
+from pipeline.passes.probes import Capabilities
 from plugins.tensorrt import plugins
 from plugins.tensorrt.aot import plugin_name
 from plugins.tensorrt.payload import NAMESPACE, VERSION, Payload, compile_payload

@@ -21,8 +21,8 @@ import torch
 from export.checkpoint import QuantizedLinear
 from export.dialect.ops import ABSMAX_FLOOR
 from export.errors import RecipeError
-from export.formats.embedding import embeds
 from export.formats.format import FORMATS, Format, get_format
+from export.formats.operands import embeds
 from pipeline.backends.reference import fake_quantize
 from pipeline.calibrate.methods.rtn import float_weight, quantize_linear
 from pipeline.calibrate.plan import UINT8_MAX, LayerPlan, group_multipliers

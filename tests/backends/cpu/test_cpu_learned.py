@@ -11,15 +11,15 @@ import onnx_ir as ir
 import pytest
 
 from export.checkpoint import QuantizedLinear
+from export.dialect.graph import GraphBuilder
 from export.dialect.reference import quantize_static
 from export.formats.format import FORMATS, get_format, to_image
 from pipeline.backends.base import LoweredGraph
 from pipeline.backends.cpu.backend import capabilities
 from pipeline.backends.cpu.lower import FLOAT_PATH, LowerCpu
 from pipeline.backends.cpu.quantizers import quantize_static as emit_static
-from pipeline.backends.cpu.quantizers import static_image, unsupported
+from pipeline.backends.cpu.quantizers import static_integers, unsupported
 from pipeline.passes import run_shared
-from pipeline.passes.emit import Emitter
 from pipeline.verify.oracle import LinearCheck, activation_oracle, check_linear
 from pipeline.verify.probe import ProbedGraph
 from pipeline.verify.proof import joined
@@ -71,7 +71,7 @@ ONE_LIMB = [n for n in STATIC if FORMATS[n].kmax < 128 or (not FORMATS[n].sign_b
 
 def emitted(fill: Any) -> ir.Model:
     model = ir.from_onnx_text(f"{HEADER} g (float[B,K] x) => (float[B,K] unused) {{ unused = Identity(x) }}")
-    outputs = fill(Emitter(model.graph, model.graph[0], "q"), model.graph.inputs[0])
+    outputs = fill(GraphBuilder(model.graph, model.graph[0], "q"), model.graph.inputs[0])
     model.graph.outputs[:] = outputs
     return model
 
@@ -96,7 +96,7 @@ def test_static_codes_are_those_of_the_op_bit_for_bit(name: str, scale: float, z
     (codes,) = quantize_static(x, np.float32([scale]), np.float32([zero]), format=name)
     limbs = 1 if name in ONE_LIMB else 2
     if fmt.kmax >= 64 * 128:  # too wide for two limbs
-        found = run(emitted(lambda emit, value: [static_image(emit, value, fmt, scale, zero)]), {"x": x})[0]
+        found = run(emitted(lambda emit, value: [static_integers(emit, value, fmt, scale, zero)]), {"x": x})[0]
     else:
         operands = []
         model = emitted(lambda e, v: operands.append(emit_static(e, v, fmt, limbs, scale, zero)) or operands[0].codes)
@@ -201,15 +201,15 @@ def test_what_does_not_embed_runs_in_float(activation: str, scaling: str, tmp_pa
 
 def test_narrow_cpus_need_two_limbs_for_wide_codes() -> None:
     """255 * 127 * 2 exceeds int16; 124 * 7 * 2 does not."""
-    from pipeline.backends.cpu.paths import choose_path
-    from pipeline.passes.gemm_spec import read_spec
+    from pipeline.backends.cpu.lower import choose_path
+    from pipeline.passes.quantized_gemm import read_gemm
 
     paths = {}
     for weight in ("INT8", "INT4"):
         layer = replace(learned.with_scaling(random_linear(weight=weight), "zero"), activation_format="UE1M7")
         model = portable(ONE, [layer], INPUTS)
         run_shared(model)
-        row, why = choose_path(read_spec(next(n for n in model.graph if n.op_type == "PackedGemm")), NARROW)
+        row, why = choose_path(read_gemm(next(n for n in model.graph if n.op_type == "PackedGemm")), NARROW)
         paths[weight] = (row.path if row else "", why)
     assert "a pair of products can reach 64770" in paths["INT8"][1]
     assert paths["INT4"][0] == "u8 x s8"

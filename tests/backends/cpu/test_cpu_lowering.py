@@ -9,12 +9,11 @@ import pytest
 from export.dialect.reference import quantize_activation
 from export.formats.format import get_format, to_image
 from pipeline import machine
-from pipeline.backends.base import WIDE_SUM
 from pipeline.backends.cpu.backend import capabilities
-from pipeline.backends.cpu.lower import FLOAT_PATH, FUNCTION_PATH, LowerCpu
-from pipeline.backends.cpu.paths import choose_path, refusal
+from pipeline.backends.cpu.lower import FLOAT_PATH, FUNCTION_PATH, LowerCpu, choose_path, refusal
 from pipeline.passes import run_shared
-from pipeline.passes.gemm_spec import read_spec, weight_image
+from pipeline.passes.probes import WIDE_SUM
+from pipeline.passes.quantized_gemm import read_gemm
 from tests.support.portable import activations, op_types, portable, random_linear, run
 
 BODY = 'y = fpq.QuantizedLinear <layer="a"> (x)'
@@ -209,7 +208,7 @@ def test_a_tensor_that_needs_two_forms_gets_both():
 def spec_of(**changes):
     model = portable(BODY, [random_linear(**changes)], f"float[B,S,{changes.get('k', 64)}] x")
     run_shared(model)
-    return read_spec(next(node for node in model.graph if node.op_type == "PackedGemm"))
+    return read_gemm(next(node for node in model.graph if node.op_type == "PackedGemm"))
 
 
 def test_a_cpu_that_sums_pairs_in_16_bits_gets_narrow_operands():
@@ -236,14 +235,14 @@ def test_capabilities_follow_the_instruction_set():
 
 
 @pytest.mark.parametrize("weight", ["E2M1", "INT6", "INT8"])
-def test_weight_images_equal_the_checkpoint(weight):
+def test_weight_integers_equal_the_checkpoint(weight):
     granularity = ("exact_group", 16) if weight == "E2M1" else ("per_channel", 0)
     layer = random_linear(n=9, k=96, weight=weight, granularity=granularity[0], group=granularity[1])
     model = portable(BODY, [layer], "float[B,S,96] x", "float[B,S,9] y")
     run_shared(model)
-    spec = read_spec(next(node for node in model.graph if node.op_type == "PackedGemm"))
-    np.testing.assert_array_equal(weight_image(spec), layer.image().T)
-    assert weight_image(spec).dtype == np.int8
+    gemm = read_gemm(next(node for node in model.graph if node.op_type == "PackedGemm"))
+    np.testing.assert_array_equal(gemm.turned_integers(), layer.image().T)
+    assert gemm.turned_integers().dtype == np.int8
 
 
 def test_lowered_weights_are_lazy():

@@ -4,6 +4,7 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 
+from export.dialect.graph import GraphBuilder
 from export.dialect.reference import quantize_activation
 from export.formats.format import FORMATS, encode, get_format, to_image
 from pipeline.backends.cpu.quantizers import (
@@ -12,11 +13,10 @@ from pipeline.backends.cpu.quantizers import (
     largest_code,
     limb_base,
     quantize,
-    rounded_image,
+    rounded_integers,
     unsupported,
     zero_point,
 )
-from pipeline.passes.emit import Emitter
 from tests.support.portable import HEADER, activations, run
 
 EIGHT_BITS = [name for name, row in FORMATS.items() if row.sign_bits and row.kmax < 128]
@@ -29,7 +29,7 @@ SLACK = 4 * 2.0**-24
 def emitted(fill):
     """A model x [B, S, K] -> what `fill(emit, x)` returns."""
     model = ir.from_onnx_text(f"{HEADER} g (float[B,S,K] x) => (float[B,S,K] unused) {{ unused = Identity(x) }}")
-    emit = Emitter(model.graph, model.graph[0], "q")
+    emit = GraphBuilder(model.graph, model.graph[0], "q")
     outputs = fill(emit, model.graph.inputs[0])
     model.graph.outputs[:] = outputs
     return model
@@ -95,7 +95,7 @@ def test_two_limbs_code_every_value_midpoint_and_neighbour_exactly(name):
 @pytest.mark.parametrize("name", FLOATS)
 def test_the_float_path_rounds_every_value_midpoint_and_neighbour_exactly(name):
     x = on_the_grid(name)
-    model = emitted(lambda emit, value: list(rounded_image(emit, value, get_format(name))))
+    model = emitted(lambda emit, value: list(rounded_integers(emit, value, get_format(name))))
     image, _ = run(model, {"x": x})
     np.testing.assert_array_equal(image, to_image(get_format(name), quantize_activation(x, format=name)[0]))
 
@@ -127,7 +127,7 @@ def test_around_a_binade_nothing_is_lost_at_any_scale(name):
     row = np.concatenate([(starts * near).ravel(), [fmt.kmax]])
     absmax = 2.0 ** rng.uniform(-3, 3, (1, 400, 1))
     x = (np.clip(row, 0, fmt.kmax) * (absmax / fmt.kmax) * rng.choice([-1, 1], (1, 400, len(row)))).astype(np.float32)
-    image, _ = run(emitted(lambda emit, value: list(rounded_image(emit, value, fmt))), {"x": x})
+    image, _ = run(emitted(lambda emit, value: list(rounded_integers(emit, value, fmt))), {"x": x})
     assert_images(name, x, image)
 
 

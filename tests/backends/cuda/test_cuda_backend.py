@@ -102,7 +102,7 @@ def test_every_step_equals_onnxruntime(built: Built) -> None:
     graph = ir.load(built.lowered.path)
     expected = all_tensors(built.lowered.path, graph.graph)
     module = LoweredModule(graph)
-    given = {name: torch.from_numpy(array) for name, array in expected.items()} | module.plan.constants
+    given = {name: torch.from_numpy(array) for name, array in expected.items()} | module.known.constants
     given |= dict(module.named_buffers(recurse=False))
     for node in graph.graph:
         if found := node.attributes.get("format"):  # codes are operand bytes here
@@ -192,7 +192,7 @@ def test_the_engine_runs_on_the_kernels(
 
 def test_tokens_are_half_and_timesteps_are_not(built: Built) -> None:
     module = LoweredModule(ir.load(built.lowered.path), activations="fp16")
-    types = module.plan.types
+    types = module.known.types
     sines = [name for step in module.steps for name in step.outputs if "Sin" in step.name or name.startswith("sin")]
     assert sines and {types[name] for name in sines} == {torch.float32}
     gemms = [step.outputs[0] for step in module.steps if step.name.endswith(("to_q", "to_out.0", "net.2"))]

@@ -95,7 +95,7 @@ SECOND = 'k = fpq.QuantizedLinear <layer="b"> (x)\n'
 
 
 def executed(body: str, layers: list, **choices: str) -> tuple[list[int], LoweredModule]:
-    """Linears in each GEMM of the executor, and the executor, whose result is compared with the graph's."""
+    """Channels of each GEMM of the executor, and the executor, whose result is compared with the graph's."""
     shapes = SHAPES | {"outputs": "float[B,S,192] y"}
     model = portable(LINEAR + SECOND + body, layers, inner="float[B,S,64] h", **shapes)
     feeds = {"x": activations(np.random.default_rng(4)), "gate": gates(4)[:1]}
@@ -103,7 +103,7 @@ def executed(body: str, layers: list, **choices: str) -> tuple[list[int], Lowere
     module = LoweredModule(model, **choices)
     found = module({name: torch.from_numpy(array) for name, array in feeds.items()})["y"].numpy()
     assert_close(found, expected)
-    return [len(gemm.widths) for gemm in module.gemms], module
+    return [len(gemm.bias) for gemm in module.gemms], module
 
 
 @pytest.mark.parametrize("weights", ["packed", "expanded"])
@@ -113,11 +113,11 @@ def test_linears_of_the_same_codes_are_one_gemm(activation, granularity, group, 
     """Of unequal widths, each result from its own columns; codes are freed once."""
     chosen = {"activation": activation, "granularity": granularity, "group": group}
     layers = [*square("a", **chosen), random_linear("b", n=128, k=64, seed=1, **chosen)]
-    linears, module = executed("y = Concat <axis = -1> (k, h)", layers, weights=weights)
-    assert linears == [2] and module.gemms[0].widths == [64, 128]
+    channels, module = executed("y = Concat <axis = -1> (k, h)", layers, weights=weights)
+    assert channels == [64 + 128]
     assert module.expanded == (1 if weights == "expanded" else 0)
     (step,) = (step for step in module.steps if step.run is module.gemms[0])
-    assert step.name == "a + b" and len(step.outputs) == 2
+    assert step.name == "a+b"
 
 
 @pytest.mark.parametrize(
@@ -131,14 +131,24 @@ def test_linears_of_the_same_codes_are_one_gemm(activation, granularity, group, 
     ids=["weight formats", "groups", "activation formats", "an epilogue"],
 )
 def test_other_linears_stay_alone(body, other):
-    linears, _ = executed(body, [*square("a"), random_linear("b", n=128, k=64, seed=1, **other)])
-    assert linears == [1, 1]
+    channels, _ = executed(body, [*square("a"), random_linear("b", n=128, k=64, seed=1, **other)])
+    assert sorted(channels) == [64, 128]
+
+
+def test_a_graph_of_an_earlier_release_is_merged_when_it_is_read():
+    """Its linears stand apart, as `lower` left them."""
+    model = portable(LINEAR + SECOND + "y = Concat <axis = -1> (k, h)", [*square("a"), *square("b", seed=1)], **SHAPES)
+    run_shared(model)
+    apart = LowerCuda()
+    apart(model)
+    assert [node.op_type for node in model.graph].count("Gemm") == 2
+    assert len(LoweredModule(model).gemms) == 1
 
 
 def test_gemms_are_merged_up_to_a_width(monkeypatch):
-    monkeypatch.setattr("pipeline.backends.cuda.merge.MERGED_COLUMNS", 64 + 127)
-    linears, _ = executed("y = Concat <axis = -1> (k, h)", [*square("a"), random_linear("b", n=128, k=64, seed=1)])
-    assert linears == [1, 1]
+    monkeypatch.setattr("pipeline.backends.fused.merge_gemms.MERGED_COLUMNS", 64 + 127)
+    channels, _ = executed("y = Concat <axis = -1> (k, h)", [*square("a"), random_linear("b", n=128, k=64, seed=1)])
+    assert channels == [64, 128]
 
 
 @pytest.mark.parametrize(

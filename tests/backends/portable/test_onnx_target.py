@@ -18,6 +18,7 @@ from PIL import Image
 
 from export import to_onnx
 from export.checkpoint import QuantizedLinear
+from export.dialect.graph import inputs_of, outputs_of
 from export.errors import ContractError, EnvironmentLacksError
 from export.formats.format import get_format
 from export.models import load as models
@@ -29,7 +30,7 @@ from pipeline.backends import BACKENDS, lowering_file
 from pipeline.backends.base import Engine
 from pipeline.backends.portable import engine as portable_engine
 from pipeline.backends.portable.engine import PortableEngine
-from pipeline.backends.portable.linears import port, portable_linears
+from pipeline.backends.portable.linears import portable_linears
 from pipeline.bench import measure as bench
 from pipeline.bundle import bundle as bundles
 from pipeline.bundle import manifest
@@ -302,10 +303,10 @@ def test_a_model_without_quantized_linears_is_refused(tmp_path: Path) -> None:
 def test_ports_are_named_by_the_schema(exported: Any) -> None:
     linear = portable_linears(ir.load(exported("learned").portable))[0]
     assert linear.layer.endswith("attn1.to_q") and linear.quantizer.op_type == "QuantizeStatic"
-    assert port(linear.quantizer, "zero").name == f"{linear.layer}.activation_zero"
-    assert port(linear.weight, "w").name == f"{linear.layer}/weight"
-    with pytest.raises(KeyError, match="QuantizeStatic has no input or output w"):
-        port(linear.quantizer, "w")
+    assert inputs_of(linear.quantizer).zero.name == f"{linear.layer}.activation_zero"
+    assert outputs_of(linear.weight).w.name == f"{linear.layer}/weight"
+    with pytest.raises(AttributeError, match="QuantizeStatic has x, scale, zero, not w"):
+        inputs_of(linear.quantizer).get("w")
 
 
 # --- run ------------------------------------------------------------------------------------------------------------

@@ -10,8 +10,7 @@ import onnx_ir as ir
 import pytest
 
 from pipeline.backends.tensorrt import build as rtx_build
-from pipeline.backends.tensorrt.half import SPLITTER
-from pipeline.backends.tensorrt.half_attention import LOWEST_MASK, halve_attention
+from pipeline.backends.tensorrt.half import LOWEST_MASK, SPLITTER, halve_attention
 from pipeline.backends.tensorrt.plan_file import read_engine_file
 from tests.backends.rtx.test_rtx_lowering import run
 

@@ -9,10 +9,10 @@ import onnx
 import onnx_ir as ir
 import pytest
 
+from export.dialect.graph import drop_unused
 from pipeline.backends.tensorrt import build as rtx_build
-from pipeline.backends.tensorrt.half_linears import LARGE_ELEMENTS, halve_large_linears
+from pipeline.backends.tensorrt.half import LARGE_ELEMENTS, halve_large_linears
 from pipeline.backends.tensorrt.plan_file import read_engine_file
-from pipeline.passes.graph import drop_unused
 from tests.backends.rtx.test_rtx_lowering import run
 
 SIZE = 1024

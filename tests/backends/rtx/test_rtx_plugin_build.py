@@ -19,9 +19,9 @@ from pipeline import doctor
 from pipeline.backends.base import LoweredGraph
 from pipeline.backends.fused.ops import DOMAIN
 from pipeline.backends.rtx.backend import ENGINE, METADATA, ONNX, RtxBackend
-from pipeline.backends.rtx.weights import packed_weight
 from pipeline.backends.tensorrt import plugin_payloads as rtx_plugin
 from pipeline.backends.tensorrt.plan_file import PLUGIN_STEP, check_plugins, read_engine_file
+from pipeline.passes.quantized_gemm import read_gemm
 from pipeline.recipe import Calibrate, Formats, Recipe, Rtx
 from pipeline.verify.oracle import quantize_oracle
 from pipeline.verify.probe import ProbedGraph, open_session
@@ -150,7 +150,7 @@ def test_every_linear_passes_its_gate(folder: Path, tmp_path: Path) -> None:
     graph = lowered(tmp_path, recipe(89), single(linear))
     x = np.random.default_rng(1).normal(size=(2, 5, 64)).astype(np.float32)
     ((_, (probe,)),) = ProbedGraph(graph).probes(["layer"], [{"x": x}])
-    weight = packed_weight(next(iter(packed_nodes(single(linear))))).images()
+    weight = read_gemm(next(iter(packed_nodes(single(linear))))).integers()
     assert np.array_equal(probe.gemm, (probe.image @ weight.T * probe.gemm_unit).astype(np.float32))
     oracle = quantize_oracle(x.reshape(10, 64), "E2M3")
     assert ((probe.image >= oracle.lowest) & (probe.image <= oracle.highest)).all()

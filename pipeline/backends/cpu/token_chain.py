@@ -8,8 +8,8 @@ from typing import Any
 
 import onnx_ir as ir
 
+from export.dialect.graph import constant, is_op
 from export.dialect.ops import ABSMAX_FLOOR
-from pipeline.passes.graph import constant, is_op
 
 DOMAIN, VERSION, OP = "fpq.native", 1, "TokenChain"
 
@@ -73,37 +73,44 @@ def value_out(node: ir.Node, place: Out) -> ir.Value | None:
 
 def stages(node: ir.Node) -> dict[str, Any]:
     """Attributes of a chain that are not those of an absent stage."""
-    found = {name: node.attributes[name].value for name in ATTRIBUTES}
-    return {name: value for name, value in found.items() if value != ATTRIBUTES[name]}
+    values = {name: node.attributes[name].value for name in ATTRIBUTES}
+    return {name: value for name, value in values.items() if value != ATTRIBUTES[name]}
 
 
-def inputs_of(node: ir.Node) -> dict[In, ir.Value]:
+def chain_inputs(node: ir.Node) -> dict[In, ir.Value]:
     return {place: value for place in In if (value := value_in(node, place)) is not None}
 
 
-def outputs_of(node: ir.Node) -> dict[Out, ir.Value]:
+def chain_outputs(node: ir.Node) -> dict[Out, ir.Value]:
     return {place: value for place in Out if (value := value_out(node, place)) is not None}
 
 
-def put_chain(
-    graph: ir.Graph, anchor: ir.Node, inputs: Mapping[In, ir.Value], outputs: Mapping[Out, ir.Value], **given: Any
-) -> ir.Node:
-    """A chain in front of `anchor` that makes the values `outputs` in the place of their old nodes, names kept."""
-    attributes = ir.convenience.convert_attributes(ATTRIBUTES | given)
-    node = ir.Node(DOMAIN, OP, [inputs.get(place) for place in In], attributes, num_outputs=len(Out))
-    node.name = f"{next(iter(outputs.values())).name}/chain"
-    node.metadata_props.update(anchor.metadata_props)
-    graph.insert_before(anchor, node)
-    for place, new in zip(Out, node.outputs, strict=True):
-        _take_over(outputs.get(place), new)
+def chain_node(inputs: Mapping[In, ir.Value], name: str, metadata: Mapping[str, str], **stages: Any) -> ir.Node:
+    """A chain with these stages (see ATTRIBUTES) that stands in no graph yet and whose outputs have no names."""
+    attributes = ir.convenience.convert_attributes(ATTRIBUTES | stages)
+    places = [inputs.get(place) for place in In]
+    node = ir.Node(
+        DOMAIN, OP, places, attributes, num_outputs=len(Out), name=f"{name}/chain", metadata_props=dict(metadata)
+    )
+    for value in node.outputs:
+        value.name = ""
     return node
 
 
-def _take_over(old: ir.Value | None, new: ir.Value) -> None:
-    """Let `new` stand where `old` stood; a value that nobody wants gets no name."""
-    new.name = ""
-    if old is None:
-        return
+def put_chain(
+    graph: ir.Graph, anchor: ir.Node, inputs: Mapping[In, ir.Value], outputs: Mapping[Out, ir.Value], **stages: Any
+) -> ir.Node:
+    """A chain in front of `anchor` that makes the values `outputs` in the place of their old nodes, names kept."""
+    first = next(iter(outputs.values()))
+    node = chain_node(inputs, str(first.name), anchor.metadata_props, **stages)
+    graph.insert_before(anchor, node)
+    for place, old in outputs.items():
+        _take_over(old, node.outputs[place])
+    return node
+
+
+def _take_over(old: ir.Value, new: ir.Value) -> None:
+    """Let `new` stand where `old` stood."""
     new.name, new.shape, new.type = old.name, old.shape, old.type
     ir.convenience.replace_all_uses_with(old, new, replace_graph_outputs=True)
     old.name = ""

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from export.formats.format import encode, get_format
-from pipeline.backends.rtx.operands import activation_operand, decoding_lines, magnitudes, weight_exponent
+from export.formats.operands import activation_number, decoding_lines, magnitudes, weight_exponent
 
 E4M3 = ml_dtypes.float8_e4m3fn
 
@@ -19,14 +19,14 @@ def all_images(name: str) -> np.ndarray:
 
 @pytest.mark.parametrize("name", ["E2M3", "E4M3", "E1M2", "INT4"])
 def test_native_rounding_of_e4m3_is_the_formats_at_every_midpoint_and_around_it(name: str) -> None:
-    operand, fmt = activation_operand(name, "E4M3", 1), get_format(name)
-    assert operand is not None and operand.native
+    number, fmt = activation_number(name, "E4M3", 1), get_format(name)
+    assert number is not None and number.rounds_itself
     values = all_images(name) * 2.0**-fmt.fraction_bits
     midpoints = ((values[1:] + values[:-1]) / 2).astype(np.float32)
     near = [np.nextafter(midpoints, np.float32(-np.inf)), midpoints, np.nextafter(midpoints, np.float32(np.inf))]
     # A quotient may exceed the largest value by one float32 rounding.
     probes = np.concatenate([values.astype(np.float32), *near, np.float32([fmt.max_value * (1 + 2.0**-23)])])
-    rounded = (probes * np.float32(operand.gain)).astype(E4M3).astype(np.float64) * 2.0**-operand.exponent
+    rounded = (probes * np.float32(number.gain)).astype(E4M3).astype(np.float64) * 2.0**-number.exponent
     codes = encode(fmt, np.clip(probes, -fmt.max_value, fmt.max_value))
     assert np.array_equal(rounded, fmt.image[codes])
 
@@ -35,9 +35,9 @@ def test_native_rounding_of_e4m3_is_the_formats_at_every_midpoint_and_around_it(
     ("name", "limbs"), [("E3M2", 1), ("E2M1", 1), ("E3M0", 1), ("E3M4", 2), ("INT6", 2), ("INT8", 2)]
 )
 def test_e4m3_limbs_add_up_to_every_image(name: str, limbs: int) -> None:
-    operand = activation_operand(name, "E4M3", 2)
-    assert operand is not None and operand.limbs == limbs
-    numbers = all_images(name) * 2.0**operand.exponent
+    number = activation_number(name, "E4M3", 2)
+    assert number is not None and number.limbs == limbs
+    numbers = all_images(name) * 2.0**number.exponent
     high = numbers.astype(E4M3).astype(np.float64)
     low = (numbers - high).astype(E4M3).astype(np.float64)
     assert np.array_equal(high + low, numbers)
@@ -46,18 +46,18 @@ def test_e4m3_limbs_add_up_to_every_image(name: str, limbs: int) -> None:
 
 @pytest.mark.parametrize(("name", "limbs"), [("E2M3", 1), ("INT8", 1), ("INT6", 1), ("E3M2", 2), ("E3M4", 2)])
 def test_int8_limbs_add_up_to_every_image(name: str, limbs: int) -> None:
-    operand = activation_operand(name, "INT8", 2)
-    assert operand is not None and operand.limbs == limbs
+    number = activation_number(name, "INT8", 2)
+    assert number is not None and number.limbs == limbs
     images = all_images(name)
-    high = np.rint(images / operand.limb_weights[0])
-    low = images - high * operand.limb_weights[0]
+    high = np.rint(images / number.limb_weights[0])
+    low = images - high * number.limb_weights[0]
     assert np.abs(high).max() <= 127 and np.abs(low).max() <= 127
     assert limbs == 2 or not low.any()
 
 
 @pytest.mark.parametrize(("name", "kind", "limbs"), [("E4M3", "INT8", 2), ("E3M4", "E4M3", 1), ("E5M2", "E4M3", 2)])
 def test_formats_too_wide_for_a_type_are_refused(name: str, kind: str, limbs: int) -> None:
-    assert activation_operand(name, kind, limbs) is None
+    assert activation_number(name, kind, limbs) is None
 
 
 def test_weights_with_a_multiplier_of_seven_are_not_e4m3_numbers() -> None:

@@ -8,9 +8,9 @@ import pytest
 from onnx_ir.passes.common import LiftConstantsToInitializersPass
 
 from pipeline.backends.cpu.backend import capabilities
+from pipeline.backends.cpu.finish_with_chain import finish_with_chains
 from pipeline.backends.cpu.lower import LowerCpu
-from pipeline.backends.cpu.native import run_native
-from pipeline.backends.cpu.native_ops import In, Out, drop_unread_outputs, inputs_of, is_chain, outputs_of
+from pipeline.backends.cpu.token_chain import In, Out, chain_inputs, chain_outputs, drop_unread_outputs, is_chain
 from pipeline.passes import run_shared
 from tests.support import learned, native
 from tests.support.portable import portable, random_linear, run
@@ -41,14 +41,22 @@ SHAPES |= {"kt": ("B", 4, 16, "S"), "joined": ("B", "S", 64)}
 PLAIN = 'y = fpq.QuantizedLinear <layer="a"> (x)'
 
 
-def lowered(body=BLOCK, inputs=INPUTS, outputs="float[B,S,64] y", activation="E2M3", flags=("avx512_vnni",), **given):
-    """(stock model, probes of it) of linears a to d of 64 channels."""
+def lowered(
+    body=BLOCK,
+    inputs=INPUTS,
+    outputs="float[B,S,64] y",
+    activation="E2M3",
+    flags=("avx512_vnni",),
+    chains=False,
+    **given,
+):
+    """(lowered model, probes of it) of linears a to d of 64 channels."""
     layers = [random_linear(name, n=64, activation=activation, seed=i, **given) for i, name in enumerate("abcd")]
     layers = [layer for layer in layers if f'"{layer.name}"' in body]
     model = portable(body, layers, inputs, outputs)
     _as_exported(model)
     run_shared(model)
-    rewrite = LowerCpu(capabilities(flags))
+    rewrite = LowerCpu(capabilities(flags), chains)
     rewrite(model)
     return model, rewrite.probes
 
@@ -63,13 +71,13 @@ def _as_exported(model):
 
 def rewritten(*args, **given):
     """(native model, passes by name)."""
-    model, _ = lowered(*args, **given)
-    return model, {found.name: found for found in run_native(model)}
+    model, _ = lowered(*args, chains=True, **given)
+    return model, {found.name: found for found in finish_with_chains(model)}
 
 
 def chains(model):
     """(inputs, outputs) of every chain by name, in graph order."""
-    named = ((inputs_of(node), outputs_of(node)) for node in model.graph if is_chain(node))
+    named = ((chain_inputs(node), chain_outputs(node)) for node in model.graph if is_chain(node))
     return [("+".join(p.name for p in given), "+".join(p.name for p in made)) for given, made in named]
 
 
@@ -171,7 +179,7 @@ def test_what_is_not_the_pattern_stays(case):
     model, _ = rewritten(body, outputs=outputs)
     by_layer = {chain.outputs[Out.LINEAR].name.split("/")[0]: chain for chain in model.graph if _finishes(chain)}
     for layer, place in last_input.items():
-        stages = [found for found in inputs_of(by_layer[layer]) if found < In.NORM_SCALE]
+        stages = [found for found in chain_inputs(by_layer[layer]) if found < In.NORM_SCALE]
         assert stages[-1].name == place, layer
     assert set(kept) <= {node.op_type for node in model.graph}
     stock = run(lowered(body, outputs=outputs)[0], feeds())[0]
@@ -179,7 +187,7 @@ def test_what_is_not_the_pattern_stays(case):
 
 
 def _finishes(node):
-    return is_chain(node) and Out.LINEAR in outputs_of(node)
+    return is_chain(node) and Out.LINEAR in chain_outputs(node)
 
 
 @pytest.mark.parametrize("activation", ["E3M4", "INT8"])
@@ -196,30 +204,11 @@ def test_two_limbs_are_quantized_and_joined(activation):
     assert not any(rewrite.refusals for rewrite in passes.values())
 
 
-SPOILT = {
-    "another base": ("low", 1, np.float32(2.0)),
-    "another zero": ("low", 2, np.uint8(63)),
-}
-
-
-@pytest.mark.parametrize("case", SPOILT)
-def test_limbs_that_are_not_ours_are_left_alone(case):
-    name, place, number = SPOILT[case]
-    model, _ = lowered(PLAIN, "float[B,S,64] x", activation="E3M4")
-    (node,) = [node for node in model.graph if node.name.endswith(f"/{name}")]
-    value = ir.Value(name="other", const_value=ir.tensor(number))
-    model.graph.register_initializer(value)
-    node.replace_input_with(place, value)
-    passes = {found.name: found for found in run_native(model)}
-    assert not any(is_chain(node) for node in model.graph)
-    assert "nor in two limbs" in passes["NativeQuantize"].refusals[0].reason
-
-
 def test_real_groups_are_finished_behind_the_sum_of_their_products():
-    model, passes = rewritten(PLAIN, "float[B,S,64] x", granularity="group", group=32)
+    model, _ = rewritten(PLAIN, "float[B,S,64] x", granularity="group", group=32)
     assert chains(model) == [("X", "CODES+SCALE"), ("X+TOKEN_SCALE+BIAS", "LINEAR")]
     types = Counter(node.op_type for node in model.graph)
-    assert types["MatMulIntegerToFloat"] == 2 and types["Sum"] == passes["NativeFinish"].fired == 1
+    assert types["MatMulIntegerToFloat"] == 2 and types["Sum"] == 1
 
 
 def test_groups_of_tokens_get_the_native_quantizer_only():
@@ -227,9 +216,10 @@ def test_groups_of_tokens_get_the_native_quantizer_only():
     layer = learned.with_scaling(random_linear("a", n=64, granularity="group", group=32), "token_group", 32)
     model = portable(PLAIN, [layer], "float[B,S,64] x", "float[B,S,64] y")
     run_shared(model)
-    LowerCpu(capabilities(("avx512_vnni",)))(model)
-    passes = {found.name: found for found in run_native(model)}
-    assert passes["NativeFinish"].fired == 0 and not any(node.op_type == "Sum" for node in model.graph)
+    LowerCpu(capabilities(("avx512_vnni",)), chains=True)(model)
+    passes = {found.name: found for found in finish_with_chains(model)}
+    assert passes["AbsorbEpilogues"].fired == 0 and not any(node.op_type == "Sum" for node in model.graph)
+    assert not any(Out.LINEAR in chain_outputs(node) for node in model.graph if is_chain(node))
 
 
 NORM = """
@@ -256,7 +246,7 @@ def test_a_plain_norm_with_weight_and_bias_is_fused():
 )
 def test_other_norms_are_refused_with_the_reason(body, outputs, reason):
     model, passes = rewritten(body, "float[B,S,64] x", outputs)
-    assert reason in " ".join(refusal.reason for refusal in passes["NativeJoin"].refusals)
+    assert reason in " ".join(refusal.reason for refusal in passes["JoinChains"].refusals)
     assert "LayerNormalization" in {node.op_type for node in model.graph}
 
 
@@ -269,7 +259,7 @@ def test_a_norm_that_depends_on_the_linear_before_it_is_not_joined_to_it():
       y = fpq.QuantizedLinear <layer="b"> (norm)
     """
     model, passes = rewritten(body, "float[B,S,64] x")
-    assert "depends on" in " ".join(refusal.reason for refusal in passes["NativeJoin"].refusals)
+    assert "depends on" in " ".join(refusal.reason for refusal in passes["JoinChains"].refusals)
     assert [given for given, _ in chains(model)].count("X+NORM_SCALE+NORM_SHIFT") == 1
 
 
@@ -301,7 +291,7 @@ ATTENTION = """
 
 def test_heads_are_read_and_written_where_attention_keeps_them():
     model, passes = rewritten(ATTENTION, "float[B,S,64] x")
-    assert passes["NativeHeads"].fired == 4
+    assert passes["MoveHeads"].fired == 4
     assert Counter(chains(model)) == {
         ("X", "CODES+SCALE"): 1,
         ("X+TOKEN_SCALE+BIAS", "Y+LINEAR"): 3,
@@ -333,11 +323,11 @@ def test_views_with_other_readers_stay(old, new, fired):
     extra = next((name for name in ("more", "again", "other") if f"{name} =" in body), None)
     outputs = "float[B,S,64] y" + (f", float {extra}" if extra else "")
     _, passes = rewritten(body, "float[B,S,64] x", outputs)
-    assert passes["NativeHeads"].fired == fired
+    assert passes["MoveHeads"].fired == fired
 
 
 def test_without_known_shapes_views_stay(monkeypatch):
     monkeypatch.delitem(SHAPES, "qs")
     monkeypatch.setitem(SHAPES, "turned", ("B", "T", 4, 16))
     _, passes = rewritten(ATTENTION, "float[B,S,64] x")
-    assert passes["NativeHeads"].fired == 2
+    assert passes["MoveHeads"].fired == 2

@@ -1,0 +1,290 @@
+"""What stands between the integer GEMMs of a lowered graph -> TokenChains, as few as there can be.
+
+First what follows a linear, then a norm in front of a quantizer, then chains that meet, then the transpositions around
+attention. Names of tensors that probes refer to stay.
+"""
+
+from __future__ import annotations
+
+import onnx_ir as ir
+
+from export.dialect.graph import (
+    FLOAT,
+    GraphBuilder,
+    attribute,
+    drop_unused,
+    inputs_of,
+    only_reader,
+    other_input,
+    produced_by,
+    read_by,
+    result_of,
+)
+from pipeline.backends.cpu.gemms import Product, grouped_gemm, integer_gemm, limb_sums
+from pipeline.backends.cpu.quantizers import Operand
+from pipeline.backends.cpu.token_chain import (
+    DOMAIN,
+    VERSION,
+    In,
+    Out,
+    chain_inputs,
+    chain_node,
+    chain_outputs,
+    channels,
+    is_chain,
+    misfit,
+    number,
+    put_chain,
+    stages,
+    value_in,
+    value_out,
+)
+from pipeline.passes.quantized_gemm import QuantizedGemm
+from pipeline.passes.rewrite import RewritePass
+
+HEADS_FIRST, HEADS_LAST, SWAPPED = (0, 2, 1, 3), (0, 2, 3, 1), (0, 1, 3, 2)
+
+
+def finish_with_chains(model: ir.Model) -> list[RewritePass]:
+    """Run the passes on a graph whose quantizers are chains, in place."""
+    passes: list[RewritePass] = [AbsorbEpilogues(), JoinChains(), MoveHeads()]
+    if any(is_chain(node) for node in model.graph):
+        model.opset_imports[DOMAIN] = VERSION
+    for rewrite in passes:
+        rewrite(model)
+    return passes
+
+
+# --- what follows a GEMM -------------------------------------------------------------------------------------------
+
+
+def chained_gemm(
+    build: GraphBuilder, gemm: QuantizedGemm, operand: Operand, bias: ir.Value | None
+) -> tuple[Product, ir.Value]:
+    """A linear whose token scale and bias are applied by a TokenChain: (its product, its result).
+
+    A product of two limbs is taken in from their int32 sums on. Product and linear are outputs, for the parity gates.
+    """
+    scale = operand.scale
+    assert scale is not None, f"{gemm.layer} has no scale for each token"
+    inputs, sums = {In.TOKEN_SCALE: scale} | ({} if bias is None else {In.BIAS: bias}), None
+    if gemm.real_groups or len(operand.codes) == 1:
+        product = (grouped_gemm if gemm.real_groups else integer_gemm)(build, gemm, operand)
+        inputs[In.X] = product.value
+    else:
+        sums = limb_sums(build, gemm, operand)
+        inputs |= {In.HIGH_SUM: sums.high, In.LOW_SUM: sums.low, In.CHANNEL_SCALE: sums.scales}
+    name = f"{build.prefix}/{'scaled_tokens' if bias is None else 'output'}"
+    chain = chain_node(inputs, name, build.metadata, limb_weight=sums.weight if sums else 0)
+    build.graph.insert_before(build.before, chain)
+    linear = chain.outputs[Out.LINEAR]
+    linear.name = name
+    if sums is not None:
+        value = chain.outputs[Out.PRODUCT]
+        value.name, value.type = f"{build.prefix}/product", FLOAT
+        product = Product(value, value, sums.scales, scale)
+    return product, linear
+
+
+class AbsorbEpilogues(RewritePass):
+    """gelu(linear) * gate + residual, as far as the graph has these in this order -> the chain that makes `linear`."""
+
+    def rewrite(self, model: ir.Model) -> None:
+        for chain in [node for node in model.graph if is_chain(node) and value_out(node, Out.LINEAR) is not None]:
+            self._absorb(model.graph, chain)
+        model.graph.sort()
+        drop_unused(model)
+
+    def _absorb(self, graph: ir.Graph, chain: ir.Node) -> None:
+        present, inputs = chain_outputs(chain), chain_inputs(chain)
+        linear = last = present[Out.LINEAR]
+        gelu = read_by(linear, "Gelu")
+        has_gelu = gelu is not None and attribute(gelu, "approximate", "none") == "tanh"
+        last = result_of(gelu) if gelu is not None and has_gelu else linear
+        for op_type, place, fits in (("Mul", In.GATE, _is_gate), ("Add", In.RESIDUAL, _is_residual)):
+            reader = read_by(last, op_type)
+            if reader is not None and fits(other_input(reader, last), last):
+                inputs[place], last = other_input(reader, last), result_of(reader)
+        anchor = last.producer()
+        if last is linear or anchor is None:
+            return
+        outputs = {Out.LINEAR: linear} | present | {Out.Y: last}
+        put_chain(graph, anchor, inputs, outputs, **stages(chain) | {"gelu": int(has_gelu)})
+        graph.remove(chain, safe=True)
+        self.fired += 1
+
+
+def _is_gate(gate: ir.Value, value: ir.Value) -> bool:
+    """Computed by the model. A stored vector is the balance in front of a quantizer, whose input a gate looks at."""
+    return gate.const_value is None and not misfit(gate, value)
+
+
+def _is_residual(residual: ir.Value, value: ir.Value) -> bool:
+    """Known to have the shape of `value`, so that nothing is broadcast."""
+    shape, expected = residual.shape, value.shape
+    if shape is None or expected is None or not all(isinstance(size, int) or size.value for size in shape):
+        return False
+    return bool(shape.rank() > 1) and shape == expected
+
+
+# --- chains that meet ----------------------------------------------------------------------------------------------
+
+
+class JoinChains(RewritePass):
+    """TokenChain(LayerNormalization(x)) -> TokenChain(x); TokenChain(y of a TokenChain) -> one TokenChain.
+
+    What others read, or a parity gate looks at, stays an output.
+    """
+
+    def rewrite(self, model: ir.Model) -> None:
+        for step in (self._take_norm, self._join):
+            for node in [node for node in model.graph if _quantizes(node)]:
+                step(model.graph, node)
+        model.graph.sort()
+        drop_unused(model)
+
+    def _take_norm(self, graph: ir.Graph, quantizer: ir.Node) -> None:
+        x = value_in(quantizer, In.X)
+        norm = produced_by(x, "LayerNormalization")
+        if norm is None or x is None:
+            return
+        if reason := _unfit(norm, quantizer):
+            self.refuse(norm.name, reason)
+            return
+        ports = inputs_of(norm)
+        inputs = {In.X: ports.X, In.NORM_SCALE: ports.Scale, In.NORM_SHIFT: ports.B}
+        epsilon = float(attribute(norm, "epsilon", 1e-5))
+        outputs = chain_outputs(quantizer) | {Out.QUANTIZED: x}
+        put_chain(graph, quantizer, inputs, outputs, epsilon=epsilon, **stages(quantizer))
+        graph.remove(quantizer, safe=True)
+        self.fired += 1
+
+    def _join(self, graph: ir.Graph, quantizer: ir.Node) -> None:
+        x = value_in(quantizer, In.X)
+        first = x.producer() if x is not None else None
+        if first is None or not is_chain(first) or value_out(first, Out.CODES) is not None:
+            return
+        rest = {place: value for place, value in chain_inputs(quantizer).items() if place is not In.X}
+        if _depend_on(list(rest.values()), first):
+            self.refuse(quantizer.name, f"its norm depends on {first.name}")
+            return
+        both = stages(first) | stages(quantizer)
+        outputs = chain_outputs(quantizer) | chain_outputs(first)
+        put_chain(graph, quantizer, chain_inputs(first) | rest, outputs, **both)
+        for node in (quantizer, first):
+            graph.remove(node, safe=True)
+        self.fired += 1
+
+
+def _quantizes(node: ir.Node) -> bool:
+    return is_chain(node) and value_out(node, Out.CODES) is not None
+
+
+def _unfit(norm: ir.Node, quantizer: ir.Node) -> str:
+    """Why a chain cannot take `norm` in, '' if it can."""
+    x, scale, shift = inputs_of(norm).X, inputs_of(norm).Scale, inputs_of(norm).get("B")
+    rank = x.shape.rank() if x.shape else 3
+    if only_reader(result_of(norm)) is not quantizer:
+        return f"{result_of(norm).name} has another reader than {quantizer.name}"
+    if attribute(norm, "axis", -1) not in (-1, rank - 1):
+        return f"it normalizes over axis {attribute(norm, 'axis')}, not the last one"
+    if shift is None:
+        return "it has no shift"
+    return _not_a_row(scale, x) or _not_a_row(shift, x)
+
+
+def _not_a_row(value: ir.Value, x: ir.Value) -> str:
+    """Why `value` is not [channels] or [batch, 1, channels], '' if it is."""
+    if (add := produced_by(value, "Add")) and value.shape is None:
+        one = next((one for one in add.inputs if number(one) is not None), None)
+        value = other_input(add, one) if one is not None else value  # 1 + scale
+    return misfit(value, x)
+
+
+def _depend_on(values: list[ir.Value], node: ir.Node) -> bool:
+    """Is any of `values` computed from an output of `node`?"""
+    seen: set[ir.Node] = set()
+    todo = [value.producer() for value in values]
+    while todo:
+        earlier = todo.pop()
+        if earlier is node:
+            return True
+        if earlier is not None and earlier not in seen:
+            seen.add(earlier)
+            todo += [value.producer() for value in earlier.inputs if value is not None]
+    return False
+
+
+# --- heads ---------------------------------------------------------------------------------------------------------
+
+
+class MoveHeads(RewritePass):
+    """Transpose(Reshape(linear)) -> heads_out of the chain that makes `linear`; Reshape(Transpose(x)) -> heads_in of
+    the chain that reads it. [batch, tokens, heads * size] is then [batch, heads, tokens, size] in memory.
+
+    Keys are transposed once more, which onnxruntime takes into its matrix product.
+    """
+
+    def rewrite(self, model: ir.Model) -> None:
+        for node in [node for node in model.graph if is_chain(node)]:
+            outputs, inputs = set(chain_outputs(node)), set(chain_inputs(node))
+            if outputs - {Out.PRODUCT} == {Out.LINEAR}:
+                self._split(model.graph, node)
+            elif Out.CODES in outputs and inputs == {In.X}:
+                self._gather(model.graph, node)
+        model.graph.sort()
+        drop_unused(model)
+
+    def _split(self, graph: ir.Graph, chain: ir.Node) -> None:
+        linear = chain_outputs(chain)[Out.LINEAR]
+        view = read_by(linear, "Reshape")
+        if view is None or not (heads := _heads(linear, result_of(view))):
+            return
+        turn = read_by(result_of(view), "Transpose")
+        perm = tuple(attribute(turn, "perm", ())) if turn is not None else ()
+        if turn is None or perm not in (HEADS_FIRST, HEADS_LAST):
+            return
+        if perm == HEADS_LAST:
+            turn = _in_two(graph, turn)
+        outputs = chain_outputs(chain) | {Out.Y: result_of(turn)}
+        put_chain(graph, turn, chain_inputs(chain), outputs, **stages(chain) | {"heads_out": heads})
+        graph.remove(chain, safe=True)
+        self.fired += 1
+
+    def _gather(self, graph: ir.Graph, chain: ir.Node) -> None:
+        x = chain_inputs(chain)[In.X]
+        view = produced_by(x, "Reshape")
+        turn = produced_by(inputs_of(view).data, "Transpose") if view else None
+        if view is None or turn is None or tuple(attribute(turn, "perm", ())) != HEADS_FIRST:
+            return
+        heads = _heads(x, result_of(turn))
+        if not heads or any(only_reader(result_of(node)) is None for node in (turn, view)):
+            return
+        outputs = chain_outputs(chain) | {Out.QUANTIZED: x}
+        put_chain(graph, chain, {In.X: inputs_of(turn).data}, outputs, **stages(chain) | {"heads_in": heads})
+        graph.remove(chain, safe=True)
+        self.fired += 1
+
+
+def _heads(rows: ir.Value, parts: ir.Value) -> int:
+    """Number of heads if `parts` [batch, tokens, heads, size] are the channels of `rows` [batch, tokens, n], else 0."""
+    whole, split = rows.shape, parts.shape
+    if whole is None or split is None or whole.rank() != 3 or split.rank() != 4:
+        return 0
+    heads, size = split[2], split[3]
+    if not isinstance(heads, int) or not isinstance(size, int) or heads * size != channels(rows):
+        return 0
+    return heads if list(whole)[:2] == list(split)[:2] else 0
+
+
+def _in_two(graph: ir.Graph, turn: ir.Node) -> ir.Node:
+    """Transpose to [batch, heads, size, tokens] as two: to [batch, heads, tokens, size], which is returned, and on."""
+    first = ir.Node("", "Transpose", turn.inputs, [ir.AttrInt64s("perm", HEADS_FIRST)], name=f"{turn.name}/heads")
+    value, old = result_of(first), result_of(turn)
+    value.name, value.type = f"{old.name}/heads", old.type
+    if old.shape is not None:
+        value.shape = ir.Shape([old.shape[axis] for axis in SWAPPED])
+    graph.insert_before(turn, first)
+    inputs_of(turn).set("data", value)
+    turn.attributes["perm"] = ir.AttrInt64s("perm", SWAPPED)
+    return first
