@@ -17,11 +17,11 @@ logger = logging.getLogger(__name__)
 PORTABLE = "onnx"
 # name -> (module, class)
 ROWS = {
-    "cpu": ("pipeline.backends.cpu.backend", "CpuBackend"),
-    "rtx": ("pipeline.backends.rtx.backend", "RtxBackend"),
-    "cuda": ("pipeline.backends.cuda.backend", "CudaBackend"),
-    "trt": ("pipeline.backends.trt.backend", "TrtBackend"),
-    PORTABLE: ("pipeline.backends.portable.backend", "PortableBackend"),
+    "cpu": ("pipeline.backends.cpu.build", "CpuBackend"),
+    "rtx": ("pipeline.backends.rtx.build", "RtxBackend"),
+    "cuda": ("pipeline.backends.cuda.build", "CudaBackend"),
+    "trt": ("pipeline.backends.trt.build", "TrtBackend"),
+    PORTABLE: ("pipeline.backends.portable.build", "PortableBackend"),
 }
 
 

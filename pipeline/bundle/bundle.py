@@ -242,7 +242,7 @@ def _portable_problem(document: Mapping[str, Any]) -> str:
 
 
 def _cpu_problem(document: Mapping[str, Any]) -> str:
-    from pipeline.backends.cpu import backend as cpu
+    from pipeline.backends.cpu import build as cpu
 
     if problem := _onnxruntime_problem(document, "cpu"):
         return problem

@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 
 from pipeline import recipe as recipes
-from pipeline.backends.cuda.backend import method_problems as cuda_problems
-from pipeline.backends.rtx.backend import method_problems
+from pipeline.backends.cuda.build import method_problems as cuda_problems
+from pipeline.backends.rtx.build import method_problems
 from pipeline.methods import AUTO, METHODS, activation_scalings
 from tests.support import observed
 

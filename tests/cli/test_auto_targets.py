@@ -11,7 +11,7 @@ from export.errors import EnvironmentLacksError
 from pipeline import __main__ as cli
 from pipeline import compiler
 from pipeline import recipe as recipes
-from pipeline.backends.cpu import backend as cpu
+from pipeline.backends.cpu import build as cpu
 from pipeline.backends.tensorrt import build as rtx_build
 from pipeline.build import make_parser, make_request
 from pipeline.command import Answer

@@ -261,7 +261,7 @@ def test_the_session_helpers_do_not_look_beside_the_graph(planted: tuple[Path, P
     """Where a library lies beside a graph nevertheless: in an engine's folder, or beside a lowered graph."""
     import onnx_ir as ir
 
-    from pipeline.backends.cpu.backend import CpuBackend
+    from pipeline.backends.cpu.build import CpuBackend
     from pipeline.backends.cpu.engine import CpuEngine
     from pipeline.verify.probe import ProbedGraph
     from tests.support.portable import activations, portable, random_linear

@@ -10,8 +10,8 @@ import pytest
 
 from export.errors import ContractError, EnvironmentLacksError, RecipeError
 from pipeline import machine
-from pipeline.backends.cpu import backend as cpu
-from pipeline.backends.cpu.backend import CpuBackend
+from pipeline.backends.cpu import build as cpu
+from pipeline.backends.cpu.build import CpuBackend
 from pipeline.backends.cpu.engine import FILES, MODEL, open_session
 from pipeline.bundle.bundle import FITNESS
 from pipeline.recipe import Cpu, Recipe

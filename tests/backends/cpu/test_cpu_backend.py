@@ -12,7 +12,7 @@ import pytest
 from export.errors import ContractError, EnvironmentLacksError
 from pipeline.backends import BACKENDS, lowering_file
 from pipeline.backends.base import LoweredGraph
-from pipeline.backends.cpu.backend import CpuBackend
+from pipeline.backends.cpu.build import CpuBackend
 from pipeline.backends.cpu.engine import open_session
 from tests.support.hooked_sessions import hooked
 from tests.support.portable import HEADER, activations, portable, random_linear

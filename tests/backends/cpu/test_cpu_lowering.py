@@ -10,7 +10,7 @@ from export.dialect.reference import quantize_activation
 from export.formats.format import get_format, to_image
 from pipeline import machine
 from pipeline.backends.base import WIDE_SUM
-from pipeline.backends.cpu.backend import capabilities
+from pipeline.backends.cpu.build import capabilities
 from pipeline.backends.cpu.lower import FLOAT_PATH, FUNCTION_PATH, LowerCpu
 from pipeline.backends.cpu.paths import choose_path, refusal
 from pipeline.passes import run_shared

@@ -16,7 +16,7 @@ import onnx_ir as ir
 import pytest
 
 from export.errors import RecipeError
-from pipeline.backends.cpu.backend import CpuBackend
+from pipeline.backends.cpu.build import CpuBackend
 from pipeline.backends.cpu.engine import KEPT, CpuEngine
 from pipeline.recipe import Cpu, Recipe
 from tests.support import native

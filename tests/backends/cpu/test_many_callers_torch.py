@@ -13,7 +13,7 @@ import onnx_ir as ir
 import pytest
 
 from export.errors import RecipeError
-from pipeline.backends.cuda.backend import CudaBackend
+from pipeline.backends.cuda.build import CudaBackend
 from tests.backends.cpu.test_many_callers import BODY, INPUTS, Call, call
 from tests.support.hooked_sessions import Worker, once
 from tests.support.portable import portable, random_linear

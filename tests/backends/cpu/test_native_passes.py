@@ -7,7 +7,7 @@ import onnx_ir as ir
 import pytest
 from onnx_ir.passes.common import LiftConstantsToInitializersPass
 
-from pipeline.backends.cpu.backend import capabilities
+from pipeline.backends.cpu.build import capabilities
 from pipeline.backends.cpu.lower import LowerCpu
 from pipeline.backends.cpu.native import run_native
 from pipeline.backends.cpu.native_ops import In, Out, drop_unread_outputs, inputs_of, is_chain, outputs_of

@@ -14,7 +14,7 @@ import pytest
 from export.errors import ContractError
 from pipeline.backends import lowering_file
 from pipeline.backends.base import BuildResult, LoweredGraph
-from pipeline.backends.rtx.backend import ENGINE, METADATA, ONNX, RtxBackend, expected_gemms, sm_problems
+from pipeline.backends.rtx.build import ENGINE, METADATA, ONNX, RtxBackend, expected_gemms, sm_problems
 from pipeline.backends.tensorrt import build as rtx_build
 from pipeline.backends.tensorrt.plan_file import check_gemms, read_engine_file
 from pipeline.recipe import Recipe, Rtx

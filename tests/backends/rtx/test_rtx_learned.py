@@ -15,7 +15,7 @@ from export.errors import ContractError
 from export.formats.format import get_format
 from pipeline import recipe as recipes
 from pipeline.backends.base import LoweredGraph
-from pipeline.backends.rtx.backend import RtxBackend, capabilities, method_problems
+from pipeline.backends.rtx.build import RtxBackend, capabilities, method_problems
 from pipeline.backends.rtx.lower import Lowering, lower
 from pipeline.passes import run_shared
 from pipeline.recipe import Rtx

@@ -18,7 +18,7 @@ from export.errors import ContractError
 from export.formats.embedding import exact_multipliers
 from export.formats.format import encode, fold_negative_zero, get_format, unpack
 from pipeline.backends.base import ProbeRow
-from pipeline.backends.rtx.backend import capabilities
+from pipeline.backends.rtx.build import capabilities
 from pipeline.backends.rtx.lower import Lowering, lower
 from tests.support.rtx_models import Graph, Linear, block, single
 

@@ -18,7 +18,7 @@ from export.errors import ContractError, EnvironmentLacksError
 from pipeline import doctor
 from pipeline.backends.base import LoweredGraph
 from pipeline.backends.fused.ops import DOMAIN
-from pipeline.backends.rtx.backend import ENGINE, METADATA, ONNX, RtxBackend
+from pipeline.backends.rtx.build import ENGINE, METADATA, ONNX, RtxBackend
 from pipeline.backends.rtx.weights import packed_weight
 from pipeline.backends.tensorrt import plugin_payloads as rtx_plugin
 from pipeline.backends.tensorrt.plan_file import PLUGIN_STEP, check_plugins, read_engine_file

@@ -12,9 +12,9 @@ import pytest
 from export.errors import ContractError, EnvironmentLacksError
 from pipeline import compiler
 from pipeline.backends import BACKENDS
-from pipeline.backends.rtx.backend import ONNX
+from pipeline.backends.rtx.build import ONNX
 from pipeline.backends.tensorrt.plugin_graph import KernelNode
-from pipeline.backends.trt import backend as trt
+from pipeline.backends.trt import build as trt
 from pipeline.backends.trt import engine as trt_run
 from pipeline.recipe import Calibrate, Recipe
 from plugins.gpu.specs import QuantizeSpec

@@ -24,7 +24,7 @@ from export.onnx_files import load_model
 from pipeline.backends import lowering_file
 from pipeline.backends.base import BuildResult, Capabilities, Engine, LoweredGraph
 from pipeline.backends.fused.kernel_formats import recipe_problems
-from pipeline.backends.rtx.backend import DATA, ONNX, method_problems
+from pipeline.backends.rtx.build import DATA, ONNX, method_problems
 from pipeline.backends.tensorrt import build as rtx_build
 from pipeline.backends.tensorrt import plugin_payloads as rtx_plugin
 from pipeline.backends.tensorrt.half_attention import halve_attention
