@@ -10,6 +10,7 @@ import platform
 import re
 import resource
 import sys
+from collections.abc import Iterable
 from functools import cache
 from importlib import metadata
 from importlib.util import find_spec
@@ -36,25 +37,35 @@ SOURCES = (".py", ".c", ".h")
 CPU_FLAGS = ("avx2", "avx512f", "avx512_vnni", "avx_vnni", "avx512_bf16", "amx_int8", "asimddp", "i8mm")
 
 
+def distribution(module: str) -> str:
+    """What pip calls the package of a module."""
+    return TOOLS.get(module, module)
+
+
 def tool_version(module: str) -> str:
     """Version of an installed tool by its module name, or '' if it is not installed."""
     try:
-        return metadata.version(TOOLS[module])
+        return metadata.version(distribution(module))
     except metadata.PackageNotFoundError:
         return ""
 
 
-def tool_versions() -> dict[str, str]:
-    """Versions of all installed tools that may change a result, and of Python."""
-    found = {name: tool_version(name) for name in TOOLS}
-    return {"python": platform.python_version(), **{name: version for name, version in found.items() if version}}
+def tool_versions(more: Iterable[str] = ()) -> dict[str, str]:
+    """Versions of all installed tools that may change a result, and of Python. more: modules beside those of TOOLS."""
+    versions = {name: tool_version(name) for name in (*TOOLS, *more)}
+    return {"python": platform.python_version(), **{name: version for name, version in versions.items() if version}}
+
+
+def release(version: str) -> tuple[str, ...]:
+    """Major and minor number of a tool's version."""
+    return tuple(version.split(".")[:2])
 
 
 def require(modules: tuple[str, ...], purpose: str) -> None:
     """Raise EnvironmentLacksError if one of `modules` cannot be imported (they are only looked up, not imported)."""
     missing = [name for name in modules if find_spec(name) is None]
     if missing:
-        names = " ".join(TOOLS.get(name, name) for name in missing)
+        names = " ".join(map(distribution, missing))
         raise EnvironmentLacksError(f"{purpose} needs {', '.join(missing)}; install with: pip install {names}")
 
 

@@ -1,4 +1,4 @@
-"""How much of a target is run in a verification: all that there is, but less of the portable model, which is slow.
+"""How much of a target is run in a verification: all that there is, but less of a slow one, the portable model.
 
 It decodes its weights in function bodies and multiplies in float32. On a small model a call takes several times as long
 as the `cpu` engine's; on a large one, whose weights stay packed and are decoded in every call, about 45 processor
@@ -11,10 +11,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from pipeline.backends import PORTABLE
+from pipeline.backends import BACKENDS
 from pipeline.verify import calls
 
-# Of the portable model of a small model: pictures of its own trajectory, and every how many steps are compared.
+# Of a slow target of a small model: pictures of its own trajectory, and every how many steps are compared.
 PICTURES, EVERY = 1, 3
 BATCHES = tuple(size for size, _ in calls.BATCHES)
 # Batches of the special calls whose inner tensors are looked at: samples of every pool. Those of 2 are among those of
@@ -47,7 +47,7 @@ def effort_for(target: str, n_steps: int, probed: tuple[int, ...], pictures: int
     >>> effort_for("onnx", 8, (0, 7), 1, large=True)
     Effort(steps=(0, 7), probed=(7,), pictures=0, special=(1, 3), inside=(), state=False)
     """
-    if target != PORTABLE:
+    if not BACKENDS[target].slow:
         looked_at, inside = (probed[-1:], LARGE_INSIDE) if large else (probed, INSIDE)
         return Effort(tuple(range(n_steps)), looked_at, pictures, inside=inside)
     last = probed[-1:]
@@ -64,7 +64,7 @@ def note(target: str, effort: Effort, n_steps: int, probed: tuple[int, ...], pic
         return ""
     largest = f"calls of batch {' and '.join(str(size) for size in BATCHES if size not in effort.inside)}"
     looked = f"linears in {len(effort.probed)} of {len(probed)} steps"
-    if target != PORTABLE:
+    if not BACKENDS[target].slow:
         return f"{target}: large model, {looked}; {largest} are compared by their outputs alone"
     drawn = f"{effort.pictures} of {pictures} pictures" if effort.pictures else "no picture"
     text = f"{target}: compared in {len(effort.steps)} of {n_steps} steps, {looked}, {drawn}: it is slow"

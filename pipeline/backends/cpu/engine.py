@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NotRequired
 
 import numpy as np
+from typing_extensions import TypedDict
 
 from export.documents import open_file
 from export.errors import RecipeError
 from pipeline import machine
 from pipeline.backends import feeds, lowering_file, metadata_file
-from pipeline.backends.base import Arrays
+from pipeline.backends.base import WIDE_SUM, Arrays
 from pipeline.backends.runtime_errors import runtime_errors
 from plugins.cpu import library
 
@@ -22,6 +23,40 @@ MODEL, CONDITION, DATA, METADATA = "model.onnx", "condition.onnx", "model.onnx.d
 FILES = frozenset({MODEL, CONDITION, DATA, METADATA, lowering_file.NAME})
 # Conditions whose results are kept: the last one of two callers. A third caller's is computed again at every call.
 KEPT = 2
+# Instruction sets whose byte products are summed in 32 bits; without one of them x86 sums pairs in saturating int16.
+WIDE_SUM_SETS = frozenset({"avx512_vnni", "avx_vnni", "amx_int8", "asimddp", "i8mm"})
+
+
+class CpuMetadata(TypedDict):
+    """metadata.json of the target. requires: capabilities without which the engine is not exact, see `provided`."""
+
+    requires: list[str]
+
+
+class CpuNeeds(TypedDict):
+    """As CpuMetadata, in the manifest."""
+
+    requires: NotRequired[list[str]]
+
+
+def provided(instruction_sets: Collection[str]) -> frozenset[str]:
+    """The capabilities of a CPU with these instruction sets and of this installation."""
+    wide = set() if WIDE_SUM_SETS.isdisjoint(instruction_sets) else {WIDE_SUM}
+    return frozenset(wide | {library.requirement()})
+
+
+def lacking(required: Collection[str], provided: Collection[str]) -> str | None:
+    """Why an engine that requires these capabilities does not run exactly here, with a remedy; None if it does."""
+    missing = sorted(set(required) - set(provided))
+    versions = [name.removeprefix(library.PREFIX) for name in missing if name.startswith(library.PREFIX)]
+    if versions:
+        return (
+            f"target cpu was proven with version {versions[0]} of the kernel library, this installation has "
+            f"{library.version()}; build the engine again, or install the release that built it"
+        )
+    if missing:
+        return f"target cpu was built for CPUs with {', '.join(missing)}, which this one lacks; build it here"
+    return None
 
 
 @dataclass(frozen=True)
@@ -131,7 +166,7 @@ def declared_inputs(sessions: Sessions) -> tuple[feeds.Declared, ...]:
 
 def required(folder: Path) -> frozenset[str]:
     """Capabilities that an engine needs to be exact, from its metadata.json. Raises ContractError."""
-    return frozenset(metadata_file.read(folder, metadata_file.CpuMetadata)["requires"])
+    return frozenset(metadata_file.read(folder, CpuMetadata)["requires"])
 
 
 def open_session(path: Path, threads: int = 0, native: bool = False) -> Any:

@@ -1,9 +1,4 @@
-"""The `cuda` target: our Triton kernels in a CUDA graph through torch, on any NVIDIA GPU from SM 80 on.
-
-Building needs no GPU: the engine is the lowered graph, its kernels are compiled where it runs. What is proven: the
-graph in stock onnxruntime, layer by layer, against the oracle (codes, sums, scales, outputs), in float32; and, where
-the engine runs, its pictures and steps with the activations that the recipe chose.
-"""
+"""Makes a `cuda` engine: the graph of fused ops, split by how often its parts run, and what the engine reads of it."""
 
 from __future__ import annotations
 
@@ -11,7 +6,7 @@ import logging
 import shutil
 from collections import Counter
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import onnx_ir as ir
 
@@ -19,17 +14,21 @@ from export.errors import ContractError
 from export.onnx_files import load_model
 from pipeline import machine
 from pipeline.backends import lowering_file
-from pipeline.backends.base import BuildResult, Capabilities, Engine, GemmRow, LoweredGraph
-from pipeline.backends.cuda.engine import CONDITION, METADATA, MIN_SM, MODEL, SCHEMA_VERSION, CudaEngine
+from pipeline.backends.base import BuildResult, LoweredGraph
+from pipeline.backends.cuda.engine import CONDITION, METADATA, MIN_SM, MODEL, SCHEMA_VERSION
 from pipeline.backends.fused.kernel_formats import recipe_problems
-from pipeline.backends.fused.lower import EITHER, FP8, GROUPS_REFUSED, INT8, OWN_CODES, WIDE_INT8, lower
+from pipeline.backends.fused.lower import GROUPS_REFUSED
+from pipeline.backends.fused.lower import lower as lower_fused
 from pipeline.backends.fused.ops import DOMAIN
 from pipeline.files import sha256, write_json
 from pipeline.methods import activation_scalings
 from pipeline.passes import run_shared
 from pipeline.passes.graph import drop_unused
 from pipeline.passes.split_condition import split_condition
-from pipeline.recipe import Cuda
+
+if TYPE_CHECKING:
+    from pipeline.backends.cuda import CudaOptions
+    from pipeline.recipe import Recipe
 
 logger = logging.getLogger(__name__)
 DATA = "model.onnx.data"
@@ -38,91 +37,66 @@ PROOF = (
     "kernels are compiled, not run"
 )
 REMEDY = "use another format, or --target cpu"
-GEMMS = (
-    GemmRow(FP8, "E4M3", "E4M3", real_groups=True),
-    GemmRow(INT8, "INT8", "INT8", real_groups=True),
-    GemmRow(EITHER, "INT8", "INT8", real_groups=True),
-    GemmRow(WIDE_INT8, "INT8", "FP16", real_groups=True),
-    GemmRow(OWN_CODES, "FP16", "FP16", real_groups=True),
-)
 
 
-def options(recipe: Any) -> Cuda:
-    """The recipe's options of this target; the defaults without a recipe."""
-    return Cuda() if recipe is None else recipe.cuda
+def problems(recipe: Recipe) -> list[str]:
+    """One message for each format and each scaling of activations that no kernel takes."""
+    return [*recipe_problems(recipe, REMEDY), *method_problems(recipe)]
 
 
-class CudaBackend:
-    """Builds on any machine; the engine runs on GPUs."""
+def lower(portable: Path, work_dir: Path, options: CudaOptions) -> LoweredGraph:
+    """Write model.onnx and its data, lowered, into `work_dir`; weights stay packed."""
+    model = load_model(portable)
+    run_shared(model)
+    lowering = lower_fused(model, options.operands)
+    if not lowering.choices:
+        raise ContractError(f"{portable} has no quantized linear to lower; export the model again")
+    drop_unused(model)
+    ir.save(model, work_dir / MODEL, external_data=DATA, size_threshold_bytes=1024)
+    return LoweredGraph(work_dir / MODEL, tuple(lowering.probes), tuple(lowering.choices))
 
-    name = "cuda"
-    capabilities = Capabilities("cuda", GEMMS)
 
-    def problems(self, recipe: Any) -> list[str]:
-        """Formats and activations that no kernel takes."""
-        return [] if recipe is None else [*recipe_problems(recipe, REMEDY), *method_problems(recipe)]
+def build(lowered: LoweredGraph, out_dir: Path, options: CudaOptions) -> BuildResult:
+    """The lowered graph, split by how often its parts run, metadata.json and lowering.json. Raises ContractError for a
+    graph that the executor cannot run."""
+    from pipeline.backends.cuda.module import refuse_unknown
 
-    def lower(self, portable: Path, work_dir: Path, recipe: Any) -> LoweredGraph:
-        """Write model.onnx and its data, lowered, into `work_dir`; weights stay packed."""
-        model = load_model(portable)
-        run_shared(model)
-        lowering = lower(model, options(recipe).operands)
-        if not lowering.choices:
-            raise ContractError(f"{portable} has no quantized linear to lower; export the model again")
-        drop_unused(model)
-        ir.save(model, work_dir / MODEL, external_data=DATA, size_threshold_bytes=1024)
-        return LoweredGraph(work_dir / MODEL, tuple(lowering.probes), tuple(lowering.choices))
-
-    def build(self, lowered: LoweredGraph, out_dir: Path, recipe: Any) -> BuildResult:
-        """The lowered graph, split by how often its parts run, metadata.json and lowering.json. Raises ContractError
-        for a graph that the executor cannot run."""
-        model = ir.load(lowered.path)
-        refuse_unrunnable(model)
-        parts = split(model)
-        # No hard link: onnx_ir refuses to read data through one.
-        shutil.copyfile(lowered.path.with_name(DATA), out_dir / DATA)
-        for name, part in parts.items():
-            ir.save(part, out_dir / name)
-        metadata = describe(model, lowered, options(recipe))
-        write_json(out_dir / METADATA, metadata)
-        placed = LoweredGraph(out_dir / MODEL, lowered.probes, lowered.choices)
-        lowering_file.write(placed, out_dir / lowering_file.NAME)
-        files = tuple(f"{out_dir.name}/{name}" for name in (*parts, DATA, METADATA, lowering_file.NAME))
-        return BuildResult(files, lowered, metadata)
-
-    def load(self, bundle_dir: Path, threads: int = 0) -> Engine:
-        """Engine on the GPU. Raises EnvironmentLacksError where there is none, or too old a one."""
-        return CudaEngine(bundle_dir / self.name)
+    model = ir.load(lowered.path)
+    refuse_unknown(model.graph)
+    parts = split(model)
+    # No hard link: onnx_ir refuses to read data through one.
+    shutil.copyfile(lowered.path.with_name(DATA), out_dir / DATA)
+    for name, part in parts.items():
+        ir.save(part, out_dir / name)
+    metadata = describe(model, lowered, options)
+    write_json(out_dir / METADATA, metadata)
+    placed = LoweredGraph(out_dir / MODEL, lowered.probes, lowered.choices)
+    lowering_file.write(placed, out_dir / lowering_file.NAME)
+    files = tuple(f"{out_dir.name}/{name}" for name in (*parts, DATA, METADATA, lowering_file.NAME))
+    return BuildResult(files, lowered, metadata)
 
 
 def split(model: ir.Model) -> dict[str, ir.Model]:
     """File name -> part: what runs once per image, and the rest; one part where what crosses is not all floats."""
-    found = split_condition(model)
-    if found is None:
+    parts = split_condition(model)
+    if parts is None:
         return {MODEL: model}
-    crossing = [value for value in found.condition.graph.outputs if value.dtype != ir.DataType.FLOAT]
+    crossing = [value for value in parts.condition.graph.outputs if value.dtype != ir.DataType.FLOAT]
     if crossing:
         logger.info("the graph is not split: %s is %s", crossing[0].name, crossing[0].dtype)
         return {MODEL: model}
-    return {MODEL: found.step, CONDITION: found.condition}
+    return {MODEL: parts.step, CONDITION: parts.condition}
 
 
-def refuse_unrunnable(model: ir.Model) -> None:
-    """Raise ContractError for nodes that the executor has no row for."""
-    from pipeline.backends.cuda.module import refuse_unknown
-
-    refuse_unknown(model.graph)
-
-
-def method_problems(recipe: Any) -> list[str]:
+def method_problems(recipe: Recipe) -> list[str]:
     """One message where the method would give activations a scale per token and group."""
-    chosen = recipe.calibrate
-    if "token_group" not in activation_scalings(chosen.method, chosen.preset, chosen.options):
+    calibrate = recipe.calibrate
+    if "token_group" not in activation_scalings(calibrate.method, calibrate.preset, calibrate.options):
         return []
-    return [f"calibrate.method {chosen.method} scales activations token_group: {GROUPS_REFUSED}"]
+    return [f"calibrate.method {calibrate.method} scales activations token_group: {GROUPS_REFUSED}"]
 
 
-def describe(model: ir.Model, lowered: LoweredGraph, chosen: Cuda) -> dict[str, Any]:
+def describe(model: ir.Model, lowered: LoweredGraph, options: CudaOptions) -> dict[str, Any]:
     """metadata.json: what the engine needs, takes and holds, and what built it."""
     kernels = Counter(node.op_type for node in model.graph if node.domain == DOMAIN)
     return {
@@ -130,7 +104,7 @@ def describe(model: ir.Model, lowered: LoweredGraph, chosen: Cuda) -> dict[str, 
         "least_sm": MIN_SM,
         "torch": machine.tool_version("torch"),
         "triton": machine.tool_version("triton"),
-        "options": {"weights": chosen.weights, "activations": chosen.activations},
+        "options": {"weights": options.weights, "activations": options.activations},
         "inputs": {str(value.name): _input_row(value) for value in model.graph.inputs},
         "kernels": dict(sorted(kernels.items())),
         "paths": dict(Counter(choice.path for choice in lowered.choices)),

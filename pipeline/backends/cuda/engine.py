@@ -16,9 +16,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, NotRequired
 
 import numpy as np
+from typing_extensions import TypedDict
 
 from export.errors import ContractError, EnvironmentLacksError, RecipeError
 from pipeline import machine
@@ -41,6 +42,33 @@ MIN_SM = 80
 WARM_UPS = 2
 
 
+class CudaNeeds(TypedDict):
+    """The least GPU that runs the engine."""
+
+    least_sm: NotRequired[metadata_file.ComputeCapability]
+
+
+class CudaInput(TypedDict):
+    """A size that may vary is given by its name."""
+
+    dtype: str
+    shape: list[metadata_file.Size | str]
+
+
+class EngineOptions(TypedDict):
+    """Of the recipe, see CudaOptions."""
+
+    weights: Literal["auto", "packed", "expanded"]
+    activations: Literal["fp16", "fp32"]
+
+
+class CudaMetadata(CudaNeeds):
+    """metadata.json of the target."""
+
+    options: EngineOptions
+    inputs: dict[str, CudaInput]
+
+
 def machine_problem(metadata: Mapping[str, Any], sm: int, triton: str) -> str:
     """Why a GPU of capability `sm` (0: none) with that release of triton ('': none) cannot run; empty if it can."""
     least = metadata.get("least_sm", MIN_SM)
@@ -61,7 +89,7 @@ def machine_problem(metadata: Mapping[str, Any], sm: int, triton: str) -> str:
 
 def read_metadata(folder: Path) -> dict[str, Any]:
     """metadata.json of a built engine. Raises ContractError for a damaged file or another schema."""
-    return dict(metadata_file.read(folder, metadata_file.CudaMetadata, metadata_file.VERSION_1))
+    return dict(metadata_file.read(folder, CudaMetadata, metadata_file.VERSION_1))
 
 
 @contextmanager
