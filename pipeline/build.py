@@ -29,40 +29,40 @@ DESCRIPTION = "Build a verified engine bundle: model, calibrate, export, targets
 
 def make_parser() -> Parser:
     """All flags of `build`."""
-    made, named = parser("build", DESCRIPTION), ", ".join(name for name in BACKENDS if name != PORTABLE)
-    made.add_argument("--engine", required=True, metavar="NAME|RECIPE.toml", help="a recipe (see `list`) or a file")
-    add_model_flags(made, "diffusers folder, .safetensors file, hub id or zoo:NAME (default: recipe's)")
-    made.add_argument(
+    flags, named = parser("build", DESCRIPTION), ", ".join(name for name in BACKENDS if name != PORTABLE)
+    flags.add_argument("--engine", required=True, metavar="NAME|RECIPE.toml", help="a recipe (see `list`) or a file")
+    add_model_flags(flags, "diffusers folder, .safetensors file, hub id or zoo:NAME (default: recipe's)")
+    flags.add_argument(
         "--target",
         default="auto",
         help=f"{named}, or several with commas; auto: all that this recipe can be built for here; {PORTABLE}, the "
         "portable model, is part of every bundle and proven in any case",
     )
-    made.add_argument("-o", "--output-dir", type=Path, metavar="DIR", help="where to write (default: engines/NAME)")
+    flags.add_argument("-o", "--output-dir", type=Path, metavar="DIR", help="where to write (default: engines/NAME)")
     for _, flag in target_flags():
-        made.add_argument(flag.name, type=flag.read, metavar=flag.metavar, help=flag.help)
+        flags.add_argument(flag.name, type=flag.read, metavar=flag.metavar, help=flag.help)
     for name, text in (
         ("height", "image height of the engine, 0 for the model's own"),
         ("width", "image width, likewise"),
     ):
-        made.add_argument(f"--{name}", type=int, help=text)
-    made.add_argument("--batch-size", type=int, help="images at a time in verification and measurement")
-    made.add_argument("--calib-size", type=int, help="number of calibration samples")
-    made.add_argument(
+        flags.add_argument(f"--{name}", type=int, help=text)
+    flags.add_argument("--batch-size", type=int, help="images at a time in verification and measurement")
+    flags.add_argument("--calib-size", type=int, help="number of calibration samples")
+    flags.add_argument(
         "--checkpoint",
         type=Path,
         metavar="DIR",
         help="layers that `calibrate` wrote by these settings, taken as they are",
     )
-    made.add_argument("--n-steps", type=int, help="denoising steps in verification and measurement")
-    made.add_argument("--seed", type=int, help="sampling.seed (verification's noise) and calibrate.seed")
-    made.add_argument(
+    flags.add_argument("--n-steps", type=int, help="denoising steps in verification and measurement")
+    flags.add_argument("--seed", type=int, help="sampling.seed (verification's noise) and calibrate.seed")
+    flags.add_argument(
         "--set", action="append", default=[], metavar="KEY=VALUE", help="any recipe key, e.g. rtx.weights=int4"
     )
-    made.add_argument("--resume", action="store_true", help="go on with an interrupted build of the same engine")
-    made.add_argument("--force", action="store_true", help="replace an existing bundle or interrupted build")
-    made.add_argument("--dry-run", action="store_true", help="check everything, say what would be done, write nothing")
-    return made
+    flags.add_argument("--resume", action="store_true", help="go on with an interrupted build of the same engine")
+    flags.add_argument("--force", action="store_true", help="replace an existing bundle or interrupted build")
+    flags.add_argument("--dry-run", action="store_true", help="check everything, say what would be done, write nothing")
+    return flags
 
 
 def target_flags() -> Iterator[tuple[Backend[Any], Flag]]:

@@ -93,13 +93,13 @@ class Bundle:
             return backend.load(private.path, machine.threads(self.threads))
 
     @contextmanager
-    def copied(self, wanted: Callable[[str], object] = lambda name: True) -> Iterator[Bundle]:
-        """This bundle as a private, verified copy of the files whose names are `wanted`, while the context lasts.
+    def copied(self, takes: Callable[[str], object] = lambda name: True) -> Iterator[Bundle]:
+        """This bundle as a private, verified copy of the files whose names it `takes`, while the context lasts.
 
         An error from within that names a file of the copy, which is then gone, names the bundle's instead.
         """
         files = self.manifest["files"]
-        with verified_copy(self.path, {name: files[name] for name in files if wanted(name)}) as private:
+        with verified_copy(self.path, {name: files[name] for name in files if takes(name)}) as private:
             try:
                 yield replace(self, path=private)
             except UserError as error:

@@ -120,9 +120,9 @@ class CpuEngine:
         """Compute what depends on the condition alone. Of callers at the same time one may lose its place in `kept`,
         which costs time, never a result: each goes on with what it made."""
         condition = {value.name: call[value.name] for value in session.get_inputs()}
-        made = Kept(condition, run_session(session, [output.name for output in session.get_outputs()], condition))
-        self.kept = (made, *self.kept[: KEPT - 1])
-        return made
+        kept = Kept(condition, run_session(session, [output.name for output in session.get_outputs()], condition))
+        self.kept = (kept, *self.kept[: KEPT - 1])
+        return kept
 
     def forget(self) -> None:
         """Drop the kept conditions: the next call computes its own again."""

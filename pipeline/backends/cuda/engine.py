@@ -182,7 +182,7 @@ class Part:
         Lack of memory and what the GPU reports stay what they are.
         """
         try:
-            found: dict[str, Any] = self.module(tensors)
+            results: dict[str, Any] = self.module(tensors)
         except (LookupError, TypeError, ValueError, RuntimeError) as error:
             if is_out_of_memory(error) or "CUDA" in str(error):
                 raise
@@ -190,15 +190,15 @@ class Part:
             raise ContractError(
                 f"{self.path} cannot be run ({reason}); verify the bundle, or build it again"
             ) from error
-        return found
+        return results
 
     def _capture(self, key: tuple[Any, ...], placed: dict[str, Any]) -> None:
         """Capture for new shapes. Older graphs read weights where they were: if linears have expanded, they go."""
         before = self.module.expanded
-        made = Captured.make(self._compute, placed)
+        captured = Captured.make(self._compute, placed)
         if self.module.expanded != before:
             self.captured.clear()
-        self.captured[key] = made
+        self.captured[key] = captured
         logger.info("captured a CUDA graph for %s", key)
 
 
@@ -263,8 +263,8 @@ class CudaEngine:
         copies = {name: np.array(array, order="C") for name, array in inputs.items()}
         feeds.check_feeds(self.declared, copies)
         with self.lock:
-            found = self._run({name: torch.from_numpy(array) for name, array in copies.items()})
-            return {name: tensor.to("cpu", copy=True).numpy() for name, tensor in found.items()}
+            results = self._run({name: torch.from_numpy(array) for name, array in copies.items()})
+            return {name: tensor.to("cpu", copy=True).numpy() for name, tensor in results.items()}
 
     def run_tensors(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """As `run`, of tensors of any float or integer type on any device; the outputs are new tensors on the
@@ -273,8 +273,8 @@ class CudaEngine:
         with self.lock:
             known = {name for name, row in self.seen.items() if row.is_(inputs[name])}
             feeds.check_numbers({name: tensor for name, tensor in inputs.items() if name not in known})
-            found = self._run(inputs)
-            outputs = {name: tensor.clone() for name, tensor in found.items()}  # not in inference mode: plain tensors
+            results = self._run(inputs)
+            outputs = {name: tensor.clone() for name, tensor in results.items()}  # not in inference mode: plain tensors
             self._note()
         return outputs
 

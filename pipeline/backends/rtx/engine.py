@@ -107,11 +107,13 @@ class Buffers:
         import torch
 
         inputs = {name: torch.empty_like(torch.from_numpy(array), device=device) for name, array in arrays.items()}
-        made = cls(context, inputs)
-        made.bind()
+        buffers = cls(context, inputs)
+        buffers.bind()
         for name in output_names:
-            made.outputs[name] = torch.empty(tuple(context.get_tensor_shape(name)), dtype=torch.float32, device=device)
-        return made
+            buffers.outputs[name] = torch.empty(
+                tuple(context.get_tensor_shape(name)), dtype=torch.float32, device=device
+            )
+        return buffers
 
     def bind(self) -> None:
         """Tell the context shapes and addresses."""

@@ -50,9 +50,9 @@ def environment_problems(sm: int) -> list[str]:
         machine.require((MODULE,), "target trt")
     except EnvironmentLacksError as error:
         return [str(error)]
-    found, least = machine.tool_version(MODULE), ".".join(map(str, MINIMUM_VERSION))
-    if tuple(int(part) for part in found.split(".")[:2] if part.isdigit()) < MINIMUM_VERSION:
-        return [f"target trt needs tensorrt {least} or newer, this is {found or 'unknown'}; pip install -U tensorrt"]
+    version, least = machine.tool_version(MODULE), ".".join(map(str, MINIMUM_VERSION))
+    if tuple(int(part) for part in version.split(".")[:2] if part.isdigit()) < MINIMUM_VERSION:
+        return [f"target trt needs tensorrt {least} or newer, this is {version or 'unknown'}; pip install -U tensorrt"]
     if not sm:
         return ["target trt is built on the NVIDIA GPU that it is for, and none is visible; use --target rtx or cpu"]
     return [f"target trt: {problem}" for problem in compile.problems((sm,))]
