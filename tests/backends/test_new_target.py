@@ -6,6 +6,7 @@ metadata.json.
 
 from __future__ import annotations
 
+import ast
 import json
 import shutil
 from collections.abc import Iterator, Mapping
@@ -192,3 +193,19 @@ def test_every_row_is_the_class_of_its_own_package() -> None:
         assert module == __name__ or module.startswith("pipeline.backends.")
     ranks = [backend.speed_rank for backend in BACKENDS.values()]
     assert len(set(ranks)) == len(ranks), "one is the fastest"
+
+
+def test_nobody_but_the_backends_tells_targets_apart() -> None:
+    """No comparison with a target's name, and no table by targets' names, outside of pipeline/backends."""
+    root = Path(cli.__file__).parent
+    names, places = set(ROWS) - {"toy"}, []
+    for path in sorted(set(root.rglob("*.py")) - set((root / "backends").rglob("*.py"))):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            compared = [*node.comparators, node.left] if isinstance(node, ast.Compare) else []
+            keys = node.keys if isinstance(node, ast.Dict) and len(node.keys) > 1 else []
+            constants = {part.value for part in compared if isinstance(part, ast.Constant)}
+            keyed = {key.value for key in keys if isinstance(key, ast.Constant)}
+            if constants & names or len(keyed & names) > 1:
+                places.append(f"{path.name}:{node.lineno}")
+    # machine.py compares the names of control groups' controllers, of which one is "cpu".
+    assert [place for place in places if not place.startswith("machine.py")] == []
