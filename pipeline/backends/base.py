@@ -223,6 +223,8 @@ class Backend(ABC, Generic[OptionsT]):
     speed_rank: ClassVar[int]
     # Made to run anywhere and not to be fast: verified with less effort, not measured beside others.
     slow: ClassVar[bool] = False
+    # What a build of it may make, in the target's folder of the bundle.
+    file_names: ClassVar[frozenset[str]]
     # Disk that a build takes besides what every build does: the lowered graph and the engine.
     disk_bytes_per_parameter: ClassVar[float]
     # A build takes a moment and gives equal bytes, so that `verify` repeats it. Other engines come from a vendor's
@@ -238,9 +240,10 @@ class Backend(ABC, Generic[OptionsT]):
         """The recipe's table of this target."""
         return recipe.options(self.options_type)
 
-    @abstractmethod
+    @property
     def files(self) -> frozenset[str]:
-        """Names of all files that a build of it may make, in the bundle."""
+        """Names in the bundle of all files that a build of it may make."""
+        return frozenset(f"{self.name}/{name}" for name in self.file_names)
 
     # --- this machine ------------------------------------------------------------------------------------------------
 

@@ -89,7 +89,7 @@ class Bundle:
         change it.
         """
         backend = BACKENDS[self.choose(target)]
-        with self.copied(backend.files().__contains__) as private:
+        with self.copied(backend.files.__contains__) as private:
             return backend.load(private.path, machine.threads(self.threads))
 
     @contextmanager
@@ -161,7 +161,7 @@ def refuse_strange_files(folder: Path, files: Mapping[str, Any], targets: Mappin
 
 def is_made_by_build(name: str, targets: Mapping[str, Any]) -> bool:
     """May a bundle with these targets have a file of this name?"""
-    known = any(name in BACKENDS[target].files() for target in (PORTABLE, *targets))
+    known = any(name in BACKENDS[target].files for target in (PORTABLE, *targets))
     return bool(known or GENERATION_FILES.fullmatch(name) or OTHER_FILES.fullmatch(name))
 
 

@@ -59,13 +59,11 @@ class ToyBackend(Backend[ToyOptions]):
     options_type = ToyOptions
     package = "onnxruntime"
     speed_rank = 0
+    file_names = frozenset(NAMES)
     disk_bytes_per_parameter = 1.0
     repeatable = True
     flags = (Flag("--toy-pace", "pace", str, "PACE", "how the toy goes"),)
     paces: ClassVar[set[str]] = {"walk", "trot", "run"}
-
-    def files(self) -> frozenset[str]:
-        return frozenset(f"toy/{name}" for name in NAMES)
 
     def checks(self) -> list[Check]:
         return [Check("toy", True, f"goes at {', '.join(sorted(self.paces))}")]
@@ -89,7 +87,7 @@ class ToyBackend(Backend[ToyOptions]):
             shutil.copyfile(lowered.path.with_name(name), out_dir / name)
         metadata = {"pace": self.options(recipe).pace}
         write_json(out_dir / NAMES[2], metadata)
-        return BuildResult(tuple(sorted(self.files())), lowered, metadata)
+        return BuildResult(tuple(sorted(self.files)), lowered, metadata)
 
     def load(self, bundle_dir: Path, threads: int = 0) -> Engine:
         if metadata_file.read(bundle_dir / "toy", ToyNeeds)["pace"] not in self.paces:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from export.errors import EnvironmentLacksError
 from pipeline import machine
-from pipeline.backends import stock_runtime
+from pipeline.backends import lowering_file, metadata_file, stock_runtime
 from pipeline.backends.base import Backend, BuildResult, Check, Engine, LoweredGraph, Options
 
 if TYPE_CHECKING:
@@ -30,17 +30,13 @@ class CpuBackend(Backend[CpuOptions]):
     options_type = CpuOptions
     package = stock_runtime.PACKAGE
     speed_rank = 4
+    file_names = frozenset({"model.onnx", "condition.onnx", "model.onnx.data", metadata_file.NAME, lowering_file.NAME})
     disk_bytes_per_parameter = 1.5  # INT8 weights
     repeatable = True
 
     def __init__(self, instruction_sets: tuple[str, ...] | None = None) -> None:
         """instruction_sets: the CPU's, out of machine.CPU_FLAGS; None: those of this one."""
         self.instruction_sets = machine.cpu_flags() if instruction_sets is None else instruction_sets
-
-    def files(self) -> frozenset[str]:
-        from pipeline.backends.cpu.engine import FILES
-
-        return frozenset(f"{self.name}/{name}" for name in FILES)
 
     def in_auto(self) -> bool:
         """Always: where its package is missing, a build says so by name."""

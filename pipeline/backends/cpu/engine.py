@@ -13,14 +13,12 @@ from typing_extensions import TypedDict
 from export.documents import open_file
 from export.errors import RecipeError
 from pipeline import machine
-from pipeline.backends import feeds, lowering_file, metadata_file
+from pipeline.backends import feeds, metadata_file
 from pipeline.backends.base import WIDE_SUM, Arrays
 from pipeline.backends.runtime_errors import runtime_errors
 from plugins.cpu import library
 
 MODEL, CONDITION, DATA, METADATA = "model.onnx", "condition.onnx", "model.onnx.data", metadata_file.NAME
-# What a build makes in the target's folder.
-FILES = frozenset({MODEL, CONDITION, DATA, METADATA, lowering_file.NAME})
 # Conditions whose results are kept: the last one of two callers. A third caller's is computed again at every call.
 KEPT = 2
 # Instruction sets whose byte products are summed in 32 bits; without one of them x86 sums pairs in saturating int16.

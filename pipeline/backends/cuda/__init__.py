@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from export.errors import EnvironmentLacksError
 from pipeline import machine
+from pipeline.backends import lowering_file, metadata_file
 from pipeline.backends.base import (
     Arithmetic,
     Backend,
@@ -55,12 +56,8 @@ class CudaBackend(Backend[CudaOptions]):
     package = "triton"
     needs_gpu = True
     speed_rank = 2
+    file_names = frozenset({"model.onnx", "condition.onnx", "model.onnx.data", metadata_file.NAME, lowering_file.NAME})
     disk_bytes_per_parameter = 1.5  # the packed weights, twice
-
-    def files(self) -> frozenset[str]:
-        from pipeline.backends.cuda.engine import FILES
-
-        return frozenset(f"{self.name}/{name}" for name in FILES)
 
     def in_auto(self) -> bool:
         """Where it can run, too."""

@@ -23,7 +23,7 @@ from typing_extensions import TypedDict
 
 from export.errors import ContractError, EnvironmentLacksError, RecipeError
 from pipeline import machine
-from pipeline.backends import feeds, lowering_file, metadata_file
+from pipeline.backends import feeds, metadata_file
 from pipeline.backends.base import Arrays
 from pipeline.backends.rtx.engine import visible_sm
 from pipeline.files import is_out_of_memory
@@ -34,8 +34,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 MODEL, CONDITION, METADATA = "model.onnx", "condition.onnx", metadata_file.NAME
-# What a build makes in the target's folder.
-FILES = frozenset({MODEL, CONDITION, METADATA, "model.onnx.data", lowering_file.NAME})
 SCHEMA_VERSION = 1
 MIN_SM = 80
 # Calls before the capture: kernels are compiled in the first, and torch's libraries ask for their memory.

@@ -30,13 +30,13 @@ class PortableBackend(Backend[PortableOptions]):
     package = stock_runtime.PACKAGE
     speed_rank = 5
     slow = True
+    file_names = frozenset({"model.onnx", "model.onnx.data"})
     disk_bytes_per_parameter = 0.0  # every build makes its files
     repeatable = True  # nothing is made: it is looked at as it lies in the bundle
 
+    @property
     def files(self) -> frozenset[str]:
-        from pipeline.backends.portable.engine import FILES
-
-        return FILES
+        return self.file_names
 
     def in_auto(self) -> bool:
         """It is in every bundle, asked for or not."""

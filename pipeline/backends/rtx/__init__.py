@@ -11,16 +11,8 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from export.errors import EnvironmentLacksError
 from pipeline import machine
-from pipeline.backends.base import (
-    Arithmetic,
-    Backend,
-    BuildResult,
-    Check,
-    Engine,
-    Flag,
-    LoweredGraph,
-    Options,
-)
+from pipeline.backends import lowering_file, metadata_file
+from pipeline.backends.base import Arithmetic, Backend, BuildResult, Check, Engine, Flag, LoweredGraph, Options
 
 if TYPE_CHECKING:
     from pipeline.recipe import Recipe
@@ -68,13 +60,9 @@ class RtxBackend(Backend[RtxOptions]):
     package = "tensorrt_rtx"
     needs_gpu = True
     speed_rank = 3
+    file_names = frozenset({"model.engine", metadata_file.NAME, lowering_file.NAME})
     disk_bytes_per_parameter = 2.5  # the lowered graph and the engine
     flags = (Flag("--target-sm", "sm", integers, "89,120", "GPUs that the rtx engine is built for"),)
-
-    def files(self) -> frozenset[str]:
-        from pipeline.backends.rtx.engine import FILES
-
-        return frozenset(f"{self.name}/{name}" for name in FILES)
 
     def checks(self) -> list[Check]:
         return [self._package_check(), self._plugins_check()]

@@ -23,15 +23,13 @@ from typing_extensions import TypedDict
 from export.cache_folder import cache_folder
 from export.errors import ContractError, EnvironmentLacksError, RecipeError, ResourceError
 from pipeline import machine
-from pipeline.backends import feeds, lowering_file, metadata_file
+from pipeline.backends import feeds, metadata_file
 from pipeline.backends.base import Arrays
 from pipeline.backends.tensorrt.plan_file import read_header
 from plugins.tensorrt_rtx import plugin
 
 logger = logging.getLogger(__name__)
 ENGINE, METADATA = "model.engine", metadata_file.NAME
-# What a build makes in the target's folder.
-FILES = frozenset({ENGINE, METADATA, lowering_file.NAME})
 CACHE_FOLDER = "rtx"
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pipeline import machine
+from pipeline.backends import lowering_file, metadata_file
 from pipeline.backends.base import Arithmetic, Backend, BuildResult, Check, Engine, LoweredGraph, Options
 
 if TYPE_CHECKING:
@@ -35,12 +36,8 @@ class TrtBackend(Backend[TrtOptions]):
     package = "tensorrt"
     needs_gpu = True
     speed_rank = 1
+    file_names = frozenset({"model.engine", metadata_file.NAME, lowering_file.NAME})
     disk_bytes_per_parameter = 1.5  # the packed weights, twice
-
-    def files(self) -> frozenset[str]:
-        from pipeline.backends.trt.engine import FILES
-
-        return frozenset(f"{self.name}/{name}" for name in FILES)
 
     def in_auto(self) -> bool:
         """Built only where it is named."""

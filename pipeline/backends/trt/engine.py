@@ -18,7 +18,7 @@ from typing_extensions import TypedDict
 
 from export.errors import EnvironmentLacksError, RecipeError, ResourceError
 from pipeline import machine
-from pipeline.backends import feeds, lowering_file, metadata_file
+from pipeline.backends import feeds, metadata_file
 from pipeline.backends.base import Arrays
 from pipeline.backends.rtx.engine import Buffers, read_metadata, visible_sm
 from plugins.tensorrt import plugins
@@ -26,8 +26,6 @@ from plugins.tensorrt_rtx import compile
 from plugins.tensorrt_rtx.payload import NAMESPACE, VERSION
 
 ENGINE, METADATA = "model.engine", metadata_file.NAME
-# What a build makes in the target's folder.
-FILES = frozenset({ENGINE, METADATA, lowering_file.NAME})
 MODULE = "tensorrt"
 # The first release whose quick-deployable plugins have ahead-of-time implementations.
 MINIMUM_VERSION = (10, 9)
