@@ -12,8 +12,7 @@ import pytest
 from export.errors import ContractError, EnvironmentLacksError, RecipeError
 from pipeline import machine
 from pipeline.backends.cpu import CpuBackend, CpuOptions
-from pipeline.backends.cpu import build as cpu
-from pipeline.backends.cpu.engine import MODEL, open_session
+from pipeline.backends.cpu.engine import MODEL, CpuEngine, open_session
 from pipeline.recipe import Recipe
 from pipeline.verify.oracle import check_linear, quantize_oracle
 from pipeline.verify.probe import ProbedGraph
@@ -89,10 +88,10 @@ def test_sessions_may_come_and_go():
 
 
 def test_an_engine_gives_what_the_stock_engine_gives(source):
-    result, stock = built(source), built(source, "stock", None)
+    result, stock = built(source), built(source, "stock", RECIPE.with_options(CpuOptions("stock")))
     for made in (result, stock):
         assert {file.split("/")[1] for file in made.files} == CpuBackend.file_names  # data only
-    engines = [cpu.CpuEngine(source / name) for name in ("cpu", "stock")]
+    engines = [CpuEngine(source / name) for name in ("cpu", "stock")]
     found, expected = (engine.run(feeds())["y"] for engine in engines)
     np.testing.assert_array_equal(found, expected)  # no norm, no GELU: the same roundings
     for engine in engines:
