@@ -16,12 +16,11 @@ from pipeline import machine
 from pipeline.backends import lowering_file
 from pipeline.backends.base import BuildResult, LoweredGraph
 from pipeline.backends.cuda.engine import CONDITION, METADATA, MIN_SM, MODEL, SCHEMA_VERSION
-from pipeline.backends.fused.kernel_formats import recipe_problems
+from pipeline.backends.fused.kernel_formats import recipe_problems, scaling_problems
 from pipeline.backends.fused.lower import GROUPS_REFUSED
 from pipeline.backends.fused.lower import lower as lower_fused
 from pipeline.backends.fused.ops import DOMAIN
 from pipeline.files import sha256, write_json
-from pipeline.methods import activation_scalings
 from pipeline.passes import run_shared
 from pipeline.passes.graph import drop_unused
 from pipeline.passes.split_condition import split_condition
@@ -41,7 +40,7 @@ REMEDY = "use another format, or --target cpu"
 
 def problems(recipe: Recipe) -> list[str]:
     """One message for each format and each scaling of activations that no kernel takes."""
-    return [*recipe_problems(recipe, REMEDY), *method_problems(recipe)]
+    return [*recipe_problems(recipe, REMEDY), *scaling_problems(recipe, {"token_group": GROUPS_REFUSED})]
 
 
 def lower(portable: Path, work_dir: Path, options: CudaOptions) -> LoweredGraph:
@@ -86,14 +85,6 @@ def split(model: ir.Model) -> dict[str, ir.Model]:
         logger.info("the graph is not split: %s is %s", crossing[0].name, crossing[0].dtype)
         return {MODEL: model}
     return {MODEL: parts.step, CONDITION: parts.condition}
-
-
-def method_problems(recipe: Recipe) -> list[str]:
-    """One message where the method would give activations a scale per token and group."""
-    calibrate = recipe.calibrate
-    if "token_group" not in activation_scalings(calibrate.method, calibrate.preset, calibrate.options):
-        return []
-    return [f"calibrate.method {calibrate.method} scales activations token_group: {GROUPS_REFUSED}"]
 
 
 def describe(model: ir.Model, lowered: LoweredGraph, options: CudaOptions) -> dict[str, Any]:

@@ -13,7 +13,7 @@ import onnx_ir as ir
 from export.onnx_files import load_model
 from pipeline.backends import lowering_file
 from pipeline.backends.base import BuildResult, Capabilities, GemmRow, LoweredGraph
-from pipeline.backends.fused.kernel_formats import recipe_problems
+from pipeline.backends.fused.kernel_formats import recipe_problems, scaling_problems
 from pipeline.backends.fused.lower import LowerCuda
 from pipeline.backends.rtx.engine import ENGINE, METADATA
 from pipeline.backends.rtx.gemms import matmul_names
@@ -26,7 +26,6 @@ from pipeline.backends.tensorrt.half_linears import halve_large_linears
 from pipeline.backends.tensorrt.plan_file import EngineFile, check_gemms, read_engine_file
 from pipeline.backends.tensorrt.plugin_graph import STATIC_REFUSED
 from pipeline.files import sha256, write_json
-from pipeline.methods import activation_scalings
 from pipeline.passes import run_shared
 from pipeline.passes.graph import drop_unused
 
@@ -148,13 +147,7 @@ def sm_problems(sms: tuple[int, ...]) -> list[str]:
 def method_problems(recipe: Recipe, with_plugins: bool = False) -> list[str]:
     """One message where the method would give activations scales that nothing here runs."""
     refused = {"token_group": GROUPS_REFUSED} | ({"per_tensor": STATIC_REFUSED} if with_plugins else {})
-    calibrate = recipe.calibrate
-    scalings = activation_scalings(calibrate.method, calibrate.preset, calibrate.options)
-    return [
-        f"calibrate.method {calibrate.method} scales activations {scaling}: {refused[scaling]}"
-        for scaling in scalings
-        if scaling in refused
-    ]
+    return scaling_problems(recipe, refused)
 
 
 def expected_gemms(lowered: LoweredGraph) -> dict[str, str]:
