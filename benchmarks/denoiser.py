@@ -29,7 +29,7 @@ from export.errors import EnvironmentLacksError
 from export.models.load import LoadedModel, load, sample_inputs
 from pipeline import machine
 from pipeline.backends.base import Arrays
-from pipeline.backends.cpu.backend import CpuBackend
+from pipeline.backends.cpu import CpuBackend
 from pipeline.backends.cpu.engine import CpuEngine
 from pipeline.bench.baselines import open_stock_session, quantize_int8
 from pipeline.bench.measure import interleaved

@@ -11,7 +11,6 @@ import argparse
 import logging
 import tempfile
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +20,14 @@ from export.models.load import LoadedModel
 from export.to_onnx import export_portable
 from pipeline import recipe as recipes
 from pipeline.backends import BACKENDS
-from pipeline.backends.base import LoweredGraph
+from pipeline.backends.base import Arithmetic, LoweredGraph
+from pipeline.backends.cpu import CpuOptions
+from pipeline.backends.rtx import RtxOptions
 from pipeline.calibrate import calibrate
-from pipeline.recipe import Cpu, Recipe
+from pipeline.recipe import Recipe
 from pipeline.verify import segments
 from pipeline.verify.effort import Effort
-from pipeline.verify.proof import arithmetic_of, verify_target
+from pipeline.verify.proof import verify_target
 from pipeline.verify.report import Report
 from pipeline.verify.study import Study, study
 
@@ -60,25 +61,25 @@ def model_rows(name: str) -> Iterator[dict[str, Any]]:
         layers = calibrate(model, recipe, root / "calibrate")
         portable = root / "model.onnx"
         export_portable(model, layers, portable, recipe.sampling.height, recipe.sampling.width)
-        found = study(model, layers, recipe, {"fp32", recipe.rtx.attention})
+        found = study(model, layers, recipe, {"fp32", recipe.options(RtxOptions).attention})
         for label, target, chosen in targets(recipe, others):
             (root / label).mkdir()
             graph = BACKENDS[target].lower(portable, root / label, chosen)
-            arithmetic = arithmetic_of(target, chosen, runs=False)
+            arithmetic = BACKENDS[target].arithmetic(chosen, runs_here=False)
             row = measured(target, model, layers, graph, found, arithmetic)
             yield {"model": name, "target": label, "arithmetic": arithmetic, **row}
 
 
 def targets(recipe: Recipe, others: Sequence[str]) -> Iterator[tuple[str, str, Recipe]]:
     """(label, target, recipe): both paths of `cpu`, then `others`."""
-    for path in ("stock", "native"):
-        yield f"cpu-{path}", "cpu", replace(recipe, cpu=Cpu(path))
+    for options in (CpuOptions("stock"), CpuOptions("native")):
+        yield f"cpu-{options.path}", "cpu", recipe.with_options(options)
     for target in others:
         yield target, target, recipe
 
 
 def measured(
-    target: str, model: LoadedModel, layers: Any, graph: LoweredGraph, found: Study, arithmetic: str
+    target: str, model: LoadedModel, layers: Any, graph: LoweredGraph, found: Study, arithmetic: Arithmetic
 ) -> dict[str, Any]:
     """The worst stretch of a lowered graph."""
     report, probed = Report(), found.probed

@@ -5,8 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import shutil
-from dataclasses import asdict, dataclass
-from importlib.util import find_spec
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +15,7 @@ from export.documents import open_file
 from export.errors import EnvironmentLacksError, ParityError, RecipeError, ResourceError
 from export.names import inside
 from pipeline import machine
-from pipeline.backends import PORTABLE, opened
+from pipeline.backends import BACKENDS, PORTABLE, opened, tool_versions
 from pipeline.backends.base import BuildResult
 from pipeline.bundle import build_record, manifest
 from pipeline.bundle.stages import Listener, StageTime, WorkFolder, refuse_interrupted, timed
@@ -33,18 +32,9 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-# What `--target auto` builds where its package is installed (and, for those of GPU_TARGETS, a GPU of at least that
-# compute capability is visible).
-AUTO_TARGETS = {"cpu": "onnxruntime", "rtx": "tensorrt_rtx", "cuda": "triton"}
-GPU_TARGETS = {"cuda": 80}
-# Built only where it is named.
-NAMED_TARGETS = {"trt": "tensorrt"}
-# PORTABLE is in every bundle, so that it is proven in every build, named or not.
-TARGETS = {**AUTO_TARGETS, **NAMED_TARGETS, PORTABLE: "onnxruntime"}
-# Disk while building, in bytes per parameter: checkpoint by layer and joined, and the portable model (together below
-# 2); the baselines of the measurement (9, see bench); the CPU's INT8 weights; the lowered graph and the engine of rtx;
-# the packed weights of cuda and trt, twice.
-BYTES_PER_PARAMETER = {"always": 11.0, "cpu": 1.5, "rtx": 2.5, "cuda": 1.5, "trt": 1.5, PORTABLE: 0.0}
+# Disk while building, in bytes per parameter, whatever the targets: checkpoint by layer and joined, and the portable
+# model (together below 2); the baselines of the measurement (9, see bench).
+BYTES_PER_PARAMETER = 11.0
 NEEDED = ("torch", "diffusers", "onnx", "onnx_ir", "onnxscript", "onnxruntime")
 
 
@@ -119,8 +109,6 @@ def prepare(request: BuildRequest) -> tuple[Recipe, LoadedModel, StageTime]:
 
 def refuse_early(request: BuildRequest) -> None:
     """Refuse what can be refused without the model."""
-    from pipeline.backends import BACKENDS
-
     machine.require(NEEDED, "building an engine")
     problems = [problem for target in request.targets for problem in BACKENDS[target].problems(request.recipe)]
     if problems:
@@ -145,7 +133,8 @@ def refuse_existing(request: BuildRequest) -> None:
 
 def refuse_full_disk(request: BuildRequest, parameters: int) -> None:
     """Refuse a build that cannot fit beside what is on the disk already."""
-    needed = parameters * sum(BYTES_PER_PARAMETER[part] for part in ("always", *request.targets))
+    of_targets = sum(BACKENDS[target].disk_bytes_per_parameter for target in request.targets)
+    needed = parameters * (BYTES_PER_PARAMETER + of_targets)
     existing = next(parent for parent in request.output.absolute().parents if parent.exists())
     free = shutil.disk_usage(existing).free
     if free < needed:
@@ -156,11 +145,11 @@ def refuse_full_disk(request: BuildRequest, parameters: int) -> None:
 def parse_targets(text: str) -> tuple[str, ...]:
     """The targets of `--target`: names with commas, or `auto` for all that can be built here."""
     if text == "auto":
-        return tuple(name for name, module in AUTO_TARGETS.items() if name == "cpu" or _built_by_auto(name, module))
+        return tuple(name for name, backend in BACKENDS.items() if backend.in_auto())
     names = tuple(dict.fromkeys(name.strip() for name in text.split(",")))
     for name in names:
-        if name not in TARGETS:
-            raise RecipeError(f"target {name!r} is unknown; use auto or some of {', '.join(TARGETS)}")
+        if name not in BACKENDS:
+            raise RecipeError(f"target {name!r} is unknown; use auto or some of {', '.join(BACKENDS)}")
     return names
 
 
@@ -170,23 +159,15 @@ def fitting_targets(targets: tuple[str, ...], recipe: Recipe, named: tuple[str, 
     Those in `named` were asked for and stay: `refuse_early` refuses them by name. Raises EnvironmentLacksError with
     all reasons if none is left.
     """
-    from pipeline.backends import BACKENDS
-
     machine.require(NEEDED, "building an engine")
     problems = {target: BACKENDS[target].problems(recipe) for target in targets if target not in named}
     left = tuple(target for target in targets if not problems.get(target))
-    reasons = [f"{target}: {problem}" for target, found in problems.items() for problem in found]
+    reasons = [f"{target}: {problem}" for target, listed in problems.items() for problem in listed]
     if not left:
         raise EnvironmentLacksError(f"no target can be built from this recipe here; {'; '.join(reasons)}")
     for reason in reasons:
         logger.warning("left out of --target auto, %s", reason)
     return left
-
-
-def _built_by_auto(target: str, module: str) -> bool:
-    from pipeline.machine import cuda_sm
-
-    return find_spec(module) is not None and (target not in GPU_TARGETS or cuda_sm() >= GPU_TARGETS[target])
 
 
 def tensor_counts(model: LoadedModel) -> dict[str, Any]:
@@ -207,7 +188,7 @@ def model_row(model: LoadedModel) -> dict[str, Any]:
 
 def build_key(recipe: Recipe, model: LoadedModel) -> str:
     """Hash of everything that decides the bytes of the bundle."""
-    parts = [asdict(recipe), model_row(model), model.config_sha256, machine.tool_versions(), machine.code_version()]
+    parts = [recipe.document(), model_row(model), model.config_sha256, tool_versions(), machine.code_version()]
     return sha256_json(parts)
 
 
@@ -239,8 +220,6 @@ def exported(work: WorkFolder, model: LoadedModel, layers: list[QuantizedLinear]
 
 def built(work: WorkFolder, target: str, recipe: Recipe) -> BuildResult:
     """Stage: passes and backend of one target."""
-    from pipeline.backends import BACKENDS
-
     backend, scratch, out = BACKENDS[target], work.scratch(f"lower-{target}"), work.bundle / target
 
     def build() -> BuildResult:
@@ -261,7 +240,7 @@ def built(work: WorkFolder, target: str, recipe: Recipe) -> BuildResult:
 
 def drop_other_targets(folder: Path, targets: tuple[str, ...]) -> None:
     """Remove engines that an interrupted build made for targets which this one was not asked for."""
-    for target in set(TARGETS) - set(targets):
+    for target in set(BACKENDS) - set(targets):
         remove(folder / target)
 
 

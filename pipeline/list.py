@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict
 from importlib import resources
 from importlib.util import find_spec
 from typing import Any
 
 from export.formats.format import get_format
 from export.formats.operands import embeds
+from pipeline import machine
 from pipeline import recipe as recipes
+from pipeline.backends import BACKENDS
 from pipeline.command import Answer, parser, run, table
-from pipeline.compiler import TARGETS
-from pipeline.machine import TOOLS, tool_version
 from pipeline.methods import METHODS
 from pipeline.recipe import Recipe
 from pipeline.signals import leave
@@ -52,17 +51,17 @@ def zoo_models() -> list[str]:
 def target_rows() -> list[dict[str, Any]]:
     """Each target: can it be built here, and what to do if not."""
     rows = []
-    for name, module in TARGETS.items():
-        here = find_spec(module) is not None
-        note = f"{TOOLS[module]} {tool_version(module)}" if here else f"pip install {TOOLS[module]}"
+    for name, backend in BACKENDS.items():
+        here, tool = find_spec(backend.package) is not None, machine.distribution(backend.package)
+        note = f"{tool} {machine.tool_version(backend.package)}" if here else f"pip install {tool}"
         rows.append({"target": name, "available": here, "note": note})
     return rows
 
 
 def recipe_rows() -> list[dict[str, Any]]:
     """Each recipe with its model, formats, granularity and what they buy."""
-    found = [recipes.load(name) for name in recipes.recipe_names()]
-    return [{**asdict(recipe), "worth": worth(recipe)} for recipe in found]
+    bundled = [recipes.load(name) for name in recipes.recipe_names()]
+    return [{**recipe.document(), "worth": worth(recipe)} for recipe in bundled]
 
 
 def method_rows() -> list[dict[str, Any]]:

@@ -10,6 +10,7 @@ import platform
 import re
 import resource
 import sys
+from collections.abc import Iterable
 from functools import cache
 from importlib import metadata
 from importlib.util import find_spec
@@ -36,25 +37,35 @@ SOURCES = (".py", ".c", ".h")
 CPU_FLAGS = ("avx2", "avx512f", "avx512_vnni", "avx_vnni", "avx512_bf16", "amx_int8", "asimddp", "i8mm")
 
 
+def distribution(module: str) -> str:
+    """What pip calls the package of a module."""
+    return TOOLS.get(module, module)
+
+
 def tool_version(module: str) -> str:
     """Version of an installed tool by its module name, or '' if it is not installed."""
     try:
-        return metadata.version(TOOLS[module])
+        return metadata.version(distribution(module))
     except metadata.PackageNotFoundError:
         return ""
 
 
-def tool_versions() -> dict[str, str]:
-    """Versions of all installed tools that may change a result, and of Python."""
-    found = {name: tool_version(name) for name in TOOLS}
-    return {"python": platform.python_version(), **{name: version for name, version in found.items() if version}}
+def tool_versions(more: Iterable[str] = ()) -> dict[str, str]:
+    """Versions of all installed tools that may change a result, and of Python. more: modules beside those of TOOLS."""
+    versions = {name: tool_version(name) for name in (*TOOLS, *more)}
+    return {"python": platform.python_version(), **{name: version for name, version in versions.items() if version}}
+
+
+def release(version: str) -> tuple[str, ...]:
+    """Major and minor number of a tool's version."""
+    return tuple(version.split(".")[:2])
 
 
 def require(modules: tuple[str, ...], purpose: str) -> None:
     """Raise EnvironmentLacksError if one of `modules` cannot be imported (they are only looked up, not imported)."""
     missing = [name for name in modules if find_spec(name) is None]
     if missing:
-        names = " ".join(TOOLS.get(name, name) for name in missing)
+        names = " ".join(map(distribution, missing))
         raise EnvironmentLacksError(f"{purpose} needs {', '.join(missing)}; install with: pip install {names}")
 
 
@@ -76,14 +87,14 @@ def _cpuinfo() -> str:
 
 def cpu_name() -> str:
     """Model name of the processor."""
-    found = re.search(r"^model name\s*:\s*(.+)$", _cpuinfo(), re.MULTILINE)
-    return found.group(1) if found else platform.processor() or platform.machine()
+    match = re.search(r"^model name\s*:\s*(.+)$", _cpuinfo(), re.MULTILINE)
+    return match.group(1) if match else platform.processor() or platform.machine()
 
 
 def cpu_flags() -> tuple[str, ...]:
     """The instruction sets among CPU_FLAGS that this processor has (Linux; empty elsewhere)."""
-    found = re.search(r"^(?:flags|Features)\s*:\s*(.+)$", _cpuinfo(), re.MULTILINE)
-    present = set(found.group(1).split()) if found else set()
+    match = re.search(r"^(?:flags|Features)\s*:\s*(.+)$", _cpuinfo(), re.MULTILINE)
+    present = set(match.group(1).split()) if match else set()
     return tuple(flag for flag in CPU_FLAGS if flag in present)
 
 
@@ -122,8 +133,8 @@ def core_count(root: Path = Path("/")) -> int:
 
 def omp_threads() -> int | None:
     """OMP_NUM_THREADS: its first number ("4,2" is 4 at the outer level); None where it is not set or not a number."""
-    found = re.match(r"\s*(\d+)", os.environ.get("OMP_NUM_THREADS", ""))
-    return int(found.group(1)) or None if found else None
+    match = re.match(r"\s*(\d+)", os.environ.get("OMP_NUM_THREADS", ""))
+    return int(match.group(1)) or None if match else None
 
 
 def container_cpus(root: Path = Path("/")) -> float | None:
@@ -196,11 +207,11 @@ def reset_peak_memory() -> None:
 def peak_memory_bytes() -> int:
     """Peak resident size since `reset_peak_memory`, in bytes."""
     status = Path("/proc/self/status")
-    found = (
+    match = (
         re.search(r"^VmHWM:\s*(\d+) kB", status.read_text(encoding="utf-8"), re.MULTILINE) if status.exists() else None
     )
-    if found:  # getrusage would count what the parent process had when it started this one
-        return int(found.group(1)) * 1024
+    if match:  # getrusage would count what the parent process had when it started this one
+        return int(match.group(1)) * 1024
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
 

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from importlib import resources
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, get_args, get_origin, get_type_hints
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, cast, get_args, get_origin, get_type_hints
 
 import tomli_w
 
@@ -17,11 +17,14 @@ from export.errors import RecipeError
 from export.formats.format import get_format
 from export.models.families import LAYER_KINDS
 from export.names import check_name
+from pipeline.backends import BACKENDS
+from pipeline.backends.base import Options, OptionsT
 from pipeline.methods import AUTO, METHODS, PRESETS, settled_method
 
 if TYPE_CHECKING:
     from export.models.load import LoadedModel
 
+T = TypeVar("T")
 GRANULARITIES = get_args(Granularity)
 SEARCHES = ("absmax", "mse")
 # What the flags --model, --variant and --config say, None where one was not given.
@@ -34,10 +37,6 @@ RULES = Rules(RecipeError, "see recipe.toml in any bundle for the form")
 def _check(ok: bool, message: str) -> None:
     if not ok:
         raise RecipeError(message)
-
-
-def _check_operands(target: str, value: str) -> None:
-    _check(value in ("auto", "fp8", "int8"), f"{target}.operands {value!r}; use auto, fp8 or int8")
 
 
 @dataclass(frozen=True)
@@ -107,77 +106,6 @@ class Calibrate:
 
 
 @dataclass(frozen=True)
-class Cpu:
-    """Options of the `cpu` target. path: "stock" is onnxruntime alone; "native" adds fused ops, compiled here."""
-
-    path: str = "stock"
-
-    def __post_init__(self) -> None:
-        _check(self.path in ("stock", "native"), f"cpu.path {self.path!r}; use stock or native")
-
-
-@dataclass(frozen=True)
-class Rtx:
-    """Options of the `rtx` target: how weights are stored, the GPUs it is built for, and the precision of the rest.
-
-    attention: "fp16" runs attention, and large unquantized linears, on FP16 operands; "fp32" nothing. path: "native"
-    expresses quantized linears in TensorRT's own ops, "plugin" puts this project's kernels in their place; weights then
-    stay packed, whatever `weights` says, and `operands` is as that of `cuda`, for all GPUs of `sm` alike.
-    """
-
-    weights: str = "fp8"
-    sm: tuple[int, ...] = (89, 120)
-    attention: str = "fp16"
-    path: str = "native"
-    operands: str = "auto"
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "sm", tuple(self.sm))
-        _check_operands("rtx", self.operands)
-        _check(self.weights in ("fp8", "int8", "int4"), f"rtx.weights {self.weights!r}; use fp8, int8 or int4")
-        _check(self.path in ("native", "plugin"), f"rtx.path {self.path!r}; use native or plugin")
-        _check(self.attention in ("fp16", "fp32"), f"rtx.attention {self.attention!r}; use fp16 or fp32")
-        _check(bool(self.sm), "rtx.sm is empty; name at least one compute capability, for example 89")
-        _check(all(0 < sm < 1000 for sm in self.sm), f"rtx.sm {list(self.sm)}; a compute capability is for example 89")
-
-
-@dataclass(frozen=True)
-class Trt:
-    """Options of the `trt` target. attention: as that of `rtx`. operands: as that of `cuda`."""
-
-    attention: str = "fp16"
-    operands: str = "auto"
-
-    def __post_init__(self) -> None:
-        _check_operands("trt", self.operands)
-        _check(self.attention in ("fp16", "fp32"), f"trt.attention {self.attention!r}; use fp16 or fp32")
-
-
-@dataclass(frozen=True)
-class Cuda:
-    """Options of the `cuda` target.
-
-    weights: "packed" keeps two codes in a byte, "expanded" a byte for each weight (twice the memory, faster with many
-    tokens), "auto" chooses for each linear by its tokens. activations: what lies between the kernels, "fp16" or "fp32".
-    operands: what tensor cores multiply, "fp8", or "int8" where a layer's formats embed in it (integers always do);
-    "auto" is "int8" on GPUs whose INT8 rate is the higher (plugins/gpu/tile_table.py), chosen where the engine is
-    loaded, or built with machine code.
-    """
-
-    weights: str = "auto"
-    activations: str = "fp16"
-    operands: str = "auto"
-
-    def __post_init__(self) -> None:
-        _check_operands("cuda", self.operands)
-        _check(
-            self.weights in ("auto", "packed", "expanded"),
-            f"cuda.weights {self.weights!r}; use auto, packed or expanded",
-        )
-        _check(self.activations in ("fp16", "fp32"), f"cuda.activations {self.activations!r}; use fp16 or fp32")
-
-
-@dataclass(frozen=True)
 class Sampling:
     """How images are made when the engine is verified and measured. height and width 0: the model's own size."""
 
@@ -222,7 +150,8 @@ class Recipe:
     """One engine: model, number formats, calibration, sampling, budgets, target options.
 
     model_variant, model_config: which of the model's weights files, and its config.json where it is elsewhere; both as
-    `export.models.load.load` takes them, "" for the plain ones.
+    `export.models.load.load` takes them, "" for the plain ones. targets: options by the target's name; those of targets
+    that are not named are the defaults. In TOML each is a table of the target's name.
     """
 
     name: str
@@ -235,32 +164,59 @@ class Recipe:
     calibrate: Calibrate = Calibrate()
     sampling: Sampling = Sampling()
     budgets: Budgets = Budgets()
-    cpu: Cpu = Cpu()
-    rtx: Rtx = Rtx()
-    cuda: Cuda = Cuda()
-    trt: Trt = Trt()
+    targets: Mapping[str, Options] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         check_name(self.name, Path("recipe"), RecipeError)
         _check("/" not in self.name, f"recipe name {self.name!r} must be a plain file name")
         _check(bool(self.model), f"recipe {self.name}: model is empty; give a folder, a hub id or zoo:NAME")
+        defaults = {name: backend.options_type() for name, backend in BACKENDS.items()}
+        for name, options in self.targets.items():
+            _check(type(options) is type(defaults.get(name)), f"recipe {self.name}: {name} has no options {options!r}")
+        object.__setattr__(self, "targets", defaults | dict(self.targets))
+
+    def options(self, kind: type[OptionsT]) -> OptionsT:
+        """The options of the target that has such."""
+        return cast(OptionsT, self.targets[kind.target])
+
+    def with_options(self, options: Options) -> Recipe:
+        """The recipe with other options of their target."""
+        return replace(self, targets={**self.targets, options.target: options})
+
+    def document(self) -> dict[str, Any]:
+        """Everything as TOML has it; `from_dict` gives an equal recipe back."""
+        common = asdict(self)
+        tables: dict[str, dict[str, Any]] = common.pop("targets")
+        return common | {name: table for name, table in tables.items() if table}
 
 
 def from_dict(document: dict[str, Any], source: str) -> Recipe:
     """A recipe from parsed TOML. Raises RecipeError naming `source` and the unknown or ill-typed key."""
-    return _build(Recipe, document, source, "")
+    tables = {name: backend.options_type for name, backend in BACKENDS.items() if fields(backend.options_type)}
+    hints = _hints(Recipe)
+    del hints["targets"]
+    values = _typed_values({**hints, **tables}, document, source, "")
+    if missing := [name for name in ("name", "model") if name not in values]:
+        raise RecipeError(f"{source}: key {missing[0]} is missing; a recipe needs a name and a model")
+    targets = {name: values.pop(name) for name in tables if name in values}
+    return _made(Recipe, {**values, "targets": targets}, source)
 
 
-def _build(kind: Any, document: dict[str, Any], source: str, prefix: str) -> Any:
+def _hints(kind: type) -> dict[str, Any]:
+    """Types of the fields of a dataclass by name."""
     hints = get_type_hints(kind)
-    values: dict[str, Any] = {}
-    for key, value in document.items():
+    return {row.name: hints[row.name] for row in fields(kind)}
+
+
+def _typed_values(hints: Mapping[str, Any], document: Mapping[str, Any], source: str, prefix: str) -> dict[str, Any]:
+    """The values of a table, each as the type of its key wants it."""
+    for key in document:
         if key not in hints:
             raise RecipeError(f"{source}: key {prefix}{key} is unknown; use one of {', '.join(hints)}")
-        values[key] = _typed(value, hints[key], source, prefix + key)
-    missing = [row.name for row in fields(kind) if row.name in ("name", "model") and row.name not in values]
-    if missing:
-        raise RecipeError(f"{source}: key {prefix}{missing[0]} is missing; a recipe needs a name and a model")
+    return {key: _typed(value, hints[key], source, prefix + key) for key, value in document.items()}
+
+
+def _made(kind: type[T], values: dict[str, Any], source: str) -> T:
     try:
         return kind(**values)
     except RecipeError as error:
@@ -270,6 +226,7 @@ def _build(kind: Any, document: dict[str, Any], source: str, prefix: str) -> Any
 # Type of a field -> what a value must be, in words; the test; what makes the field of it.
 TYPES: dict[Any, tuple[str, Callable[[Any], bool], Callable[[Any], Any]]] = {
     str: ("text", lambda value: type(value) is str, str),
+    Literal: ("text", lambda value: type(value) is str, str),  # which, its class checks
     int: ("an integer", lambda value: type(value) is int, int),
     float: ("a number", lambda value: type(value) in (int, float), float),
     dict: ("a table of texts", lambda value: type(value) is dict and all(type(v) is str for v in value.values()), dict),
@@ -288,10 +245,10 @@ TYPES: dict[Any, tuple[str, Callable[[Any], bool], Callable[[Any], Any]]] = {
 
 def _typed(value: Any, hint: Any, source: str, key: str) -> Any:
     """`value` as the field type `hint` wants it. Raises RecipeError naming `key`."""
-    if is_dataclass(hint):
+    if isinstance(hint, type) and is_dataclass(hint):
         if not isinstance(value, dict):
             raise RecipeError(f"{source}: {key} must be a table, found {value!r}")
-        return _build(hint, value, source, f"{key}.")
+        return _made(hint, _typed_values(_hints(hint), value, source, f"{key}."), source)
     words, fits, convert = TYPES.get(hint) or TYPES[get_origin(hint) or hint]
     if not fits(value):
         raise RecipeError(f"{source}: {key} is {value!r}; expected {words}")
@@ -341,7 +298,7 @@ def with_settings(recipe: Recipe, settings: list[str]) -> Recipe:
         key, separator, text = setting.partition("=")
         if not separator:
             raise RecipeError(f"--set {setting!r}: expected key=value, for example weights.group_size=32")
-        document = asdict(recipe)
+        document = recipe.document()
         *tables, last = _path(SHORT_KEYS.get(key, key), setting)
         table: Any = document
         for name in tables:
@@ -375,7 +332,7 @@ def _value(text: str) -> Any:
 
 def to_toml(recipe: Recipe) -> str:
     """The resolved recipe as TOML; `load` gives an equal recipe back."""
-    return tomli_w.dumps(asdict(recipe))
+    return tomli_w.dumps(recipe.document())
 
 
 def with_model(recipe: Recipe, model: str | None, variant: str | None, config: str | None) -> Recipe:
@@ -403,8 +360,8 @@ def _absolute(source: str) -> str:
 
 def with_sampling(recipe: Recipe, **changes: Any) -> Recipe:
     """The recipe with those sampling fields that are not None replaced."""
-    given = {key: value for key, value in changes.items() if value is not None}
-    return replace(recipe, sampling=replace(recipe.sampling, **given))
+    sampling = replace(recipe.sampling, **{key: value for key, value in changes.items() if value is not None})
+    return replace(recipe, sampling=sampling)
 
 
 def with_seed(recipe: Recipe, seed: int | None) -> Recipe:

@@ -74,6 +74,7 @@ ORDER = (
     ("calibrate",),
     ("bundle",),
     ("generate",),
+    ("recipe",),
     ("backends",),
     ("passes",),
 )

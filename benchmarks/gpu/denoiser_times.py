@@ -52,7 +52,7 @@ LEAST_PIXELS = min(pixels for pixels, _ in SIZES)
 # Ours and plain bf16 arithmetic on the same grid round the stream alike, so neither may be far from float32's result:
 # at most twice as far as the plain one, whose roundings are as many.
 TIMES_PLAIN = 2.0
-# This denoiser, beside an engine of pipeline/backends/cuda/backend.py of the same recipe.
+# This denoiser, beside an engine of pipeline/backends/cuda/build.py of the same recipe.
 OTHERWISE = {
     "dtype": "bf16 between the kernels of all contestants; the engine: fp16",
     "recomputed": "keys and values of the cross-attention, in every call of all contestants; the engine: once a prompt",

@@ -29,6 +29,8 @@ from export.errors import EnvironmentLacksError, UserError
 from pipeline import recipe as recipes
 from pipeline.backends import BACKENDS
 from pipeline.backends.base import Arrays, Engine, LoweredGraph
+from pipeline.backends.cpu import CpuOptions
+from pipeline.backends.cuda import CudaOptions
 from pipeline.backends.reference import ReferenceEngine, fake_quant
 from pipeline.distance import sqnr_db
 from pipeline.files import remove, sha256_json, write_json
@@ -155,9 +157,10 @@ def ways(recipe: Recipe, target: str) -> dict[str, Recipe]:
     """Engine name -> recipe, in the order in which they are tried. On a GPU float32 lies between the kernels, so that
     rows of either target can stand in one table."""
     if target == "cuda":
-        return {"cuda engine, fp32": replace(recipe, cuda=replace(recipe.cuda, activations="fp32"))}
-    paths = dict.fromkeys((recipe.cpu.path, "stock"))
-    return {f"cpu engine, {path}": replace(recipe, cpu=replace(recipe.cpu, path=path)) for path in paths}
+        options = replace(recipe.options(CudaOptions), activations="fp32")
+        return {"cuda engine, fp32": recipe.with_options(options)}
+    paths = dict.fromkeys((recipe.options(CpuOptions).path, "stock"))
+    return {f"cpu engine, {path}": recipe.with_options(CpuOptions(path)) for path in paths}
 
 
 def refuse_missing_gpu(target: str) -> None:

@@ -1,4 +1,4 @@
-"""The targets by name. Backends are imported on first use, since each needs its own heavy packages."""
+"""The targets by name. A backend is imported on first use; what is heavy of it, when it is used."""
 
 from __future__ import annotations
 
@@ -7,35 +7,37 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from importlib import import_module
 from pathlib import Path
+from typing import Any
 
 from export.errors import EnvironmentLacksError
+from pipeline import machine
 from pipeline.backends.base import Backend, Engine
 
 logger = logging.getLogger(__name__)
 
 # The portable model, from which the others are lowered. Its files stand at a bundle's root.
 PORTABLE = "onnx"
-# name -> (module, class)
-ROWS = {
-    "cpu": ("pipeline.backends.cpu.backend", "CpuBackend"),
-    "rtx": ("pipeline.backends.rtx.backend", "RtxBackend"),
-    "cuda": ("pipeline.backends.cuda.backend", "CudaBackend"),
-    "trt": ("pipeline.backends.trt.backend", "TrtBackend"),
-    PORTABLE: ("pipeline.backends.portable.backend", "PortableBackend"),
+# THE table of targets: name -> (module, class), a row for each. Everything else about a target is said by its class.
+ROWS: dict[str, tuple[str, str]] = {
+    "cpu": ("pipeline.backends.cpu", "CpuBackend"),
+    "rtx": ("pipeline.backends.rtx", "RtxBackend"),
+    "cuda": ("pipeline.backends.cuda", "CudaBackend"),
+    "trt": ("pipeline.backends.trt", "TrtBackend"),
+    PORTABLE: ("pipeline.backends.portable", "PortableBackend"),
 }
 
 
-class _LazyBackends(Mapping[str, Backend]):
+class _LazyBackends(Mapping[str, Backend[Any]]):
     """Mapping of target name to backend that imports a backend when it is asked for."""
 
     def __init__(self) -> None:
-        self._made: dict[str, Backend] = {}
+        self._instances: dict[str, Backend[Any]] = {}
 
-    def __getitem__(self, name: str) -> Backend:
-        if name not in self._made:
-            module, class_name = ROWS[name]
-            self._made[name] = getattr(import_module(module), class_name)()
-        return self._made[name]
+    def __getitem__(self, name: str) -> Backend[Any]:
+        module, class_name = ROWS[name]
+        if name not in self._instances:
+            self._instances[name] = getattr(import_module(module), class_name)()
+        return self._instances[name]
 
     def __iter__(self) -> Iterator[str]:
         return iter(ROWS)
@@ -44,7 +46,12 @@ class _LazyBackends(Mapping[str, Backend]):
         return len(ROWS)
 
 
-BACKENDS: Mapping[str, Backend] = _LazyBackends()
+BACKENDS: Mapping[str, Backend[Any]] = _LazyBackends()
+
+
+def tool_versions() -> dict[str, str]:
+    """Versions of all installed tools that may change a result, the targets' packages among them, and of Python."""
+    return machine.tool_versions(backend.package for backend in BACKENDS.values())
 
 
 @contextmanager

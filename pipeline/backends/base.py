@@ -1,17 +1,40 @@
-"""What a target is: a lowering, a builder, and an engine that runs."""
+"""What a target is: its facts, a lowering, a builder, and an engine that runs."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Protocol
+from typing import (
+    TYPE_CHECKING,
+    Any,
+    ClassVar,
+    Generic,
+    Literal,
+    Protocol,
+    TypeVar,
+    get_args,
+    get_origin,
+    get_type_hints,
+)
 
 from numpy.typing import NDArray
 
-from pipeline.passes.probes import Capabilities, Choice, ProbeRow
+from export.documents import validated
+from export.errors import EnvironmentLacksError, RecipeError
+from pipeline import machine
+from pipeline.backends import metadata_file
+from pipeline.passes.probes import Choice, ProbeRow
+
+if TYPE_CHECKING:
+    from pipeline.recipe import Recipe
 
 Arrays = dict[str, NDArray[Any]]
+# Calls of the denoiser by what they are -> the call and the first number too large for FP16, in words; None: there is
+# none.
+OverflowSearch = Callable[[dict[str, Arrays]], tuple[str, object] | None]
 
 
 @dataclass(frozen=True)
@@ -47,26 +70,173 @@ class Engine(Protocol):
     def close(self) -> None: ...
 
 
-class Backend(Protocol):
-    """One row of `pipeline.backends.BACKENDS`."""
+# What an engine computes its unquantized parts in: float32; attention and large linears in FP16; or every tensor of
+# tokens in FP16. See pipeline/verify/reference_hooks.py.
+Arithmetic = Literal["fp32", "fp16", "fp16 tokens"]
+PROVEN_NOT_RUN = "numerically proven through onnxruntime; engine built, not run"
+
+
+@dataclass(frozen=True)
+class Options:
+    """Options of a target: the table of its name in a recipe, [cpu] for example. A target without any has none of it.
+
+    A field of a Literal type takes one of its values. Raises RecipeError naming the key, the value and the choices.
+    """
+
+    target: ClassVar[str]
+
+    def __post_init__(self) -> None:
+        for name, hint in get_type_hints(type(self)).items():
+            if get_origin(hint) is Literal:
+                self.check(getattr(self, name) in get_args(hint), name, f"use {_either(get_args(hint))}")
+
+    def check(self, ok: bool, name: str, remedy: str) -> None:
+        """Raise RecipeError for the field `name` unless `ok`."""
+        if not ok:
+            raise RecipeError(f"{self.target}.{name} {getattr(self, name)!r}; {remedy}")
+
+
+def _either(choices: Sequence[str]) -> str:
+    """
+    >>> _either(("fp8", "int8", "int4"))
+    'fp8, int8 or int4'
+    """
+    return f"{', '.join(choices[:-1])} or {choices[-1]}"
+
+
+@dataclass(frozen=True)
+class Flag:
+    """A flag of `build` for one option of a target, as `--set` would give it. read: the option's value of a text."""
 
     name: str
-    capabilities: Capabilities
+    option: str
+    read: Callable[[str], object]
+    metavar: str
+    help: str
 
-    def problems(self, recipe: Any) -> list[str]:
+
+@dataclass(frozen=True)
+class Check:
+    """One row of `doctor`: what was looked at, what stands there, and if it is not ok, the remedy.
+
+    needed: by the default build.
+    """
+
+    name: str
+    ok: bool
+    found: str
+    needed: bool = False
+    remedy: str = ""
+
+
+OptionsT = TypeVar("OptionsT", bound=Options)
+T = TypeVar("T")
+
+
+class Backend(ABC, Generic[OptionsT]):
+    """A target: every fact of it, and what makes, judges and loads its engines.
+
+    The package of the target, pipeline/backends/TARGET, holds its class and is light: recipes are read with it. What a
+    method needs beyond that it imports itself.
+    """
+
+    options_type: type[OptionsT]
+    # Without it nothing of the target runs here.
+    package: ClassVar[str]
+    # Does it run on a GPU?
+    needs_gpu: ClassVar[bool] = False
+    # 1 is the fastest: the order in which `Bundle.engine("auto")` looks for a target that fits the machine.
+    speed_rank: ClassVar[int]
+    # Made to run anywhere and not to be fast: verified with less effort, not measured beside others.
+    slow: ClassVar[bool] = False
+    # What a build of it may make, in the target's folder of the bundle.
+    file_names: ClassVar[frozenset[str]]
+    # Disk that a build takes besides what every build does: the lowered graph and the engine.
+    disk_bytes_per_parameter: ClassVar[float]
+    # A build takes a moment and gives equal bytes, so that `verify` repeats it. Other engines come from a vendor's
+    # compiler, and the graph that it was given is compared: metadata.json has its hashes.
+    repeatable: ClassVar[bool] = False
+    flags: ClassVar[tuple[Flag, ...]] = ()
+
+    @property
+    def name(self) -> str:
+        return self.options_type.target
+
+    def options(self, recipe: Recipe) -> OptionsT:
+        """The recipe's table of this target."""
+        return recipe.options(self.options_type)
+
+    @property
+    def files(self) -> frozenset[str]:
+        """Names in the bundle of all files that a build of it may make."""
+        return frozenset(f"{self.name}/{name}" for name in self.file_names)
+
+    # --- this machine ------------------------------------------------------------------------------------------------
+
+    def in_auto(self) -> bool:
+        """Does `--target auto` build it on this machine?"""
+        return find_spec(self.package) is not None
+
+    def package_problems(self) -> list[str]:
+        """One message with a remedy where its package is not installed, else none."""
+        try:
+            machine.require((self.package,), f"target {self.name}")
+        except EnvironmentLacksError as error:
+            return [str(error)]
+        return []
+
+    def checks(self) -> list[Check]:
+        """Rows of `doctor`: here, whether its package is installed. A row that several targets have in common is equal
+        in all of them."""
+        installed = find_spec(self.package) is not None
+        found = machine.tool_version(self.package) if installed else "not installed"
+        remedy = f"only needed for the target {self.name}; pip install {machine.distribution(self.package)}"
+        return [Check(self.package, installed, found, False, remedy)]
+
+    @abstractmethod
+    def fitness_problem(self, manifest: Mapping[str, Any], source: Path) -> str | None:
+        """Why this machine cannot run the target of a bundle, with a remedy; None if it can.
+
+        source: the manifest's file. Raises ContractError where it lacks what the target needs to be judged.
+        """
+
+    def metadata(self, manifest: Mapping[str, Any], source: Path, schema: type[T]) -> T:
+        """metadata.json as the manifest has it, too. schema: what is read of it. Raises ContractError."""
+        row = manifest["targets"][self.name].get("metadata", {})
+        return validated(row, f"{source}: targets.{self.name}.metadata", schema, metadata_file.RULES)
+
+    # --- build and load ----------------------------------------------------------------------------------------------
+
+    @abstractmethod
+    def problems(self, recipe: Recipe) -> list[str]:
         """What this machine or recipe lacks for a build, as messages with a remedy; empty if nothing."""
-        ...
 
-    def lower(self, portable: Path, work_dir: Path, recipe: Any) -> LoweredGraph:
+    @abstractmethod
+    def lower(self, portable: Path, work_dir: Path, recipe: Recipe) -> LoweredGraph:
         """Lower the portable model (path of model.onnx) into an ONNX file under `work_dir`; deterministic bytes."""
-        ...
 
-    def build(self, lowered: LoweredGraph, out_dir: Path, recipe: Any) -> BuildResult:
+    @abstractmethod
+    def build(self, lowered: LoweredGraph, out_dir: Path, recipe: Recipe) -> BuildResult:
         """Make the engine from the lowered graph and write it into `out_dir` (the target's folder of the bundle)."""
-        ...
 
+    @abstractmethod
     def load(self, bundle_dir: Path, threads: int = 0) -> Engine:
         """Engine of a folder of verified files that may go once it is loaded.
 
-        threads: of one call, for engines that compute on the CPU; 0: as many as `machine.threads` allows."""
-        ...
+        threads: of one call, for engines that compute on the CPU; 0: as many as `machine.threads` allows. Raises
+        EnvironmentLacksError where it would not run, or not exactly.
+        """
+
+    # --- verification ------------------------------------------------------------------------------------------------
+
+    def arithmetic(self, recipe: Recipe, runs_here: bool) -> Arithmetic:
+        """What its unquantized parts are computed in: by the engine where it runs here, else by its lowered graph."""
+        return "fp32"
+
+    def not_run_note(self, graph: LoweredGraph) -> str:
+        """What a report says of an engine that does not run here, of which `graph` is judged instead."""
+        return PROVEN_NOT_RUN
+
+    def overflow(self, graph: LoweredGraph, recipe: Recipe) -> OverflowSearch | None:
+        """Finds where FP16 between the engine's steps overflows; None where the lowered graph shows that itself."""
+        return None

@@ -23,17 +23,17 @@ from pipeline.signals import leave
 
 def make_parser() -> Parser:
     """All flags of `bench`."""
-    made = parser("bench", "Measure the engines of a bundle on this machine, against the float model.")
-    made.add_argument("bundle", type=Path, metavar="BUNDLE", help="a folder that build wrote")
-    add_model_flags(made, "the float model, if it moved since the build")
-    made.add_argument(
+    flags = parser("bench", "Measure the engines of a bundle on this machine, against the float model.")
+    flags.add_argument("bundle", type=Path, metavar="BUNDLE", help="a folder that build wrote")
+    add_model_flags(flags, "the float model, if it moved since the build")
+    flags.add_argument(
         "--target",
         default="auto",
         help="one of the bundle's, or several with commas; auto: all but onnx, the portable model, which is slow",
     )
-    made.add_argument("-o", "--output", type=Path, metavar="FILE.json", help="write the numbers here too")
-    add_threads(made)
-    return made
+    flags.add_argument("-o", "--output", type=Path, metavar="FILE.json", help="write the numbers here too")
+    add_threads(flags)
+    return flags
 
 
 def bench_bundle(

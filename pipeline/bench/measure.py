@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from pipeline import machine
-from pipeline.backends import PORTABLE
+from pipeline.backends import BACKENDS, tool_versions
 from pipeline.backends.base import Arrays, Engine
 from pipeline.bench.baselines import Contestant, baselines, peak_memory
 from pipeline.recipe import Recipe
@@ -86,21 +86,21 @@ def bench(
         "threads": count,
         "contestants": rows,
         "ratios": ratios(rows, tuple(engines)),
-        "tools": machine.tool_versions(),
+        "tools": tool_versions(),
         "code": machine.code_version(),
         "machine": machine.facts(),
     }
 
 
 def measured(targets: Iterable[str]) -> tuple[str, ...]:
-    """The targets of a bundle that are measured unless others are named: the portable model, which is made to run
-    anywhere and not to be fast, only where it is all there is.
+    """The targets of a bundle that are measured unless others are named: slow ones, as the portable model, only where
+    there is nothing else.
 
     >>> measured(["cpu", "onnx"]), measured(["onnx"])
     (('cpu',), ('onnx',))
     """
-    found = tuple(targets)
-    return tuple(target for target in found if target != PORTABLE) or found
+    listed = tuple(targets)
+    return tuple(target for target in listed if not BACKENDS[target].slow) or listed
 
 
 def _caller(runner: Contestant, inputs: Arrays) -> Callable[[], object]:

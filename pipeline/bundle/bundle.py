@@ -17,14 +17,8 @@ from export.models.config import FILE as CONFIG
 from export.models.config import engine_config, read_config
 from export.names import is_hub_link
 from pipeline import machine, recipe
-from pipeline.backends import PORTABLE, metadata_file
+from pipeline.backends import BACKENDS, PORTABLE
 from pipeline.backends.base import Engine
-from pipeline.backends.cpu import engine as cpu_engine
-from pipeline.backends.cuda import engine as cuda_run
-from pipeline.backends.portable import engine as portable_engine
-from pipeline.backends.rtx import engine as rtx_run
-from pipeline.backends.rtx.engine import machine_problem, release
-from pipeline.backends.trt import engine as trt_run
 from pipeline.bundle import manifest
 from pipeline.bundle.snapshot import verified_copy
 from pipeline.files import sha256, tree
@@ -33,18 +27,7 @@ from plugins.cpu import library
 
 logger = logging.getLogger(__name__)
 
-# Fastest first: `engine("auto")` takes the first that the machine can run. The portable model comes last: it runs
-# anywhere, many times slower.
-SPEED_ORDER = ("trt", "cuda", "rtx", "cpu", PORTABLE)
-# What a build writes: the files of each target, owned by its engine, and everything else as patterns. Each target has a
-# folder of its name, but for the portable model, which stands at the bundle's root.
-TARGET_FILES: dict[str, frozenset[str]] = {
-    "cpu": frozenset(f"cpu/{name}" for name in cpu_engine.FILES),
-    "rtx": frozenset(f"rtx/{name}" for name in rtx_run.FILES),
-    "cuda": frozenset(f"cuda/{name}" for name in cuda_run.FILES),
-    "trt": frozenset(f"trt/{name}" for name in trt_run.FILES),
-    PORTABLE: portable_engine.FILES,
-}
+# What a build writes beside the files of its targets, which the backends name.
 GENERATION_FILES = re.compile(r"generation\.json|[\w-][\w.-]*\.safetensors")
 OTHER_FILES = re.compile(
     r"recipe\.toml|config\.json|bench\.json"
@@ -75,30 +58,29 @@ class Bundle:
     def recipe(self) -> recipe.Recipe:
         return recipe.from_dict(dict(self.manifest["recipe"]), str(self.path / manifest.FILE_NAME))
 
-    def problem(self, target: str) -> str:
-        """Why this machine cannot run `target` of the bundle, with a remedy; '' if it can."""
+    def problem(self, target: str) -> str | None:
+        """Why this machine cannot run `target` of the bundle, with a remedy; None if it can."""
         if target not in self.targets:
             return (
                 f"{self.path} has no target {target}, only {', '.join(self.targets)}; build it with --target {target}"
             )
-        metadata_file.check_needs(
-            target, self.manifest["targets"][target].get("metadata", {}), self.path / manifest.FILE_NAME
-        )
-        return FITNESS[target](self.manifest) if target in FITNESS else ""
+        return BACKENDS[target].fitness_problem(self.manifest, self.path / manifest.FILE_NAME)
 
     def choose(self, target: str = "auto") -> str:
         """The target to run: the named one, or the fastest that fits. Raises EnvironmentLacksError or RecipeError."""
         if target != "auto" and target not in self.targets:
             raise RecipeError(self.problem(target))
-        wanted = [name for name in SPEED_ORDER if name in self.targets] if target == "auto" else [target]
-        problems = {name: self.problem(name) for name in wanted}
-        for name, problem in problems.items():
-            if not problem:
-                if target == "auto" and name == PORTABLE:
+        fastest_first = sorted(self.targets, key=lambda name: BACKENDS[name].speed_rank)
+        problems = []
+        for name in fastest_first if target == "auto" else [target]:
+            problem = self.problem(name)
+            if problem is None:
+                if target == "auto" and BACKENDS[name].slow:
                     logger.warning("no faster target fits this machine: the portable model runs, many times slower")
                 return name
             logger.info("target %s does not fit this machine: %s", name, problem)
-        raise EnvironmentLacksError("; ".join(problems.values()) or f"{self.path} has no target that can run")
+            problems.append(problem)
+        raise EnvironmentLacksError("; ".join(problems) or f"{self.path} has no target that can run")
 
     def engine(self, target: str = "auto") -> Engine:
         """Load the engine of `target`, or of the fastest target that fits this machine.
@@ -106,20 +88,18 @@ class Bundle:
         It is loaded from a private copy, hashed while it is made: what happens to the bundle's files later cannot
         change it.
         """
-        from pipeline.backends import BACKENDS
-
-        chosen = self.choose(target)
-        with self.copied(TARGET_FILES[chosen].__contains__) as private:
-            return BACKENDS[chosen].load(private.path, machine.threads(self.threads))
+        backend = BACKENDS[self.choose(target)]
+        with self.copied(backend.files.__contains__) as private:
+            return backend.load(private.path, machine.threads(self.threads))
 
     @contextmanager
-    def copied(self, wanted: Callable[[str], object] = lambda name: True) -> Iterator[Bundle]:
-        """This bundle as a private, verified copy of the files whose names are `wanted`, while the context lasts.
+    def copied(self, takes: Callable[[str], object] = lambda name: True) -> Iterator[Bundle]:
+        """This bundle as a private, verified copy of the files whose names it `takes`, while the context lasts.
 
         An error from within that names a file of the copy, which is then gone, names the bundle's instead.
         """
         files = self.manifest["files"]
-        with verified_copy(self.path, {name: files[name] for name in files if wanted(name)}) as private:
+        with verified_copy(self.path, {name: files[name] for name in files if takes(name)}) as private:
             try:
                 yield replace(self, path=private)
             except UserError as error:
@@ -181,14 +161,12 @@ def refuse_strange_files(folder: Path, files: Mapping[str, Any], targets: Mappin
 
 def is_made_by_build(name: str, targets: Mapping[str, Any]) -> bool:
     """May a bundle with these targets have a file of this name?"""
-    known = any(name in TARGET_FILES[target] for target in (PORTABLE, *targets) if target in TARGET_FILES)
+    known = any(name in BACKENDS[target].files for target in (PORTABLE, *targets))
     return bool(known or GENERATION_FILES.fullmatch(name) or OTHER_FILES.fullmatch(name))
 
 
 def refuse_unknown_targets(document: Mapping[str, Any], folder: Path) -> None:
     """Raise ContractError for a target that this version does not have."""
-    from pipeline.backends import BACKENDS
-
     if unknown := sorted(set(document["targets"]) - set(BACKENDS)):
         raise ContractError(
             f"{folder / manifest.FILE_NAME}: target {unknown[0]!r} is unknown to this version, which has "
@@ -198,12 +176,12 @@ def refuse_unknown_targets(document: Mapping[str, Any], folder: Path) -> None:
 
 def verify_files(folder: Path, files: Mapping[str, Mapping[str, Any]]) -> None:
     """Compare the folder with the manifest's table of files. Raises ContractError naming the first difference."""
-    found = tree(folder)
-    links = (name for name in found if (folder / name).is_symlink())  # sha256 refuses pipes and devices
+    present = tree(folder)
+    links = (name for name in present if (folder / name).is_symlink())  # sha256 refuses pipes and devices
     foreign = [name for name in links if not is_hub_link(folder / name, folder)]
     if foreign:
         raise ContractError(f"{folder / foreign[0]} is a link; a bundle has plain files only, copy it with cp -rL")
-    names = set(found) - {manifest.FILE_NAME}
+    names = set(present) - {manifest.FILE_NAME}
     for text, differing in (("is missing", set(files) - names), ("is not in the manifest", names - set(files))):
         if differing:
             raise ContractError(f"{folder / min(differing)} {text}; copy or build the bundle again")
@@ -218,60 +196,3 @@ def _verify_file(path: Path, row: Mapping[str, Any]) -> None:
         raise ContractError(f"{path} has {size} bytes, the manifest says {row['size']}; copy or build the bundle again")
     if sha256(path) != row["sha256"]:
         raise ContractError(f"{path} differs from the manifest (sha256); copy or build the bundle again")
-
-
-# --- does a target fit this machine? -------------------------------------------------------------------------------
-
-
-def _onnxruntime_problem(document: Mapping[str, Any], target: str) -> str:
-    """A runtime that is absent, or older than the one that the target was verified with."""
-    if not machine.tool_version("onnxruntime"):
-        return f"target {target} needs onnxruntime; install with: pip install onnxruntime"
-    told = document["tools"].get("onnxruntime", "")
-    if not re.match(r"\d{1,9}\.\d{1,9}", told):
-        raise ContractError(f"the manifest names no version of onnxruntime ({told!r}); build the bundle again")
-    built, found = (release(version) for version in (told, machine.tool_version("onnxruntime")))
-    if tuple(map(int, found)) < tuple(map(int, built)):
-        versions = f"verified with onnxruntime {'.'.join(built)}, this is {'.'.join(found)}"
-        return f"target {target} was {versions}; upgrade onnxruntime or rebuild"
-    return ""
-
-
-def _portable_problem(document: Mapping[str, Any]) -> str:
-    return _onnxruntime_problem(document, PORTABLE)
-
-
-def _cpu_problem(document: Mapping[str, Any]) -> str:
-    from pipeline.backends.cpu import backend as cpu
-
-    if problem := _onnxruntime_problem(document, "cpu"):
-        return problem
-
-    needs = document["targets"]["cpu"].get("metadata", {}).get("requires", ())
-    return cpu.problem(needs, cpu.CpuBackend().capabilities.ops) if needs else ""
-
-
-def _rtx_problem(document: Mapping[str, Any]) -> str:
-    found = machine.tool_version("tensorrt_rtx")
-    if not found:
-        return "target rtx needs tensorrt-rtx; install with: pip install tensorrt-rtx"
-    return machine_problem(document["targets"]["rtx"]["metadata"], found, machine.cuda_sm())
-
-
-def _cuda_problem(document: Mapping[str, Any]) -> str:
-    metadata = document["targets"]["cuda"]["metadata"]
-    return cuda_run.machine_problem(metadata, machine.cuda_sm(), machine.tool_version("triton"))
-
-
-def _trt_problem(document: Mapping[str, Any]) -> str:
-    metadata = document["targets"]["trt"]["metadata"]
-    return trt_run.machine_problem(metadata, machine.tool_version("tensorrt"), machine.cuda_sm())
-
-
-FITNESS: dict[str, Callable[[Mapping[str, Any]], str]] = {
-    "cpu": _cpu_problem,
-    "rtx": _rtx_problem,
-    "cuda": _cuda_problem,
-    "trt": _trt_problem,
-    PORTABLE: _portable_problem,
-}

@@ -14,6 +14,7 @@ from export.documents import Rules, read_json
 from export.errors import ContractError
 from export.names import distinct, inside, is_hub_link
 from pipeline import machine
+from pipeline.backends import tool_versions
 from pipeline.backends.base import BuildResult
 from pipeline.bundle.stages import StageTime
 from pipeline.files import BUNDLE_FILE, sha256, tree, write_json
@@ -43,7 +44,7 @@ def compose(facts: BuildFacts, folder: Path) -> dict[str, Any]:
     return {
         "schema_version": SCHEMA_VERSION,
         "engine": facts.recipe.name,
-        "recipe": asdict(facts.recipe),
+        "recipe": facts.recipe.document(),
         "model": dict(facts.model),
         "layers": [_layer_row(layer) for layer in facts.layers],
         "kept": [{"name": name, "reason": reason} for name, reason in facts.kept],
@@ -51,7 +52,7 @@ def compose(facts: BuildFacts, folder: Path) -> dict[str, Any]:
         "bytes": _sizes(facts.layers, files),
         "targets": {name: _target_row(result) for name, result in facts.results.items()},
         "files": files,
-        "tools": machine.tool_versions(),
+        "tools": tool_versions(),
         "code": machine.code_version(),
         "machine": machine.facts(),
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -79,17 +80,17 @@ def _layer_row(layer: QuantizedLinear) -> dict[str, Any]:
 
 def input_facts(layer: QuantizedLinear) -> dict[str, Any]:
     """How a layer's input is scaled, and what stands before and beside its GEMM; keys that say nothing are left out."""
-    found: dict[str, Any] = {"activation_scaling": layer.activation_scaling}
+    row: dict[str, Any] = {"activation_scaling": layer.activation_scaling}
     if layer.activation_group:
-        found["activation_group"] = layer.activation_group
+        row["activation_group"] = layer.activation_group
     for key in ("activation_scale", "activation_zero"):
         if getattr(layer, key) is not None:
-            found[key] = float(getattr(layer, key)[0])
+            row[key] = float(getattr(layer, key)[0])
     if balance := [key for key in ("input_multiplier", "input_offset") if getattr(layer, key) is not None]:
-        found["balance"] = balance
+        row["balance"] = balance
     if layer.lora_down is not None:
-        found["low_rank"] = {"branches": layer.lora_down.shape[0], "rank": layer.lora_down.shape[1]}
-    return found
+        row["low_rank"] = {"branches": layer.lora_down.shape[0], "rank": layer.lora_down.shape[1]}
+    return row
 
 
 def _counts(facts: BuildFacts) -> dict[str, Any]:

@@ -60,8 +60,8 @@ def read_verified(folder: Path, name: str, row: Row, output: Any) -> None:
             digest.update(chunk)
             output.write(chunk)
     if left:
-        found = "more" if left < 0 else row["size"] - left
-        raise ContractError(f"{path} has {found} bytes, the manifest says {row['size']}; {REMEDY}")
+        read = "more" if left < 0 else row["size"] - left
+        raise ContractError(f"{path} has {read} bytes, the manifest says {row['size']}; {REMEDY}")
     if digest.hexdigest() != row["sha256"]:
         raise ContractError(f"{path} differs from the manifest (sha256); {REMEDY}")
 

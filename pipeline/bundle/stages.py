@@ -117,10 +117,12 @@ class WorkFolder:
 
     def _key_matches(self) -> bool:
         path = self.path / "key.json"
-        found = read_or_none(path, KeyFile)
-        if found and found["key"] != self.key:
+        interrupted = read_or_none(path, KeyFile)
+        if interrupted is None:
+            return False
+        if interrupted["key"] != self.key:
             logger.warning("recipe, model, tools or code changed since the interrupted build; starting again")
-        return found is not None and found["key"] == self.key
+        return interrupted["key"] == self.key
 
     def run(
         self, name: str, outputs: tuple[str, ...], work: Callable[[], T], reload: Callable[[], T], depends: Any = None

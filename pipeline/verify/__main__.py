@@ -13,8 +13,9 @@ from export.models.config import FILE as CONFIG
 from export.models.config import read_config
 from pipeline import machine
 from pipeline import recipe as recipes
-from pipeline.backends import metadata_file, opened
+from pipeline.backends import BACKENDS, opened
 from pipeline.backends.base import LoweredGraph
+from pipeline.backends.metadata_file import LoweredHashes
 from pipeline.bundle.bundle import GENERATION_FILES, Bundle, load_bundle
 from pipeline.bundle.manifest import FILE_NAME
 from pipeline.bundle.stages import timed
@@ -29,10 +30,6 @@ if TYPE_CHECKING:
     from export.models.load import LoadedModel
 
 RECIPE = "recipe.toml"
-# Targets whose build takes a moment and gives equal bytes, so that it is repeated (of the portable model no byte is
-# made, it is looked at as it lies in the bundle). The others, which run a vendor's compiler, are compared by the graph
-# that it was given.
-REBUILT = ("cpu", "onnx")
 
 
 def make_parser() -> Parser:
@@ -103,21 +100,20 @@ def lower_again(bundle: Bundle, folder: Path) -> dict[str, LoweredGraph]:
     Raises ContractError where they are not: then the engine does not belong to the portable model, or to this code.
     """
     from export.onnx_files import reading
-    from pipeline.backends import BACKENDS
 
     lowered = {}
     for target in bundle.targets:
+        backend = BACKENDS[target]
         scratch, out = folder / "lowered" / target, folder / "built" / target
         scratch.mkdir(parents=True)
         with reading(bundle.path / "model.onnx"):
-            lowered[target] = BACKENDS[target].lower(bundle.path / "model.onnx", scratch, bundle.recipe)
-        if target in REBUILT:
+            lowered[target] = backend.lower(bundle.path / "model.onnx", scratch, bundle.recipe)
+        if backend.repeatable:
             out.mkdir(parents=True)
-            BACKENDS[target].build(lowered[target], out, bundle.recipe)
+            backend.build(lowered[target], out, bundle.recipe)
             compare(out, target, {name: row["sha256"] for name, row in bundle.manifest["files"].items()})
         else:
-            metadata = bundle.manifest["targets"][target]["metadata"]
-            hashes = metadata_file.lowered_hashes(target, metadata, bundle.path / FILE_NAME)
+            hashes = backend.metadata(bundle.manifest, bundle.path / FILE_NAME, LoweredHashes)
             source = {"model.onnx": hashes["onnx_sha256"], "model.onnx.data": hashes["onnx_data_sha256"]}
             compare(scratch, target, {f"{target}/{name}": digest for name, digest in source.items()})
     return lowered

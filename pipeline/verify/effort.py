@@ -1,4 +1,4 @@
-"""How much of a target is run in a verification: all that there is, but less of the portable model, which is slow.
+"""How much of a target is run in a verification: all that there is, but less of a slow one, the portable model.
 
 It decodes its weights in function bodies and multiplies in float32. On a small model a call takes several times as long
 as the `cpu` engine's; on a large one, whose weights stay packed and are decoded in every call, about 45 processor
@@ -12,10 +12,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from pipeline.backends import PORTABLE
+from pipeline.backends import BACKENDS
 from pipeline.verify import calls
 
-# Of the portable model of a small model: pictures of its own trajectory, and every how many steps are compared.
+# Of a slow target of a small model: pictures of its own trajectory, and every how many steps are compared.
 PICTURES, EVERY = 1, 3
 BATCHES = tuple(size for size, _ in calls.BATCHES)
 # Batches of the special calls whose inner tensors are looked at: samples of every pool. Those of 2 are among those of
@@ -54,7 +54,7 @@ def effort_for(
     Effort(steps=(7,), probed=(7,), pictures=0, special=(1, 3), inside=(), state=False)
     """
     last = probed[-1:]
-    if target != PORTABLE:
+    if not BACKENDS[target].slow:
         if not large:
             return Effort(tuple(range(n_steps)), probed, pictures)
         special = BATCHES if runs else STOOD_IN
@@ -72,7 +72,7 @@ def note(target: str, effort: Effort, n_steps: int, probed: tuple[int, ...], pic
     looked = f"linears in {len(effort.probed)} of {len(probed)} steps"
     alone = _calls([size for size in effort.special if size not in effort.inside], "compared by their outputs alone")
     not_made = _calls([size for size in BATCHES if size not in effort.special], "not made")
-    if target != PORTABLE:
+    if not BACKENDS[target].slow:
         return f"{target}: large model, {looked}{alone}{not_made}"
     drawn = f"{effort.pictures} of {pictures} pictures" if effort.pictures else "no picture"
     kept = "" if effort.state else "; nor are those that show what is kept between calls"

@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.backends.cuda.overflow import Overflow
 from pipeline.distance import psnr_db
 from pipeline.recipe import Recipe
 from pipeline.verify.call_patterns import (
@@ -332,8 +331,9 @@ def repeats_gate(target: str, state: StateResult) -> Gate:
     return Gate(f"{target}/repeats", state.unequal, 0, "numbers", why)
 
 
-def fp16_gate(target: str, where: tuple[str, Overflow] | None) -> Gate:
-    """An engine with FP16 between its steps; `where`: the call and the first number that is too large for it."""
+def fp16_gate(target: str, where: tuple[str, object] | None) -> Gate:
+    """An engine with FP16 between its steps; `where`: the call and the first number that is too
+    large for it, in words."""
     why = "numbers between the engine's steps stay within FP16; found on the CPU, in calls whose inside is looked at"
     why += f"; in {where[0]}: {where[1]}" if where else ""
     return Gate(f"{target}/fp16_range", int(where is not None), 0, "steps", why)

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from numpy.typing import NDArray
 
 from pipeline import machine
+from pipeline.backends import tool_versions
 from pipeline.recipe import Recipe, to_toml
 from pipeline.verify.pictures import Column, file_names, gallery
 from pipeline.verify.plots import Series, line_plot
@@ -97,7 +98,7 @@ def _facts(model: LoadedModel, recipe: Recipe, found: Study) -> dict[str, Facts]
             "memory": f"{here['memory_bytes'] / 2**30:.0f} GiB",
             "instructions": ", ".join(here["cpu_flags"]),
         },
-        "Versions": machine.tool_versions(),
+        "Versions": tool_versions(),
     }
 
 

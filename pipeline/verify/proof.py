@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -17,9 +17,8 @@ import numpy as np
 
 from export.checkpoint import QuantizedLinear
 from pipeline import machine
-from pipeline.backends import PORTABLE
-from pipeline.backends.base import Arrays, Engine, LoweredGraph
-from pipeline.backends.cuda.overflow import find_overflow
+from pipeline.backends import BACKENDS
+from pipeline.backends.base import Arithmetic, Arrays, Engine, LoweredGraph
 from pipeline.backends.feeds import TooLargeError
 from pipeline.generate.case import Case, Run, is_large
 from pipeline.generate.sampling import take_samples
@@ -47,6 +46,7 @@ from pipeline.verify.gates import (
 )
 from pipeline.verify.oracle import ActivationOracle, LinearCheck, LinearProbe, activation_oracle, check_linear
 from pipeline.verify.probe import Beside, ProbedGraph
+from pipeline.verify.reference_hooks import ARITHMETICS
 from pipeline.verify.report import Gate, LayerResult, Report, write_layers_csv
 from pipeline.verify.segments import SegmentCheck
 from pipeline.verify.study import Realisations, Study, layer_input_db, study
@@ -55,17 +55,8 @@ if TYPE_CHECKING:
     from export.models.load import LoadedModel
 
 logger = logging.getLogger(__name__)
-# What a report says of a target that computes in another arithmetic than float32.
-ROUNDED = "the limits come from runs of the reference that round so too"
-ARITHMETIC_NOTES = {
-    "fp16": f"attention in FP16; {ROUNDED}",
-    "fp16 tokens": f"tensors of tokens in FP16; {ROUNDED}; layers are proven in float32",
-}
 # Targets of a large model that are judged at the same time: each takes some 2 GB besides the models.
 LARGE_AT_ONCE = 2
-PROVEN_NOT_RUN = "numerically proven through onnxruntime; engine built, not run"
-# Of an engine whose linears are plugins: the graph that is proven has their meaning, not their code.
-PLUGINS_APART = "; kernels in its plugins are proven by the tests in Triton's interpreter, not here"
 
 
 def verify(
@@ -86,9 +77,10 @@ def verify(
     """
     from pipeline.verify.page import write_page
 
-    arithmetics = {target: arithmetic_of(target, recipe, target in engines) for target in lowered}
+    arithmetics = {target: BACKENDS[target].arithmetic(recipe, target in engines) for target in lowered}
+    of_graphs = {ARITHMETICS[arithmetic].of_graph for arithmetic in arithmetics.values()}
     threads = machine.threads(threads)
-    found = study(model, layers, recipe, _studied(arithmetics.values()), threads)
+    found = study(model, layers, recipe, {*arithmetics.values(), *of_graphs}, threads)
     at_once = min(threads, len(lowered), LARGE_AT_ONCE if is_large(model) else threads)
     report = Report(gates=quantization_gates(found, recipe))
 
@@ -107,13 +99,13 @@ def verify(
             probed=probed,
             threads=threads // at_once,
         )
-        if target == "cuda" and recipe.cuda.activations == "fp16":
-            overflow = find_overflow(lowered[target].path, overflow_calls(found, is_large(model)))
-            part.gates.append(fp16_gate(target, overflow))
+        find_overflow = BACKENDS[target].overflow(lowered[target], recipe)
+        if find_overflow is not None:
+            part.gates.append(fp16_gate(target, find_overflow(overflow_calls(found, is_large(model)))))
         return part, images
 
     # The slowest first, so that no thread is left with it at the end.
-    order = sorted(lowered, key=lambda target: target != PORTABLE)
+    order = sorted(lowered, key=lambda target: -BACKENDS[target].speed_rank)
     results = dict(zip(order, side_by_side([partial(one, target) for target in order], at_once), strict=True))
     pictures = {target: results[target][1] for target in lowered}
     for target in lowered:
@@ -135,19 +127,20 @@ def verify_target(
     engine: Engine | None,
     found: Study,
     report: Report,
-    arithmetic: str = "fp32",
+    arithmetic: Arithmetic = "fp32",
     effort: Effort | None = None,
     probed: ProbedGraph | None = None,
     threads: int = 1,
 ) -> Any:
     """Append one target's gates and rows to `report`; returns the engine's pictures.
 
-    arithmetic: of the engine, see `study`. That of the lowered graph, in which layers are looked at, is the same but
-    for "fp16 tokens", whose graph is float32. effort: what is run; None: all that `effort_for` asks for. probed:
-    `graph` where it is open already. threads: with two or more a linear and the stretch before it are judged together.
+    arithmetic: of the engine, see `ARITHMETICS`, which has that of the lowered graph, in which layers are looked at, as
+    well. effort: what is run; None: all that `effort_for` asks for. probed:
+    `graph` where it is open already. threads: with two or more a linear and the stretch before it are judged
+    together.
     """
     probed, single = probed or ProbedGraph(graph), found.float32[arithmetic]
-    of_graph_name = "fp32" if arithmetic == "fp16 tokens" else arithmetic
+    of_graph_name = ARITHMETICS[arithmetic].of_graph
     of_graph = found.float32[of_graph_name]
     expected = {ref.name: ref.module for ref in model.linears()}
     present = [layer for layer in layers if layer.name in probed.complete and layer.name in expected]
@@ -175,8 +168,7 @@ def verify_target(
     report.gates.append(quantizers_gate(target, extreme_results(probed, present, read, inputs), text))
     run = engine.run if engine else probed.denoiser()
     if engine is None:
-        apart = PLUGINS_APART if any(choice.path.startswith("plugin") for choice in graph.choices) else ""
-        report.notes.append(f"{target}: {PROVEN_NOT_RUN}{apart}")
+        report.notes.append(f"{target}: {BACKENDS[target].not_run_note(graph)}")
     errors = found.errors(run, effort.steps, f"verify {target}: steps")
     report.steps += step_results(target, errors, found, single, effort.steps)
     special = [call for call in found.special_calls if len(call.rows) in effort.special]
@@ -193,8 +185,8 @@ def verify_target(
     report.gates += end_gates(target, errors, image, found, single)
     report.notes += notes_on_layers(target, results)
     report.notes += filter(None, [note(target, effort, *whole)])
-    if arithmetic in ARITHMETIC_NOTES:
-        report.notes.append(f"{target}: {ARITHMETIC_NOTES[arithmetic]}")
+    if ARITHMETICS[arithmetic].note:
+        report.notes.append(f"{target}: {ARITHMETICS[arithmetic].note}")
     return image
 
 
@@ -233,20 +225,6 @@ def drawn(run: Run, case: Case) -> Any:
     except TooLargeError as error:
         logger.warning("the pictures diverge: %s", error)
         return np.full_like(case.noise, np.nan)
-
-
-def arithmetic_of(target: str, recipe: Recipe, runs: bool) -> str:
-    """What a target computes the unquantized parts in: its engine if it `runs` here, else its lowered graph."""
-    if target in ("rtx", "trt"):
-        return str(getattr(recipe, target).attention)
-    halved = target == "cuda" and runs and recipe.cuda.activations == "fp16"
-    return "fp16 tokens" if halved else "fp32"
-
-
-def _studied(arithmetics: Iterable[str]) -> set[str]:
-    """Arithmetics of engines, and of lowered graphs where that is another one."""
-    found = set(arithmetics)
-    return found | {"fp32"} if "fp16 tokens" in found else found
 
 
 # --- layers ---------------------------------------------------------------------------------------------------------

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from pipeline.backends.base import Arithmetic
 from pipeline.backends.tensorrt.half import LARGE_ELEMENTS
 from pipeline.distance import ratio_db
 from pipeline.verify.noise import Noise
@@ -118,8 +119,8 @@ def half_tokens(module: Any) -> Iterator[None]:
         inside = False
 
         def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-            found = func(*args, **(kwargs or {}))
-            return found if self.inside else _rounded(found)
+            result = func(*args, **(kwargs or {}))
+            return result if self.inside else _rounded(result)
 
     mode = HalfTokens()
 
@@ -153,9 +154,24 @@ def _rounded(value: Any) -> Any:
     return value.half().float() if tokens else value
 
 
-# Arithmetic of a target -> context in which the reference's module computes so.
-ARITHMETICS: dict[str, Callable[[Any], Any]] = {
-    "fp32": nullcontext,
-    "fp16": half_parts,
-    "fp16 tokens": half_tokens,
+@dataclass(frozen=True)
+class ArithmeticRow:
+    """What an engine may compute in beside its quantized linears.
+
+    context: in which the reference's module computes so. of_graph: the arithmetic of such an engine's lowered graph.
+    note: what a report says of such a target.
+    """
+
+    context: Callable[[Any], AbstractContextManager[Any]]
+    of_graph: Arithmetic
+    note: str | None = None
+
+
+_ROUNDED = "the limits come from runs of the reference that round so too"
+ARITHMETICS: dict[Arithmetic, ArithmeticRow] = {
+    "fp32": ArithmeticRow(nullcontext, "fp32"),
+    "fp16": ArithmeticRow(half_parts, "fp16", f"attention in FP16; {_ROUNDED}"),
+    "fp16 tokens": ArithmeticRow(
+        half_tokens, "fp32", f"tensors of tokens in FP16; {_ROUNDED}; layers are proven in float32"
+    ),
 }

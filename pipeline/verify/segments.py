@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from export.errors import ContractError
-from pipeline.backends.base import Arrays
+from pipeline.backends.base import Arithmetic, Arrays
 from pipeline.verify.noise import Noise
 from pipeline.verify.oracle import HALF_ROUNDING, ROUNDING, LinearProbe
 from pipeline.verify.reference_hooks import ARITHMETICS
@@ -102,17 +102,17 @@ class SegmentReference:
             self._order = tuple(visited)
         return self._order
 
-    def walks(self, inputs: Arrays, arithmetic: str) -> list[Walk]:
+    def walks(self, inputs: Arrays, arithmetic: Arithmetic) -> list[Walk]:
         """One exact pass and REALISATIONS in `arithmetic` with jitter."""
         exact, single = (tensors_of(inputs, dtype) for dtype in self._types)
         module = self._single[arithmetic]
         jittered = [Walk(module, single, self._context(arithmetic, seed)) for seed in range(REALISATIONS)]
         return [Walk(self._exact, exact, nullcontext), *jittered]
 
-    def _context(self, arithmetic: str, seed: int) -> Callable[[], AbstractContextManager[Any]]:
+    def _context(self, arithmetic: Arithmetic, seed: int) -> Callable[[], AbstractContextManager[Any]]:
         @contextmanager
         def entered() -> Iterator[None]:
-            with ARITHMETICS[arithmetic](self._single[arithmetic]), operations_jittered(seed, JITTER_ULPS):
+            with ARITHMETICS[arithmetic].context(self._single[arithmetic]), operations_jittered(seed, JITTER_ULPS):
                 yield
 
         return entered
@@ -124,7 +124,9 @@ class SegmentCheck:
     Told of every quantized linear in `SegmentReference.order`, then of the outputs; a context manager.
     """
 
-    def __init__(self, target: str, reference: SegmentReference, calls: Mapping[str, Arrays], arithmetic: str) -> None:
+    def __init__(
+        self, target: str, reference: SegmentReference, calls: Mapping[str, Arrays], arithmetic: Arithmetic
+    ) -> None:
         self._target, self._halved = target, arithmetic != "fp32"
         self._walks = {text: reference.walks(inputs, arithmetic) for text, inputs in calls.items()}
         self._stops: dict[str, list[Stop]] = {}

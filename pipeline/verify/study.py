@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from export.checkpoint import QuantizedLinear
 from pipeline import machine
-from pipeline.backends.base import Arrays
+from pipeline.backends.base import Arithmetic, Arrays
 from pipeline.distance import sqnr_db
 from pipeline.generate.case import Case, Run, is_large, make_case
 from pipeline.progress import track
@@ -96,7 +96,7 @@ class Study:
     exact: list[NDArray[Any]] = field(default_factory=list)
     plain: list[NDArray[Any]] = field(default_factory=list)
     images: dict[str, NDArray[Any]] = field(default_factory=dict)
-    float32: dict[str, Realisations] = field(default_factory=dict)
+    float32: dict[Arithmetic, Realisations] = field(default_factory=dict)
     probed: tuple[int, ...] = ()
     layer_inputs: dict[str, list[NDArray[np.float32]]] = field(default_factory=dict)
     pools: dict[str, Arrays] = field(default_factory=dict)
@@ -161,7 +161,7 @@ def study(
     model: LoadedModel,
     layers: Sequence[QuantizedLinear],
     recipe: Recipe,
-    arithmetics: Collection[str] = ("fp32",),
+    arithmetics: Collection[Arithmetic] = frozenset({"fp32"}),
     threads: int | None = None,
 ) -> Study:
     """Run the float64 reference, then float32 realisations and the float model side by side, of a large model
@@ -185,9 +185,9 @@ def study(
     found.probed = tuple(sorted({0, found.case.n_steps - 1}))
     _run_exact(found, engine(fake_quant(model, layers, torch.float64), torch.float64))
 
-    def realise(arithmetic: str) -> None:
+    def realise(arithmetic: Arithmetic) -> None:
         single = engine(fake_quant(model, layers, torch.float32), torch.float32)
-        with ARITHMETICS[arithmetic](single.module):
+        with ARITHMETICS[arithmetic].context(single.module):
             found.float32[arithmetic] = _realisations(
                 found, single, 1 if is_large(model) else REALISATIONS, f"verify: steps in {arithmetic}"
             )

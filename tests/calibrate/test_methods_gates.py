@@ -16,6 +16,7 @@ from pipeline.backends import BACKENDS
 from pipeline.backends.base import Engine, LoweredGraph
 from pipeline.calibrate import calibrate
 from pipeline.methods import METHODS
+from pipeline.recipe import Recipe
 from pipeline.verify.proof import verify_target
 from pipeline.verify.report import Report
 from pipeline.verify.study import study
@@ -103,4 +104,4 @@ def test_every_method_passes_the_gates(case: str, model: Any, tmp_path: Path) ->
 def portable(folder: Path) -> tuple[LoweredGraph, Engine]:
     """The portable model of a folder as a target: its graph and its engine."""
     backend = BACKENDS["onnx"]
-    return backend.lower(folder / "model.onnx", folder / "work", None), backend.load(folder)
+    return backend.lower(folder / "model.onnx", folder / "work", Recipe("test", "none")), backend.load(folder)

@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import sys
-from dataclasses import replace
 
 import pytest
 
 from export.errors import EnvironmentLacksError
 from pipeline import __main__ as cli
-from pipeline import compiler
 from pipeline import recipe as recipes
-from pipeline.backends.cpu import backend as cpu
-from pipeline.backends.tensorrt import build as rtx_build
+from pipeline.backends import BACKENDS
+from pipeline.backends.cpu import CpuOptions
 from pipeline.build import make_parser, make_request
 from pipeline.command import Answer
 from pipeline.compiler import BuildRequest, fitting_targets, refuse_early
+from plugins.cpu import library
 
 ALL = ("cpu", "rtx", "cuda")
 
@@ -23,8 +22,9 @@ ALL = ("cpu", "rtx", "cuda")
 @pytest.fixture(autouse=True)
 def installed(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every package and a GPU are here, so that only recipes decide."""
-    monkeypatch.setattr(compiler, "_built_by_auto", lambda target, module: True)
-    monkeypatch.setattr(rtx_build, "package_problems", lambda: [])
+    for name in ALL:
+        monkeypatch.setattr(BACKENDS[name], "in_auto", lambda: True)
+        monkeypatch.setattr(BACKENDS[name], "package_problems", lambda: [])
 
 
 def request(*flags: str) -> BuildRequest:
@@ -74,12 +74,12 @@ def test_what_was_asked_for_is_refused_by_name(flags: tuple[str, ...], words: st
 
 
 def test_if_nothing_is_left_every_reason_is_given(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cpu.library, "problems", lambda: ["cpu.path=native needs a C compiler"])
+    monkeypatch.setattr(library, "problems", lambda: ["cpu.path=native needs a C compiler"])
     recipe = recipes.with_settings(recipes.load("dit_w4a8"), ["method=qdit", "cpu.path=native"])
     words = r"no target can be built .*; cpu: cpu.path=native needs a C compiler; rtx: .* has no scale per token"
     with pytest.raises(EnvironmentLacksError, match=words):
         fitting_targets(("cpu", "rtx"), recipe)
-    assert fitting_targets(("cpu", "rtx"), replace(recipe, cpu=recipes.Cpu())) == ("cpu",)
+    assert fitting_targets(("cpu", "rtx"), recipe.with_options(CpuOptions())) == ("cpu",)
 
 
 def test_a_method_that_one_target_lacks_builds_with_the_default_target(capsys: pytest.CaptureFixture[str]) -> None:

@@ -11,7 +11,7 @@ import pytest
 from export.models import load as models
 from export.to_onnx import export_float
 from pipeline import machine, recipe
-from pipeline.backends import BACKENDS
+from pipeline.backends.cpu.engine import provided
 from pipeline.bench import baselines as bench_baselines
 from pipeline.bench import measure as bench
 from pipeline.passes.probes import WIDE_SUM
@@ -65,7 +65,7 @@ def test_baselines_compute_the_same_picture(model: models.LoadedModel, tmp_path:
     assert error["onnxruntime_fp32"] < 2.0**-24 * 60 * 16
     # about 60 operations in a row with 8 significant bits, errors adding like a random walk: 2^-8 * sqrt(60)
     assert error["torch_bf16"] < 2.0**-8 * 60**0.5
-    if WIDE_SUM not in BACKENDS["cpu"].capabilities.ops:
+    if WIDE_SUM not in provided(machine.cpu_flags()):
         pytest.skip("dynamic INT8 saturates on this CPU, whose byte products are summed in 16 bits")
     # INT8 per tensor keeps 7 bits of the largest element; rows a quarter as large keep 5
     assert error["onnxruntime_int8"] < 2.0**-5 * 60**0.5

@@ -16,6 +16,7 @@ from export.errors import ContractError, EnvironmentLacksError, ParityError, Rec
 from pipeline import __main__ as cli
 from pipeline import progress
 from pipeline import recipe as recipes
+from pipeline.backends.rtx import RtxOptions
 from pipeline.build import make_parser, resolve
 from pipeline.command import AnswerError, Parser, judge, kebab, parser, run
 from pipeline.compiler import BuildRequest, drop_other_targets
@@ -146,7 +147,8 @@ def test_flags_reach_the_recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     recipe = resolve(make_parser().parse_args(FLAGS + extra))
     sampling = recipe.sampling
     assert (sampling.n_steps, sampling.seed, sampling.batch_size, sampling.height, sampling.width) == (5, 3, 2, 64, 32)
-    assert (recipe.weights.group_size, recipe.rtx.weights, recipe.rtx.sm) == (32, "int4", (86, 89))
+    rtx = recipe.options(RtxOptions)
+    assert (recipe.weights.group_size, rtx.weights, rtx.sm) == (32, "int4", (86, 89))
     assert (recipe.calibrate.size, recipe.calibrate.seed) == (9, 3) and recipe.model == str(tmp_path / "model")
     (tmp_path / "again.toml").write_text(recipes.to_toml(recipe))
     assert recipes.load("again.toml") == recipe

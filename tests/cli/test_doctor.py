@@ -7,8 +7,20 @@ from typing import Any
 
 import pytest
 
-from pipeline import doctor
+from pipeline import doctor, machine
+from pipeline.backends import BACKENDS, cuda
+from pipeline.backends.base import Check
 from pipeline.backends.trt import engine as trt_run
+from plugins.gpu import compiled
+from plugins.tensorrt.aot import plugin_name
+from plugins.tensorrt.plugins import EXAMPLES
+
+
+def check(target: str, name: str) -> Check:
+    """The row `name` of what the target says of this machine."""
+    (row,) = (row for row in BACKENDS[target].checks() if row.name == name)
+    return row
+
 
 INSTALLED = {"triton": "3.9.0", "tensorrt": "11.1.0.106", "torch": "2.13.0"}
 
@@ -17,17 +29,18 @@ INSTALLED = {"triton": "3.9.0", "tensorrt": "11.1.0.106", "torch": "2.13.0"}
 def tools(monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
     """Releases by package: absent ones are not installed. A GPU of SM 90, and assemblers, are there."""
     found = dict(INSTALLED)
-    monkeypatch.setattr(doctor, "find_spec", lambda name: object() if name in found else None)
-    monkeypatch.setattr(doctor.machine, "tool_version", lambda name: found.get(name, ""))
-    monkeypatch.setattr(doctor.compiled.importlib.metadata, "version", found.__getitem__)
-    monkeypatch.setattr(doctor.compiled.os, "access", lambda path, mode: True)
-    monkeypatch.setattr(doctor, "cuda_sm", lambda: 90)
-    monkeypatch.setattr(doctor, "torch_cuda", lambda: "13.0")
+    monkeypatch.setattr(cuda, "find_spec", lambda name: object() if name in found else None)
+    monkeypatch.setattr(machine, "tool_version", lambda name: found.get(name, ""))
+    monkeypatch.setattr(compiled.importlib.metadata, "version", found.__getitem__)
+    monkeypatch.setattr(compiled.os, "access", lambda path, mode: True)
+    monkeypatch.setattr(machine, "cuda_sm", lambda: 90)
+    monkeypatch.setattr(cuda, "torch_cuda", lambda: "13.0")
     return found
 
 
 def test_triton_of_a_release_that_is_new_enough(tools: dict[str, str]) -> None:
-    assert doctor.triton_check() == doctor.Check("triton", True, "3.9.0", False, doctor.triton_check().remedy)
+    found = check("cuda", "triton")
+    assert found == Check("triton", True, "3.9.0", False, found.remedy)
 
 
 @pytest.mark.parametrize(
@@ -37,26 +50,26 @@ def test_old_or_absent_triton_is_told(version: str, words: str, tools: dict[str,
     tools["triton"] = version
     if not version:
         del tools["triton"]
-    found = doctor.triton_check()
+    found = check("cuda", "triton")
     assert not found.ok and not found.needed and found.found == (version or "not installed") and words in found.remedy
 
 
 def test_the_target_cuda_is_one_row(tools: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
-    found = doctor.cuda_check()
+    found = check("cuda", "cuda")
     assert found.ok and found.found == "SM 90, CUDA of torch 13.0, triton 3.9.0"
-    monkeypatch.setattr(doctor, "torch_cuda", lambda: "")
+    monkeypatch.setattr(cuda, "torch_cuda", lambda: "")
     tools["triton"] = "3.5.0"
-    found = doctor.cuda_check()
+    found = check("cuda", "cuda")
     assert not found.ok and not found.needed and found.found == "SM 90, CUDA of torch none, triton 3.5.0"
     assert "built without CUDA" in found.remedy and "needs triton 3.6 or newer, this is 3.5.0" in found.remedy
-    monkeypatch.setattr(doctor, "cuda_sm", lambda: 0)
-    assert "needs an NVIDIA GPU" in doctor.cuda_check().remedy
-    assert doctor.cuda_check in doctor.CHECKS
+    monkeypatch.setattr(machine, "cuda_sm", lambda: 0)
+    assert "needs an NVIDIA GPU" in check("cuda", "cuda").remedy
+    assert check("cuda", "cuda") in doctor.target_checks()
 
 
 def test_the_cuda_of_torch_is_read_without_importing_it() -> None:
     torch = pytest.importorskip("torch", reason="torch is not installed")
-    assert doctor.torch_cuda() == (torch.version.cuda or "")
+    assert cuda.torch_cuda() == (torch.version.cuda or "")
 
 
 def registry(found: tuple[str, ...]) -> Any:
@@ -67,7 +80,7 @@ def registry(found: tuple[str, ...]) -> Any:
 
 @pytest.fixture
 def wanted(tools: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> tuple[str, ...]:
-    names = tuple(map(doctor.plugin_name, doctor.EXAMPLES))
+    names = tuple(map(plugin_name, EXAMPLES))
     monkeypatch.setattr(trt_run.plugins, "register", lambda module: names)
     monkeypatch.setattr(trt_run, "environment_problems", lambda sm: [])
     return names
@@ -77,10 +90,10 @@ def test_plugins_of_trt_are_those_that_the_registry_finds(
     wanted: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(trt_run, "import_module", lambda name: registry(wanted))
-    found = doctor.tensorrt_check()
+    found = check("trt", "tensorrt")
     assert found.ok and "11.1.0.106; registered in namespace fpq, version 1: Quantize GeluQuantize" in found.found
     monkeypatch.setattr(trt_run, "import_module", lambda name: registry(wanted[1:]))
-    found = doctor.tensorrt_check()
+    found = check("trt", "tensorrt")
     assert not found.ok and "version 1: GeluQuantize" in found.found and "missing: Quantize" in found.remedy
 
 
@@ -91,11 +104,11 @@ def test_without_tensorrt_the_plugins_are_those_of_the_table(
         raise ImportError("libnvinfer.so.11 is missing")
 
     monkeypatch.setattr(trt_run.plugins, "register", absent)
-    found = doctor.tensorrt_check()
+    found = check("trt", "tensorrt")
     assert not found.ok and "would register in namespace fpq, version 1: Quantize" in found.found
     assert "tensorrt does not load: libnvinfer.so.11 is missing" in found.remedy
     monkeypatch.setattr(trt_run, "environment_problems", lambda sm: ["target trt needs tensorrt"])
-    found = doctor.tensorrt_check()
+    found = check("trt", "tensorrt")
     assert found.remedy == "only needed for the target trt; target trt needs tensorrt" and found.found.endswith(
         "not run"
     )

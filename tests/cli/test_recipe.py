@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, fields, is_dataclass
+from dataclasses import fields, is_dataclass
 
 import pytest
 
@@ -57,20 +57,25 @@ ONLY_ONE = {"calibrate.method", "calibrate.options"}  # keys whose other legal v
 WRONG_TYPES = (True, [1, "a"], {"x": 1}, 1.5, 7, "text")
 
 
+def parts(part):
+    """Fields by name, the tables of the targets among a recipe's."""
+    values = {row.name: getattr(part, row.name) for row in fields(part)}
+    return values | values.pop("targets", {})
+
+
 def keys(part, prefix=""):
-    for row in fields(part):
-        value = getattr(part, row.name)
-        yield from keys(value, f"{prefix}{row.name}.") if is_dataclass(value) else [prefix + row.name]
+    for name, value in parts(part).items():
+        yield from keys(value, f"{prefix}{name}.") if is_dataclass(value) else [prefix + name]
 
 
 def look_up(recipe, key):
     for name in key.split("."):
-        recipe = getattr(recipe, name)
+        recipe = parts(recipe)[name]
     return recipe
 
 
 def document_with(key, value):
-    document = asdict(BASE)
+    document = BASE.document()
     *tables, last = key.split(".")
     table = document
     for name in tables:
@@ -162,7 +167,7 @@ def test_unknown_keys_are_refused_with_the_known_ones(key):
 
 @pytest.mark.parametrize("missing", ["name", "model"])
 def test_a_recipe_needs_a_name_and_a_model(missing):
-    document = {key: value for key, value in asdict(BASE).items() if key != missing}
+    document = {key: value for key, value in BASE.document().items() if key != missing}
     with pytest.raises(RecipeError, match=f"key {missing} is missing"):
         from_dict(document, "file")
 

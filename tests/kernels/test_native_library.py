@@ -3,6 +3,7 @@
 import json
 import re
 import sys
+from pathlib import Path
 
 import numpy as np
 import onnx_ir as ir
@@ -10,11 +11,9 @@ import pytest
 
 from export.errors import ContractError, EnvironmentLacksError, RecipeError
 from pipeline import machine
-from pipeline.backends.cpu import backend as cpu
-from pipeline.backends.cpu.backend import CpuBackend
-from pipeline.backends.cpu.engine import FILES, MODEL, open_session
-from pipeline.bundle.bundle import FITNESS
-from pipeline.recipe import Cpu, Recipe
+from pipeline.backends.cpu import CpuBackend, CpuOptions
+from pipeline.backends.cpu.engine import MODEL, CpuEngine, open_session
+from pipeline.recipe import Recipe
 from pipeline.verify.oracle import check_linear, quantize_oracle
 from pipeline.verify.probe import ProbedGraph
 from plugins.cpu import library, rounding_errors
@@ -22,7 +21,7 @@ from tests.support import native
 from tests.support.learned import with_scaling
 from tests.support.portable import activations, portable, random_linear
 
-RECIPE = Recipe(name="test", model="zoo:pixart_mini", cpu=Cpu(path="native"))
+RECIPE = Recipe(name="test", model="zoo:pixart_mini").with_options(CpuOptions(path="native"))
 CROSS = """
   k = fpq.QuantizedLinear <layer="a"> (text)
   h = fpq.QuantizedLinear <layer="b"> (hidden_states)
@@ -89,10 +88,10 @@ def test_sessions_may_come_and_go():
 
 
 def test_an_engine_gives_what_the_stock_engine_gives(source):
-    result, stock = built(source), built(source, "stock", None)
+    result, stock = built(source), built(source, "stock", RECIPE.with_options(CpuOptions("stock")))
     for made in (result, stock):
-        assert {file.split("/")[1] for file in made.files} == FILES  # data only
-    engines = [cpu.CpuEngine(source / name) for name in ("cpu", "stock")]
+        assert {file.split("/")[1] for file in made.files} == CpuBackend.file_names  # data only
+    engines = [CpuEngine(source / name) for name in ("cpu", "stock")]
     found, expected = (engine.run(feeds())["y"] for engine in engines)
     np.testing.assert_array_equal(found, expected)  # no norm, no GELU: the same roundings
     for engine in engines:
@@ -135,12 +134,16 @@ def test_it_is_loaded_only_where_it_runs(source, monkeypatch):
         CpuBackend().load(source)
 
 
+def problem_of(document):
+    return CpuBackend().fitness_problem(document, Path("manifest.json"))
+
+
 def test_a_bundle_says_what_it_needs(monkeypatch):
     tools = {"onnxruntime": machine.tool_version("onnxruntime")}
     document = {"tools": tools, "targets": {"cpu": {"metadata": {"requires": ["kernel_library_aa"]}}}}
-    assert f"version aa of the kernel library, this installation has {library.version()}" in FITNESS["cpu"](document)
+    assert f"version aa of the kernel library, this installation has {library.version()}" in problem_of(document)
     document["targets"]["cpu"]["metadata"] = {"requires": ["quantum_dots"]}
-    assert "CPUs with quantum_dots, which this one lacks" in FITNESS["cpu"](document)
+    assert "CPUs with quantum_dots, which this one lacks" in problem_of(document)
 
 
 def test_a_graph_with_native_ops_is_refused_without_the_library(source):
@@ -153,7 +156,7 @@ def test_a_missing_compiler_is_found_before_work_starts(monkeypatch):
     monkeypatch.setattr(library.shutil, "which", lambda name: None)
     (problem,) = CpuBackend().problems(RECIPE)
     assert "cc, gcc, clang" in problem and "apt install gcc" in problem and "cpu.path=stock" in problem
-    assert CpuBackend().problems(None) == []
+    assert CpuBackend().problems(Recipe(name="test", model="none")) == []
 
 
 def test_a_compiler_that_fails_says_why(monkeypatch):

@@ -19,10 +19,11 @@ from export.models.load import LoadedModel
 from pipeline import recipe as recipes
 from pipeline.backends import BACKENDS
 from pipeline.backends.base import Arrays, Engine, LoweredGraph
+from pipeline.backends.cpu import CpuOptions
 from pipeline.calibrate import calibrate
 from pipeline.generate import case as picture_case
 from pipeline.generate.case import Run
-from pipeline.recipe import Cpu, Recipe
+from pipeline.recipe import Recipe
 from pipeline.verify.effort import FEW_INSIDE, Effort
 from pipeline.verify.probe import ProbedGraph
 from pipeline.verify.proof import verify_target
@@ -73,7 +74,7 @@ class Subject:
         """Lower a portable model for a path of the CPU, "stock" or "native"."""
         folder = self.folder / (path if portable == self.portable else f"faulty-{path}")
         folder.mkdir(exist_ok=True)
-        return BACKENDS["cpu"].lower(portable, folder, replace(self.recipe, cpu=Cpu(path)))
+        return BACKENDS["cpu"].lower(portable, folder, self.recipe.with_options(CpuOptions(path)))
 
     @cached_property
     def engine(self) -> Engine:

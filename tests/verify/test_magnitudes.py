@@ -13,7 +13,7 @@ from export.errors import RecipeError
 from export.models import load as models
 from export.to_onnx import export_portable
 from pipeline import recipe as recipes
-from pipeline.backends.cpu.backend import CpuBackend
+from pipeline.backends.cpu import CpuBackend
 from pipeline.backends.cpu.engine import CpuEngine
 from pipeline.backends.feeds import LARGEST, LARGEST_OF
 from pipeline.distance import sqnr_db

@@ -18,8 +18,9 @@ from export.to_onnx import export_portable
 from pipeline import recipe as recipes
 from pipeline.backends import BACKENDS
 from pipeline.backends.base import LoweredGraph
+from pipeline.backends.cpu import CpuOptions
+from pipeline.backends.cuda import CudaOptions
 from pipeline.backends.cuda.engine import CudaEngine
-from pipeline.recipe import Cpu, Cuda
 from pipeline.verify.proof import verify_target
 from pipeline.verify.report import Report
 from pipeline.verify.study import study
@@ -91,7 +92,7 @@ def test_the_cpu_engine_passes_as_well(path: str, case: Case, tmp_path: Path) ->
     """Built, split by how often its parts run, loaded, and run on every step; with the native ops, too."""
     if case.target != "cpu":
         pytest.skip("one engine for the CPU")
-    recipe, bench = replace(case.bench.recipe, cpu=Cpu(path)), case.bench
+    recipe, bench = case.bench.recipe.with_options(CpuOptions(path)), case.bench
     backend = BACKENDS["cpu"]
     if problems := backend.problems(recipe):
         pytest.skip("; ".join(problems))
@@ -111,7 +112,7 @@ def test_the_cuda_engine_passes_as_well(case: Case, tmp_path: Path) -> None:
     if case.target != "cuda":
         pytest.skip("one engine for GPUs")
     bench, report = case.bench, Report()
-    recipe = replace(bench.recipe, cuda=Cuda(activations="fp32"))
+    recipe = bench.recipe.with_options(CudaOptions(activations="fp32"))
     BACKENDS["cuda"].build(case.graph, tmp_path, recipe)
     engine = CudaEngine(tmp_path, device="cpu")
     verify_target("cuda", bench.model, bench.layers, case.graph, engine, bench.found, report)
@@ -129,7 +130,7 @@ def test_nan_that_is_lost_fails_the_repeats(case: Case, tmp_path: Path) -> None:
     onnx.save(graph, bench.portable.with_name("forgets.onnx"))
     lowered = bench.lower("cuda", bench.portable.with_name("forgets.onnx"), tmp_path / "work")
     (tmp_path / "cuda").mkdir()
-    BACKENDS["cuda"].build(lowered, tmp_path / "cuda", replace(bench.recipe, cuda=Cuda(activations="fp32")))
+    BACKENDS["cuda"].build(lowered, tmp_path / "cuda", bench.recipe.with_options(CudaOptions(activations="fp32")))
     engine = CudaEngine(tmp_path / "cuda", device="cpu")
     verify_target("cuda", bench.model, bench.layers, lowered, engine, bench.found, report)
     assert {gate.name for gate in report.failures()} == {"cuda/repeats"}

@@ -1,1 +1,95 @@
-"""Target `cpu`: ONNX Runtime, with stock ops alone or with token chains of our own."""
+"""Target `cpu`: integer GEMMs in stock ONNX Runtime, weights expanded once into int8, optionally ops of our own."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+from export.errors import EnvironmentLacksError
+from pipeline import machine
+from pipeline.backends import lowering_file, metadata_file, stock_runtime
+from pipeline.backends.base import Backend, BuildResult, Check, Engine, LoweredGraph, Options
+
+if TYPE_CHECKING:
+    from pipeline.recipe import Recipe
+
+
+@dataclass(frozen=True)
+class CpuOptions(Options):
+    """path: "stock" is onnxruntime alone; "native" adds fused ops, compiled here."""
+
+    target: ClassVar[str] = "cpu"
+    path: Literal["stock", "native"] = "stock"
+
+
+class CpuBackend(Backend[CpuOptions]):
+    """Builds for the CPU it runs on."""
+
+    options_type = CpuOptions
+    package = stock_runtime.PACKAGE
+    speed_rank = 4
+    file_names = frozenset({"model.onnx", "condition.onnx", "model.onnx.data", metadata_file.NAME, lowering_file.NAME})
+    disk_bytes_per_parameter = 1.5  # INT8 weights
+    repeatable = True
+
+    def __init__(self, instruction_sets: tuple[str, ...] | None = None) -> None:
+        """instruction_sets: the CPU's, out of machine.CPU_FLAGS; None: those of this one."""
+        self.instruction_sets = machine.cpu_flags() if instruction_sets is None else instruction_sets
+
+    def in_auto(self) -> bool:
+        """Always: where its package is missing, a build says so by name."""
+        return True
+
+    def checks(self) -> list[Check]:
+        return [stock_runtime.check(), self._compiler_check(), self._processor_check()]
+
+    def _compiler_check(self) -> Check:
+        from plugins.cpu import library
+
+        try:
+            return Check("C compiler", True, library.compiler())
+        except EnvironmentLacksError as error:
+            return Check("C compiler", False, "none found", False, f"only needed for cpu.path=native; {error}")
+
+    def _processor_check(self) -> Check:
+        from pipeline.backends.cpu.engine import WIDE_SUM_SETS
+
+        sets = self.instruction_sets
+        found = f"{machine.cpu_name()}, {machine.cpu_count()} cpus, {' '.join(sets)}"
+        remedy = "no INT8 dot products (VNNI): engines are right here, but not fast"
+        return Check("processor", not WIDE_SUM_SETS.isdisjoint(sets), found, False, remedy)
+
+    def fitness_problem(self, manifest: Mapping[str, Any], source: Path) -> str | None:
+        from pipeline.backends.cpu.engine import CpuNeeds, lacking, provided
+
+        required = self.metadata(manifest, source, CpuNeeds).get("requires", [])
+        if problem := stock_runtime.fitness_problem(manifest, self.name):
+            return problem
+        return lacking(required, provided(self.instruction_sets)) if required else None
+
+    def problems(self, recipe: Recipe) -> list[str]:
+        """What is missing for a build: onnxruntime, or a C compiler for the native ops."""
+        from plugins.cpu import library
+
+        return self.package_problems() or (library.problems() if self.options(recipe).path == "native" else [])
+
+    def lower(self, portable: Path, work_dir: Path, recipe: Recipe) -> LoweredGraph:
+        from pipeline.backends.cpu import build
+
+        return build.lower(portable, work_dir, self.options(recipe), build.capabilities(self.instruction_sets))
+
+    def build(self, lowered: LoweredGraph, out_dir: Path, recipe: Recipe) -> BuildResult:
+        from pipeline.backends.cpu import build
+
+        return build.build(lowered, out_dir)
+
+    def load(self, bundle_dir: Path, threads: int = 0) -> Engine:
+        from pipeline.backends.cpu.engine import CpuEngine, lacking, provided, required
+
+        machine.require((self.package,), "running the cpu engine")
+        folder = bundle_dir / self.name
+        if problem := lacking(required(folder), provided(self.instruction_sets)):
+            raise EnvironmentLacksError(problem)
+        return CpuEngine(folder, threads)

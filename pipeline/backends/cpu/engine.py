@@ -2,26 +2,60 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NotRequired
 
 import numpy as np
+from typing_extensions import TypedDict
 
 from export.documents import open_file
 from export.errors import RecipeError
 from pipeline import machine
-from pipeline.backends import feeds, lowering_file, metadata_file
+from pipeline.backends import feeds, metadata_file
 from pipeline.backends.base import Arrays
 from pipeline.backends.runtime_errors import runtime_errors
+from pipeline.passes.probes import WIDE_SUM
 from plugins.cpu import library
 
 MODEL, CONDITION, DATA, METADATA = "model.onnx", "condition.onnx", "model.onnx.data", metadata_file.NAME
-# What a build makes in the target's folder.
-FILES = frozenset({MODEL, CONDITION, DATA, METADATA, lowering_file.NAME})
 # Conditions whose results are kept: the last one of two callers. A third caller's is computed again at every call.
 KEPT = 2
+# Instruction sets whose byte products are summed in 32 bits; without one of them x86 sums pairs in saturating int16.
+WIDE_SUM_SETS = frozenset({"avx512_vnni", "avx_vnni", "amx_int8", "asimddp", "i8mm"})
+
+
+class CpuMetadata(TypedDict):
+    """metadata.json of the target. requires: capabilities without which the engine is not exact, see `provided`."""
+
+    requires: list[str]
+
+
+class CpuNeeds(TypedDict):
+    """As CpuMetadata, in the manifest."""
+
+    requires: NotRequired[list[str]]
+
+
+def provided(instruction_sets: Collection[str]) -> frozenset[str]:
+    """The capabilities of a CPU with these instruction sets and of this installation."""
+    wide = set() if WIDE_SUM_SETS.isdisjoint(instruction_sets) else {WIDE_SUM}
+    return frozenset(wide | {library.requirement()})
+
+
+def lacking(required: Collection[str], provided: Collection[str]) -> str | None:
+    """Why an engine that requires these capabilities does not run exactly here, with a remedy; None if it does."""
+    missing = sorted(set(required) - set(provided))
+    versions = [name.removeprefix(library.PREFIX) for name in missing if name.startswith(library.PREFIX)]
+    if versions:
+        return (
+            f"target cpu was proven with version {versions[0]} of the kernel library, this installation has "
+            f"{library.version()}; build the engine again, or install the release that built it"
+        )
+    if missing:
+        return f"target cpu was built for CPUs with {', '.join(missing)}, which this one lacks; build it here"
+    return None
 
 
 @dataclass(frozen=True)
@@ -85,9 +119,9 @@ class CpuEngine:
         """Compute what depends on the condition alone. Of callers at the same time one may lose its place in `kept`,
         which costs time, never a result: each goes on with what it made."""
         condition = {value.name: call[value.name] for value in session.get_inputs()}
-        made = Kept(condition, run_session(session, [output.name for output in session.get_outputs()], condition))
-        self.kept = (made, *self.kept[: KEPT - 1])
-        return made
+        kept = Kept(condition, run_session(session, [output.name for output in session.get_outputs()], condition))
+        self.kept = (kept, *self.kept[: KEPT - 1])
+        return kept
 
     def forget(self) -> None:
         """Drop the kept conditions: the next call computes its own again."""
@@ -131,7 +165,7 @@ def declared_inputs(sessions: Sessions) -> tuple[feeds.Declared, ...]:
 
 def required(folder: Path) -> frozenset[str]:
     """Capabilities that an engine needs to be exact, from its metadata.json. Raises ContractError."""
-    return frozenset(metadata_file.read(folder, metadata_file.CpuMetadata)["requires"])
+    return frozenset(metadata_file.read(folder, CpuMetadata)["requires"])
 
 
 def open_session(path: Path, threads: int = 0, native: bool = False) -> Any:

@@ -16,13 +16,14 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, NotRequired
 
 import numpy as np
+from typing_extensions import TypedDict
 
 from export.errors import ContractError, EnvironmentLacksError, RecipeError
 from pipeline import machine
-from pipeline.backends import feeds, lowering_file, metadata_file
+from pipeline.backends import feeds, metadata_file
 from pipeline.backends.base import Arrays
 from pipeline.backends.rtx.engine import visible_sm
 from pipeline.files import is_out_of_memory
@@ -33,12 +34,37 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 MODEL, CONDITION, METADATA = "model.onnx", "condition.onnx", metadata_file.NAME
-# What a build makes in the target's folder.
-FILES = frozenset({MODEL, CONDITION, METADATA, "model.onnx.data", lowering_file.NAME})
 SCHEMA_VERSION = 1
 MIN_SM = 80
 # Calls before the capture: kernels are compiled in the first, and torch's libraries ask for their memory.
 WARM_UPS = 2
+
+
+class CudaNeeds(TypedDict):
+    """The least GPU that runs the engine."""
+
+    least_sm: NotRequired[metadata_file.ComputeCapability]
+
+
+class CudaInput(TypedDict):
+    """A size that may vary is given by its name."""
+
+    dtype: str
+    shape: list[metadata_file.Size | str]
+
+
+class EngineOptions(TypedDict):
+    """Of the recipe, see CudaOptions."""
+
+    weights: Literal["auto", "packed", "expanded"]
+    activations: Literal["fp16", "fp32"]
+
+
+class CudaMetadata(CudaNeeds):
+    """metadata.json of the target."""
+
+    options: EngineOptions
+    inputs: dict[str, CudaInput]
 
 
 def machine_problem(metadata: Mapping[str, Any], sm: int, triton: str) -> str:
@@ -61,7 +87,7 @@ def machine_problem(metadata: Mapping[str, Any], sm: int, triton: str) -> str:
 
 def read_metadata(folder: Path) -> dict[str, Any]:
     """metadata.json of a built engine. Raises ContractError for a damaged file or another schema."""
-    return dict(metadata_file.read(folder, metadata_file.CudaMetadata, metadata_file.VERSION_1))
+    return dict(metadata_file.read(folder, CudaMetadata, metadata_file.VERSION_1))
 
 
 @contextmanager
@@ -154,7 +180,7 @@ class Part:
         Lack of memory and what the GPU reports stay what they are.
         """
         try:
-            found: dict[str, Any] = self.module(tensors)
+            results: dict[str, Any] = self.module(tensors)
         except (LookupError, TypeError, ValueError, RuntimeError) as error:
             if is_out_of_memory(error) or "CUDA" in str(error):
                 raise
@@ -162,15 +188,15 @@ class Part:
             raise ContractError(
                 f"{self.path} cannot be run ({reason}); verify the bundle, or build it again"
             ) from error
-        return found
+        return results
 
     def _capture(self, key: tuple[Any, ...], placed: dict[str, Any]) -> None:
         """Capture for new shapes. Older graphs read weights where they were: if linears have expanded, they go."""
         before = self.module.expanded
-        made = Captured.make(self._compute, placed)
+        captured = Captured.make(self._compute, placed)
         if self.module.expanded != before:
             self.captured.clear()
-        self.captured[key] = made
+        self.captured[key] = captured
         logger.info("captured a CUDA graph for %s", key)
 
 
@@ -235,8 +261,8 @@ class CudaEngine:
         copies = {name: np.array(array, order="C") for name, array in inputs.items()}
         feeds.check_feeds(self.declared, copies)
         with self.lock:
-            found = self._run({name: torch.from_numpy(array) for name, array in copies.items()})
-            return {name: tensor.to("cpu", copy=True).numpy() for name, tensor in found.items()}
+            results = self._run({name: torch.from_numpy(array) for name, array in copies.items()})
+            return {name: tensor.to("cpu", copy=True).numpy() for name, tensor in results.items()}
 
     def run_tensors(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """As `run`, of tensors of any float or integer type on any device; the outputs are new tensors on the
@@ -245,8 +271,8 @@ class CudaEngine:
         with self.lock:
             known = {name for name, row in self.seen.items() if row.is_(inputs[name])}
             feeds.check_numbers({name: tensor for name, tensor in inputs.items() if name not in known})
-            found = self._run(inputs)
-            outputs = {name: tensor.clone() for name, tensor in found.items()}  # not in inference mode: plain tensors
+            results = self._run(inputs)
+            outputs = {name: tensor.clone() for name, tensor in results.items()}  # not in inference mode: plain tensors
             self._note()
         return outputs
 

@@ -12,8 +12,6 @@ from pipeline.backends.base import Arrays
 from pipeline.backends.cpu.engine import opened, own, run_session
 
 MODEL, DATA = "model.onnx", "model.onnx.data"
-# What a build makes, at the bundle's root.
-FILES = frozenset({MODEL, DATA})
 # onnxruntime folds constants, so that weights are decoded once, and needs some 38 bytes for each weight while it does
 # (see export/dialect/ops.py). Above this size of the packed file weights stay packed, and are decoded in every call.
 FOLDED_BYTES = 8 * 2**20

@@ -18,25 +18,30 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from typing_extensions import TypedDict
 
 from export.cache_folder import cache_folder
 from export.errors import ContractError, EnvironmentLacksError, RecipeError, ResourceError
 from pipeline import machine
-from pipeline.backends import feeds, lowering_file, metadata_file
+from pipeline.backends import feeds, metadata_file
 from pipeline.backends.base import Arrays
 from pipeline.backends.tensorrt.plan_file import read_header
 from plugins.tensorrt import rtx_plugin
 
 logger = logging.getLogger(__name__)
 ENGINE, METADATA = "model.engine", metadata_file.NAME
-# What a build makes in the target's folder.
-FILES = frozenset({ENGINE, METADATA, lowering_file.NAME})
 CACHE_FOLDER = "rtx"
 
 
-def release(version: str) -> tuple[str, ...]:
-    """Major and minor number: engines of one such release load in it."""
-    return tuple(version.split(".")[:2])
+class RtxNeeds(TypedDict):
+    """The release that loads the engine, and the GPUs that it holds code for."""
+
+    tensorrt_rtx: str
+    compute_capabilities: list[metadata_file.ComputeCapability]
+
+
+class RtxMetadata(RtxNeeds, metadata_file.Shapes):
+    """metadata.json of the target."""
 
 
 def machine_problem(metadata: Mapping[str, Any], version: str, sm: int) -> str:
@@ -46,12 +51,12 @@ def machine_problem(metadata: Mapping[str, Any], version: str, sm: int) -> str:
         return "running the target rtx needs an NVIDIA RTX GPU and a PyTorch with CUDA; none is visible here"
     if sm not in listed:
         return f"the engine holds code for SM {listed}, this GPU is SM {sm}; build again with --target-sm {sm}"
-    if release(version) != release(built):
+    if machine.release(version) != machine.release(built):
         return f"the engine was built with tensorrt-rtx {built}, this is {version}; install that release or build again"
     return ""
 
 
-def read_metadata(folder: Path, schema: Any = metadata_file.RtxMetadata) -> dict[str, Any]:
+def read_metadata(folder: Path, schema: Any = RtxMetadata) -> dict[str, Any]:
     """metadata.json of a built engine."""
     return dict(metadata_file.read(folder, schema))
 
@@ -100,11 +105,13 @@ class Buffers:
         import torch
 
         inputs = {name: torch.empty_like(torch.from_numpy(array), device=device) for name, array in arrays.items()}
-        made = cls(context, inputs)
-        made.bind()
+        buffers = cls(context, inputs)
+        buffers.bind()
         for name in output_names:
-            made.outputs[name] = torch.empty(tuple(context.get_tensor_shape(name)), dtype=torch.float32, device=device)
-        return made
+            buffers.outputs[name] = torch.empty(
+                tuple(context.get_tensor_shape(name)), dtype=torch.float32, device=device
+            )
+        return buffers
 
     def bind(self) -> None:
         """Tell the context shapes and addresses."""

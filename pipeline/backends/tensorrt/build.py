@@ -14,8 +14,7 @@ from typing import Any
 
 import onnx
 
-from export.errors import ContractError, EnvironmentLacksError, ResourceError
-from pipeline import machine
+from export.errors import ContractError, ResourceError
 
 logger = logging.getLogger(__name__)
 Bounds = dict[str, tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]]  # input -> (min, opt, max) shapes
@@ -33,15 +32,6 @@ class BuildFacts:
 
     shapes: Bounds
     tensorrt_rtx: str
-
-
-def package_problems() -> list[str]:
-    """Empty if tensorrt_rtx is installed."""
-    try:
-        machine.require(("tensorrt_rtx",), "target rtx")
-    except EnvironmentLacksError as error:
-        return [str(error)]
-    return []
 
 
 def shape_bounds(model: onnx.ModelProto, batch_size: int) -> Bounds:

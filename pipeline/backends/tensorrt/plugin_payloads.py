@@ -32,6 +32,10 @@ logger = logging.getLogger(__name__)
 FIELDS = {"plugin_namespace": NAMESPACE, "plugin_version": VERSION}
 GRAPH = "engine.onnx"
 REMEDY = "use another format, or --target rtx --set rtx.path=native"
+# What a path of a quantized linear begins with where a plugin computes it.
+PLUGIN = "plugin"
+# Of an engine that is not run: the graph that is proven has the meaning of its plugins, not their code.
+PLUGINS_APART = "kernels in its plugins are proven by the tests in Triton's interpreter, not here"
 PROOF = (
     "linears are proven in the graph of fused ops through onnxruntime, kernels in Triton's interpreter by the tests; "
     "kernels and engine are compiled, not run"
@@ -51,7 +55,7 @@ def problems(sms: Sequence[int]) -> list[str]:
 def lower(model: ir.Model, operands: str) -> LowerCuda:
     """Lower `model` to fused ops, in place, after the shared passes. Raises ContractError for what no kernel takes."""
     lowering = lower_fused(model, operands)
-    lowering.choices = [Choice(row.layer, f"plugin, {row.path}", row.why) for row in lowering.choices]
+    lowering.choices = [Choice(row.layer, f"{PLUGIN}, {row.path}", row.why) for row in lowering.choices]
     return lowering
 
 

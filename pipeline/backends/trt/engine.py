@@ -14,21 +14,31 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from typing_extensions import TypedDict
 
 from export.errors import EnvironmentLacksError, RecipeError, ResourceError
 from pipeline import machine
-from pipeline.backends import feeds, lowering_file, metadata_file
+from pipeline.backends import feeds, metadata_file
 from pipeline.backends.base import Arrays
-from pipeline.backends.rtx.engine import Buffers, read_metadata, release, visible_sm
+from pipeline.backends.rtx.engine import Buffers, read_metadata, visible_sm
 from plugins.tensorrt import plugins
 from plugins.tensorrt.payload import NAMESPACE, VERSION, compile_problems
 
 ENGINE, METADATA = "model.engine", metadata_file.NAME
-# What a build makes in the target's folder.
-FILES = frozenset({ENGINE, METADATA, lowering_file.NAME})
 MODULE = "tensorrt"
 # The first release whose quick-deployable plugins have ahead-of-time implementations.
 MINIMUM_VERSION = (10, 9)
+
+
+class TrtNeeds(TypedDict):
+    """The release that loads the engine, and the GPUs that it holds code for."""
+
+    tensorrt: str
+    compute_capabilities: list[metadata_file.ComputeCapability]
+
+
+class TrtMetadata(TrtNeeds, metadata_file.Shapes):
+    """metadata.json of the target."""
 
 
 def environment_problems(sm: int) -> list[str]:
@@ -37,9 +47,9 @@ def environment_problems(sm: int) -> list[str]:
         machine.require((MODULE,), "target trt")
     except EnvironmentLacksError as error:
         return [str(error)]
-    found, least = machine.tool_version(MODULE), ".".join(map(str, MINIMUM_VERSION))
-    if tuple(int(part) for part in found.split(".")[:2] if part.isdigit()) < MINIMUM_VERSION:
-        return [f"target trt needs tensorrt {least} or newer, this is {found or 'unknown'}; pip install -U tensorrt"]
+    version, least = machine.tool_version(MODULE), ".".join(map(str, MINIMUM_VERSION))
+    if tuple(int(part) for part in version.split(".")[:2] if part.isdigit()) < MINIMUM_VERSION:
+        return [f"target trt needs tensorrt {least} or newer, this is {version or 'unknown'}; pip install -U tensorrt"]
     if not sm:
         return ["target trt is built on the NVIDIA GPU that it is for, and none is visible; use --target rtx or cpu"]
     return [f"target trt: {problem}" for problem in compile_problems((sm,))]
@@ -60,7 +70,7 @@ def machine_problem(metadata: Mapping[str, Any], version: str, sm: int) -> str:
         return "running the target trt needs an NVIDIA GPU and a PyTorch with CUDA; none is visible here"
     if sm not in listed:
         return f"the engine was built on a GPU of SM {listed}, this one is SM {sm}; build again here"
-    if release(version) != release(built):
+    if machine.release(version) != machine.release(built):
         return f"the engine was built with tensorrt {built}, this is {version}; install that release or build again"
     return ""
 
@@ -110,7 +120,7 @@ class TrtEngine:
     def __init__(self, folder: Path) -> None:
         """Raises EnvironmentLacksError before anything is deserialized where this machine cannot run the engine."""
         machine.require((MODULE, "torch"), "running the target trt")
-        self.metadata = read_metadata(folder, metadata_file.TrtMetadata)
+        self.metadata = read_metadata(folder, TrtMetadata)
         problem = machine_problem(self.metadata, machine.tool_version(MODULE), visible_sm())
         if problem:
             raise EnvironmentLacksError(problem)

@@ -12,11 +12,13 @@ import pytest
 from export.errors import ContractError, EnvironmentLacksError
 from pipeline.backends import BACKENDS, lowering_file
 from pipeline.backends.base import LoweredGraph
-from pipeline.backends.cpu.backend import CpuBackend
+from pipeline.backends.cpu import CpuBackend
 from pipeline.backends.cpu.engine import open_session
+from pipeline.recipe import Recipe
 from tests.support.hooked_sessions import hooked
 from tests.support.portable import HEADER, activations, portable, random_linear
 
+RECIPE = Recipe("test", "none")
 BODY = """
   h = fpq.QuantizedLinear <layer="a"> (x)
   y = fpq.QuantizedLinear <layer="b"> (h)
@@ -39,7 +41,7 @@ def built(source, name="cpu", flags=None):
     work = source.parent / f"work-{name}"
     work.mkdir()
     (source / name).mkdir()
-    return backend.build(backend.lower(source / "model.onnx", work, None), source / name, None)
+    return backend.build(backend.lower(source / "model.onnx", work, RECIPE), source / name, RECIPE)
 
 
 def test_an_engine_runs_and_agrees_with_the_portable_model(source):
@@ -112,7 +114,7 @@ def test_a_model_without_quantized_linears_is_an_error(tmp_path):
     model = ir.from_onnx_text(f"{HEADER} g (float[B,4] x) => (float[B,4] y) {{ y = Neg(x) }}")
     ir.save(model, tmp_path / "model.onnx")
     with pytest.raises(ContractError, match="no quantized linear"):
-        CpuBackend().lower(tmp_path / "model.onnx", tmp_path, None)
+        CpuBackend().lower(tmp_path / "model.onnx", tmp_path, RECIPE)
 
 
 def test_running_needs_no_compiler(source):
@@ -132,7 +134,7 @@ def test_targets_are_listed_without_importing_them():
 
 
 def test_nothing_is_missing_here():
-    assert CpuBackend().problems(None) == []
+    assert CpuBackend().problems(RECIPE) == []
 
 
 CROSS = """

@@ -15,7 +15,7 @@ from export.dialect.graph import GraphBuilder
 from export.dialect.reference import quantize_static
 from export.formats.format import FORMATS, get_format, to_image
 from pipeline.backends.base import LoweredGraph
-from pipeline.backends.cpu.backend import capabilities
+from pipeline.backends.cpu.build import capabilities
 from pipeline.backends.cpu.lower import FLOAT_PATH, LowerCpu
 from pipeline.backends.cpu.quantizers import quantize_static as emit_static
 from pipeline.backends.cpu.quantizers import static_integers, unsupported

@@ -9,7 +9,7 @@ import pytest
 from export.dialect.reference import quantize_activation
 from export.formats.format import get_format, to_image
 from pipeline import machine
-from pipeline.backends.cpu.backend import capabilities
+from pipeline.backends.cpu.build import capabilities
 from pipeline.backends.cpu.lower import FLOAT_PATH, FUNCTION_PATH, LowerCpu, choose_path, refusal
 from pipeline.passes import run_shared
 from pipeline.passes.probes import WIDE_SUM

@@ -7,7 +7,7 @@ import onnx_ir as ir
 import pytest
 from onnx_ir.passes.common import LiftConstantsToInitializersPass
 
-from pipeline.backends.cpu.backend import capabilities
+from pipeline.backends.cpu.build import capabilities
 from pipeline.backends.cpu.finish_with_chain import finish_with_chains
 from pipeline.backends.cpu.lower import LowerCpu
 from pipeline.backends.cpu.token_chain import In, Out, chain_inputs, chain_outputs, drop_unread_outputs, is_chain

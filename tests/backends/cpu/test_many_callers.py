@@ -16,9 +16,9 @@ import onnx_ir as ir
 import pytest
 
 from export.errors import RecipeError
-from pipeline.backends.cpu.backend import CpuBackend
+from pipeline.backends.cpu import CpuBackend, CpuOptions
 from pipeline.backends.cpu.engine import KEPT, CpuEngine
-from pipeline.recipe import Cpu, Recipe
+from pipeline.recipe import Recipe
 from tests.support import native
 from tests.support.hooked_sessions import TIMEOUT_S, Worker, hooked, once
 from tests.support.portable import portable, random_linear
@@ -43,7 +43,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     ir.save(portable(BODY, layers, INPUTS), root / "model.onnx", external_data="model.onnx.data")
     found = {}
     for path in ("stock", "native")[: 1 if native.problems() else 2]:
-        recipe = Recipe(name="test", model="zoo:pixart_mini", cpu=Cpu(path=path))
+        recipe = Recipe(name="test", model="zoo:pixart_mini").with_options(CpuOptions(path=path))
         for folder in (root / f"work-{path}", root / path):
             folder.mkdir()
         result = CpuBackend().build(
@@ -193,7 +193,7 @@ def test_two_threads_with_wide_captions_get_their_own_results(tmp_path: Path) ->
     inputs = f"float[B,S,64] hidden_states, float[B,S,{channels}] text, float[B,S,1] mask"
     ir.save(portable(BODY, layers, inputs), tmp_path / "model.onnx", external_data="model.onnx.data")
     (tmp_path / "work").mkdir()
-    recipe = Recipe(name="test", model="zoo:pixart_mini", cpu=Cpu(path="stock"))
+    recipe = Recipe(name="test", model="zoo:pixart_mini").with_options(CpuOptions(path="stock"))
     lowered = CpuBackend().lower(tmp_path / "model.onnx", tmp_path / "work", recipe)
     (tmp_path / "engine").mkdir()
     CpuBackend().build(lowered, tmp_path / "engine", recipe)

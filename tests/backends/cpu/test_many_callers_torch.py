@@ -13,7 +13,8 @@ import onnx_ir as ir
 import pytest
 
 from export.errors import RecipeError
-from pipeline.backends.cuda.backend import CudaBackend
+from pipeline.backends.cuda import CudaBackend
+from pipeline.recipe import Recipe
 from tests.backends.cpu.test_many_callers import BODY, INPUTS, Call, call
 from tests.support.hooked_sessions import Worker, once
 from tests.support.portable import portable, random_linear
@@ -29,7 +30,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ir.save(portable(BODY, layers, INPUTS), root / "model.onnx", external_data="model.onnx.data")
     for name in ("work", "cuda"):
         (root / name).mkdir()
-    result = CudaBackend().build(CudaBackend().lower(root / "model.onnx", root / "work", None), root / "cuda", None)
+    recipe = Recipe("test", "none")
+    lowered = CudaBackend().lower(root / "model.onnx", root / "work", recipe)
+    result = CudaBackend().build(lowered, root / "cuda", recipe)
     assert "cuda/condition.onnx" in result.files
     return root / "cuda"
 

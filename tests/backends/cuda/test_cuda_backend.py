@@ -23,14 +23,15 @@ from export.to_onnx import export_portable
 from pipeline import recipe as recipes
 from pipeline.backends import BACKENDS, lowering_file
 from pipeline.backends.base import Arrays, LoweredGraph
+from pipeline.backends.cuda import CudaOptions
 from pipeline.backends.cuda import engine as cuda_run
 from pipeline.backends.cuda.engine import Captured, CudaEngine, Part
 from pipeline.backends.cuda.module import LoweredModule, run_step
 from pipeline.backends.cuda.overflow import find_overflow
 from pipeline.generate.diffusers_adapter import EngineTransformer
-from pipeline.recipe import Cuda, Recipe
+from pipeline.recipe import Recipe
 from pipeline.verify.gates import end_gates
-from pipeline.verify.proof import arithmetic_of, verify, verify_target
+from pipeline.verify.proof import verify, verify_target
 from pipeline.verify.report import Report
 from pipeline.verify.study import Study, study
 from plugins.gpu.spec import operand_bytes
@@ -55,7 +56,7 @@ class Built:
 
     def rebuilt(self, folder: Path, **chosen: str) -> Path:
         """cuda/ of the same lowered graph with other options."""
-        recipe = replace(self.recipe, cuda=replace(self.recipe.cuda, **chosen))
+        recipe = self.recipe.with_options(replace(self.recipe.options(CudaOptions), **chosen))
         folder.mkdir()
         BACKEND.build(self.lowered, folder, recipe)
         return folder
@@ -152,10 +153,10 @@ def test_the_engine_passes_all_gates_in_both_arithmetics(built: Built, tmp_path:
     verify_target("cuda", built.model, built.layers, built.lowered, engine, found, report)
     assert report.failures() == []
     half = CudaEngine(built.rebuilt(tmp_path / "half", activations="fp16", weights="expanded"), device="cpu")
-    recipe = replace(built.recipe, cuda=Cuda(activations="fp16"))
-    arithmetic = arithmetic_of("cuda", recipe, runs=True)
+    recipe = built.recipe.with_options(CudaOptions(activations="fp16"))
+    arithmetic = BACKEND.arithmetic(recipe, runs_here=True)
     assert failed_ends(half, found, arithmetic) == set()
-    assert "cuda/median_sqnr_db" in failed_ends(half, found, arithmetic_of("cuda", recipe, runs=False))
+    assert "cuda/median_sqnr_db" in failed_ends(half, found, BACKEND.arithmetic(recipe, runs_here=False))
     assert half.step is not None
     gemms = list(half.step.module.gemms)
     assert all(gemm.is_expanded for gemm in gemms)
@@ -219,7 +220,7 @@ def test_a_number_beyond_fp16_is_named_with_its_layer(part: str, tmp_path: Path)
     gate = next(gate for gate in report.gates if gate.name == "cuda/fp16_range")
     assert not gate.passed and re.search(f"in step 1: FP16 overflow: the {words} reaches .*FP16 holds 65504", gate.why)
     single = verify(
-        model, layers, {"cuda": lowered}, {}, replace(recipe, cuda=Cuda(activations="fp32")), tmp_path / "2"
+        model, layers, {"cuda": lowered}, {}, recipe.with_options(CudaOptions(activations="fp32")), tmp_path / "2"
     )
     assert "cuda/fp16_range" not in {gate.name for gate in single.gates}
 

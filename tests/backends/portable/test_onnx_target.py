@@ -32,7 +32,6 @@ from pipeline.backends.portable import engine as portable_engine
 from pipeline.backends.portable.engine import PortableEngine
 from pipeline.backends.portable.linears import portable_linears
 from pipeline.bench import measure as bench
-from pipeline.bundle import bundle as bundles
 from pipeline.bundle import manifest
 from pipeline.compiler import BuildRequest, describe, model_row, parse_targets
 from pipeline.distance import sqnr_db
@@ -297,7 +296,7 @@ def test_a_model_without_quantized_linears_is_refused(tmp_path: Path) -> None:
     text = '<ir_version: 10, opset_import: ["" : 21]> g (float[2] x) => (float[2] y) { y = Abs(x) }'
     ir.save(ir.from_onnx_text(text), tmp_path / "model.onnx")
     with pytest.raises(ContractError, match="has no quantized linear; export the model again"):
-        BACKEND.lower(tmp_path / "model.onnx", tmp_path, None)
+        BACKEND.lower(tmp_path / "model.onnx", tmp_path, Recipe("test", "none"))
 
 
 def test_ports_are_named_by_the_schema(exported: Any) -> None:
@@ -395,7 +394,8 @@ def test_auto_takes_it_only_where_nothing_faster_runs(
     made_bundle: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     opened = load(made_bundle)
-    monkeypatch.setitem(bundles.FITNESS, "cpu", lambda document: "target cpu needs another processor")
+    reason = "target cpu needs another processor"
+    monkeypatch.setattr(BACKENDS["cpu"], "fitness_problem", lambda manifest, source: reason)
     assert opened.choose("auto") == "onnx" and "the portable model runs, many times slower" in caplog.text
     with pytest.raises(EnvironmentLacksError, match="needs another processor"):
         opened.choose("cpu")

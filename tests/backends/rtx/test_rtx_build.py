@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import struct
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -14,10 +13,11 @@ import pytest
 from export.errors import ContractError
 from pipeline.backends import lowering_file
 from pipeline.backends.base import BuildResult, LoweredGraph
-from pipeline.backends.rtx.backend import ENGINE, METADATA, ONNX, RtxBackend, expected_gemms, sm_problems
+from pipeline.backends.rtx import RtxBackend, RtxOptions
+from pipeline.backends.rtx.build import ENGINE, METADATA, ONNX, expected_gemms, sm_problems
 from pipeline.backends.tensorrt import build as rtx_build
 from pipeline.backends.tensorrt.plan_file import check_gemms, read_engine_file
-from pipeline.recipe import Recipe, Rtx
+from pipeline.recipe import Recipe
 from tests.support.rtx_models import Linear, block, single
 
 pytest.importorskip("tensorrt_rtx", reason="tensorrt-rtx is not installed")
@@ -27,7 +27,7 @@ WIDTH = 128
 
 
 def recipe(weights: str = "fp8", sm: tuple[int, ...] = (89, 120)) -> Recipe:
-    return replace(RECIPE, rtx=Rtx(weights, sm))
+    return RECIPE.with_options(RtxOptions(weights, sm))
 
 
 def lowered(folder: Path, chosen: Recipe, model: onnx.ModelProto | None = None) -> LoweredGraph:

@@ -18,6 +18,7 @@ from export.to_onnx import export_portable
 from pipeline import recipe as recipes
 from pipeline.backends import BACKENDS
 from pipeline.backends.base import LoweredGraph
+from pipeline.backends.rtx import RtxOptions
 from pipeline.verify.probe import ProbedGraph
 from pipeline.verify.report import SegmentResult
 from pipeline.verify.segments import SegmentCheck, SegmentReference
@@ -34,7 +35,7 @@ def lowered(request: Any, tmp_path_factory: pytest.TempPathFactory) -> tuple[Loa
     layers = tiny.quantized(model, granularity="exact_group")
     export_portable(model, layers, folder / "model.onnx")
     recipe = recipes.from_dict({"name": "tiny", "model": model.source}, "test")
-    assert recipe.rtx.attention == "fp16"
+    assert recipe.options(RtxOptions).attention == "fp16"
     (folder / "rtx").mkdir()
     return model, BACKENDS["rtx"].lower(folder / "model.onnx", folder / "rtx", recipe)
 

@@ -15,10 +15,10 @@ from export.errors import ContractError
 from export.formats.format import get_format
 from pipeline import recipe as recipes
 from pipeline.backends.base import LoweredGraph
-from pipeline.backends.rtx.backend import RtxBackend, capabilities, method_problems
+from pipeline.backends.rtx import RtxBackend, RtxOptions
+from pipeline.backends.rtx.build import capabilities, method_problems
 from pipeline.backends.rtx.lower import Lowering, lower
 from pipeline.passes import run_shared
-from pipeline.recipe import Rtx
 from pipeline.verify.oracle import activation_oracle, check_linear
 from pipeline.verify.probe import ProbedGraph
 from pipeline.verify.proof import joined
@@ -170,7 +170,7 @@ def test_the_builder_takes_zero_points_and_branches(
     shapes = "float[batch,tokens,64] x, float[batch] timestep", "float[batch,tokens,64] y"
     model = portable(body, layers, *shapes, inner="float[batch,tokens,64] h, float[batch,tokens,64] g")
     ir.save(model, tmp_path / "portable.onnx", external_data="portable.onnx.data")
-    chosen = replace(recipe_of("rtn"), rtx=Rtx(weights, (89, 120)))
+    chosen = recipe_of("rtn").with_options(RtxOptions(weights, (89, 120)))
     for name in ("work", "rtx"):
         (tmp_path / name).mkdir()
     lowered = RtxBackend().lower(tmp_path / "portable.onnx", tmp_path / "work", chosen)

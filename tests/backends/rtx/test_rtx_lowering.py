@@ -17,7 +17,7 @@ from export.dialect.reference import ABSMAX_FLOOR
 from export.errors import ContractError
 from export.formats.format import encode, fold_negative_zero, get_format, unpack
 from export.formats.operands import exact_multipliers
-from pipeline.backends.rtx.backend import capabilities
+from pipeline.backends.rtx.build import capabilities
 from pipeline.backends.rtx.lower import Lowering, lower
 from pipeline.passes.probes import ProbeRow
 from tests.support.rtx_models import Graph, Linear, block, single

@@ -15,14 +15,14 @@ import pytest
 
 from export.dialect import ops
 from export.errors import ContractError, EnvironmentLacksError
-from pipeline import doctor
 from pipeline.backends.base import LoweredGraph
 from pipeline.backends.fused.ops import DOMAIN
-from pipeline.backends.rtx.backend import ENGINE, METADATA, ONNX, RtxBackend
+from pipeline.backends.rtx import RtxBackend, RtxOptions
+from pipeline.backends.rtx.build import ENGINE, METADATA, ONNX
 from pipeline.backends.tensorrt import plugin_payloads as rtx_plugin
 from pipeline.backends.tensorrt.plan_file import PLUGIN_STEP, check_plugins, read_engine_file
 from pipeline.passes.quantized_gemm import read_gemm
-from pipeline.recipe import Calibrate, Formats, Recipe, Rtx
+from pipeline.recipe import Calibrate, Formats, Recipe
 from pipeline.verify.oracle import quantize_oracle
 from pipeline.verify.probe import ProbedGraph, open_session
 from plugins.gpu.spec import GemmSpec, QuantizeSpec
@@ -33,13 +33,13 @@ pytest.importorskip("tensorrt_rtx", reason="tensorrt-rtx is not installed")
 pytest.importorskip("triton", reason="triton is not installed")
 pytestmark = pytest.mark.rtx
 WIDTH = 128
-RECIPE = Recipe("t", "zoo:pixart_mini", rtx=Rtx(sm=(89,), path="plugin"))
+RECIPE = Recipe("t", "zoo:pixart_mini").with_options(RtxOptions(sm=(89,), path="plugin"))
 PLUGINS = {"gelu_quantize": 1, "norm_modulate_quantize": 2, "packed_gemm": 4, "quantize": 1}
 LINEARS = ("attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out", "ff.up", "ff.down")
 
 
 def recipe(*sms: int) -> Recipe:
-    return replace(RECIPE, rtx=Rtx(sm=sms, path="plugin"))
+    return RECIPE.with_options(RtxOptions(sm=sms, path="plugin"))
 
 
 def lowered(folder: Path, chosen: Recipe, model: onnx.ModelProto) -> LoweredGraph:
@@ -131,7 +131,7 @@ def test_the_builders_graph_is_the_verified_one_without_bodies(folder: Path) -> 
 def test_the_verified_graph_runs_in_stock_onnxruntime_and_agrees_with_the_native_one(
     folder: Path, tmp_path: Path
 ) -> None:
-    native = lowered(tmp_path, replace(RECIPE, rtx=Rtx()), small_block())
+    native = lowered(tmp_path, RECIPE.with_options(RtxOptions()), small_block())
     rng = np.random.default_rng(0)
     shapes = {"x": (2, 9, WIDTH), "shift": (2, 1, WIDTH), "scale": (2, 1, WIDTH)}
     fed = {name: rng.normal(size=shape).astype(np.float32) for name, shape in shapes.items()}
@@ -212,14 +212,14 @@ def test_operands_are_what_the_recipe_or_the_gpus_say(
     operands: str, sms: tuple[int, ...], integers: bool, tmp_path: Path
 ) -> None:
     """Codes and GEMMs alike; the graph that is verified is the same for every GPU."""
-    graph = lowered(tmp_path, replace(RECIPE, rtx=Rtx(path="plugin", operands=operands)), small_block())
+    graph = lowered(tmp_path, RECIPE.with_options(RtxOptions(path="plugin", operands=operands)), small_block())
     specs = specs_of(graph, *sms)
     assert {spec.integers for spec in specs} == {integers} and len(specs) == sum(PLUGINS.values())
     assert all(spec.multiplies_integers == integers for spec in specs if isinstance(spec, GemmSpec))
 
 
 def test_formats_that_do_not_embed_in_int8_stay_fp8(tmp_path: Path) -> None:
-    chosen = replace(RECIPE, rtx=Rtx(path="plugin", operands="int8"))
+    chosen = RECIPE.with_options(RtxOptions(path="plugin", operands="int8"))
     graph = lowered(tmp_path, chosen, single(Linear("layer", 64, 48, "E3M2")))
     assert {spec.integers for spec in specs_of(graph, 86)} == {False}
     assert {choice.path for choice in graph.choices} == {"plugin, fp8 operands"}
@@ -272,7 +272,7 @@ def test_constant_scales_are_refused_while_lowering(tmp_path: Path) -> None:
 def test_formats_that_no_kernel_takes_are_refused_before_any_work(formats: Formats, text: str) -> None:
     (problem,) = RtxBackend().problems(replace(RECIPE, formats=formats))
     assert re.search(text, problem)
-    assert RtxBackend().problems(replace(RECIPE, formats=formats, rtx=Rtx())) == []
+    assert RtxBackend().problems(replace(RECIPE, formats=formats).with_options(RtxOptions())) == []
 
 
 def test_gpus_that_no_kernel_is_compiled_for_are_refused_before_any_work() -> None:
@@ -284,11 +284,11 @@ def test_a_missing_triton_is_a_problem_with_a_remedy(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr("plugins.gpu.compile.problems", lambda: ["triton is not installed; run: pip install triton"])
     (problem,) = RtxBackend().problems(RECIPE)
     assert "rtx.path=plugin: triton is not installed" in problem
-    assert RtxBackend().problems(replace(RECIPE, rtx=Rtx())) == []
+    assert RtxBackend().problems(RECIPE.with_options(RtxOptions())) == []
 
 
 def test_doctor_lists_the_plugins_that_the_registry_finds() -> None:
-    found = doctor.rtx_plugins_check()
+    found = RtxBackend().checks()[1]
     assert found.ok and found.found == (
         "namespace fpq, version 1: Quantize GeluQuantize NormModulateQuantize PackedGemm; compiled, not run"
     )
@@ -298,6 +298,6 @@ def test_doctor_says_why_there_are_no_plugins(monkeypatch: pytest.MonkeyPatch) -
     def missing() -> None:
         raise EnvironmentLacksError("tensorrt_rtx is not here; install it")
 
-    monkeypatch.setattr(doctor.plugin, "registered", missing)
-    found = doctor.rtx_plugins_check()
+    monkeypatch.setattr("plugins.tensorrt.rtx_plugin.registered", missing)
+    found = RtxBackend().checks()[1]
     assert not found.ok and not found.needed and "rtx.path=plugin; tensorrt_rtx is not here" in found.remedy

@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 
 from export.errors import ContractError, EnvironmentLacksError, ResourceError
+from pipeline.backends.rtx import RtxBackend
 from pipeline.backends.rtx import engine as rtx_run
-from pipeline.backends.rtx.backend import RtxBackend
 from pipeline.backends.rtx.engine import Buffers, cache_path, machine_problem, read_metadata, write_cache
 
 torch = pytest.importorskip("torch", reason="torch is not installed")

@@ -12,9 +12,9 @@ import pytest
 from export.errors import ContractError, EnvironmentLacksError
 from pipeline import compiler
 from pipeline.backends import BACKENDS
-from pipeline.backends.rtx.backend import ONNX
+from pipeline.backends.rtx.build import ONNX
 from pipeline.backends.tensorrt.plugin_graph import KernelNode
-from pipeline.backends.trt import backend as trt
+from pipeline.backends.trt import build as trt
 from pipeline.backends.trt import engine as trt_run
 from pipeline.recipe import Calibrate, Recipe
 from plugins.gpu.spec import QuantizeSpec
@@ -66,7 +66,7 @@ def test_nothing_is_missing_with_a_new_release_and_a_gpu(monkeypatch: pytest.Mon
     pytest.importorskip("triton", reason="triton is not installed")
     monkeypatch.setattr("pipeline.machine.find_spec", lambda name: object())
     monkeypatch.setattr("pipeline.machine.tool_version", lambda name: "11.1.0.106")
-    monkeypatch.setattr(trt, "cuda_sm", lambda: 90)
+    monkeypatch.setattr("pipeline.machine.cuda_sm", lambda: 90)
     assert BACKENDS["trt"].problems(RECIPE) == []
     (problem,) = BACKENDS["trt"].problems(replace(RECIPE, calibrate=Calibrate(method="msfp")))
     assert "calibrate.method msfp scales activations per_tensor" in problem

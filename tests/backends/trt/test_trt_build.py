@@ -21,7 +21,7 @@ import torch
 from export.errors import ContractError, RecipeError, ResourceError
 from pipeline.backends.base import LoweredGraph
 from pipeline.backends.tensorrt.plugin_graph import KernelNode
-from pipeline.backends.trt import backend as trt
+from pipeline.backends.trt import build as trt
 from pipeline.backends.trt import engine as trt_run
 from plugins.tensorrt import plugins
 from tests.backends.trt.test_trt_backend import lowered  # noqa: F401, a fixture

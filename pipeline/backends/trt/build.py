@@ -1,9 +1,4 @@
-"""The `trt` target: a TensorRT engine whose quantized linears are this project's kernels, for the GPU at hand.
-
-The network is strongly typed; the kernels are quick-deployable plugins whose PTX TensorRT embeds, so the engine needs
-neither Python nor a plugin library to run. TensorRT builds on the GPU that the engine is for. Its package was not at
-hand: the graph that the builder gets, the PTX and the launch sizes are tested, building and running are not run.
-"""
+"""Makes a `trt` engine: the graph of fused ops with ahead-of-time plugins in it, built by TensorRT."""
 
 from __future__ import annotations
 
@@ -14,7 +9,7 @@ from collections.abc import Sequence
 from functools import partial
 from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import onnx
 import onnx_ir as ir
@@ -23,21 +18,23 @@ from export.dialect.graph import drop_unused
 from export.errors import ContractError
 from export.onnx_files import load_model
 from pipeline.backends import lowering_file
-from pipeline.backends.base import BuildResult, Engine, LoweredGraph
-from pipeline.backends.fused.kernel_formats import recipe_problems
-from pipeline.backends.rtx.backend import DATA, ONNX, method_problems
+from pipeline.backends.base import BuildResult, LoweredGraph
+from pipeline.backends.fused import kernel_formats
+from pipeline.backends.rtx.build import DATA, ONNX, method_problems
 from pipeline.backends.tensorrt import build as rtx_build
 from pipeline.backends.tensorrt import plugin_payloads as rtx_plugin
 from pipeline.backends.tensorrt.half import halve_attention, halve_large_linears
 from pipeline.backends.tensorrt.plugin_graph import KernelNode
-from pipeline.backends.trt.engine import ENGINE, METADATA, MODULE, TrtEngine, environment_problems
+from pipeline.backends.trt.engine import ENGINE, METADATA, MODULE
 from pipeline.files import sha256, write_json
-from pipeline.machine import cuda_sm
 from pipeline.passes import run_shared
-from pipeline.passes.probes import Capabilities
 from plugins.tensorrt import plugins
 from plugins.tensorrt.aot import plugin_name
 from plugins.tensorrt.payload import NAMESPACE, VERSION, Payload, compile_payload
+
+if TYPE_CHECKING:
+    from pipeline.backends.trt import TrtOptions
+    from pipeline.recipe import Recipe
 
 logger = logging.getLogger(__name__)
 SCHEMA_VERSION = 1
@@ -48,48 +45,38 @@ PROOF = (
 )
 
 
-class TrtBackend:
-    """Builds one engine for the GPU of this machine."""
+def recipe_problems(recipe: Recipe) -> list[str]:
+    """One message for each format and each scaling of activations that no kernel takes."""
+    return [*method_problems(recipe, with_plugins=True), *kernel_formats.recipe_problems(recipe, rtx_plugin.REMEDY)]
 
-    name = "trt"
-    capabilities = Capabilities("trt", ())
 
-    def problems(self, recipe: Any) -> list[str]:
-        """What is missing here: TensorRT, a release that is new enough, its GPU, a compiler for the kernels."""
-        chosen = [*method_problems(recipe, with_plugins=True), *recipe_problems(recipe, rtx_plugin.REMEDY)]
-        return [*environment_problems(cuda_sm()), *chosen]
+def lower(portable: Path, work_dir: Path, options: TrtOptions) -> LoweredGraph:
+    """Write the graph of fused ops, which is verified, into `work_dir`."""
+    model = load_model(portable)
+    run_shared(model)
+    lowering = rtx_plugin.lower(model, options.operands)
+    if options.attention == "fp16":
+        halve_attention(model)
+        halve_large_linears(model)
+    drop_unused(model)
+    path = work_dir / ONNX
+    ir.save(model, path, external_data=DATA, size_threshold_bytes=1024)
+    return LoweredGraph(path, tuple(lowering.probes), tuple(lowering.choices))
 
-    def lower(self, portable: Path, work_dir: Path, recipe: Any) -> LoweredGraph:
-        """Write the graph of fused ops, which is verified, into `work_dir`."""
-        model = load_model(portable)
-        run_shared(model)
-        lowering = rtx_plugin.lower(model, recipe.trt.operands)
-        if recipe.trt.attention == "fp16":
-            halve_attention(model)
-            halve_large_linears(model)
-        drop_unused(model)
-        path = work_dir / ONNX
-        ir.save(model, path, external_data=DATA, size_threshold_bytes=1024)
-        return LoweredGraph(path, tuple(lowering.probes), tuple(lowering.choices))
 
-    def build(self, lowered: LoweredGraph, out_dir: Path, recipe: Any) -> BuildResult:
-        """Engine, metadata.json and lowering.json. Raises ContractError where a plugin is not in the engine."""
-        sm, batch = cuda_sm(), recipe.sampling.batch_size
-        graph = lowered.path.with_name(rtx_plugin.GRAPH)
-        try:
-            nodes = write_graph(lowered.path, graph, batch, sm)
-            facts = build_engine(graph, out_dir / ENGINE, nodes, sm, batch)
-        finally:
-            graph.unlink(missing_ok=True)
-        metadata = {**facts, **described(lowered, nodes)}
-        write_json(out_dir / METADATA, metadata)
-        lowering_file.write(lowered, out_dir / lowering_file.NAME)
-        files = tuple(f"{out_dir.name}/{name}" for name in (ENGINE, METADATA, lowering_file.NAME))
-        return BuildResult(files, lowered, metadata)
-
-    def load(self, bundle_dir: Path, threads: int = 0) -> Engine:
-        """Engine on the GPU. Raises EnvironmentLacksError where there is none or it is another one."""
-        return TrtEngine(bundle_dir / self.name)
+def build(lowered: LoweredGraph, out_dir: Path, sm: int, batch_size: int) -> BuildResult:
+    """Engine, metadata.json and lowering.json. Raises ContractError where a plugin is not in the engine."""
+    graph = lowered.path.with_name(rtx_plugin.GRAPH)
+    try:
+        nodes = write_graph(lowered.path, graph, batch_size, sm)
+        facts = build_engine(graph, out_dir / ENGINE, nodes, sm, batch_size)
+    finally:
+        graph.unlink(missing_ok=True)
+    metadata = {**facts, **described(lowered, nodes)}
+    write_json(out_dir / METADATA, metadata)
+    lowering_file.write(lowered, out_dir / lowering_file.NAME)
+    files = tuple(f"{out_dir.name}/{name}" for name in (ENGINE, METADATA, lowering_file.NAME))
+    return BuildResult(files, lowered, metadata)
 
 
 def write_graph(lowered: Path, path: Path, batch_size: int, sm: int) -> list[KernelNode]:
@@ -135,8 +122,8 @@ def network_flags(trt: Any) -> int:
     """Strongly typed, and plugins by their PTX. From release 11 on every network is strongly typed and the flag of it
     ignored, so a release may lack it; one that lacks the other takes the only implementation that our plugins have."""
     known = trt.NetworkDefinitionCreationFlag
-    found = [getattr(known, name, None) for name in ("STRONGLY_TYPED", "PREFER_AOT_PYTHON_PLUGINS")]
-    return sum(1 << int(flag) for flag in found if flag is not None)
+    flags = [getattr(known, name, None) for name in ("STRONGLY_TYPED", "PREFER_AOT_PYTHON_PLUGINS")]
+    return sum(1 << int(flag) for flag in flags if flag is not None)
 
 
 def check_layers(information: str, nodes: Sequence[KernelNode]) -> None:

@@ -1,4 +1,4 @@
-"""The `rtx` target: a TensorRT-RTX engine built ahead of time, on a machine that needs no GPU."""
+"""Makes an `rtx` engine: the graph in TensorRT's own ops or with plugins, built ahead of time by TensorRT-RTX."""
 
 from __future__ import annotations
 
@@ -6,28 +6,32 @@ import logging
 from collections import Counter
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import onnx_ir as ir
 
 from export.dialect.graph import drop_unused
 from export.onnx_files import load_model
 from pipeline.backends import lowering_file
-from pipeline.backends.base import BuildResult, Engine, LoweredGraph
-from pipeline.backends.fused.kernel_formats import recipe_problems
+from pipeline.backends.base import BuildResult, LoweredGraph
+from pipeline.backends.fused.kernel_formats import recipe_problems, scaling_problems
 from pipeline.backends.fused.lower import LowerCuda
-from pipeline.backends.rtx.engine import ENGINE, METADATA, RtxEngine
+from pipeline.backends.rtx.engine import ENGINE, METADATA
 from pipeline.backends.rtx.gemms import matmul_names
-from pipeline.backends.rtx.lower import GROUPS_REFUSED, Lowering, lower
+from pipeline.backends.rtx.lower import GROUPS_REFUSED, Lowering
+from pipeline.backends.rtx.lower import lower as lower_to_tensorrt
 from pipeline.backends.tensorrt import build as rtx_build
 from pipeline.backends.tensorrt import plugin_payloads as rtx_plugin
 from pipeline.backends.tensorrt.half import halve_attention, halve_large_linears
 from pipeline.backends.tensorrt.plan_file import EngineFile, check_gemms, read_engine_file
 from pipeline.backends.tensorrt.plugin_graph import STATIC_REFUSED
 from pipeline.files import sha256, write_json
-from pipeline.methods import activation_scalings
 from pipeline.passes import run_shared
 from pipeline.passes.probes import Capabilities, GemmRow
+
+if TYPE_CHECKING:
+    from pipeline.backends.rtx import RtxOptions
+    from pipeline.recipe import Recipe
 
 logger = logging.getLogger(__name__)
 ONNX, DATA = "model.onnx", "model.onnx.data"
@@ -78,58 +82,49 @@ def capabilities(weights: str, sms: tuple[int, ...]) -> Capabilities:
     )
 
 
-class RtxBackend:
-    """Builds one engine for all compute capabilities of `recipe.rtx.sm`."""
+def problems(recipe: Recipe, options: RtxOptions, package_problems: list[str]) -> list[str]:
+    """GPUs that the builder refuses, activations that no lowering takes, and what is missing here."""
+    with_plugins = options.path == "plugin"
+    refused = [*sm_problems(options.sm), *method_problems(recipe, with_plugins), *package_problems]
+    refused += recipe_problems(recipe, rtx_plugin.REMEDY) if with_plugins else []
+    return [*refused, *rtx_plugin.problems(options.sm)] if with_plugins and not refused else refused
 
-    name = "rtx"
-    capabilities = capabilities("fp8", (89, 120))
 
-    def problems(self, recipe: Any) -> list[str]:
-        """GPUs that the builder refuses, activations that no lowering takes, and a missing package."""
-        with_plugins = recipe.rtx.path == "plugin"
-        found = [*sm_problems(recipe.rtx.sm), *method_problems(recipe, with_plugins), *rtx_build.package_problems()]
-        found += recipe_problems(recipe, rtx_plugin.REMEDY) if with_plugins else []
-        return [*found, *rtx_plugin.problems(recipe.rtx.sm)] if with_plugins and not found else found
+def lower(portable: Path, work_dir: Path, options: RtxOptions) -> LoweredGraph:
+    """Write the graph that the builder gets into `work_dir`; weights are converted one by one while writing."""
+    model = load_model(portable)
+    run_shared(model)
+    if options.path == "plugin":
+        lowering: LowerCuda | Lowering = rtx_plugin.lower(model, options.operands)
+    else:
+        lowering = lower_native(model, options.weights, options.sm)
+    if options.attention == "fp16":
+        attentions, linears = halve_attention(model), halve_large_linears(model)
+        logger.info("in FP16: %d attentions, unquantized linears %s", attentions, ", ".join(linears) or "none")
+    drop_unused(model)
+    path = work_dir / ONNX
+    ir.save(model, path, external_data=DATA, size_threshold_bytes=1024)
+    return LoweredGraph(path, tuple(lowering.probes), tuple(lowering.choices))
 
-    def lower(self, portable: Path, work_dir: Path, recipe: Any) -> LoweredGraph:
-        """Write the graph that the builder gets into `work_dir`; weights are converted one by one while writing."""
-        model, sms = load_model(portable), tuple(recipe.rtx.sm)
-        run_shared(model)
-        if recipe.rtx.path == "plugin":
-            lowering: LowerCuda | Lowering = rtx_plugin.lower(model, recipe.rtx.operands)
-        else:
-            lowering = lower_native(model, recipe.rtx.weights, sms)
-        if recipe.rtx.attention == "fp16":
-            attentions, linears = halve_attention(model), halve_large_linears(model)
-            logger.info("in FP16: %d attentions, unquantized linears %s", attentions, ", ".join(linears) or "none")
-        drop_unused(model)
-        path = work_dir / ONNX
-        ir.save(model, path, external_data=DATA, size_threshold_bytes=1024)
-        return LoweredGraph(path, tuple(lowering.probes), tuple(lowering.choices))
 
-    def build(self, lowered: LoweredGraph, out_dir: Path, recipe: Any) -> BuildResult:
-        """Engine, metadata.json and lowering.json. Raises ContractError where a linear is not the GEMM it should be."""
-        sms = tuple(recipe.rtx.sm)
-        build = rtx_plugin.build if recipe.rtx.path == "plugin" else build_native
-        facts, engine, more = build(lowered.path, out_dir / ENGINE, sms, recipe.sampling.batch_size)
-        if recipe.rtx.path == "native":
-            check_gemms(engine, expected_gemms(lowered))
-        metadata = describe(engine, lowered, facts) | more
-        write_json(out_dir / METADATA, metadata)
-        lowering_file.write(lowered, out_dir / lowering_file.NAME)
-        files = tuple(f"{out_dir.name}/{name}" for name in (ENGINE, METADATA, lowering_file.NAME))
-        return BuildResult(files, lowered, metadata)
-
-    def load(self, bundle_dir: Path, threads: int = 0) -> Engine:
-        """Engine on the GPU. Raises EnvironmentLacksError where there is none or it is another one."""
-        return RtxEngine(bundle_dir / self.name)
+def build(lowered: LoweredGraph, out_dir: Path, options: RtxOptions, batch_size: int) -> BuildResult:
+    """Engine, metadata.json and lowering.json. Raises ContractError where a linear is not the GEMM it should be."""
+    build_path = rtx_plugin.build if options.path == "plugin" else build_native
+    facts, engine, more = build_path(lowered.path, out_dir / ENGINE, options.sm, batch_size)
+    if options.path == "native":
+        check_gemms(engine, expected_gemms(lowered))
+    metadata = describe(engine, lowered, facts) | more
+    write_json(out_dir / METADATA, metadata)
+    lowering_file.write(lowered, out_dir / lowering_file.NAME)
+    files = tuple(f"{out_dir.name}/{name}" for name in (ENGINE, METADATA, lowering_file.NAME))
+    return BuildResult(files, lowered, metadata)
 
 
 def lower_native(model: ir.Model, weights: str, sms: tuple[int, ...]) -> Lowering:
     """Lower to TensorRT's own ops, in place, for what all GPUs run."""
     if without := sorted(set(sms) - FP8_SMS):
         logger.info("SM %s has no FP8 tensor cores: the engine uses INT8 operands", ", ".join(map(str, without)))
-    return lower(model, capabilities(weights, sms))
+    return lower_to_tensorrt(model, capabilities(weights, sms))
 
 
 def build_native(
@@ -149,14 +144,10 @@ def sm_problems(sms: tuple[int, ...]) -> list[str]:
     return [f"target rtx cannot be built for SM {sm}: {WHY_NOT.get(sm, 'unknown to it')}. {takes}" for sm in refused]
 
 
-def method_problems(recipe: Any, with_plugins: bool = False) -> list[str]:
+def method_problems(recipe: Recipe, with_plugins: bool = False) -> list[str]:
     """One message where the method would give activations scales that nothing here runs."""
     refused = {"token_group": GROUPS_REFUSED} | ({"per_tensor": STATIC_REFUSED} if with_plugins else {})
-    chosen = recipe.calibrate
-    given = activation_scalings(chosen.method, chosen.preset, chosen.options)
-    return [
-        f"calibrate.method {chosen.method} scales activations {one}: {refused[one]}" for one in given if one in refused
-    ]
+    return scaling_problems(recipe, refused)
 
 
 def expected_gemms(lowered: LoweredGraph) -> dict[str, str]:

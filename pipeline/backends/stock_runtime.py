@@ -1,0 +1,41 @@
+"""Stock onnxruntime, which the targets `cpu` and `onnx` need: is it here, and as new as a bundle was verified with?"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from importlib import import_module
+from typing import Any
+
+from export.errors import ContractError
+from pipeline import machine
+from pipeline.backends.base import Check
+
+PACKAGE = "onnxruntime"
+
+
+def check() -> Check:
+    """onnxruntime is imported, because a wheel for another machine installs and then does not load."""
+    try:
+        runtime = import_module(PACKAGE)
+    except ImportError as error:
+        return Check(PACKAGE, False, f"does not load: {error}", True, f"pip install {PACKAGE}")
+    return Check(PACKAGE, True, f"{runtime.__version__}, runs the targets cpu and onnx", True)
+
+
+def fitness_problem(manifest: Mapping[str, Any], target: str) -> str | None:
+    """A runtime that is absent, or older than the one that the target was verified with.
+
+    Raises ContractError for a manifest that names none.
+    """
+    here = machine.tool_version(PACKAGE)
+    if not here:
+        return f"target {target} needs onnxruntime; install with: pip install onnxruntime"
+    stated = manifest["tools"].get(PACKAGE, "")
+    if not re.match(r"\d{1,9}\.\d{1,9}", stated):
+        raise ContractError(f"the manifest names no version of onnxruntime ({stated!r}); build the bundle again")
+    verified, installed = machine.release(stated), machine.release(here)
+    if tuple(map(int, installed)) < tuple(map(int, verified)):
+        versions = f"verified with onnxruntime {'.'.join(verified)}, this is {'.'.join(installed)}"
+        return f"target {target} was {versions}; upgrade onnxruntime or rebuild"
+    return None
