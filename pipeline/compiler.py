@@ -45,7 +45,6 @@ TARGETS = {**AUTO_TARGETS, **NAMED_TARGETS, PORTABLE: "onnxruntime"}
 # 2); the baselines of the measurement (9, see bench); the CPU's INT8 weights; the lowered graph and the engine of rtx;
 # the packed weights of cuda and trt, twice.
 BYTES_PER_PARAMETER = {"always": 11.0, "cpu": 1.5, "rtx": 2.5, "cuda": 1.5, "trt": 1.5, PORTABLE: 0.0}
-NEEDED = ("torch", "diffusers", "onnx", "onnx_ir", "onnxscript", "onnxruntime")
 
 
 @dataclass(frozen=True)
@@ -121,7 +120,7 @@ def refuse_early(request: BuildRequest) -> None:
     """Refuse what can be refused without the model."""
     from pipeline.backends import BACKENDS
 
-    machine.require(NEEDED, "building an engine")
+    machine.require_compiler("building an engine")
     problems = [problem for target in request.targets for problem in BACKENDS[target].problems(request.recipe)]
     if problems:
         raise EnvironmentLacksError("; ".join(problems))
@@ -172,7 +171,7 @@ def fitting_targets(targets: tuple[str, ...], recipe: Recipe, named: tuple[str, 
     """
     from pipeline.backends import BACKENDS
 
-    machine.require(NEEDED, "building an engine")
+    machine.require_compiler("building an engine")
     problems = {target: BACKENDS[target].problems(recipe) for target in targets if target not in named}
     left = tuple(target for target in targets if not problems.get(target))
     reasons = [f"{target}: {problem}" for target, found in problems.items() for problem in found]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import runpy
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
@@ -17,7 +17,6 @@ from pipeline import recipe as recipes
 from pipeline.backends.cuda import engine as cuda_run
 from pipeline.backends.trt import engine as trt_run
 from pipeline.command import Answer, parser, run, table
-from pipeline.compiler import NEEDED
 from pipeline.list import zoo_models
 from pipeline.machine import cuda_sm
 from pipeline.signals import leave
@@ -35,11 +34,16 @@ NEEDED_DISK_BYTES = 1 * GIB
 MINIMUM_PYTHON = (3, 11)
 # Tools with a check of their own below.
 OWN_CHECKS = ("onnxruntime", "tensorrt_rtx", "tensorrt", "triton")
+# Checks that a bundle must pass to run on the targets cpu and onnx; the other needed ones are the build's.
+RUNNING = ("python", "onnxruntime")
+# Only the compiler needs it: torch and onnx stand on many machines for other reasons, and the target cuda runs by them.
+SIGN_OF_THE_COMPILER = "onnxscript"
 
 
 @dataclass(frozen=True)
 class Check:
-    """One row: what was looked at, what was found, and if it is not ok, the remedy. needed: by the default build."""
+    """One row: what was looked at, what was found, and if it is not ok, the remedy. needed: by the default build,
+    or by every bundle where the compiler is not installed."""
 
     name: str
     ok: bool
@@ -60,12 +64,12 @@ def tool_checks() -> list[Check]:
 
 def _tool_check(module: str) -> Check:
     installed = find_spec(module) is not None
-    needed = module in NEEDED
+    needed = module in machine.COMPILER
     return Check(module, installed, machine.tool_version(module) or "not installed", needed, _install(module))
 
 
 def _install(module: str) -> str:
-    return f"pip install {machine.TOOLS[module]}"
+    return "pip install 'ditc[build]'" if module in machine.COMPILER else f"pip install {machine.TOOLS[module]}"
 
 
 def onnxruntime_check() -> Check:
@@ -136,7 +140,11 @@ def cuda_check() -> Check:
     """What running the target cuda needs, together: a GPU, a PyTorch with CUDA, triton."""
     sm, cuda = cuda_sm(), torch_cuda()
     triton = machine.tool_version("triton") if find_spec("triton") else ""
-    problems = [] if cuda else ["this PyTorch is built without CUDA; install one from https://pytorch.org"]
+    problems = []
+    if not find_spec("torch"):
+        problems = ["pip install 'ditc[cuda]'"]
+    elif not cuda:
+        problems = ["this PyTorch is built without CUDA; install one from https://pytorch.org"]
     problem = cuda_run.machine_problem({}, sm, triton)
     problems += [problem] if problem else []
     found = f"{f'SM {sm}' if sm else 'no GPU'}, CUDA of torch {cuda or 'none'}, triton {triton or 'none'}"
@@ -225,13 +233,21 @@ CHECKS: tuple[Callable[[], Check], ...] = (
 
 
 def work(args: Any, answer: Answer) -> int:
-    """Answer with all checks; exit 3 if something is missing that the default build needs."""
+    """Answer with all checks; exit 3 if something is missing that is needed: by the default build where the compiler is
+    installed, by a bundle in any case."""
+    compiler = find_spec(SIGN_OF_THE_COMPILER) is not None
     checks = [python_check(), *tool_checks(), *(check() for check in CHECKS)]
+    if not compiler:
+        checks = [replace(check, needed=check.name in RUNNING) for check in checks]
     missing = [check.name for check in checks if check.needed and not check.ok]
+    unable = [name for name in missing if name in RUNNING]
+    runs = f"no bundle can run: {', '.join(unable)}" if unable else "bundles can run"
+    builds = f"the default build cannot run: {', '.join(missing)}" if missing else "the default build can run"
+    if not compiler:
+        builds = "nothing can be built: the compiler is not installed, pip install 'ditc[build]'"
     rows = [(_state(check), check.name, check.found, "" if check.ok else check.remedy) for check in checks]
-    verdict = f"the default build cannot run: {', '.join(missing)}" if missing else "the default build can run"
-    document = {"ok": not missing, "checks": [asdict(check) for check in checks]}
-    answer.document(document, table(("", "what", "found", "remedy"), rows) + f"\n\n{verdict}")
+    document = {"ok": compiler and not missing, "runs": not unable, "checks": [asdict(check) for check in checks]}
+    answer.document(document, table(("", "what", "found", "remedy"), rows) + f"\n\n{runs}\n{builds}")
     return EnvironmentLacksError.exit_code if missing else 0
 
 
