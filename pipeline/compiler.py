@@ -299,11 +299,14 @@ def reject(work: WorkFolder, facts: manifest.BuildFacts, rejected: Path) -> None
 
 def benched(work: WorkFolder, model: LoadedModel, facts: manifest.BuildFacts) -> None:
     """Stage: measure the engines that run here against the float model."""
+    from pipeline.bench.baselines import baselines
     from pipeline.bench.measure import bench, measured
 
     def measure() -> None:
-        with opened(work.bundle, measured(facts.results)) as engines:
-            document: dict[str, Any] = bench(model, engines, facts.recipe, work.bundle, work.scratch("bench"))
+        threads = machine.threads()
+        with opened(work.bundle, measured(facts.results), threads) as engines:
+            others = baselines(model, facts.recipe, work.scratch("bench"), threads)
+            document: dict[str, Any] = bench(model, engines, facts.recipe, work.bundle, others, threads)
         remove(work.path / "bench")
         write_json(work.bundle / "bench.json", document)
 
