@@ -22,7 +22,6 @@ from packaging.requirements import Requirement
 from export.errors import EnvironmentLacksError
 from pipeline import compiler, load, machine
 from pipeline.build import main as build
-from pipeline.calibrate.__main__ import main as calibrate
 from pipeline.generate.__main__ import main as generate
 from plugins.cpu import library
 from tests.support import absent, hostile
@@ -50,9 +49,9 @@ for target in sys.argv[3:]:
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """bundle/: of a DiT that draws digits, for `cpu` with the kernel library and `onnx`; checkpoint/: its layers.
+    """A folder with bundle/: of a DiT that draws digits, for `cpu` with the kernel library and `onnx`.
 
-    The gates and the measurement are left out.
+    Its gates and its measurement are left out.
     """
     folder = tmp_path_factory.mktemp("alone")
     hostile.make_models(folder)
@@ -65,7 +64,6 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
         for stage in ("verified", "benched"):
             patch.setattr(compiler, stage, lambda *_: None)
         assert build([*flags, "--target", "cpu", "-o", str(folder / "bundle")]) == 0
-    assert calibrate([*flags, "-o", str(folder / "checkpoint")]) == 0
     return folder
 
 
