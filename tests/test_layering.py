@@ -185,6 +185,7 @@ RUN_TIME = [
     if path.match("pipeline/bundle/*.py")
     or path.match("pipeline/generate/*.py")
     or path.match("pipeline/backends/*/engine.py")
+    or path.match("pipeline/backends/*/__init__.py")
     or path.match("plugins/cpu/*.py")
     or path.as_posix()
     in {
@@ -192,16 +193,12 @@ RUN_TIME = [
         *(f"pipeline/{name}.py" for name in ("machine", "methods", "progress", "recipe", "signals")),
         *(f"pipeline/backends/{name}.py" for name in ("__init__", "base", "feeds", "lowering_file", "metadata_file")),
         "pipeline/backends/runtime_errors.py",
-        "pipeline/backends/cpu/backend.py",
-        "pipeline/backends/portable/backend.py",
     }
 ]
 COMPILERS = {"torch", "diffusers", "transformers", "onnx", "onnx_ir", "onnxscript", "matplotlib", "huggingface_hub"}
-# Engines that compute with PyTorch, and engines in a diffusers pipeline; the backends' lines are those that lower.
+# Engines that compute with PyTorch, and engines in a diffusers pipeline.
 NEEDS_TORCH = {
-    "pipeline/backends/cpu/backend.py": {"onnx_ir"},
     "pipeline/backends/cuda/engine.py": {"torch"},
-    "pipeline/backends/portable/backend.py": {"onnx_ir"},
     "pipeline/backends/rtx/engine.py": {"torch"},
     "pipeline/backends/trt/engine.py": {"torch"},
     "pipeline/generate/diffusers_adapter.py": {"diffusers", "torch"},
