@@ -7,17 +7,14 @@ import os
 import re
 import subprocess
 import sys
-import tomllib
 import venv
 import zipfile
-from collections.abc import Iterable
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from packaging.requirements import Requirement
 
 from export.errors import EnvironmentLacksError
 from pipeline import compiler, load, machine
@@ -25,12 +22,11 @@ from pipeline.build import main as build
 from pipeline.generate.__main__ import main as generate
 from plugins.cpu import library
 from tests.support import absent, hostile
+from tests.support.requirements import closure
 
 ROOT = Path(__file__).parents[1]
-PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+pytestmark = pytest.mark.slow  # a bundle is built, and every verb is a process of its own
 DRAW = ("--prompt", "7", "--n-steps", "2", "--scale", "1", "--threads", "1")
-# The largest that `pip install ditc` may be, in bytes.
-MOST_BYTES = 300 * 10**6
 # What `load` is asked for: prints the sum of each target's output as the bytes that it is.
 HIDE = "from tests.support.absent import hide\nhide()\n"
 RUN = """
@@ -176,7 +172,7 @@ def test_verbs_of_the_compiler_say_what_to_install(verb: tuple[str, ...], made: 
 
 
 def test_bench_measures_the_engines_alone(made: Path) -> None:
-    done = without_compiler("bench", made / "bundle", "--target", "cpu,onnx", "--threads", "1")
+    done = without_compiler("bench", made / "bundle", "--target", "cpu,onnx", "--threads", "1", "--json")
     assert done.returncode == 0, done.stderr
     assert "the engines are measured alone: comparing with the float model needs torch, diffusers" in done.stderr
     document = json.loads(done.stdout)
@@ -190,53 +186,6 @@ def test_a_stand_in_for_diffusers_says_what_to_install(made: Path) -> None:
     assert (
         "EnvironmentLacksError: standing in for a diffusers transformer needs torch, diffusers; install" in done.stderr
     )
-
-
-# --- packages declared ---------------------------------------------------------------------------------------------
-
-
-def requirements(rows: Iterable[str], extra: str = "") -> list[Requirement]:
-    """Those that hold on this machine, for an extra of theirs or for none."""
-    parsed = map(Requirement, rows)
-    return [row for row in parsed if row.marker is None or row.marker.evaluate({"extra": extra})]
-
-
-def closure(rows: Iterable[str]) -> dict[str, metadata.Distribution]:
-    """The installed distributions that requirements ask for, and all that these ask for, by name."""
-    found: dict[str, metadata.Distribution] = {}
-    waiting = requirements(rows)
-    while waiting:
-        row = waiting.pop()
-        if row.name not in found:
-            found[row.name] = metadata.distribution(row.name)
-            assert row.specifier.contains(found[row.name].version, prereleases=True), f"{row} is not installed"
-            waiting += requirements(found[row.name].requires or ())
-    return found
-
-
-def test_the_run_time_part_is_small_and_has_nothing_of_the_compiler() -> None:
-    found = closure(PROJECT["dependencies"])
-    hidden = {name.replace("_", "-") for name in absent.HIDDEN}
-    assert not hidden & {name.replace("_", "-") for name in found}
-    assert sum(size_bytes(row) for row in found.values()) < MOST_BYTES
-
-
-def size_bytes(row: metadata.Distribution) -> int:
-    paths = [Path(str(row.locate_file(file))) for file in row.files or ()]
-    return sum(path.stat().st_size for path in paths if path.is_file())
-
-
-def test_a_package_has_one_range_of_releases_in_all_extras() -> None:
-    ranges: dict[str, set[str]] = {}
-    for rows in (PROJECT["dependencies"], *PROJECT["optional-dependencies"].values()):
-        for row in map(Requirement, rows):
-            ranges.setdefault(row.name, set()).add(str(row.specifier))
-    assert not {name: found for name, found in ranges.items() if len(found) > 1}
-
-
-def test_the_extra_build_is_what_the_compiler_looks_up() -> None:
-    names = {Requirement(row).name for row in PROJECT["optional-dependencies"]["build"]}
-    assert names == {machine.TOOLS[module] for module in machine.COMPILER}
 
 
 # --- a wheel -------------------------------------------------------------------------------------------------------
@@ -270,7 +219,6 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(executable)
 
 
-@pytest.mark.slow
 def test_a_wheel_works_away_from_the_tree(installed: str, made: Path, tmp_path: Path) -> None:
     cache = {"DITC_CACHE": str(tmp_path / "cache")}
 
@@ -296,7 +244,6 @@ def test_a_wheel_works_away_from_the_tree(installed: str, made: Path, tmp_path: 
     run("-c", script)
 
 
-@pytest.mark.slow
 def test_a_wheel_holds_every_file_of_its_folders(installed: str) -> None:
     """Zoo, recipes, C sources, style, captions: whatever git has in these folders is beside the code."""
     place = Path(installed).parents[1]

@@ -227,7 +227,8 @@ def test_the_run_time_part_is_imported_without_the_compiler() -> None:
             names = {name for name, at_top in found(path) if at_top}
             if bad := {name.split(".")[0] for name in names} & COMPILERS:
                 wrong[start] = f"{' -> '.join(map(str, ways[path]))} -> {bad}"
-            below = {modules[module] for name in names if (module := _module(name)) in modules} - set(ways)
+            below = {modules[part] for name in names for part in (name, name.rpartition(".")[0]) if part in modules}
+            below -= set(ways)
             ways |= {other: [*ways[path], other] for other in below}
             waiting += below
     assert not wrong, wrong
