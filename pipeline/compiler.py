@@ -35,7 +35,6 @@ logger = logging.getLogger(__name__)
 # Disk while building, in bytes per parameter, whatever the targets: checkpoint by layer and joined, and the portable
 # model (together below 2); the baselines of the measurement (9, see bench).
 BYTES_PER_PARAMETER = 11.0
-NEEDED = ("torch", "diffusers", "onnx", "onnx_ir", "onnxscript", "onnxruntime")
 
 
 @dataclass(frozen=True)
@@ -109,7 +108,7 @@ def prepare(request: BuildRequest) -> tuple[Recipe, LoadedModel, StageTime]:
 
 def refuse_early(request: BuildRequest) -> None:
     """Refuse what can be refused without the model."""
-    machine.require(NEEDED, "building an engine")
+    machine.require_compiler("building an engine")
     problems = [problem for target in request.targets for problem in BACKENDS[target].problems(request.recipe)]
     if problems:
         raise EnvironmentLacksError("; ".join(problems))
@@ -159,7 +158,7 @@ def fitting_targets(targets: tuple[str, ...], recipe: Recipe, named: tuple[str, 
     Those in `named` were asked for and stay: `refuse_early` refuses them by name. Raises EnvironmentLacksError with
     all reasons if none is left.
     """
-    machine.require(NEEDED, "building an engine")
+    machine.require_compiler("building an engine")
     problems = {target: BACKENDS[target].problems(recipe) for target in targets if target not in named}
     left = tuple(target for target in targets if not problems.get(target))
     reasons = [f"{target}: {problem}" for target, listed in problems.items() for problem in listed]
@@ -279,11 +278,14 @@ def reject(work: WorkFolder, facts: manifest.BuildFacts, rejected: Path) -> None
 
 def benched(work: WorkFolder, model: LoadedModel, facts: manifest.BuildFacts) -> None:
     """Stage: measure the engines that run here against the float model."""
+    from pipeline.bench.baselines import baselines
     from pipeline.bench.measure import bench, measured
 
     def measure() -> None:
-        with opened(work.bundle, measured(facts.results)) as engines:
-            document: dict[str, Any] = bench(model, engines, facts.recipe, work.bundle, work.scratch("bench"))
+        threads = machine.threads()
+        with opened(work.bundle, measured(facts.results), threads) as engines:
+            others = baselines(model, facts.recipe, work.scratch("bench"), threads)
+            document: dict[str, Any] = bench(model, engines, facts.recipe, work.bundle, others, threads)
         remove(work.path / "bench")
         write_json(work.bundle / "bench.json", document)
 

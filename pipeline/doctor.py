@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,6 @@ from pipeline import recipe as recipes
 from pipeline.backends import BACKENDS
 from pipeline.backends.base import Check
 from pipeline.command import Answer, parser, run, table
-from pipeline.compiler import NEEDED
 from pipeline.list import zoo_models
 from pipeline.signals import leave
 
@@ -24,6 +23,10 @@ GIB = 2**30
 NEEDED_MEMORY_BYTES = 2 * GIB
 NEEDED_DISK_BYTES = 1 * GIB
 MINIMUM_PYTHON = (3, 11)
+# Checks that a bundle must pass to run on the targets cpu and onnx; the other needed ones are the build's.
+RUNNING = ("python", "onnxruntime")
+# Only the compiler needs it: torch and onnx stand on many machines for other reasons, and the target cuda runs by them.
+SIGN_OF_THE_COMPILER = "onnxscript"
 
 
 def python_check() -> Check:
@@ -45,12 +48,12 @@ def target_checks() -> list[Check]:
 
 def _tool_check(module: str) -> Check:
     installed = find_spec(module) is not None
-    needed = module in NEEDED
+    needed = module in machine.COMPILER
     return Check(module, installed, machine.tool_version(module) or "not installed", needed, _install(module))
 
 
 def _install(module: str) -> str:
-    return f"pip install {machine.distribution(module)}"
+    return "pip install 'ditc[build]'" if module in machine.COMPILER else f"pip install {machine.distribution(module)}"
 
 
 def gpu_check() -> Check:
@@ -109,13 +112,21 @@ CHECKS: tuple[Callable[[], Check], ...] = (
 
 
 def work(args: Any, answer: Answer) -> int:
-    """Answer with all checks; exit 3 if something is missing that the default build needs."""
+    """Answer with all checks; exit 3 if something is missing that is needed: by the default build where the compiler is
+    installed, by a bundle in any case."""
+    compiler = find_spec(SIGN_OF_THE_COMPILER) is not None
     checks = [python_check(), *tool_checks(), *target_checks(), *(check() for check in CHECKS)]
+    if not compiler:
+        checks = [replace(check, needed=check.name in RUNNING) for check in checks]
     missing = [check.name for check in checks if check.needed and not check.ok]
+    unable = [name for name in missing if name in RUNNING]
+    runs = f"no bundle can run: {', '.join(unable)}" if unable else "bundles can run"
+    builds = f"the default build cannot run: {', '.join(missing)}" if missing else "the default build can run"
+    if not compiler:
+        builds = "nothing can be built: the compiler is not installed, pip install 'ditc[build]'"
     rows = [(_state(check), check.name, check.found, "" if check.ok else check.remedy) for check in checks]
-    verdict = f"the default build cannot run: {', '.join(missing)}" if missing else "the default build can run"
-    document = {"ok": not missing, "checks": [asdict(check) for check in checks]}
-    answer.document(document, table(("", "what", "found", "remedy"), rows) + f"\n\n{verdict}")
+    document = {"ok": compiler and not missing, "runs": not unable, "checks": [asdict(check) for check in checks]}
+    answer.document(document, table(("", "what", "found", "remedy"), rows) + f"\n\n{runs}\n{builds}")
     return EnvironmentLacksError.exit_code if missing else 0
 
 

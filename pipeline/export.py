@@ -11,7 +11,6 @@ from export.errors import RecipeError
 from pipeline import machine
 from pipeline.calibrate.state import KEPT
 from pipeline.command import Answer, Parser, parser, run
-from pipeline.compiler import NEEDED
 from pipeline.files import publish, refuse_unwritable, remove
 from pipeline.signals import leave
 
@@ -32,8 +31,8 @@ def make_parser() -> Parser:
 
 def work(args: argparse.Namespace, answer: Answer) -> int:
     """Export into a folder beside the destination, then rename."""
+    machine.require_compiler("exporting a checkpoint")
     refuse(args.checkpoint, args.output_dir, args.force)
-    machine.require(NEEDED, "exporting a checkpoint")
     from export.models import load as models
     from export.to_onnx import export_portable
 

@@ -10,6 +10,7 @@ from typing import Any
 from export.errors import RecipeError
 from export.formats.format import get_format, packed_size
 from export.formats.operands import embeds
+from pipeline import machine
 from pipeline.build import resolve
 from pipeline.bundle.bundle import load_bundle
 from pipeline.calibrate.plan import LayerPlan, group_multipliers, make_plans
@@ -56,6 +57,7 @@ def _choices(targets: Mapping[str, Any], layer: str) -> dict[str, Any]:
 
 def recipe_document(recipe: Recipe) -> dict[str, Any]:
     """The same for a recipe on its model, before anything is built: formats, scales, embedding and bytes."""
+    machine.require_compiler("looking into the model of a recipe")
     model = load_model(recipe)
     layers = [planned_layer(plan) for plan in make_plans(model.linears(), recipe)]
     kept = [{"name": name, "reason": reason} for name, reason in model.kept()]

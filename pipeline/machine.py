@@ -33,6 +33,8 @@ TOOLS = {
     "tensorrt": "tensorrt",
     "triton": "triton",
 }
+# What the compiler needs beside the run-time part, and the extra `build` installs; a bundle runs without any of it.
+COMPILER = ("torch", "diffusers", "transformers", "onnx", "onnx_ir", "onnxscript")
 SOURCES = (".py", ".c", ".h")
 CPU_FLAGS = ("avx2", "avx512f", "avx512_vnni", "avx_vnni", "avx512_bf16", "amx_int8", "asimddp", "i8mm")
 
@@ -61,12 +63,20 @@ def release(version: str) -> tuple[str, ...]:
     return tuple(version.split(".")[:2])
 
 
-def require(modules: tuple[str, ...], purpose: str) -> None:
-    """Raise EnvironmentLacksError if one of `modules` cannot be imported (they are only looked up, not imported)."""
+def require(modules: tuple[str, ...], purpose: str, extra: str | None = None) -> None:
+    """Raise EnvironmentLacksError if one of `modules` cannot be imported (they are only looked up, not imported).
+
+    extra: of this package, which installs them; None: each has its own name.
+    """
     missing = [name for name in modules if find_spec(name) is None]
     if missing:
-        names = " ".join(map(distribution, missing))
+        names = f"'ditc[{extra}]'" if extra else " ".join(map(distribution, missing))
         raise EnvironmentLacksError(f"{purpose} needs {', '.join(missing)}; install with: pip install {names}")
+
+
+def require_compiler(purpose: str) -> None:
+    """Raise EnvironmentLacksError where the run-time part is installed without the compiler."""
+    require(COMPILER, purpose, "build")
 
 
 @cache

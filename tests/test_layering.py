@@ -173,3 +173,60 @@ def test_no_circle_of_imports() -> None:
         graph = {name: below - set(leaves) for name, below in graph.items() if name not in leaves}
     used = set().union(*graph.values())
     assert not (circles := {name: below for name, below in graph.items() if name in used}), f"circles: {circles}"
+
+
+# What runs a bundle. None of it imports the compiler's packages, at its top or later, but for what is named in
+# NEEDS_TORCH; and at its top it imports nothing that imports them at its own.
+RUN_TIME = [
+    path
+    for path in FILES
+    if path.match("pipeline/bundle/*.py")
+    or path.match("pipeline/generate/*.py")
+    or path.match("pipeline/backends/*/engine.py")
+    or path.match("pipeline/backends/*/__init__.py")
+    or path.match("plugins/cpu/*.py")
+    or path.as_posix()
+    in {
+        *(f"pipeline/{name}.py" for name in ("__init__", "__main__", "command", "doctor", "files", "inspect", "list")),
+        *(f"pipeline/{name}.py" for name in ("machine", "methods", "progress", "recipe", "signals")),
+        *(f"pipeline/backends/{name}.py" for name in ("__init__", "base", "feeds", "lowering_file", "metadata_file")),
+        "pipeline/backends/runtime_errors.py",
+    }
+]
+COMPILERS = {"torch", "diffusers", "transformers", "onnx", "onnx_ir", "onnxscript", "matplotlib", "huggingface_hub"}
+# Engines that compute with PyTorch, and engines in a diffusers pipeline.
+NEEDS_TORCH = {
+    "pipeline/backends/cuda/engine.py": {"torch"},
+    "pipeline/backends/rtx/engine.py": {"torch"},
+    "pipeline/backends/trt/engine.py": {"torch"},
+    "pipeline/generate/diffusers_adapter.py": {"diffusers", "torch"},
+    "pipeline/generate/latent.py": {"huggingface_hub", "torch"},
+    "pipeline/generate/pipeline_folder.py": {"diffusers", "torch"},
+}
+
+
+def packages(path: Path, wanted: set[str]) -> set[str]:
+    return {name.split(".")[0] for name, _ in found(path)} & wanted
+
+
+def test_the_run_time_part_names_what_needs_the_compiler() -> None:
+    needs = {path.as_posix(): packages(path, COMPILERS) for path in RUN_TIME}
+    assert {path: names for path, names in needs.items() if names} == NEEDS_TORCH
+
+
+def test_the_run_time_part_is_imported_without_the_compiler() -> None:
+    """Whatever a module of it imports at its top, and what that imports at its own top, and so on."""
+    modules = {".".join(path.with_suffix("").parts).removesuffix(".__init__"): path for path in FILES}
+    wrong = {}
+    for start in set(RUN_TIME) - {Path("pipeline/generate/diffusers_adapter.py")}:
+        ways, waiting = {start: [start]}, [start]
+        while waiting:
+            path = waiting.pop()
+            names = {name for name, at_top in found(path) if at_top}
+            if bad := {name.split(".")[0] for name in names} & COMPILERS:
+                wrong[start] = f"{' -> '.join(map(str, ways[path]))} -> {bad}"
+            below = {modules[part] for name in names for part in (name, name.rpartition(".")[0]) if part in modules}
+            below -= set(ways)
+            ways |= {other: [*ways[path], other] for other in below}
+            waiting += below
+    assert not wrong, wrong

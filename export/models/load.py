@@ -18,15 +18,11 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
-
-from export.documents import read_json
-from export.errors import ModelError, RecipeError
-from export.models.config import RULES as CONFIG_RULES
+from export.errors import ModelError
 from export.models.config import least_parameters, read_config
 from export.models.config_keys import unread_keys
-from export.models.families import FAMILIES, LAYER_KINDS, Family, Input, shared_names
+from export.models.description import GENERATION_FILE, Description, sample_inputs
+from export.models.families import FAMILIES, LAYER_KINDS, Family
 from export.models.read_weights import Weights, read_weights
 from export.models.sources import find
 from export.models.weights import (
@@ -56,9 +52,6 @@ logger = logging.getLogger(__name__)
 LEGACY_CLASSES = {"ada_norm_zero": "DiTTransformer2DModel", "ada_norm_single": "PixArtTransformer2DModel"}
 # Below this many bytes in float32 a model is simply held in float32; above, 16-bit linears are upcast at use.
 RESIDENT_BYTES = 512 * 2**20
-# A latent cell stands for 8 x 8 pixels in the VAEs of all latent families (four levels, three halvings).
-LATENT_PIXELS = 8
-GENERATION_FILE = "generation.json"
 
 
 @dataclass(frozen=True)
@@ -71,17 +64,13 @@ class LinearRef:
 
 
 @dataclass(frozen=True)
-class LoadedModel:
+class LoadedModel(Description):
     """A denoiser in memory. `module` is in eval mode and computes in float32; `notes` are things a user should know.
 
     `used` are the names of the tensors in its files that are part of it, `ignored` those that are not, and why.
     """
 
     module: Any
-    family: Family
-    config: Mapping[str, Any]
-    folder: Path
-    source: str
     revision: str
     sha256: str
     files: WeightsFiles
@@ -90,30 +79,15 @@ class LoadedModel:
     ignored: Mapping[str, str] = field(default_factory=dict)
 
     @cached_property
-    def inputs(self) -> tuple[Input, ...]:
-        """The family's input table for this configuration."""
-        return self.family.inputs(self.config)
-
-    @cached_property
     def config_sha256(self) -> str:
         """Hash of the configuration without notes on its origin; the same weights with another are another model."""
         stated = {key: value for key, value in self.config.items() if not key.startswith("_")}
         return hashlib.sha256(json.dumps(stated, sort_keys=True).encode()).hexdigest()
 
     @cached_property
-    def shared(self) -> frozenset[str]:
-        """Names of the inputs that have no batch axis."""
-        return shared_names(self.inputs)
-
-    @cached_property
     def parameters(self) -> int:
         """How many numbers the denoiser holds."""
         return sum(tensor.numel() for tensor in self.module.parameters())
-
-    @cached_property
-    def pixels_per_cell(self) -> int:
-        """Image pixels per cell of `hidden_states`: 1 for a pixel-space model, 8 for a latent one."""
-        return pixels_per_cell(self.folder, self.config)
 
     def linears(self) -> list[LinearRef]:
         """The linears to quantize, in module order."""
@@ -127,24 +101,6 @@ class LoadedModel:
         layers = (torch.nn.Linear, torch.nn.Conv2d, torch.nn.Embedding)
         paths = (path for path, part in self.module.named_modules() if isinstance(part, layers))
         return [(path, self.family.reason_of(path)) for path in paths if not self.family.kind_of(path)]
-
-    def cells(self, height: int = 0, width: int = 0) -> tuple[int, int]:
-        """Height and width of `hidden_states` for an image of that many pixels; 0 stands for the model's own size."""
-        own = self.config["sample_size"] * self.pixels_per_cell
-        height, width = height or own, width or own
-        unit = self.pixels_per_cell * self.config["patch_size"]
-        if height % unit or width % unit or min(height, width) <= 0:
-            raise RecipeError(f"image size {height} x {width}: {self.source} needs multiples of {unit} pixels")
-        if self.family.square and height != width:
-            raise RecipeError(f"image size {height} x {width}: {self.family.name} makes square images only")
-        return height // self.pixels_per_cell, width // self.pixels_per_cell
-
-
-def pixels_per_cell(folder: Path, config: Mapping[str, Any]) -> int:
-    """As the property of a loaded model, for the folder and the configuration of a model or a bundle."""
-    generation = folder / GENERATION_FILE
-    stated = read_json(generation, dict[str, Any], CONFIG_RULES).get("output") if generation.is_file() else ""
-    return 1 if stated == "pixels" or config["in_channels"] <= 3 else LATENT_PIXELS
 
 
 def _linears(module: Any) -> list[tuple[str, Any]]:
@@ -190,7 +146,7 @@ def load(source: str, kept_only: bool = False, variant: str = "", config: str = 
     for note in notes:
         logger.warning("%s: %s", source, note)
     return LoadedModel(
-        module, family, values, folder, source, revision, files.sha256(), files, notes, weights.used, weights.ignored
+        family, values, folder, source, module, revision, files.sha256(), files, notes, weights.used, weights.ignored
     )
 
 
@@ -437,25 +393,3 @@ def float_linears(model: LoadedModel) -> dict[str, Any]:
             plain.bias = ref.module.bias
             copies[ref.name] = plain
     return copies
-
-
-def sample_inputs(
-    model: LoadedModel, batch_size: int, seed: int, height: int = 0, width: int = 0, tokens: int = 0
-) -> dict[str, NDArray[Any]]:
-    """Random inputs of the right shapes and types, the same for the same arguments.
-
-    height, width: image size in pixels, 0 for the model's own. tokens: caption length, 0 for the family's usual one.
-    """
-    from export.models.samples import fill
-
-    cells = model.cells(height, width)
-    patches = (cells[0] // model.config["patch_size"]) * (cells[1] // model.config["patch_size"])
-    sizes = {"batch": batch_size, "tokens": tokens or model.family.tokens, "height": cells[0], "width": cells[1]}
-    sizes |= {"patches": patches}
-    result = {}
-    for index, row in enumerate(model.inputs):
-        shape = tuple(size if isinstance(size, int) else sizes[size] for size in row.shape)
-        result[row.name] = np.asarray(
-            fill(row.fill, shape, np.random.default_rng([seed, index]), model, cells), row.dtype
-        )
-    return result

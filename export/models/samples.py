@@ -8,6 +8,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from export.errors import EnvironmentLacksError
+
 Cells = tuple[int, int]
 Shape = tuple[int, ...]
 # HunyuanDiT's rotary positions are laid out on the grid of a 512 pixel image (its pipeline's base size).
@@ -39,7 +41,13 @@ def _rotary(part: int) -> Callable[..., NDArray[Any]]:
     """Cosines (part 0) or sines (part 1) of two-dimensional rotary positions, [patches, head_dim]."""
 
     def table(shape: Shape, _: Any, model: Any, cells: Cells) -> NDArray[Any]:
-        from diffusers.models.embeddings import get_2d_rotary_pos_embed
+        try:
+            from diffusers.models.embeddings import get_2d_rotary_pos_embed
+        except ImportError as error:
+            remedy = "install with: pip install 'ditc[build]'"
+            raise EnvironmentLacksError(
+                f"HunyuanDiT's rotary tables are those of diffusers ({error}); {remedy}"
+            ) from error
 
         patch = model.config["patch_size"]
         grid = (cells[0] // patch, cells[1] // patch)

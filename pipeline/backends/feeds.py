@@ -166,9 +166,7 @@ def _bounds(array: Any) -> tuple[float, float]:
         array = np.asarray(array)  # of a masked array all numbers count, since engines take them all
         low, high, finite = float(array.min()), float(array.max()), np.isfinite
     else:
-        import torch
-
-        array, finite = array.detach(), torch.isfinite
+        array, finite = array.detach(), type(array).isfinite
         low, high = (float(bound) for bound in array.aminmax())
     if math.isfinite(low) and math.isfinite(high):
         return low, high

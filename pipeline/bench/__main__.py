@@ -4,21 +4,30 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from export.errors import RecipeError
+from export.errors import ContractError, EnvironmentLacksError, RecipeError
+from export.models.config import FILE as CONFIG
+from export.models.description import Description
+from export.models.families import FAMILIES, stated_inputs
 from pipeline import machine
 from pipeline.backends import opened
-from pipeline.bundle.bundle import load_bundle
+from pipeline.bundle.bundle import Bundle, load_bundle
 from pipeline.bundle.stages import timed
 from pipeline.command import Answer, Parser, add_model_flags, add_threads, parser, run
 from pipeline.compiler import parse_targets
 from pipeline.files import refuse_unwritable, write_json
-from pipeline.recipe import ModelFlags, load_model, with_model
+from pipeline.recipe import ModelFlags, Recipe, load_model, with_model
 from pipeline.signals import leave
+
+if TYPE_CHECKING:
+    from export.models.load import LoadedModel
+
+logger = logging.getLogger(__name__)
 
 
 def make_parser() -> Parser:
@@ -42,23 +51,50 @@ def bench_bundle(
     """Verify the files, then measure every engine of `target` that runs here, and what it is compared with, with as
     many threads. Raises UserError subclasses.
 
-    flags: another model, variant and configuration than the bundle was built from, None for the same.
+    flags: another model, variant and configuration than the bundle was built from, None for the same. Where the
+    compiler is not installed, there is no float model to compare with, and the engines are measured alone.
     """
+    from pipeline.bench.baselines import baselines
     from pipeline.bench.measure import bench, measured
 
     bundle, _ = timed("files", lambda: load_bundle(path, threads))
     targets = measured(bundle.targets) if target == "auto" else parse_targets(target)
     for missing in [name for name in targets if name not in bundle.targets]:
         raise RecipeError(bundle.problem(missing))
-    model, _ = timed("model", lambda: load_model(with_model(bundle.recipe, *flags)))
     count, recipe = machine.threads(threads), bundle.recipe
+    model, _ = timed("model", lambda: float_model(with_model(recipe, *flags), named=any(flags)))
     with (
         bundle.copied() as private,
         opened(private.path, targets, count) as engines,
         tempfile.TemporaryDirectory(prefix="ditc-") as folder,
     ):
-        document, _ = timed("bench", lambda: bench(model, engines, recipe, private.path, Path(folder), count))
+        others = [] if model is None else baselines(model, recipe, Path(folder), count)
+        described = model or description(private)
+        document, _ = timed("bench", lambda: bench(described, engines, recipe, private.path, others, count))
     return document
+
+
+def float_model(recipe: Recipe, named: bool) -> LoadedModel | None:
+    """What engines are compared with; None where the compiler is not installed. named: by a flag, then it must be."""
+    try:
+        machine.require_compiler("comparing with the float model")
+    except EnvironmentLacksError as error:
+        if named:
+            raise
+        logger.warning("the engines are measured alone: %s", error)
+        return None
+    return load_model(recipe)
+
+
+def description(bundle: Bundle) -> Description:
+    """Of the denoiser in a bundle, by its own files. Raises EnvironmentLacksError for a family outside the table."""
+    family, config = str(bundle.manifest["model"]["family"]), bundle.config()
+    if family not in FAMILIES:
+        machine.require_compiler(f"measuring a model of the family {family}")
+    stated_inputs(FAMILIES[family], config, bundle.path / CONFIG)  # refuses a key that is missing
+    if "patch_size" not in config:
+        raise ContractError(f"{bundle.path / CONFIG} lacks 'patch_size', by which sizes are checked; build it again")
+    return Description(FAMILIES[family], config, bundle.path, str(bundle.path))
 
 
 def work(args: argparse.Namespace, answer: Answer) -> int:

@@ -48,7 +48,11 @@ class Contestant:
 
 
 def baselines(model: LoadedModel, recipe: Recipe, folder: Path, threads: int) -> list[Contestant]:
-    """PyTorch in float32 and bfloat16, onnxruntime in float32 and with dynamically quantized INT8 weights."""
+    """PyTorch in float32 and bfloat16, onnxruntime in float32 and with dynamically quantized INT8 weights.
+
+    Their models are written into `folder`, which must last as long as they: float32 twice and INT8, 9 bytes per
+    parameter.
+    """
     from export.to_onnx import export_float
 
     exported = folder / "float.onnx"

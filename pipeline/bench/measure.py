@@ -8,22 +8,20 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
+from export.models.description import Description, sample_inputs
 from pipeline import machine
 from pipeline.backends import BACKENDS, tool_versions
 from pipeline.backends.base import Arrays, Engine
-from pipeline.bench.baselines import Contestant, baselines, peak_memory
+from pipeline.bench.baselines import Contestant, peak_memory
+from pipeline.generate.case import Case, described_case
 from pipeline.recipe import Recipe
-
-if TYPE_CHECKING:
-    from export.models.load import LoadedModel
-    from pipeline.generate.case import Case
 
 logger = logging.getLogger(__name__)
 SCHEMA_VERSION = 1
@@ -50,27 +48,22 @@ class Timing:
 
 
 def bench(
-    model: LoadedModel,
+    model: Description,
     engines: Mapping[str, Engine],
     recipe: Recipe,
     bundle: Path,
-    scratch: Path,
-    threads: int | None = None,
+    others: Sequence[Contestant],
+    threads: int,
 ) -> dict[str, Any]:
-    """Measure `engines` (of the folder `bundle`) and the baselines: one denoiser call, and a whole image with guidance.
+    """Measure `engines` (of the folder `bundle`) beside `others`: one denoiser call, and a whole image with guidance.
 
-    Returns the document of bench.json. Engines that do not run on this machine are simply not in it. The baselines'
-    models are written into `scratch`: float32 twice and INT8, 9 bytes per parameter. threads: of the engines, which the
-    baselines get, too; None: what the machine allows.
+    Returns the document of bench.json. Engines that do not run on this machine are simply not in it. others: the
+    baselines, or none; they are closed at the end. threads: what engines and baselines were opened with.
     """
-    from export.models.load import sample_inputs
-    from pipeline.generate.case import make_case
-
-    size, count = recipe.sampling, machine.threads(threads)
+    size = recipe.sampling
     inputs = sample_inputs(model, size.batch_size, size.seed, size.height, size.width)
-    case = make_case(model, recipe)
-    runners = [Contestant.of_engine(name, engine, bundle) for name, engine in engines.items()]
-    runners += baselines(model, recipe, scratch, count)
+    case = described_case(model, recipe, 1)
+    runners = [Contestant.of_engine(name, engine, bundle) for name, engine in engines.items()] + list(others)
     calls = interleaved({row.name: _caller(row, inputs) for row in runners}, CALLS_BUDGET_S, CALL_ROUNDS)
     images = image_timings(runners, case, calls)
     rows = {row.name: _row(row, calls, images, inputs) for row in runners}
@@ -83,7 +76,7 @@ def bench(
         "image": {"pictures": len(case.noise), "n_steps": case.n_steps, "guidance_scale": case.guidance_scale},
         "shapes": {name: list(value.shape) for name, value in inputs.items()},
         "interleaved": True,
-        "threads": count,
+        "threads": threads,
         "contestants": rows,
         "ratios": ratios(rows, tuple(engines)),
         "tools": tool_versions(),
@@ -146,13 +139,13 @@ def _seconds(call: Callable[[], object]) -> float:
 def image_timings(runners: list[Contestant], case: Case, calls: Mapping[str, Timing]) -> dict[str, Timing]:
     """Whole images. Where a round of them would burst the budget, steps times the median call stands in, marked so.
 
-    A guided call has twice the rows of a plain one, and the case may hold more pictures than a call: both are counted.
+    A guided call has twice the rows of a plain one, which is counted.
     """
     guided = 2 if case.guidance_scale != 1.0 else 1
     expected = {name: float(np.median(row.seconds)) * case.n_steps * guided for name, row in calls.items()}
     if sum(expected.values()) * (IMAGE_ROUNDS[0] + 1) > IMAGES_BUDGET_S:
         return {name: Timing((seconds,), derived=True) for name, seconds in expected.items()}
-    draws = {row.name: _drawer(row, case.first(1)) for row in runners}
+    draws = {row.name: _drawer(row, case) for row in runners}
     return interleaved(draws, IMAGES_BUDGET_S, IMAGE_ROUNDS)
 
 

@@ -121,6 +121,7 @@ class Bundle:
 
     def as_diffusers(self, target: str = "auto") -> Any:
         """A drop-in for the `transformer` of a diffusers pipeline."""
+        machine.require(("torch", "diffusers"), "standing in for a diffusers transformer", "build")
         from pipeline.generate.diffusers_adapter import as_diffusers
 
         return as_diffusers(self, target)

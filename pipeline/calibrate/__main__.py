@@ -11,6 +11,7 @@ from pathlib import Path
 
 from export.checkpoint import LAYERS_FILE
 from export.errors import RecipeError, UserError
+from pipeline import machine
 from pipeline import recipe as recipes
 from pipeline.calibrate.state import KEPT, ORIGIN_FILE
 from pipeline.command import Answer, Parser, add_model_flags, parser, run
@@ -36,6 +37,7 @@ def make_parser() -> Parser:
 
 def work(args: argparse.Namespace, answer: Answer) -> int:
     """Calibrate and say what came out."""
+    machine.require_compiler("calibrating a model")
     from export.models import load as models
     from pipeline.calibrate import calibrate
 

@@ -12,7 +12,7 @@ import logging
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
@@ -21,9 +21,6 @@ from pipeline.command import Answer, Parser, add_threads, parser, run
 from pipeline.files import refuse_unwritable
 from pipeline.generate.draw import DrawRequest, Pictures, draw, makes_pixels
 from pipeline.signals import leave
-
-if TYPE_CHECKING:
-    pass
 
 logger = logging.getLogger(__name__)
 DESCRIPTION = "Draw pictures with an engine bundle."

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from export.models.description import Description, sample_inputs
 from pipeline.backends.base import Arrays
 from pipeline.generate.conditioning import GENERATION_FILE, Generation, load_generation
 from pipeline.generate.sampling import make_sampler, sample, take_samples
@@ -62,14 +63,15 @@ class Case:
 
 
 def make_case(model: LoadedModel, recipe: Recipe, pictures: int = 0) -> Case:
-    """Prompts, noise and sampler by the recipe; a model without generation.json gets random conditioning.
+    """As `described_case`. pictures: 0 for as many as a verification of this model needs."""
+    least = recipe.sampling.batch_size
+    return described_case(model, recipe, pictures or (least if is_large(model) else max(least, SMALL_PICTURES)))
 
-    pictures: how many, 0 for as many as a verification of this model needs.
-    """
-    from export.models.load import sample_inputs
 
+def described_case(model: Description, recipe: Recipe, count: int) -> Case:
+    """Prompts, noise and sampler of `count` pictures by the recipe; a model without generation.json gets random
+    conditioning."""
     wanted = recipe.sampling
-    count = pictures or (wanted.batch_size if is_large(model) else max(wanted.batch_size, SMALL_PICTURES))
     drawn = sample_inputs(model, count, wanted.seed, wanted.height, wanted.width)
     noise = np.random.default_rng(wanted.seed).standard_normal(drawn["hidden_states"].shape).astype(np.float32)
     made = _conditioned(model, recipe, count)
@@ -77,10 +79,8 @@ def make_case(model: LoadedModel, recipe: Recipe, pictures: int = 0) -> Case:
     return replace(made, n_steps=wanted.n_steps, guidance_scale=wanted.guidance_scale)
 
 
-def _conditioned(model: LoadedModel, recipe: Recipe, count: int) -> Case:
-    """Prompts, conditioning and sampler; the rest is filled in by `make_case`."""
-    from export.models.load import sample_inputs
-
+def _conditioned(model: Description, recipe: Recipe, count: int) -> Case:
+    """Prompts, conditioning and sampler; the rest is filled in by `described_case`."""
     size, seed, empty = (recipe.sampling.height, recipe.sampling.width), recipe.sampling.seed, np.zeros(0, np.float32)
     if not (model.folder / GENERATION_FILE).is_file():
         drawn = [_conditioning(sample_inputs(model, count, seed + i, *size)) for i in range(2)]

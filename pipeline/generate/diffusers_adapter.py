@@ -52,7 +52,7 @@ class DrawnSize:
     @classmethod
     def of_bundle(cls, bundle: Bundle, config: Mapping[str, Any]) -> DrawnSize:
         """The size that the recipe states, the model's own where it states none."""
-        from export.models.load import GENERATION_FILE, pixels_per_cell
+        from export.models.description import GENERATION_FILE, pixels_per_cell
 
         with bundle.copied({GENERATION_FILE}.__contains__) as private:
             scale, size = pixels_per_cell(private.path, config), bundle.recipe.sampling

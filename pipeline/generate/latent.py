@@ -9,6 +9,7 @@ import numpy as np
 
 from export.errors import EnvironmentLacksError, RecipeError
 from export.models.families import FAMILIES
+from pipeline import machine
 from pipeline.generate.draw import BATCH_SIZE, DrawRequest, Pictures
 
 if TYPE_CHECKING:
@@ -20,6 +21,7 @@ LEGACY_CLASS = "Transformer2DModel"
 
 def draw_latent(bundle: Bundle, request: DrawRequest, source: str | None = None) -> Pictures:
     """Pictures [prompts * num_images, H, W, 3] uint8; `source` names the pipeline if it is not the model's own."""
+    machine.require(("torch", "diffusers", "transformers"), "drawing with a latent model", "build")
     root = find_pipeline(source or str(bundle.manifest["model"]["source"]))  # refuse before the slow imports
     family = str(bundle.manifest["model"]["family"])
     _refuse_other_class(root, family)

@@ -50,6 +50,7 @@ def verify_bundle(
     All of it on a private copy of the bundle, whose files nobody changes meanwhile. flags: another model, variant and
     configuration than the bundle was built from, None for the same.
     """
+    machine.require_compiler("verifying a bundle")
     from export.portable import read_layers
     from pipeline.verify.proof import verify
 

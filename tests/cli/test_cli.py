@@ -67,7 +67,8 @@ def test_light_verbs_work_without_the_heavy_packages(args: list[str], code: int)
 def test_build_without_torch_is_refused_before_work() -> None:
     done = python(BLOCKED, "build", "--engine", "pixart_w4a6", "--target", "cpu")
     assert done.returncode == 3
-    assert done.stdout.startswith("FAILED building an engine needs torch") and "pip install torch" in done.stdout
+    assert done.stdout.startswith("FAILED building an engine needs torch, diffusers")
+    assert "install with: pip install 'ditc[build]'" in done.stdout
 
 
 def test_doctor_names_a_remedy_for_each_missing_thing() -> None:

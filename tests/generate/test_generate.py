@@ -1,12 +1,9 @@
-"""The generate command: pictures, sheets, files, refusals; and that it needs no torch."""
+"""The generate command: pictures, sheets, files, refusals. That it needs no torch: tests/test_alone.py."""
 
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -175,18 +172,3 @@ def test_a_latent_bundle_without_its_pipeline_says_what_is_missing(tmp_path, mon
     assert not makes_pixels(bundle) and not makes_pixels(make_bundle(tmp_path, GENERATION | {"output": "latents"}))
     code = run_main(bundle, monkeypatch, "--prompt", "a cat", "-o", str(tmp_path / "out.png"))
     assert code == EnvironmentLacksError.exit_code
-
-
-def test_drawing_needs_no_torch(tmp_path):
-    make_bundle(tmp_path)
-    code = (
-        "import sys\nfrom pathlib import Path\n"
-        "import pipeline.bundle.bundle\nfrom pipeline.generate.draw import DrawRequest, draw\n"
-        "from tests.generate.test_generate import make_bundle\n"
-        f"draw(make_bundle(Path({str(tmp_path)!r})), DrawRequest(('3',)))\n"
-        "heavy = sorted({'torch', 'diffusers', 'transformers', 'matplotlib', 'onnxscript'} & set(sys.modules))\n"
-        "assert not heavy, heavy\n"
-    )
-    root = Path(__file__).parents[2]
-    result = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=False)
-    assert result.returncode == 0, result.stderr

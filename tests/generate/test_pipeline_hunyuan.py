@@ -84,12 +84,11 @@ def test_binning_is_explained_where_it_gets_in_the_way(built: Built) -> None:
         built.engine("a", num_inference_steps=1)
 
 
-def test_bench_draws_a_whole_image(built: Built, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(bench, "baselines", lambda *_: [])
+def test_bench_draws_a_whole_image(built: Built, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bench, "peak_memory", lambda *_: None)
     monkeypatch.setattr(bench, "CALLS_BUDGET_S", 0.0)
     engines = {"cpu": built.bundle.engine("cpu")}
-    document = bench.bench(built.model, engines, built.bundle.recipe, built.bundle.path, tmp_path)
+    document = bench.bench(built.model, engines, built.bundle.recipe, built.bundle.path, [], 0)
     row = document["contestants"]["cpu"]
     assert "derived" not in row["image_ms"] and row["image_ms"]["median"] > row["call_ms"]["median"] > 0
 

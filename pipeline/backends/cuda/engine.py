@@ -236,7 +236,7 @@ class CudaEngine:
 
         device "cpu" runs the module without kernels and without capture: a proof of the executor, not a fast engine.
         """
-        machine.require(("torch", "onnx_ir"), "running the target cuda")
+        machine.require(("torch", "onnx", "onnx_ir"), "running the target cuda", "cuda")
         self.metadata = read_metadata(folder)
         if device != "cpu":
             problem = machine_problem(self.metadata, visible_sm(), machine.tool_version("triton"))

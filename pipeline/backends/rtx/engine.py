@@ -139,7 +139,7 @@ class RtxEngine:
 
     def __init__(self, folder: Path) -> None:
         """Raises EnvironmentLacksError before anything is deserialized where this machine cannot run the engine."""
-        machine.require(("tensorrt_rtx", "torch"), "running the target rtx")
+        machine.require(("tensorrt_rtx", "torch"), "running the target rtx", "rtx")
         self.metadata = read_metadata(folder)
         sm = visible_sm()
         problem = machine_problem(self.metadata, machine.tool_version("tensorrt_rtx"), sm)
