@@ -13,16 +13,25 @@ import io
 import json
 import logging
 import os
+import re
+import shutil
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from io import TextIOWrapper
 from pathlib import Path
-from typing import Any, NoReturn, TextIO
+from typing import TYPE_CHECKING, Any, NoReturn, TextIO, TypeAlias
 
 from export.errors import RecipeError, ResourceError, UserError
 from pipeline.files import is_out_of_disk, is_out_of_memory
+from pipeline.machine import PROGRAM
 from pipeline.signals import Terminated, exit_code, heeded
 
+if TYPE_CHECKING:
+    from rich.table import Table
+    from rich.text import Text
+
+# Of an answer for people: a paragraph or a table.
+Part: TypeAlias = "str | Table"
 logger = logging.getLogger(__name__)
 
 INTERNAL_ERROR = 1
@@ -51,6 +60,8 @@ PLACES = {
     errno.EBUSY: "it is in use, choose another path",
     errno.EXDEV: "choose a path on one file system",
 }
+# Colours on a terminal, of cells that say how it stands.
+STATE_STYLES = {"ok": "green", "yes": "green", "MISSING": "bold red", "no": "yellow", "-": "dim"}
 TOO_MANY = (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EAGAIN)
 
 
@@ -66,6 +77,10 @@ class Parser(argparse.ArgumentParser):
         if any("\0" in word for word in words):
             self.error("an argument has a character of number 0, which no path or text may have")
         return super().parse_args(words, namespace)
+
+    def flags(self) -> list[argparse.Action]:
+        """What it takes, but for --help."""
+        return [action for action in self._actions if action.dest != "help"]
 
     def error(self, message: str) -> NoReturn:
         self.print_usage(sys.stderr)
@@ -85,12 +100,23 @@ def kebab(argument: str) -> str:
 
 
 def parser(verb: str, description: str) -> Parser:
-    """A parser of `python -m pipeline.VERB` with the flags that every verb has."""
-    made = Parser(prog=f"python -m pipeline.{verb}", description=description, allow_abbrev=False)
-    made.add_argument("--json", action="store_true", help="answer as JSON lines on stdout; logs stay on stderr")
-    made.add_argument("-v", "--verbose", action="store_true", help="log details, and a stack trace with every error")
-    made.add_argument("-q", "--quiet", action="store_true", help="log warnings and errors only")
-    return made
+    """A parser of `ditc VERB`, or `python -m pipeline.VERB`, with the flags that every verb has."""
+    verb_parser = Parser(prog=called(verb, sys.argv[0]), description=description, allow_abbrev=False)
+    verb_parser.add_argument("--json", action="store_true", help="answer as JSON lines on stdout; logs stay on stderr")
+    verb_parser.add_argument(
+        "-v", "--verbose", action="store_true", help="log details, and a stack trace with every error"
+    )
+    verb_parser.add_argument("-q", "--quiet", action="store_true", help="log warnings and errors only")
+    return verb_parser
+
+
+def called(verb: str, program: str) -> str:
+    """The command that runs a verb, as the user has typed it. program: the path of what was started.
+
+    >>> called("build", "/usr/bin/ditc"), called("build", "/usr/lib/pipeline/build.py")
+    ('ditc build', 'python -m pipeline.build')
+    """
+    return f"{PROGRAM} {verb}" if Path(program).stem == PROGRAM else f"python -m pipeline.{verb}"
 
 
 def add_model_flags(made: Parser, model: str) -> None:
@@ -126,9 +152,15 @@ class Answer:
         if self.as_json:
             self._write(json.dumps(fields, default=str))
 
-    def document(self, document: Any, text: str) -> None:
-        """The whole answer of a verb: `document` with --json, else `text`."""
-        self._write(json.dumps(document, default=str) if self.as_json else text)
+    def document(self, document: Any, *parts: Part) -> None:
+        """The whole answer of a verb: `document` with --json, else the parts below each other: tables and paragraphs.
+
+        On a terminal they fit its width; anywhere else a row is a line, without colours, whatever its length.
+        """
+        if self.as_json:
+            self._write(json.dumps(document, default=str))
+        else:
+            self._write(rendered(parts, terminal_width(self.stream)))
 
     def _write(self, text: str) -> None:
         try:
@@ -249,26 +281,69 @@ def set_up_logging(verbose: bool, quiet: bool) -> None:
     logging.getLogger("py.warnings").setLevel(logging.WARNING if verbose else logging.ERROR)
 
 
-def table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
-    """Columns aligned by spaces; numbers to the right. The last column is not padded.
+# --- tables for people ----------------------------------------------------------------------------------------------
 
-    >>> print(table(("name", "bytes"), [("a", 12), ("long", 3)]))
+# Wider than any row: where nobody reads the answer on a terminal, no row is broken.
+UNBOUNDED = 1 << 20
+NUMBER = re.compile(r"-|[\d,.]*\d( x)?")
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> Table:
+    """Columns aligned by spaces; numbers to the right. A cell that begins with a state, such as ok, has its colour.
+
+    >>> print(rendered([table(("name", "bytes"), [("a", 12), ("long", 3)])]))
     name  bytes
     ----  -----
     a        12
     long      3
     """
-    cells = [[_text(cell) for cell in row] for row in rows]
-    widths = [max(len(row[i]) for row in [list(header), *cells]) for i in range(len(header))]
-    right = [bool(rows) and all(isinstance(row[i], int | float) for row in rows) for i in range(len(header))]
-    lines = [list(header), ["-" * width for width in widths], *cells]
-    return "\n".join(_line(line, widths, right) for line in lines)
+    from rich.rule import Rule
+    from rich.table import Table
+
+    grid = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False, header_style="bold")
+    for i, title in enumerate(header):
+        numbers = bool(rows) and all(NUMBER.fullmatch(_text(row[i])) for row in rows)
+        grid.add_column(title, justify="right" if numbers else "left", overflow="fold")
+    grid.add_row(*[Rule(characters="-", style="dim")] * len(header))
+    for row in rows:
+        grid.add_row(*map(_cell, row))
+    return grid
 
 
 def _text(cell: object) -> str:
     return f"{cell:,}" if isinstance(cell, int) and not isinstance(cell, bool) else str(cell)
 
 
-def _line(cells: Sequence[str], widths: Sequence[int], right: Sequence[bool]) -> str:
-    columns = zip(cells, widths, right, strict=True)
-    return "  ".join(cell.rjust(width) if to_right else cell.ljust(width) for cell, width, to_right in columns).rstrip()
+def _cell(cell: object) -> Text:
+    from rich.text import Text
+
+    return Text(_text(cell), STATE_STYLES.get(_text(cell), ""))
+
+
+def rendered(parts: Iterable[Part], width: int | None = None) -> str:
+    """Tables and paragraphs as text, an empty line between them.
+
+    width: columns of the terminal that shows it, in colours if it has any (NO_COLOR, TERM); None: plain text, each row
+    and paragraph on one line.
+    """
+    from rich.console import Console
+
+    screen = Console(
+        file=io.StringIO(),
+        width=width or UNBOUNDED,
+        force_terminal=bool(width),
+        markup=False,
+        emoji=False,
+        highlight=False,
+    )
+    blocks = []
+    for part in parts:
+        with screen.capture() as capture:
+            screen.print(part)
+        blocks.append("\n".join(line.rstrip() for line in capture.get().splitlines()))
+    return "\n\n".join(blocks)
+
+
+def terminal_width(stream: TextIO) -> int | None:
+    """Columns of the terminal that a stream leads to; None where it leads elsewhere."""
+    return shutil.get_terminal_size().columns if stream.isatty() else None

@@ -45,6 +45,9 @@ TARGETS = {**AUTO_TARGETS, **NAMED_TARGETS, PORTABLE: "onnxruntime"}
 # 2); the baselines of the measurement (9, see bench); the CPU's INT8 weights; the lowered graph and the engine of rtx;
 # the packed weights of cuda and trt, twice.
 BYTES_PER_PARAMETER = {"always": 11.0, "cpu": 1.5, "rtx": 2.5, "cuda": 1.5, "trt": 1.5, PORTABLE: 0.0}
+REPORT_PAGE = "report/index.html"
+# In the work folder: the page as verification leaves it, and the section that the measurement adds.
+PAGE, MEASURED = "page.html", "measured.html"
 NEEDED = ("torch", "diffusers", "onnx", "onnx_ir", "onnxscript", "onnxruntime")
 
 
@@ -277,7 +280,10 @@ def describe(folder: Path, model: LoadedModel, recipe: Recipe) -> None:
 
 
 def verified(work: WorkFolder, model: LoadedModel, facts: manifest.BuildFacts, rejected: Path) -> None:
-    """Stage: all gates. A failure moves the engine with its report to `rejected` and raises ParityError."""
+    """Stage: all gates. A failure moves the engine with its report to `rejected` and raises ParityError.
+
+    The report's page waits in the work folder for the section that `benched` adds.
+    """
     from pipeline.verify.proof import verify
 
     def check() -> None:
@@ -286,9 +292,10 @@ def verified(work: WorkFolder, model: LoadedModel, facts: manifest.BuildFacts, r
             report = verify(model, facts.layers, lowered, engines, facts.recipe, work.bundle / "report")
         if not report.passed:
             reject(work, facts, rejected)
-            raise ParityError(f"{report.sentence()}; see {rejected / 'report' / 'index.html'}")
+            raise ParityError(f"{report.sentence()}; see {rejected / REPORT_PAGE}")
+        (work.bundle / REPORT_PAGE).replace(work.path / PAGE)
 
-    work.run("verify", ("bundle/report",), check, lambda: None, depends=sorted(facts.results))
+    work.run("verify", ("bundle/report", PAGE), check, lambda: None, depends=sorted(facts.results))
 
 
 def reject(work: WorkFolder, facts: manifest.BuildFacts, rejected: Path) -> None:
@@ -299,13 +306,17 @@ def reject(work: WorkFolder, facts: manifest.BuildFacts, rejected: Path) -> None
 
 
 def benched(work: WorkFolder, model: LoadedModel, facts: manifest.BuildFacts) -> None:
-    """Stage: measure the engines that run here against the float model."""
+    """Stage: measure the engines that run here against the float model. Then the report's page shows the numbers."""
     from pipeline.bench.measure import bench, measured
+    from pipeline.verify.page import MEASURED_SLOT, measured_section
 
     def measure() -> None:
         with opened(work.bundle, measured(facts.results)) as engines:
             document: dict[str, Any] = bench(model, engines, facts.recipe, work.bundle, work.scratch("bench"))
         remove(work.path / "bench")
         write_json(work.bundle / "bench.json", document)
+        (work.path / MEASURED).write_text(measured_section(document), encoding="utf-8")
 
-    work.run("bench", ("bundle/bench.json",), measure, lambda: None, depends=sorted(facts.results))
+    work.run("bench", ("bundle/bench.json", MEASURED), measure, lambda: None, depends=sorted(facts.results))
+    page, section = ((work.path / name).read_bytes() for name in (PAGE, MEASURED))
+    (work.bundle / REPORT_PAGE).write_bytes(page.replace(MEASURED_SLOT.encode(), section))

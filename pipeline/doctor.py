@@ -16,7 +16,7 @@ from pipeline import machine
 from pipeline import recipe as recipes
 from pipeline.backends.cuda import engine as cuda_run
 from pipeline.backends.trt import engine as trt_run
-from pipeline.command import Answer, parser, run, table
+from pipeline.command import Answer, Parser, parser, run, table
 from pipeline.compiler import NEEDED
 from pipeline.list import zoo_models
 from pipeline.machine import cuda_sm
@@ -228,10 +228,12 @@ def work(args: Any, answer: Answer) -> int:
     """Answer with all checks; exit 3 if something is missing that the default build needs."""
     checks = [python_check(), *tool_checks(), *(check() for check in CHECKS)]
     missing = [check.name for check in checks if check.needed and not check.ok]
-    rows = [(_state(check), check.name, check.found, "" if check.ok else check.remedy) for check in checks]
+    rows = [(_state(check), check.name, check.found) for check in checks]
+    remedies = [(check.name, check.remedy) for check in checks if not check.ok]
     verdict = f"the default build cannot run: {', '.join(missing)}" if missing else "the default build can run"
     document = {"ok": not missing, "checks": [asdict(check) for check in checks]}
-    answer.document(document, table(("", "what", "found", "remedy"), rows) + f"\n\n{verdict}")
+    tables = [table(("", "what", "found"), rows), *([table(("what", "remedy"), remedies)] if remedies else [])]
+    answer.document(document, *tables, verdict)
     return EnvironmentLacksError.exit_code if missing else 0
 
 
@@ -239,9 +241,14 @@ def _state(check: Check) -> str:
     return "ok" if check.ok else "MISSING" if check.needed else "-"
 
 
+def make_parser() -> Parser:
+    """All flags of `doctor`."""
+    return parser("doctor", "Check what this machine can build and run, and what is missing.")
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point; returns the exit code."""
-    return run(parser("doctor", "Check what this machine can build and run, and what is missing."), work, argv)
+    return run(make_parser(), work, argv)
 
 
 if __name__ == "__main__":

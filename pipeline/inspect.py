@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from export.formats.format import get_format, packed_size
 from pipeline.build import resolve
 from pipeline.bundle.bundle import load_bundle
 from pipeline.calibrate.plan import LayerPlan, group_multipliers, make_plans
-from pipeline.command import Answer, Parser, add_model_flags, parser, run, table
+from pipeline.command import Answer, Parser, Part, add_model_flags, parser, run, table
 from pipeline.compiler import tensor_counts
 from pipeline.recipe import Recipe, load_model
 from pipeline.signals import leave
@@ -104,16 +105,16 @@ def input_text(row: Mapping[str, Any]) -> str:
     return ", ".join([scaling, *row.get("balance", []), *rank])
 
 
-def text(document: Mapping[str, Any]) -> str:
-    """The document as tables for people."""
+def tables(document: Mapping[str, Any]) -> list[Part]:
+    """The document for people."""
     layers = document["layers"]
     targets = list(layers[0]["targets"]) if layers else []
     shown = ("input",) if any(input_text(layer) != PLAIN_INPUT for layer in layers) else ()
     header = ("layer", "kind", "N x K", "weight x act", "scales", *shown, "exact in", *targets, "bytes")
     rows = [_row(layer, targets, bool(shown)) for layer in layers]
     kept = table(("kept in float", "because"), [(row["name"], row["reason"]) for row in document["kept"]])
-    parts = [f"{document['engine']}: {document['model']['source']} ({document['model']['family']})"]
-    return "\n\n".join([*parts, table(header, rows), *_reasons(layers, targets), kept, _totals(document)])
+    title = f"{document['engine']}: {document['model']['source']} ({document['model']['family']})"
+    return [title, table(header, rows), _reasons(layers, targets), kept, _totals(document)]
 
 
 def _row(layer: Mapping[str, Any], targets: Sequence[str], with_input: bool) -> tuple[object, ...]:
@@ -126,16 +127,12 @@ def _row(layer: Mapping[str, Any], targets: Sequence[str], with_input: bool) -> 
     return (*facts, layer["embedding"], *paths, layer["size_bytes"])
 
 
-def _reasons(layers: Sequence[Mapping[str, Any]], targets: Sequence[str]) -> list[str]:
+def _reasons(layers: Sequence[Mapping[str, Any]], targets: Sequence[str]) -> Part:
     """For each target, every reason once, with the number of layers it holds for."""
-    found: dict[tuple[str, str, str], int] = {}
-    for layer in layers:
-        for target in targets:
-            choice = layer["targets"][target]
-            key = (target, choice["path"], choice["why"])
-            found[key] = found.get(key, 0) + 1
-    rows = [(target, path, count, why) for (target, path, why), count in sorted(found.items())]
-    return [table(("target", "path", "layers", "why"), rows)] if rows else [NOT_BUILT]
+    choices = [(target, layer["targets"][target]) for layer in layers for target in targets]
+    counts = Counter((target, choice["path"], choice["why"]) for target, choice in choices)
+    rows = [(target, path, count, why) for (target, path, why), count in sorted(counts.items())]
+    return table(("target", "path", "layers", "why"), rows) if rows else NOT_BUILT
 
 
 def _totals(document: Mapping[str, Any]) -> str:
@@ -165,7 +162,7 @@ def work(args: argparse.Namespace, answer: Answer) -> int:
     if (args.bundle is None) == (args.engine is None):
         raise RecipeError("inspect takes either a bundle folder or --engine NAME; see --help")
     document = bundle_document(args.bundle) if args.bundle else recipe_document(resolve(args))
-    answer.document(document, text(document))
+    answer.document(document, *tables(document))
     return 0
 
 

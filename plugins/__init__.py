@@ -1,1 +1,1 @@
-"""Kernels and their bindings; they know no graphs. GPU targets have their place here and nothing yet."""
+"""The kernels, each with its specification, its reference in NumPy, and its hosts; they know no graphs."""

@@ -1,4 +1,4 @@
-"""Graph passes in the order they run: first those that every target shares, then one lowering per target."""
+"""The graph passes that every target shares, in the order they run; they know no target."""
 
 from __future__ import annotations
 

@@ -14,8 +14,9 @@ from typing import TYPE_CHECKING, Any
 from numpy.typing import NDArray
 
 from pipeline import machine
+from pipeline.bench.measure import conditions, summary
 from pipeline.recipe import Recipe, to_toml
-from pipeline.verify.pictures import Column, file_names, gallery
+from pipeline.verify.pictures import Column, file_name, file_names, gallery
 from pipeline.verify.plots import Series, line_plot
 from pipeline.verify.report import Gate, LayerResult, Report, SegmentResult
 from pipeline.verify.study import Study
@@ -24,6 +25,11 @@ if TYPE_CHECKING:
     from export.models.load import LoadedModel
 
 STYLE = resources.files("pipeline") / "report_style.css"
+# Files that lie beside the page, and those of the bundle around it, each with what it is.
+FILES = {"parity.json": "gates, steps, layers and stretches (parity.json)", "layers.csv": "layers (layers.csv)"}
+BUNDLE_FILES = {"../bench.json": "these numbers (bench.json)", "../manifest.json": "everything else (manifest.json)"}
+# Where the page of a bundle says what was measured, which happens after verification.
+MEASURED_SLOT = "<!-- measured -->"
 LINE_STYLES = ("line1", "line2", "line3", "line4")
 WORST_STRETCHES = 8
 FAINT_STYLES = ("faint", "faint2", "faint", "faint2")
@@ -111,21 +117,36 @@ def render(page: Page) -> str:
         _figures(page.report),
         _gates(page.report),
         _pictures(page),
+        MEASURED_SLOT,
         _steps(page.report),
         _layers_plot(page.report),
         _stretches(page.report),
         _facts_section(page),
         _layers_table(page.report),
     )
-    head = (
-        f"<meta charset='utf-8'><title>{escape(page.title)}</title><style>{STYLE.read_text(encoding='utf-8')}</style>"
-    )
+    head = "<meta charset='utf-8'><meta name='viewport' content='width=device-width, initial-scale=1'>"
+    head += f"<title>{escape(page.title)}</title><style>{STYLE.read_text(encoding='utf-8')}</style>"
     body = f"<body><main>{''.join(sections)}</main></body>"
     return f"<!doctype html><html lang='en'><head>{head}</head>{body}</html>\n"
 
 
+def measured_section(document: Mapping[str, Any]) -> str:
+    """What stands at MEASURED_SLOT in the page of a bundle. document: of bench.json, which lies beside the report."""
+    header, rows = summary(document)
+    heads = "".join(f"<th class='num'>{escape(title)}</th>" for title in header[1:])
+    body = "".join(_measured_row(*row) for row in rows)
+    links = ", ".join(_link(name, text) for name, text in BUNDLE_FILES.items())
+    files = f"<p class='after muted'>In the bundle: {links}.</p>"
+    return _section("Speed and memory", _table(f"<th></th>{heads}", body) + files, conditions(document))
+
+
+def _measured_row(name: str, *numbers: str) -> str:
+    cells = "".join(f"<td class='num'>{escape(number)}</td>" for number in numbers)
+    return f"<tr><td class='name'>{escape(name)}</td>{cells}</tr>"
+
+
 def _section(title: str, body: str, text: str = "") -> str:
-    lead = f"<p class='muted'>{escape(text)}</p>" if text else ""
+    lead = f"<p class='lead muted'>{escape(text)}</p>" if text else ""
     return f"<section><h2>{escape(title)}</h2>{lead}{body}</section>"
 
 
@@ -142,7 +163,12 @@ def _header(page: Page) -> str:
     reason = "" if passed else f"<p class='bad-text'>Failed: {escape(failed)}</p>"
     notes = "".join(f"<p class='note'>{escape(note)}</p>" for note in page.report.notes)
     title = f"<h1>{escape(page.title)} {verdict}</h1><p class='muted'>{escape(page.subtitle)}</p>"
-    return f"<header>{title}{reason}{notes}</header>"
+    links = ", ".join(_link(name, text) for name, text in FILES.items())
+    return f"<header>{title}{reason}{notes}<p class='muted'>The numbers of this page: {links}.</p></header>"
+
+
+def _link(path: str, text: str) -> str:
+    return f"<a href='{escape(path)}'>{escape(text)}</a>"
 
 
 def _figures(report: Report) -> str:
@@ -208,7 +234,8 @@ def _picture(column: Column, row: int) -> str:
     """One cell; empty where the engine drew fewer pictures."""
     if row >= len(column.pngs):
         return "<td></td>"
-    return f"<td><img alt='{escape(column.heading)}' src='{_data_uri(column.pngs[row])}'></td>"
+    image = f"<img alt='{escape(column.heading)}' src='{_data_uri(column.pngs[row])}'>"
+    return f"<td><a href='images/{escape(file_name(column, row))}'>{image}</a></td>"
 
 
 def _data_uri(png: bytes) -> str:

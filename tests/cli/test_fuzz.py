@@ -41,7 +41,7 @@ INSPECT = ("inspect", "--engine", "recipe.toml")
 CALIBRATE = ("calibrate", "--engine", "recipe.toml", "-o", "o")
 DRY, RESUME = (*BUILD, "--dry-run"), (*BUILD[:-1], "e2", "--resume")
 DRAW = ("generate", "e", "--prompt", "3", "-o", "out.png", "--n-steps", "1")
-OF_BUNDLE = (("inspect", "e"), DRAW, ("verify", "e"), ("bench", "e", "-o", "bench.json"))
+OF_BUNDLE = (("inspect", "e"), DRAW, ("verify", "e"), ("bench", "e", "--json", "-o", "bench.json"))
 OF_MODEL = (DRY, CALIBRATE, INSPECT)
 OF_CHECKPOINT = (
     ("export", "checkpoint", "-o", "o"),

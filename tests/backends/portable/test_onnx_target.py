@@ -416,7 +416,7 @@ def test_bench_measures_it_only_when_asked(
     measured: list[list[str]] = []
     monkeypatch.setattr(bench, "bench", lambda model, engines, *_: measured.append(list(engines)) or {})
     for flags in ([], ["--target", "onnx"], ["--target", "cpu,onnx"]):
-        assert cli.main(["bench", str(made_bundle), *flags]) == 0
+        assert cli.main(["bench", str(made_bundle), *flags, "--json"]) == 0
     assert measured == [["cpu"], ["onnx"], ["cpu", "onnx"]]
     assert cli.main(["bench", str(made_bundle), "--target", "rtx"]) == 2
     assert "has no target rtx, only cpu, onnx" in capsys.readouterr().err
