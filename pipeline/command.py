@@ -17,9 +17,11 @@ import re
 import shutil
 import sys
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
 from io import TextIOWrapper
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn, TextIO, TypeAlias
+from typing import TYPE_CHECKING, Any, NoReturn, TextIO
 
 from export.errors import RecipeError, ResourceError, UserError
 from pipeline.files import is_out_of_disk, is_out_of_memory
@@ -27,11 +29,8 @@ from pipeline.machine import PROGRAM
 from pipeline.signals import Terminated, exit_code, heeded
 
 if TYPE_CHECKING:
-    from rich.table import Table
-    from rich.text import Text
+    from rich.table import Table as RichTable
 
-# Of an answer for people: a paragraph or a table.
-Part: TypeAlias = "str | Table"
 logger = logging.getLogger(__name__)
 
 INTERNAL_ERROR = 1
@@ -60,8 +59,6 @@ PLACES = {
     errno.EBUSY: "it is in use, choose another path",
     errno.EXDEV: "choose a path on one file system",
 }
-# Colours on a terminal, of cells that say how it stands.
-STATE_STYLES = {"ok": "green", "yes": "green", "MISSING": "bold red", "no": "yellow", "-": "dim"}
 TOO_MANY = (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EAGAIN)
 
 
@@ -285,39 +282,52 @@ def set_up_logging(verbose: bool, quiet: bool) -> None:
 
 # Wider than any row: where nobody reads the answer on a terminal, no row is broken.
 UNBOUNDED = 1 << 20
+GAP = 2
+# What a column of sentences gets at least before names are broken for it.
+SENTENCE_WIDTH = 12
 NUMBER = re.compile(r"-|[\d,.]*\d( x)?")
+# Colours on a terminal, of cells that say how it stands.
+STATE_STYLES = {"ok": "green", "yes": "green", "MISSING": "bold red", "no": "yellow", "-": "dim"}
 
 
-def table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> Table:
-    """Columns aligned by spaces; numbers to the right. A cell that begins with a state, such as ok, has its colour.
+@dataclass(frozen=True)
+class Table:
+    """Columns aligned by spaces; numbers to the right.
 
-    >>> print(rendered([table(("name", "bytes"), [("a", 12), ("long", 3)])]))
+    >>> print(rendered([Table(("name", "bytes"), [("a", 12), ("long", 3)])]))
     name  bytes
     ----  -----
     a        12
     long      3
     """
-    from rich.rule import Rule
-    from rich.table import Table
 
-    grid = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False, header_style="bold")
-    for i, title in enumerate(header):
-        numbers = bool(rows) and all(NUMBER.fullmatch(_text(row[i])) for row in rows)
-        grid.add_column(title, justify="right" if numbers else "left", overflow="fold")
-    grid.add_row(*[Rule(characters="-", style="dim")] * len(header))
-    for row in rows:
-        grid.add_row(*map(_cell, row))
-    return grid
+    header: Sequence[str]
+    rows: Sequence[Sequence[object]]
+
+    @cached_property
+    def columns(self) -> list[list[str]]:
+        """The texts of each column, its header first."""
+        rows = [[_text(cell) for cell in row] for row in self.rows]
+        return [[title, *(row[i] for row in rows)] for i, title in enumerate(self.header)]
+
+    def fits(self, width: int) -> bool:
+        return sum(max(map(len, column)) + GAP for column in self.columns) - GAP <= width
+
+    def without_repeats(self) -> tuple[str, Table]:
+        """What all rows have in common, in words ("" for nothing), and the columns in which they differ."""
+        repeated = [i for i, column in enumerate(self.columns) if i and len(set(column[1:])) == 1]
+        common = ", ".join(" = ".join(self.columns[i][:2]) for i in repeated)
+        kept = [i for i in range(len(self.columns)) if i not in repeated]
+        rest = Table([self.header[i] for i in kept], [[row[i] for i in kept] for row in self.rows])
+        return f"In all rows: {common}." if common else "", rest
+
+
+# Of an answer for people: a paragraph or a table.
+Part = str | Table
 
 
 def _text(cell: object) -> str:
     return f"{cell:,}" if isinstance(cell, int) and not isinstance(cell, bool) else str(cell)
-
-
-def _cell(cell: object) -> Text:
-    from rich.text import Text
-
-    return Text(_text(cell), STATE_STYLES.get(_text(cell), ""))
 
 
 def rendered(parts: Iterable[Part], width: int | None = None) -> str:
@@ -339,9 +349,54 @@ def rendered(parts: Iterable[Part], width: int | None = None) -> str:
     blocks = []
     for part in parts:
         with screen.capture() as capture:
-            screen.print(part)
+            for fitting in _fitted(part, width or UNBOUNDED):
+                screen.print(_grid(fitting, width or UNBOUNDED) if isinstance(fitting, Table) else fitting)
         blocks.append("\n".join(line.rstrip() for line in capture.get().splitlines()))
     return "\n\n".join(blocks)
+
+
+def _fitted(part: Part, width: int) -> list[Part]:
+    """A table that is too wide is shown without the columns in which all rows agree, which are told above it."""
+    if isinstance(part, str) or part.fits(width) or len(part.rows) < 2:
+        return [part]
+    common, rest = part.without_repeats()
+    return [common, rest] if common else [part]
+
+
+def _grid(table: Table, width: int) -> RichTable:
+    """The table as rich draws it."""
+    from rich.rule import Rule
+    from rich.table import Table as RichTable
+    from rich.text import Text
+
+    grid = RichTable(box=None, padding=(0, GAP, 0, 0), pad_edge=False, header_style="bold")
+    for (title, *cells), wide in zip(table.columns, _widths(table.columns, width), strict=True):
+        right = bool(cells) and all(map(NUMBER.fullmatch, cells))
+        grid.add_column(title, width=wide, justify="right" if right else "left", overflow="fold")
+    grid.add_row(*[Rule(characters="-", style="dim")] * len(table.header))
+    for row in zip(*(cells for _, *cells in table.columns), strict=True):
+        grid.add_row(*(Text(cell, STATE_STYLES.get(cell, "")) for cell in row))
+    return grid
+
+
+def _widths(columns: Sequence[Sequence[str]], width: int) -> list[int]:
+    """The width of each column: the widest give way until all fit, names (cells without a space) last."""
+    widths = [max(map(len, column)) for column in columns]
+    whole = [_whole(column) for column in columns]
+    for least in (whole, [1] * len(columns)):
+        while sum(widths) + GAP * (len(widths) - 1) > width and (
+            wide := [i for i, bound in enumerate(least) if widths[i] > bound]
+        ):
+            widths[max(wide, key=widths.__getitem__)] -= 1
+    return widths
+
+
+def _whole(column: Sequence[str]) -> int:
+    """The width below which names and words of the header break; of sentences a few words are enough."""
+    title, *cells = column
+    if any(" " in cell for cell in cells):
+        return min(max(map(len, column)), SENTENCE_WIDTH)
+    return max(map(len, [*title.split(), *cells]), default=0)
 
 
 def terminal_width(stream: TextIO) -> int | None:

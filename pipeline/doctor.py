@@ -16,7 +16,7 @@ from pipeline import machine
 from pipeline import recipe as recipes
 from pipeline.backends.cuda import engine as cuda_run
 from pipeline.backends.trt import engine as trt_run
-from pipeline.command import Answer, Parser, parser, run, table
+from pipeline.command import Answer, Parser, Table, parser, run
 from pipeline.compiler import NEEDED
 from pipeline.list import zoo_models
 from pipeline.machine import cuda_sm
@@ -232,7 +232,7 @@ def work(args: Any, answer: Answer) -> int:
     remedies = [(check.name, check.remedy) for check in checks if not check.ok]
     verdict = f"the default build cannot run: {', '.join(missing)}" if missing else "the default build can run"
     document = {"ok": not missing, "checks": [asdict(check) for check in checks]}
-    tables = [table(("", "what", "found"), rows), *([table(("what", "remedy"), remedies)] if remedies else [])]
+    tables = [Table(("", "what", "found"), rows), *([Table(("what", "remedy"), remedies)] if remedies else [])]
     answer.document(document, *tables, verdict)
     return EnvironmentLacksError.exit_code if missing else 0
 

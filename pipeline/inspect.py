@@ -14,7 +14,7 @@ from export.formats.format import get_format, packed_size
 from pipeline.build import resolve
 from pipeline.bundle.bundle import load_bundle
 from pipeline.calibrate.plan import LayerPlan, group_multipliers, make_plans
-from pipeline.command import Answer, Parser, Part, add_model_flags, parser, run, table
+from pipeline.command import Answer, Parser, Part, Table, add_model_flags, parser, run
 from pipeline.compiler import tensor_counts
 from pipeline.recipe import Recipe, load_model
 from pipeline.signals import leave
@@ -112,9 +112,9 @@ def tables(document: Mapping[str, Any]) -> list[Part]:
     shown = ("input",) if any(input_text(layer) != PLAIN_INPUT for layer in layers) else ()
     header = ("layer", "kind", "N x K", "weight x act", "scales", *shown, "exact in", *targets, "bytes")
     rows = [_row(layer, targets, bool(shown)) for layer in layers]
-    kept = table(("kept in float", "because"), [(row["name"], row["reason"]) for row in document["kept"]])
+    kept = Table(("kept in float", "because"), [(row["name"], row["reason"]) for row in document["kept"]])
     title = f"{document['engine']}: {document['model']['source']} ({document['model']['family']})"
-    return [title, table(header, rows), _reasons(layers, targets), kept, _totals(document)]
+    return [title, Table(header, rows), _reasons(layers, targets), kept, _totals(document)]
 
 
 def _row(layer: Mapping[str, Any], targets: Sequence[str], with_input: bool) -> tuple[object, ...]:
@@ -132,7 +132,7 @@ def _reasons(layers: Sequence[Mapping[str, Any]], targets: Sequence[str]) -> Par
     choices = [(target, layer["targets"][target]) for layer in layers for target in targets]
     counts = Counter((target, choice["path"], choice["why"]) for target, choice in choices)
     rows = [(target, path, count, why) for (target, path, why), count in sorted(counts.items())]
-    return table(("target", "path", "layers", "why"), rows) if rows else NOT_BUILT
+    return Table(("target", "path", "layers", "why"), rows) if rows else NOT_BUILT
 
 
 def _totals(document: Mapping[str, Any]) -> str:

@@ -11,7 +11,7 @@ from typing import Any
 from export.formats.embedding import embeds
 from export.formats.format import get_format
 from pipeline import recipe as recipes
-from pipeline.command import Answer, Parser, Part, parser, run, table
+from pipeline.command import Answer, Parser, Part, Table, parser, run
 from pipeline.compiler import TARGETS
 from pipeline.machine import TOOLS, tool_version
 from pipeline.methods import METHODS
@@ -97,13 +97,13 @@ def tables(document: dict[str, Any]) -> list[Part]:
     options = [(row["name"], _options(row["options"])) for row in document["methods"] if row["options"]]
     targets = [(row["target"], "yes" if row["available"] else "no", row["note"]) for row in document["targets"]]
     return [
-        table(("recipe", "model", "weights x activations", "weight scales"), recipe_rows),
-        table(("recipe", "what it is for, and what its widths buy"), notes),
-        table(("method", "data", "what it does (--set method=...)"), methods),
+        Table(("recipe", "model", "weights x activations", "weight scales"), recipe_rows),
+        Table(("recipe", "what it is for, and what its widths buy"), notes),
+        Table(("method", "data", "what it does (--set method=...)"), methods),
         "Options, fast/full (--set 'calibrate.options={name = value}', --set preset=full):",
-        table(("method", "options"), options),
+        Table(("method", "options"), options),
         "bundled models: " + ", ".join(document["models"]),
-        table(("target", "here", "note"), targets),
+        Table(("target", "here", "note"), targets),
     ]
 
 

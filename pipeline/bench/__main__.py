@@ -13,7 +13,7 @@ from pipeline import machine
 from pipeline.backends import opened
 from pipeline.bundle.bundle import load_bundle
 from pipeline.bundle.stages import timed
-from pipeline.command import Answer, Parser, add_model_flags, add_threads, parser, run, table
+from pipeline.command import Answer, Parser, Table, add_model_flags, add_threads, parser, run
 from pipeline.compiler import parse_targets
 from pipeline.files import refuse_unwritable, write_json
 from pipeline.recipe import ModelFlags, load_model, with_model
@@ -69,7 +69,7 @@ def work(args: argparse.Namespace, answer: Answer) -> int:
     document = bench_bundle(args.bundle, (args.model, args.variant, args.config), args.target, args.threads)
     if args.output:
         write_json(args.output, document)
-    answer.document({"event": "bench", **document}, table(*summary(document)), conditions(document))
+    answer.document({"event": "bench", **document}, Table(*summary(document)), conditions(document))
     return 0
 
 

@@ -168,7 +168,7 @@ def summary(document: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
     Times are medians in ms; the last columns say how many times as fast as the row each engine's call is.
     """
     engines = document["ratios"]
-    header = ["", "call, ms", "p10 to p90", "picture, ms", "weights, MB", "peak memory, MB"]
+    header = ["", "call, ms", "p10-p90", "picture, ms", "weights, MB", "peak memory, MB"]
     header += [f"{engine} faster by" for engine in engines]
     return header, [
         [name, *_figures(row), *(_times(engines[engine].get(name)) for engine in engines)]
@@ -178,7 +178,7 @@ def summary(document: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
 
 def _figures(row: Mapping[str, Any]) -> list[str]:
     call, picture, peak = row["call_ms"], row["image_ms"], row["peak_rss_bytes"]
-    spread = f"{_milliseconds(call['p10'])} to {_milliseconds(call['p90'])}"
+    spread = f"{_milliseconds(call['p10'])}-{_milliseconds(call['p90'])}"
     times = [_milliseconds(call["median"]), spread, _milliseconds(picture["median"])]
     return [*times, f"{row['weights_bytes'] / 1e6:.1f}", "-" if peak is None else f"{peak / 1e6:.0f}"]
 

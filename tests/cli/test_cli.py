@@ -22,7 +22,7 @@ from pipeline import __main__ as cli
 from pipeline import progress
 from pipeline import recipe as recipes
 from pipeline.build import make_parser, resolve
-from pipeline.command import AnswerError, Parser, judge, kebab, parser, rendered, run, table
+from pipeline.command import AnswerError, Parser, Table, judge, kebab, parser, rendered, run
 from pipeline.compiler import BuildRequest, drop_other_targets
 from pipeline.methods import METHODS
 
@@ -142,13 +142,13 @@ ROWS = [("ok", "a name", "12"), ("MISSING", "another.name.with.dots", LONG)]
 
 
 def test_a_table_is_a_line_for_each_row_where_nobody_looks() -> None:
-    lines = rendered([table(("", "what", "remedy"), ROWS)]).splitlines()
+    lines = rendered([Table(("", "what", "remedy"), ROWS)]).splitlines()
     assert len(lines) == 4 and lines[3].endswith(LONG) and "\x1b" not in "".join(lines)
 
 
 def test_a_table_fits_the_terminal_and_loses_no_letter() -> None:
     for width in (40, 60, 80):
-        text = rendered([table(("", "what", "remedy"), ROWS), LONG], width)
+        text = rendered([Table(("", "what", "remedy"), ROWS), LONG], width)
         plain = re.sub(r"\x1b\[[0-9;]*m", "", text)
         assert max(map(len, plain.splitlines())) <= width
         letters = "".join(sorted("".join(plain.split()).replace("-", "")))
@@ -161,9 +161,9 @@ def test_a_table_fits_the_terminal_and_loses_no_letter() -> None:
 def test_colours_are_for_terminals_that_have_them(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TERM", "xterm")
     monkeypatch.delenv("NO_COLOR", raising=False)
-    assert "\x1b[32m" in rendered([table(("", "what"), [("ok", "a")])], 80)
+    assert "\x1b[32m" in rendered([Table(("", "what"), [("ok", "a")])], 80)
     monkeypatch.setenv("NO_COLOR", "1")
-    assert "\x1b[3" not in rendered([table(("", "what"), [("ok", "a")])], 80)
+    assert "\x1b[3" not in rendered([Table(("", "what"), [("ok", "a")])], 80)
 
 
 @pytest.mark.parametrize("verb", ["list", "doctor"])

@@ -9,7 +9,7 @@ import pytest
 
 from pipeline import inspect
 from pipeline.bundle import manifest
-from pipeline.command import rendered, table
+from pipeline.command import Table, rendered
 from tests.support import learned, tiny
 from tests.support.bundles import make_bundle
 from tests.support.portable import random_linear
@@ -101,5 +101,5 @@ def test_takes_a_bundle_or_a_recipe(args: list[str], capsys: pytest.CaptureFixtu
 
 
 def test_columns_are_aligned() -> None:
-    lines = rendered([table(("name", "bytes", "why"), [("a", 1200, "x"), ("longer", 7, "y")])]).splitlines()
+    lines = rendered([Table(("name", "bytes", "why"), [("a", 1200, "x"), ("longer", 7, "y")])]).splitlines()
     assert lines == ["name    bytes  why", "------  -----  ---", "a       1,200  x", "longer      7  y"]
