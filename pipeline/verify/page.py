@@ -115,9 +115,9 @@ def render(page: Page) -> str:
     sections = (
         _header(page),
         _figures(page.report),
-        _gates(page.report),
         _pictures(page),
         MEASURED_SLOT,
+        _gates(page.report),
         _steps(page.report),
         _layers_plot(page.report),
         _stretches(page.report),
@@ -200,7 +200,7 @@ def _percent(share: float) -> str:
 def _gates(report: Report) -> str:
     rows = "".join(_gate_row(gate) for gate in report.gates)
     heads = "<th></th><th>gate</th><th class='num'>value</th><th class='num'>limit</th><th>why this limit</th>"
-    return _section("Gates", _table(heads, rows))
+    return _section("Gates", _table(heads, rows, "gates"))
 
 
 def _gate_row(gate: Gate) -> str:
