@@ -79,10 +79,12 @@ def bundled_models() -> str:
     """One row for each bundled model, from the judge's JSON."""
     rows = []
     for path in sorted(RESULTS.glob("zoo_*.json")):
-        found = json.loads(path.read_text(encoding="utf-8"))
-        worst, judge = min(found["accuracy"].values()), min(found["judge_test_accuracy"].values())
-        size = f"{found['training']['parameters'] / 1e6:.1f} M"
-        rows.append([f"`{found['model']}`", size, found["conditions"], found["count"], f"{worst:.1%}", f"{judge:.1%}"])
+        quality = json.loads(path.read_text(encoding="utf-8"))
+        worst, judge = min(quality["accuracy"].values()), min(quality["judge_test_accuracy"].values())
+        size = f"{quality['training']['parameters'] / 1e6:.1f} M"
+        rows.append(
+            [f"`{quality['model']}`", size, quality["conditions"], quality["count"], f"{worst:.1%}", f"{judge:.1%}"]
+        )
     header = ["model", "parameters", "pictures of", "count", "right (least of all slots)", "the judge's own accuracy"]
     return markdown(header, rows)
 
@@ -155,13 +157,13 @@ def gpu_speed() -> str:
     )
 
 
-def _gpu_rows(found: dict[str, Any]) -> list[list[Any]]:
-    commits = ", ".join(sorted({part["commit"] for part in found["sections"].values()}))
+def _gpu_rows(run: dict[str, Any]) -> list[list[Any]]:
+    commits = ", ".join(sorted({part["commit"] for part in run["sections"].values()}))
     rows = []
-    for target in judged(found):
+    for target in judged(run):
         limit = f"{'at least' if target['at_least'] else 'at most'} {target['limit']:g}"
         value = "-" if target["value"] is None else f"{target['value']:.3f}"
-        rows.append([f"{found['gpu']['name']}, {commits}", target["name"], limit, value, target["verdict"]])
+        rows.append([f"{run['gpu']['name']}, {commits}", target["name"], limit, value, target["verdict"]])
     return rows
 
 

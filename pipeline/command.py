@@ -116,19 +116,21 @@ def called(verb: str, program: str) -> str:
     return f"{PROGRAM} {verb}" if Path(program).stem == PROGRAM else f"python -m pipeline.{verb}"
 
 
-def add_model_flags(made: Parser, model: str) -> None:
+def add_model_flags(verb_parser: Parser, model: str) -> None:
     """-m and what says more about it, for the verbs that load a float model. model: the help of -m."""
-    made.add_argument("-m", "--model", metavar="ID_OR_DIR", help=model)
-    made.add_argument("--variant", metavar="NAME", help="which of the model's weights files, for example fp16 or ema")
-    made.add_argument(
+    verb_parser.add_argument("-m", "--model", metavar="ID_OR_DIR", help=model)
+    verb_parser.add_argument(
+        "--variant", metavar="NAME", help="which of the model's weights files, for example fp16 or ema"
+    )
+    verb_parser.add_argument(
         "--config", metavar="FILE_OR_ID", help="config.json of a model whose weights have none beside them"
     )
 
 
-def add_threads(made: Parser) -> None:
+def add_threads(verb_parser: Parser) -> None:
     """The flag of verbs that run engines."""
     text = "threads of an engine's call (default: one for each core, within the CPU limit of the container)"
-    made.add_argument("--threads", type=int, metavar="N", help=text)
+    verb_parser.add_argument("--threads", type=int, metavar="N", help=text)
 
 
 class Answer:
@@ -179,12 +181,12 @@ class Answer:
 Work = Callable[[Any, Answer], int]
 
 
-def run(made: Parser, work: Work, argv: Sequence[str] | None = None, verdict: bool = False) -> int:
+def run(verb_parser: Parser, work: Work, argv: Sequence[str] | None = None, verdict: bool = False) -> int:
     """Parse, set up logging, do the work, and turn whatever is raised into an exit code and one sentence.
 
     verdict: a failure is also answered on stdout, as `FAILED <reason>`.
     """
-    args = made.parse_args(argv)
+    args = verb_parser.parse_args(argv)
     sys.stdout, sys.stderr = sys.stdout or open_nowhere(), sys.stderr or open_nowhere()  # closed by whoever started us
     set_up_logging(args.verbose, args.quiet)
     if isinstance(sys.stdout, io.TextIOWrapper):  # a letter that the locale lacks is no reason to end without an answer

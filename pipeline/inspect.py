@@ -146,15 +146,17 @@ def _totals(document: Mapping[str, Any]) -> str:
 
 def make_parser() -> Parser:
     """All flags of `inspect`."""
-    made = parser("inspect", "Show per layer: formats, scales, embedding, path chosen, why, bytes; and totals.")
-    made.add_argument("bundle", nargs="?", type=Path, metavar="BUNDLE", help="a folder that build wrote")
-    made.add_argument("--engine", metavar="NAME|RECIPE.toml", help="a recipe instead, applied to its model")
-    add_model_flags(made, "with --engine: another model")
-    made.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="with --engine: any recipe key")
-    made.set_defaults(
+    verb_parser = parser("inspect", "Show per layer: formats, scales, embedding, path chosen, why, bytes; and totals.")
+    verb_parser.add_argument("bundle", nargs="?", type=Path, metavar="BUNDLE", help="a folder that build wrote")
+    verb_parser.add_argument("--engine", metavar="NAME|RECIPE.toml", help="a recipe instead, applied to its model")
+    add_model_flags(verb_parser, "with --engine: another model")
+    verb_parser.add_argument(
+        "--set", action="append", default=[], metavar="KEY=VALUE", help="with --engine: any recipe key"
+    )
+    verb_parser.set_defaults(
         calib_size=None, target_sm=None, n_steps=None, batch_size=None, height=None, width=None, seed=None
     )
-    return made
+    return verb_parser
 
 
 def work(args: argparse.Namespace, answer: Answer) -> int:

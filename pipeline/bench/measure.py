@@ -196,8 +196,8 @@ def conditions(document: Mapping[str, Any]) -> str:
     picture, here = document["image"], document["machine"]
     guided = f", guidance {picture['guidance_scale']:g}" if picture["guidance_scale"] != 1 else ""
     derived = any("derived" in row["image_ms"] for row in document["contestants"].values())
-    made = "the time of its calls" if derived else "drawn"
+    timed = "the time of its calls" if derived else "drawn"
     return (
         f"{document['engine']}, batch size {document['batch_size']}, {document['threads']} threads on {here['cpu']}: "
-        f"medians of rounds that call all in turn; a picture of {picture['n_steps']} steps{guided}, {made}."
+        f"medians of rounds that call all in turn; a picture of {picture['n_steps']} steps{guided}, {timed}."
     )

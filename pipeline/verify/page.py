@@ -54,32 +54,32 @@ def write_page(
     report: Report,
     model: LoadedModel,
     recipe: Recipe,
-    found: Study,
+    study: Study,
     engines: Mapping[str, NDArray[Any]],
     out_dir: Path,
 ) -> None:
     """Write index.html and images/*.png into `out_dir`."""
-    pixels = found.case.output == "pixels"
-    columns = gallery(found.images, engines, pixels)
+    pixels = study.case.output == "pixels"
+    columns = gallery(study.images, engines, pixels)
     (out_dir / "images").mkdir(parents=True, exist_ok=True)
     for name, data in file_names(columns).items():
         (out_dir / "images" / name).write_bytes(data)
     note = "Pictures as the model makes them" if pixels else "First three latent channels (no image decoder here)"
-    note += f": {found.case.n_steps} steps of {found.case.sampler}, guidance {found.case.guidance_scale:g}, same noise."
+    note += f": {study.case.n_steps} steps of {study.case.sampler}, guidance {study.case.guidance_scale:g}, same noise."
     page = Page(
         title=recipe.name,
         subtitle=recipe.description,
         report=report,
-        facts=_facts(model, recipe, found),
+        facts=_facts(model, recipe, study),
         recipe=to_toml(recipe),
-        prompts=found.case.prompts,
+        prompts=study.case.prompts,
         columns=columns,
         pictures_note=note,
     )
     (out_dir / "index.html").write_text(render(page), encoding="utf-8")
 
 
-def _facts(model: LoadedModel, recipe: Recipe, found: Study) -> dict[str, Facts]:
+def _facts(model: LoadedModel, recipe: Recipe, study: Study) -> dict[str, Facts]:
     here = machine.facts()
     count = sum(tensor.numel() for tensor in model.module.parameters())
     return {
@@ -95,7 +95,7 @@ def _facts(model: LoadedModel, recipe: Recipe, found: Study) -> dict[str, Facts]
             "activations": f"{recipe.formats.activation}, one scale per token",
             "exceptions": ", ".join(f"{kind} {name}" for kind, name in recipe.formats.weight_of.items()) or "none",
             "calibration": f"{recipe.calibrate.method}, {recipe.weights.search} search",
-            "steps": str(found.case.n_steps),
+            "steps": str(study.case.n_steps),
         },
         "Machine": {
             "processor": here["cpu"],
@@ -277,8 +277,8 @@ def _stretches(report: Report) -> str:
     first = next(iter(rows.values()))
     names = [row.layer or "output" for row in first]
     series = [
-        Series(f"{target}: error over its limit", style, [row.error for row in found])
-        for (target, found), style in zip(rows.items(), LINE_STYLES, strict=False)
+        Series(f"{target}: error over its limit", style, [row.error for row in results])
+        for (target, results), style in zip(rows.items(), LINE_STYLES, strict=False)
     ]
     plot = line_plot(
         series, names, "stretch that ends at the linears of a block", "1 is the limit", _block_ticks(names)
@@ -307,12 +307,12 @@ def _by_target(rows: Sequence[Any]) -> dict[str, list[Any]]:
 def _engine_series(rows: Mapping[str, list[Any]], engine: str, reference: str) -> list[Series]:
     """A line for each engine, and a faint one for the reference's float32 runs in each arithmetic that occurs."""
     lines = [
-        Series(f"{target} engine", style, [getattr(row, engine) for row in found])
-        for (target, found), style in zip(rows.items(), LINE_STYLES, strict=False)
+        Series(f"{target} engine", style, [getattr(row, engine) for row in results])
+        for (target, results), style in zip(rows.items(), LINE_STYLES, strict=False)
     ]
     runs: dict[tuple[float, ...], list[str]] = {}
-    for target, found in rows.items():
-        runs.setdefault(tuple(getattr(row, reference) for row in found), []).append(target)
+    for target, results in rows.items():
+        runs.setdefault(tuple(getattr(row, reference) for row in results), []).append(target)
     lines += [
         Series(f"reference, worst float32 run as {' and '.join(targets)} computes", style, values)
         for (values, targets), style in zip(runs.items(), FAINT_STYLES, strict=False)

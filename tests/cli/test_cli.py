@@ -141,6 +141,11 @@ LONG = "a remedy of many words that says at length what is to be done, and why, 
 ROWS = [("ok", "a name", "12"), ("MISSING", "another.name.with.dots", LONG)]
 
 
+def plain(text: str) -> str:
+    """Without colours."""
+    return re.sub(r"\x1b\[[0-9;]*m", "", text)
+
+
 def test_a_table_is_a_line_for_each_row_where_nobody_looks() -> None:
     lines = rendered([Table(("", "what", "remedy"), ROWS)]).splitlines()
     assert len(lines) == 4 and lines[3].endswith(LONG) and "\x1b" not in "".join(lines)
@@ -149,13 +154,24 @@ def test_a_table_is_a_line_for_each_row_where_nobody_looks() -> None:
 def test_a_table_fits_the_terminal_and_loses_no_letter() -> None:
     for width in (40, 60, 80):
         text = rendered([Table(("", "what", "remedy"), ROWS), LONG], width)
-        plain = re.sub(r"\x1b\[[0-9;]*m", "", text)
-        assert max(map(len, plain.splitlines())) <= width
-        letters = "".join(sorted("".join(plain.split()).replace("-", "")))
+        assert max(map(len, plain(text).splitlines())) <= width
+        letters = "".join(sorted("".join(plain(text).split()).replace("-", "")))
         expected = "".join(
             sorted("".join(["what", "remedy", LONG, *(cell for row in ROWS for cell in row)]).replace(" ", ""))
         )
         assert letters == expected
+
+
+def test_what_all_rows_agree_in_is_told_above_a_table_that_is_too_wide() -> None:
+    rows = [(f"transformer_blocks.{i}.attn1.to_q", "E2M1 x E2M3", "exact_group(64)", 1000 + i) for i in range(3)]
+    table = Table(("layer", "formats", "scales", "bytes"), rows)
+    assert plain(rendered([table], 70)).splitlines()[2].endswith("E2M1 x E2M3  exact_group(64)  1,000")
+    assert plain(rendered([table], 62)).splitlines() == [
+        "In all rows: formats = E2M1 x E2M3, scales = exact_group(64).",
+        "layer                            bytes",
+        "-------------------------------  -----",
+        *(f"transformer_blocks.{i}.attn1.to_q  {1000 + i:,}" for i in range(3)),
+    ]
 
 
 def test_colours_are_for_terminals_that_have_them(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -187,7 +203,7 @@ def in_terminal(verb: str, columns: int) -> list[str]:
             data += block
     os.close(reader)
     assert process.wait(timeout=120) in (0, 3)
-    return re.sub(r"\x1b\[[0-9;]*m", "", data.decode()).splitlines()
+    return plain(data.decode()).splitlines()
 
 
 def test_kebab_leaves_values_alone() -> None:
