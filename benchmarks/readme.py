@@ -1,8 +1,8 @@
-"""Fill README.md's generated parts: `python -m benchmarks.readme`.
+"""Fill the generated parts of README.md and docs/, and write docs/cli.md: `python -m benchmarks.readme`.
 
-Tables come from code (formats), from the JSON of the benchmark scripts (numbers) and from docstrings (code map), so
-that the README states nothing of which the origin is unknown. A part stands between `<!-- begin NAME -->` and
-`<!-- end NAME -->`.
+Tables come from code (formats, flags), from the JSON of the benchmark scripts (numbers) and from docstrings (folders),
+so that no page states anything of which the origin is unknown. A part stands between `<!-- begin NAME -->` and
+`<!-- end NAME -->`. docs/quality.md is written by `python -m benchmarks.quality.tables`.
 """
 
 from __future__ import annotations
@@ -10,21 +10,29 @@ from __future__ import annotations
 import ast
 import json
 import re
+from argparse import Action
 from collections.abc import Callable
+from functools import partial
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 from benchmarks.denoiser import BASELINES, PATHS
 from benchmarks.gpu.targets import judged
-from benchmarks.quality.tables import short_table
+from benchmarks.quality.tables import SHORT, short_table
 from benchmarks.record import RESULTS, markdown
 from export.formats.format import FORMATS
 from export.formats.operands import embeds, exact_multipliers
+from pipeline.__main__ import VERBS
+from pipeline.command import parser
 from pipeline.methods import METHODS
 from pipeline.recipe import load, recipe_names
 
 ROOT = Path(__file__).resolve().parent.parent
-README = ROOT / "README.md"
+DOCS = ROOT / "docs"
+README, CLI = ROOT / "README.md", DOCS / "cli.md"
+# Pages with generated parts.
+PAGES = (README, *(DOCS / f"{name}.md" for name in ("calibration", "deployment", "design", "gpu")))
 PACKAGES = ("export", "plugins", "pipeline", "benchmarks")
 
 
@@ -71,38 +79,65 @@ def bundled_models() -> str:
     """One row for each bundled model, from the judge's JSON."""
     rows = []
     for path in sorted(RESULTS.glob("zoo_*.json")):
-        found = json.loads(path.read_text(encoding="utf-8"))
-        worst, judge = min(found["accuracy"].values()), min(found["judge_test_accuracy"].values())
-        size = f"{found['training']['parameters'] / 1e6:.1f} M"
-        rows.append([f"`{found['model']}`", size, found["conditions"], found["count"], f"{worst:.1%}", f"{judge:.1%}"])
+        quality = json.loads(path.read_text(encoding="utf-8"))
+        worst, judge = min(quality["accuracy"].values()), min(quality["judge_test_accuracy"].values())
+        size = f"{quality['training']['parameters'] / 1e6:.1f} M"
+        rows.append(
+            [f"`{quality['model']}`", size, quality["conditions"], quality["count"], f"{worst:.1%}", f"{judge:.1%}"]
+        )
     header = ["model", "parameters", "pictures of", "count", "right (least of all slots)", "the judge's own accuracy"]
     return markdown(header, rows)
 
 
+NOT_MEASURED = "Not measured yet: run `python -m benchmarks.denoiser`."
+
+
 def speed() -> str:
     """One row for each measured machine, engine and batch size, from the JSON of benchmarks/denoiser.py."""
-    rows = [
-        row
-        for path in sorted(RESULTS.glob("denoiser_*.json"))
-        for row in _speed_rows(json.loads(path.read_text(encoding="utf-8")))
-    ]
-    if not rows:
-        return "Not measured yet: run `python -m benchmarks.denoiser`."
-    times = ["times as fast as ONNX Runtime fp32", "as its dynamic INT8"]
-    return markdown(["machine, model", "engine", "`cpu.path`", "batch", *times, "peak memory, of fp32's", "load"], rows)
-
-
-def _speed_rows(found: dict[str, Any]) -> list[list[Any]]:
-    place = f"{found['machine']['cpu']}, {found['machine']['cpus']} CPUs, {found['layers']} layers"
-    build = ", ".join([found["recipe"], *found.get("settings", [])])
     rows = []
-    for path, suffix in PATHS.items():
-        for batch in found["batches"] if f"engine{suffix}" in found["processes"] else ():
-            engine, peer = found["processes"][f"engine{suffix}"], found["processes"]["onnxruntime_fp32"]
+    for run, path, suffix in _measured_paths():
+        place = f"{_machine(run)}, {run['layers']} layers"
+        build = ", ".join([run["recipe"], *run.get("settings", [])])
+        load = f"{run['processes'][f'engine{suffix}']['load_s']:.1f} s"
+        for batch in run["batches"]:
             ratios = [f"{batch[f'times_faster{suffix}'][name]:.2f}" for name in BASELINES]
-            memory = f"{engine['peak_rss_bytes'] / peer['peak_rss_bytes']:.2f}"
-            rows.append([place, build, path, batch["batch_size"], *ratios, memory, f"{engine['load_s']:.1f} s"])
-    return rows
+            rows.append([place, build, path, batch["batch_size"], *ratios, _memory(run, suffix), load])
+    times = ["times as fast as ONNX Runtime fp32", "as its dynamic INT8"]
+    header = ["machine, model", "engine", "`cpu.path`", "batch", *times, "peak memory, of fp32's", "load"]
+    return markdown(header, rows) if rows else NOT_MEASURED
+
+
+def speed_short() -> str:
+    """One row for each measured machine and engine: its batches beside each other."""
+    rows = []
+    for run, path, suffix in _measured_paths():
+        ratios = [
+            " / ".join(f"{batch[f'times_faster{suffix}'][name]:.2f}" for batch in run["batches"]) for name in BASELINES
+        ]
+        rows.append([_machine(run), path, *ratios, _memory(run, suffix)])
+    header = [
+        "machine",
+        "`cpu.path`",
+        "times as fast as fp32, batch 1 / 2",
+        "as dynamic INT8, batch 1 / 2",
+        "peak memory, of fp32's",
+    ]
+    return markdown(header, rows) if rows else NOT_MEASURED
+
+
+def _measured_paths() -> list[tuple[dict[str, Any], str, str]]:
+    """(JSON of a machine, value of cpu.path, what it adds to the names of its rows) for every engine in them."""
+    runs = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(RESULTS.glob("denoiser_*.json"))]
+    return [(run, *path) for run in runs for path in PATHS.items() if f"engine{path[1]}" in run["processes"]]
+
+
+def _machine(run: dict[str, Any]) -> str:
+    return f"{run['machine']['cpu']}, {run['machine']['cpus']} CPUs"
+
+
+def _memory(run: dict[str, Any], suffix: str) -> str:
+    engine, peer = run["processes"][f"engine{suffix}"], run["processes"]["onnxruntime_fp32"]
+    return f"{engine['peak_rss_bytes'] / peer['peak_rss_bytes']:.2f}"
 
 
 def gpu_speed() -> str:
@@ -122,13 +157,13 @@ def gpu_speed() -> str:
     )
 
 
-def _gpu_rows(found: dict[str, Any]) -> list[list[Any]]:
-    commits = ", ".join(sorted({part["commit"] for part in found["sections"].values()}))
+def _gpu_rows(run: dict[str, Any]) -> list[list[Any]]:
+    commits = ", ".join(sorted({part["commit"] for part in run["sections"].values()}))
     rows = []
-    for target in judged(found):
+    for target in judged(run):
         limit = f"{'at least' if target['at_least'] else 'at most'} {target['limit']:g}"
         value = "-" if target["value"] is None else f"{target['value']:.3f}"
-        rows.append([f"{found['gpu']['name']}, {commits}", target["name"], limit, value, target["verdict"]])
+        rows.append([f"{run['gpu']['name']}, {commits}", target["name"], limit, value, target["verdict"]])
     return rows
 
 
@@ -138,22 +173,47 @@ def first_sentence(path: Path) -> str:
     return re.split(r"(?<=\.)\s", text)[0]
 
 
-def code_map() -> str:
-    """One bullet for each module, and one for each folder below a package (or for a package without modules)."""
-    lines = []
-    for package in PACKAGES:
-        folder = ROOT / package
-        if not _modules(folder):
-            lines.append(f"- `{package}/`: {first_sentence(folder / '__init__.py')}")
-        lines += [f"- `{path.relative_to(ROOT)}`: {first_sentence(path)}" for path in _modules(folder)]
-        for below in sorted(path.parent for path in folder.rglob("*/__init__.py")):
-            names = ", ".join(f"`{path.stem}`" for path in _modules(below))
-            lines.append(f"- `{below.relative_to(ROOT)}/`: {first_sentence(below / '__init__.py')} ({names})")
-    return "\n".join(lines)
+def folders() -> str:
+    """One bullet for each folder of source."""
+    paths = (path for package in PACKAGES for path in sorted((ROOT / package).rglob("__init__.py")))
+    return "\n".join(f"- `{path.parent.relative_to(ROOT)}/`: {first_sentence(path)}" for path in paths)
 
 
-def _modules(folder: Path) -> list[Path]:
-    return sorted(path for path in folder.glob("*.py") if not path.name.startswith("__"))
+CLI_PREFACE = """# The command line
+
+Written by `python -m benchmarks.readme` from the verbs' own parsers. `ditc VERB` and `python -m pipeline.VERB` are the
+same; flags may be written with dashes or underscores. Answers go to stdout, logs and progress to stderr. What an exit
+code means: [deployment.md](deployment.md#exit-codes). `ditc --version` says what is installed."""
+
+
+def cli() -> str:
+    """The whole of docs/cli.md: a section for each verb."""
+    common = [_flag(action) for action in parser("", "").flags()]
+    parts = [CLI_PREFACE, "Flags of every verb:", markdown(FLAG_HEADER, common)]
+    for verb, (module, _) in VERBS.items():
+        verb_parser = import_module(module).make_parser()
+        own = [action for action in verb_parser.flags() if _flag(action) not in common]
+        needed = [_words(action) for action in own if action.required]
+        usage = " ".join(["ditc", verb, *needed, *(["[flags]"] if len(own) > len(needed) else [])])
+        parts += [f"## {verb}", verb_parser.description, f"    {usage}"]
+        parts += [markdown(FLAG_HEADER, map(_flag, own))] if own else []
+    return "\n\n".join(parts) + "\n"
+
+
+FLAG_HEADER = ("flag", "default", "what it does")
+
+
+def _flag(action: Action) -> list[str]:
+    names = ", ".join(f"`{name}`" for name in action.option_strings[:-1])
+    default = f"`{action.default}`" if action.default and isinstance(action.default, str | int | float) else ""
+    words = f"`{_words(action)}`".replace("|", "\\|")
+    return [f"{names}, {words}" if names else words, default, (action.help or "").replace("|", "\\|")]
+
+
+def _words(action: Action) -> str:
+    """What is typed: a flag by its last name, and the name of its value."""
+    value = "" if action.nargs == 0 else str(action.metavar or action.dest.upper())
+    return " ".join([*action.option_strings[-1:], *([value] if value else [])])
 
 
 PARTS: dict[str, Callable[[], str]] = {
@@ -161,31 +221,24 @@ PARTS: dict[str, Callable[[], str]] = {
     "recipes": recipes,
     "methods": methods,
     "bundled-models": bundled_models,
-    "quality": short_table,
+    "quality-short": partial(short_table, names=SHORT),
     "speed": speed,
+    "speed-short": speed_short,
     "gpu-speed": gpu_speed,
-    "code-map": code_map,
+    "folders": folders,
 }
-
-
-def part(text: str, name: str) -> str:
-    """What stands in the README between the marks of a part."""
-    found = re.search(rf"<!-- begin {name} -->\n(.*?)\n<!-- end {name} -->", text, re.DOTALL)
-    if found is None:
-        raise ValueError(f"README.md has no part {name}; write <!-- begin {name} --> and <!-- end {name} -->")
-    return found.group(1)
+PART = re.compile(r"(<!-- begin ([\w-]+) -->\n)(.*?)(<!-- end \2 -->)", re.DOTALL)
 
 
 def filled(text: str) -> str:
-    """The README with all parts written anew."""
-    for name, make in PARTS.items():
-        marks = f"<!-- begin {name} -->\n{{}}\n<!-- end {name} -->"
-        text = text.replace(marks.format(part(text, name)), marks.format(make()))
-    return text
+    """A page with all of its parts written anew. Raises KeyError for a part that is not in PARTS."""
+    return PART.sub(lambda match: f"{match[1]}{PARTS[match[2]]()}\n{match[4]}", text)
 
 
 def main() -> None:
-    README.write_text(filled(README.read_text(encoding="utf-8")), encoding="utf-8")
+    for page in PAGES:
+        page.write_text(filled(page.read_text(encoding="utf-8")), encoding="utf-8")
+    CLI.write_text(cli(), encoding="utf-8")
 
 
 if __name__ == "__main__":

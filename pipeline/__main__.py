@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import platform
 import sys
 from collections.abc import Sequence
 from importlib import import_module
 from typing import NoReturn
 
 from export.errors import RecipeError
+from pipeline import machine
 from pipeline.signals import leave
 
 # verb: (module with main(), what it does)
@@ -27,7 +29,19 @@ VERBS = {
 def usage() -> str:
     """The help text."""
     rows = "\n".join(f"  {verb:<10} {text}" for verb, (_, text) in VERBS.items())
-    return f"usage: ditc VERB [options]\n\n{rows}\n\n`ditc VERB --help` shows the options of a verb."
+    ends = "`ditc VERB --help` shows the options of a verb, `ditc --version` what is installed."
+    return f"usage: ditc VERB [options]\n\n{rows}\n\n{ends}"
+
+
+def version() -> str:
+    """This release and the machine's Python, then the packages of machine.TOOLS that are installed, and those not."""
+    here = machine.tool_versions()
+    missing = ", ".join(name for name in machine.TOOLS if name not in here)
+    place = f"Python {here.pop('python')}, {platform.system()} {platform.machine()}"
+    tools = ", ".join(f"{name} {release}" for name, release in here.items())
+    return f"{machine.PROGRAM} {machine.own_version()} ({place})\nwith {tools}" + (
+        f"; without {missing}" if missing else ""
+    )
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -35,6 +49,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     verb, *rest = list(sys.argv[1:] if argv is None else argv) or ["--help"]
     if verb in ("-h", "--help"):
         sys.stdout.write(usage() + "\n")
+        return 0
+    if verb == "--version":
+        sys.stdout.write(version() + "\n")
         return 0
     if verb not in VERBS:
         sys.stderr.write(f"ditc: verb {verb!r} is unknown; use one of {', '.join(VERBS)}\n")

@@ -13,15 +13,23 @@ import io
 import json
 import logging
 import os
+import re
+import shutil
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
 from io import TextIOWrapper
 from pathlib import Path
-from typing import Any, NoReturn, TextIO
+from typing import TYPE_CHECKING, Any, NoReturn, TextIO
 
 from export.errors import RecipeError, ResourceError, UserError
 from pipeline.files import is_out_of_disk, is_out_of_memory
+from pipeline.machine import PROGRAM
 from pipeline.signals import Terminated, exit_code, heeded
+
+if TYPE_CHECKING:
+    from rich.table import Table as RichTable
 
 logger = logging.getLogger(__name__)
 
@@ -67,6 +75,10 @@ class Parser(argparse.ArgumentParser):
             self.error("an argument has a character of number 0, which no path or text may have")
         return super().parse_args(words, namespace)
 
+    def flags(self) -> list[argparse.Action]:
+        """What it takes, but for --help."""
+        return [action for action in self._actions if action.dest != "help"]
+
     def error(self, message: str) -> NoReturn:
         self.print_usage(sys.stderr)
         self.exit(RecipeError.exit_code, f"{self.prog}: {message}; see {self.prog} --help\n")
@@ -85,27 +97,40 @@ def kebab(argument: str) -> str:
 
 
 def parser(verb: str, description: str) -> Parser:
-    """A parser of `python -m pipeline.VERB` with the flags that every verb has."""
-    made = Parser(prog=f"python -m pipeline.{verb}", description=description, allow_abbrev=False)
-    made.add_argument("--json", action="store_true", help="answer as JSON lines on stdout; logs stay on stderr")
-    made.add_argument("-v", "--verbose", action="store_true", help="log details, and a stack trace with every error")
-    made.add_argument("-q", "--quiet", action="store_true", help="log warnings and errors only")
-    return made
+    """A parser of `ditc VERB`, or `python -m pipeline.VERB`, with the flags that every verb has."""
+    verb_parser = Parser(prog=called(verb, sys.argv[0]), description=description, allow_abbrev=False)
+    verb_parser.add_argument("--json", action="store_true", help="answer as JSON lines on stdout; logs stay on stderr")
+    verb_parser.add_argument(
+        "-v", "--verbose", action="store_true", help="log details, and a stack trace with every error"
+    )
+    verb_parser.add_argument("-q", "--quiet", action="store_true", help="log warnings and errors only")
+    return verb_parser
 
 
-def add_model_flags(made: Parser, model: str) -> None:
+def called(verb: str, program: str) -> str:
+    """The command that runs a verb, as the user has typed it. program: the path of what was started.
+
+    >>> called("build", "/usr/bin/ditc"), called("build", "/usr/lib/pipeline/build.py")
+    ('ditc build', 'python -m pipeline.build')
+    """
+    return f"{PROGRAM} {verb}" if Path(program).stem == PROGRAM else f"python -m pipeline.{verb}"
+
+
+def add_model_flags(verb_parser: Parser, model: str) -> None:
     """-m and what says more about it, for the verbs that load a float model. model: the help of -m."""
-    made.add_argument("-m", "--model", metavar="ID_OR_DIR", help=model)
-    made.add_argument("--variant", metavar="NAME", help="which of the model's weights files, for example fp16 or ema")
-    made.add_argument(
+    verb_parser.add_argument("-m", "--model", metavar="ID_OR_DIR", help=model)
+    verb_parser.add_argument(
+        "--variant", metavar="NAME", help="which of the model's weights files, for example fp16 or ema"
+    )
+    verb_parser.add_argument(
         "--config", metavar="FILE_OR_ID", help="config.json of a model whose weights have none beside them"
     )
 
 
-def add_threads(made: Parser) -> None:
+def add_threads(verb_parser: Parser) -> None:
     """The flag of verbs that run engines."""
     text = "threads of an engine's call (default: one for each core, within the CPU limit of the container)"
-    made.add_argument("--threads", type=int, metavar="N", help=text)
+    verb_parser.add_argument("--threads", type=int, metavar="N", help=text)
 
 
 class Answer:
@@ -126,9 +151,15 @@ class Answer:
         if self.as_json:
             self._write(json.dumps(fields, default=str))
 
-    def document(self, document: Any, text: str) -> None:
-        """The whole answer of a verb: `document` with --json, else `text`."""
-        self._write(json.dumps(document, default=str) if self.as_json else text)
+    def document(self, document: Any, *parts: Part) -> None:
+        """The whole answer of a verb: `document` with --json, else the parts below each other: tables and paragraphs.
+
+        On a terminal they fit its width; anywhere else a row is a line, without colours, whatever its length.
+        """
+        if self.as_json:
+            self._write(json.dumps(document, default=str))
+        else:
+            self._write(rendered(parts, terminal_width(self.stream)))
 
     def _write(self, text: str) -> None:
         try:
@@ -150,12 +181,12 @@ class Answer:
 Work = Callable[[Any, Answer], int]
 
 
-def run(made: Parser, work: Work, argv: Sequence[str] | None = None, verdict: bool = False) -> int:
+def run(verb_parser: Parser, work: Work, argv: Sequence[str] | None = None, verdict: bool = False) -> int:
     """Parse, set up logging, do the work, and turn whatever is raised into an exit code and one sentence.
 
     verdict: a failure is also answered on stdout, as `FAILED <reason>`.
     """
-    args = made.parse_args(argv)
+    args = verb_parser.parse_args(argv)
     sys.stdout, sys.stderr = sys.stdout or open_nowhere(), sys.stderr or open_nowhere()  # closed by whoever started us
     set_up_logging(args.verbose, args.quiet)
     if isinstance(sys.stdout, io.TextIOWrapper):  # a letter that the locale lacks is no reason to end without an answer
@@ -249,26 +280,127 @@ def set_up_logging(verbose: bool, quiet: bool) -> None:
     logging.getLogger("py.warnings").setLevel(logging.WARNING if verbose else logging.ERROR)
 
 
-def table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
-    """Columns aligned by spaces; numbers to the right. The last column is not padded.
+# --- tables for people ----------------------------------------------------------------------------------------------
 
-    >>> print(table(("name", "bytes"), [("a", 12), ("long", 3)]))
+# Wider than any row: where nobody reads the answer on a terminal, no row is broken.
+UNBOUNDED = 1 << 20
+GAP = 2
+# What a column of sentences gets at least before names are broken for it.
+SENTENCE_WIDTH = 12
+NUMBER = re.compile(r"-|[\d,.]*\d( x)?")
+# Colours on a terminal, of cells that say how it stands.
+STATE_STYLES = {"ok": "green", "yes": "green", "MISSING": "bold red", "no": "yellow", "-": "dim"}
+
+
+@dataclass(frozen=True)
+class Table:
+    """Columns aligned by spaces; numbers to the right.
+
+    >>> print(rendered([Table(("name", "bytes"), [("a", 12), ("long", 3)])]))
     name  bytes
     ----  -----
     a        12
     long      3
     """
-    cells = [[_text(cell) for cell in row] for row in rows]
-    widths = [max(len(row[i]) for row in [list(header), *cells]) for i in range(len(header))]
-    right = [bool(rows) and all(isinstance(row[i], int | float) for row in rows) for i in range(len(header))]
-    lines = [list(header), ["-" * width for width in widths], *cells]
-    return "\n".join(_line(line, widths, right) for line in lines)
+
+    header: Sequence[str]
+    rows: Sequence[Sequence[object]]
+
+    @cached_property
+    def columns(self) -> list[list[str]]:
+        """The texts of each column, its header first."""
+        rows = [[_text(cell) for cell in row] for row in self.rows]
+        return [[title, *(row[i] for row in rows)] for i, title in enumerate(self.header)]
+
+    def fits(self, width: int) -> bool:
+        return sum(max(map(len, column)) + GAP for column in self.columns) - GAP <= width
+
+    def without_repeats(self) -> tuple[str, Table]:
+        """What all rows have in common, in words ("" for nothing), and the columns in which they differ."""
+        repeated = [i for i, column in enumerate(self.columns) if i and len(set(column[1:])) == 1]
+        common = ", ".join(" = ".join(self.columns[i][:2]) for i in repeated)
+        kept = [i for i in range(len(self.columns)) if i not in repeated]
+        rest = Table([self.header[i] for i in kept], [[row[i] for i in kept] for row in self.rows])
+        return f"In all rows: {common}." if common else "", rest
+
+
+# Of an answer for people: a paragraph or a table.
+Part = str | Table
 
 
 def _text(cell: object) -> str:
     return f"{cell:,}" if isinstance(cell, int) and not isinstance(cell, bool) else str(cell)
 
 
-def _line(cells: Sequence[str], widths: Sequence[int], right: Sequence[bool]) -> str:
-    columns = zip(cells, widths, right, strict=True)
-    return "  ".join(cell.rjust(width) if to_right else cell.ljust(width) for cell, width, to_right in columns).rstrip()
+def rendered(parts: Iterable[Part], width: int | None = None) -> str:
+    """Tables and paragraphs as text, an empty line between them.
+
+    width: columns of the terminal that shows it, in colours if it has any (NO_COLOR, TERM); None: plain text, each row
+    and paragraph on one line.
+    """
+    from rich.console import Console
+
+    screen = Console(
+        file=io.StringIO(),
+        width=width or UNBOUNDED,
+        force_terminal=bool(width),
+        markup=False,
+        emoji=False,
+        highlight=False,
+    )
+    blocks = []
+    for part in parts:
+        with screen.capture() as capture:
+            for fitting in _fitted(part, width or UNBOUNDED):
+                screen.print(_grid(fitting, width or UNBOUNDED) if isinstance(fitting, Table) else fitting)
+        blocks.append("\n".join(line.rstrip() for line in capture.get().splitlines()))
+    return "\n\n".join(blocks)
+
+
+def _fitted(part: Part, width: int) -> list[Part]:
+    """A table that is too wide is shown without the columns in which all rows agree, which are told above it."""
+    if isinstance(part, str) or part.fits(width) or len(part.rows) < 2:
+        return [part]
+    common, rest = part.without_repeats()
+    return [common, rest] if common else [part]
+
+
+def _grid(table: Table, width: int) -> RichTable:
+    """The table as rich draws it."""
+    from rich.rule import Rule
+    from rich.table import Table as RichTable
+    from rich.text import Text
+
+    grid = RichTable(box=None, padding=(0, GAP, 0, 0), pad_edge=False, header_style="bold")
+    for (title, *cells), wide in zip(table.columns, _widths(table.columns, width), strict=True):
+        right = bool(cells) and all(map(NUMBER.fullmatch, cells))
+        grid.add_column(title, width=wide, justify="right" if right else "left", overflow="fold")
+    grid.add_row(*[Rule(characters="-", style="dim")] * len(table.header))
+    for row in zip(*(cells for _, *cells in table.columns), strict=True):
+        grid.add_row(*(Text(cell, STATE_STYLES.get(cell, "")) for cell in row))
+    return grid
+
+
+def _widths(columns: Sequence[Sequence[str]], width: int) -> list[int]:
+    """The width of each column: the widest give way until all fit, names (cells without a space) last."""
+    widths = [max(map(len, column)) for column in columns]
+    whole = [_whole(column) for column in columns]
+    for least in (whole, [1] * len(columns)):
+        while sum(widths) + GAP * (len(widths) - 1) > width and (
+            wide := [i for i, bound in enumerate(least) if widths[i] > bound]
+        ):
+            widths[max(wide, key=widths.__getitem__)] -= 1
+    return widths
+
+
+def _whole(column: Sequence[str]) -> int:
+    """The width below which names and words of the header break; of sentences a few words are enough."""
+    title, *cells = column
+    if any(" " in cell for cell in cells):
+        return min(max(map(len, column)), SENTENCE_WIDTH)
+    return max(map(len, [*title.split(), *cells]), default=0)
+
+
+def terminal_width(stream: TextIO) -> int | None:
+    """Columns of the terminal that a stream leads to; None where it leads elsewhere."""
+    return shutil.get_terminal_size().columns if stream.isatty() else None

@@ -35,6 +35,9 @@ logger = logging.getLogger(__name__)
 # Disk while building, in bytes per parameter, whatever the targets: checkpoint by layer and joined, and the portable
 # model (together below 2); the baselines of the measurement (9, see bench).
 BYTES_PER_PARAMETER = 11.0
+REPORT_PAGE = "report/index.html"
+# In the work folder: the page as verification leaves it, and the section that the measurement adds.
+PAGE, MEASURED = "page.html", "measured.html"
 
 
 @dataclass(frozen=True)
@@ -255,7 +258,10 @@ def describe(folder: Path, model: LoadedModel, recipe: Recipe) -> None:
 
 
 def verified(work: WorkFolder, model: LoadedModel, facts: manifest.BuildFacts, rejected: Path) -> None:
-    """Stage: all gates. A failure moves the engine with its report to `rejected` and raises ParityError."""
+    """Stage: all gates. A failure moves the engine with its report to `rejected` and raises ParityError.
+
+    The report's page waits in the work folder for the section that `benched` adds.
+    """
     from pipeline.verify.proof import verify
 
     def check() -> None:
@@ -264,9 +270,10 @@ def verified(work: WorkFolder, model: LoadedModel, facts: manifest.BuildFacts, r
             report = verify(model, facts.layers, lowered, engines, facts.recipe, work.bundle / "report")
         if not report.passed:
             reject(work, facts, rejected)
-            raise ParityError(f"{report.sentence()}; see {rejected / 'report' / 'index.html'}")
+            raise ParityError(f"{report.sentence()}; see {rejected / REPORT_PAGE}")
+        (work.bundle / REPORT_PAGE).replace(work.path / PAGE)
 
-    work.run("verify", ("bundle/report",), check, lambda: None, depends=sorted(facts.results))
+    work.run("verify", ("bundle/report", PAGE), check, lambda: None, depends=sorted(facts.results))
 
 
 def reject(work: WorkFolder, facts: manifest.BuildFacts, rejected: Path) -> None:
@@ -277,9 +284,10 @@ def reject(work: WorkFolder, facts: manifest.BuildFacts, rejected: Path) -> None
 
 
 def benched(work: WorkFolder, model: LoadedModel, facts: manifest.BuildFacts) -> None:
-    """Stage: measure the engines that run here against the float model."""
+    """Stage: measure the engines that run here against the float model. Then the report's page shows the numbers."""
     from pipeline.bench.baselines import baselines
     from pipeline.bench.measure import bench, measured
+    from pipeline.verify.page import MEASURED_SLOT, measured_section
 
     def measure() -> None:
         threads = machine.threads()
@@ -288,5 +296,8 @@ def benched(work: WorkFolder, model: LoadedModel, facts: manifest.BuildFacts) ->
             document: dict[str, Any] = bench(model, engines, facts.recipe, work.bundle, others, threads)
         remove(work.path / "bench")
         write_json(work.bundle / "bench.json", document)
+        (work.path / MEASURED).write_text(measured_section(document), encoding="utf-8")
 
-    work.run("bench", ("bundle/bench.json",), measure, lambda: None, depends=sorted(facts.results))
+    work.run("bench", ("bundle/bench.json", MEASURED), measure, lambda: None, depends=sorted(facts.results))
+    page, section = ((work.path / name).read_bytes() for name in (PAGE, MEASURED))
+    (work.bundle / REPORT_PAGE).write_bytes(page.replace(MEASURED_SLOT.encode(), section))

@@ -14,7 +14,7 @@ from pipeline import machine
 from pipeline import recipe as recipes
 from pipeline.backends import BACKENDS
 from pipeline.backends.base import Check
-from pipeline.command import Answer, parser, run, table
+from pipeline.command import Answer, Parser, Table, parser, run
 from pipeline.list import zoo_models
 from pipeline.signals import leave
 
@@ -124,9 +124,11 @@ def work(args: Any, answer: Answer) -> int:
     builds = f"the default build cannot run: {', '.join(missing)}" if missing else "the default build can run"
     if not compiler:
         builds = "nothing can be built: the compiler is not installed, pip install 'ditc[build]'"
-    rows = [(_state(check), check.name, check.found, "" if check.ok else check.remedy) for check in checks]
+    rows = [(_state(check), check.name, check.found) for check in checks]
+    remedies = [(check.name, check.remedy) for check in checks if not check.ok]
     document = {"ok": compiler and not missing, "runs": not unable, "checks": [asdict(check) for check in checks]}
-    answer.document(document, table(("", "what", "found", "remedy"), rows) + f"\n\n{runs}\n{builds}")
+    tables = [Table(("", "what", "found"), rows), *([Table(("what", "remedy"), remedies)] if remedies else [])]
+    answer.document(document, *tables, f"{runs}\n{builds}")
     return EnvironmentLacksError.exit_code if missing else 0
 
 
@@ -134,9 +136,14 @@ def _state(check: Check) -> str:
     return "ok" if check.ok else "MISSING" if check.needed else "-"
 
 
+def make_parser() -> Parser:
+    """All flags of `doctor`."""
+    return parser("doctor", "Check what this machine can build and run, and what is missing.")
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point; returns the exit code."""
-    return run(parser("doctor", "Check what this machine can build and run, and what is missing."), work, argv)
+    return run(make_parser(), work, argv)
 
 
 if __name__ == "__main__":

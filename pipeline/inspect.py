@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from pipeline import machine
 from pipeline.build import resolve
 from pipeline.bundle.bundle import load_bundle
 from pipeline.calibrate.plan import LayerPlan, group_multipliers, make_plans
-from pipeline.command import Answer, Parser, add_model_flags, parser, run, table
+from pipeline.command import Answer, Parser, Part, Table, add_model_flags, parser, run
 from pipeline.compiler import tensor_counts
 from pipeline.recipe import Recipe, load_model
 from pipeline.signals import leave
@@ -106,16 +107,16 @@ def input_text(row: Mapping[str, Any]) -> str:
     return ", ".join([scaling, *row.get("balance", []), *rank])
 
 
-def text(document: Mapping[str, Any]) -> str:
-    """The document as tables for people."""
+def tables(document: Mapping[str, Any]) -> list[Part]:
+    """The document for people."""
     layers = document["layers"]
     targets = list(layers[0]["targets"]) if layers else []
     shown = ("input",) if any(input_text(layer) != PLAIN_INPUT for layer in layers) else ()
     header = ("layer", "kind", "N x K", "weight x act", "scales", *shown, "exact in", *targets, "bytes")
     rows = [_row(layer, targets, bool(shown)) for layer in layers]
-    kept = table(("kept in float", "because"), [(row["name"], row["reason"]) for row in document["kept"]])
-    parts = [f"{document['engine']}: {document['model']['source']} ({document['model']['family']})"]
-    return "\n\n".join([*parts, table(header, rows), *_reasons(layers, targets), kept, _totals(document)])
+    kept = Table(("kept in float", "because"), [(row["name"], row["reason"]) for row in document["kept"]])
+    title = f"{document['engine']}: {document['model']['source']} ({document['model']['family']})"
+    return [title, Table(header, rows), _reasons(layers, targets), kept, _totals(document)]
 
 
 def _row(layer: Mapping[str, Any], targets: Sequence[str], with_input: bool) -> tuple[object, ...]:
@@ -128,16 +129,12 @@ def _row(layer: Mapping[str, Any], targets: Sequence[str], with_input: bool) -> 
     return (*facts, layer["embedding"], *paths, layer["size_bytes"])
 
 
-def _reasons(layers: Sequence[Mapping[str, Any]], targets: Sequence[str]) -> list[str]:
+def _reasons(layers: Sequence[Mapping[str, Any]], targets: Sequence[str]) -> Part:
     """For each target, every reason once, with the number of layers it holds for."""
-    found: dict[tuple[str, str, str], int] = {}
-    for layer in layers:
-        for target in targets:
-            choice = layer["targets"][target]
-            key = (target, choice["path"], choice["why"])
-            found[key] = found.get(key, 0) + 1
-    rows = [(target, path, count, why) for (target, path, why), count in sorted(found.items())]
-    return [table(("target", "path", "layers", "why"), rows)] if rows else [NOT_BUILT]
+    choices = [(target, layer["targets"][target]) for layer in layers for target in targets]
+    counts = Counter((target, choice["path"], choice["why"]) for target, choice in choices)
+    rows = [(target, path, count, why) for (target, path, why), count in sorted(counts.items())]
+    return Table(("target", "path", "layers", "why"), rows) if rows else NOT_BUILT
 
 
 def _totals(document: Mapping[str, Any]) -> str:
@@ -151,15 +148,17 @@ def _totals(document: Mapping[str, Any]) -> str:
 
 def make_parser() -> Parser:
     """All flags of `inspect`."""
-    made = parser("inspect", "Show per layer: formats, scales, embedding, path chosen, why, bytes; and totals.")
-    made.add_argument("bundle", nargs="?", type=Path, metavar="BUNDLE", help="a folder that build wrote")
-    made.add_argument("--engine", metavar="NAME|RECIPE.toml", help="a recipe instead, applied to its model")
-    add_model_flags(made, "with --engine: another model")
-    made.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="with --engine: any recipe key")
-    made.set_defaults(
+    verb_parser = parser("inspect", "Show per layer: formats, scales, embedding, path chosen, why, bytes; and totals.")
+    verb_parser.add_argument("bundle", nargs="?", type=Path, metavar="BUNDLE", help="a folder that build wrote")
+    verb_parser.add_argument("--engine", metavar="NAME|RECIPE.toml", help="a recipe instead, applied to its model")
+    add_model_flags(verb_parser, "with --engine: another model")
+    verb_parser.add_argument(
+        "--set", action="append", default=[], metavar="KEY=VALUE", help="with --engine: any recipe key"
+    )
+    verb_parser.set_defaults(
         calib_size=None, target_sm=None, n_steps=None, batch_size=None, height=None, width=None, seed=None
     )
-    return made
+    return verb_parser
 
 
 def work(args: argparse.Namespace, answer: Answer) -> int:
@@ -167,7 +166,7 @@ def work(args: argparse.Namespace, answer: Answer) -> int:
     if (args.bundle is None) == (args.engine is None):
         raise RecipeError("inspect takes either a bundle folder or --engine NAME; see --help")
     document = bundle_document(args.bundle) if args.bundle else recipe_document(resolve(args))
-    answer.document(document, text(document))
+    answer.document(document, *tables(document))
     return 0
 
 

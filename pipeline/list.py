@@ -12,7 +12,7 @@ from export.formats.operands import embeds
 from pipeline import machine
 from pipeline import recipe as recipes
 from pipeline.backends import BACKENDS
-from pipeline.command import Answer, parser, run, table
+from pipeline.command import Answer, Parser, Part, Table, parser, run
 from pipeline.methods import METHODS
 from pipeline.recipe import Recipe
 from pipeline.signals import leave
@@ -84,29 +84,31 @@ def work(args: Any, answer: Answer) -> int:
     """Answer with everything there is to choose from."""
     document = {"recipes": recipe_rows(), "models": [f"zoo:{name}" for name in zoo_models()], "targets": target_rows()}
     document["methods"] = method_rows()
-    answer.document(document, _text(document))
+    answer.document(document, *tables(document))
     return 0
 
 
-def _text(document: dict[str, Any]) -> str:
-    rows = [(row["name"], row["model"], _formats(row), _groups(row["weights"])) for row in document["recipes"]]
-    recipe_table = table(("recipe", "model", "weights x activations", "weight scales"), rows)
-    notes = "\n".join(f"{row['name']}: {row['description']}\n    {row['worth']}" for row in document["recipes"])
-    targets = [(row["target"], "yes" if row["available"] else "no", row["note"]) for row in document["targets"]]
+def tables(document: dict[str, Any]) -> list[Part]:
+    """The document for people."""
+    recipe_rows = [(row["name"], row["model"], _formats(row), _groups(row["weights"])) for row in document["recipes"]]
+    notes = [(row["name"], f"{row['description']}. {row['worth']}") for row in document["recipes"]]
     methods = [(row["name"], row["data"], row["summary"]) for row in document["methods"]]
-    parts = [recipe_table, notes, table(("method (--set method=...)", "data", "what it does"), methods)]
-    parts += [_options(document["methods"]), "bundled models: " + ", ".join(document["models"])]
-    return "\n\n".join([*parts, table(("target", "here", "note"), targets)])
+    options = [(row["name"], _options(row["options"])) for row in document["methods"] if row["options"]]
+    targets = [(row["target"], "yes" if row["available"] else "no", row["note"]) for row in document["targets"]]
+    return [
+        Table(("recipe", "model", "weights x activations", "weight scales"), recipe_rows),
+        Table(("recipe", "what it is for, and what its widths buy"), notes),
+        Table(("method", "data", "what it does (--set method=...)"), methods),
+        "Options, fast/full (--set 'calibrate.options={name = value}', --set preset=full):",
+        Table(("method", "options"), options),
+        "bundled models: " + ", ".join(document["models"]),
+        Table(("target", "here", "note"), targets),
+    ]
 
 
-def _options(methods: list[dict[str, Any]]) -> str:
-    """Every method's options, `--set 'calibrate.options={name = value}'`."""
-    lines = ["options, fast/full (--set 'calibrate.options={name = value}', --set preset=full):"]
-    for row in methods:
-        values = [f"{name} {_shown(option)}" for name, option in row["options"].items()]
-        if row["options"]:
-            lines.append(f"{row['name']}: {', '.join(values)}")
-    return "\n    ".join(lines)
+def _options(options: dict[str, Any]) -> str:
+    """Every option of a method with the values of both presets."""
+    return ", ".join(f"{name} {_shown(option)}" for name, option in options.items())
 
 
 def _shown(option: dict[str, Any]) -> str:
@@ -127,9 +129,14 @@ def _groups(weights: dict[str, Any]) -> str:
     return f"{weights['granularity']}({weights['group_size']})"
 
 
+def make_parser() -> Parser:
+    """All flags of `list`."""
+    return parser("list", "Show recipes, calibration methods, bundled models and targets.")
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point; returns the exit code."""
-    return run(parser("list", "Show recipes, calibration methods, bundled models and targets."), work, argv)
+    return run(make_parser(), work, argv)
 
 
 if __name__ == "__main__":

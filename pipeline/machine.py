@@ -19,6 +19,8 @@ from typing import Any
 
 from export.errors import EnvironmentLacksError, RecipeError
 
+# Of the distribution, and of the console script that it installs.
+PROGRAM = "ditc"
 TOOLS = {
     "numpy": "numpy",
     "torch": "torch",
@@ -50,6 +52,14 @@ def tool_version(module: str) -> str:
         return metadata.version(distribution(module))
     except metadata.PackageNotFoundError:
         return ""
+
+
+def own_version() -> str:
+    """The release of this package; "unknown" for sources that are not installed."""
+    try:
+        return metadata.version(PROGRAM)
+    except metadata.PackageNotFoundError:
+        return "unknown"
 
 
 def tool_versions(more: Iterable[str] = ()) -> dict[str, str]:

@@ -1,4 +1,4 @@
-"""The README: generated parts are what the script writes, every module is in the map, every named path exists."""
+"""The README: short, its generated parts are what the script writes, its commands are commands."""
 
 import re
 import shlex
@@ -9,48 +9,51 @@ from benchmarks import readme
 from pipeline.__main__ import VERBS
 
 TEXT = readme.README.read_text(encoding="utf-8")
+PAGES = [*readme.PAGES, readme.CLI]
 
 
-@pytest.mark.parametrize("name", ["formats", "recipes", "methods", "bundled-models", "quality", "speed"])
-def test_generated_parts_are_up_to_date(name):
-    assert readme.part(TEXT, name) == readme.PARTS[name](), "run python -m benchmarks.readme"
+def test_it_is_read_in_a_few_minutes():
+    assert len(TEXT.encode()) <= 12_000
 
 
-def test_the_code_map_names_every_module_and_only_modules():
-    wanted, stated = (re.findall(r"^- `([^`]+)`", text, re.MULTILINE) for text in (readme.code_map(), TEXT))
-    assert set(wanted) <= set(stated), "run python -m benchmarks.readme"
-    for path in re.findall(r"^- `([^`]+)`", readme.part(TEXT, "code-map"), re.MULTILINE):
-        assert (readme.ROOT / path).exists(), f"{path} is gone; run python -m benchmarks.readme"
+@pytest.mark.parametrize("page", readme.PAGES, ids=lambda page: page.name)
+def test_generated_parts_are_up_to_date(page):
+    text = page.read_text(encoding="utf-8")
+    assert text == readme.filled(text), "run python -m benchmarks.readme"
 
 
-def test_every_module_says_what_it_is():
-    nameless = [line for line in readme.code_map().splitlines() if re.match(r"- `[^`]+`: *($|\()", line)]
-    assert not nameless
+def test_every_generated_part_stands_somewhere():
+    shown = [name for page in readme.PAGES for _, name, *_ in readme.PART.findall(page.read_text(encoding="utf-8"))]
+    assert sorted(shown) == sorted(readme.PARTS)
 
 
-def test_verbs_and_modules_of_the_commands_exist():
-    modules = set(re.findall(r"python -m (\w+(?:\.\w+)*)", TEXT))
+def test_a_part_that_nothing_makes_is_an_error():
+    with pytest.raises(KeyError, match="nothing"):
+        readme.filled("<!-- begin nothing -->\n<!-- end nothing -->")
+
+
+def test_the_verbs_page_is_what_their_parsers_say():
+    assert readme.CLI.read_text(encoding="utf-8") == readme.cli(), "run python -m benchmarks.readme"
+    assert re.findall(r"^## (\w+)", readme.cli(), re.MULTILINE) == list(VERBS)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_verbs_and_modules_of_the_commands_exist(page):
+    modules = set(re.findall(r"python -m ([a-z_]+(?:\.[a-z_]+)*)", page.read_text(encoding="utf-8")))
     assert {name.partition(".")[2] for name in modules if name.startswith("pipeline.")} <= set(VERBS)
     for name in modules:
         path = readme.ROOT / name.replace(".", "/")
         assert path.with_suffix(".py").exists() or (path / "__main__.py").exists(), name
 
 
-def test_linked_files_exist():
-    for target in re.findall(r"\]\((?!http)([^)]+)\)", TEXT):
-        assert (readme.ROOT / target).exists(), target
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_the_flags_shown_are_flags_of_their_verbs(page):
+    from importlib import import_module
 
-
-def test_the_flags_shown_are_flags_of_build(capsys):
-    from pipeline import build
-
-    with pytest.raises(SystemExit):
-        build.main(["--help"])
-    told = capsys.readouterr().out
-    for line in re.findall(r"python -m pipeline\.build (.*)$", TEXT, re.MULTILINE):
-        for word in shlex.split(line, comments=True):
-            if word.startswith("-"):
-                assert word in told, word
+    for verb, line in re.findall(r"^    .*python -m pipeline\.(\w+) (.*)$", page.read_text("utf-8"), re.MULTILINE):
+        flags = {name for flag in import_module(VERBS[verb][0]).make_parser().flags() for name in flag.option_strings}
+        shown = {word for word in shlex.split(line, comments=True) if word.startswith("-")}
+        assert shown <= flags, (verb, line)
 
 
 def test_the_continuous_integration_finds_its_command():

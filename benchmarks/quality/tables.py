@@ -1,6 +1,6 @@
 """Tables of the quality results: `python -m benchmarks.quality.tables` writes docs/quality.md and the plots beside it.
 
-README.md's short table comes from here, too (`benchmarks/readme.py`). Nothing is stated that is not in the JSON: a row
+README.md's table comes from here, too (`benchmarks/readme.py`). Nothing is stated that is not in the JSON: a row
 that was not measured says why, and the sentences below a table are computed from its intervals.
 """
 
@@ -105,6 +105,11 @@ def page(folder: Path = record.RESULTS) -> str:
     parts = ["# Quality of quantized models", PREFACE]
     known = {model: Results(model, folder).read() for model in MODELS}
     parts += [subject_text(model, found) for model, found in known.items() if found["rows"]]
+    parts += [
+        "## All methods in one table",
+        "Frechet distance to the float model's pictures, and the median PSNR to them.",
+        short_table(folder),
+    ]
     for table in TABLES.values():
         parts += [f"## {table.question}", models_text(table), *picture(table.name)]
         shown = {model: found["rows"] for model, found in known.items() if found["rows"] and model in table.models}
@@ -193,13 +198,21 @@ def sensitivity_text(model: str, rows: Sequence[Record]) -> str:
 # --- README.md ------------------------------------------------------------------------------------------------------
 
 
-def short_table(folder: Path = record.RESULTS) -> str:
-    """Methods by width, for both models: distance to float, and PSNR."""
+# Of README.md: round to nearest, what papers compare with, and the methods of the recipes.
+SHORT = (
+    "rtn-int-channel", "rtn-fp-exact64", "brecq-int-channel", "ptq4dit-int-channel", "qdit-int-group128",
+    "fp4dit-fp-exact64", "msfp-fp",
+)  # fmt: skip
+
+
+def short_table(folder: Path = record.RESULTS, names: Sequence[str] = ()) -> str:
+    """Methods by width, for both models: distance to float, and PSNR. names: of the lines shown; none: all of them."""
     found = {model: records(model, folder) for model in MODELS}
     if not any(found.values()):
         return "Not measured yet: run `python -m benchmarks.quality`."
     header = ["method", *(f"`{model}` {width.upper()}" for model in MODELS for width in WIDTHS)]
-    return markdown(header, [[line.label, *short_cells(line, found)] for line in TABLES["methods"].lines])
+    lines = {line.name: line for line in TABLES["methods"].lines}
+    return markdown(header, [[lines[name].label, *short_cells(lines[name], found)] for name in names or lines])
 
 
 def short_cells(line: Line, found: Mapping[str, Mapping[str, Record]]) -> list[str]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import logging
 import tempfile
 from collections.abc import Sequence
@@ -18,7 +17,7 @@ from pipeline import machine
 from pipeline.backends import opened
 from pipeline.bundle.bundle import Bundle, load_bundle
 from pipeline.bundle.stages import timed
-from pipeline.command import Answer, Parser, add_model_flags, add_threads, parser, run
+from pipeline.command import Answer, Parser, Table, add_model_flags, add_threads, parser, run
 from pipeline.compiler import parse_targets
 from pipeline.files import refuse_unwritable, write_json
 from pipeline.recipe import ModelFlags, Recipe, load_model, with_model
@@ -99,12 +98,14 @@ def description(bundle: Bundle) -> Description:
 
 def work(args: argparse.Namespace, answer: Answer) -> int:
     """Measure and answer with the numbers."""
+    from pipeline.bench.measure import conditions, summary
+
     if args.output:
         refuse_unwritable(args.output, False, "--output")
     document = bench_bundle(args.bundle, (args.model, args.variant, args.config), args.target, args.threads)
     if args.output:
         write_json(args.output, document)
-    answer.document({"event": "bench", **document}, json.dumps(document, indent=1))
+    answer.document({"event": "bench", **document}, Table(*summary(document)), conditions(document))
     return 0
 
 

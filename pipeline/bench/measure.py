@@ -158,3 +158,47 @@ def ratios(rows: Mapping[str, Mapping[str, Any]], engines: tuple[str, ...]) -> d
     medians = {name: row["call_ms"]["median"] for name, row in rows.items()}
     others = [name for name in medians if name not in engines]
     return {name: {other: medians[other] / medians[name] for other in others} for name in engines}
+
+
+# --- for people -----------------------------------------------------------------------------------------------------
+
+
+def summary(document: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
+    """The document of `bench` as a table: its header, and a row for each contestant, engines first.
+
+    Times are medians in ms; the last columns say how many times as fast as the row each engine's call is.
+    """
+    engines = document["ratios"]
+    header = ["", "call, ms", "p10-p90", "picture, ms", "weights, MB", "peak memory, MB"]
+    header += [f"{engine} faster by" for engine in engines]
+    return header, [
+        [name, *_figures(row), *(_times(engines[engine].get(name)) for engine in engines)]
+        for name, row in document["contestants"].items()
+    ]
+
+
+def _figures(row: Mapping[str, Any]) -> list[str]:
+    call, picture, peak = row["call_ms"], row["image_ms"], row["peak_rss_bytes"]
+    spread = f"{_milliseconds(call['p10'])}-{_milliseconds(call['p90'])}"
+    times = [_milliseconds(call["median"]), spread, _milliseconds(picture["median"])]
+    return [*times, f"{row['weights_bytes'] / 1e6:.1f}", "-" if peak is None else f"{peak / 1e6:.0f}"]
+
+
+def _milliseconds(value: float) -> str:
+    return f"{value:,.0f}" if value >= 1000 else f"{value:.3g}" if value < 100 else f"{value:.0f}"
+
+
+def _times(ratio: float | None) -> str:
+    return "-" if ratio is None else f"{ratio:.2f} x"
+
+
+def conditions(document: Mapping[str, Any]) -> str:
+    """What was measured, how, and where, in a few words."""
+    picture, here = document["image"], document["machine"]
+    guided = f", guidance {picture['guidance_scale']:g}" if picture["guidance_scale"] != 1 else ""
+    derived = any("derived" in row["image_ms"] for row in document["contestants"].values())
+    timed = "the time of its calls" if derived else "drawn"
+    return (
+        f"{document['engine']}, batch size {document['batch_size']}, {document['threads']} threads on {here['cpu']}: "
+        f"medians of rounds that call all in turn; a picture of {picture['n_steps']} steps{guided}, {timed}."
+    )

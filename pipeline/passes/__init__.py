@@ -1,4 +1,5 @@
-"""Graph passes that every target shares, in the order they run, and what they tell of a quantized linear.
+"""The graph passes that every target shares, in the order they run, and what they tell of a quantized linear; they know
+no target.
 
 What an engine reads of them (`probes`) needs no ONNX, so the passes are imported where they run.
 """

@@ -15,8 +15,9 @@ from numpy.typing import NDArray
 
 from pipeline import machine
 from pipeline.backends import tool_versions
+from pipeline.bench.measure import conditions, summary
 from pipeline.recipe import Recipe, to_toml
-from pipeline.verify.pictures import Column, file_names, gallery
+from pipeline.verify.pictures import Column, file_name, file_names, gallery
 from pipeline.verify.plots import Series, line_plot
 from pipeline.verify.report import Gate, LayerResult, Report, SegmentResult
 from pipeline.verify.study import Study
@@ -25,6 +26,11 @@ if TYPE_CHECKING:
     from export.models.load import LoadedModel
 
 STYLE = resources.files("pipeline") / "report_style.css"
+# Files that lie beside the page, and those of the bundle around it, each with what it is.
+FILES = {"parity.json": "gates, steps, layers and stretches (parity.json)", "layers.csv": "layers (layers.csv)"}
+BUNDLE_FILES = {"../bench.json": "these numbers (bench.json)", "../manifest.json": "everything else (manifest.json)"}
+# Where the page of a bundle says what was measured, which happens after verification.
+MEASURED_SLOT = "<!-- measured -->"
 LINE_STYLES = ("line1", "line2", "line3", "line4")
 WORST_STRETCHES = 8
 FAINT_STYLES = ("faint", "faint2", "faint", "faint2")
@@ -49,32 +55,32 @@ def write_page(
     report: Report,
     model: LoadedModel,
     recipe: Recipe,
-    found: Study,
+    study: Study,
     engines: Mapping[str, NDArray[Any]],
     out_dir: Path,
 ) -> None:
     """Write index.html and images/*.png into `out_dir`."""
-    pixels = found.case.output == "pixels"
-    columns = gallery(found.images, engines, pixels)
+    pixels = study.case.output == "pixels"
+    columns = gallery(study.images, engines, pixels)
     (out_dir / "images").mkdir(parents=True, exist_ok=True)
     for name, data in file_names(columns).items():
         (out_dir / "images" / name).write_bytes(data)
     note = "Pictures as the model makes them" if pixels else "First three latent channels (no image decoder here)"
-    note += f": {found.case.n_steps} steps of {found.case.sampler}, guidance {found.case.guidance_scale:g}, same noise."
+    note += f": {study.case.n_steps} steps of {study.case.sampler}, guidance {study.case.guidance_scale:g}, same noise."
     page = Page(
         title=recipe.name,
         subtitle=recipe.description,
         report=report,
-        facts=_facts(model, recipe, found),
+        facts=_facts(model, recipe, study),
         recipe=to_toml(recipe),
-        prompts=found.case.prompts,
+        prompts=study.case.prompts,
         columns=columns,
         pictures_note=note,
     )
     (out_dir / "index.html").write_text(render(page), encoding="utf-8")
 
 
-def _facts(model: LoadedModel, recipe: Recipe, found: Study) -> dict[str, Facts]:
+def _facts(model: LoadedModel, recipe: Recipe, study: Study) -> dict[str, Facts]:
     here = machine.facts()
     count = sum(tensor.numel() for tensor in model.module.parameters())
     return {
@@ -90,7 +96,7 @@ def _facts(model: LoadedModel, recipe: Recipe, found: Study) -> dict[str, Facts]
             "activations": f"{recipe.formats.activation}, one scale per token",
             "exceptions": ", ".join(f"{kind} {name}" for kind, name in recipe.formats.weight_of.items()) or "none",
             "calibration": f"{recipe.calibrate.method}, {recipe.weights.search} search",
-            "steps": str(found.case.n_steps),
+            "steps": str(study.case.n_steps),
         },
         "Machine": {
             "processor": here["cpu"],
@@ -110,23 +116,38 @@ def render(page: Page) -> str:
     sections = (
         _header(page),
         _figures(page.report),
-        _gates(page.report),
         _pictures(page),
+        MEASURED_SLOT,
+        _gates(page.report),
         _steps(page.report),
         _layers_plot(page.report),
         _stretches(page.report),
         _facts_section(page),
         _layers_table(page.report),
     )
-    head = (
-        f"<meta charset='utf-8'><title>{escape(page.title)}</title><style>{STYLE.read_text(encoding='utf-8')}</style>"
-    )
+    head = "<meta charset='utf-8'><meta name='viewport' content='width=device-width, initial-scale=1'>"
+    head += f"<title>{escape(page.title)}</title><style>{STYLE.read_text(encoding='utf-8')}</style>"
     body = f"<body><main>{''.join(sections)}</main></body>"
     return f"<!doctype html><html lang='en'><head>{head}</head>{body}</html>\n"
 
 
+def measured_section(document: Mapping[str, Any]) -> str:
+    """What stands at MEASURED_SLOT in the page of a bundle. document: of bench.json, which lies beside the report."""
+    header, rows = summary(document)
+    heads = "".join(f"<th class='num'>{escape(title)}</th>" for title in header[1:])
+    body = "".join(_measured_row(*row) for row in rows)
+    links = ", ".join(_link(name, text) for name, text in BUNDLE_FILES.items())
+    files = f"<p class='after muted'>In the bundle: {links}.</p>"
+    return _section("Speed and memory", _table(f"<th></th>{heads}", body) + files, conditions(document))
+
+
+def _measured_row(name: str, *numbers: str) -> str:
+    cells = "".join(f"<td class='num'>{escape(number)}</td>" for number in numbers)
+    return f"<tr><td class='name'>{escape(name)}</td>{cells}</tr>"
+
+
 def _section(title: str, body: str, text: str = "") -> str:
-    lead = f"<p class='muted'>{escape(text)}</p>" if text else ""
+    lead = f"<p class='lead muted'>{escape(text)}</p>" if text else ""
     return f"<section><h2>{escape(title)}</h2>{lead}{body}</section>"
 
 
@@ -143,7 +164,12 @@ def _header(page: Page) -> str:
     reason = "" if passed else f"<p class='bad-text'>Failed: {escape(failed)}</p>"
     notes = "".join(f"<p class='note'>{escape(note)}</p>" for note in page.report.notes)
     title = f"<h1>{escape(page.title)} {verdict}</h1><p class='muted'>{escape(page.subtitle)}</p>"
-    return f"<header>{title}{reason}{notes}</header>"
+    links = ", ".join(_link(name, text) for name, text in FILES.items())
+    return f"<header>{title}{reason}{notes}<p class='muted'>The numbers of this page: {links}.</p></header>"
+
+
+def _link(path: str, text: str) -> str:
+    return f"<a href='{escape(path)}'>{escape(text)}</a>"
 
 
 def _figures(report: Report) -> str:
@@ -175,7 +201,7 @@ def _percent(share: float) -> str:
 def _gates(report: Report) -> str:
     rows = "".join(_gate_row(gate) for gate in report.gates)
     heads = "<th></th><th>gate</th><th class='num'>value</th><th class='num'>limit</th><th>why this limit</th>"
-    return _section("Gates", _table(heads, rows))
+    return _section("Gates", _table(heads, rows, "gates"))
 
 
 def _gate_row(gate: Gate) -> str:
@@ -209,7 +235,8 @@ def _picture(column: Column, row: int) -> str:
     """One cell; empty where the engine drew fewer pictures."""
     if row >= len(column.pngs):
         return "<td></td>"
-    return f"<td><img alt='{escape(column.heading)}' src='{_data_uri(column.pngs[row])}'></td>"
+    image = f"<img alt='{escape(column.heading)}' src='{_data_uri(column.pngs[row])}'>"
+    return f"<td><a href='images/{escape(file_name(column, row))}'>{image}</a></td>"
 
 
 def _data_uri(png: bytes) -> str:
@@ -251,8 +278,8 @@ def _stretches(report: Report) -> str:
     first = next(iter(rows.values()))
     names = [row.layer or "output" for row in first]
     series = [
-        Series(f"{target}: error over its limit", style, [row.error for row in found])
-        for (target, found), style in zip(rows.items(), LINE_STYLES, strict=False)
+        Series(f"{target}: error over its limit", style, [row.error for row in results])
+        for (target, results), style in zip(rows.items(), LINE_STYLES, strict=False)
     ]
     plot = line_plot(
         series, names, "stretch that ends at the linears of a block", "1 is the limit", _block_ticks(names)
@@ -281,12 +308,12 @@ def _by_target(rows: Sequence[Any]) -> dict[str, list[Any]]:
 def _engine_series(rows: Mapping[str, list[Any]], engine: str, reference: str) -> list[Series]:
     """A line for each engine, and a faint one for the reference's float32 runs in each arithmetic that occurs."""
     lines = [
-        Series(f"{target} engine", style, [getattr(row, engine) for row in found])
-        for (target, found), style in zip(rows.items(), LINE_STYLES, strict=False)
+        Series(f"{target} engine", style, [getattr(row, engine) for row in results])
+        for (target, results), style in zip(rows.items(), LINE_STYLES, strict=False)
     ]
     runs: dict[tuple[float, ...], list[str]] = {}
-    for target, found in rows.items():
-        runs.setdefault(tuple(getattr(row, reference) for row in found), []).append(target)
+    for target, results in rows.items():
+        runs.setdefault(tuple(getattr(row, reference) for row in results), []).append(target)
     lines += [
         Series(f"reference, worst float32 run as {' and '.join(targets)} computes", style, values)
         for (values, targets), style in zip(runs.items(), FAINT_STYLES, strict=False)

@@ -70,4 +70,9 @@ def png(image: NDArray[Any]) -> bytes:
 
 def file_names(columns: Sequence[Column]) -> dict[str, bytes]:
     """File name -> PNG for every picture of the gallery."""
-    return {f"{column.stem}-{i}.png": data for column in columns for i, data in enumerate(column.pngs)}
+    return {file_name(column, i): data for column in columns for i, data in enumerate(column.pngs)}
+
+
+def file_name(column: Column, row: int) -> str:
+    """The file of one picture, below the report's images/."""
+    return f"{column.stem}-{row}.png"

@@ -36,9 +36,8 @@ def line_plot(
     parts = [_grid(axis), _x_labels(ticks or labels, x_title), _y_title(y_title)]
     parts += [_line(row, labels, axis) for row in series]
     body = "".join(parts)
-    return (
-        f"{_legend(series)}<svg viewBox='0 0 {WIDTH} {HEIGHT}' role='img' aria-label='{escape(y_title)}'>{body}</svg>"
-    )
+    svg = f"<svg viewBox='0 0 {WIDTH} {HEIGHT}' role='img' aria-label='{escape(y_title)}'>{body}</svg>"
+    return f"{_legend(series)}<div class='scroll'>{svg}</div>"
 
 
 @dataclass(frozen=True)

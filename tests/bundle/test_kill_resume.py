@@ -27,7 +27,7 @@ SETTINGS = ["--set", "method=rtn", "--set", "weights.group_size=32"]
 FLAGS += SETTINGS
 # What may differ between two builds: when it was, how long it took, and files that hold measured times.
 TIMES = ("created", "stages")
-TIMED_FILES = ("bench.json",)
+TIMED_FILES = ("bench.json", "report/index.html")
 ENGINE = "rtx/model.engine"
 
 pytestmark = pytest.mark.slow
@@ -106,6 +106,7 @@ def test_killed_at_every_stage_in_turn(model: Path, undisturbed: Path, tmp_path:
     assert sorted(path.name for path in output.parent.iterdir()) == ["e"]
     assert content(output) == content(undisturbed)
     assert timeless(output) == timeless(undisturbed)
+    assert "Speed and memory" in (output / "report/index.html").read_text(encoding="utf-8")
     load(output)
 
 

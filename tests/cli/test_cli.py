@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
+import os
+import platform
+import re
 import subprocess
 import sys
 import time
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +23,7 @@ from pipeline import progress
 from pipeline import recipe as recipes
 from pipeline.backends.rtx import RtxOptions
 from pipeline.build import make_parser, resolve
-from pipeline.command import AnswerError, Parser, judge, kebab, parser, run
+from pipeline.command import AnswerError, Parser, Table, judge, kebab, parser, rendered, run
 from pipeline.compiler import BuildRequest, drop_other_targets
 from pipeline.methods import METHODS
 
@@ -108,6 +113,99 @@ def test_package_runs_as_ditc(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main([]) == 0
     shown = capsys.readouterr().out
     assert all(verb in shown for verb in cli.VERBS)
+
+
+def test_version_says_what_is_installed(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["--version"]) == 0
+    first, second = capsys.readouterr().out.splitlines()
+    place = f"Python {platform.python_version()}, {platform.system()} {platform.machine()}"
+    assert first == f"ditc {metadata.version('ditc')} ({place})"
+    assert f"onnxruntime {metadata.version('onnxruntime')}" in second and "; without " in second
+
+
+def test_version_needs_none_of_the_packages_that_it_looks_for() -> None:
+    done = python(BLOCKED, "--version")
+    assert done.returncode == 0 and done.stdout.startswith("ditc "), done.stderr
+
+
+@pytest.mark.parametrize("name", ["python -m pipeline.build", "ditc build"])
+def test_help_says_the_command_that_was_typed(name: str, tmp_path: Path) -> None:
+    script = tmp_path / "ditc"
+    script.write_text("from pipeline.__main__ import command; command()\n")
+    words = [str(script), "build"] if name.startswith("ditc") else name.split()[1:]
+    done = subprocess.run([sys.executable, *words, "--help"], check=False, **CAPTURE)
+    assert done.stdout.startswith(f"usage: {name} ["), done.stdout + done.stderr
+
+
+# --- tables for people ----------------------------------------------------------------------------------------------
+
+LONG = "a remedy of many words that says at length what is to be done, and why, and by whom"
+ROWS = [("ok", "a name", "12"), ("MISSING", "another.name.with.dots", LONG)]
+
+
+def plain(text: str) -> str:
+    """Without colours."""
+    return re.sub(r"\x1b\[[0-9;]*m", "", text)
+
+
+def test_a_table_is_a_line_for_each_row_where_nobody_looks() -> None:
+    lines = rendered([Table(("", "what", "remedy"), ROWS)]).splitlines()
+    assert len(lines) == 4 and lines[3].endswith(LONG) and "\x1b" not in "".join(lines)
+
+
+def test_a_table_fits_the_terminal_and_loses_no_letter() -> None:
+    for width in (40, 60, 80):
+        text = rendered([Table(("", "what", "remedy"), ROWS), LONG], width)
+        assert max(map(len, plain(text).splitlines())) <= width
+        letters = "".join(sorted("".join(plain(text).split()).replace("-", "")))
+        expected = "".join(
+            sorted("".join(["what", "remedy", LONG, *(cell for row in ROWS for cell in row)]).replace(" ", ""))
+        )
+        assert letters == expected
+
+
+def test_what_all_rows_agree_in_is_told_above_a_table_that_is_too_wide() -> None:
+    rows = [(f"transformer_blocks.{i}.attn1.to_q", "E2M1 x E2M3", "exact_group(64)", 1000 + i) for i in range(3)]
+    table = Table(("layer", "formats", "scales", "bytes"), rows)
+    assert plain(rendered([table], 70)).splitlines()[2].endswith("E2M1 x E2M3  exact_group(64)  1,000")
+    assert plain(rendered([table], 62)).splitlines() == [
+        "In all rows: formats = E2M1 x E2M3, scales = exact_group(64).",
+        "layer                            bytes",
+        "-------------------------------  -----",
+        *(f"transformer_blocks.{i}.attn1.to_q  {1000 + i:,}" for i in range(3)),
+    ]
+
+
+def test_colours_are_for_terminals_that_have_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    assert "\x1b[32m" in rendered([Table(("", "what"), [("ok", "a")])], 80)
+    monkeypatch.setenv("NO_COLOR", "1")
+    assert "\x1b[3" not in rendered([Table(("", "what"), [("ok", "a")])], 80)
+
+
+@pytest.mark.parametrize("verb", ["list", "doctor"])
+def test_answers_fit_a_terminal_of_80_columns(verb: str) -> None:
+    """Of a pseudo-terminal; doctor may find something missing."""
+    shown = in_terminal(verb, columns=80)
+    assert max(map(len, shown)) <= 80 and len(shown) > 10
+
+
+def in_terminal(verb: str, columns: int) -> list[str]:
+    """The lines that a verb writes on a terminal, without colours."""
+    reader, writer = os.openpty()
+    environment = {**os.environ, "COLUMNS": str(columns), "TERM": "xterm"}
+    process = subprocess.Popen(
+        [sys.executable, "-m", f"pipeline.{verb}"], cwd=ROOT, stdout=writer, stderr=subprocess.DEVNULL, env=environment
+    )
+    os.close(writer)
+    data = b""
+    with contextlib.suppress(OSError):  # what Linux says when the other end is closed
+        while block := os.read(reader, 1 << 16):
+            data += block
+    os.close(reader)
+    assert process.wait(timeout=120) in (0, 3)
+    return plain(data.decode()).splitlines()
 
 
 def test_kebab_leaves_values_alone() -> None:

@@ -31,6 +31,7 @@ from pipeline.bench import measure as bench
 from pipeline.verify import proof as verify
 from pipeline.verify.report import Gate, Report
 from tests.support import hostile, hostile_gpu
+from tests.support.bundles import NOTHING_MEASURED
 from tests.support.mutations import damaged_bytes, damaged_json
 
 CODES = {0, 2, 3, 4, 5}
@@ -126,7 +127,7 @@ def quick(victims: Path) -> Iterator[Path]:
         patch.setattr(to_onnx, "export_portable", exported)
         patch.setattr(compiler, "verified", lambda *_: None)
         patch.setattr(compiler, "benched", lambda *_: None)
-        patch.setattr(bench, "bench", lambda *_: {})
+        patch.setattr(bench, "bench", lambda *_: NOTHING_MEASURED)
         hostile_gpu.pretend_gpu(patch)
         patch.setattr(verify, "verify", lambda *_: Report(gates=[Gate("none", 0, 1, "", "left out", True)]))
         yield victims

@@ -9,7 +9,7 @@ import pytest
 
 from pipeline import inspect
 from pipeline.bundle import manifest
-from pipeline.command import table
+from pipeline.command import Table, rendered
 from tests.support import learned, tiny
 from tests.support.bundles import make_bundle
 from tests.support.portable import random_linear
@@ -69,7 +69,7 @@ def test_what_methods_learned_is_shown_per_layer() -> None:
     layers = [row(**facts) | base for facts in rows]
     sizes = {"quantized_weights": 7, "same_weights_fp16": 7}
     document = {"engine": "e", "model": {"source": "s", "family": "f"}, "layers": layers, "kept": [], "bytes": sizes}
-    shown = inspect.text(document)
+    shown = rendered(inspect.tables(document))
     assert "input" in shown and "per_tensor 0.4571 from -0.2, input_multiplier, input_offset" in shown
 
 
@@ -101,5 +101,5 @@ def test_takes_a_bundle_or_a_recipe(args: list[str], capsys: pytest.CaptureFixtu
 
 
 def test_columns_are_aligned() -> None:
-    lines = table(("name", "bytes", "why"), [("a", 1200, "x"), ("longer", 7, "y")]).splitlines()
+    lines = rendered([Table(("name", "bytes", "why"), [("a", 1200, "x"), ("longer", 7, "y")])]).splitlines()
     assert lines == ["name    bytes  why", "------  -----  ---", "a       1,200  x", "longer      7  y"]

@@ -17,6 +17,17 @@ from pipeline.bundle.bundle import Bundle
 from pipeline.files import sha256, tree
 from pipeline.passes.probes import Choice
 
+# What `bench` gives where no engine runs.
+NOTHING_MEASURED = {
+    "engine": "e",
+    "batch_size": 1,
+    "threads": 1,
+    "image": {"n_steps": 1, "guidance_scale": 1.0},
+    "machine": {"cpu": "none"},
+    "contestants": {},
+    "ratios": {},
+}
+
 
 def small_linear(name: str = "blocks.0.attn1.to_q") -> QuantizedLinear:
     """N=8, K=64, E2M1 codes in groups of 32."""

@@ -16,7 +16,7 @@ import pytest
 from PIL import Image
 
 from pipeline.verify.gates import layer_gates, notes_on_layers
-from pipeline.verify.page import Page, render
+from pipeline.verify.page import MEASURED_SLOT, Page, measured_section, render
 from pipeline.verify.pictures import Column, amplification, file_names, gallery, png
 from pipeline.verify.plots import Axis, Series, line_plot
 from pipeline.verify.report import Gate, LayerResult, Report, StepResult, write_layers_csv
@@ -189,6 +189,46 @@ def test_page_needs_nothing_from_outside() -> None:
     html = page(report())
     assert "http" not in html.replace("http-equiv", "") and "<link" not in html and "<script" not in html
     assert set(re.findall(r"src='([^:']*):", html)) == {"data"}
+
+
+def test_page_fits_a_phone_and_links_its_files() -> None:
+    html = page(report())
+    assert "<meta name='viewport' content='width=device-width, initial-scale=1'>" in html
+    outside = re.sub(r"<div class='scroll[^']*'>.*?</div>", "", html, flags=re.DOTALL)
+    assert "<table" not in outside and "<svg" not in outside, "whatever is wide scrolls in a box of its own"
+    assert {"parity.json", "layers.csv", "images/cpu-0.png"} <= set(re.findall(r"href='([^']*)'", html))
+
+
+BENCH = {
+    "engine": "pixart_w4a6",
+    "batch_size": 1,
+    "threads": 2,
+    "image": {"n_steps": 20, "guidance_scale": 2.0},
+    "machine": {"cpu": "a <fast> one"},
+    "contestants": {
+        name: {
+            "call_ms": {"median": call, "p10": call, "p90": call * 2},
+            "image_ms": {"median": 40 * call},
+            "weights_bytes": 6_848_512,
+            "peak_rss_bytes": peak,
+        }
+        for name, call, peak in (("cpu", 6.9166, 91_422_720), ("torch_fp32", 15.456, None))
+    },
+    "ratios": {"cpu": {"torch_fp32": 2.2346}},
+}
+
+
+def test_what_was_measured_stands_in_its_place() -> None:
+    assert page(report()).count(MEASURED_SLOT) == 1
+    section = measured_section(BENCH)
+    rows = [re.findall(r"<td[^>]*>(.*?)</td>", row) for row in re.findall(r"<tr>(<td.*?)</tr>", section)]
+    assert rows == [
+        ["cpu", "6.92", "6.92-13.8", "277", "6.8", "91", "-"],
+        ["torch_fp32", "15.5", "15.5-30.9", "618", "6.8", "-", "2.23 x"],
+    ]
+    assert (
+        "a &lt;fast&gt; one" in section and "href='../bench.json'" in section and "steps, guidance 2, drawn" in section
+    )
 
 
 def test_page_shows_verdict_gates_notes_and_layers() -> None:

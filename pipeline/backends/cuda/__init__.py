@@ -85,7 +85,11 @@ class CudaBackend(Backend[CudaOptions]):
         from pipeline.backends.cuda.engine import machine_problem
 
         sm, cuda, triton = machine.cuda_sm(), torch_cuda(), triton_version()
-        problems = [] if cuda else ["this PyTorch is built without CUDA; install one from https://pytorch.org"]
+        problems = []
+        if not find_spec("torch"):
+            problems.append("pip install 'ditc[cuda]'")
+        elif not cuda:
+            problems.append("this PyTorch is built without CUDA; install one from https://pytorch.org")
         if problem := machine_problem({}, sm, triton):
             problems.append(problem)
         found = f"{f'SM {sm}' if sm else 'no GPU'}, CUDA of torch {cuda or 'none'}, triton {triton or 'none'}"

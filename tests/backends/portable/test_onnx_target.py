@@ -44,6 +44,7 @@ from pipeline.verify.proof import verify_target
 from pipeline.verify.report import Report
 from pipeline.verify.study import Study, study
 from tests.support import learned, tiny
+from tests.support.bundles import NOTHING_MEASURED
 from tests.support.faults import CROSS_V, FF_OUT, PORTABLE_FAULTS, Fault, Graph, K, Q, V
 from tests.support.faults_learned import LEARNED_FAULTS, OUT
 from tests.support.hooked_sessions import Hooked
@@ -415,7 +416,7 @@ def test_bench_measures_it_only_when_asked(
     made_bundle: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     measured: list[list[str]] = []
-    monkeypatch.setattr(bench, "bench", lambda model, engines, *_: measured.append(list(engines)) or {})
+    monkeypatch.setattr(bench, "bench", lambda model, engines, *_: measured.append(list(engines)) or NOTHING_MEASURED)
     for flags in ([], ["--target", "onnx"], ["--target", "cpu,onnx"]):
         assert cli.main(["bench", str(made_bundle), *flags]) == 0
     assert measured == [["cpu"], ["onnx"], ["cpu", "onnx"]]
