@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import ast
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
-
-import pytest
 
 from tests.conftest import KERNEL_MODULES
 
@@ -96,6 +95,7 @@ def imports(tree: ast.AST) -> Iterator[tuple[str, bool]]:
     return walk(tree, True)
 
 
+@cache
 def found(path: Path) -> list[tuple[str, bool]]:
     return list(imports(ast.parse((ROOT / path).read_text())))
 
@@ -112,32 +112,37 @@ def test_kernels_are_where_the_interpreter_finds_them() -> None:
     assert kernels == set(KERNEL_MODULES)
 
 
-@pytest.mark.parametrize("path", FILES, ids=str)
-def test_import_direction(path: Path) -> None:
+def test_import_direction() -> None:
     own = {"benchmarks", "tests", *ALLOWED}
-    wrong = [name for name, _ in found(path) if name.split(".")[0] in own - ALLOWED[path.parts[0]]]
-    assert not wrong, f"{path} imports {wrong}; the direction is benchmarks, tests -> pipeline -> plugins -> export"
+    wrong = {
+        str(path): names
+        for path in FILES
+        if (names := [name for name, _ in found(path) if name.split(".")[0] in own - ALLOWED[path.parts[0]]])
+    }
+    assert not wrong, f"{wrong}; the direction of imports is benchmarks, tests -> pipeline -> plugins -> export"
 
 
-@pytest.mark.parametrize("path", FILES, ids=str)
-def test_heavy_packages_are_imported_late(path: Path) -> None:
-    if path.as_posix() in DEFINES_TORCH_MODULES:
-        return
-    heavy = [name for name, at_top in found(path) if at_top and name.split(".")[0] in HEAVY]
+def test_heavy_packages_are_imported_late() -> None:
     lazy = {name.removesuffix(".py").replace("/", ".") for name in DEFINES_TORCH_MODULES}
-    heavy += [
-        name for name, at_top in found(path) if at_top and any(f"{name}.".startswith(f"{module}.") for module in lazy)
-    ]
-    assert not heavy, f"{path} imports {heavy} at its top; move it into the function that needs it"
+
+    def is_heavy(name: str) -> bool:
+        return name.split(".")[0] in HEAVY or any(f"{name}.".startswith(f"{module}.") for module in lazy)
+
+    light = [path for path in FILES if path.as_posix() not in DEFINES_TORCH_MODULES]
+    heavy = {
+        str(path): names
+        for path in light
+        if (names := [name for name, at_top in found(path) if at_top and is_heavy(name)])
+    }
+    assert not heavy, f"{heavy} at the top; move the import into the function that needs it"
 
 
-@pytest.mark.parametrize("path", [path for path in FILES if path.match("pipeline/passes/*.py")], ids=str)
-def test_passes_do_not_import_backends(path: Path) -> None:
-    backends = [name for name, _ in found(path) if name.startswith("pipeline.backends")]
-    wrong = [name for name in backends if not name.startswith("pipeline.backends.base.")]
-    assert not wrong, (
-        f"{path} imports {wrong}; a backend publishes rows (pipeline.backends.base), passes get them as data"
-    )
+def test_passes_do_not_import_backends() -> None:
+    passes = [path for path in FILES if path.match("pipeline/passes/*.py")]
+    backends = {str(path): [name for name, _ in found(path) if name.startswith("pipeline.backends")] for path in passes}
+    base = "pipeline.backends.base."
+    wrong = {path: rest for path, names in backends.items() if (rest := [n for n in names if not n.startswith(base)])}
+    assert passes and not wrong, f"{wrong}; a backend publishes rows (pipeline.backends.base), passes get them as data"
 
 
 def rank(name: str) -> int:
@@ -150,15 +155,15 @@ def rank(name: str) -> int:
     return next((row for row, names in enumerate(ORDER) if parts[0] in names), len(ORDER))
 
 
-PIPELINE = [path for path in FILES if path.parts[0] == "pipeline" and path.as_posix() != "pipeline/__init__.py"]
-
-
-@pytest.mark.parametrize("path", PIPELINE, ids=str)
-def test_the_inside_of_pipeline_has_an_order(path: Path) -> None:
+def test_the_inside_of_pipeline_has_an_order() -> None:
     """pipeline/__init__.py is left out: it is the way in for users, who load a bundle with it."""
-    own = rank(".".join(path.with_suffix("").parts).removesuffix(".__init__"))
-    wrong = [name for name, _ in found(path) if name.startswith("pipeline.") and rank(_module(name)) < own]
-    assert not wrong, f"{path} imports {wrong}, which stand above it: {' > '.join(' '.join(row) for row in ORDER)}"
+    wrong = {}
+    for path in FILES:
+        if path.parts[0] == "pipeline" and path.as_posix() != "pipeline/__init__.py":
+            own = rank(".".join(path.with_suffix("").parts).removesuffix(".__init__"))
+            above = [name for name, _ in found(path) if name.startswith("pipeline.") and rank(_module(name)) < own]
+            wrong |= {str(path): above} if above else {}
+    assert not wrong, f"{wrong} stand above it: {' > '.join(' '.join(row) for row in ORDER)}"
 
 
 def _module(name: str) -> str:

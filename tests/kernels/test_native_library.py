@@ -15,7 +15,7 @@ from pipeline.backends.cpu.backend import CpuBackend
 from pipeline.backends.cpu.engine import FILES, MODEL, open_session
 from pipeline.bundle.bundle import FITNESS
 from pipeline.recipe import Cpu, Recipe
-from pipeline.verify.oracle import check_linear, quantize_oracle
+from pipeline.verify.oracle import activation_oracle, check_linear
 from pipeline.verify.probe import ProbedGraph
 from plugins.cpu import library, rounding_errors
 from tests.support import native
@@ -115,7 +115,7 @@ def test_the_parity_gates_see_the_native_ops_and_hold(source):
     for name, probes in graph.probes(["a", "b"], [feeds(), feeds(1)]):
         layer = next(layer for layer in LAYERS if layer.name == name)
         for probe in probes:
-            check = check_linear(layer, probe, quantize_oracle(probe.x, layer.activation_format))
+            check = check_linear(layer, probe, activation_oracle(probe.x, layer))
             assert check.gemm_max_abs_diff == 0 and check.codes_inadmissible == 0 and check.nonfinite == 0
             assert check.scale_error <= 1 and check.output_error <= 1
             checked += check.codes

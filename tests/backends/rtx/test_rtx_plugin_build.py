@@ -23,10 +23,11 @@ from pipeline.backends.rtx.weights import packed_weight
 from pipeline.backends.tensorrt import plugin_payloads as rtx_plugin
 from pipeline.backends.tensorrt.plan_file import PLUGIN_STEP, check_plugins, read_engine_file
 from pipeline.recipe import Calibrate, Formats, Recipe, Rtx
-from pipeline.verify.oracle import quantize_oracle
+from pipeline.verify.oracle import activation_oracle
 from pipeline.verify.probe import ProbedGraph, open_session
 from plugins.gpu.specs import GemmSpec, QuantizeSpec
 from plugins.tensorrt_rtx.payload import FIELD, Payload, from_text
+from tests.support.portable import random_linear
 from tests.support.rtx_models import Graph, Linear, block, single
 
 pytest.importorskip("tensorrt_rtx", reason="tensorrt-rtx is not installed")
@@ -152,7 +153,7 @@ def test_every_linear_passes_its_gate(folder: Path, tmp_path: Path) -> None:
     ((_, (probe,)),) = ProbedGraph(graph).probes(["layer"], [{"x": x}])
     weight = packed_weight(next(iter(packed_nodes(single(linear))))).images()
     assert np.array_equal(probe.gemm, (probe.image @ weight.T * probe.gemm_unit).astype(np.float32))
-    oracle = quantize_oracle(x.reshape(10, 64), "E2M3")
+    oracle = activation_oracle(x.reshape(10, 64), random_linear(n=48))
     assert ((probe.image >= oracle.lowest) & (probe.image <= oracle.highest)).all()
 
 
