@@ -1,6 +1,6 @@
 """The denoiser on our kernels: fused quantizers, GEMMs of 4-bit weights with their epilogues, attention by torch.
 
-The kernels are a parameter, so that a test can run the same code on their NumPy references (tests/support/reference_kernels.py).
+The kernels are a parameter, so that a test can run the same code on their NumPy references.
 """
 
 from __future__ import annotations
