@@ -29,6 +29,23 @@ if importlib.util.find_spec("triton"):
     del os.environ[VARIABLE]
 
 
+# Marks of cost, the dearest first.
+COSTS = ("slow", "torch", "kernels")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """`fast` is what bears no mark of cost. Files with the dearest tests come first, so that no process is left alone
+    with one of them when the others are done."""
+    ranks: dict[Path, int] = {}
+    for item in items:
+        rank = next((i for i, cost in enumerate(COSTS) if item.get_closest_marker(cost)), len(COSTS))
+        ranks[item.path] = min(rank, ranks.get(item.path, rank))
+        if rank == len(COSTS):
+            item.add_marker("fast")
+    items.sort(key=lambda item: ranks[item.path])
+
+
 def pytest_addoption(parser: pytest.Parser) -> None:
     """What a longer run than the usual one looks at."""
     parser.addoption("--all-faults", action="store_true", help="plant every fault in every model, some 15 minutes")
