@@ -63,6 +63,26 @@ def interpreter(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         yield
 
 
+@pytest.fixture(scope="session", autouse=True)
+def one_trace_for_each_model() -> Iterator[None]:
+    """Exports take a copy of an earlier trace where there is one, see tests/support/traces.py."""
+    from export import to_onnx
+    from tests.support.traces import traced
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(to_onnx, "_traced", traced)
+        yield
+
+
+@pytest.fixture
+def traced_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Exports trace as they do outside of tests: for what is said of tracing itself."""
+    from export import to_onnx
+    from tests.support.traces import TRACE
+
+    monkeypatch.setattr(to_onnx, "_traced", TRACE)
+
+
 @pytest.fixture(scope="session")
 def victims(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """Whole folders of every kind that the verbs read, see tests/support/hostile.py. To be copied, not changed."""

@@ -58,20 +58,6 @@ def one_cache(tmp_path_factory: pytest.TempPathFactory) -> Any:
         yield
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_trace() -> Any:
-    """Tracing takes seconds and sees no number of a layer: done once, copied for each export."""
-    made, trace = [], to_onnx._traced
-
-    def traced(*args: Any) -> Any:
-        made.extend([] if made else [trace(*args)])
-        return made[0].clone()
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(to_onnx, "_traced", traced)
-        yield
-
-
 def few(method: str) -> list[str]:
     """Settings that keep the method short."""
     return [f"calibrate.options.{name}={value}" for name, value in FEW.items() if name in METHODS[method].options]

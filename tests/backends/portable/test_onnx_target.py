@@ -88,22 +88,6 @@ class Exported:
         return {gate.name.removeprefix("onnx/") for gate in gates if not gate.passed}
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_trace() -> Any:
-    """Tracing takes seconds and sees no number of a layer: done once for each model, copied for each export."""
-    made: dict[str, ir.Model] = {}
-    trace = to_onnx._traced
-
-    def traced(model: LoadedModel, *rest: Any) -> Any:
-        if model.sha256 not in made:
-            made[model.sha256] = trace(model, *rest)
-        return made[model.sha256].clone()
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(to_onnx, "_traced", traced)
-        yield
-
-
 @pytest.fixture(scope="module")
 def exported(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Exported]:
     """Granularity of the weights -> the model; "learned", "mixed": exact groups, and all that methods may learn."""
