@@ -84,9 +84,18 @@ def traced_anew(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture(scope="session")
-def victims(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """Whole folders of every kind that the verbs read, see tests/support/hostile.py. To be copied, not changed."""
+def victims(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Whole folders of every kind that the verbs read, see tests/support/hostile.py. To be copied, not changed; made by
+    the first process that asks for them, for all."""
+    from filelock import FileLock
+
     from tests.support import hostile
 
-    with pytest.MonkeyPatch.context() as patch:
-        yield hostile.make_all(tmp_path_factory.mktemp("hostile"), patch)
+    own = tmp_path_factory.getbasetemp()
+    folder = (own.parent if "PYTEST_XDIST_WORKER" in os.environ else own) / "hostile"
+    with FileLock(folder.with_name("hostile.lock")), pytest.MonkeyPatch.context() as patch:
+        if not (folder / "whole").exists():
+            folder.mkdir()
+            hostile.make_all(folder, patch)
+            (folder / "whole").touch()
+    return folder
