@@ -161,12 +161,12 @@ def test_the_inside_of_pipeline_has_an_order() -> None:
     for path in FILES:
         if path.parts[0] == "pipeline" and path.as_posix() != "pipeline/__init__.py":
             own = rank(".".join(path.with_suffix("").parts).removesuffix(".__init__"))
-            above = [name for name, _ in found(path) if name.startswith("pipeline.") and rank(_module(name)) < own]
+            above = [name for name, _ in found(path) if name.startswith("pipeline.") and rank(module_of(name)) < own]
             wrong |= {str(path): above} if above else {}
     assert not wrong, f"{wrong} stand above it: {' > '.join(' '.join(row) for row in ORDER)}"
 
 
-def _module(name: str) -> str:
+def module_of(name: str) -> str:
     """The module of an imported name: "pipeline.verify.study" of "pipeline.verify.study.Study"."""
     place = ROOT / name.replace(".", "/")
     return name if place.is_dir() or place.with_suffix(".py").is_file() else name.rpartition(".")[0]
@@ -175,7 +175,7 @@ def _module(name: str) -> str:
 def test_no_circle_of_imports() -> None:
     """Of modules, whatever is imported late; type-checking alone may go round."""
     names = {".".join(path.with_suffix("").parts).removesuffix(".__init__"): path for path in FILES}
-    graph = {name: {_module(taken) for taken, _ in found(path)} & set(names) - {name} for name, path in names.items()}
+    graph = {name: {module_of(taken) for taken, _ in found(path)} & set(names) - {name} for name, path in names.items()}
     while leaves := [name for name, below in graph.items() if not below]:
         graph = {name: below - set(leaves) for name, below in graph.items() if name not in leaves}
     used = set().union(*graph.values())
