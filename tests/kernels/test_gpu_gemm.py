@@ -63,7 +63,7 @@ def test_every_pair_of_codes(activation: str, weight: str, sm: int) -> None:
 @pytest.mark.parametrize("sm", [FP16, FP8])
 @pytest.mark.parametrize(
     ("activation", "weight"),
-    zip(("E2M1", "E2M3", "E3M2", "INT6", "INT8", "UE2M2", "E3M4"), cycle(reversed(WEIGHTS)), strict=False),
+    list(zip(("E2M1", "E2M3", "E3M2", "INT6", "INT8", "UE2M2", "E3M4"), cycle(reversed(WEIGHTS)), strict=False)),
 )
 def test_formats(activation: str, weight: str, sm: int) -> None:
     """Sums stay below 2^24 units here, so they are exact whatever they are added up in."""
@@ -166,7 +166,7 @@ MULTIPLIED = [("E2M1", MULTIPLIERS), ("E1M2", (1, 2, 4)), ("E3M0", (1, 3, 7, 15)
 
 
 @pytest.mark.parametrize("sm", [FP16, FP8])
-@pytest.mark.parametrize(("groups", "weights"), zip(GROUPS, cycle(MULTIPLIED), strict=False))
+@pytest.mark.parametrize(("groups", "weights"), list(zip(GROUPS, cycle(MULTIPLIED), strict=False)))
 def test_multipliers(groups: tuple[int, int, int], weights: tuple[str, tuple[int, ...]], sm: int) -> None:
     (k, group, step), (weight, multipliers) = groups, weights
     spec = GemmSpec("E2M3", weight, k, 9, group, multipliers, output="fp32")
@@ -188,7 +188,7 @@ def test_sixteen_multipliers() -> None:
 
 
 @pytest.mark.parametrize("sm", [FP16, FP8])
-@pytest.mark.parametrize(("groups", "multipliers"), zip(GROUPS, cycle([(1,), (1, 3)]), strict=False))
+@pytest.mark.parametrize(("groups", "multipliers"), list(zip(GROUPS, cycle([(1,), (1, 3)]), strict=False)))
 def test_real_groups(groups: tuple[int, int, int], multipliers: tuple[int, ...], sm: int) -> None:
     """Each step is scaled (a rounding) and added (another); then the token's scale, and the bias."""
     k, group, step = groups

@@ -61,7 +61,7 @@ def test_every_pair_of_codes(activation: str, weight: str) -> None:
     np.testing.assert_array_equal(found, np.concatenate([expected, expected]).astype(np.float32))
 
 
-@pytest.mark.parametrize(("activation", "weight"), zip(reversed(ACTIVATIONS), cycle(WEIGHTS), strict=False))
+@pytest.mark.parametrize(("activation", "weight"), list(zip(reversed(ACTIVATIONS), cycle(WEIGHTS), strict=False)))
 def test_formats(activation: str, weight: str) -> None:
     assert_meaning(integers(activation, weight), 7, SMALL)
 
