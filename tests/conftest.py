@@ -14,6 +14,9 @@ from pathlib import Path
 
 import pytest
 
+from tests.support.costs import COSTS, has_fast_tests
+from tests.support.reach import pytest_runtest_protocol, pytest_sessionfinish, pytest_testnodedown  # noqa: F401
+
 # Processes that test side by side share the cores: one thread each, which must be said before PyTorch is imported.
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -29,14 +32,16 @@ if importlib.util.find_spec("triton"):
     del os.environ[VARIABLE]
 
 
-# Marks of cost, the dearest first.
-COSTS = ("slow", "torch", "kernels")
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """`pytest -m fast` does not even import files all of whose tests are dear."""
+    is_test = collection_path.name.startswith("test_") and collection_path.suffix == ".py"
+    return True if is_test and config.option.markexpr == "fast" and not has_fast_tests(collection_path) else None
 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """`fast` is what bears no mark of cost. Files with the dearest tests come first, so that no process is left alone
-    with one of them when the others are done."""
+    """`fast` is what bears no mark of cost, besides what is called so. Files with the dearest tests come first, so that
+    no process is left alone with one of them when the others are done."""
     ranks: dict[Path, int] = {}
     for item in items:
         rank = next((i for i, cost in enumerate(COSTS) if item.get_closest_marker(cost)), len(COSTS))
