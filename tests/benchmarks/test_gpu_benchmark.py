@@ -68,6 +68,7 @@ def test_without_a_gpu_it_says_so_before_any_work(
     assert "sees no CUDA GPU" in told.err and "TRITON_INTERPRET=1" in told.err and told.out == ""
 
 
+@pytest.mark.kernels
 def test_measuring_under_the_interpreter_is_refused(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -156,6 +157,7 @@ def test_tasks_in_processes() -> None:
     assert all(row["process"] != os.getpid() for row in rows if "process" in row)
 
 
+@pytest.mark.torch
 def test_processes_stop_with_the_budget() -> None:
     rows: list[dict[str, Any]] = []
     missed = work_off_in_processes("tests.support.gpu_benchmark_tasks", "endless", CPU, Clock(6), rows.append, 2)

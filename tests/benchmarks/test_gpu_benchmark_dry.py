@@ -97,6 +97,7 @@ def run_all(results: Results, monkeypatch: pytest.MonkeyPatch) -> int:
     return gpu.finish(results)
 
 
+@pytest.mark.kernels
 @pytest.mark.usefixtures("interpreter", "small")
 def test_a_whole_run_gives_a_document_with_every_target(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

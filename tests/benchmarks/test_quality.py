@@ -46,6 +46,7 @@ def square_root(matrix):
     return (vectors * np.sqrt(values.clip(min=0))) @ vectors.T
 
 
+@pytest.mark.torch
 def test_frechet_distance_is_the_formula_with_a_symmetric_square_root():
     a, b = gaussian(features(40)), gaussian(features(50, 1.0))
     half = square_root(a.covariance)

@@ -36,6 +36,7 @@ def arguments(tmp_path, *more, genes="kind"):
     return search_groups.make_parser().parse_args([*flags, *more])
 
 
+@pytest.mark.torch
 @pytest.mark.parametrize("against", search_groups.AGAINST)
 def test_a_candidate_costs_the_distance_of_its_pictures(against, tmp_path):
     wanted = arguments(tmp_path, "--against", against, "--set", "calibrate.options.candidates=nearest", genes="layer")
@@ -57,6 +58,7 @@ def test_a_candidate_costs_the_distance_of_its_pictures(against, tmp_path):
     assert score(individual) == pytest.approx(expected, rel=1e-3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fitness", ["fid", "proxy"])
 def test_what_is_found_is_a_recipe_that_builds_with_it(fitness, tmp_path):
     document = search_groups.run(arguments(tmp_path, "--fitness", fitness))

@@ -39,7 +39,7 @@ TIMES = ("created", "stages")
 TIMED_FILES = ("bench.json",)
 ENGINE = "rtx/model.engine"
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.torch, pytest.mark.slow]
 
 
 @pytest.fixture(scope="module")

@@ -21,6 +21,8 @@ from pipeline.verify.report import Report
 from pipeline.verify.study import study
 from tests.support import tiny
 
+pytestmark = [pytest.mark.slow, pytest.mark.torch]
+
 # One block of width 128, in which the groups of 128 that methods ask for exist.
 SMALL = tiny.DIT | {"num_layers": 1, "num_attention_heads": 4}
 SETTINGS = (

@@ -15,6 +15,8 @@ from pipeline.calibrate.state import KEPT
 from pipeline.export import FILES, main
 from tests.support import tiny
 
+pytestmark = pytest.mark.torch
+
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Path:

@@ -27,6 +27,8 @@ from export.quantize_graph import multiplier_table, quantize_graph
 from export.to_onnx import ExportSummary, export_float, export_portable
 from tests.support import hub, tiny
 
+pytestmark = pytest.mark.torch
+
 NAMES = ("pixart", "pixart_sigma", "dit", "hunyuan", "unknown")
 # Sigma's own size is 1024 pixels; a small profile keeps the test small and covers a second resolution.
 PROFILE = {"pixart_sigma": (64, 96)}

@@ -114,6 +114,7 @@ def test_every_code_dequantizes(name: str) -> None:
 SESSIONS = {name: session_of(model_of("QuantizeActivation", [(None, None)], format=name)) for name in ("E2M3", "INT8")}
 
 
+@pytest.mark.torch
 @settings(max_examples=60, deadline=None)
 @given(
     st.sampled_from(sorted(SESSIONS)),

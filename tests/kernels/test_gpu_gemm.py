@@ -26,7 +26,7 @@ from plugins.gpu.tile_table import Tile
 from plugins.gpu.tiles import ReduceTile
 from tests.support.gpu_gemms import EPS, case, exact, finite_codes, half_unit, meaning, run, stored, tensor
 
-pytestmark = pytest.mark.usefixtures("interpreter")
+pytestmark = [pytest.mark.kernels, pytest.mark.usefixtures("interpreter")]
 SMALL = Tile(16, 32, 64, 4, 2)
 FP16, FP8 = 80, 90  # compute capabilities without and with FP8 tensor cores
 MULTIPLIERS = (1, 2, 3, 4, 5, 6, 8, 10)

@@ -25,7 +25,7 @@ from plugins.gpu.tile_table import Tile
 from plugins.gpu.tiles import packed_tile
 from tests.support.gpu_gemms import case, finite_codes, meaning, run, stored, tensor
 
-pytestmark = pytest.mark.usefixtures("interpreter")
+pytestmark = [pytest.mark.kernels, pytest.mark.usefixtures("interpreter")]
 SMALL = Tile(16, 32, 64, 4, 2)
 MULTIPLIERS = (1, 2, 3, 4, 5, 6, 8, 10)
 ACTIVATIONS = ("E2M1", "E2M3", "INT4", "INT6", "INT8", "UE1M3", "UE2M2", "UE1M5", "UE2M4")

@@ -20,10 +20,13 @@ from tests.support.gpu_quantizers import DTYPES, assert_equal, expected
 
 pytest.importorskip("triton", reason="the GPU kernels need triton")
 pytestmark = [
+    pytest.mark.kernels,
     pytest.mark.usefixtures("interpreter"),
     # A maximum that ignores NaN, as the hardware's, has none left in a row of NaN.
     pytest.mark.filterwarnings("ignore:All-NaN slice"),
 ]
+
+
 NAMED = ("E2M3", "E3M2", "E4M3", "INT8", "INT6", "E3M4", "E5M2", "E2M1", "E3M0", "UE2M2", "UE1M5", "UE4M4")
 
 

@@ -17,7 +17,7 @@ from plugins.gpu.specs import QuantizeSpec
 from tests.support.gpu_quantizers import DTYPES, U, assert_equal, expected
 
 pytest.importorskip("triton", reason="the GPU kernels need triton")
-pytestmark = pytest.mark.usefixtures("interpreter")
+pytestmark = [pytest.mark.kernels, pytest.mark.usefixtures("interpreter")]
 
 
 def assert_within(

@@ -19,6 +19,8 @@ from plugins.gpu.specs import GemmSpec
 from plugins.gpu.table import kernel
 from tests.support.gpu_gemms import case, tensor
 
+pytestmark = pytest.mark.kernels
+
 MULTIPLIERS = (1, 2, 3, 4, 5, 6, 8, 10)
 WEIGHTS = ("E2M1", "E1M2", "E3M0", "INT4", "UE2M2")
 

@@ -22,6 +22,8 @@ from tests.support import native
 from tests.support.learned import with_scaling
 from tests.support.portable import activations, portable, random_linear
 
+pytestmark = pytest.mark.kernels
+
 RECIPE = Recipe(name="test", model="zoo:pixart_mini", cpu=Cpu(path="native"))
 CROSS = """
   k = fpq.QuantizedLinear <layer="a"> (text)

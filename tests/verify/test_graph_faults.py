@@ -15,6 +15,8 @@ from tests.support.graph_edit import GraphEdit, NothingToPlantError
 from tests.support.graph_faults import ALL, GRAPH_FAULTS, MINIS, GraphFault
 from tests.support.linear_faults import LEARNED, LINEAR_FAULTS
 
+pytestmark = [pytest.mark.slow, pytest.mark.torch]
+
 # Test -> the faults that it plants.
 TABLES: dict[str, Sequence[Any]] = {
     "test_a_fault_in_the_graph_is_caught": (*GRAPH_FAULTS, *LINEAR_FAULTS),

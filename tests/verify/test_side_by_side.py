@@ -161,6 +161,7 @@ def callers(_: Path) -> None:
     _at_once([call, call], _Counted(lambda inputs: {"sample": np.zeros(1)}, 0))
 
 
+@pytest.mark.torch
 @pytest.mark.parametrize("work", [reference, lowered_graph, drawing, extremes, overflow, callers])
 def test_long_work_stops_where_nobody_waits_for_it(
     work: Callable[[Path], None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch

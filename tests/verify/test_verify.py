@@ -322,6 +322,7 @@ def test_example_prompts_are_understood_and_repeatable() -> None:
 # --- the whole ------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.torch
 @pytest.mark.parametrize(
     ("activation", "granularity", "target"),
     [
@@ -351,6 +352,7 @@ def test_verify_writes_a_passing_report(activation: str, granularity: str, targe
     assert (tmp_path / "report" / "images" / f"{target}-0.png").is_file()
 
 
+@pytest.mark.torch
 @pytest.mark.parametrize(("target", "size", "words"), [("cpu", 3e38, "NaN or Inf"), ("rtx", 3e4, "FP16 overflow")])
 def test_a_model_that_overflows_in_the_targets_arithmetic(target: str, size: float, words: str, tmp_path: Path) -> None:
     """The reference's own runs overflow too: no limit comes from them, and the gates fail in words."""

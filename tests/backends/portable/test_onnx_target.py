@@ -49,6 +49,8 @@ from tests.support.faults_learned import LEARNED_FAULTS, OUT
 from tests.support.hooked_sessions import Hooked
 from tests.verify.test_planted_faults_learned import learned_layer
 
+pytestmark = pytest.mark.torch
+
 BACKEND = BACKENDS["onnx"]
 # Where other targets compare integer sums, this one compares the operands that it multiplies.
 GATE = {"gemm_exact": "operands_exact"}
@@ -142,6 +144,7 @@ def test_probe_rows_are_tensors_of_the_graph(kind: str, exported: Any, tmp_path:
     assert lowering_file.read(tmp_path / lowering_file.NAME).probes == graph.probes
 
 
+@pytest.mark.slow
 def test_another_family(tmp_path: Path) -> None:
     model = models.load(str(tiny.folder("hunyuan", tmp_path)))
     layers = tiny.quantized(model, granularity="exact_group")

@@ -81,6 +81,7 @@ def probed(row: ProbeRow, found: dict[str, np.ndarray]) -> np.ndarray:
     return np.sum(limbs, axis=0) - row.codes_offset
 
 
+@pytest.mark.torch
 @pytest.mark.parametrize(
     ("weights", "sms"), [("fp8", WIDE), ("int8", WIDE), ("int4", WIDE), ("fp8", (86, 89)), ("int4", (86,))]
 )
@@ -111,6 +112,7 @@ def test_native_e2m3_takes_no_rounding_ops() -> None:
     assert "its own rounding" in found.choices[0].why
 
 
+@pytest.mark.torch
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize(
     ("weight", "group", "sms", "path"),
@@ -174,6 +176,7 @@ def test_weights_are_converted_only_when_written() -> None:
     assert isinstance(model.graph.initializers["layer.rtx_weight"].const_value, ir.LazyTensor)
 
 
+@pytest.mark.slow
 def test_writing_holds_one_weight_at_a_time(tmp_path: Path) -> None:
     width, count = 256, 16
     graph = Graph()

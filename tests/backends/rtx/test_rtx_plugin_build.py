@@ -32,7 +32,7 @@ from tests.support.rtx_models import Graph, Linear, block, single
 
 pytest.importorskip("tensorrt_rtx", reason="tensorrt-rtx is not installed")
 pytest.importorskip("triton", reason="triton is not installed")
-pytestmark = pytest.mark.rtx
+pytestmark = [pytest.mark.slow, pytest.mark.rtx]
 WIDTH = 128
 RECIPE = Recipe("t", "zoo:pixart_mini", rtx=Rtx(sm=(89,), path="plugin"))
 PLUGINS = {"gelu_quantize": 1, "norm_modulate_quantize": 2, "packed_gemm": 4, "quantize": 1}
@@ -129,6 +129,7 @@ def test_the_builders_graph_is_the_verified_one_without_bodies(folder: Path) -> 
     assert onnx.TensorProto.UINT8 not in types.values()
 
 
+@pytest.mark.kernels
 def test_the_verified_graph_runs_in_stock_onnxruntime_and_agrees_with_the_native_one(
     folder: Path, tmp_path: Path
 ) -> None:
