@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import cycle, product
 from typing import Any
 
 import numpy as np
@@ -50,8 +51,12 @@ def tokens(fmt: Format, channels: int) -> np.ndarray:
 # --- quantize ------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("channels", [1, 2, 37, 128, 1152])
-@pytest.mark.parametrize("name", NAMED)
+WIDTHS = (1, 2, 37, 128, 1152)
+
+
+@pytest.mark.parametrize(
+    ("name", "channels"), list(dict.fromkeys([*zip(NAMED, cycle(WIDTHS), strict=False), *product(["E2M3"], WIDTHS)]))
+)
 def test_equals_the_meaning(name: str, channels: int) -> None:
     """Every code and every scale, bit for bit."""
     spec = QuantizeSpec(name, channels, input="fp32")
