@@ -40,6 +40,7 @@ def run_python(code: str, **environment: str) -> subprocess.CompletedProcess[str
 # --- what it needs ----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.kernels
 def test_the_check_runs_interpreted_where_only_torch_triton_numpy_and_ml_dtypes_are() -> None:
     pytest.importorskip("triton", reason="the GPU kernels need triton")
     code = f"""
