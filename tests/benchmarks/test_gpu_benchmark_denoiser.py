@@ -17,6 +17,8 @@ from benchmarks.gpu.weights import CHANNEL, EXACT_64, Granularity
 from benchmarks.shapes import WORKLOADS
 from tests.support.reference_kernels import ReferenceKernels
 
+pytestmark = pytest.mark.torch
+
 SIZE, GRID = Size(width=64, heads=4, layers=2, caption=5, caption_channels=48), 4
 GRANULARITIES = (CHANNEL, Granularity("exact groups of 16", 16), Granularity("real groups of 32", 32, True))
 

@@ -31,6 +31,8 @@ from benchmarks.quality.sensitivity import PartlyQuantized, cases, mean_noise_db
 from export.errors import EnvironmentLacksError, RecipeError
 from pipeline.verify.report import Gate
 
+pytestmark = pytest.mark.torch
+
 RNG = np.random.default_rng(0)
 
 
@@ -46,7 +48,6 @@ def square_root(matrix):
     return (vectors * np.sqrt(values.clip(min=0))) @ vectors.T
 
 
-@pytest.mark.torch
 def test_frechet_distance_is_the_formula_with_a_symmetric_square_root():
     a, b = gaussian(features(40)), gaussian(features(50, 1.0))
     half = square_root(a.covariance)

@@ -18,6 +18,8 @@ from export.errors import EnvironmentLacksError, RecipeError
 from tests.generate.test_diffusers_adapter import make_pixart_pipeline
 from tests.support import tiny
 
+pytestmark = pytest.mark.torch
+
 PACKAGE = {
     "ImageReward": "class _M:\n    def score(self, prompt, paths):\n        return len(prompt)\n"
     "def load(name):\n    print('noise')\n    return _M()\n",
@@ -54,7 +56,6 @@ def arguments(root, **changes):
     return argparse.Namespace(**found | changes)
 
 
-@pytest.mark.torch
 def test_everything_missing_is_named_before_work(root):
     metrics = ["fid", "clip", "image_reward", "hpsv2"]
     with pytest.raises(EnvironmentLacksError) as caught:
@@ -66,14 +67,12 @@ def test_everything_missing_is_named_before_work(root):
     assert not (root.parent / "work").exists()
 
 
-@pytest.mark.torch
 def test_a_pipeline_without_its_text_encoder_is_refused(root):
     (root / "text_encoder").rename(root / "elsewhere")
     with pytest.raises(EnvironmentLacksError, match="text_encoder of the pipeline"):
         quality_real.refuse_missing(root, arguments(root, metric=[]))
 
 
-@pytest.mark.torch
 def test_too_few_prompts_and_unknown_rows_are_refused(root):
     with pytest.raises(RecipeError, match="2 prompts; give --count"):
         quality_real.run_real(arguments(root, count=3))
@@ -102,7 +101,6 @@ def rows_of(root):
     return json.loads((root.parent / "results" / "quality_real_pixart_real.json").read_text())["rows"]
 
 
-@pytest.mark.torch
 def test_a_row_of_a_real_pipeline_is_drawn_scored_and_kept(root, monkeypatch, scored):
     assert quality_real.run_real(arguments(root)) == 0
     rows = rows_of(root)
@@ -121,7 +119,6 @@ def test_a_row_of_a_real_pipeline_is_drawn_scored_and_kept(root, monkeypatch, sc
         quality_real.run_real(arguments(root, seed=1))
 
 
-@pytest.mark.torch
 def test_a_row_that_fails_is_recorded_and_stops_no_other(root, monkeypatch, scored):
     plain = quality_real.row_pictures
 
@@ -150,7 +147,6 @@ def test_float_draws_with_the_steps_of_its_own_family():
         assert made.sampling.guidance_scale == 3
 
 
-@pytest.mark.torch
 def test_a_gpu_is_used_where_there_is_one_and_missed_by_name_where_there_is_none(root, monkeypatch):
     import torch
 
@@ -248,7 +244,6 @@ def test_fid_is_that_of_torchmetrics_in_the_features_given(tmp_path, monkeypatch
     assert found == pytest.approx(frechet(*sets), rel=1e-4)  # torchmetrics sums moments in float64, covariance n - 1
 
 
-@pytest.mark.torch
 def test_the_command_answers_with_the_exit_code_of_what_is_missing(root, monkeypatch):
     arguments(root)
     words = ["--model", str(root), "--prompts", str(root.parent / "prompts.txt"), "--rows", "rtn-*", "--count", "2"]

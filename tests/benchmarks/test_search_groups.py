@@ -20,6 +20,8 @@ from pipeline.calibrate.groups.candidates import nearest_layer
 from pipeline.calibrate.groups.space import from_text
 from pipeline.calibrate.plan import make_plans
 
+pytestmark = pytest.mark.torch
+
 
 @pytest.fixture(autouse=True)
 def few_steps(monkeypatch, tmp_path):
@@ -36,7 +38,6 @@ def arguments(tmp_path, *more, genes="kind"):
     return search_groups.make_parser().parse_args([*flags, *more])
 
 
-@pytest.mark.torch
 @pytest.mark.parametrize("against", search_groups.AGAINST)
 def test_a_candidate_costs_the_distance_of_its_pictures(against, tmp_path):
     wanted = arguments(tmp_path, "--against", against, "--set", "calibrate.options.candidates=nearest", genes="layer")

@@ -19,6 +19,8 @@ from pipeline.generate.conditioning import load_generation
 from pipeline.generate.sampling import SAMPLERS
 from pipeline.recipe import load as load_recipe
 
+pytestmark = pytest.mark.torch
+
 REQUIRED_ACCURACY = 0.95
 NAMES = list(TASKS)
 
@@ -60,7 +62,6 @@ def test_learning_rate_warms_up_and_decays():
     assert rates[-1] == pytest.approx(task.peak_lr / 100)
 
 
-@pytest.mark.torch
 def test_digits_are_split_four_to_one():
     pictures, classes = digits()
     assert pictures.shape == (1797, 1, 16, 16) and classes.shape == (1797,)
@@ -132,7 +133,6 @@ def test_the_card_is_what_the_script_writes(name, tmp_path):
     assert (tmp_path / "README.md").read_text() == (ZOO / name / "README.md").read_text()
 
 
-@pytest.mark.torch
 @pytest.mark.parametrize("name", NAMES)
 def test_the_judge_reads_its_held_out_data(name):
     task = judges.JUDGES[name]
@@ -143,7 +143,6 @@ def test_the_judge_reads_its_held_out_data(name):
     assert min(accuracy.values()) >= 0.98
 
 
-@pytest.mark.torch
 def test_frechet_distance_is_zero_for_equal_sets_and_grows_with_noise():
     judge = judges.load("dit_mini")
     _, pictures = judges.JUDGES["dit_mini"].test()
