@@ -94,9 +94,9 @@ def test_sums_that_no_float32_holds(activation: str, weight: str, k: int) -> Non
 SHAPES = [(1, 1, 2), (3, 17, 66), (33, 35, 130), (16, 32, 64), (17, 33, 192), (2, 5, 100)]
 
 
-@pytest.mark.parametrize("weights_first", [False, True])
-@pytest.mark.parametrize(("m", "n", "k"), SHAPES)
-def test_shapes(m: int, n: int, k: int, weights_first: bool) -> None:
+@pytest.mark.parametrize(("shape", "weights_first"), list(zip(SHAPES, cycle([False, True]), strict=False)), ids=str)
+def test_shapes(shape: tuple[int, int, int], weights_first: bool) -> None:
+    m, n, k = shape
     spec = GemmSpec("E2M3", "E2M1", k, n, output="fp32")
     arrays = case(spec, m, seed=k)
     tile = Tile(16, 16, 64, 4, 2, band=2, weights_first=weights_first)
