@@ -18,6 +18,7 @@ ROOT = Path(__file__).parents[2]
 PACKAGES = ("export", "plugins", "pipeline")
 _entered: set[str] = set()  # files whose functions were entered
 _reached: set[str] = set()  # by the processes that have ended
+_noted: set[Any] = set()  # functions of tests of which one case was run
 
 
 def _note(frame: FrameType, event: str, argument: object) -> None:
@@ -68,8 +69,10 @@ def _is_fast(config: pytest.Config) -> bool:
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
-    if not _is_fast(item.config):
+    function = getattr(item, "function", None)
+    if not _is_fast(item.config) or function in _noted:  # other cases of a test enter the same modules
         return (yield)
+    _noted.add(function)
     with noted():
         return (yield)
 

@@ -21,7 +21,7 @@ from pipeline.recipe import Recipe, Rtx
 from tests.support.rtx_models import Linear, block, single
 
 pytest.importorskip("tensorrt_rtx", reason="tensorrt-rtx is not installed")
-pytestmark = [pytest.mark.slow, pytest.mark.rtx]
+pytestmark = pytest.mark.rtx
 RECIPE = Recipe("t", "zoo:pixart_mini")
 WIDTH = 128
 

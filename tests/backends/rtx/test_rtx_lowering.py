@@ -174,7 +174,6 @@ def test_weights_are_converted_only_when_written() -> None:
     assert isinstance(model.graph.initializers["layer.rtx_weight"].const_value, ir.LazyTensor)
 
 
-@pytest.mark.slow
 def test_writing_holds_one_weight_at_a_time(tmp_path: Path) -> None:
     width, count = 256, 16
     graph = Graph()

@@ -32,7 +32,7 @@ from tests.support.rtx_models import Graph, Linear, block, single
 
 pytest.importorskip("tensorrt_rtx", reason="tensorrt-rtx is not installed")
 pytest.importorskip("triton", reason="triton is not installed")
-pytestmark = [pytest.mark.slow, pytest.mark.rtx]
+pytestmark = pytest.mark.rtx
 WIDTH = 128
 RECIPE = Recipe("t", "zoo:pixart_mini", rtx=Rtx(sm=(89,), path="plugin"))
 PLUGINS = {"gelu_quantize": 1, "norm_modulate_quantize": 2, "packed_gemm": 4, "quantize": 1}
