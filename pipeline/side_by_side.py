@@ -7,8 +7,9 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
-from typing import TypeVar
+from typing import ParamSpec, TypeVar
 
+P = ParamSpec("P")
 T = TypeVar("T")
 _thread = threading.local()
 
@@ -26,24 +27,29 @@ def side_by_side(work: Sequence[Callable[[], T]], threads: int) -> list[T]:
     if min(threads, len(work)) < 2:
         return [function() for function in work]
     stop = threading.Event()
-    stops = (*_stops(), stop)  # what ends the work around this one ends this one, too
-
-    def run(function: Callable[[], T]) -> T:
-        _thread.stops = stops
-        try:
-            return function()
-        finally:
-            del _thread.stops
-
     with single_threaded_torch(), ThreadPoolExecutor(threads) as pool:
         try:  # from here on: a signal may come before all have begun
-            futures: list[Future[T]] = [pool.submit(run, function) for function in work]
+            futures: list[Future[T]] = [pool.submit(ending_with(function, stop)) for function in work]
             wait(futures, return_when=FIRST_EXCEPTION)
             failed = [future for future in futures if future.done() and future.exception() is not None]
             return [failed[0].result()] if failed else [future.result() for future in futures]
         finally:
             stop.set()
             pool.shutdown(wait=True, cancel_futures=True)
+
+
+def ending_with(function: Callable[P, T], *stops: threading.Event) -> Callable[P, T]:
+    """`function` for another thread: what ends the work of this thread ends it, too, and so does each of `stops`."""
+    ends = (*_stops(), *stops)
+
+    def run(*args: P.args, **named: P.kwargs) -> T:
+        _thread.stops = ends
+        try:
+            return function(*args, **named)
+        finally:
+            del _thread.stops
+
+    return run
 
 
 def raise_if_stopped() -> None:

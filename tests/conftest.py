@@ -14,6 +14,9 @@ from pathlib import Path
 
 import pytest
 
+from tests.support.costs import COSTS, has_fast_tests
+from tests.support.reach import pytest_runtest_protocol, pytest_sessionfinish, pytest_testnodedown  # noqa: F401
+
 # Processes that test side by side share the cores: one thread each, which must be said before PyTorch is imported.
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -27,6 +30,25 @@ if importlib.util.find_spec("triton"):
     for name in KERNEL_MODULES:
         importlib.import_module(f"plugins.gpu.{name}")
     del os.environ[VARIABLE]
+
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """`pytest -m fast` does not even import files all of whose tests are dear."""
+    is_test = collection_path.name.startswith("test_") and collection_path.suffix == ".py"
+    return True if is_test and config.option.markexpr == "fast" and not has_fast_tests(collection_path) else None
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """`fast` is what bears no mark of cost, besides what is called so. Files with the dearest tests come first, so that
+    no process is left alone with one of them when the others are done."""
+    ranks: dict[Path, int] = {}
+    for item in items:
+        rank = next((i for i, cost in enumerate(COSTS) if item.get_closest_marker(cost)), len(COSTS))
+        ranks[item.path] = min(rank, ranks.get(item.path, rank))
+        if rank == len(COSTS):
+            item.add_marker("fast")
+    items.sort(key=lambda item: ranks[item.path])
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -46,10 +68,39 @@ def interpreter(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         yield
 
 
-@pytest.fixture(scope="session")
-def victims(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """Whole folders of every kind that the verbs read, see tests/support/hostile.py. To be copied, not changed."""
-    from tests.support import hostile
+@pytest.fixture(scope="session", autouse=True)
+def one_trace_for_each_model() -> Iterator[None]:
+    """Exports take a copy of an earlier trace where there is one, see tests/support/traces.py."""
+    from export import to_onnx
+    from tests.support.traces import traced
 
     with pytest.MonkeyPatch.context() as patch:
-        yield hostile.make_all(tmp_path_factory.mktemp("hostile"), patch)
+        patch.setattr(to_onnx, "_traced", traced)
+        yield
+
+
+@pytest.fixture
+def traced_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Exports trace as they do outside of tests: for what is said of tracing itself."""
+    from export import to_onnx
+    from tests.support.traces import TRACE
+
+    monkeypatch.setattr(to_onnx, "_traced", TRACE)
+
+
+@pytest.fixture(scope="session")
+def victims(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Whole folders of every kind that the verbs read, see tests/support/hostile.py. To be copied, not changed; made by
+    the first process that asks for them, for all."""
+    from filelock import FileLock
+
+    from tests.support import hostile
+
+    own = tmp_path_factory.getbasetemp()
+    folder = (own.parent if "PYTEST_XDIST_WORKER" in os.environ else own) / "hostile"
+    with FileLock(folder.with_name("hostile.lock")), pytest.MonkeyPatch.context() as patch:
+        if not (folder / "whole").exists():
+            folder.mkdir()
+            hostile.make_all(folder, patch)
+            (folder / "whole").touch()
+    return folder

@@ -8,11 +8,11 @@ from pathlib import Path
 import numpy as np
 import onnx_ir as ir
 import pytest
-from export.formats.embedding import embeds
 
 from benchmarks import readme
 from export.dialect.reference import quantize_activation
 from export.formats.format import FORMATS, Format, decode, encode, get_format
+from export.formats.operands import embeds
 from pipeline import recipe as recipes
 from pipeline.backends import BACKENDS
 from tests.support.portable import portable, random_linear, run

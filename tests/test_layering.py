@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import ast
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
-
-import pytest
 
 from tests.conftest import KERNEL_MODULES
 
@@ -97,6 +96,7 @@ def imports(tree: ast.AST) -> Iterator[tuple[str, bool]]:
     return walk(tree, True)
 
 
+@cache
 def found(path: Path) -> list[tuple[str, bool]]:
     return list(imports(ast.parse((ROOT / path).read_text())))
 
@@ -113,29 +113,36 @@ def test_kernels_are_where_the_interpreter_finds_them() -> None:
     assert kernels == set(KERNEL_MODULES)
 
 
-@pytest.mark.parametrize("path", FILES, ids=str)
-def test_import_direction(path: Path) -> None:
+def test_import_direction() -> None:
     own = {"benchmarks", "tests", *ALLOWED}
-    wrong = [name for name, _ in found(path) if name.split(".")[0] in own - ALLOWED[path.parts[0]]]
-    assert not wrong, f"{path} imports {wrong}; the direction is benchmarks, tests -> pipeline -> plugins -> export"
+    wrong = {
+        str(path): names
+        for path in FILES
+        if (names := [name for name, _ in found(path) if name.split(".")[0] in own - ALLOWED[path.parts[0]]])
+    }
+    assert not wrong, f"{wrong}; the direction of imports is benchmarks, tests -> pipeline -> plugins -> export"
 
 
-@pytest.mark.parametrize("path", FILES, ids=str)
-def test_heavy_packages_are_imported_late(path: Path) -> None:
-    if path.as_posix() in DEFINES_TORCH_MODULES:
-        return
-    heavy = [name for name, at_top in found(path) if at_top and name.split(".")[0] in HEAVY]
+def test_heavy_packages_are_imported_late() -> None:
     lazy = {name.removesuffix(".py").replace("/", ".") for name in DEFINES_TORCH_MODULES}
-    heavy += [
-        name for name, at_top in found(path) if at_top and any(f"{name}.".startswith(f"{module}.") for module in lazy)
-    ]
-    assert not heavy, f"{path} imports {heavy} at its top; move it into the function that needs it"
+
+    def is_heavy(name: str) -> bool:
+        return name.split(".")[0] in HEAVY or any(f"{name}.".startswith(f"{module}.") for module in lazy)
+
+    light = [path for path in FILES if path.as_posix() not in DEFINES_TORCH_MODULES]
+    heavy = {
+        str(path): names
+        for path in light
+        if (names := [name for name, at_top in found(path) if at_top and is_heavy(name)])
+    }
+    assert not heavy, f"{heavy} at the top; move the import into the function that needs it"
 
 
-@pytest.mark.parametrize("path", [path for path in FILES if path.match("pipeline/passes/*.py")], ids=str)
-def test_passes_do_not_import_backends(path: Path) -> None:
-    wrong = [name for name, _ in found(path) if name.startswith("pipeline.backends")]
-    assert not wrong, f"{path} imports {wrong}; a backend publishes rows (passes.probes) and passes get them as data"
+def test_passes_do_not_import_backends() -> None:
+    passes = [path for path in FILES if path.match("pipeline/passes/*.py")]
+    backends = {str(path): [name for name, _ in found(path) if name.startswith("pipeline.backends")] for path in passes}
+    wrong = {path: names for path, names in backends.items() if names}
+    assert passes and not wrong, f"{wrong}; a backend publishes rows (passes.probes) and passes get them as data"
 
 
 def rank(name: str) -> int:
@@ -148,18 +155,18 @@ def rank(name: str) -> int:
     return next((row for row, names in enumerate(ORDER) if parts[0] in names), len(ORDER))
 
 
-PIPELINE = [path for path in FILES if path.parts[0] == "pipeline" and path.as_posix() != "pipeline/__init__.py"]
-
-
-@pytest.mark.parametrize("path", PIPELINE, ids=str)
-def test_the_inside_of_pipeline_has_an_order(path: Path) -> None:
+def test_the_inside_of_pipeline_has_an_order() -> None:
     """pipeline/__init__.py is left out: it is the way in for users, who load a bundle with it."""
-    own = rank(".".join(path.with_suffix("").parts).removesuffix(".__init__"))
-    wrong = [name for name, _ in found(path) if name.startswith("pipeline.") and rank(_module(name)) < own]
-    assert not wrong, f"{path} imports {wrong}, which stand above it: {' > '.join(' '.join(row) for row in ORDER)}"
+    wrong = {}
+    for path in FILES:
+        if path.parts[0] == "pipeline" and path.as_posix() != "pipeline/__init__.py":
+            own = rank(".".join(path.with_suffix("").parts).removesuffix(".__init__"))
+            above = [name for name, _ in found(path) if name.startswith("pipeline.") and rank(module_of(name)) < own]
+            wrong |= {str(path): above} if above else {}
+    assert not wrong, f"{wrong} stand above it: {' > '.join(' '.join(row) for row in ORDER)}"
 
 
-def _module(name: str) -> str:
+def module_of(name: str) -> str:
     """The module of an imported name: "pipeline.verify.study" of "pipeline.verify.study.Study"."""
     place = ROOT / name.replace(".", "/")
     return name if place.is_dir() or place.with_suffix(".py").is_file() else name.rpartition(".")[0]
@@ -168,7 +175,7 @@ def _module(name: str) -> str:
 def test_no_circle_of_imports() -> None:
     """Of modules, whatever is imported late; type-checking alone may go round."""
     names = {".".join(path.with_suffix("").parts).removesuffix(".__init__"): path for path in FILES}
-    graph = {name: {_module(taken) for taken, _ in found(path)} & set(names) - {name} for name, path in names.items()}
+    graph = {name: {module_of(taken) for taken, _ in found(path)} & set(names) - {name} for name, path in names.items()}
     while leaves := [name for name, below in graph.items() if not below]:
         graph = {name: below - set(leaves) for name, below in graph.items() if name not in leaves}
     used = set().union(*graph.values())

@@ -1,6 +1,6 @@
 """The denoiser on our kernels: fused quantizers, GEMMs of 4-bit weights with their epilogues, attention by torch.
 
-The kernels are a parameter, so that a test can run the same code on their NumPy meanings.
+The kernels are a parameter, so that a test can run the same code on their NumPy references.
 """
 
 from __future__ import annotations
@@ -13,9 +13,7 @@ from torch import Tensor, nn
 
 from benchmarks.gpu.denoiser import EPSILON, LINEARS, Denoiser, attention
 from benchmarks.gpu.weights import Granularity, Packed, quantize_weight
-from plugins.gpu.launch import KERNEL_OF
 from plugins.gpu.spec import FloatType, GemmSpec, QuantizeSpec
-from plugins.gpu.table import kernel
 
 WEIGHT, ACTIVATION = "E2M1", "E2M3"
 
@@ -60,29 +58,6 @@ class Launched:
             return launch.expanded_gemm(spec, a, a_scale, linear.expanded, scales, bias, **given)
         codes = linear.packed.multiplier_codes
         return launch.packed_gemm(spec, a, a_scale, linear.packed.codes, scales, bias, multiplier_codes=codes, **given)
-
-
-class Meanings:
-    """Their NumPy meanings, on tensors of the CPU, the output rounded to its type."""
-
-    def quantize(self, spec: QuantizeSpec, x: Tensor, **given: Any) -> tuple[Tensor, Tensor]:
-        found = kernel(KERNEL_OF[spec.before]).reference(spec, x.float().numpy(), **_arrays(given))
-        return torch.from_numpy(found[0]), torch.from_numpy(found[1])
-
-    def gemm(self, linear: QuantizedLinear, a: Tensor, a_scale: Tensor, **given: Any) -> Tensor:
-        packed = linear.packed
-        inputs = {"a": a, "a_scale": a_scale, "w": packed.codes, "w_scales": packed.scales, "bias": linear.bias}
-        inputs |= {} if packed.multiplier_codes is None else {"multiplier_codes": packed.multiplier_codes}
-        (y,) = kernel("packed_gemm").reference(linear.spec, **_arrays({**inputs, **given}))
-        return torch.from_numpy(y).to(TORCH[linear.spec.output])
-
-
-TORCH = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
-
-
-def _arrays(given: dict[str, Any]) -> dict[str, Any]:
-    wide = {key: x.float() if isinstance(x, Tensor) and x.is_floating_point() else x for key, x in given.items()}
-    return {key: x.numpy() if isinstance(x, Tensor) else x for key, x in wide.items()}
 
 
 class QuantizedBlock:

@@ -206,32 +206,6 @@ def quantize(fmt: Format, x: ArrayLike) -> NDArray[np.uint8]:
     return fold_negative_zero(fmt, encode(fmt, bounded))
 
 
-# --- a zero point outside of an unsigned format (MSFP, arXiv 2505.21591) -----------------------------------
-
-
-def encode_with_zero_point(fmt: Format, x: ArrayLike, zero: float, clip: float) -> NDArray[np.uint8]:
-    """Codes of clip(x, zero, clip) - zero on the unsigned grid whose largest code is clip - zero.
-
-    The quantizer is Q(x) = zero + F(clip(x, zero, clip) - zero); `decode_with_zero_point` gives Q(x) back. Raises
-    ValueError if the format has a sign or the range is empty.
-    """
-    scale = _zero_point_scale(fmt, zero, clip)
-    return encode(fmt, (np.clip(np.asarray(x, np.float64), zero, clip) - zero) / scale)
-
-
-def decode_with_zero_point(fmt: Format, codes: NDArray[np.uint8], zero: float, clip: float) -> NDArray[np.float64]:
-    """zero + decode(codes) * (clip - zero) / max_value, float64."""
-    return zero + decode(fmt, codes) * _zero_point_scale(fmt, zero, clip)
-
-
-def _zero_point_scale(fmt: Format, zero: float, clip: float) -> float:
-    if fmt.sign_bits:
-        raise ValueError(f"{fmt.name} has a sign; a zero point goes with an unsigned format, for example UE2M2")
-    if not zero < clip:
-        raise ValueError(f"{fmt.name}: zero point {zero} is not below the clip {clip}, so the range is empty")
-    return (clip - zero) / fmt.max_value
-
-
 # --- packing -----------------------------------------------------------------------------------------------------
 # Four codes fill bits / 2 whole bytes, so code i of every such block starts at the same bit of the same byte.
 

@@ -20,7 +20,7 @@ from pipeline.backends.base import Arrays
 from pipeline.distance import sqnr_db
 from pipeline.generate.case import Case, Run, is_large
 from pipeline.generate.sampling import TRAIN_STEPS, make_sampler, take_samples
-from pipeline.side_by_side import raise_if_stopped
+from pipeline.side_by_side import ending_with, raise_if_stopped
 from pipeline.verify.call_patterns import (
     CHANGED,
     IN_PLACE,
@@ -353,7 +353,7 @@ def _at_once(calls: Sequence[Call], run: Run) -> list[list[NDArray[Any]]]:
         return outputs
 
     with ThreadPoolExecutor(len(calls)) as threads:
-        results = [threads.submit(repeat, call) for call in calls]
+        results = [threads.submit(ending_with(repeat), call) for call in calls]
     errors = [error for result in results if (error := result.exception()) is not None]
     if errors:
         raise next((error for error in errors if not isinstance(error, BrokenBarrierError)), errors[0])

@@ -60,12 +60,6 @@ class ActivationOracle:
         return int(np.count_nonzero(self.lowest != self.highest))
 
 
-def quantize_oracle(x: Array, format_name: str) -> ActivationOracle:
-    """Codes of x [M, K] (finite) by the rules of fpq.QuantizeActivation, in float64: one scale for each row."""
-    x = np.asarray(x, np.float64)
-    return _rounded(get_format(format_name), x, _dynamic_scale(x, get_format(format_name)))
-
-
 def activation_oracle(x: Array, layer: QuantizedLinear) -> ActivationOracle:
     """Codes that `layer` gives for its input x [M, K] (finite), in float64: balanced, then by its scaling."""
     fmt, groups = get_format(layer.activation_format), layer.activation_groups

@@ -12,6 +12,8 @@ from benchmarks.quality.adaround_table import study_text
 from pipeline import recipe as recipes
 from tests.calibrate.test_reconstruct import observed_block, plans_of
 
+pytestmark = pytest.mark.torch
+
 
 @pytest.fixture
 def case() -> BlockCase:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import doctest
-import importlib
 import json
 import os
 import subprocess
@@ -26,7 +24,7 @@ from tests.support import gpu_benchmark_tasks
 from tests.support.gpu_benchmark_tasks import FACTS
 
 ROOT = Path(__file__).parents[2]
-MODULES = sorted(path.stem for path in (ROOT / "benchmarks").glob("gpu*.py"))
+MODULES = sorted(path.stem for path in (ROOT / "benchmarks/gpu").glob("[!_]*.py"))
 CPU = Context("cpu", 0, tiny=True)
 # Not on a bare machine with a GPU and PyTorch.
 BLOCKED = ("onnx", "onnxruntime", "onnx_ir", "onnxscript", "diffusers", "transformers", "safetensors", "psutil", "tqdm")
@@ -42,13 +40,14 @@ def run_python(code: str, **environment: str) -> subprocess.CompletedProcess[str
 # --- what it needs ----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.kernels
 def test_the_check_runs_interpreted_where_only_torch_triton_numpy_and_ml_dtypes_are() -> None:
     pytest.importorskip("triton", reason="the GPU kernels need triton")
     code = f"""
 import importlib, sys
 for name in {BLOCKED!r}:
     sys.modules[name] = None
-modules = [importlib.import_module("benchmarks." + name) for name in {MODULES!r}]
+modules = [importlib.import_module("benchmarks.gpu." + name) for name in {MODULES!r}]
 sys.exit(importlib.import_module("benchmarks.gpu.__main__").main(["--check-only"]))
 """
     done = run_python(code, TRITON_INTERPRET="1")
@@ -70,6 +69,7 @@ def test_without_a_gpu_it_says_so_before_any_work(
     assert "sees no CUDA GPU" in told.err and "TRITON_INTERPRET=1" in told.err and told.out == ""
 
 
+@pytest.mark.kernels
 def test_measuring_under_the_interpreter_is_refused(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -96,11 +96,6 @@ def test_budgets_leave_the_whole_below_eight_minutes() -> None:
     assert gpu.TOTAL_S + gpu.GRACE_S < 8 * 60
     assert all((ROOT / f"{section.module.replace('.', '/')}.py").exists() for section in gpu.SECTIONS)
     assert gpu.SECTIONS[0].name == "check"
-
-
-@pytest.mark.parametrize("name", [name for name in MODULES if name != "gpu_kernels"])
-def test_examples_in_docstrings(name: str) -> None:
-    assert doctest.testmod(importlib.import_module(f"benchmarks.{name}")).failed == 0
 
 
 # --- shapes -----------------------------------------------------------------------------------------------------------
@@ -163,6 +158,7 @@ def test_tasks_in_processes() -> None:
     assert all(row["process"] != os.getpid() for row in rows if "process" in row)
 
 
+@pytest.mark.torch
 def test_processes_stop_with_the_budget() -> None:
     rows: list[dict[str, Any]] = []
     missed = work_off_in_processes("tests.support.gpu_benchmark_tasks", "endless", CPU, Clock(6), rows.append, 2)

@@ -19,7 +19,11 @@ from benchmarks.gpu.weights import EXACT_64, REAL_128, Granularity
 from plugins.gpu.tile_table import Tile
 
 pytest.importorskip("triton", reason="the GPU kernels need triton")
-pytestmark = [pytest.mark.usefixtures("interpreter"), pytest.mark.filterwarnings("ignore:All-NaN slice")]
+pytestmark = [
+    pytest.mark.kernels,
+    pytest.mark.usefixtures("interpreter"),
+    pytest.mark.filterwarnings("ignore:All-NaN slice"),
+]
 CPU = Context("cpu", 0, l2_bytes=4096, tiny=True)
 SMALL = gpu_check.GemmCase("E2M3", "E2M1", 6, 8, 64, Granularity("exact groups of 16", 16))
 

@@ -12,9 +12,12 @@ from torch import Tensor
 
 from benchmarks.gpu.denoiser import Denoiser, Size, fake_quantized, randomize, run_block, sample
 from benchmarks.gpu.denoiser_times import relative
-from benchmarks.gpu.quantized_denoiser import Meanings, quantize_blocks, quantized, weight_bytes
+from benchmarks.gpu.quantized_denoiser import quantize_blocks, quantized, weight_bytes
 from benchmarks.gpu.weights import CHANNEL, EXACT_64, Granularity
 from benchmarks.shapes import WORKLOADS
+from tests.support.reference_kernels import ReferenceKernels
+
+pytestmark = pytest.mark.torch
 
 SIZE, GRID = Size(width=64, heads=4, layers=2, caption=5, caption_channels=48), 4
 GRANULARITIES = (CHANNEL, Granularity("exact groups of 16", 16), Granularity("real groups of 32", 32, True))
@@ -103,7 +106,7 @@ def test_signals_keep_their_size_over_the_layers() -> None:
 def test_on_our_kernels_it_equals_dequantized_arithmetic(model: Denoiser, granularity: Granularity) -> None:
     weights, inputs = quantize_blocks(model, granularity), sample(model, 2)
     wanted = fake_quantized(model, weights, "E2M3", torch.float32)(*inputs)
-    found = quantized(model, weights, Meanings(), "fp32")(*inputs)
+    found = quantized(model, weights, ReferenceKernels(), "fp32")(*inputs)
     # The same float32 numbers in other orders of sums: no code moves at this size. The float model is far off.
     assert relative(found, wanted) < 1e-5
     assert relative(model(*inputs), wanted) > 0.01
@@ -115,11 +118,11 @@ def test_in_bf16_it_is_as_good_as_plain_bf16_arithmetic(model: Denoiser) -> None
     half = randomize(Denoiser(SIZE, GRID)).to(torch.bfloat16)
     given: list[Tensor] = [x.to(torch.bfloat16) for x in inputs]
     plain = relative(fake_quantized(half, weights, "E2M3", torch.bfloat16)(*given), wanted)
-    assert relative(quantized(half, weights, Meanings(), "bf16")(*given), wanted) <= 2 * plain
+    assert relative(quantized(half, weights, ReferenceKernels(), "bf16")(*given), wanted) <= 2 * plain
 
 
 def test_bytes_are_counted_from_the_tensors(model: Denoiser) -> None:
-    made = quantized(model, quantize_blocks(model, GRANULARITIES[1]), Meanings())
+    made = quantized(model, quantize_blocks(model, GRANULARITIES[1]), ReferenceKernels())
     linears = [linear for block in made.blocks for linear in block.linears.values()]
     n, k = linears[0].packed.codes.shape
     assert linears[0].size_bytes == n * k + 4 * n + n * 2 + 4 * n  # codes, scales, 4 groups' nibbles, bias

@@ -22,12 +22,12 @@ from benchmarks.gpu import gemm as gpu_gemm
 from benchmarks.gpu import targets as gpu_targets
 from benchmarks.gpu import timing as gpu_timing
 from benchmarks.gpu.denoiser import Size
-from benchmarks.gpu.quantized_denoiser import Meanings
 from benchmarks.gpu.results import Results, validate
 from benchmarks.gpu.run import Clock, Context
 from benchmarks.gpu.weights import Granularity
 from benchmarks.shapes import Shape
 from tests.support.gpu_benchmark_tasks import FACTS
+from tests.support.reference_kernels import ReferenceKernels
 
 pytest.importorskip("triton", reason="the GPU kernels need triton")
 CPU, HOPPER = Context("cpu", 0, l2_bytes=1024, tiny=True), Context("cuda", 90, l2_bytes=50 << 20)
@@ -75,7 +75,7 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Context, "has_fp8", True)
     monkeypatch.setattr(gpu_denoiser_times, "EXACT_64", EXACT)
     monkeypatch.setattr(gpu_denoiser_times, "Size", lambda: Size(32, 4, 1, caption=3, caption_channels=16))
-    monkeypatch.setattr(gpu_denoiser_times, "Launched", Meanings)
+    monkeypatch.setattr(gpu_denoiser_times, "Launched", ReferenceKernels)
     monkeypatch.setattr(gpu_denoiser_times, "SIZES", ((32, 1),))
     for module, name in ((gpu_denoiser_times, "LARGE_PIXELS"), (gpu_denoiser_times, "LEAST_PIXELS")):
         monkeypatch.setattr(module, name, 32)
@@ -97,6 +97,7 @@ def run_all(results: Results, monkeypatch: pytest.MonkeyPatch) -> int:
     return gpu.finish(results)
 
 
+@pytest.mark.kernels
 @pytest.mark.usefixtures("interpreter", "small")
 def test_a_whole_run_gives_a_document_with_every_target(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

@@ -31,7 +31,11 @@ from export.errors import ContractError
 from export.formats.operands import exact_multipliers
 
 pytest.importorskip("triton", reason="the GPU kernels need triton")
-pytestmark = [pytest.mark.usefixtures("interpreter"), pytest.mark.filterwarnings("ignore:All-NaN slice")]
+pytestmark = [
+    pytest.mark.kernels,
+    pytest.mark.usefixtures("interpreter"),
+    pytest.mark.filterwarnings("ignore:All-NaN slice"),
+]
 CPU = Context("cpu", 0, l2_bytes=4096, tiny=True)
 REAL_16 = Granularity("real groups of 16", 16, True)
 GROUPS_32 = Granularity("exact groups of 32", 32)
@@ -220,6 +224,7 @@ def test_wrong_outputs_are_named() -> None:
     assert set(gpu_gemm.wrong_of(errors, spec, 90)) == {"expanded_gemm", "expanded_gemm_int8"}
 
 
+@pytest.mark.torch
 @pytest.mark.usefixtures("clockless")
 def test_the_rows_of_the_denoiser(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("torch._dynamo.reset", lambda: None)

@@ -10,6 +10,8 @@ from safetensors.numpy import load_file
 from benchmarks.shapes import WORKLOADS
 from benchmarks.zoo.make_xl import OUTLIER_SHARE, shards_of, tensor, write
 
+pytestmark = pytest.mark.torch
+
 
 def small(name):
     return WORKLOADS[name].changed(num_layers=2, num_attention_heads=4)

@@ -31,6 +31,8 @@ from benchmarks.quality.sensitivity import PartlyQuantized, cases, mean_noise_db
 from export.errors import EnvironmentLacksError, RecipeError
 from pipeline.verify.report import Gate
 
+pytestmark = pytest.mark.torch
+
 RNG = np.random.default_rng(0)
 
 

@@ -11,6 +11,8 @@ from benchmarks.quality.plots import draw_all
 from benchmarks.quality.results import FAILED, FLOAT, MEASURED, Results
 from benchmarks.quality.rows import TABLES, nearest_rows
 
+pytestmark = pytest.mark.torch
+
 
 def estimate(value):
     return {"value": value, "low": 0.9 * value, "high": 1.1 * value}

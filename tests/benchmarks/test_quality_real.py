@@ -18,6 +18,8 @@ from export.errors import EnvironmentLacksError, RecipeError
 from tests.generate.test_diffusers_adapter import make_pixart_pipeline
 from tests.support import tiny
 
+pytestmark = pytest.mark.torch
+
 PACKAGE = {
     "ImageReward": "class _M:\n    def score(self, prompt, paths):\n        return len(prompt)\n"
     "def load(name):\n    print('noise')\n    return _M()\n",

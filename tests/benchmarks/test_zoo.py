@@ -19,6 +19,8 @@ from pipeline.generate.conditioning import load_generation
 from pipeline.generate.sampling import SAMPLERS
 from pipeline.recipe import load as load_recipe
 
+pytestmark = pytest.mark.torch
+
 REQUIRED_ACCURACY = 0.95
 NAMES = list(TASKS)
 

@@ -18,19 +18,28 @@ from pipeline import __main__ as cli
 from pipeline import load
 from pipeline.backends.tensorrt.plan_file import read_engine_file
 from pipeline.calibrate import __main__ as calibrate
-from tests.support import tiny
+from tests.support import quick_build, tiny
 
 ROOT = Path(__file__).parents[2]
 STAGES = ("calibrate", "export", "cpu", "onnx", "verify", "bench")
 FLAGS = ["--engine", "pixart_w4a6", "--target", "cpu", "--n-steps", "3", "--json"]
 SETTINGS = ["--set", "method=rtn", "--set", "weights.group_size=32"]
 FLAGS += SETTINGS
+# (stage, signal at its start, exit code, what the answer says): all stages once killed, and two stopped politely.
+KILLED = {stage: (stage, signal.SIGKILL, -signal.SIGKILL, "") for stage in STAGES}
+STOPS = (
+    KILLED["calibrate"],
+    ("export", signal.SIGINT, 130, "run the same command again with --resume"),
+    KILLED["export"],
+    ("cpu", signal.SIGTERM, 143, "terminated; state saved in"),
+    *(KILLED[stage] for stage in STAGES[2:]),
+)
 # What may differ between two builds: when it was, how long it took, and files that hold measured times.
 TIMES = ("created", "stages")
 TIMED_FILES = ("bench.json", "report/index.html")
 ENGINE = "rtx/model.engine"
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.torch, pytest.mark.slow]
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +48,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def command(model: Path, output: Path, *extra: str) -> list[str]:
-    return [sys.executable, "-m", "pipeline.build", *FLAGS, "-m", str(model), "-o", str(output), *extra]
+    return [sys.executable, "-m", "tests.support.quick_build", *FLAGS, "-m", str(model), "-o", str(output), *extra]
 
 
 def build(model: Path, output: Path, *extra: str) -> list[dict[str, Any]]:
@@ -94,12 +103,20 @@ def undisturbed(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return output
 
 
-def test_killed_at_every_stage_in_turn(model: Path, undisturbed: Path, tmp_path: Path) -> None:
+def test_stopped_at_every_stage_in_turn(
+    model: Path, undisturbed: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Killed in each stage; and interrupted in one, terminated in another, which save the state and say so."""
     output = tmp_path / "engines/e"
-    for stage in STAGES:
-        code, _ = stop_at(stage, signal.SIGKILL, model, output, "--resume")
-        assert code == -signal.SIGKILL, f"the build ended before {stage}"
+    for stage, sign, exit_code, said in STOPS:
+        code, rest = stop_at(stage, sign, model, output, "--resume")
+        assert code == exit_code, f"the build ended before {stage}"
         assert not output.exists() and (tmp_path / "engines/e.partial").exists()
+        if said:
+            last = json.loads(rest.splitlines()[-1])
+            assert last["passed"] is False and said in last["reason"]
+    assert cli.main(["build", *FLAGS, "-m", str(model), "-o", str(output)]) == 2
+    assert "holds an interrupted build" in capsys.readouterr().out
     events = build(model, output, "--resume")
     resumed = [event["name"] for event in events if event.get("status") == "resumed"]
     assert resumed == list(STAGES[:-1]), "finished stages are not done again"
@@ -112,13 +129,13 @@ def test_killed_at_every_stage_in_turn(model: Path, undisturbed: Path, tmp_path:
 
 def test_an_rtx_build_killed_in_its_stages_ends_in_the_same_engine(model: Path, tmp_path: Path) -> None:
     pytest.importorskip("tensorrt_rtx", reason="tensorrt-rtx is not installed: pip install tensorrt-rtx")
-    both, whole, output = ("--target", "cpu,rtx", "--target-sm", "89"), tmp_path / "whole/e", tmp_path / "engines/e"
-    build(model, whole, *both)
+    only, whole, output = ("--target", "rtx", "--target-sm", "89"), tmp_path / "whole/e", tmp_path / "engines/e"
+    build(model, whole, *only)
     for stage in ("rtx", "verify"):
-        code, _ = stop_at(stage, signal.SIGKILL, model, output, *both, "--resume")
+        code, _ = stop_at(stage, signal.SIGKILL, model, output, *only, "--resume")
         assert code == -signal.SIGKILL, f"the build ended before {stage}"
         assert not output.exists()
-    events = build(model, output, *both, "--resume")
+    events = build(model, output, *only, "--resume")
     assert "rtx" in [event["name"] for event in events if event.get("status") == "resumed"]
     found, expected = content(output), content(whole)
     found.pop(ENGINE), expected.pop(ENGINE)
@@ -133,24 +150,9 @@ def same_engine(one: Path, other: Path) -> None:
     assert replace(first, path=other) == second
 
 
-def test_ctrl_c_and_sigterm_save_the_state_and_say_so(model: Path, undisturbed: Path, tmp_path: Path) -> None:
-    output = tmp_path / "engines/e"
-    code, rest = stop_at("export", signal.SIGINT, model, output)
-    assert code == 130
-    last = json.loads(rest.splitlines()[-1])
-    assert last["passed"] is False and "run the same command again with --resume" in last["reason"]
-    assert not output.exists()
-    refused = subprocess.run(command(model, output), check=False, cwd=ROOT, capture_output=True, text=True, timeout=600)
-    assert refused.returncode == 2 and "holds an interrupted build" in refused.stdout
-    code, rest = stop_at("cpu", signal.SIGTERM, model, output, "--resume")
-    assert code == 143 and "terminated; state saved in" in json.loads(rest.splitlines()[-1])["reason"]
-    build(model, output, "--resume")
-    assert content(output) == content(undisturbed)
-
-
 def test_killed_while_replacing_keeps_the_old_bundle(model: Path, undisturbed: Path, tmp_path: Path) -> None:
     output = tmp_path / "engines/e"
-    build(model, output)
+    shutil.copytree(undisturbed, output)
     before = content(output)
     code, _ = stop_at("verify", signal.SIGKILL, model, output, "--force", "--seed", "1")
     assert code == -signal.SIGKILL
@@ -168,14 +170,20 @@ def test_a_bundle_verifies_again(undisturbed: Path, tmp_path: Path, capsys: pyte
 
 
 def test_a_build_from_a_checkpoint_is_the_build_that_calibrates(
-    model: Path, undisturbed: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    model: Path,
+    undisturbed: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    quick_build.measure_little(monkeypatch.setattr)
     layers, steps = tmp_path / "layers", "sampling.n_steps=3"
     calibration = ["--engine", "pixart_w4a6", "-m", str(model), "-o", str(layers), "--set", steps, *SETTINGS]
     assert calibrate.main(calibration) == 0
-    build(model, tmp_path / "e", "--checkpoint", str(layers))
+    build_here = ["build", *FLAGS, "-m", str(model), "--checkpoint"]
+    assert cli.main([*build_here, str(layers), "-o", str(tmp_path / "e")]) == 0
     assert content(tmp_path / "e") == content(undisturbed)
-    assert cli.main(["build", *FLAGS, "-m", str(model), "-o", str(tmp_path / "f"), "--checkpoint", str(model)]) == 2
+    assert cli.main([*build_here, str(model), "-o", str(tmp_path / "f")]) == 2
     assert "holds no finished calibration" in capsys.readouterr().err and not (tmp_path / "f").exists()
 
 

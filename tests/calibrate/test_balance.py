@@ -86,6 +86,7 @@ def test_dead_channels_are_left_alone():
     assert b.tolist() == [1, 1, 1, 3]
 
 
+@pytest.mark.torch
 def test_statistics_are_those_of_every_call():
     _, unit = observed.make("ptq4dit")
     found = balance.input_statistics(unit.observed, balance.channel_peaks)
@@ -98,6 +99,7 @@ def test_statistics_are_those_of_every_call():
     np.testing.assert_array_equal(balance.weight_peaks(unit.plans[:3]), wanted)
 
 
+@pytest.mark.torch
 def test_layers_that_read_the_same_tensor_are_found():
     _, unit = observed.make("ptq4dit")
     groups = balance.readers(unit.observed, unit.plans, 3)

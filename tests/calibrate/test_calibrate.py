@@ -291,6 +291,7 @@ def command(folder, output, group_size):
     return ["--engine", "pixart_w4a6", "-m", str(folder), "-o", str(output), *settings]
 
 
+@pytest.mark.torch
 def test_command_on_a_model_folder(tmp_path, capsys):
     folder = tiny.folder("pixart", tmp_path)
     flags = command(folder, tmp_path / "out", group_size=32)
@@ -302,6 +303,7 @@ def test_command_on_a_model_folder(tmp_path, capsys):
     assert all(get_format(layer.activation_format).name == "E2M3" for layer in layers)
 
 
+@pytest.mark.torch
 def test_command_refuses_a_group_size_that_does_not_fit(tmp_path, capsys, caplog):
     folder = tiny.folder("pixart", tmp_path)
     flags = command(folder, tmp_path / "out", group_size=48)
@@ -309,6 +311,7 @@ def test_command_refuses_a_group_size_that_does_not_fit(tmp_path, capsys, caplog
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.torch
 def test_command_resumes_only_what_it_was_asked_for(tmp_path, capsys):
     folder = tiny.folder("pixart", tmp_path / "model")
     flags = command(folder, tmp_path / "out", group_size=32)
@@ -326,6 +329,7 @@ def test_seed_is_that_of_calibration_and_of_sampling():
     assert (found.calibrate.seed, found.sampling.seed) == (5, 5)
 
 
+@pytest.mark.torch
 def test_command_leaves_other_folders_alone_and_resumes(tmp_path, capsys):
     folder = tiny.folder("pixart", tmp_path / "model")
     flags = command(folder, tmp_path / "out", group_size=32)
@@ -339,6 +343,7 @@ def test_command_leaves_other_folders_alone_and_resumes(tmp_path, capsys):
     assert (folder / "config.json").is_file()
 
 
+@pytest.mark.torch
 def test_ctrl_c_within_a_learned_block_keeps_the_others(tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("DITC_CACHE", str(tmp_path / "cache"))
     folder, draw, drawn = tiny.folder("pixart", tmp_path), reconstruct.Batches.draw, []

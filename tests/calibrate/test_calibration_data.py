@@ -27,6 +27,8 @@ from pipeline.recipe import with_settings
 from tests.generate.test_diffusers_adapter import CALLS, folder_of
 from tests.support import tiny
 
+pytestmark = pytest.mark.torch
+
 FAMILIES = ("pixart", "dit", "hunyuan")
 
 

@@ -37,12 +37,14 @@ def peaks(tmp_path_factory):
     return json.loads(done.stdout.splitlines()[-1])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", METHODS)
 def test_the_estimate_bounds_the_peak_and_is_of_its_size(method, peaks):
     peak, said = peaks[method]
     assert peak <= said <= 4 * peak, f"{method}: {peak / 2**20:.0f} MiB at the peak, {said / 2**20:.0f} MiB said"
 
 
+@pytest.mark.torch
 def test_nothing_grows_with_the_number_of_blocks(tmp_path):
     model = model_of(tmp_path, size=8, layers=4)
     recipe = with_settings(load_recipe("pixart_w4a6"), list(FEW))

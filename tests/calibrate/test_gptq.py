@@ -152,6 +152,7 @@ def test_act_order_keeps_codes_in_their_places_and_scales_of_the_float_weight():
         ]
 
 
+@pytest.mark.torch
 def test_the_factor_is_that_of_the_damped_inverse():
     _, inputs = layer(4)
     matrix = hessian([inputs[:90], inputs[90:]], K)

@@ -22,6 +22,8 @@ from pipeline.verify.report import Report
 from pipeline.verify.study import study
 from tests.support import tiny
 
+pytestmark = [pytest.mark.slow, pytest.mark.torch]
+
 # One block of width 128, in which the groups of 128 that methods ask for exist.
 SMALL = tiny.DIT | {"num_layers": 1, "num_attention_heads": 4}
 SETTINGS = (
@@ -56,20 +58,6 @@ def one_cache(tmp_path_factory: pytest.TempPathFactory) -> Any:
     """Calibration data are made once for all methods, apart from the user's."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("DITC_CACHE", str(tmp_path_factory.mktemp("cache")))
-        yield
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_trace() -> Any:
-    """Tracing takes seconds and sees no number of a layer: done once, copied for each export."""
-    made, trace = [], to_onnx._traced
-
-    def traced(*args: Any) -> Any:
-        made.extend([] if made else [trace(*args)])
-        return made[0].clone()
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(to_onnx, "_traced", traced)
         yield
 
 

@@ -26,6 +26,8 @@ from pipeline.recipe import load as load_recipe
 from pipeline.recipe import with_settings
 from tests.support import tiny
 
+pytestmark = pytest.mark.torch
+
 SMALL = (
     "method=msfp",
     "formats.activation=E2M1",

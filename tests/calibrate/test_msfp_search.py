@@ -15,9 +15,7 @@ from export.errors import ModelError, RecipeError
 from export.formats.format import (
     FORMATS,
     decode,
-    decode_with_zero_point,
     encode,
-    encode_with_zero_point,
     get_format,
     quantize,
 )
@@ -52,9 +50,9 @@ def brute_force(x, formats):
                 found.append((np.square(decode(fmt, quantize(fmt, x / scale)) * scale - x).sum(), fmt.name))
         else:
             for zero, share in product(np.linspace(low, 0, ZEROS).astype(np.float32).astype(float), SPANS):
-                clip = zero + np.float64(np.float32(share * (high - low) / fmt.max_value)) * fmt.max_value
-                codes = encode_with_zero_point(fmt, x, zero, clip)
-                found.append((np.square(decode_with_zero_point(fmt, codes, zero, clip) - x).sum(), fmt.name))
+                scale = np.float64(np.float32(share * (high - low) / fmt.max_value))
+                codes = encode(fmt, np.clip(x - zero, 0, scale * fmt.max_value) / scale)
+                found.append((np.square(zero + decode(fmt, codes) * scale - x).sum(), fmt.name))
     return min(found)
 
 

@@ -47,6 +47,7 @@ def test_static_linear_is_the_reference(fmt, zero):
         assert torch.allclose(StaticLinear(layer)(x), FakeQuantLinear(layer, torch.float32)(x), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.torch
 @pytest.mark.parametrize(("fmt", "zero"), [("INT4", None), ("UE1M3", -0.75)])
 def test_learned_scales_lower_the_loss_and_keep_zero_exact(fmt, zero):
     observed = observed_block()
@@ -66,6 +67,7 @@ def test_scales_that_do_not_help_are_not_used():
     assert learn_steps(observed, layers, 1, 5.0, "block", 0) is layers
 
 
+@pytest.mark.torch
 def test_the_method_gives_static_asymmetric_activations_and_beats_least_squared_error():
     observed = observed_block()
     plans = [replace(plan, activation_format="INT4") for plan in plans_of(observed, "INT4", "group")]

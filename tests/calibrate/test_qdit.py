@@ -41,6 +41,8 @@ from pipeline.verify.study import study
 from tests.support import observed, tiny
 from tests.verify.test_planted_faults import Bench
 
+pytestmark = pytest.mark.torch
+
 SETTINGS = ("weights.granularity=group",)
 
 

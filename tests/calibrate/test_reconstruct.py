@@ -27,6 +27,8 @@ from pipeline.calibrate.methods import fp4dit
 from pipeline.calibrate.methods.rtn import float_weight, quantize_linear
 from pipeline.calibrate.plan import LayerPlan, group_multipliers
 
+pytestmark = pytest.mark.torch
+
 WIDTH, HIDDEN, TOKENS = 16, 32, 5
 
 

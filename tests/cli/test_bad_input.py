@@ -23,6 +23,8 @@ from pipeline.bundle import stages
 from tests.support import hostile, tiny
 from tests.support.bundles import make_bundle
 
+pytestmark = pytest.mark.torch
+
 ROOT = Path(__file__).parents[2]
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 COMMON = ["--engine", "pixart_w4a6", "--target", "cpu", "--n-steps", "1"]

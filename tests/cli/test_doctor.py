@@ -11,7 +11,7 @@ from pipeline import doctor, machine
 from pipeline.backends import BACKENDS, cuda
 from pipeline.backends.base import Check
 from pipeline.backends.trt import engine as trt_run
-from plugins.gpu import compiled
+from plugins.gpu import compile
 from plugins.tensorrt.aot import plugin_name
 from plugins.tensorrt.plugins import EXAMPLES
 
@@ -31,8 +31,8 @@ def tools(monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
     found = dict(INSTALLED)
     monkeypatch.setattr(cuda, "find_spec", lambda name: object() if name in found else None)
     monkeypatch.setattr(machine, "tool_version", lambda name: found.get(name, ""))
-    monkeypatch.setattr(compiled.importlib.metadata, "version", found.__getitem__)
-    monkeypatch.setattr(compiled.os, "access", lambda path, mode: True)
+    monkeypatch.setattr(compile.importlib.metadata, "version", found.__getitem__)
+    monkeypatch.setattr(compile.os, "access", lambda path, mode: True)
     monkeypatch.setattr(machine, "cuda_sm", lambda: 90)
     monkeypatch.setattr(cuda, "torch_cuda", lambda: "13.0")
     return found

@@ -15,6 +15,8 @@ from pipeline.calibrate.state import KEPT
 from pipeline.export import FILES, main
 from tests.support import tiny
 
+pytestmark = pytest.mark.torch
+
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -30,6 +32,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.usefixtures("traced_anew")
 def test_the_bytes_are_those_of_an_export_with_the_float_model(made: Path, tmp_path: Path) -> None:
     assert main([str(made / "checkpoint"), "-o", str(tmp_path / "out")]) == 0
     for name in FILES:

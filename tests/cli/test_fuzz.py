@@ -34,6 +34,8 @@ from tests.support import hostile, hostile_gpu
 from tests.support.bundles import NOTHING_MEASURED
 from tests.support.mutations import damaged_bytes, damaged_json
 
+pytestmark = [pytest.mark.slow, pytest.mark.torch]
+
 CODES = {0, 2, 3, 4, 5}
 # Beyond this a document has made the program do work for it: a wrong number made something vast, or something waits.
 SLOWEST_S = 30

@@ -23,6 +23,8 @@ from pipeline import __main__ as cli
 from tests.support import hostile
 from tests.support.hostile import edit, reseal
 
+pytestmark = pytest.mark.torch
+
 BUILD = ("build", "--engine", "recipe.toml", "--target", "cpu", "-o", "o")
 DRY = (*BUILD, "--dry-run")
 DRAW = ("generate", "e", "--prompt", "3", "-o", "out.png", "--n-steps", "1")

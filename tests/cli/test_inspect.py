@@ -80,6 +80,7 @@ def test_layers_without_anything_special_have_no_column_for_it(
     assert "input" not in capsys.readouterr().out
 
 
+@pytest.mark.torch
 def test_a_recipe_on_a_model_says_what_calibration_will_do(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     from export.models import load as models
     from pipeline import recipe

@@ -78,6 +78,7 @@ def test_a_second_signal_ends_it_at_once(second: signal.Signals) -> None:
     assert "Traceback" not in err and "stopped at once" in err
 
 
+@pytest.mark.kernels
 def test_a_signal_while_the_interpreter_waits_for_its_threads() -> None:
     process = started(0, 60)
     process.send_signal(signal.SIGINT)

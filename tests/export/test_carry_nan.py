@@ -25,6 +25,8 @@ from pipeline.backends.reference import ReferenceEngine, fake_quant
 from pipeline.verify.probe import ProbedGraph
 from tests.support import learned, tiny
 
+pytestmark = pytest.mark.torch
+
 TARGETS = ("onnx", "cpu", "native", "rtx", "cuda")
 SETTINGS = {"native": ["cpu.path=native"], "cuda": ["cuda.activations=fp32"]}
 

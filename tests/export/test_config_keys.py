@@ -80,6 +80,7 @@ def test_of_many_the_first_are_named() -> None:
         unread_keys({f"k{i}": i for i in range(100)}, "DiTTransformer2DModel", PATH)
 
 
+@pytest.mark.torch
 @pytest.mark.parametrize("row", ["pixart", "pixart_sigma", "hunyuan", "dit", "unknown"])
 def test_a_model_is_loaded_or_refused_by_its_keys(row: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """With keys that are known to be harmless as without; with any other not at all."""

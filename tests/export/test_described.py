@@ -21,6 +21,8 @@ from pipeline.verify.report import Gate, Report
 from tests.support.bundles import stand_in
 from tests.support.hostile import edit
 
+pytestmark = pytest.mark.torch
+
 RECIPE = recipes.load("pixart_w4a6")
 
 

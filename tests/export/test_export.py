@@ -25,8 +25,9 @@ from export.models.torch_modules import with_modules
 from export.portable import read_layers
 from export.quantize_graph import multiplier_table, quantize_graph
 from export.to_onnx import ExportSummary, export_float, export_portable
-from export.trace import PlaceholderLinear
 from tests.support import hub, tiny
+
+pytestmark = pytest.mark.torch
 
 NAMES = ("pixart", "pixart_sigma", "dit", "hunyuan", "unknown")
 # Sigma's own size is 1024 pixels; a small profile keeps the test small and covers a second resolution.
@@ -201,6 +202,7 @@ def test_nothing_of_this_machine_is_in_the_file(exported):
 
 
 @pytest.mark.parametrize("export", ["portable", "float"])
+@pytest.mark.usefixtures("traced_anew")
 def test_same_inputs_give_the_same_bytes(exported, tmp_path, export):
     case = exported("pixart")
     model = load(str(case.model.folder))
@@ -218,6 +220,7 @@ def test_same_inputs_give_the_same_bytes(exported, tmp_path, export):
     assert sorted(p.name for p in tmp_path.iterdir()) == [path.name, f"{path.name}.data"]
 
 
+@pytest.mark.usefixtures("traced_anew")
 def test_a_checkpoint_is_exported_without_the_float_weights(exported, tmp_path):
     """The checkpoint, read back, and a model whose quantized linears hold nothing but NaN: the same bytes."""
     case = exported("pixart")
@@ -244,19 +247,6 @@ def test_second_resolution(tmp_path, name, size):
     assert np.abs(found - expected).max() <= float_limit(expected, nodes)
 
 
-@pytest.fixture(scope="module")
-def dit_graph(exported: Any) -> onnx.ModelProto:
-    case = exported("dit")
-    stand_ins = {layer.name: PlaceholderLinear(layer.name, layer.out_features) for layer in case.layers}
-    return ir.to_proto(to_onnx._traced(case.model, stand_ins, 0, 0))
-
-
-@pytest.fixture
-def traced_dit(dit_graph: onnx.ModelProto, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Trace the DiT once for all tests that only differ in its layers."""
-    monkeypatch.setattr(to_onnx, "_traced", lambda *_: ir.from_proto(dit_graph))
-
-
 FORMS = [
     ("E2M1", "per_channel"),
     ("E2M1", "exact_group"),
@@ -267,7 +257,7 @@ FORMS = [
 
 
 @pytest.mark.parametrize(("weight", "granularity"), [*FORMS, ("INT4", "group"), ("INT8", "per_channel")])
-def test_layers_read_back_are_those_that_were_exported(exported, traced_dit, tmp_path, weight, granularity):
+def test_layers_read_back_are_those_that_were_exported(exported, tmp_path, weight, granularity):
     model = exported("dit").model
     layers = tiny.quantized(model, weight, "E3M4", granularity)
     export_portable(model, layers, tmp_path / "model.onnx")
@@ -280,7 +270,7 @@ def test_layers_read_back_are_those_that_were_exported(exported, traced_dit, tmp
     assert np.linalg.norm(found - expected) <= FLIPS * np.linalg.norm(expected - torch_output(model, inputs))
 
 
-def test_kept_weights_are_stored_in_fp16_unless_they_do_not_fit(exported, traced_dit, tmp_path):
+def test_kept_weights_are_stored_in_fp16_unless_they_do_not_fit(exported, tmp_path):
     case = exported("dit")
     kinds = {v.name: v.const_value.dtype for v in ir.load(case.portable_path).graph.initializers.values()}
     assert kinds["proj_out_1.weight"] == ir.DataType.FLOAT16

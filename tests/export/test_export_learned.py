@@ -126,6 +126,7 @@ def exported(request: Any, tmp_path_factory: pytest.TempPathFactory) -> tuple[Lo
     return model, layers, root / "model.onnx"
 
 
+@pytest.mark.torch
 def test_all_of_it_is_read_back(exported: Any) -> None:
     _, layers, path = exported
     by_name = {layer.name: layer for layer in read_layers(path)}
@@ -137,6 +138,7 @@ def test_all_of_it_is_read_back(exported: Any) -> None:
             np.testing.assert_array_equal(one, other, err_msg=f"{layer.name} {key}")
 
 
+@pytest.mark.torch
 def test_the_model_is_the_reference(exported: Any) -> None:
     """Layer by layer on the graph's own inputs: the float64 reference on what the layer reads.
 
@@ -157,6 +159,7 @@ def test_the_model_is_the_reference(exported: Any) -> None:
         assert close.mean() > 0.95, layer.name  # the rest: codes on the other side of a midpoint
 
 
+@pytest.mark.torch
 def test_branch_numbers_follow_the_timesteps(exported: Any) -> None:
     model, _, path = exported
     graph, times = onnx.load(path, load_external_data=False), np.arange(0, 1000, 13).astype(np.float32)
@@ -185,6 +188,7 @@ def probed(path: Path, graph: onnx.ModelProto, names: set[str], inputs: Any) -> 
     return dict(zip(wanted, session.run(wanted, feeds), strict=True)) | {n: inputs[n] for n in names & set(inputs)}
 
 
+@pytest.mark.torch
 def test_models_of_different_routers_are_refused(exported: Any, tmp_path: Path) -> None:
     model, layers, _ = exported
     other = [
@@ -195,6 +199,7 @@ def test_models_of_different_routers_are_refused(exported: Any, tmp_path: Path) 
         export_portable(model, other, tmp_path / "model.onnx")
 
 
+@pytest.mark.torch
 def test_a_router_that_rounding_may_sway_is_told(exported: Any, caplog: pytest.LogCaptureFixture) -> None:
     _, layers, _ = exported
     to_onnx._tell_undecided(layers)
@@ -205,6 +210,7 @@ def test_a_router_that_rounding_may_sway_is_told(exported: Any, caplog: pytest.L
     assert "router: branches are tied within float32 rounding at 1000 timesteps: 0, 1, 2, 3," in caplog.text
 
 
+@pytest.mark.torch
 def test_the_reference_of_the_model_runs(exported: Any) -> None:
     model, layers, _ = exported
     inputs = sample_inputs(model, 2, 1)

@@ -10,9 +10,7 @@ from export.formats.format import (
     FORMATS,
     Format,
     decode,
-    decode_with_zero_point,
     encode,
-    encode_with_zero_point,
     fold_negative_zero,
     get_format,
     pack,
@@ -204,37 +202,6 @@ def test_quantize_is_symmetric(fmt: Format) -> None:
     differs = codes != encode(fmt, x)
     at_limits = (decode(fmt, codes) == 0) | (x < -fmt.max_value)
     assert at_limits[differs].all()
-
-
-# --- the zero point of unsigned formats ----------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("fmt", UNSIGNED, ids=lambda fmt: fmt.name)
-@pytest.mark.parametrize(("zero", "clip"), [(-0.278, 3.0), (0.0, 1.0), (-0.17, 0.02)])
-def test_zero_point_shifts_the_grid(fmt: Format, zero: float, clip: float) -> None:
-    x = np.linspace(zero - 1, clip + 1, 4001)
-    found = decode_with_zero_point(fmt, encode_with_zero_point(fmt, x, zero, clip), zero, clip)
-    levels = zero + non_negative(fmt) / fmt.max_value * (clip - zero)
-    bounded = np.clip(x, zero, clip)
-    best = np.abs(bounded[:, None] - levels).min(axis=1)
-    # One rounding each of the difference, the quotient, the product and the sum, of numbers up to the range's size.
-    tolerance = 4 * np.finfo(np.float64).eps * max(clip - zero, abs(zero), clip)
-    np.testing.assert_allclose(np.abs(found - bounded), best, rtol=0, atol=tolerance)
-    assert set(np.unique(encode_with_zero_point(fmt, levels, zero, clip)).tolist()) == set(range(2**fmt.bits))
-
-
-def test_zero_point_has_twice_the_levels_of_a_sign() -> None:
-    x = np.linspace(-0.278, 3, 10001)
-    unsigned = np.unique(encode_with_zero_point(FORMATS["UE2M2"], x, -0.278, 3.0))
-    signed = np.unique(encode(FORMATS["E2M1"], x * 2))
-    assert (len(unsigned), len(signed)) == (16, 10)
-
-
-def test_zero_point_needs_an_unsigned_format_and_a_range() -> None:
-    with pytest.raises(ValueError, match="E2M1 has a sign; a zero point goes with an unsigned format"):
-        encode_with_zero_point(FORMATS["E2M1"], [0.0], -1.0, 1.0)
-    with pytest.raises(ValueError, match=r"UE2M2: zero point 1.0 is not below the clip 1.0"):
-        decode_with_zero_point(FORMATS["UE2M2"], np.zeros(1, np.uint8), 1.0, 1.0)
 
 
 # --- packing -------------------------------------------------------------------------------------------------------

@@ -19,6 +19,8 @@ from pipeline import recipe as recipes
 from pipeline.__main__ import main
 from tests.support import hub, tiny
 
+pytestmark = pytest.mark.torch
+
 STEM = "diffusion_pytorch_model"
 WEIGHTS = f"{STEM}.safetensors"
 BUILD = ["build", "--engine", "pixart_w4a6", "--target", "cpu", "--dry-run", "--json"]

@@ -22,6 +22,8 @@ from export.models.torch_modules import MaskedAttention, UpcastLinear, with_modu
 from export.models.weights import file_sha256
 from tests.support import tiny
 
+pytestmark = pytest.mark.torch
+
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 BLOCK = {"attn.qkv": 3, "attn.out": 1, "cross.q": 1, "cross.kv": 2, "cross.out": 1, "ff.in": 1, "ff.out": 1}
 # name -> (family, linears to quantize by kind)

@@ -14,6 +14,8 @@ from export.errors import ModelError, RecipeError
 from export.models.load import load, sample_inputs
 from tests.support import tiny
 
+pytestmark = pytest.mark.torch
+
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 
 

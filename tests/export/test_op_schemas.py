@@ -93,6 +93,7 @@ def test_shape_rule(op_name: str) -> None:
     assert [kind for kind, _ in found] == list(OPS[op_name].outputs.values())
 
 
+@pytest.mark.torch
 @pytest.mark.parametrize("op_name", OPS)
 def test_onnx_infers_shapes_with_the_schema(op_name: str, registered: None) -> None:
     model = model_of(op_name, SHAPES[op_name][0], **CHOICES[op_name])
@@ -114,6 +115,7 @@ def test_schema_names_everything(op_name: str, registered: None) -> None:
     assert all(attribute.required and attribute.description for attribute in schema.attributes.values())
 
 
+@pytest.mark.torch
 def test_checker_refuses_a_missing_attribute(registered: None) -> None:
     model = model_of("QuantizeActivation", [(2, 8)], format="E2M3")
     del model.functions[:]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import cycle
 from typing import Any
 
 import numpy as np
@@ -114,6 +115,7 @@ def test_every_code_dequantizes(name: str) -> None:
 SESSIONS = {name: session_of(model_of("QuantizeActivation", [(None, None)], format=name)) for name in ("E2M3", "INT8")}
 
 
+@pytest.mark.torch
 @settings(max_examples=60, deadline=None)
 @given(
     st.sampled_from(sorted(SESSIONS)),
@@ -162,9 +164,13 @@ def weight_case(name: str, k: int, group_size: int, granularity: str, n: int = 5
     return (w, scales.astype(np.float32), pack(indices, 4)), {**choices, "multipliers": table}
 
 
-@pytest.mark.parametrize(("granularity", "k", "group_size"), WEIGHT_CASES)
-@pytest.mark.parametrize("name", FORMATS)
-def test_weights_both_ways(name: str, granularity: str, k: int, group_size: int) -> None:
+# Every format with three of the cases, every case with some five formats.
+BOTH_WAYS = list(zip([name for name in FORMATS for _ in range(3)], cycle(WEIGHT_CASES), strict=False))
+
+
+@pytest.mark.parametrize(("name", "case"), BOTH_WAYS, ids=str)
+def test_weights_both_ways(name: str, case: tuple[str, int, int]) -> None:
+    granularity, k, group_size = case
     fmt = get_format(name)
     (w, scales, multiplier_codes), choices = weight_case(name, k, group_size, granularity)
     (codes,) = run_everywhere("QuantizeWeight", w, scales, multiplier_codes, **choices)
@@ -227,16 +233,17 @@ def gemm_case(activation: str, weight: str, k: int, group_size: int, granularity
     return (a_codes, a_scale, w_codes, scales, multiplier_codes, bias), choices
 
 
-@pytest.mark.parametrize(("granularity", "k", "group_size"), WEIGHT_CASES)
-@pytest.mark.parametrize(
-    ("activation", "weight"), [("E2M3", "E2M1"), ("E3M4", "E3M0"), ("INT8", "INT4"), ("E4M3", "E1M2"), ("INT8", "INT6")]
-)
-def test_packed_gemm(activation: str, weight: str, granularity: str, k: int, group_size: int) -> None:
+PAIRS = [("E2M3", "E2M1"), ("E3M4", "E3M0"), ("INT8", "INT4"), ("E4M3", "E1M2"), ("INT8", "INT6")]
+
+
+@pytest.mark.parametrize(("case", "pair"), list(zip(WEIGHT_CASES * 2, cycle(PAIRS), strict=False)), ids=str)
+def test_packed_gemm(case: tuple[str, int, int], pair: tuple[str, str]) -> None:
     """Where sums are exact and a row has one scale, every runtime gives the same bits.
 
     Else: a scale per group adds G scaled sums in float32 in the runtime's order, and sums beyond the exact limit
     round up to K times; each rounding is at most 2^-24 of the sum of absolute products.
     """
+    (granularity, k, group_size), (activation, weight) = case, pair
     arrays, choices = gemm_case(activation, weight, k, group_size, granularity)
     a_codes, a_scale, w_codes, scales, multiplier_codes, bias = arrays
     a_fmt, w_fmt = get_format(activation), get_format(weight)

@@ -69,6 +69,7 @@ STATIC = {
 }
 
 
+@pytest.mark.torch
 @settings(max_examples=60, deadline=None)
 @given(
     st.sampled_from(sorted(STATIC)),

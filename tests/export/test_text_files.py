@@ -70,6 +70,8 @@ DESCRIPTION = "für mich: Größe"
 PLAIN = {"PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "LC_ALL": "POSIX", "PYTHONWARNDEFAULTENCODING": "1"}
 
 
+@pytest.mark.slow
+@pytest.mark.torch
 def test_a_build_in_an_ascii_locale_from_an_original_file(tmp_path: Path) -> None:
     """One run of all that a build reads and writes; Python warns of every text file that is opened in the locale's
     encoding. The model is a single file in PixArt's own layout."""

@@ -18,6 +18,8 @@ from export.models.load import LoadedModel, load, save_kept
 from pipeline.__main__ import main
 from tests.support import original_weights, tiny
 
+pytestmark = pytest.mark.torch
+
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 State = dict[str, Any]
 ATTENTION = "transformer_blocks.0.attn1"

@@ -19,6 +19,8 @@ from pipeline.generate.latent import draw_latent, find_pipeline
 from tests.support import tiny
 from tests.support.bundles import stand_in
 
+pytestmark = pytest.mark.torch
+
 # One denoiser call and its repetition through NumPy are the same float32 operations on the same inputs.
 EQUAL = dict(rtol=0, atol=0)
 

@@ -21,6 +21,8 @@ from pipeline.generate.diffusers_adapter import DrawnSize, EngineTransformer
 from pipeline.generate.diffusers_refusals import ADAPTERS, CLASS_METHODS, METHODS
 from tests.support import pipelines, tiny
 
+pytestmark = pytest.mark.torch
+
 # Alpha for 1024 pixels: whether it takes sizes follows from sample_size alone. They take a third of the width each.
 ALPHA_1024 = tiny.SIZES | {"sample_size": 128, "use_additional_conditions": None}
 CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {

@@ -15,6 +15,8 @@ from pipeline.generate.__main__ import main as generate
 from tests.support import pipelines
 from tests.support.pipelines import Built, decibels, latents
 
+pytestmark = pytest.mark.torch
+
 
 @pytest.fixture(scope="module")
 def built(tmp_path_factory: pytest.TempPathFactory) -> Built:

@@ -14,6 +14,8 @@ from pipeline.generate.latent import _refuse_other_class
 from pipeline.generate.pipeline_folder import float32_bytes, open_pipeline
 from tests.support import pipelines, tiny
 
+pytestmark = pytest.mark.torch
+
 Damage = Callable[[Path], object]
 
 

@@ -17,6 +17,8 @@ from pipeline.generate.__main__ import main as generate
 from tests.support import pipelines
 from tests.support.pipelines import Built, decibels, latents
 
+pytestmark = [pytest.mark.slow, pytest.mark.torch]
+
 TWO = {"prompt": ["a red circle on the white", "the cat"]}
 SIZE = {"height": 64, "width": 64, "use_resolution_binning": False}
 # Activations of 8 bits instead of the recipe's 6: in random weights, quantized adaLN shifts and long skips amplify a

@@ -16,6 +16,8 @@ from pipeline.generate.__main__ import main as generate
 from tests.support import pipelines
 from tests.support.pipelines import Built, decibels, latents
 
+pytestmark = pytest.mark.torch
+
 TWO = {"prompt": ["a red circle on the white", "the cat"]}
 # The engines draw 64 x 64. Sigma's model is one for 1024, alpha's is for 64 itself.
 SIZE = {"height": 64, "width": 64, "use_resolution_binning": False}

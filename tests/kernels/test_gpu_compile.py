@@ -66,6 +66,7 @@ def empty(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 # --- the machine code ----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.kernels
 @pytest.mark.parametrize("case", STATIC, ids=str)
 def test_a_given_scale_needs_no_pass_over_the_row(built: dict[Any, Compiled], case: Any) -> None:
     """No maximum, no shuffle, no store of a scale: numbers in, codes out."""
@@ -75,6 +76,7 @@ def test_a_given_scale_needs_no_pass_over_the_row(built: dict[Any, Compiled], ca
     assert one.registers <= least.registers + 16, "as many rows in flight as with a scale per token, or nearly"
 
 
+@pytest.mark.kernels
 @pytest.mark.parametrize("case", [*EVERYWHERE, *ON_HOPPER], ids=str)
 def test_resources(built: dict[Any, Compiled], case: Any) -> None:
     """Nothing spills, all fits, and enough rows are in flight: 16 warps in the 65536 registers of a multiprocessor."""
@@ -86,6 +88,7 @@ def test_resources(built: dict[Any, Compiled], case: Any) -> None:
     assert one.num_warps > 1 or one.shared_bytes == 0
 
 
+@pytest.mark.kernels
 @pytest.mark.parametrize(
     "case", [("norm_modulate_quantize", 90), ("norm_modulate_quantize", 80), ("gelu_quantize", 89)]
 )
@@ -102,6 +105,7 @@ def test_instructions(built: dict[Any, Compiled], case: tuple[str, int]) -> None
     assert sum(opcodes(one).values()) <= (31 if case[1] >= 89 else 35) * per_thread, "slow paths of a division included"
 
 
+@pytest.mark.kernels
 @pytest.mark.parametrize("sm", TARGETS)
 def test_arithmetic_is_what_the_interpreter_does(built: dict[Any, Compiled], sm: int) -> None:
     """IEEE division and square root, subnormals kept (bytes of SM80 are made of them), sums in the order written.
@@ -118,6 +122,7 @@ def test_arithmetic_is_what_the_interpreter_does(built: dict[Any, Compiled], sm:
     assert "sqrt.rn.f32" in norm and ".ftz" not in norm and "approx" not in norm
 
 
+@pytest.mark.kernels
 def test_description(built: dict[Any, Compiled]) -> None:
     one = built["norm_modulate_quantize", 90]
     pointers = [("x", "*fp16"), ("shift", "*fp16"), ("scale", "*fp16"), ("codes", "*u8"), ("scales", "*fp32")]
@@ -126,6 +131,7 @@ def test_description(built: dict[Any, Compiled]) -> None:
     assert one.ptx.split(".entry")[1].split(")")[0].count(".param") == len(one.arguments) + one.unused_parameters
 
 
+@pytest.mark.kernels
 def test_problems_are_named(built: dict[Any, Compiled]) -> None:
     bad = replace(built["quantize", 86], local_bytes=16, registers=256, shared_bytes=100 * 1024)
     assert bad.problems() == [
@@ -135,6 +141,7 @@ def test_problems_are_named(built: dict[Any, Compiled]) -> None:
     ]
 
 
+@pytest.mark.kernels
 def test_a_spill_is_seen(empty: Path) -> None:
     """8192 numbers held by one warp: 256 registers a thread, one more than there are, for the numbers alone."""
     spec = QuantizeSpec("E2M3", 8192, input="fp32")
@@ -193,6 +200,7 @@ def test_key_follows_the_source_of_a_helper(monkeypatch: pytest.MonkeyPatch) -> 
     assert compile._key(request("quantize", 90)) != before
 
 
+@pytest.mark.kernels
 def test_second_time_from_the_cache(empty: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     first = compile_kernels([request("quantize", 80)])
     assert [path.name for path in empty.iterdir()] == [compile._key(request("quantize", 80))]
@@ -248,6 +256,7 @@ def test_nothing_is_missing_here() -> None:
     assert compile.problems() == []
 
 
+@pytest.mark.kernels
 def test_without_triton(monkeypatch: pytest.MonkeyPatch) -> None:
     def version(_: str) -> str:
         raise importlib.metadata.PackageNotFoundError

@@ -13,6 +13,8 @@ from plugins.gpu.table import KERNELS, kernel
 from tests.kernels.test_gpu_compile_tiles import SPLIT, most_registers
 from tests.support.machine_code import count
 
+pytestmark = pytest.mark.kernels
+
 pytest.importorskip("triton", reason="the GPU kernels need triton")
 # Tensor core instructions of each target: mma.sync (QMMA, IMMA, HMMA), wgmma (QGMMA, IGMMA), tcgen05 (UTC...).
 FP8 = {80: "HMMA", 86: "HMMA", 89: "QMMA", 90: "QGMMA", 100: "UTCQMMA", 120: "QMMA"}

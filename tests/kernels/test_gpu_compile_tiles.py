@@ -14,6 +14,8 @@ from plugins.gpu.spec import GemmSpec
 from plugins.gpu.table import kernel
 from plugins.gpu.tile_table import Tile
 
+pytestmark = [pytest.mark.slow, pytest.mark.kernels]
+
 pytest.importorskip("triton", reason="the GPU kernels need triton")
 # Recipe pixart_w4a6 on the operands that `auto` takes; on Hopper also on the others, for its largest tile.
 SPEC = GemmSpec("E2M3", "E2M1", 1152, 1152, 64, (1, 2, 3, 4, 5, 6, 8, 10))

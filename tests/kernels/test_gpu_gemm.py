@@ -6,6 +6,7 @@ meaning's bits. (On a GPU a product and a sum may become one operation, with one
 
 from __future__ import annotations
 
+from itertools import cycle
 from typing import Any
 
 import numpy as np
@@ -23,12 +24,14 @@ from plugins.gpu.tile_table import Tile
 from plugins.gpu.tiles import ReduceTile, packed_constants
 from tests.support.gpu_gemms import EPS, case, exact, finite_codes, meaning, run, stored, tensor
 
-pytestmark = pytest.mark.usefixtures("interpreter")
+pytestmark = [pytest.mark.kernels, pytest.mark.usefixtures("interpreter")]
 SMALL = Tile(16, 32, 64, 4, 2)
 FP16, FP8 = 80, 90  # compute capabilities without and with FP8 tensor cores
 MULTIPLIERS = (1, 2, 3, 4, 5, 6, 8, 10)
 ACTIVATIONS = ("E2M1", "E2M3", "E3M2", "E3M4", "E4M3", "E5M2", "INT4", "INT6", "INT8", "UE2M2", "UE2M4", "UE3M5")
 WEIGHTS = ("E2M1", "E1M2", "E3M0", "INT4", "UE2M2")
+# Operands and weights are decoded apart from each other: every format of each is here once, on both tensor cores.
+PAIRS = list(zip(ACTIVATIONS, cycle(WEIGHTS), strict=False))
 
 
 def assert_bits(found: np.ndarray, expected: np.ndarray, output: str = "fp32") -> None:
@@ -39,8 +42,7 @@ def assert_bits(found: np.ndarray, expected: np.ndarray, output: str = "fp32") -
 
 
 @pytest.mark.parametrize("sm", [FP16, FP8])
-@pytest.mark.parametrize("weight", WEIGHTS)
-@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize(("activation", "weight"), PAIRS)
 def test_every_pair_of_codes(activation: str, weight: str, sm: int) -> None:
     """One product each of every operand byte with every nibble, low and high: the values' product, exactly."""
     codes = finite_codes(activation)
@@ -57,8 +59,10 @@ def test_every_pair_of_codes(activation: str, weight: str, sm: int) -> None:
 
 
 @pytest.mark.parametrize("sm", [FP16, FP8])
-@pytest.mark.parametrize("weight", WEIGHTS)
-@pytest.mark.parametrize("activation", ["E2M1", "E2M3", "E3M2", "INT6", "INT8", "UE2M2", "E3M4"])
+@pytest.mark.parametrize(
+    ("activation", "weight"),
+    list(zip(("E2M1", "E2M3", "E3M2", "INT6", "INT8", "UE2M2", "E3M4"), cycle(reversed(WEIGHTS)), strict=False)),
+)
 def test_formats(activation: str, weight: str, sm: int) -> None:
     """Sums stay below 2^24 units here, so they are exact whatever they are added up in."""
     spec = GemmSpec(activation, weight, 64, 21, output="fp32")
@@ -88,9 +92,9 @@ def test_sums_that_no_float32_holds(activation: str, weight: str, k: int) -> Non
 SHAPES = [(1, 1, 2), (3, 17, 66), (33, 35, 130), (16, 32, 64), (17, 33, 192), (2, 5, 100)]
 
 
-@pytest.mark.parametrize("weights_first", [False, True])
-@pytest.mark.parametrize(("m", "n", "k"), SHAPES)
-def test_shapes(m: int, n: int, k: int, weights_first: bool) -> None:
+@pytest.mark.parametrize(("shape", "weights_first"), list(zip(SHAPES, cycle([False, True]), strict=False)), ids=str)
+def test_shapes(shape: tuple[int, int, int], weights_first: bool) -> None:
+    m, n, k = shape
     spec = GemmSpec("E2M3", "E2M1", k, n, output="fp32")
     arrays = case(spec, m, seed=k)
     tile = Tile(16, 16, 64, 4, 2, band=2, weights_first=weights_first)
@@ -158,14 +162,13 @@ def test_no_rows() -> None:
 
 # (K, group, step): whole steps in a group, whole groups in a step, neither, groups of 2 mod 4, an odd number of groups
 GROUPS = [(256, 128, 64), (128, 32, 64), (144, 48, 64), (96, 16, 32), (132, 22, 32), (192, 64, 64), (120, 24, 64)]
+MULTIPLIED = [("E2M1", MULTIPLIERS), ("E1M2", (1, 2, 4)), ("E3M0", (1, 3, 7, 15)), ("INT4", (1, 2))]
 
 
 @pytest.mark.parametrize("sm", [FP16, FP8])
-@pytest.mark.parametrize(("k", "group", "step"), GROUPS)
-@pytest.mark.parametrize(
-    ("weight", "multipliers"), [("E2M1", MULTIPLIERS), ("E1M2", (1, 2, 4)), ("E3M0", (1, 3, 7, 15)), ("INT4", (1, 2))]
-)
-def test_multipliers(weight: str, multipliers: tuple[int, ...], k: int, group: int, step: int, sm: int) -> None:
+@pytest.mark.parametrize(("groups", "weights"), list(zip(GROUPS, cycle(MULTIPLIED), strict=False)))
+def test_multipliers(groups: tuple[int, int, int], weights: tuple[str, tuple[int, ...]], sm: int) -> None:
+    (k, group, step), (weight, multipliers) = groups, weights
     spec = GemmSpec("E2M3", weight, k, 9, group, multipliers, output="fp32")
     arrays = case(spec, 5, seed=group)
     expected = meaning(spec, arrays)
@@ -185,10 +188,10 @@ def test_sixteen_multipliers() -> None:
 
 
 @pytest.mark.parametrize("sm", [FP16, FP8])
-@pytest.mark.parametrize("multipliers", [(1,), (1, 3)])
-@pytest.mark.parametrize(("k", "group", "step"), GROUPS)
-def test_real_groups(k: int, group: int, step: int, multipliers: tuple[int, ...], sm: int) -> None:
+@pytest.mark.parametrize(("groups", "multipliers"), list(zip(GROUPS, cycle([(1,), (1, 3)]), strict=False)))
+def test_real_groups(groups: tuple[int, int, int], multipliers: tuple[int, ...], sm: int) -> None:
     """Each step is scaled (a rounding) and added (another); then the token's scale, and the bias."""
+    k, group, step = groups
     spec = GemmSpec("E2M3", "E2M1", k, 9, group, multipliers, real_groups=True, output="fp32")
     arrays = case(spec, 5, seed=group)
     y, size = exact(spec, arrays)

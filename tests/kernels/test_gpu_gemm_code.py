@@ -11,6 +11,8 @@ from plugins.gpu.spec import GemmSpec
 from plugins.gpu.table import kernel
 from tests.support.machine_code import count, opcodes
 
+pytestmark = pytest.mark.kernels
+
 pytest.importorskip("triton", reason="the GPU kernels need triton")
 MULTIPLIERS = (1, 2, 3, 4, 5, 6, 8, 10)
 # Projections of PixArt-XL/2: into its MLP with groups of 64 as in recipe pixart_w4a6, and out of an attention.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import cycle
 from typing import Any
 
 import numpy as np
@@ -22,11 +23,13 @@ from plugins.gpu.tile_table import Tile
 from plugins.gpu.tiles import gemm_constants, packed_tile
 from tests.support.gpu_gemms import case, finite_codes, meaning, run, stored, tensor
 
-pytestmark = pytest.mark.usefixtures("interpreter")
+pytestmark = [pytest.mark.kernels, pytest.mark.usefixtures("interpreter")]
 SMALL = Tile(16, 32, 64, 4, 2)
 MULTIPLIERS = (1, 2, 3, 4, 5, 6, 8, 10)
 ACTIVATIONS = ("E2M1", "E2M3", "INT4", "INT6", "INT8", "UE1M3", "UE2M2", "UE1M5", "UE2M4")
 WEIGHTS = ("E2M1", "E1M2", "E3M0", "INT4", "UE1M3", "UE2M2")
+# Operands and weights are decoded apart from each other: every format of each is here once.
+PAIRS = list(zip(ACTIVATIONS, cycle(WEIGHTS), strict=False))
 
 
 def integers(activation: str = "E2M3", weight: str = "E2M1", k: int = 64, n: int = 21, *rest: Any, **given: Any) -> Any:
@@ -41,8 +44,7 @@ def assert_meaning(spec: GemmSpec, m: int, tile: Tile | None = None, seed: int =
         np.testing.assert_array_equal(run(spec, arrays, tile, **way), expected, err_msg=str(way))
 
 
-@pytest.mark.parametrize("weight", WEIGHTS)
-@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize(("activation", "weight"), PAIRS)
 def test_every_pair_of_codes(activation: str, weight: str) -> None:
     """One product each of every operand byte with every nibble, low and high: the values' product, exactly."""
     codes = finite_codes(activation)
@@ -57,8 +59,7 @@ def test_every_pair_of_codes(activation: str, weight: str) -> None:
     np.testing.assert_array_equal(found, np.concatenate([expected, expected]).astype(np.float32))
 
 
-@pytest.mark.parametrize("weight", WEIGHTS)
-@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize(("activation", "weight"), list(zip(reversed(ACTIVATIONS), cycle(WEIGHTS), strict=False)))
 def test_formats(activation: str, weight: str) -> None:
     assert_meaning(integers(activation, weight), 7, SMALL)
 

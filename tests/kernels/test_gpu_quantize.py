@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import cycle, product
 from typing import Any
 
 import numpy as np
@@ -20,10 +21,13 @@ from tests.support.gpu_quantizers import DTYPES, assert_equal, expected
 
 pytest.importorskip("triton", reason="the GPU kernels need triton")
 pytestmark = [
+    pytest.mark.kernels,
     pytest.mark.usefixtures("interpreter"),
     # A maximum that ignores NaN, as the hardware's, has none left in a row of NaN.
     pytest.mark.filterwarnings("ignore:All-NaN slice"),
 ]
+
+
 NAMED = ("E2M3", "E3M2", "E4M3", "INT8", "INT6", "E3M4", "E5M2", "E2M1", "E3M0", "UE2M2", "UE1M5", "UE4M4")
 
 
@@ -47,8 +51,12 @@ def tokens(fmt: Format, channels: int) -> np.ndarray:
 # --- quantize ------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("channels", [1, 2, 37, 128, 1152])
-@pytest.mark.parametrize("name", NAMED)
+WIDTHS = (1, 2, 37, 128, 1152)
+
+
+@pytest.mark.parametrize(
+    ("name", "channels"), list(dict.fromkeys([*zip(NAMED, cycle(WIDTHS), strict=False), *product(["E2M3"], WIDTHS)]))
+)
 def test_equals_the_meaning(name: str, channels: int) -> None:
     """Every code and every scale, bit for bit."""
     spec = QuantizeSpec(name, channels, input="fp32")

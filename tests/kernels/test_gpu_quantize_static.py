@@ -20,7 +20,7 @@ from tests.kernels.test_gpu_quantize_fused import gelu_bound
 from tests.support.gpu_quantizers import DTYPES, U
 
 pytest.importorskip("triton", reason="the GPU kernels need triton")
-pytestmark = pytest.mark.usefixtures("interpreter")
+pytestmark = [pytest.mark.kernels, pytest.mark.usefixtures("interpreter")]
 NAMED = ("E2M3", "E3M2", "E4M3", "INT8", "INT6", "E3M4", "E5M2", "E2M1", "UE2M2", "UE1M5")
 SCALES = ((0.037, 0.11), (2.0**-30, -3.0), (3e20, 0.0))
 

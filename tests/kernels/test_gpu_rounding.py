@@ -19,7 +19,7 @@ tl = triton.language
 
 from plugins.gpu.quantize import grid_to_byte, quotient, reciprocal_parts, round_to_grid  # noqa: E402
 
-pytestmark = pytest.mark.usefixtures("interpreter")
+pytestmark = [pytest.mark.kernels, pytest.mark.usefixtures("interpreter")]
 INTERPRETED, CONVERTED = 0, 90  # with bit operations; with the hardware's conversion to E4M3 where there is one
 
 

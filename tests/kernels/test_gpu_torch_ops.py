@@ -164,6 +164,7 @@ def test_every_op_is_checked() -> None:
     assert {case.id for case in cases()} == {op.name for op in torch_ops.OPS}
 
 
+@pytest.mark.kernels
 @pytest.mark.parametrize("op, tensors, choices", cases())
 def test_the_interpreted_kernel_gives_the_same(
     op: Any, tensors: list[torch.Tensor], choices: dict[str, Any], interpreter: None, monkeypatch: pytest.MonkeyPatch

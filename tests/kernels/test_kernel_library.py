@@ -22,6 +22,8 @@ from plugins.cpu import library
 from tests.support import native
 from tests.support.bundles import make_bundle
 
+pytestmark = pytest.mark.kernels
+
 
 @pytest.fixture
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
@@ -257,6 +259,7 @@ def test_a_planted_library_never_runs(verb: str, planted: tuple[Path, Path], tmp
     assert not marker.exists()
 
 
+@pytest.mark.torch
 def test_the_session_helpers_do_not_look_beside_the_graph(planted: tuple[Path, Path], tmp_path: Path) -> None:
     """Where a library lies beside a graph nevertheless: in an engine's folder, or beside a lowered graph."""
     import onnx_ir as ir

@@ -10,6 +10,8 @@ from tests.backends.cpu.test_cpu_quantizers import EIGHT_BITS, assert_images, im
 from tests.support import native
 from tests.support.portable import activations
 
+pytestmark = pytest.mark.kernels
+
 ROUNDING = 2.0**-24
 CODED = [Out.CODES, Out.SCALE]
 

@@ -10,6 +10,8 @@ from tests.backends.cpu.test_cpu_quantizers import TWO_LIMBS, image_and_scale, o
 from tests.support import native
 from tests.support.portable import activations
 
+pytestmark = pytest.mark.kernels
+
 LIMBS = [Out.CODES, Out.LOW_CODES, Out.SCALE]
 SUMS = (In.HIGH_SUM, In.LOW_SUM, In.CHANNEL_SCALE)
 

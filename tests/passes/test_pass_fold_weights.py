@@ -7,6 +7,8 @@ import pytest
 from pipeline.passes.fold_weights import FoldWeights
 from tests.support.portable import op_types, run
 
+pytestmark = pytest.mark.torch
+
 TEXT = """<ir_version: 10, opset_import: ["" : 21]>
 g (float[B,3] x) => (float[B,2] y) <float16[2,3] w> { BODY }"""
 BODY = "c = Cast <to = 1> (w) t = Transpose <perm = [1, 0]> (c) y = MatMul(x, t)"

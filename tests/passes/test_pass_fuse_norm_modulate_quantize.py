@@ -6,6 +6,8 @@ import pytest
 from pipeline.passes.fuse_norm_modulate_quantize import FuseNormModulateQuantize
 from tests.support.portable import op_types, portable, random_linear, run
 
+pytestmark = pytest.mark.torch
+
 INPUTS = "float[B,S,64] x, float[B,1,64] shift, float[B,1,64] scale"
 PATTERN = """
   ones = Constant <value_floats = [{ones}]> ()

@@ -10,8 +10,6 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-import onnx_ir as ir
-
 from export import to_onnx
 from export.checkpoint import QuantizedLinear
 from export.models import load as models
@@ -136,7 +134,6 @@ class Subjects:
         self.root = root
         self.model = cache(self._model)
         self.subject = cache(self._subject)
-        self.traces: dict[str, ir.Model] = {}
 
     def _model(self, name: str) -> LoadedModel:
         if name in RECIPES:
@@ -151,23 +148,11 @@ class Subjects:
         layers = _layers(base, model, recipe, folder)
         if kind == LEARNED:
             layers = learn(layers)
-        self._export(model, layers, folder / "model.onnx", recipe)
+        to_onnx.export_portable(model, layers, folder / "model.onnx", recipe.sampling.height, recipe.sampling.width)
         pictures = picture_case.SMALL_PICTURES if kind else PICTURES
         with mock.patch.object(picture_case, "SMALL_PICTURES", pictures):
             found = study(model, layers, recipe)
         return Subject(name, model, layers, recipe, folder, found)
-
-    def _export(self, model: LoadedModel, layers: list[QuantizedLinear], path: Path, recipe: Recipe) -> None:
-        """Export; a model is traced once, whatever its layers hold."""
-        trace = to_onnx._traced
-
-        def traced(of: LoadedModel, stand_ins: Any, height: int, width: int) -> ir.Model:
-            if of.source not in self.traces:
-                self.traces[of.source] = trace(of, stand_ins, height, width)
-            return self.traces[of.source].clone()
-
-        with mock.patch.object(to_onnx, "_traced", traced):
-            to_onnx.export_portable(model, layers, path, recipe.sampling.height, recipe.sampling.width)
 
 
 def _with_zeros(name: str, root: Path) -> Path:

@@ -36,6 +36,8 @@ from pipeline.verify.gates import FACTOR_DB, calls_gates
 from pipeline.verify.report import Gate
 from tests.support import tiny
 
+pytestmark = pytest.mark.torch
+
 RECIPE = recipes.with_sampling(recipes.load("pixart_w4a6"), n_steps=3)
 
 

@@ -12,8 +12,10 @@ import pytest
 from tests.support.call_faults import CALL_FAULTS, CallFault
 from tests.support.fault_subjects import ZEROS, Subjects
 from tests.support.graph_edit import GraphEdit, NothingToPlantError
-from tests.support.graph_faults import ALL, GRAPH_FAULTS, MINIS, GraphFault
+from tests.support.graph_faults import ALL, GRAPH_FAULTS, MINIS, TINIES, GraphFault
 from tests.support.linear_faults import LEARNED, LINEAR_FAULTS
+
+pytestmark = [pytest.mark.slow, pytest.mark.torch]
 
 # Test -> the faults that it plants.
 TABLES: dict[str, Sequence[Any]] = {
@@ -82,6 +84,8 @@ def test_the_table_is_as_long_and_as_wide_as_it_should_be() -> None:
     assert len({fault.name for fault in faults}) == len(faults) - 1 > 100  # latents are clipped in two places
     for name in (*MINIS, *LEARNED):
         assert sum(name in fault.subjects for fault in faults) >= 10
+    planted = [name for table in TABLES.values() for name, _ in chosen(table, every=False)]
+    assert sum(name.startswith(MINIS) for name in planted) >= 60 and {*MINIS, *TINIES} <= set(planted)
 
 
 def test_a_fault_that_changes_nothing_is_none(subjects: Subjects) -> None:

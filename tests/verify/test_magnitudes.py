@@ -20,6 +20,8 @@ from pipeline.distance import sqnr_db
 from pipeline.verify.proof import drawn
 from tests.support import native, tiny
 
+pytestmark = [pytest.mark.torch, pytest.mark.kernels]
+
 # At ordinary numbers the engines of this model are 120 dB from the float64 reference, and no code flips. Of a timestep
 # the phase is rounded to float32: 2^14 * 2^-24 rad is 60 dB of one embedding, which the network lessens.
 LEAST_DB = {"hidden_states": 100.0, "encoder_hidden_states": 100.0, "timestep": 60.0}

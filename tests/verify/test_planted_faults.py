@@ -23,6 +23,8 @@ from pipeline.verify.study import Study, study
 from tests.support import tiny
 from tests.support.faults import INSIDE_LINEARS, LOWERED_FAULTS, PORTABLE_FAULTS, Fault, Graph, LoweredFault, edited
 
+pytestmark = [pytest.mark.slow, pytest.mark.torch]
+
 TARGETS = ("cpu", "rtx", "cuda")
 # Attention in float32 on all targets: FP16 roundings would hide the smallest faults.
 SHARP = {"attention": "fp32"}

@@ -29,6 +29,8 @@ from tests.support.faults import INSIDE_LINEARS, Fault, Graph, LoweredFault
 from tests.support.faults_learned import LEARNED_FAULTS, LOWERED_LEARNED_FAULTS, row_of
 from tests.verify.test_planted_faults import SHARP, TARGETS, Bench
 
+pytestmark = [pytest.mark.slow, pytest.mark.torch]
+
 
 @dataclass(frozen=True)
 class Case:

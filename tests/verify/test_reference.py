@@ -182,6 +182,7 @@ def test_a_branch_without_timesteps_or_batch_is_refused():
         linear(torch.ones(2, 3, 16))
 
 
+@pytest.mark.torch
 def test_the_whole_model_is_told_the_timestep(tmp_path):
     model, of = models.load(str(tiny.folder("pixart", tmp_path))), learned.router()
     layers = [learned.with_low_rank(layer, of, seed) for seed, layer in enumerate(tiny.quantized(model))]

@@ -58,6 +58,7 @@ def _outputs(model: models.LoadedModel, inputs: dict[str, Any]) -> tuple[dict[st
         return inside, outside, whole(**tensors_of(inputs, torch.float64)).numpy()
 
 
+@pytest.mark.torch
 def test_a_pass_told_the_module_s_own_outputs_is_the_module(model: models.LoadedModel) -> None:
     inputs = models.sample_inputs(model, 2, 0)
     inside, outside, output = _outputs(model, inputs)
@@ -71,6 +72,7 @@ def test_a_pass_told_the_module_s_own_outputs_is_the_module(model: models.Loaded
     assert np.array_equal(stop.x, output)
 
 
+@pytest.mark.torch
 def test_an_error_in_a_pass_reaches_its_caller_and_an_abandoned_pass_ends(model: models.LoadedModel) -> None:
     inputs = tensors_of(models.sample_inputs(model, 1, 0), torch.float32)
     module = stopping_module(model, torch.float32)
@@ -126,6 +128,7 @@ def _check(model: models.LoadedModel, change: Any = None) -> list[Any]:
     return check.results
 
 
+@pytest.mark.torch
 def test_a_float32_engine_is_well_within_its_limits(model: models.LoadedModel) -> None:
     results = _check(model)
     assert [row.layer for row in results][-1] == OUTPUT
@@ -134,6 +137,7 @@ def test_a_float32_engine_is_well_within_its_limits(model: models.LoadedModel) -
     assert all(row.diagnosis is None for row in results)
 
 
+@pytest.mark.torch
 def test_a_stretch_off_by_a_few_millionths_is_named(model: models.LoadedModel) -> None:
     target = model.linears()[2].name
     results = {row.layer: row for row in _check(model, lambda name, x: x * 1.0001 if name == target else x)}
@@ -142,6 +146,7 @@ def test_a_stretch_off_by_a_few_millionths_is_named(model: models.LoadedModel) -
     assert all(row.error <= 1 for name, row in results.items() if name != target)
 
 
+@pytest.mark.torch
 def test_numbers_that_are_not_finite_have_a_stretch_too(model: models.LoadedModel) -> None:
     def overflow(name: str, x: Any) -> Any:
         return np.where(np.abs(x) > np.quantile(np.abs(x), 0.99), np.inf, x) if name == OUTPUT else x
@@ -247,6 +252,7 @@ def test_the_jitter_of_a_layer_norm_covers_sums_in_one_pass() -> None:
     assert error < LIMIT * noise
 
 
+@pytest.mark.torch
 def test_a_linear_that_is_never_called_is_refused(tmp_path: Path) -> None:
     model = models.load(str(tiny.folder("pixart", tmp_path)))
     inputs = models.sample_inputs(model, 1, 0)

@@ -23,6 +23,7 @@ from pipeline.backends.reference import ReferenceEngine
 from pipeline.generate.case import Case
 from pipeline.progress import track
 from pipeline.side_by_side import StoppedError, raise_if_stopped, side_by_side
+from pipeline.verify.calls import _at_once, _Counted
 from pipeline.verify.extremes import extreme_results
 from pipeline.verify.probe import ProbedGraph
 from tests.cli.test_signals import ROOT
@@ -154,7 +155,14 @@ def overflow(_: Path) -> None:
     list(_sizes(module, {}))
 
 
-@pytest.mark.parametrize("work", [reference, lowered_graph, drawing, extremes, overflow])
+def callers(_: Path) -> None:
+    """The two who call at once are threads of their own."""
+    call: Any = SimpleNamespace(inputs={})
+    _at_once([call, call], _Counted(lambda inputs: {"sample": np.zeros(1)}, 0))
+
+
+@pytest.mark.torch
+@pytest.mark.parametrize("work", [reference, lowered_graph, drawing, extremes, overflow, callers])
 def test_long_work_stops_where_nobody_waits_for_it(
     work: Callable[[Path], None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

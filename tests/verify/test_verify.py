@@ -25,7 +25,7 @@ from pipeline.generate.conditioning import from_dict
 from pipeline.verify import probe as probing
 from pipeline.verify.call_patterns import PROMPTED, UNPROMPTED
 from pipeline.verify.gates import FACTOR_DB, NOT_IN_STEPS, ROUNDED_DB, TOO_COARSE, end_gates, quantization_gates
-from pipeline.verify.oracle import ROUNDING, LinearProbe, LinearWeight, check_linear, exact_sums, quantize_oracle
+from pipeline.verify.oracle import ROUNDING, LinearProbe, LinearWeight, activation_oracle, check_linear, exact_sums
 from pipeline.verify.probe import ProbedGraph
 from pipeline.verify.proof import verify
 from pipeline.verify.reference_hooks import Comparison, Recorder, half_parts, hooked, jittered
@@ -33,7 +33,14 @@ from pipeline.verify.report import Gate
 from pipeline.verify.study import Realisations, StepErrors, Study, layer_input_db
 from tests.support import tiny
 from tests.support.hand_lowered import linear, lower
+from tests.support.portable import random_linear
 from tests.support.report_file import read_report
+
+
+def oracle_of(x: Any, name: str) -> Any:
+    """What a layer with one scale for each token gives for x [M, K]."""
+    return activation_oracle(x, random_linear(activation=name, k=x.shape[1]))
+
 
 SIGNED = [name for name, fmt in FORMATS.items() if fmt.sign_bits]
 
@@ -59,7 +66,7 @@ def test_equal_arrays_are_infinitely_close_and_nan_is_nan() -> None:
 @pytest.mark.parametrize("name", SIGNED)
 def test_oracle_agrees_with_the_op_except_within_rounding_of_a_midpoint(name: str) -> None:
     x = np.random.default_rng(1).standard_normal((64, 96)).astype(np.float32)
-    oracle = quantize_oracle(x, name)
+    oracle = oracle_of(x, name)
     codes, scale = OPS["QuantizeActivation"].numpy(x, format=name)
     image = get_format(name).image[codes]
     assert np.all((image >= oracle.lowest) & (image <= oracle.highest))
@@ -72,20 +79,20 @@ def test_oracle_keeps_every_value_of_the_grid(name: str) -> None:
     fmt = get_format(name)
     codes = np.flatnonzero(np.isfinite(fmt.values) & (np.abs(fmt.values) <= fmt.max_value))
     x = decode(fmt, codes.astype(np.uint8))[None]
-    assert np.array_equal(quantize_oracle(x, name).image, fmt.image[codes][None])
+    assert np.array_equal(oracle_of(x, name).image, fmt.image[codes][None])
 
 
 def test_only_numbers_next_to_a_midpoint_are_ambiguous() -> None:
     top, midpoint = 7.5, 0.1875  # E2M3 has 0.125 and 0.25
     near, far = midpoint * (1 + 2 * ROUNDING), midpoint * (1 + 20 * ROUNDING)
-    oracle = quantize_oracle(np.array([[top, midpoint, near, far]]), "E2M3")
+    oracle = oracle_of(np.array([[top, midpoint, near, far]]), "E2M3")
     assert oracle.ambiguous == 2
     assert oracle.image.tolist() == [[60, 2, 2, 2]]
     assert oracle.lowest.tolist() == [[60, 1, 1, 2]]
 
 
 def test_a_row_of_zeros_has_codes_zero() -> None:
-    oracle = quantize_oracle(np.zeros((2, 8)), "E2M3")
+    oracle = oracle_of(np.zeros((2, 8)), "E2M3")
     assert not oracle.image.any() and oracle.ambiguous == 0
 
 
@@ -128,7 +135,7 @@ def test_a_right_graph_passes_every_check(hand: Any) -> None:
     for layer in layers:
         assert len(found[layer.name]) == 2
         for probe in found[layer.name]:
-            check = check_linear(layer, probe, quantize_oracle(probe.x, "E2M3"))
+            check = check_linear(layer, probe, activation_oracle(probe.x, layer))
             assert (check.gemm_max_abs_diff, check.codes_inadmissible, check.nonfinite) == (0, 0, 0)
             assert check.codes_different <= check.codes_ambiguous
             assert 0 < check.scale_error <= 1 and 0 < check.output_error <= 1
@@ -166,7 +173,7 @@ def _probe(hand: Any) -> tuple[Any, LinearProbe]:
 def _check(hand: Any, **changes: Any) -> Any:
     layer, probe = _probe(hand)
     probe = replace(probe, **{key: change(np.array(getattr(probe, key))) for key, change in changes.items()})
-    return check_linear(layer, probe, quantize_oracle(np.nan_to_num(probe.x), "E2M3"))
+    return check_linear(layer, probe, activation_oracle(np.nan_to_num(probe.x), layer))
 
 
 def _poke(value: float) -> Any:
@@ -190,7 +197,7 @@ def test_every_kind_of_damage_is_measured(hand: Any) -> None:
 
 def test_an_absent_output_is_no_proof(hand: Any) -> None:
     layer, probe = _probe(hand)
-    check = check_linear(layer, replace(probe, output=None), quantize_oracle(probe.x, "E2M3"))
+    check = check_linear(layer, replace(probe, output=None), activation_oracle(probe.x, layer))
     assert math.isnan(check.output_error)
 
 
@@ -321,6 +328,7 @@ def test_example_prompts_are_understood_and_repeatable() -> None:
 # --- the whole ------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.torch
 @pytest.mark.parametrize(
     ("activation", "granularity", "target"),
     [
@@ -350,6 +358,7 @@ def test_verify_writes_a_passing_report(activation: str, granularity: str, targe
     assert (tmp_path / "report" / "images" / f"{target}-0.png").is_file()
 
 
+@pytest.mark.torch
 @pytest.mark.parametrize(("target", "size", "words"), [("cpu", 3e38, "NaN or Inf"), ("rtx", 3e4, "FP16 overflow")])
 def test_a_model_that_overflows_in_the_targets_arithmetic(target: str, size: float, words: str, tmp_path: Path) -> None:
     """The reference's own runs overflow too: no limit comes from them, and the gates fail in words."""

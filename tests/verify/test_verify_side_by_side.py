@@ -25,6 +25,8 @@ from pipeline.verify import proof as verify
 from pipeline.verify import study
 from tests.support import tiny
 
+pytestmark = pytest.mark.torch
+
 TARGETS = ("cpu", "rtx", "onnx")
 THREADS = 3
 

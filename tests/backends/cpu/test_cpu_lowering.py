@@ -1,6 +1,7 @@
 """Every GEMM path of the CPU lowering is exact against int64, and every refusal has its reason."""
 
 from dataclasses import replace
+from itertools import cycle
 
 import numpy as np
 import onnx_ir as ir
@@ -77,9 +78,9 @@ def initializer(model, name):
     return model.graph.initializers[name].const_value.numpy()
 
 
-@pytest.mark.parametrize("weight, activation, granularity, group", INTEGER_CASES)
-@pytest.mark.parametrize("n, k", SHAPES)
-def test_integer_paths_give_the_exact_sum_for_their_own_codes(weight, activation, granularity, group, n, k):
+@pytest.mark.parametrize("case, shape", list(zip(INTEGER_CASES * 2, cycle(SHAPES), strict=False)), ids=str)
+def test_integer_paths_give_the_exact_sum_for_their_own_codes(case, shape):
+    (weight, activation, granularity, group), (n, k) = case, shape
     layer = random_linear(n=n, k=k, weight=weight, activation=activation, granularity=granularity, group=group)
     skip_where_sums_saturate(layer)
     model, rewrite = lowered(layer)

@@ -107,6 +107,7 @@ def test_a_block_becomes_four_chains():
     assert not any(rewrite.refusals for rewrite in passes.values())
 
 
+@pytest.mark.kernels
 def test_what_no_one_reads_is_not_computed_in_an_engine():
     model, _ = rewritten()
     expected = native.run(model, feeds())[0]
@@ -118,6 +119,7 @@ def test_what_no_one_reads_is_not_computed_in_an_engine():
 PAIRS = [("E2M3", "E2M1"), ("INT8", "INT4"), ("INT6", "INT6"), ("E2M1", "E2M1"), ("E3M4", "E2M1"), ("E3M2", "E2M1")]
 
 
+@pytest.mark.kernels
 @pytest.mark.parametrize("groups", [{}, {"granularity": "group", "group": 16}], ids=["channels", "groups"])
 @pytest.mark.parametrize("activation, weight", PAIRS)
 def test_every_probed_tensor_is_that_of_the_stock_graph(activation, weight, groups):
@@ -150,6 +152,7 @@ def _cut_feeds(row, found):
     return feeds() | {"start": found[row.x]}
 
 
+@pytest.mark.kernels
 def test_norm_and_gelu_are_those_of_onnxruntime_up_to_roundings():
     stock, _ = lowered()
     model, _ = rewritten()
@@ -172,6 +175,7 @@ NEVER = {
 }
 
 
+@pytest.mark.kernels
 @pytest.mark.parametrize("case", NEVER)
 def test_what_is_not_the_pattern_stays(case):
     body, last_input, kept = NEVER[case]
@@ -229,6 +233,7 @@ NORM = """
 """.replace("{w}", ", ".join(f"{1 + i / 64}" for i in range(64)))
 
 
+@pytest.mark.kernels
 def test_a_plain_norm_with_weight_and_bias_is_fused():
     model, _ = rewritten(NORM.replace("{bias}", ", w"), "float[B,S,64] x")
     assert chains(model)[0] == ("X+NORM_SCALE+NORM_SHIFT", "CODES+SCALE+QUANTIZED")
@@ -289,6 +294,7 @@ ATTENTION = """
 """
 
 
+@pytest.mark.kernels
 def test_heads_are_read_and_written_where_attention_keeps_them():
     model, passes = rewritten(ATTENTION, "float[B,S,64] x")
     assert passes["MoveHeads"].fired == 4

@@ -23,6 +23,8 @@ from tests.support import native
 from tests.support.hooked_sessions import TIMEOUT_S, Worker, hooked, once
 from tests.support.portable import portable, random_linear
 
+pytestmark = pytest.mark.kernels
+
 # The mask is read by the part of the condition and by the rest: a call must see one mask in both.
 BODY = """
   k = fpq.QuantizedLinear <layer="a"> (text)

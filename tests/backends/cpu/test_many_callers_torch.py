@@ -173,6 +173,7 @@ def test_calls_of_the_reference_take_turns() -> None:
     assert most == [1]
 
 
+@pytest.mark.torch
 def test_the_reference_says_what_does_not_fit(tmp_path: Path) -> None:
     from export.models import load as models
     from pipeline.backends.reference import ReferenceEngine

@@ -37,6 +37,8 @@ from pipeline.verify.study import Study, study
 from plugins.gpu.spec import operand_bytes
 from tests.support import tiny
 
+pytestmark = pytest.mark.torch
+
 BACKEND = BACKENDS["cuda"]
 
 
@@ -170,6 +172,7 @@ def failed_ends(engine: CudaEngine, found: Study, arithmetic: str) -> set[str]:
     return {gate.name for gate in gates if not gate.passed}
 
 
+@pytest.mark.kernels
 def test_the_engine_runs_on_the_kernels(
     built: Built, interpreter: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -50,6 +50,8 @@ from tests.support.faults_learned import LEARNED_FAULTS, OUT
 from tests.support.hooked_sessions import Hooked
 from tests.verify.test_planted_faults_learned import learned_layer
 
+pytestmark = pytest.mark.torch
+
 BACKEND = BACKENDS["onnx"]
 # Where other targets compare integer sums, this one compares the operands that it multiplies.
 GATE = {"gemm_exact": "operands_exact"}
@@ -87,22 +89,6 @@ class Exported:
             *layer_gates("onnx", rows, 0),
         ]
         return {gate.name.removeprefix("onnx/") for gate in gates if not gate.passed}
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_trace() -> Any:
-    """Tracing takes seconds and sees no number of a layer: done once for each model, copied for each export."""
-    made: dict[str, ir.Model] = {}
-    trace = to_onnx._traced
-
-    def traced(model: LoadedModel, *rest: Any) -> Any:
-        if model.sha256 not in made:
-            made[model.sha256] = trace(model, *rest)
-        return made[model.sha256].clone()
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(to_onnx, "_traced", traced)
-        yield
 
 
 @pytest.fixture(scope="module")
@@ -159,6 +145,7 @@ def test_probe_rows_are_tensors_of_the_graph(kind: str, exported: Any, tmp_path:
     assert lowering_file.read(tmp_path / lowering_file.NAME).probes == graph.probes
 
 
+@pytest.mark.slow
 def test_another_family(tmp_path: Path) -> None:
     model = models.load(str(tiny.folder("hunyuan", tmp_path)))
     layers = tiny.quantized(model, granularity="exact_group")

@@ -25,6 +25,8 @@ from pipeline.verify.segments import SegmentCheck, SegmentReference
 from tests.support import tiny
 from tests.support.graph_edit import GraphEdit, Step
 
+pytestmark = pytest.mark.torch
+
 FAMILIES = ("pixart", "hunyuan", "dit")
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import cycle, product
 from pathlib import Path
 from typing import Any
 
@@ -44,12 +45,14 @@ def prove(layer: QuantizedLinear, probed: ProbedGraph, exact: bool) -> None:
     assert_proven(found if exact else replace(found, gemm_max_abs_diff=0))
 
 
-@pytest.mark.parametrize("weights", ["fp8", "int8", "int4"])
-@pytest.mark.parametrize("weight", WEIGHTS, ids=lambda row: row[1])
-@pytest.mark.parametrize("scaling", ["static", "zero", "token"])
-@pytest.mark.parametrize("around", AROUND)
-def test_gates_prove_every_combination(weight: Any, scaling: str, around: str, weights: str, tmp_path: Path) -> None:
-    name, granularity, group = weight
+# Everything learned with everything else that is; how weights are stored in turn.
+STORED = cycle(("fp8", "int8", "int4", "int8"))
+COMBINED = list(zip(product(AROUND, ("static", "zero", "token"), WEIGHTS), STORED, strict=False))
+
+
+@pytest.mark.parametrize(("learned_with", "weights"), COMBINED, ids=str)
+def test_gates_prove_every_combination(learned_with: Any, weights: str, tmp_path: Path) -> None:
+    around, scaling, (name, granularity, group) = learned_with
     one = random_linear(weight=name, activation="E2M3", granularity=granularity, group=group)
     layer = AROUND[around](SCALINGS.get(scaling, lambda one: one)(one))
     model, found, probed = lowered(layer, tmp_path, weights)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import tracemalloc
 from dataclasses import replace
+from itertools import cycle, product
 from pathlib import Path
 from typing import Any
 
@@ -81,14 +82,15 @@ def probed(row: ProbeRow, found: dict[str, np.ndarray]) -> np.ndarray:
     return np.sum(limbs, axis=0) - row.codes_offset
 
 
-@pytest.mark.parametrize(
-    ("weights", "sms"), [("fp8", WIDE), ("int8", WIDE), ("int4", WIDE), ("fp8", (86, 89)), ("int4", (86,))]
-)
-@pytest.mark.parametrize("activation", ACTIVATIONS)
-@pytest.mark.parametrize(
-    ("weight", "group"), [("E2M1", 0), ("E2M1", 16), ("E1M2", 16), ("E3M0", 16), ("INT4", 0), ("INT6", 0)]
-)
-def test_codes_and_integer_sums_are_exact(weights: str, sms: Any, activation: str, weight: str, group: int) -> None:
+OPTIONS = [("fp8", WIDE), ("int8", WIDE), ("int4", WIDE), ("fp8", (86, 89)), ("int4", (86,))]
+WEIGHTS = [("E2M1", 0), ("E2M1", 16), ("E1M2", 16), ("E3M0", 16), ("INT4", 0), ("INT6", 0)]
+# Every activation and every weight with every option, and most of them with each other.
+EXACT = list(zip(product(OPTIONS, ACTIVATIONS), cycle(WEIGHTS), strict=False))
+
+
+@pytest.mark.parametrize(("choice", "of_weight"), EXACT, ids=str)
+def test_codes_and_integer_sums_are_exact(choice: Any, of_weight: tuple[str, int]) -> None:
+    ((weights, sms), activation), (weight, group) = choice, of_weight
     linear = Linear("layer", activation=activation, weight=weight, group_size=group)
     source = single(linear)
     model, found = lowered(source, weights, sms)
@@ -111,21 +113,19 @@ def test_native_e2m3_takes_no_rounding_ops() -> None:
     assert "its own rounding" in found.choices[0].why
 
 
-@pytest.mark.parametrize("activation", ACTIVATIONS)
-@pytest.mark.parametrize(
-    ("weight", "group", "sms", "path"),
-    [
-        ("E2M1", 16, WIDE, "fp16"),
-        ("E2M1", 32, WIDE, "fp16, fp8 weights"),
-        ("E2M1", 32, (86,), "fp16"),
-        ("E1M2", 32, WIDE, "fp16, int4 weights"),
-        ("INT4", 32, (86,), "fp16, int4 weights"),
-        ("INT8", 32, WIDE, "fp16"),
-    ],
-)
-def test_real_group_scales_round_in_half_precision(
-    activation: str, weight: str, group: int, sms: tuple[int, ...], path: str
-) -> None:
+REAL_GROUPS = [
+    ("E2M1", 16, WIDE, "fp16"),
+    ("E2M1", 32, WIDE, "fp16, fp8 weights"),
+    ("E2M1", 32, (86,), "fp16"),
+    ("E1M2", 32, WIDE, "fp16, int4 weights"),
+    ("INT4", 32, (86,), "fp16, int4 weights"),
+    ("INT8", 32, WIDE, "fp16"),
+]
+
+
+@pytest.mark.parametrize(("activation", "case"), list(zip(ACTIVATIONS, cycle(REAL_GROUPS), strict=False)), ids=str)
+def test_real_group_scales_round_in_half_precision(activation: str, case: tuple[str, int, Any, str]) -> None:
+    weight, group, sms, path = case
     linear = Linear("layer", activation=activation, weight=weight, group_size=group, real_groups=True)
     source = single(linear)
     model, found = lowered(source, "fp8", sms)

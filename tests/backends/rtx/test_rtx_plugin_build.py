@@ -23,10 +23,11 @@ from pipeline.backends.tensorrt import plugin_payloads as rtx_plugin
 from pipeline.backends.tensorrt.plan_file import PLUGIN_STEP, check_plugins, read_engine_file
 from pipeline.passes.quantized_gemm import read_gemm
 from pipeline.recipe import Calibrate, Formats, Recipe
-from pipeline.verify.oracle import quantize_oracle
+from pipeline.verify.oracle import activation_oracle
 from pipeline.verify.probe import ProbedGraph, open_session
 from plugins.gpu.spec import GemmSpec, QuantizeSpec
 from plugins.tensorrt.payload import FIELD, Payload, from_text
+from tests.support.portable import random_linear
 from tests.support.rtx_models import Graph, Linear, block, single
 
 pytest.importorskip("tensorrt_rtx", reason="tensorrt-rtx is not installed")
@@ -128,6 +129,7 @@ def test_the_builders_graph_is_the_verified_one_without_bodies(folder: Path) -> 
     assert onnx.TensorProto.UINT8 not in types.values()
 
 
+@pytest.mark.kernels
 def test_the_verified_graph_runs_in_stock_onnxruntime_and_agrees_with_the_native_one(
     folder: Path, tmp_path: Path
 ) -> None:
@@ -152,7 +154,7 @@ def test_every_linear_passes_its_gate(folder: Path, tmp_path: Path) -> None:
     ((_, (probe,)),) = ProbedGraph(graph).probes(["layer"], [{"x": x}])
     weight = read_gemm(next(iter(packed_nodes(single(linear))))).integers()
     assert np.array_equal(probe.gemm, (probe.image @ weight.T * probe.gemm_unit).astype(np.float32))
-    oracle = quantize_oracle(x.reshape(10, 64), "E2M3")
+    oracle = activation_oracle(x.reshape(10, 64), random_linear(n=48))
     assert ((probe.image >= oracle.lowest) & (probe.image <= oracle.highest)).all()
 
 

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
+
 from export.models import load as models
 from export.to_onnx import export_portable
 from pipeline import recipe as recipes
 from pipeline.backends import BACKENDS
 from pipeline.verify.proof import verify
 from tests.support import tiny
+
+pytestmark = pytest.mark.torch
 
 TARGETS = ("rtx", "trt")
 

@@ -54,6 +54,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> models.LoadedModel:
     return models.load(str(tiny.folder("pixart", tmp_path_factory.mktemp("models"))))
 
 
+@pytest.mark.torch
 def test_baselines_compute_the_same_picture(model: models.LoadedModel, tmp_path: Path) -> None:
     """float32 twins agree to rounding; bf16 and INT8 roughly, since they round every operand to 8 bits or fewer."""
     chosen = recipe.load("pixart_w4a6")
@@ -71,6 +72,7 @@ def test_baselines_compute_the_same_picture(model: models.LoadedModel, tmp_path:
     assert error["onnxruntime_int8"] < 2.0**-5 * 60**0.5
 
 
+@pytest.mark.torch
 def test_memory_is_that_of_a_fresh_process(model: models.LoadedModel, tmp_path: Path) -> None:
     export_float(model, tmp_path / "float.onnx")
     runner = bench_baselines._onnxruntime("onnxruntime_fp32", tmp_path / "float.onnx", 1)

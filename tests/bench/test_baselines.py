@@ -17,6 +17,8 @@ from pipeline.calibrate.methods.ptq4dm import skewed_shares
 from pipeline.calibrate.static_activations import TAILS
 from tests.support import observed
 
+pytestmark = pytest.mark.torch
+
 METHODS = ("ptq4dm", "repq_vit", "tfmq_dm", "ptq4dit", "vidit_q")
 FEW = "calibrate.options.iterations=30"
 LEARNING = {"tfmq_dm": (FEW,), "ptq4dit": (FEW,)}
