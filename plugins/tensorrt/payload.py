@@ -17,8 +17,8 @@ from dataclasses import asdict, dataclass
 from typing import Any, Literal, cast
 
 from export.errors import ContractError, EnvironmentLacksError
+from plugins.gpu import compile
 from plugins.gpu.compile import SHARED_KIB, TARGETS, Compiled, Request, compile_kernels
-from plugins.gpu.compile import problems as compiler_problems
 from plugins.gpu.table import KERNELS, Kernel, Spec, Tile, kernel
 
 logger = logging.getLogger(__name__)
@@ -159,7 +159,7 @@ def compile_problems(sms: Sequence[int]) -> list[str]:
     known = TARGETS
     unknown = [sm for sm in sms if sm not in known]
     problems = [f"the kernels are not compiled for SM {sm}, only for {', '.join(map(str, known))}" for sm in unknown]
-    return [*problems, *compiler_problems()]
+    return [*problems, *compile.problems()]
 
 
 def compile_payload(kernel: str, spec: Spec, rows: Sequence[int], sms: Sequence[int], form: Form = "cubin") -> Payload:

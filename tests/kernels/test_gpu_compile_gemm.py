@@ -25,7 +25,7 @@ EXACT = GemmSpec("E2M3", "E2M1", 1152, 1152, 64, (1, 2, 3, 4, 5, 6, 8, 10))
 REAL = GemmSpec("E2M3", "E2M1", 1152, 1152, 128, real_groups=True, output="bf16")
 HALF = GemmSpec("E3M4", "E2M1", 1152, 1152)
 MODULATED = GemmSpec("E4M3", "E3M0", 4608, 1152, zero_point=True, epilogue="gate_residual", output="fp32")
-GELU = GemmSpec("E2M3", "E1M2", 1152, 4608, epilogue="gelu")
+E1M2 = GemmSpec("E2M3", "E1M2", 1152, 4608)
 MANY, FEW = 4096, 64  # tokens
 
 EVERYWHERE = {
@@ -39,7 +39,7 @@ ON_HOPPER = {
     "packed, real groups": Request(kernel("packed_gemm"), REAL, 90, rows=MANY),
     "packed, every epilogue": Request(kernel("packed_gemm"), MODULATED, 90, rows=MANY),
     "expanded, few tokens": Request(kernel("expanded_gemm"), PLAIN, 90, rows=FEW),
-    "expanded, gelu": Request(kernel("expanded_gemm"), GELU, 90, rows=MANY),
+    "expanded, E1M2": Request(kernel("expanded_gemm"), E1M2, 90, rows=MANY),
 }
 INTEGERS = {
     (name, sm, "integers"): Request(kernel(name), replace(EXACT, integers=True), sm, rows=MANY)
