@@ -110,15 +110,15 @@ class FakeQuantLinear(nn.Module):
             value = None if array is None else torch.from_numpy(array).to(dtype)
             self.register_buffer(key, value, persistent=False)
         self.unit = 2.0 ** -get_format(layer.weight_format).fraction_bits
-        image = layer.image()
-        smallest = np.min_scalar_type(-int(np.abs(image).max(initial=1)))  # int8 for every embedded format
-        self.register_buffer("image", torch.from_numpy(image.astype(smallest)), persistent=False)
+        integers = layer.integers()
+        smallest = np.min_scalar_type(-int(np.abs(integers).max(initial=1)))  # int8 for every embedded format
+        self.register_buffer("integers", torch.from_numpy(integers.astype(smallest)), persistent=False)
 
     @property
     def weight(self) -> torch.Tensor:
         """[N, K], dequantized now, in the type of `scales`; only the product with the scale rounds."""
-        image, scales = self.get_buffer("image"), self.get_buffer("scales")
-        grouped = (image.to(scales.dtype) * self.unit).unflatten(1, (scales.shape[1], -1))
+        integers, scales = self.get_buffer("integers"), self.get_buffer("scales")
+        grouped = (integers.to(scales.dtype) * self.unit).unflatten(1, (scales.shape[1], -1))
         return (grouped * scales[..., None]).flatten(1)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:

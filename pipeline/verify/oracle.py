@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from export.checkpoint import QuantizedLinear
 from export.dialect.reference import ABSMAX_FLOOR
-from export.formats.format import Format, encode, get_format, to_image
+from export.formats.format import Format, encode, get_format, to_integers
 
 Array = NDArray[np.floating]
 Dequantized = Callable[[], NDArray[np.float64]]  # the weight [N, K] of a linear
@@ -40,13 +40,13 @@ FIRST_ORDER = 1.001
 class ActivationOracle:
     """What a layer's quantizer gives for x [M, K], and what float32 roundings may turn it into.
 
-    image: integer image of the nearest code, [M, K]. lowest, highest: images of the codes at both ends of the
+    integers: integers of the nearest code, [M, K]. lowest, highest: integers of the codes at both ends of the
     interval that contains the float32 quotient; they differ only where the quotient lies within QUOTIENT_ROUNDINGS (and
     those of a balanced input) of a midpoint. scale: [M, 1] or [M, groups] float64. scale_slack: relative error that a
     balanced input adds to it, same shape; 0 for none.
     """
 
-    image: NDArray[np.integer]
+    integers: NDArray[np.integer]
     lowest: NDArray[np.integer]
     highest: NDArray[np.integer]
     scale: NDArray[np.float64]
@@ -78,8 +78,8 @@ def activation_oracle(x: Array, layer: QuantizedLinear) -> ActivationOracle:
         slack = errors.max(axis=1, keepdims=True) / (found.scale * fmt.max_value)
         found = _rounded(fmt, rows, found.scale, errors + slack * np.abs(rows))
         found = replace(found, scale_slack=slack.reshape(len(x), groups))
-    images = {key: getattr(found, key).reshape(x.shape) for key in ("image", "lowest", "highest")}
-    return replace(found, **images, scale=found.scale.reshape(len(x), groups))
+    integers = {key: getattr(found, key).reshape(x.shape) for key in ("integers", "lowest", "highest")}
+    return replace(found, **integers, scale=found.scale.reshape(len(x), groups))
 
 
 def _balanced(x: Array, layer: QuantizedLinear) -> tuple[Array, Array | None]:
@@ -102,15 +102,15 @@ def _rounded(fmt: Format, x: Array, scale: NDArray[np.float64], error: Array | N
     slack = QUOTIENT_ROUNDINGS * ROUNDING * np.abs(quotient)
     if error is not None:
         slack += error / scale
-    images, midpoints = _grid(fmt)
+    integers, midpoints = _grid(fmt)
     bounds = np.concatenate([[-np.inf], midpoints, [np.inf]])
     place = _places(fmt, quotient)
     close = (quotient - bounds[place] <= slack) | (bounds[place + 1] - quotient <= slack)
-    nearest = images[place]
+    nearest = integers[place]
     lowest, highest = nearest.copy(), nearest.copy()
-    lowest[close] = images[np.searchsorted(midpoints, (quotient - slack)[close])]
-    highest[close] = images[np.searchsorted(midpoints, (quotient + slack)[close])]
-    nearest[close] = to_image(fmt, encode(fmt, quotient[close]))  # ties to even
+    lowest[close] = integers[np.searchsorted(midpoints, (quotient - slack)[close])]
+    highest[close] = integers[np.searchsorted(midpoints, (quotient + slack)[close])]
+    nearest[close] = to_integers(fmt, encode(fmt, quotient[close]))  # ties to even
     return ActivationOracle(nearest, lowest, highest, scale)
 
 
@@ -150,7 +150,7 @@ def _grid(fmt: Format) -> tuple[NDArray[np.integer], NDArray[np.float64]]:
 class LinearProbe:
     """What an engine computed for one linear on M tokens.
 
-    x: [M, K]. image: integer image of its activation codes, [M, K] float64. act_scale: [M, 1] or [M, groups], None
+    x: [M, K]. integers: integers of its activation codes, [M, K] float64. act_scale: [M, 1] or [M, groups], None
     where it is a constant of the GEMM. gemm: [M, N], or [M, groups of sums, N]. output, low_rank: [M, N], or None where
     the engine does not keep it or has none. timesteps: [M], which each token's sample had, or None. The other fields
     are those of the ProbeRow, gemm_scale as array [N] or None. operands: the GEMM's own, float32 [M, K] and [K, N],
@@ -158,7 +158,7 @@ class LinearProbe:
     """
 
     x: Array
-    image: Array
+    integers: Array
     act_scale: Array | None
     gemm: Array
     output: Array | None = None
@@ -192,55 +192,55 @@ class LinearCheck:
     operand_max_abs_diff: float = math.nan
 
 
-def check_quantizer(layer: QuantizedLinear, x: Array, image: Array, act_scale: Array | None) -> tuple[int, float]:
+def check_quantizer(layer: QuantizedLinear, x: Array, integers: Array, act_scale: Array | None) -> tuple[int, float]:
     """(codes that no rounding explains, error of the scale over its bound) of a layer's quantizer on x [M, K]."""
     oracle = activation_oracle(x, layer)
-    outside = (image < oracle.lowest) | (image > oracle.highest) | ~np.isfinite(image)
+    outside = (integers < oracle.lowest) | (integers > oracle.highest) | ~np.isfinite(integers)
     return int(np.count_nonzero(outside)), _scale_error(act_scale, oracle)
 
 
 def check_linear(layer: QuantizedLinear, probe: LinearProbe, oracle: ActivationOracle) -> LinearCheck:
     """Compare one linear of an engine with the oracle; `oracle` is activation_oracle(probe.x, layer)."""
-    image = np.nan_to_num(probe.image, nan=0.0, posinf=0.0, neginf=0.0).astype(np.float64)
+    integers = np.nan_to_num(probe.integers, nan=0.0, posinf=0.0, neginf=0.0).astype(np.float64)
     groups = probe.gemm.shape[1] if probe.gemm.ndim == 3 else 1
-    total = exact_sums(image, layer.image(), groups) if probe.exact else np.zeros(0)
-    outside = (probe.image < oracle.lowest) | (probe.image > oracle.highest) | ~np.isfinite(probe.image)
+    total = exact_sums(integers, layer.integers(), groups) if probe.exact else np.zeros(0)
+    outside = (probe.integers < oracle.lowest) | (probe.integers > oracle.highest) | ~np.isfinite(probe.integers)
     tensors = (probe.x, probe.gemm, probe.act_scale, probe.output, probe.low_rank, *(probe.operands or ()))
     produced = [item for item in tensors if item is not None]
     dequantized = cache(layer.dequantized)  # large, and not needed where sums are exact
-    errors = (_output_error(layer, dequantized, probe, oracle, image, total), _low_rank_error(layer, probe))
+    errors = (_output_error(layer, dequantized, probe, oracle, integers, total), _low_rank_error(layer, probe))
     return LinearCheck(
-        codes=image.size,
-        codes_different=int(np.count_nonzero(probe.image != oracle.image)),
+        codes=integers.size,
+        codes_different=int(np.count_nonzero(probe.integers != oracle.integers)),
         codes_ambiguous=oracle.ambiguous,
         codes_inadmissible=int(np.count_nonzero(outside)),
         gemm_max_abs_diff=_gemm_difference(probe, total),
         scale_error=_scale_error(probe.act_scale, oracle),
         output_error=math.nan if math.isnan(errors[0]) else max(errors),
         nonfinite=sum(int(np.count_nonzero(~np.isfinite(item))) for item in produced),
-        operand_max_abs_diff=_operand_difference(layer, dequantized, probe, image),
+        operand_max_abs_diff=_operand_difference(layer, dequantized, probe, integers),
     )
 
 
-def exact_sums(image: Array, weight: NDArray[np.integer], groups: int) -> NDArray[np.float64]:
-    """image [M, K] @ weight[N, K].T without rounding: [M, N], or the sums of `groups` parts of K, [M, groups, N]."""
+def exact_sums(integers: Array, weight: NDArray[np.integer], groups: int) -> NDArray[np.float64]:
+    """integers [M, K] @ weight[N, K].T without rounding: [M, N], or the sums of `groups` parts of K, [M, groups, N]."""
     if groups == 1:
-        return exact_product(image, weight)
-    parts = zip(np.split(image, groups, axis=1), np.split(weight, groups, axis=1), strict=True)
+        return exact_product(integers, weight)
+    parts = zip(np.split(integers, groups, axis=1), np.split(weight, groups, axis=1), strict=True)
     return np.stack([exact_product(a, w) for a, w in parts], axis=1)
 
 
-def exact_product(image: Array, weight: NDArray[np.integer]) -> NDArray[np.float64]:
-    """image [M, K] @ weight[N, K].T without any rounding, as float64 [M, N].
+def exact_product(integers: Array, weight: NDArray[np.integer]) -> NDArray[np.float64]:
+    """integers [M, K] @ weight[N, K].T without any rounding, as float64 [M, N].
 
     Floats of p bits add integers exactly, in any order, while the sum of the magnitudes stays below 2^p: float32 where
     that holds (twice as fast), float64 else.
     """
-    largest = float(np.abs(image).max(initial=0)) * float(np.abs(weight).sum(axis=1, dtype=np.int64).max(initial=0))
+    largest = float(np.abs(integers).max(initial=0)) * float(np.abs(weight).sum(axis=1, dtype=np.int64).max(initial=0))
     if largest >= 2.0**53:
         raise ValueError(f"sums up to {largest:.3g} are not exact in float64")
     dtype = np.float32 if largest < 2.0**24 else np.float64
-    return (image.astype(dtype) @ weight.T.astype(dtype)).astype(np.float64)
+    return (integers.astype(dtype) @ weight.T.astype(dtype)).astype(np.float64)
 
 
 def _gemm_difference(probe: LinearProbe, total: Array) -> float:
@@ -253,7 +253,7 @@ def _gemm_difference(probe: LinearProbe, total: Array) -> float:
     return float(np.nan_to_num(difference, nan=np.inf).max(initial=0))
 
 
-def _operand_difference(layer: QuantizedLinear, dequantized: Dequantized, probe: LinearProbe, image: Array) -> float:
+def _operand_difference(layer: QuantizedLinear, dequantized: Dequantized, probe: LinearProbe, integers: Array) -> float:
     """Largest difference of the GEMM's operands from the engine's own codes and scales, to the bit.
 
     value(code) * scale is exact in float64 (8 bits times 24), so its float32 is the one rounding that the graph makes;
@@ -263,8 +263,10 @@ def _operand_difference(layer: QuantizedLinear, dequantized: Dequantized, probe:
         return math.nan
     scale = layer.activation_scale if probe.act_scale is None else probe.act_scale
     assert scale is not None, f"{layer.name}: neither a scale per token nor a static one"
-    spread = np.repeat(np.atleast_2d(np.asarray(scale, np.float64)), layer.activation_group or image.shape[1], axis=1)
-    value = (image * to_value(layer, "activation") * spread).astype(np.float32)
+    spread = np.repeat(
+        np.atleast_2d(np.asarray(scale, np.float64)), layer.activation_group or integers.shape[1], axis=1
+    )
+    value = (integers * to_value(layer, "activation") * spread).astype(np.float32)
     if layer.activation_zero is not None:
         value = value + layer.activation_zero.astype(np.float32)
     pairs = zip(probe.operands, (value, dequantized().astype(np.float32).T), strict=True)
@@ -285,7 +287,7 @@ def _output_error(
     dequantized: Dequantized,
     probe: LinearProbe,
     oracle: ActivationOracle,
-    image: Array,
+    integers: Array,
     total: Array,
 ) -> float:
     """The output, less what the engine's own low-rank branch gave, against product and bias.
@@ -294,7 +296,7 @@ def _output_error(
     """
     if probe.output is None:
         return math.nan
-    product, magnitude, roundings = _product(layer, dequantized, probe, oracle, image, total)
+    product, magnitude, roundings = _product(layer, dequantized, probe, oracle, integers, total)
     bias: Array | float = 0.0 if layer.bias is None else layer.bias.astype(np.float64)
     if layer.activation_zero is not None:
         bias = bias + float(layer.activation_zero[0]) * dequantized().sum(axis=1)
@@ -311,14 +313,14 @@ def _product(
     dequantized: Dequantized,
     probe: LinearProbe,
     oracle: ActivationOracle,
-    image: Array,
+    integers: Array,
     total: Array,
 ) -> tuple[Array, Array, float]:
     """(product [M, N] in float64, sum of the magnitudes that were rounded, how often float32 rounds)."""
     unit = to_value(layer, "activation") * oracle.scale
     if not probe.exact:  # float sums over real scales per group, of formats too wide for integers, of scaled operands
-        spread = np.repeat(unit, image.shape[1] // unit.shape[1], axis=1) if unit.shape[1] > 1 else unit
-        value, weight = image * spread, dequantized()
+        spread = np.repeat(unit, integers.shape[1] // unit.shape[1], axis=1) if unit.shape[1] > 1 else unit
+        value, weight = integers * spread, dequantized()
         roundings = OUTPUT_ROUNDINGS + layer.in_features + probe.half_roundings * HALF_ROUNDING / ROUNDING
         magnitude = np.abs(value) @ np.abs(weight).T
         if probe.operands is not None and layer.activation_zero is not None:  # each product has its share of the zero
@@ -357,7 +359,7 @@ def _low_rank_error(layer: QuantizedLinear, probe: LinearProbe) -> float:
 
 
 def to_value(layer: QuantizedLinear, operand: str) -> float:
-    """What one unit of an operand's integer image is worth: 2^-f of its format; operand "weight" or "activation"."""
+    """What one unit of an operand's integers is worth: 2^-f of its format; operand "weight" or "activation"."""
     return 2.0 ** -get_format(getattr(layer, f"{operand}_format")).fraction_bits
 
 

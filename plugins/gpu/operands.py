@@ -67,7 +67,7 @@ def operand_bytes(name: str, integers: bool = False) -> NDArray[np.uint8]:
     fmt, operand = get_format(name), operand_of(name, integers)
     codes = fold_negative_zero(fmt, np.arange(2**fmt.bits, dtype=np.uint8))
     if operand.kind == INT8:
-        return fmt.image[codes].astype(np.int8).view(np.uint8)
+        return fmt.integers[codes].astype(np.int8).view(np.uint8)
     if operand.kind != E4M3:
         return codes
     return encode(get_format(E4M3), fmt.values[codes] * 2.0**operand.shift)

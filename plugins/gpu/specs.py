@@ -108,8 +108,8 @@ class GemmSpec:
     def multiplies_integers(self) -> bool:
         """Whether INT8 tensor cores multiply: both images fit INT8 and no sum leaves INT32."""
         a, w = self.activation_format, self.weight_format
-        largest = max(w.kmax, int(-w.image.min())) * max(self.multipliers)
-        sums_fit = self.in_features * max(a.kmax, int(-a.image.min())) * largest < 2**31
+        largest = max(w.kmax, int(-w.integers.min())) * max(self.multipliers)
+        sums_fit = self.in_features * max(a.kmax, int(-a.integers.min())) * largest < 2**31
         return self.operand.kind == INT8 and largest <= INT8_MAX and sums_fit
 
     @property

@@ -135,7 +135,8 @@ def use_native(model: Any, choices: list[Choice], probes: list[ProbeRow]) -> lis
     passes = finish_with_chains(model)
     made = {value.name for node in model.graph if is_chain(node) for value in node.outputs}
     if not made:
-        why = next((refusal.reason for rewrite in passes for refusal in rewrite.refusals), "no activation has a scale for each token")
+        reasons = [refusal.reason for rewrite in passes for refusal in rewrite.refusals]
+        why = (reasons or ["no activation has a scale for each token"])[0]
         raise RecipeError(f"cpu.path native has nothing to fuse in this model ({why}); build with --set cpu.path=stock")
     fused = {row.layer for row in probes if made.issuperset((*row.codes, row.output))}
     return [replace(row, why=f"{row.why}; native ops around it") if row.layer in fused else row for row in choices]
