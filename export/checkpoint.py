@@ -153,11 +153,11 @@ class QuantizedLinear:
         """[N, K] uint8, one code per element."""
         return unpack(self.codes, get_format(self.weight_format).bits, self.in_features)
 
-    def image(self) -> NDArray[np.integer]:
-        """[N, K]: integer image of the codes with group multipliers folded in (exact): int32, int64 for E5M2."""
+    def integers(self) -> NDArray[np.integer]:
+        """[N, K]: integers of the codes with group multipliers folded in (exact): int32, int64 for E5M2."""
         fmt = get_format(self.weight_format)
         largest = fmt.kmax * (1 if self.multipliers is None else int(self.multipliers.max()))
-        return self._with_multipliers(fmt.image.astype(np.int32 if largest <= np.iinfo(np.int32).max else np.int64))
+        return self._with_multipliers(fmt.integers.astype(np.int32 if largest <= np.iinfo(np.int32).max else np.int64))
 
     def dequantized(self) -> NDArray[np.float64]:
         """[N, K] float64: the weight that the quantized layer stands for."""

@@ -1,6 +1,6 @@
 """Low-bit number formats: one table, one codec.
 
-A format is sign, exponent and mantissa bits; bias, values, integer image and everything else follow from them. Floats
+A format is sign, exponent and mantissa bits; bias, values, integers and everything else follow from them. Floats
 without sign start at zero and serve MSFP's unsigned activations (a zero point is added outside). Sources: OCP MX 1.0
 section 5.3 (E2M1, E2M3, E3M2), OCP FP8 1.0 (E4M3, E5M2), FP4DiT arXiv 2503.15465 (E1M2, E3M0, E3M4 without special
 values), MSFP arXiv 2505.21591 (unsigned formats).
@@ -60,7 +60,7 @@ class Format:
 
     @property
     def fraction_bits(self) -> int:
-        """f of the integer image: every value is an integer times 2^-f."""
+        """f of the integers: every value is an integer times 2^-f."""
         return 0 if self.is_integer else self.mantissa_bits - self.min_exponent
 
     @cached_property
@@ -96,14 +96,14 @@ class Format:
         return int(np.flatnonzero(self.values == self.max_value)[0])
 
     @cached_property
-    def image(self) -> NDArray[np.int64]:
-        """Integer image of every code, [2^bits]: values * 2^f. Special values have the image 0."""
+    def integers(self) -> NDArray[np.int64]:
+        """Integer of every code, [2^bits]: values * 2^f. Special values have the integer 0."""
         finite = np.where(np.isfinite(self.values), self.values, 0.0)
         return np.ldexp(finite, self.fraction_bits).astype(np.int64)
 
     @property
     def kmax(self) -> int:
-        """Largest integer image of a symmetric quantizer."""
+        """Largest integer of a symmetric quantizer."""
         return int(self.max_value * 2**self.fraction_bits)
 
     @cached_property
@@ -187,9 +187,9 @@ def decode(fmt: Format, codes: NDArray[np.uint8]) -> NDArray[np.float64]:
     return fmt.values[codes]
 
 
-def to_image(fmt: Format, codes: NDArray[np.uint8]) -> NDArray[np.int64]:
-    """The integer image of every code: decode(codes) * 2^f, exact."""
-    return fmt.image[codes]
+def to_integers(fmt: Format, codes: NDArray[np.uint8]) -> NDArray[np.int64]:
+    """The integer of every code: decode(codes) * 2^f, exact."""
+    return fmt.integers[codes]
 
 
 def fold_negative_zero(fmt: Format, codes: NDArray[np.uint8]) -> NDArray[np.uint8]:

@@ -29,7 +29,7 @@ MULTIPLIER_LIMIT = 32
 
 def magnitudes(fmt: Format) -> NDArray[np.int64]:
     """Positive integers that a quantizer emits, sorted."""
-    integers = np.unique(np.abs(fmt.image))
+    integers = np.unique(np.abs(fmt.integers))
     return integers[(integers > 0) & (integers <= fmt.kmax)]
 
 

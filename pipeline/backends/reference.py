@@ -115,18 +115,18 @@ class FakeQuantLinear(nn.Module):
             value = None if array is None else torch.from_numpy(array).to(dtype)
             self.register_buffer(key, value, persistent=False)
         self.unit = 2.0 ** -get_format(layer.weight_format).fraction_bits
-        image = layer.image()
-        smallest = np.min_scalar_type(-int(np.abs(image).max(initial=1)))  # int8 for every embedded format
-        self.register_buffer("image", torch.from_numpy(image.astype(smallest)), persistent=False)
-        largest = self.activation_format.kmax * float(np.abs(image).sum(axis=1, dtype=np.int64).max(initial=0))
+        integers = layer.integers()
+        smallest = np.min_scalar_type(-int(np.abs(integers).max(initial=1)))  # int8 for every embedded format
+        self.register_buffer("integers", torch.from_numpy(integers.astype(smallest)), persistent=False)
+        largest = self.activation_format.kmax * float(np.abs(integers).sum(axis=1, dtype=np.int64).max(initial=0))
         one_scale = layer.activation_scaling == "per_token" and layer.scales.shape[1] == 1
         self.sums_integers = dtype == torch.float64 and one_scale and largest < 2.0**24
 
     @property
     def weight(self) -> torch.Tensor:
         """[N, K], dequantized now, in the type of `scales`; only the product with the scale rounds."""
-        image, scales = self.get_buffer("image"), self.get_buffer("scales")
-        grouped = (image.to(scales.dtype) * self.unit).unflatten(1, (scales.shape[1], -1))
+        integers, scales = self.get_buffer("integers"), self.get_buffer("scales")
+        grouped = (integers.to(scales.dtype) * self.unit).unflatten(1, (scales.shape[1], -1))
         return (grouped * scales[..., None]).flatten(1)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -142,8 +142,8 @@ class FakeQuantLinear(nn.Module):
         below 2^24, twice as fast as float64 adds numbers; float64 rounds only what is done with the sum."""
         fmt, balanced = self.activation_format, self.balanced(x)
         scale = token_scale(fmt, balanced)
-        integers = (round_to_format(fmt, balanced / scale) * 2.0**fmt.fraction_bits).float()
-        total = nn.functional.linear(integers, self.get_buffer("image").float()).double()
+        codes = (round_to_format(fmt, balanced / scale) * 2.0**fmt.fraction_bits).float()
+        total = nn.functional.linear(codes, self.get_buffer("integers").float()).double()
         y = total * (self.unit * 2.0**-fmt.fraction_bits) * scale * self.get_buffer("scales")[:, 0]
         return y if self.bias is None else y + self.bias
 

@@ -165,7 +165,7 @@ class QuantizedGemm:
 
     def _format_integers(self, dtype: Any) -> NDArray[Any]:
         """[N, K] without multipliers. Two 4-bit codes are looked up at once, by their byte."""
-        table = self.weight.image.astype(dtype)
+        table = self.weight.integers.astype(dtype)
         if self.weight.bits != 4:
             return table[self.codes()]
         byte = np.arange(256)

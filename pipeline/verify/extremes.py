@@ -17,7 +17,7 @@ from pipeline.backends.base import Arrays
 from pipeline.passes.probes import ProbeRow
 from pipeline.side_by_side import raise_if_stopped
 from pipeline.verify.oracle import check_quantizer
-from pipeline.verify.probe import Beside, ProbedGraph, activation_image
+from pipeline.verify.probe import Beside, ProbedGraph, activation_integers
 
 # From the floor of absmax (1e-30) to far beyond what float16 holds; squares of the largest stay finite in float32.
 FACTORS = (1e-25, 1e-6, 0.0, 1e12)
@@ -82,6 +82,6 @@ def _times(array: NDArray, factor: float) -> NDArray:
 
 def _judge(layer: QuantizedLinear, row: ProbeRow, tensors: Mapping[str, NDArray], factor: float) -> ExtremeResult:
     x = tensors[row.x].reshape(-1, layer.in_features)
-    image = activation_image(row, [tensors[name].reshape(x.shape) for name in row.codes])
+    integers = activation_integers(row, [tensors[name].reshape(x.shape) for name in row.codes])
     scale = tensors[row.act_scale].reshape(len(x), -1) if row.act_scale else None
-    return ExtremeResult(layer.name, factor, *check_quantizer(layer, x, image, scale))
+    return ExtremeResult(layer.name, factor, *check_quantizer(layer, x, integers, scale))

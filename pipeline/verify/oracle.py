@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from export.checkpoint import QuantizedLinear
 from export.dialect.reference import ABSMAX_FLOOR
-from export.formats.format import Format, encode, get_format, to_image
+from export.formats.format import Format, encode, get_format, to_integers
 
 Array = NDArray[np.floating]
 # Largest relative error of one float32 operation (round to nearest), and of one in FP16.
@@ -42,13 +42,13 @@ FIRST_ORDER = 1.001
 class ActivationOracle:
     """What a layer's quantizer gives for x [M, K], and what float32 roundings may turn it into.
 
-    image: integer image of the nearest code, [M, K]. lowest, highest: images of the codes at both ends of the
+    integers: integers of the nearest code, [M, K]. lowest, highest: integers of the codes at both ends of the
     interval that contains the float32 quotient; they differ only where the quotient lies within QUOTIENT_ROUNDINGS (and
     those of a balanced input) of a midpoint. scale: [M, 1] or [M, groups] float64. scale_slack: relative error that a
     balanced input adds to it, same shape; 0 for none.
     """
 
-    image: NDArray[np.integer]
+    integers: NDArray[np.integer]
     lowest: NDArray[np.integer]
     highest: NDArray[np.integer]
     scale: NDArray[np.float64]
@@ -74,8 +74,8 @@ def activation_oracle(x: Array, layer: QuantizedLinear) -> ActivationOracle:
         slack = errors.max(axis=1, keepdims=True) / (found.scale * fmt.max_value)
         found = _rounded(fmt, rows, found.scale, errors + slack * np.abs(rows))
         found = replace(found, scale_slack=slack.reshape(len(x), groups))
-    images = {key: getattr(found, key).reshape(x.shape) for key in ("image", "lowest", "highest")}
-    return replace(found, **images, scale=found.scale.reshape(len(x), groups))
+    integers = {key: getattr(found, key).reshape(x.shape) for key in ("integers", "lowest", "highest")}
+    return replace(found, **integers, scale=found.scale.reshape(len(x), groups))
 
 
 def _balanced(x: Array, layer: QuantizedLinear) -> tuple[Array, Array | None]:
@@ -97,10 +97,10 @@ def _rounded(fmt: Format, x: Array, scale: NDArray[np.float64], error: Array | N
     blocks = [
         _block_rounded(fmt, x[part], scale[part], None if error is None else error[part]) for part in blocks_of(x)
     ]
-    image, lowest, highest = (
-        np.concatenate([getattr(block, key) for block in blocks]) for key in ("image", "lowest", "highest")
+    integers, lowest, highest = (
+        np.concatenate([getattr(block, key) for block in blocks]) for key in ("integers", "lowest", "highest")
     )
-    return ActivationOracle(image, lowest, highest, scale)
+    return ActivationOracle(integers, lowest, highest, scale)
 
 
 def blocks_of(x: Array) -> list[slice]:
@@ -114,15 +114,15 @@ def _block_rounded(fmt: Format, x: Array, scale: NDArray[np.float64], error: Arr
     slack = QUOTIENT_ROUNDINGS * ROUNDING * np.abs(quotient)
     if error is not None:
         slack += error / scale
-    images, midpoints = _grid(fmt)
+    integers, midpoints = _grid(fmt)
     bounds = np.concatenate([[-np.inf], midpoints, [np.inf]])
     place = _places(fmt, quotient)
     close = (quotient - bounds[place] <= slack) | (bounds[place + 1] - quotient <= slack)
-    nearest = images[place]
+    nearest = integers[place]
     lowest, highest = nearest.copy(), nearest.copy()
-    lowest[close] = images[np.searchsorted(midpoints, (quotient - slack)[close])]
-    highest[close] = images[np.searchsorted(midpoints, (quotient + slack)[close])]
-    nearest[close] = to_image(fmt, encode(fmt, quotient[close]))  # ties to even
+    lowest[close] = integers[np.searchsorted(midpoints, (quotient - slack)[close])]
+    highest[close] = integers[np.searchsorted(midpoints, (quotient + slack)[close])]
+    nearest[close] = to_integers(fmt, encode(fmt, quotient[close]))  # ties to even
     return ActivationOracle(nearest, lowest, highest, scale)
 
 
@@ -162,7 +162,7 @@ def _grid(fmt: Format) -> tuple[NDArray[np.integer], NDArray[np.float64]]:
 class LinearProbe:
     """What an engine computed for one linear on M tokens.
 
-    x: [M, K]. image: integer image of its activation codes, [M, K] float64. act_scale: [M, 1] or [M, groups], None
+    x: [M, K]. integers: integers of its activation codes, [M, K] float64. act_scale: [M, 1] or [M, groups], None
     where it is a constant of the GEMM. gemm: [M, N], or [M, groups of sums, N]. output, low_rank: [M, N], or None where
     the engine does not keep it or has none. timesteps: [M], which each token's sample had, or None. The other fields
     are those of the ProbeRow, gemm_scale as array [N] or None. operands: the GEMM's own, float32 [M, K] and [K, N],
@@ -170,7 +170,7 @@ class LinearProbe:
     """
 
     x: Array
-    image: Array
+    integers: Array
     act_scale: Array | None
     gemm: Array
     output: Array | None = None
@@ -204,10 +204,10 @@ class LinearCheck:
     operand_max_abs_diff: float = math.nan
 
 
-def check_quantizer(layer: QuantizedLinear, x: Array, image: Array, act_scale: Array | None) -> tuple[int, float]:
+def check_quantizer(layer: QuantizedLinear, x: Array, integers: Array, act_scale: Array | None) -> tuple[int, float]:
     """(codes that no rounding explains, error of the scale over its bound) of a layer's quantizer on x [M, K]."""
     oracle = activation_oracle(x, layer)
-    outside = (image < oracle.lowest) | (image > oracle.highest) | ~np.isfinite(image)
+    outside = (integers < oracle.lowest) | (integers > oracle.highest) | ~np.isfinite(integers)
     return int(np.count_nonzero(outside)), _scale_error(act_scale, oracle)
 
 
@@ -220,8 +220,8 @@ class LinearWeight:
 
     @cached_property
     def integers(self) -> NDArray[np.integer]:
-        """[N, K]: the integer image."""
-        return self._layer.image()
+        """[N, K]: the integer integers."""
+        return self._layer.integers()
 
     @cached_property
     def dequantized(self) -> NDArray[np.float64]:
@@ -249,14 +249,16 @@ class LinearWeight:
 def check_linear(layer: QuantizedLinear, probe: LinearProbe, oracle: ActivationOracle) -> LinearCheck:
     """Compare one linear of an engine with the oracle; `oracle` is activation_oracle(probe.x, layer)."""
     weight = LinearWeight(layer)
-    image = (
-        probe.image if np.isfinite(probe.image).all() else np.nan_to_num(probe.image, nan=0.0, posinf=0.0, neginf=0.0)
+    integers = (
+        probe.integers
+        if np.isfinite(probe.integers).all()
+        else np.nan_to_num(probe.integers, nan=0.0, posinf=0.0, neginf=0.0)
     )
     products: tuple[Array, ...]
     if probe.exact:
-        products = (exact_sums(image, weight, probe.gemm.shape[1] if probe.gemm.ndim == 3 else 1),)
+        products = (exact_sums(integers, weight, probe.gemm.shape[1] if probe.gemm.ndim == 3 else 1),)
     else:
-        products = _float_products(layer, weight, probe, oracle, image)
+        products = _float_products(layer, weight, probe, oracle, integers)
     wide = max(probe.x.shape[1], layer.out_features)
     checks = [
         _check_rows(
@@ -264,7 +266,7 @@ def check_linear(layer: QuantizedLinear, probe: LinearProbe, oracle: ActivationO
             weight,
             _probe_rows(probe, rows),
             _oracle_rows(oracle, rows),
-            image[rows],
+            integers[rows],
             [p[rows] for p in products],
         )
         for rows in blocks_of(np.broadcast_to(np.float32(0), (len(probe.x), wide)))
@@ -286,31 +288,31 @@ def _check_rows(
     weight: LinearWeight,
     probe: LinearProbe,
     oracle: ActivationOracle,
-    image: Array,
+    integers: Array,
     products: Sequence[Array],
 ) -> LinearCheck:
-    """image: that of the probe, finite. products: the exact sums, or the two results of `_float_products`."""
-    outside = (probe.image < oracle.lowest) | (probe.image > oracle.highest) | ~np.isfinite(probe.image)
+    """integers: that of the probe, finite. products: the exact sums, or the two results of `_float_products`."""
+    outside = (probe.integers < oracle.lowest) | (probe.integers > oracle.highest) | ~np.isfinite(probe.integers)
     values = probe.operands[:1] if probe.operands else ()
     tensors = (probe.x, probe.gemm, probe.act_scale, probe.output, probe.low_rank, *values)
     produced = [item for item in tensors if item is not None]
     errors = (_output_error(layer, weight, probe, oracle, products), _low_rank_error(layer, probe))
     return LinearCheck(
-        codes=image.size,
-        codes_different=int(np.count_nonzero(probe.image != oracle.image)),
+        codes=integers.size,
+        codes_different=int(np.count_nonzero(probe.integers != oracle.integers)),
         codes_ambiguous=oracle.ambiguous,
         codes_inadmissible=int(np.count_nonzero(outside)),
         gemm_max_abs_diff=_gemm_difference(probe, products[0]),
         scale_error=_scale_error(probe.act_scale, oracle),
         output_error=math.nan if math.isnan(errors[0]) else max(errors),
         nonfinite=sum(int(np.count_nonzero(~np.isfinite(item))) for item in produced),
-        operand_max_abs_diff=_operand_difference(layer, probe, image),
+        operand_max_abs_diff=_operand_difference(layer, probe, integers),
     )
 
 
 def _probe_rows(probe: LinearProbe, rows: slice) -> LinearProbe:
     """A probe of some of its tokens."""
-    keys = ("x", "image", "act_scale", "gemm", "output", "low_rank", "timesteps")
+    keys = ("x", "integers", "act_scale", "gemm", "output", "low_rank", "timesteps")
     arrays: dict[str, Any] = {key: array[rows] for key in keys if (array := getattr(probe, key)) is not None}
     operands = None if probe.operands is None else (probe.operands[0][rows], probe.operands[1])
     return replace(probe, **arrays, operands=operands)
@@ -318,7 +320,7 @@ def _probe_rows(probe: LinearProbe, rows: slice) -> LinearProbe:
 
 def _oracle_rows(oracle: ActivationOracle, rows: slice) -> ActivationOracle:
     slack = oracle.scale_slack[rows] if isinstance(oracle.scale_slack, np.ndarray) else oracle.scale_slack
-    return ActivationOracle(oracle.image[rows], oracle.lowest[rows], oracle.highest[rows], oracle.scale[rows], slack)
+    return ActivationOracle(oracle.integers[rows], oracle.lowest[rows], oracle.highest[rows], oracle.scale[rows], slack)
 
 
 COUNTS = ("codes", "codes_different", "codes_ambiguous", "codes_inadmissible", "nonfinite")
@@ -333,17 +335,17 @@ def _joined(checks: Sequence[LinearCheck]) -> LinearCheck:
     return LinearCheck(**joined)
 
 
-def exact_sums(image: Array, weight: LinearWeight, groups: int = 1, magnitudes: bool = False) -> NDArray[np.float64]:
-    """image [M, K] @ weight[N, K].T without rounding: [M, N], or the sums of `groups` parts of K, [M, groups, N].
+def exact_sums(integers: Array, weight: LinearWeight, groups: int = 1, magnitudes: bool = False) -> NDArray[np.float64]:
+    """integers [M, K] @ weight[N, K].T without rounding: [M, N], or the sums of `groups` parts of K, [M, groups, N].
 
     Floats of p bits add integers exactly, in any order, while the sum of the magnitudes stays below 2^p: float32 where
     that holds (twice as fast), float64 else. magnitudes: of both factors. Raises ValueError where float64 is too short.
     """
-    largest = _largest_sum(image, weight)
+    largest = _largest_sum(integers, weight)
     if largest >= 2.0**53:
         raise ValueError(f"sums up to {largest:.3g} are not exact in float64")
     factor = weight.factor(np.float32 if largest < 2.0**24 else np.float64, magnitudes)
-    left = image.astype(factor.dtype)
+    left = integers.astype(factor.dtype)
     left = np.abs(left, out=left) if magnitudes else left
     if groups == 1:
         return (left @ factor).astype(np.float64)
@@ -351,8 +353,8 @@ def exact_sums(image: Array, weight: LinearWeight, groups: int = 1, magnitudes: 
     return np.stack([a @ w for a, w in parts], axis=1).astype(np.float64)
 
 
-def _largest_sum(image: Array, weight: LinearWeight) -> float:
-    return float(np.abs(image).max(initial=0)) * weight.largest_sum
+def _largest_sum(integers: Array, weight: LinearWeight) -> float:
+    return float(np.abs(integers).max(initial=0)) * weight.largest_sum
 
 
 def _gemm_difference(probe: LinearProbe, total: Array) -> float:
@@ -365,7 +367,7 @@ def _gemm_difference(probe: LinearProbe, total: Array) -> float:
     return float(np.nan_to_num(difference, nan=np.inf).max(initial=0))
 
 
-def _operand_difference(layer: QuantizedLinear, probe: LinearProbe, image: Array) -> float:
+def _operand_difference(layer: QuantizedLinear, probe: LinearProbe, integers: Array) -> float:
     """Largest difference of the GEMM's activation operand from the engine's own codes and scales, to the bit.
 
     value(code) * scale is exact in float64 (8 bits times 24), so its float32 is the one rounding that the graph makes;
@@ -375,8 +377,10 @@ def _operand_difference(layer: QuantizedLinear, probe: LinearProbe, image: Array
         return math.nan
     scale = layer.activation_scale if probe.act_scale is None else probe.act_scale
     assert scale is not None, f"{layer.name}: neither a scale per token nor a static one"
-    spread = np.repeat(np.atleast_2d(np.asarray(scale, np.float64)), layer.activation_group or image.shape[1], axis=1)
-    value = (image * to_value(layer, "activation") * spread).astype(np.float32)
+    spread = np.repeat(
+        np.atleast_2d(np.asarray(scale, np.float64)), layer.activation_group or integers.shape[1], axis=1
+    )
+    value = (integers * to_value(layer, "activation") * spread).astype(np.float32)
     if layer.activation_zero is not None:
         value = value + layer.activation_zero.astype(np.float32)
     difference = np.abs(np.asarray(probe.operands[0], np.float64) - value)
@@ -421,17 +425,17 @@ def _output_error(
 
 
 def _float_products(
-    layer: QuantizedLinear, weight: LinearWeight, probe: LinearProbe, oracle: ActivationOracle, image: Array
+    layer: QuantizedLinear, weight: LinearWeight, probe: LinearProbe, oracle: ActivationOracle, integers: Array
 ) -> tuple[Array, Array]:
     """(product [M, N] in float64, sum of the magnitudes that float32 rounds) of float sums: over real scales per group,
     of formats too wide for integers, of scaled operands."""
     unit = to_value(layer, "activation") * oracle.scale
-    if unit.shape[1] == layer.scales.shape[1] == 1 and _largest_sum(image, weight) < 2.0**53:
+    if unit.shape[1] == layer.scales.shape[1] == 1 and _largest_sum(integers, weight) < 2.0**53:
         per_channel = layer.scales[:, 0].astype(np.float64) * to_value(layer, "weight")
-        product, magnitude = (exact_sums(image, weight, magnitudes=of) * unit * per_channel for of in (False, True))
+        product, magnitude = (exact_sums(integers, weight, magnitudes=of) * unit * per_channel for of in (False, True))
     else:
-        spread = np.repeat(unit, image.shape[1] // unit.shape[1], axis=1) if unit.shape[1] > 1 else unit
-        value = image * spread
+        spread = np.repeat(unit, integers.shape[1] // unit.shape[1], axis=1) if unit.shape[1] > 1 else unit
+        value = integers * spread
         product, magnitude = value @ weight.dequantized.T, np.abs(value) @ weight.magnitudes.T
     if probe.operands is not None and layer.activation_zero is not None:  # each product has its share of the zero
         magnitude = magnitude + np.abs(layer.activation_zero[0]) * weight.magnitudes.sum(axis=1)
@@ -474,7 +478,7 @@ def _low_rank_error(layer: QuantizedLinear, probe: LinearProbe) -> float:
 
 
 def to_value(layer: QuantizedLinear, operand: str) -> float:
-    """What one unit of an operand's integer image is worth: 2^-f of its format; operand "weight" or "activation"."""
+    """What one unit of an operand's integers is worth: 2^-f of its format; operand "weight" or "activation"."""
     return 2.0 ** -get_format(getattr(layer, f"{operand}_format")).fraction_bits
 
 

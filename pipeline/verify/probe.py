@@ -208,14 +208,14 @@ class ProbedGraph:
 
     def _probe(self, row: ProbeRow, tensors: Arrays, call: Arrays) -> LinearProbe:
         x = _rows(tensors[row.x])
-        image = activation_image(row, [_rows(tensors[name]) for name in row.codes])
+        integers = activation_integers(row, [_rows(tensors[name]) for name in row.codes])
         gemm = tensors[row.gemm]
         if row.gemm_columns is not None:
             first, count = row.gemm_columns
             gemm = gemm[..., first : first + count]
         return LinearProbe(
             x=x,
-            image=image.reshape(x.shape),
+            integers=integers.reshape(x.shape),
             act_scale=tensors[row.act_scale].reshape(len(x), -1) if row.act_scale else None,
             gemm=_rows(gemm) if row.gemm_groups == 1 else gemm.transpose(1, 0, 2),
             output=_rows(tensors[row.output]) if row.output else None,
@@ -242,10 +242,10 @@ def _timesteps(call: Arrays, rows: int) -> NDArray | None:
     return None if times is None else np.repeat(times.reshape(-1), rows // times.size)
 
 
-def activation_image(row: ProbeRow, codes: Sequence[NDArray]) -> NDArray[np.float64]:
-    """Integer image of an activation from the hardware operands that hold it, see ProbeRow."""
+def activation_integers(row: ProbeRow, codes: Sequence[NDArray]) -> NDArray[np.float64]:
+    """Integers of an activation from the hardware operands that hold it, see ProbeRow."""
     if row.codes_format:
-        return decoded_image(get_format(row.codes_format), codes[0])
+        return decoded_integers(get_format(row.codes_format), codes[0])
     limbs = (
         weight * (np.asarray(code, np.float64) * row.codes_unit - row.codes_offset)
         for weight, code in zip(row.limb_weights, codes, strict=True)
@@ -253,11 +253,11 @@ def activation_image(row: ProbeRow, codes: Sequence[NDArray]) -> NDArray[np.floa
     return np.sum(list(limbs), axis=0)
 
 
-def decoded_image(fmt: Format, codes: NDArray[np.uint8]) -> NDArray[np.float64]:
-    """Integer image of codes of a format; NaN, which no gate lets pass, for codes that are no finite number of it."""
+def decoded_integers(fmt: Format, codes: NDArray[np.uint8]) -> NDArray[np.float64]:
+    """Integers of codes of a format; NaN, which no gate lets pass, for codes that are no finite number of it."""
     numbers = np.full(2**8, np.nan)
     finite = np.isfinite(fmt.values)
-    numbers[: len(fmt.values)][finite] = fmt.image[finite]
+    numbers[: len(fmt.values)][finite] = fmt.integers[finite]
     return numbers[codes]
 
 

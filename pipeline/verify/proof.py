@@ -290,7 +290,7 @@ def quantizer_key(layer: QuantizedLinear) -> bytes:
 def joined(probes: Sequence[LinearProbe]) -> LinearProbe:
     """The probes of several calls as one, rows after rows."""
     first = probes[0]
-    keys = ("x", "image", "act_scale", "gemm", "output", "low_rank", "timesteps")
+    keys = ("x", "integers", "act_scale", "gemm", "output", "low_rank", "timesteps")
     arrays: dict[str, Any] = {
         key: np.concatenate([getattr(p, key) for p in probes]) for key in keys if getattr(first, key) is not None
     }

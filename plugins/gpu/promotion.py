@@ -51,8 +51,8 @@ def accumulator_bits(fp8: bool, architecture: int) -> int:
 def largest_product(spec: GemmSpec, with_multipliers: bool) -> int:
     """kmax_a * kmax_w; lowest integers (INT4: -8) included."""
     a, w = spec.activation_format, spec.weight_format
-    largest_a = max(a.kmax, int(-a.image.min()))
-    largest_w = max(w.kmax, int(-w.image.min()))
+    largest_a = max(a.kmax, int(-a.integers.min()))
+    largest_w = max(w.kmax, int(-w.integers.min()))
     return largest_a * largest_w * (max(spec.multipliers) if with_multipliers else 1)
 
 

@@ -70,7 +70,7 @@ def operand_bytes(name: str, integers: bool = False) -> NDArray[np.uint8]:
     fmt, operand = get_format(name), operand_of(name, integers)
     codes = fold_negative_zero(fmt, np.arange(2**fmt.bits, dtype=np.uint8))
     if operand.kind == INT8:
-        return fmt.image[codes].astype(np.int8).view(np.uint8)
+        return fmt.integers[codes].astype(np.int8).view(np.uint8)
     if operand.kind != E4M3:
         return codes
     return encode(get_format(E4M3), fmt.values[codes] * 2.0**operand.shift)
@@ -175,8 +175,8 @@ class GemmSpec:
     def multiplies_integers(self) -> bool:
         """Whether INT8 tensor cores multiply: both operands fit INT8 and no sum leaves INT32."""
         a, w = self.activation_format, self.weight_format
-        largest = max(w.kmax, int(-w.image.min())) * max(self.multipliers)
-        sums_fit = self.in_features * max(a.kmax, int(-a.image.min())) * largest < 2**31
+        largest = max(w.kmax, int(-w.integers.min())) * max(self.multipliers)
+        sums_fit = self.in_features * max(a.kmax, int(-a.integers.min())) * largest < 2**31
         return self.operand.kind == INT8 and largest <= INT8_MAX and sums_fit
 
     @property

@@ -126,7 +126,7 @@ def test_the_searched_format_brings_its_own_group_multipliers():
     plan = make_plan(weight, granularity="exact_group", group_size=32)
     grouped = search_weight(replace(plan, activation_format="UE3M1"))
     assert grouped.granularity == "exact_group"
-    largest = int(np.abs(grouped.image()).max())
+    largest = int(np.abs(grouped.integers()).max())
     assert 2 * get_format("UE3M1").kmax * largest <= INT16_MAX
     kept = search_weight(replace(plan, weight_format="E3M0"), search_format=False)
     assert (kept.weight_format, kept.granularity) == ("E3M0", "per_channel")  # no multipliers but 1

@@ -66,7 +66,7 @@ def test_dequantized_and_image_follow_the_definition(weight_format: str, granula
     """W[n, k] = value(code) * multiplier * scale, and image = value * multiplier * 2^f, element by element."""
     one = layer(weight_format, granularity)
     fmt, codes = get_format(weight_format), one.unpacked_codes()
-    image, value = one.image(), one.dequantized()
+    image, value = one.integers(), one.dequantized()
     for n in range(N):
         for k in range(K):
             g = k // GROUP
@@ -101,7 +101,7 @@ def test_image_of_codes_in_any_memory_order() -> None:
     one = make_linear(
         codes, weight_format="INT8", group_size=GROUP, scales=scales, multipliers=multipliers, bias=None, **fields
     )
-    assert (one.image() == codes).all()
+    assert (one.integers() == codes).all()
     assert (one.dequantized() == 2.0 * codes).all()
 
 
@@ -110,7 +110,7 @@ def test_the_image_of_a_wide_format_does_not_wrap() -> None:
     largest = encode(fmt, np.array([[fmt.max_value, -fmt.max_value]]))
     choices = {"kind": "ff.in", "activation_format": "E5M2", "granularity": "per_channel", "group_size": 0}
     one = make_linear(largest, name="wide", weight_format="E5M2", scales=np.ones((1, 1), np.float32), **choices)
-    assert one.image().tolist() == [[fmt.kmax, -fmt.kmax]] and fmt.kmax > np.iinfo(np.int32).max
+    assert one.integers().tolist() == [[fmt.kmax, -fmt.kmax]] and fmt.kmax > np.iinfo(np.int32).max
 
 
 def test_integer_image_stays_within_int8() -> None:
@@ -119,7 +119,7 @@ def test_integer_image_stays_within_int8() -> None:
         one = layer(weight_format)
         kmax = get_format(weight_format).kmax * max(exact_multipliers(weight_format, ("INT8",)))
         within = np.abs(decode(get_format(weight_format), one.unpacked_codes())) <= get_format(weight_format).max_value
-        assert np.abs(one.image()[within]).max() <= kmax <= 127
+        assert np.abs(one.integers()[within]).max() <= kmax <= 127
 
 
 def test_sizes() -> None:

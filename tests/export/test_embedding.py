@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from export.errors import RecipeError
-from export.formats.format import FORMATS, decode, encode, get_format, to_image
+from export.formats.format import FORMATS, decode, encode, get_format, to_integers
 from export.formats.operands import embeds, exact_multipliers, exact_sum_limit
 
 # format: (f, kmax, INT8, E4M3, FP16)
@@ -125,7 +125,7 @@ def test_every_product_is_exact_in_int8(activation: str, weight: str) -> None:
     a_fmt, w_fmt = get_format(activation), get_format(weight)
     a, w = finite_codes(activation), finite_codes(weight)
     for m in exact_multipliers(weight, ("INT8",)):
-        a_image, w_image = to_image(a_fmt, a), to_image(w_fmt, w) * m
+        a_image, w_image = to_integers(a_fmt, a), to_integers(w_fmt, w) * m
         assert (a_image.astype(np.int8) == a_image).all()
         assert (w_image.astype(np.int8) == w_image).all()
         product = a_image.astype(np.int8)[:, None].astype(np.int32) * w_image.astype(np.int8)[None, :]

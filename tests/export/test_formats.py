@@ -16,7 +16,7 @@ from export.formats.format import (
     pack,
     packed_size,
     quantize,
-    to_image,
+    to_integers,
     unpack,
 )
 
@@ -97,9 +97,9 @@ def test_special_codes() -> None:
 def test_image_is_value_times_power_of_two(fmt: Format) -> None:
     finite = np.isfinite(fmt.values)
     codes = np.flatnonzero(finite).astype(np.uint8)
-    assert (to_image(fmt, codes) == decode(fmt, codes) * 2.0**fmt.fraction_bits).all()
-    assert (fmt.image[~finite] == 0).all()
-    assert fmt.kmax == to_image(fmt, np.array([fmt.max_code], np.uint8))[0]
+    assert (to_integers(fmt, codes) == decode(fmt, codes) * 2.0**fmt.fraction_bits).all()
+    assert (fmt.integers[~finite] == 0).all()
+    assert fmt.kmax == to_integers(fmt, np.array([fmt.max_code], np.uint8))[0]
 
 
 @floats_by_name

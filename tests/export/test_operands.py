@@ -28,7 +28,7 @@ def test_native_rounding_of_e4m3_is_the_formats_at_every_midpoint_and_around_it(
     probes = np.concatenate([values.astype(np.float32), *near, np.float32([fmt.max_value * (1 + 2.0**-23)])])
     rounded = (probes * np.float32(number.gain)).astype(E4M3).astype(np.float64) * 2.0**-number.exponent
     codes = encode(fmt, np.clip(probes, -fmt.max_value, fmt.max_value))
-    assert np.array_equal(rounded, fmt.image[codes])
+    assert np.array_equal(rounded, fmt.integers[codes])
 
 
 @pytest.mark.parametrize(

@@ -201,7 +201,7 @@ def test_accumulators() -> None:
 def test_exact_means_that_no_data_passes_the_bound(activation: str, weight: str, pairs: int, short: bool) -> None:
     spec = GemmSpec(activation, weight, 2 * pairs, 16)
     found = promotion_of(spec, fp8=short, architecture=90)
-    largest = np.abs(get_format(activation).image).max() * np.abs(get_format(weight).image).max() * 2 * pairs
+    largest = np.abs(get_format(activation).integers).max() * np.abs(get_format(weight).integers).max() * 2 * pairs
     bits = 31 if spec.multiplies_integers else SHORT_BITS if short else FP32_BITS
     assert (found.holds == "exact") == (largest <= 2**bits)
 

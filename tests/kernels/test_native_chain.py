@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from export.dialect.reference import quantize_activation
-from export.formats.format import FORMATS, get_format, to_image
+from export.formats.format import FORMATS, get_format, to_integers
 from pipeline.backends.cpu.token_chain import In, Out
 from tests.backends.cpu.test_cpu_quantizers import EIGHT_BITS, assert_images, image_and_scale, on_the_grid
 from tests.support import native
@@ -27,7 +27,7 @@ def test_every_value_midpoint_and_neighbour_is_coded_exactly(name):
     x = on_the_grid(name)
     image, scale = image_and_scale_of(name, x)
     codes, expected_scale = quantize_activation(x, format=name)
-    np.testing.assert_array_equal(image, to_image(get_format(name), codes))
+    np.testing.assert_array_equal(image, to_integers(get_format(name), codes))
     np.testing.assert_array_equal(scale, expected_scale)
 
 
@@ -48,7 +48,7 @@ def test_a_token_with_nan_or_infinity_has_the_scale_nan_and_zeros_and_no_other_h
     x[0, 4, 7], x[0, 5, 39], x[0, 6, 0], x[0, 7, 3:5] = np.nan, np.inf, -np.inf, (np.inf, np.nan)
     image, scale = image_and_scale_of(name, x)
     codes, expected_scale = quantize_activation(x, format=name)
-    np.testing.assert_array_equal(image, to_image(get_format(name), codes))
+    np.testing.assert_array_equal(image, to_integers(get_format(name), codes))
     np.testing.assert_array_equal(scale, expected_scale)
     assert np.isnan(scale[0, 4:8]).all() and np.isfinite(scale[0, [0, 1, 2, 3, 8]]).all()
 
@@ -67,7 +67,7 @@ def test_the_largest_floats_and_subnormal_ones():
     x = np.array([[top, -top, top / 3], [1e-42, -1e-44, 0], [1e-30, 7e-31, -2e-31]], np.float32)
     image, scale = image_and_scale_of("E2M3", x)
     codes, expected = quantize_activation(x, format="E2M3")
-    np.testing.assert_array_equal(image, to_image(get_format("E2M3"), codes))
+    np.testing.assert_array_equal(image, to_integers(get_format("E2M3"), codes))
     np.testing.assert_array_equal(scale, expected)
 
 

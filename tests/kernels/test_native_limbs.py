@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from export.dialect.reference import quantize_activation
-from export.formats.format import get_format, to_image
+from export.formats.format import get_format, to_integers
 from pipeline.backends.cpu.token_chain import In, Out
 from tests.backends.cpu.test_cpu_quantizers import TWO_LIMBS, image_and_scale, on_the_grid
 from tests.support import native
@@ -29,7 +29,7 @@ def test_every_value_midpoint_and_neighbour_is_coded_exactly(name):
     x = on_the_grid(name)
     image, scale, _ = image_of(name, x)
     codes, expected_scale = quantize_activation(x, format=name)
-    np.testing.assert_array_equal(image, to_image(get_format(name), codes))
+    np.testing.assert_array_equal(image, to_integers(get_format(name), codes))
     np.testing.assert_array_equal(scale, expected_scale)
 
 

@@ -43,10 +43,10 @@ def test_integers_and_scales_are_the_checkpoints(weight: str, form: str) -> None
     layer = random_linear(weight=weight, **FORMS[form])
     gemm = gemm_of(layer)
     for dtype in (None, np.int16, np.int32, np.float32):
-        np.testing.assert_array_equal(gemm.integers(dtype), layer.image())
-    np.testing.assert_array_equal(gemm.turned_integers(np.int16), layer.image().T)
+        np.testing.assert_array_equal(gemm.integers(dtype), layer.integers())
+    np.testing.assert_array_equal(gemm.turned_integers(np.int16), layer.integers().T)
     assert gemm.shape == (64, 16) and np.abs(gemm.integers()).max() <= gemm.weight_kmax
-    assert gemm.largest_row_sum == np.abs(layer.image()).sum(axis=1).max()
+    assert gemm.largest_row_sum == np.abs(layer.integers()).sum(axis=1).max()
     # A float64 sum of 64 products of at most 24 + 8 bits each: exact but for the last roundings.
     np.testing.assert_allclose(gemm.channel_sums(), layer.dequantized().sum(axis=1), rtol=0, atol=1e-12)
 
@@ -66,7 +66,7 @@ def test_wide_integers_do_not_wrap() -> None:
     layer = random_linear(weight="E4M3")
     gemm = gemm_of(layer)
     assert gemm.integers().dtype == np.int32 and random_gemm("E2M1").integers().dtype == np.int16
-    np.testing.assert_array_equal(gemm.integers(), layer.image())
+    np.testing.assert_array_equal(gemm.integers(), layer.integers())
 
 
 def random_gemm(weight: str) -> QuantizedGemm:

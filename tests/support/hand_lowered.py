@@ -93,7 +93,7 @@ def _linear_nodes(layer: QuantizedLinear, x: str) -> tuple[list[onnx.NodeProto],
         attributes = {"to": TensorProto.FLOAT} if op == "Cast" else {}
         inputs = [x if item == "x" else item if item in SHARED else f"{name}/{item}" for item in short]
         nodes.append(helper.make_node(op, inputs, [f"{name}/{output}"], name=f"{name}/{output}", **attributes))
-    weight = np.ascontiguousarray(layer.image().T.astype(np.int8))
+    weight = np.ascontiguousarray(layer.integers().T.astype(np.int8))
     tensors = {f"{name}/weight": weight, f"{name}/channel": layer.scales[:, 0] / 16, f"{name}/bias": layer.bias}
     tensor = {key: f"{name}/{key}" for key in ("u8", "scale", "gemm", "y")}
     row = ProbeRow(

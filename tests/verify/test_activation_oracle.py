@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from export.checkpoint import QuantizedLinear
-from export.formats.format import get_format, quantize, to_image
+from export.formats.format import get_format, quantize, to_integers
 from pipeline.verify.oracle import LinearProbe, activation_oracle, check_linear
 from tests.support import learned
 from tests.support.portable import random_linear
@@ -43,7 +43,7 @@ def slow_images(layer: QuantizedLinear, x: Any) -> tuple[Any, Any]:
             scale = np.abs(balanced[part]).max() / fmt.max_value if static is None else float(static[0])
             u = (balanced[part] - zero) / scale
             images[m, part], scales[m, g] = (
-                to_image(fmt, quantize(fmt, u if fmt.sign_bits else np.maximum(u, 0))),
+                to_integers(fmt, quantize(fmt, u if fmt.sign_bits else np.maximum(u, 0))),
                 scale,
             )
     return images, scales
@@ -54,10 +54,10 @@ def test_images_and_scales_are_those_of_the_definition(what: str) -> None:
     layer, x = CASES[what](random_linear()), inputs()
     found = activation_oracle(x, layer)
     images, scales = slow_images(layer, x)
-    np.testing.assert_array_equal(found.image, images)
+    np.testing.assert_array_equal(found.integers, images)
     np.testing.assert_allclose(found.scale, scales, rtol=1e-15)
-    assert found.image.shape == x.shape == found.lowest.shape and found.scale.shape == scales.shape
-    assert ((found.lowest <= found.image) & (found.image <= found.highest)).all()
+    assert found.integers.shape == x.shape == found.lowest.shape and found.scale.shape == scales.shape
+    assert ((found.lowest <= found.integers) & (found.integers <= found.highest)).all()
     assert found.ambiguous <= 2  # of 2560 codes: a quotient within some 2^-22 of a midpoint is rare
 
 
@@ -74,7 +74,9 @@ def test_float32_codes_lie_within_it(what: str) -> None:
         rows, scale = rows - (layer.activation_zero or np.float32([0])), layer.activation_scale[None]
     for quotient in (rows / scale, rows * (np.float32(1) / scale)):
         assert quotient.dtype == np.float32
-        images = to_image(fmt, quantize(fmt, quotient if fmt.sign_bits else np.maximum(quotient, 0))).reshape(x.shape)
+        images = to_integers(fmt, quantize(fmt, quotient if fmt.sign_bits else np.maximum(quotient, 0))).reshape(
+            x.shape
+        )
         assert ((oracle.lowest <= images) & (images <= oracle.highest)).all()
 
 
@@ -91,6 +93,6 @@ def test_slightly_wrong_parameters_give_inadmissible_codes(what: str) -> None:
     layer, x = CASES[what](random_linear()), inputs(400)
     wrong = activation_oracle(x, replace(layer, **WRONG[what]))
     right = activation_oracle(x, layer)
-    probe = LinearProbe(x, wrong.image, None, np.zeros((len(x), 16)), exact=False)
+    probe = LinearProbe(x, wrong.integers, None, np.zeros((len(x), 16)), exact=False)
     assert check_linear(layer, probe, right).codes_inadmissible > 0
-    assert check_linear(layer, replace(probe, image=right.image), right).codes_inadmissible == 0
+    assert check_linear(layer, replace(probe, integers=right.integers), right).codes_inadmissible == 0

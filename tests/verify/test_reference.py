@@ -118,7 +118,7 @@ def test_weights_are_dequantized_as_the_checkpoint_and_the_op_say(weight_format,
 
 def test_weights_are_held_as_one_byte_each():
     held = FakeQuantLinear(make_layer(), torch.float64)
-    assert held.get_buffer("image").dtype == torch.int8
+    assert held.get_buffer("integers").dtype == torch.int8
     assert not list(held.parameters())
 
 

@@ -105,7 +105,7 @@ def _float32_engine(model: models.LoadedModel, inputs: dict[str, Any]) -> tuple[
 
 
 NOTHING: dict[str, Any] = dict(
-    image=None, act_scale=None, gemm=None, gemm_unit=1.0, gemm_scale=None, exact=True, half_roundings=0,
+    integers=None, act_scale=None, gemm=None, gemm_unit=1.0, gemm_scale=None, exact=True, half_roundings=0,
     low_rank=None, timesteps=None,
 )  # fmt: skip
 

@@ -68,9 +68,9 @@ def test_oracle_agrees_with_the_op_except_within_rounding_of_a_midpoint(name: st
     x = np.random.default_rng(1).standard_normal((64, 96)).astype(np.float32)
     oracle = oracle_of(x, name)
     codes, scale = OPS["QuantizeActivation"].numpy(x, format=name)
-    image = get_format(name).image[codes]
+    image = get_format(name).integers[codes]
     assert np.all((image >= oracle.lowest) & (image <= oracle.highest))
-    assert np.count_nonzero(image != oracle.image) <= oracle.ambiguous <= x.size // 1000
+    assert np.count_nonzero(image != oracle.integers) <= oracle.ambiguous <= x.size // 1000
     assert np.all(np.abs(scale - oracle.scale) <= 2 * ROUNDING * oracle.scale)
 
 
@@ -79,7 +79,7 @@ def test_oracle_keeps_every_value_of_the_grid(name: str) -> None:
     fmt = get_format(name)
     codes = np.flatnonzero(np.isfinite(fmt.values) & (np.abs(fmt.values) <= fmt.max_value))
     x = decode(fmt, codes.astype(np.uint8))[None]
-    assert np.array_equal(oracle_of(x, name).image, fmt.image[codes][None])
+    assert np.array_equal(oracle_of(x, name).integers, fmt.integers[codes][None])
 
 
 def test_only_numbers_next_to_a_midpoint_are_ambiguous() -> None:
@@ -87,13 +87,13 @@ def test_only_numbers_next_to_a_midpoint_are_ambiguous() -> None:
     near, far = midpoint * (1 + 2 * ROUNDING), midpoint * (1 + 20 * ROUNDING)
     oracle = oracle_of(np.array([[top, midpoint, near, far]]), "E2M3")
     assert oracle.ambiguous == 2
-    assert oracle.image.tolist() == [[60, 2, 2, 2]]
+    assert oracle.integers.tolist() == [[60, 2, 2, 2]]
     assert oracle.lowest.tolist() == [[60, 1, 1, 2]]
 
 
 def test_a_row_of_zeros_has_codes_zero() -> None:
     oracle = oracle_of(np.zeros((2, 8)), "E2M3")
-    assert not oracle.image.any() and oracle.ambiguous == 0
+    assert not oracle.integers.any() and oracle.ambiguous == 0
 
 
 # --- exact GEMM -----------------------------------------------------------------------------------------------------
@@ -149,7 +149,7 @@ def test_probing_layer_by_layer_gives_the_same_tensors(hand: Any, monkeypatch: p
     pieces = dict(ProbedGraph(graph).probes(["a", "b"], calls))
     for name, probes in whole.items():
         for one, other in zip(probes, pieces[name], strict=True):
-            assert np.array_equal(one.gemm, other.gemm) and np.array_equal(one.image, other.image)
+            assert np.array_equal(one.gemm, other.gemm) and np.array_equal(one.integers, other.integers)
 
 
 def test_probing_leaves_the_graph_as_it_was(hand: Any) -> None:
@@ -187,8 +187,8 @@ def _poke(value: float) -> Any:
 def test_every_kind_of_damage_is_measured(hand: Any) -> None:
     assert _check(hand, gemm=_poke(1)).gemm_max_abs_diff == 1
     assert _check(hand, gemm=_poke(np.nan)).gemm_max_abs_diff == math.inf
-    assert _check(hand, image=_poke(1)).codes_inadmissible == 1
-    assert _check(hand, image=_poke(np.nan)).codes_inadmissible == 1
+    assert _check(hand, integers=_poke(1)).codes_inadmissible == 1
+    assert _check(hand, integers=_poke(np.nan)).codes_inadmissible == 1
     assert _check(hand, act_scale=_poke(1e-5)).scale_error > 1
     assert _check(hand, output=_poke(1e-3)).output_error > 1
     assert _check(hand, output=_poke(np.nan)).output_error == math.inf

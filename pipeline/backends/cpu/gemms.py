@@ -132,8 +132,8 @@ def _group_scales(build: GraphBuilder, gemm: QuantizedGemm, a: Operand) -> ir.Va
     return build.op("Transpose", scale, name="turned_scales", perm=[1, 0, 2])
 
 
-def float_gemm(build: GraphBuilder, gemm: QuantizedGemm, image: ir.Value, scale: ir.Value | None) -> Product:
-    """image f32 (integers, of an activation) times the weight's image or values, in float32; then times `scale`."""
+def float_gemm(build: GraphBuilder, gemm: QuantizedGemm, integers: ir.Value, scale: ir.Value | None) -> Product:
+    """integers f32 (of an activation) times the weight's integers or values, in float32; then times `scale`."""
     w, exponent = _stored_weight(build, gemm)
     shape = (gemm.groups, 1, gemm.out_features) if gemm.real_groups else (gemm.out_features,)
     scales = build.lazy(f"{gemm.layer}.scales_f32", FLOAT, shape, partial(_float_scales, gemm, exponent))
@@ -141,20 +141,20 @@ def float_gemm(build: GraphBuilder, gemm: QuantizedGemm, image: ir.Value, scale:
         grouped = build.constant([gemm.groups, gemm.group_size, gemm.out_features], np.int64)
         scaled = build.op("Mul", build.op("Reshape", w, grouped, name="grouped_weight"), scales, name="scaled_weight")
         w = build.op("Reshape", scaled, build.constant([-1, gemm.out_features], np.int64), name="weight")
-        y = build.op("MatMul", image, w, name="product")
+        y = build.op("MatMul", integers, w, name="product")
     else:
-        y = build.op("Mul", build.op("MatMul", image, w, name="unscaled"), scales, name="product")
+        y = build.op("Mul", build.op("MatMul", integers, w, name="unscaled"), scales, name="product")
     return Product(y, y, None, scale)
 
 
-def ungrouped(build: GraphBuilder, image: ir.Value, scale: ir.Value | None, x: ir.Value) -> ir.Value:
-    """image [M, groups, group] times scale [M, groups, 1], in the shape of x [..., K]."""
-    scaled = build.op("Mul", image, scale, name="scaled_groups")
+def ungrouped(build: GraphBuilder, integers: ir.Value, scale: ir.Value | None, x: ir.Value) -> ir.Value:
+    """integers [M, groups, group] times scale [M, groups, 1], in the shape of x [..., K]."""
+    scaled = build.op("Mul", integers, scale, name="scaled_groups")
     return build.op("Reshape", scaled, build.op("Shape", x, name="like"), name="ungrouped")
 
 
 def stored_integers(build: GraphBuilder, gemm: QuantizedGemm) -> ir.Value:
-    """The weight's integer image as int8 [K, N]."""
+    """The weight's integers as int8 [K, N]."""
     shape = (gemm.in_features, gemm.out_features)
     return build.lazy(f"{gemm.layer}.image", INT8, shape, gemm.turned_integers)
 
@@ -187,7 +187,7 @@ def _shape_like(build: GraphBuilder, tensor: ir.Value, n: int) -> ir.Value:
 
 
 def _stored_weight(build: GraphBuilder, gemm: QuantizedGemm) -> tuple[ir.Value, int]:
-    """(float32 [K, N] = value * multiplier * 2^e, e): from the int8 image (e = f), else from float16 values (e = 0)."""
+    """(float32 [K, N] = value * multiplier * 2^e, e): from int8 integers (e = f), else from float16 values (e = 0)."""
     if gemm.weight_kmax <= np.iinfo(np.int8).max:
         stored, exponent = stored_integers(build, gemm), gemm.weight.fraction_bits
     else:

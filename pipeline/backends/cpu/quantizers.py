@@ -1,7 +1,7 @@
 """Activation quantizers in standard ONNX ops, as cheap as onnxruntime's CPU kernels allow.
 
-Rounding to a float format without any loop over binades ("magic add"): with v the activation in units of the integer
-image and c = max(|v| F, 1.5 * 2^23), F = 2^(23-M) - MARGIN, the float32 sum v + c has just the precision of the
+Rounding to a float format without any loop over binades ("magic add"): with v the activation in units of the format's
+integers and c = max(|v| F, 1.5 * 2^23), F = 2^(23-M) - MARGIN, the float32 sum v + c has just the precision of the
 format's step at |v|, so (v + c) - c is v rounded to nearest even on the format's grid, subnormals included. Let |v| lie
 in the binade that starts at 2^e; c and v + c should then lie in the binade of 2^n, n = e + 23 - M.
 - At the binade's end the margin keeps v + c out of the next one: against 16 |v| stand v itself and the rounding of c.
@@ -30,14 +30,14 @@ from export.formats.format import Format
 
 FLOAT_DIGITS = 23
 MARGIN = 16.0
-# An 8-bit unsigned operand with this zero point holds images up to the zero point less one.
+# An 8-bit unsigned operand with this zero point holds integers up to the zero point less one.
 SMALL_ZERO, LARGE_ZERO = 64, 128
 UINT8_MAX = 255
 
 
 @dataclass(frozen=True)
 class Operand:
-    """A quantized activation in a graph: image = sum_i weights[i] * (codes[i] - zero); value = image 2^-f scale.
+    """A quantized activation in a graph: integer = sum_i weights[i] * (codes[i] - zero); value = integer 2^-f scale.
 
     scale: [..., 1]; of groups [M, groups, 1] with codes [M, groups, group_size]; None for a static one.
     """
@@ -59,7 +59,7 @@ def unsupported(fmt: Format, static: bool = False) -> str:
 
 
 def zero_point(kmax: int) -> int:
-    """Zero point of a u8 operand for images up to `kmax` in magnitude; the smaller one keeps pair sums small."""
+    """Zero point of a u8 operand for integers up to `kmax` in magnitude; the smaller one keeps pair sums small."""
     return SMALL_ZERO if kmax < SMALL_ZERO else LARGE_ZERO
 
 
@@ -88,22 +88,23 @@ def largest_operand(fmt: Format, limbs: int) -> int:
 def quantize(build: GraphBuilder, x: ir.Value, fmt: Format, limbs: int) -> Operand:
     """x f32 [..., K] -> u8 operands [..., K] and scale [..., 1]."""
     magnitude, absmax, scale = token_scale(build, x, fmt)
-    image = _scaled_integers(build, x, magnitude, absmax, fmt)
+    integers = _scaled_integers(build, x, magnitude, absmax, fmt)
     if limbs == 1:
         zero = zero_point(fmt.kmax)
-        return Operand(x, (_to_u8(build, image, 1.0, zero, "codes"),), (1,), zero, scale)
-    return _two_limbs(build, x, image, fmt, limbs, scale)
+        return Operand(x, (_to_u8(build, integers, 1.0, zero, "codes"),), (1,), zero, scale)
+    return _two_limbs(build, x, integers, fmt, limbs, scale)
 
 
 def _two_limbs(
-    build: GraphBuilder, x: ir.Value, image: ir.Value, fmt: Format, limbs: int, scale: ir.Value | None
+    build: GraphBuilder, x: ir.Value, integers: ir.Value, fmt: Format, limbs: int, scale: ir.Value | None
 ) -> Operand:
     if not len(fmt.binade_starts):
-        image = build.op("Round", image, name="image")
+        integers = build.op("Round", integers, name="image")
     base = limb_base(fmt.kmax, limbs)
     unit, offset = build.constant(float(base)), build.constant(SMALL_ZERO, np.uint8)
-    high = _to_u8(build, image, float(base), SMALL_ZERO, "high")
-    rest = build.op("Sub", image, build.op("DequantizeLinear", high, unit, offset, name="high_image"), name="low_image")
+    high = _to_u8(build, integers, float(base), SMALL_ZERO, "high")
+    back = build.op("DequantizeLinear", high, unit, offset, name="high_image")
+    rest = build.op("Sub", integers, back, name="low_image")
     return Operand(x, (high, _to_u8(build, rest, 1.0, SMALL_ZERO, "low")), (base, 1), SMALL_ZERO, scale)
 
 
@@ -115,12 +116,12 @@ def in_groups(build: GraphBuilder, x: ir.Value, group: int, groups: int) -> ir.V
 def quantize_static(build: GraphBuilder, x: ir.Value, fmt: Format, limbs: int, scale: float, zero: float) -> Operand:
     """x f32 [..., K] -> u8 operands [..., K] of (x - zero) / scale; their scale is left to the GEMM."""
     if limbs > 1:
-        image = static_integers(build, x, fmt, scale, zero, rounded=False)
-        return _two_limbs(build, x, image, fmt, limbs, None)
+        integers = static_integers(build, x, fmt, scale, zero, rounded=False)
+        return _two_limbs(build, x, integers, fmt, limbs, None)
     offset = zero_point(fmt.kmax) if fmt.sign_bits else 0
     if len(fmt.binade_starts):
-        image = static_integers(build, x, fmt, scale, zero)
-        return Operand(x, (_to_u8(build, image, 1.0, offset, "codes"),), (1,), offset, None)
+        integers = static_integers(build, x, fmt, scale, zero)
+        return Operand(x, (_to_u8(build, integers, 1.0, offset, "codes"),), (1,), offset, None)
     codes = _to_u8(build, _above_zero(build, x, zero), _integer_unit(fmt, scale), offset, "all_codes")
     lowest = offset - fmt.kmax if fmt.sign_bits else 0
     if lowest > 0 or offset + fmt.kmax < UINT8_MAX:
@@ -132,13 +133,14 @@ def quantize_static(build: GraphBuilder, x: ir.Value, fmt: Format, limbs: int, s
 def static_integers(
     build: GraphBuilder, x: ir.Value, fmt: Format, scale: float, zero: float, rounded: bool = True
 ) -> ir.Value:
-    """(x - zero) / scale in units of the image, within the format's range and on its grid (uniform: if `rounded`)."""
-    image = build.op("Div", _above_zero(build, x, zero), build.constant(_integer_unit(fmt, scale)), name="scaled")
+    """(x - zero) / scale in units of the integers, within the format's range and on its grid (uniform: if
+    `rounded`)."""
+    integers = build.op("Div", _above_zero(build, x, zero), build.constant(_integer_unit(fmt, scale)), name="scaled")
     lowest = build.constant(-float(fmt.kmax) if fmt.sign_bits else 0.0)
-    image = build.op("Clip", image, lowest, build.constant(float(fmt.kmax)), name="within")
+    integers = build.op("Clip", integers, lowest, build.constant(float(fmt.kmax)), name="within")
     if len(fmt.binade_starts):
-        return _on_grid(build, image, build.op("Abs", image, name="size") if fmt.sign_bits else image, fmt)
-    return build.op("Round", image, name="image") if rounded else image
+        return _on_grid(build, integers, build.op("Abs", integers, name="size") if fmt.sign_bits else integers, fmt)
+    return build.op("Round", integers, name="image") if rounded else integers
 
 
 def _above_zero(build: GraphBuilder, x: ir.Value, zero: float) -> ir.Value:
@@ -146,15 +148,15 @@ def _above_zero(build: GraphBuilder, x: ir.Value, zero: float) -> ir.Value:
 
 
 def _integer_unit(fmt: Format, scale: float) -> float:
-    """Value of one unit of the image; a power of two times the scale, so exact in float32."""
+    """Value of an integer's unit; a power of two times the scale, so exact in float32."""
     return scale * 2.0**-fmt.fraction_bits
 
 
 def rounded_integers(build: GraphBuilder, x: ir.Value, fmt: Format) -> tuple[ir.Value, ir.Value]:
-    """x f32 [..., K] -> (integer image as f32 [..., K], scale [..., 1]), for formats too wide for integer operands."""
+    """x f32 [..., K] -> (integers as f32 [..., K], scale [..., 1]), for formats too wide for integer operands."""
     magnitude, absmax, scale = token_scale(build, x, fmt)
-    image = _scaled_integers(build, x, magnitude, absmax, fmt)
-    return (image if len(fmt.binade_starts) else build.op("Round", image, name="image")), scale
+    integers = _scaled_integers(build, x, magnitude, absmax, fmt)
+    return (integers if len(fmt.binade_starts) else build.op("Round", integers, name="image")), scale
 
 
 def token_scale(build: GraphBuilder, x: ir.Value, fmt: Format) -> tuple[ir.Value, ir.Value, ir.Value]:
@@ -187,5 +189,5 @@ def rounding_factor(fmt: Format) -> float:
     return 2.0 ** (FLOAT_DIGITS - fmt.mantissa_bits) - MARGIN
 
 
-def _to_u8(build: GraphBuilder, image: ir.Value, unit: float, zero: int, name: str) -> ir.Value:
-    return build.op("QuantizeLinear", image, build.constant(unit), build.constant(zero, np.uint8), name=name)
+def _to_u8(build: GraphBuilder, integers: ir.Value, unit: float, zero: int, name: str) -> ir.Value:
+    return build.op("QuantizeLinear", integers, build.constant(unit), build.constant(zero, np.uint8), name=name)

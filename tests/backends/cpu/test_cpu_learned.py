@@ -13,7 +13,7 @@ import pytest
 from export.checkpoint import QuantizedLinear
 from export.dialect.graph import GraphBuilder
 from export.dialect.reference import quantize_static
-from export.formats.format import FORMATS, get_format, to_image
+from export.formats.format import FORMATS, get_format, to_integers
 from pipeline.backends.base import LoweredGraph
 from pipeline.backends.cpu.build import capabilities
 from pipeline.backends.cpu.lower import FLOAT_PATH, LowerCpu
@@ -105,7 +105,7 @@ def test_static_codes_are_those_of_the_op_bit_for_bit(name: str, scale: float, z
             for w, code in zip(operands[0].weights, run(model, {"x": x}), strict=True)
         )
         assert operands[0].scale is None
-    np.testing.assert_array_equal(found, to_image(fmt, codes))
+    np.testing.assert_array_equal(found, to_integers(fmt, codes))
 
 
 def test_a_static_quantizer_reduces_nothing(tmp_path: Path) -> None:
@@ -304,7 +304,7 @@ def test_the_zero_is_folded_into_the_bias_exactly(weight: Any, bias: bool) -> No
     model = portable(ONE, [layer], INPUTS)
     run_shared(model)
     folded = model.graph.initializers["a.bias_with_zero"].const_value.numpy()
-    rows, unit = layer.image().astype(np.int64), 2.0 ** -get_format(name).fraction_bits
+    rows, unit = layer.integers().astype(np.int64), 2.0 ** -get_format(name).fraction_bits
     columns = layer.scales.shape[1]
     wanted = [0.0 if layer.bias is None else float(layer.bias[n]) for n in range(layer.out_features)]
     for n in range(layer.out_features):

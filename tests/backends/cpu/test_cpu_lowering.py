@@ -8,7 +8,7 @@ import onnx_ir as ir
 import pytest
 
 from export.dialect.reference import quantize_activation
-from export.formats.format import get_format, to_image
+from export.formats.format import get_format, to_integers
 from pipeline import machine
 from pipeline.backends.cpu.build import capabilities
 from pipeline.backends.cpu.lower import FLOAT_PATH, FUNCTION_PATH, LowerCpu, choose_path, refusal
@@ -55,15 +55,15 @@ def lowered(layer, capabilities=WIDE):
 def skip_where_sums_saturate(layer):
     """The lowering asks for a CPU that sums byte products in 32 bits; others saturate pairs of large ones in 16."""
     largest = 255 if layer.activation_format == "INT8" else 0
-    if WIDE_SUM not in HERE.ops and 2 * largest * int(np.abs(layer.image()).max()) > 32767:
+    if WIDE_SUM not in HERE.ops and 2 * largest * int(np.abs(layer.integers()).max()) > 32767:
         pytest.skip("this CPU sums pairs of byte products in saturating 16 bits")
 
 
 def oracle(layer, x):
     """(integer sums int64 [.., N], token scale) from the op's own meaning."""
     codes, scale = quantize_activation(x, format=layer.activation_format)
-    image = to_image(get_format(layer.activation_format), codes).astype(np.int64)
-    return image @ layer.image().T.astype(np.int64), scale
+    image = to_integers(get_format(layer.activation_format), codes).astype(np.int64)
+    return image @ layer.integers().T.astype(np.int64), scale
 
 
 def probe(model, names, x):
@@ -92,7 +92,7 @@ def test_integer_paths_give_the_exact_sum_for_their_own_codes(case, shape):
         int(w) * (found[name].astype(np.int64) - int(row.codes_offset))
         for w, name in zip(row.limb_weights, row.codes, strict=True)
     )
-    total = image @ layer.image().T.astype(np.int64)
+    total = image @ layer.integers().T.astype(np.int64)
     expected = total.astype(np.float32) * initializer(model, row.gemm_scale)
     np.testing.assert_array_equal(found[row.gemm], expected)
     product = expected * found[row.act_scale]
@@ -160,7 +160,7 @@ def test_the_image_of_a_float_path_is_probed_as_well():
     x = activations(np.random.default_rng(6), tokens=7, k=96)
     (image,) = probe(model, row.codes, x).values()
     codes, _ = quantize_activation(x, format="E4M3")
-    np.testing.assert_array_equal(image * row.codes_unit - row.codes_offset, to_image(get_format("E4M3"), codes))
+    np.testing.assert_array_equal(image * row.codes_unit - row.codes_offset, to_integers(get_format("E4M3"), codes))
 
 
 def test_an_activation_without_sign_keeps_its_function():
@@ -242,7 +242,7 @@ def test_weight_integers_equal_the_checkpoint(weight):
     model = portable(BODY, [layer], "float[B,S,96] x", "float[B,S,9] y")
     run_shared(model)
     gemm = read_gemm(next(node for node in model.graph if node.op_type == "PackedGemm"))
-    np.testing.assert_array_equal(gemm.turned_integers(), layer.image().T)
+    np.testing.assert_array_equal(gemm.turned_integers(), layer.integers().T)
     assert gemm.turned_integers().dtype == np.int8
 
 

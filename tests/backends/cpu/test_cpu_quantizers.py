@@ -6,7 +6,7 @@ import pytest
 
 from export.dialect.graph import GraphBuilder
 from export.dialect.reference import quantize_activation
-from export.formats.format import FORMATS, encode, get_format, to_image
+from export.formats.format import FORMATS, encode, get_format, to_integers
 from pipeline.backends.cpu.quantizers import (
     LARGE_ZERO,
     SMALL_ZERO,
@@ -54,7 +54,7 @@ def assert_images(name, x, image):
     """Every image is the nearest grid point of x / scale in float64, within rounding of the quotient at midpoints."""
     fmt, wide = get_format(name), x.astype(np.float64)
     quotient = wide / (np.maximum(np.abs(wide).max(-1, keepdims=True), 1e-30) / fmt.max_value)
-    low, high = (to_image(fmt, encode(fmt, np.clip(quotient * (1 + s), -fmt.max_value, fmt.max_value)))
+    low, high = (to_integers(fmt, encode(fmt, np.clip(quotient * (1 + s), -fmt.max_value, fmt.max_value)))
                  for s in (-SLACK, SLACK))  # fmt: skip
     low, high = np.minimum(low, high), np.maximum(low, high)
     assert ((low <= image) & (image <= high)).all()
@@ -81,7 +81,7 @@ def test_every_value_midpoint_and_neighbour_is_coded_exactly(name):
     x = on_the_grid(name)
     image, scale = image_and_scale(name, x, 1)
     codes, expected_scale = quantize_activation(x, format=name)
-    np.testing.assert_array_equal(image, to_image(get_format(name), codes))
+    np.testing.assert_array_equal(image, to_integers(get_format(name), codes))
     np.testing.assert_array_equal(scale, expected_scale)
 
 
@@ -89,7 +89,7 @@ def test_every_value_midpoint_and_neighbour_is_coded_exactly(name):
 def test_two_limbs_code_every_value_midpoint_and_neighbour_exactly(name):
     x = on_the_grid(name)
     image, _ = image_and_scale(name, x, 2)
-    np.testing.assert_array_equal(image, to_image(get_format(name), quantize_activation(x, format=name)[0]))
+    np.testing.assert_array_equal(image, to_integers(get_format(name), quantize_activation(x, format=name)[0]))
 
 
 @pytest.mark.parametrize("name", FLOATS)
@@ -97,7 +97,7 @@ def test_the_float_path_rounds_every_value_midpoint_and_neighbour_exactly(name):
     x = on_the_grid(name)
     model = emitted(lambda emit, value: list(rounded_integers(emit, value, get_format(name))))
     image, _ = run(model, {"x": x})
-    np.testing.assert_array_equal(image, to_image(get_format(name), quantize_activation(x, format=name)[0]))
+    np.testing.assert_array_equal(image, to_integers(get_format(name), quantize_activation(x, format=name)[0]))
 
 
 @pytest.mark.parametrize("name, limbs", [(n, 1) for n in EIGHT_BITS] + [(n, 2) for n in TWO_LIMBS])
@@ -115,7 +115,7 @@ def test_just_below_a_binade_nothing_is_lost():
     row = np.concatenate([16 + steps, 16.25 + steps, 32 + 2 * steps, 32.5 + 2 * steps, [60.0]])
     x = np.concatenate([row, -row])[None, None].astype(np.float32)
     image, _ = image_and_scale("E2M3", x, 1)
-    np.testing.assert_array_equal(image, to_image(get_format("E2M3"), quantize_activation(x, format="E2M3")[0]))
+    np.testing.assert_array_equal(image, to_integers(get_format("E2M3"), quantize_activation(x, format="E2M3")[0]))
 
 
 @pytest.mark.parametrize("name", FLOATS)

@@ -39,7 +39,7 @@ from pipeline.recipe import Recipe
 from pipeline.verify import proof as verification
 from pipeline.verify.effort import Effort, effort_for, note
 from pipeline.verify.gates import ROUNDED_DB, coverage_gate, layer_gates
-from pipeline.verify.probe import ProbedGraph, decoded_image
+from pipeline.verify.probe import ProbedGraph, decoded_integers
 from pipeline.verify.proof import verify_target
 from pipeline.verify.report import Report
 from pipeline.verify.study import Study, study
@@ -266,9 +266,9 @@ def test_a_graph_that_stops_is_refused_in_words(exported: Any, tmp_path: Path) -
 
 
 def test_codes_that_are_no_numbers_of_the_format_are_no_image() -> None:
-    found = decoded_image(get_format("E2M1"), np.array([0, 7, 15, 16, 255], np.uint8))
+    found = decoded_integers(get_format("E2M1"), np.array([0, 7, 15, 16, 255], np.uint8))
     assert found[:3].tolist() == [0, 12, -12] and np.isnan(found[3:]).all()
-    assert np.isnan(decoded_image(get_format("E4M3"), np.array([127], np.uint8))).all(), "the code of NaN"
+    assert np.isnan(decoded_integers(get_format("E4M3"), np.array([127], np.uint8))).all(), "the code of NaN"
 
 
 def test_what_is_not_wired_as_a_quantized_linear_is_not_taken_for_one(exported: Any, tmp_path: Path) -> None:

@@ -93,7 +93,7 @@ def test_asymmetric_8_bit_integers_are_one_int8_gemm(tmp_path: Path) -> None:
     assert (row.path, row.codes_offset, len(row.codes)) == ("int8", -128.0, 1)
     assert "UE1M7 is exact in INT8 less 128" in found.choices[0].why
     shift = model.graph.initializers["a.rtx_shift"].const_value.numpy()
-    np.testing.assert_array_equal(shift, 128 * layer.image().astype(np.int64).sum(axis=1))
+    np.testing.assert_array_equal(shift, 128 * layer.integers().astype(np.int64).sum(axis=1))
     prove(layer, probed, True)
 
 

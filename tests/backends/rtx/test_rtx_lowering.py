@@ -63,13 +63,13 @@ def oracle_images(x: np.ndarray, name: str) -> np.ndarray:
     scale = np.maximum(np.abs(x).max(axis=-1, keepdims=True), np.float32(ABSMAX_FLOOR)) / np.float32(fmt.max_value)
     quotient = (x / scale).astype(np.float64)
     codes = encode(fmt, np.clip(quotient, -fmt.max_value, fmt.max_value))
-    return fmt.image[fold_negative_zero(fmt, codes)]
+    return fmt.integers[fold_negative_zero(fmt, codes)]
 
 
 def weight_images(linear: Linear) -> np.ndarray:
     """[N, K] integer images with multipliers."""
     arrays, fmt = linear.arrays(), get_format(linear.weight)
-    images = fmt.image[unpack(arrays["codes"], fmt.bits, linear.in_features)]
+    images = fmt.integers[unpack(arrays["codes"], fmt.bits, linear.in_features)]
     groups = linear.in_features // (linear.group_size or linear.in_features)
     factors = np.array(linear.multipliers)[unpack(arrays["multipliers"], 4, groups)]
     return images * np.repeat(factors, linear.in_features // groups, axis=1)

@@ -153,9 +153,9 @@ def test_every_linear_passes_its_gate(folder: Path, tmp_path: Path) -> None:
     x = np.random.default_rng(1).normal(size=(2, 5, 64)).astype(np.float32)
     ((_, (probe,)),) = ProbedGraph(graph).probes(["layer"], [{"x": x}])
     weight = read_gemm(next(iter(packed_nodes(single(linear))))).integers()
-    assert np.array_equal(probe.gemm, (probe.image @ weight.T * probe.gemm_unit).astype(np.float32))
+    assert np.array_equal(probe.gemm, (probe.integers @ weight.T * probe.gemm_unit).astype(np.float32))
     oracle = activation_oracle(x.reshape(10, 64), random_linear(n=48))
-    assert ((probe.image >= oracle.lowest) & (probe.image <= oracle.highest)).all()
+    assert ((probe.integers >= oracle.lowest) & (probe.integers <= oracle.highest)).all()
 
 
 def packed_nodes(model: onnx.ModelProto) -> list[ir.Node]:
