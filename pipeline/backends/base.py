@@ -97,7 +97,8 @@ class Options:
 
 
 def _either(choices: Sequence[str]) -> str:
-    """
+    """The choices in words.
+
     >>> _either(("fp8", "int8", "int4"))
     'fp8, int8 or int4'
     """

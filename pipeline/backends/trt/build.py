@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 from collections import Counter
 from collections.abc import Sequence
 from functools import partial
@@ -36,7 +35,6 @@ if TYPE_CHECKING:
     from pipeline.backends.trt import TrtOptions
     from pipeline.recipe import Recipe
 
-logger = logging.getLogger(__name__)
 SCHEMA_VERSION = 1
 FIELDS = {"plugin_namespace": NAMESPACE, "plugin_version": VERSION, "aot": 1}
 PROOF = (
