@@ -71,6 +71,7 @@ def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
         return (yield)
 
 
+@pytest.hookimpl(optionalhook=True)
 def pytest_testnodedown(node: Any, error: object) -> None:
     """A process of xdist has ended: take over what it reached."""
     _reached.update(getattr(node, "workeroutput", {}).get("reached", ()))
