@@ -1,7 +1,7 @@
 """The reference in PyTorch: the quantized model with dequantized weights and fake-quantized activations.
 
 In float64 it is the oracle that engines are compared with; its own float32 run tells how far rounding alone leads.
-Weights stay integer images (1 byte each) and are dequantized at every call, so no float copy of the model is held.
+Weights stay integers (1 byte each) and are dequantized at every call, so no float copy of the model is held.
 """
 
 from __future__ import annotations

@@ -220,7 +220,7 @@ class LinearWeight:
 
     @cached_property
     def integers(self) -> NDArray[np.integer]:
-        """[N, K]: the integer integers."""
+        """[N, K]: of the codes, with group multipliers folded in."""
         return self._layer.integers()
 
     @cached_property
