@@ -100,7 +100,7 @@ def test_a_row_of_zeros_has_codes_zero() -> None:
 
 
 def _weight(integers: np.ndarray) -> LinearWeight:
-    return LinearWeight(cast(Any, SimpleNamespace(image=lambda: integers)))
+    return LinearWeight(cast(Any, SimpleNamespace(integers=lambda: integers)))
 
 
 @pytest.mark.parametrize("largest", [3, 4000, 2**20])

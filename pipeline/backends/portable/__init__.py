@@ -54,11 +54,9 @@ class PortableBackend(Backend[PortableOptions]):
 
     def lower(self, portable: Path, work_dir: Path, recipe: Recipe) -> LoweredGraph:
         """The portable file as it is, and where its quantized linears are. Raises ContractError if it has none."""
-        import onnx_ir as ir
+        from pipeline.backends.portable.linears import read_linears
 
-        from pipeline.backends.portable.linears import portable_linears
-
-        linears = portable_linears(ir.load(portable))
+        linears = read_linears(portable)
         if not linears:
             raise ContractError(f"{portable} has no quantized linear; export the model again")
         return LoweredGraph(portable, tuple(row.probe for row in linears), tuple(row.choice for row in linears))

@@ -7,6 +7,7 @@ gave. One that is wired in another way is not found, and then missing from the t
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 
 import onnx_ir as ir
 
@@ -64,6 +65,11 @@ class PortableLinear:
         activation, weight = (get_format(str(attribute(node, "format"))) for node in (self.quantizer, self.weight))
         why = f"{activation.name} and {weight.name} are decoded by function bodies in standard ops, then multiplied"
         return Choice(self.layer, PATH, why)
+
+
+def read_linears(path: Path) -> list[PortableLinear]:
+    """Those of a portable model's file."""
+    return portable_linears(ir.load(path))
 
 
 def portable_linears(model: ir.Model) -> list[PortableLinear]:
