@@ -1,4 +1,6 @@
-"""Progress with an ETA: a bar on a terminal, one plain line every few seconds in a log."""
+"""Long work: progress with an ETA, as a bar on a terminal and as a plain line every few seconds in a log; and several
+independent pieces at once, a thread each, since small models leave most of every processor's time unused when their
+operations share all cores."""
 
 from __future__ import annotations
 
@@ -6,16 +8,16 @@ import logging
 import sys
 import threading
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from typing import TypeVar
 
 from tqdm import tqdm
 
-from pipeline.side_by_side import raise_if_stopped
-
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
+_thread = threading.local()
 
 
 def eta_text(done: int, total: int, elapsed_s: float) -> str:
@@ -62,3 +64,69 @@ def heartbeat(label: str, every_s: float = 30.0) -> Iterator[None]:
     finally:
         done.set()
         thread.join()
+
+
+# --- side by side ---------------------------------------------------------------------------------------------------
+
+
+class StoppedError(Exception):
+    """Ends a thread whose work nobody waits for any more."""
+
+
+def side_by_side(work: Sequence[Callable[[], T]], threads: int) -> list[T]:
+    """The results of all functions, in their order; with one thread one after the other, here.
+
+    PyTorch's operations get one thread each meanwhile. An error of one function is raised, as is a signal's exception
+    that comes meanwhile; the other functions end at their next `raise_if_stopped`.
+    """
+    if min(threads, len(work)) < 2:
+        return [function() for function in work]
+    stop = threading.Event()
+    with single_threaded_torch(), ThreadPoolExecutor(threads) as pool:
+        try:  # from here on: a signal may come before all have begun
+            futures: list[Future[T]] = [pool.submit(ending_with(function, stop)) for function in work]
+            wait(futures, return_when=FIRST_EXCEPTION)
+            failed = [future for future in futures if future.done() and future.exception() is not None]
+            return [failed[0].result()] if failed else [future.result() for future in futures]
+        finally:
+            stop.set()
+            pool.shutdown(wait=True, cancel_futures=True)
+
+
+def ending_with(function: Callable[P, T], *stops: threading.Event) -> Callable[P, T]:
+    """`function` for another thread: what ends the work of this thread ends it, too, and so does each of `stops`."""
+    ends = (*_stops(), *stops)
+
+    def run(*args: P.args, **named: P.kwargs) -> T:
+        _thread.stops = ends
+        try:
+            return function(*args, **named)
+        finally:
+            del _thread.stops
+
+    return run
+
+
+def raise_if_stopped() -> None:
+    """To be called now and then by long work: raises StoppedError in a thread whose result is no longer wanted."""
+    if any(stop.is_set() for stop in _stops()):
+        raise StoppedError
+
+
+def _stops() -> tuple[threading.Event, ...]:
+    stops: tuple[threading.Event, ...] = getattr(_thread, "stops", ())
+    return stops
+
+
+@contextmanager
+def single_threaded_torch() -> Iterator[None]:
+    """Within, PyTorch's operations take one thread each, and their sums one order. Not for overlapping use by threads:
+    the number of threads is the process's."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

@@ -40,8 +40,8 @@ from pipeline.calibrate.methods.qdit import QDit, search_settings
 from pipeline.calibrate.plan import make_plans
 from pipeline.files import sha256_json
 from pipeline.methods import METHODS
+from pipeline.progress import single_threaded_torch
 from pipeline.recipe import Recipe
-from pipeline.side_by_side import single_threaded_torch
 
 logger = logging.getLogger(__name__)
 AGAINST = ("real", "float")

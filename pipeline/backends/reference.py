@@ -23,7 +23,7 @@ from export.models.torch_modules import Denoiser
 from export.router import Router
 from pipeline.backends import feeds
 from pipeline.backends.base import Arrays
-from pipeline.side_by_side import raise_if_stopped
+from pipeline.progress import raise_if_stopped
 
 if TYPE_CHECKING:
     from export.models.load import LoadedModel

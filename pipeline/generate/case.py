@@ -14,8 +14,8 @@ from export.models.description import Description, sample_inputs
 from pipeline.backends.base import Arrays
 from pipeline.generate.conditioning import GENERATION_FILE, Generation, load_generation
 from pipeline.generate.sampling import make_sampler, sample, take_samples
+from pipeline.progress import raise_if_stopped
 from pipeline.recipe import Recipe
-from pipeline.side_by_side import raise_if_stopped
 
 if TYPE_CHECKING:
     from export.models.load import LoadedModel

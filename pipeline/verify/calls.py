@@ -20,7 +20,7 @@ from pipeline.backends.base import Arrays
 from pipeline.distance import sqnr_db
 from pipeline.generate.case import Case, Run, is_large
 from pipeline.generate.sampling import TRAIN_STEPS, make_sampler, take_samples
-from pipeline.side_by_side import ending_with, raise_if_stopped
+from pipeline.progress import ending_with, raise_if_stopped
 from pipeline.verify.call_patterns import (
     CHANGED,
     IN_PLACE,

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from export.checkpoint import QuantizedLinear
 from pipeline.backends.base import Arrays
 from pipeline.passes.probes import ProbeRow
-from pipeline.side_by_side import raise_if_stopped
+from pipeline.progress import raise_if_stopped
 from pipeline.verify.oracle import check_quantizer
 from pipeline.verify.probe import Beside, ProbedGraph, activation_integers
 

@@ -27,7 +27,7 @@ from pipeline.backends.base import Arrays, LoweredGraph
 from pipeline.backends.cpu.token_chain import DOMAIN as NATIVE
 from pipeline.backends.runtime_errors import runtime_errors
 from pipeline.passes.probes import ProbeRow
-from pipeline.side_by_side import raise_if_stopped
+from pipeline.progress import raise_if_stopped
 from pipeline.verify.oracle import LinearProbe
 from pipeline.verify.parts import Parts, needed_names, part_of
 from plugins.cpu import library

@@ -22,9 +22,8 @@ from pipeline.backends.base import Arithmetic, Arrays, Engine, LoweredGraph
 from pipeline.backends.feeds import TooLargeError
 from pipeline.generate.case import Case, Run, is_large
 from pipeline.generate.sampling import take_samples
-from pipeline.progress import track
+from pipeline.progress import side_by_side, track
 from pipeline.recipe import Recipe
-from pipeline.side_by_side import side_by_side
 from pipeline.verify.calls import call_errors, state_result
 from pipeline.verify.effort import Effort, effort_for, note
 from pipeline.verify.extremes import LARGE_TOKENS, extreme_results, read_by_quantizers

@@ -23,9 +23,8 @@ from pipeline import machine
 from pipeline.backends.base import Arithmetic, Arrays
 from pipeline.distance import sqnr_db
 from pipeline.generate.case import Case, Run, is_large, make_case
-from pipeline.progress import track
+from pipeline.progress import side_by_side, track
 from pipeline.recipe import Recipe
-from pipeline.side_by_side import side_by_side
 from pipeline.verify.call_patterns import PROMPTED, UNPROMPTED
 from pipeline.verify.calls import Call, SampleError, make_calls, make_pools, sample_errors
 from pipeline.verify.reference_hooks import ARITHMETICS, Comparison, Recorder, hooked, jittered

@@ -17,12 +17,11 @@ import numpy as np
 import pytest
 import torch
 
-from pipeline import side_by_side as threads_of
+from pipeline import progress as threads_of
 from pipeline.backends.cuda.overflow import _sizes
 from pipeline.backends.reference import ReferenceEngine
 from pipeline.generate.case import Case
-from pipeline.progress import track
-from pipeline.side_by_side import StoppedError, raise_if_stopped, side_by_side
+from pipeline.progress import StoppedError, raise_if_stopped, side_by_side, track
 from pipeline.verify.calls import _at_once, _Counted
 from pipeline.verify.extremes import extreme_results
 from pipeline.verify.probe import ProbedGraph
@@ -77,7 +76,7 @@ import threading, time
 from functools import partial
 from pipeline.command import parser, run
 from pipeline.progress import track
-from pipeline.side_by_side import side_by_side
+from pipeline.progress import side_by_side
 from pipeline.signals import leave
 
 def long(both, begun):

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pipeline.backends.base import Arrays
-from pipeline.side_by_side import raise_if_stopped
+from pipeline.progress import raise_if_stopped
 
 if TYPE_CHECKING:
     from torch import Tensor

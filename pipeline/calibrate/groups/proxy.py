@@ -21,7 +21,7 @@ from pipeline.calibrate.groups.candidates import CandidateModels, Candidates, sc
 from pipeline.calibrate.groups.search import Individual
 from pipeline.distance import sqnr_db
 from pipeline.generate.sampling import take_samples
-from pipeline.side_by_side import single_threaded_torch
+from pipeline.progress import single_threaded_torch
 
 
 @dataclass(frozen=True)
