@@ -1,10 +1,12 @@
-"""Results of benchmark scripts: one JSON each, with the machine, the versions and the commit they belong to."""
+"""Results of benchmark scripts: one JSON each, with the machine, the versions and the commit they belong to; and the
+arguments that several of them share."""
 
 from __future__ import annotations
 
+import argparse
 import os
 import subprocess
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -51,3 +53,15 @@ def markdown(header: Iterable[str], rows: Iterable[Iterable[Any]]) -> str:
     titles = list(header)
     lines = [titles, ["---"] * len(titles), *([str(cell) for cell in row] for row in rows)]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def add_names(parser: argparse.ArgumentParser, known: Collection[str]) -> None:
+    """Positional NAMEs, each one of `known`; all of them if none is given."""
+
+    def name(text: str) -> str:
+        if text not in known:
+            raise argparse.ArgumentTypeError(f"{text!r} is unknown; use one of {', '.join(known)}")
+        return text
+
+    # argparse checks `choices` against the whole default list of nargs="*", so the check is a type.
+    parser.add_argument("names", nargs="*", default=list(known), type=name, metavar="NAME", help="default: all")

@@ -22,13 +22,13 @@ from typing import Any
 import numpy as np
 
 from benchmarks import record
-from benchmarks.arguments import add_names
 from benchmarks.quality import drawing, metrics
 from benchmarks.quality.drawing import Pictures, Subject, Trajectory
 from benchmarks.quality.engines import calibrated, drawer, refuse_missing_gpu, row_recipe
 from benchmarks.quality.metrics import Array
 from benchmarks.quality.results import FAILED, FLOAT, MEASURED, UNAVAILABLE, Results, row_key
 from benchmarks.quality.rows import MODELS, ON_REQUEST, TABLES, Row, rows_of
+from benchmarks.record import add_names
 from export.checkpoint import QuantizedLinear
 from export.errors import ContractError, RecipeError, UserError
 from pipeline.recipe import Recipe

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 
 from benchmarks import record
-from benchmarks.arguments import add_names
+from benchmarks.record import add_names
 from export.checkpoint import QuantizedLinear
 from export.models import load as models
 from pipeline import recipe as recipes

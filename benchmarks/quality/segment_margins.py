@@ -1,4 +1,4 @@
-"""How near right engines come to the limits of the gate `segments`: `python -m benchmarks.segment_margins`.
+"""How near right engines come to the limits of the gate `segments`: `python -m benchmarks.quality.segment_margins`.
 
 For each bundled model with its recipe, and each target, the largest ratio of an error to its limit over all stretches
 and calls that a verification looks at. Weights are rounded to nearest: what lies between quantized linears does not

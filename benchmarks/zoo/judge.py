@@ -20,7 +20,7 @@ from diffusers import DiTTransformer2DModel, PixArtTransformer2DModel
 from numpy.typing import NDArray
 
 from benchmarks import record
-from benchmarks.arguments import add_names
+from benchmarks.record import add_names
 from benchmarks.zoo import judges, scenes
 from benchmarks.zoo.publish import ZOO
 from benchmarks.zoo.tasks import DIGIT_CLASSES, TASKS

@@ -17,8 +17,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch.nn.functional import affine_grid, cross_entropy, grid_sample
 
-from benchmarks.arguments import add_names
 from benchmarks.quality.metrics import frechet, gaussian
+from benchmarks.record import add_names
 from benchmarks.zoo import scenes
 from benchmarks.zoo.tasks import digits
 from pipeline.progress import track

@@ -16,8 +16,7 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from benchmarks.arguments import add_names
-from benchmarks.record import RESULTS
+from benchmarks.record import RESULTS, add_names
 from benchmarks.zoo import scenes
 from benchmarks.zoo.tasks import TASKS, Task, token_embedding
 

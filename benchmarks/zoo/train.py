@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.arguments import add_names
+from benchmarks.record import add_names
 from benchmarks.zoo.tasks import TASKS, Task
 from pipeline.progress import track
 
