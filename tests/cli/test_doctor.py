@@ -19,8 +19,8 @@ def tools(monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
     found = dict(INSTALLED)
     monkeypatch.setattr(doctor, "find_spec", lambda name: object() if name in found else None)
     monkeypatch.setattr(doctor.machine, "tool_version", lambda name: found.get(name, ""))
-    monkeypatch.setattr(doctor.compiled.importlib.metadata, "version", found.__getitem__)
-    monkeypatch.setattr(doctor.compiled.os, "access", lambda path, mode: True)
+    monkeypatch.setattr(doctor.compile.importlib.metadata, "version", found.__getitem__)
+    monkeypatch.setattr(doctor.compile.os, "access", lambda path, mode: True)
     monkeypatch.setattr(doctor, "cuda_sm", lambda: 90)
     monkeypatch.setattr(doctor, "torch_cuda", lambda: "13.0")
     return found

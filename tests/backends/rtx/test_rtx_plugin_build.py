@@ -298,6 +298,6 @@ def test_doctor_says_why_there_are_no_plugins(monkeypatch: pytest.MonkeyPatch) -
     def missing() -> None:
         raise EnvironmentLacksError("tensorrt_rtx is not here; install it")
 
-    monkeypatch.setattr(doctor.plugin, "registered", missing)
+    monkeypatch.setattr(doctor.rtx_plugin, "registered", missing)
     found = doctor.rtx_plugins_check()
     assert not found.ok and not found.needed and "rtx.path=plugin; tensorrt_rtx is not here" in found.remedy

@@ -79,7 +79,7 @@ def test_the_builders_graph_has_ahead_of_time_plugins(lowered, monkeypatch: pyte
         asked.append((sms, form))
         return payload_of(kernel, spec)
 
-    monkeypatch.setattr(trt.compile, "compile_payload", compiled)
+    monkeypatch.setattr(trt, "compile_payload", compiled)
     path = lowered.path.with_name("engine.onnx")
     nodes = trt.write_graph(lowered.path, path, 1, 90)
     graph = onnx.load(path, load_external_data=False).graph

@@ -107,7 +107,7 @@ def builder(monkeypatch: pytest.MonkeyPatch) -> Builder:
     monkeypatch.setattr(plugins, "import_module", lambda name: made.front_end if name.endswith(".plugin") else TYPES)
     monkeypatch.setattr(trt.plugins, "register", plugins.register.__wrapped__)
     monkeypatch.setattr(trt, "import_module", lambda name: made.module())
-    monkeypatch.setattr(trt.compile, "compile_payload", lambda kernel, spec, *_: payload_of(kernel, spec))
+    monkeypatch.setattr(trt, "compile_payload", lambda kernel, spec, *_: payload_of(kernel, spec))
     return made
 
 
