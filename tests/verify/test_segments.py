@@ -263,7 +263,7 @@ def test_a_linear_that_is_never_called_is_refused(tmp_path: Path) -> None:
 
 
 def test_the_measured_margins_are_those_of_these_limits() -> None:
-    """benchmarks.quality.segment_margins writes them; the comments beside the limits say how near right engines come."""
+    """benchmarks.quality.segment_margins writes them; comments beside the limits say how near right engines come."""
     document = json.loads((record.RESULTS / "segment_margins.json").read_text(encoding="utf-8"))
     assert document["limits"] == {
         "LIMIT": LIMIT, "PART_LIMIT": PART_LIMIT, "SHARED_LIMIT": SHARED_LIMIT, "JITTER_ULPS": JITTER_ULPS
