@@ -45,7 +45,7 @@ for target in sys.argv[3:]:
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with bundle/: of a DiT that draws digits, for `cpu` with the kernel library and `onnx`.
+    """A folder with bundle/: of a DiT that draws digits, for `cpu` with the kernel library, `cuda` and `onnx`.
 
     Its gates and its measurement are left out.
     """
@@ -59,7 +59,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     with pytest.MonkeyPatch.context() as patch:
         for stage in ("verified", "benched"):
             patch.setattr(compiler, stage, lambda *_: None)
-        assert build([*flags, "--target", "cpu", "-o", str(folder / "bundle")]) == 0
+        assert build([*flags, "--target", "cpu,cuda", "-o", str(folder / "bundle")]) == 0
     return folder
 
 
@@ -172,7 +172,7 @@ def test_verbs_of_the_compiler_say_what_to_install(verb: tuple[str, ...], made: 
 
 
 def test_bench_measures_the_engines_alone(made: Path) -> None:
-    done = without_compiler("bench", made / "bundle", "--target", "cpu,onnx", "--threads", "1", "--json")
+    done = without_compiler("bench", made / "bundle", "--target", "cpu,cuda,onnx", "--threads", "1", "--json")
     assert done.returncode == 0, done.stderr
     assert "the engines are measured alone: comparing with the float model needs torch, diffusers" in done.stderr
     document = json.loads(done.stdout)
