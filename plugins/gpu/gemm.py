@@ -43,6 +43,7 @@ def gemm(
     a, w, w_scales, multiplier_codes, M, AFTER,
     PACKED: tl.constexpr, SHAPE: tl.constexpr, OPERANDS: tl.constexpr, TILE: tl.constexpr, EPILOGUE: tl.constexpr,
 ):  # fmt: skip
+    """The kernel of packed and expanded weights: one tile of one split."""
     row, column = tile_of(tl.program_id(0), M, SHAPE.N, TILE)
     m, n = row * TILE.BM + tl.arange(0, TILE.BM), column * TILE.BN + tl.arange(0, TILE.BN)
     total = sum_of_products(
