@@ -14,10 +14,11 @@ from pipeline import __main__ as cli
 from tests.support import quick_build, tiny
 from tests.support.hostile import DIGITS, SAMPLING
 
-pytestmark = [pytest.mark.torch, pytest.mark.fast]
 SETTINGS = ("method=rtn", "weights.group_size=32", "sampling.n_steps=1", "calibrate.size=2", "calibrate.timesteps=1")
 
 
+@pytest.mark.torch
+@pytest.mark.fast
 def test_from_a_model_to_a_picture(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -36,3 +37,17 @@ def test_from_a_model_to_a_picture(
     assert cli.main(["inspect", bundle]) == 0
     assert cli.main(["generate", bundle, "--prompt", "3", "-o", str(tmp_path / "out.png"), "--n-steps", "1"]) == 0
     assert (tmp_path / "out.png").stat().st_size > 0
+
+
+@pytest.mark.parametrize("verb", ["verify", "bench", "inspect", "export", "generate"])
+def test_verbs_name_what_is_not_there(verb: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    more = {"export": ["-o", str(tmp_path / "o")], "generate": ["--prompt", "3", "-o", str(tmp_path / "o.png")]}
+    assert cli.main([verb, str(tmp_path / "nothing"), *more.get(verb, [])]) == 2
+    shown = capsys.readouterr()
+    assert "nothing" in shown.out + shown.err and "Traceback" not in shown.err
+
+
+def test_the_list_names_recipes_and_targets(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["list"]) == 0
+    shown = capsys.readouterr().out
+    assert "pixart_w4a6" in shown and "cuda" in shown

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from export.errors import ContractError, RecipeError
 from export.formats.format import Format, encode, fold_negative_zero, get_format
-from export.formats.operands import INT8_MAX, embeds
+from export.formats.operands import INT8_MAX, embeds, weight_exponent
 
 E4M3, INT8 = "E4M3", "INT8"
 
@@ -47,21 +47,14 @@ def operand_of(name: str, integers: bool = False) -> OperandByte:
     fmt = get_format(name)
     if integers and not embeds(name, INT8):
         raise RecipeError(f"format {name} does not embed in INT8 (its largest integer is {fmt.kmax}); use FP8 operands")
-    if not (fmt.is_integer or integers) and embeds(name, E4M3):
-        return OperandByte(E4M3, _e4m3_shift(fmt))
+    exponent = weight_exponent(name, E4M3)
+    if exponent is not None and not (fmt.is_integer or integers):
+        return OperandByte(E4M3, exponent + fmt.fraction_bits)
     if embeds(name, INT8):
         return OperandByte(INT8, fmt.fraction_bits)
     if embeds(name, "FP16") and fmt.bits <= 8:
         return OperandByte(name)
     raise RecipeError(f"format {name} fits neither E4M3 nor FP16 exactly; the GPU kernels take formats that do")
-
-
-def _e4m3_shift(fmt: Format) -> int:
-    """The power of two of least magnitude that puts every value on E4M3's numbers; 0 wherever possible."""
-    target = get_format(E4M3)
-    shifts = sorted(range(-16, 17), key=lambda shift: (abs(shift), shift))
-    values = fmt.values[np.isfinite(fmt.values)]
-    return next(s for s in shifts if set(np.abs(values) * 2.0**s) <= set(np.abs(target.values)))
 
 
 @cache

@@ -12,8 +12,6 @@ from pipeline.backends.rtx.build import method_problems
 from pipeline.methods import AUTO, METHODS, activation_scalings
 from tests.support import observed
 
-pytestmark = pytest.mark.torch
-
 QUICK = {"iterations": 2, "step_iterations": 2, "group_sizes": "", "use_lora": False, "rows": 8}
 # Options that say how activations are scaled, and those that make a method's other kind of layer appear.
 ASKED: dict[str, tuple[dict[str, Any], ...]] = {

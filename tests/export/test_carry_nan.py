@@ -106,6 +106,7 @@ GRAPHS = {
 }  # fmt: skip
 
 
+@pytest.mark.fast
 @pytest.mark.parametrize("name", GRAPHS)
 def test_names_of_a_model_meet_none_of_ours(name: str) -> None:
     text, place = GRAPHS[name]

@@ -84,6 +84,7 @@ def test_wide_rows_and_every_input_type(dtype: Any, channels: int) -> None:
     assert_equal(quantize(spec, x), expected(spec, x=x))
 
 
+@pytest.mark.fast
 @pytest.mark.parametrize("tile", [RowTile(64, 0, 1), RowTile(32, 16, 2), RowTile(32, 32, 1), RowTile(128, 0, 4)])
 def test_the_tile_changes_no_bit(tile: RowTile) -> None:
     spec = QuantizeSpec("E2M3", 45, input="fp32")

@@ -61,6 +61,7 @@ def test_expand_with_multipliers(interpreter: None, k: int, group: int) -> None:
     np.testing.assert_array_equal(found, kernel("expand").reference(spec, arrays["w"], arrays["multiplier_codes"])[0])
 
 
+@pytest.mark.fast
 @settings(max_examples=15, deadline=None)
 @given(
     hnp.arrays(

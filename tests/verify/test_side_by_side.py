@@ -94,6 +94,7 @@ leave(lambda: run(parser("test", "A verb."), work, [], verdict=True))
 """
 
 
+@pytest.mark.slow
 def test_a_signal_ends_all_threads() -> None:
     pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     with subprocess.Popen([sys.executable, "-c", VERB], cwd=ROOT, **pipes) as process:
