@@ -21,9 +21,11 @@ BATCHES = tuple(size for size, _ in calls.BATCHES)
 # Batches of the special calls whose inner tensors are looked at: samples of every pool. Those of 2 are among those of
 # 9, which take more memory and time: of the portable model the 2 are looked at, else the 9.
 INSIDE, FEW_INSIDE = (1, 3, 9), (1, 2, 3)
-# The same of a large model: lengths, latents and timesteps that the samples of a step do not have. Its portable model
-# makes no other special calls, so that an empty mask is looked at in its other targets alone.
-LARGE_INSIDE = (1, 3)
+# The same of a large model: an odd length, partial masks, larger latents and timesteps that the samples of a step do
+# not have; each sample once.
+LARGE_INSIDE = (3,)
+# Special calls of a large model's portable model, so that an empty mask is looked at in its other targets alone.
+LARGE_PORTABLE = (3,)
 # Calls of a large model's lowered graph where it stands in for an engine: those of 9 hold each sample three times.
 STOOD_IN = (1, 2, 3)
 
@@ -51,7 +53,7 @@ def effort_for(
     >>> effort_for("cpu", 4, (0, 3), 4, large=False)
     Effort(steps=(0, 1, 2, 3), probed=(0, 3), pictures=4, special=(1, 2, 3, 9), inside=(1, 3, 9), state=True)
     >>> effort_for("onnx", 8, (0, 7), 1, large=True)
-    Effort(steps=(7,), probed=(7,), pictures=0, special=(1, 3), inside=(), state=False)
+    Effort(steps=(7,), probed=(7,), pictures=0, special=(3,), inside=(), state=False)
     """
     last = probed[-1:]
     if not BACKENDS[target].slow:
@@ -60,7 +62,7 @@ def effort_for(
         special = BATCHES if runs else STOOD_IN
         return Effort(tuple(range(n_steps)), last, pictures, special, LARGE_INSIDE)
     if large:
-        return Effort(last, last, 0, special=LARGE_INSIDE, inside=(), state=False)
+        return Effort(last, last, 0, special=LARGE_PORTABLE, inside=(), state=False)
     steps = tuple(sorted({*range(0, n_steps, EVERY), *probed}))
     return Effort(steps, last, min(PICTURES, pictures), inside=FEW_INSIDE)
 
@@ -81,4 +83,7 @@ def note(target: str, effort: Effort, n_steps: int, probed: tuple[int, ...], pic
 
 
 def _calls(sizes: Sequence[int], what: str) -> str:
-    return f"; calls of batch {' and '.join(map(str, sizes))} are {what}" if sizes else ""
+    if not sizes:
+        return ""
+    *others, last = map(str, sizes)
+    return f"; calls of batch {', '.join(others)}{' and ' * bool(others)}{last} are {what}"

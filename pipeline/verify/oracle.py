@@ -274,8 +274,10 @@ def check_linear(layer: QuantizedLinear, probe: LinearProbe, oracle: ActivationO
     check = _joined(checks)
     if probe.operands is None:
         return check
-    expected = weight.dequantized.astype(np.float32).T
-    of_weight = float(np.nan_to_num(np.abs(probe.operands[1].astype(np.float64) - expected), nan=np.inf).max(initial=0))
+    of_weight, expected = 0.0, weight.dequantized.astype(np.float32).T
+    if not np.array_equal(probe.operands[1], expected):
+        difference = np.abs(probe.operands[1].astype(np.float64) - expected)
+        of_weight = float(np.nan_to_num(difference, nan=np.inf).max(initial=0))
     return replace(
         check,
         operand_max_abs_diff=max(check.operand_max_abs_diff, of_weight),

@@ -24,7 +24,7 @@ from pipeline.generate.case import Case, Run, is_large
 from pipeline.generate.sampling import take_samples
 from pipeline.progress import side_by_side, track
 from pipeline.recipe import Recipe
-from pipeline.verify.calls import call_errors, state_result
+from pipeline.verify.calls import Call, call_errors, state_result
 from pipeline.verify.effort import Effort, effort_for, note
 from pipeline.verify.extremes import LARGE_TOKENS, extreme_results, read_by_quantizers
 from pipeline.verify.gates import (
@@ -85,7 +85,8 @@ def verify(
 
     def one(target: str) -> tuple[Report, Any]:
         part, engine = Report(), engines.get(target)
-        probed = ProbedGraph(lowered[target], threads // at_once)
+        # A large model's last target has the machine to itself, and its operations are large enough for all threads.
+        probed = ProbedGraph(lowered[target], threads if is_large(model) else threads // at_once)
         images = verify_target(
             target,
             model,
@@ -96,7 +97,7 @@ def verify(
             part,
             arithmetics[target],
             probed=probed,
-            threads=threads // at_once,
+            threads=threads if is_large(model) else threads // at_once,
         )
         find_overflow = BACKENDS[target].overflow(lowered[target], recipe)
         if find_overflow is not None:
@@ -192,7 +193,13 @@ def verify_target(
 def looked_at(found: Study, effort: Effort) -> dict[str, Arrays]:
     """The calls whose inside is looked at: the probed steps, and those that drawing does not make."""
     steps = {f"step {i + 1}": found.calls[i] for i in effort.probed}
-    return steps | {call.text: call.inputs for call in found.special_calls if len(call.rows) in effort.inside}
+    special = [call for call in found.special_calls if len(call.rows) in effort.inside]
+    return steps | {call.text: take_samples(call.inputs, distinct(call), found.case.shared) for call in special}
+
+
+def distinct(call: Call) -> list[int]:
+    """Places of the samples of a call, of equal ones the first: inside a call each is computed by itself."""
+    return [place for place, row in enumerate(call.rows) if row not in call.rows[:place]]
 
 
 def overflow_calls(found: Study, large: bool) -> dict[str, Arrays]:
