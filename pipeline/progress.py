@@ -82,16 +82,46 @@ def side_by_side(work: Sequence[Callable[[], T]], threads: int) -> list[T]:
     """
     if min(threads, len(work)) < 2:
         return [function() for function in work]
-    stop = threading.Event()
+    stop, at_work = threading.Event(), _AtWork()
     with single_threaded_torch(), ThreadPoolExecutor(threads) as pool:
         try:  # from here on: a signal may come before all have begun
-            futures: list[Future[T]] = [pool.submit(ending_with(function, stop)) for function in work]
+            futures: list[Future[T]] = [pool.submit(ending_with(at_work.during(function), stop)) for function in work]
             wait(futures, return_when=FIRST_EXCEPTION)
             failed = [future for future in futures if future.done() and future.exception() is not None]
             return [failed[0].result()] if failed else [future.result() for future in futures]
         finally:
             stop.set()
             pool.shutdown(wait=True, cancel_futures=True)
+            at_work.wait()
+
+
+class _AtWork:
+    """Functions that have begun and not ended. A pool does not know the thread in whose start a signal came."""
+
+    def __init__(self) -> None:
+        self._changed, self._count = threading.Condition(), 0
+
+    def during(self, function: Callable[[], T]) -> Callable[[], T]:
+        """`function`, counted while it runs."""
+
+        def run() -> T:
+            self._add(1)
+            try:
+                return function()
+            finally:
+                self._add(-1)
+
+        return run
+
+    def _add(self, change: int) -> None:
+        with self._changed:
+            self._count += change
+            self._changed.notify_all()
+
+    def wait(self) -> None:
+        """Until none is at work."""
+        with self._changed:
+            self._changed.wait_for(lambda: not self._count)
 
 
 def ending_with(function: Callable[P, T], *stops: threading.Event) -> Callable[P, T]:
