@@ -23,8 +23,8 @@ from pipeline.backends.reference import ReferenceEngine
 from pipeline.generate.case import Case
 from pipeline.progress import StoppedError, raise_if_stopped, side_by_side, track
 from pipeline.verify.calls import _at_once, _Counted
-from pipeline.verify.extremes import extreme_results
-from pipeline.verify.probe import ProbedGraph
+from pipeline.verify.extremes import extreme_results, read_by_quantizers
+from pipeline.verify.probe import Beside, ProbedGraph
 from tests.cli.test_signals import ROOT
 from tests.support.hand_lowered import linear, lower
 
@@ -146,12 +146,18 @@ def drawing(_: Path) -> None:
 
 def extremes(folder: Path) -> None:
     layers = [linear("a", 96, 64, 1)]
-    extreme_results(ProbedGraph(lower(layers, folder / "hand.onnx")), layers, {"x": np.zeros((2, 64), np.float32)})
+    graph, call = ProbedGraph(lower(layers, folder / "hand.onnx")), {"x": np.zeros((2, 64), np.float32)}
+    extreme_results(graph, layers, Beside(0, read_by_quantizers(graph, layers), arrays=call), call)
+
+
+def probes(folder: Path) -> None:
+    graph = ProbedGraph(lower([linear("a", 96, 64, 1)], folder / "hand.onnx"))
+    list(graph.probes(["a"], [{"x": np.zeros((2, 64), np.float32)}]))
 
 
 def overflow(_: Path) -> None:
-    plan = SimpleNamespace(constants={}, types={})
-    module: Any = SimpleNamespace(plan=plan, named_buffers=lambda recurse: {}, inputs=[], steps=[None])
+    known = SimpleNamespace(constants={}, types={})
+    module: Any = SimpleNamespace(known=known, named_buffers=lambda recurse: {}, inputs=[], steps=[None])
     list(_sizes(module, {}))
 
 
@@ -162,7 +168,7 @@ def callers(_: Path) -> None:
 
 
 @pytest.mark.torch
-@pytest.mark.parametrize("work", [reference, lowered_graph, drawing, extremes, overflow, callers])
+@pytest.mark.parametrize("work", [reference, lowered_graph, drawing, extremes, probes, overflow, callers])
 def test_long_work_stops_where_nobody_waits_for_it(
     work: Callable[[Path], None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
