@@ -56,12 +56,12 @@ def nibbles_to_magnitudes(x, SIGNED: tl.constexpr, INTEGER: tl.constexpr, SHIFT:
     for bit in tl.static_range(1, EXPONENT):
         normal |= exponent >> bit
     normal &= 0x01010101
-    found = (x & (0x01010101 * ((1 << MANTISSA) - 1))) | (normal << MANTISSA)
+    magnitudes = (x & (0x01010101 * ((1 << MANTISSA) - 1))) | (normal << MANTISSA)
     places = exponent - normal
     for bit in tl.static_range(0, EXPONENT):
         moved = ((places >> bit) & 0x01010101) * 255
-        found = (found & ~moved) | ((found << (1 << bit)) & moved)
-    return found
+        magnitudes = (magnitudes & ~moved) | ((magnitudes << (1 << bit)) & moved)
+    return magnitudes
 
 
 @triton.jit
@@ -165,8 +165,8 @@ def load_words(base, first, limit, BYTES: tl.constexpr, COUNT: tl.constexpr, MAS
     elif BYTES == 2:
         base = base.to(tl.pointer_type(tl.uint16), bitcast=True)
     word = first + tl.arange(0, COUNT)[None, :]
-    found = tl.load(base + word, mask=word < limit, other=0) if MASKED else tl.load(base + word)
-    return found.to(tl.uint32)
+    words = tl.load(base + word, mask=word < limit, other=0) if MASKED else tl.load(base + word)
+    return words.to(tl.uint32)
 
 
 @triton.jit
@@ -205,8 +205,8 @@ def multiplier_of_words(codes, first, SHAPE: tl.constexpr, OPERANDS: tl.constexp
     elif BK % GROUP == 0:  # groups are whole parts of the tile: load each once
         rows: tl.constexpr = codes.shape[0]
         parts: tl.constexpr = BK // GROUP
-        found = load_multipliers(codes[:, None], first // GROUP + tl.arange(0, parts)[None, :], GROUPS, OPERANDS)
-        wide = tl.broadcast_to(found[:, :, None], (rows, parts, GROUP // WIDTH))
+        multipliers = load_multipliers(codes[:, None], first // GROUP + tl.arange(0, parts)[None, :], GROUPS, OPERANDS)
+        wide = tl.broadcast_to(multipliers[:, :, None], (rows, parts, GROUP // WIDTH))
         return tl.reshape(wide, (rows, BK // WIDTH))
     else:
         group = (first + tl.arange(0, BK // WIDTH)[None, :] * WIDTH) // GROUP
