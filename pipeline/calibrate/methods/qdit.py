@@ -76,9 +76,9 @@ class QDit(Method):
         super().__init__(context)
         for name, known in CHOICES.items():
             if context.options[name] not in known:
-                found = context.options[name]
+                value = context.options[name]
                 use = ", ".join(known) + ELSEWHERE.get(name, "")
-                raise RecipeError(f"calibrate.options.{name} {found!r} of qdit; use one of {use}")
+                raise RecipeError(f"calibrate.options.{name} {value!r} of qdit; use one of {use}")
         self.weight_search = gptq.clip_search(context.recipe, context.options)
 
     def plan(self, plans: list[LayerPlan]) -> list[LayerPlan]:
@@ -95,16 +95,16 @@ class QDit(Method):
         space, settings = self.space(plans), search_settings(options, self.context.seed)
         candidates = self.candidates(plans, space, folder).for_workers(settings.workers)
         score = ProxyScore.of(candidates, data, int(options["samples"]))
-        found = search(space, settings, score, folder / "scores.json", score.origin)
-        sizes = layer_sizes(plans, str(options["genes"]), space, found.best)
-        scored, text = len(found.costs), to_text(sizes)
-        logger.info("searched %d candidates: %.2f dB with group sizes %s", scored, -found.cost, text)
+        outcome = search(space, settings, score, folder / "scores.json", score.origin)
+        sizes = layer_sizes(plans, str(options["genes"]), space, outcome.best)
+        scored, text = len(outcome.costs), to_text(sizes)
+        logger.info("searched %d candidates: %.2f dB with group sizes %s", scored, -outcome.cost, text)
         return with_sizes(plans, sizes)
 
     def space(self, plans: list[LayerPlan]) -> Space:
         """What the options let the search choose from."""
-        options, wanted = self.context.options, str(self.context.options["sizes"])
-        sizes = from_text(wanted) if wanted else ()
+        options, text = self.context.options, str(self.context.options["sizes"])
+        sizes = from_text(text) if text else ()
         return make_space(plans, str(options["genes"]), sizes, int(options["budget_bytes"]))
 
     def candidates(self, plans: list[LayerPlan], space: Space, folder: Path) -> Candidates:
