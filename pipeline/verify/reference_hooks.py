@@ -50,9 +50,9 @@ class Comparison:
         if not self.active or name not in self.reference:
             return
         expected = self.reference[name][self.calls.get(name, 0)].astype(np.float64)
-        found = arguments[0].reshape(-1, arguments[0].shape[-1]).double().numpy()
+        actual = arguments[0].reshape(-1, arguments[0].shape[-1]).double().numpy()
         signal, noise = self.powers.get(name, (0.0, 0.0))
-        self.powers[name] = signal + float(np.sum(expected**2)), noise + float(np.sum((found - expected) ** 2))
+        self.powers[name] = signal + float(np.sum(expected**2)), noise + float(np.sum((actual - expected) ** 2))
         self.calls[name] = self.calls.get(name, 0) + 1
 
     @property
@@ -119,8 +119,8 @@ def half_tokens(module: Any) -> Iterator[None]:
         inside = False
 
         def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-            result = func(*args, **(kwargs or {}))
-            return result if self.inside else _rounded(result)
+            output = func(*args, **(kwargs or {}))
+            return output if self.inside else _rounded(output)
 
     mode = HalfTokens()
 

@@ -85,8 +85,8 @@ class Walk:
         try:
             with torch.no_grad(), self._context():  # inference mode would hide parts of composite operations
                 _Port.current.walk = self
-                result = self._module(**self._inputs)
-            self._stop = Stop(OUTPUT, result.numpy())
+                output = self._module(**self._inputs)
+            self._stop = Stop(OUTPUT, output.numpy())
         except _AbandonedError:
             return
         except BaseException as error:  # handed to whoever waits
