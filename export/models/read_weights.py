@@ -10,12 +10,15 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from export.errors import ModelError
 from export.models import float8
 from export.models.original_layouts import LAYOUTS, MARK, plain_names, translated
 from export.models.weights import MERGE, WeightsFiles
+
+if TYPE_CHECKING:
+    import torch
 
 TOGETHER = "config.json and the weights must belong together"
 OF_TRAINING = "stands for dropped captions while training; a denoiser is given its captions"
@@ -81,7 +84,7 @@ class Stored:
 
     path: Path
     key: str
-    tensor: Any
+    tensor: torch.Tensor
 
 
 @dataclass(frozen=True)
@@ -105,7 +108,7 @@ def read_weights(
     files: WeightsFiles,
     config: Mapping[str, Any],
     expected: Mapping[str, tuple[int, ...]],
-    positions: Any = None,
+    positions: torch.Tensor | None = None,
 ) -> Weights:
     """Every tensor in `expected` (name -> shape), checked: there, of that shape, floating point and finite.
 
@@ -203,7 +206,7 @@ def _refuse_lost_scales(stored: Mapping[str, Stored], weights: Mapping[str, Stor
 # --- what the class does not take ----------------------------------------------------------------------------------
 
 
-def _harmless(name: str, row: Stored, positions: Any) -> str:
+def _harmless(name: str, row: Stored, positions: torch.Tensor | None) -> str:
     """Why the tensor does not matter; "" if it may. Raises ModelError for a table of positions that is another."""
     if re.fullmatch(POSITIONS, name) and positions is not None:
         if not _same_table(row.tensor, positions):
@@ -216,7 +219,7 @@ def _harmless(name: str, row: Stored, positions: Any) -> str:
     return next((why for pattern, why in HARMLESS if re.fullmatch(pattern, name)), "")
 
 
-def _same_table(tensor: Any, table: Any) -> bool:
+def _same_table(tensor: torch.Tensor, table: torch.Tensor) -> bool:
     """Equal within the rounding of float32 angles, and of values up to 1 to the tensor's own type."""
     import torch
 
@@ -301,7 +304,7 @@ def _check(row: Stored, shape: tuple[int, ...]) -> None:
         )
 
 
-def is_finite(tensor: Any) -> bool:
+def is_finite(tensor: torch.Tensor) -> bool:
     """Has a floating-point tensor neither NaN nor Inf? It is read once, and no memory is taken."""
     # aminmax passes both on; two float32 numbers never differ by Inf in Python's float64.
     low, high = tensor.aminmax() if tensor.numel() else (0.0, 0.0)

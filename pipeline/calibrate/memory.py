@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -169,7 +169,7 @@ def _kept() -> Iterator[dict[int, int]]:
         sizes[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
         return tensor
 
-    def unpack(tensor: Tensor) -> Any:
+    def unpack(tensor: Tensor) -> Tensor:
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, unpack):

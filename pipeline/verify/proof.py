@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from export.checkpoint import QuantizedLinear
 from pipeline import machine
@@ -51,6 +52,8 @@ from pipeline.verify.segments import SegmentCheck
 from pipeline.verify.study import Realisations, Study, layer_input_db, study
 
 if TYPE_CHECKING:
+    import torch
+
     from export.models.load import LoadedModel
 
 logger = logging.getLogger(__name__)
@@ -83,7 +86,7 @@ def verify(
     at_once = min(threads, len(lowered), LARGE_AT_ONCE if is_large(model) else threads)
     report = Report(gates=quantization_gates(reference, recipe))
 
-    def one(target: str) -> tuple[Report, Any]:
+    def one(target: str) -> tuple[Report, NDArray[np.float32]]:
         part, engine = Report(), engines.get(target)
         probed = ProbedGraph(lowered[target], threads // at_once)
         images = verify_target(
@@ -130,7 +133,7 @@ def verify_target(
     effort: Effort | None = None,
     probed: ProbedGraph | None = None,
     threads: int = 1,
-) -> Any:
+) -> NDArray[np.float32]:
     """Append one target's gates and rows to `report`; returns the engine's pictures.
 
     arithmetic: of the engine, see `ARITHMETICS`, which has that of the lowered graph, in which layers are looked at, as
@@ -217,7 +220,7 @@ def tables_gate(target: str, model: LoadedModel, probed: ProbedGraph) -> list[Ga
     return [Gate(f"{target}/tables", count - len(other), count, "tables", why, at_most=False)] if tables else []
 
 
-def drawn(run: Run, case: Case) -> Any:
+def drawn(run: Run, case: Case) -> NDArray[np.float32]:
     """The engine's pictures; NaN where it drives its own latents beyond the numbers that it takes."""
     try:
         return case.draw(run)
@@ -232,7 +235,7 @@ def drawn(run: Run, case: Case) -> Any:
 def layer_results(
     target: str,
     layers: Sequence[QuantizedLinear],
-    modules: Mapping[str, Any],
+    modules: Mapping[str, torch.nn.Linear],
     probed: ProbedGraph,
     study: Study,
     single: Realisations,

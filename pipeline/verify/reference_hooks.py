@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,6 +15,9 @@ from pipeline.backends.tensorrt.half import LARGE_ELEMENTS
 from pipeline.distance import ratio_db
 from pipeline.verify.noise import Noise
 from pipeline.verify.oracle import ROUNDING
+
+if TYPE_CHECKING:
+    import torch
 
 
 @dataclass
@@ -62,7 +65,7 @@ class Comparison:
 
 
 @contextmanager
-def jittered(module: Any, seed: int, ulps: float) -> Iterator[None]:
+def jittered(module: torch.nn.Module, seed: int, ulps: float) -> Iterator[None]:
     """Move every quantizer's input by up to `ulps`: of the number itself, and of its row's root mean square (what
     an error made before a cancellation leaves)."""
     noise = Noise(seed)
@@ -77,7 +80,7 @@ def jittered(module: Any, seed: int, ulps: float) -> Iterator[None]:
 
 
 @contextmanager
-def hooked(module: Any, hook: Callable[..., Any]) -> Iterator[None]:
+def hooked(module: torch.nn.Module, hook: Callable[..., Any]) -> Iterator[None]:
     """Call `hook(linear, inputs)` before every quantized linear of the reference `module`."""
     with ExitStack() as stack:
         for part in module.modules():
@@ -87,7 +90,7 @@ def hooked(module: Any, hook: Callable[..., Any]) -> Iterator[None]:
 
 
 @contextmanager
-def half_parts(module: Any) -> Iterator[None]:
+def half_parts(module: torch.nn.Module) -> Iterator[None]:
     """Attention, and large unquantized linears, round operands and result to FP16; sums and softmax stay float32."""
     import torch
     from torch.nn.functional import scaled_dot_product_attention
@@ -110,7 +113,7 @@ def half_parts(module: Any) -> Iterator[None]:
 
 
 @contextmanager
-def half_tokens(module: Any) -> Iterator[None]:
+def half_tokens(module: torch.nn.Module) -> Iterator[None]:
     """Every tensor of tokens (three axes or more) rounds to FP16 where a function gives it; quantized linears compute
     in float32 within, on an input and to a result rounded so."""
     from torch.overrides import TorchFunctionMode
@@ -141,7 +144,7 @@ def half_tokens(module: Any) -> Iterator[None]:
         yield
 
 
-def _half(tensor: Any) -> Any:
+def _half(tensor: torch.Tensor) -> torch.Tensor:
     """Rounded to FP16, in the tensor's own type."""
     return tensor.half().to(tensor.dtype)
 
@@ -162,7 +165,7 @@ class ArithmeticRow:
     note: what a report says of such a target.
     """
 
-    context: Callable[[Any], AbstractContextManager[Any]]
+    context: Callable[[torch.nn.Module], AbstractContextManager[Any]]
     of_graph: Arithmetic
     note: str | None = None
 

@@ -73,7 +73,7 @@ class SegmentReference:
 
         from export.models.torch_modules import set_resolution
 
-        def module(dtype: torch.dtype) -> Any:
+        def module(dtype: torch.dtype) -> torch.nn.Module:
             stopping = stopping_module(model, dtype)
             set_resolution(stopping, *cells)
             return stopping
@@ -335,7 +335,9 @@ def operations_jittered(seed: int, ulps: float) -> Iterator[None]:
         yield
 
 
-def _in_one_pass(outputs: tuple[Any, ...], arguments: tuple[Any, ...], generator: torch.Generator) -> Any:
+def _in_one_pass(
+    outputs: tuple[torch.Tensor, ...], arguments: tuple[Any, ...], generator: torch.Generator
+) -> torch.Tensor:
     """A LayerNorm whose sums of x and of x^2 are added up one number after the other, as runtimes may and PyTorch does
     not: variance = mean(x^2) - mean(x)^2.
 

@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     import torch
 
     from export.models.load import LoadedModel
+    from pipeline.backends.reference import ReferenceEngine
 
 # Float32 runs of the reference: until ENOUGH_SAMPLES samples are seen, at most REALISATIONS. A large model gets one,
 # which has thousands of flips.
@@ -173,7 +174,7 @@ def study(
     from export.models.torch_modules import Denoiser, set_resolution, with_modules
     from pipeline.backends.reference import ReferenceEngine, fake_quant
 
-    def engine(module: Any, dtype: torch.dtype) -> ReferenceEngine:
+    def engine(module: torch.nn.Module, dtype: torch.dtype) -> ReferenceEngine:
         set_resolution(module, *reference.case.noise.shape[2:])
         return ReferenceEngine(module.to(dtype) if dtype == torch.float64 else module, dtype)
 
@@ -202,7 +203,7 @@ def study(
     return reference
 
 
-def _run_exact(study: Study, engine: Any) -> None:
+def _run_exact(study: Study, engine: ReferenceEngine) -> None:
     """The trajectory in float64; x_t is rounded to float32 at every step, so that all runs get the same inputs."""
 
     def keep(i: int, inputs: Arrays, outputs: Arrays) -> None:
@@ -248,7 +249,7 @@ def _drawn(study: Study, run: Run) -> tuple[NDArray[Any], Arrays]:
     return image, outputs[0]
 
 
-def _realisations(study: Study, engine: Any, runs: int, label: str) -> Realisations:
+def _realisations(study: Study, engine: ReferenceEngine, runs: int, label: str) -> Realisations:
     single = Realisations()
     for seed in range(runs):
         if len(_samples(single.errors)) >= ENOUGH_SAMPLES:
@@ -266,7 +267,7 @@ def _realisations(study: Study, engine: Any, runs: int, label: str) -> Realisati
     return single
 
 
-def _add_hits(study: Study, engine: Any, single: Realisations) -> None:
+def _add_hits(study: Study, engine: ReferenceEngine, single: Realisations) -> None:
     """Raise the jitter until flips hit most samples, of the steps and of the pools each."""
     single.hit_errors, single.hit_images, single.hit_calls_db = single.errors, single.images, single.calls_db
     for ulps in HITTING_ULPS:
@@ -288,7 +289,7 @@ def most_are_hit(samples_db: Sequence[float]) -> bool:
     return float(np.mean([value < HIT_DB for value in samples_db])) >= HIT_SHARE
 
 
-def _run_float(study: Study, engine: Any) -> None:
+def _run_float(study: Study, engine: ReferenceEngine) -> None:
     study.images["float"], first = _drawn(study, engine.run)
     study.plain = [first["sample"], *(engine.run(call)["sample"] for call in study.calls[1:])]
     study.pool_plain = {name: engine.run(inputs)["sample"] for name, inputs in study.pools.items()}

@@ -15,7 +15,7 @@ adaLN linears stay float, as in all methods here, where the authors' GPTQ path r
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -34,6 +34,7 @@ from pipeline.calibrate.method import Context, Method, Unit
 from pipeline.calibrate.methods import rtn
 from pipeline.calibrate.plan import LayerPlan
 from pipeline.calibrate.static_activations import find_range
+from pipeline.methods import Scalar
 from pipeline.progress import track
 
 logger = logging.getLogger(__name__)
@@ -145,7 +146,7 @@ class QDit(Method):
         return gptq.learned_linear(plan, inputs, self.context.recipe, options, **fields)
 
 
-def search_settings(options: Any, seed: int) -> Settings:
+def search_settings(options: Mapping[str, Scalar], seed: int) -> Settings:
     """A population of which a fifth are parents, refilled half by crossover, half by mutation, as in the paper."""
     population = int(options["population"])
     half = population // 2
