@@ -44,10 +44,10 @@ def carry_nan(graph: ir.Graph, names: list[str]) -> None:
         total = build.op("Add", total, flag, name=f"{flag.name}_too".removeprefix(f"{PREFIX}/"))
     rank = output.shape.rank()
     rows = build.op("Reshape", total, build.stored("row", np.array([-1] + [1] * (rank - 1))), name="rows")
-    result = build.op("Add", output, rows, name="sample")
-    result.shape, graph.outputs[0] = output.shape, result
+    sample = build.op("Add", output, rows, name="sample")
+    sample.shape, graph.outputs[0] = output.shape, sample
     graph.remove(end, safe=True)
-    result.name, output.name = output.name, f"{PREFIX}/without"
+    sample.name, output.name = output.name, f"{PREFIX}/without"
 
 
 def _places(value: ir.Value, output: ir.Value) -> list[ir.Value]:
@@ -58,12 +58,12 @@ def _places(value: ir.Value, output: ir.Value) -> list[ir.Value]:
         if current.is_graph_output() or any(use.node.domain == DOMAIN for use in current.uses()):
             return [value]
         for use in current.uses():
-            for found in use.node.outputs:
-                if found in seen or found.dtype not in (None, FLOAT):
+            for tensor in use.node.outputs:
+                if tensor in seen or tensor.dtype not in (None, FLOAT):
                     continue
-                seen.add(found)
-                (selected if use.node.op_type == "Where" else ahead).append(found)
-    return selected if all(_counts_samples(found, output) for found in selected) else [value]
+                seen.add(tensor)
+                (selected if use.node.op_type == "Where" else ahead).append(tensor)
+    return selected if all(_counts_samples(tensor, output) for tensor in selected) else [value]
 
 
 def _counts_samples(value: ir.Value, output: ir.Value) -> bool:

@@ -105,8 +105,10 @@ class QuantizedLinear:
         n = self.out_features
         multiplied = self.granularity == "exact_group"
         if (self.multipliers is not None) != multiplied:
-            found = "without" if self.multipliers is None else "with"
-            raise ContractError(f"{self.name}: {self.granularity} {found} multipliers; they go with exact_group only")
+            presence = "without" if self.multipliers is None else "with"
+            raise ContractError(
+                f"{self.name}: {self.granularity} {presence} multipliers; they go with exact_group only"
+            )
         expected = {
             "codes": (np.uint8, (n, packed_size(get_format(self.weight_format).bits, self.in_features))),
             "scales": (np.float32, (n, self.groups if self.granularity == "group" else 1)),
@@ -124,9 +126,9 @@ class QuantizedLinear:
     def _check_multipliers(self, multipliers: NDArray[np.uint8]) -> None:
         allowed = exact_multipliers(self.weight_format, ("INT8",))
         if not np.isin(multipliers, allowed).all():
-            found = sorted(set(np.unique(multipliers).tolist()) - set(allowed))
+            inexact = sorted(set(np.unique(multipliers).tolist()) - set(allowed))
             raise ContractError(
-                f"{self.name}: multipliers {found} would not be exact; {self.weight_format} allows {allowed}"
+                f"{self.name}: multipliers {inexact} would not be exact; {self.weight_format} allows {allowed}"
             )
 
     @property
@@ -168,11 +170,11 @@ class QuantizedLinear:
 
     def _with_multipliers(self, of_code: NDArray[Any]) -> NDArray[Any]:
         """[N, K]: `of_code` [2^bits] looked up and multiplied in place, so that one array of that size is made."""
-        found = np.take(of_code, self.unpacked_codes())  # always C order, so that the reshape below is a view
+        values = np.take(of_code, self.unpacked_codes())  # always C order, so that the reshape below is a view
         if self.multipliers is not None:
-            grouped = found.reshape(self.out_features, self.groups, -1)
+            grouped = values.reshape(self.out_features, self.groups, -1)
             grouped *= self.multipliers[..., None]
-        return found
+        return values
 
 
 def half_where_exact(array: NDArray[np.float32]) -> NDArray[np.floating]:

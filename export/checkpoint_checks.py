@@ -30,8 +30,8 @@ def _check_group(layer: QuantizedLinear) -> None:
     group, k = layer.activation_group, layer.in_features
     if layer.activation_scaling != "token_group":
         if group:
-            found = f"{layer.activation_scaling} with activation_group {group}"
-            raise ContractError(f"{layer.name}: {found}; it goes with token_group only, use 0")
+            fault = f"{layer.activation_scaling} with activation_group {group}"
+            raise ContractError(f"{layer.name}: {fault}; it goes with token_group only, use 0")
     elif group <= 0 or k % group:
         raise ContractError(f"{layer.name}: K={k} is not a multiple of activation_group {group}; use a divisor")
     elif not get_format(layer.activation_format).sign_bits:
@@ -44,18 +44,18 @@ def _check_group(layer: QuantizedLinear) -> None:
 def _check_static(layer: QuantizedLinear, fmt: Format) -> None:
     static = layer.activation_scaling == "per_tensor"
     if (layer.activation_scale is not None) != static:
-        found = "without" if layer.activation_scale is None else "with"
+        presence = "without" if layer.activation_scale is None else "with"
         rule = "per_tensor needs one, the others have none"
-        raise ContractError(f"{layer.name}: {layer.activation_scaling} {found} activation_scale; {rule}")
+        raise ContractError(f"{layer.name}: {layer.activation_scaling} {presence} activation_scale; {rule}")
     if (layer.activation_zero is not None) != (static and not fmt.sign_bits):
-        found = "without" if layer.activation_zero is None else "with"
+        presence = "without" if layer.activation_zero is None else "with"
         rule = "a zero goes with per_tensor and an unsigned format such as UE2M2, and only there"
-        raise ContractError(f"{layer.name}: {layer.activation_scaling} {fmt.name} {found} activation_zero; {rule}")
+        raise ContractError(f"{layer.name}: {layer.activation_scaling} {fmt.name} {presence} activation_zero; {rule}")
     for key in ("activation_scale", "activation_zero"):
         _check_array(layer, key, (1,))
     if layer.activation_scale is not None and not layer.activation_scale[0] > 0:
-        found = f"activation_scale {layer.activation_scale[0]:g} is not above 0"
-        raise ContractError(f"{layer.name}: {found}; calibrate with data that reaches this layer")
+        fault = f"activation_scale {layer.activation_scale[0]:g} is not above 0"
+        raise ContractError(f"{layer.name}: {fault}; calibrate with data that reaches this layer")
 
 
 def check_low_rank(layer: QuantizedLinear) -> None:

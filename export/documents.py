@@ -182,10 +182,10 @@ def _contents(value: Any) -> Iterator[Any]:
 def _check_version(document: Any, source: str, rules: Rules) -> None:
     if rules.version is None:
         return
-    found = document.get("schema_version") if isinstance(document, dict) else None
-    if type(found) is not int or found != rules.version:
-        told = f"schema version {shown(found)}, this version reads {rules.version}"
-        raise rules.error(f"{source}: {told}; {rules.version_remedy}")
+    version = document.get("schema_version") if isinstance(document, dict) else None
+    if type(version) is not int or version != rules.version:
+        fault = f"schema version {shown(version)}, this version reads {rules.version}"
+        raise rules.error(f"{source}: {fault}; {rules.version_remedy}")
 
 
 # --- schema --------------------------------------------------------------------------------------------------------
@@ -204,10 +204,9 @@ def _validated(text: str, source: str, schema: type[T], rules: Rules) -> T:
 
     try:
         adapter: TypeAdapter[T] = _adapter(schema)  # type: ignore[arg-type]
-        found = adapter.validate_json(text, strict=True, extra=rules.extra)
+        return adapter.validate_json(text, strict=True, extra=rules.extra)
     except ValidationError as error:
         raise rules.error(f"{source}: {_first_fault(error)}; {rules.remedy}") from error
-    return found
 
 
 def validated(document: Any, source: str, schema: type[T], rules: Rules = Rules()) -> T:

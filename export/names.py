@@ -20,27 +20,27 @@ MOST_BYTES = 255
 REMEDY = "do not use this folder, get it from its source"
 
 
-def inside(folder: Path, name: str, told_by: Path, error: type[UserError] = ContractError) -> Path:
+def inside(folder: Path, name: str, named_in: Path, error: type[UserError] = ContractError) -> Path:
     """The path of the file called `name` in `folder`, which need not exist.
 
-    name: as the file `told_by` has it, a relative path with "/" between its parts. Raises `error` if it could mean
+    name: as the file `named_in` has it, a relative path with "/" between its parts. Raises `error` if it could mean
     anything outside of the folder: by "..", as an absolute path, by a drive, by a link that leads out.
     """
-    check_name(name, told_by, error)
+    check_name(name, named_in, error)
     path = folder / name
     try:
         is_inside = leads_inside(path, folder)
     except UnicodeEncodeError as reason:
-        raise error(f"{told_by}: file {name!r} cannot be named in this system's encoding; use UTF-8") from reason
+        raise error(f"{named_in}: file {name!r} cannot be named in this system's encoding; use UTF-8") from reason
     if not is_inside:
-        raise error(f"{told_by}: file {name!r} leaves the folder by a link; {REMEDY}, or copy it with cp -rL")
+        raise error(f"{named_in}: file {name!r} leaves the folder by a link; {REMEDY}, or copy it with cp -rL")
     return path
 
 
-def check_name(name: str, told_by: Path, error: type[UserError] = ContractError) -> None:
+def check_name(name: str, named_in: Path, error: type[UserError] = ContractError) -> None:
     """Raise `error` if `name` is no relative path of a file on every system; no file is looked at."""
     if why := _wrong(name):
-        raise error(f"{told_by}: file {name!r} {why}; {REMEDY}")
+        raise error(f"{named_in}: file {name!r} {why}; {REMEDY}")
 
 
 def _wrong(name: str) -> str:
@@ -72,10 +72,10 @@ def is_hub_link(path: Path, folder: Path) -> bool:
     return path.resolve().parent == blobs and not blobs.is_symlink()
 
 
-def distinct(names: Iterable[str], told_by: Path, error: type[UserError] = ContractError) -> None:
+def distinct(names: Iterable[str], named_in: Path, error: type[UserError] = ContractError) -> None:
     """Raise `error` if two of the names are one file where case, or the form of accents, does not matter."""
     known: dict[str, str] = {}
     for name in names:
         other = known.setdefault(unicodedata.normalize("NFC", name).casefold(), name)
         if other != name:
-            raise error(f"{told_by}: {other!r} and {name!r} are one file on some systems; {REMEDY}")
+            raise error(f"{named_in}: {other!r} and {name!r} are one file on some systems; {REMEDY}")

@@ -64,8 +64,8 @@ def check_tensors(model: onnx.ModelProto, path: Path) -> None:
         if tensor.data_location == onnx.TensorProto.EXTERNAL:
             _check_external(tensor, path)
         elif tensor.HasField("raw_data") and len(tensor.raw_data) != tensor_bytes(tensor, path):
-            told = f"{len(tensor.raw_data)} bytes, its type and shape ask for {tensor_bytes(tensor, path)}"
-            raise ContractError(f"{path}: {tensor.name} has {told}; {REMEDY}")
+            sizes = f"{len(tensor.raw_data)} bytes, its type and shape ask for {tensor_bytes(tensor, path)}"
+            raise ContractError(f"{path}: {tensor.name} has {sizes}; {REMEDY}")
 
 
 def _check_external(tensor: onnx.TensorProto, path: Path) -> None:
@@ -74,8 +74,8 @@ def _check_external(tensor: onnx.TensorProto, path: Path) -> None:
     size = data.stat().st_size if data.is_file() else -1
     expected, offset = tensor_bytes(tensor, path), info.offset or 0
     if size < 0 or offset < 0 or offset + expected > size or (info.length or expected) != expected:
-        found = f"has {size} bytes" if size >= 0 else "is missing"
-        raise ContractError(f"{data} {found}, but {tensor.name} ends at byte {offset + expected}; {REMEDY}")
+        state = f"has {size} bytes" if size >= 0 else "is missing"
+        raise ContractError(f"{data} {state}, but {tensor.name} ends at byte {offset + expected}; {REMEDY}")
 
 
 def _external(tensor: onnx.TensorProto, path: Path) -> ExternalDataInfo:

@@ -45,18 +45,20 @@ def _read_layer(path: Path, layer: str, nodes: dict[str, ir.Node], router: Route
     weight, bias = nodes["weight"], nodes.get("bias")
     codes, scales, multiplier_codes = (_array(path, weight, index) for index in range(3))
     granularity: Any = weight.metadata_props[GRANULARITY_KEY]
-    found = {name: weight.attributes[name].value for name in ("format", "in_features", "group_size", "multipliers")}
+    attributes = {
+        name: weight.attributes[name].value for name in ("format", "in_features", "group_size", "multipliers")
+    }
     multipliers = None
     if granularity == "exact_group":
-        groups = found["in_features"] // found["group_size"]
-        multipliers = np.asarray(found["multipliers"], np.uint8)[unpack(multiplier_codes, 4, groups)]
+        groups = attributes["in_features"] // attributes["group_size"]
+        multipliers = np.asarray(attributes["multipliers"], np.uint8)[unpack(multiplier_codes, 4, groups)]
     return QuantizedLinear(
         name=layer,
         kind=weight.metadata_props[KIND_KEY],
-        in_features=found["in_features"],
-        weight_format=found["format"],
+        in_features=attributes["in_features"],
+        weight_format=attributes["format"],
         granularity=granularity,
-        group_size=found["group_size"],
+        group_size=attributes["group_size"],
         codes=codes,
         scales=scales,
         multipliers=multipliers,
@@ -70,25 +72,25 @@ def _read_layer(path: Path, layer: str, nodes: dict[str, ir.Node], router: Route
 def _activation(path: Path, quantizer: ir.Node) -> dict[str, Any]:
     """Format and scaling of the activation, and the constants of a static one."""
     scaling = next(key for key, (op, _) in QUANTIZERS.items() if op == quantizer.op_type)
-    found = {"activation_format": quantizer.attributes["format"].value, "activation_scaling": scaling}
+    fields = {"activation_format": quantizer.attributes["format"].value, "activation_scaling": scaling}
     if scaling == "token_group":
-        found["activation_group"] = quantizer.attributes["group_size"].value
+        fields["activation_group"] = quantizer.attributes["group_size"].value
     if scaling == "per_tensor":
-        found["activation_scale"] = _array(path, quantizer, 1)
-        if not get_format(found["activation_format"]).sign_bits:
-            found["activation_zero"] = _array(path, quantizer, 2)
-    return found
+        fields["activation_scale"] = _array(path, quantizer, 1)
+        if not get_format(fields["activation_format"]).sign_bits:
+            fields["activation_zero"] = _array(path, quantizer, 2)
+    return fields
 
 
 def _around(path: Path, nodes: dict[str, ir.Node]) -> dict[str, Any]:
     """Balance of the input and low-rank branches, as far as the layer has them."""
     balance = {"input_multiplier": "multiply", "input_offset": "offset"}
-    found = {key: _array(path, nodes[role], 1) for key, role in balance.items() if role in nodes}
+    fields = {key: _array(path, nodes[role], 1) for key, role in balance.items() if role in nodes}
     for key in ("lora_down", "lora_up"):
         if key in nodes:
             turned = _array(path, nodes[key], 0).transpose(0, 2, 1)
-            found[key] = np.ascontiguousarray(turned.astype(np.float32))
-    return found
+            fields[key] = np.ascontiguousarray(turned.astype(np.float32))
+    return fields
 
 
 def _read_router(path: Path, model: ir.Model) -> Router | None:

@@ -93,15 +93,15 @@ def _replace(graph: ir.Graph, node: ir.Node, layer: QuantizedLinear, branch: ir.
     assert x is not None, f"placeholder of {layer.name} without an input"
     value = _rounded(build, _balanced(build, x))
     weight = _weight(build)
-    result = build.op("MatMul", value, weight, name="matmul")
+    y = build.op("MatMul", value, weight, name="matmul")
     if layer.bias is not None:
-        result.shape = output.shape
-        result = build.op("Add", result, build.stored("bias", layer.bias), name="bias")
+        y.shape = output.shape
+        y = build.op("Add", y, build.stored("bias", layer.bias), name="bias")
     if branch is not None and layer.router is not None:
-        result.shape = output.shape
-        result = build.op("Add", result, add_low_rank(build, x, branch), name="add_low_rank")
-    result.name, result.shape, result.type = f"{layer.name}/output", output.shape, output.type
-    ir.convenience.replace_all_uses_with(output, result)
+        y.shape = output.shape
+        y = build.op("Add", y, add_low_rank(build, x, branch), name="add_low_rank")
+    y.name, y.shape, y.type = f"{layer.name}/output", output.shape, output.type
+    ir.convenience.replace_all_uses_with(output, y)
     graph.remove(node, safe=True)
 
 
@@ -127,11 +127,11 @@ def _rounded(build: LayerBuilder, x: ir.Value) -> ir.Value:
         arrays = {"activation_scale": layer.activation_scale, "activation_zero": zero}
         constants = [build.stored(key, array) for key, array in arrays.items()]
     quantizer, inverse = QUANTIZERS[layer.activation_scaling]
-    codes, *scale = build.fpq(quantizer, x, *constants, name="quantize", **choices)
-    (value,) = build.fpq(inverse, codes, *scale, *constants, name="dequantize", **choices)
+    codes, *scales = build.fpq(quantizer, x, *constants, name="quantize", **choices)
+    (value,) = build.fpq(inverse, codes, *scales, *constants, name="dequantize", **choices)
     codes.shape = value.shape = x.shape
-    for item in scale:
-        item.shape = None if x.shape is None else ir.Shape([*x.shape[:-1], layer.activation_groups])
+    for scale in scales:
+        scale.shape = None if x.shape is None else ir.Shape([*x.shape[:-1], layer.activation_groups])
     return value
 
 

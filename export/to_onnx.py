@@ -73,7 +73,7 @@ def export_portable(
 
     _check_layers(model, layers)
     _check_finite(model, {ref.name for ref in model.linears()})
-    _tell_undecided(layers)
+    _log_undecided(layers)
     stand_ins = {ref.name: PlaceholderLinear(ref.name, ref.module.out_features) for ref in model.linears()}
     graph = _traced(model, stand_ins, height, width)
     quantize_graph(graph, layers)
@@ -115,14 +115,16 @@ def _check_layers(model: LoadedModel, layers: list[QuantizedLinear]) -> None:
     if missing := [name for name in refs if name not in names]:
         raise ContractError(f"{missing[0]}: the model has this linear but the checkpoint does not; calibrate again")
     for layer in layers:
-        found = (layer.out_features, layer.in_features)
+        codes_shape = (layer.out_features, layer.in_features)
         if layer.name not in refs:
             raise ContractError(
                 f"{layer.name}: not a linear that {model.family.name} quantizes; calibrate this model again"
             )
-        if tuple(refs[layer.name].weight.shape) != found:
+        if tuple(refs[layer.name].weight.shape) != codes_shape:
             shape = tuple(refs[layer.name].weight.shape)
-            raise ContractError(f"{layer.name}: codes are for a weight {found}, the model has {shape}; calibrate again")
+            raise ContractError(
+                f"{layer.name}: codes are for a weight {codes_shape}, the model has {shape}; calibrate again"
+            )
         if (refs[layer.name].bias is None) != (layer.bias is None):
             raise ContractError(
                 f"{layer.name}: model and checkpoint disagree on whether it has a bias; calibrate again"
@@ -136,7 +138,7 @@ def _check_finite(model: LoadedModel, replaced: set[str]) -> None:
             raise ModelError(f"{name}: holds NaN or Inf and would be part of the engine; use another model")
 
 
-def _tell_undecided(layers: list[QuantizedLinear]) -> None:
+def _log_undecided(layers: list[QuantizedLinear]) -> None:
     """Warn of timesteps at which an engine's float32 may choose another low-rank branch than the reference does."""
     router = shared_router(layers)
     undecided = np.flatnonzero(router.undecided(TIMESTEPS)) if router is not None else ()

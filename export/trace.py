@@ -63,12 +63,12 @@ def trace(module: nn.Module, rows: tuple[Input, ...], samples: Mapping[str, Any]
     names = [row.name for row in rows]
     table: dict[Callable, Callable] = {torch.ops.aten.scaled_dot_product_attention.default: _attention}
     with _quiet():
-        found = torch.onnx.export(
+        onnx_program = torch.onnx.export(
             program, (), dynamo=True, input_names=names, output_names=["sample"], opset_version=OPSET,
             optimize=False, verbose=False, custom_translation_table=table,
         )  # fmt: skip
-        assert found is not None
-        model = found.model
+        assert onnx_program is not None
+        model = onnx_program.model
         _open_weights(model, set(program.state_dict) | set(program.constants))
         _clean(model)
     _name_axes(model, rows)
@@ -118,14 +118,14 @@ def _attention(
 def _quiet() -> Iterator[None]:
     """Hold back what the exporter's packages log about every value they touch and every package they could support."""
     loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnx_ir", "onnxscript")]
-    levels = [item.level for item in loggers]
-    for item in loggers:
-        item.setLevel(logging.ERROR)
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
     try:
         yield
     finally:
-        for item, level in zip(loggers, levels, strict=True):
-            item.setLevel(level)
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
 
 
 def _open_weights(model: ir.Model, names: set[str]) -> None:
@@ -154,8 +154,8 @@ def _clean(model: ir.Model) -> None:
         common.RemoveUnusedOpsetsPass(),
         common.ClearMetadataAndDocStringPass(),
     )
-    for item in passes:
-        item(model)
+    for graph_pass in passes:
+        graph_pass(model)
     model.metadata_props.clear()
     model.graph.name, model.producer_name, model.producer_version, model.ir_version = "denoiser", "", "", IR_VERSION
     for value in _values(model.graph):

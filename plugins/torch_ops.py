@@ -93,9 +93,9 @@ class TorchOp:
         for one in (spec_fields[name] for name in self.choices):
             default = "" if one.default is MISSING else f"={_literal(one.default)}"
             parts.append(f"{SCHEMA_TYPES[str(one.type)]} {one.name}{default}")
-        results = [f"Tensor {argument.name}" for argument in self._tensors("output")]
+        outputs = [f"Tensor {argument.name}" for argument in self._tensors("output")]
         parts = parts[:-1] if parts[-1] == "*" else parts
-        returned = "Tensor" if len(results) == 1 else f"({', '.join(results)})"
+        returned = "Tensor" if len(outputs) == 1 else f"({', '.join(outputs)})"
         return f"({', '.join(parts)}) -> {returned}"
 
     def bound(self, tensors: tuple[Tensor, ...], named: dict[str, Any]) -> tuple[Spec, Operands, dict[str, int]]:

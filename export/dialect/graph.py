@@ -68,9 +68,9 @@ class GraphBuilder:
     def op(self, op_type: str, *inputs: ir.Value | None, name: str, domain: str = "", **choices: Any) -> ir.Value:
         """A node with one output, which is returned."""
         node = self._insert(domain, op_type, inputs, name, choices, 1)
-        result = node.outputs[0]
-        result.type = _result_type(node) if self.typed else None
-        return result
+        output = node.outputs[0]
+        output.type = _result_type(node) if self.typed else None
+        return output
 
     def fpq(self, op_type: str, *inputs: ir.Value, name: str, **choices: Any) -> list[ir.Value]:
         """A node of the dialect; further outputs are called "prefix/name/scale"."""

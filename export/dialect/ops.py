@@ -1,4 +1,4 @@
-"""The custom ONNX ops of domain `fpq`: one row each with schema, shape rule, NumPy meaning and function body.
+"""The custom ONNX ops of domain `fpq`: one row each with schema, shape rule, NumPy reference and function body.
 
 Two rules for who writes a graph with them:
 

@@ -1,6 +1,6 @@
-"""NumPy meaning of the `fpq` ops: the definition that function bodies, kernels and engines are compared with.
+"""NumPy reference of the `fpq` ops: the definition that function bodies, kernels and engines are compared with.
 
-Written with the codec of `export.formats.format`, not as the bodies are, so the two check each other. Each meaning
+Written with the codec of `export.formats.format`, not as the bodies are, so the two check each other. Each reference
 takes the op's inputs and its attributes by name and returns a tuple of outputs; attributes that are only tables are
 ignored.
 """

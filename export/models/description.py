@@ -76,10 +76,10 @@ def sample_inputs(
     patches = (cells[0] // model.config["patch_size"]) * (cells[1] // model.config["patch_size"])
     sizes = {"batch": batch_size, "tokens": tokens or model.family.tokens, "height": cells[0], "width": cells[1]}
     sizes |= {"patches": patches}
-    result = {}
+    arrays = {}
     for index, row in enumerate(model.inputs):
         shape = tuple(size if isinstance(size, int) else sizes[size] for size in row.shape)
-        result[row.name] = np.asarray(
+        arrays[row.name] = np.asarray(
             fill(row.fill, shape, np.random.default_rng([seed, index]), model, cells), row.dtype
         )
-    return result
+    return arrays

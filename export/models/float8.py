@@ -8,7 +8,7 @@ programs that write such files compute.
 from __future__ import annotations
 
 import re
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     import torch
@@ -43,7 +43,7 @@ def scaled(weight: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
     return weight.float() * (scale.float().reshape(-1, 1) if per_channel else scale.float().reshape(()))
 
 
-def scale_problem(weight: Any, scale: torch.Tensor) -> str:
+def scale_problem(weight: torch.Tensor | None, scale: torch.Tensor) -> str:
     """Why `scale` cannot be applied to `weight` (None if the file has no such tensor), in words; "" if it can."""
     if weight is None:
         return "belongs to no weight of the file"
@@ -53,5 +53,5 @@ def scale_problem(weight: Any, scale: torch.Tensor) -> str:
         return f"is {scale.dtype}"
     if tuple(scale.shape) not in ((), (1,), (1, 1), (weight.shape[0],), (weight.shape[0], 1)):
         return f"has shape {tuple(scale.shape)}, neither one number nor one for each of {weight.shape[0]} channels"
-    values: Any = scale.float()
+    values = scale.float()
     return "" if bool((values.isfinite() & (values > 0)).all()) else "is not finite and positive"

@@ -16,7 +16,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from export.errors import ModelError
 from export.models.config import least_parameters, read_config
@@ -34,6 +34,9 @@ from export.models.weights import (
     weights_file,
     what_instead,
 )
+
+if TYPE_CHECKING:
+    import torch
 
 __all__ = [
     "FAMILIES",
@@ -56,11 +59,11 @@ RESIDENT_BYTES = 512 * 2**20
 
 @dataclass(frozen=True)
 class LinearRef:
-    """One linear to quantize: module path, layer kind, torch.nn.Linear (weight [N, K], fp32 or the file's type)."""
+    """One linear to quantize: module path, layer kind, module (weight [N, K], fp32 or the file's type)."""
 
     name: str
     kind: str
-    module: Any
+    module: torch.nn.Linear
 
 
 @dataclass(frozen=True)
@@ -70,7 +73,7 @@ class LoadedModel(Description):
     `used` are the names of the tensors in its files that are part of it, `ignored` those that are not, and why.
     """
 
-    module: Any
+    module: torch.nn.Module
     revision: str
     sha256: str
     files: WeightsFiles
@@ -103,7 +106,7 @@ class LoadedModel(Description):
         return [(path, self.family.reason_of(path)) for path in paths if not self.family.kind_of(path)]
 
 
-def _linears(module: Any) -> list[tuple[str, Any]]:
+def _linears(module: torch.nn.Module) -> list[tuple[str, torch.nn.Linear]]:
     import torch
 
     return [(path, part) for path, part in module.named_modules() if isinstance(part, torch.nn.Linear)]
@@ -291,17 +294,17 @@ def _with_buffers(module: Any, cls: Any, known: dict[str, Any]) -> Any:
     return module
 
 
-def _shapes(module: Any) -> dict[str, tuple[int, ...]]:
+def _shapes(module: torch.nn.Module) -> dict[str, tuple[int, ...]]:
     return {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
 
 
-def _quantized_tensors(module: Any, family: Family) -> set[str]:
+def _quantized_tensors(module: torch.nn.Module, family: Family) -> set[str]:
     """Names of the tensors of all linears to quantize."""
     linears = (path for path, _ in _linears(module) if family.kind_of(path))
     return {f"{path}.{name}" for path in linears for name, _ in module.get_submodule(path).named_parameters()}
 
 
-def _nan(module: Any, names: set[str]) -> dict[str, Any]:
+def _nan(module: torch.nn.Module, names: set[str]) -> dict[str, torch.Tensor]:
     """Tensors of NaN that take no memory, in the shapes of those of `module`."""
     import torch
 
@@ -352,7 +355,7 @@ def _typed(key: str, tensor: Any, linears: Mapping[str, Any], resident: bool) ->
     return tensor if name == "weight" and not resident else tensor.float()
 
 
-def stored_value(key: str, tensor: Any) -> Any:
+def stored_value(key: str, tensor: torch.Tensor) -> torch.Tensor:
     """A kept weight as float32 with the values an engine stores: rounded to fp16 where fp16 can hold it.
 
     The rule: no overflow, and the rounding error within half a unit of fp16's 11 significant bits (2^-11 of the norm),

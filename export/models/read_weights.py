@@ -10,12 +10,15 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from export.errors import ModelError
 from export.models import float8
 from export.models.original_layouts import LAYOUTS, MARK, plain_names, translated
 from export.models.weights import MERGE, WeightsFiles
+
+if TYPE_CHECKING:
+    import torch
 
 TOGETHER = "config.json and the weights must belong together"
 OF_TRAINING = "stands for dropped captions while training; a denoiser is given its captions"
@@ -81,7 +84,7 @@ class Stored:
 
     path: Path
     key: str
-    tensor: Any
+    tensor: torch.Tensor
 
 
 @dataclass(frozen=True)
@@ -105,7 +108,7 @@ def read_weights(
     files: WeightsFiles,
     config: Mapping[str, Any],
     expected: Mapping[str, tuple[int, ...]],
-    positions: Any = None,
+    positions: torch.Tensor | None = None,
 ) -> Weights:
     """Every tensor in `expected` (name -> shape), checked: there, of that shape, floating point and finite.
 
@@ -140,10 +143,10 @@ def _unwrapped(files: WeightsFiles) -> tuple[dict[str, Stored], dict[str, str]]:
             raise ModelError(f"{files.folder / name}: tensor {key} is in {held[key].path.name} too; remove one of them")
         held[key] = Stored(files.folder / name, key, tensor)
     plain = plain_names(held)
-    result: dict[str, Stored] = {}
+    by_name: dict[str, Stored] = {}
     for key, name in plain.items():
-        _add(result, name, held[key])
-    return result, {key: "belongs to another part of the pipeline" for key in held if key not in plain}
+        _add(by_name, name, held[key])
+    return by_name, {key: "belongs to another part of the pipeline" for key in held if key not in plain}
 
 
 def _in_diffusers_names(stored: Mapping[str, Stored], config: Mapping[str, Any]) -> dict[str, Stored]:
@@ -169,33 +172,33 @@ def _add(named: dict[str, Stored], name: str, row: Stored) -> None:
 
 def _without_scales(stored: Mapping[str, Stored]) -> dict[str, Stored]:
     """Scales multiplied into their float8 weights; other float8 weights widened."""
-    result = dict(stored)
+    weights = dict(stored)
     for name, row in stored.items():
         if weight_name := float8.weight_of_scale(name):
-            weight = result.get(weight_name)
+            weight = weights.get(weight_name)
             if problem := float8.scale_problem(weight and weight.tensor, row.tensor):
                 raise ModelError(
                     f"{row.path}: tensor {row.key} is a scale and {problem}; give the float model, or float8 weights "
                     "with one scale for each tensor or output channel"
                 )
             assert weight is not None
-            result[weight_name] = Stored(weight.path, weight.key, float8.scaled(weight.tensor, row.tensor))
-            del result[name]
-    _refuse_lost_scales(stored, result)
-    return {name: Stored(row.path, row.key, float8.widened(row.tensor)) for name, row in result.items()}
+            weights[weight_name] = Stored(weight.path, weight.key, float8.scaled(weight.tensor, row.tensor))
+            del weights[name]
+    _refuse_lost_scales(stored, weights)
+    return {name: Stored(row.path, row.key, float8.widened(row.tensor)) for name, row in weights.items()}
 
 
-def _refuse_lost_scales(stored: Mapping[str, Stored], result: Mapping[str, Stored]) -> None:
+def _refuse_lost_scales(stored: Mapping[str, Stored], weights: Mapping[str, Stored]) -> None:
     """Raise ModelError for a float8 weight without a scale where the file says that there is one: by the range of the
     layer's input, which files with scales alone have, or by ComfyUI's mark in a file without any scale."""
     marks = [name for name in stored if name == "scaled_fp8"] if not any(map(float8.weight_of_scale, stored)) else []
-    for name, row in result.items():
+    for name, row in weights.items():
         if not float8.is_float8(row.tensor):
             continue
         layer = name.rpartition(".")[0]
-        if told := [mark for mark in (f"{layer}.input_scale", f"{layer}.scale_input", *marks) if mark in stored]:
+        if signs := [mark for mark in (f"{layer}.input_scale", f"{layer}.scale_input", *marks) if mark in stored]:
             raise ModelError(
-                f"{row.path}: tensor {row.key} is float8 without a scale, though {stored[told[0]].key} says that it "
+                f"{row.path}: tensor {row.key} is float8 without a scale, though {stored[signs[0]].key} says that it "
                 "has one; give the whole file, or the float model"
             )
 
@@ -203,7 +206,7 @@ def _refuse_lost_scales(stored: Mapping[str, Stored], result: Mapping[str, Store
 # --- what the class does not take ----------------------------------------------------------------------------------
 
 
-def _harmless(name: str, row: Stored, positions: Any) -> str:
+def _harmless(name: str, row: Stored, positions: torch.Tensor | None) -> str:
     """Why the tensor does not matter; "" if it may. Raises ModelError for a table of positions that is another."""
     if re.fullmatch(POSITIONS, name) and positions is not None:
         if not _same_table(row.tensor, positions):
@@ -216,7 +219,7 @@ def _harmless(name: str, row: Stored, positions: Any) -> str:
     return next((why for pattern, why in HARMLESS if re.fullmatch(pattern, name)), "")
 
 
-def _same_table(tensor: Any, table: Any) -> bool:
+def _same_table(tensor: torch.Tensor, table: torch.Tensor) -> bool:
     """Equal within the rounding of float32 angles, and of values up to 1 to the tensor's own type."""
     import torch
 
@@ -234,23 +237,25 @@ def _refuse(
     prefixes = _prefixes(others, expected)
     beyond = _beyond(others, expected)
     unclear = [other for other in others if other not in beyond and other not in prefixes]
-    for pattern, what, remedy in REFUSED:
+    for pattern, fault, remedy in REFUSED:
         if pattern == ATTENTION_BIAS and config.get("attention_bias"):
             continue
         if hits := [other for other in unclear if re.fullmatch(pattern, other)]:
-            raise ModelError(f"{_told(hits, named)}: {what}; {remedy}")
+            raise ModelError(f"{_place(hits, named)}: {fault}; {remedy}")
     if prefixes:
         prefix = next(iter(prefixes.values()))
         raise ModelError(
-            f"{_told(list(prefixes), named)}: a tensor of the model under the prefix {prefix!r}, which not all of its "
+            f"{_place(list(prefixes), named)}: a tensor of the model under the prefix {prefix!r}, which not all of its "
             "tensors have, or which no wrapper is known to add; save one model alone, without a prefix"
         )
     if beyond:
         layers = config.get("num_layers", "fewer")
         remedy = "correct num_layers, or take the config.json that belongs to this file"
-        raise ModelError(f"{_told(list(beyond), named)}: a layer beyond config.json's num_layers of {layers}; {remedy}")
+        raise ModelError(
+            f"{_place(list(beyond), named)}: a layer beyond config.json's num_layers of {layers}; {remedy}"
+        )
     raise ModelError(
-        f"{_told([name], named)}: {config['_class_name']} of this config.json has no such tensor; {TOGETHER}"
+        f"{_place([name], named)}: {config['_class_name']} of this config.json has no such tensor; {TOGETHER}"
     )
 
 
@@ -261,7 +266,7 @@ def _prefixes(others: Iterable[str], expected: Iterable[str]) -> dict[str, str]:
     return {name: name.removesuffix(tail) for name, tail in tails if tail in known}
 
 
-def _told(hits: list[str], named: Mapping[str, Stored]) -> str:
+def _place(hits: list[str], named: Mapping[str, Stored]) -> str:
     row = named[hits[0]]
     return f"{row.path}: tensor {row.key}" + (f" (and {len(hits) - 1} more)" if len(hits) > 1 else "")
 
@@ -299,7 +304,7 @@ def _check(row: Stored, shape: tuple[int, ...]) -> None:
         )
 
 
-def is_finite(tensor: Any) -> bool:
+def is_finite(tensor: torch.Tensor) -> bool:
     """Has a floating-point tensor neither NaN nor Inf? It is read once, and no memory is taken."""
     # aminmax passes both on; two float32 numbers never differ by Inf in Python's float64.
     low, high = tensor.aminmax() if tensor.numel() else (0.0, 0.0)

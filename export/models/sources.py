@@ -33,9 +33,9 @@ def find(source: str) -> tuple[Path, str]:
 
 
 def _zoo_folder(name: str) -> Path:
-    found = sorted(path.parent.name for path in ZOO.glob("*/config.json"))
-    if name not in found:
-        raise ModelError(f"zoo:{name} is not a bundled model; use one of {', '.join(f'zoo:{row}' for row in found)}")
+    bundled = sorted(path.parent.name for path in ZOO.glob("*/config.json"))
+    if name not in bundled:
+        raise ModelError(f"zoo:{name} is not a bundled model; use one of {', '.join(f'zoo:{row}' for row in bundled)}")
     return ZOO / name
 
 

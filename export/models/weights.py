@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError, safe_open
 from typing_extensions import TypedDict
@@ -19,6 +19,9 @@ from typing_extensions import TypedDict
 from export.documents import Rules, open_file, read_json
 from export.errors import ModelError
 from export.names import inside
+
+if TYPE_CHECKING:
+    import torch
 
 STEM = "diffusion_pytorch_model"
 # The files of a folder without a variant, in order of preference: a single file before its shards.
@@ -76,7 +79,7 @@ class WeightsFiles:
             with _open(self.folder / name):
                 pass
 
-    def tensors(self) -> Iterator[tuple[str, str, Any]]:
+    def tensors(self) -> Iterator[tuple[str, str, torch.Tensor]]:
         """Yield (file name, tensor name, torch tensor backed by the mapped file)."""
         for name in self.names:
             path = self.folder / name
@@ -97,7 +100,7 @@ def _open(path: Path) -> Any:
         raise ModelError(f"{path}: not a whole safetensors file ({error}); {REFETCH}") from error
 
 
-def _tensor(tensors: Any, path: Path, key: str) -> Any:
+def _tensor(tensors: Any, path: Path, key: str) -> torch.Tensor:
     try:
         return tensors.get_tensor(key)
     except (SafetensorError, AttributeError, ValueError) as error:  # a type that this torch or safetensors lacks

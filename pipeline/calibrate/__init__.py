@@ -35,10 +35,10 @@ def with_method(recipe: Recipe, model: LoadedModel) -> Recipe:
     """The recipe with the method that "auto" means for this model, which is said; any other comes back as it is."""
     if recipe.calibrate.method != AUTO:
         return recipe
-    found = settled(recipe, model.parameters)
-    chosen, size = found.calibrate.method, model.parameters / 1e6
+    recipe = settled(recipe, model.parameters)
+    chosen, size = recipe.calibrate.method, model.parameters / 1e6
     logger.info("calibrate.method auto: %s for %.1f M parameters; --set method=NAME takes another", chosen, size)
-    return found
+    return recipe
 
 
 def calibrate(model: LoadedModel, recipe: Recipe, folder: Path, resume: bool = False) -> list[QuantizedLinear]:
@@ -112,14 +112,14 @@ def _threads(single: bool) -> Iterator[None]:
 
 def _make_method(model: LoadedModel, recipe: Recipe, plans: Sequence[LayerPlan], folder: Path) -> Method:
     """The recipe's method, with calibration data if it observes any."""
-    row, wanted = METHODS[recipe.calibrate.method], recipe.calibrate
-    made: Method = row.load()(Context(model, recipe, row.resolve(wanted.preset, wanted.options), folder))
+    row, settings = METHODS[recipe.calibrate.method], recipe.calibrate
+    method: Method = row.load()(Context(model, recipe, row.resolve(settings.preset, settings.options), folder))
     if _observes(recipe):
         from pipeline.calibrate.data import calibration_data
 
-        _refuse_too_large(made, plans)
-        made.context = replace(made.context, data=calibration_data(model, recipe))
-    return made
+        _refuse_too_large(method, plans)
+        method.context = replace(method.context, data=calibration_data(model, recipe))
+    return method
 
 
 def _refuse_too_large(method: Method, plans: Sequence[LayerPlan]) -> None:
@@ -128,11 +128,11 @@ def _refuse_too_large(method: Method, plans: Sequence[LayerPlan]) -> None:
     from pipeline.calibrate.data import BATCH_PROMPTS, kept_steps
     from pipeline.calibrate.memory import measure
 
-    model, wanted, size = method.context.model, method.context.recipe.calibrate, method.context.recipe.sampling
-    halves, steps = 1 if size.guidance_scale == 1.0 else 2, len(kept_steps(size.n_steps, wanted.timesteps))
-    samples, calls = wanted.size * halves * steps, math.ceil(wanted.size / BATCH_PROMPTS) * steps
-    one = sample_inputs(model, 1, wanted.seed, size.height, size.width)
-    per_call = halves * min(wanted.size, BATCH_PROMPTS)
+    model, settings, size = method.context.model, method.context.recipe.calibrate, method.context.recipe.sampling
+    halves, steps = 1 if size.guidance_scale == 1.0 else 2, len(kept_steps(size.n_steps, settings.timesteps))
+    samples, calls = settings.size * halves * steps, math.ceil(settings.size / BATCH_PROMPTS) * steps
+    one = sample_inputs(model, 1, settings.seed, size.height, size.width)
+    per_call = halves * min(settings.size, BATCH_PROMPTS)
     sizes = measure(model, _group(plans, method.context.recipe), one, samples, calls, per_call)
     units = [method.unit_bytes(sizes, block) for block in sizes.blocks]
     needed, free = sizes.total(units, method.apart_bytes(sizes, list(plans))), machine.available_memory_bytes()
@@ -140,8 +140,9 @@ def _refuse_too_large(method: Method, plans: Sequence[LayerPlan]) -> None:
     if free and needed > free:
         raise ResourceError(
             f"calibration on {samples} samples needs about {needed / 2**30:.1f} GiB, {free / 2**30:.1f} GiB are free; "
-            f"use fewer prompts (--calib-size, now {wanted.size}), --set calibrate.timesteps (now {wanted.timesteps}), "
-            f"or smaller calibrate.options (batch, rows, workers, as far as {wanted.method} has them)"
+            f"use fewer prompts (--calib-size, now {settings.size}), "
+            f"--set calibrate.timesteps (now {settings.timesteps}), or smaller calibrate.options "
+            f"(batch, rows, workers, as far as {settings.method} has them)"
         )
 
 

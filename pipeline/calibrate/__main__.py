@@ -23,16 +23,16 @@ DESCRIPTION = "Quantize a model's linears by a recipe and write the checkpoint; 
 
 def make_parser() -> Parser:
     """All flags of `calibrate`."""
-    made = parser("calibrate", DESCRIPTION)
-    made.add_argument("--engine", required=True, metavar="NAME|RECIPE.toml", help="a recipe (see `list`) or a file")
-    add_model_flags(made, "diffusers folder, .safetensors file, hub id or zoo:NAME (default: recipe's)")
-    made.add_argument("-o", "--output-dir", type=Path, metavar="DIR", help="folder (default: checkpoints/NAME)")
-    made.add_argument("--calib-size", type=int, help="number of prompts whose trajectories are used")
-    made.add_argument("--seed", type=int, help="sampling.seed and calibrate.seed (data and learning)")
-    made.add_argument("--resume", action="store_true", help="go on with an interrupted calibration")
-    made.add_argument("--force", action="store_true", help="replace what is in the folder")
-    made.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="any recipe key")
-    return made
+    flags = parser("calibrate", DESCRIPTION)
+    flags.add_argument("--engine", required=True, metavar="NAME|RECIPE.toml", help="a recipe (see `list`) or a file")
+    add_model_flags(flags, "diffusers folder, .safetensors file, hub id or zoo:NAME (default: recipe's)")
+    flags.add_argument("-o", "--output-dir", type=Path, metavar="DIR", help="folder (default: checkpoints/NAME)")
+    flags.add_argument("--calib-size", type=int, help="number of prompts whose trajectories are used")
+    flags.add_argument("--seed", type=int, help="sampling.seed and calibrate.seed (data and learning)")
+    flags.add_argument("--resume", action="store_true", help="go on with an interrupted calibration")
+    flags.add_argument("--force", action="store_true", help="replace what is in the folder")
+    flags.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="any recipe key")
+    return flags
 
 
 def work(args: argparse.Namespace, answer: Answer) -> int:
@@ -44,7 +44,7 @@ def work(args: argparse.Namespace, answer: Answer) -> int:
     recipe = _recipe(args)
     folder = args.output_dir or Path("checkpoints") / recipe.name
     _refuse_occupied(folder, args.resume, args.force)
-    with _told(folder):
+    with _noting_what_is_kept(folder):
         model = models.load(recipe.model, variant=recipe.model_variant, config=recipe.model_config)
         layers = calibrate(model, recipe, folder, args.resume)
         models.save_kept(model, folder / KEPT)
@@ -56,10 +56,10 @@ def work(args: argparse.Namespace, answer: Answer) -> int:
 
 def _recipe(args: argparse.Namespace) -> recipes.Recipe:
     """The recipe with the flags applied."""
-    found = recipes.with_settings(recipes.load(args.engine), args.set)
+    recipe = recipes.with_settings(recipes.load(args.engine), args.set)
     if args.calib_size is not None:
-        found = replace(found, calibrate=replace(found.calibrate, size=args.calib_size))
-    return recipes.with_model(recipes.with_seed(found, args.seed), args.model, args.variant, args.config)
+        recipe = replace(recipe, calibrate=replace(recipe.calibrate, size=args.calib_size))
+    return recipes.with_model(recipes.with_seed(recipe, args.seed), args.model, args.variant, args.config)
 
 
 def _refuse_occupied(folder: Path, resume: bool, force: bool) -> None:
@@ -80,7 +80,7 @@ def _refuse_occupied(folder: Path, resume: bool, force: bool) -> None:
 
 
 @contextmanager
-def _told(folder: Path) -> Iterator[None]:
+def _noting_what_is_kept(folder: Path) -> Iterator[None]:
     """Add to an interruption, a lack of memory or a bug that the finished units are kept."""
     try:
         yield

@@ -58,12 +58,12 @@ class InputMap:
         weight = float_weight(plan).astype(np.float64)
         if weight.shape[1:] != self.multiplier.shape:
             raise ContractError(f"{plan.name}: balance of {len(self.multiplier)} channels, K={weight.shape[1]}")
-        made = (weight / self.multiplier).astype(np.float32)
+        divided = (weight / self.multiplier).astype(np.float32)
         bias = plan.linear.module.bias
         shifted: Any = None if bias is None else bias.detach().float().numpy()
         if self.offset is not None:
-            shifted = (0.0 if shifted is None else shifted) - made.astype(np.float64) @ self.offset
-        return replace(plan, linear=replace(plan.linear, module=_linear(made, shifted)))
+            shifted = (0.0 if shifted is None else shifted) - divided.astype(np.float64) @ self.offset
+        return replace(plan, linear=replace(plan.linear, module=_linear(divided, shifted)))
 
     def layer(self, layer: QuantizedLinear) -> QuantizedLinear:
         """A layer quantized from `self.plan(...)`, for x as input again."""
@@ -71,11 +71,11 @@ class InputMap:
 
 
 def _linear(weight: F32, bias: NDArray[Any] | None) -> torch.nn.Linear:
-    made = torch.nn.Linear(weight.shape[1], len(weight), bias is not None, device="meta")
-    made.weight = torch.nn.Parameter(torch.from_numpy(weight), requires_grad=False)
+    linear = torch.nn.Linear(weight.shape[1], len(weight), bias is not None, device="meta")
+    linear.weight = torch.nn.Parameter(torch.from_numpy(weight), requires_grad=False)
     if bias is not None:
-        made.bias = torch.nn.Parameter(torch.from_numpy(bias.astype(np.float32)), requires_grad=False)
-    return made
+        linear.bias = torch.nn.Parameter(torch.from_numpy(bias.astype(np.float32)), requires_grad=False)
+    return linear
 
 
 def salience_balance(x: F64, w: F64, alpha: float = 0.5) -> F64:
@@ -97,13 +97,13 @@ def weight_peaks(plans: Sequence[LayerPlan]) -> F64:
 @torch.no_grad()
 def input_statistics(observed: Observed, statistic: Callable[[torch.Tensor], torch.Tensor]) -> dict[str, F64]:
     """Layer name -> [calls, ...] of `statistic(input of the layer)` in the float model, from one run of all calls."""
-    found: dict[str, Tensors] = {name: [] for name in observed.names}
+    by_layer: dict[str, Tensors] = {name: [] for name in observed.names}
 
     def keeper(into: Tensors) -> Callable[[Any, tuple[Any, ...]], None]:
         return lambda _, arguments: into.append(statistic(arguments[0].detach().float()))
 
     handles = [
-        observed.block.get_submodule(path).register_forward_pre_hook(keeper(found[name]))
+        observed.block.get_submodule(path).register_forward_pre_hook(keeper(by_layer[name]))
         for name, path in observed.names.items()
     ]
     try:
@@ -111,7 +111,7 @@ def input_statistics(observed: Observed, statistic: Callable[[torch.Tensor], tor
     finally:
         for handle in handles:
             handle.remove()
-    return {name: torch.stack(values).double().numpy() for name, values in found.items()}
+    return {name: torch.stack(values).double().numpy() for name, values in by_layer.items()}
 
 
 def channel_peaks(x: torch.Tensor) -> torch.Tensor:

@@ -37,8 +37,8 @@ def block_of(layer: str) -> str:
     >>> block_of("transformer_blocks.3.attn1.to_out.0"), block_of("proj_in")
     ('transformer_blocks.3', 'proj_in')
     """
-    found = re.match(r"^(?:[^.\d]+\.)*?[^.\d]+\.\d+(?=\.)", layer)
-    return found.group(0) if found else layer
+    match = re.match(r"^(?:[^.\d]+\.)*?[^.\d]+\.\d+(?=\.)", layer)
+    return match.group(0) if match else layer
 
 
 def group_by_block(plans: Sequence[LayerPlan]) -> dict[str, list[LayerPlan]]:
@@ -59,8 +59,8 @@ class BlockCall:
     @property
     def hidden(self) -> torch.Tensor:
         """The tensor that goes from block to block, [B, S, C]."""
-        found: torch.Tensor = self.args[0] if self.args else self.kwargs["hidden_states"]
-        return found
+        states: torch.Tensor = self.args[0] if self.args else self.kwargs["hidden_states"]
+        return states
 
     def with_hidden(self, hidden: torch.Tensor) -> BlockCall:
         if self.args:
@@ -116,18 +116,18 @@ class Observed:
 
     @torch.no_grad()
     def _record(self, names: Sequence[str], noisy: bool, rows: int) -> dict[str, Tensors]:
-        found: dict[str, Tensors] = {name: [] for name in names}
+        recorded: dict[str, Tensors] = {name: [] for name in names}
         handles = []
         for name in names:
             part = self.block.get_submodule(self.names[name])
-            handles.append(part.register_forward_pre_hook(_keeper(found[name], rows)))
+            handles.append(part.register_forward_pre_hook(_keeper(recorded[name], rows)))
         try:
             for call in self.noisy if noisy else self.calls:
                 call.run(self.block)
         finally:
             for handle in handles:
                 handle.remove()
-        return found
+        return recorded
 
 
 def _keeper(into: Tensors, rows: int) -> Callable[[Any, tuple[Any, ...]], None]:
@@ -162,8 +162,8 @@ def _replace_hidden(calls: list[BlockCall], outputs: Iterator[torch.Tensor]) -> 
 
 def _first(output: Any) -> torch.Tensor:
     """The hidden states of a block's output, which may be a tuple."""
-    found: torch.Tensor = output[0] if isinstance(output, tuple) else output
-    return found
+    hidden: torch.Tensor = output[0] if isinstance(output, tuple) else output
+    return hidden
 
 
 class _Captured(Exception):  # not an error: the call that was waited for has come
@@ -221,16 +221,16 @@ class BlockRunner:
     @torch.no_grad()
     def _capture(self, module: Any, block: str) -> list[BlockCall]:
         """The block's arguments in every calibration call."""
-        found: list[BlockCall] = []
+        calls: list[BlockCall] = []
 
         def keep(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            found.append(BlockCall(args, dict(kwargs)))
+            calls.append(BlockCall(args, dict(kwargs)))
             raise _Captured
 
         with _hook(module.transformer.get_submodule(block), keep):
             for call in self.data.calls:
                 run_captured(module, call.inputs)
-        return found
+        return calls
 
 
 @torch.no_grad()
@@ -261,13 +261,13 @@ def looks_like_chain(module: Any, blocks: Sequence[str], inputs: Arrays) -> bool
 @torch.no_grad()
 def first_calls(module: Any, blocks: Sequence[str], inputs: Arrays) -> dict[str, BlockCall]:
     """Block -> its call in one run of the denoiser."""
-    found: dict[str, BlockCall] = {}
+    calls: dict[str, BlockCall] = {}
     with ExitStack() as stack:
         for name in blocks:
-            keep = partial(_keep_call, found, name)
+            keep = partial(_keep_call, calls, name)
             stack.enter_context(_hook(module.transformer.get_submodule(name), keep))
         module(**_tensors(inputs))
-    return found
+    return calls
 
 
 def _keep_call(into: dict[str, BlockCall], name: str, _: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -309,13 +309,13 @@ def _equal(one: Any, other: Any) -> bool:
 
 def float_copy(block: nn.Module) -> nn.Module:
     """A float32 copy of the block; linears that are upcast at every call become plain ones."""
-    made = copy.deepcopy(block).float()
-    for path, part in list(made.named_modules()):
+    float_block = copy.deepcopy(block).float()
+    for path, part in list(float_block.named_modules()):
         if type(part) is not nn.Linear and isinstance(part, nn.Linear):
             plain = nn.Linear(part.in_features, part.out_features, part.bias is not None, device="meta")
             plain.weight, plain.bias = part.weight, part.bias
-            made.set_submodule(path, plain)
-    return made.requires_grad_(False).eval()
+            float_block.set_submodule(path, plain)
+    return float_block.requires_grad_(False).eval()
 
 
 class WeightOnlyLinear(nn.Linear):

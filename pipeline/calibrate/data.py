@@ -77,7 +77,7 @@ def calibration_data(model: LoadedModel, recipe: Recipe) -> CalibrationData:
     origin = _origin(model, recipe, prompts)
     folder = cache_folder("calibration", sha256_json(origin)[:16])
     names = _names(recipe, len(prompts))
-    if _made_again(folder, names):
+    if _must_make(folder, names):
         _collect(model, recipe, prompts, folder)
         _refuse_missing(model, [name for name in names if not (folder / name).is_file()])
         write_json(folder / ORIGIN_FILE, origin | {"files": names})  # last: without it the folder is an unfinished one
@@ -104,26 +104,26 @@ def _sampled_by(model: LoadedModel) -> dict[str, Any]:
 
 def read_prompts(model: LoadedModel, recipe: Recipe) -> tuple[str, ...]:
     """`calibrate.size` prompts: from the recipe's file, repeated as needed, else ones that the model understands."""
-    wanted = recipe.calibrate
+    settings = recipe.calibrate
     described, root = (model.folder / GENERATION_FILE).is_file(), _root(model)
-    if wanted.prompts:
-        path = Path(wanted.prompts)
+    if settings.prompts:
+        path = Path(settings.prompts)
         if not described and root is None:
             raise RecipeError(
                 f"calibrate.prompts: nothing encodes prompts for {model.source}; give the folder of its whole "
                 f"diffusers pipeline ({pipeline_data.INDEX} and all it lists), or a model with {GENERATION_FILE}"
             )
         lines = [line.strip() for line in read_text(path, PROMPTS_RULES).splitlines()] if path.exists() else []
-        found = [line for line in lines if line]
-        if not found:
+        prompts = [line for line in lines if line]
+        if not prompts:
             raise RecipeError(f"calibrate.prompts: {path} has no prompt; give a text file with one prompt per line")
-        return tuple(found[i % len(found)] for i in range(wanted.size))
+        return tuple(prompts[i % len(prompts)] for i in range(settings.size))
     if root is not None:
-        return tuple(pipeline_data.example_prompts(model, wanted.size, wanted.seed + SEED_OFFSET))
+        return tuple(pipeline_data.example_prompts(model, settings.size, settings.seed + SEED_OFFSET))
     if not described:
         logger.warning("%s has no text encoder: calibration sees random conditioning", model.source)
-        return ("random",) * wanted.size
-    return tuple(example_prompts(load_generation(model.folder), wanted.size, wanted.seed + SEED_OFFSET))
+        return ("random",) * settings.size
+    return tuple(example_prompts(load_generation(model.folder), settings.size, settings.seed + SEED_OFFSET))
 
 
 def kept_steps(n_steps: int, timesteps: int) -> list[int]:
@@ -216,7 +216,7 @@ def _names(recipe: Recipe, prompts: int) -> list[str]:
     return [_path(Path(), number, step).name for number in batches for step in steps]
 
 
-def _made_again(folder: Path, names: Sequence[str]) -> bool:
+def _must_make(folder: Path, names: Sequence[str]) -> bool:
     """Is anything to be made? Broken files are removed, and said like missing ones if the folder once was whole."""
     broken = [name for name in names if not _is_whole(folder / name)]
     for name in broken:

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -90,8 +90,8 @@ class Sizes:
 
     def kept_rows(self, block: BlockSize, rows: int) -> int:
         """Bytes of the inputs of all layers of a block, and of a range search in the largest."""
-        found = [self.rows(layer, rows) for layer in block.layers]
-        return F32 * sum(found) + RANGE_ARRAYS * F64 * max(found)
+        sizes = [self.rows(layer, rows) for layer in block.layers]
+        return F32 * sum(sizes) + RANGE_ARRAYS * F64 * max(sizes)
 
     def total(self, units: Sequence[int], apart: int) -> int:
         """Bytes in all. units: what the method holds for each block; apart: what it holds before or after them."""
@@ -149,7 +149,7 @@ def _block_size(part: nn.Module, call: BlockCall, name: str, plans: Sequence[Lay
         call.run(block)
     own = {value.untyped_storage().data_ptr() for value in (*block.parameters(), *block.buffers())}
     hidden = call.hidden.nbytes
-    others = sum(item.nbytes for item in (*call.args, *call.kwargs.values()) if isinstance(item, Tensor)) - hidden
+    others = sum(tensor.nbytes for tensor in (*call.args, *call.kwargs.values()) if isinstance(tensor, Tensor)) - hidden
     layers = (LayerSize(rows[p.name], p.linear.module.out_features, p.linear.module.in_features) for p in plans)
     return BlockSize(
         hidden,
@@ -163,14 +163,14 @@ def _block_size(part: nn.Module, call: BlockCall, name: str, plans: Sequence[Lay
 @contextmanager
 def _kept() -> Iterator[dict[int, int]]:
     """Address -> bytes of every storage that gradients keep while it lasts (they live as long as the graph)."""
-    found: dict[int, int] = {}
+    sizes: dict[int, int] = {}
 
     def pack(tensor: Tensor) -> Tensor:
-        found[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        sizes[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
         return tensor
 
-    def unpack(tensor: Tensor) -> Any:
+    def unpack(tensor: Tensor) -> Tensor:
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
-        yield found
+        yield sizes

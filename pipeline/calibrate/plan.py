@@ -63,8 +63,8 @@ def group_multipliers(weight: str, activation: str) -> tuple[int, ...]:
     ((1, 2, 3, 4, 5, 6, 8, 10), (1, 2, 3, 4, 5, 6, 7, 8, 9), (1,))
     """
     targets = ("INT8", "E4M3") if embeds(weight, "E4M3") and embeds(activation, "E4M3") else ("INT8",)
-    found = exact_multipliers(weight, targets, image_limit(activation))
-    return found[:MULTIPLIER_CODES] or (1,)
+    exact = exact_multipliers(weight, targets, image_limit(activation))
+    return exact[:MULTIPLIER_CODES] or (1,)
 
 
 def make_plans(linears: Sequence[LinearRef], recipe: Recipe) -> list[LayerPlan]:
@@ -72,7 +72,7 @@ def make_plans(linears: Sequence[LinearRef], recipe: Recipe) -> list[LayerPlan]:
     plans = [_make_plan(linear, recipe) for linear in linears]
     _check_group_size(plans, recipe.weights.group_size)
     if recipe.weights.granularity == "exact_group":
-        _tell_single_scales(plans)
+        _log_ungrouped(plans)
     return plans
 
 
@@ -101,7 +101,7 @@ def _check_group_size(plans: list[LayerPlan], group_size: int) -> None:
     )
 
 
-def _tell_single_scales(plans: list[LayerPlan]) -> None:
+def _log_ungrouped(plans: list[LayerPlan]) -> None:
     single = Counter((plan.weight_format, plan.linear.kind) for plan in plans if plan.granularity == "per_channel")
     for (weight, kind), count in sorted(single.items()):
         logger.info("%s: %d layers in %s have no exact multipliers but 1: one scale per channel", kind, count, weight)

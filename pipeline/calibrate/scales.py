@@ -33,8 +33,8 @@ def find_scales(blocks: F32, fmt: Format, multipliers: tuple[int, ...], search: 
 
     The value of a code in group j of row i is decode(code) * multiplier[i, j] * scale[i].
     """
-    found = _by_chunk(lambda chunk: SEARCHES[search](np.abs(chunk), fmt, multipliers), blocks)
-    return np.concatenate([scale for scale, _ in found]), np.concatenate([multiplier for _, multiplier in found])
+    chunks = _by_chunk(lambda chunk: SEARCHES[search](np.abs(chunk), fmt, multipliers), blocks)
+    return np.concatenate([scale for scale, _ in chunks]), np.concatenate([multiplier for _, multiplier in chunks])
 
 
 def _by_chunk(work: Callable[..., T], *arrays: NDArray[Any]) -> list[T]:

@@ -56,17 +56,17 @@ def refuse_unfinished(source: Path, origin: Mapping[str, Any]) -> None:
     path = source / ORIGIN_FILE
     if not (path.is_file() and (source / LAYERS_FILE).is_file()):
         raise RecipeError(f"{source} holds no finished calibration; python -m pipeline.calibrate -o {source} makes one")
-    told = differences(path, origin)
-    if told:
-        raise RecipeError(f"{source}: made from other settings ({told}); give the same ones, or calibrate again")
+    differing = differences(path, origin)
+    if differing:
+        raise RecipeError(f"{source}: made from other settings ({differing}); give the same ones, or calibrate again")
 
 
 def differences(path: Path, origin: Mapping[str, Any]) -> str:
     """What `path` says otherwise than `origin`, key by key in words; "" where they agree."""
-    told = read_json(path, dict[str, Any], RULES)
-    found, wanted = (dict(_flat(value)) for value in (told, json.loads(json.dumps(origin))))
-    differing = [key for key in sorted(found | wanted) if found.get(key) != wanted.get(key)]
-    return "; ".join(f"{key} is {found.get(key)} there, {wanted.get(key)} here" for key in differing)
+    stored = read_json(path, dict[str, Any], RULES)
+    there, here = (dict(_flat(value)) for value in (stored, json.loads(json.dumps(origin))))
+    differing = [key for key in sorted(there | here) if there.get(key) != here.get(key)]
+    return "; ".join(f"{key} is {there.get(key)} there, {here.get(key)} here" for key in differing)
 
 
 def _flat(value: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -107,13 +107,13 @@ class CalibrationState:
     def _take_up(self) -> None:
         """Make the folder one of this calibration."""
         path = self.folder / ORIGIN_FILE
-        told = differences(path, self.origin) if path.is_file() else ""
-        if told and self.resume:
+        differing = differences(path, self.origin) if path.is_file() else ""
+        if differing and self.resume:
             remedy = "restore them to go on, or start again with --force instead of --resume"
-            raise RecipeError(f"{self.folder} holds a calibration by other settings ({told}); {remedy}")
-        if told:
-            logger.warning("%s: removing a calibration by other settings (%s)", self.folder, told)
-        if told or not path.is_file():
+            raise RecipeError(f"{self.folder} holds a calibration by other settings ({differing}); {remedy}")
+        if differing:
+            logger.warning("%s: removing a calibration by other settings (%s)", self.folder, differing)
+        if differing or not path.is_file():
             self._clear()
             _write(path, self.origin)
         times = self.layers_dir / TIME_FILE
@@ -166,11 +166,11 @@ def load_named(folder: Path, names: Sequence[str]) -> list[QuantizedLinear]:
     """The layers that `folder` holds. Raises ContractError if they are not these, in this order."""
     layers = checkpoint.load(folder)
     pairs = zip([layer.name for layer in layers], names, strict=False)
-    wrong = next(((found, name) for found, name in pairs if found != name), None)
+    wrong = next(((held, name) for held, name in pairs if held != name), None)
     if wrong or len(layers) != len(names):
-        found, wanted = wrong or (f"{len(layers)} layers", f"{len(names)}")
+        held, expected = wrong or (f"{len(layers)} layers", f"{len(names)}")
         raise ContractError(
-            f"{folder}: found {found} where {wanted} belongs; remove that folder, which is then made again"
+            f"{folder}: found {held} where {expected} belongs; remove that folder, which is then made again"
         )
     return layers
 

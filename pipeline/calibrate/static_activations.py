@@ -84,8 +84,8 @@ class Samples:
         values = np.concatenate([np.zeros(0), *(np.asarray(part, np.float64).reshape(-1) for part in parts)])
         broken = values.size - int(np.isfinite(values).sum())
         if broken or not values.size:
-            found = f"{broken} of {values.size} calibration values are NaN or Inf" if broken else "no calibration value"
-            raise ModelError(f"{name}: {found}; calibrate with inputs that reach this layer and are finite")
+            fault = f"{broken} of {values.size} calibration values are NaN or Inf" if broken else "no calibration value"
+            raise ModelError(f"{name}: {fault}; calibrate with inputs that reach this layer and are finite")
         values.sort()
         first = np.zeros(1)
         sums, squares = (np.concatenate([first, np.cumsum(part)]) for part in (values, values**2))
@@ -104,7 +104,7 @@ class Samples:
         return float(low), float(high)
 
 
-def _made(fmt: Format, low: float, high: float) -> StaticRange:
+def _reaching(fmt: Format, low: float, high: float) -> StaticRange:
     """The quantizer that reaches from `low` to `high`; 0 is always inside."""
     if fmt.sign_bits:
         bound = max(-low, high, ABSMAX_FLOOR)
@@ -115,33 +115,33 @@ def _made(fmt: Format, low: float, high: float) -> StaticRange:
     return StaticRange(fmt, np.array([scale], np.float32), np.array([zero], np.float32))
 
 
-def levels(made: StaticRange) -> F64:
+def levels(static: StaticRange) -> F64:
     """What the codes stand for, rising and each once."""
-    values = np.unique(made.format.values[np.isfinite(made.format.values)])
-    values = values[np.abs(values) <= made.format.max_value]
-    return values * float(made.scale[0]) + (0.0 if made.zero is None else float(made.zero[0]))
+    values = np.unique(static.format.values[np.isfinite(static.format.values)])
+    values = values[np.abs(values) <= static.format.max_value]
+    return values * float(static.scale[0]) + (0.0 if static.zero is None else float(static.zero[0]))
 
 
-def _best(samples: Samples, made: Sequence[StaticRange]) -> StaticRange:
+def _best(samples: Samples, ranges: Sequence[StaticRange]) -> StaticRange:
     """The one with the least squared error; the first of equals."""
-    errors = [samples.squared_error(levels(one)) for one in made]
-    return made[int(np.argmin(errors))]
+    errors = [samples.squared_error(levels(one)) for one in ranges]
+    return ranges[int(np.argmin(errors))]
 
 
 def minmax_range(samples: Samples, fmt: Format) -> StaticRange:
     """Nothing that was seen is clipped."""
-    return _made(fmt, float(samples.values[0]), float(samples.values[-1]))
+    return _reaching(fmt, float(samples.values[0]), float(samples.values[-1]))
 
 
 def percentile_range(samples: Samples, fmt: Format) -> StaticRange:
     """The best of clipping a share `TAILS` at either end."""
-    return _best(samples, [_made(fmt, *samples.inner(tail)) for tail in TAILS])
+    return _best(samples, [_reaching(fmt, *samples.inner(tail)) for tail in TAILS])
 
 
 def mse_range(samples: Samples, fmt: Format) -> StaticRange:
     """The best of the shares `SHARES` of what was seen, both ends shrunk alike."""
     low, high = float(samples.values[0]), float(samples.values[-1])
-    return _best(samples, [_made(fmt, low * share, high * share) for share in SHARES])
+    return _best(samples, [_reaching(fmt, low * share, high * share) for share in SHARES])
 
 
 METHODS: dict[str, Callable[[Samples, Format], StaticRange]] = {

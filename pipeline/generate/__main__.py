@@ -72,22 +72,22 @@ def save(pictures: Pictures, path: Path, columns: int, scale: int, facts: dict[s
 
 def make_parser() -> Parser:
     """All flags of `generate`."""
-    made = parser("generate", DESCRIPTION)
-    made.add_argument("bundle", type=Path, help="engine folder written by build")
-    made.add_argument("--prompt", action="append", required=True, help="what to draw; several give a sheet")
-    made.add_argument("-o", "--output", type=Path, default=Path("out.png"), metavar="FILE.png")
-    made.add_argument("--seed", type=int, default=0, help="of the first picture of each prompt; the next has seed + 1")
-    made.add_argument("--n-steps", type=int, default=0, help="denoising steps (default: the model's)")
-    made.add_argument("--guidance-scale", type=float, help="1 is without guidance (default: the model's)")
-    made.add_argument("--target", default="auto", help="cpu, rtx, cuda, trt, onnx (the portable "
+    flags = parser("generate", DESCRIPTION)
+    flags.add_argument("bundle", type=Path, help="engine folder written by build")
+    flags.add_argument("--prompt", action="append", required=True, help="what to draw; several give a sheet")
+    flags.add_argument("-o", "--output", type=Path, default=Path("out.png"), metavar="FILE.png")
+    flags.add_argument("--seed", type=int, default=0, help="of the first picture of each prompt; the next has seed + 1")
+    flags.add_argument("--n-steps", type=int, default=0, help="denoising steps (default: the model's)")
+    flags.add_argument("--guidance-scale", type=float, help="1 is without guidance (default: the model's)")
+    flags.add_argument("--target", default="auto", help="cpu, rtx, cuda, trt, onnx (the portable "
                       "model, slow); auto: the fastest that this machine can run")  # fmt: skip
-    made.add_argument("--num-images", type=int, default=1, help="pictures of each prompt")
+    flags.add_argument("--num-images", type=int, default=1, help="pictures of each prompt")
     text = f"enlarge every pixel this many times (default: to at least {SHOWN_PIXELS} pixels a side)"
-    made.add_argument("--scale", type=int, default=0, help=text)
-    made.add_argument("--pipeline", metavar="ID_OR_DIR", help="diffusers pipeline with text encoder and VAE, for a "
+    flags.add_argument("--scale", type=int, default=0, help=text)
+    flags.add_argument("--pipeline", metavar="ID_OR_DIR", help="diffusers pipeline with text encoder and VAE, for a "
                       "latent model only (default: the one the engine's model came from)")  # fmt: skip
-    add_threads(made)
-    return made
+    add_threads(flags)
+    return flags
 
 
 def work(args: argparse.Namespace, answer: Answer) -> int:

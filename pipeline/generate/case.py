@@ -58,8 +58,8 @@ class Case:
 
     def first(self, count: int) -> Case:
         """The case of the first `count` pictures alone."""
-        wanted, plain = (take_samples(part, slice(count), self.shared) for part in self.conditioning)
-        return replace(self, prompts=self.prompts[:count], conditioning=(wanted, plain), noise=self.noise[:count])
+        prompted, plain = (take_samples(part, slice(count), self.shared) for part in self.conditioning)
+        return replace(self, prompts=self.prompts[:count], conditioning=(prompted, plain), noise=self.noise[:count])
 
 
 def make_case(model: LoadedModel, recipe: Recipe, pictures: int = 0) -> Case:
@@ -71,12 +71,12 @@ def make_case(model: LoadedModel, recipe: Recipe, pictures: int = 0) -> Case:
 def described_case(model: Description, recipe: Recipe, count: int) -> Case:
     """Prompts, noise and sampler of `count` pictures by the recipe; a model without generation.json gets random
     conditioning."""
-    wanted = recipe.sampling
-    drawn = sample_inputs(model, count, wanted.seed, wanted.height, wanted.width)
-    noise = np.random.default_rng(wanted.seed).standard_normal(drawn["hidden_states"].shape).astype(np.float32)
-    made = _conditioned(model, recipe, count)
-    made = replace(made, noise=noise, shared=model.shared)
-    return replace(made, n_steps=wanted.n_steps, guidance_scale=wanted.guidance_scale)
+    sampling = recipe.sampling
+    drawn = sample_inputs(model, count, sampling.seed, sampling.height, sampling.width)
+    noise = np.random.default_rng(sampling.seed).standard_normal(drawn["hidden_states"].shape).astype(np.float32)
+    case = _conditioned(model, recipe, count)
+    case = replace(case, noise=noise, shared=model.shared)
+    return replace(case, n_steps=sampling.n_steps, guidance_scale=sampling.guidance_scale)
 
 
 def _conditioned(model: Description, recipe: Recipe, count: int) -> Case:
@@ -85,10 +85,12 @@ def _conditioned(model: Description, recipe: Recipe, count: int) -> Case:
     if not (model.folder / GENERATION_FILE).is_file():
         drawn = [_conditioning(sample_inputs(model, count, seed + i, *size)) for i in range(2)]
         return Case(("random",) * count, (drawn[0], drawn[1]), empty, "ddim", 1000.0, 1, 1.0, "latents")
-    made = load_generation(model.folder)
-    prompts = example_prompts(made, count, seed)
-    encoded = made.encode(prompts)
-    return Case(tuple(prompts), encoded, empty, made.sampler, made.timestep_scale, 1, 1.0, made.output)
+    generation = load_generation(model.folder)
+    prompts = example_prompts(generation, count, seed)
+    encoded = generation.encode(prompts)
+    return Case(
+        tuple(prompts), encoded, empty, generation.sampler, generation.timestep_scale, 1, 1.0, generation.output
+    )
 
 
 def is_large(model: LoadedModel) -> bool:

@@ -77,8 +77,8 @@ def _vocabulary(generation: Generation, prompts: list[str]) -> tuple[Arrays, Arr
     if generation.conditioning["null_token"] >= len(table):
         raise ContractError(f"{path}: {len(table)} rows, but null_token is {generation.conditioning['null_token']}")
     mask = np.ones(ids.shape, np.float32)
-    wanted, plain = table[ids], table[np.full_like(ids, generation.conditioning["null_token"])]
-    return _captions(wanted, mask), _captions(plain, mask)
+    prompted, plain = table[ids], table[np.full_like(ids, generation.conditioning["null_token"])]
+    return _captions(prompted, mask), _captions(plain, mask)
 
 
 def _table(path: Path, tensor: str) -> np.ndarray:
@@ -86,14 +86,14 @@ def _table(path: Path, tensor: str) -> np.ndarray:
     if not path.is_file():
         raise ContractError(f"{path} is missing; it holds the token embedding. Build the bundle again")
     try:
-        found = load_file(path).get(tensor)
+        table = load_file(path).get(tensor)
     except (SafetensorError, OSError) as error:
         raise ContractError(f"{path}: not a whole safetensors file ({error}); build the bundle again") from error
-    if found is None or found.ndim != 2 or not np.issubdtype(found.dtype, np.floating):
-        kind = "no tensor" if found is None else f"a {found.dtype} tensor of shape {found.shape}"
-        wanted = "it holds the token embedding [words, D]. Build the bundle again"
-        raise ContractError(f"{path}: {kind} {tensor!r}; {wanted}")
-    return found.astype(np.float32)
+    if table is None or table.ndim != 2 or not np.issubdtype(table.dtype, np.floating):
+        kind = "no tensor" if table is None else f"a {table.dtype} tensor of shape {table.shape}"
+        remedy = "it holds the token embedding [words, D]. Build the bundle again"
+        raise ContractError(f"{path}: {kind} {tensor!r}; {remedy}")
+    return table.astype(np.float32)
 
 
 def _captions(states: np.ndarray, mask: np.ndarray) -> Arrays:
@@ -122,8 +122,8 @@ def _class_index(prompt: str, names: list[str]) -> int:
 def _synthetic(generation: Generation, prompts: list[str]) -> tuple[Arrays, Arrays]:
     """Random inputs of the right shapes, seeded by the prompt: for models whose text encoder is not here."""
     inputs = generation.conditioning["inputs"]
-    wanted = {name: _random_rows(row, prompts) for name, row in inputs.items()}
-    return wanted, {name: _random_rows(row, [""] * len(prompts)) for name, row in inputs.items()}
+    prompted = {name: _random_rows(row, prompts) for name, row in inputs.items()}
+    return prompted, {name: _random_rows(row, [""] * len(prompts)) for name, row in inputs.items()}
 
 
 def _random_rows(row: Mapping[str, Any], prompts: list[str]) -> np.ndarray:

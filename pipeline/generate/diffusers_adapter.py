@@ -241,12 +241,12 @@ class EngineTransformer(ModelMixin, ConfigMixin):
 def _refuse_shape(row: Input, tensor: torch.Tensor, sizes: dict[str, int]) -> None:
     """Compare a tensor's shape with its row; sizes that are seen for the first time are noted in `sizes`."""
     fits = tensor.ndim == len(row.shape)
-    for wanted, size in zip(row.shape, tensor.shape, strict=False):
-        fits &= size == (wanted if isinstance(wanted, int) else sizes.setdefault(wanted, size))
+    for expected, size in zip(row.shape, tensor.shape, strict=False):
+        fits &= size == (expected if isinstance(expected, int) else sizes.setdefault(expected, size))
     if not fits:
-        wanted_shape = ", ".join(f"{sizes[size]} ({size})" if size in sizes else str(size) for size in row.shape)
+        expected_shape = ", ".join(f"{sizes[size]} ({size})" if size in sizes else str(size) for size in row.shape)
         shape = tuple(tensor.shape)
-        raise RecipeError(f"{row.name} has shape {shape}, the engine takes [{wanted_shape}]; pass that shape")
+        raise RecipeError(f"{row.name} has shape {shape}, the engine takes [{expected_shape}]; pass that shape")
     last = _last_index(row)
     if last is not None and tensor.numel() and not bool(((tensor >= 0) & (tensor <= last)).all()):
         raise RecipeError(f"{row.name} holds {tensor.tolist()}; the model knows 0 to {last}, pass one of them")

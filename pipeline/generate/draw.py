@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,6 +16,7 @@ from pipeline.generate.sampling import make_sampler, sample
 from pipeline.progress import track
 
 if TYPE_CHECKING:
+    from pipeline.backends.base import Engine
     from pipeline.bundle.bundle import Bundle
 
 # Pictures drawn at a time: with guidance a batch of 8, the largest that every engine is built for.
@@ -74,7 +75,7 @@ def _parts(pictures: list[tuple[str, int]]) -> list[list[tuple[str, int]]]:
 
 
 def _draw_part(
-    bundle: Bundle, generation: Generation, engine: Any, request: DrawRequest, part: list[tuple[str, int]]
+    bundle: Bundle, generation: Generation, engine: Engine, request: DrawRequest, part: list[tuple[str, int]]
 ) -> Pictures:
     sampler = make_sampler(generation.sampler, request.n_steps or generation.n_steps, generation.timestep_scale)
     scale = generation.guidance_scale if request.guidance_scale is None else request.guidance_scale

@@ -64,10 +64,8 @@ def _refuse_other_class(root: str, family: str) -> None:
     known = FAMILIES.get(family)
     class_name = row[1] if isinstance(row, list) and len(row) == 2 else None
     if known and class_name not in (known.class_name, LEGACY_CLASS):
-        wanted = f"the engine is one of {known.class_name}"
-        raise RecipeError(
-            f"{root}: its transformer is {class_name or 'absent'}, {wanted}; give the pipeline it is from"
-        )
+        rule = f"the engine is one of {known.class_name}"
+        raise RecipeError(f"{root}: its transformer is {class_name or 'absent'}, {rule}; give the pipeline it is from")
 
 
 def find_pipeline(source: str) -> str:

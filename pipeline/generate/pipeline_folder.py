@@ -71,8 +71,8 @@ def shared_variant(root: Path) -> str | None:
 
     Raises ModelError if those without plain weights share no variant, or more than one.
     """
-    found = {part: _variants(root / part) for part in _other_parts(root)}
-    lacking = {part: variants for part, variants in found.items() if variants and "" not in variants}
+    by_part = {part: _variants(root / part) for part in _other_parts(root)}
+    lacking = {part: variants for part, variants in by_part.items() if variants and "" not in variants}
     if not lacking:
         return None
     shared = sorted(set.intersection(*lacking.values()))
@@ -109,9 +109,9 @@ def float32_bytes(root: Path) -> int:
     """Size in float32 of the weights of all parts but the transformer, from the heads of their safetensors files."""
     variant, files = shared_variant(root) or "", []
     for folder in (root / part for part in _other_parts(root)):
-        wanted = "" if "" in _variants(folder) else variant
+        own_variant = "" if "" in _variants(folder) else variant
         matches = {path: WEIGHTS.fullmatch(path.name) for path in sorted(folder.iterdir())}
-        files += [path for path, match in matches.items() if match and (match[2] or match[5] or "") == wanted]
+        files += [path for path, match in matches.items() if match and (match[2] or match[5] or "") == own_variant]
     return 4 * sum(_elements(path) for path in files)
 
 

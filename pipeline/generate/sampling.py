@@ -96,15 +96,15 @@ def sample(
             on_step(i, inputs, outputs)
         prediction = outputs["sample"][:, : x.shape[1]].astype(np.float32)
         if guided:
-            wanted, plain = np.split(prediction, 2)
-            prediction = plain + np.float32(guidance_scale) * (wanted - plain)
+            prompted, plain = np.split(prediction, 2)
+            prediction = plain + np.float32(guidance_scale) * (prompted - plain)
         x = sampler.advance(x, prediction, i)
     return x
 
 
-def _stacked(wanted: Arrays, plain: Arrays, shared: frozenset[str]) -> Arrays:
+def _stacked(prompted: Arrays, plain: Arrays, shared: frozenset[str]) -> Arrays:
     """Both conditionings as one batch."""
-    return {name: value if name in shared else np.concatenate([value, plain[name]]) for name, value in wanted.items()}
+    return {name: value if name in shared else np.concatenate([value, plain[name]]) for name, value in prompted.items()}
 
 
 def take_samples(inputs: Arrays, rows: slice | Sequence[int] | NDArray[np.integer], shared: frozenset[str]) -> Arrays:

@@ -40,8 +40,8 @@ class _Reader:
         raise self.refusal(f"expected {expected} ({', '.join(choices)})")
 
     def refusal(self, expectation: str) -> RecipeError:
-        found = f"found {self.words[0]!r}" if self.words else "found the end"
-        return RecipeError(f'prompt {self.prompt!r}: {expectation}, {found}; write "{GRAMMAR}"')
+        here = f"found {self.words[0]!r}" if self.words else "found the end"
+        return RecipeError(f'prompt {self.prompt!r}: {expectation}, {here}; write "{GRAMMAR}"')
 
     def choices(self, slot: str) -> list[str]:
         return [word for word in self.slots[slot] if word not in (ALONE, NONE)]

@@ -34,12 +34,12 @@ RECIPE = "recipe.toml"
 
 def make_parser() -> Parser:
     """All flags of `verify`."""
-    made = parser("verify", "Check a bundle again: file hashes, lowering repeated, all parity gates.")
-    made.add_argument("bundle", type=Path, metavar="BUNDLE", help="a folder that build wrote")
-    add_model_flags(made, "the float model, if it moved since the build")
-    made.add_argument("-o", "--output-dir", type=Path, metavar="DIR", help="write the new report here")
-    add_threads(made)
-    return made
+    flags = parser("verify", "Check a bundle again: file hashes, lowering repeated, all parity gates.")
+    flags.add_argument("bundle", type=Path, metavar="BUNDLE", help="a folder that build wrote")
+    add_model_flags(flags, "the float model, if it moved since the build")
+    flags.add_argument("-o", "--output-dir", type=Path, metavar="DIR", help="write the new report here")
+    add_threads(flags)
+    return flags
 
 
 def verify_bundle(

@@ -112,16 +112,16 @@ class Sign:
 def sign_of(output: NDArray[Any], row: int, exact: NDArray[Any], rows: Sequence[int]) -> Sign | None:
     """Of a result for the sample `row` of a pool whose references are `exact` [samples, C, ...], in a call of the
     samples `rows`; None for none of those known."""
-    expected, found = np.asarray(exact[row], np.float64), np.asarray(output, np.float64)
-    if not np.isfinite(found).all():
+    expected, actual = np.asarray(exact[row], np.float64), np.asarray(output, np.float64)
+    if not np.isfinite(actual).all():
         return Sign("not finite", "NaN or Inf where the reference is finite: an overflow, or a division by zero")
-    difference = found - expected
+    difference = actual - expected
     power = float(np.sum(difference**2))
     if power <= 10 ** (-NEAR_DB / 10) * float(np.sum(expected**2)):
         return None
-    if not found.any():
+    if not actual.any():
         return Sign("zeros", "all numbers are zero: nothing was written")
-    return _of_another(found, power, row, exact, rows) or _factor(expected, difference) or _channels(difference)
+    return _of_another(actual, power, row, exact, rows) or _factor(expected, difference) or _channels(difference)
 
 
 def other_shape(shape: tuple[int, ...], expected: tuple[int, ...]) -> Sign:
@@ -131,8 +131,8 @@ def other_shape(shape: tuple[int, ...], expected: tuple[int, ...]) -> Sign:
     )
 
 
-def _of_another(found: NDArray[Any], power: float, row: int, exact: NDArray[Any], rows: Sequence[int]) -> Sign | None:
-    powers = [float(np.sum((found - np.asarray(other, np.float64)) ** 2)) for other in exact]
+def _of_another(actual: NDArray[Any], power: float, row: int, exact: NDArray[Any], rows: Sequence[int]) -> Sign | None:
+    powers = [float(np.sum((actual - np.asarray(other, np.float64)) ** 2)) for other in exact]
     nearest = int(np.argmin(powers))
     if powers[nearest] * NEARER >= power or nearest == row:
         return None

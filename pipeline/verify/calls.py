@@ -238,16 +238,16 @@ def state_result(
     model: LoadedModel,
     exact: dict[str, NDArray[Any]],
     run: Run,
-    made: int,
+    calls_before: int,
 ) -> StateResult:
     """Calls whose results may depend on those before: a condition changed at an equal batch size (in one sample, in
     all, in place, in its mask alone, a little), NaN in one sample, which must be all that sample gives and stay in it,
-    the STEADY_CALL-th call (`made` of them so far) or the next after more, two threads at once.
+    the STEADY_CALL-th call (`calls_before` of them so far) or the next after more, two threads at once.
 
     Each is made twice at least. Equal calls have no reason to differ in any bit, so no flipped code hides a fault here.
     """
     single, pair, *_ = calls
-    run = counted = _Counted(run, made)
+    run = counted = _Counted(run, calls_before)
     first, second, third = pair.rows[0], pair.rows[1], len(pools[pair.pool]["timestep"]) - 1
     orders = (first, second), (first, third), (second, third), (third, first)
     changed = [rows_of(pair.pool, rows, pools[pair.pool], model.shared) for rows in orders]
@@ -312,13 +312,13 @@ class _Counted:
 
 def _nearly_the_same(model: LoadedModel, inputs: Arrays) -> Arrays:
     """The float conditions with those of the last sample moved by LITTLE: codes of 8 bits see it, a glance does not."""
-    found = {}
+    moved = {}
     for row in model.inputs:
         latents = row.name == "hidden_states"
         if row.batched and row.fill not in ("timestep", "mask") and row.dtype.startswith("float") and not latents:
-            found[row.name] = inputs[row.name].copy()
-            found[row.name][-1] *= np.float32(1 + LITTLE)
-    return found
+            moved[row.name] = inputs[row.name].copy()
+            moved[row.name][-1] *= np.float32(1 + LITTLE)
+    return moved
 
 
 def _half(mask: NDArray[Any]) -> NDArray[Any]:
@@ -353,8 +353,8 @@ def _at_once(calls: Sequence[Call], run: Run) -> list[list[NDArray[Any]]]:
         return outputs
 
     with ThreadPoolExecutor(len(calls)) as threads:
-        results = [threads.submit(ending_with(repeat), call) for call in calls]
-    errors = [error for result in results if (error := result.exception()) is not None]
+        futures = [threads.submit(ending_with(repeat), call) for call in calls]
+    errors = [error for future in futures if (error := future.exception()) is not None]
     if errors:
         raise next((error for error in errors if not isinstance(error, BrokenBarrierError)), errors[0])
-    return [result.result() for result in results]
+    return [future.result() for future in futures]

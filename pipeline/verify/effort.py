@@ -73,17 +73,17 @@ def note(target: str, effort: Effort, n_steps: int, probed: tuple[int, ...], pic
         return ""
     looked = f"linears in {len(effort.probed)} of {len(probed)} steps"
     alone = _calls([size for size in effort.special if size not in effort.inside], "compared by their outputs alone")
-    not_made = _calls([size for size in BATCHES if size not in effort.special], "not made")
+    skipped = _calls([size for size in BATCHES if size not in effort.special], "not made")
     if not BACKENDS[target].slow:
-        return f"{target}: large model, {looked}{alone}{not_made}"
+        return f"{target}: large model, {looked}{alone}{skipped}"
     drawn = f"{effort.pictures} of {pictures} pictures" if effort.pictures else "no picture"
     kept = "" if effort.state else "; nor are those that show what is kept between calls"
     steps = f"{target}: compared in {len(effort.steps)} of {n_steps} steps"
-    return f"{steps}, {looked}, {drawn}: it is slow{alone}{not_made}{kept}"
+    return f"{steps}, {looked}, {drawn}: it is slow{alone}{skipped}{kept}"
 
 
-def _calls(sizes: Sequence[int], what: str) -> str:
+def _calls(sizes: Sequence[int], treatment: str) -> str:
     if not sizes:
         return ""
     *others, last = map(str, sizes)
-    return f"; calls of batch {', '.join(others)}{' and ' * bool(others)}{last} are {what}"
+    return f"; calls of batch {', '.join(others)}{' and ' * bool(others)}{last} are {treatment}"

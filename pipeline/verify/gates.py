@@ -134,8 +134,8 @@ def layer_gates(target: str, rows: Sequence[LayerResult], bad_outputs: int, wher
     bad_outputs: how many numbers of steps and pictures are not finite; where: the first of these in words. Without
     `gemm_exact` where no layer has anything to compare there, see `notes_on_layers`.
     """
-    found = [_layer_gate(target, rule, rows) for rule in LAYER_RULES if not rows or _compared(rule, rows)]
-    return [_finite_gate(target, rows, bad_outputs, where), *found, _codes_gate(target, rows)]
+    by_rule = [_layer_gate(target, rule, rows) for rule in LAYER_RULES if not rows or _compared(rule, rows)]
+    return [_finite_gate(target, rows, bad_outputs, where), *by_rule, _codes_gate(target, rows)]
 
 
 def _finite_gate(target: str, rows: Sequence[LayerResult], bad_outputs: int, where: str) -> Gate:
@@ -177,12 +177,12 @@ def _compared(rule: LayerRule, rows: Sequence[LayerResult]) -> list[LayerResult]
 
 def _layer_gate(target: str, rule: LayerRule, rows: Sequence[LayerResult]) -> Gate:
     """nan, which never passes, where the target has no layer at all."""
-    found = _compared(rule, rows)
-    values = np.array([getattr(row, rule.key) for row in found] or [math.nan], np.float64)
+    compared = _compared(rule, rows)
+    values = np.array([getattr(row, rule.key) for row in compared] or [math.nan], np.float64)
     combined = values.sum() if rule.total else values.max()
-    some = f"; {len(found)} of {len(rows)} layers: {rule.idle}" if len(found) < len(rows) else ""
+    some = f"; {len(compared)} of {len(rows)} layers: {rule.idle}" if len(compared) < len(rows) else ""
     gate = Gate(f"{target}/{rule.name}", float(combined), rule.limit, rule.unit, f"{rule.why}{some}")
-    return replace(gate, why=f"{gate.why}{_culprit(found, rule, gate.passed)}")
+    return replace(gate, why=f"{gate.why}{_culprit(compared, rule, gate.passed)}")
 
 
 def _culprit(rows: Sequence[LayerResult], rule: LayerRule, passed: bool) -> str:
@@ -210,16 +210,16 @@ def _codes_gate(target: str, rows: Sequence[LayerResult]) -> Gate:
 
 
 def step_results(
-    target: str, errors: StepErrors, found: Study, single: Realisations, steps: Sequence[int]
+    target: str, errors: StepErrors, study: Study, single: Realisations, steps: Sequence[int]
 ) -> list[StepResult]:
     """One row per denoising step; `errors` are those of `steps`, and the others' is nan."""
     measured = dict(zip(steps, errors.steps_db, strict=True))
-    worst = [min(run.steps_db[step] for run in single.errors) for step in range(len(found.calls))]
-    rows = enumerate(zip(worst, found.quant_db, strict=True))
+    worst = [min(run.steps_db[step] for run in single.errors) for step in range(len(study.calls))]
+    rows = enumerate(zip(worst, study.quant_db, strict=True))
     return [StepResult(target, step, measured.get(step, math.nan), *numbers) for step, numbers in rows]
 
 
-def end_gates(target: str, errors: StepErrors, images: NDArray[Any], found: Study, single: Realisations) -> list[Gate]:
+def end_gates(target: str, errors: StepErrors, images: NDArray[Any], study: Study, single: Realisations) -> list[Gate]:
     """Engine against the float64 reference: steps on the same inputs, and the pictures of its own trajectory.
 
     `single`: float32 runs of the reference in the target's arithmetic. The worst step bounds how bad it can get; the
@@ -229,31 +229,31 @@ def end_gates(target: str, errors: StepErrors, images: NDArray[Any], found: Stud
     """
     worst_step = _lowest([value for run in single.hit_errors for value in run.steps_db])
     quarter = _quarter([value for run in single.errors for value in run.samples_db])
-    worst_image = _lowest([value for drawn in single.hit_images for value in pictures_db(found, drawn)])
-    step_cost, image_cost = _lowest(found.quant_db), _lowest(pictures_db(found, found.images["float"]))
+    worst_image = _lowest([value for drawn in single.hit_images for value in pictures_db(study, drawn)])
+    step_cost, image_cost = _lowest(study.quant_db), _lowest(pictures_db(study, study.images["float"]))
     rows = [
         ("step_sqnr_db", _lowest(errors.steps_db), (worst_step, step_cost), "worst step"),
         ("median_sqnr_db", _median(errors.samples_db), (quarter, step_cost), "lower quartile"),
     ]
-    gates = [_end_gate(f"{target}/{name}", value, limits, what) for name, value, limits, what in rows]
+    gates = [_end_gate(f"{target}/{name}", value, limits, statistic) for name, value, limits, statistic in rows]
     gates = [_with_cause(gate, errors.samples, STEP_TRAITS) for gate in gates]
     if len(images):
-        psnr = _lowest(pictures_db(found, images))
+        psnr = _lowest(pictures_db(study, images))
         gate = _end_gate(f"{target}/final_psnr_db", psnr, (worst_image, image_cost), "worst picture")
         later = "; " + NOT_IN_STEPS if not gate.passed and all(step.passed for step in gates) else ""
         gates.append(replace(gate, why=gate.why + later))
-        gates[-1] = _with_cause(gates[-1], picture_errors(found, images), PICTURE_TRAITS)
+        gates[-1] = _with_cause(gates[-1], picture_errors(study, images), PICTURE_TRAITS)
     return gates
 
 
 NOT_IN_STEPS = "every step is right on the reference's own inputs: errors grow from step to step, or something is kept"
 
 
-def picture_errors(found: Study, images: NDArray[Any]) -> list[SampleError]:
+def picture_errors(study: Study, images: NDArray[Any]) -> list[SampleError]:
     """Each picture as a sample of one call; the number is its PSNR."""
-    reference, rows = found.images["reference"], tuple(range(len(images)))
+    reference, rows = study.images["reference"], tuple(range(len(images)))
     signs = [sign_of(image, row, reference, rows) for row, image in enumerate(images)]
-    pairs = zip(pictures_db(found, images), signs, strict=True)
+    pairs = zip(pictures_db(study, images), signs, strict=True)
     return [SampleError("pictures", i, value, "pictures", i, sign=sign) for i, (value, sign) in enumerate(pairs)]
 
 
@@ -264,10 +264,10 @@ def _with_cause(gate: Gate, errors: Sequence[SampleError], traits: Sequence[Trai
     return replace(gate, why=f"{gate.why}; {diagnose(errors, gate.limit, traits)}")
 
 
-def _end_gate(name: str, value: float, limits: tuple[float, float], what: str) -> Gate:
+def _end_gate(name: str, value: float, limits: tuple[float, float], statistic: str) -> Gate:
     """limits: of the float32 runs, and of quantization; nan where these runs overflowed, which gives no tolerance."""
     float32, quantization = limits
-    why = f"{what} of the reference's float32 runs, less {FACTOR_DB:.0f} dB; or quantization's own error"
+    why = f"{statistic} of the reference's float32 runs, less {FACTOR_DB:.0f} dB; or quantization's own error"
     if any(math.isnan(limit) for limit in limits):
         why += "; the model's own runs overflow in this arithmetic"
     numbers = [limit for limit in (float32 - FACTOR_DB, quantization) if not math.isnan(limit)]
@@ -277,7 +277,7 @@ def _end_gate(name: str, value: float, limits: tuple[float, float], what: str) -
 def calls_gates(
     target: str,
     errors: Sequence[SampleError],
-    found: Study,
+    study: Study,
     single: Realisations,
     steps: Sequence[SampleError] = (),
 ) -> list[Gate]:
@@ -295,10 +295,10 @@ def calls_gates(
     # Of runs that flips hit: a few samples without any flip in plain runs would ask the same luck of the engine.
     quarter = _quarter(single.hit_calls_db)
     rows = (
-        ("calls", _lowest(values), (_lowest(single.hit_calls_db), _lowest(found.calls_quant_db)), "worst sample"),
-        ("calls_median", _median(worst_of), (quarter, _median(found.calls_quant_db)), "lower quartile"),
+        ("calls", _lowest(values), (_lowest(single.hit_calls_db), _lowest(study.calls_quant_db)), "worst sample"),
+        ("calls_median", _median(worst_of), (quarter, _median(study.calls_quant_db)), "lower quartile"),
     )
-    gates = [_end_gate(f"{target}/{name}", value, limits, what) for name, value, limits, what in rows]
+    gates = [_end_gate(f"{target}/{name}", value, limits, statistic) for name, value, limits, statistic in rows]
     gates = [replace(gate, why=f"{gate.why}; worst in {worst.call}, sample {worst.sample}") for gate in gates]
     return [_with_cause(gate, [*steps, *errors], CALL_TRAITS) for gate in gates]
 
@@ -369,25 +369,25 @@ def _lowest(values: Sequence[float]) -> float:
     return math.nan if any(math.isnan(value) for value in values) else min(values)
 
 
-def pictures_db(found: Study, images: NDArray[Any]) -> list[float]:
+def pictures_db(study: Study, images: NDArray[Any]) -> list[float]:
     """PSNR of each picture against the float64 reference's; `images` may be the first few."""
-    reference = found.images["reference"]
-    peak = PIXEL_RANGE if found.case.output == "pixels" else float(np.ptp(reference))
+    reference = study.images["reference"]
+    peak = PIXEL_RANGE if study.case.output == "pixels" else float(np.ptp(reference))
     return [psnr_db(one, other, peak) for one, other in zip(reference[: len(images)], images, strict=True)]
 
 
-def quantization_gates(found: Study, recipe: Recipe) -> list[Gate]:
+def quantization_gates(study: Study, recipe: Recipe) -> list[Gate]:
     """What quantization costs: the reference against the float model, within the recipe's budgets."""
-    noise = sum(10 ** (-value / 10) for value in found.quant_db) / len(found.quant_db)
+    noise = sum(10 ** (-value / 10) for value in study.quant_db) / len(study.quant_db)
     sqnr = -10 * math.log10(noise) if noise > 0 else math.inf
-    pictures = pictures_db(found, found.images["float"])
+    pictures = pictures_db(study, study.images["float"])
     psnr = float(np.median(pictures))
     budget = "what quantization costs against the float model; the limit is the recipe's budget"
     gates = [
         Gate("quant_sqnr_db", sqnr, recipe.budgets.quant_sqnr_db, "dB", f"steps: {budget}", at_most=False),
         Gate("final_psnr_fp_db", psnr, recipe.budgets.final_psnr_fp_db, "dB", f"pictures: {budget}", at_most=False),
     ]
-    places = (f"step {_worst_place(found.quant_db)}", f"picture {_worst_place(pictures)}")
+    places = (f"step {_worst_place(study.quant_db)}", f"picture {_worst_place(pictures)}")
     pairs = zip(gates, places, strict=True)
     return [
         gate if gate.passed else replace(gate, why=f"{gate.why}; worst in {where}: {TOO_COARSE}")

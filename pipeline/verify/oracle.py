@@ -69,13 +69,13 @@ def activation_oracle(x: Array, layer: QuantizedLinear) -> ActivationOracle:
         return _rounded(fmt, shifted, np.full((len(x), 1), layer.activation_scale[0], np.float64), error)
     rows = balanced.reshape(len(x) * groups, -1)
     errors = None if error is None else error.reshape(rows.shape)
-    found = _rounded(fmt, rows, _dynamic_scale(rows, fmt), errors)
+    oracle = _rounded(fmt, rows, _dynamic_scale(rows, fmt), errors)
     if errors is not None:
-        slack = errors.max(axis=1, keepdims=True) / (found.scale * fmt.max_value)
-        found = _rounded(fmt, rows, found.scale, errors + slack * np.abs(rows))
-        found = replace(found, scale_slack=slack.reshape(len(x), groups))
-    integers = {key: getattr(found, key).reshape(x.shape) for key in ("integers", "lowest", "highest")}
-    return replace(found, **integers, scale=found.scale.reshape(len(x), groups))
+        slack = errors.max(axis=1, keepdims=True) / (oracle.scale * fmt.max_value)
+        oracle = _rounded(fmt, rows, oracle.scale, errors + slack * np.abs(rows))
+        oracle = replace(oracle, scale_slack=slack.reshape(len(x), groups))
+    integers = {key: getattr(oracle, key).reshape(x.shape) for key in ("integers", "lowest", "highest")}
+    return replace(oracle, **integers, scale=oracle.scale.reshape(len(x), groups))
 
 
 def _balanced(x: Array, layer: QuantizedLinear) -> tuple[Array, Array | None]:
@@ -83,8 +83,8 @@ def _balanced(x: Array, layer: QuantizedLinear) -> tuple[Array, Array | None]:
     if layer.input_multiplier is None and layer.input_offset is None:
         return x, None
     product = x if layer.input_multiplier is None else x * layer.input_multiplier.astype(np.float64)
-    found = product if layer.input_offset is None else product + layer.input_offset.astype(np.float64)
-    return found, ROUNDING * FIRST_ORDER * (np.abs(product) + np.abs(found))
+    balanced = product if layer.input_offset is None else product + layer.input_offset.astype(np.float64)
+    return balanced, ROUNDING * FIRST_ORDER * (np.abs(product) + np.abs(balanced))
 
 
 def _dynamic_scale(x: Array, fmt: Format) -> NDArray[np.float64]:
@@ -297,7 +297,7 @@ def _check_rows(
     outside = (probe.integers < oracle.lowest) | (probe.integers > oracle.highest) | ~np.isfinite(probe.integers)
     values = probe.operands[:1] if probe.operands else ()
     tensors = (probe.x, probe.gemm, probe.act_scale, probe.output, probe.low_rank, *values)
-    produced = [item for item in tensors if item is not None]
+    produced = [tensor for tensor in tensors if tensor is not None]
     errors = (_output_error(layer, weight, probe, oracle, products), _low_rank_error(layer, probe))
     return LinearCheck(
         codes=integers.size,
@@ -307,7 +307,7 @@ def _check_rows(
         gemm_max_abs_diff=_gemm_difference(probe, products[0]),
         scale_error=_scale_error(probe.act_scale, oracle),
         output_error=math.nan if math.isnan(errors[0]) else max(errors),
-        nonfinite=sum(int(np.count_nonzero(~np.isfinite(item))) for item in produced),
+        nonfinite=sum(int(np.count_nonzero(~np.isfinite(tensor))) for tensor in produced),
         operand_max_abs_diff=_operand_difference(layer, probe, integers),
     )
 
@@ -420,10 +420,10 @@ def _output_error(
         bias = bias + float(layer.activation_zero[0]) * weight.dequantized.sum(axis=1)
     slack = np.max(oracle.scale_slack, axis=-1, keepdims=True)
     bound = roundings * ROUNDING * FIRST_ORDER * (magnitude + np.abs(bias)) + FIRST_ORDER * slack * magnitude
-    found = np.asarray(probe.output, np.float64)
+    output = np.asarray(probe.output, np.float64)
     if probe.low_rank is not None:
-        bound, found = bound + ROUNDING * FIRST_ORDER * np.abs(found), found - probe.low_rank
-    return _largest(found - (product + bias), bound)
+        bound, output = bound + ROUNDING * FIRST_ORDER * np.abs(output), output - probe.low_rank
+    return _largest(output - (product + bias), bound)
 
 
 def _float_products(
@@ -471,11 +471,11 @@ def _low_rank_error(layer: QuantizedLinear, probe: LinearProbe) -> float:
     worst = 0.0
     for h in np.unique(chosen):
         rows = (chosen == h) & decided
-        x, found = np.asarray(probe.x[rows], np.float64), np.asarray(probe.low_rank[rows], np.float64)
+        x, branch = np.asarray(probe.x[rows], np.float64), np.asarray(probe.low_rank[rows], np.float64)
         down, up = layer.lora_down[h].astype(np.float64), layer.lora_up[h].astype(np.float64)
         roundings = (layer.in_features + len(down)) * ROUNDING * FIRST_ORDER
         bound = roundings * (np.abs(x) @ np.abs(down).T @ np.abs(up).T)
-        worst = max(worst, _largest(found - x @ down.T @ up.T, bound))
+        worst = max(worst, _largest(branch - x @ down.T @ up.T, bound))
     return worst
 
 

@@ -56,21 +56,21 @@ class Parts:
         self._done.update(part)
         later = self._read_later()
         kept = {name for place in part for name in self._left(place) if name in later}
-        wanted = sorted((names - known) | kept)
-        results: list[Arrays] = [{} for _ in self._arrays]
-        if wanted:
+        outputs = sorted((names - known) | kept)
+        per_call: list[Arrays] = [{} for _ in self._arrays]
+        if outputs:
             nodes = [self._nodes[place] for place in part]
-            session = self._open(part_of(self._model, nodes, self._arrays[0], wanted))
+            session = self._open(part_of(self._model, nodes, self._arrays[0], outputs))
             fed = [value.name for value in session.get_inputs()]
             for call, arrays in enumerate(self._arrays):
-                fetched = [name for name in wanted if call == 0 or name not in once or name in kept]
+                fetched = [name for name in outputs if call == 0 or name not in once or name in kept]
                 values = session.run(fetched, {name: arrays[name] for name in fed})
-                results[call] = dict(zip(fetched, values, strict=True))
+                per_call[call] = dict(zip(fetched, values, strict=True))
         for call, arrays in enumerate(self._arrays):
-            computed = arrays | results[call]
+            computed = arrays | per_call[call]
             self._arrays[call] = {name: array for name, array in computed.items() if name in later}
-            results[call] = {name: computed[name] for name in names if name in computed}
-        return results
+            per_call[call] = {name: computed[name] for name in names if name in computed}
+        return per_call
 
     def _read_later(self) -> set[str]:
         """The tensors that parts to come begin with or that they are asked for."""
@@ -88,9 +88,9 @@ class Parts:
         return [] if node.op_type in MADE_AGAIN else [name for name in node.output if name]
 
 
-def needed_names(nodes: Sequence[onnx.NodeProto], wanted: Iterable[str]) -> set[str]:
-    """Names of all tensors that `wanted` are computed from, and themselves. `nodes` in the order of computation."""
-    needed = set(wanted)
+def needed_names(nodes: Sequence[onnx.NodeProto], outputs: Iterable[str]) -> set[str]:
+    """Names of all tensors that `outputs` are computed from, and themselves. `nodes` in the order of computation."""
+    needed = set(outputs)
     for node in reversed(nodes):
         if any(name and name in needed for name in node.output):
             needed.update(node.input)
@@ -98,9 +98,9 @@ def needed_names(nodes: Sequence[onnx.NodeProto], wanted: Iterable[str]) -> set[
 
 
 def part_of(
-    model: onnx.ModelProto, nodes: Sequence[onnx.NodeProto], fed: Mapping[str, NDArray[Any]], wanted: Sequence[str]
+    model: onnx.ModelProto, nodes: Sequence[onnx.NodeProto], fed: Mapping[str, NDArray[Any]], outputs: Sequence[str]
 ) -> onnx.ModelProto:
-    """The nodes as a model of their own, with the outputs `wanted`; those of `fed` that it reads are inputs of the
+    """The nodes as a model of their own, with these `outputs`; those of `fed` that it reads are inputs of the
     arrays' types and ranks. What reads neither them nor a node reads the inputs and initializers of `model`."""
     part = onnx.ModelProto(ir_version=model.ir_version, opset_import=model.opset_import, functions=model.functions)
     graph = part.graph
@@ -108,12 +108,12 @@ def part_of(
     graph.node.extend(nodes)
     read = {name for node in nodes for name in node.input} - {""}
     inner = {name for node in nodes for name in node.output}
-    graph.initializer.extend(item for item in model.graph.initializer if item.name in read)
+    graph.initializer.extend(tensor for tensor in model.graph.initializer if tensor.name in read)
     for name in sorted(read & fed.keys()):
         kind = onnx.helper.np_dtype_to_tensor_dtype(fed[name].dtype)
         graph.input.append(onnx.helper.make_tensor_value_info(name, kind, [None] * fed[name].ndim))
-    graph.input.extend(item for item in model.graph.input if item.name in read and item.name not in fed)
+    graph.input.extend(value for value in model.graph.input if value.name in read and value.name not in fed)
     # Of ops that onnxruntime does not know the types are written down.
-    graph.value_info.extend(item for item in model.graph.value_info if item.name in inner and item.name not in fed)
-    graph.output.extend(onnx.ValueInfoProto(name=name) for name in wanted)
+    graph.value_info.extend(value for value in model.graph.value_info if value.name in inner and value.name not in fed)
+    graph.output.extend(onnx.ValueInfoProto(name=name) for name in outputs)
     return part

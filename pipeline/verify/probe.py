@@ -79,7 +79,7 @@ class ProbedGraph:
     @cached_property
     def complete(self) -> frozenset[str]:
         """Layers whose tensors are all in the graph; a probe row that points nowhere proves nothing."""
-        constants = {item.name for item in self.model.graph.initializer}
+        constants = {tensor.name for tensor in self.model.graph.initializer}
         rows = (row for row in self.rows.values() if row.gemm_scale is None or row.gemm_scale in constants)
         return frozenset(row.layer for row in rows if self.produced.issuperset(tensor_names(row)))
 
@@ -90,19 +90,19 @@ class ProbedGraph:
 
     def constant(self, name: str) -> NDArray:
         """An initializer by name."""
-        return self._numbers(next(item for item in self.model.graph.initializer if item.name == name))
+        return self._numbers(next(tensor for tensor in self.model.graph.initializer if tensor.name == name))
 
     def holds(self, table: NDArray[np.floating]) -> bool:
         """Is there an initializer of this shape, in whatever float type, with just these numbers?"""
-        same = (item for item in self.model.graph.initializer if tuple(item.dims) == table.shape)
-        return any(np.array_equal(self._numbers(item), table) for item in same)
+        same = (tensor for tensor in self.model.graph.initializer if tuple(tensor.dims) == table.shape)
+        return any(np.array_equal(self._numbers(tensor), table) for tensor in same)
 
-    def _numbers(self, found: onnx.TensorProto) -> NDArray:
-        if found.data_location != onnx.TensorProto.EXTERNAL:
-            return onnx.numpy_helper.to_array(found)
-        info, dtype = ExternalDataInfo(found), onnx.helper.tensor_dtype_to_np_dtype(found.data_type)
-        flat = np.fromfile(self.path.parent / info.location, dtype, math.prod(found.dims), offset=info.offset or 0)
-        return flat.reshape(found.dims)
+    def _numbers(self, tensor: onnx.TensorProto) -> NDArray:
+        if tensor.data_location != onnx.TensorProto.EXTERNAL:
+            return onnx.numpy_helper.to_array(tensor)
+        info, dtype = ExternalDataInfo(tensor), onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type)
+        flat = np.fromfile(self.path.parent / info.location, dtype, math.prod(tensor.dims), offset=info.offset or 0)
+        return flat.reshape(tensor.dims)
 
     def denoiser(self) -> Callable[[Arrays], Arrays]:
         """The graph as it is, run by onnxruntime: stands in for an engine that this machine cannot run. The function
@@ -121,32 +121,32 @@ class ProbedGraph:
         """The tensors `names` for each of the model inputs `calls`."""
         changed = onnx.ModelProto()
         changed.CopyFrom(self.model)
-        inputs = {item.name for item in changed.graph.input}
-        wanted = sorted(set(names) - inputs)
+        inputs = {value.name for value in changed.graph.input}
+        computed = sorted(set(names) - inputs)
         del changed.graph.output[:]  # what only other outputs need is then not computed
-        changed.graph.output.extend(onnx.ValueInfoProto(name=name) for name in wanted)
+        changed.graph.output.extend(onnx.ValueInfoProto(name=name) for name in computed)
         session = self._open(changed)
         del changed
-        results: list[Arrays] = []
+        per_call: list[Arrays] = []
         for call in calls:
             fed = {name: call[name] for name in inputs}
-            found = self._call(session, wanted, fed)
-            results.append(found | {name: fed[name] for name in names if name in inputs})
-        return results
+            tensors = self._call(session, computed, fed)
+            per_call.append(tensors | {name: fed[name] for name in names if name in inputs})
+        return per_call
 
     def cut(self, names: Sequence[str], fed: Mapping[str, NDArray]) -> Callable[[Mapping[str, NDArray]], Arrays]:
         """What the graph computes for the tensors `names` when all that read those of `fed` get arrays of the same
         types and ranks. A tensor may be in both: it is computed, and others read what was given."""
-        wanted = [f"{name}/cut" if name in fed else name for name in names]
+        outputs = [f"{name}/cut" if name in fed else name for name in names]
         renamed = [
             _with_outputs(node, [f"{name}/cut" if name in fed else name for name in node.output])
             if any(name in fed for name in node.output)
             else node
             for node in self.model.graph.node
         ]
-        needed = needed_names(renamed, wanted)
+        needed = needed_names(renamed, outputs)
         nodes = [node for node in renamed if any(name and name in needed for name in node.output)]
-        part = part_of(self.model, nodes, fed, wanted)
+        part = part_of(self.model, nodes, fed, outputs)
         for name, array in fed.items():  # of an op of ours, whose other outputs may be needed
             kind = onnx.helper.np_dtype_to_tensor_dtype(array.dtype)
             part.graph.value_info.append(onnx.helper.make_tensor_value_info(f"{name}/cut", kind, [None] * array.ndim))
@@ -154,8 +154,8 @@ class ProbedGraph:
 
         def run(arrays: Mapping[str, NDArray]) -> Arrays:
             known = {value.name for value in session.get_inputs()}
-            results = self._call(session, wanted, {name: array for name, array in arrays.items() if name in known})
-            return {name: results[key] for name, key in zip(names, wanted, strict=True)}
+            computed = self._call(session, outputs, {name: array for name, array in arrays.items() if name in known})
+            return {name: computed[key] for name, key in zip(names, outputs, strict=True)}
 
         return run
 

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from export.checkpoint import QuantizedLinear
 from pipeline import machine
@@ -51,6 +52,8 @@ from pipeline.verify.segments import SegmentCheck
 from pipeline.verify.study import Realisations, Study, layer_input_db, study
 
 if TYPE_CHECKING:
+    import torch
+
     from export.models.load import LoadedModel
 
 logger = logging.getLogger(__name__)
@@ -79,11 +82,11 @@ def verify(
     arithmetics = {target: BACKENDS[target].arithmetic(recipe, target in engines) for target in lowered}
     of_graphs = {ARITHMETICS[arithmetic].of_graph for arithmetic in arithmetics.values()}
     threads = machine.threads(threads)
-    found = study(model, layers, recipe, {*arithmetics.values(), *of_graphs}, threads)
+    reference = study(model, layers, recipe, {*arithmetics.values(), *of_graphs}, threads)
     at_once = min(threads, len(lowered), LARGE_AT_ONCE if is_large(model) else threads)
-    report = Report(gates=quantization_gates(found, recipe))
+    report = Report(gates=quantization_gates(reference, recipe))
 
-    def one(target: str) -> tuple[Report, Any]:
+    def one(target: str) -> tuple[Report, NDArray[np.float32]]:
         part, engine = Report(), engines.get(target)
         # A large model's last target has the machine to itself, and its operations are large enough for all threads.
         probed = ProbedGraph(lowered[target], threads if is_large(model) else threads // at_once)
@@ -93,7 +96,7 @@ def verify(
             layers,
             lowered[target],
             engine,
-            found,
+            reference,
             part,
             arithmetics[target],
             probed=probed,
@@ -101,19 +104,19 @@ def verify(
         )
         find_overflow = BACKENDS[target].overflow(lowered[target], recipe)
         if find_overflow is not None:
-            part.gates.append(fp16_gate(target, find_overflow(overflow_calls(found, is_large(model)))))
+            part.gates.append(fp16_gate(target, find_overflow(overflow_calls(reference, is_large(model)))))
         return part, images
 
     # The slowest first, so that no thread is left with it at the end.
     order = sorted(lowered, key=lambda target: -BACKENDS[target].speed_rank)
-    results = dict(zip(order, side_by_side([partial(one, target) for target in order], at_once), strict=True))
-    pictures = {target: results[target][1] for target in lowered}
+    by_target = dict(zip(order, side_by_side([partial(one, target) for target in order], at_once), strict=True))
+    pictures = {target: by_target[target][1] for target in lowered}
     for target in lowered:
-        report.add(results[target][0])
+        report.add(by_target[target][0])
     out_dir.mkdir(parents=True, exist_ok=True)
     (out_dir / "parity.json").write_text(report.to_json(), encoding="utf-8")
     write_layers_csv(report, out_dir / "layers.csv")
-    write_page(report, model, recipe, found, pictures, out_dir)
+    write_page(report, model, recipe, reference, pictures, out_dir)
     for gate in report.failures():
         logger.error("gate %s: %g %s, limit %g; %s", gate.name, gate.value, gate.unit, gate.limit, gate.why)
     return report
@@ -125,13 +128,13 @@ def verify_target(
     layers: Sequence[QuantizedLinear],
     graph: LoweredGraph,
     engine: Engine | None,
-    found: Study,
+    study: Study,
     report: Report,
     arithmetic: Arithmetic = "fp32",
     effort: Effort | None = None,
     probed: ProbedGraph | None = None,
     threads: int = 1,
-) -> Any:
+) -> NDArray[np.float32]:
     """Append one target's gates and rows to `report`; returns the engine's pictures.
 
     arithmetic: of the engine, see `ARITHMETICS`, which has that of the lowered graph, in which layers are looked at, as
@@ -139,27 +142,27 @@ def verify_target(
     `graph` where it is open already. threads: with two or more a linear and the stretch before it are judged
     together.
     """
-    probed, single = probed or ProbedGraph(graph), found.float32[arithmetic]
+    probed, single = probed or ProbedGraph(graph), study.float32[arithmetic]
     of_graph_name = ARITHMETICS[arithmetic].of_graph
-    of_graph = found.float32[of_graph_name]
+    of_graph = study.float32[of_graph_name]
     expected = {ref.name: ref.module for ref in model.linears()}
     present = [layer for layer in layers if layer.name in probed.complete and layer.name in expected]
     report.gates.append(coverage_gate(target, {layer.name for layer in present}, list(expected)))
-    assert found.stretches is not None
-    whole = (found.case.n_steps, found.probed, len(found.case.noise))
+    assert study.stretches is not None
+    whole = (study.case.n_steps, study.probed, len(study.case.noise))
     effort = effort or effort_for(target, *whole, large=is_large(model), runs=engine is not None)
-    calls = looked_at(found, effort)
+    calls = looked_at(study, effort)
     # Of the call with fewest tokens: that of one sample, where it is looked into.
     extreme_call = min(range(len(calls)), key=lambda place: len(list(calls.values())[place]["hidden_states"]))
-    order = {name: place for place, name in enumerate(found.stretches.order(found.calls[0]))}
+    order = {name: place for place, name in enumerate(study.stretches.order(study.calls[0]))}
     present.sort(key=lambda layer: order[layer.name])
-    with SegmentCheck(target, found.stretches, calls, of_graph_name) as segments:
+    with SegmentCheck(target, study.stretches, calls, of_graph_name) as segments:
         complete = len(present) == len(order)  # else the coverage gate fails, and nothing behind a gap can be judged
-        told = segments if complete else None
+        checked = segments if complete else None
         tokens = LARGE_TOKENS if is_large(model) else None
         read = Beside(extreme_call, read_by_quantizers(probed, present), tokens)
         results = layer_results(
-            target, present, expected, probed, found, of_graph, calls, effort.probed, told, threads, read
+            target, present, expected, probed, study, of_graph, calls, effort.probed, checked, threads, read
         )
     report.layers += results
     report.segments += segments.results
@@ -169,20 +172,20 @@ def verify_target(
     run = engine.run if engine else probed.denoiser()
     if engine is None:
         report.notes.append(f"{target}: {BACKENDS[target].not_run_note(graph)}")
-    errors = found.errors(run, effort.steps, f"verify {target}: steps")
-    report.steps += step_results(target, errors, found, single, effort.steps)
-    special = [call for call in found.special_calls if len(call.rows) in effort.special]
-    strange = call_errors(special, found.pool_exact, run)
+    errors = study.errors(run, effort.steps, f"verify {target}: steps")
+    report.steps += step_results(target, errors, study, single, effort.steps)
+    special = [call for call in study.special_calls if len(call.rows) in effort.special]
+    strange = call_errors(special, study.pool_exact, run)
     if engine is not None and effort.state:
-        made = len(effort.steps) + len(special)
-        state = state_result(special, found.pools, model, found.pool_exact, run, made)
+        calls_before = len(effort.steps) + len(special)
+        state = state_result(special, study.pools, model, study.pool_exact, run, calls_before)
         strange += state.errors
         report.gates.append(repeats_gate(target, state))
-    report.gates += calls_gates(target, strange, found, single, errors.samples)
-    image = drawn(run, found.case.first(effort.pictures)) if effort.pictures else found.case.noise[:0]
+    report.gates += calls_gates(target, strange, study, single, errors.samples)
+    image = drawn(run, study.case.first(effort.pictures)) if effort.pictures else study.case.noise[:0]
     nonfinite = errors.nonfinite + int(np.count_nonzero(~np.isfinite(image)))
     report.gates += layer_gates(target, results, nonfinite, first_nonfinite(errors, image))
-    report.gates += end_gates(target, errors, image, found, single)
+    report.gates += end_gates(target, errors, image, study, single)
     report.notes += notes_on_layers(target, results)
     report.notes += filter(None, [note(target, effort, *whole)])
     if ARITHMETICS[arithmetic].note:
@@ -190,11 +193,11 @@ def verify_target(
     return image
 
 
-def looked_at(found: Study, effort: Effort) -> dict[str, Arrays]:
+def looked_at(study: Study, effort: Effort) -> dict[str, Arrays]:
     """The calls whose inside is looked at: the probed steps, and those that drawing does not make."""
-    steps = {f"step {i + 1}": found.calls[i] for i in effort.probed}
-    special = [call for call in found.special_calls if len(call.rows) in effort.inside]
-    return steps | {call.text: take_samples(call.inputs, distinct(call), found.case.shared) for call in special}
+    steps = {f"step {i + 1}": study.calls[i] for i in effort.probed}
+    special = [call for call in study.special_calls if len(call.rows) in effort.inside]
+    return steps | {call.text: take_samples(call.inputs, distinct(call), study.case.shared) for call in special}
 
 
 def distinct(call: Call) -> list[int]:
@@ -202,13 +205,13 @@ def distinct(call: Call) -> list[int]:
     return [place for place, row in enumerate(call.rows) if row not in call.rows[:place]]
 
 
-def overflow_calls(found: Study, large: bool) -> dict[str, Arrays]:
+def overflow_calls(study: Study, large: bool) -> dict[str, Arrays]:
     """The calls in which FP16 is looked at: the first step, and the special call with the largest latents; of a large
     model one sample of the first step alone."""
-    first = found.calls[found.probed[0]]
+    first = study.calls[study.probed[0]]
     if large:
-        return {"step 1, sample 1": take_samples(first, [0], found.case.shared)}
-    special = max(found.special_calls, key=lambda call: float(np.abs(call.inputs["hidden_states"]).max()))
+        return {"step 1, sample 1": take_samples(first, [0], study.case.shared)}
+    special = max(study.special_calls, key=lambda call: float(np.abs(call.inputs["hidden_states"]).max()))
     return {"step 1": first, special.text: special.inputs}
 
 
@@ -224,7 +227,7 @@ def tables_gate(target: str, model: LoadedModel, probed: ProbedGraph) -> list[Ga
     return [Gate(f"{target}/tables", count - len(other), count, "tables", why, at_most=False)] if tables else []
 
 
-def drawn(run: Run, case: Case) -> Any:
+def drawn(run: Run, case: Case) -> NDArray[np.float32]:
     """The engine's pictures; NaN where it drives its own latents beyond the numbers that it takes."""
     try:
         return case.draw(run)
@@ -239,9 +242,9 @@ def drawn(run: Run, case: Case) -> Any:
 def layer_results(
     target: str,
     layers: Sequence[QuantizedLinear],
-    modules: Mapping[str, Any],
+    modules: Mapping[str, torch.nn.Linear],
     probed: ProbedGraph,
-    found: Study,
+    study: Study,
     single: Realisations,
     calls: Mapping[str, Arrays],
     steps: Sequence[int],
@@ -252,7 +255,7 @@ def layer_results(
     """Every linear of one target in `calls`, of which the first are those of `steps`, out of `Study.probed`. `segments`
     is told of each, and needs them to be all, in the order of computation; beside the linear itself, with `threads`.
     beside: see `ProbedGraph.probes`."""
-    rows, places = {layer.name: layer for layer in layers}, [found.probed.index(step) for step in steps]
+    rows, places = {layer.name: layer for layer in layers}, [study.probed.index(step) for step in steps]
     results, known, outputs = [], ("", b""), list[Arrays]()
     oracle: ActivationOracle | None = None
     of_layers = probed.probes(list(rows), list(calls.values()), outputs, beside)
@@ -264,14 +267,14 @@ def layer_results(
         if segments is not None:
             work.append(partial(segments.at, name, probes))
         (check, oracle), *_ = side_by_side(work, threads)
-        recorded = found.layer_inputs.get(name, [])
+        recorded = study.layer_inputs.get(name, [])
         reference = [recorded[place] for place in places if place < len(recorded)]
-        input_db = layer_input_db(reference, [item.x for item in probes[: len(steps)]])
+        input_db = layer_input_db(reference, [probe.x for probe in probes[: len(steps)]])
         inputs = (input_db, single.layer_db.get(name, math.nan))
-        weight_db = found.weight_db(rows[name], modules[name])
-        found_wrong = worst_calls(rows[name], dict(zip(calls, probes, strict=True)), check)
+        weight_db = study.weight_db(rows[name], modules[name])
+        worst = worst_calls(rows[name], dict(zip(calls, probes, strict=True)), check)
         row = _layer_result(target, rows[name], weight_db, probed.rows[name].path, check, inputs)
-        results.append(replace(row, calls=found_wrong))
+        results.append(replace(row, calls=worst))
     if segments is not None:
         segments.end([tensors["sample"] for tensors in outputs])
     return results

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,6 +15,9 @@ from pipeline.backends.tensorrt.half import LARGE_ELEMENTS
 from pipeline.distance import ratio_db
 from pipeline.verify.noise import Noise
 from pipeline.verify.oracle import ROUNDING
+
+if TYPE_CHECKING:
+    import torch
 
 
 @dataclass
@@ -50,9 +53,9 @@ class Comparison:
         if not self.active or name not in self.reference:
             return
         expected = self.reference[name][self.calls.get(name, 0)].astype(np.float64)
-        found = arguments[0].reshape(-1, arguments[0].shape[-1]).double().numpy()
+        actual = arguments[0].reshape(-1, arguments[0].shape[-1]).double().numpy()
         signal, noise = self.powers.get(name, (0.0, 0.0))
-        self.powers[name] = signal + float(np.sum(expected**2)), noise + float(np.sum((found - expected) ** 2))
+        self.powers[name] = signal + float(np.sum(expected**2)), noise + float(np.sum((actual - expected) ** 2))
         self.calls[name] = self.calls.get(name, 0) + 1
 
     @property
@@ -62,7 +65,7 @@ class Comparison:
 
 
 @contextmanager
-def jittered(module: Any, seed: int, ulps: float) -> Iterator[None]:
+def jittered(module: torch.nn.Module, seed: int, ulps: float) -> Iterator[None]:
     """Move every quantizer's input by up to `ulps`: of the number itself, and of its row's root mean square (what
     an error made before a cancellation leaves)."""
     noise = Noise(seed)
@@ -77,7 +80,7 @@ def jittered(module: Any, seed: int, ulps: float) -> Iterator[None]:
 
 
 @contextmanager
-def hooked(module: Any, hook: Callable[..., Any]) -> Iterator[None]:
+def hooked(module: torch.nn.Module, hook: Callable[..., Any]) -> Iterator[None]:
     """Call `hook(linear, inputs)` before every quantized linear of the reference `module`."""
     with ExitStack() as stack:
         for part in module.modules():
@@ -87,7 +90,7 @@ def hooked(module: Any, hook: Callable[..., Any]) -> Iterator[None]:
 
 
 @contextmanager
-def half_parts(module: Any) -> Iterator[None]:
+def half_parts(module: torch.nn.Module) -> Iterator[None]:
     """Attention, and large unquantized linears, round operands and result to FP16; sums and softmax stay float32."""
     import torch
     from torch.nn.functional import scaled_dot_product_attention
@@ -110,7 +113,7 @@ def half_parts(module: Any) -> Iterator[None]:
 
 
 @contextmanager
-def half_tokens(module: Any) -> Iterator[None]:
+def half_tokens(module: torch.nn.Module) -> Iterator[None]:
     """Every tensor of tokens (three axes or more) rounds to FP16 where a function gives it; quantized linears compute
     in float32 within, on an input and to a result rounded so."""
     from torch.overrides import TorchFunctionMode
@@ -119,8 +122,8 @@ def half_tokens(module: Any) -> Iterator[None]:
         inside = False
 
         def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-            result = func(*args, **(kwargs or {}))
-            return result if self.inside else _rounded(result)
+            output = func(*args, **(kwargs or {}))
+            return output if self.inside else _rounded(output)
 
     mode = HalfTokens()
 
@@ -141,7 +144,7 @@ def half_tokens(module: Any) -> Iterator[None]:
         yield
 
 
-def _half(tensor: Any) -> Any:
+def _half(tensor: torch.Tensor) -> torch.Tensor:
     """Rounded to FP16, in the tensor's own type."""
     return tensor.half().to(tensor.dtype)
 
@@ -162,7 +165,7 @@ class ArithmeticRow:
     note: what a report says of such a target.
     """
 
-    context: Callable[[Any], AbstractContextManager[Any]]
+    context: Callable[[torch.nn.Module], AbstractContextManager[Any]]
     of_graph: Arithmetic
     note: str | None = None
 

@@ -73,10 +73,10 @@ class SegmentReference:
 
         from export.models.torch_modules import set_resolution
 
-        def module(dtype: torch.dtype) -> Any:
-            made = stopping_module(model, dtype)
-            set_resolution(made, *cells)
-            return made
+        def module(dtype: torch.dtype) -> torch.nn.Module:
+            stopping = stopping_module(model, dtype)
+            set_resolution(stopping, *cells)
+            return stopping
 
         self._types = torch.float64, torch.float32
         self._exact = module(self._types[0])
@@ -172,15 +172,15 @@ def _same_memory(one: NDArray[Any], other: NDArray[Any]) -> bool:
 # --- one stretch ----------------------------------------------------------------------------------------------------
 
 
-def judge(target: str, call: str, stops: Sequence[Stop], result: NDArray[Any], halved: bool) -> SegmentResult:
-    """Compare the engine's `result` of a stretch with the exact pass, by the spread of the others."""
+def judge(target: str, call: str, stops: Sequence[Stop], output: NDArray[Any], halved: bool) -> SegmentResult:
+    """Compare the engine's `output` of a stretch with the exact pass, by the spread of the others."""
     layer, shape = stops[0].layer, stops[0].x.shape
-    if result.size != stops[0].x.size:
-        text = f"its shape is {result.shape}, the module's {shape}"
+    if output.size != stops[0].x.size:
+        text = f"its shape is {output.shape}, the module's {shape}"
         return SegmentResult(target, layer, call, np.inf, 0.0, text)
     errors, shared, powers = list[float](), list[float](), list[tuple[float, float]]()
     for rows in range(shape[0]):  # by sample, whose arrays stay in the processor's caches
-        exact, difference, *passes = _of_sample(rows, shape, stops, result)
+        exact, difference, *passes = _of_sample(rows, shape, stops, output)
         noise = np.stack(passes)
         if not (np.isfinite(difference).all() and np.isfinite(noise).all()):  # of the engine, or of a run in its types
             text = _nonfinite(_by_sample(stops[0].x, shape), halved)
@@ -194,16 +194,16 @@ def judge(target: str, call: str, stops: Sequence[Stop], result: NDArray[Any], h
     diagnosis = None
     if error > 1:
         whole = _by_sample(stops[0].x, shape)
-        diagnosis = diagnose(whole, _by_sample(result, shape) - whole, max(shared) > 1)
+        diagnosis = diagnose(whole, _by_sample(output, shape) - whole, max(shared) > 1)
     return SegmentResult(target, layer, call, error, float(ulps), diagnosis)
 
 
-def _of_sample(sample: int, shape: tuple[int, ...], stops: Sequence[Stop], result: NDArray[Any]) -> list[Array]:
+def _of_sample(sample: int, shape: tuple[int, ...], stops: Sequence[Stop], output: NDArray[Any]) -> list[Array]:
     """Of one sample [1, rows, channels]: what the exact pass gives, and how far the engine's result and those of the
     other passes are from it."""
     of_sample = (1, *shape[1:])
     exact, engine, *passes = (
-        _by_sample(array.reshape(shape)[sample], of_sample) for array in (stops[0].x, result, *(s.x for s in stops[1:]))
+        _by_sample(array.reshape(shape)[sample], of_sample) for array in (stops[0].x, output, *(s.x for s in stops[1:]))
     )
     return [exact, engine - exact, *(one - exact for one in passes)]
 
@@ -273,13 +273,13 @@ def diagnose(exact: Array, difference: Array, shared: bool = False) -> str:
     power = np.square(difference)
     relative = _rms(difference) / max(_rms(exact), np.finfo(float).tiny)
     size = f"off by {relative:.1e}"
-    for axes, what in (((1, 2), "samples"), ((0, 1), "channels"), ((0, 2), "tokens")):
+    for axes, slices in (((1, 2), "samples"), ((0, 1), "channels"), ((0, 2), "tokens")):
         share = power.sum(axes) / max(power.sum(), np.finfo(float).tiny)
         few = np.flatnonzero(share > 0.5 / len(share))
-        most = len(share) - 1 if what == "samples" else len(share) // 8
+        most = len(share) - 1 if slices == "samples" else len(share) // 8
         if len(few) <= most and share[few].sum() > 0.99:
             listed = ", ".join(map(str, few[:6])) + (", ..." if len(few) > 6 else "")
-            return f"{size}, only in {what} {listed} of {len(share)}: {CAUSES[what]}"
+            return f"{size}, only in {slices} {listed} of {len(share)}: {CAUSES[slices]}"
     scale = float((exact * difference).sum() / max(np.square(exact).sum(), np.finfo(float).tiny))
     if _rms(difference - scale * exact) < 0.05 * _rms(difference):
         return f"all numbers times {1 + scale:.6g}: a factor is wrong"
@@ -320,22 +320,24 @@ def operations_jittered(seed: int, ulps: float) -> Iterator[None]:
 
     class Jitter(TorchDispatchMode):
         def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-            result = func(*args, **(kwargs or {}))
+            output = func(*args, **(kwargs or {}))
             name = func._schema.name.split("::")[1]
             if name in MOVES or any(value.alias_info for value in func._schema.returns):
-                return result
-            if name == "native_layer_norm" and result[0].dtype == torch.float32:
-                result = (_in_one_pass(result, args, generator), *result[1:])
+                return output
+            if name == "native_layer_norm" and output[0].dtype == torch.float32:
+                output = (_in_one_pass(output, args, generator), *output[1:])
             extra = ROUNDED_OPERAND[name](args[0]) if name in ROUNDED_OPERAND else None
-            if isinstance(result, tuple | list):
-                return type(result)([moved(value, extra) for value in result])
-            return moved(result, extra)
+            if isinstance(output, tuple | list):
+                return type(output)([moved(value, extra) for value in output])
+            return moved(output, extra)
 
     with Jitter():
         yield
 
 
-def _in_one_pass(result: tuple[Any, ...], arguments: tuple[Any, ...], generator: torch.Generator) -> Any:
+def _in_one_pass(
+    outputs: tuple[torch.Tensor, ...], arguments: tuple[Any, ...], generator: torch.Generator
+) -> torch.Tensor:
     """A LayerNorm whose sums of x and of x^2 are added up one number after the other, as runtimes may and PyTorch does
     not: variance = mean(x^2) - mean(x)^2.
 
@@ -345,7 +347,7 @@ def _in_one_pass(result: tuple[Any, ...], arguments: tuple[Any, ...], generator:
     """
     import torch
 
-    normalized, mean, reciprocal = result
+    normalized, mean, reciprocal = outputs
     _, shape, weight, bias, _ = arguments
     rounding = ROUNDING * float(np.prod(shape)) ** 0.5 / 3
     offset = (mean * reciprocal).abs()  # the mean in standard deviations

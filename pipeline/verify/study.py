@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     import torch
 
     from export.models.load import LoadedModel
+    from pipeline.backends.reference import ReferenceEngine
 
 # Float32 runs of the reference: until ENOUGH_SAMPLES samples are seen, at most REALISATIONS. A large model gets one,
 # which has thousands of flips.
@@ -173,47 +174,47 @@ def study(
     from export.models.torch_modules import Denoiser, set_resolution, with_modules
     from pipeline.backends.reference import ReferenceEngine, fake_quant
 
-    def engine(module: Any, dtype: torch.dtype) -> ReferenceEngine:
-        set_resolution(module, *found.case.noise.shape[2:])
+    def engine(module: torch.nn.Module, dtype: torch.dtype) -> ReferenceEngine:
+        set_resolution(module, *reference.case.noise.shape[2:])
         return ReferenceEngine(module.to(dtype) if dtype == torch.float64 else module, dtype)
 
-    found = Study(make_case(model, recipe))
-    found.pools = make_pools(model, found.case)
-    found.special_calls = make_calls(model, found.pools)
-    found.stretches = SegmentReference(model, found.case.noise.shape[2:])
-    found.probed = tuple(sorted({0, found.case.n_steps - 1}))
-    _run_exact(found, engine(fake_quant(model, layers, torch.float64), torch.float64))
+    reference = Study(make_case(model, recipe))
+    reference.pools = make_pools(model, reference.case)
+    reference.special_calls = make_calls(model, reference.pools)
+    reference.stretches = SegmentReference(model, reference.case.noise.shape[2:])
+    reference.probed = tuple(sorted({0, reference.case.n_steps - 1}))
+    _run_exact(reference, engine(fake_quant(model, layers, torch.float64), torch.float64))
 
     def realise(arithmetic: Arithmetic) -> None:
         single = engine(fake_quant(model, layers, torch.float32), torch.float32)
         with ARITHMETICS[arithmetic].context(single.module):
-            found.float32[arithmetic] = _realisations(
-                found, single, 1 if is_large(model) else REALISATIONS, f"verify: steps in {arithmetic}"
+            reference.float32[arithmetic] = _realisations(
+                reference, single, 1 if is_large(model) else REALISATIONS, f"verify: steps in {arithmetic}"
             )
 
     def run_float() -> None:
         names = tuple(row.name for row in model.inputs)
-        _run_float(found, engine(Denoiser(with_modules(model.module, {}), model.family, names), torch.float32))
+        _run_float(reference, engine(Denoiser(with_modules(model.module, {}), model.family, names), torch.float32))
 
     runs: list[Callable[[], None]] = [partial(realise, arithmetic) for arithmetic in sorted(set(arithmetics))]
     runs.append(run_float)
     threads = machine.threads(threads)
     side_by_side(runs, min(threads, LARGE_AT_ONCE) if is_large(model) else threads)
-    return found
+    return reference
 
 
-def _run_exact(found: Study, engine: Any) -> None:
+def _run_exact(study: Study, engine: ReferenceEngine) -> None:
     """The trajectory in float64; x_t is rounded to float32 at every step, so that all runs get the same inputs."""
 
     def keep(i: int, inputs: Arrays, outputs: Arrays) -> None:
-        found.calls.append(inputs)
-        found.exact.append(outputs["sample"])
+        study.calls.append(inputs)
+        study.exact.append(outputs["sample"])
 
     record = Recorder()
     with hooked(engine.module, record):
-        found.images["reference"] = found.case.draw(_watched(engine.run, record, found.probed), keep)
-    found.layer_inputs = record.inputs
-    found.pool_exact = {name: engine.run(inputs)["sample"] for name, inputs in found.pools.items()}
+        study.images["reference"] = study.case.draw(_watched(engine.run, record, study.probed), keep)
+    study.layer_inputs = record.inputs
+    study.pool_exact = {name: engine.run(inputs)["sample"] for name, inputs in study.pools.items()}
 
 
 def _watched(run: Run, record: Recorder | Comparison, probed: Sequence[int], first: int = 0) -> Run:
@@ -228,55 +229,55 @@ def _watched(run: Run, record: Recorder | Comparison, probed: Sequence[int], fir
 
 
 def _drawn_and_compared(
-    found: Study, run: Run, label: str, comparison: Comparison | None = None
+    study: Study, run: Run, label: str, comparison: Comparison | None = None
 ) -> tuple[NDArray[Any], StepErrors]:
     """Pictures along the denoiser's own way, and its errors along the reference's. Both begin with the same call, which
     is made once."""
     if comparison is None:
         alone, compared = run, run
     else:
-        alone = _watched(run, comparison, found.probed[:1])
-        compared = _watched(run, comparison, found.probed, first=1)
-    image, first = _drawn(found, alone)
-    return image, found.errors(compared, label=label, first=first)
+        alone = _watched(run, comparison, study.probed[:1])
+        compared = _watched(run, comparison, study.probed, first=1)
+    image, first = _drawn(study, alone)
+    return image, study.errors(compared, label=label, first=first)
 
 
-def _drawn(found: Study, run: Run) -> tuple[NDArray[Any], Arrays]:
+def _drawn(study: Study, run: Run) -> tuple[NDArray[Any], Arrays]:
     """Pictures along the denoiser's own way, and its outputs in the first call, which is the same on every way."""
     outputs: list[Arrays] = []
-    image = found.case.draw(run, lambda step, inputs, result: outputs.append(result))
+    image = study.case.draw(run, lambda step, inputs, output: outputs.append(output))
     return image, outputs[0]
 
 
-def _realisations(found: Study, engine: Any, runs: int, label: str) -> Realisations:
-    made = Realisations()
+def _realisations(study: Study, engine: ReferenceEngine, runs: int, label: str) -> Realisations:
+    single = Realisations()
     for seed in range(runs):
-        if len(_samples(made.errors)) >= ENOUGH_SAMPLES:
+        if len(_samples(single.errors)) >= ENOUGH_SAMPLES:
             break
         with jittered(engine.module, seed, JITTER_ULPS):
-            comparison = Comparison(found.layer_inputs)
+            comparison = Comparison(study.layer_inputs)
             with hooked(engine.module, comparison):
-                image, errors = _drawn_and_compared(found, engine.run, label, comparison)
-            made.images.append(image)
-            made.errors.append(errors)
-            made.calls_db += found.pools_db(engine.run)
+                image, errors = _drawn_and_compared(study, engine.run, label, comparison)
+            single.images.append(image)
+            single.errors.append(errors)
+            single.calls_db += study.pools_db(engine.run)
         for name, value in comparison.sqnr_db.items():
-            made.layer_db[name] = min(value, made.layer_db.get(name, np.inf))
-    _add_hits(found, engine, made)
-    return made
+            single.layer_db[name] = min(value, single.layer_db.get(name, np.inf))
+    _add_hits(study, engine, single)
+    return single
 
 
-def _add_hits(found: Study, engine: Any, made: Realisations) -> None:
+def _add_hits(study: Study, engine: ReferenceEngine, single: Realisations) -> None:
     """Raise the jitter until flips hit most samples, of the steps and of the pools each."""
-    made.hit_errors, made.hit_images, made.hit_calls_db = made.errors, made.images, made.calls_db
+    single.hit_errors, single.hit_images, single.hit_calls_db = single.errors, single.images, single.calls_db
     for ulps in HITTING_ULPS:
-        steps_hit, calls_hit = most_are_hit(_samples(made.hit_errors)), most_are_hit(made.hit_calls_db)
-        with jittered(engine.module, len(made.errors), ulps):
+        steps_hit, calls_hit = most_are_hit(_samples(single.hit_errors)), most_are_hit(single.hit_calls_db)
+        with jittered(engine.module, len(single.errors), ulps):
             if not steps_hit:
-                image, errors = _drawn_and_compared(found, engine.run, "verify: steps")
-                made.hit_errors, made.hit_images = [errors], [image]
+                image, errors = _drawn_and_compared(study, engine.run, "verify: steps")
+                single.hit_errors, single.hit_images = [errors], [image]
             if not calls_hit:
-                made.hit_calls_db = found.pools_db(engine.run)
+                single.hit_calls_db = study.pools_db(engine.run)
 
 
 def _samples(errors: Sequence[StepErrors]) -> list[float]:
@@ -288,14 +289,14 @@ def most_are_hit(samples_db: Sequence[float]) -> bool:
     return float(np.mean([value < HIT_DB for value in samples_db])) >= HIT_SHARE
 
 
-def _run_float(found: Study, engine: Any) -> None:
-    found.images["float"], first = _drawn(found, engine.run)
-    found.plain = [first["sample"], *(engine.run(call)["sample"] for call in found.calls[1:])]
-    found.pool_plain = {name: engine.run(inputs)["sample"] for name, inputs in found.pools.items()}
+def _run_float(study: Study, engine: ReferenceEngine) -> None:
+    study.images["float"], first = _drawn(study, engine.run)
+    study.plain = [first["sample"], *(engine.run(call)["sample"] for call in study.calls[1:])]
+    study.pool_plain = {name: engine.run(inputs)["sample"] for name, inputs in study.pools.items()}
 
 
 def layer_input_db(reference: Sequence[NDArray[Any]], inputs: Sequence[NDArray[Any]]) -> float:
     """SQNR of a layer's inputs over all probed steps; nan where the shapes do not fit."""
-    if [item.shape for item in reference] != [item.shape for item in inputs]:
+    if [array.shape for array in reference] != [array.shape for array in inputs]:
         return float("nan")
     return sqnr_db(np.concatenate(reference), np.concatenate(inputs))

@@ -43,7 +43,10 @@ class Walk:
     """
 
     def __init__(
-        self, module: Any, inputs: dict[str, torch.Tensor], context: Callable[[], AbstractContextManager[Any]]
+        self,
+        module: torch.nn.Module,
+        inputs: dict[str, torch.Tensor],
+        context: Callable[[], AbstractContextManager[Any]],
     ) -> None:
         self._module, self._inputs, self._context = module, inputs, context
         self._turn, self._arrived = threading.Semaphore(0), threading.Semaphore(0)
@@ -85,8 +88,8 @@ class Walk:
         try:
             with torch.no_grad(), self._context():  # inference mode would hide parts of composite operations
                 _Port.current.walk = self
-                result = self._module(**self._inputs)
-            self._stop = Stop(OUTPUT, result.numpy())
+                output = self._module(**self._inputs)
+            self._stop = Stop(OUTPUT, output.numpy())
         except _AbandonedError:
             return
         except BaseException as error:  # handed to whoever waits
@@ -118,7 +121,7 @@ class _Port:
     current = threading.local()
 
 
-def stopping_module(model: LoadedModel, dtype: torch.dtype) -> Any:
+def stopping_module(model: LoadedModel, dtype: torch.dtype) -> torch.nn.Module:
     """`model` as a module of `dtype` whose quantized linears are stops; all other tensors are shared or converted."""
     from torch import nn
 

@@ -78,10 +78,10 @@ def compiler() -> str:
     """Path of the C compiler. Raises EnvironmentLacksError with the remedy if there is none."""
     if sys.platform not in ("linux", "darwin"):
         raise EnvironmentLacksError(f"cpu.path native is for Linux and macOS, this is {sys.platform}; use stock")
-    found = next(filter(None, map(shutil.which, COMPILERS)), None)
-    if found is None:
+    path = next(filter(None, map(shutil.which, COMPILERS)), None)
+    if path is None:
         raise EnvironmentLacksError(f"cpu.path native needs one of {', '.join(COMPILERS)}; {REMEDY}")
-    return found
+    return path
 
 
 def build(path: Path, flags: tuple[str, ...] = (), sources: tuple[str, ...] = SOURCES) -> None:
@@ -153,13 +153,13 @@ def exposure(path: Path) -> str:
 
 def trusted(path: Path) -> bool:
     """May this library be loaded? Otherwise the log says why not."""
-    for item in (path.parent, path):
+    for place in (path.parent, path):
         try:
-            why = refusal(item) or exposure(item)
+            why = refusal(place) or exposure(place)
         except OSError:  # not there, or not to be read
             return False
         if why:
-            logger.warning("%s %s: the kernel library in it is not used; remove it", item, why)
+            logger.warning("%s %s: the kernel library in it is not used; remove it", place, why)
             return False
     return True
 

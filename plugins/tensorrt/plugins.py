@@ -69,10 +69,10 @@ def _signed(function: Callable[..., Any], desc: Any, inputs: Sequence[str], more
     signature = Signature(parameters, return_annotation=returned)
 
     def call(*arguments: Any, **named: Any) -> Any:
-        given = signature.bind(*arguments, **named).arguments
-        payload = from_text(given[FIELD].rstrip("\0"))
+        bound = signature.bind(*arguments, **named).arguments
+        payload = from_text(bound[FIELD].rstrip("\0"))
         payload = payload.complete() if more else payload
-        return function([given[name] for name in inputs], payload, *(given[name] for name in more))
+        return function([bound[name] for name in inputs], payload, *(bound[name] for name in more))
 
     call.__signature__ = signature  # type: ignore[attr-defined]
     return call
@@ -97,7 +97,7 @@ def _tactics(trtp: Any, inputs: Sequence[Any], payload: Payload, outputs: Any) -
 
 def _implement(trtp: Any, inputs: Sequence[Any], payload: Payload, outputs: Any, tactic: int) -> Any:
     """(name, PTX, launch sizes, scalars) of the tile that is tactic 1, 2, ..."""
-    kernel = aot_kernel(payload, payload.variants[tactic - 1], [len(item.shape_expr) for item in inputs])
+    kernel = aot_kernel(payload, payload.variants[tactic - 1], [len(tensor.shape_expr) for tensor in inputs])
 
     def symbol(expression: Expression) -> Any:
         return expression.resolve(lambda index, axis: inputs[index].shape_expr[axis], trtp.cdiv)

@@ -110,7 +110,7 @@ class KernelMethods:
 
     def on_shape_change(self, inputs: Any, outputs: Any) -> None:
         assert self.launcher is not None, "the plugin is not attached to a context"
-        self.launcher.prepare([tuple(item.dims) for item in inputs])
+        self.launcher.prepare([tuple(tensor.dims) for tensor in inputs])
 
     def enqueue(
         self, input_desc: Any, output_desc: Any, inputs: Any, outputs: Any, workspace: int, stream: int

@@ -1,4 +1,4 @@
-"""The denoiser of the GPU benchmark: it is PixArt, and on our kernels' meanings it equals its plain arithmetic."""
+"""The denoiser of the GPU benchmark: it is PixArt, and on our kernels' references it equals its plain arithmetic."""
 
 from __future__ import annotations
 

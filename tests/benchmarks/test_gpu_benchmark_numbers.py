@@ -26,7 +26,7 @@ from benchmarks.gpu.denoiser import Size
 from benchmarks.gpu.run import Context
 from benchmarks.gpu.weights import CHANNEL, EXACT_64, Granularity, dequantized, fake_quantize, quantize_weight
 from benchmarks.shapes import Shape
-from export.dialect import reference as op_meanings
+from export.dialect import reference as op_reference
 from export.errors import ContractError
 from export.formats.operands import exact_multipliers
 
@@ -49,8 +49,8 @@ GROUPS_32 = Granularity("exact groups of 32", 32)
 def test_fake_quantizing_is_the_op_and_its_inverse(name: str, seed: int, magnitude: float) -> None:
     x = (np.random.default_rng(seed).standard_normal((3, 40)) * 2.0**magnitude).astype(np.float32)
     x[0] = 0
-    codes, scale = op_meanings.quantize_activation(x, format=name)
-    (wanted,) = op_meanings.dequantize_activation(codes, scale, format=name)
+    codes, scale = op_reference.quantize_activation(x, format=name)
+    (wanted,) = op_reference.dequantize_activation(codes, scale, format=name)
     assert np.array_equal(fake_quantize(torch.from_numpy(x), name).numpy(), wanted)
 
 
@@ -63,10 +63,10 @@ def test_packed_weights_stand_for_what_the_op_says(weight: str, granularity: Gra
     fields = granularity.spec_fields(weight)
     group_size = fields.get("group_size", 0)
     codes = packed.multiplier_codes
-    (wanted,) = op_meanings.dequantize_weight(
+    (wanted,) = op_reference.dequantize_weight(
         packed.codes.numpy(),
         packed.scales.numpy(),
-        op_meanings.no_multipliers(80, group_size) if codes is None else codes.numpy(),
+        op_reference.no_multipliers(80, group_size) if codes is None else codes.numpy(),
         format=weight,
         in_features=80,
         group_size=group_size,

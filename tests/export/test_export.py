@@ -133,7 +133,7 @@ def test_every_quantized_layer_is_what_its_codes_say(exported, name):
 
 
 class FakeQuantLinear(torch.nn.Module):
-    """A quantized layer in torch, by the NumPy meaning of the ops."""
+    """A quantized layer in torch, by the NumPy reference of the ops."""
 
     def __init__(self, layer: QuantizedLinear) -> None:
         super().__init__()

@@ -202,11 +202,11 @@ def test_models_of_different_routers_are_refused(exported: Any, tmp_path: Path) 
 @pytest.mark.torch
 def test_a_router_that_rounding_may_sway_is_told(exported: Any, caplog: pytest.LogCaptureFixture) -> None:
     _, layers, _ = exported
-    to_onnx._tell_undecided(layers)
+    to_onnx._log_undecided(layers)
     assert not caplog.records
     of = learned.router()
     tied = replace(of, w2=0 * of.w2)
-    to_onnx._tell_undecided([replace(layer, router=tied if layer.router else None) for layer in layers])
+    to_onnx._log_undecided([replace(layer, router=tied if layer.router else None) for layer in layers])
     assert "router: branches are tied within float32 rounding at 1000 timesteps: 0, 1, 2, 3," in caplog.text
 
 

@@ -36,7 +36,7 @@ def test_gelu_quantize(name: str, shape: tuple[int, ...]) -> None:
     assert (low == high).mean() > 0.99
 
 
-def test_the_meaning_is_the_quantizer_of_gelu() -> None:
+def test_the_reference_is_the_quantizer_of_gelu() -> None:
     """Exact where GELU is: zeros, and large numbers, which it leaves alone or takes to zero."""
     x = np.array([[0.0, -0.0, 100.0, -100.0, 50.0]], np.float32)
     codes, scale = OPS["GeluQuantize"].numpy(x, format="E2M3")

@@ -1,4 +1,4 @@
-"""Custom ops: NumPy meaning = function body in unmodified onnxruntime = onnx.reference, for many formats and shapes."""
+"""Custom ops: NumPy reference = function body in unmodified onnxruntime = onnx.reference, many formats and shapes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Ops of activations with a constant scale or a scale per group: meaning = function body in every runtime."""
+"""Ops of activations with a constant scale or a scale per group: reference = function body in every runtime."""
 
 from __future__ import annotations
 
@@ -149,12 +149,12 @@ def test_packed_group_gemm(
     choices |= {"activation_group": activation_group, "scale_groups": scales.shape[1]}
     arrays = (a_codes, a_scale, w_codes, scales, multiplier_codes, bias)
     (y,) = run_everywhere("PackedGroupGemm", *arrays, exact=False, **choices)
-    (meaning,) = OPS["PackedGroupGemm"].numpy(*arrays, **attributes("PackedGroupGemm", **choices))
+    (reference,) = OPS["PackedGroupGemm"].numpy(*arrays, **attributes("PackedGroupGemm", **choices))
     a = decode(get_format(activation), a_codes) * np.repeat(a_scale.astype(np.float64), activation_group, axis=-1)
     own = {key: choices[key] for key in ("in_features", "group_size", "multipliers") if key in choices}
     w = decode(get_format(weight), unpack(w_codes, get_format(weight).bits, k))
     w = w * full_scale(scales, multiplier_codes, **own)
     sums = np.lcm(k // activation_group, scales.shape[1])
     bound = (3 + sums) * F32_EPS * (np.abs(a) @ np.abs(w).T + np.abs(bias))
-    for found in (y, meaning):
+    for found in (y, reference):
         assert (np.abs(found - (a @ w.T + bias)) <= bound).all()

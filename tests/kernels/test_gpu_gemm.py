@@ -1,7 +1,7 @@
-"""GPU GEMM kernels under Triton's interpreter: sums are exact, outputs are the meaning's, or off by derived roundings.
+"""GPU GEMM kernels under Triton's interpreter: sums are exact, outputs the reference's, or off by derived roundings.
 
-Where the sum is exact in float32 and the epilogue multiplies and adds in the meaning's order, the kernel's bits are the
-meaning's bits. (On a GPU a product and a sum may become one operation, with one rounding less.)
+Where the sum is exact in float32 and the epilogue multiplies and adds in the reference's order, the kernel's bits are
+the reference's. (On a GPU a product and a sum may become one operation, with one rounding less.)
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from plugins.gpu.spec import GemmSpec, operand_bytes
 from plugins.gpu.table import kernel
 from plugins.gpu.tile_table import Tile
 from plugins.gpu.tiles import ReduceTile, packed_constants
-from tests.support.gpu_gemms import EPS, case, exact, finite_codes, meaning, run, stored, tensor
+from tests.support.gpu_gemms import EPS, case, exact, finite_codes, reference, run, stored, tensor
 
 pytestmark = [pytest.mark.kernels, pytest.mark.usefixtures("interpreter")]
 SMALL = Tile(16, 32, 64, 4, 2)
@@ -68,7 +68,7 @@ def test_formats(activation: str, weight: str, sm: int) -> None:
     spec = GemmSpec(activation, weight, 64, 21, output="fp32")
     assert promotion_of(spec, fp8=False, architecture=80).holds == "exact"
     arrays = case(spec, 7)
-    expected = meaning(spec, arrays)
+    expected = reference(spec, arrays)
     y, size = exact(spec, arrays)
     assert (np.abs(expected - y) <= 4 * EPS * size).all(), "scale twice, the sum's own rounding, bias"
     for expanded in (False, True):
@@ -100,7 +100,7 @@ def test_shapes(shape: tuple[int, int, int], weights_first: bool) -> None:
     tile = Tile(16, 16, 64, 4, 2, band=2, weights_first=weights_first)
     for sm in (FP16, FP8):
         for expanded in (False, True):
-            assert_bits(run(spec, arrays, tile, sm, expanded=expanded), meaning(spec, arrays))
+            assert_bits(run(spec, arrays, tile, sm, expanded=expanded), reference(spec, arrays))
 
 
 @pytest.mark.parametrize("splits", [2, 3, 8])
@@ -119,14 +119,14 @@ def test_any_shape(m: int, n: int, pairs: int, seed: int, weights_first: bool) -
     spec = GemmSpec("E2M3", "E1M2", 2 * pairs, n, output="fp32")
     arrays = case(spec, m, seed)
     tile = Tile(16, 16, 64, 4, 2, splits=1 + seed % 2, weights_first=weights_first)
-    assert_bits(run(spec, arrays, tile), meaning(spec, arrays))
+    assert_bits(run(spec, arrays, tile), reference(spec, arrays))
 
 
 def test_the_chosen_tile() -> None:
     spec = GemmSpec("E2M3", "E2M1", 1152, 130, 64, MULTIPLIERS, output="fp32")
     arrays = case(spec, 20)
     for expanded in (False, True):
-        assert_bits(run(spec, arrays, expanded=expanded), meaning(spec, arrays))
+        assert_bits(run(spec, arrays, expanded=expanded), reference(spec, arrays))
 
 
 @pytest.mark.parametrize("multipliers", [(1,), MULTIPLIERS])
@@ -145,7 +145,7 @@ def test_many_tokens_expand_the_weight_first(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(
         launch, "expand", lambda *given, of=launch.expand, **named: calls.append(given) or of(*given, **named)
     )
-    assert_bits(run(spec, arrays), meaning(spec, arrays))
+    assert_bits(run(spec, arrays), reference(spec, arrays))
     assert calls[0] == (spec, 3, 0) and calls[1][0] is spec
     del calls[:]
     run(spec, arrays, SMALL)
@@ -171,7 +171,7 @@ def test_multipliers(groups: tuple[int, int, int], weights: tuple[str, tuple[int
     (k, group, step), (weight, multipliers) = groups, weights
     spec = GemmSpec("E2M3", weight, k, 9, group, multipliers, output="fp32")
     arrays = case(spec, 5, seed=group)
-    expected = meaning(spec, arrays)
+    expected = reference(spec, arrays)
     tile = Tile(16, 16, step, 4, 2, weights_first=group % 3 == 0)
     for expanded in (False, True):
         assert_bits(run(spec, arrays, tile, sm, expanded=expanded), expected)
@@ -184,7 +184,7 @@ def test_sixteen_multipliers() -> None:
     table = (1, 2, 3, 4, 5, 6, 8, 10, 12, 16, 20, 24, 1, 2, 3, 4)
     spec = GemmSpec("E2M1", "E2M1", 128, 33, 16, table, output="fp32")
     arrays = case(spec, 4)
-    assert_bits(run(spec, arrays, SMALL), meaning(spec, arrays))
+    assert_bits(run(spec, arrays, SMALL), reference(spec, arrays))
 
 
 @pytest.mark.parametrize("sm", [FP16, FP8])
@@ -208,11 +208,11 @@ def test_real_groups(groups: tuple[int, int, int], multipliers: tuple[int, ...],
 @pytest.mark.parametrize("output", ["fp16", "bf16", "fp32"])
 @pytest.mark.parametrize("epilogue", ["none", "gate_residual"])
 @pytest.mark.parametrize("zero_point", [False, True])
-def test_epilogues_round_as_their_meaning(output: Any, epilogue: Any, zero_point: bool) -> None:
+def test_epilogues_round_as_their_reference(output: Any, epilogue: Any, zero_point: bool) -> None:
     activation = "UE2M2" if zero_point else "E2M3"
     spec = GemmSpec(activation, "E2M1", 64, 37, zero_point=zero_point, epilogue=epilogue, output=output)
     arrays = case(spec, 18, tokens=6)
-    expected = meaning(spec, arrays, tokens=6)
+    expected = reference(spec, arrays, tokens=6)
     with np.errstate(over="ignore"):  # the token and the channel with large scales pass fp16's range
         for splits in (1, 2):
             assert_bits(run(spec, arrays, Tile(16, 32, 32, 4, 2, splits=splits), tokens=6), expected, output)
@@ -225,12 +225,12 @@ def test_one_gate_for_many_tokens() -> None:
         spec = GemmSpec("E2M3", "E2M1", 32, 8, epilogue="gate_residual", output="fp32")
         arrays = case(spec, 24, tokens=tokens)
         tile = Tile(16, 16, 32, 4, 2)
-        assert_bits(run(spec, arrays, tile, tokens=tokens), meaning(spec, arrays, tokens=tokens))
+        assert_bits(run(spec, arrays, tile, tokens=tokens), reference(spec, arrays, tokens=tokens))
 
 
 @pytest.mark.parametrize("groups", [0, 32])
 def test_parts_of_a_sum_are_added_in_their_order(groups: int) -> None:
-    """Any float32 parts, then scales, zero point, gate and residual: the meaning's float32 steps, bit for bit."""
+    """Any float32 parts, then scales, zero point, gate and residual: the reference's float32 steps, bit for bit."""
     spec = GemmSpec(
         *("UE2M4", "E2M1", 64, 35, groups), real_groups=groups > 0, zero_point=True, epilogue="gate_residual",
         output="fp32",
@@ -267,7 +267,7 @@ def test_an_outlier_keeps_its_value() -> None:
     arrays["codes"][:] = 0
     arrays["codes"][0, 77] = top
     arrays["a"] = operand_bytes("E2M3")[arrays["codes"]]
-    assert_bits(run(spec, arrays, SMALL), meaning(spec, arrays))
+    assert_bits(run(spec, arrays, SMALL), reference(spec, arrays))
     weights = np.arange(16, dtype=np.uint8)[:, None].repeat(128, axis=1)
     arrays |= {"w": pack(weights, 4), "bias": np.zeros(16, np.float32)}
     y = run(spec, arrays, SMALL)
@@ -289,4 +289,4 @@ def test_promoted_sums(activation: str, multipliers: tuple[int, ...]) -> None:
     if activation == "E4M3":
         assert (np.abs(found - y) <= (256 + 4) * EPS * size).all()
     else:
-        assert_bits(found, meaning(spec, arrays))
+        assert_bits(found, reference(spec, arrays))

@@ -1,4 +1,4 @@
-"""GPU kernels on INT8 operands under Triton's interpreter: codes, sums and outputs are the meaning's, bit for bit."""
+"""GPU kernels on INT8 operands under Triton's interpreter: codes, sums and outputs are the reference's, bit for bit."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from plugins.gpu.spec import GemmSpec, QuantizeSpec, operand_bytes
 from plugins.gpu.table import kernel
 from plugins.gpu.tile_table import Tile
 from plugins.gpu.tiles import gemm_constants, packed_tile
-from tests.support.gpu_gemms import case, finite_codes, meaning, run, stored, tensor
+from tests.support.gpu_gemms import case, finite_codes, reference, run, stored, tensor
 
 pytestmark = [pytest.mark.kernels, pytest.mark.usefixtures("interpreter")]
 SMALL = Tile(16, 32, 64, 4, 2)
@@ -36,10 +36,10 @@ def integers(activation: str = "E2M3", weight: str = "E2M1", k: int = 64, n: int
     return GemmSpec(activation, weight, k, n, *rest, **{"output": "fp32", "integers": True, **given})
 
 
-def assert_meaning(spec: GemmSpec, m: int, tile: Tile | None = None, seed: int = 0) -> None:
-    """Packed, expanded, and expanded first give the meaning's bits."""
+def assert_reference(spec: GemmSpec, m: int, tile: Tile | None = None, seed: int = 0) -> None:
+    """Packed, expanded, and expanded first give the reference's bits."""
     arrays = case(spec, m, seed)
-    expected = stored(meaning(spec, arrays), spec.output)
+    expected = stored(reference(spec, arrays), spec.output)
     for way in ({}, {"expanded": True}, {"expand_first": True}):
         np.testing.assert_array_equal(run(spec, arrays, tile, **way), expected, err_msg=str(way))
 
@@ -61,20 +61,20 @@ def test_every_pair_of_codes(activation: str, weight: str) -> None:
 
 @pytest.mark.parametrize(("activation", "weight"), list(zip(reversed(ACTIVATIONS), cycle(WEIGHTS), strict=False)))
 def test_formats(activation: str, weight: str) -> None:
-    assert_meaning(integers(activation, weight), 7, SMALL)
+    assert_reference(integers(activation, weight), 7, SMALL)
 
 
 @settings(max_examples=10, deadline=None)
 @given(st.integers(1, 40), st.integers(1, 40), st.integers(1, 70), st.integers(0, 10**6), st.booleans())
 def test_any_shape(m: int, n: int, pairs: int, seed: int, weights_first: bool) -> None:
     tile = Tile(16, 16, 64, 4, 2, splits=1 + seed % 2, weights_first=weights_first)
-    assert_meaning(integers(k=2 * pairs, n=n), m, tile, seed)
+    assert_reference(integers(k=2 * pairs, n=n), m, tile, seed)
 
 
 @pytest.mark.parametrize(("k", "group"), [(256, 128), (128, 32), (144, 48), (132, 22), (192, 64)])
 def test_multipliers_and_real_groups(k: int, group: int) -> None:
     """Groups' sums are exact either way, so what follows them in float32 is that of the FP8 operands, bit for bit."""
-    assert_meaning(integers("E2M3", "E2M1", k, 21, group, MULTIPLIERS), 9, SMALL)
+    assert_reference(integers("E2M3", "E2M1", k, 21, group, MULTIPLIERS), 9, SMALL)
     spec = integers("E2M3", "E2M1", k, 21, group, (1, 3), real_groups=True)
     arrays = case(spec, 9)
     floats = arrays | {"a": operand_bytes("E2M3")[arrays["codes"]]}

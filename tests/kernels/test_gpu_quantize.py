@@ -1,4 +1,4 @@
-"""Quantizers of the GPU target, interpreted on the CPU, against their NumPy meanings."""
+"""Quantizers of the GPU target, interpreted on the CPU, against their NumPy references."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ WIDTHS = (1, 2, 37, 128, 1152)
 @pytest.mark.parametrize(
     ("name", "channels"), list(dict.fromkeys([*zip(NAMED, cycle(WIDTHS), strict=False), *product(["E2M3"], WIDTHS)]))
 )
-def test_equals_the_meaning(name: str, channels: int) -> None:
+def test_equals_the_reference(name: str, channels: int) -> None:
     """Every code and every scale, bit for bit."""
     spec = QuantizeSpec(name, channels, input="fp32")
     x = torch.from_numpy(tokens(get_format(name), channels))

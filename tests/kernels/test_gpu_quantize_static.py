@@ -1,4 +1,4 @@
-"""Quantizers with a scale and a zero that are given, interpreted on the CPU, against their NumPy meanings."""
+"""Quantizers with a scale and a zero that are given, interpreted on the CPU, against their NumPy references."""
 
 from __future__ import annotations
 
@@ -46,19 +46,19 @@ def quantize_static(spec: QuantizeSpec, x: torch.Tensor, **given: Any) -> torch.
     return codes
 
 
-def meaning(spec: QuantizeSpec, x: torch.Tensor, given: dict[str, torch.Tensor]) -> np.ndarray:
+def reference(spec: QuantizeSpec, x: torch.Tensor, given: dict[str, torch.Tensor]) -> np.ndarray:
     arrays = {name: tensor.numpy() for name, tensor in given.items()}
     return kernel("quantize").reference(spec, x.float().numpy(), **arrays)[0]
 
 
 @pytest.mark.parametrize("channels", [1, 37])
 @pytest.mark.parametrize("name", NAMED)
-def test_equals_the_meaning(name: str, channels: int) -> None:
+def test_equals_the_reference(name: str, channels: int) -> None:
     """Every code, bit for bit: NaN has the code 0, what is out of range saturates, Inf among it."""
     spec = QuantizeSpec(name, channels, input="fp32", static=True)
     for scale, zero in SCALES:
         x, given = torch.from_numpy(tokens(get_format(name), channels, scale, zero)), static(scale, zero)
-        np.testing.assert_array_equal(quantize_static(spec, x, **given), meaning(spec, x, given), err_msg=f"{scale}")
+        np.testing.assert_array_equal(quantize_static(spec, x, **given), reference(spec, x, given), err_msg=f"{scale}")
 
 
 @pytest.mark.parametrize("name", ["E2M3", "E4M3"])
@@ -66,7 +66,7 @@ def test_the_hardware_conversion_gives_the_same_bytes(name: str, monkeypatch: py
     monkeypatch.setattr(launch, "sm_of", lambda _: 89)
     spec, given = QuantizeSpec(name, 130, input="fp32", static=True), static(0.037, 0.11)
     x = torch.from_numpy(tokens(get_format(name), 130, 0.037, 0.11))
-    np.testing.assert_array_equal(quantize_static(spec, x, **given), meaning(spec, x, given))
+    np.testing.assert_array_equal(quantize_static(spec, x, **given), reference(spec, x, given))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -74,7 +74,7 @@ def test_every_input_type_images_and_tiles(dtype: Any) -> None:
     spec, given = QuantizeSpec("E2M3", 72, input=dtype, integers=True, static=True), static(0.5, 0.25)
     x = torch.randn(3, 72, generator=torch.Generator().manual_seed(0)).mul(3).to(DTYPES[dtype])
     for tile in (None, RowTile(64, 16, 1), RowTile(128, 0, 2)):
-        np.testing.assert_array_equal(quantize_static(spec, x, **given, tile=tile), meaning(spec, x, given))
+        np.testing.assert_array_equal(quantize_static(spec, x, **given, tile=tile), reference(spec, x, given))
 
 
 @pytest.mark.parametrize("name", ["E2M3", "E4M3", "INT8", "UE2M2"])

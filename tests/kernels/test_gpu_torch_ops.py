@@ -1,4 +1,4 @@
-"""The kernels as torch ops: schema, fake tensors, torch.compile, torch.export; on the CPU they equal the meanings."""
+"""The kernels as torch ops: schema, fake tensors, torch.compile, torch.export; on the CPU they equal the references."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from export.dialect import reference as op_meanings
+from export.dialect import reference as op_reference
 from export.errors import ContractError, RecipeError
 from export.formats.format import get_format, pack
 from export.formats.operands import exact_multipliers
@@ -20,7 +20,7 @@ M, N, K, GROUP = 6, 10, 64, 16
 
 
 def gemm_inputs(weight: str = "E2M1", activation: str = "E2M3", groups: str = "none", seed: int = 0) -> dict[str, Any]:
-    """NumPy inputs of op_meanings.packed_gemm, by name."""
+    """NumPy inputs of op_reference.packed_gemm, by name."""
     rng = np.random.default_rng(seed)
     fmt = get_format(activation)
     usable = np.flatnonzero(np.isfinite(fmt.values) & (np.abs(fmt.values) <= fmt.max_value))
@@ -75,9 +75,9 @@ def expanded(tensors: list[torch.Tensor], choices: dict[str, Any]) -> tuple[list
         ("INT4", "E4M3", False),
     ],
 )
-def test_both_gemms_equal_the_meaning(weight: str, activation: str, integers: bool, groups: str) -> None:
+def test_both_gemms_equal_the_reference(weight: str, activation: str, integers: bool, groups: str) -> None:
     given = gemm_inputs(weight, activation, groups)
-    (expected,) = op_meanings.packed_gemm(**given)
+    (expected,) = op_reference.packed_gemm(**given)
     tensors, choices = as_torch(given, integers)
     found = OPS.packed_gemm(*tensors, **choices)
     # Exact sums rounded to float32, then at most one product for each group and the two products and sums after them.
@@ -102,10 +102,10 @@ def test_epilogues_and_zero_point() -> None:
     "name, integers",
     [(name, False) for name in ("E2M1", "E2M3", "E3M2", "E3M4", "E4M3", "INT6", "INT8", "UE2M2")] + [("E2M3", True)],
 )
-def test_codes_and_scales_equal_the_meaning(name: str, integers: bool) -> None:
+def test_codes_and_scales_equal_the_reference(name: str, integers: bool) -> None:
     x = np.random.default_rng(1).standard_normal((40, K)).astype(np.float32) ** 3
     x[3], x[4, 5], x[5, 6] = 0.0, np.nan, np.inf
-    codes, scale = op_meanings.quantize_activation(x, format=name)
+    codes, scale = op_reference.quantize_activation(x, format=name)
     found, scales = OPS.quantize(torch.from_numpy(x), format=name, integers=integers)
     assert np.array_equal(found.numpy(), operand_bytes(name, integers)[codes])
     assert np.array_equal(scales.numpy(), scale[:, 0], equal_nan=True)
@@ -116,14 +116,14 @@ def test_ties_go_to_even_and_large_numbers_saturate() -> None:
     grid = np.unique(fmt.values)
     x = torch.from_numpy(np.concatenate([(grid[1:] + grid[:-1]) / 2, [1e9, -1e9]]).astype(np.float32))
     found = torch_reference.byte_values("E2M3")[torch_reference.encoded("E2M3", x).int()]
-    codes = op_meanings.quantize_static(x.numpy(), np.ones(1, np.float32), np.zeros(1, np.float32), format="E2M3")[0]
+    codes = op_reference.quantize_static(x.numpy(), np.ones(1, np.float32), np.zeros(1, np.float32), format="E2M3")[0]
     assert np.array_equal(found.numpy(), fmt.values[codes])
 
 
-def test_fused_quantizers_equal_the_meaning() -> None:
+def test_fused_quantizers_equal_the_reference() -> None:
     rng = np.random.default_rng(2)
     x, shift, scale = (rng.standard_normal((2, s, K)).astype(np.float32) for s in (5, 1, 1))
-    codes, found_scale = op_meanings.norm_modulate_quantize(x, shift, scale, format="E2M3", epsilon=1e-6)
+    codes, found_scale = op_reference.norm_modulate_quantize(x, shift, scale, format="E2M3", epsilon=1e-6)
     rows = [torch.from_numpy(item.reshape(-1, K)) for item in (x, shift, scale)]
     found, scales = OPS.norm_modulate_quantize(*rows, format="E2M3", epsilon=1e-6, tokens=5)
     # Both round a float64 norm to float32, in other orders: a code differs only next to a midpoint.

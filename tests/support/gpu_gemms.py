@@ -94,7 +94,7 @@ def run(
     return array(kernel_of(spec, *first, **given, tokens=tokens, tile=tile, sm=sm, **choices))
 
 
-def meaning(spec: GemmSpec, arrays: Arrays, tokens: int = 1) -> np.ndarray:
+def reference(spec: GemmSpec, arrays: Arrays, tokens: int = 1) -> np.ndarray:
     """y float32 by the table's reference."""
     inputs = {name: value for name, value in arrays.items() if name != "codes"}
     return kernel("packed_gemm").reference(spec, **inputs, tokens=tokens)[0]
@@ -103,7 +103,7 @@ def meaning(spec: GemmSpec, arrays: Arrays, tokens: int = 1) -> np.ndarray:
 def exact(spec: GemmSpec, arrays: Arrays) -> tuple[np.ndarray, np.ndarray]:
     """(y before the epilogue, the sum of the magnitudes of its terms), float64, from values and plain products.
 
-    Shares no code with kernels and meanings beyond the formats' table of values.
+    Shares no code with kernels and references beyond the formats' table of values.
     """
     k, groups = spec.in_features, spec.groups
     a = decode(spec.activation_format, arrays["codes"]) * arrays["a_scale"][:, None].astype(np.float64)

@@ -1,4 +1,4 @@
-"""GPU quantizers under the interpreter: running them, and what their meanings say of the same tensors."""
+"""GPU quantizers under the interpreter: running them, and what their references say of the same tensors."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 
 
 def expected(spec: QuantizeSpec, **inputs: Any) -> tuple[np.ndarray, np.ndarray]:
-    """The meaning's (operand bytes, scales) of torch tensors."""
+    """The reference's (operand bytes, scales) of torch tensors."""
     arrays = {name: x.float().numpy() if isinstance(x, torch.Tensor) else x for name, x in inputs.items()}
     codes, scales = kernel(KERNEL_OF[spec.before]).reference(spec, **arrays)
     return codes, scales

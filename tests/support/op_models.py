@@ -40,7 +40,7 @@ def session_of(model: onnx.ModelProto, level: str = "ORT_ENABLE_ALL") -> Any:
 
 
 def run_everywhere(op_name: str, *arrays: np.ndarray, exact: bool = True, **choices: Any) -> Arrays:
-    """Outputs of the NumPy meaning, after onnxruntime at three levels and onnx.reference gave the same bytes.
+    """Outputs of the NumPy reference, after onnxruntime at three levels and onnx.reference gave the same bytes.
 
     `exact=False` skips the comparison and returns onnxruntime's outputs (for ops that sum in float32).
     """
@@ -49,10 +49,10 @@ def run_everywhere(op_name: str, *arrays: np.ndarray, exact: bool = True, **choi
     runs = {level: session_of(model, level).run(None, feed) for level in LEVELS}
     with np.errstate(invalid="ignore"):
         runs["onnx.reference"] = ReferenceEvaluator(model).run(None, feed)
-    meaning = OPS[op_name].numpy(*arrays, **attributes(op_name, **choices))
+    reference = OPS[op_name].numpy(*arrays, **attributes(op_name, **choices))
     for where, outputs in runs.items():
-        for name, expected, found in zip(OPS[op_name].outputs, meaning, outputs, strict=True):
+        for name, expected, found in zip(OPS[op_name].outputs, reference, outputs, strict=True):
             assert (found.dtype, found.shape) == (expected.dtype, expected.shape), (where, name)
             if exact:
                 np.testing.assert_array_equal(found, expected, err_msg=f"{op_name}.{name} in {where}, {choices}")
-    return meaning if exact else tuple(runs["ORT_ENABLE_ALL"])
+    return reference if exact else tuple(runs["ORT_ENABLE_ALL"])

@@ -1,4 +1,4 @@
-"""The PyTorch reference against the codec, the ops' meanings and a model written out by hand."""
+"""The PyTorch reference against the codec, the ops' references and a model written out by hand."""
 
 from __future__ import annotations
 

@@ -2,7 +2,7 @@
 
 The kernels are compiled for every GPU of the recipe before the builder starts; they travel as text in an attribute of
 their node and from there into the engine. What is proven: the graph of fused ops, in stock onnxruntime, linear by
-linear; each kernel against its NumPy meaning, in Triton's interpreter (tests); and that the engine's plan has every
+linear; each kernel against its NumPy reference, in Triton's interpreter (tests); and that the engine's plan has every
 plugin, with its weight packed. The engine itself is compiled, not run.
 """
 

@@ -41,8 +41,8 @@ def scored_keys(recipe: Recipe) -> dict[str, Any]:
     """What a candidate's layers, and the data that they are made and scored on, depend on in a recipe."""
     parts = asdict(recipe)
     options = {key: value for key, value in recipe.calibrate.options.items() if key not in SEARCH_ONLY}
-    found = {key: parts[key] for key in ("formats", "weights", "sampling")}
-    return found | {"calibrate": parts["calibrate"] | {"options": options}}
+    used = {key: parts[key] for key in ("formats", "weights", "sampling")}
+    return used | {"calibrate": parts["calibrate"] | {"options": options}}
 
 
 @dataclass(frozen=True)
@@ -101,10 +101,10 @@ class CandidateModels:
         return self.made[key]
 
     def layer(self, plan: LayerPlan) -> QuantizedLinear:
-        wanted = self.candidates
-        if wanted.layers is not None:
-            return checkpoint.load(place(wanted.layers, plan))[0]
-        return nearest_layer(plan, wanted.recipe.weights.search, wanted.activations)
+        candidates = self.candidates
+        if candidates.layers is not None:
+            return checkpoint.load(place(candidates.layers, plan))[0]
+        return nearest_layer(plan, candidates.recipe.weights.search, candidates.activations)
 
 
 def nearest_layer(plan: LayerPlan, search: str, activations: str) -> QuantizedLinear:

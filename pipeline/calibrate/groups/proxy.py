@@ -41,10 +41,10 @@ class ProxyScore:
     @property
     def origin(self) -> dict[str, Any]:
         """What scores depend on beside model and data, which the folder of a calibration belongs to."""
-        wanted = self.candidates
-        rounding = "nearest" if wanted.layers is None else "stored"
-        keys = scored_keys(wanted.recipe)
-        return {"score": "proxy", "layers": rounding, "activations": wanted.activations, **keys}
+        candidates = self.candidates
+        rounding = "nearest" if candidates.layers is None else "stored"
+        keys = scored_keys(candidates.recipe)
+        return {"score": "proxy", "layers": rounding, "activations": candidates.activations, **keys}
 
     def __call__(self) -> _Proxy:
         return _Proxy(self)
@@ -60,15 +60,15 @@ def _evenly(inputs: Arrays, count: int, shared: frozenset[str]) -> Arrays:
 class _Proxy:
     """The score itself: minus the mean SQNR in dB of the candidate's outputs."""
 
-    def __init__(self, wanted: ProxyScore) -> None:
-        self.calls = [{name: torch.from_numpy(value) for name, value in call.items()} for call in wanted.calls]
-        self.models = CandidateModels(wanted.candidates)
+    def __init__(self, score: ProxyScore) -> None:
+        self.calls = [{name: torch.from_numpy(value) for name, value in call.items()} for call in score.calls]
+        self.models = CandidateModels(score.candidates)
         self.channels = int(self.models.model.config["in_channels"])  # beyond them is a learned sigma, not used
         self.exact = self._outputs(self.models.float_module())
 
     def __call__(self, individual: Individual) -> float:
-        found = self._outputs(self.models.module(individual))
-        return -float(np.mean([sqnr_db(exact, other) for exact, other in zip(self.exact, found, strict=True)]))
+        outputs = self._outputs(self.models.module(individual))
+        return -float(np.mean([sqnr_db(exact, other) for exact, other in zip(self.exact, outputs, strict=True)]))
 
     def _outputs(self, module: nn.Module) -> list[Any]:
         # sums of float32 depend on how many threads share them, and scores must not

@@ -141,9 +141,9 @@ def search(
 def first_generation(space: Space, settings: Settings, rng: np.random.Generator) -> list[Individual]:
     """The uniform individuals that fit, then random ones, each once."""
     sizes = sorted({size for gene in space.genes for size in gene.sizes})
-    made = [one for one in map(space.uniform, sizes) if space.fits(one)]
-    made = list(dict.fromkeys(made))[: settings.population]
-    return _fill(made, settings.population, set(), lambda: _random(space, rng))
+    individuals = [one for one in map(space.uniform, sizes) if space.fits(one)]
+    individuals = list(dict.fromkeys(individuals))[: settings.population]
+    return _fill(individuals, settings.population, set(), lambda: _random(space, rng))
 
 
 def next_generation(
@@ -168,16 +168,18 @@ def next_generation(
     return _fill(children, len(children) + settings.mutation, old, mutated)
 
 
-def _fill(made: list[Individual], count: int, old: set[Individual], draw: Callable[[], Individual]) -> list[Individual]:
-    """`made` filled up to `count` with individuals that are in neither; given up after TRIES draws in a row."""
+def _fill(
+    individuals: list[Individual], count: int, old: set[Individual], draw: Callable[[], Individual]
+) -> list[Individual]:
+    """`individuals` filled up to `count` with individuals that are in neither; given up after TRIES draws in a row."""
     tries = 0
-    while len(made) < count and tries < TRIES:
+    while len(individuals) < count and tries < TRIES:
         child = draw()
         tries += 1
-        if child not in old and child not in made:
-            made.append(child)
+        if child not in old and child not in individuals:
+            individuals.append(child)
             tries = 0
-    return made
+    return individuals
 
 
 def _random(space: Space, rng: np.random.Generator) -> Individual:
@@ -279,13 +281,13 @@ def _scorers(make_score: Callable[[], Score], workers: int) -> Iterator[Callable
         pool.shutdown(cancel_futures=True)
 
 
-_made: dict[str, Score] = {}
+_of_worker: dict[str, Score] = {}
 
 
 def _start(make_score: Callable[[], Score]) -> None:
     ignore_interrupts()
-    _made["score"] = make_score()
+    _of_worker["score"] = make_score()
 
 
 def _score(individual: Individual) -> float:
-    return _made["score"](individual)
+    return _of_worker["score"](individual)

@@ -57,13 +57,13 @@ def make_space(plans: Sequence[LayerPlan], genes: str, sizes: Sequence[int] = ()
     if not members:
         raise RecipeError("the group search found no layer with groups; use --set weights.granularity=group")
     skipped: Counter[tuple[int, int]] = Counter()
-    made = tuple(_gene(name, group, sizes, skipped) for name, group in members.items())
+    rows = tuple(_gene(name, group, sizes, skipped) for name, group in members.items())
     for (size, k), count in sorted(skipped.items()):
         logger.info("group search: groups of %d do not divide K=%d, left out for %d genes", size, k, count)
-    if all(len(gene.sizes) == 1 for gene in made):
+    if all(len(gene.sizes) == 1 for gene in rows):
         _refuse_single_sizes([plan for group in members.values() for plan in group], sizes)
     now = sum(layer_bytes(plan, plan.group_size) for group in members.values() for plan in group)
-    space = Space(made, budget_bytes or now)
+    space = Space(rows, budget_bytes or now)
     if space.least_bytes == space.budget_bytes:
         remedy = "add larger sizes (calibrate.options.sizes) or raise calibrate.options.budget_bytes"
         logger.warning("group search: the budget is what the largest groups take, nothing can be finer; %s", remedy)
@@ -72,9 +72,9 @@ def make_space(plans: Sequence[LayerPlan], genes: str, sizes: Sequence[int] = ()
 
 def _gene(name: str, plans: list[LayerPlan], sizes: Sequence[int], skipped: Counter[tuple[int, int]]) -> Gene:
     k = math.gcd(*(plan.linear.module.in_features for plan in plans))
-    wanted = _wanted(plans[0], sizes)
-    fitting = tuple(size for size in wanted if size > 0 and k % size == 0)
-    skipped.update((size, k) for size in wanted if size not in fitting)
+    offered = _offered(plans[0], sizes)
+    fitting = tuple(size for size in offered if size > 0 and k % size == 0)
+    skipped.update((size, k) for size in offered if size not in fitting)
     fitting = fitting or (plans[0].group_size,)  # divides K, as the recipe's size has to
     return Gene(name, fitting, tuple(sum(layer_bytes(plan, size) for plan in plans) for size in fitting))
 
@@ -83,12 +83,12 @@ def _refuse_single_sizes(plans: list[LayerPlan], sizes: Sequence[int]) -> None:
     widths = sorted({plan.linear.module.in_features for plan in plans})
     offered = ",".join(map(str, _divisors(math.gcd(*widths))))
     raise RecipeError(
-        f"the group search has nothing to choose: of the group sizes {_wanted(plans[0], sizes)} at most one divides "
+        f"the group search has nothing to choose: of the group sizes {_offered(plans[0], sizes)} at most one divides "
         f"any layer's K ({widths}); give some that do, such as --set calibrate.options.sizes={offered}"
     )
 
 
-def _wanted(plan: LayerPlan, sizes: Sequence[int]) -> list[int]:
+def _offered(plan: LayerPlan, sizes: Sequence[int]) -> list[int]:
     return sorted(set(sizes or SIZES[plan.granularity]))
 
 
@@ -98,8 +98,8 @@ def _divisors(k: int) -> list[int]:
     >>> _divisors(72), _divisors(256)
     ([18, 24, 36, 72], [16, 32, 64, 128])
     """
-    found = [size for size in range(1, k + 1) if k % size == 0]
-    return [size for size in found if size >= 16][:4] or found[-4:]
+    divisors = [size for size in range(1, k + 1) if k % size == 0]
+    return [size for size in divisors if size >= 16][:4] or divisors[-4:]
 
 
 def layer_sizes(plans: Sequence[LayerPlan], genes: str, space: Space, individual: Individual) -> list[int]:
@@ -141,10 +141,10 @@ def from_text(text: str) -> list[int]:
     >>> from_text("32,64*3,0")
     [32, 64, 64, 64, 0]
     """
-    found: list[int] = []
+    sizes: list[int] = []
     for part in text.split(","):
         size, _, count = part.strip().partition("*")
         if not size.isdecimal() or (count and not count.isdecimal()):
             raise RecipeError(f"group sizes {text!r}: {part.strip()!r} is no size; expected for example 32,64*3,128")
-        found += [int(size)] * int(count or 1)
-    return found
+        sizes += [int(size)] * int(count or 1)
+    return sizes

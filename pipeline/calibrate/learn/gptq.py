@@ -58,20 +58,20 @@ def quantize_linear(
 ) -> QuantizedLinear:
     """The layer of a plan by GPTQ with H = `matrix`. fields: others of `QuantizedLinear`, how its input is rounded."""
     grid = Grid(get_format(plan.weight_format), plan.granularity, plan.group_size, plan.multipliers, search)
-    found = gptq(float_weight(plan), matrix, grid, damping=damping, act_order=act_order, name=plan.name)
+    rounded = gptq(float_weight(plan), matrix, grid, damping=damping, act_order=act_order, name=plan.name)
     bias = plan.linear.module.bias
-    made = dict(
+    of_plan = dict(
         weight_format=plan.weight_format,
         name=plan.name,
         kind=plan.linear.kind,
         activation_format=plan.activation_format,
         granularity=plan.granularity,
         group_size=plan.group_size,
-        scales=found.scales,
-        multipliers=found.multipliers,
+        scales=rounded.scales,
+        multipliers=rounded.multipliers,
         bias=None if bias is None else bias.detach().float().numpy().copy(),
     )
-    return make_linear(found.codes, **(made | fields))  # type: ignore[arg-type]  # checked by QuantizedLinear
+    return make_linear(rounded.codes, **(of_plan | fields))  # type: ignore[arg-type]  # checked by QuantizedLinear
 
 
 def learned_linear(
@@ -86,10 +86,10 @@ def learned_linear(
 
 def clip_search(recipe: Recipe, options: Mapping[str, Scalar]) -> str:
     """How weight scales are found: the option "range", or the recipe's search if it says so."""
-    wanted = str(options["range"])
-    if wanted not in RANGES:
-        raise RecipeError(f"calibrate.options.range {wanted!r}; use one of {', '.join(RANGES)}")
-    return recipe.weights.search if wanted == "recipe" else wanted
+    choice = str(options["range"])
+    if choice not in RANGES:
+        raise RecipeError(f"calibrate.options.range {choice!r}; use one of {', '.join(RANGES)}")
+    return recipe.weights.search if choice == "recipe" else choice
 
 
 def hessian(inputs: Iterable[Any], k: int) -> F64:
@@ -187,5 +187,5 @@ class _Steps:
             self.scales[:, index], _ = find_scales(blocks, self.grid.format, (1,), self.grid.search)
             return
         errors = RoundingErrors(np.abs(blocks), self.grid.format)
-        found = np.stack([errors.at(self.scales[:, 0] * np.float32(m))[:, 0] for m in self.grid.multipliers])
-        self.multipliers[:, index] = np.array(self.grid.multipliers, np.uint8)[found.argmin(axis=0)]
+        by_multiplier = np.stack([errors.at(self.scales[:, 0] * np.float32(m))[:, 0] for m in self.grid.multipliers])
+        self.multipliers[:, index] = np.array(self.grid.multipliers, np.uint8)[by_multiplier.argmin(axis=0)]

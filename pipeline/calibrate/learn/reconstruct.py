@@ -65,10 +65,10 @@ def with_parts(block: nn.Module, parts: dict[str, nn.Module]) -> nn.Module:
     """A copy of the block with the modules at these paths replaced; the path "" is the block itself."""
     if "" in parts:
         return parts[""]
-    made = copy.deepcopy(block)
+    copied = copy.deepcopy(block)
     for path, part in parts.items():
-        made.set_submodule(path, part)
-    return made
+        copied.set_submodule(path, part)
+    return copied
 
 
 def reconstruct(
@@ -99,8 +99,8 @@ def block_loss(output: Tensor, target: Tensor) -> Tensor:
 
 def hidden_states(output: Any) -> Tensor:
     """The first of a block's outputs where there are several."""
-    found: Tensor = output[0] if isinstance(output, tuple) else output
-    return found
+    hidden: Tensor = output[0] if isinstance(output, tuple) else output
+    return hidden
 
 
 def generator(seed: int, name: str) -> torch.Generator:

@@ -87,11 +87,11 @@ class TimestepRouter(nn.Module):
         grid = torch.linspace(float(timesteps.min()), float(timesteps.max()), GRID)
         inner = torch.arange(1, branches) / branches
         share = branches - 1 - torch.bucketize(grid, torch.quantile(timesteps, inner), right=False)
-        wanted = nn.functional.one_hot(share, branches).double() - 1 / branches
+        target = nn.functional.one_hot(share, branches).double() - 1 / branches
         features = nn.functional.pad(self.hidden(grid), (0, 1), value=1.0).double()
         gram = features.T @ features
         ridge = RIDGE * gram.diagonal().mean() * torch.eye(len(gram), dtype=torch.float64)
-        solved = torch.linalg.solve(gram + ridge, features.T @ wanted).T.float()
+        solved = torch.linalg.solve(gram + ridge, features.T @ target).T.float()
         return solved[:, :-1].contiguous(), solved[:, -1].contiguous()
 
     def forward(self, timesteps: Tensor) -> Tensor:

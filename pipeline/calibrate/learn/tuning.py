@@ -81,7 +81,7 @@ def tune(
             tuner.save(folder / STATE_FILE, iteration + 1)
             saved = time.monotonic()
     tuner.save(folder / STATE_FILE, settings.iterations)
-    tuner.tell_use()
+    tuner.log_routing()
     return finished_layers(tuner.parts, tuner.router)
 
 
@@ -151,12 +151,12 @@ class Tuner:
         constant = {value.untyped_storage().data_ptr() for value in (*self.module.parameters(), *self.module.buffers())}
         return self.settings.batch * sum(size for place, size in kept.items() if place not in constant)
 
-    def tell_use(self) -> None:
+    def log_routing(self) -> None:
         """Log which timesteps each branch serves."""
         times = sorted({call.timestep for call in self.batches.calls}, reverse=True)
         chosen = self.router.exported().choose(times)
         for branch in range(len(self.router.b2)):
-            own = [f"{time:g}" for time, found in zip(times, chosen, strict=True) if found == branch]
+            own = [f"{time:g}" for time, choice in zip(times, chosen, strict=True) if choice == branch]
             logger.info("TALoRA branch %d serves timesteps %s", branch, ", ".join(own) or "none")
 
     def save(self, path: Path, iteration: int) -> None:
@@ -247,13 +247,13 @@ class Batches:
         return torch.stack([self.inputs[call][key][row] for call, row in picks])
 
 
-def _refuse_too_large(needed: int, what: str) -> None:
+def _refuse_too_large(needed: int, tensors: str) -> None:
     """Raise ResourceError if that many bytes are not free."""
     free = machine.available_memory_bytes()
-    logger.info("TALoRA: %s take about %.2f GiB", what, needed / 2**30)
+    logger.info("TALoRA: %s take about %.2f GiB", tensors, needed / 2**30)
     if free and needed > free:
         raise ResourceError(
-            f"TALoRA: {what} take about {needed / 2**30:.1f} GiB, {free / 2**30:.1f} GiB are free; use a smaller "
+            f"TALoRA: {tensors} take about {needed / 2**30:.1f} GiB, {free / 2**30:.1f} GiB are free; use a smaller "
             f"calibrate.options.batch, or calibrate.options.use_lora=false to leave tuning out"
         )
 

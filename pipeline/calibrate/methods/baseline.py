@@ -29,10 +29,10 @@ class Baseline(Method):
     """Options: granularity ("per_channel" as the papers have it, or "recipe"), rows (tokens seen of each call)."""
 
     def plan(self, plans: list[LayerPlan]) -> list[LayerPlan]:
-        wanted = self.context.options.get("granularity", GRANULARITIES[0])
-        if wanted not in GRANULARITIES:
-            raise RecipeError(f"calibrate.options.granularity {wanted!r}; use one of {', '.join(GRANULARITIES)}")
-        return plans if wanted == "recipe" else per_channel(plans)
+        granularity = self.context.options.get("granularity", GRANULARITIES[0])
+        if granularity not in GRANULARITIES:
+            raise RecipeError(f"calibrate.options.granularity {granularity!r}; use one of {', '.join(GRANULARITIES)}")
+        return plans if granularity == "recipe" else per_channel(plans)
 
     @property
     def rows_per_call(self) -> int:
@@ -75,9 +75,9 @@ class StaticBaseline(Baseline):
         rows = self.rows(unit, plan.name)
         mapped = rows if to is None else [to.rows(x) for x in rows]
         search = str(self.context.options["search"])
-        found = find_range([x.numpy() for x in mapped], self.activation_format(plan), search, plan.name)
-        made = replace(layer, **found.fields)
-        return made if to is None else to.layer(made)
+        static = find_range([x.numpy() for x in mapped], self.activation_format(plan), search, plan.name)
+        layer = replace(layer, **static.fields)
+        return layer if to is None else to.layer(layer)
 
     def quantize_block(self, unit: Unit, maps: Mapping[str, InputMap]) -> list[QuantizedLinear]:
         """Weights by least squared error behind the `maps` (layer name -> map), then static ranges."""

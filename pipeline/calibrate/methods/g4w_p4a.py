@@ -27,11 +27,11 @@ class G4wP4a(Ptq4dm):
     """The method "g4w_p4a". Option granularity: "group" (real scales per 128, as published) or "recipe"."""
 
     def plan(self, plans: list[LayerPlan]) -> list[LayerPlan]:
-        wanted = self.context.options["granularity"]
-        if wanted == "recipe":
+        choice = self.context.options["granularity"]
+        if choice == "recipe":
             return plans
-        if wanted != "group":
-            raise RecipeError(f"calibrate.options.granularity {wanted!r} of g4w_p4a; use group or recipe")
+        if choice != "group":
+            raise RecipeError(f"calibrate.options.granularity {choice!r} of g4w_p4a; use group or recipe")
         grouped = [replace(plan, granularity="group", group_size=GROUP_SIZE, multipliers=(1,)) for plan in plans]
         return with_sizes(grouped, [GROUP_SIZE] * len(grouped))  # refuses a layer that it does not divide
 

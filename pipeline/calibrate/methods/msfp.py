@@ -41,9 +41,9 @@ class Msfp(Baseline):
     """See the options of the row "msfp" in pipeline/methods.py."""
 
     def plan(self, plans: list[LayerPlan]) -> list[LayerPlan]:
-        wanted = self.context.options["activations"]
-        if wanted not in ACTIVATIONS:
-            raise RecipeError(f"calibrate.options.activations {wanted!r}; use one of {', '.join(ACTIVATIONS)}")
+        choice = self.context.options["activations"]
+        if choice not in ACTIVATIONS:
+            raise RecipeError(f"calibrate.options.activations {choice!r}; use one of {', '.join(ACTIVATIONS)}")
         return super().plan(plans)
 
     def quantize(self, unit: Unit) -> list[QuantizedLinear]:
@@ -60,20 +60,20 @@ class Msfp(Baseline):
     def _activation(self, plan: LayerPlan, rows: Tensors) -> dict[str, Any]:
         """The activation fields of least squared error for inputs [rows, K] each."""
         if self.context.options["activations"] == "per_tensor":
-            found, _ = search_range(rows, self._formats(plan, True) + self._unsigned(plan), plan.name)
-            return found.fields
+            static, _ = search_range(rows, self._formats(plan, True) + self._unsigned(plan), plan.name)
+            return static.fields
         fmt, token_error = search_token_format(rows, self._formats(plan, True), plan.name)
         if self._unsigned(plan):
-            found, error = search_range(rows, self._unsigned(plan), plan.name)
+            static, error = search_range(rows, self._unsigned(plan), plan.name)
             if error < token_error:
-                return found.fields
+                return static.fields
         return {"activation_format": fmt.name, "activation_scaling": "per_token"}
 
     def _unsigned(self, plan: LayerPlan) -> tuple[Format, ...]:
         """Unsigned formats to try: none unless the layer is anomalous."""
         options = self.context.options
-        wanted = bool(options["mixed_sign"]) and plan.linear.kind in kinds(str(options["kinds"]))
-        return self._formats(plan, False) if wanted else ()
+        anomalous = bool(options["mixed_sign"]) and plan.linear.kind in kinds(str(options["kinds"]))
+        return self._formats(plan, False) if anomalous else ()
 
     def _formats(self, plan: LayerPlan, signed: bool) -> tuple[Format, ...]:
         bits = get_format(plan.activation_format).bits

@@ -46,11 +46,11 @@ def splits(bits: int, signed: bool, embedded: bool = False) -> tuple[Format, ...
     """
     rows = [row for row in FORMATS.values() if row.bits == bits and bool(row.sign_bits) == signed]
     wide = [row for row in rows if not signed and bits > 4 and row.exponent_bits > UNSIGNED_EXPONENTS]
-    found: dict[bytes, Format] = {}
+    by_grid: dict[bytes, Format] = {}
     for row in rows:
         if row not in wide and (not embedded or _is_one_operand(row)):
-            found.setdefault(_grid(row), row)
-    return tuple(found.values())
+            by_grid.setdefault(_grid(row), row)
+    return tuple(by_grid.values())
 
 
 def _is_one_operand(fmt: Format) -> bool:
@@ -76,10 +76,10 @@ def search_weight(plan: LayerPlan, search_format: bool = True) -> QuantizedLinea
     if not search_format:
         return quantize_linear(_with_format(plan, get_format(plan.weight_format)), "mse")
     bits = get_format(plan.weight_format).bits
-    made = [quantize_linear(_with_format(plan, fmt), "mse") for fmt in splits(bits, signed=True, embedded=True)]
+    layers = [quantize_linear(_with_format(plan, fmt), "mse") for fmt in splits(bits, signed=True, embedded=True)]
     weight = float_weight(plan).astype(np.float64)
-    errors = [float(np.square(layer.dequantized() - weight).sum()) for layer in made]
-    return made[int(np.argmin(errors))]
+    errors = [float(np.square(layer.dequantized() - weight).sum()) for layer in layers]
+    return layers[int(np.argmin(errors))]
 
 
 def _with_format(plan: LayerPlan, fmt: Format) -> LayerPlan:

@@ -69,8 +69,8 @@ class Ptq4dit(StaticBaseline):
 
     def _maps(self, unit: Unit) -> dict[str, InputMap]:
         """Layer name -> its balance, one for all layers that read the same tensor."""
-        observed, wanted = self.observed(unit), kinds(str(self.context.options["kinds"]))
-        balanced = [plan for plan in unit.plans if plan.linear.kind in wanted]
+        observed, balanced_kinds = self.observed(unit), kinds(str(self.context.options["kinds"]))
+        balanced = [plan for plan in unit.plans if plan.linear.kind in balanced_kinds]
         if not balanced:
             return {}
         peaks = input_statistics(observed, channel_peaks)
@@ -78,6 +78,6 @@ class Ptq4dit(StaticBaseline):
         for group in readers(observed, balanced, self.rows_per_call):
             by_step = peaks_by_timestep(peaks[group[0].name], observed.timesteps)
             w = weight_peaks(group)
-            found = InputMap.of_balance(salience_balance(salience(by_step, w), w))
-            maps |= {plan.name: found for plan in group}
+            balance = InputMap.of_balance(salience_balance(salience(by_step, w), w))
+            maps |= {plan.name: balance for plan in group}
         return maps

@@ -54,8 +54,8 @@ class Ptq4dm(StaticBaseline):
         assert data is not None
         steps = [call.step for call in data.calls]
         shares = skewed_shares(steps, data.n_steps, float(options["mean"]), float(options["deviation"]))
-        wanted = np.array([shares[step] for step in steps])
-        return thinned(super().rows(unit, name), wanted / wanted.max())
+        call_shares = np.array([shares[step] for step in steps])
+        return thinned(super().rows(unit, name), call_shares / call_shares.max())
 
     def quantize(self, unit: Unit) -> list[QuantizedLinear]:
         return self.quantize_block(unit, {})

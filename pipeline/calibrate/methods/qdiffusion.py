@@ -58,12 +58,12 @@ class StaticLinear(nn.Module):
         return scale, None if self.zero_value is None else 0.0 - scale * self.zero_value  # never -0
 
     def forward(self, x: Tensor) -> Tensor:
-        found: Tensor = self.linear(ste.per_tensor(self.format, x, *self.ranges()))
-        return found
+        output: Tensor = self.linear(ste.per_tensor(self.format, x, *self.ranges()))
+        return output
 
     def finished(self) -> QuantizedLinear:
         """The layer with the learned scale."""
-        scale, zero = (None if found is None else found.detach().numpy().astype(np.float32) for found in self.ranges())
+        scale, zero = (None if value is None else value.detach().numpy().astype(np.float32) for value in self.ranges())
         return replace(self.layer, activation_scale=scale, activation_zero=zero)
 
 

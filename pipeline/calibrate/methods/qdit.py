@@ -15,7 +15,7 @@ adaLN linears stay float, as in all methods here, where the authors' GPTQ path r
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -34,6 +34,7 @@ from pipeline.calibrate.method import Context, Method, Unit
 from pipeline.calibrate.methods import rtn
 from pipeline.calibrate.plan import LayerPlan
 from pipeline.calibrate.static_activations import find_range
+from pipeline.methods import Scalar
 from pipeline.progress import track
 
 logger = logging.getLogger(__name__)
@@ -76,9 +77,9 @@ class QDit(Method):
         super().__init__(context)
         for name, known in CHOICES.items():
             if context.options[name] not in known:
-                found = context.options[name]
+                value = context.options[name]
                 use = ", ".join(known) + ELSEWHERE.get(name, "")
-                raise RecipeError(f"calibrate.options.{name} {found!r} of qdit; use one of {use}")
+                raise RecipeError(f"calibrate.options.{name} {value!r} of qdit; use one of {use}")
         self.weight_search = gptq.clip_search(context.recipe, context.options)
 
     def plan(self, plans: list[LayerPlan]) -> list[LayerPlan]:
@@ -95,16 +96,16 @@ class QDit(Method):
         space, settings = self.space(plans), search_settings(options, self.context.seed)
         candidates = self.candidates(plans, space, folder).for_workers(settings.workers)
         score = ProxyScore.of(candidates, data, int(options["samples"]))
-        found = search(space, settings, score, folder / "scores.json", score.origin)
-        sizes = layer_sizes(plans, str(options["genes"]), space, found.best)
-        scored, text = len(found.costs), to_text(sizes)
-        logger.info("searched %d candidates: %.2f dB with group sizes %s", scored, -found.cost, text)
+        outcome = search(space, settings, score, folder / "scores.json", score.origin)
+        sizes = layer_sizes(plans, str(options["genes"]), space, outcome.best)
+        scored, text = len(outcome.costs), to_text(sizes)
+        logger.info("searched %d candidates: %.2f dB with group sizes %s", scored, -outcome.cost, text)
         return with_sizes(plans, sizes)
 
     def space(self, plans: list[LayerPlan]) -> Space:
         """What the options let the search choose from."""
-        options, wanted = self.context.options, str(self.context.options["sizes"])
-        sizes = from_text(wanted) if wanted else ()
+        options, text = self.context.options, str(self.context.options["sizes"])
+        sizes = from_text(text) if text else ()
         return make_space(plans, str(options["genes"]), sizes, int(options["budget_bytes"]))
 
     def candidates(self, plans: list[LayerPlan], space: Space, folder: Path) -> Candidates:
@@ -145,7 +146,7 @@ class QDit(Method):
         return gptq.learned_linear(plan, inputs, self.context.recipe, options, **fields)
 
 
-def search_settings(options: Any, seed: int) -> Settings:
+def search_settings(options: Mapping[str, Scalar], seed: int) -> Settings:
     """A population of which a fifth are parents, refilled half by crossover, half by mutation, as in the paper."""
     population = int(options["population"])
     half = population // 2

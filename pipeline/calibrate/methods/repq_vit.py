@@ -49,9 +49,9 @@ def percentile_ranges(x: NDArray[np.floating], fmt: Format) -> Ranges:
 
     A signed format covers +- the percentile of the magnitude, an unsigned one lowest to highest.
     """
-    found = [_ranges(x, fmt, tail) for tail in TAILS]
-    best = np.stack([ranges.errors(x, fmt) for ranges in found]).argmin(axis=0)[None]
-    scale, zero = (np.stack([getattr(ranges, key) for ranges in found]) for key in ("scale", "zero"))
+    tried = [_ranges(x, fmt, tail) for tail in TAILS]
+    best = np.stack([ranges.errors(x, fmt) for ranges in tried]).argmin(axis=0)[None]
+    scale, zero = (np.stack([getattr(ranges, key) for ranges in tried]) for key in ("scale", "zero"))
     return Ranges(np.take_along_axis(scale, best, 0)[0], np.take_along_axis(zero, best, 0)[0])
 
 

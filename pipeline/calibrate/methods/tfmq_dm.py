@@ -37,8 +37,8 @@ class TfmqDm(StaticBaseline):
     def quantize(self, unit: Unit) -> list[QuantizedLinear]:
         temporal = [plan for plan in unit.plans if plan.linear.kind in TEMPORAL]
         others = replace(unit, plans=[plan for plan in unit.plans if plan.linear.kind not in TEMPORAL])
-        made = [self._temporal_layer(unit, plan) for plan in temporal] + self.quantize_block(others, {})
-        by_name = {layer.name: layer for layer in made}
+        layers = [self._temporal_layer(unit, plan) for plan in temporal] + self.quantize_block(others, {})
+        by_name = {layer.name: layer for layer in layers}
         return [by_name[plan.name] for plan in unit.plans]
 
     def _temporal_layer(self, unit: Unit, plan: LayerPlan) -> QuantizedLinear:

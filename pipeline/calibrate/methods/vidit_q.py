@@ -49,14 +49,14 @@ class ViditQ(Baseline):
                 raise RecipeError(f"calibrate.options.{name} {value} of vidit_q must be between 0 and 1")
 
     def quantize(self, unit: Unit) -> list[QuantizedLinear]:
-        observed, wanted = self.observed(unit), kinds(str(self.context.options["kinds"]))
+        observed, balanced_kinds = self.observed(unit), kinds(str(self.context.options["kinds"]))
         peaks = input_statistics(observed, sample_peaks)
-        made = {}
+        layers = {}
         for group in readers(observed, unit.plans, self.rows_per_call):
             x = running_mean(peaks[group[0].name], self.momentum)
-            found = InputMap.of_balance(salience_balance(x, weight_peaks(group), self.alpha))
+            balance = InputMap.of_balance(salience_balance(x, weight_peaks(group), self.alpha))
             for plan in group:
-                balanced = plan.linear.kind in wanted
-                layer = quantize_linear(found.plan(plan) if balanced else plan, "absmax")
-                made[plan.name] = found.layer(layer) if balanced else layer
-        return [made[plan.name] for plan in unit.plans]
+                balanced = plan.linear.kind in balanced_kinds
+                layer = quantize_linear(balance.plan(plan) if balanced else plan, "absmax")
+                layers[plan.name] = balance.layer(layer) if balanced else layer
+        return [layers[plan.name] for plan in unit.plans]

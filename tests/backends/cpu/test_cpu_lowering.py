@@ -60,7 +60,7 @@ def skip_where_sums_saturate(layer):
 
 
 def oracle(layer, x):
-    """(integer sums int64 [.., N], token scale) from the op's own meaning."""
+    """(integer sums int64 [.., N], token scale) from the op's own reference."""
     codes, scale = quantize_activation(x, format=layer.activation_format)
     image = to_integers(get_format(layer.activation_format), codes).astype(np.int64)
     return image @ layer.integers().T.astype(np.int64), scale

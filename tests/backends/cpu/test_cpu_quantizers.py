@@ -1,4 +1,4 @@
-"""The CPU's activation quantizers: codes and scales against the ops' meaning and float64, for every format."""
+"""The CPU's activation quantizers: codes and scales against the ops' reference and float64, for every format."""
 
 import numpy as np
 import onnx_ir as ir
@@ -22,7 +22,7 @@ from tests.support.portable import HEADER, activations, run
 EIGHT_BITS = [name for name, row in FORMATS.items() if row.sign_bits and row.kmax < 128]
 TWO_LIMBS = ["E3M2", "E3M4", "INT8", "E2M3"]
 FLOATS = [name for name, row in FORMATS.items() if not unsupported(row)]
-# v = x * (kmax / absmax): two float32 roundings; the meaning's x / (absmax / max): two more. Each is at most 2^-24.
+# v = x * (kmax / absmax): two float32 roundings; the reference's x / (absmax / max): two more. Each is at most 2^-24.
 SLACK = 4 * 2.0**-24
 
 
