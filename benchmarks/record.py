@@ -21,10 +21,10 @@ def commit() -> str:
     DITC_COMMIT says, "" without it."""
     root = Path(__file__).resolve().parent
     try:
-        found = [_git(root, "rev-parse", "--short=12", "HEAD"), _git(root, "status", "--porcelain", "-uno")]
+        head, changes = _git(root, "rev-parse", "--short=12", "HEAD"), _git(root, "status", "--porcelain", "-uno")
     except (OSError, subprocess.CalledProcessError):
         return os.environ.get("DITC_COMMIT", "")
-    return found[0] + ("+" if found[1] else "")
+    return head + ("+" if changes else "")
 
 
 def _git(folder: Path, *arguments: str) -> str:

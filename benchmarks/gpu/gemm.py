@@ -101,34 +101,34 @@ def least_read(shape: Shape, granularity: Granularity) -> int:
     return moved_bytes(shape, granularity, "packed_gemm") - 2 * shape.m * shape.n
 
 
-def our_caller(name: str, spec: GemmSpec, given: Operands) -> Callable[[], Tensor]:
+def our_caller(name: str, spec: GemmSpec, inputs: Operands) -> Callable[[], Tensor]:
     """A call of one of our kernels on one set of inputs, `spec` being of the operands that it multiplies."""
     from plugins.gpu import launch
 
-    a, rest = given.images if spec.integers else given.a, (given.packed.scales, given.bias)
+    a, rest = inputs.images if spec.integers else inputs.a, (inputs.packed.scales, inputs.bias)
     if name.startswith("expanded"):
-        w = given.expanded_images if spec.integers else given.expanded
-        return partial(launch.expanded_gemm, spec, a, given.a_scale, w, *rest)
-    codes = given.packed.multiplier_codes
-    packed = partial(launch.packed_gemm, spec, a, given.a_scale, given.packed.codes, *rest, multiplier_codes=codes)
+        w = inputs.expanded_images if spec.integers else inputs.expanded
+        return partial(launch.expanded_gemm, spec, a, inputs.a_scale, w, *rest)
+    codes = inputs.packed.multiplier_codes
+    packed = partial(launch.packed_gemm, spec, a, inputs.a_scale, inputs.packed.codes, *rest, multiplier_codes=codes)
     return partial(packed, expand_first=WAYS.get(name))
 
 
-def caller(name: str, spec: GemmSpec, given: Operands) -> Callable[[], Tensor]:
+def caller(name: str, spec: GemmSpec, inputs: Operands) -> Callable[[], Tensor]:
     """A call of contestant `name` on one set of inputs."""
     import torch
 
     if is_ours(name):
-        return our_caller(name, replace(spec, integers=name.endswith(INT8)), given)
-    one = torch.ones((), device=given.a.device)
-    a, w = (x.view(torch.float8_e4m3fn) for x in (given.a, given.expanded))
+        return our_caller(name, replace(spec, integers=name.endswith(INT8)), inputs)
+    one = torch.ones((), device=inputs.a.device)
+    a, w = (x.view(torch.float8_e4m3fn) for x in (inputs.a, inputs.expanded))
     unit = 2.0 ** -(spec.weight_exponent + spec.operand.shift)
-    a_scale, w_scale = given.a_scale[:, None], (given.packed.scales[:, :1] * unit).t().contiguous()
+    a_scale, w_scale = inputs.a_scale[:, None], (inputs.packed.scales[:, :1] * unit).t().contiguous()
 
     calls: dict[str, Callable[[], Any]] = {
         "fp8_rowwise": lambda: scaled_mm(a, w, a_scale, w_scale),
         "fp8_tensorwise": lambda: scaled_mm(a, w, one, one),
-        "bf16": lambda: torch.mm(given.a_wide, given.w_wide.t()),
+        "bf16": lambda: torch.mm(inputs.a_wide, inputs.w_wide.t()),
     }
     return calls[name]
 
@@ -137,8 +137,8 @@ def scaled_mm(a: Tensor, w: Tensor, a_scale: Tensor, w_scale: Tensor) -> Tensor:
     """torch's FP8 GEMM of a [M, K] and w [N, K] to bf16, its quick accumulation on."""
     import torch
 
-    found: Tensor = torch._scaled_mm(a, w.t(), a_scale, w_scale, out_dtype=torch.bfloat16, use_fast_accum=True)
-    return found
+    y: Tensor = torch._scaled_mm(a, w.t(), a_scale, w_scale, out_dtype=torch.bfloat16, use_fast_accum=True)
+    return y
 
 
 def contestants_of(context: Context, shape: Shape) -> tuple[str, ...]:
@@ -158,7 +158,7 @@ def measure(context: Context, shape: Shape, granularity: Granularity, flush: Flu
     spec, names = spec_of(shape, granularity), contestants_of(context, shape)
     count = sets_for(least_read(shape, granularity), context.l2_bytes)
     sets = [operands(context, shape, granularity) for _ in range(count)]
-    calls = {name: [caller(name, spec, given) for given in sets] for name in names}
+    calls = {name: [caller(name, spec, inputs) for inputs in sets] for name in names}
     times, refused = contest(calls, flush, SECONDS)
     rows = {
         name: time.to_row() | rates(time.median, shape.flops, moved_bytes(shape, granularity, name))
@@ -197,27 +197,27 @@ def ratios(rows: dict[str, dict[str, Any]]) -> dict[str, dict[str, float]]:
     >>> ratios({"packed_gemm": {"latency_ms": 2.0}, "fp8_rowwise": {"latency_ms": 1.5}, "bf16": {"latency_ms": 3.0}})
     {'packed_gemm': {'fp8': 0.75, 'bf16': 1.5}}
     """
-    found: dict[str, dict[str, float]] = {}
+    speedups: dict[str, dict[str, float]] = {}
     for name in (name for name in OURS if name in rows):
         own = rows[name]["latency_ms"]
         peers = {"fp8": [rows[peer]["latency_ms"] for peer in FP8 if peer in rows]}
         peers["bf16"] = [rows["bf16"]["latency_ms"]] if "bf16" in rows else []
-        found[name] = {peer: min(times) / own for peer, times in peers.items() if times}
-    return found
+        speedups[name] = {peer: min(times) / own for peer, times in peers.items() if times}
+    return speedups
 
 
-def errors_of(calls: dict[str, Callable[[], Tensor]], spec: GemmSpec, given: Operands) -> dict[str, float]:
+def errors_of(calls: dict[str, Callable[[], Tensor]], spec: GemmSpec, inputs: Operands) -> dict[str, float]:
     """Error of the output of each that computes the same as ours, as gpu_agreement has it."""
     same = [name for name in calls if is_ours(name) or (name == "fp8_rowwise" and not spec.real_groups)]
-    wanted = gpu_agreement.exact(spec, given.a, given.a_scale, given.packed)
-    return {name: gpu_agreement.error(calls[name](), wanted) for name in same}
+    exact = gpu_agreement.exact(spec, inputs.a, inputs.a_scale, inputs.packed)
+    return {name: gpu_agreement.error(calls[name](), exact) for name in same}
 
 
 def wrong_of(errors: dict[str, float], spec: GemmSpec, sm: int) -> dict[str, str]:
     """Which of ours are further off than rounding explains, and how far. NaN is."""
     limits = {name: gpu_agreement.limit(replace(spec, integers=name.endswith(INT8)), sm) for name in errors}
-    found = {name: (error, limits[name]) for name, error in errors.items() if is_ours(name)}
-    return {name: f"error {error:.4f}, limit {most:.4f}" for name, (error, most) in found.items() if not error <= most}
+    ours = {name: (error, limits[name]) for name, error in errors.items() if is_ours(name)}
+    return {name: f"error {error:.4f}, limit {most:.4f}" for name, (error, most) in ours.items() if not error <= most}
 
 
 def rows_to_measure() -> list[tuple[Shape, Granularity]]:
@@ -229,9 +229,9 @@ def rows_to_measure() -> list[tuple[Shape, Granularity]]:
 
 def compile_ours(context: Context, shape: Shape, granularity: Granularity) -> dict[str, Any]:
     """Run each of our kernels once, so that they are in Triton's cache."""
-    given = operands(context, shape, granularity)
+    inputs = operands(context, shape, granularity)
     for name in filter(is_ours, contestants_of(context, shape)):
-        caller(name, spec_of(shape, granularity), given)()
+        caller(name, spec_of(shape, granularity), inputs)()
     return {}
 
 
