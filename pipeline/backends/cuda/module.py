@@ -137,9 +137,9 @@ class LoweredModule(nn.Module):
             inputs.append(self._host(name) if name and host else self._operand(name, kind))
             types.append(kind if kind and name not in self.known.constants else None)
         outputs = tuple(str(value.name) if value.uses() or value.is_graph_output() else "" for value in node.outputs)
-        result = self._result_type(node, names, FULL if widen else compute)
-        self.known.types.update({name: result for name in outputs if name})
-        if node.op_type == "Cast" and compute is not None and result == HALF:
+        output_type = self._result_type(node, names, FULL if widen else compute)
+        self.known.types.update({name: output_type for name in outputs if name})
+        if node.op_type == "Cast" and compute is not None and output_type == HALF:
             attributes = {"to": ir.DataType.FLOAT16.value}
         self.steps.append(Step(str(node.name), row.make(attributes), tuple(inputs), tuple(types), outputs, widen))
 

@@ -44,12 +44,12 @@ PROOF = (
 
 def problems(sms: Sequence[int]) -> list[str]:
     """What this machine lacks for building with plugins, beyond what every engine needs."""
-    found = [f"rtx.path=plugin: {problem}" for problem in compile_problems(sms)]
+    lacking = [f"rtx.path=plugin: {problem}" for problem in compile_problems(sms)]
     try:
         rtx_loader.load()
     except EnvironmentLacksError as error:
-        found.append(str(error))
-    return found
+        lacking.append(str(error))
+    return lacking
 
 
 def lower(model: ir.Model, operands: str) -> LowerCuda:
@@ -74,20 +74,20 @@ def write_graph(
     all; sms: the GPUs that it is for. Raises ContractError for an op without a plugin.
     """
     model = onnx.load(lowered, load_external_data=False)
-    made: dict[Any, Payload] = {}
+    payloads: dict[Any, Payload] = {}
 
     def plugin_of(node: KernelNode) -> tuple[str, dict[str, Any]]:
         key = (node.kernel, node.spec, node.rows)
-        if key in made:
-            payload = made[key].shared()
+        if key in payloads:
+            payload = payloads[key].shared()
         else:
-            payload = made[key] = compiled(node)
+            payload = payloads[key] = compiled(node)
         return name(payload), {**fields, FIELD: payload.to_text()}
 
     bounds = rtx_build.shape_bounds(model, batch_size)
     nodes = plugin_graph(model, bounds, plugin_of, prefers_integers(sms))
     onnx.save(model, path)
-    logger.info("%d plugins of %d kernels", len(nodes), len(made))
+    logger.info("%d plugins of %d kernels", len(nodes), len(payloads))
     return nodes
 
 
@@ -100,7 +100,7 @@ def build(
     graph = lowered.with_name(GRAPH)
     try:
         compiled = partial(_compiled, sms)
-        nodes = write_graph(lowered, graph, batch_size, compiled, lambda found: PLUGINS[found.kernel], FIELDS, sms)
+        nodes = write_graph(lowered, graph, batch_size, compiled, lambda node: PLUGINS[node.kernel], FIELDS, sms)
         facts = rtx_build.build_engine(graph, engine_path, sms, batch_size)
     finally:
         graph.unlink(missing_ok=True)
