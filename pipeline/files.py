@@ -96,11 +96,11 @@ def lock(folder: Path, who: str) -> int:
 
 def _holder(descriptor: int) -> str:
     """The process that locked a file, in words; "" where the system does not tell (Linux does)."""
-    table, wanted = Path("/proc/locks"), os.fstat(descriptor)
-    place = f"{os.major(wanted.st_dev):02x}:{os.minor(wanted.st_dev):02x}:{wanted.st_ino}"
+    table, locked = Path("/proc/locks"), os.fstat(descriptor)
+    place = f"{os.major(locked.st_dev):02x}:{os.minor(locked.st_dev):02x}:{locked.st_ino}"
     rows = [line.split() for line in table.read_text(encoding="utf-8").splitlines()] if table.is_file() else []
-    found = [row[4] for row in rows if len(row) > 5 and row[1] == "FLOCK" and row[5] == place]
-    return f" (process {found[0]})" if found else ""
+    holders = [row[4] for row in rows if len(row) > 5 and row[1] == "FLOCK" and row[5] == place]
+    return f" (process {holders[0]})" if holders else ""
 
 
 def _is_at(descriptor: int, path: Path) -> bool:
@@ -134,11 +134,11 @@ def refuse_in_bundle(folders: Iterable[Path], path: Path, flag: str) -> None:
 
 def tree(folder: Path) -> list[str]:
     """All files and links under `folder` as relative posix paths, sorted; linked folders are not entered."""
-    found = []
+    paths = []
     for parent, folders, names in os.walk(folder):
         links = [name for name in folders if os.path.islink(os.path.join(parent, name))]
-        found += [(Path(parent) / name).relative_to(folder).as_posix() for name in names + links]
-    return sorted(found)
+        paths += [(Path(parent) / name).relative_to(folder).as_posix() for name in names + links]
+    return sorted(paths)
 
 
 def sync_tree(folder: Path) -> None:
