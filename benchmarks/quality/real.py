@@ -41,7 +41,7 @@ from pipeline import recipe as recipes
 from pipeline.backends.base import Arrays
 from pipeline.backends.reference import ReferenceEngine, fake_quant
 from pipeline.files import remove, sha256_json
-from pipeline.generate import pipeline_folder as pipeline_data
+from pipeline.generate import pipeline_folder
 from pipeline.generate.diffusers_adapter import EngineTransformer
 from pipeline.generate.latent import find_pipeline
 from pipeline.generate.pipeline_folder import pipeline_arguments
@@ -100,7 +100,7 @@ def chosen_device(name: str) -> str:
 
 def refuse_missing(root: Path, arguments: argparse.Namespace) -> None:
     """Raises EnvironmentLacksError naming every part of the pipeline and every need of a metric that is not there."""
-    parts = pipeline_data.listed_parts(root / pipeline_data.INDEX)
+    parts = pipeline_folder.listed_parts(root / pipeline_folder.INDEX)
     missing = [f"{root / name} of the pipeline" for name in parts if not (root / name).is_dir()]
     for name in arguments.metric:
         missing += [f"{name} needs {problem}" for problem in METRICS[name].problems(arguments)]

@@ -20,7 +20,7 @@ import onnx_ir as ir
 
 from export.errors import EnvironmentLacksError
 from pipeline.backends.fused.lower import LowerCuda
-from pipeline.backends.tensorrt import build as rtx_build
+from pipeline.backends.tensorrt.build import BuildFacts, build_engine, shape_bounds
 from pipeline.backends.tensorrt.plan_file import EngineFile, check_plugins, read_engine_file
 from pipeline.backends.tensorrt.plugin_graph import KernelNode, lower_fused, plugin_graph
 from pipeline.passes.probes import Choice
@@ -84,7 +84,7 @@ def write_graph(
             payload = payloads[key] = compiled(node)
         return name(payload), {**fields, FIELD: payload.to_text()}
 
-    bounds = rtx_build.shape_bounds(model, batch_size)
+    bounds = shape_bounds(model, batch_size)
     nodes = plugin_graph(model, bounds, plugin_of, prefers_integers(sms))
     onnx.save(model, path)
     logger.info("%d plugins of %d kernels", len(nodes), len(payloads))
@@ -93,7 +93,7 @@ def write_graph(
 
 def build(
     lowered: Path, engine_path: Path, sms: tuple[int, ...], batch_size: int
-) -> tuple[rtx_build.BuildFacts, EngineFile, dict[str, Any]]:
+) -> tuple[BuildFacts, EngineFile, dict[str, Any]]:
     """Build the engine of the graph of fused ops at `lowered`: facts of the build, its plan, and what metadata.json
     says of plugins. Raises ContractError where a plugin is not in the plan with its weight packed."""
     rtx_plugin.creators()
@@ -101,7 +101,7 @@ def build(
     try:
         compiled = partial(_compiled, sms)
         nodes = write_graph(lowered, graph, batch_size, compiled, lambda node: PLUGINS[node.kernel], FIELDS, sms)
-        facts = rtx_build.build_engine(graph, engine_path, sms, batch_size)
+        facts = build_engine(graph, engine_path, sms, batch_size)
     finally:
         graph.unlink(missing_ok=True)
     engine = read_engine_file(engine_path)
