@@ -48,7 +48,7 @@ def write(name: str, document: dict[str, Any], folder: Path = RESULTS) -> Path:
     return path
 
 
-def markdown(header: Iterable[str], rows: Iterable[Iterable[Any]]) -> str:
+def markdown(header: Iterable[str], rows: Iterable[Iterable[object]]) -> str:
     """A Markdown table."""
     titles = list(header)
     lines = [titles, ["---"] * len(titles), *([str(cell) for cell in row] for row in rows)]

@@ -1,4 +1,4 @@
-"""Are the quantizers right? Tokens of all magnitudes, with zeros, NaN, Inf and outliers, against the NumPy meanings."""
+"""Are the quantizers right? Tokens of all magnitudes, with zeros, NaN, Inf and outliers, against NumPy references."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from benchmarks.gpu.run import Context, Task
 from plugins.gpu.launch import KERNEL_OF
 from plugins.gpu.reference import byte_values
-from plugins.gpu.spec import QuantizeSpec
+from plugins.gpu.spec import Before, FloatType, QuantizeSpec
 from plugins.gpu.table import kernel
 
 Array = NDArray[Any]
@@ -26,11 +26,11 @@ STEPS = 64
 class QuantizerCase:
     """One quantizer to check on x [M, C]."""
 
-    before: Any
+    before: Before
     format: str
     m: int
     c: int
-    input: Any
+    input: FloatType
     integers: bool = False
 
     @property
@@ -44,7 +44,8 @@ class QuantizerCase:
 
 def quantizer_cases(tiny: bool) -> list[QuantizerCase]:
     """All kernels over the formats of the recipes, widths of the models and odd ones."""
-    kinds = ("none", "gelu", "norm_modulate")
+    kinds: tuple[Before, ...] = ("none", "gelu", "norm_modulate")
+    rows: list[tuple[Before, str, int, int, FloatType]]
     if tiny:
         rows = [(kind, "E2M3", 8, 72, "bf16") for kind in kinds]
         rows += [("none", "INT8", 8, 33, "fp32"), ("norm_modulate", "E4M3", 8, 40, "fp16")]

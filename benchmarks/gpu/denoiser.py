@@ -10,13 +10,13 @@ import copy
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
 from benchmarks.gpu.weights import Packed, dequantized, fake_quantize
+from plugins.gpu.spec import Epilogue
 
 EPSILON, TIME_CHANNELS, SMALL = 1e-6, 256, 0.02
 
@@ -44,7 +44,7 @@ class Linear:
 
     outputs: int
     inputs: int
-    epilogue: Any = "none"
+    epilogue: Epilogue = "none"
 
 
 LINEARS = {

@@ -99,15 +99,15 @@ def triton_alone(case: FusedCase, inputs: dict[str, Tensor], sm: int) -> Tensor:
     """bf16 [M, C] by a Triton kernel in the same tile as the quantizer's."""
     import torch
 
-    from benchmarks.gpu import kernels as gpu_kernels
+    from benchmarks.gpu import kernels
     from plugins.gpu.tiles import row_tile
 
     tile, y = row_tile(case.spec, case.m, sm), torch.empty_like(inputs["x"])
     blocks: dict[str, Any] = {"C": case.channels, "BLOCK": tile.block, "TAIL": tile.tail, **launch_options(tile)}
     if case.kind == "gelu":
-        gpu_kernels.gelu[(case.m,)](inputs["x"], y, **blocks)
+        kernels.gelu[(case.m,)](inputs["x"], y, **blocks)
     else:
-        kernel = gpu_kernels.norm_modulate[(case.m,)]
+        kernel = kernels.norm_modulate[(case.m,)]
         kernel(inputs["x"], inputs["shift"], inputs["scale"], case.tokens, y, EPSILON=EPSILON, **blocks)
     return y
 
@@ -132,7 +132,7 @@ def compiled(case: FusedCase) -> Callable[..., Tensor]:
     return call
 
 
-def copier(context: Context, size_bytes: int) -> Callable[[], Any]:
+def copier(context: Context, size_bytes: int) -> Callable[[], Tensor]:
     """A copy that reads and writes `size_bytes` together."""
     import torch
 
@@ -145,7 +145,7 @@ def measure(context: Context, case: FusedCase, flush: Flush) -> dict[str, Any]:
     size, compiled_plain = case.moved_bytes(True), compiled(case)
     count = sets_for(min(case.read_bytes, size // 2), context.l2_bytes)  # the copy reads half of what it moves
     sets = [inputs_of(context, case) for _ in range(count)]
-    calls: dict[str, list[Callable[[], Any]]] = {
+    calls: dict[str, list[Callable[[], object]]] = {
         FUSED: [partial(fused, case, inputs) for inputs in sets],
         "triton_alone": [partial(triton_alone, case, inputs, context.sm) for inputs in sets],
         "compiled_alone": [partial(compiled_plain, inputs) for inputs in sets],

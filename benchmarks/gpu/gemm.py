@@ -13,13 +13,14 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from benchmarks.gpu import agreement as gpu_agreement
+from benchmarks.gpu import agreement
 from benchmarks.gpu.run import Context, Task, failed_of
 from benchmarks.gpu.targets import LARGE
 from benchmarks.gpu.timing import Flush, contest, rates, sets_for
 from benchmarks.gpu.weights import CHANNEL, EXACT_64, REAL_128, Granularity, Packed, quantize_weight
 from benchmarks.shapes import Shape, gemm_shapes
 from plugins.gpu.spec import GemmSpec, QuantizeSpec
+from plugins.gpu.tile_table import Tile
 from plugins.gpu.tiles import expands_first
 
 if TYPE_CHECKING:
@@ -125,7 +126,7 @@ def caller(name: str, spec: GemmSpec, inputs: Operands) -> Callable[[], Tensor]:
     unit = 2.0 ** -(spec.weight_exponent + spec.operand.shift)
     a_scale, w_scale = inputs.a_scale[:, None], (inputs.packed.scales[:, :1] * unit).t().contiguous()
 
-    calls: dict[str, Callable[[], Any]] = {
+    calls: dict[str, Callable[[], Tensor]] = {
         "fp8_rowwise": lambda: scaled_mm(a, w, a_scale, w_scale),
         "fp8_tensorwise": lambda: scaled_mm(a, w, one, one),
         "bf16": lambda: torch.mm(inputs.a_wide, inputs.w_wide.t()),
@@ -184,7 +185,7 @@ def measure(context: Context, shape: Shape, granularity: Granularity, flush: Flu
     }
 
 
-def _tile(name: str, spec: GemmSpec, m: int, sm: int) -> Any:
+def _tile(name: str, spec: GemmSpec, m: int, sm: int) -> Tile:
     from plugins.gpu import launch
 
     choose = launch.HEURISTICS[name.removesuffix(INT8)]
@@ -207,15 +208,15 @@ def ratios(rows: dict[str, dict[str, Any]]) -> dict[str, dict[str, float]]:
 
 
 def errors_of(calls: dict[str, Callable[[], Tensor]], spec: GemmSpec, inputs: Operands) -> dict[str, float]:
-    """Error of the output of each that computes the same as ours, as gpu_agreement has it."""
+    """Error of the output of each that computes the same as ours, as `agreement` has it."""
     same = [name for name in calls if is_ours(name) or (name == "fp8_rowwise" and not spec.real_groups)]
-    exact = gpu_agreement.exact(spec, inputs.a, inputs.a_scale, inputs.packed)
-    return {name: gpu_agreement.error(calls[name](), exact) for name in same}
+    exact = agreement.exact(spec, inputs.a, inputs.a_scale, inputs.packed)
+    return {name: agreement.error(calls[name](), exact) for name in same}
 
 
 def wrong_of(errors: dict[str, float], spec: GemmSpec, sm: int) -> dict[str, str]:
     """Which of ours are further off than rounding explains, and how far. NaN is."""
-    limits = {name: gpu_agreement.limit(replace(spec, integers=name.endswith(INT8)), sm) for name in errors}
+    limits = {name: agreement.limit(replace(spec, integers=name.endswith(INT8)), sm) for name in errors}
     ours = {name: (error, limits[name]) for name, error in errors.items() if is_ours(name)}
     return {name: f"error {error:.4f}, limit {most:.4f}" for name, (error, most) in ours.items() if not error <= most}
 

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from benchmarks.quality import scorer as quality_scorer
+from benchmarks.quality import scorer
 from export.errors import EnvironmentLacksError
 
 Pictures = NDArray[np.uint8]  # [N, H, W, 3]
@@ -132,7 +132,7 @@ def rehearse(name: str, python: Path) -> None:
 
 def scores(name: str, python: Path, folder: Path) -> list[float]:
     """Of the pictures in a folder, by `scorer.py` in `python`, offline. Raises EnvironmentLacksError."""
-    command = [str(python), quality_scorer.__file__, name, str(folder)]
+    command = [str(python), scorer.__file__, name, str(folder)]
     done = subprocess.run(
         command,
         capture_output=True,
@@ -151,7 +151,7 @@ def scores(name: str, python: Path, folder: Path) -> list[float]:
 METRICS = {
     "fid": Metric(fid_problems, fid),
     "clip": Metric(clip_problems, clip),
-    **{name: _scorer(name) for name in quality_scorer.SCORERS},
+    **{name: _scorer(name) for name in scorer.SCORERS},
 }
 
 

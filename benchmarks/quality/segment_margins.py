@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import record
+from export.checkpoint import QuantizedLinear
 from export.models import load as models
 from export.models.load import LoadedModel
 from export.to_onnx import export_portable
@@ -79,7 +80,12 @@ def targets(recipe: Recipe, others: Sequence[str]) -> Iterator[tuple[str, str, R
 
 
 def measured(
-    target: str, model: LoadedModel, layers: Any, graph: LoweredGraph, float_study: Study, arithmetic: Arithmetic
+    target: str,
+    model: LoadedModel,
+    layers: Sequence[QuantizedLinear],
+    graph: LoweredGraph,
+    float_study: Study,
+    arithmetic: Arithmetic,
 ) -> dict[str, Any]:
     """The worst stretch of a lowered graph."""
     report, probed = Report(), float_study.probed
