@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import argparse
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
 
 from export.errors import EnvironmentLacksError, UserError
 from pipeline import machine
@@ -111,7 +111,7 @@ CHECKS: tuple[Callable[[], Check], ...] = (
 )
 
 
-def work(args: Any, answer: Answer) -> int:
+def work(args: argparse.Namespace, answer: Answer) -> int:
     """Answer with all checks; exit 3 if something is missing that is needed: by the default build where the compiler is
     installed, by a bundle in any case."""
     compiler = find_spec(SIGN_OF_THE_COMPILER) is not None

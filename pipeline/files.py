@@ -10,7 +10,6 @@ import re
 import shutil
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
 
 from export.documents import open_file
 from export.errors import RecipeError
@@ -51,12 +50,12 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
-def sha256_json(document: Any) -> str:
+def sha256_json(document: object) -> str:
     """SHA-256 of a JSON document, whatever the order of its keys."""
     return hashlib.sha256(json.dumps(document, sort_keys=True).encode()).hexdigest()
 
 
-def write_json(path: Path, document: Any) -> None:
+def write_json(path: Path, document: object) -> None:
     """Write a JSON file through a temporary name, so that a reader finds the old one or the new one."""
     part = path.with_name(path.name + ".part")
     part.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")

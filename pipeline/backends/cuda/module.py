@@ -14,7 +14,7 @@ float model's either way (36.6 and 36.2 dB).
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -47,7 +47,7 @@ class Step:
     """
 
     name: str
-    run: Any
+    run: Callable[..., Any]
     inputs: tuple[str, ...]
     types: tuple[torch.dtype | None, ...]
     outputs: tuple[str, ...]

@@ -2,7 +2,7 @@
 
 The kernels are compiled for every GPU of the recipe before the builder starts; they travel as text in an attribute of
 their node and from there into the engine. What is proven: the graph of fused ops, in stock onnxruntime, linear by
-linear; each kernel against its NumPy meaning, in Triton's interpreter (tests); and that the engine's plan has every
+linear; each kernel against its NumPy reference, in Triton's interpreter (tests); and that the engine's plan has every
 plugin, with its weight packed. The engine itself is compiled, not run.
 """
 
@@ -22,8 +22,9 @@ from export.errors import EnvironmentLacksError
 from pipeline.backends.fused.lower import LowerCuda
 from pipeline.backends.tensorrt.build import BuildFacts, build_engine, shape_bounds
 from pipeline.backends.tensorrt.plan_file import EngineFile, check_plugins, read_engine_file
-from pipeline.backends.tensorrt.plugin_graph import KernelNode, lower_fused, plugin_graph
+from pipeline.backends.tensorrt.plugin_graph import Bounds, KernelNode, lower_fused, plugin_graph
 from pipeline.passes.probes import Choice
+from plugins.gpu.spec import GemmSpec, QuantizeSpec
 from plugins.gpu.tiles import prefers_integers
 from plugins.tensorrt import rtx_loader, rtx_plugin
 from plugins.tensorrt.payload import FIELD, NAMESPACE, PLUGINS, VERSION, Payload, compile_payload, compile_problems
@@ -34,7 +35,7 @@ GRAPH = "engine.onnx"
 REMEDY = "use another format, or --target rtx --set rtx.path=native"
 # What a path of a quantized linear begins with where a plugin computes it.
 PLUGIN = "plugin"
-# Of an engine that is not run: the graph that is proven has the meaning of its plugins, not their code.
+# Of an engine that is not run: the graph that is proven computes what its plugins do, by other code.
 PLUGINS_APART = "kernels in its plugins are proven by the tests in Triton's interpreter, not here"
 PROOF = (
     "linears are proven in the graph of fused ops through onnxruntime, kernels in Triton's interpreter by the tests; "
@@ -74,7 +75,7 @@ def write_graph(
     all; sms: the GPUs that it is for. Raises ContractError for an op without a plugin.
     """
     model = onnx.load(lowered, load_external_data=False)
-    payloads: dict[Any, Payload] = {}
+    payloads: dict[tuple[str, GemmSpec | QuantizeSpec, Bounds], Payload] = {}
 
     def plugin_of(node: KernelNode) -> tuple[str, dict[str, Any]]:
         key = (node.kernel, node.spec, node.rows)
