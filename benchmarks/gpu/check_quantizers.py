@@ -55,8 +55,8 @@ def quantizer_cases(tiny: bool) -> list[QuantizerCase]:
         rows += [(kind, fmt, 64, 1408, "fp16") for kind in kinds]
     rows += [("none", "E2M3", 33, c, "fp32") for c in (1, 257, 6144)]
     rows += [("norm_modulate", "E2M3", 32, 1000, "fp32"), ("norm_modulate", "INT8", 4096, 1152, "bf16")]
-    images = [QuantizerCase(kind, "E2M3", 64, 1152, "bf16", integers=True) for kind in kinds]
-    return [*(QuantizerCase(*row) for row in rows), *images]
+    as_integers = [QuantizerCase(kind, "E2M3", 64, 1152, "bf16", integers=True) for kind in kinds]
+    return [*(QuantizerCase(*row) for row in rows), *as_integers]
 
 
 def rows_of(case: QuantizerCase, seed: int = 0) -> Array:

@@ -1,6 +1,6 @@
 """GEMMs at the shapes of the models: ours with 4-bit weights against FP8 and bf16 of PyTorch (cuBLASLt, CUTLASS).
 
-Ours multiply E4M3 bytes, or with "_int8" INT8 images of the same codes. All read cold operands
+Ours multiply E4M3 bytes, or with "_int8" INT8 integers of the same codes. All read cold operands
 (benchmarks/gpu/timing.py) and write bf16. The FP8 contestants get the very bytes that ours multiply, so the row-wise
 one gives the same outputs up to its accumulation. Bias is left out of theirs. The row says how far each output is from
 the exact one ("error"), and which of ours are further off than rounding explains ("wrong").
@@ -39,15 +39,15 @@ SECONDS = 0.5  # of timing, for each row
 class Operands:
     """One set of inputs. a u8 [M, K], a_scale f32 [M]; w as packed; expanded u8 [N, K]; a_wide, w_wide bf16; bias.
 
-    images, expanded_images: a and expanded for INT8 tensor cores.
+    a_int8, expanded_int8: a and expanded for INT8 tensor cores.
     """
 
     a: Tensor
-    images: Tensor
+    a_int8: Tensor
     a_scale: Tensor
     packed: Packed
     expanded: Tensor
-    expanded_images: Tensor
+    expanded_int8: Tensor
     a_wide: Tensor
     w_wide: Tensor
     bias: Tensor
@@ -73,9 +73,9 @@ def operands(context: Context, shape: Shape, granularity: Granularity) -> Operan
         codes, scale = launch.quantize(QuantizeSpec(ACTIVATION, shape.k, input="bf16", integers=integers), a)
         spec = spec_of(shape, granularity, integers)
         forms.append((codes, launch.expand(spec, packed.codes, multiplier_codes=packed.multiplier_codes)))
-    (codes, expanded), (images, expanded_images) = forms
+    (codes, expanded), (a_int8, expanded_int8) = forms
     bias = torch.zeros(shape.n, device=context.device)
-    return Operands(codes, images, scale, packed, expanded, expanded_images, a, w, bias)
+    return Operands(codes, a_int8, scale, packed, expanded, expanded_int8, a, w, bias)
 
 
 def moved_bytes(shape: Shape, granularity: Granularity, contestant: str) -> int:
@@ -106,9 +106,9 @@ def our_caller(name: str, spec: GemmSpec, inputs: Operands) -> Callable[[], Tens
     """A call of one of our kernels on one set of inputs, `spec` being of the operands that it multiplies."""
     from plugins.gpu import launch
 
-    a, rest = inputs.images if spec.integers else inputs.a, (inputs.packed.scales, inputs.bias)
+    a, rest = inputs.a_int8 if spec.integers else inputs.a, (inputs.packed.scales, inputs.bias)
     if name.startswith("expanded"):
-        w = inputs.expanded_images if spec.integers else inputs.expanded
+        w = inputs.expanded_int8 if spec.integers else inputs.expanded
         return partial(launch.expanded_gemm, spec, a, inputs.a_scale, w, *rest)
     codes = inputs.packed.multiplier_codes
     packed = partial(launch.packed_gemm, spec, a, inputs.a_scale, inputs.packed.codes, *rest, multiplier_codes=codes)

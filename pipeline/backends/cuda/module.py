@@ -72,7 +72,7 @@ class LoweredModule(nn.Module):
 
     def __init__(self, model: ir.Model, activations: str = "fp32", weights: str = "packed") -> None:
         """activations: "fp32" or "fp16". weights: "packed", "expanded" or "auto". The visible GPU decides where codes
-        that may be either are INT8 images. Raises ContractError for a graph that the executor does not know, naming the
+        that may be either are INT8. Raises ContractError for a graph that the executor does not know, naming the
         nodes."""
         super().__init__()
         self.prefers_integers = prefers_integers([visible_sm()])
@@ -203,7 +203,7 @@ class LoweredModule(nn.Module):
         self.steps.append(Step(str(node.name), gemm, inputs, types, (y,)))
 
     def _choices(self, node: ir.Node) -> dict[str, Any]:
-        """Attributes of a node of the dialect, and whether its codes are INT8 images by choice."""
+        """Attributes of a node of the dialect, and whether its codes are INT8 integers by choice."""
         return _attributes(node) | {
             "integers": takes_integers(node.metadata_props.get(OPERANDS_KEY), self.prefers_integers)
         }

@@ -82,7 +82,7 @@ def plugin_graph(
     """Turn the fused ops of `model` into plugin nodes, in place; its weights may stay in their file.
 
     bounds: input -> (smallest, usual, largest) shape. plugin: name of a node's plugin, and the attributes that rebuild
-    it. integers: whether codes are INT8 images where the lowering left that to the GPU. Raises ContractError for an op
+    it. integers: whether codes are INT8 where the lowering left that to the GPU. Raises ContractError for an op
     without a plugin.
     """
     constants = {tensor.name: tensor for tensor in model.graph.initializer}
