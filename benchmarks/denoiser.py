@@ -152,12 +152,12 @@ def load_and_memory(folder: Path, paths: list[str], inputs: Arrays) -> dict[str,
     np.savez(folder / "inputs.npz", allow_pickle=False, **inputs)
     places = {f"engine{PATHS[path]}": ("engine", folder / f"cpu{PATHS[path]}") for path in paths}
     places |= {name: ("onnxruntime", folder / f"{name}.onnx") for name in BASELINES}
-    found = {}
+    medians = {}
     for name, (kind, path) in places.items():
         command = [sys.executable, "-c", LOAD_CODE, kind, str(path), str(folder / "inputs.npz")]
         runs = [json.loads(subprocess.run(command, check=True, capture_output=True).stdout) for _ in range(LOADS)]
-        found[name] = {key: median(run[key] for run in runs) for key in runs[0]}
-    return found
+        medians[name] = {key: median(run[key] for run in runs) for key in runs[0]}
+    return medians
 
 
 def machine_slug() -> str:

@@ -21,10 +21,10 @@ def commit() -> str:
     DITC_COMMIT says, "" without it."""
     root = Path(__file__).resolve().parent
     try:
-        found = [_git(root, "rev-parse", "--short=12", "HEAD"), _git(root, "status", "--porcelain", "-uno")]
+        head, changes = _git(root, "rev-parse", "--short=12", "HEAD"), _git(root, "status", "--porcelain", "-uno")
     except (OSError, subprocess.CalledProcessError):
         return os.environ.get("DITC_COMMIT", "")
-    return found[0] + ("+" if found[1] else "")
+    return head + ("+" if changes else "")
 
 
 def _git(folder: Path, *arguments: str) -> str:
@@ -48,7 +48,7 @@ def write(name: str, document: dict[str, Any], folder: Path = RESULTS) -> Path:
     return path
 
 
-def markdown(header: Iterable[str], rows: Iterable[Iterable[Any]]) -> str:
+def markdown(header: Iterable[str], rows: Iterable[Iterable[object]]) -> str:
     """A Markdown table."""
     titles = list(header)
     lines = [titles, ["---"] * len(titles), *([str(cell) for cell in row] for row in rows)]

@@ -146,12 +146,12 @@ class Answer:
         if not self.as_json:
             self._write(text)
 
-    def event(self, **fields: Any) -> None:
+    def event(self, **fields: object) -> None:
         """One JSON line; nothing without --json."""
         if self.as_json:
             self._write(json.dumps(fields, default=str))
 
-    def document(self, document: Any, *parts: Part) -> None:
+    def document(self, document: object, *parts: Part) -> None:
         """The whole answer of a verb: `document` with --json, else the parts below each other: tables and paragraphs.
 
         On a terminal they fit its width; anywhere else a row is a line, without colours, whatever its length.
@@ -178,7 +178,7 @@ class Answer:
         os.close(nowhere)
 
 
-Work = Callable[[Any, Answer], int]
+Work = Callable[[argparse.Namespace, Answer], int]
 
 
 def run(verb_parser: Parser, work: Work, argv: Sequence[str] | None = None, verdict: bool = False) -> int:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import argparse
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
 
 from export.errors import EnvironmentLacksError, UserError
 from pipeline import machine
@@ -30,8 +30,8 @@ SIGN_OF_THE_COMPILER = "onnxscript"
 
 
 def python_check() -> Check:
-    found = ".".join(map(str, sys.version_info[:3]))
-    return Check("python", sys.version_info[:2] >= MINIMUM_PYTHON, found, True, "install Python 3.11 or newer")
+    version = ".".join(map(str, sys.version_info[:3]))
+    return Check("python", sys.version_info[:2] >= MINIMUM_PYTHON, version, True, "install Python 3.11 or newer")
 
 
 def tool_checks() -> list[Check]:
@@ -59,17 +59,17 @@ def _install(module: str) -> str:
 def gpu_check() -> Check:
     sm = machine.cuda_sm()
     targets = ", ".join(name for name, backend in BACKENDS.items() if backend.needs_gpu)
-    found = f"SM {sm}" if sm else "none visible"
-    return Check("NVIDIA GPU", sm > 0, found, False, f"only needed to run the targets {targets}")
+    gpu = f"SM {sm}" if sm else "none visible"
+    return Check("NVIDIA GPU", sm > 0, gpu, False, f"only needed to run the targets {targets}")
 
 
 def memory_check() -> Check:
     import psutil
 
     memory = psutil.virtual_memory()
-    found = f"{memory.available / GIB:.1f} GiB free of {memory.total / GIB:.1f}"
+    free = f"{memory.available / GIB:.1f} GiB free of {memory.total / GIB:.1f}"
     return Check(
-        "memory", memory.available >= NEEDED_MEMORY_BYTES, found, True, "close other programs: 2 GiB are needed"
+        "memory", memory.available >= NEEDED_MEMORY_BYTES, free, True, "close other programs: 2 GiB are needed"
     )
 
 
@@ -111,7 +111,7 @@ CHECKS: tuple[Callable[[], Check], ...] = (
 )
 
 
-def work(args: Any, answer: Answer) -> int:
+def work(args: argparse.Namespace, answer: Answer) -> int:
     """Answer with all checks; exit 3 if something is missing that is needed: by the default build where the compiler is
     installed, by a bundle in any case."""
     compiler = find_spec(SIGN_OF_THE_COMPILER) is not None

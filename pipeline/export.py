@@ -20,13 +20,13 @@ DESCRIPTION = "Write a calibrated checkpoint as one portable ONNX model; the flo
 
 def make_parser() -> Parser:
     """All flags of `export`."""
-    made = parser("export", DESCRIPTION)
-    made.add_argument("checkpoint", type=Path, help="a folder that `calibrate` wrote")
-    made.add_argument("-o", "--output-dir", type=Path, metavar="DIR", required=True, help="where to write model.onnx")
-    made.add_argument("--height", type=int, default=0, help="of the image in pixels (default: the model's own)")
-    made.add_argument("--width", type=int, default=0, help="of the image in pixels (default: the model's own)")
-    made.add_argument("--force", action="store_true", help="replace an earlier export in the folder")
-    return made
+    flags = parser("export", DESCRIPTION)
+    flags.add_argument("checkpoint", type=Path, help="a folder that `calibrate` wrote")
+    flags.add_argument("-o", "--output-dir", type=Path, metavar="DIR", required=True, help="where to write model.onnx")
+    flags.add_argument("--height", type=int, default=0, help="of the image in pixels (default: the model's own)")
+    flags.add_argument("--width", type=int, default=0, help="of the image in pixels (default: the model's own)")
+    flags.add_argument("--force", action="store_true", help="replace an earlier export in the folder")
+    return flags
 
 
 def work(args: argparse.Namespace, answer: Answer) -> int:

@@ -10,7 +10,6 @@ import re
 import shutil
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
 
 from export.documents import open_file
 from export.errors import RecipeError
@@ -51,12 +50,12 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
-def sha256_json(document: Any) -> str:
+def sha256_json(document: object) -> str:
     """SHA-256 of a JSON document, whatever the order of its keys."""
     return hashlib.sha256(json.dumps(document, sort_keys=True).encode()).hexdigest()
 
 
-def write_json(path: Path, document: Any) -> None:
+def write_json(path: Path, document: object) -> None:
     """Write a JSON file through a temporary name, so that a reader finds the old one or the new one."""
     part = path.with_name(path.name + ".part")
     part.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
@@ -96,11 +95,11 @@ def lock(folder: Path, who: str) -> int:
 
 def _holder(descriptor: int) -> str:
     """The process that locked a file, in words; "" where the system does not tell (Linux does)."""
-    table, wanted = Path("/proc/locks"), os.fstat(descriptor)
-    place = f"{os.major(wanted.st_dev):02x}:{os.minor(wanted.st_dev):02x}:{wanted.st_ino}"
+    table, locked = Path("/proc/locks"), os.fstat(descriptor)
+    place = f"{os.major(locked.st_dev):02x}:{os.minor(locked.st_dev):02x}:{locked.st_ino}"
     rows = [line.split() for line in table.read_text(encoding="utf-8").splitlines()] if table.is_file() else []
-    found = [row[4] for row in rows if len(row) > 5 and row[1] == "FLOCK" and row[5] == place]
-    return f" (process {found[0]})" if found else ""
+    holders = [row[4] for row in rows if len(row) > 5 and row[1] == "FLOCK" and row[5] == place]
+    return f" (process {holders[0]})" if holders else ""
 
 
 def _is_at(descriptor: int, path: Path) -> bool:
@@ -134,11 +133,11 @@ def refuse_in_bundle(folders: Iterable[Path], path: Path, flag: str) -> None:
 
 def tree(folder: Path) -> list[str]:
     """All files and links under `folder` as relative posix paths, sorted; linked folders are not entered."""
-    found = []
+    paths = []
     for parent, folders, names in os.walk(folder):
         links = [name for name in folders if os.path.islink(os.path.join(parent, name))]
-        found += [(Path(parent) / name).relative_to(folder).as_posix() for name in names + links]
-    return sorted(found)
+        paths += [(Path(parent) / name).relative_to(folder).as_posix() for name in names + links]
+    return sorted(paths)
 
 
 def sync_tree(folder: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Sequence
 from importlib import resources
 from importlib.util import find_spec
@@ -80,7 +81,7 @@ def method_rows() -> list[dict[str, Any]]:
     ]
 
 
-def work(args: Any, answer: Answer) -> int:
+def work(args: argparse.Namespace, answer: Answer) -> int:
     """Answer with everything there is to choose from."""
     document = {"recipes": recipe_rows(), "models": [f"zoo:{name}" for name in zoo_models()], "targets": target_rows()}
     document["methods"] = method_rows()

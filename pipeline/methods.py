@@ -86,23 +86,23 @@ class MethodRow:
     options: Mapping[str, Option] = field(default_factory=dict)
     activations: Scalings = per_token
 
-    def resolve(self, preset: str, given: Mapping[str, Any]) -> dict[str, Scalar]:
+    def resolve(self, preset: str, chosen: Mapping[str, Any]) -> dict[str, Scalar]:
         """Every option's value. Raises RecipeError for an option that the method does not have, or a wrong type."""
-        unknown = sorted(set(given) - set(self.options))
+        unknown = sorted(set(chosen) - set(self.options))
         if unknown:
             known = ", ".join(self.options) or "none"
             raise RecipeError(f"calibrate.options: {self.name} has no option {unknown[0]!r}; it has {known}")
         values = {name: option.value(preset) for name, option in self.options.items()}
-        for name, value in given.items():
+        for name, value in chosen.items():
             try:
                 values[name] = self.options[name].read(value)
             except ValueError as error:
                 raise RecipeError(f"calibrate.options.{name} of {self.name}: {error}") from error
         return values
 
-    def deciding(self, given: Mapping[str, Any]) -> dict[str, Any]:
+    def deciding(self, chosen: Mapping[str, Any]) -> dict[str, Any]:
         """The given options that the layers depend on."""
-        return {name: value for name, value in given.items() if self.options[name].decides}
+        return {name: value for name, value in chosen.items() if self.options[name].decides}
 
     def load(self) -> Any:
         """The method's class."""

@@ -38,13 +38,13 @@ def track(items: Iterable[T], total: int, label: str, first: int = 0, every_s: f
             raise_if_stopped()
             yield item
         return
-    started = told = time.monotonic()
+    started = reported = time.monotonic()
     for count, item in enumerate(items, 1):
         raise_if_stopped()
         yield item
         now = time.monotonic()
-        if count == 1 or now - told >= every_s or first + count == total:
-            told = now
+        if count == 1 or now - reported >= every_s or first + count == total:
+            reported = now
             eta = eta_text(count, total - first, now - started)
             logger.info("%s: %d of %d, %.0f s gone, ETA %s", label, first + count, total, now - started, eta)
 

@@ -1,7 +1,7 @@
 """Correctness and speed of the GPU kernels: `python -m benchmarks.gpu` on a machine with an NVIDIA GPU and PyTorch.
 
-Every kernel is checked with its NumPy reference first; then the FP8 accumulator is probed, and GEMMs, fused quantizers
-and a whole denoiser are timed against what PyTorch offers. Needs PyTorch, Triton, NumPy and ml_dtypes and nothing else,
+Every kernel is checked against its NumPy reference first; then the FP8 accumulator is probed, and GEMMs, fused
+quantizers and a whole denoiser are timed against what PyTorch offers. Needs PyTorch, Triton, NumPy and ml_dtypes only,
 takes under 8 minutes, and writes benchmarks/results/gpu_NAME.json row by row. Exit code 0; 3 without a GPU; 4 if a
 result was wrong; 1 if something else failed or was not reached.
 
@@ -115,15 +115,15 @@ def _forget(row: dict[str, Any]) -> None:
 
 def short(row: dict[str, Any]) -> str:
     """A row on one line: its name, verdict and ratios."""
-    told = [str(row["name"])]
-    told += [f"{key} {row[key]}" for key in ("failed", "skipped", "differ") if key in row]
+    parts = [str(row["name"])]
+    parts += [f"{key} {row[key]}" for key in ("failed", "skipped", "differ") if key in row]
     if "passed" in row:
-        told.append("ok" if row["passed"] else f"WRONG {row}")
+        parts.append("ok" if row["passed"] else f"WRONG {row}")
     for name, part in row.get("contestants", {}).items():
-        told.append(f"{name} {part['latency_ms'] * 1e3:.1f} us")
-    told += [f"{key} {value}" for key, value in row.get("ratios", {}).items()]
-    told += [f"without {name} ({why})" for name, why in row.get("refused", {}).items()]
-    return "; ".join(told)
+        parts.append(f"{name} {part['latency_ms'] * 1e3:.1f} us")
+    parts += [f"{key} {value}" for key, value in row.get("ratios", {}).items()]
+    parts += [f"without {name} ({why})" for name, why in row.get("refused", {}).items()]
+    return "; ".join(parts)
 
 
 def exit_code(command: list[str], seconds: float) -> int:
@@ -163,11 +163,11 @@ def chosen(names: Sequence[str], check_only: bool) -> list[Section]:
     return [section for section in SECTIONS if not names or section.name in (*names, "check")]
 
 
-def measure(sections: list[Section], results: Results, wanted: Sequence[str]) -> None:
+def measure(sections: list[Section], results: Results, names: Sequence[str]) -> None:
     """Run sections one after the other within TOTAL_S. A check of the same code is not repeated unless asked for."""
     clock = Clock(TOTAL_S)
     for index, section in enumerate(sections):
-        if section.name == "check" and wanted and "check" not in wanted and is_checked(results.document):
+        if section.name == "check" and names and "check" not in names and is_checked(results.document):
             print("check: passed before with this code and these tools", flush=True)
             continue
         seconds = clock.left - sum(later.budget_s for later in sections[index + 1 :])
@@ -204,11 +204,11 @@ def finish(results: Results) -> int:
     late = [
         (f"within {part['budget_s']:.0f} s of {name}", row) for name, part in sections for row in part["not_reached"]
     ]
-    found, others = wrong(results.document), broken(results.document)
+    wrong_names, others = wrong(results.document), broken(results.document)
     lines = [f"NOT REACHED {where}: {row}" for where, row in late]
-    lines += [*(f"WRONG {name}" for name in found), *(f"FAILED {name}" for name in others)]
+    lines += [*(f"WRONG {name}" for name in wrong_names), *(f"FAILED {name}" for name in others)]
     print("\n".join(lines))
-    if found:
+    if wrong_names:
         return ParityError.exit_code
     return 1 if others or late else 0
 

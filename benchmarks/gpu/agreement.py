@@ -24,13 +24,13 @@ def exact(spec: GemmSpec, a: Tensor, a_scale: Tensor, packed: Packed) -> Tensor:
     import torch
 
     values = a.view(torch.float8_e4m3fn).double() * 2.0 ** -operand_of(spec.activation).shift
-    found: Tensor = (values * a_scale[:, None].double()) @ dequantized(packed).double().t()
-    return found
+    y: Tensor = (values * a_scale[:, None].double()) @ dequantized(packed).double().t()
+    return y
 
 
-def error(y: Tensor, wanted: Tensor) -> float:
-    """Norm of the difference over the norm of `wanted`."""
-    return float((y.double() - wanted).norm() / wanted.norm())
+def error(y: Tensor, reference: Tensor) -> float:
+    """Norm of the difference over the norm of `reference`."""
+    return float((y.double() - reference).norm() / reference.norm())
 
 
 def limit(spec: GemmSpec, sm: int) -> float:

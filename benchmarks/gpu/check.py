@@ -22,7 +22,7 @@ from export.formats.format import get_format, pack
 from export.formats.operands import exact_sum_limit
 from plugins.gpu import reference
 from plugins.gpu.promotion import FP32_BITS, accumulator_bits, promotion_of
-from plugins.gpu.spec import GemmSpec, PackSpec, operand_bytes
+from plugins.gpu.spec import Epilogue, FloatType, GemmSpec, PackSpec, operand_bytes
 from plugins.gpu.table import kernel
 from plugins.gpu.tile_table import Tile
 from plugins.gpu.tiles import architecture, product_type
@@ -45,8 +45,8 @@ class GemmCase:
     k: int
     granularity: Granularity = CHANNEL
     zero_point: bool = False
-    epilogue: Any = "none"
-    output: Any = "bf16"
+    epilogue: Epilogue = "none"
+    output: FloatType = "bf16"
     integers: bool = False
 
     @property
@@ -133,23 +133,23 @@ def inputs_of(case: GemmCase, seed: int = 0, sm: int = 0) -> dict[str, Array]:
     """NumPy inputs of packed_gemm by argument name; gate and residual are float32 numbers of the output type."""
     rng, spec = np.random.default_rng(seed), case.spec
     table = len(spec.multipliers)
-    found: dict[str, Array] = {
+    arrays: dict[str, Array] = {
         "a": codes_for(case, rng, sm),
         "a_scale": rng.uniform(0.01, 0.1, case.m).astype(np.float32),
         "w": pack(rng.integers(0, 16, (case.n, case.k)).astype(np.uint8), 4),
         "w_scales": rng.uniform(0.001, 0.01, (case.n, spec.scale_groups)).astype(np.float32),
         "bias": rng.standard_normal(case.n).astype(np.float32),
     }
-    found["a_scale"][: case.m > 1] = np.nan  # what the quantizers give a token with NaN or Inf
+    arrays["a_scale"][: case.m > 1] = np.nan  # what the quantizers give a token with NaN or Inf
     if spec.has_multipliers:
-        found["multiplier_codes"] = pack(rng.integers(0, table, (case.n, spec.groups)).astype(np.uint8), 4)
+        arrays["multiplier_codes"] = pack(rng.integers(0, table, (case.n, spec.groups)).astype(np.uint8), 4)
     if case.zero_point:
-        found["a_zero"] = rng.uniform(-1, 0, case.m).astype(np.float32)
-        found["w_sums"] = rng.standard_normal(case.n).astype(np.float32)
+        arrays["a_zero"] = rng.uniform(-1, 0, case.m).astype(np.float32)
+        arrays["w_sums"] = rng.standard_normal(case.n).astype(np.float32)
     if spec.has_gate:
-        found["gate"] = _halves(rng.standard_normal((2, case.n)))
-        found["residual"] = _halves(rng.standard_normal((case.m, case.n)))
-    return found
+        arrays["gate"] = _halves(rng.standard_normal((2, case.n)))
+        arrays["residual"] = _halves(rng.standard_normal((case.m, case.n)))
+    return arrays
 
 
 def _halves(x: Array) -> Array:
@@ -170,8 +170,8 @@ def check_gemm(context: Context, case: GemmCase) -> dict[str, Any]:
     row: dict[str, Any] = {"of": sums.size, "passed": True}
     for name in GEMMS:
         differ = int((run_gemm(context, plain, ones, name, 0) != sums).sum())
-        found = run_gemm(context, case.spec, arrays, name, tokens)
-        worst = over(found - expected, limit, np.isnan(expected) == np.isnan(found))
+        y = run_gemm(context, case.spec, arrays, name, tokens)
+        worst = over(y - expected, limit, np.isnan(expected) == np.isnan(y))
         row[name] = {"sums_differ": differ, "error_over_allowed": worst}
         row["passed"] = row["passed"] and differ == 0 and worst <= 1
     return row
@@ -238,8 +238,8 @@ def check_repack(context: Context, case: GemmCase) -> dict[str, Any]:
     packed = launch.pack(context.tensor(codes)).cpu().numpy()
     weight = {key: context.tensor(arrays[key]) for key in ("w", "multiplier_codes") if key in arrays}
     expanded = launch.expand(case.spec, **weight).cpu().numpy()
-    (wanted,) = reference.expand(case.spec, arrays["w"], arrays.get("multiplier_codes"))
-    differ = int((packed != reference.pack(PackSpec(case.k), codes)[0]).sum()), int((expanded != wanted).sum())
+    (expected,) = reference.expand(case.spec, arrays["w"], arrays.get("multiplier_codes"))
+    differ = int((packed != reference.pack(PackSpec(case.k), codes)[0]).sum()), int((expanded != expected).sum())
     return {"pack_differ": differ[0], "expand_differ": differ[1], "passed": differ == (0, 0)}
 
 
@@ -249,8 +249,8 @@ def tasks(context: Context) -> list[Task]:
     from benchmarks.gpu.check_timed import timed_tasks
 
     cases = gemm_cases(context.tiny)
-    found = timed_tasks(context) + quantizer_tasks(context)
+    checks = timed_tasks(context) + quantizer_tasks(context)
     repacked = [case for case in cases if case.granularity in (CHANNEL, EXACT_64)]
     repacked = list({(case.weight, case.granularity, case.k, case.integers): case for case in repacked}.values())
-    found += [Task(f"pack, expand {case.name}", partial(check_repack, context, case)) for case in repacked]
-    return found + [Task(f"{' and '.join(GEMMS)} {case.name}", partial(check_gemm, context, case)) for case in cases]
+    checks += [Task(f"pack, expand {case.name}", partial(check_repack, context, case)) for case in repacked]
+    return checks + [Task(f"{' and '.join(GEMMS)} {case.name}", partial(check_gemm, context, case)) for case in cases]

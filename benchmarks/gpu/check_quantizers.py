@@ -1,4 +1,4 @@
-"""Are the quantizers right? Tokens of all magnitudes, zeros, NaN, Inf and outliers, against the NumPy references."""
+"""Are the quantizers right? Tokens of all magnitudes, with zeros, NaN, Inf and outliers, against NumPy references."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from benchmarks.gpu.run import Context, Task
 from plugins.gpu.launch import KERNEL_OF
 from plugins.gpu.reference import byte_values
-from plugins.gpu.spec import QuantizeSpec
+from plugins.gpu.spec import Before, FloatType, QuantizeSpec
 from plugins.gpu.table import kernel
 
 Array = NDArray[Any]
@@ -26,11 +26,11 @@ STEPS = 64
 class QuantizerCase:
     """One quantizer to check on x [M, C]."""
 
-    before: Any
+    before: Before
     format: str
     m: int
     c: int
-    input: Any
+    input: FloatType
     integers: bool = False
 
     @property
@@ -44,7 +44,8 @@ class QuantizerCase:
 
 def quantizer_cases(tiny: bool) -> list[QuantizerCase]:
     """All kernels over the formats of the recipes, widths of the models and odd ones."""
-    kinds = ("none", "gelu", "norm_modulate")
+    kinds: tuple[Before, ...] = ("none", "gelu", "norm_modulate")
+    rows: list[tuple[Before, str, int, int, FloatType]]
     if tiny:
         rows = [(kind, "E2M3", 8, 72, "bf16") for kind in kinds]
         rows += [("none", "INT8", 8, 33, "fp32"), ("norm_modulate", "E4M3", 8, 40, "fp16")]
@@ -54,8 +55,8 @@ def quantizer_cases(tiny: bool) -> list[QuantizerCase]:
         rows += [(kind, fmt, 64, 1408, "fp16") for kind in kinds]
     rows += [("none", "E2M3", 33, c, "fp32") for c in (1, 257, 6144)]
     rows += [("norm_modulate", "E2M3", 32, 1000, "fp32"), ("norm_modulate", "INT8", 4096, 1152, "bf16")]
-    images = [QuantizerCase(kind, "E2M3", 64, 1152, "bf16", integers=True) for kind in kinds]
-    return [*(QuantizerCase(*row) for row in rows), *images]
+    as_integers = [QuantizerCase(kind, "E2M3", 64, 1152, "bf16", integers=True) for kind in kinds]
+    return [*(QuantizerCase(*row) for row in rows), *as_integers]
 
 
 def rows_of(case: QuantizerCase, seed: int = 0) -> Array:
@@ -73,14 +74,13 @@ def check_quantizer(context: Context, case: QuantizerCase) -> dict[str, Any]:
     from plugins.gpu import launch
 
     x, extra = rows_of(case), _modulation(case)
-    given = {key: context.tensor(value).to(context.dtype(case.input)) for key, value in {"x": x, **extra}.items()}
+    tensors = {key: context.tensor(value).to(context.dtype(case.input)) for key, value in {"x": x, **extra}.items()}
     tokens = case.m // 2 if extra else 0
-    codes, scales = launch.quantize(case.spec, **given, tokens=tokens)
-    found, found_scales = codes.cpu().numpy(), scales.cpu().numpy()
+    codes, scales = (output.cpu().numpy() for output in launch.quantize(case.spec, **tensors, tokens=tokens))
     sizes = {"tokens": tokens} if extra else {}
-    wanted, wanted_scales = kernel(KERNEL_OF[case.before]).reference(case.spec, x, **extra, **sizes)
-    worst = worst_code(case, (found, found_scales), (wanted, wanted_scales), before_scale(case, x, extra))
-    differ = int((found != wanted).sum()), int((~_same(found_scales, wanted_scales)).sum())
+    expected_codes, expected_scales = kernel(KERNEL_OF[case.before]).reference(case.spec, x, **extra, **sizes)
+    worst = worst_code(case, (codes, scales), (expected_codes, expected_scales), before_scale(case, x, extra))
+    differ = int((codes != expected_codes).sum()), int((~_same(scales, expected_scales)).sum())
     exact = case.before == "none"
     passed = differ == (0, 0) if exact else worst <= 1
     return {"codes_differ": differ[0], "scales_differ": differ[1], "of": x.size, "worst_over_allowed": worst} | {
@@ -117,21 +117,21 @@ def before_scale(case: QuantizerCase, x: Array, extra: dict[str, Array]) -> Arra
     return np.asarray(normal * gain + shift)
 
 
-def worst_code(case: QuantizerCase, found: tuple[Array, Array], wanted: tuple[Array, Array], y: Array) -> float:
+def worst_code(case: QuantizerCase, ours: tuple[Array, Array], expected: tuple[Array, Array], y: Array) -> float:
     """How far a code's value lies beyond the nearest code's from the true quotient, over what roundings may do.
 
     The nearest code is at a distance d from y / scale; one chosen from a quotient that is off by e is at most
     d + 2 e away. e is STEPS roundings of the row's largest number.
     """
     values = byte_values(case.format, case.integers)
-    healthy = np.isfinite(wanted[1])
-    if not (np.isfinite(found[1]) == healthy).all() or found[0][~healthy].any():
+    healthy = np.isfinite(expected[1])
+    if not (np.isfinite(ours[1]) == healthy).all() or ours[0][~healthy].any():
         return 1e9
-    scale = wanted[1][healthy, None].astype(np.float64)
+    scale = expected[1][healthy, None].astype(np.float64)
     q = y[healthy] / scale
-    far = [np.abs(values[codes[healthy]] - q) for codes in (found[0], wanted[0])]
+    far = [np.abs(values[codes[healthy]] - q) for codes in (ours[0], expected[0])]
     limit = 2 * STEPS * EPS32 * np.abs(q).max(1, keepdims=True).clip(1e-3)
-    off = np.abs(found[1][healthy] / wanted[1][healthy] - 1) / (STEPS * EPS32)
+    off = np.abs(ours[1][healthy] / expected[1][healthy] - 1) / (STEPS * EPS32)
     worst = max(float(((far[0] - far[1]) / limit).max()), float(off.max()), 0.0)
     return worst if np.isfinite(worst) else 1e9
 

@@ -85,10 +85,10 @@ def of_denoiser_section(context: Context) -> Iterator[TimedGemm]:
 
 def timed_gemms(context: Context) -> list[TimedGemm]:
     """One for each variant, the first that is timed."""
-    found: dict[tuple[Any, ...], TimedGemm] = {}
+    by_variant: dict[tuple[Any, ...], TimedGemm] = {}
     for one in (*of_gemm_section(context), *of_denoiser_section(context)):
-        found.setdefault(one.variant, one)
-    return list(found.values())
+        by_variant.setdefault(one.variant, one)
+    return list(by_variant.values())
 
 
 def check_timed(context: Context, timed: TimedGemm) -> dict[str, Any]:
@@ -96,9 +96,9 @@ def check_timed(context: Context, timed: TimedGemm) -> dict[str, Any]:
     case = timed.small
     arrays, tokens = inputs_of(case, sm=context.sm), case.m // 2 if case.spec.has_gate else 0
     (expected,) = kernel("packed_gemm").reference(case.spec, **arrays, tokens=tokens)
-    found = run_gemm(context, case.spec, arrays, timed.kernel, tokens, timed.tile)
+    y = run_gemm(context, case.spec, arrays, timed.kernel, tokens, timed.tile)
     limit = allowed(case, arrays, expected, tokens, cut=context.interpreted)
-    worst = over(found - expected, limit, np.isnan(expected) == np.isnan(found))
+    worst = over(y - expected, limit, np.isnan(expected) == np.isnan(y))
     return {"tile": str(timed.tile), "error_over_allowed": worst, "of": expected.size, "passed": worst <= 1}
 
 

@@ -10,13 +10,13 @@ import copy
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
 from benchmarks.gpu.weights import Packed, dequantized, fake_quantize
+from plugins.gpu.spec import Epilogue
 
 EPSILON, TIME_CHANNELS, SMALL = 1e-6, 256, 0.02
 
@@ -44,7 +44,7 @@ class Linear:
 
     outputs: int
     inputs: int
-    epilogue: Any = "none"
+    epilogue: Epilogue = "none"
 
 
 LINEARS = {
@@ -112,8 +112,8 @@ Run = Callable[[nn.Module, Tensor, Tensor, Tensor], Tensor]
 
 def run_block(block: nn.Module, x: Tensor, modulation: Tensor, caption: Tensor) -> Tensor:
     """A block as it is; what torch.compile is given."""
-    found: Tensor = block(x, modulation, caption)
-    return found
+    y: Tensor = block(x, modulation, caption)
+    return y
 
 
 class Denoiser(nn.Module):
@@ -137,8 +137,8 @@ class Denoiser(nn.Module):
 
     def resize(self, grid: int) -> None:
         """Take latents of grid x grid patches."""
-        found = positions(grid, self.size.width, grid, max(grid * self.size.patch // 64, 1))
-        self.position = found.to(self.last_table.device, self.last_table.dtype)
+        position = positions(grid, self.size.width, grid, max(grid * self.size.patch // 64, 1))
+        self.position = position.to(self.last_table.device, self.last_table.dtype)
         self.grid = grid
 
     def forward(self, latent: Tensor, timestep: Tensor, caption: Tensor, run: Run = run_block) -> Tensor:
@@ -217,9 +217,9 @@ class FakeQuantLinear(nn.Module):
 
 def fake_quantized(model: Denoiser, weights: list[dict[str, Packed]], activation: str, dtype: torch.dtype) -> Denoiser:
     """`model` in `dtype` with its quantized linears replaced: what the kernels' model is compared with."""
-    made = copy.deepcopy(model).to(dtype)
-    for block, packed in zip(made.blocks, weights, strict=True):
+    quantized = copy.deepcopy(model).to(dtype)
+    for block, packed in zip(quantized.blocks, weights, strict=True):
         for name, weight in packed.items():
             bias = block.linears[name].bias.detach().to(dtype)
             block.linears[name] = FakeQuantLinear(dequantized(weight).to(dtype), bias, activation)
-    return made
+    return quantized

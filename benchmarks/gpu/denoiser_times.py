@@ -30,7 +30,7 @@ from benchmarks.gpu.quantized_denoiser import (
 )
 from benchmarks.gpu.run import Context, Task, failed_of
 from benchmarks.gpu.targets import LARGE_PIXELS
-from benchmarks.gpu.timing import Flush, capture_all, contest, host_milliseconds, interleaved, told
+from benchmarks.gpu.timing import Flush, capture_all, contest, error_line, host_milliseconds, interleaved
 from benchmarks.gpu.weights import EXACT_64, Packed
 from benchmarks.shapes import LATENT_CELL, WORKLOADS
 
@@ -91,7 +91,7 @@ def make_models(context: Context, size: Size) -> Models:
         try:
             models.ours[name] = quantized(bf16, weights, Launched(), expand=form.expand, integers=form.integers)
         except Exception as error:  # the other forms can be measured without it
-            models.refused[name] = told(error)
+            models.refused[name] = error_line(error)
         models.allocated[name] = torch.cuda.memory_allocated() - start
         start = torch.cuda.memory_allocated()
     return models
@@ -109,9 +109,9 @@ def weights_row(models: Models) -> dict[str, Any]:
     }
 
 
-def relative(found: Tensor, wanted: Tensor) -> float:
-    """Norm of the difference over the norm of what is wanted."""
-    return float((found.double() - wanted.double()).norm() / wanted.double().norm())
+def relative(y: Tensor, expected: Tensor) -> float:
+    """Norm of the difference over the norm of `expected`."""
+    return float((y.double() - expected.double()).norm() / expected.double().norm())
 
 
 @torch.no_grad()
@@ -121,13 +121,13 @@ def numbers_row(models: Models, pixels: int) -> dict[str, Any]:
     inputs = sample(models.bf16, 1)
     wide = [x.float() for x in inputs]
     reference = fake_quantized(models.bf16, models.weights, ACTIVATION, torch.float32)
-    wanted = reference(*wide)
+    expected = reference(*wide)
     del reference
-    plain = relative(fake_quantized(models.bf16, models.weights, ACTIVATION, torch.bfloat16)(*inputs), wanted)
-    found = {name: relative(model(*inputs), wanted) for name, model in models.ours.items()}
-    cost = relative(models.bf16(*inputs), wanted)
-    row = {"pixels_compared": pixels, "error": found, "plain_bf16_error": plain, "quantization_costs": cost}
-    passed = all(error <= TIMES_PLAIN * plain for error in found.values())
+    plain = relative(fake_quantized(models.bf16, models.weights, ACTIVATION, torch.bfloat16)(*inputs), expected)
+    errors = {name: relative(model(*inputs), expected) for name, model in models.ours.items()}
+    cost = relative(models.bf16(*inputs), expected)
+    row = {"pixels_compared": pixels, "error": errors, "plain_bf16_error": plain, "quantization_costs": cost}
+    passed = all(error <= TIMES_PLAIN * plain for error in errors.values())
     return {**row, "passed": passed, **failed_of(models.refused, OURS)}
 
 
@@ -210,13 +210,13 @@ def ratios(rows: dict[str, dict[str, Any]]) -> dict[str, float]:
     times = {name: row["latency_ms"] for name, row in rows.items()}
     ours = {name: times[name] for name in OURS if name in times}
     compiled = [times[name] for name in COMPILED if name in times]
-    found = {}
+    speedups = {}
     if ours and "bf16_eager" in times:
-        found["over_eager"] = times["bf16_eager"] / min(ours.values())
+        speedups["over_eager"] = times["bf16_eager"] / min(ours.values())
     if ours and compiled:
-        found["over_compiled"] = min(compiled) / min(ours.values())
-        found |= {f"{name}_over_compiled": min(compiled) / time for name, time in ours.items()}
-    return found
+        speedups["over_compiled"] = min(compiled) / min(ours.values())
+        speedups |= {f"{name}_over_compiled": min(compiled) / time for name, time in ours.items()}
+    return speedups
 
 
 def tasks(context: Context) -> list[Task]:
@@ -226,19 +226,19 @@ def tasks(context: Context) -> list[Task]:
     """
     flush, size = Flush(context.l2_bytes), Size()
     models = cache(partial(make_models, context, size))
-    found = [
+    planned = [
         Task("weights", lambda: weights_row(models())),
         Task(f"numbers at {LEAST_PIXELS} pixels", lambda: numbers_row(models(), LEAST_PIXELS), 5.0),
     ]
     for pixels, batch in SIZES:
         row = partial(_times, models, flush, pixels, batch)
-        found.append(Task(f"{pixels} pixels, batch {batch}", row, 20.0))
+        planned.append(Task(f"{pixels} pixels, batch {batch}", row, 20.0))
     alone = partial(attention_row, size, context.device, flush, LARGE_PIXELS)
-    found.append(Task(f"attention alone at {LARGE_PIXELS} pixels", alone, 4.0))
-    found.append(Task(f"numbers at {LARGE_PIXELS} pixels", lambda: numbers_row(models(), LARGE_PIXELS), 8.0))
+    planned.append(Task(f"attention alone at {LARGE_PIXELS} pixels", alone, 4.0))
+    planned.append(Task(f"numbers at {LARGE_PIXELS} pixels", lambda: numbers_row(models(), LARGE_PIXELS), 8.0))
     whole = partial(_times, models, flush, LARGE_PIXELS, 1, whole=True)
-    return [*found, Task(f"{LARGE_PIXELS} pixels, batch 1, compiled whole", whole, 85.0)]
+    return [*planned, Task(f"{LARGE_PIXELS} pixels, batch 1, compiled whole", whole, 85.0)]
 
 
-def _times(models: Callable[[], Models], *given: Any, **options: Any) -> dict[str, Any]:
-    return times_row(models(), *given, **options)
+def _times(models: Callable[[], Models], *arguments: Any, **options: Any) -> dict[str, Any]:
+    return times_row(models(), *arguments, **options)

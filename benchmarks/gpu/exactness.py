@@ -124,14 +124,14 @@ def operands(context: Context, spec: GemmSpec, pattern: str) -> tuple[Tensor, Te
 
     k, size = spec.in_features, spec.out_features
     generator = torch.Generator(device=context.device).manual_seed(k)
-    found = []
+    matrices = []
     for name, make in zip((spec.activation, WEIGHT), PATTERNS[pattern], strict=True):
         values = get_format(name).values
         positive = np.unique(values[np.isfinite(values) & (values >= 0)])
-        found.append(make(Drawer(context.tensor(positive), generator), size, k))
+        matrices.append(make(Drawer(context.tensor(positive), generator), size, k))
     table = torch.tensor(spec.multipliers, dtype=torch.float64, device=context.device)
     drawn = torch.randint(len(table), (size, spec.groups), generator=generator, device=context.device)
-    return found[0], found[1] * table[drawn].repeat_interleave(k // spec.groups, 1)
+    return matrices[0], matrices[1] * table[drawn].repeat_interleave(k // spec.groups, 1)
 
 
 def e4m3_bytes(values: Tensor, exponent: int) -> Tensor:
@@ -180,27 +180,25 @@ def count(context: Context, spec: GemmSpec, granularity: Granularity, interval: 
     for pattern in PATTERNS:
         a, w = (e4m3_bytes(x, e) for x, e in zip(operands(context, spec, pattern), exponents, strict=True))
         exact = e4m3_value(a).double() @ e4m3_value(w).double().T
-        found = compiled(spec, a, w) if interval is None else probe(a, w, interval, min(TILE, len(a)))
-        differ[pattern] = int((found != exact.float()).sum())
-        worst[pattern] = float(((found - exact).abs() / exact.abs().mean().clamp(min=1e-30)).max())
+        sums = compiled(spec, a, w) if interval is None else probe(a, w, interval, min(TILE, len(a)))
+        differ[pattern] = int((sums != exact.float()).sum())
+        worst[pattern] = float(((sums - exact).abs() / exact.abs().mean().clamp(min=1e-30)).max())
     pair = {"activation": spec.activation, "weight": WEIGHT, "k": spec.in_features, "granularity": granularity.name}
-    return pair | {"interval": interval, "outputs": found.numel(), "differ": differ, "worst_over_mean": worst}
+    return pair | {"interval": interval, "outputs": sums.numel(), "differ": differ, "worst_over_mean": worst}
 
 
 def tasks(context: Context) -> list[Task]:
     """A row for each pair, depth and interval, those of the default recipe first."""
     if not context.has_fp8:
-        told = {
-            "skipped": f"compute capability {context.sm} has no FP8 tensor cores; sums are FP16's, exact in float32"
-        }
-        return [Task("FP8 accumulator", lambda: told)]
-    found = []
+        row = {"skipped": f"compute capability {context.sm} has no FP8 tensor cores; sums are FP16's, exact in float32"}
+        return [Task("FP8 accumulator", lambda: row)]
+    counts = []
     for (activation, granularity), k in itertools.product(PAIRS, DEPTHS):
         spec = spec_of(activation, k, granularity, SIZE)
         for interval in intervals_of(spec, context.sm):
             name = f"{activation} x {WEIGHT}, {granularity.name}, K {k}, {interval_name(interval)}"
-            found.append(Task(name, partial(count, context, spec, granularity, interval)))
-    return found
+            counts.append(Task(name, partial(count, context, spec, granularity, interval)))
+    return counts
 
 
 def intervals_of(spec: GemmSpec, sm: int) -> tuple[int | None, ...]:

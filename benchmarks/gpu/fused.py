@@ -81,46 +81,46 @@ def inputs_of(context: Context, case: FusedCase) -> dict[str, Tensor]:
     def draw(*shape: int) -> Tensor:
         return torch.randn(shape, device=context.device).to(torch.bfloat16)
 
-    found = {"x": draw(case.m, case.channels)}
+    inputs = {"x": draw(case.m, case.channels)}
     if case.kind == "norm_modulate":
-        found |= {"shift": draw(case.batch, case.channels), "scale": draw(case.batch, case.channels)}
-    return found
+        inputs |= {"shift": draw(case.batch, case.channels), "scale": draw(case.batch, case.channels)}
+    return inputs
 
 
-def fused(case: FusedCase, given: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+def fused(case: FusedCase, inputs: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
     """Operand bytes u8 [M, C] and scales f32 [M]."""
     from plugins.gpu import launch
 
     tokens = case.tokens if case.kind == "norm_modulate" else 0
-    return launch.quantize(case.spec, **given, tokens=tokens)
+    return launch.quantize(case.spec, **inputs, tokens=tokens)
 
 
-def triton_alone(case: FusedCase, given: dict[str, Tensor], sm: int) -> Tensor:
+def triton_alone(case: FusedCase, inputs: dict[str, Tensor], sm: int) -> Tensor:
     """bf16 [M, C] by a Triton kernel in the same tile as the quantizer's."""
     import torch
 
-    from benchmarks.gpu import kernels as gpu_kernels
+    from benchmarks.gpu import kernels
     from plugins.gpu.tiles import row_tile
 
-    tile, y = row_tile(case.spec, case.m, sm), torch.empty_like(given["x"])
+    tile, y = row_tile(case.spec, case.m, sm), torch.empty_like(inputs["x"])
     blocks: dict[str, Any] = {"C": case.channels, "BLOCK": tile.block, "TAIL": tile.tail, **launch_options(tile)}
     if case.kind == "gelu":
-        gpu_kernels.gelu[(case.m,)](given["x"], y, **blocks)
+        kernels.gelu[(case.m,)](inputs["x"], y, **blocks)
     else:
-        kernel = gpu_kernels.norm_modulate[(case.m,)]
-        kernel(given["x"], given["shift"], given["scale"], case.tokens, y, EPSILON=EPSILON, **blocks)
+        kernel = kernels.norm_modulate[(case.m,)]
+        kernel(inputs["x"], inputs["shift"], inputs["scale"], case.tokens, y, EPSILON=EPSILON, **blocks)
     return y
 
 
-def plain(case: FusedCase, given: dict[str, Tensor]) -> Tensor:
+def plain(case: FusedCase, inputs: dict[str, Tensor]) -> Tensor:
     """bf16 [M, C] in plain torch: what torch.compile is given, and what the Triton kernel is checked with."""
     from torch.nn import functional
 
-    x = given["x"]
+    x = inputs["x"]
     if case.kind == "gelu":
         return functional.gelu(x, approximate="tanh")
     normal = functional.layer_norm(x.view(case.batch, case.tokens, case.channels), (case.channels,), eps=EPSILON)
-    return (normal * (1 + given["scale"][:, None]) + given["shift"][:, None]).view(case.m, case.channels)
+    return (normal * (1 + inputs["scale"][:, None]) + inputs["shift"][:, None]).view(case.m, case.channels)
 
 
 def compiled(case: FusedCase) -> Callable[..., Tensor]:
@@ -128,11 +128,11 @@ def compiled(case: FusedCase) -> Callable[..., Tensor]:
     import torch
 
     torch._dynamo.reset()
-    made: Callable[..., Tensor] = torch.compile(lambda given: plain(case, given), dynamic=False, fullgraph=True)
-    return made
+    call: Callable[..., Tensor] = torch.compile(lambda inputs: plain(case, inputs), dynamic=False, fullgraph=True)
+    return call
 
 
-def copier(context: Context, size_bytes: int) -> Callable[[], Any]:
+def copier(context: Context, size_bytes: int) -> Callable[[], Tensor]:
     """A copy that reads and writes `size_bytes` together."""
     import torch
 
@@ -142,13 +142,13 @@ def copier(context: Context, size_bytes: int) -> Callable[[], Any]:
 
 def measure(context: Context, case: FusedCase, flush: Flush) -> dict[str, Any]:
     """One row: times and rates of all contestants, the fused kernel against the baseline and against copying."""
-    size, made = case.moved_bytes(True), compiled(case)
+    size, compiled_plain = case.moved_bytes(True), compiled(case)
     count = sets_for(min(case.read_bytes, size // 2), context.l2_bytes)  # the copy reads half of what it moves
     sets = [inputs_of(context, case) for _ in range(count)]
-    calls: dict[str, list[Callable[[], Any]]] = {
-        FUSED: [partial(fused, case, given) for given in sets],
-        "triton_alone": [partial(triton_alone, case, given, context.sm) for given in sets],
-        "compiled_alone": [partial(made, given) for given in sets],
+    calls: dict[str, list[Callable[[], object]]] = {
+        FUSED: [partial(fused, case, inputs) for inputs in sets],
+        "triton_alone": [partial(triton_alone, case, inputs, context.sm) for inputs in sets],
+        "compiled_alone": [partial(compiled_plain, inputs) for inputs in sets],
         "copy": [copier(context, size) for _ in sets],
     }
     times, refused = contest(calls, flush, SECONDS)
@@ -178,13 +178,13 @@ def ratios(rows: dict[str, dict[str, Any]]) -> dict[str, float]:
     >>> ratios({"fused": row(3.0, 80.0), "triton_alone": row(2.0, 1.0), "copy": row(1.0, 100.0)})
     {'over_alone': 1.5, 'of_copy': 0.8}
     """
-    found = {}
+    quotients = {}
     alone = [rows[name]["latency_ms"] for name in ALONE if name in rows]
     if FUSED in rows and alone:
-        found["over_alone"] = rows[FUSED]["latency_ms"] / min(alone)
+        quotients["over_alone"] = rows[FUSED]["latency_ms"] / min(alone)
     if FUSED in rows and "copy" in rows:
-        found["of_copy"] = rows[FUSED]["gb_per_s"] / rows["copy"]["gb_per_s"]
-    return found
+        quotients["of_copy"] = rows[FUSED]["gb_per_s"] / rows["copy"]["gb_per_s"]
+    return quotients
 
 
 def tasks(context: Context) -> list[Task]:

@@ -1,6 +1,6 @@
 """GEMMs at the shapes of the models: ours with 4-bit weights against FP8 and bf16 of PyTorch (cuBLASLt, CUTLASS).
 
-Ours multiply E4M3 bytes, or with "_int8" INT8 images of the same codes. All read cold operands
+Ours multiply E4M3 bytes, or with "_int8" INT8 integers of the same codes. All read cold operands
 (benchmarks/gpu/timing.py) and write bf16. The FP8 contestants get the very bytes that ours multiply, so the row-wise
 one gives the same outputs up to its accumulation. Bias is left out of theirs. The row says how far each output is from
 the exact one ("error"), and which of ours are further off than rounding explains ("wrong").
@@ -13,13 +13,14 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from benchmarks.gpu import agreement as gpu_agreement
+from benchmarks.gpu import agreement
 from benchmarks.gpu.run import Context, Task, failed_of
 from benchmarks.gpu.targets import LARGE
 from benchmarks.gpu.timing import Flush, contest, rates, sets_for
 from benchmarks.gpu.weights import CHANNEL, EXACT_64, REAL_128, Granularity, Packed, quantize_weight
 from benchmarks.shapes import Shape, gemm_shapes
 from plugins.gpu.spec import GemmSpec, QuantizeSpec
+from plugins.gpu.tile_table import Tile
 from plugins.gpu.tiles import expands_first
 
 if TYPE_CHECKING:
@@ -38,15 +39,15 @@ SECONDS = 0.5  # of timing, for each row
 class Operands:
     """One set of inputs. a u8 [M, K], a_scale f32 [M]; w as packed; expanded u8 [N, K]; a_wide, w_wide bf16; bias.
 
-    images, expanded_images: a and expanded for INT8 tensor cores.
+    a_int8, expanded_int8: a and expanded for INT8 tensor cores.
     """
 
     a: Tensor
-    images: Tensor
+    a_int8: Tensor
     a_scale: Tensor
     packed: Packed
     expanded: Tensor
-    expanded_images: Tensor
+    expanded_int8: Tensor
     a_wide: Tensor
     w_wide: Tensor
     bias: Tensor
@@ -72,9 +73,9 @@ def operands(context: Context, shape: Shape, granularity: Granularity) -> Operan
         codes, scale = launch.quantize(QuantizeSpec(ACTIVATION, shape.k, input="bf16", integers=integers), a)
         spec = spec_of(shape, granularity, integers)
         forms.append((codes, launch.expand(spec, packed.codes, multiplier_codes=packed.multiplier_codes)))
-    (codes, expanded), (images, expanded_images) = forms
+    (codes, expanded), (a_int8, expanded_int8) = forms
     bias = torch.zeros(shape.n, device=context.device)
-    return Operands(codes, images, scale, packed, expanded, expanded_images, a, w, bias)
+    return Operands(codes, a_int8, scale, packed, expanded, expanded_int8, a, w, bias)
 
 
 def moved_bytes(shape: Shape, granularity: Granularity, contestant: str) -> int:
@@ -101,34 +102,34 @@ def least_read(shape: Shape, granularity: Granularity) -> int:
     return moved_bytes(shape, granularity, "packed_gemm") - 2 * shape.m * shape.n
 
 
-def our_caller(name: str, spec: GemmSpec, given: Operands) -> Callable[[], Tensor]:
+def our_caller(name: str, spec: GemmSpec, inputs: Operands) -> Callable[[], Tensor]:
     """A call of one of our kernels on one set of inputs, `spec` being of the operands that it multiplies."""
     from plugins.gpu import launch
 
-    a, rest = given.images if spec.integers else given.a, (given.packed.scales, given.bias)
+    a, rest = inputs.a_int8 if spec.integers else inputs.a, (inputs.packed.scales, inputs.bias)
     if name.startswith("expanded"):
-        w = given.expanded_images if spec.integers else given.expanded
-        return partial(launch.expanded_gemm, spec, a, given.a_scale, w, *rest)
-    codes = given.packed.multiplier_codes
-    packed = partial(launch.packed_gemm, spec, a, given.a_scale, given.packed.codes, *rest, multiplier_codes=codes)
+        w = inputs.expanded_int8 if spec.integers else inputs.expanded
+        return partial(launch.expanded_gemm, spec, a, inputs.a_scale, w, *rest)
+    codes = inputs.packed.multiplier_codes
+    packed = partial(launch.packed_gemm, spec, a, inputs.a_scale, inputs.packed.codes, *rest, multiplier_codes=codes)
     return partial(packed, expand_first=WAYS.get(name))
 
 
-def caller(name: str, spec: GemmSpec, given: Operands) -> Callable[[], Tensor]:
+def caller(name: str, spec: GemmSpec, inputs: Operands) -> Callable[[], Tensor]:
     """A call of contestant `name` on one set of inputs."""
     import torch
 
     if is_ours(name):
-        return our_caller(name, replace(spec, integers=name.endswith(INT8)), given)
-    one = torch.ones((), device=given.a.device)
-    a, w = (x.view(torch.float8_e4m3fn) for x in (given.a, given.expanded))
+        return our_caller(name, replace(spec, integers=name.endswith(INT8)), inputs)
+    one = torch.ones((), device=inputs.a.device)
+    a, w = (x.view(torch.float8_e4m3fn) for x in (inputs.a, inputs.expanded))
     unit = 2.0 ** -(spec.weight_exponent + spec.operand.shift)
-    a_scale, w_scale = given.a_scale[:, None], (given.packed.scales[:, :1] * unit).t().contiguous()
+    a_scale, w_scale = inputs.a_scale[:, None], (inputs.packed.scales[:, :1] * unit).t().contiguous()
 
-    calls: dict[str, Callable[[], Any]] = {
+    calls: dict[str, Callable[[], Tensor]] = {
         "fp8_rowwise": lambda: scaled_mm(a, w, a_scale, w_scale),
         "fp8_tensorwise": lambda: scaled_mm(a, w, one, one),
-        "bf16": lambda: torch.mm(given.a_wide, given.w_wide.t()),
+        "bf16": lambda: torch.mm(inputs.a_wide, inputs.w_wide.t()),
     }
     return calls[name]
 
@@ -137,8 +138,8 @@ def scaled_mm(a: Tensor, w: Tensor, a_scale: Tensor, w_scale: Tensor) -> Tensor:
     """torch's FP8 GEMM of a [M, K] and w [N, K] to bf16, its quick accumulation on."""
     import torch
 
-    found: Tensor = torch._scaled_mm(a, w.t(), a_scale, w_scale, out_dtype=torch.bfloat16, use_fast_accum=True)
-    return found
+    y: Tensor = torch._scaled_mm(a, w.t(), a_scale, w_scale, out_dtype=torch.bfloat16, use_fast_accum=True)
+    return y
 
 
 def contestants_of(context: Context, shape: Shape) -> tuple[str, ...]:
@@ -158,7 +159,7 @@ def measure(context: Context, shape: Shape, granularity: Granularity, flush: Flu
     spec, names = spec_of(shape, granularity), contestants_of(context, shape)
     count = sets_for(least_read(shape, granularity), context.l2_bytes)
     sets = [operands(context, shape, granularity) for _ in range(count)]
-    calls = {name: [caller(name, spec, given) for given in sets] for name in names}
+    calls = {name: [caller(name, spec, inputs) for inputs in sets] for name in names}
     times, refused = contest(calls, flush, SECONDS)
     rows = {
         name: time.to_row() | rates(time.median, shape.flops, moved_bytes(shape, granularity, name))
@@ -184,7 +185,7 @@ def measure(context: Context, shape: Shape, granularity: Granularity, flush: Flu
     }
 
 
-def _tile(name: str, spec: GemmSpec, m: int, sm: int) -> Any:
+def _tile(name: str, spec: GemmSpec, m: int, sm: int) -> Tile:
     from plugins.gpu import launch
 
     choose = launch.HEURISTICS[name.removesuffix(INT8)]
@@ -197,27 +198,27 @@ def ratios(rows: dict[str, dict[str, Any]]) -> dict[str, dict[str, float]]:
     >>> ratios({"packed_gemm": {"latency_ms": 2.0}, "fp8_rowwise": {"latency_ms": 1.5}, "bf16": {"latency_ms": 3.0}})
     {'packed_gemm': {'fp8': 0.75, 'bf16': 1.5}}
     """
-    found: dict[str, dict[str, float]] = {}
+    speedups: dict[str, dict[str, float]] = {}
     for name in (name for name in OURS if name in rows):
         own = rows[name]["latency_ms"]
         peers = {"fp8": [rows[peer]["latency_ms"] for peer in FP8 if peer in rows]}
         peers["bf16"] = [rows["bf16"]["latency_ms"]] if "bf16" in rows else []
-        found[name] = {peer: min(times) / own for peer, times in peers.items() if times}
-    return found
+        speedups[name] = {peer: min(times) / own for peer, times in peers.items() if times}
+    return speedups
 
 
-def errors_of(calls: dict[str, Callable[[], Tensor]], spec: GemmSpec, given: Operands) -> dict[str, float]:
-    """Error of the output of each that computes the same as ours, as gpu_agreement has it."""
+def errors_of(calls: dict[str, Callable[[], Tensor]], spec: GemmSpec, inputs: Operands) -> dict[str, float]:
+    """Error of the output of each that computes the same as ours, as `agreement` has it."""
     same = [name for name in calls if is_ours(name) or (name == "fp8_rowwise" and not spec.real_groups)]
-    wanted = gpu_agreement.exact(spec, given.a, given.a_scale, given.packed)
-    return {name: gpu_agreement.error(calls[name](), wanted) for name in same}
+    exact = agreement.exact(spec, inputs.a, inputs.a_scale, inputs.packed)
+    return {name: agreement.error(calls[name](), exact) for name in same}
 
 
 def wrong_of(errors: dict[str, float], spec: GemmSpec, sm: int) -> dict[str, str]:
     """Which of ours are further off than rounding explains, and how far. NaN is."""
-    limits = {name: gpu_agreement.limit(replace(spec, integers=name.endswith(INT8)), sm) for name in errors}
-    found = {name: (error, limits[name]) for name, error in errors.items() if is_ours(name)}
-    return {name: f"error {error:.4f}, limit {most:.4f}" for name, (error, most) in found.items() if not error <= most}
+    limits = {name: agreement.limit(replace(spec, integers=name.endswith(INT8)), sm) for name in errors}
+    ours = {name: (error, limits[name]) for name, error in errors.items() if is_ours(name)}
+    return {name: f"error {error:.4f}, limit {most:.4f}" for name, (error, most) in ours.items() if not error <= most}
 
 
 def rows_to_measure() -> list[tuple[Shape, Granularity]]:
@@ -229,9 +230,9 @@ def rows_to_measure() -> list[tuple[Shape, Granularity]]:
 
 def compile_ours(context: Context, shape: Shape, granularity: Granularity) -> dict[str, Any]:
     """Run each of our kernels once, so that they are in Triton's cache."""
-    given = operands(context, shape, granularity)
+    inputs = operands(context, shape, granularity)
     for name in filter(is_ours, contestants_of(context, shape)):
-        caller(name, spec_of(shape, granularity), given)()
+        caller(name, spec_of(shape, granularity), inputs)()
     return {}
 
 

@@ -38,26 +38,26 @@ class QuantizedLinear:
 class Kernels(Protocol):
     """What a quantized block calls."""
 
-    def quantize(self, spec: QuantizeSpec, x: Tensor, **given: Any) -> tuple[Tensor, Tensor]: ...
-    def gemm(self, linear: QuantizedLinear, a: Tensor, a_scale: Tensor, **given: Any) -> Tensor: ...
+    def quantize(self, spec: QuantizeSpec, x: Tensor, **modulation: Any) -> tuple[Tensor, Tensor]: ...
+    def gemm(self, linear: QuantizedLinear, a: Tensor, a_scale: Tensor, **epilogue: Any) -> Tensor: ...
 
 
 class Launched:
     """The Triton kernels."""
 
-    def quantize(self, spec: QuantizeSpec, x: Tensor, **given: Any) -> tuple[Tensor, Tensor]:
+    def quantize(self, spec: QuantizeSpec, x: Tensor, **modulation: Any) -> tuple[Tensor, Tensor]:
         from plugins.gpu import launch
 
-        return launch.quantize(spec, x, **given)
+        return launch.quantize(spec, x, **modulation)
 
-    def gemm(self, linear: QuantizedLinear, a: Tensor, a_scale: Tensor, **given: Any) -> Tensor:
+    def gemm(self, linear: QuantizedLinear, a: Tensor, a_scale: Tensor, **epilogue: Any) -> Tensor:
         from plugins.gpu import launch
 
         spec, scales, bias = linear.spec, linear.packed.scales, linear.bias
         if linear.expanded is not None:
-            return launch.expanded_gemm(spec, a, a_scale, linear.expanded, scales, bias, **given)
-        codes = linear.packed.multiplier_codes
-        return launch.packed_gemm(spec, a, a_scale, linear.packed.codes, scales, bias, multiplier_codes=codes, **given)
+            return launch.expanded_gemm(spec, a, a_scale, linear.expanded, scales, bias, **epilogue)
+        codes, multipliers = linear.packed.codes, linear.packed.multiplier_codes
+        return launch.packed_gemm(spec, a, a_scale, codes, scales, bias, multiplier_codes=multipliers, **epilogue)
 
 
 class QuantizedBlock:
@@ -77,17 +77,17 @@ class QuantizedBlock:
         batch, quantize = len(one), self.kernels.quantize
         tokens = len(x) // batch
         codes = quantize(self.norm, x, shift=shift1, scale=scale1, tokens=tokens)
-        found = self._attention(self._gemm("qkv", codes).chunk(3, -1), batch)
-        x = self._gemm("out", quantize(self.plain, found), gate=gate1, residual=x, tokens=tokens)
+        attended = self._attention(self._gemm("qkv", codes).chunk(3, -1), batch)
+        x = self._gemm("out", quantize(self.plain, attended), gate=gate1, residual=x, tokens=tokens)
         query = self._gemm("cross_q", quantize(self.plain, x))
-        found = self._attention((query, *self._gemm("cross_kv", words).chunk(2, -1)), batch)
-        x = self._gemm("cross_out", quantize(self.plain, found), gate=one, residual=x, tokens=tokens)
+        attended = self._attention((query, *self._gemm("cross_kv", words).chunk(2, -1)), batch)
+        x = self._gemm("cross_out", quantize(self.plain, attended), gate=one, residual=x, tokens=tokens)
         codes = quantize(self.norm, x, shift=shift2, scale=scale2, tokens=tokens)
         codes = quantize(self.gelu, self._gemm("ff_in", codes))
         return self._gemm("ff_out", codes, gate=gate2, residual=x, tokens=tokens)
 
-    def _gemm(self, name: str, codes: tuple[Tensor, Tensor], **given: Any) -> Tensor:
-        return self.kernels.gemm(self.linears[name], *codes, **given)
+    def _gemm(self, name: str, codes: tuple[Tensor, Tensor], **epilogue: Any) -> Tensor:
+        return self.kernels.gemm(self.linears[name], *codes, **epilogue)
 
     def _attention(self, parts: tuple[Tensor, ...], batch: int) -> Tensor:
         q, k, v = (part.unflatten(0, (batch, -1)) for part in parts)
@@ -133,12 +133,12 @@ def quantized(
             model.size.heads,
             {
                 name: _linear(block.linears[name], name, packed, dtype, expand, integers)
-                for name, packed in given.items()
+                for name, packed in block_weights.items()
             },
             kernels,
             dtype,
         )
-        for block, given in zip(model.blocks, weights, strict=True)
+        for block, block_weights in zip(model.blocks, weights, strict=True)
     ]
     return QuantizedDenoiser(model, blocks)
 

@@ -32,13 +32,13 @@ def gpu_facts() -> dict[str, Any]:
     """The current GPU. Raises what torch raises without one."""
     import torch
 
-    found = torch.cuda.get_device_properties(0)
+    gpu = torch.cuda.get_device_properties(0)
     return {
-        "name": found.name,
-        "compute_capability": 10 * found.major + found.minor,
-        "multiprocessors": found.multi_processor_count,
-        "memory_bytes": found.total_memory,
-        "l2_bytes": getattr(found, "L2_cache_size", 50 << 20),
+        "name": gpu.name,
+        "compute_capability": 10 * gpu.major + gpu.minor,
+        "multiprocessors": gpu.multi_processor_count,
+        "memory_bytes": gpu.total_memory,
+        "l2_bytes": getattr(gpu, "L2_cache_size", 50 << 20),
         "cuda": torch.version.cuda,
     }
 
@@ -145,9 +145,9 @@ def wrong(document: dict[str, Any]) -> list[str]:
 
 def broken(document: dict[str, Any]) -> list[str]:
     """Names of rows that could not be run, and of sections that did not come to their end, with the reason."""
-    found = [f"{name}: {part['stopped']}" for name, part in document["sections"].items() if part["stopped"]]
+    stopped = [f"{name}: {part['stopped']}" for name, part in document["sections"].items() if part["stopped"]]
     rows = [row for part in document["sections"].values() for row in part["rows"]]
-    return found + [f"{row['name']}: {row['failed']}" for row in rows if "failed" in row]
+    return stopped + [f"{row['name']}: {row['failed']}" for row in rows if "failed" in row]
 
 
 def is_checked(document: dict[str, Any]) -> bool:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from benchmarks.gpu.timing import told
+from benchmarks.gpu.timing import error_line
 
 if TYPE_CHECKING:
     import torch
@@ -34,8 +34,8 @@ class Context:
         """The torch type of "fp16", "bf16" or "fp32"."""
         import torch
 
-        found: torch.dtype = getattr(torch, FLOATS[name])
-        return found
+        dtype: torch.dtype = getattr(torch, FLOATS[name])
+        return dtype
 
     @property
     def interpreted(self) -> bool:
@@ -54,7 +54,7 @@ class Context:
         try:
             torch.cuda.synchronize()
         except RuntimeError as error:
-            return told(error)
+            return error_line(error)
         return ""
 
 
@@ -108,8 +108,8 @@ def failed_of(refused: dict[str, str], ours: tuple[str, ...]) -> dict[str, str]:
     >>> failed_of({"packed": "RuntimeError: x", "fp8": "y"}, ("packed",)), failed_of({"fp8": "y"}, ("packed",))
     ({'failed': 'packed: RuntimeError: x'}, {})
     """
-    found = [f"{name}: {refused[name]}" for name in ours if name in refused]
-    return {"failed": "; ".join(found)} if found else {}
+    failures = [f"{name}: {refused[name]}" for name in ours if name in refused]
+    return {"failed": "; ".join(failures)} if failures else {}
 
 
 def row_of(task: Task, context: Context) -> dict[str, Any]:
@@ -120,7 +120,7 @@ def row_of(task: Task, context: Context) -> dict[str, Any]:
     try:
         row = task.run()
     except Exception as error:  # stated in the row and in the exit code
-        row = {"failed": told(error)}
+        row = {"failed": error_line(error)}
     if loss := context.loss():
         row = {"failed": row.get("failed", loss), "lost": True}
     return {"name": task.name, **row}

@@ -25,11 +25,11 @@ class Target:
 
     def judge(self, document: Document) -> dict[str, Any]:
         """The worst value and whether it meets the limit; "not measured" where there is none."""
-        found = self.values(document)
-        row: dict[str, Any] = {"name": self.name, "limit": self.limit, "at_least": self.at_least, "of": len(found)}
-        if not found:
+        values = self.values(document)
+        row: dict[str, Any] = {"name": self.name, "limit": self.limit, "at_least": self.at_least, "of": len(values)}
+        if not values:
             return {**row, "value": None, "verdict": "not measured"}
-        worst = min(found) if self.at_least else max(found)
+        worst = min(values) if self.at_least else max(values)
         met = worst >= self.limit if self.at_least else worst <= self.limit
         return {**row, "value": worst, "verdict": "met" if met else "missed"}
 
@@ -47,8 +47,8 @@ def _gemm(kernel: str, granularity: str) -> Callable[[Document], list[float]]:
 
     def values(document: Document) -> list[float]:
         rows = [row for row in rows_of(document, "gemm") if row["m"] >= LARGE and row["granularity"] == granularity]
-        found = [[_speed(row, name) for name in (kernel, f"{kernel}_int8")] for row in rows]
-        return [max(ratio for ratio in both if ratio is not None) for both in found if both != [None, None]]
+        speeds = [[_speed(row, name) for name in (kernel, f"{kernel}_int8")] for row in rows]
+        return [max(ratio for ratio in both if ratio is not None) for both in speeds if both != [None, None]]
 
     return values
 
@@ -77,10 +77,10 @@ def _weights(document: Document) -> list[float]:
 
 def _exact(granularity: Granularity) -> Callable[[Document], list[float]]:
     """Share of outputs of expanded_gemm that differ from their integer sums, E2M3 x E2M1."""
-    wanted = {"activation": "E2M3", "interval": None, "granularity": granularity.name}
+    conditions = {"activation": "E2M3", "interval": None, "granularity": granularity.name}
 
     def values(document: Document) -> list[float]:
-        rows = [row for row in rows_of(document, "exactness") if wanted.items() <= row.items()]
+        rows = [row for row in rows_of(document, "exactness") if conditions.items() <= row.items()]
         return [sum(row["differ"].values()) / (row["outputs"] * len(row["differ"])) for row in rows]
 
     return values

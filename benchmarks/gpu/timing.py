@@ -111,11 +111,11 @@ def interleaved(work: Mapping[str, tuple[Call, int]], flush: Call, seconds: floa
         _milliseconds(call, flush)
     warm = max(time.perf_counter() - started, 1e-6)
     rounds = int(np.clip(seconds / warm, *ROUNDS))
-    found: dict[str, list[float]] = {name: [] for name in work}
+    measured: dict[str, list[float]] = {name: [] for name in work}
     for _ in range(rounds):
         for name, (call, count) in work.items():
-            found[name].append(_milliseconds(call, flush) / count)
-    return {name: Timing(tuple(times)) for name, times in found.items()}
+            measured[name].append(_milliseconds(call, flush) / count)
+    return {name: Timing(tuple(times)) for name, times in measured.items()}
 
 
 def _milliseconds(call: Call, flush: Call) -> float:
@@ -134,14 +134,14 @@ def host_milliseconds(call: Call, rounds: int = 20) -> float:
     """Median time until `call` has handed its work to the GPU, which is idle before."""
     import torch
 
-    found = []
+    times = []
     for _ in range(rounds):
         torch.cuda.synchronize()
         started = time.perf_counter()
         call()
-        found.append((time.perf_counter() - started) * MILLISECONDS)
+        times.append((time.perf_counter() - started) * MILLISECONDS)
     torch.cuda.synchronize()
-    return float(np.median(found))
+    return float(np.median(times))
 
 
 def capture_all(contestants: Mapping[str, Sequence[Call]]) -> tuple[dict[str, Any], dict[str, str]]:
@@ -155,7 +155,7 @@ def capture_all(contestants: Mapping[str, Sequence[Call]]) -> tuple[dict[str, An
         try:
             graphs[name] = captured(calls)
         except Exception as error:  # a contestant that this GPU or this torch does not have is named, not hidden
-            refused[name] = told(error)
+            refused[name] = error_line(error)
     return graphs, refused
 
 
@@ -168,10 +168,10 @@ def contest(
     return interleaved(work, flush, seconds), refused
 
 
-def told(error: Exception) -> str:
+def error_line(error: Exception) -> str:
     """An error on one line.
 
-    >>> told(RuntimeError("not on this GPU; first\\nsecond"))
+    >>> error_line(RuntimeError("not on this GPU; first\\nsecond"))
     'RuntimeError: not on this GPU; first'
     """
     lines = str(error).strip().splitlines()

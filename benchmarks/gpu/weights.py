@@ -64,14 +64,15 @@ def quantize_weight(w: Tensor, weight: str, granularity: Granularity) -> Packed:
 
     size = granularity.group_size or w.shape[1]
     groups = w.float().reshape(len(w), -1, size)
-    wanted = groups.abs().amax(-1).clamp(min=1e-12) / get_format(weight).max_value  # scale of each group
+    group_scales = groups.abs().amax(-1).clamp(min=1e-12) / get_format(weight).max_value
     fields = granularity.spec_fields(weight)
     if granularity.real or granularity.group_size == 0:
-        codes = nearest_codes(groups / wanted[..., None], weight).reshape(w.shape)
-        return Packed(weight, granularity, _nibbles(codes), wanted.contiguous(), None)
+        codes = nearest_codes(groups / group_scales[..., None], weight).reshape(w.shape)
+        return Packed(weight, granularity, _nibbles(codes), group_scales.contiguous(), None)
     table = torch.tensor(fields["multipliers"], dtype=torch.float32, device=w.device)
-    scale = wanted.amax(1, keepdim=True) / table[-1]
-    index = torch.bucketize((wanted / scale).clamp(max=float(table[-1])), table)  # the least multiplier that reaches
+    scale = group_scales.amax(1, keepdim=True) / table[-1]
+    reach = (group_scales / scale).clamp(max=float(table[-1]))
+    index = torch.bucketize(reach, table)  # the least multiplier that reaches
     codes = nearest_codes(groups / (scale * table[index])[..., None], weight).reshape(w.shape)
     return Packed(weight, granularity, _nibbles(codes), scale.contiguous(), _nibbles(index.to(torch.uint8)))
 
@@ -107,14 +108,14 @@ def dequantized(packed: Packed) -> Tensor:
 
     count = 2 * packed.codes.shape[1]
     values = torch.tensor(get_format(packed.weight).values, dtype=torch.float32, device=packed.codes.device)
-    found = values[_unpacked(packed.codes, count)].reshape(
+    groups = values[_unpacked(packed.codes, count)].reshape(
         len(packed.codes), -1, packed.granularity.group_size or count
     )
     scale = packed.scales
     if packed.multiplier_codes is not None:
         table = torch.tensor(exact_multipliers(packed.weight), dtype=torch.float32, device=scale.device)
-        scale = scale * table[_unpacked(packed.multiplier_codes, found.shape[1])]
-    return (found * scale[..., None]).reshape(len(packed.codes), count)
+        scale = scale * table[_unpacked(packed.multiplier_codes, groups.shape[1])]
+    return (groups * scale[..., None]).reshape(len(packed.codes), count)
 
 
 def fake_quantize(x: Tensor, name: str) -> Tensor:

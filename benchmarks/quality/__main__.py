@@ -77,9 +77,9 @@ def judge_pictures(subject: Subject, base: Base, pictures: Pictures) -> dict[str
 def float_row(subject: Subject, base: Base) -> dict[str, Any]:
     """The record of the float model; its bytes are those of the same linears in fp16."""
     linears = [ref.module.weight.numel() for ref in subject.model.linears()]
-    found = judge_pictures(subject, base, base.pictures)
+    measures = judge_pictures(subject, base, base.pictures)
     bytes_ = {"weight_bytes": 2 * sum(linears), "weights": sum(linears)}
-    return {"status": MEASURED, "key": row_key(subject.facts, None, ()), **found, **bytes_}
+    return {"status": MEASURED, "key": row_key(subject.facts, None, ()), **measures, **bytes_}
 
 
 def measured_row(
@@ -88,13 +88,13 @@ def measured_row(
     """Calibrate, draw and judge one row."""
     layers, minutes = calibrated(subject, row, recipe, work / "calibrated", arguments.redo)
     started = time.monotonic()
-    with drawer(subject, layers, recipe, base.trajectory, work / "engine", arguments.target) as made:
-        pictures = drawing.draw(subject, made.run, f"{subject.name} {row.name}")
-        steps_db = base.trajectory.errors_db(made.run)
+    with drawer(subject, layers, recipe, base.trajectory, work / "engine", arguments.target) as engine:
+        pictures = drawing.draw(subject, engine.run, f"{subject.name} {row.name}")
+        steps_db = base.trajectory.errors_db(engine.run)
     draw_minutes = (time.monotonic() - started) / 60
-    found = judge_pictures(subject, base, pictures)
+    measures = judge_pictures(subject, base, pictures)
     return {
-        **found,
+        **measures,
         "psnr_db": asdict(metrics.median_estimate(metrics.psnr_db(pictures, base.pictures))),
         "ssim": asdict(metrics.median_estimate(metrics.ssim(pictures, base.pictures))),
         "step_sqnr_db": steps_db,
@@ -103,18 +103,18 @@ def measured_row(
         "group_sizes": group_sizes(layers),
         "calibration_minutes": minutes,
         "drawing_minutes": draw_minutes,
-        "drawn_by": made.name,
-        "proof": made.proof,
+        "drawn_by": engine.name,
+        "proof": engine.proof,
     }
 
 
 def group_sizes(layers: Iterable[QuantizedLinear]) -> dict[str, int]:
     """How many layers have which granularity and group size."""
-    found: dict[str, int] = {}
+    counts: dict[str, int] = {}
     for layer in layers:
         name = f"{layer.granularity} {layer.group_size}" if layer.group_size else layer.granularity
-        found[name] = found.get(name, 0) + 1
-    return found
+        counts[name] = counts.get(name, 0) + 1
+    return counts
 
 
 def row_record(
@@ -140,20 +140,20 @@ def run_model(name: str, arguments: argparse.Namespace) -> int:
     subject, work = drawing.make_subject(name, count, arguments.seed), arguments.work_dir / name
     results.refuse_others(subject.facts)
     refuse_missing_gpu(arguments.target)
-    wanted = available(subject, chosen_rows(name, arguments), results, arguments)
+    pending = available(subject, chosen_rows(name, arguments), results, arguments)
     if arguments.list:
         return 0
     base = make_base(subject, work)
     if not results.has(FLOAT, row_key(subject.facts, None, ())):
         results.add(FLOAT, float_row(subject, base), subject.facts)
     failed = 0
-    for position, (row, recipe) in enumerate(wanted, 1):
+    for position, (row, recipe) in enumerate(pending, 1):
         started = time.monotonic()
-        found = row_record(subject, base, row, recipe, work, arguments)
-        results.add(row.name, found, subject.facts)
-        failed += found["status"] == FAILED
-        told = (name, position, len(wanted), row.name, told_result(found), time.monotonic() - started)
-        logger.info("%s %d of %d, %s: %s; %.0f s", *told)
+        row_outcome = row_record(subject, base, row, recipe, work, arguments)
+        results.add(row.name, row_outcome, subject.facts)
+        failed += row_outcome["status"] == FAILED
+        summary = (name, position, len(pending), row.name, row_summary(row_outcome), time.monotonic() - started)
+        logger.info("%s %d of %d, %s: %s; %.0f s", *summary)
     if SENSITIVITY in wanted_tables(name, arguments):
         from benchmarks.quality.sensitivity import sensitivity
 
@@ -179,7 +179,7 @@ def available(
     subject: Subject, rows: list[Row], results: Results, arguments: argparse.Namespace
 ) -> list[tuple[Row, Recipe]]:
     """The rows that are still to be measured. Those that cannot be are recorded so; --list says it of all."""
-    found = []
+    pending = []
     for row in rows:
         try:
             recipe = row_recipe(row, [*arguments.set, f"cpu.path={arguments.cpu_path}"])
@@ -193,17 +193,17 @@ def available(
         if arguments.list:
             print(f"{subject.name} {row.name}: {'measured' if done else 'to do'}")
         if not done:
-            found.append((row, recipe))
-    return found
+            pending.append((row, recipe))
+    return pending
 
 
-def told_result(found: dict[str, Any]) -> str:
+def row_summary(row: dict[str, Any]) -> str:
     """One line about a record."""
-    if found["status"] != MEASURED:
-        return f"{found['status']}, {found['reason']}"
-    distance, psnr = found["frechet_increase"]["value"], found["psnr_db"]["value"]
-    drawn = f"{found['drawn_by']}, calibrated in {found['calibration_minutes']:.1f} min"
-    return f"Frechet {distance:+.3f}, right {found['accuracy']['value']:.1%}, PSNR {psnr:.1f} dB, by {drawn}"
+    if row["status"] != MEASURED:
+        return f"{row['status']}, {row['reason']}"
+    distance, psnr = row["frechet_increase"]["value"], row["psnr_db"]["value"]
+    drawn = f"{row['drawn_by']}, calibrated in {row['calibration_minutes']:.1f} min"
+    return f"Frechet {distance:+.3f}, right {row['accuracy']['value']:.1%}, PSNR {psnr:.1f} dB, by {drawn}"
 
 
 def make_parser() -> argparse.ArgumentParser:

@@ -78,8 +78,8 @@ def block_cases(recipe: Recipe) -> Iterator[BlockCase]:
     model = models.load(recipe.model)
     blocks = group_by_block(make_plans(model.linears(), recipe))
     other = replace(recipe.calibrate, seed=recipe.calibrate.seed + HELD_OUT_SEED, size=HELD_OUT_PROMPTS)
-    found = [calibration_data(model, one) for one in (recipe, replace(recipe, calibrate=other))]
-    runners = [BlockRunner(model, data, list(blocks)) for data in found]
+    datasets = [calibration_data(model, one) for one in (recipe, replace(recipe, calibrate=other))]
+    runners = [BlockRunner(model, data, list(blocks)) for data in datasets]
     for name, plans in blocks.items():
         observed = [runner.observe(name, plans) for runner in runners]
         yield BlockCase(name, plans, *observed)
@@ -113,28 +113,28 @@ def _learn(case: BlockCase, arm: Arm, nearest: Sequence[QuantizedLinear], recipe
 
 
 class Results:
-    """The JSON file: recipe -> block -> arm -> what `run_arm` found."""
+    """The JSON file: recipe -> block -> arm -> what `run_arm` measured."""
 
     def __init__(self, folder: Path) -> None:
         self.folder, self.name = folder, "adaround_study"
         path = folder / f"{self.name}.json"
-        self.found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))["recipes"] if path.is_file() else {}
+        self.recipes: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))["recipes"] if path.is_file() else {}
 
     def missing(self, key: str, block: str, arms: dict[str, Arm]) -> dict[str, Arm]:
         """The arms of a block that are not there, or were run otherwise (--share)."""
-        there = self.found.get(key, {}).get(block, {})
+        there = self.recipes.get(key, {}).get(block, {})
         return {
             name: arm
             for name, arm in arms.items()
             if {field: there.get(name, {}).get(field, "") for field in asdict(arm)} != asdict(arm)
         }
 
-    def add(self, key: str, block: str, arm: str, result: dict[str, Any]) -> None:
-        self.found.setdefault(key, {}).setdefault(block, {})[arm] = result | {
+    def add(self, key: str, block: str, arm: str, row: dict[str, Any]) -> None:
+        self.recipes.setdefault(key, {}).setdefault(block, {})[arm] = row | {
             "commit": record.commit(),
             "cpu": cpu_name(),
         }
-        record.write(self.name, {"recipes": self.found, "strength": STRENGTH}, self.folder)
+        record.write(self.name, {"recipes": self.recipes, "strength": STRENGTH}, self.folder)
 
 
 def study(recipe: Recipe, arms: dict[str, Arm], blocks: int, results: Results) -> None:
@@ -142,9 +142,9 @@ def study(recipe: Recipe, arms: dict[str, Arm], blocks: int, results: Results) -
     key = study_key(recipe)
     for number, case in enumerate(block_cases(recipe)):
         for name, arm in results.missing(key, case.name, arms).items():
-            found = run_arm(case, arm, recipe)
-            results.add(key, case.name, name, found)
-            print(f"{case.name} {name}: loss {found['loss']:.5f}, held out {found['held_out_loss']:.5f}", flush=True)
+            row = run_arm(case, arm, recipe)
+            results.add(key, case.name, name, row)
+            print(f"{case.name} {name}: loss {row['loss']:.5f}, held out {row['held_out_loss']:.5f}", flush=True)
         if blocks and number + 1 == blocks:
             return
 

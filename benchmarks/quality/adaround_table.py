@@ -63,27 +63,27 @@ def _table(blocks: Mapping[str, Any]) -> str:
 
 
 def _title(arm: str, blocks: Mapping[str, Any]) -> str:
-    found = next(block[arm] for block in blocks.values() if arm in block)
-    learned = f": {found['iterations']:,} iterations at {found['learning_rate']:g}" if found["iterations"] else ""
+    row = next(block[arm] for block in blocks.values() if arm in block)
+    learned = f": {row['iterations']:,} iterations at {row['learning_rate']:g}" if row["iterations"] else ""
     return f"{LABELS[arm]}{learned}"
 
 
-def _cell(result: Mapping[str, Any] | None) -> str:
-    return f"{result['loss']:.4f} ({result['held_out_loss']:.4f})" if result else "not measured yet"
+def _cell(row: Mapping[str, Any] | None) -> str:
+    return f"{row['loss']:.4f} ({row['held_out_loss']:.4f})" if row else "not measured yet"
 
 
 def _answer(blocks: Mapping[str, Any]) -> str:
     """Every pair of AGAINST, in the blocks where both were run."""
-    return "\n".join(f"- {told}" for told in (_compared(blocks, *pair) for pair in AGAINST) if told)
+    return "\n".join(f"- {line}" for line in (_compared(blocks, *pair) for pair in AGAINST) if line)
 
 
 def _compared(blocks: Mapping[str, Any], arm: str, other: str) -> str:
-    pairs = [(found[arm], found[other]) for found in blocks.values() if {arm, other} <= set(found)]
+    pairs = [(block[arm], block[other]) for block in blocks.values() if {arm, other} <= set(block)]
     if not pairs:
         owed = (arm, other) == PRESETS and any(arm in block for block in blocks.values())
         return f"{_title(arm, blocks)}, against {LABELS[other]}: not measured yet" if owed else ""
-    told = [_outcome(pairs, key) for key in ("loss", "held_out_loss")]
-    return f"{_title(arm, blocks)}, against {_title(other, blocks)}: {told[0]}; on held-out calls it {told[1]}"
+    outcomes = [_outcome(pairs, key) for key in ("loss", "held_out_loss")]
+    return f"{_title(arm, blocks)}, against {_title(other, blocks)}: {outcomes[0]}; on held-out calls it {outcomes[1]}"
 
 
 def _outcome(pairs: Sequence[tuple[Mapping[str, float], Mapping[str, float]]], key: str) -> str:
@@ -91,6 +91,6 @@ def _outcome(pairs: Sequence[tuple[Mapping[str, float], Mapping[str, float]]], k
     wins, count = sum(one[key] < two[key] for one, two in pairs), len(pairs)
     every = f"all {count} blocks" if count > 1 else "the one block"
     whole = {count: f"wins in {every}", 0: f"loses in {every}"}
-    told = whole.get(wins, f"wins in {wins} of {count} blocks, loses in {count - wins}")
+    outcome = whole.get(wins, f"wins in {wins} of {count} blocks, loses in {count - wins}")
     ratio = math.exp(sum(math.log(one[key] / two[key]) for one, two in pairs) / count)
-    return f"{told}, {ratio:.2f} times the loss" + (" (geometric mean)" if count > 1 else "")
+    return f"{outcome}, {ratio:.2f} times the loss" + (" (geometric mean)" if count > 1 else "")

@@ -42,44 +42,44 @@ def compare(first: Mapping[str, float], second: Mapping[str, float], less_is_bet
     return "better" if (first["value"] < second["value"]) == less_is_better else "worse"
 
 
-def _measured(found: Records, *names: str) -> bool:
-    return all(found.get(name, {}).get("status") == MEASURED for name in names)
+def _measured(records: Records, *names: str) -> bool:
+    return all(records.get(name, {}).get("status") == MEASURED for name in names)
 
 
-def verdict(found: Records, first: str, second: str) -> str:
+def verdict(records: Records, first: str, second: str) -> str:
     """One row against another: distance and PSNR with how sure each comparison is. "" unless both are measured."""
-    if not _measured(found, first, second):
+    if not _measured(records, first, second):
         return ""
-    return f"distance {_ratio(found, first, second)}, PSNR {_gain(found, first, second)}"
+    return f"distance {_ratio(records, first, second)}, PSNR {_gain(records, first, second)}"
 
 
-def _ratio(found: Records, first: str, second: str) -> str:
-    if not _measured(found, first, second):
+def _ratio(records: Records, first: str, second: str) -> str:
+    if not _measured(records, first, second):
         return ""
-    one, other = found[first][DISTANCE], found[second][DISTANCE]
+    one, other = records[first][DISTANCE], records[second][DISTANCE]
     return f"x {one['value'] / other['value']:.2f} ({compare(one, other, less_is_better=True)})"
 
 
-def _gain(found: Records, first: str, second: str) -> str:
-    one, other = found[first][PSNR], found[second][PSNR]
+def _gain(records: Records, first: str, second: str) -> str:
+    one, other = records[first][PSNR], records[second][PSNR]
     return f"{one['value'] - other['value']:+.1f} dB ({compare(one, other, less_is_better=False)})"
 
 
 def bullets(title: str, rows: Mapping[str, str]) -> list[str]:
     """A title and a bullet for each row with a verdict; nothing if none has one."""
-    told = [f"- {name}: {text}" for name, text in rows.items() if text]
-    return ["\n".join([title, "", *told])] if told else []
+    lines = [f"- {name}: {text}" for name, text in rows.items() if text]
+    return ["\n".join([title, "", *lines])] if lines else []
 
 
-def fp_or_int(found: Records) -> list[str]:
+def fp_or_int(records: Records) -> list[str]:
     """FP against INT at each width and granularity."""
     places = [(width, scales) for scales in ("channel", "group128") for width in WIDTHS]
-    plain = {f"{w.upper()}, {s}": verdict(found, f"rtn-fp-{s}-{w}", f"rtn-int-{s}-{w}") for w, s in places}
-    mixed = {f"{w.upper()}, {s}": verdict(found, f"rtn-mixed-{s}-{w}", f"rtn-fp-{s}-{w}") for w, s in places}
+    plain = {f"{w.upper()}, {s}": verdict(records, f"rtn-fp-{s}-{w}", f"rtn-int-{s}-{w}") for w, s in places}
+    mixed = {f"{w.upper()}, {s}": verdict(records, f"rtn-mixed-{s}-{w}", f"rtn-fp-{s}-{w}") for w, s in places}
     return bullets("FP against INT:", plain) + bullets("E3M0 before GELU against E2M1 there:", mixed)
 
 
-def groups(found: Records) -> list[str]:
+def groups(records: Records) -> list[str]:
     """Exact multipliers against the nearest peers in bytes."""
     compared = {
         "exact multipliers of 64 against none": ("exact64", "channel"),
@@ -89,7 +89,7 @@ def groups(found: Records) -> list[str]:
         "exact multipliers of 16 against real scales of 64": ("exact16", "group64"),
     }
     rows = {
-        f"{name}{_bits(found, first, second)}": verdict(found, first, second)
+        f"{name}{_bits(records, first, second)}": verdict(records, first, second)
         for name, (first, second) in (
             (name, [f"rtn-fp-{part}-w4a6" for part in parts]) for name, parts in compared.items()
         )
@@ -97,18 +97,18 @@ def groups(found: Records) -> list[str]:
     return bullets("At W4A6, round to nearest:", rows)
 
 
-def _bits(found: Records, *names: str) -> str:
-    if not _measured(found, *names):
+def _bits(records: Records, *names: str) -> str:
+    if not _measured(records, *names):
         return ""
-    shown = [f"{8 * found[name]['weight_bytes'] / found[name]['weights']:.2f}" for name in names]
+    shown = [f"{8 * records[name]['weight_bytes'] / records[name]['weights']:.2f}" for name in names]
     return f", {' and '.join(shown)} bits per weight"
 
 
-def learned_groups(found: Records) -> list[str]:
+def learned_groups(records: Records) -> list[str]:
     """Smaller exact groups against the default's 64, all learned."""
     names = {size: f"fp4dit-fp-exact{size}-w4a6" for size in (64, 32, 16)}
     rows = {
-        f"groups of {size} against 64{_bits(found, names[size], names[64])}": verdict(found, names[size], names[64])
+        f"groups of {size} against 64{_bits(records, names[size], names[64])}": verdict(records, names[size], names[64])
         for size in (32, 16)
     }
     return bullets("At W4A6, FP4DiT:", rows)
@@ -117,50 +117,50 @@ def learned_groups(found: Records) -> list[str]:
 def pairs(*compared: tuple[str, str, str]) -> Callable[[Records], list[str]]:
     """Rows against others: (title, row, other)."""
 
-    def told(found: Records) -> list[str]:
-        return bullets("Row against row:", {title: verdict(found, one, other) for title, one, other in compared})
+    def answer(records: Records) -> list[str]:
+        return bullets("Row against row:", {title: verdict(records, one, other) for title, one, other in compared})
 
-    return told
+    return answer
 
 
 # --- methods and the aim --------------------------------------------------------------------------------------------
 
 
-def methods(found: Records) -> list[str]:
+def methods(records: Records) -> list[str]:
     """Every method against round to nearest in its own formats and groups, and what of the aim is reached."""
-    rows = {width: judged_rows(found, width) for width in WIDTHS}
+    rows = {width: judged_rows(records, width) for width in WIDTHS}
     every = [pair for pairs in rows.values() for pair in pairs]
     if not every:
         return []
     titles = ["distance to float", "PSNR to float", f"at most {AIM:g} of the distance", f"distance to `{DEFAULT}`'s"]
-    by_float = {width.upper(): aim_to_float(found, rows[width]) for width in WIDTHS}
+    by_float = {width.upper(): aim_to_float(records, rows[width]) for width in WIDTHS}
     return [
         AGAINST_NEAREST,
-        markdown(["row", "round to nearest", *titles], [against_nearest(found, *pair) for pair in every]),
+        markdown(["row", "round to nearest", *titles], [against_nearest(records, *pair) for pair in every]),
         *bullets(f"The aim by float's pictures, a distance of at most {AIM:g} of round to nearest's:", by_float),
-        *bullets(f"The aim by real data, a growth over float's of at most {AIM:g} of:", aim_to_real(found, every)),
+        *bullets(f"The aim by real data, a growth over float's of at most {AIM:g} of:", aim_to_real(records, every)),
     ]
 
 
-def judged_rows(found: Records, width: str) -> list[tuple[str, str]]:
+def judged_rows(records: Records, width: str) -> list[tuple[str, str]]:
     """The measured rows of METHODS at one width, each with its row of round to nearest."""
     nearest = nearest_rows()
     names = [f"{line.name}-{width}" for line in METHODS.lines]
-    return [(name, nearest[name]) for name in names if name in nearest and _measured(found, name)]
+    return [(name, nearest[name]) for name in names if name in nearest and _measured(records, name)]
 
 
-def against_nearest(found: Records, name: str, base: str) -> list[str]:
+def against_nearest(records: Records, name: str, base: str) -> list[str]:
     """The cells of one row; empty ones where round to nearest is not measured."""
-    default = _ratio(found, name, f"{DEFAULT}-{name.rpartition('-')[2]}")
-    if not _measured(found, base):
+    default = _ratio(records, name, f"{DEFAULT}-{name.rpartition('-')[2]}")
+    if not _measured(records, base):
         return [f"`{name}`", f"`{base}`: not measured yet", "", "", "", default]
-    one, other = found[name], found[base]
-    distances = f"{one[DISTANCE]['value']:.3g} of {other[DISTANCE]['value']:.3g}, {_ratio(found, name, base)}"
+    one, other = records[name], records[base]
+    distances = f"{one[DISTANCE]['value']:.3g} of {other[DISTANCE]['value']:.3g}, {_ratio(records, name, base)}"
     return [
         f"`{name}`",
         f"`{base}`",
         distances,
-        _gain(found, name, base),
+        _gain(records, name, base),
         aimed(one[DISTANCE], other[DISTANCE]),
         default,
     ]
@@ -173,27 +173,28 @@ def aimed(one: Mapping[str, float], base: Mapping[str, float]) -> str:
     return {"better": REACHED, "worse": MISSED}.get(compare(one, limit, less_is_better=True), by_chance)
 
 
-def aim_to_float(found: Records, rows: Sequence[tuple[str, str]]) -> str:
+def aim_to_float(records: Records, rows: Sequence[tuple[str, str]]) -> str:
     """How the rows of one width fare by the distance to float's pictures, the best first; "" if no base is measured."""
-    known = [(name, found[name][DISTANCE], found[base][DISTANCE]) for name, base in rows if _measured(found, base)]
+    pairs = [(name, base) for name, base in rows if _measured(records, base)]
+    known = [(name, records[name][DISTANCE], records[base][DISTANCE]) for name, base in pairs]
     shares = sorted((one["value"] / base["value"], name, aimed(one, base)) for name, one, base in known)
-    told: dict[str, list[str]] = {}
+    by_outcome: dict[str, list[str]] = {}
     for share, name, outcome in shares:
-        told.setdefault(outcome, []).append(f"`{name.rpartition('-')[0]}` ({share:.2f})")
-    order = [outcome for outcome in (REACHED, REACHED_MAYBE, MISSED_MAYBE, MISSED) if outcome in told]
-    return "; ".join(f"{outcome} by {', '.join(told[outcome])}" for outcome in order)
+        by_outcome.setdefault(outcome, []).append(f"`{name.rpartition('-')[0]}` ({share:.2f})")
+    order = [outcome for outcome in (REACHED, REACHED_MAYBE, MISSED_MAYBE, MISSED) if outcome in by_outcome]
+    return "; ".join(f"{outcome} by {', '.join(by_outcome[outcome])}" for outcome in order)
 
 
-def aim_to_real(found: Records, rows: Sequence[tuple[str, str]]) -> dict[str, str]:
+def aim_to_real(records: Records, rows: Sequence[tuple[str, str]]) -> dict[str, str]:
     """Did the distance to real data of each base grow over float's? Only there can its rows be judged by it."""
-    told: dict[str, list[str]] = {}
-    for base in dict.fromkeys(base for _, base in rows if _measured(found, base)):
-        growth = found[base][GROWTH]
+    by_kind: dict[str, list[str]] = {}
+    for base in dict.fromkeys(base for _, base in rows if _measured(records, base)):
+        growth = records[base][GROWTH]
         shown = f"`{base}` {growth['value']:+.2f} ({growth['low']:+.2f} to {growth['high']:+.2f})"
-        own = [name for name, of in rows if of == base] if growth["low"] > 0 else []
-        judged = [f"`{name}` {found[name][GROWTH]['value']:+.2f}, {aimed(found[name][GROWTH], growth)}" for name in own]
-        told.setdefault(growth_kind(growth), []).append(" with ".join([shown, *filter(None, ["; ".join(judged)])]))
-    return {kind: "; ".join(shown) for kind, shown in told.items()}
+        own = {name: records[name][GROWTH] for name, of in rows if of == base} if growth["low"] > 0 else {}
+        judged = [f"`{name}` {value['value']:+.2f}, {aimed(value, growth)}" for name, value in own.items()]
+        by_kind.setdefault(growth_kind(growth), []).append(" with ".join([shown, *filter(None, ["; ".join(judged)])]))
+    return {kind: "; ".join(shown) for kind, shown in by_kind.items()}
 
 
 def growth_kind(growth: Mapping[str, float]) -> str:
@@ -206,17 +207,17 @@ def growth_kind(growth: Mapping[str, float]) -> str:
 def steps_of(table: Table) -> Callable[[Records], list[str]]:
     """Each line of an ablation against the line before, at every width that both have."""
 
-    def told(found: Records) -> list[str]:
+    def answer(records: Records) -> list[str]:
         pairs = zip(table.lines, table.lines[1:], strict=False)
         rows = {
-            f"{line.label}, {width.upper()}": verdict(found, f"{line.name}-{width}", f"{before.name}-{width}")
+            f"{line.label}, {width.upper()}": verdict(records, f"{line.name}-{width}", f"{before.name}-{width}")
             for before, line in pairs
             for width in line.widths
             if width in before.widths
         }
         return bullets("Each line against the one before:", rows)
 
-    return told
+    return answer
 
 
 # --- sensitivity ----------------------------------------------------------------------------------------------------

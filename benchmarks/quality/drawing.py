@@ -84,10 +84,10 @@ def draw(subject: Subject, run: Run, label: str) -> Pictures:
 def _draw(
     subject: Subject, run: Run, part: slice, on_step: Callable[[int, Arrays, Arrays], None] | None = None
 ) -> Pictures:
-    made = subject.generation
-    sampler = make_sampler(made.sampler, made.n_steps, made.timestep_scale)
-    encoded = made.encode(subject.prompts[part])
-    return sample(run, encoded, subject.noise[part], sampler, made.guidance_scale, on_step)
+    generation = subject.generation
+    sampler = make_sampler(generation.sampler, generation.n_steps, generation.timestep_scale)
+    encoded = generation.encode(subject.prompts[part])
+    return sample(run, encoded, subject.noise[part], sampler, generation.guidance_scale, on_step)
 
 
 def float_engine(subject: Subject) -> ReferenceEngine:
@@ -126,9 +126,9 @@ def float_trajectory(subject: Subject, count: int = STEP_PICTURES) -> Trajectory
     calls: list[Arrays] = []
     outputs: list[NDArray[Any]] = []
 
-    def keep(_: int, inputs: Arrays, found: Arrays) -> None:
+    def keep(_: int, inputs: Arrays, output: Arrays) -> None:
         calls.append(inputs)
-        outputs.append(found["sample"])
+        outputs.append(output["sample"])
 
     _draw(subject, float_engine(subject).run, slice(0, count), keep)
     return Trajectory(calls, outputs)

@@ -56,8 +56,8 @@ class Drawer:
 
 def row_recipe(row: Row, settings: Sequence[str] = ()) -> Recipe:
     """The row's recipe for its model. Raises RecipeError for a method or an option that is not there."""
-    made = recipes.with_settings(recipes.load(row.recipe), [*row.settings, *settings])
-    return replace(made, model=f"zoo:{row.model}")
+    recipe = recipes.with_settings(recipes.load(row.recipe), [*row.settings, *settings])
+    return replace(recipe, model=f"zoo:{row.model}")
 
 
 def calibration_key(recipe: Recipe, model_sha256: str, multipliers: tuple[int, ...]) -> str:
@@ -116,8 +116,8 @@ def restricted(subject: Subject, row: Row, recipe: Recipe, folder: Path) -> list
     return layers
 
 
-def _common(exact: Sequence[int], wanted: Sequence[int]) -> tuple[int, ...]:
-    return tuple(multiplier for multiplier in exact if multiplier in wanted) or (1,)
+def _common(exact: Sequence[int], others: Sequence[int]) -> tuple[int, ...]:
+    return tuple(multiplier for multiplier in exact if multiplier in others) or (1,)
 
 
 # --- runner ---------------------------------------------------------------------------------------------------------
@@ -135,9 +135,9 @@ def drawer(
     """The faster of engine and reference that computes these layers exactly; "native" has nothing to fuse behind static
     scales, where the stock engine draws."""
     reference = ReferenceEngine(fake_quant(subject.model, layers, torch.float32), torch.float32)
-    for name, made in ways(recipe, target).items():
+    for name, way in ways(recipe, target).items():
         try:
-            graph, engine = build_engine(subject, layers, made, scratch, target)
+            graph, engine = build_engine(subject, layers, way, scratch, target)
             break
         except UserError as error:
             refusal = str(error)
@@ -146,7 +146,7 @@ def drawer(
         yield Drawer(reference.run, "reference", {"refused": refusal})
         return
     try:
-        proof = prove(subject, layers, made, graph, trajectory, target)
+        proof = prove(subject, layers, way, graph, trajectory, target)
         yield choose(subject, name, proof, trajectory, engine, reference)
     finally:
         engine.close()
@@ -228,12 +228,12 @@ def prove(
 
     steps = sorted({0, len(trajectory.calls) // 2, len(trajectory.calls) - 1})
     calls = [first_samples(trajectory.calls[step], PROVEN_PICTURES) for step in steps]
-    found = Study(make_case(subject.model, recipe), calls=calls, probed=tuple(range(len(calls))))
+    study = Study(make_case(subject.model, recipe), calls=calls, probed=tuple(range(len(calls))))
     probed = ProbedGraph(graph)
     modules = {ref.name: ref.module for ref in subject.model.linears()}
     present = [layer for layer in layers if layer.name in probed.complete]
     named = {f"step {step + 1}": call for step, call in zip(steps, calls, strict=True)}
-    results = layer_results(target, present, modules, probed, found, Realisations(), named, found.probed)
+    results = layer_results(target, present, modules, probed, study, Realisations(), named, study.probed)
     coverage = coverage_gate(target, {layer.name for layer in present}, list(modules))
     return [coverage, *layer_gates(target, results, 0)]
 

@@ -34,9 +34,9 @@ def method_dots(axes: Any, document: Document, model: str, names: tuple[Line, ..
     lines = [line for line in names if any(f"{line.name}-{width}" in rows for width in line.widths)]
     for place, line in enumerate(lines):
         for width in line.widths:
-            if found := rows.get(f"{line.name}-{width}"):
+            if row := rows.get(f"{line.name}-{width}"):
                 offset = 0.15 * (list(WIDTH_COLOURS).index(width) - 1)  # so that dots do not hide each other
-                _dot(axes, found["frechet_to_float"], place + offset, WIDTH_COLOURS[width], width.upper())
+                _dot(axes, row["frechet_to_float"], place + offset, WIDTH_COLOURS[width], width.upper())
     axes.set_yticks(range(len(lines)), [line.label for line in lines], fontsize=8)
     axes.invert_yaxis()
     _logarithmic(axes)
@@ -46,10 +46,10 @@ def method_dots(axes: Any, document: Document, model: str, names: tuple[Line, ..
     _legend_once(axes)
 
 
-def _dot(axes: Any, found: Mapping[str, float], place: float, colour: str, label: str) -> None:
-    low = max(found["low"], found["value"] / 1000, 1e-9)  # a logarithmic axis has no zero
-    axes.plot([low, found["high"]], [place, place], color=colour, linewidth=1, alpha=0.6)
-    axes.plot(max(found["value"], 1e-9), place, "o", color=colour, markersize=5, label=label)
+def _dot(axes: Any, estimate: Mapping[str, float], place: float, colour: str, label: str) -> None:
+    low = max(estimate["low"], estimate["value"] / 1000, 1e-9)  # a logarithmic axis has no zero
+    axes.plot([low, estimate["high"]], [place, place], color=colour, linewidth=1, alpha=0.6)
+    axes.plot(max(estimate["value"], 1e-9), place, "o", color=colour, markersize=5, label=label)
 
 
 def _logarithmic(axes: Any) -> None:
@@ -84,16 +84,16 @@ def groups(axes: Any, document: Document, model: str) -> None:
     rows, points = measured(document), {kind: [] for kind in GROUP_STYLES}  # type: dict[str, Any], dict[str, list[Any]]
     for line in TABLES["groups"].lines:
         kind, _, size = line.label.partition(", ")
-        if found := rows.get(f"{line.name}-w4a6"):
-            bits = 8 * found["weight_bytes"] / found["weights"] - CODE_BITS
-            points[kind].append((bits, found["psnr_db"], size))
-    for kind, found in points.items():
+        if row := rows.get(f"{line.name}-w4a6"):
+            bits = 8 * row["weight_bytes"] / row["weights"] - CODE_BITS
+            points[kind].append((bits, row["psnr_db"], size))
+    for kind, curve in points.items():
         colour, mark = GROUP_STYLES[kind]
-        for bits, psnr, size in found:
+        for bits, psnr, size in curve:
             axes.plot([bits, bits], [psnr["low"], psnr["high"]], color=colour, alpha=0.5)
             axes.annotate(size, (bits, psnr["value"]), textcoords="offset points", xytext=(5, 3), fontsize=8)
-        if found:
-            axes.plot([p[0] for p in found], [p[1]["value"] for p in found], mark, ls="-", color=colour, label=kind)
+        if curve:
+            axes.plot([p[0] for p in curve], [p[1]["value"] for p in curve], mark, ls="-", color=colour, label=kind)
     _logarithmic(axes)
     axes.set_xlabel(f"bits per weight for scales, beyond the {CODE_BITS} of a code")
     axes.set_ylabel("PSNR to float, dB (median)")
@@ -107,9 +107,9 @@ def steps(axes: Any, document: Document, model: str) -> None:
     rows = measured(document)
     for numbers, style in (("fp-channel", "-"), ("int-channel", "--")):
         for width in WIDTHS:
-            if found := rows.get(f"rtn-{numbers}-{width}"):
+            if row := rows.get(f"rtn-{numbers}-{width}"):
                 label = f"{numbers.partition('-')[0].upper()} {width.upper()}"
-                axes.plot(found["step_sqnr_db"], style, color=WIDTH_COLOURS[width], label=label)
+                axes.plot(row["step_sqnr_db"], style, color=WIDTH_COLOURS[width], label=label)
     axes.xaxis.get_major_locator().set_params(integer=True)
     axes.set_xlabel("denoising step (0: pure noise)")
     axes.set_ylabel("SQNR of the step's output, dB")
@@ -152,9 +152,9 @@ PLOTS: dict[str, tuple[Callable[[Any, Document, str], None], tuple[float, float]
 def draw_all(folder: Path, results: Path = record.RESULTS) -> list[Path]:
     """Write every plot for which something has been measured; returns the files."""
     documents = {model: Results(model, results).read() for model in MODELS}
-    shown = {model: found for model, found in documents.items() if found["rows"]}
-    found = {name: {model: shown[model] for model in shown if model in models_of(name)} for name in PLOTS}
-    return [draw(name, panels, folder) for name, panels in found.items() if panels]
+    shown = {model: document for model, document in documents.items() if document["rows"]}
+    panels_of = {name: {model: shown[model] for model in shown if model in models_of(name)} for name in PLOTS}
+    return [draw(name, panels, folder) for name, panels in panels_of.items() if panels]
 
 
 def models_of(name: str) -> tuple[str, ...]:

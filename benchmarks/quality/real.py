@@ -41,7 +41,7 @@ from pipeline import recipe as recipes
 from pipeline.backends.base import Arrays
 from pipeline.backends.reference import ReferenceEngine, fake_quant
 from pipeline.files import remove, sha256_json
-from pipeline.generate import pipeline_folder as pipeline_data
+from pipeline.generate import pipeline_folder
 from pipeline.generate.diffusers_adapter import EngineTransformer
 from pipeline.generate.latent import find_pipeline
 from pipeline.generate.pipeline_folder import pipeline_arguments
@@ -78,17 +78,17 @@ def run_real(arguments: argparse.Namespace) -> int:
     model = load(str(root))
     rows = [(row, real_recipe(row, arguments)) for row in real_rows(model, arguments)]
     results = Results(f"real_{root.name}", arguments.output_dir or record.RESULTS)
-    found = facts(model, prompts, arguments)
-    results.refuse_others(found)
-    real = Real(open_pipeline(root), model, prompts, arguments, found, arguments.work_dir / results.model)
+    subject = facts(model, prompts, arguments)
+    results.refuse_others(subject)
+    real = Real(open_pipeline(root), model, prompts, arguments, subject, arguments.work_dir / results.model)
     base = float_pictures(real)
-    key = row_key(found, None, ())
-    results.add(FLOAT, scored(real, results, FLOAT, key, base) | {"drawn_by": drawn_by(arguments)}, found)
+    key = row_key(subject, None, ())
+    results.add(FLOAT, scored(real, results, FLOAT, key, base) | {"drawn_by": drawn_by(arguments)}, subject)
     failed = 0
     for row, recipe in rows:
-        told = row_record(real, results, row, recipe, base)
-        results.add(row.name, told, found)
-        failed += told["status"] == FAILED
+        row_outcome = row_record(real, results, row, recipe, base)
+        results.add(row.name, row_outcome, subject)
+        failed += row_outcome["status"] == FAILED
     print(results.path)
     return failed
 
@@ -100,7 +100,7 @@ def chosen_device(name: str) -> str:
 
 def refuse_missing(root: Path, arguments: argparse.Namespace) -> None:
     """Raises EnvironmentLacksError naming every part of the pipeline and every need of a metric that is not there."""
-    parts = pipeline_data.listed_parts(root / pipeline_data.INDEX)
+    parts = pipeline_folder.listed_parts(root / pipeline_folder.INDEX)
     missing = [f"{root / name} of the pipeline" for name in parts if not (root / name).is_dir()]
     for name in arguments.metric:
         missing += [f"{name} needs {problem}" for problem in METRICS[name].problems(arguments)]
@@ -114,10 +114,10 @@ def read_prompts(arguments: argparse.Namespace) -> list[str]:
     """The first --count lines of --prompts. Raises RecipeError if there are fewer."""
     path = arguments.prompts
     lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()] if path and path.is_file() else []
-    found = [line for line in lines if line]
-    if not arguments.count or len(found) < arguments.count:
-        raise RecipeError(f"--prompts {path}: {len(found)} prompts; give --count and a file with that many lines")
-    return found[: arguments.count]
+    prompts = [line for line in lines if line]
+    if not arguments.count or len(prompts) < arguments.count:
+        raise RecipeError(f"--prompts {path}: {len(prompts)} prompts; give --count and a file with that many lines")
+    return prompts[: arguments.count]
 
 
 def real_rows(model: LoadedModel, arguments: argparse.Namespace) -> list[Row]:
@@ -125,15 +125,15 @@ def real_rows(model: LoadedModel, arguments: argparse.Namespace) -> list[Row]:
     if model.family.name not in FAMILY_ROWS:
         raise RecipeError(f"{model.family.name}: no rows for this family; use one of {', '.join(FAMILY_ROWS)}")
     stand_in, recipe = FAMILY_ROWS[model.family.name]
-    found = [replace(row, recipe=recipe) for row in rows_of(stand_in, patterns=arguments.rows) if not row.multipliers]
-    if not found:
+    rows = [replace(row, recipe=recipe) for row in rows_of(stand_in, patterns=arguments.rows) if not row.multipliers]
+    if not rows:
         raise RecipeError(f"--rows {' '.join(arguments.rows)}: no such row; --list shows them all")
-    return found
+    return rows
 
 
 def real_recipe(row: Row, arguments: argparse.Namespace) -> Recipe:
-    made = recipes.with_settings(recipes.load(row.recipe), [*row.settings, *arguments.set])
-    return replace(made, model=arguments.model)
+    recipe = recipes.with_settings(recipes.load(row.recipe), [*row.settings, *arguments.set])
+    return replace(recipe, model=arguments.model)
 
 
 def family_recipe(model: LoadedModel, arguments: argparse.Namespace) -> Recipe:
@@ -181,17 +181,17 @@ def scored(
 ) -> dict[str, Any]:
     """The measures of a row's pictures. Metrics that its record holds already are kept, unless --redo."""
     before = results.read()["rows"].get(name, {}) if results.has(name, key) and not real.arguments.redo else {}
-    found: dict[str, Any] = {"status": MEASURED, "key": key}
+    measures: dict[str, Any] = {"status": MEASURED, "key": key}
     for metric in dict.fromkeys([*(metric for metric in METRICS if metric in before), *real.arguments.metric]):
         kept = before.get(metric)
         folder = picture_folder(real, name, key)
-        made = kept if kept is not None else METRICS[metric].score(pictures, real.prompts, folder, real.arguments)
-        found[metric] = made
-        logger.info("%s: %s %g", name, metric, made)
+        score = kept if kept is not None else METRICS[metric].score(pictures, real.prompts, folder, real.arguments)
+        measures[metric] = score
+        logger.info("%s: %s %g", name, metric, score)
     if base is not None:
         pair = [part.transpose(0, 3, 1, 2) / np.float32(127.5) - 1 for part in (pictures, base)]
-        found |= {"psnr_db": asdict(median_estimate(psnr_db(*pair))), "ssim": asdict(median_estimate(ssim(*pair)))}
-    return found
+        measures |= {"psnr_db": asdict(median_estimate(psnr_db(*pair))), "ssim": asdict(median_estimate(ssim(*pair)))}
+    return measures
 
 
 def float_pictures(real: Real) -> Pictures:

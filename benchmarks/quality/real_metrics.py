@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from benchmarks.quality import scorer as quality_scorer
+from benchmarks.quality import scorer
 from export.errors import EnvironmentLacksError
 
 Pictures = NDArray[np.uint8]  # [N, H, W, 3]
@@ -51,12 +51,12 @@ def _packages(names: Sequence[str]) -> list[str]:
 
 def fid_problems(arguments: argparse.Namespace) -> list[str]:
     weights = Path(torch.hub.get_dir()) / "checkpoints" / INCEPTION
-    found = _packages(("torchmetrics", "torch_fidelity"))
-    found += [] if weights.is_file() else [f"the Inception weights {weights} (of torch-fidelity's releases)"]
+    problems = _packages(("torchmetrics", "torch_fidelity"))
+    problems += [] if weights.is_file() else [f"the Inception weights {weights} (of torch-fidelity's releases)"]
     count = len(real_files(arguments))
     if count < arguments.count:
-        found.append(f"--real-pictures with {arguments.count} pictures or more, found {count}")
-    return found
+        problems.append(f"--real-pictures with {arguments.count} pictures or more, found {count}")
+    return problems
 
 
 def real_files(arguments: argparse.Namespace) -> list[Path]:
@@ -84,9 +84,9 @@ def clip_problems(arguments: argparse.Namespace) -> list[str]:
     def held(name: str) -> bool:
         return isinstance(try_to_load_from_cache(CLIP, name), str)
 
-    found = _packages(("torchmetrics",))
+    problems = _packages(("torchmetrics",))
     missing = [" or ".join(names) for names in CLIP_FILES if not any(map(held, names))]
-    return found + ([f"{', '.join(missing)} of {CLIP} in the hub's cache (hf download {CLIP})"] if missing else [])
+    return problems + ([f"{', '.join(missing)} of {CLIP} in the hub's cache (hf download {CLIP})"] if missing else [])
 
 
 def clip(pictures: Pictures, prompts: list[str], folder: Path, arguments: argparse.Namespace) -> float:
@@ -132,7 +132,7 @@ def rehearse(name: str, python: Path) -> None:
 
 def scores(name: str, python: Path, folder: Path) -> list[float]:
     """Of the pictures in a folder, by `scorer.py` in `python`, offline. Raises EnvironmentLacksError."""
-    command = [str(python), quality_scorer.__file__, name, str(folder)]
+    command = [str(python), scorer.__file__, name, str(folder)]
     done = subprocess.run(
         command,
         capture_output=True,
@@ -143,15 +143,15 @@ def scores(name: str, python: Path, folder: Path) -> list[float]:
         env=os.environ | OFFLINE,
     )
     if done.returncode:
-        told = (done.stderr.strip() or "no message").splitlines()[-1]
-        raise EnvironmentLacksError(f"{name}: {python} failed ({told}); repair its environment")
+        message = (done.stderr.strip() or "no message").splitlines()[-1]
+        raise EnvironmentLacksError(f"{name}: {python} failed ({message}); repair its environment")
     return [float(value) for value in json.loads(done.stdout)]
 
 
 METRICS = {
     "fid": Metric(fid_problems, fid),
     "clip": Metric(clip_problems, clip),
-    **{name: _scorer(name) for name in quality_scorer.SCORERS},
+    **{name: _scorer(name) for name in scorer.SCORERS},
 }
 
 

@@ -40,33 +40,33 @@ class Results:
 
     def refuse_others(self, subject: Mapping[str, Any]) -> None:
         """Raises RecipeError if the file holds rows of other pictures: a table must not mix them."""
-        found = self.read().get("subject", subject)
+        stored = self.read().get("subject", subject)
         different = [
-            f"{key} {found.get(key)!r}, not {subject[key]!r}" for key in subject if found.get(key) != subject[key]
+            f"{key} {stored.get(key)!r}, not {subject[key]!r}" for key in subject if stored.get(key) != subject[key]
         ]
         if different:
             raise RecipeError(f"{self.path} has {'; '.join(different)}; give another --output-dir, or remove it")
 
     def has(self, name: str, key: str) -> bool:
         """Is the row measured under this key?"""
-        found = self.read()["rows"].get(name, {})
-        return found.get("status") == MEASURED and found.get("key") == key
+        row = self.read()["rows"].get(name, {})
+        return row.get("status") == MEASURED and row.get("key") == key
 
-    def add(self, name: str, found: Mapping[str, Any], subject: Mapping[str, Any]) -> None:
+    def add(self, name: str, row: Mapping[str, Any], subject: Mapping[str, Any]) -> None:
         """Put in one row's record; what else stands in the file stays."""
         document = self.read()
         stamp = {"cpu": machine.cpu_name(), "commit": record.commit(), "code_sha256": machine.code_version()}
-        document["rows"][name] = {**found, **stamp}
+        document["rows"][name] = {**row, **stamp}
         self._write(document, subject)
 
-    def put(self, part: str, found: Any, subject: Mapping[str, Any]) -> None:
+    def put(self, part: str, value: Any, subject: Mapping[str, Any]) -> None:
         """Replace a part beside the rows, for example "sensitivity"."""
-        self._write(self.read() | {part: found}, subject)
+        self._write(self.read() | {part: value}, subject)
 
     def _write(self, document: dict[str, Any], subject: Mapping[str, Any]) -> None:
-        made = {"model": self.model, "subject": subject, "intervals": INTERVALS}
-        rest = {key: value for key, value in document.items() if key not in (*made, "machine", "versions", "commit")}
-        record.write(self.path.stem, made | rest, self.folder)
+        header = {"model": self.model, "subject": subject, "intervals": INTERVALS}
+        rest = {key: value for key, value in document.items() if key not in (*header, "machine", "versions", "commit")}
+        record.write(self.path.stem, header | rest, self.folder)
 
 
 def row_key(subject: Mapping[str, Any], recipe: Any, multipliers: tuple[int, ...]) -> str:

@@ -48,9 +48,9 @@ class Line:
     def _row(self, model: str, width: str) -> Row:
         weight, activation = width[:2], width[2:]
         formats = self.formats or FP
-        given = (f"formats.weight={formats[weight]}", f"formats.activation={formats[activation]}", self.weight_of)
+        base = (f"formats.weight={formats[weight]}", f"formats.activation={formats[activation]}", self.weight_of)
         chosen = () if any(key.startswith("method=") for key in self.settings) else ("method=rtn",)
-        settings = (*given, *chosen, *self.settings)
+        settings = (*base, *chosen, *self.settings)
         return Row(f"{self.name}-{width}", model, MODELS[model], settings, self.multipliers)
 
 
@@ -220,15 +220,15 @@ ON_REQUEST = (FULL.name,)  # hours of calibration: measured when asked for by --
 
 def rows_of(model: str, tables: Iterable[str] = tuple(TABLES), patterns: Iterable[str] = ("*",)) -> list[Row]:
     """The rows of some tables for one model whose name fits one of the patterns, each once."""
-    found: dict[str, Row] = {}
+    by_name: dict[str, Row] = {}
     for name in tables:
         for line in TABLES[name].lines:
             for row in line.rows(model):
-                known = found.setdefault(row.name, row)
+                known = by_name.setdefault(row.name, row)
                 if known != row:
                     raise ValueError(f"two rows are called {row.name} and differ: {known} and {row}")
-    wanted = list(patterns)
-    return [row for row in found.values() if any(fnmatchcase(row.name, pattern) for pattern in wanted)]
+    globs = list(patterns)
+    return [row for row in by_name.values() if any(fnmatchcase(row.name, pattern) for pattern in globs)]
 
 
 def nearest_rows() -> dict[str, str]:

@@ -70,15 +70,15 @@ class FrechetScore:
 class _Frechet:
     """The score itself."""
 
-    def __init__(self, wanted: FrechetScore) -> None:
-        self.subject: Subject = make_subject(wanted.name, wanted.count, wanted.seed)
-        self.models = CandidateModels(replace(wanted.candidates, model=self.subject.model))
-        self.goal: Gaussian = self._goal(wanted)
+    def __init__(self, score: FrechetScore) -> None:
+        self.subject: Subject = make_subject(score.name, score.count, score.seed)
+        self.models = CandidateModels(replace(score.candidates, model=self.subject.model))
+        self.goal: Gaussian = self._goal(score)
 
-    def _goal(self, wanted: FrechetScore) -> Gaussian:
-        if wanted.against == "real":
-            return gaussian(real_features(wanted.name))
-        return gaussian(judged(wanted.name, float_pictures(self.subject, wanted.folder))[0])
+    def _goal(self, score: FrechetScore) -> Gaussian:
+        if score.against == "real":
+            return gaussian(real_features(score.name))
+        return gaussian(judged(score.name, float_pictures(self.subject, score.folder))[0])
 
     def __call__(self, individual: Individual) -> float:
         engine = ReferenceEngine(self.models.module(individual), torch.float32)
@@ -110,8 +110,8 @@ def make_recipe(arguments: argparse.Namespace) -> Recipe:
 
 def make_method(recipe: Recipe, folder: Path) -> QDit:
     """The method with its calibration data; it says what there is to choose from, and makes the layers."""
-    model, wanted = models.load(recipe.model), recipe.calibrate
-    options = METHODS["qdit"].resolve(wanted.preset, wanted.options)
+    model, settings = models.load(recipe.model), recipe.calibrate
+    options = METHODS["qdit"].resolve(settings.preset, settings.options)
     return QDit(Context(model, recipe, options, folder, calibration_data(model, recipe)))
 
 
@@ -138,12 +138,12 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     candidates = method.candidates(plans, space, layers).for_workers(settings.workers)
     score = make_score(arguments, method, candidates)
     origin = {**score.origin, "model_sha256": model.sha256, **keys}
-    found = search(space, settings, score, folder / "scores.json", origin)
-    sizes = layer_sizes(plans, str(options["genes"]), space, found.best)
-    made = found_recipe(recipe, sizes)
-    (folder / f"{made.name}.toml").write_text(recipes.to_toml(made), encoding="utf-8")
-    unsearched = found.costs.get(space.uniform(recipe.weights.group_size))
-    document = describe(space, found, origin, sizes) | {"unsearched_cost": unsearched}
+    outcome = search(space, settings, score, folder / "scores.json", origin)
+    sizes = layer_sizes(plans, str(options["genes"]), space, outcome.best)
+    chosen = found_recipe(recipe, sizes)
+    (folder / f"{chosen.name}.toml").write_text(recipes.to_toml(chosen), encoding="utf-8")
+    unsearched = outcome.costs.get(space.uniform(recipe.weights.group_size))
+    document = describe(space, outcome, origin, sizes) | {"unsearched_cost": unsearched}
     document |= {"recipe": recipe.name, "seconds": time.monotonic() - started}
     record.write("search_groups", document, folder)
     return document
@@ -160,21 +160,21 @@ def settings_for(sizes: list[int]) -> list[str]:
     return ["calibrate.method=qdit", f"calibrate.options.group_sizes={to_text(sizes)}"]
 
 
-def describe(space: Space, found: Found, origin: dict[str, Any], sizes: list[int]) -> dict[str, Any]:
+def describe(space: Space, outcome: Found, origin: dict[str, Any], sizes: list[int]) -> dict[str, Any]:
     """What was found, and what uniform sizes cost that the budget allows."""
     sizes_known = sorted({size for gene in space.genes for size in gene.sizes})
     uniform = {size: space.uniform(size) for size in sizes_known}
     return {
         "origin": origin,
         "budget_bytes": space.budget_bytes,
-        "size_bytes": space.size_bytes(found.best),
-        "genes": {gene.name: size for gene, size in zip(space.genes, found.best, strict=True)},
+        "size_bytes": space.size_bytes(outcome.best),
+        "genes": {gene.name: size for gene, size in zip(space.genes, outcome.best, strict=True)},
         "group_sizes": to_text(sizes),
         "settings": settings_for(sizes),
-        "cost": found.cost,
-        "trace": list(found.trace),
-        "scored": len(found.costs),
-        "uniform": {str(size): found.costs[one] for size, one in uniform.items() if one in found.costs},
+        "cost": outcome.cost,
+        "trace": list(outcome.trace),
+        "scored": len(outcome.costs),
+        "uniform": {str(size): outcome.costs[one] for size, one in uniform.items() if one in outcome.costs},
     }
 
 

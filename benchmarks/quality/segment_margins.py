@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import record
+from export.checkpoint import QuantizedLinear
 from export.models import load as models
 from export.models.load import LoadedModel
 from export.to_onnx import export_portable
@@ -61,12 +62,12 @@ def model_rows(name: str) -> Iterator[dict[str, Any]]:
         layers = calibrate(model, recipe, root / "calibrate")
         portable = root / "model.onnx"
         export_portable(model, layers, portable, recipe.sampling.height, recipe.sampling.width)
-        found = study(model, layers, recipe, {"fp32", recipe.options(RtxOptions).attention})
+        float_study = study(model, layers, recipe, {"fp32", recipe.options(RtxOptions).attention})
         for label, target, chosen in targets(recipe, others):
             (root / label).mkdir()
             graph = BACKENDS[target].lower(portable, root / label, chosen)
             arithmetic = BACKENDS[target].arithmetic(chosen, runs_here=False)
-            row = measured(target, model, layers, graph, found, arithmetic)
+            row = measured(target, model, layers, graph, float_study, arithmetic)
             yield {"model": name, "target": label, "arithmetic": arithmetic, **row}
 
 
@@ -79,12 +80,17 @@ def targets(recipe: Recipe, others: Sequence[str]) -> Iterator[tuple[str, str, R
 
 
 def measured(
-    target: str, model: LoadedModel, layers: Any, graph: LoweredGraph, found: Study, arithmetic: Arithmetic
+    target: str,
+    model: LoadedModel,
+    layers: Sequence[QuantizedLinear],
+    graph: LoweredGraph,
+    float_study: Study,
+    arithmetic: Arithmetic,
 ) -> dict[str, Any]:
     """The worst stretch of a lowered graph."""
-    report, probed = Report(), found.probed
+    report, probed = Report(), float_study.probed
     effort = Effort((0,), probed, 0, special=(1, 2, 3))
-    verify_target(target, model, layers, graph, None, found, report, arithmetic, effort)
+    verify_target(target, model, layers, graph, None, float_study, report, arithmetic, effort)
     worst = max(report.segments, key=lambda row: row.error)
     logger.info("%s %s: %.3f of the limit, up to %s in %s", model.source, target, worst.error, worst.layer, worst.call)
     stretches = len(report.segments)

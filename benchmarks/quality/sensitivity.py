@@ -47,8 +47,8 @@ class Case:
 def sensitivity(subject: Subject, trajectory: Trajectory) -> list[dict[str, Any]]:
     """One record for each case, with step_sqnr_db, and sqnr_db of the mean noise share of the steps."""
     known: dict[tuple[str, ...], list[float]] = {}
-    found, records = cases(subject), []
-    for case in track(found, len(found), f"{subject.name} sensitivity"):
+    all_cases, records = cases(subject), []
+    for case in track(all_cases, len(all_cases), f"{subject.name} sensitivity"):
         key = case.same_as or (case.row, case.kind, case.part)
         known[key] = known.get(key) or _steps_db(subject, trajectory, case)
         stated = {"row": case.row, "kind": case.kind, "part": case.part, "layers": len(case.layers)}
@@ -58,15 +58,15 @@ def sensitivity(subject: Subject, trajectory: Trajectory) -> list[dict[str, Any]
 
 def cases(subject: Subject) -> list[Case]:
     """Every line and width, every layer kind and all kinds together, every part."""
-    found = []
+    all_cases = []
     for row in (row for line in LINES for row in line.rows(subject.name)):
         recipe = row_recipe(row)
         plans = make_plans(subject.model.linears(), recipe)
         layers = [quantize_linear(plan, recipe.weights.search) for plan in plans]
         for kind in (*dict.fromkeys(layer.kind for layer in layers), ALL):
             chosen = [layer for layer in layers if kind in (layer.kind, ALL)]
-            found += [Case(row.name, kind, part, chosen) for part in (WEIGHTS, ACTIVATIONS, BOTH)]
-    return found
+            all_cases += [Case(row.name, kind, part, chosen) for part in (WEIGHTS, ACTIVATIONS, BOTH)]
+    return all_cases
 
 
 def _steps_db(subject: Subject, trajectory: Trajectory, case: Case) -> list[float]:

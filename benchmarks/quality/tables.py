@@ -44,8 +44,8 @@ class Column:
 def estimate(key: str, form: str) -> Callable[[Record], str]:
     """Value and interval of an estimate."""
 
-    def show(found: Record) -> str:
-        value, low, high = (format(found[key][part], form) for part in ("value", "low", "high"))
+    def show(row: Record) -> str:
+        value, low, high = (format(row[key][part], form) for part in ("value", "low", "high"))
         return f"{value} ({low} to {high})"
 
     return show
@@ -57,15 +57,15 @@ COLUMNS = (
     Column("more than float's", estimate("frechet_increase", "+.2f"), of_float=False),
     Column("right", estimate("accuracy", ".1%")),
     Column("PSNR to float, dB", estimate("psnr_db", ".1f"), of_float=False),
-    Column("SSIM", lambda found: f"{found['ssim']['value']:.4f}", of_float=False),
-    Column("bits per weight", lambda found: f"{bits_per_weight(found):.3f}"),
-    Column("weights, MB", lambda found: f"{found['weight_bytes'] / 1e6:.2f}"),
-    Column("calibration, min", lambda found: f"{found['calibration_minutes']:.1f}", of_float=False),
+    Column("SSIM", lambda row: f"{row['ssim']['value']:.4f}", of_float=False),
+    Column("bits per weight", lambda row: f"{bits_per_weight(row):.3f}"),
+    Column("weights, MB", lambda row: f"{row['weight_bytes'] / 1e6:.2f}"),
+    Column("calibration, min", lambda row: f"{row['calibration_minutes']:.1f}", of_float=False),
 )
 
 
-def bits_per_weight(found: Record) -> float:
-    return 8 * found["weight_bytes"] / found["weights"]
+def bits_per_weight(row: Record) -> float:
+    return 8 * row["weight_bytes"] / row["weights"]
 
 
 def records(model: str, folder: Path = record.RESULTS) -> dict[str, Record]:
@@ -76,35 +76,35 @@ def records(model: str, folder: Path = record.RESULTS) -> dict[str, Record]:
 # --- docs/quality.md ------------------------------------------------------------------------------------------------
 
 
-def table_text(table: Table, model: str, found: Mapping[str, Record]) -> str:
+def table_text(table: Table, model: str, by_name: Mapping[str, Record]) -> str:
     """One Markdown table for each width that has a line in `table`, the float model first, and what they answer."""
     widths = [width for width in ("w6a8", *WIDTHS) if any(width in line.widths for line in table.lines)]
     parts = [f"### {model}"]
     for width in widths:
         lines = [line for line in table.lines if width in line.widths]
-        rows = [["float", *cells(found.get(FLOAT), is_float=True)]]
-        rows += [[line.label, *cells(found.get(f"{line.name}-{width}"))] for line in lines]
+        rows = [["float", *cells(by_name.get(FLOAT), is_float=True)]]
+        rows += [[line.label, *cells(by_name.get(f"{line.name}-{width}"))] for line in lines]
         parts += [f"{width.upper()}:", markdown(["", *(column.title for column in COLUMNS)], rows)]
-    answers = ANSWERS[table.name](found) if table.name in ANSWERS else []
+    answers = ANSWERS[table.name](by_name) if table.name in ANSWERS else []
     return "\n\n".join([*parts, *answers])
 
 
-def cells(found: Record | None, is_float: bool = False) -> list[str]:
+def cells(row: Record | None, is_float: bool = False) -> list[str]:
     """A measured row's numbers, or one cell that says why there are none."""
-    if found is None or found["status"] != MEASURED:
-        return [absence(found), *[""] * (len(COLUMNS) - 1)]
-    return [column.show(found) if column.of_float or not is_float else "-" for column in COLUMNS]
+    if row is None or row["status"] != MEASURED:
+        return [absence(row), *[""] * (len(COLUMNS) - 1)]
+    return [column.show(row) if column.of_float or not is_float else "-" for column in COLUMNS]
 
 
-def absence(found: Record | None) -> str:
-    return "not measured yet" if found is None else f"{found['status']}: {found['reason']}".replace("|", "/")
+def absence(row: Record | None) -> str:
+    return "not measured yet" if row is None else f"{row['status']}: {row['reason']}".replace("|", "/")
 
 
 def page(folder: Path = record.RESULTS) -> str:
     """The whole of docs/quality.md."""
     parts = ["# Quality of quantized models", PREFACE]
     known = {model: Results(model, folder).read() for model in MODELS}
-    parts += [subject_text(model, found) for model, found in known.items() if found["rows"]]
+    parts += [subject_text(model, document) for model, document in known.items() if document["rows"]]
     parts += [
         "## All methods in one table",
         "Frechet distance to the float model's pictures, and the median PSNR to them.",
@@ -112,11 +112,11 @@ def page(folder: Path = record.RESULTS) -> str:
     ]
     for table in TABLES.values():
         parts += [f"## {table.question}", models_text(table), *picture(table.name)]
-        shown = {model: found["rows"] for model, found in known.items() if found["rows"] and model in table.models}
-        parts += [table_text(table, model, rows) for model, rows in shown.items()]
+        shown = {model: known[model]["rows"] for model in known if model in table.models}
+        parts += [table_text(table, model, rows) for model, rows in shown.items() if rows]
         parts += [search_text(folder)] if table.name == "qdit" else []
     parts += ["## Which layers cost most, and in which steps?", *picture("sensitivity"), *picture("steps")]
-    parts += [sensitivity_text(model, found.get("sensitivity", [])) for model, found in known.items()]
+    parts += [sensitivity_text(model, document.get("sensitivity", [])) for model, document in known.items()]
     parts += [study_text(folder)]
     return "\n\n".join(part for part in parts if part) + "\n"
 
@@ -133,15 +133,15 @@ def search_text(folder: Path) -> str:
     path = folder / "search_groups.json"
     if not path.is_file():
         return ""
-    found = json.loads(path.read_text(encoding="utf-8"))
-    origin, own = found["origin"], found["unsearched_cost"]
-    compared = "not scored" if own is None else f"{own:.4g}, so x {found['cost'] / own:.3f}"
+    document = json.loads(path.read_text(encoding="utf-8"))
+    origin, own = document["origin"], document["unsearched_cost"]
+    compared = "not scored" if own is None else f"{own:.4g}, so x {document['cost'] / own:.3f}"
     return (
         "Searched by pictures instead of the denoiser's error (`python -m benchmarks.quality.search_groups`, "
-        f"{found['recipe']}, {origin['score']}, {origin['count']} pictures for each of {found['scored']} candidates, "
-        f"{found['seconds'] / 60:.0f} min, {found['machine']['cpu']}, commit {found['commit']}): distance "
-        f"{found['cost']:.4g} with {found['group_sizes']} in {found['size_bytes']:,} bytes; with the recipe's own size "
-        f"in {found['budget_bytes']:,} bytes {compared}."
+        f"{document['recipe']}, {origin['score']}, {origin['count']} pictures for each of {document['scored']} "
+        f"candidates, {document['seconds'] / 60:.0f} min, {document['machine']['cpu']}, commit {document['commit']}): "
+        f"distance {document['cost']:.4g} with {document['group_sizes']} in {document['size_bytes']:,} bytes; with the "
+        f"recipe's own size in {document['budget_bytes']:,} bytes {compared}."
     )
 
 
@@ -163,17 +163,17 @@ drawn scenes and handwritten digits: the numbers compare methods and formats, an
   by the first row that needs them, and shared."""
 
 
-def subject_text(model: str, found: Record) -> str:
-    subject, machine = found["subject"], found["machine"]
-    rows = [row for row in found["rows"].values() if row["status"] == MEASURED]
+def subject_text(model: str, document: Record) -> str:
+    subject, machine = document["subject"], document["machine"]
+    rows = [row for row in document["rows"].values() if row["status"] == MEASURED]
     drawn = Counter(row["drawn_by"].partition(",")[0] for row in rows if "drawn_by" in row)
-    by = ", ".join(f"{drawn[name]} by {told}" for name, told in DRAWERS.items() if drawn[name])
+    by = ", ".join(f"{drawn[name]} by {title}" for name, title in DRAWERS.items() if drawn[name])
     agreement = [row["proof"][AGREEMENT] for row in rows if AGREEMENT in row.get("proof", {})]
     agreed = f" Engine and reference agree on their call to {min(agreement):.1f} dB or better." if agreement else ""
     return (
         f"**{model}**: {subject['count']} pictures ({subject['prompts']}), {subject['n_steps']} steps of "
         f"{subject['sampler']}, guidance {subject['guidance_scale']:g}, seed {subject['seed']}; {machine['cpu']}, "
-        f"{machine['cpus']} CPUs. Rows drawn: {by}.{agreed} Intervals: {found['intervals']}."
+        f"{machine['cpus']} CPUs. Rows drawn: {by}.{agreed} Intervals: {document['intervals']}."
     )
 
 
@@ -207,16 +207,16 @@ SHORT = (
 
 def short_table(folder: Path = record.RESULTS, names: Sequence[str] = ()) -> str:
     """Methods by width, for both models: distance to float, and PSNR. names: of the lines shown; none: all of them."""
-    found = {model: records(model, folder) for model in MODELS}
-    if not any(found.values()):
+    by_model = {model: records(model, folder) for model in MODELS}
+    if not any(by_model.values()):
         return "Not measured yet: run `python -m benchmarks.quality`."
     header = ["method", *(f"`{model}` {width.upper()}" for model in MODELS for width in WIDTHS)]
     lines = {line.name: line for line in TABLES["methods"].lines}
-    return markdown(header, [[lines[name].label, *short_cells(lines[name], found)] for name in names or lines])
+    return markdown(header, [[lines[name].label, *short_cells(lines[name], by_model)] for name in names or lines])
 
 
-def short_cells(line: Line, found: Mapping[str, Mapping[str, Record]]) -> list[str]:
-    rows = (found[model].get(f"{line.name}-{width}") for model in MODELS for width in WIDTHS)
+def short_cells(line: Line, by_model: Mapping[str, Mapping[str, Record]]) -> list[str]:
+    rows = (by_model[model].get(f"{line.name}-{width}") for model in MODELS for width in WIDTHS)
     return [short_cell(row) for row in rows]
 
 

@@ -82,14 +82,14 @@ def accuracy(name: str, labels: torch.Tensor, read: torch.Tensor) -> dict[str, f
     """Share of right pictures by slot; for scenes also the mean over the attributes and all of them at once."""
     slots = list(judges.JUDGES[name].slots)
     right = (labels == read).double()
-    found = dict(zip(slots, right.mean(0).tolist(), strict=True))
+    shares = dict(zip(slots, right.mean(0).tolist(), strict=True))
     if name == "dit_mini":
-        return found
+        return shares
     chosen = right[:, [slots.index(attribute) for attribute in ATTRIBUTES]]
-    found["shape, colour and background (mean)"] = chosen.mean().item()
-    found["shape, colour and background (all of a picture)"] = chosen.prod(1).mean().item()
-    found["everything in the caption"] = right.prod(1).mean().item()
-    return found
+    shares["shape, colour and background (mean)"] = chosen.mean().item()
+    shares["shape, colour and background (all of a picture)"] = chosen.prod(1).mean().item()
+    shares["everything in the caption"] = right.prod(1).mean().item()
+    return shares
 
 
 def save_sheet(pictures: torch.Tensor, path: Path) -> None:

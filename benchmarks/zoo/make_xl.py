@@ -104,8 +104,8 @@ def write(workload: Workload, folder: Path, seed: int = 0, shard_bytes: int = SH
     files = [f"{STEM}-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
     files = [f"{STEM}.safetensors"] if len(shards) == 1 else files
     for file, names in track(zip(files, shards, strict=True), len(shards), "shards"):
-        made = {name: tensor(name, shapes[name], workload.config["num_layers"], seed) for name in names}
-        save_file(made, folder / file, metadata={"format": "pt"})
+        tensors = {name: tensor(name, shapes[name], workload.config["num_layers"], seed) for name in names}
+        save_file(tensors, folder / file, metadata={"format": "pt"})
     parameters = sum(math.prod(shape) for shape in shapes.values())
     if len(shards) > 1:
         where = {name: file for file, names in zip(files, shards, strict=True) for name in names}

@@ -103,13 +103,13 @@ def _quality(name: str) -> str:
     path = RESULTS / f"zoo_{name}.json"
     if not path.exists():
         return f"Not measured yet: run `python -m benchmarks.zoo.judge {name}`."
-    found = json.loads(path.read_text(encoding="utf-8"))
-    rows = [f"| {key} | {value:.1%} |" for key, value in found["accuracy"].items()]
+    document = json.loads(path.read_text(encoding="utf-8"))
+    rows = [f"| {key} | {value:.1%} |" for key, value in document["accuracy"].items()]
     table = "\n".join(["| of the pictures, right in | share |", "|---|---|", *rows])
-    judge = ", ".join(f"{key} {value:.1%}" for key, value in found["judge_test_accuracy"].items())
+    judge = ", ".join(f"{key} {value:.1%}" for key, value in document["judge_test_accuracy"].items())
     return (
-        f"{found['count']} pictures of {found['conditions']}, {found['n_steps']} Euler steps, guidance "
-        f"{found['guidance_scale']}, judged by a classifier trained on the same kind of data (its own accuracy on "
+        f"{document['count']} pictures of {document['conditions']}, {document['n_steps']} Euler steps, guidance "
+        f"{document['guidance_scale']}, judged by a classifier trained on the same kind of data (its own accuracy on "
         f"data it was not trained on: {judge}).\n\n{table}\n\nFrom `benchmarks/results/{path.name}`."
     )
 

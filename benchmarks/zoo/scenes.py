@@ -111,8 +111,8 @@ def is_held_out(labels: torch.Tensor) -> torch.Tensor:
 
 def sample_split(count: int, generator: torch.Generator, held_out: bool) -> torch.Tensor:
     """`count` random labels of the training captions, or of the held-out ones."""
-    found: list[torch.Tensor] = []
-    while sum(map(len, found)) < count:
+    parts: list[torch.Tensor] = []
+    while sum(map(len, parts)) < count:
         labels = sample_labels(2 * count, generator)
-        found.append(labels[is_held_out(labels) == held_out])
-    return torch.cat(found)[:count]
+        parts.append(labels[is_held_out(labels) == held_out])
+    return torch.cat(parts)[:count]

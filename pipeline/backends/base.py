@@ -190,9 +190,9 @@ class Backend(ABC, Generic[OptionsT]):
         """Rows of `doctor`: here, whether its package is installed. A row that several targets have in common is equal
         in all of them."""
         installed = find_spec(self.package) is not None
-        found = machine.tool_version(self.package) if installed else "not installed"
+        version = machine.tool_version(self.package) if installed else "not installed"
         remedy = f"only needed for the target {self.name}; pip install {machine.distribution(self.package)}"
-        return [Check(self.package, installed, found, False, remedy)]
+        return [Check(self.package, installed, version, False, remedy)]
 
     @abstractmethod
     def fitness_problem(self, manifest: Mapping[str, Any], source: Path) -> str | None:

@@ -75,19 +75,19 @@ def of_bounds(bounds: Mapping[str, Any], dtypes: Mapping[str, Any]) -> tuple[Dec
     What varies is the batch, the first axis, and the number of tokens. dtypes: of the engine's tensors, by name. Raises
     ContractError where the bounds, which a file states, are none, or of a tensor that the engine lacks.
     """
-    found = []
+    declared = []
     for name, (low, usual, high) in bounds.items():
         rows = list(zip_longest(low, usual, high, fillvalue=-1))
         ordered = all(0 <= a <= b <= c for a, b, c in rows)
         if name not in dtypes or not ordered:
-            told = f"shapes of {shown(name)}: {shown(low)}, {shown(usual)}, {shown(high)}"
-            raise ContractError(f"metadata.json states {told}, which the engine cannot have; build the engine again")
+            stated = f"shapes of {shown(name)}: {shown(low)}, {shown(usual)}, {shown(high)}"
+            raise ContractError(f"metadata.json states {stated}, which the engine cannot have; build the engine again")
         sizes = [
             a if a == b else ("batch" if axis == 0 else "tokens")
             for axis, (a, b) in enumerate(zip(low, high, strict=True))
         ]
-        found.append(Declared(name, np.dtype(dtypes[name]).name, tuple(sizes), tuple(low), tuple(high)))
-    return tuple(found)
+        declared.append(Declared(name, np.dtype(dtypes[name]).name, tuple(sizes), tuple(low), tuple(high)))
+    return tuple(declared)
 
 
 def check_feeds(
@@ -113,9 +113,9 @@ def _check_type(row: Declared, array: Any, cast: bool) -> None:
     if not hasattr(array, "dtype"):
         kind = type(array).__name__
         raise RecipeError(f"input {row.name} is of type {kind}; give a NumPy array of {row.dtype}")
-    found = str(array.dtype).removeprefix("torch.")
-    if found != row.dtype and not cast:
-        raise RecipeError(f"input {row.name} is of {found}, the engine takes {row.dtype}; convert it with astype")
+    dtype = str(array.dtype).removeprefix("torch.")
+    if dtype != row.dtype and not cast:
+        raise RecipeError(f"input {row.name} is of {dtype}, the engine takes {row.dtype}; convert it with astype")
 
 
 def _check_shape(row: Declared, shape: tuple[int, ...], sizes: dict[str, tuple[str, int]]) -> None:
@@ -156,8 +156,8 @@ def _check_numbers(name: str, array: Any) -> None:
         return
     limit = LARGEST_OF.get(name, LARGEST)
     if max(high, -low) > limit:
-        found = high if high > limit else low
-        raise TooLargeError(f"input {name} holds {found:g}; the engine takes numbers of magnitude up to {limit:g}")
+        extreme = high if high > limit else low
+        raise TooLargeError(f"input {name} holds {extreme:g}; the engine takes numbers of magnitude up to {limit:g}")
 
 
 def _bounds(array: Any) -> tuple[float, float]:

@@ -93,8 +93,8 @@ class Routing:
         if self.chosen is None:
             raise ContractError(f"{layer}: its low-rank branch depends on the timestep; call Routing.tell first")
         if len(self.chosen) not in (1, samples):
-            found = f"its input begins with {samples}, the batch has {len(self.chosen)} timesteps"
-            raise ContractError(f"{layer}: {found}; low-rank branches need inputs [batch, ...]")
+            mismatch = f"its input begins with {samples}, the batch has {len(self.chosen)} timesteps"
+            raise ContractError(f"{layer}: {mismatch}; low-rank branches need inputs [batch, ...]")
         return self.chosen.expand(samples)
 
 

@@ -18,7 +18,7 @@ import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from export.cache_folder import cache_folder
 from export.errors import ContractError
@@ -45,7 +45,7 @@ def verified_copy(folder: Path, rows: Mapping[str, Row]) -> Iterator[Path]:
         yield Path(private)
 
 
-def read_verified(folder: Path, name: str, row: Row, output: Any) -> None:
+def read_verified(folder: Path, name: str, row: Row, output: BinaryIO) -> None:
     """Write the bytes of a plain file, or of a link of the hub's cache, to `output`. Raises ContractError unless they
     are those of the row."""
     path = folder / name

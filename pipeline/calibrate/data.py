@@ -23,7 +23,7 @@ from export.documents import Rules, read_text
 from export.errors import ModelError, RecipeError
 from pipeline.backends.base import Arrays
 from pipeline.files import sha256, sha256_json, write_json
-from pipeline.generate import pipeline_folder as pipeline_data
+from pipeline.generate import pipeline_folder
 from pipeline.generate.case import Case, example_prompts, make_case
 from pipeline.generate.conditioning import GENERATION_FILE, load_generation
 from pipeline.progress import track
@@ -99,7 +99,7 @@ def _sampled_by(model: LoadedModel) -> dict[str, Any]:
         paths = [model.folder / name for name in load_generation(model.folder).files]
         return {"generation_sha256": sha256_json({path.name: sha256(path) for path in paths if path.is_file()})}
     root = _root(model)
-    return {"pipeline": pipeline_data.identity(root)} if root else {}
+    return {"pipeline": pipeline_folder.identity(root)} if root else {}
 
 
 def read_prompts(model: LoadedModel, recipe: Recipe) -> tuple[str, ...]:
@@ -111,7 +111,7 @@ def read_prompts(model: LoadedModel, recipe: Recipe) -> tuple[str, ...]:
         if not described and root is None:
             raise RecipeError(
                 f"calibrate.prompts: nothing encodes prompts for {model.source}; give the folder of its whole "
-                f"diffusers pipeline ({pipeline_data.INDEX} and all it lists), or a model with {GENERATION_FILE}"
+                f"diffusers pipeline ({pipeline_folder.INDEX} and all it lists), or a model with {GENERATION_FILE}"
             )
         lines = [line.strip() for line in read_text(path, PROMPTS_RULES).splitlines()] if path.exists() else []
         prompts = [line for line in lines if line]
@@ -119,7 +119,7 @@ def read_prompts(model: LoadedModel, recipe: Recipe) -> tuple[str, ...]:
             raise RecipeError(f"calibrate.prompts: {path} has no prompt; give a text file with one prompt per line")
         return tuple(prompts[i % len(prompts)] for i in range(settings.size))
     if root is not None:
-        return tuple(pipeline_data.example_prompts(model, settings.size, settings.seed + SEED_OFFSET))
+        return tuple(pipeline_folder.example_prompts(model, settings.size, settings.seed + SEED_OFFSET))
     if not described:
         logger.warning("%s has no text encoder: calibration sees random conditioning", model.source)
         return ("random",) * settings.size
@@ -151,7 +151,7 @@ def _origin(model: LoadedModel, recipe: Recipe, prompts: tuple[str, ...]) -> dic
 
 def _root(model: LoadedModel) -> Path | None:
     """The pipeline that samples this model, if it is not sampled by the description beside it."""
-    return None if (model.folder / GENERATION_FILE).is_file() else pipeline_data.pipeline_root(model)
+    return None if (model.folder / GENERATION_FILE).is_file() else pipeline_folder.pipeline_root(model)
 
 
 def _collect(model: LoadedModel, recipe: Recipe, prompts: tuple[str, ...], folder: Path) -> None:
@@ -163,7 +163,7 @@ def _collect(model: LoadedModel, recipe: Recipe, prompts: tuple[str, ...], folde
 
     steps = set(kept_steps(recipe.sampling.n_steps, recipe.calibrate.timesteps))
     engine, root = ReferenceEngine(denoiser(model), torch.float32), _root(model)
-    sampler = pipeline_data.PipelineSampler(root, model, recipe, engine) if root else None
+    sampler = pipeline_folder.PipelineSampler(root, model, recipe, engine) if root else None
     starts = range(0, len(prompts), BATCH_PROMPTS)
     folder.mkdir(parents=True, exist_ok=True)
     for number, start in enumerate(track(starts, len(starts), "calibration data")):
@@ -181,7 +181,7 @@ def _collect(model: LoadedModel, recipe: Recipe, prompts: tuple[str, ...], folde
             _draw(_case(model, recipe, part, number), engine, keep)
 
 
-def _draw(case: Case, engine: ReferenceEngine, keep: pipeline_data.Keep) -> None:
+def _draw(case: Case, engine: ReferenceEngine, keep: pipeline_folder.Keep) -> None:
     """Sample by the description beside the model, or from random conditioning."""
     from export.models.torch_modules import set_resolution
 

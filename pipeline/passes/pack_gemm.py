@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import onnx_ir as ir
+from numpy.typing import NDArray
 
 from export.dialect.graph import (
     DEQUANTIZERS,
@@ -92,7 +93,7 @@ def _packed(matmul: ir.Node, activation: ir.Node, weight: ir.Node, bias: ir.Valu
     return fpq_node(op_type, inputs, f"{layer}/gemm", matmul, **choices)
 
 
-def _fold_zero(graph: ir.Graph, packed: ir.Node, zero: Any) -> None:
+def _fold_zero(graph: ir.Graph, packed: ir.Node, zero: NDArray[Any]) -> None:
     """bias + zero * (sum of each channel's weights), rounded to float32 once; the bias itself where zero is 0."""
     if not zero.any():
         return

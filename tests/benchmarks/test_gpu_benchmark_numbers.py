@@ -151,7 +151,7 @@ def test_counted_bytes_are_those_of_the_tensors(contestant: str, granularity: Gr
         "packed_gemm": [*ours, given.packed.codes, *codes],
         "expanded_gemm": [*ours, given.expanded],
         "packed_gemm_int8": [*ours, given.packed.codes, *codes],
-        "expanded_gemm_int8": [*ours, given.expanded_images],
+        "expanded_gemm_int8": [*ours, given.expanded_int8],
         "bf16": [given.a_wide, given.w_wide, y],
     }[contestant]
     size = sum(tensor.numel() * tensor.element_size() for tensor in tensors)

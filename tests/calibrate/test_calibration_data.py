@@ -20,7 +20,7 @@ from pipeline.calibrate.data import calibration_data, kept_steps, read_prompts
 from pipeline.calibrate.method import Method, Unit
 from pipeline.calibrate.methods.rtn import quantize_linear
 from pipeline.calibrate.plan import make_plans
-from pipeline.generate import pipeline_folder as pipeline_data
+from pipeline.generate import pipeline_folder
 from pipeline.methods import METHODS, MethodRow, Option
 from pipeline.recipe import load as load_recipe
 from pipeline.recipe import with_settings
@@ -116,7 +116,7 @@ def test_another_scheduler_of_as_many_bytes_is_another_pipeline(tmp_path):
     found = []
     for name in ("ddim", "ddpm"):
         path.write_text(json.dumps({"name": name}))
-        found.append(pipeline_data.identity(tmp_path))
+        found.append(pipeline_folder.identity(tmp_path))
     assert found[0] != found[1]
 
 
@@ -220,14 +220,14 @@ def test_a_pipeline_of_one_variant_samples_with_it(tmp_path, monkeypatch):
     expected, data = (calibration_data(load(str(path)), recipe) for path in (plain, root))
     for call, other in zip(expected.calls, data.calls, strict=True):
         assert all(np.array_equal(call.inputs[name], other.inputs[name]) for name in call.inputs)
-    assert pipeline_data.shared_variant(plain) is None and pipeline_data.shared_variant(root) == "fp16"
-    assert pipeline_data.float32_bytes(plain) == pipeline_data.float32_bytes(root) > 0
+    assert pipeline_folder.shared_variant(plain) is None and pipeline_folder.shared_variant(root) == "fp16"
+    assert pipeline_folder.float32_bytes(plain) == pipeline_folder.float32_bytes(root) > 0
     file = root / "vae" / "diffusion_pytorch_model.fp16.safetensors"
     file.rename(file.with_name("diffusion_pytorch_model.bf16.safetensors"))
     with pytest.raises(
         ModelError, match=r"must share one variant \(text_encoder: fp16; vae: bf16\); download the plain"
     ):
-        pipeline_data.shared_variant(root)
+        pipeline_folder.shared_variant(root)
 
 
 def test_a_text_encoder_that_does_not_fit_is_refused_before_it_is_read(tmp_path, monkeypatch):
@@ -237,7 +237,7 @@ def test_a_text_encoder_that_does_not_fit_is_refused_before_it_is_read(tmp_path,
     parts = [getattr(DiffusionPipeline.from_pretrained(root), name) for name in ("text_encoder", "vae")]
     weights = {id(weight): weight.numel() for part in parts for weight in part.parameters()}  # tied ones once
     (root / "vae" / "diffusion_pytorch_model.fp16.safetensors").write_bytes(b"a variant, not read")
-    assert pipeline_data.float32_bytes(root) == 4 * sum(weights.values())
+    assert pipeline_folder.float32_bytes(root) == 4 * sum(weights.values())
     monkeypatch.setattr(machine, "available_memory_bytes", lambda: 1000)
     monkeypatch.setattr(DiffusionPipeline, "from_pretrained", None)
     with pytest.raises(ResourceError, match=r"other parts take 0\.0 GiB in float32, 0\.0 GiB are free"):

@@ -10,7 +10,7 @@ import pytest
 from pipeline import doctor, machine
 from pipeline.backends import BACKENDS, cuda
 from pipeline.backends.base import Check
-from pipeline.backends.trt import engine as trt_run
+from pipeline.backends.trt import engine as trt_engine
 from plugins.gpu import compile
 from plugins.tensorrt.aot import plugin_name
 from plugins.tensorrt.plugins import EXAMPLES
@@ -81,18 +81,18 @@ def registry(found: tuple[str, ...]) -> Any:
 @pytest.fixture
 def wanted(tools: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> tuple[str, ...]:
     names = tuple(map(plugin_name, EXAMPLES))
-    monkeypatch.setattr(trt_run.plugins, "register", lambda module: names)
-    monkeypatch.setattr(trt_run, "environment_problems", lambda sm: [])
+    monkeypatch.setattr(trt_engine.plugins, "register", lambda module: names)
+    monkeypatch.setattr(trt_engine, "environment_problems", lambda sm: [])
     return names
 
 
 def test_plugins_of_trt_are_those_that_the_registry_finds(
     wanted: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(trt_run, "import_module", lambda name: registry(wanted))
+    monkeypatch.setattr(trt_engine, "import_module", lambda name: registry(wanted))
     found = check("trt", "tensorrt")
     assert found.ok and "11.1.0.106; registered in namespace fpq, version 1: Quantize GeluQuantize" in found.found
-    monkeypatch.setattr(trt_run, "import_module", lambda name: registry(wanted[1:]))
+    monkeypatch.setattr(trt_engine, "import_module", lambda name: registry(wanted[1:]))
     found = check("trt", "tensorrt")
     assert not found.ok and "version 1: GeluQuantize" in found.found and "missing: Quantize" in found.remedy
 
@@ -103,11 +103,11 @@ def test_without_tensorrt_the_plugins_are_those_of_the_table(
     def absent(module: str) -> Any:
         raise ImportError("libnvinfer.so.11 is missing")
 
-    monkeypatch.setattr(trt_run.plugins, "register", absent)
+    monkeypatch.setattr(trt_engine.plugins, "register", absent)
     found = check("trt", "tensorrt")
     assert not found.ok and "would register in namespace fpq, version 1: Quantize" in found.found
     assert "tensorrt does not load: libnvinfer.so.11 is missing" in found.remedy
-    monkeypatch.setattr(trt_run, "environment_problems", lambda sm: ["target trt needs tensorrt"])
+    monkeypatch.setattr(trt_engine, "environment_problems", lambda sm: ["target trt needs tensorrt"])
     found = check("trt", "tensorrt")
     assert found.remedy == "only needed for the target trt; target trt needs tensorrt" and found.found.endswith(
         "not run"

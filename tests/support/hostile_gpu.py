@@ -18,10 +18,10 @@ import pytest
 from export.errors import EnvironmentLacksError
 from pipeline import machine
 from pipeline.backends import feeds
-from pipeline.backends.cuda import engine as cuda_run
-from pipeline.backends.rtx import engine as rtx_run
+from pipeline.backends.cuda import engine as cuda_engine
+from pipeline.backends.rtx import engine as rtx_engine
 from pipeline.backends.tensorrt.plan_file import CAPABILITIES_AT, HEADER_SIZE, MAGIC, SIZE_AT, SM_BITS
-from pipeline.backends.trt import engine as trt_run
+from pipeline.backends.trt import engine as trt_engine
 from pipeline.bundle import bundle as bundles
 
 SM = 89
@@ -67,10 +67,10 @@ def pretend_gpu(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(machine, "tool_version", lambda name: RELEASES.get(name) or found(name))
     patch.setattr(machine, "require", lambda *_: None)
     patch.setattr(bundles.machine, "cuda_sm", lambda: SM)
-    for module in (rtx_run, trt_run, cuda_run):
+    for module in (rtx_engine, trt_engine, cuda_engine):
         patch.setattr(module, "visible_sm", lambda: SM)
-    patch.setattr(cuda_run.CudaEngine.__init__, "__defaults__", ("cpu",))
-    for engine in (rtx_run.RtxEngine, trt_run.TrtEngine):
+    patch.setattr(cuda_engine.CudaEngine.__init__, "__defaults__", ("cpu",))
+    for engine in (rtx_engine.RtxEngine, trt_engine.TrtEngine):
         patch.setattr(engine, "_open", _open)
 
 

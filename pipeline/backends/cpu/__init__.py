@@ -57,9 +57,9 @@ class CpuBackend(Backend[CpuOptions]):
         from pipeline.backends.cpu.engine import WIDE_SUM_SETS
 
         sets = self.instruction_sets
-        found = f"{machine.cpu_name()}, {machine.cpu_count()} cpus, {' '.join(sets)}"
+        processor = f"{machine.cpu_name()}, {machine.cpu_count()} cpus, {' '.join(sets)}"
         remedy = "no INT8 dot products (VNNI): engines are right here, but not fast"
-        return Check("processor", not WIDE_SUM_SETS.isdisjoint(sets), found, False, remedy)
+        return Check("processor", not WIDE_SUM_SETS.isdisjoint(sets), processor, False, remedy)
 
     def fitness_problem(self, manifest: Mapping[str, Any], source: Path) -> str | None:
         from pipeline.backends.cpu.engine import CpuNeeds, lacking, provided

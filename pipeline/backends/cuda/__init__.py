@@ -92,8 +92,8 @@ class CudaBackend(Backend[CudaOptions]):
             problems.append("this PyTorch is built without CUDA; install one from https://pytorch.org")
         if problem := machine_problem({}, sm, triton):
             problems.append(problem)
-        found = f"{f'SM {sm}' if sm else 'no GPU'}, CUDA of torch {cuda or 'none'}, triton {triton or 'none'}"
-        return Check("cuda", not problems, found, False, f"only needed to run the target cuda; {'; '.join(problems)}")
+        present = f"{f'SM {sm}' if sm else 'no GPU'}, CUDA of torch {cuda or 'none'}, triton {triton or 'none'}"
+        return Check("cuda", not problems, present, False, f"only needed to run the target cuda; {'; '.join(problems)}")
 
     def fitness_problem(self, manifest: Mapping[str, Any], source: Path) -> str | None:
         from pipeline.backends.cuda.engine import CudaNeeds, machine_problem

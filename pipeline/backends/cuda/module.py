@@ -14,7 +14,7 @@ float model's either way (36.6 and 36.2 dB).
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -47,7 +47,7 @@ class Step:
     """
 
     name: str
-    run: Any
+    run: Callable[..., Any]
     inputs: tuple[str, ...]
     types: tuple[torch.dtype | None, ...]
     outputs: tuple[str, ...]
@@ -72,7 +72,7 @@ class LoweredModule(nn.Module):
 
     def __init__(self, model: ir.Model, activations: str = "fp32", weights: str = "packed") -> None:
         """activations: "fp32" or "fp16". weights: "packed", "expanded" or "auto". The visible GPU decides where codes
-        that may be either are INT8 images. Raises ContractError for a graph that the executor does not know, naming the
+        that may be either are INT8. Raises ContractError for a graph that the executor does not know, naming the
         nodes."""
         super().__init__()
         self.prefers_integers = prefers_integers([visible_sm()])
@@ -137,9 +137,9 @@ class LoweredModule(nn.Module):
             inputs.append(self._host(name) if name and host else self._operand(name, kind))
             types.append(kind if kind and name not in self.known.constants else None)
         outputs = tuple(str(value.name) if value.uses() or value.is_graph_output() else "" for value in node.outputs)
-        result = self._result_type(node, names, FULL if widen else compute)
-        self.known.types.update({name: result for name in outputs if name})
-        if node.op_type == "Cast" and compute is not None and result == HALF:
+        output_type = self._result_type(node, names, FULL if widen else compute)
+        self.known.types.update({name: output_type for name in outputs if name})
+        if node.op_type == "Cast" and compute is not None and output_type == HALF:
             attributes = {"to": ir.DataType.FLOAT16.value}
         self.steps.append(Step(str(node.name), row.make(attributes), tuple(inputs), tuple(types), outputs, widen))
 
@@ -203,7 +203,7 @@ class LoweredModule(nn.Module):
         self.steps.append(Step(str(node.name), gemm, inputs, types, (y,)))
 
     def _choices(self, node: ir.Node) -> dict[str, Any]:
-        """Attributes of a node of the dialect, and whether its codes are INT8 images by choice."""
+        """Attributes of a node of the dialect, and whether its codes are INT8 integers by choice."""
         return _attributes(node) | {
             "integers": takes_integers(node.metadata_props.get(OPERANDS_KEY), self.prefers_integers)
         }

@@ -50,7 +50,7 @@ WIDE_INT8, OWN_CODES = "int8 codes, fp16 operands", "own codes, fp16 operands"
 class LowerCuda(RewritePass):
     """Lower every packed GEMM and quantizer; `choices` and `probes` have one row for each GEMM.
 
-    A GELU whose only reader is a quantizer joins it. operands: "int8" for INT8 images wherever every reader of a
+    A GELU whose only reader is a quantizer joins it. operands: "int8" for INT8 integers wherever every reader of a
     quantizer takes them, "auto" to leave it to the GPU. Raises ContractError for what no kernel takes, by layer.
     """
 
@@ -154,12 +154,12 @@ def path_of(kernel: GemmSpec) -> str:
 
 
 def takes_integers(chosen: str | None, preferred: bool) -> bool:
-    """Whether codes marked `chosen` are INT8 images on a GPU that prefers them, or does not."""
+    """Whether codes marked `chosen` are INT8 integers on a GPU that prefers them, or does not."""
     return chosen == "int8" or (chosen == "auto" and preferred)
 
 
 def _choose_integers(gemms: list[ir.Node], chosen: str) -> None:
-    """Mark the quantizers all of whose readers can multiply INT8 images: their codes have one form."""
+    """Mark the quantizers all of whose readers can multiply INT8 integers: their codes have one form."""
     readers: dict[ir.Node, list[ir.Node]] = {}
     for node in gemms:
         readers.setdefault(_quantizer_of(node), []).append(node)
@@ -169,7 +169,7 @@ def _choose_integers(gemms: list[ir.Node], chosen: str) -> None:
 
 
 def _fits_integers(gemm: QuantizedGemm, chosen: str) -> bool:
-    """Integer formats, INT8 images in any case, need no choice of the GPU's."""
+    """Integer formats, which are INT8 in any case, need no choice of the GPU's."""
     if kernel_spec(gemm).multiplies_integers:  # what no kernel takes at all is an error, not a reason for FP8
         return chosen == "int8"
     try:

@@ -14,7 +14,7 @@ from typing import Any
 import onnx_ir as ir
 from onnx import AttributeProto, FunctionProto, TensorProto, helper
 
-from export.dialect import functions as op_bodies
+from export.dialect import functions
 from export.dialect.functions import Body
 from export.dialect.graph import Ports
 from export.dialect.ops import ABSMAX_FLOOR, attributes
@@ -46,7 +46,7 @@ class FusedOp:
         """The op as an ONNX function in standard ops."""
         body = Body(self.attributes)
         self.body(body)
-        opsets = [helper.make_opsetid("", op_bodies.OPSET)]
+        opsets = [helper.make_opsetid("", functions.OPSET)]
         return helper.make_function(
             DOMAIN, self.name, self.inputs, list(self.outputs), body.nodes, opsets, list(self.attributes)
         )
@@ -61,13 +61,13 @@ def _values(body: Body) -> None:
 
 
 def _quantize(body: Body) -> None:
-    op_bodies.quantize_activation(body, ABSMAX_FLOOR)
+    functions.quantize_activation(body, ABSMAX_FLOOR)
     _values(body)
 
 
 def _gelu_quantize(body: Body) -> None:
     body.op("Gelu", "x", approximate="tanh", out="gelu")
-    op_bodies.quantize_activation(body, ABSMAX_FLOOR, x="gelu")
+    functions.quantize_activation(body, ABSMAX_FLOOR, x="gelu")
     _values(body)
 
 
@@ -78,18 +78,18 @@ def _norm_modulate_quantize(body: Body) -> None:
     body.nodes[-1].attribute.append(AttributeProto(name="epsilon", ref_attr_name="epsilon", type=FLOAT))
     gained = body.op("Mul", normal, body.op("Add", "gain", body.number(1.0)))
     body.op("Add", gained, "shift", out="modulated")
-    op_bodies.quantize_activation(body, ABSMAX_FLOOR, x="modulated")
+    functions.quantize_activation(body, ABSMAX_FLOOR, x="modulated")
     _values(body)
 
 
 def _quantize_static(body: Body) -> None:
-    op_bodies.quantize_static(body)
+    functions.quantize_static(body)
     _values(body)
 
 
 def _gelu_quantize_static(body: Body) -> None:
     body.op("Gelu", "x", approximate="tanh", out="gelu")
-    op_bodies.quantize_static(body, x="gelu")
+    functions.quantize_static(body, x="gelu")
     _values(body)
 
 

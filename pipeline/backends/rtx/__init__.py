@@ -87,9 +87,9 @@ class RtxBackend(Backend[RtxOptions]):
             names = rtx_plugin.registered()
         except EnvironmentLacksError as error:
             return Check(name, False, "none", False, f"{remedy}; {error}")
-        found = f"namespace {NAMESPACE}, version {VERSION}: {' '.join(names) or 'none'}; compiled, not run"
+        listed = f"namespace {NAMESPACE}, version {VERSION}: {' '.join(names) or 'none'}; compiled, not run"
         missing = [*sorted(set(PLUGINS.values()) - set(names)), *compile.problems()]
-        return Check(name, not missing, found, False, f"{remedy}; missing: {', '.join(missing)}")
+        return Check(name, not missing, listed, False, f"{remedy}; missing: {', '.join(missing)}")
 
     def fitness_problem(self, manifest: Mapping[str, Any], source: Path) -> str | None:
         from pipeline.backends.rtx.engine import RtxNeeds, machine_problem

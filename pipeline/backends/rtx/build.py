@@ -20,8 +20,8 @@ from pipeline.backends.rtx.engine import ENGINE, METADATA
 from pipeline.backends.rtx.gemms import matmul_names
 from pipeline.backends.rtx.lower import GROUPS_REFUSED, Lowering
 from pipeline.backends.rtx.lower import lower as lower_to_tensorrt
-from pipeline.backends.tensorrt import build as rtx_build
-from pipeline.backends.tensorrt import plugin_payloads as rtx_plugin
+from pipeline.backends.tensorrt import plugin_payloads
+from pipeline.backends.tensorrt.build import BuildFacts, build_engine
 from pipeline.backends.tensorrt.half import halve_attention, halve_large_linears
 from pipeline.backends.tensorrt.plan_file import EngineFile, check_gemms, read_engine_file
 from pipeline.backends.tensorrt.plugin_graph import STATIC_REFUSED
@@ -86,8 +86,8 @@ def problems(recipe: Recipe, options: RtxOptions, package_problems: list[str]) -
     """GPUs that the builder refuses, activations that no lowering takes, and what is missing here."""
     with_plugins = options.path == "plugin"
     refused = [*sm_problems(options.sm), *method_problems(recipe, with_plugins), *package_problems]
-    refused += recipe_problems(recipe, rtx_plugin.REMEDY) if with_plugins else []
-    return [*refused, *rtx_plugin.problems(options.sm)] if with_plugins and not refused else refused
+    refused += recipe_problems(recipe, plugin_payloads.REMEDY) if with_plugins else []
+    return [*refused, *plugin_payloads.problems(options.sm)] if with_plugins and not refused else refused
 
 
 def lower(portable: Path, work_dir: Path, options: RtxOptions) -> LoweredGraph:
@@ -95,7 +95,7 @@ def lower(portable: Path, work_dir: Path, options: RtxOptions) -> LoweredGraph:
     model = load_model(portable)
     run_shared(model)
     if options.path == "plugin":
-        lowering: LowerCuda | Lowering = rtx_plugin.lower(model, options.operands)
+        lowering: LowerCuda | Lowering = plugin_payloads.lower(model, options.operands)
     else:
         lowering = lower_native(model, options.weights, options.sm)
     if options.attention == "fp16":
@@ -109,7 +109,7 @@ def lower(portable: Path, work_dir: Path, options: RtxOptions) -> LoweredGraph:
 
 def build(lowered: LoweredGraph, out_dir: Path, options: RtxOptions, batch_size: int) -> BuildResult:
     """Engine, metadata.json and lowering.json. Raises ContractError where a linear is not the GEMM it should be."""
-    build_path = rtx_plugin.build if options.path == "plugin" else build_native
+    build_path = plugin_payloads.build if options.path == "plugin" else build_native
     facts, engine, more = build_path(lowered.path, out_dir / ENGINE, options.sm, batch_size)
     if options.path == "native":
         check_gemms(engine, expected_gemms(lowered))
@@ -129,9 +129,9 @@ def lower_native(model: ir.Model, weights: str, sms: tuple[int, ...]) -> Lowerin
 
 def build_native(
     path: Path, engine_path: Path, sms: tuple[int, ...], batch_size: int
-) -> tuple[rtx_build.BuildFacts, EngineFile, dict[str, Any]]:
+) -> tuple[BuildFacts, EngineFile, dict[str, Any]]:
     """As `plugin_payloads.build`, of a graph in TensorRT's own ops."""
-    facts = rtx_build.build_engine(path, engine_path, sms, batch_size)
+    facts = build_engine(path, engine_path, sms, batch_size)
     return facts, read_engine_file(engine_path), {}
 
 
@@ -156,7 +156,7 @@ def expected_gemms(lowered: LoweredGraph) -> dict[str, str]:
     return {node: types[probe.path] for probe in lowered.probes for node in matmul_names(probe.layer, len(probe.codes))}
 
 
-def describe(engine: EngineFile, lowered: LoweredGraph, facts: rtx_build.BuildFacts) -> dict[str, Any]:
+def describe(engine: EngineFile, lowered: LoweredGraph, facts: BuildFacts) -> dict[str, Any]:
     """metadata.json: what the engine needs and holds, and which release built it."""
     kinds = Counter(step.kind for step in engine.steps)
     return {

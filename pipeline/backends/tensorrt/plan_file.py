@@ -97,8 +97,8 @@ class EngineFile:
 
     def step_of(self, layer: str) -> Step | None:
         """The step that computes the ONNX node `layer`, preferring a GEMM."""
-        found = [step for step in self.steps if layer in step.layers]
-        return next((step for step in found if step.is_gemm), found[0] if found else None)
+        steps = [step for step in self.steps if layer in step.layers]
+        return next((step for step in steps if step.is_gemm), steps[0] if steps else None)
 
 
 def read_engine_file(path: Path) -> EngineFile:
@@ -164,8 +164,8 @@ def _steps(plan: str, tensors: Mapping[str, Tensor]) -> Iterator[Step]:
 
 def _bounds(plans: list[str]) -> tuple[tuple[int, int], ...]:
     """Limits of the dynamic dimensions, in the order in which the engine checks them."""
-    found = [(int(low), int(high)) for plan in plans for _, low, high in BOUNDS.findall(plan)]
-    return tuple(dict.fromkeys(found))
+    limits = [(int(low), int(high)) for plan in plans for _, low, high in BOUNDS.findall(plan)]
+    return tuple(dict.fromkeys(limits))
 
 
 def check_plugins(engine: EngineFile, expected: Mapping[str, int]) -> None:
@@ -174,12 +174,12 @@ def check_plugins(engine: EngineFile, expected: Mapping[str, int]) -> None:
     for node, weight_bytes in expected.items():
         step = engine.step_of(node)
         if step is None or step.kind != PLUGIN_STEP:
-            found = f"runs it as {step.kind} {step.name}" if step else "has no kernel for it"
-            raise ContractError(f"{node}: the engine {engine.path.name} {found}; expected a plugin")
+            actual = f"runs it as {step.kind} {step.name}" if step else "has no kernel for it"
+            raise ContractError(f"{node}: the engine {engine.path.name} {actual}; expected a plugin")
         constants = [engine.tensors[name] for name in step.inputs if engine.tensors[name].constant_bytes]
         if weight_bytes and not any(c.type == "int8" and c.constant_bytes == weight_bytes for c in constants):
-            found = ", ".join(f"{c.type} of {c.constant_bytes} bytes" for c in constants) or "none"
-            raise ContractError(f"{node}: packed weights are int8 of {weight_bytes} bytes, its constants are {found}")
+            held = ", ".join(f"{c.type} of {c.constant_bytes} bytes" for c in constants) or "none"
+            raise ContractError(f"{node}: packed weights are int8 of {weight_bytes} bytes, its constants are {held}")
 
 
 def check_gemms(engine: EngineFile, expected: Mapping[str, str]) -> None:
@@ -189,5 +189,5 @@ def check_gemms(engine: EngineFile, expected: Mapping[str, str]) -> None:
         if step is None:
             raise ContractError(f"{node}: the engine {engine.path.name} has no kernel for it; it was optimized away")
         if not step.is_gemm or step.input_types.count(kind) < 2:
-            found = f"{step.kind} {step.name} of {' x '.join(step.operand_types)}"
-            raise ContractError(f"{node}: the engine runs it as {found}, not as a {kind} x {kind} GEMM")
+            actual = f"{step.kind} {step.name} of {' x '.join(step.operand_types)}"
+            raise ContractError(f"{node}: the engine runs it as {actual}, not as a {kind} x {kind} GEMM")

@@ -82,21 +82,21 @@ def plugin_graph(
     """Turn the fused ops of `model` into plugin nodes, in place; its weights may stay in their file.
 
     bounds: input -> (smallest, usual, largest) shape. plugin: name of a node's plugin, and the attributes that rebuild
-    it. integers: whether codes are INT8 images where the lowering left that to the GPU. Raises ContractError for an op
+    it. integers: whether codes are INT8 where the lowering left that to the GPU. Raises ContractError for an op
     without a plugin.
     """
     constants = {tensor.name: tensor for tensor in model.graph.initializer}
     rows, channels = _rows(model, bounds), _channels(model)
-    found = []
+    kernel_nodes = []
     for node in model.graph.node:
         if node.domain == DOMAIN:
-            made = _kernel_node(node, constants, channels, rows.get(node.input[0], UNKNOWN_ROWS), integers)
-            _rewrite(node, made, constants)
-            node.op_type, attributes = plugin(made)
+            kernel = _kernel_node(node, constants, channels, rows.get(node.input[0], UNKNOWN_ROWS), integers)
+            _rewrite(node, kernel, constants)
+            node.op_type, attributes = plugin(kernel)
             node.attribute.extend(helper.make_attribute(key, value) for key, value in attributes.items())
-            found.append(made)
+            kernel_nodes.append(kernel)
     _clean(model)
-    return found
+    return kernel_nodes
 
 
 def _kernel_node(
@@ -106,59 +106,59 @@ def _kernel_node(
     rows: Bounds,
     preferred: bool,
 ) -> KernelNode:
-    given: dict[str, Any] = {item.name: _plain(helper.get_attribute_value(item)) for item in node.attribute}
+    attributes: dict[str, Any] = {item.name: _plain(helper.get_attribute_value(item)) for item in node.attribute}
     chosen = {item.key: item.value for item in node.metadata_props}.get(OPERANDS_KEY)
-    given["integers"] = takes_integers(chosen, preferred)
+    attributes["integers"] = takes_integers(chosen, preferred)
     if node.op_type in QUANTIZERS:
-        extra = {key: given[key] for key in ("epsilon", "integers") if key in given}
-        spec = QuantizeSpec(given["format"], channels[node.output[0]], BEFORE[node.op_type], "fp32", **extra)
+        extra = {key: attributes[key] for key in ("epsilon", "integers") if key in attributes}
+        spec = QuantizeSpec(attributes["format"], channels[node.output[0]], BEFORE[node.op_type], "fp32", **extra)
         return KernelNode(node.name, QUANTIZERS[node.op_type], spec, rows)
     if node.op_type not in EPILOGUE_OF:
         raise ContractError(f"{node.name} ({node.op_type}) has no plugin; use --target rtx --set rtx.path=native")
-    return KernelNode(node.name, GEMM, _gemm_spec(node, given, constants), rows)
+    return KernelNode(node.name, GEMM, _gemm_spec(node, attributes, constants), rows)
 
 
 def _plain(value: Any) -> Any:
     return value.decode() if isinstance(value, bytes) else value
 
 
-def _gemm_spec(node: NodeProto, given: Mapping[str, Any], constants: Mapping[str, TensorProto]) -> GemmSpec:
+def _gemm_spec(node: NodeProto, attributes: Mapping[str, Any], constants: Mapping[str, TensorProto]) -> GemmSpec:
     inputs = dict(zip(OPS[node.op_type].inputs, node.input, strict=True))
     weight, scales = constants[inputs["codes"]], constants[inputs["w_scales"]]
     return GemmSpec(
-        given["activation_format"],
-        given["weight_format"],
-        in_features=given["in_features"],
+        attributes["activation_format"],
+        attributes["weight_format"],
+        in_features=attributes["in_features"],
         out_features=weight.dims[0],
-        group_size=given["group_size"],
-        multipliers=tuple(given["multipliers"]),
+        group_size=attributes["group_size"],
+        multipliers=tuple(attributes["multipliers"]),
         real_groups=scales.dims[1] > 1,
         epilogue=EPILOGUE_OF[node.op_type],
         output="fp32",
-        integers=given["integers"],
+        integers=attributes["integers"],
     )
 
 
-def _rewrite(node: NodeProto, made: KernelNode, constants: Mapping[str, TensorProto]) -> None:
+def _rewrite(node: NodeProto, kernel: KernelNode, constants: Mapping[str, TensorProto]) -> None:
     """Inputs in the kernel's order, no outputs that only a parity gate reads, no attributes, bytes as int8."""
     row = OPS[node.op_type]
     inputs = {RENAMED.get(name, name): value for name, value in zip(row.inputs, node.input, strict=True)}
     outputs = [value for name, value in zip(row.outputs, node.output, strict=True) if name not in row.proof]
-    _check_multipliers(made, constants.get(inputs.get("multiplier_codes", "")))
+    _check_multipliers(kernel, constants.get(inputs.get("multiplier_codes", "")))
     del node.input[:], node.output[:], node.attribute[:]
-    node.input.extend(inputs[name] for name in made.inputs)
+    node.input.extend(inputs[name] for name in kernel.inputs)
     node.output.extend(outputs)
     for name in node.input:
         if name in constants and constants[name].data_type == TensorProto.UINT8:
             constants[name].data_type = TensorProto.INT8  # the same bytes
 
 
-def _check_multipliers(made: KernelNode, codes: TensorProto | None) -> None:
+def _check_multipliers(kernel: KernelNode, codes: TensorProto | None) -> None:
     """A kernel reads one row of indices for each channel."""
-    if codes is not None and "multiplier_codes" in made.inputs and codes.dims[0] != made.spec.out_features:  # type: ignore[union-attr]
+    if codes is not None and "multiplier_codes" in kernel.inputs and codes.dims[0] != kernel.spec.out_features:  # type: ignore[union-attr]
         raise ContractError(
-            f"{made.name}: multiplier indices of shape {list(codes.dims)}; a kernel reads a row for each of "
-            f"{made.spec.out_features} channels, export the model again"  # type: ignore[union-attr]
+            f"{kernel.name}: multiplier indices of shape {list(codes.dims)}; a kernel reads a row for each of "
+            f"{kernel.spec.out_features} channels, export the model again"  # type: ignore[union-attr]
         )
 
 
@@ -186,9 +186,9 @@ def _rows(model: onnx.ModelProto, bounds: Mapping[str, Any]) -> dict[str, Bounds
         if dim.dim_param
     }
     values = [value for value in (*model.graph.input, *model.graph.value_info) if value.type.tensor_type.shape.dim]
-    found = {value.name: [_bounds(dim, symbols) for dim in value.type.tensor_type.shape.dim[:-1]] for value in values}
+    dims_of = {value.name: [_bounds(dim, symbols) for dim in value.type.tensor_type.shape.dim[:-1]] for value in values}
     rows = {
-        name: [math.prod(column) for column in zip(*dims, strict=True)] for name, dims in found.items() if all(dims)
+        name: [math.prod(column) for column in zip(*dims, strict=True)] for name, dims in dims_of.items() if all(dims)
     }
     return {name: (low, usual, high) for name, (low, usual, high) in ((n, r) for n, r in rows.items() if len(r) == 3)}
 

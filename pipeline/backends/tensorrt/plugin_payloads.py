@@ -20,10 +20,11 @@ import onnx_ir as ir
 
 from export.errors import EnvironmentLacksError
 from pipeline.backends.fused.lower import LowerCuda
-from pipeline.backends.tensorrt import build as rtx_build
+from pipeline.backends.tensorrt.build import BuildFacts, build_engine, shape_bounds
 from pipeline.backends.tensorrt.plan_file import EngineFile, check_plugins, read_engine_file
-from pipeline.backends.tensorrt.plugin_graph import KernelNode, lower_fused, plugin_graph
+from pipeline.backends.tensorrt.plugin_graph import Bounds, KernelNode, lower_fused, plugin_graph
 from pipeline.passes.probes import Choice
+from plugins.gpu.spec import GemmSpec, QuantizeSpec
 from plugins.gpu.tiles import prefers_integers
 from plugins.tensorrt import rtx_loader, rtx_plugin
 from plugins.tensorrt.payload import FIELD, NAMESPACE, PLUGINS, VERSION, Payload, compile_payload, compile_problems
@@ -34,7 +35,7 @@ GRAPH = "engine.onnx"
 REMEDY = "use another format, or --target rtx --set rtx.path=native"
 # What a path of a quantized linear begins with where a plugin computes it.
 PLUGIN = "plugin"
-# Of an engine that is not run: the graph that is proven has the meaning of its plugins, not their code.
+# Of an engine that is not run: the graph that is proven computes what its plugins do, by other code.
 PLUGINS_APART = "kernels in its plugins are proven by the tests in Triton's interpreter, not here"
 PROOF = (
     "linears are proven in the graph of fused ops through onnxruntime, kernels in Triton's interpreter by the tests; "
@@ -44,12 +45,12 @@ PROOF = (
 
 def problems(sms: Sequence[int]) -> list[str]:
     """What this machine lacks for building with plugins, beyond what every engine needs."""
-    found = [f"rtx.path=plugin: {problem}" for problem in compile_problems(sms)]
+    lacking = [f"rtx.path=plugin: {problem}" for problem in compile_problems(sms)]
     try:
         rtx_loader.load()
     except EnvironmentLacksError as error:
-        found.append(str(error))
-    return found
+        lacking.append(str(error))
+    return lacking
 
 
 def lower(model: ir.Model, operands: str) -> LowerCuda:
@@ -74,34 +75,34 @@ def write_graph(
     all; sms: the GPUs that it is for. Raises ContractError for an op without a plugin.
     """
     model = onnx.load(lowered, load_external_data=False)
-    made: dict[Any, Payload] = {}
+    payloads: dict[tuple[str, GemmSpec | QuantizeSpec, Bounds], Payload] = {}
 
     def plugin_of(node: KernelNode) -> tuple[str, dict[str, Any]]:
         key = (node.kernel, node.spec, node.rows)
-        if key in made:
-            payload = made[key].shared()
+        if key in payloads:
+            payload = payloads[key].shared()
         else:
-            payload = made[key] = compiled(node)
+            payload = payloads[key] = compiled(node)
         return name(payload), {**fields, FIELD: payload.to_text()}
 
-    bounds = rtx_build.shape_bounds(model, batch_size)
+    bounds = shape_bounds(model, batch_size)
     nodes = plugin_graph(model, bounds, plugin_of, prefers_integers(sms))
     onnx.save(model, path)
-    logger.info("%d plugins of %d kernels", len(nodes), len(made))
+    logger.info("%d plugins of %d kernels", len(nodes), len(payloads))
     return nodes
 
 
 def build(
     lowered: Path, engine_path: Path, sms: tuple[int, ...], batch_size: int
-) -> tuple[rtx_build.BuildFacts, EngineFile, dict[str, Any]]:
+) -> tuple[BuildFacts, EngineFile, dict[str, Any]]:
     """Build the engine of the graph of fused ops at `lowered`: facts of the build, its plan, and what metadata.json
     says of plugins. Raises ContractError where a plugin is not in the plan with its weight packed."""
     rtx_plugin.creators()
     graph = lowered.with_name(GRAPH)
     try:
         compiled = partial(_compiled, sms)
-        nodes = write_graph(lowered, graph, batch_size, compiled, lambda found: PLUGINS[found.kernel], FIELDS, sms)
-        facts = rtx_build.build_engine(graph, engine_path, sms, batch_size)
+        nodes = write_graph(lowered, graph, batch_size, compiled, lambda node: PLUGINS[node.kernel], FIELDS, sms)
+        facts = build_engine(graph, engine_path, sms, batch_size)
     finally:
         graph.unlink(missing_ok=True)
     engine = read_engine_file(engine_path)

@@ -59,9 +59,9 @@ class TrtBackend(Backend[TrtOptions]):
         if missing := sorted(set(expected) - set(names)):
             problems = [*problems, f"missing: {', '.join(missing)}"]
         listed = f"{where} in namespace {NAMESPACE}, version {VERSION}: {' '.join(names) or 'none'}"
-        found = f"{machine.tool_version(self.package) or 'not installed'}; {listed}; not run"
+        state = f"{machine.tool_version(self.package) or 'not installed'}; {listed}; not run"
         remedy = f"only needed for the target trt; {'; '.join(problems)}"
-        return [Check(self.package, not problems, found, False, remedy)]
+        return [Check(self.package, not problems, state, False, remedy)]
 
     def fitness_problem(self, manifest: Mapping[str, Any], source: Path) -> str | None:
         from pipeline.backends.trt.engine import TrtNeeds, machine_problem

@@ -20,8 +20,8 @@ from pipeline.backends import lowering_file
 from pipeline.backends.base import BuildResult, LoweredGraph
 from pipeline.backends.fused import kernel_formats
 from pipeline.backends.rtx.build import DATA, ONNX, method_problems
-from pipeline.backends.tensorrt import build as rtx_build
-from pipeline.backends.tensorrt import plugin_payloads as rtx_plugin
+from pipeline.backends.tensorrt import plugin_payloads
+from pipeline.backends.tensorrt.build import build_error, make_logger, parsed, profile_of, shape_bounds, write_engine
 from pipeline.backends.tensorrt.half import halve_attention, halve_large_linears
 from pipeline.backends.tensorrt.plugin_graph import KernelNode
 from pipeline.backends.trt.engine import ENGINE, METADATA, MODULE
@@ -45,14 +45,17 @@ PROOF = (
 
 def recipe_problems(recipe: Recipe) -> list[str]:
     """One message for each format and each scaling of activations that no kernel takes."""
-    return [*method_problems(recipe, with_plugins=True), *kernel_formats.recipe_problems(recipe, rtx_plugin.REMEDY)]
+    return [
+        *method_problems(recipe, with_plugins=True),
+        *kernel_formats.recipe_problems(recipe, plugin_payloads.REMEDY),
+    ]
 
 
 def lower(portable: Path, work_dir: Path, options: TrtOptions) -> LoweredGraph:
     """Write the graph of fused ops, which is verified, into `work_dir`."""
     model = load_model(portable)
     run_shared(model)
-    lowering = rtx_plugin.lower(model, options.operands)
+    lowering = plugin_payloads.lower(model, options.operands)
     if options.attention == "fp16":
         halve_attention(model)
         halve_large_linears(model)
@@ -64,7 +67,7 @@ def lower(portable: Path, work_dir: Path, options: TrtOptions) -> LoweredGraph:
 
 def build(lowered: LoweredGraph, out_dir: Path, sm: int, batch_size: int) -> BuildResult:
     """Engine, metadata.json and lowering.json. Raises ContractError where a plugin is not in the engine."""
-    graph = lowered.path.with_name(rtx_plugin.GRAPH)
+    graph = lowered.path.with_name(plugin_payloads.GRAPH)
     try:
         nodes = write_graph(lowered.path, graph, batch_size, sm)
         facts = build_engine(graph, out_dir / ENGINE, nodes, sm, batch_size)
@@ -79,7 +82,7 @@ def build(lowered: LoweredGraph, out_dir: Path, sm: int, batch_size: int) -> Bui
 
 def write_graph(lowered: Path, path: Path, batch_size: int, sm: int) -> list[KernelNode]:
     """Write the builder's graph for GPU `sm` to `path`, beside `lowered`; returns its plugins."""
-    return rtx_plugin.write_graph(lowered, path, batch_size, partial(_compiled, sm), plugin_name, FIELDS, (sm,))
+    return plugin_payloads.write_graph(lowered, path, batch_size, partial(_compiled, sm), plugin_name, FIELDS, (sm,))
 
 
 def _compiled(sm: int, node: KernelNode) -> Payload:
@@ -95,21 +98,21 @@ def build_engine(
     """
     trt: Any = import_module(MODULE)
     plugins.register(MODULE)
-    log = rtx_build.make_logger(trt)
+    log = make_logger(trt)
     builder = trt.Builder(log)
     network = builder.create_network(network_flags(trt))
-    parser = rtx_build.parsed(trt, network, log, graph)
-    shapes = rtx_build.shape_bounds(onnx.load(graph, load_external_data=False), batch_size)
+    parser = parsed(trt, network, log, graph)
+    shapes = shape_bounds(onnx.load(graph, load_external_data=False), batch_size)
     config = builder.create_builder_config()
     config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
     if (tf32 := getattr(trt.BuilderFlag, "TF32", None)) is not None:
         config.clear_flag(tf32)
-    config.add_optimization_profile(rtx_build.profile_of(builder, shapes))
+    config.add_optimization_profile(profile_of(builder, shapes))
     engine = builder.build_serialized_network(network, config)
     if engine is None:
-        raise rtx_build.build_error(trt, log.errors, (sm,))
+        raise build_error(trt, log.errors, (sm,))
     del parser
-    rtx_build.write_engine(engine_path, memoryview(engine))
+    write_engine(engine_path, memoryview(engine))
     inspector = trt.Runtime(log).deserialize_cuda_engine(engine).create_engine_inspector()
     check_layers(inspector.get_engine_information(trt.LayerInformationFormat.JSON), nodes)
     size = engine_path.stat().st_size
@@ -150,6 +153,6 @@ def described(lowered: LoweredGraph, nodes: Sequence[KernelNode]) -> dict[str, A
         "onnx_sha256": sha256(lowered.path),
         "onnx_data_sha256": sha256(lowered.path.with_name(DATA)),
         "paths": dict(Counter(choice.path for choice in lowered.choices)),
-        **rtx_plugin.described(nodes),
+        **plugin_payloads.described(nodes),
         "proof": PROOF,
     }

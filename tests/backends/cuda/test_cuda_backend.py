@@ -24,7 +24,7 @@ from pipeline import recipe as recipes
 from pipeline.backends import BACKENDS, lowering_file
 from pipeline.backends.base import Arrays, LoweredGraph
 from pipeline.backends.cuda import CudaOptions
-from pipeline.backends.cuda import engine as cuda_run
+from pipeline.backends.cuda import engine as cuda_engine
 from pipeline.backends.cuda.engine import Captured, CudaEngine, Part
 from pipeline.backends.cuda.module import LoweredModule, run_step
 from pipeline.backends.cuda.overflow import find_overflow
@@ -291,7 +291,7 @@ def test_the_same_portable_model_gives_the_same_bytes(built: Built, tmp_path: Pa
 
 
 def test_loading_without_a_gpu_is_refused(built: Built, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cuda_run, "visible_sm", lambda: 0)
+    monkeypatch.setattr(cuda_engine, "visible_sm", lambda: 0)
     with pytest.raises(EnvironmentLacksError, match="needs an NVIDIA GPU"):
         BACKEND.load(built.folder)
 

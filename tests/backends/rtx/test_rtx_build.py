@@ -15,7 +15,7 @@ from pipeline.backends import lowering_file
 from pipeline.backends.base import BuildResult, LoweredGraph
 from pipeline.backends.rtx import RtxBackend, RtxOptions
 from pipeline.backends.rtx.build import ENGINE, METADATA, ONNX, expected_gemms, sm_problems
-from pipeline.backends.tensorrt import build as rtx_build
+from pipeline.backends.tensorrt.build import build_engine, shape_bounds
 from pipeline.backends.tensorrt.plan_file import check_gemms, read_engine_file
 from pipeline.recipe import Recipe
 from tests.support.rtx_models import Linear, block, single
@@ -215,17 +215,17 @@ def test_parser_errors_name_the_node(tmp_path: Path) -> None:
     del node.input[1]
     onnx.save(model, graph.path)
     with pytest.raises(ContractError, match=r"node layer/channel_scale \(StringNormalizer\)"):
-        rtx_build.build_engine(graph.path, tmp_path / ENGINE, (89,), 1)
+        build_engine(graph.path, tmp_path / ENGINE, (89,), 1)
 
 
 def test_builder_errors_say_for_which_gpu_and_leave_no_file(tmp_path: Path) -> None:
     graph = lowered(tmp_path, recipe(), single(Linear("layer", 128, 128)))
     with pytest.raises(ContractError, match=r"cannot build for SM 86: .*fp8"):
-        rtx_build.build_engine(graph.path, tmp_path / ENGINE, (86,), 1)
+        build_engine(graph.path, tmp_path / ENGINE, (86,), 1)
     assert not list(tmp_path.glob(f"{ENGINE}*"))
 
 
 def test_usual_batch_is_doubled_for_guidance() -> None:
-    bounds = rtx_build.shape_bounds(block(WIDTH), batch_size=5)
+    bounds = shape_bounds(block(WIDTH), batch_size=5)
     assert bounds["x"] == ((1, 1, WIDTH), (10, 120, WIDTH), (10, 300, WIDTH))
     assert ONNX == "model.onnx"

@@ -10,7 +10,7 @@ import onnx_ir as ir
 import pytest
 
 from export.dialect.graph import drop_unused
-from pipeline.backends.tensorrt import build as rtx_build
+from pipeline.backends.tensorrt.build import build_engine
 from pipeline.backends.tensorrt.half import LARGE_ELEMENTS, halve_large_linears
 from pipeline.backends.tensorrt.plan_file import read_engine_file
 from tests.backends.rtx.test_rtx_lowering import run
@@ -88,6 +88,6 @@ def test_the_engine_keeps_sixteen_bits(form: str, tmp_path: Path) -> None:
             halve_large_linears(graph)
             drop_unused(graph)
         onnx.save(ir.to_proto(graph), tmp_path / f"{name}.onnx")
-        rtx_build.build_engine(tmp_path / f"{name}.onnx", tmp_path / name, (89, 120), 1)
+        build_engine(tmp_path / f"{name}.onnx", tmp_path / name, (89, 120), 1)
         found[name] = read_engine_file(tmp_path / name).constant_bytes
     assert found["half"]["half"] == 2 * SIZE**2 and found["single"]["float"] >= 4 * SIZE**2

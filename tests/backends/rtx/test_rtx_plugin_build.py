@@ -19,7 +19,7 @@ from pipeline.backends.base import LoweredGraph
 from pipeline.backends.fused.ops import DOMAIN
 from pipeline.backends.rtx import RtxBackend, RtxOptions
 from pipeline.backends.rtx.build import ENGINE, METADATA, ONNX
-from pipeline.backends.tensorrt import plugin_payloads as rtx_plugin
+from pipeline.backends.tensorrt import plugin_payloads
 from pipeline.backends.tensorrt.plan_file import PLUGIN_STEP, check_plugins, read_engine_file
 from pipeline.passes.quantized_gemm import read_gemm
 from pipeline.recipe import Calibrate, Formats, Recipe
@@ -97,8 +97,8 @@ def test_the_engine_carries_machine_code_once_for_equal_layers(folder: Path) -> 
 def builders_graph(folder: Path) -> tuple[list[tuple[str, bytes]], list[Payload]]:
     """(name, payload as text) of every plugin node of the builder's graph, and the payloads."""
     path = folder / "work" / "again.onnx"
-    compiled = partial(rtx_plugin._compiled, (89,))
-    rtx_plugin.write_graph(folder / "work" / ONNX, path, 1, compiled, lambda payload: "P", {}, (89,))
+    compiled = partial(plugin_payloads._compiled, (89,))
+    plugin_payloads.write_graph(folder / "work" / ONNX, path, 1, compiled, lambda payload: "P", {}, (89,))
     graph = onnx.load(path, load_external_data=False).graph
     path.unlink()
     found = [(node.name, a.s) for node in graph.node for a in node.attribute if a.name == FIELD]
@@ -107,7 +107,7 @@ def builders_graph(folder: Path) -> tuple[list[tuple[str, bytes]], list[Payload]
 
 def test_the_builders_graph_is_the_verified_one_without_bodies(folder: Path) -> None:
     path = folder / "work" / "again.onnx"
-    rtx_plugin.write_graph(
+    plugin_payloads.write_graph(
         folder / "work" / ONNX,
         path,
         1,
@@ -197,7 +197,7 @@ def specs_of(graph: LoweredGraph, *sms: int) -> list[QuantizeSpec | GemmSpec]:
     """Of every plugin of the builder's graph for these GPUs."""
     path = graph.path.with_name("again.onnx")
     arguments = (graph.path, path, 1, lambda node: Payload(node.kernel, node.spec, ()), lambda payload: "P", {}, sms)
-    return [node.spec for node in rtx_plugin.write_graph(*arguments)]
+    return [node.spec for node in plugin_payloads.write_graph(*arguments)]
 
 
 @pytest.mark.parametrize(

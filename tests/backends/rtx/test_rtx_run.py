@@ -13,7 +13,7 @@ import pytest
 
 from export.errors import ContractError, EnvironmentLacksError, ResourceError
 from pipeline.backends.rtx import RtxBackend
-from pipeline.backends.rtx import engine as rtx_run
+from pipeline.backends.rtx import engine as rtx_engine
 from pipeline.backends.rtx.engine import Buffers, cache_path, machine_problem, read_metadata, write_cache
 
 torch = pytest.importorskip("torch", reason="torch is not installed")
@@ -92,9 +92,9 @@ def test_without_a_gpu_loading_says_so_before_reading_the_engine(tmp_path: Path)
 def test_another_gpu_is_refused_before_reading_the_engine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("tensorrt_rtx", reason="tensorrt-rtx is not installed")
     (tmp_path / "metadata.json").write_text(json.dumps(METADATA))
-    monkeypatch.setattr(rtx_run, "visible_sm", lambda: 90)
+    monkeypatch.setattr(rtx_engine, "visible_sm", lambda: 90)
     with pytest.raises(EnvironmentLacksError, match="this GPU is SM 90"):
-        rtx_run.RtxEngine(tmp_path)
+        rtx_engine.RtxEngine(tmp_path)
 
 
 def test_a_damaged_engine_is_refused_before_it_is_deserialized(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -102,9 +102,9 @@ def test_a_damaged_engine_is_refused_before_it_is_deserialized(tmp_path: Path, m
     found = METADATA | {"tensorrt_rtx": version("tensorrt-rtx")}
     (tmp_path / "metadata.json").write_text(json.dumps(found))
     (tmp_path / "model.engine").write_bytes(b"vtrt" + bytes(200))
-    monkeypatch.setattr(rtx_run, "visible_sm", lambda: 89)
+    monkeypatch.setattr(rtx_engine, "visible_sm", lambda: 89)
     with pytest.raises(ContractError, match="204 bytes, its header says 0"):
-        rtx_run.RtxEngine(tmp_path)
+        rtx_engine.RtxEngine(tmp_path)
 
 
 @pytest.mark.parametrize("text", [None, "", "{", "[1]"])

@@ -14,8 +14,8 @@ from pipeline import compiler
 from pipeline.backends import BACKENDS
 from pipeline.backends.rtx.build import ONNX
 from pipeline.backends.tensorrt.plugin_graph import KernelNode
-from pipeline.backends.trt import build as trt
-from pipeline.backends.trt import engine as trt_run
+from pipeline.backends.trt import build as trt_build
+from pipeline.backends.trt import engine as trt_engine
 from pipeline.recipe import Calibrate, Recipe
 from plugins.gpu.spec import QuantizeSpec
 from plugins.tensorrt.payload import Payload, from_text
@@ -58,7 +58,7 @@ def test_without_tensorrt_it_is_refused_by_name(monkeypatch: pytest.MonkeyPatch)
 def test_what_else_is_missing_is_named(version: str, sm: int, text: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("pipeline.machine.find_spec", lambda name: object())
     monkeypatch.setattr("pipeline.machine.tool_version", lambda name: version)
-    (problem,) = trt_run.environment_problems(sm)
+    (problem,) = trt_engine.environment_problems(sm)
     assert text in problem
 
 
@@ -79,9 +79,9 @@ def test_the_builders_graph_has_ahead_of_time_plugins(lowered, monkeypatch: pyte
         asked.append((sms, form))
         return payload_of(kernel, spec)
 
-    monkeypatch.setattr(trt, "compile_payload", compiled)
+    monkeypatch.setattr(trt_build, "compile_payload", compiled)
     path = lowered.path.with_name("engine.onnx")
-    nodes = trt.write_graph(lowered.path, path, 1, 90)
+    nodes = trt_build.write_graph(lowered.path, path, 1, 90)
     graph = onnx.load(path, load_external_data=False).graph
     plugins = {node.name: node for node in graph.node if node.name in {n.name for n in nodes}}
     assert len(plugins) == 8 and plugins["ff.up"].op_type == "PackedGemmMultipliers"
@@ -90,8 +90,8 @@ def test_the_builders_graph_has_ahead_of_time_plugins(lowered, monkeypatch: pyte
     assert (attributes["plugin_namespace"], attributes["plugin_version"], attributes["aot"]) == (b"fpq", b"1", 1)
     assert b".visible .entry packed_gemm" in from_text(attributes["payload"].decode()).variants[0].code
     assert set(asked) == {((90,), "ptx")} and len(asked) == 8  # q, k and v are one kernel, and one launch
-    assert trt.described(lowered, nodes)["plugins"]["packed_gemm"] == 4
-    assert "without TensorRT at hand" in trt.described(lowered, nodes)["proof"]
+    assert trt_build.described(lowered, nodes)["plugins"]["packed_gemm"] == 4
+    assert "without TensorRT at hand" in trt_build.described(lowered, nodes)["proof"]
 
 
 def test_probes_are_in_the_lowered_graph(lowered) -> None:
@@ -104,16 +104,16 @@ NODES = [KernelNode(name, "quantize", QuantizeSpec("E2M3", 64), (1, 2, 3)) for n
 @pytest.mark.parametrize("form", [lambda name: {"Name": name, "LayerType": "PluginV3"}, str], ids=["details", "names"])
 def test_a_plugin_that_is_not_among_the_engines_layers_is_named(form) -> None:
     both = json.dumps({"Layers": [form(node.name) for node in NODES], "I/O Tensors": []})
-    assert trt.layer_names(both) == {"ff.down", "ff.down/quantize"}
-    trt.check_layers(both, NODES)
+    assert trt_build.layer_names(both) == {"ff.down", "ff.down/quantize"}
+    trt_build.check_layers(both, NODES)
     with pytest.raises(ContractError, match=r"^ff.down: the engine has no layer"):  # though its quantizer's name has it
-        trt.check_layers(json.dumps({"Layers": [form("ff.down/quantize")]}), NODES)
+        trt_build.check_layers(json.dumps({"Layers": [form("ff.down/quantize")]}), NODES)
 
 
 @pytest.mark.parametrize("text", ["", "[]", '{"Bindings": []}', '{"Layers": [{"Type": "x"}]}'])
 def test_a_list_of_layers_that_cannot_be_read_is_refused(text: str) -> None:
     with pytest.raises(ContractError, match="cannot be read"):
-        trt.check_layers(text, NODES)
+        trt_build.check_layers(text, NODES)
 
 
 @pytest.mark.parametrize(
@@ -127,5 +127,5 @@ def test_a_list_of_layers_that_cannot_be_read_is_refused(text: str) -> None:
     ],
 )
 def test_which_machines_run_an_engine(version: str, sm: int, text: str) -> None:
-    found = trt_run.machine_problem({"tensorrt": "11.1.0", "compute_capabilities": [90]}, version, sm)
+    found = trt_engine.machine_problem({"tensorrt": "11.1.0", "compute_capabilities": [90]}, version, sm)
     assert text in found and bool(text) == bool(found)

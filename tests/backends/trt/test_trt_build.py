@@ -21,8 +21,8 @@ import torch
 from export.errors import ContractError, RecipeError, ResourceError
 from pipeline.backends.base import LoweredGraph
 from pipeline.backends.tensorrt.plugin_graph import KernelNode
-from pipeline.backends.trt import build as trt
-from pipeline.backends.trt import engine as trt_run
+from pipeline.backends.trt import build as trt_build
+from pipeline.backends.trt import engine as trt_engine
 from plugins.tensorrt import plugins
 from tests.backends.trt.test_trt_backend import lowered  # noqa: F401, a fixture
 from tests.kernels.test_trt_aot import payload_of
@@ -105,16 +105,16 @@ class Builder:
 def builder(monkeypatch: pytest.MonkeyPatch) -> Builder:
     made = Builder(FrontEnd())
     monkeypatch.setattr(plugins, "import_module", lambda name: made.front_end if name.endswith(".plugin") else TYPES)
-    monkeypatch.setattr(trt.plugins, "register", plugins.register.__wrapped__)
-    monkeypatch.setattr(trt, "import_module", lambda name: made.module())
-    monkeypatch.setattr(trt, "compile_payload", lambda kernel, spec, *_: payload_of(kernel, spec))
+    monkeypatch.setattr(trt_build.plugins, "register", plugins.register.__wrapped__)
+    monkeypatch.setattr(trt_build, "import_module", lambda name: made.module())
+    monkeypatch.setattr(trt_build, "compile_payload", lambda kernel, spec, *_: payload_of(kernel, spec))
     return made
 
 
 def build(graph: LoweredGraph, engine: Path) -> tuple[dict[str, Any], list[KernelNode]]:
     path = graph.path.with_name("engine.onnx")
-    nodes = trt.write_graph(graph.path, path, 1, 90)
-    return trt.build_engine(path, engine, nodes, 90, 1), nodes
+    nodes = trt_build.write_graph(graph.path, path, 1, 90)
+    return trt_build.build_engine(path, engine, nodes, 90, 1), nodes
 
 
 def test_what_the_builder_is_asked_for(lowered: LoweredGraph, builder: Builder, tmp_path: Path) -> None:  # noqa: F811
@@ -144,7 +144,7 @@ def test_flags_that_a_release_lacks_are_not_asked_for(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(trt, "import_module", lambda name: builder.module(without))
+    monkeypatch.setattr(trt_build, "import_module", lambda name: builder.module(without))
     build(lowered, tmp_path / "model.engine")
     assert (builder.network_flags, builder.cleared) == (flags, cleared)
 
@@ -227,9 +227,9 @@ def cuda(monkeypatch: pytest.MonkeyPatch) -> FakeCuda:
     made = FakeCuda()
     for name in ("Stream", "CUDAGraph", "current_stream", "stream", "graph"):
         monkeypatch.setattr(torch.cuda, name, getattr(made, name))
-    make = trt_run.Buffers.make
+    make = trt_engine.Buffers.make
     monkeypatch.setattr(
-        trt_run.Buffers, "make", lambda context, arrays, names, device: make(context, arrays, names, "cpu")
+        trt_engine.Buffers, "make", lambda context, arrays, names, device: make(context, arrays, names, "cpu")
     )
     return made
 
@@ -237,7 +237,7 @@ def cuda(monkeypatch: pytest.MonkeyPatch) -> FakeCuda:
 @pytest.fixture
 def contexts(
     cuda: FakeCuda, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> tuple[trt_run.TrtEngine, list[Context]]:
+) -> tuple[trt_engine.TrtEngine, list[Context]]:
     """An engine opened from its folder, and the contexts it makes."""
     made: list[Context] = []
     metadata = {"tensorrt": "11.1.0", "compute_capabilities": [90], "shapes": {"x": [[1, 4], [2, 4], [8, 4]]}}
@@ -257,11 +257,11 @@ def contexts(
         TensorIOMode=SimpleNamespace(OUTPUT="output"),
         nptype=np.dtype,
     )
-    monkeypatch.setattr(trt_run, "import_module", lambda name: module)
-    monkeypatch.setattr(trt_run.machine, "require", lambda names, what: None)
-    monkeypatch.setattr(trt_run.machine, "tool_version", lambda name: "11.1.0")
-    monkeypatch.setattr(trt_run, "visible_sm", lambda: 90)
-    return trt_run.TrtEngine(tmp_path), made
+    monkeypatch.setattr(trt_engine, "import_module", lambda name: module)
+    monkeypatch.setattr(trt_engine.machine, "require", lambda names, what: None)
+    monkeypatch.setattr(trt_engine.machine, "tool_version", lambda name: "11.1.0")
+    monkeypatch.setattr(trt_engine, "visible_sm", lambda: 90)
+    return trt_engine.TrtEngine(tmp_path), made
 
 
 def test_a_call_is_captured_on_the_engines_stream_and_replayed(contexts: Any, cuda: FakeCuda) -> None:
@@ -301,7 +301,7 @@ def test_calls_and_closing_of_other_threads_wait(
     closes: bool, contexts: Any, cuda: FakeCuda, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     engine, _ = contexts
-    x, waiting, replay = np.ones((1, 4), np.float32), [], trt_run.Captured.run
+    x, waiting, replay = np.ones((1, 4), np.float32), [], trt_engine.Captured.run
 
     def another_comes(captured: Any, arrays: Any) -> Any:
         if not waiting:
@@ -310,7 +310,7 @@ def test_calls_and_closing_of_other_threads_wait(
             assert waiting[0].is_alive(), "it did not wait"
         return replay(captured, arrays)
 
-    monkeypatch.setattr(trt_run.Captured, "run", another_comes)
+    monkeypatch.setattr(trt_engine.Captured, "run", another_comes)
     assert np.array_equal(engine.run({"x": x})["y"], 2 * x)
     found = waiting[0].result()
     if not closes:
