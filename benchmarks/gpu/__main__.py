@@ -1,6 +1,6 @@
 """Correctness and speed of the GPU kernels: `python -m benchmarks.gpu` on a machine with an NVIDIA GPU and PyTorch.
 
-Every kernel is checked with its NumPy reference first; then the FP8 accumulator is probed, and GEMMs, fused quantizers
+Every kernel is checked against its NumPy meaning first; then the FP8 accumulator is probed, and GEMMs, fused quantizers
 and a whole denoiser are timed against what PyTorch offers. Needs PyTorch, Triton, NumPy and ml_dtypes and nothing else,
 takes under 8 minutes, and writes benchmarks/results/gpu_NAME.json row by row. Exit code 0; 3 without a GPU; 4 if a
 result was wrong; 1 if something else failed or was not reached.

@@ -1,4 +1,4 @@
-"""Are the quantizers right? Tokens of all magnitudes, zeros, NaN, Inf and outliers, against the NumPy references."""
+"""Are the quantizers right? Tokens of all magnitudes, with zeros, NaN, Inf and outliers, against the NumPy meanings."""
 
 from __future__ import annotations
 
