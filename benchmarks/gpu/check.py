@@ -1,9 +1,9 @@
-"""Is every kernel right? Compared with the NumPy references of the kernel table, before anything is timed.
+"""Is every kernel right? Compared with the NumPy meanings of the kernel table, before anything is timed.
 
 A GEMM is run twice on the same codes, whose sums are exact in this GPU's accumulators whatever their order. First with
 scales of one and a float32 output: the integer sums, which must be equal. Then whole, with scales, zero point, epilogue
 and output type: off by one rounding to the output and those of the float32 steps before it, `allowed` below. Quantizers
-must give the codes and scales of their references, but for values that a float32 norm or GELU moves over the middle
+must give the codes and scales of their meanings, but for values that a float32 norm or GELU moves over the middle
 between two codes, `worst_code` in check_quantizers.py.
 """
 
@@ -189,7 +189,7 @@ def allowed(case: GemmCase, arrays: dict[str, Array], expected: Array, tokens: i
     """What a whole output [M, N] may be off by.
 
     Sums are exact. Each of the scale groups' products and additions, then two scales, zero point, bias, gate and
-    residual, is a rounding to float32, in the kernel and in the reference: 2 (groups + 8) of them, relative to the sum
+    residual, is a rounding to float32, in the kernel and in the meaning: 2 (groups + 8) of them, relative to the sum
     of what is added. Then one rounding to the output; `cut`: to bf16 the interpreter does not round to nearest but cuts
     off, a whole unit.
     """
@@ -230,7 +230,7 @@ def run_gemm(
 
 
 def check_repack(context: Context, case: GemmCase) -> dict[str, Any]:
-    """pack and expand: bytes that differ from the references'."""
+    """pack and expand: bytes that differ from the meanings'."""
     from plugins.gpu import launch
 
     arrays = inputs_of(case)
