@@ -33,7 +33,7 @@ from pipeline.backends.reference import ReferenceEngine
 from pipeline.calibrate.data import calibration_data
 from pipeline.calibrate.groups.candidates import CandidateModels, Candidates, scored_keys
 from pipeline.calibrate.groups.proxy import ProxyScore
-from pipeline.calibrate.groups.search import Found, Individual, Space, search
+from pipeline.calibrate.groups.search import Individual, SearchOutcome, Space, search
 from pipeline.calibrate.groups.space import layer_sizes, to_text
 from pipeline.calibrate.method import Context
 from pipeline.calibrate.methods.qdit import QDit, search_settings
@@ -160,7 +160,7 @@ def settings_for(sizes: list[int]) -> list[str]:
     return ["calibrate.method=qdit", f"calibrate.options.group_sizes={to_text(sizes)}"]
 
 
-def describe(space: Space, outcome: Found, origin: dict[str, Any], sizes: list[int]) -> dict[str, Any]:
+def describe(space: Space, outcome: SearchOutcome, origin: dict[str, Any], sizes: list[int]) -> dict[str, Any]:
     """What was found, and what uniform sizes cost that the budget allows."""
     sizes_known = sorted({size for gene in space.genes for size in gene.sizes})
     uniform = {size: space.uniform(size) for size in sizes_known}

@@ -24,7 +24,7 @@ from pipeline.calibrate import calibrate
 from pipeline.calibrate.data import calibration_data
 from pipeline.calibrate.groups.candidates import Candidates
 from pipeline.calibrate.groups.proxy import ProxyScore
-from pipeline.calibrate.groups.search import Found
+from pipeline.calibrate.groups.search import SearchOutcome
 from pipeline.calibrate.groups.space import make_space
 from pipeline.calibrate.learn import gptq
 from pipeline.calibrate.method import Context
@@ -260,8 +260,10 @@ def test_the_proxy_is_the_error_of_the_denoiser_with_candidate_layers(model):
 
 def test_the_search_tries_the_layers_that_it_will_get(model, tmp_path, monkeypatch):
     """With the recipe's own sizes chosen, the stored candidates are the layers of the checkpoint."""
-    monkeypatch.setattr("pipeline.calibrate.methods.qdit.search", lambda space, *_: Found(space.uniform(32), (), {}))
-    monkeypatch.setattr(Found, "cost", 0.0)
+    monkeypatch.setattr(
+        "pipeline.calibrate.methods.qdit.search", lambda space, *_: SearchOutcome(space.uniform(32), (), {})
+    )
+    monkeypatch.setattr(SearchOutcome, "cost", 0.0)
     stored = {}
     whole = CalibrationState.complete
 

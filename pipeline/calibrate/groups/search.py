@@ -105,7 +105,7 @@ class Settings:
 
 
 @dataclass(frozen=True)
-class Found:
+class SearchOutcome:
     """The best individual, the lowest cost after each generation, and the costs of all that were scored."""
 
     best: Individual
@@ -119,7 +119,7 @@ class Found:
 
 def search(
     space: Space, settings: Settings, make_score: Callable[[], Score], path: Path, origin: Mapping[str, Any]
-) -> Found:
+) -> SearchOutcome:
     """The best group sizes. make_score: makes the score, once in every process (so it must be picklable for
     workers > 1). path: the file of scores; one that was made from another `origin` is not used.
     """
@@ -135,7 +135,7 @@ def search(
             trace.append(scores.costs[seen[0]])
             logger.info("group search: generation %d of %d, best %.4f", number + 1, settings.generations, trace[-1])
             generation = next_generation(space, settings, rng, seen)
-    return Found(seen[0], tuple(trace), {one: scores.costs[one] for one in seen})
+    return SearchOutcome(seen[0], tuple(trace), {one: scores.costs[one] for one in seen})
 
 
 def first_generation(space: Space, settings: Settings, rng: np.random.Generator) -> list[Individual]:
