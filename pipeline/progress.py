@@ -1,6 +1,5 @@
-"""Long work: progress with an ETA, as a bar on a terminal and as a plain line every few seconds in a log; and several
-independent pieces at once, a thread each, since small models leave most of every processor's time unused when their
-operations share all cores."""
+"""Long work: progress with an ETA, as a bar on a terminal and as a plain line every few seconds in a log; and how work
+in another thread ends early."""
 
 from __future__ import annotations
 
@@ -8,8 +7,7 @@ import logging
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import ParamSpec, TypeVar
 
@@ -67,61 +65,11 @@ def heartbeat(label: str, every_s: float = 30.0) -> Iterator[None]:
         thread.join()
 
 
-# --- side by side ---------------------------------------------------------------------------------------------------
+# --- work that ends early -------------------------------------------------------------------------------------------
 
 
 class StoppedError(Exception):
     """Ends a thread whose work nobody waits for any more."""
-
-
-def side_by_side(work: Sequence[Callable[[], T]], threads: int) -> list[T]:
-    """The results of all functions, in their order; with one thread one after the other, here.
-
-    PyTorch's operations get one thread each meanwhile. An error of one function is raised, as is a signal's exception
-    that comes meanwhile; the other functions end at their next `raise_if_stopped`.
-    """
-    if min(threads, len(work)) < 2:
-        return [function() for function in work]
-    stop, at_work = threading.Event(), _AtWork()
-    with single_threaded_torch(), ThreadPoolExecutor(threads) as pool:
-        try:  # from here on: a signal may come before all have begun
-            futures: list[Future[T]] = [pool.submit(ending_with(at_work.during(function), stop)) for function in work]
-            wait(futures, return_when=FIRST_EXCEPTION)
-            failed = [future for future in futures if future.done() and future.exception() is not None]
-            return [failed[0].result()] if failed else [future.result() for future in futures]
-        finally:
-            stop.set()
-            pool.shutdown(wait=True, cancel_futures=True)
-            at_work.wait()
-
-
-class _AtWork:
-    """Functions that have begun and not ended. A pool does not know the thread in whose start a signal came."""
-
-    def __init__(self) -> None:
-        self._changed, self._count = threading.Condition(), 0
-
-    def during(self, function: Callable[[], T]) -> Callable[[], T]:
-        """`function`, counted while it runs."""
-
-        def run() -> T:
-            self._add(1)
-            try:
-                return function()
-            finally:
-                self._add(-1)
-
-        return run
-
-    def _add(self, change: int) -> None:
-        with self._changed:
-            self._count += change
-            self._changed.notify_all()
-
-    def wait(self) -> None:
-        """Until none is at work."""
-        with self._changed:
-            self._changed.wait_for(lambda: not self._count)
 
 
 def ending_with(function: Callable[P, T], *stops: threading.Event) -> Callable[P, T]:
@@ -147,17 +95,3 @@ def raise_if_stopped() -> None:
 def _stops() -> tuple[threading.Event, ...]:
     stops: tuple[threading.Event, ...] = getattr(_thread, "stops", ())
     return stops
-
-
-@contextmanager
-def single_threaded_torch() -> Iterator[None]:
-    """Within, PyTorch's operations take one thread each, and their sums one order. Not for overlapping use by threads:
-    the number of threads is the process's."""
-    import torch
-
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)

@@ -30,6 +30,7 @@ from export.errors import RecipeError
 from export.models import load as models
 from pipeline import recipe as recipes
 from pipeline.backends.reference import ReferenceEngine
+from pipeline.backends.side_by_side import single_threaded_torch
 from pipeline.calibrate.data import calibration_data
 from pipeline.calibrate.groups.candidates import CandidateModels, Candidates, scored_keys
 from pipeline.calibrate.groups.proxy import ProxyScore
@@ -40,7 +41,6 @@ from pipeline.calibrate.methods.qdit import QDit, search_settings
 from pipeline.calibrate.plan import make_plans
 from pipeline.files import sha256_json
 from pipeline.methods import METHODS
-from pipeline.progress import single_threaded_torch
 from pipeline.recipe import Recipe
 
 logger = logging.getLogger(__name__)

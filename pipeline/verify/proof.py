@@ -21,9 +21,10 @@ from pipeline import machine
 from pipeline.backends import BACKENDS
 from pipeline.backends.base import Arithmetic, Arrays, Engine, LoweredGraph
 from pipeline.backends.feeds import TooLargeError
+from pipeline.backends.side_by_side import side_by_side
 from pipeline.generate.case import Case, Run, is_large
 from pipeline.generate.sampling import take_samples
-from pipeline.progress import side_by_side, track
+from pipeline.progress import track
 from pipeline.recipe import Recipe
 from pipeline.verify.calls import Call, call_errors, state_result
 from pipeline.verify.effort import Effort, effort_for, note

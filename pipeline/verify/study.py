@@ -21,9 +21,10 @@ from numpy.typing import NDArray
 from export.checkpoint import QuantizedLinear
 from pipeline import machine
 from pipeline.backends.base import Arithmetic, Arrays
+from pipeline.backends.side_by_side import side_by_side
 from pipeline.distance import sqnr_db
 from pipeline.generate.case import Case, Run, is_large, make_case
-from pipeline.progress import side_by_side, track
+from pipeline.progress import track
 from pipeline.recipe import Recipe
 from pipeline.verify.call_patterns import PROMPTED, UNPROMPTED
 from pipeline.verify.calls import Call, SampleError, make_calls, make_pools, sample_errors

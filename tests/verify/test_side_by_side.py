@@ -20,8 +20,9 @@ import torch
 from pipeline import progress as threads_of
 from pipeline.backends.cuda.overflow import _sizes
 from pipeline.backends.reference import ReferenceEngine
+from pipeline.backends.side_by_side import side_by_side
 from pipeline.generate.case import Case
-from pipeline.progress import StoppedError, raise_if_stopped, side_by_side, track
+from pipeline.progress import StoppedError, raise_if_stopped, track
 from pipeline.verify.calls import _at_once, _Counted
 from pipeline.verify.extremes import extreme_results, read_by_quantizers
 from pipeline.verify.probe import Beside, ProbedGraph
@@ -76,7 +77,7 @@ import threading, time
 from functools import partial
 from pipeline.command import parser, run
 from pipeline.progress import track
-from pipeline.progress import side_by_side
+from pipeline.backends.side_by_side import side_by_side
 from pipeline.signals import leave
 
 def long(both, begun):

@@ -20,7 +20,7 @@ from pipeline import machine
 from pipeline import recipe as recipes
 from pipeline.backends import BACKENDS
 from pipeline.backends.base import Engine, LoweredGraph
-from pipeline.progress import side_by_side
+from pipeline.backends.side_by_side import side_by_side
 from pipeline.verify import proof as verify
 from pipeline.verify import study
 from tests.support import tiny

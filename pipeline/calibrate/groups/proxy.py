@@ -16,12 +16,12 @@ import torch
 from torch import nn
 
 from pipeline.backends.base import Arrays
+from pipeline.backends.side_by_side import single_threaded_torch
 from pipeline.calibrate.data import CalibrationData
 from pipeline.calibrate.groups.candidates import CandidateModels, Candidates, scored_keys
 from pipeline.calibrate.groups.search import Individual
 from pipeline.distance import sqnr_db
 from pipeline.generate.sampling import take_samples
-from pipeline.progress import single_threaded_torch
 
 
 @dataclass(frozen=True)
