@@ -73,9 +73,9 @@ def target_flags() -> Iterator[tuple[Backend[Any], Flag]]:
 
 
 def given_flags(args: argparse.Namespace) -> Iterator[tuple[Backend[Any], Flag, object]]:
-    """Those that were given, with their values."""
+    """Those that were given, with their values; a verb without such flags, as `inspect`, gives none."""
     for backend, flag in target_flags():
-        value = getattr(args, flag.name.removeprefix("--").replace("-", "_"))
+        value = getattr(args, flag.name.removeprefix("--").replace("-", "_"), None)
         if value is not None:
             yield backend, flag, value
 

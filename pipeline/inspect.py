@@ -155,9 +155,7 @@ def make_parser() -> Parser:
     verb_parser.add_argument(
         "--set", action="append", default=[], metavar="KEY=VALUE", help="with --engine: any recipe key"
     )
-    verb_parser.set_defaults(
-        calib_size=None, target_sm=None, n_steps=None, batch_size=None, height=None, width=None, seed=None
-    )
+    verb_parser.set_defaults(calib_size=None, n_steps=None, batch_size=None, height=None, width=None, seed=None)
     return verb_parser
 
 

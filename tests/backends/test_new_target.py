@@ -170,6 +170,11 @@ def test_inspect_shows_its_paths(bundle: Path, capsys: pytest.CaptureFixture[str
     assert all(set(layer["targets"]) == {"toy", "onnx"} for layer in layers)
 
 
+def test_inspect_shows_a_recipe_beside_a_target_with_a_flag(bundle: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["inspect", "--engine", "dit_w4a8", "-m", str(bundle.parent / "dit"), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["engine"] == "dit_w4a8"
+
+
 def test_where_it_does_not_fit_the_next_is_taken(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ToyBackend, "paces", {"walk"})
     opened = load(bundle)
