@@ -289,7 +289,7 @@ def test_the_engine_of_another_target_draws_if_its_graph_is_proven(subject, traj
     asked, seconds = [], iter([1.0, 2.0])
 
     def build(_, __, made, ___, target):  # no GPU here: the float model stands in
-        asked.append((target, made.cuda.activations))
+        asked.append((target, made.options(CudaOptions).activations))
         return None, drawing.float_engine(subject)
 
     monkeypatch.setattr(quality_engines, "build_engine", build)
