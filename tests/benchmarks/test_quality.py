@@ -29,6 +29,7 @@ from benchmarks.quality.results import FAILED, FLOAT, MEASURED, UNAVAILABLE, Res
 from benchmarks.quality.rows import CHANNEL, MODELS, TABLES, Line, Row, rows_of
 from benchmarks.quality.sensitivity import PartlyQuantized, cases, mean_noise_db
 from export.errors import EnvironmentLacksError, RecipeError
+from pipeline.backends.cuda import CudaOptions
 from pipeline.verify.report import Gate
 
 pytestmark = pytest.mark.torch
