@@ -10,7 +10,7 @@ from typing import Any
 
 from export.errors import RecipeError
 from export.formats.format import get_format, packed_size
-from export.formats.operands import embeds
+from export.formats.operands import HARDWARE, embeds
 from pipeline import machine
 from pipeline.build import resolve
 from pipeline.bundle.bundle import load_bundle
@@ -20,7 +20,6 @@ from pipeline.compiler import tensor_counts
 from pipeline.recipe import Recipe, load_model
 from pipeline.signals import leave
 
-HARDWARE = ("INT8", "E4M3", "FP16")
 # What `input_text` says of most layers; the column is shown where it says more.
 PLAIN_INPUT = "per_token"
 NOT_BUILT = "Which path each layer takes on a target, and why, is decided when it is built: inspect the bundle then."

@@ -9,7 +9,7 @@ from importlib.util import find_spec
 from typing import Any
 
 from export.formats.format import get_format
-from export.formats.operands import embeds
+from export.formats.operands import HARDWARE, embeds
 from pipeline import machine
 from pipeline import recipe as recipes
 from pipeline.backends import BACKENDS
@@ -18,7 +18,6 @@ from pipeline.methods import METHODS
 from pipeline.recipe import Recipe
 from pipeline.signals import leave
 
-HARDWARE = ("INT8", "E4M3", "FP16")
 # What the bits of a weight and of an activation buy, as measured and not as hoped.
 WEIGHTS_BUY = {
     4: "a quarter of the fp16 weight memory, shorter loading",

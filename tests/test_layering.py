@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 
+from pipeline.backends import ROWS
 from tests.conftest import KERNEL_MODULES
 
 ROOT = Path(__file__).parent.parent
@@ -145,6 +146,18 @@ def test_passes_do_not_import_backends() -> None:
     assert passes and not wrong, f"{wrong}; a backend publishes rows (passes.probes) and passes get them as data"
 
 
+def test_no_target_leans_on_another() -> None:
+    """What two targets share stands in pipeline/backends itself, or in a folder that is no target's."""
+    folders = {module.rpartition(".")[2] for module, _ in ROWS.values()}
+    wrong = {}
+    for path in FILES:
+        if path.parts[:2] == ("pipeline", "backends") and path.parts[2] in folders:
+            others = tuple(f"pipeline.backends.{folder}." for folder in folders - {path.parts[2]})
+            names = [name for name, _ in found(path) if f"{name}.".startswith(others)]
+            wrong |= {str(path): names} if names else {}
+    assert len(folders) > 3 and not wrong, f"{wrong}; move what they share to pipeline/backends"
+
+
 def rank(name: str) -> int:
     """Row of ORDER that a module of pipeline, "pipeline.verify.study", belongs to."""
     parts = name.split(".")[1:]
@@ -197,7 +210,7 @@ RUN_TIME = [
         *(f"pipeline/{name}.py" for name in ("__init__", "__main__", "command", "doctor", "files", "inspect", "list")),
         *(f"pipeline/{name}.py" for name in ("machine", "methods", "progress", "recipe", "signals")),
         *(f"pipeline/backends/{name}.py" for name in ("__init__", "base", "feeds", "lowering_file", "metadata_file")),
-        "pipeline/backends/runtime_errors.py",
+        *(f"pipeline/backends/{name}.py" for name in ("runtime_errors", "stock_runtime", "visible_gpu")),
     }
 ]
 COMPILERS = {"torch", "diffusers", "transformers", "onnx", "onnx_ir", "onnxscript", "matplotlib", "huggingface_hub"}
@@ -206,6 +219,7 @@ NEEDS_TORCH = {
     "pipeline/backends/cuda/engine.py": {"torch"},
     "pipeline/backends/rtx/engine.py": {"torch"},
     "pipeline/backends/trt/engine.py": {"torch"},
+    "pipeline/backends/visible_gpu.py": {"torch"},
     "pipeline/generate/diffusers_adapter.py": {"diffusers", "torch"},
     "pipeline/generate/latent.py": {"huggingface_hub", "torch"},
     "pipeline/generate/pipeline_folder.py": {"diffusers", "torch"},

@@ -19,7 +19,9 @@ from export.formats.format import FORMATS, Format, decode, encode, get_format
 
 # Significand bits (the hidden one included), and exponents of the smallest and largest normal number.
 FLOAT_TYPES = {"FP16": (11, -14, 15), "BF16": (8, -126, 127), "FP32": (24, -126, 127)}
-INT8_MAX, UINT8_MAX = 127, 255
+INT8_MAX, UINT8_MAX, INT16_MAX = 2**7 - 1, 2**8 - 1, 2**15 - 1
+# Types of operands that processors multiply.
+HARDWARE = ("INT8", "E4M3", "FP16")
 TARGETS = ("INT8", "E4M3", "E5M2", *FLOAT_TYPES)
 # Exponents that are tried for a type that is small enough to list.
 EXPONENTS = range(8, -40, -1)

@@ -31,6 +31,8 @@ from pipeline.passes.probes import Choice, ProbeRow
 if TYPE_CHECKING:
     from pipeline.recipe import Recipe
 
+# An ONNX graph of a target or the portable one, the part of it that runs once for each condition, their weights.
+MODEL, CONDITION, DATA = "model.onnx", "condition.onnx", "model.onnx.data"
 Arrays = dict[str, NDArray[Any]]
 # Calls of the denoiser by what they are -> the call and the first number too large for FP16, in words; None: there is
 # none.
@@ -73,6 +75,10 @@ class Engine(Protocol):
 # What an engine computes its unquantized parts in: float32; attention and large linears in FP16; or every tensor of
 # tokens in FP16. See pipeline/verify/reference_hooks.py.
 Arithmetic = Literal["fp32", "fp16", "fp16 tokens"]
+# Smaller unquantized weights stay float32 in both: they are a negligible share of an engine.
+LARGE_ELEMENTS = 2**20
+# Masks add numbers like -10000 or -inf; below this FP16 would make -inf of it, and a row of -inf becomes NaN.
+LOWEST_MASK = -30000.0
 PROVEN_NOT_RUN = "numerically proven through onnxruntime; engine built, not run"
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,6 +17,7 @@ from export import checkpoint
 from export.checkpoint import QuantizedLinear
 from export.errors import ResourceError
 from pipeline import machine
+from pipeline.backends.side_by_side import single_threaded_torch
 from pipeline.calibrate.method import Context, Method, Unit
 from pipeline.calibrate.plan import LayerPlan, make_plans
 from pipeline.calibrate.state import CalibrationState, copy_finished, load_named, refuse_unfinished
@@ -90,24 +91,13 @@ def _quantize(method: Method, plans: Sequence[LayerPlan], state: CalibrationStat
         state.add(method.quantize(unit))
 
 
-@contextmanager
-def _threads(single: bool) -> Iterator[None]:
+def _threads(single: bool) -> AbstractContextManager[None]:
     """PyTorch on one thread while it lasts, if `single`.
 
     For small models: their operations take microseconds, so a second thread gains little, and where other work shares
     the cores its spinning waits take most of the time; a sixth of the speed was seen.
     """
-    if not single:
-        yield
-        return
-    import torch
-
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
+    return single_threaded_torch() if single else nullcontext()
 
 
 def _make_method(model: LoadedModel, recipe: Recipe, plans: Sequence[LayerPlan], folder: Path) -> Method:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from export.checkpoint import Granularity
 from export.errors import RecipeError
 from export.formats.format import get_format
-from export.formats.operands import INT8_MAX, embeds, exact_multipliers
+from export.formats.operands import INT8_MAX, INT16_MAX, UINT8_MAX, embeds, exact_multipliers
 from pipeline.recipe import Recipe
 
 if TYPE_CHECKING:
@@ -20,8 +20,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 MULTIPLIER_CODES = 16  # multipliers are stored as 4-bit indices
-INT16_MAX = 32767
-UINT8_MAX = 255
 
 
 @dataclass(frozen=True)

@@ -34,7 +34,9 @@ NEARER = 10.0
 NAMED, FEW = 6, 2
 NEAR_LIMIT_DB = 6.0
 # Equal calls of a right engine do not differ at all; more than this is no rounding of the decibel itself.
-STEADY_DB, EQUAL_DB = 0.5, 1000.0
+STEADY_DB = 0.5
+# What equal samples count as, and overflows as its negative.
+EQUAL_DB = 1000.0
 # A factor may be anything up to this; beyond it only if nearly nothing else is wrong: an unlike picture fits 0.
 USUAL_FACTOR, LARGE_EXPLAINED = 0.5, 0.95
 

@@ -14,6 +14,7 @@ from pipeline.distance import psnr_db
 from pipeline.recipe import Recipe
 from pipeline.verify.call_patterns import (
     CALL_TRAITS,
+    EQUAL_DB,
     PICTURE_TRAITS,
     STEP_TRAITS,
     Trait,
@@ -36,7 +37,6 @@ FACTOR_DB = 20 * math.log10(FACTOR)
 # 10 linears in a row per layer, each a few units in the last place. For tens of layers this stays under 2^-24 * 170, or
 # 100 dB, and no flip-free engine is asked for more.
 ROUNDED_DB = 100.0
-EQUAL_DB = 1000.0
 # Pictures of pixel models lie in [-1, 1]; latents are compared by the range that the reference's have.
 PIXEL_RANGE = 2.0
 

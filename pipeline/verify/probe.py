@@ -24,13 +24,12 @@ from export.onnx_files import read_graph
 from pipeline import machine
 from pipeline.backends import feeds
 from pipeline.backends.base import Arrays, LoweredGraph
-from pipeline.backends.cpu.token_chain import DOMAIN as NATIVE
 from pipeline.backends.runtime_errors import runtime_errors
+from pipeline.backends.stock_runtime import register_needed
 from pipeline.passes.probes import ProbeRow
 from pipeline.progress import raise_if_stopped
 from pipeline.verify.oracle import LinearProbe
 from pipeline.verify.parts import Parts, needed_names, part_of
-from plugins.cpu import library
 
 logger = logging.getLogger(__name__)
 # Layers of the first batch, and bytes of probed tensors that later batches may hold at once.
@@ -283,8 +282,7 @@ def open_session(model: onnx.ModelProto, folder: Path, threads: int | None = Non
     options.add_session_config_entry(FOLDER_OPTION, str(folder.resolve()))
     options.add_session_config_entry("session.force_spinning_stop", "1")
     options.intra_op_num_threads = machine.threads(threads)
-    if any(node.domain == NATIVE for node in model.graph.node):
-        library.register(options)
+    register_needed(options, {node.domain for node in model.graph.node})
     return onnxruntime.InferenceSession(
         model.SerializeToString(), options, ["CPUExecutionProvider"], disabled_optimizers=["ConstantFolding"]
     )

@@ -10,8 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.backends.base import Arithmetic
-from pipeline.backends.tensorrt.half import LARGE_ELEMENTS
+from pipeline.backends.base import LARGE_ELEMENTS, Arithmetic
 from pipeline.distance import ratio_db
 from pipeline.verify.noise import Noise
 from pipeline.verify.oracle import ROUNDING

@@ -27,6 +27,8 @@ from export.errors import EnvironmentLacksError
 
 logger = logging.getLogger(__name__)
 NAME = "fpq_native.so"
+# Of its ops, as bindings.c registers them.
+DOMAIN = "fpq.native"
 FOLDER = Path(__file__).resolve().parent
 SOURCES = ("bindings.c", "token_chain.c")
 HEADERS = ("ort_abi.h", "token_chain.h", "variants.h")

@@ -10,8 +10,9 @@ import pytest
 
 from export.formats.format import get_format
 from pipeline.backends.cpu.quantizers import SMALL_ZERO, limb_base, zero_point
-from pipeline.backends.cpu.token_chain import ATTRIBUTES, DOMAIN, OP, VERSION, In, Out
+from pipeline.backends.cpu.token_chain import ATTRIBUTES, OP, VERSION, In, Out
 from plugins.cpu import library
+from plugins.cpu.library import DOMAIN
 
 ELEMENT_TYPES = dict.fromkeys(("CODES", "LOW_CODES"), ir.DataType.UINT8) | dict.fromkeys(
     ("HIGH_SUM", "LOW_SUM"), ir.DataType.INT32

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 from export.errors import EnvironmentLacksError
 from pipeline import machine
 from pipeline.backends import lowering_file, metadata_file, stock_runtime
-from pipeline.backends.base import Backend, BuildResult, Check, Engine, LoweredGraph, Options
+from pipeline.backends.base import CONDITION, DATA, MODEL, Backend, BuildResult, Check, Engine, LoweredGraph, Options
 
 if TYPE_CHECKING:
     from pipeline.recipe import Recipe
@@ -30,7 +30,7 @@ class CpuBackend(Backend[CpuOptions]):
     options_type = CpuOptions
     package = stock_runtime.PACKAGE
     speed_rank = 4
-    file_names = frozenset({"model.onnx", "condition.onnx", "model.onnx.data", metadata_file.NAME, lowering_file.NAME})
+    file_names = frozenset({MODEL, CONDITION, DATA, metadata_file.NAME, lowering_file.NAME})
     disk_bytes_per_parameter = 1.5  # INT8 weights
     repeatable = True
 

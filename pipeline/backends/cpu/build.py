@@ -15,8 +15,8 @@ import onnx_ir as ir
 from export.errors import ContractError, RecipeError
 from export.onnx_files import load_model
 from pipeline.backends import lowering_file, metadata_file
-from pipeline.backends.base import BuildResult, LoweredGraph
-from pipeline.backends.cpu.engine import CONDITION, DATA, METADATA, MODEL, CpuMetadata, provided
+from pipeline.backends.base import CONDITION, DATA, MODEL, BuildResult, LoweredGraph
+from pipeline.backends.cpu.engine import METADATA, CpuMetadata, provided
 from pipeline.backends.cpu.finish_with_chain import finish_with_chains
 from pipeline.backends.cpu.lower import LowerCpu
 from pipeline.backends.cpu.token_chain import drop_unread_outputs, is_chain

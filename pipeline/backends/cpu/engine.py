@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NotRequired
@@ -10,16 +10,15 @@ from typing import Any, NotRequired
 import numpy as np
 from typing_extensions import TypedDict
 
-from export.documents import open_file
 from export.errors import RecipeError
 from pipeline import machine
 from pipeline.backends import feeds, metadata_file
-from pipeline.backends.base import Arrays
-from pipeline.backends.runtime_errors import runtime_errors
+from pipeline.backends.base import CONDITION, MODEL, Arrays
+from pipeline.backends.stock_runtime import opened, own, run_session
 from pipeline.passes.probes import WIDE_SUM
 from plugins.cpu import library
 
-MODEL, CONDITION, DATA, METADATA = "model.onnx", "condition.onnx", "model.onnx.data", metadata_file.NAME
+METADATA = metadata_file.NAME
 # Conditions whose results are kept: the last one of two callers. A third caller's is computed again at every call.
 KEPT = 2
 # Instruction sets whose byte products are summed in 32 bits; without one of them x86 sums pairs in saturating int16.
@@ -138,23 +137,6 @@ def _equal(array: Any, other: Any) -> bool:
     return bool(fits and np.array_equal(array, other))
 
 
-def own(array: Any) -> Any:
-    """A private copy of an array; what is none is left for the check of inputs to refuse."""
-    return np.array(array, order="C") if isinstance(array, np.ndarray) else array
-
-
-def run_session(session: Any, names: list[str], fed: Arrays) -> Arrays:
-    """Outputs of one session. Raises RecipeError where onnxruntime refuses the numbers, such as a class too high."""
-    try:
-        return dict(zip(names, session.run(names, fed), strict=True))
-    except Exception as error:
-        if type(error).__name__ != "InvalidArgument":
-            raise
-        remedy = "give numbers that the model knows, such as classes that it was trained on"
-        reason = " ".join(str(error).split())[:300]
-        raise RecipeError(f"the engine cannot run these inputs ({reason}); {remedy}") from error
-
-
 def declared_inputs(sessions: Sessions) -> tuple[feeds.Declared, ...]:
     """The engine's own inputs: those of both sessions, without what one hands to the other."""
     parts = [part for part in (sessions.condition, sessions.step) if part is not None]
@@ -185,11 +167,3 @@ def open_session(path: Path, threads: int = 0, native: bool = False) -> Any:
     if native:
         library.register(options)
     return opened(ort, path, options)
-
-
-def opened(ort: Any, path: Path, options: Any, without: Sequence[str] = ()) -> Any:
-    """onnxruntime's session of a file, `without` some of its optimizers. Raises ContractError where it refuses it."""
-    left_out = {"disabled_optimizers": list(without)} if without else {}
-    open_file(path).close()  # refuses what is no file
-    with runtime_errors(path):
-        return ort.InferenceSession(path, options, providers=["CPUExecutionProvider"], **left_out)

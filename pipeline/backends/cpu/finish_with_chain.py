@@ -23,7 +23,6 @@ from export.dialect.graph import (
 from pipeline.backends.cpu.gemms import Product, grouped_gemm, integer_gemm, limb_sums
 from pipeline.backends.cpu.quantizers import Operand
 from pipeline.backends.cpu.token_chain import (
-    DOMAIN,
     VERSION,
     In,
     Out,
@@ -41,6 +40,7 @@ from pipeline.backends.cpu.token_chain import (
 )
 from pipeline.passes.quantized_gemm import QuantizedGemm
 from pipeline.passes.rewrite import RewritePass
+from plugins.cpu.library import DOMAIN
 
 HEADS_FIRST, HEADS_LAST, SWAPPED = (0, 2, 1, 3), (0, 2, 3, 1), (0, 1, 3, 2)
 

@@ -19,6 +19,7 @@ from export.dialect.graph import (
     stored_array,
 )
 from export.dialect.ops import DOMAIN
+from export.formats.operands import INT8_MAX, INT16_MAX, UINT8_MAX
 from pipeline.backends.cpu.finish_with_chain import chained_gemm
 from pipeline.backends.cpu.gemms import Product, finish, float_gemm, grouped_gemm, integer_gemm, ungrouped
 from pipeline.backends.cpu.quantize_with_chain import quantize_with_chain
@@ -40,7 +41,7 @@ from pipeline.passes.quantized_gemm import PACKED_GEMMS, QuantizedGemm, probe_of
 from pipeline.passes.rewrite import RewritePass
 
 FUNCTION_PATH, FLOAT_PATH = "onnx function", "float32"
-INT8_MAX, UINT8_MAX, INT16_MAX, INT32_MAX = 2**7 - 1, 2**8 - 1, 2**15 - 1, 2**31 - 1
+INT32_MAX = 2**31 - 1
 
 
 @dataclass

@@ -27,12 +27,12 @@ import onnx_ir as ir
 from export.dialect.graph import GraphBuilder
 from export.dialect.ops import ABSMAX_FLOOR
 from export.formats.format import Format
+from export.formats.operands import UINT8_MAX
 
 FLOAT_DIGITS = 23
 MARGIN = 16.0
 # An 8-bit unsigned operand with this zero point holds integers up to the zero point less one.
 SMALL_ZERO, LARGE_ZERO = 64, 128
-UINT8_MAX = 255
 
 
 @dataclass(frozen=True)

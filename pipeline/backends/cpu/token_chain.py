@@ -10,8 +10,9 @@ import onnx_ir as ir
 
 from export.dialect.graph import constant, is_op
 from export.dialect.ops import ABSMAX_FLOOR
+from plugins.cpu.library import DOMAIN
 
-DOMAIN, VERSION, OP = "fpq.native", 1, "TokenChain"
+VERSION, OP = 1, "TokenChain"
 
 
 class In(IntEnum):

@@ -19,6 +19,9 @@ from export.errors import EnvironmentLacksError
 from pipeline import machine
 from pipeline.backends import lowering_file, metadata_file
 from pipeline.backends.base import (
+    CONDITION,
+    DATA,
+    MODEL,
     Arithmetic,
     Backend,
     BuildResult,
@@ -56,7 +59,7 @@ class CudaBackend(Backend[CudaOptions]):
     package = "triton"
     needs_gpu = True
     speed_rank = 2
-    file_names = frozenset({"model.onnx", "condition.onnx", "model.onnx.data", metadata_file.NAME, lowering_file.NAME})
+    file_names = frozenset({MODEL, CONDITION, DATA, metadata_file.NAME, lowering_file.NAME})
     disk_bytes_per_parameter = 1.5  # the packed weights, twice
 
     def in_auto(self) -> bool:

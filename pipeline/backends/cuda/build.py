@@ -15,8 +15,8 @@ from export.errors import ContractError
 from export.onnx_files import load_model
 from pipeline import machine
 from pipeline.backends import lowering_file
-from pipeline.backends.base import BuildResult, LoweredGraph
-from pipeline.backends.cuda.engine import CONDITION, METADATA, MIN_SM, MODEL, SCHEMA_VERSION
+from pipeline.backends.base import CONDITION, DATA, MODEL, BuildResult, LoweredGraph
+from pipeline.backends.cuda.engine import METADATA, MIN_SM, SCHEMA_VERSION
 from pipeline.backends.fused.kernel_formats import recipe_problems, scaling_problems
 from pipeline.backends.fused.lower import GROUPS_REFUSED
 from pipeline.backends.fused.lower import lower as lower_fused
@@ -30,7 +30,6 @@ if TYPE_CHECKING:
     from pipeline.recipe import Recipe
 
 logger = logging.getLogger(__name__)
-DATA = "model.onnx.data"
 PROOF = (
     "linears are proven in the lowered graph through onnxruntime, kernels in Triton's interpreter by the tests; "
     "kernels are compiled, not run"

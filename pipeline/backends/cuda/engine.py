@@ -24,8 +24,8 @@ from typing_extensions import TypedDict
 from export.errors import ContractError, EnvironmentLacksError, RecipeError
 from pipeline import machine
 from pipeline.backends import feeds, metadata_file
-from pipeline.backends.base import Arrays
-from pipeline.backends.rtx.engine import visible_sm
+from pipeline.backends.base import CONDITION, MODEL, Arrays
+from pipeline.backends.visible_gpu import visible_sm
 from pipeline.files import is_out_of_memory
 from plugins.gpu.compile import MINIMUM_TRITON
 
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 logger = logging.getLogger(__name__)
-MODEL, CONDITION, METADATA = "model.onnx", "condition.onnx", metadata_file.NAME
+METADATA = metadata_file.NAME
 SCHEMA_VERSION = 1
 MIN_SM = 80
 # Calls before the capture: kernels are compiled in the first, and torch's libraries ask for their memory.

@@ -23,18 +23,17 @@ import torch
 from torch import Tensor, nn
 
 from export.errors import ContractError
+from pipeline.backends.base import LARGE_ELEMENTS
 from pipeline.backends.cuda.torch_gemm import DIALECT_OPS, Gemm
 from pipeline.backends.cuda.torch_onnx import ONNX_OPS
 from pipeline.backends.fused.lower import takes_integers
 from pipeline.backends.fused.merge_gemms import MergeGemms
 from pipeline.backends.fused.ops import DOMAIN, EPILOGUE_OF, OPERANDS_KEY, OPS, fused_outputs
-from pipeline.backends.rtx.engine import visible_sm
+from pipeline.backends.visible_gpu import visible_sm
 from plugins.gpu.table import EPILOGUE_OPERANDS
 from plugins.gpu.tiles import prefers_integers
 
 HALF, FULL = torch.float16, torch.float32
-# Unquantized weights of at least so many elements are kept in FP16 with FP16 activations.
-LARGE_ELEMENTS = 2**20
 
 
 @dataclass

@@ -15,14 +15,13 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 import plugins.torch_ops  # noqa: F401, registers torch.ops.fpq
+from pipeline.backends.base import LOWEST_MASK
 from plugins.gpu.spec import Epilogue
 from plugins.gpu.table import EPILOGUE_OPERANDS
 from plugins.gpu.tiles import EXPAND_FROM
 from plugins.torch_reference import TYPE_NAMES
 
 OPS = torch.ops.fpq
-# FP16 holds no number below -65504; a row of nothing but -inf would become NaN.
-LOWEST_MASK = -30000.0
 
 
 class Gemm(nn.Module):

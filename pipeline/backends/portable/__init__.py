@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from export.errors import ContractError
 from pipeline import machine
 from pipeline.backends import PORTABLE, stock_runtime
-from pipeline.backends.base import Backend, BuildResult, Check, Engine, LoweredGraph, Options
+from pipeline.backends.base import DATA, MODEL, Backend, BuildResult, Check, Engine, LoweredGraph, Options
 
 if TYPE_CHECKING:
     from pipeline.recipe import Recipe
@@ -30,7 +30,7 @@ class PortableBackend(Backend[PortableOptions]):
     package = stock_runtime.PACKAGE
     speed_rank = 5
     slow = True
-    file_names = frozenset({"model.onnx", "model.onnx.data"})
+    file_names = frozenset({MODEL, DATA})
     disk_bytes_per_parameter = 0.0  # every build makes its files
     repeatable = True  # nothing is made: it is looked at as it lies in the bundle
 
@@ -63,8 +63,6 @@ class PortableBackend(Backend[PortableOptions]):
 
     def build(self, lowered: LoweredGraph, out_dir: Path, recipe: Recipe) -> BuildResult:
         """Nothing is written: the engine is the file that was exported."""
-        from pipeline.backends.portable.engine import DATA, MODEL
-
         return BuildResult((MODEL, DATA), lowered)
 
     def load(self, bundle_dir: Path, threads: int = 0) -> Engine:

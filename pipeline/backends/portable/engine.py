@@ -8,10 +8,9 @@ from typing import Any
 from export.errors import RecipeError
 from pipeline import machine
 from pipeline.backends import feeds
-from pipeline.backends.base import Arrays
-from pipeline.backends.cpu.engine import opened, own, run_session
+from pipeline.backends.base import DATA, MODEL, Arrays
+from pipeline.backends.stock_runtime import opened, own, run_session
 
-MODEL, DATA = "model.onnx", "model.onnx.data"
 # onnxruntime folds constants, so that weights are decoded once, and needs some 38 bytes for each weight while it does
 # (see export/dialect/ops.py). Above this size of the packed file weights stay packed, and are decoded in every call.
 FOLDED_BYTES = 8 * 2**20

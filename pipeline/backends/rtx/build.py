@@ -13,18 +13,18 @@ import onnx_ir as ir
 from export.dialect.graph import drop_unused
 from export.onnx_files import load_model
 from pipeline.backends import lowering_file
-from pipeline.backends.base import BuildResult, LoweredGraph
+from pipeline.backends.base import DATA, MODEL, BuildResult, LoweredGraph
 from pipeline.backends.fused.kernel_formats import recipe_problems, scaling_problems
 from pipeline.backends.fused.lower import LowerCuda
 from pipeline.backends.rtx.engine import ENGINE, METADATA
 from pipeline.backends.rtx.gemms import matmul_names
-from pipeline.backends.rtx.lower import GROUPS_REFUSED, Lowering
+from pipeline.backends.rtx.lower import NATIVE_GROUPS_REFUSED, Lowering
 from pipeline.backends.rtx.lower import lower as lower_to_tensorrt
 from pipeline.backends.tensorrt import plugin_payloads
 from pipeline.backends.tensorrt.build import BuildFacts, build_engine
 from pipeline.backends.tensorrt.half import halve_attention, halve_large_linears
 from pipeline.backends.tensorrt.plan_file import EngineFile, check_gemms, read_engine_file
-from pipeline.backends.tensorrt.plugin_graph import STATIC_REFUSED
+from pipeline.backends.tensorrt.plugin_graph import SCALINGS_REFUSED
 from pipeline.files import sha256, write_json
 from pipeline.passes import run_shared
 from pipeline.passes.probes import Capabilities, GemmRow
@@ -34,8 +34,6 @@ if TYPE_CHECKING:
     from pipeline.recipe import Recipe
 
 logger = logging.getLogger(__name__)
-ONNX, DATA = "model.onnx", "model.onnx.data"
-
 SCHEMA_VERSION = 1
 
 # GPUs the builder takes, and those among them with FP8 tensor cores.
@@ -102,7 +100,7 @@ def lower(portable: Path, work_dir: Path, options: RtxOptions) -> LoweredGraph:
         attentions, linears = halve_attention(model), halve_large_linears(model)
         logger.info("in FP16: %d attentions, unquantized linears %s", attentions, ", ".join(linears) or "none")
     drop_unused(model)
-    path = work_dir / ONNX
+    path = work_dir / MODEL
     ir.save(model, path, external_data=DATA, size_threshold_bytes=1024)
     return LoweredGraph(path, tuple(lowering.probes), tuple(lowering.choices))
 
@@ -146,8 +144,7 @@ def sm_problems(sms: tuple[int, ...]) -> list[str]:
 
 def method_problems(recipe: Recipe, with_plugins: bool = False) -> list[str]:
     """One message where the method would give activations scales that nothing here runs."""
-    refused = {"token_group": GROUPS_REFUSED} | ({"per_tensor": STATIC_REFUSED} if with_plugins else {})
-    return scaling_problems(recipe, refused)
+    return scaling_problems(recipe, SCALINGS_REFUSED if with_plugins else {"token_group": NATIVE_GROUPS_REFUSED})
 
 
 def expected_gemms(lowered: LoweredGraph) -> dict[str, str]:

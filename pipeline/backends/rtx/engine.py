@@ -13,7 +13,6 @@ import logging
 import os
 import threading
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +20,13 @@ import numpy as np
 from typing_extensions import TypedDict
 
 from export.cache_folder import cache_folder
-from export.errors import ContractError, EnvironmentLacksError, RecipeError, ResourceError
+from export.errors import EnvironmentLacksError, RecipeError
 from pipeline import machine
 from pipeline.backends import feeds, metadata_file
 from pipeline.backends.base import Arrays
+from pipeline.backends.tensorrt.buffers import Buffers
 from pipeline.backends.tensorrt.plan_file import read_header
+from pipeline.backends.visible_gpu import visible_sm
 from plugins.tensorrt import rtx_plugin
 
 logger = logging.getLogger(__name__)
@@ -56,19 +57,9 @@ def machine_problem(metadata: Mapping[str, Any], version: str, sm: int) -> str:
     return ""
 
 
-def read_metadata(folder: Path, schema: Any = RtxMetadata) -> dict[str, Any]:
+def read_metadata(folder: Path) -> dict[str, Any]:
     """metadata.json of a built engine."""
-    return dict(metadata_file.read(folder, schema))
-
-
-def visible_sm() -> int:
-    """Compute capability of PyTorch's current GPU, 0 without one."""
-    import torch
-
-    if not torch.cuda.is_available():
-        return 0
-    major, minor = torch.cuda.get_device_capability()
-    return int(major * 10 + minor)
+    return dict(metadata_file.read(folder, RtxMetadata))
 
 
 def cache_path(metadata: Mapping[str, Any], sm: int) -> Path:
@@ -89,48 +80,6 @@ def write_cache(path: Path, blob: bytes) -> None:
         logger.warning(
             "the runtime cache %s cannot be written (%s); the next start compiles its kernels again", path, error
         )
-
-
-@dataclass
-class Buffers:
-    """Fixed device memory for one set of input shapes, bound to the context before each call."""
-
-    context: Any
-    inputs: dict[str, Any]
-    outputs: dict[str, Any] = field(default_factory=dict)
-
-    @classmethod
-    def make(cls, context: Any, arrays: Arrays, output_names: list[str], device: str) -> Buffers:
-        """Allocate for the shapes of `arrays`; output shapes are the context's answer to them."""
-        import torch
-
-        inputs = {name: torch.empty_like(torch.from_numpy(array), device=device) for name, array in arrays.items()}
-        buffers = cls(context, inputs)
-        buffers.bind()
-        for name in output_names:
-            buffers.outputs[name] = torch.empty(
-                tuple(context.get_tensor_shape(name)), dtype=torch.float32, device=device
-            )
-        return buffers
-
-    def bind(self) -> None:
-        """Tell the context shapes and addresses."""
-        for name, tensor in self.inputs.items():
-            if not self.context.set_input_shape(name, tuple(tensor.shape)):
-                raise ContractError(f"the engine refuses shape {tuple(tensor.shape)} of input {name}")
-        for name, tensor in (self.inputs | self.outputs).items():
-            self.context.set_tensor_address(name, tensor.data_ptr())
-
-    def run(self, arrays: Arrays, stream: int) -> Arrays:
-        """Copy in, run, copy out. The last copy waits for the stream."""
-        import torch
-
-        self.bind()
-        for name, array in arrays.items():
-            self.inputs[name].copy_(torch.from_numpy(array))
-        if not self.context.execute_async_v3(stream):
-            raise ResourceError("the engine could not be run; the log of tensorrt_rtx says why (often GPU memory)")
-        return {name: tensor.to("cpu", copy=True).numpy() for name, tensor in self.outputs.items()}
 
 
 class RtxEngine:

@@ -22,7 +22,7 @@ from pipeline.passes.probes import Capabilities, Choice, GemmRow, ProbeRow
 from pipeline.passes.quantized_gemm import QuantizedGemm, probe_of, read_gemm, refuse_groups, refuse_unpacked
 
 LOWERED = ("QuantizeActivation", "QuantizeStatic", "NormModulateQuantize")
-GROUPS_REFUSED = (
+NATIVE_GROUPS_REFUSED = (
     "target rtx runs one GEMM for each linear and has no scale per token and group of input channels; build it with "
     "--target cpu, or calibrate with one scale per token"
 )
@@ -47,7 +47,7 @@ class _Emitted:
 def lower(model: ir.Model, capabilities: Capabilities) -> Lowering:
     """Replace all `fpq` nodes of `model` in place. Raises ContractError for a node or format that cannot be lowered."""
     emitted, lowering = _Emitted(), Lowering()
-    refuse_groups(model.graph, GROUPS_REFUSED)
+    refuse_groups(model.graph, NATIVE_GROUPS_REFUSED)
     packed = [node for node in model.graph if node.domain == DOMAIN and node.op_type == "PackedGemm"]
     if not packed:
         raise ContractError("the model has no PackedGemm node, so nothing is quantized; run the packing passes first")

@@ -13,15 +13,12 @@ import numpy as np
 import onnx_ir as ir
 
 from export.dialect.graph import GraphBuilder, attribute, inputs_of, is_op, produced_by, result_of
+from pipeline.backends.base import LARGE_ELEMENTS, LOWEST_MASK
 from pipeline.backends.fused.attention import AttentionNodes, attention_around
 
 FP16, FP32 = ir.DataType.FLOAT16, ir.DataType.FLOAT
 # Veltkamp's splitting: with c = x * (2^13 + 1), c - (c - x) is x rounded to 24 - 13 = 11 bits, to nearest.
 SPLITTER = 2.0**13 + 1
-# Masks add numbers like -10000 or -inf; below this FP16 would make -inf of it, and a row of -inf becomes NaN.
-LOWEST_MASK = -30000.0
-# Smaller weights stay float32: they are a negligible share of an engine.
-LARGE_ELEMENTS = 2**20
 
 
 def emit_rounded(build: GraphBuilder, value: ir.Value, name: str) -> ir.Value:

@@ -18,7 +18,7 @@ import onnx_ir as ir
 from onnx import NodeProto, TensorProto, helper
 
 from export.errors import ContractError
-from pipeline.backends.fused.lower import LowerCuda, lower, takes_integers
+from pipeline.backends.fused.lower import GROUPS_REFUSED, LowerCuda, lower, takes_integers
 from pipeline.backends.fused.ops import DOMAIN, EPILOGUE_OF, OPERANDS_KEY, OPS, PORTS
 from plugins.gpu import table
 from plugins.gpu.spec import Before, GemmSpec, QuantizeSpec
@@ -36,6 +36,8 @@ RENAMED = {port: argument for argument, port in PORTS.items()} | {"gain": "scale
 STATIC_REFUSED = (
     "plugins quantize with one scale per token, a constant one is not theirs; use --target rtx --set rtx.path=native"
 )
+# Scaling of activations -> why no plugin takes it.
+SCALINGS_REFUSED = {"token_group": GROUPS_REFUSED, "per_tensor": STATIC_REFUSED}
 Bounds = tuple[int, int, int]
 # Rows where the graph does not tell a tensor's shape.
 UNKNOWN_ROWS: Bounds = (1, 1024, 65536)

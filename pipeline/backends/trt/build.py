@@ -17,13 +17,12 @@ from export.dialect.graph import drop_unused
 from export.errors import ContractError
 from export.onnx_files import load_model
 from pipeline.backends import lowering_file
-from pipeline.backends.base import BuildResult, LoweredGraph
+from pipeline.backends.base import DATA, MODEL, BuildResult, LoweredGraph
 from pipeline.backends.fused import kernel_formats
-from pipeline.backends.rtx.build import DATA, ONNX, method_problems
 from pipeline.backends.tensorrt import plugin_payloads
 from pipeline.backends.tensorrt.build import build_error, make_logger, parsed, profile_of, shape_bounds, write_engine
 from pipeline.backends.tensorrt.half import halve_attention, halve_large_linears
-from pipeline.backends.tensorrt.plugin_graph import KernelNode
+from pipeline.backends.tensorrt.plugin_graph import SCALINGS_REFUSED, KernelNode
 from pipeline.backends.trt.engine import ENGINE, METADATA, MODULE
 from pipeline.files import sha256, write_json
 from pipeline.passes import run_shared
@@ -46,7 +45,7 @@ PROOF = (
 def recipe_problems(recipe: Recipe) -> list[str]:
     """One message for each format and each scaling of activations that no kernel takes."""
     return [
-        *method_problems(recipe, with_plugins=True),
+        *kernel_formats.scaling_problems(recipe, SCALINGS_REFUSED),
         *kernel_formats.recipe_problems(recipe, plugin_payloads.REMEDY),
     ]
 
@@ -60,7 +59,7 @@ def lower(portable: Path, work_dir: Path, options: TrtOptions) -> LoweredGraph:
         halve_attention(model)
         halve_large_linears(model)
     drop_unused(model)
-    path = work_dir / ONNX
+    path = work_dir / MODEL
     ir.save(model, path, external_data=DATA, size_threshold_bytes=1024)
     return LoweredGraph(path, tuple(lowering.probes), tuple(lowering.choices))
 

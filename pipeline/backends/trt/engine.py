@@ -20,7 +20,8 @@ from export.errors import EnvironmentLacksError, RecipeError, ResourceError
 from pipeline import machine
 from pipeline.backends import feeds, metadata_file
 from pipeline.backends.base import Arrays
-from pipeline.backends.rtx.engine import Buffers, read_metadata, visible_sm
+from pipeline.backends.tensorrt.buffers import Buffers
+from pipeline.backends.visible_gpu import visible_sm
 from plugins.tensorrt import plugins
 from plugins.tensorrt.payload import NAMESPACE, VERSION, compile_problems
 
@@ -120,7 +121,7 @@ class TrtEngine:
     def __init__(self, folder: Path) -> None:
         """Raises EnvironmentLacksError before anything is deserialized where this machine cannot run the engine."""
         machine.require((MODULE, "torch"), "running the target trt")
-        self.metadata = read_metadata(folder, TrtMetadata)
+        self.metadata: dict[str, Any] = dict(metadata_file.read(folder, TrtMetadata))
         problem = machine_problem(self.metadata, machine.tool_version(MODULE), visible_sm())
         if problem:
             raise EnvironmentLacksError(problem)

@@ -22,10 +22,10 @@ from export.checkpoint import QuantizedLinear
 from export.dialect.ops import ABSMAX_FLOOR
 from export.errors import RecipeError
 from export.formats.format import FORMATS, Format, get_format
-from export.formats.operands import embeds
+from export.formats.operands import UINT8_MAX, embeds
 from pipeline.backends.reference import fake_quantize
 from pipeline.calibrate.methods.rtn import float_weight, quantize_linear
-from pipeline.calibrate.plan import UINT8_MAX, LayerPlan, group_multipliers
+from pipeline.calibrate.plan import LayerPlan, group_multipliers
 from pipeline.calibrate.static_activations import Samples, StaticRange, levels
 
 # Clips of a signed activation format as shares of the largest magnitude.

@@ -12,9 +12,9 @@ import pytest
 
 from export.errors import ContractError
 from pipeline.backends import lowering_file
-from pipeline.backends.base import BuildResult, LoweredGraph
+from pipeline.backends.base import MODEL, BuildResult, LoweredGraph
 from pipeline.backends.rtx import RtxBackend, RtxOptions
-from pipeline.backends.rtx.build import ENGINE, METADATA, ONNX, expected_gemms, sm_problems
+from pipeline.backends.rtx.build import ENGINE, METADATA, expected_gemms, sm_problems
 from pipeline.backends.tensorrt.build import build_engine, shape_bounds
 from pipeline.backends.tensorrt.plan_file import check_gemms, read_engine_file
 from pipeline.recipe import Recipe
@@ -228,4 +228,4 @@ def test_builder_errors_say_for_which_gpu_and_leave_no_file(tmp_path: Path) -> N
 def test_usual_batch_is_doubled_for_guidance() -> None:
     bounds = shape_bounds(block(WIDTH), batch_size=5)
     assert bounds["x"] == ((1, 1, WIDTH), (10, 120, WIDTH), (10, 300, WIDTH))
-    assert ONNX == "model.onnx"
+    assert MODEL == "model.onnx"

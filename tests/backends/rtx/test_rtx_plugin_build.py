@@ -15,10 +15,10 @@ import pytest
 
 from export.dialect import ops
 from export.errors import ContractError, EnvironmentLacksError
-from pipeline.backends.base import LoweredGraph
+from pipeline.backends.base import MODEL, LoweredGraph
 from pipeline.backends.fused.ops import DOMAIN
 from pipeline.backends.rtx import RtxBackend, RtxOptions
-from pipeline.backends.rtx.build import ENGINE, METADATA, ONNX
+from pipeline.backends.rtx.build import ENGINE, METADATA
 from pipeline.backends.tensorrt import plugin_payloads
 from pipeline.backends.tensorrt.plan_file import PLUGIN_STEP, check_plugins, read_engine_file
 from pipeline.passes.quantized_gemm import read_gemm
@@ -78,7 +78,7 @@ def test_the_plan_has_every_plugin_with_its_weight_packed(folder: Path) -> None:
 
 
 def test_nothing_but_the_verified_graph_is_left_in_the_work_folder(folder: Path) -> None:
-    assert sorted(path.name for path in (folder / "work").iterdir()) == [ONNX, f"{ONNX}.data"]
+    assert sorted(path.name for path in (folder / "work").iterdir()) == [MODEL, f"{MODEL}.data"]
 
 
 def test_the_engine_carries_machine_code_once_for_equal_layers(folder: Path) -> None:
@@ -98,7 +98,7 @@ def builders_graph(folder: Path) -> tuple[list[tuple[str, bytes]], list[Payload]
     """(name, payload as text) of every plugin node of the builder's graph, and the payloads."""
     path = folder / "work" / "again.onnx"
     compiled = partial(plugin_payloads._compiled, (89,))
-    plugin_payloads.write_graph(folder / "work" / ONNX, path, 1, compiled, lambda payload: "P", {}, (89,))
+    plugin_payloads.write_graph(folder / "work" / MODEL, path, 1, compiled, lambda payload: "P", {}, (89,))
     graph = onnx.load(path, load_external_data=False).graph
     path.unlink()
     found = [(node.name, a.s) for node in graph.node for a in node.attribute if a.name == FIELD]
@@ -108,7 +108,7 @@ def builders_graph(folder: Path) -> tuple[list[tuple[str, bytes]], list[Payload]
 def test_the_builders_graph_is_the_verified_one_without_bodies(folder: Path) -> None:
     path = folder / "work" / "again.onnx"
     plugin_payloads.write_graph(
-        folder / "work" / ONNX,
+        folder / "work" / MODEL,
         path,
         1,
         lambda node: Payload(node.kernel, node.spec, ()),
@@ -116,7 +116,7 @@ def test_the_builders_graph_is_the_verified_one_without_bodies(folder: Path) -> 
         {},
         (89,),
     )
-    verified, made = (onnx.load(folder / "work" / name, load_external_data=False) for name in (ONNX, path.name))
+    verified, made = (onnx.load(folder / "work" / name, load_external_data=False) for name in (MODEL, path.name))
     path.unlink()
     assert [node.name for node in made.graph.node] == [node.name for node in verified.graph.node]
     assert not made.functions and verified.functions
@@ -139,7 +139,7 @@ def test_the_verified_graph_runs_in_stock_onnxruntime_and_agrees_with_the_native
     fed = {name: rng.normal(size=shape).astype(np.float32) for name, shape in shapes.items()}
     own, other = (
         open_session(onnx.load(path, load_external_data=False), path.parent).run(["y"], fed)[0]
-        for path in (folder / "work" / ONNX, native.path)
+        for path in (folder / "work" / MODEL, native.path)
     )
     # Both have the same exact sums; float32 after them is rounded in another order, so that a quotient at a midpoint of
     # the grid may get the neighbouring code: a share of codes that the gates bound, here none or a few of 18 x 128.
@@ -173,7 +173,7 @@ def test_two_builds_give_the_same_graph_and_metadata(folder: Path, tmp_path: Pat
     """The engines differ at times in numbers that the builder gives to tensors of its own."""
     (tmp_path / "rtx").mkdir()
     RtxBackend().build(lowered(tmp_path, RECIPE, small_block()), tmp_path / "rtx", RECIPE)
-    for name in (f"work/{ONNX}", f"work/{ONNX}.data", f"rtx/{METADATA}"):
+    for name in (f"work/{MODEL}", f"work/{MODEL}.data", f"rtx/{METADATA}"):
         assert (tmp_path / name).read_bytes() == (folder / name).read_bytes(), name
 
 

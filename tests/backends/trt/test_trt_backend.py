@@ -12,7 +12,7 @@ import pytest
 from export.errors import ContractError, EnvironmentLacksError
 from pipeline import compiler
 from pipeline.backends import BACKENDS
-from pipeline.backends.rtx.build import ONNX
+from pipeline.backends.base import MODEL
 from pipeline.backends.tensorrt.plugin_graph import KernelNode
 from pipeline.backends.trt import build as trt_build
 from pipeline.backends.trt import engine as trt_engine
@@ -95,7 +95,7 @@ def test_the_builders_graph_has_ahead_of_time_plugins(lowered, monkeypatch: pyte
 
 
 def test_probes_are_in_the_lowered_graph(lowered) -> None:
-    assert lowered.path.name == ONNX and len(lowered.probes) == 6
+    assert lowered.path.name == MODEL and len(lowered.probes) == 6
 
 
 NODES = [KernelNode(name, "quantize", QuantizeSpec("E2M3", 64), (1, 2, 3)) for name in ("ff.down", "ff.down/quantize")]
