@@ -63,7 +63,7 @@ def recipes() -> str:
     rows = []
     for recipe in map(load, recipe_names()):
         weights = [recipe.formats.weight, *(f"{kind}: {name}" for kind, name in recipe.formats.weight_of.items())]
-        scales = f"{recipe.weights.granularity} of {recipe.weights.group_size}"
+        scales = recipe.weights.scales_text()
         rows.append([f"`{recipe.name}`", f"`{recipe.model}`", ", ".join(weights), recipe.formats.activation, scales])
     return markdown(["recipe", "default model", "weights", "activations", "weight scales"], rows)
 

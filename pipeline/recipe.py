@@ -68,6 +68,14 @@ class Weights:
         _check(self.group_size > 0, f"weights.group_size {self.group_size} must be positive")
         _check(self.group_size <= MOST_GROUP, f"weights.group_size {self.group_size}; use at most {MOST_GROUP}")
 
+    def scales_text(self) -> str:
+        """Granularity and group size in words.
+
+        >>> Weights("exact_group", 64).scales_text(), Weights("per_channel", 64).scales_text()
+        ('exact_group of 64', 'per_channel')
+        """
+        return self.granularity + (f" of {self.group_size}" if self.granularity != "per_channel" else "")
+
 
 @dataclass(frozen=True)
 class Calibrate:

@@ -263,7 +263,7 @@ def _repeated(body: Body, scale: str, sums: str) -> str:
 
 
 def packed_gemm(body: Body) -> None:
-    """The sum runs over unscaled values, so it is exact in float32 wherever the integer images' sum fits 24 bits.
+    """The sum runs over unscaled values, so it is exact in float32 wherever the integers' sum fits 24 bits.
 
     Groups with real scales are the leading axis: [G, M, K/G] @ [G, K/G, N], scaled by [G, 1, N] and added up.
     """

@@ -38,11 +38,11 @@ class LayerPlan:
         return self.linear.name
 
 
-def image_limit(activation: str) -> int:
-    """Largest weight image (multiplier included) that is safe beside `activation` on every CPU.
+def integer_limit(activation: str) -> int:
+    """Largest weight integer (multiplier included) that is safe beside `activation` on every CPU.
 
-    CPUs without VNNI add pairs of u8 x s8 products in saturating int16. The u8 operand is an image plus a zero point
-    (a power of two; an unsigned image needs none); activations too wide for INT8 run as limbs of at most 7 bits.
+    CPUs without VNNI add pairs of u8 x s8 products in saturating int16. The u8 operand is an integer plus a zero point
+    (a power of two; an unsigned one needs none); activations too wide for INT8 run as limbs of at most 7 bits.
     """
     fmt = get_format(activation)
     kmax = fmt.kmax
@@ -61,7 +61,7 @@ def group_multipliers(weight: str, activation: str) -> tuple[int, ...]:
     ((1, 2, 3, 4, 5, 6, 8, 10), (1, 2, 3, 4, 5, 6, 7, 8, 9), (1,))
     """
     targets = ("INT8", "E4M3") if embeds(weight, "E4M3") and embeds(activation, "E4M3") else ("INT8",)
-    exact = exact_multipliers(weight, targets, image_limit(activation))
+    exact = exact_multipliers(weight, targets, integer_limit(activation))
     return exact[:MULTIPLIER_CODES] or (1,)
 
 

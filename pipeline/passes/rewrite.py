@@ -1,4 +1,5 @@
-"""Why a pass left something alone: data that `inspect` and reports show, not only a log line."""
+"""Passes that count what they changed and keep why they left the rest: the `cpu` target says the first
+when its native path finds nothing to fuse."""
 
 from __future__ import annotations
 

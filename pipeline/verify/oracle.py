@@ -151,7 +151,7 @@ def _places(fmt: Format, x: Array) -> NDArray[np.uint16]:
 
 @cache
 def _grid(fmt: Format) -> tuple[NDArray[np.integer], NDArray[np.float64]]:
-    """Images in ascending order, and the midpoints between neighbours, of the values a symmetric quantizer uses."""
+    """Integers in ascending order, and the midpoints between neighbours, of the values a symmetric quantizer uses."""
     usable = np.isfinite(fmt.values) & (np.abs(fmt.values) <= fmt.max_value)
     values = np.unique(fmt.values[usable])
     integer = np.int32 if fmt.kmax <= np.iinfo(np.int32).max else np.int64

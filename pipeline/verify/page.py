@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from pipeline import machine
 from pipeline.backends import tool_versions
 from pipeline.bench.measure import conditions, summary
+from pipeline.methods import activation_scalings
 from pipeline.recipe import Recipe, to_toml
 from pipeline.verify.pictures import Column, file_name, file_names, gallery
 from pipeline.verify.plots import Series, line_plot
@@ -83,6 +84,9 @@ def write_page(
 def _facts(model: LoadedModel, recipe: Recipe, study: Study) -> dict[str, Facts]:
     here = machine.facts()
     count = sum(tensor.numel() for tensor in model.module.parameters())
+    calibrate = recipe.calibrate
+    others = activation_scalings(calibrate.method, calibrate.preset, calibrate.options)
+    scalings = " or ".join(dict.fromkeys((*others, "per_token")))
     return {
         "Model": {
             "source": model.source,
@@ -92,8 +96,8 @@ def _facts(model: LoadedModel, recipe: Recipe, study: Study) -> dict[str, Facts]
             "sha256": model.sha256[:16],
         },
         "Recipe": {
-            "weights": f"{recipe.formats.weight}, {recipe.weights.granularity} {recipe.weights.group_size}",
-            "activations": f"{recipe.formats.activation}, one scale per token",
+            "weights": f"{recipe.formats.weight}, {recipe.weights.scales_text()}",
+            "activations": f"{recipe.formats.activation}, {scalings}",
             "exceptions": ", ".join(f"{kind} {name}" for kind, name in recipe.formats.weight_of.items()) or "none",
             "calibration": f"{recipe.calibrate.method}, {recipe.weights.search} search",
             "steps": str(study.case.n_steps),

@@ -28,7 +28,7 @@ from pipeline.calibrate.methods.msfp_search import (
     search_weight,
     splits,
 )
-from pipeline.calibrate.plan import INT16_MAX, LayerPlan, group_multipliers, image_limit
+from pipeline.calibrate.plan import INT16_MAX, LayerPlan, group_multipliers, integer_limit
 from pipeline.calibrate.scales import REACHES
 
 RNG = np.random.default_rng(3)
@@ -135,7 +135,9 @@ def test_the_searched_format_brings_its_own_group_multipliers():
 @pytest.mark.parametrize("name", [name for name, fmt in FORMATS.items() if not fmt.sign_bits and fmt.kmax <= 255])
 def test_pairs_of_products_with_an_unsigned_operand_stay_within_16_bits(name):
     assert (
-        2 * get_format(name).kmax * image_limit(name) <= INT16_MAX < 2 * get_format(name).kmax * (image_limit(name) + 1)
+        2 * get_format(name).kmax * integer_limit(name)
+        <= INT16_MAX
+        < 2 * get_format(name).kmax * (integer_limit(name) + 1)
     )
 
 

@@ -154,7 +154,7 @@ def open_session(path: Path, threads: int = 0, native: bool = False) -> Any:
     """Session of a lowered graph; threads 0: as many as `machine.threads` allows. native: with the kernel library.
 
     onnxruntime adds its fusions of transposes, scales and biases. It may not touch pairs of QuantizeLinear and
-    DequantizeLinear: here they split an image into limbs. No code beside the graph is looked for or loaded.
+    DequantizeLinear: here they split an integer into limbs. No code beside the graph is looked for or loaded.
     """
     import onnxruntime as ort
 

@@ -196,14 +196,14 @@ def _stored_weight(build: GraphBuilder, gemm: QuantizedGemm) -> tuple[ir.Value, 
 
 
 def _half_values(build: GraphBuilder, gemm: QuantizedGemm) -> ir.Value:
-    """Weight values times multiplier as float16 [K, N]: exact, while images of 8-bit floats leave float16's range."""
+    """Weight values times multiplier as float16 [K, N]: exact, while integers of 8-bit floats leave float16's range."""
     unit = np.float32(2.0**-gemm.weight.fraction_bits)
     shape = (gemm.in_features, gemm.out_features)
-    values = partial(_scaled_image, gemm, unit)
+    values = partial(_scaled_integers, gemm, unit)
     return build.lazy(f"{gemm.layer}.values", FLOAT16, shape, values)
 
 
-def _scaled_image(gemm: QuantizedGemm, unit: np.float32) -> NDArray[np.float16]:
+def _scaled_integers(gemm: QuantizedGemm, unit: np.float32) -> NDArray[np.float16]:
     return (gemm.turned_integers(np.float32) * unit).astype(np.float16)
 
 

@@ -1,4 +1,5 @@
-"""fpq ops -> what the `cuda` target's kernels do: packed GEMMs with an epilogue, quantizers with what is before them.
+"""fpq ops -> what our GPU kernels (`cuda`, `trt`, plugins of `rtx`) do: packed GEMMs with an epilogue,
+quantizers with what is before them.
 
 The dialect's codes stay what they were; on a GPU the kernels hold them as operand bytes (plugins/gpu/spec.py), one
 for one.

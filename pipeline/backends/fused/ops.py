@@ -1,4 +1,5 @@
-"""The ops of a graph lowered for the `cuda` target: one row each with inputs, outputs and ONNX function body.
+"""The ops of a graph lowered for our GPU kernels (`cuda`, `trt`, plugins of `rtx`): a row each, with inputs,
+outputs and ONNX function body.
 
 Each row is what one kernel (or one call of torch) does. The function body says the same in standard ops, so stock
 onnxruntime runs the lowered graph, too. Outputs that only a parity gate asks for are marked; an engine that nobody

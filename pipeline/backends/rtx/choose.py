@@ -49,7 +49,7 @@ def _refusal(gemm: QuantizedGemm, row: GemmRow) -> str:
     if number is None:
         return f"{gemm.activation.name} does not embed in {row.limbs} x {row.activation_type}"
     if number.shift and (bound := _largest_sum(gemm)) > FP32_EXACT:
-        return f"sums of images less {number.shift} are not exact in float32: they reach {bound}"
+        return f"sums of integers less {number.shift} are not exact in float32: they reach {bound}"
     return _group_refusal(gemm, row) if row.real_groups else _embedding_refusal(gemm, row)
 
 

@@ -60,8 +60,8 @@ def emit_static(build: GraphBuilder, x: ir.Value, format_name: str, scale: float
 
 
 def emit_limbs(build: GraphBuilder, token: Token, number: HardwareNumber) -> tuple[ir.Value, ...]:
-    """Operands as float32, high limb first: sum(limb * weight) = (image - shift) * 2^exponent. The GEMM casts those for
-    FP16."""
+    """Operands as float32, high limb first: sum(limb * weight) = (integer - shift) * 2^exponent. The GEMM casts those
+    for FP16."""
     value, bounded = token.value, token.scale is None or _is_signed(number.format)
     value = value if bounded else build.op("Max", value, build.constant(0.0), name="positive")
     value = value if number.rounds_itself else emit_round(build, value, number.format)

@@ -2,7 +2,7 @@
 
 Tried are all splits of a bit width into exponent and mantissa that the format table has; uniform grids stand in it as
 integers (INT6 is E1M4). Of E4M1, E5M0 and the unsigned formats with four and more exponent bits at 6 and 8 bits the
-integer image is far outside of INT8, and they are left out. The paper's search space was not seen; ours is that of a
+integer is far outside of INT8, and they are left out. The paper's search space was not seen; ours is that of a
 third-party implementation: signed clips up to the largest magnitude, unsigned zero points in 7 steps from the smallest
 value to 0 and spans in 25 steps up to the whole range. On a weight, clips of 0.5 to 1.5 times the absmax (scales.py)
 were measured to be as good as that implementation's 0.8 to 2.0 (E2M1: 19.21 and 19.19 dB, E1M2: 18.51 and 18.22 dB on
@@ -37,7 +37,7 @@ UNSIGNED_EXPONENTS = 3
 
 
 def splits(bits: int, signed: bool, embedded: bool = False) -> tuple[Format, ...]:
-    """The formats of that many bits, each grid once; `embedded`: only those whose image is one 8-bit integer operand.
+    """The formats of that many bits, each grid once; `embedded`: only those whose integers are one 8-bit operand.
 
     >>> [row.name for row in splits(4, signed=True)], [row.name for row in splits(4, signed=False, embedded=True)]
     (['E2M1', 'E1M2', 'E3M0'], ['UE1M3', 'UE2M2', 'UE3M1'])
@@ -54,7 +54,7 @@ def splits(bits: int, signed: bool, embedded: bool = False) -> tuple[Format, ...
 
 
 def _is_one_operand(fmt: Format) -> bool:
-    """Signed images need INT8; unsigned ones have all 8 bits, since their zero is outside of the GEMM."""
+    """Signed integers need INT8; unsigned ones have all 8 bits, since their zero is outside of the GEMM."""
     return embeds(fmt.name, "INT8") if fmt.sign_bits else fmt.kmax <= UINT8_MAX
 
 
@@ -70,7 +70,7 @@ def _grid(fmt: Format) -> bytes:
 def search_weight(plan: LayerPlan, search_format: bool = True) -> QuantizedLinear:
     """The layer in the signed format with the least squared error of the weight, clips searched channel by channel.
 
-    Formats whose image does not fit INT8 are left out. search_format False: the plan's own format. Group multipliers
+    Formats whose integers do not fit INT8 are left out. search_format False: the plan's own format. Group multipliers
     are those that stay exact beside the plan's activation format.
     """
     if not search_format:

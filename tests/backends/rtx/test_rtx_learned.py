@@ -103,7 +103,7 @@ def test_where_the_shift_would_not_be_exact_two_limbs_are_taken(tmp_path: Path) 
     run_shared(model)
     found = lower(model, capabilities("fp8", (89, 120)))
     assert found.choices[0].path == "int8, 2 limbs" and found.probes[0].codes_offset == 0
-    assert "not int8: sums of images less 128 are not exact in float32" in found.choices[0].why
+    assert "not int8: sums of integers less 128 are not exact in float32" in found.choices[0].why
 
 
 def test_a_static_scale_costs_no_reduction_and_no_multiplication(tmp_path: Path) -> None:
