@@ -239,12 +239,14 @@ def refusal(gemm: QuantizedGemm, row: GemmRow, wide_sum: bool) -> str:
 
 
 def _too_wide(gemm: QuantizedGemm, limbs: int) -> str:
+    # These words ("image": an integer that stands for a value) are in lowering.json, which bundles are hashed with:
+    # `verify` would refuse those of before if they changed.
     kmax_a = gemm.activation.kmax
     if gemm.weight_kmax > INT8_MAX:
-        return f"integer {gemm.weight_kmax} of {gemm.weight.name} exceeds int8"
+        return f"image {gemm.weight_kmax} of {gemm.weight.name} exceeds int8"
     too_large = kmax_a >= LARGE_ZERO if gemm.activation.sign_bits else kmax_a > UINT8_MAX
     if (limbs == 1 and too_large) or limb_base(kmax_a, limbs) // 2 >= SMALL_ZERO:
-        return f"integer {kmax_a} of {gemm.activation.name} exceeds {limbs} operand{'s' * (limbs > 1)} of 8 bits"
+        return f"image {kmax_a} of {gemm.activation.name} exceeds {limbs} operand{'s' * (limbs > 1)} of 8 bits"
     return ""
 
 
