@@ -59,7 +59,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 # Targets of a large model that are judged at the same time: each takes some 2 GB besides the models.
-LARGE_AT_ONCE = 2
+TARGETS_AT_ONCE = 2
 
 
 def verify(
@@ -75,7 +75,7 @@ def verify(
 
     A target of `lowered` without an entry in `engines` is judged by its lowered graph in onnxruntime, and the report
     says so. threads: how many to use, see `machine.threads`; targets are judged side by side, of a large
-    model LARGE_AT_ONCE. Raises
+    model TARGETS_AT_ONCE. Raises
     ContractError where a lowered graph cannot be read at all.
     """
     from pipeline.verify.page import write_page
@@ -84,7 +84,7 @@ def verify(
     of_graphs = {ARITHMETICS[arithmetic].of_graph for arithmetic in arithmetics.values()}
     threads = machine.threads(threads)
     reference = study(model, layers, recipe, {*arithmetics.values(), *of_graphs}, threads)
-    at_once = min(threads, len(lowered), LARGE_AT_ONCE if is_large(model) else threads)
+    at_once = min(threads, len(lowered), TARGETS_AT_ONCE if is_large(model) else threads)
     report = Report(gates=quantization_gates(reference, recipe))
 
     def one(target: str) -> tuple[Report, NDArray[np.float32]]:

@@ -41,7 +41,7 @@ if TYPE_CHECKING:
 # which has thousands of flips.
 REALISATIONS, ENOUGH_SAMPLES = 2, 100
 # Runs of a large model at the same time: each holds a byte for every weight.
-LARGE_AT_ONCE = 2
+RUNS_AT_ONCE = 2
 # Between two quantizers lie about ten float32 operations, each rounding once and in an order of the runtime's choice:
 # inputs of two correct runs differ by a few units in the last place.
 JITTER_ULPS = 2.0
@@ -166,7 +166,7 @@ def study(
     threads: int | None = None,
 ) -> Study:
     """Run the float64 reference, then float32 realisations and the float model side by side, of a large model
-    LARGE_AT_ONCE at a time.
+    RUNS_AT_ONCE at a time.
 
     arithmetics: "fp32", or "fp16" for parts in FP16, as the targets under test have it.
     """
@@ -200,7 +200,7 @@ def study(
     runs: list[Callable[[], None]] = [partial(realise, arithmetic) for arithmetic in sorted(set(arithmetics))]
     runs.append(run_float)
     threads = machine.threads(threads)
-    side_by_side(runs, min(threads, LARGE_AT_ONCE) if is_large(model) else threads)
+    side_by_side(runs, min(threads, RUNS_AT_ONCE) if is_large(model) else threads)
     return reference
 
 
