@@ -11,13 +11,16 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import FIRST_COMPLETED, Future, wait
 from contextlib import contextmanager
 from types import FrameType
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeVar
 
 HEEDED = (signal.SIGINT, signal.SIGTERM)
 SIGNAL_BASE = 128  # exit code of a process that a signal ended, as shells count
+HEARD_WITHIN_S = 0.5
+T = TypeVar("T")
 
 
 class Terminated(KeyboardInterrupt):
@@ -106,3 +109,15 @@ def stop_workers() -> None:
 
         for worker in multiprocessing.active_children():
             worker.kill()
+
+
+def as_completed(futures: Iterable[Future[T]]) -> Iterator[Future[T]]:
+    """`futures` in the order in which they end, as `concurrent.futures.as_completed`; a signal is heard meanwhile.
+
+    Python raises a signal's exception between two steps of the main thread. One that comes just before the main thread
+    waits, or that the kernel gives to another thread, does not wake it: only a wait that ends now and then hears it.
+    """
+    left = set(futures)
+    while left:
+        done, left = wait(left, HEARD_WITHIN_S, FIRST_COMPLETED)
+        yield from done

@@ -5,11 +5,12 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import TypeVar
 
 from pipeline.progress import ending_with
+from pipeline.signals import as_completed
 
 T = TypeVar("T")
 
@@ -26,9 +27,9 @@ def side_by_side(work: Sequence[Callable[[], T]], threads: int) -> list[T]:
     with single_threaded_torch(), ThreadPoolExecutor(threads) as pool:
         try:  # from here on: a signal may come before all have begun
             futures: list[Future[T]] = [pool.submit(ending_with(at_work.during(function), stop)) for function in work]
-            wait(futures, return_when=FIRST_EXCEPTION)
-            failed = [future for future in futures if future.done() and future.exception() is not None]
-            return [failed[0].result()] if failed else [future.result() for future in futures]
+            for future in as_completed(futures):
+                future.result()  # the first error ends all
+            return [future.result() for future in futures]
         finally:
             stop.set()
             pool.shutdown(wait=True, cancel_futures=True)

@@ -21,6 +21,7 @@ from pipeline.distance import sqnr_db
 from pipeline.generate.case import Case, Run, is_large
 from pipeline.generate.sampling import TRAIN_STEPS, make_sampler, take_samples
 from pipeline.progress import ending_with, raise_if_stopped
+from pipeline.signals import as_completed
 from pipeline.verify.call_patterns import (
     CHANGED,
     IN_PLACE,
@@ -354,6 +355,8 @@ def _at_once(calls: Sequence[Call], run: Run) -> list[list[NDArray[Any]]]:
 
     with ThreadPoolExecutor(len(calls)) as threads:
         futures = [threads.submit(ending_with(repeat), call) for call in calls]
+        for _ in as_completed(futures):
+            pass  # every caller ends, and a signal is heard
     errors = [error for future in futures if (error := future.exception()) is not None]
     if errors:
         raise next((error for error in errors if not isinstance(error, BrokenBarrierError)), errors[0])

@@ -95,6 +95,22 @@ leave(lambda: run(parser("test", "A verb."), work, [], verdict=True))
 """
 
 
+# The same, but the kernel gives the signal to a thread that works, and nothing wakes the one that waits.
+HEARD_ELSEWHERE = (
+    VERB.replace("import threading, time", "import signal, threading, time")
+    .replace(
+        "    begun()\n",
+        "    begun()\n    time.sleep(0.5)\n    signal.pthread_kill(threading.get_ident(), signal.SIGTERM)\n",
+    )
+    .replace("partial(long, both, int)", "partial(both.wait)")
+)
+
+
+def test_a_signal_that_another_thread_gets_ends_all() -> None:
+    done = subprocess.run([sys.executable, "-c", HEARD_ELSEWHERE], cwd=ROOT, capture_output=True, text=True, timeout=30)
+    assert done.returncode == 143 and done.stdout == "begun\nFAILED terminated\n"
+
+
 @pytest.mark.slow
 def test_a_signal_ends_all_threads() -> None:
     pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}

@@ -17,7 +17,7 @@ import logging
 import math
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from multiprocessing import get_context
@@ -32,7 +32,7 @@ from export.documents import read_json
 from export.errors import ContractError, RecipeError
 from pipeline.files import write_json
 from pipeline.progress import track
-from pipeline.signals import ignore_interrupts, stop_workers
+from pipeline.signals import as_completed, ignore_interrupts, stop_workers
 
 logger = logging.getLogger(__name__)
 Individual = tuple[int, ...]  # the group size of every gene
