@@ -77,34 +77,13 @@ def absmax_scales(magnitude: F32, fmt: Format, multipliers: tuple[int, ...]) -> 
 
 def mse_scales(magnitude: F32, fmt: Format, multipliers: tuple[int, ...]) -> tuple[F32, NDArray[np.uint8]]:
     """The scale and multipliers with the least squared error, out of `REACHES` and all multipliers."""
-    rows, groups, _ = magnitude.shape
     widest = _widest_scale(magnitude, fmt, multipliers)
-    best_error = np.full(rows, np.inf, np.float32)
-    best_scale, best_multiplier = widest.copy(), np.ones((rows, groups), np.uint8)
-    errors = RoundingErrors(magnitude, fmt)
-    for share in REACHES:
-        scale = widest * np.float32(share)
-        group_error, multiplier = _best_multipliers(errors, scale, multipliers)
-        error = group_error.sum(axis=1)
-        better = error < best_error
-        best_error = np.where(better, error, best_error)
-        best_scale = np.where(better, scale, best_scale)
-        best_multiplier = np.where(better[:, None], multiplier, best_multiplier)
-    return best_scale, best_multiplier
-
-
-def _best_multipliers(
-    errors: RoundingErrors, scale: F32, multipliers: tuple[int, ...]
-) -> tuple[F32, NDArray[np.uint8]]:
-    """Least error of every group at the row scales [R], and the multiplier that gives it; both [R, G]."""
-    first, *others = multipliers
-    best = errors.at(scale * np.float32(first))
-    chosen = np.full(best.shape, first, np.uint8)
-    for multiplier in others:
-        error = errors.at(scale * np.float32(multiplier))
-        chosen[error < best] = multiplier  # the first of equals stays
-        np.minimum(error, best, out=best)
-    return best, chosen
+    scales = widest[:, None] * np.array(REACHES, np.float32)
+    steps = scales[:, None] * np.array(multipliers, np.float32)[:, None]  # [R, multipliers, reaches]
+    groups = magnitude.shape[1]
+    errors = RoundingErrors(magnitude, fmt).at(steps.reshape(len(steps), -1)).reshape(*steps.shape, groups)
+    rows, best = np.arange(len(steps)), errors.min(axis=1).sum(axis=2).argmin(axis=1)  # the first of equals, as below
+    return scales[rows, best], np.array(multipliers, np.uint8)[errors[rows, :, best].argmin(axis=1)]
 
 
 class RoundingErrors:
@@ -120,12 +99,12 @@ class RoundingErrors:
         self.floor = np.float32(2.0 ** (23 - fmt.fraction_bits))
         self.max_value, self.function = np.float32(fmt.max_value), rounding_errors.compiled()
 
-    def at(self, scale: F32) -> F32:
-        """[R, G]: sum over each group of (magnitude - rounded magnitude)^2, for scales [R]."""
+    def at(self, scales: F32) -> F32:
+        """[R, S, G]: sum over each group of (magnitude - rounded magnitude)^2, for S scales of each row, [R, S]."""
         if self.function is None:
-            return self._by_numpy(scale)
+            return np.stack([self._by_numpy(scale) for scale in scales.T], axis=1)
         grid = (float(number) for number in (self.slope, self.floor, self.max_value))
-        return rounding_errors.rounding_errors(self.function, self.magnitude, scale, *grid)
+        return rounding_errors.rounding_errors(self.function, self.magnitude, scales, *grid)
 
     def _by_numpy(self, scale: F32) -> F32:
         scaled = self.magnitude * (1 / scale)[:, None, None]

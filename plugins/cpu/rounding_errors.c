@@ -7,6 +7,8 @@
 
 #include "variants.h"
 
+#define BLOCK 16 /* scales that are tried at once: one or more whole vectors */
+
 typedef struct Grid {
   float slope, least, max_value; /* 2^(23 - M), 2^(23 - f) and the largest value of the format */
 } Grid;
@@ -20,25 +22,33 @@ static inline float squared_error(float x, float inverse, Grid grid) {
   return error * error;
 }
 
-static inline float group_error(const float *x, int64_t n, float inverse, Grid grid) {
-  float part[LANES] = {0};
-  int64_t whole = n - n % LANES;
-  for (int64_t k = 0; k < whole; k += LANES)
-    ELEMENTWISE for (int j = 0; j < LANES; j++) part[j] += squared_error(x[k + j], inverse, grid);
-  for (int64_t k = whole; k < n; k++) part[k - whole] += squared_error(x[k], inverse, grid);
+/* Squared errors of x [n] at BLOCK scales: LANES partial sums each, then added in pairs. */
+static inline void group_errors(const float *x, int64_t n, const float *inverse, Grid grid, float *sums) {
+  float part[LANES][BLOCK] = {{0}};
+  for (int64_t k = 0; k < n; k++) {
+    float *sum = part[k % LANES];
+    ELEMENTWISE for (int j = 0; j < BLOCK; j++) sum[j] += squared_error(x[k], inverse[j], grid);
+  }
   for (int width = LANES / 2; width > 0; width /= 2)
-    for (int j = 0; j < width; j++) part[j] += part[j + width];
-  return part[0];
+    for (int i = 0; i < width; i++)
+      ELEMENTWISE for (int j = 0; j < BLOCK; j++) part[i][j] += part[i + width][j];
+  for (int j = 0; j < BLOCK; j++) sums[j] = part[0][j];
 }
 
-/* x [rows, groups, n], scales [rows] -> errors [rows, groups]. */
+/* x [rows, groups, n], scales [rows, tried] -> errors [rows, tried, groups]. */
 VARIANTS EXPORT void fpq_rounding_errors(const float *x, const float *scales, int64_t rows, int64_t groups, int64_t n,
-                                         float slope, float least, float max_value, float *errors) {
+                                         int64_t tried, float slope, float least, float max_value, float *errors) {
   Grid grid = {slope, least, max_value};
   for (int64_t row = 0; row < rows; row++)
-    for (int64_t group = 0; group < groups; group++) {
-      int64_t place = row * groups + group;
-      float sum = group_error(x + place * n, n, 1.0f / scales[row], grid);
-      errors[place] = sum * (scales[row] * scales[row]);
+    for (int64_t first = 0; first < tried; first += BLOCK) {
+      const float *scale = scales + row * tried + first;
+      int count = tried - first < BLOCK ? (int)(tried - first) : BLOCK;
+      float inverse[BLOCK] = {0}, sums[BLOCK];
+      for (int j = 0; j < count; j++) inverse[j] = 1.0f / scale[j];
+      for (int64_t group = 0; group < groups; group++) {
+        group_errors(x + (row * groups + group) * n, n, inverse, grid, sums);
+        for (int j = 0; j < count; j++)
+          errors[(row * tried + first + j) * groups + group] = sums[j] * (scale[j] * scale[j]);
+      }
     }
 }

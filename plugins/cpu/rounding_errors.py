@@ -19,7 +19,7 @@ logger = logging.getLogger(__name__)
 F32 = NDArray[np.float32]
 SOURCES = ("rounding_errors.c",)
 POINTER, INTEGER, FLOAT = np.ctypeslib.ndpointer(np.float32, flags="C_CONTIGUOUS"), ctypes.c_int64, ctypes.c_float
-ARGUMENTS = (POINTER, POINTER, INTEGER, INTEGER, INTEGER, FLOAT, FLOAT, FLOAT, POINTER)
+ARGUMENTS = (POINTER, POINTER, INTEGER, INTEGER, INTEGER, INTEGER, FLOAT, FLOAT, FLOAT, POINTER)
 
 
 @cache
@@ -38,7 +38,9 @@ def compiled() -> Any | None:
 
 
 def rounding_errors(function: Any, x: F32, scales: F32, slope: float, least: float, max_value: float) -> F32:
-    """[rows, groups]: squared errors of magnitudes x [rows, groups, n] at scales [rows], see rounding_errors.c."""
-    errors = np.empty(x.shape[:2], np.float32)
-    function(x, np.ascontiguousarray(scales), *x.shape, slope, least, max_value, errors)
+    """[rows, tried, groups]: squared errors of magnitudes x [rows, groups, n] at scales [rows, tried], see
+    rounding_errors.c."""
+    rows, groups, n = x.shape
+    errors = np.empty((*scales.shape, groups), np.float32)
+    function(x, np.ascontiguousarray(scales), rows, groups, n, scales.shape[1], slope, least, max_value, errors)
     return errors

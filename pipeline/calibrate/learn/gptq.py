@@ -186,6 +186,6 @@ class _Steps:
         if self.grid.granularity == "group":
             self.scales[:, index], _ = find_scales(blocks, self.grid.format, (1,), self.grid.search)
             return
-        errors = RoundingErrors(np.abs(blocks), self.grid.format)
-        by_multiplier = np.stack([errors.at(self.scales[:, 0] * np.float32(m))[:, 0] for m in self.grid.multipliers])
-        self.multipliers[:, index] = np.array(self.grid.multipliers, np.uint8)[by_multiplier.argmin(axis=0)]
+        steps = self.scales[:, :1] * np.array(self.grid.multipliers, np.float32)
+        by_multiplier = RoundingErrors(np.abs(blocks), self.grid.format).at(steps)[:, :, 0]
+        self.multipliers[:, index] = np.array(self.grid.multipliers, np.uint8)[by_multiplier.argmin(axis=1)]
