@@ -156,10 +156,11 @@ class QuantizedLinear:
         return unpack(self.codes, get_format(self.weight_format).bits, self.in_features)
 
     def integers(self) -> NDArray[np.integer]:
-        """[N, K]: integers of the codes with group multipliers folded in (exact): int32, int64 for E5M2."""
-        fmt = get_format(self.weight_format)
-        largest = fmt.kmax * (1 if self.multipliers is None else int(self.multipliers.max()))
-        return self._with_multipliers(fmt.integers.astype(np.int32 if largest <= np.iinfo(np.int32).max else np.int64))
+        """[N, K]: integers of the codes with group multipliers folded in (exact), in the smallest signed type that holds
+        them and their magnitudes: int8 up to 127."""
+        integers = get_format(self.weight_format).integers
+        largest = int(np.abs(integers).max()) * (1 if self.multipliers is None else int(self.multipliers.max()))
+        return self._with_multipliers(integers.astype(np.min_scalar_type(-largest - 1)))
 
     def dequantized(self) -> NDArray[np.float64]:
         """[N, K] float64: the weight that the quantized layer stands for."""
@@ -173,7 +174,7 @@ class QuantizedLinear:
         values = np.take(of_code, self.unpacked_codes())  # always C order, so that the reshape below is a view
         if self.multipliers is not None:
             grouped = values.reshape(self.out_features, self.groups, -1)
-            grouped *= self.multipliers[..., None]
+            grouped *= self.multipliers[..., None].astype(values.dtype)
         return values
 
 

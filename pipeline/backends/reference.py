@@ -117,7 +117,7 @@ class FakeQuantLinear(nn.Module):
         self.unit = 2.0 ** -get_format(layer.weight_format).fraction_bits
         integers = layer.integers()
         smallest = np.min_scalar_type(-int(np.abs(integers).max(initial=1)))  # int8 for every embedded format
-        self.register_buffer("integers", torch.from_numpy(integers.astype(smallest)), persistent=False)
+        self.register_buffer("integers", torch.from_numpy(integers.astype(smallest, copy=False)), persistent=False)
         largest = self.activation_format.kmax * float(np.abs(integers).sum(axis=1, dtype=np.int64).max(initial=0))
         one_scale = layer.activation_scaling == "per_token" and layer.scales.shape[1] == 1
         self.sums_integers = dtype == torch.float64 and one_scale and largest < 2.0**24

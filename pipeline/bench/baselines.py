@@ -88,20 +88,13 @@ def _torch(model: LoadedModel, threads: int) -> list[Contestant]:
 
 
 def quantize_int8(source: Path, destination: Path) -> None:
-    """The INT8 form that onnxruntime's own tool makes with its defaults."""
+    """The INT8 form that onnxruntime's own tool makes with its defaults, of what `export_float` wrote."""
     import onnx
-    import onnx_ir as ir
     from onnxruntime.quantization import QuantType, quantize_dynamic
 
-    from pipeline.passes.fold_weights import FoldWeights
-
-    # The tool quantizes weights that are stored as its ops read them, not behind a Transpose; and it transposes those
-    # of Gemm nodes but not the shapes noted for them, which it infers again if absent.
+    # The tool transposes the weights of Gemm nodes but not the shapes noted for them, which it infers again if absent.
     plain = source.with_name(f"plain-{source.name}")
-    model = ir.load(source)
-    FoldWeights()(model)
-    ir.save(model, plain, external_data=f"{plain.name}.data")
-    stored = onnx.load(plain, load_external_data=False)
+    stored = onnx.load(source, load_external_data=False)
     del stored.graph.value_info[:]
     onnx.save(stored, plain)
     # It also logs advice on preprocessing to the root logger for every model.

@@ -116,17 +116,15 @@ def interleaved(
 ) -> dict[str, Timing]:
     """Time every item of `work` once per round, after one round to warm up; rounds as many as fit into `budget_s`.
 
-    What takes ALONE_SHARE of the budget by itself is timed in the first round only.
+    What takes ALONE_SHARE of the budget by itself is timed in that first round alone.
     """
     warm = {name: _seconds(call) for name, call in work.items()}
-    few = [name for name in work if budget_s and warm[name] > ALONE_SHARE * budget_s]
-    quick = sum(seconds for name, seconds in warm.items() if name not in few)
-    rounds = int(np.clip(budget_s / max(quick, 1e-9), *bounds))
-    timed: dict[str, list[float]] = {name: [] for name in work}
-    for number in range(rounds):
-        for name, call in work.items():
-            if number == 0 or name not in few:
-                timed[name].append(_seconds(call))
+    timed = {name: [warm[name]] if budget_s and warm[name] > ALONE_SHARE * budget_s else [] for name in work}
+    quick = [name for name in work if not timed[name]]
+    rounds = int(np.clip(budget_s / max(sum(warm[name] for name in quick), 1e-9), *bounds))
+    for _ in range(rounds):
+        for name in quick:
+            timed[name].append(_seconds(work[name]))
     return {name: Timing(tuple(seconds)) for name, seconds in timed.items()}
 
 

@@ -49,7 +49,8 @@ ODD_TOKENS = 7
 LATENT_FACTOR = 3.0
 # The call from which on an engine is expected to have reached a steady state (graphs captured, buffers reused).
 STEADY_CALL = 50
-THREAD_ROUNDS = 4
+# Rounds in which callers call at once; of a large model, whose calls take seconds.
+THREAD_ROUNDS, LARGE_THREAD_ROUNDS = 4, 2
 # Of a condition's numbers, for one that is nearly the same.
 LITTLE = 2.0**-5
 
@@ -287,7 +288,8 @@ def state_result(
     repeats.append((steady, run(single.inputs)["sample"], alone))
 
     threads = [call.for_(THREADS, f"{pair.text}, {THREADS}") for call in changed[2:]]
-    for call, several, earlier in zip(threads, _at_once(threads, run), outputs[2:], strict=True):
+    rounds = LARGE_THREAD_ROUNDS if is_large(model) else THREAD_ROUNDS
+    for call, several, earlier in zip(threads, _at_once(threads, run, rounds), outputs[2:], strict=True):
         repeats += [(call, output, earlier) for output in several]
 
     unequal = [(other_mask.text, again), (f"{pair.text}, {NEAR}", after_another)]
@@ -335,8 +337,8 @@ def _unequal(output: NDArray[Any], earlier: NDArray[Any]) -> int:
     return int(np.count_nonzero((output != earlier) & ~(np.isnan(output) & np.isnan(earlier))))
 
 
-def _at_once(calls: Sequence[Call], run: Run) -> list[list[NDArray[Any]]]:
-    """Outputs of callers of one batch size with conditions of their own, who all call at once, THREAD_ROUNDS times.
+def _at_once(calls: Sequence[Call], run: Run, rounds: int) -> list[list[NDArray[Any]]]:
+    """Outputs of callers of one batch size with conditions of their own, who all call at once, `rounds` times.
 
     Raises what a call raises.
     """
@@ -344,7 +346,7 @@ def _at_once(calls: Sequence[Call], run: Run) -> list[list[NDArray[Any]]]:
 
     def repeat(call: Call) -> list[NDArray[Any]]:
         outputs = []
-        for _ in range(THREAD_ROUNDS):
+        for _ in range(rounds):
             together.wait()
             try:
                 outputs.append(run(call.inputs)["sample"])

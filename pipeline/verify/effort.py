@@ -26,7 +26,8 @@ INSIDE, FEW_INSIDE = (1, 3, 9), (1, 2, 3)
 LARGE_INSIDE = (3,)
 # Special calls of a large model's portable model, so that an empty mask is looked at in its other targets alone.
 LARGE_PORTABLE = (3,)
-# Calls of a large model's lowered graph where it stands in for an engine: those of 9 hold each sample three times.
+# Calls of a large model's lowered graph where it stands in for an engine: those of 9 hold each sample three times. It
+# draws no picture, which repeats its steps.
 STOOD_IN = (1, 2, 3)
 
 
@@ -59,8 +60,9 @@ def effort_for(
     if not BACKENDS[target].slow:
         if not large:
             return Effort(tuple(range(n_steps)), probed, pictures)
-        special = BATCHES if runs else STOOD_IN
-        return Effort(tuple(range(n_steps)), last, pictures, special, LARGE_INSIDE)
+        if not runs:
+            return Effort(tuple(range(n_steps)), last, 0, STOOD_IN, LARGE_INSIDE)
+        return Effort(tuple(range(n_steps)), last, pictures, inside=LARGE_INSIDE)
     if large:
         return Effort(last, last, 0, special=LARGE_PORTABLE, inside=(), state=False)
     steps = tuple(sorted({*range(0, n_steps, EVERY), *probed}))
@@ -74,9 +76,9 @@ def note(target: str, effort: Effort, n_steps: int, probed: tuple[int, ...], pic
     looked = f"linears in {len(effort.probed)} of {len(probed)} steps"
     alone = _calls([size for size in effort.special if size not in effort.inside], "compared by their outputs alone")
     skipped = _calls([size for size in BATCHES if size not in effort.special], "not made")
-    if not BACKENDS[target].slow:
-        return f"{target}: large model, {looked}{alone}{skipped}"
     drawn = f"{effort.pictures} of {pictures} pictures" if effort.pictures else "no picture"
+    if not BACKENDS[target].slow:
+        return f"{target}: large model, {looked}{'' if effort.pictures else f', {drawn}'}{alone}{skipped}"
     kept = "" if effort.state else "; nor are those that show what is kept between calls"
     steps = f"{target}: compared in {len(effort.steps)} of {n_steps} steps"
     return f"{steps}, {looked}, {drawn}: it is slow{alone}{skipped}{kept}"

@@ -74,7 +74,8 @@ def test_dequantized_and_image_follow_the_definition(weight_format: str, granula
             scale = float(one.scales[n, g if granularity == "group" else 0])
             assert value[n, k] == decode(fmt, codes[n, k]) * multiplier * scale
             assert image[n, k] == decode(fmt, codes[n, k]) * multiplier * 2**fmt.fraction_bits
-    assert (image.dtype, value.dtype) == (np.int32, np.float64)
+    assert image.dtype in (np.int8, np.int16) and value.dtype == np.float64
+    assert (np.abs(image) == np.abs(image.astype(np.int64))).all(), "magnitudes fit, too"
 
 
 @pytest.mark.parametrize(("weight_format", "granularity"), CASES)

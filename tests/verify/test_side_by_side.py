@@ -183,7 +183,7 @@ def overflow(_: Path) -> None:
 def callers(_: Path) -> None:
     """The two who call at once are threads of their own."""
     call: Any = SimpleNamespace(inputs={})
-    _at_once([call, call], _Counted(lambda inputs: {"sample": np.zeros(1)}, 0))
+    _at_once([call, call], _Counted(lambda inputs: {"sample": np.zeros(1)}, 0), 2)
 
 
 @pytest.mark.torch
