@@ -156,8 +156,8 @@ class QuantizedLinear:
         return unpack(self.codes, get_format(self.weight_format).bits, self.in_features)
 
     def integers(self) -> NDArray[np.integer]:
-        """[N, K]: integers of the codes with group multipliers folded in (exact), in the smallest signed type that holds
-        them and their magnitudes: int8 up to 127."""
+        """[N, K]: integers of the codes with group multipliers folded in (exact), in the smallest signed type that
+        holds them and their magnitudes: int8 up to 127."""
         integers = get_format(self.weight_format).integers
         largest = int(np.abs(integers).max()) * (1 if self.multipliers is None else int(self.multipliers.max()))
         return self._with_multipliers(integers.astype(np.min_scalar_type(-largest - 1)))
