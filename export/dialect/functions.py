@@ -74,50 +74,18 @@ def _reference(name: str, refers_to: str, kind: Any) -> AttributeProto:
 # --- shared parts --------------------------------------------------------------------------------------------------
 
 
-def _look_up(body: Body, packed: str, bits: str, count: str, table: str) -> str:
-    """packed u8 [N, bytes] of codes of 4, 6 or 8 bits, table f32 [at most 2^bits] -> f32 [N, count]; NaN beyond it.
-
-    Two codes are looked up at once, in a table of pairs: runtimes spend their time on the elements of a Gather. A pair
-    lies in one byte, from the first or the fifth bit of two, or in two; so pairs repeat after 1, 3 or 2 bytes. Those
-    bytes become the leading axis, along which whole blocks are gathered.
-    """
-    pairs = body.op("Add", body.op("Div", body.op("Mod", bits, body.integer(4)), body.integer(2)), body.integer(1))
-    period = body.op("Div", body.op("Mul", pairs, bits), body.integer(4))
-    width = body.vector(period)
-    missing = body.op("Mod", body.op("Neg", body.op("Shape", packed, start=1, end=2)), width)
-    whole = body.op("Pad", packed, body.shape(body.ints(0, 0, 0), missing), _u8(body, 0))
-    rows = body.op("Reshape", whole, body.shape(body.ints(0, -1), width))
-    bytes_ = body.cast(body.op("Transpose", rows, perm=[2, 0, 1]), TensorProto.UINT32)
-    first_bit = body.op("Range", body.integer(0), body.op("Mul", period, body.integer(8)), _twice(body, bits))
+def _unpack(body: Body, packed: str, bits: str, count: str) -> str:
+    """packed u8 [N, bytes] -> int32 [N, count]. A code of at most 8 bits lies in two neighbouring bytes."""
+    first_bit = body.op("Mul", body.op("Range", body.integer(0), count, body.integer(1)), bits)
     byte = body.op("Div", first_bit, body.integer(8))
-    # The next byte of a period's last one is that byte again: where that matters, the mask removes it.
-    following = body.op("Min", body.op("Add", byte, body.integer(1)), body.op("Sub", period, body.integer(1)))
-    high = body.op("BitShift", body.op("Gather", bytes_, following), _u32(body, 8), direction="LEFT")
-    word = body.op("BitwiseOr", body.op("Gather", bytes_, byte), high)
-    offset = body.cast(body.op("Mod", first_bit, body.integer(8)), TensorProto.UINT32)
-    offset = body.op("Reshape", offset, body.ints(-1, 1, 1))
-    size = _power_of_two(body, bits)
-    mask = body.cast(body.op("Sub", body.op("Mul", size, size), body.integer(1)), TensorProto.UINT32)
-    word = body.op("BitwiseAnd", body.op("BitShift", word, offset, direction="RIGHT"), mask)
-    index = body.op("Transpose", body.cast(word, TensorProto.INT32), perm=[1, 2, 0])
-    values = body.op("Reshape", body.op("Gather", _pairs(body, table, size), index), body.ints(0, -1))
-    return body.op("Slice", values, body.ints(0), body.vector(count), body.ints(1))
-
-
-def _pairs(body: Body, table: str, size: str) -> str:
-    """f32 [at most size] -> f32 [size^2, 2]: what the low and the high half of an index stand for."""
-    side = body.vector(size)
-    missing = body.op("Sub", side, body.op("Shape", table))
-    full = body.op("Pad", table, body.shape(body.ints(0), missing), body.number(math.nan))
-    square = body.shape(side, side)
-    low = body.op("Expand", full, square)
-    high = body.op("Expand", body.op("Unsqueeze", full, body.ints(1)), square)
-    column = body.ints(-1, 1)
-    return body.op("Concat", body.op("Reshape", low, column), body.op("Reshape", high, column), axis=1)
-
-
-def _twice(body: Body, x: str) -> str:
-    return body.op("Add", x, x)
+    offset = body.cast(body.op("Mod", first_bit, body.integer(8)), TensorProto.UINT8)
+    last = body.op("Sub", body.op("Shape", packed, start=1, end=2), body.ints(1))
+    # In a row's last byte the "next" byte is that byte again; the code ends before it, so the mask removes it.
+    following = body.op("Min", body.op("Add", byte, body.integer(1)), last)
+    low = body.op("BitShift", body.op("Gather", packed, byte, axis=1), offset, direction="RIGHT")
+    high = _shift_up(body, body.op("Gather", packed, following, axis=1), body.op("Sub", _u8(body, 7), offset))
+    mask = body.cast(body.op("Sub", _power_of_two(body, bits), body.integer(1)), TensorProto.UINT8)
+    return body.cast(body.op("BitwiseAnd", body.op("BitwiseOr", low, high), mask), TensorProto.INT32)
 
 
 def _pack(body: Body, codes: str, bits: str, count: str, out: str) -> str:
@@ -144,10 +112,6 @@ def _u8(body: Body, value: int) -> str:
     return body.op("Constant", value=helper.make_tensor("", TensorProto.UINT8, [], [value]))
 
 
-def _u32(body: Body, value: int) -> str:
-    return body.op("Constant", value=helper.make_tensor("", TensorProto.UINT32, [], [value]))
-
-
 def _power_of_two(body: Body, exponent: str) -> str:
     one = body.op("Constant", value=helper.make_tensor("", TensorProto.UINT64, [], [1]))
     shifted = body.op("BitShift", one, body.cast(exponent, TensorProto.UINT64), direction="LEFT")
@@ -157,15 +121,11 @@ def _power_of_two(body: Body, exponent: str) -> str:
 def _encode(body: Body, v: str, out: str) -> str:
     """v f32, any shape -> u8 codes: nearest, ties to even, saturating, -0 folded to +0.
 
-    The number of `thresholds` (binade starts) that |v| reaches is its binade; within one, codes count steps. Thresholds
-    are the leading axis, so that runtimes compare long rows with one number.
+    The number of `thresholds` (binade starts) that |v| reaches is its binade; within one, codes count steps.
     """
-    flat = body.op("Reshape", v, body.ints(-1))
-    magnitude = body.op("Min", body.op("Abs", flat), body.attribute("max_value"))
-    thresholds = body.op("Unsqueeze", body.attribute("thresholds"), body.ints(1))
-    reached = body.op("GreaterOrEqual", magnitude, thresholds)
-    count = body.op("ReduceSum", body.cast(reached, TensorProto.FLOAT), body.ints(0), keepdims=0)
-    binade = body.cast(count, TensorProto.INT32)
+    magnitude = body.op("Min", body.op("Abs", v), body.attribute("max_value"))
+    reached = body.op("GreaterOrEqual", body.op("Unsqueeze", magnitude, body.ints(-1)), body.attribute("thresholds"))
+    binade = body.op("ReduceSum", body.cast(reached, TensorProto.INT32), body.ints(-1), keepdims=0)
     in_steps = body.op("Round", body.op("Div", magnitude, body.op("Gather", body.attribute("steps"), binade)))
     below = body.op("Mul", binade, body.cast(body.attribute("binade_codes"), TensorProto.INT32))
     code = body.op("Add", below, body.cast(in_steps, TensorProto.INT32))
@@ -174,8 +134,7 @@ def _encode(body: Body, v: str, out: str) -> str:
     code = body.op("Clip", code, zero, body.cast(body.attribute("max_code"), TensorProto.INT32))
     negative = body.op("Gather", body.cast(body.attribute("negative_codes"), TensorProto.UINT8), code)
     positive = body.cast(code, TensorProto.UINT8)
-    code = body.op("Where", body.op("Less", flat, body.number(0.0)), negative, positive)
-    return body.op("Reshape", code, body.op("Shape", v), out=out)
+    return body.op("Where", body.op("Less", v, body.number(0.0)), negative, positive, out=out)
 
 
 def _decode(body: Body, codes: str, values: str) -> str:
@@ -193,9 +152,9 @@ def _token_scale(body: Body, x: str, floor: float, out: str) -> str:
 
 def _multipliers(body: Body, packed: str) -> str:
     """packed 4-bit indices [N or 1, ceil(groups / 2)] -> f32 [N or 1, groups, 1]."""
-    table = body.cast(body.attribute("multipliers"), TensorProto.FLOAT)
-    factors = _look_up(body, packed, body.integer(4), body.attribute("groups"), table)
-    return body.op("Unsqueeze", factors, body.ints(-1))
+    indices = _unpack(body, packed, body.integer(4), body.attribute("groups"))
+    factors = body.op("Gather", body.attribute("multipliers"), indices)
+    return body.op("Unsqueeze", body.cast(factors, TensorProto.FLOAT), body.ints(-1))
 
 
 def _grouped(body: Body, x: str, groups: str) -> str:
@@ -210,8 +169,9 @@ def _rows(body: Body, x: str) -> str:
 
 def _unscaled_weight(body: Body, codes: str, multiplier_codes: str, bits: str, values: str) -> str:
     """packed codes -> f32 [N, groups, K / groups]: code value times group multiplier (exact)."""
-    value = _look_up(body, codes, body.attribute(bits), body.attribute("in_features"), body.attribute(values))
-    return body.op("Mul", _grouped(body, value, body.attribute("groups")), _multipliers(body, multiplier_codes))
+    unpacked = _unpack(body, codes, body.attribute(bits), body.attribute("in_features"))
+    value = _grouped(body, _decode(body, unpacked, values), body.attribute("groups"))
+    return body.op("Mul", value, _multipliers(body, multiplier_codes))
 
 
 # --- one function per op -------------------------------------------------------------------------------------------
