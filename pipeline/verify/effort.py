@@ -21,9 +21,9 @@ BATCHES = tuple(size for size, _ in calls.BATCHES)
 # Batches of the special calls whose inner tensors are looked at: samples of every pool. Those of 2 are among those of
 # 9, which take more memory and time: of the portable model the 2 are looked at, else the 9.
 INSIDE, FEW_INSIDE = (1, 3, 9), (1, 2, 3)
-# The same of a large model: an odd length, partial masks, larger latents and timesteps that the samples of a step do
-# not have; each sample once.
-LARGE_INSIDE = (3,)
+# The same of a large model, the first sample alone: an odd length, a partial mask, larger latents and a timestep between
+# the integers, as no sample of a step has them.
+LARGE_INSIDE, LARGE_SAMPLES = (3,), 1
 # Special calls of a large model's portable model, so that an empty mask is looked at in its other targets alone.
 LARGE_PORTABLE = (3,)
 # Calls of a large model's lowered graph where it stands in for an engine: those of 9 hold each sample three times. It
@@ -35,13 +35,15 @@ STOOD_IN = (1, 2, 3)
 class Effort:
     """steps: whose output is compared with the reference's. probed: the steps in which all linears and stretches are
     looked at. pictures: how many the target draws by itself. special: batch sizes of the calls that drawing does not
-    make; inside: those of them that are looked into. state: are calls made for what an engine keeps between them?"""
+    make; inside: those of them that are looked into, by so many `samples` each, None for all. state: are calls made for
+    what an engine keeps between them?"""
 
     steps: tuple[int, ...]
     probed: tuple[int, ...]
     pictures: int
     special: tuple[int, ...] = BATCHES
     inside: tuple[int, ...] = INSIDE
+    samples: int | None = None
     state: bool = True
 
 
@@ -52,17 +54,17 @@ def effort_for(
     the engine, or does its lowered graph stand in for it?
 
     >>> effort_for("cpu", 4, (0, 3), 4, large=False)
-    Effort(steps=(0, 1, 2, 3), probed=(0, 3), pictures=4, special=(1, 2, 3, 9), inside=(1, 3, 9), state=True)
+    Effort(steps=(0, 1, 2, 3), probed=(0, 3), pictures=4, special=(1, 2, 3, 9), inside=(1, 3, 9), samples=None, state=True)
     >>> effort_for("onnx", 8, (0, 7), 1, large=True)
-    Effort(steps=(7,), probed=(7,), pictures=0, special=(3,), inside=(), state=False)
+    Effort(steps=(7,), probed=(7,), pictures=0, special=(3,), inside=(), samples=None, state=False)
     """
     last = probed[-1:]
     if not BACKENDS[target].slow:
         if not large:
             return Effort(tuple(range(n_steps)), probed, pictures)
         if not runs:
-            return Effort(tuple(range(n_steps)), last, 0, STOOD_IN, LARGE_INSIDE)
-        return Effort(tuple(range(n_steps)), last, pictures, inside=LARGE_INSIDE)
+            return Effort(tuple(range(n_steps)), last, 0, STOOD_IN, LARGE_INSIDE, LARGE_SAMPLES)
+        return Effort(tuple(range(n_steps)), last, pictures, inside=LARGE_INSIDE, samples=LARGE_SAMPLES)
     if large:
         return Effort(last, last, 0, special=LARGE_PORTABLE, inside=(), state=False)
     steps = tuple(sorted({*range(0, n_steps, EVERY), *probed}))
@@ -76,6 +78,8 @@ def note(target: str, effort: Effort, n_steps: int, probed: tuple[int, ...], pic
     looked = f"linears in {len(effort.probed)} of {len(probed)} steps"
     alone = _calls([size for size in effort.special if size not in effort.inside], "compared by their outputs alone")
     skipped = _calls([size for size in BATCHES if size not in effort.special], "not made")
+    if effort.samples == LARGE_SAMPLES and effort.inside:
+        alone += f"; one sample of batch {', '.join(map(str, effort.inside))} is looked into"
     drawn = f"{effort.pictures} of {pictures} pictures" if effort.pictures else "no picture"
     if not BACKENDS[target].slow:
         return f"{target}: large model, {looked}{'' if effort.pictures else f', {drawn}'}{alone}{skipped}"

@@ -198,7 +198,8 @@ def looked_at(study: Study, effort: Effort) -> dict[str, Arrays]:
     """The calls whose inside is looked at: the probed steps, and those that drawing does not make."""
     steps = {f"step {i + 1}": study.calls[i] for i in effort.probed}
     special = [call for call in study.special_calls if len(call.rows) in effort.inside]
-    return steps | {call.text: take_samples(call.inputs, distinct(call), study.case.shared) for call in special}
+    places = {call.text: distinct(call)[: effort.samples] for call in special}
+    return steps | {call.text: take_samples(call.inputs, places[call.text], study.case.shared) for call in special}
 
 
 def distinct(call: Call) -> list[int]:

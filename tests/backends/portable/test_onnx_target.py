@@ -436,9 +436,10 @@ def test_steps_that_are_left_out_have_no_number() -> None:
     assert note("cpu", effort_for("cpu", 20, (0, 19), 4, large=False), 20, (0, 19), 4) == ""
     large = note("cpu", effort_for("cpu", 20, (0, 19), 4, large=True), 20, (0, 19), 4)
     wanted = "cpu: large model, linears in 1 of 2 steps; calls of batch 1, 2 and 9 are compared by their outputs alone"
-    assert large == wanted
+    assert large == f"{wanted}; one sample of batch 3 is looked into"
     stood_in = note("rtx", effort_for("rtx", 20, (0, 19), 4, large=True, runs=False), 20, (0, 19), 4)
     assert stood_in.startswith("rtx: large model, linears in 1 of 2 steps, no picture; ")
     assert stood_in.endswith(
-        "calls of batch 1 and 2 are compared by their outputs alone; calls of batch 9 are not made"
+        "calls of batch 1 and 2 are compared by their outputs alone; one sample of batch 3 is looked into; "
+        "calls of batch 9 are not made"
     )
