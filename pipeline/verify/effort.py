@@ -21,8 +21,8 @@ BATCHES = tuple(size for size, _ in calls.BATCHES)
 # Batches of the special calls whose inner tensors are looked at: samples of every pool. Those of 2 are among those of
 # 9, which take more memory and time: of the portable model the 2 are looked at, else the 9.
 INSIDE, FEW_INSIDE = (1, 3, 9), (1, 2, 3)
-# The same of a large model, the first sample alone: an odd length, a partial mask, larger latents and a timestep between
-# the integers, as no sample of a step has them.
+# The same of a large model, the first sample alone: an odd length, a partial mask, larger latents and a timestep
+# between the integers, as no sample of a step has them.
 LARGE_INSIDE, LARGE_SAMPLES = (3,), 1
 # Special calls of a large model's portable model, so that an empty mask is looked at in its other targets alone.
 LARGE_PORTABLE = (3,)
@@ -53,8 +53,8 @@ def effort_for(
     """What is run of `target`, out of all steps, the steps `probed` and `pictures`; `large`: the model is. runs: does
     the engine, or does its lowered graph stand in for it?
 
-    >>> effort_for("cpu", 4, (0, 3), 4, large=False)
-    Effort(steps=(0, 1, 2, 3), probed=(0, 3), pictures=4, special=(1, 2, 3, 9), inside=(1, 3, 9), samples=None, state=True)
+    >>> effort_for("cpu", 4, (0, 3), 4, large=False).inside
+    (1, 3, 9)
     >>> effort_for("onnx", 8, (0, 7), 1, large=True)
     Effort(steps=(7,), probed=(7,), pictures=0, special=(3,), inside=(), samples=None, state=False)
     """
