@@ -16,22 +16,21 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from export.checkpoint import QuantizedLinear, half_where_exact, shared_router
-from export.dialect.graph import FLOAT, KIND_KEY, LAYER_KEY, GraphBuilder, result_of
-from export.dialect.ops import DOMAIN, OPS, VERSION, no_multipliers
+from export.dialect.graph import (
+    FLOAT,
+    KIND_KEY,
+    LAYER_KEY,
+    GraphBuilder,
+    add_functions,
+    attribute,
+    is_op,
+    result_of,
+)
+from export.dialect.ops import DOMAIN, no_multipliers
 from export.errors import ContractError
 from export.formats.format import pack
 from export.formats.operands import exact_multipliers
 from export.router import ARRAYS, Router
-
-__all__ = [
-    "GRANULARITY_KEY",
-    "KIND_KEY",
-    "LAYER_KEY",
-    "PLACEHOLDER",
-    "QUANTIZERS",
-    "multiplier_table",
-    "quantize_graph",
-]
 
 PLACEHOLDER = "QuantizedLinear"
 TIMESTEP, ROUTER = "timestep", "router"
@@ -57,7 +56,7 @@ def quantize_graph(model: ir.Model, layers: list[QuantizedLinear]) -> None:
 
     Raises ContractError naming a layer without a placeholder, or a placeholder without a layer.
     """
-    nodes = {str(node.attributes["layer"].value): node for node in model.graph if _is_placeholder(node)}
+    nodes = {str(attribute(node, "layer")): node for node in model.graph if is_op(node, PLACEHOLDER, DOMAIN)}
     by_name = {layer.name: layer for layer in layers}
     _check_coverage(nodes, by_name)
     router = shared_router(layers)
@@ -65,14 +64,8 @@ def quantize_graph(model: ir.Model, layers: list[QuantizedLinear]) -> None:
     for name, node in nodes.items():
         _replace(model.graph, node, by_name[name], branch)
     used = {layer.activation_scaling for layer in layers}
-    for op in (*(op for scaling, pair in QUANTIZERS.items() if scaling in used for op in pair), "DequantizeWeight"):
-        function = ir.serde.deserialize_function(OPS[op].function())
-        model.functions[function.identifier()] = function
-    model.opset_imports[DOMAIN] = VERSION
-
-
-def _is_placeholder(node: ir.Node) -> bool:
-    return node.domain == DOMAIN and node.op_type == PLACEHOLDER
+    quantizers = [op for scaling, pair in QUANTIZERS.items() if scaling in used for op in pair]
+    add_functions(model, [*quantizers, "DequantizeWeight"])
 
 
 def _check_coverage(nodes: dict[str, ir.Node], by_name: dict[str, QuantizedLinear]) -> None:
@@ -89,7 +82,7 @@ def _check_coverage(nodes: dict[str, ir.Node], by_name: dict[str, QuantizedLinea
 def _replace(graph: ir.Graph, node: ir.Node, layer: QuantizedLinear, branch: ir.Value | None) -> None:
     """x [-> Mul -> Add] -> quantize -> dequantize -> MatMul(., DequantizeWeight) -> Add bias [-> Add low-rank]."""
     build = LayerBuilder(graph, node, layer)
-    x, output = node.inputs[0], result_of(node)
+    (x,), output = node.inputs, result_of(node)
     assert x is not None, f"placeholder of {layer.name} without an input"
     value = _rounded(build, _balanced(build, x))
     weight = _weight(build)
@@ -129,9 +122,6 @@ def _rounded(build: LayerBuilder, x: ir.Value) -> ir.Value:
     quantizer, inverse = QUANTIZERS[layer.activation_scaling]
     codes, *scales = build.fpq(quantizer, x, *constants, name="quantize", **choices)
     (value,) = build.fpq(inverse, codes, *scales, *constants, name="dequantize", **choices)
-    codes.shape = value.shape = x.shape
-    for scale in scales:
-        scale.shape = None if x.shape is None else ir.Shape([*x.shape[:-1], layer.activation_groups])
     return value
 
 
@@ -147,7 +137,6 @@ def _weight(build: LayerBuilder) -> ir.Value:
     node = weight.producer()
     assert node is not None
     node.metadata_props[GRANULARITY_KEY] = layer.granularity
-    weight.shape = ir.Shape([layer.in_features, layer.out_features])
     return weight
 
 

@@ -21,12 +21,13 @@ from onnxscript.rewriter import rewrite
 from onnxscript.rewriter.rules import common as rules
 from torch import nn
 
+from export.dialect.functions import OPSET
 from export.dialect.ops import DOMAIN, VERSION
 from export.errors import ContractError
 from export.models.families import Input
 from export.quantize_graph import PLACEHOLDER
 
-OPSET, IR_VERSION = 21, 10
+IR_VERSION = 10
 MODULE_PREFIX = "transformer."
 # Tables of sines and positions stay below this many elements; larger constants are not computed at export.
 FOLD_LIMIT = 1 << 20

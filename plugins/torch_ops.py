@@ -26,7 +26,8 @@ from plugins.gpu.table import Argument, Kernel, Spec, kernel, resolved, run_time
 from plugins.torch_reference import REFERENCES, TYPE_NAMES
 
 NAMESPACE = "fpq"
-Operands = Mapping[str, Tensor | None]
+Operands = Mapping[str, Tensor]  # those that a call has
+Fields = dict[str, Any]  # of a spec
 # Type of a spec's field -> type of an op's argument.
 SCHEMA_TYPES = {
     "str": "str", "Epilogue": "str", "FloatType": "str", "int": "int", "bool": "bool", "float": "float",
@@ -52,8 +53,8 @@ class TorchOp:
     name: str
     kernel: str
     choices: tuple[str, ...]
-    inferred: Callable[[Operands], dict[str, Any]]
-    fixed: Mapping[str, Any] = field(default_factory=dict)
+    inferred: Callable[[Operands], Fields]
+    fixed: Fields = field(default_factory=dict)
 
     @property
     def row(self) -> Kernel:
@@ -98,21 +99,18 @@ class TorchOp:
         returned = "Tensor" if len(outputs) == 1 else f"({', '.join(outputs)})"
         return f"({', '.join(parts)}) -> {returned}"
 
-    def bound(self, tensors: tuple[Tensor, ...], named: dict[str, Any]) -> tuple[Spec, Operands, dict[str, int]]:
+    def bound(self, tensors: tuple[Tensor, ...], named: Mapping[str, Any]) -> tuple[Spec, Operands, dict[str, int]]:
         """(spec, tensors by name, sizes by name) of a call. Raises RecipeError or ContractError as the spec does."""
-        operands = {
-            **dict(zip(self.required, tensors, strict=True)),
-            **{name: named.get(name) for name in self.optional},
-        }
+        operands = dict(zip(self.required, tensors, strict=True))
+        operands |= {name: named[name] for name in self.optional if named.get(name) is not None}
         choices = {name: named[name] for name in self.choices if name in named}
         choices = {name: tuple(value) if isinstance(value, list) else value for name, value in choices.items()}
         spec = self.row.spec(**{**self.fixed, **self.inferred(operands), **choices})
-        present = {name: tensor for name, tensor in operands.items() if tensor is not None}
         read = {argument.name for argument in self.row.inputs(spec)}
-        if read != present.keys():
-            missing, unused = sorted(read - present.keys()), sorted(present.keys() - read)
+        if read != operands.keys():
+            missing, unused = sorted(read - operands.keys()), sorted(operands.keys() - read)
             raise ContractError(f"{self.name} for {spec}: missing {missing or 'nothing'}, unused {unused or 'nothing'}")
-        return spec, present, {"tokens": named["tokens"]} if "tokens" in named else {}
+        return spec, operands, {"tokens": named["tokens"]} if "tokens" in named else {}
 
     def run(self, *tensors: Tensor, **named: Any) -> Tensor | tuple[Tensor, ...]:
         """On the kernel, or what it computes."""
@@ -139,34 +137,28 @@ class TorchOp:
         return tuple(outputs) if len(outputs) > 1 else outputs[0]
 
 
-def _literal(value: Any) -> str:
+def _literal(value: object) -> str:
     """A default as schemas write it."""
     return str(list(value)) if isinstance(value, tuple) else repr(value)
 
 
-def _of_gemm(operands: Operands) -> dict[str, Any]:
+def _of_gemm(operands: Operands) -> Fields:
     """Sizes; several real scales in a row of w_scales are scales of groups; a zero point is there if it is operands."""
     a, w_scales = operands["a"], operands["w_scales"]
-    assert a is not None and w_scales is not None
     sizes = {"in_features": int(a.shape[1]), "out_features": int(w_scales.shape[0])}
-    return {**sizes, "real_groups": w_scales.shape[1] > 1, "zero_point": operands["a_zero"] is not None}
+    return {**sizes, "real_groups": w_scales.shape[1] > 1, "zero_point": "a_zero" in operands}
 
 
-def _of_weight(operands: Operands) -> dict[str, Any]:
-    w = operands["w"]
-    assert w is not None
-    return {"out_features": int(w.shape[0])}
+def _of_weight(operands: Operands) -> Fields:
+    return {"out_features": int(operands["w"].shape[0])}
 
 
-def _of_codes(operands: Operands) -> dict[str, Any]:
-    codes = operands["codes"]
-    assert codes is not None
-    return {"in_features": int(codes.shape[1])}
+def _of_codes(operands: Operands) -> Fields:
+    return {"in_features": int(operands["codes"].shape[1])}
 
 
-def _of_activations(operands: Operands) -> dict[str, Any]:
+def _of_activations(operands: Operands) -> Fields:
     x = operands["x"]
-    assert x is not None
     return {"channels": int(x.shape[1]), "input": TYPE_NAMES[x.dtype]}
 
 

@@ -8,18 +8,19 @@ from __future__ import annotations
 
 import inspect
 import logging
-from collections.abc import Collection, Mapping
+from collections.abc import Collection
 from pathlib import Path
-from typing import Any
 
 from export.documents import shown
 from export.errors import ModelError
+from export.models.families import Config
 
 logger = logging.getLogger(__name__)
 # The class whose modes have become the classes of PixArt and DiT. Their published folders, and what newer releases of
 # diffusers write from them, have keys of its other modes; each at its default asks for nothing.
 OLDER_CLASS = "Transformer2DModel"
-SUCCESSORS = ("PixArtTransformer2DModel", "DiTTransformer2DModel")
+# Its norm_type -> the class that it has become.
+SUCCESSORS = {"ada_norm_zero": "DiTTransformer2DModel", "ada_norm_single": "PixArtTransformer2DModel"}
 # What diffusers itself notes on the origin of a configuration; it drops any key with such a name without a word.
 NOTES = frozenset(("_class_name", "_diffusers_version", "_name_or_path", "_use_default_values"))
 MOST_SHOWN = 4
@@ -38,16 +39,14 @@ HARMLESS = {
 }
 
 
-def unread_keys(
-    config: Mapping[str, Any], class_name: str, path: Path, also_read: Collection[str] = ()
-) -> dict[str, str]:
+def unread_keys(config: Config, class_name: str, path: Path, also_read: Collection[str] = ()) -> dict[str, str]:
     """The keys that the class of diffusers does not read, each with why that is harmless; those of NOTES left out.
 
     config: as read from `path`; also_read: keys that are read of every configuration. Raises ModelError naming the
     others that the class does not read.
     """
     parameters = {*_defaults(class_name), *also_read}
-    older = _defaults(OLDER_CLASS) if class_name in SUCCESSORS else {}
+    older: dict[str, object] = _defaults(OLDER_CLASS) if class_name in SUCCESSORS.values() else {}
     harmless, strange = {}, []
     for key, value in config.items():
         if key in parameters or key in NOTES:
@@ -71,7 +70,7 @@ def unread_keys(
     return harmless
 
 
-def _defaults(class_name: str) -> dict[str, Any]:
+def _defaults(class_name: str) -> dict[str, object]:
     """Parameters of a diffusers class's constructor, with their defaults."""
     import diffusers
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -14,7 +13,7 @@ from numpy.typing import NDArray
 from export.documents import read_json
 from export.errors import RecipeError
 from export.models.config import RULES
-from export.models.families import Family, Input, shared_names
+from export.models.families import Config, Family, Input, shared_names
 from export.models.samples import fill
 
 # A latent cell stands for 8 x 8 pixels in the VAEs of all latent families (four levels, three halvings).
@@ -27,7 +26,7 @@ class Description:
     """folder: of a model or a bundle, with its generation.json if it has one. source: its name, for messages."""
 
     family: Family
-    config: Mapping[str, Any]
+    config: Config
     folder: Path
     source: str
 
@@ -58,10 +57,10 @@ class Description:
         return height // self.pixels_per_cell, width // self.pixels_per_cell
 
 
-def pixels_per_cell(folder: Path, config: Mapping[str, Any]) -> int:
+def pixels_per_cell(folder: Path, config: Config) -> int:
     """As the property of a loaded model, for the folder and the configuration of a model or a bundle."""
     generation = folder / GENERATION_FILE
-    stated = read_json(generation, dict[str, Any], RULES).get("output") if generation.is_file() else ""
+    stated = read_json(generation, dict[str, object], RULES).get("output") if generation.is_file() else ""
     return 1 if stated == "pixels" or config["in_channels"] <= 3 else LATENT_PIXELS
 
 

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from safetensors import SafetensorError, safe_open
 from typing_extensions import TypedDict
@@ -92,7 +92,7 @@ class WeightsFiles:
                     yield name, key, _tensor(tensors, path, key)
 
 
-def _open(path: Path) -> Any:
+def _open(path: Path) -> safe_open:
     open_file(path, ModelError, REFETCH).close()  # refuses what is no file, for which safe_open would wait
     try:
         return safe_open(path, framework="pt")
@@ -100,7 +100,7 @@ def _open(path: Path) -> Any:
         raise ModelError(f"{path}: not a whole safetensors file ({error}); {REFETCH}") from error
 
 
-def _tensor(tensors: Any, path: Path, key: str) -> torch.Tensor:
+def _tensor(tensors: safe_open, path: Path, key: str) -> torch.Tensor:
     try:
         return tensors.get_tensor(key)
     except (SafetensorError, AttributeError, ValueError) as error:  # a type that this torch or safetensors lacks
