@@ -11,7 +11,7 @@ import json
 import os
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, get_args
 
@@ -256,12 +256,11 @@ ARRAYS = (
     "codes", "scales", "multipliers", "bias", "activation_scale", "activation_zero", "input_multiplier",
     "input_offset", "lora_down", "lora_up",
 )  # fmt: skip
-ROW_KEYS = [field.name for field in fields(QuantizedLinear) if field.name not in (*ARRAYS, "router")]
 Size = Annotated[int, Ge(0), Le(2**24)]
 
 
 class LayerRow(TypedDict):
-    """What is not an array of a QuantizedLinear; these are the keys of ROW_KEYS."""
+    """What is not an array of a QuantizedLinear."""
 
     name: Annotated[str, MinLen(1)]
     kind: str
@@ -298,7 +297,7 @@ def save(layers: list[QuantizedLinear], folder: Path) -> None:
     present = {key: np.ascontiguousarray(value) for key, value in arrays.items() if value is not None}
     save_file(present, folder / f"{WEIGHTS_FILE}.part")
     os.replace(folder / f"{WEIGHTS_FILE}.part", folder / WEIGHTS_FILE)
-    rows = [{key: getattr(layer, key) for key in ROW_KEYS} for layer in layers]
+    rows = [{key: getattr(layer, key) for key in LayerRow.__annotations__} for layer in layers]
     text = json.dumps({"schema_version": SCHEMA_VERSION, "layers": rows}, indent=1)
     (folder / f"{LAYERS_FILE}.part").write_text(text, encoding="utf-8")
     os.replace(folder / f"{LAYERS_FILE}.part", folder / LAYERS_FILE)

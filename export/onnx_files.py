@@ -93,21 +93,16 @@ def check_tensors(model: onnx.ModelProto, path: Path) -> None:
 
 
 def _check_external(tensor: onnx.TensorProto, path: Path) -> None:
-    info = _external(tensor, path)
+    try:
+        info = ExternalDataInfo(tensor)
+    except ValueError as error:
+        raise ContractError(f"{path}: {tensor.name} does not say where its data is ({error}); {REMEDY}") from error
     data = inside(path.parent, info.location, path)
     size = data.stat().st_size if data.is_file() else -1
     expected, offset = tensor_bytes(tensor, path), info.offset or 0
     if size < 0 or offset < 0 or offset + expected > size or (info.length or expected) != expected:
         state = f"has {size} bytes" if size >= 0 else "is missing"
         raise ContractError(f"{data} {state}, but {tensor.name} ends at byte {offset + expected}; {REMEDY}")
-
-
-def _external(tensor: onnx.TensorProto, path: Path) -> ExternalDataInfo:
-    """Where the data of a tensor is, as the graph says."""
-    try:
-        return ExternalDataInfo(tensor)
-    except ValueError as error:
-        raise ContractError(f"{path}: {tensor.name} does not say where its data is ({error}); {REMEDY}") from error
 
 
 def tensor_bytes(tensor: onnx.TensorProto, path: Path) -> int:

@@ -121,30 +121,24 @@ def _rounded(build: LayerBuilder, x: ir.Value) -> ir.Value:
         constants = [build.stored(key, array) for key, array in arrays.items()]
     quantizer, inverse = QUANTIZERS[layer.activation_scaling]
     codes, *scales = build.fpq(quantizer, x, *constants, name="quantize", **choices)
-    (value,) = build.fpq(inverse, codes, *scales, *constants, name="dequantize", **choices)
-    return value
+    return build.fpq(inverse, codes, *scales, *constants, name="dequantize", **choices)[0]
 
 
 def _weight(build: LayerBuilder) -> ir.Value:
     """DequantizeWeight of the stored codes, [K, N]."""
     layer, table = build.layer, multiplier_table(build.layer)
     group_size = 0 if layer.granularity == "per_channel" else layer.group_size
-    multipliers = _multiplier_codes(layer, table, group_size)
-    arrays: dict[str, NDArray[Any]] = {"codes": layer.codes, "scales": layer.scales, "multipliers": multipliers}
-    stored = [build.stored(key, array) for key, array in arrays.items()]
+    multipliers = no_multipliers(layer.in_features, group_size)
+    if layer.multipliers is not None:
+        multipliers = pack(np.searchsorted(table, layer.multipliers).astype(np.uint8), 4)
+    codes, scales = build.stored("codes", layer.codes), build.stored("scales", layer.scales)
+    stored = (codes, scales, build.stored("multipliers", multipliers))
     choices = {"in_features": layer.in_features, "group_size": group_size, "multipliers": table}
     (weight,) = build.fpq("DequantizeWeight", *stored, name="weight", format=layer.weight_format, **choices)
     node = weight.producer()
     assert node is not None
     node.metadata_props[GRANULARITY_KEY] = layer.granularity
     return weight
-
-
-def _multiplier_codes(layer: QuantizedLinear, table: tuple[int, ...], group_size: int) -> NDArray[np.uint8]:
-    """4-bit indices into the table, packed two in a byte; one row of zeros where there are no multipliers."""
-    if layer.multipliers is None:
-        return no_multipliers(layer.in_features, group_size)
-    return pack(np.searchsorted(table, layer.multipliers).astype(np.uint8), 4)
 
 
 def multiplier_table(layer: QuantizedLinear) -> tuple[int, ...]:

@@ -182,8 +182,4 @@ def _name_axes(model: ir.Model, rows: tuple[Input, ...]) -> None:
             known[str(shape[axis])] = name
     for value in _values(model.graph):
         if value.shape is not None:
-            value.shape = ir.Shape([_axis(size, known) for size in value.shape])
-
-
-def _axis(size: int | ir.SymbolicDim, known: Mapping[str, str]) -> int | str | None:
-    return size if isinstance(size, int) else known.get(str(size))
+            value.shape = ir.Shape([size if isinstance(size, int) else known.get(str(size)) for size in value.shape])

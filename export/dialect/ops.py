@@ -174,8 +174,12 @@ def _of_gemm(choices: Choices) -> Attributes:
 def _sum_groups(choices: Choices) -> Attributes:
     """Of a weight row `scale_groups` real scales, K / group_size or 1."""
     of_token = _activation_groups({**choices, "group_size": choices["activation_group"]})["groups"]
-    given = {key: choices[key] for key in ("activation_group", "scale_groups")}
-    return {**given, "sum_groups": math.lcm(of_token, choices["scale_groups"])}
+    of_channel = choices["scale_groups"]
+    return {
+        "activation_group": choices["activation_group"],
+        "scale_groups": of_channel,
+        "sum_groups": math.lcm(of_token, of_channel),
+    }
 
 
 def _epsilon(choices: Choices) -> Attributes:

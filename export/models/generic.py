@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from export.errors import ModelError
+from export.models.config import FILE as CONFIG
 from export.models.families import OUTPUT, PATCH_EMBED, Config, Family, Input, call_plain
 
 if TYPE_CHECKING:
@@ -64,11 +65,11 @@ def generic_family(class_name: str, config: Config, folder: Path) -> Family:
     cls = getattr(diffusers, class_name, None)
     if cls is None or not hasattr(cls, "forward"):
         raise ModelError(
-            f"{folder / 'config.json'}: diffusers {diffusers.__version__} has no model {class_name!r}; check the name"
+            f"{folder / CONFIG}: diffusers {diffusers.__version__} has no model {class_name!r}; check the name"
         )
     for key in ("in_channels", "sample_size", "patch_size"):
         if not isinstance(config.get(key), int):
-            raise ModelError(f"{folder / 'config.json'}: {class_name} has no number {key!r}; {ADD_A_ROW}")
+            raise ModelError(f"{folder / CONFIG}: {class_name} has no number {key!r}; {ADD_A_ROW}")
     rows = _inputs(class_name, cls, config)
     return Family(
         name="generic",

@@ -19,10 +19,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from export.errors import ModelError
-from export.models.config import least_parameters, read_config
-from export.models.config_keys import OLDER_CLASS, SUCCESSORS, unread_keys
+from export.models.config import FILE as CONFIG
+from export.models.config import OLDER_CLASS, SUCCESSORS, least_parameters, read_config, unread_keys
 from export.models.description import GENERATION_FILE, Description, sample_inputs
-from export.models.families import FAMILIES, LAYER_KINDS, Config, Family
+from export.models.families import FAMILIES, Config, Family
 from export.models.read_weights import Weights, read_weights
 from export.models.sources import find
 from export.models.weights import (
@@ -41,18 +41,7 @@ if TYPE_CHECKING:
 
     from export.models.torch_modules import Denoiser
 
-__all__ = [
-    "FAMILIES",
-    "LAYER_KINDS",
-    "Family",
-    "LinearRef",
-    "LoadedModel",
-    "denoiser",
-    "float_linears",
-    "load",
-    "sample_inputs",
-    "save_kept",
-]
+__all__ = ["LinearRef", "LoadedModel", "denoiser", "float_linears", "load", "sample_inputs", "save_kept"]
 
 logger = logging.getLogger(__name__)
 # Below this many bytes in float32 a model is simply held in float32; above, 16-bit linears are upcast at use.
@@ -164,18 +153,18 @@ def _adapters_beside(root: Path, folder: Path) -> tuple[str, ...]:
 def _model_folder(root: Path) -> Path:
     if root.is_file():
         return root.parent
-    return root / "transformer" if (root / "transformer" / "config.json").is_file() else root
+    return root / "transformer" if (root / "transformer" / CONFIG).is_file() else root
 
 
 def _config_file(config: str, folder: Path) -> tuple[Path, str]:
     """The file to read the configuration from, and what to do if there is none."""
     if not config:
         remedy = "give a diffusers transformer folder, or a pipeline with transformer/"
-        return folder / "config.json", f"{remedy}; for a weights file also --config with the model's config.json"
+        return folder / CONFIG, f"{remedy}; for a weights file also --config with the model's config.json"
     path, rule = Path(config).expanduser(), "--config takes a config.json, the folder of one, a hub id or zoo:NAME"
     if not path.is_file():
         try:
-            path = _model_folder(find(config)[0]) / "config.json"
+            path = _model_folder(find(config)[0]) / CONFIG
         except ModelError as error:
             raise ModelError(f"--config {config!r}: {rule}, and this is none of them ({error})") from error
     return path, rule
@@ -330,7 +319,7 @@ def save_kept(model: LoadedModel, folder: Path) -> None:
     firsts = {tensor.data_ptr(): key for key, tensor in reversed(tensors.items())}
     own = {key: t.contiguous() if firsts[t.data_ptr()] == key else t.clone() for key, t in tensors.items()}
     save_file(own, partial / SINGLE_FILES[0])
-    (partial / "config.json").write_text(json.dumps(dict(model.config), indent=1), encoding="utf-8")
+    (partial / CONFIG).write_text(json.dumps(dict(model.config), indent=1), encoding="utf-8")
     if (model.folder / GENERATION_FILE).is_file():  # says what a cell of the image is
         shutil.copyfile(model.folder / GENERATION_FILE, partial / GENERATION_FILE)
     shutil.rmtree(folder, ignore_errors=True)

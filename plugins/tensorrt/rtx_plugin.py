@@ -15,7 +15,6 @@ from typing import Any
 
 import numpy as np
 
-from plugins.gpu.table import Argument, Spec
 from plugins.tensorrt import rtx_loader
 from plugins.tensorrt.payload import FIELD, NAMESPACE, PLUGINS, VERSION, Payload, from_text
 from plugins.tensorrt.rtx_driver import cuda_driver
@@ -36,19 +35,12 @@ class Ports:
 
 def ports_of(payload: Payload) -> Ports:
     """What the kernel reads and writes, from its arguments."""
-    row, spec = payload.row, payload.spec
-    read, written = (tuple(_type(one, spec) for one in group) for group in (row.inputs(spec), row.outputs(spec)))
-    return Ports(read, written, tuple(_width(output, spec) for output in row.outputs(spec)))
-
-
-def _type(argument: Argument, spec: Spec) -> str:
-    element = argument.element_for(spec)
-    return TYPES.get(element, element)
-
-
-def _width(output: Argument, spec: Spec) -> int:
-    """The last dimension; 1 where each row has one element."""
-    return 1 if len(output.shape) == 1 else spec.dims[output.shape[-1]]
+    spec, inputs, outputs = payload.spec, payload.row.inputs(payload.spec), payload.row.outputs(payload.spec)
+    kinds = {argument: argument.element_for(spec) for argument in (*inputs, *outputs)}
+    read, written = (tuple(TYPES.get(kinds[one], kinds[one]) for one in group) for group in (inputs, outputs))
+    # A tensor of one dimension has one element for each row.
+    widths = tuple(1 if len(output.shape) == 1 else spec.dims[output.shape[-1]] for output in outputs)
+    return Ports(read, written, widths)
 
 
 def text_of(field: Any) -> str:
