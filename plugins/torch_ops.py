@@ -61,14 +61,14 @@ class TorchOp:
         return kernel(self.kernel)
 
     @property
-    def required(self) -> tuple[str, ...]:
-        """Tensors that every call has."""
-        return tuple(argument.name for argument in self._tensors("input") if self._is_always_there(argument))
-
-    @property
-    def optional(self) -> tuple[str, ...]:
-        """Tensors that some calls have."""
-        return tuple(argument.name for argument in self._tensors("input") if not self._is_always_there(argument))
+    def inputs(self) -> tuple[list[str], list[str]]:
+        """Names of the tensors that every call has, and of those that some have."""
+        always: list[str] = []
+        sometimes: list[str] = []
+        for argument in self._tensors("input"):
+            is_always_there = argument.when is None or argument.when in self.fixed
+            (always if is_always_there else sometimes).append(argument.name)
+        return always, sometimes
 
     def _tensors(self, role: str) -> list[Argument]:
         """Arguments of a role but those that the fixed fields exclude."""
@@ -80,15 +80,12 @@ class TorchOp:
             and not self.fixed.get(argument.unless or "", False)
         ]
 
-    def _is_always_there(self, argument: Argument) -> bool:
-        return argument.when is None or argument.when in self.fixed
-
     @property
     def schema(self) -> str:
         """The op's arguments and results, as torch declares them."""
         tokens = [argument for argument in self.row.arguments if argument.name == "tokens"]
-        parts = [f"Tensor {name}" for name in self.required] + ["*"]
-        parts += [f"Tensor? {name}=None" for name in self.optional]
+        always, sometimes = self.inputs
+        parts = [f"Tensor {name}" for name in always] + ["*"] + [f"Tensor? {name}=None" for name in sometimes]
         parts += [f"SymInt tokens{'=0' if argument.when else ''}" for argument in tokens]
         spec_fields = {one.name: one for one in fields(self.row.spec)}
         for one in (spec_fields[name] for name in self.choices):
@@ -101,8 +98,9 @@ class TorchOp:
 
     def bound(self, tensors: tuple[Tensor, ...], named: Mapping[str, Any]) -> tuple[Spec, Operands, dict[str, int]]:
         """(spec, tensors by name, sizes by name) of a call. Raises RecipeError or ContractError as the spec does."""
-        operands = dict(zip(self.required, tensors, strict=True))
-        operands |= {name: named[name] for name in self.optional if named.get(name) is not None}
+        always, sometimes = self.inputs
+        operands = dict(zip(always, tensors, strict=True))
+        operands |= {name: named[name] for name in sometimes if named.get(name) is not None}
         choices = {name: named[name] for name in self.choices if name in named}
         choices = {name: tuple(value) if isinstance(value, list) else value for name, value in choices.items()}
         spec = self.row.spec(**{**self.fixed, **self.inferred(operands), **choices})

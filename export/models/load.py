@@ -28,7 +28,7 @@ from export.models.sources import find
 from export.models.weights import (
     ADAPTER_FILES,
     MERGE,
-    SINGLE_FILES,
+    WEIGHTS_FILE,
     WeightsFiles,
     find_weights,
     weights_file,
@@ -318,7 +318,7 @@ def save_kept(model: LoadedModel, folder: Path) -> None:
     # One tensor of a file may be several of the model (DiT's own files have one embedder for all blocks).
     firsts = {tensor.data_ptr(): key for key, tensor in reversed(tensors.items())}
     own = {key: t.contiguous() if firsts[t.data_ptr()] == key else t.clone() for key, t in tensors.items()}
-    save_file(own, partial / SINGLE_FILES[0])
+    save_file(own, partial / WEIGHTS_FILE)
     (partial / CONFIG).write_text(json.dumps(dict(model.config), indent=1), encoding="utf-8")
     if (model.folder / GENERATION_FILE).is_file():  # says what a cell of the image is
         shutil.copyfile(model.folder / GENERATION_FILE, partial / GENERATION_FILE)

@@ -94,14 +94,7 @@ def build(path: Path, flags: tuple[str, ...] = (), sources: tuple[str, ...] = SO
     wide = X86_FLAGS if platform.machine() in ("x86_64", "AMD64") else ()
     command = [compiler(), *FLAGS, *wide, *flags, *sources, "-o", str(path.absolute())]
     done = subprocess.run(
-        command,
-        cwd=FOLDER,
-        capture_output=True,
-        text=True,
-        encoding="utf-8",
-        errors="replace",
-        check=False,
-        timeout=TIMEOUT_S,
+        command, cwd=FOLDER, capture_output=True, encoding="utf-8", errors="replace", check=False, timeout=TIMEOUT_S
     )
     if done.returncode:
         lines = [line for line in done.stderr.splitlines() if "error" in line] or done.stderr.splitlines()

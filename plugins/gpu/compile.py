@@ -318,13 +318,7 @@ def cuobjdump(cubin: bytes, option: str) -> str:
         command = [str(path), option, file.name]
         try:
             done = subprocess.run(
-                command,
-                capture_output=True,
-                text=True,
-                encoding="utf-8",
-                errors="replace",
-                check=False,
-                timeout=TOOL_TIMEOUT_S,
+                command, capture_output=True, encoding="utf-8", errors="replace", check=False, timeout=TOOL_TIMEOUT_S
             )
         except OSError as error:
             raise EnvironmentLacksError(f"{path} does not run ({error}); reinstall triton") from error
