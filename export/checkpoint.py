@@ -11,9 +11,9 @@ import json
 import os
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal, TypeVar, get_args
 
 import numpy as np
 from annotated_types import Ge, Le, MinLen
@@ -22,7 +22,6 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 from typing_extensions import TypedDict
 
-from export.checkpoint_checks import check_activation, check_low_rank
 from export.documents import Rules, open_file, read_json
 from export.errors import ContractError
 from export.formats.format import get_format, pack, packed_size, unpack
@@ -30,6 +29,7 @@ from export.formats.operands import exact_multipliers
 from export.router import ARRAYS as ROUTER_ARRAYS
 from export.router import Router
 
+Number = TypeVar("Number", np.float64, np.integer)
 SCHEMA_VERSION = 2
 Granularity = Literal["per_channel", "exact_group", "group"]
 ActivationScaling = Literal["per_token", "per_tensor", "token_group"]
@@ -75,42 +75,34 @@ class QuantizedLinear:
     router: Router | None = None
 
     def __post_init__(self) -> None:
-        if self.granularity not in get_args(Granularity):
-            raise ContractError(f"{self.name}: granularity {self.granularity!r}; use one of {get_args(Granularity)}")
+        """Raises ContractError naming the layer."""
+        for key, kinds in (("granularity", Granularity), ("activation_scaling", ActivationScaling)):
+            if getattr(self, key) not in get_args(kinds):
+                raise ContractError(f"{self.name}: {key} {getattr(self, key)!r}; use one of {get_args(kinds)}")
         if self.granularity != "per_channel" and (self.group_size <= 0 or self.in_features % self.group_size):
             raise ContractError(
                 f"{self.name}: K={self.in_features} is not a multiple of group_size {self.group_size}; use a divisor"
             )
         get_format(self.activation_format)
-        self._check_arrays()
-        if not np.isfinite(self.scales).all():
-            raise ContractError(f"{self.name}: a weight scale is NaN or Inf; the float weight is broken")
-        if not (self.scales > 0).all():
-            smallest = float(self.scales.min())
-            raise ContractError(f"{self.name}: a weight scale is {smallest:g} and must be above 0; calibrate again")
-        if self.bias is not None and not np.isfinite(self.bias).all():
-            raise ContractError(f"{self.name}: the bias holds NaN or Inf; the float model is broken")
-        finite = np.isfinite(get_format(self.weight_format).values)
-        if not (finite.all() or finite[self.unpacked_codes()].all()):
-            raise ContractError(f"{self.name}: a {self.weight_format} code is NaN or Inf; the float weight is broken")
-        if self.multipliers is not None:
-            self._check_multipliers(self.multipliers)
-        check_activation(self)
-        check_low_rank(self)
+        self._check_weight()
+        self._check_activation_group()
+        self._check_static()
+        self._check_low_rank()
+        for key in ("input_multiplier", "input_offset"):
+            self._check_learned(key, (self.in_features,))
 
-    def _check_arrays(self) -> None:
-        """Presence, dtype and shape of every array."""
+    def _check_weight(self) -> None:
+        """Presence, dtype, shape and numbers of the arrays of weight and bias."""
         if self.codes.ndim != 2:
             raise ContractError(f"{self.name}: codes have shape {self.codes.shape}; expected [N, packed bytes]")
-        n = self.out_features
-        multiplied = self.granularity == "exact_group"
-        if (self.multipliers is not None) != multiplied:
+        n, fmt = self.out_features, get_format(self.weight_format)
+        if (self.multipliers is not None) != (self.granularity == "exact_group"):
             presence = "without" if self.multipliers is None else "with"
             raise ContractError(
                 f"{self.name}: {self.granularity} {presence} multipliers; they go with exact_group only"
             )
         expected = {
-            "codes": (np.uint8, (n, packed_size(get_format(self.weight_format).bits, self.in_features))),
+            "codes": (np.uint8, (n, packed_size(fmt.bits, self.in_features))),
             "scales": (np.float32, (n, self.groups if self.granularity == "group" else 1)),
             "multipliers": (np.uint8, (n, self.groups)),
             "bias": (np.float32, (n,)),
@@ -122,14 +114,79 @@ class QuantizedLinear:
                     f"{self.name}: {key} are {array.dtype} {array.shape}; {self.weight_format} {self.granularity} "
                     f"with K={self.in_features} needs {np.dtype(dtype)} {shape}"
                 )
-
-    def _check_multipliers(self, multipliers: NDArray[np.uint8]) -> None:
+        if not np.isfinite(self.scales).all():
+            raise ContractError(f"{self.name}: a weight scale is NaN or Inf; the float weight is broken")
+        if not (self.scales > 0).all():
+            smallest = float(self.scales.min())
+            raise ContractError(f"{self.name}: a weight scale is {smallest:g} and must be above 0; calibrate again")
+        if self.bias is not None and not np.isfinite(self.bias).all():
+            raise ContractError(f"{self.name}: the bias holds NaN or Inf; the float model is broken")
+        finite = np.isfinite(fmt.values)
+        if not (finite.all() or finite[self.unpacked_codes()].all()):
+            raise ContractError(f"{self.name}: a {self.weight_format} code is NaN or Inf; the float weight is broken")
         allowed = exact_multipliers(self.weight_format, ("INT8",))
-        if not np.isin(multipliers, allowed).all():
-            inexact = sorted(set(np.unique(multipliers).tolist()) - set(allowed))
+        if self.multipliers is not None and not np.isin(self.multipliers, allowed).all():
+            inexact = sorted(set(np.unique(self.multipliers).tolist()) - set(allowed))
             raise ContractError(
                 f"{self.name}: multipliers {inexact} would not be exact; {self.weight_format} allows {allowed}"
             )
+
+    def _check_activation_group(self) -> None:
+        group, k = self.activation_group, self.in_features
+        if self.activation_scaling != "token_group":
+            if group:
+                fault = f"{self.activation_scaling} with activation_group {group}"
+                raise ContractError(f"{self.name}: {fault}; it goes with token_group only, use 0")
+        elif group <= 0 or k % group:
+            raise ContractError(f"{self.name}: K={k} is not a multiple of activation_group {group}; use a divisor")
+        elif not get_format(self.activation_format).sign_bits:
+            raise ContractError(
+                f"{self.name}: token_group with the unsigned format {self.activation_format}; "
+                f"a zero point needs per_tensor, so use a signed format or per_tensor"
+            )
+
+    def _check_static(self) -> None:
+        """Scale and zero of a static activation."""
+        static, fmt = self.activation_scaling == "per_tensor", get_format(self.activation_format)
+        if (self.activation_scale is not None) != static:
+            presence = "without" if self.activation_scale is None else "with"
+            rule = "per_tensor needs one, the others have none"
+            raise ContractError(f"{self.name}: {self.activation_scaling} {presence} activation_scale; {rule}")
+        if (self.activation_zero is not None) != (static and not fmt.sign_bits):
+            presence = "without" if self.activation_zero is None else "with"
+            rule = "a zero goes with per_tensor and an unsigned format such as UE2M2, and only there"
+            raise ContractError(f"{self.name}: {self.activation_scaling} {fmt.name} {presence} activation_zero; {rule}")
+        for key in ("activation_scale", "activation_zero"):
+            self._check_learned(key, (1,))
+        if self.activation_scale is not None and not self.activation_scale[0] > 0:
+            fault = f"activation_scale {self.activation_scale[0]:g} is not above 0"
+            raise ContractError(f"{self.name}: {fault}; calibrate with data that reaches this layer")
+
+    def _check_low_rank(self) -> None:
+        """Low-rank branches and router come together and fit."""
+        parts = {key: getattr(self, key) is not None for key in ("lora_down", "lora_up", "router")}
+        if not any(parts.values()):
+            return
+        if not all(parts.values()):
+            missing = next(key for key, present in parts.items() if not present)
+            raise ContractError(
+                f"{self.name}: {missing} is missing; low-rank branches need lora_down, lora_up and router"
+            )
+        assert self.lora_down is not None and self.router is not None
+        branches = self.router.branches
+        rank = self.lora_down.shape[1] if self.lora_down.ndim == 3 else 0
+        self._check_learned("lora_down", (branches, rank, self.in_features))
+        self._check_learned("lora_up", (branches, self.out_features, rank))
+
+    def _check_learned(self, key: str, shape: tuple[int, ...]) -> None:
+        """Of an array that a method may have learned: float32, of this shape, finite."""
+        array = getattr(self, key)
+        if array is None:
+            return
+        if array.dtype != np.float32 or array.shape != shape:
+            raise ContractError(f"{self.name}: {key} is {array.dtype} {array.shape}; it must be float32 {shape}")
+        if not np.isfinite(array).all():
+            raise ContractError(f"{self.name}: {key} has NaN or Inf; calibrate again")
 
     @property
     def out_features(self) -> int:
@@ -169,9 +226,11 @@ class QuantizedLinear:
         grouped *= self.scales[..., None]
         return value
 
-    def _with_multipliers(self, of_code: NDArray[Any]) -> NDArray[Any]:
+    def _with_multipliers(self, of_code: NDArray[Number]) -> NDArray[Number]:
         """[N, K]: `of_code` [2^bits] looked up and multiplied in place, so that one array of that size is made."""
-        values = np.take(of_code, self.unpacked_codes())  # always C order, so that the reshape below is a view
+        values: NDArray[Number] = np.take(
+            of_code, self.unpacked_codes()
+        )  # always C order, so that the reshape below is a view
         if self.multipliers is not None:
             grouped = values.reshape(self.out_features, self.groups, -1)
             grouped *= self.multipliers[..., None].astype(values.dtype)
@@ -197,12 +256,11 @@ ARRAYS = (
     "codes", "scales", "multipliers", "bias", "activation_scale", "activation_zero", "input_multiplier",
     "input_offset", "lora_down", "lora_up",
 )  # fmt: skip
-ROW_KEYS = [field.name for field in fields(QuantizedLinear) if field.name not in (*ARRAYS, "router")]
 Size = Annotated[int, Ge(0), Le(2**24)]
 
 
 class LayerRow(TypedDict):
-    """What is not an array of a QuantizedLinear; these are the keys of ROW_KEYS."""
+    """What is not an array of a QuantizedLinear."""
 
     name: Annotated[str, MinLen(1)]
     kind: str
@@ -239,7 +297,7 @@ def save(layers: list[QuantizedLinear], folder: Path) -> None:
     present = {key: np.ascontiguousarray(value) for key, value in arrays.items() if value is not None}
     save_file(present, folder / f"{WEIGHTS_FILE}.part")
     os.replace(folder / f"{WEIGHTS_FILE}.part", folder / WEIGHTS_FILE)
-    rows = [{key: getattr(layer, key) for key in ROW_KEYS} for layer in layers]
+    rows = [{key: getattr(layer, key) for key in LayerRow.__annotations__} for layer in layers]
     text = json.dumps({"schema_version": SCHEMA_VERSION, "layers": rows}, indent=1)
     (folder / f"{LAYERS_FILE}.part").write_text(text, encoding="utf-8")
     os.replace(folder / f"{LAYERS_FILE}.part", folder / LAYERS_FILE)
@@ -280,7 +338,7 @@ def _read_rows(path: Path) -> list[LayerRow]:
     return rows
 
 
-def _load_router(tensors: Any, names: set[str]) -> Router | None:
+def _load_router(tensors: safe_open, names: set[str]) -> Router | None:
     keys = {key: f"router/{key}" for key in ROUTER_ARRAYS}
     missing = [name for name in keys.values() if name not in names]
     if len(missing) == len(keys):
@@ -290,10 +348,10 @@ def _load_router(tensors: Any, names: set[str]) -> Router | None:
     return Router(**{key: tensors.get_tensor(name) for key, name in keys.items()})
 
 
-def _load_layer(row: LayerRow, tensors: Any, names: set[str], router: Router | None) -> QuantizedLinear:
+def _load_layer(row: LayerRow, tensors: safe_open, names: set[str], router: Router | None) -> QuantizedLinear:
     keys = {key: f"{row['name']}/{key}" for key in ARRAYS}
     missing = [keys[key] for key in ("codes", "scales") if keys[key] not in names]
     if missing:
         raise ContractError(f"{WEIGHTS_FILE}: tensor {missing[0]} is missing; {REMEDY}")
-    arrays: dict[str, Any] = {key: tensors.get_tensor(name) if name in names else None for key, name in keys.items()}
-    return QuantizedLinear(**row, **arrays, router=router if arrays["lora_down"] is not None else None)
+    arrays = {key: tensors.get_tensor(name) for key, name in keys.items() if name in names}
+    return QuantizedLinear(**row, **arrays, router=router if "lora_down" in arrays else None)

@@ -14,6 +14,7 @@ import re
 import stat
 import tomllib
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from io import BufferedReader
@@ -116,23 +117,31 @@ def read_json(path: Path, schema: type[T], rules: Rules = Rules()) -> T:
     return _validated(text, str(path), schema, rules)
 
 
-def check_json(text: str, source: str, rules: Rules = Rules()) -> Any:
+def check_json(text: str, source: str, rules: Rules = Rules()) -> object:
     """The document in a JSON text, its form checked, its schema not."""
-    hooks: dict[str, Any] = {"object_pairs_hook": _object, "parse_constant": _no_constant}
-    try:
-        document = json.loads(text, parse_int=_integer, parse_float=_float, **hooks)
+    with _refusing(source, rules, " is not valid JSON"):
+        document = json.loads(
+            text, parse_int=_integer, parse_float=_float, object_pairs_hook=_object, parse_constant=_no_constant
+        )
         _check_values(document)
-    except RecursionError as error:
-        raise rules.error(f"{source} is nested more than {MOST_DEPTH} deep; {rules.remedy}") from error
-    except _WrongDocument as error:
-        raise rules.error(f"{source}: {error}; {rules.remedy}") from error
-    except ValueError as error:
-        raise rules.error(f"{source} is not valid JSON ({error}); {rules.remedy}") from error
     _check_version(document, source, rules)
     return document
 
 
-def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+@contextmanager
+def _refusing(source: str, rules: Rules, fault: str) -> Iterator[None]:
+    """Within, a text is parsed and its values are checked. fault: what is wrong with a text of another form."""
+    try:
+        yield
+    except RecursionError as error:
+        raise rules.error(f"{source} is nested more than {MOST_DEPTH} deep; {rules.remedy}") from error
+    except _WrongDocument as error:
+        raise rules.error(f"{source}: {error}; {rules.remedy}") from error
+    except ValueError as error:  # of json and tomllib, and what int() and datetime say of numbers and dates
+        raise rules.error(f"{source}{fault} ({error}); {rules.remedy}") from error
+
+
+def _object(pairs: list[tuple[str, object]]) -> dict[str, object]:
     document = dict(pairs)
     if len(document) < len(pairs):
         keys = [key for key, _ in pairs]
@@ -156,9 +165,9 @@ def _float(digits: str) -> float:
     return float(digits)
 
 
-def _check_values(document: Any) -> None:
+def _check_values(document: object) -> None:
     """Depth and texts of a parsed document, without recursion."""
-    level = [document]
+    level: list[object] = [document]
     for _ in range(MOST_DEPTH):
         if not level:
             return
@@ -166,7 +175,7 @@ def _check_values(document: Any) -> None:
     raise RecursionError
 
 
-def _contents(value: Any) -> Iterator[Any]:
+def _contents(value: object) -> Iterator[object]:
     """What a value holds; nothing for a text or number, which is checked."""
     if isinstance(value, str) and UNSHOWN.search(value):
         raise _WrongDocument(f"the text {value[:SHOWN_CHARACTERS]!r} has characters that cannot be shown")
@@ -179,7 +188,7 @@ def _contents(value: Any) -> Iterator[Any]:
         yield from value
 
 
-def _check_version(document: Any, source: str, rules: Rules) -> None:
+def _check_version(document: object, source: str, rules: Rules) -> None:
     if rules.version is None:
         return
     version = document.get("schema_version") if isinstance(document, dict) else None
@@ -192,7 +201,7 @@ def _check_version(document: Any, source: str, rules: Rules) -> None:
 
 
 @cache
-def _adapter(schema: Any) -> TypeAdapter[Any]:
+def _adapter(schema: type[T]) -> TypeAdapter[T]:
     from pydantic import TypeAdapter  # takes a tenth of a second, which `--help` and `list` need not spend
 
     return TypeAdapter(schema)
@@ -203,13 +212,13 @@ def _validated(text: str, source: str, schema: type[T], rules: Rules) -> T:
     from pydantic import ValidationError
 
     try:
-        adapter: TypeAdapter[T] = _adapter(schema)  # type: ignore[arg-type]
+        adapter: TypeAdapter[T] = _adapter(schema)  # type: ignore[arg-type]  # types are hashable
         return adapter.validate_json(text, strict=True, extra=rules.extra)
     except ValidationError as error:
         raise rules.error(f"{source}: {_first_fault(error)}; {rules.remedy}") from error
 
 
-def validated(document: Any, source: str, schema: type[T], rules: Rules = Rules()) -> T:
+def validated(document: object, source: str, schema: type[T], rules: Rules = Rules()) -> T:
     """A document that was parsed already, as `schema` describes it. Raises `rules.error` naming `source`."""
     return _validated(json.dumps(document), source, schema, rules)
 
@@ -225,7 +234,7 @@ def _first_fault(error: ValidationError) -> str:
     return f"{key} is {shown(row['input'])}; {row['msg'].replace('Input', 'it', 1)}"
 
 
-def shown(value: Any) -> str:
+def shown(value: object) -> str:
     """A value of a document in a message: its beginning.
 
     >>> shown("a" * 200)[-5:], shown(None), shown([1, 2])
@@ -240,13 +249,7 @@ def shown(value: Any) -> str:
 
 def parse_toml(text: str, source: str, rules: Rules) -> dict[str, Any]:
     """The document in a TOML text; numbers may be inf or nan there. Raises `rules.error` naming `source`."""
-    try:
+    with _refusing(source, rules, ": not valid TOML"):
         document = tomllib.loads(text)
         _check_values(document)
-    except RecursionError as error:
-        raise rules.error(f"{source} is nested more than {MOST_DEPTH} deep; {rules.remedy}") from error
-    except _WrongDocument as error:
-        raise rules.error(f"{source}: {error}; {rules.remedy}") from error
-    except ValueError as error:  # TOMLDecodeError, and what int() and datetime say of numbers and dates
-        raise rules.error(f"{source}: not valid TOML ({error}); {rules.remedy}") from error
     return document

@@ -48,11 +48,15 @@ def _wrong(name: str) -> str:
     parts = name.split("/")
     if PurePosixPath(name).is_absolute() or PureWindowsPath(name).anchor or ".." in parts or "\\" in name:
         return "leaves the folder"
-    if FORBIDDEN.search(name) or any(len(part.encode()) > MOST_BYTES for part in parts):
-        return "leaves the folder on some systems, or cannot be a name there"
-    if any(part in ("", ".") or part[-1] in ". " or PureWindowsPath(part).is_reserved() for part in parts):
+    if FORBIDDEN.search(name) or any(map(_is_no_name, parts)):
         return "leaves the folder on some systems, or cannot be a name there"
     return ""
+
+
+def _is_no_name(part: str) -> bool:
+    """Is there a system on which no file can have this name?"""
+    too_long = len(part.encode()) > MOST_BYTES
+    return too_long or part in ("", ".") or part[-1] in ". " or PureWindowsPath(part).is_reserved()
 
 
 def leads_inside(path: Path, folder: Path) -> bool:

@@ -14,7 +14,6 @@ from onnx.external_data_helper import ExternalDataInfo
 
 from export.documents import open_file
 from export.errors import ContractError, UserError
-from export.models.model_file import read_model
 from export.names import inside
 
 REMEDY = "the file is damaged, build again"
@@ -52,10 +51,35 @@ def read_graph(path: Path) -> onnx.ModelProto:
 
 
 def load_model(path: Path) -> ir.Model:
-    """The model in `path`, checked as `read_graph` does; external data is read where it is used."""
+    """The model in `path`, checked as `read_graph` does; its tensors are mapped from `path`.data where they are used.
+
+    In the hub's cache that file is a link to a blob, and onnx_ir reads no link that leaves the folder. The tensors are
+    then taken from where it ends, which is for the one who opens a bundle to judge
+    (`pipeline.bundle.bundle.verify_files`).
+    """
     read_graph(path)
     with reading(path):
-        return read_model(path)
+        model = ir.load(path)
+        data = path.with_name(f"{path.name}.data")
+        blob = data.resolve()
+        for graph in model.graphs() if data.is_symlink() else ():
+            for value in graph.initializers.values():
+                if isinstance(value.const_value, ir.ExternalTensor) and value.const_value.location == data.name:
+                    value.const_value = _moved(value.const_value, blob)
+    return model
+
+
+def _moved(tensor: ir.ExternalTensor, file: Path) -> ir.ExternalTensor:
+    """The same bytes of another file."""
+    return ir.ExternalTensor(
+        file.name,
+        tensor.offset,
+        tensor.length,
+        tensor.dtype,
+        shape=tensor.shape,
+        name=tensor.name,
+        base_dir=file.parent,
+    )
 
 
 def check_tensors(model: onnx.ModelProto, path: Path) -> None:
@@ -69,21 +93,16 @@ def check_tensors(model: onnx.ModelProto, path: Path) -> None:
 
 
 def _check_external(tensor: onnx.TensorProto, path: Path) -> None:
-    info = _external(tensor, path)
+    try:
+        info = ExternalDataInfo(tensor)
+    except ValueError as error:
+        raise ContractError(f"{path}: {tensor.name} does not say where its data is ({error}); {REMEDY}") from error
     data = inside(path.parent, info.location, path)
     size = data.stat().st_size if data.is_file() else -1
     expected, offset = tensor_bytes(tensor, path), info.offset or 0
     if size < 0 or offset < 0 or offset + expected > size or (info.length or expected) != expected:
         state = f"has {size} bytes" if size >= 0 else "is missing"
         raise ContractError(f"{data} {state}, but {tensor.name} ends at byte {offset + expected}; {REMEDY}")
-
-
-def _external(tensor: onnx.TensorProto, path: Path) -> ExternalDataInfo:
-    """Where the data of a tensor is, as the graph says."""
-    try:
-        return ExternalDataInfo(tensor)
-    except ValueError as error:
-        raise ContractError(f"{path}: {tensor.name} does not say where its data is ({error}); {REMEDY}") from error
 
 
 def tensor_bytes(tensor: onnx.TensorProto, path: Path) -> int:

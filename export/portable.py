@@ -10,11 +10,12 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from export.checkpoint import QuantizedLinear
+from export.dialect.graph import KIND_KEY, LAYER_KEY, inputs_of
 from export.dialect.ops import DOMAIN
 from export.errors import ContractError
 from export.formats.format import get_format, unpack
 from export.onnx_files import load_model, reading
-from export.quantize_graph import GRANULARITY_KEY, KIND_KEY, LAYER_KEY, QUANTIZERS, ROUTER
+from export.quantize_graph import GRANULARITY_KEY, QUANTIZERS, ROUTER
 from export.router import ARRAYS as ROUTER_ARRAYS
 from export.router import Router
 
@@ -43,26 +44,23 @@ def _read_layer(path: Path, layer: str, nodes: dict[str, ir.Node], router: Route
     if missing:
         raise ContractError(f"{path}: layer {layer} has no node {layer}/{min(missing)}; export the model again")
     weight, bias = nodes["weight"], nodes.get("bias")
-    codes, scales, multiplier_codes = (_array(path, weight, index) for index in range(3))
     granularity: Any = weight.metadata_props[GRANULARITY_KEY]
-    attributes = {
-        name: weight.attributes[name].value for name in ("format", "in_features", "group_size", "multipliers")
-    }
+    in_features, group_size = (weight.attributes[name].as_int() for name in ("in_features", "group_size"))
     multipliers = None
     if granularity == "exact_group":
-        groups = attributes["in_features"] // attributes["group_size"]
-        multipliers = np.asarray(attributes["multipliers"], np.uint8)[unpack(multiplier_codes, 4, groups)]
+        table = np.asarray(weight.attributes["multipliers"].as_ints(), np.uint8)
+        multipliers = table[unpack(_array(path, weight, "multiplier_codes"), 4, in_features // group_size)]
     return QuantizedLinear(
         name=layer,
         kind=weight.metadata_props[KIND_KEY],
-        in_features=attributes["in_features"],
-        weight_format=attributes["format"],
+        in_features=in_features,
+        weight_format=weight.attributes["format"].as_string(),
         granularity=granularity,
-        group_size=attributes["group_size"],
-        codes=codes,
-        scales=scales,
+        group_size=group_size,
+        codes=_array(path, weight, "codes"),
+        scales=_array(path, weight, "scales"),
         multipliers=multipliers,
-        bias=None if bias is None else _array(path, bias, 1),
+        bias=None if bias is None else _array(path, bias, "B"),
         **_activation(path, nodes["quantize"]),
         **_around(path, nodes),
         router=router if "low_rank" in nodes else None,
@@ -76,19 +74,19 @@ def _activation(path: Path, quantizer: ir.Node) -> dict[str, Any]:
     if scaling == "token_group":
         fields["activation_group"] = quantizer.attributes["group_size"].value
     if scaling == "per_tensor":
-        fields["activation_scale"] = _array(path, quantizer, 1)
+        fields["activation_scale"] = _array(path, quantizer, "scale")
         if not get_format(fields["activation_format"]).sign_bits:
-            fields["activation_zero"] = _array(path, quantizer, 2)
+            fields["activation_zero"] = _array(path, quantizer, "zero")
     return fields
 
 
 def _around(path: Path, nodes: dict[str, ir.Node]) -> dict[str, Any]:
     """Balance of the input and low-rank branches, as far as the layer has them."""
     balance = {"input_multiplier": "multiply", "input_offset": "offset"}
-    fields = {key: _array(path, nodes[role], 1) for key, role in balance.items() if role in nodes}
+    fields = {key: _array(path, nodes[role], "B") for key, role in balance.items() if role in nodes}
     for key in ("lora_down", "lora_up"):
         if key in nodes:
-            turned = _array(path, nodes[key], 0).transpose(0, 2, 1)
+            turned = _array(path, nodes[key], "data").transpose(0, 2, 1)
             fields[key] = np.ascontiguousarray(turned.astype(np.float32))
     return fields
 
@@ -104,8 +102,8 @@ def _read_router(path: Path, model: ir.Model) -> Router | None:
     return Router(**{key: tensor.numpy() for key, tensor in arrays.items() if tensor is not None})
 
 
-def _array(path: Path, node: ir.Node, index: int) -> NDArray[Any]:
-    value = node.inputs[index]
-    if value is None or value.const_value is None or node.domain not in ("", DOMAIN):
-        raise ContractError(f"{path}: input {index} of {node.name} is not a stored tensor; export the model again")
+def _array(path: Path, node: ir.Node, name: str) -> NDArray[Any]:
+    value = inputs_of(node).get(name) if node.domain in ("", DOMAIN) else None
+    if value is None or value.const_value is None:
+        raise ContractError(f"{path}: input {name} of {node.name} is not a stored tensor; export the model again")
     return value.const_value.numpy()

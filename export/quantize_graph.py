@@ -16,22 +16,21 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from export.checkpoint import QuantizedLinear, half_where_exact, shared_router
-from export.dialect.graph import FLOAT, KIND_KEY, LAYER_KEY, GraphBuilder, result_of
-from export.dialect.ops import DOMAIN, OPS, VERSION, no_multipliers
+from export.dialect.graph import (
+    FLOAT,
+    KIND_KEY,
+    LAYER_KEY,
+    GraphBuilder,
+    add_functions,
+    attribute,
+    is_op,
+    result_of,
+)
+from export.dialect.ops import DOMAIN, no_multipliers
 from export.errors import ContractError
 from export.formats.format import pack
 from export.formats.operands import exact_multipliers
 from export.router import ARRAYS, Router
-
-__all__ = [
-    "GRANULARITY_KEY",
-    "KIND_KEY",
-    "LAYER_KEY",
-    "PLACEHOLDER",
-    "QUANTIZERS",
-    "multiplier_table",
-    "quantize_graph",
-]
 
 PLACEHOLDER = "QuantizedLinear"
 TIMESTEP, ROUTER = "timestep", "router"
@@ -57,7 +56,7 @@ def quantize_graph(model: ir.Model, layers: list[QuantizedLinear]) -> None:
 
     Raises ContractError naming a layer without a placeholder, or a placeholder without a layer.
     """
-    nodes = {str(node.attributes["layer"].value): node for node in model.graph if _is_placeholder(node)}
+    nodes = {str(attribute(node, "layer")): node for node in model.graph if is_op(node, PLACEHOLDER, DOMAIN)}
     by_name = {layer.name: layer for layer in layers}
     _check_coverage(nodes, by_name)
     router = shared_router(layers)
@@ -65,14 +64,8 @@ def quantize_graph(model: ir.Model, layers: list[QuantizedLinear]) -> None:
     for name, node in nodes.items():
         _replace(model.graph, node, by_name[name], branch)
     used = {layer.activation_scaling for layer in layers}
-    for op in (*(op for scaling, pair in QUANTIZERS.items() if scaling in used for op in pair), "DequantizeWeight"):
-        function = ir.serde.deserialize_function(OPS[op].function())
-        model.functions[function.identifier()] = function
-    model.opset_imports[DOMAIN] = VERSION
-
-
-def _is_placeholder(node: ir.Node) -> bool:
-    return node.domain == DOMAIN and node.op_type == PLACEHOLDER
+    quantizers = [op for scaling, pair in QUANTIZERS.items() if scaling in used for op in pair]
+    add_functions(model, [*quantizers, "DequantizeWeight"])
 
 
 def _check_coverage(nodes: dict[str, ir.Node], by_name: dict[str, QuantizedLinear]) -> None:
@@ -89,7 +82,7 @@ def _check_coverage(nodes: dict[str, ir.Node], by_name: dict[str, QuantizedLinea
 def _replace(graph: ir.Graph, node: ir.Node, layer: QuantizedLinear, branch: ir.Value | None) -> None:
     """x [-> Mul -> Add] -> quantize -> dequantize -> MatMul(., DequantizeWeight) -> Add bias [-> Add low-rank]."""
     build = LayerBuilder(graph, node, layer)
-    x, output = node.inputs[0], result_of(node)
+    (x,), output = node.inputs, result_of(node)
     assert x is not None, f"placeholder of {layer.name} without an input"
     value = _rounded(build, _balanced(build, x))
     weight = _weight(build)
@@ -128,34 +121,24 @@ def _rounded(build: LayerBuilder, x: ir.Value) -> ir.Value:
         constants = [build.stored(key, array) for key, array in arrays.items()]
     quantizer, inverse = QUANTIZERS[layer.activation_scaling]
     codes, *scales = build.fpq(quantizer, x, *constants, name="quantize", **choices)
-    (value,) = build.fpq(inverse, codes, *scales, *constants, name="dequantize", **choices)
-    codes.shape = value.shape = x.shape
-    for scale in scales:
-        scale.shape = None if x.shape is None else ir.Shape([*x.shape[:-1], layer.activation_groups])
-    return value
+    return build.fpq(inverse, codes, *scales, *constants, name="dequantize", **choices)[0]
 
 
 def _weight(build: LayerBuilder) -> ir.Value:
     """DequantizeWeight of the stored codes, [K, N]."""
     layer, table = build.layer, multiplier_table(build.layer)
     group_size = 0 if layer.granularity == "per_channel" else layer.group_size
-    multipliers = _multiplier_codes(layer, table, group_size)
-    arrays: dict[str, NDArray[Any]] = {"codes": layer.codes, "scales": layer.scales, "multipliers": multipliers}
-    stored = [build.stored(key, array) for key, array in arrays.items()]
+    multipliers = no_multipliers(layer.in_features, group_size)
+    if layer.multipliers is not None:
+        multipliers = pack(np.searchsorted(table, layer.multipliers).astype(np.uint8), 4)
+    codes, scales = build.stored("codes", layer.codes), build.stored("scales", layer.scales)
+    stored = (codes, scales, build.stored("multipliers", multipliers))
     choices = {"in_features": layer.in_features, "group_size": group_size, "multipliers": table}
     (weight,) = build.fpq("DequantizeWeight", *stored, name="weight", format=layer.weight_format, **choices)
     node = weight.producer()
     assert node is not None
     node.metadata_props[GRANULARITY_KEY] = layer.granularity
-    weight.shape = ir.Shape([layer.in_features, layer.out_features])
     return weight
-
-
-def _multiplier_codes(layer: QuantizedLinear, table: tuple[int, ...], group_size: int) -> NDArray[np.uint8]:
-    """4-bit indices into the table, packed two in a byte; one row of zeros where there are no multipliers."""
-    if layer.multipliers is None:
-        return no_multipliers(layer.in_features, group_size)
-    return pack(np.searchsorted(table, layer.multipliers).astype(np.uint8), 4)
 
 
 def multiplier_table(layer: QuantizedLinear) -> tuple[int, ...]:

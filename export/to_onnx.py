@@ -11,21 +11,26 @@ import logging
 import os
 import shutil
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import onnx_ir as ir
+from numpy.typing import NDArray
 
 from export.carry_nan import carry_nan
 from export.checkpoint import QuantizedLinear, shared_router
-from export.dialect.graph import add_initializer
+from export.dialect.graph import GraphBuilder, add_initializer, lazy_tensor, result_of
 from export.errors import ContractError, ModelError, ResourceError
 from export.models.load import LoadedModel, denoiser, sample_inputs
 from export.models.read_weights import is_finite
 from export.quantize_graph import quantize_graph
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
 
 logger = logging.getLogger(__name__)
 # Sizes of the traced example: two different numbers above 1, so that no axis is mistaken for another.
@@ -93,15 +98,13 @@ def export_float(model: LoadedModel, path: Path, height: int = 0, width: int = 0
     """
     import torch
 
+    from export.models.torch_modules import linear_like
+
     _check_finite(model, set())
-    stand_ins = {}
-    for ref in model.linears():
-        # A weight of the right shape that takes no memory; its values are bound by name when the file is written.
-        with torch.device("meta"):
-            linear = torch.nn.Linear(ref.module.in_features, ref.module.out_features, ref.module.bias is not None)
-        linear.weight = torch.nn.Parameter(torch.zeros(1, 1).expand(ref.module.weight.shape), requires_grad=False)
-        linear.bias = ref.module.bias
-        stand_ins[ref.name] = linear
+    # A weight of the right shape that takes no memory; its values are bound by name when the file is written.
+    stand_ins = {
+        ref.name: linear_like(ref.module, torch.zeros(1, 1).expand(ref.module.weight.shape)) for ref in model.linears()
+    }
     graph = _traced(model, stand_ins, height, width)
     _bind(graph, _values(model, height, width), narrow=False)
     _save(graph, path)
@@ -150,7 +153,7 @@ def _log_undecided(layers: list[QuantizedLinear]) -> None:
 # --- graph and weights ---------------------------------------------------------------------------------------------
 
 
-def _traced(model: LoadedModel, stand_ins: Mapping[str, Any], height: int, width: int) -> ir.Model:
+def _traced(model: LoadedModel, stand_ins: Mapping[str, nn.Module], height: int, width: int) -> ir.Model:
     from export.models.torch_modules import set_resolution
     from export.trace import trace
 
@@ -160,7 +163,7 @@ def _traced(model: LoadedModel, stand_ins: Mapping[str, Any], height: int, width
     return trace(module, model.inputs, samples)
 
 
-def _values(model: LoadedModel, height: int, width: int) -> dict[str, Any]:
+def _values(model: LoadedModel, height: int, width: int) -> dict[str, torch.Tensor]:
     """Every parameter and buffer by its module path, with position tables for the resolution."""
     from export.models.torch_modules import set_resolution, with_modules
 
@@ -169,7 +172,7 @@ def _values(model: LoadedModel, height: int, width: int) -> dict[str, Any]:
     return dict([*module.named_parameters(), *module.named_buffers()])
 
 
-def _bind(graph: ir.Model, values: Mapping[str, Any], narrow: bool) -> None:
+def _bind(graph: ir.Model, values: Mapping[str, torch.Tensor], narrow: bool) -> None:
     """Turn the graph's weight inputs into initializers, read from `values` when the file is written."""
     for value in [value for value in graph.graph.inputs if value.name in values]:
         graph.graph.inputs.remove(value)
@@ -180,42 +183,42 @@ def _bind(graph: ir.Model, values: Mapping[str, Any], narrow: bool) -> None:
         if narrow and tensor.numel() >= NARROW_ELEMENTS and _fits_fp16(tensor):
             _bind_narrow(graph.graph, value, tensor)
         else:
-            value.const_value = _lazy(value.name, tensor, ir.DataType.FLOAT, lambda t: t.float())
+            value.const_value = _stored(value, tensor, ir.DataType.FLOAT)
             graph.graph.register_initializer(value)
 
 
 def _only_read_transposed(value: ir.Value) -> bool:
     """Does every reader of a matrix turn it first? (Linears on sequences do; then it is stored turned, [K, N].)"""
-    perms = [node.attributes["perm"].value for node in value.consumers() if node.op_type == "Transpose"]
+    perms = [node.attributes["perm"].as_ints() for node in value.consumers() if node.op_type == "Transpose"]
     return bool(perms) and len(perms) == len(value.uses()) and all(list(perm) == [1, 0] for perm in perms)
 
 
 def _drop_transposes(graph: ir.Graph, value: ir.Value) -> None:
     for node in list(value.consumers()):
-        value.shape = node.outputs[0].shape
-        ir.convenience.replace_all_uses_with(node.outputs[0], value)
+        value.shape = result_of(node).shape
+        ir.convenience.replace_all_uses_with(result_of(node), value)
         graph.remove(node, safe=True)
 
 
-def _fits_fp16(tensor: Any) -> bool:
+def _fits_fp16(tensor: torch.Tensor) -> bool:
     return bool((tensor.half().float() == tensor).all())
 
 
-def _bind_narrow(graph: ir.Graph, value: ir.Value, tensor: Any) -> None:
+def _bind_narrow(graph: ir.Graph, value: ir.Value, tensor: torch.Tensor) -> None:
     """fp16 initializer -> Cast -> the value that the graph reads."""
-    stored = _lazy(value.name, tensor, ir.DataType.FLOAT16, lambda t: t.half())
-    cast = ir.Node("", "Cast", [add_initializer(graph, stored)], [ir.AttrInt64("to", ir.DataType.FLOAT)])
-    cast.name = f"{value.name}/cast"
-    cast.outputs[0].name, cast.outputs[0].shape, cast.outputs[0].type = cast.name, value.shape, value.type
-    ir.convenience.replace_all_uses_with(value, cast.outputs[0])
-    graph.insert_before(graph[0], cast)
+    stored = add_initializer(graph, _stored(value, tensor, ir.DataType.FLOAT16))
+    wide = GraphBuilder(graph, graph[0], str(value.name)).op("Cast", stored, name="cast", to=ir.DataType.FLOAT.value)
+    wide.shape = value.shape
+    ir.convenience.replace_all_uses_with(value, wide)
 
 
-def _lazy(name: str | None, tensor: Any, kind: ir.DataType, convert: Callable[[Any], Any]) -> ir.LazyTensor:
-    def make() -> ir.TensorProtocol:
-        return ir.tensor(convert(tensor).contiguous().numpy(), name=name)
+def _stored(value: ir.Value, tensor: torch.Tensor, kind: ir.DataType) -> ir.LazyTensor:
+    """What a weight input becomes: float32 or float16, converted when the file is written."""
 
-    return ir.LazyTensor(make, kind, ir.Shape(tensor.shape), name=name)
+    def array() -> NDArray[np.floating]:
+        return (tensor.half() if kind == ir.DataType.FLOAT16 else tensor.float()).contiguous().numpy()
+
+    return lazy_tensor(str(value.name), kind, tensor.shape, array)
 
 
 # --- files ---------------------------------------------------------------------------------------------------------

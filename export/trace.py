@@ -21,12 +21,13 @@ from onnxscript.rewriter import rewrite
 from onnxscript.rewriter.rules import common as rules
 from torch import nn
 
+from export.dialect.functions import OPSET
 from export.dialect.ops import DOMAIN, VERSION
 from export.errors import ContractError
 from export.models.families import Input
 from export.quantize_graph import PLACEHOLDER
 
-OPSET, IR_VERSION = 21, 10
+IR_VERSION = 10
 MODULE_PREFIX = "transformer."
 # Tables of sines and positions stay below this many elements; larger constants are not computed at export.
 FOLD_LIMIT = 1 << 20
@@ -181,8 +182,4 @@ def _name_axes(model: ir.Model, rows: tuple[Input, ...]) -> None:
             known[str(shape[axis])] = name
     for value in _values(model.graph):
         if value.shape is not None:
-            value.shape = ir.Shape([_axis(size, known) for size in value.shape])
-
-
-def _axis(size: int | ir.SymbolicDim, known: Mapping[str, str]) -> int | str | None:
-    return size if isinstance(size, int) else known.get(str(size))
+            value.shape = ir.Shape([size if isinstance(size, int) else known.get(str(size)) for size in value.shape])

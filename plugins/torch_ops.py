@@ -26,7 +26,8 @@ from plugins.gpu.table import Argument, Kernel, Spec, kernel, resolved, run_time
 from plugins.torch_reference import REFERENCES, TYPE_NAMES
 
 NAMESPACE = "fpq"
-Operands = Mapping[str, Tensor | None]
+Operands = Mapping[str, Tensor]  # those that a call has
+Fields = dict[str, Any]  # of a spec
 # Type of a spec's field -> type of an op's argument.
 SCHEMA_TYPES = {
     "str": "str", "Epilogue": "str", "FloatType": "str", "int": "int", "bool": "bool", "float": "float",
@@ -52,22 +53,22 @@ class TorchOp:
     name: str
     kernel: str
     choices: tuple[str, ...]
-    inferred: Callable[[Operands], dict[str, Any]]
-    fixed: Mapping[str, Any] = field(default_factory=dict)
+    inferred: Callable[[Operands], Fields]
+    fixed: Fields = field(default_factory=dict)
 
     @property
     def row(self) -> Kernel:
         return kernel(self.kernel)
 
     @property
-    def required(self) -> tuple[str, ...]:
-        """Tensors that every call has."""
-        return tuple(argument.name for argument in self._tensors("input") if self._is_always_there(argument))
-
-    @property
-    def optional(self) -> tuple[str, ...]:
-        """Tensors that some calls have."""
-        return tuple(argument.name for argument in self._tensors("input") if not self._is_always_there(argument))
+    def inputs(self) -> tuple[list[str], list[str]]:
+        """Names of the tensors that every call has, and of those that some have."""
+        always: list[str] = []
+        sometimes: list[str] = []
+        for argument in self._tensors("input"):
+            is_always_there = argument.when is None or argument.when in self.fixed
+            (always if is_always_there else sometimes).append(argument.name)
+        return always, sometimes
 
     def _tensors(self, role: str) -> list[Argument]:
         """Arguments of a role but those that the fixed fields exclude."""
@@ -79,15 +80,12 @@ class TorchOp:
             and not self.fixed.get(argument.unless or "", False)
         ]
 
-    def _is_always_there(self, argument: Argument) -> bool:
-        return argument.when is None or argument.when in self.fixed
-
     @property
     def schema(self) -> str:
         """The op's arguments and results, as torch declares them."""
         tokens = [argument for argument in self.row.arguments if argument.name == "tokens"]
-        parts = [f"Tensor {name}" for name in self.required] + ["*"]
-        parts += [f"Tensor? {name}=None" for name in self.optional]
+        always, sometimes = self.inputs
+        parts = [f"Tensor {name}" for name in always] + ["*"] + [f"Tensor? {name}=None" for name in sometimes]
         parts += [f"SymInt tokens{'=0' if argument.when else ''}" for argument in tokens]
         spec_fields = {one.name: one for one in fields(self.row.spec)}
         for one in (spec_fields[name] for name in self.choices):
@@ -98,21 +96,19 @@ class TorchOp:
         returned = "Tensor" if len(outputs) == 1 else f"({', '.join(outputs)})"
         return f"({', '.join(parts)}) -> {returned}"
 
-    def bound(self, tensors: tuple[Tensor, ...], named: dict[str, Any]) -> tuple[Spec, Operands, dict[str, int]]:
+    def bound(self, tensors: tuple[Tensor, ...], named: Mapping[str, Any]) -> tuple[Spec, Operands, dict[str, int]]:
         """(spec, tensors by name, sizes by name) of a call. Raises RecipeError or ContractError as the spec does."""
-        operands = {
-            **dict(zip(self.required, tensors, strict=True)),
-            **{name: named.get(name) for name in self.optional},
-        }
+        always, sometimes = self.inputs
+        operands = dict(zip(always, tensors, strict=True))
+        operands |= {name: named[name] for name in sometimes if named.get(name) is not None}
         choices = {name: named[name] for name in self.choices if name in named}
         choices = {name: tuple(value) if isinstance(value, list) else value for name, value in choices.items()}
         spec = self.row.spec(**{**self.fixed, **self.inferred(operands), **choices})
-        present = {name: tensor for name, tensor in operands.items() if tensor is not None}
         read = {argument.name for argument in self.row.inputs(spec)}
-        if read != present.keys():
-            missing, unused = sorted(read - present.keys()), sorted(present.keys() - read)
+        if read != operands.keys():
+            missing, unused = sorted(read - operands.keys()), sorted(operands.keys() - read)
             raise ContractError(f"{self.name} for {spec}: missing {missing or 'nothing'}, unused {unused or 'nothing'}")
-        return spec, present, {"tokens": named["tokens"]} if "tokens" in named else {}
+        return spec, operands, {"tokens": named["tokens"]} if "tokens" in named else {}
 
     def run(self, *tensors: Tensor, **named: Any) -> Tensor | tuple[Tensor, ...]:
         """On the kernel, or what it computes."""
@@ -139,34 +135,28 @@ class TorchOp:
         return tuple(outputs) if len(outputs) > 1 else outputs[0]
 
 
-def _literal(value: Any) -> str:
+def _literal(value: object) -> str:
     """A default as schemas write it."""
     return str(list(value)) if isinstance(value, tuple) else repr(value)
 
 
-def _of_gemm(operands: Operands) -> dict[str, Any]:
+def _of_gemm(operands: Operands) -> Fields:
     """Sizes; several real scales in a row of w_scales are scales of groups; a zero point is there if it is operands."""
     a, w_scales = operands["a"], operands["w_scales"]
-    assert a is not None and w_scales is not None
     sizes = {"in_features": int(a.shape[1]), "out_features": int(w_scales.shape[0])}
-    return {**sizes, "real_groups": w_scales.shape[1] > 1, "zero_point": operands["a_zero"] is not None}
+    return {**sizes, "real_groups": w_scales.shape[1] > 1, "zero_point": "a_zero" in operands}
 
 
-def _of_weight(operands: Operands) -> dict[str, Any]:
-    w = operands["w"]
-    assert w is not None
-    return {"out_features": int(w.shape[0])}
+def _of_weight(operands: Operands) -> Fields:
+    return {"out_features": int(operands["w"].shape[0])}
 
 
-def _of_codes(operands: Operands) -> dict[str, Any]:
-    codes = operands["codes"]
-    assert codes is not None
-    return {"in_features": int(codes.shape[1])}
+def _of_codes(operands: Operands) -> Fields:
+    return {"in_features": int(operands["codes"].shape[1])}
 
 
-def _of_activations(operands: Operands) -> dict[str, Any]:
+def _of_activations(operands: Operands) -> Fields:
     x = operands["x"]
-    assert x is not None
     return {"channels": int(x.shape[1]), "input": TYPE_NAMES[x.dtype]}
 
 

@@ -19,6 +19,7 @@ from export.dialect.ops import attributes
 from export.dialect.reference import ABSMAX_FLOOR
 from export.formats.format import get_format
 from export.formats.operands import exact_sum_limit
+from plugins.gpu import reference
 from plugins.gpu.spec import FloatType, GemmSpec, PackSpec, QuantizeSpec, operand_bytes
 
 TORCH_TYPES: dict[FloatType, torch.dtype] = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
@@ -78,9 +79,7 @@ def _sum_type(spec: GemmSpec) -> torch.dtype:
 @cache
 def byte_values(name: str, integers: bool = False) -> Tensor:
     """Operand byte of format `name` -> the value it stands for, f32 [256]; bytes that no code has are NaN."""
-    values = np.full(256, np.nan, np.float32)
-    values[operand_bytes(name, integers)] = get_format(name).values
-    return torch.from_numpy(values)
+    return torch.from_numpy(reference.byte_values(name, integers).astype(np.float32))
 
 
 def _weight_values(spec: GemmSpec, w: Tensor, multiplier_codes: Tensor | None) -> Tensor:
@@ -105,7 +104,7 @@ def pack(spec: PackSpec, codes: Tensor) -> tuple[Tensor]:
 
 
 def expand(spec: GemmSpec, w: Tensor, multiplier_codes: Tensor | None = None) -> tuple[Tensor]:
-    """w u8 [N, K / 2] -> u8 [N, K]: bytes of spec.weight_kind, of value * multiplier * 2^spec.weight_exponent."""
+    """w u8 [N, K / 2] -> u8 [N, K]: INT8 or E4M3 bytes of value * multiplier * 2^spec.weight_exponent."""
     values = _weight_values(spec, w, multiplier_codes) * 2.0**spec.weight_exponent
     return (values.to(_expanded_type(spec)).view(torch.uint8),)
 

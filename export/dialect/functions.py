@@ -8,12 +8,14 @@ that append nodes, because nested functions are not inlined by every runtime.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
-from onnx import AttributeProto, NodeProto, TensorProto, helper
+from onnx import AttributeProto, FunctionProto, NodeProto, TensorProto, helper
 
+# Of the standard domain, in bodies and in every graph.
 OPSET = 21
+AttributeType = AttributeProto.AttributeType
 # Attribute of Constant that carries a referenced attribute of each type.
 CONSTANT_OF = {
     AttributeProto.FLOAT: "value_float",
@@ -26,7 +28,7 @@ CONSTANT_OF = {
 class Body:
     """A list of nodes under construction. Methods append nodes and return the name of their (first) output."""
 
-    def __init__(self, attribute_types: dict[str, Any]) -> None:
+    def __init__(self, attribute_types: Mapping[str, AttributeType]) -> None:
         self.nodes: list[NodeProto] = []
         self.attribute_types = attribute_types
 
@@ -66,8 +68,15 @@ class Body:
         """int64 scalar -> vector of one element."""
         return self.op("Reshape", scalar, self.ints(1))
 
+    def function(self, domain: str, name: str, inputs: Iterable[str], outputs: Iterable[str]) -> FunctionProto:
+        """The nodes so far as the body of an ONNX function."""
+        opsets = [helper.make_opsetid("", OPSET)]
+        return helper.make_function(
+            domain, name, list(inputs), list(outputs), self.nodes, opsets, list(self.attribute_types)
+        )
 
-def _reference(name: str, refers_to: str, kind: Any) -> AttributeProto:
+
+def _reference(name: str, refers_to: str, kind: AttributeType) -> AttributeProto:
     return AttributeProto(name=name, ref_attr_name=refers_to, type=kind)
 
 
@@ -75,7 +84,7 @@ def _reference(name: str, refers_to: str, kind: Any) -> AttributeProto:
 
 
 def _unpack(body: Body, packed: str, bits: str, count: str) -> str:
-    """packed u8 [N, bytes] -> int32 [N, count]. A code of at most 8 bits lies in two neighbouring bytes."""
+    """packed u8 [N, bytes] -> u8 [N, count]. A code of at most 8 bits lies in two neighbouring bytes."""
     first_bit = body.op("Mul", body.op("Range", body.integer(0), count, body.integer(1)), bits)
     byte = body.op("Div", first_bit, body.integer(8))
     offset = body.cast(body.op("Mod", first_bit, body.integer(8)), TensorProto.UINT8)
@@ -85,7 +94,7 @@ def _unpack(body: Body, packed: str, bits: str, count: str) -> str:
     low = body.op("BitShift", body.op("Gather", packed, byte, axis=1), offset, direction="RIGHT")
     high = _shift_up(body, body.op("Gather", packed, following, axis=1), body.op("Sub", _u8(body, 7), offset))
     mask = body.cast(body.op("Sub", _power_of_two(body, bits), body.integer(1)), TensorProto.UINT8)
-    return body.cast(body.op("BitwiseAnd", body.op("BitwiseOr", low, high), mask), TensorProto.INT32)
+    return body.op("BitwiseAnd", body.op("BitwiseOr", low, high), mask)
 
 
 def _pack(body: Body, codes: str, bits: str, count: str, out: str) -> str:
@@ -138,7 +147,9 @@ def _encode(body: Body, v: str, out: str) -> str:
 
 
 def _decode(body: Body, codes: str, values: str) -> str:
-    return body.op("Gather", body.attribute(values), codes)
+    """codes u8, any shape -> f32, what the attribute `values` has for each."""
+    index = body.cast(codes, TensorProto.INT32)
+    return body.op("Gather", body.attribute(values), index)
 
 
 def _token_scale(body: Body, x: str, floor: float, out: str) -> str:
@@ -152,7 +163,7 @@ def _token_scale(body: Body, x: str, floor: float, out: str) -> str:
 
 def _multipliers(body: Body, packed: str) -> str:
     """packed 4-bit indices [N or 1, ceil(groups / 2)] -> f32 [N or 1, groups, 1]."""
-    indices = _unpack(body, packed, body.integer(4), body.attribute("groups"))
+    indices = body.cast(_unpack(body, packed, body.integer(4), body.attribute("groups")), TensorProto.INT32)
     factors = body.op("Gather", body.attribute("multipliers"), indices)
     return body.op("Unsqueeze", body.cast(factors, TensorProto.FLOAT), body.ints(-1))
 
@@ -200,7 +211,7 @@ def quantize_activation(body: Body, floor: float, x: str = "x") -> None:
 
 def dequantize_activation(body: Body) -> None:
     """codes, scale -> x."""
-    value = _decode(body, body.cast("codes", TensorProto.INT32), "values")
+    value = _decode(body, "codes", "values")
     body.op("Mul", value, "scale", out="x")
 
 
@@ -211,7 +222,7 @@ def quantize_static(body: Body, x: str = "x") -> None:
 
 def dequantize_static(body: Body) -> None:
     """codes, scale, zero -> x."""
-    value = _decode(body, body.cast("codes", TensorProto.INT32), "values")
+    value = _decode(body, "codes", "values")
     body.op("Add", body.op("Mul", value, "scale"), "zero", out="x")
 
 
@@ -226,7 +237,7 @@ def quantize_groups(body: Body, floor: float) -> None:
 
 def dequantize_groups(body: Body) -> None:
     """codes, scale [..., groups] -> x."""
-    value = _token_groups(body, _decode(body, body.cast("codes", TensorProto.INT32), "values"))
+    value = _token_groups(body, _decode(body, "codes", "values"))
     scaled = body.op("Mul", value, body.op("Unsqueeze", "scale", body.ints(-1)))
     body.op("Reshape", scaled, body.op("Shape", "codes"), out="x")
 
@@ -237,21 +248,45 @@ def _token_groups(body: Body, x: str) -> str:
     return body.op("Reshape", x, body.shape(body.op("Shape", x, end=-1), *sizes))
 
 
+def packed_gemm(body: Body) -> None:
+    """The sum runs over unscaled values, so it is exact in float32 wherever the integers' sum fits 24 bits.
+
+    Groups with real scales are summed by themselves, scaled by [G, 1, N] and added up.
+    """
+    partial = _partial_sums(body, body.op("Shape", "w_scales", start=1, end=2))
+    w_scales = body.op("Unsqueeze", body.op("Transpose", "w_scales", perm=[1, 0]), body.ints(1))
+    total = _total(body, body.op("Mul", partial, w_scales))
+    body.op("Add", body.op("Mul", total, "a_scale"), "bias", out="y")
+
+
 def packed_group_gemm(body: Body) -> None:
-    """[S, M, K/S] @ [S, K/S, N] for S groups of sums, scaled by [S, M, 1] and [S, 1, N] and added up."""
+    """Sums of S groups, scaled by [S, M, 1] and [S, 1, N] and added up."""
     sums = body.vector(body.attribute("sum_groups"))
-    a = _decode(body, body.cast("a_codes", TensorProto.INT32), "activation_values")
-    a = body.op("Reshape", a, body.shape(body.ints(-1), sums, _group_width(body, sums)))
-    w = _rows(body, _unscaled_weight(body, "w_codes", "multiplier_codes", "weight_bits", "weight_values"))
-    w = body.op("Reshape", w, body.shape(body.ints(0), sums, body.ints(-1)))
-    partial = body.op("MatMul", body.op("Transpose", a, perm=[1, 0, 2]), body.op("Transpose", w, perm=[1, 2, 0]))
+    partial = _partial_sums(body, sums)
     of_token = body.op("Unsqueeze", _repeated(body, "a_scale", sums), body.ints(2))
     of_channel = body.op("Unsqueeze", _repeated(body, "w_scales", sums), body.ints(1))
     scaled = body.op("Mul", body.op("Mul", partial, of_token), of_channel)
+    body.op("Add", _total(body, scaled), "bias", out="y")
+
+
+def _partial_sums(body: Body, groups: str) -> str:
+    """Groups are the leading axis: a [G, M, K/G] @ w [G, K/G, N], unscaled -> f32 [G, M, N]."""
+    a = _decode(body, "a_codes", "activation_values")
+    a = body.op("Reshape", a, body.shape(body.ints(-1), groups, _group_width(body, groups)))
+    w = _rows(body, _unscaled_weight(body, "w_codes", "multiplier_codes", "weight_bits", "weight_values"))
+    w = body.op("Reshape", w, body.shape(body.ints(0), groups, body.ints(-1)))
+    return body.op("MatMul", body.op("Transpose", a, perm=[1, 0, 2]), body.op("Transpose", w, perm=[1, 2, 0]))
+
+
+def _group_width(body: Body, groups: str) -> str:
+    return body.op("Div", body.vector(body.attribute("in_features")), groups)
+
+
+def _total(body: Body, scaled: str) -> str:
+    """f32 [G, M, N] -> their sum over G, f32 [..., N] with the leading axes of a_codes."""
     total = body.op("ReduceSum", scaled, body.ints(0), keepdims=0)
     leading = body.op("Shape", "a_codes", start=0, end=-1)
-    shaped = body.op("Reshape", total, body.shape(leading, body.op("Shape", "w_codes", start=0, end=1)))
-    body.op("Add", shaped, "bias", out="y")
+    return body.op("Reshape", total, body.shape(leading, body.op("Shape", "w_codes", start=0, end=1)))
 
 
 def _repeated(body: Body, scale: str, sums: str) -> str:
@@ -260,28 +295,6 @@ def _repeated(body: Body, scale: str, sums: str) -> str:
     rows = body.op("Reshape", scale, body.shape(body.ints(-1), groups, body.ints(1)))
     wide = body.op("Expand", rows, body.shape(body.ints(1, 1), body.op("Div", sums, groups)))
     return body.op("Transpose", body.op("Reshape", wide, body.shape(body.ints(-1), sums)), perm=[1, 0])
-
-
-def packed_gemm(body: Body) -> None:
-    """The sum runs over unscaled values, so it is exact in float32 wherever the integers' sum fits 24 bits.
-
-    Groups with real scales are the leading axis: [G, M, K/G] @ [G, K/G, N], scaled by [G, 1, N] and added up.
-    """
-    scale_groups = body.op("Shape", "w_scales", start=1, end=2)
-    a = _decode(body, body.cast("a_codes", TensorProto.INT32), "activation_values")
-    a = body.op("Reshape", a, body.shape(body.ints(-1), scale_groups, _group_width(body, scale_groups)))
-    w = _rows(body, _unscaled_weight(body, "w_codes", "multiplier_codes", "weight_bits", "weight_values"))
-    w = body.op("Reshape", w, body.shape(body.ints(0), scale_groups, body.ints(-1)))
-    partial = body.op("MatMul", body.op("Transpose", a, perm=[1, 0, 2]), body.op("Transpose", w, perm=[1, 2, 0]))
-    w_scales = body.op("Unsqueeze", body.op("Transpose", "w_scales", perm=[1, 0]), body.ints(1))
-    total = body.op("ReduceSum", body.op("Mul", partial, w_scales), body.ints(0), keepdims=0)
-    leading = body.op("Shape", "a_codes", start=0, end=-1)
-    shaped = body.op("Reshape", total, body.shape(leading, body.op("Shape", "w_codes", start=0, end=1)))
-    body.op("Add", body.op("Mul", shaped, "a_scale"), "bias", out="y")
-
-
-def _group_width(body: Body, groups: str) -> str:
-    return body.op("Div", body.vector(body.attribute("in_features")), groups)
 
 
 def norm_modulate_quantize(body: Body, floor: float) -> None:
@@ -293,14 +306,6 @@ def norm_modulate_quantize(body: Body, floor: float) -> None:
     y = body.op("Add", body.op("Mul", normal, body.op("Add", "scale", body.number(1.0))), "shift")
     a_scale = _token_scale(body, y, floor, "a_scale")
     _encode(body, body.op("Div", y, a_scale), "codes")
-
-
-def gelu_quantize(body: Body, floor: float) -> None:
-    """x -> codes, scale. x / (1 + exp(-2 u)) in place of Gelu, a function itself, which not every runtime inlines."""
-    slope = -2 * math.sqrt(2 / math.pi)
-    inner = body.op("Mul", body.op("Mul", "x", "x"), body.number(slope * 0.044715))
-    power = body.op("Exp", body.op("Mul", "x", body.op("Add", inner, body.number(slope))))
-    quantize_activation(body, floor, body.op("Div", "x", body.op("Add", power, body.number(1.0))))
 
 
 Builder = Callable[[Body], None]

@@ -13,13 +13,13 @@ from typing import Any
 import numpy as np
 import onnx
 import onnx_ir as ir
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, DTypeLike, NDArray
 from onnx_ir.passes.common import RemoveUnusedFunctionsPass, RemoveUnusedNodesPass
 
-from export.dialect.ops import DOMAIN, OPS, VERSION, attributes
+from export.dialect.functions import OPSET
+from export.dialect.ops import DOMAIN, OPS, VERSION, Attributes, attributes
 from export.errors import ContractError
 
-OPSET = 21
 MICROSOFT = "com.microsoft"
 # Metadata of nodes: the quantized linear that they belong to, and its kind.
 LAYER_KEY, KIND_KEY = "fpq.layer", "fpq.kind"
@@ -73,15 +73,19 @@ class GraphBuilder:
         return output
 
     def fpq(self, op_type: str, *inputs: ir.Value, name: str, **choices: Any) -> list[ir.Value]:
-        """A node of the dialect; further outputs are called "prefix/name/scale"."""
-        kinds = [ir.TensorType(ir.DataType(kind)) for kind in OPS[op_type].outputs.values()]
-        node = self._insert(DOMAIN, op_type, inputs, name, attributes(op_type, **choices), len(kinds))
-        for value, suffix, kind in zip(node.outputs, ("", "/scale"), kinds, strict=False):
-            value.name, value.type = f"{node.name}{suffix}", kind
+        """A node of the dialect; further outputs are called "prefix/name/scale". Shapes follow from those of inputs."""
+        row, values = OPS[op_type], attributes(op_type, **choices)
+        node = self._insert(DOMAIN, op_type, inputs, name, values, len(row.outputs))
+        for value, suffix, kind in zip(node.outputs, ("", "/scale"), row.outputs.values(), strict=False):
+            value.name, value.type = f"{node.name}{suffix}", ir.TensorType(ir.DataType(kind))
+        shapes = [value.shape for value in inputs if value.shape is not None]
+        if len(shapes) == len(inputs):
+            for value, (_, shape) in zip(node.outputs, row.infer(values, *map(tuple, shapes)), strict=True):
+                value.shape = ir.Shape(shape)
         return list(node.outputs)
 
     def _insert(
-        self, domain: str, op_type: str, inputs: Sequence[ir.Value | None], name: str, choices: Any, outputs: int
+        self, domain: str, op_type: str, inputs: Sequence[ir.Value | None], name: str, choices: Attributes, outputs: int
     ) -> ir.Node:
         full, converted = f"{self.prefix}/{name}", ir.convenience.convert_attributes(choices)
         node = ir.Node(
@@ -95,7 +99,7 @@ class GraphBuilder:
         """The initializer "prefix.key"."""
         return add_initializer(self.graph, ir.tensor(np.ascontiguousarray(array), name=f"{self.prefix}.{key}"))
 
-    def constant(self, number: Any, dtype: Any = np.float32) -> ir.Value:
+    def constant(self, number: ArrayLike, dtype: DTypeLike = np.float32) -> ir.Value:
         """A small constant (scalar or list), one initializer per value and type in the graph."""
         array = np.asarray(number, dtype)
         name = f"constant/{array.dtype.name}/" + "_".join(repr(v) for v in array.reshape(-1).tolist())

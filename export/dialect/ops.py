@@ -8,7 +8,7 @@ Two rules for who writes a graph with them:
 - Attributes come from `attributes(op, **choices)`, which adds the tables of the format that the body reads.
 
 A model carries `OPS[name].function()` of each op it uses and imports DOMAIN at VERSION; then any ONNX runtime with
-opset 21 runs it. Registering the schemas with onnx is optional (`register_schemas`) and needed by no runtime.
+opset 21 runs it, and no schema need be registered with it.
 
 A runtime that folds constants decodes all weights at load and holds every step of it meanwhile: onnxruntime 1.31 about
 38 bytes per weight. For large models turn that off: `InferenceSession(path, disabled_optimizers=["ConstantFolding"])`
@@ -18,38 +18,32 @@ holds the packed codes only and decodes in every run.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-import numpy as np
-from onnx import AttributeProto, FunctionProto, NodeProto, TensorProto, helper
-from onnx.defs import OpSchema, has, register_schema
+from onnx import AttributeProto, FunctionProto, TensorProto
 
 from export.dialect import functions, reference
+from export.dialect.functions import AttributeType
 from export.dialect.reference import ABSMAX_FLOOR, no_multipliers
 from export.errors import ContractError
 from export.formats.format import Format, get_format, packed_size
 
-__all__ = ["ABSMAX_FLOOR", "DOMAIN", "OPS", "VERSION", "Op", "attributes", "make_node", "no_multipliers"]
+__all__ = ["ABSMAX_FLOOR", "DOMAIN", "OPS", "VERSION", "Op", "attributes", "no_multipliers"]
 
 DOMAIN = "fpq"
 VERSION = 1
-Shape = tuple[int | str | None, ...]
-Outputs = list[tuple[int, Shape]]  # (TensorProto element type, shape) of each output
+Shape = tuple[Any, ...]  # sizes: numbers, names, or a graph library's own symbols
+Outputs = list[tuple[TensorProto.DataType, Shape]]  # of each output
+# Attributes of a node by name, and those of them that its writer chooses: numbers, texts, lists of numbers.
+Attributes = dict[str, Any]
+Choices = Mapping[str, Any]
 
 U8, F32 = TensorProto.UINT8, TensorProto.FLOAT
 INT, INTS, FLOAT, FLOATS = AttributeProto.INT, AttributeProto.INTS, AttributeProto.FLOAT, AttributeProto.FLOATS
 STRING = AttributeProto.STRING
-ATTRIBUTE_TYPES = {
-    INT: OpSchema.AttrType.INT,
-    INTS: OpSchema.AttrType.INTS,
-    FLOAT: OpSchema.AttrType.FLOAT,
-    FLOATS: OpSchema.AttrType.FLOATS,
-    STRING: OpSchema.AttrType.STRING,
-}
-TYPE_NAMES: dict[Any, str] = {U8: "tensor(uint8)", F32: "tensor(float)"}
 
 
 @dataclass(frozen=True)
@@ -58,130 +52,93 @@ class Op:
 
     inputs and outputs: name -> element type. attributes: name -> (type, meaning). numpy(*inputs, **attributes) ->
     tuple of arrays. body appends the function body's nodes. infer(attributes, *input shapes) -> outputs' types and
-    shapes. tables(**choices) -> the attributes that follow from what the user chooses.
+    shapes. parts(choices) -> the attributes, some from each, in the order in which a node has them.
     """
 
     name: str
     doc: str
-    inputs: dict[str, Any]
-    outputs: dict[str, Any]
-    attributes: dict[str, tuple[Any, str]]
-    numpy: Callable[..., tuple[Any, ...]]
+    inputs: dict[str, TensorProto.DataType]
+    outputs: dict[str, TensorProto.DataType]
+    attributes: dict[str, tuple[AttributeType, str]]
+    numpy: Callable[..., tuple[reference.Array, ...]]
     body: functions.Builder
     infer: Callable[..., Outputs]
-    tables: Callable[..., dict[str, Any]]
+    parts: tuple[Callable[[Choices], Attributes], ...]
 
     def function(self) -> FunctionProto:
         """The op as an ONNX function in standard ops."""
         body = functions.Body({name: kind for name, (kind, _) in self.attributes.items()})
         self.body(body)
-        opsets = [helper.make_opsetid("", functions.OPSET)]
-        return helper.make_function(
-            DOMAIN, self.name, list(self.inputs), list(self.outputs), body.nodes, opsets, list(self.attributes)
-        )
-
-    def schema(self) -> OpSchema:
-        """The op as an onnx schema with shape inference; register it with `register_schemas` where wanted."""
-        schema = OpSchema(
-            self.name,
-            DOMAIN,
-            VERSION,
-            self.doc,
-            inputs=[OpSchema.FormalParameter(name, TYPE_NAMES[kind]) for name, kind in self.inputs.items()],
-            outputs=[OpSchema.FormalParameter(name, TYPE_NAMES[kind]) for name, kind in self.outputs.items()],
-            attributes=[
-                OpSchema.Attribute(name, ATTRIBUTE_TYPES[kind], doc) for name, (kind, doc) in self.attributes.items()
-            ],
-        )
-        schema.set_type_and_shape_inference_function(partial(_infer_in_onnx, self))
-        return schema
-
-
-def _infer_in_onnx(op: Op, context: Any) -> None:
-    shapes = [_shape_of(context.get_input_type(i)) for i in range(len(op.inputs))]
-    if any(shape is None for shape in shapes):
-        return
-    protos = {name: context.get_attribute(name) for name in op.attributes}
-    values = {name: helper.get_attribute_value(value) for name, value in protos.items() if value is not None}
-    for index, (kind, shape) in enumerate(op.infer(values, *shapes)):
-        context.set_output_type(index, helper.make_tensor_type_proto(kind, shape))
-
-
-def _shape_of(type_proto: Any) -> Shape | None:
-    if type_proto is None or not type_proto.tensor_type.HasField("shape"):
-        return None
-    return tuple(
-        d.dim_value if d.HasField("dim_value") else (d.dim_param or None) for d in type_proto.tensor_type.shape.dim
-    )
+        return body.function(DOMAIN, self.name, self.inputs, self.outputs)
 
 
 # --- shape rules ---------------------------------------------------------------------------------------------------
 
 
-def _text(value: str | bytes) -> str:
-    return value.decode() if isinstance(value, bytes) else value
-
-
-def _infer_dequantize_weight(attributes: dict, codes: Shape, *_: Shape) -> Outputs:
+def _infer_dequantize_weight(attributes: Choices, codes: Shape, *_: Shape) -> Outputs:
     return [(F32, (attributes["in_features"], codes[0]))]
 
 
-def _infer_quantize_weight(attributes: dict, w: Shape, *_: Shape) -> Outputs:
-    bits = get_format(_text(attributes["format"])).bits
-    return [(U8, (w[1], packed_size(bits, attributes["in_features"])))]
+def _infer_quantize_weight(attributes: Choices, w: Shape, *_: Shape) -> Outputs:
+    return [(U8, (w[1], packed_size(attributes["bits"], attributes["in_features"])))]
 
 
-def _infer_quantizer(_attributes: dict, x: Shape, *_: Shape) -> Outputs:
-    return [(U8, x), (F32, (*x[:-1], 1))]
+def _infer_quantizer(attributes: Choices, x: Shape, *_: Shape) -> Outputs:
+    return [(U8, x), (F32, (*x[:-1], attributes.get("groups", 1)))]
 
 
-def _infer_quantize_static(_attributes: dict, x: Shape, *_: Shape) -> Outputs:
+def _infer_quantize_static(_attributes: Choices, x: Shape, *_: Shape) -> Outputs:
     return [(U8, x)]
 
 
-def _infer_quantize_groups(attributes: dict, x: Shape) -> Outputs:
-    return [(U8, x), (F32, (*x[:-1], attributes["groups"]))]
-
-
-def _infer_dequantize_activation(_attributes: dict, codes: Shape, *_: Shape) -> Outputs:
+def _infer_dequantize_activation(_attributes: Choices, codes: Shape, *_: Shape) -> Outputs:
     return [(F32, codes)]
 
 
-def _infer_packed_gemm(_attributes: dict, a: Shape, _scale: Shape, w: Shape, *_: Shape) -> Outputs:
+def _infer_packed_gemm(_attributes: Choices, a: Shape, _scale: Shape, w: Shape, *_: Shape) -> Outputs:
     return [(F32, (*a[:-1], w[0]))]
 
 
 # --- attributes: what a user chooses, checked, and the tables that follow from the rows of the formats ----------------
+# A row of the table names the parts that its attributes are made of; each makes some of them out of the choices.
 
 
-def _values_of(fmt: Format) -> list[float]:
-    return [float(v) for v in fmt.values]
+def _format(choices: Choices) -> Attributes:
+    return {"format": choices["format"]}
 
 
-def _quantizer_tables(fmt: Format) -> dict[str, Any]:
+def _bits(choices: Choices) -> Attributes:
+    return {"bits": get_format(choices["format"]).bits}
+
+
+def _values(choices: Choices) -> Attributes:
+    return {"values": get_format(choices["format"]).values.tolist()}
+
+
+def _quantizer(choices: Choices) -> Attributes:
     """Tables of the encoder: binade starts, the step in each binade, and the code of minus each non-negative code."""
-    starts = [float(v) for v in fmt.binade_starts]
-    first = 1.0 if fmt.is_integer else float(np.ldexp(1.0, fmt.min_exponent - fmt.mantissa_bits))
-    positive = np.arange(fmt.max_code + 1)
+    fmt = get_format(choices["format"])
+    starts: list[float] = fmt.binade_starts.tolist()
+    first = 1.0 if fmt.is_integer else 2.0 ** (fmt.min_exponent - fmt.mantissa_bits)
     return {
         "max_value": fmt.max_value,
         "thresholds": starts or [float("inf")],
         "steps": [first * 2**i for i in range(len(starts) + 1)],
         "binade_codes": 2**fmt.mantissa_bits,
         "max_code": fmt.max_code,
-        "negative_codes": [int(c) for c in _negatives(fmt, positive)],
+        "negative_codes": [_negative_of(fmt, code) for code in range(fmt.max_code + 1)],
     }
 
 
-def _negatives(fmt: Format, positive: Any) -> Any:
+def _negative_of(fmt: Format, code: int) -> int:
+    """The code of minus the value of `code`; 0 where there is none but -0."""
     if fmt.is_integer:
-        return -positive % 2**fmt.bits
-    if not fmt.sign_bits:
-        return np.zeros_like(positive)
-    return np.where(positive > 0, positive + 2 ** (fmt.bits - 1), 0)
+        return -code % 2**fmt.bits
+    return code + 2 ** (fmt.bits - 1) if fmt.sign_bits and code else 0
 
 
-def _grouping_of(in_features: int, group_size: int, multipliers: tuple[int, ...]) -> dict[str, Any]:
+def _grouping(choices: Choices) -> Attributes:
+    in_features, group_size, multipliers = choices["in_features"], choices["group_size"], choices["multipliers"]
     if group_size and in_features % group_size:
         raise ContractError(
             f"in_features {in_features} is not a multiple of group_size {group_size}; use a divisor or 0"
@@ -196,73 +153,37 @@ def _grouping_of(in_features: int, group_size: int, multipliers: tuple[int, ...]
     }
 
 
-def _weight_tables(*, format: str, in_features: int, group_size: int, multipliers: tuple[int, ...] = (1,)) -> dict:
-    fmt = get_format(format)
-    return {"format": format, "bits": fmt.bits, **_grouping_of(in_features, group_size, multipliers)}
-
-
-def _dequantize_weight_tables(*, format: str, **grouping: Any) -> dict:
-    return {**_weight_tables(format=format, **grouping), "values": _values_of(get_format(format))}
-
-
-def _quantize_weight_tables(*, format: str, **grouping: Any) -> dict:
-    return {**_weight_tables(format=format, **grouping), **_quantizer_tables(get_format(format))}
-
-
-def _quantize_activation_tables(*, format: str) -> dict:
-    return {"format": format, **_quantizer_tables(get_format(format))}
-
-
-def _dequantize_activation_tables(*, format: str) -> dict:
-    return {"format": format, "values": _values_of(get_format(format))}
-
-
-def _quantize_groups_tables(*, format: str, in_features: int, group_size: int) -> dict:
-    return {**_quantize_activation_tables(format=format), **_activation_groups(in_features, group_size)}
-
-
-def _dequantize_groups_tables(*, format: str, in_features: int, group_size: int) -> dict:
-    return {**_dequantize_activation_tables(format=format), **_activation_groups(in_features, group_size)}
-
-
-def _activation_groups(in_features: int, group_size: int) -> dict:
-    grouping = _grouping_of(in_features, group_size, (1,))
+def _activation_groups(choices: Choices) -> Attributes:
+    grouping = _grouping(choices)
     return {key: grouping[key] for key in ("group_size", "groups")}
 
 
-def _packed_gemm_tables(
-    *,
-    layer: str,
-    activation_format: str,
-    weight_format: str,
-    in_features: int,
-    group_size: int,
-    multipliers: tuple[int, ...] = (1,),
-) -> dict:
+def _of_gemm(choices: Choices) -> Attributes:
+    activation, weight = get_format(choices["activation_format"]), get_format(choices["weight_format"])
     return {
-        "layer": layer,
-        "activation_format": activation_format,
-        "weight_format": weight_format,
-        **_grouping_of(in_features, group_size, multipliers),
-        "activation_values": _values_of(get_format(activation_format)),
-        "weight_values": _values_of(get_format(weight_format)),
-        "weight_bits": get_format(weight_format).bits,
+        "layer": choices["layer"],
+        "activation_format": activation.name,
+        "weight_format": weight.name,
+        **_grouping(choices),
+        "activation_values": activation.values.tolist(),
+        "weight_values": weight.values.tolist(),
+        "weight_bits": weight.bits,
     }
 
 
-def _packed_group_gemm_tables(*, activation_group: int, in_features: int, scale_groups: int, **choices: Any) -> dict:
-    """scale_groups: real scales of a weight row, K / group_size or 1."""
-    of_activation = _activation_groups(in_features, activation_group)["groups"]
+def _sum_groups(choices: Choices) -> Attributes:
+    """Of a weight row `scale_groups` real scales, K / group_size or 1."""
+    of_token = _activation_groups({**choices, "group_size": choices["activation_group"]})["groups"]
+    of_channel = choices["scale_groups"]
     return {
-        **_packed_gemm_tables(in_features=in_features, **choices),
-        "activation_group": activation_group,
-        "scale_groups": scale_groups,
-        "sum_groups": math.lcm(of_activation, scale_groups),
+        "activation_group": choices["activation_group"],
+        "scale_groups": of_channel,
+        "sum_groups": math.lcm(of_token, of_channel),
     }
 
 
-def _norm_modulate_quantize_tables(*, format: str, epsilon: float) -> dict:
-    return {**_quantize_activation_tables(format=format), "epsilon": epsilon}
+def _epsilon(choices: Choices) -> Attributes:
+    return {"epsilon": choices["epsilon"]}
 
 
 # --- the table -----------------------------------------------------------------------------------------------------
@@ -311,7 +232,7 @@ _ROWS = (
         reference.dequantize_weight,
         functions.dequantize_weight,
         _infer_dequantize_weight,
-        _dequantize_weight_tables,
+        (_format, _bits, _grouping, _values),
     ),
     Op(
         "QuantizeWeight",
@@ -323,7 +244,7 @@ _ROWS = (
         reference.quantize_weight,
         functions.quantize_weight,
         _infer_quantize_weight,
-        _quantize_weight_tables,
+        (_format, _bits, _grouping, _quantizer),
     ),
     Op(
         "QuantizeActivation",
@@ -335,7 +256,7 @@ _ROWS = (
         reference.quantize_activation,
         partial(functions.quantize_activation, floor=ABSMAX_FLOOR),
         _infer_quantizer,
-        _quantize_activation_tables,
+        (_format, _quantizer),
     ),
     Op(
         "DequantizeActivation",
@@ -346,7 +267,7 @@ _ROWS = (
         reference.dequantize_activation,
         functions.dequantize_activation,
         _infer_dequantize_activation,
-        _dequantize_activation_tables,
+        (_format, _values),
     ),
     Op(
         "QuantizeStatic",
@@ -358,7 +279,7 @@ _ROWS = (
         reference.quantize_static,
         functions.quantize_static,
         _infer_quantize_static,
-        _quantize_activation_tables,
+        (_format, _quantizer),
     ),
     Op(
         "DequantizeStatic",
@@ -369,7 +290,7 @@ _ROWS = (
         reference.dequantize_static,
         functions.dequantize_static,
         _infer_dequantize_activation,
-        _dequantize_activation_tables,
+        (_format, _values),
     ),
     Op(
         "QuantizeGroups",
@@ -380,8 +301,8 @@ _ROWS = (
         {**_FORMAT, **_ACTIVATION_GROUPS, **_QUANTIZER},
         reference.quantize_groups,
         partial(functions.quantize_groups, floor=ABSMAX_FLOOR),
-        _infer_quantize_groups,
-        _quantize_groups_tables,
+        _infer_quantizer,
+        (_format, _quantizer, _activation_groups),
     ),
     Op(
         "DequantizeGroups",
@@ -392,7 +313,7 @@ _ROWS = (
         reference.dequantize_groups,
         functions.dequantize_groups,
         _infer_dequantize_activation,
-        _dequantize_groups_tables,
+        (_format, _values, _activation_groups),
     ),
     Op(
         "PackedGemm",
@@ -405,7 +326,7 @@ _ROWS = (
         reference.packed_gemm,
         functions.packed_gemm,
         _infer_packed_gemm,
-        _packed_gemm_tables,
+        (_of_gemm,),
     ),
     Op(
         "PackedGroupGemm",
@@ -422,7 +343,7 @@ _ROWS = (
         reference.packed_group_gemm,
         functions.packed_group_gemm,
         _infer_packed_gemm,
-        _packed_group_gemm_tables,
+        (_of_gemm, _sum_groups),
     ),
     Op(
         "NormModulateQuantize",
@@ -434,42 +355,25 @@ _ROWS = (
         reference.norm_modulate_quantize,
         partial(functions.norm_modulate_quantize, floor=ABSMAX_FLOOR),
         _infer_quantizer,
-        _norm_modulate_quantize_tables,
-    ),
-    Op(
-        "GeluQuantize",
-        "x f32 [..., K] -> codes u8 [..., K], scale f32 [..., 1]: QuantizeActivation of GELU(x) in its tanh form.",
-        {"x": F32},
-        {"codes": U8, "scale": F32},
-        {**_FORMAT, **_QUANTIZER},
-        reference.gelu_quantize,
-        partial(functions.gelu_quantize, floor=ABSMAX_FLOOR),
-        _infer_quantizer,
-        _quantize_activation_tables,
+        (_format, _quantizer, _epsilon),
     ),
 )
 OPS: dict[str, Op] = {row.name: row for row in _ROWS}
 
 
-def attributes(op_name: str, **choices: Any) -> dict[str, Any]:
-    """All attributes of a node of op `op_name`, the format's tables included, for `onnx.helper.make_node`.
+def attributes(op_name: str, **choices: Any) -> Attributes:
+    """All attributes of a node of op `op_name`, the format's tables included.
 
     choices: DequantizeWeight and QuantizeWeight take format, in_features, group_size and multipliers (default (1,));
-    GeluQuantize, QuantizeActivation, QuantizeStatic and the inverses of these two format; QuantizeGroups and its
-    inverse format, in_features and group_size; PackedGemm layer, activation_format, weight_format, in_features,
-    group_size, multipliers; PackedGroupGemm besides activation_group and scale_groups; NormModulateQuantize format and
-    epsilon. Raises RecipeError for an unknown format, ContractError for sizes that do not fit.
+    QuantizeActivation, QuantizeStatic and their inverses format; QuantizeGroups and its inverse format, in_features and
+    group_size; PackedGemm layer, activation_format, weight_format, in_features, group_size, multipliers;
+    PackedGroupGemm besides activation_group and scale_groups; NormModulateQuantize format and epsilon. Raises
+    RecipeError for an unknown format, ContractError for sizes that do not fit.
     """
-    return OPS[op_name].tables(**choices)
-
-
-def make_node(op_name: str, inputs: list[str], outputs: list[str], name: str = "", **choices: Any) -> NodeProto:
-    """A node of op `op_name` with its attributes from `choices` (see `attributes`)."""
-    return helper.make_node(op_name, inputs, outputs, name=name, domain=DOMAIN, **attributes(op_name, **choices))
-
-
-def register_schemas() -> None:
-    """Make onnx's checker and shape inference know the ops (process-wide; a second call changes nothing)."""
-    for op in OPS.values():
-        if not has(op.name, DOMAIN):
-            register_schema(op.schema())
+    values: Attributes = {}
+    for part in OPS[op_name].parts:
+        values |= part({"multipliers": (1,), **choices})
+    # Groups are counted in the input channels, also where those are no attribute.
+    if unknown := choices.keys() - values.keys() - {"in_features"}:
+        raise TypeError(f"{op_name} has no {', '.join(sorted(unknown))}; it has {', '.join(values)}")
+    return values

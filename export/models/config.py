@@ -1,11 +1,15 @@
-"""config.json of a model: read, and its numbers bounded before anything is made by them.
+"""config.json of a model: read, its numbers bounded before anything is made by them, and its keys accounted for.
 
 The bounds are far beyond any published model, and keep what a wrong number can cost to a moment and some megabytes.
+Keys that the model's class does not read are known to change nothing, or refused by name. diffusers drops them with a
+warning; one of them may be what makes the model another than the class computes.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import inspect
+import logging
+from collections.abc import Collection
 from pathlib import Path
 from typing import Annotated, Any, NotRequired
 
@@ -14,7 +18,9 @@ from typing_extensions import TypedDict
 
 from export.documents import Rules, read_json, shown
 from export.errors import ModelError, UserError
+from export.models.families import Config
 
+logger = logging.getLogger(__name__)
 FILE = "config.json"
 RULES = Rules(ModelError, "copy or download it again")
 # Of any number that diffusers' constructors take: widths, vocabularies, lengths.
@@ -25,7 +31,7 @@ MOST_POSITIONS = 2**27
 Count = Annotated[int, Ge(1), Le(MOST)]
 
 
-class Config(TypedDict):
+class Numbers(TypedDict):
     """What is known of the numbers of every family. The other keys are the class's own."""
 
     _class_name: NotRequired[str]
@@ -63,7 +69,7 @@ class EngineConfig(TypedDict):
 def read_config(path: Path, error: type[UserError] = ModelError) -> dict[str, Any]:
     """A model's config.json, its numbers in their bounds. Raises `error`."""
     rules = Rules(error, RULES.remedy)
-    document: Any = read_json(path, Config, rules)
+    document: Any = read_json(path, Numbers, rules)
     for key, value in document.items():
         if type(value) in (int, float) and abs(value) > MOST:
             raise error(f"{path}: {key} is {shown(value)}; no number of a model is beyond {MOST}, {rules.remedy}")
@@ -71,7 +77,7 @@ def read_config(path: Path, error: type[UserError] = ModelError) -> dict[str, An
     return dict(document)
 
 
-def _check_positions(config: Mapping[str, Any], path: Path, error: type[UserError]) -> None:
+def _check_positions(config: Config, path: Path, error: type[UserError]) -> None:
     side = -(-config.get("sample_size", 1) // config.get("patch_size", 1))
     width = config.get("num_attention_heads", 1) * config.get("attention_head_dim", 1)
     if side * side * width > MOST_POSITIONS:
@@ -86,10 +92,74 @@ def engine_config(folder: Path) -> EngineConfig:
     return read_json(folder / FILE, EngineConfig, Rules())
 
 
-def least_parameters(config: Mapping[str, Any]) -> int:
+def least_parameters(config: Config) -> int:
     """Parameters that the blocks of a model have at least: four projections of its width in each attention.
 
     What config.json asks for is compared with the size of the weights file by this, before a module is made.
     """
     width = config.get("num_attention_heads", 0) * config.get("attention_head_dim", 0)
     return int(config.get("num_layers", 0)) * 4 * width * width
+
+
+# --- keys that a class does not read -------------------------------------------------------------------------------
+
+# The class whose modes have become the classes of PixArt and DiT. Their published folders, and what newer releases of
+# diffusers write from them, have keys of its other modes; each at its default asks for nothing.
+OLDER_CLASS = "Transformer2DModel"
+# Its norm_type -> the class that it has become.
+SUCCESSORS = {"ada_norm_zero": "DiTTransformer2DModel", "ada_norm_single": "PixArtTransformer2DModel"}
+# What diffusers itself notes on the origin of a configuration; it drops any key with such a name without a word.
+NOTES = frozenset(("_class_name", "_diffusers_version", "_name_or_path", "_use_default_values"))
+MOST_SHOWN = 4
+TRAINING = "how it was trained"
+# Keys of no class, and what they are about.
+HARMLESS = {
+    **dict.fromkeys(
+        # of diffusers' EMAModel, which saves its settings beside those of the model
+        ("decay", "min_decay", "optimization_step", "update_after_step", "use_ema_warmup", "inv_gamma", "power"),
+        TRAINING,
+    ),
+    "gradient_checkpointing": TRAINING,
+    "dtype": "the type that weights were saved in, which their file states",
+    "torch_dtype": "the type that weights were saved in, which their file states",
+    "transformers_version": "a note on its origin",
+}
+
+
+def unread_keys(config: Config, class_name: str, path: Path, also_read: Collection[str] = ()) -> dict[str, str]:
+    """The keys that the class of diffusers does not read, each with why that is harmless; those of NOTES left out.
+
+    config: as read from `path`; also_read: keys that are read of every configuration. Raises ModelError naming the
+    others that the class does not read.
+    """
+    parameters = {*_defaults(class_name), *also_read}
+    older: dict[str, object] = _defaults(OLDER_CLASS) if class_name in SUCCESSORS.values() else {}
+    harmless, strange = {}, []
+    for key, value in config.items():
+        if key in parameters or key in NOTES:
+            continue
+        if key in HARMLESS:
+            harmless[key] = HARMLESS[key]
+        elif value is None:
+            harmless[key] = "null asks for nothing"
+        elif key in older and value == older[key]:
+            harmless[key] = f"the default of {OLDER_CLASS}, which asks for nothing"
+        else:
+            strange.append(f"{shown(key)}: {shown(value)}")
+    if strange:
+        more = f" and {len(strange) - MOST_SHOWN} more" if len(strange) > MOST_SHOWN else ""
+        raise ModelError(
+            f"{path}: {class_name} does not know {', '.join(strange[:MOST_SHOWN])}{more}; if the model is the same "
+            "without, take it out of the file, else it is a model that this class does not compute"
+        )
+    for key, reason in harmless.items():
+        logger.info("%s: %s is not read: %s", path, key, reason)
+    return harmless
+
+
+def _defaults(class_name: str) -> dict[str, object]:
+    """Parameters of a diffusers class's constructor, with their defaults."""
+    import diffusers
+
+    parameters = inspect.signature(getattr(diffusers, class_name).__init__).parameters
+    return {name: row.default for name, row in parameters.items() if row.kind is not row.VAR_KEYWORD and name != "self"}

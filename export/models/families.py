@@ -11,12 +11,15 @@ import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from export.errors import ContractError
 
-Config = Mapping[str, Any]
-Tensors = Mapping[str, Any]
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+Config = Mapping[str, Any]  # a configuration: each class has keys and types of its own
+Tensors = Mapping[str, "Tensor"]
 Attributes = dict[str, int | bool]
 
 # Layer kinds a recipe can give a format of their own.
@@ -87,7 +90,7 @@ class Family:
     quantized: tuple[tuple[str, str], ...]
     kept: tuple[tuple[str, str], ...]
     inputs: Callable[[Config], tuple[Input, ...]]
-    call: Callable[[Any, Tensors], Any]
+    call: Callable[[nn.Module, Tensors], Tensor]
     conditioning: str
     tokens: int = 0
     square: bool = False
@@ -177,7 +180,7 @@ def _pixart_attributes(config: Config) -> Attributes:
     return {**_widths(config), "use_additional_conditions": uses_size_conditions(config)}
 
 
-def _call_pixart(module: Any, inputs: Tensors) -> Any:
+def _call_pixart(module: nn.Module, inputs: Tensors) -> Tensor:
     sizes = {"resolution": inputs.get("resolution"), "aspect_ratio": inputs.get("aspect_ratio")}
     plain = {key: value for key, value in inputs.items() if key not in sizes}
     return module(**plain, added_cond_kwargs=sizes, return_dict=False)[0]
@@ -214,7 +217,8 @@ def _dit_inputs(config: Config) -> tuple[Input, ...]:
     )
 
 
-def _call_plain(module: Any, inputs: Tensors) -> Any:
+def call_plain(module: nn.Module, inputs: Tensors) -> Tensor:
+    """A class whose forward takes the inputs by their names."""
     return module(**inputs, return_dict=False)[0]
 
 
@@ -230,7 +234,7 @@ DIT = Family(
         (r".*\.norm1\.linear", "adaLN: runs once per image and block, modulates every token (Q-DiT keeps it too)"),
     ),
     inputs=_dit_inputs,
-    call=_call_plain,
+    call=call_plain,
     conditioning="class label and timestep embeddings through adaLN-zero in every block; the null class is the last",
     square=True,
     binned=False,
@@ -259,7 +263,7 @@ def _hunyuan_inputs(config: Config) -> tuple[Input, ...]:
     return tuple(rows)
 
 
-def _call_hunyuan(module: Any, inputs: Tensors) -> Any:
+def _call_hunyuan(module: nn.Module, inputs: Tensors) -> Tensor:
     plain = {key: value for key, value in inputs.items() if not key.startswith("image_rotary")}
     rotary = (inputs["image_rotary_cos"], inputs["image_rotary_sin"])
     return module(**plain, image_rotary_emb=rotary, return_dict=False)[0]

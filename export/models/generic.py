@@ -9,10 +9,14 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from export.errors import ModelError
-from export.models.families import OUTPUT, PATCH_EMBED, Config, Family, Input, Tensors
+from export.models.config import FILE as CONFIG
+from export.models.families import OUTPUT, PATCH_EMBED, Config, Family, Input, call_plain
+
+if TYPE_CHECKING:
+    from torch import nn
 
 BLOCKS = r"(transformer_blocks|single_transformer_blocks|joint_transformer_blocks|blocks)\.\d+\."
 MODULATION = r"(?!.*(norm|ada|modulation|emb))"
@@ -61,11 +65,11 @@ def generic_family(class_name: str, config: Config, folder: Path) -> Family:
     cls = getattr(diffusers, class_name, None)
     if cls is None or not hasattr(cls, "forward"):
         raise ModelError(
-            f"{folder / 'config.json'}: diffusers {diffusers.__version__} has no model {class_name!r}; check the name"
+            f"{folder / CONFIG}: diffusers {diffusers.__version__} has no model {class_name!r}; check the name"
         )
     for key in ("in_channels", "sample_size", "patch_size"):
         if not isinstance(config.get(key), int):
-            raise ModelError(f"{folder / 'config.json'}: {class_name} has no number {key!r}; {ADD_A_ROW}")
+            raise ModelError(f"{folder / CONFIG}: {class_name} has no number {key!r}; {ADD_A_ROW}")
     rows = _inputs(class_name, cls, config)
     return Family(
         name="generic",
@@ -79,13 +83,13 @@ def generic_family(class_name: str, config: Config, folder: Path) -> Family:
             (".*", "outside the repeated blocks"),
         ),
         inputs=lambda _: rows,
-        call=_call,
+        call=call_plain,
         conditioning="as its forward takes it; this class has no row of its own",
         tokens=TOKENS,
     )
 
 
-def _inputs(class_name: str, cls: Any, config: Config) -> tuple[Input, ...]:
+def _inputs(class_name: str, cls: type[nn.Module], config: Config) -> tuple[Input, ...]:
     rows = []
     for name, parameter in inspect.signature(cls.forward).parameters.items():
         required = parameter.default is inspect.Parameter.empty and name != "self"
@@ -94,7 +98,3 @@ def _inputs(class_name: str, cls: Any, config: Config) -> tuple[Input, ...]:
             raise ModelError(f"{class_name}.forward needs {name!r}, which the generic rule cannot make; {ADD_A_ROW}")
         rows += [row] if row else []
     return tuple(rows)
-
-
-def _call(module: Any, inputs: Tensors) -> Any:
-    return module(**inputs, return_dict=False)[0]

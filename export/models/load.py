@@ -19,16 +19,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from export.errors import ModelError
-from export.models.config import least_parameters, read_config
-from export.models.config_keys import unread_keys
+from export.models.config import FILE as CONFIG
+from export.models.config import OLDER_CLASS, SUCCESSORS, least_parameters, read_config, unread_keys
 from export.models.description import GENERATION_FILE, Description, sample_inputs
-from export.models.families import FAMILIES, LAYER_KINDS, Family
+from export.models.families import FAMILIES, Config, Family
 from export.models.read_weights import Weights, read_weights
 from export.models.sources import find
 from export.models.weights import (
     ADAPTER_FILES,
     MERGE,
-    SINGLE_FILES,
+    WEIGHTS_FILE,
     WeightsFiles,
     find_weights,
     weights_file,
@@ -37,22 +37,13 @@ from export.models.weights import (
 
 if TYPE_CHECKING:
     import torch
+    from torch import nn
 
-__all__ = [
-    "FAMILIES",
-    "LAYER_KINDS",
-    "Family",
-    "LinearRef",
-    "LoadedModel",
-    "denoiser",
-    "float_linears",
-    "load",
-    "sample_inputs",
-    "save_kept",
-]
+    from export.models.torch_modules import Denoiser
+
+__all__ = ["LinearRef", "LoadedModel", "denoiser", "float_linears", "load", "sample_inputs", "save_kept"]
 
 logger = logging.getLogger(__name__)
-LEGACY_CLASSES = {"ada_norm_zero": "DiTTransformer2DModel", "ada_norm_single": "PixArtTransformer2DModel"}
 # Below this many bytes in float32 a model is simply held in float32; above, 16-bit linears are upcast at use.
 RESIDENT_BYTES = 512 * 2**20
 
@@ -63,7 +54,7 @@ class LinearRef:
 
     name: str
     kind: str
-    module: torch.nn.Linear
+    module: nn.Linear
 
 
 @dataclass(frozen=True)
@@ -73,7 +64,7 @@ class LoadedModel(Description):
     `used` are the names of the tensors in its files that are part of it, `ignored` those that are not, and why.
     """
 
-    module: torch.nn.Module
+    module: nn.Module
     revision: str
     sha256: str
     files: WeightsFiles
@@ -106,7 +97,7 @@ class LoadedModel(Description):
         return [(path, self.family.reason_of(path)) for path in paths if not self.family.kind_of(path)]
 
 
-def _linears(module: torch.nn.Module) -> list[tuple[str, torch.nn.Linear]]:
+def _linears(module: nn.Module) -> list[tuple[str, nn.Linear]]:
     import torch
 
     return [(path, part) for path, part in module.named_modules() if isinstance(part, torch.nn.Linear)]
@@ -162,18 +153,18 @@ def _adapters_beside(root: Path, folder: Path) -> tuple[str, ...]:
 def _model_folder(root: Path) -> Path:
     if root.is_file():
         return root.parent
-    return root / "transformer" if (root / "transformer" / "config.json").is_file() else root
+    return root / "transformer" if (root / "transformer" / CONFIG).is_file() else root
 
 
 def _config_file(config: str, folder: Path) -> tuple[Path, str]:
     """The file to read the configuration from, and what to do if there is none."""
     if not config:
         remedy = "give a diffusers transformer folder, or a pipeline with transformer/"
-        return folder / "config.json", f"{remedy}; for a weights file also --config with the model's config.json"
+        return folder / CONFIG, f"{remedy}; for a weights file also --config with the model's config.json"
     path, rule = Path(config).expanduser(), "--config takes a config.json, the folder of one, a hub id or zoo:NAME"
     if not path.is_file():
         try:
-            path = _model_folder(find(config)[0]) / "config.json"
+            path = _model_folder(find(config)[0]) / CONFIG
         except ModelError as error:
             raise ModelError(f"--config {config!r}: {rule}, and this is none of them ({error})") from error
     return path, rule
@@ -187,7 +178,7 @@ def _weights(root: Path, folder: Path, variant: str) -> WeightsFiles:
     return weights_file(root)
 
 
-def _read(files: WeightsFiles, config: Mapping[str, Any], module: Any, absent: set[str]) -> Weights:
+def _read(files: WeightsFiles, config: Config, module: nn.Module, absent: set[str]) -> Weights:
     """The tensors of `module` but for those in `absent`, with every tensor of the files accounted for."""
     shapes = {name: shape for name, shape in _shapes(module).items() if name not in absent}
     return read_weights(files, config, shapes, getattr(getattr(module, "pos_embed", None), "pos_embed", None))
@@ -216,13 +207,13 @@ def _refuse_too_few_bytes(parameters: int, files: WeightsFiles, config: Path) ->
         )
 
 
-def _class_name(config: Mapping[str, Any]) -> str:
+def _class_name(config: Config) -> str:
     """The class that reads this configuration; older folders name one class for PixArt and DiT."""
     name = str(config["_class_name"])
-    return LEGACY_CLASSES.get(config.get("norm_type", ""), name) if name == "Transformer2DModel" else name
+    return SUCCESSORS.get(config.get("norm_type", ""), name) if name == OLDER_CLASS else name
 
 
-def _family_of(config: Mapping[str, Any], folder: Path) -> tuple[Family, tuple[str, ...]]:
+def _family_of(config: Config, folder: Path) -> tuple[Family, tuple[str, ...]]:
     name = config["_class_name"]
     for family in FAMILIES.values():
         if family.class_name == name and family.matches(config):
@@ -252,7 +243,7 @@ REFUSALS = (
 NUMBERS = ("in_channels", "patch_size", "sample_size")
 
 
-def _build(family: Family, config: dict[str, Any], path: Path, files: WeightsFiles | None) -> Any:
+def _build(family: Family, config: dict[str, Any], path: Path, files: WeightsFiles | None) -> nn.Module:
     """The module without memory for its parameters (on torch's meta device), with its position tables filled in.
 
     Numbers that `config` leaves to the class are added to it. files: the weights, which must be large enough."""
@@ -282,7 +273,7 @@ def _build(family: Family, config: dict[str, Any], path: Path, files: WeightsFil
     return _with_buffers(module, cls, known)
 
 
-def _with_buffers(module: Any, cls: Any, known: dict[str, Any]) -> Any:
+def _with_buffers(module: nn.Module, cls: type[nn.Module], known: Config) -> nn.Module:
     """Buffers that no file holds must be computed: build a second time in memory if any is left without values."""
     saved = set(module.state_dict())
     unfilled = {path for path, buffer in module.named_buffers() if buffer.is_meta} - saved
@@ -294,17 +285,17 @@ def _with_buffers(module: Any, cls: Any, known: dict[str, Any]) -> Any:
     return module
 
 
-def _shapes(module: torch.nn.Module) -> dict[str, tuple[int, ...]]:
+def _shapes(module: nn.Module) -> dict[str, tuple[int, ...]]:
     return {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
 
 
-def _quantized_tensors(module: torch.nn.Module, family: Family) -> set[str]:
+def _quantized_tensors(module: nn.Module, family: Family) -> set[str]:
     """Names of the tensors of all linears to quantize."""
     linears = (path for path, _ in _linears(module) if family.kind_of(path))
     return {f"{path}.{name}" for path in linears for name, _ in module.get_submodule(path).named_parameters()}
 
 
-def _nan(module: torch.nn.Module, names: set[str]) -> dict[str, torch.Tensor]:
+def _nan(module: nn.Module, names: set[str]) -> dict[str, torch.Tensor]:
     """Tensors of NaN that take no memory, in the shapes of those of `module`."""
     import torch
 
@@ -327,28 +318,28 @@ def save_kept(model: LoadedModel, folder: Path) -> None:
     # One tensor of a file may be several of the model (DiT's own files have one embedder for all blocks).
     firsts = {tensor.data_ptr(): key for key, tensor in reversed(tensors.items())}
     own = {key: t.contiguous() if firsts[t.data_ptr()] == key else t.clone() for key, t in tensors.items()}
-    save_file(own, partial / SINGLE_FILES[0])
-    (partial / "config.json").write_text(json.dumps(dict(model.config), indent=1), encoding="utf-8")
+    save_file(own, partial / WEIGHTS_FILE)
+    (partial / CONFIG).write_text(json.dumps(dict(model.config), indent=1), encoding="utf-8")
     if (model.folder / GENERATION_FILE).is_file():  # says what a cell of the image is
         shutil.copyfile(model.folder / GENERATION_FILE, partial / GENERATION_FILE)
     shutil.rmtree(folder, ignore_errors=True)
     partial.rename(folder)
 
 
-def _assign(module: Any, family: Family, tensors: dict[str, Any]) -> None:
+def _assign(module: nn.Module, family: Family, tensors: dict[str, torch.Tensor]) -> None:
     """Put checked tensors into the module, each in the type it is used in, and make it ready to run."""
-    from export.models.torch_modules import UpcastLinear
+    from export.models.torch_modules import UpcastLinear, linear_like
 
     linears = {path: part for path, part in _linears(module) if family.kind_of(path)}
     resident = 4 * sum(tensor.numel() for tensor in tensors.values()) <= RESIDENT_BYTES
     for path, part in linears.items():
         if not resident and tensors[f"{path}.weight"].itemsize < 4:
-            module.set_submodule(path, UpcastLinear.of(part))
+            module.set_submodule(path, linear_like(part, part.weight, UpcastLinear))
     module.load_state_dict({key: _typed(key, value, linears, resident) for key, value in tensors.items()}, assign=True)
     module.requires_grad_(False).eval()
 
 
-def _typed(key: str, tensor: Any, linears: Mapping[str, Any], resident: bool) -> Any:
+def _typed(key: str, tensor: torch.Tensor, linears: Mapping[str, nn.Linear], resident: bool) -> torch.Tensor:
     path, _, name = key.rpartition(".")
     if path not in linears:
         return stored_value(key, tensor)
@@ -372,8 +363,8 @@ def stored_value(key: str, tensor: torch.Tensor) -> torch.Tensor:
 # --- running -------------------------------------------------------------------------------------------------------
 
 
-def denoiser(model: LoadedModel, replacements: Mapping[str, Any] | None = None) -> Any:
-    """torch.nn.Module that takes the family's inputs, by name or in table order, and returns the output tensor.
+def denoiser(model: LoadedModel, replacements: Mapping[str, nn.Module] | None = None) -> Denoiser:
+    """torch module that takes the family's inputs, by name or in table order, and returns the output tensor.
 
     `replacements` puts other modules at given paths, in a copy that shares all other tensors with `model`.
     """
@@ -383,16 +374,11 @@ def denoiser(model: LoadedModel, replacements: Mapping[str, Any] | None = None) 
     return Denoiser(module, model.family, tuple(row.name for row in model.inputs)).eval()
 
 
-def float_linears(model: LoadedModel) -> dict[str, Any]:
+def float_linears(model: LoadedModel) -> dict[str, nn.Linear]:
     """float32 copies of the linears that are upcast at use, as `replacements`: more memory, but no upcast per call."""
     import torch
 
-    copies = {}
-    for ref in model.linears():
-        if ref.module.weight.dtype != torch.float32:
-            with torch.device("meta"):
-                plain = torch.nn.Linear(ref.module.in_features, ref.module.out_features, ref.module.bias is not None)
-            plain.weight = torch.nn.Parameter(ref.module.weight.float(), requires_grad=False)
-            plain.bias = ref.module.bias
-            copies[ref.name] = plain
-    return copies
+    from export.models.torch_modules import linear_like
+
+    upcast = [ref for ref in model.linears() if ref.module.weight.dtype != torch.float32]
+    return {ref.name: linear_like(ref.module, ref.module.weight.float()) for ref in upcast}

@@ -51,7 +51,7 @@ class Rename:
 
 
 def _rows(*rows: tuple[str, ...]) -> tuple[Rename, ...]:
-    return tuple(Rename(pattern, targets) for pattern, *rest in rows for targets in [tuple(rest)])
+    return tuple(Rename(pattern, tuple(targets)) for pattern, *targets in rows)
 
 
 def _mlp(path: str, target: str) -> tuple[Rename, ...]:

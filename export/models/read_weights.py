@@ -10,10 +10,11 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from export.errors import ModelError
 from export.models import float8
+from export.models.families import Config
 from export.models.original_layouts import LAYOUTS, MARK, plain_names, translated
 from export.models.weights import MERGE, WeightsFiles
 
@@ -91,7 +92,7 @@ class Stored:
 class Weights:
     """Tensors by the names of the diffusers class; `used` and `ignored` (-> why) cover every name in the files."""
 
-    tensors: Mapping[str, Any]
+    tensors: Mapping[str, torch.Tensor]
     used: tuple[str, ...]
     ignored: Mapping[str, str]
 
@@ -106,7 +107,7 @@ class Weights:
 
 def read_weights(
     files: WeightsFiles,
-    config: Mapping[str, Any],
+    config: Config,
     expected: Mapping[str, tuple[int, ...]],
     positions: torch.Tensor | None = None,
 ) -> Weights:
@@ -149,7 +150,7 @@ def _unwrapped(files: WeightsFiles) -> tuple[dict[str, Stored], dict[str, str]]:
     return by_name, {key: "belongs to another part of the pipeline" for key in held if key not in plain}
 
 
-def _in_diffusers_names(stored: Mapping[str, Stored], config: Mapping[str, Any]) -> dict[str, Stored]:
+def _in_diffusers_names(stored: Mapping[str, Stored], config: Config) -> dict[str, Stored]:
     class_name = str(config["_class_name"])
     if class_name not in LAYOUTS or MARK not in stored:
         return dict(stored)
@@ -229,9 +230,7 @@ def _same_table(tensor: torch.Tensor, table: torch.Tensor) -> bool:
     return bool(((tensor.float().reshape(table.shape) - table).abs() <= limit).all())
 
 
-def _refuse(
-    name: str, named: Mapping[str, Stored], expected: Mapping[str, tuple[int, ...]], config: Mapping[str, Any]
-) -> None:
+def _refuse(name: str, named: Mapping[str, Stored], expected: Mapping[str, tuple[int, ...]], config: Config) -> None:
     """Raise ModelError for the tensor of `named` without a use that says most of what is wrong."""
     others = [other for other in named if other not in expected]
     prefixes = _prefixes(others, expected)
@@ -279,7 +278,7 @@ def _beyond(others: Iterable[str], expected: Iterable[str]) -> dict[str, str]:
     return {name: match[0] for name, match in matches.items() if match[1] in kinds and match[0] not in known}
 
 
-def _refuse_missing(files: WeightsFiles, expected: Mapping[str, Any], named: Mapping[str, Stored]) -> None:
+def _refuse_missing(files: WeightsFiles, expected: Mapping[str, tuple[int, ...]], named: Mapping[str, Stored]) -> None:
     missing = sorted(set(expected) - set(named))
     if missing:
         raise ModelError(

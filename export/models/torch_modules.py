@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
 
 from export.models.families import Family
+
+if TYPE_CHECKING:
+    from diffusers.models.attention_processor import Attention
 
 
 class Denoiser(nn.Module):
@@ -38,13 +41,13 @@ class UpcastLinear(nn.Linear):
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         return nn.functional.linear(input, self.weight.to(input.dtype), self.bias)
 
-    @classmethod
-    def of(cls, linear: nn.Linear) -> UpcastLinear:
-        """The same layer (sharing its parameters) as an UpcastLinear."""
-        with torch.device("meta"):
-            upcast = cls(linear.in_features, linear.out_features, bias=linear.bias is not None)
-        upcast.weight, upcast.bias = linear.weight, linear.bias
-        return upcast
+
+def linear_like(linear: nn.Linear, weight: torch.Tensor, kind: type[nn.Linear] = nn.Linear) -> nn.Linear:
+    """A layer of class `kind` with `weight` [N, K], and sizes and bias of `linear`; nothing is copied."""
+    with torch.device("meta"):
+        layer = kind(linear.in_features, linear.out_features, bias=linear.bias is not None)
+    layer.weight, layer.bias = nn.Parameter(weight, requires_grad=False), linear.bias
+    return layer
 
 
 class MaskedAttention:
@@ -55,11 +58,11 @@ class MaskedAttention:
 
     def __call__(
         self,
-        attn: Any,
+        attn: Attention,
         hidden_states: torch.Tensor,
         encoder_hidden_states: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
-        **unused: Any,
+        **unused: object,
     ) -> torch.Tensor:
         source = hidden_states if encoder_hidden_states is None else encoder_hidden_states
         query, key, value = (
@@ -80,14 +83,16 @@ def use_masked_attention(module: nn.Module) -> None:
             part.set_processor(MaskedAttention())
 
 
-def _is_plain(attention: Any) -> bool:
+def _is_plain(attention: Attention) -> bool:
     extras = (attention.spatial_norm, attention.group_norm, attention.norm_q, attention.norm_k, attention.norm_cross)
     return not any(extras) and not attention.residual_connection and attention.rescale_output_factor == 1.0
 
 
 def with_modules(module: nn.Module, replacements: Mapping[str, nn.Module]) -> nn.Module:
     """A copy of the module tree with submodules replaced by path; all other tensors are shared, not copied."""
-    memo: dict[int, Any] = {id(tensor): tensor for tensor in (*module.parameters(), *module.buffers())}
+    memo: dict[int, torch.Tensor | nn.Module] = {
+        id(tensor): tensor for tensor in (*module.parameters(), *module.buffers())
+    }
     memo |= {id(module.get_submodule(path)): replacement for path, replacement in replacements.items()}
     return copy.deepcopy(module, memo)
 

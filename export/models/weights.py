@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from safetensors import SafetensorError, safe_open
 from typing_extensions import TypedDict
@@ -24,12 +24,15 @@ if TYPE_CHECKING:
     import torch
 
 STEM = "diffusion_pytorch_model"
-# The files of a folder without a variant, in order of preference: a single file before its shards.
-SINGLE_FILES = (f"{STEM}.safetensors", "model.safetensors")
-INDEX_FILES = (f"{STEM}.safetensors.index.json",)
-# The same with one; diffusers has named the index of a variant's shards in both ways.
-VARIANT_FILES = (f"{STEM}.{{}}.safetensors", "model.{}.safetensors")
-VARIANT_INDEX_FILES = (f"{STEM}.{{}}.safetensors.index.json", f"{STEM}.safetensors.index.{{}}.json")
+WEIGHTS_FILE, INDEX_FILE = f"{STEM}.safetensors", f"{STEM}.safetensors.index.json"
+# The files of a folder in order of preference, a single file before its shards. "*": a dot and the variant, or nothing;
+# diffusers has named the index of a variant's shards in both ways.
+FILES = (
+    f"{STEM}*.safetensors",
+    "model*.safetensors",
+    f"{STEM}*.safetensors.index.json",
+    f"{STEM}.safetensors.index*.json",
+)
 # A name such as fp16 or non_ema; "fp16-00001-of-00002" is a shard of one.
 VARIANT = r"(?!.*\d-of-\d)[A-Za-z0-9][\w-]*"
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
@@ -92,7 +95,7 @@ class WeightsFiles:
                     yield name, key, _tensor(tensors, path, key)
 
 
-def _open(path: Path) -> Any:
+def _open(path: Path) -> safe_open:
     open_file(path, ModelError, REFETCH).close()  # refuses what is no file, for which safe_open would wait
     try:
         return safe_open(path, framework="pt")
@@ -100,7 +103,7 @@ def _open(path: Path) -> Any:
         raise ModelError(f"{path}: not a whole safetensors file ({error}); {REFETCH}") from error
 
 
-def _tensor(tensors: Any, path: Path, key: str) -> torch.Tensor:
+def _tensor(tensors: safe_open, path: Path, key: str) -> torch.Tensor:
     try:
         return tensors.get_tensor(key)
     except (SafetensorError, AttributeError, ValueError) as error:  # a type that this torch or safetensors lacks
@@ -116,53 +119,36 @@ def find_weights(folder: Path, variant: str = "") -> WeightsFiles:
     variant: as in diffusers, the "fp16" of diffusion_pytorch_model.fp16.safetensors. Without one, the files without
     one, else those of the only variant there is; two variants may be two models, so that they are not chosen between.
     """
-    held = _variants(folder)
-    if variant and variant not in held:
-        there = ", ".join(held) or ("only one without a name" if _plain(folder) else "none")
+    variants = _variants(folder)
+    files = _files(folder, variant) if variant in ("", *variants) else None
+    if variant and files is None:
+        there = ", ".join(variants) or ("only one without a name" if _files(folder) else "none")
         raise ModelError(f"{folder} has no weights of the variant {variant!r}; the variants there: {there}")
-    plain = None if variant else _plain(folder)
-    if plain is not None:
-        return plain
-    if len(held) > 1 and not variant:
-        raise ModelError(f"{folder} has the variants {', '.join(held)} and no plain file; choose one with --variant")
-    if held:
-        return _first(folder, *_named(variant or held[0])) or _nothing(folder)
-    return _nothing(folder)
+    if files is None and len(variants) > 1:
+        raise ModelError(
+            f"{folder} has the variants {', '.join(variants)} and no plain file; choose one with --variant"
+        )
+    files = files or (_files(folder, variants[0]) if variants else None)
+    if files is None:
+        remedy = what_instead(folder) or "copy or download it again"
+        raise ModelError(f"{folder} has no {WEIGHTS_FILE} and no {INDEX_FILE}; {remedy}")
+    return files
 
 
-def _plain(folder: Path) -> WeightsFiles | None:
-    return _first(folder, SINGLE_FILES, INDEX_FILES)
-
-
-def _named(variant: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """Names of the single files, and of the indices of shards, of a variant."""
-    singles, indices = ([name.format(variant) for name in names] for names in (VARIANT_FILES, VARIANT_INDEX_FILES))
-    return tuple(singles), tuple(indices)
-
-
-def _first(folder: Path, singles: tuple[str, ...], indices: tuple[str, ...]) -> WeightsFiles | None:
-    for name in singles:
-        if (folder / name).is_file():
-            return WeightsFiles(folder, (name,), {})
-    for name in indices:
-        if (folder / name).is_file():
-            return _sharded(folder, name)
-    return None
+def _files(folder: Path, variant: str = "") -> WeightsFiles | None:
+    """The files of a variant, "" for the plain ones; None if the folder has none."""
+    names = (name.replace("*", f".{variant}" if variant else "") for name in FILES)
+    name = next((name for name in names if (folder / name).is_file()), None)
+    if name is None:
+        return None
+    return _sharded(folder, name) if name.endswith(".json") else WeightsFiles(folder, (name,), {})
 
 
 def _variants(folder: Path) -> list[str]:
     """The variants in a folder, by the names of its files."""
-    patterns = [
-        re.escape(name).replace(re.escape("{}"), f"({VARIANT})") for name in (*VARIANT_FILES, *VARIANT_INDEX_FILES)
-    ]
+    patterns = [re.escape(name).replace(re.escape("*"), rf"\.({VARIANT})") for name in FILES]
     matches = (re.fullmatch(pattern, path.name) for path in folder.iterdir() for pattern in patterns)
     return sorted({match[1] for match in matches if match})
-
-
-def _nothing(folder: Path) -> WeightsFiles:
-    """Raise ModelError that says what a folder without readable weights holds instead."""
-    remedy = what_instead(folder) or "copy or download it again"
-    raise ModelError(f"{folder} has no {SINGLE_FILES[0]} and no {INDEX_FILES[0]}; {remedy}")
 
 
 def what_instead(folder: Path) -> str:

@@ -23,10 +23,11 @@ from pipeline.bundle import manifest
 from pipeline.bundle.snapshot import verified_copy
 from pipeline.files import sha256, tree
 from pipeline.generate.conditioning import Generation, load_generation
-from plugins.cpu import library
 
 logger = logging.getLogger(__name__)
 
+# The kernel library as bundles of earlier versions held it.
+OLD_LIBRARY = "fpq_native.so"
 # What a build writes beside the files of its targets, which the backends name.
 GENERATION_FILES = re.compile(r"generation\.json|[\w-][\w.-]*\.safetensors")
 OTHER_FILES = re.compile(
@@ -151,7 +152,7 @@ def refuse_strange_files(folder: Path, files: Mapping[str, Any], targets: Mappin
     for name in sorted(files):
         if is_made_by_build(name, targets):
             continue
-        if name.rpartition("/")[2] == library.NAME:
+        if name.rpartition("/")[2] == OLD_LIBRARY:
             why = (
                 "is compiled code, as bundles of earlier versions held it, and is never loaded; build the bundle again"
             )

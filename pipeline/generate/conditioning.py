@@ -14,11 +14,11 @@ from safetensors.numpy import load_file
 
 from export.documents import read_json
 from export.errors import ContractError, RecipeError
+from export.models.description import GENERATION_FILE
 from pipeline.backends.base import Arrays
 from pipeline.generate import generation_file
 from pipeline.generate.scene_grammar import token_ids
 
-GENERATION_FILE = generation_file.NAME
 CLASS_PREFIXES = ("a", "an", "the", "class", "digit")
 
 

@@ -12,10 +12,10 @@ from typing_extensions import TypedDict
 
 from export.documents import Rules, shown, validated
 from export.errors import ContractError
+from export.models.description import GENERATION_FILE
 from export.names import inside
 from pipeline.generate.scene_grammar import ALONE, NONE, SLOT_NAMES
 
-NAME = "generation.json"
 RULES = Rules()
 # Elements of one sample of a made-up input.
 MOST_ELEMENTS = 2**24
@@ -84,7 +84,7 @@ SUFFIX = ".safetensors"
 
 def check(document: Mapping[str, Any], folder: Path) -> None:
     """Raise ContractError for what a generation.json in `folder` may not say."""
-    path = folder / NAME
+    path = folder / GENERATION_FILE
     validated(document, str(path), GenerationFile, RULES)
     conditioning = document["conditioning"]
     kind = conditioning.get("kind")
@@ -100,11 +100,12 @@ def check(document: Mapping[str, Any], folder: Path) -> None:
 
 def embedding_path(folder: Path, name: str) -> Path:
     """The file of the token embedding: beside generation.json, and by its ending none of a bundle's other files."""
+    named_in = folder / GENERATION_FILE
     if "/" in name or not name.endswith(SUFFIX):
         raise ContractError(
-            f"{folder / NAME}: embedding {name!r} leaves the folder, or is no {SUFFIX} file; name one beside it"
+            f"{named_in}: embedding {name!r} leaves the folder, or is no {SUFFIX} file; name one beside it"
         )
-    return inside(folder, name, folder / NAME)
+    return inside(folder, name, named_in)
 
 
 def _check_slots(slots: Sequence[Slot], path: Path) -> None:

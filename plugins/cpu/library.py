@@ -20,13 +20,16 @@ import sys
 import tempfile
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from export.cache_folder import cache_folder
 from export.errors import EnvironmentLacksError
 
+if TYPE_CHECKING:
+    from onnxruntime import SessionOptions
+
 logger = logging.getLogger(__name__)
-NAME = "fpq_native.so"
+NAME = "kernels.so"  # while it is made; in the cache it is called by its compiler
 # Of its ops, as bindings.c registers them.
 DOMAIN = "fpq.native"
 FOLDER = Path(__file__).resolve().parent
@@ -91,14 +94,7 @@ def build(path: Path, flags: tuple[str, ...] = (), sources: tuple[str, ...] = SO
     wide = X86_FLAGS if platform.machine() in ("x86_64", "AMD64") else ()
     command = [compiler(), *FLAGS, *wide, *flags, *sources, "-o", str(path.absolute())]
     done = subprocess.run(
-        command,
-        cwd=FOLDER,
-        capture_output=True,
-        text=True,
-        encoding="utf-8",
-        errors="replace",
-        check=False,
-        timeout=TIMEOUT_S,
+        command, cwd=FOLDER, capture_output=True, encoding="utf-8", errors="replace", check=False, timeout=TIMEOUT_S
     )
     if done.returncode:
         lines = [line for line in done.stderr.splitlines() if "error" in line] or done.stderr.splitlines()
@@ -204,7 +200,7 @@ def _compiled(path: Path) -> Path:
     return Path(_UNCACHED[path.name].name) / NAME
 
 
-def register(options: Any, path: Path | None = None) -> None:
+def register(options: SessionOptions, path: Path | None = None) -> None:
     """Give session options the ops of the library (at `path`, for tests of other builds of it).
 
     Raises EnvironmentLacksError where it cannot be made or does not load."""

@@ -5,9 +5,9 @@ from __future__ import annotations
 import ctypes
 import logging
 import tempfile
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,13 +17,14 @@ from plugins.cpu import library
 
 logger = logging.getLogger(__name__)
 F32 = NDArray[np.float32]
+Function = Callable[..., None]  # in C, of ARGUMENTS
 SOURCES = ("rounding_errors.c",)
 POINTER, INTEGER, FLOAT = np.ctypeslib.ndpointer(np.float32, flags="C_CONTIGUOUS"), ctypes.c_int64, ctypes.c_float
 ARGUMENTS = (POINTER, POINTER, INTEGER, INTEGER, INTEGER, INTEGER, FLOAT, FLOAT, FLOAT, POINTER)
 
 
 @cache
-def compiled() -> Any | None:
+def compiled() -> Function | None:
     """The function, compiled for this process; None where nothing can be compiled."""
     with tempfile.TemporaryDirectory(prefix="ditc-") as folder:
         path = Path(folder) / "rounding_errors.so"
@@ -37,7 +38,7 @@ def compiled() -> Any | None:
     return function
 
 
-def rounding_errors(function: Any, x: F32, scales: F32, slope: float, least: float, max_value: float) -> F32:
+def rounding_errors(function: Function, x: F32, scales: F32, slope: float, least: float, max_value: float) -> F32:
     """[rows, tried, groups]: squared errors of magnitudes x [rows, groups, n] at scales [rows, tried], see
     rounding_errors.c."""
     rows, groups, n = x.shape

@@ -23,16 +23,19 @@ import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from export.cache_folder import cache_folder
 from export.errors import ContractError, EnvironmentLacksError
 from plugins.gpu.table import Kernel, Spec, Tile, launch_options
 
+if TYPE_CHECKING:
+    from triton.compiler import CompiledKernel
+    from triton.runtime.jit import JITFunction
+
 log = logging.getLogger(__name__)
 CACHE_VERSION = 2
 MINIMUM_TRITON = (3, 6)
-TYPICAL_ROWS = 4096  # tokens for which the heuristics choose a tile, where the caller does not say
 COMPILE_TIMEOUT_S = 1800
 TOOL_TIMEOUT_S = 120
 MAX_REGISTERS = 255
@@ -40,12 +43,12 @@ MAX_REGISTERS = 255
 # capability ("maximum amount of shared memory per thread block").
 SHARED_KIB = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}
 TARGETS = tuple(SHARED_KIB)
-_RESOURCES = re.compile(r"Function (\w+):\s+REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)")
+_RESOURCES = re.compile(r"Function (\w+):\s+REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)")
 
 
 @dataclass(frozen=True)
 class Request:
-    """What to compile: a row of the table, what is known of it, the target. tile None: the heuristics' choice.
+    """What to compile: a row of the table, what is known of it, the target, the tile.
 
     sm: compute capability, one of TARGETS; 90, 100 and 120 compile for their sets "a". Raises
     ContractError for another.
@@ -54,16 +57,11 @@ class Request:
     kernel: Kernel
     spec: Spec
     sm: int
-    tile: Tile | None = None
-    rows: int = TYPICAL_ROWS
+    tile: Tile
 
     def __post_init__(self) -> None:
         if self.sm not in TARGETS:
             raise ContractError(f"sm {self.sm} is no target of the GPU kernels; use one of {TARGETS}")
-
-    @property
-    def chosen_tile(self) -> Tile:
-        return self.tile if self.tile is not None else self.kernel.tile(self.spec, self.rows, self.sm)
 
 
 @dataclass(frozen=True)
@@ -139,7 +137,7 @@ def kernels_folder() -> Path:
     return cache_folder("kernels")
 
 
-def entry_key(parts: Any) -> str:
+def entry_key(parts: object) -> str:
     """Name of the entry for JSON-like `parts`: 32 hexadecimal digits."""
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
 
@@ -158,7 +156,7 @@ def read_entry(key: str) -> Any | None:
     return json.loads(body)
 
 
-def write_entry(key: str, value: Any) -> None:
+def write_entry(key: str, value: object) -> None:
     """Write an entry beside its place and rename it, so that no reader ever sees a part of it."""
     kernels_folder().mkdir(parents=True, exist_ok=True)
     body = json.dumps(value).encode()
@@ -173,8 +171,7 @@ def write_entry(key: str, value: Any) -> None:
 
 
 def _key(request: Request) -> str:
-    tile = request.chosen_tile
-    constants = request.kernel.all_constants(request.spec, tile, request.sm)
+    constants = request.kernel.all_constants(request.spec, request.tile, request.sm)
     return entry_key(
         {
             "version": CACHE_VERSION,
@@ -183,12 +180,12 @@ def _key(request: Request) -> str:
             "arguments": argument_types(request),
             "constants": {name: repr(value) for name, value in constants.items()},
             "sm": request.sm,
-            "options": launch_options(tile),
+            "options": launch_options(request.tile),
         }
     )
 
 
-def source_of(function: Any) -> list[str]:
+def source_of(function: JITFunction) -> list[str]:
     """Source of a @triton.jit function and, sorted by name, of everything of ours it uses: functions and constants."""
     seen: dict[str, str] = {}
     waiting = [(function.fn.__name__, function)]
@@ -232,8 +229,8 @@ def _compile(request: Request) -> Compiled:
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    function, tile, types = request.kernel.function(), request.chosen_tile, dict(argument_types(request))
-    constants = request.kernel.all_constants(request.spec, tile, request.sm)
+    function, types = request.kernel.function(), dict(argument_types(request))
+    constants = request.kernel.all_constants(request.spec, request.tile, request.sm)
     source = ASTSource(
         fn=function,
         signature={name: types.get(name, "constexpr") for name in function.arg_names},
@@ -243,22 +240,22 @@ def _compile(request: Request) -> Compiled:
     with triton.knobs.compilation.scope():
         # Line numbers, and the PTX that they refer to, would be three quarters of the machine code's bytes.
         triton.knobs.compilation.disable_line_info = True
-        built = triton.compile(source, target=GPUTarget("cuda", request.sm, 32), options=launch_options(tile))
+        built = triton.compile(source, target=GPUTarget("cuda", request.sm, 32), options=launch_options(request.tile))
     compiled = _described(built, request)
     stored = {one.name: getattr(compiled, one.name) for one in fields(compiled)}
     write_entry(_key(request), stored | {"cubin": base64.b64encode(compiled.cubin).decode()})
     return compiled
 
 
-def _alignment(request: Request, names: list[str]) -> dict[tuple[int], list[list[Any]]]:
+def _alignment(request: Request, names: list[str]) -> dict[tuple[int], list[list[object]]]:
     """Every pointer is a multiple of 16 bytes, as torch and TensorRT allocate."""
     pointers = [one.name for one in request.kernel.arguments_of(request.spec) if one.is_pointer]
     return {(names.index(name),): [["tt.divisibility", 16]] for name in pointers}
 
 
-def _described(built: Any, request: Request) -> Compiled:
+def _described(built: CompiledKernel, request: Request) -> Compiled:
     ptx, cubin, name = built.asm["ptx"], built.asm["cubin"], built.metadata.name
-    used = resources(cubin, name)
+    registers, local_bytes = resources(cubin, name)
     arguments = tuple(argument_types(request))
     return Compiled(
         name=name,
@@ -266,8 +263,8 @@ def _described(built: Any, request: Request) -> Compiled:
         num_warps=built.metadata.num_warps,
         arguments=arguments,
         unused_parameters=_first_match(r"\.entry \w+\((.*?)\)", ptx).count(".param") - len(arguments),
-        registers=used.registers,
-        local_bytes=used.local_bytes,
+        registers=registers,
+        local_bytes=local_bytes,
         shared_bytes=built.metadata.shared,
         ptx=ptx,
         cubin=cubin,
@@ -296,15 +293,6 @@ def _compile_in_another_process(requests: Sequence[Request]) -> None:
 # --- the machine code --------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Resources:
-    """registers of a thread; local_bytes of a thread (stack and spills); shared_bytes fixed at compilation."""
-
-    registers: int
-    local_bytes: int
-    shared_bytes: int
-
-
 def tool(name: str) -> Path:
     """Path of cuobjdump, nvdisasm or ptxas in triton's package. Raises EnvironmentLacksError without triton."""
     try:
@@ -314,14 +302,11 @@ def tool(name: str) -> Path:
     return Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name
 
 
-def resources(cubin: bytes, name: str) -> Resources:
-    """Registers and memory of the entry `name`."""
-    rows = {
-        row[0]: [int(number) for number in row[1:]]
-        for row in _RESOURCES.findall(cuobjdump(cubin, "--dump-resource-usage"))
-    }
-    registers, stack, shared, local = rows[name]
-    return Resources(registers, stack + local, shared)
+def resources(cubin: bytes, name: str) -> tuple[int, int]:
+    """(registers, bytes of local memory: stack and spills) of a thread of the entry `name`."""
+    rows = {entry: numbers for entry, *numbers in _RESOURCES.findall(cuobjdump(cubin, "--dump-resource-usage"))}
+    registers, stack, local = map(int, rows[name])
+    return registers, stack + local
 
 
 def cuobjdump(cubin: bytes, option: str) -> str:
@@ -333,13 +318,7 @@ def cuobjdump(cubin: bytes, option: str) -> str:
         command = [str(path), option, file.name]
         try:
             done = subprocess.run(
-                command,
-                capture_output=True,
-                text=True,
-                encoding="utf-8",
-                errors="replace",
-                check=False,
-                timeout=TOOL_TIMEOUT_S,
+                command, capture_output=True, encoding="utf-8", errors="replace", check=False, timeout=TOOL_TIMEOUT_S
             )
         except OSError as error:
             raise EnvironmentLacksError(f"{path} does not run ({error}); reinstall triton") from error

@@ -116,7 +116,7 @@ def pack(*tensors: Tensor, **named: Tensor | None) -> Tensor:
 
 
 def expand(spec: GemmSpec, *tensors: Tensor, **named: Tensor | None) -> Tensor:
-    """w u8 [N, K / 2] -> expanded u8 [N, K]: bytes of spec.weight_kind, of value * multiplier * 2^weight_exponent."""
+    """w u8 [N, K / 2] -> expanded u8 [N, K]: INT8 or E4M3 bytes of value * multiplier * 2^weight_exponent."""
     row = kernel("expand")
     return launched(row, spec, by_name(row, tensors, named))[0]
 

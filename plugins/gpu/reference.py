@@ -85,7 +85,7 @@ def pack(spec: PackSpec, codes: Array, rows: int = 0) -> tuple[Array]:
 
 
 def expand(spec: GemmSpec, w: Array, multiplier_codes: Array | None = None, rows: int = 0) -> tuple[Array]:
-    """w u8 [N, K / 2] -> u8 [N, K]: bytes of spec.weight_kind, of value * multiplier * 2^spec.weight_exponent."""
+    """w u8 [N, K / 2] -> u8 [N, K]: INT8 or E4M3 bytes of value * multiplier * 2^spec.weight_exponent."""
     multipliers = np.asarray(spec.multipliers, np.float64)
     value = decode(spec.weight_format, unpack(w, 4, spec.in_features)).reshape(len(w), spec.groups, -1)
     if multiplier_codes is not None:
@@ -113,8 +113,17 @@ def quantize(
 
 def gelu_quantize(spec: QuantizeSpec, x: Array, **static: Any) -> tuple[Array, ...]:
     """As `quantize`, of the GELU (tanh form) of x."""
-    with np.errstate(invalid="ignore"):
-        return quantize(spec, op_reference.gelu_tanh(x.astype(np.float32)), **static)
+    return quantize(spec, gelu_tanh(x.astype(np.float32)), **static)
+
+
+def gelu_tanh(x: Array) -> Array:
+    """GELU in its tanh form, in float64, rounded to float32 once.
+
+    (1 + tanh(u)) / 2 is written as 1 / (1 + exp(-2 u)), which loses no digits where tanh(u) is near -1.
+    """
+    wide = x.astype(np.float64)
+    with np.errstate(over="ignore", invalid="ignore"):  # exp(-2 u) is Inf for x below -21, and GELU(x) is then -0
+        return (wide / (1.0 + np.exp(-2.0 * np.sqrt(2.0 / np.pi) * (wide + 0.044715 * wide**3)))).astype(np.float32)
 
 
 def norm_modulate_quantize(

@@ -75,6 +75,8 @@ Epilogue = Literal["none", "gate_residual"]
 FloatType = Literal["fp16", "bf16", "fp32"]
 Before = Literal["none", "gelu", "norm_modulate"]
 EPILOGUES, FLOAT_TYPES, BEFORE = get_args(Epilogue), get_args(FloatType), get_args(Before)
+# Epilogue -> tiles of outputs that a program holds for it beside the sum.
+HELD_TILES: dict[Epilogue, int] = {"none": 0, "gate_residual": 2}
 
 
 def weight_problem(weight: str) -> str | None:
@@ -101,8 +103,8 @@ class GemmSpec:
     Tensors, row-major and contiguous:
       a        u8 [M, K]            operand bytes of `activation`
       a_scale  f32 [M]              of each token; a static scale is repeated
-      w        u8 [N, K / 2]        codes of `weight`, element 2i in the low nibble; expanded_gemm: u8 [N, K], operand
-                                    bytes of value * multiplier, `weight_kind`
+      w        u8 [N, K / 2]        codes of `weight`, element 2i in the low nibble; expanded_gemm: u8 [N, K], INT8
+                                    or E4M3 bytes of value * multiplier
       w_scales f32 [N, scale_groups]
       multiplier_codes u8 [N, ceil(groups / 2)]  nibbles, indices into `multipliers`; absent without multipliers
       bias     f32 [N]
@@ -173,13 +175,8 @@ class GemmSpec:
         return self.operand.kind == INT8 and largest <= INT8_MAX and sums_fit
 
     @property
-    def weight_kind(self) -> str:
-        """What expanded weights are the bytes of: "E4M3" or "INT8"."""
-        return INT8 if self.multiplies_integers else E4M3
-
-    @property
     def weight_exponent(self) -> int:
-        """e of the bytes of expanded weights: they stand for value * multiplier * 2^e."""
+        """e of the bytes of expanded weights, INT8 with `multiplies_integers`, else E4M3: value * multiplier * 2^e."""
         fmt = self.weight_format
         if self.multiplies_integers:
             return fmt.fraction_bits

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import Any, Literal, Protocol
-
-from numpy.typing import NDArray
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Literal, Protocol
 
 from plugins.gpu import reference, tiles
 from plugins.gpu.spec import Epilogue, GemmSpec, PackSpec, QuantizeSpec
+
+if TYPE_CHECKING:
+    from triton.runtime.jit import JITFunction
 
 Role = Literal["input", "size", "output"]
 Spec = GemmSpec | PackSpec | QuantizeSpec
@@ -115,7 +116,7 @@ class Kernel:
     module: str
     spec: type[Spec]
     arguments: tuple[Argument, ...]
-    reference: Callable[..., tuple[NDArray[Any], ...]]
+    reference: Callable[..., tuple[reference.Array, ...]]
     tile: Callable[..., Tile]
     constants: Callable[..., tiles.Constants]
     grid: Callable[..., Grid]
@@ -124,7 +125,7 @@ class Kernel:
     def __hash__(self) -> int:
         return hash(self.name)  # of all arguments it would cost every launch some microseconds
 
-    def function(self) -> Any:
+    def function(self) -> JITFunction:
         """The @triton.jit function; imports triton."""
         return getattr(importlib.import_module(f"plugins.gpu.{self.module}"), self.name)
 
@@ -187,36 +188,38 @@ _AFTER_SUM = (
     Argument("y", "*{output}", "output", ("M", "N")),
 )
 
+_QUANTIZE = Kernel(
+    name="quantize",
+    module="quantize",
+    spec=QuantizeSpec,
+    arguments=(_X, *_STATIC, _M, *_QUANTIZED),
+    reference=reference.quantize,
+    tile=tiles.row_tile,
+    constants=tiles.quantize_constants,
+    grid=tiles.row_grid,
+    plugin="Quantize",
+)
+_PACKED_GEMM = Kernel(
+    name="packed_gemm",
+    module="gemm",
+    spec=GemmSpec,
+    arguments=(_A, _A_SCALE, _W, _W_SCALES, _MULTIPLIER_CODES, *_AFTER_SUM),
+    reference=reference.packed_gemm,
+    tile=tiles.packed_tile,
+    constants=tiles.packed_constants,
+    grid=tiles.gemm_grid,
+    plugin="PackedGemm",
+)
+
 KERNELS: tuple[Kernel, ...] = (
     # x [M, C] -> codes, scales: operand bytes of x / scale, scale = absmax / max_value or static.
-    Kernel(
-        name="quantize",
-        module="quantize",
-        spec=QuantizeSpec,
-        arguments=(_X, *_STATIC, _M, *_QUANTIZED),
-        reference=reference.quantize,
-        tile=tiles.row_tile,
-        constants=tiles.quantize_constants,
-        grid=tiles.row_grid,
-        plugin="Quantize",
-    ),
+    _QUANTIZE,
     # As quantize, of GELU(x) in its tanh form.
-    Kernel(
-        name="gelu_quantize",
-        module="quantize",
-        spec=QuantizeSpec,
-        arguments=(_X, *_STATIC, _M, *_QUANTIZED),
-        reference=reference.gelu_quantize,
-        tile=tiles.row_tile,
-        constants=tiles.quantize_constants,
-        grid=tiles.row_grid,
-        plugin="GeluQuantize",
-    ),
+    replace(_QUANTIZE, name="gelu_quantize", reference=reference.gelu_quantize, plugin="GeluQuantize"),
     # As quantize, of LayerNorm(x) * (1 + scale) + shift.
-    Kernel(
+    replace(
+        _QUANTIZE,
         name="norm_modulate_quantize",
-        module="quantize",
-        spec=QuantizeSpec,
         arguments=(
             _X,
             Argument("shift", "*{input}", "input", (PER_SAMPLE, "C")),
@@ -225,44 +228,31 @@ KERNELS: tuple[Kernel, ...] = (
             *_QUANTIZED,
         ),
         reference=reference.norm_modulate_quantize,
-        tile=tiles.row_tile,
         constants=tiles.norm_constants,
-        grid=tiles.row_grid,
         plugin="NormModulateQuantize",
     ),
     # y = epilogue((a @ w^T * w_scales) * a_scale + a_zero * w_sums + bias), weights decoded in the kernel.
-    Kernel(
-        name="packed_gemm",
-        module="gemm",
-        spec=GemmSpec,
-        arguments=(_A, _A_SCALE, _W, _W_SCALES, _MULTIPLIER_CODES, *_AFTER_SUM),
-        reference=reference.packed_gemm,
-        tile=tiles.packed_tile,
-        constants=tiles.packed_constants,
-        grid=tiles.gemm_grid,
-        plugin="PackedGemm",
-    ),
+    _PACKED_GEMM,
     # As packed_gemm, with weights that `expand` has turned into E4M3 or INT8 bytes, their multipliers folded in.
-    Kernel(
+    replace(
+        _PACKED_GEMM,
         name="expanded_gemm",
-        module="gemm",
-        spec=GemmSpec,
         arguments=(_A, _A_SCALE, _EXPANDED, _W_SCALES, *_AFTER_SUM),
         reference=reference.expanded_gemm,
         tile=tiles.expanded_tile,
         constants=tiles.gemm_constants,
-        grid=tiles.gemm_grid,
+        plugin=None,
     ),
     # Unscaled sums of a GEMM's splits (with real groups scaled) -> y as packed_gemm.
-    Kernel(
+    replace(
+        _PACKED_GEMM,
         name="reduce_splits",
-        module="gemm",
-        spec=GemmSpec,
         arguments=(Argument("parts", "*fp32", "input", ("splits", "M", "N")), _A_SCALE, _W_SCALES, *_AFTER_SUM),
         reference=reference.reduce_splits,
         tile=tiles.reduce_tile,
         constants=tiles.reduce_constants,
         grid=tiles.reduce_grid,
+        plugin=None,
     ),
     # codes below 16 -> two in a byte, element 2i in the low nibble.
     Kernel(

@@ -15,7 +15,7 @@ from export.dialect.reference import ABSMAX_FLOOR
 from export.errors import ContractError, RecipeError
 from export.formats.format import get_format
 from plugins.gpu.promotion import promotion_of
-from plugins.gpu.spec import E4M3, INT8, GemmSpec, PackSpec, QuantizeSpec, operand_of
+from plugins.gpu.spec import E4M3, HELD_TILES, INT8, GemmSpec, PackSpec, QuantizeSpec, operand_of
 from plugins.gpu.tile_table import INSTRUCTIONS, MACHINES, PROMOTED, TABLE, Products, Tile
 
 Constants = dict[str, object]  # compile-time arguments by name
@@ -26,9 +26,9 @@ LEAST_SCALED_STEP = 64
 LEAST_STEP: dict[Products, int] = {"fp8": 32, "int8": 32, "fp16": 16}  # products of one instruction
 SPLITS = (1, 2, 3, 4, 6, 8)
 LEAST_STEPS_OF_A_SPLIT = 4
-# Outputs of a thread. With a gate and a residual it holds three tiles, which must fit into registers together, and with
-# promotion two sums besides, of which float32 gates leave less room.
-MOST_OUTPUTS, MOST_WITH_GATE, MOST_WITH_WIDE_GATE = 255, 64, 32
+# Outputs of a thread. An epilogue that reads tiles (a gate and a residual) holds up to three, which must fit into
+# registers together, and with promotion two sums besides, of which float32 tiles leave less room.
+MOST_OUTPUTS, MOST_WITH_TILES, MOST_WITH_WIDE_TILES = 255, 64, 32
 # Clocks before a program's first product and after its last, and of one more kernel (the sum of splits, an expansion).
 FILL_CLOCKS = 2000
 KERNEL_CLOCKS = 5000
@@ -137,7 +137,7 @@ def _steps(spec: GemmSpec, sm: int, kind: Literal["plain", "by_group", "bytes"])
     if kind == "by_group":
         longest = min(longest, spec.group_size & -spec.group_size)
     wide = every > 0 and spec.output == "fp32"
-    most = MOST_OUTPUTS if not spec.has_gate else MOST_WITH_WIDE_GATE if wide else MOST_WITH_GATE
+    most = MOST_OUTPUTS if not HELD_TILES[spec.epilogue] else MOST_WITH_WIDE_TILES if wide else MOST_WITH_TILES
     return tuple(
         (replace(tile, k=max(min(tile.k, longest), LEAST_STEP[products])), share)
         for tile, share in rows

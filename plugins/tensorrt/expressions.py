@@ -12,7 +12,10 @@ from typing import Any
 
 from export.errors import ContractError
 
-Resolve = Callable[[int, int], Any]
+# A size: an integer, or what a library has for one that it does not know yet.
+Size = Any
+Dimension = Callable[[int, int], Size]
+Quotient = Callable[[Size, Size], Size]
 
 
 @dataclass(frozen=True)
@@ -23,12 +26,12 @@ class Expression:
     kind: str
     operands: tuple[Any, ...]
 
-    def __mul__(self, other: Any) -> Expression:
+    def __mul__(self, other: Expression | int) -> Expression:
         return Expression("product", (self, as_expression(other)))
 
     __rmul__ = __mul__
 
-    def __floordiv__(self, other: Any) -> Expression:
+    def __floordiv__(self, other: Expression | int) -> Expression:
         return Expression("floor_div", (self, as_expression(other)))
 
     def __neg__(self) -> Expression:
@@ -36,7 +39,7 @@ class Expression:
             return Expression("ceil_div", (self.operands[0].operands[0], self.operands[1]))
         return Expression("negative", (self,))
 
-    def resolve(self, dim: Resolve, ceil_div: Callable[[Any, Any], Any]) -> Any:
+    def resolve(self, dim: Dimension, ceil_div: Quotient) -> Size:
         """The value, dimensions given by dim(input, axis): integers, or a library's own symbols."""
         if self.kind == "constant":
             return self.operands[0]
@@ -48,7 +51,7 @@ class Expression:
         return OPERATIONS[self.kind](first, second, ceil_div)
 
 
-OPERATIONS: dict[str, Callable[[Any, Any, Callable[[Any, Any], Any]], Any]] = {
+OPERATIONS: dict[str, Callable[[Size, Size, Quotient], Size]] = {
     # An integer cannot multiply a library's symbol from the left.
     "product": lambda a, b, _: b * a if isinstance(a, int) else a * b,
     "floor_div": lambda a, b, _: a // b,
@@ -56,7 +59,7 @@ OPERATIONS: dict[str, Callable[[Any, Any, Callable[[Any, Any], Any]], Any]] = {
 }
 
 
-def as_expression(value: Any) -> Expression:
+def as_expression(value: Expression | int) -> Expression:
     """A constant for an integer; an expression as it is."""
     return value if isinstance(value, Expression) else Expression("constant", (int(value),))
 

@@ -110,7 +110,7 @@ class Payload:
         return base64.b64encode(zlib.compress(json.dumps(document, sort_keys=True).encode(), 9)).decode()
 
 
-def _plain(variant: Variant) -> dict[str, Any]:
+def _plain(variant: Variant) -> dict[str, object]:
     return {**asdict(variant), "code": base64.b64encode(variant.code).decode()}
 
 

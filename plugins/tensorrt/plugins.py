@@ -10,12 +10,13 @@ from collections.abc import Callable, Sequence
 from functools import cache, partial
 from importlib import import_module
 from inspect import Parameter, Signature
+from types import ModuleType
 from typing import Any
 
 from plugins.gpu.spec import EPILOGUES, GemmSpec, QuantizeSpec
 from plugins.gpu.table import Spec, kernel
 from plugins.tensorrt.aot import aot_kernel, plugin_name
-from plugins.tensorrt.expressions import Expression
+from plugins.tensorrt.expressions import Expression, Size
 from plugins.tensorrt.payload import FIELD, NAMESPACE, PLUGINS, Payload, from_text
 from plugins.tensorrt.rtx_plugin import ports_of
 
@@ -43,7 +44,7 @@ def register(module: str = "tensorrt") -> tuple[str, ...]:
     return tuple(map(plugin_name, EXAMPLES))
 
 
-def _register(trt: Any, trtp: Any, example: Payload) -> None:
+def _register(trt: ModuleType, trtp: ModuleType, example: Payload) -> None:
     name = f"{NAMESPACE}::{plugin_name(example)}"
     inputs = [argument.name for argument in example.row.inputs(example.spec)]
     outputs = len(ports_of(example).outputs)
@@ -78,7 +79,7 @@ def _signed(function: Callable[..., Any], desc: Any, inputs: Sequence[str], more
     return call
 
 
-def _describe(trt: Any, trtp: Any, inputs: Sequence[Any], payload: Payload) -> Any:
+def _describe(trt: ModuleType, trtp: ModuleType, inputs: Sequence[Any], payload: Payload) -> Any:
     """Shapes and types of the outputs."""
     ports, leading = ports_of(payload), list(inputs[0].shape_expr)
     shapes = [(*leading[:-1], width) for width in ports.widths]
@@ -88,18 +89,18 @@ def _describe(trt: Any, trtp: Any, inputs: Sequence[Any], payload: Payload) -> A
     return described if len(described) > 1 else described[0]
 
 
-def _tactics(trtp: Any, inputs: Sequence[Any], payload: Payload, outputs: Any) -> Any:
+def _tactics(trtp: ModuleType, inputs: Sequence[Any], payload: Payload, outputs: object) -> Any:
     """Row-major tensors of the kernel's types, and one tactic for each tile."""
     ports = ports_of(payload)
     types = ",".join(TACTIC_TYPES[name] for name in (*ports.inputs, *ports.outputs))
     return [trtp.AutoTuneCombination(types, "LINEAR", list(range(1, len(payload.variants) + 1)))]
 
 
-def _implement(trtp: Any, inputs: Sequence[Any], payload: Payload, outputs: Any, tactic: int) -> Any:
+def _implement(trtp: ModuleType, inputs: Sequence[Any], payload: Payload, outputs: object, tactic: int) -> Any:
     """(name, PTX, launch sizes, scalars) of the tile that is tactic 1, 2, ..."""
     kernel = aot_kernel(payload, payload.variants[tactic - 1], [len(tensor.shape_expr) for tensor in inputs])
 
-    def symbol(expression: Expression) -> Any:
+    def symbol(expression: Expression) -> Size:
         return expression.resolve(lambda index, axis: inputs[index].shape_expr[axis], trtp.cdiv)
 
     launch = trtp.KernelLaunchParams()

@@ -9,7 +9,7 @@ import ctypes
 from collections.abc import Sequence
 from functools import cache
 from hashlib import sha256
-from typing import Any, Protocol
+from typing import Protocol
 
 from export.errors import EnvironmentLacksError, ResourceError
 
@@ -19,6 +19,7 @@ CAPABILITY_MAJOR, CAPABILITY_MINOR, DYNAMIC_SHARED_BYTES = 75, 76, 8
 # Above this a kernel must ask for its dynamic shared memory (CUDA C++ Programming Guide, compute capabilities).
 SHARED_BYTES_FREE = 48 * 1024
 Grid = tuple[int, int, int]
+Params = ctypes.Array[ctypes.c_void_p]
 
 
 class Driver(Protocol):
@@ -32,7 +33,7 @@ class Driver(Protocol):
         """The kernel `name` of machine code `cubin`, loaded once in a context, with its shared memory allowed."""
         ...
 
-    def launch(self, function: int, grid: Grid, threads: int, shared_bytes: int, stream: int, params: Any) -> None:
+    def launch(self, function: int, grid: Grid, threads: int, shared_bytes: int, stream: int, params: Params) -> None:
         """Put one launch on `stream`. params: array of pointers to the arguments."""
         ...
 
@@ -72,11 +73,11 @@ class CudaDriver:
             self._check("cuFuncSetAttribute", function, DYNAMIC_SHARED_BYTES, shared_bytes)
         return int(function.value or 0)
 
-    def launch(self, function: int, grid: Grid, threads: int, shared_bytes: int, stream: int, params: Any) -> None:
+    def launch(self, function: int, grid: Grid, threads: int, shared_bytes: int, stream: int, params: Params) -> None:
         block, handle = (threads, 1, 1), ctypes.c_void_p(function)
         self._check("cuLaunchKernel", handle, *grid, *block, shared_bytes, ctypes.c_void_p(stream), params, None)
 
-    def _check(self, call: str, *arguments: Any) -> None:
+    def _check(self, call: str, *arguments: object) -> None:
         code = getattr(self._cuda, call)(*arguments)
         if code:
             text = ctypes.c_char_p()

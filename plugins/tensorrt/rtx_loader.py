@@ -18,7 +18,7 @@ from functools import cache
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from types import ModuleType
 
 from export.errors import EnvironmentLacksError
 
@@ -75,7 +75,7 @@ def alias_library(soname: str, needed: str, machine: int) -> bytes:
     return header + programs + dynamic + empty_hash + bytes(SYMBOL) + strings
 
 
-def load() -> Any:
+def load() -> ModuleType:
     """The module tensorrt_rtx, with plugins usable. A second call changes nothing.
 
     Raises EnvironmentLacksError where the package is missing or the library name cannot be supplied.

@@ -7,13 +7,14 @@ uint8 to four bytes. The engine is compiled with them, not run: no machine with 
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cache
+from types import ModuleType
 from typing import Any
 
 import numpy as np
 
-from plugins.gpu.table import Argument, Spec
 from plugins.tensorrt import rtx_loader
 from plugins.tensorrt.payload import FIELD, NAMESPACE, PLUGINS, VERSION, Payload, from_text
 from plugins.tensorrt.rtx_driver import cuda_driver
@@ -34,19 +35,12 @@ class Ports:
 
 def ports_of(payload: Payload) -> Ports:
     """What the kernel reads and writes, from its arguments."""
-    row, spec = payload.row, payload.spec
-    read, written = (tuple(_type(one, spec) for one in group) for group in (row.inputs(spec), row.outputs(spec)))
-    return Ports(read, written, tuple(_width(output, spec) for output in row.outputs(spec)))
-
-
-def _type(argument: Argument, spec: Spec) -> str:
-    element = argument.element_for(spec)
-    return TYPES.get(element, element)
-
-
-def _width(output: Argument, spec: Spec) -> int:
-    """The last dimension; 1 where each row has one element."""
-    return 1 if len(output.shape) == 1 else spec.dims[output.shape[-1]]
+    spec, inputs, outputs = payload.spec, payload.row.inputs(payload.spec), payload.row.outputs(payload.spec)
+    kinds = {argument: argument.element_for(spec) for argument in (*inputs, *outputs)}
+    read, written = (tuple(TYPES.get(kinds[one], kinds[one]) for one in group) for group in (inputs, outputs))
+    # A tensor of one dimension has one element for each row.
+    widths = tuple(1 if len(output.shape) == 1 else spec.dims[output.shape[-1]] for output in outputs)
+    return Ports(read, written, widths)
 
 
 def text_of(field: Any) -> str:
@@ -57,7 +51,7 @@ def text_of(field: Any) -> str:
 class KernelMethods:
     """One kernel of one layer, without TensorRT's base classes. Names of methods and fields are TensorRT's."""
 
-    trt: Any
+    trt: ModuleType
 
     def open(self, text: str) -> None:
         """Fill the fields from the payload's text."""
@@ -68,16 +62,16 @@ class KernelMethods:
         self.fields = fields(self.trt, text)
         self.launcher: Launcher | None = None
 
-    def get_capability_interface(self, type: Any) -> Any:
+    def get_capability_interface(self, type: object) -> KernelMethods:
         return self
 
-    def clone(self) -> Any:
+    def clone(self) -> KernelMethods:
         return type(self)(self.text)  # type: ignore[call-arg]
 
-    def get_output_data_types(self, input_types: Any) -> list[Any]:
+    def get_output_data_types(self, input_types: object) -> list[Any]:
         return [getattr(self.trt, name) for name in self.ports.outputs]
 
-    def get_output_shapes(self, inputs: Any, shape_inputs: Any, exprs: Any) -> list[Any]:
+    def get_output_shapes(self, inputs: Sequence[Any], shape_inputs: object, exprs: Any) -> list[Any]:
         return [self._shape(inputs[0], width, exprs) for width in self.ports.widths]
 
     def _shape(self, first: Any, width: int, exprs: Any) -> Any:
@@ -90,10 +84,10 @@ class KernelMethods:
         desc = in_out[pos].desc
         return bool(desc.format == self.trt.TensorFormat.LINEAR and desc.type == getattr(self.trt, names[pos]))
 
-    def configure_plugin(self, inputs: Any, outputs: Any) -> None:
+    def configure_plugin(self, inputs: object, outputs: object) -> None:
         """Nothing depends on the profile: the payload has code for every number of rows."""
 
-    def get_workspace_size(self, inputs: Any, outputs: Any) -> int:
+    def get_workspace_size(self, inputs: object, outputs: object) -> int:
         return 0
 
     def get_valid_tactics(self) -> list[int]:
@@ -102,24 +96,30 @@ class KernelMethods:
     def get_fields_to_serialize(self) -> Any:
         return self.fields[0]
 
-    def attach_to_context(self, context: Any) -> Any:
+    def attach_to_context(self, context: object) -> KernelMethods:
         attached = self.clone()
         attached.launcher = Launcher(self.payload.complete(), cuda_driver())
         attached.launcher.load()
         return attached
 
-    def on_shape_change(self, inputs: Any, outputs: Any) -> None:
+    def on_shape_change(self, inputs: Sequence[Any], outputs: object) -> None:
         assert self.launcher is not None, "the plugin is not attached to a context"
         self.launcher.prepare([tuple(tensor.dims) for tensor in inputs])
 
     def enqueue(
-        self, input_desc: Any, output_desc: Any, inputs: Any, outputs: Any, workspace: int, stream: int
+        self,
+        input_desc: object,
+        output_desc: object,
+        inputs: Sequence[int],
+        outputs: Sequence[int],
+        workspace: int,
+        stream: int,
     ) -> None:
         assert self.launcher is not None, "the plugin is not attached to a context"
         self.launcher.launch(inputs, outputs, stream)
 
 
-def plugin_class(trt: Any) -> Any:
+def plugin_class(trt: ModuleType) -> Callable[[str], KernelMethods]:
     """The IPluginV3 class of module tensorrt_rtx."""
     bases = (trt.IPluginV3, trt.IPluginV3OneCore, trt.IPluginV3OneBuild, trt.IPluginV3OneRuntime)
 
@@ -139,7 +139,7 @@ def registered() -> tuple[str, ...]:
     return tuple(name for name in PLUGINS.values() if registry.get_creator(name, VERSION, NAMESPACE) is not None)
 
 
-def fields(trt: Any, text: str) -> tuple[Any, ...]:
+def fields(trt: ModuleType, text: str) -> tuple[Any, ...]:
     """(plugin fields that hold `text`, what must be kept as long as they are used).
 
     TensorRT's fields point at the bytes and do not own them: it would serialize whatever lies there later.
@@ -149,7 +149,7 @@ def fields(trt: Any, text: str) -> tuple[Any, ...]:
     return trt.PluginFieldCollection([field]), field, kept
 
 
-def creator_class(trt: Any) -> Any:
+def creator_class(trt: Any) -> Callable[[str], Any]:
     """The class of creators; each instance makes the plugins of one kernel."""
     plugin = plugin_class(trt)
 
@@ -162,7 +162,7 @@ def creator_class(trt: Any) -> Any:
             self.kept = fields(trt, "")
             self.field_names = self.kept[0]
 
-        def create_plugin(self, name: str, collection: Any, phase: Any) -> Any:
+        def create_plugin(self, name: str, collection: Iterable[Any], phase: object) -> KernelMethods:
             return plugin(next(text_of(field) for field in collection if field.name == FIELD))
 
     return KernelCreator

@@ -10,7 +10,7 @@ import pytest
 
 from export.errors import ModelError
 from export.models import load as models
-from export.models.config_keys import unread_keys
+from export.models.config import unread_keys
 from tests.support import tiny
 
 PATH = Path("config.json")

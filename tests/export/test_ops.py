@@ -13,10 +13,19 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from onnx import TensorProto, helper
 
-from export.dialect.ops import ABSMAX_FLOOR, DOMAIN, OPS, VERSION, attributes, make_node, no_multipliers
+from export.dialect.ops import ABSMAX_FLOOR, DOMAIN, OPS, VERSION, attributes, no_multipliers
 from export.formats.format import Format, decode, encode, get_format, pack, packed_size, quantize, unpack
 from export.formats.operands import exact_multipliers, exact_sum_limit
-from tests.support.op_models import F32_EPS, FORMATS, LEVELS, Arrays, model_of, run_everywhere, session_of
+from tests.support.op_models import (
+    F32_EPS,
+    FORMATS,
+    LEVELS,
+    Arrays,
+    make_node,
+    model_of,
+    run_everywhere,
+    session_of,
+)
 
 # --- activations ---------------------------------------------------------------------------------------------------
 

@@ -20,6 +20,7 @@ from plugins.tensorrt.rtx_plugin import ports_of
 from tests.kernels.test_rtx_plugin_launcher import RecordingDriver, gemm_shapes
 from tests.kernels.test_rtx_plugin_launcher import payload as payload_of
 from tests.kernels.test_trt_plugins import FrontEnd, plugins
+from tests.support.machine_code import chosen
 
 pytest.importorskip("triton", reason="the GPU kernels need triton")
 GATED = GemmSpec("E2M3", "E2M1", 64, 96, 32, (1, 2, 3), epilogue="gate_residual", output="fp32")
@@ -40,12 +41,12 @@ def added(monkeypatch: pytest.MonkeyPatch) -> Kernel:
 
 
 def test_it_is_compiled(added: Kernel) -> None:
-    gated, plain = (compile.Request(added, spec, 90) for spec in (GATED, PLAIN))
+    gated, plain = (chosen(added, spec, 90) for spec in (GATED, PLAIN))
     assert ("gain", "*fp32") in compile.argument_types(gated) and "gain" not in added.all_constants(
-        GATED, gated.chosen_tile, 90
+        GATED, gated.tile, 90
     )
     assert "gain" not in dict(compile.argument_types(plain))
-    assert added.all_constants(PLAIN, plain.chosen_tile, 90)["gain"] is None
+    assert added.all_constants(PLAIN, plain.tile, 90)["gain"] is None
 
 
 def inputs(rows: int, samples: int) -> dict[str, torch.Tensor]:
@@ -76,7 +77,7 @@ def test_the_torch_op_has_it(added: Kernel, monkeypatch: pytest.MonkeyPatch) -> 
         and "gain" not in next(op for op in torch_ops.OPS if op.name == "expanded_gemm").schema
     )
     given = inputs(6, 2)
-    first = tuple(given.pop(name) for name in op.required)
+    first = tuple(given.pop(name) for name in op.inputs[0])
     choices = {"activation": "E2M3", "weight": "E2M1", "group_size": 32, "multipliers": [1, 2, 3]}
     choices |= {"epilogue": "gate_residual", "output": "fp32", "tokens": 3}
     seen: dict[str, Any] = {}

@@ -17,7 +17,7 @@ from plugins.gpu.compile import TARGETS, Compiled, Request, compile_kernels
 from plugins.gpu.spec import QuantizeSpec
 from plugins.gpu.table import kernel
 from plugins.gpu.tiles import RowTile, row_tile
-from tests.support.machine_code import count, opcodes
+from tests.support.machine_code import chosen, count, opcodes
 
 pytest.importorskip("triton", reason="the GPU kernels need triton")
 BEFORE = {"quantize": "none", "gelu_quantize": "gelu", "norm_modulate_quantize": "norm_modulate"}
@@ -27,7 +27,7 @@ WIDTH = 1152  # of PixArt-XL/2 and DiT-XL/2
 
 def request(name: str, sm: int, channels: int = WIDTH, fmt: str = "E2M3", dtype: Any = "fp16") -> Request:
     before: Any = BEFORE[name]
-    return Request(kernel(name), QuantizeSpec(fmt, channels, before, dtype), sm)
+    return chosen(kernel(name), QuantizeSpec(fmt, channels, before, dtype), sm)
 
 
 EVERYWHERE = {(name, sm): request(name, sm) for name in BEFORE for sm in TARGETS}
@@ -42,7 +42,7 @@ WIDER = {
     ("quantize", 16384, "E2M3", "fp32"),
 }
 STATIC = {
-    (name, sm, "static"): Request(kernel(name), QuantizeSpec("E2M3", WIDTH, BEFORE[name], static=True), sm)  # type: ignore[arg-type]
+    (name, sm, "static"): chosen(kernel(name), QuantizeSpec("E2M3", WIDTH, BEFORE[name], static=True), sm)  # type: ignore[arg-type]
     for name, sm in (("quantize", 80), ("gelu_quantize", 90), ("quantize", 120))
 }
 ON_HOPPER = {case: request(case[0], 90, *case[1:]) for case in sorted(WIDER)}
@@ -145,7 +145,7 @@ def test_problems_are_named(built: dict[Any, Compiled]) -> None:
 def test_a_spill_is_seen(empty: Path) -> None:
     """8192 numbers held by one warp: 256 registers a thread, one more than there are, for the numbers alone."""
     spec = QuantizeSpec("E2M3", 8192, input="fp32")
-    (one,) = compile_kernels([Request(kernel("quantize"), spec, 90, RowTile(8192, 0, 1))])
+    (one,) = compile_kernels([chosen(kernel("quantize"), spec, 90, RowTile(8192, 0, 1))])
     assert one.local_bytes > 0 and count(one, "LDL", "STL") > 0
     assert any("registers spill" in text for text in one.problems())
 
@@ -177,7 +177,7 @@ def test_key_names_everything_the_code_follows_from(monkeypatch: pytest.MonkeyPa
         request("gelu_quantize", 90),
     ]
     keys = {compile._key(one) for one in variants}
-    assert len(keys) == len(variants) and compile._key(replace(base, rows=8192)) in keys
+    assert len(keys) == len(variants) and compile._key(chosen(base.kernel, base.spec, 90, rows=8192)) in keys
     monkeypatch.setattr(importlib.metadata, "version", lambda _: "99.0")
     assert compile._key(base) not in keys
 

@@ -11,7 +11,7 @@ from plugins.gpu.compile import TARGETS, Compiled, Request, compile_kernels
 from plugins.gpu.spec import GemmSpec, PackSpec
 from plugins.gpu.table import KERNELS, kernel
 from tests.kernels.test_gpu_compile_tiles import SPLIT, most_registers
-from tests.support.machine_code import count
+from tests.support.machine_code import chosen, count
 
 pytestmark = pytest.mark.kernels
 
@@ -29,29 +29,29 @@ E1M2 = GemmSpec("E2M3", "E1M2", 1152, 4608)
 MANY, FEW = 4096, 64  # tokens
 
 EVERYWHERE = {
-    (name, sm): Request(kernel(name), PLAIN, sm, rows=MANY)
+    (name, sm): chosen(kernel(name), PLAIN, sm, rows=MANY)
     for name in ("packed_gemm", "expanded_gemm")
     for sm in TARGETS
 }
 ON_HOPPER = {
-    "packed, few tokens": Request(kernel("packed_gemm"), PLAIN, 90, rows=FEW),
-    "packed, multipliers": Request(kernel("packed_gemm"), EXACT, 90, rows=MANY),
-    "packed, real groups": Request(kernel("packed_gemm"), REAL, 90, rows=MANY),
-    "packed, every epilogue": Request(kernel("packed_gemm"), MODULATED, 90, rows=MANY),
-    "expanded, few tokens": Request(kernel("expanded_gemm"), PLAIN, 90, rows=FEW),
-    "expanded, E1M2": Request(kernel("expanded_gemm"), E1M2, 90, rows=MANY),
+    "packed, few tokens": chosen(kernel("packed_gemm"), PLAIN, 90, rows=FEW),
+    "packed, multipliers": chosen(kernel("packed_gemm"), EXACT, 90, rows=MANY),
+    "packed, real groups": chosen(kernel("packed_gemm"), REAL, 90, rows=MANY),
+    "packed, every epilogue": chosen(kernel("packed_gemm"), MODULATED, 90, rows=MANY),
+    "expanded, few tokens": chosen(kernel("expanded_gemm"), PLAIN, 90, rows=FEW),
+    "expanded, E1M2": chosen(kernel("expanded_gemm"), E1M2, 90, rows=MANY),
 }
 INTEGERS = {
-    (name, sm, "integers"): Request(kernel(name), replace(EXACT, integers=True), sm, rows=MANY)
+    (name, sm, "integers"): chosen(kernel(name), replace(EXACT, integers=True), sm, rows=MANY)
     for name in ("packed_gemm", "expanded_gemm")
     for sm in TARGETS
 }
-IN_HALF = {sm: Request(kernel("packed_gemm"), HALF, sm, rows=MANY) for sm in (80, 90)}
+IN_HALF = {sm: chosen(kernel("packed_gemm"), HALF, sm, rows=MANY) for sm in (80, 90)}
 AT_LOAD = {
-    ("pack", 80): Request(kernel("pack"), PackSpec(1152), 80),
-    ("expand", 80): Request(kernel("expand"), EXACT, 80),
-    ("expand", 90): Request(kernel("expand"), PLAIN, 90),
-    ("expand integers", 90): Request(kernel("expand"), replace(EXACT, integers=True), 90),
+    ("pack", 80): chosen(kernel("pack"), PackSpec(1152), 80),
+    ("expand", 80): chosen(kernel("expand"), EXACT, 80),
+    ("expand", 90): chosen(kernel("expand"), PLAIN, 90),
+    ("expand integers", 90): chosen(kernel("expand"), replace(EXACT, integers=True), 90),
 }
 
 

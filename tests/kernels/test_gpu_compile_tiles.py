@@ -13,6 +13,7 @@ from plugins.gpu.compile import Compiled, Request, compile_kernels
 from plugins.gpu.spec import GemmSpec
 from plugins.gpu.table import kernel
 from plugins.gpu.tile_table import Tile
+from tests.support.machine_code import chosen
 
 pytestmark = [pytest.mark.slow, pytest.mark.kernels]
 
@@ -32,8 +33,8 @@ def most_registers(request: Request) -> int:
     which takes the registers of the third. A program of eight warps has two for each scheduler by itself.
     """
     decodes = request.kernel.name == "packed_gemm" and request.spec.multiplies_integers
-    programs = 1 if request.chosen_tile.num_warps == 8 else 2 if decodes else 3
-    return REGISTERS // (32 * request.chosen_tile.num_warps * programs)
+    programs = 1 if request.tile.num_warps == 8 else 2 if decodes else 3
+    return REGISTERS // (32 * request.tile.num_warps * programs)
 
 
 def choices(sm: int, integers: bool) -> dict[Any, Request]:
@@ -45,7 +46,7 @@ def choices(sm: int, integers: bool) -> dict[Any, Request]:
         choose, name = (tiles.expanded_tile, "expanded_gemm") if first else (tiles.packed_tile, "packed_gemm")
         tile = replace(choose(spec, shape.m, sm, may_split=True), splits=1)
         case = (name, sm, "int8" if integers else "fp8", f"{tile.m}x{tile.n}x{tile.k}")
-        found.setdefault(case, Request(kernel(name), spec, sm, tile))
+        found.setdefault(case, chosen(kernel(name), spec, sm, tile))
     return found
 
 
@@ -55,12 +56,12 @@ def in_splits(sm: int) -> dict[Any, Request]:
     spec = GemmSpec("E2M3", "E2M1", 4608, 1152, epilogue="gate_residual", output="bf16", zero_point=True)
     tile = tiles.packed_tile(spec, FEW, sm, may_split=True)
     return {
-        ("packed_gemm", sm, "split"): Request(kernel("packed_gemm"), replace(spec, output="fp32"), sm, tile),
-        ("reduce_splits", sm, "split"): Request(kernel("reduce_splits"), spec, sm, rows=FEW),
+        ("packed_gemm", sm, "split"): chosen(kernel("packed_gemm"), replace(spec, output="fp32"), sm, tile),
+        ("reduce_splits", sm, "split"): chosen(kernel("reduce_splits"), spec, sm, rows=FEW),
     }
 
 
-TILES: dict[Any, Request] = {case: one for chosen in CHOSEN for case, one in choices(*chosen).items()}
+TILES: dict[Any, Request] = {case: one for sm, integers in CHOSEN for case, one in choices(sm, integers).items()}
 SPLIT: dict[Any, Request] = {case: one for sm in SPLIT_ON for case, one in in_splits(sm).items()}
 
 
@@ -87,8 +88,8 @@ def test_the_models_shapes_reach_hoppers_largest_tile() -> None:
 def test_splits_write_their_sums_and_nothing_else(built: dict[Any, Compiled], sm: int) -> None:
     """Float32 parts, no rounding to the output type, which reduce_splits does: to the nearest, never cut."""
     parts, whole = built["packed_gemm", sm, "split"], built["reduce_splits", sm, "split"]
-    tile = SPLIT["packed_gemm", sm, "split"].chosen_tile
-    assert isinstance(tile, Tile) and tile.splits > 1 and SPLIT["reduce_splits", sm, "split"].chosen_tile.splits > 1
+    tile = SPLIT["packed_gemm", sm, "split"].tile
+    assert isinstance(tile, Tile) and tile.splits > 1 and SPLIT["reduce_splits", sm, "split"].tile.splits > 1
     assert "cvt.rn.bf16" not in parts.ptx and "cvt.rn.bf16" in whole.ptx
     assert "cvt.rz.bf16" not in whole.ptx
     assert dict(whole.arguments)["parts"] == "*fp32" and dict(whole.arguments)["y"] == "*bf16"

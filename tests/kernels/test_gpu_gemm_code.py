@@ -9,7 +9,7 @@ import pytest
 from plugins.gpu.compile import Compiled, Request, compile_kernels
 from plugins.gpu.spec import GemmSpec
 from plugins.gpu.table import kernel
-from tests.support.machine_code import count, opcodes
+from tests.support.machine_code import chosen, count, opcodes
 
 pytestmark = pytest.mark.kernels
 
@@ -20,11 +20,11 @@ INTO = GemmSpec("E2M3", "E2M1", 1152, 4608, 64, MULTIPLIERS)
 OUT = GemmSpec("E2M3", "E2M1", 1152, 1152, epilogue="gate_residual", output="bf16")
 PLAIN = GemmSpec("E2M3", "E2M1", 4608, 1152)
 CASES: dict[Any, Request] = {
-    **{("into", sm): Request(kernel("packed_gemm"), INTO, sm) for sm in (80, 89, 90, 100, 120)},
-    **{("out", sm): Request(kernel("expanded_gemm"), OUT, sm) for sm in (86, 90)},
-    **{("plain", sm): Request(kernel("packed_gemm"), PLAIN, sm) for sm in (89, 90)},
-    ("promoted", 89): Request(kernel("expanded_gemm"), GemmSpec("E3M2", "E2M1", 4608, 1152), 89),
-    ("promoted", 90): Request(kernel("expanded_gemm"), INTO, 90),
+    **{("into", sm): chosen(kernel("packed_gemm"), INTO, sm) for sm in (80, 89, 90, 100, 120)},
+    **{("out", sm): chosen(kernel("expanded_gemm"), OUT, sm) for sm in (86, 90)},
+    **{("plain", sm): chosen(kernel("packed_gemm"), PLAIN, sm) for sm in (89, 90)},
+    ("promoted", 89): chosen(kernel("expanded_gemm"), GemmSpec("E3M2", "E2M1", 4608, 1152), 89),
+    ("promoted", 90): chosen(kernel("expanded_gemm"), INTO, 90),
 }
 
 

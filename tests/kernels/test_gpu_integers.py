@@ -158,4 +158,4 @@ def test_expanded_bytes_are_images(weight: str) -> None:
     codes = arrays.get("multiplier_codes")
     found = launch.expand(spec, tensor(arrays["w"]), multiplier_codes=None if codes is None else tensor(codes))
     np.testing.assert_array_equal(found.numpy(), expand(spec, arrays["w"], codes)[0])
-    assert spec.weight_kind == "INT8" and found.view(torch.int8).abs().max() <= 120
+    assert spec.multiplies_integers and found.view(torch.int8).abs().max() <= 120

@@ -17,7 +17,7 @@ from export.errors import ContractError, EnvironmentLacksError
 from pipeline import load
 from pipeline.backends import BACKENDS
 from pipeline.bundle import manifest
-from pipeline.bundle.bundle import OTHER_FILES, is_made_by_build
+from pipeline.bundle.bundle import OLD_LIBRARY, OTHER_FILES, is_made_by_build
 from plugins.cpu import library
 from tests.support import native
 from tests.support.bundles import make_bundle
@@ -249,7 +249,7 @@ def test_a_planted_library_never_runs(verb: str, planted: tuple[Path, Path], tmp
 
     path, marker = planted
     folder = make_bundle(tmp_path / "small")
-    (folder / "cpu" / library.NAME).write_bytes(path.read_bytes())
+    (folder / "cpu" / OLD_LIBRARY).write_bytes(path.read_bytes())
     reseal(folder)
     if verb == "load":
         with pytest.raises(ContractError, match=r"cpu/fpq_native.so is compiled code, .*; build the bundle again"):
@@ -275,7 +275,7 @@ def test_the_session_helpers_do_not_look_beside_the_graph(planted: tuple[Path, P
     ir.save(model, tmp_path / "model.onnx", external_data="model.onnx.data")
     for name in ("work", "cpu"):
         (tmp_path / name).mkdir()
-        (tmp_path / name / library.NAME).write_bytes(path.read_bytes())
+        (tmp_path / name / OLD_LIBRARY).write_bytes(path.read_bytes())
     recipe = Recipe("test", "none")
     lowered = CpuBackend().lower(tmp_path / "model.onnx", tmp_path / "work", recipe)
     CpuBackend().build(lowered, tmp_path / "cpu", recipe)

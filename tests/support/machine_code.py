@@ -1,4 +1,4 @@
-"""What the instructions of compiled kernels are, for the tests that say what they must be."""
+"""Kernels to compile, and what their instructions are, for the tests that say what they must be."""
 
 from __future__ import annotations
 
@@ -6,9 +6,15 @@ import re
 from collections import Counter
 from functools import cache
 
-from plugins.gpu.compile import Compiled, cuobjdump
+from plugins.gpu.compile import Compiled, Request, cuobjdump
+from plugins.gpu.table import Kernel, Spec, Tile
 
 _INSTRUCTION = re.compile(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)", re.MULTILINE)
+
+
+def chosen(row: Kernel, spec: Spec, sm: int, tile: Tile | None = None, rows: int = 4096) -> Request:
+    """What to compile, without a tile in the heuristics' choice for so many rows."""
+    return Request(row, spec, sm, row.tile(spec, rows, sm) if tile is None else tile)
 
 
 @cache

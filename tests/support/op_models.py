@@ -1,21 +1,56 @@
-"""Models of one custom op, and running them in every runtime."""
+"""Nodes and schemas of the custom ops as ONNX has them, models of one op, and running them in every runtime."""
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import numpy as np
 import onnx
 import onnxruntime as ort
-from onnx import helper
+from onnx import AttributeProto, TensorProto, helper
+from onnx.defs import OpSchema
 from onnx.reference import ReferenceEvaluator
 
-from export.dialect.ops import DOMAIN, OPS, VERSION, attributes, make_node
+from export.dialect.ops import DOMAIN, OPS, VERSION, Op, attributes
 
 FORMATS = ("E2M1", "E1M2", "E3M0", "E2M3", "E3M2", "E3M4", "E4M3", "E5M2", "INT4", "INT6", "INT8", "UE2M2", "UE4M4")
 LEVELS = ("ORT_ENABLE_ALL", "ORT_ENABLE_BASIC", "ORT_DISABLE_ALL")
 F32_EPS = 2.0**-24  # largest relative error of one float32 rounding
 Arrays = tuple[np.ndarray, ...]
+TYPE_NAMES = {TensorProto.UINT8: "tensor(uint8)", TensorProto.FLOAT: "tensor(float)"}
+ATTRIBUTE_TYPES = {
+    getattr(AttributeProto, name): getattr(OpSchema.AttrType, name)
+    for name in ("INT", "INTS", "FLOAT", "FLOATS", "STRING")
+}
+
+
+def make_node(op_name: str, inputs: list[str], outputs: list[str], name: str = "", **choices: Any) -> onnx.NodeProto:
+    """A node of a custom op with its attributes from `choices`."""
+    return helper.make_node(op_name, inputs, outputs, name=name, domain=DOMAIN, **attributes(op_name, **choices))
+
+
+def schema_of(op: Op) -> OpSchema:
+    """The row of an op as an onnx schema with shape inference, so that onnx's own checker judges it."""
+    inputs, outputs = (
+        [OpSchema.FormalParameter(name, TYPE_NAMES[kind]) for name, kind in ports.items()]
+        for ports in (op.inputs, op.outputs)
+    )
+    rows = [OpSchema.Attribute(name, ATTRIBUTE_TYPES[kind], doc) for name, (kind, doc) in op.attributes.items()]
+    schema = OpSchema(op.name, DOMAIN, VERSION, op.doc, inputs=inputs, outputs=outputs, attributes=rows)
+    schema.set_type_and_shape_inference_function(partial(_infer_in_onnx, op))
+    return schema
+
+
+def _infer_in_onnx(op: Op, context: Any) -> None:
+    types = [context.get_input_type(i).tensor_type for i in range(len(op.inputs))]
+    if not all(one.HasField("shape") for one in types):
+        return
+    shapes = [tuple(dim.dim_param or dim.dim_value for dim in one.shape.dim) for one in types]
+    protos = {name: context.get_attribute(name) for name in op.attributes}
+    values = {name: helper.get_attribute_value(value) for name, value in protos.items() if value is not None}
+    for index, (kind, shape) in enumerate(op.infer(values, *shapes)):
+        context.set_output_type(index, helper.make_tensor_type_proto(kind, shape))
 
 
 def model_of(op_name: str, shapes: list[tuple[Any, ...]], **choices: Any) -> onnx.ModelProto:

@@ -13,6 +13,7 @@ from onnx import TensorProto, helper, numpy_helper
 from export.dialect import ops
 from export.formats.format import fold_negative_zero, get_format, pack
 from export.formats.operands import exact_multipliers
+from tests.support.op_models import make_node
 
 
 @dataclass(frozen=True)
@@ -70,13 +71,13 @@ class Graph:
 
     def quantize(self, x: str, format_name: str, name: str) -> tuple[str, str]:
         outputs = [f"{name}/codes", f"{name}/scale"]
-        self.nodes.append(ops.make_node("QuantizeActivation", [x], outputs, name=name, format=format_name))
+        self.nodes.append(make_node("QuantizeActivation", [x], outputs, name=name, format=format_name))
         return outputs[0], outputs[1]
 
     def norm_quantize(self, x: str, format_name: str, name: str) -> tuple[str, str]:
         outputs = [f"{name}/codes", f"{name}/scale"]
         choices = {"format": format_name, "epsilon": 1e-6}
-        self.nodes.append(ops.make_node("NormModulateQuantize", [x, "shift", "scale"], outputs, name=name, **choices))
+        self.nodes.append(make_node("NormModulateQuantize", [x, "shift", "scale"], outputs, name=name, **choices))
         return outputs[0], outputs[1]
 
     def linear(self, quantized: tuple[str, str], linear: Linear, output: str = "") -> str:
@@ -84,9 +85,7 @@ class Graph:
         self.initializers += [numpy_helper.from_array(a, f"{linear.layer}.{key}") for key, a in arrays.items()]
         inputs = [*quantized, *(f"{linear.layer}.{key}" for key in arrays)]
         output = output or f"{linear.layer}/out"
-        self.nodes.append(
-            ops.make_node("PackedGemm", inputs, [output], name=f"{linear.layer}/gemm", **linear.choices())
-        )
+        self.nodes.append(make_node("PackedGemm", inputs, [output], name=f"{linear.layer}/gemm", **linear.choices()))
         return output
 
     def op(self, op_type: str, *inputs: str, out: str, **attributes: Any) -> str:

@@ -16,6 +16,7 @@ from torch.nn import functional
 
 import plugins.torch_ops  # noqa: F401, registers torch.ops.fpq
 from pipeline.backends.base import LOWEST_MASK
+from pipeline.backends.fused.ops import EPILOGUE_OF
 from plugins.gpu.spec import Epilogue
 from plugins.gpu.table import EPILOGUE_OPERANDS
 from plugins.gpu.tiles import EXPAND_FROM
@@ -25,7 +26,7 @@ OPS = torch.ops.fpq
 
 
 class Gemm(nn.Module):
-    """Gemm and GemmGateResidual.
+    """Gemm, with whatever epilogue.
 
     weights: "packed", "expanded", or "auto" (expanded at the first call of EXPAND_FROM tokens or more, which frees
     the packed ones). output: the type of y.
@@ -169,8 +170,7 @@ DIALECT_OPS = {
     "NormModulateQuantize": DialectOp(norm_modulate_quantize),
     "QuantizeStatic": DialectOp(quantize_static, frozenset({"scale", "zero"})),
     "GeluQuantizeStatic": DialectOp(gelu_quantize_static, frozenset({"scale", "zero"})),
-    "Gemm": DialectOp(None, frozenset({"a_scale"})),
-    "GemmGateResidual": DialectOp(None, frozenset({"a_scale"})),
+    **dict.fromkeys(EPILOGUE_OF, DialectOp(None, frozenset({"a_scale"}))),
     "Attention": DialectOp(attention),
     "MaskedAttention": DialectOp(attention),
 }

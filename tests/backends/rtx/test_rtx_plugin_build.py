@@ -13,7 +13,6 @@ import onnx
 import onnx_ir as ir
 import pytest
 
-from export.dialect import ops
 from export.errors import ContractError, EnvironmentLacksError
 from pipeline.backends.base import MODEL, LoweredGraph
 from pipeline.backends.fused.ops import DOMAIN
@@ -27,6 +26,7 @@ from pipeline.verify.oracle import activation_oracle
 from pipeline.verify.probe import ProbedGraph, open_session
 from plugins.gpu.spec import GemmSpec, QuantizeSpec
 from plugins.tensorrt.payload import FIELD, Payload, from_text
+from tests.support.op_models import make_node
 from tests.support.portable import random_linear
 from tests.support.rtx_models import Graph, Linear, block, single
 
@@ -257,7 +257,7 @@ def test_constant_scales_are_refused_while_lowering(tmp_path: Path) -> None:
     graph.initializers += [
         onnx.numpy_helper.from_array(np.full(1, v, np.float32), n) for n, v in (("s", 0.1), ("z", 0))
     ]
-    node = ops.make_node("QuantizeStatic", ["x", "s", "z"], ["c"], name="layer/quantize", format="E2M3")
+    node = make_node("QuantizeStatic", ["x", "s", "z"], ["c"], name="layer/quantize", format="E2M3")
     graph.nodes.append(node)
     graph.linear(("c", "s"), layer, "y")
     with pytest.raises(ContractError, match=r"layer/quantize: plugins quantize with one scale per token"):
