@@ -19,7 +19,7 @@ from export.errors import ContractError
 
 Attributes = Mapping[str, Any]
 Function = Callable[..., Any]
-TORCH_TYPES = {
+TORCH_TYPES: dict[int, torch.dtype] = {
     TensorProto.FLOAT: torch.float32,
     TensorProto.FLOAT16: torch.float16,
     TensorProto.INT64: torch.int64,
