@@ -238,6 +238,15 @@ def _tensor(value: ir.Value | None, layer: str, port: str) -> ir.TensorProtocol:
     return tensor
 
 
+def quantizer_of(node: ir.Node) -> ir.Node:
+    """The quantizer of the codes that a packed node reads. Raises ContractError where something else makes them."""
+    producer = inputs_of(node).a_codes.producer()
+    if producer is None or not producer.domain.startswith(DOMAIN):
+        origin = producer.op_type if producer else "a graph input"
+        raise ContractError(f"{attribute(node, 'layer')}: activation codes come from {origin}; expected a quantizer")
+    return producer
+
+
 def refuse_groups(graph: ir.Graph, remedy: str) -> None:
     """Raise ContractError with the remedy where activations have a scale per token and group of input channels."""
     nodes = [node for node in graph if node.domain == DOMAIN and node.op_type == "PackedGroupGemm"]
@@ -268,13 +277,16 @@ def probe_of(
     codes_offset: float = 0.0,
     gemm_unit: float = 1.0,
     gemm_scale: ir.Value | None = None,
+    exact: bool = True,
+    half_roundings: int = 0,
+    gemm_groups: int = 1,
+    codes_format: str | None = None,
     operands: Sequence[ir.Value] = (),
-    **others: Any,
 ) -> ProbeRow:
     """The row of a linear, from the values of the lowered graph.
 
     x: what the quantizer reads; what balances it is left out. result: the linear's own; where a low-rank branch is
-    added to it, `output` is the sum. others: the remaining fields of the row.
+    added to it, `output` is the sum.
     """
     branch, output = low_rank_of(result) or (None, result)
     return ProbeRow(
@@ -289,10 +301,13 @@ def probe_of(
         gemm=_name(gemm),
         gemm_unit=gemm_unit,
         gemm_scale=None if gemm_scale is None else _name(gemm_scale),
+        exact=exact,
         output=_name(output),
+        half_roundings=half_roundings,
         low_rank=None if branch is None else _name(branch),
+        gemm_groups=gemm_groups,
+        codes_format=codes_format,
         operands=tuple(_name(value) for value in operands),
-        **others,
     )
 
 

@@ -217,7 +217,7 @@ class ProbedGraph:
             integers=integers.reshape(x.shape),
             act_scale=tensors[row.act_scale].reshape(len(x), -1) if row.act_scale else None,
             gemm=_rows(gemm) if row.gemm_groups == 1 else gemm.transpose(1, 0, 2),
-            output=_rows(tensors[row.output]) if row.output else None,
+            output=_rows(tensors[row.output]),
             gemm_unit=row.gemm_unit,
             gemm_scale=None if row.gemm_scale is None else self.constant(row.gemm_scale),
             exact=row.exact,

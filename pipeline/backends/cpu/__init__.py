@@ -77,8 +77,9 @@ class CpuBackend(Backend[CpuOptions]):
 
     def lower(self, portable: Path, work_dir: Path, recipe: Recipe) -> LoweredGraph:
         from pipeline.backends.cpu import build
+        from pipeline.backends.cpu.engine import provided
 
-        return build.lower(portable, work_dir, self.options(recipe), build.capabilities(self.instruction_sets))
+        return build.lower(portable, work_dir, self.options(recipe), provided(self.instruction_sets))
 
     def build(self, lowered: LoweredGraph, out_dir: Path, recipe: Recipe) -> BuildResult:
         from pipeline.backends.cpu import build

@@ -6,7 +6,8 @@ import onnx_ir as ir
 
 from export.dialect.graph import GraphBuilder
 from export.formats.format import Format
-from pipeline.backends.cpu.quantizers import SMALL_ZERO, Operand, limb_base, rounding_factor, zero_point
+from export.formats.operands import SMALL_ZERO, limb_base, zero_point
+from pipeline.backends.cpu.quantizers import Operand, rounding_factor
 from pipeline.backends.cpu.token_chain import In, Out, chain_node
 
 U8 = ir.TensorType(ir.DataType.UINT8)
