@@ -217,7 +217,7 @@ COMPILERS = {"torch", "diffusers", "transformers", "onnx", "onnx_ir", "onnxscrip
 # Engines that compute with PyTorch, and engines in a diffusers pipeline.
 NEEDS_TORCH = {
     "pipeline/backends/cuda/engine.py": {"torch"},
-    "pipeline/backends/rtx/engine.py": {"torch"},
+    "pipeline/backends/tensorrt/engine.py": {"torch"},
     "pipeline/backends/trt/engine.py": {"torch"},
     "pipeline/backends/visible_gpu.py": {"torch"},
     "pipeline/generate/diffusers_adapter.py": {"diffusers", "torch"},

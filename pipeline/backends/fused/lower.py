@@ -9,7 +9,16 @@ from __future__ import annotations
 
 import onnx_ir as ir
 
-from export.dialect.graph import attribute, drop_unused, inputs_of, is_op, only_reader, produced_by, result_of
+from export.dialect.graph import (
+    attribute,
+    drop_unused,
+    inputs_of,
+    is_op,
+    only_reader,
+    produced_by,
+    replace,
+    result_of,
+)
 from export.dialect.ops import DOMAIN
 from export.errors import ContractError, RecipeError
 from export.formats.operands import exact_sum_limit
@@ -26,7 +35,14 @@ from pipeline.backends.fused.ops import (
     quantizer_attributes,
 )
 from pipeline.passes.probes import Choice, ProbeRow
-from pipeline.passes.quantized_gemm import QuantizedGemm, probe_of, read_gemm, refuse_groups, refuse_unpacked
+from pipeline.passes.quantized_gemm import (
+    QuantizedGemm,
+    probe_of,
+    quantizer_of,
+    read_gemm,
+    refuse_groups,
+    refuse_unpacked,
+)
 from pipeline.passes.rewrite import RewritePass
 from plugins.gpu.spec import GemmSpec
 
@@ -76,23 +92,19 @@ class LowerCuda(RewritePass):
         model.opset_imports.pop(DOMAIN, None)
 
     def _quantizer(self, graph: ir.Graph, node: ir.Node) -> None:
-        kind, inputs = FUSED[node.op_type], list(node.inputs)
+        kind = FUSED[node.op_type]
         extra = {"epsilon": float(attribute(node, "epsilon"))} if kind == "NormModulateQuantize" else {}
         gelu = None if kind == "NormModulateQuantize" else self._gelu(node)
         if gelu is not None:
-            kind, inputs[0] = f"Gelu{kind}", inputs_of(gelu).X
-        fused = fused_node(
-            kind, inputs, str(node.name), node, **quantizer_attributes(attribute(node, "format"), **extra)
-        )
-        graph.insert_before(node, fused)
-        _take_over(node, fused)
-        graph.remove(node, safe=True)
+            kind = f"Gelu{kind}"
+        choices = quantizer_attributes(attribute(node, "format"), **extra)
+        fused = fused_node(kind, list(node.inputs), str(node.name), node, **choices)
+        replace(graph, node, fused)
         if gelu is not None:
+            fused_inputs(fused).set("x", inputs_of(gelu).X)
             # The parity gates find what the linear reads under the name that the GELU gave it.
-            fused_outputs(fused).gelu.name, fused_outputs(fused).gelu.shape = (
-                result_of(gelu).name,
-                result_of(gelu).shape,
-            )
+            seen, before = fused_outputs(fused).gelu, result_of(gelu)
+            seen.name, seen.shape = before.name, before.shape
             graph.remove(gelu, safe=True)
         self.fired += 1
 
@@ -110,26 +122,17 @@ class LowerCuda(RewritePass):
         return gelu
 
     def _gemm(self, graph: ir.Graph, node: ir.Node) -> None:
-        gemm, quantizer = read_gemm(node), _quantizer_of(node)
+        gemm, quantizer = read_gemm(node), quantizer_of(node)
         operands = quantizer.metadata_props.get(OPERANDS_KEY, "")
         kernel = kernel_spec(gemm, integers=operands == "int8")
         path = EITHER if operands == "auto" else path_of(kernel)
         attributes = gemm_attributes({key: item.value for key, item in node.attributes.items()})
         fused = fused_node("Gemm", list(node.inputs), gemm.layer, node, **attributes)
         fused.metadata_props.update({OPERANDS_KEY: operands} if operands else {})
-        graph.insert_before(node, fused)
-        _take_over(node, fused)
-        graph.remove(node, safe=True)
+        replace(graph, node, fused)
         self.choices.append(Choice(gemm.layer, path, _why(gemm, kernel)))
         self.probes.append(_probe(gemm, path, fused, quantizer))
         self.fired += 1
-
-
-def _take_over(old: ir.Node, fused: ir.Node) -> None:
-    """Let the outputs of `fused` stand for those of `old`, which it begins with, under their names."""
-    for before, after in zip(old.outputs, fused.outputs, strict=False):
-        after.name, after.shape = before.name, before.shape
-        ir.convenience.replace_all_uses_with(before, after, replace_graph_outputs=True)
 
 
 def lower(model: ir.Model, operands: str = "fp8", attention: bool = True) -> LowerCuda:
@@ -163,7 +166,7 @@ def _choose_integers(gemms: list[ir.Node], chosen: str) -> None:
     """Mark the quantizers all of whose readers can multiply INT8 integers: their codes have one form."""
     readers: dict[ir.Node, list[ir.Node]] = {}
     for node in gemms:
-        readers.setdefault(_quantizer_of(node), []).append(node)
+        readers.setdefault(quantizer_of(node), []).append(node)
     for quantizer, nodes in readers.items():
         if all(_fits_integers(read_gemm(node), chosen) for node in nodes):
             quantizer.metadata_props[OPERANDS_KEY] = chosen
@@ -194,14 +197,6 @@ def kernel_spec(gemm: QuantizedGemm, integers: bool = False) -> GemmSpec:
         )
     except (RecipeError, ContractError) as error:
         raise ContractError(f"{gemm.layer} cannot be lowered to the GPU kernels: {error}") from error
-
-
-def _quantizer_of(gemm: ir.Node) -> ir.Node:
-    producer = inputs_of(gemm).a_codes.producer()
-    if producer is None or not producer.domain.startswith(DOMAIN):
-        origin = producer.op_type if producer else "a graph input"
-        raise ContractError(f"{attribute(gemm, 'layer')}: activation codes come from {origin}; expected a quantizer")
-    return producer
 
 
 def _why(gemm: QuantizedGemm, kernel: GemmSpec) -> str:

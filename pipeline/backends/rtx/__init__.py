@@ -13,6 +13,7 @@ from export.errors import EnvironmentLacksError
 from pipeline import machine
 from pipeline.backends import lowering_file, metadata_file
 from pipeline.backends.base import Arithmetic, Backend, BuildResult, Check, Engine, Flag, LoweredGraph, Options
+from pipeline.backends.tensorrt.engine import ENGINE
 
 if TYPE_CHECKING:
     from pipeline.recipe import Recipe
@@ -60,7 +61,7 @@ class RtxBackend(Backend[RtxOptions]):
     package = "tensorrt_rtx"
     needs_gpu = True
     speed_rank = 3
-    file_names = frozenset({"model.engine", metadata_file.NAME, lowering_file.NAME})
+    file_names = frozenset({ENGINE, metadata_file.NAME, lowering_file.NAME})
     disk_bytes_per_parameter = 2.5  # the lowered graph and the engine
     flags = (Flag("--target-sm", "sm", integers, "89,120", "GPUs that the rtx engine is built for"),)
 

@@ -11,17 +11,22 @@ from dataclasses import dataclass, field
 
 import onnx_ir as ir
 
-from export.dialect.graph import FLOAT, GraphBuilder, attribute, inputs_of, result_of, stored_array
+from export.dialect.graph import FLOAT, GraphBuilder, attribute, inputs_of, is_op, result_of, stored_array
 from export.dialect.ops import DOMAIN
-from export.errors import ContractError
 from export.formats.operands import HardwareNumber
 from pipeline.backends.rtx.choose import GemmChoice, choose
 from pipeline.backends.rtx.gemms import emit_gemm
 from pipeline.backends.rtx.quantizers import Token, emit_limbs, emit_norm_modulate, emit_static, emit_token
-from pipeline.passes.probes import Capabilities, Choice, GemmRow, ProbeRow
-from pipeline.passes.quantized_gemm import QuantizedGemm, probe_of, read_gemm, refuse_groups, refuse_unpacked
+from pipeline.passes.probes import Choice, GemmRow, ProbeRow
+from pipeline.passes.quantized_gemm import (
+    QuantizedGemm,
+    probe_of,
+    quantizer_of,
+    read_gemm,
+    refuse_groups,
+    refuse_unpacked,
+)
 
-LOWERED = ("QuantizeActivation", "QuantizeStatic", "NormModulateQuantize")
 NATIVE_GROUPS_REFUSED = (
     "target rtx runs one GEMM for each linear and has no scale per token and group of input channels; build it with "
     "--target cpu, or calibrate with one scale per token"
@@ -44,15 +49,14 @@ class _Emitted:
     limbs: dict[tuple[ir.Node, HardwareNumber], tuple[ir.Value, ...]] = field(default_factory=dict)
 
 
-def lower(model: ir.Model, capabilities: Capabilities) -> Lowering:
-    """Replace all `fpq` nodes of `model` in place. Raises ContractError for a node or format that cannot be lowered."""
+def lower(model: ir.Model, rows: tuple[GemmRow, ...]) -> Lowering:
+    """Replace all `fpq` nodes of `model` in place. rows: ways to run a GEMM, in order of preference. Raises
+    ContractError for a node or format that cannot be lowered."""
     emitted, lowering = _Emitted(), Lowering()
     refuse_groups(model.graph, NATIVE_GROUPS_REFUSED)
-    packed = [node for node in model.graph if node.domain == DOMAIN and node.op_type == "PackedGemm"]
-    if not packed:
-        raise ContractError("the model has no PackedGemm node, so nothing is quantized; run the packing passes first")
+    packed = [node for node in model.graph if is_op(node, "PackedGemm", DOMAIN)]
     for node in packed:
-        _lower_gemm(model.graph, node, capabilities.gemms, emitted, lowering)
+        _lower_gemm(model.graph, node, rows, emitted, lowering)
     _remove_dialect(model, [*packed, *emitted.tokens])
     return lowering
 
@@ -62,22 +66,13 @@ def _lower_gemm(
 ) -> None:
     gemm = read_gemm(node)
     choice = choose(gemm, rows)
-    quantizer = _quantizer_of(node, gemm.layer)
-    token, limbs = _operands(graph, quantizer, choice.number, gemm, emitted)
+    token, limbs = _operands(graph, quantizer_of(node), choice.number, gemm, emitted)
     build = GraphBuilder(graph, node, gemm.layer, typed=False)
     result, product = emit_gemm(build, gemm, choice, token, limbs, inputs_of(node).bias)
     result.shape, result.type = result_of(node).shape, FLOAT
     _replace(result_of(node), result)
     lowering.choices.append(Choice(gemm.layer, choice.row.path, choice.why))
     lowering.probes.append(_probe(gemm, choice, token, limbs, product, result))
-
-
-def _quantizer_of(node: ir.Node, layer: str) -> ir.Node:
-    producer = inputs_of(node).a_codes.producer()
-    if producer is None or producer.op_type not in LOWERED:
-        origin = producer.op_type if producer else "a graph input"
-        raise ContractError(f"{layer}: activation codes come from {origin}; expected one of {LOWERED}")
-    return producer
 
 
 def _operands(

@@ -14,11 +14,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import onnx
-import onnx_ir as ir
 from onnx import NodeProto, TensorProto, helper
 
 from export.errors import ContractError
-from pipeline.backends.fused.lower import GROUPS_REFUSED, LowerCuda, lower, takes_integers
+from pipeline.backends.fused.lower import GROUPS_REFUSED, takes_integers
 from pipeline.backends.fused.ops import DOMAIN, EPILOGUE_OF, OPERANDS_KEY, OPS, PORTS
 from plugins.gpu import table
 from plugins.gpu.spec import Before, GemmSpec, QuantizeSpec
@@ -61,18 +60,6 @@ class KernelNode:
     def weight_bytes(self) -> int:
         """Bytes of its packed weight; 0 for a quantizer."""
         return self.spec.in_features * self.spec.out_features // 2 if isinstance(self.spec, GemmSpec) else 0
-
-
-def lower_fused(model: ir.Model, operands: str = "fp8") -> LowerCuda:
-    """Lower `model` in place to fused ops, after the shared passes; attention stays TensorRT's.
-
-    operands: as LowerCuda's. Raises ContractError for a layer that no kernel takes.
-    """
-    lowering = lower(model, operands, attention=False)
-    static = [node for node in model.graph if node.domain == DOMAIN and node.op_type.endswith("QuantizeStatic")]
-    if static:
-        raise ContractError(f"{static[0].name}: {STATIC_REFUSED}")
-    return lowering
 
 
 def plugin_graph(

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 from pipeline import machine
 from pipeline.backends import lowering_file, metadata_file
 from pipeline.backends.base import Arithmetic, Backend, BuildResult, Check, Engine, LoweredGraph, Options
+from pipeline.backends.tensorrt.engine import ENGINE
 
 if TYPE_CHECKING:
     from pipeline.recipe import Recipe
@@ -36,7 +37,7 @@ class TrtBackend(Backend[TrtOptions]):
     package = "tensorrt"
     needs_gpu = True
     speed_rank = 1
-    file_names = frozenset({"model.engine", metadata_file.NAME, lowering_file.NAME})
+    file_names = frozenset({ENGINE, metadata_file.NAME, lowering_file.NAME})
     disk_bytes_per_parameter = 1.5  # the packed weights, twice
 
     def in_auto(self) -> bool:

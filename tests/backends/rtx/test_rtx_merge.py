@@ -15,7 +15,7 @@ from pipeline.backends import lowering_file
 from pipeline.backends.base import LoweredGraph
 from pipeline.backends.fused.lower import LowerCuda
 from pipeline.backends.fused.ops import DOMAIN, add_functions
-from pipeline.backends.tensorrt.plugin_graph import lower_fused
+from pipeline.backends.tensorrt import plugin_payloads
 from pipeline.passes import run_shared
 from pipeline.verify.oracle import LinearProbe
 from pipeline.verify.probe import ProbedGraph
@@ -68,7 +68,7 @@ def probed(model: ir.Model, lowering: LowerCuda, folder: Path) -> dict[str, Line
 )
 def test_two_linears_are_one_gemm_and_the_gates_find_each(chosen: dict[str, Any], tmp_path: Path) -> None:
     """Codes, exact sums and results are those of the graph with both apart, to the bit; weights are stored once."""
-    model, lowering = lowered(lower_fused, chosen, chosen)
+    model, lowering = lowered(plugin_payloads.lower, chosen, chosen)
     assert gemms(model) == ["a+b"]
     apart, lowering_apart = lowered(lower_apart, chosen, chosen)
     assert gemms(apart) == ["a", "b"]
@@ -92,12 +92,12 @@ def test_two_linears_are_one_gemm_and_the_gates_find_each(chosen: dict[str, Any]
     ids=["weight formats", "multipliers", "real groups", "codes", "an epilogue"],
 )
 def test_other_linears_stay_alone(other: dict[str, Any], body: str) -> None:
-    model, lowering = lowered(lower_fused, {}, other, body)
+    model, lowering = lowered(plugin_payloads.lower, {}, other, body)
     assert sorted(gemms(model)) == ["a", "b"] and "Split" not in [node.op_type for node in model.graph]
     assert {probe.gemm_columns for probe in lowering.probes} == {None}
 
 
 def test_gemms_are_merged_up_to_a_width(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("pipeline.backends.fused.merge_gemms.MERGED_COLUMNS", 64 + 127)
-    model, _ = lowered(lower_fused, {}, {})
+    model, _ = lowered(plugin_payloads.lower, {}, {})
     assert gemms(model) == ["a", "b"]
