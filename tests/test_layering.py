@@ -210,7 +210,7 @@ RUN_TIME = [
         *(f"pipeline/{name}.py" for name in ("__init__", "__main__", "command", "doctor", "files", "inspect", "list")),
         *(f"pipeline/{name}.py" for name in ("machine", "methods", "progress", "recipe", "signals")),
         *(f"pipeline/backends/{name}.py" for name in ("__init__", "base", "feeds", "lowering_file", "metadata_file")),
-        *(f"pipeline/backends/{name}.py" for name in ("runtime_errors", "stock_runtime", "visible_gpu")),
+        *(f"pipeline/backends/{name}.py" for name in ("sessions", "stock_runtime", "visible_gpu")),
     }
 ]
 COMPILERS = {"torch", "diffusers", "transformers", "onnx", "onnx_ir", "onnxscript", "matplotlib", "huggingface_hub"}

@@ -16,8 +16,8 @@ from pipeline.backends import lowering_file, metadata_file
 from pipeline.backends.base import DATA, MODEL, BuildResult, LoweredGraph
 from pipeline.files import sha256
 from pipeline.passes import run_shared
-from pipeline.passes.probes import Choice, ProbeRow
 from pipeline.passes.quantized_gemm import PACKED_GEMMS
+from pipeline.passes.rewrite import LoweringPass
 
 
 def packed_model(portable: Path) -> ir.Model:
@@ -29,13 +29,11 @@ def packed_model(portable: Path) -> ir.Model:
     return model
 
 
-def save_lowered(
-    model: ir.Model, work_dir: Path, probes: Sequence[ProbeRow], choices: Sequence[Choice]
-) -> LoweredGraph:
+def save_lowered(model: ir.Model, work_dir: Path, lowering: LoweringPass) -> LoweredGraph:
     """Write model.onnx and model.onnx.data; weights are converted one by one while writing."""
     drop_unused(model)
     ir.save(model, work_dir / MODEL, external_data=DATA, size_threshold_bytes=1024)
-    return LoweredGraph(work_dir / MODEL, tuple(probes), tuple(choices))
+    return LoweredGraph(work_dir / MODEL, tuple(lowering.probes), tuple(lowering.choices))
 
 
 def graph_facts(lowered: LoweredGraph) -> dict[str, object]:

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 
 import onnx_ir as ir
 
+from pipeline.passes.probes import Choice, ProbeRow
+
 logger = logging.getLogger(__name__)
 
 
@@ -46,3 +48,16 @@ class RewritePass(ir.passes.InPlacePass):
 
     def refuse(self, culprit: str | None, reason: str) -> None:
         self.refusals.append(Refusal(culprit or "(unnamed)", reason))
+
+
+class LoweringPass(RewritePass):
+    """A pass that lowers quantized linears for a target; `choices` and `probes` have a row for each."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.choices: list[Choice] = []
+        self.probes: list[ProbeRow] = []
+
+    def call(self, model: ir.Model) -> ir.passes.PassResult:
+        self.choices, self.probes = [], []
+        return super().call(model)

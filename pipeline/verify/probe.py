@@ -24,8 +24,7 @@ from export.onnx_files import read_graph
 from pipeline import machine
 from pipeline.backends import feeds
 from pipeline.backends.base import Arrays, LoweredGraph
-from pipeline.backends.runtime_errors import runtime_errors
-from pipeline.backends.stock_runtime import register_needed
+from pipeline.backends.sessions import register_needed, runtime_errors
 from pipeline.passes.probes import ProbeRow
 from pipeline.progress import raise_if_stopped
 from pipeline.verify.oracle import LinearProbe

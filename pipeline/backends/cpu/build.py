@@ -21,7 +21,6 @@ from pipeline.backends.cpu.lower import LowerCpu
 from pipeline.backends.cpu.token_chain import drop_unread_outputs, is_chain
 from pipeline.backends.graph_files import packed_model, result, save_lowered
 from pipeline.passes.fold_weights import FoldWeights
-from pipeline.passes.probes import Choice, ProbeRow
 from pipeline.passes.split_condition import split_condition
 from plugins.cpu import library
 
@@ -34,13 +33,13 @@ def lower(portable: Path, work_dir: Path, options: CpuOptions, provided: Collect
     model = packed_model(portable)
     lowering = LowerCpu(provided, chains=options.path == "native")
     lowering(model)
-    choices, requires = lowering.choices, set(lowering.needs)
+    requires = set(lowering.needs)
     if options.path == "native":
-        choices = use_native(model, choices, lowering.probes)
+        use_native(model, lowering)
         requires.add(library.requirement())
     FoldWeights()(model)
     (work_dir / METADATA).write_text(json.dumps({"requires": sorted(requires)}) + "\n", encoding="utf-8")
-    return save_lowered(model, work_dir, lowering.probes, choices)
+    return save_lowered(model, work_dir, lowering)
 
 
 def build(lowered: LoweredGraph, out_dir: Path) -> BuildResult:
@@ -56,7 +55,7 @@ def build(lowered: LoweredGraph, out_dir: Path) -> BuildResult:
     return result(lowered, out_dir, (*parts, DATA), dict(metadata_file.read(out_dir, CpuMetadata)))
 
 
-def use_native(model: ir.Model, choices: list[Choice], probes: list[ProbeRow]) -> list[Choice]:
+def use_native(model: ir.Model, lowering: LowerCpu) -> None:
     """Rewrite a lowered graph with native ops; the choices then say which layers they quantize and finish."""
     passes = finish_with_chains(model)
     chained = {value.name for node in model.graph if is_chain(node) for value in node.outputs}
@@ -66,8 +65,10 @@ def use_native(model: ir.Model, choices: list[Choice], probes: list[ProbeRow]) -
             "no activation has a scale for each token",
         )
         raise RecipeError(f"cpu.path native has nothing to fuse in this model ({why}); build with --set cpu.path=stock")
-    fused = {row.layer for row in probes if chained.issuperset((*row.codes, row.output))}
-    return [replace(row, why=f"{row.why}; native ops around it") if row.layer in fused else row for row in choices]
+    fused = {row.layer for row in lowering.probes if chained.issuperset((*row.codes, row.output))}
+    lowering.choices = [
+        replace(row, why=f"{row.why}; native ops around it") if row.layer in fused else row for row in lowering.choices
+    ]
 
 
 def link_or_copy(source: Path, destination: Path) -> None:

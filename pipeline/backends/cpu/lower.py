@@ -32,9 +32,9 @@ from pipeline.backends.cpu.quantizers import (
     static_integers,
     unsupported,
 )
-from pipeline.passes.probes import WIDE_SUM, Choice, GemmRow, ProbeRow
+from pipeline.passes.probes import WIDE_SUM, Choice, GemmRow
 from pipeline.passes.quantized_gemm import PACKED_GEMMS, QuantizedGemm, probe_of, read_gemm
-from pipeline.passes.rewrite import RewritePass
+from pipeline.passes.rewrite import LoweringPass
 
 FUNCTION_PATH, FLOAT_PATH = "onnx function", "float32"
 INT32_MAX = 2**31 - 1
@@ -59,8 +59,8 @@ class _Source:
     operands: dict[int, Operand] = field(default_factory=dict)
 
 
-class LowerCpu(RewritePass):
-    """Lower every packed GEMM and the quantizers it reads; `choices` and `probes` have one row for each.
+class LowerCpu(LoweringPass):
+    """Lower every packed GEMM and the quantizers it reads.
 
     provided: what the CPU can do, see `engine.provided`; `needs`: what of it a chosen path would not be exact without.
     chains: with ops of our own around the GEMMs.
@@ -72,12 +72,10 @@ class LowerCpu(RewritePass):
     def __init__(self, provided: Collection[str], chains: bool = False) -> None:
         super().__init__()
         self.provided, self.chains = provided, chains
-        self.choices: list[Choice] = []
-        self.probes: list[ProbeRow] = []
         self.needs: set[str] = set()
 
     def rewrite(self, model: ir.Model) -> None:
-        self.choices, self.probes, self.needs = [], [], set()
+        self.needs = set()
         self._sources: dict[ir.Value, _Source] = {}
         for node in list(model.graph):
             if node.domain == DOMAIN and node.op_type in (*QUANTIZERS, "NormModulateQuantize"):

@@ -42,8 +42,7 @@ def problems(recipe: Recipe) -> list[str]:
 def lower(portable: Path, work_dir: Path, options: CudaOptions) -> LoweredGraph:
     """Write model.onnx and its data, lowered, into `work_dir`; weights stay packed."""
     model = packed_model(portable)
-    lowering = lower_fused(model, options.operands)
-    return save_lowered(model, work_dir, lowering.probes, lowering.choices)
+    return save_lowered(model, work_dir, lower_fused(model, options.operands))
 
 
 def build(lowered: LoweredGraph, out_dir: Path, options: CudaOptions) -> BuildResult:

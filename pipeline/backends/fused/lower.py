@@ -43,7 +43,7 @@ from pipeline.passes.quantized_gemm import (
     refuse_groups,
     refuse_unpacked,
 )
-from pipeline.passes.rewrite import RewritePass
+from pipeline.passes.rewrite import LoweringPass
 from plugins.gpu.spec import GemmSpec
 
 GROUPS_REFUSED = (
@@ -64,8 +64,8 @@ EITHER = "int8 or fp8 operands"
 WIDE_INT8, OWN_CODES = "int8 codes, fp16 operands", "own codes, fp16 operands"
 
 
-class LowerCuda(RewritePass):
-    """Lower every packed GEMM and quantizer; `choices` and `probes` have one row for each GEMM.
+class LowerCuda(LoweringPass):
+    """Lower every packed GEMM and quantizer.
 
     A GELU whose only reader is a quantizer joins it. operands: "int8" for INT8 integers wherever every reader of a
     quantizer takes them, "auto" to leave it to the GPU. Raises ContractError for what no kernel takes, by layer.
@@ -76,8 +76,6 @@ class LowerCuda(RewritePass):
         self.operands = operands
 
     def rewrite(self, model: ir.Model) -> None:
-        self.choices: list[Choice] = []
-        self.probes: list[ProbeRow] = []
         refuse_groups(model.graph, GROUPS_REFUSED)
         for node in list(model.graph):
             if node.domain == DOMAIN and node.op_type in FUSED:

@@ -9,12 +9,10 @@ from typing import TYPE_CHECKING
 
 from pipeline.backends.base import BuildResult, LoweredGraph
 from pipeline.backends.fused.kernel_formats import recipe_problems, scaling_problems
-from pipeline.backends.fused.lower import LowerCuda
 from pipeline.backends.graph_files import graph_facts, packed_model, result, save_lowered
 from pipeline.backends.rtx.engine import ENGINE, METADATA, MODULE
 from pipeline.backends.rtx.gemms import matmul_names
-from pipeline.backends.rtx.lower import NATIVE_GROUPS_REFUSED, Lowering
-from pipeline.backends.rtx.lower import lower as lower_to_tensorrt
+from pipeline.backends.rtx.lower import NATIVE_GROUPS_REFUSED, LowerRtx
 from pipeline.backends.tensorrt import plugin_payloads
 from pipeline.backends.tensorrt.build import build_engine
 from pipeline.backends.tensorrt.half import halve
@@ -22,6 +20,7 @@ from pipeline.backends.tensorrt.plan_file import EngineFile, check_gemms, read_e
 from pipeline.backends.tensorrt.plugin_graph import SCALINGS_REFUSED
 from pipeline.files import write_json
 from pipeline.passes.probes import GemmRow
+from pipeline.passes.rewrite import LoweringPass
 
 if TYPE_CHECKING:
     from pipeline.backends.rtx import RtxOptions
@@ -84,14 +83,15 @@ def lower(portable: Path, work_dir: Path, options: RtxOptions) -> LoweredGraph:
     """Write the graph that the builder gets into `work_dir`."""
     model = packed_model(portable)
     if options.path == "plugin":
-        lowering: LowerCuda | Lowering = plugin_payloads.lower(model, options.operands)
+        lowering: LoweringPass = plugin_payloads.lower(model, options.operands)
     else:
         if without := sorted(set(options.sm) - FP8_SMS):
             logger.info("SM %s has no FP8 tensor cores: the engine uses INT8 operands", ", ".join(map(str, without)))
-        lowering = lower_to_tensorrt(model, gemm_rows(options.weights, options.sm))
+        lowering = LowerRtx(gemm_rows(options.weights, options.sm))
+        lowering(model)
     if options.attention == "fp16":
         halve(model)
-    return save_lowered(model, work_dir, lowering.probes, lowering.choices)
+    return save_lowered(model, work_dir, lowering)
 
 
 def build(lowered: LoweredGraph, out_dir: Path, options: RtxOptions, batch_size: int) -> BuildResult:

@@ -47,7 +47,7 @@ def lower(portable: Path, work_dir: Path, options: TrtOptions) -> LoweredGraph:
     lowering = plugin_payloads.lower(model, options.operands)
     if options.attention == "fp16":
         halve(model)
-    return save_lowered(model, work_dir, lowering.probes, lowering.choices)
+    return save_lowered(model, work_dir, lowering)
 
 
 def build(lowered: LoweredGraph, out_dir: Path, sm: int, batch_size: int) -> BuildResult:
