@@ -15,7 +15,7 @@ import onnx_ir as ir
 from export.errors import RecipeError
 from pipeline.backends import metadata_file
 from pipeline.backends.base import CONDITION, DATA, MODEL, BuildResult, LoweredGraph
-from pipeline.backends.cpu.engine import METADATA, CpuMetadata
+from pipeline.backends.cpu.engine import CpuMetadata
 from pipeline.backends.cpu.finish_with_chain import finish_with_chains
 from pipeline.backends.cpu.lower import LowerCpu
 from pipeline.backends.cpu.token_chain import drop_unread_outputs, is_chain
@@ -38,13 +38,13 @@ def lower(portable: Path, work_dir: Path, options: CpuOptions, provided: Collect
         use_native(model, lowering)
         requires.add(library.requirement())
     FoldWeights()(model)
-    (work_dir / METADATA).write_text(json.dumps({"requires": sorted(requires)}) + "\n", encoding="utf-8")
+    (work_dir / metadata_file.NAME).write_text(json.dumps({"requires": sorted(requires)}) + "\n", encoding="utf-8")
     return save_lowered(model, work_dir, lowering)
 
 
 def build(lowered: LoweredGraph, out_dir: Path) -> BuildResult:
     """Put the lowered graph, split by how often its parts run, its weights and lowering.json into `out_dir`."""
-    for name in (DATA, METADATA):
+    for name in (DATA, metadata_file.NAME):
         link_or_copy(lowered.path.with_name(name), out_dir / name)
     model = ir.load(lowered.path)
     split = split_condition(model)

@@ -17,7 +17,6 @@ from plugins.cpu import library
 if TYPE_CHECKING:
     from onnxruntime import InferenceSession
 
-METADATA = metadata_file.NAME
 # Instruction sets whose byte products are summed in 32 bits; without one of them x86 sums pairs in saturating int16.
 WIDE_SUM_SETS = frozenset({"avx512_vnni", "avx_vnni", "amx_int8", "asimddp", "i8mm"})
 

@@ -12,8 +12,9 @@ import onnx_ir as ir
 
 from export.errors import ContractError
 from pipeline import machine
+from pipeline.backends import metadata_file
 from pipeline.backends.base import CONDITION, DATA, MODEL, BuildResult, LoweredGraph
-from pipeline.backends.cuda.engine import METADATA, MIN_SM, SCHEMA_VERSION
+from pipeline.backends.cuda.engine import MIN_SM, SCHEMA_VERSION
 from pipeline.backends.fused.kernel_formats import recipe_problems, scaling_problems
 from pipeline.backends.fused.lower import GROUPS_REFUSED
 from pipeline.backends.fused.lower import lower as lower_fused
@@ -58,7 +59,7 @@ def build(lowered: LoweredGraph, out_dir: Path, options: CudaOptions) -> BuildRe
     for name, part in parts.items():
         ir.save(part, out_dir / name)
     metadata = describe(model, lowered, options)
-    write_json(out_dir / METADATA, metadata)
+    write_json(out_dir / metadata_file.NAME, metadata)
     return result(lowered, out_dir, (*parts, DATA), metadata)
 
 

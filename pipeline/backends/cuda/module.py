@@ -178,25 +178,24 @@ class LoweredModule(nn.Module):
         return compute or self._type(names[0])
 
     def _add_dialect(self, node: ir.Node, names: list[str]) -> None:
-        row, keys = DIALECT_OPS[node.op_type], OPS[node.op_type].inputs
-        by_port = dict(zip(keys, names, strict=True))
+        row, op = DIALECT_OPS[node.op_type], OPS[node.op_type]
+        by_port = dict(zip(op.inputs, names, strict=True))
         refuse_proof_outputs(node)
         if row.make is None:
             self._add_gemm(node, by_port)
             return
         floats = [name for key, name in by_port.items() if key not in row.wide]
         compute = HALF if any(self._type(name) == HALF for name in floats) else FULL
-        kinds = [FULL if key in row.wide else compute for key in keys]
-        outputs = [str(value.name) for value in node.outputs]
-        if "codes" in OPS[node.op_type].outputs:
-            outputs = outputs[: 2 if "scale" in OPS[node.op_type].outputs else 1]
-            self.known.types |= dict(zip(outputs, (torch.uint8, FULL), strict=False))
-            self.known.sources[outputs[0]] = compute
-        else:
-            self.known.types[outputs[0]] = compute
+        kinds = [FULL if key in row.wide else compute for key in op.inputs]
+        outputs = {key: str(value.name) for key, value in zip(op.outputs, node.outputs, strict=True)}
+        outputs = {key: name for key, name in outputs.items() if key not in op.proof}
+        types_of = {"codes": torch.uint8, "scale": FULL, "y": compute}
+        self.known.types |= {name: types_of[key] for key, name in outputs.items()}
+        if "codes" in outputs:
+            self.known.sources[outputs["codes"]] = compute
         inputs = tuple(self._operand(name, kind) for name, kind in zip(names, kinds, strict=True))
         types = tuple(None if name in self.known.constants else kind for name, kind in zip(names, kinds, strict=True))
-        self.steps.append(Step(str(node.name), row.make(self._choices(node)), inputs, types, tuple(outputs)))
+        self.steps.append(Step(str(node.name), row.make(self._choices(node)), inputs, types, tuple(outputs.values())))
 
     def _add_gemm(self, node: ir.Node, by_port: dict[str, str]) -> None:
         output = self.known.sources[by_port["a_codes"]]

@@ -7,10 +7,11 @@ from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from pipeline.backends import metadata_file
 from pipeline.backends.base import BuildResult, LoweredGraph
 from pipeline.backends.fused.kernel_formats import recipe_problems, scaling_problems
 from pipeline.backends.graph_files import graph_facts, packed_model, result, save_lowered
-from pipeline.backends.rtx.engine import ENGINE, METADATA, MODULE
+from pipeline.backends.rtx.engine import ENGINE, MODULE
 from pipeline.backends.rtx.gemms import matmul_names
 from pipeline.backends.rtx.lower import NATIVE_GROUPS_REFUSED, LowerRtx
 from pipeline.backends.tensorrt import plugin_payloads
@@ -104,7 +105,7 @@ def build(lowered: LoweredGraph, out_dir: Path, options: RtxOptions, batch_size:
         engine = read_engine_file(out_dir / ENGINE)
         check_gemms(engine, expected_gemms(lowered))
     metadata = describe(engine, lowered) | facts | more
-    write_json(out_dir / METADATA, metadata)
+    write_json(out_dir / metadata_file.NAME, metadata)
     return result(lowered, out_dir, (ENGINE,), metadata)
 
 

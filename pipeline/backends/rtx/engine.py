@@ -28,7 +28,6 @@ from pipeline.backends.visible_gpu import visible_sm
 from plugins.tensorrt import rtx_plugin
 
 logger = logging.getLogger(__name__)
-METADATA = metadata_file.NAME
 MODULE = "tensorrt_rtx"
 CACHE_FOLDER = "rtx"
 

@@ -22,14 +22,13 @@ from pipeline.backends.fused.ops import DOMAIN, EPILOGUE_OF, OPERANDS_KEY, OPS, 
 from plugins.gpu import table
 from plugins.gpu.spec import Before, GemmSpec, QuantizeSpec
 
-# Fused op -> kernel of the table.
-QUANTIZERS = {
-    "Quantize": "quantize",
-    "GeluQuantize": "gelu_quantize",
-    "NormModulateQuantize": "norm_modulate_quantize",
+# Fused quantizer -> kernel of the table, and what that does first.
+QUANTIZERS: dict[str, tuple[str, Before]] = {
+    "Quantize": ("quantize", "none"),
+    "GeluQuantize": ("gelu_quantize", "gelu"),
+    "NormModulateQuantize": ("norm_modulate_quantize", "norm_modulate"),
 }
 GEMM = "packed_gemm"
-BEFORE: dict[str, Before] = {"Quantize": "none", "GeluQuantize": "gelu", "NormModulateQuantize": "norm_modulate"}
 # Input of a fused op -> argument of its kernel, where the two differ.
 RENAMED = {port: argument for argument, port in PORTS.items()} | {"gain": "scale"}
 STATIC_REFUSED = (
@@ -79,7 +78,7 @@ def plugin_graph(
     kernel_nodes = []
     for node in model.graph.node:
         if node.domain == DOMAIN:
-            kernel = _kernel_node(node, constants, channels, rows.get(node.input[0], UNKNOWN_ROWS), integers)
+            kernel = _kernel_node(node, constants, channels, rows, integers)
             _rewrite(node, kernel, constants)
             node.op_type, attributes = plugin(kernel)
             node.attribute.extend(helper.make_attribute(key, value) for key, value in attributes.items())
@@ -92,51 +91,53 @@ def _kernel_node(
     node: NodeProto,
     constants: Mapping[str, TensorProto],
     channels: Mapping[str, int],
-    rows: Bounds,
+    rows: Mapping[str, Bounds],
     preferred: bool,
 ) -> KernelNode:
     attributes: dict[str, Any] = {item.name: _plain(helper.get_attribute_value(item)) for item in node.attribute}
+    inputs, outputs = _ports(node)
     chosen = {item.key: item.value for item in node.metadata_props}.get(OPERANDS_KEY)
     attributes["integers"] = takes_integers(chosen, preferred)
     if node.op_type in QUANTIZERS:
+        kernel, before = QUANTIZERS[node.op_type]
         extra = {key: attributes[key] for key in ("epsilon", "integers") if key in attributes}
-        spec = QuantizeSpec(attributes["format"], channels[node.output[0]], BEFORE[node.op_type], "fp32", **extra)
-        return KernelNode(node.name, QUANTIZERS[node.op_type], spec, rows)
+        spec = QuantizeSpec(attributes["format"], channels[outputs["codes"]], before, "fp32", **extra)
+        return KernelNode(node.name, kernel, spec, rows.get(inputs["x"], UNKNOWN_ROWS))
     if node.op_type not in EPILOGUE_OF:
         raise ContractError(f"{node.name} ({node.op_type}) has no plugin; use --target rtx --set rtx.path=native")
-    return KernelNode(node.name, GEMM, _gemm_spec(node, attributes, constants), rows)
+    gemm = GemmSpec(
+        attributes["activation_format"],
+        attributes["weight_format"],
+        in_features=attributes["in_features"],
+        out_features=constants[inputs["codes"]].dims[0],
+        group_size=attributes["group_size"],
+        multipliers=tuple(attributes["multipliers"]),
+        real_groups=constants[inputs["w_scales"]].dims[1] > 1,
+        epilogue=EPILOGUE_OF[node.op_type],
+        output="fp32",
+        integers=attributes["integers"],
+    )
+    return KernelNode(node.name, GEMM, gemm, rows.get(inputs["a_codes"], UNKNOWN_ROWS))
 
 
 def _plain(value: Any) -> Any:
     return value.decode() if isinstance(value, bytes) else value
 
 
-def _gemm_spec(node: NodeProto, attributes: Mapping[str, Any], constants: Mapping[str, TensorProto]) -> GemmSpec:
-    inputs = dict(zip(OPS[node.op_type].inputs, node.input, strict=True))
-    weight, scales = constants[inputs["codes"]], constants[inputs["w_scales"]]
-    return GemmSpec(
-        attributes["activation_format"],
-        attributes["weight_format"],
-        in_features=attributes["in_features"],
-        out_features=weight.dims[0],
-        group_size=attributes["group_size"],
-        multipliers=tuple(attributes["multipliers"]),
-        real_groups=scales.dims[1] > 1,
-        epilogue=EPILOGUE_OF[node.op_type],
-        output="fp32",
-        integers=attributes["integers"],
-    )
+def _ports(node: NodeProto) -> tuple[dict[str, str], dict[str, str]]:
+    """Inputs and outputs of a fused op: tensors by the names of its row."""
+    row = OPS[node.op_type]
+    return dict(zip(row.inputs, node.input, strict=True)), dict(zip(row.outputs, node.output, strict=True))
 
 
 def _rewrite(node: NodeProto, kernel: KernelNode, constants: Mapping[str, TensorProto]) -> None:
     """Inputs in the kernel's order, no outputs that only a parity gate reads, no attributes, bytes as int8."""
-    row = OPS[node.op_type]
-    inputs = {RENAMED.get(name, name): value for name, value in zip(row.inputs, node.input, strict=True)}
-    outputs = [value for name, value in zip(row.outputs, node.output, strict=True) if name not in row.proof]
-    _check_multipliers(kernel, constants.get(inputs.get("multiplier_codes", "")))
+    inputs, outputs = _ports(node)
+    arguments = {RENAMED.get(name, name): value for name, value in inputs.items()}
+    _check_multipliers(kernel, constants.get(arguments.get("multiplier_codes", "")))
     del node.input[:], node.output[:], node.attribute[:]
-    node.input.extend(inputs[name] for name in kernel.inputs)
-    node.output.extend(outputs)
+    node.input.extend(arguments[name] for name in kernel.inputs)
+    node.output.extend(value for name, value in outputs.items() if name not in OPS[node.op_type].proof)
     for name in node.input:
         if name in constants and constants[name].data_type == TensorProto.UINT8:
             constants[name].data_type = TensorProto.INT8  # the same bytes
@@ -144,10 +145,12 @@ def _rewrite(node: NodeProto, kernel: KernelNode, constants: Mapping[str, Tensor
 
 def _check_multipliers(kernel: KernelNode, codes: TensorProto | None) -> None:
     """A kernel reads one row of indices for each channel."""
-    if codes is not None and "multiplier_codes" in kernel.inputs and codes.dims[0] != kernel.spec.out_features:  # type: ignore[union-attr]
+    if codes is None or "multiplier_codes" not in kernel.inputs or not isinstance(kernel.spec, GemmSpec):
+        return
+    if codes.dims[0] != kernel.spec.out_features:
         raise ContractError(
             f"{kernel.name}: multiplier indices of shape {list(codes.dims)}; a kernel reads a row for each of "
-            f"{kernel.spec.out_features} channels, export the model again"  # type: ignore[union-attr]
+            f"{kernel.spec.out_features} channels, export the model again"
         )
 
 
@@ -163,7 +166,7 @@ def _clean(model: onnx.ModelProto) -> None:
 def _channels(model: onnx.ModelProto) -> dict[str, int]:
     """Codes -> input channels of the GEMMs that read them."""
     gemms = [node for node in model.graph.node if node.domain == DOMAIN and node.op_type in EPILOGUE_OF]
-    return {node.input[0]: next(a.i for a in node.attribute if a.name == "in_features") for node in gemms}
+    return {_ports(node)[0]["a_codes"]: next(a.i for a in node.attribute if a.name == "in_features") for node in gemms}
 
 
 def _rows(model: onnx.ModelProto, bounds: Mapping[str, Any]) -> dict[str, Bounds]:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from export.errors import ContractError
+from pipeline.backends import metadata_file
 from pipeline.backends.base import BuildResult, LoweredGraph
 from pipeline.backends.fused import kernel_formats
 from pipeline.backends.graph_files import graph_facts, packed_model, result, save_lowered
@@ -17,7 +18,7 @@ from pipeline.backends.tensorrt import plugin_payloads
 from pipeline.backends.tensorrt.build import build_engine, make_logger
 from pipeline.backends.tensorrt.half import halve
 from pipeline.backends.tensorrt.plugin_graph import SCALINGS_REFUSED, KernelNode
-from pipeline.backends.trt.engine import ENGINE, METADATA, MODULE
+from pipeline.backends.trt.engine import ENGINE, MODULE
 from pipeline.files import write_json
 from plugins.tensorrt import plugins
 from plugins.tensorrt.aot import plugin_name
@@ -55,7 +56,7 @@ def build(lowered: LoweredGraph, out_dir: Path, sm: int, batch_size: int) -> Bui
     with builders_graph(lowered.path, batch_size, sm) as (graph, nodes):
         facts = build_checked(graph, out_dir / ENGINE, nodes, sm, batch_size)
     metadata = {**facts, **described(lowered, nodes)}
-    write_json(out_dir / METADATA, metadata)
+    write_json(out_dir / metadata_file.NAME, metadata)
     return result(lowered, out_dir, (ENGINE,), metadata)
 
 

@@ -26,7 +26,6 @@ from plugins.tensorrt.payload import NAMESPACE, VERSION, compile_problems
 if TYPE_CHECKING:
     import torch
 
-METADATA = metadata_file.NAME
 MODULE = "tensorrt"
 # The first release whose quick-deployable plugins have ahead-of-time implementations.
 MINIMUM_VERSION = (10, 9)

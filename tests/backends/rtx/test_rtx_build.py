@@ -13,8 +13,9 @@ import pytest
 from export.errors import ContractError
 from pipeline.backends import lowering_file
 from pipeline.backends.base import MODEL, BuildResult, LoweredGraph
+from pipeline.backends.metadata_file import NAME as METADATA
 from pipeline.backends.rtx import RtxBackend, RtxOptions
-from pipeline.backends.rtx.build import ENGINE, METADATA, expected_gemms, sm_problems
+from pipeline.backends.rtx.build import ENGINE, expected_gemms, sm_problems
 from pipeline.backends.tensorrt.build import build_engine, shape_bounds
 from pipeline.backends.tensorrt.plan_file import check_gemms, read_engine_file
 from pipeline.recipe import Recipe

@@ -18,8 +18,9 @@ from export.dialect import ops
 from export.errors import ContractError, EnvironmentLacksError
 from pipeline.backends.base import MODEL, LoweredGraph
 from pipeline.backends.fused.ops import DOMAIN
+from pipeline.backends.metadata_file import NAME as METADATA
 from pipeline.backends.rtx import RtxBackend, RtxOptions
-from pipeline.backends.rtx.build import ENGINE, METADATA
+from pipeline.backends.rtx.build import ENGINE
 from pipeline.backends.tensorrt import plugin_payloads
 from pipeline.backends.tensorrt.plan_file import PLUGIN_STEP, check_plugins, read_engine_file
 from pipeline.backends.tensorrt.plugin_graph import KernelNode
