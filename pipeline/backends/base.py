@@ -34,6 +34,8 @@ if TYPE_CHECKING:
 # An ONNX graph of a target or the portable one, the part of it that runs once for each condition, their weights.
 MODEL, CONDITION, DATA = "model.onnx", "condition.onnx", "model.onnx.data"
 Arrays = dict[str, NDArray[Any]]
+# A bundle's manifest.json, whose schema `bundle` has checked: pipeline/bundle/manifest_schema.py.
+Manifest = Mapping[str, Any]
 # Calls of the denoiser by what they are -> the call and the first number too large for FP16, in words; None: there is
 # none.
 OverflowSearch = Callable[[dict[str, Arrays]], tuple[str, object] | None]
@@ -57,7 +59,7 @@ class BuildResult:
 
     files: tuple[str, ...]
     lowered: LoweredGraph
-    metadata: Mapping[str, Any] = field(default_factory=dict)
+    metadata: Mapping[str, object] = field(default_factory=dict)
 
 
 class Engine(Protocol):
@@ -201,13 +203,13 @@ class Backend(ABC, Generic[OptionsT]):
         return [Check(self.package, installed, version, False, remedy)]
 
     @abstractmethod
-    def fitness_problem(self, manifest: Mapping[str, Any], source: Path) -> str | None:
+    def fitness_problem(self, manifest: Manifest, source: Path) -> str | None:
         """Why this machine cannot run the target of a bundle, with a remedy; None if it can.
 
         source: the manifest's file. Raises ContractError where it lacks what the target needs to be judged.
         """
 
-    def metadata(self, manifest: Mapping[str, Any], source: Path, schema: type[T]) -> T:
+    def metadata(self, manifest: Manifest, source: Path, schema: type[T]) -> T:
         """metadata.json as the manifest has it, too. schema: what is read of it. Raises ContractError."""
         row = manifest["targets"][self.name].get("metadata", {})
         return validated(row, f"{source}: targets.{self.name}.metadata", schema, metadata_file.RULES)

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
 from importlib import import_module
-from typing import Any
 
 from export.errors import ContractError
 from pipeline import machine
-from pipeline.backends.base import Check
+from pipeline.backends.base import Check, Manifest
 
 PACKAGE = "onnxruntime"
 
@@ -23,7 +21,7 @@ def check() -> Check:
     return Check(PACKAGE, True, f"{runtime.__version__}, runs the targets cpu and onnx", True)
 
 
-def fitness_problem(manifest: Mapping[str, Any], target: str) -> str | None:
+def fitness_problem(manifest: Manifest, target: str) -> str | None:
     """A runtime that is absent, or older than the one that the target was verified with.
 
     Raises ContractError for a manifest that names none.

@@ -6,11 +6,10 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
 
 import numpy as np
 import onnx_ir as ir
-from numpy.typing import NDArray
+from numpy.typing import DTypeLike, NDArray
 
 from export.dialect.graph import attribute, constant, inputs_of, low_rank_of, unbalanced
 from export.dialect.ops import DOMAIN
@@ -154,7 +153,7 @@ class QuantizedGemm:
         rows = np.broadcast_to(self.group_multipliers(), (self.out_features, self.groups)).T[:, None, :]
         return np.ascontiguousarray(rows).astype(np.int8)
 
-    def integers(self, dtype: Any = None) -> NDArray[Any]:
+    def integers(self, dtype: DTypeLike | None = None) -> NDArray[np.number]:
         """[N, K], in a type that holds `weight_kmax`; without one int16 or int32."""
         dtype = dtype or (np.int16 if self.weight_kmax < 2**15 else np.int32)
         integers = self._format_integers(dtype)
@@ -163,7 +162,7 @@ class QuantizedGemm:
         factors = self.group_multipliers().astype(dtype)[..., None]
         return (integers.reshape(self.out_features, self.groups, -1) * factors).reshape(integers.shape)
 
-    def _format_integers(self, dtype: Any) -> NDArray[Any]:
+    def _format_integers(self, dtype: DTypeLike) -> NDArray[np.number]:
         """[N, K] without multipliers. Two 4-bit codes are looked up at once, by their byte."""
         table = self.weight.integers.astype(dtype)
         if self.weight.bits != 4:
@@ -172,7 +171,7 @@ class QuantizedGemm:
         pairs = np.stack([table[byte & 15], table[byte >> 4]], axis=1)
         return pairs[self.stored.codes.numpy()].reshape(self.out_features, -1)[:, : self.in_features]
 
-    def turned_integers(self, dtype: Any = np.int8) -> NDArray[Any]:
+    def turned_integers(self, dtype: DTypeLike = np.int8) -> NDArray[np.number]:
         """`integers` as [K, N], contiguous."""
         return np.ascontiguousarray(self.integers(dtype).T)
 
@@ -186,7 +185,7 @@ class QuantizedGemm:
         """Largest sum over a channel of |integer|: bounds the integer sum together with the activation's kmax."""
         return int(np.abs(self.integers()).sum(axis=1, dtype=np.int64).max())
 
-    def hardware_numbers(self, kind: str, exponent: int) -> NDArray[Any]:
+    def hardware_numbers(self, kind: str, exponent: int) -> NDArray[np.number]:
         """[K, N] constant of the type E4M3 or INT8: integer * 2^exponent, which the type holds exactly."""
         if kind == "INT8":
             return self.turned_integers(np.int8)
@@ -195,7 +194,7 @@ class QuantizedGemm:
         codes = encode(FORMATS["E4M3"], np.arange(low, int(integers.max()) + 1) * 2.0**exponent)
         return np.ascontiguousarray(codes[integers.T - low]).view(STORED["E4M3"].numpy())
 
-    def signed_indices(self) -> NDArray[Any]:
+    def signed_indices(self) -> NDArray[np.number]:
         """[K, N] int4: sign and position on the format's grid of magnitudes, -7..7 (4-bit formats only)."""
         grid = np.abs(self.weight.values) if self.weight.is_integer else np.arange(16) % 8
         table = (np.sign(self.weight.values) * grid).astype(np.int8)

@@ -2,15 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from export.errors import EnvironmentLacksError
 from pipeline import machine
 from pipeline.backends import lowering_file, metadata_file, stock_runtime
-from pipeline.backends.base import CONDITION, DATA, MODEL, Backend, BuildResult, Check, Engine, LoweredGraph, Options
+from pipeline.backends.base import (
+    CONDITION,
+    DATA,
+    MODEL,
+    Backend,
+    BuildResult,
+    Check,
+    Engine,
+    LoweredGraph,
+    Manifest,
+    Options,
+)
 
 if TYPE_CHECKING:
     from pipeline.recipe import Recipe
@@ -61,7 +71,7 @@ class CpuBackend(Backend[CpuOptions]):
         remedy = "no INT8 dot products (VNNI): engines are right here, but not fast"
         return Check("processor", not WIDE_SUM_SETS.isdisjoint(sets), processor, False, remedy)
 
-    def fitness_problem(self, manifest: Mapping[str, Any], source: Path) -> str | None:
+    def fitness_problem(self, manifest: Manifest, source: Path) -> str | None:
         from pipeline.backends.cpu.engine import CpuNeeds, lacking, provided
 
         required = self.metadata(manifest, source, CpuNeeds).get("requires", [])

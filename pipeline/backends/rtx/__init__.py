@@ -3,16 +3,25 @@
 from __future__ import annotations
 
 from argparse import ArgumentTypeError
-from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from export.errors import EnvironmentLacksError
 from pipeline import machine
 from pipeline.backends import lowering_file, metadata_file
-from pipeline.backends.base import Arithmetic, Backend, BuildResult, Check, Engine, Flag, LoweredGraph, Options
+from pipeline.backends.base import (
+    Arithmetic,
+    Backend,
+    BuildResult,
+    Check,
+    Engine,
+    Flag,
+    LoweredGraph,
+    Manifest,
+    Options,
+)
 from pipeline.backends.tensorrt.engine import ENGINE
 
 if TYPE_CHECKING:
@@ -92,7 +101,7 @@ class RtxBackend(Backend[RtxOptions]):
         missing = [*sorted(set(PLUGINS.values()) - set(names)), *compile.problems()]
         return Check(name, not missing, listed, False, f"{remedy}; missing: {', '.join(missing)}")
 
-    def fitness_problem(self, manifest: Mapping[str, Any], source: Path) -> str | None:
+    def fitness_problem(self, manifest: Manifest, source: Path) -> str | None:
         from pipeline.backends.rtx.engine import RtxNeeds, machine_problem
 
         needs = self.metadata(manifest, source, RtxNeeds)

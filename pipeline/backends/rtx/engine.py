@@ -11,9 +11,8 @@ import hashlib
 import json
 import logging
 import os
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import NotRequired
 
 from typing_extensions import TypedDict
 
@@ -39,11 +38,13 @@ class RtxNeeds(TypedDict):
     compute_capabilities: list[metadata_file.ComputeCapability]
 
 
-class RtxMetadata(RtxNeeds, metadata_file.Shapes):
-    """metadata.json of the target."""
+class RtxMetadata(RtxNeeds, metadata_file.Shapes, metadata_file.LoweredHashes):
+    """metadata.json of the target. plugins: how many of each kernel."""
+
+    plugins: NotRequired[dict[str, int]]
 
 
-def machine_problem(metadata: Mapping[str, Any], version: str, sm: int) -> str:
+def machine_problem(metadata: RtxNeeds, version: str, sm: int) -> str:
     """Why tensorrt_rtx `version` and a GPU of capability `sm` (0: none) cannot run an engine; empty if they can."""
     built, listed = metadata["tensorrt_rtx"], metadata["compute_capabilities"]
     if not sm:
@@ -55,12 +56,7 @@ def machine_problem(metadata: Mapping[str, Any], version: str, sm: int) -> str:
     return ""
 
 
-def read_metadata(folder: Path) -> dict[str, Any]:
-    """metadata.json of a built engine."""
-    return dict(metadata_file.read(folder, RtxMetadata))
-
-
-def cache_path(metadata: Mapping[str, Any], sm: int) -> Path:
+def cache_path(metadata: RtxMetadata, sm: int) -> Path:
     """File of the runtime cache: one for each engine, GPU generation and release, under the user's cache folder."""
     facts = [metadata["onnx_sha256"], metadata["onnx_data_sha256"], metadata["tensorrt_rtx"], sm]
     key = hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:32]
@@ -88,7 +84,7 @@ class RtxEngine(DeserializedEngine):
     def __init__(self, folder: Path) -> None:
         """Raises EnvironmentLacksError before anything is deserialized where this machine cannot run the engine."""
         machine.require((MODULE, "torch"), "running the target rtx", "rtx")
-        metadata, sm = read_metadata(folder), visible_sm()
+        metadata, sm = metadata_file.read(folder, RtxMetadata), visible_sm()
         if problem := machine_problem(metadata, machine.tool_version(MODULE), sm):
             raise EnvironmentLacksError(problem)
         read_header(folder / ENGINE)

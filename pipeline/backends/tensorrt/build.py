@@ -14,7 +14,8 @@ import onnx
 from export.errors import ContractError, ResourceError
 
 logger = logging.getLogger(__name__)
-Bounds = dict[str, tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]]  # input -> (min, opt, max) shapes
+Shapes = tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]  # least, usual, largest
+Bounds = dict[str, Shapes]  # of each input
 # What the metadata says of a build: shapes the engine takes, release of the builder. Times belong in the log, so that
 # two builds of one graph have equal metadata.
 Facts = dict[str, object]
@@ -34,13 +35,14 @@ def shape_bounds(model: onnx.ModelProto, batch_size: int) -> Bounds:
     return {value.name: _input_bounds(value, batch) for value in model.graph.input}
 
 
-def _input_bounds(value: onnx.ValueInfoProto, batch: tuple[int, int, int]) -> Any:
+def _input_bounds(value: onnx.ValueInfoProto, batch: tuple[int, int, int]) -> Shapes:
     dims = value.type.tensor_type.shape.dim
     columns = [
         (d.dim_value,) * 3 if d.HasField("dim_value") else (batch if axis == 0 else TOKEN_BOUNDS)
         for axis, d in enumerate(dims)
     ]
-    return tuple(zip(*columns, strict=True)) if columns else ((), (), ())
+    least, usual, largest = (tuple(column[i] for column in columns) for i in range(3))
+    return least, usual, largest
 
 
 def build_engine(

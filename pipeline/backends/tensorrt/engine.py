@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import threading
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from importlib import import_module
 from pathlib import Path
@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 import numpy as np
 
 from export.errors import ContractError, EnvironmentLacksError, RecipeError, ResourceError
-from pipeline.backends import feeds
+from pipeline.backends import feeds, metadata_file
 from pipeline.backends.base import Arrays
 
 if TYPE_CHECKING:
@@ -37,7 +37,7 @@ class DeserializedEngine(ABC):
 
     module: ClassVar[str]
 
-    def __init__(self, path: Path, metadata: Mapping[str, Any]) -> None:
+    def __init__(self, path: Path, metadata: metadata_file.Shapes) -> None:
         """metadata: as metadata.json has it, which this machine fits. Raises EnvironmentLacksError for an engine that
         the module refuses."""
         self.metadata = metadata

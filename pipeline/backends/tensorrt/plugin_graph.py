@@ -9,7 +9,7 @@ which the builder keeps as bytes (it widens uint8 to 32 bits).
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -63,8 +63,8 @@ class KernelNode:
 
 def plugin_graph(
     model: onnx.ModelProto,
-    bounds: Mapping[str, Any],
-    plugin: Callable[[KernelNode], tuple[str, dict[str, Any]]],
+    bounds: Mapping[str, Sequence[Sequence[int]]],
+    plugin: Callable[[KernelNode], tuple[str, dict[str, object]]],
     integers: bool = False,
 ) -> list[KernelNode]:
     """Turn the fused ops of `model` into plugin nodes, in place; its weights may stay in their file.
@@ -169,7 +169,7 @@ def _channels(model: onnx.ModelProto) -> dict[str, int]:
     return {_ports(node)[0]["a_codes"]: next(a.i for a in node.attribute if a.name == "in_features") for node in gemms}
 
 
-def _rows(model: onnx.ModelProto, bounds: Mapping[str, Any]) -> dict[str, Bounds]:
+def _rows(model: onnx.ModelProto, bounds: Mapping[str, Sequence[Sequence[int]]]) -> dict[str, Bounds]:
     """Name of a tensor -> rows at the smallest, usual and largest inputs, wherever the graph tells its shape."""
     symbols = {
         dim.dim_param: column
@@ -185,5 +185,5 @@ def _rows(model: onnx.ModelProto, bounds: Mapping[str, Any]) -> dict[str, Bounds
     return {name: (low, usual, high) for name, (low, usual, high) in ((n, r) for n, r in rows.items() if len(r) == 3)}
 
 
-def _bounds(dim: Any, symbols: Mapping[str, Bounds]) -> Bounds | None:
+def _bounds(dim: onnx.TensorShapeProto.Dimension, symbols: Mapping[str, Bounds]) -> Bounds | None:
     return (dim.dim_value,) * 3 if dim.HasField("dim_value") else symbols.get(dim.dim_param)

@@ -6,11 +6,10 @@ hand.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from typing_extensions import TypedDict
 
@@ -62,7 +61,7 @@ def registered_plugins() -> tuple[str, ...]:
     return tuple(name for name in names if registry.get_creator(name, VERSION, NAMESPACE) is not None)
 
 
-def machine_problem(metadata: Mapping[str, Any], version: str, sm: int) -> str:
+def machine_problem(metadata: TrtNeeds, version: str, sm: int) -> str:
     """Why tensorrt `version` and a GPU of capability `sm` (0: none) cannot run an engine; empty if they can."""
     built, listed = metadata["tensorrt"], metadata["compute_capabilities"]
     if not version:
@@ -112,7 +111,7 @@ class TrtEngine(DeserializedEngine):
     def __init__(self, folder: Path) -> None:
         """Raises EnvironmentLacksError before anything is deserialized where this machine cannot run the engine."""
         machine.require((MODULE, "torch"), "running the target trt")
-        metadata = dict(metadata_file.read(folder, TrtMetadata))
+        metadata = metadata_file.read(folder, TrtMetadata)
         if problem := machine_problem(metadata, machine.tool_version(MODULE), visible_sm()):
             raise EnvironmentLacksError(problem)
         super().__init__(folder / ENGINE, metadata)

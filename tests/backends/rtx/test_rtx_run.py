@@ -12,9 +12,10 @@ import numpy as np
 import pytest
 
 from export.errors import ContractError, EnvironmentLacksError, ResourceError
+from pipeline.backends import metadata_file
 from pipeline.backends.rtx import RtxBackend
 from pipeline.backends.rtx import engine as rtx_engine
-from pipeline.backends.rtx.engine import cache_path, machine_problem, read_metadata, write_cache
+from pipeline.backends.rtx.engine import RtxMetadata, cache_path, machine_problem, write_cache
 from pipeline.backends.tensorrt.engine import Buffers
 
 torch = pytest.importorskip("torch", reason="torch is not installed")
@@ -113,7 +114,7 @@ def test_damaged_metadata(text: str | None, tmp_path: Path) -> None:
     if text is not None:
         (tmp_path / "metadata.json").write_text(text)
     with pytest.raises(ContractError, match=r"metadata\.json.*; build the engine again"):
-        read_metadata(tmp_path)
+        metadata_file.read(tmp_path, RtxMetadata)
 
 
 # --- buffers -------------------------------------------------------------------------------------------------------
