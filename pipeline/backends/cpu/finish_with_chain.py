@@ -140,8 +140,7 @@ class AbsorbEpilogues(RewritePass):
         if last is linear or anchor is None:
             return
         outputs = {Out.LINEAR: linear} | present | {Out.Y: last}
-        put_chain(graph, anchor, inputs, outputs, **stages(chain) | {"gelu": int(has_gelu)})
-        graph.remove(chain, safe=True)
+        put_chain(graph, anchor, inputs, outputs, [chain], **stages(chain) | {"gelu": int(has_gelu)})
         self.fired += 1
 
 
@@ -186,8 +185,7 @@ class JoinChains(RewritePass):
         inputs = {In.X: ports.X, In.NORM_SCALE: ports.Scale, In.NORM_SHIFT: ports.B}
         epsilon = float(attribute(norm, "epsilon", 1e-5))
         outputs = chain_outputs(quantizer) | {Out.QUANTIZED: x}
-        put_chain(graph, quantizer, inputs, outputs, epsilon=epsilon, **stages(quantizer))
-        graph.remove(quantizer, safe=True)
+        put_chain(graph, quantizer, inputs, outputs, [quantizer], epsilon=epsilon, **stages(quantizer))
         self.fired += 1
 
     def _join(self, graph: ir.Graph, quantizer: ir.Node) -> None:
@@ -201,9 +199,7 @@ class JoinChains(RewritePass):
             return
         both = stages(first) | stages(quantizer)
         outputs = chain_outputs(quantizer) | chain_outputs(first)
-        put_chain(graph, quantizer, chain_inputs(first) | rest, outputs, **both)
-        for node in (quantizer, first):
-            graph.remove(node, safe=True)
+        put_chain(graph, quantizer, chain_inputs(first) | rest, outputs, [quantizer, first], **both)
         self.fired += 1
 
 
@@ -278,8 +274,7 @@ class MoveHeads(RewritePass):
         if perm == HEADS_LAST:
             turn = _in_two(graph, turn)
         outputs = chain_outputs(chain) | {Out.Y: result_of(turn)}
-        put_chain(graph, turn, chain_inputs(chain), outputs, **stages(chain) | {"heads_out": heads})
-        graph.remove(chain, safe=True)
+        put_chain(graph, turn, chain_inputs(chain), outputs, [chain], **stages(chain) | {"heads_out": heads})
         self.fired += 1
 
     def _gather(self, graph: ir.Graph, chain: ir.Node) -> None:
@@ -292,8 +287,8 @@ class MoveHeads(RewritePass):
         if not heads or any(only_reader(result_of(node)) is None for node in (turn, view)):
             return
         outputs = chain_outputs(chain) | {Out.QUANTIZED: x}
-        put_chain(graph, chain, {In.X: inputs_of(turn).data}, outputs, **stages(chain) | {"heads_in": heads})
-        graph.remove(chain, safe=True)
+        inputs = {In.X: inputs_of(turn).data}
+        put_chain(graph, chain, inputs, outputs, [chain], **stages(chain) | {"heads_in": heads})
         self.fired += 1
 
 

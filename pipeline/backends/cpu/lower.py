@@ -131,15 +131,13 @@ class LowerCpu(LoweringPass):
 
     def _operand(self, graph: ir.Graph, gemm: QuantizedGemm, source: _Source, limbs: int) -> Operand:
         if limbs not in source.operands:
-            before = self._builder_at(graph, source)
+            # In front of the quantizer; a second form of the same tensor gets its own names.
+            variant = f"_{len(source.operands) + 1}" if source.operands else ""
+            quantizer = source.node
+            before = GraphBuilder(graph, quantizer, f"{quantizer.name}{variant}", dict(quantizer.metadata_props))
             x = self._input(before, source)
-            source.operands[limbs] = _operand(before, gemm, source.node, x, limbs, self.chains)
+            source.operands[limbs] = _operand(before, gemm, quantizer, x, limbs, self.chains)
         return source.operands[limbs]
-
-    def _builder_at(self, graph: ir.Graph, source: _Source) -> GraphBuilder:
-        """Builder in front of the quantizer; a second form of the same tensor gets its own names."""
-        variant = f"_{len(source.operands) + 1}" if source.operands else ""
-        return GraphBuilder(graph, source.node, f"{source.node.name}{variant}", dict(source.node.metadata_props))
 
     def _input(self, build: GraphBuilder, source: _Source) -> ir.Value:
         """The float tensor to quantize; a fused norm becomes one LayerNormalization with (1 + scale, shift)."""

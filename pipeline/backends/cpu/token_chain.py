@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from enum import IntEnum
 
 import onnx_ir as ir
@@ -99,22 +99,24 @@ def chain_node(inputs: Mapping[In, ir.Value], name: str, metadata: Mapping[str, 
 
 
 def put_chain(
-    graph: ir.Graph, anchor: ir.Node, inputs: Mapping[In, ir.Value], outputs: Mapping[Out, ir.Value], **stages: Number
-) -> ir.Node:
-    """A chain in front of `anchor` that makes the values `outputs` in the place of their old nodes, names kept."""
+    graph: ir.Graph,
+    anchor: ir.Node,
+    inputs: Mapping[In, ir.Value],
+    outputs: Mapping[Out, ir.Value],
+    chains: Iterable[ir.Node],
+    **stages: Number,
+) -> None:
+    """A chain in front of `anchor` that makes the values `outputs`, names kept, in the place of `chains`, which go."""
     first = next(iter(outputs.values()))
     node = chain_node(inputs, str(first.name), anchor.metadata_props, **stages)
     graph.insert_before(anchor, node)
     for place, old in outputs.items():
-        _take_over(old, node.outputs[place])
-    return node
-
-
-def _take_over(old: ir.Value, new: ir.Value) -> None:
-    """Let `new` stand where `old` stood."""
-    new.name, new.shape, new.type = old.name, old.shape, old.type
-    ir.convenience.replace_all_uses_with(old, new, replace_graph_outputs=True)
-    old.name = ""
+        new = node.outputs[place]
+        new.name, new.shape, new.type = old.name, old.shape, old.type
+        ir.convenience.replace_all_uses_with(old, new, replace_graph_outputs=True)
+        old.name = ""
+    for chain in chains:
+        graph.remove(chain, safe=True)
 
 
 def drop_unread_outputs(model: ir.Model) -> None:
