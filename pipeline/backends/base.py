@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -31,6 +32,7 @@ from pipeline.passes.probes import Choice, ProbeRow
 if TYPE_CHECKING:
     from pipeline.recipe import Recipe
 
+logger = logging.getLogger(__name__)
 # An ONNX graph of a target or the portable one, the part of it that runs once for each condition, their weights.
 MODEL, CONDITION, DATA = "model.onnx", "condition.onnx", "model.onnx.data"
 Arrays = dict[str, NDArray[Any]]
@@ -88,12 +90,18 @@ PROVEN_NOT_RUN = "numerically proven through onnxruntime; engine built, not run"
 class Options:
     """Options of a target: the table of its name in a recipe, [cpu] for example. A target without any has none of it.
 
-    A field of a Literal type takes one of its values. Raises RecipeError naming the key, the value and the choices.
+    A field of a Literal type takes one of its values, or what that was called before: former, by field and word, so
+    that recipes and bundles of earlier releases are read. Raises RecipeError naming the key, the value and the choices.
     """
 
     target: ClassVar[str]
+    former: ClassVar[Mapping[str, Mapping[str, str]]] = {}
 
     def __post_init__(self) -> None:
+        for name, words in self.former.items():
+            if (value := getattr(self, name)) in words:
+                logger.info("%s.%s %s is called %s now", self.target, name, value, words[value])
+                object.__setattr__(self, name, words[value])
         for name, hint in get_type_hints(type(self)).items():
             if get_origin(hint) is Literal:
                 self.check(getattr(self, name) in get_args(hint), name, f"use {_either(get_args(hint))}")

@@ -95,7 +95,7 @@ def test_without_a_compiler_numpy_is_taken_and_told(monkeypatch, caplog):
     caplog.set_level("INFO")
     monkeypatch.setattr(library.shutil, "which", lambda _: None)
     assert rounding_errors.compiled.__wrapped__() is None
-    assert "searched by NumPy, some times slower: cpu.path native needs one of cc" in caplog.text
+    assert "searched by NumPy, some times slower: cpu.path fused needs one of cc" in caplog.text
 
 
 @pytest.mark.parametrize("multipliers", [(1,), E2M1])

@@ -28,10 +28,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class CpuOptions(Options):
-    """path: "stock" is onnxruntime alone; "native" adds fused ops, compiled here."""
+    """path: "stock" is onnxruntime alone; "fused" adds an op of ours, compiled here, for what lies between GEMMs."""
 
     target: ClassVar[str] = "cpu"
-    path: Literal["stock", "native"] = "stock"
+    former: ClassVar = {"path": {"native": "fused"}}
+    path: Literal["stock", "fused"] = "stock"
 
 
 class CpuBackend(Backend[CpuOptions]):
@@ -61,7 +62,7 @@ class CpuBackend(Backend[CpuOptions]):
         try:
             return Check("C compiler", True, library.compiler())
         except EnvironmentLacksError as error:
-            return Check("C compiler", False, "none found", False, f"only needed for cpu.path=native; {error}")
+            return Check("C compiler", False, "none found", False, f"only needed for cpu.path=fused; {error}")
 
     def _processor_check(self) -> Check:
         from pipeline.backends.cpu.engine import WIDE_SUM_SETS
@@ -80,10 +81,10 @@ class CpuBackend(Backend[CpuOptions]):
         return lacking(required, provided(self.instruction_sets)) if required else None
 
     def problems(self, recipe: Recipe) -> list[str]:
-        """What is missing for a build: onnxruntime, or a C compiler for the native ops."""
+        """What is missing for a build: onnxruntime, or a C compiler for our op."""
         from plugins.cpu import library
 
-        return self.package_problems() or (library.problems() if self.options(recipe).path == "native" else [])
+        return self.package_problems() or (library.problems() if self.options(recipe).path == "fused" else [])
 
     def lower(self, portable: Path, work_dir: Path, recipe: Recipe) -> LoweredGraph:
         from pipeline.backends.cpu import build

@@ -31,11 +31,11 @@ if TYPE_CHECKING:
 def lower(portable: Path, work_dir: Path, options: CpuOptions, provided: Collection[str]) -> LoweredGraph:
     """Write model.onnx and model.onnx.data, lowered, into `work_dir`; weights stream from the portable file."""
     model = packed_model(portable)
-    lowering = LowerCpu(provided, chains=options.path == "native")
+    lowering = LowerCpu(provided, chains=options.path == "fused")
     lowering(model)
     requires = set(lowering.needs)
-    if options.path == "native":
-        use_native(model, lowering)
+    if options.path == "fused":
+        fuse_chains(model, lowering)
         requires.add(library.requirement())
     FoldWeights()(model)
     (work_dir / metadata_file.NAME).write_text(json.dumps({"requires": sorted(requires)}) + "\n", encoding="utf-8")
@@ -55,8 +55,8 @@ def build(lowered: LoweredGraph, out_dir: Path) -> BuildResult:
     return result(lowered, out_dir, (*parts, DATA), dict(metadata_file.read(out_dir, CpuMetadata)))
 
 
-def use_native(model: ir.Model, lowering: LowerCpu) -> None:
-    """Rewrite a lowered graph with native ops; the choices then say which layers they quantize and finish."""
+def fuse_chains(model: ir.Model, lowering: LowerCpu) -> None:
+    """Let chains finish what stands between the GEMMs; the choices then say around which layers they do."""
     passes = finish_with_chains(model)
     chained = {value.name for node in model.graph if is_chain(node) for value in node.outputs}
     if not chained:
@@ -64,8 +64,9 @@ def use_native(model: ir.Model, lowering: LowerCpu) -> None:
             (refusal.reason for rewrite in passes for refusal in rewrite.refusals),
             "no activation has a scale for each token",
         )
-        raise RecipeError(f"cpu.path native has nothing to fuse in this model ({why}); build with --set cpu.path=stock")
+        raise RecipeError(f"cpu.path fused has nothing to fuse in this model ({why}); build with --set cpu.path=stock")
     fused = {row.layer for row in lowering.probes if chained.issuperset((*row.codes, row.output))}
+    # These words are in lowering.json, which bundles are hashed with.
     lowering.choices = [
         replace(row, why=f"{row.why}; native ops around it") if row.layer in fused else row for row in lowering.choices
     ]

@@ -32,16 +32,17 @@ if TYPE_CHECKING:
 class RtxOptions(Options):
     """How weights are stored, the GPUs (compute capabilities) that it is built for, and the precision of the rest.
 
-    attention: "fp16" runs attention, and large unquantized linears, on FP16 operands; "fp32" nothing. path: "native"
+    attention: "fp16" runs attention, and large unquantized linears, on FP16 operands; "fp32" nothing. path: "tensorrt"
     expresses quantized linears in TensorRT's own ops, "plugin" puts this project's kernels in their place; weights then
     stay packed, whatever `weights` says, and `operands` is as that of `cuda`, for all GPUs of `sm` alike.
     """
 
     target: ClassVar[str] = "rtx"
+    former: ClassVar = {"path": {"native": "tensorrt"}}
     weights: Literal["fp8", "int8", "int4"] = "fp8"
     sm: tuple[int, ...] = (89, 120)
     attention: Literal["fp16", "fp32"] = "fp16"
-    path: Literal["native", "plugin"] = "native"
+    path: Literal["tensorrt", "plugin"] = "tensorrt"
     operands: Literal["auto", "fp8", "int8"] = "auto"
 
     def __post_init__(self) -> None:

@@ -13,7 +13,7 @@ from pipeline.backends.fused.kernel_formats import recipe_problems, scaling_prob
 from pipeline.backends.graph_files import graph_facts, packed_model, result, save_lowered
 from pipeline.backends.rtx.engine import ENGINE, MODULE
 from pipeline.backends.rtx.gemms import matmul_names
-from pipeline.backends.rtx.lower import NATIVE_GROUPS_REFUSED, LowerRtx
+from pipeline.backends.rtx.lower import GROUPS_REFUSED, LowerRtx
 from pipeline.backends.tensorrt import plugin_payloads
 from pipeline.backends.tensorrt.build import build_engine
 from pipeline.backends.tensorrt.half import halve
@@ -120,7 +120,7 @@ def sm_problems(sms: tuple[int, ...]) -> list[str]:
 
 def method_problems(recipe: Recipe, with_plugins: bool = False) -> list[str]:
     """One message where the method would give activations scales that nothing here runs."""
-    return scaling_problems(recipe, SCALINGS_REFUSED if with_plugins else {"token_group": NATIVE_GROUPS_REFUSED})
+    return scaling_problems(recipe, SCALINGS_REFUSED if with_plugins else {"token_group": GROUPS_REFUSED})
 
 
 def expected_gemms(lowered: LoweredGraph) -> dict[str, str]:

@@ -35,7 +35,7 @@ from pipeline.passes.quantized_gemm import (
 )
 from pipeline.passes.rewrite import LoweringPass
 
-NATIVE_GROUPS_REFUSED = (
+GROUPS_REFUSED = (
     "target rtx runs one GEMM for each linear and has no scale per token and group of input channels; build it with "
     "--target cpu, or calibrate with one scale per token"
 )
@@ -54,7 +54,7 @@ class LowerRtx(LoweringPass):
     def rewrite(self, model: ir.Model) -> None:
         self._tokens: dict[ir.Node, Token] = {}
         self._limbs: dict[tuple[ir.Node, HardwareNumber], tuple[ir.Value, ...]] = {}
-        refuse_groups(model.graph, NATIVE_GROUPS_REFUSED)
+        refuse_groups(model.graph, GROUPS_REFUSED)
         for node in list(model.graph):
             if is_op(node, "PackedGemm", DOMAIN):
                 self._lower(model.graph, node)

@@ -32,7 +32,7 @@ GEMM = "packed_gemm"
 # Input of a fused op -> argument of its kernel, where the two differ.
 RENAMED = {port: argument for argument, port in PORTS.items()} | {"gain": "scale"}
 STATIC_REFUSED = (
-    "plugins quantize with one scale per token, a constant one is not theirs; use --target rtx --set rtx.path=native"
+    "plugins quantize with one scale per token, a constant one is not theirs; use --target rtx --set rtx.path=tensorrt"
 )
 # Scaling of activations -> why no plugin takes it.
 SCALINGS_REFUSED = {"token_group": GROUPS_REFUSED, "per_tensor": STATIC_REFUSED}
@@ -104,7 +104,7 @@ def _kernel_node(
         spec = QuantizeSpec(attributes["format"], channels[outputs["codes"]], before, "fp32", **extra)
         return KernelNode(node.name, kernel, spec, rows.get(inputs["x"], UNKNOWN_ROWS))
     if node.op_type not in EPILOGUE_OF:
-        raise ContractError(f"{node.name} ({node.op_type}) has no plugin; use --target rtx --set rtx.path=native")
+        raise ContractError(f"{node.name} ({node.op_type}) has no plugin; use --target rtx --set rtx.path=tensorrt")
     gemm = GemmSpec(
         attributes["activation_format"],
         attributes["weight_format"],

@@ -42,7 +42,7 @@ from plugins.tensorrt.payload import (
 logger = logging.getLogger(__name__)
 FIELDS = {"plugin_namespace": NAMESPACE, "plugin_version": VERSION}
 GRAPH = "engine.onnx"
-REMEDY = "use another format, or --target rtx --set rtx.path=native"
+REMEDY = "use another format, or --target rtx --set rtx.path=tensorrt"
 # What a path of a quantized linear begins with where a plugin computes it.
 PLUGIN = "plugin"
 # Of an engine that is not run: the graph that is proven computes what its plugins do, by other code.

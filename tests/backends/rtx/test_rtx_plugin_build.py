@@ -247,7 +247,7 @@ def test_a_weight_that_is_not_packed_is_named(folder: Path) -> None:
 def test_constant_scales_are_refused_before_any_work() -> None:
     static = replace(RECIPE, calibrate=Calibrate(method="msfp"))
     (problem,) = RtxBackend().problems(static)
-    assert "calibrate.method msfp scales activations per_tensor" in problem and "rtx.path=native" in problem
+    assert "calibrate.method msfp scales activations per_tensor" in problem and "rtx.path=tensorrt" in problem
 
 
 def test_constant_scales_are_refused_while_lowering(tmp_path: Path) -> None:
@@ -265,7 +265,7 @@ def test_constant_scales_are_refused_while_lowering(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("formats", "text"),
     [
-        (Formats("INT8", "INT8"), "weights in INT8: the GPU kernels take 4-bit weights.*; .*rtx.path=native"),
+        (Formats("INT8", "INT8"), "weights in INT8: the GPU kernels take 4-bit weights.*; .*rtx.path=tensorrt"),
         (Formats("E2M1", "E2M3", {"ff.in": "E2M3"}), "weights in E2M3: the GPU kernels take 4-bit weights"),
     ],
 )
