@@ -202,13 +202,9 @@ class Backend(ABC, Generic[OptionsT]):
             return [str(error)]
         return []
 
+    @abstractmethod
     def checks(self) -> list[Check]:
-        """Rows of `doctor`: here, whether its package is installed. A row that several targets have in common is equal
-        in all of them."""
-        installed = find_spec(self.package) is not None
-        version = machine.tool_version(self.package) if installed else "not installed"
-        remedy = f"only needed for the target {self.name}; pip install {machine.distribution(self.package)}"
-        return [Check(self.package, installed, version, False, remedy)]
+        """Rows of `doctor`. A row that several targets have in common is equal in all of them."""
 
     @abstractmethod
     def fitness_problem(self, manifest: Manifest, source: Path) -> str | None:

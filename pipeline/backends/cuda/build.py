@@ -15,8 +15,7 @@ from pipeline import machine
 from pipeline.backends import metadata_file
 from pipeline.backends.base import CONDITION, DATA, MODEL, BuildResult, LoweredGraph
 from pipeline.backends.cuda.engine import MIN_SM, SCHEMA_VERSION
-from pipeline.backends.fused.kernel_formats import recipe_problems, scaling_problems
-from pipeline.backends.fused.lower import GROUPS_REFUSED
+from pipeline.backends.fused.lower import GROUPS_REFUSED, recipe_problems
 from pipeline.backends.fused.lower import lower as lower_fused
 from pipeline.backends.fused.ops import DOMAIN
 from pipeline.backends.graph_files import graph_facts, packed_model, result, save_lowered
@@ -37,7 +36,7 @@ REMEDY = "use another format, or --target cpu"
 
 def problems(recipe: Recipe) -> list[str]:
     """One message for each format and each scaling of activations that no kernel takes."""
-    return [*recipe_problems(recipe, REMEDY), *scaling_problems(recipe, {"token_group": GROUPS_REFUSED})]
+    return recipe_problems(recipe, {"token_group": GROUPS_REFUSED}, REMEDY)
 
 
 def lower(portable: Path, work_dir: Path, options: CudaOptions) -> LoweredGraph:

@@ -55,8 +55,7 @@ class Step:
 
     def advance(self, tensors: dict[str, Tensor]) -> Sequence[Tensor]:
         """Run on what is known by name, add the results, drop what no later step reads. Returns the results."""
-        given = [tensors[name] if name else None for name in self.inputs]
-        pairs = zip(given, self.types, strict=True)
+        pairs = zip((tensors[name] if name else None for name in self.inputs), self.types, strict=True)
         result = self.run(*(x.to(kind) if x is not None and kind is not None else x for x, kind in pairs))
         results: Sequence[Tensor] = result if isinstance(result, tuple | list) else (result,)
         if self.widen:

@@ -7,6 +7,9 @@ for one.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
 import onnx_ir as ir
 
 from export.dialect.graph import (
@@ -34,6 +37,7 @@ from pipeline.backends.fused.ops import (
     gemm_attributes,
     quantizer_attributes,
 )
+from pipeline.methods import activation_scalings
 from pipeline.passes.probes import Choice, ProbeRow
 from pipeline.passes.quantized_gemm import (
     QuantizedGemm,
@@ -44,7 +48,10 @@ from pipeline.passes.quantized_gemm import (
     refuse_unpacked,
 )
 from pipeline.passes.rewrite import LoweringPass
-from plugins.gpu.spec import GemmSpec
+from plugins.gpu.spec import GemmSpec, format_problems
+
+if TYPE_CHECKING:
+    from pipeline.recipe import Recipe
 
 GROUPS_REFUSED = (
     "the GPU kernels have no scale per token and group of input channels; build it with --target cpu, or calibrate "
@@ -221,3 +228,22 @@ def _probe(gemm: QuantizedGemm, path: str, fused: ir.Node, quantizer: ir.Node) -
         result=fused_outputs(fused).y,
         gemm_groups=gemm.sum_groups,
     )
+
+
+# --- recipes that no kernel can compute, refused before any work ---------------------------------------------------
+
+
+def recipe_problems(recipe: Recipe, refused: Mapping[str, str], remedy: str) -> list[str]:
+    """One message for each number format of the recipe that no kernel takes, and as `scaling_problems`."""
+    chosen = recipe.formats
+    problems = format_problems((chosen.weight, *chosen.weight_of.values()), chosen.activation)
+    return [*(f"{problem}; {remedy}" for problem in problems), *scaling_problems(recipe, refused)]
+
+
+def scaling_problems(recipe: Recipe, refused: Mapping[str, str]) -> list[str]:
+    """One message for each scaling of activations that the method gives and a target refuses. refused: why, by the
+    scaling's name."""
+    calibrate = recipe.calibrate
+    scalings = activation_scalings(calibrate.method, calibrate.preset, calibrate.options)
+    words = f"calibrate.method {calibrate.method} scales activations"
+    return [f"{words} {scaling}: {refused[scaling]}" for scaling in scalings if scaling in refused]

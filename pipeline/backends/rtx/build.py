@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from pipeline.backends import metadata_file
 from pipeline.backends.base import BuildResult, LoweredGraph
-from pipeline.backends.fused.kernel_formats import recipe_problems, scaling_problems
+from pipeline.backends.fused.lower import recipe_problems, scaling_problems
 from pipeline.backends.graph_files import graph_facts, packed_model, result, save_lowered
 from pipeline.backends.rtx.engine import ENGINE, MODULE
 from pipeline.backends.rtx.gemms import matmul_names
@@ -74,10 +74,11 @@ def gemm_rows(weights: str, sms: tuple[int, ...]) -> tuple[GemmRow, ...]:
 
 def problems(recipe: Recipe, options: RtxOptions, package_problems: list[str]) -> list[str]:
     """GPUs that the builder refuses, activations that no lowering takes, and what is missing here."""
-    with_plugins = options.path == "plugin"
-    refused = [*sm_problems(options.sm), *method_problems(recipe, with_plugins), *package_problems]
-    refused += recipe_problems(recipe, plugin_payloads.REMEDY) if with_plugins else []
-    return [*refused, *plugin_payloads.problems(options.sm)] if with_plugins and not refused else refused
+    refused = [*sm_problems(options.sm), *package_problems]
+    if options.path != "plugin":
+        return [*refused, *scaling_problems(recipe, {"token_group": GROUPS_REFUSED})]
+    refused += recipe_problems(recipe, SCALINGS_REFUSED, plugin_payloads.REMEDY)
+    return refused or plugin_payloads.problems(options.sm)
 
 
 def lower(portable: Path, work_dir: Path, options: RtxOptions) -> LoweredGraph:
@@ -116,11 +117,6 @@ def sm_problems(sms: tuple[int, ...]) -> list[str]:
     )
     refused = [sm for sm in sms if sm not in BUILDABLE_SMS]
     return [f"target rtx cannot be built for SM {sm}: {WHY_NOT.get(sm, 'unknown to it')}. {takes}" for sm in refused]
-
-
-def method_problems(recipe: Recipe, with_plugins: bool = False) -> list[str]:
-    """One message where the method would give activations scales that nothing here runs."""
-    return scaling_problems(recipe, SCALINGS_REFUSED if with_plugins else {"token_group": GROUPS_REFUSED})
 
 
 def expected_gemms(lowered: LoweredGraph) -> dict[str, str]:

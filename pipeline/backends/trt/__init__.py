@@ -74,7 +74,7 @@ class TrtBackend(Backend[TrtOptions]):
         no kernel takes."""
         from pipeline.backends.trt import build, engine
 
-        return [*engine.environment_problems(machine.cuda_sm()), *build.recipe_problems(recipe)]
+        return [*engine.environment_problems(machine.cuda_sm()), *build.problems(recipe)]
 
     def lower(self, portable: Path, work_dir: Path, recipe: Recipe) -> LoweredGraph:
         """The graph of fused ops, which is verified."""

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from export.errors import ContractError
 from pipeline.backends import metadata_file
 from pipeline.backends.base import BuildResult, LoweredGraph
-from pipeline.backends.fused import kernel_formats
+from pipeline.backends.fused.lower import recipe_problems
 from pipeline.backends.graph_files import graph_facts, packed_model, result, save_lowered
 from pipeline.backends.tensorrt import plugin_payloads
 from pipeline.backends.tensorrt.build import build_engine, make_logger
@@ -34,12 +34,9 @@ PROOF = (
 )
 
 
-def recipe_problems(recipe: Recipe) -> list[str]:
+def problems(recipe: Recipe) -> list[str]:
     """One message for each format and each scaling of activations that no kernel takes."""
-    return [
-        *kernel_formats.scaling_problems(recipe, SCALINGS_REFUSED),
-        *kernel_formats.recipe_problems(recipe, plugin_payloads.REMEDY),
-    ]
+    return recipe_problems(recipe, SCALINGS_REFUSED, plugin_payloads.REMEDY)
 
 
 def lower(portable: Path, work_dir: Path, options: TrtOptions) -> LoweredGraph:

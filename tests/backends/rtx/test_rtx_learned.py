@@ -17,7 +17,7 @@ from export.formats.format import get_format
 from pipeline import recipe as recipes
 from pipeline.backends.base import LoweredGraph
 from pipeline.backends.rtx import RtxBackend, RtxOptions
-from pipeline.backends.rtx.build import gemm_rows, method_problems
+from pipeline.backends.rtx.build import gemm_rows, problems
 from pipeline.backends.rtx.lower import LowerRtx
 from pipeline.passes import run_shared
 from pipeline.verify.oracle import activation_oracle, check_linear
@@ -135,7 +135,7 @@ def recipe_of(method: str, **options: Any) -> Any:
 
 
 def test_a_method_with_groups_is_refused_before_work_starts() -> None:
-    (problem,) = method_problems(recipe_of("qdit"))
+    (problem,) = problems(recipe_of("qdit"), RtxOptions(), [])
     assert problem.startswith("calibrate.method qdit scales activations token_group: target rtx runs one GEMM")
     assert problem in RtxBackend().problems(recipe_of("qdit", activations="token_group"))
 
@@ -145,7 +145,7 @@ def test_a_method_with_groups_is_refused_before_work_starts() -> None:
     [("rtn", {}), ("qdit", {"activations": "per_token"}), ("qdit", {"activations": "per_tensor"}), ("msfp", {})],
 )
 def test_methods_without_groups_are_not_refused(method: str, options: dict[str, Any]) -> None:
-    assert method_problems(recipe_of(method, **options)) == []
+    assert problems(recipe_of(method, **options), RtxOptions(), []) == []
 
 
 # --- the engine builder --------------------------------------------------------------------------------------------
