@@ -71,7 +71,7 @@ EITHER = "int8 or fp8 operands"
 WIDE_INT8, OWN_CODES = "int8 codes, fp16 operands", "own codes, fp16 operands"
 
 
-class LowerCuda(LoweringPass):
+class LowerFused(LoweringPass):
     """Lower every packed GEMM and quantizer.
 
     A GELU whose only reader is a quantizer joins it. operands: "int8" for INT8 integers wherever every reader of a
@@ -140,12 +140,12 @@ class LowerCuda(LoweringPass):
         self.fired += 1
 
 
-def lower(model: ir.Model, operands: str = "fp8", attention: bool = True) -> LowerCuda:
+def lower(model: ir.Model, operands: str = "fp8", attention: bool = True) -> LowerFused:
     """Lower `model` in place, after the shared passes. Returns the lowering with its choices and probes.
 
     attention: whether attentions become one op; TensorRT fuses its own.
     """
-    lowering, merging = LowerCuda(operands), MergeGemms()
+    lowering, merging = LowerFused(operands), MergeGemms()
     attentions = [FuseAttention()] if attention else []
     for rewrite in (*attentions, lowering, FuseGateResidual(), merging):
         rewrite(model)

@@ -1,6 +1,6 @@
 """A graph of fused ops -> the graph for TensorRT's parser: each fused op a node that its plugin answers to.
 
-The fused ops are those of the `cuda` lowering, with function bodies in standard ops, so that stock onnxruntime runs the
+The fused ops are those of `fused.ops`, with function bodies in standard ops, so that stock onnxruntime runs the
 graph that is verified. Here each becomes a node of the same kernel without a body, since a parser prefers bodies to
 plugins: outputs that only a parity gate reads are dropped, codes are the kernels' operand bytes, and bytes are int8,
 which the builder keeps as bytes (it widens uint8 to 32 bits).

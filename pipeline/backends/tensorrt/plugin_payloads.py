@@ -18,7 +18,7 @@ import onnx
 import onnx_ir as ir
 
 from export.errors import ContractError, EnvironmentLacksError
-from pipeline.backends.fused.lower import LowerCuda
+from pipeline.backends.fused.lower import LowerFused
 from pipeline.backends.fused.lower import lower as lower_fused
 from pipeline.backends.fused.ops import DOMAIN
 from pipeline.backends.tensorrt.build import RTX, Facts, build_engine, shape_bounds
@@ -63,10 +63,10 @@ def problems(sms: Sequence[int]) -> list[str]:
     return lacking
 
 
-def lower(model: ir.Model, operands: str = "fp8") -> LowerCuda:
+def lower(model: ir.Model, operands: str = "fp8") -> LowerFused:
     """Lower `model` to fused ops, in place, after the shared passes; attention stays TensorRT's.
 
-    operands: as LowerCuda's. Raises ContractError for a layer that no kernel takes.
+    operands: as LowerFused's. Raises ContractError for a layer that no kernel takes.
     """
     lowering = lower_fused(model, operands, attention=False)
     static = [node for node in model.graph if node.domain == DOMAIN and node.op_type.endswith("QuantizeStatic")]
