@@ -42,7 +42,8 @@ RECIPE = "pixart_w4a6"
 SETTINGS = ("weights.search=absmax", "weights.granularity=per_channel")
 BASELINES = ("onnxruntime_fp32", "onnxruntime_int8")
 # What the recipe key cpu.path may be -> what its engine adds to the names of folders and of rows.
-PATHS = {"stock": "", "native": "_native"}
+# cpu.path -> what the results call its engine: "engine", "engine_native".
+PATHS = {"stock": "", "fused": "_native"}
 # The engine and the float32 reference flip codes against each other wherever float rounding meets a midpoint, and
 # flips grow over the layers: the reference in float32 is itself about 33 dB from its float64 run at 28 layers. A
 # defect (a wrong scale, a lost bias) leaves less than 10 dB.

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import ast
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from functools import cache
 from pathlib import Path
+
+import pytest
 
 from pipeline.backends import ROWS
 from tests.conftest import KERNEL_MODULES
@@ -146,16 +148,41 @@ def test_passes_do_not_import_backends() -> None:
     assert passes and not wrong, f"{wrong}; a backend publishes rows (passes.probes) and passes get them as data"
 
 
+TARGET_FOLDERS = {module.rpartition(".")[2] for module, _ in ROWS.values()}
+
+
+def of_other_targets(folder: str, names: Iterable[tuple[str, bool]]) -> list[str]:
+    """Which of the imported names stand in the folder of another target than this one's."""
+    others = tuple(f"pipeline.backends.{other}." for other in TARGET_FOLDERS - {folder})
+    return [name for name, _ in names if f"{name}.".startswith(others)]
+
+
 def test_no_target_leans_on_another() -> None:
     """What two targets share stands in pipeline/backends itself, or in a folder that is no target's."""
-    folders = {module.rpartition(".")[2] for module, _ in ROWS.values()}
-    wrong = {}
-    for path in FILES:
-        if path.parts[:2] == ("pipeline", "backends") and path.parts[2] in folders:
-            others = tuple(f"pipeline.backends.{folder}." for folder in folders - {path.parts[2]})
-            names = [name for name, _ in found(path) if f"{name}.".startswith(others)]
-            wrong |= {str(path): names} if names else {}
-    assert len(folders) > 3 and not wrong, f"{wrong}; move what they share to pipeline/backends"
+    paths = [path for path in FILES if path.parts[:2] == ("pipeline", "backends") and path.parts[2] in TARGET_FOLDERS]
+    wrong = {str(path): names for path in paths if (names := of_other_targets(path.parts[2], found(path)))}
+    assert {path.parts[2] for path in paths} == TARGET_FOLDERS
+    assert not wrong, f"{wrong}; move what they share to pipeline/backends"
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "from pipeline.backends.cuda.engine import CudaEngine",
+        "from pipeline.backends.cuda import CudaBackend",
+        "from pipeline.backends import cuda",
+        "import pipeline.backends.cuda",
+        "def late():\n    from pipeline.backends.cuda import build",
+    ],
+)
+def test_a_target_that_leans_on_another_is_found(line: str) -> None:
+    planted = list(imports(ast.parse(line)))
+    assert len(of_other_targets("trt", planted)) == 1 and not of_other_targets("cuda", planted)
+
+
+@pytest.mark.parametrize("name", ["pipeline.backends.feeds.Declared", "pipeline.backends.fused.lower.lower"])
+def test_what_no_target_owns_is_for_all(name: str) -> None:
+    assert not of_other_targets("trt", [(name, True)])
 
 
 def rank(name: str) -> int:
@@ -210,14 +237,14 @@ RUN_TIME = [
         *(f"pipeline/{name}.py" for name in ("__init__", "__main__", "command", "doctor", "files", "inspect", "list")),
         *(f"pipeline/{name}.py" for name in ("machine", "methods", "progress", "recipe", "signals")),
         *(f"pipeline/backends/{name}.py" for name in ("__init__", "base", "feeds", "lowering_file", "metadata_file")),
-        *(f"pipeline/backends/{name}.py" for name in ("runtime_errors", "stock_runtime", "visible_gpu")),
+        *(f"pipeline/backends/{name}.py" for name in ("sessions", "stock_runtime", "visible_gpu")),
     }
 ]
 COMPILERS = {"torch", "diffusers", "transformers", "onnx", "onnx_ir", "onnxscript", "matplotlib", "huggingface_hub"}
 # Engines that compute with PyTorch, and engines in a diffusers pipeline.
 NEEDS_TORCH = {
     "pipeline/backends/cuda/engine.py": {"torch"},
-    "pipeline/backends/rtx/engine.py": {"torch"},
+    "pipeline/backends/tensorrt/engine.py": {"torch"},
     "pipeline/backends/trt/engine.py": {"torch"},
     "pipeline/backends/visible_gpu.py": {"torch"},
     "pipeline/generate/diffusers_adapter.py": {"diffusers", "torch"},

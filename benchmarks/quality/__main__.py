@@ -226,7 +226,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="of all rows' recipes; needs "
                         "--output-dir, since the rows are then not those of the tables")  # fmt: skip
-    parser.add_argument("--cpu-path", choices=["stock", "native"], default="stock", help="how the engine computes that "
+    parser.add_argument("--cpu-path", choices=["stock", "fused"], default="stock", help="how the engine computes that "
                         "draws; the gates hold for both")  # fmt: skip
     parser.add_argument("--target", choices=["cpu", "cuda"], default="cpu", help="whose engine draws (cuda: on a GPU)")
     parser.add_argument("--redo", action="store_true", help="measure the chosen rows again")

@@ -132,7 +132,7 @@ def drawer(
     scratch: Path,
     target: str = "cpu",
 ) -> Iterator[Drawer]:
-    """The faster of engine and reference that computes these layers exactly; "native" has nothing to fuse behind static
+    """The faster of engine and reference that computes these layers exactly; "fused" has nothing to fuse behind static
     scales, where the stock engine draws."""
     reference = ReferenceEngine(fake_quant(subject.model, layers, torch.float32), torch.float32)
     for name, way in ways(recipe, target).items():

@@ -73,7 +73,7 @@ def model_rows(name: str) -> Iterator[dict[str, Any]]:
 
 def targets(recipe: Recipe, others: Sequence[str]) -> Iterator[tuple[str, str, Recipe]]:
     """(label, target, recipe): both paths of `cpu`, then `others`."""
-    for options in (CpuOptions("stock"), CpuOptions("native")):
+    for options in (CpuOptions("stock"), CpuOptions("fused")):
         yield f"cpu-{options.path}", "cpu", recipe.with_options(options)
     for target in others:
         yield target, target, recipe

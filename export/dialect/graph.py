@@ -156,8 +156,8 @@ def add_functions(model: ir.Model, op_types: Sequence[str]) -> None:
 
 
 def replace(graph: ir.Graph, old: ir.Node, new: ir.Node) -> None:
-    """Put `new` in the place of `old`; outputs correspond by position and keep their names, shapes and types."""
-    ir.convenience.replace_nodes_and_values(graph, old, [old], [new], old.outputs, new.outputs)
+    """Put `new` in the place of `old`, whose outputs keep their names, shapes and types as the first of its own."""
+    ir.convenience.replace_nodes_and_values(graph, old, [old], [new], old.outputs, new.outputs[: len(old.outputs)])
 
 
 def drop_unused(model: ir.Model) -> None:

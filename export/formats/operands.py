@@ -185,6 +185,54 @@ def _two_limbs(fmt: Format, kind: str) -> HardwareNumber | None:
     return HardwareNumber(fmt.name, kind, -fmt.fraction_bits, rounds_itself=False, limbs=2) if fits else None
 
 
+# --- activations as unsigned bytes, which CPUs multiply with signed ones ---------------------------------------------
+
+# A u8 operand with this zero point holds integers up to the zero point less one.
+SMALL_ZERO, LARGE_ZERO = 64, 128
+
+
+def zero_point(kmax: int) -> int:
+    """Zero point of a u8 operand for integers up to `kmax` in magnitude; the smaller one keeps pair sums small."""
+    return SMALL_ZERO if kmax < SMALL_ZERO else LARGE_ZERO
+
+
+def limb_base(kmax: int, limbs: int) -> int:
+    """Weight of the high limb: 1 for one limb, else the smallest power of two that fits it into 64 codes."""
+    if limbs == 1:
+        return 1
+    base = 2
+    while round(kmax / base) >= SMALL_ZERO:
+        base *= 2
+    return base
+
+
+def fits_byte(fmt: Format) -> bool:
+    """Does one u8 operand hold the format's integers?"""
+    return fmt.kmax < LARGE_ZERO if fmt.sign_bits else fmt.kmax <= UINT8_MAX
+
+
+def largest_code(fmt: Format, limbs: int) -> int:
+    """Largest u8 code of any limb of the format; unsigned ones in one limb need no zero point."""
+    if limbs == 1 and not fmt.sign_bits:
+        return fmt.kmax
+    base = limb_base(fmt.kmax, limbs)
+    largest = max(round(fmt.kmax / base), base // 2 if limbs > 1 else 0)
+    return largest + zero_point(largest)
+
+
+def pair_sum(fmt: Format, limbs: int, weight: int) -> int:
+    """What two products of codes of the format with the integer `weight` can add up to."""
+    return 2 * largest_code(fmt, limbs) * weight
+
+
+def pair_limit(activation: str) -> int:
+    """Largest weight integer (multiplier included) that is safe beside `activation` on every CPU: those without dot
+    products of bytes add pairs of u8 x s8 products in saturating int16."""
+    fmt = get_format(activation)
+    largest = largest_code(fmt, 1) if fits_byte(fmt) else 2 * SMALL_ZERO - 1  # as limbs, whose integers have 7 bits
+    return INT16_MAX // (2 * largest)
+
+
 # --- 4-bit weights that are decoded by arithmetic ------------------------------------------------------------------
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -31,9 +32,12 @@ from pipeline.passes.probes import Choice, ProbeRow
 if TYPE_CHECKING:
     from pipeline.recipe import Recipe
 
+logger = logging.getLogger(__name__)
 # An ONNX graph of a target or the portable one, the part of it that runs once for each condition, their weights.
 MODEL, CONDITION, DATA = "model.onnx", "condition.onnx", "model.onnx.data"
 Arrays = dict[str, NDArray[Any]]
+# A bundle's manifest.json, whose schema `bundle` has checked: pipeline/bundle/manifest_schema.py.
+Manifest = Mapping[str, Any]
 # Calls of the denoiser by what they are -> the call and the first number too large for FP16, in words; None: there is
 # none.
 OverflowSearch = Callable[[dict[str, Arrays]], tuple[str, object] | None]
@@ -57,7 +61,7 @@ class BuildResult:
 
     files: tuple[str, ...]
     lowered: LoweredGraph
-    metadata: Mapping[str, Any] = field(default_factory=dict)
+    metadata: Mapping[str, object] = field(default_factory=dict)
 
 
 class Engine(Protocol):
@@ -86,12 +90,18 @@ PROVEN_NOT_RUN = "numerically proven through onnxruntime; engine built, not run"
 class Options:
     """Options of a target: the table of its name in a recipe, [cpu] for example. A target without any has none of it.
 
-    A field of a Literal type takes one of its values. Raises RecipeError naming the key, the value and the choices.
+    A field of a Literal type takes one of its values, or what that was called before: former, by field and word, so
+    that recipes and bundles of earlier releases are read. Raises RecipeError naming the key, the value and the choices.
     """
 
     target: ClassVar[str]
+    former: ClassVar[Mapping[str, Mapping[str, str]]] = {}
 
     def __post_init__(self) -> None:
+        for name, words in self.former.items():
+            if (value := getattr(self, name)) in words:
+                logger.info("%s.%s %s is called %s now", self.target, name, value, words[value])
+                object.__setattr__(self, name, words[value])
         for name, hint in get_type_hints(type(self)).items():
             if get_origin(hint) is Literal:
                 self.check(getattr(self, name) in get_args(hint), name, f"use {_either(get_args(hint))}")
@@ -192,22 +202,18 @@ class Backend(ABC, Generic[OptionsT]):
             return [str(error)]
         return []
 
+    @abstractmethod
     def checks(self) -> list[Check]:
-        """Rows of `doctor`: here, whether its package is installed. A row that several targets have in common is equal
-        in all of them."""
-        installed = find_spec(self.package) is not None
-        version = machine.tool_version(self.package) if installed else "not installed"
-        remedy = f"only needed for the target {self.name}; pip install {machine.distribution(self.package)}"
-        return [Check(self.package, installed, version, False, remedy)]
+        """Rows of `doctor`. A row that several targets have in common is equal in all of them."""
 
     @abstractmethod
-    def fitness_problem(self, manifest: Mapping[str, Any], source: Path) -> str | None:
+    def fitness_problem(self, manifest: Manifest, source: Path) -> str | None:
         """Why this machine cannot run the target of a bundle, with a remedy; None if it can.
 
         source: the manifest's file. Raises ContractError where it lacks what the target needs to be judged.
         """
 
-    def metadata(self, manifest: Mapping[str, Any], source: Path, schema: type[T]) -> T:
+    def metadata(self, manifest: Manifest, source: Path, schema: type[T]) -> T:
         """metadata.json as the manifest has it, too. schema: what is read of it. Raises ContractError."""
         row = manifest["targets"][self.name].get("metadata", {})
         return validated(row, f"{source}: targets.{self.name}.metadata", schema, metadata_file.RULES)

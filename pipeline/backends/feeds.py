@@ -6,12 +6,19 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
+from numpy.typing import DTypeLike, NDArray
 
 from export.documents import shown
 from export.errors import ContractError, RecipeError
+
+if TYPE_CHECKING:
+    from onnxruntime import InferenceSession
+    from torch import Tensor
+
+    Array: TypeAlias = NDArray[Any] | Tensor
 
 # The largest magnitude of a float input. A norm sums the squares of a token's channels in float32: they overflow from
 # 1.8e19 / sqrt(channels) on, 2.9e17 for 4096 channels, and the norm of such a token is then zero in some runtimes and
@@ -44,7 +51,7 @@ class Declared:
         return f"{self.low} to {self.high}" if self.low else f"({', '.join(map(str, self.shape))})"
 
 
-def of_session(session: Any) -> tuple[Declared, ...]:
+def of_session(session: InferenceSession) -> tuple[Declared, ...]:
     """The inputs of an onnxruntime session; an axis without a name may have any size."""
     return tuple(
         Declared(row.name, ELEMENT_TYPES.get(row.type, row.type), tuple(_named(row.shape, row.name)))
@@ -69,7 +76,7 @@ def _named(shape: Sequence[int | str | None], name: str) -> list[int | str]:
     return [f"{name}.{axis}" if size is None or size == "" else size for axis, size in enumerate(shape)]
 
 
-def of_bounds(bounds: Mapping[str, Any], dtypes: Mapping[str, Any]) -> tuple[Declared, ...]:
+def of_bounds(bounds: Mapping[str, tuple[Sequence[int], ...]], dtypes: Mapping[str, DTypeLike]) -> tuple[Declared, ...]:
     """The inputs of an engine with optimization profiles: name -> (smallest, usual, largest) shape.
 
     What varies is the batch, the first axis, and the number of tokens. dtypes: of the engine's tensors, by name. Raises
@@ -91,7 +98,7 @@ def of_bounds(bounds: Mapping[str, Any], dtypes: Mapping[str, Any]) -> tuple[Dec
 
 
 def check_feeds(
-    declared: Sequence[Declared], inputs: Mapping[str, Any], cast: bool = False, bounded: bool = True
+    declared: Sequence[Declared], inputs: Mapping[str, Array], cast: bool = False, bounded: bool = True
 ) -> None:
     """Raise RecipeError where a call does not give what the engine takes: names, types, shapes, sizes, magnitudes.
 
@@ -109,7 +116,7 @@ def check_feeds(
         check_numbers(inputs)
 
 
-def _check_type(row: Declared, array: Any, cast: bool) -> None:
+def _check_type(row: Declared, array: Array, cast: bool) -> None:
     if not hasattr(array, "dtype"):
         kind = type(array).__name__
         raise RecipeError(f"input {row.name} is of type {kind}; give a NumPy array of {row.dtype}")
@@ -138,7 +145,7 @@ class TooLargeError(RecipeError):
     """A finite number that is too large for float32 arithmetic."""
 
 
-def check_numbers(inputs: Mapping[str, Any]) -> None:
+def check_numbers(inputs: Mapping[str, Array]) -> None:
     """Raise RecipeError for a finite float that is too large (see LARGEST), and for a negative integer.
 
     NaN and infinity pass: a sample that has one gives NaN, as in PyTorch.
@@ -148,7 +155,7 @@ def check_numbers(inputs: Mapping[str, Any]) -> None:
             _check_numbers(name, array)
 
 
-def _check_numbers(name: str, array: Any) -> None:
+def _check_numbers(name: str, array: Array) -> None:
     low, high = _bounds(array)
     if "float" not in str(array.dtype):
         if low < 0:
@@ -160,15 +167,14 @@ def _check_numbers(name: str, array: Any) -> None:
         raise TooLargeError(f"input {name} holds {extreme:g}; the engine takes numbers of magnitude up to {limit:g}")
 
 
-def _bounds(array: Any) -> tuple[float, float]:
+def _bounds(array: Array) -> tuple[float, float]:
     """Least and largest of the finite numbers of an array or tensor; (0, 0) without any."""
     if isinstance(array, np.ndarray):
         array = np.asarray(array)  # of a masked array all numbers count, since engines take them all
-        low, high, finite = float(array.min()), float(array.max()), np.isfinite
+        low, high = float(array.min()), float(array.max())
     else:
-        array, finite = array.detach(), type(array).isfinite
-        low, high = (float(bound) for bound in array.aminmax())
+        low, high = (float(bound) for bound in array.detach().aminmax())
     if math.isfinite(low) and math.isfinite(high):
         return low, high
-    array = array[finite(array)]
-    return _bounds(array) if len(array) else (0.0, 0.0)
+    finite = array[np.isfinite(array)] if isinstance(array, np.ndarray) else array[array.isfinite()]
+    return _bounds(finite) if len(finite) else (0.0, 0.0)

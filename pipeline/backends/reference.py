@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import nn
 
 from export.checkpoint import QuantizedLinear, shared_router
@@ -235,7 +236,7 @@ class ReferenceEngine:
         with self.lock, torch.inference_mode():
             return {"sample": self.module(**tensors).numpy()}
 
-    def _tensor(self, value: np.ndarray[Any, Any]) -> torch.Tensor:
+    def _tensor(self, value: NDArray[np.generic]) -> torch.Tensor:
         """A copy, so that the caller may overwrite what it passed."""
         tensor = torch.from_numpy(np.array(value, order="C"))
         return tensor.to(self.dtype) if tensor.is_floating_point() else tensor
@@ -244,7 +245,7 @@ class ReferenceEngine:
         """Nothing is held open."""
 
 
-def declared_inputs(module: Any) -> tuple[feeds.Declared, ...]:
+def declared_inputs(module: nn.Module) -> tuple[feeds.Declared, ...]:
     """The inputs of a family's denoiser; nothing of a module that is none, or has no configuration to know them by."""
     config = getattr(module.transformer, "config", None) if isinstance(module, Denoiser) else None
     if config is None:

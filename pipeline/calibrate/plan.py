@@ -11,8 +11,7 @@ from typing import TYPE_CHECKING
 
 from export.checkpoint import Granularity
 from export.errors import RecipeError
-from export.formats.format import get_format
-from export.formats.operands import INT8_MAX, INT16_MAX, UINT8_MAX, embeds, exact_multipliers
+from export.formats.operands import embeds, exact_multipliers, pair_limit
 from pipeline.recipe import Recipe
 
 if TYPE_CHECKING:
@@ -38,20 +37,6 @@ class LayerPlan:
         return self.linear.name
 
 
-def integer_limit(activation: str) -> int:
-    """Largest weight integer (multiplier included) that is safe beside `activation` on every CPU.
-
-    CPUs without VNNI add pairs of u8 x s8 products in saturating int16. The u8 operand is an integer plus a zero point
-    (a power of two; an unsigned one needs none); activations too wide for INT8 run as limbs of at most 7 bits.
-    """
-    fmt = get_format(activation)
-    kmax = fmt.kmax
-    if not fmt.sign_bits and kmax <= UINT8_MAX:
-        return INT16_MAX // (2 * kmax)
-    operand = kmax + 2 ** math.ceil(math.log2(kmax)) if embeds(activation, "INT8") else INT8_MAX
-    return INT16_MAX // (2 * operand)
-
-
 def group_multipliers(weight: str, activation: str) -> tuple[int, ...]:
     """Multipliers that keep the GEMM of these formats exact; (1,) if groups can gain nothing.
 
@@ -61,7 +46,7 @@ def group_multipliers(weight: str, activation: str) -> tuple[int, ...]:
     ((1, 2, 3, 4, 5, 6, 8, 10), (1, 2, 3, 4, 5, 6, 7, 8, 9), (1,))
     """
     targets = ("INT8", "E4M3") if embeds(weight, "E4M3") and embeds(activation, "E4M3") else ("INT8",)
-    exact = exact_multipliers(weight, targets, integer_limit(activation))
+    exact = exact_multipliers(weight, targets, pair_limit(activation))
     return exact[:MULTIPLIER_CODES] or (1,)
 
 

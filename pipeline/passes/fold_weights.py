@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import Any
 
 import numpy as np
 import onnx_ir as ir
@@ -52,9 +51,9 @@ def _folded(node: ir.Node, tensor: ir.TensorProtocol, name: str) -> ir.LazyTenso
     return lazy_tensor(name, dtype, shape, make)  # type: ignore[arg-type]
 
 
-def _cast(tensor: ir.TensorProtocol, dtype: np.dtype) -> NDArray[Any]:
+def _cast(tensor: ir.TensorProtocol, dtype: np.dtype) -> NDArray[np.generic]:
     return tensor.numpy().astype(dtype)
 
 
-def _transposed(tensor: ir.TensorProtocol, order: tuple[int, ...]) -> NDArray[Any]:
+def _transposed(tensor: ir.TensorProtocol, order: tuple[int, ...]) -> NDArray[np.generic]:
     return np.ascontiguousarray(tensor.numpy().transpose(order))

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
@@ -82,7 +80,7 @@ class PackGemm(RewritePass):
 
 def _packed(matmul: ir.Node, activation: ir.Node, weight: ir.Node, bias: ir.Value, layer: str) -> ir.Node:
     """The packed node for the kind of scale that the activation has."""
-    choices: dict[str, Any] = {key: attribute(weight, key) for key in ("in_features", "group_size")}
+    choices = {key: attribute(weight, key) for key in ("in_features", "group_size")}
     choices |= {"layer": layer, "multipliers": tuple(attribute(weight, "multipliers"))}
     choices |= {"activation_format": attribute(activation, "format"), "weight_format": attribute(weight, "format")}
     op_type = "PackedGemm"
@@ -93,7 +91,7 @@ def _packed(matmul: ir.Node, activation: ir.Node, weight: ir.Node, bias: ir.Valu
     return fpq_node(op_type, inputs, f"{layer}/gemm", matmul, **choices)
 
 
-def _fold_zero(graph: ir.Graph, packed: ir.Node, zero: NDArray[Any]) -> None:
+def _fold_zero(graph: ir.Graph, packed: ir.Node, zero: NDArray[np.float32]) -> None:
     """bias + zero * (sum of each channel's weights), rounded to float32 once; the bias itself where zero is 0."""
     if not zero.any():
         return

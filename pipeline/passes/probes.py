@@ -26,15 +26,6 @@ class GemmRow:
 
 
 @dataclass(frozen=True)
-class Capabilities:
-    """What lowering may know of a target: its name, GEMM rows in order of preference, and fused ops it runs."""
-
-    target: str
-    gemms: tuple[GemmRow, ...]
-    ops: frozenset[str] = frozenset()
-
-
-@dataclass(frozen=True)
 class Choice:
     """What lowering chose for one quantized linear, and why; refusals name the rule and the culprit."""
 
@@ -76,8 +67,8 @@ class ProbeRow:
     gemm: str
     gemm_unit: float
     gemm_scale: str | None
-    exact: bool = True
-    output: str = ""
+    exact: bool
+    output: str
     half_roundings: int = 0
     low_rank: str | None = None
     gemm_groups: int = 1

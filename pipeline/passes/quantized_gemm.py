@@ -6,11 +6,10 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
 
 import numpy as np
 import onnx_ir as ir
-from numpy.typing import NDArray
+from numpy.typing import DTypeLike, NDArray
 
 from export.dialect.graph import attribute, constant, inputs_of, low_rank_of, unbalanced
 from export.dialect.ops import DOMAIN
@@ -154,7 +153,7 @@ class QuantizedGemm:
         rows = np.broadcast_to(self.group_multipliers(), (self.out_features, self.groups)).T[:, None, :]
         return np.ascontiguousarray(rows).astype(np.int8)
 
-    def integers(self, dtype: Any = None) -> NDArray[Any]:
+    def integers(self, dtype: DTypeLike | None = None) -> NDArray[np.number]:
         """[N, K], in a type that holds `weight_kmax`; without one int16 or int32."""
         dtype = dtype or (np.int16 if self.weight_kmax < 2**15 else np.int32)
         integers = self._format_integers(dtype)
@@ -163,7 +162,7 @@ class QuantizedGemm:
         factors = self.group_multipliers().astype(dtype)[..., None]
         return (integers.reshape(self.out_features, self.groups, -1) * factors).reshape(integers.shape)
 
-    def _format_integers(self, dtype: Any) -> NDArray[Any]:
+    def _format_integers(self, dtype: DTypeLike) -> NDArray[np.number]:
         """[N, K] without multipliers. Two 4-bit codes are looked up at once, by their byte."""
         table = self.weight.integers.astype(dtype)
         if self.weight.bits != 4:
@@ -172,7 +171,7 @@ class QuantizedGemm:
         pairs = np.stack([table[byte & 15], table[byte >> 4]], axis=1)
         return pairs[self.stored.codes.numpy()].reshape(self.out_features, -1)[:, : self.in_features]
 
-    def turned_integers(self, dtype: Any = np.int8) -> NDArray[Any]:
+    def turned_integers(self, dtype: DTypeLike = np.int8) -> NDArray[np.number]:
         """`integers` as [K, N], contiguous."""
         return np.ascontiguousarray(self.integers(dtype).T)
 
@@ -186,7 +185,7 @@ class QuantizedGemm:
         """Largest sum over a channel of |integer|: bounds the integer sum together with the activation's kmax."""
         return int(np.abs(self.integers()).sum(axis=1, dtype=np.int64).max())
 
-    def hardware_numbers(self, kind: str, exponent: int) -> NDArray[Any]:
+    def hardware_numbers(self, kind: str, exponent: int) -> NDArray[np.number]:
         """[K, N] constant of the type E4M3 or INT8: integer * 2^exponent, which the type holds exactly."""
         if kind == "INT8":
             return self.turned_integers(np.int8)
@@ -195,7 +194,7 @@ class QuantizedGemm:
         codes = encode(FORMATS["E4M3"], np.arange(low, int(integers.max()) + 1) * 2.0**exponent)
         return np.ascontiguousarray(codes[integers.T - low]).view(STORED["E4M3"].numpy())
 
-    def signed_indices(self) -> NDArray[Any]:
+    def signed_indices(self) -> NDArray[np.number]:
         """[K, N] int4: sign and position on the format's grid of magnitudes, -7..7 (4-bit formats only)."""
         grid = np.abs(self.weight.values) if self.weight.is_integer else np.arange(16) % 8
         table = (np.sign(self.weight.values) * grid).astype(np.int8)
@@ -238,6 +237,15 @@ def _tensor(value: ir.Value | None, layer: str, port: str) -> ir.TensorProtocol:
     return tensor
 
 
+def quantizer_of(node: ir.Node) -> ir.Node:
+    """The quantizer of the codes that a packed node reads. Raises ContractError where something else makes them."""
+    producer = inputs_of(node).a_codes.producer()
+    if producer is None or not producer.domain.startswith(DOMAIN):
+        origin = producer.op_type if producer else "a graph input"
+        raise ContractError(f"{attribute(node, 'layer')}: activation codes come from {origin}; expected a quantizer")
+    return producer
+
+
 def refuse_groups(graph: ir.Graph, remedy: str) -> None:
     """Raise ContractError with the remedy where activations have a scale per token and group of input channels."""
     nodes = [node for node in graph if node.domain == DOMAIN and node.op_type == "PackedGroupGemm"]
@@ -268,13 +276,16 @@ def probe_of(
     codes_offset: float = 0.0,
     gemm_unit: float = 1.0,
     gemm_scale: ir.Value | None = None,
+    exact: bool = True,
+    half_roundings: int = 0,
+    gemm_groups: int = 1,
+    codes_format: str | None = None,
     operands: Sequence[ir.Value] = (),
-    **others: Any,
 ) -> ProbeRow:
     """The row of a linear, from the values of the lowered graph.
 
     x: what the quantizer reads; what balances it is left out. result: the linear's own; where a low-rank branch is
-    added to it, `output` is the sum. others: the remaining fields of the row.
+    added to it, `output` is the sum.
     """
     branch, output = low_rank_of(result) or (None, result)
     return ProbeRow(
@@ -289,10 +300,13 @@ def probe_of(
         gemm=_name(gemm),
         gemm_unit=gemm_unit,
         gemm_scale=None if gemm_scale is None else _name(gemm_scale),
+        exact=exact,
         output=_name(output),
+        half_roundings=half_roundings,
         low_rank=None if branch is None else _name(branch),
+        gemm_groups=gemm_groups,
+        codes_format=codes_format,
         operands=tuple(_name(value) for value in operands),
-        **others,
     )
 
 

@@ -1,5 +1,4 @@
-"""Passes that count what they changed and keep why they left the rest: the `cpu` target says the first
-when its native path finds nothing to fuse."""
+"""Passes that count what they changed and keep why they left the rest."""
 
 from __future__ import annotations
 
@@ -8,6 +7,8 @@ from dataclasses import dataclass
 
 import onnx_ir as ir
 
+from pipeline.passes.probes import Choice, ProbeRow
+
 logger = logging.getLogger(__name__)
 
 
@@ -15,7 +16,6 @@ logger = logging.getLogger(__name__)
 class Refusal:
     """One candidate that a pass looked at and did not change. `culprit` is the node or tensor that decided it."""
 
-    rule: str
     culprit: str
     reason: str
 
@@ -23,7 +23,7 @@ class Refusal:
 class RewritePass(ir.passes.InPlacePass):
     """An in-place pass that counts what it changed and says why it left the rest.
 
-    `fired` and `refusals` describe the latest call.
+    `fired` and `refusals` describe the latest call; the refusals are in the log of `-v`.
     """
 
     def __init__(self) -> None:
@@ -42,7 +42,22 @@ class RewritePass(ir.passes.InPlacePass):
         self.fired, self.refusals = 0, []
         self.rewrite(model)
         logger.info("%s: fired %d times, refused %d", self.name, self.fired, len(self.refusals))
+        for refusal in self.refusals:
+            logger.debug("%s left %s: %s", self.name, refusal.culprit, refusal.reason)
         return ir.passes.PassResult(model, modified=self.fired > 0)
 
     def refuse(self, culprit: str | None, reason: str) -> None:
-        self.refusals.append(Refusal(self.name, culprit or "(unnamed)", reason))
+        self.refusals.append(Refusal(culprit or "(unnamed)", reason))
+
+
+class LoweringPass(RewritePass):
+    """A pass that lowers quantized linears for a target; `choices` and `probes` have a row for each."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.choices: list[Choice] = []
+        self.probes: list[ProbeRow] = []
+
+    def call(self, model: ir.Model) -> ir.passes.PassResult:
+        self.choices, self.probes = [], []
+        return super().call(model)

@@ -19,11 +19,10 @@ PRODUCTS = frozenset({"MatMul", "Gemm", "MatMulInteger", "MatMulIntegerToFloat",
 
 @dataclass(frozen=True)
 class Split:
-    """`condition`: condition inputs -> tensors named `boundary`. `step`: the other inputs and `boundary` -> outputs."""
+    """`condition`: condition inputs -> the tensors that cross. `step`: the other inputs and those -> outputs."""
 
     condition: ir.Model
     step: ir.Model
-    boundary: tuple[str, ...]
 
 
 def split_condition(model: ir.Model, step_inputs: Collection[str] = STEP_INPUTS) -> Split | None:
@@ -43,7 +42,7 @@ def split_condition(model: ir.Model, step_inputs: Collection[str] = STEP_INPUTS)
         drop_unused(part)
         _drop_unread_inputs(part)
     logger.info("%d of %d nodes run once per image, %d tensors cross", len(once), len(model.graph), len(boundary))
-    return Split(condition, step, boundary)
+    return Split(condition, step)
 
 
 def _shared_sizes(graph: ir.Graph, step_inputs: Collection[str]) -> dict[str, tuple[str, int]]:

@@ -24,8 +24,7 @@ from export.onnx_files import read_graph
 from pipeline import machine
 from pipeline.backends import feeds
 from pipeline.backends.base import Arrays, LoweredGraph
-from pipeline.backends.runtime_errors import runtime_errors
-from pipeline.backends.stock_runtime import register_needed
+from pipeline.backends.sessions import register_needed, runtime_errors
 from pipeline.passes.probes import ProbeRow
 from pipeline.progress import raise_if_stopped
 from pipeline.verify.oracle import LinearProbe
@@ -217,7 +216,7 @@ class ProbedGraph:
             integers=integers.reshape(x.shape),
             act_scale=tensors[row.act_scale].reshape(len(x), -1) if row.act_scale else None,
             gemm=_rows(gemm) if row.gemm_groups == 1 else gemm.transpose(1, 0, 2),
-            output=_rows(tensors[row.output]) if row.output else None,
+            output=_rows(tensors[row.output]),
             gemm_unit=row.gemm_unit,
             gemm_scale=None if row.gemm_scale is None else self.constant(row.gemm_scale),
             exact=row.exact,

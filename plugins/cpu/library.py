@@ -82,10 +82,10 @@ def requirement() -> str:
 def compiler() -> str:
     """Path of the C compiler. Raises EnvironmentLacksError with the remedy if there is none."""
     if sys.platform not in ("linux", "darwin"):
-        raise EnvironmentLacksError(f"cpu.path native is for Linux and macOS, this is {sys.platform}; use stock")
+        raise EnvironmentLacksError(f"cpu.path fused is for Linux and macOS, this is {sys.platform}; use stock")
     path = next(filter(None, map(shutil.which, COMPILERS)), None)
     if path is None:
-        raise EnvironmentLacksError(f"cpu.path native needs one of {', '.join(COMPILERS)}; {REMEDY}")
+        raise EnvironmentLacksError(f"cpu.path fused needs one of {', '.join(COMPILERS)}; {REMEDY}")
     return path
 
 
@@ -173,7 +173,7 @@ def path_of_library() -> Path:
             return kept[0]
         remedy = f"{COMPILER_REMEDY}, or build the engine with --set cpu.path=stock"
         raise EnvironmentLacksError(
-            f"cpu.path native needs a C compiler to make its kernel library, and {folder} holds none; {remedy}"
+            f"cpu.path fused needs a C compiler to make its kernel library, and {folder} holds none; {remedy}"
         ) from error
     path = folder / f"{compiler_key(chosen)}.so"
     return path if trusted(path) else _compiled(path)

@@ -25,7 +25,7 @@ from export.errors import EnvironmentLacksError
 REAL, MISSING = "libtensorrt_rtx.so.1", "libtensorrt_rtx.so"
 LIBRARIES = "tensorrt_rtx_libs"
 INSTALL = "install with: pip install tensorrt-rtx"
-REMEDY = "use --set rtx.path=native, which needs no plugins"
+REMEDY = "use --set rtx.path=tensorrt, which needs no plugins"
 # e_machine of the processors that TensorRT-RTX comes for, by platform.machine().
 MACHINES = {"x86_64": 62, "aarch64": 183}
 

@@ -9,9 +9,9 @@ from pipeline.backends import lowering_file
 from pipeline.backends.base import LoweredGraph
 from pipeline.passes.probes import Choice, ProbeRow
 
-STATIC = ProbeRow("a", "p", "x", ("codes",), (1.0,), 1.0, 0.0, None, "sums", 1.0, None)
+STATIC = ProbeRow("a", "p", "x", ("codes",), (1.0,), 1.0, 0.0, None, "sums", 1.0, None, True, "y")
 MERGED = ProbeRow(
-    "b", "p", "x", ("high", "low"), (16.0, 1.0), 1.0, 64.0, "scale", "sums", 1.0, "unit",
+    "b", "p", "x", ("high", "low"), (16.0, 1.0), 1.0, 64.0, "scale", "sums", 1.0, "unit", False, "y",
     low_rank="branch", gemm_groups=2, gemm_columns=(64, 128), codes_format="E2M3", operands=("x_q", "w_q"),
 )  # fmt: skip
 

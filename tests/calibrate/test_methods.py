@@ -8,7 +8,9 @@ import pytest
 
 from pipeline import recipe as recipes
 from pipeline.backends.cuda import CudaBackend
-from pipeline.backends.rtx.build import method_problems
+from pipeline.backends.rtx import RtxOptions
+from pipeline.backends.rtx import build as rtx_build
+from pipeline.backends.trt import build as trt_build
 from pipeline.methods import AUTO, METHODS, activation_scalings
 from tests.support import observed
 
@@ -58,8 +60,9 @@ def test_progress_is_shown_before_a_block_is_done(name: str, label: str, caplog:
 def test_targets_refuse_before_any_work_what_they_cannot_run(name: str) -> None:
     recipe = recipes.from_dict({"name": "t", "model": "zoo:dit_mini", "calibrate": {"method": name}}, "test")
     scalings = set(activation_scalings(name, "fast", {}))
-    assert len(method_problems(recipe)) == len(CudaBackend().problems(recipe)) == len(scalings & {"token_group"})
-    refused = method_problems(recipe, with_plugins=True)
+    of_rtx = rtx_build.problems(recipe, RtxOptions(), [])
+    assert len(of_rtx) == len(CudaBackend().problems(recipe)) == len(scalings & {"token_group"})
+    refused = trt_build.problems(recipe)
     assert len(refused) == len(scalings)
     starts = tuple(f"calibrate.method {name} scales activations {scaling}: " for scaling in scalings)
     assert all(problem.startswith(starts) for problem in refused)

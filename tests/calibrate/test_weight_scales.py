@@ -9,10 +9,10 @@ import pytest
 
 from export.dialect.reference import quantize_weight
 from export.formats.format import FORMATS, decode, encode, get_format
-from export.formats.operands import embeds
+from export.formats.operands import embeds, pair_limit
 from pipeline import machine
 from pipeline.calibrate import scales as scales_module
-from pipeline.calibrate.plan import group_multipliers, integer_limit
+from pipeline.calibrate.plan import group_multipliers
 from pipeline.calibrate.scales import REACHES, RoundingErrors, find_scales, round_to_codes
 from plugins.cpu import library, rounding_errors
 
@@ -95,7 +95,7 @@ def test_without_a_compiler_numpy_is_taken_and_told(monkeypatch, caplog):
     caplog.set_level("INFO")
     monkeypatch.setattr(library.shutil, "which", lambda _: None)
     assert rounding_errors.compiled.__wrapped__() is None
-    assert "searched by NumPy, some times slower: cpu.path native needs one of cc" in caplog.text
+    assert "searched by NumPy, some times slower: cpu.path fused needs one of cc" in caplog.text
 
 
 @pytest.mark.parametrize("multipliers", [(1,), E2M1])
@@ -197,7 +197,7 @@ def test_group_multipliers_keep_every_bound(weight, activation):
     assert found[0] == 1 and len(found) <= 16
     fmt, other = get_format(weight), get_format(activation)
     for m in found[1:]:
-        assert embeds(weight, "INT8", m) and fmt.kmax * m <= integer_limit(activation)
+        assert embeds(weight, "INT8", m) and fmt.kmax * m <= pair_limit(activation)
         assert embeds(weight, "E4M3", m) or not (embeds(weight, "E4M3") and embeds(activation, "E4M3"))
     if embeds(activation, "INT8") and len(found) > 1:
         zero_point = 2 ** int(np.ceil(np.log2(other.kmax)))

@@ -41,7 +41,7 @@ OTHER = {
     "sampling.seed": 9,
     "budgets.quant_sqnr_db": 1.25,
     "budgets.final_psnr_fp_db": 30.5,
-    "cpu.path": "native",
+    "cpu.path": "fused",
     "rtx.weights": "int4",
     "rtx.sm": (89,),
     "rtx.attention": "fp32",
@@ -94,6 +94,16 @@ def test_every_key_is_read():
         recipe = from_dict(document_with(key, other), "file")
         assert look_up(recipe, key) == other, key
         assert from_dict(document_with(key, look_up(BASE, key)), "file") == BASE, key
+
+
+@pytest.mark.parametrize(("key", "today"), [("cpu.path", "fused"), ("rtx.path", "tensorrt")])
+def test_what_a_value_was_called_before_is_read_and_written_as_today(key, today, caplog):
+    """A file, --set and a bundle's manifest all come through `from_dict`."""
+    with caplog.at_level("INFO"):
+        read = from_dict(document_with(key, "native"), "file")
+    assert look_up(read, key) == today and f"{key} native is called {today} now" in caplog.text
+    assert "native" not in to_toml(read)
+    assert with_settings(BASE, [f"{key}=native"]) == with_settings(BASE, [f"{key}={today}"]) == read
 
 
 def wrong_types(key):

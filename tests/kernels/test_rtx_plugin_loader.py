@@ -79,13 +79,13 @@ def test_a_missing_package_has_a_remedy(monkeypatch: pytest.MonkeyPatch) -> None
 def test_a_missing_library_has_a_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(rtx_loader, "find_spec", lambda name: machine if name == "tensorrt_rtx" else None)
     monkeypatch.setattr(rtx_loader, "MISSING", "libditc_no_such_library.so")
-    with pytest.raises(EnvironmentLacksError, match=r"no libtensorrt_rtx\.so\.1 .*rtx\.path=native"):
+    with pytest.raises(EnvironmentLacksError, match=r"no libtensorrt_rtx\.so\.1 .*rtx\.path=tensorrt"):
         rtx_loader._named_library.__wrapped__()
 
 
 def test_a_processor_without_an_alias_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(rtx_loader.platform, "machine", lambda: "riscv64")
-    with pytest.raises(EnvironmentLacksError, match=r"riscv64; use --set rtx\.path=native"):
+    with pytest.raises(EnvironmentLacksError, match=r"riscv64; use --set rtx\.path=tensorrt"):
         rtx_loader._open_alias(tmp_path / rtx_loader.REAL)
 
 

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
-from pipeline.backends.cpu.engine import Sessions
+from pipeline.backends.sessions import Sessions
 
 TIMEOUT_S = 60
 

@@ -9,7 +9,7 @@ import onnx_ir as ir
 import pytest
 
 from export.formats.format import get_format
-from pipeline.backends.cpu.quantizers import SMALL_ZERO, limb_base, zero_point
+from export.formats.operands import SMALL_ZERO, limb_base, zero_point
 from pipeline.backends.cpu.token_chain import ATTRIBUTES, OP, VERSION, In, Out
 from plugins.cpu import library
 from plugins.cpu.library import DOMAIN

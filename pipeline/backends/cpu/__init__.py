@@ -2,15 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from export.errors import EnvironmentLacksError
 from pipeline import machine
 from pipeline.backends import lowering_file, metadata_file, stock_runtime
-from pipeline.backends.base import CONDITION, DATA, MODEL, Backend, BuildResult, Check, Engine, LoweredGraph, Options
+from pipeline.backends.base import (
+    CONDITION,
+    DATA,
+    MODEL,
+    Backend,
+    BuildResult,
+    Check,
+    Engine,
+    LoweredGraph,
+    Manifest,
+    Options,
+)
 
 if TYPE_CHECKING:
     from pipeline.recipe import Recipe
@@ -18,10 +28,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class CpuOptions(Options):
-    """path: "stock" is onnxruntime alone; "native" adds fused ops, compiled here."""
+    """path: "stock" is onnxruntime alone; "fused" adds an op of ours, compiled here, for what lies between GEMMs."""
 
     target: ClassVar[str] = "cpu"
-    path: Literal["stock", "native"] = "stock"
+    former: ClassVar = {"path": {"native": "fused"}}
+    path: Literal["stock", "fused"] = "stock"
 
 
 class CpuBackend(Backend[CpuOptions]):
@@ -51,7 +62,7 @@ class CpuBackend(Backend[CpuOptions]):
         try:
             return Check("C compiler", True, library.compiler())
         except EnvironmentLacksError as error:
-            return Check("C compiler", False, "none found", False, f"only needed for cpu.path=native; {error}")
+            return Check("C compiler", False, "none found", False, f"only needed for cpu.path=fused; {error}")
 
     def _processor_check(self) -> Check:
         from pipeline.backends.cpu.engine import WIDE_SUM_SETS
@@ -61,7 +72,7 @@ class CpuBackend(Backend[CpuOptions]):
         remedy = "no INT8 dot products (VNNI): engines are right here, but not fast"
         return Check("processor", not WIDE_SUM_SETS.isdisjoint(sets), processor, False, remedy)
 
-    def fitness_problem(self, manifest: Mapping[str, Any], source: Path) -> str | None:
+    def fitness_problem(self, manifest: Manifest, source: Path) -> str | None:
         from pipeline.backends.cpu.engine import CpuNeeds, lacking, provided
 
         required = self.metadata(manifest, source, CpuNeeds).get("requires", [])
@@ -70,15 +81,16 @@ class CpuBackend(Backend[CpuOptions]):
         return lacking(required, provided(self.instruction_sets)) if required else None
 
     def problems(self, recipe: Recipe) -> list[str]:
-        """What is missing for a build: onnxruntime, or a C compiler for the native ops."""
+        """What is missing for a build: onnxruntime, or a C compiler for our op."""
         from plugins.cpu import library
 
-        return self.package_problems() or (library.problems() if self.options(recipe).path == "native" else [])
+        return self.package_problems() or (library.problems() if self.options(recipe).path == "fused" else [])
 
     def lower(self, portable: Path, work_dir: Path, recipe: Recipe) -> LoweredGraph:
         from pipeline.backends.cpu import build
+        from pipeline.backends.cpu.engine import provided
 
-        return build.lower(portable, work_dir, self.options(recipe), build.capabilities(self.instruction_sets))
+        return build.lower(portable, work_dir, self.options(recipe), provided(self.instruction_sets))
 
     def build(self, lowered: LoweredGraph, out_dir: Path, recipe: Recipe) -> BuildResult:
         from pipeline.backends.cpu import build

@@ -1,7 +1,7 @@
 """What stands between the integer GEMMs of a lowered graph -> TokenChains, as few as there can be.
 
-First what follows a linear, then a norm in front of a quantizer, then chains that meet, then the transpositions around
-attention. Names of tensors that probes refer to stay.
+A quantizer is one from the start. Then what follows a linear, a norm in front of a quantizer, chains that meet, and the
+transpositions around attention. Names of tensors that probes refer to stay.
 """
 
 from __future__ import annotations
@@ -20,8 +20,10 @@ from export.dialect.graph import (
     read_by,
     result_of,
 )
+from export.formats.format import Format
+from export.formats.operands import SMALL_ZERO, limb_base, zero_point
 from pipeline.backends.cpu.gemms import Product, grouped_gemm, integer_gemm, limb_sums
-from pipeline.backends.cpu.quantizers import Operand
+from pipeline.backends.cpu.quantizers import Operand, rounding_factor
 from pipeline.backends.cpu.token_chain import (
     VERSION,
     In,
@@ -42,6 +44,7 @@ from pipeline.passes.quantized_gemm import QuantizedGemm
 from pipeline.passes.rewrite import RewritePass
 from plugins.cpu.library import DOMAIN
 
+U8 = ir.TensorType(ir.DataType.UINT8)
 HEADS_FIRST, HEADS_LAST, SWAPPED = (0, 2, 1, 3), (0, 2, 3, 1), (0, 1, 3, 2)
 
 
@@ -53,6 +56,34 @@ def finish_with_chains(model: ir.Model) -> list[RewritePass]:
     for rewrite in passes:
         rewrite(model)
     return passes
+
+
+# --- quantizers -------------------------------------------------------------------------------------------------
+
+
+def quantize_with_chain(build: GraphBuilder, x: ir.Value, fmt: Format, limbs: int) -> Operand:
+    """x f32 [..., K] -> u8 operands [..., K] and scale [..., 1]: bit for bit what `quantizers.quantize` says in eleven
+    standard ops."""
+    one, base = limbs == 1, limb_base(fmt.kmax, limbs)
+    zero = zero_point(fmt.kmax) if one else SMALL_ZERO
+    places = {Out.CODES: ("codes" if one else "high", U8), Out.SCALE: ("scale", x.type)}
+    if not one:
+        places[Out.LOW_CODES] = ("low", U8)
+    node = chain_node(
+        {In.X: x},
+        f"{build.prefix}/{places[Out.CODES][0]}",
+        build.metadata,
+        max_value=fmt.max_value,
+        kmax=float(fmt.kmax),
+        rounding_factor=rounding_factor(fmt) if len(fmt.binade_starts) else 0.0,
+        zero=zero,
+        limb_base=0 if one else base,
+    )
+    build.graph.insert_before(build.before, node)
+    for place, (name, kind) in places.items():
+        node.outputs[place].name, node.outputs[place].type = f"{build.prefix}/{name}", kind
+    codes = (node.outputs[Out.CODES],) if one else (node.outputs[Out.CODES], node.outputs[Out.LOW_CODES])
+    return Operand(x, codes, (1,) if one else (base, 1), zero, node.outputs[Out.SCALE])
 
 
 # --- what follows a GEMM -------------------------------------------------------------------------------------------
@@ -109,8 +140,7 @@ class AbsorbEpilogues(RewritePass):
         if last is linear or anchor is None:
             return
         outputs = {Out.LINEAR: linear} | present | {Out.Y: last}
-        put_chain(graph, anchor, inputs, outputs, **stages(chain) | {"gelu": int(has_gelu)})
-        graph.remove(chain, safe=True)
+        put_chain(graph, anchor, inputs, outputs, [chain], **stages(chain) | {"gelu": int(has_gelu)})
         self.fired += 1
 
 
@@ -155,8 +185,7 @@ class JoinChains(RewritePass):
         inputs = {In.X: ports.X, In.NORM_SCALE: ports.Scale, In.NORM_SHIFT: ports.B}
         epsilon = float(attribute(norm, "epsilon", 1e-5))
         outputs = chain_outputs(quantizer) | {Out.QUANTIZED: x}
-        put_chain(graph, quantizer, inputs, outputs, epsilon=epsilon, **stages(quantizer))
-        graph.remove(quantizer, safe=True)
+        put_chain(graph, quantizer, inputs, outputs, [quantizer], epsilon=epsilon, **stages(quantizer))
         self.fired += 1
 
     def _join(self, graph: ir.Graph, quantizer: ir.Node) -> None:
@@ -170,9 +199,7 @@ class JoinChains(RewritePass):
             return
         both = stages(first) | stages(quantizer)
         outputs = chain_outputs(quantizer) | chain_outputs(first)
-        put_chain(graph, quantizer, chain_inputs(first) | rest, outputs, **both)
-        for node in (quantizer, first):
-            graph.remove(node, safe=True)
+        put_chain(graph, quantizer, chain_inputs(first) | rest, outputs, [quantizer, first], **both)
         self.fired += 1
 
 
@@ -247,8 +274,7 @@ class MoveHeads(RewritePass):
         if perm == HEADS_LAST:
             turn = _in_two(graph, turn)
         outputs = chain_outputs(chain) | {Out.Y: result_of(turn)}
-        put_chain(graph, turn, chain_inputs(chain), outputs, **stages(chain) | {"heads_out": heads})
-        graph.remove(chain, safe=True)
+        put_chain(graph, turn, chain_inputs(chain), outputs, [chain], **stages(chain) | {"heads_out": heads})
         self.fired += 1
 
     def _gather(self, graph: ir.Graph, chain: ir.Node) -> None:
@@ -261,8 +287,8 @@ class MoveHeads(RewritePass):
         if not heads or any(only_reader(result_of(node)) is None for node in (turn, view)):
             return
         outputs = chain_outputs(chain) | {Out.QUANTIZED: x}
-        put_chain(graph, chain, {In.X: inputs_of(turn).data}, outputs, **stages(chain) | {"heads_in": heads})
-        graph.remove(chain, safe=True)
+        inputs = {In.X: inputs_of(turn).data}
+        put_chain(graph, chain, inputs, outputs, [chain], **stages(chain) | {"heads_in": heads})
         self.fired += 1
 
 

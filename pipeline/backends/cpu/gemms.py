@@ -32,9 +32,7 @@ class Product:
 
 def integer_gemm(build: GraphBuilder, gemm: QuantizedGemm, a: Operand) -> Product:
     """u8 x s8 -> float32(int32 sum) * scale. One limb is a single fused op of onnxruntime."""
-    w = stored_integers(build, gemm)
-    scales = build.lazy(f"{gemm.layer}.unit_scales", FLOAT, (gemm.out_features,), gemm.unit_scales)
-    zero = build.constant(a.zero, np.uint8)
+    w, scales, zero = _constants(build, gemm, a)
     if len(a.codes) == 1:
         one = build.constant(1.0)
         y = build.op("MatMulIntegerToFloat", a.codes[0], w, one, scales, zero, name="product", domain=MICROSOFT)
@@ -42,6 +40,13 @@ def integer_gemm(build: GraphBuilder, gemm: QuantizedGemm, a: Operand) -> Produc
     total = _limb_sum(build, a.codes, a.weights, w, zero)
     y = build.op("Mul", build.op("Cast", total, name="sum_f32", to=FLOAT), scales, name="product")
     return Product(y, y, scales, a.scale)
+
+
+def _constants(build: GraphBuilder, gemm: QuantizedGemm, a: Operand) -> tuple[ir.Value, ir.Value, ir.Value]:
+    """(weight int8 [K, N], scales [N], zero point of the activation)."""
+    w = stored_integers(build, gemm)
+    scales = build.lazy(f"{gemm.layer}.unit_scales", FLOAT, (gemm.out_features,), gemm.unit_scales)
+    return w, scales, build.constant(a.zero, np.uint8)
 
 
 @dataclass(frozen=True)
@@ -56,9 +61,7 @@ class LimbSums:
 
 def limb_sums(build: GraphBuilder, gemm: QuantizedGemm, a: Operand) -> LimbSums:
     """u8 x s8 of two limbs -> their sums, not yet joined."""
-    w = stored_integers(build, gemm)
-    scales = build.lazy(f"{gemm.layer}.unit_scales", FLOAT, (gemm.out_features,), gemm.unit_scales)
-    zero = build.constant(a.zero, np.uint8)
+    w, scales, zero = _constants(build, gemm, a)
     high, low = (build.op("MatMulInteger", code, w, zero, name=f"sum_{i}") for i, code in enumerate(a.codes))
     return LimbSums(high, low, a.weights[0], scales)
 
@@ -132,8 +135,13 @@ def _group_scales(build: GraphBuilder, gemm: QuantizedGemm, a: Operand) -> ir.Va
     return build.op("Transpose", scale, name="turned_scales", perm=[1, 0, 2])
 
 
-def float_gemm(build: GraphBuilder, gemm: QuantizedGemm, integers: ir.Value, scale: ir.Value | None) -> Product:
-    """integers f32 (of an activation) times the weight's integers or values, in float32; then times `scale`."""
+def float_gemm(build: GraphBuilder, gemm: QuantizedGemm, a: Operand) -> Product:
+    """The activation's integers in float32 times the weight's integers or values."""
+    integers, scale = a.codes[0], a.scale
+    if gemm.activation_group:  # [M, groups, group] times [M, groups, 1], in the shape of x
+        scaled = build.op("Mul", integers, scale, name="scaled_groups")
+        integers = build.op("Reshape", scaled, build.op("Shape", a.x, name="like"), name="ungrouped")
+        scale = None
     w, exponent = _stored_weight(build, gemm)
     shape = (gemm.groups, 1, gemm.out_features) if gemm.real_groups else (gemm.out_features,)
     scales = build.lazy(f"{gemm.layer}.scales_f32", FLOAT, shape, partial(_float_scales, gemm, exponent))
@@ -145,12 +153,6 @@ def float_gemm(build: GraphBuilder, gemm: QuantizedGemm, integers: ir.Value, sca
     else:
         y = build.op("Mul", build.op("MatMul", integers, w, name="unscaled"), scales, name="product")
     return Product(y, y, None, scale)
-
-
-def ungrouped(build: GraphBuilder, integers: ir.Value, scale: ir.Value | None, x: ir.Value) -> ir.Value:
-    """integers [M, groups, group] times scale [M, groups, 1], in the shape of x [..., K]."""
-    scaled = build.op("Mul", integers, scale, name="scaled_groups")
-    return build.op("Reshape", scaled, build.op("Shape", x, name="like"), name="ungrouped")
 
 
 def stored_integers(build: GraphBuilder, gemm: QuantizedGemm) -> ir.Value:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 import onnx_ir as ir
 
@@ -19,60 +19,62 @@ from export.dialect.graph import (
     stored_array,
 )
 from export.dialect.ops import DOMAIN
-from export.formats.operands import INT8_MAX, INT16_MAX, UINT8_MAX
-from pipeline.backends.cpu.finish_with_chain import chained_gemm
-from pipeline.backends.cpu.gemms import Product, finish, float_gemm, grouped_gemm, integer_gemm, ungrouped
-from pipeline.backends.cpu.quantize_with_chain import quantize_with_chain
+from export.formats.operands import INT8_MAX, INT16_MAX, SMALL_ZERO, fits_byte, limb_base, pair_sum
+from pipeline.backends.cpu.finish_with_chain import chained_gemm, quantize_with_chain
+from pipeline.backends.cpu.gemms import finish, float_gemm, grouped_gemm, integer_gemm
 from pipeline.backends.cpu.quantizers import (
-    LARGE_ZERO,
-    SMALL_ZERO,
     Operand,
     in_groups,
-    largest_operand,
-    limb_base,
     quantize,
     quantize_static,
     rounded_integers,
     static_integers,
     unsupported,
 )
-from pipeline.passes.probes import WIDE_SUM, Capabilities, Choice, GemmRow, ProbeRow
+from pipeline.passes.probes import WIDE_SUM, Choice, GemmRow
 from pipeline.passes.quantized_gemm import PACKED_GEMMS, QuantizedGemm, probe_of, read_gemm
-from pipeline.passes.rewrite import RewritePass
+from pipeline.passes.rewrite import LoweringPass
 
 FUNCTION_PATH, FLOAT_PATH = "onnx function", "float32"
 INT32_MAX = 2**31 - 1
+# In order of preference.
+GEMMS = (
+    GemmRow("u8 x s8", "U8", "S8"),
+    GemmRow("u8 x s8, 2 limbs", "U8", "S8", limbs=2),
+    GemmRow("u8 x s8 per group", "U8", "S8", real_groups=True),
+    GemmRow("u8 x s8 per group, 2 limbs", "U8", "S8", limbs=2, real_groups=True),
+)
 
 
 @dataclass
 class _Source:
-    """A quantizer node, the float tensor it quantizes, and its operands emitted so far (by number of limbs, and as
-    float32 integers with their scale)."""
+    """A quantizer node, the float tensor it quantizes, and its operands emitted so far by number of limbs.
+
+    0 limbs: its integers as float32.
+    """
 
     node: ir.Node
     x: ir.Value | None = None
     operands: dict[int, Operand] = field(default_factory=dict)
-    integers: tuple[ir.Value, ir.Value | None] | None = None
 
 
-class LowerCpu(RewritePass):
-    """Lower every packed GEMM and the quantizers it reads; `choices` and `probes` have one row for each.
-    `needs`: capabilities without which a chosen path would not be exact. chains: with ops of our own around the
-    GEMMs.
+class LowerCpu(LoweringPass):
+    """Lower every packed GEMM and the quantizers it reads.
+
+    provided: what the CPU can do, see `engine.provided`; `needs`: what of it a chosen path would not be exact without.
+    chains: with ops of our own around the GEMMs.
 
     A packed GEMM whose codes do not come from a quantizer, or whose activation format has none here, keeps its ONNX
     function body (refused with the reason).
     """
 
-    def __init__(self, capabilities: Capabilities, chains: bool = False) -> None:
+    def __init__(self, provided: Collection[str], chains: bool = False) -> None:
         super().__init__()
-        self.capabilities, self.chains = capabilities, chains
-        self.choices: list[Choice] = []
-        self.probes: list[ProbeRow] = []
+        self.provided, self.chains = provided, chains
         self.needs: set[str] = set()
 
     def rewrite(self, model: ir.Model) -> None:
-        self.choices, self.probes, self.needs = [], [], set()
+        self.needs = set()
         self._sources: dict[ir.Value, _Source] = {}
         for node in list(model.graph):
             if node.domain == DOMAIN and node.op_type in (*QUANTIZERS, "NormModulateQuantize"):
@@ -93,45 +95,49 @@ class LowerCpu(RewritePass):
             self.choices.append(Choice(gemm.layer, FUNCTION_PATH, why))
             self.refuse(gemm.layer, why)
             return
-        row, why = choose_path(gemm, self.capabilities)
+        row, why = choose_path(gemm, self.provided)
         if row and refusal(gemm, row, wide_sum=False):
             self.needs.add(WIDE_SUM)
         build = GraphBuilder(graph, node, gemm.layer, dict(node.metadata_props))
         bias = inputs_of(node).bias if gemm.has_bias else None
-        operand = None if row is None else self._operand(graph, gemm, source, row.limbs)
-        if row is None or operand is None:
-            product = self._float_product(graph, build, gemm, source)
-            output = finish(build, product, bias)
-        elif self.chains and operand.scale is not None and not gemm.activation_group:
+        operand = self._operand(graph, gemm, source, row.limbs if row else 0)
+        if row and self.chains and operand.scale is not None and not gemm.activation_group:
             product, output = chained_gemm(build, gemm, operand, bias)
         else:
-            product = (grouped_gemm if row.real_groups else integer_gemm)(build, gemm, operand)
+            emit = float_gemm if row is None else grouped_gemm if row.real_groups else integer_gemm
+            product = emit(build, gemm, operand)
             output = finish(build, product, bias)
-        _substitute(graph, node, output)
-        self.choices.append(Choice(gemm.layer, row.path if row else FLOAT_PATH, why))
-        self.probes.append(_probe(gemm, row, source, product, output))
+        _substitute(graph, node, output, gemm.layer)
+        path = row.path if row else FLOAT_PATH
+        by_group = row is not None and gemm.activation_group > 0
+        self.choices.append(Choice(gemm.layer, path, why))
+        self.probes.append(
+            probe_of(
+                gemm.layer,
+                path,
+                x=operand.x,
+                codes=operand.codes,
+                limb_weights=operand.weights,
+                codes_offset=float(operand.zero),
+                act_scale=operand.scale,
+                gemm=product.probed,
+                gemm_scale=product.scales,
+                gemm_groups=gemm.sum_groups if by_group else 1,
+                result=output,
+                exact=row is not None and (by_group or not row.real_groups),
+            )
+        )
         self.fired += 1
-
-    def _float_product(self, graph: ir.Graph, build: GraphBuilder, gemm: QuantizedGemm, source: _Source) -> Product:
-        before = self._builder_at(graph, source)
-        x = self._input(before, source)
-        source.integers = source.integers or _integers(before, gemm, source.node, x)
-        integers, scale = source.integers
-        if gemm.activation_group:
-            integers, scale = ungrouped(build, integers, scale, x), None
-        return float_gemm(build, gemm, integers, scale)
 
     def _operand(self, graph: ir.Graph, gemm: QuantizedGemm, source: _Source, limbs: int) -> Operand:
         if limbs not in source.operands:
-            before = self._builder_at(graph, source)
+            # In front of the quantizer; a second form of the same tensor gets its own names.
+            variant = f"_{len(source.operands) + 1}" if source.operands else ""
+            quantizer = source.node
+            before = GraphBuilder(graph, quantizer, f"{quantizer.name}{variant}", dict(quantizer.metadata_props))
             x = self._input(before, source)
-            source.operands[limbs] = _operand(before, gemm, source.node, x, limbs, self.chains)
+            source.operands[limbs] = _operand(before, gemm, quantizer, x, limbs, self.chains)
         return source.operands[limbs]
-
-    def _builder_at(self, graph: ir.Graph, source: _Source) -> GraphBuilder:
-        """Builder in front of the quantizer; a second form of the same tensor gets its own names."""
-        variant = "" if not source.operands and source.integers is None else f"_{len(source.operands) + 1}"
-        return GraphBuilder(graph, source.node, f"{source.node.name}{variant}", dict(source.node.metadata_props))
 
     def _input(self, build: GraphBuilder, source: _Source) -> ir.Value:
         """The float tensor to quantize; a fused norm becomes one LayerNormalization with (1 + scale, shift)."""
@@ -145,81 +151,43 @@ class LowerCpu(RewritePass):
         return source.x
 
 
-def _probe(gemm: QuantizedGemm, row: GemmRow | None, source: _Source, product: Product, output: ir.Value) -> ProbeRow:
-    assert source.x is not None
-    where: dict[str, Any] = {
-        "x": source.x,
-        "gemm": product.probed,
-        "gemm_scale": product.scales,
-        "result": output,
-    }
-    if low_rank_of(output) is not None:  # the sum has taken the name of the linear's output
-        output.name = f"{gemm.layer}/linear"
-    if row is None:
-        assert source.integers is not None
-        integers, scale = source.integers
-        return probe_of(gemm.layer, FLOAT_PATH, codes=[integers], act_scale=scale, exact=False, **where)
-    operand = source.operands[row.limbs]
-    return probe_of(
-        gemm.layer,
-        row.path,
-        codes=operand.codes,
-        limb_weights=operand.weights,
-        codes_offset=float(operand.zero),
-        act_scale=operand.scale,
-        exact=not row.real_groups or gemm.activation_group > 0,
-        gemm_groups=gemm.sum_groups if gemm.activation_group else 1,
-        **where,
-    )
-
-
-def _substitute(graph: ir.Graph, node: ir.Node, output: ir.Value) -> None:
+def _substitute(graph: ir.Graph, node: ir.Node, output: ir.Value, layer: str) -> None:
+    """Let `output` stand for the result of a packed node; what a low-rank branch is added to gets a name of its own."""
     old = result_of(node)
     output.shape, output.type = old.shape, old.type
     if old.is_graph_output():
         output.name = old.name
     ir.convenience.replace_all_uses_with(old, output, replace_graph_outputs=True)
     graph.remove(node, safe=True)
+    if low_rank_of(output) is not None:  # the sum has taken the name of the linear's output
+        output.name = f"{layer}/linear"
 
 
 def _operand(
     build: GraphBuilder, gemm: QuantizedGemm, quantizer: ir.Node, x: ir.Value, limbs: int, chains: bool
 ) -> Operand:
-    """The activation's integer operands by the kind of scale that it has."""
+    """The activation's u8 operands (limbs 0: its integers as float32), by the kind of scale that it has."""
+    fmt, ports = gemm.activation, inputs_of(quantizer)
     if gemm.activation_scale is not None:
-        return quantize_static(build, x, gemm.activation, limbs, *_static(quantizer))
-    quantize_tokens = quantize_with_chain if chains else quantize
-    if gemm.activation_group:  # groups are taken for tokens
-        rows = in_groups(build, x, gemm.activation_group, gemm.activation_groups)
-        return replace(quantize_tokens(build, rows, gemm.activation, limbs), x=x)
-    return quantize_tokens(build, x, gemm.activation, limbs)
-
-
-def _integers(
-    build: GraphBuilder, gemm: QuantizedGemm, quantizer: ir.Node, x: ir.Value
-) -> tuple[ir.Value, ir.Value | None]:
-    """(integers as float32, scale) for formats too wide for integer operands."""
-    if gemm.activation_scale is not None:
-        return static_integers(build, x, gemm.activation, *_static(quantizer)), None
-    if gemm.activation_group:
-        x = in_groups(build, x, gemm.activation_group, gemm.activation_groups)
-    return rounded_integers(build, x, gemm.activation)
-
-
-def _static(quantizer: ir.Node) -> tuple[float, float]:
-    """(scale, zero) of a QuantizeStatic."""
-    ports = inputs_of(quantizer)
-    return float(stored_array(ports.scale)[0]), float(stored_array(ports.zero)[0])
+        scale, zero = (float(stored_array(value)[0]) for value in (ports.scale, ports.zero))
+        if limbs:
+            return quantize_static(build, x, fmt, limbs, scale, zero)
+        return Operand(x, (static_integers(build, x, fmt, scale, zero),), (1,), 0, None)
+    rows = in_groups(build, x, gemm.activation_group, gemm.activation_groups) if gemm.activation_group else x
+    if limbs:  # groups are taken for tokens
+        return replace((quantize_with_chain if chains else quantize)(build, rows, fmt, limbs), x=x)
+    integers, token_scale = rounded_integers(build, rows, fmt)
+    return Operand(x, (integers,), (1,), 0, token_scale)
 
 
 # --- which form of GEMM: bounds checked by code, refusals as sentences ------------------------------------------------
 
 
-def choose_path(gemm: QuantizedGemm, capabilities: Capabilities) -> tuple[GemmRow | None, str]:
+def choose_path(gemm: QuantizedGemm, provided: Collection[str]) -> tuple[GemmRow | None, str]:
     """(first row that is exact, why) or (None, why none is)."""
     reasons: list[str] = []
-    for row in capabilities.gemms:
-        reason = refusal(gemm, row, WIDE_SUM in capabilities.ops)
+    for row in GEMMS:
+        reason = refusal(gemm, row, WIDE_SUM in provided)
         if not reason:
             return row, "; ".join([_reason_for(gemm, row), *reasons])
         reasons.append(f"not {row.path}: {reason}")
@@ -244,14 +212,13 @@ def _too_wide(gemm: QuantizedGemm, limbs: int) -> str:
     kmax_a = gemm.activation.kmax
     if gemm.weight_kmax > INT8_MAX:
         return f"image {gemm.weight_kmax} of {gemm.weight.name} exceeds int8"
-    too_large = kmax_a >= LARGE_ZERO if gemm.activation.sign_bits else kmax_a > UINT8_MAX
-    if (limbs == 1 and too_large) or limb_base(kmax_a, limbs) // 2 >= SMALL_ZERO:
+    if (limbs == 1 and not fits_byte(gemm.activation)) or limb_base(kmax_a, limbs) // 2 >= SMALL_ZERO:
         return f"image {kmax_a} of {gemm.activation.name} exceeds {limbs} operand{'s' * (limbs > 1)} of 8 bits"
     return ""
 
 
 def _overflow(gemm: QuantizedGemm, limbs: int, wide_sum: bool) -> str:
-    pair = 2 * largest_operand(gemm.activation, limbs) * gemm.weight_kmax
+    pair = pair_sum(gemm.activation, limbs, gemm.weight_kmax)
     if not wide_sum and pair > INT16_MAX:
         return f"a pair of products can reach {pair}; this CPU sums pairs in 16 bits, at most {INT16_MAX}"
     total = gemm.activation.kmax * gemm.weight_kmax * gemm.sum_length

@@ -27,12 +27,10 @@ import onnx_ir as ir
 from export.dialect.graph import GraphBuilder
 from export.dialect.ops import ABSMAX_FLOOR
 from export.formats.format import Format
-from export.formats.operands import UINT8_MAX
+from export.formats.operands import SMALL_ZERO, UINT8_MAX, limb_base, zero_point
 
 FLOAT_DIGITS = 23
 MARGIN = 16.0
-# An 8-bit unsigned operand with this zero point holds integers up to the zero point less one.
-SMALL_ZERO, LARGE_ZERO = 64, 128
 
 
 @dataclass(frozen=True)
@@ -56,33 +54,6 @@ def unsupported(fmt: Format, static: bool = False) -> str:
     if len(fmt.binade_starts) and fmt.kmax.bit_length() > FLOAT_DIGITS - 1 - fmt.mantissa_bits:
         return f"the range of {fmt.name} is too wide for rounding by one float32 sum"
     return ""
-
-
-def zero_point(kmax: int) -> int:
-    """Zero point of a u8 operand for integers up to `kmax` in magnitude; the smaller one keeps pair sums small."""
-    return SMALL_ZERO if kmax < SMALL_ZERO else LARGE_ZERO
-
-
-def limb_base(kmax: int, limbs: int) -> int:
-    """Weight of the high limb: 1 for one limb, else the smallest power of two that fits it into 64 codes."""
-    if limbs == 1:
-        return 1
-    base = 2
-    while round(kmax / base) >= SMALL_ZERO:
-        base *= 2
-    return base
-
-
-def largest_code(kmax: int, limbs: int) -> int:
-    """Largest u8 code of any limb."""
-    base = limb_base(kmax, limbs)
-    largest = max(round(kmax / base), base // 2 if limbs > 1 else 0)
-    return largest + zero_point(largest)
-
-
-def largest_operand(fmt: Format, limbs: int) -> int:
-    """Largest u8 code of any limb of this format."""
-    return largest_code(fmt.kmax, limbs) if fmt.sign_bits or limbs > 1 else fmt.kmax
 
 
 def quantize(build: GraphBuilder, x: ir.Value, fmt: Format, limbs: int) -> Operand:

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from enum import IntEnum
-from typing import Any
 
 import onnx_ir as ir
 
@@ -42,8 +41,9 @@ class Out(IntEnum):
     PRODUCT = 6
 
 
+Number = int | float
 # Attributes and the value of those that belong to an absent stage.
-ATTRIBUTES: dict[str, Any] = {
+ATTRIBUTES: dict[str, Number] = {
     "heads_in": 0,
     "heads_out": 0,
     "gelu": 0,
@@ -72,7 +72,7 @@ def value_out(node: ir.Node, place: Out) -> ir.Value | None:
     return node.outputs[place] if node.outputs[place].name else None
 
 
-def stages(node: ir.Node) -> dict[str, Any]:
+def stages(node: ir.Node) -> dict[str, Number]:
     """Attributes of a chain that are not those of an absent stage."""
     values = {name: node.attributes[name].value for name in ATTRIBUTES}
     return {name: value for name, value in values.items() if value != ATTRIBUTES[name]}
@@ -86,7 +86,7 @@ def chain_outputs(node: ir.Node) -> dict[Out, ir.Value]:
     return {place: value for place in Out if (value := value_out(node, place)) is not None}
 
 
-def chain_node(inputs: Mapping[In, ir.Value], name: str, metadata: Mapping[str, str], **stages: Any) -> ir.Node:
+def chain_node(inputs: Mapping[In, ir.Value], name: str, metadata: Mapping[str, str], **stages: Number) -> ir.Node:
     """A chain with these stages (see ATTRIBUTES) that stands in no graph yet and whose outputs have no names."""
     attributes = ir.convenience.convert_attributes(ATTRIBUTES | stages)
     places = [inputs.get(place) for place in In]
@@ -99,22 +99,24 @@ def chain_node(inputs: Mapping[In, ir.Value], name: str, metadata: Mapping[str, 
 
 
 def put_chain(
-    graph: ir.Graph, anchor: ir.Node, inputs: Mapping[In, ir.Value], outputs: Mapping[Out, ir.Value], **stages: Any
-) -> ir.Node:
-    """A chain in front of `anchor` that makes the values `outputs` in the place of their old nodes, names kept."""
+    graph: ir.Graph,
+    anchor: ir.Node,
+    inputs: Mapping[In, ir.Value],
+    outputs: Mapping[Out, ir.Value],
+    chains: Iterable[ir.Node],
+    **stages: Number,
+) -> None:
+    """A chain in front of `anchor` that makes the values `outputs`, names kept, in the place of `chains`, which go."""
     first = next(iter(outputs.values()))
     node = chain_node(inputs, str(first.name), anchor.metadata_props, **stages)
     graph.insert_before(anchor, node)
     for place, old in outputs.items():
-        _take_over(old, node.outputs[place])
-    return node
-
-
-def _take_over(old: ir.Value, new: ir.Value) -> None:
-    """Let `new` stand where `old` stood."""
-    new.name, new.shape, new.type = old.name, old.shape, old.type
-    ir.convenience.replace_all_uses_with(old, new, replace_graph_outputs=True)
-    old.name = ""
+        new = node.outputs[place]
+        new.name, new.shape, new.type = old.name, old.shape, old.type
+        ir.convenience.replace_all_uses_with(old, new, replace_graph_outputs=True)
+        old.name = ""
+    for chain in chains:
+        graph.remove(chain, safe=True)
 
 
 def drop_unread_outputs(model: ir.Model) -> None:

@@ -8,12 +8,11 @@ the engine runs, its pictures and steps with the activations that the recipe cho
 from __future__ import annotations
 
 import runpy
-from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from export.errors import EnvironmentLacksError
 from pipeline import machine
@@ -28,6 +27,7 @@ from pipeline.backends.base import (
     Check,
     Engine,
     LoweredGraph,
+    Manifest,
     Options,
     OverflowSearch,
 )
@@ -98,7 +98,7 @@ class CudaBackend(Backend[CudaOptions]):
         present = f"{f'SM {sm}' if sm else 'no GPU'}, CUDA of torch {cuda or 'none'}, triton {triton or 'none'}"
         return Check("cuda", not problems, present, False, f"only needed to run the target cuda; {'; '.join(problems)}")
 
-    def fitness_problem(self, manifest: Mapping[str, Any], source: Path) -> str | None:
+    def fitness_problem(self, manifest: Manifest, source: Path) -> str | None:
         from pipeline.backends.cuda.engine import CudaNeeds, machine_problem
 
         needs = self.metadata(manifest, source, CudaNeeds)

@@ -6,23 +6,20 @@ import logging
 import shutil
 from collections import Counter
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import onnx_ir as ir
 
-from export.dialect.graph import drop_unused
 from export.errors import ContractError
-from export.onnx_files import load_model
 from pipeline import machine
-from pipeline.backends import lowering_file
+from pipeline.backends import metadata_file
 from pipeline.backends.base import CONDITION, DATA, MODEL, BuildResult, LoweredGraph
-from pipeline.backends.cuda.engine import METADATA, MIN_SM, SCHEMA_VERSION
-from pipeline.backends.fused.kernel_formats import recipe_problems, scaling_problems
-from pipeline.backends.fused.lower import GROUPS_REFUSED
+from pipeline.backends.cuda.engine import MIN_SM, SCHEMA_VERSION
+from pipeline.backends.fused.lower import GROUPS_REFUSED, recipe_problems
 from pipeline.backends.fused.lower import lower as lower_fused
 from pipeline.backends.fused.ops import DOMAIN
-from pipeline.files import sha256, write_json
-from pipeline.passes import run_shared
+from pipeline.backends.graph_files import graph_facts, packed_model, result, save_lowered
+from pipeline.files import write_json
 from pipeline.passes.split_condition import split_condition
 
 if TYPE_CHECKING:
@@ -39,19 +36,13 @@ REMEDY = "use another format, or --target cpu"
 
 def problems(recipe: Recipe) -> list[str]:
     """One message for each format and each scaling of activations that no kernel takes."""
-    return [*recipe_problems(recipe, REMEDY), *scaling_problems(recipe, {"token_group": GROUPS_REFUSED})]
+    return recipe_problems(recipe, {"token_group": GROUPS_REFUSED}, REMEDY)
 
 
 def lower(portable: Path, work_dir: Path, options: CudaOptions) -> LoweredGraph:
     """Write model.onnx and its data, lowered, into `work_dir`; weights stay packed."""
-    model = load_model(portable)
-    run_shared(model)
-    lowering = lower_fused(model, options.operands)
-    if not lowering.choices:
-        raise ContractError(f"{portable} has no quantized linear to lower; export the model again")
-    drop_unused(model)
-    ir.save(model, work_dir / MODEL, external_data=DATA, size_threshold_bytes=1024)
-    return LoweredGraph(work_dir / MODEL, tuple(lowering.probes), tuple(lowering.choices))
+    model = packed_model(portable)
+    return save_lowered(model, work_dir, lower_fused(model, options.operands))
 
 
 def build(lowered: LoweredGraph, out_dir: Path, options: CudaOptions) -> BuildResult:
@@ -67,11 +58,8 @@ def build(lowered: LoweredGraph, out_dir: Path, options: CudaOptions) -> BuildRe
     for name, part in parts.items():
         ir.save(part, out_dir / name)
     metadata = describe(model, lowered, options)
-    write_json(out_dir / METADATA, metadata)
-    placed = LoweredGraph(out_dir / MODEL, lowered.probes, lowered.choices)
-    lowering_file.write(placed, out_dir / lowering_file.NAME)
-    files = tuple(f"{out_dir.name}/{name}" for name in (*parts, DATA, METADATA, lowering_file.NAME))
-    return BuildResult(files, lowered, metadata)
+    write_json(out_dir / metadata_file.NAME, metadata)
+    return result(lowered, out_dir, (*parts, DATA), metadata)
 
 
 def split(model: ir.Model) -> dict[str, ir.Model]:
@@ -86,7 +74,7 @@ def split(model: ir.Model) -> dict[str, ir.Model]:
     return {MODEL: parts.step, CONDITION: parts.condition}
 
 
-def describe(model: ir.Model, lowered: LoweredGraph, options: CudaOptions) -> dict[str, Any]:
+def describe(model: ir.Model, lowered: LoweredGraph, options: CudaOptions) -> dict[str, object]:
     """metadata.json: what the engine needs, takes and holds, and what built it."""
     kernels = Counter(node.op_type for node in model.graph if node.domain == DOMAIN)
     return {
@@ -97,15 +85,13 @@ def describe(model: ir.Model, lowered: LoweredGraph, options: CudaOptions) -> di
         "options": {"weights": options.weights, "activations": options.activations},
         "inputs": {str(value.name): _input_row(value) for value in model.graph.inputs},
         "kernels": dict(sorted(kernels.items())),
-        "paths": dict(Counter(choice.path for choice in lowered.choices)),
         "weights_bytes": lowered.path.with_name(DATA).stat().st_size,
-        "onnx_sha256": sha256(lowered.path),
-        "onnx_data_sha256": sha256(lowered.path.with_name(DATA)),
+        **graph_facts(lowered),
         "proof": PROOF,
     }
 
 
-def _input_row(value: ir.Value) -> dict[str, Any]:
+def _input_row(value: ir.Value) -> dict[str, object]:
     """Element type and shape of an input; a size that may vary is given by its name."""
     if value.shape is None or value.dtype is None:
         raise ContractError(f"input {value.name} has no shape or type; export the model again")

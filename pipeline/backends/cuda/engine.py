@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,10 +30,12 @@ from pipeline.files import is_out_of_memory
 from plugins.gpu.compile import MINIMUM_TRITON
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
 logger = logging.getLogger(__name__)
-METADATA = metadata_file.NAME
+# Of all inputs, by name.
+Shapes = tuple[tuple[str, tuple[int, ...]], ...]
 SCHEMA_VERSION = 1
 MIN_SM = 80
 # Calls before the capture: kernels are compiled in the first, and torch's libraries ask for their memory.
@@ -67,7 +69,7 @@ class CudaMetadata(CudaNeeds):
     inputs: dict[str, CudaInput]
 
 
-def machine_problem(metadata: Mapping[str, Any], sm: int, triton: str) -> str:
+def machine_problem(metadata: CudaNeeds, sm: int, triton: str) -> str:
     """Why a GPU of capability `sm` (0: none) with that release of triton ('': none) cannot run; empty if it can."""
     least = metadata.get("least_sm", MIN_SM)
     if not sm:
@@ -80,14 +82,9 @@ def machine_problem(metadata: Mapping[str, Any], sm: int, triton: str) -> str:
     if not triton:
         return "running the target cuda needs triton; install with: pip install triton"
     if tuple(int(part) for part in triton.split(".")[:2]) < MINIMUM_TRITON:
-        least = ".".join(map(str, MINIMUM_TRITON))
-        return f"running the target cuda needs triton {least} or newer, this is {triton}; pip install -U triton"
+        release = ".".join(map(str, MINIMUM_TRITON))
+        return f"running the target cuda needs triton {release} or newer, this is {triton}; pip install -U triton"
     return ""
-
-
-def read_metadata(folder: Path) -> dict[str, Any]:
-    """metadata.json of a built engine. Raises ContractError for a damaged file or another schema."""
-    return dict(metadata_file.read(folder, CudaMetadata, metadata_file.VERSION_1))
 
 
 @contextmanager
@@ -113,13 +110,13 @@ def without_tf32() -> Iterator[None]:
 class Captured:
     """One CUDA graph: write `inputs`, replay, read `outputs`. condition: the number of the condition in `inputs`."""
 
-    graph: Any
-    inputs: dict[str, Any]
-    outputs: dict[str, Any]
+    graph: torch.cuda.CUDAGraph
+    inputs: dict[str, Tensor]
+    outputs: dict[str, Tensor]
     condition: int = 0
 
     @classmethod
-    def make(cls, module: Any, inputs: dict[str, Any]) -> Captured:
+    def make(cls, module: Callable[[dict[str, Tensor]], dict[str, Tensor]], inputs: dict[str, Tensor]) -> Captured:
         """Warm up on a stream of its own, as captures must, then capture. Outputs lie in the graph's own memory."""
         import torch
 
@@ -137,8 +134,8 @@ class Captured:
                 outputs = module(inputs)
         return cls(graph, inputs, outputs)
 
-    def run(self, arrays: Mapping[str, Any]) -> dict[str, Any]:
-        for name, tensor in arrays.items():
+    def run(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        for name, tensor in tensors.items():
             self.inputs[name].copy_(tensor)
         self.graph.replay()
         return self.outputs
@@ -147,7 +144,7 @@ class Captured:
 class Part:
     """A module with its captured graphs; on the CPU it just runs."""
 
-    def __init__(self, path: Path, options: Mapping[str, str], device: str) -> None:
+    def __init__(self, path: Path, options: EngineOptions, device: str) -> None:
         from export.onnx_files import load_model, reading
         from pipeline.backends.cuda.module import LoweredModule
 
@@ -155,10 +152,10 @@ class Part:
         with reading(path):
             module = LoweredModule(load_model(path), options["activations"], options["weights"]).finish()
         self.inputs, self.device = module.inputs, device
-        self.module: Any = module.to(device).eval()
-        self.captured: dict[tuple[Any, ...], Captured] = {}
+        self.module = module.to(device).eval()
+        self.captured: dict[Shapes, Captured] = {}
 
-    def run(self, tensors: dict[str, Any], kept: Mapping[str, Any], condition: int = 0) -> dict[str, Any]:
+    def run(self, tensors: dict[str, Tensor], kept: Mapping[str, Tensor], condition: int = 0) -> dict[str, Tensor]:
         """Outputs on the device, of tensors anywhere.
 
         kept: inputs there already, which are copied only if `condition` is another one."""
@@ -174,13 +171,13 @@ class Part:
         captured.condition = condition
         return captured.run(new)
 
-    def _compute(self, tensors: Mapping[str, Any]) -> dict[str, Any]:
+    def _compute(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """One call of the module. Raises ContractError for a graph whose steps do not fit each other.
 
         Lack of memory and what the GPU reports stay what they are.
         """
         try:
-            results: dict[str, Any] = self.module(tensors)
+            results: dict[str, Tensor] = self.module(tensors)
         except (LookupError, TypeError, ValueError, RuntimeError) as error:
             if is_out_of_memory(error) or "CUDA" in str(error):
                 raise
@@ -190,7 +187,7 @@ class Part:
             ) from error
         return results
 
-    def _capture(self, key: tuple[Any, ...], placed: dict[str, Any]) -> None:
+    def _capture(self, key: Shapes, placed: dict[str, Tensor]) -> None:
         """Capture for new shapes. Older graphs read weights where they were: if linears have expanded, they go."""
         before = self.module.expanded
         captured = Captured.make(self._compute, placed)
@@ -237,7 +234,7 @@ class CudaEngine:
         device "cpu" runs the module without kernels and without capture: a proof of the executor, not a fast engine.
         """
         machine.require(("torch", "onnx", "onnx_ir"), "running the target cuda", "cuda")
-        self.metadata = read_metadata(folder)
+        self.metadata = metadata_file.read(folder, CudaMetadata, metadata_file.VERSION_1)
         if device != "cpu":
             problem = machine_problem(self.metadata, visible_sm(), machine.tool_version("triton"))
             if problem:
@@ -252,7 +249,7 @@ class CudaEngine:
         self.seen: dict[str, Seen] = {}
         self.kept: dict[str, Tensor] = {}
         self.conditions = 0
-        self.done: Any = None
+        self.done: torch.cuda.Event | None = None
 
     def run(self, inputs: Arrays) -> Arrays:
         """Outputs by name for inputs by name, NumPy on both sides. Raises RecipeError for inputs that do not fit."""

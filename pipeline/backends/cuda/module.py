@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from export.errors import ContractError
 from pipeline.backends.base import LARGE_ELEMENTS
 from pipeline.backends.cuda.torch_gemm import DIALECT_OPS, Gemm
-from pipeline.backends.cuda.torch_onnx import ONNX_OPS
+from pipeline.backends.cuda.torch_onnx import ONNX_OPS, TORCH_TYPES
 from pipeline.backends.fused.lower import takes_integers
 from pipeline.backends.fused.merge_gemms import MergeGemms
 from pipeline.backends.fused.ops import DOMAIN, EPILOGUE_OF, OPERANDS_KEY, OPS, fused_outputs
@@ -52,6 +52,18 @@ class Step:
     outputs: tuple[str, ...]
     widen: bool = False
     done: tuple[str, ...] = ()
+
+    def advance(self, tensors: dict[str, Tensor]) -> Sequence[Tensor]:
+        """Run on what is known by name, add the results, drop what no later step reads. Returns the results."""
+        pairs = zip((tensors[name] if name else None for name in self.inputs), self.types, strict=True)
+        result = self.run(*(x.to(kind) if x is not None and kind is not None else x for x, kind in pairs))
+        results: Sequence[Tensor] = result if isinstance(result, tuple | list) else (result,)
+        if self.widen:
+            results = [x.float() for x in results]
+        tensors.update((name, tensor) for name, tensor in zip(self.outputs, results, strict=False) if name)
+        for name in self.done:
+            del tensors[name]
+        return results
 
 
 @dataclass
@@ -159,31 +171,30 @@ class LoweredModule(nn.Module):
         if node.op_type == "Cast":
             to = node.attributes["to"].as_int()
             wide = to == ir.DataType.FLOAT.value
-            return HALF if wide and compute == HALF else _DTYPES[to]
+            return HALF if wide and compute == HALF else TORCH_TYPES[to]
         if node.op_type == "ArgMax":
             return torch.int64
         return compute or self._type(names[0])
 
     def _add_dialect(self, node: ir.Node, names: list[str]) -> None:
-        row, keys = DIALECT_OPS[node.op_type], OPS[node.op_type].inputs
-        by_port = dict(zip(keys, names, strict=True))
+        row, op = DIALECT_OPS[node.op_type], OPS[node.op_type]
+        by_port = dict(zip(op.inputs, names, strict=True))
         refuse_proof_outputs(node)
         if row.make is None:
             self._add_gemm(node, by_port)
             return
         floats = [name for key, name in by_port.items() if key not in row.wide]
         compute = HALF if any(self._type(name) == HALF for name in floats) else FULL
-        kinds = [FULL if key in row.wide else compute for key in keys]
-        outputs = [str(value.name) for value in node.outputs]
-        if "codes" in OPS[node.op_type].outputs:
-            outputs = outputs[: 2 if "scale" in OPS[node.op_type].outputs else 1]
-            self.known.types |= dict(zip(outputs, (torch.uint8, FULL), strict=False))
-            self.known.sources[outputs[0]] = compute
-        else:
-            self.known.types[outputs[0]] = compute
+        kinds = [FULL if key in row.wide else compute for key in op.inputs]
+        outputs = {key: str(value.name) for key, value in zip(op.outputs, node.outputs, strict=True)}
+        outputs = {key: name for key, name in outputs.items() if key not in op.proof}
+        types_of = {"codes": torch.uint8, "scale": FULL, "y": compute}
+        self.known.types |= {name: types_of[key] for key, name in outputs.items()}
+        if "codes" in outputs:
+            self.known.sources[outputs["codes"]] = compute
         inputs = tuple(self._operand(name, kind) for name, kind in zip(names, kinds, strict=True))
         types = tuple(None if name in self.known.constants else kind for name, kind in zip(names, kinds, strict=True))
-        self.steps.append(Step(str(node.name), row.make(self._choices(node)), inputs, types, tuple(outputs)))
+        self.steps.append(Step(str(node.name), row.make(self._choices(node)), inputs, types, tuple(outputs.values())))
 
     def _add_gemm(self, node: ir.Node, by_port: dict[str, str]) -> None:
         output = self.known.sources[by_port["a_codes"]]
@@ -238,44 +249,26 @@ class LoweredModule(nn.Module):
         """How many GEMMs hold a byte for each weight."""
         return sum(bool(gemm.is_expanded) for gemm in self.gemms)
 
+    def start(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """What is known by name before the first step; `inputs` lie on the module's device."""
+        placed = {name: inputs[name].to(self.known.types[name]) for name in self.inputs}
+        return {**self.known.constants, **dict(self.named_buffers(recurse=False)), **placed}
+
     def forward(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Run every step; `inputs` lie on the module's device."""
-        buffers = dict(self.named_buffers(recurse=False))
-        tensors = dict(self.known.constants) | buffers
-        for name in self.inputs:
-            tensors[name] = inputs[name].to(self.known.types[name])
+        """Run every step."""
+        tensors = self.start(inputs)
         for step in self.steps:
-            results = run_step(step, [tensors[name] if name else None for name in step.inputs])
-            tensors.update((name, tensor) for name, tensor in zip(step.outputs, results, strict=False) if name)
-            for name in step.done:
-                del tensors[name]
+            step.advance(tensors)
         return {name: tensors[name].float() for name in self.outputs}
-
-
-def run_step(step: Step, inputs: Sequence[Tensor | None]) -> Sequence[Tensor]:
-    """The outputs of one step."""
-    pairs = zip(inputs, step.types, strict=True)
-    result = step.run(*(x.to(kind) if x is not None and kind is not None else x for x, kind in pairs))
-    results: Sequence[Tensor] = result if isinstance(result, tuple | list) else (result,)
-    return [x.float() for x in results] if step.widen else results
-
-
-_DTYPES = {
-    ir.DataType.FLOAT.value: FULL,
-    ir.DataType.FLOAT16.value: HALF,
-    ir.DataType.INT64.value: torch.int64,
-    ir.DataType.INT32.value: torch.int32,
-    ir.DataType.BOOL.value: torch.bool,
-}
 
 
 def _torch_type(value: ir.Value) -> torch.dtype:
     kind = value.dtype.value if value.dtype is not None else 0
-    if kind not in _DTYPES:
+    if kind not in TORCH_TYPES:
         raise ContractError(
-            f"input {value.name} is {value.dtype}; the executor takes {', '.join(map(str, _DTYPES.values()))}"
+            f"input {value.name} is {value.dtype}; the executor takes {', '.join(map(str, TORCH_TYPES.values()))}"
         )
-    return _DTYPES[kind]
+    return TORCH_TYPES[kind]
 
 
 def _attributes(node: ir.Node) -> dict[str, Any]:

@@ -63,19 +63,12 @@ def _sizes(module: LoweredModule, inputs: dict[str, Tensor]) -> Iterator[tuple[i
 
     An input in FP16 comes before them all, with the index -1.
     """
-    from pipeline.backends.cuda.module import run_step
-
-    known = dict(module.known.constants) | dict(module.named_buffers(recurse=False))
+    tensors = module.start(inputs)
     for name in module.inputs:
-        known[name] = inputs[name].to(module.known.types[name])
-        yield -1, _largest([known[name]])
+        yield -1, _largest([tensors[name]])
     for place, step in enumerate(module.steps):
         raise_if_stopped()
-        results = run_step(step, [known[name] if name else None for name in step.inputs])
-        known.update((name, tensor) for name, tensor in zip(step.outputs, results, strict=False) if name)
-        yield place, _largest(results)
-        for name in step.done:
-            del known[name]
+        yield place, _largest(step.advance(tensors))
 
 
 def _largest(tensors: Sequence[Tensor]) -> float:

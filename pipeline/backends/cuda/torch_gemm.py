@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -23,6 +24,9 @@ from plugins.gpu.tiles import EXPAND_FROM
 from plugins.torch_reference import TYPE_NAMES
 
 OPS = torch.ops.fpq
+# What torch calls; its arguments and results are those of the op's row.
+Kernel = Callable[..., Any]
+Attributes = Mapping[str, Any]
 
 
 class Gemm(nn.Module):
@@ -38,7 +42,7 @@ class Gemm(nn.Module):
     multiplier_codes: Tensor | None
 
     def __init__(
-        self, constants: Mapping[str, Tensor], attributes: Mapping[str, Any], output: torch.dtype, weights: str
+        self, constants: Mapping[str, Tensor], attributes: Attributes, output: torch.dtype, weights: str
     ) -> None:
         super().__init__()
         multipliers, n = list(attributes["multipliers"]), len(constants["codes"])
@@ -94,7 +98,7 @@ class Gemm(nn.Module):
         self.multiplier_codes, self.is_expanded = None, True
 
 
-def _quantizer(attributes: Mapping[str, Any], op: Callable[..., Any]) -> Callable[..., Any]:
+def _quantizer(op: Kernel, attributes: Attributes) -> Kernel:
     """x -> (bytes of x's shape, scale [..., 1])."""
 
     def run(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -105,15 +109,7 @@ def _quantizer(attributes: Mapping[str, Any], op: Callable[..., Any]) -> Callabl
     return run
 
 
-def quantize(attributes: Mapping[str, Any]) -> Callable[..., Any]:
-    return _quantizer(attributes, OPS.quantize)
-
-
-def gelu_quantize(attributes: Mapping[str, Any]) -> Callable[..., Any]:
-    return _quantizer(attributes, OPS.gelu_quantize)
-
-
-def norm_modulate_quantize(attributes: Mapping[str, Any]) -> Callable[..., Any]:
+def _norm_modulate_quantizer(attributes: Attributes) -> Kernel:
     choices = {key: attributes[key] for key in ("format", "epsilon", "integers")}
 
     def run(x: Tensor, shift: Tensor, gain: Tensor) -> tuple[Tensor, Tensor]:
@@ -124,7 +120,7 @@ def norm_modulate_quantize(attributes: Mapping[str, Any]) -> Callable[..., Any]:
     return run
 
 
-def _static_quantizer(attributes: Mapping[str, Any], op: Callable[..., Any]) -> Callable[..., Any]:
+def _static_quantizer(op: Kernel, attributes: Attributes) -> Kernel:
     """x, scale, zero -> bytes of x's shape."""
     choices = {key: attributes[key] for key in ("format", "integers")}
 
@@ -136,15 +132,7 @@ def _static_quantizer(attributes: Mapping[str, Any], op: Callable[..., Any]) -> 
     return run
 
 
-def quantize_static(attributes: Mapping[str, Any]) -> Callable[..., Any]:
-    return _static_quantizer(attributes, OPS.quantize_static)
-
-
-def gelu_quantize_static(attributes: Mapping[str, Any]) -> Callable[..., Any]:
-    return _static_quantizer(attributes, OPS.gelu_quantize_static)
-
-
-def attention(attributes: Mapping[str, Any]) -> Callable[..., Any]:
+def _attention(attributes: Attributes) -> Kernel:
     def run(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
         if mask is not None:
             mask = mask.clamp(min=LOWEST_MASK)
@@ -160,17 +148,18 @@ class DialectOp:
     wide: inputs that stay float32 whatever the activations are.
     """
 
-    make: Callable[[Mapping[str, Any]], Callable[..., Any]] | None
+    make: Callable[[Attributes], Kernel] | None
     wide: frozenset[str] = frozenset()
 
 
+_STATIC = frozenset({"scale", "zero"})
 DIALECT_OPS = {
-    "Quantize": DialectOp(quantize),
-    "GeluQuantize": DialectOp(gelu_quantize),
-    "NormModulateQuantize": DialectOp(norm_modulate_quantize),
-    "QuantizeStatic": DialectOp(quantize_static, frozenset({"scale", "zero"})),
-    "GeluQuantizeStatic": DialectOp(gelu_quantize_static, frozenset({"scale", "zero"})),
+    "Quantize": DialectOp(partial(_quantizer, OPS.quantize)),
+    "GeluQuantize": DialectOp(partial(_quantizer, OPS.gelu_quantize)),
+    "NormModulateQuantize": DialectOp(_norm_modulate_quantizer),
+    "QuantizeStatic": DialectOp(partial(_static_quantizer, OPS.quantize_static), _STATIC),
+    "GeluQuantizeStatic": DialectOp(partial(_static_quantizer, OPS.gelu_quantize_static), _STATIC),
     **dict.fromkeys(EPILOGUE_OF, DialectOp(None, frozenset({"a_scale"}))),
-    "Attention": DialectOp(attention),
-    "MaskedAttention": DialectOp(attention),
+    "Attention": DialectOp(_attention),
+    "MaskedAttention": DialectOp(_attention),
 }

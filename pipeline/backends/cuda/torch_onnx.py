@@ -19,7 +19,7 @@ from export.errors import ContractError
 
 Attributes = Mapping[str, Any]
 Function = Callable[..., Any]
-TORCH_TYPES = {
+TORCH_TYPES: dict[int, torch.dtype] = {
     TensorProto.FLOAT: torch.float32,
     TensorProto.FLOAT16: torch.float16,
     TensorProto.INT64: torch.int64,
@@ -118,10 +118,6 @@ def _layer_norm(attributes: Attributes) -> Function:
     return lambda x, w, b=None: functional.layer_norm(x, x.shape[axis:], w, b, epsilon)
 
 
-def _matmul(a: Tensor, b: Tensor) -> Tensor:
-    return a @ b
-
-
 def _reduce_mean(attributes: Attributes) -> Function:
     keep = bool(attributes.get("keepdims", 1))
 
@@ -207,7 +203,7 @@ ONNX_OPS: dict[str, OnnxOp] = {
     "Gemm": OnnxOp(_gemm, product=True),
     "Identity": _plain(lambda x: x),
     "LayerNormalization": OnnxOp(_layer_norm),
-    "MatMul": OnnxOp(lambda _: _matmul, product=True),
+    "MatMul": OnnxOp(lambda _: torch.matmul, product=True),
     "Mul": _plain(torch.mul),
     "Neg": _plain(torch.neg),
     "ReduceMean": OnnxOp(_reduce_mean, host=(1,)),

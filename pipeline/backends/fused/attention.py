@@ -18,6 +18,7 @@ from export.dialect.graph import (
     other_input,
     produced_by,
     read_by,
+    replace,
     result_of,
 )
 from pipeline.backends.fused.ops import fused_node
@@ -81,9 +82,7 @@ class FuseAttention(RewritePass):
             return
         inputs = [q, _turned(graph, nodes.mixed, keys, f"{prefix}/k"), v, *([] if mask is None else [mask])]
         op_type = "Attention" if mask is None else "MaskedAttention"
-        fused = fused_node(op_type, inputs, prefix, nodes.mixed, scale=factor * other)
-        old = nodes.mixed.outputs
-        ir.convenience.replace_nodes_and_values(graph, nodes.mixed, [nodes.mixed], [fused], old, fused.outputs)
+        replace(graph, nodes.mixed, fused_node(op_type, inputs, prefix, nodes.mixed, scale=factor * other))
         self.fired += 1
 
 

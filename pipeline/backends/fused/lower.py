@@ -7,9 +7,21 @@ for one.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
 import onnx_ir as ir
 
-from export.dialect.graph import attribute, drop_unused, inputs_of, is_op, only_reader, produced_by, result_of
+from export.dialect.graph import (
+    attribute,
+    drop_unused,
+    inputs_of,
+    is_op,
+    only_reader,
+    produced_by,
+    replace,
+    result_of,
+)
 from export.dialect.ops import DOMAIN
 from export.errors import ContractError, RecipeError
 from export.formats.operands import exact_sum_limit
@@ -25,10 +37,21 @@ from pipeline.backends.fused.ops import (
     gemm_attributes,
     quantizer_attributes,
 )
+from pipeline.methods import activation_scalings
 from pipeline.passes.probes import Choice, ProbeRow
-from pipeline.passes.quantized_gemm import QuantizedGemm, probe_of, read_gemm, refuse_groups, refuse_unpacked
-from pipeline.passes.rewrite import RewritePass
-from plugins.gpu.spec import GemmSpec
+from pipeline.passes.quantized_gemm import (
+    QuantizedGemm,
+    probe_of,
+    quantizer_of,
+    read_gemm,
+    refuse_groups,
+    refuse_unpacked,
+)
+from pipeline.passes.rewrite import LoweringPass
+from plugins.gpu.spec import GemmSpec, format_problems
+
+if TYPE_CHECKING:
+    from pipeline.recipe import Recipe
 
 GROUPS_REFUSED = (
     "the GPU kernels have no scale per token and group of input channels; build it with --target cpu, or calibrate "
@@ -48,8 +71,8 @@ EITHER = "int8 or fp8 operands"
 WIDE_INT8, OWN_CODES = "int8 codes, fp16 operands", "own codes, fp16 operands"
 
 
-class LowerCuda(RewritePass):
-    """Lower every packed GEMM and quantizer; `choices` and `probes` have one row for each GEMM.
+class LowerFused(LoweringPass):
+    """Lower every packed GEMM and quantizer.
 
     A GELU whose only reader is a quantizer joins it. operands: "int8" for INT8 integers wherever every reader of a
     quantizer takes them, "auto" to leave it to the GPU. Raises ContractError for what no kernel takes, by layer.
@@ -60,8 +83,6 @@ class LowerCuda(RewritePass):
         self.operands = operands
 
     def rewrite(self, model: ir.Model) -> None:
-        self.choices: list[Choice] = []
-        self.probes: list[ProbeRow] = []
         refuse_groups(model.graph, GROUPS_REFUSED)
         for node in list(model.graph):
             if node.domain == DOMAIN and node.op_type in FUSED:
@@ -76,23 +97,19 @@ class LowerCuda(RewritePass):
         model.opset_imports.pop(DOMAIN, None)
 
     def _quantizer(self, graph: ir.Graph, node: ir.Node) -> None:
-        kind, inputs = FUSED[node.op_type], list(node.inputs)
+        kind = FUSED[node.op_type]
         extra = {"epsilon": float(attribute(node, "epsilon"))} if kind == "NormModulateQuantize" else {}
         gelu = None if kind == "NormModulateQuantize" else self._gelu(node)
         if gelu is not None:
-            kind, inputs[0] = f"Gelu{kind}", inputs_of(gelu).X
-        fused = fused_node(
-            kind, inputs, str(node.name), node, **quantizer_attributes(attribute(node, "format"), **extra)
-        )
-        graph.insert_before(node, fused)
-        _take_over(node, fused)
-        graph.remove(node, safe=True)
+            kind = f"Gelu{kind}"
+        choices = quantizer_attributes(attribute(node, "format"), **extra)
+        fused = fused_node(kind, list(node.inputs), str(node.name), node, **choices)
+        replace(graph, node, fused)
         if gelu is not None:
+            fused_inputs(fused).set("x", inputs_of(gelu).X)
             # The parity gates find what the linear reads under the name that the GELU gave it.
-            fused_outputs(fused).gelu.name, fused_outputs(fused).gelu.shape = (
-                result_of(gelu).name,
-                result_of(gelu).shape,
-            )
+            seen, before = fused_outputs(fused).gelu, result_of(gelu)
+            seen.name, seen.shape = before.name, before.shape
             graph.remove(gelu, safe=True)
         self.fired += 1
 
@@ -110,34 +127,25 @@ class LowerCuda(RewritePass):
         return gelu
 
     def _gemm(self, graph: ir.Graph, node: ir.Node) -> None:
-        gemm, quantizer = read_gemm(node), _quantizer_of(node)
+        gemm, quantizer = read_gemm(node), quantizer_of(node)
         operands = quantizer.metadata_props.get(OPERANDS_KEY, "")
         kernel = kernel_spec(gemm, integers=operands == "int8")
         path = EITHER if operands == "auto" else path_of(kernel)
         attributes = gemm_attributes({key: item.value for key, item in node.attributes.items()})
         fused = fused_node("Gemm", list(node.inputs), gemm.layer, node, **attributes)
         fused.metadata_props.update({OPERANDS_KEY: operands} if operands else {})
-        graph.insert_before(node, fused)
-        _take_over(node, fused)
-        graph.remove(node, safe=True)
+        replace(graph, node, fused)
         self.choices.append(Choice(gemm.layer, path, _why(gemm, kernel)))
         self.probes.append(_probe(gemm, path, fused, quantizer))
         self.fired += 1
 
 
-def _take_over(old: ir.Node, fused: ir.Node) -> None:
-    """Let the outputs of `fused` stand for those of `old`, which it begins with, under their names."""
-    for before, after in zip(old.outputs, fused.outputs, strict=False):
-        after.name, after.shape = before.name, before.shape
-        ir.convenience.replace_all_uses_with(before, after, replace_graph_outputs=True)
-
-
-def lower(model: ir.Model, operands: str = "fp8", attention: bool = True) -> LowerCuda:
+def lower(model: ir.Model, operands: str = "fp8", attention: bool = True) -> LowerFused:
     """Lower `model` in place, after the shared passes. Returns the lowering with its choices and probes.
 
     attention: whether attentions become one op; TensorRT fuses its own.
     """
-    lowering, merging = LowerCuda(operands), MergeGemms()
+    lowering, merging = LowerFused(operands), MergeGemms()
     attentions = [FuseAttention()] if attention else []
     for rewrite in (*attentions, lowering, FuseGateResidual(), merging):
         rewrite(model)
@@ -163,7 +171,7 @@ def _choose_integers(gemms: list[ir.Node], chosen: str) -> None:
     """Mark the quantizers all of whose readers can multiply INT8 integers: their codes have one form."""
     readers: dict[ir.Node, list[ir.Node]] = {}
     for node in gemms:
-        readers.setdefault(_quantizer_of(node), []).append(node)
+        readers.setdefault(quantizer_of(node), []).append(node)
     for quantizer, nodes in readers.items():
         if all(_fits_integers(read_gemm(node), chosen) for node in nodes):
             quantizer.metadata_props[OPERANDS_KEY] = chosen
@@ -196,14 +204,6 @@ def kernel_spec(gemm: QuantizedGemm, integers: bool = False) -> GemmSpec:
         raise ContractError(f"{gemm.layer} cannot be lowered to the GPU kernels: {error}") from error
 
 
-def _quantizer_of(gemm: ir.Node) -> ir.Node:
-    producer = inputs_of(gemm).a_codes.producer()
-    if producer is None or not producer.domain.startswith(DOMAIN):
-        origin = producer.op_type if producer else "a graph input"
-        raise ContractError(f"{attribute(gemm, 'layer')}: activation codes come from {origin}; expected a quantizer")
-    return producer
-
-
 def _why(gemm: QuantizedGemm, kernel: GemmSpec) -> str:
     held = f"{gemm.activation.name} and {gemm.weight.name} are exact in the operands"
     if kernel.multiplies_integers:
@@ -228,3 +228,22 @@ def _probe(gemm: QuantizedGemm, path: str, fused: ir.Node, quantizer: ir.Node) -
         result=fused_outputs(fused).y,
         gemm_groups=gemm.sum_groups,
     )
+
+
+# --- recipes that no kernel can compute, refused before any work ---------------------------------------------------
+
+
+def recipe_problems(recipe: Recipe, refused: Mapping[str, str], remedy: str) -> list[str]:
+    """One message for each number format of the recipe that no kernel takes, and as `scaling_problems`."""
+    chosen = recipe.formats
+    problems = format_problems((chosen.weight, *chosen.weight_of.values()), chosen.activation)
+    return [*(f"{problem}; {remedy}" for problem in problems), *scaling_problems(recipe, refused)]
+
+
+def scaling_problems(recipe: Recipe, refused: Mapping[str, str]) -> list[str]:
+    """One message for each scaling of activations that the method gives and a target refuses. refused: why, by the
+    scaling's name."""
+    calibrate = recipe.calibrate
+    scalings = activation_scalings(calibrate.method, calibrate.preset, calibrate.options)
+    words = f"calibrate.method {calibrate.method} scales activations"
+    return [f"{words} {scaling}: {refused[scaling]}" for scaling in scalings if scaling in refused]

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import onnx_ir as ir
@@ -18,7 +19,7 @@ from onnx import AttributeProto, FunctionProto, TensorProto, helper
 from export.dialect import functions
 from export.dialect.functions import Body
 from export.dialect.graph import Ports
-from export.dialect.ops import ABSMAX_FLOOR, attributes
+from export.dialect.ops import ABSMAX_FLOOR, FLOAT, FLOATS, INT, INTS, STRING, attributes
 from plugins.gpu.spec import Epilogue
 from plugins.gpu.table import gemm_inputs
 
@@ -26,8 +27,6 @@ DOMAIN, VERSION = "fpq.cuda", 1
 # Metadata of quantizers and GEMMs whose codes are INT8 integers by choice: "int8", or "auto" if the GPU decides.
 OPERANDS_KEY = "fpq.operands"
 F32, U8 = ir.DataType.FLOAT, ir.DataType.UINT8
-INT, INTS, FLOAT, FLOATS = AttributeProto.INT, AttributeProto.INTS, AttributeProto.FLOAT, AttributeProto.FLOATS
-STRING = AttributeProto.STRING
 
 
 @dataclass(frozen=True)
@@ -56,47 +55,27 @@ class FusedOp:
 # --- bodies ---------------------------------------------------------------------------------------------------------
 
 
-def _values(body: Body) -> None:
-    """codes -> values, the numbers that the codes stand for."""
+def _quantized(body: Body, static: bool = False, before: Callable[[Body], str] | None = None) -> None:
+    """codes of x, or of the tensor that `before` makes of it; values: the numbers that the codes stand for."""
+    x = before(body) if before else "x"
+    if static:
+        functions.quantize_static(body, x=x)
+    else:
+        functions.quantize_activation(body, ABSMAX_FLOOR, x=x)
     body.op("Gather", body.attribute("values"), body.cast("codes", TensorProto.INT32), out="values")
 
 
-def _quantize(body: Body) -> None:
-    functions.quantize_activation(body, ABSMAX_FLOOR)
-    _values(body)
+def _gelu(body: Body) -> str:
+    return body.op("Gelu", "x", approximate="tanh", out="gelu")
 
 
-def _gelu_quantize(body: Body) -> None:
-    body.op("Gelu", "x", approximate="tanh", out="gelu")
-    functions.quantize_activation(body, ABSMAX_FLOOR, x="gelu")
-    _values(body)
-
-
-def _norm_modulate_quantize(body: Body) -> None:
+def _modulated(body: Body) -> str:
     one = helper.make_tensor("", TensorProto.FLOAT, [1], [1.0])
     ones = body.op("ConstantOfShape", body.op("Shape", "x", start=-1), value=one)
     normal = body.op("LayerNormalization", "x", ones, axis=-1)
     body.nodes[-1].attribute.append(AttributeProto(name="epsilon", ref_attr_name="epsilon", type=FLOAT))
     gained = body.op("Mul", normal, body.op("Add", "gain", body.number(1.0)))
-    body.op("Add", gained, "shift", out="modulated")
-    functions.quantize_activation(body, ABSMAX_FLOOR, x="modulated")
-    _values(body)
-
-
-def _quantize_static(body: Body) -> None:
-    functions.quantize_static(body)
-    _values(body)
-
-
-def _gelu_quantize_static(body: Body) -> None:
-    body.op("Gelu", "x", approximate="tanh", out="gelu")
-    functions.quantize_static(body, x="gelu")
-    _values(body)
-
-
-def _gemm(body: Body) -> None:
-    """The linear's result, see `_linear`."""
-    _linear(body, "y")
+    return body.op("Add", gained, "shift", out="modulated")
 
 
 def _gemm_gate_residual(body: Body) -> None:
@@ -143,20 +122,10 @@ def _nibbles(body: Body, packed: str) -> str:
     return body.cast(body.op("Reshape", pairs, body.ints(0, -1)), TensorProto.INT32)
 
 
-def _attention(body: Body) -> None:
-    _mix(body, _scores(body))
-
-
-def _masked_attention(body: Body) -> None:
-    _mix(body, body.op("Add", _scores(body), "mask"))
-
-
-def _scores(body: Body) -> str:
+def _attention(body: Body, masked: bool) -> None:
     scaled = body.op("Mul", "q", body.attribute("scale"))
-    return body.op("MatMul", scaled, body.op("Transpose", "k", perm=[0, 1, 3, 2]))
-
-
-def _mix(body: Body, scores: str) -> None:
+    scores = body.op("MatMul", scaled, body.op("Transpose", "k", perm=[0, 1, 3, 2]))
+    scores = body.op("Add", scores, "mask") if masked else scores
     body.op("MatMul", body.op("Softmax", scores, axis=-1), "v", out="y")
 
 
@@ -183,7 +152,6 @@ _GEMM = {
     "values": FLOATS,
     "activation_values": FLOATS,
 }
-_CODES, _VALUES = {"codes": U8, "scale": F32}, {"values": F32}
 # Fused GEMM -> epilogue of its kernel, whose inputs are the op's.
 EPILOGUE_OF: dict[str, Epilogue] = {"Gemm": "none", "GemmGateResidual": "gate_residual"}
 # Argument of a GEMM kernel -> the op's input, where the two differ: a graph has codes where a kernel has their bytes.
@@ -194,51 +162,47 @@ def _gemm_ports(op_name: str) -> tuple[str, ...]:
     return tuple(PORTS.get(name, name) for name in gemm_inputs(EPILOGUE_OF[op_name]))
 
 
+def _quantizer(
+    name: str,
+    doc: str,
+    inputs: tuple[str, ...] = ("x",),
+    seen: str | None = None,
+    before: Callable[[Body], str] | None = None,
+    static: bool = False,
+    **more: AttributeProto.AttributeType,
+) -> FusedOp:
+    """seen: the output that `before` makes, which the quantizer reads."""
+    proof = [seen, "values"] if seen else ["values"]
+    outputs = ["codes", *([] if static else ["scale"]), *proof]
+    kinds = {name: U8 if name == "codes" else F32 for name in outputs}
+    body = partial(_quantized, static=static, before=before)
+    return FusedOp(name, doc, inputs, kinds, frozenset(proof), _QUANTIZER | more, body)
+
+
 _ROWS = (
-    FusedOp(
-        "Quantize",
-        "x [..., K] -> codes, scale of each token; fpq.QuantizeActivation.",
-        ("x",),
-        _CODES | _VALUES,
-        frozenset({"values"}),
-        _QUANTIZER,
-        _quantize,
-    ),
-    FusedOp(
-        "GeluQuantize",
-        "Quantize of gelu(x), tanh form.",
-        ("x",),
-        _CODES | {"gelu": F32} | _VALUES,
-        frozenset({"gelu", "values"}),
-        _QUANTIZER,
-        _gelu_quantize,
-    ),
-    FusedOp(
+    _quantizer("Quantize", "x [..., K] -> codes, scale of each token; fpq.QuantizeActivation."),
+    _quantizer("GeluQuantize", "Quantize of gelu(x), tanh form.", seen="gelu", before=_gelu),
+    _quantizer(
         "NormModulateQuantize",
         "Quantize of LayerNorm(x) * (1 + gain) + shift; x [B, S, C], shift and gain [B, 1, C].",
         ("x", "shift", "gain"),
-        _CODES | {"modulated": F32} | _VALUES,
-        frozenset({"modulated", "values"}),
-        _QUANTIZER | {"epsilon": FLOAT},
-        _norm_modulate_quantize,
+        seen="modulated",
+        before=_modulated,
+        epsilon=FLOAT,
     ),
-    FusedOp(
+    _quantizer(
         "QuantizeStatic",
         "x, scale [1], zero [1] -> codes of (x - zero) / scale; fpq.QuantizeStatic.",
         ("x", "scale", "zero"),
-        {"codes": U8} | _VALUES,
-        frozenset({"values"}),
-        _QUANTIZER,
-        _quantize_static,
+        static=True,
     ),
-    FusedOp(
+    _quantizer(
         "GeluQuantizeStatic",
         "QuantizeStatic of gelu(x), tanh form.",
         ("x", "scale", "zero"),
-        {"codes": U8, "gelu": F32} | _VALUES,
-        frozenset({"gelu", "values"}),
-        _QUANTIZER,
-        _gelu_quantize_static,
+        seen="gelu",
+        before=_gelu,
+        static=True,
     ),
     FusedOp(
         "Gemm",
@@ -248,7 +212,7 @@ _ROWS = (
         {"y": F32, "sums": F32},
         frozenset({"sums"}),
         _GEMM,
-        _gemm,
+        partial(_linear, out="y"),
     ),
     FusedOp(
         "GemmGateResidual",
@@ -266,7 +230,7 @@ _ROWS = (
         {"y": F32},
         frozenset(),
         {"scale": FLOAT},
-        _attention,
+        partial(_attention, masked=False),
     ),
     FusedOp(
         "MaskedAttention",
@@ -275,7 +239,7 @@ _ROWS = (
         {"y": F32},
         frozenset(),
         {"scale": FLOAT},
-        _masked_attention,
+        partial(_attention, masked=True),
     ),
 )
 OPS: dict[str, FusedOp] = {row.name: row for row in _ROWS}

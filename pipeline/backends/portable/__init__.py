@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 from export.errors import ContractError
 from pipeline import machine
 from pipeline.backends import PORTABLE, stock_runtime
-from pipeline.backends.base import DATA, MODEL, Backend, BuildResult, Check, Engine, LoweredGraph, Options
+from pipeline.backends.base import DATA, MODEL, Backend, BuildResult, Check, Engine, LoweredGraph, Manifest, Options
 
 if TYPE_CHECKING:
     from pipeline.recipe import Recipe
@@ -45,7 +44,7 @@ class PortableBackend(Backend[PortableOptions]):
     def checks(self) -> list[Check]:
         return [stock_runtime.check()]
 
-    def fitness_problem(self, manifest: Mapping[str, Any], source: Path) -> str | None:
+    def fitness_problem(self, manifest: Manifest, source: Path) -> str | None:
         return stock_runtime.fitness_problem(manifest, self.name)
 
     def problems(self, recipe: Recipe) -> list[str]:

@@ -3,16 +3,26 @@
 from __future__ import annotations
 
 from argparse import ArgumentTypeError
-from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from export.errors import EnvironmentLacksError
 from pipeline import machine
 from pipeline.backends import lowering_file, metadata_file
-from pipeline.backends.base import Arithmetic, Backend, BuildResult, Check, Engine, Flag, LoweredGraph, Options
+from pipeline.backends.base import (
+    Arithmetic,
+    Backend,
+    BuildResult,
+    Check,
+    Engine,
+    Flag,
+    LoweredGraph,
+    Manifest,
+    Options,
+)
+from pipeline.backends.tensorrt.engine import ENGINE
 
 if TYPE_CHECKING:
     from pipeline.recipe import Recipe
@@ -22,16 +32,17 @@ if TYPE_CHECKING:
 class RtxOptions(Options):
     """How weights are stored, the GPUs (compute capabilities) that it is built for, and the precision of the rest.
 
-    attention: "fp16" runs attention, and large unquantized linears, on FP16 operands; "fp32" nothing. path: "native"
+    attention: "fp16" runs attention, and large unquantized linears, on FP16 operands; "fp32" nothing. path: "tensorrt"
     expresses quantized linears in TensorRT's own ops, "plugin" puts this project's kernels in their place; weights then
     stay packed, whatever `weights` says, and `operands` is as that of `cuda`, for all GPUs of `sm` alike.
     """
 
     target: ClassVar[str] = "rtx"
+    former: ClassVar = {"path": {"native": "tensorrt"}}
     weights: Literal["fp8", "int8", "int4"] = "fp8"
     sm: tuple[int, ...] = (89, 120)
     attention: Literal["fp16", "fp32"] = "fp16"
-    path: Literal["native", "plugin"] = "native"
+    path: Literal["tensorrt", "plugin"] = "tensorrt"
     operands: Literal["auto", "fp8", "int8"] = "auto"
 
     def __post_init__(self) -> None:
@@ -60,7 +71,7 @@ class RtxBackend(Backend[RtxOptions]):
     package = "tensorrt_rtx"
     needs_gpu = True
     speed_rank = 3
-    file_names = frozenset({"model.engine", metadata_file.NAME, lowering_file.NAME})
+    file_names = frozenset({ENGINE, metadata_file.NAME, lowering_file.NAME})
     disk_bytes_per_parameter = 2.5  # the lowered graph and the engine
     flags = (Flag("--target-sm", "sm", integers, "89,120", "GPUs that the rtx engine is built for"),)
 
@@ -91,7 +102,7 @@ class RtxBackend(Backend[RtxOptions]):
         missing = [*sorted(set(PLUGINS.values()) - set(names)), *compile.problems()]
         return Check(name, not missing, listed, False, f"{remedy}; missing: {', '.join(missing)}")
 
-    def fitness_problem(self, manifest: Mapping[str, Any], source: Path) -> str | None:
+    def fitness_problem(self, manifest: Manifest, source: Path) -> str | None:
         from pipeline.backends.rtx.engine import RtxNeeds, machine_problem
 
         needs = self.metadata(manifest, source, RtxNeeds)

@@ -4,30 +4,24 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-import onnx_ir as ir
-
-from export.dialect.graph import drop_unused
-from export.onnx_files import load_model
-from pipeline.backends import lowering_file
-from pipeline.backends.base import DATA, MODEL, BuildResult, LoweredGraph
-from pipeline.backends.fused.kernel_formats import recipe_problems, scaling_problems
-from pipeline.backends.fused.lower import LowerCuda
-from pipeline.backends.rtx.engine import ENGINE, METADATA
+from pipeline.backends import metadata_file
+from pipeline.backends.base import BuildResult, LoweredGraph
+from pipeline.backends.fused.lower import recipe_problems, scaling_problems
+from pipeline.backends.graph_files import graph_facts, packed_model, result, save_lowered
+from pipeline.backends.rtx.engine import ENGINE, MODULE
 from pipeline.backends.rtx.gemms import matmul_names
-from pipeline.backends.rtx.lower import NATIVE_GROUPS_REFUSED, Lowering
-from pipeline.backends.rtx.lower import lower as lower_to_tensorrt
+from pipeline.backends.rtx.lower import GROUPS_REFUSED, LowerRtx
 from pipeline.backends.tensorrt import plugin_payloads
-from pipeline.backends.tensorrt.build import BuildFacts, build_engine
-from pipeline.backends.tensorrt.half import halve_attention, halve_large_linears
+from pipeline.backends.tensorrt.build import build_engine
+from pipeline.backends.tensorrt.half import halve
 from pipeline.backends.tensorrt.plan_file import EngineFile, check_gemms, read_engine_file
 from pipeline.backends.tensorrt.plugin_graph import SCALINGS_REFUSED
-from pipeline.files import sha256, write_json
-from pipeline.passes import run_shared
-from pipeline.passes.probes import Capabilities, GemmRow
+from pipeline.files import write_json
+from pipeline.passes.probes import GemmRow
+from pipeline.passes.rewrite import LoweringPass
 
 if TYPE_CHECKING:
     from pipeline.backends.rtx import RtxOptions
@@ -72,65 +66,48 @@ ROWS: dict[str, tuple[GemmRow, ...]] = {
 PLAN_TYPES = {"E4M3": "fp8_e4m3", "INT8": "int8", "FP16": "half"}
 
 
-def capabilities(weights: str, sms: tuple[int, ...]) -> Capabilities:
+def gemm_rows(weights: str, sms: tuple[int, ...]) -> tuple[GemmRow, ...]:
     """What every one of the GPUs runs; without FP8 tensor cores on each of them only the other rows are left."""
     has_fp8 = set(sms) <= FP8_SMS
-    return Capabilities(
-        "rtx", tuple(row for row in ROWS[weights] if has_fp8 or "E4M3" not in (row.activation_type, row.weight_type))
-    )
+    return tuple(row for row in ROWS[weights] if has_fp8 or "E4M3" not in (row.activation_type, row.weight_type))
 
 
 def problems(recipe: Recipe, options: RtxOptions, package_problems: list[str]) -> list[str]:
     """GPUs that the builder refuses, activations that no lowering takes, and what is missing here."""
-    with_plugins = options.path == "plugin"
-    refused = [*sm_problems(options.sm), *method_problems(recipe, with_plugins), *package_problems]
-    refused += recipe_problems(recipe, plugin_payloads.REMEDY) if with_plugins else []
-    return [*refused, *plugin_payloads.problems(options.sm)] if with_plugins and not refused else refused
+    refused = [*sm_problems(options.sm), *package_problems]
+    if options.path != "plugin":
+        return [*refused, *scaling_problems(recipe, {"token_group": GROUPS_REFUSED})]
+    refused += recipe_problems(recipe, SCALINGS_REFUSED, plugin_payloads.REMEDY)
+    return refused or plugin_payloads.problems(options.sm)
 
 
 def lower(portable: Path, work_dir: Path, options: RtxOptions) -> LoweredGraph:
-    """Write the graph that the builder gets into `work_dir`; weights are converted one by one while writing."""
-    model = load_model(portable)
-    run_shared(model)
+    """Write the graph that the builder gets into `work_dir`."""
+    model = packed_model(portable)
     if options.path == "plugin":
-        lowering: LowerCuda | Lowering = plugin_payloads.lower(model, options.operands)
+        lowering: LoweringPass = plugin_payloads.lower(model, options.operands)
     else:
-        lowering = lower_native(model, options.weights, options.sm)
+        if without := sorted(set(options.sm) - FP8_SMS):
+            logger.info("SM %s has no FP8 tensor cores: the engine uses INT8 operands", ", ".join(map(str, without)))
+        lowering = LowerRtx(gemm_rows(options.weights, options.sm))
+        lowering(model)
     if options.attention == "fp16":
-        attentions, linears = halve_attention(model), halve_large_linears(model)
-        logger.info("in FP16: %d attentions, unquantized linears %s", attentions, ", ".join(linears) or "none")
-    drop_unused(model)
-    path = work_dir / MODEL
-    ir.save(model, path, external_data=DATA, size_threshold_bytes=1024)
-    return LoweredGraph(path, tuple(lowering.probes), tuple(lowering.choices))
+        halve(model)
+    return save_lowered(model, work_dir, lowering)
 
 
 def build(lowered: LoweredGraph, out_dir: Path, options: RtxOptions, batch_size: int) -> BuildResult:
     """Engine, metadata.json and lowering.json. Raises ContractError where a linear is not the GEMM it should be."""
-    build_path = plugin_payloads.build if options.path == "plugin" else build_native
-    facts, engine, more = build_path(lowered.path, out_dir / ENGINE, options.sm, batch_size)
-    if options.path == "native":
+    more: dict[str, object] = {}
+    if options.path == "plugin":
+        facts, engine, more = plugin_payloads.build(lowered.path, out_dir / ENGINE, options.sm, batch_size)
+    else:
+        facts = build_engine(MODULE, lowered.path, out_dir / ENGINE, options.sm, batch_size)
+        engine = read_engine_file(out_dir / ENGINE)
         check_gemms(engine, expected_gemms(lowered))
-    metadata = describe(engine, lowered, facts) | more
-    write_json(out_dir / METADATA, metadata)
-    lowering_file.write(lowered, out_dir / lowering_file.NAME)
-    files = tuple(f"{out_dir.name}/{name}" for name in (ENGINE, METADATA, lowering_file.NAME))
-    return BuildResult(files, lowered, metadata)
-
-
-def lower_native(model: ir.Model, weights: str, sms: tuple[int, ...]) -> Lowering:
-    """Lower to TensorRT's own ops, in place, for what all GPUs run."""
-    if without := sorted(set(sms) - FP8_SMS):
-        logger.info("SM %s has no FP8 tensor cores: the engine uses INT8 operands", ", ".join(map(str, without)))
-    return lower_to_tensorrt(model, capabilities(weights, sms))
-
-
-def build_native(
-    path: Path, engine_path: Path, sms: tuple[int, ...], batch_size: int
-) -> tuple[BuildFacts, EngineFile, dict[str, Any]]:
-    """As `plugin_payloads.build`, of a graph in TensorRT's own ops."""
-    facts = build_engine(path, engine_path, sms, batch_size)
-    return facts, read_engine_file(engine_path), {}
+    metadata = describe(engine, lowered) | facts | more
+    write_json(out_dir / metadata_file.NAME, metadata)
+    return result(lowered, out_dir, (ENGINE,), metadata)
 
 
 def sm_problems(sms: tuple[int, ...]) -> list[str]:
@@ -142,19 +119,14 @@ def sm_problems(sms: tuple[int, ...]) -> list[str]:
     return [f"target rtx cannot be built for SM {sm}: {WHY_NOT.get(sm, 'unknown to it')}. {takes}" for sm in refused]
 
 
-def method_problems(recipe: Recipe, with_plugins: bool = False) -> list[str]:
-    """One message where the method would give activations scales that nothing here runs."""
-    return scaling_problems(recipe, SCALINGS_REFUSED if with_plugins else {"token_group": NATIVE_GROUPS_REFUSED})
-
-
 def expected_gemms(lowered: LoweredGraph) -> dict[str, str]:
     """MatMul node -> operand type in the plan, for every quantized linear and limb."""
     types = {row.path: PLAN_TYPES[row.activation_type] for rows in ROWS.values() for row in rows}
     return {node: types[probe.path] for probe in lowered.probes for node in matmul_names(probe.layer, len(probe.codes))}
 
 
-def describe(engine: EngineFile, lowered: LoweredGraph, facts: BuildFacts) -> dict[str, Any]:
-    """metadata.json: what the engine needs and holds, and which release built it."""
+def describe(engine: EngineFile, lowered: LoweredGraph) -> dict[str, object]:
+    """The part of metadata.json that the engine's plan and the lowered graph tell."""
     kinds = Counter(step.kind for step in engine.steps)
     return {
         "schema_version": SCHEMA_VERSION,
@@ -167,8 +139,5 @@ def describe(engine: EngineFile, lowered: LoweredGraph, facts: BuildFacts) -> di
         "gemms": engine.gemm_types,
         "fused_attentions": sum("gemm_mha" in step.name for step in engine.steps),
         "dimension_bounds": engine.bounds,
-        "onnx_sha256": sha256(lowered.path),
-        "onnx_data_sha256": sha256(lowered.path.with_name(DATA)),
-        "paths": dict(Counter(choice.path for choice in lowered.choices)),
-        **asdict(facts),
+        **graph_facts(lowered),
     }

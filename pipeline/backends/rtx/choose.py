@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from export.errors import ContractError
 from export.formats.operands import FLOAT_TYPES, HardwareNumber, activation_number, decoding_lines, weight_exponent
@@ -33,16 +33,16 @@ def choose(gemm: QuantizedGemm, rows: tuple[GemmRow, ...]) -> GemmChoice:
     """The first row that holds the layer's formats. Raises ContractError with the reason of every row."""
     reasons: list[str] = []
     for row in rows:
-        reason = _refusal(gemm, row)
-        if not reason:
-            return _choice(gemm, row, reasons)
-        reasons.append(f"{row.path}: {reason}")
+        choice = _try(gemm, row)
+        if isinstance(choice, GemmChoice):
+            return replace(choice, why="; ".join([choice.why, *(f"not {reason}" for reason in reasons)]))
+        reasons.append(f"{row.path}: {choice}")
     formats = f"{gemm.activation.name} x {gemm.weight.name}"
     raise ContractError(f"{gemm.layer}: no way to run {formats}; {'; '.join(reasons)}")
 
 
-def _refusal(gemm: QuantizedGemm, row: GemmRow) -> str:
-    """Why `row` cannot run the layer; empty if it can."""
+def _try(gemm: QuantizedGemm, row: GemmRow) -> GemmChoice | str:
+    """How `row` runs the layer, or why it cannot."""
     if gemm.real_groups and not row.real_groups:
         return "a real scale per group does not fold into the operand"
     number = activation_number(gemm.activation.name, row.activation_type, row.limbs)
@@ -50,28 +50,36 @@ def _refusal(gemm: QuantizedGemm, row: GemmRow) -> str:
         return f"{gemm.activation.name} does not embed in {row.limbs} x {row.activation_type}"
     if number.shift and (bound := _largest_sum(gemm)) > FP32_EXACT:
         return f"sums of integers less {number.shift} are not exact in float32: they reach {bound}"
-    return _group_refusal(gemm, row) if row.real_groups else _embedding_refusal(gemm, row)
+    return _half(gemm, row, number) if row.real_groups else _embedded(gemm, row, number)
 
 
-def _embedding_refusal(gemm: QuantizedGemm, row: GemmRow) -> str:
-    if weight_exponent(gemm.weight.name, operand_type(row), gemm.multipliers) is None:
-        return f"{gemm.weight.name} with multipliers {gemm.multipliers} does not embed in {operand_type(row)}"
+def _embedded(gemm: QuantizedGemm, row: GemmRow, number: HardwareNumber) -> GemmChoice | str:
+    """Both operands hold integers; 4-bit indices are decoded into the activation's type."""
+    operand = row.activation_type if row.weight_type == "INT4" else row.weight_type
+    exponent = weight_exponent(gemm.weight.name, operand, gemm.multipliers)
+    if exponent is None:
+        return f"{gemm.weight.name} with multipliers {gemm.multipliers} does not embed in {operand}"
     if row.weight_type == "INT4" and not decoding_lines(gemm.weight.name):
         return f"{gemm.weight.name} is not a signed 4-bit format with convex magnitudes"
-    return ""
+    bound = _largest_sum(gemm)
+    return GemmChoice(row, number, exponent, _why(gemm, number, bound), bound <= FP32_EXACT)
 
 
-def _group_refusal(gemm: QuantizedGemm, row: GemmRow) -> str:
-    """Rows of the half-precision GEMM: the weight with its group scales stands in FP16, whatever it is stored as."""
-    if row.weight_type == "FP16":
-        return ""
-    if not gemm.real_groups:
-        return "for real group scales"
-    if gemm.group_size not in BLOCK_SIZES:
-        return f"the builder takes groups of {BLOCK_SIZES}, not {gemm.group_size}"
-    if row.weight_type == "INT4" and len(decoding_lines(gemm.weight.name)) != 1:
-        return f"{gemm.weight.name} is not a uniform 4-bit format"
-    return "" if _block_exponent(gemm, row) is not None else f"{gemm.weight.name} does not embed in {row.weight_type}"
+def _half(gemm: QuantizedGemm, row: GemmRow, number: HardwareNumber) -> GemmChoice | str:
+    """The half-precision GEMM: the weight with its group scales stands in FP16, whatever it is stored as."""
+    if row.weight_type != "FP16":
+        if not gemm.real_groups:
+            return "for real group scales"
+        if gemm.group_size not in BLOCK_SIZES:
+            return f"the builder takes groups of {BLOCK_SIZES}, not {gemm.group_size}"
+        if row.weight_type == "INT4" and len(decoding_lines(gemm.weight.name)) != 1:
+            return f"{gemm.weight.name} is not a uniform 4-bit format"
+    exponent = _block_exponent(gemm, row)
+    if exponent is None:
+        return f"{gemm.weight.name} does not embed in {row.weight_type}"
+    rounded = "rounded with its group scale" if gemm.real_groups else "exact"
+    why = f"{gemm.activation.name} is exact in FP16, the weight {rounded}; the FP16 GEMM rounds its result once"
+    return GemmChoice(row, number, exponent, why, exact=False)
 
 
 def _block_exponent(gemm: QuantizedGemm, row: GemmRow) -> int | None:
@@ -79,26 +87,6 @@ def _block_exponent(gemm: QuantizedGemm, row: GemmRow) -> int | None:
     if row.weight_type == "INT4":
         return 0 if gemm.multipliers == (1,) else None
     return weight_exponent(gemm.weight.name, row.weight_type, gemm.multipliers) if row.weight_type == "E4M3" else 0
-
-
-def operand_type(row: GemmRow) -> str:
-    """Type of the weight in the GEMM; 4-bit indices are decoded into the activation's type."""
-    return row.activation_type if row.weight_type == "INT4" else row.weight_type
-
-
-def _choice(gemm: QuantizedGemm, row: GemmRow, refused: list[str]) -> GemmChoice:
-    number = activation_number(gemm.activation.name, row.activation_type, row.limbs)
-    assert number is not None
-    if row.real_groups:
-        rounded = "rounded with its group scale" if gemm.real_groups else "exact"
-        exponent = _block_exponent(gemm, row)
-        assert exponent is not None
-        why = f"{gemm.activation.name} is exact in FP16, the weight {rounded}; the FP16 GEMM rounds its result once"
-        return GemmChoice(row, number, exponent, _with_refusals(why, refused), exact=False)
-    exponent = weight_exponent(gemm.weight.name, operand_type(row), gemm.multipliers)
-    assert exponent is not None
-    bound = _largest_sum(gemm)
-    return GemmChoice(row, number, exponent, _with_refusals(_why(gemm, number, bound), refused), bound <= FP32_EXACT)
 
 
 def _largest_sum(gemm: QuantizedGemm) -> int:
@@ -112,7 +100,3 @@ def _why(gemm: QuantizedGemm, number: HardwareNumber, bound: int) -> str:
     held = f"{gemm.activation.name} is exact in {number.type}{limbs} ({rounding}), {gemm.weight.name} too"
     exact = "every" if bound <= FP32_EXACT else "not every"
     return f"{held}; |integer sum| <= {bound}, so {exact} float32 sum is exact"
-
-
-def _with_refusals(why: str, refused: list[str]) -> str:
-    return "; ".join([why, *(f"not {reason}" for reason in refused)])

@@ -11,26 +11,23 @@ import hashlib
 import json
 import logging
 import os
-import threading
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import NotRequired
 
-import numpy as np
 from typing_extensions import TypedDict
 
 from export.cache_folder import cache_folder
-from export.errors import EnvironmentLacksError, RecipeError
+from export.errors import EnvironmentLacksError
 from pipeline import machine
-from pipeline.backends import feeds, metadata_file
+from pipeline.backends import metadata_file
 from pipeline.backends.base import Arrays
-from pipeline.backends.tensorrt.buffers import Buffers
+from pipeline.backends.tensorrt.engine import ENGINE, Buffers, DeserializedEngine
 from pipeline.backends.tensorrt.plan_file import read_header
 from pipeline.backends.visible_gpu import visible_sm
 from plugins.tensorrt import rtx_plugin
 
 logger = logging.getLogger(__name__)
-ENGINE, METADATA = "model.engine", metadata_file.NAME
+MODULE = "tensorrt_rtx"
 CACHE_FOLDER = "rtx"
 
 
@@ -41,11 +38,13 @@ class RtxNeeds(TypedDict):
     compute_capabilities: list[metadata_file.ComputeCapability]
 
 
-class RtxMetadata(RtxNeeds, metadata_file.Shapes):
-    """metadata.json of the target."""
+class RtxMetadata(RtxNeeds, metadata_file.Shapes, metadata_file.LoweredHashes):
+    """metadata.json of the target. plugins: how many of each kernel."""
+
+    plugins: NotRequired[dict[str, int]]
 
 
-def machine_problem(metadata: Mapping[str, Any], version: str, sm: int) -> str:
+def machine_problem(metadata: RtxNeeds, version: str, sm: int) -> str:
     """Why tensorrt_rtx `version` and a GPU of capability `sm` (0: none) cannot run an engine; empty if they can."""
     built, listed = metadata["tensorrt_rtx"], metadata["compute_capabilities"]
     if not sm:
@@ -57,12 +56,7 @@ def machine_problem(metadata: Mapping[str, Any], version: str, sm: int) -> str:
     return ""
 
 
-def read_metadata(folder: Path) -> dict[str, Any]:
-    """metadata.json of a built engine."""
-    return dict(metadata_file.read(folder, RtxMetadata))
-
-
-def cache_path(metadata: Mapping[str, Any], sm: int) -> Path:
+def cache_path(metadata: RtxMetadata, sm: int) -> Path:
     """File of the runtime cache: one for each engine, GPU generation and release, under the user's cache folder."""
     facts = [metadata["onnx_sha256"], metadata["onnx_data_sha256"], metadata["tensorrt_rtx"], sm]
     key = hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:32]
@@ -82,70 +76,41 @@ def write_cache(path: Path, blob: bytes) -> None:
         )
 
 
-class RtxEngine:
-    """A deserialized engine on the current GPU. It may be called from any number of threads: buffers and context belong
-    to one call at a time, which a lock sees to."""
+class RtxEngine(DeserializedEngine):
+    """One context for all calls; buffers for each set of input shapes."""
+
+    module = MODULE
 
     def __init__(self, folder: Path) -> None:
         """Raises EnvironmentLacksError before anything is deserialized where this machine cannot run the engine."""
-        machine.require(("tensorrt_rtx", "torch"), "running the target rtx", "rtx")
-        self.metadata = read_metadata(folder)
-        sm = visible_sm()
-        problem = machine_problem(self.metadata, machine.tool_version("tensorrt_rtx"), sm)
-        if problem:
+        machine.require((MODULE, "torch"), "running the target rtx", "rtx")
+        metadata, sm = metadata_file.read(folder, RtxMetadata), visible_sm()
+        if problem := machine_problem(metadata, machine.tool_version(MODULE), sm):
             raise EnvironmentLacksError(problem)
         read_header(folder / ENGINE)
-        self._lock = threading.Lock()
-        self._cache_path = cache_path(self.metadata, sm)
-        self._buffers: dict[tuple[Any, ...], Buffers] = {}
-        if self.metadata.get("plugins"):
+        self._cache_path = cache_path(metadata, sm)
+        if metadata.get("plugins"):
             rtx_plugin.creators()
-        self._open(folder / ENGINE)
+        super().__init__(folder / ENGINE, metadata)
 
     def _open(self, path: Path) -> None:
+        super()._open(path)
         import tensorrt_rtx as trt
-        import torch
 
-        self._runtime = trt.Runtime(trt.Logger(trt.Logger.WARNING))
-        self._engine = self._runtime.deserialize_cuda_engine(path.read_bytes())
-        if self._engine is None:
-            raise EnvironmentLacksError(f"tensorrt_rtx cannot load {path}; its messages above say why")
         config = self._engine.create_runtime_config()
         config.cuda_graph_strategy = trt.CudaGraphStrategy.WHOLE_GRAPH_CAPTURE
         self._cache = config.create_runtime_cache()
-        self._load_cache()
-        config.set_runtime_cache(self._cache)
-        self._context = self._engine.create_execution_context(config)
-        self._stream = torch.cuda.Stream()
-        names = [self._engine.get_tensor_name(i) for i in range(self._engine.num_io_tensors)]
-        self._outputs = [n for n in names if self._engine.get_tensor_mode(n) == trt.TensorIOMode.OUTPUT]
-        dtypes = {name: trt.nptype(self._engine.get_tensor_dtype(name)) for name in names}
-        self._declared = feeds.of_bounds(self.metadata["shapes"], dtypes)
-
-    def _load_cache(self) -> None:
         if self._cache_path.is_file() and not self._cache.deserialize(self._cache_path.read_bytes()):
             logger.info("the runtime cache %s is of another driver or GPU and is made anew", self._cache_path)
+        config.set_runtime_cache(self._cache)
+        self._context = self._engine.create_execution_context(config)
 
-    def run(self, inputs: Arrays) -> Arrays:
-        """Outputs by name for inputs by name, NumPy on both sides. Raises RecipeError for inputs that do not fit."""
-        import torch
+    def _prepared(self, arrays: Arrays) -> Buffers:
+        return Buffers.make(self._context, self._stream.cuda_stream, arrays, self._outputs)
 
-        arrays = {name: np.array(array, order="C") for name, array in inputs.items()}
-        feeds.check_feeds(self._declared, arrays)
-        key = tuple((name, array.shape) for name, array in sorted(arrays.items()))
-        with self._lock, torch.cuda.stream(self._stream):
-            if self._context is None:
-                raise RecipeError("the engine is closed; load it again")
-            if key not in self._buffers:
-                self._buffers[key] = Buffers.make(self._context, arrays, self._outputs, "cuda")
-            return self._buffers[key].run(arrays, self._stream.cuda_stream)
-
-    def close(self) -> None:
-        """Keep the kernels compiled so far and free the GPU, after the call that is running."""
-        with self._lock:
-            if self._context is not None:
-                blob = self._cache.serialize()
-                if blob is not None:
-                    write_cache(self._cache_path, bytes(memoryview(blob)))
-            self._buffers.clear()
-            self._context = self._engine = self._cache = None
+    def _release(self) -> None:
+        """Keep the kernels compiled so far, too."""
+        if self._engine is not None and (blob := self._cache.serialize()) is not None:
+            write_cache(self._cache_path, bytes(memoryview(blob)))
+        self._context = self._cache = None
+        super()._release()

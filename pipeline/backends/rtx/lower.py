@@ -7,146 +7,112 @@ so the same file gives the same sums in stock onnxruntime.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-
 import onnx_ir as ir
 
-from export.dialect.graph import FLOAT, GraphBuilder, attribute, inputs_of, result_of, stored_array
+from export.dialect.graph import (
+    FLOAT,
+    GraphBuilder,
+    attribute,
+    drop_unused,
+    inputs_of,
+    is_op,
+    result_of,
+    stored_array,
+)
 from export.dialect.ops import DOMAIN
-from export.errors import ContractError
 from export.formats.operands import HardwareNumber
-from pipeline.backends.rtx.choose import GemmChoice, choose
+from pipeline.backends.rtx.choose import choose
 from pipeline.backends.rtx.gemms import emit_gemm
 from pipeline.backends.rtx.quantizers import Token, emit_limbs, emit_norm_modulate, emit_static, emit_token
-from pipeline.passes.probes import Capabilities, Choice, GemmRow, ProbeRow
-from pipeline.passes.quantized_gemm import QuantizedGemm, probe_of, read_gemm, refuse_groups, refuse_unpacked
+from pipeline.passes.probes import Choice, GemmRow
+from pipeline.passes.quantized_gemm import (
+    QuantizedGemm,
+    probe_of,
+    quantizer_of,
+    read_gemm,
+    refuse_groups,
+    refuse_unpacked,
+)
+from pipeline.passes.rewrite import LoweringPass
 
-LOWERED = ("QuantizeActivation", "QuantizeStatic", "NormModulateQuantize")
-NATIVE_GROUPS_REFUSED = (
+GROUPS_REFUSED = (
     "target rtx runs one GEMM for each linear and has no scale per token and group of input channels; build it with "
     "--target cpu, or calibrate with one scale per token"
 )
 
 
-@dataclass
-class Lowering:
-    """What was chosen for every quantized linear and where the parity gate finds it."""
+class LowerRtx(LoweringPass):
+    """Replace all `fpq` nodes. rows: ways to run a GEMM, in order of preference.
 
-    choices: list[Choice] = field(default_factory=list)
-    probes: list[ProbeRow] = field(default_factory=list)
+    Linears that share an input share its operands. Raises ContractError for a node or format that cannot be lowered.
+    """
 
+    def __init__(self, rows: tuple[GemmRow, ...]) -> None:
+        super().__init__()
+        self.rows = rows
 
-@dataclass
-class _Emitted:
-    """Quantizers already emitted, so that linears which share an input share its operands."""
+    def rewrite(self, model: ir.Model) -> None:
+        self._tokens: dict[ir.Node, Token] = {}
+        self._limbs: dict[tuple[ir.Node, HardwareNumber], tuple[ir.Value, ...]] = {}
+        refuse_groups(model.graph, GROUPS_REFUSED)
+        for node in list(model.graph):
+            if is_op(node, "PackedGemm", DOMAIN):
+                self._lower(model.graph, node)
+        drop_unused(model)
+        refuse_unpacked(model.graph)
+        model.opset_imports.pop(DOMAIN, None)
 
-    tokens: dict[ir.Node, Token] = field(default_factory=dict)
-    limbs: dict[tuple[ir.Node, HardwareNumber], tuple[ir.Value, ...]] = field(default_factory=dict)
+    def _lower(self, graph: ir.Graph, node: ir.Node) -> None:
+        gemm = read_gemm(node)
+        choice = choose(gemm, self.rows)
+        number = choice.number
+        token, limbs = self._operands(graph, quantizer_of(node), number, gemm)
+        build = GraphBuilder(graph, node, gemm.layer, typed=False)
+        result, product = emit_gemm(build, gemm, choice, token, limbs, inputs_of(node).bias)
+        old = result_of(node)
+        result.shape, result.type = old.shape, FLOAT
+        if old.is_graph_output():
+            result.name, old.name = old.name, f"{old.name}/replaced"
+        old.replace_all_uses_with(result, replace_graph_outputs=True)
+        self.choices.append(Choice(gemm.layer, choice.row.path, choice.why))
+        self.probes.append(
+            probe_of(
+                gemm.layer,
+                choice.row.path,
+                x=token.x,
+                codes=limbs,
+                limb_weights=number.limb_weights,
+                codes_unit=2.0**-number.exponent,
+                codes_offset=-float(number.shift),
+                act_scale=token.scale,
+                gemm=product,
+                gemm_unit=2.0 ** (number.exponent + choice.weight_exponent),
+                result=result,
+                exact=choice.exact,
+                half_roundings=0 if choice.exact else 3,  # group scale, weight, sum
+            )
+        )
+        self.fired += 1
 
-
-def lower(model: ir.Model, capabilities: Capabilities) -> Lowering:
-    """Replace all `fpq` nodes of `model` in place. Raises ContractError for a node or format that cannot be lowered."""
-    emitted, lowering = _Emitted(), Lowering()
-    refuse_groups(model.graph, NATIVE_GROUPS_REFUSED)
-    packed = [node for node in model.graph if node.domain == DOMAIN and node.op_type == "PackedGemm"]
-    if not packed:
-        raise ContractError("the model has no PackedGemm node, so nothing is quantized; run the packing passes first")
-    for node in packed:
-        _lower_gemm(model.graph, node, capabilities.gemms, emitted, lowering)
-    _remove_dialect(model, [*packed, *emitted.tokens])
-    return lowering
-
-
-def _lower_gemm(
-    graph: ir.Graph, node: ir.Node, rows: tuple[GemmRow, ...], emitted: _Emitted, lowering: Lowering
-) -> None:
-    gemm = read_gemm(node)
-    choice = choose(gemm, rows)
-    quantizer = _quantizer_of(node, gemm.layer)
-    token, limbs = _operands(graph, quantizer, choice.number, gemm, emitted)
-    build = GraphBuilder(graph, node, gemm.layer, typed=False)
-    result, product = emit_gemm(build, gemm, choice, token, limbs, inputs_of(node).bias)
-    result.shape, result.type = result_of(node).shape, FLOAT
-    _replace(result_of(node), result)
-    lowering.choices.append(Choice(gemm.layer, choice.row.path, choice.why))
-    lowering.probes.append(_probe(gemm, choice, token, limbs, product, result))
-
-
-def _quantizer_of(node: ir.Node, layer: str) -> ir.Node:
-    producer = inputs_of(node).a_codes.producer()
-    if producer is None or producer.op_type not in LOWERED:
-        origin = producer.op_type if producer else "a graph input"
-        raise ContractError(f"{layer}: activation codes come from {origin}; expected one of {LOWERED}")
-    return producer
-
-
-def _operands(
-    graph: ir.Graph, quantizer: ir.Node, number: HardwareNumber, gemm: QuantizedGemm, emitted: _Emitted
-) -> tuple[Token, tuple[ir.Value, ...]]:
-    build = GraphBuilder(graph, quantizer, quantizer.name or f"{gemm.layer}/quantize", typed=False)
-    if quantizer not in emitted.tokens:
-        x = inputs_of(quantizer).x
-        if quantizer.op_type == "NormModulateQuantize":
-            x = emit_norm_modulate(build, quantizer, gemm.in_features)
-        emitted.tokens[quantizer] = _token(build, quantizer, x)
-    token = emitted.tokens[quantizer]
-    if (quantizer, number) not in emitted.limbs:
-        build.prefix += "" if number.type == "E4M3" else f"/{number.type.lower()}"
-        emitted.limbs[quantizer, number] = emit_limbs(build, token, number)
-    return token, emitted.limbs[quantizer, number]
+    def _operands(
+        self, graph: ir.Graph, quantizer: ir.Node, number: HardwareNumber, gemm: QuantizedGemm
+    ) -> tuple[Token, tuple[ir.Value, ...]]:
+        build = GraphBuilder(graph, quantizer, quantizer.name or f"{gemm.layer}/quantize", typed=False)
+        if quantizer not in self._tokens:
+            x = inputs_of(quantizer).x
+            if quantizer.op_type == "NormModulateQuantize":
+                x = emit_norm_modulate(build, quantizer, gemm.in_features)
+            self._tokens[quantizer] = _token(build, quantizer, x)
+        token = self._tokens[quantizer]
+        if (quantizer, number) not in self._limbs:
+            build.prefix += "" if number.type == "E4M3" else f"/{number.type.lower()}"
+            self._limbs[quantizer, number] = emit_limbs(build, token, number)
+        return token, self._limbs[quantizer, number]
 
 
 def _token(build: GraphBuilder, quantizer: ir.Node, x: ir.Value) -> Token:
-    name = attribute(quantizer, "format")
+    name, ports = attribute(quantizer, "format"), inputs_of(quantizer)
     if quantizer.op_type != "QuantizeStatic":
         return emit_token(build, x, name)
-    scale, zero = (float(stored_array(value)[0]) for value in (inputs_of(quantizer).scale, inputs_of(quantizer).zero))
+    scale, zero = (float(stored_array(value)[0]) for value in (ports.scale, ports.zero))
     return emit_static(build, x, name, scale, zero)
-
-
-def _replace(old: ir.Value, new: ir.Value) -> None:
-    """Use `new` wherever `old` was used; a graph output keeps its name."""
-    if old.is_graph_output():
-        new.name, old.name = old.name, f"{old.name}/replaced"
-    old.replace_all_uses_with(new, replace_graph_outputs=True)
-
-
-def _probe(
-    gemm: QuantizedGemm,
-    choice: GemmChoice,
-    token: Token,
-    limbs: tuple[ir.Value, ...],
-    product: ir.Value,
-    result: ir.Value,
-) -> ProbeRow:
-    return probe_of(
-        gemm.layer,
-        choice.row.path,
-        x=token.x,
-        codes=limbs,
-        limb_weights=choice.number.limb_weights,
-        codes_unit=2.0**-choice.number.exponent,
-        codes_offset=-float(choice.number.shift),
-        act_scale=token.scale,
-        gemm=product,
-        gemm_unit=2.0 ** (choice.number.exponent + choice.weight_exponent),
-        result=result,
-        exact=choice.exact,
-        half_roundings=0 if choice.exact else 3,  # group scale, weight, sum
-    )
-
-
-def _remove_dialect(model: ir.Model, done: list[ir.Node]) -> None:
-    """Drop lowered nodes, unused functions and constants; anything of the dialect that is left is an error."""
-    graph = model.graph
-    order = {node: index for index, node in enumerate(graph)}
-    for node in sorted(done, key=order.__getitem__, reverse=True):
-        graph.remove(node, safe=True)
-    refuse_unpacked(graph)
-    for key in [key for key in model.functions if key[0] == DOMAIN]:
-        del model.functions[key]
-    model.opset_imports.pop(DOMAIN, None)
-    for name in [
-        name for name, value in graph.initializers.items() if not value.uses() and not value.is_graph_output()
-    ]:
-        del graph.initializers[name]

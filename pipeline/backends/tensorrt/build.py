@@ -1,14 +1,11 @@
-"""Drives TensorRT-RTX's builder: ONNX file in, engine file out, its errors as errors of ours.
-
-What takes the module as `trt` serves TensorRT's builder (backends/trt), too.
-"""
+"""Drives the builders of TensorRT and TensorRT-RTX: ONNX file in, engine file out, their errors as errors of ours."""
 
 from __future__ import annotations
 
 import logging
 import os
 import time
-from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -17,21 +14,18 @@ import onnx
 from export.errors import ContractError, ResourceError
 
 logger = logging.getLogger(__name__)
-Bounds = dict[str, tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]]  # input -> (min, opt, max) shapes
+Shapes = tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]  # least, usual, largest
+Bounds = dict[str, Shapes]  # of each input
+# What the metadata says of a build: shapes the engine takes, release of the builder. Times belong in the log, so that
+# two builds of one graph have equal metadata.
+Facts = dict[str, object]
 
 # Smallest, usual and largest size of a dynamic dimension other than the batch: prompt tokens (T5 captions: 120, 300).
 TOKEN_BOUNDS = (1, 120, 300)
 LARGEST_BATCH = 8
 PRODUCTS = {"tensorrt_rtx": "TensorRT-RTX", "tensorrt": "TensorRT"}
-
-
-@dataclass(frozen=True)
-class BuildFacts:
-    """What the metadata says of a build: shapes the engine takes, release of the builder. Times belong in the log: two
-    builds of one graph have equal metadata."""
-
-    shapes: Bounds
-    tensorrt_rtx: str
+# The one that builds for GPUs which need not be here.
+RTX = "tensorrt_rtx"
 
 
 def shape_bounds(model: onnx.ModelProto, batch_size: int) -> Bounds:
@@ -41,26 +35,35 @@ def shape_bounds(model: onnx.ModelProto, batch_size: int) -> Bounds:
     return {value.name: _input_bounds(value, batch) for value in model.graph.input}
 
 
-def _input_bounds(value: onnx.ValueInfoProto, batch: tuple[int, int, int]) -> Any:
+def _input_bounds(value: onnx.ValueInfoProto, batch: tuple[int, int, int]) -> Shapes:
     dims = value.type.tensor_type.shape.dim
     columns = [
         (d.dim_value,) * 3 if d.HasField("dim_value") else (batch if axis == 0 else TOKEN_BOUNDS)
         for axis, d in enumerate(dims)
     ]
-    return tuple(zip(*columns, strict=True)) if columns else ((), (), ())
+    least, usual, largest = (tuple(column[i] for column in columns) for i in range(3))
+    return least, usual, largest
 
 
-def build_engine(path: Path, engine_path: Path, sms: tuple[int, ...], batch_size: int) -> BuildFacts:
-    """Build the lowered graph at `path` for all `sms` and write it to `engine_path` through a temporary file.
+def build_engine(
+    module: str,
+    path: Path,
+    engine_path: Path,
+    sms: tuple[int, ...],
+    batch_size: int,
+    flags: tuple[str, ...] = ("STRONGLY_TYPED",),
+) -> Facts:
+    """Build the lowered graph at `path` and write it to `engine_path` through a temporary file.
 
-    Raises ContractError with the parser's node and message or the builder's reason, ResourceError where memory or
-    disk runs out.
+    module: tensorrt or tensorrt_rtx. sms: the GPUs; TensorRT builds for the one at hand. flags: of the network;
+    one that a release lacks is what it does anyway. Raises ContractError with the parser's node and message or the
+    builder's reason, ResourceError where memory or disk runs out.
     """
-    import tensorrt_rtx as trt
-
+    trt: Any = import_module(module)
     log = make_logger(trt)
     builder = trt.Builder(log)
-    network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
+    known = (getattr(trt.NetworkDefinitionCreationFlag, flag, None) for flag in flags)
+    network = builder.create_network(sum(1 << int(flag) for flag in known if flag is not None))
     started = time.monotonic()
     parser = parsed(trt, network, log, path)
     read = time.monotonic()
@@ -71,8 +74,8 @@ def build_engine(path: Path, engine_path: Path, sms: tuple[int, ...], batch_size
     built = time.monotonic()
     del parser
     write_engine(engine_path, memoryview(engine))
-    logger.info("tensorrt_rtx: parsed in %.1f s, built in %.1f s", read - started, built - read)
-    return BuildFacts(shapes, trt.__version__)
+    logger.info("%s: parsed in %.1f s, built in %.1f s", trt.__name__, read - started, built - read)
+    return {"shapes": shapes, trt.__name__: trt.__version__}
 
 
 def make_logger(trt: Any) -> Any:
@@ -106,22 +109,19 @@ def parsed(trt: Any, network: Any, log: Any, path: Path) -> Any:
 
 def _config(trt: Any, builder: Any, sms: tuple[int, ...], shapes: Bounds) -> Any:
     config = builder.create_builder_config()
-    config.num_compute_capabilities = len(sms)
-    for index, sm in enumerate(sms):
-        config.set_compute_capability(getattr(trt.ComputeCapability, f"SM{sm}"), index)
+    if trt.__name__ == RTX:
+        config.num_compute_capabilities = len(sms)
+        for index, sm in enumerate(sms):
+            config.set_compute_capability(getattr(trt.ComputeCapability, f"SM{sm}"), index)
     config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
     # The few GEMMs that stay in float32 shall give what the verified graph gives, not 10-bit products.
-    config.clear_flag(trt.BuilderFlag.TF32)
-    config.add_optimization_profile(profile_of(builder, shapes))
-    return config
-
-
-def profile_of(builder: Any, shapes: Bounds) -> Any:
-    """The optimization profile of `shapes`."""
+    if (tf32 := getattr(trt.BuilderFlag, "TF32", None)) is not None:
+        config.clear_flag(tf32)
     profile = builder.create_optimization_profile()
     for name, (smallest, usual, largest) in shapes.items():
         profile.set_shape(name, smallest, usual, largest)
-    return profile
+    config.add_optimization_profile(profile)
+    return config
 
 
 def build_error(trt: Any, errors: list[str], sms: tuple[int, ...]) -> Exception:

@@ -7,6 +7,7 @@ Numbers below FP16's normal range (6e-5) keep 11 bits in such a run and fewer in
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 
 import numpy as np
@@ -16,6 +17,7 @@ from export.dialect.graph import GraphBuilder, attribute, inputs_of, is_op, prod
 from pipeline.backends.base import LARGE_ELEMENTS, LOWEST_MASK
 from pipeline.backends.fused.attention import AttentionNodes, attention_around
 
+logger = logging.getLogger(__name__)
 FP16, FP32 = ir.DataType.FLOAT16, ir.DataType.FLOAT
 # Veltkamp's splitting: with c = x * (2^13 + 1), c - (c - x) is x rounded to 24 - 13 = 11 bits, to nearest.
 SPLITTER = 2.0**13 + 1
@@ -50,6 +52,12 @@ def _next(graph: ir.Graph, node: ir.Node) -> ir.Node:
     while next(nodes) is not node:
         continue
     return next(nodes)
+
+
+def halve(model: ir.Model) -> None:
+    """Convert attentions and large unquantized linears of `model` in place."""
+    attentions, linears = halve_attention(model), halve_large_linears(model)
+    logger.info("in FP16: %d attentions, unquantized linears %s", attentions, ", ".join(linears) or "none")
 
 
 # --- attention: softmax(q k' + mask) v on FP16 operands --------------------------------------------------------------

@@ -24,7 +24,7 @@ SM_BITS = {75: 1, 80: 2, 86: 4, 89: 8, 120: 16, 121: 32}
 PLAN_START, STEPS_START, STEPS_END = b"header {\n", "\nmain {", "\nshape_main {"
 
 TENSOR = re.compile(r"^\s+(?:sub_)?tensor=\{(.*)\}\s*$", re.MULTILINE)
-TENSOR_FIELDS = re.compile(r'dims=\{([^}]*)\}.* name="([^"]+)".* type=(\w+)')
+TENSOR_FIELDS = re.compile(r'dims=\{[^}]*\}.* name="([^"]+)".* type=(\w+)')
 PAYLOAD = re.compile(r"const_payload_size=(\d+)")
 STEP = re.compile(r'^  (\w+)=\{ name="?([^ "]+)"?(.*)$', re.MULTILINE)
 STEP_INPUTS = re.compile(r"\binput(?:_args)?=\{([^}]*)\}")
@@ -39,10 +39,9 @@ BOOKKEEPING = frozenset({"shape_call", "signal", "wait"})
 
 @dataclass(frozen=True)
 class Tensor:
-    """A tensor of the plan: element type as the compiler writes it, dimensions, bytes if it is a constant."""
+    """A tensor of the plan: element type as the compiler writes it, bytes if it is a constant."""
 
     type: str
-    dims: str
     constant_bytes: int
 
 
@@ -147,8 +146,8 @@ def _tensors(plan: str) -> Iterator[tuple[str, Tensor]]:
         fields = TENSOR_FIELDS.search(line)
         if fields:
             payload = PAYLOAD.search(line)
-            dims, name, kind = fields.groups()
-            yield name, Tensor(kind, dims.strip(), int(payload.group(1)) if payload else 0)
+            name, kind = fields.groups()
+            yield name, Tensor(kind, int(payload.group(1)) if payload else 0)
 
 
 def _steps(plan: str, tensors: Mapping[str, Tensor]) -> Iterator[Step]:

@@ -1,6 +1,6 @@
 """A graph of fused ops -> the graph for TensorRT's parser: each fused op a node that its plugin answers to.
 
-The fused ops are those of the `cuda` lowering, with function bodies in standard ops, so that stock onnxruntime runs the
+The fused ops are those of `fused.ops`, with function bodies in standard ops, so that stock onnxruntime runs the
 graph that is verified. Here each becomes a node of the same kernel without a body, since a parser prefers bodies to
 plugins: outputs that only a parity gate reads are dropped, codes are the kernels' operand bytes, and bytes are int8,
 which the builder keeps as bytes (it widens uint8 to 32 bits).
@@ -9,32 +9,30 @@ which the builder keeps as bytes (it widens uint8 to 32 bits).
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import onnx
-import onnx_ir as ir
 from onnx import NodeProto, TensorProto, helper
 
 from export.errors import ContractError
-from pipeline.backends.fused.lower import GROUPS_REFUSED, LowerCuda, lower, takes_integers
+from pipeline.backends.fused.lower import GROUPS_REFUSED, takes_integers
 from pipeline.backends.fused.ops import DOMAIN, EPILOGUE_OF, OPERANDS_KEY, OPS, PORTS
 from plugins.gpu import table
 from plugins.gpu.spec import Before, GemmSpec, QuantizeSpec
 
-# Fused op -> kernel of the table.
-QUANTIZERS = {
-    "Quantize": "quantize",
-    "GeluQuantize": "gelu_quantize",
-    "NormModulateQuantize": "norm_modulate_quantize",
+# Fused quantizer -> kernel of the table, and what that does first.
+QUANTIZERS: dict[str, tuple[str, Before]] = {
+    "Quantize": ("quantize", "none"),
+    "GeluQuantize": ("gelu_quantize", "gelu"),
+    "NormModulateQuantize": ("norm_modulate_quantize", "norm_modulate"),
 }
 GEMM = "packed_gemm"
-BEFORE: dict[str, Before] = {"Quantize": "none", "GeluQuantize": "gelu", "NormModulateQuantize": "norm_modulate"}
 # Input of a fused op -> argument of its kernel, where the two differ.
 RENAMED = {port: argument for argument, port in PORTS.items()} | {"gain": "scale"}
 STATIC_REFUSED = (
-    "plugins quantize with one scale per token, a constant one is not theirs; use --target rtx --set rtx.path=native"
+    "plugins quantize with one scale per token, a constant one is not theirs; use --target rtx --set rtx.path=tensorrt"
 )
 # Scaling of activations -> why no plugin takes it.
 SCALINGS_REFUSED = {"token_group": GROUPS_REFUSED, "per_tensor": STATIC_REFUSED}
@@ -63,22 +61,10 @@ class KernelNode:
         return self.spec.in_features * self.spec.out_features // 2 if isinstance(self.spec, GemmSpec) else 0
 
 
-def lower_fused(model: ir.Model, operands: str = "fp8") -> LowerCuda:
-    """Lower `model` in place to fused ops, after the shared passes; attention stays TensorRT's.
-
-    operands: as LowerCuda's. Raises ContractError for a layer that no kernel takes.
-    """
-    lowering = lower(model, operands, attention=False)
-    static = [node for node in model.graph if node.domain == DOMAIN and node.op_type.endswith("QuantizeStatic")]
-    if static:
-        raise ContractError(f"{static[0].name}: {STATIC_REFUSED}")
-    return lowering
-
-
 def plugin_graph(
     model: onnx.ModelProto,
-    bounds: Mapping[str, Any],
-    plugin: Callable[[KernelNode], tuple[str, dict[str, Any]]],
+    bounds: Mapping[str, Sequence[Sequence[int]]],
+    plugin: Callable[[KernelNode], tuple[str, dict[str, object]]],
     integers: bool = False,
 ) -> list[KernelNode]:
     """Turn the fused ops of `model` into plugin nodes, in place; its weights may stay in their file.
@@ -92,7 +78,7 @@ def plugin_graph(
     kernel_nodes = []
     for node in model.graph.node:
         if node.domain == DOMAIN:
-            kernel = _kernel_node(node, constants, channels, rows.get(node.input[0], UNKNOWN_ROWS), integers)
+            kernel = _kernel_node(node, constants, channels, rows, integers)
             _rewrite(node, kernel, constants)
             node.op_type, attributes = plugin(kernel)
             node.attribute.extend(helper.make_attribute(key, value) for key, value in attributes.items())
@@ -105,51 +91,53 @@ def _kernel_node(
     node: NodeProto,
     constants: Mapping[str, TensorProto],
     channels: Mapping[str, int],
-    rows: Bounds,
+    rows: Mapping[str, Bounds],
     preferred: bool,
 ) -> KernelNode:
     attributes: dict[str, Any] = {item.name: _plain(helper.get_attribute_value(item)) for item in node.attribute}
+    inputs, outputs = _ports(node)
     chosen = {item.key: item.value for item in node.metadata_props}.get(OPERANDS_KEY)
     attributes["integers"] = takes_integers(chosen, preferred)
     if node.op_type in QUANTIZERS:
+        kernel, before = QUANTIZERS[node.op_type]
         extra = {key: attributes[key] for key in ("epsilon", "integers") if key in attributes}
-        spec = QuantizeSpec(attributes["format"], channels[node.output[0]], BEFORE[node.op_type], "fp32", **extra)
-        return KernelNode(node.name, QUANTIZERS[node.op_type], spec, rows)
+        spec = QuantizeSpec(attributes["format"], channels[outputs["codes"]], before, "fp32", **extra)
+        return KernelNode(node.name, kernel, spec, rows.get(inputs["x"], UNKNOWN_ROWS))
     if node.op_type not in EPILOGUE_OF:
-        raise ContractError(f"{node.name} ({node.op_type}) has no plugin; use --target rtx --set rtx.path=native")
-    return KernelNode(node.name, GEMM, _gemm_spec(node, attributes, constants), rows)
+        raise ContractError(f"{node.name} ({node.op_type}) has no plugin; use --target rtx --set rtx.path=tensorrt")
+    gemm = GemmSpec(
+        attributes["activation_format"],
+        attributes["weight_format"],
+        in_features=attributes["in_features"],
+        out_features=constants[inputs["codes"]].dims[0],
+        group_size=attributes["group_size"],
+        multipliers=tuple(attributes["multipliers"]),
+        real_groups=constants[inputs["w_scales"]].dims[1] > 1,
+        epilogue=EPILOGUE_OF[node.op_type],
+        output="fp32",
+        integers=attributes["integers"],
+    )
+    return KernelNode(node.name, GEMM, gemm, rows.get(inputs["a_codes"], UNKNOWN_ROWS))
 
 
 def _plain(value: Any) -> Any:
     return value.decode() if isinstance(value, bytes) else value
 
 
-def _gemm_spec(node: NodeProto, attributes: Mapping[str, Any], constants: Mapping[str, TensorProto]) -> GemmSpec:
-    inputs = dict(zip(OPS[node.op_type].inputs, node.input, strict=True))
-    weight, scales = constants[inputs["codes"]], constants[inputs["w_scales"]]
-    return GemmSpec(
-        attributes["activation_format"],
-        attributes["weight_format"],
-        in_features=attributes["in_features"],
-        out_features=weight.dims[0],
-        group_size=attributes["group_size"],
-        multipliers=tuple(attributes["multipliers"]),
-        real_groups=scales.dims[1] > 1,
-        epilogue=EPILOGUE_OF[node.op_type],
-        output="fp32",
-        integers=attributes["integers"],
-    )
+def _ports(node: NodeProto) -> tuple[dict[str, str], dict[str, str]]:
+    """Inputs and outputs of a fused op: tensors by the names of its row."""
+    row = OPS[node.op_type]
+    return dict(zip(row.inputs, node.input, strict=True)), dict(zip(row.outputs, node.output, strict=True))
 
 
 def _rewrite(node: NodeProto, kernel: KernelNode, constants: Mapping[str, TensorProto]) -> None:
     """Inputs in the kernel's order, no outputs that only a parity gate reads, no attributes, bytes as int8."""
-    row = OPS[node.op_type]
-    inputs = {RENAMED.get(name, name): value for name, value in zip(row.inputs, node.input, strict=True)}
-    outputs = [value for name, value in zip(row.outputs, node.output, strict=True) if name not in row.proof]
-    _check_multipliers(kernel, constants.get(inputs.get("multiplier_codes", "")))
+    inputs, outputs = _ports(node)
+    arguments = {RENAMED.get(name, name): value for name, value in inputs.items()}
+    _check_multipliers(kernel, constants.get(arguments.get("multiplier_codes", "")))
     del node.input[:], node.output[:], node.attribute[:]
-    node.input.extend(inputs[name] for name in kernel.inputs)
-    node.output.extend(outputs)
+    node.input.extend(arguments[name] for name in kernel.inputs)
+    node.output.extend(value for name, value in outputs.items() if name not in OPS[node.op_type].proof)
     for name in node.input:
         if name in constants and constants[name].data_type == TensorProto.UINT8:
             constants[name].data_type = TensorProto.INT8  # the same bytes
@@ -157,10 +145,12 @@ def _rewrite(node: NodeProto, kernel: KernelNode, constants: Mapping[str, Tensor
 
 def _check_multipliers(kernel: KernelNode, codes: TensorProto | None) -> None:
     """A kernel reads one row of indices for each channel."""
-    if codes is not None and "multiplier_codes" in kernel.inputs and codes.dims[0] != kernel.spec.out_features:  # type: ignore[union-attr]
+    if codes is None or "multiplier_codes" not in kernel.inputs or not isinstance(kernel.spec, GemmSpec):
+        return
+    if codes.dims[0] != kernel.spec.out_features:
         raise ContractError(
             f"{kernel.name}: multiplier indices of shape {list(codes.dims)}; a kernel reads a row for each of "
-            f"{kernel.spec.out_features} channels, export the model again"  # type: ignore[union-attr]
+            f"{kernel.spec.out_features} channels, export the model again"
         )
 
 
@@ -176,10 +166,10 @@ def _clean(model: onnx.ModelProto) -> None:
 def _channels(model: onnx.ModelProto) -> dict[str, int]:
     """Codes -> input channels of the GEMMs that read them."""
     gemms = [node for node in model.graph.node if node.domain == DOMAIN and node.op_type in EPILOGUE_OF]
-    return {node.input[0]: next(a.i for a in node.attribute if a.name == "in_features") for node in gemms}
+    return {_ports(node)[0]["a_codes"]: next(a.i for a in node.attribute if a.name == "in_features") for node in gemms}
 
 
-def _rows(model: onnx.ModelProto, bounds: Mapping[str, Any]) -> dict[str, Bounds]:
+def _rows(model: onnx.ModelProto, bounds: Mapping[str, Sequence[Sequence[int]]]) -> dict[str, Bounds]:
     """Name of a tensor -> rows at the smallest, usual and largest inputs, wherever the graph tells its shape."""
     symbols = {
         dim.dim_param: column
@@ -195,5 +185,5 @@ def _rows(model: onnx.ModelProto, bounds: Mapping[str, Any]) -> dict[str, Bounds
     return {name: (low, usual, high) for name, (low, usual, high) in ((n, r) for n, r in rows.items() if len(r) == 3)}
 
 
-def _bounds(dim: Any, symbols: Mapping[str, Bounds]) -> Bounds | None:
+def _bounds(dim: onnx.TensorShapeProto.Dimension, symbols: Mapping[str, Bounds]) -> Bounds | None:
     return (dim.dim_value,) * 3 if dim.HasField("dim_value") else symbols.get(dim.dim_param)

@@ -10,29 +10,39 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
-from functools import partial
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import onnx
 import onnx_ir as ir
 
-from export.errors import EnvironmentLacksError
-from pipeline.backends.fused.lower import LowerCuda
-from pipeline.backends.tensorrt.build import BuildFacts, build_engine, shape_bounds
+from export.errors import ContractError, EnvironmentLacksError
+from pipeline.backends.fused.lower import LowerFused
+from pipeline.backends.fused.lower import lower as lower_fused
+from pipeline.backends.fused.ops import DOMAIN
+from pipeline.backends.tensorrt.build import RTX, Facts, build_engine, shape_bounds
 from pipeline.backends.tensorrt.plan_file import EngineFile, check_plugins, read_engine_file
-from pipeline.backends.tensorrt.plugin_graph import Bounds, KernelNode, lower_fused, plugin_graph
+from pipeline.backends.tensorrt.plugin_graph import STATIC_REFUSED, Bounds, KernelNode, plugin_graph
 from pipeline.passes.probes import Choice
 from plugins.gpu.spec import GemmSpec, QuantizeSpec
 from plugins.gpu.tiles import prefers_integers
 from plugins.tensorrt import rtx_loader, rtx_plugin
-from plugins.tensorrt.payload import FIELD, NAMESPACE, PLUGINS, VERSION, Payload, compile_payload, compile_problems
+from plugins.tensorrt.payload import (
+    FIELD,
+    NAMESPACE,
+    PLUGINS,
+    VERSION,
+    Form,
+    Payload,
+    compile_payload,
+    compile_problems,
+)
 
 logger = logging.getLogger(__name__)
 FIELDS = {"plugin_namespace": NAMESPACE, "plugin_version": VERSION}
 GRAPH = "engine.onnx"
-REMEDY = "use another format, or --target rtx --set rtx.path=native"
+REMEDY = "use another format, or --target rtx --set rtx.path=tensorrt"
 # What a path of a quantized linear begins with where a plugin computes it.
 PLUGIN = "plugin"
 # Of an engine that is not run: the graph that is proven computes what its plugins do, by other code.
@@ -53,68 +63,69 @@ def problems(sms: Sequence[int]) -> list[str]:
     return lacking
 
 
-def lower(model: ir.Model, operands: str) -> LowerCuda:
-    """Lower `model` to fused ops, in place, after the shared passes. Raises ContractError for what no kernel takes."""
-    lowering = lower_fused(model, operands)
+def lower(model: ir.Model, operands: str = "fp8") -> LowerFused:
+    """Lower `model` to fused ops, in place, after the shared passes; attention stays TensorRT's.
+
+    operands: as LowerFused's. Raises ContractError for a layer that no kernel takes.
+    """
+    lowering = lower_fused(model, operands, attention=False)
+    static = [node for node in model.graph if node.domain == DOMAIN and node.op_type.endswith("QuantizeStatic")]
+    if static:
+        raise ContractError(f"{static[0].name}: {STATIC_REFUSED}")
     lowering.choices = [Choice(row.layer, f"{PLUGIN}, {row.path}", row.why) for row in lowering.choices]
     return lowering
 
 
-def write_graph(
+@contextmanager
+def builders_graph(
     lowered: Path,
-    path: Path,
     batch_size: int,
-    compiled: Callable[[KernelNode], Payload],
-    name: Callable[[Payload], str],
-    fields: Mapping[str, Any],
     sms: Sequence[int],
-) -> list[KernelNode]:
-    """Write the graph that a builder gets to `path`, beside `lowered`, whose weights it shares; returns its plugins.
+    form: Form = "cubin",
+    name: Callable[[Payload], str] = lambda payload: PLUGINS[payload.kernel],
+    **fields: object,
+) -> Iterator[tuple[Path, list[KernelNode]]]:
+    """The graph that a builder gets, beside the graph of fused ops at `lowered`, whose weights it shares, and its
+    plugins; within, it is there.
 
-    compiled: what a node's plugin carries; equal layers are compiled once. name: of a plugin; fields: attributes of
-    all; sms: the GPUs that it is for. Raises ContractError for an op without a plugin.
+    form, name: of what a plugin carries, and of the plugin; equal layers are compiled once. fields: attributes of every
+    plugin beside its namespace and version. sms: the GPUs that it is for. Raises ContractError for an op without one.
     """
     model = onnx.load(lowered, load_external_data=False)
     payloads: dict[tuple[str, GemmSpec | QuantizeSpec, Bounds], Payload] = {}
 
-    def plugin_of(node: KernelNode) -> tuple[str, dict[str, Any]]:
+    def plugin_of(node: KernelNode) -> tuple[str, dict[str, object]]:
         key = (node.kernel, node.spec, node.rows)
         if key in payloads:
             payload = payloads[key].shared()
         else:
-            payload = payloads[key] = compiled(node)
-        return name(payload), {**fields, FIELD: payload.to_text()}
+            payload = payloads[key] = compile_payload(node.kernel, node.spec, node.rows, sms, form)
+        return name(payload), {**FIELDS, **fields, FIELD: payload.to_text()}
 
-    bounds = shape_bounds(model, batch_size)
-    nodes = plugin_graph(model, bounds, plugin_of, prefers_integers(sms))
-    onnx.save(model, path)
-    logger.info("%d plugins of %d kernels", len(nodes), len(payloads))
-    return nodes
+    nodes = plugin_graph(model, shape_bounds(model, batch_size), plugin_of, prefers_integers(sms))
+    path = lowered.with_name(GRAPH)
+    try:
+        onnx.save(model, path)
+        logger.info("%d plugins of %d kernels", len(nodes), len(payloads))
+        yield path, nodes
+    finally:
+        path.unlink(missing_ok=True)
 
 
 def build(
     lowered: Path, engine_path: Path, sms: tuple[int, ...], batch_size: int
-) -> tuple[BuildFacts, EngineFile, dict[str, Any]]:
+) -> tuple[Facts, EngineFile, dict[str, object]]:
     """Build the engine of the graph of fused ops at `lowered`: facts of the build, its plan, and what metadata.json
     says of plugins. Raises ContractError where a plugin is not in the plan with its weight packed."""
     rtx_plugin.creators()
-    graph = lowered.with_name(GRAPH)
-    try:
-        compiled = partial(_compiled, sms)
-        nodes = write_graph(lowered, graph, batch_size, compiled, lambda node: PLUGINS[node.kernel], FIELDS, sms)
-        facts = build_engine(graph, engine_path, sms, batch_size)
-    finally:
-        graph.unlink(missing_ok=True)
+    with builders_graph(lowered, batch_size, sms) as (graph, nodes):
+        facts = build_engine(RTX, graph, engine_path, sms, batch_size)
     engine = read_engine_file(engine_path)
     check_plugins(engine, {node.name: node.weight_bytes for node in nodes})
     return facts, engine, described(nodes)
 
 
-def _compiled(sms: Sequence[int], node: KernelNode) -> Payload:
-    return compile_payload(node.kernel, node.spec, node.rows, sms)
-
-
-def described(nodes: Sequence[KernelNode]) -> dict[str, Any]:
+def described(nodes: Sequence[KernelNode]) -> dict[str, object]:
     """What metadata.json says of the plugins."""
     return {
         "proof": PROOF,

@@ -7,14 +7,14 @@ hand: the graph that the builder gets, the PTX and the launch sizes are tested, 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from pipeline import machine
 from pipeline.backends import lowering_file, metadata_file
-from pipeline.backends.base import Arithmetic, Backend, BuildResult, Check, Engine, LoweredGraph, Options
+from pipeline.backends.base import Arithmetic, Backend, BuildResult, Check, Engine, LoweredGraph, Manifest, Options
+from pipeline.backends.tensorrt.engine import ENGINE
 
 if TYPE_CHECKING:
     from pipeline.recipe import Recipe
@@ -36,7 +36,7 @@ class TrtBackend(Backend[TrtOptions]):
     package = "tensorrt"
     needs_gpu = True
     speed_rank = 1
-    file_names = frozenset({"model.engine", metadata_file.NAME, lowering_file.NAME})
+    file_names = frozenset({ENGINE, metadata_file.NAME, lowering_file.NAME})
     disk_bytes_per_parameter = 1.5  # the packed weights, twice
 
     def in_auto(self) -> bool:
@@ -63,7 +63,7 @@ class TrtBackend(Backend[TrtOptions]):
         remedy = f"only needed for the target trt; {'; '.join(problems)}"
         return [Check(self.package, not problems, state, False, remedy)]
 
-    def fitness_problem(self, manifest: Mapping[str, Any], source: Path) -> str | None:
+    def fitness_problem(self, manifest: Manifest, source: Path) -> str | None:
         from pipeline.backends.trt.engine import TrtNeeds, machine_problem
 
         needs = self.metadata(manifest, source, TrtNeeds)
@@ -74,7 +74,7 @@ class TrtBackend(Backend[TrtOptions]):
         no kernel takes."""
         from pipeline.backends.trt import build, engine
 
-        return [*engine.environment_problems(machine.cuda_sm()), *build.recipe_problems(recipe)]
+        return [*engine.environment_problems(machine.cuda_sm()), *build.problems(recipe)]
 
     def lower(self, portable: Path, work_dir: Path, recipe: Recipe) -> LoweredGraph:
         """The graph of fused ops, which is verified."""

@@ -16,7 +16,7 @@ from pipeline.backends.cpu import CpuBackend
 from pipeline.backends.cpu.engine import open_session
 from pipeline.recipe import Recipe
 from tests.support.hooked_sessions import hooked
-from tests.support.portable import HEADER, activations, portable, random_linear
+from tests.support.portable import activations, portable, random_linear
 
 RECIPE = Recipe("test", "none")
 BODY = """
@@ -108,13 +108,6 @@ def test_an_engine_that_would_saturate_elsewhere_is_refused_there(tmp_path, weig
             CpuBackend(("avx2",)).load(folder)
     else:
         CpuBackend(("avx2",)).load(folder).close()
-
-
-def test_a_model_without_quantized_linears_is_an_error(tmp_path):
-    model = ir.from_onnx_text(f"{HEADER} g (float[B,4] x) => (float[B,4] y) {{ y = Neg(x) }}")
-    ir.save(model, tmp_path / "model.onnx")
-    with pytest.raises(ContractError, match="no quantized linear"):
-        CpuBackend().lower(tmp_path / "model.onnx", tmp_path, RECIPE)
 
 
 def test_running_needs_no_compiler(source):

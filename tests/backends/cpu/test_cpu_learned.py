@@ -16,7 +16,7 @@ from export.dialect.graph import GraphBuilder
 from export.dialect.reference import quantize_static
 from export.formats.format import FORMATS, get_format, to_integers
 from pipeline.backends.base import LoweredGraph
-from pipeline.backends.cpu.build import capabilities
+from pipeline.backends.cpu.engine import provided
 from pipeline.backends.cpu.lower import FLOAT_PATH, LowerCpu
 from pipeline.backends.cpu.quantizers import quantize_static as emit_static
 from pipeline.backends.cpu.quantizers import static_integers, unsupported
@@ -27,7 +27,7 @@ from pipeline.verify.proof import joined
 from tests.support import learned
 from tests.support.portable import HEADER, activations, op_types, portable, random_linear, run
 
-WIDE, NARROW = capabilities(("avx512_vnni",)), capabilities(("avx2",))
+WIDE, NARROW = provided(("avx512_vnni",)), provided(("avx2",))
 INPUTS = "float[batch,S,64] x, float[batch] timestep"
 ONE = 'y = fpq.QuantizedLinear <layer="a"> (x)'
 TIMES = np.float32([3, 500, 997])

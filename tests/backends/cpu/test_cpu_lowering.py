@@ -10,15 +10,15 @@ import pytest
 from export.dialect.reference import quantize_activation
 from export.formats.format import get_format, to_integers
 from pipeline import machine
-from pipeline.backends.cpu.build import capabilities
-from pipeline.backends.cpu.lower import FLOAT_PATH, FUNCTION_PATH, LowerCpu, choose_path, refusal
+from pipeline.backends.cpu.engine import provided
+from pipeline.backends.cpu.lower import FLOAT_PATH, FUNCTION_PATH, GEMMS, LowerCpu, choose_path, refusal
 from pipeline.passes import run_shared
 from pipeline.passes.probes import WIDE_SUM
 from pipeline.passes.quantized_gemm import read_gemm
 from tests.support.portable import activations, op_types, portable, random_linear, run
 
 BODY = 'y = fpq.QuantizedLinear <layer="a"> (x)'
-WIDE, NARROW = capabilities(("avx512_vnni",)), capabilities(("avx2",))
+WIDE, NARROW = provided(("avx512_vnni",)), provided(("avx2",))
 ROUNDING = 2.0**-24
 
 INTEGER_CASES = [
@@ -39,7 +39,7 @@ INTEGER_CASES = [
 SHAPES = [(16, 64), (7, 32), (33, 96), (1, 160)]
 
 
-HERE = capabilities(machine.cpu_flags())
+HERE = provided(machine.cpu_flags())
 
 
 def lowered(layer, capabilities=WIDE):
@@ -55,7 +55,7 @@ def lowered(layer, capabilities=WIDE):
 def skip_where_sums_saturate(layer):
     """The lowering asks for a CPU that sums byte products in 32 bits; others saturate pairs of large ones in 16."""
     largest = 255 if layer.activation_format == "INT8" else 0
-    if WIDE_SUM not in HERE.ops and 2 * largest * int(np.abs(layer.integers()).max()) > 32767:
+    if WIDE_SUM not in HERE and 2 * largest * int(np.abs(layer.integers()).max()) > 32767:
         pytest.skip("this CPU sums pairs of byte products in saturating 16 bits")
 
 
@@ -224,15 +224,15 @@ def test_a_cpu_that_sums_pairs_in_16_bits_gets_narrow_operands():
 
 def test_a_sum_beyond_int32_is_refused():
     spec = spec_of(weight="INT8", activation="E3M4", k=64)
-    wide = [row for row in WIDE.gemms if row.limbs == 2 and not row.real_groups]
+    wide = [row for row in GEMMS if row.limbs == 2 and not row.real_groups]
     longest = (2**31 - 1) // (1984 * 127)
     assert not refusal(replace(spec, in_features=longest), wide[0], True)
     assert "more than int32 holds" in refusal(replace(spec, in_features=longest + 1), wide[0], True)
 
 
 def test_capabilities_follow_the_instruction_set():
-    assert WIDE_SUM in WIDE.ops and WIDE_SUM not in NARROW.ops
-    assert WIDE_SUM in capabilities(("asimddp",)).ops
+    assert WIDE_SUM in WIDE and WIDE_SUM not in NARROW
+    assert WIDE_SUM in provided(("asimddp",))
 
 
 @pytest.mark.parametrize("weight", ["E2M1", "INT6", "INT8"])

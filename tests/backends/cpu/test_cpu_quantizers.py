@@ -7,16 +7,18 @@ import pytest
 from export.dialect.graph import GraphBuilder
 from export.dialect.reference import quantize_activation
 from export.formats.format import FORMATS, encode, get_format, to_integers
-from pipeline.backends.cpu.quantizers import (
+from export.formats.operands import (
+    INT16_MAX,
     LARGE_ZERO,
     SMALL_ZERO,
+    fits_byte,
     largest_code,
     limb_base,
-    quantize,
-    rounded_integers,
-    unsupported,
+    pair_limit,
+    pair_sum,
     zero_point,
 )
+from pipeline.backends.cpu.quantizers import quantize, rounded_integers, unsupported
 from tests.support.portable import HEADER, activations, run
 
 EIGHT_BITS = [name for name, row in FORMATS.items() if row.sign_bits and row.kmax < 128]
@@ -133,9 +135,21 @@ def test_around_a_binade_nothing_is_lost_at_any_scale(name):
 
 def test_zero_points_keep_codes_in_range():
     assert zero_point(60) == SMALL_ZERO and zero_point(64) == LARGE_ZERO
-    for kmax, limbs in ((60, 1), (127, 1), (448, 2), (1984, 2), (127, 2)):
-        assert 0 < largest_code(kmax, limbs) <= 255, (kmax, limbs)
+    for name, limbs in (("E2M3", 1), ("INT8", 1), ("UE2M2", 1), ("E3M2", 2), ("E3M4", 2), ("INT8", 2)):
+        assert 0 < largest_code(get_format(name), limbs) <= 255, (name, limbs)
     assert limb_base(1984, 2) == 32 and limb_base(448, 2) == 8
+
+
+@pytest.mark.parametrize("name", [name for name, fmt in FORMATS.items() if fits_byte(fmt)])
+def test_a_weight_at_the_limit_of_pairs_is_safe_and_a_larger_one_is_not(name):
+    """Also beside E3M0, whose 64 needs the larger zero point."""
+    fmt, limit = get_format(name), pair_limit(name)
+    assert pair_sum(fmt, 1, limit) <= INT16_MAX < pair_sum(fmt, 1, limit + 1)
+
+
+@pytest.mark.parametrize("name", ["E3M2", "E3M4"])
+def test_limbs_are_safe_beside_every_weight_in_int8(name):
+    assert pair_sum(get_format(name), 2, 127) <= INT16_MAX and pair_limit(name) >= 127
 
 
 @pytest.mark.parametrize("name, part", [("UE2M2", "no sign"), ("E5M2", "too wide")])

@@ -7,7 +7,7 @@ import onnx_ir as ir
 import pytest
 from onnx_ir.passes.common import LiftConstantsToInitializersPass
 
-from pipeline.backends.cpu.build import capabilities
+from pipeline.backends.cpu.engine import provided
 from pipeline.backends.cpu.finish_with_chain import finish_with_chains
 from pipeline.backends.cpu.lower import LowerCpu
 from pipeline.backends.cpu.token_chain import In, Out, chain_inputs, chain_outputs, drop_unread_outputs, is_chain
@@ -56,7 +56,7 @@ def lowered(
     model = portable(body, layers, inputs, outputs)
     _as_exported(model)
     run_shared(model)
-    rewrite = LowerCpu(capabilities(flags), chains)
+    rewrite = LowerCpu(provided(flags), chains)
     rewrite(model)
     return model, rewrite.probes
 
@@ -220,7 +220,7 @@ def test_groups_of_tokens_get_the_native_quantizer_only():
     layer = learned.with_scaling(random_linear("a", n=64, granularity="group", group=32), "token_group", 32)
     model = portable(PLAIN, [layer], "float[B,S,64] x", "float[B,S,64] y")
     run_shared(model)
-    LowerCpu(capabilities(("avx512_vnni",)), chains=True)(model)
+    LowerCpu(provided(("avx512_vnni",)), chains=True)(model)
     passes = {found.name: found for found in finish_with_chains(model)}
     assert passes["AbsorbEpilogues"].fired == 0 and not any(node.op_type == "Sum" for node in model.graph)
     assert not any(Out.LINEAR in chain_outputs(node) for node in model.graph if is_chain(node))

@@ -17,7 +17,8 @@ import pytest
 
 from export.errors import RecipeError
 from pipeline.backends.cpu import CpuBackend, CpuOptions
-from pipeline.backends.cpu.engine import KEPT, CpuEngine
+from pipeline.backends.cpu.engine import CpuEngine
+from pipeline.backends.sessions import KEPT
 from pipeline.recipe import Recipe
 from tests.support import native
 from tests.support.hooked_sessions import TIMEOUT_S, Worker, hooked, once

@@ -115,7 +115,7 @@ def test_wrong_numbers_are_refused(count: int, tmp_path: Path) -> None:
 
 def test_sessions_get_them(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[int] = []
-    monkeypatch.setattr(cpu_engine, "opened", lambda ort, path, options: seen.append(options.intra_op_num_threads))
+    monkeypatch.setattr(cpu_engine, "opened", lambda path, options: seen.append(options.intra_op_num_threads))
     monkeypatch.setattr(machine, "threads", lambda: 7)
     cpu_engine.open_session(Path("model.onnx"), 3)
     cpu_engine.open_session(Path("model.onnx"))

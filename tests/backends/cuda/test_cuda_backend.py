@@ -26,7 +26,7 @@ from pipeline.backends.base import Arrays, LoweredGraph
 from pipeline.backends.cuda import CudaOptions
 from pipeline.backends.cuda import engine as cuda_engine
 from pipeline.backends.cuda.engine import Captured, CudaEngine, Part
-from pipeline.backends.cuda.module import LoweredModule, run_step
+from pipeline.backends.cuda.module import LoweredModule
 from pipeline.backends.cuda.overflow import find_overflow
 from pipeline.backends.fused.ops import DOMAIN
 from pipeline.generate.diffusers_adapter import EngineTransformer
@@ -114,7 +114,7 @@ def test_every_step_equals_onnxruntime(built: Built) -> None:
             given[codes] = torch.from_numpy(operand_bytes(found.as_string())[expected[codes]])
     with torch.inference_mode():
         for step in module.steps:
-            results = run_step(step, [given[name] if name else None for name in step.inputs])
+            results = step.advance(dict(given))
             for name, tensor in zip(step.outputs, results, strict=False):
                 if name:
                     compare(tensor, given[name], step.name)

@@ -47,7 +47,7 @@ from tests.support import learned, tiny
 from tests.support.bundles import NOTHING_MEASURED
 from tests.support.faults import CROSS_V, FF_OUT, PORTABLE_FAULTS, Fault, Graph, K, Q, V
 from tests.support.faults_learned import LEARNED_FAULTS, OUT
-from tests.support.hooked_sessions import Hooked
+from tests.support.hooked_sessions import hooked
 from tests.verify.test_planted_faults_learned import learned_layer
 
 pytestmark = pytest.mark.torch
@@ -326,7 +326,7 @@ def test_an_array_overwritten_during_a_call_makes_no_mixture(exported: Any) -> N
     engine, call = PortableEngine(made.portable.parent, threads=1), made.found.calls[0]
     expected = engine.run(call)["sample"]
     mine = {name: array.copy() for name, array in call.items()}
-    engine.session = Hooked(engine.session, lambda: mine["hidden_states"].fill(0), lambda: None)
+    engine.sessions = hooked(engine.sessions, step=lambda: mine["hidden_states"].fill(0))
     assert np.array_equal(engine.run(mine)["sample"], expected)
 
 

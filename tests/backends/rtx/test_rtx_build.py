@@ -13,8 +13,9 @@ import pytest
 from export.errors import ContractError
 from pipeline.backends import lowering_file
 from pipeline.backends.base import MODEL, BuildResult, LoweredGraph
+from pipeline.backends.metadata_file import NAME as METADATA
 from pipeline.backends.rtx import RtxBackend, RtxOptions
-from pipeline.backends.rtx.build import ENGINE, METADATA, expected_gemms, sm_problems
+from pipeline.backends.rtx.build import ENGINE, expected_gemms, sm_problems
 from pipeline.backends.tensorrt.build import build_engine, shape_bounds
 from pipeline.backends.tensorrt.plan_file import check_gemms, read_engine_file
 from pipeline.recipe import Recipe
@@ -215,13 +216,13 @@ def test_parser_errors_name_the_node(tmp_path: Path) -> None:
     del node.input[1]
     onnx.save(model, graph.path)
     with pytest.raises(ContractError, match=r"node layer/channel_scale \(StringNormalizer\)"):
-        build_engine(graph.path, tmp_path / ENGINE, (89,), 1)
+        build_engine("tensorrt_rtx", graph.path, tmp_path / ENGINE, (89,), 1)
 
 
 def test_builder_errors_say_for_which_gpu_and_leave_no_file(tmp_path: Path) -> None:
     graph = lowered(tmp_path, recipe(), single(Linear("layer", 128, 128)))
     with pytest.raises(ContractError, match=r"cannot build for SM 86: .*fp8"):
-        build_engine(graph.path, tmp_path / ENGINE, (86,), 1)
+        build_engine("tensorrt_rtx", graph.path, tmp_path / ENGINE, (86,), 1)
     assert not list(tmp_path.glob(f"{ENGINE}*"))
 
 

@@ -17,8 +17,8 @@ from export.formats.format import get_format
 from pipeline import recipe as recipes
 from pipeline.backends.base import LoweredGraph
 from pipeline.backends.rtx import RtxBackend, RtxOptions
-from pipeline.backends.rtx.build import capabilities, method_problems
-from pipeline.backends.rtx.lower import Lowering, lower
+from pipeline.backends.rtx.build import gemm_rows, problems
+from pipeline.backends.rtx.lower import LowerRtx
 from pipeline.passes import run_shared
 from pipeline.verify.oracle import activation_oracle, check_linear
 from pipeline.verify.probe import ProbedGraph
@@ -30,10 +30,11 @@ from tests.support.portable import op_types, portable, random_linear
 WEIGHTS = [("E2M1", "per_channel", 0), ("E2M1", "exact_group", 16), ("INT4", "group", 32)]
 
 
-def lowered(layer: QuantizedLinear, folder: Path, weights: str = "fp8") -> tuple[ir.Model, Lowering, ProbedGraph]:
+def lowered(layer: QuantizedLinear, folder: Path, weights: str = "fp8") -> tuple[ir.Model, LowerRtx, ProbedGraph]:
     model = portable(ONE, [layer], INPUTS)
     run_shared(model)
-    found = lower(model, capabilities(weights, (89, 120)))
+    found = LowerRtx(gemm_rows(weights, (89, 120)))
+    found(model)
     ir.save(model, folder / "model.onnx", external_data="model.onnx.data")
     return model, found, ProbedGraph(LoweredGraph(folder / "model.onnx", tuple(found.probes), tuple(found.choices)))
 
@@ -101,7 +102,8 @@ def test_where_the_shift_would_not_be_exact_two_limbs_are_taken(tmp_path: Path) 
     """255 * 127 * 1024 exceeds 2^24: a float32 sum of shifted images would round more than one of the images."""
     model = portable(ONE, [uniform("INT8", 2048)], "float[batch,S,2048] x, float[batch] timestep")
     run_shared(model)
-    found = lower(model, capabilities("fp8", (89, 120)))
+    found = LowerRtx(gemm_rows("fp8", (89, 120)))
+    found(model)
     assert found.choices[0].path == "int8, 2 limbs" and found.probes[0].codes_offset == 0
     assert "not int8: sums of integers less 128 are not exact in float32" in found.choices[0].why
 
@@ -123,7 +125,7 @@ def test_groups_of_a_token_are_refused_before_anything_is_changed() -> None:
     run_shared(model)
     before = op_types(model)
     with pytest.raises(ContractError, match=rf"a: activation_group 16 \(1 layers\); {GROUPS}"):
-        lower(model, capabilities("fp8", (89, 120)))
+        LowerRtx(gemm_rows("fp8", (89, 120)))(model)
     assert op_types(model) == before
 
 
@@ -133,7 +135,7 @@ def recipe_of(method: str, **options: Any) -> Any:
 
 
 def test_a_method_with_groups_is_refused_before_work_starts() -> None:
-    (problem,) = method_problems(recipe_of("qdit"))
+    (problem,) = problems(recipe_of("qdit"), RtxOptions(), [])
     assert problem.startswith("calibrate.method qdit scales activations token_group: target rtx runs one GEMM")
     assert problem in RtxBackend().problems(recipe_of("qdit", activations="token_group"))
 
@@ -143,7 +145,7 @@ def test_a_method_with_groups_is_refused_before_work_starts() -> None:
     [("rtn", {}), ("qdit", {"activations": "per_token"}), ("qdit", {"activations": "per_tensor"}), ("msfp", {})],
 )
 def test_methods_without_groups_are_not_refused(method: str, options: dict[str, Any]) -> None:
-    assert method_problems(recipe_of(method, **options)) == []
+    assert problems(recipe_of(method, **options), RtxOptions(), []) == []
 
 
 # --- the engine builder --------------------------------------------------------------------------------------------

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import tracemalloc
-from dataclasses import replace
 from itertools import cycle, product
 from pathlib import Path
 from typing import Any
@@ -18,8 +17,8 @@ from export.dialect.reference import ABSMAX_FLOOR
 from export.errors import ContractError
 from export.formats.format import encode, fold_negative_zero, get_format, unpack
 from export.formats.operands import exact_multipliers
-from pipeline.backends.rtx.build import capabilities
-from pipeline.backends.rtx.lower import Lowering, lower
+from pipeline.backends.rtx.build import gemm_rows
+from pipeline.backends.rtx.lower import LowerRtx
 from pipeline.passes.probes import ProbeRow
 from tests.support.rtx_models import Graph, Linear, block, single
 
@@ -29,9 +28,10 @@ ACTIVATIONS = ("E2M3", "E3M2", "E3M4", "E4M3", "E2M1", "E1M2", "INT6", "INT8", "
 
 def lowered(
     model: onnx.ModelProto, weights: str = "fp8", sms: tuple[int, ...] = WIDE
-) -> tuple[onnx.ModelProto, Lowering]:
+) -> tuple[onnx.ModelProto, LowerRtx]:
     converted = ir.from_proto(model)
-    found = lower(converted, capabilities(weights, sms))
+    found = LowerRtx(gemm_rows(weights, sms))
+    found(converted)
     return ir.to_proto(converted), found
 
 
@@ -170,7 +170,7 @@ def test_same_graph_gives_the_same_bytes() -> None:
 
 def test_weights_are_converted_only_when_written() -> None:
     model = ir.from_proto(single(Linear("layer")))
-    lower(model, capabilities("fp8", WIDE))
+    LowerRtx(gemm_rows("fp8", WIDE))(model)
     assert isinstance(model.graph.initializers["layer.rtx_weight"].const_value, ir.LazyTensor)
 
 
@@ -185,7 +185,7 @@ def test_writing_holds_one_weight_at_a_time(tmp_path: Path) -> None:
     onnx.save(source, portable, save_as_external_data=True, location="portable.data")
     tracemalloc.start()
     model = ir.load(portable)
-    lower(model, capabilities("fp8", WIDE))
+    LowerRtx(gemm_rows("fp8", WIDE))(model)
     ir.save(model, tmp_path / "model.onnx", external_data="model.data", size_threshold_bytes=1024)
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
@@ -200,15 +200,6 @@ def test_nothing_of_the_dialect_and_no_packed_weight_is_left() -> None:
     assert not [t.name for t in model.graph.initializer if t.data_type == onnx.TensorProto.UINT8]
 
 
-def test_a_model_without_packed_gemms_is_an_error() -> None:
-    with pytest.raises(ContractError, match="no PackedGemm"):
-        lowered(
-            onnx.parser.parse_model(
-                '<ir_version: 10, opset_import: ["": 21]> g (float[2] x) => (float[2] y) { y = Abs(x) }'
-            )
-        )
-
-
 def test_an_op_that_was_not_packed_is_an_error_that_names_it() -> None:
     graph = Graph()
     quantized = graph.quantize("x", "E2M3", "stray")
@@ -220,9 +211,9 @@ def test_an_op_that_was_not_packed_is_an_error_that_names_it() -> None:
 
 
 def test_a_format_without_any_path_is_refused_with_every_reason() -> None:
-    rows = replace(capabilities("fp8", (86,)), gemms=capabilities("fp8", (86,)).gemms[:2])
+    rows = gemm_rows("fp8", (86,))[:2]
     with pytest.raises(ContractError, match=r"layer: no way to run E4M3 x E2M1; int8: E4M3 does not embed.*2 limbs"):
-        lower(ir.from_proto(single(Linear("layer", activation="E4M3"))), rows)
+        LowerRtx(rows)(ir.from_proto(single(Linear("layer", activation="E4M3"))))
 
 
 def test_four_bit_storage_falls_back_where_it_has_no_decoder() -> None:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -16,10 +17,12 @@ import pytest
 from export.errors import ContractError, EnvironmentLacksError
 from pipeline.backends.base import MODEL, LoweredGraph
 from pipeline.backends.fused.ops import DOMAIN
+from pipeline.backends.metadata_file import NAME as METADATA
 from pipeline.backends.rtx import RtxBackend, RtxOptions
-from pipeline.backends.rtx.build import ENGINE, METADATA
+from pipeline.backends.rtx.build import ENGINE
 from pipeline.backends.tensorrt import plugin_payloads
 from pipeline.backends.tensorrt.plan_file import PLUGIN_STEP, check_plugins, read_engine_file
+from pipeline.backends.tensorrt.plugin_graph import KernelNode
 from pipeline.passes.quantized_gemm import read_gemm
 from pipeline.recipe import Calibrate, Formats, Recipe
 from pipeline.verify.oracle import activation_oracle
@@ -96,28 +99,24 @@ def test_the_engine_carries_machine_code_once_for_equal_layers(folder: Path) -> 
 
 def builders_graph(folder: Path) -> tuple[list[tuple[str, bytes]], list[Payload]]:
     """(name, payload as text) of every plugin node of the builder's graph, and the payloads."""
-    path = folder / "work" / "again.onnx"
-    compiled = partial(plugin_payloads._compiled, (89,))
-    plugin_payloads.write_graph(folder / "work" / MODEL, path, 1, compiled, lambda payload: "P", {}, (89,))
-    graph = onnx.load(path, load_external_data=False).graph
-    path.unlink()
+    with plugin_payloads.builders_graph(folder / "work" / MODEL, 1, (89,)) as (path, _):
+        graph = onnx.load(path, load_external_data=False).graph
     found = [(node.name, a.s) for node in graph.node for a in node.attribute if a.name == FIELD]
     return found, [from_text(text.decode()) for _, text in found]
 
 
+@contextmanager
+def uncompiled(lowered: Path, *sms: int) -> Iterator[tuple[Path, list[KernelNode]]]:
+    """The builder's graph with plugins that carry no code."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(plugin_payloads, "compile_payload", lambda kernel, spec, *_: Payload(kernel, spec, ()))
+        with plugin_payloads.builders_graph(lowered, 1, sms) as graph:
+            yield graph
+
+
 def test_the_builders_graph_is_the_verified_one_without_bodies(folder: Path) -> None:
-    path = folder / "work" / "again.onnx"
-    plugin_payloads.write_graph(
-        folder / "work" / MODEL,
-        path,
-        1,
-        lambda node: Payload(node.kernel, node.spec, ()),
-        lambda payload: "P",
-        {},
-        (89,),
-    )
-    verified, made = (onnx.load(folder / "work" / name, load_external_data=False) for name in (MODEL, path.name))
-    path.unlink()
+    with uncompiled(folder / "work" / MODEL, 89) as (path, _):
+        verified, made = (onnx.load(folder / "work" / name, load_external_data=False) for name in (MODEL, path.name))
     assert [node.name for node in made.graph.node] == [node.name for node in verified.graph.node]
     assert not made.functions and verified.functions
     plugins = {node.name: node for node in made.graph.node if node.domain == DOMAIN}
@@ -195,9 +194,8 @@ def test_other_formats_and_gpus_build(linear: Linear, sms: tuple[int, ...], tmp_
 
 def specs_of(graph: LoweredGraph, *sms: int) -> list[QuantizeSpec | GemmSpec]:
     """Of every plugin of the builder's graph for these GPUs."""
-    path = graph.path.with_name("again.onnx")
-    arguments = (graph.path, path, 1, lambda node: Payload(node.kernel, node.spec, ()), lambda payload: "P", {}, sms)
-    return [node.spec for node in plugin_payloads.write_graph(*arguments)]
+    with uncompiled(graph.path, *sms) as (_, nodes):
+        return [node.spec for node in nodes]
 
 
 @pytest.mark.parametrize(
@@ -249,7 +247,7 @@ def test_a_weight_that_is_not_packed_is_named(folder: Path) -> None:
 def test_constant_scales_are_refused_before_any_work() -> None:
     static = replace(RECIPE, calibrate=Calibrate(method="msfp"))
     (problem,) = RtxBackend().problems(static)
-    assert "calibrate.method msfp scales activations per_tensor" in problem and "rtx.path=native" in problem
+    assert "calibrate.method msfp scales activations per_tensor" in problem and "rtx.path=tensorrt" in problem
 
 
 def test_constant_scales_are_refused_while_lowering(tmp_path: Path) -> None:
@@ -267,7 +265,7 @@ def test_constant_scales_are_refused_while_lowering(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("formats", "text"),
     [
-        (Formats("INT8", "INT8"), "weights in INT8: the GPU kernels take 4-bit weights.*; .*rtx.path=native"),
+        (Formats("INT8", "INT8"), "weights in INT8: the GPU kernels take 4-bit weights.*; .*rtx.path=tensorrt"),
         (Formats("E2M1", "E2M3", {"ff.in": "E2M3"}), "weights in E2M3: the GPU kernels take 4-bit weights"),
     ],
 )

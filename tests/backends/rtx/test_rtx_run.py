@@ -12,9 +12,11 @@ import numpy as np
 import pytest
 
 from export.errors import ContractError, EnvironmentLacksError, ResourceError
+from pipeline.backends import metadata_file
 from pipeline.backends.rtx import RtxBackend
 from pipeline.backends.rtx import engine as rtx_engine
-from pipeline.backends.rtx.engine import Buffers, cache_path, machine_problem, read_metadata, write_cache
+from pipeline.backends.rtx.engine import RtxMetadata, cache_path, machine_problem, write_cache
+from pipeline.backends.tensorrt.engine import Buffers
 
 torch = pytest.importorskip("torch", reason="torch is not installed")
 SHAPES = {"x": [[1, 4], [2, 4], [8, 4]], "t": [[1], [2], [8]]}
@@ -112,7 +114,7 @@ def test_damaged_metadata(text: str | None, tmp_path: Path) -> None:
     if text is not None:
         (tmp_path / "metadata.json").write_text(text)
     with pytest.raises(ContractError, match=r"metadata\.json.*; build the engine again"):
-        read_metadata(tmp_path)
+        metadata_file.read(tmp_path, RtxMetadata)
 
 
 # --- buffers -------------------------------------------------------------------------------------------------------
@@ -120,27 +122,27 @@ def test_damaged_metadata(text: str | None, tmp_path: Path) -> None:
 
 def test_buffers_bind_copy_and_return() -> None:
     context = DoublingContext()
-    buffers = Buffers.make(context, inputs(), ["y"], "cpu")
+    buffers = Buffers.make(context, 0, inputs(), ["y"], "cpu")
     addresses = dict(context.addresses)
     for scale in (1, 3):
         given = {name: array * np.float32(scale) for name, array in inputs().items()}
-        assert np.array_equal(buffers.run(given, 0)["y"], 2 * given["x"])
+        assert np.array_equal(buffers.run(given)["y"], 2 * given["x"])
     assert context.calls == 2 and addresses.items() <= context.addresses.items()
 
 
 def test_results_of_an_earlier_call_are_not_overwritten() -> None:
-    buffers = Buffers.make(DoublingContext(), inputs(), ["y"], "cpu")
-    first = buffers.run(inputs(), 0)["y"]
+    buffers = Buffers.make(DoublingContext(), 0, inputs(), ["y"], "cpu")
+    first = buffers.run(inputs())["y"]
     kept = first.copy()
-    buffers.run({name: array + 1 for name, array in inputs().items()}, 0)
+    buffers.run({name: array + 1 for name, array in inputs().items()})
     assert np.array_equal(first, kept)
 
 
 def test_a_failed_run_and_a_refused_shape_are_errors() -> None:
     with pytest.raises(ResourceError, match="could not be run"):
-        Buffers.make(DoublingContext(works=False), inputs(), ["y"], "cpu").run(inputs(), 0)
+        Buffers.make(DoublingContext(works=False), 0, inputs(), ["y"], "cpu").run(inputs())
     with pytest.raises(ContractError, match=r"refuses shape \(9, 4\) of input x"):
-        Buffers.make(DoublingContext(), inputs(9), ["y"], "cpu")
+        Buffers.make(DoublingContext(), 0, inputs(9), ["y"], "cpu")
 
 
 # --- runtime cache -------------------------------------------------------------------------------------------------

@@ -13,6 +13,7 @@ from export.errors import ContractError, EnvironmentLacksError
 from pipeline import compiler
 from pipeline.backends import BACKENDS
 from pipeline.backends.base import MODEL
+from pipeline.backends.tensorrt import plugin_payloads
 from pipeline.backends.tensorrt.plugin_graph import KernelNode
 from pipeline.backends.trt import build as trt_build
 from pipeline.backends.trt import engine as trt_engine
@@ -79,10 +80,10 @@ def test_the_builders_graph_has_ahead_of_time_plugins(lowered, monkeypatch: pyte
         asked.append((sms, form))
         return payload_of(kernel, spec)
 
-    monkeypatch.setattr(trt_build, "compile_payload", compiled)
-    path = lowered.path.with_name("engine.onnx")
-    nodes = trt_build.write_graph(lowered.path, path, 1, 90)
-    graph = onnx.load(path, load_external_data=False).graph
+    monkeypatch.setattr(plugin_payloads, "compile_payload", compiled)
+    with trt_build.builders_graph(lowered.path, 1, 90) as (path, nodes):
+        graph = onnx.load(path, load_external_data=False).graph
+    assert not path.exists()
     plugins = {node.name: node for node in graph.node if node.name in {n.name for n in nodes}}
     assert len(plugins) == 8 and plugins["ff.up"].op_type == "PackedGemmMultipliers"
     merged = plugins["attn.to_q+attn.to_k+attn.to_v"]

@@ -20,6 +20,10 @@ import torch
 
 from export.errors import ContractError, RecipeError, ResourceError
 from pipeline.backends.base import LoweredGraph
+from pipeline.backends.tensorrt import build as tensorrt_build
+from pipeline.backends.tensorrt import engine as tensorrt_engine
+from pipeline.backends.tensorrt import plugin_payloads
+from pipeline.backends.tensorrt.engine import Buffers
 from pipeline.backends.tensorrt.plugin_graph import KernelNode
 from pipeline.backends.trt import build as trt_build
 from pipeline.backends.trt import engine as trt_engine
@@ -106,15 +110,15 @@ def builder(monkeypatch: pytest.MonkeyPatch) -> Builder:
     made = Builder(FrontEnd())
     monkeypatch.setattr(plugins, "import_module", lambda name: made.front_end if name.endswith(".plugin") else TYPES)
     monkeypatch.setattr(trt_build.plugins, "register", plugins.register.__wrapped__)
-    monkeypatch.setattr(trt_build, "import_module", lambda name: made.module())
-    monkeypatch.setattr(trt_build, "compile_payload", lambda kernel, spec, *_: payload_of(kernel, spec))
+    for module in (trt_build, tensorrt_build):
+        monkeypatch.setattr(module, "import_module", lambda name: made.module())
+    monkeypatch.setattr(plugin_payloads, "compile_payload", lambda kernel, spec, *_: payload_of(kernel, spec))
     return made
 
 
 def build(graph: LoweredGraph, engine: Path) -> tuple[dict[str, Any], list[KernelNode]]:
-    path = graph.path.with_name("engine.onnx")
-    nodes = trt_build.write_graph(graph.path, path, 1, 90)
-    return trt_build.build_engine(path, engine, nodes, 90, 1), nodes
+    with trt_build.builders_graph(graph.path, 1, 90) as (path, nodes):
+        return trt_build.build_checked(path, engine, nodes, 90, 1), nodes
 
 
 def test_what_the_builder_is_asked_for(lowered: LoweredGraph, builder: Builder, tmp_path: Path) -> None:  # noqa: F811
@@ -144,7 +148,8 @@ def test_flags_that_a_release_lacks_are_not_asked_for(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(trt_build, "import_module", lambda name: builder.module(without))
+    for module in (trt_build, tensorrt_build):
+        monkeypatch.setattr(module, "import_module", lambda name: builder.module(without))
     build(lowered, tmp_path / "model.engine")
     assert (builder.network_flags, builder.cleared) == (flags, cleared)
 
@@ -227,10 +232,8 @@ def cuda(monkeypatch: pytest.MonkeyPatch) -> FakeCuda:
     made = FakeCuda()
     for name in ("Stream", "CUDAGraph", "current_stream", "stream", "graph"):
         monkeypatch.setattr(torch.cuda, name, getattr(made, name))
-    make = trt_engine.Buffers.make
-    monkeypatch.setattr(
-        trt_engine.Buffers, "make", lambda context, arrays, names, device: make(context, arrays, names, "cpu")
-    )
+    make = Buffers.make
+    monkeypatch.setattr(Buffers, "make", lambda context, *rest: make(context, *rest, "cpu"))
     return made
 
 
@@ -257,7 +260,7 @@ def contexts(
         TensorIOMode=SimpleNamespace(OUTPUT="output"),
         nptype=np.dtype,
     )
-    monkeypatch.setattr(trt_engine, "import_module", lambda name: module)
+    monkeypatch.setattr(tensorrt_engine, "import_module", lambda name: module)
     monkeypatch.setattr(trt_engine.machine, "require", lambda names, what: None)
     monkeypatch.setattr(trt_engine.machine, "tool_version", lambda name: "11.1.0")
     monkeypatch.setattr(trt_engine, "visible_sm", lambda: 90)
@@ -283,7 +286,7 @@ def test_each_shape_has_its_context_buffers_and_graph(contexts: Any, cuda: FakeC
     assert len(made) == 2 and set(made[0].addresses.values()).isdisjoint(made[1].addresses.values())
     assert cuda.events.count("replay") == 4 and cuda.events.count("capture on side 1") == 2
     engine.close()
-    assert not engine._captured
+    assert not engine._calls
 
 
 def test_an_engine_that_refuses_to_run_is_not_captured(
@@ -293,7 +296,7 @@ def test_an_engine_that_refuses_to_run_is_not_captured(
     monkeypatch.setattr(Context, "execute_async_v3", lambda self, stream: False)
     with pytest.raises(ResourceError, match="could not be run"):
         engine.run({"x": np.ones((1, 4), np.float32)})
-    assert not engine._captured and cuda.events == [] and cuda.current.name == "main"
+    assert not engine._calls and cuda.events == [] and cuda.current.name == "main"
 
 
 @pytest.mark.parametrize("closes", [False, True])

@@ -124,7 +124,7 @@ def test_the_builder_fuses_it_and_not_the_float32_one(tmp_path: Path) -> None:
         if convert:
             halve_attention(model)
         onnx.save(ir.to_proto(model), tmp_path / f"{name}.onnx")
-        build_engine(tmp_path / f"{name}.onnx", tmp_path / name, (89, 120), 1)
+        build_engine("tensorrt_rtx", tmp_path / f"{name}.onnx", tmp_path / name, (89, 120), 1)
         steps = read_engine_file(tmp_path / name).steps
         fused.append(sum("gemm_mha" in step.name for step in steps))
     assert fused == [1, 0]

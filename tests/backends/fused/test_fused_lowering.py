@@ -14,7 +14,7 @@ from export.errors import ContractError
 from pipeline.backends.cuda.module import LoweredModule
 from pipeline.backends.fused.attention import FuseAttention
 from pipeline.backends.fused.gate_residual import FuseGateResidual
-from pipeline.backends.fused.lower import LowerCuda, lower
+from pipeline.backends.fused.lower import LowerFused, lower
 from pipeline.backends.fused.ops import DOMAIN, OPS, add_functions
 from pipeline.passes import run_shared
 from tests.support.learned import with_scaling
@@ -144,7 +144,7 @@ def test_a_graph_of_an_earlier_release_is_merged_when_it_is_read():
     """Its linears stand apart, as `lower` left them."""
     model = portable(LINEAR + SECOND + "y = Concat <axis = -1> (k, h)", [*square("a"), *square("b", seed=1)], **SHAPES)
     run_shared(model)
-    apart = LowerCuda()
+    apart = LowerFused()
     apart(model)
     assert [node.op_type for node in model.graph].count("Gemm") == 2
     assert len(LoweredModule(model).gemms) == 1
@@ -193,7 +193,7 @@ def gates(seed: int) -> np.ndarray:
 def gated(body: str) -> tuple[ir.Model, FuseGateResidual]:
     model = portable(LINEAR + body, square(), inner="float[B,S,64] h, float[B,S,64] g", **SHAPES)
     run_shared(model)
-    LowerCuda()(model)
+    LowerFused()(model)
     rewrite = FuseGateResidual()
     rewrite(model)
     return model, rewrite
@@ -260,7 +260,7 @@ def test_another_gelu_stays(gelu, reason):
     layers = [random_linear("a", n=64), random_linear("b", n=64, seed=1)]
     model = portable(LINEAR + f'g = {gelu}\n y = fpq.QuantizedLinear <layer="b"> (g)', layers, **SHAPES)
     run_shared(model)
-    rewrite = LowerCuda()
+    rewrite = LowerFused()
     rewrite(model)
     assert "Gelu" in kinds(model) and reason in rewrite.refusals[0].reason
 

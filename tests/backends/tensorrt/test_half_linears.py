@@ -88,6 +88,6 @@ def test_the_engine_keeps_sixteen_bits(form: str, tmp_path: Path) -> None:
             halve_large_linears(graph)
             drop_unused(graph)
         onnx.save(ir.to_proto(graph), tmp_path / f"{name}.onnx")
-        build_engine(tmp_path / f"{name}.onnx", tmp_path / name, (89, 120), 1)
+        build_engine("tensorrt_rtx", tmp_path / f"{name}.onnx", tmp_path / name, (89, 120), 1)
         found[name] = read_engine_file(tmp_path / name).constant_bytes
     assert found["half"]["half"] == 2 * SIZE**2 and found["single"]["float"] >= 4 * SIZE**2

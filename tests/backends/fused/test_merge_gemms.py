@@ -13,9 +13,9 @@ import pytest
 from export.dialect.graph import drop_unused
 from pipeline.backends import lowering_file
 from pipeline.backends.base import LoweredGraph
-from pipeline.backends.fused.lower import LowerCuda
+from pipeline.backends.fused.lower import LowerFused
 from pipeline.backends.fused.ops import DOMAIN, add_functions
-from pipeline.backends.tensorrt.plugin_graph import lower_fused
+from pipeline.backends.tensorrt import plugin_payloads
 from pipeline.passes import run_shared
 from pipeline.verify.oracle import LinearProbe
 from pipeline.verify.probe import ProbedGraph
@@ -25,10 +25,10 @@ SHAPES = {"inputs": "float[B,S,64] x, float[B,1,64] gate", "outputs": "float[B,S
 LINEARS = 'h = fpq.QuantizedLinear <layer="a"> (x)\nk = fpq.QuantizedLinear <layer="b"> (x)\n'
 JOIN = "y = Concat <axis = -1> (k, h)"
 FEEDS = {"x": activations(np.random.default_rng(4)), "gate": np.ones((1, 1, 64), np.float32)}
-Lower = Callable[..., LowerCuda]
+Lower = Callable[..., LowerFused]
 
 
-def lowered(low: Lower, base: dict[str, Any], other: dict[str, Any], body: str = JOIN) -> tuple[ir.Model, LowerCuda]:
+def lowered(low: Lower, base: dict[str, Any], other: dict[str, Any], body: str = JOIN) -> tuple[ir.Model, LowerFused]:
     """A linear of 64 channels and one of 128 on the same x."""
     layers = [random_linear("a", n=64, k=64, **base), random_linear("b", n=128, k=64, seed=1, **other)]
     model = portable(LINEARS + body, layers, **SHAPES)
@@ -38,9 +38,9 @@ def lowered(low: Lower, base: dict[str, Any], other: dict[str, Any], body: str =
     return model, lowering
 
 
-def lower_apart(model: ir.Model) -> LowerCuda:
+def lower_apart(model: ir.Model) -> LowerFused:
     """Fused ops, one Gemm for each linear."""
-    lowering = LowerCuda()
+    lowering = LowerFused()
     lowering(model)
     add_functions(model)
     return lowering
@@ -50,7 +50,7 @@ def gemms(model: ir.Model) -> list[str]:
     return [str(node.name) for node in model.graph if node.domain == DOMAIN and node.op_type.startswith("Gemm")]
 
 
-def probed(model: ir.Model, lowering: LowerCuda, folder: Path) -> dict[str, LinearProbe]:
+def probed(model: ir.Model, lowering: LowerFused, folder: Path) -> dict[str, LinearProbe]:
     """What each linear computes in stock onnxruntime, found through a lowering file."""
     folder.mkdir()
     ir.save(model, folder / "model.onnx", external_data="data", size_threshold_bytes=64)
@@ -68,7 +68,7 @@ def probed(model: ir.Model, lowering: LowerCuda, folder: Path) -> dict[str, Line
 )
 def test_two_linears_are_one_gemm_and_the_gates_find_each(chosen: dict[str, Any], tmp_path: Path) -> None:
     """Codes, exact sums and results are those of the graph with both apart, to the bit; weights are stored once."""
-    model, lowering = lowered(lower_fused, chosen, chosen)
+    model, lowering = lowered(plugin_payloads.lower, chosen, chosen)
     assert gemms(model) == ["a+b"]
     apart, lowering_apart = lowered(lower_apart, chosen, chosen)
     assert gemms(apart) == ["a", "b"]
@@ -92,12 +92,12 @@ def test_two_linears_are_one_gemm_and_the_gates_find_each(chosen: dict[str, Any]
     ids=["weight formats", "multipliers", "real groups", "codes", "an epilogue"],
 )
 def test_other_linears_stay_alone(other: dict[str, Any], body: str) -> None:
-    model, lowering = lowered(lower_fused, {}, other, body)
+    model, lowering = lowered(plugin_payloads.lower, {}, other, body)
     assert sorted(gemms(model)) == ["a", "b"] and "Split" not in [node.op_type for node in model.graph]
     assert {probe.gemm_columns for probe in lowering.probes} == {None}
 
 
 def test_gemms_are_merged_up_to_a_width(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("pipeline.backends.fused.merge_gemms.MERGED_COLUMNS", 64 + 127)
-    model, _ = lowered(lower_fused, {}, {})
+    model, _ = lowered(plugin_payloads.lower, {}, {})
     assert gemms(model) == ["a", "b"]

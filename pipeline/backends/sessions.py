@@ -1,0 +1,171 @@
+"""Sessions of stock onnxruntime, opened and run with its errors in words of ours, and engines made of them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from export.documents import open_file
+from export.errors import ContractError, RecipeError
+from pipeline import machine
+from pipeline.backends import feeds
+from pipeline.backends.base import Arrays
+from pipeline.files import is_out_of_memory
+from plugins.cpu import library
+
+if TYPE_CHECKING:
+    from onnxruntime import InferenceSession, SessionOptions
+
+# Conditions whose results are kept: the last one of two callers. A third caller's is computed again at every call.
+KEPT = 2
+
+
+@contextmanager
+def runtime_errors(path: Path) -> Iterator[None]:
+    """Within, onnxruntime works on the graph in `path`; a refusal becomes a ContractError. Lack of memory stays so."""
+    try:
+        yield
+    except Exception as error:  # its classes, one for each cause, share no base
+        # A message of its own with a name from the file that is not UTF-8 comes as UnicodeDecodeError.
+        own = type(error).__module__.startswith("onnxruntime.") or isinstance(error, UnicodeDecodeError)
+        if not own or is_out_of_memory(error):
+            raise
+        reason = " ".join(str(error).split())[:300]
+        raise ContractError(
+            f"{path}: onnxruntime refuses it ({reason}); verify the bundle, or build it again"
+        ) from error
+
+
+def session_options(threads: int) -> SessionOptions:
+    """Those of every engine's session; threads 0: as many as `machine.threads` allows."""
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads or machine.threads()
+    options.log_severity_level = 3
+    # Idle threads sleep instead of spinning, so that engines do not steal each other's cores.
+    options.add_session_config_entry("session.force_spinning_stop", "1")
+    return options
+
+
+def opened(path: Path, options: SessionOptions, without: Sequence[str] = ()) -> InferenceSession:
+    """onnxruntime's session of a file, `without` some of its optimizers. Raises ContractError where it refuses it."""
+    import onnxruntime
+
+    left_out = {"disabled_optimizers": list(without)} if without else {}
+    open_file(path).close()  # refuses what is no file
+    with runtime_errors(path):
+        return onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"], **left_out)
+
+
+def register_needed(options: SessionOptions, domains: Iterable[str]) -> None:
+    """Give a session the kernel library of this package if one of its graph's op domains is the library's."""
+    if library.DOMAIN in domains:
+        library.register(options)
+
+
+def run_session(session: InferenceSession, names: list[str], fed: Arrays) -> Arrays:
+    """Outputs of one session. Raises RecipeError where onnxruntime refuses the numbers, such as a class too high."""
+    try:
+        return dict(zip(names, session.run(names, fed), strict=True))
+    except Exception as error:
+        if type(error).__name__ != "InvalidArgument":
+            raise
+        remedy = "give numbers that the model knows, such as classes that it was trained on"
+        reason = " ".join(str(error).split())[:300]
+        raise RecipeError(f"the engine cannot run these inputs ({reason}); {remedy}") from error
+
+
+# --- engines --------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Sessions:
+    """What runs at every call, and what runs for a new condition (None: nothing depends on the condition alone)."""
+
+    step: InferenceSession
+    condition: InferenceSession | None = None
+
+
+@dataclass(frozen=True)
+class Kept:
+    """A condition, copied, and what was computed from that copy; never changed."""
+
+    condition: Arrays
+    results: Arrays
+
+    def is_of(self, inputs: Arrays) -> bool:
+        """Do all numbers of the condition equal those in `inputs`?"""
+        return all(_equal(array, inputs.get(name)) for name, array in self.condition.items())
+
+
+class SessionEngine:
+    """One or two onnxruntime sessions on the CPU. `run` may be called from any number of threads.
+
+    What depends on the condition alone (keys and values of cross-attention) is computed when a condition is new, and
+    kept. Whether it is new is decided by comparing all its numbers with a copy. A call computes with its own copies of
+    the inputs, so callers may reuse or overwrite their arrays at any time, and takes the kept results once, together
+    with the condition they belong to. The sessions themselves keep nothing between calls.
+    """
+
+    def __init__(self, sessions: Sessions) -> None:
+        self.sessions: Sessions | None = sessions
+        self.outputs = [output.name for output in sessions.step.get_outputs()]
+        self.declared = declared_inputs(sessions)
+        self.step_inputs = {value.name for value in sessions.step.get_inputs()}
+        self.kept: tuple[Kept, ...] = ()
+
+    def run(self, inputs: Arrays) -> Arrays:
+        """Outputs by name for inputs by name. Raises RecipeError for inputs that do not fit, and once closed."""
+        sessions = self.sessions
+        if sessions is None:
+            raise RecipeError("the engine is closed; load it again")
+        kept = next((row for row in self.kept if row.is_of(inputs)), None)
+        known = {} if kept is None else kept.condition
+        call = {name: known[name] if name in known else own(array) for name, array in inputs.items()}
+        feeds.check_feeds(self.declared, call)
+        if kept is None and sessions.condition is not None:
+            kept = self._prepare(sessions.condition, call)
+        results = {} if kept is None else kept.results
+        fed = {name: array for name, array in (call | results).items() if name in self.step_inputs}
+        return run_session(sessions.step, self.outputs, fed)
+
+    def _prepare(self, session: InferenceSession, call: Arrays) -> Kept:
+        """Compute what depends on the condition alone. Of callers at the same time one may lose its place in `kept`,
+        which costs time, never a result: each goes on with what it made."""
+        condition = {value.name: call[value.name] for value in session.get_inputs()}
+        kept = Kept(condition, run_session(session, [output.name for output in session.get_outputs()], condition))
+        self.kept = (kept, *self.kept[: KEPT - 1])
+        return kept
+
+    def forget(self) -> None:
+        """Drop the kept conditions: the next call computes its own again."""
+        self.kept = ()
+
+    def close(self) -> None:
+        """Free the sessions, when the calls that are running have ended; later calls raise RecipeError."""
+        self.sessions = None
+        self.forget()
+
+
+def own(array: Any) -> Any:
+    """A private copy of an array; what is none is left for the check of inputs to refuse."""
+    return np.array(array, order="C") if isinstance(array, np.ndarray) else array
+
+
+def _equal(array: Any, other: Any) -> bool:
+    fits = getattr(other, "dtype", None) == array.dtype and getattr(other, "shape", None) == array.shape
+    return bool(fits and np.array_equal(array, other))
+
+
+def declared_inputs(sessions: Sessions) -> tuple[feeds.Declared, ...]:
+    """The engine's own inputs: those of both sessions, without what one hands to the other."""
+    parts = [part for part in (sessions.condition, sessions.step) if part is not None]
+    handed = {value.name for part in parts for value in part.get_outputs()}
+    rows = {row.name: row for part in parts for row in feeds.of_session(part)}
+    return tuple(row for name, row in rows.items() if name not in handed)
