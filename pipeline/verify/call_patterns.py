@@ -13,7 +13,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from numpy.typing import NDArray
+
+from pipeline.distance import Array
 
 if TYPE_CHECKING:
     from pipeline.verify.calls import SampleError
@@ -68,7 +69,7 @@ class Traits:
 NO_TRAITS = Traits(batch=1, place=0, timestep=math.nan, latent=math.nan)
 
 
-def traits_of(inputs: Mapping[str, NDArray[Any]], place: int, setting: str = "", rows: tuple[int, ...] = ()) -> Traits:
+def traits_of(inputs: Mapping[str, Array], place: int, setting: str = "", rows: tuple[int, ...] = ()) -> Traits:
     """Of sample `place` of a call with these inputs."""
     batch = len(inputs["hidden_states"])
     with_rows = {name: array for name, array in inputs.items() if array.ndim and len(array) == batch}
@@ -94,7 +95,7 @@ def traits_of(inputs: Mapping[str, NDArray[Any]], place: int, setting: str = "",
     )
 
 
-def _fullness(masks: Sequence[NDArray[Any]]) -> str:
+def _fullness(masks: Sequence[Array]) -> str:
     """Of the masks of one sample: "empty" or "partial" if one is."""
     shares = [float(np.mean(mask != 0)) for mask in masks]
     return "empty" if 0 in shares else "partial" if min(shares) < 1 else "full"
@@ -111,7 +112,7 @@ class Sign:
     text: str
 
 
-def sign_of(output: NDArray[Any], row: int, exact: NDArray[Any], rows: Sequence[int]) -> Sign | None:
+def sign_of(output: Array, row: int, exact: Array, rows: Sequence[int]) -> Sign | None:
     """Of a result for the sample `row` of a pool whose references are `exact` [samples, C, ...], in a call of the
     samples `rows`; None for none of those known."""
     expected, actual = np.asarray(exact[row], np.float64), np.asarray(output, np.float64)
@@ -133,7 +134,7 @@ def other_shape(shape: tuple[int, ...], expected: tuple[int, ...]) -> Sign:
     )
 
 
-def _of_another(actual: NDArray[Any], power: float, row: int, exact: NDArray[Any], rows: Sequence[int]) -> Sign | None:
+def _of_another(actual: Array, power: float, row: int, exact: Array, rows: Sequence[int]) -> Sign | None:
     powers = [float(np.sum((actual - np.asarray(other, np.float64)) ** 2)) for other in exact]
     nearest = int(np.argmin(powers))
     if powers[nearest] * NEARER >= power or nearest == row:
@@ -143,7 +144,7 @@ def _of_another(actual: NDArray[Any], power: float, row: int, exact: NDArray[Any
     return Sign("call", "the result of another call is given: a buffer is shared, or what is kept is not renewed")
 
 
-def _factor(expected: NDArray[Any], difference: NDArray[Any]) -> Sign | None:
+def _factor(expected: Array, difference: Array) -> Sign | None:
     size = float(np.sum(expected**2))
     factor = float(np.sum(expected * difference)) / size if size else 0.0
     share = EXPLAINED if abs(factor) <= USUAL_FACTOR else LARGE_EXPLAINED
@@ -152,7 +153,7 @@ def _factor(expected: NDArray[Any], difference: NDArray[Any]) -> Sign | None:
     return Sign("factor", f"all numbers times {1 + float(f'{factor:.1g}'):g}: a factor is wrong")
 
 
-def _channels(difference: NDArray[Any]) -> Sign | None:
+def _channels(difference: Array) -> Sign | None:
     """An error in few channels [C, ...] alone."""
     shares = np.sum(difference.reshape(len(difference), -1) ** 2, axis=1) / np.sum(difference**2)
     few = np.flatnonzero(shares > 1 / (2 * len(shares)))
@@ -164,8 +165,8 @@ def _channels(difference: NDArray[Any]) -> Sign | None:
 
 # --- traits ---------------------------------------------------------------------------------------------------------
 
-Value = Callable[["SampleError"], Any]
-Words = Callable[[set[Any], set[Any]], str]
+Value = Any  # a number, a word, or true or false: of one kind in each trait
+Words = Callable[[set[Value], set[Value]], str]
 
 
 @dataclass(frozen=True)
@@ -173,7 +174,7 @@ class Trait:
     """One thing that samples differ in. value: None where a sample has none; words: name the wrong samples' values,
     given those and the right ones'; ordered: only a threshold counts, as every sample has a value of its own."""
 
-    value: Value
+    value: Callable[[SampleError], Value]
     words: Words
     cause: str
     ordered: bool = False
@@ -182,7 +183,7 @@ class Trait:
 def _numbers(form: str) -> Words:
     """`form` with the values of the wrong samples, or the bound that they lie beyond."""
 
-    def words(wrong: set[Any], right: set[Any]) -> str:
+    def words(wrong: set[Value], right: set[Value]) -> str:
         first, last, several = min(wrong), max(wrong), len(wrong) > 1
         text = ", ".join(f"{value:g}" for value in sorted(wrong))
         if several and right and first > max(right):

@@ -34,7 +34,6 @@ from pipeline.verify.gates import (
     calls_gates,
     coverage_gate,
     end_gates,
-    fails,
     first_nonfinite,
     fp16_gate,
     layer_gates,
@@ -45,7 +44,7 @@ from pipeline.verify.gates import (
     segments_gate,
     step_results,
 )
-from pipeline.verify.oracle import ActivationOracle, LinearCheck, LinearProbe, activation_oracle, check_linear
+from pipeline.verify.oracle import ActivationOracle, LinearCheck, LinearProbe, activation_oracle, check_linear, joined
 from pipeline.verify.probe import Beside, ProbedGraph
 from pipeline.verify.reference_hooks import ARITHMETICS
 from pipeline.verify.report import Gate, LayerResult, Report, write_layers_csv
@@ -297,22 +296,9 @@ def quantizer_key(layer: QuantizedLinear) -> bytes:
     return repr(choices).encode() + b"".join(b"-" if array is None else array.tobytes() for array in arrays)
 
 
-def joined(probes: Sequence[LinearProbe]) -> LinearProbe:
-    """The probes of several calls as one, rows after rows."""
-    first = probes[0]
-    keys = ("x", "integers", "act_scale", "gemm", "output", "low_rank", "timesteps")
-    arrays: dict[str, Any] = {
-        key: np.concatenate([getattr(p, key) for p in probes]) for key in keys if getattr(first, key) is not None
-    }
-    if first.operands is not None:  # the weight is the same in every call
-        values = np.concatenate([probe.operands[0] for probe in probes if probe.operands is not None])
-        arrays["operands"] = (values, first.operands[1])
-    return replace(first, **arrays)
-
-
 def worst_calls(layer: QuantizedLinear, probes: Mapping[str, LinearProbe], check: LinearCheck) -> dict[str, str]:
     """Of each field of `check` that fails its gate, the call in which it is worst, and of how many. probes: by call."""
-    wrong = {rule.key: rule for rule in LAYER_RULES if fails(rule, getattr(check, rule.key))}
+    wrong = {rule.key: rule for rule in LAYER_RULES if rule.fails(getattr(check, rule.key))}
     keys = [*wrong, *(["nonfinite"] if check.nonfinite else [])]
     if not keys:
         return {}

@@ -22,9 +22,9 @@ from pipeline.verify.gates import (
     quantizers_gate,
     segments_gate,
 )
-from pipeline.verify.oracle import activation_oracle, check_linear
+from pipeline.verify.oracle import activation_oracle, check_linear, joined
 from pipeline.verify.probe import ProbedGraph
-from pipeline.verify.proof import joined, worst_calls
+from pipeline.verify.proof import worst_calls
 from pipeline.verify.report import Gate, LayerResult
 from pipeline.verify.study import StepErrors
 from tests.support.hand_lowered import linear, lower
