@@ -7,7 +7,7 @@ float32 roundings, with the count beside it.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import cache, cached_property
 from typing import Any
@@ -74,17 +74,19 @@ def activation_oracle(x: Array, layer: QuantizedLinear) -> ActivationOracle:
     fmt, groups = get_format(layer.activation_format), layer.activation_groups
     balanced, error = _balanced(np.asarray(x, np.float64), layer)
     if layer.activation_scale is not None:
-        shifted = balanced - (0.0 if layer.activation_zero is None else float(layer.activation_zero[0]))
-        return _rounded(fmt, shifted, np.full((len(x), 1), layer.activation_scale[0], np.float64), error)
-    rows = balanced.reshape(len(x) * groups, -1)
-    errors = None if error is None else error.reshape(rows.shape)
-    oracle = _rounded(fmt, rows, _dynamic_scale(rows, fmt), errors)
-    if errors is not None:
-        slack = errors.max(axis=1, keepdims=True) / (oracle.scale * fmt.max_value)
-        oracle = replace(_rounded(fmt, rows, oracle.scale, errors + slack * np.abs(rows)), scale_slack=slack)
-    by_number = {key: getattr(oracle, key).reshape(x.shape) for key in ("integers", "lowest", "highest")}
-    by_group = {key: getattr(oracle, key).reshape(len(x), groups) for key in ("scale", "scale_slack")}
-    return ActivationOracle(**by_number, **by_group)
+        rows = balanced - (0.0 if layer.activation_zero is None else float(layer.activation_zero[0]))
+        scale = np.full((len(x), 1), layer.activation_scale[0], np.float64)
+        slack = np.zeros_like(scale)
+    else:
+        rows = balanced.reshape(len(x) * groups, -1)
+        scale = np.maximum(np.abs(rows).max(axis=1, keepdims=True), ABSMAX_FLOOR) / fmt.max_value
+        slack = np.zeros_like(scale)
+        if error is not None:
+            error = error.reshape(rows.shape)
+            slack = error.max(axis=1, keepdims=True) / (scale * fmt.max_value)
+            error = error + slack * np.abs(rows)
+    integers = (array.reshape(x.shape) for array in _rounded(fmt, rows, scale, error))
+    return ActivationOracle(*integers, scale=scale.reshape(len(x), -1), scale_slack=slack.reshape(len(x), -1))
 
 
 def _balanced(x: Array, layer: QuantizedLinear) -> tuple[Array, Array | None]:
@@ -96,19 +98,16 @@ def _balanced(x: Array, layer: QuantizedLinear) -> tuple[Array, Array | None]:
     return balanced, ROUNDING * FIRST_ORDER * (np.abs(product) + np.abs(balanced))
 
 
-def _dynamic_scale(x: Array, fmt: Format) -> NDArray[np.float64]:
-    """[M, 1]: the scale at which each row's absmax is the format's largest value."""
-    return np.maximum(np.abs(x).max(axis=1, keepdims=True), ABSMAX_FLOOR) / fmt.max_value
+def _rounded(fmt: Format, x: Array, scale: Array, error: Array | None) -> Iterator[NDArray[np.integer]]:
+    """Integers of the nearest codes of x / scale [M, K], and of the lowest and highest that float32 may make of them.
 
-
-def _rounded(fmt: Format, x: Array, scale: NDArray[np.float64], error: Array | None = None) -> ActivationOracle:
-    """Codes of x / scale [M, K]; `error`: by how much x may be off beforehand, or None."""
+    error: by how much x may be off beforehand, or None.
+    """
     blocks = (
         _block_rounded(fmt, x[rows], scale[rows], None if error is None else error[rows])
         for rows in row_blocks(*x.shape)
     )
-    integers, lowest, highest = map(np.concatenate, zip(*blocks, strict=True))
-    return ActivationOracle(integers, lowest, highest, scale, np.zeros_like(scale))
+    return map(np.concatenate, zip(*blocks, strict=True))
 
 
 def row_blocks(rows: int, columns: int) -> list[slice]:
@@ -117,10 +116,7 @@ def row_blocks(rows: int, columns: int) -> list[slice]:
     return [slice(first, first + count) for first in range(0, max(1, rows), count)]
 
 
-def _block_rounded(
-    fmt: Format, x: Array, scale: NDArray[np.float64], error: Array | None
-) -> tuple[NDArray[np.integer], NDArray[np.integer], NDArray[np.integer]]:
-    """Integers of the nearest code, and of those at both ends of the quotient's interval."""
+def _block_rounded(fmt: Format, x: Array, scale: Array, error: Array | None) -> tuple[NDArray[np.integer], ...]:
     quotient = x / scale
     slack = QUOTIENT_ROUNDINGS * ROUNDING * np.abs(quotient)
     if error is not None:

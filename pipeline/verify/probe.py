@@ -7,7 +7,6 @@ file beside the original. Layers are taken in batches, so that memory stays boun
 from __future__ import annotations
 
 import logging
-import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -17,7 +16,6 @@ from typing import TYPE_CHECKING
 import numpy as np
 import onnx
 from numpy.typing import NDArray
-from onnx.external_data_helper import ExternalDataInfo
 
 from export.formats.format import Format, get_format
 from export.onnx_files import read_graph
@@ -100,11 +98,9 @@ class ProbedGraph:
         return any(np.array_equal(self._numbers(tensor), table) for tensor in same)
 
     def _numbers(self, tensor: onnx.TensorProto) -> NDArray:
-        if tensor.data_location != onnx.TensorProto.EXTERNAL:
-            return onnx.numpy_helper.to_array(tensor)
-        info, dtype = ExternalDataInfo(tensor), onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type)
-        flat = np.fromfile(self.path.parent / info.location, dtype, math.prod(tensor.dims), offset=info.offset or 0)
-        return flat.reshape(tensor.dims)
+        own = onnx.TensorProto()
+        own.CopyFrom(tensor)  # into which external data is read
+        return onnx.numpy_helper.to_array(own, str(self.path.parent))
 
     def denoiser(self) -> Callable[[Arrays], Arrays]:
         """The graph as it is, run by onnxruntime: stands in for an engine that this machine cannot run. The function

@@ -73,9 +73,8 @@ def verify(
     """All gates of design: `layers` are what every engine must compute. Writes the report's files into `out_dir`.
 
     A target of `lowered` without an entry in `engines` is judged by its lowered graph in onnxruntime, and the report
-    says so. threads: how many to use, see `machine.threads`; targets are judged side by side, of a large
-    model TARGETS_AT_ONCE. Raises
-    ContractError where a lowered graph cannot be read at all.
+    says so. threads: how many to use, see `machine.threads`; targets are judged side by side, of a large model
+    TARGETS_AT_ONCE. Raises ContractError where a lowered graph cannot be read at all.
     """
     from pipeline.verify.page import write_page
 
@@ -84,25 +83,15 @@ def verify(
     threads = machine.threads(threads)
     reference = study(model, layers, recipe, {*arithmetics.values(), *of_graphs}, threads)
     at_once = min(threads, len(lowered), TARGETS_AT_ONCE if is_large(model) else threads)
+    # A large model's last target has the machine to itself, and its operations are large enough for all threads.
+    threads_each = threads if is_large(model) else threads // at_once
     report = Report(gates=quantization_gates(reference, recipe))
 
     def one(target: str) -> tuple[Report, NDArray[np.float32]]:
-        part, engine = Report(), engines.get(target)
-        # A large model's last target has the machine to itself, and its operations are large enough for all threads.
-        probed = ProbedGraph(lowered[target], threads if is_large(model) else threads // at_once)
-        images = verify_target(
-            target,
-            model,
-            layers,
-            lowered[target],
-            engine,
-            reference,
-            part,
-            arithmetics[target],
-            probed=probed,
-            threads=threads if is_large(model) else threads // at_once,
-        )
-        find_overflow = BACKENDS[target].overflow(lowered[target], recipe)
+        part, graph = Report(), lowered[target]
+        judged = (target, model, layers, graph, engines.get(target), reference, part, arithmetics[target])
+        images = verify_target(*judged, probed=ProbedGraph(graph, threads_each), threads=threads_each)
+        find_overflow = BACKENDS[target].overflow(graph, recipe)
         if find_overflow is not None:
             part.gates.append(fp16_gate(target, find_overflow(overflow_calls(reference, is_large(model)))))
         return part, images
@@ -138,9 +127,8 @@ def verify_target(
     """Append one target's gates and rows to `report`; returns the engine's pictures.
 
     arithmetic: of the engine, see `ARITHMETICS`, which has that of the lowered graph, in which layers are looked at, as
-    well. effort: what is run; None: all that `effort_for` asks for. probed:
-    `graph` where it is open already. threads: with two or more a linear and the stretch before it are judged
-    together.
+    well. effort: what is run; None: all that `effort_for` asks for. probed: `graph` where it is open already. threads:
+    with two or more a linear and the stretch before it are judged together.
     """
     probed, single = probed or ProbedGraph(graph), study.float32[arithmetic]
     of_graph_name = ARITHMETICS[arithmetic].of_graph
@@ -153,22 +141,21 @@ def verify_target(
     effort = effort or effort_for(target, *whole, large=is_large(model), runs=engine is not None)
     calls = looked_at(study, effort)
     # Of the call with fewest tokens: that of one sample, where it is looked into.
-    extreme_call = min(range(len(calls)), key=lambda place: len(list(calls.values())[place]["hidden_states"]))
+    smallest = min(calls, key=lambda text: len(calls[text]["hidden_states"]))
     order = {name: place for place, name in enumerate(study.stretches.order(study.calls[0]))}
     present.sort(key=lambda layer: order[layer.name])
     with SegmentCheck(target, study.stretches, calls, of_graph_name) as segments:
         complete = len(present) == len(order)  # else the coverage gate fails, and nothing behind a gap can be judged
         checked = segments if complete else None
         tokens = LARGE_TOKENS if is_large(model) else None
-        read = Beside(extreme_call, read_by_quantizers(probed, present), tokens)
+        read = Beside(list(calls).index(smallest), read_by_quantizers(probed, present), tokens)
         results = layer_results(
             target, present, expected, probed, study, of_graph, calls, effort.probed, checked, threads, read
         )
     report.layers += results
     report.segments += segments.results
     report.gates += [segments_gate(target, segments.results), *tables_gate(target, model, probed)]
-    text, inputs = list(calls.items())[extreme_call]
-    report.gates.append(quantizers_gate(target, extreme_results(probed, present, read, inputs), text))
+    report.gates.append(quantizers_gate(target, extreme_results(probed, present, read, calls[smallest]), smallest))
     run = engine.run if engine else probed.denoiser()
     if engine is None:
         report.notes.append(f"{target}: {BACKENDS[target].not_run_note(graph)}")
