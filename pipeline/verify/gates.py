@@ -44,7 +44,7 @@ class LayerRule:
     """A gate over all linears of a target: the field of LayerResult it reads, and how the layers are combined.
 
     cause: what is likely wrong where it fails. may_be_absent: nan in the field stands for nothing to compare. idle:
-    what the report says where it is nan in all layers; "" for nothing.
+    what the report says of layers where it is nan.
     """
 
     name: str
@@ -55,7 +55,7 @@ class LayerRule:
     cause: str
     total: bool = False
     may_be_absent: bool = False
-    idle: str = ""
+    idle: str | None = None
 
     def absent(self, value: float) -> bool:
         """Is there nothing to compare in a layer with this number?"""
@@ -134,7 +134,7 @@ def coverage_gate(target: str, present: Collection[str], expected: Collection[st
     return Gate(f"{target}/coverage", len(expected) - len(missing), len(expected), "linears", why, at_most=False)
 
 
-def layer_gates(target: str, rows: Sequence[LayerResult], bad_outputs: int, where: str = "") -> list[Gate]:
+def layer_gates(target: str, rows: Sequence[LayerResult], bad_outputs: int, where: str | None = None) -> list[Gate]:
     """Gates over all linears of a target; a failed one names the worst layer, its worst call and the likely cause.
 
     bad_outputs: how many numbers of steps and pictures are not finite; where: the first of these in words. Without
@@ -144,7 +144,7 @@ def layer_gates(target: str, rows: Sequence[LayerResult], bad_outputs: int, wher
     return [_finite_gate(target, rows, bad_outputs, where), *by_rule, _codes_gate(target, rows)]
 
 
-def _finite_gate(target: str, rows: Sequence[LayerResult], bad_outputs: int, where: str) -> Gate:
+def _finite_gate(target: str, rows: Sequence[LayerResult], bad_outputs: int, where: str | None) -> Gate:
     """Names the first layer: from there on NaN goes through all that follow."""
     nonfinite = sum(row.nonfinite for row in rows) + bad_outputs
     why = "no NaN or Inf in any quantized layer, step or picture"
@@ -156,13 +156,13 @@ def _finite_gate(target: str, rows: Sequence[LayerResult], bad_outputs: int, whe
     return Gate(f"{target}/finite", nonfinite, 0, "values", why)
 
 
-def first_nonfinite(errors: StepErrors, images: Array) -> str:
-    """The first step, or picture that the engine drew by itself, with a number that is not finite; "" for none."""
+def first_nonfinite(errors: StepErrors, images: Array) -> str | None:
+    """The first step, or picture that the engine drew by itself, with a number that is not finite."""
     bad = next((error for error in errors.samples if math.isnan(error.sqnr_db)), None)
     if bad is not None:
         return f"{bad.call}, sample {bad.sample}"
     picture = next((i for i, image in enumerate(images) if not np.isfinite(image).all()), None)
-    return "" if picture is None else f"picture {picture + 1} that the engine drew by itself"
+    return None if picture is None else f"picture {picture + 1} that the engine drew by itself"
 
 
 def notes_on_layers(target: str, rows: Sequence[LayerResult]) -> list[str]:
@@ -180,9 +180,11 @@ def _layer_gate(target: str, rule: LayerRule, rows: Sequence[LayerResult]) -> Ga
     compared = _compared(rule, rows)
     values = np.array([getattr(row, rule.key) for row in compared] or [math.nan], np.float64)
     combined = values.sum() if rule.total else values.max()
-    some = f"; {len(compared)} of {len(rows)} layers: {rule.idle}" if len(compared) < len(rows) else ""
-    gate = Gate(f"{target}/{rule.name}", float(combined), rule.limit, rule.unit, f"{rule.why}{some}")
-    return replace(gate, why=f"{gate.why}{_culprit(compared, rule, gate.passed)}")
+    why = rule.why
+    if len(compared) < len(rows):
+        why += f"; {len(compared)} of {len(rows)} layers" + (f": {rule.idle}" if rule.idle else "")
+    gate = Gate(f"{target}/{rule.name}", float(combined), rule.limit, rule.unit, why)
+    return replace(gate, why=why + _culprit(compared, rule, gate.passed))
 
 
 def _culprit(rows: Sequence[LayerResult], rule: LayerRule, passed: bool) -> str:
