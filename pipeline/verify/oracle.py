@@ -85,8 +85,9 @@ def activation_oracle(x: Array, layer: QuantizedLinear) -> ActivationOracle:
             error = error.reshape(rows.shape)
             slack = error.max(axis=1, keepdims=True) / (scale * fmt.max_value)
             error = error + slack * np.abs(rows)
-    integers = (array.reshape(x.shape) for array in _rounded(fmt, rows, scale, error))
-    return ActivationOracle(*integers, scale=scale.reshape(len(x), -1), scale_slack=slack.reshape(len(x), -1))
+    integers, lowest, highest = (array.reshape(x.shape) for array in _rounded(fmt, rows, scale, error))
+    by_group = (scale.reshape(len(x), groups), slack.reshape(len(x), groups))
+    return ActivationOracle(integers, lowest, highest, *by_group)
 
 
 def _balanced(x: Array, layer: QuantizedLinear) -> tuple[Array, Array | None]:

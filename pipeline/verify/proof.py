@@ -8,7 +8,6 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -225,6 +224,12 @@ def drawn(run: Run, case: Case) -> NDArray[np.float32]:
 
 # --- layers ---------------------------------------------------------------------------------------------------------
 
+# What a row of the report has by the same name as a layer, and as what was found about it.
+OF_LAYER = ("name", "kind", "weight_format", "granularity", "group_size", "size_bytes")
+OF_CHECK = (
+    "gemm_max_abs_diff", "codes_inadmissible", "scale_error", "output_error", "nonfinite", "operand_max_abs_diff"
+)  # fmt: skip
+
 
 def layer_results(
     target: str,
@@ -242,26 +247,35 @@ def layer_results(
     """Every linear of one target in `calls`, of which the first are those of `steps`, out of `Study.probed`. `segments`
     is told of each, and needs them to be all, in the order of computation; beside the linear itself, with `threads`.
     beside: see `ProbedGraph.probes`."""
-    rows, places = {layer.name: layer for layer in layers}, [study.probed.index(step) for step in steps]
+    by_name, places = {layer.name: layer for layer in layers}, [study.probed.index(step) for step in steps]
     results, known, outputs = [], ("", b""), list[Arrays]()
     oracle: ActivationOracle | None = None
-    of_layers = probed.probes(list(rows), list(calls.values()), outputs, beside)
-    for name, probes in track(of_layers, len(rows), f"verify {target}: linears"):
-        quantizer = (probed.rows[name].x, quantizer_key(rows[name]))
+    of_layers = probed.probes(list(by_name), list(calls.values()), outputs, beside)
+    for name, probes in track(of_layers, len(by_name), f"verify {target}: linears"):
+        layer, row = by_name[name], probed.rows[name]
+        quantizer = (row.x, quantizer_key(layer))
         shared = oracle if quantizer == known else None  # q, k and v read one quantizer and follow each other
         known = quantizer
-        work: list[Callable[[], Any]] = [partial(_checked, rows[name], probes, shared)]
+        work: list[Callable[[], Any]] = [partial(_checked, layer, probes, shared)]
         if segments is not None:
             work.append(partial(segments.at, name, probes))
         (check, oracle), *_ = side_by_side(work, threads)
         recorded = study.layer_inputs.get(name, [])
         reference = [recorded[place] for place in places if place < len(recorded)]
-        input_db = layer_input_db(reference, [probe.x for probe in probes[: len(steps)]])
-        inputs = (input_db, single.layer_db.get(name, math.nan))
-        weight_db = study.weight_db(rows[name], modules[name])
-        worst = worst_calls(rows[name], dict(zip(calls, probes, strict=True)), check)
-        row = _layer_result(target, rows[name], weight_db, probed.rows[name].path, check, inputs)
-        results.append(replace(row, calls=worst))
+        result = LayerResult(
+            target=target,
+            path=row.path,
+            activation_format=activation_label(layer),
+            codes_equal_share=1 - check.codes_different / check.codes,
+            codes_limit_share=1 - check.codes_ambiguous / check.codes,
+            input_sqnr_db=layer_input_db(reference, [probe.x for probe in probes[: len(steps)]]),
+            input_limit_db=single.layer_db.get(name, math.nan),
+            weight_sqnr_db=study.weight_db(layer, modules[name]),
+            calls=worst_calls(layer, dict(zip(calls, probes, strict=True)), check),
+            **{key: getattr(layer, key) for key in OF_LAYER},
+            **{key: getattr(check, key) for key in OF_CHECK},
+        )
+        results.append(result)
     if segments is not None:
         segments.end([tensors["sample"] for tensors in outputs])
     return results
@@ -289,8 +303,7 @@ def worst_calls(layer: QuantizedLinear, probes: Mapping[str, LinearProbe], check
     keys = [*wrong, *(["nonfinite"] if check.nonfinite else [])]
     if not keys:
         return {}
-    oracles = {text: activation_oracle(np.nan_to_num(probe.x), layer) for text, probe in probes.items()}
-    checks = {text: check_linear(layer, probe, oracles[text]) for text, probe in probes.items()}
+    checks = {text: _checked(layer, [probe], None)[0] for text, probe in probes.items()}
     texts = {}
     for key in keys:
         values = {text: float(np.nan_to_num(getattr(one, key), nan=np.inf)) for text, one in checks.items()}
@@ -298,33 +311,6 @@ def worst_calls(layer: QuantizedLinear, probes: Mapping[str, LinearProbe], check
         several = sum(value > limit for value in values.values())
         texts[key] = f"{max(values, key=values.__getitem__)} ({several} of {len(values)} calls are wrong)"
     return texts
-
-
-def _layer_result(
-    target: str, layer: QuantizedLinear, weight_db: float, path: str, check: LinearCheck, inputs_db: tuple[float, float]
-) -> LayerResult:
-    return LayerResult(
-        target=target,
-        name=layer.name,
-        kind=layer.kind,
-        path=path,
-        weight_format=layer.weight_format,
-        activation_format=activation_label(layer),
-        granularity=layer.granularity,
-        group_size=layer.group_size,
-        gemm_max_abs_diff=check.gemm_max_abs_diff,
-        codes_equal_share=1 - check.codes_different / check.codes,
-        codes_limit_share=1 - check.codes_ambiguous / check.codes,
-        codes_inadmissible=check.codes_inadmissible,
-        scale_error=check.scale_error,
-        output_error=check.output_error,
-        nonfinite=check.nonfinite,
-        input_sqnr_db=inputs_db[0],
-        input_limit_db=inputs_db[1],
-        weight_sqnr_db=weight_db,
-        size_bytes=layer.size_bytes,
-        operand_max_abs_diff=check.operand_max_abs_diff,
-    )
 
 
 def activation_label(layer: QuantizedLinear) -> str:

@@ -176,11 +176,11 @@ def judge(target: str, call: str, stops: Sequence[Stop], output: Array, halved: 
         text = f"its shape is {output.shape}, the module's {shape}"
         return SegmentResult(target, layer, call, np.inf, 0.0, text)
     errors, shared, powers = list[float](), list[float](), list[tuple[float, float]]()
-    for rows in range(shape[0]):  # by sample, whose arrays stay in the processor's caches
-        exact, difference, *passes = _of_sample(rows, shape, stops, output)
+    for sample in range(shape[0]):  # whose arrays stay in the processor's caches
+        exact, difference, *passes = _of_sample(sample, stops, output)
         noise = np.stack(passes)
         if not (np.isfinite(difference).all() and np.isfinite(noise).all()):  # of the engine, or of a run in its types
-            text = _nonfinite(_by_sample(stops[0].x, shape), halved)
+            text = _nonfinite(stops[0].x, halved)
             return SegmentResult(target, layer, call, np.inf, 0.0, text)
         shared.append(float(shared_over_limits(exact, difference, noise).max()))
         errors.append(max(float(errors_over_limits(exact, difference, noise).max()), shared[-1]))
@@ -190,27 +190,26 @@ def judge(target: str, call: str, stops: Sequence[Stop], output: Array, halved: 
     ulps = of_noise / max(of_exact, np.finfo(float).tiny) / ROUNDING
     diagnosis = None
     if error > 1:
-        whole = _by_sample(stops[0].x, shape)
-        diagnosis = diagnose(whole, _by_sample(output, shape) - whole, max(shared) > 1)
+        whole = _by_sample(stops[0].x)
+        diagnosis = diagnose(whole, _by_sample(output.reshape(shape)) - whole, max(shared) > 1)
     return SegmentResult(target, layer, call, error, float(ulps), diagnosis)
 
 
-def _of_sample(sample: int, shape: tuple[int, ...], stops: Sequence[Stop], output: Array) -> list[Array]:
+def _of_sample(sample: int, stops: Sequence[Stop], output: Array) -> list[Array]:
     """Of one sample [1, rows, channels]: what the exact pass gives, and how far the engine's result and those of the
     other passes are from it."""
-    of_sample = (1, *shape[1:])
-    exact, engine, *passes = (
-        _by_sample(array.reshape(shape)[sample], of_sample) for array in (stops[0].x, output, *(s.x for s in stops[1:]))
-    )
+    shape = stops[0].x.shape
+    arrays = (stops[0].x, output.reshape(shape), *(stop.x for stop in stops[1:]))
+    exact, engine, *passes = (_by_sample(array[sample : sample + 1]) for array in arrays)
     return [exact, engine - exact, *(one - exact for one in passes)]
 
 
-def _by_sample(tensor: Array, shape: tuple[int, ...]) -> Array:
+def _by_sample(tensor: Array) -> Array:
     """[B, rows, channels] float64, of tokens [B, ..., K] or a picture [B, C, H, W]."""
     array = np.asarray(tensor, np.float64)
-    if len(shape) == 4:
-        return array.reshape(*shape[:2], -1).swapaxes(1, 2)
-    return array.reshape(shape[0], -1, shape[-1])
+    if array.ndim == 4:
+        return array.reshape(*array.shape[:2], -1).swapaxes(1, 2)
+    return array.reshape(len(array), -1, array.shape[-1])
 
 
 def errors_over_limits(exact: Array, difference: Array, noise: Array) -> Array:
