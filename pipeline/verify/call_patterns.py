@@ -48,8 +48,8 @@ class Traits:
 
     batch: samples of the call, `place`: which it is. tokens: the longest caption's, None without one. mask: "full",
     "partial" or "empty", None without one. latent: the largest of its latents. other_timestep, other_condition,
-    other_mask: than the first sample's. setting: what the call was made for, "" for none. rows: the samples of the
-    call, of their pool.
+    other_mask: than the first sample's. setting: what the call was made for, None for its size. rows: the samples of
+    the call, of their pool.
     """
 
     batch: int
@@ -62,14 +62,16 @@ class Traits:
     other_timestep: bool = False
     other_condition: bool = False
     other_mask: bool = False
-    setting: str = ""
+    setting: str | None = None
     rows: tuple[int, ...] = ()
 
 
 NO_TRAITS = Traits(batch=1, place=0, timestep=math.nan, latent=math.nan)
 
 
-def traits_of(inputs: Mapping[str, Array], place: int, setting: str = "", rows: tuple[int, ...] = ()) -> Traits:
+def traits_of(
+    inputs: Mapping[str, Array], place: int, setting: str | None = None, rows: tuple[int, ...] = ()
+) -> Traits:
     """Of sample `place` of a call with these inputs."""
     batch = len(inputs["hidden_states"])
     with_rows = {name: array for name, array in inputs.items() if array.ndim and len(array) == batch}
@@ -259,7 +261,7 @@ CALL_TRAITS = (
 STEP_TRAITS = (
     Trait(lambda e: int(e.call.rpartition(" ")[2]), _numbers("step {}"), _TIME),
     _TIMESTEP,
-    Trait(lambda e: e.traits.setting or None, _named("samples {}"), "a condition or its mask"),
+    Trait(lambda e: e.traits.setting, _named("samples {}"), "a condition or its mask"),
     _PLACE,
 )
 PICTURE_TRAITS = (Trait(lambda e: e.sample, _numbers("picture {}"), "what differs between samples is used wrongly"),)
@@ -321,7 +323,8 @@ def _fitting(
         values = [trait.value(error) for error in errors]
         bad = {value for value, is_wrong in zip(values, wrong, strict=True) if is_wrong}
         good = {value for value, is_wrong in zip(values, wrong, strict=True) if not is_wrong}
-        if None in bad | good or (trait is _SETTING and "" in bad):  # "" says nothing
+        needed = bad if trait is _SETTING else bad | good  # right calls may be made for their size
+        if None in needed:
             continue
         text = trait.words(bad, good), _cause(trait, bad)
         if not bad & good and (not trait.ordered or min(bad) > max(good)):
@@ -339,8 +342,8 @@ def _cause(trait: Trait, values: set[Hashable]) -> str:
     return "; or ".join(cause for key, cause in SETTING_CAUSES.items() if key in values)
 
 
-def _unsteady(errors: Sequence[SampleError]) -> str:
-    """Two calls of the same samples whose errors differ, in words; "" for none. Equal calls give equal numbers."""
+def _unsteady(errors: Sequence[SampleError]) -> str | None:
+    """Two calls of the same samples whose errors differ, in words. Equal calls give equal numbers."""
     first: dict[tuple[str, tuple[int, ...], int], SampleError] = {}
     for error in errors:
         if not error.traits.rows:
@@ -350,7 +353,7 @@ def _unsteady(errors: Sequence[SampleError]) -> str:
         if abs(values[0] - values[1]) > STEADY_DB:
             there, here = (f"{one.sqnr_db:.1f} dB in {one.call!r}" for one in (before, error))
             return f"sample {error.sample} has {there} and {here}"
-    return ""
+    return None
 
 
 def cause_of_repeat(where: str) -> str:

@@ -86,16 +86,16 @@ BATCHES = ((1, ONE), (2, LONGEST), (3, ODD), (9, LONGEST))
 class Call:
     """One call: `rows` of the pool `pool`, as inputs by name; `text` says what is special about it.
 
-    setting: what it was made for (call_patterns), "" for its size; or a list of that by sample.
+    setting: what it was made for (call_patterns), None for its size; or a list of that by sample.
     """
 
     text: str
     pool: str
     rows: tuple[int, ...]
     inputs: Arrays
-    setting: str | tuple[str, ...] = ""
+    setting: str | tuple[str, ...] | None = None
 
-    def for_(self, setting: str, text: str = "") -> Call:
+    def for_(self, setting: str, text: str | None = None) -> Call:
         """The same call made for another reason; text: what it is called if not after that."""
         return replace(self, setting=setting, text=text or f"{self.text}, {setting}")
 
@@ -215,7 +215,7 @@ def sample_errors(call: Call, exact: dict[str, Array], output: Array) -> list[Sa
     else:
         values = [sqnr_db(*pair) for pair in zip(expected, output, strict=True)]
         signs = [sign_of(one, row, exact[call.pool], call.rows) for one, row in zip(output, call.rows, strict=True)]
-    settings = (call.setting,) * len(values) if isinstance(call.setting, str) else call.setting
+    settings = call.setting if isinstance(call.setting, tuple) else (call.setting,) * len(values)
     traits = [traits_of(call.inputs, i, setting, call.rows) for i, setting in enumerate(settings)]
     columns = enumerate(zip(values, call.rows, traits, signs, strict=True))
     return [SampleError(call.text, i, value, call.pool, row, of, sign) for i, (value, row, of, sign) in columns]

@@ -153,7 +153,7 @@ class Study:
     def _sample_errors(self, step: int, exact: Array, output: Array) -> list[SampleError]:
         batch = len(exact)
         guided = batch == 2 * len(self.case.noise)
-        settings = ((PROMPTED,) * (batch // 2) + (UNPROMPTED,) * (batch // 2)) if guided else ""
+        settings = ((PROMPTED,) * (batch // 2) + (UNPROMPTED,) * (batch // 2)) if guided else None
         text = f"step {step + 1}"
         return sample_errors(Call(text, text, tuple(range(batch)), self.calls[step], settings), {text: exact}, output)
 
