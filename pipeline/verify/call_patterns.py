@@ -207,6 +207,12 @@ def _said(text: str, otherwise: str) -> Words:
     return lambda wrong, _: text if True in wrong else otherwise
 
 
+def _than_the_first(name: str, value: Callable[[SampleError], bool | None]) -> Trait:
+    """Has a sample another timestep, mask or condition than the first of its call?"""
+    words = _said(f"another {name} than the first sample's", f"the {name} of the first sample")
+    return Trait(value, words, f"one {name} is taken for all samples")
+
+
 SETTING_CAUSES = {
     CHANGED: "the condition of an earlier call is kept",
     IN_PLACE: "whether a condition changed is decided by the array, not by its numbers",
@@ -230,25 +236,13 @@ CALL_TRAITS = (
         "rows are computed in pairs",
     ),
     _TIMESTEP,
-    Trait(
-        lambda e: e.traits.other_timestep,
-        _said("another timestep than the first sample's", "the timestep of the first sample"),
-        "one timestep is taken for all samples",
-    ),
+    _than_the_first("timestep", lambda e: e.traits.other_timestep),
     Trait(
         lambda e: e.traits.tokens, _numbers("a token count of {}"), "a tile or padding of captions fits other lengths"
     ),
     Trait(lambda e: e.traits.mask, _named("{} masks"), "a mask is not applied, or not as it is given"),
-    Trait(
-        lambda e: None if e.traits.mask is None else e.traits.other_mask,
-        _said("another mask than the first sample's", "the mask of the first sample"),
-        "one mask is taken for all samples",
-    ),
-    Trait(
-        lambda e: e.traits.other_condition,
-        _said("another condition than the first sample's", "the condition of the first sample"),
-        "one condition is taken for all samples",
-    ),
+    _than_the_first("mask", lambda e: None if e.traits.mask is None else e.traits.other_mask),
+    _than_the_first("condition", lambda e: e.traits.other_condition),
     Trait(lambda e: e.traits.label, _numbers("class {}"), "rows of the class table, or how it is read"),
     Trait(
         lambda e: e.traits.latent,
