@@ -217,7 +217,7 @@ def _by_target(rows: Sequence[Row]) -> dict[str, list[Row]]:
 
 
 def _series(rows: Mapping[str, list[Row]], key: str, name: str) -> list[Series]:
-    """A line for each target: a field of its rows."""
+    """A line for each target: a field of its rows. name: with {} for the target."""
     styled = zip(rows.items(), LINE_STYLES, strict=False)
     return [Series(name.format(target), style, _column(of_target, key)) for (target, of_target), style in styled]
 
