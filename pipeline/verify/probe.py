@@ -7,6 +7,7 @@ file beside the original. Layers are taken in batches, so that memory stays boun
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -16,6 +17,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import onnx
 from numpy.typing import NDArray
+from onnx.external_data_helper import ExternalDataInfo
 
 from export.formats.format import Format, get_format
 from export.onnx_files import read_graph
@@ -98,9 +100,12 @@ class ProbedGraph:
         return any(np.array_equal(self._numbers(tensor), table) for tensor in same)
 
     def _numbers(self, tensor: onnx.TensorProto) -> NDArray:
-        own = onnx.TensorProto()
-        own.CopyFrom(tensor)  # into which external data is read
-        return onnx.numpy_helper.to_array(own, str(self.path.parent))
+        if tensor.data_location != onnx.TensorProto.EXTERNAL:
+            return onnx.numpy_helper.to_array(tensor)
+        # Not by onnx, which refuses the hard links that lowered graphs may have for their data.
+        info, dtype = ExternalDataInfo(tensor), onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type)
+        flat = np.fromfile(self.path.parent / info.location, dtype, math.prod(tensor.dims), offset=info.offset or 0)
+        return flat.reshape(tensor.dims)
 
     def denoiser(self) -> Callable[[Arrays], Arrays]:
         """The graph as it is, run by onnxruntime: stands in for an engine that this machine cannot run. The function
