@@ -36,7 +36,7 @@ TOOLS = {
     "triton": "triton",
 }
 # What the compiler needs beside the run-time part, and the extra `build` installs; a bundle runs without any of it.
-COMPILER = ("torch", "diffusers", "transformers", "onnx", "onnx_ir", "onnxscript")
+COMPILER = ("torch", "diffusers", "transformers", "onnx", "onnx_ir", "onnxscript", "jinja2")
 SOURCES = (".py", ".c", ".h")
 CPU_FLAGS = ("avx2", "avx512f", "avx512_vnni", "avx_vnni", "avx512_bf16", "amx_int8", "asimddp", "i8mm")
 

@@ -7,7 +7,7 @@ import logging
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from export.errors import ContractError, EnvironmentLacksError, RecipeError
 from export.models.config import FILE as CONFIG
@@ -25,6 +25,7 @@ from pipeline.signals import leave
 
 if TYPE_CHECKING:
     from export.models.load import LoadedModel
+    from pipeline.bench.measure import Document
 
 logger = logging.getLogger(__name__)
 
@@ -46,7 +47,7 @@ def make_parser() -> Parser:
 
 def bench_bundle(
     path: Path, flags: ModelFlags = (None, None, None), target: str = "auto", threads: int | None = None
-) -> dict[str, Any]:
+) -> Document:
     """Verify the files, then measure every engine of `target` that runs here, and what it is compared with, with as
     many threads. Raises UserError subclasses.
 

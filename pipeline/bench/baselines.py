@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -20,6 +20,8 @@ from pipeline.files import tree
 from pipeline.recipe import Recipe
 
 if TYPE_CHECKING:
+    from onnxruntime import InferenceSession
+
     from export.models.load import LoadedModel
 
 logger = logging.getLogger(__name__)
@@ -106,7 +108,7 @@ def quantize_int8(source: Path, destination: Path) -> None:
         logging.root.setLevel(level)
 
 
-def open_stock_session(path: Path, threads: int = 0) -> Any:
+def open_stock_session(path: Path, threads: int = 0) -> InferenceSession:
     """onnxruntime as it comes, but for idle threads, which sleep: several sessions would steal each other's cores."""
     import onnxruntime as ort
 

@@ -10,6 +10,7 @@ import logging
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ import numpy as np
 from export.models.description import Description, sample_inputs
 from pipeline import machine
 from pipeline.backends import BACKENDS, tool_versions
-from pipeline.backends.base import Arrays, Engine
+from pipeline.backends.base import Engine
 from pipeline.bench.baselines import Contestant, peak_memory
 from pipeline.generate.case import Case, described_case
 from pipeline.recipe import Recipe
@@ -31,6 +32,8 @@ IMAGES_BUDGET_S, IMAGE_ROUNDS = 40.0, (3, 10)
 # bfloat16 of 600 M parameters takes 15 s a call where the processor lacks it, 50 times the engine's.
 ALONE_SHARE = 0.4
 MILLISECONDS = 1e3
+# bench.json, or one row of it.
+Document = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -40,7 +43,7 @@ class Timing:
     seconds: tuple[float, ...]
     derived: bool = False
 
-    def to_row(self) -> dict[str, Any]:
+    def to_row(self) -> Document:
         """Median, 10th and 90th percentile in milliseconds."""
         p10, median, p90 = np.percentile(self.seconds, (10, 50, 90)) * MILLISECONDS
         row = {"median": float(median), "p10": float(p10), "p90": float(p90), "rounds": len(self.seconds)}
@@ -54,7 +57,7 @@ def bench(
     bundle: Path,
     others: Sequence[Contestant],
     threads: int,
-) -> dict[str, Any]:
+) -> Document:
     """Measure `engines` (of the folder `bundle`) beside `others`: one denoiser call, and a whole image with guidance.
 
     Returns the document of bench.json. Engines that do not run on this machine are simply not in it. others: the
@@ -64,9 +67,17 @@ def bench(
     inputs = sample_inputs(model, size.batch_size, size.seed, size.height, size.width)
     case = described_case(model, recipe, 1)
     runners = [Contestant.of_engine(name, engine, bundle) for name, engine in engines.items()] + list(others)
-    calls = interleaved({row.name: _caller(row, inputs) for row in runners}, CALLS_BUDGET_S, CALL_ROUNDS)
+    calls = interleaved({row.name: partial(row.run, inputs) for row in runners}, CALLS_BUDGET_S, CALL_ROUNDS)
     images = image_timings(runners, case, calls)
-    rows = {row.name: _row(row, calls, images, inputs) for row in runners}
+    rows = {
+        row.name: {
+            "call_ms": calls[row.name].to_row(),
+            "image_ms": images[row.name].to_row(),
+            "weights_bytes": row.weights_bytes,
+            "peak_rss_bytes": peak_memory(row, inputs),
+        }
+        for row in runners
+    }
     for row in runners:
         row.close()
     return {
@@ -94,21 +105,6 @@ def measured(targets: Iterable[str]) -> tuple[str, ...]:
     """
     listed = tuple(targets)
     return tuple(target for target in listed if not BACKENDS[target].slow) or listed
-
-
-def _caller(runner: Contestant, inputs: Arrays) -> Callable[[], object]:
-    return lambda: runner.run(inputs)
-
-
-def _row(
-    runner: Contestant, calls: Mapping[str, Timing], images: Mapping[str, Timing], inputs: Arrays
-) -> dict[str, Any]:
-    return {
-        "call_ms": calls[runner.name].to_row(),
-        "image_ms": images[runner.name].to_row(),
-        "weights_bytes": runner.weights_bytes,
-        "peak_rss_bytes": peak_memory(runner, inputs),
-    }
 
 
 def interleaved(
@@ -143,15 +139,11 @@ def image_timings(runners: list[Contestant], case: Case, calls: Mapping[str, Tim
     expected = {name: float(np.median(row.seconds)) * case.n_steps * guided for name, row in calls.items()}
     if sum(expected.values()) * (IMAGE_ROUNDS[0] + 1) > IMAGES_BUDGET_S:
         return {name: Timing((seconds,), derived=True) for name, seconds in expected.items()}
-    draws = {row.name: _drawer(row, case) for row in runners}
+    draws = {row.name: partial(case.draw, row.run) for row in runners}
     return interleaved(draws, IMAGES_BUDGET_S, IMAGE_ROUNDS)
 
 
-def _drawer(runner: Contestant, case: Case) -> Callable[[], object]:
-    return lambda: case.draw(runner.run)
-
-
-def ratios(rows: Mapping[str, Mapping[str, Any]], engines: tuple[str, ...]) -> dict[str, dict[str, float]]:
+def ratios(rows: Mapping[str, Document], engines: tuple[str, ...]) -> dict[str, dict[str, float]]:
     """How many times faster each engine's call is than each baseline's, by medians of the same rounds."""
     medians = {name: row["call_ms"]["median"] for name, row in rows.items()}
     others = [name for name in medians if name not in engines]
@@ -161,7 +153,7 @@ def ratios(rows: Mapping[str, Mapping[str, Any]], engines: tuple[str, ...]) -> d
 # --- for people -----------------------------------------------------------------------------------------------------
 
 
-def summary(document: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
+def summary(document: Document) -> tuple[list[str], list[list[str]]]:
     """The document of `bench` as a table: its header, and a row for each contestant, engines first.
 
     Times are medians in ms; the last columns say how many times as fast as the row each engine's call is.
@@ -175,7 +167,7 @@ def summary(document: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
     ]
 
 
-def _figures(row: Mapping[str, Any]) -> list[str]:
+def _figures(row: Document) -> list[str]:
     call, picture, peak = row["call_ms"], row["image_ms"], row["peak_rss_bytes"]
     spread = f"{_milliseconds(call['p10'])}-{_milliseconds(call['p90'])}"
     times = [_milliseconds(call["median"]), spread, _milliseconds(picture["median"])]
@@ -190,7 +182,7 @@ def _times(ratio: float | None) -> str:
     return "-" if ratio is None else f"{ratio:.2f} x"
 
 
-def conditions(document: Mapping[str, Any]) -> str:
+def conditions(document: Document) -> str:
     """What was measured, how, and where, in a few words."""
     picture, here = document["image"], document["machine"]
     guided = f", guidance {picture['guidance_scale']:g}" if picture["guidance_scale"] != 1 else ""

@@ -6,7 +6,7 @@ import argparse
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from export.errors import ContractError, ParityError
 from export.models.config import FILE as CONFIG
@@ -91,7 +91,7 @@ def refuse_other_description(bundle: Bundle, model: LoadedModel) -> None:
         raise ContractError(f"{bundle.path / differing[0]} is not what the manifest's model and recipe make; {remedy}")
 
 
-def _stated(config: Mapping[str, Any]) -> dict[str, Any]:
+def _stated(config: Mapping[str, object]) -> dict[str, object]:
     return {key: value for key, value in config.items() if not key.startswith("_")}
 
 

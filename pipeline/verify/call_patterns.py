@@ -13,7 +13,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from numpy.typing import NDArray
+
+from pipeline.distance import Array
 
 if TYPE_CHECKING:
     from pipeline.verify.calls import SampleError
@@ -47,8 +48,8 @@ class Traits:
 
     batch: samples of the call, `place`: which it is. tokens: the longest caption's, None without one. mask: "full",
     "partial" or "empty", None without one. latent: the largest of its latents. other_timestep, other_condition,
-    other_mask: than the first sample's. setting: what the call was made for, "" for none. rows: the samples of the
-    call, of their pool.
+    other_mask: than the first sample's. setting: what the call was made for, None for its size. rows: the samples of
+    the call, of their pool.
     """
 
     batch: int
@@ -61,14 +62,16 @@ class Traits:
     other_timestep: bool = False
     other_condition: bool = False
     other_mask: bool = False
-    setting: str = ""
+    setting: str | None = None
     rows: tuple[int, ...] = ()
 
 
 NO_TRAITS = Traits(batch=1, place=0, timestep=math.nan, latent=math.nan)
 
 
-def traits_of(inputs: Mapping[str, NDArray[Any]], place: int, setting: str = "", rows: tuple[int, ...] = ()) -> Traits:
+def traits_of(
+    inputs: Mapping[str, Array], place: int, setting: str | None = None, rows: tuple[int, ...] = ()
+) -> Traits:
     """Of sample `place` of a call with these inputs."""
     batch = len(inputs["hidden_states"])
     with_rows = {name: array for name, array in inputs.items() if array.ndim and len(array) == batch}
@@ -94,7 +97,7 @@ def traits_of(inputs: Mapping[str, NDArray[Any]], place: int, setting: str = "",
     )
 
 
-def _fullness(masks: Sequence[NDArray[Any]]) -> str:
+def _fullness(masks: Sequence[Array]) -> str:
     """Of the masks of one sample: "empty" or "partial" if one is."""
     shares = [float(np.mean(mask != 0)) for mask in masks]
     return "empty" if 0 in shares else "partial" if min(shares) < 1 else "full"
@@ -111,7 +114,7 @@ class Sign:
     text: str
 
 
-def sign_of(output: NDArray[Any], row: int, exact: NDArray[Any], rows: Sequence[int]) -> Sign | None:
+def sign_of(output: Array, row: int, exact: Array, rows: Sequence[int]) -> Sign | None:
     """Of a result for the sample `row` of a pool whose references are `exact` [samples, C, ...], in a call of the
     samples `rows`; None for none of those known."""
     expected, actual = np.asarray(exact[row], np.float64), np.asarray(output, np.float64)
@@ -133,7 +136,7 @@ def other_shape(shape: tuple[int, ...], expected: tuple[int, ...]) -> Sign:
     )
 
 
-def _of_another(actual: NDArray[Any], power: float, row: int, exact: NDArray[Any], rows: Sequence[int]) -> Sign | None:
+def _of_another(actual: Array, power: float, row: int, exact: Array, rows: Sequence[int]) -> Sign | None:
     powers = [float(np.sum((actual - np.asarray(other, np.float64)) ** 2)) for other in exact]
     nearest = int(np.argmin(powers))
     if powers[nearest] * NEARER >= power or nearest == row:
@@ -143,7 +146,7 @@ def _of_another(actual: NDArray[Any], power: float, row: int, exact: NDArray[Any
     return Sign("call", "the result of another call is given: a buffer is shared, or what is kept is not renewed")
 
 
-def _factor(expected: NDArray[Any], difference: NDArray[Any]) -> Sign | None:
+def _factor(expected: Array, difference: Array) -> Sign | None:
     size = float(np.sum(expected**2))
     factor = float(np.sum(expected * difference)) / size if size else 0.0
     share = EXPLAINED if abs(factor) <= USUAL_FACTOR else LARGE_EXPLAINED
@@ -152,7 +155,7 @@ def _factor(expected: NDArray[Any], difference: NDArray[Any]) -> Sign | None:
     return Sign("factor", f"all numbers times {1 + float(f'{factor:.1g}'):g}: a factor is wrong")
 
 
-def _channels(difference: NDArray[Any]) -> Sign | None:
+def _channels(difference: Array) -> Sign | None:
     """An error in few channels [C, ...] alone."""
     shares = np.sum(difference.reshape(len(difference), -1) ** 2, axis=1) / np.sum(difference**2)
     few = np.flatnonzero(shares > 1 / (2 * len(shares)))
@@ -164,8 +167,8 @@ def _channels(difference: NDArray[Any]) -> Sign | None:
 
 # --- traits ---------------------------------------------------------------------------------------------------------
 
-Value = Callable[["SampleError"], Any]
-Words = Callable[[set[Any], set[Any]], str]
+Value = Any  # a number, a word, or true or false: of one kind in each trait
+Words = Callable[[set[Value], set[Value]], str]
 
 
 @dataclass(frozen=True)
@@ -173,7 +176,7 @@ class Trait:
     """One thing that samples differ in. value: None where a sample has none; words: name the wrong samples' values,
     given those and the right ones'; ordered: only a threshold counts, as every sample has a value of its own."""
 
-    value: Value
+    value: Callable[[SampleError], Value]
     words: Words
     cause: str
     ordered: bool = False
@@ -182,7 +185,7 @@ class Trait:
 def _numbers(form: str) -> Words:
     """`form` with the values of the wrong samples, or the bound that they lie beyond."""
 
-    def words(wrong: set[Any], right: set[Any]) -> str:
+    def words(wrong: set[Value], right: set[Value]) -> str:
         first, last, several = min(wrong), max(wrong), len(wrong) > 1
         text = ", ".join(f"{value:g}" for value in sorted(wrong))
         if several and right and first > max(right):
@@ -202,6 +205,12 @@ def _named(form: str) -> Words:
 def _said(text: str, otherwise: str) -> Words:
     """For what is true or false."""
     return lambda wrong, _: text if True in wrong else otherwise
+
+
+def _than_the_first(name: str, value: Callable[[SampleError], bool | None]) -> Trait:
+    """Has a sample another timestep, mask or condition than the first of its call?"""
+    words = _said(f"another {name} than the first sample's", f"the {name} of the first sample")
+    return Trait(value, words, f"one {name} is taken for all samples")
 
 
 SETTING_CAUSES = {
@@ -227,25 +236,13 @@ CALL_TRAITS = (
         "rows are computed in pairs",
     ),
     _TIMESTEP,
-    Trait(
-        lambda e: e.traits.other_timestep,
-        _said("another timestep than the first sample's", "the timestep of the first sample"),
-        "one timestep is taken for all samples",
-    ),
+    _than_the_first("timestep", lambda e: e.traits.other_timestep),
     Trait(
         lambda e: e.traits.tokens, _numbers("a token count of {}"), "a tile or padding of captions fits other lengths"
     ),
     Trait(lambda e: e.traits.mask, _named("{} masks"), "a mask is not applied, or not as it is given"),
-    Trait(
-        lambda e: None if e.traits.mask is None else e.traits.other_mask,
-        _said("another mask than the first sample's", "the mask of the first sample"),
-        "one mask is taken for all samples",
-    ),
-    Trait(
-        lambda e: e.traits.other_condition,
-        _said("another condition than the first sample's", "the condition of the first sample"),
-        "one condition is taken for all samples",
-    ),
+    _than_the_first("mask", lambda e: None if e.traits.mask is None else e.traits.other_mask),
+    _than_the_first("condition", lambda e: e.traits.other_condition),
     Trait(lambda e: e.traits.label, _numbers("class {}"), "rows of the class table, or how it is read"),
     Trait(
         lambda e: e.traits.latent,
@@ -258,7 +255,7 @@ CALL_TRAITS = (
 STEP_TRAITS = (
     Trait(lambda e: int(e.call.rpartition(" ")[2]), _numbers("step {}"), _TIME),
     _TIMESTEP,
-    Trait(lambda e: e.traits.setting or None, _named("samples {}"), "a condition or its mask"),
+    Trait(lambda e: e.traits.setting, _named("samples {}"), "a condition or its mask"),
     _PLACE,
 )
 PICTURE_TRAITS = (Trait(lambda e: e.sample, _numbers("picture {}"), "what differs between samples is used wrongly"),)
@@ -320,7 +317,8 @@ def _fitting(
         values = [trait.value(error) for error in errors]
         bad = {value for value, is_wrong in zip(values, wrong, strict=True) if is_wrong}
         good = {value for value, is_wrong in zip(values, wrong, strict=True) if not is_wrong}
-        if None in bad | good or (trait is _SETTING and "" in bad):  # "" says nothing
+        needed = bad if trait is _SETTING else bad | good  # right calls may be made for their size
+        if None in needed:
             continue
         text = trait.words(bad, good), _cause(trait, bad)
         if not bad & good and (not trait.ordered or min(bad) > max(good)):
@@ -338,8 +336,8 @@ def _cause(trait: Trait, values: set[Hashable]) -> str:
     return "; or ".join(cause for key, cause in SETTING_CAUSES.items() if key in values)
 
 
-def _unsteady(errors: Sequence[SampleError]) -> str:
-    """Two calls of the same samples whose errors differ, in words; "" for none. Equal calls give equal numbers."""
+def _unsteady(errors: Sequence[SampleError]) -> str | None:
+    """Two calls of the same samples whose errors differ, in words. Equal calls give equal numbers."""
     first: dict[tuple[str, tuple[int, ...], int], SampleError] = {}
     for error in errors:
         if not error.traits.rows:
@@ -349,7 +347,7 @@ def _unsteady(errors: Sequence[SampleError]) -> str:
         if abs(values[0] - values[1]) > STEADY_DB:
             there, here = (f"{one.sqnr_db:.1f} dB in {one.call!r}" for one in (before, error))
             return f"sample {error.sample} has {there} and {here}"
-    return ""
+    return None
 
 
 def cause_of_repeat(where: str) -> str:

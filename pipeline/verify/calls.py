@@ -11,13 +11,13 @@ from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from threading import Barrier, BrokenBarrierError
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.backends.base import Arrays
-from pipeline.distance import sqnr_db
+from pipeline.distance import Array, sqnr_db
 from pipeline.generate.case import Case, Run, is_large
 from pipeline.generate.sampling import TRAIN_STEPS, make_sampler, take_samples
 from pipeline.progress import ending_with, raise_if_stopped
@@ -86,16 +86,16 @@ BATCHES = ((1, ONE), (2, LONGEST), (3, ODD), (9, LONGEST))
 class Call:
     """One call: `rows` of the pool `pool`, as inputs by name; `text` says what is special about it.
 
-    setting: what it was made for (call_patterns), "" for its size; or a list of that by sample.
+    setting: what it was made for (call_patterns), None for its size; or a list of that by sample.
     """
 
     text: str
     pool: str
     rows: tuple[int, ...]
     inputs: Arrays
-    setting: str | tuple[str, ...] = ""
+    setting: str | tuple[str, ...] | None = None
 
-    def for_(self, setting: str, text: str = "") -> Call:
+    def for_(self, setting: str, text: str | None = None) -> Call:
         """The same call made for another reason; text: what it is called if not after that."""
         return replace(self, setting=setting, text=text or f"{self.text}, {setting}")
 
@@ -158,20 +158,20 @@ def _tokens(spec: PoolSpec, model: LoadedModel, case: Case) -> int:
     return {ONE: 1, ODD: ODD_TOKENS, LONGEST: max([model.family.tokens, *lengths])}[spec.name]
 
 
-def _masks(shape: tuple[int, ...], first: int) -> NDArray[Any]:
+def _masks(shape: tuple[int, ...], first: int) -> Array:
     """Ones for a share of each sample's tokens, the shares of MASKS in turn from `first` on."""
     samples, tokens = shape
     lengths = np.array([math.ceil(MASKS[(first + i) % len(MASKS)] * tokens) for i in range(samples)])
     return (np.arange(tokens)[None] < lengths[:, None]).astype(np.float64)
 
 
-def _labels(spec: PoolSpec, classes: int, count: int) -> NDArray[Any]:
+def _labels(spec: PoolSpec, classes: int, count: int) -> NDArray[np.integer]:
     """Class labels, other ones in every pool, downwards from `classes`, which stands for no class."""
     before = sum(len(pool.timesteps) for pool in POOLS[POOLS.index(spec) + 1 :])
     return (classes - before - np.arange(count)) % (classes + 1)
 
 
-def _conditions(case: Case, row: Input, shape: tuple[int, ...]) -> NDArray[Any]:
+def _conditions(case: Case, row: Input, shape: tuple[int, ...]) -> Array:
     """[samples, ...] from the case's prompted and empty conditions in turn, repeated or cut to the caption's length."""
     sides = [side[row.name] for side in case.conditioning]
     values = np.stack([sides[i % 2][i // 2 % len(sides[0])] for i in range(shape[0])])
@@ -199,14 +199,14 @@ class SampleError:
     sign: Sign | None = None
 
 
-def call_errors(calls: Sequence[Call], exact: dict[str, NDArray[Any]], run: Run) -> list[SampleError]:
+def call_errors(calls: Sequence[Call], exact: dict[str, Array], run: Run) -> list[SampleError]:
     """Every sample of every call. Judged when all have been made: a result may not change under its caller's hands."""
     outputs = [run(call.inputs)["sample"] for call in calls]
     pairs = zip(calls, outputs, strict=True)
     return [error for call, output in pairs for error in sample_errors(call, exact, output)]
 
 
-def sample_errors(call: Call, exact: dict[str, NDArray[Any]], output: NDArray[Any]) -> list[SampleError]:
+def sample_errors(call: Call, exact: dict[str, Array], output: Array) -> list[SampleError]:
     """Each sample of `output`, by all its channels, learned variances too; nan where the shape is another."""
     expected = exact[call.pool][list(call.rows)]
     if output.shape != expected.shape:
@@ -215,7 +215,7 @@ def sample_errors(call: Call, exact: dict[str, NDArray[Any]], output: NDArray[An
     else:
         values = [sqnr_db(*pair) for pair in zip(expected, output, strict=True)]
         signs = [sign_of(one, row, exact[call.pool], call.rows) for one, row in zip(output, call.rows, strict=True)]
-    settings = (call.setting,) * len(values) if isinstance(call.setting, str) else call.setting
+    settings = call.setting if isinstance(call.setting, tuple) else (call.setting,) * len(values)
     traits = [traits_of(call.inputs, i, setting, call.rows) for i, setting in enumerate(settings)]
     columns = enumerate(zip(values, call.rows, traits, signs, strict=True))
     return [SampleError(call.text, i, value, call.pool, row, of, sign) for i, (value, row, of, sign) in columns]
@@ -238,7 +238,7 @@ def state_result(
     calls: Sequence[Call],
     pools: Mapping[str, Arrays],
     model: LoadedModel,
-    exact: dict[str, NDArray[Any]],
+    exact: dict[str, Array],
     run: Run,
     calls_before: int,
 ) -> StateResult:
@@ -324,27 +324,27 @@ def _nearly_the_same(model: LoadedModel, inputs: Arrays) -> Arrays:
     return moved
 
 
-def _half(mask: NDArray[Any]) -> NDArray[Any]:
+def _half(mask: Array) -> Array:
     """Ones for the first half of the tokens in every row."""
     tokens = mask.shape[1]
     return np.broadcast_to(np.arange(tokens) < -(-tokens // 2), mask.shape).astype(mask.dtype)
 
 
-def _unequal(output: NDArray[Any], earlier: NDArray[Any]) -> int:
+def _unequal(output: Array, earlier: Array) -> int:
     """How many numbers differ; NaN equals NaN, and another shape differs everywhere."""
     if output.shape != earlier.shape:
         return output.size
     return int(np.count_nonzero((output != earlier) & ~(np.isnan(output) & np.isnan(earlier))))
 
 
-def _at_once(calls: Sequence[Call], run: Run, rounds: int) -> list[list[NDArray[Any]]]:
+def _at_once(calls: Sequence[Call], run: Run, rounds: int) -> list[list[Array]]:
     """Outputs of callers of one batch size with conditions of their own, who all call at once, `rounds` times.
 
     Raises what a call raises.
     """
     together = Barrier(len(calls))
 
-    def repeat(call: Call) -> list[NDArray[Any]]:
+    def repeat(call: Call) -> list[Array]:
         outputs = []
         for _ in range(rounds):
             together.wait()

@@ -71,10 +71,10 @@ def effort_for(
     return Effort(steps, last, min(PICTURES, pictures), inside=FEW_INSIDE)
 
 
-def note(target: str, effort: Effort, n_steps: int, probed: tuple[int, ...], pictures: int) -> str:
-    """What a report says where less was run than can be; "" where it was not."""
+def note(target: str, effort: Effort, n_steps: int, probed: tuple[int, ...], pictures: int) -> str | None:
+    """What a report says where less was run than can be."""
     if effort == Effort(tuple(range(n_steps)), probed, pictures):
-        return ""
+        return None
     looked = f"linears in {len(effort.probed)} of {len(probed)} steps"
     alone = _calls([size for size in effort.special if size not in effort.inside], "compared by their outputs alone")
     skipped = _calls([size for size in BATCHES if size not in effort.special], "not made")

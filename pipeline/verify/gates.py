@@ -5,12 +5,10 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
-from pipeline.distance import psnr_db
+from pipeline.distance import Array, psnr_db
 from pipeline.recipe import Recipe
 from pipeline.verify.call_patterns import (
     CALL_TRAITS,
@@ -45,8 +43,8 @@ PIXEL_RANGE = 2.0
 class LayerRule:
     """A gate over all linears of a target: the field of LayerResult it reads, and how the layers are combined.
 
-    cause: what is likely wrong where it fails. idle: what the report says where the field is nan in all layers, so that
-    nothing is compared; "" for nothing.
+    cause: what is likely wrong where it fails. may_be_absent: nan in the field stands for nothing to compare. idle:
+    what the report says of layers where it is nan.
     """
 
     name: str
@@ -56,7 +54,16 @@ class LayerRule:
     why: str
     cause: str
     total: bool = False
-    idle: str = ""
+    may_be_absent: bool = False
+    idle: str | None = None
+
+    def absent(self, value: float) -> bool:
+        """Is there nothing to compare in a layer with this number?"""
+        return self.may_be_absent and math.isnan(value)
+
+    def fails(self, value: float) -> bool:
+        """Is a layer's number beyond the limit? nan is, but where it stands for nothing to compare."""
+        return not value <= self.limit and not self.absent(value)
 
 
 # nan in place of a difference marks such a path.
@@ -72,6 +79,7 @@ LAYER_RULES = (
         "",
         "every GEMM equals the exact integer sum of its own codes",
         "its weight codes are other ones or in another order, or sums overflow or round",
+        may_be_absent=True,
         idle=NO_SUM,
     ),
     LayerRule(
@@ -81,6 +89,7 @@ LAYER_RULES = (
         "",
         "both operands of every GEMM are its own codes times their scales, rounded as the dialect says, to the bit",
         "an operand is decoded by another table, scale or zero point, or rounded to fewer bits",
+        may_be_absent=True,
     ),
     LayerRule(
         "codes_inadmissible",
@@ -109,9 +118,6 @@ LAYER_RULES = (
     ),
 )
 
-MAY_BE_ABSENT = frozenset({"gemm_max_abs_diff", "operand_max_abs_diff"})
-
-
 # How many names a gate lists.
 NAMED = 3
 NOT_COVERED = "they are not in the checkpoint, or lowering lost what they compute"
@@ -128,7 +134,7 @@ def coverage_gate(target: str, present: Collection[str], expected: Collection[st
     return Gate(f"{target}/coverage", len(expected) - len(missing), len(expected), "linears", why, at_most=False)
 
 
-def layer_gates(target: str, rows: Sequence[LayerResult], bad_outputs: int, where: str = "") -> list[Gate]:
+def layer_gates(target: str, rows: Sequence[LayerResult], bad_outputs: int, where: str | None = None) -> list[Gate]:
     """Gates over all linears of a target; a failed one names the worst layer, its worst call and the likely cause.
 
     bad_outputs: how many numbers of steps and pictures are not finite; where: the first of these in words. Without
@@ -138,7 +144,7 @@ def layer_gates(target: str, rows: Sequence[LayerResult], bad_outputs: int, wher
     return [_finite_gate(target, rows, bad_outputs, where), *by_rule, _codes_gate(target, rows)]
 
 
-def _finite_gate(target: str, rows: Sequence[LayerResult], bad_outputs: int, where: str) -> Gate:
+def _finite_gate(target: str, rows: Sequence[LayerResult], bad_outputs: int, where: str | None) -> Gate:
     """Names the first layer: from there on NaN goes through all that follow."""
     nonfinite = sum(row.nonfinite for row in rows) + bad_outputs
     why = "no NaN or Inf in any quantized layer, step or picture"
@@ -150,18 +156,13 @@ def _finite_gate(target: str, rows: Sequence[LayerResult], bad_outputs: int, whe
     return Gate(f"{target}/finite", nonfinite, 0, "values", why)
 
 
-def first_nonfinite(errors: StepErrors, images: NDArray[Any]) -> str:
-    """The first step, or picture that the engine drew by itself, with a number that is not finite; "" for none."""
+def first_nonfinite(errors: StepErrors, images: Array) -> str | None:
+    """The first step, or picture that the engine drew by itself, with a number that is not finite."""
     bad = next((error for error in errors.samples if math.isnan(error.sqnr_db)), None)
     if bad is not None:
         return f"{bad.call}, sample {bad.sample}"
     picture = next((i for i, image in enumerate(images) if not np.isfinite(image).all()), None)
-    return "" if picture is None else f"picture {picture + 1} that the engine drew by itself"
-
-
-def fails(rule: LayerRule, value: float) -> bool:
-    """Is a layer's number beyond the limit? nan is, but where it stands for nothing to compare."""
-    return not value <= rule.limit and not (math.isnan(value) and rule.key in MAY_BE_ABSENT)
+    return None if picture is None else f"picture {picture + 1} that the engine drew by itself"
 
 
 def notes_on_layers(target: str, rows: Sequence[LayerResult]) -> list[str]:
@@ -171,8 +172,7 @@ def notes_on_layers(target: str, rows: Sequence[LayerResult]) -> list[str]:
 
 
 def _compared(rule: LayerRule, rows: Sequence[LayerResult]) -> list[LayerResult]:
-    """The layers that a rule looks at: nan in a field that may be absent is no finding."""
-    return [row for row in rows if rule.key not in MAY_BE_ABSENT or not math.isnan(getattr(row, rule.key))]
+    return [row for row in rows if not rule.absent(getattr(row, rule.key))]
 
 
 def _layer_gate(target: str, rule: LayerRule, rows: Sequence[LayerResult]) -> Gate:
@@ -180,9 +180,11 @@ def _layer_gate(target: str, rule: LayerRule, rows: Sequence[LayerResult]) -> Ga
     compared = _compared(rule, rows)
     values = np.array([getattr(row, rule.key) for row in compared] or [math.nan], np.float64)
     combined = values.sum() if rule.total else values.max()
-    some = f"; {len(compared)} of {len(rows)} layers: {rule.idle}" if len(compared) < len(rows) else ""
-    gate = Gate(f"{target}/{rule.name}", float(combined), rule.limit, rule.unit, f"{rule.why}{some}")
-    return replace(gate, why=f"{gate.why}{_culprit(compared, rule, gate.passed)}")
+    why = rule.why
+    if len(compared) < len(rows):
+        why += f"; {len(compared)} of {len(rows)} layers" + (f": {rule.idle}" if rule.idle else "")
+    gate = Gate(f"{target}/{rule.name}", float(combined), rule.limit, rule.unit, why)
+    return replace(gate, why=why + _culprit(compared, rule, gate.passed))
 
 
 def _culprit(rows: Sequence[LayerResult], rule: LayerRule, passed: bool) -> str:
@@ -219,7 +221,7 @@ def step_results(
     return [StepResult(target, step, measured.get(step, math.nan), *numbers) for step, numbers in rows]
 
 
-def end_gates(target: str, errors: StepErrors, images: NDArray[Any], study: Study, single: Realisations) -> list[Gate]:
+def end_gates(target: str, errors: StepErrors, images: Array, study: Study, single: Realisations) -> list[Gate]:
     """Engine against the float64 reference: steps on the same inputs, and the pictures of its own trajectory.
 
     `single`: float32 runs of the reference in the target's arithmetic. The worst step bounds how bad it can get; the
@@ -249,7 +251,7 @@ def end_gates(target: str, errors: StepErrors, images: NDArray[Any], study: Stud
 NOT_IN_STEPS = "every step is right on the reference's own inputs: errors grow from step to step, or something is kept"
 
 
-def picture_errors(study: Study, images: NDArray[Any]) -> list[SampleError]:
+def picture_errors(study: Study, images: Array) -> list[SampleError]:
     """Each picture as a sample of one call; the number is its PSNR."""
     reference, rows = study.images["reference"], tuple(range(len(images)))
     signs = [sign_of(image, row, reference, rows) for row, image in enumerate(images)]
@@ -369,7 +371,7 @@ def _lowest(values: Sequence[float]) -> float:
     return math.nan if any(math.isnan(value) for value in values) else min(values)
 
 
-def pictures_db(study: Study, images: NDArray[Any]) -> list[float]:
+def pictures_db(study: Study, images: Array) -> list[float]:
     """PSNR of each picture against the float64 reference's; `images` may be the first few."""
     reference = study.images["reference"]
     peak = PIXEL_RANGE if study.case.output == "pixels" else float(np.ptp(reference))

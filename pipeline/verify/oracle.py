@@ -7,7 +7,7 @@ float32 roundings, with the count beside it.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import cache, cached_property
 from typing import Any
@@ -18,8 +18,8 @@ from numpy.typing import NDArray
 from export.checkpoint import QuantizedLinear
 from export.dialect.reference import ABSMAX_FLOOR
 from export.formats.format import Format, encode, get_format, to_integers
+from pipeline.distance import Array
 
-Array = NDArray[np.floating]
 # Largest relative error of one float32 operation (round to nearest), and of one in FP16.
 ROUNDING = 2.0**-24
 HALF_ROUNDING = 2.0**-11
@@ -45,19 +45,28 @@ class ActivationOracle:
     integers: integers of the nearest code, [M, K]. lowest, highest: integers of the codes at both ends of the
     interval that contains the float32 quotient; they differ only where the quotient lies within QUOTIENT_ROUNDINGS (and
     those of a balanced input) of a midpoint. scale: [M, 1] or [M, groups] float64. scale_slack: relative error that a
-    balanced input adds to it, same shape; 0 for none.
+    balanced input adds to it, same shape.
     """
 
     integers: NDArray[np.integer]
     lowest: NDArray[np.integer]
     highest: NDArray[np.integer]
     scale: NDArray[np.float64]
-    scale_slack: Array | float = 0.0
+    scale_slack: NDArray[np.float64]
 
     @property
     def ambiguous(self) -> int:
         """How many codes may differ from the nearest one."""
         return int(np.count_nonzero(self.lowest != self.highest))
+
+    def inadmissible(self, integers: Array) -> int:
+        """How many of an engine's integers [M, K] no rounding explains."""
+        outside = (integers < self.lowest) | (integers > self.highest) | ~np.isfinite(integers)
+        return int(np.count_nonzero(outside))
+
+    def of_rows(self, rows: slice) -> ActivationOracle:
+        """The oracle of some of the tokens."""
+        return ActivationOracle(*(getattr(self, field.name)[rows] for field in fields(self)))
 
 
 def activation_oracle(x: Array, layer: QuantizedLinear) -> ActivationOracle:
@@ -65,17 +74,20 @@ def activation_oracle(x: Array, layer: QuantizedLinear) -> ActivationOracle:
     fmt, groups = get_format(layer.activation_format), layer.activation_groups
     balanced, error = _balanced(np.asarray(x, np.float64), layer)
     if layer.activation_scale is not None:
-        shifted = balanced - (0.0 if layer.activation_zero is None else float(layer.activation_zero[0]))
-        return _rounded(fmt, shifted, np.full((len(x), 1), layer.activation_scale[0], np.float64), error)
-    rows = balanced.reshape(len(x) * groups, -1)
-    errors = None if error is None else error.reshape(rows.shape)
-    oracle = _rounded(fmt, rows, _dynamic_scale(rows, fmt), errors)
-    if errors is not None:
-        slack = errors.max(axis=1, keepdims=True) / (oracle.scale * fmt.max_value)
-        oracle = _rounded(fmt, rows, oracle.scale, errors + slack * np.abs(rows))
-        oracle = replace(oracle, scale_slack=slack.reshape(len(x), groups))
-    integers = {key: getattr(oracle, key).reshape(x.shape) for key in ("integers", "lowest", "highest")}
-    return replace(oracle, **integers, scale=oracle.scale.reshape(len(x), groups))
+        rows = balanced - (0.0 if layer.activation_zero is None else float(layer.activation_zero[0]))
+        scale = np.full((len(x), 1), layer.activation_scale[0], np.float64)
+        slack = np.zeros_like(scale)
+    else:
+        rows = balanced.reshape(len(x) * groups, -1)
+        scale = np.maximum(np.abs(rows).max(axis=1, keepdims=True), ABSMAX_FLOOR) / fmt.max_value
+        slack = np.zeros_like(scale)
+        if error is not None:
+            error = error.reshape(rows.shape)
+            slack = error.max(axis=1, keepdims=True) / (scale * fmt.max_value)
+            error = error + slack * np.abs(rows)
+    integers, lowest, highest = (array.reshape(x.shape) for array in _rounded(fmt, rows, scale, error))
+    by_group = (scale.reshape(len(x), groups), slack.reshape(len(x), groups))
+    return ActivationOracle(integers, lowest, highest, *by_group)
 
 
 def _balanced(x: Array, layer: QuantizedLinear) -> tuple[Array, Array | None]:
@@ -87,29 +99,25 @@ def _balanced(x: Array, layer: QuantizedLinear) -> tuple[Array, Array | None]:
     return balanced, ROUNDING * FIRST_ORDER * (np.abs(product) + np.abs(balanced))
 
 
-def _dynamic_scale(x: Array, fmt: Format) -> NDArray[np.float64]:
-    """[M, 1]: the scale at which each row's absmax is the format's largest value."""
-    return np.maximum(np.abs(x).max(axis=1, keepdims=True), ABSMAX_FLOOR) / fmt.max_value
+def _rounded(fmt: Format, x: Array, scale: Array, error: Array | None) -> Iterator[NDArray[np.integer]]:
+    """Integers of the nearest codes of x / scale [M, K], and of the lowest and highest that float32 may make of them.
 
-
-def _rounded(fmt: Format, x: Array, scale: NDArray[np.float64], error: Array | None = None) -> ActivationOracle:
-    """Codes of x / scale [M, K]; `error`: by how much x may be off beforehand, or None."""
-    blocks = [
-        _block_rounded(fmt, x[part], scale[part], None if error is None else error[part]) for part in blocks_of(x)
-    ]
-    integers, lowest, highest = (
-        np.concatenate([getattr(block, key) for block in blocks]) for key in ("integers", "lowest", "highest")
+    error: by how much x may be off beforehand, or None.
+    """
+    blocks = (
+        _block_rounded(fmt, x[rows], scale[rows], None if error is None else error[rows])
+        for rows in row_blocks(*x.shape)
     )
-    return ActivationOracle(integers, lowest, highest, scale)
+    return map(np.concatenate, zip(*blocks, strict=True))
 
 
-def blocks_of(x: Array) -> list[slice]:
-    """Slices of the rows of x [M, K] whose arrays stay in the processor's caches: at least one."""
-    rows = max(1, BLOCK_NUMBERS // max(1, x.shape[1]))
-    return [slice(first, first + rows) for first in range(0, max(1, len(x)), rows)]
+def row_blocks(rows: int, columns: int) -> list[slice]:
+    """Slices of the rows of [rows, columns] whose arrays stay in the processor's caches: at least one."""
+    count = max(1, BLOCK_NUMBERS // max(1, columns))
+    return [slice(first, first + count) for first in range(0, max(1, rows), count)]
 
 
-def _block_rounded(fmt: Format, x: Array, scale: NDArray[np.float64], error: Array | None) -> ActivationOracle:
+def _block_rounded(fmt: Format, x: Array, scale: Array, error: Array | None) -> tuple[NDArray[np.integer], ...]:
     quotient = x / scale
     slack = QUOTIENT_ROUNDINGS * ROUNDING * np.abs(quotient)
     if error is not None:
@@ -123,7 +131,7 @@ def _block_rounded(fmt: Format, x: Array, scale: NDArray[np.float64], error: Arr
     lowest[close] = integers[np.searchsorted(midpoints, (quotient - slack)[close])]
     highest[close] = integers[np.searchsorted(midpoints, (quotient + slack)[close])]
     nearest[close] = to_integers(fmt, encode(fmt, quotient[close]))  # ties to even
-    return ActivationOracle(nearest, lowest, highest, scale)
+    return nearest, lowest, highest
 
 
 # Lower bits of a float64 that do not say between which midpoints of a format it lies.
@@ -165,8 +173,8 @@ class LinearProbe:
     x: [M, K]. integers: integers of its activation codes, [M, K] float64. act_scale: [M, 1] or [M, groups], None
     where it is a constant of the GEMM. gemm: [M, N], or [M, groups of sums, N]. output, low_rank: [M, N], or None where
     the engine does not keep it or has none. timesteps: [M], which each token's sample had, or None. The other fields
-    are those of the ProbeRow, gemm_scale as array [N] or None. operands: the GEMM's own, float32 [M, K] and [K, N],
-    where it multiplies values that are scaled already, or None.
+    are those of the ProbeRow, gemm_scale as array [N] or None. operand, weight_operand: the GEMM's own, float32 [M, K]
+    and [K, N], where it multiplies values that are scaled already, or None.
     """
 
     x: Array
@@ -180,7 +188,28 @@ class LinearProbe:
     half_roundings: int = 0
     low_rank: Array | None = None
     timesteps: Array | None = None
-    operands: tuple[Array, Array] | None = None
+    operand: Array | None = None
+    weight_operand: Array | None = None
+
+    def of_rows(self, rows: slice) -> LinearProbe:
+        """The probe of some of its tokens."""
+        return _by_token([self], lambda arrays: arrays[0][rows])
+
+
+# Fields of a LinearProbe that have a row for each token.
+BY_TOKEN = ("x", "integers", "act_scale", "gemm", "output", "low_rank", "timesteps", "operand")
+
+
+def joined(probes: Sequence[LinearProbe]) -> LinearProbe:
+    """The probes of one linear in several calls as one, rows after rows."""
+    return _by_token(probes, np.concatenate)
+
+
+def _by_token(probes: Sequence[LinearProbe], combined: Callable[[list[Array]], Array]) -> LinearProbe:
+    """One probe whose arrays with a row for each token are `combined`; the rest is the same in every call."""
+    kept = [key for key in BY_TOKEN if getattr(probes[0], key) is not None]
+    arrays: dict[str, Any] = {key: combined([getattr(probe, key) for probe in probes]) for key in kept}
+    return replace(probes[0], **arrays)
 
 
 @dataclass(frozen=True)
@@ -207,8 +236,7 @@ class LinearCheck:
 def check_quantizer(layer: QuantizedLinear, x: Array, integers: Array, act_scale: Array | None) -> tuple[int, float]:
     """(codes that no rounding explains, error of the scale over its bound) of a layer's quantizer on x [M, K]."""
     oracle = activation_oracle(x, layer)
-    outside = (integers < oracle.lowest) | (integers > oracle.highest) | ~np.isfinite(integers)
-    return int(np.count_nonzero(outside)), _scale_error(act_scale, oracle)
+    return oracle.inadmissible(integers), _scale_error(act_scale, oracle)
 
 
 class LinearWeight:
@@ -248,40 +276,28 @@ class LinearWeight:
 
 def check_linear(layer: QuantizedLinear, probe: LinearProbe, oracle: ActivationOracle) -> LinearCheck:
     """Compare one linear of an engine with the oracle; `oracle` is activation_oracle(probe.x, layer)."""
-    weight = LinearWeight(layer)
-    integers = (
-        probe.integers
-        if np.isfinite(probe.integers).all()
-        else np.nan_to_num(probe.integers, nan=0.0, posinf=0.0, neginf=0.0)
-    )
+    weight, integers = LinearWeight(layer), probe.integers
+    if not np.isfinite(integers).all():
+        integers = np.nan_to_num(integers, nan=0.0, posinf=0.0, neginf=0.0)
     products: tuple[Array, ...]
     if probe.exact:
         products = (exact_sums(integers, weight, probe.gemm.shape[1] if probe.gemm.ndim == 3 else 1),)
     else:
         products = _float_products(layer, weight, probe, oracle, integers)
-    wide = max(probe.x.shape[1], layer.out_features)
-    checks = [
-        _check_rows(
-            layer,
-            weight,
-            _probe_rows(probe, rows),
-            _oracle_rows(oracle, rows),
-            integers[rows],
-            [p[rows] for p in products],
-        )
-        for rows in blocks_of(np.broadcast_to(np.float32(0), (len(probe.x), wide)))
-    ]
-    check = _joined(checks)
-    if probe.operands is None:
-        return check
-    of_weight, expected = 0.0, weight.dequantized.astype(np.float32).T
-    if not np.array_equal(probe.operands[1], expected):
-        difference = np.abs(probe.operands[1].astype(np.float64) - expected)
-        of_weight = float(np.nan_to_num(difference, nan=np.inf).max(initial=0))
+    checks = []
+    for rows in row_blocks(len(probe.x), max(probe.x.shape[1], layer.out_features)):
+        of_rows = [product[rows] for product in products]
+        checks.append(_check_rows(layer, weight, probe.of_rows(rows), oracle.of_rows(rows), integers[rows], of_rows))
+    of_all_rows = _joined(checks)
+    if probe.weight_operand is None:
+        return of_all_rows
+    expected = weight.dequantized.astype(np.float32).T
+    same = np.array_equal(probe.weight_operand, expected)
+    of_weight = 0.0 if same else _largest_difference(probe.weight_operand, expected)
     return replace(
-        check,
-        operand_max_abs_diff=max(check.operand_max_abs_diff, of_weight),
-        nonfinite=check.nonfinite + int(np.count_nonzero(~np.isfinite(probe.operands[1]))),
+        of_all_rows,
+        operand_max_abs_diff=max(of_all_rows.operand_max_abs_diff, of_weight),
+        nonfinite=of_all_rows.nonfinite + _nonfinite(probe.weight_operand),
     )
 
 
@@ -294,35 +310,19 @@ def _check_rows(
     products: Sequence[Array],
 ) -> LinearCheck:
     """integers: that of the probe, finite. products: the exact sums, or the two results of `_float_products`."""
-    outside = (probe.integers < oracle.lowest) | (probe.integers > oracle.highest) | ~np.isfinite(probe.integers)
-    values = probe.operands[:1] if probe.operands else ()
-    tensors = (probe.x, probe.gemm, probe.act_scale, probe.output, probe.low_rank, *values)
-    produced = [tensor for tensor in tensors if tensor is not None]
+    produced = (probe.x, probe.gemm, probe.act_scale, probe.output, probe.low_rank, probe.operand)
     errors = (_output_error(layer, weight, probe, oracle, products), _low_rank_error(layer, probe))
     return LinearCheck(
         codes=integers.size,
         codes_different=int(np.count_nonzero(probe.integers != oracle.integers)),
         codes_ambiguous=oracle.ambiguous,
-        codes_inadmissible=int(np.count_nonzero(outside)),
+        codes_inadmissible=oracle.inadmissible(probe.integers),
         gemm_max_abs_diff=_gemm_difference(probe, products[0]),
         scale_error=_scale_error(probe.act_scale, oracle),
         output_error=math.nan if math.isnan(errors[0]) else max(errors),
-        nonfinite=sum(int(np.count_nonzero(~np.isfinite(tensor))) for tensor in produced),
+        nonfinite=sum(_nonfinite(tensor) for tensor in produced if tensor is not None),
         operand_max_abs_diff=_operand_difference(layer, probe, integers),
     )
-
-
-def _probe_rows(probe: LinearProbe, rows: slice) -> LinearProbe:
-    """A probe of some of its tokens."""
-    keys = ("x", "integers", "act_scale", "gemm", "output", "low_rank", "timesteps")
-    arrays: dict[str, Any] = {key: array[rows] for key in keys if (array := getattr(probe, key)) is not None}
-    operands = None if probe.operands is None else (probe.operands[0][rows], probe.operands[1])
-    return replace(probe, **arrays, operands=operands)
-
-
-def _oracle_rows(oracle: ActivationOracle, rows: slice) -> ActivationOracle:
-    slack = oracle.scale_slack[rows] if isinstance(oracle.scale_slack, np.ndarray) else oracle.scale_slack
-    return ActivationOracle(oracle.integers[rows], oracle.lowest[rows], oracle.highest[rows], oracle.scale[rows], slack)
 
 
 COUNTS = ("codes", "codes_different", "codes_ambiguous", "codes_inadmissible", "nonfinite")
@@ -331,10 +331,10 @@ COUNTS = ("codes", "codes_different", "codes_ambiguous", "codes_inadmissible", "
 def _joined(checks: Sequence[LinearCheck]) -> LinearCheck:
     """Findings about all rows from those about some each: counts are added, of errors the largest stands (nan is)."""
     columns = {field.name: [getattr(check, field.name) for check in checks] for field in fields(LinearCheck)}
-    joined: dict[str, Any] = {
+    combined: dict[str, Any] = {
         name: sum(column) if name in COUNTS else float(np.max(column)) for name, column in columns.items()
     }
-    return LinearCheck(**joined)
+    return LinearCheck(**combined)
 
 
 def exact_sums(integers: Array, weight: LinearWeight, groups: int = 1, magnitudes: bool = False) -> NDArray[np.float64]:
@@ -365,8 +365,7 @@ def _gemm_difference(probe: LinearProbe, total: Array) -> float:
     expected = (total * probe.gemm_unit).astype(np.float32)
     if probe.gemm_scale is not None:
         expected = expected * np.asarray(probe.gemm_scale, np.float32).reshape(1, -1)
-    difference = np.abs(np.asarray(probe.gemm, np.float64) - expected)
-    return float(np.nan_to_num(difference, nan=np.inf).max(initial=0))
+    return _largest_difference(probe.gemm, expected)
 
 
 def _operand_difference(layer: QuantizedLinear, probe: LinearProbe, integers: Array) -> float:
@@ -375,18 +374,17 @@ def _operand_difference(layer: QuantizedLinear, probe: LinearProbe, integers: Ar
     value(code) * scale is exact in float64 (8 bits times 24), so its float32 is the one rounding that the graph makes;
     a zero point is added in float32, which rounds once more, as in the graph.
     """
-    if probe.operands is None:
+    if probe.operand is None:
         return math.nan
     scale = layer.activation_scale if probe.act_scale is None else probe.act_scale
     assert scale is not None, f"{layer.name}: neither a scale per token nor a static one"
     spread = np.repeat(
         np.atleast_2d(np.asarray(scale, np.float64)), layer.activation_group or integers.shape[1], axis=1
     )
-    value = (integers * to_value(layer, "activation") * spread).astype(np.float32)
+    value = (integers * unit_of(layer.activation_format) * spread).astype(np.float32)
     if layer.activation_zero is not None:
         value = value + layer.activation_zero.astype(np.float32)
-    difference = np.abs(np.asarray(probe.operands[0], np.float64) - value)
-    return float(np.nan_to_num(difference, nan=np.inf).max(initial=0))
+    return _largest_difference(probe.operand, value)
 
 
 def _scale_error(act_scale: Array | None, oracle: ActivationOracle) -> float:
@@ -431,29 +429,29 @@ def _float_products(
 ) -> tuple[Array, Array]:
     """(product [M, N] in float64, sum of the magnitudes that float32 rounds) of float sums: over real scales per group,
     of formats too wide for integers, of scaled operands."""
-    unit = to_value(layer, "activation") * oracle.scale
+    unit = unit_of(layer.activation_format) * oracle.scale
     if unit.shape[1] == layer.scales.shape[1] == 1 and _largest_sum(integers, weight) < 2.0**53:
-        per_channel = layer.scales[:, 0].astype(np.float64) * to_value(layer, "weight")
+        per_channel = layer.scales[:, 0].astype(np.float64) * unit_of(layer.weight_format)
         product, magnitude = (exact_sums(integers, weight, magnitudes=of) * unit * per_channel for of in (False, True))
     else:
         spread = np.repeat(unit, integers.shape[1] // unit.shape[1], axis=1) if unit.shape[1] > 1 else unit
         value = integers * spread
         product, magnitude = value @ weight.dequantized.T, np.abs(value) @ weight.magnitudes.T
-    if probe.operands is not None and layer.activation_zero is not None:  # each product has its share of the zero
+    if probe.operand is not None and layer.activation_zero is not None:  # each product has its share of the zero
         magnitude = magnitude + np.abs(layer.activation_zero[0]) * weight.magnitudes.sum(axis=1)
     return product, magnitude
 
 
 def _scaled_sums(layer: QuantizedLinear, oracle: ActivationOracle, total: Array) -> tuple[Array, Array, float]:
     """(product [M, N], sum of the magnitudes that were rounded, how often float32 rounds) of exact integer sums."""
-    unit = to_value(layer, "activation") * oracle.scale
+    unit = unit_of(layer.activation_format) * oracle.scale
     if total.ndim == 2:
-        product = total * (to_value(layer, "weight") * unit) * layer.scales[:, 0].astype(np.float64)
+        product = total * (unit_of(layer.weight_format) * unit) * layer.scales[:, 0].astype(np.float64)
         return product, np.abs(product), OUTPUT_ROUNDINGS
     sums = total.shape[1]
     of_token = np.repeat(unit, sums // unit.shape[1], axis=1)
     of_channel = np.repeat(layer.scales.astype(np.float64), sums // layer.scales.shape[1], axis=1)
-    parts = total * of_token[..., None] * (of_channel.T * to_value(layer, "weight"))
+    parts = total * of_token[..., None] * (of_channel.T * unit_of(layer.weight_format))
     return parts.sum(axis=1), np.abs(parts).sum(axis=1), OUTPUT_ROUNDINGS + sums
 
 
@@ -479,13 +477,26 @@ def _low_rank_error(layer: QuantizedLinear, probe: LinearProbe) -> float:
     return worst
 
 
-def to_value(layer: QuantizedLinear, operand: str) -> float:
-    """What one unit of an operand's integers is worth: 2^-f of its format; operand "weight" or "activation"."""
-    return 2.0 ** -get_format(getattr(layer, f"{operand}_format")).fraction_bits
+def unit_of(format_name: str) -> float:
+    """What one unit of a format's integers is worth."""
+    return 2.0 ** -get_format(format_name).fraction_bits
+
+
+def _nonfinite(tensor: Array) -> int:
+    return int(np.count_nonzero(~np.isfinite(tensor)))
+
+
+def _largest_difference(tensor: Array, expected: Array) -> float:
+    """Without a bound, of what must be equal; inf where the tensor is nan."""
+    difference = np.abs(np.asarray(tensor, np.float64) - expected)
+    return float(np.nan_to_num(difference, nan=np.inf).max(initial=0))
 
 
 def _largest(difference: Array, bound: Array) -> float:
     """Largest |difference| / bound; inf where the difference is not finite, 0 where both are zero."""
-    difference, bound = np.abs(np.nan_to_num(difference, nan=np.inf)), np.broadcast_to(bound, np.shape(difference))
-    ratio = np.divide(difference, bound, out=np.where(difference > 0, np.inf, 0.0), where=bound > 0)
-    return float(ratio.max(initial=0))
+    return float(ratio(np.abs(np.nan_to_num(difference, nan=np.inf)), bound).max(initial=0))
+
+
+def ratio(value: Array, limit: Array) -> Array:
+    """value / limit, of numbers that are not negative; 0 where both are zero, inf where only the limit is."""
+    return np.divide(value, limit, out=np.where(value > 0, np.inf, 0.0), where=limit > 0)

@@ -8,12 +8,15 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING
 
 import onnx
-from numpy.typing import NDArray
 
 from pipeline.backends.base import Arrays
+from pipeline.distance import Array
+
+if TYPE_CHECKING:
+    from onnxruntime import InferenceSession
 
 # Their results may have types that NumPy lacks (FP8), and are quickly made again where a later part reads them.
 MADE_AGAIN = frozenset({"QuantizeLinear"})
@@ -25,7 +28,7 @@ class Parts:
     def __init__(
         self,
         model: onnx.ModelProto,
-        open_part: Callable[[onnx.ModelProto], Any],
+        open_part: Callable[[onnx.ModelProto], InferenceSession],
         calls: Sequence[Arrays],
         asked: Iterable[str],
     ) -> None:
@@ -98,7 +101,7 @@ def needed_names(nodes: Sequence[onnx.NodeProto], outputs: Iterable[str]) -> set
 
 
 def part_of(
-    model: onnx.ModelProto, nodes: Sequence[onnx.NodeProto], fed: Mapping[str, NDArray[Any]], outputs: Sequence[str]
+    model: onnx.ModelProto, nodes: Sequence[onnx.NodeProto], fed: Mapping[str, Array], outputs: Sequence[str]
 ) -> onnx.ModelProto:
     """The nodes as a model of their own, with these `outputs`; those of `fed` that it reads are inputs of the
     arrays' types and ranks. What reads neither them nor a node reads the inputs and initializers of `model`."""

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
+
+from pipeline.distance import Array
 
 GAINS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 10_000, 100_000)
 
@@ -21,8 +21,12 @@ class Column:
     heading: str
     pngs: tuple[bytes, ...]
 
+    def file_name(self, row: int) -> str:
+        """The file of one picture, below the report's images/."""
+        return f"{self.stem}-{row}.png"
 
-def gallery(images: Mapping[str, NDArray[Any]], engines: Mapping[str, NDArray[Any]], pixels: bool) -> list[Column]:
+
+def gallery(images: Mapping[str, Array], engines: Mapping[str, Array], pixels: bool) -> list[Column]:
     """Columns float, reference, engines, then what separates them, amplified; images [B, C, H, W] by name.
 
     An engine may have drawn the first few only, or none. Latents (`pixels` False) are shown by their first three
@@ -39,25 +43,25 @@ def gallery(images: Mapping[str, NDArray[Any]], engines: Mapping[str, NDArray[An
     return columns
 
 
-def _column(stem: str, heading: str, images: NDArray[Any], low: float, high: float) -> Column:
+def _column(stem: str, heading: str, images: Array, low: float, high: float) -> Column:
     unit = (np.nan_to_num(images) - low) / max(high - low, 1e-30)
     return Column(stem, heading, tuple(png(image) for image in unit))
 
 
-def _difference(stem: str, heading: str, difference: NDArray[Any], span: float) -> Column:
+def _difference(stem: str, heading: str, difference: Array, span: float) -> Column:
     gain = amplification(difference, span)
     unit = 0.5 + np.nan_to_num(difference) * gain / max(span, 1e-30)
     return Column(stem, f"{heading}, x{gain:,} around grey", tuple(png(image) for image in unit))
 
 
-def amplification(difference: NDArray[Any], span: float) -> int:
+def amplification(difference: Array, span: float) -> int:
     """The largest gain of the table with which the difference stays within half of `span`."""
     largest = float(np.abs(np.nan_to_num(difference)).max(initial=0))
     fitting = [gain for gain in GAINS if largest * gain <= span / 2]
     return fitting[-1] if fitting and largest > 0 else GAINS[0]
 
 
-def png(image: NDArray[Any]) -> bytes:
+def png(image: Array) -> bytes:
     """[C, H, W] in [0, 1] -> PNG bytes; one channel is grey, of more than three the first three are shown."""
     from PIL import Image
 
@@ -66,13 +70,3 @@ def png(image: NDArray[Any]) -> bytes:
     stream = io.BytesIO()
     Image.fromarray(bytes_).save(stream, "PNG")
     return stream.getvalue()
-
-
-def file_names(columns: Sequence[Column]) -> dict[str, bytes]:
-    """File name -> PNG for every picture of the gallery."""
-    return {file_name(column, i): data for column in columns for i, data in enumerate(column.pngs)}
-
-
-def file_name(column: Column, row: int) -> str:
-    """The file of one picture, below the report's images/."""
-    return f"{column.stem}-{row}.png"

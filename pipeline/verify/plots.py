@@ -1,14 +1,13 @@
-"""Line plots as inline SVG: no library, colours from the page's style sheet, so they follow its light or dark theme."""
+"""Line plots as SVG: where everything stands. What draws it is the macro `line_plot` of page_parts.html, in colours of
+the page's style sheet, so that they follow its light or dark theme."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from html import escape
+from functools import cached_property
 
-WIDTH, HEIGHT = 860, 300
-LEFT, RIGHT, TOP, BOTTOM = 52, 12, 14, 40
 GRID_LINES, MOST_TICKS = 6, 24
 NICE_STEPS = (1, 2, 5, 10, 20, 25, 50, 100, 200, 500)
 
@@ -20,24 +19,6 @@ class Series:
     name: str
     style: str
     values: Sequence[float]
-
-
-def line_plot(
-    series: Sequence[Series], labels: Sequence[str], x_title: str, y_title: str, ticks: Sequence[str] = ()
-) -> str:
-    """An <svg> with one line per series over the positions `labels`, and a legend above it.
-
-    ticks: what stands below each position where that is not its label ("" for nothing).
-    """
-    shown = [value for row in series for value in row.values if math.isfinite(value)]
-    if not shown:
-        return "<p class='muted'>nothing to plot</p>"
-    axis = Axis.around(min(shown), max(shown))
-    parts = [_grid(axis), _x_labels(ticks or labels, x_title), _y_title(y_title)]
-    parts += [_line(row, labels, axis) for row in series]
-    body = "".join(parts)
-    svg = f"<svg viewBox='0 0 {WIDTH} {HEIGHT}' role='img' aria-label='{escape(y_title)}'>{body}</svg>"
-    return f"{_legend(series)}<div class='scroll'>{svg}</div>"
 
 
 @dataclass(frozen=True)
@@ -54,59 +35,61 @@ class Axis:
         step = next((s for s in NICE_STEPS if (high - low) / s <= GRID_LINES), NICE_STEPS[-1])
         return cls(math.floor(low / step) * step, max(math.ceil(high / step), math.floor(low / step) + 1) * step, step)
 
+
+@dataclass(frozen=True)
+class Plot:
+    """One line per series over the positions `labels`. tick_labels: what stands below each position, "" for nothing.
+
+    The drawing is `width` x `height` units; lines lie between `left`, `right`, `top` and `bottom` of it.
+    """
+
+    series: Sequence[Series]
+    labels: Sequence[str]
+    tick_labels: Sequence[str]
+    x_title: str
+    y_title: str
+    width, height = 860, 300
+    left, right, top, bottom = 52, width - 12, 14, height - 40
+
+    @cached_property
+    def finite(self) -> list[float]:
+        """All numbers that can be drawn; without any there is neither an axis nor a drawing."""
+        return [value for row in self.series for value in row.values if math.isfinite(value)]
+
+    @cached_property
+    def axis(self) -> Axis:
+        return Axis.around(min(self.finite), max(self.finite))
+
+    def x(self, index: int) -> float:
+        """Where a position stands from left to right."""
+        return round(self.left + (self.right - self.left) * (index + 0.5) / len(self.labels), 1)
+
     def y(self, value: float) -> float:
-        """Vertical position in the drawing."""
-        return TOP + (HEIGHT - TOP - BOTTOM) * (self.high - value) / (self.high - self.low)
+        """Where a value stands, downwards."""
+        from_top = (self.axis.high - value) / (self.axis.high - self.axis.low)
+        return round(self.top + (self.bottom - self.top) * from_top, 1)
 
+    def grid(self) -> list[tuple[float, str]]:
+        """(y, number) of the lines across the plot."""
+        lines = range(round((self.axis.high - self.axis.low) / self.axis.step) + 1)
+        values = [self.axis.low + line * self.axis.step for line in lines]
+        return [(self.y(value), f"{value:g}") for value in values]
 
-def _x(index: int, count: int) -> float:
-    return LEFT + (WIDTH - LEFT - RIGHT) * (index + 0.5) / count
+    def ticks(self) -> list[tuple[float, str]]:
+        """(x, text) of what stands below the plot, MOST_TICKS at most."""
+        named = [(self.x(i), text) for i, text in enumerate(self.tick_labels) if text]
+        return named[:: max(1, math.ceil(len(named) / MOST_TICKS))]
 
+    def path(self, row: Series) -> str:
+        """A line in SVG's commands, broken where a value is not finite."""
+        commands, command = "", "M"
+        for i, value in enumerate(row.values):
+            finite = math.isfinite(value)
+            commands += f"{command}{self.x(i)} {self.y(value)}" if finite else ""
+            command = "L" if finite else "M"
+        return commands
 
-def _grid(axis: Axis) -> str:
-    lines = []
-    for index in range(round((axis.high - axis.low) / axis.step) + 1):
-        value = axis.low + index * axis.step
-        y = axis.y(value)
-        lines.append(f"<line class='grid' x1='{LEFT}' x2='{WIDTH - RIGHT}' y1='{y:.1f}' y2='{y:.1f}'/>")
-        lines.append(f"<text class='tick' x='{LEFT - 8}' y='{y + 4:.1f}' text-anchor='end'>{value:g}</text>")
-    return "".join(lines)
-
-
-def _x_labels(labels: Sequence[str], title: str) -> str:
-    y, named = HEIGHT - BOTTOM + 16, [(i, text) for i, text in enumerate(labels) if text]
-    every = max(1, math.ceil(len(named) / MOST_TICKS))
-    shown = [(_x(i, len(labels)), escape(text)) for i, text in named[::every]]
-    marks = [f"<text class='tick' x='{x:.1f}' y='{y}' text-anchor='middle'>{text}</text>" for x, text in shown]
-    middle = (LEFT + WIDTH - RIGHT) / 2
-    return (
-        "".join(marks) + f"<text class='axis' x='{middle}' y='{HEIGHT - 6}' text-anchor='middle'>{escape(title)}</text>"
-    )
-
-
-def _y_title(title: str) -> str:
-    middle = (TOP + HEIGHT - BOTTOM) / 2
-    return (
-        f"<text class='axis' transform='translate(13 {middle}) rotate(-90)' text-anchor='middle'>{escape(title)}</text>"
-    )
-
-
-def _line(row: Series, labels: Sequence[str], axis: Axis) -> str:
-    points = [(_x(i, len(labels)), value, labels[i]) for i, value in enumerate(row.values)]
-    path, drawing = "", False
-    for x, value, _ in points:
-        finite = math.isfinite(value)
-        path += f"{'L' if drawing else 'M'}{x:.1f} {axis.y(value):.1f}" if finite else ""
-        drawing = finite
-    dots = "".join(
-        f"<circle class='{row.style}' cx='{x:.1f}' cy='{axis.y(value):.1f}' r='2.6'>"
-        f"<title>{escape(label)}: {escape(row.name)} {value:.1f}</title></circle>"
-        for x, value, label in points
-        if math.isfinite(value)
-    )
-    return f"<path class='{row.style}' d='{path}'/>{dots}"
-
-
-def _legend(series: Sequence[Series]) -> str:
-    items = "".join(f"<span><i class='{row.style}'></i>{escape(row.name)}</span>" for row in series)
-    return f"<p class='legend'>{items}</p>"
+    def dots(self, row: Series) -> list[tuple[float, float, str]]:
+        """(x, y, text) of every finite value."""
+        finite = [(i, value) for i, value in enumerate(row.values) if math.isfinite(value)]
+        return [(self.x(i), self.y(value), f"{self.labels[i]}: {row.name} {value:.1f}") for i, value in finite]

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import onnx
@@ -29,6 +29,9 @@ from pipeline.passes.probes import ProbeRow
 from pipeline.progress import raise_if_stopped
 from pipeline.verify.oracle import LinearProbe
 from pipeline.verify.parts import Parts, needed_names, part_of
+
+if TYPE_CHECKING:
+    from onnxruntime import InferenceSession
 
 logger = logging.getLogger(__name__)
 # Layers of the first batch, and bytes of probed tensors that later batches may hold at once.
@@ -98,6 +101,7 @@ class ProbedGraph:
     def _numbers(self, tensor: onnx.TensorProto) -> NDArray:
         if tensor.data_location != onnx.TensorProto.EXTERNAL:
             return onnx.numpy_helper.to_array(tensor)
+        # Not by onnx, which refuses the hard links that lowered graphs may have for their data.
         info, dtype = ExternalDataInfo(tensor), onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type)
         flat = np.fromfile(self.path.parent / info.location, dtype, math.prod(tensor.dims), offset=info.offset or 0)
         return flat.reshape(tensor.dims)
@@ -114,23 +118,6 @@ class ProbedGraph:
             return self._call(session, names, call)
 
         return run
-
-    def run(self, names: Sequence[str], calls: Sequence[Arrays]) -> list[Arrays]:
-        """The tensors `names` for each of the model inputs `calls`."""
-        changed = onnx.ModelProto()
-        changed.CopyFrom(self.model)
-        inputs = {value.name for value in changed.graph.input}
-        computed = sorted(set(names) - inputs)
-        del changed.graph.output[:]  # what only other outputs need is then not computed
-        changed.graph.output.extend(onnx.ValueInfoProto(name=name) for name in computed)
-        session = self._open(changed)
-        del changed
-        per_call: list[Arrays] = []
-        for call in calls:
-            fed = {name: call[name] for name in inputs}
-            tensors = self._call(session, computed, fed)
-            per_call.append(tensors | {name: fed[name] for name in names if name in inputs})
-        return per_call
 
     def cut(self, names: Sequence[str], fed: Mapping[str, NDArray]) -> Callable[[Mapping[str, NDArray]], Arrays]:
         """What the graph computes for the tensors `names` when all that read those of `fed` get arrays of the same
@@ -157,11 +144,11 @@ class ProbedGraph:
 
         return run
 
-    def _open(self, model: onnx.ModelProto) -> Any:
+    def _open(self, model: onnx.ModelProto) -> InferenceSession:
         with runtime_errors(self.path):
             return open_session(model, self.path.parent, self._threads)
 
-    def _call(self, session: Any, names: Sequence[str], inputs: Arrays) -> Arrays:
+    def _call(self, session: InferenceSession, names: Sequence[str], inputs: Arrays) -> Arrays:
         """Tensors by name. Raises ContractError where onnxruntime stops, as it does at a code beyond its table."""
         raise_if_stopped()
         with runtime_errors(self.path):
@@ -223,7 +210,8 @@ class ProbedGraph:
             half_roundings=row.half_roundings,
             low_rank=_rows(tensors[row.low_rank]) if row.low_rank else None,
             timesteps=_timesteps(call, len(x)) if row.low_rank else None,
-            operands=(_rows(tensors[row.operands[0]]), tensors[row.operands[1]]) if row.operands else None,
+            operand=_rows(tensors[row.operands[0]]) if row.operands else None,
+            weight_operand=tensors[row.operands[1]] if row.operands else None,
         )
 
 
@@ -263,7 +251,7 @@ def _rows(tensor: NDArray) -> NDArray:
     return tensor.reshape(-1, tensor.shape[-1])
 
 
-def open_session(model: onnx.ModelProto, folder: Path, threads: int | None = None) -> Any:
+def open_session(model: onnx.ModelProto, folder: Path, threads: int | None = None) -> InferenceSession:
     """onnxruntime session of a graph without its weights, which lie in `folder`.
 
     Basic optimizations only: the extended ones break FP8 QDQ pairs. No constant folding: it would hold every 8-bit

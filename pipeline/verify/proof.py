@@ -8,7 +8,6 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -34,7 +33,6 @@ from pipeline.verify.gates import (
     calls_gates,
     coverage_gate,
     end_gates,
-    fails,
     first_nonfinite,
     fp16_gate,
     layer_gates,
@@ -45,7 +43,7 @@ from pipeline.verify.gates import (
     segments_gate,
     step_results,
 )
-from pipeline.verify.oracle import ActivationOracle, LinearCheck, LinearProbe, activation_oracle, check_linear
+from pipeline.verify.oracle import ActivationOracle, LinearCheck, LinearProbe, activation_oracle, check_linear, joined
 from pipeline.verify.probe import Beside, ProbedGraph
 from pipeline.verify.reference_hooks import ARITHMETICS
 from pipeline.verify.report import Gate, LayerResult, Report, write_layers_csv
@@ -74,9 +72,8 @@ def verify(
     """All gates of design: `layers` are what every engine must compute. Writes the report's files into `out_dir`.
 
     A target of `lowered` without an entry in `engines` is judged by its lowered graph in onnxruntime, and the report
-    says so. threads: how many to use, see `machine.threads`; targets are judged side by side, of a large
-    model TARGETS_AT_ONCE. Raises
-    ContractError where a lowered graph cannot be read at all.
+    says so. threads: how many to use, see `machine.threads`; targets are judged side by side, of a large model
+    TARGETS_AT_ONCE. Raises ContractError where a lowered graph cannot be read at all.
     """
     from pipeline.verify.page import write_page
 
@@ -85,25 +82,15 @@ def verify(
     threads = machine.threads(threads)
     reference = study(model, layers, recipe, {*arithmetics.values(), *of_graphs}, threads)
     at_once = min(threads, len(lowered), TARGETS_AT_ONCE if is_large(model) else threads)
+    # A large model's last target has the machine to itself, and its operations are large enough for all threads.
+    threads_each = threads if is_large(model) else threads // at_once
     report = Report(gates=quantization_gates(reference, recipe))
 
     def one(target: str) -> tuple[Report, NDArray[np.float32]]:
-        part, engine = Report(), engines.get(target)
-        # A large model's last target has the machine to itself, and its operations are large enough for all threads.
-        probed = ProbedGraph(lowered[target], threads if is_large(model) else threads // at_once)
-        images = verify_target(
-            target,
-            model,
-            layers,
-            lowered[target],
-            engine,
-            reference,
-            part,
-            arithmetics[target],
-            probed=probed,
-            threads=threads if is_large(model) else threads // at_once,
-        )
-        find_overflow = BACKENDS[target].overflow(lowered[target], recipe)
+        part, graph = Report(), lowered[target]
+        judged = (target, model, layers, graph, engines.get(target), reference, part, arithmetics[target])
+        images = verify_target(*judged, probed=ProbedGraph(graph, threads_each), threads=threads_each)
+        find_overflow = BACKENDS[target].overflow(graph, recipe)
         if find_overflow is not None:
             part.gates.append(fp16_gate(target, find_overflow(overflow_calls(reference, is_large(model)))))
         return part, images
@@ -139,9 +126,8 @@ def verify_target(
     """Append one target's gates and rows to `report`; returns the engine's pictures.
 
     arithmetic: of the engine, see `ARITHMETICS`, which has that of the lowered graph, in which layers are looked at, as
-    well. effort: what is run; None: all that `effort_for` asks for. probed:
-    `graph` where it is open already. threads: with two or more a linear and the stretch before it are judged
-    together.
+    well. effort: what is run; None: all that `effort_for` asks for. probed: `graph` where it is open already. threads:
+    with two or more a linear and the stretch before it are judged together.
     """
     probed, single = probed or ProbedGraph(graph), study.float32[arithmetic]
     of_graph_name = ARITHMETICS[arithmetic].of_graph
@@ -154,22 +140,21 @@ def verify_target(
     effort = effort or effort_for(target, *whole, large=is_large(model), runs=engine is not None)
     calls = looked_at(study, effort)
     # Of the call with fewest tokens: that of one sample, where it is looked into.
-    extreme_call = min(range(len(calls)), key=lambda place: len(list(calls.values())[place]["hidden_states"]))
+    smallest = min(calls, key=lambda text: len(calls[text]["hidden_states"]))
     order = {name: place for place, name in enumerate(study.stretches.order(study.calls[0]))}
     present.sort(key=lambda layer: order[layer.name])
     with SegmentCheck(target, study.stretches, calls, of_graph_name) as segments:
         complete = len(present) == len(order)  # else the coverage gate fails, and nothing behind a gap can be judged
         checked = segments if complete else None
         tokens = LARGE_TOKENS if is_large(model) else None
-        read = Beside(extreme_call, read_by_quantizers(probed, present), tokens)
+        read = Beside(list(calls).index(smallest), read_by_quantizers(probed, present), tokens)
         results = layer_results(
             target, present, expected, probed, study, of_graph, calls, effort.probed, checked, threads, read
         )
     report.layers += results
     report.segments += segments.results
     report.gates += [segments_gate(target, segments.results), *tables_gate(target, model, probed)]
-    text, inputs = list(calls.items())[extreme_call]
-    report.gates.append(quantizers_gate(target, extreme_results(probed, present, read, inputs), text))
+    report.gates.append(quantizers_gate(target, extreme_results(probed, present, read, calls[smallest]), smallest))
     run = engine.run if engine else probed.denoiser()
     if engine is None:
         report.notes.append(f"{target}: {BACKENDS[target].not_run_note(graph)}")
@@ -240,6 +225,12 @@ def drawn(run: Run, case: Case) -> NDArray[np.float32]:
 
 # --- layers ---------------------------------------------------------------------------------------------------------
 
+# What a row of the report has by the same name as a layer, and as what was found about it.
+OF_LAYER = ("name", "kind", "weight_format", "granularity", "group_size", "size_bytes")
+OF_CHECK = (
+    "gemm_max_abs_diff", "codes_inadmissible", "scale_error", "output_error", "nonfinite", "operand_max_abs_diff"
+)  # fmt: skip
+
 
 def layer_results(
     target: str,
@@ -257,26 +248,35 @@ def layer_results(
     """Every linear of one target in `calls`, of which the first are those of `steps`, out of `Study.probed`. `segments`
     is told of each, and needs them to be all, in the order of computation; beside the linear itself, with `threads`.
     beside: see `ProbedGraph.probes`."""
-    rows, places = {layer.name: layer for layer in layers}, [study.probed.index(step) for step in steps]
+    by_name, places = {layer.name: layer for layer in layers}, [study.probed.index(step) for step in steps]
     results, known, outputs = [], ("", b""), list[Arrays]()
     oracle: ActivationOracle | None = None
-    of_layers = probed.probes(list(rows), list(calls.values()), outputs, beside)
-    for name, probes in track(of_layers, len(rows), f"verify {target}: linears"):
-        quantizer = (probed.rows[name].x, quantizer_key(rows[name]))
+    of_layers = probed.probes(list(by_name), list(calls.values()), outputs, beside)
+    for name, probes in track(of_layers, len(by_name), f"verify {target}: linears"):
+        layer, row = by_name[name], probed.rows[name]
+        quantizer = (row.x, quantizer_key(layer))
         shared = oracle if quantizer == known else None  # q, k and v read one quantizer and follow each other
         known = quantizer
-        work: list[Callable[[], Any]] = [partial(_checked, rows[name], probes, shared)]
+        work: list[Callable[[], Any]] = [partial(_checked, layer, probes, shared)]
         if segments is not None:
             work.append(partial(segments.at, name, probes))
         (check, oracle), *_ = side_by_side(work, threads)
         recorded = study.layer_inputs.get(name, [])
         reference = [recorded[place] for place in places if place < len(recorded)]
-        input_db = layer_input_db(reference, [probe.x for probe in probes[: len(steps)]])
-        inputs = (input_db, single.layer_db.get(name, math.nan))
-        weight_db = study.weight_db(rows[name], modules[name])
-        worst = worst_calls(rows[name], dict(zip(calls, probes, strict=True)), check)
-        row = _layer_result(target, rows[name], weight_db, probed.rows[name].path, check, inputs)
-        results.append(replace(row, calls=worst))
+        result = LayerResult(
+            target=target,
+            path=row.path,
+            activation_format=activation_label(layer),
+            codes_equal_share=1 - check.codes_different / check.codes,
+            codes_limit_share=1 - check.codes_ambiguous / check.codes,
+            input_sqnr_db=layer_input_db(reference, [probe.x for probe in probes[: len(steps)]]),
+            input_limit_db=single.layer_db.get(name, math.nan),
+            weight_sqnr_db=study.weight_db(layer, modules[name]),
+            calls=worst_calls(layer, dict(zip(calls, probes, strict=True)), check),
+            **{key: getattr(layer, key) for key in OF_LAYER},
+            **{key: getattr(check, key) for key in OF_CHECK},
+        )
+        results.append(result)
     if segments is not None:
         segments.end([tensors["sample"] for tensors in outputs])
     return results
@@ -298,27 +298,13 @@ def quantizer_key(layer: QuantizedLinear) -> bytes:
     return repr(choices).encode() + b"".join(b"-" if array is None else array.tobytes() for array in arrays)
 
 
-def joined(probes: Sequence[LinearProbe]) -> LinearProbe:
-    """The probes of several calls as one, rows after rows."""
-    first = probes[0]
-    keys = ("x", "integers", "act_scale", "gemm", "output", "low_rank", "timesteps")
-    arrays: dict[str, Any] = {
-        key: np.concatenate([getattr(p, key) for p in probes]) for key in keys if getattr(first, key) is not None
-    }
-    if first.operands is not None:  # the weight is the same in every call
-        values = np.concatenate([probe.operands[0] for probe in probes if probe.operands is not None])
-        arrays["operands"] = (values, first.operands[1])
-    return replace(first, **arrays)
-
-
 def worst_calls(layer: QuantizedLinear, probes: Mapping[str, LinearProbe], check: LinearCheck) -> dict[str, str]:
     """Of each field of `check` that fails its gate, the call in which it is worst, and of how many. probes: by call."""
-    wrong = {rule.key: rule for rule in LAYER_RULES if fails(rule, getattr(check, rule.key))}
+    wrong = {rule.key: rule for rule in LAYER_RULES if rule.fails(getattr(check, rule.key))}
     keys = [*wrong, *(["nonfinite"] if check.nonfinite else [])]
     if not keys:
         return {}
-    oracles = {text: activation_oracle(np.nan_to_num(probe.x), layer) for text, probe in probes.items()}
-    checks = {text: check_linear(layer, probe, oracles[text]) for text, probe in probes.items()}
+    checks = {text: _checked(layer, [probe], None)[0] for text, probe in probes.items()}
     texts = {}
     for key in keys:
         values = {text: float(np.nan_to_num(getattr(one, key), nan=np.inf)) for text, one in checks.items()}
@@ -326,33 +312,6 @@ def worst_calls(layer: QuantizedLinear, probes: Mapping[str, LinearProbe], check
         several = sum(value > limit for value in values.values())
         texts[key] = f"{max(values, key=values.__getitem__)} ({several} of {len(values)} calls are wrong)"
     return texts
-
-
-def _layer_result(
-    target: str, layer: QuantizedLinear, weight_db: float, path: str, check: LinearCheck, inputs_db: tuple[float, float]
-) -> LayerResult:
-    return LayerResult(
-        target=target,
-        name=layer.name,
-        kind=layer.kind,
-        path=path,
-        weight_format=layer.weight_format,
-        activation_format=activation_label(layer),
-        granularity=layer.granularity,
-        group_size=layer.group_size,
-        gemm_max_abs_diff=check.gemm_max_abs_diff,
-        codes_equal_share=1 - check.codes_different / check.codes,
-        codes_limit_share=1 - check.codes_ambiguous / check.codes,
-        codes_inadmissible=check.codes_inadmissible,
-        scale_error=check.scale_error,
-        output_error=check.output_error,
-        nonfinite=check.nonfinite,
-        input_sqnr_db=inputs_db[0],
-        input_limit_db=inputs_db[1],
-        weight_sqnr_db=weight_db,
-        size_bytes=layer.size_bytes,
-        operand_max_abs_diff=check.operand_max_abs_diff,
-    )
 
 
 def activation_label(layer: QuantizedLinear) -> str:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,6 +18,11 @@ from pipeline.verify.oracle import ROUNDING
 if TYPE_CHECKING:
     import torch
 
+    Tensors = tuple[torch.Tensor, ...]
+    Function = Callable[..., torch.Tensor]
+    Keywords = Mapping[str, object]
+    Hook = Callable[..., object]
+
 
 @dataclass
 class Recorder:
@@ -28,12 +33,12 @@ class Recorder:
 
     active: bool = True
     inputs: dict[str, list[NDArray[np.float32]]] = field(default_factory=dict)
-    last: tuple[Any, Any] = (None, None)  # a tensor and its rows
+    last: tuple[torch.Tensor, NDArray[np.float32]] | None = None  # a tensor and its rows
 
-    def __call__(self, module: Any, arguments: tuple[Any, ...]) -> None:
+    def __call__(self, module: torch.nn.Module, inputs: Tensors) -> None:
         if self.active:
-            x = arguments[0]
-            if self.last[0] is not x:
+            x = inputs[0]
+            if self.last is None or self.last[0] is not x:
                 self.last = (x, x.reshape(-1, x.shape[-1]).float().numpy().copy())
             self.inputs.setdefault(module.layer_name, []).append(self.last[1])
 
@@ -47,12 +52,12 @@ class Comparison:
     calls: dict[str, int] = field(default_factory=dict)
     powers: dict[str, tuple[float, float]] = field(default_factory=dict)
 
-    def __call__(self, module: Any, arguments: tuple[Any, ...]) -> None:
+    def __call__(self, module: torch.nn.Module, inputs: Tensors) -> None:
         name = module.layer_name
         if not self.active or name not in self.reference:
             return
         expected = self.reference[name][self.calls.get(name, 0)].astype(np.float64)
-        actual = arguments[0].reshape(-1, arguments[0].shape[-1]).double().numpy()
+        actual = inputs[0].reshape(-1, inputs[0].shape[-1]).double().numpy()
         signal, noise = self.powers.get(name, (0.0, 0.0))
         self.powers[name] = signal + float(np.sum(expected**2)), noise + float(np.sum((actual - expected) ** 2))
         self.calls[name] = self.calls.get(name, 0) + 1
@@ -69,22 +74,39 @@ def jittered(module: torch.nn.Module, seed: int, ulps: float) -> Iterator[None]:
     an error made before a cancellation leaves)."""
     noise = Noise(seed)
 
-    def move(part: Any, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
-        x = arguments[0]
+    def move(_: torch.nn.Module, inputs: Tensors) -> Tensors:
+        x = inputs[0]
         size = x.abs() + x.square().mean(-1, keepdim=True).sqrt()
-        return (noise.moved(x, size, ulps * ROUNDING), *arguments[1:])
+        return (noise.moved(x, size, ulps * ROUNDING), *inputs[1:])
 
     with hooked(module, move):
         yield
 
 
 @contextmanager
-def hooked(module: torch.nn.Module, hook: Callable[..., Any]) -> Iterator[None]:
-    """Call `hook(linear, inputs)` before every quantized linear of the reference `module`."""
+def hooked(module: torch.nn.Module, before: Hook, after: Hook | None = None) -> Iterator[None]:
+    """Call `before(linear, inputs)` and `after(linear, inputs, output)` at every quantized linear of `module`."""
     with ExitStack() as stack:
         for part in module.modules():
             if hasattr(part, "layer_name"):
-                stack.callback(part.register_forward_pre_hook(hook).remove)
+                stack.callback(part.register_forward_pre_hook(before).remove)
+                if after is not None:
+                    stack.callback(part.register_forward_hook(after).remove)
+        yield
+
+
+@contextmanager
+def functions_called(call: Callable[[Function, Tensors, Keywords], object]) -> Iterator[None]:
+    """Within, PyTorch's functions are called by `call(function, arguments, keywords)`."""
+    from torch.overrides import TorchFunctionMode
+
+    class Mode(TorchFunctionMode):
+        def __torch_function__(
+            self, func: Function, types: object, args: Tensors = (), kwargs: Keywords | None = None
+        ) -> object:
+            return call(func, args, kwargs or {})
+
+    with Mode():
         yield
 
 
@@ -93,21 +115,18 @@ def half_parts(module: torch.nn.Module) -> Iterator[None]:
     """Attention, and large unquantized linears, round operands and result to FP16; sums and softmax stay float32."""
     import torch
     from torch.nn.functional import scaled_dot_product_attention
-    from torch.overrides import TorchFunctionMode
 
-    class HalfAttention(TorchFunctionMode):
-        def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-            if func is not scaled_dot_product_attention:
-                return func(*args, **(kwargs or {}))
-            operands = [_half(argument) for argument in args[:3]]
-            return _half(func(*operands, *args[3:], **(kwargs or {})))
+    def half_attention(function: Function, tensors: Tensors, keywords: Keywords) -> torch.Tensor:
+        if function is not scaled_dot_product_attention:
+            return function(*tensors, **keywords)
+        return _half(function(*map(_half, tensors[:3]), *tensors[3:], **keywords))
 
     with ExitStack() as stack:
         for part in module.modules():
             if isinstance(part, torch.nn.Linear) and part.weight.numel() >= LARGE_ELEMENTS:
                 stack.callback(part.register_forward_pre_hook(lambda _, inputs: _half(inputs[0])).remove)
                 stack.callback(part.register_forward_hook(lambda _, inputs, output: _half(output)).remove)
-        stack.enter_context(HalfAttention())
+        stack.enter_context(functions_called(half_attention))
         yield
 
 
@@ -115,31 +134,23 @@ def half_parts(module: torch.nn.Module) -> Iterator[None]:
 def half_tokens(module: torch.nn.Module) -> Iterator[None]:
     """Every tensor of tokens (three axes or more) rounds to FP16 where a function gives it; quantized linears compute
     in float32 within, on an input and to a result rounded so."""
-    from torch.overrides import TorchFunctionMode
+    inside = False
 
-    class HalfTokens(TorchFunctionMode):
+    def half_outside(function: Function, tensors: Tensors, keywords: Keywords) -> object:
+        output = function(*tensors, **keywords)
+        return output if inside else _rounded(output)
+
+    def enter(_: torch.nn.Module, inputs: Tensors) -> tuple[object, ...]:
+        nonlocal inside
+        inside = True
+        return (_rounded(inputs[0]), *inputs[1:])
+
+    def leave(_: torch.nn.Module, _inputs: Tensors, output: torch.Tensor) -> object:
+        nonlocal inside
         inside = False
-
-        def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-            output = func(*args, **(kwargs or {}))
-            return output if self.inside else _rounded(output)
-
-    mode = HalfTokens()
-
-    def enter(_: Any, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
-        mode.inside = True
-        return (_rounded(arguments[0]), *arguments[1:])
-
-    def leave(_module: Any, _arguments: Any, output: Any) -> Any:
-        mode.inside = False
         return _rounded(output)
 
-    with ExitStack() as stack:
-        for part in module.modules():
-            if hasattr(part, "layer_name"):
-                stack.callback(part.register_forward_pre_hook(enter).remove)
-                stack.callback(part.register_forward_hook(leave).remove)
-        stack.enter_context(mode)
+    with hooked(module, enter, leave), functions_called(half_outside):
         yield
 
 
@@ -148,12 +159,13 @@ def _half(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.half().to(tensor.dtype)
 
 
-def _rounded(value: Any) -> Any:
+def _rounded(value: object) -> object:
     """A float32 tensor of tokens rounded to FP16; anything else as it is."""
     import torch
 
-    tokens = isinstance(value, torch.Tensor) and value.dtype == torch.float32 and value.ndim >= 3
-    return value.half().float() if tokens else value
+    if isinstance(value, torch.Tensor) and value.dtype == torch.float32 and value.ndim >= 3:
+        return value.half().float()
+    return value
 
 
 @dataclass(frozen=True)
@@ -164,7 +176,7 @@ class ArithmeticRow:
     note: what a report says of such a target.
     """
 
-    context: Callable[[torch.nn.Module], AbstractContextManager[Any]]
+    context: Callable[[torch.nn.Module], AbstractContextManager[None]]
     of_graph: Arithmetic
     note: str | None = None
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import csv
 import json
 import math
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import SupportsFloat
 
 SCHEMA_VERSION = 1
 
@@ -107,16 +107,13 @@ class Report:
     gates: list[Gate] = field(default_factory=list)
     layers: list[LayerResult] = field(default_factory=list)
     steps: list[StepResult] = field(default_factory=list)
-    notes: list[str] = field(default_factory=list)
     segments: list[SegmentResult] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
 
     def add(self, part: Report) -> None:
         """Append what a part of the verification found."""
-        self.gates += part.gates
-        self.layers += part.layers
-        self.steps += part.steps
-        self.notes += part.notes
-        self.segments += part.segments
+        for rows in fields(self):
+            getattr(self, rows.name).extend(getattr(part, rows.name))
 
     @property
     def passed(self) -> bool:
@@ -135,22 +132,19 @@ class Report:
 
     def to_json(self) -> str:
         """The document parity.json; nan becomes null, and inf the text "inf", which JSON lacks."""
-        gates = [{**asdict(gate), "passed": gate.passed} for gate in self.gates]
-        document: dict[str, Any] = {"schema_version": SCHEMA_VERSION, "passed": self.passed, "gates": gates}
-        document["layers"] = [asdict(row) for row in self.layers]
-        document["steps"] = [asdict(row) for row in self.steps]
-        document["segments"] = [asdict(row) for row in self.segments]
-        document["notes"] = self.notes
+        document = {"schema_version": SCHEMA_VERSION, "passed": self.passed, **asdict(self)}
+        document["gates"] = [{**asdict(gate), "passed": gate.passed} for gate in self.gates]
         return json.dumps(_plain(document), indent=1, allow_nan=False)
 
 
-def _plain(value: Any) -> Any:
+def _plain(value: object) -> object:
     if isinstance(value, dict):
         return {key: _plain(entry) for key, entry in value.items()}
     if isinstance(value, list | tuple):
         return [_plain(entry) for entry in value]
-    if isinstance(value, bool | str | int) or value is None:
+    if isinstance(value, bool | str | int | None):
         return value
+    assert isinstance(value, SupportsFloat), f"a report holds {type(value).__name__}"
     number = float(value)
     if math.isnan(number):
         return None

@@ -11,17 +11,18 @@ target's arithmetic, in which every operation rounds once by itself and moves it
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from functools import partial
+from typing import TYPE_CHECKING
 
 import numpy as np
-from numpy.typing import NDArray
 
 from export.errors import ContractError
 from pipeline.backends.base import Arithmetic, Arrays
+from pipeline.distance import Array
 from pipeline.verify.noise import Noise
-from pipeline.verify.oracle import HALF_ROUNDING, ROUNDING, LinearProbe
+from pipeline.verify.oracle import HALF_ROUNDING, ROUNDING, LinearProbe, ratio
 from pipeline.verify.reference_hooks import ARITHMETICS
 from pipeline.verify.report import SegmentResult
 from pipeline.verify.walk import OUTPUT, Stop, Walk, stopping_module, tensors_of
@@ -31,7 +32,6 @@ if TYPE_CHECKING:
 
     from export.models.load import LoadedModel
 
-Array = NDArray[np.float64]
 REALISATIONS = 4
 # A runtime's operation is within two units in the last place of PyTorch's: exponentials, tanh and erf by polynomials,
 # divisions by a product with a reciprocal, sums in another order over a few terms.
@@ -57,7 +57,7 @@ SHARED_LIMIT = 8.0
 # Besides, each of up to 32 operations in a row may err to one side by all that JITTER_ULPS allows.
 SHARED_BIAS = 32 * JITTER_ULPS * ROUNDING
 # Operations whose result may be smaller than what they round: 0.5 x (1 + tanh) near -1. Jitter is relative to this.
-ROUNDED_OPERAND: dict[str, Callable[[Any], Any]] = {"gelu": lambda x: x.abs() / 2}
+ROUNDED_OPERAND: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {"gelu": lambda x: x.abs() / 2}
 # Operations that move numbers and round none.
 MOVES = frozenset(
     ("arange", "cat", "clone", "constant_pad_nd", "copy_", "detach", "embedding", "empty", "full", "gather", "index",
@@ -106,16 +106,13 @@ class SegmentReference:
         """One exact pass and REALISATIONS in `arithmetic` with jitter."""
         exact, single = (tensors_of(inputs, dtype) for dtype in self._types)
         module = self._single[arithmetic]
-        jittered = [Walk(module, single, self._context(arithmetic, seed)) for seed in range(REALISATIONS)]
+        jittered = [Walk(module, single, partial(self._jittered, arithmetic, seed)) for seed in range(REALISATIONS)]
         return [Walk(self._exact, exact, nullcontext), *jittered]
 
-    def _context(self, arithmetic: Arithmetic, seed: int) -> Callable[[], AbstractContextManager[Any]]:
-        @contextmanager
-        def entered() -> Iterator[None]:
-            with ARITHMETICS[arithmetic].context(self._single[arithmetic]), operations_jittered(seed, JITTER_ULPS):
-                yield
-
-        return entered
+    @contextmanager
+    def _jittered(self, arithmetic: Arithmetic, seed: int) -> Iterator[None]:
+        with ARITHMETICS[arithmetic].context(self._single[arithmetic]), operations_jittered(seed, JITTER_ULPS):
+            yield
 
 
 class SegmentCheck:
@@ -131,13 +128,13 @@ class SegmentCheck:
         self._walks = {text: reference.walks(inputs, arithmetic) for text, inputs in calls.items()}
         self._stops: dict[str, list[Stop]] = {}
         self.results: list[SegmentResult] = []
-        self._read: list[NDArray[Any]] = []  # what was judged last, which is kept so that its memory is not used again
+        self._read: list[Array] = []  # what was judged last, which is kept so that its memory is not used again
 
     def __enter__(self) -> SegmentCheck:
         self._stops = {text: [walk.start() for walk in walks] for text, walks in self._walks.items()}
         return self
 
-    def __exit__(self, *_: Any) -> None:
+    def __exit__(self, *_: object) -> None:
         for walk in (walk for walks in self._walks.values() for walk in walks):
             walk.abandon()
 
@@ -149,11 +146,11 @@ class SegmentCheck:
                 raise ContractError(f"{self._target}: {layer} has no output in its probe row; lower the model again")
             self._stops[text] = [walk.go_on(probe.output) for walk in walks]
 
-    def end(self, outputs: Sequence[NDArray[Any]]) -> None:
+    def end(self, outputs: Sequence[Array]) -> None:
         """Judge the last stretch by the model's output in each call."""
         self._judge(OUTPUT, outputs)
 
-    def _judge(self, layer: str, tensors: Sequence[NDArray[Any]]) -> None:
+    def _judge(self, layer: str, tensors: Sequence[Array]) -> None:
         read = [*tensors, *(stop.x for stops in self._stops.values() for stop in stops)]
         if self.results and all(map(_same_memory, read, self._read)):  # q, k and v read one tensor after the other
             self.results.append(replace(self.results[-1], layer=layer))
@@ -165,25 +162,25 @@ class SegmentCheck:
         self.results.append(max(rows, key=lambda row: row.error))
 
 
-def _same_memory(one: NDArray[Any], other: NDArray[Any]) -> bool:
+def _same_memory(one: Array, other: Array) -> bool:
     return one.shape == other.shape and one.__array_interface__["data"] == other.__array_interface__["data"]
 
 
 # --- one stretch ----------------------------------------------------------------------------------------------------
 
 
-def judge(target: str, call: str, stops: Sequence[Stop], output: NDArray[Any], halved: bool) -> SegmentResult:
+def judge(target: str, call: str, stops: Sequence[Stop], output: Array, halved: bool) -> SegmentResult:
     """Compare the engine's `output` of a stretch with the exact pass, by the spread of the others."""
     layer, shape = stops[0].layer, stops[0].x.shape
     if output.size != stops[0].x.size:
         text = f"its shape is {output.shape}, the module's {shape}"
         return SegmentResult(target, layer, call, np.inf, 0.0, text)
     errors, shared, powers = list[float](), list[float](), list[tuple[float, float]]()
-    for rows in range(shape[0]):  # by sample, whose arrays stay in the processor's caches
-        exact, difference, *passes = _of_sample(rows, shape, stops, output)
+    for sample in range(shape[0]):  # whose arrays stay in the processor's caches
+        exact, difference, *passes = _of_sample(sample, stops, output)
         noise = np.stack(passes)
         if not (np.isfinite(difference).all() and np.isfinite(noise).all()):  # of the engine, or of a run in its types
-            text = _nonfinite(_by_sample(stops[0].x, shape), halved)
+            text = _nonfinite(stops[0].x, halved)
             return SegmentResult(target, layer, call, np.inf, 0.0, text)
         shared.append(float(shared_over_limits(exact, difference, noise).max()))
         errors.append(max(float(errors_over_limits(exact, difference, noise).max()), shared[-1]))
@@ -193,27 +190,26 @@ def judge(target: str, call: str, stops: Sequence[Stop], output: NDArray[Any], h
     ulps = of_noise / max(of_exact, np.finfo(float).tiny) / ROUNDING
     diagnosis = None
     if error > 1:
-        whole = _by_sample(stops[0].x, shape)
-        diagnosis = diagnose(whole, _by_sample(output, shape) - whole, max(shared) > 1)
+        whole = _by_sample(stops[0].x)
+        diagnosis = diagnose(whole, _by_sample(output.reshape(shape)) - whole, max(shared) > 1)
     return SegmentResult(target, layer, call, error, float(ulps), diagnosis)
 
 
-def _of_sample(sample: int, shape: tuple[int, ...], stops: Sequence[Stop], output: NDArray[Any]) -> list[Array]:
+def _of_sample(sample: int, stops: Sequence[Stop], output: Array) -> list[Array]:
     """Of one sample [1, rows, channels]: what the exact pass gives, and how far the engine's result and those of the
     other passes are from it."""
-    of_sample = (1, *shape[1:])
-    exact, engine, *passes = (
-        _by_sample(array.reshape(shape)[sample], of_sample) for array in (stops[0].x, output, *(s.x for s in stops[1:]))
-    )
+    shape = stops[0].x.shape
+    arrays = (stops[0].x, output.reshape(shape), *(stop.x for stop in stops[1:]))
+    exact, engine, *passes = (_by_sample(array[sample : sample + 1]) for array in arrays)
     return [exact, engine - exact, *(one - exact for one in passes)]
 
 
-def _by_sample(tensor: NDArray[Any], shape: tuple[int, ...]) -> Array:
+def _by_sample(tensor: Array) -> Array:
     """[B, rows, channels] float64, of tokens [B, ..., K] or a picture [B, C, H, W]."""
     array = np.asarray(tensor, np.float64)
-    if len(shape) == 4:
-        return array.reshape(*shape[:2], -1).swapaxes(1, 2)
-    return array.reshape(shape[0], -1, shape[-1])
+    if array.ndim == 4:
+        return array.reshape(*array.shape[:2], -1).swapaxes(1, 2)
+    return array.reshape(len(array), -1, array.shape[-1])
 
 
 def errors_over_limits(exact: Array, difference: Array, noise: Array) -> Array:
@@ -225,11 +221,11 @@ def errors_over_limits(exact: Array, difference: Array, noise: Array) -> Array:
     """
     squares = np.square(exact), np.square(difference), np.einsum("rbij,rbij->bij", noise, noise) / len(noise)
     whole, whole_difference, whole_noise = (np.sqrt(np.mean(square, (1, 2))) for square in squares)  # [B]
-    ratios = [_ratio(whole_difference, whole_noise) / LIMIT]
+    ratios = [ratio(whole_difference, whole_noise) / LIMIT]
     for axis in (1, 2):  # columns, rows
         of_exact, of_difference, of_noise = (np.sqrt(np.mean(square, axis)) for square in squares)
-        of_size = _ratio(whole_noise, whole)[:, None] * np.maximum(of_exact, whole[:, None])
-        ratios.append(_ratio(of_difference, np.maximum(of_noise, of_size)).max(axis=1) / PART_LIMIT)
+        of_size = ratio(whole_noise, whole)[:, None] * np.maximum(of_exact, whole[:, None])
+        ratios.append(ratio(of_difference, np.maximum(of_noise, of_size)).max(axis=1) / PART_LIMIT)
     largest: Array = np.max(ratios, axis=0)
     return largest
 
@@ -241,23 +237,18 @@ def shared_over_limits(exact: Array, difference: Array, noise: Array) -> Array:
     so that rows or columns, whichever are fewer, count as independent; what a sample shares shows in the passes.
     """
     whole, power = _rms(exact, (1, 2)), np.mean(np.square(exact), (1, 2))  # [B]
-    deviation = _ratio(_rms(noise, (0, 2, 3)), whole) / np.sqrt(min(exact.shape[1:]))
+    deviation = ratio(_rms(noise, (0, 2, 3)), whole) / np.sqrt(min(exact.shape[1:]))
     sums = np.mean(exact * difference, (1, 2)), np.mean(difference, (1, 2))
     of_passes = np.einsum("bij,rbij->rb", exact, noise) / exact[0].size, np.mean(noise, (2, 3))  # [runs, B]
     errors = []
     for value, passes, unit in zip(sums, of_passes, (power, whole), strict=True):
-        spread = np.maximum(_ratio(_rms(passes, 0), unit), deviation)
-        errors.append(_ratio(_ratio(np.abs(value), unit), SHARED_LIMIT * spread + SHARED_BIAS))
+        spread = np.maximum(ratio(_rms(passes, 0), unit), deviation)
+        errors.append(ratio(ratio(np.abs(value), unit), SHARED_LIMIT * spread + SHARED_BIAS))
     return np.stack(errors)
 
 
-def _rms(values: Array, axis: Any = None) -> Any:
+def _rms(values: Array, axis: int | tuple[int, ...] | None = None) -> Array:
     return np.sqrt(np.mean(np.square(values), axis=axis))
-
-
-def _ratio(value: Array, limit: Array) -> Array:
-    """value / limit; 0 where both are zero, inf where only the limit is."""
-    return np.divide(value, limit, out=np.where(value > 0, np.inf, 0.0), where=limit > 0)
 
 
 def _nonfinite(exact: Array, halved: bool) -> str:
@@ -270,28 +261,25 @@ def _nonfinite(exact: Array, halved: bool) -> str:
 def diagnose(exact: Array, difference: Array, shared: bool = False) -> str:
     """What is likely wrong, from the pattern of the error; exact, difference: [B, rows, K]. shared: is there more of a
     factor or an offset than rounding leaves?"""
-    power = np.square(difference)
-    relative = _rms(difference) / max(_rms(exact), np.finfo(float).tiny)
+    power, tiny = np.square(difference), np.finfo(float).tiny
+    deviation, whole = float(_rms(difference)), max(float(_rms(exact)), tiny)
+    relative = deviation / whole
     size = f"off by {relative:.1e}"
     for axes, slices in (((1, 2), "samples"), ((0, 1), "channels"), ((0, 2), "tokens")):
-        share = power.sum(axes) / max(power.sum(), np.finfo(float).tiny)
+        share = power.sum(axes) / max(power.sum(), tiny)
         few = np.flatnonzero(share > 0.5 / len(share))
         most = len(share) - 1 if slices == "samples" else len(share) // 8
         if len(few) <= most and share[few].sum() > 0.99:
             listed = ", ".join(map(str, few[:6])) + (", ..." if len(few) > 6 else "")
             return f"{size}, only in {slices} {listed} of {len(share)}: {CAUSES[slices]}"
-    scale = float((exact * difference).sum() / max(np.square(exact).sum(), np.finfo(float).tiny))
-    if _rms(difference - scale * exact) < 0.05 * _rms(difference):
+    scale = float((exact * difference).sum() / max(np.square(exact).sum(), tiny))
+    if _rms(difference - scale * exact) < 0.05 * deviation:
         return f"all numbers times {1 + scale:.6g}: a factor is wrong"
-    offset = float(difference.mean()) / max(_rms(exact), np.finfo(float).tiny)
+    offset = float(difference.mean()) / whole
     # Beside a shared factor or offset, numbers are as far off as rounding has it.
     if shared and max(abs(scale), abs(offset)) > relative / 10:
-        words = (
-            f"all numbers times {1 + scale:.4g}"
-            if abs(scale) > abs(offset)
-            else f"all numbers moved by {offset:.1e} of their size"
-        )
-        return f"{words} and rounded: a factor, scale or bias is wrong"
+        shift = f"times {1 + scale:.4g}" if abs(scale) > abs(offset) else f"moved by {offset:.1e} of their size"
+        return f"all numbers {shift} and rounded: a factor, scale or bias is wrong"
     if HALF_ROUNDING / 8 < relative < HALF_ROUNDING:
         return f"{size}, as much as rounding to FP16 gives"
     return f"{size} in all samples, channels and tokens: an activation function, scale, epsilon, mask or order differs"
@@ -313,13 +301,19 @@ def operations_jittered(seed: int, ulps: float) -> Iterator[None]:
     noise = Noise(seed)
     generator = torch.Generator().manual_seed(seed + REALISATIONS)  # its own: the two must not move together
 
-    def moved(value: Any, extra: Any) -> Any:
+    def moved(value: object, extra: torch.Tensor | None) -> object:
         if not isinstance(value, torch.Tensor) or value.dtype != torch.float32:
             return value
         return noise.moved(value, value if extra is None else value.abs() + extra, ulps * ROUNDING)
 
     class Jitter(TorchDispatchMode):
-        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        def __torch_dispatch__(
+            self,
+            func: torch._ops.OpOverload,
+            types: object,
+            args: tuple[torch.Tensor, ...] = (),
+            kwargs: Mapping[str, object] | None = None,
+        ) -> object:
             output = func(*args, **(kwargs or {}))
             name = func._schema.name.split("::")[1]
             if name in MOVES or any(value.alias_info for value in func._schema.returns):
@@ -336,7 +330,7 @@ def operations_jittered(seed: int, ulps: float) -> Iterator[None]:
 
 
 def _in_one_pass(
-    outputs: tuple[torch.Tensor, ...], arguments: tuple[Any, ...], generator: torch.Generator
+    outputs: tuple[torch.Tensor, ...], arguments: tuple[torch.Tensor, ...], generator: torch.Generator
 ) -> torch.Tensor:
     """A LayerNorm whose sums of x and of x^2 are added up one number after the other, as runtimes may and PyTorch does
     not: variance = mean(x^2) - mean(x)^2.

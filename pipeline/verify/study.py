@@ -3,8 +3,8 @@ reference's own float32 runs and the float model are from them.
 
 Rounding makes a float32 run flip a code wherever a quantizer's input lies within rounding error of a midpoint, and a
 flip changes everything after it. So the tolerance is measured, not set: REALISATIONS float32 runs of the reference,
-each with its quantizers' inputs moved at random by up to JITTER_ULPS, are equally right ways of computing one model. A
-target that computes parts in FP16 is measured against float32 runs that round the same parts.
+each with its quantizers' inputs moved at random by up to QUANTIZER_ULPS, are equally right ways of computing one model.
+A target that computes parts in FP16 is measured against float32 runs that round the same parts.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import count
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,7 +22,7 @@ from export.checkpoint import QuantizedLinear
 from pipeline import machine
 from pipeline.backends.base import Arithmetic, Arrays
 from pipeline.backends.side_by_side import side_by_side
-from pipeline.distance import sqnr_db
+from pipeline.distance import Array, sqnr_db
 from pipeline.generate.case import Case, Run, is_large, make_case
 from pipeline.progress import track
 from pipeline.recipe import Recipe
@@ -44,7 +44,7 @@ REALISATIONS, ENOUGH_SAMPLES = 2, 100
 RUNS_AT_ONCE = 2
 # Between two quantizers lie about ten float32 operations, each rounding once and in an order of the runtime's choice:
 # inputs of two correct runs differ by a few units in the last place.
-JITTER_ULPS = 2.0
+QUANTIZER_ULPS = 2.0
 # Flips are rare in small models: some samples have none, and what one flip does varies widely. For limits on the worst
 # sample the jitter grows until most samples are hit (their SQNR is below what float operations alone leave).
 HITTING_ULPS = (8.0, 32.0, 128.0, 512.0)
@@ -73,10 +73,10 @@ class Realisations:
     """
 
     errors: list[StepErrors] = field(default_factory=list)
-    images: list[NDArray[Any]] = field(default_factory=list)
+    images: list[Array] = field(default_factory=list)
     layer_db: dict[str, float] = field(default_factory=dict)
     hit_errors: list[StepErrors] = field(default_factory=list)
-    hit_images: list[NDArray[Any]] = field(default_factory=list)
+    hit_images: list[Array] = field(default_factory=list)
     calls_db: list[float] = field(default_factory=list)
     hit_calls_db: list[float] = field(default_factory=list)
 
@@ -94,15 +94,15 @@ class Study:
 
     case: Case
     calls: list[Arrays] = field(default_factory=list)
-    exact: list[NDArray[Any]] = field(default_factory=list)
-    plain: list[NDArray[Any]] = field(default_factory=list)
-    images: dict[str, NDArray[Any]] = field(default_factory=dict)
+    exact: list[Array] = field(default_factory=list)
+    plain: list[Array] = field(default_factory=list)
+    images: dict[str, Array] = field(default_factory=dict)
     float32: dict[Arithmetic, Realisations] = field(default_factory=dict)
     probed: tuple[int, ...] = ()
     layer_inputs: dict[str, list[NDArray[np.float32]]] = field(default_factory=dict)
     pools: dict[str, Arrays] = field(default_factory=dict)
-    pool_exact: dict[str, NDArray[Any]] = field(default_factory=dict)
-    pool_plain: dict[str, NDArray[Any]] = field(default_factory=dict)
+    pool_exact: dict[str, Array] = field(default_factory=dict)
+    pool_plain: dict[str, Array] = field(default_factory=dict)
     special_calls: list[Call] = field(default_factory=list)
     stretches: SegmentReference | None = None
     _weights_db: dict[str, float] = field(default_factory=dict)
@@ -150,10 +150,10 @@ class Study:
             samples,
         )
 
-    def _sample_errors(self, step: int, exact: NDArray[Any], output: NDArray[Any]) -> list[SampleError]:
+    def _sample_errors(self, step: int, exact: Array, output: Array) -> list[SampleError]:
         batch = len(exact)
         guided = batch == 2 * len(self.case.noise)
-        settings = ((PROMPTED,) * (batch // 2) + (UNPROMPTED,) * (batch // 2)) if guided else ""
+        settings = ((PROMPTED,) * (batch // 2) + (UNPROMPTED,) * (batch // 2)) if guided else None
         text = f"step {step + 1}"
         return sample_errors(Call(text, text, tuple(range(batch)), self.calls[step], settings), {text: exact}, output)
 
@@ -231,7 +231,7 @@ def _watched(run: Run, record: Recorder | Comparison, probed: Sequence[int], fir
 
 def _drawn_and_compared(
     study: Study, run: Run, label: str, comparison: Comparison | None = None
-) -> tuple[NDArray[Any], StepErrors]:
+) -> tuple[Array, StepErrors]:
     """Pictures along the denoiser's own way, and its errors along the reference's. Both begin with the same call, which
     is made once."""
     if comparison is None:
@@ -243,7 +243,7 @@ def _drawn_and_compared(
     return image, study.errors(compared, label=label, first=first)
 
 
-def _drawn(study: Study, run: Run) -> tuple[NDArray[Any], Arrays]:
+def _drawn(study: Study, run: Run) -> tuple[Array, Arrays]:
     """Pictures along the denoiser's own way, and its outputs in the first call, which is the same on every way."""
     outputs: list[Arrays] = []
     image = study.case.draw(run, lambda step, inputs, output: outputs.append(output))
@@ -255,7 +255,7 @@ def _realisations(study: Study, engine: ReferenceEngine, runs: int, label: str) 
     for seed in range(runs):
         if len(_samples(single.errors)) >= ENOUGH_SAMPLES:
             break
-        with jittered(engine.module, seed, JITTER_ULPS):
+        with jittered(engine.module, seed, QUANTIZER_ULPS):
             comparison = Comparison(study.layer_inputs)
             with hooked(engine.module, comparison):
                 image, errors = _drawn_and_compared(study, engine.run, label, comparison)
@@ -296,7 +296,7 @@ def _run_float(study: Study, engine: ReferenceEngine) -> None:
     study.pool_plain = {name: engine.run(inputs)["sample"] for name, inputs in study.pools.items()}
 
 
-def layer_input_db(reference: Sequence[NDArray[Any]], inputs: Sequence[NDArray[Any]]) -> float:
+def layer_input_db(reference: Sequence[Array], inputs: Sequence[Array]) -> float:
     """SQNR of a layer's inputs over all probed steps; nan where the shapes do not fit."""
     if [array.shape for array in reference] != [array.shape for array in inputs]:
         return float("nan")

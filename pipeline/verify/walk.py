@@ -11,12 +11,13 @@ import threading
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from queue import SimpleQueue
+from typing import TYPE_CHECKING
 
 import numpy as np
-from numpy.typing import NDArray
 
 from pipeline.backends.base import Arrays
+from pipeline.distance import Array
 
 if TYPE_CHECKING:
     import torch
@@ -33,7 +34,7 @@ class Stop:
     model's output."""
 
     layer: str
-    x: NDArray[Any]
+    x: Array
 
 
 class Walk:
@@ -46,79 +47,69 @@ class Walk:
         self,
         module: torch.nn.Module,
         inputs: dict[str, torch.Tensor],
-        context: Callable[[], AbstractContextManager[Any]],
+        context: Callable[[], AbstractContextManager[None]],
     ) -> None:
         self._module, self._inputs, self._context = module, inputs, context
-        self._turn, self._arrived = threading.Semaphore(0), threading.Semaphore(0)
-        self._stop: Stop | None = None
-        self._output: NDArray[Any] | None = None
-        self._error: BaseException | None = None
-        self._abandoned = False
+        # Where the pass arrives, or the error that ends it; and what it goes on with, or what ends it.
+        self._stops: SimpleQueue[Stop | BaseException] = SimpleQueue()
+        self._outputs: SimpleQueue[Array | _AbandonedError | None] = SimpleQueue()
         self._thread = threading.Thread(target=self._run, daemon=True)
 
     def start(self) -> Stop:
         """Walk to the first linear."""
         self._thread.start()
-        return self._wait()
+        return self._next()
 
-    def go_on(self, output: NDArray[Any] | None) -> Stop:
+    def go_on(self, output: Array | None) -> Stop:
         """Take `output` [rows, N] (None: zeros) for that of the linear at which the pass stands; walk to the next."""
-        self._output = output
-        self._turn.release()
-        return self._wait()
+        self._outputs.put(output)
+        return self._next()
 
     def abandon(self) -> None:
         """End a pass that will not be walked to its end."""
-        if self._thread.ident is None:
-            return
-        self._abandoned = True
-        self._turn.release()
-        self._thread.join()
+        if self._thread.ident is not None:
+            self._outputs.put(_AbandonedError())
+            self._thread.join()
 
-    def _wait(self) -> Stop:
-        self._arrived.acquire()
-        if self._error is not None:
-            raise self._error
-        assert self._stop is not None
-        return self._stop
+    def _next(self) -> Stop:
+        stop = self._stops.get()
+        if isinstance(stop, BaseException):
+            raise stop
+        return stop
 
     def _run(self) -> None:
         import torch
 
         try:
             with torch.no_grad(), self._context():  # inference mode would hide parts of composite operations
-                _Port.current.walk = self
+                _current.walk = self
                 output = self._module(**self._inputs)
-            self._stop = Stop(OUTPUT, output.numpy())
+            self._stops.put(Stop(OUTPUT, output.numpy()))
         except _AbandonedError:
             return
         except BaseException as error:  # handed to whoever waits
-            self._error = error
-        self._arrived.release()
+            self._stops.put(error)
 
     def at(self, layer: str, x: torch.Tensor, out_features: int) -> torch.Tensor:
         """Called by a port in the pass's own thread."""
         import torch
 
-        self._stop = Stop(layer, x.numpy())
-        self._arrived.release()
-        self._turn.acquire()
-        if self._abandoned:
-            raise _AbandonedError
+        self._stops.put(Stop(layer, x.numpy()))
+        output = self._outputs.get()
+        if isinstance(output, _AbandonedError):
+            raise output
         shape = (*x.shape[:-1], out_features)
-        if self._output is None:
+        if output is None:
             return x.new_zeros(shape)
-        return torch.from_numpy(np.ascontiguousarray(self._output)).to(x.dtype).reshape(shape)
+        return torch.from_numpy(np.ascontiguousarray(output)).to(x.dtype).reshape(shape)
 
 
 class _AbandonedError(Exception):
     """Ends the thread of a pass that nobody waits for."""
 
 
-class _Port:
-    """Which walk the current thread belongs to."""
-
-    current = threading.local()
+# Which walk the current thread belongs to.
+_current = threading.local()
 
 
 def stopping_module(model: LoadedModel, dtype: torch.dtype) -> torch.nn.Module:
@@ -135,7 +126,7 @@ def stopping_module(model: LoadedModel, dtype: torch.dtype) -> torch.nn.Module:
             self.layer, self.out_features = layer, out_features
 
         def forward(self, x: torch.Tensor) -> torch.Tensor:
-            walk: Walk = _Port.current.walk
+            walk: Walk = _current.walk
             return walk.at(self.layer, x, self.out_features)
 
     ports: dict[str, nn.Module] = {ref.name: Port(ref.name, ref.module.out_features) for ref in model.linears()}

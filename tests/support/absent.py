@@ -12,9 +12,9 @@ from typing import Any
 
 HIDDEN = frozenset(
     {
-        "accelerate", "diffusers", "huggingface_hub", "matplotlib", "ml_dtypes", "onnx", "onnx_ir", "onnxscript",
-        "pytest", "scipy", "sklearn", "sympy", "tensorrt", "tensorrt_rtx", "torch", "torchvision", "transformers",
-        "triton",
+        "accelerate", "diffusers", "huggingface_hub", "jinja2", "matplotlib", "ml_dtypes", "onnx", "onnx_ir",
+        "onnxscript", "pytest", "scipy", "sklearn", "sympy", "tensorrt", "tensorrt_rtx", "torch", "torchvision",
+        "transformers", "triton",
     }
 )  # fmt: skip
 

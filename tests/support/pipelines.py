@@ -32,7 +32,7 @@ from pipeline.distance import psnr_db
 from pipeline.generate.diffusers_adapter import EngineTransformer
 from pipeline.verify.gates import FACTOR_DB, ROUNDED_DB
 from pipeline.verify.reference_hooks import jittered
-from pipeline.verify.study import HIT_DB, HIT_SHARE, HITTING_ULPS, JITTER_ULPS
+from pipeline.verify.study import HIT_DB, HIT_SHARE, HITTING_ULPS, QUANTIZER_ULPS
 from tests.support import tiny
 
 WORDS = ("a", "the", "red", "blue", "circle", "ring", "on", "white", "of", "photo", "cat", "dog", "and", "with")
@@ -229,7 +229,7 @@ class Built:
 
     def _hit_run(self, seed: int, wanted: NDArray[np.float64], call: Mapping[str, Any]) -> list[float]:
         """A float32 run with the least jitter that makes flips in most samples."""
-        for ulps in (JITTER_ULPS, *HITTING_ULPS):
+        for ulps in (QUANTIZER_ULPS, *HITTING_ULPS):
             with jittered(self.quantized, seed, ulps):
                 found = decibels(wanted, latents(self.fake, **call))
             if np.mean(np.array(found) < HIT_DB) >= HIT_SHARE:

@@ -48,7 +48,7 @@ ALIKE: list[tuple[list[dict[str, Any]], list[dict[str, Any]], str]] = [
     ([{"mask": "full", "other_mask": True}], [{"mask": "full"}], "one mask is taken for all samples"),
     ([{"label": 10}], [{"label": 3}], "class 10 (rows of the class table"),
     ([{"latent": 9.0}, {"latent": 9.5}], [{"latent": 4.0}], "latents that reach 9 and above"),
-    ([{"setting": CHANGED}], [{"setting": ""}], SETTING_CAUSES[CHANGED]),
+    ([{"setting": CHANGED}], [{"setting": None}], SETTING_CAUSES[CHANGED]),
 ]  # fmt: skip
 
 

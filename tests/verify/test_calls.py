@@ -248,7 +248,7 @@ def test_a_call_that_fails_in_a_thread_leaves_no_other_waiting(failing: int, zoo
         return {"sample": inputs["hidden_states"]}
 
     with pytest.raises(ValueError, match="the engine broke"):
-        _at_once(calls, run)
+        _at_once(calls, run, THREAD_ROUNDS)
 
 
 @pytest.mark.parametrize("made", [0, 60])

@@ -22,9 +22,9 @@ from pipeline.verify.gates import (
     quantizers_gate,
     segments_gate,
 )
-from pipeline.verify.oracle import activation_oracle, check_linear
+from pipeline.verify.oracle import activation_oracle, check_linear, joined
 from pipeline.verify.probe import ProbedGraph
-from pipeline.verify.proof import joined, worst_calls
+from pipeline.verify.proof import worst_calls
 from pipeline.verify.report import Gate, LayerResult
 from pipeline.verify.study import StepErrors
 from tests.support.hand_lowered import linear, lower
@@ -63,7 +63,7 @@ def test_numbers_that_are_not_finite_name_the_first_layer_or_else_the_call() -> 
     assert said.endswith(f"; in no layer that was looked at, first in {where}: {NONFINITE}")
     images[1, 0, 0, 0] = np.inf
     assert first_nonfinite(StepErrors([], [], 0, errors[:1]), images) == "picture 2 that the engine drew by itself"
-    assert first_nonfinite(StepErrors([], [], 0), images[:1]) == ""
+    assert first_nonfinite(StepErrors([], [], 0), images[:1]) is None
 
 
 def test_missing_linears_are_named() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -10,7 +12,9 @@ import onnxruntime
 import pytest
 from onnx import parser
 
+from pipeline.backends.base import LoweredGraph
 from pipeline.verify.parts import Parts, needed_names
+from pipeline.verify.probe import ProbedGraph
 
 GRAPH = """
 <ir_version: 10, opset_import: ["" : 21]>
@@ -100,3 +104,19 @@ def test_nothing_is_kept_that_no_later_part_reads() -> None:
 def test_needed_names_are_all_behind_a_tensor() -> None:
     nodes = parser.parse_model(GRAPH).graph.node
     assert needed_names(nodes, ["c"]) == {"c", "b", "values", "codes", "a", "x", "shift", "t", "w", "unit", "zero"}
+
+
+def test_a_graph_says_its_tables_and_inner_tensors_whatever_names_its_data_has(tmp_path: Path) -> None:
+    """A lowered graph's data may be a hard link to another graph's."""
+    model, table = parser.parse_model(GRAPH), np.arange(1, 17, dtype=np.float32).reshape(4, 4)
+    (weight,) = (tensor for tensor in model.graph.initializer if tensor.name == "w")
+    weight.CopyFrom(onnx.numpy_helper.from_array(table, "w"))
+    onnx.save(model, tmp_path / "model.onnx", save_as_external_data=True, location="data", size_threshold=0)
+    os.link(tmp_path / "data", tmp_path / "another name")
+    probed = ProbedGraph(LoweredGraph(tmp_path / "model.onnx", (), ()))
+    np.testing.assert_array_equal(probed.constant("w"), table)
+    assert probed.holds(table) and not probed.holds(table + 1)
+    tensors = probed.cut(["b", "c"], {})
+    for call in CALLS:
+        expected, computed = at_once(["b", "c"], call), tensors(call)
+        assert all(np.array_equal(computed[name], expected[name]) for name in ("b", "c"))

@@ -17,8 +17,8 @@ from PIL import Image
 
 from pipeline.verify.gates import layer_gates, notes_on_layers
 from pipeline.verify.page import MEASURED_SLOT, Page, measured_section, render
-from pipeline.verify.pictures import Column, amplification, file_names, gallery, png
-from pipeline.verify.plots import Axis, Series, line_plot
+from pipeline.verify.pictures import Column, amplification, gallery, png
+from pipeline.verify.plots import Axis, Plot, Series
 from pipeline.verify.report import Gate, LayerResult, Report, StepResult, write_layers_csv
 from tests.support.report_file import read_report
 
@@ -51,7 +51,7 @@ def layer(name: str = "blocks.0.to_q", **changes: Any) -> LayerResult:
 def report(value: float = 0.0) -> Report:
     gates = [Gate("cpu/gemm_exact", value, 0, "", "exact sums"), Gate("quant_sqnr_db", math.inf, 10, "dB", "b", False)]
     steps = [StepResult("cpu", i, 50.0 + i, 48.0, 30.0) for i in range(3)]
-    return Report(gates, [layer(), layer("blocks.1.to_q", gemm_max_abs_diff=math.nan)], steps, ["rtx: not run"])
+    return Report(gates, [layer(), layer("blocks.1.to_q", gemm_max_abs_diff=math.nan)], steps, notes=["rtx: not run"])
 
 
 def page(found: Report, title: str = "pixart_w4a6", columns: Sequence[Column] = ()) -> str:
@@ -127,22 +127,34 @@ def test_csv_has_one_line_per_layer(tmp_path: Path) -> None:
 # --- plots and pictures ---------------------------------------------------------------------------------------------
 
 
+def plot(*values: float) -> Plot:
+    labels = [f"p{i}" for i in range(len(values))]
+    return Plot([Series("s", "line1", values)], labels, labels, "x", "y")
+
+
 @pytest.mark.parametrize(("low", "high"), [(18.1, 54.7), (0.0, 0.0), (-3.2, 134.0), (99.0, 99.5)])
 def test_axis_holds_all_values(low: float, high: float) -> None:
-    axis = Axis.around(low, high)
-    assert axis.low <= low and high <= axis.high and axis.low < axis.high
-    assert axis.y(axis.low) > axis.y(axis.high)
+    drawn = plot(low, high)
+    assert drawn.axis == Axis.around(low, high)
+    assert drawn.axis.low <= low and high <= drawn.axis.high and drawn.axis.low < drawn.axis.high
+    assert (drawn.y(drawn.axis.low), drawn.y(drawn.axis.high)) == (drawn.bottom, drawn.top)
 
 
 def test_a_gap_breaks_the_line() -> None:
-    plot = line_plot([Series("s", "line1", [1.0, math.nan, 2.0, 3.0])], ["a", "b", "c", "d"], "x", "y")
-    path = re.search(r"<path class='line1' d='([^']*)'", plot)
-    assert path and path.group(1).count("M") == 2 and path.group(1).count("L") == 1
-    assert plot.count("<circle") == 3
+    drawn = plot(1.0, math.nan, 2.0, 3.0)
+    (row,) = drawn.series
+    assert re.sub(r"[\d. ]", "", drawn.path(row)) == "MML"
+    assert [text for _, _, text in drawn.dots(row)] == ["p0: s 1.0", "p2: s 2.0", "p3: s 3.0"]
+
+
+def test_many_positions_have_few_ticks() -> None:
+    texts = [text for _, text in plot(*range(100)).ticks()]
+    assert len(texts) == 20 and texts[:2] == ["p0", "p5"]
 
 
 def test_nothing_finite_is_said_in_words() -> None:
-    assert "nothing to plot" in line_plot([Series("s", "line1", [math.inf])], ["a"], "x", "y")
+    steps = [StepResult("cpu", 0, math.nan, math.inf, math.inf)]
+    assert "nothing to plot" in page(Report(steps=steps)) and "nothing to plot" not in page(report())
 
 
 @pytest.mark.parametrize(("error", "gain"), [(0.9, 1), (0.04, 20), (1e-9, 100_000), (0.0, 1)])
@@ -165,7 +177,7 @@ def test_gallery_states_its_amplification_and_survives_nan() -> None:
     columns = gallery(images, {"cpu": engine}, pixels=False)
     assert [column.stem for column in columns] == ["float", "reference", "cpu", "quantization", "cpu-difference"]
     assert re.search(r"x[\d,]+ around grey", columns[3].heading)
-    assert set(file_names(columns)) == {f"{column.stem}-0.png" for column in columns}
+    assert [len(column.pngs) for column in columns] == [1] * 5 and columns[2].file_name(0) == "cpu-0.png"
 
 
 def test_an_engine_may_have_drawn_fewer_pictures_or_none() -> None:

@@ -21,9 +21,8 @@ from pipeline.backends.cpu.lower import FLOAT_PATH, LowerCpu
 from pipeline.backends.cpu.quantizers import quantize_static as emit_static
 from pipeline.backends.cpu.quantizers import static_integers, unsupported
 from pipeline.passes import run_shared
-from pipeline.verify.oracle import LinearCheck, activation_oracle, check_linear
+from pipeline.verify.oracle import LinearCheck, activation_oracle, check_linear, joined
 from pipeline.verify.probe import ProbedGraph
-from pipeline.verify.proof import joined
 from tests.support import learned
 from tests.support.portable import HEADER, activations, op_types, portable, random_linear, run
 

@@ -433,7 +433,7 @@ def test_a_large_model_is_run_in_few_steps_and_draws_nothing(
 def test_steps_that_are_left_out_have_no_number() -> None:
     chosen = effort_for("onnx", 20, (0, 19), 4, large=False)
     assert chosen == Effort((0, 3, 6, 9, 12, 15, 18, 19), (19,), 1, inside=(1, 2, 3))
-    assert note("cpu", effort_for("cpu", 20, (0, 19), 4, large=False), 20, (0, 19), 4) == ""
+    assert note("cpu", effort_for("cpu", 20, (0, 19), 4, large=False), 20, (0, 19), 4) is None
     large = note("cpu", effort_for("cpu", 20, (0, 19), 4, large=True), 20, (0, 19), 4)
     wanted = "cpu: large model, linears in 1 of 2 steps; calls of batch 1, 2 and 9 are compared by their outputs alone"
     assert large == f"{wanted}; one sample of batch 3 is looked into"

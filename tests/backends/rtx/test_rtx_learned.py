@@ -20,9 +20,8 @@ from pipeline.backends.rtx import RtxBackend, RtxOptions
 from pipeline.backends.rtx.build import gemm_rows, problems
 from pipeline.backends.rtx.lower import LowerRtx
 from pipeline.passes import run_shared
-from pipeline.verify.oracle import activation_oracle, check_linear
+from pipeline.verify.oracle import activation_oracle, check_linear, joined
 from pipeline.verify.probe import ProbedGraph
-from pipeline.verify.proof import joined
 from tests.backends.cpu.test_cpu_learned import AROUND, INPUTS, ONE, SCALINGS, UNSIGNED, assert_proven, inputs
 from tests.support import learned
 from tests.support.portable import op_types, portable, random_linear
