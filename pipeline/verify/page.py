@@ -26,7 +26,7 @@ from pipeline.verify.study import Study
 if TYPE_CHECKING:
     from export.models.load import LoadedModel
 
-STYLE = resources.files("pipeline") / "report_style.css"
+STYLE = resources.files("pipeline.verify") / "report_style.css"
 # Files that lie beside the page, and those of the bundle around it, each with what it is.
 FILES = {"parity.json": "gates, steps, layers and stretches (parity.json)", "layers.csv": "layers (layers.csv)"}
 BUNDLE_FILES = {"../bench.json": "these numbers (bench.json)", "../manifest.json": "everything else (manifest.json)"}
