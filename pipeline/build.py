@@ -73,24 +73,30 @@ def target_flags() -> Iterator[tuple[Backend[Any], Flag]]:
 
 
 def given_flags(args: argparse.Namespace) -> Iterator[tuple[Backend[Any], Flag, object]]:
-    """Those that were given, with their values; a verb without such flags, as `inspect`, gives none."""
+    """Those that were given, with their values; a verb without such flags, as `inspect`, has given none."""
     for backend, flag in target_flags():
         value = getattr(args, flag.name.removeprefix("--").replace("-", "_"), None)
         if value is not None:
             yield backend, flag, value
 
 
+# Flags that are keys of a recipe's tables; --seed is a key of both.
+SAMPLING_FLAGS = ("n_steps", "batch_size", "height", "width", "seed")
+CALIBRATE_FLAGS = {"calib_size": "size", "seed": "seed"}
+
+
 def resolve(args: argparse.Namespace) -> recipes.Recipe:
-    """The recipe with all flags applied."""
+    """The recipe with all flags applied; one that was not given, or that the verb does not have, changes nothing."""
+    given = {name: value for name, value in vars(args).items() if value is not None}
     recipe = recipes.with_settings(recipes.load(args.engine), args.set)
     recipe = recipes.with_model(recipe, args.model, args.variant, args.config)
-    if args.calib_size is not None:
-        recipe = replace(recipe, calibrate=replace(recipe.calibrate, size=args.calib_size))
     for backend, flag, value in given_flags(args):
         recipe = recipe.with_options(replace(backend.options(recipe), **{flag.option: value}))
-    names = ("n_steps", "batch_size", "height", "width")
-    recipe = recipes.with_sampling(recipe, **{name: getattr(args, name) for name in names})
-    return recipes.with_seed(recipe, args.seed)
+    sampling = {name: given[name] for name in SAMPLING_FLAGS if name in given}
+    calibrate = {key: given[name] for name, key in CALIBRATE_FLAGS.items() if name in given}
+    return replace(
+        recipe, sampling=replace(recipe.sampling, **sampling), calibrate=replace(recipe.calibrate, **calibrate)
+    )
 
 
 def make_request(args: argparse.Namespace, answer: Answer) -> BuildRequest:

@@ -32,4 +32,4 @@ def test_a_package_has_one_range_of_releases_in_all_extras() -> None:
 
 def test_the_extra_build_is_what_the_compiler_looks_up() -> None:
     names = {Requirement(row).name for row in PROJECT["optional-dependencies"]["build"]}
-    assert names == {machine.TOOLS[module] for module in machine.COMPILER}
+    assert names == set(map(machine.distribution, machine.COMPILER))

@@ -11,11 +11,10 @@ from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from export import checkpoint
 from export.checkpoint import QuantizedLinear
-from export.errors import ResourceError
 from pipeline import machine
 from pipeline.backends.side_by_side import single_threaded_torch
 from pipeline.calibrate.method import Context, Method, Unit
@@ -125,15 +124,12 @@ def _refuse_too_large(method: Method, plans: Sequence[LayerPlan]) -> None:
     per_call = halves * min(settings.size, BATCH_PROMPTS)
     sizes = measure(model, _group(plans, method.context.recipe), one, samples, calls, per_call)
     units = [method.unit_bytes(sizes, block) for block in sizes.blocks]
-    needed, free = sizes.total(units, method.apart_bytes(sizes, list(plans))), machine.available_memory_bytes()
-    logger.info("calibration on %d samples needs about %.2f GiB beside the model", samples, needed / 2**30)
-    if free and needed > free:
-        raise ResourceError(
-            f"calibration on {samples} samples needs about {needed / 2**30:.1f} GiB, {free / 2**30:.1f} GiB are free; "
-            f"use fewer prompts (--calib-size, now {settings.size}), "
-            f"--set calibrate.timesteps (now {settings.timesteps}), or smaller calibrate.options "
-            f"(batch, rows, workers, as far as {settings.method} has them)"
-        )
+    remedy = (
+        f"use fewer prompts (--calib-size, now {settings.size}), --set calibrate.timesteps (now {settings.timesteps}), "
+        f"or smaller calibrate.options (batch, rows, workers, as far as {settings.method} has them)"
+    )
+    needed = sizes.total(units, method.apart_bytes(sizes, list(plans)))
+    machine.refuse_too_large(needed, f"calibration on {samples} samples needs about", remedy)
 
 
 def _group(plans: Sequence[LayerPlan], recipe: Recipe) -> dict[str, list[LayerPlan]]:
@@ -179,7 +175,7 @@ def _observes(recipe: Recipe) -> bool:
     return METHODS[recipe.calibrate.method].observes == "blocks"
 
 
-def _origin(model: LoadedModel, recipe: Recipe) -> dict[str, Any]:
+def _origin(model: LoadedModel, recipe: Recipe) -> dict[str, object]:
     """Everything that the result depends on; data by their content, not by the name of a file."""
     row = METHODS[recipe.calibrate.method]
     parts = {key: asdict(getattr(recipe, key)) for key in ("formats", "weights")}

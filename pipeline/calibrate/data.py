@@ -12,7 +12,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
@@ -71,7 +71,7 @@ class CalibrationData:
 def calibration_data(model: LoadedModel, recipe: Recipe) -> CalibrationData:
     """The calls of a recipe, made once: methods that are calibrated on the same model and settings share them.
 
-    Raises RecipeError for a prompt file that cannot be used.
+    Raises RecipeError for a prompt file that cannot be used, ModelError where sampling ends too early.
     """
     prompts = read_prompts(model, recipe)
     origin = _origin(model, recipe, prompts)
@@ -79,13 +79,17 @@ def calibration_data(model: LoadedModel, recipe: Recipe) -> CalibrationData:
     names = _names(recipe, len(prompts))
     if _must_make(folder, names):
         _collect(model, recipe, prompts, folder)
-        _refuse_missing(model, [name for name in names if not (folder / name).is_file()])
+        if missing := [name for name in names if not (folder / name).is_file()]:
+            raise ModelError(
+                f"{model.source}: sampling ended without the call of {missing[0]} and {len(missing) - 1} others; "
+                "use fewer sampling.n_steps, as many as the model's scheduler takes"
+            )
         write_json(folder / ORIGIN_FILE, origin | {"files": names})  # last: without it the folder is an unfinished one
     logger.info("calibration data in %s", folder)
     return CalibrationData(tuple(_load(folder / name) for name in names), recipe.sampling.n_steps)
 
 
-def content(model: LoadedModel, recipe: Recipe) -> dict[str, Any]:
+def content(model: LoadedModel, recipe: Recipe) -> dict[str, object]:
     """Hashes of what decides the calls beside model and settings: the prompts' texts, and what draws pictures of them.
 
     Raises RecipeError for a prompt file that cannot be used.
@@ -93,7 +97,7 @@ def content(model: LoadedModel, recipe: Recipe) -> dict[str, Any]:
     return {"prompts_sha256": sha256_json(list(read_prompts(model, recipe))), **_sampled_by(model)}
 
 
-def _sampled_by(model: LoadedModel) -> dict[str, Any]:
+def _sampled_by(model: LoadedModel) -> dict[str, object]:
     """Hash of the description beside the model, or of the pipeline that it belongs to; nothing without either."""
     if (model.folder / GENERATION_FILE).is_file():
         paths = [model.folder / name for name in load_generation(model.folder).files]
@@ -135,7 +139,7 @@ def kept_steps(n_steps: int, timesteps: int) -> list[int]:
     return sorted({round(step) for step in np.linspace(0, n_steps - 1, min(timesteps, n_steps)).tolist()})
 
 
-def _origin(model: LoadedModel, recipe: Recipe, prompts: tuple[str, ...]) -> dict[str, Any]:
+def _origin(model: LoadedModel, recipe: Recipe, prompts: tuple[str, ...]) -> dict[str, object]:
     sampling = recipe.sampling
     return {
         "format_version": FORMAT_VERSION,
@@ -236,14 +240,6 @@ def _is_whole(path: Path) -> bool:
             return True
     except (OSError, SafetensorError):
         return False
-
-
-def _refuse_missing(model: LoadedModel, missing: Sequence[str]) -> None:
-    if missing:
-        raise ModelError(
-            f"{model.source}: sampling ended without the call of {missing[0]} and {len(missing) - 1} others; "
-            "use fewer sampling.n_steps, as many as the model's scheduler takes"
-        )
 
 
 def _load(path: Path) -> Call:

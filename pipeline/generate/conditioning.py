@@ -3,22 +3,32 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 from safetensors import SafetensorError
 from safetensors.numpy import load_file
 
 from export.documents import read_json
 from export.errors import ContractError, RecipeError
+from export.models.description import GENERATION_FILE
 from pipeline.backends.base import Arrays
-from pipeline.generate import generation_file
+from pipeline.generate.generation_file import (
+    RULES,
+    Classes,
+    Conditioning,
+    Synthetic,
+    SyntheticInput,
+    Vocabulary,
+    check,
+    embedding_path,
+)
 from pipeline.generate.scene_grammar import token_ids
 
-GENERATION_FILE = generation_file.NAME
 CLASS_PREFIXES = ("a", "an", "the", "class", "digit")
 
 
@@ -31,7 +41,7 @@ class Generation:
 
     folder: Path
     sampler: str
-    conditioning: Mapping[str, Any]
+    conditioning: Conditioning
     timestep_scale: float = 1000.0
     guidance_scale: float = 2.0
     n_steps: int = 20
@@ -41,13 +51,18 @@ class Generation:
         """Model inputs of B prompts, and of B empty prompts. Raises RecipeError for a prompt outside the grammar."""
         if not prompts:
             raise RecipeError("no prompt was given; give at least one")
-        return ENCODERS[self.conditioning["kind"]](self, prompts)
+        if self.conditioning["kind"] == "vocabulary":
+            return _vocabulary(self.conditioning, prompts, self.folder)
+        if self.conditioning["kind"] == "classes":
+            return _classes(self.conditioning, prompts)
+        return _synthetic(self.conditioning, prompts)
 
     @property
     def files(self) -> tuple[str, ...]:
         """Names of the files that a copy of this description needs beside it."""
-        embedding = self.conditioning.get("embedding")
-        return (GENERATION_FILE, embedding) if embedding else (GENERATION_FILE,)
+        if self.conditioning["kind"] == "vocabulary":
+            return GENERATION_FILE, self.conditioning["embedding"]
+        return (GENERATION_FILE,)
 
 
 def load_generation(folder: Path) -> Generation:
@@ -55,33 +70,33 @@ def load_generation(folder: Path) -> Generation:
     path = folder / GENERATION_FILE
     if not path.is_file():
         raise ContractError(f"{path} is missing; it says how prompts become inputs. Build the bundle again")
-    return from_dict(read_json(path, dict[str, Any], generation_file.RULES), folder)
+    return from_dict(read_json(path, dict[str, Any], RULES), folder)
 
 
 def from_dict(document: Mapping[str, Any], folder: Path) -> Generation:
     """The description in `document`; keys that generating does not need are left alone. Raises ContractError."""
-    generation_file.check(document, folder)
+    check(document, folder)
     known = {
         key: value for key, value in document.items() if key in Generation.__dataclass_fields__ and key != "folder"
     }
     return Generation(folder=folder, **known)
 
 
-def _vocabulary(generation: Generation, prompts: list[str]) -> tuple[Arrays, Arrays]:
+def _vocabulary(conditioning: Vocabulary, prompts: list[str], folder: Path) -> tuple[Arrays, Arrays]:
     """Token embeddings: encoder_hidden_states [B, slots, D] and a mask of ones; `null_token` is the empty prompt."""
-    path = generation_file.embedding_path(generation.folder, generation.conditioning["embedding"])
-    table = _table(path, generation.conditioning["tensor"])
-    ids = np.stack([token_ids(prompt, generation.conditioning["slots"]) for prompt in prompts])
+    path, null_token = embedding_path(folder, conditioning["embedding"]), conditioning["null_token"]
+    table = _table(path, conditioning["tensor"])
+    ids = np.stack([token_ids(prompt, conditioning["slots"]) for prompt in prompts])
     if ids.max() >= len(table):
         raise ContractError(f"{path}: {len(table)} rows, but the vocabulary reaches token {ids.max()}")
-    if generation.conditioning["null_token"] >= len(table):
-        raise ContractError(f"{path}: {len(table)} rows, but null_token is {generation.conditioning['null_token']}")
+    if null_token >= len(table):
+        raise ContractError(f"{path}: {len(table)} rows, but null_token is {null_token}")
     mask = np.ones(ids.shape, np.float32)
-    prompted, plain = table[ids], table[np.full_like(ids, generation.conditioning["null_token"])]
+    prompted, plain = table[ids], table[np.full_like(ids, null_token)]
     return _captions(prompted, mask), _captions(plain, mask)
 
 
-def _table(path: Path, tensor: str) -> np.ndarray:
+def _table(path: Path, tensor: str) -> NDArray[np.float32]:
     """The token embedding [words, D] float32."""
     if not path.is_file():
         raise ContractError(f"{path} is missing; it holds the token embedding. Build the bundle again")
@@ -96,15 +111,14 @@ def _table(path: Path, tensor: str) -> np.ndarray:
     return table.astype(np.float32)
 
 
-def _captions(states: np.ndarray, mask: np.ndarray) -> Arrays:
+def _captions(states: NDArray[np.float32], mask: NDArray[np.float32]) -> Arrays:
     return {"encoder_hidden_states": states, "encoder_attention_mask": mask}
 
 
-def _classes(generation: Generation, prompts: list[str]) -> tuple[Arrays, Arrays]:
+def _classes(conditioning: Classes, prompts: list[str]) -> tuple[Arrays, Arrays]:
     """Class indices: class_labels [B] int64; `null_class` is the empty prompt."""
-    names = generation.conditioning["names"]
-    labels = np.array([_class_index(prompt, names) for prompt in prompts], np.int64)
-    return {"class_labels": labels}, {"class_labels": np.full_like(labels, generation.conditioning["null_class"])}
+    labels = np.array([_class_index(prompt, conditioning["names"]) for prompt in prompts], np.int64)
+    return {"class_labels": labels}, {"class_labels": np.full_like(labels, conditioning["null_class"])}
 
 
 def _class_index(prompt: str, names: list[str]) -> int:
@@ -119,24 +133,17 @@ def _class_index(prompt: str, names: list[str]) -> int:
     return known[" ".join(words)]
 
 
-def _synthetic(generation: Generation, prompts: list[str]) -> tuple[Arrays, Arrays]:
+def _synthetic(conditioning: Synthetic, prompts: list[str]) -> tuple[Arrays, Arrays]:
     """Random inputs of the right shapes, seeded by the prompt: for models whose text encoder is not here."""
-    inputs = generation.conditioning["inputs"]
+    inputs = conditioning["inputs"]
     prompted = {name: _random_rows(row, prompts) for name, row in inputs.items()}
     return prompted, {name: _random_rows(row, [""] * len(prompts)) for name, row in inputs.items()}
 
 
-def _random_rows(row: Mapping[str, Any], prompts: list[str]) -> np.ndarray:
+def _random_rows(row: SyntheticInput, prompts: list[str]) -> NDArray[np.generic]:
     """One row for each prompt: {"shape": without the batch, "dtype"} normal numbers, or all equal to "value"."""
     shape, dtype = tuple(row["shape"]), np.dtype(row.get("dtype", "float32"))
     if "value" in row:
         return np.broadcast_to(np.asarray(row["value"], dtype), (len(prompts), *shape)).copy()
     seeds = [zlib.crc32(prompt.encode()) for prompt in prompts]
     return np.stack([np.random.default_rng(seed).standard_normal(shape) for seed in seeds]).astype(dtype)
-
-
-ENCODERS: dict[str, Callable[[Generation, list[str]], tuple[Arrays, Arrays]]] = {
-    "vocabulary": _vocabulary,
-    "classes": _classes,
-    "synthetic": _synthetic,
-}

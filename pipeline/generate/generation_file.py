@@ -12,23 +12,16 @@ from typing_extensions import TypedDict
 
 from export.documents import Rules, shown, validated
 from export.errors import ContractError
+from export.models.description import GENERATION_FILE
 from export.names import inside
-from pipeline.generate.scene_grammar import ALONE, NONE, SLOT_NAMES
+from pipeline.generate.scene_grammar import ALONE, NONE, SLOT_NAMES, Slot
 
-NAME = "generation.json"
 RULES = Rules()
 # Elements of one sample of a made-up input.
 MOST_ELEMENTS = 2**24
 
 Index = Annotated[int, Ge(0), Le(2**31)]
 Words = Annotated[list[str], MinLen(1)]
-
-
-class Slot(TypedDict):
-    """One word of a scene: its name in the grammar, and what it may be."""
-
-    name: str
-    words: Words
 
 
 class Vocabulary(TypedDict):
@@ -67,24 +60,27 @@ class Synthetic(TypedDict):
     examples: NotRequired[list[str]]
 
 
+Conditioning = Vocabulary | Classes | Synthetic
+
+
 class GenerationFile(TypedDict):
     """Without `conditioning`, whose schema goes by its kind."""
 
     sampler: str
-    conditioning: dict[str, Any]
+    conditioning: dict[str, object]
     timestep_scale: NotRequired[Annotated[float, Gt(0), Le(1e6)]]
     guidance_scale: NotRequired[Annotated[float, Ge(-1e4), Le(1e4)]]
     n_steps: NotRequired[Annotated[int, Ge(1), Le(1000)]]
     output: NotRequired[Literal["pixels", "latents"]]
 
 
-SCHEMAS: dict[str, Any] = {"vocabulary": Vocabulary, "classes": Classes, "synthetic": Synthetic}
+SCHEMAS: dict[str, type[Conditioning]] = {"vocabulary": Vocabulary, "classes": Classes, "synthetic": Synthetic}
 SUFFIX = ".safetensors"
 
 
 def check(document: Mapping[str, Any], folder: Path) -> None:
     """Raise ContractError for what a generation.json in `folder` may not say."""
-    path = folder / NAME
+    path = folder / GENERATION_FILE
     validated(document, str(path), GenerationFile, RULES)
     conditioning = document["conditioning"]
     kind = conditioning.get("kind")
@@ -100,11 +96,10 @@ def check(document: Mapping[str, Any], folder: Path) -> None:
 
 def embedding_path(folder: Path, name: str) -> Path:
     """The file of the token embedding: beside generation.json, and by its ending none of a bundle's other files."""
+    path = folder / GENERATION_FILE
     if "/" in name or not name.endswith(SUFFIX):
-        raise ContractError(
-            f"{folder / NAME}: embedding {name!r} leaves the folder, or is no {SUFFIX} file; name one beside it"
-        )
-    return inside(folder, name, folder / NAME)
+        raise ContractError(f"{path}: embedding {name!r} leaves the folder, or is no {SUFFIX} file; name one beside it")
+    return inside(folder, name, path)
 
 
 def _check_slots(slots: Sequence[Slot], path: Path) -> None:

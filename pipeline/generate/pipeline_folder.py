@@ -22,7 +22,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from export.documents import Rules, open_file, read_json
-from export.errors import ModelError, RecipeError, ResourceError, UserError
+from export.errors import ModelError, RecipeError, UserError
 from export.names import inside
 from pipeline import machine
 from pipeline.backends.base import Arrays, Engine
@@ -170,14 +170,11 @@ def drawing(root: Path) -> Iterator[None]:
 
 def refuse_too_large(root: Path) -> None:
     """Raise ResourceError if the pipeline's other parts do not fit into the memory that is free."""
-    needed, free = float32_bytes(root), machine.available_memory_bytes()
-    logger.info("calibration data: the text encoder and the pipeline's other parts take %.2f GiB", needed / 2**30)
-    if free and needed > free:
-        raise ResourceError(
-            f"{root}: text encoder and other parts take {needed / 2**30:.1f} GiB in float32, {free / 2**30:.1f} GiB "
-            "are free; close other programs, calibrate where there is more memory and build from its checkpoint, or "
-            "copy the transformer's folder out of the pipeline, which then calibrates on random conditioning"
-        )
+    remedy = (
+        "close other programs, calibrate where there is more memory and build from its checkpoint, or copy the "
+        "transformer's folder out of the pipeline, which then calibrates on random conditioning"
+    )
+    machine.refuse_too_large(float32_bytes(root), f"{root}: text encoder and other parts take in float32", remedy)
 
 
 def example_prompts(model: LoadedModel, count: int, seed: int) -> list[str]:

@@ -240,7 +240,7 @@ def test_a_text_encoder_that_does_not_fit_is_refused_before_it_is_read(tmp_path,
     assert pipeline_folder.float32_bytes(root) == 4 * sum(weights.values())
     monkeypatch.setattr(machine, "available_memory_bytes", lambda: 1000)
     monkeypatch.setattr(DiffusionPipeline, "from_pretrained", None)
-    with pytest.raises(ResourceError, match=r"other parts take 0\.0 GiB in float32, 0\.0 GiB are free"):
+    with pytest.raises(ResourceError, match=r"other parts take in float32 0\.0 GiB, 0\.0 GiB are free"):
         calibration_data(load(str(root)), made("pixart", tmp_path / "other")[1])
 
 

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from export.errors import RecipeError
 from pipeline.calibrate.groups.search import Gene, Scores, Settings, Space, first_generation, next_generation, search
-from pipeline.calibrate.groups.space import from_text, layer_bytes, layer_sizes, make_space, to_text, with_sizes
+from pipeline.calibrate.groups.space import from_text, layer_sizes, make_space, to_text, with_sizes
 from pipeline.calibrate.methods.rtn import quantize_linear
 from pipeline.calibrate.plan import make_plans
 from tests.calibrate.test_calibrate import make_model, make_recipe
@@ -159,7 +159,7 @@ def plans_of(*chosen):
 def test_bytes_are_those_of_the_quantized_layer(granularity, size, weight):
     plans = plans_of(f"weights.granularity={granularity}", f"weights.group_size={size}", f"formats.weight={weight}")
     for plan in plans:
-        assert layer_bytes(plan, size) == quantize_linear(plan, "absmax").size_bytes
+        assert plan.size_bytes == quantize_linear(plan, "absmax").size_bytes
 
 
 def test_sizes_that_do_not_divide_k_are_left_out_with_a_message(caplog):

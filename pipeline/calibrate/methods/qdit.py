@@ -136,7 +136,6 @@ class QDit(Method):
         return [self.quantize_layer(unit, plan) for plan in track(unit.plans, len(unit.plans), unit.name)]
 
     def quantize_layer(self, unit: Unit, plan: LayerPlan) -> QuantizedLinear:
-        assert unit.observed is not None
         observed, options = unit.observed, self.context.options
         rows = int(options["rows"])
         fields = ACTIVATIONS[str(options["activations"])](plan, lambda: observed.layer_inputs(plan.name, rows=rows))
