@@ -70,7 +70,7 @@ def bundle_document(path: Path) -> Document:
         "model": manifest["model"],
         "kept": manifest["kept"],
         "counts": manifest["counts"],
-        "bytes": manifest["bytes"],
+        "bytes": dict[str, int](**manifest["bytes"]),
         "layers": [layer_row(row, manifest["targets"]) for row in manifest["layers"]],
     }
 

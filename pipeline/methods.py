@@ -9,9 +9,12 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from importlib import import_module
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 from export.errors import RecipeError
+
+if TYPE_CHECKING:
+    from pipeline.calibrate.method import Method
 
 PRESETS = ("fast", "full")
 Scalar = int | float | str | bool
@@ -86,7 +89,7 @@ class MethodRow:
     options: Mapping[str, Option] = field(default_factory=dict)
     activations: Scalings = per_token
 
-    def resolve(self, preset: str, chosen: Mapping[str, Any]) -> dict[str, Scalar]:
+    def resolve(self, preset: str, chosen: Mapping[str, object]) -> dict[str, Scalar]:
         """Every option's value. Raises RecipeError for an option that the method does not have, or a wrong type."""
         unknown = sorted(set(chosen) - set(self.options))
         if unknown:
@@ -100,14 +103,15 @@ class MethodRow:
                 raise RecipeError(f"calibrate.options.{name} of {self.name}: {error}") from error
         return values
 
-    def deciding(self, chosen: Mapping[str, Any]) -> dict[str, Any]:
+    def deciding(self, chosen: Mapping[str, object]) -> dict[str, object]:
         """The given options that the layers depend on."""
         return {name: value for name, value in chosen.items() if self.options[name].decides}
 
-    def load(self) -> Any:
+    def load(self) -> type[Method]:
         """The method's class."""
         module, _, name = self.target.partition(":")
-        return getattr(import_module(module), name)
+        method: type[Method] = getattr(import_module(module), name)
+        return method
 
 
 # Options of the methods that papers compare with.
@@ -115,9 +119,14 @@ _SEEN = {
     "granularity": Option("per_channel", help='weight scales: "per_channel" as published, or "recipe"'),
     "rows": Option(128, 256, help="tokens of each calibration call that ranges are settled on"),
 }
-_STATIC = _SEEN | {
+_RANGES = {
     "asymmetric": Option(True, help="integer activations get a zero"),
     "search": Option("mse", help="range of activations: minmax, percentile or mse"),
+}
+_STATIC = _SEEN | _RANGES
+_SKEWED = {
+    "mean": Option(0.4, help="of the timesteps' normal distribution, in trajectories from the clean end"),
+    "deviation": Option(0.4, help="its standard deviation"),
 }
 
 _GPTQ = {
@@ -250,11 +259,9 @@ _ROWS = (
         {
             "granularity": Option("group", help='weight scales: "group" (real ones per 128), or "recipe"'),
             "rows": Option(512, 2048, help="tokens of each calibration call that weights and ranges are settled on"),
-            "asymmetric": Option(True, help="integer activations get a zero"),
-            "search": Option("mse", help="range of activations: minmax, percentile or mse"),
-            "mean": Option(0.4, help="of the timesteps' normal distribution, in trajectories from the clean end"),
-            "deviation": Option(0.4, help="its standard deviation"),
         }
+        | _RANGES
+        | _SKEWED
         | _GPTQ,
         activations=per_tensor,
     ),
@@ -263,11 +270,7 @@ _ROWS = (
         "pipeline.calibrate.methods.ptq4dm:Ptq4dm",
         "blocks",
         "static activation ranges from timesteps drawn towards the clean end",
-        _STATIC
-        | {
-            "mean": Option(0.4, help="of the timesteps' normal distribution, in trajectories from the clean end"),
-            "deviation": Option(0.4, help="its standard deviation"),
-        },
+        _STATIC | _SKEWED,
         activations=per_tensor,
     ),
     MethodRow(
@@ -332,7 +335,7 @@ AUTO = "auto"
 AUTO_ROWS = ((100_000_000, "fp4dit"), (math.inf, "rtn"))
 
 
-def activation_scalings(method: str, preset: str, options: Mapping[str, Any]) -> tuple[str, ...]:
+def activation_scalings(method: str, preset: str, options: Mapping[str, object]) -> tuple[str, ...]:
     """The scalings besides per token that layers of the method may have; none for "auto", whose rows have none."""
     row = METHODS.get(method)
     return row.activations(row.resolve(preset, options)) if row else ()

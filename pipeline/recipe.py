@@ -83,9 +83,9 @@ class Weights:
         """Granularity and group size in words.
 
         >>> Weights("exact_group", 64).scales_text(), Weights("per_channel", 64).scales_text()
-        ('exact_group of 64', 'per_channel')
+        ('exact_group(64)', 'per_channel')
         """
-        return self.granularity + (f" of {self.group_size}" if self.granularity != "per_channel" else "")
+        return self.granularity + (f"({self.group_size})" if self.granularity != "per_channel" else "")
 
 
 @dataclass(frozen=True)

@@ -32,13 +32,12 @@ def draw_latent(bundle: Bundle, request: DrawRequest, source: str | None = None)
     transformer = bundle.as_diffusers(request.target)
     try:
         pipeline = open_pipeline(Path(root), transformer)
-        arguments = pipeline_arguments(family)
         settings = _settings(request)
         drawn = []
         for first in range(0, len(request.pictures), BATCH_SIZE):
             part = request.pictures[first : first + BATCH_SIZE]
             generators = [torch.Generator().manual_seed(seed) for _, seed in part]
-            named = arguments(pipeline, bundle, [text for text, _ in part])
+            named = pipeline_arguments(pipeline, bundle.recipe.sampling, [text for text, _ in part])
             with drawing(Path(root)):
                 images = pipeline(**named, generator=generators, output_type="np", **settings).images
             drawn.append(np.rint(np.clip(images, 0, 1) * 255).astype(np.uint8))

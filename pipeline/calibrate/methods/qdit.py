@@ -18,7 +18,6 @@ import logging
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from export.checkpoint import QuantizedLinear
 from export.errors import RecipeError
@@ -32,7 +31,7 @@ from pipeline.calibrate.learn import gptq
 from pipeline.calibrate.memory import BlockSize, Sizes, gptq_bytes
 from pipeline.calibrate.method import Context, Method, Unit
 from pipeline.calibrate.methods import rtn
-from pipeline.calibrate.plan import LayerPlan
+from pipeline.calibrate.plan import Activation, LayerPlan
 from pipeline.calibrate.static_activations import find_range
 from pipeline.methods import Scalar
 from pipeline.progress import track
@@ -40,20 +39,20 @@ from pipeline.progress import track
 logger = logging.getLogger(__name__)
 
 
-def token_group(plan: LayerPlan, rows: Callable[[], Tensors]) -> dict[str, Any]:
+def token_group(plan: LayerPlan, rows: Callable[[], Tensors]) -> Activation:
     """Scales of each token and group; of each token where the layer has no groups."""
     if not plan.group_size or plan.group_size == plan.linear.module.in_features:
         return {}
     return {"activation_scaling": "token_group", "activation_group": plan.group_size}
 
 
-def per_tensor(plan: LayerPlan, rows: Callable[[], Tensors]) -> dict[str, Any]:
+def per_tensor(plan: LayerPlan, rows: Callable[[], Tensors]) -> Activation:
     """One scale for all tokens and timesteps, of least squared error on the inputs seen."""
     return find_range(rows(), get_format(plan.activation_format), "mse", plan.name).fields
 
 
 # Option "activations" -> fields of a QuantizedLinear, from the plan and a function that gives the layer's inputs.
-ACTIVATIONS: dict[str, Callable[[LayerPlan, Callable[[], Tensors]], dict[str, Any]]] = {
+ACTIVATIONS: dict[str, Callable[[LayerPlan, Callable[[], Tensors]], Activation]] = {
     "token_group": token_group,
     "per_token": lambda plan, rows: {},
     "per_tensor": per_tensor,
