@@ -130,7 +130,7 @@ def dry_run(request: BuildRequest, answer: Answer) -> int:
     """All checks that need no work, and the plan."""
     _, model, _ = prepare(replace(request, listener=lambda event: None))  # a plan is all that is answered
     linears, kept = len(model.linears()), len(model.kept())
-    plan: dict[str, Any] = {
+    plan: dict[str, object] = {
         "recipe": request.recipe.document(),
         "targets": request.targets,
         "output": str(request.output),

@@ -7,7 +7,7 @@ import os
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from export import checkpoint
 from export.checkpoint import QuantizedLinear
@@ -102,7 +102,8 @@ def prepare(request: BuildRequest) -> tuple[Recipe, LoadedModel, StageTime]:
     recipe = with_method(recipe, model)
     refuse_full_disk(request, model.parameters)
     make_plans(model.linears(), recipe)  # refuses groups that do not fit
-    refuse_undrawable(model, recipe)
+    case = make_case(model, recipe)
+    make_sampler(case.sampler, case.n_steps, case.timestep_scale)  # refuses a generation.json that cannot be drawn by
     if request.checkpoint:
         refuse_unfit(model, recipe, request.checkpoint)
     refuse_interrupted(request.work_path, request.resume, request.force)
@@ -117,12 +118,6 @@ def refuse_early(request: BuildRequest) -> None:
         raise EnvironmentLacksError("; ".join(problems))
     refuse_existing(request)
     refuse_unwritable(request.output, True, "--output-dir")
-
-
-def refuse_undrawable(model: LoadedModel, recipe: Recipe) -> None:
-    """Refuse a description of drawing (generation.json) by which the pictures of the gates cannot be made."""
-    case = make_case(model, recipe)
-    make_sampler(case.sampler, case.n_steps, case.timestep_scale)
 
 
 def refuse_existing(request: BuildRequest) -> None:
@@ -172,12 +167,12 @@ def fitting_targets(targets: tuple[str, ...], recipe: Recipe, named: tuple[str, 
     return left
 
 
-def tensor_counts(model: LoadedModel) -> dict[str, Any]:
+def tensor_counts(model: LoadedModel) -> dict[str, object]:
     """How many tensors of the model's files are used, and which are not, with the reason why that is harmless."""
     return {"used": len(model.used), "ignored": dict(model.ignored)}
 
 
-def model_row(model: LoadedModel) -> dict[str, Any]:
+def model_row(model: LoadedModel) -> dict[str, object]:
     """Where the model came from and what of its files is in it, for the manifest."""
     return {
         "source": model.source,
@@ -293,7 +288,7 @@ def benched(work: WorkFolder, model: LoadedModel, facts: manifest.BuildFacts) ->
         threads = machine.threads()
         with opened(work.bundle, measured(facts.results), threads) as engines:
             others = baselines(model, facts.recipe, work.scratch("bench"), threads)
-            document: dict[str, Any] = bench(model, engines, facts.recipe, work.bundle, others, threads)
+            document: dict[str, object] = bench(model, engines, facts.recipe, work.bundle, others, threads)
         remove(work.path / "bench")
         write_json(work.bundle / "bench.json", document)
         (work.path / MEASURED).write_text(measured_section(document), encoding="utf-8")

@@ -50,10 +50,7 @@ def tool_version(module: str) -> str:
 
 def own_version() -> str:
     """The release of this package; "unknown" for sources that are not installed."""
-    try:
-        return metadata.version(PROGRAM)
-    except metadata.PackageNotFoundError:
-        return "unknown"
+    return tool_version(PROGRAM) or "unknown"
 
 
 def tool_versions(more: Iterable[str] = ()) -> dict[str, str]:
@@ -202,19 +199,17 @@ def facts() -> dict[str, Any]:
 
 
 def available_memory_bytes() -> int:
-    """Memory that new work can take without swapping; 0 where the system does not say."""
-    try:
-        rows = dict(line.split(":") for line in Path("/proc/meminfo").read_text(encoding="utf-8").splitlines())
-    except OSError:
-        return 0
-    return int(rows["MemAvailable"].split()[0]) * 1024 if "MemAvailable" in rows else 0
+    """Memory that new work can take without swapping."""
+    import psutil
+
+    return int(psutil.virtual_memory().available)
 
 
 def refuse_too_large(needed_bytes: int, what: str, remedy: str) -> None:
     """Log what work takes and raise ResourceError if so much is not free. what: a sentence up to the number."""
     free = available_memory_bytes()
     logger.info("%s %.2f GiB", what, needed_bytes / 2**30)
-    if free and needed_bytes > free:
+    if needed_bytes > free:
         raise ResourceError(f"{what} {needed_bytes / 2**30:.1f} GiB, {free / 2**30:.1f} GiB are free; {remedy}")
 
 

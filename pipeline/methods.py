@@ -84,9 +84,9 @@ class MethodRow:
 
     name: str
     target: str
-    observes: Literal["weights", "blocks"]
     summary: str
     options: Mapping[str, Option] = field(default_factory=dict)
+    observes: Literal["weights", "blocks"] = "blocks"
     activations: Scalings = per_token
 
     def resolve(self, preset: str, chosen: Mapping[str, object]) -> dict[str, Scalar]:
@@ -183,13 +183,12 @@ _ROWS = (
     MethodRow(
         "rtn",
         "pipeline.calibrate.methods.rtn:RoundToNearest",
-        "weights",
         "round to nearest: scales from the weights alone, no data",
+        observes="weights",
     ),
     MethodRow(
         "fp4dit",
         "pipeline.calibrate.methods.fp4dit:ScaleAwareRounding",
-        "blocks",
         "FP4DiT: scale-aware AdaRound, block by block",
         {
             "iterations": Option(400, 2500, help="for each block"),
@@ -201,14 +200,12 @@ _ROWS = (
     MethodRow(
         "fp_adaround",
         "pipeline.calibrate.methods.fp4dit:BlockRounding",
-        "blocks",
         "AdaRound on the float grid without scale awareness, block by block",
         _PLAIN_ROUNDING | _LEARNED | _FOUND_SIZES,
     ),
     MethodRow(
         "adaround",
         "pipeline.calibrate.methods.fp4dit:LayerRounding",
-        "blocks",
         "AdaRound, each layer by itself; for INT formats as published",
         {
             "iterations": Option(1000, 20000, help="for each layer"),
@@ -219,14 +216,12 @@ _ROWS = (
     MethodRow(
         "brecq",
         "pipeline.calibrate.methods.fp4dit:BlockRounding",
-        "blocks",
         "BRECQ: AdaRound block by block; for INT formats as published",
         _PLAIN_ROUNDING | _LEARNED,
     ),
     MethodRow(
         "qdiffusion",
         "pipeline.calibrate.methods.qdiffusion:QDiffusion",
-        "blocks",
         "Q-Diffusion: BRECQ weights per channel, static activations with learned steps",
         _STATIC
         | _PLAIN_ROUNDING
@@ -240,7 +235,6 @@ _ROWS = (
     MethodRow(
         "qdit",
         "pipeline.calibrate.methods.qdit:QDit",
-        "blocks",
         "Q-DiT: GPTQ on groups, activations scaled per token and group, searched group sizes",
         {
             "activations": Option("token_group", help="token_group, per_token or per_tensor (static)"),
@@ -254,7 +248,6 @@ _ROWS = (
     MethodRow(
         "g4w_p4a",
         "pipeline.calibrate.methods.g4w_p4a:G4wP4a",
-        "blocks",
         "GPTQ weights in groups of 128, static activations as in ptq4dm",
         {
             "granularity": Option("group", help='weight scales: "group" (real ones per 128), or "recipe"'),
@@ -268,7 +261,6 @@ _ROWS = (
     MethodRow(
         "ptq4dm",
         "pipeline.calibrate.methods.ptq4dm:Ptq4dm",
-        "blocks",
         "static activation ranges from timesteps drawn towards the clean end",
         _STATIC | _SKEWED,
         activations=per_tensor,
@@ -276,7 +268,6 @@ _ROWS = (
     MethodRow(
         "repq_vit",
         "pipeline.calibrate.methods.repq_vit:RepqVit",
-        "blocks",
         "percentile ranges; per-channel activations behind norms folded to per-tensor",
         {
             "rows": _SEEN["rows"],
@@ -289,7 +280,6 @@ _ROWS = (
     MethodRow(
         "tfmq_dm",
         "pipeline.calibrate.methods.tfmq_dm:TfmqDm",
-        "blocks",
         "AdaRound by block, layers that see the timestep only apart; static activations",
         _STATIC | _PLAIN_ROUNDING | _LEARNED,
         activations=per_tensor,
@@ -297,7 +287,6 @@ _ROWS = (
     MethodRow(
         "ptq4dit",
         "pipeline.calibrate.methods.ptq4dit:Ptq4dit",
-        "blocks",
         "salient channels of activations and weights balanced; static activations",
         _STATIC
         | _PLAIN_ROUNDING
@@ -308,7 +297,6 @@ _ROWS = (
     MethodRow(
         "vidit_q",
         "pipeline.calibrate.methods.vidit_q:ViditQ",
-        "blocks",
         "SmoothQuant's channel balance before activations scaled per token",
         _SEEN
         | {
@@ -320,7 +308,6 @@ _ROWS = (
     MethodRow(
         "msfp",
         "pipeline.calibrate.methods.msfp:Msfp",
-        "blocks",
         "MSFP: signed or unsigned FP by search, low-rank branches routed by the timestep, tuned with the DFA loss",
         _MSFP,
         activations=msfp_scalings,
@@ -339,12 +326,3 @@ def activation_scalings(method: str, preset: str, options: Mapping[str, object])
     """The scalings besides per token that layers of the method may have; none for "auto", whose rows have none."""
     row = METHODS.get(method)
     return row.activations(row.resolve(preset, options)) if row else ()
-
-
-def settled_method(method: str, parameters: int) -> str:
-    """`method`, or what "auto" means for a model with that many parameters.
-
-    >>> settled_method("auto", 5_000_000), settled_method("auto", 611_000_000), settled_method("msfp", 611_000_000)
-    ('fp4dit', 'rtn', 'msfp')
-    """
-    return next(name for limit, name in AUTO_ROWS if parameters <= limit) if method == AUTO else method

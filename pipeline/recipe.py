@@ -19,7 +19,7 @@ from export.models.families import LAYER_KINDS
 from export.names import check_name
 from pipeline.backends import BACKENDS
 from pipeline.backends.base import Options, OptionsT
-from pipeline.methods import AUTO, METHODS, PRESETS, settled_method
+from pipeline.methods import AUTO, AUTO_ROWS, METHODS, PRESETS
 
 if TYPE_CHECKING:
     from export.models.load import LoadedModel
@@ -103,7 +103,7 @@ class Calibrate:
     timesteps: int = 10
     seed: int = 0
     prompts: str = ""
-    options: dict[str, Any] = field(default_factory=dict)
+    options: dict[str, object] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         known = ", ".join((AUTO, *METHODS))
@@ -232,13 +232,13 @@ def _made(kind: type[T], values: Mapping[str, object], source: str) -> T:
 
 
 # Type of a field -> what a value must be, in words; the test; what makes the field of it.
-TYPES: dict[Any, tuple[str, Callable[[Any], bool], Callable[[Any], Any]]] = {
+TYPES: dict[object, tuple[str, Callable[[Any], bool], Callable[[Any], object]]] = {
     str: ("text", lambda value: type(value) is str, str),
     Literal: ("text", lambda value: type(value) is str, str),  # which, its class checks
     int: ("an integer", lambda value: type(value) is int, int),
     float: ("a number", lambda value: type(value) in (int, float), float),
     dict: ("a table of texts", lambda value: type(value) is dict and all(type(v) is str for v in value.values()), dict),
-    dict[str, Any]: (
+    dict[str, object]: (
         "a table of numbers, texts and truth values",
         lambda value: type(value) is dict and all(type(v) in (int, float, str, bool) for v in value.values()),
         dict,
@@ -265,7 +265,9 @@ def _typed(value: object, hint: object, source: str, key: str) -> object:
 
 def settled(recipe: Recipe, parameters: int) -> Recipe:
     """The recipe with a method in place of "auto" for a model of so many parameters; any other comes back as it is."""
-    method = settled_method(recipe.calibrate.method, parameters)
+    if recipe.calibrate.method != AUTO:
+        return recipe
+    method = next(name for limit, name in AUTO_ROWS if parameters <= limit)
     return replace(recipe, calibrate=replace(recipe.calibrate, method=method))
 
 

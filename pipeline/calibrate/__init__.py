@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -54,7 +54,10 @@ def calibrate(model: LoadedModel, recipe: Recipe, folder: Path, resume: bool = F
     with CalibrationState(folder, _origin(model, recipe), resume) as state:
         if state.is_complete:
             return load_named(folder, [plan.name for plan in plans])
-        with _threads(_observes(recipe) and not is_large(model)):
+        # Small models: their operations take microseconds, so a second thread gains little, and where other work shares
+        # the cores its spinning waits take most of the time; a sixth of the speed was seen.
+        single = _observes(recipe) and not is_large(model)
+        with single_threaded_torch() if single else nullcontext():
             method = _make_method(model, recipe, plans, folder)
             plans = method.plan(plans)
             _quantize(method, plans, state)
@@ -90,19 +93,10 @@ def _quantize(method: Method, plans: Sequence[LayerPlan], state: CalibrationStat
         state.add(method.quantize(unit))
 
 
-def _threads(single: bool) -> AbstractContextManager[None]:
-    """PyTorch on one thread while it lasts, if `single`.
-
-    For small models: their operations take microseconds, so a second thread gains little, and where other work shares
-    the cores its spinning waits take most of the time; a sixth of the speed was seen.
-    """
-    return single_threaded_torch() if single else nullcontext()
-
-
 def _make_method(model: LoadedModel, recipe: Recipe, plans: Sequence[LayerPlan], folder: Path) -> Method:
     """The recipe's method, with calibration data if it observes any."""
     row, settings = METHODS[recipe.calibrate.method], recipe.calibrate
-    method: Method = row.load()(Context(model, recipe, row.resolve(settings.preset, settings.options), folder))
+    method = row.load()(Context(model, recipe, row.resolve(settings.preset, settings.options), folder))
     if _observes(recipe):
         from pipeline.calibrate.data import calibration_data
 

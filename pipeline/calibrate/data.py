@@ -31,7 +31,6 @@ from pipeline.recipe import Recipe
 
 if TYPE_CHECKING:
     from export.models.load import LoadedModel
-    from pipeline.backends.reference import ReferenceEngine
 
 logger = logging.getLogger(__name__)
 PROMPTS_RULES = Rules(RecipeError, "give a text file with one prompt per line")
@@ -163,6 +162,7 @@ def _collect(model: LoadedModel, recipe: Recipe, prompts: tuple[str, ...], folde
     import torch
 
     from export.models.load import denoiser
+    from export.models.torch_modules import set_resolution
     from pipeline.backends.reference import ReferenceEngine
 
     steps = set(kept_steps(recipe.sampling.n_steps, recipe.calibrate.timesteps))
@@ -174,23 +174,17 @@ def _collect(model: LoadedModel, recipe: Recipe, prompts: tuple[str, ...], folde
         if all(_path(folder, number, step).is_file() for step in steps):
             continue  # another run has made this batch
 
-        def keep(step: int, inputs: Arrays, number: int = number) -> None:
+        def keep(step: int, inputs: Arrays, outputs: Arrays | None = None, number: int = number) -> None:
             if step in steps:
                 _save(inputs, _path(folder, number, step))
 
         part = prompts[start : start + BATCH_PROMPTS]
         if sampler:
             sampler.draw(part, recipe.calibrate.seed + SEED_OFFSET + start, keep)
-        else:
-            _draw(_case(model, recipe, part, number), engine, keep)
-
-
-def _draw(case: Case, engine: ReferenceEngine, keep: pipeline_folder.Keep) -> None:
-    """Sample by the description beside the model, or from random conditioning."""
-    from export.models.torch_modules import set_resolution
-
-    set_resolution(engine.module, *case.noise.shape[2:])
-    case.draw(engine.run, lambda step, inputs, _: keep(step, inputs))
+        else:  # by the description beside the model, or from random conditioning
+            case = _case(model, recipe, part, number)
+            set_resolution(engine.module, *case.noise.shape[2:])
+            case.draw(engine.run, keep)
 
 
 def _case(model: LoadedModel, recipe: Recipe, prompts: tuple[str, ...], number: int) -> Case:

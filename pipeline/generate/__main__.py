@@ -10,9 +10,8 @@ import argparse
 import json
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -50,7 +49,7 @@ def default_scale(height: int, width: int) -> int:
     return math.ceil(SHOWN_PIXELS / min(height, width))
 
 
-def save(pictures: Pictures, path: Path, columns: int, scale: int, facts: dict[str, Any]) -> tuple[int, int]:
+def save(pictures: Pictures, path: Path, columns: int, scale: int, facts: Mapping[str, object]) -> tuple[int, int]:
     """Write one PNG, every pixel enlarged to scale x scale; `facts` go into it as text. Returns (width, height)."""
     from PIL import Image, PngImagePlugin
 

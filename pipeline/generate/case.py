@@ -12,8 +12,7 @@ from numpy.typing import NDArray
 
 from export.models.description import Description, sample_inputs
 from pipeline.backends.base import Arrays
-from pipeline.generate.conditioning import GENERATION_FILE, Generation, load_generation
-from pipeline.generate.generation_file import Conditioning
+from pipeline.generate.conditioning import GENERATION_FILE, Conditioning, Generation, load_generation
 from pipeline.generate.sampling import make_sampler, sample, take_samples
 from pipeline.generate.scene_grammar import ALONE, NONE
 from pipeline.progress import raise_if_stopped

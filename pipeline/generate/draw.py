@@ -64,15 +64,12 @@ def draw(bundle: Bundle, request: DrawRequest) -> Pictures:
         generation.encode(list(request.prompts))  # refuse a bad prompt before the engine is loaded
         engine = bundle.engine(request.target)
         try:
-            parts = _parts(request.pictures)
+            pictures = request.pictures
+            parts = [pictures[first : first + BATCH_SIZE] for first in range(0, len(pictures), BATCH_SIZE)]
             drawn = [_draw_part(bundle, generation, engine, request, part) for part in track(parts, len(parts), "draw")]
         finally:
             engine.close()
     return np.concatenate(drawn)
-
-
-def _parts(pictures: list[tuple[str, int]]) -> list[list[tuple[str, int]]]:
-    return [pictures[first : first + BATCH_SIZE] for first in range(0, len(pictures), BATCH_SIZE)]
 
 
 def _draw_part(
@@ -83,16 +80,9 @@ def _draw_part(
     shape = picture_shape(bundle)
     noise = np.stack([np.random.default_rng(seed).standard_normal(shape) for _, seed in part]).astype(np.float32)
     encoded = generation.encode([prompt for prompt, _ in part])
-    images = sample(engine.run, encoded, noise, sampler, scale, shared=_shared(bundle))
-    return to_pixels(images)
-
-
-def _shared(bundle: Bundle) -> frozenset[str]:
-    """Names of the engine's inputs without a batch axis; classes without a row of their own have none."""
-    family = FAMILIES.get(bundle.manifest["model"]["family"])
-    if family is None:
-        return frozenset()
-    return shared_names(stated_inputs(family, bundle.config(), bundle.path / "config.json"))
+    family = FAMILIES.get(bundle.manifest["model"]["family"])  # classes without a row of their own have no such inputs
+    inputs = stated_inputs(family, bundle.config(), bundle.path / "config.json") if family else ()
+    return to_pixels(sample(engine.run, encoded, noise, sampler, scale, shared=shared_names(inputs)))
 
 
 def picture_shape(bundle: Bundle) -> tuple[int, int, int]:

@@ -319,7 +319,7 @@ class Watching(Method):
         return [replace(layer, bias=layer.bias + np.float32(self.context.options["shift"])) for layer in layers]
 
 
-ROW = MethodRow("watching", f"{__name__}:Watching", "blocks", "for tests", {"shift": Option(1.0, 2.0)})
+ROW = MethodRow("watching", f"{__name__}:Watching", "for tests", {"shift": Option(1.0, 2.0)})
 
 
 def test_an_observing_method_is_resumed_to_the_same_layers(tmp_path, monkeypatch):

@@ -145,16 +145,6 @@ class QDit(Method):
 
 
 def search_settings(options: Mapping[str, Scalar], seed: int) -> Settings:
-    """A population of which a fifth are parents, refilled half by crossover, half by mutation, as in the paper."""
-    population = int(options["population"])
-    half = population // 2
-    return Settings(
-        int(options["generations"]),
-        population,
-        max(2, population // 5),
-        half,
-        population - half,
-        float(options["mutation"]),
-        seed,
-        int(options["workers"]),
-    )
+    """How the options say to search."""
+    generations, population, workers = (int(options[name]) for name in ("generations", "population", "workers"))
+    return Settings(generations, population, float(options["mutation"]), seed, workers)
