@@ -49,14 +49,14 @@ class ToyTransformer2DModel(ModelMixin, ConfigMixin):  # type: ignore[misc]  # t
     @register_to_config
     def __init__(self, sample_size: int = 4, in_channels: int = 4, patch_size: int = 1, width: int = 32) -> None:
         super().__init__()
-        self.embed, self.tone = nn.Linear(in_channels, width), nn.Linear(1, width)
+        self.embed, self.tint = nn.Linear(in_channels, width), nn.Parameter(torch.randn(width))
         self.layers = nn.ModuleList(Block(width) for _ in range(2))
         self.out = nn.Linear(width, in_channels)
 
     def forward(
         self, hidden_states: Tensor, timestep: Tensor, tone: Tensor, return_dict: bool = True
     ) -> Transformer2DModelOutput | tuple[Tensor]:
-        x, condition = self.embed(hidden_states.flatten(2).mT), self.tone(tone) + timestep[:, None] / 1000
+        x, condition = self.embed(hidden_states.flatten(2).mT), tone * self.tint + timestep[:, None] / 1000
         for block in self.layers:
             x = block(x, condition)
         sample = self.out(x).mT.unflatten(2, hidden_states.shape[2:])
@@ -70,7 +70,7 @@ TOY = Family(
     class_name="ToyTransformer2DModel",
     matches=lambda config: True,
     quantized=((r"layers\.\d+\.mix", "attn.out"), (r"layers\.\d+\.up", "ff.in"), (r"layers\.\d+\.down", "ff.out")),
-    kept=((r"layers\.\d+\.shift|tone", "runs once per image"), (r"embed|out", "few channels")),
+    kept=((r"layers\.\d+\.shift", "runs once per image"), (r"embed|out", "few channels")),
     inputs=lambda config: (
         Input("hidden_states", ("batch", config["in_channels"], "height", "width")),
         Input("timestep", ("batch",), "timestep"),
