@@ -140,7 +140,7 @@ def test_missing_and_broken_files_are_made_again(damage, tmp_path, caplog):
 
 def test_a_sampler_that_ends_early_is_told(tmp_path, monkeypatch):
     model, recipe = made("pixart", tmp_path)
-    monkeypatch.setattr("pipeline.calibrate.data._draw", lambda *_: None)
+    monkeypatch.setattr("pipeline.generate.case.Case.draw", lambda *_: None)
     with pytest.raises(ModelError, match=r"without the call of batch0000_step0000.* and 1 others; use fewer"):
         calibration_data(model, recipe)
 

@@ -31,7 +31,7 @@ pytestmark = pytest.mark.torch
 
 
 class Block(nn.Module):
-    """x + mix(x) + feed-forward(x), shifted by the tone."""
+    """x + mix(x, the mean token and the tone), then a feed-forward."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -39,7 +39,7 @@ class Block(nn.Module):
         self.up, self.down = nn.Linear(width, 2 * width), nn.Linear(2 * width, width)
 
     def forward(self, hidden_states: Tensor, tone: Tensor) -> Tensor:
-        x = hidden_states + self.mix(hidden_states + self.shift(tone)[:, None])
+        x = hidden_states + self.mix(hidden_states + hidden_states.mean(1, keepdim=True) + self.shift(tone)[:, None])
         return x + self.down(nn.functional.gelu(self.up(x), approximate="tanh"))
 
 
