@@ -87,13 +87,13 @@ CALIBRATE_FLAGS = {"calib_size": "size", "seed": "seed"}
 
 def resolve(args: argparse.Namespace) -> recipes.Recipe:
     """The recipe with all flags applied; one that was not given, or that the verb does not have, changes nothing."""
-    given = {name: value for name, value in vars(args).items() if value is not None}
+    flags = {name: value for name, value in vars(args).items() if value is not None}
     recipe = recipes.with_settings(recipes.load(args.engine), args.set)
     recipe = recipes.with_model(recipe, args.model, args.variant, args.config)
     for backend, flag, value in given_flags(args):
         recipe = recipe.with_options(replace(backend.options(recipe), **{flag.option: value}))
-    sampling = {name: given[name] for name in SAMPLING_FLAGS if name in given}
-    calibrate = {key: given[name] for name, key in CALIBRATE_FLAGS.items() if name in given}
+    sampling = {name: flags[name] for name in SAMPLING_FLAGS if name in flags}
+    calibrate = {key: flags[name] for name, key in CALIBRATE_FLAGS.items() if name in flags}
     return replace(
         recipe, sampling=replace(recipe.sampling, **sampling), calibrate=replace(recipe.calibrate, **calibrate)
     )

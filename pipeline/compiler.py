@@ -76,7 +76,8 @@ def compile_engine(request: BuildRequest) -> Path:
     engine and its report are kept at `request.rejected_path`).
     """
     recipe, model, model_time = prepare(request)
-    key = build_key(recipe, model)
+    parts = [recipe.document(), model_row(model), model.config_sha256, tool_versions(), machine.code_version()]
+    key = sha256_json(parts)  # of everything that decides the bytes of the bundle
     with WorkFolder(request.work_path, key, request.resume, request.force, request.listener, [model_time]) as work:
         layers = calibrated(work, model, recipe, request.checkpoint)
         exported(work, model, layers, recipe)
@@ -183,12 +184,6 @@ def model_row(model: LoadedModel) -> dict[str, object]:
     }
 
 
-def build_key(recipe: Recipe, model: LoadedModel) -> str:
-    """Hash of everything that decides the bytes of the bundle."""
-    parts = [recipe.document(), model_row(model), model.config_sha256, tool_versions(), machine.code_version()]
-    return sha256_json(parts)
-
-
 def calibrated(
     work: WorkFolder, model: LoadedModel, recipe: Recipe, source: Path | None = None
 ) -> list[QuantizedLinear]:
@@ -263,19 +258,14 @@ def verified(work: WorkFolder, model: LoadedModel, facts: manifest.BuildFacts, r
         lowered = {target: result.lowered for target, result in facts.results.items()}
         with opened(work.bundle, tuple(lowered)) as engines:
             report = verify(model, facts.layers, lowered, engines, facts.recipe, work.bundle / "report")
-        if not report.passed:
-            reject(work, facts, rejected)
+        if not report.passed:  # the engine is kept, complete with manifest and report, apart from the good ones
+            rejected.parent.mkdir(exist_ok=True)
+            manifest.write(manifest.compose(facts, work.bundle), work.bundle)
+            publish(work.bundle, rejected, aside=work.path / "replaced")
             raise ParityError(f"{report.sentence()}; see {rejected / REPORT_PAGE}")
         (work.bundle / REPORT_PAGE).replace(work.path / PAGE)
 
     work.run("verify", ("bundle/report", PAGE), check, lambda: None, depends=sorted(facts.results))
-
-
-def reject(work: WorkFolder, facts: manifest.BuildFacts, rejected: Path) -> None:
-    """Keep a failed engine, complete with manifest and report, apart from the good ones."""
-    rejected.parent.mkdir(exist_ok=True)
-    manifest.write(manifest.compose(facts, work.bundle), work.bundle)
-    publish(work.bundle, rejected, aside=work.path / "replaced")
 
 
 def benched(work: WorkFolder, model: LoadedModel, facts: manifest.BuildFacts) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import platform
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, replace
@@ -29,16 +30,13 @@ RUNNING = ("python", "onnxruntime")
 SIGN_OF_THE_COMPILER = "onnxscript"
 
 
-def python_check() -> Check:
-    version = ".".join(map(str, sys.version_info[:3]))
-    return Check("python", sys.version_info[:2] >= MINIMUM_PYTHON, version, True, "install Python 3.11 or newer")
-
-
 def tool_checks() -> list[Check]:
-    """The Python tools that no backend looks after: versions, or how to install them. They are looked up, not
+    """Python, and its tools that no backend looks after: versions, or how to install them. They are looked up, not
     imported."""
+    new = sys.version_info[:2] >= MINIMUM_PYTHON
+    python = Check("python", new, platform.python_version(), True, "install Python 3.11 or newer")
     own = {backend.package for backend in BACKENDS.values()}
-    return [_tool_check(module) for module in machine.TOOLS if module not in own]
+    return [python, *(_tool_check(module) for module in machine.TOOLS if module not in own)]
 
 
 def target_checks() -> list[Check]:
@@ -86,7 +84,7 @@ def work(args: argparse.Namespace, answer: Answer) -> int:
     """Answer with all checks; exit 3 if something is missing that is needed: by the default build where the compiler is
     installed, by a bundle in any case."""
     compiler = find_spec(SIGN_OF_THE_COMPILER) is not None
-    checks = [python_check(), *tool_checks(), *target_checks(), *machine_checks(), recipe_check(), model_check()]
+    checks = [*tool_checks(), *target_checks(), *machine_checks(), recipe_check(), model_check()]
     if not compiler:
         checks = [replace(check, needed=check.name in RUNNING) for check in checks]
     missing = [check.name for check in checks if check.needed and not check.ok]

@@ -21,7 +21,7 @@ from pipeline.backends import BACKENDS, PORTABLE
 from pipeline.backends.base import Engine
 from pipeline.bundle import manifest
 from pipeline.bundle.manifest_schema import File, Manifest
-from pipeline.bundle.snapshot import verified_copy
+from pipeline.bundle.snapshot import REMEDY, verified_copy
 from pipeline.files import sha256, tree
 from pipeline.generate.conditioning import Generation, load_generation
 from plugins.cpu import library
@@ -189,15 +189,11 @@ def verify_files(folder: Path, files: Mapping[str, File]) -> None:
     names = set(present) - {manifest.FILE_NAME}
     for text, differing in (("is missing", set(files) - names), ("is not in the manifest", names - set(files))):
         if differing:
-            raise ContractError(f"{folder / min(differing)} {text}; copy or build the bundle again")
-    for name, row in files.items():
-        _verify_file(folder / name, row)
-
-
-def _verify_file(path: Path, row: File) -> None:
-    with open_file(path) as file:
-        size = os.fstat(file.fileno()).st_size
-    if size != row["size"]:
-        raise ContractError(f"{path} has {size} bytes, the manifest says {row['size']}; copy or build the bundle again")
-    if sha256(path) != row["sha256"]:
-        raise ContractError(f"{path} differs from the manifest (sha256); copy or build the bundle again")
+            raise ContractError(f"{folder / min(differing)} {text}; {REMEDY}")
+    for path, row in ((folder / name, row) for name, row in files.items()):
+        with open_file(path) as file:
+            size = os.fstat(file.fileno()).st_size
+        if size != row["size"]:
+            raise ContractError(f"{path} has {size} bytes, the manifest says {row['size']}; {REMEDY}")
+        if sha256(path) != row["sha256"]:
+            raise ContractError(f"{path} differs from the manifest (sha256); {REMEDY}")

@@ -81,10 +81,10 @@ def described_case(model: Description, recipe: Recipe, count: int) -> Case:
         others = sample_inputs(model, count, seed + 1, sampling.height, sampling.width)
         both, prompts = (_conditioning(drawn), _conditioning(others)), ("random",) * count
         return Case(prompts, both, noise, "ddim", 1000.0, steps, guidance, "latents", model.shared)
-    how = load_generation(model.folder)
-    prompts = tuple(example_prompts(how, count, seed))
-    both = how.encode(list(prompts))
-    return Case(prompts, both, noise, how.sampler, how.timestep_scale, steps, guidance, how.output, model.shared)
+    stated = load_generation(model.folder)
+    prompts = tuple(example_prompts(stated, count, seed))
+    both, scale = stated.encode(list(prompts)), stated.timestep_scale
+    return Case(prompts, both, noise, stated.sampler, scale, steps, guidance, stated.output, model.shared)
 
 
 def is_large(model: LoadedModel) -> bool:

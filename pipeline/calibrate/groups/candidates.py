@@ -71,7 +71,7 @@ class CandidateModels:
     def __init__(self, candidates: Candidates) -> None:
         self.candidates, self.model = candidates, candidates.load()
         self.plans = make_plans(self.model.linears(), candidates.recipe)
-        self.made: dict[tuple[str, int], nn.Module] = {}
+        self.linears: dict[tuple[str, int], nn.Module] = {}
 
     def float_module(self) -> nn.Module:
         return denoiser(self.model)
@@ -83,9 +83,9 @@ class CandidateModels:
 
     def linear(self, plan: LayerPlan) -> nn.Module:
         key = (plan.name, plan.group_size)
-        if key not in self.made:
-            self.made[key] = FakeQuantLinear(self.layer(plan), torch.float32)
-        return self.made[key]
+        if key not in self.linears:
+            self.linears[key] = FakeQuantLinear(self.layer(plan), torch.float32)
+        return self.linears[key]
 
     def layer(self, plan: LayerPlan) -> QuantizedLinear:
         candidates = self.candidates
