@@ -41,11 +41,8 @@ def make_parser() -> Parser:
     flags.add_argument("-o", "--output-dir", type=Path, metavar="DIR", help="where to write (default: engines/NAME)")
     for _, flag in target_flags():
         flags.add_argument(flag.name, type=flag.read, metavar=flag.metavar, help=flag.help)
-    for name, text in (
-        ("height", "image height of the engine, 0 for the model's own"),
-        ("width", "image width, likewise"),
-    ):
-        flags.add_argument(f"--{name}", type=int, help=text)
+    flags.add_argument("--height", type=int, help="image height of the engine, 0 for the model's own")
+    flags.add_argument("--width", type=int, help="image width, likewise")
     flags.add_argument("--batch-size", type=int, help="images at a time in verification and measurement")
     flags.add_argument("--calib-size", type=int, help="number of calibration samples")
     flags.add_argument(
@@ -130,12 +127,15 @@ def dry_run(request: BuildRequest, answer: Answer) -> int:
     """All checks that need no work, and the plan."""
     _, model, _ = prepare(replace(request, listener=lambda event: None))  # a plan is all that is answered
     linears, kept = len(model.linears()), len(model.kept())
-    plan: dict[str, object] = {
+    plan = {
         "recipe": request.recipe.document(),
         "targets": request.targets,
         "output": str(request.output),
+        "family": model.family.name,
+        "quantized": linears,
+        "kept": kept,
+        "tensors": tensor_counts(model),
     }
-    plan |= {"family": model.family.name, "quantized": linears, "kept": kept, "tensors": tensor_counts(model)}
     text = f"{linears} linears to quantize, {kept} kept, targets {', '.join(request.targets)}; nothing was written"
     answer.document(
         {"event": "plan", **plan}, json.dumps(plan["recipe"], indent=1) + f"\n{text}\nDRY RUN {request.output}"

@@ -128,7 +128,7 @@ def _refuse_too_large(method: Method, plans: Sequence[LayerPlan]) -> None:
 
 def _group(plans: Sequence[LayerPlan], recipe: Recipe) -> dict[str, list[LayerPlan]]:
     """Unit name -> its layers: a repeated block, or a single layer for methods that look at weights alone."""
-    if METHODS[recipe.calibrate.method].observes == "weights":
+    if not _observes(recipe):
         return {plan.name: [plan] for plan in plans}
     from pipeline.calibrate.blocks import group_by_block
 

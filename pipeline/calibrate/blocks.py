@@ -9,7 +9,7 @@ import logging
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import nn
@@ -92,6 +92,7 @@ def seeing(root: nn.Module, paths: Mapping[str, str], see: Callable[[str, BlockC
         yield
 
 
+@dataclass(eq=False, repr=False)
 class Observed:
     """What a method sees of one block. Tensors are float32 and must not be changed.
 
@@ -100,17 +101,13 @@ class Observed:
     reconstruction); timesteps: model input of each call.
     """
 
-    def __init__(
-        self,
-        block: nn.Module,
-        names: dict[str, str],
-        calls: list[BlockCall],
-        noisy: list[BlockCall],
-        timesteps: list[float],
-    ) -> None:
-        self.block, self.names, self.calls, self.noisy, self.timesteps = block, names, calls, noisy, timesteps
-        self._outputs: Tensors | None = None
-        self._kept: dict[tuple[bool, int], dict[str, Tensors]] = {}
+    block: nn.Module
+    names: dict[str, str]
+    calls: list[BlockCall]
+    noisy: list[BlockCall]
+    timesteps: list[float]
+    _outputs: Tensors | None = field(default=None, init=False)
+    _kept: dict[tuple[bool, int], dict[str, Tensors]] = field(default_factory=dict, init=False)
 
     def free(self) -> None:
         """Let go of all tensors: others may still hold this object while the next block is observed."""
