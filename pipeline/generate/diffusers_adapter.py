@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from export.errors import ContractError, RecipeError
 from export.models.description import GENERATION_FILE, pixels_per_cell
-from export.models.families import FAMILIES, Family, Input
+from export.models.families import FAMILIES, Config, Family, Input
 from pipeline.backends.base import Engine
 from pipeline.generate.diffusers_refusals import SAVED, TRAINED, lacking, refuse_methods
 
@@ -54,7 +54,7 @@ class DrawnSize:
     pixels_per_cell: int
 
     @classmethod
-    def of_bundle(cls, bundle: Bundle, config: Mapping[str, Any]) -> DrawnSize:
+    def of_bundle(cls, bundle: Bundle, config: Config) -> DrawnSize:
         """The size that the recipe states, the model's own where it states none."""
         with bundle.copied({GENERATION_FILE}.__contains__) as private:
             scale, size = pixels_per_cell(private.path, config), bundle.recipe.sampling
@@ -100,7 +100,7 @@ class EngineTransformer(ModelMixin, ConfigMixin):
     config_name = "config.json"
 
     def __init__(
-        self, engine: Engine, family: Family, config: Mapping[str, Any], size: DrawnSize | None = None
+        self, engine: Engine, family: Family, config: Config, size: DrawnSize | None = None
     ) -> None:
         """size: what the engine draws; None for one that draws every size, as a torch module does."""
         super().__init__()
@@ -120,7 +120,7 @@ class EngineTransformer(ModelMixin, ConfigMixin):
         self.place = torch.nn.Parameter(torch.zeros(0), requires_grad=False)
         self.eval()
 
-    def _shown_config(self, whole: Mapping[str, Any]) -> dict[str, object]:
+    def _shown_config(self, whole: Config) -> dict[str, object]:
         """What pipelines read: `sample_size` is that of an engine for squares.
 
         What the class derives from the model's own `sample_size` where the configuration is silent is stated then.
