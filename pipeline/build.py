@@ -41,11 +41,8 @@ def make_parser() -> Parser:
     flags.add_argument("-o", "--output-dir", type=Path, metavar="DIR", help="where to write (default: engines/NAME)")
     for _, flag in target_flags():
         flags.add_argument(flag.name, type=flag.read, metavar=flag.metavar, help=flag.help)
-    for name, text in (
-        ("height", "image height of the engine, 0 for the model's own"),
-        ("width", "image width, likewise"),
-    ):
-        flags.add_argument(f"--{name}", type=int, help=text)
+    flags.add_argument("--height", type=int, help="image height of the engine, 0 for the model's own")
+    flags.add_argument("--width", type=int, help="image width, likewise")
     flags.add_argument("--batch-size", type=int, help="images at a time in verification and measurement")
     flags.add_argument("--calib-size", type=int, help="number of calibration samples")
     flags.add_argument(
@@ -73,24 +70,30 @@ def target_flags() -> Iterator[tuple[Backend[Any], Flag]]:
 
 
 def given_flags(args: argparse.Namespace) -> Iterator[tuple[Backend[Any], Flag, object]]:
-    """Those that were given, with their values; a verb without such flags, as `inspect`, gives none."""
+    """Those that were given, with their values; a verb without such flags, as `inspect`, has given none."""
     for backend, flag in target_flags():
         value = getattr(args, flag.name.removeprefix("--").replace("-", "_"), None)
         if value is not None:
             yield backend, flag, value
 
 
+# Flags that are keys of a recipe's tables; --seed is a key of both.
+SAMPLING_FLAGS = ("n_steps", "batch_size", "height", "width", "seed")
+CALIBRATE_FLAGS = {"calib_size": "size", "seed": "seed"}
+
+
 def resolve(args: argparse.Namespace) -> recipes.Recipe:
-    """The recipe with all flags applied."""
+    """The recipe with all flags applied; one that was not given, or that the verb does not have, changes nothing."""
+    flags = {name: value for name, value in vars(args).items() if value is not None}
     recipe = recipes.with_settings(recipes.load(args.engine), args.set)
     recipe = recipes.with_model(recipe, args.model, args.variant, args.config)
-    if args.calib_size is not None:
-        recipe = replace(recipe, calibrate=replace(recipe.calibrate, size=args.calib_size))
     for backend, flag, value in given_flags(args):
         recipe = recipe.with_options(replace(backend.options(recipe), **{flag.option: value}))
-    names = ("n_steps", "batch_size", "height", "width")
-    recipe = recipes.with_sampling(recipe, **{name: getattr(args, name) for name in names})
-    return recipes.with_seed(recipe, args.seed)
+    sampling = {name: flags[name] for name in SAMPLING_FLAGS if name in flags}
+    calibrate = {key: flags[name] for name, key in CALIBRATE_FLAGS.items() if name in flags}
+    return replace(
+        recipe, sampling=replace(recipe.sampling, **sampling), calibrate=replace(recipe.calibrate, **calibrate)
+    )
 
 
 def make_request(args: argparse.Namespace, answer: Answer) -> BuildRequest:
@@ -124,12 +127,15 @@ def dry_run(request: BuildRequest, answer: Answer) -> int:
     """All checks that need no work, and the plan."""
     _, model, _ = prepare(replace(request, listener=lambda event: None))  # a plan is all that is answered
     linears, kept = len(model.linears()), len(model.kept())
-    plan: dict[str, Any] = {
+    plan = {
         "recipe": request.recipe.document(),
         "targets": request.targets,
         "output": str(request.output),
+        "family": model.family.name,
+        "quantized": linears,
+        "kept": kept,
+        "tensors": tensor_counts(model),
     }
-    plan |= {"family": model.family.name, "quantized": linears, "kept": kept, "tensors": tensor_counts(model)}
     text = f"{linears} linears to quantize, {kept} kept, targets {', '.join(request.targets)}; nothing was written"
     answer.document(
         {"event": "plan", **plan}, json.dumps(plan["recipe"], indent=1) + f"\n{text}\nDRY RUN {request.output}"

@@ -7,7 +7,7 @@ import os
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from export import checkpoint
 from export.checkpoint import QuantizedLinear
@@ -76,7 +76,8 @@ def compile_engine(request: BuildRequest) -> Path:
     engine and its report are kept at `request.rejected_path`).
     """
     recipe, model, model_time = prepare(request)
-    key = build_key(recipe, model)
+    parts = [recipe.document(), model_row(model), model.config_sha256, tool_versions(), machine.code_version()]
+    key = sha256_json(parts)  # of everything that decides the bytes of the bundle
     with WorkFolder(request.work_path, key, request.resume, request.force, request.listener, [model_time]) as work:
         layers = calibrated(work, model, recipe, request.checkpoint)
         exported(work, model, layers, recipe)
@@ -102,7 +103,8 @@ def prepare(request: BuildRequest) -> tuple[Recipe, LoadedModel, StageTime]:
     recipe = with_method(recipe, model)
     refuse_full_disk(request, model.parameters)
     make_plans(model.linears(), recipe)  # refuses groups that do not fit
-    refuse_undrawable(model, recipe)
+    case = make_case(model, recipe)
+    make_sampler(case.sampler, case.n_steps, case.timestep_scale)  # refuses a generation.json that cannot be drawn by
     if request.checkpoint:
         refuse_unfit(model, recipe, request.checkpoint)
     refuse_interrupted(request.work_path, request.resume, request.force)
@@ -117,12 +119,6 @@ def refuse_early(request: BuildRequest) -> None:
         raise EnvironmentLacksError("; ".join(problems))
     refuse_existing(request)
     refuse_unwritable(request.output, True, "--output-dir")
-
-
-def refuse_undrawable(model: LoadedModel, recipe: Recipe) -> None:
-    """Refuse a description of drawing (generation.json) by which the pictures of the gates cannot be made."""
-    case = make_case(model, recipe)
-    make_sampler(case.sampler, case.n_steps, case.timestep_scale)
 
 
 def refuse_existing(request: BuildRequest) -> None:
@@ -172,12 +168,12 @@ def fitting_targets(targets: tuple[str, ...], recipe: Recipe, named: tuple[str, 
     return left
 
 
-def tensor_counts(model: LoadedModel) -> dict[str, Any]:
+def tensor_counts(model: LoadedModel) -> dict[str, object]:
     """How many tensors of the model's files are used, and which are not, with the reason why that is harmless."""
     return {"used": len(model.used), "ignored": dict(model.ignored)}
 
 
-def model_row(model: LoadedModel) -> dict[str, Any]:
+def model_row(model: LoadedModel) -> dict[str, object]:
     """Where the model came from and what of its files is in it, for the manifest."""
     return {
         "source": model.source,
@@ -186,12 +182,6 @@ def model_row(model: LoadedModel) -> dict[str, Any]:
         "family": model.family.name,
         "tensors": tensor_counts(model),
     }
-
-
-def build_key(recipe: Recipe, model: LoadedModel) -> str:
-    """Hash of everything that decides the bytes of the bundle."""
-    parts = [recipe.document(), model_row(model), model.config_sha256, tool_versions(), machine.code_version()]
-    return sha256_json(parts)
 
 
 def calibrated(
@@ -268,19 +258,14 @@ def verified(work: WorkFolder, model: LoadedModel, facts: manifest.BuildFacts, r
         lowered = {target: result.lowered for target, result in facts.results.items()}
         with opened(work.bundle, tuple(lowered)) as engines:
             report = verify(model, facts.layers, lowered, engines, facts.recipe, work.bundle / "report")
-        if not report.passed:
-            reject(work, facts, rejected)
+        if not report.passed:  # the engine is kept, complete with manifest and report, apart from the good ones
+            rejected.parent.mkdir(exist_ok=True)
+            manifest.write(manifest.compose(facts, work.bundle), work.bundle)
+            publish(work.bundle, rejected, aside=work.path / "replaced")
             raise ParityError(f"{report.sentence()}; see {rejected / REPORT_PAGE}")
         (work.bundle / REPORT_PAGE).replace(work.path / PAGE)
 
     work.run("verify", ("bundle/report", PAGE), check, lambda: None, depends=sorted(facts.results))
-
-
-def reject(work: WorkFolder, facts: manifest.BuildFacts, rejected: Path) -> None:
-    """Keep a failed engine, complete with manifest and report, apart from the good ones."""
-    rejected.parent.mkdir(exist_ok=True)
-    manifest.write(manifest.compose(facts, work.bundle), work.bundle)
-    publish(work.bundle, rejected, aside=work.path / "replaced")
 
 
 def benched(work: WorkFolder, model: LoadedModel, facts: manifest.BuildFacts) -> None:
@@ -293,7 +278,7 @@ def benched(work: WorkFolder, model: LoadedModel, facts: manifest.BuildFacts) ->
         threads = machine.threads()
         with opened(work.bundle, measured(facts.results), threads) as engines:
             others = baselines(model, facts.recipe, work.scratch("bench"), threads)
-            document: dict[str, Any] = bench(model, engines, facts.recipe, work.bundle, others, threads)
+            document: dict[str, object] = bench(model, engines, facts.recipe, work.bundle, others, threads)
         remove(work.path / "bench")
         write_json(work.bundle / "bench.json", document)
         (work.path / MEASURED).write_text(measured_section(document), encoding="utf-8")

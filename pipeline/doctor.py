@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import platform
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -29,16 +30,13 @@ RUNNING = ("python", "onnxruntime")
 SIGN_OF_THE_COMPILER = "onnxscript"
 
 
-def python_check() -> Check:
-    version = ".".join(map(str, sys.version_info[:3]))
-    return Check("python", sys.version_info[:2] >= MINIMUM_PYTHON, version, True, "install Python 3.11 or newer")
-
-
 def tool_checks() -> list[Check]:
-    """The Python tools that no backend looks after: versions, or how to install them. They are looked up, not
+    """Python, and its tools that no backend looks after: versions, or how to install them. They are looked up, not
     imported."""
+    new = sys.version_info[:2] >= MINIMUM_PYTHON
+    python = Check("python", new, platform.python_version(), True, "install Python 3.11 or newer")
     own = {backend.package for backend in BACKENDS.values()}
-    return [_tool_check(module) for module in machine.TOOLS if module not in own]
+    return [python, *(_tool_check(module) for module in machine.TOOLS if module not in own)]
 
 
 def target_checks() -> list[Check]:
@@ -47,53 +45,33 @@ def target_checks() -> list[Check]:
 
 
 def _tool_check(module: str) -> Check:
-    installed = find_spec(module) is not None
-    needed = module in machine.COMPILER
-    return Check(module, installed, machine.tool_version(module) or "not installed", needed, _install(module))
+    needed, version = module in machine.COMPILER, machine.tool_version(module) or "not installed"
+    package = "'ditc[build]'" if needed else machine.distribution(module)
+    return Check(module, find_spec(module) is not None, version, needed, f"pip install {package}")
 
 
-def _install(module: str) -> str:
-    return "pip install 'ditc[build]'" if module in machine.COMPILER else f"pip install {machine.distribution(module)}"
-
-
-def gpu_check() -> Check:
-    sm = machine.cuda_sm()
-    targets = ", ".join(name for name, backend in BACKENDS.items() if backend.needs_gpu)
-    gpu = f"SM {sm}" if sm else "none visible"
-    return Check("NVIDIA GPU", sm > 0, gpu, False, f"only needed to run the targets {targets}")
-
-
-def memory_check() -> Check:
+def machine_checks() -> list[Check]:
+    """The GPU, and what is free here."""
     import psutil
 
-    memory = psutil.virtual_memory()
-    free = f"{memory.available / GIB:.1f} GiB free of {memory.total / GIB:.1f}"
-    return Check(
-        "memory", memory.available >= NEEDED_MEMORY_BYTES, free, True, "close other programs: 2 GiB are needed"
-    )
-
-
-def disk_check() -> Check:
-    import psutil
-
-    free = psutil.disk_usage(str(Path.cwd())).free
-    return Check(
-        "disk",
-        free >= NEEDED_DISK_BYTES,
-        f"{free / GIB:.1f} GiB free here",
-        True,
-        "free 1 GiB, or build elsewhere with -o",
-    )
+    sm, memory, disk = machine.cuda_sm(), psutil.virtual_memory(), psutil.disk_usage(str(Path.cwd()))
+    gpu_remedy = f"only needed to run the targets {', '.join(name for name, row in BACKENDS.items() if row.needs_gpu)}"
+    free, free_disk = f"{memory.available / GIB:.1f} GiB free of {memory.total / GIB:.1f}", f"{disk.free / GIB:.1f} GiB"
+    enough, enough_disk = memory.available >= NEEDED_MEMORY_BYTES, disk.free >= NEEDED_DISK_BYTES
+    return [
+        Check("NVIDIA GPU", sm > 0, f"SM {sm}" if sm else "none visible", False, gpu_remedy),
+        Check("memory", enough, free, True, "close other programs: 2 GiB are needed"),
+        Check("disk", enough_disk, f"{free_disk} free here", True, "free 1 GiB, or build elsewhere with -o"),
+    ]
 
 
 def recipe_check() -> Check:
-    names = recipes.recipe_names()
+    remedy = "install the package again"
     try:
-        for name in names:
-            recipes.load(name)
+        names = [recipes.load(name).name for name in recipes.recipe_names()]
     except UserError as error:
-        return Check("recipes", False, str(error), True, "install the package again")
-    return Check("recipes", bool(names), ", ".join(names) or "none", True, "install the package again")
+        return Check("recipes", False, str(error), True, remedy)
+    return Check("recipes", bool(names), ", ".join(names) or "none", True, remedy)
 
 
 def model_check() -> Check:
@@ -102,20 +80,11 @@ def model_check() -> Check:
     return Check("bundled models", bool(names), ", ".join(names) or "none", True, remedy)
 
 
-CHECKS: tuple[Callable[[], Check], ...] = (
-    gpu_check,
-    memory_check,
-    disk_check,
-    recipe_check,
-    model_check,
-)
-
-
 def work(args: argparse.Namespace, answer: Answer) -> int:
     """Answer with all checks; exit 3 if something is missing that is needed: by the default build where the compiler is
     installed, by a bundle in any case."""
     compiler = find_spec(SIGN_OF_THE_COMPILER) is not None
-    checks = [python_check(), *tool_checks(), *target_checks(), *(check() for check in CHECKS)]
+    checks = [*tool_checks(), *target_checks(), *machine_checks(), recipe_check(), model_check()]
     if not compiler:
         checks = [replace(check, needed=check.name in RUNNING) for check in checks]
     missing = [check.name for check in checks if check.needed and not check.ok]

@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from export.checkpoint import LAYERS_FILE, load
+from export import checkpoint
 from export.errors import RecipeError
 from pipeline import machine
 from pipeline.calibrate.state import KEPT
@@ -33,10 +33,10 @@ def work(args: argparse.Namespace, answer: Answer) -> int:
     """Export into a folder beside the destination, then rename."""
     machine.require_compiler("exporting a checkpoint")
     refuse(args.checkpoint, args.output_dir, args.force)
-    from export.models import load as models
+    from export.models.load import load
     from export.to_onnx import export_portable
 
-    layers, model = load(args.checkpoint), models.load(str(args.checkpoint / KEPT), kept_only=True)
+    layers, model = checkpoint.load(args.checkpoint), load(str(args.checkpoint / KEPT), kept_only=True)
     destination = args.output_dir.absolute()
     partial, aside = (destination.with_name(f"{destination.name}.{end}") for end in ("partial", "replaced"))
     remove(partial)
@@ -51,11 +51,11 @@ def work(args: argparse.Namespace, answer: Answer) -> int:
     return 0
 
 
-def refuse(checkpoint: Path, output: Path, force: bool) -> None:
+def refuse(calibration: Path, output: Path, force: bool) -> None:
     """Refuse before work starts what is no finished calibration, and to replace what is no export."""
-    if not ((checkpoint / LAYERS_FILE).is_file() and (checkpoint / KEPT).is_dir()):
-        remedy = f"python -m pipeline.calibrate --engine NAME -o {checkpoint} makes one"
-        raise RecipeError(f"{checkpoint} holds no finished calibration with what is not quantized ({KEPT}/); {remedy}")
+    if not ((calibration / checkpoint.LAYERS_FILE).is_file() and (calibration / KEPT).is_dir()):
+        remedy = f"python -m pipeline.calibrate --engine NAME -o {calibration} makes one"
+        raise RecipeError(f"{calibration} holds no finished calibration with what is not quantized ({KEPT}/); {remedy}")
     if output.exists() and not (output.is_dir() and {path.name for path in output.iterdir()} <= FILES):
         raise RecipeError(f"{output} is not an export and is not replaced; choose another --output-dir")
     if output.exists() and not force:

@@ -6,14 +6,16 @@ import argparse
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import NotRequired
+
+from typing_extensions import TypedDict
 
 from export.errors import RecipeError
-from export.formats.format import get_format, packed_size
 from export.formats.operands import HARDWARE, embeds
 from pipeline import machine
 from pipeline.build import resolve
 from pipeline.bundle.bundle import load_bundle
+from pipeline.bundle.manifest_schema import Chosen, Counts, Kept, Layer, Target
 from pipeline.calibrate.plan import LayerPlan, group_multipliers, make_plans
 from pipeline.command import Answer, Parser, Part, Table, add_model_flags, parser, run
 from pipeline.compiler import tensor_counts
@@ -25,71 +27,84 @@ PLAIN_INPUT = "per_token"
 NOT_BUILT = "Which path each layer takes on a target, and why, is decided when it is built: inspect the bundle then."
 
 
-def embedding(row: Mapping[str, Any]) -> str:
+class LayerRow(Layer):
+    """A layer with the hardware types that hold it, and what each target chose for it."""
+
+    embedding: str
+    targets: dict[str, Chosen]
+
+
+class Document(TypedDict):
+    """The answer. counts: of a bundle only."""
+
+    engine: str
+    model: Mapping[str, object]
+    layers: list[LayerRow]
+    kept: list[Kept]
+    counts: NotRequired[Counts]
+    bytes: Mapping[str, int]
+
+
+def embedding(row: Layer) -> str:
     """The hardware types that hold both operands of a layer exactly; '-' where a real group scale prevents it."""
+    weight, activation = row["weight_format"], row["activation_format"]
     if row["granularity"] == "group" or row.get("activation_scaling") == "token_group":
         return "-"
-    multipliers: tuple[int, ...] = (1,)
-    if row["granularity"] == "exact_group":
-        multipliers = group_multipliers(row["weight_format"], row["activation_format"])
-    return " ".join(name for name in HARDWARE if _holds(row, name, multipliers)) or "in limbs"
+    multipliers = group_multipliers(weight, activation) if row["granularity"] == "exact_group" else (1,)
+    fits = [kind for kind in HARDWARE if embeds(activation, kind) and all(embeds(weight, kind, m) for m in multipliers)]
+    return " ".join(fits) or "in limbs"
 
 
-def _holds(row: Mapping[str, Any], target: str, multipliers: Sequence[int]) -> bool:
-    weight = all(embeds(row["weight_format"], target, m) for m in multipliers)
-    return weight and embeds(row["activation_format"], target)
+def layer_row(row: Layer, targets: Mapping[str, Target]) -> LayerRow:
+    """The layer with what the targets of a bundle chose; {} for a recipe, where nothing is chosen yet."""
+    missing: Chosen = {"path": "-", "why": "the target does not compute this layer"}
+    choices = {name: target["choices"].get(row["name"], missing) for name, target in targets.items()}
+    return {**row, "embedding": embedding(row), "targets": choices}
 
 
-def bundle_document(path: Path) -> dict[str, Any]:
+def bundle_document(path: Path) -> Document:
     """Per layer: formats, scales, embedding, the path of each target and why; totals. From a verified bundle."""
     manifest = load_bundle(path).manifest
-    targets = manifest["targets"]
-    layers = [
-        {**row, "embedding": embedding(row), "targets": _choices(targets, row["name"])} for row in manifest["layers"]
-    ]
-    return {key: manifest[key] for key in ("engine", "model", "kept", "counts", "bytes")} | {"layers": layers}
+    return {
+        "engine": manifest["engine"],
+        "model": manifest["model"],
+        "kept": manifest["kept"],
+        "counts": manifest["counts"],
+        "bytes": dict[str, int](**manifest["bytes"]),
+        "layers": [layer_row(row, manifest["targets"]) for row in manifest["layers"]],
+    }
 
 
-def _choices(targets: Mapping[str, Any], layer: str) -> dict[str, Any]:
-    missing = {"path": "-", "why": "the target does not compute this layer"}
-    return {name: target["choices"].get(layer, missing) for name, target in targets.items()}
-
-
-def recipe_document(recipe: Recipe) -> dict[str, Any]:
+def recipe_document(recipe: Recipe) -> Document:
     """The same for a recipe on its model, before anything is built: formats, scales, embedding and bytes."""
     machine.require_compiler("looking into the model of a recipe")
     model = load_model(recipe)
-    layers = [planned_layer(plan) for plan in make_plans(model.linears(), recipe)]
-    kept = [{"name": name, "reason": reason} for name, reason in model.kept()]
+    layers = [layer_row(planned_layer(plan), {}) for plan in make_plans(model.linears(), recipe)]
+    kept: list[Kept] = [{"name": name, "reason": reason} for name, reason in model.kept()]
     sizes = {
         "quantized_weights": sum(row["size_bytes"] for row in layers),
         "same_weights_fp16": sum(2 * row["shape"][0] * row["shape"][1] for row in layers),
     }
-    row: dict[str, Any] = {"source": model.source, "family": model.family.name, "sha256": model.sha256}
-    row["tensors"] = tensor_counts(model)
-    return {"engine": recipe.name, "model": row, "layers": layers, "kept": kept, "bytes": sizes}
+    facts = {"source": model.source, "family": model.family.name, "sha256": model.sha256}
+    named = {**facts, "tensors": tensor_counts(model)}
+    return {"engine": recipe.name, "model": named, "layers": layers, "kept": kept, "bytes": sizes}
 
 
-def planned_layer(plan: LayerPlan) -> dict[str, Any]:
+def planned_layer(plan: LayerPlan) -> Layer:
     """What calibration will do with one linear [N, K], and the bytes of its codes, scales and multipliers."""
-    n, k = plan.linear.module.out_features, plan.linear.module.in_features
-    groups = k // plan.group_size if plan.group_size else 1
-    scales = 4 * n * (groups if plan.granularity == "group" else 1)
-    multipliers = n * packed_size(4, groups) if plan.granularity == "exact_group" else 0
-    row = {
+    return {
         "name": plan.name,
         "kind": plan.linear.kind,
-        "shape": [n, k],
+        "shape": (plan.linear.module.out_features, plan.linear.module.in_features),
         "weight_format": plan.weight_format,
         "activation_format": plan.activation_format,
         "granularity": plan.granularity,
         "group_size": plan.group_size,
-        "size_bytes": n * packed_size(get_format(plan.weight_format).bits, k) + scales + multipliers,
+        "size_bytes": plan.size_bytes,
     }
-    return {**row, "embedding": embedding(row), "targets": {}}
 
 
-def input_text(row: Mapping[str, Any]) -> str:
+def input_text(row: Layer) -> str:
     """How a layer's input is scaled and what a method has put around its GEMM, in a few words.
 
     >>> input_text({"activation_scaling": "per_tensor", "activation_scale": 0.25, "activation_zero": -0.17})
@@ -101,12 +116,11 @@ def input_text(row: Mapping[str, Any]) -> str:
     scaling += f"({row['activation_group']})" if "activation_group" in row else ""
     scaling += f" {row['activation_scale']:.4g}" if "activation_scale" in row else ""
     scaling += f" from {row['activation_zero']:.4g}" if "activation_zero" in row else ""
-    branches = row.get("low_rank")
-    rank = [f"{branches['branches']} branches of rank {branches['rank']}"] if branches else []
+    rank = [f"{row['low_rank']['branches']} branches of rank {row['low_rank']['rank']}"] if "low_rank" in row else []
     return ", ".join([scaling, *row.get("balance", []), *rank])
 
 
-def tables(document: Mapping[str, Any]) -> list[Part]:
+def tables(document: Document) -> list[Part]:
     """The document for people."""
     layers = document["layers"]
     targets = list(layers[0]["targets"]) if layers else []
@@ -118,7 +132,7 @@ def tables(document: Mapping[str, Any]) -> list[Part]:
     return [title, Table(header, rows), _reasons(layers, targets), kept, _totals(document)]
 
 
-def _row(layer: Mapping[str, Any], targets: Sequence[str], with_input: bool) -> tuple[object, ...]:
+def _row(layer: LayerRow, targets: Sequence[str], with_input: bool) -> tuple[object, ...]:
     scales = layer["granularity"] + (f"({layer['group_size']})" if layer["group_size"] else "")
     formats = f"{layer['weight_format']} x {layer['activation_format']}"
     paths = [layer["targets"][target]["path"] for target in targets]
@@ -128,7 +142,7 @@ def _row(layer: Mapping[str, Any], targets: Sequence[str], with_input: bool) -> 
     return (*facts, layer["embedding"], *paths, layer["size_bytes"])
 
 
-def _reasons(layers: Sequence[Mapping[str, Any]], targets: Sequence[str]) -> Part:
+def _reasons(layers: Sequence[LayerRow], targets: Sequence[str]) -> Part:
     """For each target, every reason once, with the number of layers it holds for."""
     choices = [(target, layer["targets"][target]) for layer in layers for target in targets]
     counts = Counter((target, choice["path"], choice["why"]) for target, choice in choices)
@@ -136,7 +150,7 @@ def _reasons(layers: Sequence[Mapping[str, Any]], targets: Sequence[str]) -> Par
     return Table(("target", "path", "layers", "why"), rows) if rows else NOT_BUILT
 
 
-def _totals(document: Mapping[str, Any]) -> str:
+def _totals(document: Document) -> str:
     sizes = document["bytes"]
     share = sizes["quantized_weights"] / max(sizes["same_weights_fp16"], 1)
     packed = f"{sizes['quantized_weights'] / 1e6:.2f} MB packed, {share:.3f} of fp16"
@@ -154,7 +168,6 @@ def make_parser() -> Parser:
     verb_parser.add_argument(
         "--set", action="append", default=[], metavar="KEY=VALUE", help="with --engine: any recipe key"
     )
-    verb_parser.set_defaults(calib_size=None, n_steps=None, batch_size=None, height=None, width=None, seed=None)
     return verb_parser
 
 

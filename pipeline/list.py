@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib import resources
 from importlib.util import find_spec
-from typing import Any
+
+from typing_extensions import TypedDict
 
 from export.formats.format import get_format
 from export.formats.operands import HARDWARE, embeds
@@ -14,8 +15,8 @@ from pipeline import machine
 from pipeline import recipe as recipes
 from pipeline.backends import BACKENDS
 from pipeline.command import Answer, Parser, Part, Table, parser, run
-from pipeline.methods import METHODS
-from pipeline.recipe import Recipe
+from pipeline.methods import METHODS, PRESETS, MethodRow, Option
+from pipeline.recipe import Formats, Recipe
 from pipeline.signals import leave
 
 # What the bits of a weight and of an activation buy, as measured and not as hoped.
@@ -48,9 +49,16 @@ def zoo_models() -> list[str]:
     return sorted(item.name for item in folder.iterdir() if (item / "config.json").is_file()) if folder.is_dir() else []
 
 
-def target_rows() -> list[dict[str, Any]]:
-    """Each target: can it be built here, and what to do if not."""
-    rows = []
+class TargetRow(TypedDict):
+    """A target: can it be built here, and what to do if not."""
+
+    target: str
+    available: bool
+    note: str
+
+
+def target_rows() -> list[TargetRow]:
+    rows: list[TargetRow] = []
     for name, backend in BACKENDS.items():
         here, tool = find_spec(backend.package) is not None, machine.distribution(backend.package)
         note = f"{tool} {machine.tool_version(backend.package)}" if here else f"pip install {tool}"
@@ -58,75 +66,62 @@ def target_rows() -> list[dict[str, Any]]:
     return rows
 
 
-def recipe_rows() -> list[dict[str, Any]]:
-    """Each recipe with its model, formats, granularity and what they buy."""
-    bundled = [recipes.load(name) for name in recipes.recipe_names()]
-    return [{**recipe.document(), "worth": worth(recipe)} for recipe in bundled]
+def method_row(method: MethodRow) -> dict[str, object]:
+    """A calibration method with its options and their values in both presets."""
+    options = {
+        name: {"fast": option.value("fast"), "full": option.value("full"), "help": option.help}
+        for name, option in method.options.items()
+    }
+    return {"name": method.name, "data": _data(method), "summary": method.summary, "options": options}
 
 
-def method_rows() -> list[dict[str, Any]]:
-    """Each calibration method with its options and their values in both presets."""
-    return [
-        {
-            "name": row.name,
-            "data": "none" if row.observes == "weights" else "sampled",
-            "summary": row.summary,
-            "options": {
-                name: {"fast": option.value("fast"), "full": option.value("full"), "help": option.help}
-                for name, option in row.options.items()
-            },
-        }
-        for row in METHODS.values()
-    ]
+def _data(method: MethodRow) -> str:
+    return "none" if method.observes == "weights" else "sampled"
 
 
 def work(args: argparse.Namespace, answer: Answer) -> int:
     """Answer with everything there is to choose from."""
-    document = {"recipes": recipe_rows(), "models": [f"zoo:{name}" for name in zoo_models()], "targets": target_rows()}
-    document["methods"] = method_rows()
-    answer.document(document, *tables(document))
+    bundled = [recipes.load(name) for name in recipes.recipe_names()]
+    document = {
+        "recipes": [{**recipe.document(), "worth": worth(recipe)} for recipe in bundled],
+        "models": [f"zoo:{name}" for name in zoo_models()],
+        "targets": target_rows(),
+        "methods": [method_row(method) for method in METHODS.values()],
+    }
+    answer.document(document, *tables(bundled))
     return 0
 
 
-def tables(document: dict[str, Any]) -> list[Part]:
-    """The document for people."""
-    recipe_rows = [(row["name"], row["model"], _formats(row), _groups(row["weights"])) for row in document["recipes"]]
-    notes = [(row["name"], f"{row['description']}. {row['worth']}") for row in document["recipes"]]
-    methods = [(row["name"], row["data"], row["summary"]) for row in document["methods"]]
-    options = [(row["name"], _options(row["options"])) for row in document["methods"] if row["options"]]
-    targets = [(row["target"], "yes" if row["available"] else "no", row["note"]) for row in document["targets"]]
+def tables(bundled: Sequence[Recipe]) -> list[Part]:
+    """The answer for people."""
+    recipe_rows = [(row.name, row.model, _formats(row.formats), row.weights.scales_text()) for row in bundled]
+    notes = [(row.name, f"{row.description}. {worth(row)}") for row in bundled]
+    methods = [(row.name, _data(row), row.summary) for row in METHODS.values()]
+    options = [(row.name, _options(row.options)) for row in METHODS.values() if row.options]
+    targets = [(row["target"], "yes" if row["available"] else "no", row["note"]) for row in target_rows()]
     return [
         Table(("recipe", "model", "weights x activations", "weight scales"), recipe_rows),
         Table(("recipe", "what it is for, and what its widths buy"), notes),
         Table(("method", "data", "what it does (--set method=...)"), methods),
         "Options, fast/full (--set 'calibrate.options={name = value}', --set preset=full):",
         Table(("method", "options"), options),
-        "bundled models: " + ", ".join(document["models"]),
+        "bundled models: " + ", ".join(f"zoo:{name}" for name in zoo_models()),
         Table(("target", "here", "note"), targets),
     ]
 
 
-def _options(options: dict[str, Any]) -> str:
-    """Every option of a method with the values of both presets."""
-    return ", ".join(f"{name} {_shown(option)}" for name, option in options.items())
+def _options(options: Mapping[str, Option]) -> str:
+    """Every option of a method with the values of both presets, once if they are equal."""
+    shown = []
+    for name, option in options.items():
+        values = dict.fromkeys(str(option.value(preset)) or '""' for preset in PRESETS)
+        shown.append(f"{name} {'/'.join(values)}")
+    return ", ".join(shown)
 
 
-def _shown(option: dict[str, Any]) -> str:
-    """Both presets' values, once if they are equal."""
-    values = dict.fromkeys(str(option[preset]) or '""' for preset in ("fast", "full"))
-    return "/".join(values)
-
-
-def _formats(row: dict[str, Any]) -> str:
-    formats = row["formats"]
-    special = "".join(f", {kind} {name}" for kind, name in formats["weight_of"].items())
-    return f"{formats['weight']} x {formats['activation']}{special}"
-
-
-def _groups(weights: dict[str, Any]) -> str:
-    if weights["granularity"] == "per_channel":
-        return "per_channel"
-    return f"{weights['granularity']}({weights['group_size']})"
+def _formats(formats: Formats) -> str:
+    special = "".join(f", {kind} {name}" for kind, name in formats.weight_of.items())
+    return f"{formats.weight} x {formats.activation}{special}"
 
 
 def make_parser() -> Parser:

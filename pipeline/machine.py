@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import hashlib
+import logging
 import math
 import os
 import platform
@@ -17,24 +18,17 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from export.errors import EnvironmentLacksError, RecipeError
+from export.errors import EnvironmentLacksError, RecipeError, ResourceError
+
+logger = logging.getLogger(__name__)
 
 # Of the distribution, and of the console script that it installs.
 PROGRAM = "ditc"
-TOOLS = {
-    "numpy": "numpy",
-    "torch": "torch",
-    "diffusers": "diffusers",
-    "transformers": "transformers",
-    "safetensors": "safetensors",
-    "onnx": "onnx",
-    "onnx_ir": "onnx-ir",
-    "onnxscript": "onnxscript",
-    "onnxruntime": "onnxruntime",
-    "tensorrt_rtx": "tensorrt-rtx",
-    "tensorrt": "tensorrt",
-    "triton": "triton",
-}
+# Modules whose versions may change a result.
+TOOLS = (
+    "numpy", "torch", "diffusers", "transformers", "safetensors", "onnx", "onnx_ir", "onnxscript", "onnxruntime",
+    "tensorrt_rtx", "tensorrt", "triton",
+)  # fmt: skip
 # What the compiler needs beside the run-time part, and the extra `build` installs; a bundle runs without any of it.
 COMPILER = ("torch", "diffusers", "transformers", "onnx", "onnx_ir", "onnxscript", "jinja2")
 SOURCES = (".py", ".c", ".h")
@@ -43,7 +37,7 @@ CPU_FLAGS = ("avx2", "avx512f", "avx512_vnni", "avx_vnni", "avx512_bf16", "amx_i
 
 def distribution(module: str) -> str:
     """What pip calls the package of a module."""
-    return TOOLS.get(module, module)
+    return module.replace("_", "-")
 
 
 def tool_version(module: str) -> str:
@@ -56,10 +50,7 @@ def tool_version(module: str) -> str:
 
 def own_version() -> str:
     """The release of this package; "unknown" for sources that are not installed."""
-    try:
-        return metadata.version(PROGRAM)
-    except metadata.PackageNotFoundError:
-        return "unknown"
+    return tool_version(PROGRAM) or "unknown"
 
 
 def tool_versions(more: Iterable[str] = ()) -> dict[str, str]:
@@ -208,12 +199,18 @@ def facts() -> dict[str, Any]:
 
 
 def available_memory_bytes() -> int:
-    """Memory that new work can take without swapping; 0 where the system does not say."""
-    try:
-        rows = dict(line.split(":") for line in Path("/proc/meminfo").read_text(encoding="utf-8").splitlines())
-    except OSError:
-        return 0
-    return int(rows["MemAvailable"].split()[0]) * 1024 if "MemAvailable" in rows else 0
+    """Memory that new work can take without swapping."""
+    import psutil
+
+    return int(psutil.virtual_memory().available)
+
+
+def refuse_too_large(needed_bytes: int, what: str, remedy: str) -> None:
+    """Log what work takes and raise ResourceError if so much is not free. what: a sentence up to the number."""
+    free = available_memory_bytes()
+    logger.info("%s %.2f GiB", what, needed_bytes / 2**30)
+    if needed_bytes > free:
+        raise ResourceError(f"{what} {needed_bytes / 2**30:.1f} GiB, {free / 2**30:.1f} GiB are free; {remedy}")
 
 
 def reset_peak_memory() -> None:

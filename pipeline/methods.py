@@ -9,9 +9,12 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from importlib import import_module
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 from export.errors import RecipeError
+
+if TYPE_CHECKING:
+    from pipeline.calibrate.method import Method
 
 PRESETS = ("fast", "full")
 Scalar = int | float | str | bool
@@ -81,12 +84,12 @@ class MethodRow:
 
     name: str
     target: str
-    observes: Literal["weights", "blocks"]
     summary: str
     options: Mapping[str, Option] = field(default_factory=dict)
+    observes: Literal["weights", "blocks"] = "blocks"
     activations: Scalings = per_token
 
-    def resolve(self, preset: str, chosen: Mapping[str, Any]) -> dict[str, Scalar]:
+    def resolve(self, preset: str, chosen: Mapping[str, object]) -> dict[str, Scalar]:
         """Every option's value. Raises RecipeError for an option that the method does not have, or a wrong type."""
         unknown = sorted(set(chosen) - set(self.options))
         if unknown:
@@ -100,14 +103,15 @@ class MethodRow:
                 raise RecipeError(f"calibrate.options.{name} of {self.name}: {error}") from error
         return values
 
-    def deciding(self, chosen: Mapping[str, Any]) -> dict[str, Any]:
+    def deciding(self, chosen: Mapping[str, object]) -> dict[str, object]:
         """The given options that the layers depend on."""
         return {name: value for name, value in chosen.items() if self.options[name].decides}
 
-    def load(self) -> Any:
+    def load(self) -> type[Method]:
         """The method's class."""
         module, _, name = self.target.partition(":")
-        return getattr(import_module(module), name)
+        method: type[Method] = getattr(import_module(module), name)
+        return method
 
 
 # Options of the methods that papers compare with.
@@ -115,9 +119,14 @@ _SEEN = {
     "granularity": Option("per_channel", help='weight scales: "per_channel" as published, or "recipe"'),
     "rows": Option(128, 256, help="tokens of each calibration call that ranges are settled on"),
 }
-_STATIC = _SEEN | {
+_RANGES = {
     "asymmetric": Option(True, help="integer activations get a zero"),
     "search": Option("mse", help="range of activations: minmax, percentile or mse"),
+}
+_STATIC = _SEEN | _RANGES
+_SKEWED = {
+    "mean": Option(0.4, help="of the timesteps' normal distribution, in trajectories from the clean end"),
+    "deviation": Option(0.4, help="its standard deviation"),
 }
 
 _GPTQ = {
@@ -174,13 +183,12 @@ _ROWS = (
     MethodRow(
         "rtn",
         "pipeline.calibrate.methods.rtn:RoundToNearest",
-        "weights",
         "round to nearest: scales from the weights alone, no data",
+        observes="weights",
     ),
     MethodRow(
         "fp4dit",
         "pipeline.calibrate.methods.fp4dit:ScaleAwareRounding",
-        "blocks",
         "FP4DiT: scale-aware AdaRound, block by block",
         {
             "iterations": Option(400, 2500, help="for each block"),
@@ -192,14 +200,12 @@ _ROWS = (
     MethodRow(
         "fp_adaround",
         "pipeline.calibrate.methods.fp4dit:BlockRounding",
-        "blocks",
         "AdaRound on the float grid without scale awareness, block by block",
         _PLAIN_ROUNDING | _LEARNED | _FOUND_SIZES,
     ),
     MethodRow(
         "adaround",
         "pipeline.calibrate.methods.fp4dit:LayerRounding",
-        "blocks",
         "AdaRound, each layer by itself; for INT formats as published",
         {
             "iterations": Option(1000, 20000, help="for each layer"),
@@ -210,14 +216,12 @@ _ROWS = (
     MethodRow(
         "brecq",
         "pipeline.calibrate.methods.fp4dit:BlockRounding",
-        "blocks",
         "BRECQ: AdaRound block by block; for INT formats as published",
         _PLAIN_ROUNDING | _LEARNED,
     ),
     MethodRow(
         "qdiffusion",
         "pipeline.calibrate.methods.qdiffusion:QDiffusion",
-        "blocks",
         "Q-Diffusion: BRECQ weights per channel, static activations with learned steps",
         _STATIC
         | _PLAIN_ROUNDING
@@ -231,7 +235,6 @@ _ROWS = (
     MethodRow(
         "qdit",
         "pipeline.calibrate.methods.qdit:QDit",
-        "blocks",
         "Q-DiT: GPTQ on groups, activations scaled per token and group, searched group sizes",
         {
             "activations": Option("token_group", help="token_group, per_token or per_tensor (static)"),
@@ -245,35 +248,26 @@ _ROWS = (
     MethodRow(
         "g4w_p4a",
         "pipeline.calibrate.methods.g4w_p4a:G4wP4a",
-        "blocks",
         "GPTQ weights in groups of 128, static activations as in ptq4dm",
         {
             "granularity": Option("group", help='weight scales: "group" (real ones per 128), or "recipe"'),
             "rows": Option(512, 2048, help="tokens of each calibration call that weights and ranges are settled on"),
-            "asymmetric": Option(True, help="integer activations get a zero"),
-            "search": Option("mse", help="range of activations: minmax, percentile or mse"),
-            "mean": Option(0.4, help="of the timesteps' normal distribution, in trajectories from the clean end"),
-            "deviation": Option(0.4, help="its standard deviation"),
         }
+        | _RANGES
+        | _SKEWED
         | _GPTQ,
         activations=per_tensor,
     ),
     MethodRow(
         "ptq4dm",
         "pipeline.calibrate.methods.ptq4dm:Ptq4dm",
-        "blocks",
         "static activation ranges from timesteps drawn towards the clean end",
-        _STATIC
-        | {
-            "mean": Option(0.4, help="of the timesteps' normal distribution, in trajectories from the clean end"),
-            "deviation": Option(0.4, help="its standard deviation"),
-        },
+        _STATIC | _SKEWED,
         activations=per_tensor,
     ),
     MethodRow(
         "repq_vit",
         "pipeline.calibrate.methods.repq_vit:RepqVit",
-        "blocks",
         "percentile ranges; per-channel activations behind norms folded to per-tensor",
         {
             "rows": _SEEN["rows"],
@@ -286,7 +280,6 @@ _ROWS = (
     MethodRow(
         "tfmq_dm",
         "pipeline.calibrate.methods.tfmq_dm:TfmqDm",
-        "blocks",
         "AdaRound by block, layers that see the timestep only apart; static activations",
         _STATIC | _PLAIN_ROUNDING | _LEARNED,
         activations=per_tensor,
@@ -294,7 +287,6 @@ _ROWS = (
     MethodRow(
         "ptq4dit",
         "pipeline.calibrate.methods.ptq4dit:Ptq4dit",
-        "blocks",
         "salient channels of activations and weights balanced; static activations",
         _STATIC
         | _PLAIN_ROUNDING
@@ -305,7 +297,6 @@ _ROWS = (
     MethodRow(
         "vidit_q",
         "pipeline.calibrate.methods.vidit_q:ViditQ",
-        "blocks",
         "SmoothQuant's channel balance before activations scaled per token",
         _SEEN
         | {
@@ -317,7 +308,6 @@ _ROWS = (
     MethodRow(
         "msfp",
         "pipeline.calibrate.methods.msfp:Msfp",
-        "blocks",
         "MSFP: signed or unsigned FP by search, low-rank branches routed by the timestep, tuned with the DFA loss",
         _MSFP,
         activations=msfp_scalings,
@@ -332,16 +322,7 @@ AUTO = "auto"
 AUTO_ROWS = ((100_000_000, "fp4dit"), (math.inf, "rtn"))
 
 
-def activation_scalings(method: str, preset: str, options: Mapping[str, Any]) -> tuple[str, ...]:
+def activation_scalings(method: str, preset: str, options: Mapping[str, object]) -> tuple[str, ...]:
     """The scalings besides per token that layers of the method may have; none for "auto", whose rows have none."""
     row = METHODS.get(method)
     return row.activations(row.resolve(preset, options)) if row else ()
-
-
-def settled_method(method: str, parameters: int) -> str:
-    """`method`, or what "auto" means for a model with that many parameters.
-
-    >>> settled_method("auto", 5_000_000), settled_method("auto", 611_000_000), settled_method("msfp", 611_000_000)
-    ('fp4dit', 'rtn', 'msfp')
-    """
-    return next(name for limit, name in AUTO_ROWS if parameters <= limit) if method == AUTO else method

@@ -19,7 +19,7 @@ from export.models.families import LAYER_KINDS
 from export.names import check_name
 from pipeline.backends import BACKENDS
 from pipeline.backends.base import Options, OptionsT
-from pipeline.methods import AUTO, METHODS, PRESETS, settled_method
+from pipeline.methods import AUTO, AUTO_ROWS, METHODS, PRESETS
 
 if TYPE_CHECKING:
     from export.models.load import LoadedModel
@@ -37,6 +37,18 @@ RULES = Rules(RecipeError, "see recipe.toml in any bundle for the form")
 def _check(ok: bool, message: str) -> None:
     if not ok:
         raise RecipeError(message)
+
+
+def _check_bounds(table: str, options: object, bounds: Mapping[str, tuple[int, int]]) -> None:
+    """Raise RecipeError for a field of `options` that is not within its bounds, both included."""
+    for name, (least, most) in bounds.items():
+        value = getattr(options, name)
+        _check(value >= least, f"{table}.{name} {value} must not be below {least}; use {least} to {most}")
+        _check(value <= most, f"{table}.{name} {value}; use at most {most}")
+
+
+def _check_seed(table: str, seed: int) -> None:
+    _check(0 <= seed < MOST_SEED, f"{table}.seed {seed} must not be negative, and below 2**63")
 
 
 @dataclass(frozen=True)
@@ -65,16 +77,15 @@ class Weights:
     def __post_init__(self) -> None:
         _check(self.granularity in GRANULARITIES, f"weights.granularity {self.granularity!r}; use {GRANULARITIES}")
         _check(self.search in SEARCHES, f"weights.search {self.search!r}; use one of {SEARCHES}")
-        _check(self.group_size > 0, f"weights.group_size {self.group_size} must be positive")
-        _check(self.group_size <= MOST_GROUP, f"weights.group_size {self.group_size}; use at most {MOST_GROUP}")
+        _check_bounds("weights", self, {"group_size": (1, MOST_GROUP)})
 
     def scales_text(self) -> str:
         """Granularity and group size in words.
 
         >>> Weights("exact_group", 64).scales_text(), Weights("per_channel", 64).scales_text()
-        ('exact_group of 64', 'per_channel')
+        ('exact_group(64)', 'per_channel')
         """
-        return self.granularity + (f" of {self.group_size}" if self.granularity != "per_channel" else "")
+        return self.granularity + (f"({self.group_size})" if self.granularity != "per_channel" else "")
 
 
 @dataclass(frozen=True)
@@ -92,7 +103,7 @@ class Calibrate:
     timesteps: int = 10
     seed: int = 0
     prompts: str = ""
-    options: dict[str, Any] = field(default_factory=dict)
+    options: dict[str, object] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         known = ", ".join((AUTO, *METHODS))
@@ -100,11 +111,8 @@ class Calibrate:
             self.method in (AUTO, *METHODS), f"calibrate.method {self.method!r} is not available; use one of {known}"
         )
         _check(self.preset in PRESETS, f"calibrate.preset {self.preset!r}; use one of {', '.join(PRESETS)}")
-        _check(self.size > 0, f"calibrate.size {self.size} must be positive")
-        _check(self.timesteps > 0, f"calibrate.timesteps {self.timesteps} must be positive")
-        _check(0 <= self.seed < MOST_SEED, f"calibrate.seed {self.seed} must not be negative, and below 2**63")
-        _check(self.size <= MOST_SAMPLES, f"calibrate.size {self.size}; use at most {MOST_SAMPLES}")
-        _check(self.timesteps <= MOST_STEPS, f"calibrate.timesteps {self.timesteps}; use at most {MOST_STEPS}")
+        _check_bounds("calibrate", self, {"size": (1, MOST_SAMPLES), "timesteps": (1, MOST_STEPS)})
+        _check_seed("calibrate", self.seed)
         if self.method == AUTO:
             _check(
                 not self.options, "calibrate.options belong to a method; name it in calibrate.method instead of auto"
@@ -125,19 +133,9 @@ class Sampling:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("n_steps", "batch_size"):
-            value = getattr(self, name)
-            _check(value > 0, f"sampling.{name} {value} must be positive; use 1 at least")
-        for name in ("height", "width"):
-            value = getattr(self, name)
-            _check(value >= 0, f"sampling.{name} {value} must not be negative; use 0 for the model's own size")
-        _check(0 <= self.seed < MOST_SEED, f"sampling.seed {self.seed} must not be negative, and below 2**63")
-        _check(self.n_steps <= MOST_STEPS, f"sampling.n_steps {self.n_steps}; use at most {MOST_STEPS}")
-        _check(self.batch_size <= MOST_SAMPLES, f"sampling.batch_size {self.batch_size}; use at most {MOST_SAMPLES}")
-        _check(
-            max(self.height, self.width) <= MOST_PIXELS,
-            f"sampling.height {self.height}, sampling.width {self.width}; use at most {MOST_PIXELS}",
-        )
+        sizes = {"height": (0, MOST_PIXELS), "width": (0, MOST_PIXELS)}
+        _check_bounds("sampling", self, {"n_steps": (1, MOST_STEPS), "batch_size": (1, MOST_SAMPLES), **sizes})
+        _check_seed("sampling", self.seed)
         _check(math.isfinite(self.guidance_scale), f"sampling.guidance_scale {self.guidance_scale} is not a number")
 
 
@@ -194,11 +192,11 @@ class Recipe:
     def document(self) -> dict[str, Any]:
         """Everything as TOML has it; `from_dict` gives an equal recipe back."""
         common = asdict(self)
-        tables: dict[str, dict[str, Any]] = common.pop("targets")
+        tables: dict[str, dict[str, object]] = common.pop("targets")
         return common | {name: table for name, table in tables.items() if table}
 
 
-def from_dict(document: dict[str, Any], source: str) -> Recipe:
+def from_dict(document: Mapping[str, object], source: str) -> Recipe:
     """A recipe from parsed TOML. Raises RecipeError naming `source` and the unknown or ill-typed key."""
     tables = {name: backend.options_type for name, backend in BACKENDS.items() if fields(backend.options_type)}
     hints = _hints(Recipe)
@@ -210,13 +208,15 @@ def from_dict(document: dict[str, Any], source: str) -> Recipe:
     return _made(Recipe, {**values, "targets": targets}, source)
 
 
-def _hints(kind: type) -> dict[str, Any]:
+def _hints(kind: type) -> dict[str, object]:
     """Types of the fields of a dataclass by name."""
     hints = get_type_hints(kind)
     return {row.name: hints[row.name] for row in fields(kind)}
 
 
-def _typed_values(hints: Mapping[str, Any], document: Mapping[str, Any], source: str, prefix: str) -> dict[str, Any]:
+def _typed_values(
+    hints: Mapping[str, object], document: Mapping[str, object], source: str, prefix: str
+) -> dict[str, object]:
     """The values of a table, each as the type of its key wants it."""
     for key in document:
         if key not in hints:
@@ -224,7 +224,7 @@ def _typed_values(hints: Mapping[str, Any], document: Mapping[str, Any], source:
     return {key: _typed(value, hints[key], source, prefix + key) for key, value in document.items()}
 
 
-def _made(kind: type[T], values: dict[str, Any], source: str) -> T:
+def _made(kind: type[T], values: Mapping[str, object], source: str) -> T:
     try:
         return kind(**values)
     except RecipeError as error:
@@ -232,13 +232,13 @@ def _made(kind: type[T], values: dict[str, Any], source: str) -> T:
 
 
 # Type of a field -> what a value must be, in words; the test; what makes the field of it.
-TYPES: dict[Any, tuple[str, Callable[[Any], bool], Callable[[Any], Any]]] = {
+TYPES: dict[object, tuple[str, Callable[[Any], bool], Callable[[Any], object]]] = {
     str: ("text", lambda value: type(value) is str, str),
     Literal: ("text", lambda value: type(value) is str, str),  # which, its class checks
     int: ("an integer", lambda value: type(value) is int, int),
     float: ("a number", lambda value: type(value) in (int, float), float),
     dict: ("a table of texts", lambda value: type(value) is dict and all(type(v) is str for v in value.values()), dict),
-    dict[str, Any]: (
+    dict[str, object]: (
         "a table of numbers, texts and truth values",
         lambda value: type(value) is dict and all(type(v) in (int, float, str, bool) for v in value.values()),
         dict,
@@ -251,7 +251,7 @@ TYPES: dict[Any, tuple[str, Callable[[Any], bool], Callable[[Any], Any]]] = {
 }
 
 
-def _typed(value: Any, hint: Any, source: str, key: str) -> Any:
+def _typed(value: object, hint: object, source: str, key: str) -> object:
     """`value` as the field type `hint` wants it. Raises RecipeError naming `key`."""
     if isinstance(hint, type) and is_dataclass(hint):
         if not isinstance(value, dict):
@@ -265,7 +265,9 @@ def _typed(value: Any, hint: Any, source: str, key: str) -> Any:
 
 def settled(recipe: Recipe, parameters: int) -> Recipe:
     """The recipe with a method in place of "auto" for a model of so many parameters; any other comes back as it is."""
-    method = settled_method(recipe.calibrate.method, parameters)
+    if recipe.calibrate.method != AUTO:
+        return recipe
+    method = next(name for limit, name in AUTO_ROWS if parameters <= limit)
     return replace(recipe, calibrate=replace(recipe.calibrate, method=method))
 
 
@@ -308,7 +310,7 @@ def with_settings(recipe: Recipe, settings: list[str]) -> Recipe:
             raise RecipeError(f"--set {setting!r}: expected key=value, for example weights.group_size=32")
         document = recipe.document()
         *tables, last = _path(SHORT_KEYS.get(key, key), setting)
-        table: Any = document
+        table: object = document
         for name in tables:
             table = table.get(name) if isinstance(table, dict) else None
         if not isinstance(table, dict):
@@ -323,7 +325,7 @@ def with_settings(recipe: Recipe, settings: list[str]) -> Recipe:
 def _path(key: str, setting: str) -> list[str]:
     """The parts of a dotted TOML key; a part may be in quotes."""
     remedy = f"{key!r} is not a key, expected for example weights.group_size"
-    document: Any = parse_toml(f"{key} = 0", f"--set {setting!r}", Rules(RecipeError, remedy))
+    document: object = parse_toml(f"{key} = 0", f"--set {setting!r}", Rules(RecipeError, remedy))
     path = []
     while isinstance(document, dict):
         name, document = next(iter(document.items()))
@@ -331,7 +333,7 @@ def _path(key: str, setting: str) -> list[str]:
     return path
 
 
-def _value(text: str) -> Any:
+def _value(text: str) -> object:
     try:
         return parse_toml(f"value = {text}", "--set", RULES)["value"]
     except RecipeError:
@@ -364,19 +366,6 @@ def _absolute(source: str) -> str:
         return str(path.resolve())
     # A file keeps its name: the hub's cache links it to one that is named by its hash.
     return str(path.parent.resolve() / path.name) if path.is_file() else source
-
-
-def with_sampling(recipe: Recipe, **changes: Any) -> Recipe:
-    """The recipe with those sampling fields that are not None replaced."""
-    sampling = replace(recipe.sampling, **{key: value for key, value in changes.items() if value is not None})
-    return replace(recipe, sampling=sampling)
-
-
-def with_seed(recipe: Recipe, seed: int | None) -> Recipe:
-    """The recipe with both its seeds, of sampling and of calibration, replaced: what `--seed` means. None: as it is."""
-    if seed is None:
-        return recipe
-    return replace(with_sampling(recipe, seed=seed), calibrate=replace(recipe.calibrate, seed=seed))
 
 
 def load_model(recipe: Recipe) -> LoadedModel:

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from contextlib import contextmanager
 from types import FrameType
-from typing import Any, NoReturn, TypeVar
+from typing import NoReturn, TypeVar
 
 HEEDED = (signal.SIGINT, signal.SIGTERM)
 SIGNAL_BASE = 128  # exit code of a process that a signal ended, as shells count
@@ -42,7 +42,7 @@ class _Handler:
         raise Terminated if number == signal.SIGTERM else KeyboardInterrupt
 
 
-Handlers = dict[signal.Signals, Any]
+Handlers = dict[signal.Signals, Callable[[int, FrameType | None], object] | int | None]
 
 
 def _take_over() -> Handlers:
@@ -51,7 +51,8 @@ def _take_over() -> Handlers:
     nested = any(isinstance(old, _Handler) for old in before.values())
     if nested or threading.current_thread() is not threading.main_thread():
         return {}
-    handler, taken = _Handler(), {number: old for number, old in before.items() if old not in (signal.SIG_IGN, None)}
+    handler = _Handler()
+    taken: Handlers = {number: old for number, old in before.items() if old not in (signal.SIG_IGN, None)}
     for number in taken:
         signal.signal(number, handler)
     return taken
@@ -75,7 +76,7 @@ def leave(main: Callable[[], int]) -> NoReturn:
     """Run `main` and end the process with its exit code; a signal while the interpreter shuts down ends it silently."""
     _take_over()
     try:
-        code: Any = main()
+        code: int | str | None = main()
     except SystemExit as error:  # usage errors
         code = error.code
     except KeyboardInterrupt as error:  # came before main could say so

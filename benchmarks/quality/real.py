@@ -24,7 +24,6 @@ import logging
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -260,13 +259,12 @@ def draw(real: Real, module: torch.nn.Module, recipe: Recipe) -> Pictures:
     pipe.to(device)
     pipe.set_progress_bar_config(disable=True)
     steps = {"num_inference_steps": recipe.sampling.n_steps, "guidance_scale": recipe.sampling.guidance_scale}
-    as_bundle: Any = SimpleNamespace(recipe=recipe)
-    named = pipeline_arguments(model.family.name)
     drawn = []
     starts = range(0, len(real.prompts), BATCH_SIZE)
     for start in track(starts, len(starts), "pictures"):
         part = real.prompts[start : start + BATCH_SIZE]
         generators = [torch.Generator().manual_seed(real.arguments.seed + start + i) for i in range(len(part))]
-        images = pipe(**named(pipe, as_bundle, part), generator=generators, output_type="np", **steps).images
+        named = pipeline_arguments(pipe, recipe.sampling, part)
+        images = pipe(**named, generator=generators, output_type="np", **steps).images
         drawn.append(np.rint(np.clip(images, 0, 1) * 255).astype(np.uint8))
     return np.concatenate(drawn)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 from typing_extensions import TypedDict
 
@@ -18,7 +17,7 @@ class ResultFile(TypedDict):
     """What a target stage gave, see BuildResult."""
 
     files: list[str]
-    metadata: dict[str, Any]
+    metadata: dict[str, object]
 
 
 def names(target: str) -> tuple[str, str]:

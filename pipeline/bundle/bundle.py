@@ -5,11 +5,11 @@ from __future__ import annotations
 import logging
 import os
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from export.documents import open_file
 from export.errors import ContractError, EnvironmentLacksError, RecipeError, UserError
@@ -20,9 +20,13 @@ from pipeline import machine, recipe
 from pipeline.backends import BACKENDS, PORTABLE
 from pipeline.backends.base import Engine
 from pipeline.bundle import manifest
-from pipeline.bundle.snapshot import verified_copy
+from pipeline.bundle.manifest_schema import File, Manifest
+from pipeline.bundle.snapshot import REMEDY, verified_copy
 from pipeline.files import sha256, tree
 from pipeline.generate.conditioning import Generation, load_generation
+
+if TYPE_CHECKING:
+    from pipeline.generate.diffusers_adapter import EngineTransformer
 
 logger = logging.getLogger(__name__)
 
@@ -44,12 +48,12 @@ class Bundle:
     """
 
     path: Path
-    manifest: Mapping[str, Any]
+    manifest: Manifest
     threads: int | None = None
 
     @property
     def name(self) -> str:
-        return str(self.manifest["engine"])
+        return self.manifest["engine"]
 
     @property
     def targets(self) -> tuple[str, ...]:
@@ -57,7 +61,7 @@ class Bundle:
 
     @property
     def recipe(self) -> recipe.Recipe:
-        return recipe.from_dict(dict(self.manifest["recipe"]), str(self.path / manifest.FILE_NAME))
+        return recipe.from_dict(self.manifest["recipe"], str(self.path / manifest.FILE_NAME))
 
     def problem(self, target: str) -> str | None:
         """Why this machine cannot run `target` of the bundle, with a remedy; None if it can."""
@@ -120,7 +124,7 @@ class Bundle:
             engine_config(private.path)
             return read_config(private.path / CONFIG, ContractError)
 
-    def as_diffusers(self, target: str = "auto") -> Any:
+    def as_diffusers(self, target: str = "auto") -> EngineTransformer:
         """A drop-in for the `transformer` of a diffusers pipeline."""
         machine.require(("torch", "diffusers"), "standing in for a diffusers transformer", "build")
         from pipeline.generate.diffusers_adapter import as_diffusers
@@ -147,7 +151,7 @@ def load_bundle(path: str | Path, threads: int | None = None) -> Bundle:
     return Bundle(folder, document, threads)
 
 
-def refuse_strange_files(folder: Path, files: Mapping[str, Any], targets: Mapping[str, Any]) -> None:
+def refuse_strange_files(folder: Path, files: Iterable[str], targets: Iterable[str]) -> None:
     """Raise ContractError for the first file that no build makes: a bundle is data, of known kinds."""
     for name in sorted(files):
         if is_made_by_build(name, targets):
@@ -161,13 +165,13 @@ def refuse_strange_files(folder: Path, files: Mapping[str, Any], targets: Mappin
         raise ContractError(f"{folder / name} {why}")
 
 
-def is_made_by_build(name: str, targets: Mapping[str, Any]) -> bool:
+def is_made_by_build(name: str, targets: Iterable[str]) -> bool:
     """May a bundle with these targets have a file of this name?"""
     known = any(name in BACKENDS[target].files for target in (PORTABLE, *targets))
     return bool(known or GENERATION_FILES.fullmatch(name) or OTHER_FILES.fullmatch(name))
 
 
-def refuse_unknown_targets(document: Mapping[str, Any], folder: Path) -> None:
+def refuse_unknown_targets(document: Manifest, folder: Path) -> None:
     """Raise ContractError for a target that this version does not have."""
     if unknown := sorted(set(document["targets"]) - set(BACKENDS)):
         raise ContractError(
@@ -176,7 +180,7 @@ def refuse_unknown_targets(document: Mapping[str, Any], folder: Path) -> None:
         )
 
 
-def verify_files(folder: Path, files: Mapping[str, Mapping[str, Any]]) -> None:
+def verify_files(folder: Path, files: Mapping[str, File]) -> None:
     """Compare the folder with the manifest's table of files. Raises ContractError naming the first difference."""
     present = tree(folder)
     links = (name for name in present if (folder / name).is_symlink())  # sha256 refuses pipes and devices
@@ -186,15 +190,11 @@ def verify_files(folder: Path, files: Mapping[str, Mapping[str, Any]]) -> None:
     names = set(present) - {manifest.FILE_NAME}
     for text, differing in (("is missing", set(files) - names), ("is not in the manifest", names - set(files))):
         if differing:
-            raise ContractError(f"{folder / min(differing)} {text}; copy or build the bundle again")
-    for name, row in files.items():
-        _verify_file(folder / name, row)
-
-
-def _verify_file(path: Path, row: Mapping[str, Any]) -> None:
-    with open_file(path) as file:
-        size = os.fstat(file.fileno()).st_size
-    if size != row["size"]:
-        raise ContractError(f"{path} has {size} bytes, the manifest says {row['size']}; copy or build the bundle again")
-    if sha256(path) != row["sha256"]:
-        raise ContractError(f"{path} differs from the manifest (sha256); copy or build the bundle again")
+            raise ContractError(f"{folder / min(differing)} {text}; {REMEDY}")
+    for path, row in ((folder / name, row) for name, row in files.items()):
+        with open_file(path) as file:
+            size = os.fstat(file.fileno()).st_size
+        if size != row["size"]:
+            raise ContractError(f"{path} has {size} bytes, the manifest says {row['size']}; {REMEDY}")
+        if sha256(path) != row["sha256"]:
+            raise ContractError(f"{path} differs from the manifest (sha256); {REMEDY}")

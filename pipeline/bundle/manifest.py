@@ -7,7 +7,6 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, cast
 
 from export.checkpoint import QuantizedLinear
 from export.documents import Rules, read_json
@@ -16,6 +15,7 @@ from export.names import distinct, inside, is_hub_link
 from pipeline import machine
 from pipeline.backends import tool_versions
 from pipeline.backends.base import BuildResult
+from pipeline.bundle.manifest_schema import Chosen, Counts, File, Manifest, Sizes, Target
 from pipeline.bundle.stages import StageTime
 from pipeline.files import BUNDLE_FILE, sha256, tree, write_json
 from pipeline.recipe import Recipe
@@ -31,16 +31,19 @@ class BuildFacts:
     which tensors of its files are in it."""
 
     recipe: Recipe
-    model: Mapping[str, Any]
+    model: Mapping[str, object]
     layers: list[QuantizedLinear]
     kept: list[tuple[str, str]]
     results: Mapping[str, BuildResult]
     times: list[StageTime] = field(default_factory=list)
 
 
-def compose(facts: BuildFacts, folder: Path) -> dict[str, Any]:
+def compose(facts: BuildFacts, folder: Path) -> dict[str, object]:
     """The manifest of the finished files in `folder` (its own file left out)."""
-    files = {name: _file_row(folder / name) for name in tree(folder) if name != FILE_NAME}
+    paths = {name: folder / name for name in tree(folder) if name != FILE_NAME}
+    files: dict[str, File] = {
+        name: {"size": path.stat().st_size, "sha256": sha256(path)} for name, path in paths.items()
+    }
     return {
         "schema_version": SCHEMA_VERSION,
         "engine": facts.recipe.name,
@@ -60,11 +63,7 @@ def compose(facts: BuildFacts, folder: Path) -> dict[str, Any]:
     }
 
 
-def _file_row(path: Path) -> dict[str, Any]:
-    return {"size": path.stat().st_size, "sha256": sha256(path)}
-
-
-def _layer_row(layer: QuantizedLinear) -> dict[str, Any]:
+def _layer_row(layer: QuantizedLinear) -> dict[str, object]:
     return {
         "name": layer.name,
         "kind": layer.kind,
@@ -78,9 +77,9 @@ def _layer_row(layer: QuantizedLinear) -> dict[str, Any]:
     }
 
 
-def input_facts(layer: QuantizedLinear) -> dict[str, Any]:
+def input_facts(layer: QuantizedLinear) -> dict[str, object]:
     """How a layer's input is scaled, and what stands before and beside its GEMM; keys that say nothing are left out."""
-    row: dict[str, Any] = {"activation_scaling": layer.activation_scaling}
+    row: dict[str, object] = {"activation_scaling": layer.activation_scaling}
     if layer.activation_group:
         row["activation_group"] = layer.activation_group
     for key in ("activation_scale", "activation_zero"):
@@ -93,12 +92,12 @@ def input_facts(layer: QuantizedLinear) -> dict[str, Any]:
     return row
 
 
-def _counts(facts: BuildFacts) -> dict[str, Any]:
+def _counts(facts: BuildFacts) -> Counts:
     pairs = Counter(f"{layer.weight_format} x {layer.activation_format}" for layer in facts.layers)
     return {"quantized": len(facts.layers), "kept": len(facts.kept), "formats": dict(sorted(pairs.items()))}
 
 
-def _sizes(layers: list[QuantizedLinear], files: Mapping[str, Mapping[str, Any]]) -> dict[str, int]:
+def _sizes(layers: list[QuantizedLinear], files: Mapping[str, File]) -> Sizes:
     return {
         "quantized_weights": sum(layer.size_bytes for layer in layers),
         "same_weights_fp16": sum(2 * layer.out_features * layer.in_features for layer in layers),
@@ -106,24 +105,22 @@ def _sizes(layers: list[QuantizedLinear], files: Mapping[str, Mapping[str, Any]]
     }
 
 
-def _target_row(result: BuildResult) -> dict[str, Any]:
-    choices = {row.layer: {"path": row.path, "why": row.why} for row in result.lowered.choices}
+def _target_row(result: BuildResult) -> Target:
+    choices: dict[str, Chosen] = {row.layer: {"path": row.path, "why": row.why} for row in result.lowered.choices}
     return {"files": list(result.files), "metadata": dict(result.metadata), "choices": choices}
 
 
-def write(document: Mapping[str, Any], folder: Path) -> None:
+def write(document: Mapping[str, object], folder: Path) -> None:
     """Write manifest.json into `folder`."""
     write_json(folder / FILE_NAME, document)
 
 
-def read(folder: Path) -> dict[str, Any]:
+def read(folder: Path) -> Manifest:
     """The manifest of a bundle folder, its form and paths checked. Raises ContractError."""
-    from pipeline.bundle.manifest_schema import Manifest
-
     path = folder / FILE_NAME
     if not path.is_file() or (path.is_symlink() and not is_hub_link(path, folder)):
         raise ContractError(f"{folder} is not a bundle: it has no {FILE_NAME}; give the folder that build wrote")
-    document = cast(dict[str, Any], read_json(path, Manifest, RULES))
+    document = read_json(path, Manifest, RULES)
     for name in document["files"]:
         inside(folder, name, path)
     distinct([*document["files"], FILE_NAME], path)

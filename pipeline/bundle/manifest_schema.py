@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, NotRequired
+from typing import Annotated, NotRequired
 
 from annotated_types import Ge, Len, Lt, MinLen
 from typing_extensions import TypedDict
@@ -73,7 +73,7 @@ class Sizes(TypedDict):
     all_files: Bytes
 
 
-class Path(TypedDict):
+class Chosen(TypedDict):
     """What a lowering chose for a layer, and why."""
 
     path: str
@@ -84,8 +84,8 @@ class Target(TypedDict):
     """metadata: see pipeline/backends/metadata_file.py."""
 
     files: list[str]
-    metadata: dict[str, Any]
-    choices: dict[str, Path]
+    metadata: dict[str, object]
+    choices: dict[str, Chosen]
 
 
 class File(TypedDict):
@@ -100,7 +100,7 @@ class Manifest(TypedDict):
 
     schema_version: int
     engine: Name
-    recipe: dict[str, Any]
+    recipe: dict[str, object]
     model: Model
     layers: list[Layer]
     kept: list[Kept]
@@ -110,6 +110,6 @@ class Manifest(TypedDict):
     files: dict[str, File]
     tools: dict[str, str]
     code: str
-    machine: dict[str, Any]
+    machine: dict[str, object]
     created: str
     stages: list[StageTime]

@@ -18,19 +18,19 @@ import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
 from export.cache_folder import cache_folder
 from export.errors import ContractError
 from export.names import is_hub_link
+from pipeline.bundle.manifest_schema import File
 
 CHUNK_BYTES = 2**20
 REMEDY = "copy or build the bundle again"
-Row = Mapping[str, Any]
 
 
 @contextmanager
-def verified_copy(folder: Path, rows: Mapping[str, Row]) -> Iterator[Path]:
+def verified_copy(folder: Path, rows: Mapping[str, File]) -> Iterator[Path]:
     """A private folder with the files `rows` (name -> size, sha256) of `folder`, for as long as the context lasts.
 
     Raises ContractError where a file is not there or is not as its row says; OSError where the disk is full.
@@ -45,13 +45,13 @@ def verified_copy(folder: Path, rows: Mapping[str, Row]) -> Iterator[Path]:
         yield Path(private)
 
 
-def read_verified(folder: Path, name: str, row: Row, output: BinaryIO) -> None:
+def read_verified(folder: Path, name: str, row: File, output: BinaryIO) -> None:
     """Write the bytes of a plain file, or of a link of the hub's cache, to `output`. Raises ContractError unless they
     are those of the row."""
     path = folder / name
     if path.is_symlink() and is_hub_link(path, folder):
         path = path.resolve()
-    digest, left = hashlib.sha256(), int(row["size"])
+    digest, left = hashlib.sha256(), row["size"]
     with open(_descriptor(path), "rb", buffering=0) as source:
         while chunk := source.read(CHUNK_BYTES):
             left -= len(chunk)

@@ -13,8 +13,7 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from types import TracebackType
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from typing_extensions import TypedDict
 
@@ -27,7 +26,7 @@ from pipeline.progress import heartbeat
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
-Listener = Callable[[dict[str, Any]], None]
+Listener = Callable[[dict[str, object]], None]
 
 
 @dataclass(frozen=True)
@@ -92,9 +91,7 @@ class WorkFolder:
             raise
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         self._leave(error)
 
     def _start(self) -> None:
@@ -125,7 +122,12 @@ class WorkFolder:
         return interrupted["key"] == self.key
 
     def run(
-        self, name: str, outputs: tuple[str, ...], work: Callable[[], T], reload: Callable[[], T], depends: Any = None
+        self,
+        name: str,
+        outputs: tuple[str, ...],
+        work: Callable[[], T],
+        reload: Callable[[], T],
+        depends: object = None,
     ) -> T:
         """Do a stage, or read its result back if it is done already.
 
@@ -139,15 +141,16 @@ class WorkFolder:
             logger.info("%s: done before (%.1f s), resumed", name, done.seconds)
             self.listener({"event": "stage", "name": name, "status": "resumed"})
             return reload()
-        return self._run(name, key, outputs, work)
-
-    def _run(self, name: str, key: str, outputs: tuple[str, ...], work: Callable[[], T]) -> T:
-        (self.path / "stages" / f"{name}.json").unlink(missing_ok=True)
+        marker = self._marker(name)
+        marker.unlink(missing_ok=True)
         result, spent = timed(name, work, self.listener)
         self.times.append(spent)
         files = {path: sha256(self.path / path) for path in self._list(outputs)}
-        write_json(self.path / "stages" / f"{name}.json", {"key": key, "files": files, "time": asdict(spent)})
+        write_json(marker, {"key": key, "files": files, "time": asdict(spent)})
         return result
+
+    def _marker(self, name: str) -> Path:
+        return self.path / "stages" / f"{name}.json"
 
     def _list(self, outputs: tuple[str, ...]) -> list[str]:
         files = [output for output in outputs if (self.path / output).is_file()]
@@ -155,7 +158,7 @@ class WorkFolder:
 
     def _finished(self, name: str, key: str) -> StageTime | None:
         """The stage's time if its marker has this key and all its files are as they were written."""
-        marker = self.path / "stages" / f"{name}.json"
+        marker = self._marker(name)
         document = read_or_none(marker, Marker)
         if document is None or document["key"] != key:
             return None

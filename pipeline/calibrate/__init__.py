@@ -8,14 +8,13 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from export import checkpoint
 from export.checkpoint import QuantizedLinear
-from export.errors import ResourceError
 from pipeline import machine
 from pipeline.backends.side_by_side import single_threaded_torch
 from pipeline.calibrate.method import Context, Method, Unit
@@ -55,7 +54,10 @@ def calibrate(model: LoadedModel, recipe: Recipe, folder: Path, resume: bool = F
     with CalibrationState(folder, _origin(model, recipe), resume) as state:
         if state.is_complete:
             return load_named(folder, [plan.name for plan in plans])
-        with _threads(_observes(recipe) and not is_large(model)):
+        # Small models: their operations take microseconds, so a second thread gains little, and where other work shares
+        # the cores its spinning waits take most of the time; a sixth of the speed was seen.
+        single = _observes(recipe) and not is_large(model)
+        with single_threaded_torch() if single else nullcontext():
             method = _make_method(model, recipe, plans, folder)
             plans = method.plan(plans)
             _quantize(method, plans, state)
@@ -91,19 +93,10 @@ def _quantize(method: Method, plans: Sequence[LayerPlan], state: CalibrationStat
         state.add(method.quantize(unit))
 
 
-def _threads(single: bool) -> AbstractContextManager[None]:
-    """PyTorch on one thread while it lasts, if `single`.
-
-    For small models: their operations take microseconds, so a second thread gains little, and where other work shares
-    the cores its spinning waits take most of the time; a sixth of the speed was seen.
-    """
-    return single_threaded_torch() if single else nullcontext()
-
-
 def _make_method(model: LoadedModel, recipe: Recipe, plans: Sequence[LayerPlan], folder: Path) -> Method:
     """The recipe's method, with calibration data if it observes any."""
     row, settings = METHODS[recipe.calibrate.method], recipe.calibrate
-    method: Method = row.load()(Context(model, recipe, row.resolve(settings.preset, settings.options), folder))
+    method = row.load()(Context(model, recipe, row.resolve(settings.preset, settings.options), folder))
     if _observes(recipe):
         from pipeline.calibrate.data import calibration_data
 
@@ -125,20 +118,17 @@ def _refuse_too_large(method: Method, plans: Sequence[LayerPlan]) -> None:
     per_call = halves * min(settings.size, BATCH_PROMPTS)
     sizes = measure(model, _group(plans, method.context.recipe), one, samples, calls, per_call)
     units = [method.unit_bytes(sizes, block) for block in sizes.blocks]
-    needed, free = sizes.total(units, method.apart_bytes(sizes, list(plans))), machine.available_memory_bytes()
-    logger.info("calibration on %d samples needs about %.2f GiB beside the model", samples, needed / 2**30)
-    if free and needed > free:
-        raise ResourceError(
-            f"calibration on {samples} samples needs about {needed / 2**30:.1f} GiB, {free / 2**30:.1f} GiB are free; "
-            f"use fewer prompts (--calib-size, now {settings.size}), "
-            f"--set calibrate.timesteps (now {settings.timesteps}), or smaller calibrate.options "
-            f"(batch, rows, workers, as far as {settings.method} has them)"
-        )
+    remedy = (
+        f"use fewer prompts (--calib-size, now {settings.size}), --set calibrate.timesteps (now {settings.timesteps}), "
+        f"or smaller calibrate.options (batch, rows, workers, as far as {settings.method} has them)"
+    )
+    needed = sizes.total(units, method.apart_bytes(sizes, list(plans)))
+    machine.refuse_too_large(needed, f"calibration on {samples} samples needs about", remedy)
 
 
 def _group(plans: Sequence[LayerPlan], recipe: Recipe) -> dict[str, list[LayerPlan]]:
     """Unit name -> its layers: a repeated block, or a single layer for methods that look at weights alone."""
-    if METHODS[recipe.calibrate.method].observes == "weights":
+    if not _observes(recipe):
         return {plan.name: [plan] for plan in plans}
     from pipeline.calibrate.blocks import group_by_block
 
@@ -179,7 +169,7 @@ def _observes(recipe: Recipe) -> bool:
     return METHODS[recipe.calibrate.method].observes == "blocks"
 
 
-def _origin(model: LoadedModel, recipe: Recipe) -> dict[str, Any]:
+def _origin(model: LoadedModel, recipe: Recipe) -> dict[str, object]:
     """Everything that the result depends on; data by their content, not by the name of a file."""
     row = METHODS[recipe.calibrate.method]
     parts = {key: asdict(getattr(recipe, key)) for key in ("formats", "weights")}

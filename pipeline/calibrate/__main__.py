@@ -6,16 +6,16 @@ import argparse
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 
 from export.checkpoint import LAYERS_FILE
 from export.errors import RecipeError, UserError
 from pipeline import machine
-from pipeline import recipe as recipes
+from pipeline.build import resolve
 from pipeline.calibrate.state import KEPT, ORIGIN_FILE
 from pipeline.command import Answer, Parser, add_model_flags, parser, run
 from pipeline.files import lock, refuse_unwritable, remove
+from pipeline.recipe import load_model
 from pipeline.signals import leave
 
 DESCRIPTION = "Quantize a model's linears by a recipe and write the checkpoint; --resume finishes a stopped run."
@@ -38,28 +38,20 @@ def make_parser() -> Parser:
 def work(args: argparse.Namespace, answer: Answer) -> int:
     """Calibrate and say what came out."""
     machine.require_compiler("calibrating a model")
-    from export.models import load as models
+    from export.models.load import save_kept
     from pipeline.calibrate import calibrate
 
-    recipe = _recipe(args)
+    recipe = resolve(args)
     folder = args.output_dir or Path("checkpoints") / recipe.name
     _refuse_occupied(folder, args.resume, args.force)
     with _noting_what_is_kept(folder):
-        model = models.load(recipe.model, variant=recipe.model_variant, config=recipe.model_config)
+        model = load_model(recipe)
         layers = calibrate(model, recipe, folder, args.resume)
-        models.save_kept(model, folder / KEPT)
+        save_kept(model, folder / KEPT)
     size_bytes = sum(layer.size_bytes for layer in layers)
     document = {"event": "result", "path": str(folder), "linears": len(layers), "size_bytes": size_bytes}
     answer.document(document, f"{len(layers)} linears, {size_bytes / 1e6:.1f} MB in {folder}")
     return 0
-
-
-def _recipe(args: argparse.Namespace) -> recipes.Recipe:
-    """The recipe with the flags applied."""
-    recipe = recipes.with_settings(recipes.load(args.engine), args.set)
-    if args.calib_size is not None:
-        recipe = replace(recipe, calibrate=replace(recipe.calibrate, size=args.calib_size))
-    return recipes.with_model(recipes.with_seed(recipe, args.seed), args.model, args.variant, args.config)
 
 
 def _refuse_occupied(folder: Path, resume: bool, force: bool) -> None:

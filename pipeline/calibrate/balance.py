@@ -10,7 +10,6 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import numpy as np
 import torch
@@ -20,7 +19,7 @@ from export.checkpoint import QuantizedLinear
 from export.dialect.ops import ABSMAX_FLOOR
 from export.errors import ContractError, RecipeError
 from export.models.families import LAYER_KINDS
-from pipeline.calibrate.blocks import Observed, Tensors, run_block
+from pipeline.calibrate.blocks import Observed
 from pipeline.calibrate.methods.rtn import float_weight
 from pipeline.calibrate.plan import LayerPlan
 
@@ -60,7 +59,7 @@ class InputMap:
             raise ContractError(f"{plan.name}: balance of {len(self.multiplier)} channels, K={weight.shape[1]}")
         divided = (weight / self.multiplier).astype(np.float32)
         bias = plan.linear.module.bias
-        shifted: Any = None if bias is None else bias.detach().float().numpy()
+        shifted = None if bias is None else bias.detach().float().numpy()
         if self.offset is not None:
             shifted = (0.0 if shifted is None else shifted) - divided.astype(np.float64) @ self.offset
         return replace(plan, linear=replace(plan.linear, module=_linear(divided, shifted)))
@@ -70,7 +69,7 @@ class InputMap:
         return replace(layer, input_multiplier=self.multiplier, input_offset=self.offset)
 
 
-def _linear(weight: F32, bias: NDArray[Any] | None) -> torch.nn.Linear:
+def _linear(weight: F32, bias: NDArray[np.floating] | None) -> torch.nn.Linear:
     linear = torch.nn.Linear(weight.shape[1], len(weight), bias is not None, device="meta")
     linear.weight = torch.nn.Parameter(torch.from_numpy(weight), requires_grad=False)
     if bias is not None:
@@ -94,23 +93,9 @@ def weight_peaks(plans: Sequence[LayerPlan]) -> F64:
     return np.max([np.abs(float_weight(plan)).max(axis=0) for plan in plans], axis=0).astype(np.float64)
 
 
-@torch.no_grad()
 def input_statistics(observed: Observed, statistic: Callable[[torch.Tensor], torch.Tensor]) -> dict[str, F64]:
     """Layer name -> [calls, ...] of `statistic(input of the layer)` in the float model, from one run of all calls."""
-    by_layer: dict[str, Tensors] = {name: [] for name in observed.names}
-
-    def keeper(into: Tensors) -> Callable[[Any, tuple[Any, ...]], None]:
-        return lambda _, arguments: into.append(statistic(arguments[0].detach().float()))
-
-    handles = [
-        observed.block.get_submodule(path).register_forward_pre_hook(keeper(by_layer[name]))
-        for name, path in observed.names.items()
-    ]
-    try:
-        run_block(observed.block, observed.calls)
-    finally:
-        for handle in handles:
-            handle.remove()
+    by_layer = observed.recorded(observed.names, lambda x: statistic(x.float()))
     return {name: torch.stack(values).double().numpy() for name, values in by_layer.items()}
 
 
@@ -131,6 +116,29 @@ def readers(observed: Observed, plans: Sequence[LayerPlan], rows: int) -> list[l
             digest.update(repr(tuple(x.shape)).encode() + x.numpy().tobytes())
         groups.setdefault(digest.digest(), []).append(plan)
     return list(groups.values())
+
+
+def shared_maps(
+    observed: Observed,
+    plans: Sequence[LayerPlan],
+    rows: int,
+    statistic: Callable[[torch.Tensor], torch.Tensor],
+    magnitudes: Callable[[F64, F64], F64],
+    alpha: float = 0.5,
+) -> dict[str, InputMap]:
+    """Layer name -> its balance, one for all layers that read the same tensor.
+
+    statistic: as `input_statistics` takes it. magnitudes: the x of `salience_balance` by these statistics [calls, ...]
+    and the weight's w [K]. rows: as `readers` takes it.
+    """
+    if not plans:
+        return {}
+    statistics, maps = input_statistics(observed, statistic), dict[str, InputMap]()
+    for group in readers(observed, plans, rows):
+        w = weight_peaks(group)
+        balance = InputMap.of_balance(salience_balance(magnitudes(statistics[group[0].name], w), w, alpha))
+        maps |= {plan.name: balance for plan in group}
+    return maps
 
 
 def kinds(text: str) -> tuple[str, ...]:

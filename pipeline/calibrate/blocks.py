@@ -7,25 +7,21 @@ from __future__ import annotations
 import copy
 import logging
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
-from functools import partial
-from itertools import pairwise
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass, field
 
 import torch
 from torch import nn
 
 from export.checkpoint import QuantizedLinear
 from export.models.families import shared_names
+from export.models.load import LoadedModel, denoiser
+from export.models.torch_modules import Denoiser
 from pipeline.backends.base import Arrays
 from pipeline.calibrate.data import CalibrationData
 from pipeline.calibrate.plan import LayerPlan
 from pipeline.generate.sampling import take_samples
-
-if TYPE_CHECKING:
-    from export.models.load import LoadedModel
 
 logger = logging.getLogger(__name__)
 Tensors = list[torch.Tensor]
@@ -49,28 +45,54 @@ def group_by_block(plans: Sequence[LayerPlan]) -> dict[str, list[LayerPlan]]:
     return blocks
 
 
+def paths_inside(block: str, plans: Sequence[LayerPlan]) -> dict[str, str]:
+    """Layer name -> path inside the block, "" where the layer is the block."""
+    return {plan.name: plan.name.removeprefix(block).lstrip(".") for plan in plans}
+
+
 @dataclass(frozen=True)
 class BlockCall:
     """Arguments of one call of a block, as the model gives them."""
 
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
+    args: tuple[object, ...]
+    kwargs: Mapping[str, object]
 
     @property
     def hidden(self) -> torch.Tensor:
-        """The tensor that goes from block to block, [B, S, C]."""
-        states: torch.Tensor = self.args[0] if self.args else self.kwargs["hidden_states"]
-        return states
+        """The tensor that goes from block to block, [B, S, C]; of a linear its input."""
+        hidden = self.args[0] if self.args else self.kwargs["hidden_states"]
+        assert isinstance(hidden, torch.Tensor)
+        return hidden
 
     def with_hidden(self, hidden: torch.Tensor) -> BlockCall:
         if self.args:
             return BlockCall((hidden, *self.args[1:]), self.kwargs)
-        return BlockCall((), self.kwargs | {"hidden_states": hidden})
+        return BlockCall((), {**self.kwargs, "hidden_states": hidden})
 
-    def run(self, block: nn.Module) -> Any:
-        return block(*self.args, **self.kwargs)
+    def run(self, block: nn.Module) -> torch.Tensor:
+        """The hidden states that the block gives."""
+        return hidden_states(block(*self.args, **self.kwargs))
 
 
+def hidden_states(output: torch.Tensor | tuple[torch.Tensor, ...]) -> torch.Tensor:
+    """A block's output, or the first of several."""
+    return output[0] if isinstance(output, tuple) else output
+
+
+@contextmanager
+def seeing(root: nn.Module, paths: Mapping[str, str], see: Callable[[str, BlockCall], None]) -> Iterator[None]:
+    """While it lasts, `see(name, call)` gets every call of the modules at `paths` (name -> path) before it computes."""
+    with ExitStack() as stack:
+        for name, path in paths.items():
+
+            def hook(_: nn.Module, args: tuple[object, ...], kwargs: dict[str, object], name: str = name) -> None:
+                see(name, BlockCall(args, dict(kwargs)))
+
+            stack.callback(root.get_submodule(path).register_forward_pre_hook(hook, with_kwargs=True).remove)
+        yield
+
+
+@dataclass(eq=False, repr=False)
 class Observed:
     """What a method sees of one block. Tensors are float32 and must not be changed.
 
@@ -79,17 +101,13 @@ class Observed:
     reconstruction); timesteps: model input of each call.
     """
 
-    def __init__(
-        self,
-        block: nn.Module,
-        names: dict[str, str],
-        calls: list[BlockCall],
-        noisy: list[BlockCall],
-        timesteps: list[float],
-    ) -> None:
-        self.block, self.names, self.calls, self.noisy, self.timesteps = block, names, calls, noisy, timesteps
-        self._outputs: Tensors | None = None
-        self._kept: dict[tuple[bool, int], dict[str, Tensors]] = {}
+    block: nn.Module
+    names: dict[str, str]
+    calls: list[BlockCall]
+    noisy: list[BlockCall]
+    timesteps: list[float]
+    _outputs: Tensors | None = field(default=None, init=False)
+    _kept: dict[tuple[bool, int], dict[str, Tensors]] = field(default_factory=dict, init=False)
 
     def free(self) -> None:
         """Let go of all tensors: others may still hold this object while the next block is observed."""
@@ -108,38 +126,33 @@ class Observed:
         With `rows` the inputs of all layers are kept after the first request; with all rows only those of `name` are
         made, anew each time.
         """
+
+        def spread(x: torch.Tensor) -> torch.Tensor:
+            x = x.flatten(0, -2)
+            if rows and len(x) > rows:
+                x = x[torch.linspace(0, len(x) - 1, rows).round().long()]
+            return x.float().clone()
+
         if not rows:
-            return self._record([name], noisy, 0)[name]
+            return self.recorded([name], spread, noisy)[name]
         if (noisy, rows) not in self._kept:
-            self._kept[noisy, rows] = self._record(list(self.names), noisy, rows)
+            self._kept[noisy, rows] = self.recorded(self.names, spread, noisy)
         return self._kept[noisy, rows][name]
 
     @torch.no_grad()
-    def _record(self, names: Sequence[str], noisy: bool, rows: int) -> dict[str, Tensors]:
-        recorded: dict[str, Tensors] = {name: [] for name in names}
-        handles = []
-        for name in names:
-            part = self.block.get_submodule(self.names[name])
-            handles.append(part.register_forward_pre_hook(_keeper(recorded[name], rows)))
-        try:
+    def recorded(
+        self, names: Iterable[str], take: Callable[[torch.Tensor], torch.Tensor], noisy: bool = False
+    ) -> dict[str, Tensors]:
+        """Layer name -> what `take` makes of the layer's input [..., K] in each call, from one run of all calls."""
+        by_layer: dict[str, Tensors] = {name: [] for name in names}
+
+        def see(name: str, call: BlockCall) -> None:
+            by_layer[name].append(take(call.hidden.detach()))
+
+        with seeing(self.block, {name: self.names[name] for name in by_layer}, see):
             for call in self.noisy if noisy else self.calls:
                 call.run(self.block)
-        finally:
-            for handle in handles:
-                handle.remove()
-        return recorded
-
-
-def _keeper(into: Tensors, rows: int) -> Callable[[Any, tuple[Any, ...]], None]:
-    """Hook that keeps a linear's input."""
-
-    def keep(_: Any, arguments: tuple[Any, ...]) -> None:
-        x = arguments[0].detach().flatten(0, -2)
-        if rows and len(x) > rows:
-            x = x[torch.linspace(0, len(x) - 1, rows).round().long()]
-        into.append(x.float().clone())
-
-    return keep
+        return by_layer
 
 
 def run_block(block: nn.Module, calls: Sequence[BlockCall]) -> Tensors:
@@ -151,19 +164,13 @@ def run_block(block: nn.Module, calls: Sequence[BlockCall]) -> Tensors:
 def _outputs(block: nn.Module, calls: Iterable[BlockCall]) -> Iterator[torch.Tensor]:
     """The outputs one by one; each call is read when its output is asked for."""
     for call in calls:
-        yield _first(call.run(block))
+        yield call.run(block)
 
 
 def _replace_hidden(calls: list[BlockCall], outputs: Iterator[torch.Tensor]) -> None:
     """Put the next block's input in place of each call's, one by one: old and new need not be in memory together."""
     for i, hidden in enumerate(outputs):
         calls[i] = calls[i].with_hidden(hidden)
-
-
-def _first(output: Any) -> torch.Tensor:
-    """The hidden states of a block's output, which may be a tuple."""
-    hidden: torch.Tensor = output[0] if isinstance(output, tuple) else output
-    return hidden
 
 
 class _Captured(Exception):  # not an error: the call that was waited for has come
@@ -178,8 +185,6 @@ class BlockRunner:
     """
 
     def __init__(self, model: LoadedModel, data: CalibrationData, blocks: Sequence[str]) -> None:
-        from export.models.load import denoiser
-
         self.model, self.data, self.blocks = model, data, list(blocks)
         self.module = denoiser(model)
         self.timesteps = [call.timestep for call in data.calls]
@@ -191,11 +196,10 @@ class BlockRunner:
     def observe(self, block: str, plans: Sequence[LayerPlan]) -> Observed:
         """The block's calls. Blocks must be observed in order, each followed by `advance`."""
         part = float_copy(self.module.transformer.get_submodule(block))
-        names = {plan.name: plan.name.removeprefix(block).lstrip(".") for plan in plans}
         if self._calls is None or self._noisy is None:
             self._calls = self._capture(self.module, block)
-            self._noisy = self._capture(self._quantized(), block) if self.done else list(self._calls)
-        return Observed(part, names, self._calls, self._noisy, self.timesteps)
+            self._noisy = self._capture(denoiser(self.model, self.done), block) if self.done else list(self._calls)
+        return Observed(part, paths_inside(block, plans), self._calls, self._noisy, self.timesteps)
 
     def advance(self, observed: Observed, layers: Sequence[QuantizedLinear]) -> None:
         """Go on behind a block that is finished, whose `observed` is then empty."""
@@ -212,87 +216,54 @@ class BlockRunner:
             self._calls = self._noisy = None
         observed.free()
 
-    def _quantized(self) -> nn.Module:
-        from export.models.load import denoiser
-
-        module: nn.Module = denoiser(self.model, self.done)
-        return module
-
     @torch.no_grad()
-    def _capture(self, module: Any, block: str) -> list[BlockCall]:
-        """The block's arguments in every calibration call."""
+    def _capture(self, module: Denoiser, block: str) -> list[BlockCall]:
+        """The block's arguments in every calibration call; the model runs no further than that."""
         calls: list[BlockCall] = []
 
-        def keep(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            calls.append(BlockCall(args, dict(kwargs)))
+        def see(_: str, call: BlockCall) -> None:
+            calls.append(call)
             raise _Captured
 
-        with _hook(module.transformer.get_submodule(block), keep):
+        with seeing(module.transformer, {block: block}, see):
             for call in self.data.calls:
-                run_captured(module, call.inputs)
+                with suppress(_Captured):
+                    module(**tensors(call.inputs))
         return calls
 
 
 @torch.no_grad()
-def looks_like_chain(module: Any, blocks: Sequence[str], inputs: Arrays) -> bool:
+def looks_like_chain(module: Denoiser, blocks: Sequence[str], inputs: Arrays) -> bool:
     """Does every block get its predecessor's output and otherwise what the first one gets?"""
-    seen: list[tuple[BlockCall, torch.Tensor]] = []
-    handles = [
-        module.transformer.get_submodule(block).register_forward_hook(
-            lambda _, args, kwargs, output: seen.append((BlockCall(args, dict(kwargs)), _first(output))),
-            with_kwargs=True,
-        )
-        for block in blocks
-    ]
-    try:
-        shared = shared_names(module.family.inputs(module.transformer.config))
-        module(**_tensors(take_samples(inputs, slice(1), shared)))
-    finally:
-        for handle in handles:
-            handle.remove()
-    first = seen[0][0]
+    shared = shared_names(module.family.inputs(module.transformer.config))
+    calls: list[BlockCall] = []
+    outputs: list[torch.Tensor] = []
+    with ExitStack() as stack:
+        paths = {name: name for name in blocks}
+        stack.enter_context(seeing(module.transformer, paths, lambda _, call: calls.append(call)))
+        for part in map(module.transformer.get_submodule, blocks):
+            hook = part.register_forward_hook(lambda _, __, output: outputs.append(hidden_states(output)))
+            stack.callback(hook.remove)
+        module(**tensors(take_samples(inputs, slice(1), shared)))
     follows = all(
-        call.hidden is output and _same(call.with_hidden(first.hidden), first)
-        for (_, output), (call, _) in pairwise(seen)
+        call.hidden is output and _same(call.with_hidden(calls[0].hidden), calls[0])
+        for output, call in zip(outputs, calls[1:], strict=False)
     )
-    return len(seen) == len(blocks) > 1 and follows
+    return len(calls) == len(blocks) > 1 and follows
 
 
 @torch.no_grad()
-def first_calls(module: Any, blocks: Sequence[str], inputs: Arrays) -> dict[str, BlockCall]:
+def first_calls(module: Denoiser, blocks: Sequence[str], inputs: Arrays) -> dict[str, BlockCall]:
     """Block -> its call in one run of the denoiser."""
     calls: dict[str, BlockCall] = {}
-    with ExitStack() as stack:
-        for name in blocks:
-            keep = partial(_keep_call, calls, name)
-            stack.enter_context(_hook(module.transformer.get_submodule(name), keep))
-        module(**_tensors(inputs))
+    with seeing(module.transformer, {name: name for name in blocks}, calls.__setitem__):
+        module(**tensors(inputs))
     return calls
 
 
-def _keep_call(into: dict[str, BlockCall], name: str, _: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    into[name] = BlockCall(args, dict(kwargs))
-
-
-def run_captured(module: Any, inputs: Arrays) -> None:
-    """Run the model until a hook has what it wants."""
-    try:
-        module(**_tensors(inputs))
-    except _Captured:
-        return
-
-
-def _tensors(inputs: Arrays) -> dict[str, torch.Tensor]:
+def tensors(inputs: Arrays) -> dict[str, torch.Tensor]:
+    """The same arrays in torch, sharing their memory."""
     return {name: torch.from_numpy(value) for name, value in inputs.items()}
-
-
-@contextmanager
-def _hook(part: nn.Module, keep: Callable[..., None]) -> Iterator[None]:
-    handle = part.register_forward_pre_hook(keep, with_kwargs=True)
-    try:
-        yield
-    finally:
-        handle.remove()
 
 
 def _same(one: BlockCall, other: BlockCall) -> bool:
@@ -301,7 +272,7 @@ def _same(one: BlockCall, other: BlockCall) -> bool:
     return one.kwargs.keys() == other.kwargs.keys() and len(left) == len(right) and all(map(_equal, left, right))
 
 
-def _equal(one: Any, other: Any) -> bool:
+def _equal(one: object, other: object) -> bool:
     if isinstance(one, torch.Tensor) and isinstance(other, torch.Tensor):
         return one is other or (one.shape == other.shape and torch.equal(one, other))
     return one is other or bool(one == other)

@@ -12,7 +12,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
@@ -31,7 +31,6 @@ from pipeline.recipe import Recipe
 
 if TYPE_CHECKING:
     from export.models.load import LoadedModel
-    from pipeline.backends.reference import ReferenceEngine
 
 logger = logging.getLogger(__name__)
 PROMPTS_RULES = Rules(RecipeError, "give a text file with one prompt per line")
@@ -71,7 +70,7 @@ class CalibrationData:
 def calibration_data(model: LoadedModel, recipe: Recipe) -> CalibrationData:
     """The calls of a recipe, made once: methods that are calibrated on the same model and settings share them.
 
-    Raises RecipeError for a prompt file that cannot be used.
+    Raises RecipeError for a prompt file that cannot be used, ModelError where sampling ends too early.
     """
     prompts = read_prompts(model, recipe)
     origin = _origin(model, recipe, prompts)
@@ -79,13 +78,17 @@ def calibration_data(model: LoadedModel, recipe: Recipe) -> CalibrationData:
     names = _names(recipe, len(prompts))
     if _must_make(folder, names):
         _collect(model, recipe, prompts, folder)
-        _refuse_missing(model, [name for name in names if not (folder / name).is_file()])
+        if missing := [name for name in names if not (folder / name).is_file()]:
+            raise ModelError(
+                f"{model.source}: sampling ended without the call of {missing[0]} and {len(missing) - 1} others; "
+                "use fewer sampling.n_steps, as many as the model's scheduler takes"
+            )
         write_json(folder / ORIGIN_FILE, origin | {"files": names})  # last: without it the folder is an unfinished one
     logger.info("calibration data in %s", folder)
     return CalibrationData(tuple(_load(folder / name) for name in names), recipe.sampling.n_steps)
 
 
-def content(model: LoadedModel, recipe: Recipe) -> dict[str, Any]:
+def content(model: LoadedModel, recipe: Recipe) -> dict[str, object]:
     """Hashes of what decides the calls beside model and settings: the prompts' texts, and what draws pictures of them.
 
     Raises RecipeError for a prompt file that cannot be used.
@@ -93,7 +96,7 @@ def content(model: LoadedModel, recipe: Recipe) -> dict[str, Any]:
     return {"prompts_sha256": sha256_json(list(read_prompts(model, recipe))), **_sampled_by(model)}
 
 
-def _sampled_by(model: LoadedModel) -> dict[str, Any]:
+def _sampled_by(model: LoadedModel) -> dict[str, object]:
     """Hash of the description beside the model, or of the pipeline that it belongs to; nothing without either."""
     if (model.folder / GENERATION_FILE).is_file():
         paths = [model.folder / name for name in load_generation(model.folder).files]
@@ -135,7 +138,7 @@ def kept_steps(n_steps: int, timesteps: int) -> list[int]:
     return sorted({round(step) for step in np.linspace(0, n_steps - 1, min(timesteps, n_steps)).tolist()})
 
 
-def _origin(model: LoadedModel, recipe: Recipe, prompts: tuple[str, ...]) -> dict[str, Any]:
+def _origin(model: LoadedModel, recipe: Recipe, prompts: tuple[str, ...]) -> dict[str, object]:
     sampling = recipe.sampling
     return {
         "format_version": FORMAT_VERSION,
@@ -159,6 +162,7 @@ def _collect(model: LoadedModel, recipe: Recipe, prompts: tuple[str, ...], folde
     import torch
 
     from export.models.load import denoiser
+    from export.models.torch_modules import set_resolution
     from pipeline.backends.reference import ReferenceEngine
 
     steps = set(kept_steps(recipe.sampling.n_steps, recipe.calibrate.timesteps))
@@ -170,23 +174,17 @@ def _collect(model: LoadedModel, recipe: Recipe, prompts: tuple[str, ...], folde
         if all(_path(folder, number, step).is_file() for step in steps):
             continue  # another run has made this batch
 
-        def keep(step: int, inputs: Arrays, number: int = number) -> None:
+        def keep(step: int, inputs: Arrays, outputs: Arrays | None = None, number: int = number) -> None:
             if step in steps:
                 _save(inputs, _path(folder, number, step))
 
         part = prompts[start : start + BATCH_PROMPTS]
         if sampler:
             sampler.draw(part, recipe.calibrate.seed + SEED_OFFSET + start, keep)
-        else:
-            _draw(_case(model, recipe, part, number), engine, keep)
-
-
-def _draw(case: Case, engine: ReferenceEngine, keep: pipeline_folder.Keep) -> None:
-    """Sample by the description beside the model, or from random conditioning."""
-    from export.models.torch_modules import set_resolution
-
-    set_resolution(engine.module, *case.noise.shape[2:])
-    case.draw(engine.run, lambda step, inputs, _: keep(step, inputs))
+        else:  # by the description beside the model, or from random conditioning
+            case = _case(model, recipe, part, number)
+            set_resolution(engine.module, *case.noise.shape[2:])
+            case.draw(engine.run, keep)
 
 
 def _case(model: LoadedModel, recipe: Recipe, prompts: tuple[str, ...], number: int) -> Case:
@@ -236,14 +234,6 @@ def _is_whole(path: Path) -> bool:
             return True
     except (OSError, SafetensorError):
         return False
-
-
-def _refuse_missing(model: LoadedModel, missing: Sequence[str]) -> None:
-    if missing:
-        raise ModelError(
-            f"{model.source}: sampling ended without the call of {missing[0]} and {len(missing) - 1} others; "
-            "use fewer sampling.n_steps, as many as the model's scheduler takes"
-        )
 
 
 def _load(path: Path) -> Call:

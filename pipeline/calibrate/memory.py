@@ -10,17 +10,14 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
+from export.models.load import LoadedModel, denoiser
 from pipeline.backends.base import Arrays
-from pipeline.calibrate.blocks import BlockCall, first_calls, float_copy, looks_like_chain
+from pipeline.calibrate.blocks import BlockCall, first_calls, float_copy, looks_like_chain, paths_inside, seeing
 from pipeline.calibrate.plan import LayerPlan
-
-if TYPE_CHECKING:
-    from export.models.load import LoadedModel
 
 F32, F64 = 4, 8
 # Arrays as large as the weights while rounding is learned: the weight, low, gap, inverse, v, its gradient, Adam's two
@@ -127,8 +124,6 @@ def measure(
     model: LoadedModel, units: Mapping[str, Sequence[LayerPlan]], one: Arrays, samples: int, calls: int, per_call: int
 ) -> Sizes:
     """The sizes of a calibration whose units are these blocks; `one` are the model inputs of one sample."""
-    from export.models.load import denoiser
-
     module = denoiser(model)
     calls_of = first_calls(module, list(units), one)
     blocks = (_block_size(module.transformer.get_submodule(name), calls_of[name], name, units[name]) for name in units)
@@ -139,29 +134,27 @@ def measure(
 
 def _block_size(part: nn.Module, call: BlockCall, name: str, plans: Sequence[LayerPlan]) -> BlockSize:
     """Sizes of a block in a call of one sample."""
-    block, rows = float_copy(part).requires_grad_(True), {}
-    for plan in plans:
-        path = plan.name.removeprefix(name).lstrip(".")
-        block.get_submodule(path).register_forward_pre_hook(
-            lambda _, args, key=plan.name: rows.update({key: args[0].numel() // args[0].shape[-1]})
-        )
-    with torch.enable_grad(), _kept() as kept:
+    block, rows = float_copy(part).requires_grad_(True), dict[str, int]()
+
+    def see(layer: str, one: BlockCall) -> None:
+        rows[layer] = one.hidden.numel() // one.hidden.shape[-1]
+
+    with torch.enable_grad(), kept_for_gradients() as kept, seeing(block, paths_inside(name, plans), see):
         call.run(block)
-    own = {value.untyped_storage().data_ptr() for value in (*block.parameters(), *block.buffers())}
     hidden = call.hidden.nbytes
     others = sum(tensor.nbytes for tensor in (*call.args, *call.kwargs.values()) if isinstance(tensor, Tensor)) - hidden
     layers = (LayerSize(rows[p.name], p.linear.module.out_features, p.linear.module.in_features) for p in plans)
     return BlockSize(
         hidden,
         others,
-        sum(size for place, size in kept.items() if place not in own),
+        kept_bytes(kept, block),
         sum(value.numel() for value in block.parameters()),
         tuple(layers),
     )
 
 
 @contextmanager
-def _kept() -> Iterator[dict[int, int]]:
+def kept_for_gradients() -> Iterator[dict[int, int]]:
     """Address -> bytes of every storage that gradients keep while it lasts (they live as long as the graph)."""
     sizes: dict[int, int] = {}
 
@@ -169,8 +162,11 @@ def _kept() -> Iterator[dict[int, int]]:
         sizes[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
         return tensor
 
-    def unpack(tensor: Tensor) -> Tensor:
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         yield sizes
+
+
+def kept_bytes(kept: Mapping[int, int], module: nn.Module) -> int:
+    """Bytes of what gradients keep beside the module's own parameters and buffers."""
+    own = {value.untyped_storage().data_ptr() for value in (*module.parameters(), *module.buffers())}
+    return sum(size for place, size in kept.items() if place not in own)

@@ -40,12 +40,17 @@ class Context:
 
 @dataclass(frozen=True)
 class Unit:
-    """Layers that are learned together: those of one repeated block, or a single one. `observed`: None for a method
-    that observes weights alone."""
+    """Layers that are learned together: those of one repeated block, or a single one. block: what is observed of it,
+    None for a method that observes weights alone."""
 
     name: str
     plans: list[LayerPlan]
-    observed: Observed | None = None
+    block: Observed | None = None
+
+    @property
+    def observed(self) -> Observed:
+        assert self.block is not None, f"{self.name}: the method's row must say that it observes blocks"
+        return self.block
 
 
 class Method:

@@ -7,10 +7,15 @@ import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Unpack
 
-from export.checkpoint import Granularity
+import numpy as np
+from numpy.typing import NDArray
+from typing_extensions import TypedDict
+
+from export.checkpoint import ActivationScaling, Granularity, QuantizedLinear, make_linear
 from export.errors import RecipeError
+from export.formats.format import get_format, packed_size
 from export.formats.operands import embeds, exact_multipliers, pair_limit
 from pipeline.recipe import Recipe
 
@@ -18,7 +23,19 @@ if TYPE_CHECKING:
     from export.models.load import LinearRef
 
 logger = logging.getLogger(__name__)
-MULTIPLIER_CODES = 16  # multipliers are stored as 4-bit indices
+F32 = NDArray[np.float32]
+SCALE_BYTES, MULTIPLIER_BITS = 4, 4
+MULTIPLIER_CODES = 2**MULTIPLIER_BITS  # multipliers are stored as indices
+
+
+class Activation(TypedDict, total=False):
+    """The fields of a `QuantizedLinear` that say how its input is rounded."""
+
+    activation_format: str
+    activation_scaling: ActivationScaling
+    activation_group: int
+    activation_scale: F32 | None
+    activation_zero: F32 | None
 
 
 @dataclass(frozen=True)
@@ -35,6 +52,36 @@ class LayerPlan:
     @property
     def name(self) -> str:
         return self.linear.name
+
+    @property
+    def size_bytes(self) -> int:
+        """Of the layer's codes, scales and multipliers, as `QuantizedLinear.size_bytes`."""
+        n, k = self.linear.module.out_features, self.linear.module.in_features
+        groups = k // self.group_size if self.group_size else 1
+        scales = groups if self.granularity == "group" else 1
+        multipliers = packed_size(MULTIPLIER_BITS, groups) if self.granularity == "exact_group" else 0
+        return n * (packed_size(get_format(self.weight_format).bits, k) + scales * SCALE_BYTES + multipliers)
+
+    def layer(
+        self, codes: NDArray[np.uint8], scales: F32, multipliers: NDArray[np.uint8], **activation: Unpack[Activation]
+    ) -> QuantizedLinear:
+        """The finished layer with codes [N, K], scales [N, 1 or groups] and multipliers [N, groups].
+
+        activation: how its input is rounded where that is not the plan's format, scaled per token.
+        """
+        bias = self.linear.module.bias
+        return make_linear(
+            codes,
+            weight_format=self.weight_format,
+            name=self.name,
+            kind=self.linear.kind,
+            granularity=self.granularity,
+            group_size=self.group_size,
+            scales=scales,
+            multipliers=multipliers if self.granularity == "exact_group" else None,
+            bias=None if bias is None else bias.detach().float().numpy().copy(),
+            **{"activation_format": self.activation_format, **activation},
+        )
 
 
 def group_multipliers(weight: str, activation: str) -> tuple[int, ...]:

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
+from export.checkpoint import Granularity
 from export.dialect.ops import ABSMAX_FLOOR
 from export.formats.format import Format, encode, fold_negative_zero
 from pipeline import machine
@@ -28,6 +29,13 @@ CHUNK_ELEMENTS = 65536
 LANES = 16  # as in plugins/cpu/variants.h
 
 
+def in_blocks(weight: F32, granularity: Granularity, group_size: int) -> F32:
+    """Weight [N, K] as blocks [R, G, g]; group_size 0 stands for all of K."""
+    n, k = weight.shape
+    group = group_size or k
+    return weight.reshape(n * (k // group) if granularity == "group" else n, -1, group)
+
+
 def find_scales(blocks: F32, fmt: Format, multipliers: tuple[int, ...], search: str) -> tuple[F32, NDArray[np.uint8]]:
     """Scales [R] float32 and multipliers [R, G] uint8 for blocks [R, G, g]; `search` is a key of `SEARCHES`.
 
@@ -37,7 +45,7 @@ def find_scales(blocks: F32, fmt: Format, multipliers: tuple[int, ...], search: 
     return np.concatenate([scale for scale, _ in chunks]), np.concatenate([multiplier for _, multiplier in chunks])
 
 
-def _by_chunk(work: Callable[..., T], *arrays: NDArray[Any]) -> list[T]:
+def _by_chunk(work: Callable[..., T], *arrays: NDArray[np.generic]) -> list[T]:
     """`work` on chunks of rows, in threads (NumPy lets them run); chunks do not depend on the number of threads."""
     rows = max(1, CHUNK_ELEMENTS // max(1, arrays[0][0].size))
     parts = [[array[i : i + rows] for array in arrays] for i in range(0, len(arrays[0]), rows)]

@@ -16,8 +16,7 @@ import shutil
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from types import TracebackType
-from typing import Annotated, Any
+from typing import Annotated
 
 from annotated_types import Ge
 from typing_extensions import TypedDict
@@ -42,7 +41,7 @@ class Times(TypedDict):
     seconds: Annotated[float, Ge(0)]
 
 
-def copy_finished(source: Path, folder: Path, origin: Mapping[str, Any]) -> None:
+def copy_finished(source: Path, folder: Path, origin: Mapping[str, object]) -> None:
     """Copy the finished calibration in `source` into `folder`. Raises RecipeError as `refuse_unfinished` does."""
     refuse_unfinished(source, origin)
     folder.mkdir(parents=True, exist_ok=True)
@@ -50,7 +49,7 @@ def copy_finished(source: Path, folder: Path, origin: Mapping[str, Any]) -> None
         shutil.copyfile(source / name, folder / name)
 
 
-def refuse_unfinished(source: Path, origin: Mapping[str, Any]) -> None:
+def refuse_unfinished(source: Path, origin: Mapping[str, object]) -> None:
     """Raise RecipeError if `source` has no finished calibration, or with every setting that differs if it was not made
     from `origin`."""
     path = source / ORIGIN_FILE
@@ -61,15 +60,15 @@ def refuse_unfinished(source: Path, origin: Mapping[str, Any]) -> None:
         raise RecipeError(f"{source}: made from other settings ({differing}); give the same ones, or calibrate again")
 
 
-def differences(path: Path, origin: Mapping[str, Any]) -> str:
+def differences(path: Path, origin: Mapping[str, object]) -> str:
     """What `path` says otherwise than `origin`, key by key in words; "" where they agree."""
-    stored = read_json(path, dict[str, Any], RULES)
+    stored = read_json(path, dict[str, object], RULES)
     there, here = (dict(_flat(value)) for value in (stored, json.loads(json.dumps(origin))))
     differing = [key for key in sorted(there | here) if there.get(key) != here.get(key)]
     return "; ".join(f"{key} is {there.get(key)} there, {here.get(key)} here" for key in differing)
 
 
-def _flat(value: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+def _flat(value: object, prefix: str = "") -> Iterator[tuple[str, object]]:
     """Keys like `weights.search`, as recipes and --set have them, and their values."""
     if not isinstance(value, dict) or not value:
         yield prefix, value
@@ -85,7 +84,7 @@ class CalibrationState:
     (RecipeError) by `resume`, and else removed with a warning.
     """
 
-    def __init__(self, folder: Path, origin: Mapping[str, Any], resume: bool = False) -> None:
+    def __init__(self, folder: Path, origin: Mapping[str, object], resume: bool = False) -> None:
         self.folder, self.layers_dir = folder, folder / "layers"
         self.origin, self.resume = origin, resume
 
@@ -99,9 +98,7 @@ class CalibrationState:
             raise
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *raised: object) -> None:
         os.close(self.lock)
 
     def _take_up(self) -> None:
@@ -114,16 +111,13 @@ class CalibrationState:
         if differing:
             logger.warning("%s: removing a calibration by other settings (%s)", self.folder, differing)
         if differing or not path.is_file():
-            self._clear()
+            for name in (ORIGIN_FILE, checkpoint.LAYERS_FILE, checkpoint.WEIGHTS_FILE):
+                (self.folder / name).unlink(missing_ok=True)
+            self._remove_folders()
             _write(path, self.origin)
         times = self.layers_dir / TIME_FILE
         self._earlier = read_json(times, Times, RULES)["seconds"] if times.is_file() else 0.0
         self._started = time.monotonic()
-
-    def _clear(self) -> None:
-        for name in (ORIGIN_FILE, checkpoint.LAYERS_FILE, checkpoint.WEIGHTS_FILE):
-            (self.folder / name).unlink(missing_ok=True)
-        self._remove_folders()
 
     def _remove_folders(self) -> None:
         for child in self.folder.iterdir():
@@ -139,12 +133,9 @@ class CalibrationState:
         """How long this run has taken, and the interrupted ones before it to their last finished unit."""
         return self._earlier + time.monotonic() - self._started
 
-    def has(self, name: str) -> bool:
-        """Whether the layer is done; its JSON is written last."""
-        return (self.layers_dir / name / LAYERS_FILE).is_file()
-
     def has_all(self, plans: Sequence[LayerPlan]) -> bool:
-        return all(self.has(plan.name) for plan in plans)
+        """Whether the layers are done; the JSON of each is written last."""
+        return all((self.layers_dir / plan.name / LAYERS_FILE).is_file() for plan in plans)
 
     def add(self, layers: Sequence[QuantizedLinear]) -> None:
         """Keep the layers of a finished unit."""
@@ -175,7 +166,7 @@ def load_named(folder: Path, names: Sequence[str]) -> list[QuantizedLinear]:
     return layers
 
 
-def _write(path: Path, document: Any) -> None:
+def _write(path: Path, document: object) -> None:
     """Write JSON through a temporary name. Not synced: what is lost with the machine's power is made again."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(".part")

@@ -11,14 +11,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 
 from export.dialect.ops import ABSMAX_FLOOR
 from export.errors import ModelError, RecipeError
 from export.formats.format import Format, decode, encode, get_format
+from pipeline.calibrate.plan import Activation
 
 F32 = NDArray[np.float32]
 F64 = NDArray[np.float64]
@@ -37,7 +37,7 @@ class StaticRange:
     zero: F32 | None = None
 
     @property
-    def fields(self) -> dict[str, Any]:
+    def fields(self) -> Activation:
         """What a `QuantizedLinear` says of it."""
         return {
             "activation_format": self.format.name,
@@ -47,7 +47,7 @@ class StaticRange:
         }
 
 
-def find_range(values: Iterable[Any], fmt: Format, method: str, name: str) -> StaticRange:
+def find_range(values: Iterable[ArrayLike], fmt: Format, method: str, name: str) -> StaticRange:
     """The static quantizer of a tensor seen as `values` (arrays or tensors of any shape), `method` a key of `METHODS`.
 
     An unsigned format gets a zero. Raises ModelError naming the layer if a value is NaN or Inf, or there is none.
@@ -80,7 +80,7 @@ class Samples:
     squares: F64
 
     @classmethod
-    def of(cls, parts: Iterable[Any], name: str) -> Samples:
+    def of(cls, parts: Iterable[ArrayLike], name: str) -> Samples:
         values = np.concatenate([np.zeros(0), *(np.asarray(part, np.float64).reshape(-1) for part in parts)])
         broken = values.size - int(np.isfinite(values).sum())
         if broken or not values.size:
@@ -122,10 +122,11 @@ def levels(static: StaticRange) -> F64:
     return values * float(static.scale[0]) + (0.0 if static.zero is None else float(static.zero[0]))
 
 
-def _best(samples: Samples, ranges: Sequence[StaticRange]) -> StaticRange:
-    """The one with the least squared error; the first of equals."""
+def best_range(samples: Samples, ranges: Sequence[StaticRange]) -> tuple[StaticRange, float]:
+    """The one with the least squared error, and that error; the first of equals."""
     errors = [samples.squared_error(levels(one)) for one in ranges]
-    return ranges[int(np.argmin(errors))]
+    best = int(np.argmin(errors))
+    return ranges[best], errors[best]
 
 
 def minmax_range(samples: Samples, fmt: Format) -> StaticRange:
@@ -135,13 +136,13 @@ def minmax_range(samples: Samples, fmt: Format) -> StaticRange:
 
 def percentile_range(samples: Samples, fmt: Format) -> StaticRange:
     """The best of clipping a share `TAILS` at either end."""
-    return _best(samples, [_reaching(fmt, *samples.inner(tail)) for tail in TAILS])
+    return best_range(samples, [_reaching(fmt, *samples.inner(tail)) for tail in TAILS])[0]
 
 
 def mse_range(samples: Samples, fmt: Format) -> StaticRange:
     """The best of the shares `SHARES` of what was seen, both ends shrunk alike."""
     low, high = float(samples.values[0]), float(samples.values[-1])
-    return _best(samples, [_reaching(fmt, low * share, high * share) for share in SHARES])
+    return best_range(samples, [_reaching(fmt, low * share, high * share) for share in SHARES])[0]
 
 
 METHODS: dict[str, Callable[[Samples, Format], StaticRange]] = {
@@ -149,12 +150,3 @@ METHODS: dict[str, Callable[[Samples, Format], StaticRange]] = {
     "percentile": percentile_range,
     "mse": mse_range,
 }
-
-
-def thinned(parts: Sequence[Any], shares: F64) -> list[Any]:
-    """Of each part [rows, K] its share of the rows, evenly spread, at least one."""
-    chosen = []
-    for part, share in zip(parts, shares, strict=True):
-        count = max(1, round(len(part) * float(share)))
-        chosen.append(part[np.linspace(0, len(part) - 1, count).round().astype(int)])
-    return chosen

@@ -10,9 +10,8 @@ import argparse
 import json
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -50,14 +49,15 @@ def default_scale(height: int, width: int) -> int:
     return math.ceil(SHOWN_PIXELS / min(height, width))
 
 
-def save(pictures: Pictures, path: Path, columns: int, scale: int, facts: dict[str, Any]) -> tuple[int, int]:
+def save(pictures: Pictures, path: Path, columns: int, scale: int, facts: Mapping[str, object]) -> tuple[int, int]:
     """Write one PNG, every pixel enlarged to scale x scale; `facts` go into it as text. Returns (width, height)."""
     from PIL import Image, PngImagePlugin
 
-    height, width = (side * scale for side in arrange(pictures, columns).shape[:2])
+    sheet = arrange(pictures, columns)
+    height, width = sheet.shape[0] * scale, sheet.shape[1] * scale
     if height * width > MOST_SHEET_PIXELS:
         raise RecipeError(f"a sheet of {width} x {height} pixels is too large; use a smaller --scale or fewer pictures")
-    sheet = arrange(pictures, columns).repeat(scale, axis=0).repeat(scale, axis=1)
+    sheet = sheet.repeat(scale, axis=0).repeat(scale, axis=1)
     information = PngImagePlugin.PngInfo()
     for key, value in facts.items():
         information.add_itxt(key, str(value))
@@ -113,18 +113,15 @@ def work(args: argparse.Namespace, answer: Answer) -> int:
         pictures = draw_latent(bundle, request, args.pipeline)
     scale = args.scale or default_scale(*pictures.shape[1:3])
     facts = {"engine": bundle.name, "prompts": json.dumps(request.prompts), "seed": request.seed}
-    width, height = save(pictures, args.output, _columns(request), scale, facts)
+    # One row for each prompt; with one picture of each, a sheet that is about square.
+    columns = request.num_images if request.num_images > 1 else math.ceil(math.sqrt(len(request.prompts)))
+    width, height = save(pictures, args.output, columns, scale, facts)
     text = f"{args.output}: {len(pictures)} picture(s), {width} x {height} pixels"
     text += f", every pixel shown {scale} x {scale} (--scale)" if scale > 1 else ""
     answer.document(
         {"event": "result", "path": str(args.output), "width": width, "height": height, "scale": scale}, text
     )
     return 0
-
-
-def _columns(request: DrawRequest) -> int:
-    """One row for each prompt; with one picture of each, a sheet that is about square."""
-    return request.num_images if request.num_images > 1 else math.ceil(math.sqrt(len(request.prompts)))
 
 
 def main(argv: Sequence[str] | None = None) -> int:

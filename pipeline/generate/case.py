@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from export.models.description import Description, sample_inputs
 from pipeline.backends.base import Arrays
-from pipeline.generate.conditioning import GENERATION_FILE, Generation, load_generation
+from pipeline.generate.conditioning import GENERATION_FILE, Conditioning, Generation, load_generation
 from pipeline.generate.sampling import make_sampler, sample, take_samples
+from pipeline.generate.scene_grammar import ALONE, NONE
 from pipeline.progress import raise_if_stopped
 from pipeline.recipe import Recipe
 
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from export.models.load import LoadedModel
 
 Run = Callable[[Arrays], Arrays]
+DType = TypeVar("DType", bound=np.generic)
 # A model below this size is verified on at least SMALL_PICTURES pictures, a larger one on the recipe's batch.
 SMALL_PARAMETERS, SMALL_PICTURES = 50_000_000, 4
 
@@ -52,7 +54,7 @@ class Case:
 
         return sample(watched, self.conditioning, self.noise, sampler, self.guidance_scale, on_step, self.shared)
 
-    def shown(self, output: NDArray[Any]) -> NDArray[Any]:
+    def shown(self, output: NDArray[DType]) -> NDArray[DType]:
         """The part of a denoiser's output that the sampler uses: a learned sigma is dropped."""
         return output[:, : self.noise.shape[1]]
 
@@ -71,26 +73,18 @@ def make_case(model: LoadedModel, recipe: Recipe, pictures: int = 0) -> Case:
 def described_case(model: Description, recipe: Recipe, count: int) -> Case:
     """Prompts, noise and sampler of `count` pictures by the recipe; a model without generation.json gets random
     conditioning."""
-    sampling = recipe.sampling
-    drawn = sample_inputs(model, count, sampling.seed, sampling.height, sampling.width)
-    noise = np.random.default_rng(sampling.seed).standard_normal(drawn["hidden_states"].shape).astype(np.float32)
-    case = _conditioned(model, recipe, count)
-    case = replace(case, noise=noise, shared=model.shared)
-    return replace(case, n_steps=sampling.n_steps, guidance_scale=sampling.guidance_scale)
-
-
-def _conditioned(model: Description, recipe: Recipe, count: int) -> Case:
-    """Prompts, conditioning and sampler; the rest is filled in by `described_case`."""
-    size, seed, empty = (recipe.sampling.height, recipe.sampling.width), recipe.sampling.seed, np.zeros(0, np.float32)
+    sampling, seed = recipe.sampling, recipe.sampling.seed
+    drawn = sample_inputs(model, count, seed, sampling.height, sampling.width)
+    noise = np.random.default_rng(seed).standard_normal(drawn["hidden_states"].shape).astype(np.float32)
+    steps, guidance = sampling.n_steps, sampling.guidance_scale
     if not (model.folder / GENERATION_FILE).is_file():
-        drawn = [_conditioning(sample_inputs(model, count, seed + i, *size)) for i in range(2)]
-        return Case(("random",) * count, (drawn[0], drawn[1]), empty, "ddim", 1000.0, 1, 1.0, "latents")
-    generation = load_generation(model.folder)
-    prompts = example_prompts(generation, count, seed)
-    encoded = generation.encode(prompts)
-    return Case(
-        tuple(prompts), encoded, empty, generation.sampler, generation.timestep_scale, 1, 1.0, generation.output
-    )
+        others = sample_inputs(model, count, seed + 1, sampling.height, sampling.width)
+        both, prompts = (_conditioning(drawn), _conditioning(others)), ("random",) * count
+        return Case(prompts, both, noise, "ddim", 1000.0, steps, guidance, "latents", model.shared)
+    stated = load_generation(model.folder)
+    prompts = tuple(example_prompts(stated, count, seed))
+    both, scale = stated.encode(list(prompts)), stated.timestep_scale
+    return Case(prompts, both, noise, stated.sampler, scale, steps, guidance, stated.output, model.shared)
 
 
 def is_large(model: LoadedModel) -> bool:
@@ -105,29 +99,17 @@ def _conditioning(inputs: Arrays) -> Arrays:
 def example_prompts(generation: Generation, count: int, seed: int) -> list[str]:
     """Prompts that the model understands, the same for the same seed."""
     rng = np.random.default_rng(seed)
-    return [PROMPTS[generation.conditioning["kind"]](generation.conditioning, rng, index) for index in range(count)]
+    return [_example(generation.conditioning, rng, index) for index in range(count)]
 
 
-def _scene(conditioning: Mapping[str, Any], rng: np.random.Generator, _: int) -> str:
-    words = {
-        slot["name"]: [word for word in slot["words"] if word not in ("alone", "none")]
-        for slot in conditioning["slots"]
-    }
-    chosen = {name: words[name][rng.integers(len(words[name]))] for name in words}
+def _example(conditioning: Conditioning, rng: np.random.Generator, index: int) -> str:
+    if conditioning["kind"] == "synthetic":
+        return f"prompt {index}"
+    if conditioning["kind"] == "classes":
+        return conditioning["names"][int(rng.integers(len(conditioning["names"])))]
+    chosen = {}
+    for slot in conditioning["slots"]:
+        words = [word for word in slot["words"] if word not in (ALONE, NONE)]
+        chosen[slot["name"]] = words[rng.integers(len(words))]
     sentence = "a {colour} {shape} {relation} a {second colour} {second shape} on {background}".format_map(chosen)
     return re.sub(r"\ba (?=[aeiou])", "an ", sentence)
-
-
-def _class(conditioning: Mapping[str, Any], rng: np.random.Generator, index: int) -> str:
-    return str(conditioning["names"][int(rng.integers(len(conditioning["names"])))])
-
-
-def _numbered(conditioning: Mapping[str, Any], rng: np.random.Generator, index: int) -> str:
-    return f"prompt {index}"
-
-
-PROMPTS: dict[str, Callable[[Mapping[str, Any], np.random.Generator, int], str]] = {
-    "vocabulary": _scene,
-    "classes": _class,
-    "synthetic": _numbered,
-}

@@ -1,25 +1,134 @@
-"""Prompts to model inputs, as the `generation.json` beside a model or in a bundle describes it. NumPy only."""
+"""generation.json, beside a model or in a bundle: how the model makes pictures, and how prompts become its inputs.
+
+Its schema, whose part for the conditioning goes by its kind, and the inputs that it describes. NumPy only.
+"""
 
 from __future__ import annotations
 
+import math
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal, NotRequired
 
 import numpy as np
+from annotated_types import Ge, Gt, Le, MinLen
+from numpy.typing import NDArray
 from safetensors import SafetensorError
 from safetensors.numpy import load_file
+from typing_extensions import TypedDict
 
-from export.documents import read_json
+from export.documents import Rules, read_json, shown, validated
 from export.errors import ContractError, RecipeError
 from export.models.description import GENERATION_FILE
+from export.names import inside
 from pipeline.backends.base import Arrays
-from pipeline.generate import generation_file
-from pipeline.generate.scene_grammar import token_ids
+from pipeline.generate.scene_grammar import ALONE, NONE, SLOT_NAMES, Slot, token_ids
 
+RULES = Rules()
 CLASS_PREFIXES = ("a", "an", "the", "class", "digit")
+# Elements of one sample of a made-up input.
+MOST_ELEMENTS = 2**24
+
+Index = Annotated[int, Ge(0), Le(2**31)]
+Words = Annotated[list[str], MinLen(1)]
+
+
+class Vocabulary(TypedDict):
+    """embedding: a safetensors file beside this one; tensor: its table [words, D]."""
+
+    kind: Literal["vocabulary"]
+    embedding: str
+    tensor: str
+    null_token: Index
+    slots: list[Slot]
+    examples: NotRequired[list[str]]
+
+
+class Classes(TypedDict):
+    """names: of the classes, by index."""
+
+    kind: Literal["classes"]
+    names: Words
+    null_class: Index
+    examples: NotRequired[list[str]]
+
+
+class SyntheticInput(TypedDict):
+    """shape: without the batch. value: of all elements; without it normal numbers."""
+
+    shape: list[Annotated[int, Ge(0), Le(MOST_ELEMENTS)]]
+    dtype: NotRequired[Literal["float32", "float16", "float64", "int64", "int32", "bool"]]
+    value: NotRequired[float | bool]
+
+
+class Synthetic(TypedDict):
+    """Random inputs by name."""
+
+    kind: Literal["synthetic"]
+    inputs: dict[str, SyntheticInput]
+    examples: NotRequired[list[str]]
+
+
+Conditioning = Vocabulary | Classes | Synthetic
+
+
+class GenerationFile(TypedDict):
+    """Without `conditioning`, whose schema goes by its kind."""
+
+    sampler: str
+    conditioning: dict[str, object]
+    timestep_scale: NotRequired[Annotated[float, Gt(0), Le(1e6)]]
+    guidance_scale: NotRequired[Annotated[float, Ge(-1e4), Le(1e4)]]
+    n_steps: NotRequired[Annotated[int, Ge(1), Le(1000)]]
+    output: NotRequired[Literal["pixels", "latents"]]
+
+
+SCHEMAS: dict[str, type[Conditioning]] = {"vocabulary": Vocabulary, "classes": Classes, "synthetic": Synthetic}
+SUFFIX = ".safetensors"
+
+
+def _check(document: Mapping[str, Any], folder: Path) -> None:
+    """Raise ContractError for what a generation.json in `folder` may not say."""
+    path = folder / GENERATION_FILE
+    validated(document, str(path), GenerationFile, RULES)
+    conditioning = document["conditioning"]
+    kind = conditioning.get("kind")
+    if not isinstance(kind, str) or kind not in SCHEMAS:
+        raise ContractError(f"{path}: kind {kind!r}; use one of {', '.join(SCHEMAS)}")
+    validated(conditioning, f"{path}: conditioning", SCHEMAS[kind], RULES)
+    if kind == "vocabulary":
+        embedding_path(folder, conditioning["embedding"])
+        _check_slots(conditioning["slots"], path)
+    for name, row in conditioning["inputs"].items() if kind == "synthetic" else ():
+        if math.prod(row["shape"]) > MOST_ELEMENTS:
+            raise ContractError(f"{path}: input {name} of shape {row['shape']} has more than {MOST_ELEMENTS} elements")
+
+
+def embedding_path(folder: Path, name: str) -> Path:
+    """The file of the token embedding: beside generation.json, and by its ending none of a bundle's other files."""
+    path = folder / GENERATION_FILE
+    if "/" in name or not name.endswith(SUFFIX):
+        raise ContractError(f"{path}: embedding {name!r} leaves the folder, or is no {SUFFIX} file; name one beside it")
+    return inside(folder, name, path)
+
+
+def _check_slots(slots: Sequence[Slot], path: Path) -> None:
+    """A scene has these six slots, some of which may stay empty."""
+    names = [slot["name"] for slot in slots]
+    if sorted(names) != sorted(SLOT_NAMES):
+        raise ContractError(f"{path}: slots are {shown(names)}; a scene has {', '.join(SLOT_NAMES)}, each once")
+    words = {slot["name"]: set(slot["words"]) - {ALONE, NONE} for slot in slots}
+    if bare := [name for name, known in words.items() if not known]:
+        raise ContractError(f"{path}: slot {bare[0]!r} has no word; give at least one")
+    empty = {"relation": ALONE, "second colour": NONE, "second shape": NONE}
+    for slot in slots:
+        if slot["name"] in empty and empty[slot["name"]] not in slot["words"]:
+            raise ContractError(f"{path}: slot {slot['name']!r} has no word {empty[slot['name']]!r} for an empty place")
+
+
+# --- what it describes ------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -31,7 +140,7 @@ class Generation:
 
     folder: Path
     sampler: str
-    conditioning: Mapping[str, Any]
+    conditioning: Conditioning
     timestep_scale: float = 1000.0
     guidance_scale: float = 2.0
     n_steps: int = 20
@@ -41,13 +150,18 @@ class Generation:
         """Model inputs of B prompts, and of B empty prompts. Raises RecipeError for a prompt outside the grammar."""
         if not prompts:
             raise RecipeError("no prompt was given; give at least one")
-        return ENCODERS[self.conditioning["kind"]](self, prompts)
+        if self.conditioning["kind"] == "vocabulary":
+            return _vocabulary(self.conditioning, prompts, self.folder)
+        if self.conditioning["kind"] == "classes":
+            return _classes(self.conditioning, prompts)
+        return _synthetic(self.conditioning, prompts)
 
     @property
     def files(self) -> tuple[str, ...]:
         """Names of the files that a copy of this description needs beside it."""
-        embedding = self.conditioning.get("embedding")
-        return (GENERATION_FILE, embedding) if embedding else (GENERATION_FILE,)
+        if self.conditioning["kind"] == "vocabulary":
+            return GENERATION_FILE, self.conditioning["embedding"]
+        return (GENERATION_FILE,)
 
 
 def load_generation(folder: Path) -> Generation:
@@ -55,33 +169,33 @@ def load_generation(folder: Path) -> Generation:
     path = folder / GENERATION_FILE
     if not path.is_file():
         raise ContractError(f"{path} is missing; it says how prompts become inputs. Build the bundle again")
-    return from_dict(read_json(path, dict[str, Any], generation_file.RULES), folder)
+    return from_dict(read_json(path, dict[str, Any], RULES), folder)
 
 
 def from_dict(document: Mapping[str, Any], folder: Path) -> Generation:
     """The description in `document`; keys that generating does not need are left alone. Raises ContractError."""
-    generation_file.check(document, folder)
+    _check(document, folder)
     known = {
         key: value for key, value in document.items() if key in Generation.__dataclass_fields__ and key != "folder"
     }
     return Generation(folder=folder, **known)
 
 
-def _vocabulary(generation: Generation, prompts: list[str]) -> tuple[Arrays, Arrays]:
+def _vocabulary(conditioning: Vocabulary, prompts: list[str], folder: Path) -> tuple[Arrays, Arrays]:
     """Token embeddings: encoder_hidden_states [B, slots, D] and a mask of ones; `null_token` is the empty prompt."""
-    path = generation_file.embedding_path(generation.folder, generation.conditioning["embedding"])
-    table = _table(path, generation.conditioning["tensor"])
-    ids = np.stack([token_ids(prompt, generation.conditioning["slots"]) for prompt in prompts])
+    path, null_token = embedding_path(folder, conditioning["embedding"]), conditioning["null_token"]
+    table = _table(path, conditioning["tensor"])
+    ids = np.stack([token_ids(prompt, conditioning["slots"]) for prompt in prompts])
     if ids.max() >= len(table):
         raise ContractError(f"{path}: {len(table)} rows, but the vocabulary reaches token {ids.max()}")
-    if generation.conditioning["null_token"] >= len(table):
-        raise ContractError(f"{path}: {len(table)} rows, but null_token is {generation.conditioning['null_token']}")
+    if null_token >= len(table):
+        raise ContractError(f"{path}: {len(table)} rows, but null_token is {null_token}")
     mask = np.ones(ids.shape, np.float32)
-    prompted, plain = table[ids], table[np.full_like(ids, generation.conditioning["null_token"])]
+    prompted, plain = table[ids], table[np.full_like(ids, null_token)]
     return _captions(prompted, mask), _captions(plain, mask)
 
 
-def _table(path: Path, tensor: str) -> np.ndarray:
+def _table(path: Path, tensor: str) -> NDArray[np.float32]:
     """The token embedding [words, D] float32."""
     if not path.is_file():
         raise ContractError(f"{path} is missing; it holds the token embedding. Build the bundle again")
@@ -96,15 +210,14 @@ def _table(path: Path, tensor: str) -> np.ndarray:
     return table.astype(np.float32)
 
 
-def _captions(states: np.ndarray, mask: np.ndarray) -> Arrays:
+def _captions(states: NDArray[np.float32], mask: NDArray[np.float32]) -> Arrays:
     return {"encoder_hidden_states": states, "encoder_attention_mask": mask}
 
 
-def _classes(generation: Generation, prompts: list[str]) -> tuple[Arrays, Arrays]:
+def _classes(conditioning: Classes, prompts: list[str]) -> tuple[Arrays, Arrays]:
     """Class indices: class_labels [B] int64; `null_class` is the empty prompt."""
-    names = generation.conditioning["names"]
-    labels = np.array([_class_index(prompt, names) for prompt in prompts], np.int64)
-    return {"class_labels": labels}, {"class_labels": np.full_like(labels, generation.conditioning["null_class"])}
+    labels = np.array([_class_index(prompt, conditioning["names"]) for prompt in prompts], np.int64)
+    return {"class_labels": labels}, {"class_labels": np.full_like(labels, conditioning["null_class"])}
 
 
 def _class_index(prompt: str, names: list[str]) -> int:
@@ -119,24 +232,17 @@ def _class_index(prompt: str, names: list[str]) -> int:
     return known[" ".join(words)]
 
 
-def _synthetic(generation: Generation, prompts: list[str]) -> tuple[Arrays, Arrays]:
+def _synthetic(conditioning: Synthetic, prompts: list[str]) -> tuple[Arrays, Arrays]:
     """Random inputs of the right shapes, seeded by the prompt: for models whose text encoder is not here."""
-    inputs = generation.conditioning["inputs"]
+    inputs = conditioning["inputs"]
     prompted = {name: _random_rows(row, prompts) for name, row in inputs.items()}
     return prompted, {name: _random_rows(row, [""] * len(prompts)) for name, row in inputs.items()}
 
 
-def _random_rows(row: Mapping[str, Any], prompts: list[str]) -> np.ndarray:
+def _random_rows(row: SyntheticInput, prompts: list[str]) -> NDArray[np.generic]:
     """One row for each prompt: {"shape": without the batch, "dtype"} normal numbers, or all equal to "value"."""
     shape, dtype = tuple(row["shape"]), np.dtype(row.get("dtype", "float32"))
     if "value" in row:
         return np.broadcast_to(np.asarray(row["value"], dtype), (len(prompts), *shape)).copy()
     seeds = [zlib.crc32(prompt.encode()) for prompt in prompts]
     return np.stack([np.random.default_rng(seed).standard_normal(shape) for seed in seeds]).astype(dtype)
-
-
-ENCODERS: dict[str, Callable[[Generation, list[str]], tuple[Arrays, Arrays]]] = {
-    "vocabulary": _vocabulary,
-    "classes": _classes,
-    "synthetic": _synthetic,
-}

@@ -8,16 +8,19 @@ from __future__ import annotations
 import inspect
 import logging
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import diffusers
 import numpy as np
 import torch
 from diffusers import ConfigMixin, ModelMixin
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
+from numpy.typing import NDArray
 
 from export.errors import ContractError, RecipeError
-from export.models.families import FAMILIES, Family, Input
+from export.models.description import GENERATION_FILE, pixels_per_cell
+from export.models.families import FAMILIES, Config, Family, Input
 from pipeline.backends.base import Engine
 from pipeline.generate.diffusers_refusals import SAVED, TRAINED, lacking, refuse_methods
 
@@ -43,17 +46,16 @@ def as_diffusers(bundle: Bundle, target: str = "auto") -> EngineTransformer:
     return EngineTransformer(bundle.engine(target), family, config, size)
 
 
+@dataclass(frozen=True)
 class DrawnSize:
     """The one size that an engine draws. cells: height and width of `hidden_states`; pixels_per_cell: of its side."""
 
-    def __init__(self, cells: tuple[int, int], pixels_per_cell: int) -> None:
-        self.cells, self.pixels_per_cell = cells, pixels_per_cell
+    cells: tuple[int, int]
+    pixels_per_cell: int
 
     @classmethod
-    def of_bundle(cls, bundle: Bundle, config: Mapping[str, Any]) -> DrawnSize:
+    def of_bundle(cls, bundle: Bundle, config: Config) -> DrawnSize:
         """The size that the recipe states, the model's own where it states none."""
-        from export.models.description import GENERATION_FILE, pixels_per_cell
-
         with bundle.copied({GENERATION_FILE}.__contains__) as private:
             scale, size = pixels_per_cell(private.path, config), bundle.recipe.sampling
         own = config["sample_size"]
@@ -98,7 +100,7 @@ class EngineTransformer(ModelMixin, ConfigMixin):
     config_name = "config.json"
 
     def __init__(
-        self, engine: Engine, family: Family, config: Mapping[str, Any], size: DrawnSize | None = None
+        self, engine: Engine, family: Family, config: Config, size: DrawnSize | None = None
     ) -> None:
         """size: what the engine draws; None for one that draws every size, as a torch module does."""
         super().__init__()
@@ -118,7 +120,7 @@ class EngineTransformer(ModelMixin, ConfigMixin):
         self.place = torch.nn.Parameter(torch.zeros(0), requires_grad=False)
         self.eval()
 
-    def _shown_config(self, whole: Mapping[str, Any]) -> dict[str, Any]:
+    def _shown_config(self, whole: Config) -> dict[str, object]:
         """What pipelines read: `sample_size` is that of an engine for squares.
 
         What the class derives from the model's own `sample_size` where the configuration is silent is stated then.
@@ -146,13 +148,14 @@ class EngineTransformer(ModelMixin, ConfigMixin):
             raise error
         return super().__getattr__(name)
 
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
+    def forward(self, *args: object, **kwargs: object) -> Transformer2DModelOutput | tuple[torch.Tensor]:
         """As the diffusers class: Transformer2DModelOutput, or a tuple with `return_dict=False`."""
         arguments = self.signature.bind(self, *args, **kwargs).arguments
         arguments.pop("self")
         as_dict = arguments.pop("return_dict", True)
         named = {name: value for name, value in _flattened(arguments).items() if not _says_nothing(value)}
-        self._refuse_unknown(named)
+        if unknown := sorted(set(named) - {row.name for row in self.rows} - self.ignored):
+            raise RecipeError(f"the engine has no input {unknown[0]}; leave it away, or use the float transformer")
         hidden = torch.as_tensor(named["hidden_states"])
         inputs = {row.name: self._tensor(row, named, hidden) for row in self.rows}
         self._refuse_shapes(inputs)
@@ -167,12 +170,7 @@ class EngineTransformer(ModelMixin, ConfigMixin):
         arrays = {row.name: _array(row, inputs[row.name]) for row in self.rows}
         return torch.from_numpy(np.ascontiguousarray(self.engine.run(arrays)["sample"]))
 
-    def _refuse_unknown(self, named: Mapping[str, Any]) -> None:
-        unknown = sorted(set(named) - {row.name for row in self.rows} - self.ignored)
-        if unknown:
-            raise RecipeError(f"the engine has no input {unknown[0]}; leave it away, or use the float transformer")
-
-    def _tensor(self, row: Input, named: Mapping[str, Any], hidden: torch.Tensor) -> torch.Tensor:
+    def _tensor(self, row: Input, named: Mapping[str, torch.Tensor], hidden: torch.Tensor) -> torch.Tensor:
         """One engine input; a missing mask keeps every token, a single timestep serves the whole batch.
 
         A tensor that fits is passed as it is, so that an engine may know it again.
@@ -185,7 +183,7 @@ class EngineTransformer(ModelMixin, ConfigMixin):
             tensor = tensor.expand(len(hidden))
         return tensor
 
-    def _filled(self, row: Input, named: Mapping[str, Any], hidden: torch.Tensor) -> torch.Tensor:
+    def _filled(self, row: Input, named: Mapping[str, torch.Tensor], hidden: torch.Tensor) -> torch.Tensor:
         """What stands for an input that the caller left away."""
         if row.fill == "mask":
             tokens = named["encoder_hidden_states"].shape[1] if row.shape[1] == "tokens" else row.shape[1]
@@ -231,10 +229,10 @@ class EngineTransformer(ModelMixin, ConfigMixin):
         twin.place = torch.nn.Parameter(self.place.clone(), requires_grad=False)
         return twin
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> EngineTransformer:
+    def __deepcopy__(self, memo: dict[int, EngineTransformer]) -> EngineTransformer:
         return memo.setdefault(id(self), self.__copy__())
 
-    def __reduce_ex__(self, protocol: Any) -> Any:
+    def __reduce_ex__(self, protocol: object) -> NoReturn:
         raise RecipeError(f"pickle: {SAVED}; another process loads the bundle itself")
 
 
@@ -260,12 +258,12 @@ def _last_index(row: Input) -> int | None:
     return 0 if kind == "zeros" else None
 
 
-def _array(row: Input, tensor: torch.Tensor) -> np.ndarray[Any, Any]:
+def _array(row: Input, tensor: torch.Tensor) -> NDArray[np.generic]:
     """The input in the engine's type, on the host."""
     return tensor.detach().cpu().to(TORCH_TYPES[row.dtype]).contiguous().numpy()
 
 
-def _says_nothing(value: Any) -> bool:
+def _says_nothing(value: object) -> bool:
     """None, or keyword arguments without any."""
     return value is None or (isinstance(value, Mapping) and not value)
 
@@ -280,7 +278,7 @@ def _flattened(arguments: Mapping[str, Any]) -> dict[str, Any]:
     return named
 
 
-def _defaults(float_class: type) -> dict[str, Any]:
+def _defaults(float_class: type) -> dict[str, object]:
     """The class's own value of every configuration key."""
     parameters = inspect.signature(float_class.__init__).parameters.values()  # type: ignore[misc]
     return {row.name: row.default for row in parameters if row.default is not inspect.Parameter.empty}

@@ -8,7 +8,7 @@ classes have is no attribute of the stand-in: `hasattr` tells the truth, and the
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import NoReturn
 
 from export.errors import RecipeError
 
@@ -64,8 +64,8 @@ def refuse_methods(cls: type) -> type:
     return cls
 
 
-def _refusal(name: str, why: str) -> Callable[..., Any]:
-    def refuse(self: Any, *args: Any, **kwargs: Any) -> Any:
+def _refusal(name: str, why: str) -> Callable[..., NoReturn]:
+    def refuse(self: object, *args: object, **kwargs: object) -> NoReturn:
         raise RecipeError(f"{name}: {why}")
 
     refuse.__name__, refuse.__doc__ = name, f"Raises RecipeError: {why}."

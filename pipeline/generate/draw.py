@@ -14,6 +14,7 @@ from export.models.families import FAMILIES, shared_names, stated_inputs
 from pipeline.generate.conditioning import GENERATION_FILE, Generation
 from pipeline.generate.sampling import make_sampler, sample
 from pipeline.progress import track
+from pipeline.recipe import MOST_SEED, MOST_STEPS
 
 if TYPE_CHECKING:
     from pipeline.backends.base import Engine
@@ -21,8 +22,8 @@ if TYPE_CHECKING:
 
 # Pictures drawn at a time: with guidance a batch of 8, the largest that every engine is built for.
 BATCH_SIZE = 4
-# Of one request, so that a slip of the finger is refused at once.
-MOST_PICTURES, MOST_STEPS = 4096, 10_000
+# Of one request, so that a slip of the finger is refused at once; MOST_STEPS and MOST_SEED are a recipe's.
+MOST_PICTURES = 4096
 Pictures = NDArray[np.uint8]
 
 
@@ -43,7 +44,7 @@ class DrawRequest:
     def __post_init__(self) -> None:
         if self.num_images < 1 or self.seed < 0 or self.n_steps < 0:
             raise RecipeError("--num-images must be at least 1, --seed and --n-steps not negative")
-        if self.num_images * len(self.prompts) > MOST_PICTURES or self.n_steps > MOST_STEPS or self.seed >= 2**63:
+        if self.num_images * len(self.prompts) > MOST_PICTURES or self.n_steps > MOST_STEPS or self.seed >= MOST_SEED:
             raise RecipeError(f"at most {MOST_PICTURES} pictures, {MOST_STEPS} --n-steps and seeds below 2**63")
         if self.guidance_scale is not None and not math.isfinite(self.guidance_scale):
             raise RecipeError(f"--guidance-scale {self.guidance_scale} is not a number; give one such as 4.5")
@@ -63,15 +64,12 @@ def draw(bundle: Bundle, request: DrawRequest) -> Pictures:
         generation.encode(list(request.prompts))  # refuse a bad prompt before the engine is loaded
         engine = bundle.engine(request.target)
         try:
-            parts = _parts(request.pictures)
+            pictures = request.pictures
+            parts = [pictures[first : first + BATCH_SIZE] for first in range(0, len(pictures), BATCH_SIZE)]
             drawn = [_draw_part(bundle, generation, engine, request, part) for part in track(parts, len(parts), "draw")]
         finally:
             engine.close()
     return np.concatenate(drawn)
-
-
-def _parts(pictures: list[tuple[str, int]]) -> list[list[tuple[str, int]]]:
-    return [pictures[first : first + BATCH_SIZE] for first in range(0, len(pictures), BATCH_SIZE)]
 
 
 def _draw_part(
@@ -82,16 +80,9 @@ def _draw_part(
     shape = picture_shape(bundle)
     noise = np.stack([np.random.default_rng(seed).standard_normal(shape) for _, seed in part]).astype(np.float32)
     encoded = generation.encode([prompt for prompt, _ in part])
-    images = sample(engine.run, encoded, noise, sampler, scale, shared=_shared(bundle))
-    return to_pixels(images)
-
-
-def _shared(bundle: Bundle) -> frozenset[str]:
-    """Names of the engine's inputs without a batch axis; classes without a row of their own have none."""
-    family = FAMILIES.get(bundle.manifest["model"]["family"])
-    if family is None:
-        return frozenset()
-    return shared_names(stated_inputs(family, bundle.config(), bundle.path / "config.json"))
+    family = FAMILIES.get(bundle.manifest["model"]["family"])  # classes without a row of their own have no such inputs
+    inputs = stated_inputs(family, bundle.config(), bundle.path / "config.json") if family else ()
+    return to_pixels(sample(engine.run, encoded, noise, sampler, scale, shared=shared_names(inputs)))
 
 
 def picture_shape(bundle: Bundle) -> tuple[int, int, int]:

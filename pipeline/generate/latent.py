@@ -11,6 +11,7 @@ from export.errors import EnvironmentLacksError, RecipeError
 from export.models.families import FAMILIES
 from pipeline import machine
 from pipeline.generate.draw import BATCH_SIZE, DrawRequest, Pictures
+from pipeline.generate.pipeline_folder import INDEX, drawing, open_pipeline, pipeline_arguments, read_index
 
 if TYPE_CHECKING:
     from pipeline.bundle.bundle import Bundle
@@ -27,18 +28,17 @@ def draw_latent(bundle: Bundle, request: DrawRequest, source: str | None = None)
     _refuse_other_class(root, family)
     import torch
 
-    from pipeline.generate.pipeline_folder import drawing, open_pipeline, pipeline_arguments
-
     transformer = bundle.as_diffusers(request.target)
     try:
         pipeline = open_pipeline(Path(root), transformer)
-        arguments = pipeline_arguments(family)
-        settings = _settings(request)
+        settings: dict[str, float] = {"num_inference_steps": request.n_steps} if request.n_steps else {}
+        if request.guidance_scale is not None:  # 0 is one
+            settings["guidance_scale"] = request.guidance_scale
         drawn = []
         for first in range(0, len(request.pictures), BATCH_SIZE):
             part = request.pictures[first : first + BATCH_SIZE]
             generators = [torch.Generator().manual_seed(seed) for _, seed in part]
-            named = arguments(pipeline, bundle, [text for text, _ in part])
+            named = pipeline_arguments(pipeline, bundle.recipe.sampling, [text for text, _ in part])
             with drawing(Path(root)):
                 images = pipeline(**named, generator=generators, output_type="np", **settings).images
             drawn.append(np.rint(np.clip(images, 0, 1) * 255).astype(np.uint8))
@@ -47,19 +47,11 @@ def draw_latent(bundle: Bundle, request: DrawRequest, source: str | None = None)
     return np.concatenate(drawn)
 
 
-def _settings(request: DrawRequest) -> dict[str, float]:
-    """The pipeline's arguments for what the request states; a guidance scale of 0 is one."""
-    steps: dict[str, float] = {"num_inference_steps": request.n_steps} if request.n_steps else {}
-    return steps if request.guidance_scale is None else steps | {"guidance_scale": request.guidance_scale}
-
-
 def _refuse_other_class(root: str, family: str) -> None:
     """Raise RecipeError if the pipeline's transformer is of another class than the engine's model.
 
     ModelError for an index that cannot be read.
     """
-    from pipeline.generate.pipeline_folder import INDEX, read_index
-
     row = read_index(Path(root) / INDEX).get("transformer")
     known = FAMILIES.get(family)
     class_name = row[1] if isinstance(row, list) and len(row) == 2 else None
@@ -72,7 +64,7 @@ def find_pipeline(source: str) -> str:
     """The folder or hub id of the diffusers pipeline that `source` (a pipeline or its transformer folder) means."""
     folder = Path(source).expanduser()
     for candidate in (folder, folder.parent):
-        if (candidate / "model_index.json").is_file():
+        if (candidate / INDEX).is_file():
             return str(candidate)
     if folder.exists() or ":" in source:
         raise EnvironmentLacksError(

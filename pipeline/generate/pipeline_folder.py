@@ -10,28 +10,28 @@ import logging
 import math
 import re
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
 from traceback import walk_tb
-from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from export.documents import Rules, open_file, read_json
-from export.errors import ModelError, RecipeError, ResourceError, UserError
+from export.errors import ModelError, RecipeError, UserError
 from export.names import inside
 from pipeline import machine
 from pipeline.backends.base import Arrays, Engine
 from pipeline.files import is_out_of_disk, is_out_of_memory, sha256, sha256_json
 
 if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline, ModelMixin
+
     from export.models.load import LoadedModel
-    from pipeline.bundle.bundle import Bundle
-    from pipeline.recipe import Recipe
+    from pipeline.recipe import Recipe, Sampling
 
 logger = logging.getLogger(__name__)
 INDEX = "model_index.json"
@@ -52,9 +52,9 @@ def pipeline_root(model: LoadedModel) -> Path | None:
     return None
 
 
-def read_index(index: Path) -> dict[str, Any]:
+def read_index(index: Path) -> dict[str, object]:
     """A pipeline's model_index.json: class names, and [library, class] by part. Raises ModelError."""
-    return read_json(index, dict[str, Any], Rules(ModelError, REMEDY))
+    return read_json(index, dict[str, object], Rules(ModelError, REMEDY))
 
 
 def listed_parts(index: Path) -> list[str]:
@@ -129,32 +129,11 @@ REFUSALS = (ArithmeticError, AttributeError, ImportError, LookupError, OSError, 
             TypeError, ValueError)  # fmt: skip
 
 
-def open_pipeline(root: Path, transformer: Any) -> Any:
-    """The diffusers pipeline in the folder `root` with this transformer. Raises ModelError for one that cannot be read.
-
-    Lack of memory or disk stays what it is.
-    """
-    from diffusers import DiffusionPipeline
-
-    settings = {"variant": shared_variant(root), "local_files_only": True}
-    for path in (path for part in _other_parts(root) for path in (root / part).rglob("*") if not path.is_dir()):
-        open_file(path, ModelError, REMEDY).close()  # refuses what is no file, for which diffusers would wait
-    try:
-        return DiffusionPipeline.from_pretrained(root, transformer=transformer, **settings)
-    except UserError:
-        raise
-    except REFUSALS as error:
-        if is_out_of_memory(error) or is_out_of_disk(error):
-            raise
-        reason = " ".join(str(error).split())[:300] or type(error).__name__
-        raise ModelError(f"{root}: diffusers cannot open this pipeline ({reason}); {REMEDY}") from error
-
-
 @contextmanager
-def drawing(root: Path) -> Iterator[None]:
-    """Within, the pipeline in `root` is called: what its parts raise for their own settings becomes a ModelError.
+def refused_as_model_error(sentence: str) -> Iterator[None]:
+    """Within, what a pipeline's parts raise for their own files or settings becomes a ModelError that begins so.
 
-    What our transformer in it raises stays what it is, and so does a lack of memory.
+    What our transformer in it raises stays what it is, and so does a lack of memory or disk.
     """
     try:
         yield
@@ -165,56 +144,57 @@ def drawing(root: Path) -> Iterator[None]:
         if is_out_of_memory(error) or is_out_of_disk(error) or "pipeline.generate.diffusers_adapter" in frames:
             raise
         reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
-        raise ModelError(f"{root}: its pipeline cannot draw with these settings ({reason}); {REMEDY}") from error
+        raise ModelError(f"{sentence} ({reason}); {REMEDY}") from error
+
+
+def open_pipeline(root: Path, transformer: ModelMixin) -> DiffusionPipeline:
+    """The diffusers pipeline in the folder `root` with this transformer. Raises ModelError for what cannot be read."""
+    from diffusers import DiffusionPipeline
+
+    settings = {"variant": shared_variant(root), "local_files_only": True}
+    for path in (path for part in _other_parts(root) for path in (root / part).rglob("*") if not path.is_dir()):
+        open_file(path, ModelError, REMEDY).close()  # refuses what is no file, for which diffusers would wait
+    with refused_as_model_error(f"{root}: diffusers cannot open this pipeline"):
+        return DiffusionPipeline.from_pretrained(root, transformer=transformer, **settings)
+
+
+def drawing(root: Path) -> AbstractContextManager[None]:
+    """Within, the pipeline in `root` is called: what its parts raise for their own settings becomes a ModelError."""
+    return refused_as_model_error(f"{root}: its pipeline cannot draw with these settings")
 
 
 def refuse_too_large(root: Path) -> None:
     """Raise ResourceError if the pipeline's other parts do not fit into the memory that is free."""
-    needed, free = float32_bytes(root), machine.available_memory_bytes()
-    logger.info("calibration data: the text encoder and the pipeline's other parts take %.2f GiB", needed / 2**30)
-    if free and needed > free:
-        raise ResourceError(
-            f"{root}: text encoder and other parts take {needed / 2**30:.1f} GiB in float32, {free / 2**30:.1f} GiB "
-            "are free; close other programs, calibrate where there is more memory and build from its checkpoint, or "
-            "copy the transformer's folder out of the pipeline, which then calibrates on random conditioning"
-        )
+    remedy = (
+        "close other programs, calibrate where there is more memory and build from its checkpoint, or copy the "
+        "transformer's folder out of the pipeline, which then calibrates on random conditioning"
+    )
+    machine.refuse_too_large(float32_bytes(root), f"{root}: text encoder and other parts take in float32", remedy)
 
 
 def example_prompts(model: LoadedModel, count: int, seed: int) -> list[str]:
     """Captions of everyday pictures, or for a model of classes the numbers of some, the same for the same seed."""
     rng = np.random.default_rng(seed)
-    if model.family.name == "dit":
-        classes = int(model.config["num_embeds_ada_norm"])
-        return [str(number) for number in rng.integers(classes, size=count)]
+    for kind, _, classes in (row.fill.partition(":") for row in model.inputs):
+        if kind == "class":
+            return [str(number) for number in rng.integers(int(classes), size=count)]
     lines = (resources.files("pipeline.generate") / CAPTIONS).read_text(encoding="utf-8").splitlines()
     order = rng.permutation(len(lines))
     return [lines[order[i % len(lines)]] for i in range(count)]
 
 
-def _texts(_: Any, bundle: Bundle, prompts: list[str]) -> dict[str, Any]:
-    """Texts, and the one size that the engine was made for (the pipeline's own where the recipe states none)."""
-    size = bundle.recipe.sampling
-    stated = {key: value for key, value in (("height", size.height), ("width", size.width)) if value}
-    return {"prompt": prompts, "use_resolution_binning": False, **stated}
-
-
-def _classes(pipeline: Any, _: Bundle, prompts: list[str]) -> dict[str, Any]:
-    """ImageNet classes by number or name."""
-    names = pipeline.labels
+def pipeline_arguments(pipeline: DiffusionPipeline, sampling: Sampling, prompts: Sequence[str]) -> dict[str, object]:
+    """What the pipeline calls `prompts`: ImageNet classes by number or name where it has their labels, else texts, and
+    the one size that the engine was made for (the pipeline's own where the recipe states none)."""
+    names = getattr(pipeline, "labels", None)
+    if names is None:
+        stated = {key: value for key, value in (("height", sampling.height), ("width", sampling.width)) if value}
+        return {"prompt": list(prompts), "use_resolution_binning": False, **stated}
     for prompt in prompts:
         if not prompt.isdecimal() and prompt not in names:
             shown = ", ".join(list(names)[:8])
             raise RecipeError(f"prompt {prompt!r} is not a class; use a number or a name such as {shown}")
     return {"class_labels": [int(prompt) if prompt.isdecimal() else names[prompt] for prompt in prompts]}
-
-
-# Family -> the pipeline's arguments, where a prompt is not a text.
-ARGUMENTS: dict[str, Callable[[Any, Bundle, list[str]], dict[str, Any]]] = {"dit": _classes}
-
-
-def pipeline_arguments(family: str) -> Callable[[Any, Bundle, list[str]], dict[str, Any]]:
-    """What makes the arguments of a family's pipeline from (pipeline, bundle, prompts)."""
-    return ARGUMENTS.get(family, _texts)
 
 
 @dataclass
@@ -244,7 +224,7 @@ class PipelineSampler:
         refuse_too_large(root)
         self.root, self.model, self.recipe, self.engine = root, model, recipe, engine
         transformer = EngineTransformer(engine, model.family, model.config)
-        self.pipe: Any = open_pipeline(root, transformer)
+        self.pipe = open_pipeline(root, transformer)
         self.pipe.set_progress_bar_config(disable=True)
 
     def draw(self, prompts: Sequence[str], seed: int, keep: Keep) -> None:
@@ -252,10 +232,9 @@ class PipelineSampler:
         import torch
 
         self.pipe.transformer.engine = _Recorder(self.engine, keep)
-        bundle: Any = SimpleNamespace(recipe=self.recipe)
         size = self.recipe.sampling
         settings = {"num_inference_steps": size.n_steps, "guidance_scale": size.guidance_scale}
-        named = pipeline_arguments(self.model.family.name)(self.pipe, bundle, list(prompts))
+        named = pipeline_arguments(self.pipe, size, prompts)
         generators = [torch.Generator().manual_seed(seed + i) for i in range(len(prompts))]
         with drawing(self.root):
             self.pipe(**named, **settings, generator=generators, output_type="latent")

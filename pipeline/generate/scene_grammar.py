@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
+from typing import Annotated
 
 import numpy as np
+from annotated_types import MinLen
 from numpy.typing import NDArray
+from typing_extensions import TypedDict
 
 from export.errors import RecipeError
 
-Slots = Sequence[Mapping[str, Any]]
 ARTICLES = ("a", "an", "the")
 SYNONYMS = {"grey": "gray"}
 # Relations that the vocabulary lacks: the same scene, told with the objects exchanged.
@@ -20,6 +21,16 @@ FIRST, SECOND = ("colour", "shape"), ("second colour", "second shape")
 ALONE, NONE = "alone", "none"
 SLOT_NAMES = (*FIRST, "relation", *SECOND, "background")
 GRAMMAR = "a COLOUR SHAPE [RELATION a COLOUR SHAPE] on BACKGROUND"
+
+
+class Slot(TypedDict):
+    """One word of a scene: its name in the grammar, and what it may be."""
+
+    name: str
+    words: Annotated[list[str], MinLen(1)]
+
+
+Slots = Sequence[Slot]
 
 
 class _Reader:

@@ -13,7 +13,7 @@ from export.formats.format import FORMATS, get_format
 from pipeline.backends.reference import FakeQuantLinear
 from pipeline.calibrate.learn.reconstruct import output_loss
 from pipeline.calibrate.methods import ptq4dit, repq_vit, vidit_q
-from pipeline.calibrate.methods.ptq4dm import skewed_shares
+from pipeline.calibrate.methods.ptq4dm import skewed_shares, thinned
 from pipeline.calibrate.static_activations import TAILS
 from tests.support import observed
 
@@ -121,6 +121,12 @@ def test_shares_are_those_of_clamped_draws(mean, deviation):
     for i, step in enumerate(steps):
         # five deviations of a binomial share
         assert found[step] == pytest.approx((nearest == i).mean(), abs=5 * 0.5 / np.sqrt(draws))
+
+
+def test_thinning_keeps_a_spread_share_of_each_part():
+    parts = [thinned(torch.arange(10), share) for share in (1.0, 0.3)]
+    assert [part.tolist() for part in parts] == [list(range(10)), [0, 4, 9]]
+    assert len(thinned(torch.arange(4), 0.01)) == 1
 
 
 def test_ptq4dm_sees_more_of_the_clean_end_and_settles_the_least_squared_error():

@@ -16,8 +16,9 @@ from export import checkpoint
 from export.errors import ContractError, ModelError, RecipeError
 from export.formats.format import get_format
 from pipeline import recipe as recipes
+from pipeline.build import resolve
 from pipeline.calibrate import adopt, calibrate
-from pipeline.calibrate.__main__ import _recipe, main, make_parser
+from pipeline.calibrate.__main__ import main, make_parser
 from pipeline.calibrate.learn import reconstruct
 from pipeline.calibrate.methods.rtn import RoundToNearest
 from pipeline.calibrate.state import ORIGIN_FILE, TIME_FILE, CalibrationState
@@ -325,7 +326,7 @@ def test_command_resumes_only_what_it_was_asked_for(tmp_path, capsys):
 
 
 def test_seed_is_that_of_calibration_and_of_sampling():
-    found = _recipe(make_parser().parse_args(["--engine", "pixart_w4a6", "--seed", "5", "--set", "calibrate.seed=2"]))
+    found = resolve(make_parser().parse_args(["--engine", "pixart_w4a6", "--seed", "5", "--set", "calibrate.seed=2"]))
     assert (found.calibrate.seed, found.sampling.seed) == (5, 5)
 
 

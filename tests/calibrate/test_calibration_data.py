@@ -140,7 +140,7 @@ def test_missing_and_broken_files_are_made_again(damage, tmp_path, caplog):
 
 def test_a_sampler_that_ends_early_is_told(tmp_path, monkeypatch):
     model, recipe = made("pixart", tmp_path)
-    monkeypatch.setattr("pipeline.calibrate.data._draw", lambda *_: None)
+    monkeypatch.setattr("pipeline.generate.case.Case.draw", lambda *_: None)
     with pytest.raises(ModelError, match=r"without the call of batch0000_step0000.* and 1 others; use fewer"):
         calibration_data(model, recipe)
 
@@ -240,7 +240,7 @@ def test_a_text_encoder_that_does_not_fit_is_refused_before_it_is_read(tmp_path,
     assert pipeline_folder.float32_bytes(root) == 4 * sum(weights.values())
     monkeypatch.setattr(machine, "available_memory_bytes", lambda: 1000)
     monkeypatch.setattr(DiffusionPipeline, "from_pretrained", None)
-    with pytest.raises(ResourceError, match=r"other parts take 0\.0 GiB in float32, 0\.0 GiB are free"):
+    with pytest.raises(ResourceError, match=r"other parts take in float32 0\.0 GiB, 0\.0 GiB are free"):
         calibration_data(load(str(root)), made("pixart", tmp_path / "other")[1])
 
 
@@ -319,7 +319,7 @@ class Watching(Method):
         return [replace(layer, bias=layer.bias + np.float32(self.context.options["shift"])) for layer in layers]
 
 
-ROW = MethodRow("watching", f"{__name__}:Watching", "blocks", "for tests", {"shift": Option(1.0, 2.0)})
+ROW = MethodRow("watching", f"{__name__}:Watching", "for tests", {"shift": Option(1.0, 2.0)})
 
 
 def test_an_observing_method_is_resumed_to_the_same_layers(tmp_path, monkeypatch):

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from export.errors import RecipeError
 from pipeline.calibrate.groups.search import Gene, Scores, Settings, Space, first_generation, next_generation, search
-from pipeline.calibrate.groups.space import from_text, layer_bytes, layer_sizes, make_space, to_text, with_sizes
+from pipeline.calibrate.groups.space import from_text, layer_sizes, make_space, to_text, with_sizes
 from pipeline.calibrate.methods.rtn import quantize_linear
 from pipeline.calibrate.plan import make_plans
 from tests.calibrate.test_calibrate import make_model, make_recipe
@@ -30,7 +30,7 @@ def make_score():
 
 
 SPACE = Space(make_genes(), sum(gene.size_bytes[1] for gene in make_genes()))
-SMALL = Settings(generations=6, population=12, top=4, crossover=6, mutation=6, seed=1)
+SMALL = Settings(generations=6, population=12, seed=1)
 
 
 def best_by_trying_all(space, score):
@@ -67,7 +67,7 @@ def test_every_individual_keeps_the_budget_and_is_new(seed, budget):
 
 def test_children_mix_parents_and_change_few_genes():
     genes = tuple(Gene(f"g{i}", SIZES, (4, 2, 1)) for i in range(40))
-    space, wide = Space(genes, 160), Settings(top=2, crossover=30, mutation=30)
+    space, wide = Space(genes, 160), Settings(population=60)
     parents = [(32,) * 40, (128,) * 40]
     children = next_generation(space, wide, np.random.default_rng(0), parents)
     crossed, mutated = children[:30], children[30:]
@@ -116,7 +116,7 @@ def test_scores_of_another_origin_are_not_used(tmp_path):
 
 @pytest.mark.slow
 def test_processes_change_nothing(tmp_path):
-    short = Settings(generations=2, population=5, top=2, crossover=2, mutation=2, seed=3)
+    short = Settings(generations=2, population=5, seed=3)
     alone = search(SPACE, short, make_score, tmp_path / "a.json", {})
     parallel = Settings(**{**vars(short), "workers": 2})
     assert search(SPACE, parallel, make_score, tmp_path / "b.json", {}) == alone
@@ -159,7 +159,7 @@ def plans_of(*chosen):
 def test_bytes_are_those_of_the_quantized_layer(granularity, size, weight):
     plans = plans_of(f"weights.granularity={granularity}", f"weights.group_size={size}", f"formats.weight={weight}")
     for plan in plans:
-        assert layer_bytes(plan, size) == quantize_linear(plan, "absmax").size_bytes
+        assert plan.size_bytes == quantize_linear(plan, "absmax").size_bytes
 
 
 def test_sizes_that_do_not_divide_k_are_left_out_with_a_message(caplog):

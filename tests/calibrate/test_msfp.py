@@ -116,13 +116,13 @@ def test_branches_share_one_router_and_lower_the_error(tmp_path):
 def test_tuning_is_given_the_weights_of_dfa_and_moves_the_router(use_dfa, tmp_path, monkeypatch):
     """Of DiT's ddim sampler, whose steps weigh differently, with guidance."""
     model, recipe = made(tmp_path, f"use_dfa={use_dfa}", "iterations=2", "router_lr=0.01", family="dit")
-    given, whole = [], talora_tuning.tune
+    given, make = [], Tuner.__init__
 
-    def kept(model, layers, calls, weights, *more):
+    def kept(tuner, model, layers, calls, weights, *more):
         given.extend(weights)
-        return whole(model, layers, calls, weights, *more)
+        make(tuner, model, layers, calls, weights, *more)
 
-    monkeypatch.setattr(talora_tuning, "tune", kept)
+    monkeypatch.setattr(Tuner, "__init__", kept)
     router = shared_router(calibrate(model, recipe, tmp_path / "out"))
     data, guidance = calibration_data(model, recipe), recipe.sampling.guidance_scale
     steps = [call.step for call in data.calls]
@@ -143,7 +143,7 @@ def test_the_tuned_model_is_the_finished_one(tmp_path):
     inputs, target, _ = tuner.batches.draw(1)
     with torch.no_grad():
         found = tuner.predict(inputs, target.shape[1])
-        wanted = fake_quant(model, talora_tuning.finished_layers(tuner.parts, tuner.router), torch.float32)(**inputs)
+        wanted = fake_quant(model, tuner.layers(), torch.float32)(**inputs)
     error = (found - wanted[:, : target.shape[1]]).norm() / (found - target).norm()
     assert error < 0.1  # of the quantization error; a wrong branch or a missing zero costs all of it
 

@@ -16,7 +16,6 @@ from pipeline.calibrate.static_activations import (
     Samples,
     find_range,
     levels,
-    thinned,
     unsigned_format,
 )
 
@@ -111,12 +110,6 @@ def test_fields_are_those_of_a_quantized_linear():
     made = find_range([values()], unsigned_format("INT8"), "mse", "layer").fields
     assert made["activation_format"] == "UE1M7" and made["activation_scaling"] == "per_tensor"
     assert made["activation_zero"].shape == (1,) and made["activation_zero"][0] < 0
-
-
-def test_thinning_keeps_a_spread_share_of_each_part():
-    parts = thinned([np.arange(10), np.arange(10)], np.array([1.0, 0.3]))
-    assert [part.tolist() for part in parts] == [list(range(10)), [0, 4, 9]]
-    assert len(thinned([np.arange(4)], np.array([0.01]))[0]) == 1
 
 
 def test_refusals():

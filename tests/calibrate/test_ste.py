@@ -8,7 +8,6 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from export.dialect.ops import ABSMAX_FLOOR
 from export.errors import ContractError
 from export.formats.format import FORMATS, decode, get_format, quantize
 from pipeline.backends.reference import fake_quantize as reference_fake_quantize
@@ -45,30 +44,18 @@ def test_gradient_of_rounding_is_one_inside_and_zero_outside(name):
 @pytest.mark.parametrize("name", SIGNED)
 def test_per_token_is_the_reference_and_its_gradient_the_identity(name):
     x = some(3, 5, 16)
-    found = ste.fake_quantize(get_format(name), x)
+    found = ste.per_token(get_format(name), x)
     assert torch.equal(found, reference_fake_quantize(get_format(name), x.detach()))
     weight = torch.arange(240.0).reshape(3, 5, 16).double()
     (found * weight).sum().backward()
     assert torch.equal(x.grad, weight)
 
 
-def test_token_group_is_a_scale_for_each_group():
-    fmt, x = get_format("INT8"), some(7, 32)
-    found = ste.fake_quantize(fmt, x, "token_group", group=8).detach().numpy()
-    for row in range(7):
-        for group in range(4):
-            part = x.detach().numpy()[row, 8 * group : 8 * group + 8]
-            scale = max(np.abs(part).max(), ABSMAX_FLOOR) / fmt.max_value
-            assert np.array_equal(
-                found[row, 8 * group : 8 * group + 8], decode(fmt, quantize(fmt, part / scale)) * scale
-            )
-
-
 @pytest.mark.parametrize("name", UNSIGNED)
 def test_unsigned_with_a_zero(name):
     fmt, x = get_format(name), some(300)
     scale, zero = torch.tensor([2.5 / fmt.max_value]).double(), torch.tensor([-0.25]).double()
-    found = ste.fake_quantize(fmt, x, "per_tensor", scale=scale, zero=zero).detach()
+    found = ste.per_tensor(fmt, x, scale, zero).detach()
     codes = quantize(fmt, (x.detach().numpy() + 0.25) / scale.numpy())
     assert np.array_equal(found.numpy(), decode(fmt, codes) * scale.numpy() - 0.25)
     assert found.min() == -0.25
@@ -107,19 +94,9 @@ def test_zero_rows_stay_zero_and_have_a_gradient():
     assert torch.equal(x.grad, torch.ones(2, 8))
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (("UE2M2", "per_token"), "UE2M2 does not go with no zero"),
-        (("E2M1", "token_group", 5), "group 5 does not divide K=8"),
-        (("E2M1", "per_tensor"), "needs a scale"),
-        (("E2M1", "per_row"), "'per_row' is unknown"),
-    ],
-)
-def test_refusals(arguments, message):
-    name, *rest = arguments
-    with pytest.raises(ContractError, match=message):
-        ste.fake_quantize(get_format(name), torch.ones(2, 8), *rest)
+def test_no_zero_needs_a_signed_format():
+    with pytest.raises(ContractError, match="UE2M2 does not go with no zero"):
+        ste.per_token(get_format("UE2M2"), torch.ones(2, 8))
 
 
 def test_a_zero_needs_an_unsigned_format():

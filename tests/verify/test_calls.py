@@ -38,7 +38,7 @@ from tests.support import tiny
 
 pytestmark = pytest.mark.torch
 
-RECIPE = recipes.with_sampling(recipes.load("pixart_w4a6"), n_steps=3)
+RECIPE = recipes.with_settings(recipes.load("pixart_w4a6"), ["sampling.n_steps=3"])
 
 
 @pytest.fixture(scope="module", params=["pixart", "hunyuan", "dit"])

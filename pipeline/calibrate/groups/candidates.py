@@ -10,13 +10,13 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
 from export import checkpoint
 from export.checkpoint import QuantizedLinear
+from export.models.load import LoadedModel, denoiser
 from pipeline.backends.reference import FakeQuantLinear
 from pipeline.calibrate.blocks import BlockRunner, group_by_block
 from pipeline.calibrate.groups.search import Individual, Space
@@ -25,11 +25,7 @@ from pipeline.calibrate.method import Unit
 from pipeline.calibrate.methods.rtn import quantize_linear
 from pipeline.calibrate.plan import LayerPlan, make_plans
 from pipeline.progress import track
-from pipeline.recipe import Recipe
-
-if TYPE_CHECKING:
-    from export.models.load import LoadedModel
-
+from pipeline.recipe import Recipe, load_model
 
 # Options that say how to search and not what a candidate is: scores outlast a change of them.
 SEARCH_ONLY = frozenset(
@@ -37,7 +33,7 @@ SEARCH_ONLY = frozenset(
 )
 
 
-def scored_keys(recipe: Recipe) -> dict[str, Any]:
+def scored_keys(recipe: Recipe) -> dict[str, object]:
     """What a candidate's layers, and the data that they are made and scored on, depend on in a recipe."""
     parts = asdict(recipe)
     options = {key: value for key, value in recipe.calibrate.options.items() if key not in SEARCH_ONLY}
@@ -66,10 +62,7 @@ class Candidates:
         return self if workers == 1 else replace(self, model=None)
 
     def load(self) -> LoadedModel:
-        from export.models.load import load
-
-        chosen = self.recipe
-        return self.model or load(self.source, variant=chosen.model_variant, config=chosen.model_config)
+        return self.model or load_model(replace(self.recipe, model=self.source))
 
 
 class CandidateModels:
@@ -78,27 +71,21 @@ class CandidateModels:
     def __init__(self, candidates: Candidates) -> None:
         self.candidates, self.model = candidates, candidates.load()
         self.plans = make_plans(self.model.linears(), candidates.recipe)
-        self.made: dict[tuple[str, int], nn.Module] = {}
+        self.linears: dict[tuple[str, int], nn.Module] = {}
 
     def float_module(self) -> nn.Module:
-        from export.models.load import denoiser
-
-        module: nn.Module = denoiser(self.model)
-        return module
+        return denoiser(self.model)
 
     def module(self, individual: Individual) -> nn.Module:
         """The denoiser with float32 fake quantization."""
-        from export.models.load import denoiser
-
         sizes = layer_sizes(self.plans, self.candidates.genes, self.candidates.space, individual)
-        module: nn.Module = denoiser(self.model, {p.name: self.linear(p) for p in with_sizes(self.plans, sizes)})
-        return module
+        return denoiser(self.model, {plan.name: self.linear(plan) for plan in with_sizes(self.plans, sizes)})
 
     def linear(self, plan: LayerPlan) -> nn.Module:
         key = (plan.name, plan.group_size)
-        if key not in self.made:
-            self.made[key] = FakeQuantLinear(self.layer(plan), torch.float32)
-        return self.made[key]
+        if key not in self.linears:
+            self.linears[key] = FakeQuantLinear(self.layer(plan), torch.float32)
+        return self.linears[key]
 
     def layer(self, plan: LayerPlan) -> QuantizedLinear:
         candidates = self.candidates
@@ -132,7 +119,7 @@ def store_layers(
     sizes. Layers that are there already are left as they are."""
     sizes = {gene.name: gene.sizes for gene in space.genes}
     choices = {
-        plan.name: sorted({plan.group_size, *sizes.get(name, ())})
+        plan.name: sorted({plan.group_size, *(sizes[name] if name else ())})
         for plan, name in zip(plans, gene_names(plans, genes), strict=True)
     }
     blocks = group_by_block(plans)

@@ -9,14 +9,15 @@ as many bytes.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import nn
 
 from pipeline.backends.base import Arrays
 from pipeline.backends.side_by_side import single_threaded_torch
+from pipeline.calibrate.blocks import tensors
 from pipeline.calibrate.data import CalibrationData
 from pipeline.calibrate.groups.candidates import CandidateModels, Candidates, scored_keys
 from pipeline.calibrate.groups.search import Individual
@@ -39,7 +40,7 @@ class ProxyScore:
         return cls(candidates, tuple(_evenly(call.inputs, each, shared) for call in data.calls))
 
     @property
-    def origin(self) -> dict[str, Any]:
+    def origin(self) -> dict[str, object]:
         """What scores depend on beside model and data, which the folder of a calibration belongs to."""
         candidates = self.candidates
         rounding = "nearest" if candidates.layers is None else "stored"
@@ -61,7 +62,7 @@ class _Proxy:
     """The score itself: minus the mean SQNR in dB of the candidate's outputs."""
 
     def __init__(self, score: ProxyScore) -> None:
-        self.calls = [{name: torch.from_numpy(value) for name, value in call.items()} for call in score.calls]
+        self.calls = list(map(tensors, score.calls))
         self.models = CandidateModels(score.candidates)
         self.channels = int(self.models.model.config["in_channels"])  # beyond them is a learned sigma, not used
         self.exact = self._outputs(self.models.float_module())
@@ -70,7 +71,7 @@ class _Proxy:
         outputs = self._outputs(self.models.module(individual))
         return -float(np.mean([sqnr_db(exact, other) for exact, other in zip(self.exact, outputs, strict=True)]))
 
-    def _outputs(self, module: nn.Module) -> list[Any]:
+    def _outputs(self, module: nn.Module) -> list[NDArray[np.float32]]:
         # sums of float32 depend on how many threads share them, and scores must not
         with torch.inference_mode(), single_threaded_torch():
             return [module(**call)[:, : self.channels].numpy() for call in self.calls]

@@ -22,7 +22,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import numpy as np
 from annotated_types import Predicate
@@ -37,6 +37,7 @@ from pipeline.signals import as_completed, ignore_interrupts, stop_workers
 logger = logging.getLogger(__name__)
 Individual = tuple[int, ...]  # the group size of every gene
 Score = Callable[[Individual], float]  # cost, lower is better
+Scored = Iterator[tuple[Individual, float]]
 TRIES = 100  # draws for a child that was not there before
 
 
@@ -84,20 +85,17 @@ class Space:
 class Settings:
     """How long and how wide. The defaults are those of Q-DiT's script.
 
-    population: of the first generation; later ones are `crossover` + `mutation` children of the best `top`.
+    population: of each generation, the first or children of the best fifth, half by crossover and half by mutation.
     """
 
     generations: int = 10
     population: int = 50
-    top: int = 10
-    crossover: int = 25
-    mutation: int = 25
     mutation_probability: float = 0.1
     seed: int = 0
     workers: int = 1
 
     def __post_init__(self) -> None:
-        for name in ("generations", "population", "top", "workers"):
+        for name in ("generations", "population", "workers"):
             if getattr(self, name) < 1:
                 raise RecipeError(f"group search: {name} {getattr(self, name)} must be at least 1")
         if not 0 < self.mutation_probability <= 1:
@@ -118,7 +116,7 @@ class SearchOutcome:
 
 
 def search(
-    space: Space, settings: Settings, make_score: Callable[[], Score], path: Path, origin: Mapping[str, Any]
+    space: Space, settings: Settings, make_score: Callable[[], Score], path: Path, origin: Mapping[str, object]
 ) -> SearchOutcome:
     """The best group sizes. make_score: makes the score, once in every process (so it must be picklable for
     workers > 1). path: the file of scores; one that was made from another `origin` is not used.
@@ -149,8 +147,8 @@ def first_generation(space: Space, settings: Settings, rng: np.random.Generator)
 def next_generation(
     space: Space, settings: Settings, rng: np.random.Generator, ranked: Sequence[Individual]
 ) -> list[Individual]:
-    """Children of the best `top`, none of which was there before (fewer, where hardly any is new)."""
-    parents, old = ranked[: settings.top], set(ranked)
+    """Children of the best fifth, none of which was there before (fewer, where hardly any is new)."""
+    parents, old = ranked[: max(2, settings.population // 5)], set(ranked)
 
     def crossed() -> Individual:
         mother, father = (parents[int(i)] for i in rng.integers(len(parents), size=2))
@@ -164,8 +162,9 @@ def next_generation(
         changed = tuple(b if change else a for a, b, change in zip(parent, other, mask, strict=True))
         return _repaired(space, changed, rng)
 
-    children = _fill([], settings.crossover, old, crossed)
-    return _fill(children, len(children) + settings.mutation, old, mutated)
+    half = settings.population // 2
+    children = _fill([], half, old, crossed)
+    return _fill(children, len(children) + settings.population - half, old, mutated)
 
 
 def _fill(
@@ -205,7 +204,7 @@ def _is_key(text: str) -> bool:
 class ScoresFile(TypedDict):
     """costs: group sizes with commas to their cost, null for the worst there is."""
 
-    origin: dict[str, Any]
+    origin: dict[str, object]
     costs: dict[Annotated[str, Predicate(_is_key)], float | None]
 
 
@@ -221,7 +220,7 @@ def _read_scores(path: Path) -> ScoresFile | None:
 class Scores:
     """Costs by individual, in a JSON file that is written anew with every one."""
 
-    def __init__(self, path: Path, origin: Mapping[str, Any]) -> None:
+    def __init__(self, path: Path, origin: Mapping[str, object]) -> None:
         self.path, self.origin = path, json.loads(json.dumps(origin))
         self.costs: dict[Individual, float] = {}
         document = _read_scores(path)
@@ -249,14 +248,11 @@ def _sizes(key: str) -> Individual:
 
 
 def _score_all(
-    generation: Sequence[Individual], scores: Scores, score: Callable[[list[Individual]], Any], label: str
+    generation: Sequence[Individual], scores: Scores, score: Callable[[list[Individual]], Scored], label: str
 ) -> None:
     left = [one for one in generation if one not in scores.costs]
     for individual, cost in track(score(left), len(generation), label, len(generation) - len(left)):
         scores.add(individual, cost)
-
-
-Scored = Iterator[tuple[Individual, float]]
 
 
 @contextmanager

@@ -9,39 +9,24 @@ from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
 from export.errors import RecipeError
-from export.formats.format import get_format, packed_size
+from pipeline.calibrate.blocks import block_of
 from pipeline.calibrate.groups.search import Gene, Individual, Space
 from pipeline.calibrate.plan import LayerPlan
 
 logger = logging.getLogger(__name__)
 # Q-DiT's sizes. Exact multipliers cost no run time, so that smaller groups are worth trying there.
 SIZES = {"group": (32, 64, 128, 192, 288), "exact_group": (16, 32, 64, 128, 192, 288)}
-SCALE_BYTES, MULTIPLIER_BITS = 4, 4
 GENES = ("kind", "layer")
 
 
-def layer_bytes(plan: LayerPlan, group_size: int) -> int:
-    """Bytes of the layer's codes, scales and multipliers with groups of that size, as `QuantizedLinear.size_bytes`."""
-    n, k = plan.linear.module.out_features, plan.linear.module.in_features
-    groups = k // group_size
-    scales = groups if plan.granularity == "group" else 1
-    multipliers = packed_size(MULTIPLIER_BITS, groups) if plan.granularity == "exact_group" else 0
-    return n * (packed_size(get_format(plan.weight_format).bits, k) + scales * SCALE_BYTES + multipliers)
-
-
-def gene_name(plan: LayerPlan, genes: str) -> str:
-    """The gene that a layer belongs to: its own, or that of its block and kind, so that layers that read one tensor
-    (query, key and value) share its quantizer, as the one linear of theirs does in the paper's model."""
+def gene_names(plans: Sequence[LayerPlan], genes: str) -> list[str | None]:
+    """The gene that each layer belongs to: its own, or that of its block and kind, so that layers that read one tensor
+    (query, key and value) share its quantizer, as the one linear of theirs does in the paper's model. None: no groups.
+    """
     if genes not in GENES:
         raise RecipeError(f"genes {genes!r} of the group search are unknown; use one of {', '.join(GENES)}")
-    from pipeline.calibrate.blocks import block_of
-
-    return plan.name if genes == "layer" else f"{block_of(plan.name)} {plan.linear.kind}"
-
-
-def gene_names(plans: Sequence[LayerPlan], genes: str) -> list[str]:
-    """Of each plan, in order; "" for a layer without groups."""
-    return [gene_name(plan, genes) if plan.group_size else "" for plan in plans]
+    names = [plan.name if genes == "layer" else f"{block_of(plan.name)} {plan.linear.kind}" for plan in plans]
+    return [name if plan.group_size else None for name, plan in zip(names, plans, strict=True)]
 
 
 def make_space(plans: Sequence[LayerPlan], genes: str, sizes: Sequence[int] = (), budget_bytes: int = 0) -> Space:
@@ -62,7 +47,7 @@ def make_space(plans: Sequence[LayerPlan], genes: str, sizes: Sequence[int] = ()
         logger.info("group search: groups of %d do not divide K=%d, left out for %d genes", size, k, count)
     if all(len(gene.sizes) == 1 for gene in rows):
         _refuse_single_sizes([plan for group in members.values() for plan in group], sizes)
-    now = sum(layer_bytes(plan, plan.group_size) for group in members.values() for plan in group)
+    now = sum(plan.size_bytes for group in members.values() for plan in group)
     space = Space(rows, budget_bytes or now)
     if space.least_bytes == space.budget_bytes:
         remedy = "add larger sizes (calibrate.options.sizes) or raise calibrate.options.budget_bytes"
@@ -76,7 +61,7 @@ def _gene(name: str, plans: list[LayerPlan], sizes: Sequence[int], skipped: Coun
     fitting = tuple(size for size in offered if size > 0 and k % size == 0)
     skipped.update((size, k) for size in offered if size not in fitting)
     fitting = fitting or (plans[0].group_size,)  # divides K, as the recipe's size has to
-    return Gene(name, fitting, tuple(sum(layer_bytes(plan, size) for plan in plans) for size in fitting))
+    return Gene(name, fitting, tuple(sum(replace(p, group_size=size).size_bytes for p in plans) for size in fitting))
 
 
 def _refuse_single_sizes(plans: list[LayerPlan], sizes: Sequence[int]) -> None:
@@ -105,7 +90,7 @@ def _divisors(k: int) -> list[int]:
 def layer_sizes(plans: Sequence[LayerPlan], genes: str, space: Space, individual: Individual) -> list[int]:
     """Group size of every layer, 0 for a layer without groups."""
     chosen = dict(zip((gene.name for gene in space.genes), individual, strict=True))
-    return [chosen.get(name, 0) for name in gene_names(plans, genes)]
+    return [chosen[name] if name else 0 for name in gene_names(plans, genes)]
 
 
 def with_sizes(plans: Sequence[LayerPlan], sizes: Sequence[int]) -> list[LayerPlan]:

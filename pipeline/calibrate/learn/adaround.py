@@ -12,12 +12,12 @@ weight that lies on the grid, or is clipped to its end, has gap 0 and nothing to
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
+from torch.autograd.function import FunctionCtx
 
 from export.checkpoint import QuantizedLinear
 from export.formats.format import get_format, pack, quantize
@@ -124,13 +124,13 @@ class _RectifiedSigmoid(torch.autograd.Function):
     """clip(1.2 * sigmoid(v * inverse) - 0.1, 0, 1), written out because autograd would keep every step of it."""
 
     @staticmethod
-    def forward(ctx: Any, v: Tensor, inverse: Tensor) -> Tensor:
+    def forward(ctx: FunctionCtx, v: Tensor, inverse: Tensor) -> Tensor:
         sigmoid = torch.sigmoid(v * inverse)
         ctx.save_for_backward(sigmoid, inverse)
         return (sigmoid * STRETCH).add_(GAMMA).clamp_(0, 1)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+    def backward(ctx: FunctionCtx, *grads: Tensor) -> tuple[Tensor, None]:
         sigmoid, inverse = ctx.saved_tensors
         low, high = -GAMMA / STRETCH, (1 - GAMMA) / STRETCH
         slope = torch.addcmul(sigmoid, sigmoid, sigmoid, value=-1).mul_(inverse).mul_(STRETCH)
@@ -142,7 +142,7 @@ class _Undecided(torch.autograd.Function):
     """sum(1 - |2h - 1|^beta)."""
 
     @staticmethod
-    def forward(ctx: Any, share: Tensor, beta: float) -> Tensor:
+    def forward(ctx: FunctionCtx, share: Tensor, beta: float) -> Tensor:
         centred = share * 2 - 1
         power = centred.abs().pow_(beta - 1)
         ctx.beta = beta
@@ -150,7 +150,7 @@ class _Undecided(torch.autograd.Function):
         return share.numel() - (power * centred.abs_()).sum()
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+    def backward(ctx: FunctionCtx, *grads: Tensor) -> tuple[Tensor, None]:
         (power,) = ctx.saved_tensors
         return power * (-2 * ctx.beta * grads[0]), None
 
@@ -195,13 +195,13 @@ class _QuadraticForm(torch.autograd.Function):
     """sum(W * (W gram - 2 target)), with the product used for the gradient as well."""
 
     @staticmethod
-    def forward(ctx: Any, weight: Tensor, gram: Tensor, target: Tensor) -> Tensor:
+    def forward(ctx: FunctionCtx, weight: Tensor, gram: Tensor, target: Tensor) -> Tensor:
         half = torch.mm(weight, gram).sub_(target)
         ctx.save_for_backward(half)
         return (weight * (half - target)).sum()
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+    def backward(ctx: FunctionCtx, *grads: Tensor) -> tuple[Tensor, None, None]:
         (half,) = ctx.saved_tensors
         return half * (2 * grads[0]), None, None
 

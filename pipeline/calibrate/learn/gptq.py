@@ -14,17 +14,17 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import NamedTuple, Unpack
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 
-from export.checkpoint import Granularity, QuantizedLinear, make_linear
+from export.checkpoint import Granularity, QuantizedLinear
 from export.errors import ModelError, RecipeError
 from export.formats.format import Format, get_format, quantize
 from pipeline.calibrate.methods.rtn import float_weight
-from pipeline.calibrate.plan import LayerPlan
-from pipeline.calibrate.scales import F32, SEARCHES, RoundingErrors, find_scales
+from pipeline.calibrate.plan import Activation, LayerPlan
+from pipeline.calibrate.scales import F32, SEARCHES, RoundingErrors, find_scales, in_blocks
 from pipeline.methods import Scalar
 from pipeline.recipe import Recipe
 
@@ -44,44 +44,31 @@ class Grid:
     search: str = "absmax"
 
 
-@dataclass(frozen=True)
-class Rounded:
-    """codes [N, K] uint8, scales [N, 1 or groups] float32, multipliers [N, groups] uint8 for "exact_group" only."""
+class Rounded(NamedTuple):
+    """codes [N, K] uint8, scales [N, 1 or groups] float32, multipliers [N, groups] uint8, 1 where none are chosen."""
 
     codes: NDArray[np.uint8]
     scales: F32
-    multipliers: NDArray[np.uint8] | None
-
-
-def quantize_linear(
-    plan: LayerPlan, matrix: F64, search: str, *, damping: float = DAMPING, act_order: bool = False, **fields: Any
-) -> QuantizedLinear:
-    """The layer of a plan by GPTQ with H = `matrix`. fields: others of `QuantizedLinear`, how its input is rounded."""
-    grid = Grid(get_format(plan.weight_format), plan.granularity, plan.group_size, plan.multipliers, search)
-    rounded = gptq(float_weight(plan), matrix, grid, damping=damping, act_order=act_order, name=plan.name)
-    bias = plan.linear.module.bias
-    of_plan = dict(
-        weight_format=plan.weight_format,
-        name=plan.name,
-        kind=plan.linear.kind,
-        activation_format=plan.activation_format,
-        granularity=plan.granularity,
-        group_size=plan.group_size,
-        scales=rounded.scales,
-        multipliers=rounded.multipliers,
-        bias=None if bias is None else bias.detach().float().numpy().copy(),
-    )
-    return make_linear(rounded.codes, **(of_plan | fields))  # type: ignore[arg-type]  # checked by QuantizedLinear
+    multipliers: NDArray[np.uint8]
 
 
 def learned_linear(
-    plan: LayerPlan, inputs: Iterable[Any], recipe: Recipe, options: Mapping[str, Scalar], **fields: Any
+    plan: LayerPlan,
+    inputs: Iterable[ArrayLike],
+    recipe: Recipe,
+    options: Mapping[str, Scalar],
+    **activation: Unpack[Activation],
 ) -> QuantizedLinear:
-    """The layer of a plan by GPTQ on its inputs [rows, K], as the options damping, act_order and range say."""
+    """The layer of a plan by GPTQ on its inputs [rows, K], as the options damping, act_order and range say.
+
+    activation: see `LayerPlan.layer`.
+    """
+    search = clip_search(recipe, options)
+    grid = Grid(get_format(plan.weight_format), plan.granularity, plan.group_size, plan.multipliers, search)
     matrix = hessian(inputs, plan.linear.module.in_features)
     damping, act_order = float(options["damping"]), bool(options["act_order"])
-    how = clip_search(recipe, options)
-    return quantize_linear(plan, matrix, how, damping=damping, act_order=act_order, **fields)
+    rounded = gptq(float_weight(plan), matrix, grid, damping=damping, act_order=act_order, name=plan.name)
+    return plan.layer(*rounded, **activation)
 
 
 def clip_search(recipe: Recipe, options: Mapping[str, Scalar]) -> str:
@@ -92,18 +79,13 @@ def clip_search(recipe: Recipe, options: Mapping[str, Scalar]) -> str:
     return recipe.weights.search if choice == "recipe" else choice
 
 
-def hessian(inputs: Iterable[Any], k: int) -> F64:
+def hessian(inputs: Iterable[ArrayLike], k: int) -> F64:
     """sum x x^T over the rows of all arrays or tensors [rows, K]: [K, K] float64 (each part's product in float32)."""
     total = np.zeros((k, k))
     for part in inputs:
         rows = np.asarray(part, np.float32)
         total += rows.T @ rows
     return total
-
-
-def output_error(error: NDArray[Any], matrix: F64) -> float:
-    """tr(D H D^T): squared error of the layer's output, of the weight error D [N, K] on the rows that H was made of."""
-    return float(np.einsum("nk,nk->", error @ matrix, error))
 
 
 def inverse_factor(matrix: F64, damping: float, name: str) -> F64:
@@ -145,8 +127,7 @@ def gptq(
             errors[j - start] = error = (left[j] - grid.format.values[code] * step) / upper[j, j]
             left[j + 1 : stop] -= upper[j, j + 1 : stop, None] * error
         left[stop:] -= upper[start:stop, stop:].T @ errors
-    multipliers = steps.multipliers if grid.granularity == "exact_group" else None
-    return Rounded(np.ascontiguousarray(codes.T), steps.scales, multipliers)
+    return Rounded(np.ascontiguousarray(codes.T), steps.scales, steps.multipliers)
 
 
 def _blocks(k: int, group: int) -> Iterator[tuple[int, int]]:
@@ -166,12 +147,10 @@ class _Steps:
     """Scales [N, 1 or groups] and multipliers [N, groups], fitted group by group unless `fixed`."""
 
     def __init__(self, weight: F32, grid: Grid, fixed: bool) -> None:
-        n, k = weight.shape
-        group = grid.group_size or k
         self.grid, self.fixed = grid, fixed
-        rows = n * (k // group) if grid.granularity == "group" else n
-        scales, multipliers = find_scales(weight.reshape(rows, -1, group), grid.format, grid.multipliers, grid.search)
-        self.scales, self.multipliers = scales.reshape(n, -1), multipliers.reshape(n, -1)
+        blocks = in_blocks(weight, grid.granularity, grid.group_size)
+        scales, multipliers = find_scales(blocks, grid.format, grid.multipliers, grid.search)
+        self.scales, self.multipliers = scales.reshape(len(weight), -1), multipliers.reshape(len(weight), -1)
 
     def of(self, index: int) -> F64:
         """[N]: distance that the value 1 stands for in group `index`, with the rounding of the stored float32 scale."""

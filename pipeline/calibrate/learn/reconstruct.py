@@ -11,7 +11,7 @@ import copy
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -83,7 +83,7 @@ def reconstruct(
     iterations = settings.schedule.iterations
     for iteration in track(range(iterations), iterations, name):
         call, target = batches.draw()
-        loss = block_loss(hidden_states(call.run(block)), target)
+        loss = block_loss(call.run(block), target)
         beta = settings.schedule.beta(iteration)
         if beta is not None:
             loss = loss + settings.strength * sum(undecided(part.share, beta) for part in soft.values())
@@ -95,12 +95,6 @@ def reconstruct(
 def block_loss(output: Tensor, target: Tensor) -> Tensor:
     """Squared error summed over the second axis (tokens) and averaged over the others, as the authors' code has it."""
     return (output - target).square().sum(1).mean()
-
-
-def hidden_states(output: Any) -> Tensor:
-    """The first of a block's outputs where there are several."""
-    hidden: Tensor = output[0] if isinstance(output, tuple) else output
-    return hidden
 
 
 def generator(seed: int, name: str) -> torch.Generator:
@@ -143,18 +137,16 @@ def join(calls: Sequence[BlockCall], picks: Sequence[Pick]) -> BlockCall:
     return BlockCall(args, kwargs)
 
 
-def _join(items: list[tuple[Any, BlockCall, int]]) -> Any:
-    value, call, _ = items[0]
-    if not _is_batch(value, call):
-        return value
-    return torch.cat([tensor[row : row + 1] for tensor, _, row in items])
+def _join(items: list[tuple[object, BlockCall, int]]) -> object:
+    batches = [(value, row) for value, call, row in items if _is_batch(value, call)]
+    return torch.cat([value[row : row + 1] for value, row in batches]) if batches else items[0][0]
 
 
-def _is_batch(value: Any, call: BlockCall) -> bool:
+def _is_batch(value: object, call: BlockCall) -> TypeGuard[Tensor]:
     return isinstance(value, Tensor) and value.ndim > 0 and len(value) == len(call.hidden)
 
 
-def _shapes(call: BlockCall) -> tuple[Any, ...]:
+def _shapes(call: BlockCall) -> tuple[tuple[int, ...] | None, ...]:
     """Shapes of one sample."""
     values = (*call.args, *call.kwargs.values())
     return tuple(tuple(value.shape[1:]) if _is_batch(value, call) else None for value in values)

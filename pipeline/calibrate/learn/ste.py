@@ -8,29 +8,26 @@ element of largest magnitude only; no gradient flows that way.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
-
 import torch
 from torch import Tensor
+from torch.autograd.function import FunctionCtx
 
-from export.dialect.ops import ABSMAX_FLOOR
 from export.errors import ContractError
 from export.formats.format import Format
-from pipeline.backends.reference import round_to_format
+from pipeline.backends.reference import fake_quantize, round_to_format
 
 
 class _RoundToFormat(torch.autograd.Function):
     """`round_to_format` with the gradient of clamp."""
 
     @staticmethod
-    def forward(ctx: Any, u: Tensor, fmt: Format) -> Tensor:
+    def forward(ctx: FunctionCtx, u: Tensor, fmt: Format) -> Tensor:
         bound = fmt.max_value
         ctx.save_for_backward((u >= (-bound if fmt.sign_bits else 0.0)) & (u <= bound))
         return round_to_format(fmt, u)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+    def backward(ctx: FunctionCtx, *grads: Tensor) -> tuple[Tensor, None]:
         (inside,) = ctx.saved_tensors
         return grads[0] * inside, None
 
@@ -39,12 +36,11 @@ class _Dynamic(torch.autograd.Function):
     """Absmax scale over the last axis and rounding; nothing is out of range, so the gradient is the identity."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, fmt: Format) -> Tensor:
-        scale = x.abs().amax(dim=-1, keepdim=True).clamp(min=ABSMAX_FLOOR) / fmt.max_value
-        return round_to_format(fmt, x / scale) * scale
+    def forward(ctx: FunctionCtx, x: Tensor, fmt: Format) -> Tensor:
+        return fake_quantize(fmt, x)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+    def backward(ctx: FunctionCtx, *grads: Tensor) -> tuple[Tensor, None]:
         return grads[0], None
 
 
@@ -59,13 +55,6 @@ def per_token(fmt: Format, x: Tensor) -> Tensor:
     return _Dynamic.apply(x, fmt)
 
 
-def token_group(fmt: Format, x: Tensor, group: int) -> Tensor:
-    """x [..., K] -> fake-quantized x, one scale per row and `group` neighbouring channels."""
-    if group <= 0 or x.shape[-1] % group:
-        raise ContractError(f"activation group {group} does not divide K={x.shape[-1]}; use a divisor")
-    return per_token(fmt, x.unflatten(-1, (-1, group))).flatten(-2)
-
-
 def per_tensor(fmt: Format, x: Tensor, scale: Tensor, zero: Tensor | None = None) -> Tensor:
     """x -> zero + value(code) * scale with one static scale [1] (and zero [1], for unsigned formats)."""
     _check_sign(fmt, signed=zero is None)
@@ -78,27 +67,3 @@ def _check_sign(fmt: Format, signed: bool) -> None:
     if bool(fmt.sign_bits) != signed:
         remedy = "use a signed format or give a zero" if signed else "use an unsigned format such as UE2M2"
         raise ContractError(f"activation format {fmt.name} does not go with {'no' if signed else 'a'} zero; {remedy}")
-
-
-# activation_scaling of a QuantizedLinear -> its quantizer of (format, x, the layer's other fields).
-SCALINGS: dict[str, Callable[..., Tensor]] = {
-    "per_token": lambda fmt, x, group, scale, zero: per_token(fmt, x),
-    "token_group": lambda fmt, x, group, scale, zero: token_group(fmt, x, group),
-    "per_tensor": lambda fmt, x, group, scale, zero: per_tensor(fmt, x, scale, zero),
-}
-
-
-def fake_quantize(
-    fmt: Format,
-    x: Tensor,
-    scaling: str = "per_token",
-    group: int = 0,
-    scale: Tensor | None = None,
-    zero: Tensor | None = None,
-) -> Tensor:
-    """x [..., K] fake-quantized as the fields activation_* of a `QuantizedLinear` say, differentiable."""
-    if scaling not in SCALINGS:
-        raise ContractError(f"activation scaling {scaling!r} is unknown; use one of {', '.join(SCALINGS)}")
-    if scaling == "per_tensor" and scale is None:
-        raise ContractError("activation scaling per_tensor needs a scale [1]; calibrate it first")
-    return SCALINGS[scaling](fmt, x, group, scale, zero)

@@ -14,19 +14,18 @@ of the trajectory, early timesteps to the first branch: the coarse-to-fine divis
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from export.checkpoint import QuantizedLinear
 from export.errors import RecipeError
 from export.formats.format import get_format
 from export.router import Router, frequencies
-from pipeline.calibrate.learn.ste import fake_quantize
+from pipeline.calibrate.learn.ste import per_tensor, per_token
 
 EMBEDDING, HIDDEN = 64, 64  # of the router: D and Hd
 INITS = ("zero", "svd")
@@ -135,18 +134,15 @@ class BranchedLinear(nn.Module):
         super().__init__()
         self.layer, self.branches, self.gates = layer, branches, gates
         self.register_buffer("weight", torch.from_numpy(layer.dequantized()).float(), persistent=False)
-        self.activation: dict[str, Any] = {
-            "scaling": layer.activation_scaling,
-            "group": layer.activation_group,
-            "scale": None if layer.activation_scale is None else torch.from_numpy(layer.activation_scale),
-            "zero": None if layer.activation_zero is None else torch.from_numpy(layer.activation_zero),
-        }
-        self.bias = None if layer.bias is None else torch.from_numpy(layer.bias)
+        assert layer.activation_scaling != "token_group", f"{layer.name}: no gradients go through scales of groups"
+        arrays = (layer.activation_scale, layer.activation_zero, layer.bias)
+        self.scale, self.zero, self.bias = (None if one is None else torch.from_numpy(one) for one in arrays)
         down, up = start(weight - self.weight, branches, torch.Generator().manual_seed(seed))
         self.down, self.up = nn.Parameter(down), nn.Parameter(up)
 
     def forward(self, x: Tensor) -> Tensor:
-        rounded = fake_quantize(get_format(self.layer.activation_format), x, **self.activation)
+        fmt = get_format(self.layer.activation_format)
+        rounded = per_token(fmt, x) if self.scale is None else per_tensor(fmt, x, self.scale, self.zero)
         return nn.functional.linear(rounded, self.weight, self.bias) + self.low_rank(x)
 
     def low_rank(self, x: Tensor) -> Tensor:
@@ -177,11 +173,5 @@ def start(error: Tensor, branches: Branches, generator: torch.Generator) -> tupl
     return down.repeat(branches.count, 1), up.repeat(1, branches.count)
 
 
-def _half(value: Tensor) -> np.ndarray[Any, np.dtype[np.float32]]:
+def _half(value: Tensor) -> NDArray[np.float32]:
     return np.ascontiguousarray(value.half().float().numpy())
-
-
-def finished_layers(parts: Sequence[BranchedLinear], router: TimestepRouter) -> list[QuantizedLinear]:
-    """All layers with their branches and the one router."""
-    exported = router.exported()
-    return [part.finished(exported) for part in parts]

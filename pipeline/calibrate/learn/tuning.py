@@ -16,7 +16,6 @@ import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -24,19 +23,21 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from export.checkpoint import QuantizedLinear
-from export.errors import RecipeError, ResourceError
+from export.errors import RecipeError
+from export.models.load import LoadedModel, denoiser
+from export.models.torch_modules import set_resolution
 from pipeline import machine
+from pipeline.calibrate.blocks import tensors
 from pipeline.calibrate.data import Call
 from pipeline.calibrate.learn.dfa import dfa_loss
-from pipeline.calibrate.learn.talora import BranchedLinear, Branches, Gates, TimestepRouter, finished_layers
+from pipeline.calibrate.learn.talora import BranchedLinear, Branches, Gates, TimestepRouter
+from pipeline.calibrate.memory import kept_bytes, kept_for_gradients
 from pipeline.progress import track
-
-if TYPE_CHECKING:
-    from export.models.load import LoadedModel
 
 logger = logging.getLogger(__name__)
 STATE_FILE = "talora.safetensors"
 SAVE_EVERY_S = 60.0
+Shapes = tuple[tuple[str, tuple[int, ...]], ...]  # of one sample of each input, by name
 
 
 @dataclass(frozen=True)
@@ -56,37 +57,12 @@ class Settings:
             )
 
 
-def tune(
-    model: LoadedModel,
-    layers: Sequence[QuantizedLinear],
-    calls: Sequence[Call],
-    weights: Sequence[Sequence[float]],
-    branches: Branches,
-    settings: Settings,
-    folder: Path,
-) -> list[QuantizedLinear]:
-    """The layers with tuned branches.
-
-    weights: of the loss, for each call that of its samples, or of its halves (conditional and unconditional). folder:
-    where the state is kept.
-    """
-    _refuse_too_large(sum(4 * layer.out_features * layer.in_features for layer in layers), "weights in float32")
-    tuner = Tuner(model, layers, calls, weights, branches, settings)
-    _refuse_too_large(tuner.activation_bytes(), f"activations of a batch of {settings.batch}")
-    done = tuner.load(folder / STATE_FILE)
-    saved = time.monotonic()
-    for iteration in track(range(done, settings.iterations), settings.iterations, "TALoRA", done):
-        tuner.step(iteration)
-        if time.monotonic() - saved > SAVE_EVERY_S:
-            tuner.save(folder / STATE_FILE, iteration + 1)
-            saved = time.monotonic()
-    tuner.save(folder / STATE_FILE, settings.iterations)
-    tuner.log_routing()
-    return finished_layers(tuner.parts, tuner.router)
-
-
 class Tuner:
-    """The model with branched linears, its optimiser, and the float model's predictions."""
+    """The model with branched linears, its optimiser, and the float model's predictions.
+
+    weights: of the loss, for each call that of its samples, or of its halves (conditional and unconditional). Raises
+    ResourceError where the memory that is free is too little.
+    """
 
     def __init__(
         self,
@@ -97,6 +73,7 @@ class Tuner:
         branches: Branches,
         settings: Settings,
     ) -> None:
+        _refuse_too_large(sum(4 * layer.out_features * layer.in_features for layer in layers), "weights in float32")
         self.settings, self.gates = settings, Gates()
         self.batches = Batches(model, calls, weights, settings)
         floats = {ref.name: ref.module.weight.detach() for ref in model.linears()}
@@ -116,6 +93,25 @@ class Tuner:
         )
         self.rates = [settings.learning_rate, settings.router_rate]
 
+    def tune(self, folder: Path) -> list[QuantizedLinear]:
+        """The layers with tuned branches. folder: where the state is kept."""
+        _refuse_too_large(self.activation_bytes(), f"activations of a batch of {self.settings.batch}")
+        iterations, path = self.settings.iterations, folder / STATE_FILE
+        done, saved = self.load(path), time.monotonic()
+        for iteration in track(range(done, iterations), iterations, "TALoRA", done):
+            self.step(iteration)
+            if time.monotonic() - saved > SAVE_EVERY_S:
+                self.save(path, iteration + 1)
+                saved = time.monotonic()
+        self.save(path, iterations)
+        self.log_routing()
+        return self.layers()
+
+    def layers(self) -> list[QuantizedLinear]:
+        """All layers with their branches and the one router, as they are now."""
+        router = self.router.exported()
+        return [part.finished(router) for part in self.parts]
+
     @property
     def parameters(self) -> list[Tensor]:
         return [value for group in self.optimiser.param_groups for value in group["params"]]
@@ -134,22 +130,13 @@ class Tuner:
     def predict(self, inputs: dict[str, Tensor], channels: int) -> Tensor:
         """The quantized model's prediction [B, channels, H, W]; a learned sigma is dropped."""
         self.gates.now = self.router(inputs["timestep"])
-        output: Tensor = self.module(**inputs)
-        return output[:, :channels]
+        return self.module(**inputs)[:, :channels]
 
     def activation_bytes(self) -> int:
         """What the tensors that one iteration keeps for its gradients take, measured on one sample."""
-        inputs = self.batches.first()
-        kept: dict[int, int] = {}
-
-        def count(tensor: Tensor) -> Tensor:
-            kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
-            return tensor
-
-        with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
-            self.predict(inputs, 1)
-        constant = {value.untyped_storage().data_ptr() for value in (*self.module.parameters(), *self.module.buffers())}
-        return self.settings.batch * sum(size for place, size in kept.items() if place not in constant)
+        with kept_for_gradients() as kept:
+            self.predict(self.batches.first(), 1)
+        return self.settings.batch * kept_bytes(kept, self.module)
 
     def log_routing(self) -> None:
         """Log which timesteps each branch serves."""
@@ -161,13 +148,13 @@ class Tuner:
 
     def save(self, path: Path, iteration: int) -> None:
         """Everything that changes while tuning, in one file that is replaced at once."""
-        tensors = {f"parameter/{i}": value.detach() for i, value in enumerate(self.parameters)}
+        values = {f"parameter/{i}": value.detach() for i, value in enumerate(self.parameters)}
         for i, state in self.optimiser.state_dict()["state"].items():
-            tensors |= {f"optimiser/{i}/{key}": value for key, value in state.items()}
+            values |= {f"optimiser/{i}/{key}": value for key, value in state.items()}
         path.parent.mkdir(parents=True, exist_ok=True)
         partial = path.with_suffix(".part")
-        tensors = {key: value.contiguous() for key, value in tensors.items()}
-        save_file(tensors, partial, metadata={"state": json.dumps({"iteration": iteration})})
+        values = {key: value.contiguous() for key, value in values.items()}
+        save_file(values, partial, metadata={"state": json.dumps({"iteration": iteration})})
         os.replace(partial, path)
 
     def load(self, path: Path) -> int:
@@ -177,23 +164,20 @@ class Tuner:
         try:
             with safe_open(path, framework="pt") as file:
                 iteration = int(json.loads(file.metadata()["state"])["iteration"])
-                tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - not a dict
+                values = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - not a dict
         except (OSError, ValueError, KeyError, TypeError, RecursionError, SafetensorError) as error:
             logger.warning("%s cannot be read (%s); tuning starts again", path, error)
             return 0
         with torch.no_grad():
             for i, value in enumerate(self.parameters):
-                value.copy_(tensors[f"parameter/{i}"])
-        self._load_optimiser(tensors)
-        return iteration
-
-    def _load_optimiser(self, tensors: dict[str, Tensor]) -> None:
-        state: dict[int, dict[str, Any]] = {}
-        for key, value in tensors.items():
+                value.copy_(values[f"parameter/{i}"])
+        state: dict[int, dict[str, Tensor]] = {}
+        for key, value in values.items():
             if key.startswith("optimiser/"):
                 _, i, name = key.split("/")
                 state.setdefault(int(i), {})[name] = value
         self.optimiser.load_state_dict(self.optimiser.state_dict() | {"state": state})
+        return iteration
 
 
 class Batches:
@@ -207,9 +191,9 @@ class Batches:
     ) -> None:
         self.calls, self.weights, self.settings = list(calls), list(weights), settings
         self.shared = model.shared
-        self.inputs = [{key: torch.from_numpy(value) for key, value in call.inputs.items()} for call in calls]
+        self.inputs = [tensors(call.inputs) for call in calls]
         self.targets = self._predictions(model)
-        self.peers: dict[Any, list[tuple[int, int]]] = {}
+        self.peers: dict[Shapes, list[tuple[int, int]]] = {}
         for i, call in enumerate(calls):
             shape = tuple((key, value.shape[1:]) for key, value in sorted(call.inputs.items()))
             self.peers.setdefault(shape, []).extend((i, row) for row in range(call.samples))
@@ -217,8 +201,8 @@ class Batches:
     @torch.no_grad()
     def _predictions(self, model: LoadedModel) -> list[Tensor]:
         module = _network(model, {}, self.calls)
-        track_calls = track(self.inputs, len(self.inputs), "float model's predictions")
-        return [module(**inputs)[:, : inputs["hidden_states"].shape[1]] for inputs in track_calls]
+        tracked = track(self.inputs, len(self.inputs), "float model's predictions")
+        return [module(**inputs)[:, : inputs["hidden_states"].shape[1]] for inputs in tracked]
 
     def first(self) -> dict[str, Tensor]:
         """Inputs of one sample."""
@@ -247,23 +231,15 @@ class Batches:
         return torch.stack([self.inputs[call][key][row] for call, row in picks])
 
 
-def _refuse_too_large(needed: int, tensors: str) -> None:
+def _refuse_too_large(needed: int, what: str) -> None:
     """Raise ResourceError if that many bytes are not free."""
-    free = machine.available_memory_bytes()
-    logger.info("TALoRA: %s take about %.2f GiB", tensors, needed / 2**30)
-    if free and needed > free:
-        raise ResourceError(
-            f"TALoRA: {tensors} take about {needed / 2**30:.1f} GiB, {free / 2**30:.1f} GiB are free; use a smaller "
-            f"calibrate.options.batch, or calibrate.options.use_lora=false to leave tuning out"
-        )
+    remedy = "use a smaller calibrate.options.batch, or calibrate.options.use_lora=false to leave tuning out"
+    machine.refuse_too_large(needed, f"TALoRA: {what} take about", remedy)
 
 
 def _network(model: LoadedModel, parts: dict[str, BranchedLinear], calls: Sequence[Call]) -> nn.Module:
     """The denoiser with these linears, at the calls' resolution."""
-    from export.models.load import denoiser
-    from export.models.torch_modules import set_resolution
-
-    module: nn.Module = denoiser(model, parts)
+    module = denoiser(model, parts)
     set_resolution(module, *calls[0].inputs["hidden_states"].shape[2:])
     return module
 

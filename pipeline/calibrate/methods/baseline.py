@@ -12,7 +12,7 @@ from export.checkpoint import QuantizedLinear
 from export.errors import RecipeError
 from export.formats.format import Format, get_format
 from pipeline.calibrate.balance import InputMap
-from pipeline.calibrate.blocks import Observed, Tensors
+from pipeline.calibrate.blocks import Tensors
 from pipeline.calibrate.learn.adaround import Schedule, SoftRounding
 from pipeline.calibrate.learn.reconstruct import Settings, reconstruct
 from pipeline.calibrate.memory import BlockSize, Sizes, rounding_bytes
@@ -46,10 +46,6 @@ class Baseline(Method):
         learned = rounding_bytes(block, int(options["batch"])) if "strength" in options else 0
         return sizes.kept_rows(block, self.rows_per_call) + learned
 
-    def observed(self, unit: Unit) -> Observed:
-        assert unit.observed is not None, f"{unit.name}: this method observes blocks"
-        return unit.observed
-
 
 def per_channel(plans: Sequence[LayerPlan]) -> list[LayerPlan]:
     """The same plans with one weight scale per output channel."""
@@ -66,7 +62,7 @@ class StaticBaseline(Baseline):
 
     def rows(self, unit: Unit, name: str) -> Tensors:
         """What a layer's range is settled on: its input in the float model, [rows, K] of each call."""
-        return self.observed(unit).layer_inputs(name, rows=self.rows_per_call)
+        return unit.observed.layer_inputs(name, rows=self.rows_per_call)
 
     def with_static_range(
         self, unit: Unit, plan: LayerPlan, layer: QuantizedLinear, to: InputMap | None
@@ -98,11 +94,10 @@ class StaticBaseline(Baseline):
         for plan, base in zip(plans, bases, strict=True):
             to, weight = maps.get(plan.name), torch.from_numpy(float_weight(plan))
             roundings[plan.name] = SoftRounding(weight, base, False) if to is None else MappedRounding(weight, base, to)
-        observed = self.observed(unit)
-        reconstruct(observed, roundings, self.settings(), unit.name, self.context.seed)
+        reconstruct(unit.observed, roundings, self.settings(), unit.name, self.context.seed)
         learned = [roundings[plan.name].layer() for plan in plans]
         mapped = ([maps[one.name].layer(one) if one.name in maps else one for one in some] for some in (bases, learned))
-        return better(observed, unit.name, *mapped)
+        return better(unit.observed, unit.name, *mapped)
 
     def settings(self) -> Settings:
         """Those of AdaRound; 0 iterations for none."""

@@ -46,11 +46,10 @@ class BlockRounding(Method):
         return with_sizes(plans, from_text(text)) if text else plans
 
     def quantize(self, unit: Unit) -> list[QuantizedLinear]:
-        observed = _observed(unit)
         nearest = [quantize_linear(plan, self.context.recipe.weights.search) for plan in unit.plans]
         roundings = {base.name: self.rounding(plan, base) for plan, base in zip(unit.plans, nearest, strict=True)}
-        reconstruct(observed, roundings, self.settings(), unit.name, self.context.seed)
-        return better(observed, unit.name, nearest, [roundings[base.name].layer() for base in nearest])
+        reconstruct(unit.observed, roundings, self.settings(), unit.name, self.context.seed)
+        return better(unit.observed, unit.name, nearest, [roundings[base.name].layer() for base in nearest])
 
     def unit_bytes(self, sizes: Sizes, block: BlockSize) -> int:
         return rounding_bytes(block, int(self.context.options["batch"]))
@@ -78,7 +77,7 @@ class LayerRounding(BlockRounding):
     """The method "adaround": every layer on its own output, so that the data come down to one matrix [K, K]."""
 
     def quantize(self, unit: Unit) -> list[QuantizedLinear]:
-        return [self.quantize_layer(plan, _observed(unit)) for plan in unit.plans]
+        return [self.quantize_layer(plan, unit.observed) for plan in unit.plans]
 
     def unit_bytes(self, sizes: Sizes, block: BlockSize) -> int:
         """At the layer where it is most: all its inputs, float and quantized, their sums in float64, the learning."""
@@ -89,11 +88,6 @@ class LayerRounding(BlockRounding):
         inputs, noisy = (observed.layer_inputs(plan.name, noisy=which) for which in (False, True))
         quadratic = Quadratic.of(torch.from_numpy(float_weight(plan)), inputs, noisy)
         return learned_layer(rounding, quadratic, self.settings())
-
-
-def _observed(unit: Unit) -> Observed:
-    assert unit.observed is not None, f"{unit.name}: the method's row must say that it observes blocks"
-    return unit.observed
 
 
 def learned_layer(rounding: SoftRounding, quadratic: Quadratic, settings: Settings) -> QuantizedLinear:

@@ -44,5 +44,5 @@ class G4wP4a(Ptq4dm):
 
     def weights(self, unit: Unit, plan: LayerPlan) -> QuantizedLinear:
         """By GPTQ on the inputs that the network with quantized weights gives."""
-        inputs = self.observed(unit).layer_inputs(plan.name, noisy=True, rows=self.rows_per_call)
+        inputs = unit.observed.layer_inputs(plan.name, noisy=True, rows=self.rows_per_call)
         return gptq.learned_linear(plan, inputs, self.context.recipe, self.context.options)

@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import logging
 from dataclasses import replace
-from typing import Any
 
 from export.checkpoint import QuantizedLinear
 from export.errors import RecipeError
@@ -30,7 +29,7 @@ from pipeline.calibrate.memory import Sizes, tuning_bytes
 from pipeline.calibrate.method import Unit
 from pipeline.calibrate.methods.baseline import Baseline
 from pipeline.calibrate.methods.msfp_search import search_range, search_token_format, search_weight, splits
-from pipeline.calibrate.plan import LayerPlan
+from pipeline.calibrate.plan import Activation, LayerPlan
 
 logger = logging.getLogger(__name__)
 ACTIVATIONS = ("per_tensor", "per_token")
@@ -50,14 +49,14 @@ class Msfp(Baseline):
         return [self._quantize(unit, plan) for plan in unit.plans]
 
     def _quantize(self, unit: Unit, plan: LayerPlan) -> QuantizedLinear:
-        rows = self.observed(unit).layer_inputs(plan.name, rows=self.rows_per_call)
+        rows = unit.observed.layer_inputs(plan.name, rows=self.rows_per_call)
         fields = self._activation(plan, rows)
         plan = replace(plan, activation_format=fields["activation_format"])  # group multipliers depend on it
         layer = search_weight(plan, bool(self.context.options["search_weight_format"]))
         logger.debug("%s: weight %s, activation %s", plan.name, layer.weight_format, fields["activation_format"])
         return replace(layer, **fields)
 
-    def _activation(self, plan: LayerPlan, rows: Tensors) -> dict[str, Any]:
+    def _activation(self, plan: LayerPlan, rows: Tensors) -> Activation:
         """The activation fields of least squared error for inputs [rows, K] each."""
         if self.context.options["activations"] == "per_tensor":
             static, _ = search_range(rows, self._formats(plan, True) + self._unsigned(plan), plan.name)
@@ -89,7 +88,7 @@ class Msfp(Baseline):
             return layers
         from pipeline.calibrate.learn.dfa import loss_weights
         from pipeline.calibrate.learn.talora import Branches
-        from pipeline.calibrate.learn.tuning import Settings, tune
+        from pipeline.calibrate.learn.tuning import Settings, Tuner
         from pipeline.generate.case import make_case
         from pipeline.generate.sampling import make_sampler
 
@@ -107,4 +106,4 @@ class Msfp(Baseline):
             seed=self.context.seed,
         )
         folder = self.context.folder / STATE_FOLDER
-        return tune(self.context.model, layers, data.calls, weights.tolist(), branches, settings, folder)
+        return Tuner(self.context.model, layers, data.calls, weights.tolist(), branches, settings).tune(folder)

@@ -13,10 +13,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
-from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import ArrayLike
 
 from export.checkpoint import QuantizedLinear
 from export.dialect.ops import ABSMAX_FLOOR
@@ -26,7 +26,7 @@ from export.formats.operands import UINT8_MAX, embeds
 from pipeline.backends.reference import fake_quantize
 from pipeline.calibrate.methods.rtn import float_weight, quantize_linear
 from pipeline.calibrate.plan import LayerPlan, group_multipliers
-from pipeline.calibrate.static_activations import Samples, StaticRange, levels
+from pipeline.calibrate.static_activations import Samples, StaticRange, best_range
 
 # Clips of a signed activation format as shares of the largest magnitude.
 CLIPS = tuple(float(share) for share in np.linspace(0.01, 1.0, 100))
@@ -95,7 +95,7 @@ def _with_format(plan: LayerPlan, fmt: Format) -> LayerPlan:
 # --- activations ---------------------------------------------------------------------------------------------------
 
 
-def search_range(parts: Iterable[Any], formats: Sequence[Format], name: str) -> tuple[StaticRange, float]:
+def search_range(parts: Iterable[ArrayLike], formats: Sequence[Format], name: str) -> tuple[StaticRange, float]:
     """The static quantizer of least squared error among `formats`, and that error; `parts` are arrays of any shape.
 
     Signed formats are tried with every clip, unsigned ones with every zero point and span. Raises ModelError naming
@@ -104,10 +104,7 @@ def search_range(parts: Iterable[Any], formats: Sequence[Format], name: str) -> 
     if not formats:
         raise RecipeError(f"{name}: no number format is left to search; use formats of 4, 6 or 8 bits")
     samples = Samples.of(parts, name)
-    tried = [one for fmt in formats for one in (_signed if fmt.sign_bits else _unsigned)(samples, fmt)]
-    errors = [samples.squared_error(levels(one)) for one in tried]
-    best = int(np.argmin(errors))
-    return tried[best], errors[best]
+    return best_range(samples, [r for fmt in formats for r in (_signed if fmt.sign_bits else _unsigned)(samples, fmt)])
 
 
 def _signed(samples: Samples, fmt: Format) -> Iterator[StaticRange]:

@@ -20,16 +20,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from export.checkpoint import QuantizedLinear
-from pipeline.calibrate.balance import (
-    F64,
-    InputMap,
-    channel_peaks,
-    input_statistics,
-    kinds,
-    readers,
-    salience_balance,
-    weight_peaks,
-)  # fmt: skip
+from pipeline.calibrate.balance import F64, channel_peaks, kinds, shared_maps
 from pipeline.calibrate.method import Unit
 from pipeline.calibrate.methods.baseline import StaticBaseline
 
@@ -65,19 +56,11 @@ class Ptq4dit(StaticBaseline):
     """The method "ptq4dit"."""
 
     def quantize(self, unit: Unit) -> list[QuantizedLinear]:
-        return self.quantize_block(unit, self._maps(unit))
-
-    def _maps(self, unit: Unit) -> dict[str, InputMap]:
-        """Layer name -> its balance, one for all layers that read the same tensor."""
-        observed, balanced_kinds = self.observed(unit), kinds(str(self.context.options["kinds"]))
+        balanced_kinds = kinds(str(self.context.options["kinds"]))
         balanced = [plan for plan in unit.plans if plan.linear.kind in balanced_kinds]
-        if not balanced:
-            return {}
-        peaks = input_statistics(observed, channel_peaks)
-        maps: dict[str, InputMap] = {}
-        for group in readers(observed, balanced, self.rows_per_call):
-            by_step = peaks_by_timestep(peaks[group[0].name], observed.timesteps)
-            w = weight_peaks(group)
-            balance = InputMap.of_balance(salience_balance(salience(by_step, w), w))
-            maps |= {plan.name: balance for plan in group}
-        return maps
+
+        def magnitudes(peaks: F64, w: F64) -> F64:
+            return salience(peaks_by_timestep(peaks, unit.observed.timesteps), w)
+
+        maps = shared_maps(unit.observed, balanced, self.rows_per_call, channel_peaks, magnitudes)
+        return self.quantize_block(unit, maps)

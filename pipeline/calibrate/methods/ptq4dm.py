@@ -15,13 +15,13 @@ from collections.abc import Sequence
 from itertools import pairwise
 
 import numpy as np
+from torch import Tensor
 
 from export.checkpoint import QuantizedLinear
 from export.errors import RecipeError
 from pipeline.calibrate.blocks import Tensors
 from pipeline.calibrate.method import Unit
 from pipeline.calibrate.methods.baseline import StaticBaseline
-from pipeline.calibrate.static_activations import thinned
 
 
 def skewed_shares(steps: Sequence[int], n_steps: int, mean: float, deviation: float) -> dict[int, float]:
@@ -45,6 +45,12 @@ def _normal_cdf(z: float) -> float:
     return 0.5 * (1 + math.erf(z / math.sqrt(2)))
 
 
+def thinned(x: Tensor, share: float) -> Tensor:
+    """A share of the rows of x [rows, K], evenly spread, at least one."""
+    count = max(1, round(len(x) * share))
+    return x[np.linspace(0, len(x) - 1, count).round().astype(int)]
+
+
 class Ptq4dm(StaticBaseline):
     """The method "ptq4dm"."""
 
@@ -54,8 +60,8 @@ class Ptq4dm(StaticBaseline):
         assert data is not None
         steps = [call.step for call in data.calls]
         shares = skewed_shares(steps, data.n_steps, float(options["mean"]), float(options["deviation"]))
-        call_shares = np.array([shares[step] for step in steps])
-        return thinned(super().rows(unit, name), call_shares / call_shares.max())
+        largest = max(shares.values())
+        return [thinned(x, shares[step] / largest) for x, step in zip(super().rows(unit, name), steps, strict=True)]
 
     def quantize(self, unit: Unit) -> list[QuantizedLinear]:
         return self.quantize_block(unit, {})

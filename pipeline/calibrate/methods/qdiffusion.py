@@ -21,7 +21,7 @@ from export.checkpoint import QuantizedLinear
 from export.formats.format import decode, get_format, quantize
 from pipeline.calibrate.blocks import BlockCall, Observed, WeightOnlyLinear
 from pipeline.calibrate.learn import ste
-from pipeline.calibrate.learn.reconstruct import Batches, block_loss, generator, hidden_states, with_parts
+from pipeline.calibrate.learn.reconstruct import Batches, block_loss, generator, with_parts
 from pipeline.calibrate.method import Unit
 from pipeline.calibrate.methods.baseline import StaticBaseline
 from pipeline.progress import track
@@ -80,7 +80,7 @@ def learn_steps(
     for _ in track(range(iterations), iterations, f"{name} activations"):
         call, target = batches.draw()
         optimiser.zero_grad()
-        block_loss(hidden_states(call.run(block)), target).backward()
+        block_loss(call.run(block), target).backward()
         optimiser.step()
     after = _loss(block, *judged)
     logger.info("%s: loss %.4g with activation scales of least squared error, %.4g learned", name, before, after)
@@ -89,7 +89,7 @@ def learn_steps(
 
 @torch.no_grad()
 def _loss(block: nn.Module, call: BlockCall, target: Tensor) -> float:
-    return float(block_loss(hidden_states(call.run(block)), target))
+    return float(block_loss(call.run(block), target))
 
 
 class QDiffusion(StaticBaseline):
@@ -100,4 +100,4 @@ class QDiffusion(StaticBaseline):
         iterations, rate = int(options["step_iterations"]), float(options["step_lr"])
         if not iterations:
             return layers
-        return learn_steps(self.observed(unit), layers, iterations, rate, unit.name, self.context.seed)
+        return learn_steps(unit.observed, layers, iterations, rate, unit.name, self.context.seed)

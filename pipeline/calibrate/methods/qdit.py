@@ -18,7 +18,6 @@ import logging
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from export.checkpoint import QuantizedLinear
 from export.errors import RecipeError
@@ -32,7 +31,7 @@ from pipeline.calibrate.learn import gptq
 from pipeline.calibrate.memory import BlockSize, Sizes, gptq_bytes
 from pipeline.calibrate.method import Context, Method, Unit
 from pipeline.calibrate.methods import rtn
-from pipeline.calibrate.plan import LayerPlan
+from pipeline.calibrate.plan import Activation, LayerPlan
 from pipeline.calibrate.static_activations import find_range
 from pipeline.methods import Scalar
 from pipeline.progress import track
@@ -40,20 +39,20 @@ from pipeline.progress import track
 logger = logging.getLogger(__name__)
 
 
-def token_group(plan: LayerPlan, rows: Callable[[], Tensors]) -> dict[str, Any]:
+def token_group(plan: LayerPlan, rows: Callable[[], Tensors]) -> Activation:
     """Scales of each token and group; of each token where the layer has no groups."""
     if not plan.group_size or plan.group_size == plan.linear.module.in_features:
         return {}
     return {"activation_scaling": "token_group", "activation_group": plan.group_size}
 
 
-def per_tensor(plan: LayerPlan, rows: Callable[[], Tensors]) -> dict[str, Any]:
+def per_tensor(plan: LayerPlan, rows: Callable[[], Tensors]) -> Activation:
     """One scale for all tokens and timesteps, of least squared error on the inputs seen."""
     return find_range(rows(), get_format(plan.activation_format), "mse", plan.name).fields
 
 
 # Option "activations" -> fields of a QuantizedLinear, from the plan and a function that gives the layer's inputs.
-ACTIVATIONS: dict[str, Callable[[LayerPlan, Callable[[], Tensors]], dict[str, Any]]] = {
+ACTIVATIONS: dict[str, Callable[[LayerPlan, Callable[[], Tensors]], Activation]] = {
     "token_group": token_group,
     "per_token": lambda plan, rows: {},
     "per_tensor": per_tensor,
@@ -136,7 +135,6 @@ class QDit(Method):
         return [self.quantize_layer(unit, plan) for plan in track(unit.plans, len(unit.plans), unit.name)]
 
     def quantize_layer(self, unit: Unit, plan: LayerPlan) -> QuantizedLinear:
-        assert unit.observed is not None
         observed, options = unit.observed, self.context.options
         rows = int(options["rows"])
         fields = ACTIVATIONS[str(options["activations"])](plan, lambda: observed.layer_inputs(plan.name, rows=rows))
@@ -147,16 +145,6 @@ class QDit(Method):
 
 
 def search_settings(options: Mapping[str, Scalar], seed: int) -> Settings:
-    """A population of which a fifth are parents, refilled half by crossover, half by mutation, as in the paper."""
-    population = int(options["population"])
-    half = population // 2
-    return Settings(
-        int(options["generations"]),
-        population,
-        max(2, population // 5),
-        half,
-        population - half,
-        float(options["mutation"]),
-        seed,
-        int(options["workers"]),
-    )
+    """How the options say to search."""
+    generations, population, workers = (int(options[name]) for name in ("generations", "population", "workers"))
+    return Settings(generations, population, float(options["mutation"]), seed, workers)

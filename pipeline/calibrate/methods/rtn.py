@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import numpy as np
 
-from export.checkpoint import QuantizedLinear, make_linear
+from export.checkpoint import QuantizedLinear
 from export.errors import ModelError
 from export.formats.format import get_format
 from pipeline.calibrate.method import Method, Unit
 from pipeline.calibrate.plan import LayerPlan
-from pipeline.calibrate.scales import F32, find_scales, round_to_codes
+from pipeline.calibrate.scales import F32, find_scales, in_blocks, round_to_codes
 
 
 class RoundToNearest(Method):
@@ -33,22 +33,7 @@ def float_weight(plan: LayerPlan) -> F32:
 def quantize_linear(plan: LayerPlan, search: str) -> QuantizedLinear:
     """Scales by `search` ("absmax" or "mse"), then the nearest codes."""
     weight, fmt = float_weight(plan), get_format(plan.weight_format)
-    n, k = weight.shape
-    group = plan.group_size or k
-    rows = n * (k // group) if plan.granularity == "group" else n
-    blocks = weight.reshape(rows, -1, group)
+    blocks = in_blocks(weight, plan.granularity, plan.group_size)
     scales, multipliers = find_scales(blocks, fmt, plan.multipliers, search)
     codes = round_to_codes(blocks, fmt, scales, multipliers)
-    bias = plan.linear.module.bias
-    return make_linear(
-        codes.reshape(n, k),
-        weight_format=plan.weight_format,
-        name=plan.name,
-        kind=plan.linear.kind,
-        activation_format=plan.activation_format,
-        granularity=plan.granularity,
-        group_size=plan.group_size,
-        scales=scales.reshape(n, -1),
-        multipliers=multipliers if plan.granularity == "exact_group" else None,
-        bias=None if bias is None else bias.detach().float().numpy().copy(),
-    )
+    return plan.layer(codes.reshape(weight.shape), scales.reshape(len(weight), -1), multipliers)

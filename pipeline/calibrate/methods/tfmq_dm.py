@@ -47,6 +47,5 @@ class TfmqDm(StaticBaseline):
         settings = self.settings()
         if not settings.schedule.iterations:
             return base
-        observed = self.observed(unit)
-        seen = (observed.layer_inputs(plan.name, noisy) for noisy in (False, True))
+        seen = (unit.observed.layer_inputs(plan.name, noisy) for noisy in (False, True))
         return learned_layer(SoftRounding(weight, base, scale_aware=False), Quadratic.of(weight, *seen), settings)

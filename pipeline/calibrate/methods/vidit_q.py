@@ -18,7 +18,7 @@ import torch
 
 from export.checkpoint import QuantizedLinear
 from export.errors import RecipeError
-from pipeline.calibrate.balance import F64, InputMap, input_statistics, kinds, readers, salience_balance, weight_peaks
+from pipeline.calibrate.balance import F64, kinds, shared_maps
 from pipeline.calibrate.method import Context, Unit
 from pipeline.calibrate.methods.baseline import Baseline
 from pipeline.calibrate.methods.rtn import quantize_linear
@@ -49,14 +49,16 @@ class ViditQ(Baseline):
                 raise RecipeError(f"calibrate.options.{name} {value} of vidit_q must be between 0 and 1")
 
     def quantize(self, unit: Unit) -> list[QuantizedLinear]:
-        observed, balanced_kinds = self.observed(unit), kinds(str(self.context.options["kinds"]))
-        peaks = input_statistics(observed, sample_peaks)
-        layers = {}
-        for group in readers(observed, unit.plans, self.rows_per_call):
-            x = running_mean(peaks[group[0].name], self.momentum)
-            balance = InputMap.of_balance(salience_balance(x, weight_peaks(group), self.alpha))
-            for plan in group:
-                balanced = plan.linear.kind in balanced_kinds
-                layer = quantize_linear(balance.plan(plan) if balanced else plan, "absmax")
-                layers[plan.name] = balance.layer(layer) if balanced else layer
-        return [layers[plan.name] for plan in unit.plans]
+        balanced_kinds = kinds(str(self.context.options["kinds"]))
+        balanced = [plan for plan in unit.plans if plan.linear.kind in balanced_kinds]
+
+        def magnitudes(peaks: F64, _: F64) -> F64:
+            return running_mean(peaks, self.momentum)
+
+        maps = shared_maps(unit.observed, balanced, self.rows_per_call, sample_peaks, magnitudes, self.alpha)
+        return [
+            maps[plan.name].layer(quantize_linear(maps[plan.name].plan(plan), "absmax"))
+            if plan.name in maps
+            else quantize_linear(plan, "absmax")
+            for plan in unit.plans
+        ]
