@@ -27,7 +27,7 @@ from typing import Any
 
 from benchmarks.gpu.pool import MOST_WORKERS, work_off_in_processes
 from benchmarks.gpu.results import Results, broken, gpu_facts, is_checked, slug, wrong
-from benchmarks.gpu.run import Clock, Context, GpuLostError, work_off
+from benchmarks.gpu.run import Clock, Device, GpuLostError, work_off
 from benchmarks.gpu.targets import judged, table
 from benchmarks.record import RESULTS
 from export.errors import EnvironmentLacksError, ParityError
@@ -42,8 +42,8 @@ LOST = 75  # exit code of a section's process that lost the GPU: another one is 
 class Section:
     """One part, run in a process of its own, so that one that fails or hangs leaves the others alone.
 
-    module: has tasks(context) -> list of Task. budget_s: from before its process starts; what sections before it leave
-    over comes on top. parallel: its tasks may share the GPU. compiles: it has compiling(context), tasks to run in
+    module: has tasks(device) -> list of Task. budget_s: from before its process starts; what sections before it leave
+    over comes on top. parallel: its tasks may share the GPU. compiles: it has compiling(device), tasks to run in
     parallel before.
     """
 
@@ -67,11 +67,11 @@ def section_called(name: str) -> Section:
     return {section.name: section for section in SECTIONS}[name]
 
 
-def find_context(check_only: bool) -> Context:
+def find_device(check_only: bool) -> Device:
     """The GPU, or for check_only the interpreter. Raises EnvironmentLacksError before any work if neither is there."""
     machine.require(("torch", "triton"), "benchmarks.gpu")
     if check_only and os.environ.get("TRITON_INTERPRET") == "1":
-        return Context("cpu", 0, tiny=True)
+        return Device("cpu", 0, tiny=True)
     if os.environ.get("TRITON_INTERPRET") == "1":
         raise EnvironmentLacksError("TRITON_INTERPRET=1 keeps kernels off the GPU; unset it, or give --check-only")
     import torch
@@ -86,10 +86,10 @@ def find_context(check_only: bool) -> Context:
         raise EnvironmentLacksError(
             f"{facts['name']} has compute capability {facts['compute_capability']}; the kernels need 80 or newer"
         )
-    return Context("cuda", facts["compute_capability"], facts["l2_bytes"])
+    return Device("cuda", facts["compute_capability"], facts["l2_bytes"])
 
 
-def run_section(section: Section, context: Context, results: Results, clock: Clock) -> None:
+def run_section(section: Section, device: Device, results: Results, clock: Clock) -> None:
     """Run what the document lacks of `section` in this process, keeping each row as it comes. Raises GpuLostError."""
     kept = {row["name"] for row in results.document["sections"][section.name]["rows"]}
 
@@ -99,13 +99,13 @@ def run_section(section: Section, context: Context, results: Results, clock: Clo
 
     workers = min(MOST_WORKERS, machine.cpu_count())
     if section.parallel:
-        missed = work_off_in_processes(section.module, "tasks", context, clock, keep, workers, kept)
+        missed = work_off_in_processes(section.module, "tasks", device, clock, keep, workers, kept)
     else:
         if section.compiles and not kept:
             with suppress(GpuLostError):  # a kernel that loses the GPU does so again, and is named, where it is timed
-                work_off_in_processes(section.module, "compiling", context, Clock(clock.left / 2), _forget, workers)
-        tasks = importlib.import_module(section.module).tasks(context)
-        missed = work_off([task for task in tasks if task.name not in kept], context, clock, keep)
+                work_off_in_processes(section.module, "compiling", device, Clock(clock.left / 2), _forget, workers)
+        tasks = importlib.import_module(section.module).tasks(device)
+        missed = work_off([task for task in tasks if task.name not in kept], device, clock, keep)
     results.end(section.name, missed, clock.budget_s - clock.left)
 
 
@@ -180,7 +180,7 @@ def measure(sections: list[Section], results: Results, names: Sequence[str]) -> 
     results.save()
 
 
-def check_interpreted(context: Context) -> int:
+def check_interpreted(device: Device) -> int:
     """Check under the interpreter, writing nothing; the exit code."""
     warnings.simplefilter("ignore", RuntimeWarning)  # tokens with NaN, which NumPy reports from within the interpreter
     rows: list[dict[str, Any]] = []
@@ -191,7 +191,7 @@ def check_interpreted(context: Context) -> int:
 
     started = time.monotonic()
     module = importlib.import_module(SECTIONS[0].module)
-    missed = work_off(module.tasks(context), context, Clock(SECTIONS[0].budget_s), keep)
+    missed = work_off(module.tasks(device), device, Clock(SECTIONS[0].budget_s), keep)
     failed = [row["name"] for row in rows if not row.get("passed")]
     print(f"{len(rows) - len(failed)} of {len(rows) + len(missed)} passed in {time.monotonic() - started:.1f} s")
     return ParityError.exit_code if failed or missed else 0
@@ -225,18 +225,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--until", type=float, help=argparse.SUPPRESS)  # when its time is over, by time.monotonic()
     arguments = parser.parse_args(argv)
     try:
-        context = find_context(arguments.check_only)
+        device = find_device(arguments.check_only)
     except EnvironmentLacksError as error:
         print(f"benchmarks.gpu: {error}", file=sys.stderr)
         return error.exit_code
-    if context.interpreted:
-        return check_interpreted(context)
+    if device.interpreted:
+        return check_interpreted(device)
     facts = gpu_facts()
     results = Results.open(arguments.output_dir / f"gpu_{slug(facts['name'])}.json", facts)
     if arguments.one:
         clock = Clock(arguments.until - time.monotonic())
         try:
-            run_section(section_called(arguments.one), context, results, clock)
+            run_section(section_called(arguments.one), device, results, clock)
         except GpuLostError:
             return LOST
         return 0

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from benchmarks.gpu.run import Context, Task
+from benchmarks.gpu.run import Device, Task
 from benchmarks.gpu.weights import CHANNEL, EXACT_64, REAL_128, Granularity
 from export.formats.format import get_format, pack
 from export.formats.operands import exact_sum_limit
@@ -158,19 +158,19 @@ def _halves(x: Array) -> Array:
     return np.ldexp(np.rint(mantissa * 256) / 256, exponent).astype(np.float32)
 
 
-def check_gemm(context: Context, case: GemmCase) -> dict[str, Any]:
+def check_gemm(device: Device, case: GemmCase) -> dict[str, Any]:
     """One row: for both kernels how many integer sums differ, and the worst error of an output over what is allowed."""
-    arrays, tokens = inputs_of(case, sm=context.sm), case.m // 2 if case.spec.has_gate else 0
+    arrays, tokens = inputs_of(case, sm=device.sm), case.m // 2 if case.spec.has_gate else 0
     plain = replace(case.spec, output="fp32", epilogue="none", zero_point=False)
     ones = {key: np.ones_like(arrays[key]) for key in ("a_scale", "w_scales")} | {"bias": np.zeros_like(arrays["bias"])}
     ones |= {key: arrays[key] for key in ("a", "w", "multiplier_codes") if key in arrays}
     packed = kernel("packed_gemm").reference
     (sums,), (expected,) = packed(plain, **ones), packed(case.spec, **arrays, tokens=tokens)
-    limit = allowed(case, arrays, expected, tokens, cut=context.interpreted)
+    limit = allowed(case, arrays, expected, tokens, cut=device.interpreted)
     row: dict[str, Any] = {"of": sums.size, "passed": True}
     for name in GEMMS:
-        differ = int((run_gemm(context, plain, ones, name, 0) != sums).sum())
-        y = run_gemm(context, case.spec, arrays, name, tokens)
+        differ = int((run_gemm(device, plain, ones, name, 0) != sums).sum())
+        y = run_gemm(device, case.spec, arrays, name, tokens)
         worst = over(y - expected, limit, np.isnan(expected) == np.isnan(y))
         row[name] = {"sums_differ": differ, "error_over_allowed": worst}
         row["passed"] = row["passed"] and differ == 0 and worst <= 1
@@ -211,15 +211,15 @@ def allowed(case: GemmCase, arrays: dict[str, Array], expected: Array, tokens: i
 
 
 def run_gemm(
-    context: Context, spec: GemmSpec, arrays: dict[str, Array], name: str, tokens: int, tile: Tile | None = None
+    device: Device, spec: GemmSpec, arrays: dict[str, Array], name: str, tokens: int, tile: Tile | None = None
 ) -> Array:
     """The kernel `name` on NumPy inputs -> float32 [M, N]. tile: instead of the heuristics' choice."""
     from plugins.gpu import launch
 
-    tensors = {key: context.tensor(value) for key, value in arrays.items()}
+    tensors = {key: device.tensor(value) for key, value in arrays.items()}
     for key in ("gate", "residual"):
         if key in tensors:
-            tensors[key] = tensors[key].to(context.dtype(spec.output))
+            tensors[key] = tensors[key].to(device.dtype(spec.output))
     if name == "expanded_gemm":
         codes = tensors.pop("multiplier_codes", None)
         tensors["w"] = launch.expand(spec, tensors["w"], multiplier_codes=codes)
@@ -229,28 +229,28 @@ def run_gemm(
     return np.asarray(y.float().cpu().numpy())
 
 
-def check_repack(context: Context, case: GemmCase) -> dict[str, Any]:
+def check_repack(device: Device, case: GemmCase) -> dict[str, Any]:
     """pack and expand: bytes that differ from the meanings'."""
     from plugins.gpu import launch
 
     arrays = inputs_of(case)
     codes = np.random.default_rng(1).integers(0, 16, (case.n, case.k)).astype(np.uint8)
-    packed = launch.pack(context.tensor(codes)).cpu().numpy()
-    weight = {key: context.tensor(arrays[key]) for key in ("w", "multiplier_codes") if key in arrays}
+    packed = launch.pack(device.tensor(codes)).cpu().numpy()
+    weight = {key: device.tensor(arrays[key]) for key in ("w", "multiplier_codes") if key in arrays}
     expanded = launch.expand(case.spec, **weight).cpu().numpy()
     (expected,) = reference.expand(case.spec, arrays["w"], arrays.get("multiplier_codes"))
     differ = int((packed != reference.pack(PackSpec(case.k), codes)[0]).sum()), int((expanded != expected).sum())
     return {"pack_differ": differ[0], "expand_differ": differ[1], "passed": differ == (0, 0)}
 
 
-def tasks(context: Context) -> list[Task]:
+def tasks(device: Device) -> list[Task]:
     """The GEMMs that are timed first, then quantizers, pack and expand, and GEMMs of all formats."""
     from benchmarks.gpu.check_quantizers import quantizer_tasks
     from benchmarks.gpu.check_timed import timed_tasks
 
-    cases = gemm_cases(context.tiny)
-    checks = timed_tasks(context) + quantizer_tasks(context)
+    cases = gemm_cases(device.tiny)
+    checks = timed_tasks(device) + quantizer_tasks(device)
     repacked = [case for case in cases if case.granularity in (CHANNEL, EXACT_64)]
     repacked = list({(case.weight, case.granularity, case.k, case.integers): case for case in repacked}.values())
-    checks += [Task(f"pack, expand {case.name}", partial(check_repack, context, case)) for case in repacked]
-    return checks + [Task(f"{' and '.join(GEMMS)} {case.name}", partial(check_gemm, context, case)) for case in cases]
+    checks += [Task(f"pack, expand {case.name}", partial(check_repack, device, case)) for case in repacked]
+    return checks + [Task(f"{' and '.join(GEMMS)} {case.name}", partial(check_gemm, device, case)) for case in cases]

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from benchmarks.gpu.run import Context, Task
+from benchmarks.gpu.run import Device, Task
 from plugins.gpu.launch import KERNEL_OF
 from plugins.gpu.reference import byte_values
 from plugins.gpu.spec import Before, FloatType, QuantizeSpec
@@ -69,12 +69,12 @@ def rows_of(case: QuantizerCase, seed: int = 0) -> Array:
     return x
 
 
-def check_quantizer(context: Context, case: QuantizerCase) -> dict[str, Any]:
+def check_quantizer(device: Device, case: QuantizerCase) -> dict[str, Any]:
     """One row: codes and scales that differ, and the worst of them over what is allowed."""
     from plugins.gpu import launch
 
     x, extra = rows_of(case), _modulation(case)
-    tensors = {key: context.tensor(value).to(context.dtype(case.input)) for key, value in {"x": x, **extra}.items()}
+    tensors = {key: device.tensor(value).to(device.dtype(case.input)) for key, value in {"x": x, **extra}.items()}
     tokens = case.m // 2 if extra else 0
     codes, scales = (output.cpu().numpy() for output in launch.quantize(case.spec, **tensors, tokens=tokens))
     sizes = {"tokens": tokens} if extra else {}
@@ -136,6 +136,6 @@ def worst_code(case: QuantizerCase, ours: tuple[Array, Array], expected: tuple[A
     return worst if np.isfinite(worst) else 1e9
 
 
-def quantizer_tasks(context: Context) -> list[Task]:
+def quantizer_tasks(device: Device) -> list[Task]:
     """One task for each case."""
-    return [Task(case.name, partial(check_quantizer, context, case)) for case in quantizer_cases(context.tiny)]
+    return [Task(case.name, partial(check_quantizer, device, case)) for case in quantizer_cases(device.tiny)]

@@ -15,7 +15,7 @@ import numpy as np
 
 from benchmarks.gpu.check import GemmCase, allowed, inputs_of, over, run_gemm
 from benchmarks.gpu.gemm import ACTIVATION, INT8, WAYS, WEIGHT, contestants_of, is_ours, rows_to_measure
-from benchmarks.gpu.run import Context, Task
+from benchmarks.gpu.run import Device, Task
 from benchmarks.gpu.weights import EXACT_64
 from plugins.gpu import tiles
 from plugins.gpu.table import kernel
@@ -58,16 +58,16 @@ def launched(name: str, case: GemmCase, sm: int, expand_first: bool | None = Non
     return TimedGemm(name, case, choose(case.spec, case.m, sm, may_split=True))
 
 
-def of_gemm_section(context: Context) -> Iterator[TimedGemm]:
+def of_gemm_section(device: Device) -> Iterator[TimedGemm]:
     """What benchmarks/gpu/gemm.py launches."""
     for shape, granularity in rows_to_measure():
         case = GemmCase(ACTIVATION, WEIGHT, shape.m, shape.n, shape.k, granularity)
-        for name in filter(is_ours, contestants_of(context, shape)):
+        for name in filter(is_ours, contestants_of(device, shape)):
             kind = "packed_gemm" if name in WAYS else name.removesuffix(INT8)
-            yield launched(kind, replace(case, integers=name.endswith(INT8)), context.sm, WAYS.get(name))
+            yield launched(kind, replace(case, integers=name.endswith(INT8)), device.sm, WAYS.get(name))
 
 
-def of_denoiser_section(context: Context) -> Iterator[TimedGemm]:
+def of_denoiser_section(device: Device) -> Iterator[TimedGemm]:
     """What benchmarks/gpu/denoiser_times.py launches."""
     from benchmarks.gpu.denoiser import LINEARS, Size
     from benchmarks.gpu.denoiser_times import FORMS, SIZES, grid
@@ -80,30 +80,30 @@ def of_denoiser_section(context: Context) -> Iterator[TimedGemm]:
             case = GemmCase(ACTIVATION, WEIGHT, batch * rows, n, k, EXACT_64, epilogue=linear.epilogue)
             for form in FORMS.values():
                 kind = "expanded_gemm" if form.expand else "packed_gemm"
-                yield launched(kind, replace(case, integers=form.integers), context.sm)
+                yield launched(kind, replace(case, integers=form.integers), device.sm)
 
 
-def timed_gemms(context: Context) -> list[TimedGemm]:
+def timed_gemms(device: Device) -> list[TimedGemm]:
     """One for each variant, the first that is timed."""
     by_variant: dict[tuple[Any, ...], TimedGemm] = {}
-    for one in (*of_gemm_section(context), *of_denoiser_section(context)):
+    for one in (*of_gemm_section(device), *of_denoiser_section(device)):
         by_variant.setdefault(one.variant, one)
     return list(by_variant.values())
 
 
-def check_timed(context: Context, timed: TimedGemm) -> dict[str, Any]:
+def check_timed(device: Device, timed: TimedGemm) -> dict[str, Any]:
     """One row: the worst error of an output over what is allowed."""
     case = timed.small
-    arrays, tokens = inputs_of(case, sm=context.sm), case.m // 2 if case.spec.has_gate else 0
+    arrays, tokens = inputs_of(case, sm=device.sm), case.m // 2 if case.spec.has_gate else 0
     (expected,) = kernel("packed_gemm").reference(case.spec, **arrays, tokens=tokens)
-    y = run_gemm(context, case.spec, arrays, timed.kernel, tokens, timed.tile)
-    limit = allowed(case, arrays, expected, tokens, cut=context.interpreted)
+    y = run_gemm(device, case.spec, arrays, timed.kernel, tokens, timed.tile)
+    limit = allowed(case, arrays, expected, tokens, cut=device.interpreted)
     worst = over(y - expected, limit, np.isnan(expected) == np.isnan(y))
     return {"tile": str(timed.tile), "error_over_allowed": worst, "of": expected.size, "passed": worst <= 1}
 
 
-def timed_tasks(context: Context) -> list[Task]:
+def timed_tasks(device: Device) -> list[Task]:
     """One task for each variant; none under the interpreter, which times nothing."""
-    if context.interpreted:
+    if device.interpreted:
         return []
-    return [Task(one.name, partial(check_timed, context, one)) for one in timed_gemms(context)]
+    return [Task(one.name, partial(check_timed, device, one)) for one in timed_gemms(device)]

@@ -28,7 +28,7 @@ from benchmarks.gpu.quantized_denoiser import (
     quantized,
     weight_bytes,
 )
-from benchmarks.gpu.run import Context, Task, failed_of
+from benchmarks.gpu.run import Device, Task, failed_of
 from benchmarks.gpu.targets import LARGE_PIXELS
 from benchmarks.gpu.timing import Flush, capture_all, contest, error_line, host_milliseconds, interleaved
 from benchmarks.gpu.weights import EXACT_64, Packed
@@ -80,9 +80,9 @@ class Models:
     refused: dict[str, str] = field(default_factory=dict)
 
 
-def make_models(context: Context, size: Size) -> Models:
+def make_models(device: Device, size: Size) -> Models:
     """Random weights, quantized; on the device. A form that cannot be made is named."""
-    with torch.device(context.device):
+    with torch.device(device.type):
         bf16 = randomize(Denoiser(size, 1)).to(torch.bfloat16).requires_grad_(False)
     start = torch.cuda.memory_allocated()
     weights = quantize_blocks(bf16, EXACT_64)
@@ -219,13 +219,13 @@ def ratios(rows: dict[str, dict[str, Any]]) -> dict[str, float]:
     return speedups
 
 
-def tasks(context: Context) -> list[Task]:
+def tasks(device: Device) -> list[Task]:
     """Bytes and numbers first; then LARGE_PIXELS, which the target is about; the whole model compiled last.
 
     The models are made by the first row that needs them; should that fail, by the next one.
     """
-    flush, size = Flush(context.l2_bytes), Size()
-    models = cache(partial(make_models, context, size))
+    flush, size = Flush(device.l2_bytes), Size()
+    models = cache(partial(make_models, device, size))
     planned = [
         Task("weights", lambda: weights_row(models())),
         Task(f"numbers at {LEAST_PIXELS} pixels", lambda: numbers_row(models(), LEAST_PIXELS), 5.0),
@@ -233,7 +233,7 @@ def tasks(context: Context) -> list[Task]:
     for pixels, batch in SIZES:
         row = partial(_times, models, flush, pixels, batch)
         planned.append(Task(f"{pixels} pixels, batch {batch}", row, 20.0))
-    alone = partial(attention_row, size, context.device, flush, LARGE_PIXELS)
+    alone = partial(attention_row, size, device.type, flush, LARGE_PIXELS)
     planned.append(Task(f"attention alone at {LARGE_PIXELS} pixels", alone, 4.0))
     planned.append(Task(f"numbers at {LARGE_PIXELS} pixels", lambda: numbers_row(models(), LARGE_PIXELS), 8.0))
     whole = partial(_times, models, flush, LARGE_PIXELS, 1, whole=True)

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from benchmarks.gpu.run import Context, Task
+from benchmarks.gpu.run import Device, Task
 from benchmarks.gpu.weights import CHANNEL, EXACT_64, Granularity
 from export.formats.format import get_format
 from plugins.gpu.promotion import promotion_of
@@ -118,19 +118,19 @@ def spec_of(activation: str, k: int, granularity: Granularity, size: int) -> Gem
     return GemmSpec(activation, WEIGHT, k, size, output="fp32", **granularity.spec_fields(WEIGHT))
 
 
-def operands(context: Context, spec: GemmSpec, pattern: str) -> tuple[Tensor, Tensor]:
+def operands(device: Device, spec: GemmSpec, pattern: str) -> tuple[Tensor, Tensor]:
     """(a [N, K], w [N, K]): values as float64 on the device, those of w times a drawn multiplier of their group."""
     import torch
 
     k, size = spec.in_features, spec.out_features
-    generator = torch.Generator(device=context.device).manual_seed(k)
+    generator = torch.Generator(device=device.type).manual_seed(k)
     matrices = []
     for name, make in zip((spec.activation, WEIGHT), PATTERNS[pattern], strict=True):
         values = get_format(name).values
         positive = np.unique(values[np.isfinite(values) & (values >= 0)])
-        matrices.append(make(Drawer(context.tensor(positive), generator), size, k))
-    table = torch.tensor(spec.multipliers, dtype=torch.float64, device=context.device)
-    drawn = torch.randint(len(table), (size, spec.groups), generator=generator, device=context.device)
+        matrices.append(make(Drawer(device.tensor(positive), generator), size, k))
+    table = torch.tensor(spec.multipliers, dtype=torch.float64, device=device.type)
+    drawn = torch.randint(len(table), (size, spec.groups), generator=generator, device=device.type)
     return matrices[0], matrices[1] * table[drawn].repeat_interleave(k // spec.groups, 1)
 
 
@@ -173,12 +173,12 @@ def e4m3_value(x: Tensor) -> Tensor:
     return x.view(torch.float8_e4m3fn).float()
 
 
-def count(context: Context, spec: GemmSpec, granularity: Granularity, interval: int | None) -> dict[str, Any]:
+def count(device: Device, spec: GemmSpec, granularity: Granularity, interval: int | None) -> dict[str, Any]:
     """Outputs that differ from the exact sum rounded to float32, for each pattern. interval None: as compiled."""
     differ, worst = {}, {}
     exponents = operand_of(spec.activation).shift, spec.weight_exponent
     for pattern in PATTERNS:
-        a, w = (e4m3_bytes(x, e) for x, e in zip(operands(context, spec, pattern), exponents, strict=True))
+        a, w = (e4m3_bytes(x, e) for x, e in zip(operands(device, spec, pattern), exponents, strict=True))
         exact = e4m3_value(a).double() @ e4m3_value(w).double().T
         sums = compiled(spec, a, w) if interval is None else probe(a, w, interval, min(TILE, len(a)))
         differ[pattern] = int((sums != exact.float()).sum())
@@ -187,17 +187,17 @@ def count(context: Context, spec: GemmSpec, granularity: Granularity, interval: 
     return pair | {"interval": interval, "outputs": sums.numel(), "differ": differ, "worst_over_mean": worst}
 
 
-def tasks(context: Context) -> list[Task]:
+def tasks(device: Device) -> list[Task]:
     """A row for each pair, depth and interval, those of the default recipe first."""
-    if not context.has_fp8:
-        row = {"skipped": f"compute capability {context.sm} has no FP8 tensor cores; sums are FP16's, exact in float32"}
+    if not device.has_fp8:
+        row = {"skipped": f"compute capability {device.sm} has no FP8 tensor cores; sums are FP16's, exact in float32"}
         return [Task("FP8 accumulator", lambda: row)]
     counts = []
     for (activation, granularity), k in itertools.product(PAIRS, DEPTHS):
         spec = spec_of(activation, k, granularity, SIZE)
-        for interval in intervals_of(spec, context.sm):
+        for interval in intervals_of(spec, device.sm):
             name = f"{activation} x {WEIGHT}, {granularity.name}, K {k}, {interval_name(interval)}"
-            counts.append(Task(name, partial(count, context, spec, granularity, interval)))
+            counts.append(Task(name, partial(count, device, spec, granularity, interval)))
     return counts
 
 

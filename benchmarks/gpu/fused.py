@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
-from benchmarks.gpu.run import Context, Task, failed_of
+from benchmarks.gpu.run import Device, Task, failed_of
 from benchmarks.gpu.timing import Flush, contest, rates, sets_for
 from plugins.gpu.spec import QuantizeSpec
 from plugins.gpu.table import launch_options
@@ -74,12 +74,12 @@ CASES = (
 )
 
 
-def inputs_of(context: Context, case: FusedCase) -> dict[str, Tensor]:
+def inputs_of(device: Device, case: FusedCase) -> dict[str, Tensor]:
     """x, and for the norm shift and scale, in bf16."""
     import torch
 
     def draw(*shape: int) -> Tensor:
-        return torch.randn(shape, device=context.device).to(torch.bfloat16)
+        return torch.randn(shape, device=device.type).to(torch.bfloat16)
 
     inputs = {"x": draw(case.m, case.channels)}
     if case.kind == "norm_modulate":
@@ -132,24 +132,24 @@ def compiled(case: FusedCase) -> Callable[..., Tensor]:
     return call
 
 
-def copier(context: Context, size_bytes: int) -> Callable[[], Tensor]:
+def copier(device: Device, size_bytes: int) -> Callable[[], Tensor]:
     """A copy that reads and writes `size_bytes` together."""
     import torch
 
-    one, two = (torch.empty(size_bytes // 2, dtype=torch.uint8, device=context.device) for _ in range(2))
+    one, two = (torch.empty(size_bytes // 2, dtype=torch.uint8, device=device.type) for _ in range(2))
     return lambda: two.copy_(one)
 
 
-def measure(context: Context, case: FusedCase, flush: Flush) -> dict[str, Any]:
+def measure(device: Device, case: FusedCase, flush: Flush) -> dict[str, Any]:
     """One row: times and rates of all contestants, the fused kernel against the baseline and against copying."""
     size, compiled_plain = case.moved_bytes(True), compiled(case)
-    count = sets_for(min(case.read_bytes, size // 2), context.l2_bytes)  # the copy reads half of what it moves
-    sets = [inputs_of(context, case) for _ in range(count)]
+    count = sets_for(min(case.read_bytes, size // 2), device.l2_bytes)  # the copy reads half of what it moves
+    sets = [inputs_of(device, case) for _ in range(count)]
     calls: dict[str, list[Callable[[], object]]] = {
         FUSED: [partial(fused, case, inputs) for inputs in sets],
-        "triton_alone": [partial(triton_alone, case, inputs, context.sm) for inputs in sets],
+        "triton_alone": [partial(triton_alone, case, inputs, device.sm) for inputs in sets],
         "compiled_alone": [partial(compiled_plain, inputs) for inputs in sets],
-        "copy": [copier(context, size) for _ in sets],
+        "copy": [copier(device, size) for _ in sets],
     }
     times, refused = contest(calls, flush, SECONDS)
     moved = {FUSED: size, "copy": size // 2 * 2}
@@ -157,7 +157,7 @@ def measure(context: Context, case: FusedCase, flush: Flush) -> dict[str, Any]:
         name: time.to_row() | rates(time.median, 0, moved.get(name, case.moved_bytes(False)))
         for name, time in times.items()
     }
-    off = (triton_alone(case, sets[0], context.sm).float() - plain(case, sets[0]).float()).norm()
+    off = (triton_alone(case, sets[0], device.sm).float() - plain(case, sets[0]).float()).norm()
     return {
         "kind": case.kind,
         "m": case.m,
@@ -187,7 +187,7 @@ def ratios(rows: dict[str, dict[str, Any]]) -> dict[str, float]:
     return quotients
 
 
-def tasks(context: Context) -> list[Task]:
+def tasks(device: Device) -> list[Task]:
     """A row for each of CASES."""
-    flush = Flush(context.l2_bytes)
-    return [Task(case.name, partial(measure, context, case, flush), 6.0) for case in CASES]
+    flush = Flush(device.l2_bytes)
+    return [Task(case.name, partial(measure, device, case, flush), 6.0) for case in CASES]

@@ -14,7 +14,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from benchmarks.gpu import agreement
-from benchmarks.gpu.run import Context, Task, failed_of
+from benchmarks.gpu.run import Device, Task, failed_of
 from benchmarks.gpu.targets import LARGE
 from benchmarks.gpu.timing import Flush, contest, rates, sets_for
 from benchmarks.gpu.weights import CHANNEL, EXACT_64, REAL_128, Granularity, Packed, quantize_weight
@@ -59,14 +59,14 @@ def spec_of(shape: Shape, granularity: Granularity, integers: bool = False) -> G
     return GemmSpec(ACTIVATION, WEIGHT, shape.k, shape.n, output="bf16", integers=integers, **fields)
 
 
-def operands(context: Context, shape: Shape, granularity: Granularity) -> Operands:
+def operands(device: Device, shape: Shape, granularity: Granularity) -> Operands:
     """Normal activations and weights, quantized. The bf16 contestant takes them as they were before."""
     import torch
 
     from plugins.gpu import launch
 
-    a = torch.randn((shape.m, shape.k), device=context.device, dtype=torch.bfloat16)
-    w = torch.randn((shape.n, shape.k), device=context.device, dtype=torch.bfloat16) / shape.k**0.5
+    a = torch.randn((shape.m, shape.k), device=device.type, dtype=torch.bfloat16)
+    w = torch.randn((shape.n, shape.k), device=device.type, dtype=torch.bfloat16) / shape.k**0.5
     packed = quantize_weight(w, WEIGHT, granularity)
     forms = []
     for integers in (False, True):
@@ -74,7 +74,7 @@ def operands(context: Context, shape: Shape, granularity: Granularity) -> Operan
         spec = spec_of(shape, granularity, integers)
         forms.append((codes, launch.expand(spec, packed.codes, multiplier_codes=packed.multiplier_codes)))
     (codes, expanded), (a_int8, expanded_int8) = forms
-    bias = torch.zeros(shape.n, device=context.device)
+    bias = torch.zeros(shape.n, device=device.type)
     return Operands(codes, a_int8, scale, packed, expanded, expanded_int8, a, w, bias)
 
 
@@ -142,11 +142,11 @@ def scaled_mm(a: Tensor, w: Tensor, a_scale: Tensor, w_scale: Tensor) -> Tensor:
     return y
 
 
-def contestants_of(context: Context, shape: Shape) -> tuple[str, ...]:
+def contestants_of(device: Device, shape: Shape) -> tuple[str, ...]:
     """Who runs on this GPU at this shape. FP8 needs compute capability 89; the smaller shapes of HunyuanDiT do without
     the forms that only tell how to choose, since each is a kernel to compile."""
     ours = OURS[:2] if shape.m < LARGE and shape.users[0].startswith("hunyuan") else (*OURS, *WAYS)
-    return (*ours, *(FP8 if context.has_fp8 else ()), "bf16")
+    return (*ours, *(FP8 if device.has_fp8 else ()), "bf16")
 
 
 def is_ours(name: str) -> bool:
@@ -154,11 +154,11 @@ def is_ours(name: str) -> bool:
     return name in OURS or name in WAYS
 
 
-def measure(context: Context, shape: Shape, granularity: Granularity, flush: Flush) -> dict[str, Any]:
+def measure(device: Device, shape: Shape, granularity: Granularity, flush: Flush) -> dict[str, Any]:
     """One row: times and rates of all contestants, and their ratios."""
-    spec, names = spec_of(shape, granularity), contestants_of(context, shape)
-    count = sets_for(least_read(shape, granularity), context.l2_bytes)
-    sets = [operands(context, shape, granularity) for _ in range(count)]
+    spec, names = spec_of(shape, granularity), contestants_of(device, shape)
+    count = sets_for(least_read(shape, granularity), device.l2_bytes)
+    sets = [operands(device, shape, granularity) for _ in range(count)]
     calls = {name: [caller(name, spec, inputs) for inputs in sets] for name in names}
     times, refused = contest(calls, flush, SECONDS)
     rows = {
@@ -166,14 +166,14 @@ def measure(context: Context, shape: Shape, granularity: Granularity, flush: Flu
         for name, time in times.items()
     }
     errors = errors_of({name: calls[name][0] for name in times}, spec, sets[0])
-    wrong = wrong_of(errors, spec, context.sm)
-    tiles = {name: str(_tile(name, spec, shape.m, context.sm)) for name in OURS}
+    wrong = wrong_of(errors, spec, device.sm)
+    tiles = {name: str(_tile(name, spec, shape.m, device.sm)) for name in OURS}
     place = {"m": shape.m, "n": shape.n, "k": shape.k, "pixels": shape.pixels, "users": list(shape.users)}
     return {**place, "granularity": granularity.name, "contestants": rows, "refused": refused} | {
         "ratios": ratios(rows),
         "tiles": tiles,
         "expands_first": {
-            name: expands_first(replace(spec, integers=name.endswith(INT8)), shape.m, context.sm)
+            name: expands_first(replace(spec, integers=name.endswith(INT8)), shape.m, device.sm)
             for name in OURS
             if name.startswith("packed")
         },
@@ -228,25 +228,25 @@ def rows_to_measure() -> list[tuple[Shape, Granularity]]:
     return [(s, CHANNEL) for s in shapes] + [(s, g) for g in (EXACT_64, REAL_128) for s in few]
 
 
-def compile_ours(context: Context, shape: Shape, granularity: Granularity) -> dict[str, Any]:
+def compile_ours(device: Device, shape: Shape, granularity: Granularity) -> dict[str, Any]:
     """Run each of our kernels once, so that they are in Triton's cache."""
-    inputs = operands(context, shape, granularity)
-    for name in filter(is_ours, contestants_of(context, shape)):
+    inputs = operands(device, shape, granularity)
+    for name in filter(is_ours, contestants_of(device, shape)):
         caller(name, spec_of(shape, granularity), inputs)()
     return {}
 
 
-def compiling(context: Context) -> list[Task]:
+def compiling(device: Device) -> list[Task]:
     """What `tasks` will compile."""
-    return [Task(f"{row[0].name} {row[1].name}", partial(compile_ours, context, *row)) for row in rows_to_measure()]
+    return [Task(f"{row[0].name} {row[1].name}", partial(compile_ours, device, *row)) for row in rows_to_measure()]
 
 
-def tasks(context: Context) -> list[Task]:
+def tasks(device: Device) -> list[Task]:
     """PixArt at 1024 pixels first, then its groups, then the rest."""
-    flush = Flush(context.l2_bytes)
+    flush = Flush(device.l2_bytes)
     rows = rows_to_measure()
     rows.sort(key=lambda row: row[1] != CHANNEL and row[0].m != 4096)
     return [
-        Task(f"{shape.name} {granularity.name}", partial(measure, context, shape, granularity, flush), 4.0)
+        Task(f"{shape.name} {granularity.name}", partial(measure, device, shape, granularity, flush), 4.0)
         for shape, granularity in rows
     ]

@@ -12,15 +12,15 @@ import os
 from collections.abc import Callable, Container
 from typing import Any
 
-from benchmarks.gpu.run import Clock, Context, GpuLostError, Task, row_of
+from benchmarks.gpu.run import Clock, Device, GpuLostError, Task, row_of
 
 MOST_WORKERS = 12
 THREADS = {"OMP_NUM_THREADS": "2", "OPENBLAS_NUM_THREADS": "2", "MKL_NUM_THREADS": "2"}
-_work: list[tuple[Task, Context]] = []  # of a worker process
+_work: list[tuple[Task, Device]] = []  # of a worker process
 
 
-def _begin(module: str, function: str, context: Context) -> None:
-    _work.extend((task, context) for task in getattr(importlib.import_module(module), function)(context))
+def _begin(module: str, function: str, device: Device) -> None:
+    _work.extend((task, device) for task in getattr(importlib.import_module(module), function)(device))
 
 
 def _run(index: int) -> dict[str, Any]:
@@ -30,19 +30,19 @@ def _run(index: int) -> dict[str, Any]:
 def work_off_in_processes(
     module: str,
     function: str,
-    context: Context,
+    device: Device,
     clock: Clock,
     keep: Callable[[dict[str, Any]], None],
     workers: int,
     done_before: Container[str] = (),
 ) -> list[str]:
-    """`work_off` of the tasks that `module.function(context)` gives, by `workers` processes, in any order."""
-    names = [task.name for task in getattr(importlib.import_module(module), function)(context)]
+    """`work_off` of the tasks that `module.function(device)` gives, by `workers` processes, in any order."""
+    names = [task.name for task in getattr(importlib.import_module(module), function)(device)]
     indices = [index for index, name in enumerate(names) if name not in done_before]
     for key, value in THREADS.items():
         os.environ.setdefault(key, value)  # for the workers: this process has its threads already
     done = set()
-    with multiprocessing.get_context("spawn").Pool(workers, _begin, (module, function, context)) as pool:
+    with multiprocessing.get_context("spawn").Pool(workers, _begin, (module, function, device)) as pool:
         rows = pool.imap_unordered(_run, indices)
         for _ in indices:
             try:

@@ -16,10 +16,10 @@ FLOATS = {"fp16": "float16", "bf16": "bfloat16", "fp32": "float32"}
 
 
 @dataclass(frozen=True)
-class Context:
-    """device: "cuda", or "cpu" under Triton's interpreter. sm: compute capability, 0 when interpreted."""
+class Device:
+    """What runs the kernels. type: as torch says it, "cpu" under Triton's interpreter. sm: compute capability, there 0."""
 
-    device: str
+    type: str
     sm: int
     l2_bytes: int = 50 << 20
     tiny: bool = False
@@ -28,7 +28,7 @@ class Context:
         """A NumPy array on the device."""
         import torch
 
-        return torch.from_numpy(array).contiguous().to(self.device)
+        return torch.from_numpy(array).contiguous().to(self.type)
 
     def dtype(self, name: str) -> torch.dtype:
         """The torch type of "fp16", "bf16" or "fp32"."""
@@ -39,7 +39,7 @@ class Context:
 
     @property
     def interpreted(self) -> bool:
-        return self.device == "cpu"
+        return self.type == "cpu"
 
     @property
     def has_fp8(self) -> bool:
@@ -83,9 +83,7 @@ class Clock:
         return self.budget_s - (time.monotonic() - self.started)
 
 
-def work_off(
-    tasks: Iterable[Task], context: Context, clock: Clock, keep: Callable[[dict[str, Any]], None]
-) -> list[str]:
+def work_off(tasks: Iterable[Task], device: Device, clock: Clock, keep: Callable[[dict[str, Any]], None]) -> list[str]:
     """Run tasks in order while the budget lasts, handing each row to `keep` -> names of those not reached.
 
     Raises GpuLostError after the row of a task that lost the GPU.
@@ -95,7 +93,7 @@ def work_off(
         if clock.left < task.seconds:
             missed.append(task.name)
             continue
-        row = row_of(task, context)
+        row = row_of(task, device)
         keep(row)
         if row.get("lost"):
             raise GpuLostError(task.name)
@@ -112,7 +110,7 @@ def failed_of(refused: dict[str, str], ours: tuple[str, ...]) -> dict[str, str]:
     return {"failed": "; ".join(failures)} if failures else {}
 
 
-def row_of(task: Task, context: Context) -> dict[str, Any]:
+def row_of(task: Task, device: Device) -> dict[str, Any]:
     """Run a task. One that raises has the row {"name", "failed": why}: what a GPU lacks must not cost the others.
 
     "lost": the GPU is of no use to this process any more.
@@ -121,6 +119,6 @@ def row_of(task: Task, context: Context) -> dict[str, Any]:
         row = task.run()
     except Exception as error:  # stated in the row and in the exit code
         row = {"failed": error_line(error)}
-    if loss := context.loss():
+    if loss := device.loss():
         row = {"failed": row.get("failed", loss), "lost": True}
     return {"name": task.name, **row}

@@ -18,14 +18,14 @@ from benchmarks.gpu import results as gpu_results
 from benchmarks.gpu import targets as gpu_targets
 from benchmarks.gpu.pool import work_off_in_processes
 from benchmarks.gpu.results import Results, broken, is_checked, validate, wrong
-from benchmarks.gpu.run import Clock, Context, GpuLostError, Task, work_off
+from benchmarks.gpu.run import Clock, Device, GpuLostError, Task, work_off
 from benchmarks.shapes import MEASURED, PIXELS, WORKLOADS, gemm_shapes
 from tests.support import gpu_benchmark_tasks
 from tests.support.gpu_benchmark_tasks import FACTS
 
 ROOT = Path(__file__).parents[2]
 MODULES = sorted(path.stem for path in (ROOT / "benchmarks/gpu").glob("[!_]*.py"))
-CPU = Context("cpu", 0, tiny=True)
+CPU = Device("cpu", 0, tiny=True)
 # Not on a bare machine with a GPU and PyTorch.
 BLOCKED = ("onnx", "onnxruntime", "onnx_ir", "onnxscript", "diffusers", "transformers", "safetensors", "psutil", "tqdm")
 
@@ -193,11 +193,11 @@ def test_a_section_that_lost_the_gpu_goes_on_behind_the_row_that_did(
 ) -> None:
     state = {"rows": 0}
 
-    def loss(_context: Context) -> str:
+    def loss(_device: Device) -> str:
         state["rows"] += 1
         return "AcceleratorError: an illegal memory access" if state["rows"] == 1 else ""
 
-    monkeypatch.setattr(Context, "loss", loss)
+    monkeypatch.setattr(Device, "loss", loss)
     with pytest.raises(GpuLostError, match="one"):
         run(section("gemm"), results)
     gpu.run_section(section("gemm"), CPU, results, Clock(60))  # as another process does

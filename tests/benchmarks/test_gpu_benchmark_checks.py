@@ -14,7 +14,7 @@ from benchmarks.gpu import check_quantizers as gpu_check_quantizers
 from benchmarks.gpu import check_timed as gpu_check_timed
 from benchmarks.gpu import gemm as gpu_gemm
 from benchmarks.gpu.check_quantizers import QuantizerCase
-from benchmarks.gpu.run import Context
+from benchmarks.gpu.run import Device
 from benchmarks.gpu.weights import EXACT_64, REAL_128, Granularity
 from plugins.gpu.tile_table import Tile
 
@@ -24,7 +24,7 @@ pytestmark = [
     pytest.mark.usefixtures("interpreter"),
     pytest.mark.filterwarnings("ignore:All-NaN slice"),
 ]
-CPU = Context("cpu", 0, l2_bytes=4096, tiny=True)
+CPU = Device("cpu", 0, l2_bytes=4096, tiny=True)
 SMALL = gpu_check.GemmCase("E2M3", "E2M1", 6, 8, 64, Granularity("exact groups of 16", 16))
 
 
@@ -58,8 +58,8 @@ def _changed(y: np.ndarray, change: Any) -> np.ndarray:
 def test_wrong_gemms_are_found(name: str, fault: str, monkeypatch: pytest.MonkeyPatch) -> None:
     right = gpu_check.run_gemm
 
-    def wrong(context: Context, spec: Any, arrays: Any, kernel: str, tokens: int) -> np.ndarray:
-        y = right(context, spec, arrays, kernel, tokens)
+    def wrong(device: Device, spec: Any, arrays: Any, kernel: str, tokens: int) -> np.ndarray:
+        y = right(device, spec, arrays, kernel, tokens)
         return FAULTS[fault](spec, y) if kernel == name else y
 
     monkeypatch.setattr(gpu_check, "run_gemm", wrong)
@@ -122,7 +122,7 @@ def test_sums_of_the_check_are_exact_in_an_accumulator_of_14_bits(case: gpu_chec
     assert np.count_nonzero(dense) > 4 * case.k / 2  # float32 accumulators take them all
 
 
-HOPPER = Context("cuda", 90)
+HOPPER = Device("cuda", 90)
 
 
 def test_every_gemm_that_is_timed_is_checked_in_its_tile() -> None:

@@ -23,14 +23,14 @@ from benchmarks.gpu import targets as gpu_targets
 from benchmarks.gpu import timing as gpu_timing
 from benchmarks.gpu.denoiser import Size
 from benchmarks.gpu.results import Results, validate
-from benchmarks.gpu.run import Clock, Context
+from benchmarks.gpu.run import Clock, Device
 from benchmarks.gpu.weights import Granularity
 from benchmarks.shapes import Shape
 from tests.support.gpu_benchmark_tasks import FACTS
 from tests.support.reference_kernels import ReferenceKernels
 
 pytest.importorskip("triton", reason="the GPU kernels need triton")
-CPU, HOPPER = Context("cpu", 0, l2_bytes=1024, tiny=True), Context("cuda", 90, l2_bytes=50 << 20)
+CPU, HOPPER = Device("cpu", 0, l2_bytes=1024, tiny=True), Device("cuda", 90, l2_bytes=50 << 20)
 CHANNEL, EXACT = gpu_targets.CHANNEL, Granularity("exact groups of 64", 16)
 
 
@@ -72,7 +72,7 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gpu_exactness, "SIZE", 16)
     monkeypatch.setattr(gpu_exactness, "PATTERNS", {"normal": gpu_exactness.PATTERNS["normal"]})
     monkeypatch.setattr(gpu_exactness, "intervals_of", lambda spec, sm: (32, None))
-    monkeypatch.setattr(Context, "has_fp8", True)
+    monkeypatch.setattr(Device, "has_fp8", True)
     monkeypatch.setattr(gpu_denoiser_times, "EXACT_64", EXACT)
     monkeypatch.setattr(gpu_denoiser_times, "Size", lambda: Size(32, 4, 1, caption=3, caption_channels=16))
     monkeypatch.setattr(gpu_denoiser_times, "Launched", ReferenceKernels)

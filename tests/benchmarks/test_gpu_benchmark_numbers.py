@@ -23,7 +23,7 @@ from benchmarks.gpu import fused as gpu_fused
 from benchmarks.gpu import gemm as gpu_gemm
 from benchmarks.gpu import timing as gpu_timing
 from benchmarks.gpu.denoiser import Size
-from benchmarks.gpu.run import Context
+from benchmarks.gpu.run import Device
 from benchmarks.gpu.weights import CHANNEL, EXACT_64, Granularity, dequantized, fake_quantize, quantize_weight
 from benchmarks.shapes import Shape
 from export.dialect import reference as op_reference
@@ -36,7 +36,7 @@ pytestmark = [
     pytest.mark.usefixtures("interpreter"),
     pytest.mark.filterwarnings("ignore:All-NaN slice"),
 ]
-CPU = Context("cpu", 0, l2_bytes=4096, tiny=True)
+CPU = Device("cpu", 0, l2_bytes=4096, tiny=True)
 REAL_16 = Granularity("real groups of 16", 16, True)
 GROUPS_32 = Granularity("exact groups of 32", 32)
 
@@ -113,11 +113,11 @@ def clockless(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_small_shapes_of_hunyuan_have_fewer_contestants() -> None:
-    hopper = Context("cuda", 90)
+    hopper = Device("cuda", 90)
     small, large = Shape(1024, 64, 64, 512, ("hunyuan ff.in",)), Shape(4096, 64, 64, 1024, ("hunyuan ff.in",))
     assert gpu_gemm.contestants_of(hopper, small) == ("packed_gemm", "expanded_gemm", *gpu_gemm.FP8, "bf16")
     assert gpu_gemm.contestants_of(hopper, large) == EVERYONE
-    assert gpu_gemm.contestants_of(Context("cuda", 80), large) == (*gpu_gemm.OURS, *gpu_gemm.WAYS, "bf16")
+    assert gpu_gemm.contestants_of(Device("cuda", 80), large) == (*gpu_gemm.OURS, *gpu_gemm.WAYS, "bf16")
 
 
 EVERYONE = (*gpu_gemm.OURS, *gpu_gemm.WAYS, *gpu_gemm.FP8, "bf16")
@@ -126,7 +126,7 @@ EVERYONE = (*gpu_gemm.OURS, *gpu_gemm.WAYS, *gpu_gemm.FP8, "bf16")
 @pytest.mark.usefixtures("clockless")
 @pytest.mark.parametrize("granularity", [CHANNEL, Granularity("exact", 16), REAL_16], ids=lambda row: row.name)
 def test_a_row_of_gemms(granularity: Granularity, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gpu_gemm, "contestants_of", lambda context, shape: EVERYONE)
+    monkeypatch.setattr(gpu_gemm, "contestants_of", lambda device, shape: EVERYONE)
     row = gpu_gemm.measure(CPU, Shape(16, 32, 64, 256, ("pixart ff.in",)), granularity, lambda: None)
     json.dumps(row)
     assert set(row["contestants"]) | set(row["refused"]) == set(EVERYONE)
@@ -279,9 +279,9 @@ def test_inputs_of_the_probe_are_on_their_formats_grids() -> None:
 
 
 def test_a_gpu_without_fp8_is_told_so() -> None:
-    (task,) = gpu_exactness.tasks(Context("cuda", 80))
+    (task,) = gpu_exactness.tasks(Device("cuda", 80))
     assert "no FP8 tensor cores" in task.run()["skipped"]
-    names = [task.name for task in gpu_exactness.tasks(Context("cuda", 90))]
+    names = [task.name for task in gpu_exactness.tasks(Device("cuda", 90))]
     assert len(set(names)) == len(names) == 42
     assert {name.split(", ")[-1] for name in names if "groups of 64, K 1152" in name} >= {
         "never promoted", "promoted every 64", "expanded_gemm as compiled",
