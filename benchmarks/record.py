@@ -4,15 +4,18 @@ arguments that several of them share."""
 from __future__ import annotations
 
 import argparse
+import json
 import os
+import re
 import subprocess
 from collections.abc import Collection, Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 from pipeline import machine
 from pipeline.files import write_json
 
+Json: TypeAlias = dict[str, Any]  # a document, or a row of one
 RESULTS = Path(__file__).resolve().parent / "results"
 
 
@@ -28,24 +31,34 @@ def commit() -> str:
 
 
 def _git(folder: Path, *arguments: str) -> str:
-    done = subprocess.run(
-        ["git", "-C", str(folder), *arguments],
-        capture_output=True,
-        text=True,
-        encoding="utf-8",
-        errors="replace",
-        check=True,
-    )
-    return done.stdout.strip()
+    command = ["git", "-C", str(folder), *arguments]
+    return subprocess.run(command, capture_output=True, text=True, encoding="utf-8", check=True).stdout.strip()
 
 
-def write(name: str, document: dict[str, Any], folder: Path = RESULTS) -> Path:
+def slug(name: str) -> str:
+    """Name of a processor or GPU for a file name.
+
+    >>> slug("NVIDIA H100 80GB HBM3"), slug("Intel(R) Xeon(R)")
+    ('nvidia_h100_80gb_hbm3', 'intel_r_xeon_r')
+    """
+    return re.sub(r"[^a-z0-9]+", "_", name.lower()).strip("_")
+
+
+def write(name: str, document: Json, folder: Path = RESULTS) -> Path:
     """Write `folder`/NAME.json, whole or not at all: the document, then machine, versions and commit."""
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{name}.json"
     stamped = {**document, "machine": machine.facts(), "versions": machine.tool_versions(), "commit": commit()}
     write_json(path, stamped)
     return path
+
+
+def read(path: Path, absent: Json | None = None) -> Json:
+    """The document at `path`; where there is none, what is given in its place. Raises FileNotFoundError without."""
+    if absent is not None and not path.is_file():
+        return absent
+    document: Json = json.loads(path.read_text(encoding="utf-8"))
+    return document
 
 
 def markdown(header: Iterable[str], rows: Iterable[Iterable[object]]) -> str:

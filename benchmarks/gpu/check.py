@@ -5,10 +5,15 @@ scales of one and a float32 output: the integer sums, which must be equal. Then 
 and output type: off by one rounding to the output and those of the float32 steps before it, `allowed` below. Quantizers
 must give the codes and scales of their meanings, but for values that a float32 norm or GELU moves over the middle
 between two codes, `worst_code` in check_quantizers.py.
+
+Each variant of a GEMM that a section of the benchmark times is run whole in its very tile, too: N and K are those of
+the first such shape, with just enough tokens for a second row of tiles. So the machine code that is checked is the one
+that is timed, and need not be compiled again.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -16,16 +21,18 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from benchmarks.gpu.check_quantizers import quantizer_tasks
+from benchmarks.gpu.gemm import ACTIVATION, WEIGHT, accumulated, forms_of, rows_to_measure
 from benchmarks.gpu.run import Device, Task
-from benchmarks.gpu.weights import CHANNEL, EXACT_64, REAL_128, Granularity
+from benchmarks.record import Json
+from benchmarks.shapes import CHANNEL, EXACT_64, REAL_128, Granularity
 from export.formats.format import get_format, pack
 from export.formats.operands import exact_sum_limit
-from plugins.gpu import reference
-from plugins.gpu.promotion import FP32_BITS, accumulator_bits, promotion_of
+from plugins.gpu import launch, reference, tiles
+from plugins.gpu.promotion import FP32_BITS
 from plugins.gpu.spec import Epilogue, FloatType, GemmSpec, PackSpec, operand_bytes
 from plugins.gpu.table import kernel
 from plugins.gpu.tile_table import Tile
-from plugins.gpu.tiles import architecture, product_type
 
 Array = NDArray[Any]
 GEMMS = ("packed_gemm", "expanded_gemm")
@@ -51,14 +58,14 @@ class GemmCase:
 
     @property
     def name(self) -> str:
-        extra = (
-            " as INT8" * self.integers
-            + " zero point" * self.zero_point
-            + f" {self.epilogue}" * (self.epilogue != "none")
-        )
-        return (
-            f"{self.activation} x {self.weight} {self.m}x{self.n}x{self.k} {self.granularity.name}{extra} {self.output}"
-        )
+        what = f"{self.activation} x {self.weight} {self.m}x{self.n}x{self.k} {self.granularity.name}"
+        extra = " as INT8" * self.integers + " zero point" * self.zero_point
+        return f"{what}{extra}{f' {self.epilogue}' * (self.epilogue != 'none')} {self.output}"
+
+    @property
+    def tokens(self) -> int:
+        """Rows that share a gate, of two samples; 0 without gates."""
+        return self.m // 2 if self.spec.has_gate else 0
 
     @property
     def spec(self) -> GemmSpec:
@@ -113,12 +120,9 @@ def places_of_a_sum(spec: GemmSpec, product: int, sm: int) -> tuple[int, int]:
 
     One bit less than the accumulator is said to have; a single product is always exact: two significands of 4 bits.
     """
-    fp8, known = product_type(spec, sm) == "fp8", architecture(sm)
-    bits = accumulator_bits(fp8, known)
+    span, bits = accumulated(spec, sm)
     if bits == FP32_BITS:
         return spec.in_features, spec.in_features
-    span = spec.group_size if spec.real_groups else spec.in_features
-    span = promotion_of(spec, fp8, known, by_group=spec.real_groups).every or span
     return span, max(1, 2 ** (bits - 1) // product)
 
 
@@ -158,34 +162,43 @@ def _halves(x: Array) -> Array:
     return np.ldexp(np.rint(mantissa * 256) / 256, exponent).astype(np.float32)
 
 
-def check_gemm(device: Device, case: GemmCase) -> dict[str, Any]:
+def check_gemm(device: Device, case: GemmCase) -> Json:
     """One row: for both kernels how many integer sums differ, and the worst error of an output over what is allowed."""
-    arrays, tokens = inputs_of(case, sm=device.sm), case.m // 2 if case.spec.has_gate else 0
+    arrays = inputs_of(case, sm=device.sm)
     plain = replace(case.spec, output="fp32", epilogue="none", zero_point=False)
     ones = {key: np.ones_like(arrays[key]) for key in ("a_scale", "w_scales")} | {"bias": np.zeros_like(arrays["bias"])}
     ones |= {key: arrays[key] for key in ("a", "w", "multiplier_codes") if key in arrays}
-    packed = kernel("packed_gemm").reference
-    (sums,), (expected,) = packed(plain, **ones), packed(case.spec, **arrays, tokens=tokens)
-    limit = allowed(case, arrays, expected, tokens, cut=device.interpreted)
-    row: dict[str, Any] = {"of": sums.size, "passed": True}
+    (sums,), whole = kernel("packed_gemm").reference(plain, **ones), Whole.of(device, case, arrays)
+    row: Json = {"of": sums.size, "passed": True}
     for name in GEMMS:
         differ = int((run_gemm(device, plain, ones, name, 0) != sums).sum())
-        y = run_gemm(device, case.spec, arrays, name, tokens)
-        worst = over(y - expected, limit, np.isnan(expected) == np.isnan(y))
+        worst = whole.error_over_allowed(run_gemm(device, case.spec, arrays, name, case.tokens))
         row[name] = {"sums_differ": differ, "error_over_allowed": worst}
         row["passed"] = row["passed"] and differ == 0 and worst <= 1
     return row
 
 
-def over(error: Array, limit: Array, same_nans: Array) -> float:
-    """The largest error as a share of its limit; 1e9 where only one side is NaN (JSON has no Inf)."""
-    if not same_nans.all():
-        return 1e9
-    share = np.abs(error) / np.maximum(limit, 1e-300)
-    return float(np.nanmax(np.where(np.isnan(share), 0, share)))
+@dataclass(frozen=True)
+class Whole:
+    """What a whole GEMM must give, and what it may be off by: [M, N]."""
+
+    expected: Array
+    limit: Array
+
+    @classmethod
+    def of(cls, device: Device, case: GemmCase, arrays: dict[str, Array]) -> Whole:
+        (expected,) = kernel("packed_gemm").reference(case.spec, **arrays, tokens=case.tokens)
+        return cls(expected, allowed(case, arrays, expected, cut=device.interpreted))
+
+    def error_over_allowed(self, y: Array) -> float:
+        """The largest error as a share of its limit; 1e9 where only one side is NaN (JSON has no Inf)."""
+        if not (np.isnan(self.expected) == np.isnan(y)).all():
+            return 1e9
+        share = np.abs(y - self.expected) / np.maximum(self.limit, 1e-300)
+        return float(np.nanmax(np.where(np.isnan(share), 0, share)))
 
 
-def allowed(case: GemmCase, arrays: dict[str, Array], expected: Array, tokens: int, cut: bool) -> Array:
+def allowed(case: GemmCase, arrays: dict[str, Array], expected: Array, cut: bool) -> Array:
     """What a whole output [M, N] may be off by.
 
     Sums are exact. Each of the scale groups' products and additions, then two scales, zero point, bias, gate and
@@ -204,7 +217,7 @@ def allowed(case: GemmCase, arrays: dict[str, Array], expected: Array, tokens: i
         size = size + np.abs(arrays["a_zero"][:, None] * arrays["w_sums"])
     error = 2 * (case.spec.scale_groups + 8) * EPS32 * size
     if case.spec.has_gate:
-        gate = np.abs(np.repeat(arrays["gate"], tokens, axis=0))
+        gate = np.abs(np.repeat(arrays["gate"], case.tokens, axis=0))
         error = error * gate + 4 * EPS32 * (np.abs(arrays["residual"]) + gate * size)
     units = 2 if cut and case.output == "bf16" else 1
     return error + units * HALF_UNIT[case.output] * (np.abs(expected) + error) + SMALLEST[case.output]
@@ -214,8 +227,6 @@ def run_gemm(
     device: Device, spec: GemmSpec, arrays: dict[str, Array], name: str, tokens: int, tile: Tile | None = None
 ) -> Array:
     """The kernel `name` on NumPy inputs -> float32 [M, N]. tile: instead of the heuristics' choice."""
-    from plugins.gpu import launch
-
     tensors = {key: device.tensor(value) for key, value in arrays.items()}
     for key in ("gate", "residual"):
         if key in tensors:
@@ -229,10 +240,8 @@ def run_gemm(
     return np.asarray(y.float().cpu().numpy())
 
 
-def check_repack(device: Device, case: GemmCase) -> dict[str, Any]:
+def check_repack(device: Device, case: GemmCase) -> Json:
     """pack and expand: bytes that differ from the meanings'."""
-    from plugins.gpu import launch
-
     arrays = inputs_of(case)
     codes = np.random.default_rng(1).integers(0, 16, (case.n, case.k)).astype(np.uint8)
     packed = launch.pack(device.tensor(codes)).cpu().numpy()
@@ -243,13 +252,90 @@ def check_repack(device: Device, case: GemmCase) -> dict[str, Any]:
     return {"pack_differ": differ[0], "expand_differ": differ[1], "passed": differ == (0, 0)}
 
 
+# --- GEMMs in the tiles that they are timed in ------------------------------------------------------------------------
+
+LEAST_ROWS, MORE_ROWS = 64, 32  # multiples of 16 even when halved (two gates): Triton compiles for such alike
+
+
+@dataclass(frozen=True)
+class TimedGemm:
+    """A launch of `kernel`. case.m is the number of tokens it is timed at."""
+
+    kernel: str
+    case: GemmCase
+    tile: Tile
+
+    @property
+    def variant(self) -> tuple[Any, ...]:
+        """What distinguishes its code from that of others, sizes apart."""
+        case, span = self.case, self.case.spec.in_features // self.case.spec.scale_groups
+        return self.kernel, case.granularity, case.integers, case.epilogue, self.tile, span % self.tile.k == 0
+
+    @property
+    def small(self) -> GemmCase:
+        """The case with as few tokens as two rows of tiles need."""
+        return replace(self.case, m=max(LEAST_ROWS, self.tile.m + MORE_ROWS))
+
+    @property
+    def name(self) -> str:
+        tile = f"{self.tile.m}x{self.tile.n}x{self.tile.k}, {self.tile.splits} splits"
+        return f"{self.kernel} in tiles of {tile}: {self.small.name}"
+
+
+def launched(name: str, case: GemmCase, sm: int, expand_first: bool | None = None) -> TimedGemm:
+    """The GEMM that launch.packed_gemm or launch.expanded_gemm runs for `case` on compute capability `sm`."""
+    if name == "packed_gemm":
+        first = tiles.expands_first(case.spec, case.m, sm) if expand_first is None else expand_first
+        name = "expanded_gemm" if first else name
+    return TimedGemm(name, case, launch.HEURISTICS[name](case.spec, case.m, sm, may_split=True))
+
+
+def of_gemm_section(device: Device) -> Iterator[TimedGemm]:
+    """What benchmarks/gpu/gemm.py launches."""
+    for shape, granularity in rows_to_measure():
+        case = GemmCase(ACTIVATION, WEIGHT, shape.m, shape.n, shape.k, granularity)
+        for form in forms_of(device, shape).values():
+            yield launched(form.kernel, replace(case, integers=form.integers), device.sm, form.expand_first)
+
+
+def of_denoiser_section(device: Device) -> Iterator[TimedGemm]:
+    """What benchmarks/gpu/denoiser_times.py launches."""
+    from benchmarks.gpu.denoiser import LINEARS, Size
+    from benchmarks.gpu.denoiser_times import FORMS, SIZES, grid
+
+    size = Size()
+    for pixels, batch in SIZES:
+        for linear_name, linear in LINEARS.items():
+            rows = size.caption if linear_name == "cross_kv" else grid(size, pixels) ** 2
+            n, k = linear.outputs * size.width, linear.inputs * size.width
+            case = GemmCase(ACTIVATION, WEIGHT, batch * rows, n, k, EXACT_64, epilogue=linear.epilogue)
+            for form in FORMS.values():
+                kind = "expanded_gemm" if form.expand else "packed_gemm"
+                yield launched(kind, replace(case, integers=form.integers), device.sm)
+
+
+def timed_gemms(device: Device) -> list[TimedGemm]:
+    """One for each variant, the first that is timed."""
+    by_variant: dict[tuple[Any, ...], TimedGemm] = {}
+    for one in (*of_gemm_section(device), *of_denoiser_section(device)):
+        by_variant.setdefault(one.variant, one)
+    return list(by_variant.values())
+
+
+def check_timed(device: Device, timed: TimedGemm) -> Json:
+    """One row: the worst error of an output over what is allowed."""
+    case = timed.small
+    arrays = inputs_of(case, sm=device.sm)
+    y = run_gemm(device, case.spec, arrays, timed.kernel, case.tokens, timed.tile)
+    worst = Whole.of(device, case, arrays).error_over_allowed(y)
+    return {"tile": str(timed.tile), "error_over_allowed": worst, "of": y.size, "passed": worst <= 1}
+
+
 def tasks(device: Device) -> list[Task]:
     """The GEMMs that are timed first, then quantizers, pack and expand, and GEMMs of all formats."""
-    from benchmarks.gpu.check_quantizers import quantizer_tasks
-    from benchmarks.gpu.check_timed import timed_tasks
-
     cases = gemm_cases(device.tiny)
-    checks = timed_tasks(device) + quantizer_tasks(device)
+    timed = [] if device.interpreted else timed_gemms(device)  # the interpreter times nothing
+    checks = [Task(one.name, partial(check_timed, device, one)) for one in timed] + quantizer_tasks(device)
     repacked = [case for case in cases if case.granularity in (CHANNEL, EXACT_64)]
     repacked = list({(case.weight, case.granularity, case.k, case.integers): case for case in repacked}.values())
     checks += [Task(f"pack, expand {case.name}", partial(check_repack, device, case)) for case in repacked]

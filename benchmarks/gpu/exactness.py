@@ -12,19 +12,19 @@ import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import torch
+from torch import Generator, Tensor
 
 from benchmarks.gpu.run import Device, Task
-from benchmarks.gpu.weights import CHANNEL, EXACT_64, Granularity
+from benchmarks.record import Json
+from benchmarks.shapes import CHANNEL, EXACT_64, Granularity
 from export.formats.format import get_format
+from plugins.gpu import launch
 from plugins.gpu.promotion import promotion_of
 from plugins.gpu.spec import GemmSpec, operand_of
 from plugins.gpu.tiles import architecture
-
-if TYPE_CHECKING:
-    from torch import Generator, Tensor
 
 WEIGHT = "E2M1"
 PAIRS = (("E2M3", CHANNEL), ("E2M3", EXACT_64), ("E3M2", CHANNEL), ("E4M3", CHANNEL))
@@ -55,15 +55,10 @@ class Drawer:
         return 1.0 - 2.0 * self._integers(rows, k, 0, 2)
 
     def _integers(self, rows: int, k: int, low: int, high: int) -> Tensor:
-        import torch
-
-        size, device = (rows, k), self.values.device
-        return torch.randint(low, high, size, generator=self.generator, device=device)
+        return torch.randint(low, high, (rows, k), generator=self.generator, device=self.values.device)
 
     def normal(self, rows: int, k: int, outliers: int = 0) -> Tensor:
         """Normal numbers, `outliers` of their channels 15 times as large, rounded under a token's scale."""
-        import torch
-
         x = torch.randn((rows, k), generator=self.generator, device=self.values.device, dtype=torch.float64)
         x[:, :outliers] *= 15
         x = x / x.abs().amax(1, keepdim=True) * self.values[-1]
@@ -120,8 +115,6 @@ def spec_of(activation: str, k: int, granularity: Granularity, size: int) -> Gem
 
 def operands(device: Device, spec: GemmSpec, pattern: str) -> tuple[Tensor, Tensor]:
     """(a [N, K], w [N, K]): values as float64 on the device, those of w times a drawn multiplier of their group."""
-    import torch
-
     k, size = spec.in_features, spec.out_features
     generator = torch.Generator(device=device.type).manual_seed(k)
     matrices = []
@@ -136,16 +129,12 @@ def operands(device: Device, spec: GemmSpec, pattern: str) -> tuple[Tensor, Tens
 
 def e4m3_bytes(values: Tensor, exponent: int) -> Tensor:
     """E4M3 bytes u8 of values times 2^exponent."""
-    import torch
-
     return (values * 2.0**exponent).float().to(torch.float8_e4m3fn).view(torch.uint8)
 
 
 def probe(a: Tensor, w: Tensor, interval: int, tile: int = TILE) -> Tensor:
     """Sums f32 [M, N] of E4M3 bytes a [M, K], w [N, K] as the tensor cores make them."""
-    import torch
-
-    from benchmarks.gpu.kernels import fp8_sums
+    from benchmarks.gpu.kernels import fp8_sums  # triton decides when it is imported whether kernels are interpreted
 
     (m, k), n = a.shape, len(w)
     step = min(128, interval or 128)
@@ -157,10 +146,6 @@ def probe(a: Tensor, w: Tensor, interval: int, tile: int = TILE) -> Tensor:
 
 def compiled(spec: GemmSpec, a: Tensor, w: Tensor) -> Tensor:
     """The same through expanded_gemm, whose sums of values are made sums of bytes again, exactly: powers of two."""
-    import torch
-
-    from plugins.gpu import launch
-
     one, scales = torch.ones(len(a), device=a.device), torch.ones((len(w), 1), device=a.device)
     y = launch.expanded_gemm(spec, a, one, w, scales, torch.zeros_like(scales[:, 0]))
     return y * 2.0 ** (operand_of(spec.activation).shift + spec.weight_exponent)
@@ -168,12 +153,10 @@ def compiled(spec: GemmSpec, a: Tensor, w: Tensor) -> Tensor:
 
 def e4m3_value(x: Tensor) -> Tensor:
     """E4M3 bytes -> float32."""
-    import torch
-
     return x.view(torch.float8_e4m3fn).float()
 
 
-def count(device: Device, spec: GemmSpec, granularity: Granularity, interval: int | None) -> dict[str, Any]:
+def count(device: Device, spec: GemmSpec, granularity: Granularity, interval: int | None) -> Json:
     """Outputs that differ from the exact sum rounded to float32, for each pattern. interval None: as compiled."""
     differ, worst = {}, {}
     exponents = operand_of(spec.activation).shift, spec.weight_exponent

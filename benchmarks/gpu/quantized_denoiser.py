@@ -12,7 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.gpu.denoiser import EPSILON, LINEARS, Denoiser, attention
-from benchmarks.gpu.weights import Granularity, Packed, quantize_weight
+from benchmarks.gpu.weights import Packed, quantize_weight
+from benchmarks.shapes import Granularity
+from plugins.gpu import launch
 from plugins.gpu.spec import FloatType, GemmSpec, QuantizeSpec
 
 WEIGHT, ACTIVATION = "E2M1", "E2M3"
@@ -46,13 +48,9 @@ class Launched:
     """The Triton kernels."""
 
     def quantize(self, spec: QuantizeSpec, x: Tensor, **modulation: Any) -> tuple[Tensor, Tensor]:
-        from plugins.gpu import launch
-
         return launch.quantize(spec, x, **modulation)
 
     def gemm(self, linear: QuantizedLinear, a: Tensor, a_scale: Tensor, **epilogue: Any) -> Tensor:
-        from plugins.gpu import launch
-
         spec, scales, bias = linear.spec, linear.packed.scales, linear.bias
         if linear.expanded is not None:
             return launch.expanded_gemm(spec, a, a_scale, linear.expanded, scales, bias, **epilogue)
@@ -147,13 +145,9 @@ def _linear(
     linear: nn.Module, name: str, packed: Packed, dtype: FloatType, expand: bool, integers: bool
 ) -> QuantizedLinear:
     n, half = packed.codes.shape
-    fields = packed.granularity.spec_fields(WEIGHT) | {"integers": integers}
-    spec = GemmSpec(ACTIVATION, WEIGHT, 2 * half, n, epilogue=LINEARS[name].epilogue, output=dtype, **fields)
-    expanded = None
-    if expand:
-        from plugins.gpu import launch
-
-        expanded = launch.expand(spec, packed.codes, multiplier_codes=packed.multiplier_codes)
+    epilogue, fields = LINEARS[name].epilogue, packed.granularity.spec_fields(WEIGHT)
+    spec = GemmSpec(ACTIVATION, WEIGHT, 2 * half, n, epilogue=epilogue, output=dtype, integers=integers, **fields)
+    expanded = launch.expand(spec, packed.codes, multiplier_codes=packed.multiplier_codes) if expand else None
     return QuantizedLinear(spec, packed, linear.bias.detach().float(), expanded)
 
 

@@ -7,14 +7,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
 
 from benchmarks.quality.results import MEASURED
-from benchmarks.quality.rows import METHODS, MSFP, QDIT, WIDTHS, Table, nearest_rows
-from benchmarks.record import markdown
+from benchmarks.quality.rows import ACTIVATIONS, ALL, BOTH, METHODS, MSFP, QDIT, WEIGHTS, WIDTHS, Table, nearest_rows
+from benchmarks.record import Json, markdown
 
-Records = Mapping[str, Mapping[str, Any]]
-ALL, WEIGHTS, ACTIVATIONS, BOTH = "all", "weights", "activations", "both"  # kinds and parts of the sensitivity records
+Records = Mapping[str, Json]
 LATE = 0.25  # of the steps, the last ones, of which the share of the noise is told
 DISTANCE, GROWTH, PSNR = "frechet_to_float", "frechet_increase", "psnr_db"
 # The aim: a method's distance over float's is at most this share of that of round to nearest in the same formats.
@@ -54,6 +52,7 @@ def verdict(records: Records, first: str, second: str) -> str:
 
 
 def _ratio(records: Records, first: str, second: str) -> str:
+    """ "" unless both are measured."""
     if not _measured(records, first, second):
         return ""
     one, other = records[first][DISTANCE], records[second][DISTANCE]
@@ -88,12 +87,10 @@ def groups(records: Records) -> list[str]:
         "exact multipliers of 32 against real scales of 128": ("exact32", "group128"),
         "exact multipliers of 16 against real scales of 64": ("exact16", "group64"),
     }
-    rows = {
-        f"{name}{_bits(records, first, second)}": verdict(records, first, second)
-        for name, (first, second) in (
-            (name, [f"rtn-fp-{part}-w4a6" for part in parts]) for name, parts in compared.items()
-        )
-    }
+    rows = {}
+    for name, parts in compared.items():
+        first, second = (f"rtn-fp-{part}-w4a6" for part in parts)
+        rows[f"{name}{_bits(records, first, second)}"] = verdict(records, first, second)
     return bullets("At W4A6, round to nearest:", rows)
 
 
@@ -154,16 +151,9 @@ def against_nearest(records: Records, name: str, base: str) -> list[str]:
     default = _ratio(records, name, f"{DEFAULT}-{name.rpartition('-')[2]}")
     if not _measured(records, base):
         return [f"`{name}`", f"`{base}`: not measured yet", "", "", "", default]
-    one, other = records[name], records[base]
-    distances = f"{one[DISTANCE]['value']:.3g} of {other[DISTANCE]['value']:.3g}, {_ratio(records, name, base)}"
-    return [
-        f"`{name}`",
-        f"`{base}`",
-        distances,
-        _gain(records, name, base),
-        aimed(one[DISTANCE], other[DISTANCE]),
-        default,
-    ]
+    one, other = records[name][DISTANCE], records[base][DISTANCE]
+    distances = f"{one['value']:.3g} of {other['value']:.3g}, {_ratio(records, name, base)}"
+    return [f"`{name}`", f"`{base}`", distances, _gain(records, name, base), aimed(one, other), default]
 
 
 def aimed(one: Mapping[str, float], base: Mapping[str, float]) -> str:
@@ -193,15 +183,9 @@ def aim_to_real(records: Records, rows: Sequence[tuple[str, str]]) -> dict[str, 
         shown = f"`{base}` {growth['value']:+.2f} ({growth['low']:+.2f} to {growth['high']:+.2f})"
         own = {name: records[name][GROWTH] for name, of in rows if of == base} if growth["low"] > 0 else {}
         judged = [f"`{name}` {value['value']:+.2f}, {aimed(value, growth)}" for name, value in own.items()]
-        by_kind.setdefault(growth_kind(growth), []).append(" with ".join([shown, *filter(None, ["; ".join(judged)])]))
+        kind = SHRANK if growth["high"] < 0 else GREW if growth["low"] > 0 else UNSURE
+        by_kind.setdefault(kind, []).append(" with ".join([shown, *filter(None, ["; ".join(judged)])]))
     return {kind: "; ".join(shown) for kind, shown in by_kind.items()}
-
-
-def growth_kind(growth: Mapping[str, float]) -> str:
-    """What the interval of round to nearest's growth allows to say."""
-    if growth["high"] < 0:
-        return SHRANK
-    return GREW if growth["low"] > 0 else UNSURE
 
 
 def steps_of(table: Table) -> Callable[[Records], list[str]]:
@@ -223,9 +207,9 @@ def steps_of(table: Table) -> Callable[[Records], list[str]]:
 # --- sensitivity ----------------------------------------------------------------------------------------------------
 
 
-def sensitivity_answers(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+def sensitivity_answers(rows: Sequence[Json]) -> list[str]:
     """Which kinds of layers cost most, and the error by step, for every format and width measured."""
-    by_name: dict[str, dict[tuple[str, str], Mapping[str, Any]]] = {}
+    by_name: dict[str, dict[tuple[str, str], Json]] = {}
     for row in rows:
         by_name.setdefault(row["row"].replace("-", " ").upper(), {})[row["kind"], row["part"]] = row
     kinds = {name: kinds_text(cases) for name, cases in by_name.items()}
@@ -236,10 +220,10 @@ def sensitivity_answers(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     ]
 
 
-Cases = Mapping[tuple[str, str], Mapping[str, Any]]  # (kind, part) -> the record
+Cases = Mapping[tuple[str, str], Json]  # (kind, part) -> the record
 
 
-def _alone(cases: Cases, key: str) -> dict[str, Any]:
+def _alone(cases: Cases, key: str) -> Json:
     """Kind -> what its record with weights and activations quantized has under `key`."""
     return {kind: case[key] for (kind, part), case in cases.items() if part == BOTH and kind != ALL}
 

@@ -8,34 +8,43 @@ every linear has been found exact on a few of the row's own calls; else the refe
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 import shutil
 import time
+import timeit
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 
+from benchmarks import record
 from benchmarks.quality.drawing import BATCH_SIZES, Run, Subject, Trajectory
 from benchmarks.quality.rows import Row
 from export import checkpoint
 from export.checkpoint import QuantizedLinear
 from export.errors import EnvironmentLacksError, UserError
+from export.to_onnx import export_portable
 from pipeline import recipe as recipes
 from pipeline.backends import BACKENDS
 from pipeline.backends.base import Arrays, Engine, LoweredGraph
 from pipeline.backends.cpu import CpuOptions
 from pipeline.backends.cuda import CudaOptions
 from pipeline.backends.reference import ReferenceEngine, fake_quant
+from pipeline.calibrate import calibrate
+from pipeline.calibrate.methods.rtn import quantize_linear
+from pipeline.calibrate.plan import make_plans
 from pipeline.distance import sqnr_db
 from pipeline.files import remove, sha256_json, write_json
+from pipeline.generate.case import make_case
 from pipeline.recipe import Recipe
+from pipeline.verify.gates import coverage_gate, layer_gates
+from pipeline.verify.probe import ProbedGraph
+from pipeline.verify.proof import layer_results
 from pipeline.verify.report import Gate
+from pipeline.verify.study import Realisations, Study
 
 logger = logging.getLogger(__name__)
 CALIBRATION_TIME = "seconds.json"
@@ -51,7 +60,7 @@ class Drawer:
 
     run: Run
     name: str
-    proof: dict[str, Any] = field(default_factory=dict)
+    proof: record.Json = field(default_factory=dict)
 
 
 def row_recipe(row: Row, settings: Sequence[str] = ()) -> Recipe:
@@ -73,8 +82,6 @@ def calibrated(
 
     redo: forget what the folder holds.
     """
-    from pipeline.calibrate import calibrate
-
     place = folder / calibration_key(recipe, subject.model.sha256, row.multipliers)
     if redo:
         remove(place)
@@ -99,25 +106,19 @@ def timed(path: Path) -> Iterator[list[float]]:
 
 
 def stored_seconds(path: Path) -> float:
-    return float(json.loads(path.read_text(encoding="utf-8"))["seconds"]) if path.is_file() else 0.0
+    return float(record.read(path, {"seconds": 0.0})["seconds"])
 
 
 def restricted(subject: Subject, row: Row, recipe: Recipe, folder: Path) -> list[QuantizedLinear]:
     """Round to nearest with the row's group multipliers alone, for example powers of two."""
-    from pipeline.calibrate.methods.rtn import quantize_linear
-    from pipeline.calibrate.plan import make_plans
-
     if (folder / checkpoint.LAYERS_FILE).is_file():
         return checkpoint.load(folder)
     plans = make_plans(subject.model.linears(), recipe)
-    allowed = [replace(plan, multipliers=_common(plan.multipliers, row.multipliers)) for plan in plans]
+    common = [tuple(multiplier for multiplier in plan.multipliers if multiplier in row.multipliers) for plan in plans]
+    allowed = [replace(plan, multipliers=multipliers or (1,)) for plan, multipliers in zip(plans, common, strict=True)]
     layers = [quantize_linear(plan, recipe.weights.search) for plan in allowed]
     checkpoint.save(layers, folder)
     return layers
-
-
-def _common(exact: Sequence[int], others: Sequence[int]) -> tuple[int, ...]:
-    return tuple(multiplier for multiplier in exact if multiplier in others) or (1,)
 
 
 # --- runner ---------------------------------------------------------------------------------------------------------
@@ -173,8 +174,6 @@ def build_engine(
     subject: Subject, layers: Sequence[QuantizedLinear], recipe: Recipe, folder: Path, target: str
 ) -> tuple[LoweredGraph, Engine]:
     """The target's engine of the layers, as `build` makes it, in `folder` (emptied first)."""
-    from export.to_onnx import export_portable
-
     shutil.rmtree(folder, ignore_errors=True)
     for name in ("lowered", target):
         (folder / name).mkdir(parents=True)
@@ -198,7 +197,7 @@ def choose(
     call = first_samples(trajectory.calls[len(trajectory.calls) // 2], BATCH_SIZES[subject.name])
     seconds = {own: call_seconds(engine.run, call), "reference": call_seconds(reference.run, call)}
     agreement = sqnr_db(reference.run(call)["sample"], engine.run(call)["sample"])
-    facts = {
+    facts: record.Json = {
         "gates": {gate.name: gate.value for gate in proof},
         "call_s": seconds,
         "engine_against_reference_sqnr_db": agreement,
@@ -220,12 +219,6 @@ def prove(
 ) -> list[Gate]:
     """The gates of `verify` over all linears, on calls of the first, a middle and the last step: every code as the
     oracle's, every integer GEMM equal, scales and bias within float32 rounding."""
-    from pipeline.generate.case import make_case
-    from pipeline.verify.gates import coverage_gate, layer_gates
-    from pipeline.verify.probe import ProbedGraph
-    from pipeline.verify.proof import layer_results
-    from pipeline.verify.study import Realisations, Study
-
     steps = sorted({0, len(trajectory.calls) // 2, len(trajectory.calls) - 1})
     calls = [first_samples(trajectory.calls[step], PROVEN_PICTURES) for step in steps]
     study = Study(make_case(subject.model, recipe), calls=calls, probed=tuple(range(len(calls))))
@@ -249,9 +242,4 @@ def first_samples(call: Arrays, count: int) -> Arrays:
 def call_seconds(run: Callable[[Arrays], Arrays], call: Arrays) -> float:
     """The fastest of TIMED_CALLS after one that warms up."""
     run(call)
-    seconds = []
-    for _ in range(TIMED_CALLS):
-        started = time.perf_counter()
-        run(call)
-        seconds.append(time.perf_counter() - started)
-    return min(seconds)
+    return min(timeit.repeat(lambda: run(call), number=1, repeat=TIMED_CALLS))

@@ -29,17 +29,21 @@ from typing import Any
 
 import numpy as np
 import torch
+from diffusers import DiffusionPipeline
+from PIL import Image
 
 from benchmarks import record
 from benchmarks.quality.metrics import median_estimate, psnr_db, ssim
 from benchmarks.quality.real_metrics import METRICS, Pictures, read_picture
-from benchmarks.quality.results import FAILED, FLOAT, MEASURED, Results, row_key
+from benchmarks.quality.results import FAILED, FLOAT, MEASURED, Results, outcome, row_key
 from benchmarks.quality.rows import Row, rows_of
+from benchmarks.record import Json
 from export.errors import EnvironmentLacksError, RecipeError
 from export.models.load import LoadedModel, denoiser, load
 from pipeline import recipe as recipes
 from pipeline.backends.base import Arrays
 from pipeline.backends.reference import ReferenceEngine, fake_quant
+from pipeline.calibrate import calibrate
 from pipeline.files import remove, sha256_json
 from pipeline.generate import pipeline_folder
 from pipeline.generate.diffusers_adapter import EngineTransformer
@@ -66,8 +70,12 @@ class Real:
     model: LoadedModel
     prompts: list[str]
     arguments: argparse.Namespace
-    facts: dict[str, Any]
+    facts: Json
     work: Path
+
+    def pictures(self, name: str, key: str) -> Path:
+        """The folder of a row's pictures."""
+        return self.work / f"{name}-{key}"
 
 
 def run_real(arguments: argparse.Namespace) -> int:
@@ -80,15 +88,18 @@ def run_real(arguments: argparse.Namespace) -> int:
     results = Results(f"real_{root.name}", arguments.output_dir or record.RESULTS)
     subject = facts(model, prompts, arguments)
     results.refuse_others(subject)
-    real = Real(open_pipeline(root), model, prompts, arguments, subject, arguments.work_dir / results.model)
+    pipe = DiffusionPipeline.from_pretrained(root, local_files_only=True)
+    real = Real(pipe, model, prompts, arguments, subject, arguments.work_dir / results.model)
     base = float_pictures(real)
     key = row_key(subject, None, ())
-    results.add(FLOAT, scored(real, results, FLOAT, key, base) | {"drawn_by": drawn_by(arguments)}, subject)
+    results.add(
+        FLOAT, scored(real, results, FLOAT, key, base) | {"drawn_by": f"reference, {arguments.device}"}, subject
+    )
     failed = 0
     for row, recipe in rows:
-        row_outcome = row_record(real, results, row, recipe, base)
-        results.add(row.name, row_outcome, subject)
-        failed += row_outcome["status"] == FAILED
+        measured = row_record(real, results, row, recipe, base)
+        results.add(row.name, measured, subject)
+        failed += measured["status"] == FAILED
     print(results.path)
     return failed
 
@@ -141,7 +152,7 @@ def family_recipe(model: LoadedModel, arguments: argparse.Namespace) -> Recipe:
     return recipes.with_settings(recipes.load(FAMILY_ROWS[model.family.name][1]), arguments.set)
 
 
-def facts(model: LoadedModel, prompts: list[str], arguments: argparse.Namespace) -> dict[str, Any]:
+def facts(model: LoadedModel, prompts: list[str], arguments: argparse.Namespace) -> Json:
     """What all rows have in common; metrics are not among it, they may be added later."""
     return {
         "model": arguments.model,
@@ -155,37 +166,28 @@ def facts(model: LoadedModel, prompts: list[str], arguments: argparse.Namespace)
     }
 
 
-def open_pipeline(root: Path) -> Any:
-    from diffusers import DiffusionPipeline
-
-    return DiffusionPipeline.from_pretrained(root, local_files_only=True)
-
-
 # --- rows -----------------------------------------------------------------------------------------------------------
 
 
-def row_record(real: Real, results: Results, row: Row, recipe: Recipe, base: Pictures) -> dict[str, Any]:
-    """A row's numbers, or why there are none: one that fails stops no other."""
+def row_record(real: Real, results: Results, row: Row, recipe: Recipe, base: Pictures) -> Json:
+    """A row's numbers, or why there are none."""
     key = row_key(real.facts, recipe, row.multipliers)
-    stated = {"settings": list(row.settings), "key": key}
-    try:
+
+    def measure() -> Json:
         pictures, drawn = row_pictures(real, row, recipe, key)
-        return stated | drawn | scored(real, results, row.name, key, pictures, base)
-    except Exception as error:
-        logger.exception("%s failed", row.name)
-        return stated | {"status": FAILED, "reason": f"{type(error).__name__}: {error}"}
+        return drawn | scored(real, results, row.name, key, pictures, base)
+
+    return outcome(row.name, {"settings": list(row.settings), "key": key}, measure)
 
 
-def scored(
-    real: Real, results: Results, name: str, key: str, pictures: Pictures, base: Pictures | None = None
-) -> dict[str, Any]:
+def scored(real: Real, results: Results, name: str, key: str, pictures: Pictures, base: Pictures | None = None) -> Json:
     """The measures of a row's pictures. Metrics that its record holds already are kept, unless --redo."""
     before = results.read()["rows"].get(name, {}) if results.has(name, key) and not real.arguments.redo else {}
-    measures: dict[str, Any] = {"status": MEASURED, "key": key}
+    measures: Json = {"status": MEASURED, "key": key}
     for metric in dict.fromkeys([*(metric for metric in METRICS if metric in before), *real.arguments.metric]):
-        kept = before.get(metric)
-        folder = picture_folder(real, name, key)
-        score = kept if kept is not None else METRICS[metric].score(pictures, real.prompts, folder, real.arguments)
+        score = before.get(metric)
+        if score is None:
+            score = METRICS[metric].score(pictures, real.prompts, real.pictures(name, key), real.arguments)
         measures[metric] = score
         logger.info("%s: %s %g", name, metric, score)
     if base is not None:
@@ -196,32 +198,25 @@ def scored(
 
 def float_pictures(real: Real) -> Pictures:
     """The float model's, drawn with the steps and guidance of its family's recipe."""
-    folder = picture_folder(real, FLOAT, row_key(real.facts, None, ()))
+    folder = real.pictures(FLOAT, row_key(real.facts, None, ()))
     recipe = family_recipe(real.model, real.arguments)
     return stored_pictures(folder, lambda: draw(real, denoiser(real.model), recipe), real.prompts)
 
 
-def row_pictures(real: Real, row: Row, recipe: Recipe, key: str) -> tuple[Pictures, dict[str, Any]]:
+def row_pictures(real: Real, row: Row, recipe: Recipe, key: str) -> tuple[Pictures, Json]:
     """The quantized model's, with the size of its weights and what drew them; --redo makes both anew."""
-    from pipeline.calibrate import calibrate
-
-    folder, kept = picture_folder(real, row.name, key), real.work / "calibrated" / key
+    folder, kept = real.pictures(row.name, key), real.work / "calibrated" / key
     if real.arguments.redo:
         remove(folder)
         remove(kept)
     layers = calibrate(real.model, recipe, kept)
     module = fake_quant(real.model, layers, torch.float32)
     pictures = stored_pictures(folder, lambda: draw(real, module, recipe), real.prompts)
-    drawn = {"weight_bytes": sum(layer.size_bytes for layer in layers), "drawn_by": drawn_by(real.arguments)}
+    drawn = {
+        "weight_bytes": sum(layer.size_bytes for layer in layers),
+        "drawn_by": f"reference, {real.arguments.device}",
+    }
     return pictures, drawn
-
-
-def drawn_by(arguments: argparse.Namespace) -> str:
-    return f"reference, {arguments.device}"
-
-
-def picture_folder(real: Real, name: str, key: str) -> Path:
-    return real.work / f"{name}-{key}"
 
 
 # --- pictures -------------------------------------------------------------------------------------------------------
@@ -229,8 +224,6 @@ def picture_folder(real: Real, name: str, key: str) -> Path:
 
 def stored_pictures(folder: Path, make: Callable[[], Pictures], prompts: list[str]) -> Pictures:
     """Pictures of a folder; drawn and written there (prompts.json last) if they are not."""
-    from PIL import Image
-
     if not (folder / "prompts.json").is_file():
         folder.mkdir(parents=True, exist_ok=True)
         for index, picture in enumerate(make()):

@@ -12,7 +12,6 @@ import logging
 import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 from benchmarks import record
 from export.checkpoint import QuantizedLinear
@@ -52,7 +51,7 @@ def main() -> None:
     logger.info("wrote %s", path)
 
 
-def model_rows(name: str) -> Iterator[dict[str, Any]]:
+def model_rows(name: str) -> Iterator[record.Json]:
     """One row for each target of a bundled model."""
     model = models.load(f"zoo:{name}")
     recipe_name, others = MODELS[name]
@@ -86,7 +85,7 @@ def measured(
     graph: LoweredGraph,
     float_study: Study,
     arithmetic: Arithmetic,
-) -> dict[str, Any]:
+) -> record.Json:
     """The worst stretch of a lowered graph."""
     report, probed = Report(), float_study.probed
     effort = Effort((0,), probed, 0, special=(1, 2, 3))

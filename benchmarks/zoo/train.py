@@ -13,11 +13,10 @@ import math
 import os
 import time
 from pathlib import Path
-from typing import Any
 
 import torch
 
-from benchmarks.record import add_names
+from benchmarks.record import Json, add_names
 from benchmarks.zoo.tasks import TASKS, Task
 from pipeline.progress import track
 
@@ -50,13 +49,13 @@ def initialise(model: torch.nn.Module) -> None:
 def loss_at(task: Task, model: torch.nn.Module, seed: int, step: int) -> torch.Tensor:
     """Rectified-flow loss of the batch that belongs to `step`."""
     generator = torch.Generator().manual_seed(seed * 1_000_003 + step)
-    labels, data = task.sample(task.batch_size, generator, False)
-    labels = task.drop(labels, torch.rand(len(labels), generator=generator) < DROP_SHARE)
+    labels, data = task.sample(task.batch_size, generator)
+    condition = task.condition(labels, torch.rand(len(labels), generator=generator) < DROP_SHARE)
     t = torch.sigmoid(torch.randn(len(labels), generator=generator))
     noise = torch.randn(data.shape, generator=generator)
     mix = t[:, None, None, None]
     with torch.autocast("cpu", torch.bfloat16):
-        velocity = model((1 - mix) * data + mix * noise, timestep=t * 1000, return_dict=False, **task.condition(labels))
+        velocity = model((1 - mix) * data + mix * noise, timestep=t * 1000, return_dict=False, **condition)
     return ((velocity[0].float() - (noise - data)) ** 2).mean()
 
 
@@ -68,7 +67,7 @@ def _update(model: torch.nn.Module, ema: torch.nn.Module, optimiser: torch.optim
         torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - decay)
 
 
-def _save_state(path: Path, state: dict[str, Any]) -> None:
+def _save_state(path: Path, state: Json) -> None:
     partial = path.with_suffix(".part")
     torch.save(state, partial)
     os.replace(partial, path)

@@ -16,7 +16,6 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from benchmarks.gpu import agreement as gpu_agreement
 from benchmarks.gpu import denoiser_times as gpu_denoiser_times
 from benchmarks.gpu import exactness as gpu_exactness
 from benchmarks.gpu import fused as gpu_fused
@@ -24,8 +23,8 @@ from benchmarks.gpu import gemm as gpu_gemm
 from benchmarks.gpu import timing as gpu_timing
 from benchmarks.gpu.denoiser import Size
 from benchmarks.gpu.run import Device
-from benchmarks.gpu.weights import CHANNEL, EXACT_64, Granularity, dequantized, fake_quantize, quantize_weight
-from benchmarks.shapes import Shape
+from benchmarks.gpu.weights import dequantized, fake_quantize, quantize_weight, relative_error
+from benchmarks.shapes import CHANNEL, EXACT_64, Granularity, Shape
 from export.dialect import reference as op_reference
 from export.errors import ContractError
 from export.formats.operands import exact_multipliers
@@ -212,10 +211,10 @@ def test_a_row_in_which_ours_cannot_run_has_failed(monkeypatch: pytest.MonkeyPat
 @pytest.mark.parametrize(("integers", "shape"), [(False, Shape(4096, 1408, 6144, 1024, ())), (True, None)])
 def test_a_tile_left_out_is_further_off_than_the_limit(integers: bool, shape: Shape | None) -> None:
     shape = shape or Shape(4096, 6144, 1408, 1024, ())
-    limit = gpu_agreement.limit(gpu_gemm.spec_of(shape, CHANNEL, integers), 90)
+    limit = gpu_gemm.limit(gpu_gemm.spec_of(shape, CHANNEL, integers), 90)
     y = torch.ones(shape.m, shape.n)
     y[:128, :128] = 0
-    assert 2.0**-8 <= limit < gpu_agreement.error(y, torch.ones_like(y, dtype=torch.float64))
+    assert 2.0**-8 <= limit < relative_error(y, torch.ones_like(y, dtype=torch.float64))
 
 
 def test_wrong_outputs_are_named() -> None:

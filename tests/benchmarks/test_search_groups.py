@@ -86,14 +86,13 @@ def test_a_stopped_search_goes_on_with_its_scores(tmp_path, monkeypatch):
 
     asked = []
 
-    def score(frechet, individual):
+    def score(individual):
         if len(asked) == 2:
             raise Stop
         asked.append(individual)
         return float(sum(individual))
 
-    monkeypatch.setattr(search_groups._Frechet, "__init__", lambda *_: None)
-    monkeypatch.setattr(search_groups._Frechet, "__call__", score)
+    monkeypatch.setattr(search_groups.FrechetScore, "__call__", lambda _: score)
     nearest = ["--set", "calibrate.options.candidates=nearest"]
     with pytest.raises(Stop):
         search_groups.run(arguments(tmp_path, *nearest))
