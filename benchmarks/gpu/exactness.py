@@ -70,10 +70,6 @@ class Drawer:
         return self.positive(rows, k, len(self.values) // 2)
 
 
-def _one_sign(draw: Drawer, rows: int, k: int) -> Tensor:
-    return draw.positive(rows, k)
-
-
 def _large_then_small(draw: Drawer, rows: int, k: int) -> Tensor:
     """A large sum first, to which only the smallest products are added."""
     x = draw.large(rows, k)
@@ -101,7 +97,7 @@ PATTERNS: dict[str, tuple[Callable[[Drawer, int, int], Tensor], Callable[[Drawer
     "all codes": (Drawer.any, Drawer.any),
     "normal": (Drawer.normal, Drawer.normal),
     "normal with outliers": (lambda draw, rows, k: draw.normal(rows, k, 8), Drawer.normal),
-    "one sign": (_one_sign, _one_sign),
+    "one sign": (Drawer.positive, Drawer.positive),
     "large, then small": (_large_then_small, _large_then_small),
     "small beside large": (_small_beside_large, _large_then_small),
     "cancelling": (_cancelling, lambda draw, rows, k: _cancelling(draw, rows, k).abs()),
@@ -151,18 +147,13 @@ def compiled(spec: GemmSpec, a: Tensor, w: Tensor) -> Tensor:
     return y * 2.0 ** (operand_of(spec.activation).shift + spec.weight_exponent)
 
 
-def e4m3_value(x: Tensor) -> Tensor:
-    """E4M3 bytes -> float32."""
-    return x.view(torch.float8_e4m3fn).float()
-
-
 def count(device: Device, spec: GemmSpec, granularity: Granularity, interval: int | None) -> Json:
     """Outputs that differ from the exact sum rounded to float32, for each pattern. interval None: as compiled."""
     differ, worst = {}, {}
     exponents = operand_of(spec.activation).shift, spec.weight_exponent
     for pattern in PATTERNS:
         a, w = (e4m3_bytes(x, e) for x, e in zip(operands(device, spec, pattern), exponents, strict=True))
-        exact = e4m3_value(a).double() @ e4m3_value(w).double().T
+        exact = a.view(torch.float8_e4m3fn).double() @ w.view(torch.float8_e4m3fn).double().T
         sums = compiled(spec, a, w) if interval is None else probe(a, w, interval, min(TILE, len(a)))
         differ[pattern] = int((sums != exact.float()).sum())
         worst[pattern] = float(((sums - exact).abs() / exact.abs().mean().clamp(min=1e-30)).max())

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.distance import ratio_db
+from pipeline import distance
 
 Array = NDArray[np.float64]
 RESAMPLES, LEVEL = 400, 0.95
@@ -111,9 +111,8 @@ def share_estimate(right: NDArray[np.bool_]) -> Estimate:
 
 def psnr_db(pictures: NDArray[np.floating], reference: NDArray[np.floating]) -> Array:
     """[N] dB for pictures [N, C, H, W], both cut to [-1, 1]; inf where they are equal."""
-    difference = _shown(pictures) - _shown(reference)
-    errors = np.mean(difference**2, axis=(1, 2, 3))
-    return np.array([ratio_db(PIXEL_RANGE**2, float(error)) for error in errors])
+    pairs = zip(_shown(reference), _shown(pictures), strict=True)
+    return np.array([distance.psnr_db(*pair, PIXEL_RANGE) for pair in pairs])
 
 
 def ssim(pictures: NDArray[np.floating], reference: NDArray[np.floating]) -> Array:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TYPE_CHECKING, Literal, TypeAlias
 
 from benchmarks import record
 from benchmarks.quality.results import MEASURED, Results
@@ -72,11 +72,11 @@ def _logarithmic(axes: Axes) -> None:
         axes.text(0.5, 0.5, "not measured yet", ha="center", transform=axes.transAxes)
 
 
-def _legend_once(axes: Axes, columns: int = 1, place: str = "best") -> None:
+def _legend_once(axes: Axes, columns: int = 1, place: Literal["best", "lower left"] = "best") -> None:
     handles, labels = axes.get_legend_handles_labels()
     unique = dict(zip(labels, handles, strict=True))
     if unique:
-        axes.legend(unique.values(), unique.keys(), fontsize=8, loc=place, ncols=columns)
+        axes.legend(list(unique.values()), list(unique), fontsize=8, loc=place, ncols=columns)
 
 
 def groups(axes: Axes, document: Json, model: str) -> None:
@@ -111,7 +111,7 @@ def steps(axes: Axes, document: Json, model: str) -> None:
             if row := rows.get(f"rtn-{numbers}-{width}"):
                 label = f"{numbers.partition('-')[0].upper()} {width.upper()}"
                 axes.plot(row["step_sqnr_db"], style, color=WIDTH_COLOURS[width], label=label)
-    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.locator_params(axis="x", integer=True)
     axes.set_xlabel("denoising step (0: pure noise)")
     axes.set_ylabel("SQNR of the step's output, dB")
     axes.set_title(f"{model}, round to nearest per channel, on float's trajectory", fontsize=10)

@@ -21,8 +21,9 @@ import argparse
 import copy
 import json
 import logging
-from collections.abc import Callable
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -84,20 +85,23 @@ def run_real(arguments: argparse.Namespace) -> int:
     prompts, arguments.device = read_prompts(arguments), chosen_device(arguments.device)
     refuse_missing(root, arguments)
     model = load(str(root))
-    rows = [(row, real_recipe(row, arguments)) for row in real_rows(model, arguments)]
+    rows = [
+        (row, replace(with_set(row.recipe, arguments, row.settings), model=arguments.model))
+        for row in real_rows(model, arguments)
+    ]
     results = Results(f"real_{root.name}", arguments.output_dir or record.RESULTS)
     subject = facts(model, prompts, arguments)
     results.refuse_others(subject)
     pipe = DiffusionPipeline.from_pretrained(root, local_files_only=True)
     real = Real(pipe, model, prompts, arguments, subject, arguments.work_dir / results.model)
-    base = float_pictures(real)
     key = row_key(subject, None, ())
-    results.add(
-        FLOAT, scored(real, results, FLOAT, key, base) | {"drawn_by": f"reference, {arguments.device}"}, subject
-    )
+    base = stored_pictures(real, FLOAT, key, denoiser(model), family_recipe(model, arguments))
+    results.add(FLOAT, scored(real, results, FLOAT, key, base), subject)
     failed = 0
     for row, recipe in rows:
-        measured = row_record(real, results, row, recipe, base)
+        key = row_key(subject, recipe, row.multipliers)
+        stated = {"settings": list(row.settings), "key": key}
+        measured = outcome(row.name, stated, partial(measured_row, real, results, row, recipe, key, base))
         results.add(row.name, measured, subject)
         failed += measured["status"] == FAILED
     print(results.path)
@@ -142,14 +146,14 @@ def real_rows(model: LoadedModel, arguments: argparse.Namespace) -> list[Row]:
     return rows
 
 
-def real_recipe(row: Row, arguments: argparse.Namespace) -> Recipe:
-    recipe = recipes.with_settings(recipes.load(row.recipe), [*row.settings, *arguments.set])
-    return replace(recipe, model=arguments.model)
+def with_set(name: str, arguments: argparse.Namespace, settings: Sequence[str] = ()) -> Recipe:
+    """A bundled recipe with `settings`, then those of --set."""
+    return recipes.with_settings(recipes.load(name), [*settings, *arguments.set])
 
 
 def family_recipe(model: LoadedModel, arguments: argparse.Namespace) -> Recipe:
     """What the rows of the model's family start from: float draws with its steps and guidance, too."""
-    return recipes.with_settings(recipes.load(FAMILY_ROWS[model.family.name][1]), arguments.set)
+    return with_set(FAMILY_ROWS[model.family.name][1], arguments)
 
 
 def facts(model: LoadedModel, prompts: list[str], arguments: argparse.Namespace) -> Json:
@@ -169,21 +173,22 @@ def facts(model: LoadedModel, prompts: list[str], arguments: argparse.Namespace)
 # --- rows -----------------------------------------------------------------------------------------------------------
 
 
-def row_record(real: Real, results: Results, row: Row, recipe: Recipe, base: Pictures) -> Json:
-    """A row's numbers, or why there are none."""
-    key = row_key(real.facts, recipe, row.multipliers)
-
-    def measure() -> Json:
-        pictures, drawn = row_pictures(real, row, recipe, key)
-        return drawn | scored(real, results, row.name, key, pictures, base)
-
-    return outcome(row.name, {"settings": list(row.settings), "key": key}, measure)
+def measured_row(real: Real, results: Results, row: Row, recipe: Recipe, key: str, base: Pictures) -> Json:
+    """A row's numbers, with the size of its weights; --redo calibrates and draws anew."""
+    calibrated = real.work / "calibrated" / key
+    if real.arguments.redo:
+        remove(real.pictures(row.name, key))
+        remove(calibrated)
+    layers = calibrate(real.model, recipe, calibrated)
+    pictures = stored_pictures(real, row.name, key, fake_quant(real.model, layers, torch.float32), recipe)
+    size = {"weight_bytes": sum(layer.size_bytes for layer in layers)}
+    return size | scored(real, results, row.name, key, pictures, base)
 
 
 def scored(real: Real, results: Results, name: str, key: str, pictures: Pictures, base: Pictures | None = None) -> Json:
     """The measures of a row's pictures. Metrics that its record holds already are kept, unless --redo."""
     before = results.read()["rows"].get(name, {}) if results.has(name, key) and not real.arguments.redo else {}
-    measures: Json = {"status": MEASURED, "key": key}
+    measures: Json = {"status": MEASURED, "key": key, "drawn_by": f"reference, {real.arguments.device}"}
     for metric in dict.fromkeys([*(metric for metric in METRICS if metric in before), *real.arguments.metric]):
         score = before.get(metric)
         if score is None:
@@ -196,40 +201,18 @@ def scored(real: Real, results: Results, name: str, key: str, pictures: Pictures
     return measures
 
 
-def float_pictures(real: Real) -> Pictures:
-    """The float model's, drawn with the steps and guidance of its family's recipe."""
-    folder = real.pictures(FLOAT, row_key(real.facts, None, ()))
-    recipe = family_recipe(real.model, real.arguments)
-    return stored_pictures(folder, lambda: draw(real, denoiser(real.model), recipe), real.prompts)
-
-
-def row_pictures(real: Real, row: Row, recipe: Recipe, key: str) -> tuple[Pictures, Json]:
-    """The quantized model's, with the size of its weights and what drew them; --redo makes both anew."""
-    folder, kept = real.pictures(row.name, key), real.work / "calibrated" / key
-    if real.arguments.redo:
-        remove(folder)
-        remove(kept)
-    layers = calibrate(real.model, recipe, kept)
-    module = fake_quant(real.model, layers, torch.float32)
-    pictures = stored_pictures(folder, lambda: draw(real, module, recipe), real.prompts)
-    drawn = {
-        "weight_bytes": sum(layer.size_bytes for layer in layers),
-        "drawn_by": f"reference, {real.arguments.device}",
-    }
-    return pictures, drawn
-
-
 # --- pictures -------------------------------------------------------------------------------------------------------
 
 
-def stored_pictures(folder: Path, make: Callable[[], Pictures], prompts: list[str]) -> Pictures:
-    """Pictures of a folder; drawn and written there (prompts.json last) if they are not."""
+def stored_pictures(real: Real, name: str, key: str, module: torch.nn.Module, recipe: Recipe) -> Pictures:
+    """Pictures of a row; drawn and written to its folder (prompts.json last) if they are not there."""
+    folder = real.pictures(name, key)
     if not (folder / "prompts.json").is_file():
         folder.mkdir(parents=True, exist_ok=True)
-        for index, picture in enumerate(make()):
+        for index, picture in enumerate(draw(real, module, recipe)):
             Image.fromarray(picture).save(folder / f"{index:04d}.png")
-        (folder / "prompts.json").write_text(json.dumps(prompts), encoding="utf-8")
-    return np.stack([read_picture(folder / f"{index:04d}.png") for index in range(len(prompts))])
+        (folder / "prompts.json").write_text(json.dumps(real.prompts), encoding="utf-8")
+    return np.stack([read_picture(folder / f"{index:04d}.png") for index in range(len(real.prompts))])
 
 
 class PlacedEngine(ReferenceEngine):
