@@ -21,7 +21,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from benchmarks.gpu import denoiser_times
 from benchmarks.gpu.check_quantizers import quantizer_tasks
+from benchmarks.gpu.denoiser import LINEARS, Size
 from benchmarks.gpu.gemm import ACTIVATION, WEIGHT, accumulated, forms_of, rows_to_measure
 from benchmarks.gpu.run import Device, Task
 from benchmarks.record import Json
@@ -80,19 +82,24 @@ def gemm_cases(tiny: bool) -> list[GemmCase]:
     m, n, k = (17, 24, 128) if tiny else (300, 1152, 1152)
     case = GemmCase("E2M3", "E2M1", m, n, k)
     real = Granularity("real groups of 64", 64, True) if tiny else REAL_128
-    grouped = [replace(case, granularity=g) for g in (EXACT_64, real)]
-    formats = [replace(case, activation=a) for a in ("E3M2", "E4M3", "INT8", "E3M4", "UE2M2")]
-    weights = [replace(case, weight=w) for w in ("E1M2", "E3M0", "INT4")]
+    exact, grouped = replace(case, granularity=EXACT_64), replace(case, granularity=real)
     gated = replace(case, m=2 * m, epilogue="gate_residual")
     zero_point = replace(case, activation="UE2M2", zero_point=True, output="fp16")
-    ends = [gated, zero_point, replace(case, output="fp32")]
-    odd = [replace(case, m=1, n=7, k=74), replace(case, m=33, n=130, k=66, granularity=Granularity("groups", 22))]
-    integers = [replace(one, integers=True) for one in (case, *grouped, gated)]
+    odd = replace(case, m=1, n=7, k=74)
     if tiny:
-        return [case, *grouped, formats[2], weights[1], gated, zero_point, odd[0], integers[1]]
-    deep = [replace(case, m=200, n=384, k=4608), replace(grouped[0], n=3456), replace(grouped[1], n=384, k=4608)]
-    mixed = [GemmCase("E3M2", "E3M0", 130, 1408, 1408, EXACT_64, output="fp16"), replace(case, m=4096, n=384, k=1408)]
-    return [case, *grouped, *integers, *ends, *deep, *formats, *weights, *odd, *mixed]
+        others = [replace(case, activation="INT8"), replace(case, weight="E3M0"), replace(exact, integers=True)]
+        return [case, exact, grouped, gated, zero_point, odd, *others]
+    return [
+        *(case, exact, grouped),
+        *(replace(one, integers=True) for one in (case, exact, grouped, gated)),
+        *(gated, zero_point, replace(case, output="fp32")),
+        *(replace(case, m=200, n=384, k=4608), replace(exact, n=3456), replace(grouped, n=384, k=4608)),
+        *(replace(case, activation=activation) for activation in ("E3M2", "E4M3", "INT8", "E3M4", "UE2M2")),
+        *(replace(case, weight=weight) for weight in ("E1M2", "E3M0", "INT4")),
+        *(odd, replace(case, m=33, n=130, k=66, granularity=Granularity("groups", 22))),
+        GemmCase("E3M2", "E3M0", 130, 1408, 1408, EXACT_64, output="fp16"),
+        replace(case, m=4096, n=384, k=1408),
+    ]
 
 
 def codes_for(case: GemmCase, rng: np.random.Generator, sm: int) -> Array:
@@ -300,18 +307,14 @@ def of_gemm_section(device: Device) -> Iterator[TimedGemm]:
 
 def of_denoiser_section(device: Device) -> Iterator[TimedGemm]:
     """What benchmarks/gpu/denoiser_times.py launches."""
-    from benchmarks.gpu.denoiser import LINEARS, Size
-    from benchmarks.gpu.denoiser_times import FORMS, SIZES, grid
-
     size = Size()
-    for pixels, batch in SIZES:
+    for pixels, batch in denoiser_times.SIZES:
         for linear_name, linear in LINEARS.items():
-            rows = size.caption if linear_name == "cross_kv" else grid(size, pixels) ** 2
+            rows = size.caption if linear_name == "cross_kv" else denoiser_times.grid(size, pixels) ** 2
             n, k = linear.outputs * size.width, linear.inputs * size.width
             case = GemmCase(ACTIVATION, WEIGHT, batch * rows, n, k, EXACT_64, epilogue=linear.epilogue)
-            for form in FORMS.values():
-                kind = "expanded_gemm" if form.expand else "packed_gemm"
-                yield launched(kind, replace(case, integers=form.integers), device.sm)
+            for form in denoiser_times.FORMS.values():
+                yield launched(form.kernel, replace(case, integers=form.integers), device.sm)
 
 
 def timed_gemms(device: Device) -> list[TimedGemm]:

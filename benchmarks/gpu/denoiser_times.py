@@ -19,6 +19,7 @@ from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from benchmarks.gpu.denoiser import Denoiser, Run, Size, fake_quantized, randomize, run_block, sample
+from benchmarks.gpu.gemm import Form
 from benchmarks.gpu.quantized_denoiser import (
     ACTIVATION,
     Launched,
@@ -37,15 +38,11 @@ from benchmarks.shapes import EXACT_64, LATENT_CELL, WORKLOADS
 SECONDS = 3.0  # of timing, for each row
 
 
-@dataclass(frozen=True)
-class Form:
-    """Whether our denoiser's weights are expanded, and its operands INT8 instead of FP8."""
-
-    expand: bool = False
-    integers: bool = False
-
-
-FORMS = {"packed": Form(), "expanded": Form(expand=True), "expanded_int8": Form(expand=True, integers=True)}
+FORMS = {
+    "packed": Form("packed_gemm"),
+    "expanded": Form("expanded_gemm"),
+    "expanded_int8": Form("expanded_gemm", integers=True),
+}
 OURS, COMPILED = tuple(FORMS), ("bf16_compiled_blocks", "bf16_compiled_whole")
 SIZES = ((LARGE_PIXELS, 1), (512, 1), (256, 1), (LARGE_PIXELS, 2))  # (pixels, batch) of the rows
 LEAST_PIXELS = min(pixels for pixels, _ in SIZES)
@@ -89,7 +86,7 @@ def make_models(device: Device, size: Size) -> Models:
     models = Models(size, bf16, weights)
     for name, form in FORMS.items():
         try:
-            models.ours[name] = quantized(bf16, weights, Launched(), expand=form.expand, integers=form.integers)
+            models.ours[name] = quantized(bf16, weights, Launched(), form=form)
         except Exception as error:  # the other forms can be measured without it
             models.refused[name] = error_line(error)
         models.allocated[name] = torch.cuda.memory_allocated() - start
@@ -158,17 +155,16 @@ def times_row(models: Models, flush: Call, pixels: int, batch: int, whole: bool 
     calls = contestants_of(models, inputs, whole)
     graphs, refused = capture_all({name: [call] for name, call in calls.items()})
     refused = models.refused | refused
-    replays = {name: (graph.replay, 1) for name, graph in graphs.items()}
-    times = interleaved(replays, flush, SECONDS)
+    times = interleaved({name: (graph.replay, 1) for name, graph in graphs.items()}, flush, SECONDS)
     bare = interleaved({name: (calls[name], 1) for name in graphs}, flush, SECONDS / 2)
     rows = {
-        name: time.to_row()
+        name: row
         | {
-            "ungraphed_ms": bare[name].median,
+            "ungraphed_ms": bare[name]["latency_ms"],
             "launch_ms": host_milliseconds(calls[name], 10),
             "graph_launch_ms": host_milliseconds(graphs[name].replay, 10),
         }
-        for name, time in times.items()
+        for name, row in times.items()
     }
     flops = sum(row.flops for row in WORKLOADS["pixart"].at(pixels).gemms(batch))
     return {
@@ -189,9 +185,9 @@ def attention_row(size: Size, device: str, flush: Call, pixels: int) -> Json:
     much of their time no GEMM can save."""
     shape = (1, size.heads, grid(size, pixels) ** 2, size.width // size.heads)
     q, k, v = (torch.randn(shape, device=device, dtype=torch.bfloat16) for _ in range(3))
-    times, refused = contest({name: [partial(attend, name, q, k, v)] for name in ATTENTION}, flush, SECONDS / 3)
     flops = 4 * shape[1] * shape[2] ** 2 * shape[3]
-    rows = {name: time.to_row() | {"tflops": flops / time.median / 1e9} for name, time in times.items()}
+    calls = {name: [partial(attend, name, q, k, v)] for name in ATTENTION}
+    rows, refused = contest(calls, flush, SECONDS / 3, lambda _, ms: {"tflops": flops / ms / 1e9})
     return {
         "pixels": pixels,
         "heads": shape[1],

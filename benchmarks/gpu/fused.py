@@ -144,12 +144,8 @@ def measure(device: Device, case: FusedCase, flush: Call) -> Json:
         "compiled_alone": [partial(compiled_plain, inputs) for inputs in sets],
         "copy": [copier(device, size) for _ in sets],
     }
-    times, refused = contest(calls, flush, SECONDS)
-    moved = {FUSED: size, "copy": size // 2 * 2}
-    rows = {
-        name: time.to_row() | rates(time.median, 0, moved.get(name, case.moved_bytes(False)))
-        for name, time in times.items()
-    }
+    moved = dict.fromkeys(calls, case.moved_bytes(False)) | {FUSED: size, "copy": size // 2 * 2}
+    rows, refused = contest(calls, flush, SECONDS, lambda name, ms: rates(ms, 0, moved[name]))
     return {
         "kind": case.kind,
         "m": case.m,

@@ -172,12 +172,10 @@ def measure(device: Device, shape: Shape, granularity: Granularity, flush: Call)
     count = sets_for(least_read(shape, granularity), device.l2_bytes)
     sets = [operands(device, shape, granularity) for _ in range(count)]
     calls = {name: [caller(name, spec, inputs) for inputs in sets] for name in names}
-    times, refused = contest(calls, flush, SECONDS)
-    rows = {
-        name: time.to_row() | rates(time.median, shape.flops, moved_bytes(shape, granularity, name))
-        for name, time in times.items()
-    }
-    errors = errors_of({name: calls[name][0] for name in times}, spec, sets[0])
+    rows, refused = contest(
+        calls, flush, SECONDS, lambda name, ms: rates(ms, shape.flops, moved_bytes(shape, granularity, name))
+    )
+    errors = errors_of({name: calls[name][0] for name in rows}, spec, sets[0])
     wrong = wrong_of(errors, spec, device.sm)
     specs = {name: replace(spec, integers=form.integers) for name, form in OURS.items()}
     heuristics = {name: launch.HEURISTICS[OURS[name].kernel] for name in OURS}

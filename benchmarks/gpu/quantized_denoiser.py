@@ -12,12 +12,13 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.gpu.denoiser import EPSILON, LINEARS, Denoiser, attention
+from benchmarks.gpu.gemm import ACTIVATION, WEIGHT, Form
 from benchmarks.gpu.weights import Packed, quantize_weight
 from benchmarks.shapes import Granularity
 from plugins.gpu import launch
 from plugins.gpu.spec import FloatType, GemmSpec, QuantizeSpec
 
-WEIGHT, ACTIVATION = "E2M1", "E2M3"
+PACKED = Form("packed_gemm")
 
 
 @dataclass(frozen=True)
@@ -122,32 +123,23 @@ def quantized(
     weights: list[dict[str, Packed]],
     kernels: Kernels,
     dtype: FloatType = "bf16",
-    expand: bool = False,
-    integers: bool = False,
+    form: Form = PACKED,
 ) -> QuantizedDenoiser:
-    """`model` on `kernels`, its linears' weights packed, or expanded by our kernel; integers: INT8 operands."""
-    blocks = [
-        QuantizedBlock(
-            model.size.heads,
-            {
-                name: _linear(block.linears[name], name, packed, dtype, expand, integers)
-                for name, packed in block_weights.items()
-            },
-            kernels,
-            dtype,
-        )
-        for block, block_weights in zip(model.blocks, weights, strict=True)
-    ]
+    """`model` on `kernels`, its linears by the kernel and on the operands of `form`."""
+    blocks = []
+    for block, packed in zip(model.blocks, weights, strict=True):
+        linears = {name: _linear(block.linears[name], name, packed[name], dtype, form) for name in packed}
+        blocks.append(QuantizedBlock(model.size.heads, linears, kernels, dtype))
     return QuantizedDenoiser(model, blocks)
 
 
-def _linear(
-    linear: nn.Module, name: str, packed: Packed, dtype: FloatType, expand: bool, integers: bool
-) -> QuantizedLinear:
+def _linear(linear: nn.Module, name: str, packed: Packed, dtype: FloatType, form: Form) -> QuantizedLinear:
     n, half = packed.codes.shape
     epilogue, fields = LINEARS[name].epilogue, packed.granularity.spec_fields(WEIGHT)
-    spec = GemmSpec(ACTIVATION, WEIGHT, 2 * half, n, epilogue=epilogue, output=dtype, integers=integers, **fields)
-    expanded = launch.expand(spec, packed.codes, multiplier_codes=packed.multiplier_codes) if expand else None
+    spec = GemmSpec(ACTIVATION, WEIGHT, 2 * half, n, epilogue=epilogue, output=dtype, integers=form.integers, **fields)
+    expanded = None
+    if form.kernel == "expanded_gemm":
+        expanded = launch.expand(spec, packed.codes, multiplier_codes=packed.multiplier_codes)
     return QuantizedLinear(spec, packed, linear.bias.detach().float(), expanded)
 
 

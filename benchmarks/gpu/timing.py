@@ -31,19 +31,10 @@ FLUSH_BYTES = 512 << 20
 MILLISECONDS = 1e3
 
 
-@dataclass(frozen=True)
-class Timing:
-    """Milliseconds of one call, one number for each round."""
-
-    milliseconds: tuple[float, ...]
-
-    @property
-    def median(self) -> float:
-        return float(np.median(self.milliseconds))
-
-    def to_row(self) -> Json:
-        p10, p50, p90 = np.percentile(self.milliseconds, (10, 50, 90))
-        return {"latency_ms": float(p50), "p10_ms": float(p10), "p90_ms": float(p90), "rounds": len(self.milliseconds)}
+def timing_row(milliseconds: Sequence[float]) -> Json:
+    """What is kept of the times of one call, a number for each round."""
+    p10, p50, p90 = np.percentile(milliseconds, (10, 50, 90))
+    return {"latency_ms": float(p50), "p10_ms": float(p10), "p90_ms": float(p90), "rounds": len(milliseconds)}
 
 
 def rates(latency_ms: float, flops: int, size_bytes: int) -> dict[str, float]:
@@ -96,8 +87,9 @@ def flusher(l2_bytes: int) -> Call:
     return torch.empty(max(4 * l2_bytes, FLUSH_BYTES), dtype=torch.uint8, device="cuda").zero_
 
 
-def interleaved(work: Mapping[str, tuple[Call, int]], flush: Call, seconds: float) -> dict[str, Timing]:
-    """Time every (call, how many results it stands for) once a round, after one to warm up, for about `seconds`."""
+def interleaved(work: Mapping[str, tuple[Call, int]], flush: Call, seconds: float) -> dict[str, Json]:
+    """Time every (call, how many results it stands for) once a round, after one to warm up, for about `seconds` ->
+    rows of times."""
     if not work:
         return {}
     started = time.perf_counter()
@@ -109,7 +101,7 @@ def interleaved(work: Mapping[str, tuple[Call, int]], flush: Call, seconds: floa
     for _ in range(rounds):
         for name, (call, count) in work.items():
             measured[name].append(_milliseconds(call, flush) / count)
-    return {name: Timing(tuple(times)) for name, times in measured.items()}
+    return {name: timing_row(times) for name, times in measured.items()}
 
 
 def _milliseconds(call: Call, flush: Call) -> float:
@@ -148,9 +140,16 @@ def capture_all(contestants: Mapping[str, Sequence[Call]]) -> tuple[dict[str, Ca
 
 
 def contest(
-    contestants: Mapping[str, Sequence[Call]], flush: Call, seconds: float
-) -> tuple[dict[str, Timing], dict[str, str]]:
-    """Capture and time `contestants` -> times of one call, and why others could not run."""
+    contestants: Mapping[str, Sequence[Call]],
+    flush: Call,
+    seconds: float,
+    rates_of: Callable[[str, float], dict[str, float]],
+) -> tuple[dict[str, Json], dict[str, str]]:
+    """Capture and time `contestants` -> rows of times and rates of one call, and why others could not run.
+
+    rates_of(name, milliseconds): what a contestant's time makes of its operations and bytes.
+    """
     graphs, refused = capture_all(contestants)
     work = {name: (graph.replay, len(contestants[name])) for name, graph in graphs.items()}
-    return interleaved(work, flush, seconds), refused
+    rows = interleaved(work, flush, seconds)
+    return {name: row | rates_of(name, row["latency_ms"]) for name, row in rows.items()}, refused

@@ -70,30 +70,6 @@ def bullets(title: str, rows: Mapping[str, str]) -> list[str]:
     return ["\n".join([title, "", *lines])] if lines else []
 
 
-def fp_or_int(records: Records) -> list[str]:
-    """FP against INT at each width and granularity."""
-    places = [(width, scales) for scales in ("channel", "group128") for width in WIDTHS]
-    plain = {f"{w.upper()}, {s}": verdict(records, f"rtn-fp-{s}-{w}", f"rtn-int-{s}-{w}") for w, s in places}
-    mixed = {f"{w.upper()}, {s}": verdict(records, f"rtn-mixed-{s}-{w}", f"rtn-fp-{s}-{w}") for w, s in places}
-    return bullets("FP against INT:", plain) + bullets("E3M0 before GELU against E2M1 there:", mixed)
-
-
-def groups(records: Records) -> list[str]:
-    """Exact multipliers against the nearest peers in bytes."""
-    compared = {
-        "exact multipliers of 64 against none": ("exact64", "channel"),
-        "exact multipliers of 64 against powers of two of 64 (equal bytes)": ("exact64", "power64"),
-        "exact multipliers of 32 against powers of two of 32 (equal bytes)": ("exact32", "power32"),
-        "exact multipliers of 32 against real scales of 128": ("exact32", "group128"),
-        "exact multipliers of 16 against real scales of 64": ("exact16", "group64"),
-    }
-    rows = {}
-    for name, parts in compared.items():
-        first, second = (f"rtn-fp-{part}-w4a6" for part in parts)
-        rows[f"{name}{_bits(records, first, second)}"] = verdict(records, first, second)
-    return bullets("At W4A6, round to nearest:", rows)
-
-
 def _bits(records: Records, *names: str) -> str:
     if not _measured(records, *names):
         return ""
@@ -101,21 +77,15 @@ def _bits(records: Records, *names: str) -> str:
     return f", {' and '.join(shown)} bits per weight"
 
 
-def learned_groups(records: Records) -> list[str]:
-    """Smaller exact groups against the default's 64, all learned."""
-    names = {size: f"fp4dit-fp-exact{size}-w4a6" for size in (64, 32, 16)}
-    rows = {
-        f"groups of {size} against 64{_bits(records, names[size], names[64])}": verdict(records, names[size], names[64])
-        for size in (32, 16)
-    }
-    return bullets("At W4A6, FP4DiT:", rows)
+Answer = Callable[[Records], list[str]]
 
 
-def pairs(*compared: tuple[str, str, str]) -> Callable[[Records], list[str]]:
-    """Rows against others: (title, row, other)."""
+def pairs(heading: str, compared: Mapping[str, tuple[str, str]], bits: bool = False) -> Answer:
+    """Rows against others, title -> (row, other); bits: the title ends in what a weight takes in both."""
 
     def answer(records: Records) -> list[str]:
-        return bullets("Row against row:", {title: verdict(records, one, other) for title, one, other in compared})
+        ends = {title: _bits(records, *names) if bits else "" for title, names in compared.items()}
+        return bullets(heading, {f"{title}{ends[title]}": verdict(records, *compared[title]) for title in compared})
 
     return answer
 
@@ -188,20 +158,15 @@ def aim_to_real(records: Records, rows: Sequence[tuple[str, str]]) -> dict[str, 
     return {kind: "; ".join(shown) for kind, shown in by_kind.items()}
 
 
-def steps_of(table: Table) -> Callable[[Records], list[str]]:
+def steps_of(table: Table) -> Answer:
     """Each line of an ablation against the line before, at every width that both have."""
-
-    def answer(records: Records) -> list[str]:
-        pairs = zip(table.lines, table.lines[1:], strict=False)
-        rows = {
-            f"{line.label}, {width.upper()}": verdict(records, f"{line.name}-{width}", f"{before.name}-{width}")
-            for before, line in pairs
-            for width in line.widths
-            if width in before.widths
-        }
-        return bullets("Each line against the one before:", rows)
-
-    return answer
+    compared = {
+        f"{line.label}, {width.upper()}": (f"{line.name}-{width}", f"{before.name}-{width}")
+        for before, line in zip(table.lines, table.lines[1:], strict=False)
+        for width in line.widths
+        if width in before.widths
+    }
+    return pairs("Each line against the one before:", compared)
 
 
 # --- sensitivity ----------------------------------------------------------------------------------------------------
@@ -251,16 +216,53 @@ def steps_text(cases: Cases) -> str:
     return f"{steps[0]:.1f} dB in the first, {best}, {steps[-1]:.1f} dB in the last; {share}; costliest: {counts}"
 
 
-ANSWERS: dict[str, Callable[[Records], list[str]]] = {
-    "fp_or_int": fp_or_int,
-    "groups": groups,
-    "methods": methods,
-    "qdit": steps_of(QDIT),
-    "msfp": steps_of(MSFP),
-    "learned_groups": learned_groups,
-    "full": pairs(
-        ("FP4DiT, full against fast", "fp4dit-full-w4a6", "fp4dit-mixed-exact64-w4a6"),
-        ("MSFP, full against fast", "msfp-full-w4a6", "msfp-fp-w4a6"),
+PLACES = [(width, scales) for scales in ("channel", "group128") for width in WIDTHS]
+# Of the formats of the default recipe: exact multipliers against the nearest peers in bytes.
+GROUPS = {
+    "exact multipliers of 64 against none": ("exact64", "channel"),
+    "exact multipliers of 64 against powers of two of 64 (equal bytes)": ("exact64", "power64"),
+    "exact multipliers of 32 against powers of two of 32 (equal bytes)": ("exact32", "power32"),
+    "exact multipliers of 32 against real scales of 128": ("exact32", "group128"),
+    "exact multipliers of 16 against real scales of 64": ("exact16", "group64"),
+}
+ROW_AGAINST_ROW = "Row against row:"
+# Table -> what is said below it.
+ANSWERS: dict[str, tuple[Answer, ...]] = {
+    "fp_or_int": (
+        pairs("FP against INT:", {f"{w.upper()}, {s}": (f"rtn-fp-{s}-{w}", f"rtn-int-{s}-{w}") for w, s in PLACES}),
+        pairs(
+            "E3M0 before GELU against E2M1 there:",
+            {f"{w.upper()}, {s}": (f"rtn-mixed-{s}-{w}", f"rtn-fp-{s}-{w}") for w, s in PLACES},
+        ),
     ),
-    "full_default": pairs(("full against fast", "fp4dit-fp-full-w4a6", "fp4dit-fp-exact64-w4a6")),
+    "groups": (
+        pairs(
+            "At W4A6, round to nearest:",
+            {title: (f"rtn-fp-{one}-w4a6", f"rtn-fp-{other}-w4a6") for title, (one, other) in GROUPS.items()},
+            bits=True,
+        ),
+    ),
+    "methods": (methods,),
+    "qdit": (steps_of(QDIT),),
+    "msfp": (steps_of(MSFP),),
+    "learned_groups": (
+        pairs(
+            "At W4A6, FP4DiT:",
+            {
+                f"groups of {size} against 64": (f"fp4dit-fp-exact{size}-w4a6", "fp4dit-fp-exact64-w4a6")
+                for size in (32, 16)
+            },
+            bits=True,
+        ),
+    ),
+    "full": (
+        pairs(
+            ROW_AGAINST_ROW,
+            {
+                "FP4DiT, full against fast": ("fp4dit-full-w4a6", "fp4dit-mixed-exact64-w4a6"),
+                "MSFP, full against fast": ("msfp-full-w4a6", "msfp-fp-w4a6"),
+            },
+        ),
+    ),
+    "full_default": (pairs(ROW_AGAINST_ROW, {"full against fast": ("fp4dit-fp-full-w4a6", "fp4dit-fp-exact64-w4a6")}),),
 }

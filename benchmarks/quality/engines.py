@@ -12,10 +12,10 @@ import logging
 import math
 import shutil
 import time
-import timeit
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -33,6 +33,7 @@ from pipeline.backends.base import Arrays, Engine, LoweredGraph
 from pipeline.backends.cpu import CpuOptions
 from pipeline.backends.cuda import CudaOptions
 from pipeline.backends.reference import ReferenceEngine, fake_quant
+from pipeline.bench.measure import interleaved
 from pipeline.calibrate import calibrate
 from pipeline.calibrate.methods.rtn import quantize_linear
 from pipeline.calibrate.plan import make_plans
@@ -85,28 +86,17 @@ def calibrated(
     place = folder / calibration_key(recipe, subject.model.sha256, row.multipliers)
     if redo:
         remove(place)
-    with timed(place / CALIBRATION_TIME) as spent:
+    path, started = place / CALIBRATION_TIME, time.monotonic()
+    before = float(record.read(path, {"seconds": 0.0})["seconds"])  # of runs that were interrupted
+    try:
         own = restricted(subject, row, recipe, place) if row.multipliers else None
         layers = own or calibrate(subject.model, recipe, place)
-    return layers, spent[0] / 60
-
-
-@contextmanager
-def timed(path: Path) -> Iterator[list[float]]:
-    """Seconds of the body, added to what `path` holds of earlier, interrupted runs; a run that finds all done adds
-    next to nothing. Yields a list whose only element is the sum, at the end."""
-    spent = [stored_seconds(path)]
-    started = time.monotonic()
-    try:
-        yield spent
     finally:
-        spent[0] += time.monotonic() - started
-        if path.parent.is_dir() and not math.isclose(spent[0], stored_seconds(path), abs_tol=0.5):
-            write_json(path, {"seconds": spent[0]})
-
-
-def stored_seconds(path: Path) -> float:
-    return float(record.read(path, {"seconds": 0.0})["seconds"])
+        seconds = before + time.monotonic() - started
+        # A run that finds all done adds next to nothing.
+        if place.is_dir() and not math.isclose(seconds, before, abs_tol=0.5):
+            write_json(path, {"seconds": seconds})
+    return layers, seconds / 60
 
 
 def restricted(subject: Subject, row: Row, recipe: Recipe, folder: Path) -> list[QuantizedLinear]:
@@ -195,7 +185,9 @@ def choose(
     """The engine called `own`, unless a gate fails or the reference is faster."""
     failed = [gate.name for gate in proof if not gate.passed]
     call = first_samples(trajectory.calls[len(trajectory.calls) // 2], BATCH_SIZES[subject.name])
-    seconds = {own: call_seconds(engine.run, call), "reference": call_seconds(reference.run, call)}
+    calls = {own: partial(engine.run, call), "reference": partial(reference.run, call)}
+    timings = interleaved(calls, math.inf, (TIMED_CALLS, TIMED_CALLS))
+    seconds = {name: min(timing.seconds) for name, timing in timings.items()}
     agreement = sqnr_db(reference.run(call)["sample"], engine.run(call)["sample"])
     facts: record.Json = {
         "gates": {gate.name: gate.value for gate in proof},
@@ -237,9 +229,3 @@ def first_samples(call: Arrays, count: int) -> Arrays:
     count = min(count, half)
     rows = [*range(count), *range(half, half + count)]
     return {name: value[rows] for name, value in call.items()}
-
-
-def call_seconds(run: Callable[[Arrays], Arrays], call: Arrays) -> float:
-    """The fastest of TIMED_CALLS after one that warms up."""
-    run(call)
-    return min(timeit.repeat(lambda: run(call), number=1, repeat=TIMED_CALLS))

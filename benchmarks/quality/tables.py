@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 
 from benchmarks import record
@@ -73,8 +74,8 @@ def table_text(table: Table, model: str, by_name: Mapping[str, Json]) -> str:
         rows = [["float", *cells(by_name.get(FLOAT), is_float=True)]]
         rows += [[line.label, *cells(by_name.get(f"{line.name}-{width}"))] for line in lines]
         parts += [f"{width.upper()}:", markdown(["", *(column.title for column in COLUMNS)], rows)]
-    answers = ANSWERS[table.name](by_name) if table.name in ANSWERS else []
-    return "\n\n".join([*parts, *answers])
+    answers = [answer(by_name) for answer in ANSWERS[table.name]]
+    return "\n\n".join([*parts, *chain.from_iterable(answers)])
 
 
 def cells(row: Json | None, is_float: bool = False) -> list[str]:

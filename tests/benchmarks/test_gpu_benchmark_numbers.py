@@ -190,7 +190,7 @@ def test_a_contestant_that_cannot_run_is_named(monkeypatch: pytest.MonkeyPatch) 
         raise RuntimeError("row-wise scaling is not on this GPU")
 
     monkeypatch.setattr(gpu_timing, "captured", lambda calls: calls[0]())
-    times, refused = gpu_timing.contest({"fp8_rowwise": [broken]}, lambda: None, 1.0)
+    times, refused = gpu_timing.contest({"fp8_rowwise": [broken]}, lambda: None, 1.0, lambda *_: {})
     assert times == {} and refused == {"fp8_rowwise": "RuntimeError: row-wise scaling is not on this GPU"}
 
 

@@ -135,9 +135,9 @@ def test_the_commit_can_be_told_where_there_is_no_checkout(monkeypatch: pytest.M
 
 
 def test_rates_and_sets_of_inputs() -> None:
-    from benchmarks.gpu.timing import Timing, rates, sets_for
+    from benchmarks.gpu.timing import rates, sets_for, timing_row
 
-    row = Timing((3.0, 1.0, 2.0)).to_row()
+    row = timing_row((3.0, 1.0, 2.0))
     assert row["latency_ms"] == 2.0 and row["rounds"] == 3 and row["p10_ms"] <= 2.0 <= row["p90_ms"]
     assert rates(0.5, 10**12, 10**9) == {"tflops": 2000.0, "gb_per_s": 2000.0}
     for size in np.geomspace(1e3, 1e10, 20):
