@@ -9,7 +9,6 @@ What is expensive to make is kept in DIR for the next run.
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import subprocess
@@ -158,14 +157,14 @@ def load_and_memory(folder: Path, paths: list[str], inputs: Arrays) -> dict[str,
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = record.parser("benchmarks.denoiser", __doc__)
     parser.add_argument("--model", required=True, help="folder of the float model")
     parser.add_argument("--work-dir", type=Path, required=True)
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--set", action="append", default=list(SETTINGS), dest="settings")
     parser.add_argument("--paths", nargs="+", choices=list(PATHS), default=list(PATHS), help="cpu.path of the engines")
-    args = parser.parse_args()
+    args = record.parsed(parser)
     args.work_dir.mkdir(parents=True, exist_ok=True)
     model, recipe = load(args.model), with_settings(load_recipe(RECIPE), ["method=rtn", *args.settings])
     prepare(model, recipe, args.work_dir, args.paths)

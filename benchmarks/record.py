@@ -1,14 +1,15 @@
-"""Results of benchmark scripts: one JSON each, with the machine, the versions and the commit they belong to; and the
-arguments that several of them share."""
+"""Results of benchmark scripts: one JSON each, with the machine, the versions and the commit they belong to; and their
+commands."""
 
 from __future__ import annotations
 
 import argparse
 import json
+import logging
 import os
 import re
 import subprocess
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -68,13 +69,29 @@ def markdown(header: Iterable[str], rows: Iterable[Iterable[object]]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def add_names(parser: argparse.ArgumentParser, known: Collection[str]) -> None:
-    """Positional NAMEs, each one of `known`; all of them if none is given."""
+# --- commands -------------------------------------------------------------------------------------------------------
+
+
+def parser(module: str, description: str | None, names: Collection[str] = ()) -> argparse.ArgumentParser:
+    """Of `python -m MODULE`; with positional NAMEs, each one of `names`, all of them if none is typed."""
+    shape = argparse.RawDescriptionHelpFormatter
+    script_parser = argparse.ArgumentParser(f"python -m {module}", description=description, formatter_class=shape)
 
     def name(text: str) -> str:
-        if text not in known:
-            raise argparse.ArgumentTypeError(f"{text!r} is unknown; use one of {', '.join(known)}")
+        if text not in names:
+            raise argparse.ArgumentTypeError(f"{text!r} is unknown; use one of {', '.join(names)}")
         return text
 
-    # argparse checks `choices` against the whole default list of nargs="*", so the check is a type.
-    parser.add_argument("names", nargs="*", default=list(known), type=name, metavar="NAME", help="default: all")
+    if names:
+        # argparse checks `choices` against the whole default list of nargs="*", so the check is a type.
+        script_parser.add_argument(
+            "names", nargs="*", default=list(names), type=name, metavar="NAME", help="default: all"
+        )
+    return script_parser
+
+
+def parsed(script_parser: argparse.ArgumentParser, argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """What was typed; from then on stderr shows what all packages log."""
+    arguments = script_parser.parse_args(argv)
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
+    return arguments

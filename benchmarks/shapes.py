@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, TypedDict
+from typing import TypedDict
 
 from benchmarks.record import Json
 from export.formats.operands import exact_multipliers
@@ -55,7 +55,7 @@ class Workload:
         """Edge of the picture in pixels."""
         return self.config["sample_size"] * LATENT_CELL
 
-    def changed(self, **changes: Any) -> Workload:
+    def changed(self, **changes: object) -> Workload:
         """The same model with fields of its configuration replaced; width-bound fields follow the width."""
         config = {**self.config, **changes}
         width = config["num_attention_heads"] * config["attention_head_dim"]
@@ -87,7 +87,7 @@ class Workload:
         return rows
 
 
-def _xl(**fields: Any) -> Json:
+def _xl(**fields: object) -> Json:
     return {
         "num_attention_heads": 16,
         "attention_head_dim": 72,
@@ -99,7 +99,7 @@ def _xl(**fields: Any) -> Json:
     }
 
 
-def _pixart(name: str, sample_size: int, caption: int, **fields: Any) -> Workload:
+def _pixart(name: str, sample_size: int, caption: int, **fields: object) -> Workload:
     config = _xl(
         out_channels=8,
         cross_attention_dim=1152,

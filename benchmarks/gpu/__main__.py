@@ -23,6 +23,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+from benchmarks import record
 from benchmarks.gpu.results import Results, broken, gpu_facts, is_checked, wrong
 from benchmarks.gpu.run import MOST_WORKERS, Clock, Device, GpuLostError, tasks_of, work_off, work_off_in_processes
 from benchmarks.gpu.targets import judged, table
@@ -205,9 +206,7 @@ def finish(results: Results) -> int:
 
 
 def make_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        "python -m benchmarks.gpu", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = record.parser("benchmarks.gpu", __doc__)
     parser.add_argument("--section", action="append", default=[], choices=SECTIONS, help="only these (repeatable)")
     parser.add_argument("--check-only", action="store_true", help="check the kernels and stop")
     parser.add_argument("--output-dir", type=Path, default=RESULTS, help="where gpu_NAME.json is written")

@@ -16,7 +16,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,7 +24,7 @@ from benchmarks.gpu import denoiser_times
 from benchmarks.gpu.check_quantizers import quantizer_tasks
 from benchmarks.gpu.denoiser import LINEARS, Size
 from benchmarks.gpu.gemm import ACTIVATION, WEIGHT, accumulated, forms_of, rows_to_measure
-from benchmarks.gpu.run import Device, Task
+from benchmarks.gpu.run import Array, Device, Task
 from benchmarks.record import Json
 from benchmarks.shapes import CHANNEL, EXACT_64, REAL_128, Granularity
 from export.formats.format import get_format, pack
@@ -36,7 +35,6 @@ from plugins.gpu.spec import Epilogue, FloatType, GemmSpec, PackSpec, operand_by
 from plugins.gpu.table import kernel
 from plugins.gpu.tile_table import Tile
 
-Array = NDArray[Any]
 GEMMS = ("packed_gemm", "expanded_gemm")
 EPS32 = 2.0**-24  # half a unit in the last place of a float32, relative
 HALF_UNIT = {"fp32": EPS32, "fp16": 2.0**-11, "bf16": 2.0**-8}
@@ -273,7 +271,7 @@ class TimedGemm:
     tile: Tile
 
     @property
-    def variant(self) -> tuple[Any, ...]:
+    def variant(self) -> tuple[object, ...]:
         """What distinguishes its code from that of others, sizes apart."""
         case, span = self.case, self.case.spec.in_features // self.case.spec.scale_groups
         return self.kernel, case.granularity, case.integers, case.epilogue, self.tile, span % self.tile.k == 0
@@ -319,7 +317,7 @@ def of_denoiser_section(device: Device) -> Iterator[TimedGemm]:
 
 def timed_gemms(device: Device) -> list[TimedGemm]:
     """One for each variant, the first that is timed."""
-    by_variant: dict[tuple[Any, ...], TimedGemm] = {}
+    by_variant: dict[tuple[object, ...], TimedGemm] = {}
     for one in (*of_gemm_section(device), *of_denoiser_section(device)):
         by_variant.setdefault(one.variant, one)
     return list(by_variant.values())

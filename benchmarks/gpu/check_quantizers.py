@@ -4,12 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
-from benchmarks.gpu.run import Device, Task
+from benchmarks.gpu.run import Array, Device, Task
 from benchmarks.record import Json
 from plugins.gpu import launch
 from plugins.gpu.launch import KERNEL_OF
@@ -17,7 +15,6 @@ from plugins.gpu.reference import byte_values
 from plugins.gpu.spec import Before, FloatType, QuantizeSpec
 from plugins.gpu.table import kernel
 
-Array = NDArray[Any]
 EPS32 = 2.0**-24
 # Roundings to float32 on the way from an element to its quotient by the scale, of the largest number in its row: the
 # sums' trees (log2 of 4608 channels, twice), centring, deviation, gain and shift, or GELU's exponential; the scale.

@@ -94,7 +94,8 @@ def inputs_of(device: Device, case: FusedCase) -> dict[str, Tensor]:
 def fused(case: FusedCase, inputs: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
     """Operand bytes u8 [M, C] and scales f32 [M]."""
     tokens = case.tokens if case.kind == "norm_modulate" else 0
-    return launch.quantize(case.spec, **inputs, tokens=tokens)
+    codes, scales = launch.quantize(case.spec, **inputs, tokens=tokens)
+    return codes, scales
 
 
 def triton_alone(case: FusedCase, inputs: dict[str, Tensor], sm: int) -> Tensor:

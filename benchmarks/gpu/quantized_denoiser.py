@@ -6,7 +6,7 @@ The kernels are a parameter, so that a test can run the same code on their NumPy
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -41,22 +41,27 @@ class QuantizedLinear:
 class Kernels(Protocol):
     """What a quantized block calls."""
 
-    def quantize(self, spec: QuantizeSpec, x: Tensor, **modulation: Any) -> tuple[Tensor, Tensor]: ...
-    def gemm(self, linear: QuantizedLinear, a: Tensor, a_scale: Tensor, **epilogue: Any) -> Tensor: ...
+    def quantize(
+        self, spec: QuantizeSpec, x: Tensor, tokens: int = 0, **modulation: Tensor
+    ) -> tuple[Tensor, Tensor]: ...
+    def gemm(
+        self, linear: QuantizedLinear, a: Tensor, a_scale: Tensor, tokens: int = 0, **epilogue: Tensor
+    ) -> Tensor: ...
 
 
 class Launched:
     """The Triton kernels."""
 
-    def quantize(self, spec: QuantizeSpec, x: Tensor, **modulation: Any) -> tuple[Tensor, Tensor]:
-        return launch.quantize(spec, x, **modulation)
+    def quantize(self, spec: QuantizeSpec, x: Tensor, tokens: int = 0, **modulation: Tensor) -> tuple[Tensor, Tensor]:
+        codes, scales = launch.quantize(spec, x, tokens=tokens, **modulation)
+        return codes, scales
 
-    def gemm(self, linear: QuantizedLinear, a: Tensor, a_scale: Tensor, **epilogue: Any) -> Tensor:
+    def gemm(self, linear: QuantizedLinear, a: Tensor, a_scale: Tensor, tokens: int = 0, **epilogue: Tensor) -> Tensor:
         spec, scales, bias = linear.spec, linear.packed.scales, linear.bias
         if linear.expanded is not None:
-            return launch.expanded_gemm(spec, a, a_scale, linear.expanded, scales, bias, **epilogue)
-        codes, multipliers = linear.packed.codes, linear.packed.multiplier_codes
-        return launch.packed_gemm(spec, a, a_scale, codes, scales, bias, multiplier_codes=multipliers, **epilogue)
+            return launch.expanded_gemm(spec, a, a_scale, linear.expanded, scales, bias, tokens=tokens, **epilogue)
+        named = epilogue | {"multiplier_codes": linear.packed.multiplier_codes}
+        return launch.packed_gemm(spec, a, a_scale, linear.packed.codes, scales, bias, tokens=tokens, **named)
 
 
 class QuantizedBlock:
@@ -85,8 +90,8 @@ class QuantizedBlock:
         codes = quantize(self.gelu, self._gemm("ff_in", codes))
         return self._gemm("ff_out", codes, gate=gate2, residual=x, tokens=tokens)
 
-    def _gemm(self, name: str, codes: tuple[Tensor, Tensor], **epilogue: Any) -> Tensor:
-        return self.kernels.gemm(self.linears[name], *codes, **epilogue)
+    def _gemm(self, name: str, codes: tuple[Tensor, Tensor], tokens: int = 0, **epilogue: Tensor) -> Tensor:
+        return self.kernels.gemm(self.linears[name], *codes, tokens=tokens, **epilogue)
 
     def _attention(self, parts: tuple[Tensor, ...], batch: int) -> Tensor:
         q, k, v = (part.unflatten(0, (batch, -1)) for part in parts)

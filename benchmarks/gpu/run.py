@@ -8,14 +8,16 @@ import os
 import time
 from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+from numpy.typing import NDArray
 
 from benchmarks.record import Json
 
 if TYPE_CHECKING:
     import torch
-    from numpy.typing import NDArray
 
+Array: TypeAlias = NDArray[Any]  # codes, bytes or floats
 FLOATS = {"fp16": "float16", "bf16": "bfloat16", "fp32": "float32"}
 
 
@@ -28,7 +30,7 @@ class Device:
     l2_bytes: int = 50 << 20
     tiny: bool = False
 
-    def tensor(self, array: NDArray[Any]) -> torch.Tensor:
+    def tensor(self, array: Array) -> torch.Tensor:
         """A NumPy array on the device."""
         import torch
 

@@ -30,7 +30,7 @@ from benchmarks.quality.metrics import Array
 from benchmarks.quality.results import FAILED, FLOAT, MEASURED, UNAVAILABLE, Results, outcome, row_key
 from benchmarks.quality.rows import MODELS, ON_REQUEST, TABLES, Row, rows_of
 from benchmarks.quality.sensitivity import sensitivity
-from benchmarks.record import Json, add_names
+from benchmarks.record import Json
 from export.checkpoint import QuantizedLinear
 from export.errors import ContractError, RecipeError, UserError
 from pipeline.recipe import Recipe
@@ -188,10 +188,7 @@ def row_summary(row: Json) -> str:
 
 
 def make_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        "python -m benchmarks.quality", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    add_names(parser, MODELS)
+    parser = record.parser("benchmarks.quality", __doc__, MODELS)
     tables = [*TABLES, SENSITIVITY]
     parser.add_argument(
         "--table",
@@ -227,14 +224,13 @@ def make_parser() -> argparse.ArgumentParser:
 
 def main() -> int:
     parser = make_parser()
-    arguments = parser.parse_args()
+    arguments = record.parsed(parser)
     if arguments.model and not (arguments.rows and arguments.metric):
         parser.error("--model needs --rows PATTERN and at least one --metric")
     if arguments.set and not arguments.output_dir:
         parser.error("--set changes what rows are; give an --output-dir of your own for their results")
     if not 0 <= arguments.count <= drawing.LABELS:
         parser.error(f"--count {arguments.count}: use 1 to {drawing.LABELS}")
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     try:
         if arguments.model:
             from benchmarks.quality.real import run_real

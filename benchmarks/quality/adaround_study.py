@@ -9,8 +9,6 @@ arm of every block; what is there already is not run again. --share shortens all
 
 from __future__ import annotations
 
-import argparse
-import logging
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -20,7 +18,7 @@ from pathlib import Path
 import torch
 
 from benchmarks import record
-from benchmarks.record import Json, add_names
+from benchmarks.record import Json
 from export.models import load as models
 from pipeline import recipe as recipes
 from pipeline.calibrate.blocks import BlockRunner, Observed, group_by_block
@@ -146,15 +144,13 @@ def shortened(arm: Arm, share: float) -> Arm:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point; returns the exit code."""
-    parser = argparse.ArgumentParser(prog="adaround_study", description=__doc__)
-    add_names(parser, ARMS)
+    parser = record.parser("benchmarks.quality.adaround_study", __doc__, ARMS)
     parser.add_argument("--engine", default="pixart_w4a6", metavar="NAME|RECIPE.toml")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="any recipe key")
     parser.add_argument("--blocks", type=int, default=0, help="only the first so many blocks")
     parser.add_argument("--share", type=float, default=1.0, help="of every arm's iterations")
     parser.add_argument("--results", type=Path, default=record.RESULTS, metavar="DIR")
-    args = parser.parse_args(argv)
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
+    args = record.parsed(parser, argv)
     recipe = recipes.with_settings(recipes.load(args.engine), args.set)
     arms = {name: shortened(ARMS[name], args.share) for name in args.names}
     study(recipe, arms, args.blocks, Results(args.results))

@@ -67,7 +67,7 @@ FAMILY_ROWS = {
 class Real:
     """A real pipeline and what all of its rows have in common. facts: what decides the pictures of one denoiser."""
 
-    pipe: Any
+    pipe: DiffusionPipeline
     model: LoadedModel
     prompts: list[str]
     arguments: argparse.Namespace

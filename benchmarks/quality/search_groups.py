@@ -15,7 +15,6 @@ found and of the recipe's own, and the settings that give them to any other reci
 from __future__ import annotations
 
 import argparse
-import logging
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -44,7 +43,6 @@ from pipeline.files import sha256_json
 from pipeline.methods import METHODS
 from pipeline.recipe import Recipe
 
-logger = logging.getLogger(__name__)
 AGAINST = ("real", "float")
 
 
@@ -82,7 +80,7 @@ class FrechetScore:
 
 
 def make_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = record.parser("benchmarks.quality.search_groups", __doc__)
     parser.add_argument("--engine", default="dit_w4a8", metavar="NAME|RECIPE.toml")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="any recipe key")
     parser.add_argument("--fitness", choices=("fid", "proxy"), default="fid")
@@ -162,8 +160,7 @@ def describe(space: Space, outcome: SearchOutcome, origin: Json, sizes: list[int
 
 
 def main() -> None:
-    arguments = make_parser().parse_args()
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
+    arguments = record.parsed(make_parser())
     document = run(arguments)
     unsearched = document["unsearched_cost"]
     print(f"{document['cost']:.4f} with {document['group_sizes']}, {document['size_bytes']:,} bytes")

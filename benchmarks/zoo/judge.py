@@ -8,7 +8,6 @@ of the first pictures.
 from __future__ import annotations
 
 import argparse
-import logging
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,7 +16,7 @@ import torch
 
 from benchmarks import record
 from benchmarks.quality.drawing import Subject, draw, float_engine
-from benchmarks.record import Json, add_names
+from benchmarks.record import Json
 from benchmarks.zoo import judges
 from benchmarks.zoo.publish import ZOO
 from export.models.load import load
@@ -83,16 +82,14 @@ def measure(name: str, folder: Path, arguments: argparse.Namespace) -> tuple[Jso
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add_names(parser, judges.JUDGES)
+    parser = record.parser("benchmarks.zoo.judge", __doc__, judges.JUDGES)
     parser.add_argument("--zoo", type=Path, default=ZOO, help="folder of the published models")
     parser.add_argument("--count", type=int, default=500)
     parser.add_argument("--guidance-scale", type=float, default=0.0, help="default: that of generation.json")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output-dir", type=Path, default=record.RESULTS)
     parser.add_argument("--sheet-dir", type=Path, default=Path("work/zoo"))
-    arguments = parser.parse_args()
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    arguments = record.parsed(parser)
     for name in arguments.names:
         document, pictures = measure(name, arguments.zoo / name, arguments)
         save_sheet(pictures, arguments.sheet_dir / f"{name}.png")

@@ -7,8 +7,6 @@ committed: a distance is only comparable in one set of features.
 
 from __future__ import annotations
 
-import argparse
-import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,13 +15,12 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch.nn.functional import affine_grid, cross_entropy, grid_sample
 
+from benchmarks import record
 from benchmarks.quality.metrics import frechet, gaussian
-from benchmarks.record import add_names
 from benchmarks.zoo import scenes
 from benchmarks.zoo.tasks import DIGIT_CLASSES, Batch, digit_batch, digit_split, scene_batch
 from pipeline.progress import track
 
-logger = logging.getLogger(__name__)
 FOLDER = Path(__file__).resolve().parent.parent / "weights"
 FEATURES = 64
 BATCH_SIZE = 128
@@ -170,11 +167,9 @@ def load(name: str) -> Judge:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add_names(parser, JUDGES)
+    parser = record.parser("benchmarks.zoo.judges", __doc__, JUDGES)
     parser.add_argument("--seed", type=int, default=0)
-    arguments = parser.parse_args()
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
+    arguments = record.parsed(parser)
     torch.set_num_threads(1)
     FOLDER.mkdir(exist_ok=True)
     for name in arguments.names:

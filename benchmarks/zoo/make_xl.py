@@ -9,9 +9,7 @@ same bytes, in the memory of one shard.
 
 from __future__ import annotations
 
-import argparse
 import json
-import logging
 import math
 import re
 import zlib
@@ -24,11 +22,11 @@ from huggingface_hub import split_state_dict_into_shards_factory
 from numpy.typing import NDArray
 from safetensors.numpy import save_file
 
+from benchmarks import record
 from benchmarks.record import Json
 from benchmarks.shapes import WORKLOADS, Workload
 from pipeline.progress import track
 
-logger = logging.getLogger(__name__)
 STEM = "diffusion_pytorch_model"
 SHARD_BYTES = 400_000_000
 OUTLIER_SHARE = 1 / 96  # 12 of 1152 channels
@@ -101,7 +99,7 @@ def write(workload: Workload, folder: Path, seed: int = 0, shard_bytes: int = SH
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = record.parser("benchmarks.zoo.make_xl", __doc__)
     parser.add_argument("--model", default="pixart", choices=list(WORKLOADS))
     parser.add_argument("-o", "--output-dir", type=Path, required=True)
     parser.add_argument("--layers", type=int, help="transformer blocks (default: the true number)")
@@ -109,8 +107,7 @@ def main() -> None:
     parser.add_argument("--sample-size", type=int, help="latent cells per edge: 32 is 256 pixels")
     parser.add_argument("--shard-mb", type=int, default=SHARD_BYTES // 1_000_000)
     parser.add_argument("--seed", type=int, default=0)
-    arguments = parser.parse_args()
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    arguments = record.parsed(parser)
     chosen = {
         "num_layers": arguments.layers,
         "num_attention_heads": arguments.heads,

@@ -7,7 +7,6 @@ from those files and from the judge's JSON; `--cards` writes the cards alone.
 
 from __future__ import annotations
 
-import argparse
 import logging
 from pathlib import Path
 
@@ -15,7 +14,7 @@ import torch
 from safetensors.torch import save_file
 
 from benchmarks import record
-from benchmarks.record import Json, add_names
+from benchmarks.record import Json
 from benchmarks.zoo import scenes
 from benchmarks.zoo.tasks import DIGIT_CLASSES, TASKS, Task, token_embedding
 from benchmarks.zoo.train import DROP_SHARE, EMA_DECAY
@@ -166,15 +165,13 @@ def write_card(name: str, folder: Path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add_names(parser, TASKS)
+    parser = record.parser("benchmarks.zoo.publish", __doc__, TASKS)
     parser.add_argument(
         "--work-dir", type=Path, default=Path("work/zoo"), help="states written by benchmarks.zoo.train"
     )
     parser.add_argument("--output-dir", type=Path, default=ZOO)
     parser.add_argument("--cards", action="store_true", help="write the model cards only")
-    arguments = parser.parse_args()
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    arguments = record.parsed(parser)
     for name in arguments.names:
         task, folder = TASKS[name], arguments.output_dir / name
         if not arguments.cards:

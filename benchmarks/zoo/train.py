@@ -6,7 +6,6 @@ very batches it would have seen. Two CPU cores need about an hour for each model
 
 from __future__ import annotations
 
-import argparse
 import copy
 import logging
 import math
@@ -16,7 +15,8 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.record import Json, add_names
+from benchmarks import record
+from benchmarks.record import Json
 from benchmarks.zoo.tasks import TASKS, Task
 from pipeline.progress import track
 
@@ -107,12 +107,10 @@ def train(task: Task, work_dir: Path, seed: int) -> Path:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add_names(parser, TASKS)
+    parser = record.parser("benchmarks.zoo.train", __doc__, TASKS)
     parser.add_argument("--work-dir", type=Path, default=Path("work/zoo"), help="states of unfinished runs")
     parser.add_argument("--seed", type=int, default=0)
-    arguments = parser.parse_args()
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
+    arguments = record.parsed(parser)
     arguments.work_dir.mkdir(parents=True, exist_ok=True)
     for name in arguments.names:
         train(TASKS[name], arguments.work_dir, arguments.seed)
