@@ -175,15 +175,15 @@ class Shape:
 MEASURED = ("pixart", "hunyuan", "dit")
 
 
-def gemm_shapes(pixels: tuple[int, ...] = PIXELS, batch: int = 1) -> list[Shape]:
-    """Every distinct GEMM of the quantized linears of MEASURED, the largest pictures first, one row each.
+def gemm_shapes() -> list[Shape]:
+    """Every distinct GEMM of the quantized linears of MEASURED, one row each, the largest of PIXELS first.
 
     A GEMM that does not grow with the picture (cross.kv) has the row of the largest one.
     """
     places: dict[tuple[int, int, int], tuple[int, list[str]]] = {}
-    for size in sorted(pixels, reverse=True):
+    for size in sorted(PIXELS, reverse=True):
         for model in MEASURED:
-            for row in WORKLOADS[model].at(size).gemms(batch):
+            for row in WORKLOADS[model].at(size).gemms():
                 first, users = places.setdefault((row.m, row.n, row.k), (size, []))
                 users += [f"{model} {row.name}"] if first == size else []
     return [Shape(*mnk, size, tuple(users)) for mnk, (size, users) in places.items()]

@@ -1,9 +1,9 @@
-"""Is every kernel right? Compared with the NumPy meanings of the kernel table, before anything is timed.
+"""Is every kernel right? Compared with the NumPy references of the kernel table, before anything is timed.
 
 A GEMM is run twice on the same codes, whose sums are exact in this GPU's accumulators whatever their order. First with
 scales of one and a float32 output: the integer sums, which must be equal. Then whole, with scales, zero point, epilogue
 and output type: off by one rounding to the output and those of the float32 steps before it, `allowed` below. Quantizers
-must give the codes and scales of their meanings, but for values that a float32 norm or GELU moves over the middle
+must give the codes and scales of their references, but for values that a float32 norm or GELU moves over the middle
 between two codes, `worst_code` in check_quantizers.py.
 
 Each variant of a GEMM that a section of the benchmark times is run whole in its very tile, too: N and K are those of
@@ -138,9 +138,9 @@ def scattered(rng: np.random.Generator, rows: int, columns: int, span: int, plac
     return np.asarray((draw <= last).reshape(rows, -1)[:, :columns])
 
 
-def inputs_of(case: GemmCase, seed: int = 0, sm: int = 0) -> dict[str, Array]:
+def inputs_of(case: GemmCase, sm: int = 0) -> dict[str, Array]:
     """NumPy inputs of packed_gemm by argument name; gate and residual are float32 numbers of the output type."""
-    rng, spec = np.random.default_rng(seed), case.spec
+    rng, spec = np.random.default_rng(0), case.spec
     table = len(spec.multipliers)
     arrays: dict[str, Array] = {
         "a": codes_for(case, rng, sm),
@@ -207,7 +207,7 @@ def allowed(case: GemmCase, arrays: dict[str, Array], expected: Array, cut: bool
     """What a whole output [M, N] may be off by.
 
     Sums are exact. Each of the scale groups' products and additions, then two scales, zero point, bias, gate and
-    residual, is a rounding to float32, in the kernel and in the meaning: 2 (groups + 8) of them, relative to the sum
+    residual, is a rounding to float32, in the kernel and in the reference: 2 (groups + 8) of them, relative to the sum
     of what is added. Then one rounding to the output; `cut`: to bf16 the interpreter does not round to nearest but cuts
     off, a whole unit.
     """
@@ -246,7 +246,7 @@ def run_gemm(
 
 
 def check_repack(device: Device, case: GemmCase) -> Json:
-    """pack and expand: bytes that differ from the meanings'."""
+    """pack and expand: bytes that differ from the references'."""
     arrays = inputs_of(case)
     codes = np.random.default_rng(1).integers(0, 16, (case.n, case.k)).astype(np.uint8)
     packed = launch.pack(device.tensor(codes)).cpu().numpy()

@@ -161,8 +161,8 @@ def times_row(models: Models, flush: Call, pixels: int, batch: int, whole: bool 
         name: row
         | {
             "ungraphed_ms": bare[name]["latency_ms"],
-            "launch_ms": host_milliseconds(calls[name], 10),
-            "graph_launch_ms": host_milliseconds(graphs[name].replay, 10),
+            "launch_ms": host_milliseconds(calls[name]),
+            "graph_launch_ms": host_milliseconds(graphs[name].replay),
         }
         for name, row in times.items()
     }

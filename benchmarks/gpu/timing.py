@@ -114,7 +114,7 @@ def _milliseconds(call: Call, flush: Call) -> float:
     return float(start.elapsed_time(end))
 
 
-def host_milliseconds(call: Call, rounds: int = 20) -> float:
+def host_milliseconds(call: Call, rounds: int = 10) -> float:
     """Median time until `call` has handed its work to the GPU, which is idle before."""
     times = []
     for _ in range(rounds):

@@ -130,7 +130,6 @@ def test_measured_shapes_have_every_gemm_once() -> None:
             for row in WORKLOADS[model].at(pixels).gemms():
                 assert (pixels, f"{model} {row.name}") in places or row.name == "cross.kv"
     assert shapes[0].flops == 2 * 4096 * 3456 * 1152
-    assert {shape.m for shape in gemm_shapes(batch=2)} == {512, 2048, 8192, 240, 666}
 
 
 # --- running sections -------------------------------------------------------------------------------------------------

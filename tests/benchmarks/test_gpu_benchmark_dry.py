@@ -80,7 +80,7 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
     for module, name in ((gpu_denoiser_times, "LARGE_PIXELS"), (gpu_denoiser_times, "LEAST_PIXELS")):
         monkeypatch.setattr(module, name, 32)
     monkeypatch.setattr(gpu_targets, "LARGE_PIXELS", 32)
-    monkeypatch.setattr(gpu_denoiser_times, "host_milliseconds", lambda call, rounds: 0.5)
+    monkeypatch.setattr(gpu_denoiser_times, "host_milliseconds", lambda call: 0.5)
 
 
 def run_all(results: Results, monkeypatch: pytest.MonkeyPatch) -> int:

@@ -228,7 +228,7 @@ def test_wrong_outputs_are_named() -> None:
 def test_the_rows_of_the_denoiser(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("torch._dynamo.reset", lambda: None)
     monkeypatch.setattr(gpu_denoiser_times, "EXACT_64", Granularity("exact", 16))
-    monkeypatch.setattr(gpu_denoiser_times, "host_milliseconds", lambda call, rounds: 0.5)
+    monkeypatch.setattr(gpu_denoiser_times, "host_milliseconds", lambda call: 0.5)
     size = Size(width=32, heads=4, layers=1, caption=3, caption_channels=16)
     models = gpu_denoiser_times.make_models(CPU, size)
     weights = gpu_denoiser_times.weights_row(models)
