@@ -44,7 +44,9 @@ def save_sheet(pictures: torch.Tensor, path: Path) -> None:
     """The first pictures as a PNG, ten in a row, three times enlarged."""
     from PIL import Image
 
-    shown = pictures[:SHEET_COUNT].clamp(-1, 1).add(1).mul(127.5).round().byte().numpy()
+    pictures = pictures[:SHEET_COUNT]
+    blank = torch.ones(-len(pictures) % SHEET_COLUMNS, *pictures.shape[1:])  # the last row is whole, too
+    shown = torch.cat([pictures, blank]).clamp(-1, 1).add(1).mul(127.5).round().byte().numpy()
     grid = shown.reshape(-1, SHEET_COLUMNS, *shown.shape[1:]).transpose(0, 3, 1, 4, 2)
     rows, height, columns, width, channels = grid.shape
     image = np.broadcast_to(grid.reshape(rows * height, columns * width, channels), (rows * height, columns * width, 3))
