@@ -15,7 +15,8 @@ import numpy as np
 import torch
 
 from benchmarks import record
-from benchmarks.quality.drawing import Subject, draw, float_engine
+from benchmarks.quality.drawing import Subject, draw, float_engine, judged, real_features
+from benchmarks.quality.metrics import frechet, gaussian
 from benchmarks.record import Json
 from benchmarks.zoo import judges
 from benchmarks.zoo.publish import ZOO
@@ -57,15 +58,15 @@ def save_sheet(pictures: torch.Tensor, path: Path) -> None:
 
 def measure(name: str, folder: Path, arguments: argparse.Namespace) -> tuple[Json, torch.Tensor]:
     """The JSON document of one model, and its pictures."""
-    generation, judge = load_generation(folder), judges.load(name)
+    generation = load_generation(folder)
     generation = replace(generation, guidance_scale=arguments.guidance_scale or generation.guidance_scale)
     model, (labels, prompts) = load(str(folder)), judges.conditions(name, arguments.count, arguments.seed)
     size = model.config["sample_size"]
     shape = (len(prompts), model.config["in_channels"], size, size)
     noise = torch.randn(shape, generator=torch.Generator().manual_seed(arguments.seed)).numpy()
     subject = Subject(name, model, generation, labels, prompts, noise, arguments.seed)
-    pictures = torch.from_numpy(draw(subject, float_engine(subject).run, f"{name} pictures"))
-    real_labels, real = judges.JUDGES[name].test()
+    pictures = draw(subject, float_engine(subject).run, f"{name} pictures")
+    (features, read), real = judged(name, pictures), real_features(name)
     document = {
         "model": name,
         "training": record.read(folder / "training.json"),
@@ -75,12 +76,12 @@ def measure(name: str, folder: Path, arguments: argparse.Namespace) -> tuple[Jso
         "n_steps": generation.n_steps,
         "guidance_scale": generation.guidance_scale,
         "seed": arguments.seed,
-        "accuracy": accuracy(name, labels, judge.read(pictures)),
-        "frechet_distance_to_held_out": judges.frechet_distance(judge, pictures, real),
-        "held_out_count": len(real_labels),
-        "judge_test_accuracy": judges.own_accuracy(judges.JUDGES[name], judge),
+        "accuracy": accuracy(name, labels, read),
+        "frechet_distance_to_held_out": frechet(gaussian(features), gaussian(real)),
+        "held_out_count": len(real),
+        "judge_test_accuracy": judges.own_accuracy(judges.JUDGES[name], judges.load(name)),
     }
-    return document, pictures
+    return document, torch.from_numpy(pictures)
 
 
 def main() -> None:

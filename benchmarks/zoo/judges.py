@@ -16,7 +16,6 @@ from safetensors.torch import load_file, save_file
 from torch.nn.functional import affine_grid, cross_entropy, grid_sample
 
 from benchmarks import record
-from benchmarks.quality.metrics import frechet, gaussian
 from benchmarks.zoo import scenes
 from benchmarks.zoo.tasks import DIGIT_CLASSES, Batch, digit_batch, digit_split, scene_batch
 from pipeline.progress import track
@@ -146,16 +145,6 @@ def own_accuracy(task: JudgeTask, judge: Judge) -> dict[str, float]:
 def by_slot(task: JudgeTask, right: torch.Tensor) -> dict[str, float]:
     """Share of pictures by slot; right: bool [count, slots]."""
     return dict(zip(task.slots, right.double().mean(0).tolist(), strict=True))
-
-
-@torch.inference_mode()
-def frechet_distance(judge: Judge, pictures: torch.Tensor, real: torch.Tensor) -> float:
-    """Frechet distance of two sets of pictures in the judge's features (arXiv 1706.08500, with 64 features).
-
-    It falls with the number of pictures: compare only sets of the same size.
-    """
-    first, second = (judge.features(part.clamp(-1, 1)).double().numpy() for part in (pictures, real))
-    return frechet(gaussian(first), gaussian(second))
 
 
 def load(name: str) -> Judge:
