@@ -121,13 +121,6 @@ def plain(case: FusedCase, inputs: dict[str, Tensor]) -> Tensor:
     return (normal * (1 + inputs["scale"][:, None]) + inputs["shift"][:, None]).view(case.m, case.channels)
 
 
-def compiled(case: FusedCase) -> Callable[..., Tensor]:
-    """`plain` by torch.compile, for one case; what was compiled before is forgotten, for dynamo keeps eight shapes."""
-    torch._dynamo.reset()
-    call: Callable[..., Tensor] = torch.compile(lambda inputs: plain(case, inputs), dynamic=False, fullgraph=True)
-    return call
-
-
 def copier(device: Device, size_bytes: int) -> Callable[[], Tensor]:
     """A copy that reads and writes `size_bytes` together."""
     one, two = (torch.empty(size_bytes // 2, dtype=torch.uint8, device=device.type) for _ in range(2))
@@ -136,13 +129,15 @@ def copier(device: Device, size_bytes: int) -> Callable[[], Tensor]:
 
 def measure(device: Device, case: FusedCase, flush: Call) -> Json:
     """One row: times and rates of all contestants, the fused kernel against the baseline and against copying."""
-    size, compiled_plain = case.moved_bytes(True), compiled(case)
+    torch._dynamo.reset()  # it keeps eight shapes
+    compiled = torch.compile(lambda inputs: plain(case, inputs), dynamic=False, fullgraph=True)
+    size = case.moved_bytes(True)
     count = sets_for(min(case.read_bytes, size // 2), device.l2_bytes)  # the copy reads half of what it moves
     sets = [inputs_of(device, case) for _ in range(count)]
     calls: dict[str, list[Call]] = {
         FUSED: [partial(fused, case, inputs) for inputs in sets],
         "triton_alone": [partial(triton_alone, case, inputs, device.sm) for inputs in sets],
-        "compiled_alone": [partial(compiled_plain, inputs) for inputs in sets],
+        "compiled_alone": [partial(compiled, inputs) for inputs in sets],
         "copy": [copier(device, size) for _ in sets],
     }
     moved = dict.fromkeys(calls, case.moved_bytes(False)) | {FUSED: size, "copy": size // 2 * 2}
