@@ -164,6 +164,7 @@ def main() -> None:
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--set", action="append", default=list(SETTINGS), dest="settings")
     parser.add_argument("--paths", nargs="+", choices=list(PATHS), default=list(PATHS), help="cpu.path of the engines")
+    parser.add_argument("-o", "--output-dir", type=Path, default=record.RESULTS, help="folder of the result")
     args = record.parsed(parser)
     args.work_dir.mkdir(parents=True, exist_ok=True)
     model, recipe = load(args.model), with_settings(load_recipe(RECIPE), ["method=rtn", *args.settings])
@@ -187,7 +188,7 @@ def main() -> None:
     document["processes"] = load_and_memory(args.work_dir, args.paths, sample_inputs(model, 1, 0))
     print(json.dumps(document, indent=1))
     slug = record.slug(f"{machine.cpu_name()} {machine.cpu_count()}cpu")
-    print(record.write(f"denoiser_{slug}", document))
+    print(record.write(f"denoiser_{slug}", document, args.output_dir))
 
 
 if __name__ == "__main__":
