@@ -15,7 +15,6 @@ import argparse
 import logging
 import time
 from collections import Counter
-from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -31,7 +30,6 @@ from benchmarks.quality.results import FAILED, FLOAT, MEASURED, UNAVAILABLE, Res
 from benchmarks.quality.rows import MODELS, ON_REQUEST, TABLES, Row, rows_of
 from benchmarks.quality.sensitivity import sensitivity
 from benchmarks.record import Json
-from export.checkpoint import QuantizedLinear
 from export.errors import ContractError, RecipeError, UserError
 from pipeline.recipe import Recipe
 
@@ -86,29 +84,13 @@ def measured_row(
         "step_sqnr_db": steps_db,
         "weight_bytes": sum(layer.size_bytes for layer in layers),
         "weights": sum(layer.in_features * layer.out_features for layer in layers),
-        "group_sizes": group_sizes(layers),
+        # How many layers have which granularity and group size.
+        "group_sizes": Counter(f"{layer.granularity} {layer.group_size or ''}".strip() for layer in layers),
         "calibration_minutes": minutes,
         "drawing_minutes": draw_minutes,
         "drawn_by": engine.name,
         "proof": engine.proof,
     }
-
-
-def group_sizes(layers: Iterable[QuantizedLinear]) -> dict[str, int]:
-    """How many layers have which granularity and group size."""
-    return Counter(
-        f"{layer.granularity} {layer.group_size}" if layer.group_size else layer.granularity for layer in layers
-    )
-
-
-def row_record(
-    subject: Subject, base: Base, row: Row, recipe: Recipe, work: Path, arguments: argparse.Namespace
-) -> Json:
-    """`measured_row`, or why it could not be."""
-    stated = {"recipe": row.recipe, "settings": list(row.settings), "multipliers": list(row.multipliers)}
-    stated |= {"key": row_key(subject.facts, recipe, row.multipliers)}
-    measure = partial(measured_row, subject, base, row, recipe, work, arguments)
-    return outcome(f"{subject.name} {row.name}", stated, measure)
 
 
 # --- command --------------------------------------------------------------------------------------------------------
@@ -137,7 +119,10 @@ def run_model(name: str, arguments: argparse.Namespace) -> int:
     failed = 0
     for position, (row, recipe) in enumerate(pending, 1):
         started = time.monotonic()
-        measured = row_record(subject, base, row, recipe, work, arguments)
+        stated = {"recipe": row.recipe, "settings": list(row.settings), "multipliers": list(row.multipliers)}
+        stated |= {"key": row_key(subject.facts, recipe, row.multipliers)}
+        measure = partial(measured_row, subject, base, row, recipe, work, arguments)
+        measured = outcome(f"{name} {row.name}", stated, measure)
         results.add(row.name, measured, subject.facts)
         failed += measured["status"] == FAILED
         summary = (name, position, len(pending), row.name, row_summary(measured), time.monotonic() - started)

@@ -279,7 +279,7 @@ def test_a_row_is_measured_once_proven_and_kept(command, monkeypatch):
     def fail(*_):
         raise AssertionError("measured twice")
 
-    monkeypatch.setattr(quality, "row_record", fail)
+    monkeypatch.setattr(quality, "measured_row", fail)
     assert command("--rows", "rtn-fp-channel-w4a8") == (0, rows)
 
 
