@@ -22,7 +22,6 @@ from benchmarks.gpu.denoiser import Denoiser, Run, Size, fake_quantized, randomi
 from benchmarks.gpu.gemm import Form
 from benchmarks.gpu.quantized_denoiser import (
     ACTIVATION,
-    Launched,
     QuantizedDenoiser,
     quantize_blocks,
     quantized,
@@ -86,7 +85,7 @@ def make_models(device: Device, size: Size) -> Models:
     models = Models(size, bf16, weights)
     for name, form in FORMS.items():
         try:
-            models.ours[name] = quantized(bf16, weights, Launched(), form=form)
+            models.ours[name] = quantized(bf16, weights, form=form)
         except Exception as error:  # the other forms can be measured without it
             models.refused[name] = error_line(error)
         models.allocated[name] = torch.cuda.memory_allocated() - start

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from benchmarks.gpu import quantized_denoiser as gpu_quantized_denoiser
 from benchmarks.gpu.denoiser import Denoiser, Size, fake_quantized, randomize, run_block, sample
 from benchmarks.gpu.quantized_denoiser import quantize_blocks, quantized, weight_bytes
 from benchmarks.gpu.weights import relative_error
@@ -23,7 +24,9 @@ GRANULARITIES = (CHANNEL, Granularity("exact groups of 16", 16), Granularity("re
 
 
 @pytest.fixture(autouse=True)
-def no_grad() -> Iterator[None]:
+def no_grad(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """And no GPU."""
+    monkeypatch.setattr(gpu_quantized_denoiser, "launch", ReferenceKernels())
     with torch.no_grad():
         yield
 
@@ -105,7 +108,7 @@ def test_signals_keep_their_size_over_the_layers() -> None:
 def test_on_our_kernels_it_equals_dequantized_arithmetic(model: Denoiser, granularity: Granularity) -> None:
     weights, inputs = quantize_blocks(model, granularity), sample(model, 2)
     wanted = fake_quantized(model, weights, "E2M3", torch.float32)(*inputs)
-    found = quantized(model, weights, ReferenceKernels(), "fp32")(*inputs)
+    found = quantized(model, weights, "fp32")(*inputs)
     # The same float32 numbers in other orders of sums: no code moves at this size. The float model is far off.
     assert relative_error(found, wanted) < 1e-5
     assert relative_error(model(*inputs), wanted) > 0.01
@@ -117,11 +120,11 @@ def test_in_bf16_it_is_as_good_as_plain_bf16_arithmetic(model: Denoiser) -> None
     half = randomize(Denoiser(SIZE, GRID)).to(torch.bfloat16)
     given: list[Tensor] = [x.to(torch.bfloat16) for x in inputs]
     plain = relative_error(fake_quantized(half, weights, "E2M3", torch.bfloat16)(*given), wanted)
-    assert relative_error(quantized(half, weights, ReferenceKernels(), "bf16")(*given), wanted) <= 2 * plain
+    assert relative_error(quantized(half, weights, "bf16")(*given), wanted) <= 2 * plain
 
 
 def test_bytes_are_counted_from_the_tensors(model: Denoiser) -> None:
-    made = quantized(model, quantize_blocks(model, GRANULARITIES[1]), ReferenceKernels())
+    made = quantized(model, quantize_blocks(model, GRANULARITIES[1]))
     linears = [linear for block in made.blocks for linear in block.linears.values()]
     n, k = linears[0].packed.codes.shape
     assert linears[0].size_bytes == n * k + 4 * n + n * 2 + 4 * n  # codes, scales, 4 groups' nibbles, bias

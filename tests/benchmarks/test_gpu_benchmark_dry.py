@@ -19,6 +19,7 @@ from benchmarks.gpu import denoiser_times as gpu_denoiser_times
 from benchmarks.gpu import exactness as gpu_exactness
 from benchmarks.gpu import fused as gpu_fused
 from benchmarks.gpu import gemm as gpu_gemm
+from benchmarks.gpu import quantized_denoiser as gpu_quantized_denoiser
 from benchmarks.gpu import targets as gpu_targets
 from benchmarks.gpu import timing as gpu_timing
 from benchmarks.gpu.denoiser import Size
@@ -75,7 +76,7 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Device, "has_fp8", True)
     monkeypatch.setattr(gpu_denoiser_times, "EXACT_64", EXACT)
     monkeypatch.setattr(gpu_denoiser_times, "Size", lambda: Size(32, 4, 1, caption=3, caption_channels=16))
-    monkeypatch.setattr(gpu_denoiser_times, "Launched", ReferenceKernels)
+    monkeypatch.setattr(gpu_quantized_denoiser, "launch", ReferenceKernels())
     monkeypatch.setattr(gpu_denoiser_times, "SIZES", ((32, 1),))
     for module, name in ((gpu_denoiser_times, "LARGE_PIXELS"), (gpu_denoiser_times, "LEAST_PIXELS")):
         monkeypatch.setattr(module, name, 32)
