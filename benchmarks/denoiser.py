@@ -9,9 +9,8 @@ What is expensive to make is kept in DIR for the next run.
 
 from __future__ import annotations
 
-import argparse
 import json
-import re
+import os
 import subprocess
 import sys
 import time
@@ -19,11 +18,11 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from statistics import median
-from typing import Any
 
 import numpy as np
 
 from benchmarks import record
+from benchmarks.record import Json
 from export import checkpoint
 from export.errors import EnvironmentLacksError
 from export.models.load import LoadedModel, load, sample_inputs
@@ -52,20 +51,17 @@ LOADS = 3
 LOAD_CODE = """
 import json, sys, time
 import numpy as np
-started = time.perf_counter()
+from pathlib import Path
+import onnxruntime
 kind, path, inputs = sys.argv[1:]
-if kind == "engine":
-    from pathlib import Path
+if kind == "engine":  # what each imports counts in its memory
     from pipeline.backends.cpu.engine import CpuEngine
-    import onnxruntime
     started = time.perf_counter()
-    engine = CpuEngine(Path(path))
-    run = engine.run
+    run = CpuEngine(Path(path)).run
 else:
     from pipeline.bench.baselines import open_stock_session
-    import onnxruntime
     started = time.perf_counter()
-    session = open_stock_session(path)
+    session = open_stock_session(Path(path))
     run = lambda feeds: {"sample": session.run(None, feeds)[0]}
 load_s = time.perf_counter() - started
 from pipeline.machine import peak_memory_bytes
@@ -127,7 +123,7 @@ def changed_every_time(engine: CpuEngine, inputs: Arrays) -> Callable[[], object
     return call
 
 
-def measure(model: LoadedModel, folder: Path, engines: dict[str, CpuEngine], batch: int, rounds: int) -> dict[str, Any]:
+def measure(model: LoadedModel, folder: Path, engines: dict[str, CpuEngine], batch: int, rounds: int) -> Json:
     """Medians in ms and ratios of one batch size; the engines both within an image and at its first step."""
     inputs = sample_inputs(model, batch, batch)
     sessions = {name: open_stock_session(folder / f"{name}.onnx") for name in BASELINES}
@@ -161,52 +157,39 @@ def load_and_memory(folder: Path, paths: list[str], inputs: Arrays) -> dict[str,
     return medians
 
 
-def machine_slug() -> str:
-    """Name of the processor for a file name.
-
-    >>> re.sub(r"[^a-z0-9]+", "_", "AMD EPYC 9B14".lower())
-    'amd_epyc_9b14'
-    """
-    return f"{re.sub(r'[^a-z0-9]+', '_', machine.cpu_name().lower()).strip('_')}_{machine.cpu_count()}cpu"
-
-
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = record.parser("benchmarks.denoiser", __doc__)
     parser.add_argument("--model", required=True, help="folder of the float model")
     parser.add_argument("--work-dir", type=Path, required=True)
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--set", action="append", default=list(SETTINGS), dest="settings")
     parser.add_argument("--paths", nargs="+", choices=list(PATHS), default=list(PATHS), help="cpu.path of the engines")
-    args = parser.parse_args()
+    parser.add_argument("-o", "--output-dir", type=Path, default=record.RESULTS, help="folder of the result")
+    args = record.parsed(parser)
     args.work_dir.mkdir(parents=True, exist_ok=True)
     model, recipe = load(args.model), with_settings(load_recipe(RECIPE), ["method=rtn", *args.settings])
     prepare(model, recipe, args.work_dir, args.paths)
     engines = {f"engine{PATHS[path]}": CpuEngine(args.work_dir / f"cpu{PATHS[path]}") for path in args.paths}
-    document: dict[str, Any] = {"model": model.config["_class_name"], "layers": model.config["num_layers"]}
-    document |= {
+    document: Json = {
+        "model": model.config["_class_name"],
+        "layers": model.config["num_layers"],
         "recipe": RECIPE,
         "settings": args.settings,
         "sqnr_to_reference_db": check(model, args.work_dir, engines),
-        "load_average": [],
+        "load_average": [],  # of the last minute, which tells a reader how quiet the machine was
+        "batches": [],
     }
-    document["batches"] = []
     for batch in args.batches:
-        document["load_average"].append(round(_others(), 2))
+        time.sleep(1)
+        document["load_average"].append(round(os.getloadavg()[0], 2))
         document["batches"].append(measure(model, args.work_dir, engines, batch, args.rounds))
     for engine in engines.values():
         engine.close()
     document["processes"] = load_and_memory(args.work_dir, args.paths, sample_inputs(model, 1, 0))
     print(json.dumps(document, indent=1))
-    print(record.write(f"denoiser_{machine_slug()}", document))
-
-
-def _others() -> float:
-    """Load average of the last minute, which tells a reader how quiet the machine was."""
-    import os
-
-    time.sleep(1)
-    return os.getloadavg()[0]
+    slug = record.slug(f"{machine.cpu_name()} {machine.cpu_count()}cpu")
+    print(record.write(f"denoiser_{slug}", document, args.output_dir))
 
 
 if __name__ == "__main__":

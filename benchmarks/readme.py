@@ -8,19 +8,17 @@ so that no page states anything of which the origin is unknown. A part stands be
 from __future__ import annotations
 
 import ast
-import json
 import re
 from argparse import Action
 from collections.abc import Callable
 from functools import partial
 from importlib import import_module
 from pathlib import Path
-from typing import Any
 
 from benchmarks.denoiser import BASELINES, PATHS
-from benchmarks.gpu.targets import judged
+from benchmarks.gpu.targets import cells, judged
 from benchmarks.quality.tables import SHORT, short_table
-from benchmarks.record import RESULTS, markdown
+from benchmarks.record import RESULTS, Json, markdown, read
 from export.formats.format import FORMATS
 from export.formats.operands import embeds, exact_multipliers
 from pipeline.__main__ import VERBS
@@ -34,28 +32,18 @@ README, CLI = ROOT / "README.md", DOCS / "cli.md"
 # Pages with generated parts.
 PAGES = (README, *(DOCS / f"{name}.md" for name in ("calibration", "deployment", "design", "gpu")))
 PACKAGES = ("export", "plugins", "pipeline", "benchmarks")
+TARGET_FORMATS = ("INT8", "E4M3", "FP16")  # what hardware multiplies
 
 
 def formats() -> str:
     """One row for each signed format: what its bits give, and where it embeds."""
     rows = []
     for fmt in (row for row in FORMATS.values() if row.sign_bits):
-        multipliers = exact_multipliers(fmt.name)
-        fits = ["yes" if embeds(fmt.name, target) else "no" for target in ("INT8", "E4M3", "FP16")]
-        shown = ", ".join(map(str, multipliers)) if fmt.bits == 4 else "-"
+        fits = ["yes" if embeds(fmt.name, target) else "no" for target in TARGET_FORMATS]
+        shown = ", ".join(map(str, exact_multipliers(fmt.name))) if fmt.bits == 4 else "-"
         rows.append([fmt.name, fmt.bits, f"{fmt.max_value:g}", fmt.fraction_bits, fmt.kmax, *fits, shown])
-    header = [
-        "format",
-        "bits",
-        "largest",
-        "f",
-        "kmax",
-        "INT8",
-        "E4M3",
-        "FP16",
-        "group multipliers exact in INT8 and E4M3",
-    ]
-    return markdown(header, rows)
+    multipliers = "group multipliers exact in INT8 and E4M3"
+    return markdown(["format", "bits", "largest", "f", "kmax", *TARGET_FORMATS, multipliers], rows)
 
 
 def recipes() -> str:
@@ -79,7 +67,7 @@ def bundled_models() -> str:
     """One row for each bundled model, from the judge's JSON."""
     rows = []
     for path in sorted(RESULTS.glob("zoo_*.json")):
-        quality = json.loads(path.read_text(encoding="utf-8"))
+        quality = read(path)
         worst, judge = min(quality["accuracy"].values()), min(quality["judge_test_accuracy"].values())
         size = f"{quality['training']['parameters'] / 1e6:.1f} M"
         rows.append(
@@ -100,7 +88,7 @@ def speed() -> str:
         build = ", ".join([run["recipe"], *run.get("settings", [])])
         load = f"{run['processes'][f'engine{suffix}']['load_s']:.1f} s"
         for batch in run["batches"]:
-            ratios = [f"{batch[f'times_faster{suffix}'][name]:.2f}" for name in BASELINES]
+            ratios = _ratios(suffix, batch)
             rows.append([place, build, path, batch["batch_size"], *ratios, _memory(run, suffix), load])
     times = ["times as fast as ONNX Runtime fp32", "as its dynamic INT8"]
     header = ["machine, model", "engine", "`cpu.path`", "batch", *times, "peak memory, of fp32's", "load"]
@@ -109,62 +97,48 @@ def speed() -> str:
 
 def speed_short() -> str:
     """One row for each measured machine and engine: its batches beside each other."""
-    rows = []
-    for run, path, suffix in _measured_paths():
-        ratios = [
-            " / ".join(f"{batch[f'times_faster{suffix}'][name]:.2f}" for batch in run["batches"]) for name in BASELINES
-        ]
-        rows.append([_machine(run), path, *ratios, _memory(run, suffix)])
-    header = [
-        "machine",
-        "`cpu.path`",
-        "times as fast as fp32, batch 1 / 2",
-        "as dynamic INT8, batch 1 / 2",
-        "peak memory, of fp32's",
+    rows = [
+        [_machine(run), path, *_ratios(suffix, *run["batches"]), _memory(run, suffix)]
+        for run, path, suffix in _measured_paths()
     ]
+    times = ["times as fast as fp32, batch 1 / 2", "as dynamic INT8, batch 1 / 2"]
+    header = ["machine", "`cpu.path`", *times, "peak memory, of fp32's"]
     return markdown(header, rows) if rows else NOT_MEASURED
 
 
-def _measured_paths() -> list[tuple[dict[str, Any], str, str]]:
+def _ratios(suffix: str, *batches: Json) -> list[str]:
+    """How many times as fast as each baseline an engine is, batches beside each other."""
+    return [" / ".join(f"{batch[f'times_faster{suffix}'][name]:.2f}" for batch in batches) for name in BASELINES]
+
+
+def _measured_paths() -> list[tuple[Json, str, str]]:
     """(JSON of a machine, value of cpu.path, what it adds to the names of its rows) for every engine in them."""
-    runs = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(RESULTS.glob("denoiser_*.json"))]
+    runs = [read(path) for path in sorted(RESULTS.glob("denoiser_*.json"))]
     return [(run, *path) for run in runs for path in PATHS.items() if f"engine{path[1]}" in run["processes"]]
 
 
-def _machine(run: dict[str, Any]) -> str:
+def _machine(run: Json) -> str:
     return f"{run['machine']['cpu']}, {run['machine']['cpus']} CPUs"
 
 
-def _memory(run: dict[str, Any], suffix: str) -> str:
+def _memory(run: Json, suffix: str) -> str:
     engine, peer = run["processes"][f"engine{suffix}"], run["processes"]["onnxruntime_fp32"]
     return f"{engine['peak_rss_bytes'] / peer['peak_rss_bytes']:.2f}"
 
 
 def gpu_speed() -> str:
     """For each measured GPU, every target with what was found, from the JSON of benchmarks/gpu/__main__.py."""
-    rows = [
-        row
-        for path in sorted(RESULTS.glob("gpu_*.json"))
-        for row in _gpu_rows(json.loads(path.read_text(encoding="utf-8")))
-    ]
+    rows = []
+    for run in (read(path) for path in sorted(RESULTS.glob("gpu_*.json"))):
+        commits = ", ".join(sorted({part["commit"] for part in run["sections"].values()}))
+        rows += [[f"{run['gpu']['name']}, {commits}", *cells(row)] for row in judged(run)]
     if not rows:
         return (
             "No GPU was at hand: nothing measured. The GPU kernels are compiled, not run; on a machine with one, "
             "`python -m benchmarks.gpu` checks and measures them."
         )
-    return markdown(
-        ["GPU, commit", "number, the worst of its rows", "target, set for an H100", "found", "verdict"], rows
-    )
-
-
-def _gpu_rows(run: dict[str, Any]) -> list[list[Any]]:
-    commits = ", ".join(sorted({part["commit"] for part in run["sections"].values()}))
-    rows = []
-    for target in judged(run):
-        limit = f"{'at least' if target['at_least'] else 'at most'} {target['limit']:g}"
-        value = "-" if target["value"] is None else f"{target['value']:.3f}"
-        rows.append([f"{run['gpu']['name']}, {commits}", target["name"], limit, value, target["verdict"]])
-    return rows
+    header = ["GPU, commit", "number, the worst of its rows", "target, set for an H100", "found", "verdict"]
+    return markdown(header, rows)
 
 
 def first_sentence(path: Path) -> str:

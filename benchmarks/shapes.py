@@ -1,9 +1,12 @@
-"""The workloads, in one table: the true configurations of the models, and the GEMM shapes that follow from them."""
+"""The workloads: true configurations of the models, the GEMM shapes that follow, and how weight scales are shared."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TypedDict
+
+from benchmarks.record import Json
+from export.formats.operands import exact_multipliers
 
 LATENT_CELL = 8  # pixels of a picture for one cell of the autoencoder's latent
 PIXELS = (256, 512, 1024)  # picture sizes that are measured; DiT-XL/2 was published up to 512
@@ -31,7 +34,7 @@ class Workload:
 
     name: str
     class_name: str
-    config: dict[str, Any] = field(hash=False)
+    config: Json = field(hash=False)
     caption: int = 0
 
     def __post_init__(self) -> None:
@@ -52,7 +55,7 @@ class Workload:
         """Edge of the picture in pixels."""
         return self.config["sample_size"] * LATENT_CELL
 
-    def changed(self, **changes: Any) -> Workload:
+    def changed(self, **changes: object) -> Workload:
         """The same model with fields of its configuration replaced; width-bound fields follow the width."""
         config = {**self.config, **changes}
         width = config["num_attention_heads"] * config["attention_head_dim"]
@@ -84,7 +87,7 @@ class Workload:
         return rows
 
 
-def _xl(**fields: Any) -> dict[str, Any]:
+def _xl(**fields: object) -> Json:
     return {
         "num_attention_heads": 16,
         "attention_head_dim": 72,
@@ -96,7 +99,7 @@ def _xl(**fields: Any) -> dict[str, Any]:
     }
 
 
-def _pixart(name: str, sample_size: int, caption: int, **fields: Any) -> Workload:
+def _pixart(name: str, sample_size: int, caption: int, **fields: object) -> Workload:
     config = _xl(
         out_channels=8,
         cross_attention_dim=1152,
@@ -172,15 +175,47 @@ class Shape:
 MEASURED = ("pixart", "hunyuan", "dit")
 
 
-def gemm_shapes(pixels: tuple[int, ...] = PIXELS, batch: int = 1) -> list[Shape]:
-    """Every distinct GEMM of the quantized linears of MEASURED, the largest pictures first, one row each.
+def gemm_shapes() -> list[Shape]:
+    """Every distinct GEMM of the quantized linears of MEASURED, one row each, the largest of PIXELS first.
 
     A GEMM that does not grow with the picture (cross.kv) has the row of the largest one.
     """
     places: dict[tuple[int, int, int], tuple[int, list[str]]] = {}
-    for size in sorted(pixels, reverse=True):
+    for size in sorted(PIXELS, reverse=True):
         for model in MEASURED:
-            for row in WORKLOADS[model].at(size).gemms(batch):
+            for row in WORKLOADS[model].at(size).gemms():
                 first, users = places.setdefault((row.m, row.n, row.k), (size, []))
                 users += [f"{model} {row.name}"] if first == size else []
     return [Shape(*mnk, size, tuple(users)) for mnk, (size, users) in places.items()]
+
+
+# --- how weight scales are shared -----------------------------------------------------------------------------------
+
+
+class SharedScales(TypedDict, total=False):
+    """The fields of GemmSpec that say how weight scales are shared."""
+
+    group_size: int
+    real_groups: bool
+    multipliers: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Granularity:
+    """How weight scales are shared. group_size 0: a channel; real: a real scale a group, else an exact multiplier."""
+
+    name: str
+    group_size: int = 0
+    real: bool = False
+
+    def spec_fields(self, weight: str) -> SharedScales:
+        """The fields of GemmSpec that say so."""
+        if self.group_size == 0:
+            return {}
+        multipliers = (1,) if self.real else exact_multipliers(weight)
+        return {"group_size": self.group_size, "real_groups": self.real, "multipliers": multipliers}
+
+
+CHANNEL = Granularity("per channel")
+EXACT_64 = Granularity("exact groups of 64", 64)
+REAL_128 = Granularity("real groups of 128", 128, True)

@@ -12,7 +12,6 @@ git checkout the variable DITC_COMMIT tells the document which commit it belongs
 from __future__ import annotations
 
 import argparse
-import importlib
 import os
 import signal
 import subprocess
@@ -23,14 +22,13 @@ from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from benchmarks.gpu.pool import MOST_WORKERS, work_off_in_processes
-from benchmarks.gpu.results import Results, broken, gpu_facts, is_checked, slug, wrong
-from benchmarks.gpu.run import Clock, Context, GpuLostError, work_off
+from benchmarks import record
+from benchmarks.gpu.results import Results, broken, gpu_facts, is_checked, wrong
+from benchmarks.gpu.run import MOST_WORKERS, Clock, Device, GpuLostError, tasks_of, work_off, work_off_in_processes
 from benchmarks.gpu.targets import judged, table
-from benchmarks.record import RESULTS
-from export.errors import EnvironmentLacksError, ParityError
+from benchmarks.record import RESULTS, Json, slug
+from export.errors import EnvironmentLacksError, ParityError, UserError
 from pipeline import machine
 
 TOTAL_S = 460.0  # of all sections
@@ -42,8 +40,8 @@ LOST = 75  # exit code of a section's process that lost the GPU: another one is 
 class Section:
     """One part, run in a process of its own, so that one that fails or hangs leaves the others alone.
 
-    module: has tasks(context) -> list of Task. budget_s: from before its process starts; what sections before it leave
-    over comes on top. parallel: its tasks may share the GPU. compiles: it has compiling(context), tasks to run in
+    module: has tasks(device) -> list of Task. budget_s: from before its process starts; what sections before it leave
+    over comes on top. parallel: its tasks may share the GPU. compiles: it has compiling(device), tasks to run in
     parallel before.
     """
 
@@ -54,24 +52,24 @@ class Section:
     compiles: bool = False
 
 
-SECTIONS = (
-    Section("check", 80, "benchmarks.gpu.check", parallel=True),
-    Section("exactness", 35, "benchmarks.gpu.exactness"),
-    Section("gemm", 120, "benchmarks.gpu.gemm", compiles=True),
-    Section("fused", 50, "benchmarks.gpu.fused"),
-    Section("denoiser", 170, "benchmarks.gpu.denoiser_times"),
-)
+CHECK = Section("check", 80, "benchmarks.gpu.check", parallel=True)
+SECTIONS = {
+    section.name: section
+    for section in (
+        CHECK,
+        Section("exactness", 35, "benchmarks.gpu.exactness"),
+        Section("gemm", 120, "benchmarks.gpu.gemm", compiles=True),
+        Section("fused", 50, "benchmarks.gpu.fused"),
+        Section("denoiser", 170, "benchmarks.gpu.denoiser_times"),
+    )
+}
 
 
-def section_called(name: str) -> Section:
-    return {section.name: section for section in SECTIONS}[name]
-
-
-def find_context(check_only: bool) -> Context:
+def find_device(check_only: bool) -> Device:
     """The GPU, or for check_only the interpreter. Raises EnvironmentLacksError before any work if neither is there."""
     machine.require(("torch", "triton"), "benchmarks.gpu")
     if check_only and os.environ.get("TRITON_INTERPRET") == "1":
-        return Context("cpu", 0, tiny=True)
+        return Device("cpu", 0, tiny=True)
     if os.environ.get("TRITON_INTERPRET") == "1":
         raise EnvironmentLacksError("TRITON_INTERPRET=1 keeps kernels off the GPU; unset it, or give --check-only")
     import torch
@@ -86,34 +84,31 @@ def find_context(check_only: bool) -> Context:
         raise EnvironmentLacksError(
             f"{facts['name']} has compute capability {facts['compute_capability']}; the kernels need 80 or newer"
         )
-    return Context("cuda", facts["compute_capability"], facts["l2_bytes"])
+    return Device("cuda", facts["compute_capability"], facts["l2_bytes"])
 
 
-def run_section(section: Section, context: Context, results: Results, clock: Clock) -> None:
+def run_section(section: Section, device: Device, results: Results, clock: Clock) -> None:
     """Run what the document lacks of `section` in this process, keeping each row as it comes. Raises GpuLostError."""
     kept = {row["name"] for row in results.document["sections"][section.name]["rows"]}
 
-    def keep(row: dict[str, Any]) -> None:
+    def keep(row: Json) -> None:
         results.keep(section.name, row)
         print(f"{clock.budget_s - clock.left:6.1f} s  {section.name}: {short(row)}", flush=True)
 
     workers = min(MOST_WORKERS, machine.cpu_count())
     if section.parallel:
-        missed = work_off_in_processes(section.module, "tasks", context, clock, keep, workers, kept)
+        missed = work_off_in_processes(section.module, "tasks", device, clock, keep, workers, kept)
     else:
         if section.compiles and not kept:
-            with suppress(GpuLostError):  # a kernel that loses the GPU does so again, and is named, where it is timed
-                work_off_in_processes(section.module, "compiling", context, Clock(clock.left / 2), _forget, workers)
-        tasks = importlib.import_module(section.module).tasks(context)
-        missed = work_off([task for task in tasks if task.name not in kept], context, clock, keep)
+            half = Clock(clock.left / 2)
+            with suppress(GpuLostError):  # what fails or loses the GPU does so again, and is named, where it is timed
+                work_off_in_processes(section.module, "compiling", device, half, lambda row: None, workers)
+        tasks = tasks_of(section.module, "tasks", device)
+        missed = work_off([task for task in tasks if task.name not in kept], device, clock, keep)
     results.end(section.name, missed, clock.budget_s - clock.left)
 
 
-def _forget(row: dict[str, Any]) -> None:
-    """Rows of compiling: one that failed fails again, and is kept, where it is timed."""
-
-
-def short(row: dict[str, Any]) -> str:
+def short(row: Json) -> str:
     """A row on one line: its name, verdict and ratios."""
     parts = [str(row["name"])]
     parts += [f"{key} {row[key]}" for key in ("failed", "skipped", "differ") if key in row]
@@ -159,15 +154,15 @@ def run_in_child(section: Section, results: Results, seconds: float) -> None:
 def chosen(names: Sequence[str], check_only: bool) -> list[Section]:
     """The sections to run, in order; the check is always among them."""
     if check_only:
-        return [SECTIONS[0]]
-    return [section for section in SECTIONS if not names or section.name in (*names, "check")]
+        return [CHECK]
+    return [section for section in SECTIONS.values() if not names or section.name in (*names, CHECK.name)]
 
 
 def measure(sections: list[Section], results: Results, names: Sequence[str]) -> None:
     """Run sections one after the other within TOTAL_S. A check of the same code is not repeated unless asked for."""
     clock = Clock(TOTAL_S)
     for index, section in enumerate(sections):
-        if section.name == "check" and names and "check" not in names and is_checked(results.document):
+        if section == CHECK and names and CHECK.name not in names and is_checked(results.document):
             print("check: passed before with this code and these tools", flush=True)
             continue
         seconds = clock.left - sum(later.budget_s for later in sections[index + 1 :])
@@ -180,63 +175,60 @@ def measure(sections: list[Section], results: Results, names: Sequence[str]) -> 
     results.save()
 
 
-def check_interpreted(context: Context) -> int:
+def check_interpreted(device: Device) -> int:
     """Check under the interpreter, writing nothing; the exit code."""
     warnings.simplefilter("ignore", RuntimeWarning)  # tokens with NaN, which NumPy reports from within the interpreter
-    rows: list[dict[str, Any]] = []
+    rows: list[Json] = []
 
-    def keep(row: dict[str, Any]) -> None:
+    def keep(row: Json) -> None:
         rows.append(row)
         print(short(row), flush=True)
 
-    started = time.monotonic()
-    module = importlib.import_module(SECTIONS[0].module)
-    missed = work_off(module.tasks(context), context, Clock(SECTIONS[0].budget_s), keep)
-    failed = [row["name"] for row in rows if not row.get("passed")]
-    print(f"{len(rows) - len(failed)} of {len(rows) + len(missed)} passed in {time.monotonic() - started:.1f} s")
-    return ParityError.exit_code if failed or missed else 0
+    clock = Clock(CHECK.budget_s)
+    missed = work_off(tasks_of(CHECK.module, "tasks", device), device, clock, keep)
+    passed, total = sum(bool(row.get("passed")) for row in rows), len(rows) + len(missed)
+    print(f"{passed} of {total} passed in {clock.budget_s - clock.left:.1f} s")
+    return ParityError.exit_code if passed < total else 0
 
 
 def finish(results: Results) -> int:
     """Print the targets; the exit code."""
     print(f"\n{results.document['gpu']['name']}\n{table(results.document['targets'])}\n{results.path}")
-    sections = results.document["sections"].items()
     late = [
-        (f"within {part['budget_s']:.0f} s of {name}", row) for name, part in sections for row in part["not_reached"]
+        f"NOT REACHED within {part['budget_s']:.0f} s of {name}: {row}"
+        for name, part in results.document["sections"].items()
+        for row in part["not_reached"]
     ]
-    wrong_names, others = wrong(results.document), broken(results.document)
-    lines = [f"NOT REACHED {where}: {row}" for where, row in late]
-    lines += [*(f"WRONG {name}" for name in wrong_names), *(f"FAILED {name}" for name in others)]
-    print("\n".join(lines))
-    if wrong_names:
-        return ParityError.exit_code
-    return 1 if others or late else 0
+    wrong_rows = [f"WRONG {name}" for name in wrong(results.document)]
+    failed = [f"FAILED {name}" for name in broken(results.document)]
+    print("\n".join([*late, *wrong_rows, *failed]))
+    return ParityError.exit_code if wrong_rows else 1 if failed or late else 0
+
+
+def make_parser() -> argparse.ArgumentParser:
+    parser = record.parser("benchmarks.gpu", __doc__)
+    parser.add_argument("--section", action="append", default=[], choices=SECTIONS, help="only these (repeatable)")
+    parser.add_argument("--check-only", action="store_true", help="check the kernels and stop")
+    parser.add_argument("--output-dir", type=Path, default=RESULTS, help="where gpu_NAME.json is written")
+    parser.add_argument("--one", choices=SECTIONS, help=argparse.SUPPRESS)  # a section, in this process
+    parser.add_argument("--until", type=float, help=argparse.SUPPRESS)  # when its time is over, by time.monotonic()
+    return parser
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        "python -m benchmarks.gpu", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    names = [section.name for section in SECTIONS]
-    parser.add_argument("--section", action="append", default=[], choices=names, help="only these (repeatable)")
-    parser.add_argument("--check-only", action="store_true", help="check the kernels and stop")
-    parser.add_argument("--output-dir", type=Path, default=RESULTS, help="where gpu_NAME.json is written")
-    parser.add_argument("--one", choices=names, help=argparse.SUPPRESS)  # a section, in this process
-    parser.add_argument("--until", type=float, help=argparse.SUPPRESS)  # when its time is over, by time.monotonic()
-    arguments = parser.parse_args(argv)
+    arguments = make_parser().parse_args(argv)
     try:
-        context = find_context(arguments.check_only)
-    except EnvironmentLacksError as error:
+        device = find_device(arguments.check_only)
+        if device.interpreted:
+            return check_interpreted(device)
+        facts = gpu_facts()
+        results = Results.open(arguments.output_dir / f"gpu_{slug(facts['name'])}.json", facts)
+    except UserError as error:
         print(f"benchmarks.gpu: {error}", file=sys.stderr)
         return error.exit_code
-    if context.interpreted:
-        return check_interpreted(context)
-    facts = gpu_facts()
-    results = Results.open(arguments.output_dir / f"gpu_{slug(facts['name'])}.json", facts)
     if arguments.one:
-        clock = Clock(arguments.until - time.monotonic())
         try:
-            run_section(section_called(arguments.one), context, results, clock)
+            run_section(SECTIONS[arguments.one], device, results, Clock(arguments.until - time.monotonic()))
         except GpuLostError:
             return LOST
         return 0

@@ -172,9 +172,9 @@ class Denoiser(nn.Module):
 
 
 @torch.no_grad()
-def randomize(model: Denoiser, seed: int = 0) -> Denoiser:
+def randomize(model: Denoiser) -> Denoiser:
     """Draw all weights: linears that keep a signal's size, those that add to the stream smaller, gates about a half."""
-    generator = torch.Generator(device=model.last_table.device).manual_seed(seed)
+    generator = torch.Generator(device=model.last_table.device).manual_seed(0)
     quiet = 1 / math.sqrt(2 * model.size.layers)
     for name, value in model.named_parameters():
         value.normal_(generator=generator)
@@ -186,10 +186,10 @@ def randomize(model: Denoiser, seed: int = 0) -> Denoiser:
     return model
 
 
-def sample(model: Denoiser, batch: int, seed: int = 1) -> tuple[Tensor, Tensor, Tensor]:
+def sample(model: Denoiser, batch: int) -> tuple[Tensor, Tensor, Tensor]:
     """latent, timestep and caption for `batch` pictures."""
     like, size = model.last_table, model.size
-    generator = torch.Generator(device=like.device).manual_seed(seed)
+    generator = torch.Generator(device=like.device).manual_seed(1)
 
     def draw(*shape: int) -> Tensor:
         return torch.randn(shape, generator=generator, device=like.device).to(like.dtype)

@@ -12,7 +12,6 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import cache, partial
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,32 +19,29 @@ from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from benchmarks.gpu.denoiser import Denoiser, Run, Size, fake_quantized, randomize, run_block, sample
+from benchmarks.gpu.gemm import Form
 from benchmarks.gpu.quantized_denoiser import (
     ACTIVATION,
-    Launched,
     QuantizedDenoiser,
     quantize_blocks,
     quantized,
     weight_bytes,
 )
-from benchmarks.gpu.run import Context, Task, failed_of
+from benchmarks.gpu.run import Device, Task, error_line, failed_of
 from benchmarks.gpu.targets import LARGE_PIXELS
-from benchmarks.gpu.timing import Flush, capture_all, contest, error_line, host_milliseconds, interleaved
-from benchmarks.gpu.weights import EXACT_64, Packed
-from benchmarks.shapes import LATENT_CELL, WORKLOADS
+from benchmarks.gpu.timing import Call, capture_all, contest, flusher, host_milliseconds, interleaved
+from benchmarks.gpu.weights import Packed, relative_error
+from benchmarks.record import Json
+from benchmarks.shapes import EXACT_64, LATENT_CELL, WORKLOADS
 
 SECONDS = 3.0  # of timing, for each row
 
 
-@dataclass(frozen=True)
-class Form:
-    """Whether our denoiser's weights are expanded, and its operands INT8 instead of FP8."""
-
-    expand: bool = False
-    integers: bool = False
-
-
-FORMS = {"packed": Form(), "expanded": Form(expand=True), "expanded_int8": Form(expand=True, integers=True)}
+FORMS = {
+    "packed": Form("packed_gemm"),
+    "expanded": Form("expanded_gemm"),
+    "expanded_int8": Form("expanded_gemm", integers=True),
+}
 OURS, COMPILED = tuple(FORMS), ("bf16_compiled_blocks", "bf16_compiled_whole")
 SIZES = ((LARGE_PIXELS, 1), (512, 1), (256, 1), (LARGE_PIXELS, 2))  # (pixels, batch) of the rows
 LEAST_PIXELS = min(pixels for pixels, _ in SIZES)
@@ -80,16 +76,16 @@ class Models:
     refused: dict[str, str] = field(default_factory=dict)
 
 
-def make_models(context: Context, size: Size) -> Models:
+def make_models(device: Device, size: Size) -> Models:
     """Random weights, quantized; on the device. A form that cannot be made is named."""
-    with torch.device(context.device):
+    with torch.device(device.type):
         bf16 = randomize(Denoiser(size, 1)).to(torch.bfloat16).requires_grad_(False)
     start = torch.cuda.memory_allocated()
     weights = quantize_blocks(bf16, EXACT_64)
     models = Models(size, bf16, weights)
     for name, form in FORMS.items():
         try:
-            models.ours[name] = quantized(bf16, weights, Launched(), expand=form.expand, integers=form.integers)
+            models.ours[name] = quantized(bf16, weights, form=form)
         except Exception as error:  # the other forms can be measured without it
             models.refused[name] = error_line(error)
         models.allocated[name] = torch.cuda.memory_allocated() - start
@@ -97,38 +93,38 @@ def make_models(context: Context, size: Size) -> Models:
     return models
 
 
-def weights_row(models: Models) -> dict[str, Any]:
+def weights_row(models: Models) -> Json:
     """Bytes of all weights of the denoiser, bf16 and ours; what is not quantized counts as bf16 in both."""
     bf16 = 2 * sum(x.numel() for x in models.bf16.parameters())
     counted = {name: weight_bytes(models.bf16, model.blocks) for name, model in models.ours.items()}
     kept = 2 * sum(x.numel() for name, x in models.bf16.named_parameters() if ".linears." not in name)
-    return {"parameters": bf16 // 2, "bf16_bytes": bf16, "bytes": counted, "bytes_not_quantized": kept} | {
+    return {
+        "parameters": bf16 // 2,
+        "bf16_bytes": bf16,
+        "bytes": counted,
+        "bytes_not_quantized": kept,
         "allocated_for_blocks": models.allocated,
         "packed_of_bf16": counted["packed"] / bf16,
         "expanded_of_bf16": counted["expanded"] / bf16,
     }
 
 
-def relative(y: Tensor, expected: Tensor) -> float:
-    """Norm of the difference over the norm of `expected`."""
-    return float((y.double() - expected.double()).norm() / expected.double().norm())
-
-
 @torch.no_grad()
-def numbers_row(models: Models, pixels: int) -> dict[str, Any]:
+def numbers_row(models: Models, pixels: int) -> Json:
     """Ours, and the same in plain bf16 arithmetic, from the float32 run on dequantized weights and activations."""
     models.bf16.resize(grid(models.size, pixels))
     inputs = sample(models.bf16, 1)
-    wide = [x.float() for x in inputs]
-    reference = fake_quantized(models.bf16, models.weights, ACTIVATION, torch.float32)
-    expected = reference(*wide)
-    del reference
-    plain = relative(fake_quantized(models.bf16, models.weights, ACTIVATION, torch.bfloat16)(*inputs), expected)
-    errors = {name: relative(model(*inputs), expected) for name, model in models.ours.items()}
-    cost = relative(models.bf16(*inputs), expected)
-    row = {"pixels_compared": pixels, "error": errors, "plain_bf16_error": plain, "quantization_costs": cost}
-    passed = all(error <= TIMES_PLAIN * plain for error in errors.values())
-    return {**row, "passed": passed, **failed_of(models.refused, OURS)}
+    expected = fake_quantized(models.bf16, models.weights, ACTIVATION, torch.float32)(*(x.float() for x in inputs))
+    plain = relative_error(fake_quantized(models.bf16, models.weights, ACTIVATION, torch.bfloat16)(*inputs), expected)
+    errors = {name: relative_error(model(*inputs), expected) for name, model in models.ours.items()}
+    return {
+        "pixels_compared": pixels,
+        "error": errors,
+        "plain_bf16_error": plain,
+        "quantization_costs": relative_error(models.bf16(*inputs), expected),
+        "passed": all(error <= TIMES_PLAIN * plain for error in errors.values()),
+        **failed_of(models.refused, OURS),
+    }
 
 
 def grid(size: Size, pixels: int) -> int:
@@ -150,7 +146,7 @@ def contestants_of(models: Models, inputs: tuple[Tensor, ...], whole: bool) -> d
 
 
 @torch.no_grad()
-def times_row(models: Models, flush: Flush, pixels: int, batch: int, whole: bool = False) -> dict[str, Any]:
+def times_row(models: Models, flush: Call, pixels: int, batch: int, whole: bool = False) -> Json:
     """One row: kernel time (a graph's replay), time without a graph, and the host's share, of every contestant."""
     torch._dynamo.reset()
     models.bf16.resize(grid(models.size, pixels))
@@ -158,20 +154,24 @@ def times_row(models: Models, flush: Flush, pixels: int, batch: int, whole: bool
     calls = contestants_of(models, inputs, whole)
     graphs, refused = capture_all({name: [call] for name, call in calls.items()})
     refused = models.refused | refused
-    replays = {name: (graph.replay, 1) for name, graph in graphs.items()}
-    times = interleaved(replays, flush, SECONDS)
+    times = interleaved({name: (graph.replay, 1) for name, graph in graphs.items()}, flush, SECONDS)
     bare = interleaved({name: (calls[name], 1) for name in graphs}, flush, SECONDS / 2)
     rows = {
-        name: time.to_row()
+        name: row
         | {
-            "ungraphed_ms": bare[name].median,
-            "launch_ms": host_milliseconds(calls[name], 10),
-            "graph_launch_ms": host_milliseconds(graphs[name].replay, 10),
+            "ungraphed_ms": bare[name]["latency_ms"],
+            "launch_ms": host_milliseconds(calls[name]),
+            "graph_launch_ms": host_milliseconds(graphs[name].replay),
         }
-        for name, time in times.items()
+        for name, row in times.items()
     }
     flops = sum(row.flops for row in WORKLOADS["pixart"].at(pixels).gemms(batch))
-    return {"pixels": pixels, "batch": batch, "gemm_flops": flops, "contestants": rows, "refused": refused} | {
+    return {
+        "pixels": pixels,
+        "batch": batch,
+        "gemm_flops": flops,
+        "contestants": rows,
+        "refused": refused,
         "ratios": ratios(rows),
         "engine_otherwise": OTHERWISE,
         **failed_of(refused, OURS),
@@ -179,15 +179,19 @@ def times_row(models: Models, flush: Flush, pixels: int, batch: int, whole: bool
 
 
 @torch.no_grad()
-def attention_row(size: Size, device: str, flush: Flush, pixels: int) -> dict[str, Any]:
+def attention_row(size: Size, device: str, flush: Call, pixels: int) -> Json:
     """Self-attention of one block by each of torch's implementations, in the bf16 that all denoisers here give it: how
     much of their time no GEMM can save."""
     shape = (1, size.heads, grid(size, pixels) ** 2, size.width // size.heads)
     q, k, v = (torch.randn(shape, device=device, dtype=torch.bfloat16) for _ in range(3))
-    times, refused = contest({name: [partial(attend, name, q, k, v)] for name in ATTENTION}, flush, SECONDS / 3)
     flops = 4 * shape[1] * shape[2] ** 2 * shape[3]
-    rows = {name: time.to_row() | {"tflops": flops / time.median / 1e9} for name, time in times.items()}
-    return {"pixels": pixels, "heads": shape[1], "tokens": shape[2], "head_size": shape[3]} | {
+    calls = {name: [partial(attend, name, q, k, v)] for name in ATTENTION}
+    rows, refused = contest(calls, flush, SECONDS / 3, lambda _, ms: {"tflops": flops / ms / 1e9})
+    return {
+        "pixels": pixels,
+        "heads": shape[1],
+        "tokens": shape[2],
+        "head_size": shape[3],
         "contestants": rows,
         "refused": refused,
     }
@@ -200,7 +204,7 @@ def attend(name: str, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return functional.scaled_dot_product_attention(q, k, v)
 
 
-def ratios(rows: dict[str, dict[str, Any]]) -> dict[str, float]:
+def ratios(rows: Json) -> dict[str, float]:
     """Speed of the quicker of ours, of eager bf16's and of the quicker compiled one's; and of each of ours.
 
     >>> row = lambda ms: {"latency_ms": ms}
@@ -219,26 +223,26 @@ def ratios(rows: dict[str, dict[str, Any]]) -> dict[str, float]:
     return speedups
 
 
-def tasks(context: Context) -> list[Task]:
+def tasks(device: Device) -> list[Task]:
     """Bytes and numbers first; then LARGE_PIXELS, which the target is about; the whole model compiled last.
 
     The models are made by the first row that needs them; should that fail, by the next one.
     """
-    flush, size = Flush(context.l2_bytes), Size()
-    models = cache(partial(make_models, context, size))
-    planned = [
+    flush, size = flusher(device.l2_bytes), Size()
+    models = cache(partial(make_models, device, size))
+
+    def times(pixels: int, batch: int, whole: bool = False) -> Json:
+        return times_row(models(), flush, pixels, batch, whole)
+
+    return [
         Task("weights", lambda: weights_row(models())),
         Task(f"numbers at {LEAST_PIXELS} pixels", lambda: numbers_row(models(), LEAST_PIXELS), 5.0),
+        *(Task(f"{pixels} pixels, batch {batch}", partial(times, pixels, batch), 20.0) for pixels, batch in SIZES),
+        Task(
+            f"attention alone at {LARGE_PIXELS} pixels",
+            lambda: attention_row(size, device.type, flush, LARGE_PIXELS),
+            4.0,
+        ),
+        Task(f"numbers at {LARGE_PIXELS} pixels", lambda: numbers_row(models(), LARGE_PIXELS), 8.0),
+        Task(f"{LARGE_PIXELS} pixels, batch 1, compiled whole", lambda: times(LARGE_PIXELS, 1, whole=True), 85.0),
     ]
-    for pixels, batch in SIZES:
-        row = partial(_times, models, flush, pixels, batch)
-        planned.append(Task(f"{pixels} pixels, batch {batch}", row, 20.0))
-    alone = partial(attention_row, size, context.device, flush, LARGE_PIXELS)
-    planned.append(Task(f"attention alone at {LARGE_PIXELS} pixels", alone, 4.0))
-    planned.append(Task(f"numbers at {LARGE_PIXELS} pixels", lambda: numbers_row(models(), LARGE_PIXELS), 8.0))
-    whole = partial(_times, models, flush, LARGE_PIXELS, 1, whole=True)
-    return [*planned, Task(f"{LARGE_PIXELS} pixels, batch 1, compiled whole", whole, 85.0)]
-
-
-def _times(models: Callable[[], Models], *arguments: Any, **options: Any) -> dict[str, Any]:
-    return times_row(models(), *arguments, **options)

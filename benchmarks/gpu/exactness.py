@@ -12,19 +12,19 @@ import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import torch
+from torch import Generator, Tensor
 
-from benchmarks.gpu.run import Context, Task
-from benchmarks.gpu.weights import CHANNEL, EXACT_64, Granularity
+from benchmarks.gpu.run import Device, Task
+from benchmarks.record import Json
+from benchmarks.shapes import CHANNEL, EXACT_64, Granularity
 from export.formats.format import get_format
+from plugins.gpu import launch
 from plugins.gpu.promotion import promotion_of
 from plugins.gpu.spec import GemmSpec, operand_of
 from plugins.gpu.tiles import architecture
-
-if TYPE_CHECKING:
-    from torch import Generator, Tensor
 
 WEIGHT = "E2M1"
 PAIRS = (("E2M3", CHANNEL), ("E2M3", EXACT_64), ("E3M2", CHANNEL), ("E4M3", CHANNEL))
@@ -55,15 +55,10 @@ class Drawer:
         return 1.0 - 2.0 * self._integers(rows, k, 0, 2)
 
     def _integers(self, rows: int, k: int, low: int, high: int) -> Tensor:
-        import torch
-
-        size, device = (rows, k), self.values.device
-        return torch.randint(low, high, size, generator=self.generator, device=device)
+        return torch.randint(low, high, (rows, k), generator=self.generator, device=self.values.device)
 
     def normal(self, rows: int, k: int, outliers: int = 0) -> Tensor:
         """Normal numbers, `outliers` of their channels 15 times as large, rounded under a token's scale."""
-        import torch
-
         x = torch.randn((rows, k), generator=self.generator, device=self.values.device, dtype=torch.float64)
         x[:, :outliers] *= 15
         x = x / x.abs().amax(1, keepdim=True) * self.values[-1]
@@ -73,10 +68,6 @@ class Drawer:
     def large(self, rows: int, k: int) -> Tensor:
         """The upper half of the codes, positive."""
         return self.positive(rows, k, len(self.values) // 2)
-
-
-def _one_sign(draw: Drawer, rows: int, k: int) -> Tensor:
-    return draw.positive(rows, k)
 
 
 def _large_then_small(draw: Drawer, rows: int, k: int) -> Tensor:
@@ -106,7 +97,7 @@ PATTERNS: dict[str, tuple[Callable[[Drawer, int, int], Tensor], Callable[[Drawer
     "all codes": (Drawer.any, Drawer.any),
     "normal": (Drawer.normal, Drawer.normal),
     "normal with outliers": (lambda draw, rows, k: draw.normal(rows, k, 8), Drawer.normal),
-    "one sign": (_one_sign, _one_sign),
+    "one sign": (Drawer.positive, Drawer.positive),
     "large, then small": (_large_then_small, _large_then_small),
     "small beside large": (_small_beside_large, _large_then_small),
     "cancelling": (_cancelling, lambda draw, rows, k: _cancelling(draw, rows, k).abs()),
@@ -118,34 +109,28 @@ def spec_of(activation: str, k: int, granularity: Granularity, size: int) -> Gem
     return GemmSpec(activation, WEIGHT, k, size, output="fp32", **granularity.spec_fields(WEIGHT))
 
 
-def operands(context: Context, spec: GemmSpec, pattern: str) -> tuple[Tensor, Tensor]:
+def operands(device: Device, spec: GemmSpec, pattern: str) -> tuple[Tensor, Tensor]:
     """(a [N, K], w [N, K]): values as float64 on the device, those of w times a drawn multiplier of their group."""
-    import torch
-
     k, size = spec.in_features, spec.out_features
-    generator = torch.Generator(device=context.device).manual_seed(k)
+    generator = torch.Generator(device=device.type).manual_seed(k)
     matrices = []
     for name, make in zip((spec.activation, WEIGHT), PATTERNS[pattern], strict=True):
         values = get_format(name).values
         positive = np.unique(values[np.isfinite(values) & (values >= 0)])
-        matrices.append(make(Drawer(context.tensor(positive), generator), size, k))
-    table = torch.tensor(spec.multipliers, dtype=torch.float64, device=context.device)
-    drawn = torch.randint(len(table), (size, spec.groups), generator=generator, device=context.device)
+        matrices.append(make(Drawer(device.tensor(positive), generator), size, k))
+    table = torch.tensor(spec.multipliers, dtype=torch.float64, device=device.type)
+    drawn = torch.randint(len(table), (size, spec.groups), generator=generator, device=device.type)
     return matrices[0], matrices[1] * table[drawn].repeat_interleave(k // spec.groups, 1)
 
 
 def e4m3_bytes(values: Tensor, exponent: int) -> Tensor:
     """E4M3 bytes u8 of values times 2^exponent."""
-    import torch
-
     return (values * 2.0**exponent).float().to(torch.float8_e4m3fn).view(torch.uint8)
 
 
 def probe(a: Tensor, w: Tensor, interval: int, tile: int = TILE) -> Tensor:
     """Sums f32 [M, N] of E4M3 bytes a [M, K], w [N, K] as the tensor cores make them."""
-    import torch
-
-    from benchmarks.gpu.kernels import fp8_sums
+    from benchmarks.gpu.kernels import fp8_sums  # triton decides when it is imported whether kernels are interpreted
 
     (m, k), n = a.shape, len(w)
     step = min(128, interval or 128)
@@ -157,29 +142,18 @@ def probe(a: Tensor, w: Tensor, interval: int, tile: int = TILE) -> Tensor:
 
 def compiled(spec: GemmSpec, a: Tensor, w: Tensor) -> Tensor:
     """The same through expanded_gemm, whose sums of values are made sums of bytes again, exactly: powers of two."""
-    import torch
-
-    from plugins.gpu import launch
-
     one, scales = torch.ones(len(a), device=a.device), torch.ones((len(w), 1), device=a.device)
     y = launch.expanded_gemm(spec, a, one, w, scales, torch.zeros_like(scales[:, 0]))
     return y * 2.0 ** (operand_of(spec.activation).shift + spec.weight_exponent)
 
 
-def e4m3_value(x: Tensor) -> Tensor:
-    """E4M3 bytes -> float32."""
-    import torch
-
-    return x.view(torch.float8_e4m3fn).float()
-
-
-def count(context: Context, spec: GemmSpec, granularity: Granularity, interval: int | None) -> dict[str, Any]:
+def count(device: Device, spec: GemmSpec, granularity: Granularity, interval: int | None) -> Json:
     """Outputs that differ from the exact sum rounded to float32, for each pattern. interval None: as compiled."""
     differ, worst = {}, {}
     exponents = operand_of(spec.activation).shift, spec.weight_exponent
     for pattern in PATTERNS:
-        a, w = (e4m3_bytes(x, e) for x, e in zip(operands(context, spec, pattern), exponents, strict=True))
-        exact = e4m3_value(a).double() @ e4m3_value(w).double().T
+        a, w = (e4m3_bytes(x, e) for x, e in zip(operands(device, spec, pattern), exponents, strict=True))
+        exact = a.view(torch.float8_e4m3fn).double() @ w.view(torch.float8_e4m3fn).double().T
         sums = compiled(spec, a, w) if interval is None else probe(a, w, interval, min(TILE, len(a)))
         differ[pattern] = int((sums != exact.float()).sum())
         worst[pattern] = float(((sums - exact).abs() / exact.abs().mean().clamp(min=1e-30)).max())
@@ -187,17 +161,17 @@ def count(context: Context, spec: GemmSpec, granularity: Granularity, interval: 
     return pair | {"interval": interval, "outputs": sums.numel(), "differ": differ, "worst_over_mean": worst}
 
 
-def tasks(context: Context) -> list[Task]:
+def tasks(device: Device) -> list[Task]:
     """A row for each pair, depth and interval, those of the default recipe first."""
-    if not context.has_fp8:
-        row = {"skipped": f"compute capability {context.sm} has no FP8 tensor cores; sums are FP16's, exact in float32"}
+    if not device.has_fp8:
+        row = {"skipped": f"compute capability {device.sm} has no FP8 tensor cores; sums are FP16's, exact in float32"}
         return [Task("FP8 accumulator", lambda: row)]
     counts = []
     for (activation, granularity), k in itertools.product(PAIRS, DEPTHS):
         spec = spec_of(activation, k, granularity, SIZE)
-        for interval in intervals_of(spec, context.sm):
+        for interval in intervals_of(spec, device.sm):
             name = f"{activation} x {WEIGHT}, {granularity.name}, K {k}, {interval_name(interval)}"
-            counts.append(Task(name, partial(count, context, spec, granularity, interval)))
+            counts.append(Task(name, partial(count, device, spec, granularity, interval)))
     return counts
 
 

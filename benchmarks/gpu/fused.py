@@ -9,15 +9,20 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Literal
 
-from benchmarks.gpu.run import Context, Task, failed_of
-from benchmarks.gpu.timing import Flush, contest, rates, sets_for
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from benchmarks.gpu.run import Device, Task, failed_of
+from benchmarks.gpu.timing import Call, contest, flusher, rates, sets_for
+from benchmarks.gpu.weights import relative_error
+from benchmarks.record import Json
+from plugins.gpu import launch
 from plugins.gpu.spec import QuantizeSpec
 from plugins.gpu.table import launch_options
-
-if TYPE_CHECKING:
-    from torch import Tensor
+from plugins.gpu.tiles import row_tile
 
 FORMAT, EPSILON = "E2M3", 1e-6
 FUSED, ALONE = "fused", ("triton_alone", "compiled_alone")
@@ -74,12 +79,11 @@ CASES = (
 )
 
 
-def inputs_of(context: Context, case: FusedCase) -> dict[str, Tensor]:
+def inputs_of(device: Device, case: FusedCase) -> dict[str, Tensor]:
     """x, and for the norm shift and scale, in bf16."""
-    import torch
 
     def draw(*shape: int) -> Tensor:
-        return torch.randn(shape, device=context.device).to(torch.bfloat16)
+        return torch.randn(shape, device=device.type).to(torch.bfloat16)
 
     inputs = {"x": draw(case.m, case.channels)}
     if case.kind == "norm_modulate":
@@ -89,21 +93,17 @@ def inputs_of(context: Context, case: FusedCase) -> dict[str, Tensor]:
 
 def fused(case: FusedCase, inputs: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
     """Operand bytes u8 [M, C] and scales f32 [M]."""
-    from plugins.gpu import launch
-
     tokens = case.tokens if case.kind == "norm_modulate" else 0
-    return launch.quantize(case.spec, **inputs, tokens=tokens)
+    codes, scales = launch.quantize(case.spec, **inputs, tokens=tokens)
+    return codes, scales
 
 
 def triton_alone(case: FusedCase, inputs: dict[str, Tensor], sm: int) -> Tensor:
     """bf16 [M, C] by a Triton kernel in the same tile as the quantizer's."""
-    import torch
-
-    from benchmarks.gpu import kernels
-    from plugins.gpu.tiles import row_tile
+    from benchmarks.gpu import kernels  # triton decides when it is imported whether kernels are interpreted
 
     tile, y = row_tile(case.spec, case.m, sm), torch.empty_like(inputs["x"])
-    blocks: dict[str, Any] = {"C": case.channels, "BLOCK": tile.block, "TAIL": tile.tail, **launch_options(tile)}
+    blocks = {"C": case.channels, "BLOCK": tile.block, "TAIL": tile.tail, **launch_options(tile)}
     if case.kind == "gelu":
         kernels.gelu[(case.m,)](inputs["x"], y, **blocks)
     else:
@@ -114,8 +114,6 @@ def triton_alone(case: FusedCase, inputs: dict[str, Tensor], sm: int) -> Tensor:
 
 def plain(case: FusedCase, inputs: dict[str, Tensor]) -> Tensor:
     """bf16 [M, C] in plain torch: what torch.compile is given, and what the Triton kernel is checked with."""
-    from torch.nn import functional
-
     x = inputs["x"]
     if case.kind == "gelu":
         return functional.gelu(x, approximate="tanh")
@@ -123,41 +121,27 @@ def plain(case: FusedCase, inputs: dict[str, Tensor]) -> Tensor:
     return (normal * (1 + inputs["scale"][:, None]) + inputs["shift"][:, None]).view(case.m, case.channels)
 
 
-def compiled(case: FusedCase) -> Callable[..., Tensor]:
-    """`plain` by torch.compile, for one case; what was compiled before is forgotten, for dynamo keeps eight shapes."""
-    import torch
-
-    torch._dynamo.reset()
-    call: Callable[..., Tensor] = torch.compile(lambda inputs: plain(case, inputs), dynamic=False, fullgraph=True)
-    return call
-
-
-def copier(context: Context, size_bytes: int) -> Callable[[], Tensor]:
+def copier(device: Device, size_bytes: int) -> Callable[[], Tensor]:
     """A copy that reads and writes `size_bytes` together."""
-    import torch
-
-    one, two = (torch.empty(size_bytes // 2, dtype=torch.uint8, device=context.device) for _ in range(2))
+    one, two = (torch.empty(size_bytes // 2, dtype=torch.uint8, device=device.type) for _ in range(2))
     return lambda: two.copy_(one)
 
 
-def measure(context: Context, case: FusedCase, flush: Flush) -> dict[str, Any]:
+def measure(device: Device, case: FusedCase, flush: Call) -> Json:
     """One row: times and rates of all contestants, the fused kernel against the baseline and against copying."""
-    size, compiled_plain = case.moved_bytes(True), compiled(case)
-    count = sets_for(min(case.read_bytes, size // 2), context.l2_bytes)  # the copy reads half of what it moves
-    sets = [inputs_of(context, case) for _ in range(count)]
-    calls: dict[str, list[Callable[[], object]]] = {
+    torch._dynamo.reset()  # it keeps eight shapes
+    compiled = torch.compile(lambda inputs: plain(case, inputs), dynamic=False, fullgraph=True)
+    size = case.moved_bytes(True)
+    count = sets_for(min(case.read_bytes, size // 2), device.l2_bytes)  # the copy reads half of what it moves
+    sets = [inputs_of(device, case) for _ in range(count)]
+    calls: dict[str, list[Call]] = {
         FUSED: [partial(fused, case, inputs) for inputs in sets],
-        "triton_alone": [partial(triton_alone, case, inputs, context.sm) for inputs in sets],
-        "compiled_alone": [partial(compiled_plain, inputs) for inputs in sets],
-        "copy": [copier(context, size) for _ in sets],
+        "triton_alone": [partial(triton_alone, case, inputs, device.sm) for inputs in sets],
+        "compiled_alone": [partial(compiled, inputs) for inputs in sets],
+        "copy": [copier(device, size) for _ in sets],
     }
-    times, refused = contest(calls, flush, SECONDS)
-    moved = {FUSED: size, "copy": size // 2 * 2}
-    rows = {
-        name: time.to_row() | rates(time.median, 0, moved.get(name, case.moved_bytes(False)))
-        for name, time in times.items()
-    }
-    off = (triton_alone(case, sets[0], context.sm).float() - plain(case, sets[0]).float()).norm()
+    moved = dict.fromkeys(calls, case.moved_bytes(False)) | {FUSED: size, "copy": size // 2 * 2}
+    rows, refused = contest(calls, flush, SECONDS, lambda name, ms: rates(ms, 0, moved[name]))
     return {
         "kind": case.kind,
         "m": case.m,
@@ -165,13 +149,13 @@ def measure(context: Context, case: FusedCase, flush: Flush) -> dict[str, Any]:
         "contestants": rows,
         "refused": refused,
         "ratios": ratios(rows),
-        "alone_differs": float(off / plain(case, sets[0]).float().norm()),
+        "alone_differs": relative_error(triton_alone(case, sets[0], device.sm), plain(case, sets[0])),
         "input_sets": count,
         **failed_of(refused, (FUSED,)),
     }
 
 
-def ratios(rows: dict[str, dict[str, Any]]) -> dict[str, float]:
+def ratios(rows: Json) -> dict[str, float]:
     """ "over_alone": time over the quicker of ALONE; "of_copy": bandwidth over that of the copy.
 
     >>> row = lambda ms, rate: {"latency_ms": ms, "gb_per_s": rate}
@@ -187,7 +171,7 @@ def ratios(rows: dict[str, dict[str, Any]]) -> dict[str, float]:
     return quotients
 
 
-def tasks(context: Context) -> list[Task]:
+def tasks(device: Device) -> list[Task]:
     """A row for each of CASES."""
-    flush = Flush(context.l2_bytes)
-    return [Task(case.name, partial(measure, context, case, flush), 6.0) for case in CASES]
+    flush = flusher(device.l2_bytes)
+    return [Task(case.name, partial(measure, device, case, flush), 6.0) for case in CASES]

@@ -11,28 +11,48 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import TYPE_CHECKING, Any
 
-from benchmarks.gpu import agreement
-from benchmarks.gpu.run import Context, Task, failed_of
+import torch
+from torch import Tensor
+
+from benchmarks.gpu.run import Device, Task, failed_of
 from benchmarks.gpu.targets import LARGE
-from benchmarks.gpu.timing import Flush, contest, rates, sets_for
-from benchmarks.gpu.weights import CHANNEL, EXACT_64, REAL_128, Granularity, Packed, quantize_weight
-from benchmarks.shapes import Shape, gemm_shapes
-from plugins.gpu.spec import GemmSpec, QuantizeSpec
-from plugins.gpu.tile_table import Tile
-from plugins.gpu.tiles import expands_first
+from benchmarks.gpu.timing import Call, contest, flusher, rates, sets_for
+from benchmarks.gpu.weights import Packed, dequantized, quantize_weight, relative_error
+from benchmarks.record import Json
+from benchmarks.shapes import CHANNEL, EXACT_64, REAL_128, Granularity, Shape, gemm_shapes
+from plugins.gpu import launch
+from plugins.gpu.promotion import accumulator_bits, promotion_of
+from plugins.gpu.spec import GemmSpec, QuantizeSpec, operand_of
+from plugins.gpu.tiles import architecture, expands_first, product_type
 
-if TYPE_CHECKING:
-    from torch import Tensor
+
+@dataclass(frozen=True)
+class Form:
+    """A contestant of ours: a kernel of the table, its operands FP8 or INT8, and which way packed_gemm is to go."""
+
+    kernel: str
+    integers: bool = False
+    expand_first: bool | None = None
+
 
 ACTIVATION, WEIGHT = "E2M3", "E2M1"
-INT8 = "_int8"
-OURS = ("packed_gemm", "expanded_gemm", "packed_gemm_int8", "expanded_gemm_int8")
+OURS = {
+    "packed_gemm": Form("packed_gemm"),
+    "expanded_gemm": Form("expanded_gemm"),
+    "packed_gemm_int8": Form("packed_gemm", integers=True),
+    "expanded_gemm_int8": Form("expanded_gemm", integers=True),
+}
 # The two ways of packed_gemm, which chooses between them: what the choice is to be tuned by.
-WAYS = {"packed_in_registers": False, "packed_expanded_first": True}
+WAYS = {
+    "packed_in_registers": Form("packed_gemm", expand_first=False),
+    "packed_expanded_first": Form("packed_gemm", expand_first=True),
+}
+FORMS = OURS | WAYS
 FP8 = ("fp8_rowwise", "fp8_tensorwise")
 SECONDS = 0.5  # of timing, for each row
+INSTRUCTION = 32  # products that one step of an FP8 tensor core adds to its running sum
+HALF_UNIT_BF16 = 2.0**-8
 
 
 @dataclass(frozen=True)
@@ -59,14 +79,10 @@ def spec_of(shape: Shape, granularity: Granularity, integers: bool = False) -> G
     return GemmSpec(ACTIVATION, WEIGHT, shape.k, shape.n, output="bf16", integers=integers, **fields)
 
 
-def operands(context: Context, shape: Shape, granularity: Granularity) -> Operands:
+def operands(device: Device, shape: Shape, granularity: Granularity) -> Operands:
     """Normal activations and weights, quantized. The bf16 contestant takes them as they were before."""
-    import torch
-
-    from plugins.gpu import launch
-
-    a = torch.randn((shape.m, shape.k), device=context.device, dtype=torch.bfloat16)
-    w = torch.randn((shape.n, shape.k), device=context.device, dtype=torch.bfloat16) / shape.k**0.5
+    a = torch.randn((shape.m, shape.k), device=device.type, dtype=torch.bfloat16)
+    w = torch.randn((shape.n, shape.k), device=device.type, dtype=torch.bfloat16) / shape.k**0.5
     packed = quantize_weight(w, WEIGHT, granularity)
     forms = []
     for integers in (False, True):
@@ -74,7 +90,7 @@ def operands(context: Context, shape: Shape, granularity: Granularity) -> Operan
         spec = spec_of(shape, granularity, integers)
         forms.append((codes, launch.expand(spec, packed.codes, multiplier_codes=packed.multiplier_codes)))
     (codes, expanded), (a_int8, expanded_int8) = forms
-    bias = torch.zeros(shape.n, device=context.device)
+    bias = torch.zeros(shape.n, device=device.type)
     return Operands(codes, a_int8, scale, packed, expanded, expanded_int8, a, w, bias)
 
 
@@ -91,7 +107,7 @@ def moved_bytes(shape: Shape, granularity: Granularity, contestant: str) -> int:
     groups = k // granularity.group_size if granularity.group_size else 1
     scales = {"fp8_tensorwise": 8, "fp8_rowwise": 4 * (m + n)}
     ours = 4 * (m + n * (groups if granularity.real else 1)) + 4 * n
-    packed = contestant.startswith("packed")
+    packed = contestant in FORMS and FORMS[contestant].kernel == "packed_gemm"
     multipliers = n * -(-groups // 2) if packed and groups > 1 and not granularity.real else 0
     weight = n * k // 2 if packed else n * k
     return m * k + weight + 2 * m * n + scales.get(contestant, ours + multipliers)
@@ -102,25 +118,22 @@ def least_read(shape: Shape, granularity: Granularity) -> int:
     return moved_bytes(shape, granularity, "packed_gemm") - 2 * shape.m * shape.n
 
 
-def our_caller(name: str, spec: GemmSpec, inputs: Operands) -> Callable[[], Tensor]:
-    """A call of one of our kernels on one set of inputs, `spec` being of the operands that it multiplies."""
-    from plugins.gpu import launch
-
-    a, rest = inputs.a_int8 if spec.integers else inputs.a, (inputs.packed.scales, inputs.bias)
-    if name.startswith("expanded"):
-        w = inputs.expanded_int8 if spec.integers else inputs.expanded
-        return partial(launch.expanded_gemm, spec, a, inputs.a_scale, w, *rest)
-    codes = inputs.packed.multiplier_codes
-    packed = partial(launch.packed_gemm, spec, a, inputs.a_scale, inputs.packed.codes, *rest, multiplier_codes=codes)
-    return partial(packed, expand_first=WAYS.get(name))
+def our_caller(form: Form, spec: GemmSpec, inputs: Operands) -> Callable[[], Tensor]:
+    """A call of one of our kernels on one set of inputs."""
+    spec, packed = replace(spec, integers=form.integers), inputs.packed
+    a = inputs.a_int8 if form.integers else inputs.a
+    named = {"a_scale": inputs.a_scale, "w_scales": packed.scales, "bias": inputs.bias}
+    if form.kernel == "expanded_gemm":
+        w = inputs.expanded_int8 if form.integers else inputs.expanded
+        return partial(launch.expanded_gemm, spec, a=a, w=w, **named)
+    codes = {"w": packed.codes, "multiplier_codes": packed.multiplier_codes}
+    return partial(launch.packed_gemm, spec, a=a, **codes, **named, expand_first=form.expand_first)
 
 
 def caller(name: str, spec: GemmSpec, inputs: Operands) -> Callable[[], Tensor]:
     """A call of contestant `name` on one set of inputs."""
-    import torch
-
-    if is_ours(name):
-        return our_caller(name, replace(spec, integers=name.endswith(INT8)), inputs)
+    if name in FORMS:
+        return our_caller(FORMS[name], spec, inputs)
     one = torch.ones((), device=inputs.a.device)
     a, w = (x.view(torch.float8_e4m3fn) for x in (inputs.a, inputs.expanded))
     unit = 2.0 ** -(spec.weight_exponent + spec.operand.shift)
@@ -136,46 +149,51 @@ def caller(name: str, spec: GemmSpec, inputs: Operands) -> Callable[[], Tensor]:
 
 def scaled_mm(a: Tensor, w: Tensor, a_scale: Tensor, w_scale: Tensor) -> Tensor:
     """torch's FP8 GEMM of a [M, K] and w [N, K] to bf16, its quick accumulation on."""
-    import torch
-
     y: Tensor = torch._scaled_mm(a, w.t(), a_scale, w_scale, out_dtype=torch.bfloat16, use_fast_accum=True)
     return y
 
 
-def contestants_of(context: Context, shape: Shape) -> tuple[str, ...]:
+def contestants_of(device: Device, shape: Shape) -> tuple[str, ...]:
     """Who runs on this GPU at this shape. FP8 needs compute capability 89; the smaller shapes of HunyuanDiT do without
     the forms that only tell how to choose, since each is a kernel to compile."""
-    ours = OURS[:2] if shape.m < LARGE and shape.users[0].startswith("hunyuan") else (*OURS, *WAYS)
-    return (*ours, *(FP8 if context.has_fp8 else ()), "bf16")
+    few = shape.m < LARGE and shape.users[0].startswith("hunyuan")
+    ours = [name for name, form in FORMS.items() if not few or form == Form(form.kernel)]
+    return (*ours, *(FP8 if device.has_fp8 else ()), "bf16")
 
 
-def is_ours(name: str) -> bool:
-    """Whether a contestant runs our kernels."""
-    return name in OURS or name in WAYS
+def forms_of(device: Device, shape: Shape) -> dict[str, Form]:
+    """Ours among the contestants."""
+    return {name: FORMS[name] for name in contestants_of(device, shape) if name in FORMS}
 
 
-def measure(context: Context, shape: Shape, granularity: Granularity, flush: Flush) -> dict[str, Any]:
+def measure(device: Device, shape: Shape, granularity: Granularity, flush: Call) -> Json:
     """One row: times and rates of all contestants, and their ratios."""
-    spec, names = spec_of(shape, granularity), contestants_of(context, shape)
-    count = sets_for(least_read(shape, granularity), context.l2_bytes)
-    sets = [operands(context, shape, granularity) for _ in range(count)]
+    spec, names = spec_of(shape, granularity), contestants_of(device, shape)
+    count = sets_for(least_read(shape, granularity), device.l2_bytes)
+    sets = [operands(device, shape, granularity) for _ in range(count)]
     calls = {name: [caller(name, spec, inputs) for inputs in sets] for name in names}
-    times, refused = contest(calls, flush, SECONDS)
-    rows = {
-        name: time.to_row() | rates(time.median, shape.flops, moved_bytes(shape, granularity, name))
-        for name, time in times.items()
-    }
-    errors = errors_of({name: calls[name][0] for name in times}, spec, sets[0])
-    wrong = wrong_of(errors, spec, context.sm)
-    tiles = {name: str(_tile(name, spec, shape.m, context.sm)) for name in OURS}
-    place = {"m": shape.m, "n": shape.n, "k": shape.k, "pixels": shape.pixels, "users": list(shape.users)}
-    return {**place, "granularity": granularity.name, "contestants": rows, "refused": refused} | {
+    rows, refused = contest(
+        calls, flush, SECONDS, lambda name, ms: rates(ms, shape.flops, moved_bytes(shape, granularity, name))
+    )
+    errors = errors_of({name: calls[name][0] for name in rows}, spec, sets[0])
+    wrong = wrong_of(errors, spec, device.sm)
+    specs = {name: replace(spec, integers=form.integers) for name, form in OURS.items()}
+    heuristics = {name: launch.HEURISTICS[OURS[name].kernel] for name in OURS}
+    return {
+        "m": shape.m,
+        "n": shape.n,
+        "k": shape.k,
+        "pixels": shape.pixels,
+        "users": list(shape.users),
+        "granularity": granularity.name,
+        "contestants": rows,
+        "refused": refused,
         "ratios": ratios(rows),
-        "tiles": tiles,
+        "tiles": {name: str(heuristics[name](specs[name], shape.m, device.sm, may_split=True)) for name in OURS},
         "expands_first": {
-            name: expands_first(replace(spec, integers=name.endswith(INT8)), shape.m, context.sm)
-            for name in OURS
-            if name.startswith("packed")
+            name: expands_first(specs[name], shape.m, device.sm)
+            for name, form in OURS.items()
+            if form.kernel == "packed_gemm"
         },
         "error": errors,
         "wrong": wrong,
@@ -185,14 +203,7 @@ def measure(context: Context, shape: Shape, granularity: Granularity, flush: Flu
     }
 
 
-def _tile(name: str, spec: GemmSpec, m: int, sm: int) -> Tile:
-    from plugins.gpu import launch
-
-    choose = launch.HEURISTICS[name.removesuffix(INT8)]
-    return choose(replace(spec, integers=name.endswith(INT8)), m, sm, may_split=True)
-
-
-def ratios(rows: dict[str, dict[str, Any]]) -> dict[str, dict[str, float]]:
+def ratios(rows: Json) -> dict[str, dict[str, float]]:
     """How many times as fast ours are as the quickest FP8 contestant ("fp8") and as bf16.
 
     >>> ratios({"packed_gemm": {"latency_ms": 2.0}, "fp8_rowwise": {"latency_ms": 1.5}, "bf16": {"latency_ms": 3.0}})
@@ -208,17 +219,40 @@ def ratios(rows: dict[str, dict[str, Any]]) -> dict[str, dict[str, float]]:
 
 
 def errors_of(calls: dict[str, Callable[[], Tensor]], spec: GemmSpec, inputs: Operands) -> dict[str, float]:
-    """Error of the output of each that computes the same as ours, as `agreement` has it."""
-    same = [name for name in calls if is_ours(name) or (name == "fp8_rowwise" and not spec.real_groups)]
-    exact = agreement.exact(spec, inputs.a, inputs.a_scale, inputs.packed)
-    return {name: agreement.error(calls[name](), exact) for name in same}
+    """How far the output of each that computes the same as ours is from the exact one, as a share of its norm."""
+    same = [name for name in calls if name in FORMS or (name == "fp8_rowwise" and not spec.real_groups)]
+    # What codes and scales stand for, multiplied in float64; without bias, which is zero.
+    values = inputs.a.view(torch.float8_e4m3fn).double() * 2.0 ** -operand_of(spec.activation).shift
+    exact = (values * inputs.a_scale[:, None].double()) @ dequantized(inputs.packed).double().t()
+    return {name: relative_error(calls[name](), exact) for name in same}
 
 
 def wrong_of(errors: dict[str, float], spec: GemmSpec, sm: int) -> dict[str, str]:
     """Which of ours are further off than rounding explains, and how far. NaN is."""
-    limits = {name: agreement.limit(replace(spec, integers=name.endswith(INT8)), sm) for name in errors}
-    ours = {name: (error, limits[name]) for name, error in errors.items() if is_ours(name)}
-    return {name: f"error {error:.4f}, limit {most:.4f}" for name, (error, most) in ours.items() if not error <= most}
+    limits = {name: limit(replace(spec, integers=FORMS[name].integers), sm) for name in errors if name in FORMS}
+    return {
+        name: f"error {errors[name]:.4f}, limit {most:.4f}" for name, most in limits.items() if not errors[name] <= most
+    }
+
+
+def limit(spec: GemmSpec, sm: int) -> float:
+    """What the error of a right kernel with a bf16 output stays below.
+
+    Rounding to bf16 moves each output by at most half a unit, 2^-8 of it (under the interpreter, which cuts off, by a
+    whole one), hence the norm by no more. Besides, an accumulator of b bits may round the running sum by 2^(1-b) of it
+    in every step (plugins/gpu/promotion.py); products are independent here, so the running sums' norm is at most the
+    whole sums'. Integer sums are exact. A tile left out shows: it moves the norm by the root of its share.
+    """
+    rounding = (2 if sm == 0 else 1) * HALF_UNIT_BF16
+    span, bits = accumulated(spec, sm)
+    return rounding if spec.multiplies_integers else rounding + span / INSTRUCTION * 2.0 ** (1 - bits)
+
+
+def accumulated(spec: GemmSpec, sm: int) -> tuple[int, int]:
+    """(products that a tensor core adds up before a float32 addition, bits that its accumulator is said to have)."""
+    fp8, known = product_type(spec, sm) == "fp8", architecture(sm)
+    whole = spec.group_size if spec.real_groups else spec.in_features
+    return promotion_of(spec, fp8, known, by_group=spec.real_groups).every or whole, accumulator_bits(fp8, known)
 
 
 def rows_to_measure() -> list[tuple[Shape, Granularity]]:
@@ -228,25 +262,25 @@ def rows_to_measure() -> list[tuple[Shape, Granularity]]:
     return [(s, CHANNEL) for s in shapes] + [(s, g) for g in (EXACT_64, REAL_128) for s in few]
 
 
-def compile_ours(context: Context, shape: Shape, granularity: Granularity) -> dict[str, Any]:
+def compile_ours(device: Device, shape: Shape, granularity: Granularity) -> Json:
     """Run each of our kernels once, so that they are in Triton's cache."""
-    inputs = operands(context, shape, granularity)
-    for name in filter(is_ours, contestants_of(context, shape)):
-        caller(name, spec_of(shape, granularity), inputs)()
+    spec, inputs = spec_of(shape, granularity), operands(device, shape, granularity)
+    for form in forms_of(device, shape).values():
+        our_caller(form, spec, inputs)()
     return {}
 
 
-def compiling(context: Context) -> list[Task]:
+def compiling(device: Device) -> list[Task]:
     """What `tasks` will compile."""
-    return [Task(f"{row[0].name} {row[1].name}", partial(compile_ours, context, *row)) for row in rows_to_measure()]
+    return [Task(f"{row[0].name} {row[1].name}", partial(compile_ours, device, *row)) for row in rows_to_measure()]
 
 
-def tasks(context: Context) -> list[Task]:
+def tasks(device: Device) -> list[Task]:
     """PixArt at 1024 pixels first, then its groups, then the rest."""
-    flush = Flush(context.l2_bytes)
+    flush = flusher(device.l2_bytes)
     rows = rows_to_measure()
     rows.sort(key=lambda row: row[1] != CHANNEL and row[0].m != 4096)
     return [
-        Task(f"{shape.name} {granularity.name}", partial(measure, context, shape, granularity, flush), 4.0)
+        Task(f"{shape.name} {granularity.name}", partial(measure, device, shape, granularity, flush), 4.0)
         for shape, granularity in rows
     ]

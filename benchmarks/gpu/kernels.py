@@ -6,6 +6,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from plugins.gpu.quantize import gelu_tanh
+
 
 @triton.jit
 def _at(row, C: tl.constexpr, START: tl.constexpr, WIDTH: tl.constexpr):
@@ -58,18 +60,12 @@ def norm_modulate(
 
 
 @triton.jit
-def _gelu_of(x):
-    """GELU in its tanh form."""
-    return x / (1.0 + tl.exp2(x * (x * x * -0.10294323958 - 2.30220819814)))
-
-
-@triton.jit
 def gelu(x, y, C: tl.constexpr, BLOCK: tl.constexpr, TAIL: tl.constexpr):
     """y = GELU(x) in the form of gelu_quantize: a row of [M, C] a program."""
     row = tl.program_id(0)
-    _store(y, row, _gelu_of(_load(x, row, C, 0, BLOCK)), C, 0, BLOCK)
+    _store(y, row, gelu_tanh(_load(x, row, C, 0, BLOCK)), C, 0, BLOCK)
     if TAIL > 0:
-        _store(y, row, _gelu_of(_load(x, row, C, BLOCK, TAIL)), C, BLOCK, TAIL)
+        _store(y, row, gelu_tanh(_load(x, row, C, BLOCK, TAIL)), C, BLOCK, TAIL)
 
 
 @triton.jit

@@ -1,21 +1,23 @@
 """The denoiser on our kernels: fused quantizers, GEMMs of 4-bit weights with their epilogues, attention by torch.
 
-The kernels are a parameter, so that a test can run the same code on their NumPy references.
+All kernels are called through `launch`, in whose place a test can put their NumPy references.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from benchmarks.gpu.denoiser import EPSILON, LINEARS, Denoiser, attention
-from benchmarks.gpu.weights import Granularity, Packed, quantize_weight
+from benchmarks.gpu.gemm import ACTIVATION, WEIGHT, Form
+from benchmarks.gpu.weights import Packed, quantize_weight
+from benchmarks.shapes import Granularity
+from plugins.gpu import launch
 from plugins.gpu.spec import FloatType, GemmSpec, QuantizeSpec
 
-WEIGHT, ACTIVATION = "E2M1", "E2M3"
+PACKED = Form("packed_gemm")
 
 
 @dataclass(frozen=True)
@@ -34,60 +36,41 @@ class QuantizedLinear:
         weights = self.packed.size_bytes if self.expanded is None else self.expanded.numel() + scales
         return weights + 4 * self.bias.numel()
 
-
-class Kernels(Protocol):
-    """What a quantized block calls."""
-
-    def quantize(self, spec: QuantizeSpec, x: Tensor, **modulation: Any) -> tuple[Tensor, Tensor]: ...
-    def gemm(self, linear: QuantizedLinear, a: Tensor, a_scale: Tensor, **epilogue: Any) -> Tensor: ...
-
-
-class Launched:
-    """The Triton kernels."""
-
-    def quantize(self, spec: QuantizeSpec, x: Tensor, **modulation: Any) -> tuple[Tensor, Tensor]:
-        from plugins.gpu import launch
-
-        return launch.quantize(spec, x, **modulation)
-
-    def gemm(self, linear: QuantizedLinear, a: Tensor, a_scale: Tensor, **epilogue: Any) -> Tensor:
-        from plugins.gpu import launch
-
-        spec, scales, bias = linear.spec, linear.packed.scales, linear.bias
-        if linear.expanded is not None:
-            return launch.expanded_gemm(spec, a, a_scale, linear.expanded, scales, bias, **epilogue)
-        codes, multipliers = linear.packed.codes, linear.packed.multiplier_codes
-        return launch.packed_gemm(spec, a, a_scale, codes, scales, bias, multiplier_codes=multipliers, **epilogue)
+    def __call__(self, codes: tuple[Tensor, ...], tokens: int = 0, **epilogue: Tensor) -> Tensor:
+        """y [M, N] of operand bytes u8 [M, K] and their scales f32 [M]."""
+        (a, a_scale), packed = codes, self.packed
+        named = {"a": a, "a_scale": a_scale, "w_scales": packed.scales, "bias": self.bias, **epilogue}
+        if self.expanded is not None:
+            return launch.expanded_gemm(self.spec, w=self.expanded, tokens=tokens, **named)
+        named |= {"w": packed.codes, "multiplier_codes": packed.multiplier_codes}
+        return launch.packed_gemm(self.spec, tokens=tokens, **named)
 
 
 class QuantizedBlock:
-    """A block on `kernels`; x [B * T, C] stays in the type `dtype` between its linears."""
+    """A block on our kernels; x [B * T, C] stays in the type `dtype` between its linears."""
 
-    def __init__(self, heads: int, linears: dict[str, QuantizedLinear], kernels: Kernels, dtype: FloatType) -> None:
-        self.heads, self.linears, self.kernels = heads, linears, kernels
+    def __init__(self, heads: int, linears: dict[str, QuantizedLinear], dtype: FloatType) -> None:
+        self.heads, self.linears = heads, linears
         width = linears["qkv"].spec.in_features
         integers = linears["qkv"].spec.integers
         self.norm = QuantizeSpec(ACTIVATION, width, "norm_modulate", dtype, EPSILON, integers)
         self.plain = QuantizeSpec(ACTIVATION, width, "none", dtype, integers=integers)
         self.gelu = QuantizeSpec(ACTIVATION, 4 * width, "gelu", dtype, integers=integers)
 
-    def __call__(self, x: Tensor, modulation: Tensor, words: tuple[Tensor, Tensor], one: Tensor) -> Tensor:
+    def __call__(self, x: Tensor, modulation: Tensor, words: tuple[Tensor, ...], one: Tensor) -> Tensor:
         """x [B * T, C], modulation [6, B, C], words: codes [B * L, C] and scales, one [B, C] of ones."""
         shift1, scale1, gate1, shift2, scale2, gate2 = modulation
-        batch, quantize = len(one), self.kernels.quantize
+        of, batch, quantize = self.linears, len(one), launch.quantize
         tokens = len(x) // batch
         codes = quantize(self.norm, x, shift=shift1, scale=scale1, tokens=tokens)
-        attended = self._attention(self._gemm("qkv", codes).chunk(3, -1), batch)
-        x = self._gemm("out", quantize(self.plain, attended), gate=gate1, residual=x, tokens=tokens)
-        query = self._gemm("cross_q", quantize(self.plain, x))
-        attended = self._attention((query, *self._gemm("cross_kv", words).chunk(2, -1)), batch)
-        x = self._gemm("cross_out", quantize(self.plain, attended), gate=one, residual=x, tokens=tokens)
+        attended = self._attention(of["qkv"](codes).chunk(3, -1), batch)
+        x = of["out"](quantize(self.plain, attended), gate=gate1, residual=x, tokens=tokens)
+        query = of["cross_q"](quantize(self.plain, x))
+        attended = self._attention((query, *of["cross_kv"](words).chunk(2, -1)), batch)
+        x = of["cross_out"](quantize(self.plain, attended), gate=one, residual=x, tokens=tokens)
         codes = quantize(self.norm, x, shift=shift2, scale=scale2, tokens=tokens)
-        codes = quantize(self.gelu, self._gemm("ff_in", codes))
-        return self._gemm("ff_out", codes, gate=gate2, residual=x, tokens=tokens)
-
-    def _gemm(self, name: str, codes: tuple[Tensor, Tensor], **epilogue: Any) -> Tensor:
-        return self.kernels.gemm(self.linears[name], *codes, **epilogue)
+        codes = quantize(self.gelu, of["ff_in"](codes))
+        return of["ff_out"](codes, gate=gate2, residual=x, tokens=tokens)
 
     def _attention(self, parts: tuple[Tensor, ...], batch: int) -> Tensor:
         q, k, v = (part.unflatten(0, (batch, -1)) for part in parts)
@@ -102,8 +85,7 @@ class QuantizedDenoiser:
 
     def __call__(self, latent: Tensor, timestep: Tensor, caption: Tensor) -> Tensor:
         x, modulations, words, embedded = self.base.begin(latent, timestep, caption)
-        first = self.blocks[0]
-        codes = first.kernels.quantize(first.plain, words.flatten(0, 1))
+        codes = launch.quantize(self.blocks[0].plain, words.flatten(0, 1))
         one, batch = torch.ones_like(modulations[0, 0]), len(x)
         x = x.flatten(0, 1).contiguous()
         for block, modulation in zip(self.blocks, modulations.contiguous(), strict=True):
@@ -122,37 +104,23 @@ def quantize_blocks(model: Denoiser, granularity: Granularity) -> list[dict[str,
 def quantized(
     model: Denoiser,
     weights: list[dict[str, Packed]],
-    kernels: Kernels,
     dtype: FloatType = "bf16",
-    expand: bool = False,
-    integers: bool = False,
+    form: Form = PACKED,
 ) -> QuantizedDenoiser:
-    """`model` on `kernels`, its linears' weights packed, or expanded by our kernel; integers: INT8 operands."""
-    blocks = [
-        QuantizedBlock(
-            model.size.heads,
-            {
-                name: _linear(block.linears[name], name, packed, dtype, expand, integers)
-                for name, packed in block_weights.items()
-            },
-            kernels,
-            dtype,
-        )
-        for block, block_weights in zip(model.blocks, weights, strict=True)
-    ]
+    """`model` on our kernels, its linears by the kernel and on the operands of `form`."""
+    blocks = []
+    for block, packed in zip(model.blocks, weights, strict=True):
+        linears = {name: _linear(block.linears[name], name, packed[name], dtype, form) for name in packed}
+        blocks.append(QuantizedBlock(model.size.heads, linears, dtype))
     return QuantizedDenoiser(model, blocks)
 
 
-def _linear(
-    linear: nn.Module, name: str, packed: Packed, dtype: FloatType, expand: bool, integers: bool
-) -> QuantizedLinear:
+def _linear(linear: nn.Module, name: str, packed: Packed, dtype: FloatType, form: Form) -> QuantizedLinear:
     n, half = packed.codes.shape
-    fields = packed.granularity.spec_fields(WEIGHT) | {"integers": integers}
-    spec = GemmSpec(ACTIVATION, WEIGHT, 2 * half, n, epilogue=LINEARS[name].epilogue, output=dtype, **fields)
+    epilogue, fields = LINEARS[name].epilogue, packed.granularity.spec_fields(WEIGHT)
+    spec = GemmSpec(ACTIVATION, WEIGHT, 2 * half, n, epilogue=epilogue, output=dtype, integers=form.integers, **fields)
     expanded = None
-    if expand:
-        from plugins.gpu import launch
-
+    if form.kernel == "expanded_gemm":
         expanded = launch.expand(spec, packed.codes, multiplier_codes=packed.multiplier_codes)
     return QuantizedLinear(spec, packed, linear.bias.detach().float(), expanded)
 

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 from benchmarks.gpu.results import rows_of
-from benchmarks.gpu.weights import CHANNEL, EXACT_64, Granularity
+from benchmarks.record import Json, markdown
+from benchmarks.shapes import CHANNEL, EXACT_64, Granularity
 
-Document = dict[str, Any]
 LARGE = 4096  # rows of a GEMM, or tokens, that fill the GPU
 LARGE_PIXELS = 1024  # of the picture that the denoiser's target is about
 
@@ -21,12 +20,12 @@ class Target:
     name: str
     limit: float
     at_least: bool
-    values: Callable[[Document], list[float]]
+    values: Callable[[Json], list[float]]
 
-    def judge(self, document: Document) -> dict[str, Any]:
+    def judge(self, document: Json) -> Json:
         """The worst value and whether it meets the limit; "not measured" where there is none."""
         values = self.values(document)
-        row: dict[str, Any] = {"name": self.name, "limit": self.limit, "at_least": self.at_least, "of": len(values)}
+        row: Json = {"name": self.name, "limit": self.limit, "at_least": self.at_least, "of": len(values)}
         if not values:
             return {**row, "value": None, "verdict": "not measured"}
         worst = min(values) if self.at_least else max(values)
@@ -34,7 +33,7 @@ class Target:
         return {**row, "value": worst, "verdict": "met" if met else "missed"}
 
 
-def _unpassed(document: Document) -> list[float]:
+def _unpassed(document: Json) -> list[float]:
     """Checks that failed or were not reached; one more if the section did not come to its end."""
     section = document["sections"].get("check", {"rows": [], "not_reached": [], "stopped": ""})
     failed = sum(not row.get("passed") for row in section["rows"])
@@ -42,10 +41,10 @@ def _unpassed(document: Document) -> list[float]:
     return [float(count)] if section["rows"] or count else []
 
 
-def _gemm(kernel: str, granularity: str) -> Callable[[Document], list[float]]:
+def _gemm(kernel: str, granularity: str) -> Callable[[Json], list[float]]:
     """Of the quicker of FP8 and INT8 operands in each row; a kernel whose output is wrong has no speed, 0."""
 
-    def values(document: Document) -> list[float]:
+    def values(document: Json) -> list[float]:
         rows = [row for row in rows_of(document, "gemm") if row["m"] >= LARGE and row["granularity"] == granularity]
         speeds = [[_speed(row, name) for name in (kernel, f"{kernel}_int8")] for row in rows]
         return [max(ratio for ratio in both if ratio is not None) for both in speeds if both != [None, None]]
@@ -53,33 +52,33 @@ def _gemm(kernel: str, granularity: str) -> Callable[[Document], list[float]]:
     return values
 
 
-def _speed(row: dict[str, Any], name: str) -> float | None:
+def _speed(row: Json, name: str) -> float | None:
     ratio = row["ratios"].get(name, {}).get("fp8")
     return ratio if ratio is None or name not in row["wrong"] else 0.0
 
 
-def _fused(kind: str, ratio: str) -> Callable[[Document], list[float]]:
-    def values(document: Document) -> list[float]:
+def _fused(kind: str, ratio: str) -> Callable[[Json], list[float]]:
+    def values(document: Json) -> list[float]:
         rows = [row for row in rows_of(document, "fused") if row["kind"] == kind and row["m"] >= LARGE]
         return [row["ratios"][ratio] for row in rows if ratio in row["ratios"]]
 
     return values
 
 
-def _denoiser(document: Document) -> list[float]:
+def _denoiser(document: Json) -> list[float]:
     rows = [row for row in rows_of(document, "denoiser") if row.get("pixels") == LARGE_PIXELS]
     return [row["ratios"]["over_compiled"] for row in rows if "over_compiled" in row.get("ratios", {})]
 
 
-def _weights(document: Document) -> list[float]:
+def _weights(document: Json) -> list[float]:
     return [row["packed_of_bf16"] for row in rows_of(document, "denoiser") if "packed_of_bf16" in row]
 
 
-def _exact(granularity: Granularity) -> Callable[[Document], list[float]]:
+def _exact(granularity: Granularity) -> Callable[[Json], list[float]]:
     """Share of outputs of expanded_gemm that differ from their integer sums, E2M3 x E2M1."""
     conditions = {"activation": "E2M3", "interval": None, "granularity": granularity.name}
 
-    def values(document: Document) -> list[float]:
+    def values(document: Json) -> list[float]:
         rows = [row for row in rows_of(document, "exactness") if conditions.items() <= row.items()]
         return [sum(row["differ"].values()) / (row["outputs"] * len(row["differ"])) for row in rows]
 
@@ -116,17 +115,17 @@ TARGETS = (
 )
 
 
-def judged(document: Document) -> list[dict[str, Any]]:
+def judged(document: Json) -> list[Json]:
     """Every target's row."""
     return [target.judge(document) for target in TARGETS]
 
 
-def table(rows: list[dict[str, Any]]) -> str:
+def cells(row: Json) -> list[str]:
+    """Of a table: name, limit, worst value and verdict of a row of `judged`."""
+    limit = f"{'at least' if row['at_least'] else 'at most'} {row['limit']:g}"
+    return [row["name"], limit, "-" if row["value"] is None else f"{row['value']:.3f}", row["verdict"]]
+
+
+def table(rows: list[Json]) -> str:
     """The rows of `judged` as text."""
-    width = max(len(row["name"]) for row in rows)
-    lines = [f"{'target':<{width}} {'limit':>9} {'worst':>9}  verdict"]
-    for row in rows:
-        sign = ">=" if row["at_least"] else "<="
-        value = "-" if row["value"] is None else f"{row['value']:.3f}"
-        lines.append(f"{row['name']:<{width}} {sign} {row['limit']:>6.2f} {value:>9}  {row['verdict']}")
-    return "\n".join(lines)
+    return markdown(["target", "limit", "worst", "verdict"], map(cells, rows))

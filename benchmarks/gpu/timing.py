@@ -13,11 +13,14 @@ import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
+import torch
 
-Call = Callable[[], Any]
+from benchmarks.gpu.run import error_line
+from benchmarks.record import Json
+
+Call = Callable[[], object]
 # Rounds are as many as fit into a contest's time, within these bounds.
 ROUNDS = (11, 101)
 # Sets whose inputs alone are together this often as large as the L2 cache; one call must not find what another left.
@@ -28,19 +31,10 @@ FLUSH_BYTES = 512 << 20
 MILLISECONDS = 1e3
 
 
-@dataclass(frozen=True)
-class Timing:
-    """Milliseconds of one call, one number for each round."""
-
-    milliseconds: tuple[float, ...]
-
-    @property
-    def median(self) -> float:
-        return float(np.median(self.milliseconds))
-
-    def to_row(self) -> dict[str, Any]:
-        p10, p50, p90 = np.percentile(self.milliseconds, (10, 50, 90))
-        return {"latency_ms": float(p50), "p10_ms": float(p10), "p90_ms": float(p90), "rounds": len(self.milliseconds)}
+def timing_row(milliseconds: Sequence[float]) -> Json:
+    """What is kept of the times of one call, a number for each round."""
+    p10, p50, p90 = np.percentile(milliseconds, (10, 50, 90))
+    return {"latency_ms": float(p50), "p10_ms": float(p10), "p90_ms": float(p90), "rounds": len(milliseconds)}
 
 
 def rates(latency_ms: float, flops: int, size_bytes: int) -> dict[str, float]:
@@ -65,8 +59,8 @@ def sets_for(input_bytes: int, l2_bytes: int) -> int:
 class Captured:
     """A CUDA graph and the results of its calls. Those alive at once during capture cannot share memory."""
 
-    graph: Any
-    results: list[Any]
+    graph: torch.cuda.CUDAGraph
+    results: list[object]
 
     def replay(self) -> None:
         self.graph.replay()
@@ -74,8 +68,6 @@ class Captured:
 
 def captured(calls: Sequence[Call]) -> Captured:
     """A CUDA graph of all `calls`, each run three times before, so that compiling and allocating are done."""
-    import torch
-
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
@@ -90,20 +82,14 @@ def captured(calls: Sequence[Call]) -> Captured:
     return Captured(graph, results)
 
 
-class Flush:
-    """Overwrites a buffer several times as large as the L2 cache."""
-
-    def __init__(self, l2_bytes: int) -> None:
-        import torch
-
-        self.buffer = torch.empty(max(4 * l2_bytes, FLUSH_BYTES), dtype=torch.uint8, device="cuda")
-
-    def __call__(self) -> None:
-        self.buffer.zero_()
+def flusher(l2_bytes: int) -> Call:
+    """A call that overwrites a buffer several times as large as the L2 cache."""
+    return torch.empty(max(4 * l2_bytes, FLUSH_BYTES), dtype=torch.uint8, device="cuda").zero_
 
 
-def interleaved(work: Mapping[str, tuple[Call, int]], flush: Call, seconds: float) -> dict[str, Timing]:
-    """Time every (call, how many results it stands for) once a round, after one to warm up, for about `seconds`."""
+def interleaved(work: Mapping[str, tuple[Call, int]], flush: Call, seconds: float) -> dict[str, Json]:
+    """Time every (call, how many results it stands for) once a round, after one to warm up, for about `seconds` ->
+    rows of times."""
     if not work:
         return {}
     started = time.perf_counter()
@@ -115,12 +101,10 @@ def interleaved(work: Mapping[str, tuple[Call, int]], flush: Call, seconds: floa
     for _ in range(rounds):
         for name, (call, count) in work.items():
             measured[name].append(_milliseconds(call, flush) / count)
-    return {name: Timing(tuple(times)) for name, times in measured.items()}
+    return {name: timing_row(times) for name, times in measured.items()}
 
 
 def _milliseconds(call: Call, flush: Call) -> float:
-    import torch
-
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     flush()
     start.record()
@@ -130,10 +114,8 @@ def _milliseconds(call: Call, flush: Call) -> float:
     return float(start.elapsed_time(end))
 
 
-def host_milliseconds(call: Call, rounds: int = 20) -> float:
+def host_milliseconds(call: Call, rounds: int = 10) -> float:
     """Median time until `call` has handed its work to the GPU, which is idle before."""
-    import torch
-
     times = []
     for _ in range(rounds):
         torch.cuda.synchronize()
@@ -144,12 +126,10 @@ def host_milliseconds(call: Call, rounds: int = 20) -> float:
     return float(np.median(times))
 
 
-def capture_all(contestants: Mapping[str, Sequence[Call]]) -> tuple[dict[str, Any], dict[str, str]]:
+def capture_all(contestants: Mapping[str, Sequence[Call]]) -> tuple[dict[str, Captured], dict[str, str]]:
     """A graph of each contestant's calls, one for every set of inputs -> graphs, and why others could not run."""
-    import torch
-
     torch.cuda.empty_cache()  # gives back what the graphs of the row before wrote to
-    graphs: dict[str, Any] = {}
+    graphs: dict[str, Captured] = {}
     refused: dict[str, str] = {}
     for name, calls in contestants.items():
         try:
@@ -160,19 +140,16 @@ def capture_all(contestants: Mapping[str, Sequence[Call]]) -> tuple[dict[str, An
 
 
 def contest(
-    contestants: Mapping[str, Sequence[Call]], flush: Call, seconds: float
-) -> tuple[dict[str, Timing], dict[str, str]]:
-    """Capture and time `contestants` -> times of one call, and why others could not run."""
+    contestants: Mapping[str, Sequence[Call]],
+    flush: Call,
+    seconds: float,
+    rates_of: Callable[[str, float], dict[str, float]],
+) -> tuple[dict[str, Json], dict[str, str]]:
+    """Capture and time `contestants` -> rows of times and rates of one call, and why others could not run.
+
+    rates_of(name, milliseconds): what a contestant's time makes of its operations and bytes.
+    """
     graphs, refused = capture_all(contestants)
     work = {name: (graph.replay, len(contestants[name])) for name, graph in graphs.items()}
-    return interleaved(work, flush, seconds), refused
-
-
-def error_line(error: Exception) -> str:
-    """An error on one line.
-
-    >>> error_line(RuntimeError("not on this GPU; first\\nsecond"))
-    'RuntimeError: not on this GPU; first'
-    """
-    lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0][:300] if lines else ''}"
+    rows = interleaved(work, flush, seconds)
+    return {name: row | rates_of(name, row["latency_ms"]) for name, row in rows.items()}, refused

@@ -5,37 +5,15 @@ The compiler's calibration chooses better scales; the time of a GEMM does not de
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass
 
 import numpy as np
+import torch
+from torch import Tensor
 
+from benchmarks.shapes import Granularity
 from export.formats.format import get_format
 from export.formats.operands import exact_multipliers
-
-if TYPE_CHECKING:
-    from torch import Tensor
-
-
-@dataclass(frozen=True)
-class Granularity:
-    """How weight scales are shared. group_size 0: a channel; real: a real scale a group, else an exact multiplier."""
-
-    name: str
-    group_size: int = 0
-    real: bool = False
-
-    def spec_fields(self, weight: str) -> dict[str, Any]:
-        """The fields of GemmSpec that say so."""
-        if self.group_size == 0:
-            return {}
-        multipliers = (1,) if self.real else exact_multipliers(weight)
-        return {"group_size": self.group_size, "real_groups": self.real, "multipliers": multipliers}
-
-
-CHANNEL = Granularity("per channel")
-EXACT_64 = Granularity("exact groups of 64", 64)
-REAL_128 = Granularity("real groups of 128", 128, True)
 
 
 @dataclass(frozen=True)
@@ -53,23 +31,16 @@ class Packed:
         tensors = [self.codes, self.scales, *([] if self.multiplier_codes is None else [self.multiplier_codes])]
         return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
-    def to(self, device: Any) -> Packed:
-        move = None if self.multiplier_codes is None else self.multiplier_codes.to(device)
-        return replace(self, codes=self.codes.to(device), scales=self.scales.to(device), multiplier_codes=move)
-
 
 def quantize_weight(w: Tensor, weight: str, granularity: Granularity) -> Packed:
     """w [N, K] to nearest codes of the 4-bit format `weight` under absmax scales."""
-    import torch
-
     size = granularity.group_size or w.shape[1]
     groups = w.float().reshape(len(w), -1, size)
     group_scales = groups.abs().amax(-1).clamp(min=1e-12) / get_format(weight).max_value
-    fields = granularity.spec_fields(weight)
     if granularity.real or granularity.group_size == 0:
         codes = nearest_codes(groups / group_scales[..., None], weight).reshape(w.shape)
         return Packed(weight, granularity, _nibbles(codes), group_scales.contiguous(), None)
-    table = torch.tensor(fields["multipliers"], dtype=torch.float32, device=w.device)
+    table = torch.tensor(exact_multipliers(weight), dtype=torch.float32, device=w.device)
     scale = group_scales.amax(1, keepdim=True) / table[-1]
     reach = (group_scales / scale).clamp(max=float(table[-1]))
     index = torch.bucketize(reach, table)  # the least multiplier that reaches
@@ -79,8 +50,6 @@ def quantize_weight(w: Tensor, weight: str, granularity: Granularity) -> Packed:
 
 def nearest_codes(x: Tensor, weight: str) -> Tensor:
     """u8 codes of the values nearest to x, saturating."""
-    import torch
-
     values = get_format(weight).values
     order = np.argsort(values, kind="stable")
     order = order[np.append(True, np.diff(values[order]) > 0)]  # of plus and minus zero the first, plus
@@ -90,22 +59,16 @@ def nearest_codes(x: Tensor, weight: str) -> Tensor:
 
 def _nibbles(codes: Tensor) -> Tensor:
     """u8 [N, count] below 16 -> u8 [N, ceil(count / 2)], element 2i in the low nibble."""
-    import torch
-
     even = torch.nn.functional.pad(codes, (0, codes.shape[1] % 2))
     return (even[:, 0::2] | (even[:, 1::2] << 4)).contiguous()
 
 
 def _unpacked(packed: Tensor, count: int) -> Tensor:
-    import torch
-
     return torch.stack([packed & 15, packed >> 4], -1).reshape(len(packed), -1)[:, :count].long()
 
 
 def dequantized(packed: Packed) -> Tensor:
     """The weight f32 [N, K] that the codes stand for."""
-    import torch
-
     count = 2 * packed.codes.shape[1]
     values = torch.tensor(get_format(packed.weight).values, dtype=torch.float32, device=packed.codes.device)
     groups = values[_unpacked(packed.codes, count)].reshape(
@@ -118,10 +81,13 @@ def dequantized(packed: Packed) -> Tensor:
     return (groups * scale[..., None]).reshape(len(packed.codes), count)
 
 
+def relative_error(y: Tensor, expected: Tensor) -> float:
+    """Norm of the difference over the norm of `expected`, over all numbers."""
+    return float((y.double() - expected.double()).norm() / expected.double().norm())
+
+
 def fake_quantize(x: Tensor, name: str) -> Tensor:
     """x [..., C] -> value of its code times its token's scale, in float32: what a quantizer and a dequantizer give."""
-    import torch
-
     fmt = get_format(name)
     wide = x.float()
     scale = wide.abs().amax(-1, keepdim=True).clamp(min=1e-30) / fmt.max_value

@@ -14,10 +14,10 @@ from __future__ import annotations
 import argparse
 import logging
 import time
-from collections.abc import Iterable
+from collections import Counter
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -26,10 +26,10 @@ from benchmarks.quality import drawing, metrics
 from benchmarks.quality.drawing import Pictures, Subject, Trajectory
 from benchmarks.quality.engines import calibrated, drawer, refuse_missing_gpu, row_recipe
 from benchmarks.quality.metrics import Array
-from benchmarks.quality.results import FAILED, FLOAT, MEASURED, UNAVAILABLE, Results, row_key
+from benchmarks.quality.results import FAILED, FLOAT, MEASURED, UNAVAILABLE, Results, outcome, row_key
 from benchmarks.quality.rows import MODELS, ON_REQUEST, TABLES, Row, rows_of
-from benchmarks.record import add_names
-from export.checkpoint import QuantizedLinear
+from benchmarks.quality.sensitivity import sensitivity
+from benchmarks.record import Json
 from export.errors import ContractError, RecipeError, UserError
 from pipeline.recipe import Recipe
 
@@ -50,41 +50,25 @@ class Base:
     trajectory: Trajectory
 
 
-def make_base(subject: Subject, work: Path) -> Base:
-    """The float model draws, unless its pictures are there."""
-    pictures = drawing.float_pictures(subject, work)
-    features, _ = drawing.judged(subject.name, pictures)
-    return Base(pictures, features, drawing.real_features(subject.name), drawing.float_trajectory(subject))
-
-
-def judge_pictures(subject: Subject, base: Base, pictures: Pictures) -> dict[str, Any]:
+def judge_pictures(subject: Subject, base: Base, pictures: Pictures) -> Json:
     """The measures that any set of pictures has. Raises ContractError for NaN or Inf."""
     if not np.isfinite(pictures).all():
         broken = int((~np.isfinite(pictures)).any(axis=(1, 2, 3)).sum())
         raise ContractError(f"{broken} of {len(pictures)} pictures hold NaN or Inf")
     features, read = drawing.judged(subject.name, pictures)
-    right = drawing.right_pictures(subject.labels, read)
-    slots = (read == subject.labels).double().mean(0).tolist()
+    right = read == subject.labels  # [count, slots]
     return {
         "frechet_to_real": asdict(metrics.frechet_estimate(features, base.real)),
         "frechet_increase": asdict(metrics.frechet_increase(features, base.features, base.real)),
         "frechet_to_float": asdict(metrics.frechet_between(features, base.features)),
-        "accuracy": asdict(metrics.share_estimate(right)),
-        "accuracy_by_slot": slots,
+        "accuracy": asdict(metrics.share_estimate(right.all(1).numpy())),
+        "accuracy_by_slot": right.double().mean(0).tolist(),
     }
-
-
-def float_row(subject: Subject, base: Base) -> dict[str, Any]:
-    """The record of the float model; its bytes are those of the same linears in fp16."""
-    linears = [ref.module.weight.numel() for ref in subject.model.linears()]
-    measures = judge_pictures(subject, base, base.pictures)
-    bytes_ = {"weight_bytes": 2 * sum(linears), "weights": sum(linears)}
-    return {"status": MEASURED, "key": row_key(subject.facts, None, ()), **measures, **bytes_}
 
 
 def measured_row(
     subject: Subject, base: Base, row: Row, recipe: Recipe, work: Path, arguments: argparse.Namespace
-) -> dict[str, Any]:
+) -> Json:
     """Calibrate, draw and judge one row."""
     layers, minutes = calibrated(subject, row, recipe, work / "calibrated", arguments.redo)
     started = time.monotonic()
@@ -100,34 +84,13 @@ def measured_row(
         "step_sqnr_db": steps_db,
         "weight_bytes": sum(layer.size_bytes for layer in layers),
         "weights": sum(layer.in_features * layer.out_features for layer in layers),
-        "group_sizes": group_sizes(layers),
+        # How many layers have which granularity and group size.
+        "group_sizes": Counter(f"{layer.granularity} {layer.group_size or ''}".strip() for layer in layers),
         "calibration_minutes": minutes,
         "drawing_minutes": draw_minutes,
         "drawn_by": engine.name,
         "proof": engine.proof,
     }
-
-
-def group_sizes(layers: Iterable[QuantizedLinear]) -> dict[str, int]:
-    """How many layers have which granularity and group size."""
-    counts: dict[str, int] = {}
-    for layer in layers:
-        name = f"{layer.granularity} {layer.group_size}" if layer.group_size else layer.granularity
-        counts[name] = counts.get(name, 0) + 1
-    return counts
-
-
-def row_record(
-    subject: Subject, base: Base, row: Row, recipe: Recipe, work: Path, arguments: argparse.Namespace
-) -> dict[str, Any]:
-    """`measured_row`, or why it could not be: a table with a hole says what is in it."""
-    stated = {"recipe": row.recipe, "settings": list(row.settings), "multipliers": list(row.multipliers)}
-    stated |= {"key": row_key(subject.facts, recipe, row.multipliers)}
-    try:
-        return stated | {"status": MEASURED} | measured_row(subject, base, row, recipe, work, arguments)
-    except Exception as error:
-        logger.exception("%s %s failed", subject.name, row.name)
-        return stated | {"status": FAILED, "reason": f"{type(error).__name__}: {error}"}
 
 
 # --- command --------------------------------------------------------------------------------------------------------
@@ -140,31 +103,34 @@ def run_model(name: str, arguments: argparse.Namespace) -> int:
     subject, work = drawing.make_subject(name, count, arguments.seed), arguments.work_dir / name
     results.refuse_others(subject.facts)
     refuse_missing_gpu(arguments.target)
-    pending = available(subject, chosen_rows(name, arguments), results, arguments)
+    tables = wanted_tables(name, arguments)
+    rows = rows_of(name, [table for table in tables if table != SENSITIVITY], arguments.rows or ["*"])
+    pending = available(subject, rows, results, arguments)
     if arguments.list:
         return 0
-    base = make_base(subject, work)
-    if not results.has(FLOAT, row_key(subject.facts, None, ())):
-        results.add(FLOAT, float_row(subject, base), subject.facts)
+    pictures = drawing.float_pictures(subject, work)
+    features, _ = drawing.judged(subject.name, pictures)
+    base = Base(pictures, features, drawing.real_features(subject.name), drawing.float_trajectory(subject))
+    key = row_key(subject.facts, None, ())
+    if not results.has(FLOAT, key):  # its bytes are those of the same linears in fp16
+        weights = sum(ref.module.weight.numel() for ref in subject.model.linears())
+        measures = judge_pictures(subject, base, pictures) | {"weight_bytes": 2 * weights, "weights": weights}
+        results.add(FLOAT, {"status": MEASURED, "key": key, **measures}, subject.facts)
     failed = 0
     for position, (row, recipe) in enumerate(pending, 1):
         started = time.monotonic()
-        row_outcome = row_record(subject, base, row, recipe, work, arguments)
-        results.add(row.name, row_outcome, subject.facts)
-        failed += row_outcome["status"] == FAILED
-        summary = (name, position, len(pending), row.name, row_summary(row_outcome), time.monotonic() - started)
+        stated = {"recipe": row.recipe, "settings": list(row.settings), "multipliers": list(row.multipliers)}
+        stated |= {"key": row_key(subject.facts, recipe, row.multipliers)}
+        measure = partial(measured_row, subject, base, row, recipe, work, arguments)
+        measured = outcome(f"{name} {row.name}", stated, measure)
+        results.add(row.name, measured, subject.facts)
+        failed += measured["status"] == FAILED
+        summary = (name, position, len(pending), row.name, row_summary(measured), time.monotonic() - started)
         logger.info("%s %d of %d, %s: %s; %.0f s", *summary)
-    if SENSITIVITY in wanted_tables(name, arguments):
-        from benchmarks.quality.sensitivity import sensitivity
-
+    if SENSITIVITY in tables:
         results.put(SENSITIVITY, sensitivity(subject, base.trajectory), subject.facts)
     print(results.path)
     return failed
-
-
-def chosen_rows(name: str, arguments: argparse.Namespace) -> list[Row]:
-    tables = [table for table in wanted_tables(name, arguments) if table != SENSITIVITY]
-    return rows_of(name, tables, arguments.rows or ["*"])
 
 
 def wanted_tables(name: str, arguments: argparse.Namespace) -> list[str]:
@@ -197,7 +163,7 @@ def available(
     return pending
 
 
-def row_summary(row: dict[str, Any]) -> str:
+def row_summary(row: Json) -> str:
     """One line about a record."""
     if row["status"] != MEASURED:
         return f"{row['status']}, {row['reason']}"
@@ -207,10 +173,7 @@ def row_summary(row: dict[str, Any]) -> str:
 
 
 def make_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        "python -m benchmarks.quality", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    add_names(parser, MODELS)
+    parser = record.parser("benchmarks.quality", __doc__, MODELS)
     tables = [*TABLES, SENSITIVITY]
     parser.add_argument(
         "--table",
@@ -244,34 +207,24 @@ def make_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def checked(parser: argparse.ArgumentParser) -> argparse.Namespace:
-    arguments = parser.parse_args()
+def main() -> int:
+    parser = make_parser()
+    arguments = record.parsed(parser)
     if arguments.model and not (arguments.rows and arguments.metric):
         parser.error("--model needs --rows PATTERN and at least one --metric")
     if arguments.set and not arguments.output_dir:
         parser.error("--set changes what rows are; give an --output-dir of your own for their results")
     if not 0 <= arguments.count <= drawing.LABELS:
         parser.error(f"--count {arguments.count}: use 1 to {drawing.LABELS}")
-    return arguments
-
-
-def main() -> int:
-    arguments = checked(make_parser())
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     try:
-        return min(run(arguments), 1)
+        if arguments.model:
+            from benchmarks.quality.real import run_real
+
+            return min(run_real(arguments), 1)
+        return min(sum(run_model(name, arguments) for name in arguments.names), 1)
     except UserError as error:
         logger.error("error: %s", error)
         return error.exit_code
-
-
-def run(arguments: argparse.Namespace) -> int:
-    """The bundled models, or a real one; returns how many rows failed."""
-    if arguments.model:
-        from benchmarks.quality.real import run_real
-
-        return run_real(arguments)
-    return sum(run_model(name, arguments) for name in arguments.names)
 
 
 if __name__ == "__main__":

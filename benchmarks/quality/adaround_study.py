@@ -9,20 +9,16 @@ arm of every block; what is there already is not run again. --share shortens all
 
 from __future__ import annotations
 
-import argparse
-import json
-import logging
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
+from itertools import islice
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from benchmarks import record
-from benchmarks.record import add_names
-from export.checkpoint import QuantizedLinear
+from benchmarks.record import Json
 from export.models import load as models
 from pipeline import recipe as recipes
 from pipeline.calibrate.blocks import BlockRunner, Observed, group_by_block
@@ -88,10 +84,17 @@ def block_cases(recipe: Recipe) -> Iterator[BlockCase]:
             runner.advance(seen, nearest)
 
 
-def run_arm(case: BlockCase, arm: Arm, recipe: Recipe) -> dict[str, Any]:
+def run_arm(case: BlockCase, arm: Arm, recipe: Recipe) -> Json:
     """Learn one block in one way; losses, and how many codes are not the nearest."""
     nearest = [quantize_linear(plan, recipe.weights.search) for plan in case.plans]
-    layers = nearest if arm.scale_aware is None else _learn(case, arm, nearest, recipe)
+    layers = nearest
+    if arm.scale_aware is not None:
+        weights = [torch.from_numpy(float_weight(plan)) for plan in case.plans]
+        softened = [SoftRounding(weight, base, arm.scale_aware) for weight, base in zip(weights, nearest, strict=True)]
+        roundings = {base.name: rounding for base, rounding in zip(nearest, softened, strict=True)}
+        settings = Settings(Schedule(arm.iterations), arm.learning_rate, STRENGTH, arm.batch)
+        reconstruct(case.learned_from, roundings, settings, case.name, recipe.calibrate.seed)
+        layers = [rounding.layer() for rounding in softened]
     changed = sum(int((a.unpacked_codes() != b.unpacked_codes()).sum()) for a, b in zip(layers, nearest, strict=True))
     return {
         **asdict(arm),
@@ -101,24 +104,12 @@ def run_arm(case: BlockCase, arm: Arm, recipe: Recipe) -> dict[str, Any]:
     }
 
 
-def _learn(case: BlockCase, arm: Arm, nearest: Sequence[QuantizedLinear], recipe: Recipe) -> list[QuantizedLinear]:
-    assert arm.scale_aware is not None
-    weights = [torch.from_numpy(float_weight(plan)) for plan in case.plans]
-    roundings = {
-        base.name: SoftRounding(weight, base, arm.scale_aware) for weight, base in zip(weights, nearest, strict=True)
-    }
-    settings = Settings(Schedule(arm.iterations), arm.learning_rate, STRENGTH, arm.batch)
-    reconstruct(case.learned_from, roundings, settings, case.name, recipe.calibrate.seed)
-    return [rounding.layer() for rounding in roundings.values()]
-
-
 class Results:
     """The JSON file: recipe -> block -> arm -> what `run_arm` measured."""
 
     def __init__(self, folder: Path) -> None:
         self.folder, self.name = folder, "adaround_study"
-        path = folder / f"{self.name}.json"
-        self.recipes: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))["recipes"] if path.is_file() else {}
+        self.recipes: Json = record.read(folder / f"{self.name}.json", {"recipes": {}})["recipes"]
 
     def missing(self, key: str, block: str, arms: dict[str, Arm]) -> dict[str, Arm]:
         """The arms of a block that are not there, or were run otherwise (--share)."""
@@ -129,31 +120,22 @@ class Results:
             if {field: there.get(name, {}).get(field, "") for field in asdict(arm)} != asdict(arm)
         }
 
-    def add(self, key: str, block: str, arm: str, row: dict[str, Any]) -> None:
-        self.recipes.setdefault(key, {}).setdefault(block, {})[arm] = row | {
-            "commit": record.commit(),
-            "cpu": cpu_name(),
-        }
+    def add(self, key: str, block: str, arm: str, row: Json) -> None:
+        stamp = {"commit": record.commit(), "cpu": cpu_name()}
+        self.recipes.setdefault(key, {}).setdefault(block, {})[arm] = row | stamp
         record.write(self.name, {"recipes": self.recipes, "strength": STRENGTH}, self.folder)
 
 
 def study(recipe: Recipe, arms: dict[str, Arm], blocks: int, results: Results) -> None:
     """Run what is missing of the first `blocks` blocks (0: all), printing a line for each arm."""
-    key = study_key(recipe)
-    for number, case in enumerate(block_cases(recipe)):
+    formats = " ".join(f"{kind}={name}" for kind, name in recipe.formats.weight_of.items())
+    weights = f"{recipe.formats.weight} {recipe.weights.granularity} {recipe.weights.group_size}"
+    key = f"{recipe.model} {weights} {formats}".strip()  # of this model and these formats
+    for case in islice(block_cases(recipe), blocks or None):
         for name, arm in results.missing(key, case.name, arms).items():
             row = run_arm(case, arm, recipe)
             results.add(key, case.name, name, row)
             print(f"{case.name} {name}: loss {row['loss']:.5f}, held out {row['held_out_loss']:.5f}", flush=True)
-        if blocks and number + 1 == blocks:
-            return
-
-
-def study_key(recipe: Recipe) -> str:
-    """The name under which results of this model and these formats are kept."""
-    formats = " ".join(f"{kind}={name}" for kind, name in recipe.formats.weight_of.items())
-    weights = f"{recipe.formats.weight} {recipe.weights.granularity} {recipe.weights.group_size}"
-    return f"{recipe.model} {weights} {formats}".strip()
 
 
 def shortened(arm: Arm, share: float) -> Arm:
@@ -162,15 +144,13 @@ def shortened(arm: Arm, share: float) -> Arm:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point; returns the exit code."""
-    parser = argparse.ArgumentParser(prog="adaround_study", description=__doc__)
-    add_names(parser, ARMS)
+    parser = record.parser("benchmarks.quality.adaround_study", __doc__, ARMS)
     parser.add_argument("--engine", default="pixart_w4a6", metavar="NAME|RECIPE.toml")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="any recipe key")
     parser.add_argument("--blocks", type=int, default=0, help="only the first so many blocks")
     parser.add_argument("--share", type=float, default=1.0, help="of every arm's iterations")
     parser.add_argument("--results", type=Path, default=record.RESULTS, metavar="DIR")
-    args = parser.parse_args(argv)
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
+    args = record.parsed(parser, argv)
     recipe = recipes.with_settings(recipes.load(args.engine), args.set)
     arms = {name: shortened(ARMS[name], args.share) for name in args.names}
     study(recipe, arms, args.blocks, Results(args.results))

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 from benchmarks import record
-from benchmarks.record import markdown
+from benchmarks.record import Json, markdown
 
 QUESTION = "What does learned rounding gain in a block, and how many iterations does it take?"
 PREFACE = """\
@@ -47,37 +45,31 @@ PRESETS = ("scale_aware_2500", "plain_20000")
 
 def study_text(folder: Path = record.RESULTS) -> str:
     """One table for each model and formats; empty if nothing was measured."""
-    path, parts = folder / "adaround_study.json", []
-    recipes = json.loads(path.read_text(encoding="utf-8"))["recipes"] if path.is_file() else {}
-    for name, blocks in recipes.items():
-        arms = [arm for block in blocks.values() for arm in block.values()]
-        cpus, commits = (", ".join(dict.fromkeys(arm[key] for arm in arms)) for key in ("cpu", "commit"))
-        parts.append(f"### {name}\n\n{cpus}, commit {commits}.\n\n{_table(blocks)}\n\n{_answer(blocks)}".rstrip())
+    parts = []
+    for name, blocks in record.read(folder / "adaround_study.json", {"recipes": {}})["recipes"].items():
+        rows = [arm for block in blocks.values() for arm in block.values()]
+        cpus, commits = (", ".join(dict.fromkeys(row[key] for row in rows)) for key in ("cpu", "commit"))
+        arms = [arm for arm in LABELS if any(arm in block for block in blocks.values())]
+        cells = [[block_name, *(_cell(block.get(arm)) for arm in arms)] for block_name, block in blocks.items()]
+        table = markdown(["block", *(_title(arm, blocks) for arm in arms)], cells)
+        compared = [line for line in (_compared(blocks, *pair) for pair in AGAINST) if line]
+        answer = "\n".join(f"- {line}" for line in compared)
+        parts.append(f"### {name}\n\n{cpus}, commit {commits}.\n\n{table}\n\n{answer}".rstrip())
     return "\n\n".join([f"## {QUESTION}", PREFACE, *parts]) if parts else ""
 
 
-def _table(blocks: Mapping[str, Any]) -> str:
-    arms = [arm for arm in LABELS if any(arm in block for block in blocks.values())]
-    rows = [[name, *(_cell(block.get(arm)) for arm in arms)] for name, block in blocks.items()]
-    return markdown(["block", *(_title(arm, blocks) for arm in arms)], rows)
-
-
-def _title(arm: str, blocks: Mapping[str, Any]) -> str:
+def _title(arm: str, blocks: Json) -> str:
     row = next(block[arm] for block in blocks.values() if arm in block)
     learned = f": {row['iterations']:,} iterations at {row['learning_rate']:g}" if row["iterations"] else ""
     return f"{LABELS[arm]}{learned}"
 
 
-def _cell(row: Mapping[str, Any] | None) -> str:
+def _cell(row: Json | None) -> str:
     return f"{row['loss']:.4f} ({row['held_out_loss']:.4f})" if row else "not measured yet"
 
 
-def _answer(blocks: Mapping[str, Any]) -> str:
-    """Every pair of AGAINST, in the blocks where both were run."""
-    return "\n".join(f"- {line}" for line in (_compared(blocks, *pair) for pair in AGAINST) if line)
-
-
-def _compared(blocks: Mapping[str, Any], arm: str, other: str) -> str:
+def _compared(blocks: Json, arm: str, other: str) -> str:
+    """A pair of AGAINST, in the blocks where both were run; "" where there is nothing to say."""
     pairs = [(block[arm], block[other]) for block in blocks.values() if {arm, other} <= set(block)]
     if not pairs:
         owed = (arm, other) == PRESETS and any(arm in block for block in blocks.values())

@@ -7,14 +7,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
 
 from benchmarks.quality.results import MEASURED
-from benchmarks.quality.rows import METHODS, MSFP, QDIT, WIDTHS, Table, nearest_rows
-from benchmarks.record import markdown
+from benchmarks.quality.rows import ACTIVATIONS, ALL, BOTH, METHODS, MSFP, QDIT, WEIGHTS, WIDTHS, Table, nearest_rows
+from benchmarks.record import Json, markdown
 
-Records = Mapping[str, Mapping[str, Any]]
-ALL, WEIGHTS, ACTIVATIONS, BOTH = "all", "weights", "activations", "both"  # kinds and parts of the sensitivity records
+Records = Mapping[str, Json]
 LATE = 0.25  # of the steps, the last ones, of which the share of the noise is told
 DISTANCE, GROWTH, PSNR = "frechet_to_float", "frechet_increase", "psnr_db"
 # The aim: a method's distance over float's is at most this share of that of round to nearest in the same formats.
@@ -54,6 +52,7 @@ def verdict(records: Records, first: str, second: str) -> str:
 
 
 def _ratio(records: Records, first: str, second: str) -> str:
+    """ "" unless both are measured."""
     if not _measured(records, first, second):
         return ""
     one, other = records[first][DISTANCE], records[second][DISTANCE]
@@ -71,32 +70,6 @@ def bullets(title: str, rows: Mapping[str, str]) -> list[str]:
     return ["\n".join([title, "", *lines])] if lines else []
 
 
-def fp_or_int(records: Records) -> list[str]:
-    """FP against INT at each width and granularity."""
-    places = [(width, scales) for scales in ("channel", "group128") for width in WIDTHS]
-    plain = {f"{w.upper()}, {s}": verdict(records, f"rtn-fp-{s}-{w}", f"rtn-int-{s}-{w}") for w, s in places}
-    mixed = {f"{w.upper()}, {s}": verdict(records, f"rtn-mixed-{s}-{w}", f"rtn-fp-{s}-{w}") for w, s in places}
-    return bullets("FP against INT:", plain) + bullets("E3M0 before GELU against E2M1 there:", mixed)
-
-
-def groups(records: Records) -> list[str]:
-    """Exact multipliers against the nearest peers in bytes."""
-    compared = {
-        "exact multipliers of 64 against none": ("exact64", "channel"),
-        "exact multipliers of 64 against powers of two of 64 (equal bytes)": ("exact64", "power64"),
-        "exact multipliers of 32 against powers of two of 32 (equal bytes)": ("exact32", "power32"),
-        "exact multipliers of 32 against real scales of 128": ("exact32", "group128"),
-        "exact multipliers of 16 against real scales of 64": ("exact16", "group64"),
-    }
-    rows = {
-        f"{name}{_bits(records, first, second)}": verdict(records, first, second)
-        for name, (first, second) in (
-            (name, [f"rtn-fp-{part}-w4a6" for part in parts]) for name, parts in compared.items()
-        )
-    }
-    return bullets("At W4A6, round to nearest:", rows)
-
-
 def _bits(records: Records, *names: str) -> str:
     if not _measured(records, *names):
         return ""
@@ -104,21 +77,15 @@ def _bits(records: Records, *names: str) -> str:
     return f", {' and '.join(shown)} bits per weight"
 
 
-def learned_groups(records: Records) -> list[str]:
-    """Smaller exact groups against the default's 64, all learned."""
-    names = {size: f"fp4dit-fp-exact{size}-w4a6" for size in (64, 32, 16)}
-    rows = {
-        f"groups of {size} against 64{_bits(records, names[size], names[64])}": verdict(records, names[size], names[64])
-        for size in (32, 16)
-    }
-    return bullets("At W4A6, FP4DiT:", rows)
+Answer = Callable[[Records], list[str]]
 
 
-def pairs(*compared: tuple[str, str, str]) -> Callable[[Records], list[str]]:
-    """Rows against others: (title, row, other)."""
+def pairs(heading: str, compared: Mapping[str, tuple[str, str]], bits: bool = False) -> Answer:
+    """Rows against others, title -> (row, other); bits: the title ends in what a weight takes in both."""
 
     def answer(records: Records) -> list[str]:
-        return bullets("Row against row:", {title: verdict(records, one, other) for title, one, other in compared})
+        ends = {title: _bits(records, *names) if bits else "" for title, names in compared.items()}
+        return bullets(heading, {f"{title}{ends[title]}": verdict(records, *compared[title]) for title in compared})
 
     return answer
 
@@ -154,16 +121,9 @@ def against_nearest(records: Records, name: str, base: str) -> list[str]:
     default = _ratio(records, name, f"{DEFAULT}-{name.rpartition('-')[2]}")
     if not _measured(records, base):
         return [f"`{name}`", f"`{base}`: not measured yet", "", "", "", default]
-    one, other = records[name], records[base]
-    distances = f"{one[DISTANCE]['value']:.3g} of {other[DISTANCE]['value']:.3g}, {_ratio(records, name, base)}"
-    return [
-        f"`{name}`",
-        f"`{base}`",
-        distances,
-        _gain(records, name, base),
-        aimed(one[DISTANCE], other[DISTANCE]),
-        default,
-    ]
+    one, other = records[name][DISTANCE], records[base][DISTANCE]
+    distances = f"{one['value']:.3g} of {other['value']:.3g}, {_ratio(records, name, base)}"
+    return [f"`{name}`", f"`{base}`", distances, _gain(records, name, base), aimed(one, other), default]
 
 
 def aimed(one: Mapping[str, float], base: Mapping[str, float]) -> str:
@@ -193,39 +153,28 @@ def aim_to_real(records: Records, rows: Sequence[tuple[str, str]]) -> dict[str, 
         shown = f"`{base}` {growth['value']:+.2f} ({growth['low']:+.2f} to {growth['high']:+.2f})"
         own = {name: records[name][GROWTH] for name, of in rows if of == base} if growth["low"] > 0 else {}
         judged = [f"`{name}` {value['value']:+.2f}, {aimed(value, growth)}" for name, value in own.items()]
-        by_kind.setdefault(growth_kind(growth), []).append(" with ".join([shown, *filter(None, ["; ".join(judged)])]))
+        kind = SHRANK if growth["high"] < 0 else GREW if growth["low"] > 0 else UNSURE
+        by_kind.setdefault(kind, []).append(" with ".join([shown, *filter(None, ["; ".join(judged)])]))
     return {kind: "; ".join(shown) for kind, shown in by_kind.items()}
 
 
-def growth_kind(growth: Mapping[str, float]) -> str:
-    """What the interval of round to nearest's growth allows to say."""
-    if growth["high"] < 0:
-        return SHRANK
-    return GREW if growth["low"] > 0 else UNSURE
-
-
-def steps_of(table: Table) -> Callable[[Records], list[str]]:
+def steps_of(table: Table) -> Answer:
     """Each line of an ablation against the line before, at every width that both have."""
-
-    def answer(records: Records) -> list[str]:
-        pairs = zip(table.lines, table.lines[1:], strict=False)
-        rows = {
-            f"{line.label}, {width.upper()}": verdict(records, f"{line.name}-{width}", f"{before.name}-{width}")
-            for before, line in pairs
-            for width in line.widths
-            if width in before.widths
-        }
-        return bullets("Each line against the one before:", rows)
-
-    return answer
+    compared = {
+        f"{line.label}, {width.upper()}": (f"{line.name}-{width}", f"{before.name}-{width}")
+        for before, line in zip(table.lines, table.lines[1:], strict=False)
+        for width in line.widths
+        if width in before.widths
+    }
+    return pairs("Each line against the one before:", compared)
 
 
 # --- sensitivity ----------------------------------------------------------------------------------------------------
 
 
-def sensitivity_answers(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+def sensitivity_answers(rows: Sequence[Json]) -> list[str]:
     """Which kinds of layers cost most, and the error by step, for every format and width measured."""
-    by_name: dict[str, dict[tuple[str, str], Mapping[str, Any]]] = {}
+    by_name: dict[str, dict[tuple[str, str], Json]] = {}
     for row in rows:
         by_name.setdefault(row["row"].replace("-", " ").upper(), {})[row["kind"], row["part"]] = row
     kinds = {name: kinds_text(cases) for name, cases in by_name.items()}
@@ -236,10 +185,10 @@ def sensitivity_answers(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     ]
 
 
-Cases = Mapping[tuple[str, str], Mapping[str, Any]]  # (kind, part) -> the record
+Cases = Mapping[tuple[str, str], Json]  # (kind, part) -> the record
 
 
-def _alone(cases: Cases, key: str) -> dict[str, Any]:
+def _alone(cases: Cases, key: str) -> Json:
     """Kind -> what its record with weights and activations quantized has under `key`."""
     return {kind: case[key] for (kind, part), case in cases.items() if part == BOTH and kind != ALL}
 
@@ -267,16 +216,53 @@ def steps_text(cases: Cases) -> str:
     return f"{steps[0]:.1f} dB in the first, {best}, {steps[-1]:.1f} dB in the last; {share}; costliest: {counts}"
 
 
-ANSWERS: dict[str, Callable[[Records], list[str]]] = {
-    "fp_or_int": fp_or_int,
-    "groups": groups,
-    "methods": methods,
-    "qdit": steps_of(QDIT),
-    "msfp": steps_of(MSFP),
-    "learned_groups": learned_groups,
-    "full": pairs(
-        ("FP4DiT, full against fast", "fp4dit-full-w4a6", "fp4dit-mixed-exact64-w4a6"),
-        ("MSFP, full against fast", "msfp-full-w4a6", "msfp-fp-w4a6"),
+PLACES = [(width, scales) for scales in ("channel", "group128") for width in WIDTHS]
+# Of the formats of the default recipe: exact multipliers against the nearest peers in bytes.
+GROUPS = {
+    "exact multipliers of 64 against none": ("exact64", "channel"),
+    "exact multipliers of 64 against powers of two of 64 (equal bytes)": ("exact64", "power64"),
+    "exact multipliers of 32 against powers of two of 32 (equal bytes)": ("exact32", "power32"),
+    "exact multipliers of 32 against real scales of 128": ("exact32", "group128"),
+    "exact multipliers of 16 against real scales of 64": ("exact16", "group64"),
+}
+ROW_AGAINST_ROW = "Row against row:"
+# Table -> what is said below it.
+ANSWERS: dict[str, tuple[Answer, ...]] = {
+    "fp_or_int": (
+        pairs("FP against INT:", {f"{w.upper()}, {s}": (f"rtn-fp-{s}-{w}", f"rtn-int-{s}-{w}") for w, s in PLACES}),
+        pairs(
+            "E3M0 before GELU against E2M1 there:",
+            {f"{w.upper()}, {s}": (f"rtn-mixed-{s}-{w}", f"rtn-fp-{s}-{w}") for w, s in PLACES},
+        ),
     ),
-    "full_default": pairs(("full against fast", "fp4dit-fp-full-w4a6", "fp4dit-fp-exact64-w4a6")),
+    "groups": (
+        pairs(
+            "At W4A6, round to nearest:",
+            {title: (f"rtn-fp-{one}-w4a6", f"rtn-fp-{other}-w4a6") for title, (one, other) in GROUPS.items()},
+            bits=True,
+        ),
+    ),
+    "methods": (methods,),
+    "qdit": (steps_of(QDIT),),
+    "msfp": (steps_of(MSFP),),
+    "learned_groups": (
+        pairs(
+            "At W4A6, FP4DiT:",
+            {
+                f"groups of {size} against 64": (f"fp4dit-fp-exact{size}-w4a6", "fp4dit-fp-exact64-w4a6")
+                for size in (32, 16)
+            },
+            bits=True,
+        ),
+    ),
+    "full": (
+        pairs(
+            ROW_AGAINST_ROW,
+            {
+                "FP4DiT, full against fast": ("fp4dit-full-w4a6", "fp4dit-mixed-exact64-w4a6"),
+                "MSFP, full against fast": ("msfp-full-w4a6", "msfp-fp-w4a6"),
+            },
+        ),
+    ),
+    "full_default": (pairs(ROW_AGAINST_ROW, {"full against fast": ("fp4dit-fp-full-w4a6", "fp4dit-fp-exact64-w4a6")}),),
 }

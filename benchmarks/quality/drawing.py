@@ -8,15 +8,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
 from benchmarks.quality.metrics import Array
+from benchmarks.record import Json
 from benchmarks.zoo import judges
-from benchmarks.zoo.judge import CONDITIONS, conditions
 from export.models.load import LoadedModel, denoiser, load
 from pipeline.backends.base import Arrays
 from pipeline.backends.reference import ReferenceEngine
@@ -48,12 +47,12 @@ class Subject:
     seed: int
 
     @property
-    def facts(self) -> dict[str, Any]:
+    def facts(self) -> Json:
         """Everything that decides the pictures of one denoiser, and how they are judged."""
         return {
             "model": self.name,
             "model_sha256": self.model.sha256,
-            "prompts": CONDITIONS[self.name],
+            "prompts": judges.CONDITIONS[self.name],
             "count": len(self.prompts),
             "seed": self.seed,
             "sampler": self.generation.sampler,
@@ -66,7 +65,7 @@ class Subject:
 def make_subject(name: str, count: int, seed: int) -> Subject:
     """The bundled model `name` with `count` prompts and their noise."""
     model = load(f"zoo:{name}")
-    labels, prompts = conditions(name, LABELS, seed)
+    labels, prompts = judges.conditions(name, LABELS, seed)
     size = model.config["sample_size"]
     shape = (model.config["in_channels"], size, size)
     noise = np.stack([np.random.default_rng([seed, i]).standard_normal(shape, np.float32) for i in range(count)])
@@ -113,7 +112,7 @@ class Trajectory:
     """The float model's calls while it draws STEP_PICTURES pictures: inputs and output [2 B, C, H, W] of every step."""
 
     calls: list[Arrays]
-    outputs: list[NDArray[Any]]
+    outputs: list[NDArray[np.floating]]
 
     def errors_db(self, run: Run) -> list[float]:
         """SQNR of another denoiser's output in each step, on the same inputs."""
@@ -124,7 +123,7 @@ class Trajectory:
 def float_trajectory(subject: Subject, count: int = STEP_PICTURES) -> Trajectory:
     """Of the first `count` pictures."""
     calls: list[Arrays] = []
-    outputs: list[NDArray[Any]] = []
+    outputs: list[NDArray[np.floating]] = []
 
     def keep(_: int, inputs: Arrays, output: Arrays) -> None:
         calls.append(inputs)
@@ -149,8 +148,3 @@ def judged(name: str, pictures: Pictures) -> tuple[Array, torch.Tensor]:
 def real_features(name: str) -> Array:
     """Features of the held-out real data, [M, 64]."""
     return judged(name, judges.JUDGES[name].test()[1].numpy())[0]
-
-
-def right_pictures(labels: torch.Tensor, read: torch.Tensor) -> NDArray[np.bool_]:
-    """[N]: does the judge read everything that the prompt asks for?"""
-    return (labels == read).all(1).numpy()

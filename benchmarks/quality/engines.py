@@ -8,34 +8,44 @@ every linear has been found exact on a few of the row's own calls; else the refe
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 import shutil
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 
+from benchmarks import record
 from benchmarks.quality.drawing import BATCH_SIZES, Run, Subject, Trajectory
 from benchmarks.quality.rows import Row
 from export import checkpoint
 from export.checkpoint import QuantizedLinear
 from export.errors import EnvironmentLacksError, UserError
+from export.to_onnx import export_portable
 from pipeline import recipe as recipes
 from pipeline.backends import BACKENDS
 from pipeline.backends.base import Arrays, Engine, LoweredGraph
 from pipeline.backends.cpu import CpuOptions
 from pipeline.backends.cuda import CudaOptions
 from pipeline.backends.reference import ReferenceEngine, fake_quant
+from pipeline.bench.measure import interleaved
+from pipeline.calibrate import calibrate
+from pipeline.calibrate.methods.rtn import quantize_linear
+from pipeline.calibrate.plan import make_plans
 from pipeline.distance import sqnr_db
 from pipeline.files import remove, sha256_json, write_json
+from pipeline.generate.case import make_case
 from pipeline.recipe import Recipe
+from pipeline.verify.gates import coverage_gate, layer_gates
+from pipeline.verify.probe import ProbedGraph
+from pipeline.verify.proof import layer_results
 from pipeline.verify.report import Gate
+from pipeline.verify.study import Realisations, Study
 
 logger = logging.getLogger(__name__)
 CALIBRATION_TIME = "seconds.json"
@@ -51,7 +61,7 @@ class Drawer:
 
     run: Run
     name: str
-    proof: dict[str, Any] = field(default_factory=dict)
+    proof: record.Json = field(default_factory=dict)
 
 
 def row_recipe(row: Row, settings: Sequence[str] = ()) -> Recipe:
@@ -73,51 +83,32 @@ def calibrated(
 
     redo: forget what the folder holds.
     """
-    from pipeline.calibrate import calibrate
-
     place = folder / calibration_key(recipe, subject.model.sha256, row.multipliers)
     if redo:
         remove(place)
-    with timed(place / CALIBRATION_TIME) as spent:
+    path, started = place / CALIBRATION_TIME, time.monotonic()
+    before = float(record.read(path, {"seconds": 0.0})["seconds"])  # of runs that were interrupted
+    try:
         own = restricted(subject, row, recipe, place) if row.multipliers else None
         layers = own or calibrate(subject.model, recipe, place)
-    return layers, spent[0] / 60
-
-
-@contextmanager
-def timed(path: Path) -> Iterator[list[float]]:
-    """Seconds of the body, added to what `path` holds of earlier, interrupted runs; a run that finds all done adds
-    next to nothing. Yields a list whose only element is the sum, at the end."""
-    spent = [stored_seconds(path)]
-    started = time.monotonic()
-    try:
-        yield spent
     finally:
-        spent[0] += time.monotonic() - started
-        if path.parent.is_dir() and not math.isclose(spent[0], stored_seconds(path), abs_tol=0.5):
-            write_json(path, {"seconds": spent[0]})
-
-
-def stored_seconds(path: Path) -> float:
-    return float(json.loads(path.read_text(encoding="utf-8"))["seconds"]) if path.is_file() else 0.0
+        seconds = before + time.monotonic() - started
+        # A run that finds all done adds next to nothing.
+        if place.is_dir() and not math.isclose(seconds, before, abs_tol=0.5):
+            write_json(path, {"seconds": seconds})
+    return layers, seconds / 60
 
 
 def restricted(subject: Subject, row: Row, recipe: Recipe, folder: Path) -> list[QuantizedLinear]:
     """Round to nearest with the row's group multipliers alone, for example powers of two."""
-    from pipeline.calibrate.methods.rtn import quantize_linear
-    from pipeline.calibrate.plan import make_plans
-
     if (folder / checkpoint.LAYERS_FILE).is_file():
         return checkpoint.load(folder)
     plans = make_plans(subject.model.linears(), recipe)
-    allowed = [replace(plan, multipliers=_common(plan.multipliers, row.multipliers)) for plan in plans]
+    common = [tuple(multiplier for multiplier in plan.multipliers if multiplier in row.multipliers) for plan in plans]
+    allowed = [replace(plan, multipliers=multipliers or (1,)) for plan, multipliers in zip(plans, common, strict=True)]
     layers = [quantize_linear(plan, recipe.weights.search) for plan in allowed]
     checkpoint.save(layers, folder)
     return layers
-
-
-def _common(exact: Sequence[int], others: Sequence[int]) -> tuple[int, ...]:
-    return tuple(multiplier for multiplier in exact if multiplier in others) or (1,)
 
 
 # --- runner ---------------------------------------------------------------------------------------------------------
@@ -173,8 +164,6 @@ def build_engine(
     subject: Subject, layers: Sequence[QuantizedLinear], recipe: Recipe, folder: Path, target: str
 ) -> tuple[LoweredGraph, Engine]:
     """The target's engine of the layers, as `build` makes it, in `folder` (emptied first)."""
-    from export.to_onnx import export_portable
-
     shutil.rmtree(folder, ignore_errors=True)
     for name in ("lowered", target):
         (folder / name).mkdir(parents=True)
@@ -196,9 +185,11 @@ def choose(
     """The engine called `own`, unless a gate fails or the reference is faster."""
     failed = [gate.name for gate in proof if not gate.passed]
     call = first_samples(trajectory.calls[len(trajectory.calls) // 2], BATCH_SIZES[subject.name])
-    seconds = {own: call_seconds(engine.run, call), "reference": call_seconds(reference.run, call)}
+    calls = {own: partial(engine.run, call), "reference": partial(reference.run, call)}
+    timings = interleaved(calls, math.inf, (TIMED_CALLS, TIMED_CALLS))
+    seconds = {name: min(timing.seconds) for name, timing in timings.items()}
     agreement = sqnr_db(reference.run(call)["sample"], engine.run(call)["sample"])
-    facts = {
+    facts: record.Json = {
         "gates": {gate.name: gate.value for gate in proof},
         "call_s": seconds,
         "engine_against_reference_sqnr_db": agreement,
@@ -220,12 +211,6 @@ def prove(
 ) -> list[Gate]:
     """The gates of `verify` over all linears, on calls of the first, a middle and the last step: every code as the
     oracle's, every integer GEMM equal, scales and bias within float32 rounding."""
-    from pipeline.generate.case import make_case
-    from pipeline.verify.gates import coverage_gate, layer_gates
-    from pipeline.verify.probe import ProbedGraph
-    from pipeline.verify.proof import layer_results
-    from pipeline.verify.study import Realisations, Study
-
     steps = sorted({0, len(trajectory.calls) // 2, len(trajectory.calls) - 1})
     calls = [first_samples(trajectory.calls[step], PROVEN_PICTURES) for step in steps]
     study = Study(make_case(subject.model, recipe), calls=calls, probed=tuple(range(len(calls))))
@@ -244,14 +229,3 @@ def first_samples(call: Arrays, count: int) -> Arrays:
     count = min(count, half)
     rows = [*range(count), *range(half, half + count)]
     return {name: value[rows] for name, value in call.items()}
-
-
-def call_seconds(run: Callable[[Arrays], Arrays], call: Arrays) -> float:
-    """The fastest of TIMED_CALLS after one that warms up."""
-    run(call)
-    seconds = []
-    for _ in range(TIMED_CALLS):
-        started = time.perf_counter()
-        run(call)
-        seconds.append(time.perf_counter() - started)
-    return min(seconds)

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.distance import ratio_db
+from pipeline import distance
 
 Array = NDArray[np.float64]
 RESAMPLES, LEVEL = 400, 0.95
@@ -56,13 +56,13 @@ def frechet(first: Gaussian, second: Gaussian) -> float:
     return float(means + np.trace(first.covariance) + np.trace(second.covariance) - 2 * root)
 
 
-def frechet_estimate(features: Array, real: Array, seed: int = 0) -> Estimate:
+def frechet_estimate(features: Array, real: Array) -> Estimate:
     """Frechet distance of pictures' features [N, D] from those of real data [M, D]."""
     fixed = gaussian(real)
-    return centred(lambda rows: frechet(gaussian(features[rows]), fixed), len(features), seed)
+    return centred(lambda rows: frechet(gaussian(features[rows]), fixed), len(features))
 
 
-def frechet_increase(features: Array, base: Array, real: Array, seed: int = 0) -> Estimate:
+def frechet_increase(features: Array, base: Array, real: Array) -> Estimate:
     """How much farther from `real` than the pictures of `base` [N, D], which show the same prompts from the same noise.
 
     Both sets are resampled together, so that what chance does to both cancels.
@@ -72,31 +72,31 @@ def frechet_increase(features: Array, base: Array, real: Array, seed: int = 0) -
     def increase(rows: NDArray[np.intp]) -> float:
         return frechet(gaussian(features[rows]), fixed) - frechet(gaussian(base[rows]), fixed)
 
-    return centred(increase, len(features), seed)
+    return centred(increase, len(features))
 
 
-def frechet_between(features: Array, base: Array, seed: int = 0) -> Estimate:
+def frechet_between(features: Array, base: Array) -> Estimate:
     """Frechet distance of two sets of pictures of the same prompts from the same noise, resampled together."""
-    return centred(lambda rows: frechet(gaussian(features[rows]), gaussian(base[rows])), len(features), seed)
+    return centred(lambda rows: frechet(gaussian(features[rows]), gaussian(base[rows])), len(features))
 
 
-def resamples(count: int, seed: int) -> list[NDArray[np.intp]]:
+def resamples(count: int) -> list[NDArray[np.intp]]:
     """RESAMPLES index arrays [count], drawn with replacement."""
-    rng = np.random.default_rng(seed)
+    rng = np.random.default_rng(0)
     return [rng.integers(count, size=count) for _ in range(RESAMPLES)]
 
 
-def centred(statistic: Callable[[NDArray[np.intp]], float], count: int, seed: int) -> Estimate:
+def centred(statistic: Callable[[NDArray[np.intp]], float], count: int) -> Estimate:
     """The statistic of all pictures, with the bootstrap's percentiles moved so that their mean is the estimate."""
     value = statistic(np.arange(count))
-    drawn = np.array([statistic(rows) for rows in resamples(count, seed)])
+    drawn = np.array([statistic(rows) for rows in resamples(count)])
     low, high = np.quantile(drawn - drawn.mean(), [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
     return Estimate(value, value + float(low), value + float(high))
 
 
-def median_estimate(values: Array, seed: int = 0) -> Estimate:
+def median_estimate(values: Array) -> Estimate:
     """Median over pictures [N] with percentile bootstrap; infinite values (equal pictures) are allowed."""
-    drawn = np.sort([np.median(values[rows]) for rows in resamples(len(values), seed)])
+    drawn = np.sort([np.median(values[rows]) for rows in resamples(len(values))])
     at = [int((1 - LEVEL) / 2 * (RESAMPLES - 1)), math.ceil((1 + LEVEL) / 2 * (RESAMPLES - 1))]
     return Estimate(float(np.median(values)), float(drawn[at[0]]), float(drawn[at[1]]))
 
@@ -111,9 +111,8 @@ def share_estimate(right: NDArray[np.bool_]) -> Estimate:
 
 def psnr_db(pictures: NDArray[np.floating], reference: NDArray[np.floating]) -> Array:
     """[N] dB for pictures [N, C, H, W], both cut to [-1, 1]; inf where they are equal."""
-    difference = _shown(pictures) - _shown(reference)
-    errors = np.mean(difference**2, axis=(1, 2, 3))
-    return np.array([ratio_db(PIXEL_RANGE**2, float(error)) for error in errors])
+    pairs = zip(_shown(reference), _shown(pictures), strict=True)
+    return np.array([distance.psnr_db(*pair, PIXEL_RANGE) for pair in pairs])
 
 
 def ssim(pictures: NDArray[np.floating], reference: NDArray[np.floating]) -> Array:

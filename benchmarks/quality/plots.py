@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Literal, TypeAlias
 
 from benchmarks import record
 from benchmarks.quality.results import MEASURED, Results
-from benchmarks.quality.rows import MODELS, TABLES, WIDTHS, Line
+from benchmarks.quality.rows import MODELS, TABLES, WIDTHS
+from benchmarks.record import Json
 
-Document = Mapping[str, Any]
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+Panel: TypeAlias = "Callable[[Axes, Json, str], None]"  # draws what a model's document says into its axes
 WIDTH_COLOURS = {"w4a8": "#3b6fb6", "w4a6": "#d9822b", "w4a4": "#a83279", "w6a8": "#4a9a5b"}
 PART_COLOURS = {"weights": "#3b6fb6", "activations": "#d9822b", "both": "#555555"}
 GROUP_STYLES = {
@@ -24,14 +29,14 @@ DPI = 110
 WIDE_RANGE = 3000  # of a logarithmic axis, beyond which it has room for powers of ten only
 
 
-def measured(document: Document) -> dict[str, Any]:
+def measured(document: Json) -> Json:
     return {name: row for name, row in document["rows"].items() if row["status"] == MEASURED}
 
 
-def method_dots(axes: Any, document: Document, model: str, names: tuple[Line, ...]) -> None:
-    """Distance to float of every method, one dot for each width, on a logarithmic axis."""
+def method_dots(axes: Axes, document: Json, model: str, table: str) -> None:
+    """Distance to float of every line of a table, one dot for each width, on a logarithmic axis."""
     rows = measured(document)
-    lines = [line for line in names if any(f"{line.name}-{width}" in rows for width in line.widths)]
+    lines = [line for line in TABLES[table].lines if any(f"{line.name}-{width}" in rows for width in line.widths)]
     for place, line in enumerate(lines):
         for width in line.widths:
             if row := rows.get(f"{line.name}-{width}"):
@@ -46,13 +51,13 @@ def method_dots(axes: Any, document: Document, model: str, names: tuple[Line, ..
     _legend_once(axes)
 
 
-def _dot(axes: Any, estimate: Mapping[str, float], place: float, colour: str, label: str) -> None:
+def _dot(axes: Axes, estimate: Mapping[str, float], place: float, colour: str, label: str) -> None:
     low = max(estimate["low"], estimate["value"] / 1000, 1e-9)  # a logarithmic axis has no zero
     axes.plot([low, estimate["high"]], [place, place], color=colour, linewidth=1, alpha=0.6)
     axes.plot(max(estimate["value"], 1e-9), place, "o", color=colour, markersize=5, label=label)
 
 
-def _logarithmic(axes: Any) -> None:
+def _logarithmic(axes: Axes) -> None:
     """A logarithmic x axis, or a word where nothing has been drawn."""
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
@@ -67,21 +72,17 @@ def _logarithmic(axes: Any) -> None:
         axes.text(0.5, 0.5, "not measured yet", ha="center", transform=axes.transAxes)
 
 
-def _legend_once(axes: Any, columns: int = 1, place: str = "best") -> None:
+def _legend_once(axes: Axes, columns: int = 1, place: Literal["best", "lower left"] = "best") -> None:
     handles, labels = axes.get_legend_handles_labels()
     unique = dict(zip(labels, handles, strict=True))
     if unique:
-        axes.legend(unique.values(), unique.keys(), fontsize=8, loc=place, ncols=columns)
+        axes.legend(list(unique.values()), list(unique), fontsize=8, loc=place, ncols=columns)
 
 
-def table_dots(name: str) -> Callable[[Any, Document, str], None]:
-    """`method_dots` for the lines of one table."""
-    return lambda axes, document, model: method_dots(axes, document, model, TABLES[name].lines)
-
-
-def groups(axes: Any, document: Document, model: str) -> None:
+def groups(axes: Axes, document: Json, model: str) -> None:
     """PSNR against bits that scales take, one curve for each kind of group scale; points are group sizes."""
-    rows, points = measured(document), {kind: [] for kind in GROUP_STYLES}  # type: dict[str, Any], dict[str, list[Any]]
+    rows = measured(document)
+    points: dict[str, list[tuple[float, dict[str, float], str]]] = {kind: [] for kind in GROUP_STYLES}
     for line in TABLES["groups"].lines:
         kind, _, size = line.label.partition(", ")
         if row := rows.get(f"{line.name}-w4a6"):
@@ -102,7 +103,7 @@ def groups(axes: Any, document: Document, model: str) -> None:
     _legend_once(axes)
 
 
-def steps(axes: Any, document: Document, model: str) -> None:
+def steps(axes: Axes, document: Json, model: str) -> None:
     """SQNR of the denoiser's output by step, FP solid and INT dashed."""
     rows = measured(document)
     for numbers, style in (("fp-channel", "-"), ("int-channel", "--")):
@@ -110,7 +111,7 @@ def steps(axes: Any, document: Document, model: str) -> None:
             if row := rows.get(f"rtn-{numbers}-{width}"):
                 label = f"{numbers.partition('-')[0].upper()} {width.upper()}"
                 axes.plot(row["step_sqnr_db"], style, color=WIDTH_COLOURS[width], label=label)
-    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.locator_params(axis="x", integer=True)
     axes.set_xlabel("denoising step (0: pure noise)")
     axes.set_ylabel("SQNR of the step's output, dB")
     axes.set_title(f"{model}, round to nearest per channel, on float's trajectory", fontsize=10)
@@ -119,7 +120,7 @@ def steps(axes: Any, document: Document, model: str) -> None:
     _legend_once(axes, columns=2, place="lower left")
 
 
-def sensitivity(axes: Any, document: Document, model: str) -> None:
+def sensitivity(axes: Axes, document: Json, model: str) -> None:
     """Noise that each kind of layer adds at FP W4A4, as a share of the output's power."""
     rows = [row for row in document.get("sensitivity", []) if row["row"] == "fp-w4a4"]
     kinds = list(dict.fromkeys(row["kind"] for row in rows))
@@ -138,11 +139,11 @@ def sensitivity(axes: Any, document: Document, model: str) -> None:
 
 
 # Name -> what is drawn for each model, and the size of one model's panel in inches.
-PLOTS: dict[str, tuple[Callable[[Any, Document, str], None], tuple[float, float]]] = {
-    "methods": (table_dots("methods"), (6.5, 5.0)),
-    "fp_or_int": (table_dots("fp_or_int"), (6.5, 3.2)),
-    "qdit": (table_dots("qdit"), (6.5, 3.2)),
-    "msfp": (table_dots("msfp"), (6.5, 2.8)),
+PLOTS: dict[str, tuple[Panel, tuple[float, float]]] = {
+    "methods": (partial(method_dots, table="methods"), (6.5, 5.0)),
+    "fp_or_int": (partial(method_dots, table="fp_or_int"), (6.5, 3.2)),
+    "qdit": (partial(method_dots, table="qdit"), (6.5, 3.2)),
+    "msfp": (partial(method_dots, table="msfp"), (6.5, 2.8)),
     "groups": (groups, (5.5, 4.0)),
     "steps": (steps, (5.5, 3.6)),
     "sensitivity": (sensitivity, (5.5, 3.8)),
@@ -152,17 +153,15 @@ PLOTS: dict[str, tuple[Callable[[Any, Document, str], None], tuple[float, float]
 def draw_all(folder: Path, results: Path = record.RESULTS) -> list[Path]:
     """Write every plot for which something has been measured; returns the files."""
     documents = {model: Results(model, results).read() for model in MODELS}
-    shown = {model: document for model, document in documents.items() if document["rows"]}
-    panels_of = {name: {model: shown[model] for model in shown if model in models_of(name)} for name in PLOTS}
-    return [draw(name, panels, folder) for name, panels in panels_of.items() if panels]
+    paths = []
+    for name in PLOTS:
+        models = TABLES[name].models if name in TABLES else MODELS
+        if panels := {model: documents[model] for model in models if documents[model]["rows"]}:
+            paths.append(draw(name, panels, folder))
+    return paths
 
 
-def models_of(name: str) -> tuple[str, ...]:
-    """The models that a plot has a panel for: those of its table, or all."""
-    return TABLES[name].models if name in TABLES else tuple(MODELS)
-
-
-def draw(name: str, documents: Mapping[str, Document], folder: Path) -> Path:
+def draw(name: str, documents: Mapping[str, Json], folder: Path) -> Path:
     """One PNG with a panel for each model."""
     import matplotlib
 

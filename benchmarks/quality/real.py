@@ -21,24 +21,29 @@ import argparse
 import copy
 import json
 import logging
-from collections.abc import Callable
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from diffusers import DiffusionPipeline
+from PIL import Image
 
 from benchmarks import record
 from benchmarks.quality.metrics import median_estimate, psnr_db, ssim
 from benchmarks.quality.real_metrics import METRICS, Pictures, read_picture
-from benchmarks.quality.results import FAILED, FLOAT, MEASURED, Results, row_key
+from benchmarks.quality.results import FAILED, FLOAT, MEASURED, Results, outcome, row_key
 from benchmarks.quality.rows import Row, rows_of
+from benchmarks.record import Json
 from export.errors import EnvironmentLacksError, RecipeError
 from export.models.load import LoadedModel, denoiser, load
 from pipeline import recipe as recipes
 from pipeline.backends.base import Arrays
 from pipeline.backends.reference import ReferenceEngine, fake_quant
+from pipeline.calibrate import calibrate
 from pipeline.files import remove, sha256_json
 from pipeline.generate import pipeline_folder
 from pipeline.generate.diffusers_adapter import EngineTransformer
@@ -61,12 +66,16 @@ FAMILY_ROWS = {
 class Real:
     """A real pipeline and what all of its rows have in common. facts: what decides the pictures of one denoiser."""
 
-    pipe: Any
+    pipe: DiffusionPipeline
     model: LoadedModel
     prompts: list[str]
     arguments: argparse.Namespace
-    facts: dict[str, Any]
+    facts: Json
     work: Path
+
+    def pictures(self, name: str, key: str) -> Path:
+        """The folder of a row's pictures."""
+        return self.work / f"{name}-{key}"
 
 
 def run_real(arguments: argparse.Namespace) -> int:
@@ -75,19 +84,25 @@ def run_real(arguments: argparse.Namespace) -> int:
     prompts, arguments.device = read_prompts(arguments), chosen_device(arguments.device)
     refuse_missing(root, arguments)
     model = load(str(root))
-    rows = [(row, real_recipe(row, arguments)) for row in real_rows(model, arguments)]
+    rows = [
+        (row, replace(with_set(row.recipe, arguments, row.settings), model=arguments.model))
+        for row in real_rows(model, arguments)
+    ]
     results = Results(f"real_{root.name}", arguments.output_dir or record.RESULTS)
     subject = facts(model, prompts, arguments)
     results.refuse_others(subject)
-    real = Real(open_pipeline(root), model, prompts, arguments, subject, arguments.work_dir / results.model)
-    base = float_pictures(real)
+    pipe = DiffusionPipeline.from_pretrained(root, local_files_only=True)
+    real = Real(pipe, model, prompts, arguments, subject, arguments.work_dir / results.model)
     key = row_key(subject, None, ())
-    results.add(FLOAT, scored(real, results, FLOAT, key, base) | {"drawn_by": drawn_by(arguments)}, subject)
+    base = stored_pictures(real, FLOAT, key, denoiser(model), family_recipe(model, arguments))
+    results.add(FLOAT, scored(real, results, FLOAT, key, base), subject)
     failed = 0
     for row, recipe in rows:
-        row_outcome = row_record(real, results, row, recipe, base)
-        results.add(row.name, row_outcome, subject)
-        failed += row_outcome["status"] == FAILED
+        key = row_key(subject, recipe, row.multipliers)
+        stated = {"settings": list(row.settings), "key": key}
+        measured = outcome(row.name, stated, partial(measured_row, real, results, row, recipe, key, base))
+        results.add(row.name, measured, subject)
+        failed += measured["status"] == FAILED
     print(results.path)
     return failed
 
@@ -130,17 +145,17 @@ def real_rows(model: LoadedModel, arguments: argparse.Namespace) -> list[Row]:
     return rows
 
 
-def real_recipe(row: Row, arguments: argparse.Namespace) -> Recipe:
-    recipe = recipes.with_settings(recipes.load(row.recipe), [*row.settings, *arguments.set])
-    return replace(recipe, model=arguments.model)
+def with_set(name: str, arguments: argparse.Namespace, settings: Sequence[str] = ()) -> Recipe:
+    """A bundled recipe with `settings`, then those of --set."""
+    return recipes.with_settings(recipes.load(name), [*settings, *arguments.set])
 
 
 def family_recipe(model: LoadedModel, arguments: argparse.Namespace) -> Recipe:
     """What the rows of the model's family start from: float draws with its steps and guidance, too."""
-    return recipes.with_settings(recipes.load(FAMILY_ROWS[model.family.name][1]), arguments.set)
+    return with_set(FAMILY_ROWS[model.family.name][1], arguments)
 
 
-def facts(model: LoadedModel, prompts: list[str], arguments: argparse.Namespace) -> dict[str, Any]:
+def facts(model: LoadedModel, prompts: list[str], arguments: argparse.Namespace) -> Json:
     """What all rows have in common; metrics are not among it, they may be added later."""
     return {
         "model": arguments.model,
@@ -154,37 +169,29 @@ def facts(model: LoadedModel, prompts: list[str], arguments: argparse.Namespace)
     }
 
 
-def open_pipeline(root: Path) -> Any:
-    from diffusers import DiffusionPipeline
-
-    return DiffusionPipeline.from_pretrained(root, local_files_only=True)
-
-
 # --- rows -----------------------------------------------------------------------------------------------------------
 
 
-def row_record(real: Real, results: Results, row: Row, recipe: Recipe, base: Pictures) -> dict[str, Any]:
-    """A row's numbers, or why there are none: one that fails stops no other."""
-    key = row_key(real.facts, recipe, row.multipliers)
-    stated = {"settings": list(row.settings), "key": key}
-    try:
-        pictures, drawn = row_pictures(real, row, recipe, key)
-        return stated | drawn | scored(real, results, row.name, key, pictures, base)
-    except Exception as error:
-        logger.exception("%s failed", row.name)
-        return stated | {"status": FAILED, "reason": f"{type(error).__name__}: {error}"}
+def measured_row(real: Real, results: Results, row: Row, recipe: Recipe, key: str, base: Pictures) -> Json:
+    """A row's numbers, with the size of its weights; --redo calibrates and draws anew."""
+    calibrated = real.work / "calibrated" / key
+    if real.arguments.redo:
+        remove(real.pictures(row.name, key))
+        remove(calibrated)
+    layers = calibrate(real.model, recipe, calibrated)
+    pictures = stored_pictures(real, row.name, key, fake_quant(real.model, layers, torch.float32), recipe)
+    size = {"weight_bytes": sum(layer.size_bytes for layer in layers)}
+    return size | scored(real, results, row.name, key, pictures, base)
 
 
-def scored(
-    real: Real, results: Results, name: str, key: str, pictures: Pictures, base: Pictures | None = None
-) -> dict[str, Any]:
+def scored(real: Real, results: Results, name: str, key: str, pictures: Pictures, base: Pictures | None = None) -> Json:
     """The measures of a row's pictures. Metrics that its record holds already are kept, unless --redo."""
     before = results.read()["rows"].get(name, {}) if results.has(name, key) and not real.arguments.redo else {}
-    measures: dict[str, Any] = {"status": MEASURED, "key": key}
+    measures: Json = {"status": MEASURED, "key": key, "drawn_by": f"reference, {real.arguments.device}"}
     for metric in dict.fromkeys([*(metric for metric in METRICS if metric in before), *real.arguments.metric]):
-        kept = before.get(metric)
-        folder = picture_folder(real, name, key)
-        score = kept if kept is not None else METRICS[metric].score(pictures, real.prompts, folder, real.arguments)
+        score = before.get(metric)
+        if score is None:
+            score = METRICS[metric].score(pictures, real.prompts, real.pictures(name, key), real.arguments)
         measures[metric] = score
         logger.info("%s: %s %g", name, metric, score)
     if base is not None:
@@ -193,49 +200,18 @@ def scored(
     return measures
 
 
-def float_pictures(real: Real) -> Pictures:
-    """The float model's, drawn with the steps and guidance of its family's recipe."""
-    folder = picture_folder(real, FLOAT, row_key(real.facts, None, ()))
-    recipe = family_recipe(real.model, real.arguments)
-    return stored_pictures(folder, lambda: draw(real, denoiser(real.model), recipe), real.prompts)
-
-
-def row_pictures(real: Real, row: Row, recipe: Recipe, key: str) -> tuple[Pictures, dict[str, Any]]:
-    """The quantized model's, with the size of its weights and what drew them; --redo makes both anew."""
-    from pipeline.calibrate import calibrate
-
-    folder, kept = picture_folder(real, row.name, key), real.work / "calibrated" / key
-    if real.arguments.redo:
-        remove(folder)
-        remove(kept)
-    layers = calibrate(real.model, recipe, kept)
-    module = fake_quant(real.model, layers, torch.float32)
-    pictures = stored_pictures(folder, lambda: draw(real, module, recipe), real.prompts)
-    drawn = {"weight_bytes": sum(layer.size_bytes for layer in layers), "drawn_by": drawn_by(real.arguments)}
-    return pictures, drawn
-
-
-def drawn_by(arguments: argparse.Namespace) -> str:
-    return f"reference, {arguments.device}"
-
-
-def picture_folder(real: Real, name: str, key: str) -> Path:
-    return real.work / f"{name}-{key}"
-
-
 # --- pictures -------------------------------------------------------------------------------------------------------
 
 
-def stored_pictures(folder: Path, make: Callable[[], Pictures], prompts: list[str]) -> Pictures:
-    """Pictures of a folder; drawn and written there (prompts.json last) if they are not."""
-    from PIL import Image
-
+def stored_pictures(real: Real, name: str, key: str, module: torch.nn.Module, recipe: Recipe) -> Pictures:
+    """Pictures of a row; drawn and written to its folder (prompts.json last) if they are not there."""
+    folder = real.pictures(name, key)
     if not (folder / "prompts.json").is_file():
         folder.mkdir(parents=True, exist_ok=True)
-        for index, picture in enumerate(make()):
+        for index, picture in enumerate(draw(real, module, recipe)):
             Image.fromarray(picture).save(folder / f"{index:04d}.png")
-        (folder / "prompts.json").write_text(json.dumps(prompts), encoding="utf-8")
-    return np.stack([read_picture(folder / f"{index:04d}.png") for index in range(len(prompts))])
+        (folder / "prompts.json").write_text(json.dumps(real.prompts), encoding="utf-8")
+    return np.stack([read_picture(folder / f"{index:04d}.png") for index in range(len(real.prompts))])
 
 
 class PlacedEngine(ReferenceEngine):

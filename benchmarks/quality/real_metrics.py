@@ -19,6 +19,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from PIL import Image
 
 from benchmarks.quality import scorer
 from export.errors import EnvironmentLacksError
@@ -121,8 +122,6 @@ def _scorer(name: str) -> Metric:
 def rehearse(name: str, python: Path) -> None:
     """Score one grey picture. Raises EnvironmentLacksError if the package cannot be imported or its weights are not
     there."""
-    from PIL import Image
-
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place)
         Image.new("RGB", (64, 64), "grey").save(folder / "0000.png")
@@ -161,7 +160,5 @@ def _channels_first(pictures: Pictures) -> torch.Tensor:
 
 def read_picture(path: Path) -> Pictures:
     """One picture [H, W, 3] of a file."""
-    from PIL import Image
-
     with Image.open(path) as image:
         return np.asarray(image.convert("RGB"))

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping
+import logging
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 from benchmarks import record
 from benchmarks.quality.metrics import LEVEL, RESAMPLES
+from benchmarks.record import Json
 from export.errors import RecipeError
 from pipeline import machine
 from pipeline.files import sha256_json
+from pipeline.recipe import Recipe
+
+logger = logging.getLogger(__name__)
 
 FLOAT = "float"
 # What a record may say of its row.
@@ -34,11 +37,11 @@ class Results:
     def path(self) -> Path:
         return self.folder / f"quality_{self.model}.json"
 
-    def read(self) -> dict[str, Any]:
+    def read(self) -> Json:
         """The whole document; without rows if there is none yet."""
-        return json.loads(self.path.read_text(encoding="utf-8")) if self.path.is_file() else {"rows": {}}
+        return record.read(self.path, {"rows": {}})
 
-    def refuse_others(self, subject: Mapping[str, Any]) -> None:
+    def refuse_others(self, subject: Mapping[str, object]) -> None:
         """Raises RecipeError if the file holds rows of other pictures: a table must not mix them."""
         stored = self.read().get("subject", subject)
         different = [
@@ -52,25 +55,35 @@ class Results:
         row = self.read()["rows"].get(name, {})
         return row.get("status") == MEASURED and row.get("key") == key
 
-    def add(self, name: str, row: Mapping[str, Any], subject: Mapping[str, Any]) -> None:
+    def add(self, name: str, row: Mapping[str, object], subject: Mapping[str, object]) -> None:
         """Put in one row's record; what else stands in the file stays."""
         document = self.read()
         stamp = {"cpu": machine.cpu_name(), "commit": record.commit(), "code_sha256": machine.code_version()}
         document["rows"][name] = {**row, **stamp}
         self._write(document, subject)
 
-    def put(self, part: str, value: Any, subject: Mapping[str, Any]) -> None:
+    def put(self, part: str, value: object, subject: Mapping[str, object]) -> None:
         """Replace a part beside the rows, for example "sensitivity"."""
         self._write(self.read() | {part: value}, subject)
 
-    def _write(self, document: dict[str, Any], subject: Mapping[str, Any]) -> None:
+    def _write(self, document: Json, subject: Mapping[str, object]) -> None:
         header = {"model": self.model, "subject": subject, "intervals": INTERVALS}
         rest = {key: value for key, value in document.items() if key not in (*header, "machine", "versions", "commit")}
         record.write(self.path.stem, header | rest, self.folder)
 
 
-def row_key(subject: Mapping[str, Any], recipe: Any, multipliers: tuple[int, ...]) -> str:
+def row_key(subject: Mapping[str, object], recipe: Recipe | None, multipliers: tuple[int, ...]) -> str:
     """Hash of the settings that decide a row's numbers. The code does so, too: its hash is kept with every record, and
     `--redo` measures a row again after a change."""
     parts = [asdict(getattr(recipe, part)) for part in ("formats", "weights", "calibrate")] if recipe else []
     return sha256_json([subject, parts, list(multipliers)])[:16]
+
+
+def outcome(name: str, stated: Json, measure: Callable[[], Json]) -> Json:
+    """A row's record: what is stated of it, and what `measure` gives, or why it failed: a table with a hole says what
+    is in it, and no row stops another."""
+    try:
+        return stated | {"status": MEASURED} | measure()
+    except Exception as error:
+        logger.exception("%s failed", name)
+        return stated | {"status": FAILED, "reason": f"{type(error).__name__}: {error}"}

@@ -6,7 +6,7 @@ A row is a model, a recipe and settings as of `--set`. Several tables may show t
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 
 MODELS = {"pixart_mini": "pixart_w4a6", "dit_mini": "dit_w4a8"}  # model -> the recipe that rows start from
@@ -16,6 +16,9 @@ FP = {"w4": "E2M1", "w6": "E2M3", "a8": "E3M4", "a6": "E2M3", "a4": "E2M1"}
 INT = {"w4": "INT4", "w6": "INT6", "a8": "INT8", "a6": "INT6", "a4": "INT4"}
 PLAIN, MIXED = "formats.weight_of={}", 'formats.weight_of={"ff.in" = "E3M0"}'
 CHANNEL = ("weights.granularity=per_channel",)
+# Of the records of sensitivity: what is quantized of the linears, and their kind if it is none in particular.
+PARTS = WEIGHTS, ACTIVATIONS, BOTH = "weights", "activations", "both"
+ALL = "all"
 
 
 @dataclass(frozen=True)
@@ -43,15 +46,15 @@ class Line:
 
     def rows(self, model: str) -> list[Row]:
         """For one model, in order of `widths`."""
-        return [self._row(model, width) for width in self.widths]
-
-    def _row(self, model: str, width: str) -> Row:
-        weight, activation = width[:2], width[2:]
         formats = self.formats or FP
-        base = (f"formats.weight={formats[weight]}", f"formats.activation={formats[activation]}", self.weight_of)
         chosen = () if any(key.startswith("method=") for key in self.settings) else ("method=rtn",)
-        settings = (*base, *chosen, *self.settings)
-        return Row(f"{self.name}-{width}", model, MODELS[model], settings, self.multipliers)
+        rows = []
+        for width in self.widths:
+            weight, activation = formats[width[:2]], formats[width[2:]]
+            base = (f"formats.weight={weight}", f"formats.activation={activation}", self.weight_of)
+            settings = (*base, *chosen, *self.settings)
+            rows.append(Row(f"{self.name}-{width}", model, MODELS[model], settings, self.multipliers))
+        return rows
 
 
 @dataclass(frozen=True)
@@ -146,22 +149,22 @@ MSFP = Table(
     ),
     ABLATED,
 )
+FAST = {line.name: replace(line, widths=("w4a6",)) for line in METHODS.lines}
+
+
+def full(line: Line, label: str, name: str) -> Line:
+    """A line with the full preset of its method."""
+    return replace(line, label=label, name=name, settings=("preset=full", *line.settings))
+
+
 FULL = Table(
     "full",
     "What does the full preset bring over the fast one?",
     (
-        Line(
-            "FP4DiT, exact groups of 64",
-            "fp4dit-mixed-exact64",
-            method("fp4dit", exact(64)),
-            None,
-            ("w4a6",),
-            (),
-            MIXED,
-        ),
-        Line("FP4DiT, full", "fp4dit-full", ("preset=full", *method("fp4dit", exact(64))), None, ("w4a6",), (), MIXED),
-        Line("MSFP", "msfp-fp", method("msfp"), None, ("w4a6",)),
-        Line("MSFP, full", "msfp-full", ("preset=full", *method("msfp")), None, ("w4a6",)),
+        FAST["fp4dit-mixed-exact64"],
+        full(FAST["fp4dit-mixed-exact64"], "FP4DiT, full", "fp4dit-full"),
+        FAST["msfp-fp"],
+        full(FAST["msfp-fp"], "MSFP, full", "msfp-full"),
     ),
     ABLATED,
 )
@@ -209,8 +212,8 @@ FULL_DEFAULT = Table(
     "full_default",
     "What does the full preset bring to the default recipe?",
     (
-        Line("FP4DiT, fast", "fp4dit-fp-exact64", method("fp4dit", exact(64)), None, ("w4a6",)),
-        Line("FP4DiT, full", "fp4dit-fp-full", ("preset=full", *method("fp4dit", exact(64))), None, ("w4a6",)),
+        replace(FAST["fp4dit-fp-exact64"], label="FP4DiT, fast"),
+        full(FAST["fp4dit-fp-exact64"], "FP4DiT, full", "fp4dit-fp-full"),
     ),
     ("pixart_mini",),
 )

@@ -15,17 +15,17 @@ found and of the recipe's own, and the settings that give them to any other reci
 from __future__ import annotations
 
 import argparse
-import logging
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from benchmarks import record
-from benchmarks.quality.drawing import Subject, draw, float_pictures, judged, make_subject, real_features
-from benchmarks.quality.metrics import Gaussian, frechet, gaussian
+from benchmarks.quality.drawing import draw, float_pictures, judged, make_subject, real_features
+from benchmarks.quality.metrics import frechet, gaussian
+from benchmarks.record import Json
 from export.errors import RecipeError
 from export.models import load as models
 from pipeline import recipe as recipes
@@ -43,7 +43,6 @@ from pipeline.files import sha256_json
 from pipeline.methods import METHODS
 from pipeline.recipe import Recipe
 
-logger = logging.getLogger(__name__)
 AGAINST = ("real", "float")
 
 
@@ -59,37 +58,29 @@ class FrechetScore:
     folder: Path
 
     @property
-    def origin(self) -> dict[str, Any]:
+    def origin(self) -> Json:
         """What the scores depend on beside the candidates."""
         return {"score": f"frechet from {self.against}", "count": self.count, "seed": self.seed}
 
-    def __call__(self) -> _Frechet:
-        return _Frechet(self)
+    def __call__(self) -> Callable[[Individual], float]:
+        subject = make_subject(self.name, self.count, self.seed)
+        models = CandidateModels(replace(self.candidates, model=subject.model))
+        if self.against == "real":
+            goal = gaussian(real_features(self.name))
+        else:
+            goal = gaussian(judged(self.name, float_pictures(subject, self.folder))[0])
 
+        def score(individual: Individual) -> float:
+            engine = ReferenceEngine(models.module(individual), torch.float32)
+            # sums of float32 depend on how many threads share them, and scores must not
+            with single_threaded_torch():
+                return frechet(gaussian(judged(self.name, draw(subject, engine.run, "candidate"))[0]), goal)
 
-class _Frechet:
-    """The score itself."""
-
-    def __init__(self, score: FrechetScore) -> None:
-        self.subject: Subject = make_subject(score.name, score.count, score.seed)
-        self.models = CandidateModels(replace(score.candidates, model=self.subject.model))
-        self.goal: Gaussian = self._goal(score)
-
-    def _goal(self, score: FrechetScore) -> Gaussian:
-        if score.against == "real":
-            return gaussian(real_features(score.name))
-        return gaussian(judged(score.name, float_pictures(self.subject, score.folder))[0])
-
-    def __call__(self, individual: Individual) -> float:
-        engine = ReferenceEngine(self.models.module(individual), torch.float32)
-        # sums of float32 depend on how many threads share them, and scores must not
-        with single_threaded_torch():
-            pictures = draw(self.subject, engine.run, "candidate")
-            return frechet(gaussian(judged(self.subject.name, pictures)[0]), self.goal)
+        return score
 
 
 def make_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = record.parser("benchmarks.quality.search_groups", __doc__)
     parser.add_argument("--engine", default="dit_w4a8", metavar="NAME|RECIPE.toml")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="any recipe key")
     parser.add_argument("--fitness", choices=("fid", "proxy"), default="fid")
@@ -126,7 +117,7 @@ def make_score(arguments: argparse.Namespace, method: QDit, candidates: Candidat
     return FrechetScore(candidates, name, arguments.count, arguments.seed, arguments.against, arguments.output_dir)
 
 
-def run(arguments: argparse.Namespace) -> dict[str, Any]:
+def run(arguments: argparse.Namespace) -> Json:
     """Search, and write recipe and record; returns the record."""
     recipe, folder, started = make_recipe(arguments), arguments.output_dir, time.monotonic()
     method = make_method(recipe, folder)
@@ -140,8 +131,9 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     origin = {**score.origin, "model_sha256": model.sha256, **keys}
     outcome = search(space, settings, score, folder / "scores.json", origin)
     sizes = layer_sizes(plans, str(options["genes"]), space, outcome.best)
-    chosen = found_recipe(recipe, sizes)
-    (folder / f"{chosen.name}.toml").write_text(recipes.to_toml(chosen), encoding="utf-8")
+    building = replace(recipe.calibrate, options=recipe.calibrate.options | {"group_sizes": to_text(sizes)})
+    searched = replace(recipe, name=f"{recipe.name}_searched", calibrate=building)
+    (folder / f"{searched.name}.toml").write_text(recipes.to_toml(searched), encoding="utf-8")
     unsearched = outcome.costs.get(space.uniform(recipe.weights.group_size))
     document = describe(space, outcome, origin, sizes) | {"unsearched_cost": unsearched}
     document |= {"recipe": recipe.name, "seconds": time.monotonic() - started}
@@ -149,28 +141,17 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     return document
 
 
-def found_recipe(recipe: Recipe, sizes: list[int]) -> Recipe:
-    """The recipe that builds with these sizes."""
-    options = recipe.calibrate.options | {"group_sizes": to_text(sizes)}
-    return replace(recipe, name=f"{recipe.name}_searched", calibrate=replace(recipe.calibrate, options=options))
-
-
-def settings_for(sizes: list[int]) -> list[str]:
-    """What `--set` takes to have these sizes in a build, or in `python -m pipeline.calibrate`."""
-    return ["calibrate.method=qdit", f"calibrate.options.group_sizes={to_text(sizes)}"]
-
-
-def describe(space: Space, outcome: SearchOutcome, origin: dict[str, Any], sizes: list[int]) -> dict[str, Any]:
+def describe(space: Space, outcome: SearchOutcome, origin: Json, sizes: list[int]) -> Json:
     """What was found, and what uniform sizes cost that the budget allows."""
-    sizes_known = sorted({size for gene in space.genes for size in gene.sizes})
-    uniform = {size: space.uniform(size) for size in sizes_known}
+    uniform = {size: space.uniform(size) for size in sorted({size for gene in space.genes for size in gene.sizes})}
     return {
         "origin": origin,
         "budget_bytes": space.budget_bytes,
         "size_bytes": space.size_bytes(outcome.best),
         "genes": {gene.name: size for gene, size in zip(space.genes, outcome.best, strict=True)},
         "group_sizes": to_text(sizes),
-        "settings": settings_for(sizes),
+        # What --set takes to have these sizes in a build, or in `python -m pipeline.calibrate`.
+        "settings": ["calibrate.method=qdit", f"calibrate.options.group_sizes={to_text(sizes)}"],
         "cost": outcome.cost,
         "trace": list(outcome.trace),
         "scored": len(outcome.costs),
@@ -179,8 +160,7 @@ def describe(space: Space, outcome: SearchOutcome, origin: dict[str, Any], sizes
 
 
 def main() -> None:
-    arguments = make_parser().parse_args()
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
+    arguments = record.parsed(make_parser())
     document = run(arguments)
     unsearched = document["unsearched_cost"]
     print(f"{document['cost']:.4f} with {document['group_sizes']}, {document['size_bytes']:,} bytes")

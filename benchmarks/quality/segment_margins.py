@@ -7,12 +7,10 @@ depend on how their weights were found. Writes benchmarks/results/segment_margin
 
 from __future__ import annotations
 
-import argparse
 import logging
 import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 from benchmarks import record
 from export.checkpoint import QuantizedLinear
@@ -41,18 +39,17 @@ STEPS = 4
 
 def main() -> None:
     """Measure and write."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = record.parser("benchmarks.quality.segment_margins", __doc__)
     parser.add_argument("--model", choices=sorted(MODELS), action="append", help="default: all")
     parser.add_argument("-o", "--output", type=Path, default=record.RESULTS, help="folder of the result")
-    arguments = parser.parse_args()
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    arguments = record.parsed(parser)
     rows = [row for name in arguments.model or MODELS for row in model_rows(name)]
     limits = {key: getattr(segments, key) for key in ("LIMIT", "PART_LIMIT", "SHARED_LIMIT", "JITTER_ULPS")}
     path = record.write("segment_margins", {"limits": limits, "steps": STEPS, "rows": rows}, arguments.output)
     logger.info("wrote %s", path)
 
 
-def model_rows(name: str) -> Iterator[dict[str, Any]]:
+def model_rows(name: str) -> Iterator[record.Json]:
     """One row for each target of a bundled model."""
     model = models.load(f"zoo:{name}")
     recipe_name, others = MODELS[name]
@@ -86,7 +83,7 @@ def measured(
     graph: LoweredGraph,
     float_study: Study,
     arithmetic: Arithmetic,
-) -> dict[str, Any]:
+) -> record.Json:
     """The worst stretch of a lowered graph."""
     report, probed = Report(), float_study.probed
     effort = Effort((0,), probed, 0, special=(1, 2, 3))

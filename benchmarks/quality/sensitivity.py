@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
@@ -16,7 +15,8 @@ from torch import nn
 
 from benchmarks.quality.drawing import Subject, Trajectory
 from benchmarks.quality.engines import row_recipe
-from benchmarks.quality.rows import CHANNEL, FP, INT, Line
+from benchmarks.quality.rows import ACTIVATIONS, ALL, CHANNEL, FP, INT, PARTS, WEIGHTS, Line
+from benchmarks.record import Json
 from export.checkpoint import QuantizedLinear
 from export.models.load import LinearRef, denoiser
 from pipeline.backends.reference import FakeQuantLinear, ReferenceEngine
@@ -24,13 +24,11 @@ from pipeline.calibrate.methods.rtn import quantize_linear
 from pipeline.calibrate.plan import make_plans
 from pipeline.progress import track
 
-ALL = "all"
-WEIGHTS, ACTIVATIONS, BOTH = "weights", "activations", "both"
 LINES = (Line("FP", "fp", CHANNEL, FP), Line("INT", "int", CHANNEL, INT))  # so that weights are equal at all widths
 
 
 @dataclass(frozen=True)
-class Case:
+class Measurement:
     """One measurement: row name ("fp-w4a6"), layer kind or "all", part, and the quantized layers of that kind."""
 
     row: str
@@ -44,7 +42,7 @@ class Case:
         return (self.kind, *(layer.weight_format for layer in self.layers)) if self.part == WEIGHTS else ()
 
 
-def sensitivity(subject: Subject, trajectory: Trajectory) -> list[dict[str, Any]]:
+def sensitivity(subject: Subject, trajectory: Trajectory) -> list[Json]:
     """One record for each case, with step_sqnr_db, and sqnr_db of the mean noise share of the steps."""
     known: dict[tuple[str, ...], list[float]] = {}
     all_cases, records = cases(subject), []
@@ -56,7 +54,7 @@ def sensitivity(subject: Subject, trajectory: Trajectory) -> list[dict[str, Any]
     return records
 
 
-def cases(subject: Subject) -> list[Case]:
+def cases(subject: Subject) -> list[Measurement]:
     """Every line and width, every layer kind and all kinds together, every part."""
     all_cases = []
     for row in (row for line in LINES for row in line.rows(subject.name)):
@@ -65,11 +63,11 @@ def cases(subject: Subject) -> list[Case]:
         layers = [quantize_linear(plan, recipe.weights.search) for plan in plans]
         for kind in (*dict.fromkeys(layer.kind for layer in layers), ALL):
             chosen = [layer for layer in layers if kind in (layer.kind, ALL)]
-            all_cases += [Case(row.name, kind, part, chosen) for part in (WEIGHTS, ACTIVATIONS, BOTH)]
+            all_cases += [Measurement(row.name, kind, part, chosen) for part in PARTS]
     return all_cases
 
 
-def _steps_db(subject: Subject, trajectory: Trajectory, case: Case) -> list[float]:
+def _steps_db(subject: Subject, trajectory: Trajectory, case: Measurement) -> list[float]:
     linears = {ref.name: ref for ref in subject.model.linears()}
     replacements = {layer.name: PartlyQuantized(linears[layer.name], layer, case.part) for layer in case.layers}
     return trajectory.errors_db(ReferenceEngine(denoiser(subject.model, replacements), torch.float32).run)

@@ -6,23 +6,21 @@ that was not measured says why, and the sentences below a table are computed fro
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
-from typing import Any
 
 from benchmarks import record
 from benchmarks.quality.adaround_table import study_text
 from benchmarks.quality.answers import ANSWERS, sensitivity_answers
 from benchmarks.quality.results import FLOAT, MEASURED, Results
-from benchmarks.quality.rows import MODELS, TABLES, WIDTHS, Line, Table
-from benchmarks.record import markdown
+from benchmarks.quality.rows import MODELS, PARTS, TABLES, WIDTHS, Table
+from benchmarks.record import Json, markdown
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGE = ROOT / "docs" / "quality.md"
-Record = Mapping[str, Any]
 # What draws, as records call it, and in words.
 DRAWERS = {
     "cpu engine": "the proven `cpu` engine",
@@ -37,14 +35,14 @@ class Column:
     """`show`: the cell of a measured record; float's own cell is "-" where `of_float` is False."""
 
     title: str
-    show: Callable[[Record], str]
+    show: Callable[[Json], str]
     of_float: bool = True
 
 
-def estimate(key: str, form: str) -> Callable[[Record], str]:
+def estimate(key: str, form: str) -> Callable[[Json], str]:
     """Value and interval of an estimate."""
 
-    def show(row: Record) -> str:
+    def show(row: Json) -> str:
         value, low, high = (format(row[key][part], form) for part in ("value", "low", "high"))
         return f"{value} ({low} to {high})"
 
@@ -58,25 +56,16 @@ COLUMNS = (
     Column("right", estimate("accuracy", ".1%")),
     Column("PSNR to float, dB", estimate("psnr_db", ".1f"), of_float=False),
     Column("SSIM", lambda row: f"{row['ssim']['value']:.4f}", of_float=False),
-    Column("bits per weight", lambda row: f"{bits_per_weight(row):.3f}"),
+    Column("bits per weight", lambda row: f"{8 * row['weight_bytes'] / row['weights']:.3f}"),
     Column("weights, MB", lambda row: f"{row['weight_bytes'] / 1e6:.2f}"),
     Column("calibration, min", lambda row: f"{row['calibration_minutes']:.1f}", of_float=False),
 )
 
 
-def bits_per_weight(row: Record) -> float:
-    return 8 * row["weight_bytes"] / row["weights"]
-
-
-def records(model: str, folder: Path = record.RESULTS) -> dict[str, Record]:
-    """By row name; empty if nothing was measured."""
-    return dict(Results(model, folder).read()["rows"])
-
-
 # --- docs/quality.md ------------------------------------------------------------------------------------------------
 
 
-def table_text(table: Table, model: str, by_name: Mapping[str, Record]) -> str:
+def table_text(table: Table, model: str, by_name: Mapping[str, Json]) -> str:
     """One Markdown table for each width that has a line in `table`, the float model first, and what they answer."""
     widths = [width for width in ("w6a8", *WIDTHS) if any(width in line.widths for line in table.lines)]
     parts = [f"### {model}"]
@@ -85,18 +74,18 @@ def table_text(table: Table, model: str, by_name: Mapping[str, Record]) -> str:
         rows = [["float", *cells(by_name.get(FLOAT), is_float=True)]]
         rows += [[line.label, *cells(by_name.get(f"{line.name}-{width}"))] for line in lines]
         parts += [f"{width.upper()}:", markdown(["", *(column.title for column in COLUMNS)], rows)]
-    answers = ANSWERS[table.name](by_name) if table.name in ANSWERS else []
-    return "\n\n".join([*parts, *answers])
+    answers = [answer(by_name) for answer in ANSWERS[table.name]]
+    return "\n\n".join([*parts, *chain.from_iterable(answers)])
 
 
-def cells(row: Record | None, is_float: bool = False) -> list[str]:
+def cells(row: Json | None, is_float: bool = False) -> list[str]:
     """A measured row's numbers, or one cell that says why there are none."""
     if row is None or row["status"] != MEASURED:
         return [absence(row), *[""] * (len(COLUMNS) - 1)]
     return [column.show(row) if column.of_float or not is_float else "-" for column in COLUMNS]
 
 
-def absence(row: Record | None) -> str:
+def absence(row: Json | None) -> str:
     return "not measured yet" if row is None else f"{row['status']}: {row['reason']}".replace("|", "/")
 
 
@@ -111,7 +100,11 @@ def page(folder: Path = record.RESULTS) -> str:
         short_table(folder),
     ]
     for table in TABLES.values():
-        parts += [f"## {table.question}", models_text(table), *picture(table.name)]
+        parts += [f"## {table.question}"]
+        if set(table.models) != set(MODELS):
+            models = ", ".join(f"`{name}`" for name in table.models)
+            parts += [f"Measured on {models} alone; the first table has both models."]
+        parts += picture(table.name)
         shown = {model: known[model]["rows"] for model in known if model in table.models}
         parts += [table_text(table, model, rows) for model, rows in shown.items() if rows]
         parts += [search_text(folder)] if table.name == "qdit" else []
@@ -121,19 +114,12 @@ def page(folder: Path = record.RESULTS) -> str:
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
-def models_text(table: Table) -> str:
-    """Which model an ablation is measured on, where it is not both."""
-    if set(table.models) == set(MODELS):
-        return ""
-    return f"Measured on {', '.join(f'`{name}`' for name in table.models)} alone; the first table has both models."
-
-
 def search_text(folder: Path) -> str:
     """What `benchmarks.quality.search_groups` found with pictures as the judge; nothing before it has been run."""
     path = folder / "search_groups.json"
     if not path.is_file():
         return ""
-    document = json.loads(path.read_text(encoding="utf-8"))
+    document = record.read(path)
     origin, own = document["origin"], document["unsearched_cost"]
     compared = "not scored" if own is None else f"{own:.4g}, so x {document['cost'] / own:.3f}"
     return (
@@ -163,7 +149,7 @@ drawn scenes and handwritten digits: the numbers compare methods and formats, an
   by the first row that needs them, and shared."""
 
 
-def subject_text(model: str, document: Record) -> str:
+def subject_text(model: str, document: Json) -> str:
     subject, machine = document["subject"], document["machine"]
     rows = [row for row in document["rows"].values() if row["status"] == MEASURED]
     drawn = Counter(row["drawn_by"].partition(",")[0] for row in rows if "drawn_by" in row)
@@ -183,15 +169,14 @@ def picture(name: str) -> list[str]:
     return [f"![{name}]({path.name})"] if path.is_file() else []
 
 
-def sensitivity_text(model: str, rows: Sequence[Record]) -> str:
+def sensitivity_text(model: str, rows: Sequence[Json]) -> str:
     """SQNR of the denoiser's output with one kind of layer quantized; lower costs more."""
     if not rows:
         return ""
     names, kinds = dict.fromkeys(row["row"] for row in rows), dict.fromkeys(row["kind"] for row in rows)
     at = {(row["row"], row["kind"], row["part"]): f"{row['sqnr_db']:.1f}" for row in rows}
-    parts = ("weights", "activations", "both")
-    header = ["dB", *(f"{name}, {part}" for name in names for part in parts)]
-    body = [[f"`{kind}`", *(at[name, kind, part] for name in names for part in parts)] for kind in kinds]
+    header = ["dB", *(f"{name}, {part}" for name in names for part in PARTS)]
+    body = [[f"`{kind}`", *(at[name, kind, part] for name in names for part in PARTS)] for kind in kinds]
     return "\n\n".join([f"### {model}", markdown(header, body), *sensitivity_answers(rows)])
 
 
@@ -207,20 +192,17 @@ SHORT = (
 
 def short_table(folder: Path = record.RESULTS, names: Sequence[str] = ()) -> str:
     """Methods by width, for both models: distance to float, and PSNR. names: of the lines shown; none: all of them."""
-    by_model = {model: records(model, folder) for model in MODELS}
+    by_model = {model: Results(model, folder).read()["rows"] for model in MODELS}
     if not any(by_model.values()):
         return "Not measured yet: run `python -m benchmarks.quality`."
     header = ["method", *(f"`{model}` {width.upper()}" for model in MODELS for width in WIDTHS)]
-    lines = {line.name: line for line in TABLES["methods"].lines}
-    return markdown(header, [[lines[name].label, *short_cells(lines[name], by_model)] for name in names or lines])
+    labels = {line.name: line.label for line in TABLES["methods"].lines}
+    columns = [(by_model[model], width) for model in MODELS for width in WIDTHS]
+    cells = {name: [short_cell(rows.get(f"{name}-{width}")) for rows, width in columns] for name in names or labels}
+    return markdown(header, [[labels[name], *cells[name]] for name in cells])
 
 
-def short_cells(line: Line, by_model: Mapping[str, Mapping[str, Record]]) -> list[str]:
-    rows = (by_model[model].get(f"{line.name}-{width}") for model in MODELS for width in WIDTHS)
-    return [short_cell(row) for row in rows]
-
-
-def short_cell(row: Record | None) -> str:
+def short_cell(row: Json | None) -> str:
     if row is None or row["status"] != MEASURED:
         return "-"
     return f"{row['frechet_to_float']['value']:.3g}; {row['psnr_db']['value']:.1f} dB"

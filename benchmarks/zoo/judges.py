@@ -7,8 +7,6 @@ committed: a distance is only comparable in one set of features.
 
 from __future__ import annotations
 
-import argparse
-import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,19 +15,16 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch.nn.functional import affine_grid, cross_entropy, grid_sample
 
-from benchmarks.quality.metrics import frechet, gaussian
-from benchmarks.record import add_names
+from benchmarks import record
 from benchmarks.zoo import scenes
-from benchmarks.zoo.tasks import digits
+from benchmarks.zoo.tasks import DIGIT_CLASSES, Batch, digit_batch, digit_split, scene_batch
 from pipeline.progress import track
 
-logger = logging.getLogger(__name__)
 FOLDER = Path(__file__).resolve().parent.parent / "weights"
 FEATURES = 64
 BATCH_SIZE = 128
 PEAK_LR = 3e-3
 NOISE = 0.1
-Batch = tuple[torch.Tensor, torch.Tensor]  # labels [count, slots] int64, pictures [count, C, H, W] in [-1, 1]
 
 
 @dataclass(frozen=True)
@@ -86,35 +81,28 @@ def _block(inputs: int, outputs: int, stride: int) -> torch.nn.Module:
     return torch.nn.Sequential(convolution, torch.nn.BatchNorm2d(outputs), torch.nn.ReLU())
 
 
-def _scene_batch(count: int, generator: torch.Generator, held_out: bool = False) -> Batch:
-    labels = scenes.sample_split(count, generator, held_out)
-    return labels, scenes.draw(labels, generator)
-
-
-def _digit_split(held_out: bool) -> Batch:
-    pictures, classes = digits()
-    rows = (torch.arange(len(classes)) % 5 == 0) == held_out
-    return classes[rows][:, None], pictures[rows]
-
-
-def _digit_batch(count: int, generator: torch.Generator) -> Batch:
-    labels, pictures = _digit_split(False)
-    chosen = torch.randint(len(labels), (count,), generator=generator)
-    return labels[chosen], pictures[chosen]
-
-
 def _scene_test() -> Batch:
-    return _scene_batch(2000, torch.Generator().manual_seed(99), held_out=True)
+    return scene_batch(2000, torch.Generator().manual_seed(99), held_out=True)
 
 
-DIGIT_SLOTS = {"class": tuple(str(digit) for digit in range(10))}
+DIGIT_SLOTS = {"class": tuple(str(digit) for digit in range(DIGIT_CLASSES))}
 JUDGES = {
     task.name: task
     for task in (
-        JudgeTask("pixart_mini", 3, 32, scenes.SLOTS, _scene_batch, _scene_test, 1200, 0.0, 0.0),
-        JudgeTask("dit_mini", 1, 16, DIGIT_SLOTS, _digit_batch, lambda: _digit_split(True), 2500, 0.2, 0.15),
+        JudgeTask("pixart_mini", 3, 32, scenes.SLOTS, scene_batch, _scene_test, 1200, 0.0, 0.0),
+        JudgeTask("dit_mini", 1, 16, DIGIT_SLOTS, digit_batch, lambda: digit_split(held_out=True), 2500, 0.2, 0.15),
     )
 }
+CONDITIONS = {"pixart_mini": "captions never trained on", "dit_mini": "the ten classes in turn"}
+
+
+def conditions(name: str, count: int, seed: int) -> tuple[torch.Tensor, list[str]]:
+    """What to draw: labels [count, slots] for the judge, and the prompts."""
+    if name == "dit_mini":
+        classes = torch.arange(count) % DIGIT_CLASSES
+        return classes[:, None], [str(int(label)) for label in classes]
+    labels = scenes.sample_split(count, torch.Generator().manual_seed(seed), held_out=True)
+    return labels, [scenes.caption(label) for label in labels]
 
 
 def _disturb(task: JudgeTask, pictures: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
@@ -151,18 +139,12 @@ def train(task: JudgeTask, seed: int = 0) -> Judge:
 def own_accuracy(task: JudgeTask, judge: Judge) -> dict[str, float]:
     """Share of the held-out pictures that the judge reads rightly, by slot."""
     labels, pictures = task.test()
-    right = (judge.read(pictures) == labels).double().mean(0)
-    return dict(zip(task.slots, right.tolist(), strict=True))
+    return by_slot(task, judge.read(pictures) == labels)
 
 
-@torch.inference_mode()
-def frechet_distance(judge: Judge, pictures: torch.Tensor, real: torch.Tensor) -> float:
-    """Frechet distance of two sets of pictures in the judge's features (arXiv 1706.08500, with 64 features).
-
-    It falls with the number of pictures: compare only sets of the same size.
-    """
-    first, second = (judge.features(part.clamp(-1, 1)).double().numpy() for part in (pictures, real))
-    return frechet(gaussian(first), gaussian(second))
+def by_slot(task: JudgeTask, right: torch.Tensor) -> dict[str, float]:
+    """Share of pictures by slot; right: bool [count, slots]."""
+    return dict(zip(task.slots, right.double().mean(0).tolist(), strict=True))
 
 
 def load(name: str) -> Judge:
@@ -174,11 +156,9 @@ def load(name: str) -> Judge:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add_names(parser, JUDGES)
+    parser = record.parser("benchmarks.zoo.judges", __doc__, JUDGES)
     parser.add_argument("--seed", type=int, default=0)
-    arguments = parser.parse_args()
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
+    arguments = record.parsed(parser)
     torch.set_num_threads(1)
     FOLDER.mkdir(exist_ok=True)
     for name in arguments.names:

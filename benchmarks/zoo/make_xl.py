@@ -9,25 +9,24 @@ same bytes, in the memory of one shard.
 
 from __future__ import annotations
 
-import argparse
 import json
-import logging
 import math
 import re
 import zlib
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
+import diffusers
 import numpy as np
 import torch
+from huggingface_hub import split_state_dict_into_shards_factory
 from numpy.typing import NDArray
 from safetensors.numpy import save_file
 
+from benchmarks import record
+from benchmarks.record import Json
 from benchmarks.shapes import WORKLOADS, Workload
 from pipeline.progress import track
 
-logger = logging.getLogger(__name__)
 STEM = "diffusion_pytorch_model"
 SHARD_BYTES = 400_000_000
 OUTLIER_SHARE = 1 / 96  # 12 of 1152 channels
@@ -37,10 +36,8 @@ ADALN_ROWS, ADALN_SCALES = 6, (1, 4)  # shift, scale, gate of the attention, the
 RESIDUAL = ("to_out.0.weight", "ff.net.2.weight")
 
 
-def shapes_of(workload: Workload) -> tuple[dict[str, tuple[int, ...]], dict[str, Any]]:
+def shapes_of(workload: Workload) -> tuple[dict[str, tuple[int, ...]], Json]:
     """Shape of every tensor of the model, and its diffusers configuration; no memory is taken for the weights."""
-    import diffusers
-
     with torch.device("meta"):
         model = getattr(diffusers, workload.class_name)(**workload.config)
     config = {key: value for key, value in model.config.items() if not key.startswith("_")}
@@ -81,41 +78,28 @@ def _adaln(values: NDArray[np.float32], rng: np.random.Generator) -> NDArray[np.
     return rows.reshape(values.shape)
 
 
-def shards_of(shapes: dict[str, tuple[int, ...]], limit_bytes: int) -> Iterator[list[str]]:
-    """Tensor names in order, cut so that a shard of fp16 stays within `limit_bytes` (or holds one tensor)."""
-    names: list[str] = []
-    size = 0
-    for name, shape in shapes.items():
-        more = 2 * math.prod(shape)
-        if names and size + more > limit_bytes:
-            yield names
-            names, size = [], 0
-        names.append(name)
-        size += more
-    yield names
-
-
 def write(workload: Workload, folder: Path, seed: int = 0, shard_bytes: int = SHARD_BYTES) -> int:
     """Write the diffusers folder and return the number of parameters."""
     folder.mkdir(parents=True, exist_ok=True)
     shapes, config = shapes_of(workload)
     (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-    shards = list(shards_of(shapes, shard_bytes))
-    files = [f"{STEM}-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
-    files = [f"{STEM}.safetensors"] if len(shards) == 1 else files
-    for file, names in track(zip(files, shards, strict=True), len(shards), "shards"):
+    split = split_state_dict_into_shards_factory(
+        shapes,
+        get_storage_size=lambda shape: 2 * math.prod(shape),  # in fp16
+        filename_pattern=f"{STEM}{{suffix}}.safetensors",
+        max_shard_size=shard_bytes,
+    )
+    for file, names in track(split.filename_to_tensors.items(), len(split.filename_to_tensors), "shards"):
         tensors = {name: tensor(name, shapes[name], workload.config["num_layers"], seed) for name in names}
         save_file(tensors, folder / file, metadata={"format": "pt"})
-    parameters = sum(math.prod(shape) for shape in shapes.values())
-    if len(shards) > 1:
-        where = {name: file for file, names in zip(files, shards, strict=True) for name in names}
-        index = {"metadata": {"total_size": 2 * parameters}, "weight_map": where}
+    if split.is_sharded:
+        index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
         (folder / f"{STEM}.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
-    return parameters
+    return sum(math.prod(shape) for shape in shapes.values())
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = record.parser("benchmarks.zoo.make_xl", __doc__)
     parser.add_argument("--model", default="pixart", choices=list(WORKLOADS))
     parser.add_argument("-o", "--output-dir", type=Path, required=True)
     parser.add_argument("--layers", type=int, help="transformer blocks (default: the true number)")
@@ -123,8 +107,7 @@ def main() -> None:
     parser.add_argument("--sample-size", type=int, help="latent cells per edge: 32 is 256 pixels")
     parser.add_argument("--shard-mb", type=int, default=SHARD_BYTES // 1_000_000)
     parser.add_argument("--seed", type=int, default=0)
-    arguments = parser.parse_args()
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    arguments = record.parsed(parser)
     chosen = {
         "num_layers": arguments.layers,
         "num_attention_heads": arguments.heads,

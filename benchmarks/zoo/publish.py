@@ -7,18 +7,18 @@ from those files and from the judge's JSON; `--cards` writes the cards alone.
 
 from __future__ import annotations
 
-import argparse
-import json
 import logging
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors.torch import save_file
 
-from benchmarks.record import RESULTS, add_names
+from benchmarks import record
+from benchmarks.record import Json
 from benchmarks.zoo import scenes
-from benchmarks.zoo.tasks import TASKS, Task, token_embedding
+from benchmarks.zoo.tasks import DIGIT_CLASSES, TASKS, Task, token_embedding
+from benchmarks.zoo.train import DROP_SHARE, EMA_DECAY
+from pipeline.files import write_json
 
 logger = logging.getLogger(__name__)
 ZOO = Path(__file__).resolve().parents[2] / "export" / "zoo"
@@ -34,8 +34,13 @@ VOCABULARY = {
     "grammar": "a COLOUR SHAPE [RELATION a COLOUR SHAPE] on BACKGROUND",
     "examples": ["a red circle on white", "a blue ring above a yellow cross on gray"],
 }
-CLASSES = {"kind": "classes", "names": [str(digit) for digit in range(10)], "null_class": 10, "examples": ["3", "8"]}
-GENERATION: dict[str, dict[str, Any]] = {
+CLASSES = {
+    "kind": "classes",
+    "names": [str(digit) for digit in range(DIGIT_CLASSES)],
+    "null_class": DIGIT_CLASSES,
+    "examples": ["3", "8"],
+}
+GENERATION: dict[str, Json] = {
     "pixart_mini": {"guidance_scale": 2.0, "conditioning": VOCABULARY},
     "dit_mini": {"guidance_scale": 2.0, "conditioning": CLASSES},
 }
@@ -55,13 +60,9 @@ LIMITS = {
 }
 
 
-def generation(name: str) -> dict[str, Any]:
+def generation(name: str) -> Json:
     """The content of generation.json."""
     return {**COMMON, **GENERATION[name]}
-
-
-def _write_json(path: Path, document: dict[str, Any]) -> None:
-    path.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
 
 
 def _half(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -73,13 +74,7 @@ def _half(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return halves
 
 
-def initial_state(task: Task) -> dict[str, Any]:
-    """The state of a model that was not trained, in the form that training saves."""
-    torch.manual_seed(0)
-    return {"ema": task.build().state_dict(), "step": 0, "hours": 0.0, "loss": float("nan"), "seed": 0}
-
-
-def publish(task: Task, state: dict[str, Any], folder: Path) -> None:
+def publish(task: Task, state: Json, folder: Path) -> None:
     """Write the model folder of a training state (its averaged weights)."""
     folder.mkdir(parents=True, exist_ok=True)
     model = task.build()
@@ -88,11 +83,11 @@ def publish(task: Task, state: dict[str, Any], folder: Path) -> None:
     save_file(_half(model.state_dict()), folder / WEIGHTS_FILE, metadata={"format": "pt"})
     if GENERATION[task.name]["conditioning"]["kind"] == "vocabulary":
         save_file({VOCABULARY["tensor"]: token_embedding()}, folder / EMBEDDING_FILE)
-    _write_json(folder / "generation.json", generation(task.name))
+    write_json(folder / "generation.json", generation(task.name))
     facts = {key: state[key] for key in ("step", "hours", "loss", "seed")}
     facts |= {"planned_steps": task.steps, "batch_size": task.batch_size, "peak_lr": task.peak_lr}
     facts |= {"parameters": sum(weight.numel() for weight in model.parameters())}
-    _write_json(folder / "training.json", facts)
+    write_json(folder / "training.json", facts)
     size = (folder / WEIGHTS_FILE).stat().st_size
     if size > SIZE_LIMIT_BYTES:
         raise ValueError(f"{folder / WEIGHTS_FILE} has {size} bytes; at most {SIZE_LIMIT_BYTES} are committed")
@@ -100,10 +95,10 @@ def publish(task: Task, state: dict[str, Any], folder: Path) -> None:
 
 
 def _quality(name: str) -> str:
-    path = RESULTS / f"zoo_{name}.json"
-    if not path.exists():
+    path = record.RESULTS / f"zoo_{name}.json"
+    if not path.is_file():
         return f"Not measured yet: run `python -m benchmarks.zoo.judge {name}`."
-    document = json.loads(path.read_text(encoding="utf-8"))
+    document = record.read(path)
     rows = [f"| {key} | {value:.1%} |" for key, value in document["accuracy"].items()]
     table = "\n".join(["| of the pictures, right in | share |", "|---|---|", *rows])
     judge = ", ".join(f"{key} {value:.1%}" for key, value in document["judge_test_accuracy"].items())
@@ -148,10 +143,7 @@ def _conditioning_text(name: str) -> str:
 
 def write_card(name: str, folder: Path) -> None:
     """Write README.md of a published folder from its own files and the judge's JSON."""
-    from benchmarks.zoo.train import DROP_SHARE, EMA_DECAY
-
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    facts = json.loads((folder / "training.json").read_text(encoding="utf-8"))
+    config, facts = record.read(folder / "config.json"), record.read(folder / "training.json")
     text = CARD.format(
         name=name,
         class_name=config["_class_name"],
@@ -173,19 +165,17 @@ def write_card(name: str, folder: Path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add_names(parser, TASKS)
-    parser.add_argument("--work-dir", type=Path, default=Path("work/zoo"), help="states written by train_zoo")
+    parser = record.parser("benchmarks.zoo.publish", __doc__, TASKS)
+    parser.add_argument(
+        "--work-dir", type=Path, default=Path("work/zoo"), help="states written by benchmarks.zoo.train"
+    )
     parser.add_argument("--output-dir", type=Path, default=ZOO)
     parser.add_argument("--cards", action="store_true", help="write the model cards only")
-    parser.add_argument("--untrained", action="store_true", help="publish an initialised model, to develop with")
-    arguments = parser.parse_args()
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    arguments = record.parsed(parser)
     for name in arguments.names:
         task, folder = TASKS[name], arguments.output_dir / name
         if not arguments.cards:
-            path = arguments.work_dir / f"{name}.pt"
-            publish(task, initial_state(task) if arguments.untrained else torch.load(path, weights_only=True), folder)
+            publish(task, torch.load(arguments.work_dir / f"{name}.pt", weights_only=True), folder)
         write_card(name, folder)
 
 

@@ -8,13 +8,16 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
-from typing import Any
+from typing import TypeAlias
 
 import torch
 from diffusers import DiTTransformer2DModel, PixArtTransformer2DModel
 
 from benchmarks.zoo import scenes
 
+Batch: TypeAlias = tuple[
+    torch.Tensor, torch.Tensor
+]  # labels [count, slots] int64, pictures [count, C, H, W] in [-1, 1]
 CAPTION_CHANNELS = 64
 DIGIT_CLASSES = 10
 WIDTH, HEADS, LAYERS = 256, 8, 4
@@ -30,13 +33,13 @@ COMMON = dict(
 
 @dataclass(frozen=True)
 class Task:
-    """One bundled model. `sample(count, generator, held_out)` gives (labels, pictures [count, C, H, W])."""
+    """One bundled model. `sample(count, generator)` gives training data; `condition(labels, dropped [count] bool)` the
+    model's inputs, those of no condition where it is dropped."""
 
     name: str
     build: Callable[[], torch.nn.Module]
-    sample: Callable[[int, torch.Generator, bool], tuple[torch.Tensor, torch.Tensor]]
-    condition: Callable[[torch.Tensor], dict[str, Any]]
-    drop: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+    sample: Callable[[int, torch.Generator], Batch]
+    condition: Callable[[torch.Tensor, torch.Tensor], dict[str, object]]
     batch_size: int
     steps: int
     peak_lr: float
@@ -68,20 +71,17 @@ def _pixart() -> torch.nn.Module:
     )
 
 
-def _scene_batch(count: int, generator: torch.Generator, held_out: bool) -> tuple[torch.Tensor, torch.Tensor]:
+def scene_batch(count: int, generator: torch.Generator, held_out: bool = False) -> Batch:
+    """Drawn scenes of the training captions, or of the held-out ones."""
     labels = scenes.sample_split(count, generator, held_out)
-    return scenes.tokens(labels), scenes.draw(labels, generator)
+    return labels, scenes.draw(labels, generator)
 
 
-def _caption_condition(token_ids: torch.Tensor) -> dict[str, Any]:
+def _caption_condition(labels: torch.Tensor, dropped: torch.Tensor) -> dict[str, object]:
     return dict(
-        encoder_hidden_states=token_embedding()[token_ids],
+        encoder_hidden_states=token_embedding()[torch.where(dropped[:, None], 0, scenes.tokens(labels))],
         added_cond_kwargs={"resolution": None, "aspect_ratio": None},
     )
-
-
-def _drop_caption(token_ids: torch.Tensor, dropped: torch.Tensor) -> torch.Tensor:
-    return torch.where(dropped[:, None], torch.zeros_like(token_ids), token_ids)
 
 
 def _dit() -> torch.nn.Module:
@@ -108,22 +108,28 @@ def digits() -> tuple[torch.Tensor, torch.Tensor]:
     return pictures, torch.tensor(data.target)
 
 
-def _digit_batch(count: int, generator: torch.Generator, held_out: bool) -> tuple[torch.Tensor, torch.Tensor]:
+def digit_split(held_out: bool) -> Batch:
+    """All digits to train with, or every fifth, which is kept for testing classifiers."""
     pictures, classes = digits()
-    split = torch.arange(len(classes)) % 5 == 0  # every fifth digit is kept for testing classifiers
-    rows = torch.nonzero(split == held_out)[:, 0]
-    chosen = rows[torch.randint(len(rows), (count,), generator=generator)]
-    return classes[chosen], pictures[chosen]
+    rows = (torch.arange(len(classes)) % 5 == 0) == held_out
+    return classes[rows][:, None], pictures[rows]
 
 
-def _drop_class(classes: torch.Tensor, dropped: torch.Tensor) -> torch.Tensor:
-    return torch.where(dropped, torch.full_like(classes, DIGIT_CLASSES), classes)
+def digit_batch(count: int, generator: torch.Generator) -> Batch:
+    """Digits to train with, drawn with replacement."""
+    labels, pictures = digit_split(held_out=False)
+    chosen = torch.randint(len(labels), (count,), generator=generator)
+    return labels[chosen], pictures[chosen]
+
+
+def _class_condition(labels: torch.Tensor, dropped: torch.Tensor) -> dict[str, object]:
+    return dict(class_labels=torch.where(dropped, DIGIT_CLASSES, labels[:, 0]))
 
 
 TASKS = {
     task.name: task
     for task in (
-        Task("pixart_mini", _pixart, _scene_batch, _caption_condition, _drop_caption, 64, 5000, 1e-3),
-        Task("dit_mini", _dit, _digit_batch, lambda y: dict(class_labels=y), _drop_class, 64, 4000, 1e-3),
+        Task("pixart_mini", _pixart, scene_batch, _caption_condition, 64, 5000, 1e-3),
+        Task("dit_mini", _dit, digit_batch, _class_condition, 64, 4000, 1e-3),
     )
 }

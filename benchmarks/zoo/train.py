@@ -6,18 +6,17 @@ very batches it would have seen. Two CPU cores need about an hour for each model
 
 from __future__ import annotations
 
-import argparse
 import copy
 import logging
 import math
 import os
 import time
 from pathlib import Path
-from typing import Any
 
 import torch
 
-from benchmarks.record import add_names
+from benchmarks import record
+from benchmarks.record import Json
 from benchmarks.zoo.tasks import TASKS, Task
 from pipeline.progress import track
 
@@ -50,13 +49,13 @@ def initialise(model: torch.nn.Module) -> None:
 def loss_at(task: Task, model: torch.nn.Module, seed: int, step: int) -> torch.Tensor:
     """Rectified-flow loss of the batch that belongs to `step`."""
     generator = torch.Generator().manual_seed(seed * 1_000_003 + step)
-    labels, data = task.sample(task.batch_size, generator, False)
-    labels = task.drop(labels, torch.rand(len(labels), generator=generator) < DROP_SHARE)
+    labels, data = task.sample(task.batch_size, generator)
+    condition = task.condition(labels, torch.rand(len(labels), generator=generator) < DROP_SHARE)
     t = torch.sigmoid(torch.randn(len(labels), generator=generator))
     noise = torch.randn(data.shape, generator=generator)
     mix = t[:, None, None, None]
     with torch.autocast("cpu", torch.bfloat16):
-        velocity = model((1 - mix) * data + mix * noise, timestep=t * 1000, return_dict=False, **task.condition(labels))
+        velocity = model((1 - mix) * data + mix * noise, timestep=t * 1000, return_dict=False, **condition)
     return ((velocity[0].float() - (noise - data)) ** 2).mean()
 
 
@@ -68,7 +67,7 @@ def _update(model: torch.nn.Module, ema: torch.nn.Module, optimiser: torch.optim
         torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - decay)
 
 
-def _save_state(path: Path, state: dict[str, Any]) -> None:
+def _save_state(path: Path, state: Json) -> None:
     partial = path.with_suffix(".part")
     torch.save(state, partial)
     os.replace(partial, path)
@@ -108,12 +107,10 @@ def train(task: Task, work_dir: Path, seed: int) -> Path:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add_names(parser, TASKS)
+    parser = record.parser("benchmarks.zoo.train", __doc__, TASKS)
     parser.add_argument("--work-dir", type=Path, default=Path("work/zoo"), help="states of unfinished runs")
     parser.add_argument("--seed", type=int, default=0)
-    arguments = parser.parse_args()
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
+    arguments = record.parsed(parser)
     arguments.work_dir.mkdir(parents=True, exist_ok=True)
     for name in arguments.names:
         train(TASKS[name], arguments.work_dir, arguments.seed)

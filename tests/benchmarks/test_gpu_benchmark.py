@@ -16,16 +16,15 @@ import pytest
 from benchmarks.gpu import __main__ as gpu
 from benchmarks.gpu import results as gpu_results
 from benchmarks.gpu import targets as gpu_targets
-from benchmarks.gpu.pool import work_off_in_processes
-from benchmarks.gpu.results import Results, broken, is_checked, validate, wrong
-from benchmarks.gpu.run import Clock, Context, GpuLostError, Task, work_off
+from benchmarks.gpu.results import Results, broken, is_checked, wrong
+from benchmarks.gpu.run import Clock, Device, GpuLostError, Task, work_off, work_off_in_processes
 from benchmarks.shapes import MEASURED, PIXELS, WORKLOADS, gemm_shapes
 from tests.support import gpu_benchmark_tasks
 from tests.support.gpu_benchmark_tasks import FACTS
 
 ROOT = Path(__file__).parents[2]
 MODULES = sorted(path.stem for path in (ROOT / "benchmarks/gpu").glob("[!_]*.py"))
-CPU = Context("cpu", 0, tiny=True)
+CPU = Device("cpu", 0, tiny=True)
 # Not on a bare machine with a GPU and PyTorch.
 BLOCKED = ("onnx", "onnxruntime", "onnx_ir", "onnxscript", "diffusers", "transformers", "safetensors", "psutil", "tqdm")
 
@@ -92,10 +91,11 @@ def test_an_unknown_section_is_refused_with_the_known_ones(capsys: pytest.Captur
 
 
 def test_budgets_leave_the_whole_below_eight_minutes() -> None:
-    assert sum(section.budget_s for section in gpu.SECTIONS) <= gpu.TOTAL_S
+    sections = gpu.SECTIONS.values()
+    assert sum(section.budget_s for section in sections) <= gpu.TOTAL_S
     assert gpu.TOTAL_S + gpu.GRACE_S < 8 * 60
-    assert all((ROOT / f"{section.module.replace('.', '/')}.py").exists() for section in gpu.SECTIONS)
-    assert gpu.SECTIONS[0].name == "check"
+    assert all((ROOT / f"{section.module.replace('.', '/')}.py").exists() for section in sections)
+    assert next(iter(sections)) == gpu.CHECK
 
 
 # --- shapes -----------------------------------------------------------------------------------------------------------
@@ -130,7 +130,6 @@ def test_measured_shapes_have_every_gemm_once() -> None:
             for row in WORKLOADS[model].at(pixels).gemms():
                 assert (pixels, f"{model} {row.name}") in places or row.name == "cross.kv"
     assert shapes[0].flops == 2 * 4096 * 3456 * 1152
-    assert {shape.m for shape in gemm_shapes(batch=2)} == {512, 2048, 8192, 240, 666}
 
 
 # --- running sections -------------------------------------------------------------------------------------------------
@@ -182,7 +181,6 @@ def run(section: gpu.Section, results: Results) -> None:
 def test_a_section_is_on_the_disk_row_by_row(results: Results) -> None:
     run(section("check"), results)
     found = json.loads(results.path.read_text())
-    validate(found)
     assert [row["name"] for row in found["sections"]["check"]["rows"]] == ["one", "two", "three"]
     assert found["sections"]["check"]["stopped"] == ""
     assert broken(found) == ["two: RuntimeError: this GPU has none"]
@@ -193,11 +191,11 @@ def test_a_section_that_lost_the_gpu_goes_on_behind_the_row_that_did(
 ) -> None:
     state = {"rows": 0}
 
-    def loss(_context: Context) -> str:
+    def loss(_device: Device) -> str:
         state["rows"] += 1
         return "AcceleratorError: an illegal memory access" if state["rows"] == 1 else ""
 
-    monkeypatch.setattr(Context, "loss", loss)
+    monkeypatch.setattr(Device, "loss", loss)
     with pytest.raises(GpuLostError, match="one"):
         run(section("gemm"), results)
     gpu.run_section(section("gemm"), CPU, results, Clock(60))  # as another process does
@@ -218,7 +216,7 @@ def test_another_process_goes_on_while_one_loses_the_gpu(results: Results, monke
     codes = [gpu.LOST, gpu.LOST, 0]
     monkeypatch.setattr(gpu, "exit_code", lambda command, seconds: codes.pop(0))
     results.begin("gemm", 60)
-    gpu.run_in_child(gpu.section_called("gemm"), results, 60)
+    gpu.run_in_child(gpu.SECTIONS["gemm"], results, 60)
     assert codes == [] and results.document["sections"]["gemm"]["stopped"] == "begun"  # a true child would end it
 
 
@@ -318,9 +316,8 @@ def test_all_sections_run_each_in_a_process_and_the_targets_are_judged(
     monkeypatch.setattr(gpu, "exit_code", run)
     started = time.monotonic()
     gpu.measure(gpu.chosen([], False), results, [])
-    assert [command[command.index("--one") + 1] for command in commands] == [section.name for section in gpu.SECTIONS]
+    assert [command[command.index("--one") + 1] for command in commands] == list(gpu.SECTIONS)
     found = json.loads(results.path.read_text())
-    validate(found)
     assert found["sections"]["gemm"]["stopped"] == "its process ended with 1"
     assert found["sections"]["exactness"]["stopped"] == "its process ended with 1"
     assert found["sections"]["fused"]["stopped"].startswith("stopped after ")

@@ -11,11 +11,11 @@ import torch
 
 from benchmarks.gpu import check as gpu_check
 from benchmarks.gpu import check_quantizers as gpu_check_quantizers
-from benchmarks.gpu import check_timed as gpu_check_timed
 from benchmarks.gpu import gemm as gpu_gemm
 from benchmarks.gpu.check_quantizers import QuantizerCase
-from benchmarks.gpu.run import Context
-from benchmarks.gpu.weights import EXACT_64, REAL_128, Granularity
+from benchmarks.gpu.run import Device
+from benchmarks.shapes import EXACT_64, REAL_128, Granularity
+from plugins.gpu.launch import HEURISTICS
 from plugins.gpu.tile_table import Tile
 
 pytest.importorskip("triton", reason="the GPU kernels need triton")
@@ -24,7 +24,7 @@ pytestmark = [
     pytest.mark.usefixtures("interpreter"),
     pytest.mark.filterwarnings("ignore:All-NaN slice"),
 ]
-CPU = Context("cpu", 0, l2_bytes=4096, tiny=True)
+CPU = Device("cpu", 0, l2_bytes=4096, tiny=True)
 SMALL = gpu_check.GemmCase("E2M3", "E2M1", 6, 8, 64, Granularity("exact groups of 16", 16))
 
 
@@ -58,8 +58,8 @@ def _changed(y: np.ndarray, change: Any) -> np.ndarray:
 def test_wrong_gemms_are_found(name: str, fault: str, monkeypatch: pytest.MonkeyPatch) -> None:
     right = gpu_check.run_gemm
 
-    def wrong(context: Context, spec: Any, arrays: Any, kernel: str, tokens: int) -> np.ndarray:
-        y = right(context, spec, arrays, kernel, tokens)
+    def wrong(device: Device, spec: Any, arrays: Any, kernel: str, tokens: int) -> np.ndarray:
+        y = right(device, spec, arrays, kernel, tokens)
         return FAULTS[fault](spec, y) if kernel == name else y
 
     monkeypatch.setattr(gpu_check, "run_gemm", wrong)
@@ -122,20 +122,20 @@ def test_sums_of_the_check_are_exact_in_an_accumulator_of_14_bits(case: gpu_chec
     assert np.count_nonzero(dense) > 4 * case.k / 2  # float32 accumulators take them all
 
 
-HOPPER = Context("cuda", 90)
+HOPPER = Device("cuda", 90)
 
 
 def test_every_gemm_that_is_timed_is_checked_in_its_tile() -> None:
-    found = gpu_check_timed.timed_gemms(HOPPER)
+    found = gpu_check.timed_gemms(HOPPER)
     assert len({one.name for one in found}) == len(found)
     variants = {one.variant for one in found}
     for shape, granularity in gpu_gemm.rows_to_measure():
         for name in set(gpu_gemm.OURS) & set(gpu_gemm.contestants_of(HOPPER, shape)):
             case = gpu_check.GemmCase("E2M3", "E2M1", 1, shape.n, shape.k, granularity, integers="int8" in name)
             expands = name.startswith("packed") and gpu_gemm.expands_first(case.spec, shape.m, 90)
-            run = name.replace("packed", "expanded") if expands else name
-            tile = gpu_gemm._tile(run, case.spec, shape.m, 90)
-            one = gpu_check_timed.TimedGemm(run.removesuffix("_int8"), case, tile)
+            run = "expanded_gemm" if expands else name.removesuffix("_int8")
+            tile = HEURISTICS[run](case.spec, shape.m, 90, may_split=True)
+            one = gpu_check.TimedGemm(run, case, tile)
             assert one.variant in variants, (name, shape.name)
     assert {one.case.epilogue for one in found} == {"none", "gate_residual"}
     assert {one.tile.splits for one in found} >= {1, 3, 6}
@@ -148,11 +148,12 @@ def test_every_gemm_that_is_timed_is_checked_in_its_tile() -> None:
 @pytest.mark.parametrize("splits", [1, 3])
 def test_a_wrong_kernel_is_found_in_the_tile_it_is_timed_in(splits: int, monkeypatch: pytest.MonkeyPatch) -> None:
     case = gpu_check.GemmCase("E2M3", "E2M1", 4096, 16, 192)
-    timed = gpu_check_timed.TimedGemm("packed_gemm", case, Tile(16, 16, 32, 4, 1, splits))
-    assert gpu_check_timed.check_timed(CPU, timed)["passed"]
+    timed = gpu_check.TimedGemm("packed_gemm", case, Tile(16, 16, 32, 4, 1, splits))
+    assert gpu_check.check_timed(CPU, timed)["passed"]
     other = replace(timed, tile=replace(timed.tile, m=32))
-    monkeypatch.setattr(gpu_check_timed, "run_gemm", lambda *given: 1.02 * gpu_check.run_gemm(*given))
-    assert not gpu_check_timed.check_timed(CPU, other)["passed"]
+    right = gpu_check.run_gemm
+    monkeypatch.setattr(gpu_check, "run_gemm", lambda *inputs: 1.02 * right(*inputs))
+    assert not gpu_check.check_timed(CPU, other)["passed"]
 
 
 @pytest.mark.parametrize("activation", ["E2M3", "E4M3", "E3M4"])

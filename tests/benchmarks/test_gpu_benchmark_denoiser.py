@@ -10,11 +10,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from benchmarks.gpu import quantized_denoiser as gpu_quantized_denoiser
 from benchmarks.gpu.denoiser import Denoiser, Size, fake_quantized, randomize, run_block, sample
-from benchmarks.gpu.denoiser_times import relative
 from benchmarks.gpu.quantized_denoiser import quantize_blocks, quantized, weight_bytes
-from benchmarks.gpu.weights import CHANNEL, EXACT_64, Granularity
-from benchmarks.shapes import WORKLOADS
+from benchmarks.gpu.weights import relative_error
+from benchmarks.shapes import CHANNEL, EXACT_64, WORKLOADS, Granularity
 from tests.support.reference_kernels import ReferenceKernels
 
 pytestmark = pytest.mark.torch
@@ -24,7 +24,9 @@ GRANULARITIES = (CHANNEL, Granularity("exact groups of 16", 16), Granularity("re
 
 
 @pytest.fixture(autouse=True)
-def no_grad() -> Iterator[None]:
+def no_grad(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """And no GPU."""
+    monkeypatch.setattr(gpu_quantized_denoiser, "launch", ReferenceKernels())
     with torch.no_grad():
         yield
 
@@ -86,7 +88,7 @@ def test_it_computes_what_diffusers_does(grid: int) -> None:
     ours = randomize(Denoiser(Size(width=32, heads=4, layers=1, caption=5, caption_channels=48), grid))
     latent, timestep, caption = sample(ours, 2)
     theirs = copied(ours, 2 * grid)(latent, encoder_hidden_states=caption, timestep=timestep).sample
-    assert relative(ours(latent, timestep, caption), theirs) < 1e-5  # float32, other orders of sums
+    assert relative_error(ours(latent, timestep, caption), theirs) < 1e-5  # float32, other orders of sums
 
 
 def test_resizing_is_making_it_at_that_size(model: Denoiser) -> None:
@@ -106,10 +108,10 @@ def test_signals_keep_their_size_over_the_layers() -> None:
 def test_on_our_kernels_it_equals_dequantized_arithmetic(model: Denoiser, granularity: Granularity) -> None:
     weights, inputs = quantize_blocks(model, granularity), sample(model, 2)
     wanted = fake_quantized(model, weights, "E2M3", torch.float32)(*inputs)
-    found = quantized(model, weights, ReferenceKernels(), "fp32")(*inputs)
+    found = quantized(model, weights, "fp32")(*inputs)
     # The same float32 numbers in other orders of sums: no code moves at this size. The float model is far off.
-    assert relative(found, wanted) < 1e-5
-    assert relative(model(*inputs), wanted) > 0.01
+    assert relative_error(found, wanted) < 1e-5
+    assert relative_error(model(*inputs), wanted) > 0.01
 
 
 def test_in_bf16_it_is_as_good_as_plain_bf16_arithmetic(model: Denoiser) -> None:
@@ -117,12 +119,12 @@ def test_in_bf16_it_is_as_good_as_plain_bf16_arithmetic(model: Denoiser) -> None
     wanted = fake_quantized(model, weights, "E2M3", torch.float32)(*inputs)
     half = randomize(Denoiser(SIZE, GRID)).to(torch.bfloat16)
     given: list[Tensor] = [x.to(torch.bfloat16) for x in inputs]
-    plain = relative(fake_quantized(half, weights, "E2M3", torch.bfloat16)(*given), wanted)
-    assert relative(quantized(half, weights, ReferenceKernels(), "bf16")(*given), wanted) <= 2 * plain
+    plain = relative_error(fake_quantized(half, weights, "E2M3", torch.bfloat16)(*given), wanted)
+    assert relative_error(quantized(half, weights, "bf16")(*given), wanted) <= 2 * plain
 
 
 def test_bytes_are_counted_from_the_tensors(model: Denoiser) -> None:
-    made = quantized(model, quantize_blocks(model, GRANULARITIES[1]), ReferenceKernels())
+    made = quantized(model, quantize_blocks(model, GRANULARITIES[1]))
     linears = [linear for block in made.blocks for linear in block.linears.values()]
     n, k = linears[0].packed.codes.shape
     assert linears[0].size_bytes == n * k + 4 * n + n * 2 + 4 * n  # codes, scales, 4 groups' nibbles, bias

@@ -19,25 +19,26 @@ from benchmarks.gpu import denoiser_times as gpu_denoiser_times
 from benchmarks.gpu import exactness as gpu_exactness
 from benchmarks.gpu import fused as gpu_fused
 from benchmarks.gpu import gemm as gpu_gemm
+from benchmarks.gpu import quantized_denoiser as gpu_quantized_denoiser
 from benchmarks.gpu import targets as gpu_targets
 from benchmarks.gpu import timing as gpu_timing
 from benchmarks.gpu.denoiser import Size
-from benchmarks.gpu.results import Results, validate
-from benchmarks.gpu.run import Clock, Context
-from benchmarks.gpu.weights import Granularity
-from benchmarks.shapes import Shape
+from benchmarks.gpu.results import Results
+from benchmarks.gpu.run import Clock, Device
+from benchmarks.shapes import Granularity, Shape
 from tests.support.gpu_benchmark_tasks import FACTS
 from tests.support.reference_kernels import ReferenceKernels
 
 pytest.importorskip("triton", reason="the GPU kernels need triton")
-CPU, HOPPER = Context("cpu", 0, l2_bytes=1024, tiny=True), Context("cuda", 90, l2_bytes=50 << 20)
+CPU, HOPPER = Device("cpu", 0, l2_bytes=1024, tiny=True), Device("cuda", 90, l2_bytes=50 << 20)
 CHANNEL, EXACT = gpu_targets.CHANNEL, Granularity("exact groups of 64", 16)
 
 
-@pytest.mark.parametrize("section", gpu.SECTIONS, ids=lambda section: section.name)
-def test_every_section_has_its_tasks_for_an_h100(section: gpu.Section, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("name", gpu.SECTIONS)
+def test_every_section_has_its_tasks_for_an_h100(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    section = gpu.SECTIONS[name]
     module = importlib.import_module(section.module)
-    monkeypatch.setattr(module, "Flush", lambda l2_bytes: None, raising=False)
+    monkeypatch.setattr(module, "flusher", lambda l2_bytes: None, raising=False)
     lists = [module.tasks(HOPPER)] + ([module.compiling(HOPPER)] if section.compiles else [])
     for tasks in lists:
         names = [task.name for task in tasks]
@@ -57,7 +58,7 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(f"torch.{name}", lambda made=made: made)
     monkeypatch.setattr("torch.compile", lambda function, **_: function)
     for module in (gpu_gemm, gpu_fused, gpu_denoiser_times):
-        monkeypatch.setattr(module, "Flush", lambda l2_bytes: lambda: None)
+        monkeypatch.setattr(module, "flusher", lambda l2_bytes: lambda: None)
         monkeypatch.setattr(module, "sets_for", lambda input_bytes, l2_bytes: 1, raising=False)
     shape = Shape(16, 16, 32, 1024, ("pixart ff.in",))
     monkeypatch.setattr(gpu_targets, "LARGE", 16)
@@ -72,22 +73,22 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gpu_exactness, "SIZE", 16)
     monkeypatch.setattr(gpu_exactness, "PATTERNS", {"normal": gpu_exactness.PATTERNS["normal"]})
     monkeypatch.setattr(gpu_exactness, "intervals_of", lambda spec, sm: (32, None))
-    monkeypatch.setattr(Context, "has_fp8", True)
+    monkeypatch.setattr(Device, "has_fp8", True)
     monkeypatch.setattr(gpu_denoiser_times, "EXACT_64", EXACT)
     monkeypatch.setattr(gpu_denoiser_times, "Size", lambda: Size(32, 4, 1, caption=3, caption_channels=16))
-    monkeypatch.setattr(gpu_denoiser_times, "Launched", ReferenceKernels)
+    monkeypatch.setattr(gpu_quantized_denoiser, "launch", ReferenceKernels())
     monkeypatch.setattr(gpu_denoiser_times, "SIZES", ((32, 1),))
     for module, name in ((gpu_denoiser_times, "LARGE_PIXELS"), (gpu_denoiser_times, "LEAST_PIXELS")):
         monkeypatch.setattr(module, name, 32)
     monkeypatch.setattr(gpu_targets, "LARGE_PIXELS", 32)
-    monkeypatch.setattr(gpu_denoiser_times, "host_milliseconds", lambda call, rounds: 0.5)
+    monkeypatch.setattr(gpu_denoiser_times, "host_milliseconds", lambda call: 0.5)
 
 
 def run_all(results: Results, monkeypatch: pytest.MonkeyPatch) -> int:
     """What main does behind the look for a GPU, sections in this process."""
 
     def run(command: list[str], seconds: float) -> int:
-        section = gpu.section_called(command[command.index("--one") + 1])
+        section = gpu.SECTIONS[command[command.index("--one") + 1]]
         plain = gpu.Section(section.name, section.budget_s, section.module)  # no processes
         gpu.run_section(plain, CPU, Results.open(results.path, FACTS), Clock(seconds))
         return 0
@@ -106,11 +107,8 @@ def test_a_whole_run_gives_a_document_with_every_target(
     code = run_all(results, monkeypatch)
     told = capsys.readouterr().out
     found: dict[str, Any] = json.loads(results.path.read_text())
-    validate(found)
     assert code == 0, told
-    assert {name: bool(part["rows"]) for name, part in found["sections"].items()} == {
-        section.name: True for section in gpu.SECTIONS
-    }
+    assert {name: bool(part["rows"]) for name, part in found["sections"].items()} == dict.fromkeys(gpu.SECTIONS, True)
     assert all(row["verdict"] in ("met", "missed") and row["of"] for row in found["targets"]), told
     assert {row["value"] for row in found["targets"] if "kernel checks" in row["name"]} == {0.0}
     monkeypatch.setattr(readme, "RESULTS", tmp_path)

@@ -16,16 +16,15 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from benchmarks.gpu import agreement as gpu_agreement
 from benchmarks.gpu import denoiser_times as gpu_denoiser_times
 from benchmarks.gpu import exactness as gpu_exactness
 from benchmarks.gpu import fused as gpu_fused
 from benchmarks.gpu import gemm as gpu_gemm
 from benchmarks.gpu import timing as gpu_timing
 from benchmarks.gpu.denoiser import Size
-from benchmarks.gpu.run import Context
-from benchmarks.gpu.weights import CHANNEL, EXACT_64, Granularity, dequantized, fake_quantize, quantize_weight
-from benchmarks.shapes import Shape
+from benchmarks.gpu.run import Device
+from benchmarks.gpu.weights import dequantized, fake_quantize, quantize_weight, relative_error
+from benchmarks.shapes import CHANNEL, EXACT_64, Granularity, Shape
 from export.dialect import reference as op_reference
 from export.errors import ContractError
 from export.formats.operands import exact_multipliers
@@ -36,7 +35,7 @@ pytestmark = [
     pytest.mark.usefixtures("interpreter"),
     pytest.mark.filterwarnings("ignore:All-NaN slice"),
 ]
-CPU = Context("cpu", 0, l2_bytes=4096, tiny=True)
+CPU = Device("cpu", 0, l2_bytes=4096, tiny=True)
 REAL_16 = Granularity("real groups of 16", 16, True)
 GROUPS_32 = Granularity("exact groups of 32", 32)
 
@@ -113,11 +112,11 @@ def clockless(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_small_shapes_of_hunyuan_have_fewer_contestants() -> None:
-    hopper = Context("cuda", 90)
+    hopper = Device("cuda", 90)
     small, large = Shape(1024, 64, 64, 512, ("hunyuan ff.in",)), Shape(4096, 64, 64, 1024, ("hunyuan ff.in",))
     assert gpu_gemm.contestants_of(hopper, small) == ("packed_gemm", "expanded_gemm", *gpu_gemm.FP8, "bf16")
     assert gpu_gemm.contestants_of(hopper, large) == EVERYONE
-    assert gpu_gemm.contestants_of(Context("cuda", 80), large) == (*gpu_gemm.OURS, *gpu_gemm.WAYS, "bf16")
+    assert gpu_gemm.contestants_of(Device("cuda", 80), large) == (*gpu_gemm.OURS, *gpu_gemm.WAYS, "bf16")
 
 
 EVERYONE = (*gpu_gemm.OURS, *gpu_gemm.WAYS, *gpu_gemm.FP8, "bf16")
@@ -126,7 +125,7 @@ EVERYONE = (*gpu_gemm.OURS, *gpu_gemm.WAYS, *gpu_gemm.FP8, "bf16")
 @pytest.mark.usefixtures("clockless")
 @pytest.mark.parametrize("granularity", [CHANNEL, Granularity("exact", 16), REAL_16], ids=lambda row: row.name)
 def test_a_row_of_gemms(granularity: Granularity, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gpu_gemm, "contestants_of", lambda context, shape: EVERYONE)
+    monkeypatch.setattr(gpu_gemm, "contestants_of", lambda device, shape: EVERYONE)
     row = gpu_gemm.measure(CPU, Shape(16, 32, 64, 256, ("pixart ff.in",)), granularity, lambda: None)
     json.dumps(row)
     assert set(row["contestants"]) | set(row["refused"]) == set(EVERYONE)
@@ -191,7 +190,7 @@ def test_a_contestant_that_cannot_run_is_named(monkeypatch: pytest.MonkeyPatch) 
         raise RuntimeError("row-wise scaling is not on this GPU")
 
     monkeypatch.setattr(gpu_timing, "captured", lambda calls: calls[0]())
-    times, refused = gpu_timing.contest({"fp8_rowwise": [broken]}, lambda: None, 1.0)
+    times, refused = gpu_timing.contest({"fp8_rowwise": [broken]}, lambda: None, 1.0, lambda *_: {})
     assert times == {} and refused == {"fp8_rowwise": "RuntimeError: row-wise scaling is not on this GPU"}
 
 
@@ -212,10 +211,10 @@ def test_a_row_in_which_ours_cannot_run_has_failed(monkeypatch: pytest.MonkeyPat
 @pytest.mark.parametrize(("integers", "shape"), [(False, Shape(4096, 1408, 6144, 1024, ())), (True, None)])
 def test_a_tile_left_out_is_further_off_than_the_limit(integers: bool, shape: Shape | None) -> None:
     shape = shape or Shape(4096, 6144, 1408, 1024, ())
-    limit = gpu_agreement.limit(gpu_gemm.spec_of(shape, CHANNEL, integers), 90)
+    limit = gpu_gemm.limit(gpu_gemm.spec_of(shape, CHANNEL, integers), 90)
     y = torch.ones(shape.m, shape.n)
     y[:128, :128] = 0
-    assert 2.0**-8 <= limit < gpu_agreement.error(y, torch.ones_like(y, dtype=torch.float64))
+    assert 2.0**-8 <= limit < relative_error(y, torch.ones_like(y, dtype=torch.float64))
 
 
 def test_wrong_outputs_are_named() -> None:
@@ -229,7 +228,7 @@ def test_wrong_outputs_are_named() -> None:
 def test_the_rows_of_the_denoiser(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("torch._dynamo.reset", lambda: None)
     monkeypatch.setattr(gpu_denoiser_times, "EXACT_64", Granularity("exact", 16))
-    monkeypatch.setattr(gpu_denoiser_times, "host_milliseconds", lambda call, rounds: 0.5)
+    monkeypatch.setattr(gpu_denoiser_times, "host_milliseconds", lambda call: 0.5)
     size = Size(width=32, heads=4, layers=1, caption=3, caption_channels=16)
     models = gpu_denoiser_times.make_models(CPU, size)
     weights = gpu_denoiser_times.weights_row(models)
@@ -272,16 +271,16 @@ def test_inputs_of_the_probe_are_on_their_formats_grids() -> None:
         a, w = gpu_exactness.operands(CPU, spec, pattern)
         exponents = gpu_exactness.operand_of(activation).shift, spec.weight_exponent
         for values, exponent in zip((a, w), exponents, strict=True):
-            back = gpu_exactness.e4m3_value(gpu_exactness.e4m3_bytes(values, exponent))
-            assert torch.equal(back.double(), values * 2.0**exponent), (pattern, activation)
+            back = gpu_exactness.e4m3_bytes(values, exponent).view(torch.float8_e4m3fn).double()
+            assert torch.equal(back, values * 2.0**exponent), (pattern, activation)
         products = np.outer(np.abs(gpu_exactness.get_format("E2M1").values), spec.multipliers)
         assert set(w.abs().unique().tolist()) <= set(products.ravel().tolist())
 
 
 def test_a_gpu_without_fp8_is_told_so() -> None:
-    (task,) = gpu_exactness.tasks(Context("cuda", 80))
+    (task,) = gpu_exactness.tasks(Device("cuda", 80))
     assert "no FP8 tensor cores" in task.run()["skipped"]
-    names = [task.name for task in gpu_exactness.tasks(Context("cuda", 90))]
+    names = [task.name for task in gpu_exactness.tasks(Device("cuda", 90))]
     assert len(set(names)) == len(names) == 42
     assert {name.split(", ")[-1] for name in names if "groups of 64, K 1152" in name} >= {
         "never promoted", "promoted every 64", "expanded_gemm as compiled",

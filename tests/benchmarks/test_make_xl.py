@@ -8,7 +8,7 @@ import torch
 from safetensors.numpy import load_file
 
 from benchmarks.shapes import WORKLOADS
-from benchmarks.zoo.make_xl import OUTLIER_SHARE, shards_of, tensor, write
+from benchmarks.zoo.make_xl import OUTLIER_SHARE, tensor, write
 
 pytestmark = pytest.mark.torch
 
@@ -75,11 +75,6 @@ def test_outlier_columns_are_planted_in_the_linears_of_blocks_only():
 def test_adaln_scales_have_outlier_channels_and_shifts_have_not():
     table = tensor("transformer_blocks.0.scale_shift_table", (6, 288), 2, 0).astype(float)
     assert [(row > 4).sum() for row in table] == [0, 3, 0, 0, 3, 0]
-
-
-def test_a_tensor_larger_than_the_limit_has_a_shard_of_its_own():
-    shapes = {"a": (4,), "b": (100,), "c": (4,), "d": (4,)}
-    assert list(shards_of(shapes, 50)) == [["a"], ["b"], ["c", "d"]]
 
 
 def test_true_configurations_have_their_published_size():

@@ -2,6 +2,7 @@
 
 import json
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -30,6 +31,7 @@ from benchmarks.quality.rows import CHANNEL, MODELS, TABLES, Line, Row, rows_of
 from benchmarks.quality.sensitivity import PartlyQuantized, cases, mean_noise_db
 from export.errors import EnvironmentLacksError, RecipeError
 from pipeline.backends.cuda import CudaOptions
+from pipeline.bench.measure import Timing
 from pipeline.verify.report import Gate
 
 pytestmark = pytest.mark.torch
@@ -79,7 +81,7 @@ def test_resampling_together_makes_the_increase_surer_than_the_distance():
 
 def test_the_bootstrap_is_centred_on_the_estimate():
     values = RNG.exponential(size=100)
-    found = centred(lambda rows: float(np.var(values[rows])), 100, 0)  # a biased statistic of resamples
+    found = centred(lambda rows: float(np.var(values[rows])), 100)  # a biased statistic of resamples
     assert found.low < found.value == np.var(values) < found.high
 
 
@@ -207,15 +209,22 @@ def test_only_the_wanted_multipliers_are_used(subject, tmp_path):
     assert all((one.codes == other.codes).all() for one, other in zip(layers, again, strict=True))
 
 
-def test_times_of_interrupted_calibrations_add_up(tmp_path, monkeypatch):
+def test_times_of_interrupted_calibrations_add_up(subject, tmp_path, monkeypatch):
     clock = iter([0.0, 10.0, 100.0, 105.0])
-    monkeypatch.setattr(quality_engines.time, "monotonic", lambda: next(clock))
-    path = tmp_path / "seconds.json"
-    with pytest.raises(KeyboardInterrupt), quality_engines.timed(path):
+    monkeypatch.setattr(quality_engines, "time", SimpleNamespace(monotonic=lambda: next(clock)))
+    row = rows_of("dit_mini", patterns=["rtn-fp-channel-w4a8"])[0]
+    recipe = quality_engines.row_recipe(row)
+
+    def interrupted(model, recipe, folder):
+        folder.mkdir()
         raise KeyboardInterrupt
-    with quality_engines.timed(path) as spent:
-        pass
-    assert spent == [15.0] and json.loads(path.read_text()) == {"seconds": 15.0}
+
+    monkeypatch.setattr(quality_engines, "calibrate", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        quality_engines.calibrated(subject, row, recipe, tmp_path)
+    monkeypatch.setattr(quality_engines, "calibrate", lambda *_: ["a layer"])
+    assert quality_engines.calibrated(subject, row, recipe, tmp_path) == (["a layer"], 15 / 60)
+    assert [json.loads(path.read_text()) for path in tmp_path.rglob("seconds.json")] == [{"seconds": 15.0}]
 
 
 def test_layers_are_quantized_in_part(subject, monkeypatch):
@@ -270,7 +279,7 @@ def test_a_row_is_measured_once_proven_and_kept(command, monkeypatch):
     def fail(*_):
         raise AssertionError("measured twice")
 
-    monkeypatch.setattr(quality, "row_record", fail)
+    monkeypatch.setattr(quality, "measured_row", fail)
     assert command("--rows", "rtn-fp-channel-w4a8") == (0, rows)
 
 
@@ -287,7 +296,7 @@ def test_the_engine_of_another_target_draws_if_its_graph_is_proven(subject, traj
     row = rows_of("dit_mini", patterns=["rtn-fp-channel-w4a8"])[0]
     recipe = quality_engines.row_recipe(row)
     layers, _ = quality_engines.calibrated(subject, row, recipe, tmp_path)
-    asked, seconds = [], iter([1.0, 2.0])
+    asked = []
 
     def build(_, __, made, ___, target):  # no GPU here: the float model stands in
         asked.append((target, made.options(CudaOptions).activations))
@@ -295,7 +304,8 @@ def test_the_engine_of_another_target_draws_if_its_graph_is_proven(subject, traj
 
     monkeypatch.setattr(quality_engines, "build_engine", build)
     monkeypatch.setattr(quality_engines, "prove", lambda *given: [Gate(f"{given[-1]}/gemm_exact", 0.0, 0, "", "")])
-    monkeypatch.setattr(quality_engines, "call_seconds", lambda *_: next(seconds))
+    timings = {"cuda engine, fp32": Timing((1.0,)), "reference": Timing((2.0,))}
+    monkeypatch.setattr(quality_engines, "interleaved", lambda *_: timings)
     with quality_engines.drawer(subject, layers, recipe, trajectory, tmp_path / "engine", "cuda") as made:
         assert asked == [("cuda", "fp32")] and made.name == "cuda engine, fp32"
         assert (

@@ -120,14 +120,14 @@ def test_a_row_of_a_real_pipeline_is_drawn_scored_and_kept(root, monkeypatch, sc
 
 
 def test_a_row_that_fails_is_recorded_and_stops_no_other(root, monkeypatch, scored):
-    plain = quality_real.row_pictures
+    plain = quality_real.measured_row
 
-    def fail(real, row, recipe, key):
+    def fail(real, results, row, *rest):
         if "int" in row.name:
             raise ValueError("no luck")
-        return plain(real, row, recipe, key)
+        return plain(real, results, row, *rest)
 
-    monkeypatch.setattr(quality_real, "row_pictures", fail)
+    monkeypatch.setattr(quality_real, "measured_row", fail)
     both = ["rtn-int-channel-w4a8", "rtn-fp-channel-w4a8"]
     assert quality_real.run_real(arguments(root, rows=both)) == 1
     rows = rows_of(root)

@@ -11,7 +11,8 @@ import torch
 
 from benchmarks.quality import drawing as quality_drawing
 from benchmarks.quality import search_groups
-from benchmarks.quality.drawing import draw, float_engine, make_subject
+from benchmarks.quality.drawing import draw, float_engine, judged, make_subject
+from benchmarks.quality.metrics import frechet, gaussian
 from benchmarks.zoo import judges
 from export.errors import RecipeError
 from pipeline import recipe as recipes
@@ -52,10 +53,10 @@ def test_a_candidate_costs_the_distance_of_its_pictures(against, tmp_path):
         for plan, size in zip(plans, individual, strict=True)
     ]
     pictures = draw(subject, ReferenceEngine(fake_quant(subject.model, layers, torch.float32)).run, "test")
-    others = judges.JUDGES["dit_mini"].test()[1]
+    others = judges.JUDGES["dit_mini"].test()[1].numpy()
     if against == "float":
-        others = torch.from_numpy(draw(subject, float_engine(subject).run, "test"))
-    expected = judges.frechet_distance(judges.load("dit_mini"), torch.from_numpy(pictures), others)
+        others = draw(subject, float_engine(subject).run, "test")
+    expected = frechet(*(gaussian(judged("dit_mini", part)[0]) for part in (pictures, others)))
     assert score(individual) == pytest.approx(expected, rel=1e-3)
 
 
@@ -86,14 +87,13 @@ def test_a_stopped_search_goes_on_with_its_scores(tmp_path, monkeypatch):
 
     asked = []
 
-    def score(frechet, individual):
+    def score(individual):
         if len(asked) == 2:
             raise Stop
         asked.append(individual)
         return float(sum(individual))
 
-    monkeypatch.setattr(search_groups._Frechet, "__init__", lambda *_: None)
-    monkeypatch.setattr(search_groups._Frechet, "__call__", score)
+    monkeypatch.setattr(search_groups.FrechetScore, "__call__", lambda _: score)
     nearest = ["--set", "calibrate.options.candidates=nearest"]
     with pytest.raises(Stop):
         search_groups.run(arguments(tmp_path, *nearest))

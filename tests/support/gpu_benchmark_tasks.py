@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import time
 
-from benchmarks.gpu.run import Context, Task
+from benchmarks.gpu.run import Device, Task
 
 # What a document says of a GPU that is not there.
 FACTS = {
@@ -27,7 +27,7 @@ def _sleep() -> dict:
     return {}
 
 
-def tasks(context: Context) -> list[Task]:
+def tasks(device: Device) -> list[Task]:
     return [
         Task("one", lambda: {"passed": True, "process": os.getpid()}),
         Task("two", _break),
@@ -35,10 +35,10 @@ def tasks(context: Context) -> list[Task]:
     ]
 
 
-def losing(context: Context) -> list[Task]:
+def losing(device: Device) -> list[Task]:
     """A worker that says of its second task that the GPU is gone."""
     return [Task("one", dict), Task("two", lambda: {"failed": "illegal access", "lost": True}), Task("three", dict)]
 
 
-def endless(context: Context) -> list[Task]:
+def endless(device: Device) -> list[Task]:
     return [Task("quick", dict), Task("slow", _sleep)]
