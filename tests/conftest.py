@@ -55,7 +55,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     """What a longer run than the usual one looks at."""
     parser.addoption("--all-faults", action="store_true", help="plant every fault in every model, some 15 minutes")
     parser.addoption("--reach", action="store_true", help="fail unless all modules are reached")
-    parser.addoption("--fuzz-cases", type=int, default=200, help="damaged documents that tests/cli/test_fuzz.py tries")
+    parser.addoption(
+        "--fuzz-cases", type=int, help="damaged documents that tests/cli/test_fuzz.py tries, if not each once"
+    )
 
 
 @pytest.fixture
