@@ -55,7 +55,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     """What a longer run than the usual one looks at."""
     parser.addoption("--all-faults", action="store_true", help="plant every fault in every model, some 15 minutes")
     parser.addoption("--reach", action="store_true", help="fail unless all modules are reached")
-    parser.addoption("--fuzz-cases", type=int, default=200, help="damaged documents that tests/cli/test_fuzz.py tries")
+    parser.addoption(
+        "--fuzz-cases", type=int, help="damaged documents that tests/cli/test_fuzz.py tries, if not each once"
+    )
 
 
 @pytest.fixture
@@ -69,14 +71,23 @@ def interpreter(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         yield
 
 
-@pytest.fixture(scope="session", autouse=True)
-def one_trace_for_each_model() -> Iterator[None]:
-    """Exports take a copy of an earlier trace where there is one, see tests/support/traces.py."""
-    from export import to_onnx
-    from tests.support.traces import traced
+@pytest.fixture(scope="session")
+def shared_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Of all processes of this run."""
+    own = tmp_path_factory.getbasetemp()
+    return own.parent if "PYTEST_XDIST_WORKER" in os.environ else own
 
+
+@pytest.fixture(scope="session", autouse=True)
+def one_trace_for_each_model(shared_folder: Path) -> Iterator[None]:
+    """Exports take an earlier trace where there is one, see tests/support/traces.py."""
+    from export import to_onnx
+    from tests.support import traces
+
+    (shared_folder / "traces").mkdir(exist_ok=True)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(to_onnx, "_traced", traced)
+        patch.setenv(traces.VARIABLE, str(shared_folder / "traces"))
+        patch.setattr(to_onnx, "_traced", traces.traced)
         yield
 
 
@@ -90,15 +101,14 @@ def traced_anew(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture(scope="session")
-def victims(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def victims(shared_folder: Path) -> Path:
     """Whole folders of every kind that the verbs read, see tests/support/hostile.py. To be copied, not changed; made by
     the first process that asks for them, for all."""
     from filelock import FileLock
 
     from tests.support import hostile
 
-    own = tmp_path_factory.getbasetemp()
-    folder = (own.parent if "PYTEST_XDIST_WORKER" in os.environ else own) / "hostile"
+    folder = shared_folder / "hostile"
     with FileLock(folder.with_name("hostile.lock")), pytest.MonkeyPatch.context() as patch:
         if not (folder / "whole").exists():
             folder.mkdir()

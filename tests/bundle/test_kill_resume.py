@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
+import multiprocessing
+import os
 import shutil
 import signal
-import subprocess
-import sys
+from collections.abc import Iterator
 from dataclasses import replace
+from multiprocessing.process import BaseProcess
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import pytest
 
@@ -20,7 +23,6 @@ from pipeline.backends.tensorrt.plan_file import read_engine_file
 from pipeline.calibrate import __main__ as calibrate
 from tests.support import quick_build, tiny
 
-ROOT = Path(__file__).parents[2]
 STAGES = ("calibrate", "export", "cpu", "onnx", "verify", "bench")
 FLAGS = ["--engine", "pixart_w4a6", "--target", "cpu", "--n-steps", "3", "--json"]
 SETTINGS = ["--set", "method=rtn", "--set", "weights.group_size=32"]
@@ -47,36 +49,53 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny.folder("pixart", tmp_path_factory.mktemp("models"))
 
 
-def command(model: Path, output: Path, *extra: str) -> list[str]:
-    return [sys.executable, "-m", "tests.support.quick_build", *FLAGS, "-m", str(model), "-o", str(output), *extra]
+# Every build is a process of its own, forked off a server that has imported what a build takes: importing it again
+# would take longer than the build.
+SERVER = multiprocessing.get_context("forkserver")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def imported() -> None:
+    SERVER.set_forkserver_preload(list(quick_build.IMPORTED))
+
+
+@contextlib.contextmanager
+def started(model: Path, output: Path, *extra: str) -> Iterator[tuple[BaseProcess, TextIO, Path]]:
+    """A build: its process, its answers and the file of its log; it has ended behind the block."""
+    reader, writer = SERVER.Pipe(duplex=False)
+    log = output.parent.with_suffix(".log")
+    args = [*FLAGS, "-m", str(model), "-o", str(output), *extra]
+    process = SERVER.Process(target=quick_build.answering, args=(writer, log, args))
+    process.start()
+    writer.close()
+    try:
+        with open(os.dup(reader.fileno()), encoding="utf-8") as answers:
+            yield process, answers, log
+        process.join(timeout=600)
+    finally:
+        process.kill()
+        reader.close()
 
 
 def build(model: Path, output: Path, *extra: str) -> list[dict[str, Any]]:
     """Run a build to its end; returns its events."""
-    done = subprocess.run(
-        command(model, output, *extra), check=False, cwd=ROOT, capture_output=True, text=True, timeout=600
-    )
-    assert done.returncode == 0, done.stderr
-    return [json.loads(line) for line in done.stdout.splitlines()]
+    with started(model, output, *extra) as (process, answers, log):
+        events = [json.loads(line) for line in answers]
+    assert process.exitcode == 0, log.read_text()
+    return events
 
 
-def heed_ctrl_c() -> None:
-    """Undo an ignored SIGINT, which a process inherits from a shell that runs the tests in the background."""
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
-
-
-def stop_at(stage: str, sign: signal.Signals, model: Path, output: Path, *extra: str) -> tuple[int, str]:
+def stop_at(stage: str, sign: signal.Signals, model: Path, output: Path, *extra: str) -> tuple[int | None, str]:
     """Start a build, send it a signal when it reports the start of `stage`; returns exit code and remaining stdout."""
-    pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL, "text": True}
-    process = subprocess.Popen(command(model, output, *extra), cwd=ROOT, preexec_fn=heed_ctrl_c, **pipes)  # noqa: PLW1509 - one thread
-    assert process.stdout
-    for line in process.stdout:
-        event = json.loads(line)
-        if event.get("name") == stage and event["status"] == "started":
-            process.send_signal(sign)
-            break
-    rest = process.stdout.read()
-    return process.wait(timeout=600), rest
+    with started(model, output, *extra) as (process, answers, _):
+        for line in answers:
+            event = json.loads(line)
+            if event.get("name") == stage and event["status"] == "started":
+                assert process.pid
+                os.kill(process.pid, sign)
+                break
+        rest = answers.read()
+    return process.exitcode, rest
 
 
 def content(bundle: Path) -> dict[str, bytes]:

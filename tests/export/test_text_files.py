@@ -85,9 +85,9 @@ def test_a_build_in_an_ascii_locale_from_an_original_file(tmp_path: Path) -> Non
         "[sampling]", "n_steps = 2", "[budgets]", "quant_sqnr_db = -100.0", "final_psnr_fp_db = -100.0",
     ]  # fmt: skip
     (tmp_path / "tiny.toml").write_text("\n".join(lines), encoding="utf-8")
-    command = [sys.executable, "-W", "always::EncodingWarning", "-m", "pipeline.build", "--engine", "tiny.toml"]
+    command = [sys.executable, "-W", "always::EncodingWarning", "-m", "tests.support.quick_build"]
     done = subprocess.run(
-        [*command, "--target", "cpu", "-o", "engine", "-v"],
+        [*command, "--engine", "tiny.toml", "--target", "cpu", "-o", "engine", "-v"],
         cwd=tmp_path,
         env=os.environ | PLAIN | {"PYTHONPATH": str(ROOT)},
         capture_output=True,

@@ -28,11 +28,11 @@ MODULATED = GemmSpec("E4M3", "E3M0", 4608, 1152, zero_point=True, epilogue="gate
 E1M2 = GemmSpec("E2M3", "E1M2", 1152, 4608)
 MANY, FEW = 4096, 64  # tokens
 
-EVERYWHERE = {
-    (name, sm): chosen(kernel(name), PLAIN, sm, rows=MANY)
-    for name in ("packed_gemm", "expanded_gemm")
-    for sm in TARGETS
-}
+# Each kernel for each target, in turn with FP8 and INT8 operands: every target has both.
+IN_TURN = [
+    (name, sm, (i + j) % 2) for i, name in enumerate(("packed_gemm", "expanded_gemm")) for j, sm in enumerate(TARGETS)
+]
+FLOATS = {(name, sm): chosen(kernel(name), PLAIN, sm, rows=MANY) for name, sm, turn in IN_TURN if turn == 0}
 ON_HOPPER = {
     "packed, few tokens": chosen(kernel("packed_gemm"), PLAIN, 90, rows=FEW),
     "packed, multipliers": chosen(kernel("packed_gemm"), EXACT, 90, rows=MANY),
@@ -43,8 +43,8 @@ ON_HOPPER = {
 }
 INTEGERS = {
     (name, sm, "integers"): chosen(kernel(name), replace(EXACT, integers=True), sm, rows=MANY)
-    for name in ("packed_gemm", "expanded_gemm")
-    for sm in TARGETS
+    for name, sm, turn in IN_TURN
+    if turn == 1
 }
 IN_HALF = {sm: chosen(kernel("packed_gemm"), HALF, sm, rows=MANY) for sm in (80, 90)}
 AT_LOAD = {
@@ -58,21 +58,21 @@ AT_LOAD = {
 @pytest.fixture(scope="session")
 def built(tmp_path_factory: pytest.TempPathFactory) -> dict[Any, Compiled]:
     """All kernels of this file, from one process and an empty cache."""
-    requests: dict[Any, Request] = {**EVERYWHERE, **INTEGERS, **ON_HOPPER, **IN_HALF, **AT_LOAD}
+    requests: dict[Any, Request] = {**FLOATS, **INTEGERS, **ON_HOPPER, **IN_HALF, **AT_LOAD}
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("DITC_CACHE", str(tmp_path_factory.mktemp("cache")))
         return dict(zip(requests, compile_kernels(list(requests.values())), strict=True))
 
 
-@pytest.mark.parametrize("case", [*EVERYWHERE, *INTEGERS, *ON_HOPPER, *IN_HALF, *AT_LOAD], ids=str)
+@pytest.mark.parametrize("case", [*FLOATS, *INTEGERS, *ON_HOPPER, *IN_HALF, *AT_LOAD], ids=str)
 def test_resources(built: dict[Any, Compiled], case: Any) -> None:
     """Nothing spills; what a program takes leaves room for those that a multiprocessor should hold beside it."""
-    requests: dict[Any, Request] = {**EVERYWHERE, **INTEGERS, **ON_HOPPER, **IN_HALF, **AT_LOAD}
+    requests: dict[Any, Request] = {**FLOATS, **INTEGERS, **ON_HOPPER, **IN_HALF, **AT_LOAD}
     assert built[case].problems() == [] and built[case].local_bytes == 0
     assert built[case].registers <= most_registers(requests[case])
 
 
-@pytest.mark.parametrize("case", EVERYWHERE, ids=str)
+@pytest.mark.parametrize("case", FLOATS, ids=str)
 def test_fp8_tensor_cores(built: dict[Any, Compiled], case: tuple[str, int]) -> None:
     found = {name for name in {*FP8.values(), *FP16.values()} if count(built[case], name + ".", name)}
     assert found == {FP8[case[1]]}
@@ -103,6 +103,6 @@ def test_operands_that_are_no_e4m3_go_to_fp16_tensor_cores(built: dict[Any, Comp
 def test_every_kernel_of_the_table_is_compiled_somewhere() -> None:
     from tests.kernels.test_gpu_compile import BEFORE
 
-    every: tuple[dict[Any, Request], ...] = (EVERYWHERE, ON_HOPPER, IN_HALF, AT_LOAD, SPLIT)  # type: ignore[assignment]
+    every: tuple[dict[Any, Request], ...] = (FLOATS, ON_HOPPER, IN_HALF, AT_LOAD, SPLIT)  # type: ignore[assignment]
     here = {one.kernel.name for cases in every for one in cases.values()}
     assert here | set(BEFORE) == {row.name for row in KERNELS}

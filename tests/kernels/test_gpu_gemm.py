@@ -32,6 +32,11 @@ ACTIVATIONS = ("E2M1", "E2M3", "E3M2", "E3M4", "E4M3", "E5M2", "INT4", "INT6", "
 WEIGHTS = ("E2M1", "E1M2", "E3M0", "INT4", "UE2M2")
 # Operands and weights are decoded apart from each other: every format of each is here once, on both tensor cores.
 PAIRS = list(zip(ACTIVATIONS, cycle(WEIGHTS), strict=False))
+OPERANDS = ("E2M1", "E2M3", "E3M2", "INT6", "INT8", "UE2M2", "E3M4")
+# (tensor cores, weights expanded before): decoding and multiplying know nothing of each other, so that a case takes two
+# of the four, in turn with the next.
+Ways = tuple[tuple[int, bool], ...]
+WAYS: tuple[Ways, ...] = (((FP16, False), (FP8, True)), ((FP16, True), (FP8, False)))
 
 
 def assert_bits(found: np.ndarray, expected: np.ndarray, output: str = "fp32") -> None:
@@ -58,12 +63,11 @@ def test_every_pair_of_codes(activation: str, weight: str, sm: int) -> None:
     assert_bits(found, np.concatenate([expected, expected]).astype(np.float32))
 
 
-@pytest.mark.parametrize("sm", [FP16, FP8])
 @pytest.mark.parametrize(
-    ("activation", "weight"),
-    list(zip(("E2M1", "E2M3", "E3M2", "INT6", "INT8", "UE2M2", "E3M4"), cycle(reversed(WEIGHTS)), strict=False)),
+    ("activation", "weight", "ways"),
+    list(zip(OPERANDS, cycle(reversed(WEIGHTS)), cycle(WAYS), strict=False)),
 )
-def test_formats(activation: str, weight: str, sm: int) -> None:
+def test_formats(activation: str, weight: str, ways: Ways) -> None:
     """Sums stay below 2^24 units here, so they are exact whatever they are added up in."""
     spec = GemmSpec(activation, weight, 64, 21, output="fp32")
     assert promotion_of(spec, fp8=False, architecture=80).holds == "exact"
@@ -71,7 +75,7 @@ def test_formats(activation: str, weight: str, sm: int) -> None:
     expected = reference(spec, arrays)
     y, size = exact(spec, arrays)
     assert (np.abs(expected - y) <= 4 * EPS * size).all(), "scale twice, the sum's own rounding, bias"
-    for expanded in (False, True):
+    for sm, expanded in ways:
         assert_bits(run(spec, arrays, SMALL, sm, expanded=expanded), expected)
 
 
@@ -92,15 +96,17 @@ def test_sums_that_no_float32_holds(activation: str, weight: str, k: int) -> Non
 SHAPES = [(1, 1, 2), (3, 17, 66), (33, 35, 130), (16, 32, 64), (17, 33, 192), (2, 5, 100)]
 
 
-@pytest.mark.parametrize(("shape", "weights_first"), list(zip(SHAPES, cycle([False, True]), strict=False)), ids=str)
-def test_shapes(shape: tuple[int, int, int], weights_first: bool) -> None:
+@pytest.mark.parametrize(
+    ("shape", "weights_first", "ways"),
+    list(zip(SHAPES, cycle([False, True]), cycle([*WAYS, *WAYS[::-1]]), strict=False)),
+)
+def test_shapes(shape: tuple[int, int, int], weights_first: bool, ways: Ways) -> None:
     m, n, k = shape
     spec = GemmSpec("E2M3", "E2M1", k, n, output="fp32")
     arrays = case(spec, m, seed=k)
     tile = Tile(16, 16, 64, 4, 2, band=2, weights_first=weights_first)
-    for sm in (FP16, FP8):
-        for expanded in (False, True):
-            assert_bits(run(spec, arrays, tile, sm, expanded=expanded), reference(spec, arrays))
+    for sm, expanded in ways:
+        assert_bits(run(spec, arrays, tile, sm, expanded=expanded), reference(spec, arrays))
 
 
 @pytest.mark.parametrize("splits", [2, 3, 8])
@@ -165,18 +171,17 @@ GROUPS = [(256, 128, 64), (128, 32, 64), (144, 48, 64), (96, 16, 32), (132, 22, 
 MULTIPLIED = [("E2M1", MULTIPLIERS), ("E1M2", (1, 2, 4)), ("E3M0", (1, 3, 7, 15)), ("INT4", (1, 2))]
 
 
-@pytest.mark.parametrize("sm", [FP16, FP8])
-@pytest.mark.parametrize(("groups", "weights"), list(zip(GROUPS, cycle(MULTIPLIED), strict=False)))
-def test_multipliers(groups: tuple[int, int, int], weights: tuple[str, tuple[int, ...]], sm: int) -> None:
+@pytest.mark.parametrize(("groups", "weights", "ways"), list(zip(GROUPS, cycle(MULTIPLIED), cycle(WAYS), strict=False)))
+def test_multipliers(groups: tuple[int, int, int], weights: tuple[str, tuple[int, ...]], ways: Ways) -> None:
     (k, group, step), (weight, multipliers) = groups, weights
     spec = GemmSpec("E2M3", weight, k, 9, group, multipliers, output="fp32")
     arrays = case(spec, 5, seed=group)
     expected = reference(spec, arrays)
     tile = Tile(16, 16, step, 4, 2, weights_first=group % 3 == 0)
-    for expanded in (False, True):
+    for sm, expanded in ways:
         assert_bits(run(spec, arrays, tile, sm, expanded=expanded), expected)
-    factor = packed_constants(spec, tile, sm)["OPERANDS"].FACTOR
-    assert factor == ("multiplier" if sm == FP8 and group % step == 0 else "none")
+        factor = packed_constants(spec, tile, sm)["OPERANDS"].FACTOR
+        assert factor == ("multiplier" if sm == FP8 and group % step == 0 else "none")
 
 
 def test_sixteen_multipliers() -> None:
@@ -187,15 +192,17 @@ def test_sixteen_multipliers() -> None:
     assert_bits(run(spec, arrays, SMALL), reference(spec, arrays))
 
 
-@pytest.mark.parametrize("sm", [FP16, FP8])
-@pytest.mark.parametrize(("groups", "multipliers"), list(zip(GROUPS, cycle([(1,), (1, 3)]), strict=False)))
-def test_real_groups(groups: tuple[int, int, int], multipliers: tuple[int, ...], sm: int) -> None:
+@pytest.mark.parametrize(
+    ("groups", "multipliers", "ways"),
+    list(zip(GROUPS, cycle([(1,), (1, 3)]), cycle([*WAYS, *WAYS[::-1]]), strict=False)),
+)
+def test_real_groups(groups: tuple[int, int, int], multipliers: tuple[int, ...], ways: Ways) -> None:
     """Each step is scaled (a rounding) and added (another); then the token's scale, and the bias."""
     k, group, step = groups
     spec = GemmSpec("E2M3", "E2M1", k, 9, group, multipliers, real_groups=True, output="fp32")
     arrays = case(spec, 5, seed=group)
     y, size = exact(spec, arrays)
-    for expanded in (False, True):
+    for sm, expanded in ways:
         tile = Tile(16, 16, step, 4, 2, weights_first=not expanded)
         found = run(spec, arrays, tile, sm, expanded=expanded)
         steps = spec.groups * -(-group // step)

@@ -22,13 +22,14 @@ from pipeline.calibrate import calibrate
 from pipeline.generate import case as picture_case
 from pipeline.generate.case import Run
 from pipeline.recipe import Recipe
-from pipeline.verify.effort import FEW_INSIDE, Effort
+from pipeline.verify.effort import FEW_INSIDE, LARGE_INSIDE, Effort
 from pipeline.verify.probe import ProbedGraph
 from pipeline.verify.proof import verify_target
 from pipeline.verify.report import Gate, Report
 from pipeline.verify.study import Study, study
 from tests.support import learned, tiny
 from tests.support.graph_edit import GraphEdit
+from tests.support.graph_faults import CALLS
 
 # The bundled models with the recipe that is theirs, and the tiny model of each family.
 RECIPES = {"pixart_mini": "pixart_w4a6", "dit_mini": "dit_w4a8"}
@@ -43,6 +44,8 @@ SIDES = {"pixart_sigma": 64}
 ACTIVATIONS = {"hunyuan": "INT8"}
 # Where quantization hardly matters: adaLN as at the start of training, and an output layer of zeros.
 ZEROS = {"ada_zero": ("dit", ".norm1.linear"), "out_zero": ("pixart", "proj_out")}
+# For a fault that linears or stretches show: a step and, as of a large model, a call of an odd length.
+LOOKED_INTO = Effort((0,), (0,), 0, special=LARGE_INSIDE, inside=LARGE_INSIDE, state=False)
 LEARNED = "learned"  # the end of the names of bundled models with routed branches and static scales
 
 
@@ -90,9 +93,17 @@ class Subject:
         plant(edit)
         return replace(clean, path=edit.save())
 
-    def failures(self, graph: LoweredGraph) -> dict[str, Gate]:
-        """The gates that fail for a graph, by name without the target."""
-        return self._failures(graph, self.layers, None)
+    def failures(self, graph: LoweredGraph, gates: frozenset[str] = frozenset()) -> dict[str, Gate]:
+        """The gates that fail for a graph, by name without the target. gates: the only ones that are asked for, and
+        nothing is run that none of them looks at; empty: all."""
+        found = self.found
+        if gates and gates <= CALLS:
+            return self._failures(graph, [], None, Effort(self.steps, found.probed, 0, inside=()))
+        if gates and not gates & CALLS:
+            return self._failures(graph, self.layers, None, replace(LOOKED_INTO, probed=found.probed))
+        # As of a large model: no inside of the largest calls, which takes as long as that of all others.
+        effort = Effort(self.steps, found.probed, len(found.case.noise), inside=FEW_INSIDE)
+        return self._failures(graph, self.layers, None, effort)
 
     def failures_of_calls(self, plant: Callable[[Run], Run]) -> dict[str, Gate]:
         """The gates that fail for a fault in how calls are answered. No layer is looked at: the graph is right."""
@@ -101,15 +112,19 @@ class Subject:
             (found.case, found.calls, found.pools, found.special_calls)
         )  # a fault may write into its inputs
         try:
-            return self._failures(self.graph("stock"), [], GraphEngine(plant(self.engine.run)))
+            effort = Effort(self.steps, found.probed, len(found.case.noise), inside=())
+            return self._failures(self.graph("stock"), [], GraphEngine(plant(self.engine.run)), effort)
         finally:
             found.case, found.calls, found.pools, found.special_calls = kept
 
-    def _failures(self, graph: LoweredGraph, layers: list[QuantizedLinear], engine: Engine | None) -> dict[str, Gate]:
+    @property
+    def steps(self) -> tuple[int, ...]:
+        return tuple(range(self.found.case.n_steps))
+
+    def _failures(
+        self, graph: LoweredGraph, layers: list[QuantizedLinear], engine: Engine | None, effort: Effort
+    ) -> dict[str, Gate]:
         report = Report()
-        steps = tuple(range(self.found.case.n_steps))
-        # As of a large model: no inside of the largest calls, which takes as long as that of all others.
-        effort = Effort(steps, self.found.probed, len(self.found.case.noise), inside=FEW_INSIDE)
         verify_target("cpu", self.model, layers, graph, engine, self.found, report, effort=effort)
         return {gate.name.partition("/")[2]: gate for gate in report.failures()}
 

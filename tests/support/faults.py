@@ -6,7 +6,8 @@ graph, with the tensor names of its probe row.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -99,6 +100,22 @@ class LoweredFault:
     gate: str
     plant: Callable[[Graph, ProbeRow], None]
     targets: tuple[str, ...] = ("cpu", "rtx", "cuda")
+
+
+def of_targets(faults: Sequence[Fault], targets: Sequence[str], every: bool) -> list[tuple[str, Fault]]:
+    """(target, fault), target by target. All lowerings inherit what is wrong in the portable graph: unless `every` is
+    asked for, each fault is planted for one of them, those of one gate in turn; for all where some refuse it."""
+    ranks, rows = Counter[str](), list[tuple[str, Fault]]()
+    for fault in faults:
+        of_all = every or fault.refused_by
+        rows += [(target, fault) for target in (targets if of_all else [targets[ranks[fault.gate] % len(targets)]])]
+        ranks[fault.gate] += 1
+    return sorted(rows, key=lambda row: targets.index(row[0]))
+
+
+def of_own_lowering(faults: Sequence[LoweredFault], targets: Sequence[str]) -> list[tuple[str, LoweredFault]]:
+    """(target, fault), target by target, of faults in what a target does by itself."""
+    return [(target, fault) for target in targets for fault in faults if target in fault.targets]
 
 
 # --- in a layer's data ----------------------------------------------------------------------------------------------

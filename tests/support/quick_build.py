@@ -1,13 +1,34 @@
-"""`python -m tests.support.quick_build`: pipeline.build with the fewest measurements, for tests of everything else."""
+"""`python -m tests.support.quick_build`: pipeline.build with the fewest measurements and no trace of its own, for tests
+of everything else."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import os
+import signal
+import sys
+from collections.abc import Callable, Sequence
+from multiprocessing.connection import Connection
+from pathlib import Path
 from typing import Any
 
 from pipeline import build
 from pipeline.bench import measure
 from pipeline.signals import leave
+
+# What a build imports: a server that has done so forks a process for each build in a moment.
+IMPORTED = (
+    __name__,
+    "torch.onnx",
+    "onnxruntime",
+    "diffusers.models.transformers.pixart_transformer_2d",
+    "export.trace",
+    "pipeline.bench.measure",
+    "pipeline.calibrate",
+    "pipeline.verify.page",
+    "pipeline.verify.proof",
+    "tensorrt_rtx",
+    "tests.support.traces",
+)
 
 
 def measure_little(put: Callable[[Any, str, Any], None] = setattr) -> None:
@@ -18,6 +39,26 @@ def measure_little(put: Callable[[Any, str, Any], None] = setattr) -> None:
     put(measure, "peak_memory", lambda *_: None)
 
 
-if __name__ == "__main__":
+def shorten() -> None:
+    """The fewest measurements, and the run's own trace of the model."""
+    from export import to_onnx
+    from tests.support.traces import traced
+
     measure_little()
+    to_onnx._traced = traced
+
+
+def answering(answers: Connection, log: Path, args: Sequence[str]) -> None:
+    """A build in a process of its own, forked for it: stdout is `answers`, stderr goes to a file."""
+    os.dup2(answers.fileno(), 1)
+    answers.close()
+    sys.stdout = open(1, "w", encoding="utf-8", closefd=False)  # noqa: SIM115 - as long as the process
+    os.dup2(os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), 2)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # else ignored where the tests run in the background
+    shorten()
+    leave(lambda: build.main(args))
+
+
+if __name__ == "__main__":
+    shorten()
     leave(build.main)

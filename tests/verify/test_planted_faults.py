@@ -1,10 +1,11 @@
-"""Every planted fault is caught by the gate that is meant to catch it, on every target; the clean graph passes all."""
+"""Every planted fault is caught by the gate that is meant to catch it; every target's clean graph passes all."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -21,7 +22,17 @@ from pipeline.verify.proof import verify_target
 from pipeline.verify.report import Report
 from pipeline.verify.study import Study, study
 from tests.support import tiny
-from tests.support.faults import INSIDE_LINEARS, LOWERED_FAULTS, PORTABLE_FAULTS, Fault, Graph, LoweredFault, edited
+from tests.support.faults import (
+    INSIDE_LINEARS,
+    LOWERED_FAULTS,
+    PORTABLE_FAULTS,
+    Fault,
+    Graph,
+    LoweredFault,
+    edited,
+    of_own_lowering,
+    of_targets,
+)
 
 pytestmark = [pytest.mark.slow, pytest.mark.torch]
 
@@ -63,17 +74,30 @@ def bench(tmp_path_factory: pytest.TempPathFactory) -> Bench:
     return Bench(model, layers, recipe, folder / "model.onnx", study(model, layers, recipe))
 
 
-@pytest.fixture(scope="module", params=TARGETS)
-def clean(request: Any, bench: Bench, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, LoweredGraph]:
-    """A target and its graph without any fault; all gates pass on it."""
-    graph = bench.lower(request.param, bench.portable, tmp_path_factory.mktemp("clean") / request.param)
-    assert bench.failures(request.param, graph) == set()
-    return request.param, graph
+@pytest.fixture(scope="module")
+def clean(bench: Bench, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], LoweredGraph]:
+    """target -> its graph without any fault; all gates pass on it."""
+
+    @cache
+    def make(target: str) -> LoweredGraph:
+        graph = bench.lower(target, bench.portable, tmp_path_factory.mktemp("clean") / target)
+        assert bench.failures(target, graph) == set()
+        return graph
+
+    return make
 
 
-@pytest.mark.parametrize("fault", PORTABLE_FAULTS, ids=lambda fault: fault.name)
-def test_fault_in_the_portable_graph(fault: Fault, clean: Any, bench: Bench, tmp_path: Path) -> None:
-    target, _ = clean
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if metafunc.function is test_fault_in_the_portable_graph:
+        pairs = of_targets(PORTABLE_FAULTS, TARGETS, metafunc.config.getoption("--all-faults"))
+        metafunc.parametrize(("target", "fault"), pairs, ids=str_of_fault)
+
+
+def str_of_fault(part: object) -> str:
+    return str(getattr(part, "name", part))
+
+
+def test_fault_in_the_portable_graph(target: str, fault: Fault, bench: Bench, tmp_path: Path) -> None:
     graph = Graph(bench.portable)
     fault.plant(graph)
     graph.save(tmp_path / "model.onnx")
@@ -85,27 +109,22 @@ def test_fault_in_the_portable_graph(fault: Fault, clean: Any, bench: Bench, tmp
     assert f"{target}/{fault.gate}" in bench.failures(target, lowered)
 
 
-@pytest.mark.parametrize("fault", LOWERED_FAULTS, ids=lambda fault: fault.name)
-def test_fault_in_a_lowered_graph(fault: LoweredFault, clean: Any, bench: Bench, tmp_path: Path) -> None:
-    target, graph = clean
-    if target not in fault.targets:
-        pytest.skip(f"{target} has nothing of the kind")
-    assert f"{target}/{fault.gate}" in bench.failures(target, edited(graph, fault, tmp_path))
+@pytest.mark.parametrize(("target", "fault"), of_own_lowering(LOWERED_FAULTS, TARGETS), ids=str_of_fault)
+def test_fault_in_a_lowered_graph(
+    target: str, fault: LoweredFault, clean: Callable[[str], LoweredGraph], bench: Bench, tmp_path: Path
+) -> None:
+    assert f"{target}/{fault.gate}" in bench.failures(target, edited(clean(target), fault, tmp_path))
 
 
-def test_truncated_external_data(clean: Any, bench: Bench, tmp_path: Path) -> None:
-    target, graph = clean
-    copy = Graph(graph.path)
-    copy.save(tmp_path / "model.onnx")
-    data = tmp_path / "model.onnx.data"
-    data.write_bytes(data.read_bytes()[:-100])
-    with pytest.raises(ContractError, match=r"model\.onnx\.data has \d+ bytes, but .* ends at byte"):
-        bench.failures(target, LoweredGraph(tmp_path / "model.onnx", graph.probes, graph.choices))
-
-
-def test_missing_external_data(clean: Any, bench: Bench, tmp_path: Path) -> None:
-    target, graph = clean
+@pytest.mark.parametrize("damage", ["truncated", "missing"])
+def test_damaged_external_data(damage: str, clean: Callable[[str], LoweredGraph], bench: Bench, tmp_path: Path) -> None:
+    graph = clean("cpu")  # read in one place for all targets
     Graph(graph.path).save(tmp_path / "model.onnx")
-    (tmp_path / "model.onnx.data").unlink()
-    with pytest.raises(ContractError, match="is missing"):
-        bench.failures(target, LoweredGraph(tmp_path / "model.onnx", graph.probes, graph.choices))
+    data = tmp_path / "model.onnx.data"
+    words = {"truncated": r"model\.onnx\.data has \d+ bytes, but .* ends at byte", "missing": "is missing"}
+    if damage == "truncated":
+        data.write_bytes(data.read_bytes()[:-100])
+    else:
+        data.unlink()
+    with pytest.raises(ContractError, match=words[damage]):
+        bench.failures("cpu", LoweredGraph(tmp_path / "model.onnx", graph.probes, graph.choices))

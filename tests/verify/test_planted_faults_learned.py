@@ -21,13 +21,14 @@ from pipeline.backends.base import LoweredGraph
 from pipeline.backends.cpu import CpuOptions
 from pipeline.backends.cuda import CudaOptions
 from pipeline.backends.cuda.engine import CudaEngine
+from pipeline.verify.effort import BATCHES, LARGE_INSIDE
 from pipeline.verify.proof import verify_target
 from pipeline.verify.report import Report
 from pipeline.verify.study import study
 from tests.support import learned, tiny
-from tests.support.faults import INSIDE_LINEARS, Fault, Graph, LoweredFault
+from tests.support.faults import INSIDE_LINEARS, Fault, Graph, LoweredFault, of_targets
 from tests.support.faults_learned import LEARNED_FAULTS, LOWERED_LEARNED_FAULTS, row_of
-from tests.verify.test_planted_faults import SHARP, TARGETS, Bench
+from tests.verify.test_planted_faults import SHARP, TARGETS, Bench, str_of_fault
 
 pytestmark = [pytest.mark.slow, pytest.mark.torch]
 
@@ -74,13 +75,30 @@ def benches(tmp_path_factory: pytest.TempPathFactory) -> Callable[[bool], Bench]
     return make
 
 
-@pytest.fixture(scope="module", params=TARGETS)
-def case(request: Any, benches: Callable[[bool], Bench]) -> Case:
-    """A target with its bench."""
-    bench = benches(request.param == "cpu")
-    return Case(request.param, bench, bench.lower(request.param, bench.portable, bench.portable.parent / request.param))
+@pytest.fixture(scope="module")
+def cases(benches: Callable[[bool], Bench]) -> Callable[[str], Case]:
+    """target -> it with its bench."""
+
+    @cache
+    def make(target: str) -> Case:
+        bench = benches(target == "cpu")
+        return Case(target, bench, bench.lower(target, bench.portable, bench.portable.parent / target))
+
+    return make
 
 
+@pytest.fixture
+def case(target: str, cases: Callable[[str], Case]) -> Case:
+    return cases(target)
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if metafunc.function is test_fault_in_the_portable_graph:
+        pairs = of_targets(LEARNED_FAULTS, TARGETS, metafunc.config.getoption("--all-faults"))
+        metafunc.parametrize(("target", "fault"), pairs, ids=str_of_fault)
+
+
+@pytest.mark.parametrize("target", TARGETS)
 def test_the_clean_graph_passes_all_gates(case: Case) -> None:
     assert case.bench.failures(case.target, case.graph) == set()
     kinds = {layer.activation_scaling for layer in case.bench.layers}
@@ -89,11 +107,10 @@ def test_the_clean_graph_passes_all_gates(case: Case) -> None:
     assert len(set(chosen)) > 1  # else the branch of another timestep might be the right one
 
 
+@pytest.mark.parametrize("target", ["cpu"])
 @pytest.mark.parametrize("path", ["stock", "native"])
 def test_the_cpu_engine_passes_as_well(path: str, case: Case, tmp_path: Path) -> None:
     """Built, split by how often its parts run, loaded, and run on every step; with the native ops, too."""
-    if case.target != "cpu":
-        pytest.skip("one engine for the CPU")
     recipe, bench = case.bench.recipe.with_options(CpuOptions(path)), case.bench
     backend = BACKENDS["cpu"]
     if problems := backend.problems(recipe):
@@ -109,21 +126,20 @@ def test_the_cpu_engine_passes_as_well(path: str, case: Case, tmp_path: Path) ->
     assert report.failures() == []
 
 
+@pytest.mark.parametrize("target", ["cuda"])
 def test_the_cuda_engine_passes_as_well(case: Case, tmp_path: Path) -> None:
     """Built, split, and run on the CPU in float32: static scales, zero points, balance, branches."""
-    if case.target != "cuda":
-        pytest.skip("one engine for GPUs")
     bench, report = case.bench, Report()
     recipe = bench.recipe.with_options(CudaOptions(activations="fp32"))
     BACKENDS["cuda"].build(case.graph, tmp_path, recipe)
     engine = CudaEngine(tmp_path, device="cpu")
-    verify_target("cuda", bench.model, bench.layers, case.graph, engine, bench.found, report)
+    effort = replace(INSIDE_LINEARS, special=BATCHES, inside=LARGE_INSIDE, state=True)
+    verify_target("cuda", bench.model, bench.layers, case.graph, engine, bench.found, report, effort=effort)
     assert report.failures() == []
 
 
+@pytest.mark.parametrize("target", ["cuda"])  # for all: it is one part of the portable graph
 def test_nan_that_is_lost_fails_the_repeats(case: Case, tmp_path: Path) -> None:
-    if case.target != "cuda":
-        pytest.skip("one target says it for all: it is one part of the portable graph")
     bench, report = case.bench, Report()
     graph = onnx.load(bench.portable)
     last = next(node for node in graph.graph.node if node.name == "nan/sample")
@@ -134,11 +150,11 @@ def test_nan_that_is_lost_fails_the_repeats(case: Case, tmp_path: Path) -> None:
     (tmp_path / "cuda").mkdir()
     BACKENDS["cuda"].build(lowered, tmp_path / "cuda", bench.recipe.with_options(CudaOptions(activations="fp32")))
     engine = CudaEngine(tmp_path / "cuda", device="cpu")
-    verify_target("cuda", bench.model, bench.layers, lowered, engine, bench.found, report)
+    effort = replace(INSIDE_LINEARS, special=(1, 2), state=True)
+    verify_target("cuda", bench.model, bench.layers, lowered, engine, bench.found, report, effort=effort)
     assert {gate.name for gate in report.failures()} == {"cuda/repeats"}
 
 
-@pytest.mark.parametrize("fault", LEARNED_FAULTS, ids=lambda fault: fault.name)
 def test_fault_in_the_portable_graph(fault: Fault, case: Case, tmp_path: Path) -> None:
     graph = Graph(case.bench.portable)
     fault.plant(graph)
@@ -147,10 +163,13 @@ def test_fault_in_the_portable_graph(fault: Fault, case: Case, tmp_path: Path) -
     assert f"{case.target}/{fault.gate}" in case.bench.failures(case.target, lowered)
 
 
-@pytest.mark.parametrize(("layer", "fault"), LOWERED_LEARNED_FAULTS, ids=lambda item: getattr(item, "name", ""))
+OF_OWN = [
+    (target, layer, fault) for target in TARGETS for layer, fault in LOWERED_LEARNED_FAULTS if target in fault.targets
+]
+
+
+@pytest.mark.parametrize(("target", "layer", "fault"), OF_OWN, ids=str_of_fault)
 def test_fault_in_a_lowered_graph(layer: str, fault: LoweredFault, case: Case, tmp_path: Path) -> None:
-    if case.target not in fault.targets:
-        pytest.skip(f"{case.target} has nothing of the kind")
     graph = Graph(case.graph.path)
     fault.plant(graph, row_of(case.graph, layer))
     graph.save(tmp_path / "model.onnx")
