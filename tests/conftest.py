@@ -1,7 +1,8 @@
-"""Triton's interpreter for the tests of the GPU kernels, on a machine without a GPU.
+"""Which tests are run in which order, and what they share.
 
-Triton decides when it is imported whether its functions are interpreted. So it is imported here, before any test, with
-TRITON_INTERPRET set and unset again: what reads the variable later finds it only in tests that use `interpreter`.
+Among it Triton's interpreter for the tests of the GPU kernels, on a machine without a GPU. Triton decides when it is
+imported whether its functions are interpreted. So it is imported here, before any test, with TRITON_INTERPRET set and
+unset again: what reads the variable later finds it only in tests that use `interpreter`.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.costs import COSTS, has_fast_tests
+from tests.support.costs import COSTS, has_dear_tests, has_fast_tests
 from tests.support.reach import pytest_runtest_protocol, pytest_sessionfinish, pytest_testnodedown  # noqa: F401
 
 # Processes that test side by side share the cores: one thread each, which must be said before PyTorch is imported.
@@ -25,17 +26,24 @@ VARIABLE = "TRITON_INTERPRET"
 # Every module with @triton.jit functions.
 KERNEL_MODULES = ("decode", "gemm", "quantize", "repack")
 
-if importlib.util.find_spec("triton"):
-    os.environ[VARIABLE] = "1"
-    for name in KERNEL_MODULES:
-        importlib.import_module(f"plugins.gpu.{name}")
-    del os.environ[VARIABLE]
+# What `-m` says -> whether a file has such tests.
+CHOICES = {"fast": has_fast_tests, "not fast": has_dear_tests}
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Triton is imported by each process that runs tests: not by the first of several, which only hands them out."""
+    if importlib.util.find_spec("triton") and (config.option.dist == "no" or "PYTEST_XDIST_WORKER" in os.environ):
+        os.environ[VARIABLE] = "1"
+        for name in KERNEL_MODULES:
+            importlib.import_module(f"plugins.gpu.{name}")
+        del os.environ[VARIABLE]
 
 
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
-    """`pytest -m fast` does not even import files all of whose tests are dear."""
+    """Files of which `-m fast`, or `-m "not fast"`, would run nothing are not even imported."""
     is_test = collection_path.name.startswith("test_") and collection_path.suffix == ".py"
-    return True if is_test and config.option.markexpr == "fast" and not has_fast_tests(collection_path) else None
+    has_any = CHOICES.get(config.option.markexpr)
+    return True if is_test and has_any and not has_any(collection_path) else None
 
 
 @pytest.hookimpl(tryfirst=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from tests.support import reach
-from tests.support.costs import has_fast_tests
+from tests.support.costs import has_dear_tests, has_fast_tests
 
 
 def test_a_file_is_fast_by_its_own_marks_and_those_of_its_tests(tmp_path: Path) -> None:
@@ -14,11 +14,13 @@ def test_a_file_is_fast_by_its_own_marks_and_those_of_its_tests(tmp_path: Path) 
     for own, fast in zip(marks, (False, True, False, True), strict=True):
         for of_file in ("", "pytestmark = pytest.mark.rtx"):
             path.write_text(body.format(of_file, own), encoding="utf-8")
-            assert has_fast_tests(path) is fast
+            assert has_fast_tests(path) is fast and has_dear_tests(path) is not fast
         path.write_text(body.format("pytestmark = [pytest.mark.rtx, pytest.mark.kernels]", own), encoding="utf-8")
-        assert not has_fast_tests(path)
+        assert not has_fast_tests(path) and has_dear_tests(path)
     path.write_text(body.format("pytestmark = pytest.mark.slow", "@pytest.mark.fast"), encoding="utf-8")
-    assert has_fast_tests(path)
+    assert has_fast_tests(path) and not has_dear_tests(path)
+    path.write_text(f"{path.read_text('utf-8')}\ndef test_b(): pass\n", encoding="utf-8")
+    assert has_fast_tests(path) and has_dear_tests(path)
 
 
 def test_a_module_is_reached_when_a_function_of_it_is_entered() -> None:
