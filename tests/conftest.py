@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.costs import COSTS, has_dear_tests, has_fast_tests
+from tests.support.costs import COSTS, few, has_fast_tests
 from tests.support.reach import pytest_runtest_protocol, pytest_sessionfinish, pytest_testnodedown  # noqa: F401
 
 # Processes that test side by side share the cores: one thread each, which must be said before PyTorch is imported.
@@ -25,9 +25,6 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 VARIABLE = "TRITON_INTERPRET"
 # Every module with @triton.jit functions.
 KERNEL_MODULES = ("decode", "gemm", "quantize", "repack")
-
-# What `-m` says -> whether a file has such tests.
-CHOICES = {"fast": has_fast_tests, "not fast": has_dear_tests}
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -40,22 +37,24 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
-    """Files of which `-m fast`, or `-m "not fast"`, would run nothing are not even imported."""
+    """`pytest -m fast` does not even import files all of whose tests are dear."""
     is_test = collection_path.name.startswith("test_") and collection_path.suffix == ".py"
-    has_any = CHOICES.get(config.option.markexpr)
-    return True if is_test and has_any and not has_any(collection_path) else None
+    return True if is_test and config.option.markexpr == "fast" and not has_fast_tests(collection_path) else None
 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """`fast` is what bears no mark of cost, besides what is called so. Files with the dearest tests come first, so that
-    no process is left alone with one of them when the others are done."""
+    """`fast` is what bears no mark of cost, and of its cases a few, besides what is called so. Files with the dearest
+    tests come first, so that no process is left alone with one of them when the others are done."""
     ranks: dict[Path, int] = {}
+    cases: dict[str, list[pytest.Item]] = {}
     for item in items:
         rank = next((i for i, cost in enumerate(COSTS) if item.get_closest_marker(cost)), len(COSTS))
         ranks[item.path] = min(rank, ranks.get(item.path, rank))
-        if rank == len(COSTS):
-            item.add_marker("fast")
+        if rank == len(COSTS) and not item.get_closest_marker("fast"):
+            cases.setdefault(item.nodeid.partition("[")[0], []).append(item)
+    for item in (one for of_test in cases.values() for one in few(of_test)):
+        item.add_marker("fast")
     items.sort(key=lambda item: ranks[item.path])
 
 

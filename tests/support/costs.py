@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import ast
-from collections.abc import Iterator
+from collections.abc import Sequence
 from pathlib import Path
+from typing import TypeVar
 
 # The dearest first.
-COSTS = ("slow", "torch", "kernels")
+COSTS = ("slow", "torch", "rtx", "kernels", "process")
+FEW = 3
+T = TypeVar("T")
 
 
 def costs_among(nodes: list[ast.expr]) -> set[str]:
@@ -18,18 +21,18 @@ def costs_among(nodes: list[ast.expr]) -> set[str]:
 
 def has_fast_tests(path: Path) -> bool:
     """Whether any test of a file is called fast, or bears no mark of cost, neither of its own nor of the file."""
-    return any(not costs for costs in _costs_of_tests(path))
-
-
-def has_dear_tests(path: Path) -> bool:
-    """Whether any test of a file bears a mark of cost, and is not called fast."""
-    return any(_costs_of_tests(path))
-
-
-def _costs_of_tests(path: Path) -> Iterator[set[str]]:
-    """The marks of cost of each test of a file, those of the file among them."""
     body = ast.parse(path.read_text(encoding="utf-8")).body
     assigned = [node for node in body if isinstance(node, ast.Assign)]
     of_file = [node.value for node in assigned if getattr(node.targets[0], "id", "") == "pytestmark"]
     tests = [node for node in body if isinstance(node, ast.FunctionDef) and node.name.startswith("test_")]
-    return (costs_among([*of_file, *test.decorator_list]) for test in tests)
+    return any(not costs_among([*of_file, *test.decorator_list]) for test in tests)
+
+
+def few(cases: Sequence[T]) -> list[T]:
+    """The cases of a test that are fast: all of up to FEW, else so many, the first and the last among them.
+
+    >>> few("ab"), few("abcdefg")
+    (['a', 'b'], ['a', 'd', 'g'])
+    """
+    last = len(cases) - 1
+    return list(cases) if last < FEW else [cases[i * last // (FEW - 1)] for i in range(FEW)]

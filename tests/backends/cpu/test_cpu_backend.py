@@ -117,6 +117,7 @@ def test_a_model_without_quantized_linears_is_an_error(tmp_path):
         CpuBackend().lower(tmp_path / "model.onnx", tmp_path, RECIPE)
 
 
+@pytest.mark.process
 def test_running_needs_no_compiler(source):
     built(source)
     code = (
