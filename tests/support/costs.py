@@ -9,6 +9,7 @@ from typing import TypeVar
 
 # The dearest first.
 COSTS = ("slow", "torch", "rtx", "kernels", "process")
+# Cases of a test that are fast: what the others of one that costs little would add is seconds, and seldom news.
 FEW = 3
 T = TypeVar("T")
 
