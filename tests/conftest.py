@@ -1,7 +1,8 @@
-"""Triton's interpreter for the tests of the GPU kernels, on a machine without a GPU.
+"""Which tests are run in which order, and what they share.
 
-Triton decides when it is imported whether its functions are interpreted. So it is imported here, before any test, with
-TRITON_INTERPRET set and unset again: what reads the variable later finds it only in tests that use `interpreter`.
+Among it Triton's interpreter for the tests of the GPU kernels, on a machine without a GPU. Triton decides when it is
+imported whether its functions are interpreted. So it is imported here, before any test, with TRITON_INTERPRET set and
+unset again: what reads the variable later finds it only in tests that use `interpreter`.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.costs import COSTS, has_fast_tests
+from tests.support.costs import COSTS, few, has_fast_tests
 from tests.support.reach import pytest_runtest_protocol, pytest_sessionfinish, pytest_testnodedown  # noqa: F401
 
 # Processes that test side by side share the cores: one thread each, which must be said before PyTorch is imported.
@@ -25,11 +26,14 @@ VARIABLE = "TRITON_INTERPRET"
 # Every module with @triton.jit functions.
 KERNEL_MODULES = ("decode", "gemm", "quantize", "repack")
 
-if importlib.util.find_spec("triton"):
-    os.environ[VARIABLE] = "1"
-    for name in KERNEL_MODULES:
-        importlib.import_module(f"plugins.gpu.{name}")
-    del os.environ[VARIABLE]
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Triton is imported by each process that runs tests: not by the first of several, which only hands them out."""
+    if importlib.util.find_spec("triton") and (config.option.dist == "no" or "PYTEST_XDIST_WORKER" in os.environ):
+        os.environ[VARIABLE] = "1"
+        for name in KERNEL_MODULES:
+            importlib.import_module(f"plugins.gpu.{name}")
+        del os.environ[VARIABLE]
 
 
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
@@ -40,14 +44,17 @@ def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """`fast` is what bears no mark of cost, besides what is called so. Files with the dearest tests come first, so that
-    no process is left alone with one of them when the others are done."""
+    """`fast` is what bears no mark of cost, and of its cases a few, besides what is called so. Files with the dearest
+    tests come first, so that no process is left alone with one of them when the others are done."""
     ranks: dict[Path, int] = {}
+    cases: dict[str, list[pytest.Item]] = {}
     for item in items:
         rank = next((i for i, cost in enumerate(COSTS) if item.get_closest_marker(cost)), len(COSTS))
         ranks[item.path] = min(rank, ranks.get(item.path, rank))
-        if rank == len(COSTS):
-            item.add_marker("fast")
+        if rank == len(COSTS) and not item.get_closest_marker("fast"):
+            cases.setdefault(item.nodeid.partition("[")[0], []).append(item)
+    for item in (one for of_test in cases.values() for one in few(of_test)):
+        item.add_marker("fast")
     items.sort(key=lambda item: ranks[item.path])
 
 

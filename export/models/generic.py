@@ -20,13 +20,14 @@ if TYPE_CHECKING:
 
 BLOCKS = r"(transformer_blocks|single_transformer_blocks|joint_transformer_blocks|blocks)\.\d+\."
 MODULATION = r"(?!.*(norm|ada|modulation|emb))"
-# Ending of a linear's path -> layer kind; the last row takes the rest.
+# Ending of a linear's path -> layer kind; the first row that fits counts (`cross_attn` ends in `attn`), the last takes
+# the rest.
 ENDINGS = (
-    (r".*attn1?\.(to_[qkv]|to_qkv|add_[qkv]_proj)", "attn.qkv"),
-    (r".*attn1?\.(to_out\.0|to_add_out)", "attn.out"),
     (r".*(attn2|cross_attn)\.to_q", "cross.q"),
     (r".*(attn2|cross_attn)\.to_[kv]", "cross.kv"),
     (r".*(attn2|cross_attn)\.to_out\.0", "cross.out"),
+    (r".*attn1?\.(to_[qkv]|to_qkv|add_[qkv]_proj)", "attn.qkv"),
+    (r".*attn1?\.(to_out\.0|to_add_out)", "attn.out"),
     (r".*(ff|mlp)(_context)?\.(net\.0\.proj|fc1)", "ff.in"),
     (r".*(ff|mlp)(_context)?\.(net\.2|fc2)", "ff.out"),
     (r".*", "other"),

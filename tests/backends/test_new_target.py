@@ -33,6 +33,7 @@ from pipeline.list import target_rows
 from pipeline.recipe import Recipe
 from tests.support import tiny
 
+pytestmark = pytest.mark.torch
 NAMES = ("model.onnx", "model.onnx.data", "metadata.json")
 
 

@@ -6,7 +6,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from benchmarks.zoo import scenes
-from benchmarks.zoo.publish import VOCABULARY
 from pipeline.generate.scene_grammar import token_ids
 
 
@@ -35,9 +34,12 @@ def test_labels_are_complete_sentences(seed):
     assert ((found >= 0) & (found < sizes)).all()
 
 
+@pytest.mark.torch
 @settings(max_examples=30, deadline=None)
 @given(st.integers(0, 10**6))
 def test_the_prompt_grammar_reads_captions_as_the_very_tokens_of_training(seed):
+    from benchmarks.zoo.publish import VOCABULARY
+
     label = labels(1, seed)
     read = token_ids(scenes.caption(label[0]), VOCABULARY["slots"])
     assert read.tolist() == scenes.tokens(label)[0].tolist()

@@ -19,7 +19,6 @@ from pipeline.backends import BACKENDS
 from pipeline.backends.cpu.engine import CpuEngine
 from pipeline.bundle import manifest, snapshot
 from pipeline.bundle.bundle import Bundle
-from pipeline.generate.diffusers_adapter import DrawnSize
 from tests.support.bundles import facts, make_bundle
 
 ROWS, WIDTH = 4096, 64
@@ -148,8 +147,11 @@ def test_errors_name_the_bundle_s_file_and_not_the_copy_that_is_gone(folder: Pat
         assert str(caught.value).startswith(f"{folder / name}: ")
 
 
+@pytest.mark.torch
 def test_the_size_that_a_drop_in_draws_comes_from_the_verified_file(folder: Path) -> None:
     """Pixel models have cells of one pixel, latent ones of eight: generation.json says which."""
+    from pipeline.generate.diffusers_adapter import DrawnSize
+
     (folder / "generation.json").write_text('{"output": "pixels"}')
     (folder / "manifest.json").unlink()
     manifest.write(manifest.compose(facts(folder), folder), folder)

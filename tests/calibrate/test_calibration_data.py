@@ -43,7 +43,6 @@ def made(family, tmp_path, *settings):
     return model, replace(with_settings(load_recipe("pixart_w4a6"), small), model=str(model.folder))
 
 
-@pytest.mark.fast
 def test_steps_are_spread_and_end_where_the_trajectory_ends():
     assert kept_steps(20, 10)[0] == 0 and kept_steps(20, 10)[-1] == 19 and len(kept_steps(20, 10)) == 10
     assert kept_steps(1, 5) == [0]

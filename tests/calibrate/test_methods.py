@@ -29,6 +29,7 @@ ASKED: dict[str, tuple[dict[str, Any], ...]] = {
 CASES = [(name, options) for name in METHODS for options in ASKED.get(name, ({},))]
 
 
+@pytest.mark.fast
 @pytest.mark.parametrize(("name", "options"), CASES, ids=[f"{name}-{list(of.values())}" for name, of in CASES])
 def test_layers_scale_activations_as_their_row_says(name: str, options: dict[str, Any]) -> None:
     """And everything that it says occurs, so that no target refuses a method for nothing."""

@@ -52,7 +52,7 @@ BLOCKED = (
 )
 
 
-@pytest.mark.kernels
+@pytest.mark.process
 @pytest.mark.parametrize(
     ("args", "code"),
     [
@@ -70,7 +70,7 @@ def test_light_verbs_work_without_the_heavy_packages(args: list[str], code: int)
     assert done.stdout and "Traceback" not in done.stderr
 
 
-@pytest.mark.kernels
+@pytest.mark.process
 def test_build_without_torch_is_refused_before_work() -> None:
     done = python(BLOCKED, "build", "--engine", "pixart_w4a6", "--target", "cpu")
     assert done.returncode == 3
@@ -78,7 +78,7 @@ def test_build_without_torch_is_refused_before_work() -> None:
     assert "install with: pip install 'ditc[build]'" in done.stdout
 
 
-@pytest.mark.kernels
+@pytest.mark.process
 def test_doctor_names_a_remedy_for_each_missing_thing() -> None:
     answer = json.loads(python(BLOCKED, "doctor", "--json").stdout)
     missing = [check for check in answer["checks"] if not check["ok"]]
@@ -86,7 +86,7 @@ def test_doctor_names_a_remedy_for_each_missing_thing() -> None:
     assert all(check["remedy"] for check in missing) and not answer["ok"]
 
 
-@pytest.mark.kernels
+@pytest.mark.process
 def test_no_heavy_import_before_work() -> None:
     verbs = "pipeline.build, pipeline.bundle.bundle, pipeline.inspect, pipeline.list, pipeline.doctor, pipeline.verify"
     code = f"import sys, {verbs}; sys.exit(', '.join(name for name in {HEAVY!r} if name in sys.modules) or None)"
@@ -94,7 +94,7 @@ def test_no_heavy_import_before_work() -> None:
     assert done.returncode == 0, f"imported: {done.stderr}"
 
 
-@pytest.mark.kernels
+@pytest.mark.process
 def test_list_shows_every_method_with_its_options() -> None:
     methods = {row["name"]: row for row in json.loads(python(BLOCKED, "list", "--json").stdout)["methods"]}
     assert methods.keys() == METHODS.keys() and methods["rtn"]["data"] == "none"
@@ -103,7 +103,7 @@ def test_list_shows_every_method_with_its_options() -> None:
     assert all(f"\n{name} " in shown for name in METHODS) and "lora_rank" in shown
 
 
-@pytest.mark.kernels
+@pytest.mark.process
 def test_list_says_what_each_width_buys() -> None:
     answer = json.loads(python(BLOCKED, "list", "--json").stdout)
     rows = {row["name"]: row for row in answer["recipes"]}
@@ -129,11 +129,13 @@ def test_version_says_what_is_installed(capsys: pytest.CaptureFixture[str]) -> N
     assert f"onnxruntime {metadata.version('onnxruntime')}" in second and "; without " in second
 
 
+@pytest.mark.process
 def test_version_needs_none_of_the_packages_that_it_looks_for() -> None:
     done = python(BLOCKED, "--version")
     assert done.returncode == 0 and done.stdout.startswith("ditc "), done.stderr
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("name", ["python -m pipeline.build", "ditc build"])
 def test_help_says_the_command_that_was_typed(name: str, tmp_path: Path) -> None:
     script = tmp_path / "ditc"
@@ -190,6 +192,7 @@ def test_colours_are_for_terminals_that_have_them(monkeypatch: pytest.MonkeyPatc
     assert "\x1b[3" not in rendered([Table(("", "what"), [("ok", "a")])], 80)
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("verb", ["list", "doctor"])
 def test_answers_fit_a_terminal_of_80_columns(verb: str) -> None:
     """Of a pseudo-terminal; doctor may find something missing."""
@@ -376,6 +379,7 @@ def test_targets_are_refused_before_work(
     assert text in capsys.readouterr().out
 
 
+@pytest.mark.process
 @pytest.mark.parametrize(
     ("command", "code", "words"),
     [
@@ -393,7 +397,7 @@ def test_answers_that_nobody_can_read_are_no_internal_error(command: str, code: 
     assert "Traceback" not in done.stderr and "Exception ignored" not in done.stderr and words in done.stderr
 
 
-@pytest.mark.kernels
+@pytest.mark.process
 def test_a_reader_that_left_is_told_by_the_exit_code() -> None:
     code = (
         "import os; from pipeline.list import main; from pipeline.signals import leave\n"

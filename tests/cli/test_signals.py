@@ -55,6 +55,7 @@ def started(cleaning_s: float, threads_s: float) -> subprocess.Popen[str]:
     return process
 
 
+@pytest.mark.process
 @pytest.mark.parametrize(
     ("number", "code", "words"), [(signal.SIGINT, 130, "interrupted"), (signal.SIGTERM, 143, "terminated")]
 )
@@ -66,6 +67,7 @@ def test_a_signal_ends_in_a_sentence(number: signal.Signals, code: int, words: s
     assert "Traceback" not in err and err.rstrip().endswith(f"error: {words}")
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("second", [signal.SIGINT, signal.SIGTERM])
 def test_a_second_signal_ends_it_at_once(second: signal.Signals) -> None:
     process = started(60, 0)
@@ -78,7 +80,7 @@ def test_a_second_signal_ends_it_at_once(second: signal.Signals) -> None:
     assert "Traceback" not in err and "stopped at once" in err
 
 
-@pytest.mark.kernels
+@pytest.mark.process
 def test_a_signal_while_the_interpreter_waits_for_its_threads() -> None:
     process = started(0, 60)
     process.send_signal(signal.SIGINT)

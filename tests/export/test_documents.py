@@ -130,6 +130,7 @@ def test_toml_has_the_same_bounds(text: str, words: str) -> None:
         parse_toml(text, "r.toml", Rules(RecipeError, "look"))
 
 
+@pytest.mark.process
 def test_the_locale_does_not_matter(tmp_path: Path) -> None:
     (tmp_path / "a.toml").write_text('name = "caf\u00e9"\nmodel = "x"\n', "utf-8")
     code = "import sys; from pipeline.recipe import load; assert load(sys.argv[1]).name == 'caf\\xe9'"

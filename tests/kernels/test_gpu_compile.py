@@ -234,6 +234,7 @@ def _write_often(value: int) -> None:
         compile.write_entry("k", [value] * 10_000)
 
 
+@pytest.mark.process
 def test_several_processes(empty: Path, caplog: pytest.LogCaptureFixture) -> None:
     """Two writers of one entry, one reader: every value read is whole."""
     spawn = multiprocessing.get_context("fork")

@@ -86,6 +86,7 @@ def test_arguments_that_a_spec_does_without() -> None:
         assert ("bias" not in with_bias.all_constants(spec, tile, 0)) is there
 
 
+@pytest.mark.process
 def test_kernels_need_no_graph_library() -> None:
     """A bare GPU machine has torch, triton, NumPy and ml_dtypes; and the table itself needs no torch and no triton."""
     code = "import sys, plugins.gpu.table, plugins.gpu.compile, plugins.gpu.launch\n"

@@ -14,7 +14,7 @@ from plugins.tensorrt.payload import FIELD, NAMESPACE, PLUGINS, VERSION, Payload
 from tests.kernels.test_rtx_plugin_launcher import RecordingDriver, gemm_shapes, payload
 
 pytest.importorskip("tensorrt_rtx", reason="tensorrt-rtx is not installed")
-pytestmark = pytest.mark.rtx
+pytestmark = [pytest.mark.rtx, pytest.mark.fast]
 GEMM = GemmSpec("E2M3", "E2M1", 64, 96, 32, (1, 2, 3), epilogue="gate_residual", output="fp32")
 
 

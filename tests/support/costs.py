@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import ast
+from collections.abc import Sequence
 from pathlib import Path
+from typing import TypeVar
 
 # The dearest first.
-COSTS = ("slow", "torch", "kernels")
+COSTS = ("slow", "torch", "rtx", "kernels", "process")
+# Cases of a test that are fast: what the others of one that costs little would add is seconds, and seldom news.
+FEW = 3
+T = TypeVar("T")
 
 
 def costs_among(nodes: list[ast.expr]) -> set[str]:
@@ -22,3 +27,13 @@ def has_fast_tests(path: Path) -> bool:
     of_file = [node.value for node in assigned if getattr(node.targets[0], "id", "") == "pytestmark"]
     tests = [node for node in body if isinstance(node, ast.FunctionDef) and node.name.startswith("test_")]
     return any(not costs_among([*of_file, *test.decorator_list]) for test in tests)
+
+
+def few(cases: Sequence[T]) -> list[T]:
+    """The cases of a test that are fast: all of up to FEW, else so many, the first and the last among them.
+
+    >>> few("ab"), few("abcdefg")
+    (['a', 'b'], ['a', 'd', 'g'])
+    """
+    last = len(cases) - 1
+    return list(cases) if last < FEW else [cases[i * last // (FEW - 1)] for i in range(FEW)]

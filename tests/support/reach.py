@@ -1,5 +1,6 @@
 """`pytest -m fast --reach`: the tests that are run reach every module of the compiler, or the run fails and names those
-that they do not. Of a module that is reached a function was entered, or it was imported if it has none."""
+that they do not. Of a module that is reached a function was entered, or it was imported if it is a table, without
+functions for others."""
 
 from __future__ import annotations
 
@@ -18,7 +19,7 @@ ROOT = Path(__file__).parents[2]
 PACKAGES = ("export", "plugins", "pipeline")
 _entered: set[str] = set()  # files whose functions were entered
 _reached: set[str] = set()  # by the processes that have ended
-_noted: set[Any] = set()  # functions of tests of which one case was run
+_noted: set[Any] = set()  # (function of a test, name of a parameter, number of its value) of the cases that were run
 
 
 def _note(frame: FrameType, event: str, argument: object) -> None:
@@ -54,7 +55,7 @@ def unreached(paths: set[str]) -> list[str]:
 
 
 def _has_functions(path: Path) -> bool:
-    return re.search(r"^ *(async )?def |lambda", path.read_text(encoding="utf-8"), re.MULTILINE) is not None
+    return re.search(r"^ *(async )?def (?!_)|lambda", path.read_text(encoding="utf-8"), re.MULTILINE) is not None
 
 
 # --- hooks, imported by conftest.py -----------------------------------------------------------------------------------
@@ -62,12 +63,18 @@ def _has_functions(path: Path) -> bool:
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
-    function = getattr(item, "function", None)
-    if not item.config.option.reach or function in _noted:  # other cases of a test enter the same modules
+    if not item.config.option.reach or not _has_new_value(item):
         return (yield)
-    _noted.add(function)
     with noted():
         return (yield)
+
+
+def _has_new_value(item: pytest.Item) -> bool:
+    """Whether no earlier case of the same test had some value of this one: combinations enter the same modules."""
+    values = getattr(getattr(item, "callspec", None), "indices", {"": 0})
+    new = {(getattr(item, "function", item), *value) for value in values.items()} - _noted
+    _noted.update(new)
+    return bool(new)
 
 
 @pytest.hookimpl(optionalhook=True)

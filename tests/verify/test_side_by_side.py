@@ -106,6 +106,7 @@ HEARD_ELSEWHERE = (
 )
 
 
+@pytest.mark.process
 def test_a_signal_that_another_thread_gets_ends_all() -> None:
     done = subprocess.run(
         [sys.executable, "-c", HEARD_ELSEWHERE], cwd=ROOT, capture_output=True, text=True, check=False, timeout=30

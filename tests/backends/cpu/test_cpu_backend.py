@@ -110,6 +110,7 @@ def test_an_engine_that_would_saturate_elsewhere_is_refused_there(tmp_path, weig
         CpuBackend(("avx2",)).load(folder).close()
 
 
+@pytest.mark.process
 def test_running_needs_no_compiler(source):
     built(source)
     code = (

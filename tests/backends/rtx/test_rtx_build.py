@@ -51,6 +51,7 @@ def fp8_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "rtx"
 
 
+@pytest.mark.fast
 def test_one_engine_for_two_gpus_with_fp8_gemms(fp8_folder: Path) -> None:
     metadata = json.loads((fp8_folder / METADATA).read_text())
     assert metadata["compute_capabilities"] == [89, 120]
@@ -61,6 +62,7 @@ def test_one_engine_for_two_gpus_with_fp8_gemms(fp8_folder: Path) -> None:
     assert sorted(path.name for path in fp8_folder.iterdir()) == [lowering_file.NAME, METADATA, ENGINE]
 
 
+@pytest.mark.fast
 def test_the_file_tells_weights_and_layers_of_each_gemm(fp8_folder: Path) -> None:
     engine = read_engine_file(fp8_folder / ENGINE)
     # q, k, v, out: 128 x 128, up and down 128 x 256; one byte each.
@@ -153,6 +155,7 @@ def test_a_linear_that_is_no_fp8_gemm_is_found_and_named(tmp_path: Path) -> None
         RtxBackend().build(graph, tmp_path, chosen)
 
 
+@pytest.mark.fast
 def test_a_linear_that_the_engine_lacks_is_named(fp8_folder: Path) -> None:
     engine = read_engine_file(fp8_folder / ENGINE)
     check_gemms(engine, {"ff.up/matmul": "fp8_e4m3"})
@@ -162,17 +165,20 @@ def test_a_linear_that_the_engine_lacks_is_named(fp8_folder: Path) -> None:
         check_gemms(engine, {"ff.up/matmul": "int8"})
 
 
+@pytest.mark.fast
 def test_expected_gemms_cover_every_limb(tmp_path: Path) -> None:
     graph = lowered(tmp_path, recipe(), single(Linear("layer", 128, 128, "E3M4")))
     assert expected_gemms(graph) == {"layer/matmul_high": "fp8_e4m3", "layer/matmul_low": "fp8_e4m3"}
 
 
+@pytest.mark.fast
 @pytest.mark.parametrize("sm", [75, 90, 100, 103, 70])
 def test_gpus_that_cannot_be_built_for_are_refused_before_any_work(sm: int) -> None:
     problems = RtxBackend().problems(recipe(sm=(89, sm)))
     assert len(problems) == 1 and f"SM {sm}" in problems[0] and "--target-sm" in problems[0]
 
 
+@pytest.mark.fast
 def test_nothing_is_missing_for_the_default_gpus() -> None:
     assert RtxBackend().problems(RECIPE) == [] and sm_problems((86, 121)) == []
 
@@ -191,6 +197,7 @@ def test_truncated_engines_are_refused(keep: int, fp8_folder: Path, tmp_path: Pa
         read_engine_file(path)
 
 
+@pytest.mark.fast
 def test_foreign_files_are_refused(tmp_path: Path) -> None:
     path = tmp_path / ENGINE
     path.write_bytes(b"ftrt" + bytes(200))
@@ -225,6 +232,7 @@ def test_builder_errors_say_for_which_gpu_and_leave_no_file(tmp_path: Path) -> N
     assert not list(tmp_path.glob(f"{ENGINE}*"))
 
 
+@pytest.mark.fast
 def test_usual_batch_is_doubled_for_guidance() -> None:
     bounds = shape_bounds(block(WIDTH), batch_size=5)
     assert bounds["x"] == ((1, 1, WIDTH), (10, 120, WIDTH), (10, 300, WIDTH))

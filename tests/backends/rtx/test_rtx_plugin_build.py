@@ -66,6 +66,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return made
 
 
+@pytest.mark.fast
 def test_the_plan_has_every_plugin_with_its_weight_packed(folder: Path) -> None:
     engine = read_engine_file(folder / "rtx" / ENGINE)
     metadata = json.loads((folder / "rtx" / METADATA).read_text())
@@ -114,6 +115,7 @@ def uncompiled(lowered: Path, *sms: int) -> Iterator[tuple[Path, list[KernelNode
             yield graph
 
 
+@pytest.mark.fast
 def test_the_builders_graph_is_the_verified_one_without_bodies(folder: Path) -> None:
     with uncompiled(folder / "work" / MODEL, 89) as (path, _):
         verified, made = (onnx.load(folder / "work" / name, load_external_data=False) for name in (MODEL, path.name))
@@ -228,6 +230,7 @@ def test_formats_that_do_not_embed_in_int8_stay_fp8(tmp_path: Path) -> None:
 # --- what must be refused ------------------------------------------------------------------------------------------
 
 
+@pytest.mark.fast
 def test_a_layer_that_is_no_plugin_is_named(folder: Path) -> None:
     engine = read_engine_file(folder / "rtx" / ENGINE)
     with pytest.raises(ContractError, match=r"ff\.gone: the engine .* has no kernel for it; expected a plugin"):
@@ -262,6 +265,7 @@ def test_constant_scales_are_refused_while_lowering(tmp_path: Path) -> None:
         lowered(tmp_path, RECIPE, graph.model(64, {"y": 48}))
 
 
+@pytest.mark.fast
 @pytest.mark.parametrize(
     ("formats", "text"),
     [

@@ -1,0 +1,119 @@
+"""What is read of a pipeline's folder without opening it: its parts, their variants, sizes and identity."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+from safetensors.numpy import save_file
+
+from export.errors import ModelError, RecipeError, ResourceError
+from pipeline import machine
+from pipeline.generate import pipeline_folder
+from pipeline.generate.pipeline_folder import (
+    example_prompts,
+    float32_bytes,
+    identity,
+    listed_parts,
+    pipeline_arguments,
+    pipeline_root,
+    refuse_too_large,
+    shared_variant,
+)
+
+PARTS = ("transformer", "text_encoder", "vae", "scheduler")
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    """A pipeline of four parts, two of them with 24 and 6 weights in float16; the safety checker is left out."""
+    index = {"_class_name": "MadeUp", **{part: ["library", "Class"] for part in PARTS}, "safety_checker": [None, None]}
+    (tmp_path / "model_index.json").write_text(json.dumps(index))
+    for part in PARTS:
+        (tmp_path / part).mkdir()
+    (tmp_path / "scheduler/scheduler_config.json").write_text("{}")
+    weights(tmp_path / "transformer/diffusion_pytorch_model.safetensors", 100)
+    weights(tmp_path / "text_encoder/model.safetensors", 24)
+    weights(tmp_path / "vae/diffusion_pytorch_model.safetensors", 6)
+    return tmp_path
+
+
+def weights(path: Path, count: int) -> None:
+    save_file({"w": np.ones(count, np.float16)}, path)
+
+
+def model_in(folder: Path, family: str = "pixart") -> Any:
+    config = {"num_embeds_ada_norm": 10}
+    return SimpleNamespace(folder=folder, family=SimpleNamespace(name=family), config=config)
+
+
+def test_a_pipeline_is_one_whose_parts_are_all_there(root: Path) -> None:
+    assert listed_parts(root / "model_index.json") == list(PARTS)
+    assert pipeline_root(model_in(root / "transformer")) == root
+    (root / "vae").rename(root / "elsewhere")
+    assert pipeline_root(model_in(root / "transformer")) is None
+
+
+def test_a_part_outside_of_the_folder_is_refused(root: Path) -> None:
+    (root / "model_index.json").write_text('{"../vae": ["library", "Class"]}')
+    with pytest.raises(ModelError, match=r"model_index\.json.*\.\./vae"):
+        listed_parts(root / "model_index.json")
+
+
+def test_variants_are_those_that_all_parts_without_plain_weights_share(root: Path) -> None:
+    assert shared_variant(root) is None and float32_bytes(root) == 4 * (24 + 6)
+    (root / "vae/diffusion_pytorch_model.safetensors").unlink()
+    weights(root / "vae/diffusion_pytorch_model.fp16.safetensors", 7)
+    weights(root / "text_encoder/model.fp16.safetensors", 24)
+    assert shared_variant(root) == "fp16" and float32_bytes(root) == 4 * (24 + 7), "plain weights where there are some"
+    (root / "text_encoder/model.safetensors").unlink()
+    (root / "text_encoder/model.fp16.safetensors").rename(root / "text_encoder/model.bf16-00001-of-00001.safetensors")
+    with pytest.raises(ModelError, match=r"share one variant \(text_encoder: bf16; vae: fp16\)"):
+        shared_variant(root)
+
+
+def test_identity_follows_the_content_of_configurations_and_the_size_of_weights(root: Path) -> None:
+    first = identity(root)
+    weights(root / "vae/diffusion_pytorch_model.safetensors", 6)
+    assert identity(root) == first
+    (root / "scheduler/scheduler_config.json").write_text("[]")
+    assert identity(root) != first
+
+
+def test_parts_larger_than_the_memory_are_refused(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for free, refused in ((119, True), (120, False), (0, False)):  # 0: it is not known
+        monkeypatch.setattr(machine, "available_memory_bytes", lambda free=free: free)
+        if refused:
+            with pytest.raises(ResourceError, match="text encoder and other parts take"):
+                refuse_too_large(root)
+        else:
+            refuse_too_large(root)
+
+
+def test_prompts_are_captions_or_numbers_of_classes(root: Path) -> None:
+    captions, classes = (example_prompts(model_in(root, family), 5, seed=3) for family in ("pixart", "dit"))
+    assert len(set(captions)) == 5 and all(" " in caption for caption in captions)
+    assert {int(name) for name in classes} <= set(range(10))
+    assert captions == example_prompts(model_in(root), 5, seed=3) != example_prompts(model_in(root), 5, seed=4)
+
+
+def test_prompts_become_arguments_of_their_pipeline() -> None:
+    bundle: Any = SimpleNamespace(recipe=SimpleNamespace(sampling=SimpleNamespace(height=64, width=0)))
+    texts = pipeline_arguments("pixart")(None, bundle, ["a ring"])
+    assert texts == {"prompt": ["a ring"], "use_resolution_binning": False, "height": 64}
+    pipe = SimpleNamespace(labels={"goldfish": 1})
+    assert pipeline_arguments("dit")(pipe, bundle, ["7", "goldfish"]) == {"class_labels": [7, 1]}
+    with pytest.raises(RecipeError, match="prompt 'shark' is not a class; use a number or a name such as goldfish"):
+        pipeline_arguments("dit")(pipe, bundle, ["shark"])
+
+
+def test_errors_while_drawing_name_the_folder(root: Path) -> None:
+    words = rf"{root}: its pipeline cannot draw with these settings \(ValueError: odd steps\)"
+    with pytest.raises(ModelError, match=words), pipeline_folder.drawing(root):
+        raise ValueError("odd steps")
+    with pytest.raises(MemoryError), pipeline_folder.drawing(root):
+        raise MemoryError
