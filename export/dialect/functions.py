@@ -7,7 +7,6 @@ that append nodes, because nested functions are not inlined by every runtime.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 

@@ -99,9 +99,7 @@ class EngineTransformer(ModelMixin, ConfigMixin):
 
     config_name = "config.json"
 
-    def __init__(
-        self, engine: Engine, family: Family, config: Config, size: DrawnSize | None = None
-    ) -> None:
+    def __init__(self, engine: Engine, family: Family, config: Config, size: DrawnSize | None = None) -> None:
         """size: what the engine draws; None for one that draws every size, as a torch module does."""
         super().__init__()
         self.engine, self.family, self.size = engine, family, size
