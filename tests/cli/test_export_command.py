@@ -32,7 +32,6 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.usefixtures("traced_anew")
 def test_the_bytes_are_those_of_an_export_with_the_float_model(made: Path, tmp_path: Path) -> None:
     assert main([str(made / "checkpoint"), "-o", str(tmp_path / "out")]) == 0
     for name in FILES:

@@ -25,6 +25,7 @@ import pytest
 from export import to_onnx
 from pipeline import __main__ as cli
 from pipeline import compiler
+from pipeline.bench import baselines
 from pipeline.bench import measure as bench
 from pipeline.verify import proof as verify
 from pipeline.verify.report import Gate, Report
@@ -128,6 +129,7 @@ def quick(victims: Path) -> Iterator[Path]:
         patch.setattr(compiler, "verified", lambda *_: None)
         patch.setattr(compiler, "benched", lambda *_: None)
         patch.setattr(bench, "bench", lambda *_: NOTHING_MEASURED)
+        patch.setattr(baselines, "baselines", lambda *_: [])
         hostile_gpu.pretend_gpu(patch)
         patch.setattr(verify, "verify", lambda *_: Report(gates=[Gate("none", 0, 1, "", "left out", True)]))
         yield victims

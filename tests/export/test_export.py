@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import hashlib
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -201,22 +200,14 @@ def test_nothing_of_this_machine_is_in_the_file(exported):
         assert trace not in data
 
 
-@pytest.mark.parametrize("export", ["portable", "float"])
 @pytest.mark.usefixtures("traced_anew")
-def test_same_inputs_give_the_same_bytes(exported, tmp_path, export):
+def test_same_inputs_give_the_same_bytes(exported, tmp_path):
+    """Of the float form; of the portable one the next test says it, too."""
     case = exported("pixart")
-    model = load(str(case.model.folder))
-    path = tmp_path / (case.portable_path if export == "portable" else case.float_path).name
-    first = (case.portable_path if export == "portable" else case.float_path).parent / path.name
-    if export == "portable":
-        export_portable(model, tiny.quantized(model), path)
-    else:
-        export_float(model, path)
+    path = tmp_path / case.float_path.name
+    export_float(load(str(case.model.folder)), path)
     for name in (path.name, f"{path.name}.data"):
-        digests = [
-            hashlib.sha256(folder.joinpath(name).read_bytes()).hexdigest() for folder in (first.parent, tmp_path)
-        ]
-        assert digests[0] == digests[1], name
+        assert (tmp_path / name).read_bytes() == case.float_path.with_name(name).read_bytes(), name
     assert sorted(p.name for p in tmp_path.iterdir()) == [path.name, f"{path.name}.data"]
 
 
@@ -235,7 +226,8 @@ def test_a_checkpoint_is_exported_without_the_float_weights(exported, tmp_path):
         assert (tmp_path / name).read_bytes() == (case.portable_path.parent / name).read_bytes()
 
 
-@pytest.mark.parametrize(("name", "size"), [("pixart_sizes", (96, 48)), ("dit", (96, 96)), ("hunyuan", (48, 96))])
+# DiT has PixArt's tables of positions.
+@pytest.mark.parametrize(("name", "size"), [("pixart_sizes", (96, 48)), ("hunyuan", (48, 96))])
 def test_second_resolution(tmp_path, name, size):
     model = load(str(tiny.folder(name, tmp_path)))
     export_float(model, tmp_path / "model.onnx", *size)

@@ -31,13 +31,14 @@ from pipeline.backends.base import Engine
 from pipeline.backends.portable import engine as portable_engine
 from pipeline.backends.portable.engine import PortableEngine
 from pipeline.backends.portable.linears import portable_linears
+from pipeline.bench import baselines
 from pipeline.bench import measure as bench
 from pipeline.bundle import manifest
 from pipeline.compiler import BuildRequest, describe, model_row, parse_targets
 from pipeline.distance import sqnr_db
 from pipeline.recipe import Recipe
 from pipeline.verify import proof as verification
-from pipeline.verify.effort import Effort, effort_for, note
+from pipeline.verify.effort import LARGE_INSIDE, Effort, effort_for, note
 from pipeline.verify.gates import ROUNDED_DB, coverage_gate, layer_gates
 from pipeline.verify.probe import ProbedGraph, decoded_integers
 from pipeline.verify.proof import verify_target
@@ -154,7 +155,9 @@ def test_another_family(tmp_path: Path) -> None:
     to_onnx.export_portable(model, layers, tmp_path / "model.onnx")
     report = Report()
     graph = BACKEND.lower(tmp_path / "model.onnx", tmp_path, recipe)
-    verify_target("onnx", model, layers, graph, BACKEND.load(tmp_path), study(model, layers, recipe), report)
+    effort = Effort((0,), (0,), pictures=1, inside=LARGE_INSIDE)
+    found, engine = study(model, layers, recipe), BACKEND.load(tmp_path)
+    verify_target("onnx", model, layers, graph, engine, found, report, effort=effort)
     assert report.failures() == []
 
 
@@ -410,6 +413,7 @@ def test_bench_measures_it_only_when_asked(
 ) -> None:
     measured: list[list[str]] = []
     monkeypatch.setattr(bench, "bench", lambda model, engines, *_: measured.append(list(engines)) or NOTHING_MEASURED)
+    monkeypatch.setattr(baselines, "baselines", lambda *_: [])
     for flags in ([], ["--target", "onnx"], ["--target", "cpu,onnx"]):
         assert cli.main(["bench", str(made_bundle), *flags]) == 0
     assert measured == [["cpu"], ["onnx"], ["cpu", "onnx"]]
