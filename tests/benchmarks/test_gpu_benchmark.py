@@ -101,6 +101,7 @@ def test_budgets_leave_the_whole_below_eight_minutes() -> None:
 # --- shapes -----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.torch
 @pytest.mark.parametrize("model", MEASURED)
 def test_gemm_shapes_are_those_of_the_model(model: str) -> None:
     torch, diffusers = pytest.importorskip("torch"), pytest.importorskip("diffusers")
