@@ -30,15 +30,19 @@ def runtime_errors(path: Path) -> Iterator[None]:
     """Within, onnxruntime works on the graph in `path`; a refusal becomes a ContractError. Lack of memory stays so."""
     try:
         yield
-    except Exception as error:  # its classes, one for each cause, share no base
-        # A message of its own with a name from the file that is not UTF-8 comes as UnicodeDecodeError.
-        own = type(error).__module__.startswith("onnxruntime.") or isinstance(error, UnicodeDecodeError)
-        if not own or is_out_of_memory(error):
+    except Exception as error:
+        if (reason := refusal(error)) is None:
             raise
-        reason = " ".join(str(error).split())[:300]
         raise ContractError(
             f"{path}: onnxruntime refuses it ({reason}); verify the bundle, or build it again"
         ) from error
+
+
+def refusal(error: Exception) -> str | None:
+    """Why onnxruntime refused, None for what is no refusal of its own: lack of memory stays so."""
+    # Its classes, one for each cause, share no base. A message with a name that is not UTF-8 is a UnicodeDecodeError.
+    own = type(error).__module__.startswith("onnxruntime.") or isinstance(error, UnicodeDecodeError)
+    return " ".join(str(error).split())[:300] if own and not is_out_of_memory(error) else None
 
 
 def session_options(threads: int) -> SessionOptions:
@@ -70,15 +74,18 @@ def register_needed(options: SessionOptions, domains: Iterable[str]) -> None:
 
 
 def run_session(session: InferenceSession, names: list[str], fed: Arrays) -> Arrays:
-    """Outputs of one session. Raises RecipeError where onnxruntime refuses the numbers, such as a class too high."""
+    """Outputs of one session. Raises RecipeError where onnxruntime refuses the numbers, such as a class too high, and
+    ContractError where an operation of the graph fails by itself."""
     try:
         return dict(zip(names, session.run(names, fed), strict=True))
     except Exception as error:
-        if type(error).__name__ != "InvalidArgument":
+        if (reason := refusal(error)) is None:
             raise
-        remedy = "give numbers that the model knows, such as classes that it was trained on"
-        reason = " ".join(str(error).split())[:300]
-        raise RecipeError(f"the engine cannot run these inputs ({reason}); {remedy}") from error
+        if type(error).__name__ == "InvalidArgument":
+            remedy = "give numbers that the model knows, such as classes that it was trained on"
+            raise RecipeError(f"the engine cannot run these inputs ({reason}); {remedy}") from error
+        remedy = "verify the bundle, or build it again"
+        raise ContractError(f"the engine's graph fails in onnxruntime ({reason}); {remedy}") from error
 
 
 # --- engines --------------------------------------------------------------------------------------------------------

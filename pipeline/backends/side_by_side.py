@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from typing import TypeVar
 
 from pipeline.progress import ending_with
-from pipeline.signals import as_completed
+from pipeline.signals import HEARD_WITHIN_S, as_completed
 
 T = TypeVar("T")
 
@@ -32,7 +32,7 @@ def side_by_side(work: Sequence[Callable[[], T]], threads: int) -> list[T]:
             return [future.result() for future in futures]
         finally:
             stop.set()
-            pool.shutdown(wait=True, cancel_futures=True)
+            pool.shutdown(wait=False, cancel_futures=True)
             at_work.wait()
 
 
@@ -60,9 +60,10 @@ class _AtWork:
             self._changed.notify_all()
 
     def wait(self) -> None:
-        """Until none is at work."""
+        """Until none is at work; a second signal is heard meanwhile."""
         with self._changed:
-            self._changed.wait_for(lambda: not self._count)
+            while self._count:
+                self._changed.wait(HEARD_WITHIN_S)
 
 
 @contextmanager

@@ -139,15 +139,19 @@ def peak_memory(runner: Contestant, inputs: Arrays) -> int | None:
     with tempfile.TemporaryDirectory(prefix="ditc-") as folder:
         np.savez(Path(folder) / "inputs.npz", **inputs)  # type: ignore[arg-type]
         command = [sys.executable, "-m", "pipeline.bench.baselines", *runner.memory_of, f"{folder}/inputs.npz"]
-        done = subprocess.run(
-            command,
-            check=False,
-            capture_output=True,
-            text=True,
-            encoding="utf-8",
-            errors="replace",
-            timeout=MEMORY_TIMEOUT_S,
-        )
+        try:
+            done = subprocess.run(
+                command,
+                check=False,
+                capture_output=True,
+                text=True,
+                encoding="utf-8",
+                errors="replace",
+                timeout=MEMORY_TIMEOUT_S,
+            )
+        except subprocess.TimeoutExpired:
+            logger.warning("memory of %s could not be measured within %d s", runner.name, MEMORY_TIMEOUT_S)
+            return None
     if done.returncode:
         logger.warning("memory of %s could not be measured: %s", runner.name, done.stderr.strip().splitlines()[-1:])
         return None

@@ -26,6 +26,8 @@ T = TypeVar("T")
 REACHES = tuple(float(share) for share in np.linspace(1.5, 0.5, 21))
 # A chunk of float32 stays in a core's second-level cache.
 CHUNK_ELEMENTS = 65536
+# Rows of an absmax within 2^+-40 are searched as they are: their scales, down to 2^-50, have squares that are numbers.
+USUAL_EXPONENT = 40
 LANES = 16  # as in plugins/cpu/variants.h
 
 
@@ -41,6 +43,7 @@ def find_scales(blocks: F32, fmt: Format, multipliers: tuple[int, ...], search: 
 
     The value of a code in group j of row i is decode(code) * multiplier[i, j] * scale[i].
     """
+    rounding_errors.compiled()  # once, before the threads ask
     chunks = _by_chunk(lambda chunk: SEARCHES[search](np.abs(chunk), fmt, multipliers), blocks)
     return np.concatenate([scale for scale, _ in chunks]), np.concatenate([multiplier for _, multiplier in chunks])
 
@@ -85,13 +88,22 @@ def absmax_scales(magnitude: F32, fmt: Format, multipliers: tuple[int, ...]) -> 
 
 def mse_scales(magnitude: F32, fmt: Format, multipliers: tuple[int, ...]) -> tuple[F32, NDArray[np.uint8]]:
     """The scale and multipliers with the least squared error, out of `REACHES` and all multipliers."""
+    unit = _units(magnitude)
+    magnitude = magnitude if (unit == 1).all() else magnitude / unit[:, None, None]
     widest = _widest_scale(magnitude, fmt, multipliers)
     scales = widest[:, None] * np.array(REACHES, np.float32)
     steps = scales[:, None] * np.array(multipliers, np.float32)[:, None]  # [R, multipliers, reaches]
     groups = magnitude.shape[1]
     errors = RoundingErrors(magnitude, fmt).at(steps.reshape(len(steps), -1)).reshape(*steps.shape, groups)
     rows, best = np.arange(len(steps)), errors.min(axis=1).sum(axis=2).argmin(axis=1)  # the first of equals, as below
-    return scales[rows, best], np.array(multipliers, np.uint8)[errors[rows, :, best].argmin(axis=1)]
+    return scales[rows, best] * unit, np.array(multipliers, np.uint8)[errors[rows, :, best].argmin(axis=1)]
+
+
+def _units(magnitude: F32) -> F32:
+    """[R]: powers of two that take rows whose squared errors would leave float32 to about 1, exactly; 1 for others."""
+    absmax = magnitude.max(axis=(1, 2))
+    odd = (absmax > ABSMAX_FLOOR) & (np.abs(np.log2(np.maximum(absmax, np.float32(ABSMAX_FLOOR)))) > USUAL_EXPONENT)
+    return np.where(odd, np.exp2(np.floor(np.log2(np.where(odd, absmax, 1)))), 1).astype(np.float32)
 
 
 class RoundingErrors:

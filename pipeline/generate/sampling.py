@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from export.errors import RecipeError
+from export.errors import ContractError, RecipeError
 from pipeline.backends.base import Arrays
 
 FloatArray = NDArray[np.float32]
@@ -94,12 +94,25 @@ def sample(
         outputs = run(inputs)
         if on_step is not None:
             on_step(i, inputs, outputs)
-        prediction = outputs["sample"][:, : x.shape[1]].astype(np.float32)
+        prediction = _prediction(outputs, batch).astype(np.float32)
         if guided:
             prompted, plain = np.split(prediction, 2)
             prediction = plain + np.float32(guidance_scale) * (prompted - plain)
         x = sampler.advance(x, prediction, i)
     return x
+
+
+def _prediction(outputs: Arrays, batch: NDArray[np.float32]) -> NDArray[np.floating]:
+    """[B, C, H, W] as `batch`, of a model's output. Raises ContractError for one that is no prediction for it."""
+    sample = outputs.get("sample")
+    if sample is None:
+        outputs_text = ", ".join(outputs) or "nothing"
+        raise ContractError(f"the engine gives {outputs_text} instead of `sample`; build it again")
+    few = sample.ndim != batch.ndim or sample.shape[1] < batch.shape[1]
+    if few or sample.dtype.kind != "f" or (len(sample), *sample.shape[2:]) != (len(batch), *batch.shape[2:]):
+        gives = f"`sample` of {sample.dtype} {sample.shape} for latents of {batch.shape}"
+        raise ContractError(f"the engine gives {gives}; floats of that shape, or with more channels, are wanted")
+    return sample[:, : batch.shape[1]]
 
 
 def _stacked(prompted: Arrays, plain: Arrays, shared: frozenset[str]) -> Arrays:

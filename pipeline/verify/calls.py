@@ -356,9 +356,12 @@ def _at_once(calls: Sequence[Call], run: Run, rounds: int) -> list[list[Array]]:
         return outputs
 
     with ThreadPoolExecutor(len(calls)) as threads:
-        futures = [threads.submit(ending_with(repeat), call) for call in calls]
-        for _ in as_completed(futures):
-            pass  # every caller ends, and a signal is heard
+        try:
+            futures = [threads.submit(ending_with(repeat), call) for call in calls]
+            for _ in as_completed(futures):
+                pass  # every caller ends, and a signal is heard
+        finally:
+            together.abort()  # nobody waits for a caller that never began
     errors = [error for future in futures if (error := future.exception()) is not None]
     if errors:
         raise next((error for error in errors if not isinstance(error, BrokenBarrierError)), errors[0])

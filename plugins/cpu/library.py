@@ -93,9 +93,12 @@ def build(path: Path, flags: tuple[str, ...] = (), sources: tuple[str, ...] = SO
     """Compile the library to `path`; the same compiler gives the same bytes. Raises EnvironmentLacksError."""
     wide = X86_FLAGS if platform.machine() in ("x86_64", "AMD64") else ()
     command = [compiler(), *FLAGS, *wide, *flags, *sources, "-o", str(path.absolute())]
-    done = subprocess.run(
-        command, cwd=FOLDER, capture_output=True, encoding="utf-8", errors="replace", check=False, timeout=TIMEOUT_S
-    )
+    try:
+        done = subprocess.run(
+            command, cwd=FOLDER, capture_output=True, encoding="utf-8", errors="replace", check=False, timeout=TIMEOUT_S
+        )
+    except subprocess.TimeoutExpired as error:
+        raise EnvironmentLacksError(f"{command[0]} does not end within {TIMEOUT_S} s; {REMEDY}") from error
     if done.returncode:
         lines = [line for line in done.stderr.splitlines() if "error" in line] or done.stderr.splitlines()
         raise EnvironmentLacksError(f"{command[0]} cannot compile the native ops ({' '.join(lines[:1])}); {REMEDY}")
@@ -122,7 +125,10 @@ def library_folder() -> Path:
 
 def compiler_key(path: str) -> str:
     """16 hexadecimal digits that tell compilers and their releases apart."""
-    done = subprocess.run([path, "--version"], capture_output=True, check=False, timeout=TIMEOUT_S)
+    try:
+        done = subprocess.run([path, "--version"], capture_output=True, check=False, timeout=TIMEOUT_S)
+    except subprocess.TimeoutExpired as error:
+        raise EnvironmentLacksError(f"{path} --version does not end within {TIMEOUT_S} s; {REMEDY}") from error
     return hashlib.sha256(os.path.realpath(path).encode() + b"\0" + done.stdout).hexdigest()[:16]
 
 

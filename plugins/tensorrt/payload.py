@@ -25,6 +25,8 @@ logger = logging.getLogger(__name__)
 Form = Literal["cubin", "ptx"]
 WARP = 32
 SCHEMA_VERSION = 1
+# Of one plugin's text, unpacked: a hundred times the largest.
+LARGEST_BYTES = 2**28
 # Kernel of the table -> name of its plugin. Namespace and version are part of an engine: change them only together
 # with what the fields mean.
 PLUGINS = {row.name: row.plugin for row in KERNELS if row.plugin is not None}
@@ -129,14 +131,18 @@ def from_text(text: str) -> Payload:
     Raises ContractError for anything else.
     """
     try:
-        document = json.loads(zlib.decompress(base64.b64decode(text, validate=True)))
+        packed = zlib.decompressobj()
+        plain = packed.decompress(base64.b64decode(text, validate=True), LARGEST_BYTES)
+        if not packed.eof:
+            raise ValueError(f"more than {LARGEST_BYTES} bytes, or cut short")
+        document = json.loads(plain)
         if document["schema"] != SCHEMA_VERSION:
             raise ValueError(f"schema {document['schema']}, this version reads {SCHEMA_VERSION}")
         spec = kernel_row(document["kernel"]).spec(**_tuples(document["spec"]))
         payload = Payload(
             document["kernel"], spec, tuple(_variant(row) for row in document["variants"]), document["code"]
         )
-    except (ValueError, KeyError, TypeError, zlib.error) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError, zlib.error) as error:
         raise ContractError(f"a plugin's payload cannot be read ({error}); build the engine again") from error
     if payload.variants:
         _CARRIED[payload.shared().code] = payload.variants

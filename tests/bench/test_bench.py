@@ -72,6 +72,15 @@ def test_baselines_compute_the_same_picture(model: models.LoadedModel, tmp_path:
     assert error["onnxruntime_int8"] < 2.0**-5 * 60**0.5
 
 
+def test_memory_that_takes_too_long_is_not_measured(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(bench_baselines, "MEMORY_TIMEOUT_S", 0.01)
+    runner = bench_baselines.Contestant("slow", lambda inputs: inputs, 0, ("onnxruntime", "no/such.onnx"))
+    assert bench_baselines.peak_memory(runner, {}) is None
+    assert "memory of slow could not be measured within" in caplog.text
+
+
 @pytest.mark.torch
 def test_memory_is_that_of_a_fresh_process(model: models.LoadedModel, tmp_path: Path) -> None:
     export_float(model, tmp_path / "float.onnx")

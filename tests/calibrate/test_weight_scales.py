@@ -202,3 +202,13 @@ def test_group_multipliers_keep_every_bound(weight, activation):
     if embeds(activation, "INT8") and len(found) > 1:
         zero_point = 2 ** int(np.ceil(np.log2(other.kmax)))
         assert 2 * (other.kmax + zero_point) * fmt.kmax * max(found) <= 32767
+
+
+@pytest.mark.parametrize("exponent", [-90, -60, 60, 90])
+def test_rows_of_any_size_are_searched_alike(exponent):
+    """A row times a power of two has its scale times that, and the same multipliers."""
+    blocks = np.random.default_rng(6).standard_normal((6, 4, 32)).astype(np.float32)
+    scaled = blocks * np.where(np.arange(6) % 2, np.float32(2.0**exponent), np.float32(1))[:, None, None]
+    usual, odd = (find_scales(rows, get_format("E2M1"), E2M1, "mse") for rows in (blocks, scaled))
+    np.testing.assert_array_equal(odd[0] / np.where(np.arange(6) % 2, 2.0**exponent, 1), usual[0])
+    np.testing.assert_array_equal(odd[1], usual[1])

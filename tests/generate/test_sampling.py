@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from export.errors import RecipeError
+from export.errors import ContractError, RecipeError
 from pipeline.generate.sampling import SAMPLERS, make_sampler, sample
 
 SHAPE = (2, 3, 4, 4)
@@ -126,3 +126,20 @@ def test_timesteps_fall_and_scale(name):
 def test_wrong_choices_are_refused(name, n_steps, words):
     with pytest.raises(RecipeError, match=words):
         make_sampler(name, n_steps)
+
+
+@pytest.mark.parametrize(
+    ("outputs", "message"),
+    [
+        ({"other": random(0)}, "the engine gives other instead of `sample`"),
+        ({}, "the engine gives nothing instead of `sample`"),
+        ({"sample": random(0).ravel()}, r"`sample` of float32 \(96,\) for latents of \(2, 3, 4, 4\)"),
+        ({"sample": random(0)[:1]}, r"float32 \(1, 3, 4, 4\)"),
+        ({"sample": random(0)[:, :2]}, r"float32 \(2, 2, 4, 4\)"),
+        ({"sample": random(0)[..., :2]}, r"float32 \(2, 3, 4, 2\)"),
+        ({"sample": random(0).astype(str)}, "`sample` of <U"),
+    ],
+)
+def test_an_output_that_is_no_prediction_is_refused(outputs, message):
+    with pytest.raises(ContractError, match=message):
+        sample(lambda inputs: outputs, conditioning(), random(0), make_sampler("flow_euler", 2), 1.0)

@@ -2,7 +2,9 @@
 
 import json
 import re
+import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -166,6 +168,18 @@ def test_a_compiler_that_fails_says_why(monkeypatch):
     monkeypatch.setattr(library, "FLAGS", (*library.FLAGS, "-include", "no/such/header.h"))
     (problem,) = CpuBackend().problems(RECIPE)
     assert "no/such/header.h" in problem and "apt install" in problem
+
+
+def test_a_compiler_that_does_not_end_is_refused(monkeypatch, tmp_path):
+    def wait(command, **_):
+        raise subprocess.TimeoutExpired(command, library.TIMEOUT_S)
+
+    monkeypatch.setattr(library.subprocess, "run", wait)
+    monkeypatch.setattr(library.shutil, "which", lambda name: "/usr/bin/cc")
+    for work in (partial(library.build, tmp_path / "a.so"), partial(library.compiler_key, "/usr/bin/cc")):
+        with pytest.raises(EnvironmentLacksError, match="does not end within 120 s; install a C compiler"):
+            work()
+    assert rounding_errors.compiled.__wrapped__() is None, "scales are searched by NumPy"
 
 
 def test_other_systems_are_refused(monkeypatch):

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from export.errors import ContractError, EnvironmentLacksError, ResourceError
 from plugins.gpu.spec import GemmSpec, QuantizeSpec
 from plugins.tensorrt import rtx_driver
-from plugins.tensorrt.payload import FIELD, PLUGINS, Payload, Variant, from_text, kernel_row
+from plugins.tensorrt.payload import FIELD, LARGEST_BYTES, PLUGINS, Payload, Variant, from_text, kernel_row
 from plugins.tensorrt.rtx_driver import Arguments, CudaDriver
 from plugins.tensorrt.rtx_launcher import Launcher
 
@@ -239,9 +239,13 @@ def test_every_plugin_is_a_kernel_of_the_table() -> None:
     assert [kernel_row(name).name for name in PLUGINS] == list(PLUGINS) and FIELD == "payload"
 
 
+def packed(document: bytes) -> str:
+    return base64.b64encode(zlib.compress(document)).decode()
+
+
 def changed(**fields: Any) -> str:
     document = json.loads(zlib.decompress(base64.b64decode(payload("packed_gemm", GEMM).to_text())))
-    return base64.b64encode(zlib.compress(json.dumps({**document, **fields}).encode())).decode()
+    return packed(json.dumps({**document, **fields}).encode())
 
 
 @pytest.mark.parametrize(
@@ -253,6 +257,10 @@ def changed(**fields: Any) -> str:
         (changed(kernel="gone"), "'gone' is not in the table"),
         (changed(spec={"activation": "E2M3"}), "cannot be read"),
         (changed(variants=[{"sm": 89}]), "cannot be read"),
+        (changed(spec=[1]), "cannot be read"),
+        (packed(b"[" * 100_000), "cannot be read"),
+        (packed(b" " * (LARGEST_BYTES + 1)), "more than 268435456 bytes"),
+        (base64.b64encode(zlib.compress(b"{}")[:-4]).decode(), "or cut short"),
     ],
 )
 def test_a_damaged_payload_is_refused(text: str, message: str) -> None:

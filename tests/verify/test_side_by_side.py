@@ -8,6 +8,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -114,6 +115,22 @@ def test_a_signal_that_another_thread_gets_ends_all() -> None:
     assert done.returncode == 143 and done.stdout == "begun\nFAILED terminated\n"
 
 
+# A second signal while the first waits for work that does not look up.
+TWICE = HEARD_ELSEWHERE.replace(
+    "signal.pthread_kill(threading.get_ident(), signal.SIGTERM)",
+    "signal.pthread_kill(threading.get_ident(), signal.SIGTERM); time.sleep(1); "
+    "signal.pthread_kill(threading.get_ident(), signal.SIGTERM); time.sleep(60)",
+)
+
+
+@pytest.mark.process
+def test_a_second_signal_that_another_thread_gets_ends_the_process() -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", TWICE], cwd=ROOT, capture_output=True, text=True, check=False, timeout=40
+    )
+    assert done.returncode == 143 and done.stderr.endswith("stopped at once\n") and "Traceback" not in done.stderr
+
+
 @pytest.mark.slow
 def test_a_signal_ends_all_threads() -> None:
     pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
@@ -184,6 +201,21 @@ def callers(_: Path) -> None:
     """The two who call at once are threads of their own."""
     call: Any = SimpleNamespace(inputs={})
     _at_once([call, call], _Counted(lambda inputs: {"sample": np.zeros(1)}, 0), 2)
+
+
+def test_a_caller_that_cannot_begin_ends_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    call: Any = SimpleNamespace(inputs={})
+    submit, begun = ThreadPoolExecutor.submit, list[object]()
+
+    def once(pool: ThreadPoolExecutor, *work: Any) -> Any:
+        begun.append(work)
+        if len(begun) == 2:
+            raise RuntimeError("can't start new thread")
+        return submit(pool, *work)
+
+    monkeypatch.setattr(ThreadPoolExecutor, "submit", once)
+    with pytest.raises(RuntimeError, match="can't start new thread"):
+        _at_once([call, call], _Counted(lambda inputs: {"sample": np.zeros(1)}, 0), 2)
 
 
 @pytest.mark.torch
