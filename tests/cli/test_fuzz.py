@@ -69,6 +69,7 @@ DOCUMENTS: dict[str, tuple[tuple[str, ...], ...]] = {
     "model/config.json": OF_MODEL,
     "model/generation.json": OF_MODEL[:2],
     f"model/{WEIGHTS}": (DRY,),
+    "alone/config.json": ((*DRY, "-m", f"model/{WEIGHTS}", "--config", "alone/config.json"),),
     f"sharded/{WEIGHTS}.index.json": ((*DRY, "-m", "sharded"),),
     "words/generation.json": ((*WORDS, "--set", "method=ptq4dm"),),
     "words/tokens.safetensors": ((*WORDS, "--set", "method=ptq4dm"),),

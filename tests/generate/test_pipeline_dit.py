@@ -42,6 +42,10 @@ def test_the_pipeline_s_type_is_the_caller_s(built: Built, dtype: torch.dtype) -
     assert min(decibels(wanted, drawn)) > built.bundle.recipe.budgets.final_psnr_fp_db
 
 
+def test_offloading_leaves_the_picture(built: Built) -> None:
+    pipelines.refuse_change_by_offloading(built, **CALLS["three classes"])
+
+
 def test_classes_that_the_model_lacks_are_refused(built: Built) -> None:
     with pytest.raises(RecipeError, match=r"class_labels holds \[1001, 1000\]; the model knows 0 to 1000"):
         built.engine(class_labels=[1001], num_inference_steps=1)

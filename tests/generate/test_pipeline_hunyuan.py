@@ -81,6 +81,10 @@ def test_the_pipeline_s_type_is_the_caller_s(built: Built, dtype: torch.dtype) -
     assert min(decibels(wanted, drawn)) > min(built.bundle.recipe.budgets.final_psnr_fp_db, 6.0 * 4)
 
 
+def test_offloading_leaves_the_picture(built: Built) -> None:
+    pipelines.refuse_change_by_offloading(built, **TWO | SIZE)
+
+
 def test_binning_is_explained_where_it_gets_in_the_way(built: Built) -> None:
     with pytest.raises(RecipeError, match=r"draws 64 x 64, the latents are for 1024 x 1024; .*binning=False"):
         built.engine("a", num_inference_steps=1)

@@ -88,16 +88,7 @@ def test_the_pipeline_s_type_is_the_caller_s(built: Built, dtype: torch.dtype) -
 
 
 def test_offloading_leaves_the_picture(built: Built) -> None:
-    """The calls that a machine without an accelerator can make; both are refused by diffusers without a device."""
-    accelerate = pytest.importorskip("accelerate", reason="offloading needs accelerate")
-    wanted = latents(built.engine, **TWO | SIZE)
-    pipe = built.pipeline(copy.copy(built.engine.transformer))
-    pipe.enable_model_cpu_offload(device="cpu")
-    np.testing.assert_array_equal(latents(pipe, **TWO | SIZE), wanted)
-    pipe = built.pipeline(copy.copy(built.engine.transformer))
-    accelerate.cpu_offload(pipe.transformer, "cpu", offload_buffers=True)  # as enable_sequential_cpu_offload does
-    assert pipe.transformer.device.type == "meta"
-    np.testing.assert_array_equal(latents(pipe, **TWO | SIZE), wanted)
+    pipelines.refuse_change_by_offloading(built, **TWO | SIZE)
 
 
 def test_it_is_saved_without_its_engine_only(built: Built, tmp_path: Path) -> None:

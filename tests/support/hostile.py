@@ -1,7 +1,8 @@
 """Whole folders of every kind that the verbs read, tiny and true, for tests that then damage a copy of them.
 
 model/       a DiT that draws digits of 8 x 8 pixels        sharded/   the same in shards
-words/       a PixArt with a vocabulary                     recipe.toml
+words/       a PixArt with a vocabulary                     alone/     the configuration of model/ by itself
+recipe.toml
 checkpoint/  what `calibrate` wrote of model/               e/         the bundle that `build` wrote of it
 e2.partial/  a build that was stopped before its gates      w/         a bundle of words/, with engines for GPUs
 pipe/        a pipeline of a DiT with latents               l/         a bundle of its transformer
@@ -91,7 +92,7 @@ def stop(*_: Any) -> None:
 
 
 def make_models(folder: Path) -> None:
-    """model/, sharded/ and words/."""
+    """model/, sharded/, alone/ and words/."""
     config = tiny.DIT | {"in_channels": 1, "out_channels": 1}
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(tiny.MODELS, "model", ("DiTTransformer2DModel", config))
@@ -100,6 +101,8 @@ def make_models(folder: Path) -> None:
         tiny.folder("words", folder)
         tiny.folder("model", folder / "s", shard_size="100KB").rename(folder / "sharded")
     (folder / "s").rmdir()
+    (folder / "alone").mkdir()
+    shutil.copyfile(folder / "model/config.json", folder / "alone/config.json")
     for name in ("model", "sharded"):
         (folder / name / "generation.json").write_text(json.dumps(SAMPLING | {"conditioning": DIGITS}))
     (folder / "words/generation.json").write_text(json.dumps(SAMPLING | {"conditioning": VOCABULARY}))

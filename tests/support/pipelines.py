@@ -6,6 +6,7 @@ that 64 pixels are 8 latent cells. HunyuanDiT's pipeline fixes its text lengths,
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -257,6 +258,20 @@ def latents(pipe: Any, seed: int = 3, n_steps: int = 3, **call: Any) -> NDArray[
     finally:
         pipe.vae.decode = decode
     return np.concatenate([z.double().numpy() for z in seen])
+
+
+def refuse_change_by_offloading(built: Built, **call: Any) -> None:
+    """AssertionError where offloading changes the engine's latents: by the calls that a machine without an accelerator
+    can make; both are refused by diffusers without a device."""
+    accelerate = pytest.importorskip("accelerate", reason="offloading needs accelerate")
+    wanted = latents(built.engine, **call)
+    pipe = built.pipeline(copy.copy(built.engine.transformer))
+    pipe.enable_model_cpu_offload(device="cpu")
+    np.testing.assert_array_equal(latents(pipe, **call), wanted)
+    pipe = built.pipeline(copy.copy(built.engine.transformer))
+    accelerate.cpu_offload(pipe.transformer, "cpu", offload_buffers=True)  # as enable_sequential_cpu_offload does
+    assert pipe.transformer.device.type == "meta"
+    np.testing.assert_array_equal(latents(pipe, **call), wanted)
 
 
 def decibels(reference: NDArray[np.float64], others: NDArray[np.float64]) -> list[float]:
