@@ -23,7 +23,7 @@ from torch import nn
 
 from export.dialect.functions import OPSET
 from export.dialect.ops import DOMAIN, VERSION
-from export.errors import ContractError
+from export.errors import ContractError, ModelError
 from export.models.families import Input
 from export.quantize_graph import PLACEHOLDER
 
@@ -130,10 +130,13 @@ def _quiet() -> Iterator[None]:
 
 
 def _open_weights(model: ir.Model, names: set[str]) -> None:
-    """Turn parameters from initializers into graph inputs."""
+    """Turn parameters from initializers into graph inputs. Raises ModelError for one that is called like an input."""
+    inputs = {value.name for value in model.graph.inputs}
     for name in sorted(names & set(model.graph.initializers)):
         value = model.graph.initializers.pop(name)
         value.const_value, value.name = None, name.removeprefix(MODULE_PREFIX)
+        if value.name in inputs:
+            raise ModelError(f"{value.name}: an input and a tensor of the model have this name; rename the tensor")
         model.graph.inputs.append(value)
 
 

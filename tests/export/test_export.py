@@ -19,11 +19,13 @@ from export.checkpoint import QuantizedLinear
 from export.dialect.ops import attributes
 from export.dialect.reference import dequantize_activation, quantize_activation
 from export.errors import ContractError, ModelError, ResourceError
+from export.models.families import Input
 from export.models.load import LoadedModel, denoiser, load, sample_inputs
 from export.models.torch_modules import with_modules
 from export.portable import read_layers
 from export.quantize_graph import multiplier_table, quantize_graph
 from export.to_onnx import ExportSummary, export_float, export_portable
+from export.trace import trace
 from tests.support import hub, tiny
 
 pytestmark = pytest.mark.torch
@@ -196,8 +198,8 @@ def test_every_layer_has_its_nodes_and_metadata(exported, name):
 def test_nothing_of_this_machine_is_in_the_file(exported):
     case = exported("pixart")
     data = case.portable_path.read_bytes()
-    for trace in (b"site-packages", b".py", b"pkg.torch", b"pytorch", str(case.portable_path.parent).encode()):
-        assert trace not in data
+    for hint in (b"site-packages", b".py", b"pkg.torch", b"pytorch", str(case.portable_path.parent).encode()):
+        assert hint not in data
 
 
 @pytest.mark.usefixtures("traced_anew")
@@ -394,3 +396,25 @@ def test_portable_model_with_a_node_removed_is_refused_when_read(exported, tmp_p
     onnx.save(model, tmp_path / "model.onnx")
     with pytest.raises(ContractError, match=f"{case.layers[3].name} has no node {case.layers[3].name}/weight"):
         read_layers(tmp_path / "model.onnx")
+
+
+def test_a_tensor_that_is_called_like_an_input_is_refused() -> None:
+    class Toned(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.tone = torch.nn.Parameter(torch.ones(4))
+
+        def forward(self, tone: torch.Tensor) -> torch.Tensor:
+            return tone * self.tone
+
+    class Whole(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.transformer = Toned()
+
+        def forward(self, *args: torch.Tensor) -> torch.Tensor:
+            result: torch.Tensor = self.transformer(*args)
+            return result
+
+    with pytest.raises(ModelError, match="tone: an input and a tensor of the model have this name; rename the tensor"):
+        trace(Whole(), (Input("tone", ("batch", 4)),), {"tone": np.ones((2, 4), np.float32)})
