@@ -16,8 +16,8 @@ import pytest
 from export.errors import ContractError, EnvironmentLacksError
 from pipeline import load
 from pipeline.backends import BACKENDS
-from pipeline.bundle import manifest
 from pipeline.bundle.bundle import OLD_LIBRARY, OTHER_FILES, is_made_by_build
+from pipeline.files import sha256
 from plugins.cpu import library
 from tests.support import native
 from tests.support.bundles import make_bundle
@@ -238,8 +238,9 @@ def planted(tmp_path: Path) -> tuple[Path, Path]:
 def reseal(folder: Path) -> None:
     """Make the manifest true of the files again, as whoever planted something would."""
     document = json.loads((folder / "manifest.json").read_text())
-    names = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
-    document["files"] = {name: manifest._file_row(folder / name) for name in names if name != "manifest.json"}
+    paths = {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*")) if path.is_file()}
+    del paths["manifest.json"]
+    document["files"] = {name: {"size": path.stat().st_size, "sha256": sha256(path)} for name, path in paths.items()}
     (folder / "manifest.json").write_text(json.dumps(document))
 
 
