@@ -7,7 +7,7 @@ queries, a bias), so that leaving it out would build an engine of another model.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -119,9 +119,10 @@ def read_weights(
     """
     stored, ignored = _unwrapped(files)
     named = _in_diffusers_names(_without_scales(stored), config)
+    keys = {row.key for row in stored.values()}
     for name, row in list(named.items()):
         if name not in expected:
-            if not (why := _harmless(name, row, positions)):
+            if not (why := _harmless(name, row, positions, keys)):
                 _refuse(name, named, expected, config)
             ignored[row.key] = why
             del named[name]
@@ -207,8 +208,9 @@ def _refuse_lost_scales(stored: Mapping[str, Stored], weights: Mapping[str, Stor
 # --- what the class does not take ----------------------------------------------------------------------------------
 
 
-def _harmless(name: str, row: Stored, positions: torch.Tensor | None) -> str:
-    """Why the tensor does not matter; "" if it may. Raises ModelError for a table of positions that is another."""
+def _harmless(name: str, row: Stored, positions: torch.Tensor | None, keys: Container[str]) -> str:
+    """Why the tensor does not matter beside the others, `keys`; "" if it may. Raises ModelError for a table of
+    positions that is another."""
     if re.fullmatch(POSITIONS, name) and positions is not None:
         if not _same_table(row.tensor, positions):
             raise ModelError(
@@ -217,7 +219,8 @@ def _harmless(name: str, row: Stored, positions: torch.Tensor | None) -> str:
                 "in it, or remove the tensor if the model's own code computes the table anew"
             )
         return "the table of positions that config.json makes"
-    return next((why for pattern, why in HARMLESS if re.fullmatch(pattern, name)), "")
+    why = next((why for pattern, why in HARMLESS if re.fullmatch(pattern, name)), "")
+    return "" if why == OF_A_RANGE and f"{row.key.rpartition('.')[0]}.weight" not in keys else why
 
 
 def _same_table(tensor: torch.Tensor, table: torch.Tensor) -> bool:

@@ -6,7 +6,6 @@ the result, an absolute time says little without its machine. `python -m pipelin
 
 from __future__ import annotations
 
-import logging
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -24,7 +23,6 @@ from pipeline.bench.baselines import Contestant, peak_memory
 from pipeline.generate.case import Case, described_case
 from pipeline.recipe import Recipe
 
-logger = logging.getLogger(__name__)
 SCHEMA_VERSION = 1
 # Rounds are as many as fit into the time, within these bounds: a median of three is the least that ignores an outlier.
 CALLS_BUDGET_S, CALL_ROUNDS = 20.0, (3, 30)

@@ -5,7 +5,6 @@ whose earlier blocks have quantized weights gives them. One block's tensors are 
 from __future__ import annotations
 
 import copy
-import logging
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
@@ -23,7 +22,6 @@ from pipeline.calibrate.data import CalibrationData
 from pipeline.calibrate.plan import LayerPlan
 from pipeline.generate.sampling import take_samples
 
-logger = logging.getLogger(__name__)
 Tensors = list[torch.Tensor]
 
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import logging
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -21,7 +20,6 @@ from pipeline.files import refuse_unwritable
 from pipeline.generate.draw import DrawRequest, Pictures, draw, makes_pixels
 from pipeline.signals import leave
 
-logger = logging.getLogger(__name__)
 DESCRIPTION = "Draw pictures with an engine bundle."
 # Small pictures are enlarged by a whole factor, so that they can be seen: to at least this many pixels a side.
 SHOWN_PIXELS = 256

@@ -6,7 +6,6 @@ random conditioning. The text encoder is loaded in float32, so that latents are 
 
 from __future__ import annotations
 
-import logging
 import math
 import re
 from collections.abc import Callable, Iterator, Sequence
@@ -33,7 +32,6 @@ if TYPE_CHECKING:
     from export.models.load import LoadedModel
     from pipeline.recipe import Recipe, Sampling
 
-logger = logging.getLogger(__name__)
 INDEX = "model_index.json"
 REMEDY = "copy or download it again"
 # Weights of a part, in one file or in shards, without a variant or with one before or behind the shard's number.

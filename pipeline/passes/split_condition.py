@@ -25,11 +25,11 @@ class Split:
     step: ir.Model
 
 
-def split_condition(model: ir.Model, step_inputs: Collection[str] = STEP_INPUTS) -> Split | None:
+def split_condition(model: ir.Model) -> Split | None:
     """Two models that share `model`'s tensors; None where no input changes per step, or no matrix product need not."""
-    sizes = _shared_sizes(model.graph, step_inputs)
-    once = _once(model.graph, step_inputs, sizes)
-    if not any(value.name in step_inputs for value in model.graph.inputs):
+    sizes = _shared_sizes(model.graph)
+    once = _once(model.graph, sizes)
+    if not any(value.name in STEP_INPUTS for value in model.graph.inputs):
         return None
     if not any(node.op_type in PRODUCTS for node in once):
         return None
@@ -45,7 +45,7 @@ def split_condition(model: ir.Model, step_inputs: Collection[str] = STEP_INPUTS)
     return Split(condition, step)
 
 
-def _shared_sizes(graph: ir.Graph, step_inputs: Collection[str]) -> dict[str, tuple[str, int]]:
+def _shared_sizes(graph: ir.Graph) -> dict[str, tuple[str, int]]:
     """Outputs of Shape nodes that measure one named size (the batch) -> (condition input, axis) that has it too.
 
     What is computed from such a size alone belongs to both parts: the first may measure its own input instead.
@@ -53,7 +53,7 @@ def _shared_sizes(graph: ir.Graph, step_inputs: Collection[str]) -> dict[str, tu
     places = {
         str(size): (str(value.name), axis)
         for value in graph.inputs
-        if value.name not in step_inputs
+        if value.name not in STEP_INPUTS
         for axis, size in enumerate(value.shape or ())
         if not isinstance(size, int) and size.value is not None
     }
@@ -68,10 +68,10 @@ def _measured(node: ir.Node) -> str:
     return str(sizes[0]) if len(sizes) == 1 else ""
 
 
-def _once(graph: ir.Graph, step_inputs: Collection[str], sizes: Collection[str]) -> set[ir.Node]:
-    """Nodes that depend on at least one graph input, and on no input of `step_inputs` other than its size."""
-    varying = {value for value in graph.inputs if value.name in step_inputs}
-    conditional = {value for value in graph.inputs if value.name not in step_inputs}
+def _once(graph: ir.Graph, sizes: Collection[str]) -> set[ir.Node]:
+    """Nodes that depend on at least one graph input, and on no input of STEP_INPUTS other than its size."""
+    varying = {value for value in graph.inputs if value.name in STEP_INPUTS}
+    conditional = {value for value in graph.inputs if value.name not in STEP_INPUTS}
     once = set()
     for node in graph:
         inputs = [value for value in node.inputs if value is not None]

@@ -268,6 +268,7 @@ REFUSED = {
     "transformer_blocks.2.ff.net.2.weight": "a layer beyond config.json's num_layers of 2; correct num_layers",
     f"{ATTENTION}.to_q.weight_scale_inv": "a scale that no weight of the file goes with; give the float model",
     f"{ATTENTION}.to_q.weight_quantizer._amax": "part of a quantized weight in a form that is not read; give the float",
+    "nothing.input_scale": "a scale that no weight of the file goes with; give the float model",
     f"{ATTENTION}.to_q.input_amax": "part of a quantized weight in a form that is not read; give the float model",
     f"ema.{ATTENTION}.to_q.bias": "a tensor of the model under the prefix 'ema.', which not all of its tensors have",
     "vae.conv.weight": "PixArtTransformer2DModel of this config.json has no such tensor; config.json and the weights",

@@ -46,10 +46,7 @@ class FusedOp:
         """The op as an ONNX function in standard ops."""
         body = Body(self.attributes)
         self.body(body)
-        opsets = [helper.make_opsetid("", functions.OPSET)]
-        return helper.make_function(
-            DOMAIN, self.name, self.inputs, list(self.outputs), body.nodes, opsets, list(self.attributes)
-        )
+        return body.function(DOMAIN, self.name, self.inputs, self.outputs)
 
 
 # --- bodies ---------------------------------------------------------------------------------------------------------
