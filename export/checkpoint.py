@@ -228,9 +228,8 @@ class QuantizedLinear:
 
     def _with_multipliers(self, of_code: NDArray[Number]) -> NDArray[Number]:
         """[N, K]: `of_code` [2^bits] looked up and multiplied in place, so that one array of that size is made."""
-        values: NDArray[Number] = np.take(
-            of_code, self.unpacked_codes()
-        )  # always C order, so that the reshape below is a view
+        # np.take gives C order always, so that the reshape below is a view.
+        values: NDArray[Number] = np.take(of_code, self.unpacked_codes())
         if self.multipliers is not None:
             grouped = values.reshape(self.out_features, self.groups, -1)
             grouped *= self.multipliers[..., None].astype(values.dtype)

@@ -111,7 +111,9 @@ def _prediction(outputs: Arrays, batch: NDArray[np.float32]) -> NDArray[np.float
     few = sample.ndim != batch.ndim or sample.shape[1] < batch.shape[1]
     if few or sample.dtype.kind != "f" or (len(sample), *sample.shape[2:]) != (len(batch), *batch.shape[2:]):
         gives = f"`sample` of {sample.dtype} {sample.shape} for latents of {batch.shape}"
-        raise ContractError(f"the engine gives {gives}; floats of that shape, or with more channels, are wanted")
+        raise ContractError(
+            f"the engine gives {gives}; it must be floats of that shape or of more channels, build it again"
+        )
     return sample[:, : batch.shape[1]]
 
 

@@ -25,7 +25,7 @@ logger = logging.getLogger(__name__)
 Form = Literal["cubin", "ptx"]
 WARP = 32
 SCHEMA_VERSION = 1
-# Of one plugin's text, unpacked: a hundred times the largest.
+# What one plugin's text may unpack to: a damaged or hostile one must not fill the memory.
 LARGEST_BYTES = 2**28
 # Kernel of the table -> name of its plugin. Namespace and version are part of an engine: change them only together
 # with what the fields mean.
