@@ -30,8 +30,8 @@ typedef struct ApiBase {
 } ApiBase;
 
 enum { FAIL = 1, INVALID_ARGUMENT = 2 };         /* error codes */
-enum { TYPE_FLOAT = 1, TYPE_UINT8 = 2, TYPE_INT32 = 6 }; /* element types, numbered as in ONNX */
-enum { OPTIONAL = 1 };                                   /* inputs and outputs */
+enum { TYPE_FLOAT = 1, TYPE_UINT8 = 2, TYPE_INT8 = 3, TYPE_INT32 = 6 }; /* element types, numbered as in ONNX */
+enum { OPTIONAL = 1 }; /* inputs and outputs */
 enum { DEFAULT_MEMORY = 0 };
 
 /* Name, place in the table, and type of each function used. All but create_status return NULL or an error. */

@@ -1,13 +1,11 @@
-/* Custom op TokenChain of domain fpq.native: onnxruntime's tensors in, token_chain_rows on onnxruntime's threads. */
+/* Custom op TokenChain: onnxruntime's tensors in, token_chain_rows on onnxruntime's threads. */
 #include <math.h>
 #include <stdlib.h>
 #include <string.h>
 
-#include "ort_abi.h"
+#include "ort_op.h"
 #include "token_chain.h"
-#include "variants.h"
 
-#define MAX_RANK 8
 #define FLOATS_PER_CHUNK 16384 /* rows of one call on one thread: 64 KiB, which stays in its cache */
 
 enum { X, TOKEN_SCALE, BIAS, GATE, RESIDUAL, NORM_SCALE, NORM_SHIFT, HIGH_SUM, LOW_SUM, CHANNEL_SCALE, INPUTS };
@@ -18,61 +16,11 @@ typedef struct Kernel {
   TokenChain options; /* attributes; the other fields are those of one call */
 } Kernel;
 
-typedef struct Tensor {
-  float *data; /* NULL: not given; int32_t in the sums */
-  int64_t dims[MAX_RANK];
-  size_t rank;
-  int64_t count;
-} Tensor;
-
 typedef struct Work {
   TokenChain chain;
   int64_t rows, rows_per_chunk;
   int failed;
 } Work;
-
-#define TRY(call)                                                                                                     \
-  do {                                                                                                                \
-    Status *status_ = (call);                                                                                         \
-    if (status_) return status_;                                                                                      \
-  } while (0)
-
-static Status *invalid(const Api *api, const char *message) {
-  return CALL(api, create_status)(INVALID_ARGUMENT, message);
-}
-
-static Status *read_tensor(const Api *api, KernelContext *context, size_t index, Tensor *tensor) {
-  const Value *value = NULL;
-  TensorInfo *info = NULL;
-  memset(tensor, 0, sizeof *tensor);
-  TRY(CALL(api, kernel_input)(context, index, &value));
-  if (!value) return NULL;
-  TRY(CALL(api, tensor_data)((Value *)value, (void **)&tensor->data));
-  TRY(CALL(api, tensor_info)(value, &info));
-  Status *status = CALL(api, dimensions_count)(info, &tensor->rank);
-  if (!status && tensor->rank > MAX_RANK) status = invalid(api, "TokenChain: more than 8 dimensions");
-  if (!status) status = CALL(api, dimensions)(info, tensor->dims, tensor->rank);
-  CALL(api, release_tensor_info)(info);
-  tensor->count = 1;
-  for (size_t i = 0; !status && i < tensor->rank; i++) tensor->count *= tensor->dims[i];
-  return status;
-}
-
-/* An output [..., last] for rows of dims [..., n], or with heads [samples, heads, tokens, last / heads]. */
-static Status *make_output(
-    const Api *api, KernelContext *context, size_t index, const Tensor *rows, int64_t last, int64_t heads, void **data) {
-  Value *value = NULL;
-  Tensor made = *rows;
-  *data = NULL;
-  made.dims[made.rank - 1] = last;
-  if (heads) {
-    int64_t parts[] = {rows->dims[0], heads, rows->dims[1], last / heads};
-    memcpy(made.dims, parts, sizeof parts);
-    made.rank = 4;
-  }
-  TRY(CALL(api, kernel_output)(context, index, made.dims, made.rank, &value));
-  return value ? CALL(api, tensor_data)(value, data) : NULL;
-}
 
 /* The shape of the rows, in[X]: that of the sums where they stand for x, [samples, tokens, heads * size] where x is
  * [samples, heads, tokens, size]. */
@@ -191,7 +139,6 @@ static Status *create_kernel(const CustomOp *op, const Api *api, const KernelInf
 }
 
 static const char *op_name(const CustomOp *op) { return (void)op, "TokenChain"; }
-static const char *provider(const CustomOp *op) { return (void)op, "CPUExecutionProvider"; }
 static size_t input_count(const CustomOp *op) { return (void)op, INPUTS; }
 static size_t output_count(const CustomOp *op) { return (void)op, OUTPUTS; }
 static int input_type(const CustomOp *op, size_t index) {
@@ -200,41 +147,14 @@ static int input_type(const CustomOp *op, size_t index) {
 static int output_type(const CustomOp *op, size_t index) {
   return (void)op, index == CODES || index == LOW_CODES ? TYPE_UINT8 : TYPE_FLOAT;
 }
-static int input_kind(const CustomOp *op, size_t index) { return (void)op, (void)index, OPTIONAL; }
-static int output_kind(const CustomOp *op, size_t index) { return (void)op, (void)index, OPTIONAL; }
-static int input_memory(const CustomOp *op, size_t index) { return (void)op, (void)index, DEFAULT_MEMORY; }
-static int no(const CustomOp *op) { return (void)op, 0; }
-static int first_version(const CustomOp *op) { return (void)op, 1; }
 
-static const CustomOp TOKEN_CHAIN = {
-    .version = API_VERSION,
+const CustomOp TOKEN_CHAIN = {
+    OP_DEFAULTS,
     .name = op_name,
-    .execution_provider = provider,
     .input_type = input_type,
     .input_count = input_count,
     .output_type = output_type,
     .output_count = output_count,
-    .destroy_kernel = free,
-    .input_kind = input_kind,
-    .output_kind = output_kind,
-    .input_memory = input_memory,
-    .variadic_input_min = no,
-    .variadic_input_homogeneous = no,
-    .variadic_output_min = no,
-    .variadic_output_homogeneous = no,
     .create_kernel = create_kernel,
     .compute = compute,
-    .start_version = first_version,
-    .end_version = first_version,
 };
-
-/* Called by SessionOptions.register_custom_ops_library. The domain lives as long as the process: sessions refer to it,
- * and onnxruntime does not say when the last one is gone. */
-EXPORT Status *RegisterCustomOps(SessionOptions *options, const ApiBase *base) {
-  const Api *api = base->get_api(API_VERSION);
-  OpDomain *domain = NULL;
-  if (!api) return base->get_api(1) ? CALL(base->get_api(1), create_status)(FAIL, "onnxruntime is too old") : NULL;
-  TRY(CALL(api, create_domain)("fpq.native", &domain));
-  TRY(CALL(api, domain_add)(domain, &TOKEN_CHAIN));
-  return CALL(api, options_add_domain)(options, domain);
-}

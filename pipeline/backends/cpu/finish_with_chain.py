@@ -22,7 +22,7 @@ from export.dialect.graph import (
 )
 from export.formats.format import Format
 from export.formats.operands import SMALL_ZERO, limb_base, zero_point
-from pipeline.backends.cpu.gemms import Product, grouped_gemm, integer_gemm, limb_sums
+from pipeline.backends.cpu.gemms import Product, grouped_gemm, integer_gemm, limb_sums, packed_gemm
 from pipeline.backends.cpu.quantizers import Operand, rounding_factor
 from pipeline.backends.cpu.token_chain import (
     VERSION,
@@ -90,7 +90,7 @@ def quantize_with_chain(build: GraphBuilder, x: ir.Value, fmt: Format, limbs: in
 
 
 def chained_gemm(
-    build: GraphBuilder, gemm: QuantizedGemm, operand: Operand, bias: ir.Value | None
+    build: GraphBuilder, gemm: QuantizedGemm, operand: Operand, bias: ir.Value | None, packed: bool = False
 ) -> tuple[Product, ir.Value]:
     """A linear whose token scale and bias are applied by a TokenChain: (its product, its result).
 
@@ -99,8 +99,9 @@ def chained_gemm(
     scale = operand.scale
     assert scale is not None, f"{gemm.layer} has no scale for each token"
     inputs, sums = {In.TOKEN_SCALE: scale} | ({} if bias is None else {In.BIAS: bias}), None
-    if gemm.real_groups or len(operand.codes) == 1:
-        product = (grouped_gemm if gemm.real_groups else integer_gemm)(build, gemm, operand)
+    if packed or gemm.real_groups or len(operand.codes) == 1:
+        emit = packed_gemm if packed else grouped_gemm if gemm.real_groups else integer_gemm
+        product = emit(build, gemm, operand)
         inputs[In.X] = product.value
     else:
         sums = limb_sums(build, gemm, operand)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field, replace
 
 import onnx_ir as ir
@@ -21,7 +21,7 @@ from export.dialect.graph import (
 from export.dialect.ops import DOMAIN
 from export.formats.operands import INT8_MAX, INT16_MAX, SMALL_ZERO, fits_byte, limb_base, pair_sum
 from pipeline.backends.cpu.finish_with_chain import chained_gemm, quantize_with_chain
-from pipeline.backends.cpu.gemms import finish, float_gemm, grouped_gemm, integer_gemm
+from pipeline.backends.cpu.gemms import OCTET, Product, finish, float_gemm, grouped_gemm, integer_gemm, packed_gemm
 from pipeline.backends.cpu.quantizers import (
     Operand,
     in_groups,
@@ -37,7 +37,8 @@ from pipeline.passes.rewrite import LoweringPass
 
 FUNCTION_PATH, FLOAT_PATH = "onnx function", "float32"
 INT32_MAX = 2**31 - 1
-# In order of preference.
+# In order of preference; those of 4-bit weights are in the kernel library.
+PACKED = (GemmRow("u8 x packed s4", "U8", "S4"), GemmRow("u8 x packed s4, 2 limbs", "U8", "S4", limbs=2))
 GEMMS = (
     GemmRow("u8 x s8", "U8", "S8"),
     GemmRow("u8 x s8, 2 limbs", "U8", "S8", limbs=2),
@@ -95,16 +96,16 @@ class LowerCpu(LoweringPass):
             self.choices.append(Choice(gemm.layer, FUNCTION_PATH, why))
             self.refuse(gemm.layer, why)
             return
-        row, why = choose_path(gemm, self.provided)
+        row, why = choose_path(gemm, self.provided, PACKED if self.chains else ())
         if row and refusal(gemm, row, wide_sum=False):
             self.needs.add(WIDE_SUM)
         build = GraphBuilder(graph, node, gemm.layer, dict(node.metadata_props))
         bias = inputs_of(node).bias if gemm.has_bias else None
         operand = self._operand(graph, gemm, source, row.limbs if row else 0)
         if row and self.chains and operand.scale is not None and not gemm.activation_group:
-            product, output = chained_gemm(build, gemm, operand, bias)
+            product, output = chained_gemm(build, gemm, operand, bias, row in PACKED)
         else:
-            emit = float_gemm if row is None else grouped_gemm if row.real_groups else integer_gemm
+            emit = float_gemm if row is None else _emitter(row)
             product = emit(build, gemm, operand)
             output = finish(build, product, bias)
         _substitute(graph, node, output, gemm.layer)
@@ -151,6 +152,10 @@ class LowerCpu(LoweringPass):
         return source.x
 
 
+def _emitter(row: GemmRow) -> Callable[[GraphBuilder, QuantizedGemm, Operand], Product]:
+    return grouped_gemm if row.real_groups else packed_gemm if row in PACKED else integer_gemm
+
+
 def _substitute(graph: ir.Graph, node: ir.Node, output: ir.Value, layer: str) -> None:
     """Let `output` stand for the result of a packed node; what a low-rank branch is added to gets a name of its own."""
     old = result_of(node)
@@ -183,10 +188,12 @@ def _operand(
 # --- which form of GEMM: bounds checked by code, refusals as sentences ------------------------------------------------
 
 
-def choose_path(gemm: QuantizedGemm, provided: Collection[str]) -> tuple[GemmRow | None, str]:
-    """(first row that is exact, why) or (None, why none is)."""
+def choose_path(
+    gemm: QuantizedGemm, provided: Collection[str], packed: Sequence[GemmRow] = ()
+) -> tuple[GemmRow | None, str]:
+    """(first row that is exact, why) or (None, why none is). packed: rows that the kernel library adds."""
     reasons: list[str] = []
-    for row in GEMMS:
+    for row in (*packed, *GEMMS):
         reason = refusal(gemm, row, WIDE_SUM in provided)
         if not reason:
             return row, "; ".join([_reason_for(gemm, row), *reasons])
@@ -203,7 +210,19 @@ def refusal(gemm: QuantizedGemm, row: GemmRow, wide_sum: bool) -> str:
     """Why `row` cannot run the linear exactly, '' if it can."""
     if (gemm.sum_groups > 1) != row.real_groups:
         return "it has no scale per group" if gemm.sum_groups > 1 else "the weight has one scale per channel"
+    if row in PACKED:
+        return _not_packed(gemm) or _too_wide(gemm, row.limbs) or _overflow(gemm, row.limbs, wide_sum=True)
     return _too_wide(gemm, row.limbs) or _overflow(gemm, row.limbs, wide_sum)
+
+
+def _not_packed(gemm: QuantizedGemm) -> str:
+    """Why the weight is not one of the packed GEMM, '' if it is. Its pairs of products are sums of the format's own
+    integers, before any multiplier: at most 2 * 255 * 64, which 16 bits hold."""
+    if gemm.weight.bits != 4:
+        return f"{gemm.weight.name} has {gemm.weight.bits} bits, not 4"
+    if gemm.multipliers != (1,) and gemm.group_size % OCTET:
+        return f"groups of {gemm.group_size} are no multiple of {OCTET}"
+    return ""
 
 
 def _too_wide(gemm: QuantizedGemm, limbs: int) -> str:

@@ -1,0 +1,52 @@
+/* A GEMM of bytes with 4-bit weights that stay packed: a panel of 16 channels is decoded at a time, for all rows. */
+#ifndef FPQ_PACKED_GEMM_H
+#define FPQ_PACKED_GEMM_H
+
+#include <stdint.h>
+
+enum {
+  PANEL = 16,  /* channels that are decoded together */
+  QUAD = 4,    /* products that one lane of 32 bits adds at once */
+  OCTET = 8,   /* input channels of 64 bytes of a panel */
+  K_BLOCK = 1024 /* input channels that are decoded at a time: 16 KiB, half of a first-level cache */
+};
+
+/* product[m, n] = float(sum over k of a[m, k] * w[n, k]) * channel_scale[n], the sum in 32 bits and exact, with
+ *   a = codes - zero; with low_codes limb_weight * (codes - zero) + (low_codes - zero)     uint8 [rows, k]
+ *   w = table[code of (n, k)] * multiplier of (n, k / group)
+ *
+ * weight: [panels, k / 8, 64]; byte 4 c + i of the 64 holds the codes of channel c at k = i (low half) and 4 + i. What
+ * fills up k and n has the code of 0. multipliers: [panels, k / group, 16], NULL for none. channel_sum: [n], the sum
+ * over k of w, which `zero` is a factor of.
+ *
+ * Exact on every instruction set: |w| <= 127, so that decoded weights are bytes, and |sum| < 2^31. Where products of
+ * bytes are added in pairs in saturating 16 bits (x86 without dot products), the factors are table's own integers: a
+ * run of `run` pairs stays below 2^15, since 2 * run * largest_code * largest |table| does, and the multiplier comes
+ * after it, in 32 bits. Sums that leave 32 bits on the way come back, as integers modulo 2^32 do.
+ */
+typedef struct PackedGemm {
+  const uint8_t *codes, *low_codes; /* low_codes: NULL for one limb */
+  const uint8_t *weight, *multipliers;
+  const int8_t *table; /* [16] */
+  const float *channel_scale;
+  const int32_t *channel_sum;
+  int32_t zero, limb_weight, largest_code;
+  int64_t group; /* a multiple of 8 that divides k; k where there are no multipliers */
+  int64_t rows, n, k;
+  float *product;
+} PackedGemm;
+
+/* Rows of the call that share a decoded panel; the sums of more would leave the second-level cache. */
+enum { MAX_ROWS = 2048 };
+
+/* Bytes of scratch, aligned to 64, that one call of packed_gemm_panel needs. */
+int64_t packed_gemm_scratch(const PackedGemm *gemm);
+/* Rows first..last-1 (at most MAX_ROWS) of the 16 channels of a panel. */
+void packed_gemm_panel(const PackedGemm *gemm, int64_t panel, int64_t first, int64_t last, void *scratch);
+/* For tests: let this variant make all products from now on, NULL: the fastest one. 0 if this processor lacks it. */
+int packed_gemm_force(const char *name);
+const char *packed_gemm_variant(void);
+/* NULL, or why these sizes are not for this kernel. */
+const char *packed_gemm_misfit(const PackedGemm *gemm);
+
+#endif

@@ -1,0 +1,114 @@
+/* Custom op PackedGemm: onnxruntime's tensors in, packed_gemm_panel on onnxruntime's threads. */
+#include "ort_op.h"
+#include "packed_gemm.h"
+
+#define PRODUCTS_PER_TASK (1 << 20) /* at least: some 10 microseconds */
+
+enum { CODES, LOW_CODES, WEIGHT, MULTIPLIERS, TABLE, CHANNEL_SCALE, CHANNEL_SUM, INPUTS };
+
+typedef struct Kernel {
+  const Api *api;
+  PackedGemm options; /* attributes; the other fields are those of one call */
+} Kernel;
+
+typedef struct Work {
+  PackedGemm gemm;
+  int64_t panels, panels_per_task, tasks_per_block;
+  int failed;
+} Work;
+
+/* What is wrong with the shapes, NULL if nothing is; sets the sizes of the GEMM. */
+static const char *check(const Tensor *in, PackedGemm *gemm) {
+  if (in[CODES].rank == 0) return "PackedGemm: codes must have at least one dimension";
+  gemm->k = in[CODES].dims[in[CODES].rank - 1], gemm->n = in[CHANNEL_SCALE].count;
+  if (gemm->k <= 0 || gemm->n <= 0) return "PackedGemm: codes and channel_scale must have channels";
+  gemm->rows = in[CODES].count / gemm->k;
+  if (!in[MULTIPLIERS].data) gemm->group = gemm->k;
+  int64_t panels = (gemm->n + PANEL - 1) / PANEL, octets = (gemm->k + OCTET - 1) / OCTET;
+  if (in[WEIGHT].count != panels * octets * PANEL * QUAD) return "PackedGemm: weight must be [panels, k / 8, 64]";
+  if (in[TABLE].count != 16) return "PackedGemm: table must have 16 integers";
+  if (in[CHANNEL_SUM].count != gemm->n) return "PackedGemm: channel_sum must have one number a channel";
+  if (in[LOW_CODES].data && in[LOW_CODES].count != in[CODES].count)
+    return "PackedGemm: low_codes must have the shape of codes";
+  return NULL;
+}
+
+static void run_task(void *data, size_t index) {
+  Work *work = data;
+  const PackedGemm *gemm = &work->gemm;
+  int64_t first = (int64_t)index / work->tasks_per_block * MAX_ROWS, last = first + MAX_ROWS;
+  int64_t panel = (int64_t)index % work->tasks_per_block * work->panels_per_task, end = panel + work->panels_per_task;
+  void *scratch = aligned_alloc(64, (size_t)packed_gemm_scratch(gemm));
+  if (!scratch) {
+    work->failed = 1;
+    return;
+  }
+  for (; panel < end && panel < work->panels; panel++)
+    packed_gemm_panel(gemm, panel, first, last < gemm->rows ? last : gemm->rows, scratch);
+  free(scratch);
+}
+
+static Status *compute(void *data, KernelContext *context) {
+  const Kernel *kernel = data;
+  const Api *api = kernel->api;
+  Work work = {.gemm = kernel->options};
+  PackedGemm *gemm = &work.gemm;
+  Tensor in[INPUTS];
+  for (size_t i = 0; i < INPUTS; i++) TRY(read_tensor(api, context, i, &in[i]));
+  const char *wrong = check(in, gemm);
+  if (wrong) return invalid(api, wrong);
+  gemm->codes = in[CODES].data, gemm->low_codes = in[LOW_CODES].data;
+  gemm->weight = in[WEIGHT].data, gemm->multipliers = in[MULTIPLIERS].data, gemm->table = in[TABLE].data;
+  gemm->channel_scale = in[CHANNEL_SCALE].data, gemm->channel_sum = in[CHANNEL_SUM].data;
+  if ((wrong = packed_gemm_misfit(gemm))) return invalid(api, wrong);
+  work.panels = (gemm->n + PANEL - 1) / PANEL;
+  if (gemm->multipliers && in[MULTIPLIERS].count != work.panels * (gemm->k / gemm->group) * PANEL)
+    return invalid(api, "PackedGemm: multipliers must be [panels, k / group_size, 16]");
+  TRY(make_output(api, context, 0, &in[CODES], gemm->n, 0, (void **)&gemm->product));
+  if (!gemm->rows) return NULL;
+  int64_t rows = gemm->rows < MAX_ROWS ? gemm->rows : MAX_ROWS;
+  work.panels_per_task = PRODUCTS_PER_TASK / (rows * gemm->k * PANEL) + 1;
+  work.tasks_per_block = (work.panels + work.panels_per_task - 1) / work.panels_per_task;
+  size_t blocks = (size_t)((gemm->rows + MAX_ROWS - 1) / MAX_ROWS);
+  TRY(CALL(api, parallel_for)(context, run_task, blocks * (size_t)work.tasks_per_block, 0, &work));
+  return work.failed ? CALL(api, create_status)(FAIL, "PackedGemm: out of memory") : NULL;
+}
+
+static Status *create_kernel(const CustomOp *op, const Api *api, const KernelInfo *info, void **out) {
+  (void)op;
+  PackedGemm options = {0};
+  int64_t zero = 0, limb_weight = 0, largest_code = 0;
+  TRY(CALL(api, attribute_int)(info, "zero", &zero));
+  TRY(CALL(api, attribute_int)(info, "limb_weight", &limb_weight));
+  TRY(CALL(api, attribute_int)(info, "largest_code", &largest_code));
+  TRY(CALL(api, attribute_int)(info, "group_size", &options.group));
+  options.zero = (int32_t)zero, options.limb_weight = (int32_t)limb_weight;
+  options.largest_code = (int32_t)largest_code;
+  Kernel *kernel = malloc(sizeof *kernel);
+  if (!kernel) return CALL(api, create_status)(FAIL, "PackedGemm: out of memory");
+  *kernel = (Kernel){api, options};
+  *out = kernel;
+  return NULL;
+}
+
+static const char *op_name(const CustomOp *op) { return (void)op, "PackedGemm"; }
+static size_t input_count(const CustomOp *op) { return (void)op, INPUTS; }
+static size_t output_count(const CustomOp *op) { return (void)op, 1; }
+static int input_type(const CustomOp *op, size_t index) {
+  static const int types[INPUTS] = {[CODES] = TYPE_UINT8,       [LOW_CODES] = TYPE_UINT8, [WEIGHT] = TYPE_UINT8,
+                                    [MULTIPLIERS] = TYPE_UINT8, [TABLE] = TYPE_INT8,      [CHANNEL_SCALE] = TYPE_FLOAT,
+                                    [CHANNEL_SUM] = TYPE_INT32};
+  return (void)op, types[index];
+}
+static int output_type(const CustomOp *op, size_t index) { return (void)op, (void)index, TYPE_FLOAT; }
+
+const CustomOp PACKED_GEMM = {
+    OP_DEFAULTS,
+    .name = op_name,
+    .input_type = input_type,
+    .input_count = input_count,
+    .output_type = output_type,
+    .output_count = output_count,
+    .create_kernel = create_kernel,
+    .compute = compute,
+};

@@ -1,0 +1,136 @@
+"""PackedGemm gives the integer sums of 64-bit arithmetic, on every instruction set that this processor has."""
+
+import ctypes
+
+import numpy as np
+import onnx_ir as ir
+import pytest
+
+from export.dialect.graph import GraphBuilder
+from export.formats.format import get_format
+from export.formats.operands import largest_code, limb_base, zero_point
+from pipeline.backends.cpu.gemms import packed_gemm
+from pipeline.backends.cpu.quantizers import Operand
+from pipeline.backends.cpu.token_chain import VERSION
+from pipeline.passes import run_shared
+from pipeline.passes.quantized_gemm import read_gemm
+from plugins.cpu import library
+from plugins.cpu.library import DOMAIN
+from tests.support import native
+from tests.support.portable import portable, random_linear
+
+pytestmark = pytest.mark.kernels
+
+VARIANTS = ("avx512_vnni", "avx2", "dotprod", "plain")
+# Rows beyond a tile, channels beyond a panel, input channels beyond an octet, a run, a group and a block.
+SHAPES = [(1, 16, 64), (9, 33, 96), (5, 7, 36), (13, 100, 2080), (4, 16, 8), (2049, 17, 64)]
+LAYERS = [
+    ("E2M1", "E2M3", "per_channel", 0),
+    ("E2M1", "E2M3", "exact_group", 16),
+    ("E2M1", "INT8", "exact_group", 32),
+    ("E1M2", "E2M3", "exact_group", 8),
+    ("E3M0", "INT8", "per_channel", 0),
+    ("INT4", "E3M2", "exact_group", 16),
+    ("E2M1", "E3M4", "exact_group", 32),
+    ("E3M0", "E3M4", "per_channel", 0),
+]
+
+
+def kernels(flags=()):
+    return ctypes.CDLL(str(native.folder(flags) / library.NAME))
+
+
+@pytest.fixture(params=VARIANTS)
+def variant(request):
+    """The name of a variant that makes all products during the test."""
+    force = kernels().packed_gemm_force
+    if not force(request.param.encode()):
+        pytest.skip(f"this processor has no {request.param}: compiled, not run")
+    yield request.param
+    force(None)
+
+
+def linear(weight, activation, granularity, group, n, k):
+    """The packed linear of the lowering's own graph, before it is lowered."""
+    granularity, group = ("per_channel", 0) if group and k % group else (granularity, group)
+    layer = random_linear(n=n, k=k, weight=weight, activation=activation, granularity=granularity, group=group)
+    model = portable('y = fpq.QuantizedLinear <layer="a"> (x)', [layer], f"float[B,S,{k}] x", f"float[B,S,{n}] y")
+    run_shared(model)
+    return read_gemm(next(node for node in model.graph if node.op_type == "PackedGemm"))
+
+
+def product_model(gemm, limbs):
+    """A graph of one PackedGemm: high (, low) -> product."""
+    rank = ["M", gemm.in_features]
+    codes = [ir.Value(name=name, type=ir.TensorType(ir.DataType.UINT8), shape=ir.Shape(rank)) for name in "hl"[:limbs]]
+    graph = ir.Graph(codes, [], nodes=[], opset_imports={"": 21, DOMAIN: VERSION}, name="g")
+    end = ir.Node("", "Identity", [codes[0]], name="end")
+    graph.append(end)
+    fmt = gemm.activation
+    base = limb_base(fmt.kmax, limbs)
+    zero = zero_point(fmt.kmax if limbs == 1 else round(fmt.kmax / base))
+    operand = Operand(codes[0], tuple(codes), (1,) if limbs == 1 else (base, 1), zero, None)
+    product = packed_gemm(GraphBuilder(graph, end, "a"), gemm, operand)
+    graph.remove(end)
+    graph.outputs.append(product.value)
+    return ir.Model(graph, ir_version=10), operand
+
+
+def expected(gemm, operand, codes):
+    integers = sum(w * (c.astype(np.int64) - operand.zero) for w, c in zip(operand.weights, codes, strict=True))
+    sums = integers @ gemm.integers(np.int64).T
+    assert np.abs(sums).max() < 2**31
+    return sums.astype(np.int32).astype(np.float32) * gemm.unit_scales()
+
+
+@pytest.mark.parametrize("layer", LAYERS, ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_every_sum_is_exact(variant, layer, shape):
+    m, n, k = shape
+    gemm = linear(*layer, n, k)
+    limbs = 1 if gemm.activation.kmax < 128 else 2
+    model, operand = product_model(gemm, limbs)
+    rng = np.random.default_rng(m + n + k)
+    largest = largest_code(gemm.activation, limbs)
+    codes = [rng.integers(0, largest + 1, (m, k)).astype(np.uint8) for _ in range(limbs)]
+    for code in codes:  # the largest sums that there can be, of one sign and of both
+        code[0] = largest
+        code[-1, ::2] = 0
+    result = native.run(model, dict(zip("hl", codes, strict=False)))[0]
+    np.testing.assert_array_equal(result, expected(gemm, operand, codes))
+
+
+def test_the_fastest_variant_is_chosen_and_an_unknown_one_refused():
+    library_ = kernels()
+    library_.packed_gemm_variant.restype = ctypes.c_char_p
+    assert library_.packed_gemm_variant().decode() in VARIANTS
+    assert not library_.packed_gemm_force(b"mmx")
+    assert library_.packed_gemm_force(None)
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"largest_code": 256}, "largest_code must be that of a byte"),
+        ({"group_size": 12}, "group_size must be a multiple of 8"),
+        ({"group_size": 24}, "group_size must be a multiple of 8"),
+        ({"group_size": 8}, "multipliers must be"),
+    ],
+)
+def test_what_would_not_be_exact_is_refused(change, message):
+    model, _ = product_model(linear("E2M1", "E2M3", "exact_group", 16, 16, 64), 1)
+    node = next(node for node in model.graph if node.domain == DOMAIN)
+    node.attributes.update({name: ir.AttrInt64(name, value) for name, value in change.items()})
+    with pytest.raises(Exception, match=message):
+        native.run(model, {"h": np.zeros((2, 64), np.uint8)})
+
+
+def test_tables_whose_pairs_leave_16_bits_are_refused():
+    model, _ = product_model(linear("E2M1", "INT8", "per_channel", 0, 16, 64), 1)
+    node = next(node for node in model.graph if node.domain == DOMAIN)
+    table = next(value for value in node.inputs if value is not None and "int8" in value.name)
+    array = np.array(get_format("E2M1").integers, np.int8)
+    array[7] = 127
+    table.const_value = ir.tensor(array, name=table.name)
+    with pytest.raises(Exception, match="a pair of products can leave 16 bits"):
+        native.run(model, {"h": np.zeros((2, 64), np.uint8)})
