@@ -62,7 +62,7 @@ def packed_gemm(build: GraphBuilder, gemm: QuantizedGemm, a: Operand) -> Product
     multipliers = None
     if gemm.multipliers != (1,):
         shape = (panels, gemm.groups, PANEL)
-        multipliers = build.lazy(f"{layer}.multipliers", UINT8, shape, partial(_multiplier_panels, gemm))
+        multipliers = build.lazy(f"{layer}.panel_multipliers", UINT8, shape, partial(_multiplier_panels, gemm))
     scales = build.lazy(f"{layer}.unit_scales", FLOAT, (n,), gemm.unit_scales)
     high, low = a.codes if len(a.codes) == 2 else (a.codes[0], None)
     y = build.op(
@@ -73,7 +73,7 @@ def packed_gemm(build: GraphBuilder, gemm: QuantizedGemm, a: Operand) -> Product
         multipliers,
         build.constant(gemm.weight.integers, np.int8),
         scales,
-        build.lazy(f"{layer}.sums", INT32, (n,), partial(_channel_sums, gemm)),
+        build.lazy(f"{layer}.channel_sums", INT32, (n,), partial(_channel_sums, gemm)),
         name="product",
         domain=DOMAIN,
         zero=a.zero,
