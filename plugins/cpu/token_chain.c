@@ -12,6 +12,8 @@
 
 static const float MAGIC = 12582912.0f; /* 1.5 * 2^23: adding and subtracting it rounds to an integer, ties to even */
 
+static const float EXP_BOUND = 87.0f;    /* exp of it and of its negative are normal numbers */
+
 static inline int32_t magnitude_bits(float x) {
   int32_t bits;
   memcpy(&bits, &x, sizeof bits);
@@ -39,11 +41,12 @@ static inline float exponential(float x) {
   return p * from_bits(((int32_t)n + 127) << 23);
 }
 
-/* x (1 + tanh(u)) / 2 = x / (1 + exp(-2u)), u = sqrt(2/pi) (x + 0.044715 x^3). */
-static inline float gelu(float x) {
+/* x (1 + tanh(u)) / 2 = x / (1 + exp(-2u)), u = sqrt(2/pi) (x + 0.044715 x^3). `bound`, 87, is no constant here: of
+ * one, compilers make branches with results computed beforehand, and then no vectors. */
+static inline float gelu(float x, float bound) {
   float t = x * (-1.5957691216f - 0.0713548163f * (x * x));
-  t = t < 87.0f ? t : 87.0f;
-  t = t > -87.0f ? t : -87.0f;
+  t = t < bound ? t : bound;
+  t = t > -bound ? t : -bound;
   return x / (1.0f + exponential(t));
 }
 
@@ -78,9 +81,9 @@ VARIANTS void multiply_and_add(const float *x, const float *y, const float *z, f
   for (int64_t i = 0; i < n; i++) out[i] = x[i] * y[i] + z[i];
 }
 
-VARIANTS void gelu_row(const float *x, float *out, int64_t n) {
+VARIANTS void gelu_row(const float *x, float bound, float *out, int64_t n) {
   ELEMENTWISE
-  for (int64_t i = 0; i < n; i++) out[i] = gelu(x[i]);
+  for (int64_t i = 0; i < n; i++) out[i] = gelu(x[i], bound);
 }
 
 static inline float total(const float lanes[LANES]) {
@@ -193,7 +196,7 @@ static const float *residual_row(const TokenChain *chain, const float *x, int64_
   int64_t n = chain->n;
   const float *gate = chain->gate ? chain->gate + row / chain->rows_per_gate * n : NULL;
   const float *residual = chain->residual ? chain->residual + row * n : NULL;
-  if (chain->gelu) gelu_row(x, out, n), x = out;
+  if (chain->gelu) gelu_row(x, EXP_BOUND, out, n), x = out;
   if (gate && residual) multiply_and_add(x, gate, residual, out, n), x = out;
   else if (gate) multiply(x, gate, out, n), x = out;
   else if (residual) add(x, residual, out, n), x = out;

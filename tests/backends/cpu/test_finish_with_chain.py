@@ -102,7 +102,7 @@ def test_a_block_becomes_four_chains():
         ("X+TOKEN_SCALE+BIAS+RESIDUAL", "Y+LINEAR"),
     ]
     types = Counter(node.op_type for node in model.graph)
-    assert types == {"TokenChain": 4, "MatMulIntegerToFloat": 3, "Add": 1}
+    assert types == {"TokenChain": 4, "PackedGemm": 3, "Add": 1}
     assert model.graph.opset_imports["fpq.native"] == 1
     assert not any(rewrite.refusals for rewrite in passes.values())
 
@@ -194,9 +194,9 @@ def _finishes(node):
     return is_chain(node) and Out.LINEAR in chain_outputs(node)
 
 
-@pytest.mark.parametrize("activation", ["E3M4", "INT8"])
-def test_two_limbs_are_quantized_and_joined(activation):
-    model, passes = rewritten(activation=activation, weight="INT8" if activation == "INT8" else "E2M1", flags=())
+@pytest.mark.parametrize("activation, weight", [("E3M4", "E2M3"), ("INT8", "INT8")])
+def test_two_limbs_are_quantized_and_joined(activation, weight):
+    model, passes = rewritten(activation=activation, weight=weight, flags=())
     assert chains(model) == [
         ("X+NORM_SCALE+NORM_SHIFT", "CODES+SCALE+QUANTIZED+LOW_CODES"),
         ("TOKEN_SCALE+BIAS+GATE+RESIDUAL+HIGH_SUM+LOW_SUM+CHANNEL_SCALE", "CODES+SCALE+Y+LINEAR+LOW_CODES+PRODUCT"),
@@ -206,6 +206,13 @@ def test_two_limbs_are_quantized_and_joined(activation):
     types = Counter(node.op_type for node in model.graph)
     assert types == {"TokenChain": 4, "MatMulInteger": 6, "Add": 1}
     assert not any(rewrite.refusals for rewrite in passes.values())
+
+
+def test_two_limbs_of_packed_weights_are_one_gemm():
+    model, _ = rewritten(activation="E3M4", weight="E2M1")
+    types = Counter(node.op_type for node in model.graph)
+    assert types == {"TokenChain": 4, "PackedGemm": 3, "Add": 1}
+    assert ("X+TOKEN_SCALE+BIAS", "CODES+SCALE+Y+LINEAR+LOW_CODES") in chains(model)
 
 
 def test_real_groups_are_finished_behind_the_sum_of_their_products():
