@@ -14,7 +14,7 @@ logger = logging.getLogger(__name__)
 # Inputs that change from step to step; all others are the condition.
 STEP_INPUTS = frozenset({"hidden_states", "timestep"})
 # Without one of these in the first part a split saves nothing worth a second graph.
-PRODUCTS = frozenset({"MatMul", "Gemm", "MatMulInteger", "MatMulIntegerToFloat", "Conv"})
+PRODUCTS = frozenset({"MatMul", "Gemm", "MatMulInteger", "MatMulIntegerToFloat", "PackedGemm", "Conv"})
 
 
 @dataclass(frozen=True)
