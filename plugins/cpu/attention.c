@@ -14,6 +14,13 @@
 #pragma GCC optimize("fp-contract=fast")
 #endif
 
+/* x or 0, without a branch. */
+INLINE float kept_bits(float x, int32_t keep) {
+  int32_t bits;
+  memcpy(&bits, &x, sizeof bits);
+  return from_bits(bits & -keep);
+}
+
 typedef struct Loops {
   int lanes;
   void (*product)(int, const float *, int64_t, const float *, int64_t, int64_t, float *, int64_t, int64_t, int64_t);
@@ -62,7 +69,8 @@ static const Loops *loops(void) {
   return &plain_loops;
 }
 
-static int64_t filled(int64_t n) { return (n + 15) / 16 * 16; } /* to whole vectors of any width */
+static int64_t filled(int64_t n, int64_t lanes) { return (n + lanes - 1) / lanes * lanes; }
+enum { MAX_LANES = 16 };
 
 typedef struct Scratch {
   float *q, *k, *v, *scores, *sums; /* [QUERIES, size], [size, KEYS], [KEYS, wide], [QUERIES, KEYS], [QUERIES, wide] */
@@ -70,10 +78,10 @@ typedef struct Scratch {
 } Scratch;
 
 static int64_t lay_out(int64_t size, float *memory, Scratch *scratch) {
-  int64_t wide = filled(size), used = 0;
+  int64_t wide = filled(size, MAX_LANES), used = 0;
   int64_t sizes[] = {QUERIES * size, size * KEYS, KEYS * wide, QUERIES * KEYS, QUERIES * wide, QUERIES, QUERIES};
   float *parts[7];
-  for (int i = 0; i < 7; i++) parts[i] = memory + used, used += filled(sizes[i]);
+  for (int i = 0; i < 7; i++) parts[i] = memory + used, used += filled(sizes[i], MAX_LANES);
   if (scratch) *scratch = (Scratch){parts[0], parts[1], parts[2], parts[3], parts[4], parts[5], parts[6]};
   return used;
 }
@@ -112,7 +120,7 @@ static void add_mask(const Loops *use, const Attention *attention, const float *
 void attention_block(
     const Attention *attention, int64_t sample, int64_t head, int64_t first, int64_t count, void *memory) {
   const Loops *use = loops();
-  int64_t size = attention->size, wide = filled(size), part = sample * attention->heads + head;
+  int64_t size = attention->size, wide = filled(size, use->lanes), part = sample * attention->heads + head;
   const float *q = attention->q + (part * attention->queries + first) * size, *mask = NULL;
   const int64_t *step = attention->mask_step;
   Scratch scratch;
@@ -121,7 +129,7 @@ void attention_block(
   memset(scratch.sums, 0, (size_t)(count * wide) * sizeof(float));
   for (int64_t row = 0; row < count; row++) scratch.largest[row] = -INFINITY, scratch.total[row] = 0;
   for (int64_t key = 0; key < attention->keys; key += KEYS) {
-    int64_t keys = attention->keys - key < KEYS ? attention->keys - key : KEYS, columns = filled(keys);
+    int64_t keys = attention->keys - key < KEYS ? attention->keys - key : KEYS, columns = filled(keys, use->lanes);
     const float *k = attention->k + (part * attention->keys + key) * size;
     const float *v = attention->v + (part * attention->keys + key) * size;
     use->turn(k, keys, size, scratch.k);

@@ -3,48 +3,55 @@
 
 typedef float NAME(Vector) __attribute__((vector_size(4 * LANES), aligned(4)));
 
-TARGET INLINE NAME(Vector) NAME(same)(float x) { return (NAME(Vector)){0} + x; }
-
-/* out[rows, columns] (= or +=) a[rows, depth] b[depth, columns], `vectors` (1 or 2) vectors of columns. Rows of a, b
+/* out[rows, columns] (= or +=) a[rows, depth] b[depth, columns], `vectors` (1 to 3) vectors of columns. Rows of a, b
  * and out are a_row, b_row and out_row floats apart. */
 TARGET INLINE void NAME(tile)(
     const int rows, const int vectors, int add, const float *a, int64_t a_row, const float *b, int64_t b_row,
     int64_t depth, float *out, int64_t out_row) {
-  NAME(Vector) sum[6][2];
+  NAME(Vector) sum[6][3];
+#pragma GCC unroll 6
   for (int row = 0; row < rows; row++)
+#pragma GCC unroll 3
     for (int part = 0; part < vectors; part++) {
       NAME(Vector) *at = (NAME(Vector) *)(out + row * out_row + part * LANES);
-      sum[row][part] = add ? *at : NAME(same)(0);
+      sum[row][part] = add ? *at : (NAME(Vector)){0};
     }
   for (int64_t i = 0; i < depth; i++, b += b_row) {
-    NAME(Vector) left = *(const NAME(Vector) *)b, right = left;
-    if (vectors == 2) right = *(const NAME(Vector) *)(b + LANES);
+    NAME(Vector) column[3];
+#pragma GCC unroll 3
+    for (int part = 0; part < vectors; part++) column[part] = *(const NAME(Vector) *)(b + part * LANES);
 #pragma GCC unroll 6
     for (int row = 0; row < rows; row++) {
-      NAME(Vector) x = NAME(same)(a[row * a_row + i]);
-      sum[row][0] += x * left;
-      if (vectors == 2) sum[row][1] += x * right;
+      float x = a[row * a_row + i];
+#pragma GCC unroll 3
+      for (int part = 0; part < vectors; part++) sum[row][part] += x * column[part];
     }
   }
+#pragma GCC unroll 6
   for (int row = 0; row < rows; row++)
+#pragma GCC unroll 3
     for (int part = 0; part < vectors; part++)
       *(NAME(Vector) *)(out + row * out_row + part * LANES) = sum[row][part];
 }
 
-/* The same for any number of rows, and columns that are a multiple of LANES. */
+/* The same for any number of rows, and columns that are a multiple of LANES: tiles of as many sums as there are
+ * registers for. */
 TARGET static void NAME(product)(
     int add, const float *a, int64_t a_row, const float *b, int64_t b_row, int64_t depth, float *out, int64_t out_row,
     int64_t rows, int64_t columns) {
-  for (int64_t column = 0; column < columns; column += 2 * LANES) {
-    int both = columns - column > LANES;
-    int64_t row = 0;
-    for (; row + 6 <= rows; row += 6)
-      if (both) NAME(tile)(6, 2, add, a + row * a_row, a_row, b + column, b_row, depth, out + row * out_row + column, out_row);
-      else NAME(tile)(6, 1, add, a + row * a_row, a_row, b + column, b_row, depth, out + row * out_row + column, out_row);
-    for (; row < rows; row++)
-      if (both) NAME(tile)(1, 2, add, a + row * a_row, a_row, b + column, b_row, depth, out + row * out_row + column, out_row);
-      else NAME(tile)(1, 1, add, a + row * a_row, a_row, b + column, b_row, depth, out + row * out_row + column, out_row);
+#define TILE(rows, vectors) NAME(tile)(rows, vectors, add, a_at, a_row, b + column, b_row, depth, out_at, out_row)
+  int64_t vectors = columns / LANES, wide = vectors % 2 && vectors % 3 == 0 ? 3 : 2, tall = wide == 3 ? 4 : 6;
+  for (int64_t column = 0; column < columns; column += wide * LANES) {
+    int64_t here = (columns - column) / LANES < wide ? 1 : wide, count = 0;
+    for (int64_t row = 0; row < rows; row += count) {
+      const float *a_at = a + row * a_row;
+      float *out_at = out + row * out_row + column;
+      count = rows - row >= tall ? tall : 1;
+      if (count == 1) here == 3 ? TILE(1, 3) : here == 2 ? TILE(1, 2) : TILE(1, 1);
+      else here == 3 ? TILE(4, 3) : here == 2 ? TILE(6, 2) : TILE(6, 1);
+    }
   }
+#undef TILE
 }
 
 /* scores -> exp(scores - largest), 0 where that is below exp(-bound); returns the sum. */
@@ -54,8 +61,7 @@ TARGET static float NAME(weights)(float *scores, float largest, float bound, int
   ELEMENTWISE
   for (int64_t i = 0; i < n; i++) {
     float x = scores[i] - largest, kept = -bound > x ? -bound : x;
-    float y = exponential(kept);
-    scores[i] = x < -bound ? 0.0f : y;
+    scores[i] = kept_bits(exponential(kept), !(x < -bound)); /* NaN stays */
   }
   for (int64_t i = 0; i < whole; i += LANES)
     for (int j = 0; j < LANES; j++) lanes[j] += scores[i + j];

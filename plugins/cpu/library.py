@@ -33,8 +33,25 @@ NAME = "kernels.so"  # while it is made; in the cache it is called by its compil
 # Of its ops, as bindings.c registers them.
 DOMAIN = "fpq.native"
 FOLDER = Path(__file__).resolve().parent
-SOURCES = ("bindings.c", "token_chain_op.c", "token_chain.c", "packed_gemm_op.c", "packed_gemm.c")
-HEADERS = ("ort_abi.h", "ort_op.h", "packed_gemm.h", "token_chain.h", "variants.h")
+SOURCES = (
+    "bindings.c",
+    "token_chain_op.c",
+    "token_chain.c",
+    "packed_gemm_op.c",
+    "packed_gemm.c",
+    "attention_op.c",
+    "attention.c",
+)
+HEADERS = (
+    "ort_abi.h",
+    "ort_op.h",
+    "attention.h",
+    "attention_tiles.h",
+    "exponential.h",
+    "packed_gemm.h",
+    "token_chain.h",
+    "variants.h",
+)
 COMPILERS = ("cc", "gcc", "clang")
 # No contraction: a fused multiply-add would round once where the rules of the ops round twice.
 FLAGS = ("-std=c11", "-O3", "-ffp-contract=off", "-fno-math-errno", "-fPIC", "-shared", "-fvisibility=hidden", "-s")
