@@ -9,7 +9,7 @@ import pytest
 from export.dialect.graph import GraphBuilder
 from export.formats.format import get_format
 from export.formats.operands import largest_code, limb_base, zero_point
-from pipeline.backends.cpu.gemms import packed_gemm
+from pipeline.backends.cpu.packed_gemm import packed_gemm
 from pipeline.backends.cpu.quantizers import Operand
 from pipeline.backends.cpu.token_chain import VERSION
 from pipeline.passes import run_shared
@@ -59,21 +59,30 @@ def linear(weight, activation, granularity, group, n, k):
     return read_gemm(next(node for node in model.graph if node.op_type == "PackedGemm"))
 
 
-def product_model(gemm, limbs):
-    """A graph of one PackedGemm: high (, low) -> product."""
-    rank = ["M", gemm.in_features]
-    codes = [ir.Value(name=name, type=ir.TensorType(ir.DataType.UINT8), shape=ir.Shape(rank)) for name in "hl"[:limbs]]
-    graph = ir.Graph(codes, [], nodes=[], opset_imports={"": 21, DOMAIN: VERSION}, name="g")
-    end = ir.Node("", "Identity", [codes[0]], name="end")
+def operands(gemm, rows):
+    """(how codes stand for integers, random codes of each limb [rows, K]), the largest sums there can be among them."""
+    limbs = 1 if gemm.activation.kmax < 128 else 2
+    base = limb_base(gemm.activation.kmax, limbs)
+    zero = zero_point(gemm.activation.kmax if limbs == 1 else round(gemm.activation.kmax / base))
+    largest = largest_code(gemm.activation, limbs)
+    rng = np.random.default_rng(rows + gemm.in_features)
+    codes = [rng.integers(0, largest + 1, (rows, gemm.in_features)).astype(np.uint8) for _ in range(limbs)]
+    for code in codes:  # of one sign and of both
+        code[0] = largest
+        code[-1, ::2] = 0
+    values = tuple(ir.Value(name=name, type=ir.TensorType(ir.DataType.UINT8)) for name in "hl"[:limbs])
+    return Operand(values[0], values, (1,) if limbs == 1 else (base, 1), zero, None), codes
+
+
+def product_model(gemm, operand):
+    """A graph of one PackedGemm: h (, l) -> product."""
+    graph = ir.Graph(operand.codes, [], nodes=[], opset_imports={"": 21, DOMAIN: VERSION}, name="g")
+    end = ir.Node("", "Identity", [operand.x], name="end")
     graph.append(end)
-    fmt = gemm.activation
-    base = limb_base(fmt.kmax, limbs)
-    zero = zero_point(fmt.kmax if limbs == 1 else round(fmt.kmax / base))
-    operand = Operand(codes[0], tuple(codes), (1,) if limbs == 1 else (base, 1), zero, None)
     product = packed_gemm(GraphBuilder(graph, end, "a"), gemm, operand)
     graph.remove(end)
     graph.outputs.append(product.value)
-    return ir.Model(graph, ir_version=10), operand
+    return ir.Model(graph, ir_version=10)
 
 
 def expected(gemm, operand, codes):
@@ -88,15 +97,8 @@ def expected(gemm, operand, codes):
 def test_every_sum_is_exact(variant, layer, shape):
     m, n, k = shape
     gemm = linear(*layer, n, k)
-    limbs = 1 if gemm.activation.kmax < 128 else 2
-    model, operand = product_model(gemm, limbs)
-    rng = np.random.default_rng(m + n + k)
-    largest = largest_code(gemm.activation, limbs)
-    codes = [rng.integers(0, largest + 1, (m, k)).astype(np.uint8) for _ in range(limbs)]
-    for code in codes:  # the largest sums that there can be, of one sign and of both
-        code[0] = largest
-        code[-1, ::2] = 0
-    result = native.run(model, dict(zip("hl", codes, strict=False)))[0]
+    operand, codes = operands(gemm, m)
+    result = native.run(product_model(gemm, operand), dict(zip("hl", codes, strict=False)))[0]
     np.testing.assert_array_equal(result, expected(gemm, operand, codes))
 
 
@@ -118,7 +120,8 @@ def test_the_fastest_variant_is_chosen_and_an_unknown_one_refused():
     ],
 )
 def test_what_would_not_be_exact_is_refused(change, message):
-    model, _ = product_model(linear("E2M1", "E2M3", "exact_group", 16, 16, 64), 1)
+    gemm = linear("E2M1", "E2M3", "exact_group", 16, 16, 64)
+    model = product_model(gemm, operands(gemm, 2)[0])
     node = next(node for node in model.graph if node.domain == DOMAIN)
     node.attributes.update({name: ir.AttrInt64(name, value) for name, value in change.items()})
     with pytest.raises(Exception, match=message):
@@ -126,7 +129,8 @@ def test_what_would_not_be_exact_is_refused(change, message):
 
 
 def test_tables_whose_pairs_leave_16_bits_are_refused():
-    model, _ = product_model(linear("E2M1", "INT8", "per_channel", 0, 16, 64), 1)
+    gemm = linear("E2M1", "INT8", "per_channel", 0, 16, 64)
+    model = product_model(gemm, operands(gemm, 2)[0])
     node = next(node for node in model.graph if node.domain == DOMAIN)
     table = next(value for value in node.inputs if value is not None and "int8" in value.name)
     array = np.array(get_format("E2M1").integers, np.int8)

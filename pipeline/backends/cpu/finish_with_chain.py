@@ -22,7 +22,8 @@ from export.dialect.graph import (
 )
 from export.formats.format import Format
 from export.formats.operands import SMALL_ZERO, limb_base, zero_point
-from pipeline.backends.cpu.gemms import Product, grouped_gemm, integer_gemm, limb_sums, packed_gemm
+from pipeline.backends.cpu.gemms import Product, grouped_gemm, integer_gemm, limb_sums
+from pipeline.backends.cpu.packed_gemm import packed_gemm
 from pipeline.backends.cpu.quantizers import Operand, rounding_factor
 from pipeline.backends.cpu.token_chain import (
     VERSION,

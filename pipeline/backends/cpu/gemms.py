@@ -10,15 +10,10 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from export.dialect.graph import MICROSOFT, GraphBuilder
-from export.formats.operands import largest_code
 from pipeline.backends.cpu.quantizers import Operand
 from pipeline.passes.quantized_gemm import QuantizedGemm
-from plugins.cpu.library import DOMAIN
 
 INT8, FLOAT, FLOAT16 = ir.DataType.INT8, ir.DataType.FLOAT, ir.DataType.FLOAT16
-UINT8, INT32 = ir.DataType.UINT8, ir.DataType.INT32
-# Of plugins/cpu/packed_gemm.h: channels that are decoded together, and input channels of a stretch of their codes.
-PANEL, OCTET = 16, 8
 
 
 @dataclass(frozen=True)
@@ -52,61 +47,6 @@ def _constants(build: GraphBuilder, gemm: QuantizedGemm, a: Operand) -> tuple[ir
     w = stored_integers(build, gemm)
     scales = build.lazy(f"{gemm.layer}.unit_scales", FLOAT, (gemm.out_features,), gemm.unit_scales)
     return w, scales, build.constant(a.zero, np.uint8)
-
-
-def packed_gemm(build: GraphBuilder, gemm: QuantizedGemm, a: Operand) -> Product:
-    """The same in an op of ours, whose weights stay packed in memory."""
-    layer, n = gemm.layer, gemm.out_features
-    panels, octets = -(-n // PANEL), -(-gemm.in_features // OCTET)
-    weight = build.lazy(f"{layer}.panels", UINT8, (panels, octets, PANEL * OCTET // 2), partial(_panels, gemm))
-    multipliers = None
-    if gemm.multipliers != (1,):
-        shape = (panels, gemm.groups, PANEL)
-        multipliers = build.lazy(f"{layer}.panel_multipliers", UINT8, shape, partial(_multiplier_panels, gemm))
-    scales = build.lazy(f"{layer}.unit_scales", FLOAT, (n,), gemm.unit_scales)
-    high, low = a.codes if len(a.codes) == 2 else (a.codes[0], None)
-    y = build.op(
-        "PackedGemm",
-        high,
-        low,
-        weight,
-        multipliers,
-        build.constant(gemm.weight.integers, np.int8),
-        scales,
-        build.lazy(f"{layer}.channel_sums", INT32, (n,), partial(_channel_sums, gemm)),
-        name="product",
-        domain=DOMAIN,
-        zero=a.zero,
-        limb_weight=a.weights[0],
-        largest_code=largest_code(gemm.activation, len(a.codes)),
-        group_size=gemm.group_size,
-    )
-    y.type = ir.TensorType(FLOAT)
-    return Product(y, y, scales, a.scale)
-
-
-def _panels(gemm: QuantizedGemm) -> NDArray[np.uint8]:
-    """[panels, K / 8, 64], filled up with the code of 0; see plugins/cpu/packed_gemm.h."""
-    codes = gemm.codes()
-    rows, columns = -codes.shape[0] % PANEL, -codes.shape[1] % OCTET
-    if rows or columns:
-        zero = int(np.flatnonzero(gemm.weight.integers == 0)[0])
-        codes = np.pad(codes, ((0, rows), (0, columns)), constant_values=zero)
-    parts = codes.reshape(codes.shape[0] // PANEL, PANEL, -1, 2, OCTET // 2)
-    both = parts[:, :, :, 0] | parts[:, :, :, 1] << 4
-    return np.ascontiguousarray(both.transpose(0, 2, 1, 3)).reshape(len(both), -1, PANEL * OCTET // 2)
-
-
-def _multiplier_panels(gemm: QuantizedGemm) -> NDArray[np.uint8]:
-    """[panels, groups, 16], filled up with 1."""
-    rows = np.broadcast_to(gemm.group_multipliers(), (gemm.out_features, gemm.groups))
-    rows = np.pad(rows, ((0, -gemm.out_features % PANEL), (0, 0)), constant_values=1)
-    return np.ascontiguousarray(rows.reshape(-1, PANEL, gemm.groups).transpose(0, 2, 1))
-
-
-def _channel_sums(gemm: QuantizedGemm) -> NDArray[np.int32]:
-    """[N]: what a zero point is a factor of."""
-    return gemm.integers(np.int32).sum(axis=1, dtype=np.int32)
 
 
 @dataclass(frozen=True)

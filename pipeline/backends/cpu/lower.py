@@ -21,7 +21,8 @@ from export.dialect.graph import (
 from export.dialect.ops import DOMAIN
 from export.formats.operands import INT8_MAX, INT16_MAX, SMALL_ZERO, fits_byte, limb_base, pair_sum
 from pipeline.backends.cpu.finish_with_chain import chained_gemm, quantize_with_chain
-from pipeline.backends.cpu.gemms import OCTET, Product, finish, float_gemm, grouped_gemm, integer_gemm, packed_gemm
+from pipeline.backends.cpu.gemms import Product, finish, float_gemm, grouped_gemm, integer_gemm
+from pipeline.backends.cpu.packed_gemm import OCTET, packed_gemm
 from pipeline.backends.cpu.quantizers import (
     Operand,
     in_groups,

@@ -1,0 +1,98 @@
+"""The kernels without onnxruntime: under the address and undefined-behaviour sanitizers, and on 64-bit Arm in an
+emulator. The numbers are those of the other tests: integers equal to the bit, attention within its bound."""
+
+import functools
+import os
+import shutil
+import subprocess
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from export.formats.operands import largest_code
+from pipeline.backends.cpu.packed_gemm import channel_sums, multiplier_panels, weight_panels
+from plugins.cpu import library
+from tests.kernels.test_native_attention import reference, tensors
+from tests.kernels.test_native_packed_gemm import LAYERS, SHAPES, expected, linear, operands
+from tests.support import native
+
+pytestmark = pytest.mark.kernels
+
+SOURCES = ("packed_gemm.c", "attention.c")
+STRICT = ("-O1", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover")
+ARM_COMPILER, ARM_EMULATOR = "aarch64-linux-gnu-gcc", "qemu-aarch64-static"
+_FOLDER = tempfile.TemporaryDirectory(prefix="ditc-test-")
+
+
+@functools.cache
+def driver(compiler: str, flags: tuple[str, ...]) -> str:
+    path = Path(_FOLDER.name) / f"driver-{Path(compiler).name}"
+    source = Path(__file__).resolve().parents[1] / "support" / "kernel_driver.c"
+    files = [str(source), *(str(library.FOLDER / name) for name in SOURCES)]
+    common = ("-std=c11", "-ffp-contract=off", "-fno-math-errno", "-Wall", "-Wextra", "-Werror", f"-I{library.FOLDER}")
+    subprocess.run([compiler, *common, *flags, *files, "-lm", "-o", str(path)], check=True, timeout=120)
+    return str(path)
+
+
+@pytest.fixture(params=["sanitizers", "arm"])
+def machine(request):
+    """(command that starts the driver, names of the variants that it has)."""
+    if request.param == "sanitizers":
+        native.need_compiler()
+        return [driver(library.compiler(), STRICT)], ("plain", "avx2", "avx512_vnni", "dotprod")
+    missing = [tool for tool in (ARM_COMPILER, ARM_EMULATOR) if shutil.which(tool) is None]
+    if missing:
+        pytest.skip(
+            f"no {' and no '.join(missing)} (Debian: gcc-aarch64-linux-gnu libc6-dev-arm64-cross qemu-user-static)"
+        )
+    return [ARM_EMULATOR, "-cpu", "max", driver(ARM_COMPILER, ("-O3", "-static"))], ("plain", "dotprod")
+
+
+def run(command, numbers, arrays, *arguments):
+    """float32 results of the driver, None where this processor has no such variant."""
+    data = np.array(numbers, np.int64).tobytes() + b"".join(np.ascontiguousarray(array).tobytes() for array in arrays)
+    environment = os.environ | {"ASAN_OPTIONS": "detect_leaks=0"}  # it ends with what it has read
+    done = subprocess.run(
+        [*command, *arguments], input=data, capture_output=True, timeout=120, check=False, env=environment
+    )
+    if done.returncode == 2:
+        return None
+    assert done.returncode == 0, done.stderr.decode()[-2000:]
+    return np.frombuffer(done.stdout, np.float32)
+
+
+@pytest.mark.parametrize("layer, shape", list(zip(LAYERS, SHAPES * 2, strict=False)), ids=str)
+def test_products_are_exact(machine, layer, shape):
+    command, variants = machine
+    m, n, k = shape
+    gemm = linear(*layer, n, k)
+    operand, codes = operands(gemm, m)
+    multipliers = [] if gemm.multipliers == (1,) else [multiplier_panels(gemm)]
+    arrays = [*codes, weight_panels(gemm), *multipliers]
+    arrays += [gemm.weight.integers.astype(np.int8), gemm.unit_scales(), channel_sums(gemm)]
+    numbers = [m, n, k, gemm.group_size or k, operand.zero, operand.weights[0]]
+    numbers += [largest_code(gemm.activation, len(codes)), len(codes) == 2, len(multipliers)]
+    results = [run(command, numbers, arrays, "packed_gemm", name) for name in variants]
+    assert any(result is not None for result in results)
+    for result in results:
+        if result is not None:
+            np.testing.assert_array_equal(result.reshape(m, n), expected(gemm, operand, codes))
+
+
+@pytest.mark.parametrize(
+    "shape, axes", [((1, 2, 7, 5, 72), ()), ((2, 1, 259, 129, 33), (0, 3)), ((1, 1, 3, 130, 8), (2, 3))]
+)
+def test_attention_is_within_its_bound(machine, shape, axes):
+    q, k, v = tensors(shape)
+    mask, step = None, [0, 0, 0, 0]
+    if axes:
+        sizes = [size if axis in axes else 1 for axis, size in enumerate(shape[:4])]
+        mask = np.where(np.random.default_rng(2).random(sizes) < 0.3, -10000, 0).astype(np.float32)
+        step = [0 if size == 1 else stride // 4 for size, stride in zip(sizes, mask.strides, strict=True)]
+    result = run(
+        machine[0], [*shape, *step], [np.float32(0.125), q, k, v, *([] if mask is None else [mask])], "attention"
+    )
+    answer, bound = reference(q, k, v, mask)
+    assert (np.abs(result.reshape(q.shape) - answer) <= bound).all()
