@@ -10,7 +10,7 @@ target's arithmetic, in which every operation rounds once by itself and moves it
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
@@ -21,9 +21,8 @@ import numpy as np
 from export.errors import ContractError
 from pipeline.backends.base import Arithmetic, Arrays
 from pipeline.distance import Array
-from pipeline.verify.noise import Noise
 from pipeline.verify.oracle import HALF_ROUNDING, ROUNDING, LinearProbe, ratio
-from pipeline.verify.reference_hooks import ARITHMETICS
+from pipeline.verify.reference_hooks import ARITHMETICS, operations_jittered
 from pipeline.verify.report import SegmentResult
 from pipeline.verify.walk import OUTPUT, Stop, Walk, stopping_module, tensors_of
 
@@ -56,13 +55,6 @@ PART_LIMIT = 16.0
 SHARED_LIMIT = 8.0
 # Besides, each of up to 32 operations in a row may err to one side by all that JITTER_ULPS allows.
 SHARED_BIAS = 32 * JITTER_ULPS * ROUNDING
-# Operations whose result may be smaller than what they round: 0.5 x (1 + tanh) near -1. Jitter is relative to this.
-ROUNDED_OPERAND: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {"gelu": lambda x: x.abs() / 2}
-# Operations that move numbers and round none.
-MOVES = frozenset(
-    ("arange", "cat", "clone", "constant_pad_nd", "copy_", "detach", "embedding", "empty", "full", "gather", "index",
-     "index_select", "lift_fresh", "new_zeros", "ones", "repeat", "stack", "zeros", "_to_copy", "_unsafe_view")
-)  # fmt: skip
 
 
 class SegmentReference:
@@ -290,62 +282,3 @@ CAUSES = {
     "channels": "a bias, a table or a row of a kept weight differs",
     "tokens": "a position table, mask or order of tokens differs",
 }
-
-
-@contextmanager
-def operations_jittered(seed: int, ulps: float) -> Iterator[None]:
-    """Every operation that rounds moves its float32 result by up to `ulps` units of 2^-24, at random."""
-    import torch
-    from torch.utils._python_dispatch import TorchDispatchMode
-
-    noise = Noise(seed)
-    generator = torch.Generator().manual_seed(seed + REALISATIONS)  # its own: the two must not move together
-
-    def moved(value: object, extra: torch.Tensor | None) -> object:
-        if not isinstance(value, torch.Tensor) or value.dtype != torch.float32:
-            return value
-        return noise.moved(value, value if extra is None else value.abs() + extra, ulps * ROUNDING)
-
-    class Jitter(TorchDispatchMode):
-        def __torch_dispatch__(
-            self,
-            func: torch._ops.OpOverload,
-            types: object,
-            args: tuple[torch.Tensor, ...] = (),
-            kwargs: Mapping[str, object] | None = None,
-        ) -> object:
-            output = func(*args, **(kwargs or {}))
-            name = func._schema.name.split("::")[1]
-            if name in MOVES or any(value.alias_info for value in func._schema.returns):
-                return output
-            if name == "native_layer_norm" and output[0].dtype == torch.float32:
-                output = (_in_one_pass(output, args, generator), *output[1:])
-            extra = ROUNDED_OPERAND[name](args[0]) if name in ROUNDED_OPERAND else None
-            if isinstance(output, tuple | list):
-                return type(output)([moved(value, extra) for value in output])
-            return moved(output, extra)
-
-    with Jitter():
-        yield
-
-
-def _in_one_pass(
-    outputs: tuple[torch.Tensor, ...], arguments: tuple[torch.Tensor, ...], generator: torch.Generator
-) -> torch.Tensor:
-    """A LayerNorm whose sums of x and of x^2 are added up one number after the other, as runtimes may and PyTorch does
-    not: variance = mean(x^2) - mean(x)^2.
-
-    Adding K numbers of one sign so rounds by 2^-24 sqrt(K) / 3 of the sum, root mean square (the k-th partial sum is
-    k / K of it, and each rounding has 1 / sqrt(3) of its bound). The variance, a difference, gets mean(x^2) / variance
-    times that, and its root half.
-    """
-    import torch
-
-    normalized, mean, reciprocal = outputs
-    _, shape, weight, bias, _ = arguments
-    rounding = ROUNDING * float(np.prod(shape)) ** 0.5 / 3
-    offset = (mean * reciprocal).abs()  # the mean in standard deviations
-    scale_error, mean_error = (torch.randn(mean.shape, generator=generator) * rounding for _ in range(2))
-    unshifted = normalized if bias is None else normalized - bias
-    shift = mean_error * offset if weight is None else mean_error * offset * weight
-    return normalized + unshifted * (scale_error * (1 + offset.square()) / 2) + shift

@@ -19,6 +19,7 @@ from export.models import load as models
 from pipeline.verify.calls import SampleError
 from pipeline.verify.gates import ROUNDED_DB, calls_gates
 from pipeline.verify.oracle import LinearProbe
+from pipeline.verify.reference_hooks import operations_jittered
 from pipeline.verify.segments import (
     JITTER_ULPS,
     LIMIT,
@@ -29,7 +30,6 @@ from pipeline.verify.segments import (
     diagnose,
     errors_over_limits,
     judge,
-    operations_jittered,
     shared_over_limits,
 )
 from pipeline.verify.walk import OUTPUT, Stop, Walk, stopping_module, tensors_of
