@@ -7,10 +7,9 @@ float32 roundings, with the count beside it.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import cache, cached_property
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -171,17 +170,17 @@ class LinearProbe:
     """What an engine computed for one linear on M tokens.
 
     x: [M, K]. integers: integers of its activation codes, [M, K] float64. act_scale: [M, 1] or [M, groups], None
-    where it is a constant of the GEMM. gemm: [M, N], or [M, groups of sums, N]. output, low_rank: [M, N], or None where
-    the engine does not keep it or has none. timesteps: [M], which each token's sample had, or None. The other fields
-    are those of the ProbeRow, gemm_scale as array [N] or None. operand, weight_operand: the GEMM's own, float32 [M, K]
-    and [K, N], where it multiplies values that are scaled already, or None.
+    where it is a constant of the GEMM. gemm: [M, N], or [M, groups of sums, N]. output, low_rank: [M, N], the
+    latter None without a branch. timesteps: [M], which each token's sample had, or None. The other fields are those of
+    the ProbeRow, gemm_scale as array [N] or None. operand, weight_operand: the GEMM's own, float32 [M, K] and [K, N],
+    where it multiplies values that are scaled already, or None.
     """
 
     x: Array
     integers: Array
     act_scale: Array | None
     gemm: Array
-    output: Array | None = None
+    output: Array
     gemm_unit: float = 1.0
     gemm_scale: Array | None = None
     exact: bool = True
@@ -208,8 +207,8 @@ def joined(probes: Sequence[LinearProbe]) -> LinearProbe:
 def _by_token(probes: Sequence[LinearProbe], combined: Callable[[list[Array]], Array]) -> LinearProbe:
     """One probe whose arrays with a row for each token are `combined`; the rest is the same in every call."""
     kept = [key for key in BY_TOKEN if getattr(probes[0], key) is not None]
-    arrays: dict[str, Any] = {key: combined([getattr(probe, key) for probe in probes]) for key in kept}
-    return replace(probes[0], **arrays)
+    arrays = {key: combined([getattr(probe, key) for probe in probes]) for key in kept}
+    return LinearProbe(**{**vars(probes[0]), **arrays})
 
 
 @dataclass(frozen=True)
@@ -325,16 +324,23 @@ def _check_rows(
     )
 
 
-COUNTS = ("codes", "codes_different", "codes_ambiguous", "codes_inadmissible", "nonfinite")
-
-
 def _joined(checks: Sequence[LinearCheck]) -> LinearCheck:
     """Findings about all rows from those about some each: counts are added, of errors the largest stands (nan is)."""
-    columns = {field.name: [getattr(check, field.name) for check in checks] for field in fields(LinearCheck)}
-    combined: dict[str, Any] = {
-        name: sum(column) if name in COUNTS else float(np.max(column)) for name, column in columns.items()
-    }
-    return LinearCheck(**combined)
+
+    def largest(errors: Iterable[float]) -> float:
+        return float(np.max(list(errors)))
+
+    return LinearCheck(
+        codes=sum(check.codes for check in checks),
+        codes_different=sum(check.codes_different for check in checks),
+        codes_ambiguous=sum(check.codes_ambiguous for check in checks),
+        codes_inadmissible=sum(check.codes_inadmissible for check in checks),
+        gemm_max_abs_diff=largest(check.gemm_max_abs_diff for check in checks),
+        scale_error=largest(check.scale_error for check in checks),
+        output_error=largest(check.output_error for check in checks),
+        nonfinite=sum(check.nonfinite for check in checks),
+        operand_max_abs_diff=largest(check.operand_max_abs_diff for check in checks),
+    )
 
 
 def exact_sums(integers: Array, weight: LinearWeight, groups: int = 1, magnitudes: bool = False) -> NDArray[np.float64]:
@@ -406,8 +412,6 @@ def _output_error(
 
     A zero point counts as a part of the bias, as which it is rounded once; the sum with the branch rounds once more.
     """
-    if probe.output is None:
-        return math.nan
     if probe.exact:
         product, magnitude, roundings = _scaled_sums(layer, oracle, products[0])
     else:

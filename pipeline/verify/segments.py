@@ -134,8 +134,6 @@ class SegmentCheck:
         """Judge the stretch before a quantized linear by what it computed in each call, and go on behind it."""
         self._judge(layer, [probe.x for probe in probes])
         for (text, walks), probe in zip(self._walks.items(), probes, strict=True):
-            if probe.output is None:
-                raise ContractError(f"{self._target}: {layer} has no output in its probe row; lower the model again")
             self._stops[text] = [walk.go_on(probe.output) for walk in walks]
 
     def end(self, outputs: Sequence[Array]) -> None:
