@@ -164,7 +164,7 @@ def verify_target(
     strange = call_errors(special, study.pool_exact, run)
     if engine is not None and effort.state:
         calls_before = len(effort.steps) + len(special)
-        state = state_result(special, study.pools, model, study.pool_exact, run, calls_before)
+        state = state_result(special, study.pools, model, study.pool_exact, run, calls_before, study.nan_reach)
         strange += state.errors
         report.gates.append(repeats_gate(target, state))
     report.gates += calls_gates(target, strange, study, single, errors.samples)

@@ -27,7 +27,7 @@ from pipeline.generate.case import Case, Run, is_large, make_case
 from pipeline.progress import track
 from pipeline.recipe import Recipe
 from pipeline.verify.call_patterns import PROMPTED, UNPROMPTED
-from pipeline.verify.calls import Call, SampleError, make_calls, make_pools, sample_errors
+from pipeline.verify.calls import Call, SampleError, make_calls, make_pools, nan_reach, sample_errors
 from pipeline.verify.reference_hooks import ARITHMETICS, Comparison, Recorder, hooked, jittered
 from pipeline.verify.segments import SegmentReference
 
@@ -89,7 +89,8 @@ class Study:
     "reference" and "float". float32: the reference's float32 runs by arithmetic. probed: the steps whose
     layers are looked at; layer_inputs: float64 reference's input of each linear in them, [rows, K] float32.
     pools: samples of calls that drawing does not make (pipeline.verify.calls), pool_exact and pool_plain: the float64
-    reference's and the float model's outputs for them. stretches: what segments are compared with.
+    reference's and the float model's outputs for them. nan_reach: see calls.nan_reach, of the float64 reference.
+    stretches: what segments are compared with.
     """
 
     case: Case
@@ -103,6 +104,7 @@ class Study:
     pools: dict[str, Arrays] = field(default_factory=dict)
     pool_exact: dict[str, Array] = field(default_factory=dict)
     pool_plain: dict[str, Array] = field(default_factory=dict)
+    nan_reach: NDArray[np.bool_] = field(default_factory=lambda: np.ones(0, bool))
     special_calls: list[Call] = field(default_factory=list)
     stretches: SegmentReference | None = None
     _weights_db: dict[str, float] = field(default_factory=dict)
@@ -216,6 +218,7 @@ def _run_exact(study: Study, engine: ReferenceEngine) -> None:
         study.images["reference"] = study.case.draw(_watched(engine.run, record, study.probed), keep)
     study.layer_inputs = record.inputs
     study.pool_exact = {name: engine.run(inputs)["sample"] for name, inputs in study.pools.items()}
+    study.nan_reach = nan_reach(engine.run, study.pools, study.case.shared)
 
 
 def _watched(run: Run, record: Recorder | Comparison, probed: Sequence[int], first: int = 0) -> Run:
