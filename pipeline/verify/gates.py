@@ -156,13 +156,13 @@ def _finite_gate(target: str, rows: Sequence[LayerResult], bad_outputs: int, whe
     return Gate(f"{target}/finite", nonfinite, 0, "values", why)
 
 
-def first_nonfinite(errors: StepErrors, images: Array) -> str | None:
+def first_nonfinite(errors: StepErrors, pictures: Array) -> str | None:
     """The first step, or picture that the engine drew by itself, with a number that is not finite."""
     bad = next((error for error in errors.samples if math.isnan(error.sqnr_db)), None)
     if bad is not None:
         return f"{bad.call}, sample {bad.sample}"
-    picture = next((i for i, image in enumerate(images) if not np.isfinite(image).all()), None)
-    return None if picture is None else f"picture {picture + 1} that the engine drew by itself"
+    place = next((i for i, picture in enumerate(pictures) if not np.isfinite(picture).all()), None)
+    return None if place is None else f"picture {place + 1} that the engine drew by itself"
 
 
 def notes_on_layers(target: str, rows: Sequence[LayerResult]) -> list[str]:
@@ -221,7 +221,7 @@ def step_results(
     return [StepResult(target, step, measured.get(step, math.nan), *numbers) for step, numbers in rows]
 
 
-def end_gates(target: str, errors: StepErrors, images: Array, study: Study, single: Realisations) -> list[Gate]:
+def end_gates(target: str, errors: StepErrors, pictures: Array, study: Study, single: Realisations) -> list[Gate]:
     """Engine against the float64 reference: steps on the same inputs, and the pictures of its own trajectory.
 
     `single`: float32 runs of the reference in the target's arithmetic. The worst step bounds how bad it can get; the
@@ -231,31 +231,31 @@ def end_gates(target: str, errors: StepErrors, images: Array, study: Study, sing
     """
     worst_step = _lowest([value for run in single.hit_errors for value in run.steps_db])
     quarter = _quarter([value for run in single.errors for value in run.samples_db])
-    worst_image = _lowest([value for drawn in single.hit_images for value in pictures_db(study, drawn)])
-    step_cost, image_cost = _lowest(study.quant_db), _lowest(pictures_db(study, study.images["float"]))
+    worst_picture = _lowest([value for drawn in single.hit_pictures for value in pictures_db(study, drawn)])
+    step_cost, picture_cost = _lowest(study.quant_db), _lowest(pictures_db(study, study.pictures["float"]))
     rows = [
         ("step_sqnr_db", _lowest(errors.steps_db), (worst_step, step_cost), "worst step"),
         ("median_sqnr_db", _median(errors.samples_db), (quarter, step_cost), "lower quartile"),
     ]
     gates = [_end_gate(f"{target}/{name}", value, limits, statistic) for name, value, limits, statistic in rows]
     gates = [_with_cause(gate, errors.samples, STEP_TRAITS) for gate in gates]
-    if len(images):
-        psnr = _lowest(pictures_db(study, images))
-        gate = _end_gate(f"{target}/final_psnr_db", psnr, (worst_image, image_cost), "worst picture")
+    if len(pictures):
+        psnr = _lowest(pictures_db(study, pictures))
+        gate = _end_gate(f"{target}/final_psnr_db", psnr, (worst_picture, picture_cost), "worst picture")
         later = "; " + NOT_IN_STEPS if not gate.passed and all(step.passed for step in gates) else ""
         gates.append(replace(gate, why=gate.why + later))
-        gates[-1] = _with_cause(gates[-1], picture_errors(study, images), PICTURE_TRAITS)
+        gates[-1] = _with_cause(gates[-1], picture_errors(study, pictures), PICTURE_TRAITS)
     return gates
 
 
 NOT_IN_STEPS = "every step is right on the reference's own inputs: errors grow from step to step, or something is kept"
 
 
-def picture_errors(study: Study, images: Array) -> list[SampleError]:
+def picture_errors(study: Study, pictures: Array) -> list[SampleError]:
     """Each picture as a sample of one call; the number is its PSNR."""
-    reference, rows = study.images["reference"], tuple(range(len(images)))
-    signs = [sign_of(image, row, reference, rows) for row, image in enumerate(images)]
-    pairs = zip(pictures_db(study, images), signs, strict=True)
+    reference, rows = study.pictures["reference"], tuple(range(len(pictures)))
+    signs = [sign_of(picture, row, reference, rows) for row, picture in enumerate(pictures)]
+    pairs = zip(pictures_db(study, pictures), signs, strict=True)
     return [SampleError("pictures", i, value, "pictures", i, sign=sign) for i, (value, sign) in enumerate(pairs)]
 
 
@@ -371,18 +371,18 @@ def _lowest(values: Sequence[float]) -> float:
     return math.nan if any(math.isnan(value) for value in values) else min(values)
 
 
-def pictures_db(study: Study, images: Array) -> list[float]:
-    """PSNR of each picture against the float64 reference's; `images` may be the first few."""
-    reference = study.images["reference"]
+def pictures_db(study: Study, pictures: Array) -> list[float]:
+    """PSNR of each picture against the float64 reference's; `pictures` may be the first few."""
+    reference = study.pictures["reference"]
     peak = PIXEL_RANGE if study.case.output == "pixels" else float(np.ptp(reference))
-    return [psnr_db(one, other, peak) for one, other in zip(reference[: len(images)], images, strict=True)]
+    return [psnr_db(one, other, peak) for one, other in zip(reference[: len(pictures)], pictures, strict=True)]
 
 
 def quantization_gates(study: Study, recipe: Recipe) -> list[Gate]:
     """What quantization costs: the reference against the float model, within the recipe's budgets."""
     noise = sum(10 ** (-value / 10) for value in study.quant_db) / len(study.quant_db)
     sqnr = -10 * math.log10(noise) if noise > 0 else math.inf
-    pictures = pictures_db(study, study.images["float"])
+    pictures = pictures_db(study, study.pictures["float"])
     psnr = float(np.median(pictures))
     budget = "what quantization costs against the float model; the limit is the recipe's budget"
     gates = [

@@ -89,11 +89,11 @@ def verify(
     def one(target: str) -> tuple[Report, NDArray[np.float32]]:
         part, graph = Report(), lowered[target]
         judged = (target, model, layers, graph, engines.get(target), reference, part, arithmetics[target])
-        images = verify_target(*judged, probed=ProbedGraph(graph, threads_each), threads=threads_each)
+        pictures = verify_target(*judged, probed=ProbedGraph(graph, threads_each), threads=threads_each)
         find_overflow = BACKENDS[target].overflow(graph, recipe)
         if find_overflow is not None:
             part.gates.append(fp16_gate(target, find_overflow(overflow_calls(reference, is_large(model)))))
-        return part, images
+        return part, pictures
 
     # The slowest first, so that no thread is left with it at the end.
     order = sorted(lowered, key=lambda target: -BACKENDS[target].speed_rank)
@@ -168,15 +168,15 @@ def verify_target(
         strange += state.errors
         report.gates.append(repeats_gate(target, state))
     report.gates += calls_gates(target, strange, study, single, errors.samples)
-    image = drawn(run, study.case.first(effort.pictures)) if effort.pictures else study.case.noise[:0]
-    nonfinite = errors.nonfinite + int(np.count_nonzero(~np.isfinite(image)))
-    report.gates += layer_gates(target, results, nonfinite, first_nonfinite(errors, image))
-    report.gates += end_gates(target, errors, image, study, single)
+    pictures = drawn(run, study.case.first(effort.pictures)) if effort.pictures else study.case.noise[:0]
+    nonfinite = errors.nonfinite + int(np.count_nonzero(~np.isfinite(pictures)))
+    report.gates += layer_gates(target, results, nonfinite, first_nonfinite(errors, pictures))
+    report.gates += end_gates(target, errors, pictures, study, single)
     report.notes += notes_on_layers(target, results)
     report.notes += filter(None, [note(target, effort, *whole)])
     if ARITHMETICS[arithmetic].note:
         report.notes.append(f"{target}: {ARITHMETICS[arithmetic].note}")
-    return image
+    return pictures
 
 
 def looked_at(study: Study, effort: Effort) -> dict[str, Arrays]:

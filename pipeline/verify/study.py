@@ -67,17 +67,15 @@ class StepErrors:
 class Realisations:
     """Float32 runs of the reference in one arithmetic.
 
-    errors, images: of the plain runs; layer_db: by layer the worst run's SQNR of its input in the probed steps.
-    hit_errors, hit_images: of runs in which flips hit most samples (the plain ones where they do). calls_db,
-    hit_calls_db: SQNR of every sample of the pools of calls, of the plain runs and of those that flips hit.
+    errors: of the plain runs; layer_db: by layer the worst run's SQNR of its input in the probed steps. hit_errors,
+    hit_pictures, hit_calls_db: of runs in which flips hit most samples (the plain ones where they do), the last the
+    SQNR of every sample of the pools of calls.
     """
 
     errors: list[StepErrors] = field(default_factory=list)
-    images: list[Array] = field(default_factory=list)
     layer_db: dict[str, float] = field(default_factory=dict)
     hit_errors: list[StepErrors] = field(default_factory=list)
-    hit_images: list[Array] = field(default_factory=list)
-    calls_db: list[float] = field(default_factory=list)
+    hit_pictures: list[Array] = field(default_factory=list)
     hit_calls_db: list[float] = field(default_factory=list)
 
 
@@ -85,7 +83,7 @@ class Realisations:
 class Study:
     """Results of the reference. Steps run on the same inputs `calls`, the float64 reference's trajectory.
 
-    exact, plain: outputs of the float64 reference and of the float model per step. images: final pictures of the runs
+    exact, plain: outputs of the float64 reference and of the float model per step. pictures: the final ones of the runs
     "reference" and "float". float32: the reference's float32 runs by arithmetic. probed: the steps whose
     layers are looked at; layer_inputs: float64 reference's input of each linear in them, [rows, K] float32.
     pools: samples of calls that drawing does not make (pipeline.verify.calls), pool_exact and pool_plain: the float64
@@ -97,7 +95,7 @@ class Study:
     calls: list[Arrays] = field(default_factory=list)
     exact: list[Array] = field(default_factory=list)
     plain: list[Array] = field(default_factory=list)
-    images: dict[str, Array] = field(default_factory=dict)
+    pictures: dict[str, Array] = field(default_factory=dict)
     float32: dict[Arithmetic, Realisations] = field(default_factory=dict)
     probed: tuple[int, ...] = ()
     layer_inputs: dict[str, list[NDArray[np.float32]]] = field(default_factory=dict)
@@ -215,7 +213,7 @@ def _run_exact(study: Study, engine: ReferenceEngine) -> None:
 
     record = Recorder()
     with hooked(engine.module, record):
-        study.images["reference"] = study.case.draw(_watched(engine.run, record, study.probed), keep)
+        study.pictures["reference"] = study.case.draw(_watched(engine.run, record, study.probed), keep)
     study.layer_inputs = record.inputs
     study.pool_exact = {name: engine.run(inputs)["sample"] for name, inputs in study.pools.items()}
     study.nan_reach = nan_reach(engine.run, study.pools, study.case.shared)
@@ -242,15 +240,15 @@ def _drawn_and_compared(
     else:
         alone = _watched(run, comparison, study.probed[:1])
         compared = _watched(run, comparison, study.probed, first=1)
-    image, first = _drawn(study, alone)
-    return image, study.errors(compared, label=label, first=first)
+    pictures, first = _drawn(study, alone)
+    return pictures, study.errors(compared, label=label, first=first)
 
 
 def _drawn(study: Study, run: Run) -> tuple[Array, Arrays]:
     """Pictures along the denoiser's own way, and its outputs in the first call, which is the same on every way."""
     outputs: list[Arrays] = []
-    image = study.case.draw(run, lambda step, inputs, output: outputs.append(output))
-    return image, outputs[0]
+    pictures = study.case.draw(run, lambda step, inputs, output: outputs.append(output))
+    return pictures, outputs[0]
 
 
 def _realisations(study: Study, engine: ReferenceEngine, runs: int, label: str) -> Realisations:
@@ -261,10 +259,10 @@ def _realisations(study: Study, engine: ReferenceEngine, runs: int, label: str) 
         with jittered(engine.module, seed, QUANTIZER_ULPS):
             comparison = Comparison(study.layer_inputs)
             with hooked(engine.module, comparison):
-                image, errors = _drawn_and_compared(study, engine.run, label, comparison)
-            single.images.append(image)
+                pictures, errors = _drawn_and_compared(study, engine.run, label, comparison)
+            single.hit_pictures.append(pictures)
             single.errors.append(errors)
-            single.calls_db += study.pools_db(engine.run)
+            single.hit_calls_db += study.pools_db(engine.run)
         for name, value in comparison.sqnr_db.items():
             single.layer_db[name] = min(value, single.layer_db.get(name, np.inf))
     _add_hits(study, engine, single)
@@ -272,14 +270,14 @@ def _realisations(study: Study, engine: ReferenceEngine, runs: int, label: str) 
 
 
 def _add_hits(study: Study, engine: ReferenceEngine, single: Realisations) -> None:
-    """Raise the jitter until flips hit most samples, of the steps and of the pools each."""
-    single.hit_errors, single.hit_images, single.hit_calls_db = single.errors, single.images, single.calls_db
+    """Raise the jitter until flips hit most samples, of the steps and of the pools each, in place of the plain runs."""
+    single.hit_errors = single.errors
     for ulps in HITTING_ULPS:
         steps_hit, calls_hit = most_are_hit(_samples(single.hit_errors)), most_are_hit(single.hit_calls_db)
         with jittered(engine.module, len(single.errors), ulps):
             if not steps_hit:
-                image, errors = _drawn_and_compared(study, engine.run, "verify: steps")
-                single.hit_errors, single.hit_images = [errors], [image]
+                pictures, errors = _drawn_and_compared(study, engine.run, "verify: steps")
+                single.hit_errors, single.hit_pictures = [errors], [pictures]
             if not calls_hit:
                 single.hit_calls_db = study.pools_db(engine.run)
 
@@ -294,7 +292,7 @@ def most_are_hit(samples_db: Sequence[float]) -> bool:
 
 
 def _run_float(study: Study, engine: ReferenceEngine) -> None:
-    study.images["float"], first = _drawn(study, engine.run)
+    study.pictures["float"], first = _drawn(study, engine.run)
     study.plain = [first["sample"], *(engine.run(call)["sample"] for call in study.calls[1:])]
     study.pool_plain = {name: engine.run(inputs)["sample"] for name, inputs in study.pools.items()}
 

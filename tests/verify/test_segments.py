@@ -166,7 +166,7 @@ def test_parts_in_fp16_that_overflow_are_called_that(size: float, words: str) ->
 def test_float32_runs_that_overflow_set_no_limit() -> None:
     cost, overflown = (
         SimpleNamespace(calls_quant_db=[20.0, 30.0]),
-        SimpleNamespace(calls_db=[np.nan] * 4, hit_calls_db=[np.nan] * 4),
+        SimpleNamespace(hit_calls_db=[np.nan] * 4),
     )
     errors = [SampleError("batch 1", 0, 22.0, "one", 0), SampleError("batch 2", 0, np.nan, "one", 1)]
     for count, passed in ((1, [True, False]), (2, [False, False])):

@@ -198,8 +198,8 @@ def test_every_kind_of_damage_is_measured(hand: Any) -> None:
 # --- tolerances -----------------------------------------------------------------------------------------------------
 
 
-def _realisations(errors: list[StepErrors], images: list[Any]) -> Realisations:
-    return Realisations(errors, images, hit_errors=errors, hit_images=images)
+def _realisations(errors: list[StepErrors], pictures: list[Any]) -> Realisations:
+    return Realisations(errors, hit_errors=errors, hit_pictures=pictures)
 
 
 def _study(fp32: list[float], quant_noise: float = 0.1, n_steps: int = 2) -> Study:
@@ -208,13 +208,13 @@ def _study(fp32: list[float], quant_noise: float = 0.1, n_steps: int = 2) -> Stu
     case = Case(("one", "two"), ({}, {}), ones.astype(np.float32), "flow_euler", 1000.0, n_steps, 1.0, "pixels")
     found = Study(case, exact=[ones] * n_steps, plain=[ones + quant_noise] * n_steps)
     found.float32 = {"fp32": _realisations([StepErrors(fp32[:n_steps], fp32, 0)], [ones + 0.01])}
-    found.images = {"reference": ones, "float": ones + quant_noise}
+    found.pictures = {"reference": ones, "float": ones + quant_noise}
     return found
 
 
-def _gates(found: Study, samples: list[float], image_error: float = 0.01) -> dict[str, Gate]:
+def _gates(found: Study, samples: list[float], picture_error: float = 0.01) -> dict[str, Gate]:
     errors = StepErrors(samples[:2], samples, 0)
-    gates = end_gates("cpu", errors, found.images["reference"] + image_error, found, found.float32["fp32"])
+    gates = end_gates("cpu", errors, found.pictures["reference"] + picture_error, found, found.float32["fp32"])
     return {gate.name.removeprefix("cpu/"): gate for gate in gates}
 
 
@@ -227,7 +227,7 @@ def test_limits_are_the_float32_runs_less_the_factor() -> None:
 
 
 def test_no_limit_is_looser_than_quantization() -> None:
-    gates = _gates(_study([22, 22, 22, 22]), [19, 19, 19, 19], image_error=0.2)
+    gates = _gates(_study([22, 22, 22, 22]), [19, 19, 19, 19], picture_error=0.2)
     assert gates["step_sqnr_db"].limit == pytest.approx(20 * math.log10(11))  # 0.1 off 1.1
     assert not gates["step_sqnr_db"].passed and not gates["final_psnr_db"].passed
 
@@ -246,7 +246,7 @@ def test_a_small_error_in_every_sample_fails_where_few_flips_are_normal() -> Non
 
 
 def test_nan_anywhere_fails() -> None:
-    gates = _gates(_study([50] * 4), [50, math.nan, 50, 50], image_error=math.nan)
+    gates = _gates(_study([50] * 4), [50, math.nan, 50, 50], picture_error=math.nan)
     assert not any(gate.passed for gate in gates.values())
 
 
@@ -257,10 +257,10 @@ def test_runs_of_the_reference_that_overflow_give_no_limit() -> None:
 
 
 def test_pictures_that_are_wrong_where_steps_are_right_say_so() -> None:
-    gate = _gates(_study([50, 60, 70, 70]), [50, 60, 70, 70], image_error=0.2)["final_psnr_db"]
+    gate = _gates(_study([50, 60, 70, 70]), [50, 60, 70, 70], picture_error=0.2)["final_psnr_db"]
     assert not gate.passed and NOT_IN_STEPS in gate.why
     assert "2 of 2 samples are wrong" in gate.why and "all numbers times 1.2" in gate.why
-    both = _gates(_study([22] * 4), [19] * 4, image_error=0.2)["final_psnr_db"]
+    both = _gates(_study([22] * 4), [19] * 4, picture_error=0.2)["final_psnr_db"]
     assert not both.passed and NOT_IN_STEPS not in both.why
 
 
@@ -273,7 +273,7 @@ def test_a_wrong_step_says_which_and_for_whom() -> None:
     outputs = iter([{"sample": exact * (1 if step < 3 else 1.1)} for step, exact in enumerate(found.exact)])
     errors = found.errors(lambda _: next(outputs))
     assert [error.traits.setting for error in errors.samples[:2]] == [PROMPTED, UNPROMPTED]
-    gate = end_gates("cpu", errors, found.images["reference"][:0], found, found.float32["fp32"])[0]
+    gate = end_gates("cpu", errors, found.pictures["reference"][:0], found, found.float32["fp32"])[0]
     assert not gate.passed and "2 of 8 samples are wrong: those of step 4 or timestep 250" in gate.why
     assert gate.why.endswith("all numbers times 1.1: a factor is wrong")
 
