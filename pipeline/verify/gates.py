@@ -15,7 +15,7 @@ from pipeline.verify.call_patterns import (
     EQUAL_DB,
     PICTURE_TRAITS,
     STEP_TRAITS,
-    Trait,
+    TraitTable,
     cause_of_repeat,
     diagnose,
     sign_of,
@@ -259,7 +259,7 @@ def picture_errors(study: Study, pictures: Array) -> list[SampleError]:
     return [SampleError("pictures", i, value, "pictures", i, sign=sign) for i, (value, sign) in enumerate(pairs)]
 
 
-def _with_cause(gate: Gate, errors: Sequence[SampleError], traits: Sequence[Trait]) -> Gate:
+def _with_cause(gate: Gate, errors: Sequence[SampleError], traits: TraitTable) -> Gate:
     """A failed gate with what is likely wrong."""
     if gate.passed or not errors:
         return gate
