@@ -10,7 +10,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
@@ -89,7 +89,7 @@ def verify(
     def one(target: str) -> tuple[Report, NDArray[np.float32]]:
         part, graph = Report(), lowered[target]
         judged = (target, model, layers, graph, engines.get(target), reference, part, arithmetics[target])
-        pictures = verify_target(*judged, probed=ProbedGraph(graph, threads_each), threads=threads_each)
+        pictures = verify_target(*judged, threads=threads_each)
         find_overflow = BACKENDS[target].overflow(graph, recipe)
         if find_overflow is not None:
             part.gates.append(fp16_gate(target, find_overflow(overflow_calls(reference, is_large(model)))))
@@ -120,16 +120,15 @@ def verify_target(
     report: Report,
     arithmetic: Arithmetic = "fp32",
     effort: Effort | None = None,
-    probed: ProbedGraph | None = None,
-    threads: int = 1,
+    threads: int | None = None,
 ) -> NDArray[np.float32]:
     """Append one target's gates and rows to `report`; returns the engine's pictures.
 
     arithmetic: of the engine, see `ARITHMETICS`, which has that of the lowered graph, in which layers are looked at, as
-    well. effort: what is run; None: all that `effort_for` asks for. probed: `graph` where it is open already. threads:
-    with two or more a linear and the stretch before it are judged together.
+    well. effort: what is run; None: all that `effort_for` asks for. threads: with two or more a linear and the stretch
+    before it are judged together.
     """
-    probed, single = probed or ProbedGraph(graph), study.float32[arithmetic]
+    probed, single = ProbedGraph(graph, threads), study.float32[arithmetic]
     of_graph_name = ARITHMETICS[arithmetic].of_graph
     of_graph = study.float32[of_graph_name]
     expected = {ref.name: ref.module for ref in model.linears()}
@@ -149,7 +148,7 @@ def verify_target(
         tokens = LARGE_TOKENS if is_large(model) else None
         read = Beside(list(calls).index(smallest), read_by_quantizers(probed, present), tokens)
         results = layer_results(
-            target, present, expected, probed, study, of_graph, calls, effort.probed, checked, threads, read
+            target, present, expected, probed, study, of_graph, calls, effort.probed, checked, threads or 1, read
         )
     report.layers += results
     report.segments += segments.results
@@ -257,10 +256,14 @@ def layer_results(
         quantizer = (row.x, quantizer_key(layer))
         shared = oracle if quantizer == known else None  # q, k and v read one quantizer and follow each other
         known = quantizer
-        work: list[Callable[[], Any]] = [partial(_checked, layer, probes, shared)]
+        work: list[Callable[[], tuple[LinearCheck, ActivationOracle] | None]] = [
+            partial(_checked, layer, probes, shared)
+        ]
         if segments is not None:
             work.append(partial(segments.at, name, probes))
-        (check, oracle), *_ = side_by_side(work, threads)
+        checked, *_ = side_by_side(work, threads)
+        assert checked is not None
+        check, oracle = checked
         recorded = study.layer_inputs.get(name, [])
         reference = [recorded[place] for place in places if place < len(recorded)]
         result = LayerResult(

@@ -24,7 +24,7 @@ from pipeline.distance import Array
 from pipeline.verify.oracle import HALF_ROUNDING, ROUNDING, LinearProbe, ratio
 from pipeline.verify.reference_hooks import ARITHMETICS, operations_jittered
 from pipeline.verify.report import SegmentResult
-from pipeline.verify.walk import OUTPUT, Stop, Walk, stopping_module, tensors_of
+from pipeline.verify.walk import Stop, Walk, stopping_module, tensors_of
 
 if TYPE_CHECKING:
     import torch
@@ -82,7 +82,7 @@ class SegmentReference:
         if not self._order:
             walk = Walk(self._single["fp32"], tensors_of(inputs, self._types[1]), nullcontext)
             visited, stop = [], walk.start()
-            while stop.layer != OUTPUT:
+            while stop.layer is not None:
                 visited.append(stop.layer)
                 stop = walk.go_on(None)
             if sorted(visited) != sorted(self.layers):
@@ -138,9 +138,9 @@ class SegmentCheck:
 
     def end(self, outputs: Sequence[Array]) -> None:
         """Judge the last stretch by the model's output in each call."""
-        self._judge(OUTPUT, outputs)
+        self._judge(None, outputs)
 
-    def _judge(self, layer: str, tensors: Sequence[Array]) -> None:
+    def _judge(self, layer: str | None, tensors: Sequence[Array]) -> None:
         read = [*tensors, *(stop.x for stops in self._stops.values() for stop in stops)]
         if self.results and all(map(_same_memory, read, self._read)):  # q, k and v read one tensor after the other
             self.results.append(replace(self.results[-1], layer=layer))
