@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from enum import StrEnum
 from typing import TYPE_CHECKING, Generic, TypeVar
 
 import numpy as np
@@ -19,11 +20,6 @@ from pipeline.distance import Array
 if TYPE_CHECKING:
     from pipeline.verify.calls import SampleError
 
-# What calls that test an engine's memory are called, behind their batch size.
-CHANGED, IN_PLACE, MASK_ALONE = "condition changed", "changed in place", "mask changed alone"
-NEAR = "condition nearly the same"
-NAN_FIRST, THREADS, STEADY = "NaN in the first sample", "2 threads", "steady state"
-PROMPTED, UNPROMPTED = "with a prompt", "without a prompt"
 # A result this near to the reference has no sign: float operations alone leave as much.
 NEAR_DB = 100.0
 # Share of an error's power that a factor must explain. It explains 1 / n of n numbers' noise, and about half where
@@ -40,6 +36,20 @@ STEADY_DB = 0.5
 EQUAL_DB = 1000.0
 # A factor may be anything up to this; beyond it only if nearly nothing else is wrong: an unlike picture fits 0.
 USUAL_FACTOR, LARGE_EXPLAINED = 0.5, 0.95
+
+
+class Setting(StrEnum):
+    """What a call that tests an engine's memory was made for, and which half of a guided call a sample is of."""
+
+    CHANGED = "condition changed"
+    IN_PLACE = "changed in place"
+    MASK_ALONE = "mask changed alone"
+    NEAR = "condition nearly the same"
+    NAN_FIRST = "NaN in the first sample"
+    THREADS = "2 threads"
+    STEADY = "steady state"
+    PROMPTED = "with a prompt"
+    UNPROMPTED = "without a prompt"
 
 
 @dataclass(frozen=True)
@@ -62,7 +72,7 @@ class Traits:
     other_timestep: bool = False
     other_condition: bool = False
     other_mask: bool = False
-    setting: str | None = None
+    setting: Setting | None = None
     rows: tuple[int, ...] = ()
 
 
@@ -70,7 +80,7 @@ NO_TRAITS = Traits(batch=1, place=0, timestep=math.nan, latent=math.nan)
 
 
 def traits_of(
-    inputs: Mapping[str, Array], place: int, setting: str | None = None, rows: tuple[int, ...] = ()
+    inputs: Mapping[str, Array], place: int, setting: Setting | None = None, rows: tuple[int, ...] = ()
 ) -> Traits:
     """Of sample `place` of a call with these inputs."""
     batch = len(inputs["hidden_states"])
@@ -238,14 +248,14 @@ def _than_the_first(name: str, value: Callable[[SampleError], bool | None]) -> T
     return Trait(value, words, f"one {name} is taken for all samples")
 
 
-SETTING_CAUSES = {
-    CHANGED: "the condition of an earlier call is kept",
-    IN_PLACE: "whether a condition changed is decided by the array, not by its numbers",
-    NEAR: "a condition counts as unchanged while it is close to the one before",
-    MASK_ALONE: "masks are not compared when it is decided whether a condition changed",
-    NAN_FIRST: "samples see each other, or NaN is clipped or becomes a code",
-    STEADY: "something adds up or is used up from call to call",
-    THREADS: "callers share a slot or a buffer",
+SETTING_CAUSES: Mapping[str, str] = {
+    Setting.CHANGED: "the condition of an earlier call is kept",
+    Setting.IN_PLACE: "whether a condition changed is decided by the array, not by its numbers",
+    Setting.NEAR: "a condition counts as unchanged while it is close to the one before",
+    Setting.MASK_ALONE: "masks are not compared when it is decided whether a condition changed",
+    Setting.NAN_FIRST: "samples see each other, or NaN is clipped or becomes a code",
+    Setting.STEADY: "something adds up or is used up from call to call",
+    Setting.THREADS: "callers share a slot or a buffer",
 }
 _BATCH = "a buffer, a tile or a captured graph fits other batch sizes only"
 _TIME = "the timestep's embedding or its range"
@@ -295,7 +305,8 @@ def diagnose(errors: Sequence[SampleError], limit: float, traits: TraitTable = C
     Samples that look wrong in the worst one's way count as wrong too: a fault need not take each over the limit.
     """
     worst = min(errors, key=lambda error: -math.inf if math.isnan(error.sqnr_db) else error.sqnr_db)
-    wrong = [not error.sqnr_db >= limit or _same_kind(error.sign, worst.sign) for error in errors]
+    kind = worst.sign and worst.sign.kind
+    wrong = [not e.sqnr_db >= limit or (e.sign is not None and e.sign.kind == kind) for e in errors]
     text = f"{sum(wrong)} of {len(wrong)} samples are wrong"
     parts = [f"{text}{_common(errors, wrong, traits)}"]
     if worst.sign is not None:
@@ -303,10 +314,6 @@ def diagnose(errors: Sequence[SampleError], limit: float, traits: TraitTable = C
     elif worst.sqnr_db >= limit - NEAR_LIMIT_DB:
         parts.append(f"none by more than {NEAR_LIMIT_DB:g} dB: a few flipped codes more, or a small fault")
     return "; ".join(parts)
-
-
-def _same_kind(sign: Sign | None, other: Sign | None) -> bool:
-    return sign is not None and other is not None and sign.kind == other.kind
 
 
 def _common(errors: Sequence[SampleError], wrong: Sequence[bool], traits: TraitTable) -> str:
@@ -345,9 +352,3 @@ def _unsteady(errors: Sequence[SampleError]) -> str | None:
             there, here = (f"{one.sqnr_db:.1f} dB in {one.call!r}" for one in (before, error))
             return f"sample {error.sample} has {there} and {here}"
     return None
-
-
-def cause_of_repeat(where: str) -> str:
-    """What is likely wrong where the calls `where` differ from equal ones before."""
-    steady = where.startswith("call ")
-    return next(text for key, text in SETTING_CAUSES.items() if key in where or (steady and key == STEADY))

@@ -22,21 +22,7 @@ from pipeline.generate.case import Case, Run, is_large
 from pipeline.generate.sampling import TRAIN_STEPS, make_sampler, take_samples
 from pipeline.progress import ending_with, raise_if_stopped
 from pipeline.signals import as_completed
-from pipeline.verify.call_patterns import (
-    CHANGED,
-    IN_PLACE,
-    MASK_ALONE,
-    NAN_FIRST,
-    NEAR,
-    NO_TRAITS,
-    STEADY,
-    THREADS,
-    Sign,
-    Traits,
-    other_shape,
-    sign_of,
-    traits_of,
-)
+from pipeline.verify.call_patterns import NO_TRAITS, Setting, Sign, Traits, other_shape, sign_of, traits_of
 
 if TYPE_CHECKING:
     from export.models.families import Input
@@ -93,11 +79,7 @@ class Call:
     pool: str
     rows: tuple[int, ...]
     inputs: Arrays
-    setting: str | tuple[str, ...] | None = None
-
-    def for_(self, setting: str, text: str | None = None) -> Call:
-        """The same call made for another reason; text: what it is called if not after that."""
-        return replace(self, setting=setting, text=text or f"{self.text}, {setting}")
+    setting: Setting | tuple[Setting, ...] | None = None
 
 
 def make_pools(model: LoadedModel, case: Case) -> dict[str, Arrays]:
@@ -226,12 +208,12 @@ class StateResult:
     """What an engine that keeps something between calls gets wrong.
 
     errors: its samples against the reference. unequal: how many numbers differ from those of an equal call before, or
-    of one without NaN where none reaches, or hide NaN of an input. where: the first such call in words, None for none.
+    of one without NaN where none reaches, or hide NaN of an input. first: the first such call, None for none.
     """
 
     errors: list[SampleError]
     unequal: int
-    where: str | None
+    first: Call | None
 
 
 def state_result(
@@ -251,65 +233,66 @@ def state_result(
     reach: see `nan_reach`.
     """
     single, pair, *_ = calls
+
+    def variation(setting: Setting, call: Call, inputs: Arrays | None = None) -> Call:
+        return replace(call, setting=setting, text=f"{pair.text}, {setting}", inputs=inputs or call.inputs)
+
     made = _Repeats(run, calls_before)
     pool = pools[pair.pool]
     first, second, last = pair.rows[0], pair.rows[1], len(pool["timestep"]) - 1
     orders = (first, second), (first, last), (second, last), (last, first)
-    changed = [rows_of(pair.pool, rows, pool, model.shared).for_(CHANGED) for rows in orders]
+    changed = [variation(Setting.CHANGED, rows_of(pair.pool, rows, pool, model.shared)) for rows in orders]
     outputs = [made.judged(call) for call in changed]
     made.judged(changed[1], outputs[1])  # the same samples as in the call before, in the other order
 
     arrays = {name: value.copy() for name, value in changed[2].inputs.items()}  # another condition than the call before
-    in_place = replace(changed[1], inputs=arrays).for_(IN_PLACE, f"{pair.text}, {IN_PLACE}")
+    in_place = variation(Setting.IN_PLACE, changed[1], arrays)
     made.output(in_place)
     for name, value in changed[1].inputs.items():
         arrays[name][...] = value
     made.judged(in_place, outputs[1])
 
     masked = {row.name: _half(changed[2].inputs[row.name]) for row in model.inputs if row.fill == "mask"}
-    unmasked = changed[2].for_(MASK_ALONE, f"{pair.text}, {MASK_ALONE}")
+    unmasked = variation(Setting.MASK_ALONE, changed[2])
     other_mask = replace(unmasked, inputs=unmasked.inputs | masked)
     of_other_mask = made.output(other_mask)
     made.judged(unmasked, outputs[2])
     made.output(other_mask, of_other_mask)
     made.judged(changed[2], outputs[2])
 
-    near = replace(changed[2], inputs=changed[2].inputs | _nearly_the_same(model, changed[2].inputs))
-    near = near.for_(NEAR, f"{pair.text}, {NEAR}")
+    near = variation(Setting.NEAR, changed[2], changed[2].inputs | _nearly_the_same(model, changed[2].inputs))
     after_its_like = made.output(near)
-    spoilt = replace(changed[3], inputs=with_nan(changed[3].inputs)).for_(NAN_FIRST, f"{pair.text}, {NAN_FIRST}")
-    made.output(spoilt, _spoilt(outputs[3], reach))
+    made.output(variation(Setting.NAN_FIRST, changed[3], with_nan(changed[3].inputs)), _spoilt(outputs[3], reach))
     made.output(near, after_its_like)  # after another condition
 
     alone = made.output(single)
     while made.count < STEADY_CALL - 1:
         made.output(single)
-    made.judged(single.for_(STEADY, f"call {made.count + 1}"), alone)
+    made.judged(replace(single, setting=Setting.STEADY, text=f"call {made.count + 1}"), alone)
 
-    threads = [call.for_(THREADS, f"{pair.text}, {THREADS}") for call in changed[2:]]
+    threads = [variation(Setting.THREADS, call) for call in changed[2:]]
     rounds = LARGE_THREAD_ROUNDS if is_large(model) else THREAD_ROUNDS
     for call, several, earlier in zip(threads, _at_once(threads, made.run, rounds), outputs[2:], strict=True):
-        made.equal += [(call.text, output, earlier) for output in several]
+        made.equal += [(call, output, earlier) for output in several]
         made.answers += [(call, output) for output in several]
 
     errors = [error for call, output in made.answers for error in sample_errors(call, exact, output)]
-    unequal = [(text, _unequal(output, earlier)) for text, output, earlier in made.equal]
-    return StateResult(
-        errors, sum(count for _, count in unequal), next((text for text, count in unequal if count), None)
-    )
+    unequal = [(call, _unequal(output, earlier)) for call, output, earlier in made.equal]
+    first_unequal = next((call for call, count in unequal if count), None)
+    return StateResult(errors, sum(count for _, count in unequal), first_unequal)
 
 
 class _Repeats:
     """The calls of one engine, `count` made before, each with what it should equal.
 
     Judged when all have been made: a result may not change under its caller's hands. answers: what the reference has
-    as well. equal: (a call in words, its output, what that should be to the bit).
+    as well. equal: (a call, its output, what that should be to the bit).
     """
 
     def __init__(self, run: Run, count: int) -> None:
         self._run, self.count = run, count
         self.answers: list[tuple[Call, Array]] = []
-        self.equal: list[tuple[str, Array, Array]] = []
+        self.equal: list[tuple[Call, Array, Array]] = []
 
     def run(self, inputs: Arrays) -> Arrays:
         raise_if_stopped()
@@ -320,7 +303,7 @@ class _Repeats:
         """Make a call; earlier: the result of an equal one."""
         output = self.run(call.inputs)["sample"]
         if earlier is not None:
-            self.equal.append((call.text, output, earlier))
+            self.equal.append((call, output, earlier))
         return output
 
     def judged(self, call: Call, earlier: Array | None = None) -> Array:

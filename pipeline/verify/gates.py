@@ -14,9 +14,10 @@ from pipeline.verify.call_patterns import (
     CALL_TRAITS,
     EQUAL_DB,
     PICTURE_TRAITS,
+    SETTING_CAUSES,
     STEP_TRAITS,
+    Setting,
     TraitTable,
-    cause_of_repeat,
     diagnose,
     sign_of,
 )
@@ -229,18 +230,18 @@ def end_gates(target: str, errors: StepErrors, pictures: Array, study: Study, si
     quantization itself, unless that is under ROUNDED_DB: none asks for more. A target that draws no picture has no gate
     for it.
     """
-    worst_step = _lowest([value for run in single.hit_errors for value in run.steps_db])
+    worst_step = np.min([value for run in single.hit_errors for value in run.steps_db])
     quarter = _quarter([value for run in single.errors for value in run.samples_db])
-    worst_picture = _lowest([value for drawn in single.hit_pictures for value in pictures_db(study, drawn)])
-    step_cost, picture_cost = _lowest(study.quant_db), _lowest(pictures_db(study, study.pictures["float"]))
+    worst_picture = np.min([value for drawn in single.hit_pictures for value in pictures_db(study, drawn)])
+    step_cost, picture_cost = np.min(study.quant_db), np.min(pictures_db(study, study.pictures["float"]))
     rows = [
-        ("step_sqnr_db", _lowest(errors.steps_db), (worst_step, step_cost), "worst step"),
-        ("median_sqnr_db", _median(errors.samples_db), (quarter, step_cost), "lower quartile"),
+        ("step_sqnr_db", np.min(errors.steps_db), (worst_step, step_cost), "worst step"),
+        ("median_sqnr_db", np.median(errors.samples_db), (quarter, step_cost), "lower quartile"),
     ]
     gates = [_end_gate(f"{target}/{name}", value, limits, statistic) for name, value, limits, statistic in rows]
     gates = [_with_cause(gate, errors.samples, STEP_TRAITS) for gate in gates]
     if len(pictures):
-        psnr = _lowest(pictures_db(study, pictures))
+        psnr = np.min(pictures_db(study, pictures))
         gate = _end_gate(f"{target}/final_psnr_db", psnr, (worst_picture, picture_cost), "worst picture")
         later = "; " + NOT_IN_STEPS if not gate.passed and all(step.passed for step in gates) else ""
         gates.append(replace(gate, why=gate.why + later))
@@ -273,7 +274,8 @@ def _end_gate(name: str, value: float, limits: tuple[float, float], statistic: s
     if any(math.isnan(limit) for limit in limits):
         why += "; the model's own runs overflow in this arithmetic"
     numbers = [limit for limit in (float32 - FACTOR_DB, quantization) if not math.isnan(limit)]
-    return Gate(name, value, min(max(numbers, default=ROUNDED_DB), ROUNDED_DB), "dB", why, at_most=False)
+    limit = min(max(numbers, default=ROUNDED_DB), ROUNDED_DB)
+    return Gate(name, float(value), float(limit), "dB", why, at_most=False)
 
 
 def calls_gates(
@@ -292,13 +294,13 @@ def calls_gates(
     values, by_sample = [error.sqnr_db for error in errors], dict[tuple[str, int], list[float]]()
     for error in errors:
         by_sample.setdefault((error.pool, error.row), []).append(error.sqnr_db)
-    worst_of = [_lowest(sample_db) for sample_db in by_sample.values()]
+    worst_of = [np.min(sample_db) for sample_db in by_sample.values()]
     worst = min(errors, key=lambda error: np.nan_to_num(error.sqnr_db, nan=-np.inf, posinf=np.inf))
     # Of runs that flips hit: a few samples without any flip in plain runs would ask the same luck of the engine.
     quarter = _quarter(single.hit_calls_db)
     rows = (
-        ("calls", _lowest(values), (_lowest(single.hit_calls_db), _lowest(study.calls_quant_db)), "worst sample"),
-        ("calls_median", _median(worst_of), (quarter, _median(study.calls_quant_db)), "lower quartile"),
+        ("calls", np.min(values), (np.min(single.hit_calls_db), np.min(study.calls_quant_db)), "worst sample"),
+        ("calls_median", np.median(worst_of), (quarter, np.median(study.calls_quant_db)), "lower quartile"),
     )
     gates = [_end_gate(f"{target}/{name}", value, limits, statistic) for name, value, limits, statistic in rows]
     gates = [replace(gate, why=f"{gate.why}; worst in {worst.call}, sample {worst.sample}") for gate in gates]
@@ -328,8 +330,9 @@ def _cause_of_extreme(row: ExtremeResult) -> str:
 def repeats_gate(target: str, state: StateResult) -> Gate:
     """Equal calls, with others between them and beside them in another thread."""
     why = "equal calls give equal numbers to the bit: after other conditions, in place, after many, in two threads"
-    if state.where:
-        why += f"; first other in {state.where}: {cause_of_repeat(state.where)}"
+    if state.first is not None:
+        assert isinstance(state.first.setting, Setting)
+        why += f"; first other in {state.first.text}: {SETTING_CAUSES[state.first.setting]}"
     return Gate(f"{target}/repeats", state.unequal, 0, "numbers", why)
 
 
@@ -360,15 +363,6 @@ def _quarter(values: Sequence[float]) -> float:
     Equal samples count as EQUAL_DB, and overflows as its negative: between two infinities there is no number.
     """
     return float(np.quantile(np.nan_to_num(np.clip(values, -EQUAL_DB, EQUAL_DB), nan=-EQUAL_DB), 0.25))
-
-
-def _median(values: Sequence[float]) -> float:
-    """The median; nan if one of all is not a number."""
-    return math.nan if any(math.isnan(value) for value in values) else float(np.median(values))
-
-
-def _lowest(values: Sequence[float]) -> float:
-    return math.nan if any(math.isnan(value) for value in values) else min(values)
 
 
 def pictures_db(study: Study, pictures: Array) -> list[float]:

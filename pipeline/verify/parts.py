@@ -36,8 +36,7 @@ class Parts:
         called with, as often as it will."""
         self._model, self._open = model, open_part
         self._asked = Counter(asked)
-        needed = needed_names(model.graph.node, self._asked)
-        self._nodes = [node for node in model.graph.node if any(name and name in needed for name in node.output)]
+        self._nodes = needed_nodes(model.graph.node, self._asked)
         self._done: set[int] = set()  # places in _nodes
         inputs = {value.name for value in model.graph.input}
         self._arrays = [{name: array for name, array in call.items() if name in inputs} for call in calls]
@@ -91,13 +90,14 @@ class Parts:
         return [] if node.op_type in MADE_AGAIN else [name for name in node.output if name]
 
 
-def needed_names(nodes: Sequence[onnx.NodeProto], outputs: Iterable[str]) -> set[str]:
-    """Names of all tensors that `outputs` are computed from, and themselves. `nodes` in the order of computation."""
-    needed = set(outputs)
+def needed_nodes(nodes: Sequence[onnx.NodeProto], outputs: Iterable[str]) -> list[onnx.NodeProto]:
+    """Those of `nodes` that compute `outputs`; both in the order of computation."""
+    names, needed = set(outputs), list[onnx.NodeProto]()
     for node in reversed(nodes):
-        if any(name and name in needed for name in node.output):
-            needed.update(node.input)
-    return needed
+        if any(name and name in names for name in node.output):
+            names.update(node.input)
+            needed.append(node)
+    return needed[::-1]
 
 
 def part_of(

@@ -28,7 +28,7 @@ from pipeline.backends.sessions import register_needed, runtime_errors, session_
 from pipeline.passes.probes import ProbeRow
 from pipeline.progress import raise_if_stopped
 from pipeline.verify.oracle import LinearProbe
-from pipeline.verify.parts import Parts, needed_names, part_of
+from pipeline.verify.parts import Parts, needed_nodes, part_of
 
 if TYPE_CHECKING:
     from onnxruntime import InferenceSession
@@ -129,9 +129,7 @@ class ProbedGraph:
             else node
             for node in self.model.graph.node
         ]
-        needed = needed_names(renamed, outputs)
-        nodes = [node for node in renamed if any(name and name in needed for name in node.output)]
-        part = part_of(self.model, nodes, fed, outputs)
+        part = part_of(self.model, needed_nodes(renamed, outputs), fed, outputs)
         for name, array in fed.items():  # of an op of ours, whose other outputs may be needed
             kind = onnx.helper.np_dtype_to_tensor_dtype(array.dtype)
             part.graph.value_info.append(onnx.helper.make_tensor_value_info(f"{name}/cut", kind, [None] * array.ndim))

@@ -25,7 +25,7 @@ from pipeline.generate.case import Case, Run, is_large
 from pipeline.generate.sampling import take_samples
 from pipeline.progress import track
 from pipeline.recipe import Recipe
-from pipeline.verify.calls import Call, call_errors, state_result
+from pipeline.verify.calls import call_errors, state_result
 from pipeline.verify.effort import Effort, effort_for, note
 from pipeline.verify.extremes import LARGE_TOKENS, extreme_results, read_by_quantizers
 from pipeline.verify.gates import (
@@ -179,16 +179,14 @@ def verify_target(
 
 
 def looked_at(study: Study, effort: Effort) -> dict[str, Arrays]:
-    """The calls whose inside is looked at: the probed steps, and those that drawing does not make."""
-    steps = {f"step {i + 1}": study.calls[i] for i in effort.probed}
-    special = [call for call in study.special_calls if len(call.rows) in effort.inside]
-    places = {call.text: distinct(call)[: effort.samples] for call in special}
-    return steps | {call.text: take_samples(call.inputs, places[call.text], study.case.shared) for call in special}
-
-
-def distinct(call: Call) -> list[int]:
-    """Places of the samples of a call, of equal ones the first: inside a call each is computed by itself."""
-    return [place for place, row in enumerate(call.rows) if row not in call.rows[:place]]
+    """The calls whose inside is looked at: the probed steps, and those that drawing does not make, of whose equal
+    samples the first: each is computed by itself."""
+    calls = {f"step {i + 1}": study.calls[i] for i in effort.probed}
+    for call in study.special_calls:
+        if len(call.rows) in effort.inside:
+            places = [place for place, row in enumerate(call.rows) if row not in call.rows[:place]]
+            calls[call.text] = take_samples(call.inputs, places[: effort.samples], study.case.shared)
+    return calls
 
 
 def overflow_calls(study: Study, large: bool) -> dict[str, Arrays]:

@@ -26,7 +26,7 @@ from pipeline.distance import Array, sqnr_db
 from pipeline.generate.case import Case, Run, is_large, make_case
 from pipeline.progress import track
 from pipeline.recipe import Recipe
-from pipeline.verify.call_patterns import PROMPTED, UNPROMPTED
+from pipeline.verify.call_patterns import Setting
 from pipeline.verify.calls import Call, SampleError, make_calls, make_pools, nan_reach, sample_errors
 from pipeline.verify.reference_hooks import ARITHMETICS, Comparison, Recorder, hooked, jittered
 from pipeline.verify.segments import SegmentReference
@@ -153,7 +153,7 @@ class Study:
     def _sample_errors(self, step: int, exact: Array, output: Array) -> list[SampleError]:
         batch = len(exact)
         guided = batch == 2 * len(self.case.noise)
-        settings = ((PROMPTED,) * (batch // 2) + (UNPROMPTED,) * (batch // 2)) if guided else None
+        settings = ((Setting.PROMPTED,) * (batch // 2) + (Setting.UNPROMPTED,) * (batch // 2)) if guided else None
         text = f"step {step + 1}"
         return sample_errors(Call(text, text, tuple(range(batch)), self.calls[step], settings), {text: exact}, output)
 

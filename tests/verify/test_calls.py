@@ -15,7 +15,7 @@ from pipeline import recipe as recipes
 from pipeline.backends.base import Arrays
 from pipeline.backends.reference import ReferenceEngine
 from pipeline.generate.case import Case, make_case
-from pipeline.verify.call_patterns import NAN_FIRST
+from pipeline.verify.call_patterns import Setting
 from pipeline.verify.calls import (
     BATCHES,
     LONGEST,
@@ -192,7 +192,7 @@ def _errors(engine: Counted, subject: tuple[models.LoadedModel, Case]) -> tuple[
 def test_a_right_engine_is_right_in_every_call(zoo: tuple[models.LoadedModel, Case]) -> None:
     engine = Counted(zoo[0])
     worst, state = _errors(engine, zoo)
-    assert min(worst.values()) > 100 and state.unequal == 0 and state.where is None
+    assert min(worst.values()) > 100 and state.unequal == 0 and state.first is None
     assert engine.calls == len(BATCHES) + STEADY_CALL - len(BATCHES) + 2 * 4  # the threads' calls come after
     assert any(f"call {STEADY_CALL}" in call for call in worst)
 
@@ -202,7 +202,7 @@ def test_a_mixed_up_engine_is_seen(engine: Any, where: str, zoo: tuple[models.Lo
     worst, state = _errors(engine(zoo[0]), zoo)
     assert min(value for call, value in worst.items() if where in call) < 30
     if engine is not OneBuffer:  # whose results are one array, equal to itself
-        assert state.unequal > 0 and state.where is not None
+        assert state.unequal > 0 and state.first is not None
 
 
 # --- gates ----------------------------------------------------------------------------------------------------------
@@ -274,7 +274,8 @@ def test_the_steady_call_is_named_by_its_number(made: int, zoo: Any) -> None:
             latents = inputs["hidden_states"]
             return {"sample": latents * np.float32(1 + (count == spoilt))}
 
-        return state_result(calls, pools, model, exact, run, made, _only_the_first(exact)).where, count
+        first = state_result(calls, pools, model, exact, run, made, _only_the_first(exact)).first
+        return first and first.text, count
 
     nothing, total = where(-1)
     steady = total - 2 * THREAD_ROUNDS  # two threads come last
@@ -310,7 +311,7 @@ def test_nan_has_its_reach_and_changes_no_other_number(run: Callable[[Any], Any]
     call = make_calls(model, pools), pools, model, exact
     state = state_result(*call, lambda inputs: {"sample": run(inputs["hidden_states"])}, 60, _only_the_first(exact))
     assert state.unequal == expected
-    assert state.where == (f"{call[0][1].text}, {NAN_FIRST}" if wrong else None)
+    assert (state.first and state.first.setting) == (Setting.NAN_FIRST if wrong else None)
 
 
 def test_what_a_model_makes_of_nan_is_its_reach(zoo: Any) -> None:

@@ -23,7 +23,7 @@ from pipeline.distance import psnr_db, sqnr_db
 from pipeline.generate.case import Case, example_prompts
 from pipeline.generate.conditioning import from_dict
 from pipeline.verify import probe as probing
-from pipeline.verify.call_patterns import PROMPTED, UNPROMPTED
+from pipeline.verify.call_patterns import Setting
 from pipeline.verify.gates import FACTOR_DB, NOT_IN_STEPS, ROUNDED_DB, TOO_COARSE, end_gates, quantization_gates
 from pipeline.verify.oracle import ROUNDING, LinearProbe, LinearWeight, activation_oracle, check_linear, exact_sums
 from pipeline.verify.probe import ProbedGraph
@@ -272,7 +272,7 @@ def test_a_wrong_step_says_which_and_for_whom() -> None:
     found.calls = [{"hidden_states": np.zeros((2, 3, 4, 4), np.float32), "timestep": time} for time in times]
     outputs = iter([{"sample": exact * (1 if step < 3 else 1.1)} for step, exact in enumerate(found.exact)])
     errors = found.errors(lambda _: next(outputs))
-    assert [error.traits.setting for error in errors.samples[:2]] == [PROMPTED, UNPROMPTED]
+    assert [error.traits.setting for error in errors.samples[:2]] == [Setting.PROMPTED, Setting.UNPROMPTED]
     gate = end_gates("cpu", errors, found.pictures["reference"][:0], found, found.float32["fp32"])[0]
     assert not gate.passed and "2 of 8 samples are wrong: those of step 4 or timestep 250" in gate.why
     assert gate.why.endswith("all numbers times 1.1: a factor is wrong")
