@@ -51,21 +51,14 @@ class ContestantRow(TypedDict):
     peak_rss_bytes: int | None
 
 
-class PictureRow(TypedDict):
-    """What is drawn when a whole picture is timed."""
-
-    pictures: int
-    n_steps: int
-    guidance_scale: float
-
-
 class Document(TypedDict):
-    """bench.json. shapes: of a call's inputs; ratios: how many times as fast as others each engine is."""
+    """bench.json. image: what is drawn where a whole picture is timed; shapes: of a call's inputs; ratios: how many
+    times as fast as others each engine is."""
 
     schema_version: int
     engine: str
     batch_size: int
-    image: PictureRow
+    image: dict[str, float]
     shapes: dict[str, list[int]]
     interleaved: bool
     threads: int

@@ -48,7 +48,7 @@ from pipeline.verify.probe import Beside, ProbedGraph
 from pipeline.verify.reference_hooks import ARITHMETICS
 from pipeline.verify.report import Gate, LayerResult, Report, write_layers_csv
 from pipeline.verify.segments import SegmentCheck
-from pipeline.verify.study import Realisations, Study, layer_input_db, study
+from pipeline.verify.study import Realisations, Study, study
 
 if TYPE_CHECKING:
     import torch
@@ -245,7 +245,7 @@ def layer_results(
     """Every linear of one target in `calls`, of which the first are those of `steps`, out of `Study.probed`. `segments`
     is told of each, and needs them to be all, in the order of computation; beside the linear itself, with `threads`.
     beside: see `ProbedGraph.probes`."""
-    by_name, places = {layer.name: layer for layer in layers}, [study.probed.index(step) for step in steps]
+    by_name = {layer.name: layer for layer in layers}
     results, known, outputs = [], ("", b""), list[Arrays]()
     oracle: ActivationOracle | None = None
     of_layers = probed.probes(list(by_name), list(calls.values()), outputs, beside)
@@ -262,15 +262,13 @@ def layer_results(
         checked, *_ = side_by_side(work, threads)
         assert checked is not None
         check, oracle = checked
-        recorded = study.layer_inputs.get(name, [])
-        reference = [recorded[place] for place in places if place < len(recorded)]
         result = LayerResult(
             target=target,
             path=row.path,
             activation_format=activation_label(layer),
             codes_equal_share=1 - check.codes_different / check.codes,
             codes_limit_share=1 - check.codes_ambiguous / check.codes,
-            input_sqnr_db=layer_input_db(reference, [probe.x for probe in probes[: len(steps)]]),
+            input_sqnr_db=study.input_db(name, {step: probe.x for step, probe in zip(steps, probes, strict=False)}),
             input_limit_db=single.layer_db.get(name, math.nan),
             weight_sqnr_db=study.weight_db(layer, modules[name]),
             calls=worst_calls(layer, dict(zip(calls, probes, strict=True)), check),

@@ -9,7 +9,7 @@ A target that computes parts in FP16 is measured against float32 runs that round
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import count
@@ -114,17 +114,22 @@ class Study:
             self._weights_db[layer.name] = sqnr_db(weight, layer.dequantized())
         return self._weights_db[layer.name]
 
+    def input_db(self, layer: str, inputs: Mapping[int, Array]) -> float:
+        """SQNR of a layer's inputs by step, all together; nan where other shapes were recorded, or none."""
+        recorded = dict(zip(self.probed, self.layer_inputs.get(layer, ()), strict=False))
+        expected = [recorded[step] for step in inputs if step in recorded]
+        if [array.shape for array in expected] != [array.shape for array in inputs.values()]:
+            return float("nan")
+        return sqnr_db(np.concatenate(expected), np.concatenate(list(inputs.values())))
+
     @property
     def calls_quant_db(self) -> list[float]:
         """Reference against float model, every sample of the pools."""
-        pairs = [(self.pool_plain[name], exact) for name, exact in self.pool_exact.items()]
-        return [sqnr_db(*sample) for pair in pairs for sample in zip(*pair, strict=True)]
+        return _samples_db(self.pool_plain, self.pool_exact)
 
     def pools_db(self, run: Run) -> list[float]:
         """A denoiser against the float64 reference, every sample of the pools."""
-        outputs = {name: run(inputs)["sample"] for name, inputs in self.pools.items()}
-        pairs = [(exact, outputs[name]) for name, exact in self.pool_exact.items()]
-        return [sqnr_db(*sample) for pair in pairs for sample in zip(*pair, strict=True)]
+        return _samples_db(self.pool_exact, {name: run(inputs)["sample"] for name, inputs in self.pools.items()})
 
     @property
     def quant_db(self) -> list[float]:
@@ -282,6 +287,11 @@ def _add_hits(study: Study, engine: ReferenceEngine, single: Realisations) -> No
                 single.hit_calls_db = study.pools_db(engine.run)
 
 
+def _samples_db(expected: dict[str, Array], actual: dict[str, Array]) -> list[float]:
+    """Of all samples of all pools."""
+    return [sqnr_db(*pair) for name in expected for pair in zip(expected[name], actual[name], strict=True)]
+
+
 def _samples(errors: Sequence[StepErrors]) -> list[float]:
     return [value for run in errors for value in run.samples_db]
 
@@ -295,10 +305,3 @@ def _run_float(study: Study, engine: ReferenceEngine) -> None:
     study.pictures["float"], first = _drawn(study, engine.run)
     study.plain = [first["sample"], *(engine.run(call)["sample"] for call in study.calls[1:])]
     study.pool_plain = {name: engine.run(inputs)["sample"] for name, inputs in study.pools.items()}
-
-
-def layer_input_db(reference: Sequence[Array], inputs: Sequence[Array]) -> float:
-    """SQNR of a layer's inputs over all probed steps; nan where the shapes do not fit."""
-    if [array.shape for array in reference] != [array.shape for array in inputs]:
-        return float("nan")
-    return sqnr_db(np.concatenate(reference), np.concatenate(inputs))

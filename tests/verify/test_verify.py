@@ -30,7 +30,7 @@ from pipeline.verify.probe import ProbedGraph
 from pipeline.verify.proof import verify
 from pipeline.verify.reference_hooks import Comparison, Recorder, half_parts, hooked, jittered
 from pipeline.verify.report import Gate
-from pipeline.verify.study import Realisations, StepErrors, Study, layer_input_db
+from pipeline.verify.study import Realisations, StepErrors, Study
 from tests.support import tiny
 from tests.support.hand_lowered import linear, lower
 from tests.support.portable import random_linear
@@ -302,7 +302,11 @@ def test_half_parts_rounds_operands_and_result() -> None:
 
 
 def test_inputs_of_another_shape_cannot_be_compared() -> None:
-    assert math.isnan(layer_input_db([np.ones((2, 3))], [np.ones((3, 3))]))
+    found, ones = _study([50] * 4), np.ones((2, 3), np.float32)
+    found.probed, found.layer_inputs = (0, 3), {"a": [ones, 2 * ones]}
+    assert found.input_db("a", {3: 2 * ones}) == math.inf and found.input_db("a", {0: 2 * ones}) == 0
+    for layer, inputs in (("a", {0: np.ones((3, 3))}), ("a", {1: ones}), ("b", {0: ones})):
+        assert math.isnan(found.input_db(layer, inputs))
 
 
 def test_example_prompts_are_understood_and_repeatable() -> None:
