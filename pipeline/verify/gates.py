@@ -379,16 +379,16 @@ def quantization_gates(study: Study, recipe: Recipe) -> list[Gate]:
     pictures = pictures_db(study, study.pictures["float"])
     psnr = float(np.median(pictures))
     budget = "what quantization costs against the float model; the limit is the recipe's budget"
-    gates = [
-        Gate("quant_sqnr_db", sqnr, recipe.budgets.quant_sqnr_db, "dB", f"steps: {budget}", at_most=False),
-        Gate("final_psnr_fp_db", psnr, recipe.budgets.final_psnr_fp_db, "dB", f"pictures: {budget}", at_most=False),
-    ]
-    places = (f"step {_worst_place(study.quant_db)}", f"picture {_worst_place(pictures)}")
-    pairs = zip(gates, places, strict=True)
-    return [
-        gate if gate.passed else replace(gate, why=f"{gate.why}; worst in {where}: {TOO_COARSE}")
-        for gate, where in pairs
-    ]
+    rows = (
+        ("quant_sqnr_db", sqnr, recipe.budgets.quant_sqnr_db, "step", study.quant_db),
+        ("final_psnr_fp_db", psnr, recipe.budgets.final_psnr_fp_db, "picture", pictures),
+    )
+    gates = []
+    for name, value, limit, unit, values in rows:
+        gate = Gate(name, value, limit, "dB", f"{unit}s: {budget}", at_most=False)
+        worst = f"; worst in {unit} {_worst_place(values)}: {TOO_COARSE}"
+        gates.append(gate if gate.passed else replace(gate, why=gate.why + worst))
+    return gates
 
 
 TOO_COARSE = "formats too narrow or groups too large for this model, or a calibration that went wrong"

@@ -246,14 +246,14 @@ def layer_results(
     is told of each, and needs them to be all, in the order of computation; beside the linear itself, with `threads`.
     beside: see `ProbedGraph.probes`."""
     by_name = {layer.name: layer for layer in layers}
-    results, known, outputs = [], ("", b""), list[Arrays]()
-    oracle: ActivationOracle | None = None
+    results, outputs = [], list[Arrays]()
+    known: tuple[tuple[str, bytes], ActivationOracle] | None = None
     of_layers = probed.probes(list(by_name), list(calls.values()), outputs, beside)
     for name, probes in track(of_layers, len(by_name), f"verify {target}: linears"):
         layer, row = by_name[name], probed.rows[name]
         quantizer = (row.x, quantizer_key(layer))
-        shared = oracle if quantizer == known else None  # q, k and v read one quantizer and follow each other
-        known = quantizer
+        # q, k and v read one quantizer and follow each other.
+        shared = None if known is None or known[0] != quantizer else known[1]
         work: list[Callable[[], tuple[LinearCheck, ActivationOracle] | None]] = [
             partial(_checked, layer, probes, shared)
         ]
@@ -261,7 +261,7 @@ def layer_results(
             work.append(partial(segments.at, name, probes))
         checked, *_ = side_by_side(work, threads)
         assert checked is not None
-        check, oracle = checked
+        check, known = checked[0], (quantizer, checked[1])
         result = LayerResult(
             target=target,
             path=row.path,
