@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
+from functools import cache
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -12,7 +13,6 @@ from numpy.typing import NDArray
 
 from pipeline.backends.base import LARGE_ELEMENTS, Arithmetic
 from pipeline.distance import ratio_db
-from pipeline.verify.noise import Noise
 from pipeline.verify.oracle import ROUNDING
 
 if TYPE_CHECKING:
@@ -32,6 +32,11 @@ MOVES = frozenset(
     ("arange", "cat", "clone", "constant_pad_nd", "copy_", "detach", "embedding", "empty", "full", "gather", "index",
      "index_select", "lift_fresh", "new_zeros", "ones", "repeat", "stack", "zeros", "_to_copy", "_unsafe_view")
 )  # fmt: skip
+
+# Numbers of the table: those of the hidden layer of 900 tokens at true size, 16 MiB. A larger tensor gets them again.
+NUMBERS = 2**22
+# Of the table, apart from the seeds that runs have: a run's own draws have nothing to do with it.
+TABLE_SEED = 2**40 + 1
 
 
 @dataclass
@@ -76,6 +81,44 @@ class Comparison:
     def sqnr_db(self) -> dict[str, float]:
         """By layer, over all compared calls."""
         return {name: ratio_db(*powers) for name, powers in self.powers.items()}
+
+
+@cache
+def _table(dtype: torch.dtype) -> torch.Tensor:
+    """[2 * NUMBERS], uniform in [-1, 1): the numbers twice, so that a slice of NUMBERS may begin anywhere."""
+    import torch
+
+    numbers = torch.rand(NUMBERS, generator=torch.Generator().manual_seed(TABLE_SEED), dtype=dtype) * 2 - 1
+    return numbers.repeat(2)
+
+
+class Noise:
+    """Numbers uniform in [-1, 1) for one run, from its seed.
+
+    A jittered run moves every result of every operation. Drawing as many new random numbers as the model computes takes
+    longer than computing it; slices of one table that begin at random places are as good: no two operations meet the
+    same numbers at the same places but by chance.
+    """
+
+    def __init__(self, seed: int) -> None:
+        import torch
+
+        self._generator = torch.Generator().manual_seed(seed)
+
+    def moved(self, value: torch.Tensor, size: torch.Tensor, factor: float) -> torch.Tensor:
+        """value + factor * size * noise, for value and size of one shape and one float type."""
+        import torch
+
+        noise = self._slice(value.numel(), value.dtype).view(value.shape)
+        return torch.addcmul(value, size, noise, value=factor)
+
+    def _slice(self, count: int, dtype: torch.dtype) -> torch.Tensor:
+        import torch
+
+        first = int(torch.randint(NUMBERS, (), generator=self._generator))
+        if count <= NUMBERS:
+            return _table(dtype)[first : first + count]
+        return _table(dtype)[first : first + NUMBERS].repeat(-(-count // NUMBERS))[:count]
 
 
 @contextmanager
