@@ -56,10 +56,10 @@ class Setting(StrEnum):
 class Traits:
     """What is special about one sample of one call.
 
-    batch: samples of the call, `place`: which it is. tokens: the longest caption's, None without one. mask: "full",
-    "partial" or "empty", None without one. latent: the largest of its latents. other_timestep, other_condition,
-    other_mask: than the first sample's. setting: what the call was made for, None for its size. rows: the samples of
-    the call, of their pool.
+    batch: samples of the call, `place`: which it is. tokens: the longest caption's, None without one. mask: "full", or
+    "partial" or "empty" if one of several is, None without one. latent: the largest of its latents. other_timestep,
+    other_condition, other_mask: than the first sample's. setting: what the call was made for, None for its size. rows:
+    the samples of the call, of their pool.
     """
 
     batch: int
@@ -84,11 +84,11 @@ def traits_of(
 ) -> Traits:
     """Of sample `place` of a call with these inputs."""
     batch = len(inputs["hidden_states"])
-    with_rows = {name: array for name, array in inputs.items() if array.ndim and len(array) == batch}
-    condition = {name: array for name, array in with_rows.items() if name not in ("hidden_states", "timestep")}
+    of_samples = {name: array for name, array in inputs.items() if array.ndim and len(array) == batch}
+    condition = {name: array for name, array in of_samples.items() if name not in ("hidden_states", "timestep")}
     captions = [array.shape[1] for array in condition.values() if array.ndim == 3]
     of_masks = [array for name, array in condition.items() if "mask" in name]
-    masks = [array[place] for array in of_masks]
+    seen = [float(np.mean(array[place] != 0)) for array in of_masks]  # shares of the tokens
     labels = [int(array[place]) for name, array in condition.items() if name == "class_labels"]
     times = np.broadcast_to(inputs["timestep"], batch)
     return Traits(
@@ -97,7 +97,7 @@ def traits_of(
         timestep=float(times[place]),
         latent=float(np.abs(inputs["hidden_states"][place]).max()),
         tokens=max(captions, default=None),
-        mask=_fullness(masks) if masks else None,
+        mask=None if not seen else "empty" if 0 in seen else "partial" if min(seen) < 1 else "full",
         label=labels[0] if labels else None,
         other_timestep=bool(times[place] != times[0]),
         other_condition=any(not np.array_equal(array[place], array[0]) for array in condition.values()),
@@ -105,12 +105,6 @@ def traits_of(
         setting=setting,
         rows=rows,
     )
-
-
-def _fullness(masks: Sequence[Array]) -> str:
-    """Of the masks of one sample: "empty" or "partial" if one is."""
-    shares = [float(np.mean(mask != 0)) for mask in masks]
-    return "empty" if 0 in shares else "partial" if min(shares) < 1 else "full"
 
 
 # --- signs ----------------------------------------------------------------------------------------------------------
@@ -137,13 +131,6 @@ def sign_of(output: Array, row: int, exact: Array, rows: Sequence[int]) -> Sign 
     if not actual.any():
         return Sign("zeros", "all numbers are zero: nothing was written")
     return _of_another(actual, power, row, exact, rows) or _factor(expected, difference) or _channels(difference)
-
-
-def other_shape(shape: tuple[int, ...], expected: tuple[int, ...]) -> Sign:
-    """Of a result that has another shape than the reference's."""
-    return Sign(
-        "shape", f"the shape is {shape} in place of {expected}: an axis that should vary is fixed in the engine"
-    )
 
 
 def _of_another(actual: Array, power: float, row: int, exact: Array, rows: Sequence[int]) -> Sign | None:

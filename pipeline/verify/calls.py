@@ -22,7 +22,7 @@ from pipeline.generate.case import Case, Run, is_large
 from pipeline.generate.sampling import TRAIN_STEPS, make_sampler, take_samples
 from pipeline.progress import ending_with, raise_if_stopped
 from pipeline.signals import as_completed
-from pipeline.verify.call_patterns import NO_TRAITS, Setting, Sign, Traits, other_shape, sign_of, traits_of
+from pipeline.verify.call_patterns import NO_TRAITS, Setting, Sign, Traits, sign_of, traits_of
 
 if TYPE_CHECKING:
     from export.models.families import Input
@@ -193,7 +193,9 @@ def sample_errors(call: Call, exact: dict[str, Array], output: Array) -> list[Sa
     expected = exact[call.pool][list(call.rows)]
     if output.shape != expected.shape:
         values = [float("nan")] * len(expected)
-        signs: list[Sign | None] = [other_shape(output.shape, expected.shape)] * len(expected)
+        shapes = f"the shape is {output.shape} in place of {expected.shape}"
+        sign = Sign("shape", f"{shapes}: an axis that should vary is fixed in the engine")
+        signs: list[Sign | None] = [sign] * len(expected)
     else:
         values = [sqnr_db(*pair) for pair in zip(expected, output, strict=True)]
         signs = [sign_of(one, row, exact[call.pool], call.rows) for one, row in zip(output, call.rows, strict=True)]
@@ -237,47 +239,47 @@ def state_result(
     def variation(setting: Setting, call: Call, inputs: Arrays | None = None) -> Call:
         return replace(call, setting=setting, text=f"{pair.text}, {setting}", inputs=inputs or call.inputs)
 
-    made = _Repeats(run, calls_before)
+    repeats = _Repeats(run, calls_before)
     pool = pools[pair.pool]
     first, second, last = pair.rows[0], pair.rows[1], len(pool["timestep"]) - 1
     orders = (first, second), (first, last), (second, last), (last, first)
     changed = [variation(Setting.CHANGED, rows_of(pair.pool, rows, pool, model.shared)) for rows in orders]
-    outputs = [made.judged(call) for call in changed]
-    made.judged(changed[1], outputs[1])  # the same samples as in the call before, in the other order
+    outputs = [repeats.judged(call) for call in changed]
+    repeats.judged(changed[1], outputs[1])  # the same samples as in the call before, in the other order
 
     arrays = {name: value.copy() for name, value in changed[2].inputs.items()}  # another condition than the call before
     in_place = variation(Setting.IN_PLACE, changed[1], arrays)
-    made.output(in_place)
+    repeats.output(in_place)
     for name, value in changed[1].inputs.items():
         arrays[name][...] = value
-    made.judged(in_place, outputs[1])
+    repeats.judged(in_place, outputs[1])
 
     masked = {row.name: _half(changed[2].inputs[row.name]) for row in model.inputs if row.fill == "mask"}
     unmasked = variation(Setting.MASK_ALONE, changed[2])
     other_mask = replace(unmasked, inputs=unmasked.inputs | masked)
-    of_other_mask = made.output(other_mask)
-    made.judged(unmasked, outputs[2])
-    made.output(other_mask, of_other_mask)
-    made.judged(changed[2], outputs[2])
+    of_other_mask = repeats.output(other_mask)
+    repeats.judged(unmasked, outputs[2])
+    repeats.output(other_mask, of_other_mask)
+    repeats.judged(changed[2], outputs[2])
 
     near = variation(Setting.NEAR, changed[2], changed[2].inputs | _nearly_the_same(model, changed[2].inputs))
-    after_its_like = made.output(near)
-    made.output(variation(Setting.NAN_FIRST, changed[3], with_nan(changed[3].inputs)), _spoilt(outputs[3], reach))
-    made.output(near, after_its_like)  # after another condition
+    after_its_like = repeats.output(near)
+    repeats.output(variation(Setting.NAN_FIRST, changed[3], with_nan(changed[3].inputs)), _spoilt(outputs[3], reach))
+    repeats.output(near, after_its_like)  # after another condition
 
-    alone = made.output(single)
-    while made.count < STEADY_CALL - 1:
-        made.output(single)
-    made.judged(replace(single, setting=Setting.STEADY, text=f"call {made.count + 1}"), alone)
+    alone = repeats.output(single)
+    while repeats.count < STEADY_CALL - 1:
+        repeats.output(single)
+    repeats.judged(replace(single, setting=Setting.STEADY, text=f"call {repeats.count + 1}"), alone)
 
     threads = [variation(Setting.THREADS, call) for call in changed[2:]]
     rounds = LARGE_THREAD_ROUNDS if is_large(model) else THREAD_ROUNDS
-    for call, several, earlier in zip(threads, _at_once(threads, made.run, rounds), outputs[2:], strict=True):
-        made.equal += [(call, output, earlier) for output in several]
-        made.answers += [(call, output) for output in several]
+    for call, several, earlier in zip(threads, _at_once(threads, repeats.run, rounds), outputs[2:], strict=True):
+        repeats.equal += [(call, output, earlier) for output in several]
+        repeats.answers += [(call, output) for output in several]
 
-    errors = [error for call, output in made.answers for error in sample_errors(call, exact, output)]
-    unequal = [(call, _unequal(output, earlier)) for call, output, earlier in made.equal]
+    errors = [error for call, output in repeats.answers for error in sample_errors(call, exact, output)]
+    unequal = [(call, _unequal(output, earlier)) for call, output, earlier in repeats.equal]
     first_unequal = next((call for call, count in unequal if count), None)
     return StateResult(errors, sum(count for _, count in unequal), first_unequal)
 

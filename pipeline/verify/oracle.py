@@ -283,11 +283,11 @@ def check_linear(layer: QuantizedLinear, probe: LinearProbe, oracle: ActivationO
         products = (exact_sums(integers, weight, probe.gemm.shape[1] if probe.gemm.ndim == 3 else 1),)
     else:
         products = _float_products(layer, weight, probe, oracle, integers)
-    checks = []
+    parts = []
     for rows in row_blocks(len(probe.x), max(probe.x.shape[1], layer.out_features)):
         of_rows = [product[rows] for product in products]
-        checks.append(_check_rows(layer, weight, probe.of_rows(rows), oracle.of_rows(rows), integers[rows], of_rows))
-    of_all_rows = _joined(checks)
+        parts.append(_check_rows(layer, weight, probe.of_rows(rows), oracle.of_rows(rows), integers[rows], of_rows))
+    of_all_rows = _joined(parts)
     if probe.weight_operand is None:
         return of_all_rows
     expected = weight.dequantized.astype(np.float32).T
@@ -324,22 +324,22 @@ def _check_rows(
     )
 
 
-def _joined(checks: Sequence[LinearCheck]) -> LinearCheck:
+def _joined(parts: Sequence[LinearCheck]) -> LinearCheck:
     """Findings about all rows from those about some each: counts are added, of errors the largest stands (nan is)."""
 
     def largest(errors: Iterable[float]) -> float:
         return float(np.max(list(errors)))
 
     return LinearCheck(
-        codes=sum(check.codes for check in checks),
-        codes_different=sum(check.codes_different for check in checks),
-        codes_ambiguous=sum(check.codes_ambiguous for check in checks),
-        codes_inadmissible=sum(check.codes_inadmissible for check in checks),
-        gemm_max_abs_diff=largest(check.gemm_max_abs_diff for check in checks),
-        scale_error=largest(check.scale_error for check in checks),
-        output_error=largest(check.output_error for check in checks),
-        nonfinite=sum(check.nonfinite for check in checks),
-        operand_max_abs_diff=largest(check.operand_max_abs_diff for check in checks),
+        codes=sum(part.codes for part in parts),
+        codes_different=sum(part.codes_different for part in parts),
+        codes_ambiguous=sum(part.codes_ambiguous for part in parts),
+        codes_inadmissible=sum(part.codes_inadmissible for part in parts),
+        gemm_max_abs_diff=largest(part.gemm_max_abs_diff for part in parts),
+        scale_error=largest(part.scale_error for part in parts),
+        output_error=largest(part.output_error for part in parts),
+        nonfinite=sum(part.nonfinite for part in parts),
+        operand_max_abs_diff=largest(part.operand_max_abs_diff for part in parts),
     )
 
 
