@@ -4,7 +4,7 @@ A pass of the PyTorch module stops at each quantized linear. There its input, wh
 what the engine's earlier linears gave, is compared with the engine's own; then the pass goes on with the engine's
 output. So no stretch sees the errors of the linears, or a flipped code, and each is judged by its own roundings.
 
-The limit of a stretch is what rounding may do in it, measured on the same inputs: REALISATIONS further passes in the
+The limit of a stretch is what rounding may do in it, measured on the same inputs: PASSES further ones in the
 target's arithmetic, in which every operation rounds once by itself and moves its result by up to JITTER_ULPS more.
 """
 
@@ -31,7 +31,8 @@ if TYPE_CHECKING:
 
     from export.models.load import LoadedModel
 
-REALISATIONS = 4
+# At most SUMS_SEED: no two generators of them have one seed.
+PASSES = 4
 # A runtime's operation is within two units in the last place of PyTorch's: exponentials, tanh and erf by polynomials,
 # divisions by a product with a reciprocal, sums in another order over a few terms.
 JITTER_ULPS = 2.0
@@ -95,10 +96,10 @@ class SegmentReference:
         return self._order
 
     def walks(self, inputs: Arrays, arithmetic: Arithmetic) -> list[Walk]:
-        """One exact pass and REALISATIONS in `arithmetic` with jitter."""
+        """One exact pass and PASSES in `arithmetic` with jitter."""
         exact, single = (tensors_of(inputs, dtype) for dtype in self._types)
         module = self._single[arithmetic]
-        jittered = [Walk(module, single, partial(self._jittered, arithmetic, seed)) for seed in range(REALISATIONS)]
+        jittered = [Walk(module, single, partial(self._jittered, arithmetic, seed)) for seed in range(PASSES)]
         return [Walk(self._exact, exact, nullcontext), *jittered]
 
     @contextmanager

@@ -19,11 +19,12 @@ from export.models import load as models
 from pipeline.verify.calls import SampleError
 from pipeline.verify.gates import ROUNDED_DB, calls_gates
 from pipeline.verify.oracle import LinearProbe
-from pipeline.verify.reference_hooks import operations_jittered
+from pipeline.verify.reference_hooks import SUMS_SEED, operations_jittered
 from pipeline.verify.segments import (
     JITTER_ULPS,
     LIMIT,
     PART_LIMIT,
+    PASSES,
     SHARED_LIMIT,
     SegmentCheck,
     SegmentReference,
@@ -225,6 +226,10 @@ def test_the_pattern_of_an_error_says_where_to_look(place: tuple[Any, ...], text
     exact, difference = rng.standard_normal((3, 64, 128)), np.zeros((3, 64, 128))
     difference[place] = _noise(rng, difference[place].shape, 1e-2)
     assert text in diagnose(exact, difference)
+
+
+def test_no_two_generators_of_the_passes_have_one_seed() -> None:
+    assert PASSES <= SUMS_SEED
 
 
 def test_jitter_moves_what_rounds_and_leaves_what_moves() -> None:
