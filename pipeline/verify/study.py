@@ -53,14 +53,12 @@ HIT_DB, HIT_SHARE = 100.0, 0.75
 
 @dataclass(frozen=True)
 class StepErrors:
-    """A denoiser against the float64 reference on every step's inputs: SQNR in dB of each step, and of each sample of
-    each step (prompted and unprompted, [n_steps * batch]); how many output values are not finite; `samples`: the same
-    with what is special about each."""
+    """A denoiser against the float64 reference on every step's inputs: SQNR in dB of each step; how many output values
+    are not finite; each sample of each step (prompted and unprompted, [n_steps * batch])."""
 
     steps_db: list[float]
-    samples_db: list[float]
     nonfinite: int
-    samples: list[SampleError] = field(default_factory=list)
+    samples: list[SampleError]
 
 
 @dataclass
@@ -150,7 +148,6 @@ class Study:
         samples = [error for i, pair in zip(steps, pairs, strict=True) for error in self._sample_errors(i, *pair)]
         return StepErrors(
             [sqnr_db(exact, output) for exact, output in pairs],
-            [error.sqnr_db for error in samples],
             sum(int(np.count_nonzero(~np.isfinite(output))) for output in outputs),
             samples,
         )
@@ -293,7 +290,7 @@ def _samples_db(expected: dict[str, Array], actual: dict[str, Array]) -> list[fl
 
 
 def _samples(errors: Sequence[StepErrors]) -> list[float]:
-    return [value for run in errors for value in run.samples_db]
+    return [sample.sqnr_db for run in errors for sample in run.samples]
 
 
 def most_are_hit(samples_db: Sequence[float]) -> bool:

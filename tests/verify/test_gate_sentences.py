@@ -57,13 +57,13 @@ def test_numbers_that_are_not_finite_name_the_first_layer_or_else_the_call() -> 
     assert gates_of(rows)["finite"].why.endswith(f"; first in b, in {CALL}: there or before it {NONFINITE}")
     errors = [SampleError("step 1", 0, 50.0, "p", 0), SampleError("step 2", 1, math.nan, "p", 1)]
     pictures = np.zeros((2, 3, 4, 4))
-    where = first_nonfinite(StepErrors([], [], 0, errors), pictures)
+    where = first_nonfinite(StepErrors([], 0, errors), pictures)
     assert where == "step 2, sample 1"
     said = gates_of([layer("a")], 5, where)["finite"].why
     assert said.endswith(f"; in no layer that was looked at, first in {where}: {NONFINITE}")
     pictures[1, 0, 0, 0] = np.inf
-    assert first_nonfinite(StepErrors([], [], 0, errors[:1]), pictures) == "picture 2 that the engine drew by itself"
-    assert first_nonfinite(StepErrors([], [], 0), pictures[:1]) is None
+    assert first_nonfinite(StepErrors([], 0, errors[:1]), pictures) == "picture 2 that the engine drew by itself"
+    assert first_nonfinite(StepErrors([], 0, []), pictures[:1]) is None
 
 
 def test_missing_linears_are_named() -> None:

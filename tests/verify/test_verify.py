@@ -24,6 +24,7 @@ from pipeline.generate.case import Case, example_prompts
 from pipeline.generate.conditioning import from_dict
 from pipeline.verify import probe as probing
 from pipeline.verify.call_patterns import Setting
+from pipeline.verify.calls import SampleError
 from pipeline.verify.gates import FACTOR_DB, NOT_IN_STEPS, ROUNDED_DB, TOO_COARSE, end_gates, quantization_gates
 from pipeline.verify.oracle import ROUNDING, LinearProbe, LinearWeight, activation_oracle, check_linear, exact_sums
 from pipeline.verify.probe import ProbedGraph
@@ -202,18 +203,22 @@ def _realisations(errors: list[StepErrors], pictures: list[Any]) -> Realisations
     return Realisations(errors, hit_errors=errors, hit_pictures=pictures)
 
 
+def _errors(steps_db: list[float], samples_db: list[float]) -> StepErrors:
+    return StepErrors(steps_db, 0, [SampleError("step 1", i, value, "step 1", i) for i, value in enumerate(samples_db)])
+
+
 def _study(fp32: list[float], quant_noise: float = 0.1, n_steps: int = 2) -> Study:
     """A study whose outputs are ones; the float model is off by `quant_noise`, float32 samples by `fp32` dB."""
     ones = np.ones((2, 3, 4, 4))
     case = Case(("one", "two"), ({}, {}), ones.astype(np.float32), "flow_euler", 1000.0, n_steps, 1.0, "pixels")
     found = Study(case, exact=[ones] * n_steps, plain=[ones + quant_noise] * n_steps)
-    found.float32 = {"fp32": _realisations([StepErrors(fp32[:n_steps], fp32, 0)], [ones + 0.01])}
+    found.float32 = {"fp32": _realisations([_errors(fp32[:n_steps], fp32)], [ones + 0.01])}
     found.pictures = {"reference": ones, "float": ones + quant_noise}
     return found
 
 
 def _gates(found: Study, samples: list[float], picture_error: float = 0.01) -> dict[str, Gate]:
-    errors = StepErrors(samples[:2], samples, 0)
+    errors = _errors(samples[:2], samples)
     gates = end_gates("cpu", errors, found.pictures["reference"] + picture_error, found, found.float32["fp32"])
     return {gate.name.removeprefix("cpu/"): gate for gate in gates}
 
