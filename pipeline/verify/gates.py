@@ -234,14 +234,10 @@ def end_gates(target: str, errors: StepErrors, pictures: Array, study: Study, si
     quarter = _quarter([sample.sqnr_db for run in single.errors for sample in run.samples])
     worst_picture = np.min([value for drawn in single.hit_pictures for value in pictures_db(study, drawn)])
     step_cost, picture_cost = np.min(study.quant_db), np.min(pictures_db(study, study.pictures["float"]))
+    samples_db = [sample.sqnr_db for sample in errors.samples]
     rows = [
         ("step_sqnr_db", np.min(errors.steps_db), (worst_step, step_cost), "worst step"),
-        (
-            "median_sqnr_db",
-            np.median([sample.sqnr_db for sample in errors.samples]),
-            (quarter, step_cost),
-            "lower quartile",
-        ),
+        ("median_sqnr_db", np.median(samples_db), (quarter, step_cost), "lower quartile"),
     ]
     gates = [_end_gate(f"{target}/{name}", value, limits, statistic) for name, value, limits, statistic in rows]
     gates = [_with_cause(gate, errors.samples, STEP_TRAITS) for gate in gates]
