@@ -84,8 +84,8 @@ def traits_of(
 ) -> Traits:
     """Of sample `place` of a call with these inputs."""
     batch = len(inputs["hidden_states"])
-    of_samples = {name: array for name, array in inputs.items() if array.ndim and len(array) == batch}
-    condition = {name: array for name, array in of_samples.items() if name not in ("hidden_states", "timestep")}
+    with_rows = {name: array for name, array in inputs.items() if array.ndim and len(array) == batch}
+    condition = {name: array for name, array in with_rows.items() if name not in ("hidden_states", "timestep")}
     captions = [array.shape[1] for array in condition.values() if array.ndim == 3]
     of_masks = [array for name, array in condition.items() if "mask" in name]
     seen = [float(np.mean(array[place] != 0)) for array in of_masks]  # shares of the tokens
