@@ -278,7 +278,7 @@ def benched(work: WorkFolder, model: LoadedModel, facts: manifest.BuildFacts) ->
         threads = machine.threads()
         with opened(work.bundle, measured(facts.results), threads) as engines:
             others = baselines(model, facts.recipe, work.scratch("bench"), threads)
-            document: dict[str, object] = bench(model, engines, facts.recipe, work.bundle, others, threads)
+            document = bench(model, engines, facts.recipe, work.bundle, others, threads)
         remove(work.path / "bench")
         write_json(work.bundle / "bench.json", document)
         (work.path / MEASURED).write_text(measured_section(document), encoding="utf-8")

@@ -16,7 +16,7 @@ from functools import cache
 from importlib import metadata
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import TypedDict
 
 from export.errors import EnvironmentLacksError, RecipeError, ResourceError
 
@@ -184,8 +184,19 @@ def _text(path: Path) -> str:
         return ""
 
 
-def facts() -> dict[str, Any]:
-    """What the manifest says of the machine: nothing that changes between two runs on it."""
+class Facts(TypedDict):
+    """What documents say of a machine: nothing that changes between two runs on it."""
+
+    system: str
+    architecture: str
+    cpu: str
+    cpu_flags: list[str]
+    cpus: int
+    memory_bytes: int
+
+
+def facts() -> Facts:
+    """Of this machine."""
     import psutil
 
     return {

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from pipeline.backends.base import Arrays, Engine
+from pipeline.backends.sessions import opened, session_options
 from pipeline.files import tree
 from pipeline.recipe import Recipe
 
@@ -109,14 +110,8 @@ def quantize_int8(source: Path, destination: Path) -> None:
 
 
 def open_stock_session(path: Path, threads: int = 0) -> InferenceSession:
-    """onnxruntime as it comes, but for idle threads, which sleep: several sessions would steal each other's cores."""
-    import onnxruntime as ort
-
-    options = ort.SessionOptions()
-    options.log_severity_level = 3
-    options.intra_op_num_threads = threads
-    options.add_session_config_entry("session.force_spinning_stop", "1")
-    return ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    """onnxruntime as it comes, but for idle threads, which sleep; threads 0: as many as `machine.threads` allows."""
+    return opened(path, session_options(threads))
 
 
 def _onnxruntime(name: str, path: Path, threads: int) -> Contestant:

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import NotRequired, TypedDict
 
 import numpy as np
 
@@ -26,12 +26,47 @@ from pipeline.recipe import Recipe
 SCHEMA_VERSION = 1
 # Rounds are as many as fit into the time, within these bounds: a median of three is the least that ignores an outlier.
 CALLS_BUDGET_S, CALL_ROUNDS = 20.0, (3, 30)
-IMAGES_BUDGET_S, IMAGE_ROUNDS = 40.0, (3, 10)
+PICTURES_BUDGET_S, PICTURE_ROUNDS = 40.0, (3, 10)
 # bfloat16 of 600 M parameters takes 15 s a call where the processor lacks it, 50 times the engine's.
 ALONE_SHARE = 0.4
 MILLISECONDS = 1e3
-# bench.json, or one row of it.
-Document = dict[str, Any]
+
+
+class Spread(TypedDict):
+    """Times of one contestant in ms. derived: how they were computed, where they were not measured."""
+
+    median: float
+    p10: float
+    p90: float
+    rounds: int
+    derived: NotRequired[str]
+
+
+class ContestantRow(TypedDict):
+    """peak_rss_bytes: None where memory could not be measured."""
+
+    call_ms: Spread
+    image_ms: Spread
+    weights_bytes: int
+    peak_rss_bytes: int | None
+
+
+class Document(TypedDict):
+    """bench.json. image: what is drawn where a whole picture is timed; shapes: of a call's inputs; ratios: how many
+    times as fast as others each engine is."""
+
+    schema_version: int
+    engine: str
+    batch_size: int
+    image: dict[str, float]
+    shapes: dict[str, list[int]]
+    interleaved: bool
+    threads: int
+    contestants: dict[str, ContestantRow]
+    ratios: dict[str, dict[str, float]]
+    tools: dict[str, str]
+    code: str
+    machine: machine.Facts
 
 
 @dataclass(frozen=True)
@@ -41,11 +76,13 @@ class Timing:
     seconds: tuple[float, ...]
     derived: bool = False
 
-    def to_row(self) -> Document:
-        """Median, 10th and 90th percentile in milliseconds."""
-        p10, median, p90 = np.percentile(self.seconds, (10, 50, 90)) * MILLISECONDS
-        row = {"median": float(median), "p10": float(p10), "p90": float(p90), "rounds": len(self.seconds)}
-        return row | ({"derived": "steps x median call"} if self.derived else {})
+    def to_row(self) -> Spread:
+        """Median, 10th and 90th percentile."""
+        p10, median, p90 = map(float, np.percentile(self.seconds, (10, 50, 90)) * MILLISECONDS)
+        row: Spread = {"median": median, "p10": p10, "p90": p90, "rounds": len(self.seconds)}
+        if self.derived:
+            row["derived"] = "steps x median call"
+        return row
 
 
 def bench(
@@ -56,7 +93,7 @@ def bench(
     others: Sequence[Contestant],
     threads: int,
 ) -> Document:
-    """Measure `engines` (of the folder `bundle`) beside `others`: one denoiser call, and a whole image with guidance.
+    """Measure `engines` (of the folder `bundle`) beside `others`: one denoiser call, and a whole picture with guidance.
 
     Returns the document of bench.json. Engines that do not run on this machine are simply not in it. others: the
     baselines, or none; they are closed at the end. threads: what engines and baselines were opened with.
@@ -66,11 +103,11 @@ def bench(
     case = described_case(model, recipe, 1)
     runners = [Contestant.of_engine(name, engine, bundle) for name, engine in engines.items()] + list(others)
     calls = interleaved({row.name: partial(row.run, inputs) for row in runners}, CALLS_BUDGET_S, CALL_ROUNDS)
-    images = image_timings(runners, case, calls)
-    rows = {
+    pictures = picture_timings(runners, case, calls)
+    rows: dict[str, ContestantRow] = {
         row.name: {
             "call_ms": calls[row.name].to_row(),
-            "image_ms": images[row.name].to_row(),
+            "image_ms": pictures[row.name].to_row(),
             "weights_bytes": row.weights_bytes,
             "peak_rss_bytes": peak_memory(row, inputs),
         }
@@ -128,20 +165,20 @@ def _seconds(call: Callable[[], object]) -> float:
     return time.perf_counter() - started
 
 
-def image_timings(runners: list[Contestant], case: Case, calls: Mapping[str, Timing]) -> dict[str, Timing]:
-    """Whole images. Where a round of them would burst the budget, steps times the median call stands in, marked so.
+def picture_timings(runners: list[Contestant], case: Case, calls: Mapping[str, Timing]) -> dict[str, Timing]:
+    """Whole pictures. Where a round of them would burst the budget, steps times the median call stands in, marked so.
 
     A guided call has twice the rows of a plain one, which is counted.
     """
     guided = 2 if case.guidance_scale != 1.0 else 1
     expected = {name: float(np.median(row.seconds)) * case.n_steps * guided for name, row in calls.items()}
-    if sum(expected.values()) * (IMAGE_ROUNDS[0] + 1) > IMAGES_BUDGET_S:
+    if sum(expected.values()) * (PICTURE_ROUNDS[0] + 1) > PICTURES_BUDGET_S:
         return {name: Timing((seconds,), derived=True) for name, seconds in expected.items()}
     draws = {row.name: partial(case.draw, row.run) for row in runners}
-    return interleaved(draws, IMAGES_BUDGET_S, IMAGE_ROUNDS)
+    return interleaved(draws, PICTURES_BUDGET_S, PICTURE_ROUNDS)
 
 
-def ratios(rows: Mapping[str, Document], engines: tuple[str, ...]) -> dict[str, dict[str, float]]:
+def ratios(rows: Mapping[str, ContestantRow], engines: tuple[str, ...]) -> dict[str, dict[str, float]]:
     """How many times faster each engine's call is than each baseline's, by medians of the same rounds."""
     medians = {name: row["call_ms"]["median"] for name, row in rows.items()}
     others = [name for name in medians if name not in engines]
@@ -165,7 +202,7 @@ def summary(document: Document) -> tuple[list[str], list[list[str]]]:
     ]
 
 
-def _figures(row: Document) -> list[str]:
+def _figures(row: ContestantRow) -> list[str]:
     call, picture, peak = row["call_ms"], row["image_ms"], row["peak_rss_bytes"]
     spread = f"{_milliseconds(call['p10'])}-{_milliseconds(call['p90'])}"
     times = [_milliseconds(call["median"]), spread, _milliseconds(picture["median"])]

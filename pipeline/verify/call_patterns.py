@@ -8,9 +8,10 @@ sample's. Several traits may fit, since few calls are made; all are named.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Hashable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import TYPE_CHECKING, Generic, TypeVar
 
 import numpy as np
 
@@ -19,11 +20,6 @@ from pipeline.distance import Array
 if TYPE_CHECKING:
     from pipeline.verify.calls import SampleError
 
-# What calls that test an engine's memory are called, behind their batch size.
-CHANGED, IN_PLACE, MASK_ALONE = "condition changed", "changed in place", "mask changed alone"
-NEAR = "condition nearly the same"
-NAN_FIRST, THREADS, STEADY = "NaN in the first sample", "2 threads", "steady state"
-PROMPTED, UNPROMPTED = "with a prompt", "without a prompt"
 # A result this near to the reference has no sign: float operations alone leave as much.
 NEAR_DB = 100.0
 # Share of an error's power that a factor must explain. It explains 1 / n of n numbers' noise, and about half where
@@ -42,14 +38,28 @@ EQUAL_DB = 1000.0
 USUAL_FACTOR, LARGE_EXPLAINED = 0.5, 0.95
 
 
+class Setting(StrEnum):
+    """What a call that tests an engine's memory was made for, and which half of a guided call a sample is of."""
+
+    CHANGED = "condition changed"
+    IN_PLACE = "changed in place"
+    MASK_ALONE = "mask changed alone"
+    NEAR = "condition nearly the same"
+    NAN_FIRST = "NaN in the first sample"
+    THREADS = "2 threads"
+    STEADY = "steady state"
+    PROMPTED = "with a prompt"
+    UNPROMPTED = "without a prompt"
+
+
 @dataclass(frozen=True)
 class Traits:
     """What is special about one sample of one call.
 
-    batch: samples of the call, `place`: which it is. tokens: the longest caption's, None without one. mask: "full",
-    "partial" or "empty", None without one. latent: the largest of its latents. other_timestep, other_condition,
-    other_mask: than the first sample's. setting: what the call was made for, None for its size. rows: the samples of
-    the call, of their pool.
+    batch: samples of the call, `place`: which it is. tokens: the longest caption's, None without one. mask: "full", or
+    "partial" or "empty" if one of several is, None without one. latent: the largest of its latents. other_timestep,
+    other_condition, other_mask: than the first sample's. setting: what the call was made for, None for its size. rows:
+    the samples of the call, of their pool.
     """
 
     batch: int
@@ -62,7 +72,7 @@ class Traits:
     other_timestep: bool = False
     other_condition: bool = False
     other_mask: bool = False
-    setting: str | None = None
+    setting: Setting | None = None
     rows: tuple[int, ...] = ()
 
 
@@ -70,7 +80,7 @@ NO_TRAITS = Traits(batch=1, place=0, timestep=math.nan, latent=math.nan)
 
 
 def traits_of(
-    inputs: Mapping[str, Array], place: int, setting: str | None = None, rows: tuple[int, ...] = ()
+    inputs: Mapping[str, Array], place: int, setting: Setting | None = None, rows: tuple[int, ...] = ()
 ) -> Traits:
     """Of sample `place` of a call with these inputs."""
     batch = len(inputs["hidden_states"])
@@ -78,7 +88,7 @@ def traits_of(
     condition = {name: array for name, array in with_rows.items() if name not in ("hidden_states", "timestep")}
     captions = [array.shape[1] for array in condition.values() if array.ndim == 3]
     of_masks = [array for name, array in condition.items() if "mask" in name]
-    masks = [array[place] for array in of_masks]
+    seen = [float(np.mean(array[place] != 0)) for array in of_masks]  # shares of the tokens
     labels = [int(array[place]) for name, array in condition.items() if name == "class_labels"]
     times = np.broadcast_to(inputs["timestep"], batch)
     return Traits(
@@ -87,7 +97,7 @@ def traits_of(
         timestep=float(times[place]),
         latent=float(np.abs(inputs["hidden_states"][place]).max()),
         tokens=max(captions, default=None),
-        mask=_fullness(masks) if masks else None,
+        mask=None if not seen else "empty" if 0 in seen else "partial" if min(seen) < 1 else "full",
         label=labels[0] if labels else None,
         other_timestep=bool(times[place] != times[0]),
         other_condition=any(not np.array_equal(array[place], array[0]) for array in condition.values()),
@@ -95,12 +105,6 @@ def traits_of(
         setting=setting,
         rows=rows,
     )
-
-
-def _fullness(masks: Sequence[Array]) -> str:
-    """Of the masks of one sample: "empty" or "partial" if one is."""
-    shares = [float(np.mean(mask != 0)) for mask in masks]
-    return "empty" if 0 in shares else "partial" if min(shares) < 1 else "full"
 
 
 # --- signs ----------------------------------------------------------------------------------------------------------
@@ -127,13 +131,6 @@ def sign_of(output: Array, row: int, exact: Array, rows: Sequence[int]) -> Sign 
     if not actual.any():
         return Sign("zeros", "all numbers are zero: nothing was written")
     return _of_another(actual, power, row, exact, rows) or _factor(expected, difference) or _channels(difference)
-
-
-def other_shape(shape: tuple[int, ...], expected: tuple[int, ...]) -> Sign:
-    """Of a result that has another shape than the reference's."""
-    return Sign(
-        "shape", f"the shape is {shape} in place of {expected}: an axis that should vary is fixed in the engine"
-    )
 
 
 def _of_another(actual: Array, power: float, row: int, exact: Array, rows: Sequence[int]) -> Sign | None:
@@ -167,25 +164,50 @@ def _channels(difference: Array) -> Sign | None:
 
 # --- traits ---------------------------------------------------------------------------------------------------------
 
-Value = Any  # a number, a word, or true or false: of one kind in each trait
-Words = Callable[[set[Value], set[Value]], str]
+# Numbers (also true and false), or words: of one kind in each trait.
+Value = TypeVar("Value", float, str)
+
+
+@dataclass(frozen=True, order=True)
+class Fit:
+    """A trait that all wrong samples have. right: how many right ones have one of their values; text: which values
+    these are, in words; cause: what is likely wrong."""
+
+    right: int
+    text: str
+    cause: str
 
 
 @dataclass(frozen=True)
-class Trait:
+class Trait(Generic[Value]):
     """One thing that samples differ in. value: None where a sample has none; words: name the wrong samples' values,
-    given those and the right ones'; ordered: only a threshold counts, as every sample has a value of its own."""
+    given those and the right ones'; ordered: only a threshold counts, as every sample has a value of its own. causes:
+    by value, in place of `cause`; then right samples may have no value."""
 
-    value: Callable[[SampleError], Value]
-    words: Words
-    cause: str
+    value: Callable[[SampleError], Value | None]
+    words: Callable[[set[Value], set[Value]], str]
+    cause: str = ""
     ordered: bool = False
+    causes: Mapping[str, str] = field(default_factory=dict)
+
+    def fit(self, errors: Sequence[SampleError], wrong: Sequence[bool]) -> Fit | None:
+        """None where a sample has no value, or the trait tells wrong samples from no right one."""
+        samples = [(self.value(error), is_wrong) for error, is_wrong in zip(errors, wrong, strict=True)]
+        if any(value is None and (is_wrong or not self.causes) for value, is_wrong in samples):
+            return None
+        bad = {value for value, is_wrong in samples if is_wrong and value is not None}
+        good = {value for value, is_wrong in samples if not is_wrong and value is not None}
+        right = sum(value in bad and not is_wrong for value, is_wrong in samples)
+        if right == wrong.count(False) or (self.ordered and (right or not min(bad) > max(good))):
+            return None
+        cause = "; or ".join(self.causes[value] for value in self.causes if value in bad)
+        return Fit(right, self.words(bad, good), cause or self.cause)
 
 
-def _numbers(form: str) -> Words:
+def _numbers(form: str) -> Callable[[set[float], set[float]], str]:
     """`form` with the values of the wrong samples, or the bound that they lie beyond."""
 
-    def words(wrong: set[Value], right: set[Value]) -> str:
+    def words(wrong: set[float], right: set[float]) -> str:
         first, last, several = min(wrong), max(wrong), len(wrong) > 1
         text = ", ".join(f"{value:g}" for value in sorted(wrong))
         if several and right and first > max(right):
@@ -198,36 +220,37 @@ def _numbers(form: str) -> Words:
     return words
 
 
-def _named(form: str) -> Words:
+def _named(form: str) -> Callable[[set[str], set[str]], str]:
     return lambda wrong, _: form.format(" or ".join(sorted(wrong)))
 
 
-def _said(text: str, otherwise: str) -> Words:
+def _said(text: str, otherwise: str) -> Callable[[set[float], set[float]], str]:
     """For what is true or false."""
     return lambda wrong, _: text if True in wrong else otherwise
 
 
-def _than_the_first(name: str, value: Callable[[SampleError], bool | None]) -> Trait:
+def _than_the_first(name: str, value: Callable[[SampleError], bool | None]) -> Trait[float]:
     """Has a sample another timestep, mask or condition than the first of its call?"""
     words = _said(f"another {name} than the first sample's", f"the {name} of the first sample")
     return Trait(value, words, f"one {name} is taken for all samples")
 
 
-SETTING_CAUSES = {
-    CHANGED: "the condition of an earlier call is kept",
-    IN_PLACE: "whether a condition changed is decided by the array, not by its numbers",
-    NEAR: "a condition counts as unchanged while it is close to the one before",
-    MASK_ALONE: "masks are not compared when it is decided whether a condition changed",
-    NAN_FIRST: "samples see each other, or NaN is clipped or becomes a code",
-    STEADY: "something adds up or is used up from call to call",
-    THREADS: "callers share a slot or a buffer",
+SETTING_CAUSES: Mapping[str, str] = {
+    Setting.CHANGED: "the condition of an earlier call is kept",
+    Setting.IN_PLACE: "whether a condition changed is decided by the array, not by its numbers",
+    Setting.NEAR: "a condition counts as unchanged while it is close to the one before",
+    Setting.MASK_ALONE: "masks are not compared when it is decided whether a condition changed",
+    Setting.NAN_FIRST: "samples see each other, or NaN is clipped or becomes a code",
+    Setting.STEADY: "something adds up or is used up from call to call",
+    Setting.THREADS: "callers share a slot or a buffer",
 }
 _BATCH = "a buffer, a tile or a captured graph fits other batch sizes only"
 _TIME = "the timestep's embedding or its range"
 _PLACE = Trait(lambda e: e.sample, _numbers("place {} in the batch"), "rows of a call are computed or ordered wrongly")
 _TIMESTEP = Trait(lambda e: e.traits.timestep, _numbers("timestep {}"), _TIME)
-_SETTING = Trait(lambda e: e.traits.setting, _named("calls {}"), "")
-CALL_TRAITS = (
+_SETTING = Trait(lambda e: e.traits.setting, _named("calls {}"), causes=SETTING_CAUSES)
+TraitTable = Sequence[Trait[float] | Trait[str]]
+CALL_TRAITS: TraitTable = (
     Trait(lambda e: e.traits.batch, _numbers("batch {}"), _BATCH),
     _PLACE,
     Trait(
@@ -252,22 +275,25 @@ CALL_TRAITS = (
     ),
     _SETTING,
 )
-STEP_TRAITS = (
+STEP_TRAITS: TraitTable = (
     Trait(lambda e: int(e.call.rpartition(" ")[2]), _numbers("step {}"), _TIME),
     _TIMESTEP,
     Trait(lambda e: e.traits.setting, _named("samples {}"), "a condition or its mask"),
     _PLACE,
 )
-PICTURE_TRAITS = (Trait(lambda e: e.sample, _numbers("picture {}"), "what differs between samples is used wrongly"),)
+PICTURE_TRAITS: TraitTable = (
+    Trait(lambda e: e.sample, _numbers("picture {}"), "what differs between samples is used wrongly"),
+)
 
 
-def diagnose(errors: Sequence[SampleError], limit: float, traits: Sequence[Trait] = CALL_TRAITS) -> str:
+def diagnose(errors: Sequence[SampleError], limit: float, traits: TraitTable = CALL_TRAITS) -> str:
     """What is likely wrong where samples are below `limit` dB; errors: in the order of calls.
 
     Samples that look wrong in the worst one's way count as wrong too: a fault need not take each over the limit.
     """
     worst = min(errors, key=lambda error: -math.inf if math.isnan(error.sqnr_db) else error.sqnr_db)
-    wrong = [not error.sqnr_db >= limit or _same_kind(error.sign, worst.sign) for error in errors]
+    kind = worst.sign and worst.sign.kind
+    wrong = [not e.sqnr_db >= limit or (e.sign is not None and e.sign.kind == kind) for e in errors]
     text = f"{sum(wrong)} of {len(wrong)} samples are wrong"
     parts = [f"{text}{_common(errors, wrong, traits)}"]
     if worst.sign is not None:
@@ -277,63 +303,28 @@ def diagnose(errors: Sequence[SampleError], limit: float, traits: Sequence[Trait
     return "; ".join(parts)
 
 
-def _same_kind(sign: Sign | None, other: Sign | None) -> bool:
-    return sign is not None and other is not None and sign.kind == other.kind
-
-
-def _common(errors: Sequence[SampleError], wrong: Sequence[bool], traits: Sequence[Trait]) -> str:
+def _common(errors: Sequence[SampleError], wrong: Sequence[bool], traits: TraitTable) -> str:
     """What wrong samples alone have; without such, what they all have and few right ones."""
     unsteady = _unsteady(errors)
     if unsteady:
-        setting = [] if all(wrong) else _fitting(errors, wrong, [_SETTING])[1] + _fitting(errors, wrong, [_SETTING])[0]
-        among = "".join(f", all in {words}" for words, _ in setting)
-        causes = "; ".join(cause for _, cause in setting)
-        return f"{among}; {unsteady}: what an earlier call left is used" + (f" ({causes})" if causes else "")
+        setting = None if all(wrong) else _SETTING.fit(errors, wrong)
+        text = f"{unsteady}: what an earlier call left is used"
+        return f"; {text}" if setting is None else f", all in {setting.text}; {text} ({setting.cause})"
     if all(wrong):
         return ", so it is nothing that calls differ in"
-    exact, likely = _fitting(errors, wrong, traits)
+    fits = [fit for trait in traits if (fit := trait.fit(errors, wrong)) is not None]
+    exact, likely = [fit for fit in fits if not fit.right], sorted(fit for fit in fits if fit.right)
     few = len({(error.pool, error.row) for error, is_wrong in zip(errors, wrong, strict=True) if is_wrong}) <= FEW
-    text = ""
-    if exact:
-        text = f": those of {_or(exact)} and no other"
+    text = f": those of {_or(exact[:NAMED])} and no other" if exact else ""
     if likely and (few or not exact):
         text += f", {'or ' if exact else ''}some of {_or(likely[:NAMED])}"
     return text
 
 
-def _or(pairs: Sequence[tuple[str, str]]) -> str:
-    """(words, cause) in one sentence; a cause that several share once."""
-    causes = list(dict.fromkeys(cause for _, cause in pairs if cause))
-    return f"{' or '.join(words for words, _ in pairs)}" + (f" ({'; or '.join(causes)})" if causes else "")
-
-
-def _fitting(
-    errors: Sequence[SampleError], wrong: Sequence[bool], traits: Sequence[Trait]
-) -> tuple[list[tuple[str, str]], list[tuple[str, str]]]:
-    """(words, cause) of traits that the wrong samples alone have, and of those that some right ones share, the fewest
-    first."""
-    exact, likely = [], []
-    for trait in traits:
-        values = [trait.value(error) for error in errors]
-        bad = {value for value, is_wrong in zip(values, wrong, strict=True) if is_wrong}
-        good = {value for value, is_wrong in zip(values, wrong, strict=True) if not is_wrong}
-        needed = bad if trait is _SETTING else bad | good  # right calls may be made for their size
-        if None in needed:
-            continue
-        text = trait.words(bad, good), _cause(trait, bad)
-        if not bad & good and (not trait.ordered or min(bad) > max(good)):
-            exact.append(text)
-        elif good - bad and not trait.ordered:
-            likely.append(
-                (sum(value in bad and not is_wrong for value, is_wrong in zip(values, wrong, strict=True)), text)
-            )
-    return exact[:NAMED], [text for _, text in sorted(likely)]
-
-
-def _cause(trait: Trait, values: set[Hashable]) -> str:
-    if trait is not _SETTING:
-        return trait.cause
-    return "; or ".join(cause for key, cause in SETTING_CAUSES.items() if key in values)
+def _or(fits: Sequence[Fit]) -> str:
+    """In one sentence; a cause that several share once."""
+    causes = list(dict.fromkeys(fit.cause for fit in fits if fit.cause))
+    return " or ".join(fit.text for fit in fits) + (f" ({'; or '.join(causes)})" if causes else "")
 
 
 def _unsteady(errors: Sequence[SampleError]) -> str | None:
@@ -348,9 +339,3 @@ def _unsteady(errors: Sequence[SampleError]) -> str | None:
             there, here = (f"{one.sqnr_db:.1f} dB in {one.call!r}" for one in (before, error))
             return f"sample {error.sample} has {there} and {here}"
     return None
-
-
-def cause_of_repeat(where: str) -> str:
-    """What is likely wrong where the calls `where` differ from equal ones before."""
-    steady = where.startswith("call ")
-    return next(text for key, text in SETTING_CAUSES.items() if key in where or (steady and key == STEADY))

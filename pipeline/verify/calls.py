@@ -22,21 +22,7 @@ from pipeline.generate.case import Case, Run, is_large
 from pipeline.generate.sampling import TRAIN_STEPS, make_sampler, take_samples
 from pipeline.progress import ending_with, raise_if_stopped
 from pipeline.signals import as_completed
-from pipeline.verify.call_patterns import (
-    CHANGED,
-    IN_PLACE,
-    MASK_ALONE,
-    NAN_FIRST,
-    NEAR,
-    NO_TRAITS,
-    STEADY,
-    THREADS,
-    Sign,
-    Traits,
-    other_shape,
-    sign_of,
-    traits_of,
-)
+from pipeline.verify.call_patterns import NO_TRAITS, Setting, Sign, Traits, sign_of, traits_of
 
 if TYPE_CHECKING:
     from export.models.families import Input
@@ -93,11 +79,7 @@ class Call:
     pool: str
     rows: tuple[int, ...]
     inputs: Arrays
-    setting: str | tuple[str, ...] | None = None
-
-    def for_(self, setting: str, text: str | None = None) -> Call:
-        """The same call made for another reason; text: what it is called if not after that."""
-        return replace(self, setting=setting, text=text or f"{self.text}, {setting}")
+    setting: Setting | tuple[Setting, ...] | None = None
 
 
 def make_pools(model: LoadedModel, case: Case) -> dict[str, Arrays]:
@@ -211,7 +193,9 @@ def sample_errors(call: Call, exact: dict[str, Array], output: Array) -> list[Sa
     expected = exact[call.pool][list(call.rows)]
     if output.shape != expected.shape:
         values = [float("nan")] * len(expected)
-        signs: list[Sign | None] = [other_shape(output.shape, expected.shape)] * len(expected)
+        shapes = f"the shape is {output.shape} in place of {expected.shape}"
+        sign = Sign("shape", f"{shapes}: an axis that should vary is fixed in the engine")
+        signs: list[Sign | None] = [sign] * len(expected)
     else:
         values = [sqnr_db(*pair) for pair in zip(expected, output, strict=True)]
         signs = [sign_of(one, row, exact[call.pool], call.rows) for one, row in zip(output, call.rows, strict=True)]
@@ -226,12 +210,12 @@ class StateResult:
     """What an engine that keeps something between calls gets wrong.
 
     errors: its samples against the reference. unequal: how many numbers differ from those of an equal call before, or
-    hide NaN of an input. where: the first such call in words, None for none.
+    of one without NaN where none reaches, or hide NaN of an input. first: the first such call, None for none.
     """
 
     errors: list[SampleError]
     unequal: int
-    where: str | None
+    first: Call | None
 
 
 def state_result(
@@ -241,76 +225,116 @@ def state_result(
     exact: dict[str, Array],
     run: Run,
     calls_before: int,
+    reach: NDArray[np.bool_],
 ) -> StateResult:
     """Calls whose results may depend on those before: a condition changed at an equal batch size (in one sample, in
-    all, in place, in its mask alone, a little), NaN in one sample, which must be all that sample gives and stay in it,
-    the STEADY_CALL-th call (`calls_before` of them so far) or the next after more, two threads at once.
+    all, in place, in its mask alone, a little), NaN in one sample, which must be where it reaches and change nothing
+    else, the STEADY_CALL-th call (`calls_before` of them so far) or the next after more, two threads at once.
 
     Each is made twice at least. Equal calls have no reason to differ in any bit, so no flipped code hides a fault here.
+    reach: see `nan_reach`.
     """
     single, pair, *_ = calls
-    run = counted = _Counted(run, calls_before)
-    first, second, third = pair.rows[0], pair.rows[1], len(pools[pair.pool]["timestep"]) - 1
-    orders = (first, second), (first, third), (second, third), (third, first)
-    changed = [rows_of(pair.pool, rows, pools[pair.pool], model.shared) for rows in orders]
-    changed = [call.for_(CHANGED) for call in changed]
-    outputs = [run(call.inputs)["sample"] for call in changed]
-    # The same samples as in the call before, in the other order. (call, its output, that of its equal before)
-    repeats = [(changed[1], run(changed[1].inputs)["sample"], outputs[1])]
+
+    def variation(setting: Setting, call: Call, inputs: Arrays | None = None) -> Call:
+        return replace(call, setting=setting, text=f"{pair.text}, {setting}", inputs=inputs or call.inputs)
+
+    repeats = _Repeats(run, calls_before)
+    pool = pools[pair.pool]
+    first, second, last = pair.rows[0], pair.rows[1], len(pool["timestep"]) - 1
+    orders = (first, second), (first, last), (second, last), (last, first)
+    changed = [variation(Setting.CHANGED, rows_of(pair.pool, rows, pool, model.shared)) for rows in orders]
+    outputs = [repeats.judged(call) for call in changed]
+    repeats.judged(changed[1], outputs[1])  # the same samples as in the call before, in the other order
 
     arrays = {name: value.copy() for name, value in changed[2].inputs.items()}  # another condition than the call before
-    run(arrays)
+    in_place = variation(Setting.IN_PLACE, changed[1], arrays)
+    repeats.output(in_place)
     for name, value in changed[1].inputs.items():
         arrays[name][...] = value
-    in_place = replace(changed[1], inputs=arrays).for_(IN_PLACE, f"{pair.text}, {IN_PLACE}")
-    repeats.append((in_place, run(arrays)["sample"], outputs[1]))
+    repeats.judged(in_place, outputs[1])
 
     masked = {row.name: _half(changed[2].inputs[row.name]) for row in model.inputs if row.fill == "mask"}
-    other_mask = replace(changed[2], inputs=changed[2].inputs | masked).for_(MASK_ALONE, f"{pair.text}, {MASK_ALONE}")
-    of_other_mask = run(other_mask.inputs)["sample"]
-    repeats.append((replace(other_mask, inputs=changed[2].inputs), run(changed[2].inputs)["sample"], outputs[2]))
-    again = _unequal(run(other_mask.inputs)["sample"], of_other_mask)
+    unmasked = variation(Setting.MASK_ALONE, changed[2])
+    other_mask = replace(unmasked, inputs=unmasked.inputs | masked)
+    of_other_mask = repeats.output(other_mask)
+    repeats.judged(unmasked, outputs[2])
+    repeats.output(other_mask, of_other_mask)
+    repeats.judged(changed[2], outputs[2])
 
-    repeats.append((changed[2], run(changed[2].inputs)["sample"], outputs[2]))
-    near = changed[2].inputs | _nearly_the_same(model, changed[2].inputs)
-    after_its_like = run(near)["sample"]
+    near = variation(Setting.NEAR, changed[2], changed[2].inputs | _nearly_the_same(model, changed[2].inputs))
+    after_its_like = repeats.output(near)
+    repeats.output(variation(Setting.NAN_FIRST, changed[3], with_nan(changed[3].inputs)), _spoilt(outputs[3], reach))
+    repeats.output(near, after_its_like)  # after another condition
 
-    spoilt = changed[3].inputs["hidden_states"].copy()
-    spoilt[0, 0, 0, 0] = np.nan
-    with_nan = run(changed[3].inputs | {"hidden_states": spoilt})["sample"]
-    hidden_nan = int(np.isfinite(with_nan[0]).sum()) + _unequal(with_nan[1], outputs[3][1])
-    after_another = _unequal(run(near)["sample"], after_its_like)
+    alone = repeats.output(single)
+    while repeats.count < STEADY_CALL - 1:
+        repeats.output(single)
+    repeats.judged(replace(single, setting=Setting.STEADY, text=f"call {repeats.count + 1}"), alone)
 
-    alone = run(single.inputs)["sample"]
-    while counted.count < STEADY_CALL - 1:
-        run(single.inputs)
-    steady = single.for_(STEADY, f"call {counted.count + 1}")
-    repeats.append((steady, run(single.inputs)["sample"], alone))
-
-    threads = [call.for_(THREADS, f"{pair.text}, {THREADS}") for call in changed[2:]]
+    threads = [variation(Setting.THREADS, call) for call in changed[2:]]
     rounds = LARGE_THREAD_ROUNDS if is_large(model) else THREAD_ROUNDS
-    for call, several, earlier in zip(threads, _at_once(threads, run, rounds), outputs[2:], strict=True):
-        repeats += [(call, output, earlier) for output in several]
+    for call, several, earlier in zip(threads, _at_once(threads, repeats.run, rounds), outputs[2:], strict=True):
+        repeats.equal += [(call, output, earlier) for output in several]
+        repeats.answers += [(call, output) for output in several]
 
-    unequal = [(other_mask.text, again), (f"{pair.text}, {NEAR}", after_another)]
-    unequal.append((f"{pair.text}, {NAN_FIRST}", hidden_nan))
-    unequal += [(call.text, _unequal(output, earlier)) for call, output, earlier in repeats]
-    answers = [*zip(changed, outputs, strict=True), *((call, output) for call, output, _ in repeats)]
-    errors = [error for call, output in answers for error in sample_errors(call, exact, output)]
-    where = next((text for text, count in unequal if count), None)
-    return StateResult(errors, sum(count for _, count in unequal), where)
+    errors = [error for call, output in repeats.answers for error in sample_errors(call, exact, output)]
+    unequal = [(call, _unequal(output, earlier)) for call, output, earlier in repeats.equal]
+    first_unequal = next((call for call, count in unequal if count), None)
+    return StateResult(errors, sum(count for _, count in unequal), first_unequal)
 
 
-class _Counted:
-    """A denoiser that counts its calls, `count` made before it was wrapped."""
+class _Repeats:
+    """The calls of one engine, `count` made before, each with what it should equal.
+
+    Judged when all have been made: a result may not change under its caller's hands. answers: what the reference has
+    as well. equal: (a call, its output, what that should be to the bit).
+    """
 
     def __init__(self, run: Run, count: int) -> None:
         self._run, self.count = run, count
+        self.answers: list[tuple[Call, Array]] = []
+        self.equal: list[tuple[Call, Array, Array]] = []
 
-    def __call__(self, inputs: Arrays) -> Arrays:
+    def run(self, inputs: Arrays) -> Arrays:
         raise_if_stopped()
         self.count += 1
         return self._run(inputs)
+
+    def output(self, call: Call, earlier: Array | None = None) -> Array:
+        """Make a call; earlier: the result of an equal one."""
+        output = self.run(call.inputs)["sample"]
+        if earlier is not None:
+            self.equal.append((call, output, earlier))
+        return output
+
+    def judged(self, call: Call, earlier: Array | None = None) -> Array:
+        """As `output`, of samples that the reference has as well."""
+        output = self.output(call, earlier)
+        self.answers.append((call, output))
+        return output
+
+
+def with_nan(inputs: Arrays) -> Arrays:
+    """A call with NaN for the first number of its first sample's latents."""
+    latents = inputs["hidden_states"].copy()
+    latents[0, 0, 0, 0] = np.nan
+    return inputs | {"hidden_states": latents}
+
+
+def nan_reach(run: Run, pools: Mapping[str, Arrays], shared: frozenset[str]) -> NDArray[np.bool_]:
+    """[C, H, W]: which numbers of a denoiser's result for the last sample of the pool LONGEST `with_nan` makes NaN."""
+    pool = pools[LONGEST]
+    last = rows_of(LONGEST, (len(pool["timestep"]) - 1,), pool, shared)
+    return np.isnan(run(with_nan(last.inputs))["sample"][0])
+
+
+def _spoilt(output: Array, reach: NDArray[np.bool_]) -> Array:
+    """The result of a call [B, C, H, W] as it should be with NaN in its first sample: NaN where that reaches."""
+    lost = np.zeros(output.shape, bool)
+    if output.shape[1:] == reach.shape:  # another shape fails against the reference
+        lost[0] = reach
+    return np.where(lost, output.dtype.type(np.nan), output)
 
 
 def _nearly_the_same(model: LoadedModel, inputs: Arrays) -> Arrays:
@@ -331,10 +355,11 @@ def _half(mask: Array) -> Array:
 
 
 def _unequal(output: Array, earlier: Array) -> int:
-    """How many numbers differ; NaN equals NaN, and another shape differs everywhere."""
-    if output.shape != earlier.shape:
+    """How many numbers differ in any bit; NaN has none that count, and another shape or type differs everywhere."""
+    if (output.shape, output.dtype) != (earlier.shape, earlier.dtype):
         return output.size
-    return int(np.count_nonzero((output != earlier) & ~(np.isnan(output) & np.isnan(earlier))))
+    bits, earlier_bits = (np.ascontiguousarray(array).view(f"u{array.itemsize}") for array in (output, earlier))
+    return int(np.count_nonzero((bits != earlier_bits) & ~(np.isnan(output) & np.isnan(earlier))))
 
 
 def _at_once(calls: Sequence[Call], run: Run, rounds: int) -> list[list[Array]]:

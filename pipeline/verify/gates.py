@@ -14,9 +14,10 @@ from pipeline.verify.call_patterns import (
     CALL_TRAITS,
     EQUAL_DB,
     PICTURE_TRAITS,
+    SETTING_CAUSES,
     STEP_TRAITS,
-    Trait,
-    cause_of_repeat,
+    Setting,
+    TraitTable,
     diagnose,
     sign_of,
 )
@@ -156,13 +157,13 @@ def _finite_gate(target: str, rows: Sequence[LayerResult], bad_outputs: int, whe
     return Gate(f"{target}/finite", nonfinite, 0, "values", why)
 
 
-def first_nonfinite(errors: StepErrors, images: Array) -> str | None:
+def first_nonfinite(errors: StepErrors, pictures: Array) -> str | None:
     """The first step, or picture that the engine drew by itself, with a number that is not finite."""
     bad = next((error for error in errors.samples if math.isnan(error.sqnr_db)), None)
     if bad is not None:
         return f"{bad.call}, sample {bad.sample}"
-    picture = next((i for i, image in enumerate(images) if not np.isfinite(image).all()), None)
-    return None if picture is None else f"picture {picture + 1} that the engine drew by itself"
+    place = next((i for i, picture in enumerate(pictures) if not np.isfinite(picture).all()), None)
+    return None if place is None else f"picture {place + 1} that the engine drew by itself"
 
 
 def notes_on_layers(target: str, rows: Sequence[LayerResult]) -> list[str]:
@@ -221,7 +222,7 @@ def step_results(
     return [StepResult(target, step, measured.get(step, math.nan), *numbers) for step, numbers in rows]
 
 
-def end_gates(target: str, errors: StepErrors, images: Array, study: Study, single: Realisations) -> list[Gate]:
+def end_gates(target: str, errors: StepErrors, pictures: Array, study: Study, single: Realisations) -> list[Gate]:
     """Engine against the float64 reference: steps on the same inputs, and the pictures of its own trajectory.
 
     `single`: float32 runs of the reference in the target's arithmetic. The worst step bounds how bad it can get; the
@@ -229,37 +230,38 @@ def end_gates(target: str, errors: StepErrors, images: Array, study: Study, sing
     quantization itself, unless that is under ROUNDED_DB: none asks for more. A target that draws no picture has no gate
     for it.
     """
-    worst_step = _lowest([value for run in single.hit_errors for value in run.steps_db])
-    quarter = _quarter([value for run in single.errors for value in run.samples_db])
-    worst_image = _lowest([value for drawn in single.hit_images for value in pictures_db(study, drawn)])
-    step_cost, image_cost = _lowest(study.quant_db), _lowest(pictures_db(study, study.images["float"]))
+    worst_step = np.min([value for run in single.hit_errors for value in run.steps_db])
+    quarter = _quarter([sample.sqnr_db for run in single.errors for sample in run.samples])
+    worst_picture = np.min([value for drawn in single.hit_pictures for value in pictures_db(study, drawn)])
+    step_cost, picture_cost = np.min(study.quant_db), np.min(pictures_db(study, study.pictures["float"]))
+    samples_db = [sample.sqnr_db for sample in errors.samples]
     rows = [
-        ("step_sqnr_db", _lowest(errors.steps_db), (worst_step, step_cost), "worst step"),
-        ("median_sqnr_db", _median(errors.samples_db), (quarter, step_cost), "lower quartile"),
+        ("step_sqnr_db", np.min(errors.steps_db), (worst_step, step_cost), "worst step"),
+        ("median_sqnr_db", np.median(samples_db), (quarter, step_cost), "lower quartile"),
     ]
     gates = [_end_gate(f"{target}/{name}", value, limits, statistic) for name, value, limits, statistic in rows]
     gates = [_with_cause(gate, errors.samples, STEP_TRAITS) for gate in gates]
-    if len(images):
-        psnr = _lowest(pictures_db(study, images))
-        gate = _end_gate(f"{target}/final_psnr_db", psnr, (worst_image, image_cost), "worst picture")
+    if len(pictures):
+        psnr = np.min(pictures_db(study, pictures))
+        gate = _end_gate(f"{target}/final_psnr_db", psnr, (worst_picture, picture_cost), "worst picture")
         later = "; " + NOT_IN_STEPS if not gate.passed and all(step.passed for step in gates) else ""
         gates.append(replace(gate, why=gate.why + later))
-        gates[-1] = _with_cause(gates[-1], picture_errors(study, images), PICTURE_TRAITS)
+        gates[-1] = _with_cause(gates[-1], picture_errors(study, pictures), PICTURE_TRAITS)
     return gates
 
 
 NOT_IN_STEPS = "every step is right on the reference's own inputs: errors grow from step to step, or something is kept"
 
 
-def picture_errors(study: Study, images: Array) -> list[SampleError]:
+def picture_errors(study: Study, pictures: Array) -> list[SampleError]:
     """Each picture as a sample of one call; the number is its PSNR."""
-    reference, rows = study.images["reference"], tuple(range(len(images)))
-    signs = [sign_of(image, row, reference, rows) for row, image in enumerate(images)]
-    pairs = zip(pictures_db(study, images), signs, strict=True)
+    reference, rows = study.pictures["reference"], tuple(range(len(pictures)))
+    signs = [sign_of(picture, row, reference, rows) for row, picture in enumerate(pictures)]
+    pairs = zip(pictures_db(study, pictures), signs, strict=True)
     return [SampleError("pictures", i, value, "pictures", i, sign=sign) for i, (value, sign) in enumerate(pairs)]
 
 
-def _with_cause(gate: Gate, errors: Sequence[SampleError], traits: Sequence[Trait]) -> Gate:
+def _with_cause(gate: Gate, errors: Sequence[SampleError], traits: TraitTable) -> Gate:
     """A failed gate with what is likely wrong."""
     if gate.passed or not errors:
         return gate
@@ -273,7 +275,8 @@ def _end_gate(name: str, value: float, limits: tuple[float, float], statistic: s
     if any(math.isnan(limit) for limit in limits):
         why += "; the model's own runs overflow in this arithmetic"
     numbers = [limit for limit in (float32 - FACTOR_DB, quantization) if not math.isnan(limit)]
-    return Gate(name, value, min(max(numbers, default=ROUNDED_DB), ROUNDED_DB), "dB", why, at_most=False)
+    limit = min(max(numbers, default=ROUNDED_DB), ROUNDED_DB)
+    return Gate(name, float(value), float(limit), "dB", why, at_most=False)
 
 
 def calls_gates(
@@ -292,13 +295,13 @@ def calls_gates(
     values, by_sample = [error.sqnr_db for error in errors], dict[tuple[str, int], list[float]]()
     for error in errors:
         by_sample.setdefault((error.pool, error.row), []).append(error.sqnr_db)
-    worst_of = [_lowest(sample_db) for sample_db in by_sample.values()]
+    worst_of = [np.min(sample_db) for sample_db in by_sample.values()]
     worst = min(errors, key=lambda error: np.nan_to_num(error.sqnr_db, nan=-np.inf, posinf=np.inf))
     # Of runs that flips hit: a few samples without any flip in plain runs would ask the same luck of the engine.
     quarter = _quarter(single.hit_calls_db)
     rows = (
-        ("calls", _lowest(values), (_lowest(single.hit_calls_db), _lowest(study.calls_quant_db)), "worst sample"),
-        ("calls_median", _median(worst_of), (quarter, _median(study.calls_quant_db)), "lower quartile"),
+        ("calls", np.min(values), (np.min(single.hit_calls_db), np.min(study.calls_quant_db)), "worst sample"),
+        ("calls_median", np.median(worst_of), (quarter, np.median(study.calls_quant_db)), "lower quartile"),
     )
     gates = [_end_gate(f"{target}/{name}", value, limits, statistic) for name, value, limits, statistic in rows]
     gates = [replace(gate, why=f"{gate.why}; worst in {worst.call}, sample {worst.sample}") for gate in gates]
@@ -328,8 +331,9 @@ def _cause_of_extreme(row: ExtremeResult) -> str:
 def repeats_gate(target: str, state: StateResult) -> Gate:
     """Equal calls, with others between them and beside them in another thread."""
     why = "equal calls give equal numbers to the bit: after other conditions, in place, after many, in two threads"
-    if state.where:
-        why += f"; first other in {state.where}: {cause_of_repeat(state.where)}"
+    if state.first is not None:
+        assert isinstance(state.first.setting, Setting)
+        why += f"; first other in {state.first.text}: {SETTING_CAUSES[state.first.setting]}"
     return Gate(f"{target}/repeats", state.unequal, 0, "numbers", why)
 
 
@@ -362,39 +366,30 @@ def _quarter(values: Sequence[float]) -> float:
     return float(np.quantile(np.nan_to_num(np.clip(values, -EQUAL_DB, EQUAL_DB), nan=-EQUAL_DB), 0.25))
 
 
-def _median(values: Sequence[float]) -> float:
-    """The median; nan if one of all is not a number."""
-    return math.nan if any(math.isnan(value) for value in values) else float(np.median(values))
-
-
-def _lowest(values: Sequence[float]) -> float:
-    return math.nan if any(math.isnan(value) for value in values) else min(values)
-
-
-def pictures_db(study: Study, images: Array) -> list[float]:
-    """PSNR of each picture against the float64 reference's; `images` may be the first few."""
-    reference = study.images["reference"]
+def pictures_db(study: Study, pictures: Array) -> list[float]:
+    """PSNR of each picture against the float64 reference's; `pictures` may be the first few."""
+    reference = study.pictures["reference"]
     peak = PIXEL_RANGE if study.case.output == "pixels" else float(np.ptp(reference))
-    return [psnr_db(one, other, peak) for one, other in zip(reference[: len(images)], images, strict=True)]
+    return [psnr_db(one, other, peak) for one, other in zip(reference[: len(pictures)], pictures, strict=True)]
 
 
 def quantization_gates(study: Study, recipe: Recipe) -> list[Gate]:
     """What quantization costs: the reference against the float model, within the recipe's budgets."""
     noise = sum(10 ** (-value / 10) for value in study.quant_db) / len(study.quant_db)
     sqnr = -10 * math.log10(noise) if noise > 0 else math.inf
-    pictures = pictures_db(study, study.images["float"])
+    pictures = pictures_db(study, study.pictures["float"])
     psnr = float(np.median(pictures))
     budget = "what quantization costs against the float model; the limit is the recipe's budget"
-    gates = [
-        Gate("quant_sqnr_db", sqnr, recipe.budgets.quant_sqnr_db, "dB", f"steps: {budget}", at_most=False),
-        Gate("final_psnr_fp_db", psnr, recipe.budgets.final_psnr_fp_db, "dB", f"pictures: {budget}", at_most=False),
-    ]
-    places = (f"step {_worst_place(study.quant_db)}", f"picture {_worst_place(pictures)}")
-    pairs = zip(gates, places, strict=True)
-    return [
-        gate if gate.passed else replace(gate, why=f"{gate.why}; worst in {where}: {TOO_COARSE}")
-        for gate, where in pairs
-    ]
+    rows = (
+        ("quant_sqnr_db", sqnr, recipe.budgets.quant_sqnr_db, "step", study.quant_db),
+        ("final_psnr_fp_db", psnr, recipe.budgets.final_psnr_fp_db, "picture", pictures),
+    )
+    gates = []
+    for name, value, limit, unit, values in rows:
+        gate = Gate(name, value, limit, "dB", f"{unit}s: {budget}", at_most=False)
+        worst = f"; worst in {unit} {_worst_place(values)}: {TOO_COARSE}"
+        gates.append(gate if gate.passed else replace(gate, why=gate.why + worst))
+    return gates
 
 
 TOO_COARSE = "formats too narrow or groups too large for this model, or a calibration that went wrong"

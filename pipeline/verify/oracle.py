@@ -7,10 +7,9 @@ float32 roundings, with the count beside it.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import cache, cached_property
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -171,17 +170,17 @@ class LinearProbe:
     """What an engine computed for one linear on M tokens.
 
     x: [M, K]. integers: integers of its activation codes, [M, K] float64. act_scale: [M, 1] or [M, groups], None
-    where it is a constant of the GEMM. gemm: [M, N], or [M, groups of sums, N]. output, low_rank: [M, N], or None where
-    the engine does not keep it or has none. timesteps: [M], which each token's sample had, or None. The other fields
-    are those of the ProbeRow, gemm_scale as array [N] or None. operand, weight_operand: the GEMM's own, float32 [M, K]
-    and [K, N], where it multiplies values that are scaled already, or None.
+    where it is a constant of the GEMM. gemm: [M, N], or [M, groups of sums, N]. output, low_rank: [M, N], the
+    latter None without a branch. timesteps: [M], which each token's sample had, or None. The other fields are those of
+    the ProbeRow, gemm_scale as array [N] or None. operand, weight_operand: the GEMM's own, float32 [M, K] and [K, N],
+    where it multiplies values that are scaled already, or None.
     """
 
     x: Array
     integers: Array
     act_scale: Array | None
     gemm: Array
-    output: Array | None = None
+    output: Array
     gemm_unit: float = 1.0
     gemm_scale: Array | None = None
     exact: bool = True
@@ -208,8 +207,8 @@ def joined(probes: Sequence[LinearProbe]) -> LinearProbe:
 def _by_token(probes: Sequence[LinearProbe], combined: Callable[[list[Array]], Array]) -> LinearProbe:
     """One probe whose arrays with a row for each token are `combined`; the rest is the same in every call."""
     kept = [key for key in BY_TOKEN if getattr(probes[0], key) is not None]
-    arrays: dict[str, Any] = {key: combined([getattr(probe, key) for probe in probes]) for key in kept}
-    return replace(probes[0], **arrays)
+    arrays = {key: combined([getattr(probe, key) for probe in probes]) for key in kept}
+    return LinearProbe(**{**vars(probes[0]), **arrays})
 
 
 @dataclass(frozen=True)
@@ -284,11 +283,11 @@ def check_linear(layer: QuantizedLinear, probe: LinearProbe, oracle: ActivationO
         products = (exact_sums(integers, weight, probe.gemm.shape[1] if probe.gemm.ndim == 3 else 1),)
     else:
         products = _float_products(layer, weight, probe, oracle, integers)
-    checks = []
+    parts = []
     for rows in row_blocks(len(probe.x), max(probe.x.shape[1], layer.out_features)):
         of_rows = [product[rows] for product in products]
-        checks.append(_check_rows(layer, weight, probe.of_rows(rows), oracle.of_rows(rows), integers[rows], of_rows))
-    of_all_rows = _joined(checks)
+        parts.append(_check_rows(layer, weight, probe.of_rows(rows), oracle.of_rows(rows), integers[rows], of_rows))
+    of_all_rows = _joined(parts)
     if probe.weight_operand is None:
         return of_all_rows
     expected = weight.dequantized.astype(np.float32).T
@@ -325,16 +324,23 @@ def _check_rows(
     )
 
 
-COUNTS = ("codes", "codes_different", "codes_ambiguous", "codes_inadmissible", "nonfinite")
-
-
-def _joined(checks: Sequence[LinearCheck]) -> LinearCheck:
+def _joined(parts: Sequence[LinearCheck]) -> LinearCheck:
     """Findings about all rows from those about some each: counts are added, of errors the largest stands (nan is)."""
-    columns = {field.name: [getattr(check, field.name) for check in checks] for field in fields(LinearCheck)}
-    combined: dict[str, Any] = {
-        name: sum(column) if name in COUNTS else float(np.max(column)) for name, column in columns.items()
-    }
-    return LinearCheck(**combined)
+
+    def largest(errors: Iterable[float]) -> float:
+        return float(np.max(list(errors)))
+
+    return LinearCheck(
+        codes=sum(part.codes for part in parts),
+        codes_different=sum(part.codes_different for part in parts),
+        codes_ambiguous=sum(part.codes_ambiguous for part in parts),
+        codes_inadmissible=sum(part.codes_inadmissible for part in parts),
+        gemm_max_abs_diff=largest(part.gemm_max_abs_diff for part in parts),
+        scale_error=largest(part.scale_error for part in parts),
+        output_error=largest(part.output_error for part in parts),
+        nonfinite=sum(part.nonfinite for part in parts),
+        operand_max_abs_diff=largest(part.operand_max_abs_diff for part in parts),
+    )
 
 
 def exact_sums(integers: Array, weight: LinearWeight, groups: int = 1, magnitudes: bool = False) -> NDArray[np.float64]:
@@ -406,8 +412,6 @@ def _output_error(
 
     A zero point counts as a part of the bias, as which it is rounded once; the sum with the branch rounds once more.
     """
-    if probe.output is None:
-        return math.nan
     if probe.exact:
         product, magnitude, roundings = _scaled_sums(layer, oracle, products[0])
     else:

@@ -62,7 +62,7 @@ def write_page(
 ) -> None:
     """Write index.html and images/*.png into `out_dir`."""
     pixels = study.case.output == "pixels"
-    columns = gallery(study.images, engines, pixels)
+    columns = gallery(study.pictures, engines, pixels)
     (out_dir / "images").mkdir(parents=True, exist_ok=True)
     for column in columns:
         for row, png in enumerate(column.pngs):

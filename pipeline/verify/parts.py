@@ -36,9 +36,8 @@ class Parts:
         called with, as often as it will."""
         self._model, self._open = model, open_part
         self._asked = Counter(asked)
-        needed = needed_names(model.graph.node, self._asked)
-        self._nodes = [node for node in model.graph.node if any(name and name in needed for name in node.output)]
-        self._done: set[int] = set()  # places in _nodes
+        self._nodes = needed_nodes(model.graph.node, self._asked)
+        self._done: set[int] = set()  # ids of nodes
         inputs = {value.name for value in model.graph.input}
         self._arrays = [{name: array for name, array in call.items() if name in inputs} for call in calls]
 
@@ -50,19 +49,14 @@ class Parts:
         self._asked -= Counter(asked)
         names = set(asked)
         known = self._arrays[0].keys()
-        needed, part = names - known, list[int]()
-        for place in range(len(self._nodes) - 1, -1, -1):
-            node = self._nodes[place]
-            if any(name and name in needed for name in node.output):
-                part.insert(0, place)
-                needed.update(name for name in node.input if name not in known)
-        self._done.update(part)
+        nodes = needed_nodes(self._nodes, names - known, known)
+        self._done.update(map(id, nodes))
         later = self._read_later()
-        kept = {name for place in part for name in self._left(place) if name in later}
+        left = {name for node in nodes if node.op_type not in MADE_AGAIN for name in node.output}
+        kept = left & later - {""}
         outputs = sorted((names - known) | kept)
         per_call: list[Arrays] = [{} for _ in self._arrays]
         if outputs:
-            nodes = [self._nodes[place] for place in part]
             session = self._open(part_of(self._model, nodes, self._arrays[0], outputs))
             fed = [value.name for value in session.get_inputs()]
             for call, arrays in enumerate(self._arrays):
@@ -78,26 +72,23 @@ class Parts:
     def _read_later(self) -> set[str]:
         """The tensors that parts to come begin with or that they are asked for."""
         later = set(self._asked)
-        for place in range(len(self._nodes) - 1, -1, -1):
-            node = self._nodes[place]
+        for node in reversed(self._nodes):
             again = node.op_type in MADE_AGAIN and any(name in later for name in node.output)
-            if place not in self._done or again:
+            if id(node) not in self._done or again:
                 later.update(node.input)
         return later
 
-    def _left(self, place: int) -> list[str]:
-        """What a node leaves for later parts."""
-        node = self._nodes[place]
-        return [] if node.op_type in MADE_AGAIN else [name for name in node.output if name]
 
-
-def needed_names(nodes: Sequence[onnx.NodeProto], outputs: Iterable[str]) -> set[str]:
-    """Names of all tensors that `outputs` are computed from, and themselves. `nodes` in the order of computation."""
-    needed = set(outputs)
+def needed_nodes(
+    nodes: Sequence[onnx.NodeProto], outputs: Iterable[str], known: Collection[str] = ()
+) -> list[onnx.NodeProto]:
+    """Those of `nodes` that compute `outputs` from the tensors `known`; both in the order of computation."""
+    names, needed = set(outputs), list[onnx.NodeProto]()
     for node in reversed(nodes):
-        if any(name and name in needed for name in node.output):
-            needed.update(node.input)
-    return needed
+        if any(name and name in names for name in node.output):
+            names.update(name for name in node.input if name not in known)
+            needed.append(node)
+    return needed[::-1]
 
 
 def part_of(

@@ -26,32 +26,32 @@ class Column:
         return f"{self.stem}-{row}.png"
 
 
-def gallery(images: Mapping[str, Array], engines: Mapping[str, Array], pixels: bool) -> list[Column]:
-    """Columns float, reference, engines, then what separates them, amplified; images [B, C, H, W] by name.
+def gallery(pictures: Mapping[str, Array], engines: Mapping[str, Array], pixels: bool) -> list[Column]:
+    """Columns float, reference, engines, then what separates them, amplified; pictures [B, C, H, W] by name.
 
     An engine may have drawn the first few only, or none. Latents (`pixels` False) are shown by their first three
     channels, all in the reference's range.
     """
-    reference, drawn = images["reference"], {target: engine for target, engine in engines.items() if len(engine)}
+    reference, drawn = pictures["reference"], {target: engine for target, engine in engines.items() if len(engine)}
     low, high = (-1.0, 1.0) if pixels else (float(reference.min()), float(reference.max()))
-    columns = [_column(name, name, images[name], low, high) for name in ("float", "reference")]
+    columns = [_column(name, name, pictures[name], low, high) for name in ("float", "reference")]
     columns += [_column(target, f"{target} engine", engine, low, high) for target, engine in drawn.items()]
-    columns.append(_difference("quantization", "reference - float", reference - images["float"], high - low))
+    columns.append(_difference("quantization", "reference - float", reference - pictures["float"], high - low))
     for target, engine in drawn.items():
         difference = engine - reference[: len(engine)]
         columns.append(_difference(f"{target}-difference", f"{target} - reference", difference, high - low))
     return columns
 
 
-def _column(stem: str, heading: str, images: Array, low: float, high: float) -> Column:
-    unit = (np.nan_to_num(images) - low) / max(high - low, 1e-30)
-    return Column(stem, heading, tuple(png(image) for image in unit))
+def _column(stem: str, heading: str, pictures: Array, low: float, high: float) -> Column:
+    unit = (np.nan_to_num(pictures) - low) / max(high - low, 1e-30)
+    return Column(stem, heading, tuple(png(picture) for picture in unit))
 
 
 def _difference(stem: str, heading: str, difference: Array, span: float) -> Column:
     gain = amplification(difference, span)
     unit = 0.5 + np.nan_to_num(difference) * gain / max(span, 1e-30)
-    return Column(stem, f"{heading}, x{gain:,} around grey", tuple(png(image) for image in unit))
+    return Column(stem, f"{heading}, x{gain:,} around grey", tuple(png(picture) for picture in unit))
 
 
 def amplification(difference: Array, span: float) -> int:
@@ -61,11 +61,11 @@ def amplification(difference: Array, span: float) -> int:
     return fitting[-1] if fitting and largest > 0 else GAINS[0]
 
 
-def png(image: Array) -> bytes:
+def png(picture: Array) -> bytes:
     """[C, H, W] in [0, 1] -> PNG bytes; one channel is grey, of more than three the first three are shown."""
     from PIL import Image
 
-    channels = image[:3] if len(image) >= 3 else np.repeat(image[:1], 3, axis=0)
+    channels = picture[:3] if len(picture) >= 3 else np.repeat(picture[:1], 3, axis=0)
     bytes_ = np.rint(np.clip(channels, 0, 1) * 255).astype(np.uint8).transpose(1, 2, 0)
     stream = io.BytesIO()
     Image.fromarray(bytes_).save(stream, "PNG")

@@ -24,11 +24,11 @@ from export.onnx_files import read_graph
 from pipeline import machine
 from pipeline.backends import feeds
 from pipeline.backends.base import Arrays, LoweredGraph
-from pipeline.backends.sessions import register_needed, runtime_errors
+from pipeline.backends.sessions import register_needed, runtime_errors, session_options
 from pipeline.passes.probes import ProbeRow
 from pipeline.progress import raise_if_stopped
 from pipeline.verify.oracle import LinearProbe
-from pipeline.verify.parts import Parts, needed_names, part_of
+from pipeline.verify.parts import Parts, needed_nodes, part_of
 
 if TYPE_CHECKING:
     from onnxruntime import InferenceSession
@@ -129,9 +129,7 @@ class ProbedGraph:
             else node
             for node in self.model.graph.node
         ]
-        needed = needed_names(renamed, outputs)
-        nodes = [node for node in renamed if any(name and name in needed for name in node.output)]
-        part = part_of(self.model, nodes, fed, outputs)
+        part = part_of(self.model, needed_nodes(renamed, outputs), fed, outputs)
         for name, array in fed.items():  # of an op of ours, whose other outputs may be needed
             kind = onnx.helper.np_dtype_to_tensor_dtype(array.dtype)
             part.graph.value_info.append(onnx.helper.make_tensor_value_info(f"{name}/cut", kind, [None] * array.ndim))
@@ -251,24 +249,20 @@ def _rows(tensor: NDArray) -> NDArray:
     return tensor.reshape(-1, tensor.shape[-1])
 
 
-def open_session(model: onnx.ModelProto, folder: Path, threads: int | None = None) -> InferenceSession:
+def open_session(model: onnx.ModelProto, folder: Path, threads: int) -> InferenceSession:
     """onnxruntime session of a graph without its weights, which lie in `folder`.
 
     Basic optimizations only: the extended ones break FP8 QDQ pairs. No constant folding: it would hold every 8-bit
-    weight a second and third time, decoded to float32 and packed. Spinning threads are stopped between runs, since the
-    engine under test and the reference take turns. A graph with native ops gets the kernel library of this package;
-    nothing in `folder` is run.
+    weight a second and third time, decoded to float32 and packed. A graph with native ops gets the kernel library of
+    this package; nothing in `folder` is run.
     """
     import onnxruntime
 
-    options = onnxruntime.SessionOptions()
+    options = session_options(threads)
     options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_BASIC
-    options.log_severity_level = 3
     # Freed tensors go back to the system: arena and memory pattern would keep room for all decoded weights at once.
     options.enable_cpu_mem_arena = options.enable_mem_pattern = False
     options.add_session_config_entry(FOLDER_OPTION, str(folder.resolve()))
-    options.add_session_config_entry("session.force_spinning_stop", "1")
-    options.intra_op_num_threads = machine.threads(threads)
     register_needed(options, {node.domain for node in model.graph.node})
     return onnxruntime.InferenceSession(
         model.SerializeToString(), options, ["CPUExecutionProvider"], disabled_optimizers=["ConstantFolding"]

@@ -10,7 +10,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,7 +25,7 @@ from pipeline.generate.case import Case, Run, is_large
 from pipeline.generate.sampling import take_samples
 from pipeline.progress import track
 from pipeline.recipe import Recipe
-from pipeline.verify.calls import Call, call_errors, state_result
+from pipeline.verify.calls import call_errors, state_result
 from pipeline.verify.effort import Effort, effort_for, note
 from pipeline.verify.extremes import LARGE_TOKENS, extreme_results, read_by_quantizers
 from pipeline.verify.gates import (
@@ -48,7 +48,7 @@ from pipeline.verify.probe import Beside, ProbedGraph
 from pipeline.verify.reference_hooks import ARITHMETICS
 from pipeline.verify.report import Gate, LayerResult, Report, write_layers_csv
 from pipeline.verify.segments import SegmentCheck
-from pipeline.verify.study import Realisations, Study, layer_input_db, study
+from pipeline.verify.study import Realisations, Study, study
 
 if TYPE_CHECKING:
     import torch
@@ -89,11 +89,11 @@ def verify(
     def one(target: str) -> tuple[Report, NDArray[np.float32]]:
         part, graph = Report(), lowered[target]
         judged = (target, model, layers, graph, engines.get(target), reference, part, arithmetics[target])
-        images = verify_target(*judged, probed=ProbedGraph(graph, threads_each), threads=threads_each)
+        pictures = verify_target(*judged, threads=threads_each)
         find_overflow = BACKENDS[target].overflow(graph, recipe)
         if find_overflow is not None:
             part.gates.append(fp16_gate(target, find_overflow(overflow_calls(reference, is_large(model)))))
-        return part, images
+        return part, pictures
 
     # The slowest first, so that no thread is left with it at the end.
     order = sorted(lowered, key=lambda target: -BACKENDS[target].speed_rank)
@@ -120,16 +120,15 @@ def verify_target(
     report: Report,
     arithmetic: Arithmetic = "fp32",
     effort: Effort | None = None,
-    probed: ProbedGraph | None = None,
-    threads: int = 1,
+    threads: int | None = None,
 ) -> NDArray[np.float32]:
     """Append one target's gates and rows to `report`; returns the engine's pictures.
 
     arithmetic: of the engine, see `ARITHMETICS`, which has that of the lowered graph, in which layers are looked at, as
-    well. effort: what is run; None: all that `effort_for` asks for. probed: `graph` where it is open already. threads:
-    with two or more a linear and the stretch before it are judged together.
+    well. effort: what is run; None: all that `effort_for` asks for. threads: with two or more a linear and the stretch
+    before it are judged together.
     """
-    probed, single = probed or ProbedGraph(graph), study.float32[arithmetic]
+    probed, single = ProbedGraph(graph, threads), study.float32[arithmetic]
     of_graph_name = ARITHMETICS[arithmetic].of_graph
     of_graph = study.float32[of_graph_name]
     expected = {ref.name: ref.module for ref in model.linears()}
@@ -149,7 +148,7 @@ def verify_target(
         tokens = LARGE_TOKENS if is_large(model) else None
         read = Beside(list(calls).index(smallest), read_by_quantizers(probed, present), tokens)
         results = layer_results(
-            target, present, expected, probed, study, of_graph, calls, effort.probed, checked, threads, read
+            target, present, expected, probed, study, of_graph, calls, effort.probed, checked, threads or 1, read
         )
     report.layers += results
     report.segments += segments.results
@@ -164,32 +163,30 @@ def verify_target(
     strange = call_errors(special, study.pool_exact, run)
     if engine is not None and effort.state:
         calls_before = len(effort.steps) + len(special)
-        state = state_result(special, study.pools, model, study.pool_exact, run, calls_before)
+        state = state_result(special, study.pools, model, study.pool_exact, run, calls_before, study.nan_reach)
         strange += state.errors
         report.gates.append(repeats_gate(target, state))
     report.gates += calls_gates(target, strange, study, single, errors.samples)
-    image = drawn(run, study.case.first(effort.pictures)) if effort.pictures else study.case.noise[:0]
-    nonfinite = errors.nonfinite + int(np.count_nonzero(~np.isfinite(image)))
-    report.gates += layer_gates(target, results, nonfinite, first_nonfinite(errors, image))
-    report.gates += end_gates(target, errors, image, study, single)
+    pictures = drawn(run, study.case.first(effort.pictures)) if effort.pictures else study.case.noise[:0]
+    nonfinite = errors.nonfinite + int(np.count_nonzero(~np.isfinite(pictures)))
+    report.gates += layer_gates(target, results, nonfinite, first_nonfinite(errors, pictures))
+    report.gates += end_gates(target, errors, pictures, study, single)
     report.notes += notes_on_layers(target, results)
     report.notes += filter(None, [note(target, effort, *whole)])
     if ARITHMETICS[arithmetic].note:
         report.notes.append(f"{target}: {ARITHMETICS[arithmetic].note}")
-    return image
+    return pictures
 
 
 def looked_at(study: Study, effort: Effort) -> dict[str, Arrays]:
-    """The calls whose inside is looked at: the probed steps, and those that drawing does not make."""
-    steps = {f"step {i + 1}": study.calls[i] for i in effort.probed}
-    special = [call for call in study.special_calls if len(call.rows) in effort.inside]
-    places = {call.text: distinct(call)[: effort.samples] for call in special}
-    return steps | {call.text: take_samples(call.inputs, places[call.text], study.case.shared) for call in special}
-
-
-def distinct(call: Call) -> list[int]:
-    """Places of the samples of a call, of equal ones the first: inside a call each is computed by itself."""
-    return [place for place, row in enumerate(call.rows) if row not in call.rows[:place]]
+    """The calls whose inside is looked at: the probed steps, and those that drawing does not make, of whose equal
+    samples the first: each is computed by itself."""
+    calls = {f"step {i + 1}": study.calls[i] for i in effort.probed}
+    for call in study.special_calls:
+        if len(call.rows) in effort.inside:
+            places = [place for place, row in enumerate(call.rows) if row not in call.rows[:place]]
+            calls[call.text] = take_samples(call.inputs, places[: effort.samples], study.case.shared)
+    return calls
 
 
 def overflow_calls(study: Study, large: bool) -> dict[str, Arrays]:
@@ -248,28 +245,30 @@ def layer_results(
     """Every linear of one target in `calls`, of which the first are those of `steps`, out of `Study.probed`. `segments`
     is told of each, and needs them to be all, in the order of computation; beside the linear itself, with `threads`.
     beside: see `ProbedGraph.probes`."""
-    by_name, places = {layer.name: layer for layer in layers}, [study.probed.index(step) for step in steps]
-    results, known, outputs = [], ("", b""), list[Arrays]()
-    oracle: ActivationOracle | None = None
+    by_name = {layer.name: layer for layer in layers}
+    results, outputs = [], list[Arrays]()
+    known: tuple[tuple[str, bytes], ActivationOracle] | None = None
     of_layers = probed.probes(list(by_name), list(calls.values()), outputs, beside)
     for name, probes in track(of_layers, len(by_name), f"verify {target}: linears"):
         layer, row = by_name[name], probed.rows[name]
         quantizer = (row.x, quantizer_key(layer))
-        shared = oracle if quantizer == known else None  # q, k and v read one quantizer and follow each other
-        known = quantizer
-        work: list[Callable[[], Any]] = [partial(_checked, layer, probes, shared)]
+        # q, k and v read one quantizer and follow each other.
+        shared = None if known is None or known[0] != quantizer else known[1]
+        work: list[Callable[[], tuple[LinearCheck, ActivationOracle] | None]] = [
+            partial(_checked, layer, probes, shared)
+        ]
         if segments is not None:
             work.append(partial(segments.at, name, probes))
-        (check, oracle), *_ = side_by_side(work, threads)
-        recorded = study.layer_inputs.get(name, [])
-        reference = [recorded[place] for place in places if place < len(recorded)]
+        checked, *_ = side_by_side(work, threads)
+        assert checked is not None
+        check, known = checked[0], (quantizer, checked[1])
         result = LayerResult(
             target=target,
             path=row.path,
             activation_format=activation_label(layer),
             codes_equal_share=1 - check.codes_different / check.codes,
             codes_limit_share=1 - check.codes_ambiguous / check.codes,
-            input_sqnr_db=layer_input_db(reference, [probe.x for probe in probes[: len(steps)]]),
+            input_sqnr_db=study.input_db(name, {step: probe.x for step, probe in zip(steps, probes, strict=False)}),
             input_limit_db=single.layer_db.get(name, math.nan),
             weight_sqnr_db=study.weight_db(layer, modules[name]),
             calls=worst_calls(layer, dict(zip(calls, probes, strict=True)), check),

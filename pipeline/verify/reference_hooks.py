@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
+from functools import cache
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -12,7 +13,6 @@ from numpy.typing import NDArray
 
 from pipeline.backends.base import LARGE_ELEMENTS, Arithmetic
 from pipeline.distance import ratio_db
-from pipeline.verify.noise import Noise
 from pipeline.verify.oracle import ROUNDING
 
 if TYPE_CHECKING:
@@ -22,6 +22,21 @@ if TYPE_CHECKING:
     Function = Callable[..., torch.Tensor]
     Keywords = Mapping[str, object]
     Hook = Callable[..., object]
+
+# Added to a run's seed for what moves the sums of its norms: more than the stretches' runs, whose seeds count from 0.
+SUMS_SEED = 4
+# Operations whose result may be smaller than what they round: 0.5 x (1 + tanh) near -1. Jitter is relative to this.
+ROUNDED_OPERAND: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {"gelu": lambda x: x.abs() / 2}
+# Operations that move numbers and round none.
+MOVES = frozenset(
+    ("arange", "cat", "clone", "constant_pad_nd", "copy_", "detach", "embedding", "empty", "full", "gather", "index",
+     "index_select", "lift_fresh", "new_zeros", "ones", "repeat", "stack", "zeros", "_to_copy", "_unsafe_view")
+)  # fmt: skip
+
+# Numbers of the table: those of the hidden layer of 900 tokens at true size, 16 MiB. A larger tensor gets them again.
+NUMBERS = 2**22
+# Of the table, apart from the seeds that runs have: a run's own draws have nothing to do with it.
+TABLE_SEED = 2**40 + 1
 
 
 @dataclass
@@ -68,6 +83,44 @@ class Comparison:
         return {name: ratio_db(*powers) for name, powers in self.powers.items()}
 
 
+@cache
+def _table(dtype: torch.dtype) -> torch.Tensor:
+    """[2 * NUMBERS], uniform in [-1, 1): the numbers twice, so that a slice of NUMBERS may begin anywhere."""
+    import torch
+
+    numbers = torch.rand(NUMBERS, generator=torch.Generator().manual_seed(TABLE_SEED), dtype=dtype) * 2 - 1
+    return numbers.repeat(2)
+
+
+class Noise:
+    """Numbers uniform in [-1, 1) for one run, from its seed.
+
+    A jittered run moves every result of every operation. Drawing as many new random numbers as the model computes takes
+    longer than computing it; slices of one table that begin at random places are as good: no two operations meet the
+    same numbers at the same places but by chance.
+    """
+
+    def __init__(self, seed: int) -> None:
+        import torch
+
+        self._generator = torch.Generator().manual_seed(seed)
+
+    def moved(self, value: torch.Tensor, size: torch.Tensor, factor: float) -> torch.Tensor:
+        """value + factor * size * noise, for value and size of one shape and one float type."""
+        import torch
+
+        noise = self._slice(value.numel(), value.dtype).view(value.shape)
+        return torch.addcmul(value, size, noise, value=factor)
+
+    def _slice(self, count: int, dtype: torch.dtype) -> torch.Tensor:
+        import torch
+
+        first = int(torch.randint(NUMBERS, (), generator=self._generator))
+        if count <= NUMBERS:
+            return _table(dtype)[first : first + count]
+        return _table(dtype)[first : first + NUMBERS].repeat(-(-count // NUMBERS))[:count]
+
+
 @contextmanager
 def jittered(module: torch.nn.Module, seed: int, ulps: float) -> Iterator[None]:
     """Move every quantizer's input by up to `ulps`: of the number itself, and of its row's root mean square (what
@@ -81,6 +134,65 @@ def jittered(module: torch.nn.Module, seed: int, ulps: float) -> Iterator[None]:
 
     with hooked(module, move):
         yield
+
+
+@contextmanager
+def operations_jittered(seed: int, ulps: float) -> Iterator[None]:
+    """Every operation that rounds moves its float32 result by up to `ulps` units of 2^-24, at random."""
+    import torch
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    noise = Noise(seed)
+    generator = torch.Generator().manual_seed(seed + SUMS_SEED)  # its own: the two must not move together
+
+    def moved(value: object, extra: torch.Tensor | None) -> object:
+        if not isinstance(value, torch.Tensor) or value.dtype != torch.float32:
+            return value
+        return noise.moved(value, value if extra is None else value.abs() + extra, ulps * ROUNDING)
+
+    class Jitter(TorchDispatchMode):
+        def __torch_dispatch__(
+            self,
+            func: torch._ops.OpOverload,
+            types: object,
+            args: tuple[torch.Tensor, ...] = (),
+            kwargs: Mapping[str, object] | None = None,
+        ) -> object:
+            output = func(*args, **(kwargs or {}))
+            name = func._schema.name.split("::")[1]
+            if name in MOVES or any(value.alias_info for value in func._schema.returns):
+                return output
+            if name == "native_layer_norm" and output[0].dtype == torch.float32:
+                output = (_in_one_pass(output, args, generator), *output[1:])
+            extra = ROUNDED_OPERAND[name](args[0]) if name in ROUNDED_OPERAND else None
+            if isinstance(output, tuple | list):
+                return type(output)([moved(value, extra) for value in output])
+            return moved(output, extra)
+
+    with Jitter():
+        yield
+
+
+def _in_one_pass(
+    outputs: tuple[torch.Tensor, ...], arguments: tuple[torch.Tensor, ...], generator: torch.Generator
+) -> torch.Tensor:
+    """A LayerNorm whose sums of x and of x^2 are added up one number after the other, as runtimes may and PyTorch does
+    not: variance = mean(x^2) - mean(x)^2.
+
+    Adding K numbers of one sign so rounds by 2^-24 sqrt(K) / 3 of the sum, root mean square (the k-th partial sum is
+    k / K of it, and each rounding has 1 / sqrt(3) of its bound). The variance, a difference, gets mean(x^2) / variance
+    times that, and its root half.
+    """
+    import torch
+
+    normalized, mean, reciprocal = outputs
+    _, shape, weight, bias, _ = arguments
+    rounding = ROUNDING * float(np.prod(shape)) ** 0.5 / 3
+    offset = (mean * reciprocal).abs()  # the mean in standard deviations
+    scale_error, mean_error = (torch.randn(mean.shape, generator=generator) * rounding for _ in range(2))
+    unshifted = normalized if bias is None else normalized - bias
+    shift = mean_error * offset if weight is None else mean_error * offset * weight
+    return normalized + unshifted * (scale_error * (1 + offset.square()) / 2) + shift
 
 
 @contextmanager

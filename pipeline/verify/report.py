@@ -85,15 +85,15 @@ class StepResult:
 
 @dataclass(frozen=True)
 class SegmentResult:
-    """The worst call of one stretch: the one that ends at the input of the quantized linear `layer` ("": at the
-    model's output).
+    """The worst call of one stretch: the one that ends at the input of the quantized linear `layer`, None for the
+    one that ends at the model's output.
 
     error: over its limit, 1 is the bound. noise_ulps: what rounding does in it, in units of 2^-24 of its result's root
     mean square. call: which one was worst. diagnosis: what is likely wrong; None within the limit.
     """
 
     target: str
-    layer: str
+    layer: str | None
     call: str
     error: float
     noise_ulps: float

@@ -4,13 +4,13 @@ A pass of the PyTorch module stops at each quantized linear. There its input, wh
 what the engine's earlier linears gave, is compared with the engine's own; then the pass goes on with the engine's
 output. So no stretch sees the errors of the linears, or a flipped code, and each is judged by its own roundings.
 
-The limit of a stretch is what rounding may do in it, measured on the same inputs: REALISATIONS further passes in the
+The limit of a stretch is what rounding may do in it, measured on the same inputs: PASSES further ones in the
 target's arithmetic, in which every operation rounds once by itself and moves its result by up to JITTER_ULPS more.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
@@ -21,18 +21,18 @@ import numpy as np
 from export.errors import ContractError
 from pipeline.backends.base import Arithmetic, Arrays
 from pipeline.distance import Array
-from pipeline.verify.noise import Noise
 from pipeline.verify.oracle import HALF_ROUNDING, ROUNDING, LinearProbe, ratio
-from pipeline.verify.reference_hooks import ARITHMETICS
+from pipeline.verify.reference_hooks import ARITHMETICS, operations_jittered
 from pipeline.verify.report import SegmentResult
-from pipeline.verify.walk import OUTPUT, Stop, Walk, stopping_module, tensors_of
+from pipeline.verify.walk import Stop, Walk, stopping_module, tensors_of
 
 if TYPE_CHECKING:
     import torch
 
     from export.models.load import LoadedModel
 
-REALISATIONS = 4
+# At most SUMS_SEED: no two generators of them have one seed.
+PASSES = 4
 # A runtime's operation is within two units in the last place of PyTorch's: exponentials, tanh and erf by polynomials,
 # divisions by a product with a reciprocal, sums in another order over a few terms.
 JITTER_ULPS = 2.0
@@ -56,13 +56,6 @@ PART_LIMIT = 16.0
 SHARED_LIMIT = 8.0
 # Besides, each of up to 32 operations in a row may err to one side by all that JITTER_ULPS allows.
 SHARED_BIAS = 32 * JITTER_ULPS * ROUNDING
-# Operations whose result may be smaller than what they round: 0.5 x (1 + tanh) near -1. Jitter is relative to this.
-ROUNDED_OPERAND: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {"gelu": lambda x: x.abs() / 2}
-# Operations that move numbers and round none.
-MOVES = frozenset(
-    ("arange", "cat", "clone", "constant_pad_nd", "copy_", "detach", "embedding", "empty", "full", "gather", "index",
-     "index_select", "lift_fresh", "new_zeros", "ones", "repeat", "stack", "zeros", "_to_copy", "_unsafe_view")
-)  # fmt: skip
 
 
 class SegmentReference:
@@ -90,7 +83,7 @@ class SegmentReference:
         if not self._order:
             walk = Walk(self._single["fp32"], tensors_of(inputs, self._types[1]), nullcontext)
             visited, stop = [], walk.start()
-            while stop.layer != OUTPUT:
+            while stop.layer is not None:
                 visited.append(stop.layer)
                 stop = walk.go_on(None)
             if sorted(visited) != sorted(self.layers):
@@ -103,10 +96,10 @@ class SegmentReference:
         return self._order
 
     def walks(self, inputs: Arrays, arithmetic: Arithmetic) -> list[Walk]:
-        """One exact pass and REALISATIONS in `arithmetic` with jitter."""
+        """One exact pass and PASSES in `arithmetic` with jitter."""
         exact, single = (tensors_of(inputs, dtype) for dtype in self._types)
         module = self._single[arithmetic]
-        jittered = [Walk(module, single, partial(self._jittered, arithmetic, seed)) for seed in range(REALISATIONS)]
+        jittered = [Walk(module, single, partial(self._jittered, arithmetic, seed)) for seed in range(PASSES)]
         return [Walk(self._exact, exact, nullcontext), *jittered]
 
     @contextmanager
@@ -142,15 +135,13 @@ class SegmentCheck:
         """Judge the stretch before a quantized linear by what it computed in each call, and go on behind it."""
         self._judge(layer, [probe.x for probe in probes])
         for (text, walks), probe in zip(self._walks.items(), probes, strict=True):
-            if probe.output is None:
-                raise ContractError(f"{self._target}: {layer} has no output in its probe row; lower the model again")
             self._stops[text] = [walk.go_on(probe.output) for walk in walks]
 
     def end(self, outputs: Sequence[Array]) -> None:
         """Judge the last stretch by the model's output in each call."""
-        self._judge(OUTPUT, outputs)
+        self._judge(None, outputs)
 
-    def _judge(self, layer: str, tensors: Sequence[Array]) -> None:
+    def _judge(self, layer: str | None, tensors: Sequence[Array]) -> None:
         read = [*tensors, *(stop.x for stops in self._stops.values() for stop in stops)]
         if self.results and all(map(_same_memory, read, self._read)):  # q, k and v read one tensor after the other
             self.results.append(replace(self.results[-1], layer=layer))
@@ -290,62 +281,3 @@ CAUSES = {
     "channels": "a bias, a table or a row of a kept weight differs",
     "tokens": "a position table, mask or order of tokens differs",
 }
-
-
-@contextmanager
-def operations_jittered(seed: int, ulps: float) -> Iterator[None]:
-    """Every operation that rounds moves its float32 result by up to `ulps` units of 2^-24, at random."""
-    import torch
-    from torch.utils._python_dispatch import TorchDispatchMode
-
-    noise = Noise(seed)
-    generator = torch.Generator().manual_seed(seed + REALISATIONS)  # its own: the two must not move together
-
-    def moved(value: object, extra: torch.Tensor | None) -> object:
-        if not isinstance(value, torch.Tensor) or value.dtype != torch.float32:
-            return value
-        return noise.moved(value, value if extra is None else value.abs() + extra, ulps * ROUNDING)
-
-    class Jitter(TorchDispatchMode):
-        def __torch_dispatch__(
-            self,
-            func: torch._ops.OpOverload,
-            types: object,
-            args: tuple[torch.Tensor, ...] = (),
-            kwargs: Mapping[str, object] | None = None,
-        ) -> object:
-            output = func(*args, **(kwargs or {}))
-            name = func._schema.name.split("::")[1]
-            if name in MOVES or any(value.alias_info for value in func._schema.returns):
-                return output
-            if name == "native_layer_norm" and output[0].dtype == torch.float32:
-                output = (_in_one_pass(output, args, generator), *output[1:])
-            extra = ROUNDED_OPERAND[name](args[0]) if name in ROUNDED_OPERAND else None
-            if isinstance(output, tuple | list):
-                return type(output)([moved(value, extra) for value in output])
-            return moved(output, extra)
-
-    with Jitter():
-        yield
-
-
-def _in_one_pass(
-    outputs: tuple[torch.Tensor, ...], arguments: tuple[torch.Tensor, ...], generator: torch.Generator
-) -> torch.Tensor:
-    """A LayerNorm whose sums of x and of x^2 are added up one number after the other, as runtimes may and PyTorch does
-    not: variance = mean(x^2) - mean(x)^2.
-
-    Adding K numbers of one sign so rounds by 2^-24 sqrt(K) / 3 of the sum, root mean square (the k-th partial sum is
-    k / K of it, and each rounding has 1 / sqrt(3) of its bound). The variance, a difference, gets mean(x^2) / variance
-    times that, and its root half.
-    """
-    import torch
-
-    normalized, mean, reciprocal = outputs
-    _, shape, weight, bias, _ = arguments
-    rounding = ROUNDING * float(np.prod(shape)) ** 0.5 / 3
-    offset = (mean * reciprocal).abs()  # the mean in standard deviations
-    scale_error, mean_error = (torch.randn(mean.shape, generator=generator) * rounding for _ in range(2))
-    unshifted = normalized if bias is None else normalized - bias
-    shift = mean_error * offset if weight is None else mean_error * offset * weight
-    return normalized + unshifted * (scale_error * (1 + offset.square()) / 2) + shift

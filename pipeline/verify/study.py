@@ -9,7 +9,7 @@ A target that computes parts in FP16 is measured against float32 runs that round
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import count
@@ -26,8 +26,8 @@ from pipeline.distance import Array, sqnr_db
 from pipeline.generate.case import Case, Run, is_large, make_case
 from pipeline.progress import track
 from pipeline.recipe import Recipe
-from pipeline.verify.call_patterns import PROMPTED, UNPROMPTED
-from pipeline.verify.calls import Call, SampleError, make_calls, make_pools, sample_errors
+from pipeline.verify.call_patterns import Setting
+from pipeline.verify.calls import Call, SampleError, make_calls, make_pools, nan_reach, sample_errors
 from pipeline.verify.reference_hooks import ARITHMETICS, Comparison, Recorder, hooked, jittered
 from pipeline.verify.segments import SegmentReference
 
@@ -53,31 +53,27 @@ HIT_DB, HIT_SHARE = 100.0, 0.75
 
 @dataclass(frozen=True)
 class StepErrors:
-    """A denoiser against the float64 reference on every step's inputs: SQNR in dB of each step, and of each sample of
-    each step (prompted and unprompted, [n_steps * batch]); how many output values are not finite; `samples`: the same
-    with what is special about each."""
+    """A denoiser against the float64 reference on every step's inputs: SQNR in dB of each step; how many output values
+    are not finite; each sample of each step (prompted and unprompted, [n_steps * batch])."""
 
     steps_db: list[float]
-    samples_db: list[float]
     nonfinite: int
-    samples: list[SampleError] = field(default_factory=list)
+    samples: list[SampleError]
 
 
 @dataclass
 class Realisations:
     """Float32 runs of the reference in one arithmetic.
 
-    errors, images: of the plain runs; layer_db: by layer the worst run's SQNR of its input in the probed steps.
-    hit_errors, hit_images: of runs in which flips hit most samples (the plain ones where they do). calls_db,
-    hit_calls_db: SQNR of every sample of the pools of calls, of the plain runs and of those that flips hit.
+    errors: of the plain runs; layer_db: by layer the worst run's SQNR of its input in the probed steps. hit_errors,
+    hit_pictures, hit_calls_db: of runs in which flips hit most samples (the plain ones where they do), the last the
+    SQNR of every sample of the pools of calls.
     """
 
     errors: list[StepErrors] = field(default_factory=list)
-    images: list[Array] = field(default_factory=list)
     layer_db: dict[str, float] = field(default_factory=dict)
     hit_errors: list[StepErrors] = field(default_factory=list)
-    hit_images: list[Array] = field(default_factory=list)
-    calls_db: list[float] = field(default_factory=list)
+    hit_pictures: list[Array] = field(default_factory=list)
     hit_calls_db: list[float] = field(default_factory=list)
 
 
@@ -85,24 +81,26 @@ class Realisations:
 class Study:
     """Results of the reference. Steps run on the same inputs `calls`, the float64 reference's trajectory.
 
-    exact, plain: outputs of the float64 reference and of the float model per step. images: final pictures of the runs
+    exact, plain: outputs of the float64 reference and of the float model per step. pictures: the final ones of the runs
     "reference" and "float". float32: the reference's float32 runs by arithmetic. probed: the steps whose
     layers are looked at; layer_inputs: float64 reference's input of each linear in them, [rows, K] float32.
     pools: samples of calls that drawing does not make (pipeline.verify.calls), pool_exact and pool_plain: the float64
-    reference's and the float model's outputs for them. stretches: what segments are compared with.
+    reference's and the float model's outputs for them. nan_reach: see calls.nan_reach, of the float64 reference.
+    stretches: what segments are compared with.
     """
 
     case: Case
     calls: list[Arrays] = field(default_factory=list)
     exact: list[Array] = field(default_factory=list)
     plain: list[Array] = field(default_factory=list)
-    images: dict[str, Array] = field(default_factory=dict)
+    pictures: dict[str, Array] = field(default_factory=dict)
     float32: dict[Arithmetic, Realisations] = field(default_factory=dict)
     probed: tuple[int, ...] = ()
     layer_inputs: dict[str, list[NDArray[np.float32]]] = field(default_factory=dict)
     pools: dict[str, Arrays] = field(default_factory=dict)
     pool_exact: dict[str, Array] = field(default_factory=dict)
     pool_plain: dict[str, Array] = field(default_factory=dict)
+    nan_reach: NDArray[np.bool_] = field(default_factory=lambda: np.ones(0, bool))
     special_calls: list[Call] = field(default_factory=list)
     stretches: SegmentReference | None = None
     _weights_db: dict[str, float] = field(default_factory=dict)
@@ -114,17 +112,22 @@ class Study:
             self._weights_db[layer.name] = sqnr_db(weight, layer.dequantized())
         return self._weights_db[layer.name]
 
+    def input_db(self, layer: str, inputs: Mapping[int, Array]) -> float:
+        """SQNR of a layer's inputs by step, all together; nan where other shapes were recorded, or none."""
+        recorded = dict(zip(self.probed, self.layer_inputs.get(layer, ()), strict=False))
+        expected = [recorded[step] for step in inputs if step in recorded]
+        if [array.shape for array in expected] != [array.shape for array in inputs.values()]:
+            return float("nan")
+        return sqnr_db(np.concatenate(expected), np.concatenate(list(inputs.values())))
+
     @property
     def calls_quant_db(self) -> list[float]:
         """Reference against float model, every sample of the pools."""
-        pairs = [(self.pool_plain[name], exact) for name, exact in self.pool_exact.items()]
-        return [sqnr_db(*sample) for pair in pairs for sample in zip(*pair, strict=True)]
+        return _samples_db(self.pool_plain, self.pool_exact)
 
     def pools_db(self, run: Run) -> list[float]:
         """A denoiser against the float64 reference, every sample of the pools."""
-        outputs = {name: run(inputs)["sample"] for name, inputs in self.pools.items()}
-        pairs = [(exact, outputs[name]) for name, exact in self.pool_exact.items()]
-        return [sqnr_db(*sample) for pair in pairs for sample in zip(*pair, strict=True)]
+        return _samples_db(self.pool_exact, {name: run(inputs)["sample"] for name, inputs in self.pools.items()})
 
     @property
     def quant_db(self) -> list[float]:
@@ -145,7 +148,6 @@ class Study:
         samples = [error for i, pair in zip(steps, pairs, strict=True) for error in self._sample_errors(i, *pair)]
         return StepErrors(
             [sqnr_db(exact, output) for exact, output in pairs],
-            [error.sqnr_db for error in samples],
             sum(int(np.count_nonzero(~np.isfinite(output))) for output in outputs),
             samples,
         )
@@ -153,7 +155,7 @@ class Study:
     def _sample_errors(self, step: int, exact: Array, output: Array) -> list[SampleError]:
         batch = len(exact)
         guided = batch == 2 * len(self.case.noise)
-        settings = ((PROMPTED,) * (batch // 2) + (UNPROMPTED,) * (batch // 2)) if guided else None
+        settings = ((Setting.PROMPTED,) * (batch // 2) + (Setting.UNPROMPTED,) * (batch // 2)) if guided else None
         text = f"step {step + 1}"
         return sample_errors(Call(text, text, tuple(range(batch)), self.calls[step], settings), {text: exact}, output)
 
@@ -213,9 +215,10 @@ def _run_exact(study: Study, engine: ReferenceEngine) -> None:
 
     record = Recorder()
     with hooked(engine.module, record):
-        study.images["reference"] = study.case.draw(_watched(engine.run, record, study.probed), keep)
+        study.pictures["reference"] = study.case.draw(_watched(engine.run, record, study.probed), keep)
     study.layer_inputs = record.inputs
     study.pool_exact = {name: engine.run(inputs)["sample"] for name, inputs in study.pools.items()}
+    study.nan_reach = nan_reach(engine.run, study.pools, study.case.shared)
 
 
 def _watched(run: Run, record: Recorder | Comparison, probed: Sequence[int], first: int = 0) -> Run:
@@ -239,15 +242,15 @@ def _drawn_and_compared(
     else:
         alone = _watched(run, comparison, study.probed[:1])
         compared = _watched(run, comparison, study.probed, first=1)
-    image, first = _drawn(study, alone)
-    return image, study.errors(compared, label=label, first=first)
+    pictures, first = _drawn(study, alone)
+    return pictures, study.errors(compared, label=label, first=first)
 
 
 def _drawn(study: Study, run: Run) -> tuple[Array, Arrays]:
     """Pictures along the denoiser's own way, and its outputs in the first call, which is the same on every way."""
     outputs: list[Arrays] = []
-    image = study.case.draw(run, lambda step, inputs, output: outputs.append(output))
-    return image, outputs[0]
+    pictures = study.case.draw(run, lambda step, inputs, output: outputs.append(output))
+    return pictures, outputs[0]
 
 
 def _realisations(study: Study, engine: ReferenceEngine, runs: int, label: str) -> Realisations:
@@ -258,10 +261,10 @@ def _realisations(study: Study, engine: ReferenceEngine, runs: int, label: str) 
         with jittered(engine.module, seed, QUANTIZER_ULPS):
             comparison = Comparison(study.layer_inputs)
             with hooked(engine.module, comparison):
-                image, errors = _drawn_and_compared(study, engine.run, label, comparison)
-            single.images.append(image)
+                pictures, errors = _drawn_and_compared(study, engine.run, label, comparison)
+            single.hit_pictures.append(pictures)
             single.errors.append(errors)
-            single.calls_db += study.pools_db(engine.run)
+            single.hit_calls_db += study.pools_db(engine.run)
         for name, value in comparison.sqnr_db.items():
             single.layer_db[name] = min(value, single.layer_db.get(name, np.inf))
     _add_hits(study, engine, single)
@@ -269,20 +272,25 @@ def _realisations(study: Study, engine: ReferenceEngine, runs: int, label: str) 
 
 
 def _add_hits(study: Study, engine: ReferenceEngine, single: Realisations) -> None:
-    """Raise the jitter until flips hit most samples, of the steps and of the pools each."""
-    single.hit_errors, single.hit_images, single.hit_calls_db = single.errors, single.images, single.calls_db
+    """Raise the jitter until flips hit most samples, of the steps and of the pools each, in place of the plain runs."""
+    single.hit_errors = single.errors
     for ulps in HITTING_ULPS:
         steps_hit, calls_hit = most_are_hit(_samples(single.hit_errors)), most_are_hit(single.hit_calls_db)
         with jittered(engine.module, len(single.errors), ulps):
             if not steps_hit:
-                image, errors = _drawn_and_compared(study, engine.run, "verify: steps")
-                single.hit_errors, single.hit_images = [errors], [image]
+                pictures, errors = _drawn_and_compared(study, engine.run, "verify: steps")
+                single.hit_errors, single.hit_pictures = [errors], [pictures]
             if not calls_hit:
                 single.hit_calls_db = study.pools_db(engine.run)
 
 
+def _samples_db(expected: dict[str, Array], actual: dict[str, Array]) -> list[float]:
+    """Of all samples of all pools."""
+    return [sqnr_db(*pair) for name in expected for pair in zip(expected[name], actual[name], strict=True)]
+
+
 def _samples(errors: Sequence[StepErrors]) -> list[float]:
-    return [value for run in errors for value in run.samples_db]
+    return [sample.sqnr_db for run in errors for sample in run.samples]
 
 
 def most_are_hit(samples_db: Sequence[float]) -> bool:
@@ -291,13 +299,6 @@ def most_are_hit(samples_db: Sequence[float]) -> bool:
 
 
 def _run_float(study: Study, engine: ReferenceEngine) -> None:
-    study.images["float"], first = _drawn(study, engine.run)
+    study.pictures["float"], first = _drawn(study, engine.run)
     study.plain = [first["sample"], *(engine.run(call)["sample"] for call in study.calls[1:])]
     study.pool_plain = {name: engine.run(inputs)["sample"] for name, inputs in study.pools.items()}
-
-
-def layer_input_db(reference: Sequence[Array], inputs: Sequence[Array]) -> float:
-    """SQNR of a layer's inputs over all probed steps; nan where the shapes do not fit."""
-    if [array.shape for array in reference] != [array.shape for array in inputs]:
-        return float("nan")
-    return sqnr_db(np.concatenate(reference), np.concatenate(inputs))

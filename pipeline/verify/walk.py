@@ -24,16 +24,13 @@ if TYPE_CHECKING:
 
     from export.models.load import LoadedModel
 
-# What a pass yields when it is through: the model's own output, in place of a layer's input.
-OUTPUT = ""
-
 
 @dataclass(frozen=True)
 class Stop:
-    """Where a pass stands: before the linear `layer`, with its input x [..., K], or at the end (OUTPUT) with the
-    model's output."""
+    """Where a pass stands: before the linear `layer`, with its input x [..., K], or at the end (None) with the model's
+    output."""
 
-    layer: str
+    layer: str | None
     x: Array
 
 
@@ -84,7 +81,7 @@ class Walk:
             with torch.no_grad(), self._context():  # inference mode would hide parts of composite operations
                 _current.walk = self
                 output = self._module(**self._inputs)
-            self._stops.put(Stop(OUTPUT, output.numpy()))
+            self._stops.put(Stop(None, output.numpy()))
         except _AbandonedError:
             return
         except BaseException as error:  # handed to whoever waits

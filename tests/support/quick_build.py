@@ -35,7 +35,7 @@ def measure_little(put: Callable[[Any, str, Any], None] = setattr) -> None:
     """Three rounds of calls, pictures derived from them, no fresh processes for memory. put: monkeypatch.setattr to
     have it undone."""
     put(measure, "CALLS_BUDGET_S", 0.0)
-    put(measure, "IMAGES_BUDGET_S", 0.0)
+    put(measure, "PICTURES_BUDGET_S", 0.0)
     put(measure, "peak_memory", lambda *_: None)
 
 

@@ -93,6 +93,7 @@ def test_slightly_wrong_parameters_give_inadmissible_codes(what: str) -> None:
     layer, x = CASES[what](random_linear()), inputs(400)
     wrong = activation_oracle(x, replace(layer, **WRONG[what]))
     right = activation_oracle(x, layer)
-    probe = LinearProbe(x, wrong.integers, None, np.zeros((len(x), 16)), exact=False)
+    product = np.zeros((len(x), 16))
+    probe = LinearProbe(x, wrong.integers, None, product, output=product, exact=False)
     assert check_linear(layer, probe, right).codes_inadmissible > 0
     assert check_linear(layer, replace(probe, integers=right.integers), right).codes_inadmissible == 0

@@ -9,21 +9,18 @@ import pytest
 
 from pipeline.verify.call_patterns import (
     CALL_TRAITS,
-    CHANGED,
     PICTURE_TRAITS,
-    PROMPTED,
     SETTING_CAUSES,
-    STEADY,
     STEP_TRAITS,
-    UNPROMPTED,
+    Setting,
     Sign,
     Traits,
-    cause_of_repeat,
     diagnose,
     sign_of,
     traits_of,
 )
-from pipeline.verify.calls import Call, SampleError, sample_errors
+from pipeline.verify.calls import Call, SampleError, StateResult, sample_errors
+from pipeline.verify.gates import repeats_gate
 
 LIMIT, RIGHT, WRONG = 30.0, 50.0, 20.0
 
@@ -48,7 +45,7 @@ ALIKE: list[tuple[list[dict[str, Any]], list[dict[str, Any]], str]] = [
     ([{"mask": "full", "other_mask": True}], [{"mask": "full"}], "one mask is taken for all samples"),
     ([{"label": 10}], [{"label": 3}], "class 10 (rows of the class table"),
     ([{"latent": 9.0}, {"latent": 9.5}], [{"latent": 4.0}], "latents that reach 9 and above"),
-    ([{"setting": CHANGED}], [{"setting": None}], SETTING_CAUSES[CHANGED]),
+    ([{"setting": Setting.CHANGED}], [{"setting": None}], SETTING_CAUSES[Setting.CHANGED]),
 ]  # fmt: skip
 
 
@@ -66,10 +63,10 @@ def test_a_latent_in_the_middle_is_no_threshold() -> None:
 
 def test_equal_calls_with_unequal_errors_are_a_matter_of_what_is_kept() -> None:
     first = _error(RIGHT, rows=(0, 1), batch=1)
-    later = _error(WRONG, call="call 50", rows=(0, 1), setting=STEADY, batch=1)
+    later = _error(WRONG, call="call 50", rows=(0, 1), setting=Setting.STEADY, batch=1)
     said = diagnose([first, later], LIMIT)
     assert "sample 0 has 50.0 dB in 'a call' and 20.0 dB in 'call 50': what an earlier call left is used" in said
-    assert SETTING_CAUSES[STEADY] in said and "batch" not in said
+    assert SETTING_CAUSES[Setting.STEADY] in said and "batch" not in said
     assert "earlier call" not in diagnose([first, _error(WRONG, rows=(0, 2), batch=3)], LIMIT)
 
 
@@ -91,7 +88,10 @@ def test_a_small_excess_is_called_that() -> None:
 
 
 def test_steps_and_pictures_have_traits_of_their_own() -> None:
-    errors = [_error(WRONG, call="step 3", setting=PROMPTED), _error(RIGHT, call="step 1", setting=UNPROMPTED)]
+    errors = [
+        _error(WRONG, call="step 3", setting=Setting.PROMPTED),
+        _error(RIGHT, call="step 1", setting=Setting.UNPROMPTED),
+    ]
     said = diagnose(errors, LIMIT, STEP_TRAITS)
     assert "step 3" in said and "samples with a prompt" in said
     pictures = [SampleError("pictures", i, value, "pictures", i) for i, value in enumerate((WRONG, RIGHT))]
@@ -104,9 +104,9 @@ def test_not_a_number_is_the_worst() -> None:
 
 
 @pytest.mark.parametrize("setting", SETTING_CAUSES)
-def test_every_call_that_is_repeated_has_a_cause(setting: str) -> None:
-    where = "call 50" if setting == STEADY else f"batch 2, {setting}"
-    assert cause_of_repeat(where) == SETTING_CAUSES[setting]
+def test_every_call_that_is_repeated_has_a_cause(setting: Setting) -> None:
+    gate = repeats_gate("cpu", StateResult([], 3, Call("batch 2", "pool", (0, 1), {}, setting)))
+    assert not gate.passed and gate.why.endswith(f"; first other in batch 2: {SETTING_CAUSES[setting]}")
 
 
 # --- signs ----------------------------------------------------------------------------------------------------------
@@ -158,14 +158,14 @@ def test_traits_are_read_from_the_inputs() -> None:
         "encoder_attention_mask": np.array([[1] * 6, [1] * 3 + [0] * 3, [0] * 6], np.float32),
         "image_rotary_emb": np.zeros((16, 4), np.float32),
     }
-    found = [traits_of(inputs, place, CHANGED, (4, 5, 6)) for place in range(3)]
+    found = [traits_of(inputs, place, Setting.CHANGED, (4, 5, 6)) for place in range(3)]
     assert [row.mask for row in found] == ["full", "partial", "empty"]
     assert [row.tokens for row in found] == [6] * 3 and [row.batch for row in found] == [3] * 3
     assert [row.latent for row in found] == [1, 4, 2]
     assert [row.other_timestep for row in found] == [False, True, False]
     assert [row.other_condition for row in found] == [False, True, True]
     assert [row.other_mask for row in found] == [False, True, True]
-    assert found[0].label is None and found[0].setting == CHANGED and found[0].rows == (4, 5, 6)
+    assert found[0].label is None and found[0].setting == Setting.CHANGED and found[0].rows == (4, 5, 6)
     assert traits_of({**inputs, "class_labels": np.array([3, 4, 5])}, 1).label == 4
 
 

@@ -15,6 +15,7 @@ from pipeline import recipe as recipes
 from pipeline.backends.base import Arrays
 from pipeline.backends.reference import ReferenceEngine
 from pipeline.generate.case import Case, make_case
+from pipeline.verify.call_patterns import Setting
 from pipeline.verify.calls import (
     BATCHES,
     LONGEST,
@@ -26,9 +27,11 @@ from pipeline.verify.calls import (
     SampleError,
     StateResult,
     _at_once,
+    _unequal,
     call_errors,
     make_calls,
     make_pools,
+    nan_reach,
     state_result,
 )
 from pipeline.verify.effort import FEW_INSIDE, INSIDE, LARGE_INSIDE
@@ -177,7 +180,9 @@ def _errors(engine: Counted, subject: tuple[models.LoadedModel, Case]) -> tuple[
     calls, right = make_calls(model, pools), Counted(model)
     exact = {name: right.run(pool)["sample"] for name, pool in pools.items()}
     errors = call_errors(calls, exact, engine.run)
-    state = state_result(calls, pools, model, exact, engine.run, len(calls))
+    reach = nan_reach(right.run, pools, model.shared)
+    assert reach.all()  # attention hands it on
+    state = state_result(calls, pools, model, exact, engine.run, len(calls), reach)
     worst: dict[str, float] = {}
     for error in [*errors, *state.errors]:
         worst[error.call] = min(error.sqnr_db, worst.get(error.call, np.inf))
@@ -187,7 +192,7 @@ def _errors(engine: Counted, subject: tuple[models.LoadedModel, Case]) -> tuple[
 def test_a_right_engine_is_right_in_every_call(zoo: tuple[models.LoadedModel, Case]) -> None:
     engine = Counted(zoo[0])
     worst, state = _errors(engine, zoo)
-    assert min(worst.values()) > 100 and state.unequal == 0 and state.where is None
+    assert min(worst.values()) > 100 and state.unequal == 0 and state.first is None
     assert engine.calls == len(BATCHES) + STEADY_CALL - len(BATCHES) + 2 * 4  # the threads' calls come after
     assert any(f"call {STEADY_CALL}" in call for call in worst)
 
@@ -197,7 +202,7 @@ def test_a_mixed_up_engine_is_seen(engine: Any, where: str, zoo: tuple[models.Lo
     worst, state = _errors(engine(zoo[0]), zoo)
     assert min(value for call, value in worst.items() if where in call) < 30
     if engine is not OneBuffer:  # whose results are one array, equal to itself
-        assert state.unequal > 0 and state.where is not None
+        assert state.unequal > 0 and state.first is not None
 
 
 # --- gates ----------------------------------------------------------------------------------------------------------
@@ -267,15 +272,60 @@ def test_the_steady_call_is_named_by_its_number(made: int, zoo: Any) -> None:
             nonlocal count
             count += 1
             latents = inputs["hidden_states"]
-            of_all = 0 * latents.mean(axis=(1, 2, 3), keepdims=True)  # a NaN reaches the whole sample
-            return {"sample": (latents + of_all) * np.float32(1 + (count == spoilt))}
+            return {"sample": latents * np.float32(1 + (count == spoilt))}
 
-        return state_result(calls, pools, model, exact, run, made).where, count
+        first = state_result(calls, pools, model, exact, run, made, _only_the_first(exact)).first
+        return first and first.text, count
 
     nothing, total = where(-1)
     steady = total - 2 * THREAD_ROUNDS  # two threads come last
     assert nothing is None and steady == max(STEADY_CALL, steady)
     assert where(steady) == (f"call {steady}", total)
+
+
+def _only_the_first(exact: dict[str, Any]) -> Any:
+    """What NaN in a sample's first number makes NaN in a model whose numbers do not see each other."""
+    reach = np.zeros(exact[LONGEST].shape[1:], bool)
+    reach[0, 0, 0] = True
+    return reach
+
+
+# Of latents in which one number is NaN, of a model whose numbers do not see each other.
+SPREADS: list[tuple[Callable[[Any], Any], int | None]] = [
+    (lambda latents: latents, 0),
+    (np.nan_to_num, 1),  # becomes a number
+    (lambda latents: np.nan_to_num(latents, nan=np.inf), 1),
+    (lambda latents: latents + 0 * latents.mean(axis=(1, 2, 3), keepdims=True), -1),  # reaches the rest of its sample
+    (lambda latents: np.where(np.isnan(latents).any(axis=(1, 2, 3), keepdims=True), -latents, latents), -1),
+    (lambda latents: latents + 0 * latents.mean(), -2),  # and the sample beside it
+]
+
+
+@pytest.mark.parametrize(("run", "wrong"), SPREADS)
+def test_nan_has_its_reach_and_changes_no_other_number(run: Callable[[Any], Any], wrong: int, zoo: Any) -> None:
+    """wrong: how many numbers; below zero: of so many samples all but the one that is NaN in the reference, too."""
+    model, case = zoo
+    pools = make_pools(model, case)
+    exact = {name: pool["hidden_states"] for name, pool in pools.items()}
+    expected = wrong if wrong >= 0 else -wrong * exact[LONGEST][0].size - 1
+    call = make_calls(model, pools), pools, model, exact
+    state = state_result(*call, lambda inputs: {"sample": run(inputs["hidden_states"])}, 60, _only_the_first(exact))
+    assert state.unequal == expected
+    assert (state.first and state.first.setting) == (Setting.NAN_FIRST if wrong else None)
+
+
+def test_what_a_model_makes_of_nan_is_its_reach(zoo: Any) -> None:
+    model, case = zoo
+    pools = make_pools(model, case)
+    reach = nan_reach(lambda inputs: {"sample": inputs["hidden_states"] * 2}, pools, model.shared)
+    assert np.array_equal(reach, _only_the_first({LONGEST: pools[LONGEST]["hidden_states"]}))
+
+
+def test_equal_numbers_are_equal_in_every_bit() -> None:
+    one = np.array([0.0, 1.0, np.nan, -np.inf], np.float32)
+    assert _unequal(one, one.copy()) == 0 and _unequal(one, np.abs(one)) == 1
+    assert _unequal(one, -one) == 3  # also of zero; NaN has no sign
+    assert _unequal(one, one.astype(np.float64)) == _unequal(one, one[None]) == 4
 
 
 def test_samples_of_every_pool_are_looked_into() -> None:

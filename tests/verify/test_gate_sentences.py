@@ -56,14 +56,14 @@ def test_numbers_that_are_not_finite_name_the_first_layer_or_else_the_call() -> 
     rows = [layer("a"), layer("b", nonfinite=1, calls={"nonfinite": CALL}), layer("c", nonfinite=90)]
     assert gates_of(rows)["finite"].why.endswith(f"; first in b, in {CALL}: there or before it {NONFINITE}")
     errors = [SampleError("step 1", 0, 50.0, "p", 0), SampleError("step 2", 1, math.nan, "p", 1)]
-    images = np.zeros((2, 3, 4, 4))
-    where = first_nonfinite(StepErrors([], [], 0, errors), images)
+    pictures = np.zeros((2, 3, 4, 4))
+    where = first_nonfinite(StepErrors([], 0, errors), pictures)
     assert where == "step 2, sample 1"
     said = gates_of([layer("a")], 5, where)["finite"].why
     assert said.endswith(f"; in no layer that was looked at, first in {where}: {NONFINITE}")
-    images[1, 0, 0, 0] = np.inf
-    assert first_nonfinite(StepErrors([], [], 0, errors[:1]), images) == "picture 2 that the engine drew by itself"
-    assert first_nonfinite(StepErrors([], [], 0), images[:1]) is None
+    pictures[1, 0, 0, 0] = np.inf
+    assert first_nonfinite(StepErrors([], 0, errors[:1]), pictures) == "picture 2 that the engine drew by itself"
+    assert first_nonfinite(StepErrors([], 0, []), pictures[:1]) is None
 
 
 def test_missing_linears_are_named() -> None:

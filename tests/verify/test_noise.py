@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from pipeline.verify.noise import NUMBERS, Noise
+from pipeline.verify.reference_hooks import NUMBERS, Noise
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])

@@ -13,7 +13,7 @@ import pytest
 from onnx import parser
 
 from pipeline.backends.base import LoweredGraph
-from pipeline.verify.parts import Parts, needed_names
+from pipeline.verify.parts import Parts, needed_nodes
 from pipeline.verify.probe import ProbedGraph
 
 GRAPH = """
@@ -101,9 +101,17 @@ def test_nothing_is_kept_that_no_later_part_reads() -> None:
     assert not parts._arrays[0]
 
 
-def test_needed_names_are_all_behind_a_tensor() -> None:
+def test_needed_nodes_are_all_that_compute_a_tensor() -> None:
     nodes = parser.parse_model(GRAPH).graph.node
-    assert needed_names(nodes, ["c"]) == {"c", "b", "values", "codes", "a", "x", "shift", "t", "w", "unit", "zero"}
+    needed = needed_nodes(nodes, ["c"])
+    assert needed == [node for node in nodes if set(node.output) & {"c", "b", "values", "codes", "a", "shift"}]
+    assert set().union(*(node.input for node in needed)) - set().union(*(node.output for node in needed)) == {
+        "x",
+        "t",
+        "w",
+        "unit",
+        "zero",
+    }
 
 
 def test_a_graph_says_its_tables_and_inner_tensors_whatever_names_its_data_has(tmp_path: Path) -> None:

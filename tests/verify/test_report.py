@@ -56,8 +56,8 @@ def report(value: float = 0.0) -> Report:
 
 def page(found: Report, title: str = "pixart_w4a6", columns: Sequence[Column] = ()) -> str:
     shape = (2, 3, 8, 8)
-    images = {"reference": np.zeros(shape), "float": np.full(shape, 0.1)}
-    columns = columns or gallery(images, {"cpu": np.full(shape, 0.001)}, pixels=True)
+    pictures = {"reference": np.zeros(shape), "float": np.full(shape, 0.1)}
+    columns = columns or gallery(pictures, {"cpu": np.full(shape, 0.001)}, pixels=True)
     facts = {"Model": {"source": "zoo:<mini>"}}
     return render(
         Page(title, "a description", found, facts, "name = 'r'", ("a red ring", "a blue ring"), columns, "note")
@@ -172,17 +172,17 @@ def test_png_of_one_three_and_four_channels() -> None:
 
 
 def test_gallery_states_its_amplification_and_survives_nan() -> None:
-    images = {"reference": np.zeros((1, 4, 8, 8)), "float": np.full((1, 4, 8, 8), 0.1)}
+    pictures = {"reference": np.zeros((1, 4, 8, 8)), "float": np.full((1, 4, 8, 8), 0.1)}
     engine = np.full((1, 4, 8, 8), np.nan)
-    columns = gallery(images, {"cpu": engine}, pixels=False)
+    columns = gallery(pictures, {"cpu": engine}, pixels=False)
     assert [column.stem for column in columns] == ["float", "reference", "cpu", "quantization", "cpu-difference"]
     assert re.search(r"x[\d,]+ around grey", columns[3].heading)
     assert [len(column.pngs) for column in columns] == [1] * 5 and columns[2].file_name(0) == "cpu-0.png"
 
 
 def test_an_engine_may_have_drawn_fewer_pictures_or_none() -> None:
-    images = {"reference": np.zeros((2, 3, 8, 8)), "float": np.full((2, 3, 8, 8), 0.1)}
-    columns = gallery(images, {"onnx": np.zeros((1, 3, 8, 8)), "large": np.zeros((0, 3, 8, 8))}, pixels=True)
+    pictures = {"reference": np.zeros((2, 3, 8, 8)), "float": np.full((2, 3, 8, 8), 0.1)}
+    columns = gallery(pictures, {"onnx": np.zeros((1, 3, 8, 8)), "large": np.zeros((0, 3, 8, 8))}, pixels=True)
     assert {column.stem: len(column.pngs) for column in columns} == {
         "float": 2,
         "reference": 2,

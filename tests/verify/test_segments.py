@@ -19,20 +19,21 @@ from export.models import load as models
 from pipeline.verify.calls import SampleError
 from pipeline.verify.gates import ROUNDED_DB, calls_gates
 from pipeline.verify.oracle import LinearProbe
+from pipeline.verify.reference_hooks import SUMS_SEED, operations_jittered
 from pipeline.verify.segments import (
     JITTER_ULPS,
     LIMIT,
     PART_LIMIT,
+    PASSES,
     SHARED_LIMIT,
     SegmentCheck,
     SegmentReference,
     diagnose,
     errors_over_limits,
     judge,
-    operations_jittered,
     shared_over_limits,
 )
-from pipeline.verify.walk import OUTPUT, Stop, Walk, stopping_module, tensors_of
+from pipeline.verify.walk import Stop, Walk, stopping_module, tensors_of
 from tests.support import tiny
 
 FAMILIES = ("pixart", "pixart_sizes", "hunyuan", "dit", "unknown")
@@ -64,7 +65,7 @@ def test_a_pass_told_the_module_s_own_outputs_is_the_module(model: models.Loaded
     inside, outside, output = _outputs(model, inputs)
     walk = Walk(stopping_module(model, torch.float64), tensors_of(inputs, torch.float64), nullcontext)
     stop, visited = walk.start(), []
-    while stop.layer != OUTPUT:
+    while stop.layer is not None:
         assert np.array_equal(stop.x, inside[stop.layer])
         visited.append(stop.layer)
         stop = walk.go_on(outside[stop.layer].reshape(-1, outside[stop.layer].shape[-1]))
@@ -124,14 +125,14 @@ def _check(model: models.LoadedModel, change: Any = None) -> list[Any]:
 
                 probe = replace(probe, x=change(name, probe.x))
             check.at(name, [probe])
-        check.end([output if change is None else change(OUTPUT, output)])
+        check.end([output if change is None else change(None, output)])
     return check.results
 
 
 @pytest.mark.torch
 def test_a_float32_engine_is_well_within_its_limits(model: models.LoadedModel) -> None:
     results = _check(model)
-    assert [row.layer for row in results][-1] == OUTPUT
+    assert [row.layer for row in results][-1] is None
     assert len(results) == len(model.linears()) + 1
     assert max(row.error for row in results) < 0.6
     assert all(row.diagnosis is None for row in results)
@@ -148,8 +149,8 @@ def test_a_stretch_off_by_a_few_millionths_is_named(model: models.LoadedModel) -
 
 @pytest.mark.torch
 def test_numbers_that_are_not_finite_have_a_stretch_too(model: models.LoadedModel) -> None:
-    def overflow(name: str, x: Any) -> Any:
-        return np.where(np.abs(x) > np.quantile(np.abs(x), 0.99), np.inf, x) if name == OUTPUT else x
+    def overflow(name: str | None, x: Any) -> Any:
+        return np.where(np.abs(x) > np.quantile(np.abs(x), 0.99), np.inf, x) if name is None else x
 
     assert _check(model, overflow)[-1].diagnosis == "NaN or Inf, where the module's numbers are finite"
 
@@ -166,7 +167,7 @@ def test_parts_in_fp16_that_overflow_are_called_that(size: float, words: str) ->
 def test_float32_runs_that_overflow_set_no_limit() -> None:
     cost, overflown = (
         SimpleNamespace(calls_quant_db=[20.0, 30.0]),
-        SimpleNamespace(calls_db=[np.nan] * 4, hit_calls_db=[np.nan] * 4),
+        SimpleNamespace(hit_calls_db=[np.nan] * 4),
     )
     errors = [SampleError("batch 1", 0, 22.0, "one", 0), SampleError("batch 2", 0, np.nan, "one", 1)]
     for count, passed in ((1, [True, False]), (2, [False, False])):
@@ -225,6 +226,10 @@ def test_the_pattern_of_an_error_says_where_to_look(place: tuple[Any, ...], text
     exact, difference = rng.standard_normal((3, 64, 128)), np.zeros((3, 64, 128))
     difference[place] = _noise(rng, difference[place].shape, 1e-2)
     assert text in diagnose(exact, difference)
+
+
+def test_no_two_generators_of_the_passes_have_one_seed() -> None:
+    assert PASSES <= SUMS_SEED
 
 
 def test_jitter_moves_what_rounds_and_leaves_what_moves() -> None:

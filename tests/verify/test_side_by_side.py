@@ -24,7 +24,7 @@ from pipeline.backends.reference import ReferenceEngine
 from pipeline.backends.side_by_side import side_by_side
 from pipeline.generate.case import Case
 from pipeline.progress import StoppedError, raise_if_stopped, track
-from pipeline.verify.calls import _at_once, _Counted
+from pipeline.verify.calls import _at_once, _Repeats
 from pipeline.verify.extremes import extreme_results, read_by_quantizers
 from pipeline.verify.probe import Beside, ProbedGraph
 from tests.cli.test_signals import ROOT
@@ -200,7 +200,7 @@ def overflow(_: Path) -> None:
 def callers(_: Path) -> None:
     """The two who call at once are threads of their own."""
     call: Any = SimpleNamespace(inputs={})
-    _at_once([call, call], _Counted(lambda inputs: {"sample": np.zeros(1)}, 0), 2)
+    _at_once([call, call], _Repeats(lambda inputs: {"sample": np.zeros(1)}, 0).run, 2)
 
 
 def test_a_caller_that_cannot_begin_ends_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -215,7 +215,7 @@ def test_a_caller_that_cannot_begin_ends_the_others(monkeypatch: pytest.MonkeyPa
 
     monkeypatch.setattr(ThreadPoolExecutor, "submit", once)
     with pytest.raises(RuntimeError, match="can't start new thread"):
-        _at_once([call, call], _Counted(lambda inputs: {"sample": np.zeros(1)}, 0), 2)
+        _at_once([call, call], _Repeats(lambda inputs: {"sample": np.zeros(1)}, 0).run, 2)
 
 
 @pytest.mark.torch

@@ -23,14 +23,15 @@ from pipeline.distance import psnr_db, sqnr_db
 from pipeline.generate.case import Case, example_prompts
 from pipeline.generate.conditioning import from_dict
 from pipeline.verify import probe as probing
-from pipeline.verify.call_patterns import PROMPTED, UNPROMPTED
+from pipeline.verify.call_patterns import Setting
+from pipeline.verify.calls import SampleError
 from pipeline.verify.gates import FACTOR_DB, NOT_IN_STEPS, ROUNDED_DB, TOO_COARSE, end_gates, quantization_gates
 from pipeline.verify.oracle import ROUNDING, LinearProbe, LinearWeight, activation_oracle, check_linear, exact_sums
 from pipeline.verify.probe import ProbedGraph
 from pipeline.verify.proof import verify
 from pipeline.verify.reference_hooks import Comparison, Recorder, half_parts, hooked, jittered
 from pipeline.verify.report import Gate
-from pipeline.verify.study import Realisations, StepErrors, Study, layer_input_db
+from pipeline.verify.study import Realisations, StepErrors, Study
 from tests.support import tiny
 from tests.support.hand_lowered import linear, lower
 from tests.support.portable import random_linear
@@ -195,17 +196,15 @@ def test_every_kind_of_damage_is_measured(hand: Any) -> None:
     assert _check(hand, x=_poke(np.inf)).nonfinite == 1
 
 
-def test_an_absent_output_is_no_proof(hand: Any) -> None:
-    layer, probe = _probe(hand)
-    check = check_linear(layer, replace(probe, output=None), activation_oracle(probe.x, layer))
-    assert math.isnan(check.output_error)
-
-
 # --- tolerances -----------------------------------------------------------------------------------------------------
 
 
-def _realisations(errors: list[StepErrors], images: list[Any]) -> Realisations:
-    return Realisations(errors, images, hit_errors=errors, hit_images=images)
+def _realisations(errors: list[StepErrors], pictures: list[Any]) -> Realisations:
+    return Realisations(errors, hit_errors=errors, hit_pictures=pictures)
+
+
+def _errors(steps_db: list[float], samples_db: list[float]) -> StepErrors:
+    return StepErrors(steps_db, 0, [SampleError("step 1", i, value, "step 1", i) for i, value in enumerate(samples_db)])
 
 
 def _study(fp32: list[float], quant_noise: float = 0.1, n_steps: int = 2) -> Study:
@@ -213,14 +212,14 @@ def _study(fp32: list[float], quant_noise: float = 0.1, n_steps: int = 2) -> Stu
     ones = np.ones((2, 3, 4, 4))
     case = Case(("one", "two"), ({}, {}), ones.astype(np.float32), "flow_euler", 1000.0, n_steps, 1.0, "pixels")
     found = Study(case, exact=[ones] * n_steps, plain=[ones + quant_noise] * n_steps)
-    found.float32 = {"fp32": _realisations([StepErrors(fp32[:n_steps], fp32, 0)], [ones + 0.01])}
-    found.images = {"reference": ones, "float": ones + quant_noise}
+    found.float32 = {"fp32": _realisations([_errors(fp32[:n_steps], fp32)], [ones + 0.01])}
+    found.pictures = {"reference": ones, "float": ones + quant_noise}
     return found
 
 
-def _gates(found: Study, samples: list[float], image_error: float = 0.01) -> dict[str, Gate]:
-    errors = StepErrors(samples[:2], samples, 0)
-    gates = end_gates("cpu", errors, found.images["reference"] + image_error, found, found.float32["fp32"])
+def _gates(found: Study, samples: list[float], picture_error: float = 0.01) -> dict[str, Gate]:
+    errors = _errors(samples[:2], samples)
+    gates = end_gates("cpu", errors, found.pictures["reference"] + picture_error, found, found.float32["fp32"])
     return {gate.name.removeprefix("cpu/"): gate for gate in gates}
 
 
@@ -233,7 +232,7 @@ def test_limits_are_the_float32_runs_less_the_factor() -> None:
 
 
 def test_no_limit_is_looser_than_quantization() -> None:
-    gates = _gates(_study([22, 22, 22, 22]), [19, 19, 19, 19], image_error=0.2)
+    gates = _gates(_study([22, 22, 22, 22]), [19, 19, 19, 19], picture_error=0.2)
     assert gates["step_sqnr_db"].limit == pytest.approx(20 * math.log10(11))  # 0.1 off 1.1
     assert not gates["step_sqnr_db"].passed and not gates["final_psnr_db"].passed
 
@@ -252,7 +251,7 @@ def test_a_small_error_in_every_sample_fails_where_few_flips_are_normal() -> Non
 
 
 def test_nan_anywhere_fails() -> None:
-    gates = _gates(_study([50] * 4), [50, math.nan, 50, 50], image_error=math.nan)
+    gates = _gates(_study([50] * 4), [50, math.nan, 50, 50], picture_error=math.nan)
     assert not any(gate.passed for gate in gates.values())
 
 
@@ -263,10 +262,10 @@ def test_runs_of_the_reference_that_overflow_give_no_limit() -> None:
 
 
 def test_pictures_that_are_wrong_where_steps_are_right_say_so() -> None:
-    gate = _gates(_study([50, 60, 70, 70]), [50, 60, 70, 70], image_error=0.2)["final_psnr_db"]
+    gate = _gates(_study([50, 60, 70, 70]), [50, 60, 70, 70], picture_error=0.2)["final_psnr_db"]
     assert not gate.passed and NOT_IN_STEPS in gate.why
     assert "2 of 2 samples are wrong" in gate.why and "all numbers times 1.2" in gate.why
-    both = _gates(_study([22] * 4), [19] * 4, image_error=0.2)["final_psnr_db"]
+    both = _gates(_study([22] * 4), [19] * 4, picture_error=0.2)["final_psnr_db"]
     assert not both.passed and NOT_IN_STEPS not in both.why
 
 
@@ -278,8 +277,8 @@ def test_a_wrong_step_says_which_and_for_whom() -> None:
     found.calls = [{"hidden_states": np.zeros((2, 3, 4, 4), np.float32), "timestep": time} for time in times]
     outputs = iter([{"sample": exact * (1 if step < 3 else 1.1)} for step, exact in enumerate(found.exact)])
     errors = found.errors(lambda _: next(outputs))
-    assert [error.traits.setting for error in errors.samples[:2]] == [PROMPTED, UNPROMPTED]
-    gate = end_gates("cpu", errors, found.images["reference"][:0], found, found.float32["fp32"])[0]
+    assert [error.traits.setting for error in errors.samples[:2]] == [Setting.PROMPTED, Setting.UNPROMPTED]
+    gate = end_gates("cpu", errors, found.pictures["reference"][:0], found, found.float32["fp32"])[0]
     assert not gate.passed and "2 of 8 samples are wrong: those of step 4 or timestep 250" in gate.why
     assert gate.why.endswith("all numbers times 1.1: a factor is wrong")
 
@@ -308,7 +307,11 @@ def test_half_parts_rounds_operands_and_result() -> None:
 
 
 def test_inputs_of_another_shape_cannot_be_compared() -> None:
-    assert math.isnan(layer_input_db([np.ones((2, 3))], [np.ones((3, 3))]))
+    found, ones = _study([50] * 4), np.ones((2, 3), np.float32)
+    found.probed, found.layer_inputs = (0, 3), {"a": [ones, 2 * ones]}
+    assert found.input_db("a", {3: 2 * ones}) == math.inf and found.input_db("a", {0: 2 * ones}) == 0
+    for layer, inputs in (("a", {0: np.ones((3, 3))}), ("a", {1: ones}), ("b", {0: ones})):
+        assert math.isnan(found.input_db(layer, inputs))
 
 
 def test_example_prompts_are_understood_and_repeatable() -> None:
