@@ -18,6 +18,7 @@ from export.dialect.graph import (
     name_of,
     only_reader,
     other_input,
+    outputs_of,
     produced_by,
     replace,
     result_of,
@@ -61,7 +62,7 @@ class FuseNormModulateQuantize(RewritePass):
         if reason or scale is None:
             self.refuse(quantizer.name, reason)
             return
-        inputs = [inputs_of(norm).X, shift, scale]
+        inputs = {"x": inputs_of(norm).X, "shift": shift, "scale": scale}
         epsilon, fmt = float(attribute(norm, "epsilon", 1e-5)), str(attribute(quantizer, "format"))
         name = quantizer.name or name_of(norm)
         replace(
@@ -110,12 +111,12 @@ def _other_reader(*chain: ir.Node) -> str:
 
 def _unfit_norm(norm: ir.Node) -> str:
     """Why the fused op is not this norm, '' if it is."""
-    ports, mean_and_deviation = inputs_of(norm), norm.outputs[1:]
+    ports, results = inputs_of(norm), outputs_of(norm)
     if not is_constant(ports.Scale, 1.0):
         return f"{name_of(norm)} has an affine scale"
     if ports.get("B") is not None and not is_constant(ports.B, 0.0):
         return f"{name_of(norm)} has an affine bias"
-    if any(list(value.uses()) for value in mean_and_deviation):
+    if any(value is not None and list(value.uses()) for value in map(results.get, ("Mean", "InvStdDev"))):
         return f"mean or deviation of {name_of(norm)} is read elsewhere"
     rank = ports.X.shape.rank() if ports.X.shape else 3
     if attribute(norm, "axis", -1) not in (-1, rank - 1):

@@ -70,16 +70,15 @@ def quantize_with_chain(build: GraphBuilder, x: ir.Value, fmt: Format, limbs: in
     if not one:
         places[Out.LOW_CODES] = ("low", U8)
     node = chain_node(
+        build,
         {In.X: x},
-        f"{build.prefix}/{places[Out.CODES][0]}",
-        build.metadata,
+        f"{places[Out.CODES][0]}/chain",
         max_value=fmt.max_value,
         kmax=float(fmt.kmax),
         rounding_factor=rounding_factor(fmt) if len(fmt.binade_starts) else 0.0,
         zero=zero,
         limb_base=0 if one else base,
     )
-    build.graph.insert_before(build.before, node)
     for place, (name, kind) in places.items():
         node.outputs[place].name, node.outputs[place].type = f"{build.prefix}/{name}", kind
     codes = (node.outputs[Out.CODES],) if one else (node.outputs[Out.CODES], node.outputs[Out.LOW_CODES])
@@ -105,11 +104,10 @@ def chained_gemm(
     else:
         sums = limb_sums(build, gemm, operand)
         inputs |= {In.HIGH_SUM: sums.high, In.LOW_SUM: sums.low, In.CHANNEL_SCALE: sums.scales}
-    name = f"{build.prefix}/{'scaled_tokens' if bias is None else 'output'}"
-    chain = chain_node(inputs, name, build.metadata, limb_weight=sums.weight if sums else 0)
-    build.graph.insert_before(build.before, chain)
+    name = "scaled_tokens" if bias is None else "output"
+    chain = chain_node(build, inputs, f"{name}/chain", limb_weight=sums.weight if sums else 0)
     linear = chain.outputs[Out.LINEAR]
-    linear.name = name
+    linear.name = f"{build.prefix}/{name}"
     if sums is not None:
         value = chain.outputs[Out.PRODUCT]
         value.name, value.type = f"{build.prefix}/product", FLOAT
@@ -305,12 +303,12 @@ def _heads(rows: ir.Value, parts: ir.Value) -> int:
 
 def _in_two(graph: ir.Graph, turn: ir.Node) -> ir.Node:
     """Transpose to [batch, heads, size, tokens] as two: to [batch, heads, tokens, size], which is returned, and on."""
-    first = ir.Node("", "Transpose", turn.inputs, [ir.AttrInt64s("perm", HEADS_FIRST)], name=f"{turn.name}/heads")
-    value, old = result_of(first), result_of(turn)
+    build, old = GraphBuilder(graph, turn, str(turn.name)), result_of(turn)
+    first = build.node("Transpose", [inputs_of(turn).data], "heads", {"perm": HEADS_FIRST})
+    value = result_of(first)
     value.name, value.type = f"{old.name}/heads", old.type
     if old.shape is not None:
         value.shape = ir.Shape([old.shape[axis] for axis in SWAPPED])
-    graph.insert_before(turn, first)
     inputs_of(turn).set("data", value)
     turn.attributes["perm"] = ir.AttrInt64s("perm", SWAPPED)
     return first

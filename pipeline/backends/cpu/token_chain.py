@@ -7,7 +7,7 @@ from enum import IntEnum
 
 import onnx_ir as ir
 
-from export.dialect.graph import constant, is_op
+from export.dialect.graph import GraphBuilder, constant, is_op
 from export.dialect.ops import ABSMAX_FLOOR
 from plugins.cpu.library import DOMAIN
 
@@ -86,13 +86,10 @@ def chain_outputs(node: ir.Node) -> dict[Out, ir.Value]:
     return {place: value for place in Out if (value := value_out(node, place)) is not None}
 
 
-def chain_node(inputs: Mapping[In, ir.Value], name: str, metadata: Mapping[str, str], **stages: Number) -> ir.Node:
-    """A chain with these stages (see ATTRIBUTES) that stands in no graph yet and whose outputs have no names."""
-    attributes = ir.convenience.convert_attributes(ATTRIBUTES | stages)
+def chain_node(build: GraphBuilder, inputs: Mapping[In, ir.Value], name: str, **stages: Number) -> ir.Node:
+    """A chain with these stages (see ATTRIBUTES), whose outputs have no names."""
     places = [inputs.get(place) for place in In]
-    node = ir.Node(
-        DOMAIN, OP, places, attributes, num_outputs=len(Out), name=f"{name}/chain", metadata_props=dict(metadata)
-    )
+    node = build.node(OP, places, name, ATTRIBUTES | stages, DOMAIN, len(Out))
     for value in node.outputs:
         value.name = ""
     return node
@@ -108,8 +105,8 @@ def put_chain(
 ) -> None:
     """A chain in front of `anchor` that makes the values `outputs`, names kept, in the place of `chains`, which go."""
     first = next(iter(outputs.values()))
-    node = chain_node(inputs, str(first.name), anchor.metadata_props, **stages)
-    graph.insert_before(anchor, node)
+    build = GraphBuilder(graph, anchor, str(first.name), dict(anchor.metadata_props))
+    node = chain_node(build, inputs, "chain", **stages)
     for place, old in outputs.items():
         new = node.outputs[place]
         new.name, new.shape, new.type = old.name, old.shape, old.type

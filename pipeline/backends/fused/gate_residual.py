@@ -16,7 +16,7 @@ from export.dialect.graph import (
     read_by,
     result_of,
 )
-from pipeline.backends.fused.ops import DOMAIN, fused_node, fused_outputs
+from pipeline.backends.fused.ops import DOMAIN, fused_inputs, fused_node, fused_outputs
 from pipeline.passes.rewrite import RewritePass
 
 
@@ -49,7 +49,8 @@ class FuseGateResidual(RewritePass):
             return
         gate = gate if gate is not None else _ones(graph, linear)
         attributes = {key: item.value for key, item in gemm.attributes.items()}
-        fused = fused_node("GemmGateResidual", [*gemm.inputs, gate, residual], str(gemm.name), gemm, **attributes)
+        inputs = fused_inputs(gemm).given() | {"gate": gate, "residual": residual}
+        fused = fused_node("GemmGateResidual", inputs, str(gemm.name), gemm, **attributes)
         graph.insert_before(add, fused)
         ports = fused_outputs(fused)
         for old, new in ((fused_outputs(gemm).sums, ports.sums), (linear, ports.linear), (result_of(add), ports.y)):
