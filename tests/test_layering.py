@@ -237,7 +237,7 @@ RUN_TIME = [
         *(f"pipeline/{name}.py" for name in ("__init__", "__main__", "command", "doctor", "files", "inspect", "list")),
         *(f"pipeline/{name}.py" for name in ("machine", "methods", "progress", "recipe", "signals")),
         *(f"pipeline/backends/{name}.py" for name in ("__init__", "base", "feeds", "lowering_file", "metadata_file")),
-        *(f"pipeline/backends/{name}.py" for name in ("sessions", "stock_runtime", "visible_gpu")),
+        *(f"pipeline/backends/{name}.py" for name in ("sessions", "stock_runtime")),
     }
 ]
 COMPILERS = {"torch", "diffusers", "transformers", "onnx", "onnx_ir", "onnxscript", "matplotlib", "huggingface_hub"}
@@ -246,10 +246,10 @@ NEEDS_TORCH = {
     "pipeline/backends/cuda/engine.py": {"torch"},
     "pipeline/backends/tensorrt/engine.py": {"torch"},
     "pipeline/backends/trt/engine.py": {"torch"},
-    "pipeline/backends/visible_gpu.py": {"torch"},
     "pipeline/generate/diffusers_adapter.py": {"diffusers", "torch"},
     "pipeline/generate/latent.py": {"huggingface_hub", "torch"},
     "pipeline/generate/pipeline_folder.py": {"diffusers", "torch"},
+    "pipeline/machine.py": {"torch"},
 }
 
 

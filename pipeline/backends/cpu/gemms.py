@@ -143,10 +143,10 @@ def float_gemm(build: GraphBuilder, gemm: QuantizedGemm, a: Operand) -> Product:
         integers = build.op("Reshape", scaled, build.op("Shape", a.x, name="like"), name="ungrouped")
         scale = None
     w, exponent = _stored_weight(build, gemm)
-    shape = (gemm.groups, 1, gemm.out_features) if gemm.real_groups else (gemm.out_features,)
+    shape = (gemm.weight_groups, 1, gemm.out_features) if gemm.real_groups else (gemm.out_features,)
     scales = build.lazy(f"{gemm.layer}.scales_f32", FLOAT, shape, partial(_float_scales, gemm, exponent))
     if gemm.real_groups:
-        grouped = build.constant([gemm.groups, gemm.group_size, gemm.out_features], np.int64)
+        grouped = build.constant([gemm.weight_groups, gemm.group_size, gemm.out_features], np.int64)
         scaled = build.op("Mul", build.op("Reshape", w, grouped, name="grouped_weight"), scales, name="scaled_weight")
         w = build.op("Reshape", scaled, build.constant([-1, gemm.out_features], np.int64), name="weight")
         y = build.op("MatMul", integers, w, name="product")

@@ -25,8 +25,8 @@ from export.errors import ContractError, EnvironmentLacksError, RecipeError
 from pipeline import machine
 from pipeline.backends import feeds, metadata_file
 from pipeline.backends.base import CONDITION, MODEL, Arrays
-from pipeline.backends.visible_gpu import visible_sm
 from pipeline.files import is_out_of_memory
+from pipeline.machine import visible_sm
 from plugins.gpu.compile import MINIMUM_TRITON
 
 if TYPE_CHECKING:

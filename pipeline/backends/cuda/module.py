@@ -29,7 +29,7 @@ from pipeline.backends.cuda.torch_onnx import ONNX_OPS, TORCH_TYPES
 from pipeline.backends.fused.lower import takes_integers
 from pipeline.backends.fused.merge_gemms import MergeGemms
 from pipeline.backends.fused.ops import DOMAIN, EPILOGUE_OF, OPERANDS_KEY, OPS, fused_outputs
-from pipeline.backends.visible_gpu import visible_sm
+from pipeline.machine import visible_sm
 from plugins.gpu.table import EPILOGUE_OPERANDS
 from plugins.gpu.tiles import prefers_integers
 

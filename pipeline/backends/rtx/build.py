@@ -11,11 +11,11 @@ from pipeline.backends import metadata_file
 from pipeline.backends.base import BuildResult, LoweredGraph
 from pipeline.backends.fused.lower import recipe_problems, scaling_problems
 from pipeline.backends.graph_files import graph_facts, packed_model, result, save_lowered
-from pipeline.backends.rtx.engine import ENGINE, MODULE
 from pipeline.backends.rtx.gemms import matmul_names
 from pipeline.backends.rtx.lower import GROUPS_REFUSED, LowerRtx
 from pipeline.backends.tensorrt import plugin_payloads
 from pipeline.backends.tensorrt.build import build_engine
+from pipeline.backends.tensorrt.engine import ENGINE, RTX
 from pipeline.backends.tensorrt.half import halve
 from pipeline.backends.tensorrt.plan_file import EngineFile, check_gemms, read_engine_file
 from pipeline.backends.tensorrt.plugin_graph import SCALINGS_REFUSED
@@ -102,7 +102,7 @@ def build(lowered: LoweredGraph, out_dir: Path, options: RtxOptions, batch_size:
     if options.path == "plugin":
         facts, engine, more = plugin_payloads.build(lowered.path, out_dir / ENGINE, options.sm, batch_size)
     else:
-        facts = build_engine(MODULE, lowered.path, out_dir / ENGINE, options.sm, batch_size)
+        facts = build_engine(RTX, lowered.path, out_dir / ENGINE, options.sm, batch_size)
         engine = read_engine_file(out_dir / ENGINE)
         check_gemms(engine, expected_gemms(lowered))
     metadata = describe(engine, lowered) | facts | more

@@ -21,13 +21,12 @@ from export.errors import EnvironmentLacksError
 from pipeline import machine
 from pipeline.backends import metadata_file
 from pipeline.backends.base import Arrays
-from pipeline.backends.tensorrt.engine import ENGINE, Buffers, DeserializedEngine
+from pipeline.backends.tensorrt.engine import ENGINE, RTX, Buffers, DeserializedEngine
 from pipeline.backends.tensorrt.plan_file import read_header
-from pipeline.backends.visible_gpu import visible_sm
+from pipeline.machine import visible_sm
 from plugins.tensorrt import rtx_plugin
 
 logger = logging.getLogger(__name__)
-MODULE = "tensorrt_rtx"
 CACHE_FOLDER = "rtx"
 
 
@@ -79,13 +78,13 @@ def write_cache(path: Path, blob: bytes) -> None:
 class RtxEngine(DeserializedEngine):
     """One context for all calls; buffers for each set of input shapes."""
 
-    module = MODULE
+    module = RTX
 
     def __init__(self, folder: Path) -> None:
         """Raises EnvironmentLacksError before anything is deserialized where this machine cannot run the engine."""
-        machine.require((MODULE, "torch"), "running the target rtx", "rtx")
+        machine.require((RTX, "torch"), "running the target rtx", "rtx")
         metadata, sm = metadata_file.read(folder, RtxMetadata), visible_sm()
-        if problem := machine_problem(metadata, machine.tool_version(MODULE), sm):
+        if problem := machine_problem(metadata, machine.tool_version(RTX), sm):
             raise EnvironmentLacksError(problem)
         read_header(folder / ENGINE)
         self._cache_path = cache_path(metadata, sm)

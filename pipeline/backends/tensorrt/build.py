@@ -12,6 +12,7 @@ from typing import Any
 import onnx
 
 from export.errors import ContractError, ResourceError
+from pipeline.backends.tensorrt.engine import RTX, TRT
 
 logger = logging.getLogger(__name__)
 Shapes = tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]  # least, usual, largest
@@ -23,9 +24,7 @@ Facts = dict[str, object]
 # Smallest, usual and largest size of a dynamic dimension other than the batch: prompt tokens (T5 captions: 120, 300).
 TOKEN_BOUNDS = (1, 120, 300)
 LARGEST_BATCH = 8
-PRODUCTS = {"tensorrt_rtx": "TensorRT-RTX", "tensorrt": "TensorRT"}
-# The one that builds for GPUs which need not be here.
-RTX = "tensorrt_rtx"
+PRODUCTS = {RTX: "TensorRT-RTX", TRT: "TensorRT"}
 
 
 def shape_bounds(model: onnx.ModelProto, batch_size: int) -> Bounds:

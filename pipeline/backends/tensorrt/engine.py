@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 ENGINE = "model.engine"
+# The modules of both products; what the first builds is for GPUs which need not be here.
+RTX, TRT = "tensorrt_rtx", "tensorrt"
 
 
 class Call(Protocol):
