@@ -14,18 +14,18 @@ float model's either way (36.6 and 36.2 dB).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import onnx_ir as ir
 import torch
 from torch import Tensor, nn
 
+from export.dialect.ops import Attributes
 from export.errors import ContractError
 from pipeline.backends.base import LARGE_ELEMENTS
 from pipeline.backends.cuda.torch_gemm import DIALECT_OPS, Gemm
-from pipeline.backends.cuda.torch_onnx import ONNX_OPS, TORCH_TYPES
+from pipeline.backends.cuda.torch_onnx import ONNX_OPS, TORCH_TYPES, Function
 from pipeline.backends.fused.lower import takes_integers
 from pipeline.backends.fused.merge_gemms import MergeGemms
 from pipeline.backends.fused.ops import DOMAIN, EPILOGUE_OF, OPERANDS_KEY, OPS, fused_outputs
@@ -46,7 +46,7 @@ class Step:
     """
 
     name: str
-    run: Callable[..., Any]
+    run: Function
     inputs: tuple[str, ...]
     types: tuple[torch.dtype | None, ...]
     outputs: tuple[str, ...]
@@ -212,7 +212,7 @@ class LoweredModule(nn.Module):
         self.known.types[y] = output
         self.steps.append(Step(str(node.name), gemm, inputs, types, (y,)))
 
-    def _choices(self, node: ir.Node) -> dict[str, Any]:
+    def _choices(self, node: ir.Node) -> Attributes:
         """Attributes of a node of the dialect, and whether its codes are INT8 integers by choice."""
         return _attributes(node) | {
             "integers": takes_integers(node.metadata_props.get(OPERANDS_KEY), self.prefers_integers)
@@ -271,7 +271,7 @@ def _torch_type(value: ir.Value) -> torch.dtype:
     return TORCH_TYPES[kind]
 
 
-def _attributes(node: ir.Node) -> dict[str, Any]:
+def _attributes(node: ir.Node) -> Attributes:
     return {key: item.value for key, item in node.attributes.items()}
 
 
@@ -284,7 +284,7 @@ def _on_host(known: TensorTypes, names: list[str]) -> bool:
 
 def refuse_unknown(graph: ir.Graph) -> None:
     """Raise ContractError for nodes that the tables lack, all of them by name."""
-    tables: dict[str, Any] = {"": ONNX_OPS, DOMAIN: DIALECT_OPS}
+    tables: dict[str, Mapping[str, object]] = {"": ONNX_OPS, DOMAIN: DIALECT_OPS}
     unknown = [node for node in graph if node.op_type not in tables.get(node.domain, ())]
     if unknown:
         kinds = sorted({f"{node.domain}::{node.op_type}".removeprefix("::") for node in unknown})

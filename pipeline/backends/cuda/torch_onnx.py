@@ -6,19 +6,19 @@ captured CUDA graph cannot ask the GPU for a size.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from onnx import TensorProto
 from torch import Tensor
 from torch.nn import functional
 
+from export.dialect.ops import Attributes
 from export.errors import ContractError
 
-Attributes = Mapping[str, Any]
-Function = Callable[..., Any]
+# What torch calls: of tensors, None for absent ones.
+Function = Callable[..., Tensor | Sequence[Tensor]]
 TORCH_TYPES: dict[int, torch.dtype] = {
     TensorProto.FLOAT: torch.float32,
     TensorProto.FLOAT16: torch.float16,

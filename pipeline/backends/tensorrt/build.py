@@ -7,6 +7,7 @@ import os
 import time
 from importlib import import_module
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import onnx
@@ -58,7 +59,7 @@ def build_engine(
     one that a release lacks is what it does anyway. Raises ContractError with the parser's node and message or the
     builder's reason, ResourceError where memory or disk runs out.
     """
-    trt: Any = import_module(module)
+    trt = import_module(module)
     log = make_logger(trt)
     builder = trt.Builder(log)
     known = (getattr(trt.NetworkDefinitionCreationFlag, flag, None) for flag in flags)
@@ -96,7 +97,7 @@ def make_logger(trt: Any) -> Any:
     return Log()
 
 
-def parsed(trt: Any, network: Any, log: Any, path: Path) -> Any:
+def parsed(trt: ModuleType, network: Any, log: Any, path: Path) -> Any:
     """The parser, which owns weights that the network refers to. Raises ContractError with its node and message."""
     parser = trt.OnnxParser(network, log)
     if not parser.parse_from_file(str(path)):
@@ -106,7 +107,7 @@ def parsed(trt: Any, network: Any, log: Any, path: Path) -> Any:
     return parser
 
 
-def _config(trt: Any, builder: Any, sms: tuple[int, ...], shapes: Bounds) -> Any:
+def _config(trt: ModuleType, builder: Any, sms: tuple[int, ...], shapes: Bounds) -> Any:
     config = builder.create_builder_config()
     if trt.__name__ == RTX:
         config.num_compute_capabilities = len(sms)
@@ -123,7 +124,7 @@ def _config(trt: Any, builder: Any, sms: tuple[int, ...], shapes: Bounds) -> Any
     return config
 
 
-def build_error(trt: Any, errors: list[str], sms: tuple[int, ...]) -> Exception:
+def build_error(trt: ModuleType, errors: list[str], sms: tuple[int, ...]) -> Exception:
     """What the builder's messages mean."""
     text, product = "; ".join(errors) or "no reason given", PRODUCTS[trt.__name__]
     if "memory" in text.lower() and "alloc" in text.lower():

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from export.errors import ContractError
 from pipeline.backends import metadata_file
@@ -73,7 +73,7 @@ def build_checked(
     # From release 11 on every network is strongly typed and the flag of it ignored; one that lacks the other takes the
     # only implementation that our plugins have.
     facts = build_engine(TRT, graph, engine_path, (sm,), batch_size, ("STRONGLY_TYPED", "PREFER_AOT_PYTHON_PLUGINS"))
-    trt: Any = import_module(TRT)
+    trt = import_module(TRT)
     engine = trt.Runtime(make_logger(trt)).deserialize_cuda_engine(engine_path.read_bytes())
     check_layers(engine.create_engine_inspector().get_engine_information(trt.LayerInformationFormat.JSON), nodes)
     return {**facts, "compute_capabilities": [sm], "engine_bytes": engine_path.stat().st_size}
