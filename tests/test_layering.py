@@ -69,6 +69,8 @@ TYPE_ONLY = "TYPE_CHECKING"
 
 # The inside of pipeline, from the top: a part may import itself and what stands below it. The `__main__` of a folder is
 # a verb, and so are the single modules of the first row; what stands in no row is below all.
+# `bundle` above `generate`: an opened bundle knows how its model draws; drawing sees a bundle as a type alone.
+# `recipe` above `backends`: each target owns the options that stand in its table of a recipe.
 ORDER = (
     ("__main__", "build", "doctor", "export", "inspect", "list"),
     ("compiler",),
