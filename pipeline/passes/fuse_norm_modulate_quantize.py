@@ -116,7 +116,7 @@ def _unfit_norm(norm: ir.Node) -> str:
         return f"{name_of(norm)} has an affine scale"
     if ports.get("B") is not None and not is_constant(ports.B, 0.0):
         return f"{name_of(norm)} has an affine bias"
-    if any(value is not None and list(value.uses()) for value in map(results.get, ("Mean", "InvStdDev"))):
+    if any(value is not None and value.uses() for value in map(results.get, ("Mean", "InvStdDev"))):
         return f"mean or deviation of {name_of(norm)} is read elsewhere"
     rank = ports.X.shape.rank() if ports.X.shape else 3
     if attribute(norm, "axis", -1) not in (-1, rank - 1):

@@ -40,7 +40,7 @@ def split_condition(model: ir.Model) -> Split | None:
     _turn_into_inputs(step, boundary)
     for part in (condition, step):
         drop_unused(part)
-        _drop_unread_inputs(part)
+        part.graph.inputs[:] = [value for value in part.graph.inputs if value.uses() or value.is_graph_output()]
     logger.info("%d of %d nodes run once per image, %d tensors cross", len(once), len(model.graph), len(boundary))
     return Split(condition, step)
 
@@ -129,8 +129,3 @@ def _turn_into_inputs(model: ir.Model, names: tuple[str, ...]) -> None:
         inner.name = f"{name}/unused"
         ir.convenience.replace_all_uses_with(inner, outer, replace_graph_outputs=True)
         model.graph.inputs.append(outer)
-
-
-def _drop_unread_inputs(model: ir.Model) -> None:
-    read = [value for value in model.graph.inputs if list(value.uses()) or value.is_graph_output()]
-    model.graph.inputs[:] = read

@@ -25,6 +25,7 @@ from export.formats.operands import SMALL_ZERO, limb_base, zero_point
 from pipeline.backends.cpu.gemms import Product, grouped_gemm, integer_gemm, limb_sums
 from pipeline.backends.cpu.quantizers import Operand, rounding_factor
 from pipeline.backends.cpu.token_chain import (
+    OP,
     VERSION,
     In,
     Out,
@@ -37,8 +38,6 @@ from pipeline.backends.cpu.token_chain import (
     number,
     put_chain,
     stages,
-    value_in,
-    value_out,
 )
 from pipeline.passes.quantized_gemm import QuantizedGemm
 from pipeline.passes.rewrite import RewritePass
@@ -119,7 +118,7 @@ class AbsorbEpilogues(RewritePass):
     """gelu(linear) * gate + residual, as far as the graph has these in this order -> the chain that makes `linear`."""
 
     def rewrite(self, model: ir.Model) -> None:
-        for chain in [node for node in model.graph if is_chain(node) and value_out(node, Out.LINEAR) is not None]:
+        for chain in [node for node in model.graph if is_chain(node) and Out.LINEAR in chain_outputs(node)]:
             self._absorb(model.graph, chain)
         model.graph.sort()
         drop_unused(model)
@@ -172,7 +171,7 @@ class JoinChains(RewritePass):
         drop_unused(model)
 
     def _take_norm(self, graph: ir.Graph, quantizer: ir.Node) -> None:
-        x = value_in(quantizer, In.X)
+        x = chain_inputs(quantizer).get(In.X)
         norm = produced_by(x, "LayerNormalization")
         if norm is None or x is None:
             return
@@ -187,11 +186,10 @@ class JoinChains(RewritePass):
         self.fired += 1
 
     def _join(self, graph: ir.Graph, quantizer: ir.Node) -> None:
-        x = value_in(quantizer, In.X)
-        first = x.producer() if x is not None else None
-        if first is None or not is_chain(first) or value_out(first, Out.CODES) is not None:
+        rest = chain_inputs(quantizer)
+        first = produced_by(rest.pop(In.X, None), OP, DOMAIN)
+        if first is None or _quantizes(first):
             return
-        rest = {place: value for place, value in chain_inputs(quantizer).items() if place is not In.X}
         if _depend_on(list(rest.values()), first):
             self.refuse(quantizer.name, f"its norm depends on {first.name}")
             return
@@ -202,7 +200,7 @@ class JoinChains(RewritePass):
 
 
 def _quantizes(node: ir.Node) -> bool:
-    return is_chain(node) and value_out(node, Out.CODES) is not None
+    return is_chain(node) and Out.CODES in chain_outputs(node)
 
 
 def _unfit(norm: ir.Node, quantizer: ir.Node) -> str:

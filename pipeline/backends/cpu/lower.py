@@ -82,7 +82,7 @@ class LowerCpu(LoweringPass):
             elif node.domain == DOMAIN and node.op_type in PACKED_GEMMS:
                 self._lower(model.graph, node)
         for source in self._sources.values():
-            if not any(list(output.uses()) for output in source.node.outputs):
+            if not any(output.uses() for output in source.node.outputs):
                 model.graph.remove(source.node, safe=True)
         model.opset_imports.setdefault(MICROSOFT, 1)
         drop_unused(model)

@@ -62,16 +62,6 @@ def is_chain(node: ir.Node | None) -> bool:
     return is_op(node, OP, DOMAIN)
 
 
-def value_in(node: ir.Node, place: In) -> ir.Value | None:
-    """The input at `place`, None if it is not given."""
-    return node.inputs[place] if place < len(node.inputs) else None
-
-
-def value_out(node: ir.Node, place: Out) -> ir.Value | None:
-    """The output at `place`, None if it is not given."""
-    return node.outputs[place] if node.outputs[place].name else None
-
-
 def stages(node: ir.Node) -> dict[str, Number]:
     """Attributes of a chain that are not those of an absent stage."""
     values = {name: node.attributes[name].value for name in ATTRIBUTES}
@@ -79,11 +69,13 @@ def stages(node: ir.Node) -> dict[str, Number]:
 
 
 def chain_inputs(node: ir.Node) -> dict[In, ir.Value]:
-    return {place: value for place in In if (value := value_in(node, place)) is not None}
+    """Those that are given."""
+    return {place: value for place, value in zip(In, node.inputs, strict=False) if value is not None}
 
 
 def chain_outputs(node: ir.Node) -> dict[Out, ir.Value]:
-    return {place: value for place in Out if (value := value_out(node, place)) is not None}
+    """Those that are given."""
+    return {place: value for place, value in zip(Out, node.outputs, strict=True) if value.name}
 
 
 def chain_node(build: GraphBuilder, inputs: Mapping[In, ir.Value], name: str, **stages: Number) -> ir.Node:
@@ -120,7 +112,7 @@ def drop_unread_outputs(model: ir.Model) -> None:
     """Take the names from outputs of chains that nothing reads: the kernel then does not write them."""
     for node in filter(is_chain, model.graph):
         for value in node.outputs:
-            if not list(value.uses()) and not value.is_graph_output():
+            if not value.uses() and not value.is_graph_output():
                 value.name = ""
 
 
