@@ -204,7 +204,7 @@ class Ports:
         place = self.place(name)
         return self._values[place] if place < len(self._values) else None
 
-    def given(self) -> dict[str, ir.Value]:
+    def by_name(self) -> dict[str, ir.Value]:
         """Those that the node has, by name."""
         return {name: value for name in self._names if (value := self.get(name)) is not None}
 

@@ -203,8 +203,8 @@ def _quantizes(node: ir.Node) -> bool:
     return is_chain(node) and Out.CODES in chain_outputs(node)
 
 
-def _unfit(norm: ir.Node, quantizer: ir.Node) -> str:
-    """Why a chain cannot take `norm` in, '' if it can."""
+def _unfit(norm: ir.Node, quantizer: ir.Node) -> str | None:
+    """Why a chain cannot take `norm` in, None if it can."""
     x, scale, shift = inputs_of(norm).X, inputs_of(norm).Scale, inputs_of(norm).get("B")
     rank = x.shape.rank() if x.shape else 3
     if only_reader(result_of(norm)) is not quantizer:
@@ -216,8 +216,8 @@ def _unfit(norm: ir.Node, quantizer: ir.Node) -> str:
     return _not_a_row(scale, x) or _not_a_row(shift, x)
 
 
-def _not_a_row(value: ir.Value, x: ir.Value) -> str:
-    """Why `value` is not [channels] or [batch, 1, channels], '' if it is."""
+def _not_a_row(value: ir.Value, x: ir.Value) -> str | None:
+    """Why `value` is not [channels] or [batch, 1, channels], None if it is."""
     if (add := produced_by(value, "Add")) and value.shape is None:
         one = next((one for one in add.inputs if number(one) is not None), None)
         value = other_input(add, one) if one is not None else value  # 1 + scale

@@ -122,13 +122,13 @@ def channels(value: ir.Value | None) -> int | None:
     return size if isinstance(size, int) else None
 
 
-def misfit(row: ir.Value, x: ir.Value | None) -> str:
-    """Why `row` is neither [channels] nor [batch, 1, channels] for x [batch, tokens, channels], '' if it is one."""
+def misfit(row: ir.Value, x: ir.Value | None) -> str | None:
+    """Why `row` is neither [channels] nor [batch, 1, channels] for x [batch, tokens, channels], None if it is one."""
     shape, of_x, n = row.shape, x.shape if x is not None else None, channels(x)
     if shape is not None and of_x is not None and n is not None and channels(row) == n:
         per_sample = shape.rank() == of_x.rank() == 3 and shape[1] == 1 and shape[0] == of_x[0]
         if shape.rank() == 1 or per_sample:
-            return ""
+            return None
     return f"{row.name} has shape {shape}, neither [{n}] nor [batch, 1, {n}] of {of_x}"
 
 

@@ -69,8 +69,8 @@ class CudaMetadata(CudaNeeds):
     inputs: dict[str, CudaInput]
 
 
-def machine_problem(metadata: CudaNeeds, sm: int, triton: str) -> str:
-    """Why a GPU of capability `sm` (0: none) with that release of triton ('': none) cannot run; empty if it can."""
+def machine_problem(metadata: CudaNeeds, sm: int, triton: str) -> str | None:
+    """Why a GPU of capability `sm` (0: none) with that release of triton ('': none) cannot run; None if it can."""
     least = metadata.get("least_sm", MIN_SM)
     if not sm:
         return (
@@ -84,7 +84,7 @@ def machine_problem(metadata: CudaNeeds, sm: int, triton: str) -> str:
     if tuple(int(part) for part in triton.split(".")[:2]) < MINIMUM_TRITON:
         release = ".".join(map(str, MINIMUM_TRITON))
         return f"running the target cuda needs triton {release} or newer, this is {triton}; pip install -U triton"
-    return ""
+    return None
 
 
 @contextmanager

@@ -159,7 +159,7 @@ def lower(model: ir.Model, operands: str = "fp8", attention: bool = True) -> Low
 
 def _renamed(node: ir.Node) -> dict[str, ir.Value]:
     """The inputs of a node of the dialect by the names that the fused op gives them."""
-    return {RENAMED.get(node.op_type, {}).get(name, name): value for name, value in inputs_of(node).given().items()}
+    return {RENAMED.get(node.op_type, {}).get(name, name): value for name, value in inputs_of(node).by_name().items()}
 
 
 def path_of(kernel: GemmSpec) -> str:

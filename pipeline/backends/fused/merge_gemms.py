@@ -44,7 +44,7 @@ class MergeGemms(RewritePass):
         first, name, widths = nodes[0], "+".join(str(node.name) for node in nodes), [_width(node) for node in nodes]
         joined = {port: _joined(graph, nodes, port, f"{name}.{key}") for port, key in BY_CHANNEL.items()}
         attributes = {key: item.value for key, item in first.attributes.items()} | {"layer": name}
-        merged = fused_node("Gemm", fused_inputs(first).given() | joined, name, first, **attributes)
+        merged = fused_node("Gemm", fused_inputs(first).by_name() | joined, name, first, **attributes)
         graph.insert_before(first, merged)
         sizes = add_initializer(graph, ir.tensor(np.array(widths, np.int64), name=f"{name}/split/sizes"))
         operands = [fused_outputs(merged).y, sizes]

@@ -109,7 +109,7 @@ class RtxBackend(Backend[RtxOptions]):
         installed = machine.tool_version(self.package)
         if not installed:
             return "target rtx needs tensorrt-rtx; install with: pip install tensorrt-rtx"
-        return machine_problem(needs, installed, machine.cuda_sm()) or None
+        return machine_problem(needs, installed, machine.cuda_sm())
 
     def problems(self, recipe: Recipe) -> list[str]:
         """GPUs that the builder refuses, activations that no lowering takes, and a missing package."""

@@ -43,8 +43,8 @@ class RtxMetadata(RtxNeeds, metadata_file.Shapes, metadata_file.LoweredHashes):
     plugins: NotRequired[dict[str, int]]
 
 
-def machine_problem(metadata: RtxNeeds, version: str, sm: int) -> str:
-    """Why tensorrt_rtx `version` and a GPU of capability `sm` (0: none) cannot run an engine; empty if they can."""
+def machine_problem(metadata: RtxNeeds, version: str, sm: int) -> str | None:
+    """Why tensorrt_rtx `version` and a GPU of capability `sm` (0: none) cannot run an engine; None if they can."""
     built, listed = metadata["tensorrt_rtx"], metadata["compute_capabilities"]
     if not sm:
         return "running the target rtx needs an NVIDIA RTX GPU and a PyTorch with CUDA; none is visible here"
@@ -52,7 +52,7 @@ def machine_problem(metadata: RtxNeeds, version: str, sm: int) -> str:
         return f"the engine holds code for SM {listed}, this GPU is SM {sm}; build again with --target-sm {sm}"
     if machine.release(version) != machine.release(built):
         return f"the engine was built with tensorrt-rtx {built}, this is {version}; install that release or build again"
-    return ""
+    return None
 
 
 def cache_path(metadata: RtxMetadata, sm: int) -> Path:

@@ -67,7 +67,7 @@ class TrtBackend(Backend[TrtOptions]):
         from pipeline.backends.trt.engine import TrtNeeds, machine_problem
 
         needs = self.metadata(manifest, source, TrtNeeds)
-        return machine_problem(needs, machine.tool_version(self.package), machine.cuda_sm()) or None
+        return machine_problem(needs, machine.tool_version(self.package), machine.cuda_sm())
 
     def problems(self, recipe: Recipe) -> list[str]:
         """What is missing here (TensorRT, a release that is new enough, its GPU, a compiler for the kernels), and what

@@ -60,8 +60,8 @@ def registered_plugins() -> tuple[str, ...]:
     return tuple(name for name in names if registry.get_creator(name, VERSION, NAMESPACE) is not None)
 
 
-def machine_problem(metadata: TrtNeeds, version: str, sm: int) -> str:
-    """Why tensorrt `version` and a GPU of capability `sm` (0: none) cannot run an engine; empty if they can."""
+def machine_problem(metadata: TrtNeeds, version: str, sm: int) -> str | None:
+    """Why tensorrt `version` and a GPU of capability `sm` (0: none) cannot run an engine; None if they can."""
     built, listed = metadata["tensorrt"], metadata["compute_capabilities"]
     if not version:
         return "target trt needs tensorrt; install with: pip install tensorrt"
@@ -71,7 +71,7 @@ def machine_problem(metadata: TrtNeeds, version: str, sm: int) -> str:
         return f"the engine was built on a GPU of SM {listed}, this one is SM {sm}; build again here"
     if machine.release(version) != machine.release(built):
         return f"the engine was built with tensorrt {built}, this is {version}; install that release or build again"
-    return ""
+    return None
 
 
 @dataclass
