@@ -21,6 +21,7 @@ import onnx_ir as ir
 import torch
 from torch import Tensor, nn
 
+from export.dialect.graph import inputs_of
 from export.dialect.ops import Attributes
 from export.errors import ContractError
 from pipeline.backends.base import LARGE_ELEMENTS
@@ -138,12 +139,12 @@ class LoweredModule(nn.Module):
     def _add_onnx(self, node: ir.Node, names: list[str]) -> None:
         row, attributes = ONNX_OPS[node.op_type], _attributes(node)
         compute, widen = self._compute_type(names, row.product)
-        inputs, types = [], []
-        for index, name in enumerate(names):
-            host = index in row.host
+        inputs, types, on_host = [], [], {inputs_of(node).place(port) for port in row.host}
+        for place, name in enumerate(names):
+            host = place in on_host
             if name and host != (name in self.known.host) and (name not in self.known.constants):
-                place = "on the GPU, but a size must be known on the CPU" if host else "on the CPU, but read by the GPU"
-                raise ContractError(f"{node.name} ({node.op_type}): input {name} is computed {place}")
+                where = "on the GPU, but a size must be known on the CPU" if host else "on the CPU, but read by the GPU"
+                raise ContractError(f"{node.name} ({node.op_type}): input {name} is computed {where}")
             kind = compute if name and not host and self._type(name).is_floating_point else None
             inputs.append(self._host(name) if name and host else self._operand(name, kind))
             types.append(kind if kind and name not in self.known.constants else None)
