@@ -150,6 +150,30 @@ def test_passes_do_not_import_backends() -> None:
     assert passes and not wrong, f"{wrong}; a backend publishes rows (passes.probes) and passes get them as data"
 
 
+def hand_made(tree: ast.AST) -> list[str]:
+    """Nodes that are made without the builder of export/dialect/graph.py, and ports that are taken by number."""
+    ports = {"input", "inputs", "output", "outputs"}
+    return [
+        ast.unparse(part)
+        for part in ast.walk(tree)
+        if (isinstance(part, ast.Call) and ast.unparse(part.func) == "ir.Node")
+        or (
+            isinstance(part, ast.Subscript)
+            and isinstance(part.value, ast.Attribute)
+            and part.value.attr in ports
+            and isinstance(part.slice, ast.Constant)
+            and isinstance(part.slice.value, int)
+        )
+    ]
+
+
+def test_passes_and_backends_have_one_builder_and_ports_by_name() -> None:
+    paths = [path for path in FILES if path.parts[1] in ("passes", "backends")]
+    wrong = {str(path): lines for path in paths if (lines := hand_made(ast.parse((ROOT / path).read_text())))}
+    assert len(paths) > 50 and not wrong, f"{wrong}; see GraphBuilder, new_node, inputs_of and outputs_of"
+    assert len(hand_made(ast.parse("ir.Node('', 'Add', [a, b]).outputs[0]; node.input[1]; inputs['x']"))) == 3
+
+
 TARGET_FOLDERS = {module.rpartition(".")[2] for module, _ in ROWS.values()}
 
 
