@@ -39,9 +39,9 @@ def provided(instruction_sets: Collection[str]) -> frozenset[str]:
     return frozenset(wide | {library.requirement()})
 
 
-def lacking(required: Collection[str], provided: Collection[str]) -> str | None:
+def lacking(needs: Collection[str], present: Collection[str]) -> str | None:
     """Why an engine that requires these capabilities does not run exactly here, with a remedy; None if it does."""
-    missing = sorted(set(required) - set(provided))
+    missing = sorted(set(needs) - set(present))
     versions = [name.removeprefix(library.PREFIX) for name in missing if name.startswith(library.PREFIX)]
     if versions:
         return (

@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 # Of all inputs, by name.
-Shapes = tuple[tuple[str, tuple[int, ...]], ...]
+InputShapes = tuple[tuple[str, tuple[int, ...]], ...]
 SCHEMA_VERSION = 1
 MIN_SM = 80
 # Calls before the capture: kernels are compiled in the first, and torch's libraries ask for their memory.
@@ -153,7 +153,7 @@ class Part:
             module = LoweredModule(load_model(path), options["activations"], options["weights"]).finish()
         self.inputs, self.device = module.inputs, device
         self.module = module.to(device).eval()
-        self.captured: dict[Shapes, Captured] = {}
+        self.captured: dict[InputShapes, Captured] = {}
 
     def run(self, tensors: dict[str, Tensor], kept: Mapping[str, Tensor], condition: int = 0) -> dict[str, Tensor]:
         """Outputs on the device, of tensors anywhere.
@@ -187,7 +187,7 @@ class Part:
             ) from error
         return results
 
-    def _capture(self, key: Shapes, placed: dict[str, Tensor]) -> None:
+    def _capture(self, key: InputShapes, placed: dict[str, Tensor]) -> None:
         """Capture for new shapes. Older graphs read weights where they were: if linears have expanded, they go."""
         before = self.module.expanded
         captured = Captured.make(self._compute, placed)

@@ -16,8 +16,8 @@ from export.errors import ContractError, ResourceError
 from pipeline.backends.tensorrt.engine import RTX, TRT
 
 logger = logging.getLogger(__name__)
-Shapes = tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]  # least, usual, largest
-Bounds = dict[str, Shapes]  # of each input
+ShapeRange = tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]  # least, usual, largest
+Bounds = dict[str, ShapeRange]  # of each input
 # What the metadata says of a build: shapes the engine takes, release of the builder. Times belong in the log, so that
 # two builds of one graph have equal metadata.
 Facts = dict[str, object]
@@ -35,7 +35,7 @@ def shape_bounds(model: onnx.ModelProto, batch_size: int) -> Bounds:
     return {value.name: _input_bounds(value, batch) for value in model.graph.input}
 
 
-def _input_bounds(value: onnx.ValueInfoProto, batch: tuple[int, int, int]) -> Shapes:
+def _input_bounds(value: onnx.ValueInfoProto, batch: tuple[int, int, int]) -> ShapeRange:
     dims = value.type.tensor_type.shape.dim
     columns = [
         (d.dim_value,) * 3 if d.HasField("dim_value") else (batch if axis == 0 else TOKEN_BOUNDS)
