@@ -6,7 +6,7 @@ Inputs and outputs are asked for by the names that an op gives them, `inputs_of(
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import cache
 from typing import Any
 
@@ -156,11 +156,19 @@ def new_node(
     return ir.Node(domain, op_type, inputs, converted, num_outputs=outputs, name=name, metadata_props=dict(metadata))
 
 
+def in_order(inputs: Mapping[str, ir.Value], ports: Collection[str], name: str) -> list[ir.Value]:
+    """Inputs of the node `name`, given by port, in its op's order. Raises ContractError unless they are just these."""
+    if set(inputs) != set(ports):
+        stated = f"its inputs are {', '.join(inputs)}, its op reads {', '.join(ports)}"
+        raise ContractError(f"{name}: {stated}; export the model again")
+    return [inputs[port] for port in ports]
+
+
 def fpq_node(op_type: str, inputs: Mapping[str, ir.Value], name: str, like: ir.Node, **choices: Any) -> ir.Node:
     """A node of the dialect with its format tables, for the place of another one; metadata (layer, kind) is taken from
     `like`. inputs: by the names of the op's row, all of them."""
     row, values = OPS[op_type], attributes(op_type, **choices)
-    ordered = [inputs[port] for port in row.inputs]
+    ordered = in_order(inputs, row.inputs, name)
     return new_node(DOMAIN, op_type, ordered, name, values, len(row.outputs), like.metadata_props)
 
 

@@ -17,7 +17,7 @@ from onnx import AttributeProto, FunctionProto, TensorProto, helper
 
 from export.dialect import functions
 from export.dialect.functions import AttributeType, Body
-from export.dialect.graph import Ports, new_node
+from export.dialect.graph import Ports, in_order, new_node
 from export.dialect.ops import ABSMAX_FLOOR, FLOAT, FLOATS, INT, INTS, STRING, Attributes, attributes
 from plugins.gpu.spec import Epilogue
 from plugins.gpu.table import gemm_inputs
@@ -259,7 +259,7 @@ def fused_node(op_name: str, inputs: Mapping[str, ir.Value], name: str, like: ir
     inputs: by the names of the op's row, all of them.
     """
     row = OPS[op_name]
-    ordered = [inputs[port] for port in row.inputs]
+    ordered = in_order(inputs, row.inputs, name)
     node = new_node(DOMAIN, op_name, ordered, name, choices, len(row.outputs), like.metadata_props)
     for output, (key, kind) in zip(node.outputs, row.outputs.items(), strict=True):
         output.name, output.type = f"{name}/{key}", ir.TensorType(kind)
