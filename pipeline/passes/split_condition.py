@@ -58,14 +58,14 @@ def _shared_sizes(graph: ir.Graph) -> dict[str, tuple[str, int]]:
         if not isinstance(size, int) and size.value is not None
     }
     measured = {str(result_of(node).name): _measured(node) for node in graph if is_op(node, "Shape")}
-    return {name: places[size] for name, size in measured.items() if size in places}
+    return {name: places[size] for name, size in measured.items() if size is not None and size in places}
 
 
-def _measured(node: ir.Node) -> str:
-    """Name of the one size that a Shape node reads, '' for several or a number."""
+def _measured(node: ir.Node) -> str | None:
+    """The one size that a Shape node reads, by name or number; None for several."""
     value, start, end = inputs_of(node).data, attribute(node, "start", 0), attribute(node, "end")
     sizes = list(value.shape)[start:end] if value.is_graph_input() and value.shape else []
-    return str(sizes[0]) if len(sizes) == 1 else ""
+    return str(sizes[0]) if len(sizes) == 1 else None
 
 
 def _once(graph: ir.Graph, sizes: Collection[str]) -> set[ir.Node]:

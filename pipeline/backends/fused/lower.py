@@ -130,7 +130,7 @@ class LowerFused(LoweringPass):
 
     def _gemm(self, graph: ir.Graph, node: ir.Node) -> None:
         gemm, quantizer = read_gemm(node), quantizer_of(node)
-        operands = quantizer.metadata_props.get(OPERANDS_KEY, "")
+        operands = quantizer.metadata_props.get(OPERANDS_KEY)
         kernel = kernel_spec(gemm, integers=operands == "int8")
         path = EITHER if operands == "auto" else path_of(kernel)
         attributes = gemm_attributes({key: item.value for key, item in node.attributes.items()})
