@@ -97,22 +97,13 @@ class Gemm(nn.Module):
 
 
 def _quantizer(op: Callable[..., tuple[Tensor, Tensor]], attributes: Attributes) -> Function:
-    """x -> (bytes of x's shape, scale [..., 1])."""
+    """x, and the shift and gain of a norm of it -> (bytes of x's shape, scale [..., 1])."""
+    choices = {key: attributes[key] for key in ("format", "epsilon", "integers") if key in attributes}
 
-    def run(x: Tensor) -> tuple[Tensor, Tensor]:
-        rows = x.reshape(-1, x.shape[-1]).contiguous()
-        codes, scale = op(rows, format=attributes["format"], integers=attributes["integers"])
-        return codes.reshape(x.shape), scale.reshape(*x.shape[:-1], 1)
-
-    return run
-
-
-def _norm_modulate_quantizer(attributes: Attributes) -> Function:
-    choices = {key: attributes[key] for key in ("format", "epsilon", "integers")}
-
-    def run(x: Tensor, shift: Tensor, gain: Tensor) -> tuple[Tensor, Tensor]:
-        rows = [item.reshape(-1, x.shape[-1]).contiguous() for item in (x, shift, gain)]
-        codes, scale = OPS.norm_modulate_quantize(*rows, tokens=len(rows[0]) // len(rows[1]), **choices)
+    def run(x: Tensor, *modulation: Tensor) -> tuple[Tensor, Tensor]:
+        rows, *per_sample = (item.reshape(-1, x.shape[-1]).contiguous() for item in (x, *modulation))
+        tokens = {"tokens": len(rows) // len(per_sample[0])} if per_sample else {}
+        codes, scale = op(rows, *per_sample, **tokens, **choices)
         return codes.reshape(x.shape), scale.reshape(*x.shape[:-1], 1)
 
     return run
@@ -154,7 +145,7 @@ _STATIC = frozenset({"scale", "zero"})
 DIALECT_OPS = {
     "Quantize": DialectOp(partial(_quantizer, OPS.quantize)),
     "GeluQuantize": DialectOp(partial(_quantizer, OPS.gelu_quantize)),
-    "NormModulateQuantize": DialectOp(_norm_modulate_quantizer),
+    "NormModulateQuantize": DialectOp(partial(_quantizer, OPS.norm_modulate_quantize)),
     "QuantizeStatic": DialectOp(partial(_static_quantizer, OPS.quantize_static), _STATIC),
     "GeluQuantizeStatic": DialectOp(partial(_static_quantizer, OPS.gelu_quantize_static), _STATIC),
     **dict.fromkeys(EPILOGUE_OF, DialectOp(None, frozenset({"a_scale"}))),
