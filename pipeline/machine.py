@@ -1,4 +1,4 @@
-"""Facts of this machine and its tools, found without importing them where not said; and peak memory of this process."""
+"""Facts of this machine and its tools, found without importing them (but `visible_sm`); peak memory of this process."""
 
 from __future__ import annotations
 

@@ -96,21 +96,21 @@ def chained_gemm(
     """
     scale = operand.scale
     assert scale is not None, f"{gemm.layer} has no scale for each token"
-    inputs, sums = {In.TOKEN_SCALE: scale} | ({} if bias is None else {In.BIAS: bias}), None
+    inputs, limb_weight = {In.TOKEN_SCALE: scale} | ({} if bias is None else {In.BIAS: bias}), 0
     if gemm.real_groups or len(operand.codes) == 1:
         product = (grouped_gemm if gemm.real_groups else integer_gemm)(build, gemm, operand)
         inputs[In.X] = product.value
     else:
-        sums = limb_sums(build, gemm, operand)
-        inputs |= {In.HIGH_SUM: sums.high, In.LOW_SUM: sums.low, In.CHANNEL_SCALE: sums.scales}
+        inputs[In.HIGH_SUM], inputs[In.LOW_SUM], inputs[In.CHANNEL_SCALE] = limb_sums(build, gemm, operand)
+        limb_weight = operand.weights[0]
     name = "scaled_tokens" if bias is None else "output"
-    chain = chain_node(build, inputs, f"{name}/chain", limb_weight=sums.weight if sums else 0)
+    chain = chain_node(build, inputs, f"{name}/chain", limb_weight=limb_weight)
     linear = chain.outputs[Out.LINEAR]
     linear.name = f"{build.prefix}/{name}"
-    if sums is not None:
+    if limb_weight:
         value = chain.outputs[Out.PRODUCT]
         value.name, value.type = f"{build.prefix}/product", FLOAT
-        product = Product(value, value, sums.scales, scale)
+        product = Product(value, value, inputs[In.CHANNEL_SCALE], scale)
     return product, linear
 
 

@@ -49,21 +49,11 @@ def _constants(build: GraphBuilder, gemm: QuantizedGemm, a: Operand) -> tuple[ir
     return w, scales, build.constant(a.zero, np.uint8)
 
 
-@dataclass(frozen=True)
-class LimbSums:
-    """int32 sums of both limbs; the product is float32(high * weight + low) * scales."""
-
-    high: ir.Value
-    low: ir.Value
-    weight: int
-    scales: ir.Value
-
-
-def limb_sums(build: GraphBuilder, gemm: QuantizedGemm, a: Operand) -> LimbSums:
-    """u8 x s8 of two limbs -> their sums, not yet joined."""
+def limb_sums(build: GraphBuilder, gemm: QuantizedGemm, a: Operand) -> tuple[ir.Value, ir.Value, ir.Value]:
+    """u8 x s8 of two limbs -> (high, low, scales): the product is float32(high * a.weights[0] + low) * scales."""
     w, scales, zero = _constants(build, gemm, a)
     high, low = (build.op("MatMulInteger", code, w, zero, name=f"sum_{i}") for i, code in enumerate(a.codes))
-    return LimbSums(high, low, a.weights[0], scales)
+    return high, low, scales
 
 
 def grouped_gemm(build: GraphBuilder, gemm: QuantizedGemm, a: Operand) -> Product:
