@@ -7,12 +7,11 @@ import json
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from export.errors import RecipeError
 from pipeline import recipe as recipes
 from pipeline.backends import BACKENDS, PORTABLE
-from pipeline.backends.base import Backend, Flag
+from pipeline.backends.base import Backend, Flag, Options
 from pipeline.command import Answer, Parser, add_model_flags, parser, run
 from pipeline.compiler import (
     BuildRequest,
@@ -62,14 +61,14 @@ def make_parser() -> Parser:
     return flags
 
 
-def target_flags() -> Iterator[tuple[Backend[Any], Flag]]:
+def target_flags() -> Iterator[tuple[Backend[Options], Flag]]:
     """Flags for options of single targets."""
     for backend in BACKENDS.values():
         for flag in backend.flags:
             yield backend, flag
 
 
-def given_flags(args: argparse.Namespace) -> Iterator[tuple[Backend[Any], Flag, object]]:
+def given_flags(args: argparse.Namespace) -> Iterator[tuple[Backend[Options], Flag, object]]:
     """Those that were given, with their values; a verb without such flags, as `inspect`, has given none."""
     for backend, flag in target_flags():
         value = getattr(args, flag.name.removeprefix("--").replace("-", "_"), None)

@@ -15,9 +15,9 @@ from export.documents import open_file
 from export.errors import EnvironmentLacksError, ParityError, RecipeError, ResourceError
 from export.names import inside
 from pipeline import machine
-from pipeline.backends import BACKENDS, PORTABLE, opened, tool_versions
+from pipeline.backends import BACKENDS, PORTABLE, lowering_file, opened, tool_versions
 from pipeline.backends.base import BuildResult
-from pipeline.bundle import build_record, manifest
+from pipeline.bundle import manifest
 from pipeline.bundle.stages import Listener, StageTime, WorkFolder, refuse_interrupted, timed
 from pipeline.calibrate import refuse_unfit, with_method
 from pipeline.calibrate.plan import make_plans
@@ -223,11 +223,11 @@ def built(work: WorkFolder, target: str, recipe: Recipe) -> BuildResult:
         for folder in (out, scratch):
             if not any(folder.iterdir()):  # the portable model's files are the export's
                 folder.rmdir()
-        build_record.write(result, work.path, target)
+        lowering_file.write_record(result, work.path, target)
         return result
 
-    outputs = (f"bundle/{target}", scratch.name, *build_record.names(target))
-    return work.run(target, outputs, build, lambda: build_record.read(work.path, target))
+    outputs = (f"bundle/{target}", scratch.name, *lowering_file.record_names(target))
+    return work.run(target, outputs, build, lambda: lowering_file.read_record(work.path, target))
 
 
 def drop_other_targets(folder: Path, targets: tuple[str, ...]) -> None:

@@ -1,4 +1,4 @@
-"""Facts of this machine and its tools, found without importing them; and peak memory of this process."""
+"""Facts of this machine and its tools, found without importing them (but `visible_sm`); peak memory of this process."""
 
 from __future__ import annotations
 
@@ -257,3 +257,13 @@ def cuda_sm() -> int:
     for value, attribute in ((major, 75), (minor, 76)):
         driver.cuDeviceGetAttribute(ctypes.byref(value), attribute, device)
     return major.value * 10 + minor.value
+
+
+def visible_sm() -> int:
+    """Compute capability of PyTorch's current GPU, which its engines run on; 0 without one. Imports PyTorch."""
+    import torch
+
+    if not torch.cuda.is_available():
+        return 0
+    major, minor = torch.cuda.get_device_capability()
+    return int(major * 10 + minor)

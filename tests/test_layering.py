@@ -69,6 +69,8 @@ TYPE_ONLY = "TYPE_CHECKING"
 
 # The inside of pipeline, from the top: a part may import itself and what stands below it. The `__main__` of a folder is
 # a verb, and so are the single modules of the first row; what stands in no row is below all.
+# `bundle` above `generate`: an opened bundle knows how its model draws; drawing sees a bundle as a type alone.
+# `recipe` above `backends`: each target owns the options that stand in its table of a recipe.
 ORDER = (
     ("__main__", "build", "doctor", "export", "inspect", "list"),
     ("compiler",),
@@ -146,6 +148,30 @@ def test_passes_do_not_import_backends() -> None:
     backends = {str(path): [name for name, _ in found(path) if name.startswith("pipeline.backends")] for path in passes}
     wrong = {path: names for path, names in backends.items() if names}
     assert passes and not wrong, f"{wrong}; a backend publishes rows (passes.probes) and passes get them as data"
+
+
+def hand_made(tree: ast.AST) -> list[str]:
+    """Nodes that are made without the builder of export/dialect/graph.py, and ports that are taken by number."""
+    ports = {"input", "inputs", "output", "outputs"}
+    return [
+        ast.unparse(part)
+        for part in ast.walk(tree)
+        if (isinstance(part, ast.Call) and ast.unparse(part.func) == "ir.Node")
+        or (
+            isinstance(part, ast.Subscript)
+            and isinstance(part.value, ast.Attribute)
+            and part.value.attr in ports
+            and isinstance(part.slice, ast.Constant)
+            and isinstance(part.slice.value, int)
+        )
+    ]
+
+
+def test_passes_and_backends_have_one_builder_and_ports_by_name() -> None:
+    paths = [path for path in FILES if path.parts[1] in ("passes", "backends")]
+    wrong = {str(path): lines for path in paths if (lines := hand_made(ast.parse((ROOT / path).read_text())))}
+    assert len(paths) > 50 and not wrong, f"{wrong}; see GraphBuilder, new_node, inputs_of and outputs_of"
+    assert len(hand_made(ast.parse("ir.Node('', 'Add', [a, b]).outputs[0]; node.input[1]; inputs['x']"))) == 3
 
 
 TARGET_FOLDERS = {module.rpartition(".")[2] for module, _ in ROWS.values()}
@@ -237,7 +263,7 @@ RUN_TIME = [
         *(f"pipeline/{name}.py" for name in ("__init__", "__main__", "command", "doctor", "files", "inspect", "list")),
         *(f"pipeline/{name}.py" for name in ("machine", "methods", "progress", "recipe", "signals")),
         *(f"pipeline/backends/{name}.py" for name in ("__init__", "base", "feeds", "lowering_file", "metadata_file")),
-        *(f"pipeline/backends/{name}.py" for name in ("sessions", "stock_runtime", "visible_gpu")),
+        *(f"pipeline/backends/{name}.py" for name in ("sessions", "stock_runtime")),
     }
 ]
 COMPILERS = {"torch", "diffusers", "transformers", "onnx", "onnx_ir", "onnxscript", "matplotlib", "huggingface_hub"}
@@ -246,10 +272,10 @@ NEEDS_TORCH = {
     "pipeline/backends/cuda/engine.py": {"torch"},
     "pipeline/backends/tensorrt/engine.py": {"torch"},
     "pipeline/backends/trt/engine.py": {"torch"},
-    "pipeline/backends/visible_gpu.py": {"torch"},
     "pipeline/generate/diffusers_adapter.py": {"diffusers", "torch"},
     "pipeline/generate/latent.py": {"huggingface_hub", "torch"},
     "pipeline/generate/pipeline_folder.py": {"diffusers", "torch"},
+    "pipeline/machine.py": {"torch"},
 }
 
 

@@ -6,7 +6,7 @@ Inputs and outputs are asked for by the names that an op gives them, `inputs_of(
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import cache
 from typing import Any
 
@@ -67,7 +67,7 @@ class GraphBuilder:
 
     def op(self, op_type: str, *inputs: ir.Value | None, name: str, domain: str = "", **choices: Any) -> ir.Value:
         """A node with one output, which is returned."""
-        node = self._insert(domain, op_type, inputs, name, choices, 1)
+        node = self.node(op_type, inputs, name, choices, domain)
         output = node.outputs[0]
         output.type = _result_type(node) if self.typed else None
         return output
@@ -75,7 +75,7 @@ class GraphBuilder:
     def fpq(self, op_type: str, *inputs: ir.Value, name: str, **choices: Any) -> list[ir.Value]:
         """A node of the dialect; further outputs are called "prefix/name/scale". Shapes follow from those of inputs."""
         row, values = OPS[op_type], attributes(op_type, **choices)
-        node = self._insert(DOMAIN, op_type, inputs, name, values, len(row.outputs))
+        node = self.node(op_type, inputs, name, values, DOMAIN, len(row.outputs))
         for value, suffix, kind in zip(node.outputs, ("", "/scale"), row.outputs.values(), strict=False):
             value.name, value.type = f"{node.name}{suffix}", ir.TensorType(ir.DataType(kind))
         shapes = [value.shape for value in inputs if value.shape is not None]
@@ -84,14 +84,19 @@ class GraphBuilder:
                 value.shape = ir.Shape(shape)
         return list(node.outputs)
 
-    def _insert(
-        self, domain: str, op_type: str, inputs: Sequence[ir.Value | None], name: str, choices: Attributes, outputs: int
+    def node(
+        self,
+        op_type: str,
+        inputs: Sequence[ir.Value | None],
+        name: str,
+        choices: Attributes,
+        domain: str = "",
+        outputs: int = 1,
     ) -> ir.Node:
-        full, converted = f"{self.prefix}/{name}", ir.convenience.convert_attributes(choices)
-        node = ir.Node(
-            domain, op_type, inputs, converted, num_outputs=outputs, name=full, metadata_props=dict(self.metadata)
-        )
-        node.outputs[0].name = full
+        """A node with several outputs, of which the first has a name, and none has a type."""
+        full = f"{self.prefix}/{name}"
+        node = new_node(domain, op_type, inputs, full, choices, outputs, self.metadata)
+        result_of(node).name = full
         self.graph.insert_before(self.before, node)
         return node
 
@@ -137,13 +142,34 @@ def lazy_tensor(name: str, dtype: ir.DataType, shape: Sequence[int], make: Calla
     return ir.LazyTensor(lambda: ir.tensor(make(), name=name), dtype, ir.Shape(shape), name=name)
 
 
-def fpq_node(op_type: str, inputs: Sequence[ir.Value | None], name: str, like: ir.Node, **choices: Any) -> ir.Node:
-    """A node of the dialect with its format tables; metadata (layer, kind) is taken from `like`."""
-    converted = ir.convenience.convert_attributes(attributes(op_type, **choices))
-    count = len(OPS[op_type].outputs)
-    return ir.Node(
-        DOMAIN, op_type, inputs, converted, num_outputs=count, name=name, metadata_props=dict(like.metadata_props)
-    )
+def new_node(
+    domain: str,
+    op_type: str,
+    inputs: Sequence[ir.Value | None],
+    name: str,
+    choices: Attributes,
+    outputs: int,
+    metadata: Mapping[str, str],
+) -> ir.Node:
+    """A node that stands in no graph yet; its outputs have no names. choices: its attributes."""
+    converted = ir.convenience.convert_attributes(choices)
+    return ir.Node(domain, op_type, inputs, converted, num_outputs=outputs, name=name, metadata_props=dict(metadata))
+
+
+def in_order(inputs: Mapping[str, ir.Value], ports: Collection[str], name: str) -> list[ir.Value]:
+    """Inputs of the node `name`, given by port, in its op's order. Raises ContractError unless they are just these."""
+    if set(inputs) != set(ports):
+        stated = f"its inputs are {', '.join(inputs)}, its op reads {', '.join(ports)}"
+        raise ContractError(f"{name}: {stated}; export the model again")
+    return [inputs[port] for port in ports]
+
+
+def fpq_node(op_type: str, inputs: Mapping[str, ir.Value], name: str, like: ir.Node, **choices: Any) -> ir.Node:
+    """A node of the dialect with its format tables, for the place of another one; metadata (layer, kind) is taken from
+    `like`. inputs: by the names of the op's row, all of them."""
+    row, values = OPS[op_type], attributes(op_type, **choices)
+    ordered = in_order(inputs, row.inputs, name)
+    return new_node(DOMAIN, op_type, ordered, name, values, len(row.outputs), like.metadata_props)
 
 
 def add_functions(model: ir.Model, op_types: Sequence[str]) -> None:
@@ -185,6 +211,10 @@ class Ports:
         """None for one that the node leaves out."""
         place = self.place(name)
         return self._values[place] if place < len(self._values) else None
+
+    def by_name(self) -> dict[str, ir.Value]:
+        """Those that the node has, by name."""
+        return {name: value for name in self._names if (value := self.get(name)) is not None}
 
     def set(self, name: str, value: ir.Value) -> None:
         """Let an input be another value."""

@@ -7,11 +7,10 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from importlib import import_module
 from pathlib import Path
-from typing import Any
 
 from export.errors import EnvironmentLacksError
 from pipeline import machine
-from pipeline.backends.base import Backend, Engine
+from pipeline.backends.base import Backend, Engine, Options
 
 logger = logging.getLogger(__name__)
 
@@ -27,13 +26,13 @@ ROWS: dict[str, tuple[str, str]] = {
 }
 
 
-class _LazyBackends(Mapping[str, Backend[Any]]):
+class _LazyBackends(Mapping[str, Backend[Options]]):
     """Mapping of target name to backend that imports a backend when it is asked for."""
 
     def __init__(self) -> None:
-        self._instances: dict[str, Backend[Any]] = {}
+        self._instances: dict[str, Backend[Options]] = {}
 
-    def __getitem__(self, name: str) -> Backend[Any]:
+    def __getitem__(self, name: str) -> Backend[Options]:
         module, class_name = ROWS[name]
         if name not in self._instances:
             self._instances[name] = getattr(import_module(module), class_name)()
@@ -46,7 +45,7 @@ class _LazyBackends(Mapping[str, Backend[Any]]):
         return len(ROWS)
 
 
-BACKENDS: Mapping[str, Backend[Any]] = _LazyBackends()
+BACKENDS: Mapping[str, Backend[Options]] = _LazyBackends()
 
 
 def tool_versions() -> dict[str, str]:

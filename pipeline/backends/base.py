@@ -14,6 +14,7 @@ from typing import (
     ClassVar,
     Generic,
     Literal,
+    NotRequired,
     Protocol,
     TypeVar,
     get_args,
@@ -22,6 +23,7 @@ from typing import (
 )
 
 from numpy.typing import NDArray
+from typing_extensions import ReadOnly, TypedDict
 
 from export.documents import validated
 from export.errors import EnvironmentLacksError, RecipeError
@@ -36,8 +38,6 @@ logger = logging.getLogger(__name__)
 # An ONNX graph of a target or the portable one, the part of it that runs once for each condition, their weights.
 MODEL, CONDITION, DATA = "model.onnx", "condition.onnx", "model.onnx.data"
 Arrays = dict[str, NDArray[Any]]
-# A bundle's manifest.json, whose schema `bundle` has checked: pipeline/bundle/manifest_schema.py.
-Manifest = Mapping[str, Any]
 # Calls of the denoiser by what they are -> the call and the first number too large for FP16, in words; None: there is
 # none.
 OverflowSearch = Callable[[dict[str, Arrays]], tuple[str, object] | None]
@@ -62,6 +62,19 @@ class BuildResult:
     files: tuple[str, ...]
     lowered: LoweredGraph
     metadata: Mapping[str, object] = field(default_factory=dict)
+
+
+class ManifestTarget(TypedDict):
+    """What a build of the target wrote into its metadata.json."""
+
+    metadata: ReadOnly[NotRequired[Mapping[str, object]]]
+
+
+class Manifest(TypedDict):
+    """What targets read of a bundle's manifest.json, which `bundle` has checked: pipeline/bundle/manifest_schema.py."""
+
+    targets: ReadOnly[Mapping[str, ManifestTarget]]
+    tools: ReadOnly[Mapping[str, str]]
 
 
 class Engine(Protocol):

@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, TypeAlias
 
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from onnxruntime import InferenceSession
     from torch import Tensor
 
-    Array: TypeAlias = NDArray[Any] | Tensor
+    Array: TypeAlias = NDArray[np.generic] | Tensor
 
 # The largest magnitude of a float input. A norm sums the squares of a token's channels in float32: they overflow from
 # 1.8e19 / sqrt(channels) on, 2.9e17 for 4096 channels, and the norm of such a token is then zero in some runtimes and

@@ -1,4 +1,8 @@
-"""lowering.json: what a lowering chose and where its quantized linears are, next to the engine it belongs to."""
+"""lowering.json: what a lowering chose and where its quantized linears are, next to the engine it belongs to; and the
+record of a finished target in the work folder, from which a resumed build reads what that stage gave.
+
+Apart from metadata_file, which is all that engines read: a lowering is read again by gates and builds alone.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +14,8 @@ from typing_extensions import TypedDict
 
 from export.documents import Rules, read_json
 from export.names import inside
-from pipeline.backends.base import LoweredGraph
+from pipeline.backends.base import BuildResult, LoweredGraph
+from pipeline.files import write_json
 from pipeline.passes.probes import Choice, ProbeRow
 
 SCHEMA_VERSION = 1
@@ -34,10 +39,10 @@ class LoweringFile(TypedDict):
 
 def write(lowered: LoweredGraph, path: Path) -> None:
     """Write probes and choices as JSON; `lowered.path` is stored relative to the file's folder where it lies there."""
-    inside = lowered.path.is_relative_to(path.parent)
+    below = lowered.path.is_relative_to(path.parent)
     document = {
         "schema_version": SCHEMA_VERSION,
-        "graph": lowered.path.relative_to(path.parent).as_posix() if inside else lowered.path.name,
+        "graph": lowered.path.relative_to(path.parent).as_posix() if below else lowered.path.name,
         "choices": [asdict(choice) for choice in lowered.choices],
         "probes": [_stated(asdict(probe)) for probe in lowered.probes],
     }
@@ -60,3 +65,34 @@ def _stated(row: dict) -> dict:
 def _without_empty_names(row: ProbeRow) -> ProbeRow:
     """The inverse of what `_stated` writes for an absent name."""
     return replace(row, act_scale=row.act_scale or None, gemm_scale=row.gemm_scale or None)
+
+
+# --- the record of a target's stage ----------------------------------------------------------------------------------
+
+
+class ResultFile(TypedDict):
+    """What a target stage gave, see BuildResult."""
+
+    files: list[str]
+    metadata: dict[str, object]
+
+
+def record_names(target: str) -> tuple[str, str]:
+    """The two files of a record, in the work folder: above the lowered graph, wherever that lies."""
+    return f"{target}.result.json", f"{target}.lowering.json"
+
+
+def write_record(result: BuildResult, folder: Path, target: str) -> None:
+    """Write the record of `target` into the work folder."""
+    result_name, lowering_name = record_names(target)
+    write(result.lowered, folder / lowering_name)
+    write_json(folder / result_name, {"files": list(result.files), "metadata": dict(result.metadata)})
+
+
+def read_record(folder: Path, target: str) -> BuildResult:
+    """Inverse of `write_record`. Raises ContractError for a damaged record."""
+    result_name, lowering_name = record_names(target)
+    document = read_json(folder / result_name, ResultFile)
+    for name in document["files"]:
+        inside(folder, name, folder / result_name)
+    return BuildResult(tuple(document["files"]), read(folder / lowering_name), document["metadata"])

@@ -9,12 +9,12 @@ from __future__ import annotations
 import threading
 from collections.abc import Mapping, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import nn
+from torch import Tensor, nn
 
 from export.checkpoint import QuantizedLinear, shared_router
 from export.dialect.ops import ABSMAX_FLOOR
@@ -199,7 +199,7 @@ def reference_module(model: LoadedModel, linears: Mapping[str, nn.Module], dtype
     return module
 
 
-def _tell_timesteps(routing: Routing, module: Any, args: tuple[Any, ...], named: dict[str, Any]) -> None:
+def _tell_timesteps(routing: Routing, module: Denoiser, args: tuple[Tensor, ...], named: dict[str, Tensor]) -> None:
     inputs = dict(zip(module.names, args, strict=False)) | named
     if "timestep" not in inputs:
         raise ContractError(f"{module.family.name} has no input timestep, which low-rank branches are routed by")

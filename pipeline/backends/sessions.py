@@ -6,9 +6,10 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
+from numpy.typing import NDArray
 
 from export.documents import open_file
 from export.errors import ContractError, RecipeError
@@ -160,14 +161,15 @@ class SessionEngine:
         self.forget()
 
 
-def own(array: Any) -> Any:
+def own(array: NDArray[np.generic]) -> NDArray[np.generic]:
     """A private copy of an array; what is none is left for the check of inputs to refuse."""
     return np.array(array, order="C") if isinstance(array, np.ndarray) else array
 
 
-def _equal(array: Any, other: Any) -> bool:
-    fits = getattr(other, "dtype", None) == array.dtype and getattr(other, "shape", None) == array.shape
-    return bool(fits and np.array_equal(array, other))
+def _equal(array: NDArray[np.generic], other: NDArray[np.generic] | None) -> bool:
+    if not isinstance(other, np.ndarray):
+        return False
+    return other.dtype == array.dtype and np.array_equal(array, other)
 
 
 def declared_inputs(sessions: Sessions) -> tuple[feeds.Declared, ...]:

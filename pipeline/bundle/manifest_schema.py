@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from typing import Annotated, NotRequired
 
-from annotated_types import Ge, Len, Lt, MinLen
+from annotated_types import Ge, Lt, MinLen
 from typing_extensions import TypedDict
 
+from pipeline.backends.metadata_file import Sha256
 from pipeline.bundle.stages import StageTime
 
 Bytes = Annotated[int, Ge(0), Lt(2**60)]
 Count = Annotated[int, Ge(0), Lt(2**31)]
 Name = Annotated[str, MinLen(1)]
-Sha256 = Annotated[str, Len(64, 64)]
 
 
 class Model(TypedDict):

@@ -18,6 +18,7 @@ from export.dialect.graph import (
     name_of,
     only_reader,
     other_input,
+    outputs_of,
     produced_by,
     replace,
     result_of,
@@ -56,12 +57,12 @@ class FuseNormModulateQuantize(RewritePass):
         shift, plus_one = other_input(add, result_of(multiply)), other_input(multiply, result_of(norm))
         scale = _without_one(plus_one)
         reason = _other_reader(norm, multiply, add, quantizer) or _unfit_norm(norm)
-        reason = reason or (_not_per_sample("scale", scale) if scale else f"{plus_one.name} is not 1 + scale")
-        reason = reason or _not_per_sample("shift", shift)
+        if reason is None and scale is not None:
+            reason = _not_per_sample("scale", scale) or _not_per_sample("shift", shift)
         if reason or scale is None:
-            self.refuse(quantizer.name, reason)
+            self.refuse(quantizer.name, reason or f"{plus_one.name} is not 1 + scale")
             return
-        inputs = [inputs_of(norm).X, shift, scale]
+        inputs = {"x": inputs_of(norm).X, "shift": shift, "scale": scale}
         epsilon, fmt = float(attribute(norm, "epsilon", 1e-5)), str(attribute(quantizer, "format"))
         name = quantizer.name or name_of(norm)
         replace(
@@ -80,15 +81,15 @@ def _multiply_and_norm(add: ir.Node | None) -> tuple[ir.Node | None, ir.Node | N
     return None, None
 
 
-def _near_miss(x: ir.Value, add: ir.Node | None) -> str:
-    """Why a quantizer that reads a norm has no modulate to fuse; '' if it reads something else altogether."""
+def _near_miss(x: ir.Value, add: ir.Node | None) -> str | None:
+    """Why a quantizer that reads a norm has no modulate to fuse; None if it reads something else altogether."""
     if unbalanced(x) is not x and _reads_norm(x):
         return "its norm is balanced channel by channel before it is quantized"
     if produced_by(x, "LayerNormalization"):
         return "its norm is neither scaled nor shifted per sample"
     if add and any(produced_by(value, "LayerNormalization") for value in add.inputs):
         return "its norm is shifted but not multiplied by 1 + scale"
-    return ""
+    return None
 
 
 def _reads_norm(x: ir.Value | None, steps: int = 4) -> bool:
@@ -100,27 +101,27 @@ def _reads_norm(x: ir.Value | None, steps: int = 4) -> bool:
     return elementwise and any(_reads_norm(value, steps - 1) for value in node.inputs)
 
 
-def _other_reader(*chain: ir.Node) -> str:
-    """Which of these nodes is read by another one than the next, '' for none."""
+def _other_reader(*chain: ir.Node) -> str | None:
+    """Which of these nodes is read by another one than the next, None for none."""
     for node, reader in pairwise(chain):
         if only_reader(result_of(node)) is not reader:
             return f"{result_of(node).name} has another reader than {name_of(reader)}"
-    return ""
+    return None
 
 
-def _unfit_norm(norm: ir.Node) -> str:
-    """Why the fused op is not this norm, '' if it is."""
-    ports, mean_and_deviation = inputs_of(norm), norm.outputs[1:]
+def _unfit_norm(norm: ir.Node) -> str | None:
+    """Why the fused op is not this norm, None if it is."""
+    ports, results = inputs_of(norm), outputs_of(norm)
     if not is_constant(ports.Scale, 1.0):
         return f"{name_of(norm)} has an affine scale"
     if ports.get("B") is not None and not is_constant(ports.B, 0.0):
         return f"{name_of(norm)} has an affine bias"
-    if any(list(value.uses()) for value in mean_and_deviation):
+    if any(value is not None and value.uses() for value in map(results.get, ("Mean", "InvStdDev"))):
         return f"mean or deviation of {name_of(norm)} is read elsewhere"
     rank = ports.X.shape.rank() if ports.X.shape else 3
     if attribute(norm, "axis", -1) not in (-1, rank - 1):
         return f"{name_of(norm)} normalizes over axis {attribute(norm, 'axis')}, not the last one"
-    return ""
+    return None
 
 
 def _without_one(plus_one: ir.Value) -> ir.Value | None:
@@ -132,8 +133,8 @@ def _without_one(plus_one: ir.Value) -> ir.Value | None:
     return None
 
 
-def _not_per_sample(name: str, value: ir.Value) -> str:
-    """Why `value` is not [B, 1, C], '' if it is."""
+def _not_per_sample(name: str, value: ir.Value) -> str | None:
+    """Why `value` is not [B, 1, C], None if it is."""
     if value.shape is None or value.shape.rank() != 3 or value.shape[1] != 1:
         return f"{name} {value.name} has shape {value.shape}, not [batch, 1, channels]"
-    return ""
+    return None

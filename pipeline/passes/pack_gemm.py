@@ -87,7 +87,9 @@ def _packed(matmul: ir.Node, activation: ir.Node, weight: ir.Node, bias: ir.Valu
     if activation.op_type == "DequantizeGroups":
         op_type, scales = "PackedGroupGemm", stored_array(inputs_of(weight).scales)
         choices |= {"activation_group": attribute(activation, "group_size"), "scale_groups": int(scales.shape[1])}
-    inputs = [inputs_of(activation).codes, inputs_of(activation).scale, *weight.inputs, bias]
+    codes, stored = inputs_of(activation), inputs_of(weight)
+    inputs = {"a_codes": codes.codes, "a_scale": codes.scale, "w_codes": stored.codes, "w_scales": stored.scales}
+    inputs |= {"multiplier_codes": stored.multiplier_codes, "bias": bias}
     return fpq_node(op_type, inputs, f"{layer}/gemm", matmul, **choices)
 
 

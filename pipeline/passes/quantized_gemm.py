@@ -65,7 +65,8 @@ class QuantizedGemm:
     activation_group: int = 0
 
     @property
-    def groups(self) -> int:
+    def weight_groups(self) -> int:
+        """Groups of input channels that share a multiplier or a scale of the weight."""
         return self.in_features // self.group_size if self.group_size else 1
 
     @property
@@ -76,7 +77,7 @@ class QuantizedGemm:
     @property
     def scale_groups(self) -> int:
         """Real scales of one channel of the weight."""
-        return self.groups if self.real_groups else 1
+        return self.weight_groups if self.real_groups else 1
 
     @property
     def activation_groups(self) -> int:
@@ -146,11 +147,11 @@ class QuantizedGemm:
 
     def group_multipliers(self) -> NDArray[np.uint8]:
         """[N or 1, groups] uint8."""
-        return np.array(self.multipliers, np.uint8)[unpack(self.stored.multiplier_codes.numpy(), 4, self.groups)]
+        return np.array(self.multipliers, np.uint8)[unpack(self.stored.multiplier_codes.numpy(), 4, self.weight_groups)]
 
     def multiplier_rows(self) -> NDArray[np.int8]:
         """[groups, 1, N] int8: multiplier of every group and channel."""
-        rows = np.broadcast_to(self.group_multipliers(), (self.out_features, self.groups)).T[:, None, :]
+        rows = np.broadcast_to(self.group_multipliers(), (self.out_features, self.weight_groups)).T[:, None, :]
         return np.ascontiguousarray(rows).astype(np.int8)
 
     def integers(self, dtype: DTypeLike | None = None) -> NDArray[np.number]:
@@ -160,7 +161,7 @@ class QuantizedGemm:
         if self.multipliers == (1,):
             return integers
         factors = self.group_multipliers().astype(dtype)[..., None]
-        return (integers.reshape(self.out_features, self.groups, -1) * factors).reshape(integers.shape)
+        return (integers.reshape(self.out_features, self.weight_groups, -1) * factors).reshape(integers.shape)
 
     def _format_integers(self, dtype: DTypeLike) -> NDArray[np.number]:
         """[N, K] without multipliers. Two 4-bit codes are looked up at once, by their byte."""
@@ -202,7 +203,7 @@ class QuantizedGemm:
 
     def dequantized_half(self, channel_unit: NDArray[np.float32]) -> NDArray[np.float16]:
         """[K, N] float16: weight / channel_unit with group scales folded in; rounds at most once."""
-        value = self.weight.values[self.codes()].reshape(self.out_features, self.groups, -1)
+        value = self.weight.values[self.codes()].reshape(self.out_features, self.weight_groups, -1)
         scaled = value * self.group_multipliers()[..., None] * (self.scales[..., None] / channel_unit[:, None, None])
         return np.ascontiguousarray(scaled.reshape(self.out_features, -1).T.astype(np.float16))
 

@@ -30,10 +30,6 @@ class RewritePass(ir.passes.InPlacePass):
         self.fired = 0
         self.refusals: list[Refusal] = []
 
-    @property
-    def name(self) -> str:
-        return type(self).__name__
-
     def rewrite(self, model: ir.Model) -> None:
         """Change `model`, counting in `self.fired`; subclasses implement this."""
         raise NotImplementedError
@@ -41,9 +37,10 @@ class RewritePass(ir.passes.InPlacePass):
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         self.fired, self.refusals = 0, []
         self.rewrite(model)
-        logger.info("%s: fired %d times, refused %d", self.name, self.fired, len(self.refusals))
+        name = type(self).__name__
+        logger.info("%s: fired %d times, refused %d", name, self.fired, len(self.refusals))
         for refusal in self.refusals:
-            logger.debug("%s left %s: %s", self.name, refusal.culprit, refusal.reason)
+            logger.debug("%s left %s: %s", name, refusal.culprit, refusal.reason)
         return ir.passes.PassResult(model, modified=self.fired > 0)
 
     def refuse(self, culprit: str | None, reason: str) -> None:

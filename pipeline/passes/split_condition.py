@@ -40,7 +40,7 @@ def split_condition(model: ir.Model) -> Split | None:
     _turn_into_inputs(step, boundary)
     for part in (condition, step):
         drop_unused(part)
-        _drop_unread_inputs(part)
+        part.graph.inputs[:] = [value for value in part.graph.inputs if value.uses() or value.is_graph_output()]
     logger.info("%d of %d nodes run once per image, %d tensors cross", len(once), len(model.graph), len(boundary))
     return Split(condition, step)
 
@@ -58,14 +58,14 @@ def _shared_sizes(graph: ir.Graph) -> dict[str, tuple[str, int]]:
         if not isinstance(size, int) and size.value is not None
     }
     measured = {str(result_of(node).name): _measured(node) for node in graph if is_op(node, "Shape")}
-    return {name: places[size] for name, size in measured.items() if size in places}
+    return {name: places[size] for name, size in measured.items() if size is not None and size in places}
 
 
-def _measured(node: ir.Node) -> str:
-    """Name of the one size that a Shape node reads, '' for several or a number."""
+def _measured(node: ir.Node) -> str | None:
+    """The one size that a Shape node reads, by name or number; None for several."""
     value, start, end = inputs_of(node).data, attribute(node, "start", 0), attribute(node, "end")
     sizes = list(value.shape)[start:end] if value.is_graph_input() and value.shape else []
-    return str(sizes[0]) if len(sizes) == 1 else ""
+    return str(sizes[0]) if len(sizes) == 1 else None
 
 
 def _once(graph: ir.Graph, sizes: Collection[str]) -> set[ir.Node]:
@@ -129,8 +129,3 @@ def _turn_into_inputs(model: ir.Model, names: tuple[str, ...]) -> None:
         inner.name = f"{name}/unused"
         ir.convenience.replace_all_uses_with(inner, outer, replace_graph_outputs=True)
         model.graph.inputs.append(outer)
-
-
-def _drop_unread_inputs(model: ir.Model) -> None:
-    read = [value for value in model.graph.inputs if list(value.uses()) or value.is_graph_output()]
-    model.graph.inputs[:] = read

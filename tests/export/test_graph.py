@@ -16,7 +16,7 @@ from export.dialect.graph import (
     result_of,
     stored_array,
 )
-from export.dialect.ops import DOMAIN
+from export.dialect.ops import DOMAIN, OPS
 from export.errors import ContractError
 
 TEXT = """<ir_version: 10, opset_import: ["" : 21]> g (float[2, 4] x) => (float[2, 4] y) {
@@ -44,13 +44,17 @@ def test_ports_of_a_standard_op_have_the_names_of_its_schema() -> None:
 
 
 def test_ports_of_the_dialect_have_the_names_of_its_row_and_can_be_set() -> None:
-    values = [ir.Value(name=name) for name in ("codes", "scale", "w", "w_scales", "m", "b", "other")]
+    values = {port: ir.Value(name=port) for port in OPS["PackedGemm"].inputs}
     choices = {"layer": "a", "activation_format": "E2M3", "weight_format": "E2M1", "in_features": 8, "group_size": 0}
-    gemm = fpq_node("PackedGemm", values[:6], "a/gemm", ir.Node("", "Abs", [values[0]]), **choices)
-    assert (inputs_of(gemm).a_codes, inputs_of(gemm).bias) == (values[0], values[5])
+    like, other = ir.Node("", "Abs", [values["bias"]], metadata_props={"of": "a"}), ir.Value(name="other")
+    gemm = fpq_node("PackedGemm", dict(reversed(values.items())), "a/gemm", like, **choices)
+    assert list(gemm.inputs) == list(values.values()) and gemm.metadata_props == {"of": "a"}
+    assert inputs_of(gemm).by_name() == values and inputs_of(gemm).bias is values["bias"]
     assert outputs_of(gemm).y is result_of(gemm)
-    inputs_of(gemm).set("bias", values[6])
-    assert gemm.inputs[5] is values[6]
+    inputs_of(gemm).set("bias", other)
+    assert gemm.inputs[5] is other
+    with pytest.raises(ContractError, match="b: its inputs are bias, its op reads a_codes, a_scale, w_codes"):
+        fpq_node("PackedGemm", {"bias": other}, "b", like, **choices)
 
 
 def test_ports_of_the_runtimes_own_op() -> None:

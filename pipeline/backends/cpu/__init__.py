@@ -75,10 +75,10 @@ class CpuBackend(Backend[CpuOptions]):
     def fitness_problem(self, manifest: Manifest, source: Path) -> str | None:
         from pipeline.backends.cpu.engine import CpuNeeds, lacking, provided
 
-        required = self.metadata(manifest, source, CpuNeeds).get("requires", [])
+        needs = self.metadata(manifest, source, CpuNeeds).get("requires", [])
         if problem := stock_runtime.fitness_problem(manifest, self.name):
             return problem
-        return lacking(required, provided(self.instruction_sets)) if required else None
+        return lacking(needs, provided(self.instruction_sets))
 
     def problems(self, recipe: Recipe) -> list[str]:
         """What is missing for a build: onnxruntime, or a C compiler for our op."""

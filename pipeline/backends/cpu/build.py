@@ -17,10 +17,10 @@ from pipeline.backends import metadata_file
 from pipeline.backends.base import CONDITION, DATA, MODEL, BuildResult, LoweredGraph
 from pipeline.backends.cpu.engine import CpuMetadata
 from pipeline.backends.cpu.finish_with_chain import finish_with_chains
+from pipeline.backends.cpu.fold_weights import FoldWeights
 from pipeline.backends.cpu.lower import LowerCpu
 from pipeline.backends.cpu.token_chain import drop_unread_outputs, is_chain
 from pipeline.backends.graph_files import packed_model, result, save_lowered
-from pipeline.passes.fold_weights import FoldWeights
 from pipeline.passes.split_condition import split_condition
 from plugins.cpu import library
 

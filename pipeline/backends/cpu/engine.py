@@ -39,9 +39,9 @@ def provided(instruction_sets: Collection[str]) -> frozenset[str]:
     return frozenset(wide | {library.requirement()})
 
 
-def lacking(required: Collection[str], provided: Collection[str]) -> str | None:
+def lacking(needs: Collection[str], present: Collection[str]) -> str | None:
     """Why an engine that requires these capabilities does not run exactly here, with a remedy; None if it does."""
-    missing = sorted(set(required) - set(provided))
+    missing = sorted(set(needs) - set(present))
     versions = [name.removeprefix(library.PREFIX) for name in missing if name.startswith(library.PREFIX)]
     if versions:
         return (
@@ -58,10 +58,10 @@ class CpuEngine(SessionEngine):
 
     def __init__(self, folder: Path, threads: int = 0) -> None:
         """threads: of one call; 0: as many as `machine.threads` allows. Raises ContractError for damaged files."""
-        native = library.requirement() in required(folder)
+        with_library = library.requirement() in required(folder)
         split = (folder / CONDITION).is_file()
-        step = open_session(folder / MODEL, threads, native)
-        super().__init__(Sessions(step, open_session(folder / CONDITION, threads, native) if split else None))
+        step = open_session(folder / MODEL, threads, with_library)
+        super().__init__(Sessions(step, open_session(folder / CONDITION, threads, with_library) if split else None))
 
 
 def required(folder: Path) -> frozenset[str]:
@@ -69,14 +69,14 @@ def required(folder: Path) -> frozenset[str]:
     return frozenset(metadata_file.read(folder, CpuMetadata)["requires"])
 
 
-def open_session(path: Path, threads: int = 0, native: bool = False) -> InferenceSession:
-    """Session of a lowered graph; threads 0: as many as `machine.threads` allows. native: with the kernel library.
+def open_session(path: Path, threads: int = 0, with_library: bool = False) -> InferenceSession:
+    """Session of a lowered graph, with the kernel library or without; threads 0: as many as `machine.threads` allows.
 
     onnxruntime adds its fusions of transposes, scales and biases. It may not touch pairs of QuantizeLinear and
     DequantizeLinear: here they split an integer into limbs. No code beside the graph is looked for or loaded.
     """
     options = session_options(threads)
     options.add_session_config_entry("session.disable_quant_qdq", "1")
-    if native:
+    if with_library:
         library.register(options)
     return opened(path, options)

@@ -26,6 +26,7 @@ from pipeline.backends.cpu.gemms import Product, grouped_gemm, integer_gemm, lim
 from pipeline.backends.cpu.packed_gemm import packed_gemm
 from pipeline.backends.cpu.quantizers import Operand, rounding_factor
 from pipeline.backends.cpu.token_chain import (
+    OP,
     VERSION,
     In,
     Out,
@@ -38,8 +39,6 @@ from pipeline.backends.cpu.token_chain import (
     number,
     put_chain,
     stages,
-    value_in,
-    value_out,
 )
 from pipeline.passes.quantized_gemm import QuantizedGemm
 from pipeline.passes.rewrite import RewritePass
@@ -71,16 +70,15 @@ def quantize_with_chain(build: GraphBuilder, x: ir.Value, fmt: Format, limbs: in
     if not one:
         places[Out.LOW_CODES] = ("low", U8)
     node = chain_node(
+        build,
         {In.X: x},
-        f"{build.prefix}/{places[Out.CODES][0]}",
-        build.metadata,
+        f"{places[Out.CODES][0]}/chain",
         max_value=fmt.max_value,
         kmax=float(fmt.kmax),
         rounding_factor=rounding_factor(fmt) if len(fmt.binade_starts) else 0.0,
         zero=zero,
         limb_base=0 if one else base,
     )
-    build.graph.insert_before(build.before, node)
     for place, (name, kind) in places.items():
         node.outputs[place].name, node.outputs[place].type = f"{build.prefix}/{name}", kind
     codes = (node.outputs[Out.CODES],) if one else (node.outputs[Out.CODES], node.outputs[Out.LOW_CODES])
@@ -99,23 +97,22 @@ def chained_gemm(
     """
     scale = operand.scale
     assert scale is not None, f"{gemm.layer} has no scale for each token"
-    inputs, sums = {In.TOKEN_SCALE: scale} | ({} if bias is None else {In.BIAS: bias}), None
+    inputs, limb_weight = {In.TOKEN_SCALE: scale} | ({} if bias is None else {In.BIAS: bias}), 0
     if packed or gemm.real_groups or len(operand.codes) == 1:
         emit = packed_gemm if packed else grouped_gemm if gemm.real_groups else integer_gemm
         product = emit(build, gemm, operand)
         inputs[In.X] = product.value
     else:
-        sums = limb_sums(build, gemm, operand)
-        inputs |= {In.HIGH_SUM: sums.high, In.LOW_SUM: sums.low, In.CHANNEL_SCALE: sums.scales}
-    name = f"{build.prefix}/{'scaled_tokens' if bias is None else 'output'}"
-    chain = chain_node(inputs, name, build.metadata, limb_weight=sums.weight if sums else 0)
-    build.graph.insert_before(build.before, chain)
+        inputs[In.HIGH_SUM], inputs[In.LOW_SUM], inputs[In.CHANNEL_SCALE] = limb_sums(build, gemm, operand)
+        limb_weight = operand.weights[0]
+    name = "scaled_tokens" if bias is None else "output"
+    chain = chain_node(build, inputs, f"{name}/chain", limb_weight=limb_weight)
     linear = chain.outputs[Out.LINEAR]
-    linear.name = name
-    if sums is not None:
+    linear.name = f"{build.prefix}/{name}"
+    if limb_weight:
         value = chain.outputs[Out.PRODUCT]
         value.name, value.type = f"{build.prefix}/product", FLOAT
-        product = Product(value, value, sums.scales, scale)
+        product = Product(value, value, inputs[In.CHANNEL_SCALE], scale)
     return product, linear
 
 
@@ -123,7 +120,7 @@ class AbsorbEpilogues(RewritePass):
     """gelu(linear) * gate + residual, as far as the graph has these in this order -> the chain that makes `linear`."""
 
     def rewrite(self, model: ir.Model) -> None:
-        for chain in [node for node in model.graph if is_chain(node) and value_out(node, Out.LINEAR) is not None]:
+        for chain in [node for node in model.graph if is_chain(node) and Out.LINEAR in chain_outputs(node)]:
             self._absorb(model.graph, chain)
         model.graph.sort()
         drop_unused(model)
@@ -176,7 +173,7 @@ class JoinChains(RewritePass):
         drop_unused(model)
 
     def _take_norm(self, graph: ir.Graph, quantizer: ir.Node) -> None:
-        x = value_in(quantizer, In.X)
+        x = chain_inputs(quantizer).get(In.X)
         norm = produced_by(x, "LayerNormalization")
         if norm is None or x is None:
             return
@@ -191,11 +188,10 @@ class JoinChains(RewritePass):
         self.fired += 1
 
     def _join(self, graph: ir.Graph, quantizer: ir.Node) -> None:
-        x = value_in(quantizer, In.X)
-        first = x.producer() if x is not None else None
-        if first is None or not is_chain(first) or value_out(first, Out.CODES) is not None:
+        rest = chain_inputs(quantizer)
+        first = produced_by(rest.pop(In.X, None), OP, DOMAIN)
+        if first is None or _quantizes(first):
             return
-        rest = {place: value for place, value in chain_inputs(quantizer).items() if place is not In.X}
         if _depend_on(list(rest.values()), first):
             self.refuse(quantizer.name, f"its norm depends on {first.name}")
             return
@@ -206,11 +202,11 @@ class JoinChains(RewritePass):
 
 
 def _quantizes(node: ir.Node) -> bool:
-    return is_chain(node) and value_out(node, Out.CODES) is not None
+    return is_chain(node) and Out.CODES in chain_outputs(node)
 
 
-def _unfit(norm: ir.Node, quantizer: ir.Node) -> str:
-    """Why a chain cannot take `norm` in, '' if it can."""
+def _unfit(norm: ir.Node, quantizer: ir.Node) -> str | None:
+    """Why a chain cannot take `norm` in, None if it can."""
     x, scale, shift = inputs_of(norm).X, inputs_of(norm).Scale, inputs_of(norm).get("B")
     rank = x.shape.rank() if x.shape else 3
     if only_reader(result_of(norm)) is not quantizer:
@@ -222,8 +218,8 @@ def _unfit(norm: ir.Node, quantizer: ir.Node) -> str:
     return _not_a_row(scale, x) or _not_a_row(shift, x)
 
 
-def _not_a_row(value: ir.Value, x: ir.Value) -> str:
-    """Why `value` is not [channels] or [batch, 1, channels], '' if it is."""
+def _not_a_row(value: ir.Value, x: ir.Value) -> str | None:
+    """Why `value` is not [channels] or [batch, 1, channels], None if it is."""
     if (add := produced_by(value, "Add")) and value.shape is None:
         one = next((one for one in add.inputs if number(one) is not None), None)
         value = other_input(add, one) if one is not None else value  # 1 + scale
@@ -307,12 +303,12 @@ def _heads(rows: ir.Value, parts: ir.Value) -> int:
 
 def _in_two(graph: ir.Graph, turn: ir.Node) -> ir.Node:
     """Transpose to [batch, heads, size, tokens] as two: to [batch, heads, tokens, size], which is returned, and on."""
-    first = ir.Node("", "Transpose", turn.inputs, [ir.AttrInt64s("perm", HEADS_FIRST)], name=f"{turn.name}/heads")
-    value, old = result_of(first), result_of(turn)
+    build, old = GraphBuilder(graph, turn, str(turn.name)), result_of(turn)
+    first = build.node("Transpose", [inputs_of(turn).data], "heads", {"perm": HEADS_FIRST})
+    value = result_of(first)
     value.name, value.type = f"{old.name}/heads", old.type
     if old.shape is not None:
         value.shape = ir.Shape([old.shape[axis] for axis in SWAPPED])
-    graph.insert_before(turn, first)
     inputs_of(turn).set("data", value)
     turn.attributes["perm"] = ir.AttrInt64s("perm", SWAPPED)
     return first

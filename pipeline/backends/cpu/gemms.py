@@ -49,21 +49,11 @@ def _constants(build: GraphBuilder, gemm: QuantizedGemm, a: Operand) -> tuple[ir
     return w, scales, build.constant(a.zero, np.uint8)
 
 
-@dataclass(frozen=True)
-class LimbSums:
-    """int32 sums of both limbs; the product is float32(high * weight + low) * scales."""
-
-    high: ir.Value
-    low: ir.Value
-    weight: int
-    scales: ir.Value
-
-
-def limb_sums(build: GraphBuilder, gemm: QuantizedGemm, a: Operand) -> LimbSums:
-    """u8 x s8 of two limbs -> their sums, not yet joined."""
+def limb_sums(build: GraphBuilder, gemm: QuantizedGemm, a: Operand) -> tuple[ir.Value, ir.Value, ir.Value]:
+    """u8 x s8 of two limbs -> (high, low, scales): the product is float32(high * a.weights[0] + low) * scales."""
     w, scales, zero = _constants(build, gemm, a)
     high, low = (build.op("MatMulInteger", code, w, zero, name=f"sum_{i}") for i, code in enumerate(a.codes))
-    return LimbSums(high, low, a.weights[0], scales)
+    return high, low, scales
 
 
 def grouped_gemm(build: GraphBuilder, gemm: QuantizedGemm, a: Operand) -> Product:
@@ -143,10 +133,10 @@ def float_gemm(build: GraphBuilder, gemm: QuantizedGemm, a: Operand) -> Product:
         integers = build.op("Reshape", scaled, build.op("Shape", a.x, name="like"), name="ungrouped")
         scale = None
     w, exponent = _stored_weight(build, gemm)
-    shape = (gemm.groups, 1, gemm.out_features) if gemm.real_groups else (gemm.out_features,)
+    shape = (gemm.weight_groups, 1, gemm.out_features) if gemm.real_groups else (gemm.out_features,)
     scales = build.lazy(f"{gemm.layer}.scales_f32", FLOAT, shape, partial(_float_scales, gemm, exponent))
     if gemm.real_groups:
-        grouped = build.constant([gemm.groups, gemm.group_size, gemm.out_features], np.int64)
+        grouped = build.constant([gemm.weight_groups, gemm.group_size, gemm.out_features], np.int64)
         scaled = build.op("Mul", build.op("Reshape", w, grouped, name="grouped_weight"), scales, name="scaled_weight")
         w = build.op("Reshape", scaled, build.constant([-1, gemm.out_features], np.int64), name="weight")
         y = build.op("MatMul", integers, w, name="product")

@@ -84,7 +84,7 @@ class LowerCpu(LoweringPass):
             elif node.domain == DOMAIN and node.op_type in PACKED_GEMMS:
                 self._lower(model.graph, node)
         for source in self._sources.values():
-            if not any(list(output.uses()) for output in source.node.outputs):
+            if not any(output.uses() for output in source.node.outputs):
                 model.graph.remove(source.node, safe=True)
         model.opset_imports.setdefault(MICROSOFT, 1)
         drop_unused(model)
@@ -93,10 +93,11 @@ class LowerCpu(LoweringPass):
         gemm, source = read_gemm(node), self._sources.get(inputs_of(node).a_codes)
         static = gemm.activation_scale is not None
         why = "its codes do not come from a quantizer" if source is None else unsupported(gemm.activation, static)
-        if why or source is None:
+        if why is not None:
             self.choices.append(Choice(gemm.layer, FUNCTION_PATH, why))
             self.refuse(gemm.layer, why)
             return
+        assert source is not None
         row, why = choose_path(gemm, self.provided, PACKED if self.chains else ())
         if row and refusal(gemm, row, wide_sum=False):
             self.needs.add(WIDE_SUM)
@@ -207,8 +208,8 @@ def _reason_for(gemm: QuantizedGemm, row: GemmRow) -> str:
     return f"{gemm.activation.name} x {gemm.weight.name} is exact in u8 x s8 with int32 sums{limbs}"
 
 
-def refusal(gemm: QuantizedGemm, row: GemmRow, wide_sum: bool) -> str:
-    """Why `row` cannot run the linear exactly, '' if it can."""
+def refusal(gemm: QuantizedGemm, row: GemmRow, wide_sum: bool) -> str | None:
+    """Why `row` cannot run the linear exactly, None if it can."""
     if (gemm.sum_groups > 1) != row.real_groups:
         return "it has no scale per group" if gemm.sum_groups > 1 else "the weight has one scale per channel"
     if row in PACKED:
@@ -216,17 +217,17 @@ def refusal(gemm: QuantizedGemm, row: GemmRow, wide_sum: bool) -> str:
     return _too_wide(gemm, row.limbs) or _overflow(gemm, row.limbs, wide_sum)
 
 
-def _not_packed(gemm: QuantizedGemm) -> str:
-    """Why the weight is not one of the packed GEMM, '' if it is. Its pairs of products are sums of the format's own
+def _not_packed(gemm: QuantizedGemm) -> str | None:
+    """Why the weight is not one of the packed GEMM, None if it is. Its pairs of products are sums of the format's own
     integers, before any multiplier: at most 2 * 255 * 64, which 16 bits hold."""
     if gemm.weight.bits != 4:
         return f"{gemm.weight.name} has {gemm.weight.bits} bits, not 4"
     if gemm.multipliers != (1,) and gemm.group_size % OCTET:
         return f"groups of {gemm.group_size} are no multiple of {OCTET}"
-    return ""
+    return None
 
 
-def _too_wide(gemm: QuantizedGemm, limbs: int) -> str:
+def _too_wide(gemm: QuantizedGemm, limbs: int) -> str | None:
     # These words ("image": an integer that stands for a value) are in lowering.json, which bundles are hashed with:
     # `verify` would refuse those of before if they changed.
     kmax_a = gemm.activation.kmax
@@ -234,12 +235,12 @@ def _too_wide(gemm: QuantizedGemm, limbs: int) -> str:
         return f"image {gemm.weight_kmax} of {gemm.weight.name} exceeds int8"
     if (limbs == 1 and not fits_byte(gemm.activation)) or limb_base(kmax_a, limbs) // 2 >= SMALL_ZERO:
         return f"image {kmax_a} of {gemm.activation.name} exceeds {limbs} operand{'s' * (limbs > 1)} of 8 bits"
-    return ""
+    return None
 
 
-def _overflow(gemm: QuantizedGemm, limbs: int, wide_sum: bool) -> str:
+def _overflow(gemm: QuantizedGemm, limbs: int, wide_sum: bool) -> str | None:
     pair = pair_sum(gemm.activation, limbs, gemm.weight_kmax)
     if not wide_sum and pair > INT16_MAX:
         return f"a pair of products can reach {pair}; this CPU sums pairs in 16 bits, at most {INT16_MAX}"
     total = gemm.activation.kmax * gemm.weight_kmax * gemm.sum_length
-    return f"the sum can reach {total}, more than int32 holds" if total > INT32_MAX else ""
+    return f"the sum can reach {total}, more than int32 holds" if total > INT32_MAX else None

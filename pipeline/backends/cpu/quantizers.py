@@ -47,13 +47,13 @@ class Operand:
     scale: ir.Value | None
 
 
-def unsupported(fmt: Format, static: bool = False) -> str:
-    """Why this format has no quantizer here, '' if it has one."""
+def unsupported(fmt: Format, static: bool = False) -> str | None:
+    """Why this format has no quantizer here, None if it has one."""
     if not (fmt.sign_bits or static):
         return f"{fmt.name} has no sign"
     if len(fmt.binade_starts) and fmt.kmax.bit_length() > FLOAT_DIGITS - 1 - fmt.mantissa_bits:
         return f"the range of {fmt.name} is too wide for rounding by one float32 sum"
-    return ""
+    return None
 
 
 def quantize(build: GraphBuilder, x: ir.Value, fmt: Format, limbs: int) -> Operand:

@@ -7,7 +7,7 @@ from enum import IntEnum
 
 import onnx_ir as ir
 
-from export.dialect.graph import constant, is_op
+from export.dialect.graph import GraphBuilder, constant, is_op
 from export.dialect.ops import ABSMAX_FLOOR
 from plugins.cpu.library import DOMAIN
 
@@ -62,16 +62,6 @@ def is_chain(node: ir.Node | None) -> bool:
     return is_op(node, OP, DOMAIN)
 
 
-def value_in(node: ir.Node, place: In) -> ir.Value | None:
-    """The input at `place`, None if it is not given."""
-    return node.inputs[place] if place < len(node.inputs) else None
-
-
-def value_out(node: ir.Node, place: Out) -> ir.Value | None:
-    """The output at `place`, None if it is not given."""
-    return node.outputs[place] if node.outputs[place].name else None
-
-
 def stages(node: ir.Node) -> dict[str, Number]:
     """Attributes of a chain that are not those of an absent stage."""
     values = {name: node.attributes[name].value for name in ATTRIBUTES}
@@ -79,20 +69,19 @@ def stages(node: ir.Node) -> dict[str, Number]:
 
 
 def chain_inputs(node: ir.Node) -> dict[In, ir.Value]:
-    return {place: value for place in In if (value := value_in(node, place)) is not None}
+    """Those that are given."""
+    return {place: value for place, value in zip(In, node.inputs, strict=False) if value is not None}
 
 
 def chain_outputs(node: ir.Node) -> dict[Out, ir.Value]:
-    return {place: value for place in Out if (value := value_out(node, place)) is not None}
+    """Those that are given."""
+    return {place: value for place, value in zip(Out, node.outputs, strict=True) if value.name}
 
 
-def chain_node(inputs: Mapping[In, ir.Value], name: str, metadata: Mapping[str, str], **stages: Number) -> ir.Node:
-    """A chain with these stages (see ATTRIBUTES) that stands in no graph yet and whose outputs have no names."""
-    attributes = ir.convenience.convert_attributes(ATTRIBUTES | stages)
+def chain_node(build: GraphBuilder, inputs: Mapping[In, ir.Value], name: str, **stages: Number) -> ir.Node:
+    """A chain with these stages (see ATTRIBUTES), whose outputs have no names."""
     places = [inputs.get(place) for place in In]
-    node = ir.Node(
-        DOMAIN, OP, places, attributes, num_outputs=len(Out), name=f"{name}/chain", metadata_props=dict(metadata)
-    )
+    node = build.node(OP, places, name, ATTRIBUTES | stages, DOMAIN, len(Out))
     for value in node.outputs:
         value.name = ""
     return node
@@ -108,8 +97,8 @@ def put_chain(
 ) -> None:
     """A chain in front of `anchor` that makes the values `outputs`, names kept, in the place of `chains`, which go."""
     first = next(iter(outputs.values()))
-    node = chain_node(inputs, str(first.name), anchor.metadata_props, **stages)
-    graph.insert_before(anchor, node)
+    build = GraphBuilder(graph, anchor, str(first.name), dict(anchor.metadata_props))
+    node = chain_node(build, inputs, "chain", **stages)
     for place, old in outputs.items():
         new = node.outputs[place]
         new.name, new.shape, new.type = old.name, old.shape, old.type
@@ -123,7 +112,7 @@ def drop_unread_outputs(model: ir.Model) -> None:
     """Take the names from outputs of chains that nothing reads: the kernel then does not write them."""
     for node in filter(is_chain, model.graph):
         for value in node.outputs:
-            if not list(value.uses()) and not value.is_graph_output():
+            if not value.uses() and not value.is_graph_output():
                 value.name = ""
 
 
@@ -133,13 +122,13 @@ def channels(value: ir.Value | None) -> int | None:
     return size if isinstance(size, int) else None
 
 
-def misfit(row: ir.Value, x: ir.Value | None) -> str:
-    """Why `row` is neither [channels] nor [batch, 1, channels] for x [batch, tokens, channels], '' if it is one."""
+def misfit(row: ir.Value, x: ir.Value | None) -> str | None:
+    """Why `row` is neither [channels] nor [batch, 1, channels] for x [batch, tokens, channels], None if it is one."""
     shape, of_x, n = row.shape, x.shape if x is not None else None, channels(x)
     if shape is not None and of_x is not None and n is not None and channels(row) == n:
         per_sample = shape.rank() == of_x.rank() == 3 and shape[1] == 1 and shape[0] == of_x[0]
         if shape.rank() == 1 or per_sample:
-            return ""
+            return None
     return f"{row.name} has shape {shape}, neither [{n}] nor [batch, 1, {n}] of {of_x}"
 
 

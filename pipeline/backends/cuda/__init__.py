@@ -102,7 +102,7 @@ class CudaBackend(Backend[CudaOptions]):
         from pipeline.backends.cuda.engine import CudaNeeds, machine_problem
 
         needs = self.metadata(manifest, source, CudaNeeds)
-        return machine_problem(needs, machine.cuda_sm(), machine.tool_version("triton")) or None
+        return machine_problem(needs, machine.cuda_sm(), machine.tool_version("triton"))
 
     def problems(self, recipe: Recipe) -> list[str]:
         """Formats and activations that no kernel takes."""

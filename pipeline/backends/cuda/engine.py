@@ -25,8 +25,8 @@ from export.errors import ContractError, EnvironmentLacksError, RecipeError
 from pipeline import machine
 from pipeline.backends import feeds, metadata_file
 from pipeline.backends.base import CONDITION, MODEL, Arrays
-from pipeline.backends.visible_gpu import visible_sm
 from pipeline.files import is_out_of_memory
+from pipeline.machine import visible_sm
 from plugins.gpu.compile import MINIMUM_TRITON
 
 if TYPE_CHECKING:
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 # Of all inputs, by name.
-Shapes = tuple[tuple[str, tuple[int, ...]], ...]
+InputShapes = tuple[tuple[str, tuple[int, ...]], ...]
 SCHEMA_VERSION = 1
 MIN_SM = 80
 # Calls before the capture: kernels are compiled in the first, and torch's libraries ask for their memory.
@@ -69,8 +69,8 @@ class CudaMetadata(CudaNeeds):
     inputs: dict[str, CudaInput]
 
 
-def machine_problem(metadata: CudaNeeds, sm: int, triton: str) -> str:
-    """Why a GPU of capability `sm` (0: none) with that release of triton ('': none) cannot run; empty if it can."""
+def machine_problem(metadata: CudaNeeds, sm: int, triton: str) -> str | None:
+    """Why a GPU of capability `sm` (0: none) with that release of triton ('': none) cannot run; None if it can."""
     least = metadata.get("least_sm", MIN_SM)
     if not sm:
         return (
@@ -84,7 +84,7 @@ def machine_problem(metadata: CudaNeeds, sm: int, triton: str) -> str:
     if tuple(int(part) for part in triton.split(".")[:2]) < MINIMUM_TRITON:
         release = ".".join(map(str, MINIMUM_TRITON))
         return f"running the target cuda needs triton {release} or newer, this is {triton}; pip install -U triton"
-    return ""
+    return None
 
 
 @contextmanager
@@ -153,7 +153,7 @@ class Part:
             module = LoweredModule(load_model(path), options["activations"], options["weights"]).finish()
         self.inputs, self.device = module.inputs, device
         self.module = module.to(device).eval()
-        self.captured: dict[Shapes, Captured] = {}
+        self.captured: dict[InputShapes, Captured] = {}
 
     def run(self, tensors: dict[str, Tensor], kept: Mapping[str, Tensor], condition: int = 0) -> dict[str, Tensor]:
         """Outputs on the device, of tensors anywhere.
@@ -187,7 +187,7 @@ class Part:
             ) from error
         return results
 
-    def _capture(self, key: Shapes, placed: dict[str, Tensor]) -> None:
+    def _capture(self, key: InputShapes, placed: dict[str, Tensor]) -> None:
         """Capture for new shapes. Older graphs read weights where they were: if linears have expanded, they go."""
         before = self.module.expanded
         captured = Captured.make(self._compute, placed)

@@ -14,22 +14,23 @@ float model's either way (36.6 and 36.2 dB).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import onnx_ir as ir
 import torch
 from torch import Tensor, nn
 
+from export.dialect.graph import inputs_of
+from export.dialect.ops import Attributes
 from export.errors import ContractError
 from pipeline.backends.base import LARGE_ELEMENTS
 from pipeline.backends.cuda.torch_gemm import DIALECT_OPS, Gemm
-from pipeline.backends.cuda.torch_onnx import ONNX_OPS, TORCH_TYPES
+from pipeline.backends.cuda.torch_onnx import ONNX_OPS, TORCH_TYPES, Function
 from pipeline.backends.fused.lower import takes_integers
 from pipeline.backends.fused.merge_gemms import MergeGemms
-from pipeline.backends.fused.ops import DOMAIN, EPILOGUE_OF, OPERANDS_KEY, OPS, fused_outputs
-from pipeline.backends.visible_gpu import visible_sm
+from pipeline.backends.fused.ops import DOMAIN, EPILOGUE_OF, OPERANDS_KEY, OPS, fused_inputs, fused_outputs
+from pipeline.machine import visible_sm
 from plugins.gpu.table import EPILOGUE_OPERANDS
 from plugins.gpu.tiles import prefers_integers
 
@@ -40,27 +41,27 @@ HALF, FULL = torch.float16, torch.float32
 class Step:
     """One node.
 
-    run: a function of the tensors called `inputs` ("" for an absent one), converted to `types` where not None.
-    outputs: names, "" for one that nobody reads. widen: convert results from FP16 back to float32. done: tensors that
+    run: a function of the tensors called `inputs` (None for an absent one), converted to `types` where not None.
+    outputs: names, None for one that nobody reads. widen: convert results from FP16 back to float32. done: tensors that
     no later step reads.
     """
 
     name: str
-    run: Callable[..., Any]
-    inputs: tuple[str, ...]
+    run: Function
+    inputs: tuple[str | None, ...]
     types: tuple[torch.dtype | None, ...]
-    outputs: tuple[str, ...]
+    outputs: tuple[str | None, ...]
     widen: bool = False
     done: tuple[str, ...] = ()
 
     def advance(self, tensors: dict[str, Tensor]) -> Sequence[Tensor]:
         """Run on what is known by name, add the results, drop what no later step reads. Returns the results."""
-        pairs = zip((tensors[name] if name else None for name in self.inputs), self.types, strict=True)
+        pairs = zip((None if name is None else tensors[name] for name in self.inputs), self.types, strict=True)
         result = self.run(*(x.to(kind) if x is not None and kind is not None else x for x, kind in pairs))
         results: Sequence[Tensor] = result if isinstance(result, tuple | list) else (result,)
         if self.widen:
             results = [x.float() for x in results]
-        tensors.update((name, tensor) for name, tensor in zip(self.outputs, results, strict=False) if name)
+        tensors.update({name: x for name, x in zip(self.outputs, results, strict=False) if name is not None})
         for name in self.done:
             del tensors[name]
         return results
@@ -110,10 +111,10 @@ class LoweredModule(nn.Module):
                 self.known.constants[name] = torch.from_numpy(value.const_value.numpy().copy())
 
     def _add(self, node: ir.Node) -> None:
-        names = [str(value.name) if value is not None else "" for value in node.inputs]
-        known = [name in self.known.constants for name in names if name]
+        names = [None if value is None else str(value.name) for value in node.inputs]
+        known = [name in self.known.constants for name in names if name is not None]
         if node.domain == DOMAIN:
-            self._add_dialect(node, names)
+            self._add_dialect(node)
         elif node.op_type == "Shape" or _on_host(self.known, names):
             self._add_host(node, names)
         elif known and all(known):
@@ -121,42 +122,46 @@ class LoweredModule(nn.Module):
         else:
             self._add_onnx(node, names)
 
-    def _fold(self, node: ir.Node, names: list[str]) -> None:
+    def _fold(self, node: ir.Node, names: list[str | None]) -> None:
         """All inputs are constants, so the outputs are."""
         run = ONNX_OPS[node.op_type].make(_attributes(node))
-        results = run(*(self.known.constants[name] if name else None for name in names))
+        results = run(*(None if name is None else self.known.constants[name] for name in names))
         for value, tensor in zip(node.outputs, results if isinstance(results, Sequence) else [results], strict=False):
             self.known.constants[str(value.name)] = tensor
 
-    def _add_host(self, node: ir.Node, names: list[str]) -> None:
+    def _add_host(self, node: ir.Node, names: list[str | None]) -> None:
         run = ONNX_OPS[node.op_type].make(_attributes(node))
         outputs = tuple(str(value.name) for value in node.outputs)
         self.known.host.update(outputs)
-        inputs = tuple(self._host(name) if name in self.known.constants else name for name in names)
-        self.steps.append(Step(str(node.name), run, inputs, (None,) * len(inputs), outputs))
+        self.known.host.update(name for name in names if name is not None and name in self.known.constants)
+        self.steps.append(Step(str(node.name), run, tuple(names), (None,) * len(names), outputs))
 
-    def _add_onnx(self, node: ir.Node, names: list[str]) -> None:
+    def _add_onnx(self, node: ir.Node, names: list[str | None]) -> None:
         row, attributes = ONNX_OPS[node.op_type], _attributes(node)
         compute, widen = self._compute_type(names, row.product)
-        inputs, types = [], []
-        for index, name in enumerate(names):
-            host = index in row.host
-            if name and host != (name in self.known.host) and (name not in self.known.constants):
-                place = "on the GPU, but a size must be known on the CPU" if host else "on the CPU, but read by the GPU"
-                raise ContractError(f"{node.name} ({node.op_type}): input {name} is computed {place}")
-            kind = compute if name and not host and self._type(name).is_floating_point else None
-            inputs.append(self._host(name) if name and host else self._operand(name, kind))
-            types.append(kind if kind and name not in self.known.constants else None)
-        outputs = tuple(str(value.name) if value.uses() or value.is_graph_output() else "" for value in node.outputs)
+        inputs: list[str | None] = [None] * len(names)
+        types: list[torch.dtype | None] = [None] * len(names)
+        on_host = {inputs_of(node).place(port) for port in row.host}
+        for place, name in enumerate(names):
+            if name is None:
+                continue
+            host, constant = place in on_host, name in self.known.constants
+            if host != (name in self.known.host) and not constant:
+                where = "on the GPU, but a size must be known on the CPU" if host else "on the CPU, but read by the GPU"
+                raise ContractError(f"{node.name} ({node.op_type}): input {name} is computed {where}")
+            kind = compute if not host and self._type(name).is_floating_point else None
+            inputs[place] = self._host(name) if host else self._operand(name, kind)
+            types[place] = None if constant else kind
+        outputs = tuple(str(value.name) if value.uses() or value.is_graph_output() else None for value in node.outputs)
         output_type = self._result_type(node, names, FULL if widen else compute)
-        self.known.types.update({name: output_type for name in outputs if name})
+        self.known.types.update({name: output_type for name in outputs if name is not None})
         if node.op_type == "Cast" and compute is not None and output_type == HALF:
             attributes = {"to": ir.DataType.FLOAT16.value}
         self.steps.append(Step(str(node.name), row.make(attributes), tuple(inputs), tuple(types), outputs, widen))
 
-    def _compute_type(self, names: list[str], product: bool) -> tuple[torch.dtype | None, bool]:
+    def _compute_type(self, names: list[str | None], product: bool) -> tuple[torch.dtype | None, bool]:
         """(type of all float inputs or None, whether the result goes back to float32)."""
-        floats = [name for name in names if name and self._type(name).is_floating_point]
+        floats = [name for name in names if name is not None and self._type(name).is_floating_point]
         if not floats:
             return None, False
         moving = [self.known.types[name] for name in floats if name not in self.known.constants]
@@ -167,33 +172,33 @@ class LoweredModule(nn.Module):
             return HALF, True
         return FULL, False
 
-    def _result_type(self, node: ir.Node, names: list[str], compute: torch.dtype | None) -> torch.dtype:
+    def _result_type(self, node: ir.Node, names: list[str | None], compute: torch.dtype | None) -> torch.dtype:
         if node.op_type == "Cast":
             to = node.attributes["to"].as_int()
             wide = to == ir.DataType.FLOAT.value
             return HALF if wide and compute == HALF else TORCH_TYPES[to]
         if node.op_type == "ArgMax":
             return torch.int64
-        return compute or self._type(names[0])
+        return compute or next(self._type(name) for name in names if name is not None)
 
-    def _add_dialect(self, node: ir.Node, names: list[str]) -> None:
+    def _add_dialect(self, node: ir.Node) -> None:
         row, op = DIALECT_OPS[node.op_type], OPS[node.op_type]
-        by_port = dict(zip(op.inputs, names, strict=True))
+        by_port = {port: str(value.name) for port, value in fused_inputs(node).by_name().items()}
         refuse_proof_outputs(node)
         if row.make is None:
             self._add_gemm(node, by_port)
             return
         floats = [name for key, name in by_port.items() if key not in row.wide]
         compute = HALF if any(self._type(name) == HALF for name in floats) else FULL
-        kinds = [FULL if key in row.wide else compute for key in op.inputs]
+        kinds = [(name, FULL if key in row.wide else compute) for key, name in by_port.items()]
         outputs = {key: str(value.name) for key, value in zip(op.outputs, node.outputs, strict=True)}
         outputs = {key: name for key, name in outputs.items() if key not in op.proof}
         types_of = {"codes": torch.uint8, "scale": FULL, "y": compute}
         self.known.types |= {name: types_of[key] for key, name in outputs.items()}
         if "codes" in outputs:
             self.known.sources[outputs["codes"]] = compute
-        inputs = tuple(self._operand(name, kind) for name, kind in zip(names, kinds, strict=True))
-        types = tuple(None if name in self.known.constants else kind for name, kind in zip(names, kinds, strict=True))
+        inputs = tuple(self._operand(name, kind) for name, kind in kinds)
+        types = tuple(None if name in self.known.constants else kind for name, kind in kinds)
         self.steps.append(Step(str(node.name), row.make(self._choices(node)), inputs, types, tuple(outputs.values())))
 
     def _add_gemm(self, node: ir.Node, by_port: dict[str, str]) -> None:
@@ -204,7 +209,7 @@ class LoweredModule(nn.Module):
         moved = {"a_codes", *operands, *([] if static else ["a_scale"])}
         constants = {port: self.known.constants[name] for port, name in by_port.items() if port not in moved}
         gemm = Gemm(constants, self._choices(node) | {"epilogue": epilogue}, output, self.weights)
-        names = [by_port["a_codes"], "" if static else by_port["a_scale"]]
+        names = [by_port["a_codes"], None if static else by_port["a_scale"]]
         moving = [by_port[port] for port in operands]
         inputs = (*names, *(self._operand(name, output) for name in moving))
         types = (None, None, *(None if name in self.known.constants else output for name in moving))
@@ -212,7 +217,7 @@ class LoweredModule(nn.Module):
         self.known.types[y] = output
         self.steps.append(Step(str(node.name), gemm, inputs, types, (y,)))
 
-    def _choices(self, node: ir.Node) -> dict[str, Any]:
+    def _choices(self, node: ir.Node) -> Attributes:
         """Attributes of a node of the dialect, and whether its codes are INT8 integers by choice."""
         return _attributes(node) | {
             "integers": takes_integers(node.metadata_props.get(OPERANDS_KEY), self.prefers_integers)
@@ -271,20 +276,20 @@ def _torch_type(value: ir.Value) -> torch.dtype:
     return TORCH_TYPES[kind]
 
 
-def _attributes(node: ir.Node) -> dict[str, Any]:
+def _attributes(node: ir.Node) -> Attributes:
     return {key: item.value for key, item in node.attributes.items()}
 
 
-def _on_host(known: TensorTypes, names: list[str]) -> bool:
+def _on_host(known: TensorTypes, names: list[str | None]) -> bool:
     """Is something computed from sizes alone?"""
-    read = [name for name in names if name]
+    read = [name for name in names if name is not None]
     computed = [name for name in read if name in known.host and name not in known.constants]
     return bool(computed) and all(name in known.host or name in known.constants for name in read)
 
 
 def refuse_unknown(graph: ir.Graph) -> None:
     """Raise ContractError for nodes that the tables lack, all of them by name."""
-    tables: dict[str, Any] = {"": ONNX_OPS, DOMAIN: DIALECT_OPS}
+    tables: dict[str, Mapping[str, object]] = {"": ONNX_OPS, DOMAIN: DIALECT_OPS}
     unknown = [node for node in graph if node.op_type not in tables.get(node.domain, ())]
     if unknown:
         kinds = sorted({f"{node.domain}::{node.op_type}".removeprefix("::") for node in unknown})
@@ -305,9 +310,9 @@ def refuse_proof_outputs(node: ir.Node) -> None:
 
 def _mark_last_uses(steps: list[Step], kept: tuple[str, ...]) -> None:
     """Fill `done`, from the last step to the first."""
-    computed = {name for step in steps for name in step.outputs if name}
+    computed = {name for step in steps for name in step.outputs if name is not None}
     seen = set(kept)
     for step in reversed(steps):
-        names = {name for name in (*step.inputs, *step.outputs) if name in computed}
+        names = {name for name in (*step.inputs, *step.outputs) if name is not None and name in computed}
         step.done = tuple(sorted(names - seen))
         seen |= names

@@ -25,10 +25,10 @@ HALF_MAX = 65504.0
 @dataclass(frozen=True)
 class Overflow:
     """step: the node whose result is beyond FP16, which reaches `largest` in float32. layer: the quantized linear that
-    it belongs to, or the next one behind it; "" at the output. inside: is it that linear's own output?"""
+    it belongs to, or the next one behind it; None at the output. inside: is it that linear's own output?"""
 
     step: str
-    layer: str
+    layer: str | None
     largest: float
     inside: bool
 
@@ -83,6 +83,6 @@ def _overflow(module: LoweredModule, place: int, largest: float) -> Overflow:
     from pipeline.backends.cuda.torch_gemm import Gemm
 
     behind = module.steps[max(place, 0) :]
-    layer = next((step.name for step in behind if isinstance(step.run, Gemm)), "")
+    layer = next((step.name for step in behind if isinstance(step.run, Gemm)), None)
     step = module.steps[place].name if place >= 0 else "an input"
-    return Overflow(step, layer, largest, inside=bool(layer) and step == layer)
+    return Overflow(step, layer, largest, inside=step == layer)

@@ -9,14 +9,15 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
 import plugins.torch_ops  # noqa: F401, registers torch.ops.fpq
+from export.dialect.ops import Attributes
 from pipeline.backends.base import LOWEST_MASK
+from pipeline.backends.cuda.torch_onnx import Function
 from pipeline.backends.fused.ops import EPILOGUE_OF
 from plugins.gpu.spec import Epilogue
 from plugins.gpu.table import EPILOGUE_OPERANDS
@@ -24,9 +25,6 @@ from plugins.gpu.tiles import EXPAND_FROM
 from plugins.torch_reference import TYPE_NAMES
 
 OPS = torch.ops.fpq
-# What torch calls; its arguments and results are those of the op's row.
-Kernel = Callable[..., Any]
-Attributes = Mapping[str, Any]
 
 
 class Gemm(nn.Module):
@@ -71,7 +69,7 @@ class Gemm(nn.Module):
         scale = self._scale(a_scale, len(a))
         if not self.is_expanded and (self.weights == "expanded" or (self.weights == "auto" and len(a) >= EXPAND_FROM)):
             self.expand()
-        choices: dict[str, Any] = {**self.choices, **self.operands, "output": self.output, "epilogue": self.epilogue}
+        choices: Attributes = {**self.choices, **self.operands, "output": self.output, "epilogue": self.epilogue}
         for argument, operand in zip(EPILOGUE_OPERANDS[self.epilogue], operands, strict=True):
             rows = choices[argument.name] = operand.reshape(-1, operand.shape[-1]).contiguous()
             if argument.is_per_sample:
@@ -98,29 +96,20 @@ class Gemm(nn.Module):
         self.multiplier_codes, self.is_expanded = None, True
 
 
-def _quantizer(op: Kernel, attributes: Attributes) -> Kernel:
-    """x -> (bytes of x's shape, scale [..., 1])."""
+def _quantizer(op: Callable[..., tuple[Tensor, Tensor]], attributes: Attributes) -> Function:
+    """x, and the shift and gain of a norm of it -> (bytes of x's shape, scale [..., 1])."""
+    choices = {key: attributes[key] for key in ("format", "epsilon", "integers") if key in attributes}
 
-    def run(x: Tensor) -> tuple[Tensor, Tensor]:
-        rows = x.reshape(-1, x.shape[-1]).contiguous()
-        codes, scale = op(rows, format=attributes["format"], integers=attributes["integers"])
+    def run(x: Tensor, *modulation: Tensor) -> tuple[Tensor, Tensor]:
+        rows, *per_sample = (item.reshape(-1, x.shape[-1]).contiguous() for item in (x, *modulation))
+        tokens = {"tokens": len(rows) // len(per_sample[0])} if per_sample else {}
+        codes, scale = op(rows, *per_sample, **tokens, **choices)
         return codes.reshape(x.shape), scale.reshape(*x.shape[:-1], 1)
 
     return run
 
 
-def _norm_modulate_quantizer(attributes: Attributes) -> Kernel:
-    choices = {key: attributes[key] for key in ("format", "epsilon", "integers")}
-
-    def run(x: Tensor, shift: Tensor, gain: Tensor) -> tuple[Tensor, Tensor]:
-        rows = [item.reshape(-1, x.shape[-1]).contiguous() for item in (x, shift, gain)]
-        codes, scale = OPS.norm_modulate_quantize(*rows, tokens=len(rows[0]) // len(rows[1]), **choices)
-        return codes.reshape(x.shape), scale.reshape(*x.shape[:-1], 1)
-
-    return run
-
-
-def _static_quantizer(op: Kernel, attributes: Attributes) -> Kernel:
+def _static_quantizer(op: Callable[..., Tensor], attributes: Attributes) -> Function:
     """x, scale, zero -> bytes of x's shape."""
     choices = {key: attributes[key] for key in ("format", "integers")}
 
@@ -132,7 +121,7 @@ def _static_quantizer(op: Kernel, attributes: Attributes) -> Kernel:
     return run
 
 
-def _attention(attributes: Attributes) -> Kernel:
+def _attention(attributes: Attributes) -> Function:
     def run(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
         if mask is not None:
             mask = mask.clamp(min=LOWEST_MASK)
@@ -148,7 +137,7 @@ class DialectOp:
     wide: inputs that stay float32 whatever the activations are.
     """
 
-    make: Callable[[Attributes], Kernel] | None
+    make: Callable[[Attributes], Function] | None
     wide: frozenset[str] = frozenset()
 
 
@@ -156,7 +145,7 @@ _STATIC = frozenset({"scale", "zero"})
 DIALECT_OPS = {
     "Quantize": DialectOp(partial(_quantizer, OPS.quantize)),
     "GeluQuantize": DialectOp(partial(_quantizer, OPS.gelu_quantize)),
-    "NormModulateQuantize": DialectOp(_norm_modulate_quantizer),
+    "NormModulateQuantize": DialectOp(partial(_quantizer, OPS.norm_modulate_quantize)),
     "QuantizeStatic": DialectOp(partial(_static_quantizer, OPS.quantize_static), _STATIC),
     "GeluQuantizeStatic": DialectOp(partial(_static_quantizer, OPS.gelu_quantize_static), _STATIC),
     **dict.fromkeys(EPILOGUE_OF, DialectOp(None, frozenset({"a_scale"}))),

@@ -1,24 +1,24 @@
 """The standard ONNX ops that a lowered graph may hold, as torch functions: one table, anything else is refused by name.
 
-Semantics are those of opset 21. `host`: the inputs that must be numbers known on the CPU (shapes, axes), since a
+Semantics are those of opset 21. `host`: names of the inputs that must be known on the CPU (shapes, axes), since a
 captured CUDA graph cannot ask the GPU for a size.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from onnx import TensorProto
 from torch import Tensor
 from torch.nn import functional
 
+from export.dialect.ops import Attributes
 from export.errors import ContractError
 
-Attributes = Mapping[str, Any]
-Function = Callable[..., Any]
+# What torch calls: of tensors, None for absent ones.
+Function = Callable[..., Tensor | Sequence[Tensor]]
 TORCH_TYPES: dict[int, torch.dtype] = {
     TensorProto.FLOAT: torch.float32,
     TensorProto.FLOAT16: torch.float16,
@@ -33,7 +33,7 @@ class OnnxOp:
     """make(attributes) -> function of the input tensors. product: a matrix product, which may run in FP16."""
 
     make: Callable[[Attributes], Function]
-    host: tuple[int, ...] = ()
+    host: tuple[str, ...] = ()
     product: bool = False
 
 
@@ -197,7 +197,7 @@ ONNX_OPS: dict[str, OnnxOp] = {
     "Cos": _plain(torch.cos),
     "Div": _plain(_divide),
     "Einsum": OnnxOp(_einsum),
-    "Expand": OnnxOp(lambda _: _expand, host=(1,)),
+    "Expand": OnnxOp(lambda _: _expand, host=("shape",)),
     "Gather": OnnxOp(_gather),
     "Gelu": OnnxOp(_gelu),
     "Gemm": OnnxOp(_gemm, product=True),
@@ -206,19 +206,19 @@ ONNX_OPS: dict[str, OnnxOp] = {
     "MatMul": OnnxOp(lambda _: torch.matmul, product=True),
     "Mul": _plain(torch.mul),
     "Neg": _plain(torch.neg),
-    "ReduceMean": OnnxOp(_reduce_mean, host=(1,)),
-    "Reshape": OnnxOp(_reshape, host=(1,)),
+    "ReduceMean": OnnxOp(_reduce_mean, host=("axes",)),
+    "Reshape": OnnxOp(_reshape, host=("shape",)),
     "Shape": OnnxOp(_shape),
     "Sigmoid": _plain(torch.sigmoid),
     "Sin": _plain(torch.sin),
-    "Slice": OnnxOp(lambda _: _slice, host=(1, 2, 3, 4)),
+    "Slice": OnnxOp(lambda _: _slice, host=("starts", "ends", "axes", "steps")),
     "Softmax": OnnxOp(_softmax),
-    "Split": OnnxOp(_split, host=(1,)),
+    "Split": OnnxOp(_split, host=("split",)),
     "Sqrt": _plain(torch.sqrt),
-    "Squeeze": OnnxOp(lambda _: _squeeze, host=(1,)),
+    "Squeeze": OnnxOp(lambda _: _squeeze, host=("axes",)),
     "Sub": _plain(torch.sub),
     "Tanh": _plain(torch.tanh),
     "Transpose": OnnxOp(_transpose),
-    "Unsqueeze": OnnxOp(lambda _: _unsqueeze, host=(1,)),
+    "Unsqueeze": OnnxOp(lambda _: _unsqueeze, host=("axes",)),
     "Where": _plain(torch.where),
 }

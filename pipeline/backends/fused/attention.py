@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import onnx_ir as ir
 
 from export.dialect.graph import (
-    FLOAT,
+    GraphBuilder,
     attribute,
     constant,
     drop_unused,
@@ -76,12 +76,14 @@ class FuseAttention(RewritePass):
             self.refuse(softmax.name, nodes)
             return
         (q, factor), (keys, other) = _unscaled(inputs_of(nodes.scores).A), _unscaled(inputs_of(nodes.scores).B)
-        v, mask, prefix = inputs_of(nodes.mixed).B, nodes.mask, f"{softmax.name}/attention"
+        v, prefix = inputs_of(nodes.mixed).B, f"{softmax.name}/attention"
         if any(value.shape is None or value.shape.rank() != 4 for value in (q, keys, v)):
             self.refuse(softmax.name, "its operands are not [batch, heads, tokens, channels]")
             return
-        inputs = [q, _turned(graph, nodes.mixed, keys, f"{prefix}/k"), v, *([] if mask is None else [mask])]
-        op_type = "Attention" if mask is None else "MaskedAttention"
+        inputs = {"q": q, "k": _turned(GraphBuilder(graph, nodes.mixed, prefix), keys), "v": v}
+        op_type = "Attention"
+        if nodes.mask is not None:
+            op_type, inputs["mask"] = "MaskedAttention", nodes.mask
         replace(graph, nodes.mixed, fused_node(op_type, inputs, prefix, nodes.mixed, scale=factor * other))
         self.fired += 1
 
@@ -96,7 +98,7 @@ def _unscaled(value: ir.Value) -> tuple[ir.Value, float]:
     return value, 1.0
 
 
-def _turned(graph: ir.Graph, anchor: ir.Node, keys: ir.Value, name: str) -> ir.Value:
+def _turned(build: GraphBuilder, keys: ir.Value) -> ir.Value:
     """Keys [B, H, T, D] for `keys` [B, H, D, T]; two transpositions become one."""
     before, perm = produced_by(keys, "Transpose"), [0, 1, 3, 2]
     if before is not None:
@@ -104,9 +106,6 @@ def _turned(graph: ir.Graph, anchor: ir.Node, keys: ir.Value, name: str) -> ir.V
         perm, keys = [first[axis] for axis in perm], inputs_of(before).data
     if perm == [0, 1, 2, 3]:
         return keys
-    node = ir.Node("", "Transpose", [keys], ir.convenience.convert_attributes({"perm": perm}), name=name)
-    turned = result_of(node)
-    turned.name, turned.type = name, FLOAT
+    turned = build.op("Transpose", keys, name="k", perm=perm)
     turned.shape = None if keys.shape is None else ir.Shape([keys.shape[axis] for axis in perm])
-    graph.insert_before(anchor, node)
     return turned

@@ -16,7 +16,7 @@ from export.dialect.graph import (
     read_by,
     result_of,
 )
-from pipeline.backends.fused.ops import DOMAIN, fused_node, fused_outputs
+from pipeline.backends.fused.ops import DOMAIN, fused_inputs, fused_node, fused_outputs
 from pipeline.passes.rewrite import RewritePass
 
 
@@ -49,7 +49,8 @@ class FuseGateResidual(RewritePass):
             return
         gate = gate if gate is not None else _ones(graph, linear)
         attributes = {key: item.value for key, item in gemm.attributes.items()}
-        fused = fused_node("GemmGateResidual", [*gemm.inputs, gate, residual], str(gemm.name), gemm, **attributes)
+        inputs = fused_inputs(gemm).by_name() | {"gate": gate, "residual": residual}
+        fused = fused_node("GemmGateResidual", inputs, str(gemm.name), gemm, **attributes)
         graph.insert_before(add, fused)
         ports = fused_outputs(fused)
         for old, new in ((fused_outputs(gemm).sums, ports.sums), (linear, ports.linear), (result_of(add), ports.y)):
@@ -61,8 +62,8 @@ class FuseGateResidual(RewritePass):
         self.fired += 1
 
 
-def _unfit(linear: ir.Value, gate: ir.Value | None, residual: ir.Value) -> str:
-    """Why an epilogue cannot do it, '' if it can."""
+def _unfit(linear: ir.Value, gate: ir.Value | None, residual: ir.Value) -> str | None:
+    """Why an epilogue cannot do it, None if it can."""
     if linear.shape is None or linear.shape.rank() != 3:
         return f"{linear.name} has shape {linear.shape}, not [batch, tokens, channels]"
     if not isinstance(linear.shape[2], int):
@@ -71,7 +72,7 @@ def _unfit(linear: ir.Value, gate: ir.Value | None, residual: ir.Value) -> str:
         return f"{residual.name} has shape {residual.shape}, not that of {linear.name}"
     if gate is not None and (gate.shape is None or gate.shape.rank() != 3 or gate.shape[1] != 1):
         return f"gate {gate.name} has shape {gate.shape}, not [batch, 1, channels]"
-    return ""
+    return None
 
 
 def _ones(graph: ir.Graph, linear: ir.Value) -> ir.Value:

@@ -63,6 +63,8 @@ FUSED = {
     "QuantizeStatic": "QuantizeStatic",
     "NormModulateQuantize": "NormModulateQuantize",
 }
+# Inputs whose names differ.
+RENAMED = {"NormModulateQuantize": {"scale": "gain"}, "PackedGemm": {"w_codes": "codes"}}
 # Fused op -> its output that the linear reads unquantized.
 SEEN = {"GeluQuantize": "gelu", "GeluQuantizeStatic": "gelu", "NormModulateQuantize": "modulated"}
 # What the tensor cores multiply.
@@ -103,7 +105,7 @@ class LowerFused(LoweringPass):
         if gelu is not None:
             kind = f"Gelu{kind}"
         choices = quantizer_attributes(attribute(node, "format"), **extra)
-        fused = fused_node(kind, list(node.inputs), str(node.name), node, **choices)
+        fused = fused_node(kind, _renamed(node), str(node.name), node, **choices)
         replace(graph, node, fused)
         if gelu is not None:
             fused_inputs(fused).set("x", inputs_of(gelu).X)
@@ -128,11 +130,11 @@ class LowerFused(LoweringPass):
 
     def _gemm(self, graph: ir.Graph, node: ir.Node) -> None:
         gemm, quantizer = read_gemm(node), quantizer_of(node)
-        operands = quantizer.metadata_props.get(OPERANDS_KEY, "")
+        operands = quantizer.metadata_props.get(OPERANDS_KEY)
         kernel = kernel_spec(gemm, integers=operands == "int8")
         path = EITHER if operands == "auto" else path_of(kernel)
         attributes = gemm_attributes({key: item.value for key, item in node.attributes.items()})
-        fused = fused_node("Gemm", list(node.inputs), gemm.layer, node, **attributes)
+        fused = fused_node("Gemm", _renamed(node), gemm.layer, node, **attributes)
         fused.metadata_props.update({OPERANDS_KEY: operands} if operands else {})
         replace(graph, node, fused)
         self.choices.append(Choice(gemm.layer, path, _why(gemm, kernel)))
@@ -153,6 +155,11 @@ def lower(model: ir.Model, operands: str = "fp8", attention: bool = True) -> Low
     add_functions(model)
     drop_unused(model)
     return lowering
+
+
+def _renamed(node: ir.Node) -> dict[str, ir.Value]:
+    """The inputs of a node of the dialect by the names that the fused op gives them."""
+    return {RENAMED.get(node.op_type, {}).get(name, name): value for name, value in inputs_of(node).by_name().items()}
 
 
 def path_of(kernel: GemmSpec) -> str:

@@ -9,7 +9,7 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from export.dialect.graph import add_initializer, attribute, is_op, lazy_tensor
+from export.dialect.graph import GraphBuilder, add_initializer, attribute, is_op, lazy_tensor
 from pipeline.backends.fused.ops import DOMAIN, OPERANDS_KEY, fused_inputs, fused_node, fused_outputs
 from pipeline.passes.probes import ProbeRow
 from pipeline.passes.rewrite import RewritePass
@@ -42,12 +42,13 @@ class MergeGemms(RewritePass):
 
     def _merge(self, graph: ir.Graph, nodes: Sequence[ir.Node]) -> None:
         first, name, widths = nodes[0], "+".join(str(node.name) for node in nodes), [_width(node) for node in nodes]
-        joined = [_joined(graph, nodes, port, f"{name}.{key}") for port, key in BY_CHANNEL.items()]
+        joined = {port: _joined(graph, nodes, port, f"{name}.{key}") for port, key in BY_CHANNEL.items()}
         attributes = {key: item.value for key, item in first.attributes.items()} | {"layer": name}
-        codes, scale = fused_inputs(first).a_codes, fused_inputs(first).a_scale
-        merged = fused_node("Gemm", [codes, scale, *joined], name, first, **attributes)
-        split = _split(graph, fused_outputs(merged).y, widths, f"{name}/split")
-        graph.insert_before(first, [merged, split])
+        merged = fused_node("Gemm", fused_inputs(first).by_name() | joined, name, first, **attributes)
+        graph.insert_before(first, merged)
+        sizes = add_initializer(graph, ir.tensor(np.array(widths, np.int64), name=f"{name}/split/sizes"))
+        operands = [fused_outputs(merged).y, sizes]
+        split = GraphBuilder(graph, first, name).node("Split", operands, "split", {"axis": -1}, outputs=len(widths))
         ends = np.cumsum(widths).tolist()
         for node, part, end, width in zip(nodes, split.outputs, ends, widths, strict=True):
             y, sums = fused_outputs(node).y, fused_outputs(node).sums
@@ -104,10 +105,3 @@ def _joined(graph: ir.Graph, nodes: Sequence[ir.Node], port: str, name: str) -> 
         return np.concatenate([np.broadcast_to(t.numpy(), (width, *t.numpy().shape[1:])) for t, width in pairs])
 
     return add_initializer(graph, lazy_tensor(name, tensors[0].dtype, shape, rows))
-
-
-def _split(graph: ir.Graph, y: ir.Value, widths: Sequence[int], name: str) -> ir.Node:
-    """Split of the last axis."""
-    sizes = add_initializer(graph, ir.tensor(np.array(widths, np.int64), name=f"{name}/sizes"))
-    axis = ir.convenience.convert_attributes({"axis": -1})
-    return ir.Node("", "Split", [y, sizes], axis, num_outputs=len(widths), name=name)

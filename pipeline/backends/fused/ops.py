@@ -8,18 +8,17 @@ asks for them does not compute them.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import onnx_ir as ir
 from onnx import AttributeProto, FunctionProto, TensorProto, helper
 
 from export.dialect import functions
-from export.dialect.functions import Body
-from export.dialect.graph import Ports
-from export.dialect.ops import ABSMAX_FLOOR, FLOAT, FLOATS, INT, INTS, STRING, attributes
+from export.dialect.functions import AttributeType, Body
+from export.dialect.graph import Ports, in_order, new_node
+from export.dialect.ops import ABSMAX_FLOOR, FLOAT, FLOATS, INT, INTS, STRING, Attributes, attributes
 from plugins.gpu.spec import Epilogue
 from plugins.gpu.table import gemm_inputs
 
@@ -39,7 +38,7 @@ class FusedOp:
     inputs: tuple[str, ...]
     outputs: dict[str, ir.DataType]
     proof: frozenset[str]
-    attributes: dict[str, Any]
+    attributes: Mapping[str, AttributeType]
     body: Callable[[Body], None]
 
     def function(self) -> FunctionProto:
@@ -242,30 +241,26 @@ _ROWS = (
 OPS: dict[str, FusedOp] = {row.name: row for row in _ROWS}
 
 
-def gemm_attributes(packed: dict[str, Any]) -> dict[str, Any]:
+def gemm_attributes(packed: Attributes) -> Attributes:
     """Attributes of Gemm from those of a fpq.PackedGemm."""
     renamed = packed | {"values": packed["weight_values"]}
     return {key: renamed[key] for key in _GEMM}
 
 
-def quantizer_attributes(format_name: str, **choices: Any) -> dict[str, Any]:
+def quantizer_attributes(format_name: str, **choices: object) -> Attributes:
     """Attributes of a quantizer of that format."""
     decoder = attributes("DequantizeActivation", format=format_name)
     return {**attributes("QuantizeActivation", format=format_name), "values": decoder["values"], **choices}
 
 
-def fused_node(op_name: str, inputs: Sequence[ir.Value | None], name: str, like: ir.Node, **choices: Any) -> ir.Node:
-    """A node of this dialect; metadata (layer, kind) is taken from `like`. Outputs have types, no names yet."""
-    row, converted = OPS[op_name], ir.convenience.convert_attributes(choices)
-    node = ir.Node(
-        DOMAIN,
-        op_name,
-        inputs,
-        converted,
-        num_outputs=len(row.outputs),
-        name=name,
-        metadata_props=dict(like.metadata_props),
-    )
+def fused_node(op_name: str, inputs: Mapping[str, ir.Value], name: str, like: ir.Node, **choices: object) -> ir.Node:
+    """A node of this dialect that stands in no graph yet; metadata (layer, kind) is taken from `like`.
+
+    inputs: by the names of the op's row, all of them.
+    """
+    row = OPS[op_name]
+    ordered = in_order(inputs, row.inputs, name)
+    node = new_node(DOMAIN, op_name, ordered, name, choices, len(row.outputs), like.metadata_props)
     for output, (key, kind) in zip(node.outputs, row.outputs.items(), strict=True):
         output.name, output.type = f"{name}/{key}", ir.TensorType(kind)
     return node

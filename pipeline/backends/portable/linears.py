@@ -80,7 +80,7 @@ def portable_linears(model: ir.Model) -> list[PortableLinear]:
 
 def _linear(matmul: ir.Node) -> PortableLinear | None:
     """The linear around a MatMul of two dequantized operands, or None."""
-    inverse, weight = (None if value is None else value.producer() for value in matmul.inputs)
+    inverse, weight = inputs_of(matmul).A.producer(), inputs_of(matmul).B.producer()
     if not _is_stored(weight) or inverse is None or inverse.domain != DOMAIN:
         return None
     quantizer = inputs_of(inverse).codes.producer() if inverse.op_type in QUANTIZER_OF else None

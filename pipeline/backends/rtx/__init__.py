@@ -22,7 +22,7 @@ from pipeline.backends.base import (
     Manifest,
     Options,
 )
-from pipeline.backends.tensorrt.engine import ENGINE
+from pipeline.backends.tensorrt.engine import ENGINE, RTX
 
 if TYPE_CHECKING:
     from pipeline.recipe import Recipe
@@ -68,7 +68,7 @@ class RtxBackend(Backend[RtxOptions]):
     """Builds one engine for all compute capabilities of its option `sm`."""
 
     options_type = RtxOptions
-    package = "tensorrt_rtx"
+    package = RTX
     needs_gpu = True
     speed_rank = 3
     file_names = frozenset({ENGINE, metadata_file.NAME, lowering_file.NAME})
@@ -109,7 +109,7 @@ class RtxBackend(Backend[RtxOptions]):
         installed = machine.tool_version(self.package)
         if not installed:
             return "target rtx needs tensorrt-rtx; install with: pip install tensorrt-rtx"
-        return machine_problem(needs, installed, machine.cuda_sm()) or None
+        return machine_problem(needs, installed, machine.cuda_sm())
 
     def problems(self, recipe: Recipe) -> list[str]:
         """GPUs that the builder refuses, activations that no lowering takes, and a missing package."""

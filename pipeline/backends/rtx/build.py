@@ -11,11 +11,11 @@ from pipeline.backends import metadata_file
 from pipeline.backends.base import BuildResult, LoweredGraph
 from pipeline.backends.fused.lower import recipe_problems, scaling_problems
 from pipeline.backends.graph_files import graph_facts, packed_model, result, save_lowered
-from pipeline.backends.rtx.engine import ENGINE, MODULE
 from pipeline.backends.rtx.gemms import matmul_names
 from pipeline.backends.rtx.lower import GROUPS_REFUSED, LowerRtx
 from pipeline.backends.tensorrt import plugin_payloads
 from pipeline.backends.tensorrt.build import build_engine
+from pipeline.backends.tensorrt.engine import ENGINE, RTX
 from pipeline.backends.tensorrt.half import halve
 from pipeline.backends.tensorrt.plan_file import EngineFile, check_gemms, read_engine_file
 from pipeline.backends.tensorrt.plugin_graph import SCALINGS_REFUSED
@@ -34,22 +34,17 @@ SCHEMA_VERSION = 1
 BUILDABLE_SMS = (80, 86, 89, 120, 121)
 FP8_SMS = frozenset({89, 120, 121})
 DATA_CENTRE = "TensorRT-RTX is for RTX GPUs; data-centre GPUs of this generation need the target cuda"
-WHY_NOT = {
-    75: "its FP32 GEMMs are refused on Turing",
-    90: DATA_CENTRE,
-    100: DATA_CENTRE,
-    103: DATA_CENTRE,
-}
-FP8 = (GemmRow("fp8", "E4M3", "E4M3"), GemmRow("fp8, 2 limbs", "E4M3", "E4M3", limbs=2))
-INT8 = (GemmRow("int8", "INT8", "INT8"), GemmRow("int8, 2 limbs", "INT8", "INT8", limbs=2))
-FP8_INT4 = (
-    GemmRow("fp8, int4 weights", "E4M3", "INT4"),
-    GemmRow("fp8, int4 weights, 2 limbs", "E4M3", "INT4", limbs=2),
-)
-INT8_INT4 = (
-    GemmRow("int8, int4 weights", "INT8", "INT4"),
-    GemmRow("int8, int4 weights, 2 limbs", "INT8", "INT4", limbs=2),
-)
+WHY_NOT = {75: "its FP32 GEMMs are refused on Turing", **dict.fromkeys((90, 100, 103), DATA_CENTRE)}
+
+
+def _one_or_two(path: str, activation: str, weight: str) -> tuple[GemmRow, GemmRow]:
+    """One GEMM for activations that one hardware number holds, and two for those that take two limbs."""
+    return GemmRow(path, activation, weight), GemmRow(f"{path}, 2 limbs", activation, weight, limbs=2)
+
+
+FP8, INT8 = _one_or_two("fp8", "E4M3", "E4M3"), _one_or_two("int8", "INT8", "INT8")
+FP8_INT4 = _one_or_two("fp8, int4 weights", "E4M3", "INT4")
+INT8_INT4 = _one_or_two("int8, int4 weights", "INT8", "INT4")
 # Real scales per group, in the smallest storage first.
 HALF = (
     GemmRow("fp16, int4 weights", "FP16", "INT4", real_groups=True),
@@ -102,7 +97,7 @@ def build(lowered: LoweredGraph, out_dir: Path, options: RtxOptions, batch_size:
     if options.path == "plugin":
         facts, engine, more = plugin_payloads.build(lowered.path, out_dir / ENGINE, options.sm, batch_size)
     else:
-        facts = build_engine(MODULE, lowered.path, out_dir / ENGINE, options.sm, batch_size)
+        facts = build_engine(RTX, lowered.path, out_dir / ENGINE, options.sm, batch_size)
         engine = read_engine_file(out_dir / ENGINE)
         check_gemms(engine, expected_gemms(lowered))
     metadata = describe(engine, lowered) | facts | more

@@ -21,13 +21,12 @@ from export.errors import EnvironmentLacksError
 from pipeline import machine
 from pipeline.backends import metadata_file
 from pipeline.backends.base import Arrays
-from pipeline.backends.tensorrt.engine import ENGINE, Buffers, DeserializedEngine
+from pipeline.backends.tensorrt.engine import ENGINE, RTX, Buffers, DeserializedEngine
 from pipeline.backends.tensorrt.plan_file import read_header
-from pipeline.backends.visible_gpu import visible_sm
+from pipeline.machine import visible_sm
 from plugins.tensorrt import rtx_plugin
 
 logger = logging.getLogger(__name__)
-MODULE = "tensorrt_rtx"
 CACHE_FOLDER = "rtx"
 
 
@@ -44,8 +43,8 @@ class RtxMetadata(RtxNeeds, metadata_file.Shapes, metadata_file.LoweredHashes):
     plugins: NotRequired[dict[str, int]]
 
 
-def machine_problem(metadata: RtxNeeds, version: str, sm: int) -> str:
-    """Why tensorrt_rtx `version` and a GPU of capability `sm` (0: none) cannot run an engine; empty if they can."""
+def machine_problem(metadata: RtxNeeds, version: str, sm: int) -> str | None:
+    """Why tensorrt_rtx `version` and a GPU of capability `sm` (0: none) cannot run an engine; None if they can."""
     built, listed = metadata["tensorrt_rtx"], metadata["compute_capabilities"]
     if not sm:
         return "running the target rtx needs an NVIDIA RTX GPU and a PyTorch with CUDA; none is visible here"
@@ -53,7 +52,7 @@ def machine_problem(metadata: RtxNeeds, version: str, sm: int) -> str:
         return f"the engine holds code for SM {listed}, this GPU is SM {sm}; build again with --target-sm {sm}"
     if machine.release(version) != machine.release(built):
         return f"the engine was built with tensorrt-rtx {built}, this is {version}; install that release or build again"
-    return ""
+    return None
 
 
 def cache_path(metadata: RtxMetadata, sm: int) -> Path:
@@ -79,13 +78,13 @@ def write_cache(path: Path, blob: bytes) -> None:
 class RtxEngine(DeserializedEngine):
     """One context for all calls; buffers for each set of input shapes."""
 
-    module = MODULE
+    module = RTX
 
     def __init__(self, folder: Path) -> None:
         """Raises EnvironmentLacksError before anything is deserialized where this machine cannot run the engine."""
-        machine.require((MODULE, "torch"), "running the target rtx", "rtx")
+        machine.require((RTX, "torch"), "running the target rtx", "rtx")
         metadata, sm = metadata_file.read(folder, RtxMetadata), visible_sm()
-        if problem := machine_problem(metadata, machine.tool_version(MODULE), sm):
+        if problem := machine_problem(metadata, machine.tool_version(RTX), sm):
             raise EnvironmentLacksError(problem)
         read_header(folder / ENGINE)
         self._cache_path = cache_path(metadata, sm)

@@ -102,7 +102,7 @@ def _emit_lines(build: GraphBuilder, index: ir.Value, lines: tuple[tuple[float, 
 
 
 def _emit_multiplied(build: GraphBuilder, gemm: QuantizedGemm, value: ir.Value) -> ir.Value:
-    groups, n = gemm.groups, gemm.out_features
+    groups, n = gemm.weight_groups, gemm.out_features
     stored = build.lazy(f"{gemm.layer}.rtx_multipliers", STORED["INT8"], (groups, 1, n), gemm.multiplier_rows)
     factor = build.op("DequantizeLinear", stored, build.constant(1.0), name="multipliers")
     grouped = build.op("Reshape", value, build.constant([groups, -1, n], np.int64), name="grouped")
@@ -135,6 +135,6 @@ def _emit_half_blocks(
     make = gemm.signed_indices if kind == "INT4" else partial(gemm.hardware_numbers, kind, choice.weight_exponent)
     stored = build.lazy(f"{gemm.layer}.rtx_weight", STORED[kind], gemm.shape, make)
     unit = 2.0 ** -(gemm.weight.fraction_bits + choice.weight_exponent)
-    scales_shape, scales = (gemm.groups, gemm.out_features), partial(gemm.group_scales_half, channel, unit)
+    scales_shape, scales = (gemm.weight_groups, gemm.out_features), partial(gemm.group_scales_half, channel, unit)
     scale = build.lazy(f"{gemm.layer}.rtx_group_scale", STORED["FP16"], scales_shape, scales)
     return build.op("DequantizeLinear", stored, scale, name="weight", axis=0, block_size=gemm.group_size)

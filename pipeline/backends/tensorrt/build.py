@@ -7,15 +7,17 @@ import os
 import time
 from importlib import import_module
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import onnx
 
 from export.errors import ContractError, ResourceError
+from pipeline.backends.tensorrt.engine import RTX, TRT
 
 logger = logging.getLogger(__name__)
-Shapes = tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]  # least, usual, largest
-Bounds = dict[str, Shapes]  # of each input
+ShapeRange = tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]  # least, usual, largest
+Bounds = dict[str, ShapeRange]  # of each input
 # What the metadata says of a build: shapes the engine takes, release of the builder. Times belong in the log, so that
 # two builds of one graph have equal metadata.
 Facts = dict[str, object]
@@ -23,9 +25,7 @@ Facts = dict[str, object]
 # Smallest, usual and largest size of a dynamic dimension other than the batch: prompt tokens (T5 captions: 120, 300).
 TOKEN_BOUNDS = (1, 120, 300)
 LARGEST_BATCH = 8
-PRODUCTS = {"tensorrt_rtx": "TensorRT-RTX", "tensorrt": "TensorRT"}
-# The one that builds for GPUs which need not be here.
-RTX = "tensorrt_rtx"
+PRODUCTS = {RTX: "TensorRT-RTX", TRT: "TensorRT"}
 
 
 def shape_bounds(model: onnx.ModelProto, batch_size: int) -> Bounds:
@@ -35,7 +35,7 @@ def shape_bounds(model: onnx.ModelProto, batch_size: int) -> Bounds:
     return {value.name: _input_bounds(value, batch) for value in model.graph.input}
 
 
-def _input_bounds(value: onnx.ValueInfoProto, batch: tuple[int, int, int]) -> Shapes:
+def _input_bounds(value: onnx.ValueInfoProto, batch: tuple[int, int, int]) -> ShapeRange:
     dims = value.type.tensor_type.shape.dim
     columns = [
         (d.dim_value,) * 3 if d.HasField("dim_value") else (batch if axis == 0 else TOKEN_BOUNDS)
@@ -59,7 +59,7 @@ def build_engine(
     one that a release lacks is what it does anyway. Raises ContractError with the parser's node and message or the
     builder's reason, ResourceError where memory or disk runs out.
     """
-    trt: Any = import_module(module)
+    trt = import_module(module)
     log = make_logger(trt)
     builder = trt.Builder(log)
     known = (getattr(trt.NetworkDefinitionCreationFlag, flag, None) for flag in flags)
@@ -97,7 +97,7 @@ def make_logger(trt: Any) -> Any:
     return Log()
 
 
-def parsed(trt: Any, network: Any, log: Any, path: Path) -> Any:
+def parsed(trt: ModuleType, network: Any, log: Any, path: Path) -> Any:
     """The parser, which owns weights that the network refers to. Raises ContractError with its node and message."""
     parser = trt.OnnxParser(network, log)
     if not parser.parse_from_file(str(path)):
@@ -107,7 +107,7 @@ def parsed(trt: Any, network: Any, log: Any, path: Path) -> Any:
     return parser
 
 
-def _config(trt: Any, builder: Any, sms: tuple[int, ...], shapes: Bounds) -> Any:
+def _config(trt: ModuleType, builder: Any, sms: tuple[int, ...], shapes: Bounds) -> Any:
     config = builder.create_builder_config()
     if trt.__name__ == RTX:
         config.num_compute_capabilities = len(sms)
@@ -124,7 +124,7 @@ def _config(trt: Any, builder: Any, sms: tuple[int, ...], shapes: Bounds) -> Any
     return config
 
 
-def build_error(trt: Any, errors: list[str], sms: tuple[int, ...]) -> Exception:
+def build_error(trt: ModuleType, errors: list[str], sms: tuple[int, ...]) -> Exception:
     """What the builder's messages mean."""
     text, product = "; ".join(errors) or "no reason given", PRODUCTS[trt.__name__]
     if "memory" in text.lower() and "alloc" in text.lower():

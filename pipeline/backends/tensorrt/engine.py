@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 ENGINE = "model.engine"
+# The modules of both products; what the first builds is for GPUs which need not be here.
+RTX, TRT = "tensorrt_rtx", "tensorrt"
 
 
 class Call(Protocol):
@@ -48,7 +50,7 @@ class DeserializedEngine(ABC):
     def _open(self, path: Path) -> None:
         import torch
 
-        trt: Any = import_module(self.module)
+        trt = import_module(self.module)
         self._runtime = trt.Runtime(trt.Logger(trt.Logger.WARNING))
         self._engine = self._runtime.deserialize_cuda_engine(path.read_bytes())
         if self._engine is None:

@@ -37,7 +37,7 @@ def emit_half(build: GraphBuilder, value: ir.Value, name: str) -> ir.Value:
 
 def widen(graph: ir.Graph, node: ir.Node, then: Callable[[GraphBuilder, ir.Value], ir.Value] | None = None) -> None:
     """Let all readers of the FP16 output of `node` read it as rounded float32, passed through `then`."""
-    result, readers = result_of(node), list(result_of(node).uses())
+    result, readers = result_of(node), result_of(node).uses()
     build = GraphBuilder(graph, _next(graph, node), f"{node.name}/half")
     result.type = ir.TensorType(FP16)
     wide = emit_rounded(build, build.op("Cast", result, name="wide", to=FP32.value), "wide")

@@ -36,9 +36,9 @@ STATIC_REFUSED = (
 )
 # Scaling of activations -> why no plugin takes it.
 SCALINGS_REFUSED = {"token_group": GROUPS_REFUSED, "per_tensor": STATIC_REFUSED}
-Bounds = tuple[int, int, int]
+RowRange = tuple[int, int, int]
 # Rows where the graph does not tell a tensor's shape.
-UNKNOWN_ROWS: Bounds = (1, 1024, 65536)
+UNKNOWN_ROWS: RowRange = (1, 1024, 65536)
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ class KernelNode:
     name: str
     kernel: str
     spec: GemmSpec | QuantizeSpec
-    rows: Bounds
+    rows: RowRange
 
     @property
     def inputs(self) -> tuple[str, ...]:
@@ -91,7 +91,7 @@ def _kernel_node(
     node: NodeProto,
     constants: Mapping[str, TensorProto],
     channels: Mapping[str, int],
-    rows: Mapping[str, Bounds],
+    rows: Mapping[str, RowRange],
     preferred: bool,
 ) -> KernelNode:
     attributes: dict[str, Any] = {item.name: _plain(helper.get_attribute_value(item)) for item in node.attribute}
@@ -169,7 +169,7 @@ def _channels(model: onnx.ModelProto) -> dict[str, int]:
     return {_ports(node)[0]["a_codes"]: next(a.i for a in node.attribute if a.name == "in_features") for node in gemms}
 
 
-def _rows(model: onnx.ModelProto, bounds: Mapping[str, Sequence[Sequence[int]]]) -> dict[str, Bounds]:
+def _rows(model: onnx.ModelProto, bounds: Mapping[str, Sequence[Sequence[int]]]) -> dict[str, RowRange]:
     """Name of a tensor -> rows at the smallest, usual and largest inputs, wherever the graph tells its shape."""
     symbols = {
         dim.dim_param: column
@@ -185,5 +185,5 @@ def _rows(model: onnx.ModelProto, bounds: Mapping[str, Sequence[Sequence[int]]])
     return {name: (low, usual, high) for name, (low, usual, high) in ((n, r) for n, r in rows.items() if len(r) == 3)}
 
 
-def _bounds(dim: onnx.TensorShapeProto.Dimension, symbols: Mapping[str, Bounds]) -> Bounds | None:
+def _bounds(dim: onnx.TensorShapeProto.Dimension, symbols: Mapping[str, RowRange]) -> RowRange | None:
     return (dim.dim_value,) * 3 if dim.HasField("dim_value") else symbols.get(dim.dim_param)

@@ -21,9 +21,10 @@ from export.errors import ContractError, EnvironmentLacksError
 from pipeline.backends.fused.lower import LowerFused
 from pipeline.backends.fused.lower import lower as lower_fused
 from pipeline.backends.fused.ops import DOMAIN
-from pipeline.backends.tensorrt.build import RTX, Facts, build_engine, shape_bounds
+from pipeline.backends.tensorrt.build import Facts, build_engine, shape_bounds
+from pipeline.backends.tensorrt.engine import RTX
 from pipeline.backends.tensorrt.plan_file import EngineFile, check_plugins, read_engine_file
-from pipeline.backends.tensorrt.plugin_graph import STATIC_REFUSED, Bounds, KernelNode, plugin_graph
+from pipeline.backends.tensorrt.plugin_graph import STATIC_REFUSED, KernelNode, RowRange, plugin_graph
 from pipeline.passes.probes import Choice
 from plugins.gpu.spec import GemmSpec, QuantizeSpec
 from plugins.gpu.tiles import prefers_integers
@@ -92,7 +93,7 @@ def builders_graph(
     plugin beside its namespace and version. sms: the GPUs that it is for. Raises ContractError for an op without one.
     """
     model = onnx.load(lowered, load_external_data=False)
-    payloads: dict[tuple[str, GemmSpec | QuantizeSpec, Bounds], Payload] = {}
+    payloads: dict[tuple[str, GemmSpec | QuantizeSpec, RowRange], Payload] = {}
 
     def plugin_of(node: KernelNode) -> tuple[str, dict[str, object]]:
         key = (node.kernel, node.spec, node.rows)

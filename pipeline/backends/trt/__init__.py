@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 from pipeline import machine
 from pipeline.backends import lowering_file, metadata_file
 from pipeline.backends.base import Arithmetic, Backend, BuildResult, Check, Engine, LoweredGraph, Manifest, Options
-from pipeline.backends.tensorrt.engine import ENGINE
+from pipeline.backends.tensorrt.engine import ENGINE, TRT
 
 if TYPE_CHECKING:
     from pipeline.recipe import Recipe
@@ -33,7 +33,7 @@ class TrtBackend(Backend[TrtOptions]):
     """Builds one engine for the GPU of this machine."""
 
     options_type = TrtOptions
-    package = "tensorrt"
+    package = TRT
     needs_gpu = True
     speed_rank = 1
     file_names = frozenset({ENGINE, metadata_file.NAME, lowering_file.NAME})
@@ -67,7 +67,7 @@ class TrtBackend(Backend[TrtOptions]):
         from pipeline.backends.trt.engine import TrtNeeds, machine_problem
 
         needs = self.metadata(manifest, source, TrtNeeds)
-        return machine_problem(needs, machine.tool_version(self.package), machine.cuda_sm()) or None
+        return machine_problem(needs, machine.tool_version(self.package), machine.cuda_sm())
 
     def problems(self, recipe: Recipe) -> list[str]:
         """What is missing here (TensorRT, a release that is new enough, its GPU, a compiler for the kernels), and what

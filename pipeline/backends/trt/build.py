@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from export.errors import ContractError
 from pipeline.backends import metadata_file
@@ -16,9 +16,9 @@ from pipeline.backends.fused.lower import recipe_problems
 from pipeline.backends.graph_files import graph_facts, packed_model, result, save_lowered
 from pipeline.backends.tensorrt import plugin_payloads
 from pipeline.backends.tensorrt.build import build_engine, make_logger
+from pipeline.backends.tensorrt.engine import ENGINE, TRT
 from pipeline.backends.tensorrt.half import halve
 from pipeline.backends.tensorrt.plugin_graph import SCALINGS_REFUSED, KernelNode
-from pipeline.backends.trt.engine import ENGINE, MODULE
 from pipeline.files import write_json
 from plugins.tensorrt import plugins
 from plugins.tensorrt.aot import plugin_name
@@ -69,11 +69,11 @@ def build_checked(
 
     Raises ContractError as `build_engine`, and for a plugin that is not there.
     """
-    plugins.register(MODULE)
+    plugins.register(TRT)
     # From release 11 on every network is strongly typed and the flag of it ignored; one that lacks the other takes the
     # only implementation that our plugins have.
-    facts = build_engine(MODULE, graph, engine_path, (sm,), batch_size, ("STRONGLY_TYPED", "PREFER_AOT_PYTHON_PLUGINS"))
-    trt: Any = import_module(MODULE)
+    facts = build_engine(TRT, graph, engine_path, (sm,), batch_size, ("STRONGLY_TYPED", "PREFER_AOT_PYTHON_PLUGINS"))
+    trt = import_module(TRT)
     engine = trt.Runtime(make_logger(trt)).deserialize_cuda_engine(engine_path.read_bytes())
     check_layers(engine.create_engine_inspector().get_engine_information(trt.LayerInformationFormat.JSON), nodes)
     return {**facts, "compute_capabilities": [sm], "engine_bytes": engine_path.stat().st_size}

@@ -17,15 +17,14 @@ from export.errors import EnvironmentLacksError
 from pipeline import machine
 from pipeline.backends import metadata_file
 from pipeline.backends.base import Arrays
-from pipeline.backends.tensorrt.engine import ENGINE, Buffers, DeserializedEngine
-from pipeline.backends.visible_gpu import visible_sm
+from pipeline.backends.tensorrt.engine import ENGINE, TRT, Buffers, DeserializedEngine
+from pipeline.machine import visible_sm
 from plugins.tensorrt import plugins
 from plugins.tensorrt.payload import NAMESPACE, VERSION, compile_problems
 
 if TYPE_CHECKING:
     import torch
 
-MODULE = "tensorrt"
 # The first release whose quick-deployable plugins have ahead-of-time implementations.
 MINIMUM_VERSION = (10, 9)
 
@@ -44,10 +43,10 @@ class TrtMetadata(TrtNeeds, metadata_file.Shapes):
 def environment_problems(sm: int) -> list[str]:
     """What this machine lacks for building; `sm`: compute capability of its GPU, 0 for none."""
     try:
-        machine.require((MODULE,), "target trt")
+        machine.require((TRT,), "target trt")
     except EnvironmentLacksError as error:
         return [str(error)]
-    version, least = machine.tool_version(MODULE), ".".join(map(str, MINIMUM_VERSION))
+    version, least = machine.tool_version(TRT), ".".join(map(str, MINIMUM_VERSION))
     if tuple(int(part) for part in version.split(".")[:2] if part.isdigit()) < MINIMUM_VERSION:
         return [f"target trt needs tensorrt {least} or newer, this is {version or 'unknown'}; pip install -U tensorrt"]
     if not sm:
@@ -57,12 +56,12 @@ def environment_problems(sm: int) -> list[str]:
 
 def registered_plugins() -> tuple[str, ...]:
     """Names of our plugins that TensorRT's own registry finds. Raises ImportError where it is not installed."""
-    names, registry = plugins.register(MODULE), import_module(MODULE).get_plugin_registry()
+    names, registry = plugins.register(TRT), import_module(TRT).get_plugin_registry()
     return tuple(name for name in names if registry.get_creator(name, VERSION, NAMESPACE) is not None)
 
 
-def machine_problem(metadata: TrtNeeds, version: str, sm: int) -> str:
-    """Why tensorrt `version` and a GPU of capability `sm` (0: none) cannot run an engine; empty if they can."""
+def machine_problem(metadata: TrtNeeds, version: str, sm: int) -> str | None:
+    """Why tensorrt `version` and a GPU of capability `sm` (0: none) cannot run an engine; None if they can."""
     built, listed = metadata["tensorrt"], metadata["compute_capabilities"]
     if not version:
         return "target trt needs tensorrt; install with: pip install tensorrt"
@@ -72,7 +71,7 @@ def machine_problem(metadata: TrtNeeds, version: str, sm: int) -> str:
         return f"the engine was built on a GPU of SM {listed}, this one is SM {sm}; build again here"
     if machine.release(version) != machine.release(built):
         return f"the engine was built with tensorrt {built}, this is {version}; install that release or build again"
-    return ""
+    return None
 
 
 @dataclass
@@ -106,13 +105,13 @@ class Captured:
 class TrtEngine(DeserializedEngine):
     """A context, buffers and a captured graph for each set of input shapes."""
 
-    module = MODULE
+    module = TRT
 
     def __init__(self, folder: Path) -> None:
         """Raises EnvironmentLacksError before anything is deserialized where this machine cannot run the engine."""
-        machine.require((MODULE, "torch"), "running the target trt")
+        machine.require((TRT, "torch"), "running the target trt")
         metadata = metadata_file.read(folder, TrtMetadata)
-        if problem := machine_problem(metadata, machine.tool_version(MODULE), visible_sm()):
+        if problem := machine_problem(metadata, machine.tool_version(TRT), visible_sm()):
             raise EnvironmentLacksError(problem)
         super().__init__(folder / ENGINE, metadata)
 

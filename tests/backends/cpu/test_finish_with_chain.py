@@ -72,7 +72,7 @@ def _as_exported(model):
 def rewritten(*args, **given):
     """(native model, passes by name)."""
     model, _ = lowered(*args, chains=True, **given)
-    return model, {found.name: found for found in finish_with_chains(model)}
+    return model, {type(rewrite).__name__: rewrite for rewrite in finish_with_chains(model)}
 
 
 def chains(model):
@@ -228,7 +228,7 @@ def test_groups_of_tokens_get_the_native_quantizer_only():
     model = portable(PLAIN, [layer], "float[B,S,64] x", "float[B,S,64] y")
     run_shared(model)
     LowerCpu(provided(("avx512_vnni",)), chains=True)(model)
-    passes = {found.name: found for found in finish_with_chains(model)}
+    passes = {type(rewrite).__name__: rewrite for rewrite in finish_with_chains(model)}
     assert passes["AbsorbEpilogues"].fired == 0 and not any(node.op_type == "Sum" for node in model.graph)
     assert not any(Out.LINEAR in chain_outputs(node) for node in model.graph if is_chain(node))
 

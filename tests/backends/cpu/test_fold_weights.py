@@ -4,7 +4,7 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 
-from pipeline.passes.fold_weights import FoldWeights
+from pipeline.backends.cpu.fold_weights import FoldWeights
 from tests.support.portable import op_types, run
 
 pytestmark = pytest.mark.torch
