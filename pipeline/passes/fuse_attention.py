@@ -1,8 +1,8 @@
-"""The attention in a graph, softmax(q k' + mask) v, and one op for it, which torch runs as
-scaled_dot_product_attention."""
+"""The attention in a graph, softmax(q k' + mask) v, and one op for it, of the target's own."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import onnx_ir as ir
@@ -21,7 +21,6 @@ from export.dialect.graph import (
     replace,
     result_of,
 )
-from pipeline.backends.fused.ops import fused_node
 from pipeline.passes.rewrite import RewritePass
 
 
@@ -60,8 +59,16 @@ def attention_around(softmax: ir.Node) -> AttentionNodes | str:
     return AttentionNodes(scores, masked, softmax, mixed)
 
 
+# (inputs q, k, v and, where there is one, mask, by these names; name; the node that it stands for; scale) -> a node.
+MakeAttention = Callable[[Mapping[str, ir.Value], str, ir.Node, float], ir.Node]
+
+
 class FuseAttention(RewritePass):
-    """An attention -> Attention or MaskedAttention; constant factors of q and k' become its scale."""
+    """An attention -> the node that `make` makes of it; constant factors of q and k' become its scale."""
+
+    def __init__(self, make: MakeAttention) -> None:
+        super().__init__()
+        self.make = make
 
     def rewrite(self, model: ir.Model) -> None:
         for node in list(model.graph):
@@ -81,10 +88,9 @@ class FuseAttention(RewritePass):
             self.refuse(softmax.name, "its operands are not [batch, heads, tokens, channels]")
             return
         inputs = {"q": q, "k": _turned(GraphBuilder(graph, nodes.mixed, prefix), keys), "v": v}
-        op_type = "Attention"
         if nodes.mask is not None:
-            op_type, inputs["mask"] = "MaskedAttention", nodes.mask
-        replace(graph, nodes.mixed, fused_node(op_type, inputs, prefix, nodes.mixed, scale=factor * other))
+            inputs["mask"] = nodes.mask
+        replace(graph, nodes.mixed, self.make(inputs, prefix, nodes.mixed, factor * other))
         self.fired += 1
 
 

@@ -4,7 +4,7 @@
 
 #include <stdint.h>
 
-enum { QUERIES = 252, KEYS = 128 }; /* of a block: scores, keys and values of one stay in the second-level cache */
+enum { QUERIES = 264, KEYS = 128 }; /* of a block: scores, keys and values of one stay in the second-level cache */
 
 /* float32 [samples, heads, tokens, size], `queries` tokens of q and out, `keys` of k and v. mask: added to the scores,
  * NULL for none; its element of (sample, head, query, key) is at the sum of these indices times mask_step.

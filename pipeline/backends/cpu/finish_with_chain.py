@@ -6,6 +6,8 @@ transpositions around attention. Names of tensors that probes refer to stay.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import onnx_ir as ir
 
 from export.dialect.graph import (
@@ -14,6 +16,7 @@ from export.dialect.graph import (
     attribute,
     drop_unused,
     inputs_of,
+    new_node,
     only_reader,
     other_input,
     produced_by,
@@ -40,6 +43,7 @@ from pipeline.backends.cpu.token_chain import (
     put_chain,
     stages,
 )
+from pipeline.passes.fuse_attention import FuseAttention
 from pipeline.passes.quantized_gemm import QuantizedGemm
 from pipeline.passes.rewrite import RewritePass
 from plugins.cpu.library import DOMAIN
@@ -50,12 +54,18 @@ HEADS_FIRST, HEADS_LAST, SWAPPED = (0, 2, 1, 3), (0, 2, 3, 1), (0, 1, 3, 2)
 
 def finish_with_chains(model: ir.Model) -> list[RewritePass]:
     """Run the passes on a graph whose quantizers are chains, in place."""
-    passes: list[RewritePass] = [AbsorbEpilogues(), JoinChains(), MoveHeads()]
+    passes: list[RewritePass] = [FuseAttention(_attention), AbsorbEpilogues(), JoinChains(), MoveHeads()]
     if any(is_chain(node) for node in model.graph):
         model.opset_imports[DOMAIN] = VERSION
     for rewrite in passes:
         rewrite(model)
     return passes
+
+
+def _attention(inputs: Mapping[str, ir.Value], name: str, like: ir.Node, scale: float) -> ir.Node:
+    """Attention of the kernel library, see plugins/cpu/attention.h."""
+    ordered = [inputs.get(port) for port in ("q", "k", "v", "mask")]
+    return new_node(DOMAIN, "Attention", ordered, name, {"scale": scale}, 1, like.metadata_props)
 
 
 # --- quantizers -------------------------------------------------------------------------------------------------

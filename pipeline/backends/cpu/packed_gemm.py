@@ -28,7 +28,7 @@ def packed_gemm(build: GraphBuilder, gemm: QuantizedGemm, a: Operand) -> Product
     weight = build.lazy(f"{layer}.panels", UINT8, (panels, octets, PANEL * OCTET // 2), partial(weight_panels, gemm))
     multipliers = None
     if gemm.multipliers != (1,):
-        shape = (panels, gemm.groups, PANEL)
+        shape = (panels, gemm.weight_groups, PANEL)
         multipliers = build.lazy(f"{layer}.panel_multipliers", UINT8, shape, partial(multiplier_panels, gemm))
     scales = build.lazy(f"{layer}.unit_scales", FLOAT, (n,), gemm.unit_scales)
     high, low = a.codes if len(a.codes) == 2 else (a.codes[0], None)
@@ -66,9 +66,9 @@ def weight_panels(gemm: QuantizedGemm) -> NDArray[np.uint8]:
 
 def multiplier_panels(gemm: QuantizedGemm) -> NDArray[np.uint8]:
     """[panels, groups, 16], filled up with 1."""
-    rows = np.broadcast_to(gemm.group_multipliers(), (gemm.out_features, gemm.groups))
+    rows = np.broadcast_to(gemm.group_multipliers(), (gemm.out_features, gemm.weight_groups))
     rows = np.pad(rows, ((0, -gemm.out_features % PANEL), (0, 0)), constant_values=1)
-    return np.ascontiguousarray(rows.reshape(-1, PANEL, gemm.groups).transpose(0, 2, 1))
+    return np.ascontiguousarray(rows.reshape(-1, PANEL, gemm.weight_groups).transpose(0, 2, 1))
 
 
 def channel_sums(gemm: QuantizedGemm) -> NDArray[np.int32]:

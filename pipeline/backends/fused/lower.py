@@ -25,12 +25,12 @@ from export.dialect.graph import (
 from export.dialect.ops import DOMAIN
 from export.errors import ContractError, RecipeError
 from export.formats.operands import exact_sum_limit
-from pipeline.backends.fused.attention import FuseAttention
 from pipeline.backends.fused.gate_residual import FuseGateResidual
 from pipeline.backends.fused.merge_gemms import MergeGemms
 from pipeline.backends.fused.ops import (
     OPERANDS_KEY,
     add_functions,
+    attention_node,
     fused_inputs,
     fused_node,
     fused_outputs,
@@ -38,6 +38,7 @@ from pipeline.backends.fused.ops import (
     quantizer_attributes,
 )
 from pipeline.methods import activation_scalings
+from pipeline.passes.fuse_attention import FuseAttention
 from pipeline.passes.probes import Choice, ProbeRow
 from pipeline.passes.quantized_gemm import (
     QuantizedGemm,
@@ -148,7 +149,7 @@ def lower(model: ir.Model, operands: str = "fp8", attention: bool = True) -> Low
     attention: whether attentions become one op; TensorRT fuses its own.
     """
     lowering, merging = LowerFused(operands), MergeGemms()
-    attentions = [FuseAttention()] if attention else []
+    attentions = [FuseAttention(attention_node)] if attention else []
     for rewrite in (*attentions, lowering, FuseGateResidual(), merging):
         rewrite(model)
     lowering.probes = [merging.probe(row) for row in lowering.probes]

@@ -266,6 +266,11 @@ def fused_node(op_name: str, inputs: Mapping[str, ir.Value], name: str, like: ir
     return node
 
 
+def attention_node(inputs: Mapping[str, ir.Value], name: str, like: ir.Node, scale: float) -> ir.Node:
+    """What FuseAttention puts into the graph: torch runs it as scaled_dot_product_attention."""
+    return fused_node("MaskedAttention" if "mask" in inputs else "Attention", inputs, name, like, scale=scale)
+
+
 def fused_inputs(node: ir.Node) -> Ports:
     """Inputs of a node of this dialect by the names of its op's row."""
     return Ports(node, OPS[node.op_type].inputs, node.inputs)

@@ -15,7 +15,7 @@ import onnx_ir as ir
 
 from export.dialect.graph import GraphBuilder, attribute, inputs_of, is_op, produced_by, result_of
 from pipeline.backends.base import LARGE_ELEMENTS, LOWEST_MASK
-from pipeline.backends.fused.attention import AttentionNodes, attention_around
+from pipeline.passes.fuse_attention import AttentionNodes, attention_around
 
 logger = logging.getLogger(__name__)
 FP16, FP32 = ir.DataType.FLOAT16, ir.DataType.FLOAT

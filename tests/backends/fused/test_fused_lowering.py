@@ -12,11 +12,11 @@ import torch
 
 from export.errors import ContractError
 from pipeline.backends.cuda.module import LoweredModule
-from pipeline.backends.fused.attention import FuseAttention
 from pipeline.backends.fused.gate_residual import FuseGateResidual
 from pipeline.backends.fused.lower import LowerFused, lower
-from pipeline.backends.fused.ops import DOMAIN, OPS, add_functions
+from pipeline.backends.fused.ops import DOMAIN, OPS, add_functions, attention_node
 from pipeline.passes import run_shared
+from pipeline.passes.fuse_attention import FuseAttention
 from tests.support.learned import with_scaling
 from tests.support.portable import activations, op_types, portable, random_linear, run
 
@@ -290,7 +290,7 @@ def test_attention_is_recognized(body, name, scale):
     feeds = {key: rng.standard_normal(shape).astype(np.float32) for key, shape in shapes.items()}
     shape_kt(model)
     before = run(model, feeds)[0]
-    rewrite = FuseAttention()
+    rewrite = FuseAttention(attention_node)
     rewrite(model)
     assert rewrite.fired == 1 and kinds(model) == [name]
     assert model.graph[0].attributes["scale"].as_float() == pytest.approx(scale)
@@ -314,7 +314,7 @@ def shape_kt(model: ir.Model) -> None:
     ],
 )
 def test_what_is_no_attention_stays(body, reason):
-    model, rewrite = attention(body), FuseAttention()
+    model, rewrite = attention(body), FuseAttention(attention_node)
     shape_kt(model)
     rewrite(model)
     assert rewrite.fired == 0 and reason in rewrite.refusals[0].reason
