@@ -28,7 +28,8 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class CpuOptions(Options):
-    """path: "stock" is onnxruntime alone; "fused" adds an op of ours, compiled here, for what lies between GEMMs."""
+    """path: "stock" is onnxruntime alone; "fused" adds ops of ours, compiled here: 4-bit GEMMs, what lies between them,
+    attention."""
 
     target: ClassVar[str] = "cpu"
     former: ClassVar = {"path": {"native": "fused"}}

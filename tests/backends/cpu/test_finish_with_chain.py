@@ -311,8 +311,8 @@ def test_heads_are_read_and_written_where_attention_keeps_them():
         ("X", "CODES+SCALE+QUANTIZED"): 1,
         ("X+TOKEN_SCALE+BIAS", "LINEAR"): 1,
     }
-    (turn,) = [node for node in model.graph if node.op_type in ("Transpose", "Reshape")]
-    assert turn.op_type == "Transpose" and list(turn.attributes["perm"].value) == [0, 1, 3, 2]
+    types = Counter(node.op_type for node in model.graph)
+    assert types["Attention"] == 1 and not {"Transpose", "Reshape", "Softmax", "MatMul"} & set(types)
     names = {value.name for node in model.graph for value in node.outputs}
     assert {"a/output", "b/output", "c/output", "joined"} <= names  # what the parity gates look at
     stock, _ = lowered(ATTENTION, "float[B,S,64] x")
