@@ -8,7 +8,6 @@ float weight is not kept.
 from __future__ import annotations
 
 import json
-import os
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -22,7 +21,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 from typing_extensions import TypedDict
 
-from export.documents import Rules, open_file, read_json
+from export.documents import Rules, open_file, read_json, whole_file
 from export.errors import ContractError
 from export.formats.format import get_format, pack, packed_size, unpack
 from export.formats.operands import exact_multipliers
@@ -288,18 +287,17 @@ def save(layers: list[QuantizedLinear], folder: Path) -> None:
 
     Raises ContractError if layers have different routers.
     """
-    folder.mkdir(parents=True, exist_ok=True)
     (folder / LAYERS_FILE).unlink(missing_ok=True)
     arrays = {f"{layer.name}/{key}": getattr(layer, key) for layer in layers for key in ARRAYS}
     router = shared_router(layers)
     arrays |= {f"router/{key}": getattr(router, key, None) for key in ROUTER_ARRAYS}
     present = {key: np.ascontiguousarray(value) for key, value in arrays.items() if value is not None}
-    save_file(present, folder / f"{WEIGHTS_FILE}.part")
-    os.replace(folder / f"{WEIGHTS_FILE}.part", folder / WEIGHTS_FILE)
+    with whole_file(folder / WEIGHTS_FILE) as part:
+        save_file(present, part)
     rows = [{key: getattr(layer, key) for key in LayerRow.__annotations__} for layer in layers]
     text = json.dumps({"schema_version": SCHEMA_VERSION, "layers": rows}, indent=1)
-    (folder / f"{LAYERS_FILE}.part").write_text(text, encoding="utf-8")
-    os.replace(folder / f"{LAYERS_FILE}.part", folder / LAYERS_FILE)
+    with whole_file(folder / LAYERS_FILE) as part:
+        part.write_text(text, encoding="utf-8")
 
 
 def shared_router(layers: Sequence[QuantizedLinear]) -> Router | None:
