@@ -76,10 +76,10 @@ def is_hub_link(path: Path, folder: Path) -> bool:
     return path.resolve().parent == blobs and not blobs.is_symlink()
 
 
-def distinct(names: Iterable[str], named_in: Path, error: type[UserError] = ContractError) -> None:
-    """Raise `error` if two of the names are one file where case, or the form of accents, does not matter."""
+def distinct(names: Iterable[str], named_in: Path) -> None:
+    """Raise ContractError if two of the names are one file where case, or the form of accents, does not matter."""
     known: dict[str, str] = {}
     for name in names:
         other = known.setdefault(unicodedata.normalize("NFC", name).casefold(), name)
         if other != name:
-            raise error(f"{named_in}: {other!r} and {name!r} are one file on some systems; {REMEDY}")
+            raise ContractError(f"{named_in}: {other!r} and {name!r} are one file on some systems; {REMEDY}")

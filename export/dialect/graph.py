@@ -251,10 +251,10 @@ def only_reader(value: ir.Value) -> ir.Node | None:
     return uses[0].node if len(uses) == 1 and not value.is_graph_output() else None
 
 
-def read_by(value: ir.Value, op_type: str, domain: str = "") -> ir.Node | None:
-    """The one node that reads `value` if it is of that type, else None."""
+def read_by(value: ir.Value, op_type: str) -> ir.Node | None:
+    """The one node that reads `value` if it is of that standard type, else None."""
     node = only_reader(value)
-    return node if is_op(node, op_type, domain) else None
+    return node if is_op(node, op_type) else None
 
 
 def constant(value: ir.Value | None) -> NDArray[Any] | None:

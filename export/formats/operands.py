@@ -68,9 +68,9 @@ def exact_multipliers(name: str, targets: tuple[str, ...] = ("INT8", "E4M3"), km
     return tuple(m for m in allowed if all(embeds(name, target, m) for target in targets))
 
 
-def exact_sum_limit(kmax_a: int, kmax_w: int, accumulator_bits: int = 24) -> int:
-    """Largest K for which a sum of K products stays exact in an accumulator of that many significand bits."""
-    return 2**accumulator_bits // (kmax_a * kmax_w)
+def exact_sum_limit(kmax_a: int, kmax_w: int) -> int:
+    """Largest K for which a sum of K products of such integers stays exact in float32."""
+    return 2 ** FLOAT_TYPES["FP32"][0] // (kmax_a * kmax_w)
 
 
 @cache
