@@ -15,7 +15,7 @@ from export.dialect.ops import DOMAIN
 from export.errors import ContractError
 from export.formats.format import get_format, unpack
 from export.onnx_files import load_model, reading
-from export.quantize_graph import GRANULARITY_KEY, QUANTIZERS, ROUTER
+from export.quantize_graph import GRANULARITY_KEY, QUANTIZER_OF, ROUTER
 from export.router import ARRAYS as ROUTER_ARRAYS
 from export.router import Router
 
@@ -69,7 +69,7 @@ def _read_layer(path: Path, layer: str, nodes: dict[str, ir.Node], router: Route
 
 def _activation(path: Path, quantizer: ir.Node) -> dict[str, Any]:
     """Format and scaling of the activation, and the constants of a static one."""
-    scaling = next(key for key, (op, _) in QUANTIZERS.items() if op == quantizer.op_type)
+    scaling = next(key for key, op in QUANTIZER_OF.items() if op == quantizer.op_type)
     fields = {"activation_format": quantizer.attributes["format"].value, "activation_scaling": scaling}
     if scaling == "token_group":
         fields["activation_group"] = quantizer.attributes["group_size"].value

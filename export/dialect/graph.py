@@ -6,7 +6,7 @@ Inputs and outputs are asked for by the names that an op gives them, `inputs_of(
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from typing import Any
 
@@ -23,9 +23,13 @@ from export.errors import ContractError
 MICROSOFT = "com.microsoft"
 # Metadata of nodes: the quantized linear that they belong to, and its kind.
 LAYER_KEY, KIND_KEY = "fpq.layer", "fpq.kind"
-# Ops that turn floats into codes, and those that turn codes into floats.
-QUANTIZERS = ("QuantizeActivation", "QuantizeStatic", "QuantizeGroups")
-DEQUANTIZERS = ("DequantizeActivation", "DequantizeStatic", "DequantizeGroups")
+# Op that turns activations into codes -> the one that turns the codes into floats.
+INVERSE_OF = {
+    "QuantizeActivation": "DequantizeActivation",
+    "QuantizeStatic": "DequantizeStatic",
+    "QuantizeGroups": "DequantizeGroups",
+}
+QUANTIZERS, DEQUANTIZERS = tuple(INVERSE_OF), tuple(INVERSE_OF.values())
 # Nodes of a layer that balance its input channel by channel, in this order.
 BALANCE = ("multiply", "offset")
 FLOAT = ir.TensorType(ir.DataType.FLOAT)
@@ -87,11 +91,8 @@ class GraphBuilder:
     def _insert(
         self, domain: str, op_type: str, inputs: Sequence[ir.Value | None], name: str, choices: Attributes, outputs: int
     ) -> ir.Node:
-        full, converted = f"{self.prefix}/{name}", ir.convenience.convert_attributes(choices)
-        node = ir.Node(
-            domain, op_type, inputs, converted, num_outputs=outputs, name=full, metadata_props=dict(self.metadata)
-        )
-        node.outputs[0].name = full
+        node = new_node(domain, op_type, inputs, f"{self.prefix}/{name}", choices, outputs, self.metadata)
+        node.outputs[0].name = node.name
         self.graph.insert_before(self.before, node)
         return node
 
@@ -137,13 +138,24 @@ def lazy_tensor(name: str, dtype: ir.DataType, shape: Sequence[int], make: Calla
     return ir.LazyTensor(lambda: ir.tensor(make(), name=name), dtype, ir.Shape(shape), name=name)
 
 
+def new_node(
+    domain: str,
+    op_type: str,
+    inputs: Sequence[ir.Value | None],
+    name: str,
+    choices: Attributes,
+    outputs: int,
+    metadata: Mapping[str, str],
+) -> ir.Node:
+    """A node that stands in no graph yet, and whose outputs have no names. choices: its attributes."""
+    converted = ir.convenience.convert_attributes(choices)
+    return ir.Node(domain, op_type, inputs, converted, num_outputs=outputs, name=name, metadata_props=dict(metadata))
+
+
 def fpq_node(op_type: str, inputs: Sequence[ir.Value | None], name: str, like: ir.Node, **choices: Any) -> ir.Node:
     """A node of the dialect with its format tables; metadata (layer, kind) is taken from `like`."""
-    converted = ir.convenience.convert_attributes(attributes(op_type, **choices))
-    count = len(OPS[op_type].outputs)
-    return ir.Node(
-        DOMAIN, op_type, inputs, converted, num_outputs=count, name=name, metadata_props=dict(like.metadata_props)
-    )
+    values, outputs = attributes(op_type, **choices), len(OPS[op_type].outputs)
+    return new_node(DOMAIN, op_type, inputs, name, values, outputs, like.metadata_props)
 
 
 def add_functions(model: ir.Model, op_types: Sequence[str]) -> None:

@@ -18,7 +18,7 @@ from onnx import AttributeProto, FunctionProto, TensorProto, helper
 
 from export.dialect import functions
 from export.dialect.functions import Body
-from export.dialect.graph import Ports
+from export.dialect.graph import Ports, new_node
 from export.dialect.ops import ABSMAX_FLOOR, FLOAT, FLOATS, INT, INTS, STRING, attributes
 from plugins.gpu.spec import Epilogue
 from plugins.gpu.table import gemm_inputs
@@ -256,16 +256,8 @@ def quantizer_attributes(format_name: str, **choices: Any) -> dict[str, Any]:
 
 def fused_node(op_name: str, inputs: Sequence[ir.Value | None], name: str, like: ir.Node, **choices: Any) -> ir.Node:
     """A node of this dialect; metadata (layer, kind) is taken from `like`. Outputs have types, no names yet."""
-    row, converted = OPS[op_name], ir.convenience.convert_attributes(choices)
-    node = ir.Node(
-        DOMAIN,
-        op_name,
-        inputs,
-        converted,
-        num_outputs=len(row.outputs),
-        name=name,
-        metadata_props=dict(like.metadata_props),
-    )
+    row = OPS[op_name]
+    node = new_node(DOMAIN, op_name, inputs, name, choices, len(row.outputs), like.metadata_props)
     for output, (key, kind) in zip(node.outputs, row.outputs.items(), strict=True):
         output.name, output.type = f"{name}/{key}", ir.TensorType(kind)
     return node

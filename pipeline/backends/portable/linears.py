@@ -12,6 +12,7 @@ from pathlib import Path
 import onnx_ir as ir
 
 from export.dialect.graph import (
+    INVERSE_OF,
     attribute,
     inputs_of,
     is_op,
@@ -23,13 +24,12 @@ from export.dialect.graph import (
 )
 from export.dialect.ops import DOMAIN
 from export.formats.format import get_format
-from export.quantize_graph import QUANTIZERS
 from pipeline.passes.probes import Choice, ProbeRow
 from pipeline.passes.quantized_gemm import probe_of
 
 PATH = "f32"
 # Inverse -> the quantizer whose codes it takes.
-QUANTIZER_OF = {inverse: quantizer for quantizer, inverse in QUANTIZERS.values()}
+QUANTIZER_OF = {inverse: quantizer for quantizer, inverse in INVERSE_OF.items()}
 
 
 @dataclass(frozen=True)
