@@ -26,6 +26,8 @@ Attributes = dict[str, int | bool]
 LAYER_KINDS = ("attn.qkv", "attn.out", "cross.q", "cross.kv", "cross.out", "ff.in", "ff.out", "adaln", "skip", "other")
 # Dimensions of inputs that stay dynamic in an exported model; "height" and "width" are resolved per resolution.
 DYNAMIC = ("batch", "tokens")
+# Inputs that change from step to step; all others are the condition.
+STEP_INPUTS = frozenset({"hidden_states", "timestep"})
 FILLS = ("normal", "timestep", "mask", "aspect", "class", "zeros", "rotary_cos", "rotary_sin", "image_size")
 
 
