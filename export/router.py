@@ -15,10 +15,9 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from export.errors import ContractError
+from export.formats.operands import ROUNDING
 
 ARRAYS = ("frequencies", "w1", "b1", "w2", "b2")
-# Largest relative error of one float32 operation.
-ROUNDING = 2.0**-24
 
 
 @dataclass(frozen=True, eq=False)

@@ -19,6 +19,8 @@ from export.formats.format import FORMATS, Format, decode, encode, get_format
 
 # Significand bits (the hidden one included), and exponents of the smallest and largest normal number.
 FLOAT_TYPES = {"FP16": (11, -14, 15), "BF16": (8, -126, 127), "FP32": (24, -126, 127)}
+# Largest relative error of one rounding to nearest, in float32 and in FP16.
+ROUNDING, HALF_ROUNDING = 2.0 ** -FLOAT_TYPES["FP32"][0], 2.0 ** -FLOAT_TYPES["FP16"][0]
 INT8_MAX, UINT8_MAX, INT16_MAX = 2**7 - 1, 2**8 - 1, 2**15 - 1
 # Types of operands that processors multiply.
 HARDWARE = ("INT8", "E4M3", "FP16")

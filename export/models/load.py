@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from export.errors import ModelError
+from export.formats.operands import HALF_ROUNDING
 from export.models.config import FILE as CONFIG
 from export.models.config import OLDER_CLASS, SUCCESSORS, least_parameters, read_config, unread_keys
 from export.models.description import GENERATION_FILE, Description, sample_inputs
@@ -354,7 +355,7 @@ def stored_value(key: str, tensor: torch.Tensor) -> torch.Tensor:
     """
     exact = tensor.float()
     rounded = exact.half().float()
-    if bool((rounded - exact).norm() <= 2.0**-11 * exact.norm()):
+    if bool((rounded - exact).norm() <= HALF_ROUNDING * exact.norm()):
         return rounded
     logger.info("%s: does not fit into fp16, kept in fp32", key)
     return exact

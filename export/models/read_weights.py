@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from export.errors import ModelError
+from export.formats.operands import ROUNDING
 from export.models import float8
 from export.models.families import Config
 from export.models.original_layouts import LAYOUTS, MARK, plain_names, translated
@@ -39,7 +40,7 @@ HARMLESS = (
 # The fixed table of positions: harmless where it holds what the class computes by itself.
 POSITIONS = r"pos_embed(\.pos_embed)?"
 # sin and cos of an angle of at most 256 in float32; rounding to the file's type comes on top.
-ANGLE_ERROR = 256 * 2.0**-24
+ANGLE_ERROR = 256 * ROUNDING
 # The block that a tensor belongs to, after the name of its list of blocks.
 BLOCK = r"(.*?blocks\.)\d+\."
 # Biases of attention; of a model that has them by config.json, such a name is wrong for another reason.
