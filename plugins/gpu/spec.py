@@ -175,7 +175,7 @@ class GemmSpec:
         return self.operand.kind == INT8 and largest <= INT8_MAX and sums_fit
 
     @property
-    def weight_exponent(self) -> int:
+    def byte_exponent(self) -> int:
         """e of the bytes of expanded weights, INT8 with `multiplies_integers`, else E4M3: value * multiplier * 2^e."""
         fmt = self.weight_format
         if self.multiplies_integers:

@@ -9,10 +9,11 @@ from __future__ import annotations
 import importlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING, Literal, Protocol
 
 from plugins.gpu import reference, tiles
-from plugins.gpu.spec import Epilogue, GemmSpec, PackSpec, QuantizeSpec
+from plugins.gpu.spec import Before, Epilogue, GemmSpec, PackSpec, QuantizeSpec
 
 if TYPE_CHECKING:
     from triton.runtime.jit import JITFunction
@@ -205,7 +206,7 @@ _PACKED_GEMM = Kernel(
     spec=GemmSpec,
     arguments=(_A, _A_SCALE, _W, _W_SCALES, _MULTIPLIER_CODES, *_AFTER_SUM),
     reference=reference.packed_gemm,
-    tile=tiles.packed_tile,
+    tile=partial(tiles.gemm_tile, tiles.PACKED),
     constants=tiles.packed_constants,
     grid=tiles.gemm_grid,
     plugin="PackedGemm",
@@ -239,7 +240,7 @@ KERNELS: tuple[Kernel, ...] = (
         name="expanded_gemm",
         arguments=(_A, _A_SCALE, _EXPANDED, _W_SCALES, *_AFTER_SUM),
         reference=reference.expanded_gemm,
-        tile=tiles.expanded_tile,
+        tile=partial(tiles.gemm_tile, tiles.EXPANDED),
         constants=tiles.gemm_constants,
         plugin=None,
     ),
@@ -285,6 +286,14 @@ KERNELS: tuple[Kernel, ...] = (
         grid=tiles.band_grid,
     ),
 )
+
+
+# What a quantizer does first -> its kernel.
+QUANTIZER_OF: dict[Before, str] = {
+    "none": "quantize",
+    "gelu": "gelu_quantize",
+    "norm_modulate": "norm_modulate_quantize",
+}
 
 
 def gemm_inputs(epilogue: Epilogue) -> tuple[str, ...]:

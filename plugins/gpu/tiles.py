@@ -19,6 +19,7 @@ from plugins.gpu.spec import E4M3, HELD_TILES, INT8, GemmSpec, PackSpec, Quantiz
 from plugins.gpu.tile_table import INSTRUCTIONS, MACHINES, PROMOTED, TABLE, Products, Tile
 
 Constants = dict[str, object]  # compile-time arguments by name
+PACKED, EXPANDED = "packed_gemm", "expanded_gemm"  # kernels of the table
 # Where tensor cores multiply FP8; below, and for operands that are no E4M3 bytes, FP16.
 FIRST_FP8 = 89
 INTERPRETED = 0
@@ -80,26 +81,21 @@ def scales_sums(spec: GemmSpec, step: int, sm: int) -> bool:
     multiplying weights takes the FP8 operand to FP16 and back; and it promotes the sum besides. In shorter steps than
     LEAST_SCALED_STEP the additions would outnumber what they save.
     """
-    groups = spec.has_multipliers and not spec.real_groups and spec.group_size > 0
-    return groups and step >= LEAST_SCALED_STEP and spec.group_size % step == 0 and product_type(spec, sm) == "fp8"
+    has_groups = spec.has_multipliers and not spec.real_groups and spec.group_size > 0
+    return has_groups and step >= LEAST_SCALED_STEP and spec.group_size % step == 0 and product_type(spec, sm) == "fp8"
 
 
 # --- the choice ------------------------------------------------------------------------------------------------------
 
 
 @lru_cache(4096)
-def packed_tile(spec: GemmSpec, rows: int, sm: int, *, may_split: bool = False) -> Tile:
-    """The tile of packed_gemm for `rows` tokens (M) on compute capability `sm` (0: interpreted).
+def gemm_tile(kernel: str, spec: GemmSpec, rows: int, sm: int, *, may_split: bool = False) -> Tile:
+    """The tile of `kernel`, "packed_gemm" or "expanded_gemm", for `rows` tokens (M) on compute capability `sm` (0:
+    interpreted).
 
     may_split: whether the sum may be split among programs and added by a second kernel.
     """
-    return _cheapest(spec, rows, sm, _packed_steps(spec, sm), may_split)[1]
-
-
-@lru_cache(4096)
-def expanded_tile(spec: GemmSpec, rows: int, sm: int, *, may_split: bool = False) -> Tile:
-    """The tile of expanded_gemm, as packed_tile."""
-    return _cheapest(spec, rows, sm, _expanded_steps(spec, sm), may_split)[1]
+    return _cheapest(kernel, spec, rows, sm, may_split)[1]
 
 
 @lru_cache(4096)
@@ -108,20 +104,17 @@ def expands_first(spec: GemmSpec, rows: int, sm: int) -> bool:
 
     A tile decodes its weights anew for every tile of tokens; with many tokens one pass over the weight is cheaper.
     """
-    packed = _cheapest(spec, rows, sm, _packed_steps(spec, sm), may_split=True)[0]
-    expanded = _cheapest(spec, rows, sm, _expanded_steps(spec, sm), may_split=True)[0]
+    packed, expanded = (_cheapest(kernel, spec, rows, sm, may_split=True)[0] for kernel in (PACKED, EXPANDED))
     moved_bytes = 1.5 * spec.in_features * spec.out_features
     return expanded + moved_bytes / MACHINES[architecture(sm)].bytes_per_clock + KERNEL_CLOCKS < packed
 
 
-def _packed_steps(spec: GemmSpec, sm: int) -> tuple[tuple[Tile, float], ...]:
+def _candidates(kernel: str, spec: GemmSpec, sm: int) -> tuple[tuple[Tile, float], ...]:
+    if kernel == EXPANDED:
+        return _steps(spec, sm, "by_group" if spec.real_groups else "bytes")
     by_group = _steps(spec, sm, "by_group") if spec.group_size else ()
     grouped = spec.real_groups or any(scales_sums(spec, tile.k, sm) for tile, _ in by_group)
     return by_group if grouped else _steps(spec, sm, "plain")
-
-
-def _expanded_steps(spec: GemmSpec, sm: int) -> tuple[tuple[Tile, float], ...]:
-    return _steps(spec, sm, "by_group" if spec.real_groups else "bytes")
 
 
 def _steps(spec: GemmSpec, sm: int, kind: Literal["plain", "by_group", "bytes"]) -> tuple[tuple[Tile, float], ...]:
@@ -145,13 +138,11 @@ def _steps(spec: GemmSpec, sm: int, kind: Literal["plain", "by_group", "bytes"])
     )
 
 
-def _cheapest(
-    spec: GemmSpec, rows: int, sm: int, candidates: tuple[tuple[Tile, float], ...], may_split: bool
-) -> tuple[float, Tile]:
+def _cheapest(kernel: str, spec: GemmSpec, rows: int, sm: int, may_split: bool) -> tuple[float, Tile]:
     """The tile of the fewest clocks, and those."""
     options = [
         (clocks(spec, rows, sm, split, share) * (1 if split.splits == 1 else SPLIT_MARGIN), split)
-        for tile, share in candidates
+        for tile, share in _candidates(kernel, spec, sm)
         for split in (replace(tile, splits=splits) for splits in SPLITS)
         if split.splits == 1 or (may_split and _steps_of(spec, tile) >= LEAST_STEPS_OF_A_SPLIT * split.splits)
     ]
@@ -199,7 +190,7 @@ class ReduceTile:
 
 def reduce_tile(spec: GemmSpec, rows: int, sm: int) -> ReduceTile:
     """The tile of reduce_splits after the packed_gemm that the heuristics choose."""
-    return ReduceTile(packed_tile(spec, rows, sm, may_split=True).splits)
+    return ReduceTile(gemm_tile(PACKED, spec, rows, sm, may_split=True).splits)
 
 
 def reduce_grid(spec: GemmSpec, tile: ReduceTile, rows: int) -> tuple[int, int, int]:
@@ -336,7 +327,7 @@ def gemm_operands(spec: GemmSpec, tile: Tile, sm: int, *, by_group: bool = False
         A_SHIFT=shift,
         FACTOR="multiplier" if by_group else "scale" if spec.real_groups else "none",
         PROMOTE=min(promotion.every, tile.k),
-        UNIT=2.0 ** -(exponent + spec.weight_exponent - (8 if products == "fp16" else 0)),
+        UNIT=2.0 ** -(exponent + spec.byte_exponent - (8 if products == "fp16" else 0)),
     )
 
 
