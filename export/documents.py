@@ -66,7 +66,7 @@ class _WrongDocument(ValueError):
 # --- files ---------------------------------------------------------------------------------------------------------
 
 
-def open_file(path: Path, error: type[UserError] = ContractError, remedy: str = "") -> BufferedReader:
+def open_file(path: Path, error: type[UserError] = ContractError, remedy: str | None = None) -> BufferedReader:
     """A regular file, opened for reading. Raises `error` for whatever else has that name; nothing is waited for."""
     end = f"; {remedy}" if remedy else ""
     try:

@@ -298,15 +298,15 @@ def name_of(node: ir.Node) -> str:
     return node.name or (result_of(node).name if node.outputs else None) or node.op_type
 
 
-def layer_of(node: ir.Node) -> str:
-    """The quantized linear that a node belongs to, '' for none."""
-    return node.metadata_props.get(LAYER_KEY, "")
+def layer_of(node: ir.Node) -> str | None:
+    """The quantized linear that a node belongs to, if any."""
+    return node.metadata_props.get(LAYER_KEY)
 
 
 def has_role(node: ir.Node | None, *roles: str) -> bool:
     """Is it the node "layer/role" of the quantized linear it belongs to?"""
-    layer = layer_of(node) if node is not None else ""
-    return bool(layer) and node is not None and node.name in {f"{layer}/{role}" for role in roles}
+    layer = layer_of(node) if node is not None else None
+    return layer is not None and node is not None and node.name in {f"{layer}/{role}" for role in roles}
 
 
 def unbalanced(value: ir.Value) -> ir.Value:

@@ -100,9 +100,9 @@ class Family:
     attributes: Callable[[Config], Attributes] = lambda config: {}
     ignored: Callable[[Config], frozenset[str]] = lambda config: frozenset()
 
-    def kind_of(self, path: str) -> str:
-        """Layer kind of a linear to quantize; "" if it is kept."""
-        return next((kind for pattern, kind in self.quantized if re.fullmatch(pattern, path)), "")
+    def kind_of(self, path: str) -> str | None:
+        """Layer kind of a linear to quantize; None if it is kept."""
+        return next((kind for pattern, kind in self.quantized if re.fullmatch(pattern, path)), None)
 
     def reason_of(self, path: str) -> str:
         """Why the layer at `path` is kept."""

@@ -151,8 +151,8 @@ def _variants(folder: Path) -> list[str]:
     return sorted({match[1] for match in matches if match})
 
 
-def what_instead(folder: Path) -> str:
-    """What a folder without a model that can be read holds instead, with the remedy; "" if nothing of a known kind."""
+def what_instead(folder: Path) -> str | None:
+    """What a folder without a model that can be read holds instead, with the remedy; None if nothing known."""
     names = sorted(path.name for path in folder.iterdir() if path.is_file()) if folder.is_dir() else []
     for names_of_kind, text in (
         ([name for name in names if name in ADAPTER_FILES], f"is an adapter, not a model; {MERGE}"),
@@ -161,7 +161,7 @@ def what_instead(folder: Path) -> str:
     ):
         if names_of_kind:
             return f"{folder / names_of_kind[0]} {text}"
-    return ""
+    return None
 
 
 def weights_file(path: Path) -> WeightsFiles:

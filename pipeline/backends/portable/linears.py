@@ -17,6 +17,7 @@ from export.dialect.graph import (
     inputs_of,
     is_op,
     layer_of,
+    name_of,
     other_input,
     outputs_of,
     read_by,
@@ -87,7 +88,7 @@ def _linear(matmul: ir.Node) -> PortableLinear | None:
     if not is_op(quantizer, QUANTIZER_OF.get(inverse.op_type, ""), DOMAIN):
         return None
     assert quantizer is not None and weight is not None
-    return PortableLinear(layer_of(matmul), quantizer, inverse, weight, matmul, _with_bias(matmul))
+    return PortableLinear(layer_of(matmul) or name_of(matmul), quantizer, inverse, weight, matmul, _with_bias(matmul))
 
 
 def _is_stored(weight: ir.Node | None) -> bool:
