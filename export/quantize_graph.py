@@ -10,7 +10,6 @@ module had a linear; its weight never enters the graph as floats.
 from __future__ import annotations
 
 from itertools import chain
-from typing import Any
 
 import numpy as np
 import onnx_ir as ir
@@ -112,7 +111,7 @@ def _balanced(build: LayerBuilder, x: ir.Value) -> ir.Value:
 def _rounded(build: LayerBuilder, x: ir.Value) -> ir.Value:
     """x -> quantize -> dequantize."""
     layer = build.layer
-    choices: dict[str, Any] = {"format": layer.activation_format}
+    choices: dict[str, str | int] = {"format": layer.activation_format}
     constants = []
     if layer.activation_scaling == "token_group":
         choices |= {"in_features": layer.in_features, "group_size": layer.activation_group}

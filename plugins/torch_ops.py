@@ -111,7 +111,7 @@ class TorchOp:
             raise ContractError(f"{self.name} for {spec}: missing {missing or 'nothing'}, unused {unused or 'nothing'}")
         return spec, operands, {"tokens": named["tokens"]} if "tokens" in named else {}
 
-    def run(self, *tensors: Tensor, **named: Any) -> Tensor | tuple[Tensor, ...]:
+    def run(self, *tensors: Tensor, **named: object) -> Tensor | tuple[Tensor, ...]:
         """On the kernel, or what it computes."""
         spec, operands, sizes = self.bound(tensors, named)
         if not on_kernels(tensors[0]):
@@ -122,7 +122,7 @@ class TorchOp:
             outputs = launch.launched(self.row, spec, operands, sizes.get("tokens", 0))
         return outputs if len(outputs) > 1 else outputs[0]
 
-    def fake(self, *tensors: Tensor, **named: Any) -> Tensor | tuple[Tensor, ...]:
+    def fake(self, *tensors: Tensor, **named: object) -> Tensor | tuple[Tensor, ...]:
         """Results without data."""
         spec, _, _ = self.bound(tensors, named)
         first, sizes = tensors[0], run_time_sizes(tensors[0].shape[0])

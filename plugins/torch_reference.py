@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
-from typing import Any
 
 import numpy as np
 import torch
@@ -28,12 +27,14 @@ TYPE_NAMES = {value: key for key, value in TORCH_TYPES.items()}
 # --- GEMMs -----------------------------------------------------------------------------------------------------------
 
 
-def packed_gemm(spec: GemmSpec, w: Tensor, multiplier_codes: Tensor | None = None, **operands: Any) -> tuple[Tensor]:
+def packed_gemm(
+    spec: GemmSpec, w: Tensor, multiplier_codes: Tensor | None = None, **operands: Tensor | int
+) -> tuple[Tensor]:
     """GemmSpec's y [M, N] of packed codes w u8 [N, K / 2]."""
     return (_gemm(spec, _weight_values(spec, w, multiplier_codes), **operands),)
 
 
-def expanded_gemm(spec: GemmSpec, w: Tensor, **operands: Any) -> tuple[Tensor]:
+def expanded_gemm(spec: GemmSpec, w: Tensor, **operands: Tensor | int) -> tuple[Tensor]:
     """As packed_gemm, with w u8 [N, K] from `expand`."""
     return (_gemm(spec, w.view(_expanded_type(spec)).float() * 2.0**-spec.byte_exponent, **operands),)
 

@@ -32,6 +32,7 @@ INVERSE_OF = {
 QUANTIZERS, DEQUANTIZERS = tuple(INVERSE_OF), tuple(INVERSE_OF.values())
 # Nodes of a layer that balance its input channel by channel, in this order.
 BALANCE = ("multiply", "offset")
+Array = NDArray[np.generic]
 FLOAT = ir.TensorType(ir.DataType.FLOAT)
 # Element type of the result where it is not that of the first input.
 RESULT_TYPES = {
@@ -69,14 +70,14 @@ class GraphBuilder:
         self.graph, self.before, self.prefix = graph, before, prefix
         self.metadata, self.typed = metadata or {}, typed
 
-    def op(self, op_type: str, *inputs: ir.Value | None, name: str, domain: str = "", **choices: Any) -> ir.Value:
+    def op(self, op_type: str, *inputs: ir.Value | None, name: str, domain: str = "", **choices: object) -> ir.Value:
         """A node with one output, which is returned."""
         node = self._insert(domain, op_type, inputs, name, choices, 1)
         output = node.outputs[0]
         output.type = _result_type(node) if self.typed else None
         return output
 
-    def fpq(self, op_type: str, *inputs: ir.Value, name: str, **choices: Any) -> list[ir.Value]:
+    def fpq(self, op_type: str, *inputs: ir.Value, name: str, **choices: object) -> list[ir.Value]:
         """A node of the dialect; further outputs are called "prefix/name/scale". Shapes follow from those of inputs."""
         row, values = OPS[op_type], attributes(op_type, **choices)
         node = self._insert(DOMAIN, op_type, inputs, name, values, len(row.outputs))
@@ -96,7 +97,7 @@ class GraphBuilder:
         self.graph.insert_before(self.before, node)
         return node
 
-    def stored(self, key: str, array: NDArray[Any]) -> ir.Value:
+    def stored(self, key: str, array: Array) -> ir.Value:
         """The initializer "prefix.key"."""
         return add_initializer(self.graph, ir.tensor(np.ascontiguousarray(array), name=f"{self.prefix}.{key}"))
 
@@ -109,7 +110,7 @@ class GraphBuilder:
             return self.graph.initializers[name]
         return add_initializer(self.graph, ir.tensor(array, name=name))
 
-    def lazy(self, name: str, dtype: ir.DataType, shape: tuple[int, ...], make: Callable[[], NDArray[Any]]) -> ir.Value:
+    def lazy(self, name: str, dtype: ir.DataType, shape: tuple[int, ...], make: Callable[[], Array]) -> ir.Value:
         """An initializer whose array is computed when the model is written, and dropped afterwards."""
         if name in self.graph.initializers:
             return self.graph.initializers[name]
@@ -133,7 +134,7 @@ def add_initializer(graph: ir.Graph, tensor: ir.TensorProtocol) -> ir.Value:
     return value
 
 
-def lazy_tensor(name: str, dtype: ir.DataType, shape: Sequence[int], make: Callable[[], NDArray[Any]]) -> ir.LazyTensor:
+def lazy_tensor(name: str, dtype: ir.DataType, shape: Sequence[int], make: Callable[[], Array]) -> ir.LazyTensor:
     """A tensor whose array is computed whenever it is read."""
     return ir.LazyTensor(lambda: ir.tensor(make(), name=name), dtype, ir.Shape(shape), name=name)
 
@@ -152,7 +153,7 @@ def new_node(
     return ir.Node(domain, op_type, inputs, converted, num_outputs=outputs, name=name, metadata_props=dict(metadata))
 
 
-def fpq_node(op_type: str, inputs: Sequence[ir.Value | None], name: str, like: ir.Node, **choices: Any) -> ir.Node:
+def fpq_node(op_type: str, inputs: Sequence[ir.Value | None], name: str, like: ir.Node, **choices: object) -> ir.Node:
     """A node of the dialect with its format tables; metadata (layer, kind) is taken from `like`."""
     values, outputs = attributes(op_type, **choices), len(OPS[op_type].outputs)
     return new_node(DOMAIN, op_type, inputs, name, values, outputs, like.metadata_props)

@@ -126,6 +126,9 @@ class Kernel:
     def __hash__(self) -> int:
         return hash(self.name)  # of all arguments it would cost every launch some microseconds
 
+    def __reduce__(self) -> tuple[Callable[[str], Kernel], tuple[str]]:
+        return kernel, (self.name,)  # in another process it is that process's row
+
     def function(self) -> JITFunction:
         """The @triton.jit function; imports triton."""
         return getattr(importlib.import_module(f"plugins.gpu.{self.module}"), self.name)

@@ -14,7 +14,7 @@ import logging
 import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 from export.errors import ContractError, EnvironmentLacksError
 from plugins.gpu import compile
@@ -44,7 +44,7 @@ class Variant:
 
     sm: int
     rows: int
-    tile: Mapping[str, Any]
+    tile: Mapping[str, int]
     entry: str
     types: tuple[str, ...]
     threads: int
@@ -202,4 +202,4 @@ def _compiled_variant(sm: int, rows: int, tile: Tile, code: Compiled, form: Form
         logger.warning("%s", problem)
     types = tuple(kind for _, kind in code.arguments) + ("*i8",) * code.unused_parameters
     text = code.cubin if form == "cubin" else code.ptx.encode()
-    return Variant(sm, rows, asdict(cast(Any, tile)), code.name, types, code.num_warps * WARP, code.shared_bytes, text)
+    return Variant(sm, rows, vars(tile), code.name, types, code.num_warps * WARP, code.shared_bytes, text)
