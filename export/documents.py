@@ -7,6 +7,7 @@ whose types pydantic enforces without converting anything.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import os
@@ -107,6 +108,12 @@ def _refuse_special(path: Path, mode: int, error: type[UserError], end: str) -> 
     if not stat.S_ISREG(mode):
         kind = next((words for test, words in KINDS if test(mode)), "something else")
         raise error(f"{path} is {kind}, not a file{end}")
+
+
+def sha256(path: Path, error: type[UserError] = ContractError, remedy: str | None = None) -> str:
+    """Hexadecimal SHA-256 of a file, read in pieces. Raises `error` as `open_file` does."""
+    with open_file(path, error, remedy) as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def read_text(path: Path, rules: Rules = Rules(), most_bytes: int = MOST_BYTES) -> str:

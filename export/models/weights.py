@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 from safetensors import SafetensorError, safe_open
 from typing_extensions import TypedDict
 
-from export.documents import Rules, open_file, read_json
+from export.documents import Rules, open_file, read_json, sha256
 from export.errors import ModelError
 from export.names import inside
 
@@ -47,7 +47,6 @@ NO_PICKLE = (
     "model.save_pretrained(folder, safe_serialization=True), or safetensors.torch.save_file(state_dict, path)"
 )
 REFETCH = "copy or download the file again"
-CHUNK_BYTES = 1 << 22
 
 
 class Index(TypedDict):
@@ -70,7 +69,7 @@ class WeightsFiles:
 
     def sha256(self) -> str:
         """sha256 of the file; for shards, of the lines "name sha256" in order of names."""
-        digests = {name: file_sha256(self.folder / name) for name in self.names}
+        digests = {name: sha256(self.folder / name, ModelError, REFETCH) for name in self.names}
         if len(digests) == 1:
             return next(iter(digests.values()))
         lines = "".join(f"{name} {digests[name]}\n" for name in sorted(digests))
@@ -186,12 +185,3 @@ def _sharded(folder: Path, index_name: str) -> WeightsFiles:
         if not (folder / name).is_file():
             raise ModelError(f"{folder / name}: this shard is missing; {REFETCH}")
     return WeightsFiles(folder, names, shard_of)
-
-
-def file_sha256(path: Path) -> str:
-    """Hex sha256 of a file, streamed."""
-    digest = hashlib.sha256()
-    with open_file(path, ModelError, REFETCH) as file:
-        while chunk := file.read(CHUNK_BYTES):
-            digest.update(chunk)
-    return digest.hexdigest()
