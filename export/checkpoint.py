@@ -214,9 +214,9 @@ class QuantizedLinear:
     def integers(self) -> NDArray[np.integer]:
         """[N, K]: integers of the codes with group multipliers folded in (exact), in the smallest signed type that
         holds them and their magnitudes: int8 up to 127."""
-        integers = get_format(self.weight_format).integers
-        largest = int(np.abs(integers).max()) * (1 if self.multipliers is None else int(self.multipliers.max()))
-        return self._with_multipliers(integers.astype(np.min_scalar_type(-largest - 1)))
+        fmt = get_format(self.weight_format)
+        largest = fmt.largest_integer * (1 if self.multipliers is None else int(self.multipliers.max()))
+        return self._with_multipliers(fmt.integers.astype(np.min_scalar_type(-largest - 1)))
 
     def dequantized(self) -> NDArray[np.float64]:
         """[N, K] float64: the weight that the quantized layer stands for."""

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from export.checkpoint import ActivationScaling, QuantizedLinear, half_where_exact, shared_router
 from export.dialect.graph import (
+    BALANCE,
     FLOAT,
     INVERSE_OF,
     KIND_KEY,
@@ -100,7 +101,7 @@ def _replace(graph: ir.Graph, node: ir.Node, layer: QuantizedLinear, branch: ir.
 
 def _balanced(build: LayerBuilder, x: ir.Value) -> ir.Value:
     """x * input_multiplier + input_offset, where the layer has them."""
-    for role, op, key in (("multiply", "Mul", "input_multiplier"), ("offset", "Add", "input_offset")):
+    for op, (role, key) in zip(("Mul", "Add"), BALANCE.items(), strict=True):
         array, shape = getattr(build.layer, key), x.shape
         if array is not None:
             x = build.op(op, x, build.stored(key, array), name=role)

@@ -30,8 +30,8 @@ INVERSE_OF = {
     "QuantizeGroups": "DequantizeGroups",
 }
 QUANTIZERS, DEQUANTIZERS = tuple(INVERSE_OF), tuple(INVERSE_OF.values())
-# Nodes of a layer that balance its input channel by channel, in this order.
-BALANCE = ("multiply", "offset")
+# Nodes of a layer that balance its input channel by channel, in this order -> the field of the layer that they read.
+BALANCE = {"multiply": "input_multiplier", "offset": "input_offset"}
 Array = NDArray[np.generic]
 FLOAT = ir.TensorType(ir.DataType.FLOAT)
 # Element type of the result where it is not that of the first input.

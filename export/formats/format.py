@@ -107,6 +107,11 @@ class Format:
         return int(self.max_value * 2**self.fraction_bits)
 
     @cached_property
+    def largest_integer(self) -> int:
+        """Largest magnitude of all codes' integers (INT4: 8, where kmax is 7)."""
+        return int(np.abs(self.integers).max())
+
+    @cached_property
     def binade_starts(self) -> NDArray[np.float64]:
         """Values at which the rounding step doubles: 2^e for every exponent above the smallest normal one."""
         if self.is_integer:

@@ -29,6 +29,7 @@ from export.cache_folder import cache_folder
 from export.documents import whole_file
 from export.errors import ContractError, EnvironmentLacksError
 from plugins.gpu.table import Kernel, Spec, Tile, launch_options
+from plugins.gpu.tiles import WARP
 
 if TYPE_CHECKING:
     from triton.compiler import CompiledKernel
@@ -234,7 +235,7 @@ def _compile(request: Request) -> Compiled:
     with triton.knobs.compilation.scope():
         # Line numbers, and the PTX that they refer to, would be three quarters of the machine code's bytes.
         triton.knobs.compilation.disable_line_info = True
-        built = triton.compile(source, target=GPUTarget("cuda", request.sm, 32), options=launch_options(request.tile))
+        built = triton.compile(source, target=GPUTarget("cuda", request.sm, WARP), options=launch_options(request.tile))
     compiled = _described(built, request)
     stored = {one.name: getattr(compiled, one.name) for one in fields(compiled)}
     write_entry(_key(request), stored | {"cubin": base64.b64encode(compiled.cubin).decode()})

@@ -170,8 +170,8 @@ class GemmSpec:
     def multiplies_integers(self) -> bool:
         """Whether INT8 tensor cores multiply: both operands fit INT8 and no sum leaves INT32."""
         a, w = self.activation_format, self.weight_format
-        largest = max(w.kmax, int(-w.integers.min())) * max(self.multipliers)
-        sums_fit = self.in_features * max(a.kmax, int(-a.integers.min())) * largest < 2**31
+        largest = w.largest_integer * max(self.multipliers)
+        sums_fit = self.in_features * a.largest_integer * largest < 2**31
         return self.operand.kind == INT8 and largest <= INT8_MAX and sums_fit
 
     @property

@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Literal, Protocol
 
+from export.errors import ContractError
 from plugins.gpu import reference, tiles
 from plugins.gpu.spec import Before, Epilogue, GemmSpec, PackSpec, QuantizeSpec
 
@@ -306,8 +307,8 @@ def gemm_inputs(epilogue: Epilogue) -> tuple[str, ...]:
 
 
 def kernel(name: str) -> Kernel:
-    """The row called `name`; KeyError for an unknown one."""
+    """The row called `name`. Raises ContractError for a name that this version does not have."""
     for row in KERNELS:
         if row.name == name:
             return row
-    raise KeyError(name)
+    raise ContractError(f"kernel {name!r} is not in the table of kernels; build the engine again with this version")

@@ -14,6 +14,7 @@ from typing import Literal, NamedTuple
 from export.dialect.reference import ABSMAX_FLOOR
 from export.errors import ContractError, RecipeError
 from export.formats.format import get_format
+from export.formats.operands import FLOAT_TYPES
 from plugins.gpu.promotion import promotion_of
 from plugins.gpu.spec import E4M3, HELD_TILES, INT8, GemmSpec, PackSpec, QuantizeSpec, operand_of
 from plugins.gpu.tile_table import INSTRUCTIONS, MACHINES, PROMOTED, TABLE, Products, Tile
@@ -23,6 +24,7 @@ PACKED, EXPANDED = "packed_gemm", "expanded_gemm"  # kernels of the table
 # Where tensor cores multiply FP8; below, and for operands that are no E4M3 bytes, FP16.
 FIRST_FP8 = 89
 INTERPRETED = 0
+WARP = 32  # threads
 LEAST_SCALED_STEP = 64
 LEAST_STEP: dict[Products, int] = {"fp8": 32, "int8": 32, "fp16": 16}  # products of one instruction
 SPLITS = (1, 2, 3, 4, 6, 8)
@@ -134,7 +136,7 @@ def _steps(spec: GemmSpec, sm: int, kind: Literal["plain", "by_group", "bytes"])
     return tuple(
         (replace(tile, k=max(min(tile.k, longest), LEAST_STEP[products])), share)
         for tile, share in rows
-        if tile.m * tile.n <= most * 32 * tile.num_warps
+        if tile.m * tile.n <= most * WARP * tile.num_warps
     )
 
 
@@ -379,7 +381,6 @@ def expand_constants(spec: GemmSpec, tile: BandTile, sm: int) -> Constants:
 #   21 rows of 1152 numbers, 48 KB.
 # - Few rows: more warps for each, until 16 work on every multiprocessor; below 8 numbers a thread loads would shrink.
 MAX_WARPS = 16
-WARP = 32
 # Numbers of a row that a thread holds. More than the largest would not leave room for a row, its shift and its scale in
 # float32 below 255 registers, and fewer rows would be in flight; fewer than the least load less than 16 bytes at once.
 MOST_A_THREAD, LEAST_A_THREAD = 48, 8
@@ -448,8 +449,7 @@ def row_grid(spec: QuantizeSpec, tile: RowTile, rows: int) -> tuple[int, int, in
     return (rows, 1, 1)
 
 
-FP32_MANTISSA_BITS = 23
-FP32_MIN_EXPONENT = -126
+FP32_MANTISSA_BITS, FP32_MIN_EXPONENT = FLOAT_TYPES["FP32"][0] - 1, FLOAT_TYPES["FP32"][1]
 HAS_E4M3_CONVERSION = 89  # first compute capability with cvt.e4m3x2 (PTX ISA, cvt)
 
 

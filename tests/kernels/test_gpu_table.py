@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from export.errors import ContractError
 from plugins.gpu.spec import QuantizeSpec
 from plugins.gpu.table import KERNELS, Argument, Kernel, kernel
 
@@ -58,7 +59,7 @@ def test_constants_are_complete(name: str, sm: int) -> None:
 def test_names_are_unique_and_found() -> None:
     assert len({row.name for row in KERNELS}) == len(KERNELS)
     assert [kernel(row.name) for row in KERNELS] == list(KERNELS)
-    with pytest.raises(KeyError, match="nothing"):
+    with pytest.raises(ContractError, match="nothing"):
         kernel("nothing")
 
 
