@@ -6,7 +6,6 @@ same bytes. Tensors are streamed: at most one of them is in memory besides what 
 
 from __future__ import annotations
 
-import errno
 import logging
 import os
 import shutil
@@ -23,7 +22,7 @@ from numpy.typing import NDArray
 from export.carry_nan import carry_nan
 from export.checkpoint import QuantizedLinear, shared_router
 from export.dialect.graph import GraphBuilder, add_initializer, lazy_tensor, result_of
-from export.errors import ContractError, ModelError, ResourceError
+from export.errors import ContractError, ModelError
 from export.models.load import LoadedModel, denoiser, sample_inputs
 from export.models.read_weights import is_finite
 from export.quantize_graph import quantize_graph
@@ -234,10 +233,6 @@ def _save(graph: ir.Model, path: Path) -> None:
         for name in (f"{path.name}.data", path.name):
             if (part / name).exists():
                 os.replace(part / name, path.with_name(name))
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise ResourceError(f"{path}: the disk is full; free space or choose another output folder") from error
-        raise
     finally:
         shutil.rmtree(part, ignore_errors=True)
 
