@@ -196,7 +196,10 @@ def _read_config(path: Path, remedy: str) -> Config:
         raise ModelError(
             f"{path}: quantization_config says that the weights are quantized already ({method}); give the float model"
         )
-    return {**config, "_class_name": _class_name(config)}
+    name = str(config["_class_name"])
+    if name == OLDER_CLASS:
+        name = SUCCESSORS.get(config.get("norm_type", ""), name)
+    return {**config, "_class_name": name}
 
 
 def _refuse_too_few_bytes(parameters: int, files: WeightsFiles, config: Path) -> None:
@@ -206,12 +209,6 @@ def _refuse_too_few_bytes(parameters: int, files: WeightsFiles, config: Path) ->
             f"{config} asks for {parameters:,} parameters or more, its weights have {files.size_bytes:,} bytes; "
             "config.json and the weights must belong together"
         )
-
-
-def _class_name(config: Config) -> str:
-    """The class that reads this configuration; older folders name one class for PixArt and DiT."""
-    name = str(config["_class_name"])
-    return SUCCESSORS.get(config.get("norm_type", ""), name) if name == OLDER_CLASS else name
 
 
 def _family_of(config: Config, folder: Path) -> tuple[Family, tuple[str, ...]]:
