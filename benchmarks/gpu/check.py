@@ -28,9 +28,8 @@ from benchmarks.gpu.run import Array, Device, Task
 from benchmarks.record import Json
 from benchmarks.shapes import CHANNEL, EXACT_64, REAL_128, Granularity
 from export.formats.format import get_format, pack
-from export.formats.operands import HALF_ROUNDING, ROUNDING, exact_sum_limit
+from export.formats.operands import FP32_BITS, HALF_ROUNDING, ROUNDING, exact_sum_limit
 from plugins.gpu import launch, reference, tiles
-from plugins.gpu.promotion import FP32_BITS
 from plugins.gpu.spec import Epilogue, FloatType, GemmSpec, PackSpec, operand_bytes
 from plugins.gpu.table import kernel
 from plugins.gpu.tile_table import Tile

@@ -23,10 +23,9 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
-from export.formats.operands import FLOAT_TYPES
+from export.formats.operands import FP32_BITS
 from plugins.gpu.spec import GemmSpec
 
-FP32_BITS = FLOAT_TYPES["FP32"][0]
 SHORT_BITS = 14
 SHORT_ACCUMULATORS = (89, 90)
 # Root mean square of a row over its largest magnitude: 1152 to 4608 normal numbers reach 3.3 to 3.6 deviations.

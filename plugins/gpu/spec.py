@@ -74,7 +74,7 @@ def operand_bytes(name: str, integers: bool = False) -> NDArray[np.uint8]:
 Epilogue = Literal["none", "gate_residual"]
 FloatType = Literal["fp16", "bf16", "fp32"]
 Before = Literal["none", "gelu", "norm_modulate"]
-EPILOGUES, FLOAT_TYPES, BEFORE = get_args(Epilogue), get_args(FloatType), get_args(Before)
+EPILOGUES, FLOATS, BEFORE = get_args(Epilogue), get_args(FloatType), get_args(Before)
 # Epilogue -> tiles of outputs that a program holds for it beside the sum.
 HELD_TILES: dict[Epilogue, int] = {"none": 0, "gate_residual": 2}
 
@@ -140,7 +140,7 @@ class GemmSpec:
         _check(1 <= len(self.multipliers) <= 16, f"{len(self.multipliers)} multipliers; a nibble indexes 1 to 16")
         _check(not (self.real_groups and self.group_size == 0), "real_groups needs a group_size")
         _check(self.epilogue in EPILOGUES, f"epilogue {self.epilogue!r}; use one of {EPILOGUES}")
-        _check(self.output in FLOAT_TYPES, f"output {self.output!r}; use one of {FLOAT_TYPES}")
+        _check(self.output in FLOATS, f"output {self.output!r}; use one of {FLOATS}")
         operand_of(self.activation, self.integers)
         if self.integers and not self.multiplies_integers:
             raise RecipeError(
@@ -243,7 +243,7 @@ class QuantizeSpec:
         operand_of(self.format, self.integers)
         _check(self.channels > 0, f"channels {self.channels} must be positive")
         _check(self.before in BEFORE, f"before {self.before!r} is no step of a quantizer")
-        _check(self.input in FLOAT_TYPES, f"input {self.input!r}; use one of {FLOAT_TYPES}")
+        _check(self.input in FLOATS, f"input {self.input!r}; use one of {FLOATS}")
         _check(self.epsilon >= 0, f"epsilon {self.epsilon} must not be negative")
         _check(not self.static or self.before != "norm_modulate", "a quantizer behind a norm has a scale per token")
 

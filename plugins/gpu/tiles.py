@@ -14,7 +14,7 @@ from typing import Literal, NamedTuple
 from export.dialect.reference import ABSMAX_FLOOR
 from export.errors import ContractError, RecipeError
 from export.formats.format import get_format
-from export.formats.operands import FLOAT_TYPES
+from export.formats.operands import FLOAT_TYPES, FP32_BITS
 from plugins.gpu.promotion import promotion_of
 from plugins.gpu.spec import E4M3, HELD_TILES, INT8, GemmSpec, PackSpec, QuantizeSpec, operand_of
 from plugins.gpu.tile_table import INSTRUCTIONS, MACHINES, PROMOTED, TABLE, Products, Tile
@@ -449,7 +449,7 @@ def row_grid(spec: QuantizeSpec, tile: RowTile, rows: int) -> tuple[int, int, in
     return (rows, 1, 1)
 
 
-FP32_MANTISSA_BITS, FP32_MIN_EXPONENT = FLOAT_TYPES["FP32"][0] - 1, FLOAT_TYPES["FP32"][1]
+FP32_MANTISSA_BITS, FP32_MIN_EXPONENT = FP32_BITS - 1, FLOAT_TYPES["FP32"][1]
 HAS_E4M3_CONVERSION = 89  # first compute capability with cvt.e4m3x2 (PTX ISA, cvt)
 
 

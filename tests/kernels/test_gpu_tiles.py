@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 
 from export.errors import RecipeError
 from export.formats.format import decode, get_format, quantize
+from export.formats.operands import FP32_BITS
 from plugins.gpu.compile import SHARED_KIB, TARGETS
 from plugins.gpu.promotion import (
-    FP32_BITS,
     SHORT_BITS,
     Promotion,
     accumulator_bits,
