@@ -95,11 +95,8 @@ class QuantizedLinear:
         if self.codes.ndim != 2:
             raise ContractError(f"{self.name}: codes have shape {self.codes.shape}; expected [N, packed bytes]")
         n, fmt = self.out_features, get_format(self.weight_format)
-        if (self.multipliers is not None) != (self.granularity == "exact_group"):
-            presence = "without" if self.multipliers is None else "with"
-            raise ContractError(
-                f"{self.name}: {self.granularity} {presence} multipliers; they go with exact_group only"
-            )
+        grouped = self.granularity == "exact_group"
+        self._check_presence("multipliers", grouped, self.granularity, "they go with exact_group only")
         expected = {
             "codes": (np.uint8, (n, packed_size(fmt.bits, self.in_features))),
             "scales": (np.float32, (n, self.groups if self.granularity == "group" else 1)),
@@ -147,14 +144,11 @@ class QuantizedLinear:
     def _check_static(self) -> None:
         """Scale and zero of a static activation."""
         static, fmt = self.activation_scaling == "per_tensor", get_format(self.activation_format)
-        if (self.activation_scale is not None) != static:
-            presence = "without" if self.activation_scale is None else "with"
-            rule = "per_tensor needs one, the others have none"
-            raise ContractError(f"{self.name}: {self.activation_scaling} {presence} activation_scale; {rule}")
-        if (self.activation_zero is not None) != (static and not fmt.sign_bits):
-            presence = "without" if self.activation_zero is None else "with"
-            rule = "a zero goes with per_tensor and an unsigned format such as UE2M2, and only there"
-            raise ContractError(f"{self.name}: {self.activation_scaling} {fmt.name} {presence} activation_zero; {rule}")
+        rule = "per_tensor needs one, the others have none"
+        self._check_presence("activation_scale", static, self.activation_scaling, rule)
+        rule = "a zero goes with per_tensor and an unsigned format such as UE2M2, and only there"
+        shifted = static and not fmt.sign_bits
+        self._check_presence("activation_zero", shifted, f"{self.activation_scaling} {fmt.name}", rule)
         for key in ("activation_scale", "activation_zero"):
             self._check_learned(key, (1,))
         if self.activation_scale is not None and not self.activation_scale[0] > 0:
@@ -176,6 +170,11 @@ class QuantizedLinear:
         rank = self.lora_down.shape[1] if self.lora_down.ndim == 3 else 0
         self._check_learned("lora_down", (branches, rank, self.in_features))
         self._check_learned("lora_up", (branches, self.out_features, rank))
+
+    def _check_presence(self, key: str, expected: bool, kind: str, rule: str) -> None:
+        """Of an array that layers of some kinds have, and of others have not."""
+        if (getattr(self, key) is not None) != expected:
+            raise ContractError(f"{self.name}: {kind} {'without' if expected else 'with'} {key}; {rule}")
 
     def _check_learned(self, key: str, shape: tuple[int, ...]) -> None:
         """Of an array that a method may have learned: float32, of this shape, finite."""

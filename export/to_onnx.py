@@ -179,7 +179,7 @@ def _bind(graph: ir.Model, values: Mapping[str, torch.Tensor], narrow: bool) -> 
         if _only_read_transposed(value):
             tensor = tensor.T
             _drop_transposes(graph.graph, value)
-        if narrow and tensor.numel() >= NARROW_ELEMENTS and _fits_fp16(tensor):
+        if narrow and tensor.numel() >= NARROW_ELEMENTS and (tensor.half().float() == tensor).all():
             _bind_narrow(graph.graph, value, tensor)
         else:
             value.const_value = _stored(value, tensor, ir.DataType.FLOAT)
@@ -197,10 +197,6 @@ def _drop_transposes(graph: ir.Graph, value: ir.Value) -> None:
         value.shape = result_of(node).shape
         ir.convenience.replace_all_uses_with(result_of(node), value)
         graph.remove(node, safe=True)
-
-
-def _fits_fp16(tensor: torch.Tensor) -> bool:
-    return bool((tensor.half().float() == tensor).all())
 
 
 def _bind_narrow(graph: ir.Graph, value: ir.Value, tensor: torch.Tensor) -> None:
