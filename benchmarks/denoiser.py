@@ -64,10 +64,11 @@ else:
     session = open_stock_session(Path(path))
     run = lambda feeds: {"sample": session.run(None, feeds)[0]}
 load_s = time.perf_counter() - started
+from export.models.families import STEP_INPUTS
 from pipeline.machine import peak_memory_bytes
 from pipeline.generate.sampling import make_sampler, sample
 feeds = dict(np.load(inputs))
-condition = {name: value for name, value in feeds.items() if name not in ("hidden_states", "timestep")}
+condition = {name: value for name, value in feeds.items() if name not in STEP_INPUTS}
 sample(run, (condition, condition), feeds["hidden_states"], make_sampler("ddim", 2), 4.5)
 print(json.dumps({"load_s": load_s, "peak_rss_bytes": peak_memory_bytes()}))
 """

@@ -8,7 +8,6 @@ float weight is not kept.
 from __future__ import annotations
 
 import json
-import os
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -22,7 +21,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 from typing_extensions import TypedDict
 
-from export.documents import Rules, open_file, read_json
+from export.documents import Rules, open_file, read_json, whole_file
 from export.errors import ContractError
 from export.formats.format import get_format, pack, packed_size, unpack
 from export.formats.operands import exact_multipliers
@@ -96,11 +95,8 @@ class QuantizedLinear:
         if self.codes.ndim != 2:
             raise ContractError(f"{self.name}: codes have shape {self.codes.shape}; expected [N, packed bytes]")
         n, fmt = self.out_features, get_format(self.weight_format)
-        if (self.multipliers is not None) != (self.granularity == "exact_group"):
-            presence = "without" if self.multipliers is None else "with"
-            raise ContractError(
-                f"{self.name}: {self.granularity} {presence} multipliers; they go with exact_group only"
-            )
+        grouped = self.granularity == "exact_group"
+        self._check_presence("multipliers", grouped, self.granularity, "they go with exact_group only")
         expected = {
             "codes": (np.uint8, (n, packed_size(fmt.bits, self.in_features))),
             "scales": (np.float32, (n, self.groups if self.granularity == "group" else 1)),
@@ -148,14 +144,11 @@ class QuantizedLinear:
     def _check_static(self) -> None:
         """Scale and zero of a static activation."""
         static, fmt = self.activation_scaling == "per_tensor", get_format(self.activation_format)
-        if (self.activation_scale is not None) != static:
-            presence = "without" if self.activation_scale is None else "with"
-            rule = "per_tensor needs one, the others have none"
-            raise ContractError(f"{self.name}: {self.activation_scaling} {presence} activation_scale; {rule}")
-        if (self.activation_zero is not None) != (static and not fmt.sign_bits):
-            presence = "without" if self.activation_zero is None else "with"
-            rule = "a zero goes with per_tensor and an unsigned format such as UE2M2, and only there"
-            raise ContractError(f"{self.name}: {self.activation_scaling} {fmt.name} {presence} activation_zero; {rule}")
+        rule = "per_tensor needs one, the others have none"
+        self._check_presence("activation_scale", static, self.activation_scaling, rule)
+        rule = "a zero goes with per_tensor and an unsigned format such as UE2M2, and only there"
+        shifted = static and not fmt.sign_bits
+        self._check_presence("activation_zero", shifted, f"{self.activation_scaling} {fmt.name}", rule)
         for key in ("activation_scale", "activation_zero"):
             self._check_learned(key, (1,))
         if self.activation_scale is not None and not self.activation_scale[0] > 0:
@@ -177,6 +170,11 @@ class QuantizedLinear:
         rank = self.lora_down.shape[1] if self.lora_down.ndim == 3 else 0
         self._check_learned("lora_down", (branches, rank, self.in_features))
         self._check_learned("lora_up", (branches, self.out_features, rank))
+
+    def _check_presence(self, key: str, expected: bool, kind: str, rule: str) -> None:
+        """Of an array that layers of some kinds have, and of others have not."""
+        if (getattr(self, key) is not None) != expected:
+            raise ContractError(f"{self.name}: {kind} {'without' if expected else 'with'} {key}; {rule}")
 
     def _check_learned(self, key: str, shape: tuple[int, ...]) -> None:
         """Of an array that a method may have learned: float32, of this shape, finite."""
@@ -215,9 +213,9 @@ class QuantizedLinear:
     def integers(self) -> NDArray[np.integer]:
         """[N, K]: integers of the codes with group multipliers folded in (exact), in the smallest signed type that
         holds them and their magnitudes: int8 up to 127."""
-        integers = get_format(self.weight_format).integers
-        largest = int(np.abs(integers).max()) * (1 if self.multipliers is None else int(self.multipliers.max()))
-        return self._with_multipliers(integers.astype(np.min_scalar_type(-largest - 1)))
+        fmt = get_format(self.weight_format)
+        largest = fmt.largest_integer * (1 if self.multipliers is None else int(self.multipliers.max()))
+        return self._with_multipliers(fmt.integers.astype(np.min_scalar_type(-largest - 1)))
 
     def dequantized(self) -> NDArray[np.float64]:
         """[N, K] float64: the weight that the quantized layer stands for."""
@@ -288,18 +286,17 @@ def save(layers: list[QuantizedLinear], folder: Path) -> None:
 
     Raises ContractError if layers have different routers.
     """
-    folder.mkdir(parents=True, exist_ok=True)
     (folder / LAYERS_FILE).unlink(missing_ok=True)
     arrays = {f"{layer.name}/{key}": getattr(layer, key) for layer in layers for key in ARRAYS}
     router = shared_router(layers)
     arrays |= {f"router/{key}": getattr(router, key, None) for key in ROUTER_ARRAYS}
     present = {key: np.ascontiguousarray(value) for key, value in arrays.items() if value is not None}
-    save_file(present, folder / f"{WEIGHTS_FILE}.part")
-    os.replace(folder / f"{WEIGHTS_FILE}.part", folder / WEIGHTS_FILE)
+    with whole_file(folder / WEIGHTS_FILE) as part:
+        save_file(present, part)
     rows = [{key: getattr(layer, key) for key in LayerRow.__annotations__} for layer in layers]
     text = json.dumps({"schema_version": SCHEMA_VERSION, "layers": rows}, indent=1)
-    (folder / f"{LAYERS_FILE}.part").write_text(text, encoding="utf-8")
-    os.replace(folder / f"{LAYERS_FILE}.part", folder / LAYERS_FILE)
+    with whole_file(folder / LAYERS_FILE) as part:
+        part.write_text(text, encoding="utf-8")
 
 
 def shared_router(layers: Sequence[QuantizedLinear]) -> Router | None:

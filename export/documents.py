@@ -1,4 +1,4 @@
-"""The one reader of documents from outside: whole files, JSON and TOML, as strict as their content must be.
+"""Files that are read or written whole, and the one reader of documents: JSON and TOML, as strict as they must be.
 
 A document is a regular file of bounded size in UTF-8. JSON has each key once, no NaN or Infinity, numbers that fit into
 64 bits, texts that can be shown, and bounded depth. What is in it is checked by a schema: a TypedDict or a dataclass,
@@ -7,6 +7,7 @@ whose types pydantic enforces without converting anything.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import os
@@ -20,6 +21,7 @@ from functools import cache
 from io import BufferedReader
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NoReturn, TypeVar
+from uuid import uuid4
 
 from export.errors import ContractError, UserError
 
@@ -65,7 +67,7 @@ class _WrongDocument(ValueError):
 # --- files ---------------------------------------------------------------------------------------------------------
 
 
-def open_file(path: Path, error: type[UserError] = ContractError, remedy: str = "") -> BufferedReader:
+def open_file(path: Path, error: type[UserError] = ContractError, remedy: str | None = None) -> BufferedReader:
     """A regular file, opened for reading. Raises `error` for whatever else has that name; nothing is waited for."""
     end = f"; {remedy}" if remedy else ""
     try:
@@ -85,10 +87,33 @@ def open_file(path: Path, error: type[UserError] = ContractError, remedy: str = 
     return file
 
 
+@contextmanager
+def whole_file(path: Path, shared: bool = False) -> Iterator[Path]:
+    """Within, what is written to the path that is given; it takes `path`'s place at the end, if nothing was raised.
+
+    So a reader finds the old file or the new one, and a failure leaves nothing. Folders are made. shared: others may
+    write `path` at the same moment, as in a cache, so each has a name of its own beside it. Else the name is always the
+    same, so that what a killed process left is overwritten. Not synced: the writer does where a crash must not harm.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f"{path.name}.{uuid4().hex}.part" if shared else f"{path.name}.part")
+    try:
+        yield part
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)  # there only if something failed
+
+
 def _refuse_special(path: Path, mode: int, error: type[UserError], end: str) -> None:
     if not stat.S_ISREG(mode):
         kind = next((words for test, words in KINDS if test(mode)), "something else")
         raise error(f"{path} is {kind}, not a file{end}")
+
+
+def sha256(path: Path, error: type[UserError] = ContractError, remedy: str | None = None) -> str:
+    """Hexadecimal SHA-256 of a file, read in pieces. Raises `error` as `open_file` does."""
+    with open_file(path, error, remedy) as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def read_text(path: Path, rules: Rules = Rules(), most_bytes: int = MOST_BYTES) -> str:

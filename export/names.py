@@ -43,14 +43,14 @@ def check_name(name: str, named_in: Path, error: type[UserError] = ContractError
         raise error(f"{named_in}: file {name!r} {why}; {REMEDY}")
 
 
-def _wrong(name: str) -> str:
-    """Why `name` is no relative path of a file on every system; "" if it is one."""
+def _wrong(name: str) -> str | None:
+    """Why `name` is no relative path of a file on every system; None if it is one."""
     parts = name.split("/")
     if PurePosixPath(name).is_absolute() or PureWindowsPath(name).anchor or ".." in parts or "\\" in name:
         return "leaves the folder"
     if FORBIDDEN.search(name) or any(map(_is_no_name, parts)):
         return "leaves the folder on some systems, or cannot be a name there"
-    return ""
+    return None
 
 
 def _is_no_name(part: str) -> bool:
@@ -76,10 +76,10 @@ def is_hub_link(path: Path, folder: Path) -> bool:
     return path.resolve().parent == blobs and not blobs.is_symlink()
 
 
-def distinct(names: Iterable[str], named_in: Path, error: type[UserError] = ContractError) -> None:
-    """Raise `error` if two of the names are one file where case, or the form of accents, does not matter."""
+def distinct(names: Iterable[str], named_in: Path) -> None:
+    """Raise ContractError if two of the names are one file where case, or the form of accents, does not matter."""
     known: dict[str, str] = {}
     for name in names:
         other = known.setdefault(unicodedata.normalize("NFC", name).casefold(), name)
         if other != name:
-            raise error(f"{named_in}: {other!r} and {name!r} are one file on some systems; {REMEDY}")
+            raise ContractError(f"{named_in}: {other!r} and {name!r} are one file on some systems; {REMEDY}")

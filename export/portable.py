@@ -10,12 +10,12 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from export.checkpoint import QuantizedLinear
-from export.dialect.graph import KIND_KEY, LAYER_KEY, inputs_of
+from export.dialect.graph import BALANCE, KIND_KEY, LAYER_KEY, inputs_of
 from export.dialect.ops import DOMAIN
 from export.errors import ContractError
 from export.formats.format import get_format, unpack
 from export.onnx_files import load_model, reading
-from export.quantize_graph import GRANULARITY_KEY, QUANTIZERS, ROUTER
+from export.quantize_graph import GRANULARITY_KEY, QUANTIZER_OF, ROUTER
 from export.router import ARRAYS as ROUTER_ARRAYS
 from export.router import Router
 
@@ -69,7 +69,7 @@ def _read_layer(path: Path, layer: str, nodes: dict[str, ir.Node], router: Route
 
 def _activation(path: Path, quantizer: ir.Node) -> dict[str, Any]:
     """Format and scaling of the activation, and the constants of a static one."""
-    scaling = next(key for key, (op, _) in QUANTIZERS.items() if op == quantizer.op_type)
+    scaling = next(key for key, op in QUANTIZER_OF.items() if op == quantizer.op_type)
     fields = {"activation_format": quantizer.attributes["format"].value, "activation_scaling": scaling}
     if scaling == "token_group":
         fields["activation_group"] = quantizer.attributes["group_size"].value
@@ -82,8 +82,7 @@ def _activation(path: Path, quantizer: ir.Node) -> dict[str, Any]:
 
 def _around(path: Path, nodes: dict[str, ir.Node]) -> dict[str, Any]:
     """Balance of the input and low-rank branches, as far as the layer has them."""
-    balance = {"input_multiplier": "multiply", "input_offset": "offset"}
-    fields = {key: _array(path, nodes[role], "B") for key, role in balance.items() if role in nodes}
+    fields = {key: _array(path, nodes[role], "B") for role, key in BALANCE.items() if role in nodes}
     for key in ("lora_down", "lora_up"):
         if key in nodes:
             turned = _array(path, nodes[key], "data").transpose(0, 2, 1)

@@ -9,15 +9,17 @@ module had a linear; its weight never enters the graph as floats.
 
 from __future__ import annotations
 
-from typing import Any
+from itertools import chain
 
 import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from export.checkpoint import QuantizedLinear, half_where_exact, shared_router
+from export.checkpoint import ActivationScaling, QuantizedLinear, half_where_exact, shared_router
 from export.dialect.graph import (
+    BALANCE,
     FLOAT,
+    INVERSE_OF,
     KIND_KEY,
     LAYER_KEY,
     GraphBuilder,
@@ -35,11 +37,10 @@ from export.router import ARRAYS, Router
 PLACEHOLDER = "QuantizedLinear"
 TIMESTEP, ROUTER = "timestep", "router"
 GRANULARITY_KEY = "fpq.granularity"
-# Activation scaling -> its quantizer and the inverse.
-QUANTIZERS = {
-    "per_token": ("QuantizeActivation", "DequantizeActivation"),
-    "per_tensor": ("QuantizeStatic", "DequantizeStatic"),
-    "token_group": ("QuantizeGroups", "DequantizeGroups"),
+QUANTIZER_OF: dict[ActivationScaling, str] = {
+    "per_token": "QuantizeActivation",
+    "per_tensor": "QuantizeStatic",
+    "token_group": "QuantizeGroups",
 }
 
 
@@ -64,8 +65,8 @@ def quantize_graph(model: ir.Model, layers: list[QuantizedLinear]) -> None:
     for name, node in nodes.items():
         _replace(model.graph, node, by_name[name], branch)
     used = {layer.activation_scaling for layer in layers}
-    quantizers = [op for scaling, pair in QUANTIZERS.items() if scaling in used for op in pair]
-    add_functions(model, [*quantizers, "DequantizeWeight"])
+    pairs = [(op, INVERSE_OF[op]) for scaling, op in QUANTIZER_OF.items() if scaling in used]
+    add_functions(model, [*chain(*pairs), "DequantizeWeight"])
 
 
 def _check_coverage(nodes: dict[str, ir.Node], by_name: dict[str, QuantizedLinear]) -> None:
@@ -100,7 +101,7 @@ def _replace(graph: ir.Graph, node: ir.Node, layer: QuantizedLinear, branch: ir.
 
 def _balanced(build: LayerBuilder, x: ir.Value) -> ir.Value:
     """x * input_multiplier + input_offset, where the layer has them."""
-    for role, op, key in (("multiply", "Mul", "input_multiplier"), ("offset", "Add", "input_offset")):
+    for op, (role, key) in zip(("Mul", "Add"), BALANCE.items(), strict=True):
         array, shape = getattr(build.layer, key), x.shape
         if array is not None:
             x = build.op(op, x, build.stored(key, array), name=role)
@@ -111,7 +112,7 @@ def _balanced(build: LayerBuilder, x: ir.Value) -> ir.Value:
 def _rounded(build: LayerBuilder, x: ir.Value) -> ir.Value:
     """x -> quantize -> dequantize."""
     layer = build.layer
-    choices: dict[str, Any] = {"format": layer.activation_format}
+    choices: dict[str, str | int] = {"format": layer.activation_format}
     constants = []
     if layer.activation_scaling == "token_group":
         choices |= {"in_features": layer.in_features, "group_size": layer.activation_group}
@@ -119,9 +120,9 @@ def _rounded(build: LayerBuilder, x: ir.Value) -> ir.Value:
         zero = np.zeros(1, np.float32) if layer.activation_zero is None else layer.activation_zero
         arrays = {"activation_scale": layer.activation_scale, "activation_zero": zero}
         constants = [build.stored(key, array) for key, array in arrays.items()]
-    quantizer, inverse = QUANTIZERS[layer.activation_scaling]
+    quantizer = QUANTIZER_OF[layer.activation_scaling]
     codes, *scales = build.fpq(quantizer, x, *constants, name="quantize", **choices)
-    return build.fpq(inverse, codes, *scales, *constants, name="dequantize", **choices)[0]
+    return build.fpq(INVERSE_OF[quantizer], codes, *scales, *constants, name="dequantize", **choices)[0]
 
 
 def _weight(build: LayerBuilder) -> ir.Value:

@@ -15,10 +15,9 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from export.errors import ContractError
+from export.formats.operands import ROUNDING
 
 ARRAYS = ("frequencies", "w1", "b1", "w2", "b2")
-# Largest relative error of one float32 operation.
-ROUNDING = 2.0**-24
 
 
 @dataclass(frozen=True, eq=False)
@@ -100,11 +99,11 @@ class Router:
             return phase, wave, before / (1 + np.exp(-before))
 
 
-def frequencies(dimension: int, longest: float = 10000.0) -> NDArray[np.float32]:
-    """[dimension / 2]: longest^(-i / (dimension / 2)), the table of diffusers' timestep embedding (downscale shift 0).
+def frequencies(dimension: int) -> NDArray[np.float32]:
+    """[dimension / 2]: 10000^(-i / (dimension / 2)), the table of diffusers' timestep embedding (downscale shift 0).
 
     >>> frequencies(4)
     array([1.  , 0.01], dtype=float32)
     """
     half = dimension // 2
-    return np.power(longest, -np.arange(half) / half).astype(np.float32)
+    return np.power(10000.0, -np.arange(half) / half).astype(np.float32)

@@ -6,7 +6,6 @@ same bytes. Tensors are streamed: at most one of them is in memory besides what 
 
 from __future__ import annotations
 
-import errno
 import logging
 import os
 import shutil
@@ -23,7 +22,7 @@ from numpy.typing import NDArray
 from export.carry_nan import carry_nan
 from export.checkpoint import QuantizedLinear, shared_router
 from export.dialect.graph import GraphBuilder, add_initializer, lazy_tensor, result_of
-from export.errors import ContractError, ModelError, ResourceError
+from export.errors import ContractError, ModelError
 from export.models.load import LoadedModel, denoiser, sample_inputs
 from export.models.read_weights import is_finite
 from export.quantize_graph import quantize_graph
@@ -180,7 +179,7 @@ def _bind(graph: ir.Model, values: Mapping[str, torch.Tensor], narrow: bool) -> 
         if _only_read_transposed(value):
             tensor = tensor.T
             _drop_transposes(graph.graph, value)
-        if narrow and tensor.numel() >= NARROW_ELEMENTS and _fits_fp16(tensor):
+        if narrow and tensor.numel() >= NARROW_ELEMENTS and (tensor.half().float() == tensor).all():
             _bind_narrow(graph.graph, value, tensor)
         else:
             value.const_value = _stored(value, tensor, ir.DataType.FLOAT)
@@ -198,10 +197,6 @@ def _drop_transposes(graph: ir.Graph, value: ir.Value) -> None:
         value.shape = result_of(node).shape
         ir.convenience.replace_all_uses_with(result_of(node), value)
         graph.remove(node, safe=True)
-
-
-def _fits_fp16(tensor: torch.Tensor) -> bool:
-    return bool((tensor.half().float() == tensor).all())
 
 
 def _bind_narrow(graph: ir.Graph, value: ir.Value, tensor: torch.Tensor) -> None:
@@ -234,10 +229,6 @@ def _save(graph: ir.Model, path: Path) -> None:
         for name in (f"{path.name}.data", path.name):
             if (part / name).exists():
                 os.replace(part / name, path.with_name(name))
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise ResourceError(f"{path}: the disk is full; free space or choose another output folder") from error
-        raise
     finally:
         shutil.rmtree(part, ignore_errors=True)
 

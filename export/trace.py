@@ -24,6 +24,7 @@ from torch import nn
 from export.dialect.functions import OPSET
 from export.dialect.ops import DOMAIN, VERSION
 from export.errors import ContractError, ModelError
+from export.models.description import Array
 from export.models.families import Input
 from export.quantize_graph import PLACEHOLDER
 
@@ -54,7 +55,7 @@ class PlaceholderLinear(nn.Module):
         return torch.onnx.ops.symbolic(domain_op, (x,), attributes, dtype=x.dtype, shape=shape, version=VERSION)
 
 
-def trace(module: nn.Module, rows: tuple[Input, ...], samples: Mapping[str, Any]) -> ir.Model:
+def trace(module: nn.Module, rows: tuple[Input, ...], samples: Mapping[str, Array]) -> ir.Model:
     """ONNX graph of `module`, whose forward takes the inputs `rows` in order and returns the tensor "sample".
 
     Dynamic axes are those of the rows. Parameters and buffers of the module become graph inputs behind the rows.
@@ -76,7 +77,7 @@ def trace(module: nn.Module, rows: tuple[Input, ...], samples: Mapping[str, Any]
     return model
 
 
-def _exported(module: nn.Module, rows: tuple[Input, ...], samples: Mapping[str, Any]) -> torch.export.ExportedProgram:
+def _exported(module: nn.Module, rows: tuple[Input, ...], samples: Mapping[str, Array]) -> torch.export.ExportedProgram:
     sizes = {name: torch.export.Dim(name) for row in rows for name in row.dynamic_axes.values()}
     dynamic = tuple({axis: sizes[name] for axis, name in row.dynamic_axes.items()} for row in rows)
     args = tuple(torch.from_numpy(samples[row.name]) for row in rows)

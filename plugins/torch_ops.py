@@ -22,7 +22,8 @@ from torch import Tensor
 
 from export.errors import ContractError
 from plugins.gpu import launch
-from plugins.gpu.table import Argument, Kernel, Spec, kernel, resolved, run_time_sizes
+from plugins.gpu.spec import Before
+from plugins.gpu.table import QUANTIZER_OF, Argument, Kernel, Spec, kernel, resolved, run_time_sizes
 from plugins.torch_reference import REFERENCES, TYPE_NAMES
 
 NAMESPACE = "fpq"
@@ -110,7 +111,7 @@ class TorchOp:
             raise ContractError(f"{self.name} for {spec}: missing {missing or 'nothing'}, unused {unused or 'nothing'}")
         return spec, operands, {"tokens": named["tokens"]} if "tokens" in named else {}
 
-    def run(self, *tensors: Tensor, **named: Any) -> Tensor | tuple[Tensor, ...]:
+    def run(self, *tensors: Tensor, **named: object) -> Tensor | tuple[Tensor, ...]:
         """On the kernel, or what it computes."""
         spec, operands, sizes = self.bound(tensors, named)
         if not on_kernels(tensors[0]):
@@ -121,7 +122,7 @@ class TorchOp:
             outputs = launch.launched(self.row, spec, operands, sizes.get("tokens", 0))
         return outputs if len(outputs) > 1 else outputs[0]
 
-    def fake(self, *tensors: Tensor, **named: Any) -> Tensor | tuple[Tensor, ...]:
+    def fake(self, *tensors: Tensor, **named: object) -> Tensor | tuple[Tensor, ...]:
         """Results without data."""
         spec, _, _ = self.bound(tensors, named)
         first, sizes = tensors[0], run_time_sizes(tensors[0].shape[0])
@@ -165,8 +166,9 @@ _EXPAND = ("activation", "weight", "in_features", "group_size", "multipliers", "
 _QUANTIZE = ("format", "integers")
 
 
-def _quantizer(name: str, kernel_name: str, before: str, static: bool, more: tuple[str, ...] = ()) -> TorchOp:
-    return TorchOp(name, kernel_name, (*_QUANTIZE, *more), _of_activations, {"before": before, "static": static})
+def _quantizer(name: str, before: Before, static: bool, more: tuple[str, ...] = ()) -> TorchOp:
+    fixed = {"before": before, "static": static}
+    return TorchOp(name, QUANTIZER_OF[before], (*_QUANTIZE, *more), _of_activations, fixed)
 
 
 OPS = (
@@ -174,11 +176,11 @@ OPS = (
     TorchOp("expanded_gemm", "expanded_gemm", _GEMM, _of_gemm),
     TorchOp("pack", "pack", (), _of_codes),
     TorchOp("expand", "expand", _EXPAND, _of_weight),
-    _quantizer("quantize", "quantize", "none", static=False),
-    _quantizer("gelu_quantize", "gelu_quantize", "gelu", static=False),
-    _quantizer("quantize_static", "quantize", "none", static=True),
-    _quantizer("gelu_quantize_static", "gelu_quantize", "gelu", static=True),
-    _quantizer("norm_modulate_quantize", "norm_modulate_quantize", "norm_modulate", False, ("epsilon",)),
+    _quantizer("quantize", "none", static=False),
+    _quantizer("gelu_quantize", "gelu", static=False),
+    _quantizer("quantize_static", "none", static=True),
+    _quantizer("gelu_quantize_static", "gelu", static=True),
+    _quantizer("norm_modulate_quantize", "norm_modulate", False, ("epsilon",)),
 )
 
 

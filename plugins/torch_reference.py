@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
-from typing import Any
 
 import numpy as np
 import torch
@@ -28,14 +27,16 @@ TYPE_NAMES = {value: key for key, value in TORCH_TYPES.items()}
 # --- GEMMs -----------------------------------------------------------------------------------------------------------
 
 
-def packed_gemm(spec: GemmSpec, w: Tensor, multiplier_codes: Tensor | None = None, **operands: Any) -> tuple[Tensor]:
+def packed_gemm(
+    spec: GemmSpec, w: Tensor, multiplier_codes: Tensor | None = None, **operands: Tensor | int
+) -> tuple[Tensor]:
     """GemmSpec's y [M, N] of packed codes w u8 [N, K / 2]."""
     return (_gemm(spec, _weight_values(spec, w, multiplier_codes), **operands),)
 
 
-def expanded_gemm(spec: GemmSpec, w: Tensor, **operands: Any) -> tuple[Tensor]:
+def expanded_gemm(spec: GemmSpec, w: Tensor, **operands: Tensor | int) -> tuple[Tensor]:
     """As packed_gemm, with w u8 [N, K] from `expand`."""
-    return (_gemm(spec, w.view(_expanded_type(spec)).float() * 2.0**-spec.weight_exponent, **operands),)
+    return (_gemm(spec, w.view(_expanded_type(spec)).float() * 2.0**-spec.byte_exponent, **operands),)
 
 
 def _gemm(
@@ -53,10 +54,9 @@ def _gemm(
     tokens: int = 0,
 ) -> Tensor:
     """GemmSpec's y [M, N] with `weight` as values f32 [N, K]: exact sums, then float32, rounded once to the output."""
-    groups = spec.scale_groups
-    dtype = _sum_type(spec)
-    x = byte_values(spec.activation, spec.integers).to(a.device)[a.int()].to(dtype).reshape(len(a), groups, -1)
-    w = weight.to(dtype).reshape(len(weight), groups, -1)
+    dtype, scale_groups = _sum_type(spec), spec.scale_groups
+    x = byte_values(spec.activation, spec.integers).to(a.device)[a.int()].to(dtype).reshape(len(a), scale_groups, -1)
+    w = weight.to(dtype).reshape(len(weight), scale_groups, -1)
     sums = (x.transpose(0, 1) @ w.permute(1, 2, 0)).float()
     y = (sums * w_scales.t()[:, None, :]).sum(0) * a_scale[:, None]
     if a_zero is not None and w_sums is not None:
@@ -104,8 +104,8 @@ def pack(spec: PackSpec, codes: Tensor) -> tuple[Tensor]:
 
 
 def expand(spec: GemmSpec, w: Tensor, multiplier_codes: Tensor | None = None) -> tuple[Tensor]:
-    """w u8 [N, K / 2] -> u8 [N, K]: INT8 or E4M3 bytes of value * multiplier * 2^spec.weight_exponent."""
-    values = _weight_values(spec, w, multiplier_codes) * 2.0**spec.weight_exponent
+    """w u8 [N, K / 2] -> u8 [N, K]: INT8 or E4M3 bytes of value * multiplier * 2^spec.byte_exponent."""
+    values = _weight_values(spec, w, multiplier_codes) * 2.0**spec.byte_exponent
     return (values.to(_expanded_type(spec)).view(torch.uint8),)
 
 

@@ -28,16 +28,14 @@ from benchmarks.gpu.run import Array, Device, Task
 from benchmarks.record import Json
 from benchmarks.shapes import CHANNEL, EXACT_64, REAL_128, Granularity
 from export.formats.format import get_format, pack
-from export.formats.operands import exact_sum_limit
+from export.formats.operands import FP32_BITS, HALF_ROUNDING, ROUNDING, exact_sum_limit
 from plugins.gpu import launch, reference, tiles
-from plugins.gpu.promotion import FP32_BITS
 from plugins.gpu.spec import Epilogue, FloatType, GemmSpec, PackSpec, operand_bytes
 from plugins.gpu.table import kernel
 from plugins.gpu.tile_table import Tile
 
 GEMMS = ("packed_gemm", "expanded_gemm")
-EPS32 = 2.0**-24  # half a unit in the last place of a float32, relative
-HALF_UNIT = {"fp32": EPS32, "fp16": 2.0**-11, "bf16": 2.0**-8}
+HALF_UNIT = {"fp32": ROUNDING, "fp16": HALF_ROUNDING, "bf16": 2.0**-8}
 SMALLEST = {"fp32": 0.0, "fp16": 2.0**-25, "bf16": 0.0}  # half of fp16's smallest step
 
 
@@ -220,10 +218,10 @@ def allowed(case: GemmCase, arrays: dict[str, Array], expected: Array, cut: bool
     size = (values @ weights.reshape(case.n, -1).T) * arrays["a_scale"][:, None] + np.abs(arrays["bias"])
     if case.zero_point:
         size = size + np.abs(arrays["a_zero"][:, None] * arrays["w_sums"])
-    error = 2 * (case.spec.scale_groups + 8) * EPS32 * size
+    error = 2 * (case.spec.scale_groups + 8) * ROUNDING * size
     if case.spec.has_gate:
         gate = np.abs(np.repeat(arrays["gate"], case.tokens, axis=0))
-        error = error * gate + 4 * EPS32 * (np.abs(arrays["residual"]) + gate * size)
+        error = error * gate + 4 * ROUNDING * (np.abs(arrays["residual"]) + gate * size)
     units = 2 if cut and case.output == "bf16" else 1
     return error + units * HALF_UNIT[case.output] * (np.abs(expected) + error) + SMALLEST[case.output]
 
@@ -292,7 +290,7 @@ def launched(name: str, case: GemmCase, sm: int, expand_first: bool | None = Non
     if name == "packed_gemm":
         first = tiles.expands_first(case.spec, case.m, sm) if expand_first is None else expand_first
         name = "expanded_gemm" if first else name
-    return TimedGemm(name, case, launch.HEURISTICS[name](case.spec, case.m, sm, may_split=True))
+    return TimedGemm(name, case, tiles.gemm_tile(name, case.spec, case.m, sm, may_split=True))
 
 
 def of_gemm_section(device: Device) -> Iterator[TimedGemm]:

@@ -9,13 +9,12 @@ import numpy as np
 
 from benchmarks.gpu.run import Array, Device, Task
 from benchmarks.record import Json
+from export.formats.operands import ROUNDING
 from plugins.gpu import launch
-from plugins.gpu.launch import KERNEL_OF
 from plugins.gpu.reference import byte_values
 from plugins.gpu.spec import Before, FloatType, QuantizeSpec
-from plugins.gpu.table import kernel
+from plugins.gpu.table import QUANTIZER_OF, kernel
 
-EPS32 = 2.0**-24
 # Roundings to float32 on the way from an element to its quotient by the scale, of the largest number in its row: the
 # sums' trees (log2 of 4608 channels, twice), centring, deviation, gain and shift, or GELU's exponential; the scale.
 STEPS = 64
@@ -34,7 +33,7 @@ class QuantizerCase:
 
     @property
     def name(self) -> str:
-        return f"{KERNEL_OF[self.before]} {self.format}{' as INT8' * self.integers} {self.m}x{self.c} {self.input}"
+        return f"{QUANTIZER_OF[self.before]} {self.format}{' as INT8' * self.integers} {self.m}x{self.c} {self.input}"
 
     @property
     def spec(self) -> QuantizeSpec:
@@ -75,7 +74,7 @@ def check_quantizer(device: Device, case: QuantizerCase) -> Json:
     tokens = case.m // 2 if extra else 0
     codes, scales = (output.cpu().numpy() for output in launch.quantize(case.spec, **tensors, tokens=tokens))
     sizes = {"tokens": tokens} if extra else {}
-    expected_codes, expected_scales = kernel(KERNEL_OF[case.before]).reference(case.spec, x, **extra, **sizes)
+    expected_codes, expected_scales = kernel(QUANTIZER_OF[case.before]).reference(case.spec, x, **extra, **sizes)
     worst = worst_code(case, (codes, scales), (expected_codes, expected_scales), before_scale(case, x, extra))
     codes_differ = int((codes != expected_codes).sum())
     scales_differ = int(((scales != expected_scales) & ~(np.isnan(scales) & np.isnan(expected_scales))).sum())
@@ -126,8 +125,8 @@ def worst_code(case: QuantizerCase, ours: tuple[Array, Array], expected: tuple[A
     scale = expected[1][healthy, None].astype(np.float64)
     q = y[healthy] / scale
     far = [np.abs(values[codes[healthy]] - q) for codes in (ours[0], expected[0])]
-    limit = 2 * STEPS * EPS32 * np.abs(q).max(1, keepdims=True).clip(1e-3)
-    off = np.abs(ours[1][healthy] / expected[1][healthy] - 1) / (STEPS * EPS32)
+    limit = 2 * STEPS * ROUNDING * np.abs(q).max(1, keepdims=True).clip(1e-3)
+    off = np.abs(ours[1][healthy] / expected[1][healthy] - 1) / (STEPS * ROUNDING)
     worst = max(float(((far[0] - far[1]) / limit).max()), float(off.max()), 0.0)
     return worst if np.isfinite(worst) else 1e9
 

@@ -144,13 +144,13 @@ def compiled(spec: GemmSpec, a: Tensor, w: Tensor) -> Tensor:
     """The same through expanded_gemm, whose sums of values are made sums of bytes again, exactly: powers of two."""
     one, scales = torch.ones(len(a), device=a.device), torch.ones((len(w), 1), device=a.device)
     y = launch.expanded_gemm(spec, a, one, w, scales, torch.zeros_like(scales[:, 0]))
-    return y * 2.0 ** (operand_of(spec.activation).shift + spec.weight_exponent)
+    return y * 2.0 ** (operand_of(spec.activation).shift + spec.byte_exponent)
 
 
 def count(device: Device, spec: GemmSpec, granularity: Granularity, interval: int | None) -> Json:
     """Outputs that differ from the exact sum rounded to float32, for each pattern. interval None: as compiled."""
     differ, worst = {}, {}
-    exponents = operand_of(spec.activation).shift, spec.weight_exponent
+    exponents = operand_of(spec.activation).shift, spec.byte_exponent
     for pattern in PATTERNS:
         a, w = (e4m3_bytes(x, e) for x, e in zip(operands(device, spec, pattern), exponents, strict=True))
         exact = a.view(torch.float8_e4m3fn).double() @ w.view(torch.float8_e4m3fn).double().T

@@ -24,7 +24,7 @@ from benchmarks.shapes import CHANNEL, EXACT_64, REAL_128, Granularity, Shape, g
 from plugins.gpu import launch
 from plugins.gpu.promotion import accumulator_bits, promotion_of
 from plugins.gpu.spec import GemmSpec, QuantizeSpec, operand_of
-from plugins.gpu.tiles import architecture, expands_first, product_type
+from plugins.gpu.tiles import architecture, expands_first, gemm_tile, product_type
 
 
 @dataclass(frozen=True)
@@ -136,7 +136,7 @@ def caller(name: str, spec: GemmSpec, inputs: Operands) -> Callable[[], Tensor]:
         return our_caller(FORMS[name], spec, inputs)
     one = torch.ones((), device=inputs.a.device)
     a, w = (x.view(torch.float8_e4m3fn) for x in (inputs.a, inputs.expanded))
-    unit = 2.0 ** -(spec.weight_exponent + spec.operand.shift)
+    unit = 2.0 ** -(spec.byte_exponent + spec.operand.shift)
     a_scale, w_scale = inputs.a_scale[:, None], (inputs.packed.scales[:, :1] * unit).t().contiguous()
 
     calls: dict[str, Callable[[], Tensor]] = {
@@ -178,7 +178,6 @@ def measure(device: Device, shape: Shape, granularity: Granularity, flush: Call)
     errors = errors_of({name: calls[name][0] for name in rows}, spec, sets[0])
     wrong = wrong_of(errors, spec, device.sm)
     specs = {name: replace(spec, integers=form.integers) for name, form in OURS.items()}
-    heuristics = {name: launch.HEURISTICS[OURS[name].kernel] for name in OURS}
     return {
         "m": shape.m,
         "n": shape.n,
@@ -189,7 +188,9 @@ def measure(device: Device, shape: Shape, granularity: Granularity, flush: Call)
         "contestants": rows,
         "refused": refused,
         "ratios": ratios(rows),
-        "tiles": {name: str(heuristics[name](specs[name], shape.m, device.sm, may_split=True)) for name in OURS},
+        "tiles": {
+            name: str(gemm_tile(OURS[name].kernel, specs[name], shape.m, device.sm, may_split=True)) for name in OURS
+        },
         "expands_first": {
             name: expands_first(specs[name], shape.m, device.sm)
             for name, form in OURS.items()

@@ -25,9 +25,9 @@ from safetensors.numpy import save_file
 from benchmarks import record
 from benchmarks.record import Json
 from benchmarks.shapes import WORKLOADS, Workload
+from export.models.weights import INDEX_FILE, STEM
 from pipeline.progress import track
 
-STEM = "diffusion_pytorch_model"
 SHARD_BYTES = 400_000_000
 OUTLIER_SHARE = 1 / 96  # 12 of 1152 channels
 WEIGHT_OUTLIER, ACTIVATION_OUTLIER = 8.0, 5.0
@@ -94,7 +94,7 @@ def write(workload: Workload, folder: Path, seed: int = 0, shard_bytes: int = SH
         save_file(tensors, folder / file, metadata={"format": "pt"})
     if split.is_sharded:
         index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
-        (folder / f"{STEM}.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+        (folder / INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
     return sum(math.prod(shape) for shape in shapes.values())
 
 

@@ -18,11 +18,12 @@ from benchmarks.record import Json
 from benchmarks.zoo import scenes
 from benchmarks.zoo.tasks import DIGIT_CLASSES, TASKS, Task, token_embedding
 from benchmarks.zoo.train import DROP_SHARE, EMA_DECAY
+from export.models.weights import WEIGHTS_FILE
 from pipeline.files import write_json
 
 logger = logging.getLogger(__name__)
 ZOO = Path(__file__).resolve().parents[2] / "export" / "zoo"
-WEIGHTS_FILE, EMBEDDING_FILE = "diffusion_pytorch_model.safetensors", "token_embedding.safetensors"
+EMBEDDING_FILE = "token_embedding.safetensors"
 SIZE_LIMIT_BYTES = 12_000_000
 
 VOCABULARY = {

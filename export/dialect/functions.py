@@ -31,7 +31,7 @@ class Body:
         self.nodes: list[NodeProto] = []
         self.attribute_types = attribute_types
 
-    def op(self, op_type: str, *inputs: str, out: str = "", **attributes: Any) -> str:
+    def op(self, op_type: str, *inputs: str, out: str | None = None, **attributes: Any) -> str:
         """Append one node of the standard domain."""
         output = out or f"t{len(self.nodes)}"
         self.nodes.append(helper.make_node(op_type, list(inputs), [output], **attributes))
@@ -56,7 +56,7 @@ class Body:
         """float32 constant scalar."""
         return self.op("Constant", value_float=value)
 
-    def cast(self, x: str, to: int, out: str = "") -> str:
+    def cast(self, x: str, to: int, out: str | None = None) -> str:
         return self.op("Cast", x, to=to, out=out)
 
     def shape(self, *parts: str) -> str:
@@ -126,7 +126,7 @@ def _power_of_two(body: Body, exponent: str) -> str:
     return body.cast(shifted, TensorProto.INT64)
 
 
-def _encode(body: Body, v: str, out: str) -> str:
+def _encode(body: Body, v: str, out: str | None = None) -> str:
     """v f32, any shape -> u8 codes: nearest, ties to even, saturating, -0 folded to +0.
 
     The number of `thresholds` (binade starts) that |v| reaches is its binade; within one, codes count steps.
@@ -151,7 +151,7 @@ def _decode(body: Body, codes: str, values: str) -> str:
     return body.op("Gather", body.attribute(values), index)
 
 
-def _token_scale(body: Body, x: str, floor: float, out: str) -> str:
+def _token_scale(body: Body, x: str, floor: float, out: str | None = None) -> str:
     """x f32 [..., K] -> f32 [..., 1]: max(absmax, floor) / max_value; NaN for a token with NaN or Inf."""
     absmax = body.op("ReduceMax", body.op("Abs", x), body.ints(-1), keepdims=1)
     bounded = body.op("Max", absmax, body.number(floor))
@@ -198,7 +198,7 @@ def quantize_weight(body: Body) -> None:
     """w, scales, multiplier_codes -> codes."""
     scale = body.op("Mul", body.op("Unsqueeze", "scales", body.ints(-1)), _multipliers(body, "multiplier_codes"))
     rows = _grouped(body, body.op("Transpose", "w", perm=[1, 0]), body.attribute("groups"))
-    plain = _encode(body, _rows(body, body.op("Div", rows, scale)), "")
+    plain = _encode(body, _rows(body, body.op("Div", rows, scale)))
     _pack(body, plain, body.attribute("bits"), body.attribute("in_features"), "codes")
 
 
@@ -228,8 +228,8 @@ def dequantize_static(body: Body) -> None:
 def quantize_groups(body: Body, floor: float) -> None:
     """x -> codes, scale [..., groups]."""
     grouped = _token_groups(body, "x")
-    scale = _token_scale(body, grouped, floor, "")
-    codes = _encode(body, body.op("Div", grouped, scale), "")
+    scale = _token_scale(body, grouped, floor)
+    codes = _encode(body, body.op("Div", grouped, scale))
     body.op("Reshape", codes, body.op("Shape", "x"), out="codes")
     body.op("Squeeze", scale, body.ints(-1), out="scale")
 

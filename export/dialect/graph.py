@@ -23,11 +23,16 @@ from export.errors import ContractError
 MICROSOFT = "com.microsoft"
 # Metadata of nodes: the quantized linear that they belong to, and its kind.
 LAYER_KEY, KIND_KEY = "fpq.layer", "fpq.kind"
-# Ops that turn floats into codes, and those that turn codes into floats.
-QUANTIZERS = ("QuantizeActivation", "QuantizeStatic", "QuantizeGroups")
-DEQUANTIZERS = ("DequantizeActivation", "DequantizeStatic", "DequantizeGroups")
-# Nodes of a layer that balance its input channel by channel, in this order.
-BALANCE = ("multiply", "offset")
+# Op that turns activations into codes -> the one that turns the codes into floats.
+INVERSE_OF = {
+    "QuantizeActivation": "DequantizeActivation",
+    "QuantizeStatic": "DequantizeStatic",
+    "QuantizeGroups": "DequantizeGroups",
+}
+QUANTIZERS, DEQUANTIZERS = tuple(INVERSE_OF), tuple(INVERSE_OF.values())
+# Nodes of a layer that balance its input channel by channel, in this order -> the field of the layer that they read.
+BALANCE = {"multiply": "input_multiplier", "offset": "input_offset"}
+Array = NDArray[np.generic]
 FLOAT = ir.TensorType(ir.DataType.FLOAT)
 # Element type of the result where it is not that of the first input.
 RESULT_TYPES = {
@@ -65,14 +70,14 @@ class GraphBuilder:
         self.graph, self.before, self.prefix = graph, before, prefix
         self.metadata, self.typed = metadata or {}, typed
 
-    def op(self, op_type: str, *inputs: ir.Value | None, name: str, domain: str = "", **choices: Any) -> ir.Value:
+    def op(self, op_type: str, *inputs: ir.Value | None, name: str, domain: str = "", **choices: object) -> ir.Value:
         """A node with one output, which is returned."""
         node = self.node(op_type, inputs, name, choices, domain)
         output = node.outputs[0]
         output.type = _result_type(node) if self.typed else None
         return output
 
-    def fpq(self, op_type: str, *inputs: ir.Value, name: str, **choices: Any) -> list[ir.Value]:
+    def fpq(self, op_type: str, *inputs: ir.Value, name: str, **choices: object) -> list[ir.Value]:
         """A node of the dialect; further outputs are called "prefix/name/scale". Shapes follow from those of inputs."""
         row, values = OPS[op_type], attributes(op_type, **choices)
         node = self.node(op_type, inputs, name, values, DOMAIN, len(row.outputs))
@@ -100,7 +105,7 @@ class GraphBuilder:
         self.graph.insert_before(self.before, node)
         return node
 
-    def stored(self, key: str, array: NDArray[Any]) -> ir.Value:
+    def stored(self, key: str, array: Array) -> ir.Value:
         """The initializer "prefix.key"."""
         return add_initializer(self.graph, ir.tensor(np.ascontiguousarray(array), name=f"{self.prefix}.{key}"))
 
@@ -113,7 +118,7 @@ class GraphBuilder:
             return self.graph.initializers[name]
         return add_initializer(self.graph, ir.tensor(array, name=name))
 
-    def lazy(self, name: str, dtype: ir.DataType, shape: tuple[int, ...], make: Callable[[], NDArray[Any]]) -> ir.Value:
+    def lazy(self, name: str, dtype: ir.DataType, shape: tuple[int, ...], make: Callable[[], Array]) -> ir.Value:
         """An initializer whose array is computed when the model is written, and dropped afterwards."""
         if name in self.graph.initializers:
             return self.graph.initializers[name]
@@ -137,7 +142,7 @@ def add_initializer(graph: ir.Graph, tensor: ir.TensorProtocol) -> ir.Value:
     return value
 
 
-def lazy_tensor(name: str, dtype: ir.DataType, shape: Sequence[int], make: Callable[[], NDArray[Any]]) -> ir.LazyTensor:
+def lazy_tensor(name: str, dtype: ir.DataType, shape: Sequence[int], make: Callable[[], Array]) -> ir.LazyTensor:
     """A tensor whose array is computed whenever it is read."""
     return ir.LazyTensor(lambda: ir.tensor(make(), name=name), dtype, ir.Shape(shape), name=name)
 
@@ -164,7 +169,7 @@ def in_order(inputs: Mapping[str, ir.Value], ports: Collection[str], name: str) 
     return [inputs[port] for port in ports]
 
 
-def fpq_node(op_type: str, inputs: Mapping[str, ir.Value], name: str, like: ir.Node, **choices: Any) -> ir.Node:
+def fpq_node(op_type: str, inputs: Mapping[str, ir.Value], name: str, like: ir.Node, **choices: object) -> ir.Node:
     """A node of the dialect with its format tables, for the place of another one; metadata (layer, kind) is taken from
     `like`. inputs: by the names of the op's row, all of them."""
     row, values = OPS[op_type], attributes(op_type, **choices)
@@ -281,10 +286,10 @@ def only_reader(value: ir.Value) -> ir.Node | None:
     return uses[0].node if len(uses) == 1 and not value.is_graph_output() else None
 
 
-def read_by(value: ir.Value, op_type: str, domain: str = "") -> ir.Node | None:
-    """The one node that reads `value` if it is of that type, else None."""
+def read_by(value: ir.Value, op_type: str) -> ir.Node | None:
+    """The one node that reads `value` if it is of that standard type, else None."""
     node = only_reader(value)
-    return node if is_op(node, op_type, domain) else None
+    return node if is_op(node, op_type) else None
 
 
 def constant(value: ir.Value | None) -> NDArray[Any] | None:
@@ -316,15 +321,15 @@ def name_of(node: ir.Node) -> str:
     return node.name or (result_of(node).name if node.outputs else None) or node.op_type
 
 
-def layer_of(node: ir.Node) -> str:
-    """The quantized linear that a node belongs to, '' for none."""
-    return node.metadata_props.get(LAYER_KEY, "")
+def layer_of(node: ir.Node) -> str | None:
+    """The quantized linear that a node belongs to, if any."""
+    return node.metadata_props.get(LAYER_KEY)
 
 
 def has_role(node: ir.Node | None, *roles: str) -> bool:
     """Is it the node "layer/role" of the quantized linear it belongs to?"""
-    layer = layer_of(node) if node is not None else ""
-    return bool(layer) and node is not None and node.name in {f"{layer}/{role}" for role in roles}
+    layer = layer_of(node) if node is not None else None
+    return layer is not None and node is not None and node.name in {f"{layer}/{role}" for role in roles}
 
 
 def unbalanced(value: ir.Value) -> ir.Value:

@@ -361,7 +361,7 @@ _ROWS = (
 OPS: dict[str, Op] = {row.name: row for row in _ROWS}
 
 
-def attributes(op_name: str, **choices: Any) -> Attributes:
+def attributes(op_name: str, **choices: object) -> Attributes:
     """All attributes of a node of op `op_name`, the format's tables included.
 
     choices: DequantizeWeight and QuantizeWeight take format, in_features, group_size and multipliers (default (1,));

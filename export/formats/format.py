@@ -107,6 +107,11 @@ class Format:
         return int(self.max_value * 2**self.fraction_bits)
 
     @cached_property
+    def largest_integer(self) -> int:
+        """Largest magnitude of all codes' integers (INT4: 8, where kmax is 7)."""
+        return int(np.abs(self.integers).max())
+
+    @cached_property
     def binade_starts(self) -> NDArray[np.float64]:
         """Values at which the rounding step doubles: 2^e for every exponent above the smallest normal one."""
         if self.is_integer:
@@ -149,25 +154,25 @@ def get_format(name: str) -> Format:
     return FORMATS[name]
 
 
-def encode(fmt: Format, x: ArrayLike, saturate: bool = True) -> NDArray[np.uint8]:
+def encode(fmt: Format, x: ArrayLike) -> NDArray[np.uint8]:
     """Nearest code of every number, ties to the even multiple of the local step (= IEEE ties-to-even for M >= 1).
 
-    x: any shape, computed in float64 -> uint8 codes of that shape. Too large numbers become the largest code; with
-    `saturate=False` they become Inf ("ieee") or NaN ("one_nan"). -0 keeps its sign in signed floats; a negative number
-    in an unsigned format becomes 0. NaN needs a format that has NaN, else ValueError.
+    x: any shape, computed in float64 -> uint8 codes of that shape. Too large numbers, and Inf, become the largest code.
+    -0 keeps its sign in signed floats; a negative number in an unsigned format becomes 0. NaN needs a format that has
+    NaN, else ValueError.
     """
     value = np.asarray(x, np.float64)
     if np.isnan(value).any() and not np.isnan(fmt.values).any():
         raise ValueError(f"{fmt.name} has no code for NaN; find where the NaN comes from before quantizing")
-    return (_encode_integer if fmt.is_integer else _encode_float)(fmt, value, saturate)
+    return (_encode_integer if fmt.is_integer else _encode_float)(fmt, value)
 
 
-def _encode_integer(fmt: Format, value: NDArray, saturate: bool) -> NDArray[np.uint8]:
+def _encode_integer(fmt: Format, value: NDArray) -> NDArray[np.uint8]:
     half = 2 ** (fmt.bits - 1)
     return (np.clip(np.rint(value), -half, half - 1).astype(np.int64) % 2**fmt.bits).astype(np.uint8)
 
 
-def _encode_float(fmt: Format, value: NDArray, saturate: bool) -> NDArray[np.uint8]:
+def _encode_float(fmt: Format, value: NDArray) -> NDArray[np.uint8]:
     negative = np.signbit(value)
     magnitude = np.abs(value) if fmt.sign_bits else np.where(negative, 0.0, value)
     bounded = np.minimum(np.nan_to_num(magnitude, nan=0.0, posinf=np.inf), 2 * fmt.max_value)
@@ -175,9 +180,7 @@ def _encode_float(fmt: Format, value: NDArray, saturate: bool) -> NDArray[np.uin
     exponent = np.where(bounded > 0, np.maximum(np.frexp(bounded)[1] - 1, fmt.min_exponent), fmt.min_exponent)
     steps = np.rint(np.ldexp(bounded, fmt.mantissa_bits - exponent)).astype(np.int64)
     code = (exponent - fmt.min_exponent) * 2**fmt.mantissa_bits + steps
-    too_large = code > fmt.max_code
-    overflow = fmt.max_code if saturate or fmt.specials == "none" else fmt.max_code + 1
-    code = np.where(too_large, overflow, code)
+    code = np.minimum(code, fmt.max_code)
     code = np.where(np.isnan(value), 2 ** (fmt.exponent_bits + fmt.mantissa_bits) - 1, code)
     return (code + np.where(negative & (fmt.sign_bits == 1), 2 ** (fmt.bits - 1), 0)).astype(np.uint8)
 

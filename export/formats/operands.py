@@ -19,6 +19,9 @@ from export.formats.format import FORMATS, Format, decode, encode, get_format
 
 # Significand bits (the hidden one included), and exponents of the smallest and largest normal number.
 FLOAT_TYPES = {"FP16": (11, -14, 15), "BF16": (8, -126, 127), "FP32": (24, -126, 127)}
+FP32_BITS = FLOAT_TYPES["FP32"][0]
+# Largest relative error of one rounding to nearest, in float32 and in FP16.
+ROUNDING, HALF_ROUNDING = 2.0**-FP32_BITS, 2.0 ** -FLOAT_TYPES["FP16"][0]
 INT8_MAX, UINT8_MAX, INT16_MAX = 2**7 - 1, 2**8 - 1, 2**15 - 1
 # Types of operands that processors multiply.
 HARDWARE = ("INT8", "E4M3", "FP16")
@@ -68,9 +71,9 @@ def exact_multipliers(name: str, targets: tuple[str, ...] = ("INT8", "E4M3"), km
     return tuple(m for m in allowed if all(embeds(name, target, m) for target in targets))
 
 
-def exact_sum_limit(kmax_a: int, kmax_w: int, accumulator_bits: int = 24) -> int:
-    """Largest K for which a sum of K products stays exact in an accumulator of that many significand bits."""
-    return 2**accumulator_bits // (kmax_a * kmax_w)
+def exact_sum_limit(kmax_a: int, kmax_w: int) -> int:
+    """Largest K for which a sum of K products of such integers stays exact in float32."""
+    return 2**FP32_BITS // (kmax_a * kmax_w)
 
 
 @cache

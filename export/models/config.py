@@ -69,12 +69,12 @@ class EngineConfig(TypedDict):
 def read_config(path: Path, error: type[UserError] = ModelError) -> dict[str, Any]:
     """A model's config.json, its numbers in their bounds. Raises `error`."""
     rules = Rules(error, RULES.remedy)
-    document: Any = read_json(path, Numbers, rules)
+    document: dict[str, Any] = dict(read_json(path, Numbers, rules))
     for key, value in document.items():
         if type(value) in (int, float) and abs(value) > MOST:
             raise error(f"{path}: {key} is {shown(value)}; no number of a model is beyond {MOST}, {rules.remedy}")
     _check_positions(document, path, error)
-    return dict(document)
+    return document
 
 
 def _check_positions(config: Config, path: Path, error: type[UserError]) -> None:
@@ -132,8 +132,8 @@ def unread_keys(config: Config, class_name: str, path: Path, also_read: Collecti
     config: as read from `path`; also_read: keys that are read of every configuration. Raises ModelError naming the
     others that the class does not read.
     """
-    parameters = {*_defaults(class_name), *also_read}
-    older: dict[str, object] = _defaults(OLDER_CLASS) if class_name in SUCCESSORS.values() else {}
+    parameters = {*defaults_of(class_name), *also_read}
+    older: dict[str, object] = defaults_of(OLDER_CLASS) if class_name in SUCCESSORS.values() else {}
     harmless, strange = {}, []
     for key, value in config.items():
         if key in parameters or key in NOTES:
@@ -157,7 +157,7 @@ def unread_keys(config: Config, class_name: str, path: Path, also_read: Collecti
     return harmless
 
 
-def _defaults(class_name: str) -> dict[str, object]:
+def defaults_of(class_name: str) -> dict[str, object]:
     """Parameters of a diffusers class's constructor, with their defaults."""
     import diffusers
 

@@ -26,6 +26,8 @@ Attributes = dict[str, int | bool]
 LAYER_KINDS = ("attn.qkv", "attn.out", "cross.q", "cross.kv", "cross.out", "ff.in", "ff.out", "adaln", "skip", "other")
 # Dimensions of inputs that stay dynamic in an exported model; "height" and "width" are resolved per resolution.
 DYNAMIC = ("batch", "tokens")
+# Inputs that change from step to step; all others are the condition.
+STEP_INPUTS = frozenset({"hidden_states", "timestep"})
 FILLS = ("normal", "timestep", "mask", "aspect", "class", "zeros", "rotary_cos", "rotary_sin", "image_size")
 
 
@@ -98,9 +100,9 @@ class Family:
     attributes: Callable[[Config], Attributes] = lambda config: {}
     ignored: Callable[[Config], frozenset[str]] = lambda config: frozenset()
 
-    def kind_of(self, path: str) -> str:
-        """Layer kind of a linear to quantize; "" if it is kept."""
-        return next((kind for pattern, kind in self.quantized if re.fullmatch(pattern, path)), "")
+    def kind_of(self, path: str) -> str | None:
+        """Layer kind of a linear to quantize; None if it is kept."""
+        return next((kind for pattern, kind in self.quantized if re.fullmatch(pattern, path)), None)
 
     def reason_of(self, path: str) -> str:
         """Why the layer at `path` is kept."""

@@ -24,10 +24,10 @@ def is_float8(tensor: torch.Tensor) -> bool:
     return str(tensor.dtype).removeprefix("torch.") in FLOAT8
 
 
-def weight_of_scale(name: str) -> str:
-    """Name of the weight that a scale belongs to; "" for any other tensor."""
+def weight_of_scale(name: str) -> str | None:
+    """Name of the weight that a scale belongs to; None for any other tensor."""
     match = SCALE.fullmatch(name)
-    return f"{match['layer']}.weight" if match else ""
+    return f"{match['layer']}.weight" if match else None
 
 
 def widened(tensor: torch.Tensor) -> torch.Tensor:
@@ -43,8 +43,8 @@ def scaled(weight: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
     return weight.float() * (scale.float().reshape(-1, 1) if per_channel else scale.float().reshape(()))
 
 
-def scale_problem(weight: torch.Tensor | None, scale: torch.Tensor) -> str:
-    """Why `scale` cannot be applied to `weight` (None if the file has no such tensor), in words; "" if it can."""
+def scale_problem(weight: torch.Tensor | None, scale: torch.Tensor) -> str | None:
+    """Why `scale` cannot be applied to `weight` (None if the file has no such tensor), in words; None if it can."""
     if weight is None:
         return "belongs to no weight of the file"
     if not is_float8(weight) or weight.ndim != 2:
@@ -54,4 +54,4 @@ def scale_problem(weight: torch.Tensor | None, scale: torch.Tensor) -> str:
     if tuple(scale.shape) not in ((), (1,), (1, 1), (weight.shape[0],), (weight.shape[0], 1)):
         return f"has shape {tuple(scale.shape)}, neither one number nor one for each of {weight.shape[0]} channels"
     values = scale.float()
-    return "" if bool((values.isfinite() & (values > 0)).all()) else "is not finite and positive"
+    return None if bool((values.isfinite() & (values > 0)).all()) else "is not finite and positive"

@@ -8,7 +8,6 @@ the type in which an engine stores them, so that the float model, the reference 
 from __future__ import annotations
 
 import hashlib
-import inspect
 import json
 import logging
 import shutil
@@ -16,11 +15,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from export.errors import ModelError
+from export.formats.operands import HALF_ROUNDING
 from export.models.config import FILE as CONFIG
-from export.models.config import OLDER_CLASS, SUCCESSORS, least_parameters, read_config, unread_keys
+from export.models.config import OLDER_CLASS, SUCCESSORS, defaults_of, least_parameters, read_config, unread_keys
 from export.models.description import GENERATION_FILE, Description, sample_inputs
 from export.models.families import FAMILIES, Config, Family
 from export.models.read_weights import Weights, read_weights
@@ -125,6 +125,7 @@ def load(source: str, kept_only: bool = False, variant: str = "", config: str = 
     files.refuse_damaged()
     if not kept_only:
         _refuse_too_few_bytes(least_parameters(values), files, config_path)
+    values = _completed(values, family, config_path)
     module = _build(family, values, config_path, None if kept_only else files)
     if not any(family.kind_of(path) for path, _ in _linears(module)):
         raise ModelError(
@@ -184,7 +185,7 @@ def _read(files: WeightsFiles, config: Config, module: nn.Module, absent: set[st
     return read_weights(files, config, shapes, getattr(getattr(module, "pos_embed", None), "pos_embed", None))
 
 
-def _read_config(path: Path, remedy: str) -> dict[str, Any]:
+def _read_config(path: Path, remedy: str) -> Config:
     if not path.is_file():
         raise ModelError(f"{path.parent} has no {path.name}; {what_instead(path.parent) or remedy}")
     config = read_config(path)
@@ -195,7 +196,10 @@ def _read_config(path: Path, remedy: str) -> dict[str, Any]:
         raise ModelError(
             f"{path}: quantization_config says that the weights are quantized already ({method}); give the float model"
         )
-    return config | {"_class_name": _class_name(config)}
+    name = str(config["_class_name"])
+    if name == OLDER_CLASS:
+        name = SUCCESSORS.get(config.get("norm_type", ""), name)
+    return {**config, "_class_name": name}
 
 
 def _refuse_too_few_bytes(parameters: int, files: WeightsFiles, config: Path) -> None:
@@ -205,12 +209,6 @@ def _refuse_too_few_bytes(parameters: int, files: WeightsFiles, config: Path) ->
             f"{config} asks for {parameters:,} parameters or more, its weights have {files.size_bytes:,} bytes; "
             "config.json and the weights must belong together"
         )
-
-
-def _class_name(config: Config) -> str:
-    """The class that reads this configuration; older folders name one class for PixArt and DiT."""
-    name = str(config["_class_name"])
-    return SUCCESSORS.get(config.get("norm_type", ""), name) if name == OLDER_CLASS else name
 
 
 def _family_of(config: Config, folder: Path) -> tuple[Family, tuple[str, ...]]:
@@ -243,22 +241,28 @@ REFUSALS = (
 NUMBERS = ("in_channels", "patch_size", "sample_size")
 
 
-def _build(family: Family, config: dict[str, Any], path: Path, files: WeightsFiles | None) -> nn.Module:
+def _completed(config: Config, family: Family, path: Path) -> Config:
+    """The configuration with the numbers that it leaves to the class, which must read all of its keys."""
+    unread_keys(config, family.class_name, path, NUMBERS)
+    defaults = defaults_of(family.class_name)
+    numbers = {key: config.get(key, defaults.get(key)) for key in NUMBERS}
+    for key, value in numbers.items():
+        if type(value) is not int:
+            raise ModelError(f"{path}: {key} is {value!r}; {family.class_name} needs a number")
+    return {**config, **numbers}
+
+
+def _build(family: Family, config: Config, path: Path, files: WeightsFiles | None) -> nn.Module:
     """The module without memory for its parameters (on torch's meta device), with its position tables filled in.
 
-    Numbers that `config` leaves to the class are added to it. files: the weights, which must be large enough."""
+    files: the weights, which must be large enough."""
     import diffusers
     import torch
 
     from export.models.torch_modules import set_resolution, use_masked_attention
 
     cls = getattr(diffusers, family.class_name)
-    unread_keys(config, family.class_name, path, NUMBERS)
-    parameters = inspect.signature(cls.__init__).parameters
-    for key in NUMBERS:
-        config.setdefault(key, parameters[key].default if key in parameters else None)
-        if type(config[key]) is not int:
-            raise ModelError(f"{path}: {key} is {config[key]!r}; {family.class_name} needs a number")
+    parameters = defaults_of(family.class_name)
     known = {key: value for key, value in config.items() if key in parameters}
     try:
         with torch.device("meta"):
@@ -354,7 +358,7 @@ def stored_value(key: str, tensor: torch.Tensor) -> torch.Tensor:
     """
     exact = tensor.float()
     rounded = exact.half().float()
-    if bool((rounded - exact).norm() <= 2.0**-11 * exact.norm()):
+    if bool((rounded - exact).norm() <= HALF_ROUNDING * exact.norm()):
         return rounded
     logger.info("%s: does not fit into fp16, kept in fp32", key)
     return exact

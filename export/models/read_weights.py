@@ -10,9 +10,10 @@ import re
 from collections.abc import Container, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 from export.errors import ModelError
+from export.formats.operands import ROUNDING
 from export.models import float8
 from export.models.families import Config
 from export.models.original_layouts import LAYOUTS, MARK, plain_names, translated
@@ -39,7 +40,7 @@ HARMLESS = (
 # The fixed table of positions: harmless where it holds what the class computes by itself.
 POSITIONS = r"pos_embed(\.pos_embed)?"
 # sin and cos of an angle of at most 256 in float32; rounding to the file's type comes on top.
-ANGLE_ERROR = 256 * 2.0**-24
+ANGLE_ERROR = 256 * ROUNDING
 # The block that a tensor belongs to, after the name of its list of blocks.
 BLOCK = r"(.*?blocks\.)\d+\."
 # Biases of attention; of a model that has them by config.json, such a name is wrong for another reason.
@@ -122,7 +123,7 @@ def read_weights(
     keys = {row.key for row in stored.values()}
     for name, row in list(named.items()):
         if name not in expected:
-            if not (why := _harmless(name, row, positions, keys)):
+            if (why := _harmless(name, row, positions, keys)) is None:
                 _refuse(name, named, expected, config)
             ignored[row.key] = why
             del named[name]
@@ -208,8 +209,8 @@ def _refuse_lost_scales(stored: Mapping[str, Stored], weights: Mapping[str, Stor
 # --- what the class does not take ----------------------------------------------------------------------------------
 
 
-def _harmless(name: str, row: Stored, positions: torch.Tensor | None, keys: Container[str]) -> str:
-    """Why the tensor does not matter beside the others, `keys`; "" if it may. Raises ModelError for a table of
+def _harmless(name: str, row: Stored, positions: torch.Tensor | None, keys: Container[str]) -> str | None:
+    """Why the tensor does not matter beside the others, `keys`; None if it may. Raises ModelError for a table of
     positions that is another."""
     if re.fullmatch(POSITIONS, name) and positions is not None:
         if not _same_table(row.tensor, positions):
@@ -219,8 +220,8 @@ def _harmless(name: str, row: Stored, positions: torch.Tensor | None, keys: Cont
                 "in it, or remove the tensor if the model's own code computes the table anew"
             )
         return "the table of positions that config.json makes"
-    why = next((why for pattern, why in HARMLESS if re.fullmatch(pattern, name)), "")
-    return "" if why == OF_A_RANGE and f"{row.key.rpartition('.')[0]}.weight" not in keys else why
+    why = next((why for pattern, why in HARMLESS if re.fullmatch(pattern, name)), None)
+    return None if why == OF_A_RANGE and f"{row.key.rpartition('.')[0]}.weight" not in keys else why
 
 
 def _same_table(tensor: torch.Tensor, table: torch.Tensor) -> bool:
@@ -233,7 +234,9 @@ def _same_table(tensor: torch.Tensor, table: torch.Tensor) -> bool:
     return bool(((tensor.float().reshape(table.shape) - table).abs() <= limit).all())
 
 
-def _refuse(name: str, named: Mapping[str, Stored], expected: Mapping[str, tuple[int, ...]], config: Config) -> None:
+def _refuse(
+    name: str, named: Mapping[str, Stored], expected: Mapping[str, tuple[int, ...]], config: Config
+) -> NoReturn:
     """Raise ModelError for the tensor of `named` without a use that says most of what is wrong."""
     others = [other for other in named if other not in expected]
     prefixes = _prefixes(others, expected)

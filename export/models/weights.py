@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 from safetensors import SafetensorError, safe_open
 from typing_extensions import TypedDict
 
-from export.documents import Rules, open_file, read_json
+from export.documents import Rules, open_file, read_json, sha256
 from export.errors import ModelError
 from export.names import inside
 
@@ -47,7 +47,6 @@ NO_PICKLE = (
     "model.save_pretrained(folder, safe_serialization=True), or safetensors.torch.save_file(state_dict, path)"
 )
 REFETCH = "copy or download the file again"
-CHUNK_BYTES = 1 << 22
 
 
 class Index(TypedDict):
@@ -70,7 +69,7 @@ class WeightsFiles:
 
     def sha256(self) -> str:
         """sha256 of the file; for shards, of the lines "name sha256" in order of names."""
-        digests = {name: file_sha256(self.folder / name) for name in self.names}
+        digests = {name: sha256(self.folder / name, ModelError, REFETCH) for name in self.names}
         if len(digests) == 1:
             return next(iter(digests.values()))
         lines = "".join(f"{name} {digests[name]}\n" for name in sorted(digests))
@@ -151,8 +150,8 @@ def _variants(folder: Path) -> list[str]:
     return sorted({match[1] for match in matches if match})
 
 
-def what_instead(folder: Path) -> str:
-    """What a folder without a model that can be read holds instead, with the remedy; "" if nothing of a known kind."""
+def what_instead(folder: Path) -> str | None:
+    """What a folder without a model that can be read holds instead, with the remedy; None if nothing known."""
     names = sorted(path.name for path in folder.iterdir() if path.is_file()) if folder.is_dir() else []
     for names_of_kind, text in (
         ([name for name in names if name in ADAPTER_FILES], f"is an adapter, not a model; {MERGE}"),
@@ -161,7 +160,7 @@ def what_instead(folder: Path) -> str:
     ):
         if names_of_kind:
             return f"{folder / names_of_kind[0]} {text}"
-    return ""
+    return None
 
 
 def weights_file(path: Path) -> WeightsFiles:
@@ -186,12 +185,3 @@ def _sharded(folder: Path, index_name: str) -> WeightsFiles:
         if not (folder / name).is_file():
             raise ModelError(f"{folder / name}: this shard is missing; {REFETCH}")
     return WeightsFiles(folder, names, shard_of)
-
-
-def file_sha256(path: Path) -> str:
-    """Hex sha256 of a file, streamed."""
-    digest = hashlib.sha256()
-    with open_file(path, ModelError, REFETCH) as file:
-        while chunk := file.read(CHUNK_BYTES):
-            digest.update(chunk)
-    return digest.hexdigest()

@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from export.models.description import Description, sample_inputs
+from export.models.families import STEP_INPUTS
 from pipeline.backends.base import Arrays
 from pipeline.generate.conditioning import GENERATION_FILE, Conditioning, Generation, load_generation
 from pipeline.generate.sampling import make_sampler, sample, take_samples
@@ -93,7 +94,7 @@ def is_large(model: LoadedModel) -> bool:
 
 
 def _conditioning(inputs: Arrays) -> Arrays:
-    return {name: value for name, value in inputs.items() if name not in ("hidden_states", "timestep")}
+    return {name: value for name, value in inputs.items() if name not in STEP_INPUTS}
 
 
 def example_prompts(generation: Generation, count: int, seed: int) -> list[str]:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from export.errors import EnvironmentLacksError, RecipeError
+from export.models.config import OLDER_CLASS
 from export.models.families import FAMILIES
 from pipeline import machine
 from pipeline.generate.draw import BATCH_SIZE, DrawRequest, Pictures
@@ -15,9 +16,6 @@ from pipeline.generate.pipeline_folder import INDEX, drawing, open_pipeline, pip
 
 if TYPE_CHECKING:
     from pipeline.bundle.bundle import Bundle
-
-# Older folders name one class for PixArt and DiT.
-LEGACY_CLASS = "Transformer2DModel"
 
 
 def draw_latent(bundle: Bundle, request: DrawRequest, source: str | None = None) -> Pictures:
@@ -55,7 +53,7 @@ def _refuse_other_class(root: str, family: str) -> None:
     row = read_index(Path(root) / INDEX).get("transformer")
     known = FAMILIES.get(family)
     class_name = row[1] if isinstance(row, list) and len(row) == 2 else None
-    if known and class_name not in (known.class_name, LEGACY_CLASS):
+    if known and class_name not in (known.class_name, OLDER_CLASS):
         rule = f"the engine is one of {known.class_name}"
         raise RecipeError(f"{root}: its transformer is {class_name or 'absent'}, {rule}; give the pipeline it is from")
 

@@ -9,10 +9,9 @@ from dataclasses import dataclass
 import onnx_ir as ir
 
 from export.dialect.graph import attribute, drop_unused, inputs_of, is_op, result_of
+from export.models.families import STEP_INPUTS
 
 logger = logging.getLogger(__name__)
-# Inputs that change from step to step; all others are the condition.
-STEP_INPUTS = frozenset({"hidden_states", "timestep"})
 # Without one of these in the first part a split saves nothing worth a second graph.
 PRODUCTS = frozenset({"MatMul", "Gemm", "MatMulInteger", "MatMulIntegerToFloat", "PackedGemm", "Conv"})
 

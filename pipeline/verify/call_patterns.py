@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Generic, TypeVar
 
 import numpy as np
 
+from export.models.families import STEP_INPUTS
 from pipeline.distance import Array
 
 if TYPE_CHECKING:
@@ -85,7 +86,7 @@ def traits_of(
     """Of sample `place` of a call with these inputs."""
     batch = len(inputs["hidden_states"])
     with_rows = {name: array for name, array in inputs.items() if array.ndim and len(array) == batch}
-    condition = {name: array for name, array in with_rows.items() if name not in ("hidden_states", "timestep")}
+    condition = {name: array for name, array in with_rows.items() if name not in STEP_INPUTS}
     captions = [array.shape[1] for array in condition.values() if array.ndim == 3]
     of_masks = [array for name, array in condition.items() if "mask" in name]
     seen = [float(np.mean(array[place] != 0)) for array in of_masks]  # shares of the tokens

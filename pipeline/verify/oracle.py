@@ -17,11 +17,9 @@ from numpy.typing import NDArray
 from export.checkpoint import QuantizedLinear
 from export.dialect.reference import ABSMAX_FLOOR
 from export.formats.format import Format, encode, get_format, to_integers
+from export.formats.operands import HALF_ROUNDING, ROUNDING
 from pipeline.distance import Array
 
-# Largest relative error of one float32 operation (round to nearest), and of one in FP16.
-ROUNDING = 2.0**-24
-HALF_ROUNDING = 2.0**-11
 # Float32 operations between x and the number that is rounded to the grid, in the longest form a lowering may use:
 # scale = absmax / max_value, inverse = 1 / scale, x * inverse, and one rescaling that is not a power of two.
 QUOTIENT_ROUNDINGS = 4

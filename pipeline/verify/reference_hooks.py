@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
+from export.formats.operands import ROUNDING
 from pipeline.backends.base import LARGE_ELEMENTS, Arithmetic
 from pipeline.distance import ratio_db
-from pipeline.verify.oracle import ROUNDING
 
 if TYPE_CHECKING:
     import torch

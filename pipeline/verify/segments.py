@@ -19,9 +19,10 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from export.errors import ContractError
+from export.formats.operands import HALF_ROUNDING, ROUNDING
 from pipeline.backends.base import Arithmetic, Arrays
 from pipeline.distance import Array
-from pipeline.verify.oracle import HALF_ROUNDING, ROUNDING, LinearProbe, ratio
+from pipeline.verify.oracle import LinearProbe, ratio
 from pipeline.verify.reference_hooks import ARITHMETICS, operations_jittered
 from pipeline.verify.report import SegmentResult
 from pipeline.verify.walk import Stop, Walk, stopping_module, tensors_of

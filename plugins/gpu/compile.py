@@ -26,8 +26,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from export.cache_folder import cache_folder
+from export.documents import whole_file
 from export.errors import ContractError, EnvironmentLacksError
 from plugins.gpu.table import Kernel, Spec, Tile, launch_options
+from plugins.gpu.tiles import WARP
 
 if TYPE_CHECKING:
     from triton.compiler import CompiledKernel
@@ -157,17 +159,10 @@ def read_entry(key: str) -> Any | None:
 
 
 def write_entry(key: str, value: object) -> None:
-    """Write an entry beside its place and rename it, so that no reader ever sees a part of it."""
-    kernels_folder().mkdir(parents=True, exist_ok=True)
+    """Write an entry. Not synced: the digest tells what a crash cut off."""
     body = json.dumps(value).encode()
-    with tempfile.NamedTemporaryFile(dir=kernels_folder(), prefix=f".{key}-", delete=False) as file:
-        try:
-            file.write(hashlib.sha256(body).hexdigest().encode() + b"\n" + body)
-            file.flush()
-            os.fsync(file.fileno())
-            os.replace(file.name, kernels_folder() / key)
-        finally:
-            Path(file.name).unlink(missing_ok=True)  # there only if something failed
+    with whole_file(kernels_folder() / key, shared=True) as part:
+        part.write_bytes(hashlib.sha256(body).hexdigest().encode() + b"\n" + body)
 
 
 def _key(request: Request) -> str:
@@ -240,7 +235,7 @@ def _compile(request: Request) -> Compiled:
     with triton.knobs.compilation.scope():
         # Line numbers, and the PTX that they refer to, would be three quarters of the machine code's bytes.
         triton.knobs.compilation.disable_line_info = True
-        built = triton.compile(source, target=GPUTarget("cuda", request.sm, 32), options=launch_options(request.tile))
+        built = triton.compile(source, target=GPUTarget("cuda", request.sm, WARP), options=launch_options(request.tile))
     compiled = _described(built, request)
     stored = {one.name: getattr(compiled, one.name) for one in fields(compiled)}
     write_entry(_key(request), stored | {"cubin": base64.b64encode(compiled.cubin).decode()})

@@ -15,20 +15,13 @@ from typing import TYPE_CHECKING
 
 from export.errors import ContractError, EnvironmentLacksError
 from plugins.gpu import tiles
-from plugins.gpu.spec import Before, GemmSpec, PackSpec, QuantizeSpec
-from plugins.gpu.table import Kernel, Spec, Tile, kernel, launch_options, resolved, run_time_sizes
+from plugins.gpu.spec import GemmSpec, PackSpec, QuantizeSpec
+from plugins.gpu.table import QUANTIZER_OF, Kernel, Spec, Tile, kernel, launch_options, resolved, run_time_sizes
 from plugins.gpu.tiles import INTERPRETED
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
-
-HEURISTICS = {"packed_gemm": tiles.packed_tile, "expanded_gemm": tiles.expanded_tile}
-KERNEL_OF: dict[Before, str] = {
-    "none": "quantize",
-    "gelu": "gelu_quantize",
-    "norm_modulate": "norm_modulate_quantize",
-}
 
 
 def packed_gemm(
@@ -42,7 +35,7 @@ def packed_gemm(
 ) -> Tensor:
     """y [M, N] as GemmSpec says, weights packed u8 [N, K / 2].
 
-    tile, sm: what to run instead of HEURISTICS' choice for the tensors' GPU. expand_first: whether the weight is
+    tile, sm: what to run instead of the heuristics' choice for the tensors' GPU. expand_first: whether the weight is
     expanded for this call (N x K bytes until it ends) or decoded in registers; without: registers for a given tile,
     else what `tiles.expands_first` says.
     """
@@ -87,7 +80,7 @@ def _gemm(
     if m == 0:
         return y
     sm = sm_of(a) if sm is None else sm
-    tile = tile or HEURISTICS[name](spec, m, sm, may_split=True)
+    tile = tile or tiles.gemm_tile(name, spec, m, sm, may_split=True)
     if tile.splits == 1:
         run(row, spec, tile, m, sm, arguments)
         return y
@@ -104,7 +97,7 @@ def quantize(
 
     tile: the heuristics' choice unless given.
     """
-    row = kernel(KERNEL_OF[spec.before])
+    row = kernel(QUANTIZER_OF[spec.before])
     return launched(row, spec, by_name(row, tensors, named), tokens, tile)
 
 
@@ -116,7 +109,7 @@ def pack(*tensors: Tensor, **named: Tensor | None) -> Tensor:
 
 
 def expand(spec: GemmSpec, *tensors: Tensor, **named: Tensor | None) -> Tensor:
-    """w u8 [N, K / 2] -> expanded u8 [N, K]: INT8 or E4M3 bytes of value * multiplier * 2^weight_exponent."""
+    """w u8 [N, K / 2] -> expanded u8 [N, K]: INT8 or E4M3 bytes of value * multiplier * 2^spec.byte_exponent."""
     row = kernel("expand")
     return launched(row, spec, by_name(row, tensors, named))[0]
 

@@ -23,9 +23,9 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
+from export.formats.operands import FP32_BITS
 from plugins.gpu.spec import GemmSpec
 
-FP32_BITS = 24
 SHORT_BITS = 14
 SHORT_ACCUMULATORS = (89, 90)
 # Root mean square of a row over its largest magnitude: 1152 to 4608 normal numbers reach 3.3 to 3.6 deviations.
@@ -50,10 +50,8 @@ def accumulator_bits(fp8: bool, architecture: int) -> int:
 
 def largest_product(spec: GemmSpec, with_multipliers: bool) -> int:
     """kmax_a * kmax_w; lowest integers (INT4: -8) included."""
-    a, w = spec.activation_format, spec.weight_format
-    largest_a = max(a.kmax, int(-a.integers.min()))
-    largest_w = max(w.kmax, int(-w.integers.min()))
-    return largest_a * largest_w * (max(spec.multipliers) if with_multipliers else 1)
+    largest = spec.activation_format.largest_integer * spec.weight_format.largest_integer
+    return largest * (max(spec.multipliers) if with_multipliers else 1)
 
 
 def usual_sum(product: int, count: int) -> float:

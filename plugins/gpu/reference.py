@@ -68,7 +68,7 @@ def _after_sum(
 def expanded_values(spec: GemmSpec, w: Array) -> Array:
     """What `expand` gives -> value times multiplier, float64 [N, K]."""
     numbers = w.view(np.int8).astype(np.float64) if spec.multiplies_integers else decode(get_format("E4M3"), w)
-    return numbers * 2.0**-spec.weight_exponent
+    return numbers * 2.0**-spec.byte_exponent
 
 
 @cache
@@ -85,12 +85,12 @@ def pack(spec: PackSpec, codes: Array, rows: int = 0) -> tuple[Array]:
 
 
 def expand(spec: GemmSpec, w: Array, multiplier_codes: Array | None = None, rows: int = 0) -> tuple[Array]:
-    """w u8 [N, K / 2] -> u8 [N, K]: INT8 or E4M3 bytes of value * multiplier * 2^spec.weight_exponent."""
+    """w u8 [N, K / 2] -> u8 [N, K]: INT8 or E4M3 bytes of value * multiplier * 2^spec.byte_exponent."""
     multipliers = np.asarray(spec.multipliers, np.float64)
     value = decode(spec.weight_format, unpack(w, 4, spec.in_features)).reshape(len(w), spec.groups, -1)
     if multiplier_codes is not None:
         value = value * multipliers[unpack(multiplier_codes, 4, spec.groups)][..., None]
-    numbers = value.reshape(len(w), -1) * 2.0**spec.weight_exponent
+    numbers = value.reshape(len(w), -1) * 2.0**spec.byte_exponent
     if spec.multiplies_integers:
         return (numbers.astype(np.int8).view(np.uint8),)
     return (encode(get_format("E4M3"), numbers),)

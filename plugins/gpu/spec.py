@@ -74,7 +74,7 @@ def operand_bytes(name: str, integers: bool = False) -> NDArray[np.uint8]:
 Epilogue = Literal["none", "gate_residual"]
 FloatType = Literal["fp16", "bf16", "fp32"]
 Before = Literal["none", "gelu", "norm_modulate"]
-EPILOGUES, FLOAT_TYPES, BEFORE = get_args(Epilogue), get_args(FloatType), get_args(Before)
+EPILOGUES, FLOATS, BEFORE = get_args(Epilogue), get_args(FloatType), get_args(Before)
 # Epilogue -> tiles of outputs that a program holds for it beside the sum.
 HELD_TILES: dict[Epilogue, int] = {"none": 0, "gate_residual": 2}
 
@@ -140,7 +140,7 @@ class GemmSpec:
         _check(1 <= len(self.multipliers) <= 16, f"{len(self.multipliers)} multipliers; a nibble indexes 1 to 16")
         _check(not (self.real_groups and self.group_size == 0), "real_groups needs a group_size")
         _check(self.epilogue in EPILOGUES, f"epilogue {self.epilogue!r}; use one of {EPILOGUES}")
-        _check(self.output in FLOAT_TYPES, f"output {self.output!r}; use one of {FLOAT_TYPES}")
+        _check(self.output in FLOATS, f"output {self.output!r}; use one of {FLOATS}")
         operand_of(self.activation, self.integers)
         if self.integers and not self.multiplies_integers:
             raise RecipeError(
@@ -170,12 +170,12 @@ class GemmSpec:
     def multiplies_integers(self) -> bool:
         """Whether INT8 tensor cores multiply: both operands fit INT8 and no sum leaves INT32."""
         a, w = self.activation_format, self.weight_format
-        largest = max(w.kmax, int(-w.integers.min())) * max(self.multipliers)
-        sums_fit = self.in_features * max(a.kmax, int(-a.integers.min())) * largest < 2**31
+        largest = w.largest_integer * max(self.multipliers)
+        sums_fit = self.in_features * a.largest_integer * largest < 2**31
         return self.operand.kind == INT8 and largest <= INT8_MAX and sums_fit
 
     @property
-    def weight_exponent(self) -> int:
+    def byte_exponent(self) -> int:
         """e of the bytes of expanded weights, INT8 with `multiplies_integers`, else E4M3: value * multiplier * 2^e."""
         fmt = self.weight_format
         if self.multiplies_integers:
@@ -243,7 +243,7 @@ class QuantizeSpec:
         operand_of(self.format, self.integers)
         _check(self.channels > 0, f"channels {self.channels} must be positive")
         _check(self.before in BEFORE, f"before {self.before!r} is no step of a quantizer")
-        _check(self.input in FLOAT_TYPES, f"input {self.input!r}; use one of {FLOAT_TYPES}")
+        _check(self.input in FLOATS, f"input {self.input!r}; use one of {FLOATS}")
         _check(self.epsilon >= 0, f"epsilon {self.epsilon} must not be negative")
         _check(not self.static or self.before != "norm_modulate", "a quantizer behind a norm has a scale per token")
 

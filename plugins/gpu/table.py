@@ -9,10 +9,12 @@ from __future__ import annotations
 import importlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING, Literal, Protocol
 
+from export.errors import ContractError
 from plugins.gpu import reference, tiles
-from plugins.gpu.spec import Epilogue, GemmSpec, PackSpec, QuantizeSpec
+from plugins.gpu.spec import Before, Epilogue, GemmSpec, PackSpec, QuantizeSpec
 
 if TYPE_CHECKING:
     from triton.runtime.jit import JITFunction
@@ -125,6 +127,9 @@ class Kernel:
     def __hash__(self) -> int:
         return hash(self.name)  # of all arguments it would cost every launch some microseconds
 
+    def __reduce__(self) -> tuple[Callable[[str], Kernel], tuple[str]]:
+        return kernel, (self.name,)  # in another process it is that process's row
+
     def function(self) -> JITFunction:
         """The @triton.jit function; imports triton."""
         return getattr(importlib.import_module(f"plugins.gpu.{self.module}"), self.name)
@@ -205,7 +210,7 @@ _PACKED_GEMM = Kernel(
     spec=GemmSpec,
     arguments=(_A, _A_SCALE, _W, _W_SCALES, _MULTIPLIER_CODES, *_AFTER_SUM),
     reference=reference.packed_gemm,
-    tile=tiles.packed_tile,
+    tile=partial(tiles.gemm_tile, tiles.PACKED),
     constants=tiles.packed_constants,
     grid=tiles.gemm_grid,
     plugin="PackedGemm",
@@ -239,7 +244,7 @@ KERNELS: tuple[Kernel, ...] = (
         name="expanded_gemm",
         arguments=(_A, _A_SCALE, _EXPANDED, _W_SCALES, *_AFTER_SUM),
         reference=reference.expanded_gemm,
-        tile=tiles.expanded_tile,
+        tile=partial(tiles.gemm_tile, tiles.EXPANDED),
         constants=tiles.gemm_constants,
         plugin=None,
     ),
@@ -287,6 +292,14 @@ KERNELS: tuple[Kernel, ...] = (
 )
 
 
+# What a quantizer does first -> its kernel.
+QUANTIZER_OF: dict[Before, str] = {
+    "none": "quantize",
+    "gelu": "gelu_quantize",
+    "norm_modulate": "norm_modulate_quantize",
+}
+
+
 def gemm_inputs(epilogue: Epilogue) -> tuple[str, ...]:
     """Names of what a GEMM of packed weights reads: with multipliers and this epilogue, without a zero point."""
     spec = GemmSpec("E2M3", "E2M1", 64, 64, 32, (1, 2), epilogue=epilogue)
@@ -294,8 +307,8 @@ def gemm_inputs(epilogue: Epilogue) -> tuple[str, ...]:
 
 
 def kernel(name: str) -> Kernel:
-    """The row called `name`; KeyError for an unknown one."""
+    """The row called `name`. Raises ContractError for a name that this version does not have."""
     for row in KERNELS:
         if row.name == name:
             return row
-    raise KeyError(name)
+    raise ContractError(f"kernel {name!r} is not in the table of kernels; build the engine again with this version")

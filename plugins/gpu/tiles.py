@@ -14,14 +14,17 @@ from typing import Literal, NamedTuple
 from export.dialect.reference import ABSMAX_FLOOR
 from export.errors import ContractError, RecipeError
 from export.formats.format import get_format
+from export.formats.operands import FLOAT_TYPES, FP32_BITS
 from plugins.gpu.promotion import promotion_of
 from plugins.gpu.spec import E4M3, HELD_TILES, INT8, GemmSpec, PackSpec, QuantizeSpec, operand_of
 from plugins.gpu.tile_table import INSTRUCTIONS, MACHINES, PROMOTED, TABLE, Products, Tile
 
 Constants = dict[str, object]  # compile-time arguments by name
+PACKED, EXPANDED = "packed_gemm", "expanded_gemm"  # kernels of the table
 # Where tensor cores multiply FP8; below, and for operands that are no E4M3 bytes, FP16.
 FIRST_FP8 = 89
 INTERPRETED = 0
+WARP = 32  # threads
 LEAST_SCALED_STEP = 64
 LEAST_STEP: dict[Products, int] = {"fp8": 32, "int8": 32, "fp16": 16}  # products of one instruction
 SPLITS = (1, 2, 3, 4, 6, 8)
@@ -80,26 +83,21 @@ def scales_sums(spec: GemmSpec, step: int, sm: int) -> bool:
     multiplying weights takes the FP8 operand to FP16 and back; and it promotes the sum besides. In shorter steps than
     LEAST_SCALED_STEP the additions would outnumber what they save.
     """
-    groups = spec.has_multipliers and not spec.real_groups and spec.group_size > 0
-    return groups and step >= LEAST_SCALED_STEP and spec.group_size % step == 0 and product_type(spec, sm) == "fp8"
+    has_groups = spec.has_multipliers and not spec.real_groups and spec.group_size > 0
+    return has_groups and step >= LEAST_SCALED_STEP and spec.group_size % step == 0 and product_type(spec, sm) == "fp8"
 
 
 # --- the choice ------------------------------------------------------------------------------------------------------
 
 
 @lru_cache(4096)
-def packed_tile(spec: GemmSpec, rows: int, sm: int, *, may_split: bool = False) -> Tile:
-    """The tile of packed_gemm for `rows` tokens (M) on compute capability `sm` (0: interpreted).
+def gemm_tile(kernel: str, spec: GemmSpec, rows: int, sm: int, *, may_split: bool = False) -> Tile:
+    """The tile of `kernel`, "packed_gemm" or "expanded_gemm", for `rows` tokens (M) on compute capability `sm` (0:
+    interpreted).
 
     may_split: whether the sum may be split among programs and added by a second kernel.
     """
-    return _cheapest(spec, rows, sm, _packed_steps(spec, sm), may_split)[1]
-
-
-@lru_cache(4096)
-def expanded_tile(spec: GemmSpec, rows: int, sm: int, *, may_split: bool = False) -> Tile:
-    """The tile of expanded_gemm, as packed_tile."""
-    return _cheapest(spec, rows, sm, _expanded_steps(spec, sm), may_split)[1]
+    return _cheapest(kernel, spec, rows, sm, may_split)[1]
 
 
 @lru_cache(4096)
@@ -108,20 +106,17 @@ def expands_first(spec: GemmSpec, rows: int, sm: int) -> bool:
 
     A tile decodes its weights anew for every tile of tokens; with many tokens one pass over the weight is cheaper.
     """
-    packed = _cheapest(spec, rows, sm, _packed_steps(spec, sm), may_split=True)[0]
-    expanded = _cheapest(spec, rows, sm, _expanded_steps(spec, sm), may_split=True)[0]
+    packed, expanded = (_cheapest(kernel, spec, rows, sm, may_split=True)[0] for kernel in (PACKED, EXPANDED))
     moved_bytes = 1.5 * spec.in_features * spec.out_features
     return expanded + moved_bytes / MACHINES[architecture(sm)].bytes_per_clock + KERNEL_CLOCKS < packed
 
 
-def _packed_steps(spec: GemmSpec, sm: int) -> tuple[tuple[Tile, float], ...]:
+def _candidates(kernel: str, spec: GemmSpec, sm: int) -> tuple[tuple[Tile, float], ...]:
+    if kernel == EXPANDED:
+        return _steps(spec, sm, "by_group" if spec.real_groups else "bytes")
     by_group = _steps(spec, sm, "by_group") if spec.group_size else ()
     grouped = spec.real_groups or any(scales_sums(spec, tile.k, sm) for tile, _ in by_group)
     return by_group if grouped else _steps(spec, sm, "plain")
-
-
-def _expanded_steps(spec: GemmSpec, sm: int) -> tuple[tuple[Tile, float], ...]:
-    return _steps(spec, sm, "by_group" if spec.real_groups else "bytes")
 
 
 def _steps(spec: GemmSpec, sm: int, kind: Literal["plain", "by_group", "bytes"]) -> tuple[tuple[Tile, float], ...]:
@@ -141,17 +136,15 @@ def _steps(spec: GemmSpec, sm: int, kind: Literal["plain", "by_group", "bytes"])
     return tuple(
         (replace(tile, k=max(min(tile.k, longest), LEAST_STEP[products])), share)
         for tile, share in rows
-        if tile.m * tile.n <= most * 32 * tile.num_warps
+        if tile.m * tile.n <= most * WARP * tile.num_warps
     )
 
 
-def _cheapest(
-    spec: GemmSpec, rows: int, sm: int, candidates: tuple[tuple[Tile, float], ...], may_split: bool
-) -> tuple[float, Tile]:
+def _cheapest(kernel: str, spec: GemmSpec, rows: int, sm: int, may_split: bool) -> tuple[float, Tile]:
     """The tile of the fewest clocks, and those."""
     options = [
         (clocks(spec, rows, sm, split, share) * (1 if split.splits == 1 else SPLIT_MARGIN), split)
-        for tile, share in candidates
+        for tile, share in _candidates(kernel, spec, sm)
         for split in (replace(tile, splits=splits) for splits in SPLITS)
         if split.splits == 1 or (may_split and _steps_of(spec, tile) >= LEAST_STEPS_OF_A_SPLIT * split.splits)
     ]
@@ -199,7 +192,7 @@ class ReduceTile:
 
 def reduce_tile(spec: GemmSpec, rows: int, sm: int) -> ReduceTile:
     """The tile of reduce_splits after the packed_gemm that the heuristics choose."""
-    return ReduceTile(packed_tile(spec, rows, sm, may_split=True).splits)
+    return ReduceTile(gemm_tile(PACKED, spec, rows, sm, may_split=True).splits)
 
 
 def reduce_grid(spec: GemmSpec, tile: ReduceTile, rows: int) -> tuple[int, int, int]:
@@ -336,7 +329,7 @@ def gemm_operands(spec: GemmSpec, tile: Tile, sm: int, *, by_group: bool = False
         A_SHIFT=shift,
         FACTOR="multiplier" if by_group else "scale" if spec.real_groups else "none",
         PROMOTE=min(promotion.every, tile.k),
-        UNIT=2.0 ** -(exponent + spec.weight_exponent - (8 if products == "fp16" else 0)),
+        UNIT=2.0 ** -(exponent + spec.byte_exponent - (8 if products == "fp16" else 0)),
     )
 
 
@@ -388,7 +381,6 @@ def expand_constants(spec: GemmSpec, tile: BandTile, sm: int) -> Constants:
 #   21 rows of 1152 numbers, 48 KB.
 # - Few rows: more warps for each, until 16 work on every multiprocessor; below 8 numbers a thread loads would shrink.
 MAX_WARPS = 16
-WARP = 32
 # Numbers of a row that a thread holds. More than the largest would not leave room for a row, its shift and its scale in
 # float32 below 255 registers, and fewer rows would be in flight; fewer than the least load less than 16 bytes at once.
 MOST_A_THREAD, LEAST_A_THREAD = 48, 8
@@ -457,8 +449,7 @@ def row_grid(spec: QuantizeSpec, tile: RowTile, rows: int) -> tuple[int, int, in
     return (rows, 1, 1)
 
 
-FP32_MANTISSA_BITS = 23
-FP32_MIN_EXPONENT = -126
+FP32_MANTISSA_BITS, FP32_MIN_EXPONENT = FP32_BITS - 1, FLOAT_TYPES["FP32"][1]
 HAS_E4M3_CONVERSION = 89  # first compute capability with cvt.e4m3x2 (PTX ISA, cvt)
 
 

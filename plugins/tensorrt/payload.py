@@ -14,16 +14,16 @@ import logging
 import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 from export.errors import ContractError, EnvironmentLacksError
 from plugins.gpu import compile
 from plugins.gpu.compile import SHARED_KIB, TARGETS, Compiled, Request, compile_kernels
 from plugins.gpu.table import KERNELS, Kernel, Spec, Tile, kernel
+from plugins.gpu.tiles import WARP
 
 logger = logging.getLogger(__name__)
 Form = Literal["cubin", "ptx"]
-WARP = 32
 SCHEMA_VERSION = 1
 # What one plugin's text may unpack to: a damaged or hostile one must not fill the memory.
 LARGEST_BYTES = 2**28
@@ -44,7 +44,7 @@ class Variant:
 
     sm: int
     rows: int
-    tile: Mapping[str, Any]
+    tile: Mapping[str, int]
     entry: str
     types: tuple[str, ...]
     threads: int
@@ -85,7 +85,7 @@ class Payload:
 
     @property
     def row(self) -> Kernel:
-        return kernel_row(self.kernel)
+        return kernel(self.kernel)
 
     @property
     def sms(self) -> tuple[int, ...]:
@@ -116,15 +116,6 @@ def _plain(variant: Variant) -> dict[str, object]:
     return {**asdict(variant), "code": base64.b64encode(variant.code).decode()}
 
 
-def kernel_row(name: str) -> Kernel:
-    """Row of the kernel table. Raises ContractError for a name that this version does not have."""
-    try:
-        return kernel(name)
-    except KeyError as error:
-        message = f"kernel {name!r} is not in the table of kernels; build the engine again with this version"
-        raise ContractError(message) from error
-
-
 def from_text(text: str) -> Payload:
     """Inverse of `Payload.to_text`; code that the text carries is there for others from now on.
 
@@ -138,7 +129,7 @@ def from_text(text: str) -> Payload:
         document = json.loads(plain)
         if document["schema"] != SCHEMA_VERSION:
             raise ValueError(f"schema {document['schema']}, this version reads {SCHEMA_VERSION}")
-        spec = kernel_row(document["kernel"]).spec(**_tuples(document["spec"]))
+        spec = kernel(document["kernel"]).spec(**_tuples(document["spec"]))
         payload = Payload(
             document["kernel"], spec, tuple(_variant(row) for row in document["variants"]), document["code"]
         )
@@ -168,19 +159,19 @@ def compile_problems(sms: Sequence[int]) -> list[str]:
     return [*problems, *compile.problems()]
 
 
-def compile_payload(kernel: str, spec: Spec, rows: Sequence[int], sms: Sequence[int], form: Form = "cubin") -> Payload:
+def compile_payload(name: str, spec: Spec, rows: Sequence[int], sms: Sequence[int], form: Form = "cubin") -> Payload:
     """The kernel for every GPU of `sms` and every tile that its heuristics choose for `rows`.
 
     form: machine code, which runs on that very GPU, or PTX. Raises EnvironmentLacksError without a usable triton,
     ContractError where a spec fits no kernel or the machine code cannot run.
     """
-    row = kernel_row(kernel)
+    row = kernel(name)
     chosen = [(sm, most, tile) for sm in sms for most, tile in _tiles(row, spec, rows, sm)]
     codes = compile_kernels([Request(row, spec, sm, tile) for sm, _, tile in chosen])
     variants = (
         _compiled_variant(sm, most, tile, code, form) for (sm, most, tile), code in zip(chosen, codes, strict=True)
     )
-    return Payload(kernel, spec, tuple(variants))
+    return Payload(name, spec, tuple(variants))
 
 
 def _tiles(row: Kernel, spec: Spec, rows: Sequence[int], sm: int) -> list[tuple[int, Tile]]:
@@ -202,4 +193,4 @@ def _compiled_variant(sm: int, rows: int, tile: Tile, code: Compiled, form: Form
         logger.warning("%s", problem)
     types = tuple(kind for _, kind in code.arguments) + ("*i8",) * code.unused_parameters
     text = code.cubin if form == "cubin" else code.ptx.encode()
-    return Variant(sm, rows, asdict(cast(Any, tile)), code.name, types, code.num_warps * WARP, code.shared_bytes, text)
+    return Variant(sm, rows, vars(tile), code.name, types, code.num_warps * WARP, code.shared_bytes, text)

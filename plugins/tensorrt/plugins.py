@@ -60,7 +60,9 @@ def _register(trt: ModuleType, trtp: ModuleType, example: Payload) -> None:
         decorator(name)(_signed(function, desc, inputs, more, returned))
 
 
-def _signed(function: Callable[..., Any], desc: Any, inputs: Sequence[str], more: Sequence[str], returned: Any) -> Any:
+def _signed(
+    function: Callable[..., object], desc: object, inputs: Sequence[str], more: Sequence[str], returned: object
+) -> Callable[..., object]:
     """What calls function(inputs, payload, *more), under the signature that TensorRT reads: the inputs one by one, the
     attribute, and `more`."""
     kind = Parameter.POSITIONAL_OR_KEYWORD
@@ -69,7 +71,7 @@ def _signed(function: Callable[..., Any], desc: Any, inputs: Sequence[str], more
     parameters += [Parameter(name, kind) for name in more]
     signature = Signature(parameters, return_annotation=returned)
 
-    def call(*arguments: Any, **named: Any) -> Any:
+    def call(*arguments: object, **named: object) -> object:
         bound = signature.bind(*arguments, **named).arguments
         payload = from_text(bound[FIELD].rstrip("\0"))
         payload = payload.complete() if more else payload
@@ -79,7 +81,7 @@ def _signed(function: Callable[..., Any], desc: Any, inputs: Sequence[str], more
     return call
 
 
-def _describe(trt: ModuleType, trtp: ModuleType, inputs: Sequence[Any], payload: Payload) -> Any:
+def _describe(trt: ModuleType, trtp: ModuleType, inputs: Sequence[Any], payload: Payload) -> object:
     """Shapes and types of the outputs."""
     ports, leading = ports_of(payload), list(inputs[0].shape_expr)
     shapes = [(*leading[:-1], width) for width in ports.widths]
@@ -89,14 +91,14 @@ def _describe(trt: ModuleType, trtp: ModuleType, inputs: Sequence[Any], payload:
     return described if len(described) > 1 else described[0]
 
 
-def _tactics(trtp: ModuleType, inputs: Sequence[Any], payload: Payload, outputs: object) -> Any:
+def _tactics(trtp: ModuleType, inputs: object, payload: Payload, outputs: object) -> list[object]:
     """Row-major tensors of the kernel's types, and one tactic for each tile."""
     ports = ports_of(payload)
     types = ",".join(TACTIC_TYPES[name] for name in (*ports.inputs, *ports.outputs))
     return [trtp.AutoTuneCombination(types, "LINEAR", list(range(1, len(payload.variants) + 1)))]
 
 
-def _implement(trtp: ModuleType, inputs: Sequence[Any], payload: Payload, outputs: object, tactic: int) -> Any:
+def _implement(trtp: ModuleType, inputs: Sequence[Any], payload: Payload, outputs: object, tactic: int) -> object:
     """(name, PTX, launch sizes, scalars) of the tile that is tactic 1, 2, ..."""
     kernel = aot_kernel(payload, payload.variants[tactic - 1], [len(tensor.shape_expr) for tensor in inputs])
 

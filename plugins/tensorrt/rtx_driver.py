@@ -9,7 +9,6 @@ import ctypes
 from collections.abc import Sequence
 from functools import cache
 from hashlib import sha256
-from typing import Protocol
 
 from export.errors import EnvironmentLacksError, ResourceError
 
@@ -22,24 +21,8 @@ Grid = tuple[int, int, int]
 Params = ctypes.Array[ctypes.c_void_p]
 
 
-class Driver(Protocol):
-    """What a launcher asks of the driver; handles are integers. All calls are for the current CUDA context."""
-
-    def capability(self) -> int:
-        """Compute capability of the current GPU, 10 * major + minor."""
-        ...
-
-    def function(self, cubin: bytes, name: str, shared_bytes: int) -> int:
-        """The kernel `name` of machine code `cubin`, loaded once in a context, with its shared memory allowed."""
-        ...
-
-    def launch(self, function: int, grid: Grid, threads: int, shared_bytes: int, stream: int, params: Params) -> None:
-        """Put one launch on `stream`. params: array of pointers to the arguments."""
-        ...
-
-
 class CudaDriver:
-    """The system's driver."""
+    """The system's driver; handles are integers. All calls are for the current CUDA context."""
 
     def __init__(self) -> None:
         """Raises EnvironmentLacksError where there is none."""
@@ -50,6 +33,7 @@ class CudaDriver:
         self._loaded: dict[tuple[int, bytes, str], int] = {}
 
     def capability(self) -> int:
+        """Compute capability of the current GPU, 10 * major + minor."""
         device, major, minor = ctypes.c_int(), ctypes.c_int(), ctypes.c_int()
         self._check("cuCtxGetDevice", ctypes.byref(device))
         for value, attribute in ((major, CAPABILITY_MAJOR), (minor, CAPABILITY_MINOR)):
@@ -57,7 +41,10 @@ class CudaDriver:
         return 10 * major.value + minor.value
 
     def function(self, cubin: bytes, name: str, shared_bytes: int) -> int:
-        """As `Driver.function`; many plugins share one kernel, and modules are kept until the process ends."""
+        """The kernel `name` of machine code `cubin`, with its shared memory allowed.
+
+        Many plugins share one kernel, so it is loaded once in a context, and kept until the process ends.
+        """
         context = ctypes.c_void_p()
         self._check("cuCtxGetCurrent", ctypes.byref(context))
         key = (context.value or 0, sha256(cubin).digest(), name)
@@ -74,6 +61,7 @@ class CudaDriver:
         return int(function.value or 0)
 
     def launch(self, function: int, grid: Grid, threads: int, shared_bytes: int, stream: int, params: Params) -> None:
+        """Put one launch on `stream`. params: array of pointers to the arguments."""
         block, handle = (threads, 1, 1), ctypes.c_void_p(function)
         self._check("cuLaunchKernel", handle, *grid, *block, shared_bytes, ctypes.c_void_p(stream), params, None)
 

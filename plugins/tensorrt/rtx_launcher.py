@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from export.errors import ContractError
 from plugins.tensorrt.payload import Payload
-from plugins.tensorrt.rtx_driver import Arguments, Driver
+from plugins.tensorrt.rtx_driver import Arguments, CudaDriver
 
 
 class Launcher:
@@ -17,7 +17,7 @@ class Launcher:
     that a stream which is being captured into a CUDA graph may take it.
     """
 
-    def __init__(self, payload: Payload, driver: Driver) -> None:
+    def __init__(self, payload: Payload, driver: CudaDriver) -> None:
         self.payload, self.driver = payload, driver
         arguments = payload.row.arguments_of(payload.spec)
         self.inputs = [index for index, argument in enumerate(arguments) if argument.role == "input"]

@@ -68,13 +68,13 @@ class KernelMethods:
     def clone(self) -> KernelMethods:
         return type(self)(self.text)  # type: ignore[call-arg]
 
-    def get_output_data_types(self, input_types: object) -> list[Any]:
+    def get_output_data_types(self, input_types: object) -> list[object]:
         return [getattr(self.trt, name) for name in self.ports.outputs]
 
-    def get_output_shapes(self, inputs: Sequence[Any], shape_inputs: object, exprs: Any) -> list[Any]:
+    def get_output_shapes(self, inputs: Sequence[Any], shape_inputs: object, exprs: Any) -> list[object]:
         return [self._shape(inputs[0], width, exprs) for width in self.ports.widths]
 
-    def _shape(self, first: Any, width: int, exprs: Any) -> Any:
+    def _shape(self, first: Any, width: int, exprs: Any) -> object:
         shape = self.trt.DimsExprs(first)
         shape[len(shape) - 1] = exprs.constant(width)
         return shape
@@ -93,7 +93,7 @@ class KernelMethods:
     def get_valid_tactics(self) -> list[int]:
         return []
 
-    def get_fields_to_serialize(self) -> Any:
+    def get_fields_to_serialize(self) -> object:
         return self.fields[0]
 
     def attach_to_context(self, context: object) -> KernelMethods:
@@ -139,7 +139,7 @@ def registered() -> tuple[str, ...]:
     return tuple(name for name in PLUGINS.values() if registry.get_creator(name, VERSION, NAMESPACE) is not None)
 
 
-def fields(trt: ModuleType, text: str) -> tuple[Any, ...]:
+def fields(trt: ModuleType, text: str) -> tuple[object, ...]:
     """(plugin fields that hold `text`, what must be kept as long as they are used).
 
     TensorRT's fields point at the bytes and do not own them: it would serialize whatever lies there later.
@@ -149,7 +149,7 @@ def fields(trt: ModuleType, text: str) -> tuple[Any, ...]:
     return trt.PluginFieldCollection([field]), field, kept
 
 
-def creator_class(trt: Any) -> Callable[[str], Any]:
+def creator_class(trt: Any) -> Callable[[str], object]:
     """The class of creators; each instance makes the plugins of one kernel."""
     plugin = plugin_class(trt)
 
@@ -169,7 +169,7 @@ def creator_class(trt: Any) -> Callable[[str], Any]:
 
 
 @cache
-def creators() -> tuple[Any, ...]:
+def creators() -> tuple[object, ...]:
     """Creators of all plugins, registered with TensorRT-RTX; a second call changes nothing.
 
     Raises EnvironmentLacksError where tensorrt_rtx cannot be loaded.

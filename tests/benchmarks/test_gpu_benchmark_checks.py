@@ -15,8 +15,8 @@ from benchmarks.gpu import gemm as gpu_gemm
 from benchmarks.gpu.check_quantizers import QuantizerCase
 from benchmarks.gpu.run import Device
 from benchmarks.shapes import EXACT_64, REAL_128, Granularity
-from plugins.gpu.launch import HEURISTICS
 from plugins.gpu.tile_table import Tile
+from plugins.gpu.tiles import gemm_tile
 
 pytest.importorskip("triton", reason="the GPU kernels need triton")
 pytestmark = [
@@ -134,7 +134,7 @@ def test_every_gemm_that_is_timed_is_checked_in_its_tile() -> None:
             case = gpu_check.GemmCase("E2M3", "E2M1", 1, shape.n, shape.k, granularity, integers="int8" in name)
             expands = name.startswith("packed") and gpu_gemm.expands_first(case.spec, shape.m, 90)
             run = "expanded_gemm" if expands else name.removesuffix("_int8")
-            tile = HEURISTICS[run](case.spec, shape.m, 90, may_split=True)
+            tile = gemm_tile(run, case.spec, shape.m, 90, may_split=True)
             one = gpu_check.TimedGemm(run, case, tile)
             assert one.variant in variants, (name, shape.name)
     assert {one.case.epilogue for one in found} == {"none", "gate_residual"}

@@ -269,7 +269,7 @@ def test_inputs_of_the_probe_are_on_their_formats_grids() -> None:
     for (activation, _), pattern in itertools.product(gpu_exactness.PAIRS, gpu_exactness.PATTERNS):
         spec = gpu_exactness.spec_of(activation, 96, GROUPS_32, 8)
         a, w = gpu_exactness.operands(CPU, spec, pattern)
-        exponents = gpu_exactness.operand_of(activation).shift, spec.weight_exponent
+        exponents = gpu_exactness.operand_of(activation).shift, spec.byte_exponent
         for values, exponent in zip((a, w), exponents, strict=True):
             back = gpu_exactness.e4m3_bytes(values, exponent).view(torch.float8_e4m3fn).double()
             assert torch.equal(back, values * 2.0**exponent), (pattern, activation)

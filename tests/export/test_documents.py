@@ -13,7 +13,7 @@ import pytest
 from annotated_types import Ge
 from typing_extensions import TypedDict
 
-from export.documents import MOST_DEPTH, Rules, check_json, open_file, parse_toml, read_json, read_text
+from export.documents import MOST_DEPTH, Rules, check_json, open_file, parse_toml, read_json, read_text, whole_file
 from export.errors import ContractError, ModelError, RecipeError
 
 
@@ -137,3 +137,25 @@ def test_the_locale_does_not_matter(tmp_path: Path) -> None:
     environment = {**os.environ, "LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
     root = Path(__file__).parents[2]
     subprocess.run([sys.executable, "-c", code, str(tmp_path / "a.toml")], env=environment, cwd=root, check=True)
+
+
+# --- writing ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_a_file_is_written_whole_or_not_at_all(tmp_path: Path, shared: bool) -> None:
+    path = tmp_path / "new" / "file"
+    with whole_file(path, shared) as part:
+        part.write_text("old")
+        assert not path.exists() and part.parent == path.parent
+    with pytest.raises(OSError, match="full"), whole_file(path, shared) as part:
+        part.write_text("ne")
+        raise OSError("full")
+    assert [file.name for file in path.parent.iterdir()] == ["file"] and path.read_text() == "old"
+
+
+def test_writers_of_a_shared_file_have_names_of_their_own(tmp_path: Path) -> None:
+    with whole_file(tmp_path / "f", shared=True) as one, whole_file(tmp_path / "f", shared=True) as other:
+        one.write_text("one"), other.write_text("other")
+        assert one != other
+    assert (tmp_path / "f").read_text() == "one"  # whose block ended last

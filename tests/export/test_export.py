@@ -18,7 +18,7 @@ from export import checkpoint, to_onnx
 from export.checkpoint import QuantizedLinear
 from export.dialect.ops import attributes
 from export.dialect.reference import dequantize_activation, quantize_activation
-from export.errors import ContractError, ModelError, ResourceError
+from export.errors import ContractError, ModelError
 from export.models.families import Input
 from export.models.load import LoadedModel, denoiser, load, sample_inputs
 from export.models.torch_modules import with_modules
@@ -355,17 +355,16 @@ def test_a_graph_without_the_layer_and_a_graph_without_any(exported):
         quantize_graph(ir.from_onnx_text(TEXT.replace("{body}", "{ y = Identity(x) }")), layers)
 
 
-@pytest.mark.parametrize(("number", "error"), [(errno.ENOSPC, ResourceError), (errno.EACCES, OSError)])
-def test_a_failed_write_leaves_the_old_files_and_nothing_else(tmp_path, monkeypatch, number, error):
+def test_a_failed_write_leaves_the_old_files_and_nothing_else(tmp_path, monkeypatch):
     graph = ir.from_onnx_text(TEXT.replace("{body}", "{ y = Identity(x) }"))
     (tmp_path / "model.onnx").write_bytes(b"old")
 
     def fail(_graph: Any, path: Path, **_: Any) -> None:
         path.write_bytes(b"half")
-        raise OSError(number, "no")
+        raise OSError(errno.ENOSPC, "no")
 
     monkeypatch.setattr(to_onnx.ir, "save", fail)
-    with pytest.raises(error):
+    with pytest.raises(OSError, match="no"):
         to_onnx._save(graph, tmp_path / "model.onnx")
     assert [(p.name, p.read_bytes()) for p in tmp_path.iterdir()] == [("model.onnx", b"old")]
 

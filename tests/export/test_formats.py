@@ -125,9 +125,9 @@ def test_binade_starts_are_where_the_step_doubles(fmt: Format) -> None:
 @by_name
 def test_every_code_survives(fmt: Format) -> None:
     codes = np.arange(2**fmt.bits).astype(np.uint8)
-    back = encode(fmt, decode(fmt, codes), saturate=False)
-    nan = np.isnan(fmt.values)
-    assert (back[~nan] == codes[~nan]).all()
+    back = encode(fmt, decode(fmt, codes))
+    nan, number = np.isnan(fmt.values), np.isfinite(fmt.values)
+    assert (back[number] == codes[number]).all()
     assert np.isnan(decode(fmt, back[nan])).all()
 
 
@@ -161,18 +161,6 @@ def test_too_large_numbers_saturate(fmt: Format) -> None:
     assert (encode(fmt, x) == fmt.max_code).all()
     lowest = fmt.values[np.isfinite(fmt.values)].min()
     assert (decode(fmt, encode(fmt, -fmt.max_value - x)) == lowest).all()
-
-
-def test_overflow_without_saturation() -> None:
-    """OCP FP8: E5M2 overflows to Inf, E4M3 to NaN, each from the midpoint to the next value the exponent would give."""
-    e4m3, e5m2 = FORMATS["E4M3"], FORMATS["E5M2"]
-    for fmt, first_over in ((e4m3, 464.0), (e5m2, 61440.0)):
-        below = encode(fmt, np.nextafter(first_over, 0), saturate=False)
-        above = decode(fmt, encode(fmt, np.nextafter(first_over, np.inf) * np.array([1, -1]), saturate=False))
-        assert below == fmt.max_code
-        assert np.isnan(above).all() if fmt is e4m3 else above.tolist() == [np.inf, -np.inf]
-    assert encode(e4m3, 464.0, saturate=False) == e4m3.max_code  # 464 ties to 448, whose mantissa is even
-    assert decode(e5m2, encode(e5m2, 61440.0, saturate=False)) == np.inf  # the tie's even neighbour would be 65536
 
 
 @by_name

@@ -63,7 +63,7 @@ def test_inputs_are_those_of_forward_with_sizes_of_the_configuration() -> None:
 )
 def test_linears_of_blocks_have_kinds_and_the_rest_is_kept(path: str, kind: str | None) -> None:
     family = generic_family("MadeUp", CONFIG, WHERE)
-    assert (family.kind_of(path) or None) == kind and family.reason_of(path)
+    assert family.kind_of(path) == kind and family.reason_of(path)
 
 
 def test_the_output_is_the_first_of_what_forward_returns() -> None:

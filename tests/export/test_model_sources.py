@@ -12,9 +12,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from export.documents import sha256
 from export.errors import EnvironmentLacksError, ModelError
 from export.models.load import load
-from export.models.weights import file_sha256, find_weights
+from export.models.weights import find_weights
 from pipeline import recipe as recipes
 from pipeline.__main__ import main
 from tests.support import hub, tiny
@@ -73,7 +74,7 @@ def test_a_named_variant_is_another_model(copied, capsys):
     state = {key: value * 2 for key, value in load_file(copied / WEIGHTS).items()}
     save_file(state, copied / f"{STEM}.ema.safetensors")
     plain, ema = load(str(copied)), load(str(copied), variant="ema")
-    assert plain.sha256 == file_sha256(copied / WEIGHTS) and ema.sha256 != plain.sha256
+    assert plain.sha256 == sha256(copied / WEIGHTS) and ema.sha256 != plain.sha256
     path = "transformer_blocks.0.ff.net.2.weight"
     assert torch.equal(ema.module.state_dict()[path], 2 * plain.module.state_dict()[path])
     arguments = ["-m", str(copied), "--variant", "ema"]
@@ -162,7 +163,7 @@ def test_links_of_the_hubs_cache(pixart, tmp_path, capsys):
     repository = tmp_path / "models--someone--some-model"
     folder = hub.snapshot(pixart, repository, "transformer")
     assert (folder / WEIGHTS).is_symlink()
-    assert load(str(folder.parent)).sha256 == file_sha256(pixart / WEIGHTS)
+    assert load(str(folder.parent)).sha256 == sha256(pixart / WEIGHTS)
     # A single file keeps its name, which its blob has not.
     plan = planned(["-m", str(folder / WEIGHTS)], capsys)
     assert plan["recipe"]["model"] == str(folder / WEIGHTS)
@@ -177,7 +178,7 @@ def test_a_revision_is_named_after_the_hub_id(pixart, copied, cache):
     assert load("someone/some-model").revision == load(f"someone/some-model@{hub.COMMIT}").revision == hub.COMMIT
     for name in ("refs/pr/3", other):
         model = load(f"someone/some-model@{name}")
-        assert (model.revision, model.sha256) == (other, file_sha256(copied / WEIGHTS))
+        assert (model.revision, model.sha256) == (other, sha256(copied / WEIGHTS))
     with pytest.raises(
         EnvironmentLacksError, match=r'run: hf download someone/some-model --include "transformer/\*" --r'
     ):

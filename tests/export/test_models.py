@@ -14,12 +14,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from export.documents import sha256
 from export.errors import EnvironmentLacksError, ModelError
 from export.models import load as models
 from export.models.families import FAMILIES, LAYER_KINDS
 from export.models.load import denoiser, float_linears, load, sample_inputs, stored_value
 from export.models.torch_modules import MaskedAttention, UpcastLinear, with_modules
-from export.models.weights import file_sha256
 from tests.support import tiny
 
 pytestmark = pytest.mark.torch
@@ -177,7 +177,7 @@ def test_pipeline_folder(folders, tmp_path):
     shutil.copytree(folders["dit"], tmp_path / "pipeline" / "transformer")
     model = load(str(tmp_path / "pipeline"))
     assert model.folder == tmp_path / "pipeline" / "transformer"
-    assert model.sha256 == file_sha256(model.folder / WEIGHTS)
+    assert model.sha256 == sha256(model.folder / WEIGHTS)
 
 
 def test_shards_give_the_same_model_as_one_file(folders, tmp_path):

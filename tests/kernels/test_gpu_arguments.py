@@ -14,7 +14,7 @@ from plugins import torch_ops, torch_reference
 from plugins.gpu import compile, launch, table
 from plugins.gpu.spec import GemmSpec
 from plugins.gpu.table import KERNELS, Argument, Kernel, kernel, resolved, run_time_sizes
-from plugins.tensorrt.payload import Payload, kernel_row
+from plugins.tensorrt.payload import Payload
 from plugins.tensorrt.rtx_launcher import Launcher
 from plugins.tensorrt.rtx_plugin import ports_of
 from tests.kernels.test_rtx_plugin_launcher import RecordingDriver, gemm_shapes
@@ -36,7 +36,7 @@ def added(monkeypatch: pytest.MonkeyPatch) -> Kernel:
     place = next(index for index, argument in enumerate(row.arguments) if argument.role == "size")
     longer = replace(row, arguments=(*row.arguments[:place], ADDED, *row.arguments[place:]))
     monkeypatch.setattr(table, "KERNELS", tuple(longer if one is row else one for one in KERNELS))
-    assert kernel("packed_gemm") is kernel_row("packed_gemm") is longer
+    assert kernel("packed_gemm") is longer
     return longer
 
 

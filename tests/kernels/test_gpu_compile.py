@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import logging
 import multiprocessing
+import os
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -223,7 +224,7 @@ def test_damaged_entries_are_removed(empty: Path, damage: Any, caplog: pytest.Lo
 
 
 def test_a_failed_write_leaves_nothing(empty: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(compile.os, "replace", lambda *_: (_ for _ in ()).throw(OSError("disk full")))
+    monkeypatch.setattr(os, "replace", lambda *_: (_ for _ in ()).throw(OSError("disk full")))
     with pytest.raises(OSError, match="disk full"):
         compile.write_entry("k", 1)
     assert list(empty.iterdir()) == []

@@ -43,8 +43,8 @@ def choices(sm: int, integers: bool) -> dict[Any, Request]:
     for shape in gemm_shapes():
         spec = replace(SPEC, in_features=shape.k, out_features=shape.n, integers=integers)
         first = tiles.expands_first(spec, shape.m, sm)
-        choose, name = (tiles.expanded_tile, "expanded_gemm") if first else (tiles.packed_tile, "packed_gemm")
-        tile = replace(choose(spec, shape.m, sm, may_split=True), splits=1)
+        name = tiles.EXPANDED if first else tiles.PACKED
+        tile = replace(tiles.gemm_tile(name, spec, shape.m, sm, may_split=True), splits=1)
         case = (name, sm, "int8" if integers else "fp8", f"{tile.m}x{tile.n}x{tile.k}")
         found.setdefault(case, chosen(kernel(name), spec, sm, tile))
     return found
@@ -54,7 +54,7 @@ def in_splits(sm: int) -> dict[Any, Request]:
     """A GEMM of few tokens as it is split there, with float32 for the y that it is given at launch, and the sum of its
     splits with every argument."""
     spec = GemmSpec("E2M3", "E2M1", 4608, 1152, epilogue="gate_residual", output="bf16", zero_point=True)
-    tile = tiles.packed_tile(spec, FEW, sm, may_split=True)
+    tile = tiles.gemm_tile(tiles.PACKED, spec, FEW, sm, may_split=True)
     return {
         ("packed_gemm", sm, "split"): chosen(kernel("packed_gemm"), replace(spec, output="fp32"), sm, tile),
         ("reduce_splits", sm, "split"): chosen(kernel("reduce_splits"), spec, sm, rows=FEW),

@@ -20,7 +20,7 @@ from plugins.gpu.reference import expand
 from plugins.gpu.spec import GemmSpec, QuantizeSpec, operand_bytes
 from plugins.gpu.table import kernel
 from plugins.gpu.tile_table import Tile
-from plugins.gpu.tiles import gemm_constants, packed_tile
+from plugins.gpu.tiles import gemm_constants, gemm_tile
 from tests.support.gpu_gemms import case, finite_codes, reference, run, stored, tensor
 
 pytestmark = [pytest.mark.kernels, pytest.mark.usefixtures("interpreter")]
@@ -111,7 +111,8 @@ def test_integer_formats_take_int8_tensor_cores_by_themselves() -> None:
     for activation, weight in (("INT8", "INT4"), ("INT6", "E2M1"), ("INT4", "E3M0")):
         spec = GemmSpec(activation, weight, 1152, 64)
         assert (
-            spec.multiplies_integers and gemm_constants(spec, packed_tile(spec, 64, 90), 90)["OPERANDS"].TYPE == "int8"
+            spec.multiplies_integers
+            and gemm_constants(spec, gemm_tile("packed_gemm", spec, 64, 90), 90)["OPERANDS"].TYPE == "int8"
         )
         assert promotion_of(spec, fp8=False, architecture=90) == Promotion(0, "exact")
 

@@ -49,7 +49,7 @@ def test_expand(interpreter: None, weight: str, n: int, k: int) -> None:
     packed = np.ascontiguousarray(pack(codes_of(n, k), 4))
     found = launch.expand(spec, torch.from_numpy(packed)).numpy()
     np.testing.assert_array_equal(found, kernel("expand").reference(spec, packed)[0])
-    values = decode(get_format("E4M3"), found) * 2.0**-spec.weight_exponent
+    values = decode(get_format("E4M3"), found) * 2.0**-spec.byte_exponent
     np.testing.assert_array_equal(values, get_format(weight).values[unpack(packed, 4, k)])
 
 
@@ -73,7 +73,7 @@ def test_expanding_what_was_packed_gives_the_values(codes: np.ndarray) -> None:
         patch.setenv("TRITON_INTERPRET", "1")
         spec = GemmSpec("E2M3", "E1M2", codes.shape[1], len(codes))
         expanded = launch.expand(spec, launch.pack(torch.from_numpy(codes))).numpy()
-    values = decode(get_format("E4M3"), expanded) * 2.0**-spec.weight_exponent
+    values = decode(get_format("E4M3"), expanded) * 2.0**-spec.byte_exponent
     np.testing.assert_array_equal(values, get_format("E1M2").values[codes])
 
 

@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 
 from export.errors import RecipeError
 from export.formats.format import decode, get_format, quantize
+from export.formats.operands import FP32_BITS
 from plugins.gpu.compile import SHARED_KIB, TARGETS
 from plugins.gpu.promotion import (
-    FP32_BITS,
     SHORT_BITS,
     Promotion,
     accumulator_bits,
@@ -23,19 +23,20 @@ from plugins.gpu.promotion import (
 from plugins.gpu.spec import GemmSpec, PackSpec
 from plugins.gpu.tile_table import TABLE
 from plugins.gpu.tiles import (
+    EXPANDED,
     INTERPRETED,
+    PACKED,
     architecture,
     band_grid,
     band_tile,
     clocks,
     expand_constants,
-    expanded_tile,
     expands_first,
     gemm_constants,
     gemm_grid,
+    gemm_tile,
     packed_constants,
     packed_table,
-    packed_tile,
     prefers_integers,
     product_type,
     scales_sums,
@@ -74,24 +75,24 @@ def test_choice_for_real_layers(k: int, n: int, sm: int) -> None:
         GemmSpec("INT8", "INT4", k, n, 128, real_groups=True, epilogue="gate_residual", output="fp32"),
     ):
         for rows in ROWS:
-            for choose, weight_bytes in ((packed_tile, 0.5), (expanded_tile, 1.0)):
-                tile = choose(spec, rows, sm)
+            for kernel, weight_bytes in ((PACKED, 0.5), (EXPANDED, 1.0)):
+                tile = gemm_tile(kernel, spec, rows, sm)
                 assert tile.splits == 1
                 assert tile.num_stages * tile.k * (tile.m + weight_bytes * tile.n) <= limit
-                split = choose(spec, rows, sm, may_split=True)
+                split = gemm_tile(kernel, spec, rows, sm, may_split=True)
                 assert split.splits == 1 or -(-k // split.k) >= 4 * split.splits
 
 
 def test_few_rows_are_split_and_many_are_not() -> None:
     spec = GemmSpec("E2M3", "E2M1", 4608, 1152)
     for sm in TARGETS:
-        assert packed_tile(spec, 16, sm, may_split=True).splits > 1
-        assert packed_tile(spec, 8192, sm, may_split=True).splits == 1
+        assert gemm_tile(PACKED, spec, 16, sm, may_split=True).splits > 1
+        assert gemm_tile(PACKED, spec, 8192, sm, may_split=True).splits == 1
 
 
 def test_many_rows_take_large_tiles() -> None:
     for sm in TARGETS:
-        small, large = (packed_tile(GemmSpec("E2M3", "E2M1", 1152, 4608), rows, sm) for rows in (8, 8192))
+        small, large = (gemm_tile(PACKED, GemmSpec("E2M3", "E2M1", 1152, 4608), rows, sm) for rows in (8, 8192))
         assert small.m * small.n < large.m * large.n
 
 
@@ -99,18 +100,18 @@ def test_a_step_stays_within_its_group() -> None:
     """By powers of two: a group of 48 is taken in steps of 16 with FP16; FP8's shortest step is 32, with a mask."""
     for group, fp16, fp8 in ((128, 32, 64), (48, 16, 32), (16, 16, 32), (32, 32, 32), (2304, 32, 64)):
         spec = GemmSpec("E2M3", "E2M1", 2304, 1152, group, real_groups=True)
-        assert packed_tile(spec, 1024, 80).k == expanded_tile(spec, 1024, 80).k == fp16
-        assert packed_tile(spec, 1024, 90).k == fp8
+        assert gemm_tile(PACKED, spec, 1024, 80).k == gemm_tile(EXPANDED, spec, 1024, 80).k == fp16
+        assert gemm_tile(PACKED, spec, 1024, 90).k == fp8
 
 
 @pytest.mark.parametrize(("group", "sm", "factor"), [(64, 90, "multiplier"), (128, 89, "multiplier"), (32, 90, "none")])
 def test_where_multipliers_go(group: int, sm: int, factor: str) -> None:
     spec = GemmSpec("E2M3", "E2M1", 1152, 1152, group, MULTIPLIERS)
-    tile = packed_tile(spec, 1024, sm)
+    tile = gemm_tile(PACKED, spec, 1024, sm)
     assert factor == packed_constants(spec, tile, sm)["OPERANDS"].FACTOR
     assert scales_sums(spec, tile.k, sm) == (factor == "multiplier")
     assert gemm_constants(spec, tile, sm)["OPERANDS"].FACTOR == "none", "expanded weights have theirs"
-    assert packed_constants(spec, packed_tile(spec, 1024, 80), 80)["OPERANDS"].FACTOR == "none", (
+    assert packed_constants(spec, gemm_tile(PACKED, spec, 1024, 80), 80)["OPERANDS"].FACTOR == "none", (
         "FP16 multiplies weights"
     )
 
@@ -125,13 +126,13 @@ def test_only_many_tokens_expand_their_weight_first(sm: int) -> None:
 
 def test_more_work_takes_longer() -> None:
     spec = GemmSpec("E2M3", "E2M1", 1152, 1152)
-    tile = packed_tile(spec, 4096, 90)
+    tile = gemm_tile(PACKED, spec, 4096, 90)
     assert clocks(spec, 8192, 90, tile, 0.8) > clocks(spec, 4096, 90, tile, 0.8) > clocks(spec, 4096, 90, tile, 0.9)
 
 
 def test_grids_cover_everything() -> None:
     spec = GemmSpec("E2M3", "E2M1", 64, 130)
-    tile = packed_tile(spec, 33, 90)
+    tile = gemm_tile(PACKED, spec, 33, 90)
     assert gemm_grid(spec, tile, 33) == (-(-33 // tile.m) * -(-130 // tile.n), 1, 1)
     assert band_grid(PackSpec(64), band_tile(PackSpec(64), 9, 80), 9) == (3, 1, 1)
 
@@ -140,7 +141,7 @@ def test_old_and_new_gpus() -> None:
     with pytest.raises(
         RecipeError, match="compute capability 75 is below 80; the GPU kernels need a GPU of 80 or above"
     ):
-        packed_tile(GemmSpec("E2M3", "E2M1", 64, 64), 64, 75)
+        gemm_tile(PACKED, GemmSpec("E2M3", "E2M1", 64, 64), 64, 75)
     assert [architecture(sm) for sm in (0, 80, 87, 89, 90, 103, 121)] == [90, 80, 86, 89, 90, 100, 120]
     plain = GemmSpec("E2M3", "E2M1", 64, 64)
     assert [product_type(plain, sm) for sm in (80, 86, 89, 90)] == ["fp16", "fp16", "fp8", "fp8"]
@@ -170,7 +171,7 @@ def test_packed_table(multipliers: list[int]) -> None:
 def test_formats_without_a_kernel_are_refused() -> None:
     spec = GemmSpec("UE5M3", "E2M1", 64, 64)
     with pytest.raises(RecipeError, match="UE5M3: its top binade has the bits of FP16's Inf"):
-        packed_constants(spec, packed_tile(spec, 16, 90), 90)
+        packed_constants(spec, gemm_tile(PACKED, spec, 16, 90), 90)
 
 
 def test_words_are_as_wide_as_rows_allow() -> None:
@@ -225,10 +226,10 @@ def test_promotion_of_the_recipes() -> None:
 def test_steps_go_no_further_than_promotion_allows() -> None:
     spec = GemmSpec("E2M3", "E2M1", 1152, 1152, 32, MULTIPLIERS)
     for sm in (89, 90):
-        for tile in (packed_tile(spec, 4096, sm), expanded_tile(spec, 4096, sm)):
+        for tile in (gemm_tile(PACKED, spec, 4096, sm), gemm_tile(EXPANDED, spec, 4096, sm)):
             assert tile.k == gemm_constants(spec, tile, sm)["OPERANDS"].PROMOTE == 64
-    assert expanded_tile(GemmSpec("E3M2", "E2M1", 1152, 1152), 4096, 90).k == 128
-    assert gemm_constants(spec, expanded_tile(spec, 4096, 100), 100)["OPERANDS"].PROMOTE == 0
+    assert gemm_tile(EXPANDED, GemmSpec("E3M2", "E2M1", 1152, 1152), 4096, 90).k == 128
+    assert gemm_constants(spec, gemm_tile(EXPANDED, spec, 4096, 100), 100)["OPERANDS"].PROMOTE == 0
 
 
 # --- promotion against a model of the short accumulator --------------------------------------------------------------

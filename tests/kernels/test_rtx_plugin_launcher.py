@@ -15,8 +15,9 @@ from hypothesis import strategies as st
 
 from export.errors import ContractError, EnvironmentLacksError, ResourceError
 from plugins.gpu.spec import GemmSpec, QuantizeSpec
+from plugins.gpu.table import kernel as kernel_row
 from plugins.tensorrt import rtx_driver
-from plugins.tensorrt.payload import FIELD, LARGEST_BYTES, PLUGINS, Payload, Variant, from_text, kernel_row
+from plugins.tensorrt.payload import FIELD, LARGEST_BYTES, PLUGINS, Payload, Variant, from_text
 from plugins.tensorrt.rtx_driver import Arguments, CudaDriver
 from plugins.tensorrt.rtx_launcher import Launcher
 

@@ -16,10 +16,11 @@ from hypothesis import strategies as st
 from export.errors import ContractError
 from plugins.gpu import compile
 from plugins.gpu.spec import GemmSpec, QuantizeSpec
+from plugins.gpu.table import kernel as kernel_row
 from plugins.gpu.tile_table import Tile
 from plugins.tensorrt.aot import LOWEST_VERSION, aot_kernel, at_lowest_version, entry_name, keep_parameters, plugin_name
 from plugins.tensorrt.expressions import Expression, as_expression, rows_of
-from plugins.tensorrt.payload import Payload, Variant, kernel_row
+from plugins.tensorrt.payload import Payload, Variant
 from plugins.tensorrt.plugins import EXAMPLES
 
 TEXT = """

@@ -15,8 +15,9 @@ from typing import Any
 import pytest
 
 from plugins.gpu.spec import GemmSpec, QuantizeSpec
+from plugins.gpu.table import kernel as kernel_row
 from plugins.tensorrt import plugins
-from plugins.tensorrt.payload import Payload, Variant, kernel_row
+from plugins.tensorrt.payload import Payload, Variant
 from tests.kernels.test_trt_aot import payload_of
 
 

@@ -15,9 +15,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from export.models.families import STEP_INPUTS
 from pipeline.backends.base import Arrays
 from pipeline.generate.case import Run
-from pipeline.passes.split_condition import STEP_INPUTS
 from tests.support.graph_faults import ALL, CALLS, CAPTIONED, CLASSES, MINIS
 
 FEW = (*MINIS, "hunyuan")

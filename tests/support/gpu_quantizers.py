@@ -7,9 +7,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from plugins.gpu.launch import KERNEL_OF
 from plugins.gpu.spec import QuantizeSpec
-from plugins.gpu.table import kernel
+from plugins.gpu.table import QUANTIZER_OF, kernel
 
 U = 2.0**-24  # largest relative error of one float32 rounding
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
@@ -18,7 +17,7 @@ DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 def expected(spec: QuantizeSpec, **inputs: Any) -> tuple[np.ndarray, np.ndarray]:
     """The reference's (operand bytes, scales) of torch tensors."""
     arrays = {name: x.float().numpy() if isinstance(x, torch.Tensor) else x for name, x in inputs.items()}
-    codes, scales = kernel(KERNEL_OF[spec.before]).reference(spec, **arrays)
+    codes, scales = kernel(QUANTIZER_OF[spec.before]).reference(spec, **arrays)
     return codes, scales
 
 

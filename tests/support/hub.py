@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
-from export.models.weights import file_sha256
+from export.documents import sha256
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
@@ -16,7 +16,7 @@ def snapshot(folder: Path, repository: Path, below: str = "", commit: str = COMM
     (repository / "blobs").mkdir(parents=True, exist_ok=True)
     for path in folder.rglob("*"):
         if path.is_file():
-            blob, link = repository / "blobs" / file_sha256(path), target / path.relative_to(folder)
+            blob, link = repository / "blobs" / sha256(path), target / path.relative_to(folder)
             shutil.copyfile(path, blob)
             link.parent.mkdir(parents=True, exist_ok=True)
             link.symlink_to(Path(*[".."] * (len(link.relative_to(repository).parts) - 1), "blobs", blob.name))

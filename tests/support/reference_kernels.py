@@ -7,9 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from plugins.gpu.launch import KERNEL_OF
 from plugins.gpu.spec import GemmSpec, QuantizeSpec
-from plugins.gpu.table import kernel
+from plugins.gpu.table import QUANTIZER_OF, kernel
 
 TORCH = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 
@@ -18,7 +17,7 @@ class ReferenceKernels:
     """In place of plugins.gpu.launch: tensors of the CPU, outputs rounded to their type."""
 
     def quantize(self, spec: QuantizeSpec, x: Tensor, **named: Any) -> tuple[Tensor, ...]:
-        outputs = kernel(KERNEL_OF[spec.before]).reference(spec, x.float().numpy(), **_arrays(named))
+        outputs = kernel(QUANTIZER_OF[spec.before]).reference(spec, x.float().numpy(), **_arrays(named))
         return tuple(map(torch.from_numpy, outputs))
 
     def expand(self, spec: GemmSpec, w: Tensor, **named: Any) -> Tensor:

@@ -14,6 +14,7 @@ import pytest
 
 from export.dialect.ops import OPS
 from export.formats.format import FORMATS, decode, get_format
+from export.formats.operands import ROUNDING
 from export.models import load as models
 from export.to_onnx import export_portable
 from pipeline import recipe as recipes
@@ -26,7 +27,7 @@ from pipeline.verify import probe as probing
 from pipeline.verify.call_patterns import Setting
 from pipeline.verify.calls import SampleError
 from pipeline.verify.gates import FACTOR_DB, NOT_IN_STEPS, ROUNDED_DB, TOO_COARSE, end_gates, quantization_gates
-from pipeline.verify.oracle import ROUNDING, LinearProbe, LinearWeight, activation_oracle, check_linear, exact_sums
+from pipeline.verify.oracle import LinearProbe, LinearWeight, activation_oracle, check_linear, exact_sums
 from pipeline.verify.probe import ProbedGraph
 from pipeline.verify.proof import verify
 from pipeline.verify.reference_hooks import Comparison, Recorder, half_parts, hooked, jittered

@@ -12,10 +12,12 @@ from pathlib import Path
 import onnx_ir as ir
 
 from export.dialect.graph import (
+    INVERSE_OF,
     attribute,
     inputs_of,
     is_op,
     layer_of,
+    name_of,
     other_input,
     outputs_of,
     read_by,
@@ -23,13 +25,12 @@ from export.dialect.graph import (
 )
 from export.dialect.ops import DOMAIN
 from export.formats.format import get_format
-from export.quantize_graph import QUANTIZERS
 from pipeline.passes.probes import Choice, ProbeRow
 from pipeline.passes.quantized_gemm import probe_of
 
 PATH = "f32"
 # Inverse -> the quantizer whose codes it takes.
-QUANTIZER_OF = {inverse: quantizer for quantizer, inverse in QUANTIZERS.values()}
+QUANTIZER_OF = {inverse: quantizer for quantizer, inverse in INVERSE_OF.items()}
 
 
 @dataclass(frozen=True)
@@ -87,7 +88,7 @@ def _linear(matmul: ir.Node) -> PortableLinear | None:
     if not is_op(quantizer, QUANTIZER_OF.get(inverse.op_type, ""), DOMAIN):
         return None
     assert quantizer is not None and weight is not None
-    return PortableLinear(layer_of(matmul), quantizer, inverse, weight, matmul, _with_bias(matmul))
+    return PortableLinear(layer_of(matmul) or name_of(matmul), quantizer, inverse, weight, matmul, _with_bias(matmul))
 
 
 def _is_stored(weight: ir.Node | None) -> bool:

@@ -5,13 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from export.errors import ContractError
-from export.formats.operands import FLOAT_TYPES, HardwareNumber, activation_number, decoding_lines, weight_exponent
+from export.formats.operands import FP32_BITS, HardwareNumber, activation_number, decoding_lines, weight_exponent
 from pipeline.passes.probes import GemmRow
 from pipeline.passes.quantized_gemm import QuantizedGemm
 
 # Group sizes of block-wise DequantizeLinear that the engine builder takes.
 BLOCK_SIZES = (32, 64, 128)
-FP32_EXACT = 2 ** FLOAT_TYPES["FP32"][0]
+FP32_EXACT = 2**FP32_BITS
 
 
 @dataclass(frozen=True)

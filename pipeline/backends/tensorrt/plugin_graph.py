@@ -22,11 +22,11 @@ from pipeline.backends.fused.ops import DOMAIN, EPILOGUE_OF, OPERANDS_KEY, OPS, 
 from plugins.gpu import table
 from plugins.gpu.spec import Before, GemmSpec, QuantizeSpec
 
-# Fused quantizer -> kernel of the table, and what that does first.
-QUANTIZERS: dict[str, tuple[str, Before]] = {
-    "Quantize": ("quantize", "none"),
-    "GeluQuantize": ("gelu_quantize", "gelu"),
-    "NormModulateQuantize": ("norm_modulate_quantize", "norm_modulate"),
+# Fused quantizer -> what it does first.
+FUSED_QUANTIZERS: dict[str, Before] = {
+    "Quantize": "none",
+    "GeluQuantize": "gelu",
+    "NormModulateQuantize": "norm_modulate",
 }
 GEMM = "packed_gemm"
 # Input of a fused op -> argument of its kernel, where the two differ.
@@ -98,11 +98,11 @@ def _kernel_node(
     inputs, outputs = _ports(node)
     chosen = {item.key: item.value for item in node.metadata_props}.get(OPERANDS_KEY)
     attributes["integers"] = takes_integers(chosen, preferred)
-    if node.op_type in QUANTIZERS:
-        kernel, before = QUANTIZERS[node.op_type]
+    if node.op_type in FUSED_QUANTIZERS:
+        before = FUSED_QUANTIZERS[node.op_type]
         extra = {key: attributes[key] for key in ("epsilon", "integers") if key in attributes}
         spec = QuantizeSpec(attributes["format"], channels[outputs["codes"]], before, "fp32", **extra)
-        return KernelNode(node.name, kernel, spec, rows.get(inputs["x"], UNKNOWN_ROWS))
+        return KernelNode(node.name, table.QUANTIZER_OF[before], spec, rows.get(inputs["x"], UNKNOWN_ROWS))
     if node.op_type not in EPILOGUE_OF:
         raise ContractError(f"{node.name} ({node.op_type}) has no plugin; use --target rtx --set rtx.path=tensorrt")
     gemm = GemmSpec(
