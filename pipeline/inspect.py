@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from collections import Counter
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NotRequired
@@ -24,6 +24,8 @@ from pipeline.signals import leave
 
 # What `input_text` says of most layers; the column is shown where it says more.
 PLAIN_INPUT = "per_token"
+# A number of its own in a reason, and no part of a name such as E2M1 or of a decimal fraction.
+COUNT = re.compile(r"(?<![\w.])\d+(?!\w|\.\d)")
 NOT_BUILT = "Which path each layer takes on a target, and why, is decided when it is built: inspect the bundle then."
 
 
@@ -144,10 +146,22 @@ def _row(layer: LayerRow, targets: Sequence[str], with_input: bool) -> tuple[obj
 
 def _reasons(layers: Sequence[LayerRow], targets: Sequence[str]) -> Part:
     """For each target, every reason once, with the number of layers it holds for."""
-    choices = [(target, layer["targets"][target]) for layer in layers for target in targets]
-    counts = Counter((target, choice["path"], choice["why"]) for target, choice in choices)
-    rows = [(target, path, count, why) for (target, path, why), count in sorted(counts.items())]
+    groups: dict[tuple[str, ...], list[str]] = {}
+    for target, choice in ((target, layer["targets"][target]) for layer in layers for target in targets):
+        groups.setdefault((target, choice["path"], *COUNT.split(choice["why"])), []).append(choice["why"])
+    rows = [(target, path, len(whys), in_one(whys)) for (target, path, *_), whys in sorted(groups.items())]
     return Table(("target", "path", "layers", "why"), rows) if rows else NOT_BUILT
+
+
+def in_one(whys: Sequence[str]) -> str:
+    """One sentence for reasons that differ in their counts alone.
+
+    >>> in_one(["E2M1 is exact, |sum| <= 2019720", "E2M1 is exact, |sum| <= 553680", "E2M1 is exact, |sum| <= 791400"])
+    'E2M1 is exact, |sum| <= 553680 to 2019720'
+    """
+    counts = [sorted({*column}, key=int) for column in zip(*map(COUNT.findall, whys), strict=True)]
+    spans = iter([f"{column[0]} to {column[-1]}" if len(column) > 1 else column[0] for column in counts])
+    return COUNT.sub(lambda count: next(spans), whys[0])
 
 
 def _totals(document: Document) -> str:
