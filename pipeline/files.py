@@ -11,7 +11,7 @@ import shutil
 from collections.abc import Iterable
 from pathlib import Path
 
-from export.documents import open_file
+from export.documents import open_file, whole_file
 from export.errors import RecipeError
 
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -56,11 +56,10 @@ def sha256_json(document: object) -> str:
 
 
 def write_json(path: Path, document: object) -> None:
-    """Write a JSON file through a temporary name, so that a reader finds the old one or the new one."""
-    part = path.with_name(path.name + ".part")
-    part.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
-    sync(part)
-    os.replace(part, path)
+    """Write a JSON file, which is then on the disk; a reader finds the old one or the new one."""
+    with whole_file(path) as part:
+        part.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+        sync(part)
 
 
 def sync(path: Path) -> None:

@@ -23,7 +23,7 @@ from typing_extensions import TypedDict
 
 from export import checkpoint
 from export.checkpoint import LAYERS_FILE, QuantizedLinear
-from export.documents import Rules, read_json
+from export.documents import Rules, read_json, whole_file
 from export.errors import ContractError, RecipeError
 from pipeline.calibrate.plan import LayerPlan
 from pipeline.files import lock
@@ -167,8 +167,6 @@ def load_named(folder: Path, names: Sequence[str]) -> list[QuantizedLinear]:
 
 
 def _write(path: Path, document: object) -> None:
-    """Write JSON through a temporary name. Not synced: what is lost with the machine's power is made again."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".part")
-    partial.write_text(json.dumps(document, indent=1, sort_keys=True), encoding="utf-8")
-    os.replace(partial, path)
+    """Write JSON. Not synced: what is lost with the machine's power is made again."""
+    with whole_file(path) as part:
+        part.write_text(json.dumps(document, indent=1, sort_keys=True), encoding="utf-8")
