@@ -117,28 +117,26 @@ def cpu_count() -> int:
 # --- how many threads may compute -----------------------------------------------------------------------------------
 
 MOST_THREADS = 1024
+ROOT = Path("/")  # where /proc and /sys lie
 
 
-def threads(asked: int | None = None, root: Path = Path("/")) -> int:
+def threads(asked: int | None = None) -> int:
     """Threads of one engine call: `asked`, or one for each core that this process may use, its container's CPU time
-    and OMP_NUM_THREADS allow. Raises RecipeError for a number that is none.
-
-    root: where /proc and /sys lie.
-    """
+    and OMP_NUM_THREADS allow. Raises RecipeError for a number that is none."""
     if asked is not None:
         if not 1 <= asked <= MOST_THREADS:
             raise RecipeError(f"{asked} threads were asked for; use 1 to {MOST_THREADS}, or leave it to the machine")
         return asked
-    limits = (core_count(root), container_cpus(root), omp_threads())
+    limits = (core_count(), container_cpus(), omp_threads())
     return max(1, math.floor(min(limit for limit in limits if limit is not None)))
 
 
-def core_count(root: Path = Path("/")) -> int:
+def core_count() -> int:
     """Cores of the processors that this process may use: two hyperthreads of one core are no two."""
     if not hasattr(os, "sched_getaffinity"):
         return os.cpu_count() or 1
     siblings = "sys/devices/system/cpu/cpu{}/topology/thread_siblings_list"
-    rows = {number: _text(root / siblings.format(number)) for number in os.sched_getaffinity(0)}
+    rows = {number: _text(ROOT / siblings.format(number)) for number in os.sched_getaffinity(0)}
     return len({row.strip() or str(number) for number, row in rows.items()})
 
 
@@ -148,19 +146,19 @@ def omp_threads() -> int | None:
     return int(match.group(1)) or None if match else None
 
 
-def container_cpus(root: Path = Path("/")) -> float | None:
+def container_cpus() -> float | None:
     """CPU time that the container allows, in processors; None without a limit.
 
     The least of the limits of this process' control group and of the groups above it, of version 2 (cpu.max) or
     version 1 (cpu.cfs_quota_us). A container may see its own group as the root.
     """
     limits = []
-    for line in _text(root / "proc/self/cgroup").splitlines():
+    for line in _text(ROOT / "proc/self/cgroup").splitlines():
         _, controllers, path = [*line.split(":", 2), "", ""][:3]
         if controllers and "cpu" not in controllers.split(","):
             continue
-        mounts = [root / "sys/fs/cgroup"] if not controllers else []
-        mounts += [root / "sys/fs/cgroup" / name for name in (controllers, "cpu", "unified") if name]
+        mounts = [ROOT / "sys/fs/cgroup"] if not controllers else []
+        mounts += [ROOT / "sys/fs/cgroup" / name for name in (controllers, "cpu", "unified") if name]
         group = Path(path.lstrip("/"))
         limits += [_quota(mount / part) for mount in mounts for part in (group, *group.parents)]
     return min((limit for limit in limits if limit is not None), default=None)

@@ -192,7 +192,9 @@ def subject():
 
 @pytest.fixture(scope="module")
 def trajectory(subject):
-    return drawing.float_trajectory(subject, 2)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(drawing, "STEP_PICTURES", 2)
+        return drawing.float_trajectory(subject)
 
 
 def test_the_float_model_has_no_error_on_its_own_trajectory(subject, trajectory):

@@ -469,9 +469,10 @@ def test_eta_goes_by_the_mean_pace(done: int, total: int, elapsed_s: float, text
     assert progress.eta_text(done, total, elapsed_s) == text
 
 
-def test_heartbeat_shows_life_and_ends(caplog: pytest.LogCaptureFixture) -> None:
+def test_heartbeat_shows_life_and_ends(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
     caplog.set_level("INFO", "pipeline.progress")
-    with progress.heartbeat("verify", every_s=0.01):
+    monkeypatch.setattr(progress, "HEARTBEAT_S", 0.01)
+    with progress.heartbeat("verify"):
         while not caplog.records:
             time.sleep(0.01)
     count = len(caplog.records)
