@@ -31,7 +31,7 @@ OUT_OF_MEMORY = (
     "failed to allocate memory",
     "can't start new thread",
 )
-BUNDLE_FILE = "manifest.json"  # makes a folder a bundle, in which nothing else may be written
+MANIFEST_FILE = "manifest.json"  # makes a folder a bundle, in which nothing else may be written
 
 
 def is_out_of_disk(error: BaseException) -> bool:
@@ -126,7 +126,7 @@ def refuse_unwritable(path: Path, is_folder: bool, flag: str) -> None:
 
 def refuse_in_bundle(folders: Iterable[Path], path: Path, flag: str) -> None:
     """Raise RecipeError if one of `folders` is a bundle, which a file at `path` would damage: it is sealed."""
-    if bundle := next((folder for folder in folders if (folder / BUNDLE_FILE).is_file()), None):
+    if bundle := next((folder for folder in folders if (folder / MANIFEST_FILE).is_file()), None):
         raise RecipeError(f"{path} is in the bundle {bundle}, which a new file would damage; choose another {flag}")
 
 

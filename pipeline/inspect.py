@@ -19,7 +19,7 @@ from pipeline.bundle.manifest_schema import Chosen, Counts, Kept, Layer, Target
 from pipeline.calibrate.plan import LayerPlan, group_multipliers, make_plans
 from pipeline.command import Answer, Parser, Part, Table, add_model_flags, parser, run
 from pipeline.compiler import tensor_counts
-from pipeline.recipe import Recipe, load_model
+from pipeline.recipe import Recipe, load_float_model
 from pipeline.signals import leave
 
 # What `input_text` says of most layers; the column is shown where it says more.
@@ -80,7 +80,7 @@ def bundle_document(path: Path) -> Document:
 def recipe_document(recipe: Recipe) -> Document:
     """The same for a recipe on its model, before anything is built: formats, scales, embedding and bytes."""
     machine.require_compiler("looking into the model of a recipe")
-    model = load_model(recipe)
+    model = load_float_model(recipe)
     layers = [layer_row(planned_layer(plan), {}) for plan in make_plans(model.linears(), recipe)]
     kept: list[Kept] = [{"name": name, "reason": reason} for name, reason in model.kept()]
     sizes = {

@@ -368,7 +368,7 @@ def _absolute(source: str) -> str:
     return str(path.parent.resolve() / path.name) if path.is_file() else source
 
 
-def load_model(recipe: Recipe) -> LoadedModel:
+def load_float_model(recipe: Recipe) -> LoadedModel:
     """The float model that the recipe names."""
     from export.models.load import load
 
