@@ -11,7 +11,7 @@ from typing import NotRequired
 from typing_extensions import TypedDict
 
 from export.errors import RecipeError
-from export.formats.operands import HARDWARE, embeds
+from export.formats.operands import exact_in
 from pipeline import machine
 from pipeline.build import resolve
 from pipeline.bundle.bundle import load_bundle
@@ -53,8 +53,7 @@ def embedding(row: Layer) -> str:
     if row["granularity"] == "group" or row.get("activation_scaling") == "token_group":
         return "-"
     multipliers = group_multipliers(weight, activation) if row["granularity"] == "exact_group" else (1,)
-    fits = [kind for kind in HARDWARE if embeds(activation, kind) and all(embeds(weight, kind, m) for m in multipliers)]
-    return " ".join(fits) or "in limbs"
+    return " ".join(exact_in(weight, activation, multipliers)) or "in limbs"
 
 
 def layer_row(row: Layer, targets: Mapping[str, Target]) -> LayerRow:
