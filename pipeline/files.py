@@ -1,4 +1,4 @@
-"""Files that are either whole or absent: atomic writes, streamed hashes, published folders, locks."""
+"""Folders that are whole or absent: locked while they are written, published, and what a full disk says; JSON files."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import shutil
 from collections.abc import Iterable
 from pathlib import Path
 
-from export.documents import open_file, whole_file
+from export.documents import whole_file
 from export.errors import RecipeError
 
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -42,12 +42,6 @@ def is_out_of_disk(error: BaseException) -> bool:
 def is_out_of_memory(error: BaseException) -> bool:
     """Did memory run out, in Python or in a library that says so in its own words?"""
     return isinstance(error, MemoryError) or any(words in str(error).lower() for words in OUT_OF_MEMORY)
-
-
-def sha256(path: Path) -> str:
-    """SHA-256 of a file, read in pieces."""
-    with open_file(path) as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def sha256_json(document: object) -> str:

@@ -16,12 +16,12 @@ from numpy.typing import NDArray
 from benchmarks.quality.metrics import Array
 from benchmarks.record import Json
 from benchmarks.zoo import judges
-from export.documents import whole_file
+from export.documents import sha256, whole_file
 from export.models.load import LoadedModel, denoiser, load
 from pipeline.backends.base import Arrays
 from pipeline.backends.reference import ReferenceEngine
 from pipeline.distance import sqnr_db
-from pipeline.files import sha256, sha256_json
+from pipeline.files import sha256_json
 from pipeline.generate.conditioning import Generation, load_generation
 from pipeline.generate.sampling import make_sampler, sample
 from pipeline.progress import track

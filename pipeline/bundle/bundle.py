@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from export.documents import open_file
+from export.documents import open_file, sha256
 from export.errors import ContractError, EnvironmentLacksError, RecipeError, UserError
 from export.models.config import FILE as CONFIG
 from export.models.config import engine_config, read_config
@@ -22,7 +22,7 @@ from pipeline.backends.base import Engine
 from pipeline.bundle import manifest
 from pipeline.bundle.manifest_schema import File, Manifest
 from pipeline.bundle.snapshot import REMEDY, verified_copy
-from pipeline.files import MANIFEST_FILE, sha256, tree
+from pipeline.files import MANIFEST_FILE, tree
 from pipeline.generate.conditioning import Generation, load_generation
 
 if TYPE_CHECKING:

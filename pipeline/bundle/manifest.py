@@ -9,7 +9,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from export.checkpoint import QuantizedLinear
-from export.documents import Rules, read_json
+from export.documents import Rules, read_json, sha256
 from export.errors import ContractError
 from export.names import distinct, inside, is_hub_link
 from pipeline import machine
@@ -17,7 +17,7 @@ from pipeline.backends import tool_versions
 from pipeline.backends.base import BuildResult
 from pipeline.bundle.manifest_schema import Chosen, Counts, File, Manifest, Sizes, Target
 from pipeline.bundle.stages import StageTime
-from pipeline.files import MANIFEST_FILE, sha256, tree, write_json
+from pipeline.files import MANIFEST_FILE, tree, write_json
 from pipeline.recipe import Recipe
 
 SCHEMA_VERSION = 1

@@ -18,10 +18,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import load_file, save_file
 
 from export.cache_folder import cache_folder
-from export.documents import Rules, read_text, whole_file
+from export.documents import Rules, read_text, sha256, whole_file
 from export.errors import ModelError, RecipeError
 from pipeline.backends.base import Arrays
-from pipeline.files import sha256, sha256_json, write_json
+from pipeline.files import sha256_json, write_json
 from pipeline.generate import pipeline_folder
 from pipeline.generate.case import Case, example_prompts, make_case
 from pipeline.generate.conditioning import GENERATION_FILE, load_generation

@@ -19,12 +19,12 @@ from typing import TYPE_CHECKING
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-from export.documents import Rules, open_file, read_json
+from export.documents import Rules, open_file, read_json, sha256
 from export.errors import ModelError, RecipeError, UserError
 from export.names import inside
 from pipeline import machine
 from pipeline.backends.base import Arrays, Engine
-from pipeline.files import is_out_of_disk, is_out_of_memory, sha256, sha256_json
+from pipeline.files import is_out_of_disk, is_out_of_memory, sha256_json
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline, ModelMixin

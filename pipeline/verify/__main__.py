@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from export.documents import sha256
 from export.errors import ContractError, ParityError
 from export.models.config import FILE as CONFIG
 from export.models.config import read_config
@@ -20,7 +21,7 @@ from pipeline.bundle.bundle import GENERATION_FILES, Bundle, load_bundle
 from pipeline.bundle.stages import timed
 from pipeline.command import Answer, Parser, add_model_flags, add_threads, parser, run
 from pipeline.compiler import describe
-from pipeline.files import MANIFEST_FILE, refuse_in_bundle, refuse_unwritable, sha256, tree
+from pipeline.files import MANIFEST_FILE, refuse_in_bundle, refuse_unwritable, tree
 from pipeline.recipe import ModelFlags, load_float_model, with_model
 from pipeline.signals import leave
 from pipeline.verify.report import Report

@@ -21,10 +21,11 @@ import pytest
 from safetensors.numpy import save_file
 
 from benchmarks.zoo import scenes
+from export.documents import sha256
 from pipeline import compiler
 from pipeline.build import main as build
 from pipeline.calibrate.__main__ import main as calibrate
-from pipeline.files import MANIFEST_FILE, sha256, tree
+from pipeline.files import MANIFEST_FILE, tree
 from tests.support import hostile_gpu, pipelines, tiny
 
 DIGITS = {"kind": "classes", "names": [str(i) for i in range(10)], "null_class": 10}
