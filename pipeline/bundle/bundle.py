@@ -9,12 +9,13 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from export.documents import open_file, sha256
 from export.errors import ContractError, EnvironmentLacksError, RecipeError, UserError
 from export.models.config import FILE as CONFIG
 from export.models.config import engine_config, read_config
+from export.models.families import Config
 from export.names import is_hub_link
 from pipeline import machine, recipe
 from pipeline.backends import BACKENDS, PORTABLE
@@ -117,7 +118,7 @@ class Bundle:
         with self.copied(GENERATION_FILES.fullmatch) as private:
             yield load_generation(private.path)
 
-    def config(self) -> dict[str, Any]:
+    def config(self) -> Config:
         """The diffusers configuration, with what drawing needs in it. Raises ContractError where it lacks that, or the
         file changed since it was verified."""
         with self.copied({CONFIG}.__contains__) as private:
