@@ -318,13 +318,13 @@ class Table:
     def fits(self, width: int) -> bool:
         return _total(max(map(len, column)) for column in self.columns) <= width
 
-    def without_repeats(self) -> tuple[str, Table]:
-        """What all rows have in common, in words ("" for nothing), and the columns in which they differ."""
+    def without_repeats(self) -> tuple[str | None, Table]:
+        """What all rows have in common, in words, None for nothing; and the columns in which they differ."""
         repeated = [i for i, column in enumerate(self.columns) if i and len(set(column[1:])) == 1]
         common = ", ".join(" = ".join(self.columns[i][:2]) for i in repeated)
         kept = [i for i in range(len(self.columns)) if i not in repeated]
         rest = Table([self.header[i] for i in kept], [[row[i] for i in kept] for row in self.rows])
-        return f"In all rows: {common}." if common else "", rest
+        return f"In all rows: {common}." if common else None, rest
 
 
 # Of an answer for people: a paragraph or a table.
@@ -364,13 +364,13 @@ def _fitted(part: Part, width: int) -> list[Part]:
     too many columns even then as a table for each row, with a line for each column."""
     if isinstance(part, str) or part.fits(width):
         return [part]
-    common, table = part.without_repeats() if len(part.rows) > 1 else ("", part)
-    told: list[Part] = [common] if common else []
+    common, table = part.without_repeats() if len(part.rows) > 1 else (None, part)
+    above: list[Part] = [common] if common else []
     if len(table.header) < 3 or _total(_least(column, _pieces) for column in table.columns) <= width:
-        return [*told, table]
+        return [*above, table]
     first, *titles = table.header
     rows = zip(*(cells for _, *cells in table.columns), strict=True)
-    return [*told, *(Table((first, name), list(zip(titles, cells, strict=True))) for name, *cells in rows)]
+    return [*above, *(Table((first, name), list(zip(titles, cells, strict=True))) for name, *cells in rows)]
 
 
 def _grid(table: Table, width: int) -> RichTable:

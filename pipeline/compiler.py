@@ -254,7 +254,7 @@ def verified(work: WorkFolder, model: LoadedModel, facts: manifest.BuildFacts, r
     """
     from pipeline.verify.proof import verify
 
-    def check() -> None:
+    def prove() -> None:
         lowered = {target: result.lowered for target, result in facts.results.items()}
         with opened(work.bundle, tuple(lowered)) as engines:
             report = verify(model, facts.layers, lowered, engines, facts.recipe, work.bundle / "report")
@@ -265,7 +265,7 @@ def verified(work: WorkFolder, model: LoadedModel, facts: manifest.BuildFacts, r
             raise ParityError(f"{report.sentence()}; see {rejected / REPORT_PAGE}")
         (work.bundle / REPORT_PAGE).replace(work.path / PAGE)
 
-    work.run("verify", ("bundle/report", PAGE), check, lambda: None, depends=sorted(facts.results))
+    work.run("verify", ("bundle/report", PAGE), prove, lambda: None, depends=sorted(facts.results))
 
 
 def benched(work: WorkFolder, model: LoadedModel, facts: manifest.BuildFacts) -> None:

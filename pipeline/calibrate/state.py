@@ -60,12 +60,12 @@ def refuse_unfinished(source: Path, origin: Mapping[str, object]) -> None:
         raise RecipeError(f"{source}: made from other settings ({differing}); give the same ones, or calibrate again")
 
 
-def differences(path: Path, origin: Mapping[str, object]) -> str:
-    """What `path` says otherwise than `origin`, key by key in words; "" where they agree."""
+def differences(path: Path, origin: Mapping[str, object]) -> str | None:
+    """What `path` says otherwise than `origin`, key by key in words; None where they agree."""
     stored = read_json(path, dict[str, object], RULES)
     there, here = (dict(_flat(value)) for value in (stored, json.loads(json.dumps(origin))))
     differing = [key for key in sorted(there | here) if there.get(key) != here.get(key)]
-    return "; ".join(f"{key} is {there.get(key)} there, {here.get(key)} here" for key in differing)
+    return "; ".join(f"{key} is {there.get(key)} there, {here.get(key)} here" for key in differing) or None
 
 
 def _flat(value: object, prefix: str = "") -> Iterator[tuple[str, object]]:
@@ -104,7 +104,7 @@ class CalibrationState:
     def _take_up(self) -> None:
         """Make the folder one of this calibration."""
         path = self.folder / ORIGIN_FILE
-        differing = differences(path, self.origin) if path.is_file() else ""
+        differing = differences(path, self.origin) if path.is_file() else None
         if differing and self.resume:
             remedy = "restore them to go on, or start again with --force instead of --resume"
             raise RecipeError(f"{self.folder} holds a calibration by other settings ({differing}); {remedy}")
