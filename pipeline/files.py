@@ -133,14 +133,6 @@ def tree(folder: Path) -> list[str]:
     return sorted(paths)
 
 
-def sync_tree(folder: Path) -> None:
-    """`sync` for every file and folder below, and for the folder itself."""
-    for parent, _, names in os.walk(folder, topdown=False):
-        for name in names:
-            sync(Path(parent) / name)
-        sync(Path(parent))
-
-
 def remove(path: Path) -> None:
     """Remove a file, a link or a whole folder, if it is there."""
     if path.is_dir() and not path.is_symlink():
@@ -155,7 +147,9 @@ def publish(folder: Path, destination: Path, aside: Path) -> None:
     All three are on one file system. A stop in between leaves the old folder at `aside` or nothing of it, never a
     mixture at `destination`.
     """
-    sync_tree(folder)
+    for parent, _, names in os.walk(folder, topdown=False):
+        for path in (*(Path(parent, name) for name in names), Path(parent)):
+            sync(path)
     if destination.exists():
         remove(aside)
         os.rename(destination, aside)

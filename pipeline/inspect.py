@@ -18,7 +18,7 @@ from pipeline.bundle.bundle import load_bundle
 from pipeline.bundle.manifest_schema import Chosen, Counts, Kept, Layer, Target
 from pipeline.calibrate.plan import LayerPlan, group_multipliers, make_plans
 from pipeline.command import Answer, Parser, Part, Table, add_model_flags, parser, run
-from pipeline.compiler import tensor_counts
+from pipeline.compiler import model_row
 from pipeline.recipe import Recipe, load_float_model
 from pipeline.signals import leave
 
@@ -86,9 +86,7 @@ def recipe_document(recipe: Recipe) -> Document:
         "quantized_weights": sum(row["size_bytes"] for row in layers),
         "same_weights_fp16": sum(2 * row["shape"][0] * row["shape"][1] for row in layers),
     }
-    facts = {"source": model.source, "family": model.family.name, "sha256": model.sha256}
-    named = {**facts, "tensors": tensor_counts(model)}
-    return {"engine": recipe.name, "model": named, "layers": layers, "kept": kept, "bytes": sizes}
+    return {"engine": recipe.name, "model": model_row(model), "layers": layers, "kept": kept, "bytes": sizes}
 
 
 def planned_layer(plan: LayerPlan) -> Layer:

@@ -32,6 +32,7 @@ TOOLS = (
 # What the compiler needs beside the run-time part, and the extra `build` installs; a bundle runs without any of it.
 COMPILER = ("torch", "diffusers", "transformers", "onnx", "onnx_ir", "onnxscript", "jinja2")
 SOURCES = (".py", ".c", ".h")
+CPUINFO = Path("/proc/cpuinfo")
 CPU_FLAGS = ("avx2", "avx512f", "avx512_vnni", "avx_vnni", "avx512_bf16", "amx_int8", "asimddp", "i8mm")
 
 
@@ -91,20 +92,15 @@ def code_version() -> str:
     return digest.hexdigest()
 
 
-def _cpuinfo() -> str:
-    path = Path("/proc/cpuinfo")
-    return path.read_text(encoding="utf-8") if path.exists() else ""
-
-
 def cpu_name() -> str:
     """Model name of the processor."""
-    match = re.search(r"^model name\s*:\s*(.+)$", _cpuinfo(), re.MULTILINE)
+    match = re.search(r"^model name\s*:\s*(.+)$", _text(CPUINFO), re.MULTILINE)
     return match.group(1) if match else platform.processor() or platform.machine()
 
 
 def cpu_flags() -> tuple[str, ...]:
     """The instruction sets among CPU_FLAGS that this processor has (Linux; empty elsewhere)."""
-    match = re.search(r"^(?:flags|Features)\s*:\s*(.+)$", _cpuinfo(), re.MULTILINE)
+    match = re.search(r"^(?:flags|Features)\s*:\s*(.+)$", _text(CPUINFO), re.MULTILINE)
     present = set(match.group(1).split()) if match else set()
     return tuple(flag for flag in CPU_FLAGS if flag in present)
 
@@ -221,10 +217,7 @@ def reset_peak_memory() -> None:
 
 def peak_memory_bytes() -> int:
     """Peak resident size since `reset_peak_memory`, in bytes."""
-    status = Path("/proc/self/status")
-    match = (
-        re.search(r"^VmHWM:\s*(\d+) kB", status.read_text(encoding="utf-8"), re.MULTILINE) if status.exists() else None
-    )
+    match = re.search(r"^VmHWM:\s*(\d+) kB", _text(Path("/proc/self/status")), re.MULTILINE)
     if match:  # getrusage would count what the parent process had when it started this one
         return int(match.group(1)) * 1024
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
