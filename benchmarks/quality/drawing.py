@@ -121,7 +121,6 @@ class Trajectory:
 
 
 def float_trajectory(subject: Subject) -> Trajectory:
-    """Of the first STEP_PICTURES pictures."""
     calls: list[Arrays] = []
     outputs: list[NDArray[np.floating]] = []
 
