@@ -20,8 +20,9 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from io import TextIOWrapper
+from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn, TextIO
+from typing import TYPE_CHECKING, Any, Literal, NoReturn, TextIO
 
 from export.errors import RecipeError, ResourceError, UserError
 from pipeline.files import is_out_of_disk, is_out_of_memory
@@ -288,6 +289,8 @@ GAP = 2
 # What a column of sentences gets at least before names are broken for it.
 SENTENCE_WIDTH = 12
 NUMBER = re.compile(r"-|[\d,.]*\d( x)?")
+# Where a word that is wider than its column may be broken: behind a mark, or before a bracket, never within a number.
+BREAKS = re.compile(r"(?<=\w[-/_=])(?<!\d[eE]-)(?=.)|(?<=\w[.,])(?=\D)|(?<=\w)(?=\()")
 # Colours on a terminal, of cells that say how it stands.
 STATE_STYLES = {"ok": "green", "yes": "green", "MISSING": "bold red", "no": "yellow", "-": "dim"}
 
@@ -313,15 +316,15 @@ class Table:
         return [[title, *(row[i] for row in rows)] for i, title in enumerate(self.header)]
 
     def fits(self, width: int) -> bool:
-        return sum(max(map(len, column)) + GAP for column in self.columns) - GAP <= width
+        return _total(max(map(len, column)) for column in self.columns) <= width
 
-    def without_repeats(self) -> tuple[str, Table]:
-        """What all rows have in common, in words ("" for nothing), and the columns in which they differ."""
+    def without_repeats(self) -> tuple[str | None, Table]:
+        """What all rows have in common, in words, None for nothing; and the columns in which they differ."""
         repeated = [i for i, column in enumerate(self.columns) if i and len(set(column[1:])) == 1]
         common = ", ".join(" = ".join(self.columns[i][:2]) for i in repeated)
         kept = [i for i in range(len(self.columns)) if i not in repeated]
         rest = Table([self.header[i] for i in kept], [[row[i] for i in kept] for row in self.rows])
-        return f"In all rows: {common}." if common else "", rest
+        return f"In all rows: {common}." if common else None, rest
 
 
 # Of an answer for people: a paragraph or a table.
@@ -349,20 +352,25 @@ def rendered(parts: Iterable[Part], width: int | None = None) -> str:
         highlight=False,
     )
     blocks = []
-    for part in parts:
+    for fitting in chain.from_iterable(_fitted(part, screen.width) for part in parts):
         with screen.capture() as capture:
-            for fitting in _fitted(part, width or UNBOUNDED):
-                screen.print(_grid(fitting, width or UNBOUNDED) if isinstance(fitting, Table) else fitting)
+            screen.print(_grid(fitting, screen.width) if isinstance(fitting, Table) else wrapped(fitting, screen.width))
         blocks.append("\n".join(line.rstrip() for line in capture.get().splitlines()))
     return "\n\n".join(blocks)
 
 
 def _fitted(part: Part, width: int) -> list[Part]:
-    """A table that is too wide is shown without the columns in which all rows agree, which are told above it."""
-    if isinstance(part, str) or part.fits(width) or len(part.rows) < 2:
+    """A table that is too wide is shown without the columns in which all rows agree, which are told above it; one with
+    too many columns even then as a table for each row, with a line for each column."""
+    if isinstance(part, str) or part.fits(width):
         return [part]
-    common, rest = part.without_repeats()
-    return [common, rest] if common else [part]
+    common, table = part.without_repeats() if len(part.rows) > 1 else (None, part)
+    above: list[Part] = [common] if common else []
+    if len(table.header) < 3 or _total(_least(column, _pieces) for column in table.columns) <= width:
+        return [*above, table]
+    first, *titles = table.header
+    rows = zip(*(cells for _, *cells in table.columns), strict=True)
+    return [*above, *(Table((first, name), list(zip(titles, cells, strict=True))) for name, *cells in rows)]
 
 
 def _grid(table: Table, width: int) -> RichTable:
@@ -372,33 +380,70 @@ def _grid(table: Table, width: int) -> RichTable:
     from rich.text import Text
 
     grid = RichTable(box=None, padding=(0, GAP, 0, 0), pad_edge=False, header_style="bold")
-    for (title, *cells), wide in zip(table.columns, _widths(table.columns, width), strict=True):
+    widths = _widths(table.columns, width)
+    for (title, *cells), wide in zip(table.columns, widths, strict=True):
         right = bool(cells) and all(map(NUMBER.fullmatch, cells))
-        grid.add_column(title, width=wide, justify="right" if right else "left", overflow="fold")
+        justify: Literal["left", "right"] = "right" if right else "left"
+        grid.add_column(wrapped(title, wide), width=wide, justify=justify, overflow="fold")
     grid.add_row(*[Rule(characters="-", style="dim")] * len(table.header))
     for row in zip(*(cells for _, *cells in table.columns), strict=True):
-        grid.add_row(*(Text(cell, STATE_STYLES.get(cell, "")) for cell in row))
+        texts = (wrapped(cell, wide) for cell, wide in zip(row, widths, strict=True))
+        grid.add_row(*(Text(text, STATE_STYLES.get(text, "")) for text in texts))
     return grid
 
 
+def wrapped(text: str, width: int) -> str:
+    """Lines of at most `width` letters, broken between words, and within words that are longer between their pieces.
+
+    >>> print(wrapped("adaln.emb.linear_1 takes 6.71-14.9", 13))
+    adaln.emb.
+    linear_1
+    takes
+    6.71-14.9
+    """
+    lines = [""]
+    for word in text.split(" "):
+        if len(word) > width:
+            lines.append("")
+            for piece in BREAKS.split(word):
+                if len(lines[-1] + piece) > width:
+                    lines.append("")
+                lines[-1] += piece
+        elif len(lines[-1]) + 1 + len(word) <= width:
+            lines[-1] += " " * bool(lines[-1]) + word
+        else:
+            lines.append(word)
+    return "\n".join(line for line in lines if line)
+
+
+def _words(cell: str) -> list[str]:
+    """What of a cell stays on one line unless it must be broken: a name or number; of a sentence, a few words."""
+    return [cell if " " not in cell or NUMBER.fullmatch(cell) else cell[:SENTENCE_WIDTH]]
+
+
+def _pieces(cell: str) -> list[str]:
+    """What of a cell stays on one line even then: a number with its unit, the parts of a name."""
+    return [cell] if NUMBER.fullmatch(cell) else [piece for word in cell.split() for piece in BREAKS.split(word)]
+
+
+def _least(column: Sequence[str], parts: Callable[[str], list[str]]) -> int:
+    """The width of a column in which the words of the header and `parts` of the cells stay whole."""
+    title, *cells = column
+    return max(map(len, [*title.split(), *(part for cell in cells for part in parts(cell))]), default=0)
+
+
+def _total(widths: Iterable[int]) -> int:
+    return sum(width + GAP for width in widths) - GAP
+
+
 def _widths(columns: Sequence[Sequence[str]], width: int) -> list[int]:
-    """The width of each column: the widest give way until all fit, names (cells without a space) last."""
+    """The width of each column: the widest give way until all fit, first sentences, then names, then all there is."""
     widths = [max(map(len, column)) for column in columns]
-    whole = [_whole(column) for column in columns]
-    for least in (whole, [1] * len(columns)):
-        while sum(widths) + GAP * (len(widths) - 1) > width and (
-            wide := [i for i, bound in enumerate(least) if widths[i] > bound]
-        ):
+    bounds = [[_least(column, parts) for column in columns] for parts in (_words, _pieces)]
+    for least in (*bounds, [1] * len(columns)):
+        while _total(widths) > width and (wide := [i for i, bound in enumerate(least) if widths[i] > bound]):
             widths[max(wide, key=widths.__getitem__)] -= 1
     return widths
-
-
-def _whole(column: Sequence[str]) -> int:
-    """The width below which names and words of the header break; of sentences a few words are enough."""
-    title, *cells = column
-    if any(" " in cell for cell in cells):
-        return min(max(map(len, column)), SENTENCE_WIDTH)
-    return max(map(len, [*title.split(), *cells]), default=0)
 
 
 def terminal_width(stream: TextIO) -> int | None:

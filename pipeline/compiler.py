@@ -21,11 +21,11 @@ from pipeline.bundle import manifest
 from pipeline.bundle.stages import Listener, StageTime, WorkFolder, refuse_interrupted, timed
 from pipeline.calibrate import refuse_unfit, with_method
 from pipeline.calibrate.plan import make_plans
-from pipeline.files import publish, refuse_unwritable, remove, sha256_json, write_json
+from pipeline.files import MANIFEST_FILE, publish, refuse_unwritable, remove, sha256_json, write_json
 from pipeline.generate.case import make_case
 from pipeline.generate.conditioning import GENERATION_FILE, load_generation
 from pipeline.generate.sampling import make_sampler
-from pipeline.recipe import Recipe, load_model, to_toml
+from pipeline.recipe import Recipe, load_float_model, to_toml
 
 if TYPE_CHECKING:
     from export.models.load import LoadedModel
@@ -98,7 +98,7 @@ def prepare(request: BuildRequest) -> tuple[Recipe, LoadedModel, StageTime]:
     recipe = request.recipe
     refuse_early(request)
     logger.info("%s of %s for %s into %s", recipe.name, recipe.model, ", ".join(request.targets), request.output)
-    model, model_time = timed("model", lambda: load_model(recipe), request.listener)
+    model, model_time = timed("model", lambda: load_float_model(recipe), request.listener)
     model.cells(recipe.sampling.height, recipe.sampling.width)  # refuses an image size that the model cannot make
     recipe = with_method(recipe, model)
     refuse_full_disk(request, model.parameters)
@@ -125,7 +125,7 @@ def refuse_existing(request: BuildRequest) -> None:
     """Refuse to replace what was not to be replaced, or is no bundle."""
     if request.output.exists() and not request.force:
         raise RecipeError(f"{request.output} exists; add --force to replace it, or choose another --output-dir")
-    if request.output.exists() and not (request.output / manifest.FILE_NAME).is_file():
+    if request.output.exists() and not (request.output / MANIFEST_FILE).is_file():
         raise RecipeError(f"{request.output} is not a bundle and is not replaced; choose another --output-dir")
 
 
@@ -254,7 +254,7 @@ def verified(work: WorkFolder, model: LoadedModel, facts: manifest.BuildFacts, r
     """
     from pipeline.verify.proof import verify
 
-    def check() -> None:
+    def prove() -> None:
         lowered = {target: result.lowered for target, result in facts.results.items()}
         with opened(work.bundle, tuple(lowered)) as engines:
             report = verify(model, facts.layers, lowered, engines, facts.recipe, work.bundle / "report")
@@ -265,7 +265,7 @@ def verified(work: WorkFolder, model: LoadedModel, facts: manifest.BuildFacts, r
             raise ParityError(f"{report.sentence()}; see {rejected / REPORT_PAGE}")
         (work.bundle / REPORT_PAGE).replace(work.path / PAGE)
 
-    work.run("verify", ("bundle/report", PAGE), check, lambda: None, depends=sorted(facts.results))
+    work.run("verify", ("bundle/report", PAGE), prove, lambda: None, depends=sorted(facts.results))
 
 
 def benched(work: WorkFolder, model: LoadedModel, facts: manifest.BuildFacts) -> None:

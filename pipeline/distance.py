@@ -1,4 +1,4 @@
-"""Distances between arrays in decibels."""
+"""Distances between arrays in decibels, by which calibration searches, verification judges and benchmarks report."""
 
 from __future__ import annotations
 

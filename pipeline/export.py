@@ -9,12 +9,13 @@ from pathlib import Path
 from export import checkpoint
 from export.errors import RecipeError
 from pipeline import machine
+from pipeline.backends.base import DATA, MODEL
 from pipeline.calibrate.state import KEPT
 from pipeline.command import Answer, Parser, parser, run
 from pipeline.files import publish, refuse_unwritable, remove
 from pipeline.signals import leave
 
-FILES = {"model.onnx", "model.onnx.data"}
+FILES = {MODEL, DATA}
 DESCRIPTION = "Write a calibrated checkpoint as one portable ONNX model; the float model is not needed."
 
 
@@ -42,11 +43,11 @@ def work(args: argparse.Namespace, answer: Answer) -> int:
     remove(partial)
     partial.mkdir(parents=True)
     try:
-        summary = export_portable(model, layers, partial / "model.onnx", args.height, args.width)
+        summary = export_portable(model, layers, partial / MODEL, args.height, args.width)
         publish(partial, destination, aside)
     finally:
         remove(partial)
-    path = args.output_dir / "model.onnx"
+    path = args.output_dir / MODEL
     answer.document({"event": "result", "path": str(path), "linears": len(layers)}, f"{path}: {summary}")
     return 0
 

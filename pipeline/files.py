@@ -1,4 +1,4 @@
-"""Files that are either whole or absent: atomic writes, streamed hashes, published folders, locks."""
+"""Folders that are whole or absent: locked while they are written, published, and what a full disk says; JSON files."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import shutil
 from collections.abc import Iterable
 from pathlib import Path
 
-from export.documents import open_file
+from export.documents import whole_file
 from export.errors import RecipeError
 
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -31,7 +31,7 @@ OUT_OF_MEMORY = (
     "failed to allocate memory",
     "can't start new thread",
 )
-BUNDLE_FILE = "manifest.json"  # makes a folder a bundle, in which nothing else may be written
+MANIFEST_FILE = "manifest.json"  # makes a folder a bundle, in which nothing else may be written
 
 
 def is_out_of_disk(error: BaseException) -> bool:
@@ -44,23 +44,16 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, MemoryError) or any(words in str(error).lower() for words in OUT_OF_MEMORY)
 
 
-def sha256(path: Path) -> str:
-    """SHA-256 of a file, read in pieces."""
-    with open_file(path) as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
-
-
 def sha256_json(document: object) -> str:
     """SHA-256 of a JSON document, whatever the order of its keys."""
     return hashlib.sha256(json.dumps(document, sort_keys=True).encode()).hexdigest()
 
 
 def write_json(path: Path, document: object) -> None:
-    """Write a JSON file through a temporary name, so that a reader finds the old one or the new one."""
-    part = path.with_name(path.name + ".part")
-    part.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
-    sync(part)
-    os.replace(part, path)
+    """Write a JSON file, which is then on the disk; a reader finds the old one or the new one."""
+    with whole_file(path) as part:
+        part.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+        sync(part)
 
 
 def sync(path: Path) -> None:
@@ -127,7 +120,7 @@ def refuse_unwritable(path: Path, is_folder: bool, flag: str) -> None:
 
 def refuse_in_bundle(folders: Iterable[Path], path: Path, flag: str) -> None:
     """Raise RecipeError if one of `folders` is a bundle, which a file at `path` would damage: it is sealed."""
-    if bundle := next((folder for folder in folders if (folder / BUNDLE_FILE).is_file()), None):
+    if bundle := next((folder for folder in folders if (folder / MANIFEST_FILE).is_file()), None):
         raise RecipeError(f"{path} is in the bundle {bundle}, which a new file would damage; choose another {flag}")
 
 
@@ -138,14 +131,6 @@ def tree(folder: Path) -> list[str]:
         links = [name for name in folders if os.path.islink(os.path.join(parent, name))]
         paths += [(Path(parent) / name).relative_to(folder).as_posix() for name in names + links]
     return sorted(paths)
-
-
-def sync_tree(folder: Path) -> None:
-    """`sync` for every file and folder below, and for the folder itself."""
-    for parent, _, names in os.walk(folder, topdown=False):
-        for name in names:
-            sync(Path(parent) / name)
-        sync(Path(parent))
 
 
 def remove(path: Path) -> None:
@@ -162,7 +147,9 @@ def publish(folder: Path, destination: Path, aside: Path) -> None:
     All three are on one file system. A stop in between leaves the old folder at `aside` or nothing of it, never a
     mixture at `destination`.
     """
-    sync_tree(folder)
+    for parent, _, names in os.walk(folder, topdown=False):
+        for path in (*(Path(parent, name) for name in names), Path(parent)):
+            sync(path)
     if destination.exists():
         remove(aside)
         os.rename(destination, aside)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from collections import Counter
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NotRequired
@@ -11,19 +11,21 @@ from typing import NotRequired
 from typing_extensions import TypedDict
 
 from export.errors import RecipeError
-from export.formats.operands import HARDWARE, embeds
+from export.formats.operands import exact_in
 from pipeline import machine
 from pipeline.build import resolve
 from pipeline.bundle.bundle import load_bundle
 from pipeline.bundle.manifest_schema import Chosen, Counts, Kept, Layer, Target
 from pipeline.calibrate.plan import LayerPlan, group_multipliers, make_plans
 from pipeline.command import Answer, Parser, Part, Table, add_model_flags, parser, run
-from pipeline.compiler import tensor_counts
-from pipeline.recipe import Recipe, load_model
+from pipeline.compiler import model_row
+from pipeline.recipe import Recipe, load_float_model
 from pipeline.signals import leave
 
 # What `input_text` says of most layers; the column is shown where it says more.
 PLAIN_INPUT = "per_token"
+# A number of its own in a reason, and no part of a name such as E2M1 or of a decimal fraction.
+COUNT = re.compile(r"(?<![\w.])\d+(?!\w|\.\d)")
 NOT_BUILT = "Which path each layer takes on a target, and why, is decided when it is built: inspect the bundle then."
 
 
@@ -51,8 +53,7 @@ def embedding(row: Layer) -> str:
     if row["granularity"] == "group" or row.get("activation_scaling") == "token_group":
         return "-"
     multipliers = group_multipliers(weight, activation) if row["granularity"] == "exact_group" else (1,)
-    fits = [kind for kind in HARDWARE if embeds(activation, kind) and all(embeds(weight, kind, m) for m in multipliers)]
-    return " ".join(fits) or "in limbs"
+    return " ".join(exact_in(weight, activation, multipliers)) or "in limbs"
 
 
 def layer_row(row: Layer, targets: Mapping[str, Target]) -> LayerRow:
@@ -78,16 +79,14 @@ def bundle_document(path: Path) -> Document:
 def recipe_document(recipe: Recipe) -> Document:
     """The same for a recipe on its model, before anything is built: formats, scales, embedding and bytes."""
     machine.require_compiler("looking into the model of a recipe")
-    model = load_model(recipe)
+    model = load_float_model(recipe)
     layers = [layer_row(planned_layer(plan), {}) for plan in make_plans(model.linears(), recipe)]
     kept: list[Kept] = [{"name": name, "reason": reason} for name, reason in model.kept()]
     sizes = {
         "quantized_weights": sum(row["size_bytes"] for row in layers),
         "same_weights_fp16": sum(2 * row["shape"][0] * row["shape"][1] for row in layers),
     }
-    facts = {"source": model.source, "family": model.family.name, "sha256": model.sha256}
-    named = {**facts, "tensors": tensor_counts(model)}
-    return {"engine": recipe.name, "model": named, "layers": layers, "kept": kept, "bytes": sizes}
+    return {"engine": recipe.name, "model": model_row(model), "layers": layers, "kept": kept, "bytes": sizes}
 
 
 def planned_layer(plan: LayerPlan) -> Layer:
@@ -144,10 +143,22 @@ def _row(layer: LayerRow, targets: Sequence[str], with_input: bool) -> tuple[obj
 
 def _reasons(layers: Sequence[LayerRow], targets: Sequence[str]) -> Part:
     """For each target, every reason once, with the number of layers it holds for."""
-    choices = [(target, layer["targets"][target]) for layer in layers for target in targets]
-    counts = Counter((target, choice["path"], choice["why"]) for target, choice in choices)
-    rows = [(target, path, count, why) for (target, path, why), count in sorted(counts.items())]
+    groups: dict[tuple[str, ...], list[str]] = {}
+    for target, choice in ((target, layer["targets"][target]) for layer in layers for target in targets):
+        groups.setdefault((target, choice["path"], *COUNT.split(choice["why"])), []).append(choice["why"])
+    rows = [(target, path, len(whys), in_one(whys)) for (target, path, *_), whys in sorted(groups.items())]
     return Table(("target", "path", "layers", "why"), rows) if rows else NOT_BUILT
+
+
+def in_one(whys: Sequence[str]) -> str:
+    """One sentence for reasons that differ in their counts alone.
+
+    >>> in_one(["E2M1 is exact, |sum| <= 2019720", "E2M1 is exact, |sum| <= 553680", "E2M1 is exact, |sum| <= 791400"])
+    'E2M1 is exact, |sum| <= 553680 to 2019720'
+    """
+    counts = [sorted({*column}, key=int) for column in zip(*map(COUNT.findall, whys), strict=True)]
+    spans = iter([f"{column[0]} to {column[-1]}" if len(column) > 1 else column[0] for column in counts])
+    return COUNT.sub(lambda count: next(spans), whys[0])
 
 
 def _totals(document: Document) -> str:

@@ -10,7 +10,7 @@ from importlib.util import find_spec
 from typing_extensions import TypedDict
 
 from export.formats.format import get_format
-from export.formats.operands import HARDWARE, embeds
+from export.formats.operands import HARDWARE, embeds, exact_in
 from pipeline import machine
 from pipeline import recipe as recipes
 from pipeline.backends import BACKENDS
@@ -36,7 +36,7 @@ WIDE_BUYS = "the published recipe; wider than INT8 and E4M3, so two 8-bit GEMMs 
 def worth(recipe: Recipe) -> str:
     """What the widths of a recipe buy, in one sentence."""
     weight, activation = get_format(recipe.formats.weight), get_format(recipe.formats.activation)
-    fits = [name for name in HARDWARE if embeds(weight.name, name) and embeds(activation.name, name)]
+    fits = exact_in(weight.name, activation.name)
     wide = not any(embeds(activation.name, name) for name in ("INT8", "E4M3"))
     buys = WIDE_BUYS if wide else ACTIVATIONS_BUY[activation.bits]
     exact = f"exact in {', '.join(fits)}" if fits else f"exact in none of {', '.join(HARDWARE)}"

@@ -32,6 +32,7 @@ TOOLS = (
 # What the compiler needs beside the run-time part, and the extra `build` installs; a bundle runs without any of it.
 COMPILER = ("torch", "diffusers", "transformers", "onnx", "onnx_ir", "onnxscript", "jinja2")
 SOURCES = (".py", ".c", ".h")
+CPUINFO = Path("/proc/cpuinfo")
 CPU_FLAGS = ("avx2", "avx512f", "avx512_vnni", "avx_vnni", "avx512_bf16", "amx_int8", "asimddp", "i8mm")
 
 
@@ -91,20 +92,15 @@ def code_version() -> str:
     return digest.hexdigest()
 
 
-def _cpuinfo() -> str:
-    path = Path("/proc/cpuinfo")
-    return path.read_text(encoding="utf-8") if path.exists() else ""
-
-
 def cpu_name() -> str:
     """Model name of the processor."""
-    match = re.search(r"^model name\s*:\s*(.+)$", _cpuinfo(), re.MULTILINE)
+    match = re.search(r"^model name\s*:\s*(.+)$", _text(CPUINFO), re.MULTILINE)
     return match.group(1) if match else platform.processor() or platform.machine()
 
 
 def cpu_flags() -> tuple[str, ...]:
     """The instruction sets among CPU_FLAGS that this processor has (Linux; empty elsewhere)."""
-    match = re.search(r"^(?:flags|Features)\s*:\s*(.+)$", _cpuinfo(), re.MULTILINE)
+    match = re.search(r"^(?:flags|Features)\s*:\s*(.+)$", _text(CPUINFO), re.MULTILINE)
     present = set(match.group(1).split()) if match else set()
     return tuple(flag for flag in CPU_FLAGS if flag in present)
 
@@ -117,28 +113,26 @@ def cpu_count() -> int:
 # --- how many threads may compute -----------------------------------------------------------------------------------
 
 MOST_THREADS = 1024
+ROOT = Path("/")  # where /proc and /sys lie
 
 
-def threads(asked: int | None = None, root: Path = Path("/")) -> int:
+def threads(asked: int | None = None) -> int:
     """Threads of one engine call: `asked`, or one for each core that this process may use, its container's CPU time
-    and OMP_NUM_THREADS allow. Raises RecipeError for a number that is none.
-
-    root: where /proc and /sys lie.
-    """
+    and OMP_NUM_THREADS allow. Raises RecipeError for a number that is none."""
     if asked is not None:
         if not 1 <= asked <= MOST_THREADS:
             raise RecipeError(f"{asked} threads were asked for; use 1 to {MOST_THREADS}, or leave it to the machine")
         return asked
-    limits = (core_count(root), container_cpus(root), omp_threads())
+    limits = (core_count(), container_cpus(), omp_threads())
     return max(1, math.floor(min(limit for limit in limits if limit is not None)))
 
 
-def core_count(root: Path = Path("/")) -> int:
+def core_count() -> int:
     """Cores of the processors that this process may use: two hyperthreads of one core are no two."""
     if not hasattr(os, "sched_getaffinity"):
         return os.cpu_count() or 1
     siblings = "sys/devices/system/cpu/cpu{}/topology/thread_siblings_list"
-    rows = {number: _text(root / siblings.format(number)) for number in os.sched_getaffinity(0)}
+    rows = {number: _text(ROOT / siblings.format(number)) for number in os.sched_getaffinity(0)}
     return len({row.strip() or str(number) for number, row in rows.items()})
 
 
@@ -148,19 +142,19 @@ def omp_threads() -> int | None:
     return int(match.group(1)) or None if match else None
 
 
-def container_cpus(root: Path = Path("/")) -> float | None:
+def container_cpus() -> float | None:
     """CPU time that the container allows, in processors; None without a limit.
 
     The least of the limits of this process' control group and of the groups above it, of version 2 (cpu.max) or
     version 1 (cpu.cfs_quota_us). A container may see its own group as the root.
     """
     limits = []
-    for line in _text(root / "proc/self/cgroup").splitlines():
+    for line in _text(ROOT / "proc/self/cgroup").splitlines():
         _, controllers, path = [*line.split(":", 2), "", ""][:3]
         if controllers and "cpu" not in controllers.split(","):
             continue
-        mounts = [root / "sys/fs/cgroup"] if not controllers else []
-        mounts += [root / "sys/fs/cgroup" / name for name in (controllers, "cpu", "unified") if name]
+        mounts = [ROOT / "sys/fs/cgroup"] if not controllers else []
+        mounts += [ROOT / "sys/fs/cgroup" / name for name in (controllers, "cpu", "unified") if name]
         group = Path(path.lstrip("/"))
         limits += [_quota(mount / part) for mount in mounts for part in (group, *group.parents)]
     return min((limit for limit in limits if limit is not None), default=None)
@@ -234,10 +228,7 @@ def reset_peak_memory() -> None:
 
 def peak_memory_bytes() -> int:
     """Peak resident size since `reset_peak_memory`, in bytes."""
-    status = Path("/proc/self/status")
-    match = (
-        re.search(r"^VmHWM:\s*(\d+) kB", status.read_text(encoding="utf-8"), re.MULTILINE) if status.exists() else None
-    )
+    match = re.search(r"^VmHWM:\s*(\d+) kB", _text(Path("/proc/self/status")), re.MULTILINE)
     if match:  # getrusage would count what the parent process had when it started this one
         return int(match.group(1)) * 1024
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

@@ -16,6 +16,7 @@ from tqdm import tqdm
 logger = logging.getLogger(__name__)
 P = ParamSpec("P")
 T = TypeVar("T")
+HEARTBEAT_S = 30.0
 _thread = threading.local()
 
 
@@ -48,12 +49,12 @@ def track(items: Iterable[T], total: int, label: str, first: int = 0, every_s: f
 
 
 @contextmanager
-def heartbeat(label: str, every_s: float = 30.0) -> Iterator[None]:
-    """While the body runs, say every `every_s` seconds that it still does: for work whose length is not known."""
+def heartbeat(label: str) -> Iterator[None]:
+    """While the body runs, say every HEARTBEAT_S that it still does: for work whose length is not known."""
     done, started = threading.Event(), time.monotonic()
 
     def beat() -> None:
-        while not done.wait(every_s):
+        while not done.wait(HEARTBEAT_S):
             logger.info("%s: still at work after %.0f s", label, time.monotonic() - started)
 
     thread = threading.Thread(target=beat, daemon=True)

@@ -205,7 +205,7 @@ def from_dict(document: Mapping[str, object], source: str) -> Recipe:
     if missing := [name for name in ("name", "model") if name not in values]:
         raise RecipeError(f"{source}: key {missing[0]} is missing; a recipe needs a name and a model")
     targets = {name: values.pop(name) for name in tables if name in values}
-    return _made(Recipe, {**values, "targets": targets}, source)
+    return _instance(Recipe, {**values, "targets": targets}, source)
 
 
 def _hints(kind: type) -> dict[str, object]:
@@ -224,7 +224,7 @@ def _typed_values(
     return {key: _typed(value, hints[key], source, prefix + key) for key, value in document.items()}
 
 
-def _made(kind: type[T], values: Mapping[str, object], source: str) -> T:
+def _instance(kind: type[T], values: Mapping[str, object], source: str) -> T:
     try:
         return kind(**values)
     except RecipeError as error:
@@ -256,7 +256,7 @@ def _typed(value: object, hint: object, source: str, key: str) -> object:
     if isinstance(hint, type) and is_dataclass(hint):
         if not isinstance(value, dict):
             raise RecipeError(f"{source}: {key} must be a table, found {value!r}")
-        return _made(hint, _typed_values(_hints(hint), value, source, f"{key}."), source)
+        return _instance(hint, _typed_values(_hints(hint), value, source, f"{key}."), source)
     words, fits, convert = TYPES.get(hint) or TYPES[get_origin(hint) or hint]
     if not fits(value):
         raise RecipeError(f"{source}: {key} is {value!r}; expected {words}")
@@ -368,7 +368,7 @@ def _absolute(source: str) -> str:
     return str(path.parent.resolve() / path.name) if path.is_file() else source
 
 
-def load_model(recipe: Recipe) -> LoadedModel:
+def load_float_model(recipe: Recipe) -> LoadedModel:
     """The float model that the recipe names."""
     from export.models.load import load
 

@@ -16,11 +16,12 @@ from numpy.typing import NDArray
 from benchmarks.quality.metrics import Array
 from benchmarks.record import Json
 from benchmarks.zoo import judges
+from export.documents import sha256, whole_file
 from export.models.load import LoadedModel, denoiser, load
 from pipeline.backends.base import Arrays
 from pipeline.backends.reference import ReferenceEngine
 from pipeline.distance import sqnr_db
-from pipeline.files import sha256, sha256_json
+from pipeline.files import sha256_json
 from pipeline.generate.conditioning import Generation, load_generation
 from pipeline.generate.sampling import make_sampler, sample
 from pipeline.progress import track
@@ -97,10 +98,9 @@ def float_pictures(subject: Subject, folder: Path) -> Pictures:
     """The float model's pictures; kept in `folder`, since every row is compared with them."""
     path = folder / f"float-{sha256_json(subject.facts)[:12]}.npy"
     if not path.is_file():
-        folder.mkdir(parents=True, exist_ok=True)
         pictures = draw(subject, float_engine(subject).run, f"{subject.name} float")
-        np.save(path.with_suffix(".part.npy"), pictures)
-        path.with_suffix(".part.npy").replace(path)
+        with whole_file(path) as part, part.open("wb") as file:
+            np.save(file, pictures)
     return np.load(path)
 
 
@@ -120,8 +120,7 @@ class Trajectory:
         return [sqnr_db(output, run(call)["sample"]) for call, output in pairs]
 
 
-def float_trajectory(subject: Subject, count: int = STEP_PICTURES) -> Trajectory:
-    """Of the first `count` pictures."""
+def float_trajectory(subject: Subject) -> Trajectory:
     calls: list[Arrays] = []
     outputs: list[NDArray[np.floating]] = []
 
@@ -129,7 +128,7 @@ def float_trajectory(subject: Subject, count: int = STEP_PICTURES) -> Trajectory
         calls.append(inputs)
         outputs.append(output["sample"])
 
-    _draw(subject, float_engine(subject).run, slice(0, count), keep)
+    _draw(subject, float_engine(subject).run, slice(0, STEP_PICTURES), keep)
     return Trajectory(calls, outputs)
 
 

@@ -37,6 +37,7 @@ from pipeline.bench.measure import interleaved
 from pipeline.calibrate import calibrate
 from pipeline.calibrate.methods.rtn import quantize_linear
 from pipeline.calibrate.plan import make_plans
+from pipeline.calibrate.state import TIME_FILE
 from pipeline.distance import sqnr_db
 from pipeline.files import remove, sha256_json, write_json
 from pipeline.generate.case import make_case
@@ -48,7 +49,6 @@ from pipeline.verify.report import Gate
 from pipeline.verify.study import Realisations, Study
 
 logger = logging.getLogger(__name__)
-CALIBRATION_TIME = "seconds.json"
 # Steps and pictures (with and without prompt) on which the engine is proven.
 PROVEN_PICTURES = 2
 TIMED_CALLS = 5
@@ -86,7 +86,7 @@ def calibrated(
     place = folder / calibration_key(recipe, subject.model.sha256, row.multipliers)
     if redo:
         remove(place)
-    path, started = place / CALIBRATION_TIME, time.monotonic()
+    path, started = place / TIME_FILE, time.monotonic()
     before = float(record.read(path, {"seconds": 0.0})["seconds"])  # of runs that were interrupted
     try:
         own = restricted(subject, row, recipe, place) if row.multipliers else None

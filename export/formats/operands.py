@@ -52,6 +52,15 @@ def embeds(name: str, target: str, multiplier: int = 1) -> bool:
     return weight_exponent(name, target, (multiplier,)) is not None
 
 
+def exact_in(weight: str, activation: str, multipliers: tuple[int, ...] = (1,)) -> list[str]:
+    """The types of HARDWARE that hold both operands of a GEMM exactly, the weight's times each of `multipliers`.
+
+    >>> exact_in("E2M1", "E2M3"), exact_in("E2M1", "E3M4"), exact_in("E2M1", "E2M1", (1, 7))
+    (['INT8', 'E4M3', 'FP16'], ['FP16'], ['INT8', 'FP16'])
+    """
+    return [kind for kind in HARDWARE if embeds(activation, kind) and all(embeds(weight, kind, m) for m in multipliers)]
+
+
 def _fits_float(integers: NDArray[np.int64], significand: int, lowest: int, highest: int) -> bool:
     """True if a power of two puts all integers on a float type's numbers (subnormals included)."""
     top = int(np.floor(np.log2(integers.max())))

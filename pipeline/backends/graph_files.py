@@ -10,11 +10,11 @@ import onnx_ir as ir
 
 from export.dialect.graph import drop_unused
 from export.dialect.ops import DOMAIN
+from export.documents import sha256
 from export.errors import ContractError
 from export.onnx_files import load_model
 from pipeline.backends import lowering_file, metadata_file
 from pipeline.backends.base import DATA, MODEL, BuildResult, LoweredGraph
-from pipeline.files import sha256
 from pipeline.passes import run_shared
 from pipeline.passes.quantized_gemm import PACKED_GEMMS
 from pipeline.passes.rewrite import LoweringPass

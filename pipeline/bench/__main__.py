@@ -20,7 +20,7 @@ from pipeline.bundle.stages import timed
 from pipeline.command import Answer, Parser, Table, add_model_flags, add_threads, parser, run
 from pipeline.compiler import parse_targets
 from pipeline.files import refuse_unwritable, write_json
-from pipeline.recipe import ModelFlags, Recipe, load_model, with_model
+from pipeline.recipe import ModelFlags, Recipe, load_float_model, with_model
 from pipeline.signals import leave
 
 if TYPE_CHECKING:
@@ -83,7 +83,7 @@ def float_model(recipe: Recipe, named: bool) -> LoadedModel | None:
             raise
         logger.warning("the engines are measured alone: %s", error)
         return None
-    return load_model(recipe)
+    return load_float_model(recipe)
 
 
 def description(bundle: Bundle) -> Description:

@@ -9,12 +9,13 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from export.documents import open_file
+from export.documents import open_file, sha256
 from export.errors import ContractError, EnvironmentLacksError, RecipeError, UserError
 from export.models.config import FILE as CONFIG
 from export.models.config import engine_config, read_config
+from export.models.families import Config
 from export.names import is_hub_link
 from pipeline import machine, recipe
 from pipeline.backends import BACKENDS, PORTABLE
@@ -22,7 +23,7 @@ from pipeline.backends.base import Engine
 from pipeline.bundle import manifest
 from pipeline.bundle.manifest_schema import File, Manifest
 from pipeline.bundle.snapshot import REMEDY, verified_copy
-from pipeline.files import sha256, tree
+from pipeline.files import MANIFEST_FILE, tree
 from pipeline.generate.conditioning import Generation, load_generation
 
 if TYPE_CHECKING:
@@ -61,7 +62,7 @@ class Bundle:
 
     @property
     def recipe(self) -> recipe.Recipe:
-        return recipe.from_dict(self.manifest["recipe"], str(self.path / manifest.FILE_NAME))
+        return recipe.from_dict(self.manifest["recipe"], str(self.path / MANIFEST_FILE))
 
     def problem(self, target: str) -> str | None:
         """Why this machine cannot run `target` of the bundle, with a remedy; None if it can."""
@@ -69,7 +70,7 @@ class Bundle:
             return (
                 f"{self.path} has no target {target}, only {', '.join(self.targets)}; build it with --target {target}"
             )
-        return BACKENDS[target].fitness_problem(self.manifest, self.path / manifest.FILE_NAME)
+        return BACKENDS[target].fitness_problem(self.manifest, self.path / MANIFEST_FILE)
 
     def choose(self, target: str = "auto") -> str:
         """The target to run: the named one, or the fastest that fits. Raises EnvironmentLacksError or RecipeError."""
@@ -117,7 +118,7 @@ class Bundle:
         with self.copied(GENERATION_FILES.fullmatch) as private:
             yield load_generation(private.path)
 
-    def config(self) -> dict[str, Any]:
+    def config(self) -> Config:
         """The diffusers configuration, with what drawing needs in it. Raises ContractError where it lacks that, or the
         file changed since it was verified."""
         with self.copied({CONFIG}.__contains__) as private:
@@ -175,7 +176,7 @@ def refuse_unknown_targets(document: Manifest, folder: Path) -> None:
     """Raise ContractError for a target that this version does not have."""
     if unknown := sorted(set(document["targets"]) - set(BACKENDS)):
         raise ContractError(
-            f"{folder / manifest.FILE_NAME}: target {unknown[0]!r} is unknown to this version, which has "
+            f"{folder / MANIFEST_FILE}: target {unknown[0]!r} is unknown to this version, which has "
             f"{', '.join(BACKENDS)}; install the version that built it"
         )
 
@@ -187,7 +188,7 @@ def verify_files(folder: Path, files: Mapping[str, File]) -> None:
     foreign = [name for name in links if not is_hub_link(folder / name, folder)]
     if foreign:
         raise ContractError(f"{folder / foreign[0]} is a link; a bundle has plain files only, copy it with cp -rL")
-    names = set(present) - {manifest.FILE_NAME}
+    names = set(present) - {MANIFEST_FILE}
     for text, differing in (("is missing", set(files) - names), ("is not in the manifest", names - set(files))):
         if differing:
             raise ContractError(f"{folder / min(differing)} {text}; {REMEDY}")

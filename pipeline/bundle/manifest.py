@@ -9,7 +9,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from export.checkpoint import QuantizedLinear
-from export.documents import Rules, read_json
+from export.documents import Rules, read_json, sha256
 from export.errors import ContractError
 from export.names import distinct, inside, is_hub_link
 from pipeline import machine
@@ -17,11 +17,10 @@ from pipeline.backends import tool_versions
 from pipeline.backends.base import BuildResult
 from pipeline.bundle.manifest_schema import Chosen, Counts, File, Manifest, Sizes, Target
 from pipeline.bundle.stages import StageTime
-from pipeline.files import BUNDLE_FILE, sha256, tree, write_json
+from pipeline.files import MANIFEST_FILE, tree, write_json
 from pipeline.recipe import Recipe
 
 SCHEMA_VERSION = 1
-FILE_NAME = BUNDLE_FILE
 RULES = Rules(version=SCHEMA_VERSION)
 
 
@@ -40,7 +39,7 @@ class BuildFacts:
 
 def compose(facts: BuildFacts, folder: Path) -> dict[str, object]:
     """The manifest of the finished files in `folder` (its own file left out)."""
-    paths = {name: folder / name for name in tree(folder) if name != FILE_NAME}
+    paths = {name: folder / name for name in tree(folder) if name != MANIFEST_FILE}
     files: dict[str, File] = {
         name: {"size": path.stat().st_size, "sha256": sha256(path)} for name, path in paths.items()
     }
@@ -112,18 +111,18 @@ def _target_row(result: BuildResult) -> Target:
 
 def write(document: Mapping[str, object], folder: Path) -> None:
     """Write manifest.json into `folder`."""
-    write_json(folder / FILE_NAME, document)
+    write_json(folder / MANIFEST_FILE, document)
 
 
 def read(folder: Path) -> Manifest:
     """The manifest of a bundle folder, its form and paths checked. Raises ContractError."""
-    path = folder / FILE_NAME
+    path = folder / MANIFEST_FILE
     if not path.is_file() or (path.is_symlink() and not is_hub_link(path, folder)):
-        raise ContractError(f"{folder} is not a bundle: it has no {FILE_NAME}; give the folder that build wrote")
+        raise ContractError(f"{folder} is not a bundle: it has no {MANIFEST_FILE}; give the folder that build wrote")
     document = read_json(path, Manifest, RULES)
     for name in document["files"]:
         inside(folder, name, path)
-    distinct([*document["files"], FILE_NAME], path)
+    distinct([*document["files"], MANIFEST_FILE], path)
     for target, row in document["targets"].items():
         inside(folder, target, path)
         if unlisted := sorted(set(row["files"]) - set(document["files"])):

@@ -1,4 +1,7 @@
-"""Types of manifest.json: what is read of it again. Keys beyond these may stand there and stay."""
+"""Types of manifest.json: what is read of it again. Keys beyond these may stand there and stay.
+
+Apart from manifest.py, which takes what a build found: a bundle is opened, copied and shown by these types alone.
+"""
 
 from __future__ import annotations
 

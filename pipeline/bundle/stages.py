@@ -17,11 +17,11 @@ from typing import TypeVar
 
 from typing_extensions import TypedDict
 
-from export.documents import Rules, read_json
+from export.documents import Rules, read_json, sha256
 from export.errors import ContractError, RecipeError, UserError
 from export.names import inside
 from pipeline import machine
-from pipeline.files import is_out_of_disk, lock, remove, sha256, sha256_json, tree, write_json
+from pipeline.files import is_out_of_disk, lock, remove, sha256_json, tree, write_json
 from pipeline.progress import heartbeat
 
 logger = logging.getLogger(__name__)

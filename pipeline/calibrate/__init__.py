@@ -21,7 +21,7 @@ from pipeline.calibrate.method import Context, Method, Unit
 from pipeline.calibrate.plan import LayerPlan, make_plans
 from pipeline.calibrate.state import CalibrationState, copy_finished, load_named, refuse_unfinished
 from pipeline.generate.case import is_large
-from pipeline.methods import AUTO, METHODS
+from pipeline.methods import METHODS
 from pipeline.progress import track
 from pipeline.recipe import Recipe, settled
 
@@ -33,12 +33,11 @@ logger = logging.getLogger(__name__)
 
 def with_method(recipe: Recipe, model: LoadedModel) -> Recipe:
     """The recipe with the method that "auto" means for this model, which is said; any other comes back as it is."""
-    if recipe.calibrate.method != AUTO:
-        return recipe
-    recipe = settled(recipe, model.parameters)
-    chosen, size = recipe.calibrate.method, model.parameters / 1e6
-    logger.info("calibrate.method auto: %s for %.1f M parameters; --set method=NAME takes another", chosen, size)
-    return recipe
+    chosen = settled(recipe, model.parameters)
+    if chosen is not recipe:
+        words = "calibrate.method auto: %s for %.1f M parameters; --set method=NAME takes another"
+        logger.info(words, chosen.calibrate.method, model.parameters / 1e6)
+    return chosen
 
 
 def calibrate(model: LoadedModel, recipe: Recipe, folder: Path, resume: bool = False) -> list[QuantizedLinear]:

@@ -15,7 +15,7 @@ from pipeline.build import resolve
 from pipeline.calibrate.state import KEPT, ORIGIN_FILE
 from pipeline.command import Answer, Parser, add_model_flags, parser, run
 from pipeline.files import lock, refuse_unwritable, remove
-from pipeline.recipe import load_model
+from pipeline.recipe import load_float_model
 from pipeline.signals import leave
 
 DESCRIPTION = "Quantize a model's linears by a recipe and write the checkpoint; --resume finishes a stopped run."
@@ -45,7 +45,7 @@ def work(args: argparse.Namespace, answer: Answer) -> int:
     folder = args.output_dir or Path("checkpoints") / recipe.name
     _refuse_occupied(folder, args.resume, args.force)
     with _noting_what_is_kept(folder):
-        model = load_model(recipe)
+        model = load_float_model(recipe)
         layers = calibrate(model, recipe, folder, args.resume)
         save_kept(model, folder / KEPT)
     size_bytes = sum(layer.size_bytes for layer in layers)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import logging
 import math
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -19,10 +18,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import load_file, save_file
 
 from export.cache_folder import cache_folder
-from export.documents import Rules, read_text
+from export.documents import Rules, read_text, sha256, whole_file
 from export.errors import ModelError, RecipeError
 from pipeline.backends.base import Arrays
-from pipeline.files import sha256, sha256_json, write_json
+from pipeline.files import sha256_json, write_json
 from pipeline.generate import pipeline_folder
 from pipeline.generate.case import Case, example_prompts, make_case
 from pipeline.generate.conditioning import GENERATION_FILE, load_generation
@@ -198,9 +197,8 @@ def _case(model: LoadedModel, recipe: Recipe, prompts: tuple[str, ...], number: 
 
 
 def _save(inputs: Arrays, path: Path) -> None:
-    partial = path.with_suffix(f".{os.getpid()}.part")
-    save_file({name: np.ascontiguousarray(value) for name, value in inputs.items()}, partial)
-    os.replace(partial, path)
+    with whole_file(path, shared=True) as part:
+        save_file({name: np.ascontiguousarray(value) for name, value in inputs.items()}, part)
 
 
 def _path(folder: Path, number: int, step: int) -> Path:

@@ -23,7 +23,7 @@ from typing_extensions import TypedDict
 
 from export import checkpoint
 from export.checkpoint import LAYERS_FILE, QuantizedLinear
-from export.documents import Rules, read_json
+from export.documents import Rules, read_json, whole_file
 from export.errors import ContractError, RecipeError
 from pipeline.calibrate.plan import LayerPlan
 from pipeline.files import lock
@@ -60,12 +60,12 @@ def refuse_unfinished(source: Path, origin: Mapping[str, object]) -> None:
         raise RecipeError(f"{source}: made from other settings ({differing}); give the same ones, or calibrate again")
 
 
-def differences(path: Path, origin: Mapping[str, object]) -> str:
-    """What `path` says otherwise than `origin`, key by key in words; "" where they agree."""
+def differences(path: Path, origin: Mapping[str, object]) -> str | None:
+    """What `path` says otherwise than `origin`, key by key in words; None where they agree."""
     stored = read_json(path, dict[str, object], RULES)
     there, here = (dict(_flat(value)) for value in (stored, json.loads(json.dumps(origin))))
     differing = [key for key in sorted(there | here) if there.get(key) != here.get(key)]
-    return "; ".join(f"{key} is {there.get(key)} there, {here.get(key)} here" for key in differing)
+    return "; ".join(f"{key} is {there.get(key)} there, {here.get(key)} here" for key in differing) or None
 
 
 def _flat(value: object, prefix: str = "") -> Iterator[tuple[str, object]]:
@@ -104,7 +104,7 @@ class CalibrationState:
     def _take_up(self) -> None:
         """Make the folder one of this calibration."""
         path = self.folder / ORIGIN_FILE
-        differing = differences(path, self.origin) if path.is_file() else ""
+        differing = differences(path, self.origin) if path.is_file() else None
         if differing and self.resume:
             remedy = "restore them to go on, or start again with --force instead of --resume"
             raise RecipeError(f"{self.folder} holds a calibration by other settings ({differing}); {remedy}")
@@ -167,8 +167,6 @@ def load_named(folder: Path, names: Sequence[str]) -> list[QuantizedLinear]:
 
 
 def _write(path: Path, document: object) -> None:
-    """Write JSON through a temporary name. Not synced: what is lost with the machine's power is made again."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".part")
-    partial.write_text(json.dumps(document, indent=1, sort_keys=True), encoding="utf-8")
-    os.replace(partial, path)
+    """Write JSON. Not synced: what is lost with the machine's power is made again."""
+    with whole_file(path) as part:
+        part.write_text(json.dumps(document, indent=1, sort_keys=True), encoding="utf-8")

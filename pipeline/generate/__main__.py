@@ -23,17 +23,18 @@ from pipeline.signals import leave
 DESCRIPTION = "Draw pictures with an engine bundle."
 # Small pictures are enlarged by a whole factor, so that they can be seen: to at least this many pixels a side.
 SHOWN_PIXELS = 256
+GAP = 1  # pixels between the pictures of a sheet
 # Of one sheet, so that a slip of the finger is refused at once.
 MOST_SHEET_PIXELS = 2**28
 
 
-def arrange(pictures: Pictures, columns: int, gap: int = 1) -> Pictures:
-    """One sheet [H', W', C]: rows of `columns` pictures with white lines of `gap` pixels between them."""
+def arrange(pictures: Pictures, columns: int) -> Pictures:
+    """One sheet [H', W', C]: rows of `columns` pictures with white lines of GAP pixels between them."""
     count, height, width, channels = pictures.shape
     rows = -(-count // columns)
-    sheet = np.full((rows * (height + gap) - gap, columns * (width + gap) - gap, channels), 255, np.uint8)
+    sheet = np.full((rows * (height + GAP) - GAP, columns * (width + GAP) - GAP, channels), 255, np.uint8)
     for index, picture in enumerate(pictures):
-        top, left = index // columns * (height + gap), index % columns * (width + gap)
+        top, left = index // columns * (height + GAP), index % columns * (width + GAP)
         sheet[top : top + height, left : left + width] = picture
     return sheet
 

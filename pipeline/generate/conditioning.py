@@ -89,23 +89,6 @@ SCHEMAS: dict[str, type[Conditioning]] = {"vocabulary": Vocabulary, "classes": C
 SUFFIX = ".safetensors"
 
 
-def _check(document: Mapping[str, Any], folder: Path) -> None:
-    """Raise ContractError for what a generation.json in `folder` may not say."""
-    path = folder / GENERATION_FILE
-    validated(document, str(path), GenerationFile, RULES)
-    conditioning = document["conditioning"]
-    kind = conditioning.get("kind")
-    if not isinstance(kind, str) or kind not in SCHEMAS:
-        raise ContractError(f"{path}: kind {kind!r}; use one of {', '.join(SCHEMAS)}")
-    validated(conditioning, f"{path}: conditioning", SCHEMAS[kind], RULES)
-    if kind == "vocabulary":
-        embedding_path(folder, conditioning["embedding"])
-        _check_slots(conditioning["slots"], path)
-    for name, row in conditioning["inputs"].items() if kind == "synthetic" else ():
-        if math.prod(row["shape"]) > MOST_ELEMENTS:
-            raise ContractError(f"{path}: input {name} of shape {row['shape']} has more than {MOST_ELEMENTS} elements")
-
-
 def embedding_path(folder: Path, name: str) -> Path:
     """The file of the token embedding: beside generation.json, and by its ending none of a bundle's other files."""
     path = folder / GENERATION_FILE
@@ -126,6 +109,12 @@ def _check_slots(slots: Sequence[Slot], path: Path) -> None:
     for slot in slots:
         if slot["name"] in empty and empty[slot["name"]] not in slot["words"]:
             raise ContractError(f"{path}: slot {slot['name']!r} has no word {empty[slot['name']]!r} for an empty place")
+
+
+def _check_elements(inputs: Mapping[str, SyntheticInput], path: Path) -> None:
+    for name, row in inputs.items():
+        if math.prod(row["shape"]) > MOST_ELEMENTS:
+            raise ContractError(f"{path}: input {name} of shape {row['shape']} has more than {MOST_ELEMENTS} elements")
 
 
 # --- what it describes ------------------------------------------------------------------------------------------------
@@ -169,16 +158,28 @@ def load_generation(folder: Path) -> Generation:
     path = folder / GENERATION_FILE
     if not path.is_file():
         raise ContractError(f"{path} is missing; it says how prompts become inputs. Build the bundle again")
-    return from_dict(read_json(path, dict[str, Any], RULES), folder)
+    return from_dict(read_json(path, dict[str, object], RULES), folder)
 
 
-def from_dict(document: Mapping[str, Any], folder: Path) -> Generation:
-    """The description in `document`; keys that generating does not need are left alone. Raises ContractError."""
-    _check(document, folder)
-    known = {
-        key: value for key, value in document.items() if key in Generation.__dataclass_fields__ and key != "folder"
-    }
-    return Generation(folder=folder, **known)
+def from_dict(document: Mapping[str, object], folder: Path) -> Generation:
+    """The description in `document`; keys that generating does not need are left alone.
+
+    Raises ContractError for what a generation.json in `folder` may not say.
+    """
+    path = folder / GENERATION_FILE
+    stated = validated(document, str(path), GenerationFile, RULES)
+    kind = stated["conditioning"].get("kind")
+    if not isinstance(kind, str) or kind not in SCHEMAS:
+        raise ContractError(f"{path}: kind {kind!r}; use one of {', '.join(SCHEMAS)}")
+    conditioning = validated(stated["conditioning"], f"{path}: conditioning", SCHEMAS[kind], RULES)
+    if conditioning["kind"] == "vocabulary":
+        embedding_path(folder, conditioning["embedding"])
+        _check_slots(conditioning["slots"], path)
+    elif conditioning["kind"] == "synthetic":
+        _check_elements(conditioning["inputs"], path)
+    own = Generation.__dataclass_fields__.keys() - {"folder", "conditioning"}
+    settings: dict[str, Any] = {key: value for key, value in stated.items() if key in own}
+    return Generation(folder=folder, conditioning=conditioning, **settings)
 
 
 def _vocabulary(conditioning: Vocabulary, prompts: list[str], folder: Path) -> tuple[Arrays, Arrays]:

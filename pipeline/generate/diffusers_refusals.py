@@ -3,6 +3,7 @@
 An engine's weights are packed, its graph is fixed, it computes no gradients and lies in a folder of its own. What
 would quietly change nothing, or leave a pipeline that cannot be loaded, is refused when it is called. What only some
 classes have is no attribute of the stand-in: `hasattr` tells the truth, and the error says what to do instead.
+These are sentences and tables; what an engine does is in diffusers_adapter.py.
 """
 
 from __future__ import annotations

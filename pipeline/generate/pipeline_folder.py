@@ -19,12 +19,12 @@ from typing import TYPE_CHECKING
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-from export.documents import Rules, open_file, read_json
+from export.documents import Rules, open_file, read_json, sha256
 from export.errors import ModelError, RecipeError, UserError
 from export.names import inside
 from pipeline import machine
 from pipeline.backends.base import Arrays, Engine
-from pipeline.files import is_out_of_disk, is_out_of_memory, sha256, sha256_json
+from pipeline.files import is_out_of_disk, is_out_of_memory, sha256_json
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline, ModelMixin
@@ -96,11 +96,8 @@ def identity(root: Path) -> str:
     """Hash of the names of the pipeline's files, of the content of those that configure it (its scheduler), and of the
     others' sizes, which tell one text encoder from another."""
     files = sorted(path for path in root.rglob("*") if path.is_file())
-    return sha256_json([[str(path.relative_to(root)), _identity(path)] for path in files])
-
-
-def _identity(path: Path) -> str | int:
-    return sha256(path) if path.suffix in CONFIGURING else path.stat().st_size
+    facts = (sha256(path) if path.suffix in CONFIGURING else path.stat().st_size for path in files)
+    return sha256_json([[str(path.relative_to(root)), fact] for path, fact in zip(files, facts, strict=True)])
 
 
 def float32_bytes(root: Path) -> int:

@@ -1,4 +1,7 @@
-"""The prompts that a model with a small vocabulary understands: one object, or two in a relation, on a background."""
+"""The prompts that a model with a small vocabulary understands: one object, or two in a relation, on a background.
+
+Words in, words and token numbers out: it knows no file and no model, as conditioning.py does.
+"""
 
 from __future__ import annotations
 

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from export.documents import sha256
 from export.errors import ContractError, ParityError
 from export.models.config import FILE as CONFIG
 from export.models.config import read_config
@@ -17,12 +18,11 @@ from pipeline.backends import BACKENDS, opened
 from pipeline.backends.base import LoweredGraph
 from pipeline.backends.metadata_file import LoweredHashes
 from pipeline.bundle.bundle import GENERATION_FILES, Bundle, load_bundle
-from pipeline.bundle.manifest import FILE_NAME
 from pipeline.bundle.stages import timed
 from pipeline.command import Answer, Parser, add_model_flags, add_threads, parser, run
 from pipeline.compiler import describe
-from pipeline.files import refuse_in_bundle, refuse_unwritable, sha256, tree
-from pipeline.recipe import ModelFlags, load_model, with_model
+from pipeline.files import MANIFEST_FILE, refuse_in_bundle, refuse_unwritable, tree
+from pipeline.recipe import ModelFlags, load_float_model, with_model
 from pipeline.signals import leave
 from pipeline.verify.report import Report
 
@@ -55,7 +55,7 @@ def verify_bundle(
     from pipeline.verify.proof import verify
 
     original, _ = timed("files", lambda: load_bundle(path, threads))
-    model, _ = timed("model", lambda: load_model(with_model(original.recipe, *flags)))
+    model, _ = timed("model", lambda: load_float_model(with_model(original.recipe, *flags)))
     if model.sha256 != original.manifest["model"]["sha256"]:
         remedy = "name the model that the bundle was built from with -m"
         raise ContractError(f"{model.source} has other weights than the bundle was built from; {remedy}")
@@ -114,7 +114,7 @@ def lower_again(bundle: Bundle, folder: Path) -> dict[str, LoweredGraph]:
             backend.build(lowered[target], out, bundle.recipe)
             compare(out, target, {name: row["sha256"] for name, row in bundle.manifest["files"].items()})
         else:
-            hashes = backend.metadata(bundle.manifest, bundle.path / FILE_NAME, LoweredHashes)
+            hashes = backend.metadata(bundle.manifest, bundle.path / MANIFEST_FILE, LoweredHashes)
             source = {"model.onnx": hashes["onnx_sha256"], "model.onnx.data": hashes["onnx_data_sha256"]}
             compare(scratch, target, {f"{target}/{name}": digest for name, digest in source.items()})
     return lowered

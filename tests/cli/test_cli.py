@@ -25,6 +25,7 @@ from pipeline.backends.rtx import RtxOptions
 from pipeline.build import make_parser, resolve
 from pipeline.command import AnswerError, Parser, Table, judge, kebab, parser, rendered, run
 from pipeline.compiler import BuildRequest, drop_other_targets
+from pipeline.list import tables as list_tables
 from pipeline.methods import METHODS
 
 ROOT = Path(__file__).parents[2]
@@ -178,10 +179,55 @@ def test_what_all_rows_agree_in_is_told_above_a_table_that_is_too_wide() -> None
     assert plain(rendered([table], 70)).splitlines()[2].endswith("E2M1 x E2M3  exact_group(64)  1,000")
     assert plain(rendered([table], 62)).splitlines() == [
         "In all rows: formats = E2M1 x E2M3, scales = exact_group(64).",
+        "",
         "layer                            bytes",
         "-------------------------------  -----",
         *(f"transformer_blocks.{i}.attn1.to_q  {1000 + i:,}" for i in range(3)),
     ]
+
+
+def test_a_table_of_too_many_columns_is_a_table_for_each_row() -> None:
+    header, rows = (
+        ("", "call, ms", "p10-p90", "cpu faster by"),
+        [("cpu", "10.6", "6.71-14.9", "-"), ("torch", "113", "92.3-133", "10.67 x")],
+    )
+    assert plain(rendered([Table(header, rows)], 36)).splitlines()[-2:] == [
+        "cpu        10.6  6.71-14.9         -",
+        "torch       113  92.3-133    10.67 x",
+    ]
+    assert [line.rstrip() for line in plain(rendered([Table(header, rows)], 25)).splitlines()[6:]] == [
+        "               torch",
+        "-------------  --------",
+        "call, ms       113",
+        "p10-p90        92.3-133",
+        "cpu faster by  10.67 x",
+    ]
+
+
+@pytest.mark.parametrize("width", [24, 40, 60, 80])
+def test_no_number_of_a_verb_is_broken(width: int) -> None:
+    layers = [
+        (
+            "transformer_blocks.10.attn1.to_out.0",
+            "1152 x 4608",
+            "exact_group(64)",
+            2_654_208,
+            "per_tensor 0.4571 from -0.2",
+        )
+    ]
+    bench = ("onnxruntime_int8", "16.3", "10.4-22.5", "3,035", "19.4", "1,292", "10.67 x", "1.54 x")
+    parts = [
+        *list_tables([recipes.load(name) for name in recipes.recipe_names()]),
+        Table(("layer", "N x K", "scales", "bytes", "input"), layers * 2),
+        Table(
+            ("", "call, ms", "p10-p90", "picture, ms", "weights, MB", "peak memory, MB", "cpu faster by", "rtx"),
+            [bench] * 2,
+        ),
+    ]
+    text = plain(rendered(parts, width))
+    assert max(map(len, text.splitlines())) <= width
+    number = re.compile(r"\d(?:[\d.,]*\d)?")
+    assert set(number.findall(text)) == set(number.findall(rendered(parts)))
 
 
 def test_colours_are_for_terminals_that_have_them(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -423,9 +469,10 @@ def test_eta_goes_by_the_mean_pace(done: int, total: int, elapsed_s: float, text
     assert progress.eta_text(done, total, elapsed_s) == text
 
 
-def test_heartbeat_shows_life_and_ends(caplog: pytest.LogCaptureFixture) -> None:
+def test_heartbeat_shows_life_and_ends(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
     caplog.set_level("INFO", "pipeline.progress")
-    with progress.heartbeat("verify", every_s=0.01):
+    monkeypatch.setattr(progress, "HEARTBEAT_S", 0.01)
+    with progress.heartbeat("verify"):
         while not caplog.records:
             time.sleep(0.01)
     count = len(caplog.records)

@@ -101,6 +101,19 @@ def test_takes_a_bundle_or_a_recipe(args: list[str], capsys: pytest.CaptureFixtu
     assert "either a bundle folder or --engine" in capsys.readouterr().err
 
 
+def test_reasons_that_differ_in_a_number_are_one_row() -> None:
+    whys = [
+        f"E2M1 is exact in E4M3, {kind}; |sum| <= {most}" for kind, most in [("own", 42), ("own", 7), ("ties 0.5", 7)]
+    ]
+    targets = [{"cpu": {"path": "int8", "why": "plain"}, "rtx": {"path": "fp8", "why": why}} for why in whys]
+    table = inspect._reasons([{"targets": choices} for choices in targets], ["cpu", "rtx"])
+    assert isinstance(table, Table) and table.rows == [
+        ("cpu", "int8", 3, "plain"),
+        ("rtx", "fp8", 2, "E2M1 is exact in E4M3, own; |sum| <= 7 to 42"),
+        ("rtx", "fp8", 1, "E2M1 is exact in E4M3, ties 0.5; |sum| <= 7"),
+    ]
+
+
 def test_columns_are_aligned() -> None:
     lines = rendered([Table(("name", "bytes", "why"), [("a", 1200, "x"), ("longer", 7, "y")])]).splitlines()
     assert lines == ["name    bytes  why", "------  -----  ---", "a       1,200  x", "longer      7  y"]

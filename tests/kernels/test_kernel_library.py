@@ -13,11 +13,11 @@ from typing import Any
 
 import pytest
 
+from export.documents import sha256
 from export.errors import ContractError, EnvironmentLacksError
 from pipeline import load
 from pipeline.backends import BACKENDS
 from pipeline.bundle.bundle import OLD_LIBRARY, OTHER_FILES, is_made_by_build
-from pipeline.files import sha256
 from plugins.cpu import library
 from tests.support import native
 from tests.support.bundles import make_bundle

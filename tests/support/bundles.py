@@ -10,11 +10,12 @@ from typing import Any
 import numpy as np
 
 from export.checkpoint import QuantizedLinear, make_linear
+from export.documents import sha256
 from pipeline import recipe
 from pipeline.backends.base import BuildResult, LoweredGraph
 from pipeline.bundle import manifest
 from pipeline.bundle.bundle import Bundle
-from pipeline.files import sha256, tree
+from pipeline.files import tree
 from pipeline.passes.probes import Choice
 
 # What `bench` gives where no engine runs.

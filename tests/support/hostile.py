@@ -21,11 +21,11 @@ import pytest
 from safetensors.numpy import save_file
 
 from benchmarks.zoo import scenes
+from export.documents import sha256
 from pipeline import compiler
 from pipeline.build import main as build
-from pipeline.bundle import manifest
 from pipeline.calibrate.__main__ import main as calibrate
-from pipeline.files import sha256, tree
+from pipeline.files import MANIFEST_FILE, tree
 from tests.support import hostile_gpu, pipelines, tiny
 
 DIGITS = {"kind": "classes", "names": [str(i) for i in range(10)], "null_class": 10}
@@ -134,10 +134,10 @@ def sentence(log: str) -> str:
 
 def reseal(bundle: Path) -> None:
     """Make the manifest's table of files agree with what lies in the folder, where the manifest still is one."""
-    path = bundle / manifest.FILE_NAME
+    path = bundle / MANIFEST_FILE
     try:
         document = json.loads(path.read_bytes())
-        files = {name: bundle / name for name in tree(bundle) if name != manifest.FILE_NAME}
+        files = {name: bundle / name for name in tree(bundle) if name != MANIFEST_FILE}
         rows = {name: {"size": file.stat().st_size, "sha256": sha256(file)} for name, file in files.items()}
         document["files"] = rows
     except (ValueError, TypeError, OSError, RecursionError):

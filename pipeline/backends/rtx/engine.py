@@ -10,13 +10,13 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import os
 from pathlib import Path
 from typing import NotRequired
 
 from typing_extensions import TypedDict
 
 from export.cache_folder import cache_folder
+from export.documents import whole_file
 from export.errors import EnvironmentLacksError
 from pipeline import machine
 from pipeline.backends import metadata_file
@@ -63,12 +63,10 @@ def cache_path(metadata: RtxMetadata, sm: int) -> Path:
 
 
 def write_cache(path: Path, blob: bytes) -> None:
-    """Write through a temporary name; a cache that cannot be written only costs time, so that is logged."""
+    """A cache that cannot be written only costs time, so that is logged."""
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        part = path.with_name(f"{path.name}.{os.getpid()}.part")
-        part.write_bytes(blob)
-        os.replace(part, path)
+        with whole_file(path, shared=True) as part:
+            part.write_bytes(blob)
     except OSError as error:
         logger.warning(
             "the runtime cache %s cannot be written (%s); the next start compiles its kernels again", path, error

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 import time
 from importlib import import_module
 from pathlib import Path
@@ -12,8 +11,10 @@ from typing import Any
 
 import onnx
 
+from export.documents import whole_file
 from export.errors import ContractError, ResourceError
 from pipeline.backends.tensorrt.engine import RTX, TRT
+from pipeline.files import sync
 
 logger = logging.getLogger(__name__)
 ShapeRange = tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]  # least, usual, largest
@@ -133,16 +134,12 @@ def build_error(trt: ModuleType, errors: list[str], sms: tuple[int, ...]) -> Exc
 
 
 def write_engine(path: Path, data: memoryview) -> None:
-    """Write through a temporary file. Raises ResourceError where the disk is full."""
-    part = path.with_name(f"{path.name}.part")
+    """Write an engine, which is then on the disk. Raises ResourceError where that is full."""
     try:
-        with part.open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
+        with whole_file(path) as part:
+            part.write_bytes(data)
+            sync(part)
     except OSError as error:
-        part.unlink(missing_ok=True)
         raise ResourceError(
             f"{path}: {error}; free {data.nbytes / 2**20:.0f} MiB there or choose -o elsewhere"
         ) from error
-    os.replace(part, path)

@@ -25,7 +25,7 @@ from pipeline.calibrate.method import Unit
 from pipeline.calibrate.methods.rtn import quantize_linear
 from pipeline.calibrate.plan import LayerPlan, make_plans
 from pipeline.progress import track
-from pipeline.recipe import Recipe, load_model
+from pipeline.recipe import Recipe, load_float_model
 
 # Options that say how to search and not what a candidate is: scores outlast a change of them.
 SEARCH_ONLY = frozenset(
@@ -62,7 +62,7 @@ class Candidates:
         return self if workers == 1 else replace(self, model=None)
 
     def load(self) -> LoadedModel:
-        return self.model or load_model(replace(self.recipe, model=self.source))
+        return self.model or load_float_model(replace(self.recipe, model=self.source))
 
 
 class CandidateModels:

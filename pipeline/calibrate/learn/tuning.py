@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import time
 import zlib
 from collections.abc import Sequence
@@ -23,6 +22,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from export.checkpoint import QuantizedLinear
+from export.documents import whole_file
 from export.errors import RecipeError
 from export.models.load import LoadedModel, denoiser
 from export.models.torch_modules import set_resolution
@@ -151,11 +151,9 @@ class Tuner:
         values = {f"parameter/{i}": value.detach() for i, value in enumerate(self.parameters)}
         for i, state in self.optimiser.state_dict()["state"].items():
             values |= {f"optimiser/{i}/{key}": value for key, value in state.items()}
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_suffix(".part")
         values = {key: value.contiguous() for key, value in values.items()}
-        save_file(values, partial, metadata={"state": json.dumps({"iteration": iteration})})
-        os.replace(partial, path)
+        with whole_file(path) as part:
+            save_file(values, part, metadata={"state": json.dumps({"iteration": iteration})})
 
     def load(self, path: Path) -> int:
         """Take up a saved state; returns how many iterations are done, 0 without one."""

@@ -84,9 +84,10 @@ TREES: dict[str, tuple[dict[str, str], int]] = {
 
 
 @pytest.mark.parametrize("name", TREES)
-def test_the_default_respects_the_container(name: str, tmp_path: Path) -> None:
+def test_the_default_respects_the_container(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     files, expected = TREES[name]
-    assert machine.threads(root=tree(tmp_path, **files)) == expected
+    monkeypatch.setattr(machine, "ROOT", tree(tmp_path, **files))
+    assert machine.threads() == expected
 
 
 @pytest.mark.parametrize(
@@ -94,17 +95,20 @@ def test_the_default_respects_the_container(name: str, tmp_path: Path) -> None:
 )
 def test_omp_num_threads_bounds_it(text: str, expected: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OMP_NUM_THREADS", text)
-    assert machine.threads(root=tmp_path) == expected
+    monkeypatch.setattr(machine, "ROOT", tmp_path)
+    assert machine.threads() == expected
 
 
 def test_affinity_bounds_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {3, 7}, raising=False)
-    assert machine.threads(root=tmp_path) == 2
+    monkeypatch.setattr(machine, "ROOT", tmp_path)
+    assert machine.threads() == 2
 
 
 def test_what_is_asked_for_wins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    assert machine.threads(24, tree(tmp_path, **TREES["version 2"][0])) == 24
+    monkeypatch.setattr(machine, "ROOT", tree(tmp_path, **TREES["version 2"][0]))
+    assert machine.threads(24) == 24
 
 
 @pytest.mark.parametrize("count", [0, -1, 10**9])
