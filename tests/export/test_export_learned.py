@@ -76,16 +76,16 @@ def test_inputs_without_a_row_axis(what: str) -> None:
     layer, x = CASES[what](random_linear()), grid_input(tokens=1)
     flat = portable(ONE, [layer], "float[batch,64] x, float[batch] timestep", "float[batch,16] y")
     (found,) = run(flat, {"x": x[:, 0], "timestep": TIMES})
-    (wanted,) = run(portable(ONE, [layer], INPUTS), {"x": x, "timestep": TIMES})
-    np.testing.assert_allclose(found, wanted[:, 0], rtol=1e-6, atol=1e-6)
+    (expected,) = run(portable(ONE, [layer], INPUTS), {"x": x, "timestep": TIMES})
+    np.testing.assert_allclose(found, expected[:, 0], rtol=1e-6, atol=1e-6)
 
 
 def test_integer_timesteps_are_converted() -> None:
     layer, x = CASES["branches"](random_linear()), grid_input()
     model = portable(ONE, [layer], "float[batch,S,64] x, int64[batch] timestep")
     (found,) = run(model, {"x": x, "timestep": TIMES.astype(np.int64)})
-    (wanted,) = run(portable(ONE, [layer], INPUTS), {"x": x, "timestep": TIMES})
-    np.testing.assert_array_equal(found, wanted)
+    (expected,) = run(portable(ONE, [layer], INPUTS), {"x": x, "timestep": TIMES})
+    np.testing.assert_array_equal(found, expected)
 
 
 def test_one_router_serves_all_layers() -> None:
@@ -155,8 +155,8 @@ def test_the_model_is_the_reference(exported: Any) -> None:
         linear, x = modules[f"transformer.{layer.name}"], outputs[read[layer.name]]
         if layer.router is not None:
             linear.routing.tell(torch.from_numpy(inputs["timestep"]))
-        wanted = linear(torch.from_numpy(x).double()).numpy()
-        close = np.abs(outputs[f"{layer.name}/output"] - wanted) <= 1e-4 * np.abs(wanted).max()
+        expected = linear(torch.from_numpy(x).double()).numpy()
+        close = np.abs(outputs[f"{layer.name}/output"] - expected) <= 1e-4 * np.abs(expected).max()
         assert close.mean() > 0.95, layer.name  # the rest: codes on the other side of a midpoint
 
 

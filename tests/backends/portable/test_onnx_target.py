@@ -432,12 +432,12 @@ def test_a_large_model_is_run_in_few_steps_and_draws_nothing(
     report = made.report(made.portable)
     assert report.failures() == []
     assert "onnx/final_psnr_db" not in {gate.name for gate in report.gates}
-    wanted = "onnx: compared in 1 of 2 steps, linears in 1 of 2 steps, no picture: it is slow; calls of batch 3 "
-    wanted += (
+    expected = "onnx: compared in 1 of 2 steps, linears in 1 of 2 steps, no picture: it is slow; calls of batch 3 "
+    expected += (
         "are compared by their outputs alone; calls of batch 1, 2 and 9 are not made; nor are those that show what "
     )
-    wanted += "is kept between calls"
-    assert wanted in report.notes and "onnx/step_sqnr_db" in {gate.name for gate in report.gates}
+    expected += "is kept between calls"
+    assert expected in report.notes and "onnx/step_sqnr_db" in {gate.name for gate in report.gates}
 
 
 def test_steps_that_are_left_out_have_no_number() -> None:
@@ -445,8 +445,10 @@ def test_steps_that_are_left_out_have_no_number() -> None:
     assert chosen == Effort((0, 3, 6, 9, 12, 15, 18, 19), (19,), 1, inside=(1, 2, 3))
     assert note("cpu", effort_for("cpu", 20, (0, 19), 4, large=False), 20, (0, 19), 4) is None
     large = note("cpu", effort_for("cpu", 20, (0, 19), 4, large=True), 20, (0, 19), 4)
-    wanted = "cpu: large model, linears in 1 of 2 steps; calls of batch 1, 2 and 9 are compared by their outputs alone"
-    assert large == f"{wanted}; one sample of batch 3 is looked into"
+    expected = (
+        "cpu: large model, linears in 1 of 2 steps; calls of batch 1, 2 and 9 are compared by their outputs alone"
+    )
+    assert large == f"{expected}; one sample of batch 3 is looked into"
     stood_in = note("rtx", effort_for("rtx", 20, (0, 19), 4, large=True, runs=False), 20, (0, 19), 4)
     assert stood_in.startswith("rtx: large model, linears in 1 of 2 steps, no picture; ")
     assert stood_in.endswith(
