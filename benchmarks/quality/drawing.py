@@ -120,8 +120,7 @@ class Trajectory:
         return [sqnr_db(output, run(call)["sample"]) for call, output in pairs]
 
 
-def float_trajectory(subject: Subject, count: int = STEP_PICTURES) -> Trajectory:
-    """Of the first `count` pictures."""
+def float_trajectory(subject: Subject) -> Trajectory:
     calls: list[Arrays] = []
     outputs: list[NDArray[np.floating]] = []
 
@@ -129,7 +128,7 @@ def float_trajectory(subject: Subject, count: int = STEP_PICTURES) -> Trajectory
         calls.append(inputs)
         outputs.append(output["sample"])
 
-    _draw(subject, float_engine(subject).run, slice(0, count), keep)
+    _draw(subject, float_engine(subject).run, slice(0, STEP_PICTURES), keep)
     return Trajectory(calls, outputs)
 
 

@@ -191,8 +191,8 @@ def subject():
 
 
 @pytest.fixture(scope="module")
-def trajectory(subject):
-    return drawing.float_trajectory(subject, 2)
+def trajectory():
+    return drawing.float_trajectory(drawing.make_subject("dit_mini", 2, 0))
 
 
 def test_the_float_model_has_no_error_on_its_own_trajectory(subject, trajectory):
