@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 from pathlib import Path
 from typing import Any
 
@@ -110,4 +111,6 @@ def test_the_recipe_s_own_formats_pass_the_gates_and_draw(tmp_path: Path) -> Non
     """E2M3 activations: what flips do to pictures is large here, see EIGHT_BITS, so that only the gates judge them."""
     built = pipelines.build("hunyuan11", tmp_path, "rtn")
     assert {layer.activation_format for layer in built.layers} == {"E2M3"}
+    report = json.loads((built.bundle.path / "report/parity.json").read_text())
+    assert {"cpu/segments", "onnx/segments", "onnx/operands_exact"} <= {gate["name"] for gate in report["gates"]}
     assert np.isfinite(latents(built.engine, **TWO | SIZE)).all()

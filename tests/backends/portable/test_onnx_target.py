@@ -38,7 +38,7 @@ from pipeline.compiler import BuildRequest, describe, model_row, parse_targets
 from pipeline.distance import sqnr_db
 from pipeline.recipe import Recipe
 from pipeline.verify import proof as verification
-from pipeline.verify.effort import LARGE_INSIDE, Effort, effort_for, note
+from pipeline.verify.effort import Effort, effort_for, note
 from pipeline.verify.gates import ROUNDED_DB, coverage_gate, layer_gates
 from pipeline.verify.probe import ProbedGraph, decoded_integers
 from pipeline.verify.proof import verify_target
@@ -144,21 +144,6 @@ def test_probe_rows_are_tensors_of_the_graph(kind: str, exported: Any, tmp_path:
         assert (row.x in {f"{row.layer}/multiply", f"{row.layer}/offset"}) is False, "x is not balanced yet"
     lowering_file.write(graph, tmp_path / lowering_file.NAME)
     assert lowering_file.read(tmp_path / lowering_file.NAME).probes == graph.probes
-
-
-@pytest.mark.slow
-def test_another_family(tmp_path: Path) -> None:
-    model = models.load(str(tiny.folder("hunyuan", tmp_path)))
-    layers = tiny.quantized(model, granularity="exact_group")
-    sampling = {"n_steps": 1, "guidance_scale": 1.0}
-    recipe = recipes.from_dict({"name": "tiny", "model": model.source, "sampling": sampling}, "test")
-    to_onnx.export_portable(model, layers, tmp_path / "model.onnx")
-    report = Report()
-    graph = BACKEND.lower(tmp_path / "model.onnx", tmp_path, recipe)
-    effort = Effort((0,), (0,), pictures=1, inside=LARGE_INSIDE)
-    found, engine = study(model, layers, recipe), BACKEND.load(tmp_path)
-    verify_target("onnx", model, layers, graph, engine, found, report, effort=effort)
-    assert report.failures() == []
 
 
 def _with(function: Callable[[Any], Any], tensor: str) -> Callable[[Graph], None]:
