@@ -95,6 +95,7 @@ def float_limit(expected: Any, nodes: int) -> float:
     return nodes * 2**-24 * float(np.abs(expected).max())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize(("batch_size", "tokens"), [(1, 1), (3, 11)])
 def test_float_export_equals_torch_at_any_batch_and_caption_length(exported, name, batch_size, tokens):

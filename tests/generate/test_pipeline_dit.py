@@ -15,7 +15,7 @@ from pipeline.generate.__main__ import main as generate
 from tests.support import pipelines
 from tests.support.pipelines import Built, decibels, latents
 
-pytestmark = pytest.mark.torch
+pytestmark = [pytest.mark.slow, pytest.mark.torch]
 
 
 @pytest.fixture(scope="module")

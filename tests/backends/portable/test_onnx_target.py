@@ -116,6 +116,7 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Export
 # --- proven ---------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["exact_group", "learned", "mixed"])
 def test_the_portable_model_passes_all_gates(kind: str, exported: Any) -> None:
     made = exported(kind)
