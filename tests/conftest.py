@@ -7,6 +7,7 @@ unset again: what reads the variable later finds it only in tests that use `inte
 
 from __future__ import annotations
 
+import gc
 import importlib
 import importlib.util
 import os
@@ -21,6 +22,9 @@ from tests.support.reach import pytest_runtest_protocol, pytest_sessionfinish, p
 # Processes that test side by side share the cores: one thread each, which must be said before PyTorch is imported.
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+# PyTorch and its kin hold some hundred thousand objects for ever; Python would go through all of them again and again.
+gc.set_threshold(50_000, 20, 50)
 
 VARIABLE = "TRITON_INTERPRET"
 # Every module with @triton.jit functions.

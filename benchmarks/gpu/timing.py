@@ -23,6 +23,7 @@ from benchmarks.record import Json
 Call = Callable[[], object]
 # Rounds are as many as fit into a contest's time, within these bounds.
 ROUNDS = (11, 101)
+HOST_ROUNDS = 10
 # Sets whose inputs alone are together this often as large as the L2 cache; one call must not find what another left.
 COLD = 2.0
 MAX_SETS = 320
@@ -114,10 +115,10 @@ def _milliseconds(call: Call, flush: Call) -> float:
     return float(start.elapsed_time(end))
 
 
-def host_milliseconds(call: Call, rounds: int = 10) -> float:
+def host_milliseconds(call: Call) -> float:
     """Median time until `call` has handed its work to the GPU, which is idle before."""
     times = []
-    for _ in range(rounds):
+    for _ in range(HOST_ROUNDS):
         torch.cuda.synchronize()
         started = time.perf_counter()
         call()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 
 from benchmarks import record
 from benchmarks.record import Json, markdown
@@ -43,10 +42,10 @@ AGAINST = (
 PRESETS = ("scale_aware_2500", "plain_20000")
 
 
-def study_text(folder: Path = record.RESULTS) -> str:
+def study_text() -> str:
     """One table for each model and formats; empty if nothing was measured."""
     parts = []
-    for name, blocks in record.read(folder / "adaround_study.json", {"recipes": {}})["recipes"].items():
+    for name, blocks in record.read(record.RESULTS / "adaround_study.json", {"recipes": {}})["recipes"].items():
         rows = [arm for block in blocks.values() for arm in block.values()]
         cpus, commits = (", ".join(dict.fromkeys(row[key] for row in rows)) for key in ("cpu", "commit"))
         arms = [arm for arm in LABELS if any(arm in block for block in blocks.values())]

@@ -150,9 +150,9 @@ PLOTS: dict[str, tuple[Panel, tuple[float, float]]] = {
 }
 
 
-def draw_all(folder: Path, results: Path = record.RESULTS) -> list[Path]:
+def draw_all(folder: Path) -> list[Path]:
     """Write every plot for which something has been measured; returns the files."""
-    documents = {model: Results(model, results).read() for model in MODELS}
+    documents = {model: Results(model, record.RESULTS).read() for model in MODELS}
     paths = []
     for name in PLOTS:
         models = TABLES[name].models if name in TABLES else MODELS

@@ -89,15 +89,15 @@ def absence(row: Json | None) -> str:
     return "not measured yet" if row is None else f"{row['status']}: {row['reason']}".replace("|", "/")
 
 
-def page(folder: Path = record.RESULTS) -> str:
+def page() -> str:
     """The whole of docs/quality.md."""
     parts = ["# Quality of quantized models", PREFACE]
-    known = {model: Results(model, folder).read() for model in MODELS}
+    known = {model: Results(model, record.RESULTS).read() for model in MODELS}
     parts += [subject_text(model, document) for model, document in known.items() if document["rows"]]
     parts += [
         "## All methods in one table",
         "Frechet distance to the float model's pictures, and the median PSNR to them.",
-        short_table(folder),
+        short_table(),
     ]
     for table in TABLES.values():
         parts += [f"## {table.question}"]
@@ -107,16 +107,16 @@ def page(folder: Path = record.RESULTS) -> str:
         parts += picture(table.name)
         shown = {model: known[model]["rows"] for model in known if model in table.models}
         parts += [table_text(table, model, rows) for model, rows in shown.items() if rows]
-        parts += [search_text(folder)] if table.name == "qdit" else []
+        parts += [search_text()] if table.name == "qdit" else []
     parts += ["## Which layers cost most, and in which steps?", *picture("sensitivity"), *picture("steps")]
     parts += [sensitivity_text(model, document.get("sensitivity", [])) for model, document in known.items()]
-    parts += [study_text(folder)]
+    parts += [study_text()]
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
-def search_text(folder: Path) -> str:
+def search_text() -> str:
     """What `benchmarks.quality.search_groups` found with pictures as the judge; nothing before it has been run."""
-    path = folder / "search_groups.json"
+    path = record.RESULTS / "search_groups.json"
     if not path.is_file():
         return ""
     document = record.read(path)
@@ -190,9 +190,9 @@ SHORT = (
 )  # fmt: skip
 
 
-def short_table(folder: Path = record.RESULTS, names: Sequence[str] = ()) -> str:
+def short_table(names: Sequence[str] = ()) -> str:
     """Methods by width, for both models: distance to float, and PSNR. names: of the lines shown; none: all of them."""
-    by_model = {model: Results(model, folder).read()["rows"] for model in MODELS}
+    by_model = {model: Results(model, record.RESULTS).read()["rows"] for model in MODELS}
     if not any(by_model.values()):
         return "Not measured yet: run `python -m benchmarks.quality`."
     header = ["method", *(f"`{model}` {width.upper()}" for model in MODELS for width in WIDTHS)]

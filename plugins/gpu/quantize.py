@@ -19,7 +19,7 @@ import triton.language as tl
 
 
 @triton.jit
-def _load(x, row, C: tl.constexpr, START: tl.constexpr, WIDTH: tl.constexpr):
+def load_part(x, row, C: tl.constexpr, START: tl.constexpr, WIDTH: tl.constexpr):
     """Columns START.. of a row as f32 [WIDTH], 0 from column C on; M * C may exceed 31 bits."""
     column = START + tl.arange(0, WIDTH)
     at = x + row.to(tl.int64) * C + column
@@ -30,18 +30,18 @@ def _load(x, row, C: tl.constexpr, START: tl.constexpr, WIDTH: tl.constexpr):
 
 
 @triton.jit
-def _store(codes, row, byte, C: tl.constexpr, START: tl.constexpr, WIDTH: tl.constexpr):
-    """Bytes [WIDTH] -> columns START.. of a row of codes."""
+def store_part(y, row, numbers, C: tl.constexpr, START: tl.constexpr, WIDTH: tl.constexpr):
+    """Numbers [WIDTH] -> columns START.. of a row, as its elements."""
     column = START + tl.arange(0, WIDTH)
-    at = codes + row.to(tl.int64) * C + column
+    at = y + row.to(tl.int64) * C + column
     if START + WIDTH > C:
-        tl.store(at, byte, mask=column < C)
+        tl.store(at, numbers, mask=column < C)
     else:
-        tl.store(at, byte)
+        tl.store(at, numbers)
 
 
 @triton.jit
-def _centred(x, mean, C: tl.constexpr, START: tl.constexpr, WIDTH: tl.constexpr):
+def centred(x, mean, C: tl.constexpr, START: tl.constexpr, WIDTH: tl.constexpr):
     if START + WIDTH > C:
         return tl.where(START + tl.arange(0, WIDTH) < C, x - mean, 0.0)
     else:
@@ -49,10 +49,10 @@ def _centred(x, mean, C: tl.constexpr, START: tl.constexpr, WIDTH: tl.constexpr)
 
 
 @triton.jit
-def _modulate(d, inverse, shift, scale, sample, C: tl.constexpr, START: tl.constexpr, WIDTH: tl.constexpr):
+def modulated(d, inverse, shift, scale, sample, C: tl.constexpr, START: tl.constexpr, WIDTH: tl.constexpr):
     """d / deviation * (1 + scale) + shift."""
-    gain = 1.0 + _load(scale, sample, C, START, WIDTH)
-    return d * (inverse * gain) + _load(shift, sample, C, START, WIDTH)
+    gain = 1.0 + load_part(scale, sample, C, START, WIDTH)
+    return d * (inverse * gain) + load_part(shift, sample, C, START, WIDTH)
 
 
 @triton.jit
@@ -88,10 +88,10 @@ def _quantize_static(y, z, row, codes, static_scale, static_zero, ROW: tl.conste
     scale, zero = tl.load(static_scale), tl.load(static_zero)
     up, divisor, high, low = reciprocal_parts(scale)
     y = _shifted(y, scale, zero, GRID.MAX_VALUE)
-    _store(codes, row, _bytes(y, up, divisor, high, low, GRID), ROW.C, 0, ROW.BLOCK)
+    store_part(codes, row, _bytes(y, up, divisor, high, low, GRID), ROW.C, 0, ROW.BLOCK)
     if ROW.TAIL > 0:
         z = _shifted(z, scale, zero, GRID.MAX_VALUE)
-        _store(codes, row, _bytes(z, up, divisor, high, low, GRID), ROW.C, ROW.BLOCK, ROW.TAIL)
+        store_part(codes, row, _bytes(z, up, divisor, high, low, GRID), ROW.C, ROW.BLOCK, ROW.TAIL)
 
 
 @triton.jit
@@ -105,14 +105,14 @@ def _quantize_row(y, z, row, codes, scales, ROW: tl.constexpr, GRID: tl.constexp
     scale = tl.div_rn(tl.maximum(largest.to(tl.float32, bitcast=True), GRID.ABSMAX_FLOOR), GRID.MAX_VALUE)
     if largest < 0x7F800000:
         up, divisor, high, low = reciprocal_parts(scale)
-        _store(codes, row, _bytes(y, up, divisor, high, low, GRID), ROW.C, 0, BLOCK)
+        store_part(codes, row, _bytes(y, up, divisor, high, low, GRID), ROW.C, 0, BLOCK)
         if TAIL > 0:
-            _store(codes, row, _bytes(z, up, divisor, high, low, GRID), ROW.C, BLOCK, TAIL)
+            store_part(codes, row, _bytes(z, up, divisor, high, low, GRID), ROW.C, BLOCK, TAIL)
         tl.store(scales + row, scale)
     else:
-        _store(codes, row, tl.zeros((BLOCK,), tl.uint8), ROW.C, 0, BLOCK)
+        store_part(codes, row, tl.zeros((BLOCK,), tl.uint8), ROW.C, 0, BLOCK)
         if TAIL > 0:
-            _store(codes, row, tl.zeros((TAIL,), tl.uint8), ROW.C, BLOCK, TAIL)
+            store_part(codes, row, tl.zeros((TAIL,), tl.uint8), ROW.C, BLOCK, TAIL)
         tl.store(scales + row, float("nan"))
 
 
@@ -131,8 +131,8 @@ def _quantize_either(
 def quantize(x, static_scale, static_zero, M, codes, scales, ROW: tl.constexpr, GRID: tl.constexpr):
     """x [M, C] -> codes, scales."""
     row = tl.program_id(0)
-    y = _load(x, row, ROW.C, 0, ROW.BLOCK)
-    z = _load(x, row, ROW.C, ROW.BLOCK, ROW.TAIL) if ROW.TAIL > 0 else y
+    y = load_part(x, row, ROW.C, 0, ROW.BLOCK)
+    z = load_part(x, row, ROW.C, ROW.BLOCK, ROW.TAIL) if ROW.TAIL > 0 else y
     _quantize_either(y, z, row, codes, scales, static_scale, static_zero, ROW, GRID)
 
 
@@ -140,8 +140,8 @@ def quantize(x, static_scale, static_zero, M, codes, scales, ROW: tl.constexpr, 
 def gelu_quantize(x, static_scale, static_zero, M, codes, scales, ROW: tl.constexpr, GRID: tl.constexpr):
     """x [M, C] -> codes, scales of GELU(x)."""
     row = tl.program_id(0)
-    y = gelu_tanh(_load(x, row, ROW.C, 0, ROW.BLOCK))
-    z = gelu_tanh(_load(x, row, ROW.C, ROW.BLOCK, ROW.TAIL)) if ROW.TAIL > 0 else y
+    y = gelu_tanh(load_part(x, row, ROW.C, 0, ROW.BLOCK))
+    z = gelu_tanh(load_part(x, row, ROW.C, ROW.BLOCK, ROW.TAIL)) if ROW.TAIL > 0 else y
     _quantize_either(y, z, row, codes, scales, static_scale, static_zero, ROW, GRID)
 
 
@@ -158,20 +158,20 @@ def norm_modulate_quantize(
     TAIL: tl.constexpr = ROW.TAIL
     row = tl.program_id(0)
     sample = row // tokens
-    y = _load(x, row, C, 0, BLOCK)
-    z = _load(x, row, C, BLOCK, TAIL) if TAIL > 0 else y
+    y = load_part(x, row, C, 0, BLOCK)
+    z = load_part(x, row, C, BLOCK, TAIL) if TAIL > 0 else y
     total = tl.sum(y, 0)
     if TAIL > 0:
         total += tl.sum(z, 0)
-    y = _centred(y, total * (1.0 / C), C, 0, BLOCK)
+    y = centred(y, total * (1.0 / C), C, 0, BLOCK)
     squares = tl.sum(y * y, 0)
     if TAIL > 0:
-        z = _centred(z, total * (1.0 / C), C, BLOCK, TAIL)
+        z = centred(z, total * (1.0 / C), C, BLOCK, TAIL)
         squares += tl.sum(z * z, 0)
     inverse = tl.div_rn(1.0, tl.sqrt_rn(squares * (1.0 / C) + EPSILON))
-    y = _modulate(y, inverse, shift, scale, sample, C, 0, BLOCK)
+    y = modulated(y, inverse, shift, scale, sample, C, 0, BLOCK)
     if TAIL > 0:
-        z = _modulate(z, inverse, shift, scale, sample, C, BLOCK, TAIL)
+        z = modulated(z, inverse, shift, scale, sample, C, BLOCK, TAIL)
     _quantize_row(y, z, row, codes, scales, ROW, GRID)
 
 

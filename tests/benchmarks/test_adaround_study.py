@@ -6,6 +6,7 @@ import json
 
 import pytest
 
+from benchmarks import record
 from benchmarks.quality import adaround_study
 from benchmarks.quality.adaround_study import ARMS, BlockCase, Results, run_arm, shortened
 from benchmarks.quality.adaround_table import study_text
@@ -52,18 +53,24 @@ def arm(iterations, loss, held_out, rate=1e-4):
     return found | {"commit": "abc", "cpu": "X"}
 
 
-def page(folder, blocks):
-    (folder / "adaround_study.json").write_text(json.dumps({"recipes": {"r": blocks}, "commit": "abc"}))
-    return study_text(folder)
+@pytest.fixture
+def page(tmp_path, monkeypatch):
+    monkeypatch.setattr(record, "RESULTS", tmp_path)
+
+    def of(blocks):
+        (tmp_path / "adaround_study.json").write_text(json.dumps({"recipes": {"r": blocks}, "commit": "abc"}))
+        return study_text()
+
+    return of
 
 
-def test_the_page_shows_what_was_measured_and_says_what_was_not(tmp_path):
+def test_the_page_shows_what_was_measured_and_says_what_was_not(page):
     blocks = {
         "b.0": {"nearest": arm(0, 3, 3), "scale_aware_2500": arm(2500, 1, 2), "plain_20000_same": arm(20000, 1.5, 1.5)},
         "b.1": {"nearest": arm(0, 4, 4), "scale_aware_2500": arm(2500, 2, 2)},
     }
-    assert study_text(tmp_path) == ""
-    text = page(tmp_path, blocks)
+    assert study_text() == ""
+    text = page(blocks)
     assert "X, commit abc." in text
     assert "| b.0 | 3.0000 (3.0000) | 1.0000 (2.0000) | 1.5000 (1.5000) |" in text
     assert "| b.1 | 4.0000 (4.0000) | 2.0000 (2.0000) | not measured yet |" in text
@@ -72,10 +79,10 @@ def test_the_page_shows_what_was_measured_and_says_what_was_not(tmp_path):
     assert f"- {title}, against round to nearest: wins in all 2 blocks, 0.41 times the loss (geometric mean)" in text
 
 
-def test_the_page_says_where_scale_awareness_loses_at_either_rate(tmp_path):
+def test_the_page_says_where_scale_awareness_loses_at_either_rate(page):
     learned = {"scale_aware_2500": arm(2500, 2, 2), "plain_20000_same": arm(20000, 3, 1)}
     other = {"scale_aware_2500": arm(2500, 2, 2), "plain_20000_same": arm(20000, 1, 1)}
-    text = page(tmp_path, {"b.0": learned | {"plain_20000": arm(20000, 1, 1, 1e-3)}, "b.1": other})
+    text = page({"b.0": learned | {"plain_20000": arm(20000, 1, 1, 1e-3)}, "b.1": other})
     title = "- scale-aware, full preset: 2,500 iterations at 0.0001, against plain"
     assert f"{title}: 20,000 iterations at 0.0001: wins in 1 of 2 blocks, loses in 1, 1.15 times the loss" in text
     lost = "loses in the one block, 2.00 times the loss"

@@ -107,20 +107,20 @@ def test_signals_keep_their_size_over_the_layers() -> None:
 @pytest.mark.parametrize("granularity", GRANULARITIES, ids=lambda row: row.name)
 def test_on_our_kernels_it_equals_dequantized_arithmetic(model: Denoiser, granularity: Granularity) -> None:
     weights, inputs = quantize_blocks(model, granularity), sample(model, 2)
-    wanted = fake_quantized(model, weights, "E2M3", torch.float32)(*inputs)
+    expected = fake_quantized(model, weights, "E2M3", torch.float32)(*inputs)
     found = quantized(model, weights, "fp32")(*inputs)
     # The same float32 numbers in other orders of sums: no code moves at this size. The float model is far off.
-    assert relative_error(found, wanted) < 1e-5
-    assert relative_error(model(*inputs), wanted) > 0.01
+    assert relative_error(found, expected) < 1e-5
+    assert relative_error(model(*inputs), expected) > 0.01
 
 
 def test_in_bf16_it_is_as_good_as_plain_bf16_arithmetic(model: Denoiser) -> None:
     weights, inputs = quantize_blocks(model, CHANNEL), sample(model, 2)
-    wanted = fake_quantized(model, weights, "E2M3", torch.float32)(*inputs)
+    expected = fake_quantized(model, weights, "E2M3", torch.float32)(*inputs)
     half = randomize(Denoiser(SIZE, GRID)).to(torch.bfloat16)
     given: list[Tensor] = [x.to(torch.bfloat16) for x in inputs]
-    plain = relative_error(fake_quantized(half, weights, "E2M3", torch.bfloat16)(*given), wanted)
-    assert relative_error(quantized(half, weights, "bf16")(*given), wanted) <= 2 * plain
+    plain = relative_error(fake_quantized(half, weights, "E2M3", torch.bfloat16)(*given), expected)
+    assert relative_error(quantized(half, weights, "bf16")(*given), expected) <= 2 * plain
 
 
 def test_bytes_are_counted_from_the_tensors(model: Denoiser) -> None:

@@ -49,8 +49,8 @@ def test_fake_quantizing_is_the_op_and_its_inverse(name: str, seed: int, magnitu
     x = (np.random.default_rng(seed).standard_normal((3, 40)) * 2.0**magnitude).astype(np.float32)
     x[0] = 0
     codes, scale = op_reference.quantize_activation(x, format=name)
-    (wanted,) = op_reference.dequantize_activation(codes, scale, format=name)
-    assert np.array_equal(fake_quantize(torch.from_numpy(x), name).numpy(), wanted)
+    (expected,) = op_reference.dequantize_activation(codes, scale, format=name)
+    assert np.array_equal(fake_quantize(torch.from_numpy(x), name).numpy(), expected)
 
 
 @pytest.mark.parametrize("weight", ["E2M1", "E1M2", "E3M0", "INT4"])
@@ -62,7 +62,7 @@ def test_packed_weights_stand_for_what_the_op_says(weight: str, granularity: Gra
     fields = granularity.spec_fields(weight)
     group_size = fields.get("group_size", 0)
     codes = packed.multiplier_codes
-    (wanted,) = op_reference.dequantize_weight(
+    (expected,) = op_reference.dequantize_weight(
         packed.codes.numpy(),
         packed.scales.numpy(),
         op_reference.no_multipliers(80, group_size) if codes is None else codes.numpy(),
@@ -72,7 +72,7 @@ def test_packed_weights_stand_for_what_the_op_says(weight: str, granularity: Gra
         multipliers=fields.get("multipliers", (1,)),
     )
     found = dequantized(packed).numpy()
-    assert np.allclose(found, wanted.T, rtol=2.0**-23, atol=0)  # scale times multiplier rounds before or after
+    assert np.allclose(found, expected.T, rtol=2.0**-23, atol=0)  # scale times multiplier rounds before or after
     # Half the largest step of a 4-bit format is a third of its largest value (E3M0), under the scale of the group.
     assert (np.abs(found - w.numpy()) <= np.abs(w.numpy()).reshape(10, -1, group_size or 80).max(-1).max() * 0.34).all()
 

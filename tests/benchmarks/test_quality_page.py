@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks import record
 from benchmarks.quality import answers as quality_answers
 from benchmarks.quality import tables as quality_tables
 from benchmarks.quality.plots import draw_all
@@ -46,6 +47,11 @@ def sensitivity_rows():
     ]
 
 
+@pytest.fixture(autouse=True)
+def folder(tmp_path, monkeypatch):
+    monkeypatch.setattr(record, "RESULTS", tmp_path)
+
+
 @pytest.fixture
 def results(tmp_path):
     store = Results("dit_mini", tmp_path)
@@ -65,20 +71,21 @@ def test_records_stand_beside_each_other(results):
     assert not list(results.folder.glob("*.part"))
 
 
-def test_a_page_has_the_numbers_and_says_what_is_missing(results):
-    page = quality_tables.page(results.folder)
+@pytest.mark.usefixtures("results")
+def test_a_page_has_the_numbers_and_says_what_is_missing():
+    page = quality_tables.page()
     assert "| round to nearest, FP | 1.05 (0.945 to 1.16) |" in page
     assert "Engine and reference agree on their call to 35.0 dB or better." in page
     assert "| failed: ValueError: x / y |" in page and "not measured yet" in page
     assert "- W4A6, channel: distance x 0.33 (better), PSNR +5.0 dB (within chance)" in page
     assert "E3M0 before GELU against" not in page  # neither row is measured: nothing is said
     assert all(table.question in page for table in TABLES.values())
-    short = quality_tables.short_table(results.folder)
+    short = quality_tables.short_table()
     assert "| round to nearest, FP | - | - | - | - | 1.05; 30.0 dB | - |" in short
 
 
-def test_without_results_the_readme_says_so(tmp_path):
-    assert quality_tables.short_table(tmp_path).startswith("Not measured yet")
+def test_without_results_the_readme_says_so():
+    assert quality_tables.short_table().startswith("Not measured yet")
 
 
 @pytest.mark.parametrize(("first", "second", "told"), [(1, 2, "better"), (2, 1, "worse"), (1, 1.1, "within chance")])
@@ -147,16 +154,16 @@ def test_sensitivity_is_told_from_the_noise_of_kinds_parts_and_steps():
 def test_plots_are_drawn_from_what_there_is(without, results, tmp_path):
     document = results.read()
     results.path.write_text(json.dumps({key: value for key, value in document.items() if key != without}))
-    paths = draw_all(tmp_path / "docs", results.folder)
+    paths = draw_all(tmp_path / "docs")
     assert {path.name for path in paths} >= {"quality_methods.png", "quality_groups.png", "quality_sensitivity.png"}
     assert all(Path(path).read_bytes()[:4] == b"\x89PNG" for path in paths)
 
 
 @pytest.mark.parametrize(("own", "told"), [(0.5, "bytes 0.5, so x 0.500."), (None, "bytes not scored.")])
 def test_a_search_by_pictures_is_told_with_what_it_started_from(own, told, tmp_path):
-    assert quality_tables.search_text(tmp_path) == ""
+    assert quality_tables.search_text() == ""
     found = {"recipe": "r", "origin": {"score": "frechet from float", "count": 9}, "scored": 7, "seconds": 120.0}
     found |= {"machine": {"cpu": "c"}, "commit": "abc", "cost": 0.25, "group_sizes": "64*2", "unsearched_cost": own}
     (tmp_path / "search_groups.json").write_text(json.dumps(found | {"size_bytes": 1000, "budget_bytes": 2000}))
-    shown = quality_tables.search_text(tmp_path)
+    shown = quality_tables.search_text()
     assert "7 candidates, 2 min" in shown and "0.25 with 64*2 in 1,000 bytes" in shown and shown.endswith(told)

@@ -19,8 +19,8 @@ def drawn(label, seed=0):
 
 def close(pixel, colour):
     """Is a pixel [3] in [-1, 1] the named colour, within the 8 % of shade?"""
-    wanted = torch.tensor({**scenes.COLOURS, **scenes.BACKGROUNDS}[colour]) * 2 - 1
-    return bool((pixel - wanted).abs().max() < 0.2)
+    expected = torch.tensor({**scenes.COLOURS, **scenes.BACKGROUNDS}[colour]) * 2 - 1
+    return bool((pixel - expected).abs().max() < 0.2)
 
 
 @settings(max_examples=30, deadline=None)

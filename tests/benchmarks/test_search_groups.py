@@ -60,7 +60,6 @@ def test_a_candidate_costs_the_distance_of_its_pictures(against, tmp_path):
     assert score(individual) == pytest.approx(expected, rel=1e-3)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("fitness", ["fid", "proxy"])
 def test_what_is_found_is_a_recipe_that_builds_with_it(fitness, tmp_path):
     document = search_groups.run(arguments(tmp_path, "--fitness", fitness))

@@ -267,7 +267,7 @@ def exhaustive_case(seed: int) -> tuple[float, float, float]:
     return best, learned, nearest
 
 
-@pytest.mark.slow
+@pytest.mark.torch
 def test_most_of_the_way_to_the_best_of_all_roundings():
     """A relaxation, so not the optimum of every case; over eight of them more than half of what can be gained."""
     best, learned, nearest = np.array([exhaustive_case(seed) for seed in range(8)]).T

@@ -92,11 +92,11 @@ def test_statistics_are_those_of_every_call():
     found = balance.input_statistics(unit.observed, balance.channel_peaks)
     for plan in unit.plans:
         inputs = unit.observed.layer_inputs(plan.name)
-        wanted = [[max(abs(float(v)) for v in x[:, c]) for c in range(x.shape[1])] for x in inputs]
-        np.testing.assert_array_equal(found[plan.name], wanted)
+        expected = [[max(abs(float(v)) for v in x[:, c]) for c in range(x.shape[1])] for x in inputs]
+        np.testing.assert_array_equal(found[plan.name], expected)
     weights = [plan.linear.module.weight.numpy() for plan in unit.plans[:3]]
-    wanted = [max(abs(float(v)) for w in weights for v in w[:, c]) for c in range(observed.WIDTH)]
-    np.testing.assert_array_equal(balance.weight_peaks(unit.plans[:3]), wanted)
+    expected = [max(abs(float(v)) for w in weights for v in w[:, c]) for c in range(observed.WIDTH)]
+    np.testing.assert_array_equal(balance.weight_peaks(unit.plans[:3]), expected)
 
 
 @pytest.mark.torch

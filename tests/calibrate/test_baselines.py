@@ -53,8 +53,8 @@ def test_every_method_gives_whole_layers_of_its_kind(method, formats):
         assert layer.granularity == "per_channel" and layer.weight_format == ("E2M1" if formats else "INT4")
         assert layer.activation_scaling == ("per_token" if dynamic else "per_tensor")
         assert (layer.activation_zero is None) == (dynamic or not asymmetric)
-        wanted = "E2M3" if formats else "INT8" if dynamic else "UE1M7"
-        assert layer.activation_format == wanted
+        expected = "E2M3" if formats else "INT8" if dynamic else "UE1M7"
+        assert layer.activation_format == expected
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -200,8 +200,8 @@ def test_repq_gives_readers_of_one_tensor_one_quantizer_and_the_bias_the_offset(
         values = [getattr(layers[name], key).tolist() for name in ("to_q", "to_k", "to_v")]
         assert values[0] == values[1] == values[2]
     layer, bias = layers["up"], unit.observed.block.up.bias.numpy()
-    wanted = bias - (floats(unit, "up") / layer.input_multiplier) @ layer.input_offset
-    np.testing.assert_allclose(layer.bias, wanted, rtol=1e-5, atol=1e-5)
+    expected = bias - (floats(unit, "up") / layer.input_multiplier) @ layer.input_offset
+    np.testing.assert_allclose(layer.bias, expected, rtol=1e-5, atol=1e-5)
     assert layers["down"].input_multiplier is None
 
 
@@ -292,11 +292,11 @@ def test_learned_rounding_is_better_than_nearest_and_stays_on_neighbours(method)
 
 def test_running_mean_and_sample_peaks():
     values = np.random.default_rng(0).standard_normal((4, 3))
-    wanted = 0.9**3 * values[0] + 0.1 * (0.9**2 * values[1] + 0.9 * values[2] + values[3])
-    np.testing.assert_allclose(vidit_q.running_mean(values, 0.9), wanted)
+    expected = 0.9**3 * values[0] + 0.1 * (0.9**2 * values[1] + 0.9 * values[2] + values[3])
+    np.testing.assert_allclose(vidit_q.running_mean(values, 0.9), expected)
     x = torch.randn(2, 5, 3, generator=torch.Generator().manual_seed(0))
-    wanted = [np.mean([max(abs(float(v)) for v in x[b, :, c]) for b in range(2)]) for c in range(3)]
-    np.testing.assert_allclose(vidit_q.sample_peaks(x).numpy(), wanted, rtol=1e-6)
+    expected = [np.mean([max(abs(float(v)) for v in x[b, :, c]) for b in range(2)]) for c in range(3)]
+    np.testing.assert_allclose(vidit_q.sample_peaks(x).numpy(), expected, rtol=1e-6)
     np.testing.assert_allclose(vidit_q.sample_peaks(x[:, 0]).numpy(), x[:, 0].abs().mean(0).numpy(), rtol=1e-6)
 
 

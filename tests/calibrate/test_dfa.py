@@ -35,9 +35,9 @@ def test_gamma_is_the_formula_of_each_sampler(n_steps):
     times = np.arange(n_steps)[::-1] * stride
     then = np.where(times >= stride, kept[times - stride], 1.0)
     now = kept[times]
-    wanted = np.abs(np.sqrt(1 - then) - np.sqrt(then) * np.sqrt(1 - now) / np.sqrt(now))
+    expected = np.abs(np.sqrt(1 - then) - np.sqrt(then) * np.sqrt(1 - now) / np.sqrt(now))
     # A difference of two numbers up to 1 / sqrt(k) < 2^8, each rounded a few times.
-    np.testing.assert_allclose(prediction_weights(make_sampler("ddim", n_steps)), wanted, atol=2.0**-13)
+    np.testing.assert_allclose(prediction_weights(make_sampler("ddim", n_steps)), expected, atol=2.0**-13)
 
 
 @pytest.mark.parametrize(("guidance", "halves"), [(1.0, [1]), (2.0, [2, 1]), (0.5, [0.5, 0.5])])
@@ -77,6 +77,6 @@ def test_the_loss_is_the_weighted_mean_square():
     rng = np.random.default_rng(1)
     output, target = rng.standard_normal((2, 3, 2, 4, 4))
     weight = rng.uniform(0, 2, 3)
-    wanted = np.mean([w * np.mean((a - b) ** 2) for w, a, b in zip(weight, output, target, strict=True)])
+    expected = np.mean([w * np.mean((a - b) ** 2) for w, a, b in zip(weight, output, target, strict=True)])
     found = dfa_loss(*(torch.from_numpy(value) for value in (output, target, weight)))
-    np.testing.assert_allclose(float(found), wanted, rtol=1e-12)
+    np.testing.assert_allclose(float(found), expected, rtol=1e-12)

@@ -46,7 +46,6 @@ def test_it_finds_what_trying_all_finds(tmp_path):
     assert len(found.costs) == len(json.loads((tmp_path / "scores.json").read_text())["costs"])
 
 
-@pytest.mark.slow
 @settings(max_examples=40, deadline=None)
 @given(seed=st.integers(0, 10**6), budget=st.floats(0, 1))
 def test_every_individual_keeps_the_budget_and_is_new(seed, budget):
@@ -114,7 +113,7 @@ def test_scores_of_another_origin_are_not_used(tmp_path):
     assert again.asked
 
 
-@pytest.mark.slow
+@pytest.mark.process
 def test_processes_change_nothing(tmp_path):
     short = Settings(generations=2, population=5, seed=3)
     alone = search(SPACE, short, make_score, tmp_path / "a.json", {})

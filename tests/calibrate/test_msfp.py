@@ -127,9 +127,9 @@ def test_tuning_is_given_the_weights_of_dfa_and_moves_the_router(use_dfa, tmp_pa
     data, guidance = calibration_data(model, recipe), recipe.sampling.guidance_scale
     steps = [call.step for call in data.calls]
     gamma = prediction_weights(make_sampler("ddim", data.n_steps))[steps]
-    wanted = np.outer(gamma, [guidance, guidance - 1]) if use_dfa == "true" else np.ones((len(steps), 2))
+    expected = np.outer(gamma, [guidance, guidance - 1]) if use_dfa == "true" else np.ones((len(steps), 2))
     assert len(set(gamma)) == 2 and guidance > 1
-    np.testing.assert_allclose(given, wanted / wanted.mean(), rtol=1e-5)  # float32
+    np.testing.assert_allclose(given, expected / expected.mean(), rtol=1e-5)  # float32
     before = talora_tuning._router(data.calls, Branches(2, 2), recipe.calibrate.seed).exported()
     moved = [np.abs(getattr(router, key) - getattr(before, key)).max() for key in ("w1", "b1", "w2", "b2")]
     assert min(moved) > 1e-3  # two steps of Adam, of 0.01 at first
@@ -143,8 +143,8 @@ def test_the_tuned_model_is_the_finished_one(tmp_path):
     inputs, target, _ = tuner.batches.draw(1)
     with torch.no_grad():
         found = tuner.predict(inputs, target.shape[1])
-        wanted = fake_quant(model, tuner.layers(), torch.float32)(**inputs)
-    error = (found - wanted[:, : target.shape[1]]).norm() / (found - target).norm()
+        expected = fake_quant(model, tuner.layers(), torch.float32)(**inputs)
+    error = (found - expected[:, : target.shape[1]]).norm() / (found - target).norm()
     assert error < 0.1  # of the quantization error; a wrong branch or a missing zero costs all of it
 
 
@@ -163,9 +163,9 @@ def test_batches_join_inputs_targets_and_weights(tmp_path):
     inputs, target, weight = batches.draw(3)
     module = denoiser(model)
     with torch.no_grad():
-        wanted = module(**inputs)[:, :4]
+        expected = module(**inputs)[:, :4]
     # One batch or another in float32: GEMMs may sum in another order.
-    np.testing.assert_allclose(target.numpy(), wanted.numpy(), atol=1e-5)
+    np.testing.assert_allclose(target.numpy(), expected.numpy(), atol=1e-5)
     times = {call.timestep: i for i, call in enumerate(data.calls)}
     for row, (time, hidden) in enumerate(zip(inputs["timestep"].tolist(), inputs["hidden_states"], strict=True)):
         call = data.calls[times[time]]

@@ -61,9 +61,9 @@ def brute_force(x, formats):
 def test_activation_search_finds_what_brute_force_finds(bits, values):
     formats = splits(bits, signed=True) + splits(bits, signed=False, embedded=True)
     found, error = search_range([values[:100], values[100:].reshape(-1, 4)], formats, "layer")
-    wanted, name = brute_force(values, formats)
+    expected, name = brute_force(values, formats)
     assert found.format.name == name
-    np.testing.assert_allclose(error, wanted, rtol=1e-9)
+    np.testing.assert_allclose(error, expected, rtol=1e-9)
 
 
 def test_one_sided_values_take_an_unsigned_format_and_symmetric_ones_a_signed():

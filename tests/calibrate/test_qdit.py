@@ -252,8 +252,8 @@ def test_the_proxy_is_the_error_of_the_denoiser_with_candidate_layers(model):
     channels = model.config["in_channels"]
     errors = []
     for call in score.calls:
-        wanted, other = (engine.run(call)["sample"][:, :channels].astype(float) for engine in (exact, found))
-        errors.append(10 * np.log10((wanted**2).sum() / ((other - wanted) ** 2).sum()))
+        expected, other = (engine.run(call)["sample"][:, :channels].astype(float) for engine in (exact, found))
+        errors.append(10 * np.log10((expected**2).sum() / ((other - expected) ** 2).sum()))
     assert len(score.calls) == len(data.calls) and len(score.calls[0]["hidden_states"]) == 1
     assert score()(individual) == pytest.approx(-np.mean(errors), abs=1e-3)  # dB: sums of float32 in another order
 

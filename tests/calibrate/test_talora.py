@@ -95,8 +95,8 @@ def test_the_exported_router_has_the_trained_ones_logits():
         for value in router.parameters():
             value.add_(0.3 * torch.randn(value.shape, generator=generator(5)))
     # float32: phases up to 1000 are off by 2^-24 * 1000, and sums of 64 products follow.
-    found, wanted = router.logits(TIMES).detach().numpy(), router.exported().logits(TIMES.numpy())
-    np.testing.assert_allclose(found, wanted, atol=64 * 1000 * 2.0**-24)
+    found, expected = router.logits(TIMES).detach().numpy(), router.exported().logits(TIMES.numpy())
+    np.testing.assert_allclose(found, expected, atol=64 * 1000 * 2.0**-24)
     np.testing.assert_array_equal(router(TIMES).detach().numpy().argmax(1), router.exported().choose(TIMES.numpy()))
 
 
@@ -145,8 +145,8 @@ def test_gradients_are_those_written_out():
         x_row, g_row = x[sample, 0].numpy(), g[sample, 0].numpy()
         np.testing.assert_allclose(up_grad[:, h], np.outer(g_row, down[h] @ x_row), atol=1e-5)
         np.testing.assert_allclose(down_grad[h], np.outer(up[:, h].T @ g_row, x_row), atol=1e-5)
-        wanted = [g_row @ up[:, other] @ down[other] @ x_row for other in range(H)]
-        np.testing.assert_allclose(gates.grad[sample].numpy(), wanted, atol=1e-5)
+        expected = [g_row @ up[:, other] @ down[other] @ x_row for other in range(H)]
+        np.testing.assert_allclose(gates.grad[sample].numpy(), expected, atol=1e-5)
 
 
 def test_the_input_gets_the_gradient_of_both_paths():
@@ -172,10 +172,10 @@ def test_svd_start_is_the_best_approximation_of_the_error_in_every_branch():
     error = torch.randn((N, K), generator=generator(9))
     down, up = start(error, Branches(H, R, "svd"), generator())
     u, s, v = np.linalg.svd(error.double().numpy(), full_matrices=False)
-    wanted = (u[:, :R] * s[:R]) @ v[:R]
+    expected = (u[:, :R] * s[:R]) @ v[:R]
     for h in range(H):
         part = slice(h * R, (h + 1) * R)
-        np.testing.assert_allclose((up[:, part] @ down[part]).numpy(), wanted, atol=1e-5)
+        np.testing.assert_allclose((up[:, part] @ down[part]).numpy(), expected, atol=1e-5)
 
 
 def test_svd_start_with_a_rank_above_the_weights():

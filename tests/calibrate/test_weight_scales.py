@@ -63,10 +63,10 @@ def test_rounding_by_addition_makes_the_errors_of_the_codec(name):
     blocks = np.abs(rng.standard_normal((4, 3, 16))).astype(np.float32)
     scale = np.array([1e-3, 0.07, 0.3, 2.0], np.float32)
     found = RoundingErrors(blocks, fmt).at(scale[:, None])[:, 0]
-    wanted = [[exact_error(fmt, group, float(s)) for group in row] for row, s in zip(blocks, scale, strict=True)]
+    expected = [[exact_error(fmt, group, float(s)) for group in row] for row, s in zip(blocks, scale, strict=True)]
     # An error e of a value v <= clip + e is computed to within 3 roundings of v, so e^2 to within 6 v e roundings.
-    bound = 6 * ROUNDING * 16 * np.abs(blocks).max() * np.sqrt(np.array(wanted)) + 1e-5 * np.array(wanted) + 1e-12
-    assert (np.abs(found - wanted) <= bound).all()
+    bound = 6 * ROUNDING * 16 * np.abs(blocks).max() * np.sqrt(np.array(expected)) + 1e-5 * np.array(expected) + 1e-12
+    assert (np.abs(found - expected) <= bound).all()
 
 
 @pytest.mark.parametrize("shape", [(5, 3, 8), (7, 2, 64), (3, 1, 1152), (4, 5, 100), (2, 3, 1), (3, 4, 17)])
@@ -159,9 +159,9 @@ def test_codes_are_those_of_the_op(name, multipliers):
     index = np.searchsorted(multipliers, chosen)
     packed = (index[:, ::2] | index[:, 1::2] << 4).astype(np.uint8)
     attributes = dict(format=name, in_features=48, group_size=8, multipliers=multipliers)
-    (wanted,) = quantize_weight(blocks.reshape(4, 48).T, scales[:, None], packed, **attributes)
+    (expected,) = quantize_weight(blocks.reshape(4, 48).T, scales[:, None], packed, **attributes)
     nibbles = codes.reshape(4, 48)
-    assert np.array_equal(nibbles[:, ::2] | nibbles[:, 1::2] << 4, wanted)
+    assert np.array_equal(nibbles[:, ::2] | nibbles[:, 1::2] << 4, expected)
 
 
 def outlier_columns():

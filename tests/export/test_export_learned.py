@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -75,16 +76,16 @@ def test_inputs_without_a_row_axis(what: str) -> None:
     layer, x = CASES[what](random_linear()), grid_input(tokens=1)
     flat = portable(ONE, [layer], "float[batch,64] x, float[batch] timestep", "float[batch,16] y")
     (found,) = run(flat, {"x": x[:, 0], "timestep": TIMES})
-    (wanted,) = run(portable(ONE, [layer], INPUTS), {"x": x, "timestep": TIMES})
-    np.testing.assert_allclose(found, wanted[:, 0], rtol=1e-6, atol=1e-6)
+    (expected,) = run(portable(ONE, [layer], INPUTS), {"x": x, "timestep": TIMES})
+    np.testing.assert_allclose(found, expected[:, 0], rtol=1e-6, atol=1e-6)
 
 
 def test_integer_timesteps_are_converted() -> None:
     layer, x = CASES["branches"](random_linear()), grid_input()
     model = portable(ONE, [layer], "float[batch,S,64] x, int64[batch] timestep")
     (found,) = run(model, {"x": x, "timestep": TIMES.astype(np.int64)})
-    (wanted,) = run(portable(ONE, [layer], INPUTS), {"x": x, "timestep": TIMES})
-    np.testing.assert_array_equal(found, wanted)
+    (expected,) = run(portable(ONE, [layer], INPUTS), {"x": x, "timestep": TIMES})
+    np.testing.assert_array_equal(found, expected)
 
 
 def test_one_router_serves_all_layers() -> None:
@@ -154,18 +155,19 @@ def test_the_model_is_the_reference(exported: Any) -> None:
         linear, x = modules[f"transformer.{layer.name}"], outputs[read[layer.name]]
         if layer.router is not None:
             linear.routing.tell(torch.from_numpy(inputs["timestep"]))
-        wanted = linear(torch.from_numpy(x).double()).numpy()
-        close = np.abs(outputs[f"{layer.name}/output"] - wanted) <= 1e-4 * np.abs(wanted).max()
+        expected = linear(torch.from_numpy(x).double()).numpy()
+        close = np.abs(outputs[f"{layer.name}/output"] - expected) <= 1e-4 * np.abs(expected).max()
         assert close.mean() > 0.95, layer.name  # the rest: codes on the other side of a midpoint
 
 
 @pytest.mark.torch
 def test_branch_numbers_follow_the_timesteps(exported: Any) -> None:
     model, _, path = exported
-    graph, times = onnx.load(path, load_external_data=False), np.arange(0, 1000, 13).astype(np.float32)
+    times, inputs = np.arange(0, 1000, 13).astype(np.float32), sample_inputs(model, 2, 1)
+    session = probe_session(path, onnx.load(path, load_external_data=False), {"router/branch"})
     for pair in times[:-1:2, None] + np.float32([0, 13]):
-        found = probed(path, graph, {"router/branch"}, sample_inputs(model, 2, 1) | {"timestep": pair})
-        np.testing.assert_array_equal(found["router/branch"], learned.router().choose(pair))
+        (branches,) = session.run(["router/branch"], fed(session, inputs | {"timestep": pair}))
+        np.testing.assert_array_equal(branches, learned.router().choose(pair))
 
 
 def first_input(graph: onnx.ModelProto, layer: str) -> str:
@@ -174,18 +176,27 @@ def first_input(graph: onnx.ModelProto, layer: str) -> str:
     return nodes[f"{layer}/{first}"].input[0]
 
 
-def probed(path: Path, graph: onnx.ModelProto, names: set[str], inputs: Any) -> dict[str, Any]:
+def probe_session(path: Path, graph: onnx.ModelProto, names: Iterable[str]) -> onnxruntime.InferenceSession:
+    """The graph, whose file is at `path`, with values inside it as its outputs."""
     changed = onnx.ModelProto()
     changed.CopyFrom(graph)
     del changed.graph.output[:]
-    wanted = sorted(names - set(inputs))
-    changed.graph.output.extend(onnx.ValueInfoProto(name=name) for name in wanted)
+    changed.graph.output.extend(onnx.ValueInfoProto(name=name) for name in names)
     onnx.save(changed, path.with_name("probed.onnx"))
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = 1
-    session = onnxruntime.InferenceSession(path.with_name("probed.onnx"), options, ["CPUExecutionProvider"])
-    feeds = {item.name: inputs[item.name] for item in session.get_inputs()}
-    return dict(zip(wanted, session.run(wanted, feeds), strict=True)) | {n: inputs[n] for n in names & set(inputs)}
+    return onnxruntime.InferenceSession(path.with_name("probed.onnx"), options, ["CPUExecutionProvider"])
+
+
+def fed(session: onnxruntime.InferenceSession, inputs: Mapping[str, Any]) -> dict[str, Any]:
+    return {item.name: inputs[item.name] for item in session.get_inputs()}
+
+
+def probed(path: Path, graph: onnx.ModelProto, names: set[str], inputs: Mapping[str, Any]) -> dict[str, Any]:
+    inner = sorted(names - set(inputs))
+    session = probe_session(path, graph, inner)
+    values = dict(zip(inner, session.run(inner, fed(session, inputs)), strict=True))
+    return values | {name: inputs[name] for name in names & set(inputs)}
 
 
 @pytest.mark.torch

@@ -25,7 +25,7 @@ from pipeline import __main__ as cli
 from pipeline import load
 from tests.support.quick_build import measure_little
 
-pytestmark = [pytest.mark.torch, pytest.mark.slow]
+pytestmark = pytest.mark.torch
 
 # --- the model -------------------------------------------------------------------------------------------------------
 

@@ -18,7 +18,7 @@ def all_images(name: str) -> np.ndarray:
 
 
 @pytest.mark.parametrize("name", ["E2M3", "E4M3", "E1M2", "INT4"])
-def test_native_rounding_of_e4m3_is_the_formats_at_every_midpoint_and_around_it(name: str) -> None:
+def test_a_cast_to_e4m3_rounds_as_the_format_at_every_midpoint_and_around_it(name: str) -> None:
     number, fmt = activation_number(name, "E4M3", 1), get_format(name)
     assert number is not None and number.rounds_itself
     values = all_images(name) * 2.0**-fmt.fraction_bits

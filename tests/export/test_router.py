@@ -48,9 +48,9 @@ def test_frequencies_are_those_of_diffusers() -> None:
     import torch
     from diffusers.models.embeddings import get_timestep_embedding
 
-    wanted = get_timestep_embedding(torch.tensor([123.0]), 16, flip_sin_to_cos=True, downscale_freq_shift=0)[0]
+    expected = get_timestep_embedding(torch.tensor([123.0]), 16, flip_sin_to_cos=True, downscale_freq_shift=0)[0]
     phase = 123.0 * frequencies(16)
-    np.testing.assert_allclose(np.concatenate([np.cos(phase), np.sin(phase)]), wanted.numpy(), atol=1e-5)
+    np.testing.assert_allclose(np.concatenate([np.cos(phase), np.sin(phase)]), expected.numpy(), atol=1e-5)
 
 
 def test_float32_never_changes_a_decided_choice() -> None:

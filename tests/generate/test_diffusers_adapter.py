@@ -98,11 +98,11 @@ def folder_of(family, tmp_path, monkeypatch):
 def test_a_pipeline_draws_the_same_with_engine_and_with_model(family, tmp_path, monkeypatch):
     bundle, model = make_bundle(folder_of(family, tmp_path, monkeypatch), tmp_path)
     make, arguments = CALLS[family]
-    wanted = pictures(make(model.module), arguments)
+    expected = pictures(make(model.module), arguments)
     pipeline = make(model.module)
     pipeline.transformer = transformer = as_diffusers(bundle)
     found = pictures(pipeline, arguments)
-    np.testing.assert_allclose(found, wanted, **EQUAL)
+    np.testing.assert_allclose(found, expected, **EQUAL)
     assert transformer.engine.calls == 2 and found.shape == (2, 8, 8, 3)
 
 
@@ -158,9 +158,9 @@ def test_the_call_is_that_of_the_diffusers_class(family, adapters):
     if family == "hunyuan":
         inputs["image_rotary_emb"] = (inputs.pop("image_rotary_cos"), inputs.pop("image_rotary_sin"))
     with torch.inference_mode():
-        wanted = model.module(**inputs).sample
+        expected = model.module(**inputs).sample
     found = transformer(**inputs)
-    np.testing.assert_allclose(found.sample.numpy(), wanted.numpy(), **EQUAL)
+    np.testing.assert_allclose(found.sample.numpy(), expected.numpy(), **EQUAL)
     (also,) = transformer(inputs.pop("hidden_states"), **inputs, return_dict=False)
     np.testing.assert_array_equal(also.numpy(), found.sample.numpy())
 
@@ -189,10 +189,10 @@ def test_a_single_timestep_serves_the_batch_and_a_missing_mask_keeps_all(adapter
         "timestep": torch.full((2,), 7.0),
         "encoder_attention_mask": torch.ones_like(inputs["encoder_attention_mask"]),
     }
-    wanted = transformer(**inputs).sample
+    expected = transformer(**inputs).sample
     for timestep in (torch.tensor(7), torch.tensor([7])):
         found = transformer(inputs["hidden_states"], inputs["encoder_hidden_states"], timestep).sample
-        np.testing.assert_array_equal(found.numpy(), wanted.numpy())
+        np.testing.assert_array_equal(found.numpy(), expected.numpy())
 
 
 def test_arguments_the_engine_cannot_honour_are_refused(adapters):

@@ -77,9 +77,9 @@ def test_size_conditions_follow_from_the_engine_s_size(stand_in: Any) -> None:
     assert transformer.config.sample_size == transformer.height == 8 and transformer.config.use_additional_conditions
     call = call_of(model)
     with torch.inference_mode():
-        wanted = model.module(**call).sample
+        expected = model.module(**call).sample
     call["added_cond_kwargs"] = {"resolution": None, "aspect_ratio": None}
-    np.testing.assert_array_equal(transformer(**call).sample.numpy(), wanted.numpy())
+    np.testing.assert_array_equal(transformer(**call).sample.numpy(), expected.numpy())
 
 
 IGNORED = {
@@ -93,8 +93,8 @@ def test_what_the_class_ignores_is_ignored(name: str, stand_in: Any) -> None:
     model, transformer = stand_in(name)
     call = call_of(model)
     with torch.inference_mode():
-        wanted = model.module(**call | IGNORED[name]).sample
-    np.testing.assert_array_equal(transformer(**call | IGNORED[name]).sample.numpy(), wanted.numpy())
+        expected = model.module(**call | IGNORED[name]).sample
+    np.testing.assert_array_equal(transformer(**call | IGNORED[name]).sample.numpy(), expected.numpy())
 
 
 REFUSED = (
@@ -131,8 +131,8 @@ def test_what_it_cannot_honour_is_refused_by_name(
 def test_arguments_that_say_nothing_are_none(stand_in: Any) -> None:
     model, transformer = stand_in("dit")
     call = call_of(model)
-    wanted = transformer(**call).sample
-    np.testing.assert_array_equal(transformer(**call, cross_attention_kwargs={}).sample.numpy(), wanted.numpy())
+    expected = transformer(**call).sample
+    np.testing.assert_array_equal(transformer(**call, cross_attention_kwargs={}).sample.numpy(), expected.numpy())
     with pytest.raises(TypeError, match="joint_attention_kwargs"):
         transformer(**call, joint_attention_kwargs={"scale": 1.0})
 

@@ -15,7 +15,7 @@ from pipeline.generate.__main__ import main as generate
 from tests.support import pipelines
 from tests.support.pipelines import Built, decibels, latents
 
-pytestmark = pytest.mark.torch
+pytestmark = [pytest.mark.slow, pytest.mark.torch]
 
 
 @pytest.fixture(scope="module")
@@ -38,8 +38,8 @@ def test_pictures_are_those_of_the_quantized_model(built: Built, call: str) -> N
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float64])
 def test_the_pipeline_s_type_is_the_caller_s(built: Built, dtype: torch.dtype) -> None:
     call = CALLS["three classes"] | {"guidance_scale": 2.0}
-    drawn, wanted = (latents(copy.deepcopy(pipe).to(dtype), **call) for pipe in (built.engine, built.float))
-    assert min(decibels(wanted, drawn)) > built.bundle.recipe.budgets.final_psnr_fp_db
+    drawn, expected = (latents(copy.deepcopy(pipe).to(dtype), **call) for pipe in (built.engine, built.float))
+    assert min(decibels(expected, drawn)) > built.bundle.recipe.budgets.final_psnr_fp_db
 
 
 def test_offloading_leaves_the_picture(built: Built) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 from pathlib import Path
 from typing import Any
 
@@ -64,8 +65,8 @@ def test_masks_of_bools_and_latents_of_float64(built: Built) -> None:
         call |= {f"prompt_embeds{suffix}": texts, f"negative_prompt_embeds{suffix}": plain}
         call |= {f"prompt_attention_mask{suffix}": mask, f"negative_prompt_attention_mask{suffix}": plain_mask}
     bools = {name: value.bool() if "mask" in name else value for name, value in call.items() if name not in SIZE}
-    wanted = latents(built.engine, **call)
-    np.testing.assert_array_equal(latents(built.engine, **call | bools), wanted)
+    expected = latents(built.engine, **call)
+    np.testing.assert_array_equal(latents(built.engine, **call | bools), expected)
     noise = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     found = built.engine(**call, latents=noise, num_inference_steps=2, output_type="latent").images
     assert found.dtype == torch.float64
@@ -73,12 +74,12 @@ def test_masks_of_bools_and_latents_of_float64(built: Built) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_the_pipeline_s_type_is_the_caller_s(built: Built, dtype: torch.dtype) -> None:
-    drawn, wanted = (
+    drawn, expected = (
         latents(copy.deepcopy(pipe).to(dtype), **TWO | SIZE | {"guidance_scale": 2.0})
         for pipe in (built.engine, built.float)
     )
     # bfloat16 rounds the latents of the float pipeline to 8 bits at every step: 6 dB a bit, half of the bits lost
-    assert min(decibels(wanted, drawn)) > min(built.bundle.recipe.budgets.final_psnr_fp_db, 6.0 * 4)
+    assert min(decibels(expected, drawn)) > min(built.bundle.recipe.budgets.final_psnr_fp_db, 6.0 * 4)
 
 
 def test_offloading_leaves_the_picture(built: Built) -> None:
@@ -110,4 +111,6 @@ def test_the_recipe_s_own_formats_pass_the_gates_and_draw(tmp_path: Path) -> Non
     """E2M3 activations: what flips do to pictures is large here, see EIGHT_BITS, so that only the gates judge them."""
     built = pipelines.build("hunyuan11", tmp_path, "rtn")
     assert {layer.activation_format for layer in built.layers} == {"E2M3"}
+    report = json.loads((built.bundle.path / "report/parity.json").read_text())
+    assert {"cpu/segments", "onnx/segments", "onnx/operands_exact"} <= {gate["name"] for gate in report["gates"]}
     assert np.isfinite(latents(built.engine, **TWO | SIZE)).all()

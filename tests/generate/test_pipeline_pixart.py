@@ -54,13 +54,13 @@ def test_the_engine_s_size_is_the_pipeline_s(built: Built) -> None:
 def test_masks_of_bools_and_texts_encoded_before(built: Built) -> None:
     texts, mask, plain, plain_mask = built.float.encode_prompt(TWO["prompt"], device="cpu")
     call = {"prompt_embeds": texts, "negative_prompt_embeds": plain, "negative_prompt": None, **SIZE}
-    wanted = latents(
+    expected = latents(
         built.engine, **call, prompt_attention_mask=mask.float(), negative_prompt_attention_mask=plain_mask.float()
     )
     drawn = latents(
         built.engine, **call, prompt_attention_mask=mask.bool(), negative_prompt_attention_mask=plain_mask.bool()
     )
-    np.testing.assert_array_equal(drawn, wanted)
+    np.testing.assert_array_equal(drawn, expected)
 
 
 def test_latents_of_float64_stay_so_and_callbacks_see_them(built: Built) -> None:
@@ -77,13 +77,13 @@ def test_latents_of_float64_stay_so_and_callbacks_see_them(built: Built) -> None
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
 def test_the_pipeline_s_type_is_the_caller_s(built: Built, dtype: torch.dtype) -> None:
     """With texts and latents in another type the engine still draws what the float pipeline draws in that type."""
-    drawn, wanted = (
+    drawn, expected = (
         latents(copy.deepcopy(pipe).to(dtype), **TWO | SIZE | {"guidance_scale": 2.0})
         for pipe in (built.engine, built.float)
     )
     # bfloat16 rounds the latents of the float pipeline to 8 bits at every step: 6 dB a bit, half a bit of it lost
     budget = min(built.bundle.recipe.budgets.final_psnr_fp_db, 6.0 * 4)
-    assert min(decibels(wanted, drawn)) > budget
+    assert min(decibels(expected, drawn)) > budget
     assert built.engine.transformer.dtype == torch.float32, "the copy was moved, not the engine's first stand-in"
 
 

@@ -50,7 +50,7 @@ def made(cache: Path, monkeypatch: pytest.MonkeyPatch) -> list[Path]:
 
 def without_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse() -> str:
-        raise EnvironmentLacksError("cpu.path native needs one of cc, gcc, clang")
+        raise EnvironmentLacksError("cpu.path=fused needs one of cc, gcc, clang")
 
     monkeypatch.setattr(library, "compiler", refuse)
 

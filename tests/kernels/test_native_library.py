@@ -1,4 +1,4 @@
-"""The native library: compiling, its binary interface, and engines of `cpu.path = native` from build to load."""
+"""The native library: compiling, its binary interface, and engines of `cpu.path=fused` from build to load."""
 
 import json
 import re
@@ -25,7 +25,7 @@ from tests.support.portable import activations, portable, random_linear
 
 pytestmark = pytest.mark.kernels
 
-RECIPE = Recipe(name="test", model="zoo:pixart_mini").with_options(CpuOptions(path="native"))
+RECIPE = Recipe(name="test", model="zoo:pixart_mini").with_options(CpuOptions(path="fused"))
 CROSS = """
   k = fpq.QuantizedLinear <layer="a"> (text)
   h = fpq.QuantizedLinear <layer="b"> (hidden_states)

@@ -72,7 +72,7 @@ class Subject:
         return self.lowered[path]
 
     def lower(self, portable: Path, path: str) -> LoweredGraph:
-        """Lower a portable model for a path of the CPU, "stock" or "native"."""
+        """Lower a portable model for a path of the CPU, "stock" or "fused"."""
         folder = self.folder / (path if portable == self.portable else f"faulty-{path}")
         folder.mkdir(exist_ok=True)
         return BACKENDS["cpu"].lower(portable, folder, self.recipe.with_options(CpuOptions(path)))
@@ -87,7 +87,7 @@ class Subject:
         if graph.startswith("portable"):
             edit = GraphEdit(self.portable)
             plant(edit)
-            return self.lower(edit.save(), "native" if graph.endswith("native") else "stock")
+            return self.lower(edit.save(), "fused" if graph.endswith("fused") else "stock")
         clean = self.graph(graph)
         edit = GraphEdit(clean.path)
         plant(edit)

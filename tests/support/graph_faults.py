@@ -45,7 +45,7 @@ MODULATED = ("pixart_mini", "dit_mini", "pixart", "dit")
 class GraphFault:
     """plant: edits the graph. subjects: the models it is planted in. caught_by: gates of which one at least must fail.
 
-    graph: "portable", lowered for the target afterwards; "stock" or "native", the graph lowered for that path of the
+    graph: "portable", lowered for the target afterwards; "stock" or "fused", the graph lowered for that path of the
     CPU. kind: the line of the summary that it belongs to.
     """
 
@@ -497,7 +497,7 @@ GRAPH_FAULTS = (
     GraphFault("GELU by erf in all blocks", "activation", _erf_everywhere, ALL, graph="portable"),
     GraphFault("GELU by erf in one block", "activation", _erf_in_the_last_block, ALL),
     GraphFault(
-        "GELU by erf in one block, native path", "activation", _erf_in_the_last_block, MINIS, graph="portable native"
+        "GELU by erf in one block, fused path", "activation", _erf_in_the_last_block, MINIS, graph="portable fused"
     ),
     GraphFault("GELU by erf in the caption", "activation", _erf_in_the_caption, CAPTIONED),
     GraphFault("GELU by a sigmoid", "activation", _quick_gelu, ALL),
@@ -506,11 +506,11 @@ GRAPH_FAULTS = (
     GraphFault("attention scale x 1.01", "attention", partial(_scale_attention, factor=1.01), ALL),
     GraphFault("attention scale x 1.001", "attention", partial(_scale_attention, factor=1.001), ALL, graph="portable"),
     GraphFault(
-        "attention scale x 1.001, native path",
+        "attention scale x 1.001, fused path",
         "attention",
         partial(_scale_attention, factor=1.001),
         MINIS,
-        graph="native",
+        graph="fused",
     ),
     GraphFault(
         "attention scale x 1.001 in one block", "attention", partial(_scale_one_attention, place=-1, factor=1.001), ALL
@@ -530,7 +530,7 @@ GRAPH_FAULTS = (
     GraphFault("timestep's phase in FP16", "roundings", _round(_phase), MINIS, EITHER),
     # norms, modulation, residuals
     GraphFault("epsilon x 10", "norms", _every_epsilon, ALL),
-    GraphFault("epsilon x 10, native path", "norms", _every_epsilon, MINIS, graph="native"),
+    GraphFault("epsilon x 10, fused path", "norms", _every_epsilon, MINIS, graph="fused"),
     GraphFault("epsilon 1e-3 in one norm", "norms", partial(_one_epsilon, place=1, value=1e-3), ALL),
     GraphFault("epsilon 1e-3 in the last norm", "norms", partial(_one_epsilon, place=-1, value=1e-3), ALL),
     GraphFault("scale and shift exchanged", "norms", _swapped_modulation, MODULATED),

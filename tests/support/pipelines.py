@@ -221,15 +221,15 @@ class Built:
         FACTOR_DB, or quantization's own error; for the second, the recipe's budget. In latents, by their range. A call
         has few samples and one flip can cost 20 dB, so that the worst of several runs is taken.
         """
-        wanted, drawn, unquantized = (latents(pipe, **call) for pipe in (self.exact, self.engine, self.float))
-        cost, reached = decibels(wanted, unquantized), min(decibels(wanted, drawn))
+        expected, drawn, unquantized = (latents(pipe, **call) for pipe in (self.exact, self.engine, self.float))
+        cost, reached = decibels(expected, unquantized), min(decibels(expected, drawn))
         limit, runs = max(ROUNDED_DB, min(cost)), list[float]()
         for seed in range(RUNS):
             if reached >= limit:  # another run can only lower it
                 break
-            runs += self._hit_run(seed, wanted, call)
+            runs += self._hit_run(seed, expected, call)
             limit = max(min(min(runs) - FACTOR_DB, ROUNDED_DB), min(cost))
-        assert reached >= limit, (decibels(wanted, drawn), runs, cost)
+        assert reached >= limit, (decibels(expected, drawn), runs, cost)
         assert np.median(decibels(unquantized, drawn)) >= self.bundle.recipe.budgets.final_psnr_fp_db
 
     def _hit_run(self, seed: int, wanted: NDArray[np.float64], call: Mapping[str, Any]) -> list[float]:
@@ -264,15 +264,15 @@ def refuse_change_by_offloading(built: Built, **call: Any) -> None:
     """AssertionError where offloading changes the engine's latents: by the calls that a machine without an accelerator
     can make; both are refused by diffusers without a device."""
     accelerate = pytest.importorskip("accelerate", reason="offloading needs accelerate")
-    wanted = latents(built.engine, **call)
+    expected = latents(built.engine, **call)
     pipe = built.pipeline(copy.copy(built.engine.transformer))
     pipe.enable_model_cpu_offload(device="cpu")
-    np.testing.assert_array_equal(latents(pipe, **call), wanted)
+    np.testing.assert_array_equal(latents(pipe, **call), expected)
     pipe = built.pipeline(copy.copy(built.engine.transformer))
     for part in (part for part in pipe.components.values() if isinstance(part, nn.Module)):
         accelerate.cpu_offload(part, "cpu", offload_buffers=True)  # as enable_sequential_cpu_offload does
     assert pipe.transformer.device.type == "meta"
-    np.testing.assert_array_equal(latents(pipe, **call), wanted)
+    np.testing.assert_array_equal(latents(pipe, **call), expected)
 
 
 def decibels(reference: NDArray[np.float64], others: NDArray[np.float64]) -> list[float]:

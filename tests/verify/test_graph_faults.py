@@ -27,7 +27,7 @@ TABLES: dict[str, Sequence[Any]] = {
 }
 # The subjects of this file; test_graph_faults_tiny.py has the others.
 BUNDLED = True
-NATIVE = (*MINIS, *LEARNED)
+FUSED = (*MINIS, *LEARNED)
 CLEAN = (*ALL, *LEARNED, "pixart_sizes", *ZEROS)
 
 
@@ -58,7 +58,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         pairs = [(name, fault) for name, fault in pairs if name.startswith(MINIS) is here]
         metafunc.parametrize(("name", "fault"), pairs, ids=[f"{name}-{fault.name}" for name, fault in pairs])
     if "path" in metafunc.fixturenames:
-        graphs = [*((name, "stock") for name in CLEAN), *((name, "native") for name in NATIVE)]
+        graphs = [*((name, "stock") for name in CLEAN), *((name, "fused") for name in FUSED)]
         metafunc.parametrize(("name", "path"), [row for row in graphs if row[0].startswith(MINIS) is here])
 
 

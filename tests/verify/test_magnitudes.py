@@ -38,7 +38,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Any:
     model = models.load(str(tiny.folder("pixart", root)))
     layers = tiny.quantized(model, granularity="exact_group")
     export_portable(model, layers, root / "model.onnx")
-    engines = {path: build(root, path) for path in ("stock", "native")[: 1 if native.problems() else 2]}
+    engines = {path: build(root, path) for path in ("stock", "fused")[: 1 if native.problems() else 2]}
     exact = ReferenceEngine(fake_quant(model, layers, torch.float64), torch.float64)
     return exact, engines, models.sample_inputs(model, 2, 0)
 
@@ -57,9 +57,9 @@ def test_the_largest_numbers_give_what_pytorch_gives(name: str, made: Any) -> No
     limit = LARGEST_OF.get(name, LARGEST)
     largest = np.abs(inputs[name]).max()
     inputs = inputs | {name: (inputs[name] * (limit / largest * (1 - 2**-20))).astype(np.float32)}
-    wanted = exact.run(inputs)["sample"]
+    expected = exact.run(inputs)["sample"]
     for path, engine in engines.items():
-        assert sqnr_db(wanted, engine.run(inputs)["sample"]) > LEAST_DB[name], path
+        assert sqnr_db(expected, engine.run(inputs)["sample"]) > LEAST_DB[name], path
 
 
 @pytest.mark.parametrize("value", [2.0**41, -1e19, 1e30])
@@ -83,12 +83,12 @@ def test_what_is_not_finite_gives_nan_where_pytorch_does(name: str, value: float
     array[1].reshape(-1)[-1:] = value
     if name == "timestep":
         array[1] = value
-    wanted = exact.run(inputs | {name: array})["sample"]
-    assert np.isfinite(wanted[0]).all() and not np.isfinite(wanted[1]).any()
+    expected = exact.run(inputs | {name: array})["sample"]
+    assert np.isfinite(expected[0]).all() and not np.isfinite(expected[1]).any()
     for path, engine in engines.items():
         found = engine.run(inputs | {name: array})["sample"]
         assert not np.isfinite(found[1]).any(), path
-        assert sqnr_db(wanted[0], found[0]) > 100, path
+        assert sqnr_db(expected[0], found[0]) > 100, path
 
 
 def test_an_engine_that_diverges_fails_its_gates_in_pictures_of_nan(made: Any) -> None:

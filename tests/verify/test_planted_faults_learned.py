@@ -108,7 +108,7 @@ def test_the_clean_graph_passes_all_gates(case: Case) -> None:
 
 
 @pytest.mark.parametrize("target", ["cpu"])
-@pytest.mark.parametrize("path", ["stock", "native"])
+@pytest.mark.parametrize("path", ["stock", "fused"])
 def test_the_cpu_engine_passes_as_well(path: str, case: Case, tmp_path: Path) -> None:
     """Built, split by how often its parts run, loaded, and run on every step; with the native ops, too."""
     recipe, bench = case.bench.recipe.with_options(CpuOptions(path)), case.bench

@@ -60,8 +60,8 @@ def test_float32_fake_quantization_is_the_ops_bit_for_bit(name):
     x[0, 1] = 1e-35
     x[0, 2, 0] = 1e35
     found = fake_quantize(get_format(name), torch.from_numpy(x)).numpy()
-    (wanted,) = dequantize_activation(*quantize_activation(x, format=name), format=name)
-    np.testing.assert_array_equal(found, wanted)
+    (expected,) = dequantize_activation(*quantize_activation(x, format=name), format=name)
+    np.testing.assert_array_equal(found, expected)
 
 
 def test_a_token_of_zeros_stays_zero_and_nan_is_not_hidden():
@@ -109,11 +109,11 @@ def test_weights_are_dequantized_as_the_checkpoint_and_the_op_say(weight_format,
     groups = layer.groups if layer.group_size else 1
     chosen = layer.multipliers if layer.multipliers is not None else np.ones((layer.out_features, groups), np.uint8)
     index = np.searchsorted(table, chosen).astype(np.uint8)
-    (wanted,) = dequantize_weight(
+    (expected,) = dequantize_weight(
         layer.codes, layer.scales, pack(index, 4), format=weight_format, in_features=16,
         group_size=layer.group_size, multipliers=table,
     )  # fmt: skip
-    np.testing.assert_array_equal(FakeQuantLinear(layer, torch.float32).weight.numpy(), wanted.T)
+    np.testing.assert_array_equal(FakeQuantLinear(layer, torch.float32).weight.numpy(), expected.T)
 
 
 def test_weights_are_held_as_one_byte_each():
@@ -128,8 +128,8 @@ def test_a_layer_is_fake_quantization_times_dequantized_weight(bias):
     found = FakeQuantLinear(layer, torch.float64)(torch.from_numpy(x)).numpy()
     scale = np.abs(x).max(-1, keepdims=True) / 7.5
     activation = codec(get_format("E2M3"), x / scale) * scale
-    wanted = activation @ layer.dequantized().T + (0 if layer.bias is None else layer.bias)
-    np.testing.assert_allclose(found, wanted, rtol=1e-12, atol=1e-12)  # 16 sums in float64
+    expected = activation @ layer.dequantized().T + (0 if layer.bias is None else layer.bias)
+    np.testing.assert_allclose(found, expected, rtol=1e-12, atol=1e-12)  # 16 sums in float64
 
 
 LEARNED = {
@@ -233,8 +233,8 @@ def test_the_model_keeps_its_own_modules_and_types():
     assert outputs[torch.float64].dtype == np.float64 and outputs[torch.float32].dtype == np.float32
     hidden = FakeQuantLinear(make_layer("0"), torch.float64)(torch.from_numpy(x).double())
     last = model.module[2]
-    wanted = torch.nn.functional.gelu(hidden) @ last.weight.double().T + last.bias.double()
-    np.testing.assert_allclose(outputs[torch.float64], wanted.numpy(), rtol=1e-12)
+    expected = torch.nn.functional.gelu(hidden) @ last.weight.double().T + last.bias.double()
+    np.testing.assert_allclose(outputs[torch.float64], expected.numpy(), rtol=1e-12)
 
 
 def test_kept_tensors_are_shared_where_the_type_is_equal():

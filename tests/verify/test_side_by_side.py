@@ -131,7 +131,7 @@ def test_a_second_signal_that_another_thread_gets_ends_the_process() -> None:
     assert done.returncode == 143 and done.stderr.endswith("stopped at once\n") and "Traceback" not in done.stderr
 
 
-@pytest.mark.slow
+@pytest.mark.process
 def test_a_signal_ends_all_threads() -> None:
     pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     with subprocess.Popen([sys.executable, "-c", VERB], cwd=ROOT, **pipes) as process:

@@ -25,7 +25,7 @@ from pipeline.verify import proof as verify
 from pipeline.verify import study
 from tests.support import tiny
 
-pytestmark = pytest.mark.torch
+pytestmark = [pytest.mark.slow, pytest.mark.torch]
 
 TARGETS = ("cpu", "rtx", "onnx")
 THREADS = 3

@@ -157,8 +157,8 @@ def test_gates_prove_every_combination(learned_with: tuple[str, str], weight: An
         found = replace(found, gemm_max_abs_diff=0)
     assert_proven(found)
     outputs = run(model, inputs()[0])
-    wanted = learned.expected_output(layer, inputs()[0]["x"][1:], TIMES[1:])
-    off = np.abs(outputs[0][1:] - wanted) > 1e-4 * np.abs(wanted).max()
+    expected = learned.expected_output(layer, inputs()[0]["x"][1:], TIMES[1:])
+    off = np.abs(outputs[0][1:] - expected) > 1e-4 * np.abs(expected).max()
     assert off.mean() < 0.05  # codes at midpoints
 
 
@@ -308,11 +308,11 @@ def test_the_zero_is_folded_into_the_bias_exactly(weight: Any, bias: bool) -> No
     folded = model.graph.initializers["a.bias_with_zero"].const_value.numpy()
     rows, unit = layer.integers().astype(np.int64), 2.0 ** -get_format(name).fraction_bits
     columns = layer.scales.shape[1]
-    wanted = [0.0 if layer.bias is None else float(layer.bias[n]) for n in range(layer.out_features)]
+    expected = [0.0 if layer.bias is None else float(layer.bias[n]) for n in range(layer.out_features)]
     for n in range(layer.out_features):
         for j, part in enumerate(np.split(rows[n], columns)):
-            wanted[n] += float(layer.activation_zero[0]) * int(part.sum()) * unit * float(layer.scales[n, j])
-    np.testing.assert_allclose(folded, wanted, rtol=2.0**-24, atol=0)
+            expected[n] += float(layer.activation_zero[0]) * int(part.sum()) * unit * float(layer.scales[n, j])
+    np.testing.assert_allclose(folded, expected, rtol=2.0**-24, atol=0)
     assert "a.activation_zero" in model.graph.initializers  # the quantizer's
 
 

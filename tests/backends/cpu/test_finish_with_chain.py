@@ -1,4 +1,4 @@
-"""The native passes: what they fuse, what they must leave, and that the fused graph computes what the stock one did."""
+"""The passes of `cpu.path=fused`: what they fuse, what they must leave, and that the graph computes what it did."""
 
 from collections import Counter
 
@@ -70,7 +70,7 @@ def _as_exported(model):
 
 
 def rewritten(*args, **given):
-    """(native model, passes by name)."""
+    """(fused model, passes by name)."""
     model, _ = lowered(*args, chains=True, **given)
     return model, {type(rewrite).__name__: rewrite for rewrite in finish_with_chains(model)}
 

@@ -40,12 +40,12 @@ Call = dict[str, Any]
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Engine folders by `cpu.path`; the native one only where there is a compiler."""
+    """Engine folders by `cpu.path`; the fused one only where there is a compiler."""
     root = tmp_path_factory.mktemp("callers")
     layers = [random_linear("a"), random_linear("b", seed=1)]
     ir.save(portable(BODY, layers, INPUTS), root / "model.onnx", external_data="model.onnx.data")
     found = {}
-    for path in ("stock", "native")[: 1 if native.problems() else 2]:
+    for path in ("stock", "fused")[: 1 if native.problems() else 2]:
         recipe = Recipe(name="test", model="zoo:pixart_mini").with_options(CpuOptions(path=path))
         for folder in (root / f"work-{path}", root / path):
             folder.mkdir()
@@ -57,7 +57,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return found
 
 
-@pytest.fixture(params=["stock", "native"])
+@pytest.fixture(params=["stock", "fused"])
 def engine(request: pytest.FixtureRequest, folders: dict[str, Path]) -> Iterator[CpuEngine]:
     if request.param not in folders:
         pytest.skip(native.problems()[0])

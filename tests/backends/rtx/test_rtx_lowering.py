@@ -107,7 +107,7 @@ def test_codes_and_integer_sums_are_exact(choice: Any, of_weight: tuple[str, int
     assert row.exact or activation == "E4M3" or "fp16" in row.path
 
 
-def test_native_e2m3_takes_no_rounding_ops() -> None:
+def test_e2m3_in_e4m3_takes_no_rounding_ops() -> None:
     model, found = lowered(single(Linear("layer")))
     assert not {"Round", "Where"} & {node.op_type for node in model.graph.node}
     assert "its own rounding" in found.choices[0].why

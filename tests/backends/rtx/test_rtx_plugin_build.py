@@ -131,16 +131,14 @@ def test_the_builders_graph_is_the_verified_one_without_bodies(folder: Path) -> 
 
 
 @pytest.mark.kernels
-def test_the_verified_graph_runs_in_stock_onnxruntime_and_agrees_with_the_native_one(
-    folder: Path, tmp_path: Path
-) -> None:
-    native = lowered(tmp_path, RECIPE.with_options(RtxOptions()), small_block())
+def test_the_verified_graph_runs_in_stock_onnxruntime_and_agrees_with_tensorrt_s(folder: Path, tmp_path: Path) -> None:
+    of_tensorrt = lowered(tmp_path, RECIPE.with_options(RtxOptions()), small_block())
     rng = np.random.default_rng(0)
     shapes = {"x": (2, 9, WIDTH), "shift": (2, 1, WIDTH), "scale": (2, 1, WIDTH)}
     fed = {name: rng.normal(size=shape).astype(np.float32) for name, shape in shapes.items()}
     own, other = (
         open_session(onnx.load(path, load_external_data=False), path.parent).run(["y"], fed)[0]
-        for path in (folder / "work" / MODEL, native.path)
+        for path in (folder / "work" / MODEL, of_tensorrt.path)
     )
     # Both have the same exact sums; float32 after them is rounded in another order, so that a quotient at a midpoint of
     # the grid may get the neighbouring code: a share of codes that the gates bound, here none or a few of 18 x 128.
