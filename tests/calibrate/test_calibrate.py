@@ -42,7 +42,7 @@ class Linear:
 def make_model(seed=0, shapes=SHAPES, dtype=torch.float32):
     torch.manual_seed(seed)
     linears = [Linear(name, kind, torch.nn.Linear(k, n).to(dtype)) for name, (kind, n, k) in shapes.items()]
-    return SimpleNamespace(linears=lambda: linears, sha256=f"weights of seed {seed}", config_sha256="")
+    return SimpleNamespace(linears=lambda: linears, sha256=f"weights of seed {seed}", config_sha256="", parameters=1000)
 
 
 def make_recipe(*settings):
