@@ -11,7 +11,7 @@ from export.dialect.reference import quantize_activation
 from export.formats.format import get_format, to_integers
 from pipeline import machine
 from pipeline.backends.cpu.engine import provided
-from pipeline.backends.cpu.lower import FLOAT_PATH, FUNCTION_PATH, GEMMS, LowerCpu, choose_path, refusal
+from pipeline.backends.cpu.lower import FLOAT_PATH, FUNCTION_PATH, GEMMS, PACKED, LowerCpu, choose_path, refusal
 from pipeline.passes import run_shared
 from pipeline.passes.probes import WIDE_SUM
 from pipeline.passes.quantized_gemm import read_gemm
@@ -220,6 +220,29 @@ def test_a_cpu_that_sums_pairs_in_16_bits_gets_narrow_operands():
     assert row.limbs == 2 and "a pair of products can reach 64770" in why
     # E2M1 with multipliers up to 10 against E2M3: 2 * 124 * 120 = 29760 fits.
     assert choose_path(spec_of(granularity="exact_group", group=16), NARROW)[0].limbs == 1
+
+
+@pytest.mark.parametrize(
+    "changes, row, reason",
+    [
+        ({"granularity": "exact_group", "group": 16}, "u8 x packed s4", ""),
+        ({"activation": "E3M4"}, "u8 x packed s4, 2 limbs", "exceeds 1 operand of 8 bits"),
+        ({"weight": "E2M3"}, "u8 x s8", "not u8 x packed s4: E2M3 has 6 bits, not 4"),
+        ({"granularity": "exact_group", "group": 4}, "u8 x s8", "groups of 4 are no multiple of 8"),
+        ({"granularity": "group", "group": 16}, "u8 x s8 per group", "it has no scale per group"),
+    ],
+)
+def test_4_bit_weights_stay_packed_where_the_kernel_library_is_used(changes, row, reason):
+    chosen, why = choose_path(spec_of(**changes), NARROW, PACKED)
+    assert chosen.path == row and reason in why
+    assert choose_path(spec_of(**changes), NARROW)[0] not in PACKED
+
+
+def test_packed_weights_need_no_sums_in_32_bits():
+    """E3M0 x INT8: 2 * 255 * 64 = 32640, the largest pair there is."""
+    spec = spec_of(weight="E3M0", activation="INT8")
+    assert choose_path(spec, NARROW, PACKED)[0].path == "u8 x packed s4"
+    assert refusal(spec, PACKED[0], wide_sum=False) is None
 
 
 def test_a_sum_beyond_int32_is_refused():
