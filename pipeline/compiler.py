@@ -101,6 +101,8 @@ def prepare(request: BuildRequest) -> tuple[Recipe, LoadedModel, StageTime]:
     model, model_time = timed("model", lambda: load_float_model(recipe), request.listener)
     model.cells(recipe.sampling.height, recipe.sampling.width)  # refuses an image size that the model cannot make
     recipe = with_method(recipe, model)
+    for target in request.targets:
+        recipe = BACKENDS[target].settled(recipe)
     refuse_full_disk(request, model.parameters)
     make_plans(model.linears(), recipe)  # refuses groups that do not fit
     case = make_case(model, recipe)

@@ -52,7 +52,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("alone")
     hostile.make_models(folder)
     recipe = folder / "recipe.toml"
-    path = "stock" if library.problems() else "fused"
+    path = "stock" if library.problem() else "fused"
     text = hostile.RECIPE.format(model=folder / "model").replace('path = "stock"', f'path = "{path}"')
     recipe.write_text(text)
     flags = ["--engine", str(recipe)]

@@ -233,6 +233,10 @@ class Backend(ABC, Generic[OptionsT]):
 
     # --- build and load ----------------------------------------------------------------------------------------------
 
+    def settled(self, recipe: Recipe) -> Recipe:
+        """The recipe with what "auto" means on this machine for this target's options, as the bundle records it."""
+        return recipe
+
     @abstractmethod
     def problems(self, recipe: Recipe) -> list[str]:
         """What this machine or recipe lacks for a build, as messages with a remedy; empty if nothing."""

@@ -121,16 +121,6 @@ def build(path: Path, flags: tuple[str, ...] = (), sources: tuple[str, ...] = SO
         raise EnvironmentLacksError(f"{command[0]} cannot compile the native ops ({' '.join(lines[:1])}); {REMEDY}")
 
 
-def problems() -> list[str]:
-    """Why the library cannot be compiled here: it is tried, so that a compiler without a C library is found, too."""
-    with tempfile.TemporaryDirectory(prefix="ditc-") as folder:
-        try:
-            build(Path(folder) / NAME)
-        except EnvironmentLacksError as error:
-            return [str(error)]
-    return []
-
-
 # --- the user's cache ----------------------------------------------------------------------------------------------
 
 
@@ -200,6 +190,15 @@ def path_of_library() -> Path:
         ) from error
     path = folder / f"{compiler_key(chosen)}.so"
     return path if trusted(path) else _compiled(path)
+
+
+def problem() -> str | None:
+    """Why there is no library here, None if there is one, compiled now if need be."""
+    try:
+        path_of_library()
+    except EnvironmentLacksError as error:
+        return str(error)
+    return None
 
 
 def _compiled(path: Path) -> Path:

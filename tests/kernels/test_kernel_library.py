@@ -15,9 +15,11 @@ import pytest
 
 from export.documents import sha256
 from export.errors import ContractError, EnvironmentLacksError
-from pipeline import load
+from pipeline import load, machine
 from pipeline.backends import BACKENDS
+from pipeline.backends.cpu import CpuBackend, CpuOptions
 from pipeline.bundle.bundle import OLD_LIBRARY, OTHER_FILES, is_made_by_build
+from pipeline.recipe import Recipe
 from plugins.cpu import library
 from tests.support import native
 from tests.support.bundles import make_bundle
@@ -71,7 +73,7 @@ def test_the_version_follows_the_code_and_not_its_comments(tmp_path: Path, monke
     text = (tmp_path / "token_chain.c").read_text()
     (tmp_path / "token_chain.c").write_text("/* another comment */\n\n" + text)
     assert version() == known
-    (tmp_path / "token_chain.c").write_text(text.replace("87.0f", "88.0f"))
+    (tmp_path / "token_chain.c").write_text(text.replace("0.0713548163f", "0.08f"))
     assert version() != known
     (tmp_path / "token_chain.c").write_text(text)
     monkeypatch.setattr(library, "FLAGS", (*library.FLAGS, "-ffast-math"))
@@ -315,3 +317,39 @@ def test_what_builds_make_is_known() -> None:
     ):  # fmt: skip
         assert is_made_by_build(name, targets), name
     assert OTHER_FILES.fullmatch("report/images/quantization-0.png")
+
+
+# --- auto ----------------------------------------------------------------------------------------------------------
+
+
+def test_auto_is_fused_where_a_library_can_be_had(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(library, "build", lambda path: path.write_text("a library"))
+    recipe = Recipe(name="test", model="none")
+    assert CpuBackend().options(recipe).path == "auto"
+    assert CpuBackend().options(CpuBackend().settled(recipe)).path == "fused"
+    named = recipe.with_options(CpuOptions("stock"))
+    assert CpuBackend().settled(named) == named
+
+
+def test_auto_is_stock_where_none_can_be_had_and_the_log_says_why(
+    cache: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    without_compiler(monkeypatch)
+    recipe = Recipe(name="test", model="none")
+    with caplog.at_level("INFO"):
+        assert CpuBackend().options(CpuBackend().settled(recipe)).path == "stock"
+    assert "cpu.path is stock here" in caplog.text and "install a C compiler" in caplog.text
+    assert CpuBackend().problems(recipe) == []
+    (problem,) = CpuBackend().problems(recipe.with_options(CpuOptions("fused")))
+    assert "holds none" in problem
+
+
+def test_an_engine_with_the_library_does_not_fit_where_none_can_be_had(
+    cache: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """A bundle then runs its portable model, which needs onnxruntime alone."""
+    without_compiler(monkeypatch)
+    tools = {"onnxruntime": machine.tool_version("onnxruntime")}
+    manifest = {"tools": tools, "targets": {"cpu": {"metadata": {"requires": [library.requirement()]}}}}
+    problem = CpuBackend().fitness_problem(manifest, tmp_path)
+    assert problem is not None and "holds none" in problem

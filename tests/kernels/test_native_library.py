@@ -11,10 +11,11 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 
-from export.errors import ContractError, EnvironmentLacksError, RecipeError
+from export.errors import ContractError, EnvironmentLacksError
 from pipeline import machine
+from pipeline.backends import metadata_file
 from pipeline.backends.cpu import CpuBackend, CpuOptions
-from pipeline.backends.cpu.engine import MODEL, CpuEngine, open_session
+from pipeline.backends.cpu.engine import MODEL, CpuEngine, CpuMetadata, open_session
 from pipeline.recipe import Recipe
 from pipeline.verify.oracle import activation_oracle, check_linear
 from pipeline.verify.probe import ProbedGraph
@@ -157,15 +158,17 @@ def test_a_graph_with_native_ops_is_refused_without_the_library(source):
         open_session(source / "cpu" / MODEL)
 
 
-def test_a_missing_compiler_is_found_before_work_starts(monkeypatch):
+def test_a_missing_compiler_is_found_before_work_starts(monkeypatch, tmp_path):
+    monkeypatch.setenv("DITC_CACHE", str(tmp_path))  # a library that lies there would do
     monkeypatch.setattr(library.shutil, "which", lambda name: None)
     (problem,) = CpuBackend().problems(RECIPE)
     assert "cc, gcc, clang" in problem and "apt install gcc" in problem and "cpu.path=stock" in problem
     assert CpuBackend().problems(Recipe(name="test", model="none")) == []
 
 
-def test_a_compiler_that_fails_says_why(monkeypatch):
+def test_a_compiler_that_fails_says_why(monkeypatch, tmp_path):
     native.need_compiler()
+    monkeypatch.setenv("DITC_CACHE", str(tmp_path))
     monkeypatch.setattr(library, "FLAGS", (*library.FLAGS, "-include", "no/such/header.h"))
     (problem,) = CpuBackend().problems(RECIPE)
     assert "no/such/header.h" in problem and "apt install" in problem
@@ -189,12 +192,16 @@ def test_other_systems_are_refused(monkeypatch):
         library.compiler()
 
 
-def test_a_recipe_without_anything_to_fuse_is_refused(tmp_path):
+def test_a_model_without_anything_to_fuse_has_stock_ops_and_needs_no_library(tmp_path, caplog):
     native.need_compiler()
-    model = portable('y = fpq.QuantizedLinear <layer="a"> (x)', [with_scaling(random_linear(), "per_tensor")])
+    layer = with_scaling(random_linear(weight="INT6"), "per_tensor")
+    model = portable('y = fpq.QuantizedLinear <layer="a"> (x)', [layer])
     ir.save(model, tmp_path / "model.onnx", external_data="model.onnx.data")
-    with pytest.raises(RecipeError, match=r"nothing to fuse.*cpu.path=stock"):
-        CpuBackend().lower(tmp_path / "model.onnx", tmp_path, RECIPE)
+    work = tmp_path / "work"
+    work.mkdir()
+    lowered = CpuBackend().lower(tmp_path / "model.onnx", work, RECIPE)
+    assert metadata_file.read(work, CpuMetadata) == {"requires": []}
+    assert "fpq.native" not in {node.domain for node in ir.load(lowered.path).graph}
 
 
 def test_damaged_metadata_is_refused(source):

@@ -20,16 +20,13 @@ ELEMENT_TYPES = dict.fromkeys(("CODES", "LOW_CODES"), ir.DataType.UINT8) | dict.
 _FOLDERS: list[tempfile.TemporaryDirectory] = []
 
 
-@functools.cache
-def problems() -> list[str]:
-    """Why nothing can be compiled here."""
-    return library.problems()
+problem = functools.cache(library.problem)
 
 
 def need_compiler() -> None:
     """Skip the test where nothing can be compiled."""
-    if problems():
-        pytest.skip(problems()[0])
+    if problem():
+        pytest.skip(problem())
 
 
 @functools.cache

@@ -38,7 +38,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Any:
     model = models.load(str(tiny.folder("pixart", root)))
     layers = tiny.quantized(model, granularity="exact_group")
     export_portable(model, layers, root / "model.onnx")
-    engines = {path: build(root, path) for path in ("stock", "fused")[: 1 if native.problems() else 2]}
+    engines = {path: build(root, path) for path in ("stock", "fused")[: 1 if native.problem() else 2]}
     exact = ReferenceEngine(fake_quant(model, layers, torch.float64), torch.float64)
     return exact, engines, models.sample_inputs(model, 2, 0)
 

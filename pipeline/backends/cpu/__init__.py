@@ -1,8 +1,9 @@
-"""Target `cpu`: integer GEMMs in stock ONNX Runtime, weights expanded once into int8, optionally ops of our own."""
+"""Target `cpu`: integer GEMMs in ONNX Runtime, with ops of our own and packed weights, or stock ones and int8."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import logging
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, Literal
 
@@ -25,15 +26,17 @@ from pipeline.backends.base import (
 if TYPE_CHECKING:
     from pipeline.recipe import Recipe
 
+logger = logging.getLogger(__name__)
+
 
 @dataclass(frozen=True)
 class CpuOptions(Options):
     """path: "stock" is onnxruntime alone; "fused" adds ops of ours, compiled here: 4-bit GEMMs, what lies between them,
-    attention."""
+    attention; "auto" is "fused" where it can be compiled."""
 
     target: ClassVar[str] = "cpu"
     former: ClassVar = {"path": {"native": "fused"}}
-    path: Literal["stock", "fused"] = "stock"
+    path: Literal["auto", "fused", "stock"] = "auto"
 
 
 class CpuBackend(Backend[CpuOptions]):
@@ -63,7 +66,7 @@ class CpuBackend(Backend[CpuOptions]):
         try:
             return Check("C compiler", True, library.compiler())
         except EnvironmentLacksError as error:
-            return Check("C compiler", False, "none found", False, f"only needed for cpu.path=fused; {error}")
+            return Check("C compiler", False, "none found", False, f"cpu.path=fused is not to be had; {error}")
 
     def _processor_check(self) -> Check:
         from pipeline.backends.cpu.engine import WIDE_SUM_SETS
@@ -75,23 +78,36 @@ class CpuBackend(Backend[CpuOptions]):
 
     def fitness_problem(self, manifest: Manifest, source: Path) -> str | None:
         from pipeline.backends.cpu.engine import CpuNeeds, lacking, provided
+        from plugins.cpu import library
 
         needs = self.metadata(manifest, source, CpuNeeds).get("requires", [])
         if problem := stock_runtime.fitness_problem(manifest, self.name):
             return problem
-        return lacking(needs, provided(self.instruction_sets))
+        problem = lacking(needs, provided(self.instruction_sets))
+        return library.problem() if problem is None and library.requirement() in needs else problem
 
-    def problems(self, recipe: Recipe) -> list[str]:
-        """What is missing for a build: onnxruntime, or a C compiler for our op."""
+    def settled(self, recipe: Recipe) -> Recipe:
         from plugins.cpu import library
 
-        return self.package_problems() or (library.problems() if self.options(recipe).path == "fused" else [])
+        options = self.options(recipe)
+        if options.path != "auto":
+            return recipe
+        if problem := library.problem():
+            logger.info("cpu.path is stock here: %s", problem)
+        return recipe.with_options(replace(options, path="stock" if problem else "fused"))
+
+    def problems(self, recipe: Recipe) -> list[str]:
+        """What is missing for a build: onnxruntime, or a C compiler for our ops."""
+        from plugins.cpu import library
+
+        problem = library.problem() if self.options(recipe).path == "fused" else None
+        return self.package_problems() or ([problem] if problem else [])
 
     def lower(self, portable: Path, work_dir: Path, recipe: Recipe) -> LoweredGraph:
         from pipeline.backends.cpu import build
         from pipeline.backends.cpu.engine import provided
 
-        return build.lower(portable, work_dir, self.options(recipe), provided(self.instruction_sets))
+        return build.lower(portable, work_dir, self.options(self.settled(recipe)), provided(self.instruction_sets))
 
     def build(self, lowered: LoweredGraph, out_dir: Path, recipe: Recipe) -> BuildResult:
         from pipeline.backends.cpu import build

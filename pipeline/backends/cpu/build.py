@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import shutil
 from collections.abc import Collection
@@ -12,7 +13,6 @@ from typing import TYPE_CHECKING
 
 import onnx_ir as ir
 
-from export.errors import RecipeError
 from pipeline.backends import metadata_file
 from pipeline.backends.base import CONDITION, DATA, MODEL, BuildResult, LoweredGraph
 from pipeline.backends.cpu.engine import CpuMetadata
@@ -27,6 +27,8 @@ from plugins.cpu import library
 if TYPE_CHECKING:
     from pipeline.backends.cpu import CpuOptions
 
+logger = logging.getLogger(__name__)
+
 
 def lower(portable: Path, work_dir: Path, options: CpuOptions, provided: Collection[str]) -> LoweredGraph:
     """Write model.onnx and model.onnx.data, lowered, into `work_dir`; weights stream from the portable file."""
@@ -34,8 +36,7 @@ def lower(portable: Path, work_dir: Path, options: CpuOptions, provided: Collect
     lowering = LowerCpu(provided, chains=options.path == "fused")
     lowering(model)
     requires = set(lowering.needs)
-    if options.path == "fused":
-        fuse_chains(model, lowering)
+    if options.path == "fused" and fuse_chains(model, lowering):
         requires.add(library.requirement())
     FoldWeights()(model)
     (work_dir / metadata_file.NAME).write_text(json.dumps({"requires": sorted(requires)}) + "\n", encoding="utf-8")
@@ -55,21 +56,20 @@ def build(lowered: LoweredGraph, out_dir: Path) -> BuildResult:
     return result(lowered, out_dir, (*parts, DATA), dict(metadata_file.read(out_dir, CpuMetadata)))
 
 
-def fuse_chains(model: ir.Model, lowering: LowerCpu) -> None:
-    """Let chains finish what stands between the GEMMs; the choices then say around which layers they do."""
-    passes = finish_with_chains(model)
+def fuse_chains(model: ir.Model, lowering: LowerCpu) -> bool:
+    """Let chains finish what stands between the GEMMs; the choices then say around which layers they do. False where
+    the graph has nothing for the kernel library."""
+    finish_with_chains(model)
     chained = {value.name for node in model.graph if is_chain(node) for value in node.outputs}
-    if not chained:
-        why = next(
-            (refusal.reason for rewrite in passes for refusal in rewrite.refusals),
-            "no activation has a scale for each token",
-        )
-        raise RecipeError(f"cpu.path fused has nothing to fuse in this model ({why}); build with --set cpu.path=stock")
     fused = {row.layer for row in lowering.probes if chained.issuperset((*row.codes, row.output))}
     # These words are in lowering.json, which bundles are hashed with.
     lowering.choices = [
         replace(row, why=f"{row.why}; native ops around it") if row.layer in fused else row for row in lowering.choices
     ]
+    own_ops = any(node.domain == library.DOMAIN for node in model.graph)
+    if not own_ops:
+        logger.info("cpu.path fused has nothing to fuse in this model: its ops are onnxruntime's own")
+    return own_ops
 
 
 def link_or_copy(source: Path, destination: Path) -> None:

@@ -55,10 +55,10 @@ HEADS_FIRST, HEADS_LAST, SWAPPED = (0, 2, 1, 3), (0, 2, 3, 1), (0, 1, 3, 2)
 def finish_with_chains(model: ir.Model) -> list[RewritePass]:
     """Run the passes on a graph whose quantizers are chains, in place."""
     passes: list[RewritePass] = [FuseAttention(_attention), AbsorbEpilogues(), JoinChains(), MoveHeads()]
-    if any(is_chain(node) for node in model.graph):
-        model.opset_imports[DOMAIN] = VERSION
     for rewrite in passes:
         rewrite(model)
+    if any(node.domain == DOMAIN for node in model.graph):
+        model.opset_imports[DOMAIN] = VERSION
     return passes
 
 
