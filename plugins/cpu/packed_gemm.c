@@ -320,13 +320,15 @@ const char *packed_gemm_misfit(const PackedGemm *gemm) {
   if (2 * gemm->largest_code * largest_integer(gemm) > INT16_MAX) return "a pair of products can leave 16 bits";
   if (gemm->multipliers && (gemm->group < OCTET || gemm->group % OCTET || gemm->k % gemm->group))
     return "group_size must be a multiple of 8 that divides the input channels";
+  if (gemm->sums > 1 && (gemm->multipliers || gemm->k % (gemm->sums * OCTET)))
+    return "scales by group must be of a multiple of 8 input channels each, and without multipliers";
   return NULL;
 }
 
 /* Quads in a run: a power of two, so that the run's sums stay in 16 bits and within a group. */
 static int run_of(const PackedGemm *gemm) {
   int pair = 2 * gemm->largest_code * largest_integer(gemm), run = MAX_RUN;
-  int64_t span = gemm->multipliers ? gemm->group : filled(gemm->k);
+  int64_t span = gemm->multipliers ? gemm->group : gemm->sums > 1 ? gemm->k / gemm->sums : filled(gemm->k);
   while (run > 1 && (run * pair > INT16_MAX || span % (run * QUAD))) run /= 2;
   return run;
 }
@@ -363,15 +365,19 @@ static const uint8_t *whole_octets(const PackedGemm *gemm, const uint8_t *codes,
   return copy;
 }
 
-/* (sum - zero * channel_sum) * scale of one panel, as integers modulo 2^32. */
-VARIANTS void finish_rows(const PackedGemm *gemm, int64_t panel, int64_t first, int64_t rows, const int32_t *sums) {
+/* product (+)= (sums - zero * weight_sum) * scale of a panel's stretch s, integers modulo 2^32. */
+VARIANTS void finish_rows(
+    const PackedGemm *gemm, int64_t panel, int64_t s, int64_t first, int64_t rows, const int32_t *sums) {
   int64_t channel = panel * PANEL, count = gemm->n - channel < PANEL ? gemm->n - channel : PANEL;
+  const float *scale = gemm->scale + s * gemm->n + channel;
+  const int32_t *weight_sum = gemm->weight_sum + s * gemm->n + channel;
   uint32_t factor = (uint32_t)gemm->zero * (uint32_t)(gemm->low_codes ? gemm->limb_weight + 1 : 1);
   for (int64_t row = 0; row < rows; row++) {
     float *out = gemm->product + (first + row) * gemm->n + channel;
     for (int64_t i = 0; i < count; i++) {
-      uint32_t sum = (uint32_t)sums[row * PANEL + i] - factor * (uint32_t)gemm->channel_sum[channel + i];
-      out[i] = (float)(int32_t)sum * gemm->channel_scale[channel + i];
+      uint32_t sum = (uint32_t)sums[row * PANEL + i] - factor * (uint32_t)weight_sum[i];
+      float part = (float)(int32_t)sum * scale[i];
+      out[i] = s ? out[i] + part : part;
     }
   }
 }
@@ -387,17 +393,24 @@ void packed_gemm_panel(const PackedGemm *gemm, int64_t panel, int64_t first, int
   const uint8_t *limbs[2] = {gemm->codes, gemm->low_codes};
   Scratch scratch;
   lay_out(gemm, memory, &scratch);
-  memset(scratch.sums, 0, (size_t)(rows * PANEL) * sizeof *scratch.sums);
-  for (int limb = 0; limb < 2 && limbs[limb]; limb++) {
-    const uint8_t *codes = whole_octets(gemm, limbs[limb] + first * gemm->k, rows, scratch.tail[limb]);
-    if (limb) weigh(scratch.sums, (uint32_t)gemm->limb_weight, rows * PANEL);
-    for (int64_t k0 = 0; k0 < k; k0 += K_BLOCK) {
-      Block block = {gemm, gemm->weight + panel * k / OCTET * BYTES, NULL, k0, k - k0 < K_BLOCK ? k - k0 : K_BLOCK};
-      if (gemm->multipliers) block.multipliers = gemm->multipliers + panel * (gemm->k / gemm->group) * PANEL;
-      variant->decode(&block, &scratch);
-      if (variant->multiplies_sums) spread_factors(&block, run, scratch.factors);
-      variant->add(codes + k0, k, rows, block.k, run, &scratch, scratch.sums);
+  const uint8_t *codes[2] = {NULL, NULL};
+  for (int limb = 0; limb < 2 && limbs[limb]; limb++)
+    codes[limb] = whole_octets(gemm, limbs[limb] + first * gemm->k, rows, scratch.tail[limb]);
+  Block block = {gemm, gemm->weight + panel * k / OCTET * BYTES, NULL, 0, 0};
+  if (gemm->multipliers) block.multipliers = gemm->multipliers + panel * (gemm->k / gemm->group) * PANEL;
+  for (int64_t s = 0, end = 0; s < gemm->sums; s++) {
+    int64_t start = end;
+    end = gemm->sums == 1 ? k : start + gemm->k / gemm->sums;
+    memset(scratch.sums, 0, (size_t)(rows * PANEL) * sizeof *scratch.sums);
+    for (int limb = 0; limb < 2 && codes[limb]; limb++) {
+      if (limb) weigh(scratch.sums, (uint32_t)gemm->limb_weight, rows * PANEL);
+      for (block.k0 = start; block.k0 < end; block.k0 += block.k) {
+        block.k = end - block.k0 < K_BLOCK ? end - block.k0 : K_BLOCK;
+        variant->decode(&block, &scratch);
+        if (variant->multiplies_sums) spread_factors(&block, run, scratch.factors);
+        variant->add(codes[limb] + block.k0, k, rows, block.k, run, &scratch, scratch.sums);
+      }
     }
+    finish_rows(gemm, panel, s, first, rows, scratch.sums);
   }
-  finish_rows(gemm, panel, first, rows, scratch.sums);
 }

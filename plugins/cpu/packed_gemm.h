@@ -11,13 +11,14 @@ enum {
   K_BLOCK = 1024 /* input channels that are decoded at a time: 16 KiB, half of a first-level cache */
 };
 
-/* product[m, n] = float(sum over k of a[m, k] * w[n, k]) * channel_scale[n], the sum in 32 bits and exact, with
+/* product[m, n] = sum over s of float(sum over the k of s of a[m, k] * w[n, k]) * scale[s, n], with `sums` stretches s of
+ * k / sums input channels each; the inner sum in 32 bits and exact, the outer one in float32 in the order of s, with
  *   a = codes - zero; with low_codes limb_weight * (codes - zero) + (low_codes - zero)     uint8 [rows, k]
  *   w = table[code of (n, k)] * multiplier of (n, k / group)
  *
  * weight: [panels, k / 8, 64]; byte 4 c + i of the 64 holds the codes of channel c at k = i (low half) and 4 + i. What
- * fills up k and n has the code of 0. multipliers: [panels, k / group, 16], NULL for none. channel_sum: [n], the sum
- * over k of w, which `zero` is a factor of.
+ * fills up k and n has the code of 0. multipliers: [panels, k / group, 16], NULL for none. weight_sum: [sums, n], the
+ * inner sums of w, which `zero` is a factor of.
  *
  * Exact on every instruction set: |w| <= 127, so that decoded weights are bytes, and |sum| < 2^31. Where products of
  * bytes are added in pairs in saturating 16 bits (x86 without dot products), the factors are table's own integers: a
@@ -28,11 +29,11 @@ typedef struct PackedGemm {
   const uint8_t *codes, *low_codes; /* low_codes: NULL for one limb */
   const uint8_t *weight, *multipliers;
   const int8_t *table; /* [16] */
-  const float *channel_scale;
-  const int32_t *channel_sum;
+  const float *scale;
+  const int32_t *weight_sum;
   int32_t zero, limb_weight, largest_code;
   int64_t group; /* a multiple of 8 that divides k; k where there are no multipliers */
-  int64_t rows, n, k;
+  int64_t rows, n, k, sums; /* k / sums is a multiple of 8 unless sums is 1 */
   float *product;
 } PackedGemm;
 

@@ -4,7 +4,7 @@
 
 #define PRODUCTS_PER_TASK (1 << 20) /* at least: some 10 microseconds */
 
-enum { CODES, LOW_CODES, WEIGHT, MULTIPLIERS, TABLE, CHANNEL_SCALE, CHANNEL_SUM, INPUTS };
+enum { CODES, LOW_CODES, WEIGHT, MULTIPLIERS, TABLE, SCALE, WEIGHT_SUM, INPUTS };
 
 typedef struct Kernel {
   const Api *api;
@@ -20,14 +20,16 @@ typedef struct Work {
 /* What is wrong with the shapes, NULL if nothing is; sets the sizes of the GEMM. */
 static const char *check(const Tensor *in, PackedGemm *gemm) {
   if (in[CODES].rank == 0) return "PackedGemm: codes must have at least one dimension";
-  gemm->k = in[CODES].dims[in[CODES].rank - 1], gemm->n = in[CHANNEL_SCALE].count;
-  if (gemm->k <= 0 || gemm->n <= 0) return "PackedGemm: codes and channel_scale must have channels";
+  gemm->k = in[CODES].dims[in[CODES].rank - 1], gemm->n = in[SCALE].rank ? in[SCALE].dims[in[SCALE].rank - 1] : 0;
+  if (gemm->k <= 0 || gemm->n <= 0) return "PackedGemm: codes and scale must have channels";
+  gemm->sums = in[SCALE].count / gemm->n;
   gemm->rows = in[CODES].count / gemm->k;
   if (!in[MULTIPLIERS].data) gemm->group = gemm->k;
   int64_t panels = (gemm->n + PANEL - 1) / PANEL, octets = (gemm->k + OCTET - 1) / OCTET;
   if (in[WEIGHT].count != panels * octets * PANEL * QUAD) return "PackedGemm: weight must be [panels, k / 8, 64]";
   if (in[TABLE].count != 16) return "PackedGemm: table must have 16 integers";
-  if (in[CHANNEL_SUM].count != gemm->n) return "PackedGemm: channel_sum must have one number a channel";
+  if (gemm->sums <= 0 || in[WEIGHT_SUM].count != in[SCALE].count)
+    return "PackedGemm: weight_sum must have the shape of scale";
   if (in[LOW_CODES].data && in[LOW_CODES].count != in[CODES].count)
     return "PackedGemm: low_codes must have the shape of codes";
   return NULL;
@@ -59,7 +61,7 @@ static Status *compute(void *data, KernelContext *context) {
   if (wrong) return invalid(api, wrong);
   gemm->codes = in[CODES].data, gemm->low_codes = in[LOW_CODES].data;
   gemm->weight = in[WEIGHT].data, gemm->multipliers = in[MULTIPLIERS].data, gemm->table = in[TABLE].data;
-  gemm->channel_scale = in[CHANNEL_SCALE].data, gemm->channel_sum = in[CHANNEL_SUM].data;
+  gemm->scale = in[SCALE].data, gemm->weight_sum = in[WEIGHT_SUM].data;
   if ((wrong = packed_gemm_misfit(gemm))) return invalid(api, wrong);
   work.panels = (gemm->n + PANEL - 1) / PANEL;
   if (gemm->multipliers && in[MULTIPLIERS].count != work.panels * (gemm->k / gemm->group) * PANEL)
@@ -96,8 +98,8 @@ static size_t input_count(const CustomOp *op) { return (void)op, INPUTS; }
 static size_t output_count(const CustomOp *op) { return (void)op, 1; }
 static int input_type(const CustomOp *op, size_t index) {
   static const int types[INPUTS] = {[CODES] = TYPE_UINT8,       [LOW_CODES] = TYPE_UINT8, [WEIGHT] = TYPE_UINT8,
-                                    [MULTIPLIERS] = TYPE_UINT8, [TABLE] = TYPE_INT8,      [CHANNEL_SCALE] = TYPE_FLOAT,
-                                    [CHANNEL_SUM] = TYPE_INT32};
+                                    [MULTIPLIERS] = TYPE_UINT8, [TABLE] = TYPE_INT8,      [SCALE] = TYPE_FLOAT,
+                                    [WEIGHT_SUM] = TYPE_INT32};
   return (void)op, types[index];
 }
 static int output_type(const CustomOp *op, size_t index) { return (void)op, (void)index, TYPE_FLOAT; }

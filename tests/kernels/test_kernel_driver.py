@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from export.formats.operands import largest_code
-from pipeline.backends.cpu.packed_gemm import channel_sums, multiplier_panels, weight_panels
+from pipeline.backends.cpu.packed_gemm import multiplier_panels, weight_panels, weight_sums
 from plugins.cpu import library
 from tests.kernels.test_native_attention import reference, tensors
 from tests.kernels.test_native_packed_gemm import LAYERS, SHAPES, expected, linear, operands
@@ -71,9 +71,9 @@ def test_products_are_exact(machine, layer, shape):
     operand, codes = operands(gemm, m)
     multipliers = [] if gemm.multipliers == (1,) else [multiplier_panels(gemm)]
     arrays = [*codes, weight_panels(gemm), *multipliers]
-    arrays += [gemm.weight.integers.astype(np.int8), gemm.unit_scales(), channel_sums(gemm)]
+    arrays += [gemm.weight.integers.astype(np.int8), gemm.unit_scales(), weight_sums(gemm)]
     numbers = [m, n, k, gemm.group_size or k, operand.zero, operand.weights[0]]
-    numbers += [largest_code(gemm.activation, len(codes)), len(codes) == 2, len(multipliers)]
+    numbers += [largest_code(gemm.activation, len(codes)), len(codes) == 2, len(multipliers), gemm.scale_groups]
     results = [run(command, numbers, arrays, "packed_gemm", name) for name in variants]
     assert any(result is not None for result in results)
     for result in results:

@@ -33,6 +33,8 @@ LAYERS = [
     ("INT4", "E3M2", "exact_group", 16),
     ("E2M1", "E3M4", "exact_group", 32),
     ("E3M0", "E3M4", "per_channel", 0),
+    ("E2M1", "E2M3", "group", 16),
+    ("INT4", "E3M4", "group", 8),
 ]
 
 
@@ -86,10 +88,18 @@ def product_model(gemm, operand):
 
 
 def expected(gemm, operand, codes):
+    """The integer sums, of each real group by itself, scaled and added up in float32 in the order of the groups."""
     integers = sum(w * (c.astype(np.int64) - operand.zero) for w, c in zip(operand.weights, codes, strict=True))
-    sums = integers @ gemm.integers(np.int64).T
-    assert np.abs(sums).max() < 2**31
-    return sums.astype(np.int32).astype(np.float32) * gemm.unit_scales()
+    groups, scales = gemm.scale_groups, np.atleast_2d(gemm.unit_scales())
+    total = None
+    for part, weight, scale in zip(
+        np.split(integers, groups, axis=1), np.split(gemm.integers(np.int64), groups, axis=1), scales, strict=True
+    ):
+        sums = part @ weight.T
+        assert np.abs(sums).max() < 2**31
+        scaled = sums.astype(np.int32).astype(np.float32) * scale
+        total = scaled if total is None else total + scaled
+    return total
 
 
 @pytest.mark.parametrize("layer", LAYERS, ids=str)
@@ -117,6 +127,7 @@ def test_the_fastest_variant_is_chosen_and_an_unknown_one_refused():
         ({"group_size": 12}, "group_size must be a multiple of 8"),
         ({"group_size": 24}, "group_size must be a multiple of 8"),
         ({"group_size": 8}, "multipliers must be"),
+        ({"largest_code": -1}, "largest_code must be that of a byte"),
     ],
 )
 def test_what_would_not_be_exact_is_refused(change, message):

@@ -18,17 +18,17 @@ static void write_floats(const float *data, int64_t count) {
 }
 
 static int packed_gemm(const char *variant) {
-  int64_t *number = read_bytes(9 * sizeof *number), rows = number[0], n = number[1], k = number[2];
+  int64_t *number = read_bytes(10 * sizeof *number), rows = number[0], n = number[1], k = number[2];
   PackedGemm gemm = {.rows = rows, .n = n, .k = k, .group = number[3], .zero = (int32_t)number[4]};
-  gemm.limb_weight = (int32_t)number[5], gemm.largest_code = (int32_t)number[6];
+  gemm.limb_weight = (int32_t)number[5], gemm.largest_code = (int32_t)number[6], gemm.sums = number[9];
   int64_t panels = (n + PANEL - 1) / PANEL, octets = (k + OCTET - 1) / OCTET;
   gemm.codes = read_bytes((size_t)(rows * k));
   if (number[7]) gemm.low_codes = read_bytes((size_t)(rows * k));
   gemm.weight = read_bytes((size_t)(panels * octets * PANEL * QUAD));
   if (number[8]) gemm.multipliers = read_bytes((size_t)(panels * (k / gemm.group) * PANEL));
   gemm.table = read_bytes(16);
-  gemm.channel_scale = read_bytes((size_t)n * sizeof(float));
-  gemm.channel_sum = read_bytes((size_t)n * sizeof(int32_t));
+  gemm.scale = read_bytes((size_t)(gemm.sums * n) * sizeof(float));
+  gemm.weight_sum = read_bytes((size_t)(gemm.sums * n) * sizeof(int32_t));
   gemm.product = malloc((size_t)(rows * n) * sizeof(float));
   void *scratch = aligned_alloc(64, (size_t)packed_gemm_scratch(&gemm));
   if (!packed_gemm_force(variant)) return 2;

@@ -39,7 +39,12 @@ from pipeline.passes.rewrite import LoweringPass
 FUNCTION_PATH, FLOAT_PATH = "onnx function", "float32"
 INT32_MAX = 2**31 - 1
 # In order of preference; those of 4-bit weights are in the kernel library.
-PACKED = (GemmRow("u8 x packed s4", "U8", "S4"), GemmRow("u8 x packed s4, 2 limbs", "U8", "S4", limbs=2))
+PACKED = (
+    GemmRow("u8 x packed s4", "U8", "S4"),
+    GemmRow("u8 x packed s4, 2 limbs", "U8", "S4", limbs=2),
+    GemmRow("u8 x packed s4 per group", "U8", "S4", real_groups=True),
+    GemmRow("u8 x packed s4 per group, 2 limbs", "U8", "S4", limbs=2, real_groups=True),
+)
 GEMMS = (
     GemmRow("u8 x s8", "U8", "S8"),
     GemmRow("u8 x s8, 2 limbs", "U8", "S8", limbs=2),
@@ -155,7 +160,7 @@ class LowerCpu(LoweringPass):
 
 
 def _emitter(row: GemmRow) -> Callable[[GraphBuilder, QuantizedGemm, Operand], Product]:
-    return grouped_gemm if row.real_groups else packed_gemm if row in PACKED else integer_gemm
+    return packed_gemm if row in PACKED else grouped_gemm if row.real_groups else integer_gemm
 
 
 def _substitute(graph: ir.Graph, node: ir.Node, output: ir.Value, layer: str) -> None:
@@ -222,7 +227,9 @@ def _not_packed(gemm: QuantizedGemm) -> str | None:
     integers, before any multiplier: at most 2 * 255 * 64, which 16 bits hold."""
     if gemm.weight.bits != 4:
         return f"{gemm.weight.name} has {gemm.weight.bits} bits, not 4"
-    if gemm.multipliers != (1,) and gemm.group_size % OCTET:
+    if gemm.activation_group:
+        return "tokens have a scale for each group of input channels"
+    if (gemm.multipliers != (1,) or gemm.real_groups) and gemm.group_size % OCTET:
         return f"groups of {gemm.group_size} are no multiple of {OCTET}"
     return None
 

@@ -22,15 +22,17 @@ PANEL, OCTET = 16, 8
 
 
 def packed_gemm(build: GraphBuilder, gemm: QuantizedGemm, a: Operand) -> Product:
-    """u8 x 4 bits -> float32(int32 sum) * scale, one op for one limb or two; the weight stays packed in memory."""
+    """u8 x 4 bits -> float32(int32 sum) * scale, for real groups added up; one op for one limb or two. The weight stays
+    packed in memory."""
     layer, n = gemm.layer, gemm.out_features
     panels, octets = -(-n // PANEL), -(-gemm.in_features // OCTET)
     weight = build.lazy(f"{layer}.panels", UINT8, (panels, octets, PANEL * OCTET // 2), partial(weight_panels, gemm))
     multipliers = None
     if gemm.multipliers != (1,):
-        shape = (panels, gemm.weight_groups, PANEL)
-        multipliers = build.lazy(f"{layer}.panel_multipliers", UINT8, shape, partial(multiplier_panels, gemm))
-    scales = build.lazy(f"{layer}.unit_scales", FLOAT, (n,), gemm.unit_scales)
+        cut = (panels, gemm.weight_groups, PANEL)
+        multipliers = build.lazy(f"{layer}.panel_multipliers", UINT8, cut, partial(multiplier_panels, gemm))
+    shape = (gemm.scale_groups, n) if gemm.real_groups else (n,)
+    scales = build.lazy(f"{layer}.unit_scales", FLOAT, shape, gemm.unit_scales)
     high, low = a.codes if len(a.codes) == 2 else (a.codes[0], None)
     y = build.op(
         "PackedGemm",
@@ -40,16 +42,16 @@ def packed_gemm(build: GraphBuilder, gemm: QuantizedGemm, a: Operand) -> Product
         multipliers,
         build.constant(gemm.weight.integers, np.int8),
         scales,
-        build.lazy(f"{layer}.channel_sums", INT32, (n,), partial(channel_sums, gemm)),
+        build.lazy(f"{layer}.weight_sums", INT32, shape, partial(weight_sums, gemm)),
         name="product",
         domain=DOMAIN,
         zero=a.zero,
         limb_weight=a.weights[0],
         largest_code=largest_code(gemm.activation, len(a.codes)),
-        group_size=gemm.group_size,
+        group_size=0 if multipliers is None else gemm.group_size,
     )
     y.type = ir.TensorType(FLOAT)
-    return Product(y, y, scales, a.scale)
+    return Product(y, y, None if gemm.real_groups else scales, a.scale)
 
 
 def weight_panels(gemm: QuantizedGemm) -> NDArray[np.uint8]:
@@ -71,6 +73,8 @@ def multiplier_panels(gemm: QuantizedGemm) -> NDArray[np.uint8]:
     return np.ascontiguousarray(rows.reshape(-1, PANEL, gemm.weight_groups).transpose(0, 2, 1))
 
 
-def channel_sums(gemm: QuantizedGemm) -> NDArray[np.int32]:
-    """[N]: what a zero point is a factor of."""
-    return gemm.integers(np.int32).sum(axis=1, dtype=np.int32)
+def weight_sums(gemm: QuantizedGemm) -> NDArray[np.int32]:
+    """[N], or [groups, N]: what a zero point is a factor of."""
+    parts = gemm.integers(np.int32).reshape(gemm.out_features, gemm.scale_groups, -1)
+    sums = parts.sum(axis=2, dtype=np.int32)
+    return np.ascontiguousarray(sums.T) if gemm.real_groups else sums[:, 0]

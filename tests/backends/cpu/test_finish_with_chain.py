@@ -119,9 +119,16 @@ def test_what_no_one_reads_is_not_computed_in_an_engine():
 PAIRS = [("E2M3", "E2M1"), ("INT8", "INT4"), ("INT6", "INT6"), ("E2M1", "E2M1"), ("E3M4", "E2M1"), ("E3M2", "E2M1")]
 
 
+GROUPS = {"granularity": "group", "group": 16}
+# Of two limbs the kernel library joins the integers of a group before it scales them, stock ops after it: the last bit
+# differs (tests/kernels/test_native_packed_gemm.py has the library's order).
+ONE_LIMB = [pair for pair in PAIRS if pair[0] not in ("E3M4", "E3M2")]
+
+
 @pytest.mark.kernels
-@pytest.mark.parametrize("groups", [{}, {"granularity": "group", "group": 16}], ids=["channels", "groups"])
-@pytest.mark.parametrize("activation, weight", PAIRS)
+@pytest.mark.parametrize(
+    "activation, weight, groups", [(*pair, {}) for pair in PAIRS] + [(*pair, GROUPS) for pair in ONE_LIMB], ids=str
+)
 def test_every_probed_tensor_is_that_of_the_stock_graph(activation, weight, groups):
     """Bit for bit, but for the norm and GELU, which each sum in their own order: their codes follow from their x."""
     stock, probes = lowered(activation=activation, weight=weight, **groups)
@@ -215,11 +222,14 @@ def test_two_limbs_of_packed_weights_are_one_gemm():
     assert ("X+TOKEN_SCALE+BIAS", "CODES+SCALE+Y+LINEAR+LOW_CODES") in chains(model)
 
 
-def test_real_groups_are_finished_behind_the_sum_of_their_products():
-    model, _ = rewritten(PLAIN, "float[B,S,64] x", granularity="group", group=32)
+@pytest.mark.parametrize(
+    "weight, gemms", [("E2M1", {"PackedGemm": 1}), ("E2M3", {"MatMulIntegerToFloat": 2, "Sum": 1})]
+)
+def test_real_groups_are_finished_behind_the_sum_of_their_products(weight, gemms):
+    model, _ = rewritten(PLAIN, "float[B,S,64] x", weight=weight, granularity="group", group=32)
     assert chains(model) == [("X", "CODES+SCALE"), ("X+TOKEN_SCALE+BIAS", "LINEAR")]
     types = Counter(node.op_type for node in model.graph)
-    assert types["MatMulIntegerToFloat"] == 2 and types["Sum"] == 1
+    assert gemms.items() <= types.items()
 
 
 def test_groups_of_tokens_get_the_native_quantizer_only():
