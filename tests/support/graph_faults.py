@@ -118,6 +118,17 @@ def _scale_attention(edit: GraphEdit, factor: float) -> None:
         edit.route(attention.scale.output[0], times(factor))
 
 
+def _scale_fused_attention(edit: GraphEdit, factor: float) -> None:
+    """Of the kernel library, which holds it in an attribute."""
+    for node in edit.nodes("Attention"):
+        set_attribute(node, "scale", attribute(node, "scale") * factor)
+
+
+def _drop_mask_of_fused_attention(edit: GraphEdit) -> None:
+    masked = some([node for node in edit.nodes("Attention") if len(node.input) == 4], "no masked Attention")
+    del masked[-1].input[3:]
+
+
 def _scale_one_attention(edit: GraphEdit, place: int, factor: float) -> None:
     edit.route(attentions(edit)[place].scale.output[0], times(factor))
 
@@ -508,9 +519,17 @@ GRAPH_FAULTS = (
     GraphFault(
         "attention scale x 1.001, fused path",
         "attention",
-        partial(_scale_attention, factor=1.001),
+        partial(_scale_fused_attention, factor=1.001),
         MINIS,
         graph="fused",
+    ),
+    GraphFault(
+        "caption mask dropped in one block, fused path",
+        "masks",
+        _drop_mask_of_fused_attention,
+        ("pixart_mini",),
+        EITHER,
+        "fused",
     ),
     GraphFault(
         "attention scale x 1.001 in one block", "attention", partial(_scale_one_attention, place=-1, factor=1.001), ALL

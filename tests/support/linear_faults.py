@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from tests.support.graph_edit import GraphEdit, Step, some
+from tests.support.graph_edit import GraphEdit, Step, attribute, set_attribute, some
 from tests.support.graph_faults import CALLS, MINIS, GraphFault, half, times
 from tests.support.learned import BRANCHES
 
@@ -64,6 +64,29 @@ def _exchanged_weights(edit: GraphEdit) -> None:
     first, second = (edit.array(name) for name in names)
     edit.change(names[0], lambda _: second)
     edit.change(names[1], lambda _: first)
+
+
+def _exchanged_panels(edit: GraphEdit) -> None:
+    """The same of packed weights."""
+    names = [f"{layer_of(edit, end)}.panels" for end in (KEY, VALUE)]
+    first, second = (edit.array(name) for name in names)
+    edit.change(names[0], lambda _: second)
+    edit.change(names[1], lambda _: first)
+
+
+def _one_panel_entry(edit: GraphEdit, kind: str) -> None:
+    """1 on one entry of a packed weight's panels (one of two codes), multipliers or sums."""
+
+    def add(array: NDArray[Any]) -> NDArray[Any]:
+        array.reshape(-1)[array.size // 2] ^= 1
+        return array
+
+    edit.change(f"{layer_of(edit, QUERY)}.{kind}", add)
+
+
+def _packed_zero_point(edit: GraphEdit) -> None:
+    node = _product(edit, QUERY)
+    set_attribute(node, "zero", attribute(node, "zero") + 1)
 
 
 # Ops that sum codes -> which input is the zero point of the activation's.
@@ -231,9 +254,19 @@ LINEAR_FAULTS = (
     ),
     GraphFault("one bias + 0.01", "stored numbers", _one_bias, BOTH, OUTPUT, "portable"),
     GraphFault("keys and values exchanged", "stored numbers", _exchanged_weights, BOTH, GEMM),
-    GraphFault("keys and values exchanged, fused path", "stored numbers", _exchanged_weights, MINIS, GEMM, "fused"),
+    GraphFault("keys and values exchanged, fused path", "stored numbers", _exchanged_panels, MINIS, GEMM, "fused"),
+    GraphFault("one packed code", "stored numbers", partial(_one_panel_entry, kind="panels"), MINIS, GEMM, "fused"),
+    GraphFault(
+        "one packed multiplier",
+        "stored numbers",
+        partial(_one_panel_entry, kind="panel_multipliers"),
+        ("pixart_mini",),
+        GEMM,
+        "fused",
+    ),
+    GraphFault("one sum of weights", "sums", partial(_one_panel_entry, kind="weight_sums"), MINIS, GEMM, "fused"),
     GraphFault("zero point off by one", "sums", _zero_point, BOTH, GEMM),
-    GraphFault("zero point off by one, fused path", "sums", _zero_point, MINIS, GEMM, "fused"),
+    GraphFault("zero point off by one, fused path", "sums", _packed_zero_point, MINIS, GEMM, "fused"),
     GraphFault("sum off by one in a channel", "sums", _sum_off_by_one, BOTH, GEMM),
     GraphFault("token scale of the neighbour", "quantizers", _token_scale_of_the_neighbour, BOTH, OUTPUT),
     GraphFault("token scale doubled", "quantizers", _doubled_scale, BOTH, SCALE),
