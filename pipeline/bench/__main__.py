@@ -26,6 +26,7 @@ from pipeline.signals import leave
 if TYPE_CHECKING:
     from export.models.load import LoadedModel
     from pipeline.bench.measure import Document
+    from pipeline.bench.profile import Profile
 
 logger = logging.getLogger(__name__)
 
@@ -39,6 +40,11 @@ def make_parser() -> Parser:
         "--target",
         default="auto",
         help="one of the bundle's, or several with commas; auto: all but onnx, the portable model, which is slow",
+    )
+    flags.add_argument(
+        "--profile",
+        action="store_true",
+        help="say instead where a call of target cpu spends its time, beside what bounds it",
     )
     flags.add_argument("-o", "--output", type=Path, metavar="FILE.json", help="write the numbers here too")
     add_threads(flags)
@@ -74,6 +80,21 @@ def bench_bundle(
     return document
 
 
+def profile_bundle(path: Path, threads: int | None = None) -> Profile:
+    """Verify the files, then say where a call of the engine of `cpu` spends its time. Raises UserError subclasses."""
+    from export.models.description import sample_inputs
+    from pipeline.bench.profile import profile
+
+    bundle, _ = timed("files", lambda: load_bundle(path, threads))
+    if problem := bundle.problem("cpu"):
+        raise EnvironmentLacksError(f"--profile is of target cpu: {problem}")
+    size = bundle.recipe.sampling
+    with bundle.copied() as private:
+        inputs = sample_inputs(description(private), size.batch_size, size.seed, size.height, size.width)
+        document, _ = timed("profile", lambda: profile(private.path / "cpu", inputs, machine.threads(threads)))
+    return document
+
+
 def float_model(recipe: Recipe, named: bool) -> LoadedModel | None:
     """What engines are compared with; None where the compiler is not installed. named: by a flag, then it must be."""
     try:
@@ -99,14 +120,20 @@ def description(bundle: Bundle) -> Description:
 
 def work(args: argparse.Namespace, answer: Answer) -> int:
     """Measure and answer with the numbers."""
-    from pipeline.bench.measure import conditions, summary
+    from pipeline.bench import measure, profile
 
     if args.output:
         refuse_unwritable(args.output, False, "--output")
+    if args.profile:
+        found = profile_bundle(args.bundle, args.threads)
+        if args.output:
+            write_json(args.output, found)
+        answer.document({"event": "profile", **found}, Table(*profile.summary(found)), profile.conditions(found))
+        return 0
     document = bench_bundle(args.bundle, (args.model, args.variant, args.config), args.target, args.threads)
     if args.output:
         write_json(args.output, document)
-    answer.document({"event": "bench", **document}, Table(*summary(document)), conditions(document))
+    answer.document({"event": "bench", **document}, Table(*measure.summary(document)), measure.conditions(document))
     return 0
 
 

@@ -41,6 +41,7 @@ SOURCES = (
     "packed_gemm.c",
     "attention_op.c",
     "attention.c",
+    "limits.c",
 )
 HEADERS = (
     "ort_abi.h",
@@ -48,6 +49,7 @@ HEADERS = (
     "attention.h",
     "attention_tiles.h",
     "exponential.h",
+    "limits.h",
     "packed_gemm.h",
     "token_chain.h",
     "variants.h",

@@ -69,8 +69,11 @@ def required(folder: Path) -> frozenset[str]:
     return frozenset(metadata_file.read(folder, CpuMetadata)["requires"])
 
 
-def open_session(path: Path, threads: int = 0, with_library: bool = False) -> InferenceSession:
+def open_session(
+    path: Path, threads: int = 0, with_library: bool = False, profile: Path | None = None
+) -> InferenceSession:
     """Session of a lowered graph, with the kernel library or without; threads 0: as many as `machine.threads` allows.
+    profile: how the file of onnxruntime's profiler begins, None for no profile.
 
     onnxruntime adds its fusions of transposes, scales and biases. It may not touch pairs of QuantizeLinear and
     DequantizeLinear: here they split an integer into limbs. No code beside the graph is looked for or loaded.
@@ -79,4 +82,6 @@ def open_session(path: Path, threads: int = 0, with_library: bool = False) -> In
     options.add_session_config_entry("session.disable_quant_qdq", "1")
     if with_library:
         library.register(options)
+    if profile is not None:
+        options.enable_profiling, options.profile_file_prefix = True, str(profile)
     return opened(path, options)

@@ -1,0 +1,173 @@
+"""Where the time of one denoiser call of the `cpu` engine goes, and the least it could take on this machine."""
+
+from __future__ import annotations
+
+import json
+import math
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+from typing import TypedDict
+
+from pipeline import machine
+from pipeline.backends.base import CONDITION, MODEL, Arrays
+from pipeline.backends.cpu.engine import open_session, required
+from pipeline.backends.sessions import SessionEngine, Sessions
+from plugins.cpu import library, limits
+
+GEMM, ATTENTION, BETWEEN, REST = "GEMMs of bytes", "attention", "between GEMMs", "the rest"
+# Op of the lowered graph -> what its time is counted as.
+PARTS = {
+    **dict.fromkeys(("PackedGemm", "MatMulInteger", "MatMulIntegerToFloat"), GEMM),
+    **dict.fromkeys(("Attention", "Softmax", "MatMul", "FusedMatMul"), ATTENTION),
+    **dict.fromkeys(("TokenChain", "QuantizeLinear", "DequantizeLinear", "LayerNormalization", "Gelu"), BETWEEN),
+}
+CALLS = 5
+SUFFIX = "_kernel_time"
+
+
+class PartRow(TypedDict):
+    """One part of a call. products: multiplications and additions of one call, 0 where they are not counted."""
+
+    part: str
+    ms: float
+    products: float
+
+
+class Profile(TypedDict):
+    """Document of `bench --profile`. floor_ms: products over the machine's rates, with nothing else to do; None where a
+    rate is not known. rates: products per second."""
+
+    threads: int
+    call_ms: float
+    floor_ms: float | None
+    variant: str
+    byte_products_per_s: float
+    float_products_per_s: float
+    parts: list[PartRow]
+    machine: machine.Facts
+
+
+@dataclass(frozen=True)
+class Event:
+    """One run of one node. products: of a GEMM or an attention, 0 for others."""
+
+    op_type: str
+    ms: float
+    products: float
+
+
+def profile(folder: Path, inputs: Arrays, threads: int) -> Profile:
+    """Run the engine in `folder` (cpu/ of a bundle) on `inputs` with onnxruntime's profiler; medians of CALLS calls.
+
+    The condition is kept, as in all steps of a picture but the first. Raises EnvironmentLacksError where there is no
+    kernel library, by which the machine's rates are measured.
+    """
+    rates = limits.measure(threads)
+    with_library = library.requirement() in required(folder)
+    with tempfile.TemporaryDirectory(prefix="ditc-") as scratch:
+        step = open_session(folder / MODEL, threads, with_library, profile=Path(scratch) / "profile")
+        split = (folder / CONDITION).is_file()
+        engine = SessionEngine(
+            Sessions(step, open_session(folder / CONDITION, threads, with_library) if split else None)
+        )
+        for _ in range(CALLS + 1):  # the first warms up
+            engine.run(inputs)
+        engine.close()
+        calls = _calls(Path(step.end_profiling()))[1:]
+    parts = [_part(part, calls) for part in (GEMM, ATTENTION, BETWEEN, REST)]
+    work = {row["part"]: row["products"] for row in parts}
+    known = rates.byte_products_per_s and rates.float_products_per_s
+    floor = work[GEMM] / rates.byte_products_per_s + work[ATTENTION] / rates.float_products_per_s if known else None
+    return {
+        "threads": threads,
+        "call_ms": sum(row["ms"] for row in parts),
+        "floor_ms": None if floor is None else 1e3 * floor,
+        "variant": rates.variant,
+        "byte_products_per_s": rates.byte_products_per_s,
+        "float_products_per_s": rates.float_products_per_s,
+        "parts": parts,
+        "machine": machine.facts(),
+    }
+
+
+def _calls(path: Path) -> list[list[Event]]:
+    """Events of each call in a file of onnxruntime's profiler: nodes run in one order, so a call ends where the first
+    node comes again."""
+    rows = json.loads(path.read_text(encoding="utf-8"))
+    nodes = [row for row in rows if row.get("cat") == "Node" and row["name"].endswith(SUFFIX)]
+    calls: list[list[Event]] = []
+    for row in nodes:
+        if row["name"] == nodes[0]["name"]:
+            calls.append([])
+        calls[-1].append(_event(row["args"], row["dur"] / 1e3))
+    return calls
+
+
+class Arguments(TypedDict):
+    """What the profiler says of a node: shapes as lists of {element type: sizes}."""
+
+    op_name: str
+    input_type_shape: list[dict[str, list[int]]]
+    output_type_shape: list[dict[str, list[int]]]
+
+
+def _event(node: Arguments, ms: float) -> Event:
+    inputs, outputs = (_shapes(node[key]) for key in ("input_type_shape", "output_type_shape"))
+    return Event(node["op_name"], ms, _products(node["op_name"], inputs, outputs[0] if outputs else []))
+
+
+def _shapes(rows: Sequence[dict[str, list[int]]]) -> list[list[int]]:
+    return [sizes for row in rows for sizes in row.values()]
+
+
+def _products(op_type: str, inputs: list[list[int]], output: list[int]) -> float:
+    """Products of a matrix product [..., K] x [K, N], of two limbs twice; of an attention for scores and values."""
+    if op_type == "Attention":
+        return 2.0 * math.prod(inputs[0]) * inputs[1][2]
+    if PARTS.get(op_type) not in (GEMM, ATTENTION) or op_type == "Softmax":
+        return 0.0
+    limbs = 2 if op_type == "PackedGemm" and inputs[1] == inputs[0] else 1
+    return float(limbs * math.prod(output) * inputs[0][-1])
+
+
+def _part(part: str, calls: Sequence[Sequence[Event]]) -> PartRow:
+    chosen = [[event for event in call if PARTS.get(event.op_type, REST) == part] for call in calls]
+    return {
+        "part": part,
+        "ms": median(sum(event.ms for event in call) for call in chosen),
+        "products": sum(event.products for event in chosen[0]),
+    }
+
+
+# --- for people -----------------------------------------------------------------------------------------------------
+
+
+def summary(document: Profile) -> tuple[list[str], list[list[str]]]:
+    """The document as a table: its header and a row for each part."""
+    rates = {GEMM: document["byte_products_per_s"], ATTENTION: document["float_products_per_s"]}
+    header = ["part", "ms", "share", "10^9 products/s", "of the machine's"]
+    return header, [_cells(row, document["call_ms"], rates.get(row["part"], 0.0)) for row in document["parts"]]
+
+
+def _cells(row: PartRow, total_ms: float, rate: float) -> list[str]:
+    done = row["products"] / row["ms"] * 1e3 if row["ms"] and row["products"] else 0.0
+    share = f"{done / rate:.0%}" if done and rate else "-"
+    return [row["part"], f"{row['ms']:.1f}", f"{row['ms'] / total_ms:.0%}", f"{done / 1e9:.0f}" if done else "-", share]
+
+
+def conditions(document: Profile) -> str:
+    """What bounds a call, in a few words."""
+    floor = document["floor_ms"]
+    bound = (
+        "this processor's rates are not known"
+        if floor is None
+        else f"{document['byte_products_per_s'] / 1e9:.0f} 10^9 products/s of bytes ({document['variant']}) and "
+        f"{document['float_products_per_s'] / 1e9:.0f} of float32 make the GEMMs and the attention at least "
+        f"{floor:.1f} ms: the call takes {document['call_ms'] / floor:.2f} times that"
+    )
+    return (
+        f"{document['call_ms']:.1f} ms a call, {document['threads']} threads on {document['machine']['cpu']}; {bound}."
+    )

@@ -1,0 +1,85 @@
+"""Where a call's time goes: products are those of the graph, parts add up, and what is not known is not claimed."""
+
+import json
+
+import numpy as np
+import onnx_ir as ir
+import pytest
+
+from pipeline.backends.cpu import CpuBackend, CpuOptions
+from pipeline.bench import profile
+from pipeline.recipe import Recipe
+from plugins.cpu import limits
+from tests.support import native
+from tests.support.portable import activations, portable, random_linear
+
+BODY = """
+  q = fpq.QuantizedLinear <layer="a"> (x)
+  parts = Constant <value_ints = [0, 0, 4, 16]> ()
+  qs = Reshape(q, parts)
+  qt = Transpose <perm = [0, 2, 1, 3]> (qs)
+  kt = Transpose <perm = [0, 2, 3, 1]> (qs)
+  s = MatMul(qt, kt)
+  p = Softmax <axis = -1> (s)
+  o = MatMul(p, qt)
+  y = Neg(o)
+"""
+DOCUMENT = {
+    "threads": 2,
+    "call_ms": 10.0,
+    "floor_ms": 5.0,
+    "variant": "avx2",
+    "byte_products_per_s": 4e11,
+    "float_products_per_s": 1e11,
+    "parts": [
+        {"part": profile.GEMM, "ms": 6.0, "products": 1.2e9},
+        {"part": profile.ATTENTION, "ms": 3.0, "products": 0.2e9},
+        {"part": profile.BETWEEN, "ms": 1.0, "products": 0.0},
+        {"part": profile.REST, "ms": 0.0, "products": 0.0},
+    ],
+    "machine": {"cpu": "a processor"},
+}
+
+
+@pytest.mark.kernels
+@pytest.mark.parametrize("path", ["fused", "stock"])
+def test_products_are_those_of_the_graph(path, tmp_path):
+    native.need_compiler()
+    model = portable(BODY, [random_linear("a", n=64)], "float[B,S,64] x", "float y")
+    ir.save(model, tmp_path / "model.onnx", external_data="model.onnx.data")
+    recipe = Recipe(name="test", model="none").with_options(CpuOptions(path))
+    for folder in ("work", "cpu"):
+        (tmp_path / folder).mkdir()
+    backend = CpuBackend()
+    backend.build(backend.lower(tmp_path / "model.onnx", tmp_path / "work", recipe), tmp_path / "cpu", recipe)
+    document = profile.profile(tmp_path / "cpu", {"x": activations(np.random.default_rng(0), tokens=12, k=64)}, 1)
+    batch = activations(np.random.default_rng(0), tokens=12, k=64).shape[0]
+    by_part = {row["part"]: row for row in document["parts"]}
+    assert by_part[profile.GEMM]["products"] == batch * 12 * 64 * 64
+    assert by_part[profile.ATTENTION]["products"] == batch * 4 * 2 * 12 * 12 * 16
+    assert document["call_ms"] == pytest.approx(sum(row["ms"] for row in document["parts"])) and document["call_ms"] > 0
+    if document["floor_ms"] is not None:
+        assert 0 < document["floor_ms"] < document["call_ms"]
+    json.dumps(document)
+
+
+@pytest.mark.kernels
+def test_rates_are_those_of_the_variant_that_is_used():
+    native.need_compiler()
+    rates = limits.measure(1)
+    assert rates.variant in ("avx512_vnni", "avx2", "dotprod", "plain")
+    assert (rates.byte_products_per_s > 0) == (rates.variant != "plain")
+
+
+def test_the_table_says_shares_of_the_time_and_of_the_machine():
+    header, rows = profile.summary(DOCUMENT)
+    assert rows[0] == [profile.GEMM, "6.0", "60%", "200", "50%"]
+    assert rows[1] == [profile.ATTENTION, "3.0", "30%", "67", "67%"]
+    assert rows[2][3:] == ["-", "-"] and len(header) == len(rows[0])
+    assert "at least 5.0 ms: the call takes 2.00 times that" in profile.conditions(DOCUMENT)
+
+
+def test_rates_that_are_not_known_give_no_floor():
+    unknown = DOCUMENT | {"floor_ms": None, "byte_products_per_s": 0.0}
+    assert profile.summary(unknown)[1][0][4] == "-"
+    assert "rates are not known" in profile.conditions(unknown)
