@@ -59,6 +59,13 @@ __attribute__((target("avx512f,avx512vnni"))) static void bytes_vnni(void) {
 #pragma GCC unroll 16
     for (int i = 0; i < SUMS; i++) __asm__ volatile("vpdpbusd %1, %2, %0" : "+v"(sum[i]) : "v"(x), "v"(y));
 }
+__attribute__((target("avx2,avxvnni"))) static void bytes_vnni_256(void) {
+  __m256i sum[SUMS], x = _mm256_setzero_si256(), y = x;
+  for (int i = 0; i < SUMS; i++) sum[i] = x;
+  for (int turn = 0; turn < TURNS; turn++)
+#pragma GCC unroll 16
+    for (int i = 0; i < SUMS; i++) __asm__ volatile("%{vex%} vpdpbusd %1, %2, %0" : "+x"(sum[i]) : "x"(x), "x"(y));
+}
 __attribute__((target("avx512f"))) static void floats_avx512(void) {
   __m512 sum[SUMS], x = _mm512_setzero_ps(), y = x;
   for (int i = 0; i < SUMS; i++) sum[i] = x;
@@ -90,6 +97,7 @@ EXPORT double byte_products_per_second(double seconds) {
   (void)seconds, (void)turns;
 #if defined(__x86_64__)
   if (!strcmp(variant, "avx512_vnni")) return 64 * turns * rate(bytes_vnni, seconds);
+  if (!strcmp(variant, "avx_vnni")) return 32 * turns * rate(bytes_vnni_256, seconds);
   if (!strcmp(variant, "avx2")) return 32 * turns * rate(bytes_avx2, seconds);
 #elif defined(__aarch64__)
   if (!strcmp(variant, "dotprod")) return 16 * turns * rate(bytes_dot, seconds);

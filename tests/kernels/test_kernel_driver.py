@@ -1,8 +1,9 @@
-"""The kernels without onnxruntime: under the address and undefined-behaviour sanitizers, and on 64-bit Arm in an
-emulator. The numbers are those of the other tests: integers equal to the bit, attention within its bound."""
+"""The kernels without onnxruntime: under the address and undefined-behaviour sanitizers, with AVX-VNNI's instruction
+made of others, and on 64-bit Arm in an emulator. Integers are equal to the bit, attention is within its bound."""
 
 import functools
 import os
+import platform
 import shutil
 import subprocess
 import tempfile
@@ -20,34 +21,45 @@ from tests.support import native
 
 pytestmark = pytest.mark.kernels
 
-SOURCES = ("packed_gemm.c", "attention.c")
+GEMM, ATTENTION = (library.FOLDER / name for name in ("packed_gemm.c", "attention.c"))
 STRICT = ("-O1", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover")
 ARM_COMPILER, ARM_EMULATOR = "aarch64-linux-gnu-gcc", "qemu-aarch64-static"
 _FOLDER = tempfile.TemporaryDirectory(prefix="ditc-test-")
 
 
+SUPPORT = Path(__file__).resolve().parents[1] / "support"
+
+
 @functools.cache
-def driver(compiler: str, flags: tuple[str, ...]) -> str:
-    path = Path(_FOLDER.name) / f"driver-{Path(compiler).name}"
-    source = Path(__file__).resolve().parents[1] / "support" / "kernel_driver.c"
-    files = [str(source), *(str(library.FOLDER / name) for name in SOURCES)]
+def driver(name: str, compiler: str, flags: tuple[str, ...], sources: tuple[Path, ...]) -> str:
+    path = Path(_FOLDER.name) / name
+    files = [str(source) for source in (SUPPORT / "kernel_driver.c", *sources)]
     common = ("-std=c11", "-ffp-contract=off", "-fno-math-errno", "-Wall", "-Wextra", "-Werror", f"-I{library.FOLDER}")
     subprocess.run([compiler, *common, *flags, *files, "-lm", "-o", str(path)], check=True, timeout=120)
     return str(path)
 
 
-@pytest.fixture(params=["sanitizers", "arm"])
+@pytest.fixture(params=["sanitizers", "vnni", "arm"])
 def machine(request):
     """(command that starts the driver, names of the variants that it has)."""
     if request.param == "sanitizers":
         native.need_compiler()
-        return [driver(library.compiler(), STRICT)], ("plain", "avx2", "avx512_vnni", "dotprod")
+        command = [driver("strict", library.compiler(), STRICT, (GEMM, ATTENTION))]
+        return command, ("plain", "avx2", "avx_vnni", "avx512_vnni", "dotprod")
+    if request.param == "vnni":
+        native.need_compiler()
+        if platform.machine() not in ("x86_64", "AMD64"):
+            pytest.skip(f"this processor is no x86-64 but {platform.machine()}")
+        return [driver("vnni", library.compiler(), ("-O3",), (SUPPORT / "emulated_vnni.c", ATTENTION))], ("avx_vnni",)
     missing = [tool for tool in (ARM_COMPILER, ARM_EMULATOR) if shutil.which(tool) is None]
     if missing:
         pytest.skip(
             f"no {' and no '.join(missing)} (Debian: gcc-aarch64-linux-gnu libc6-dev-arm64-cross qemu-user-static)"
         )
-    return [ARM_EMULATOR, "-cpu", "max", driver(ARM_COMPILER, ("-O3", "-static"))], ("plain", "dotprod")
+    return [ARM_EMULATOR, "-cpu", "max", driver("arm", ARM_COMPILER, ("-O3", "-static"), (GEMM, ATTENTION))], (
+        "plain",
+        "dotprod",
+    )
 
 
 def run(command, numbers, arrays, *arguments):

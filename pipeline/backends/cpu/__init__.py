@@ -73,7 +73,7 @@ class CpuBackend(Backend[CpuOptions]):
 
         sets = self.instruction_sets
         processor = f"{machine.cpu_name()}, {machine.cpu_count()} cpus, {' '.join(sets)}"
-        remedy = "no INT8 dot products (VNNI): engines are right here, but not fast"
+        remedy = "no INT8 dot products (VNNI, Arm): engines are right here, but less fast"
         return Check("processor", not WIDE_SUM_SETS.isdisjoint(sets), processor, False, remedy)
 
     def fitness_problem(self, manifest: Manifest, source: Path) -> str | None:
