@@ -1,6 +1,7 @@
 /* Custom op Attention: onnxruntime's tensors in, attention_block on onnxruntime's threads. */
 #include "attention.h"
 #include "ort_op.h"
+#include "scratch.h"
 
 enum { Q, K, V, MASK, INPUTS };
 enum { AT_ONCE = 12 }; /* a number of queries that whole tiles of every instruction set make up */
@@ -43,13 +44,13 @@ static void run_block(void *data, size_t index) {
   const Attention *attention = &work->attention;
   int64_t first = (int64_t)index % work->blocks * work->queries, part = (int64_t)index / work->blocks;
   int64_t left = attention->queries - first, count = left < work->queries ? left : work->queries;
-  void *scratch = aligned_alloc(64, (size_t)attention_scratch(attention));
+  void *scratch = take_scratch(attention_scratch(attention));
   if (!scratch) {
     work->failed = 1;
     return;
   }
   if (count > 0) attention_block(attention, part / attention->heads, part % attention->heads, first, count, scratch);
-  free(scratch);
+  give_scratch(scratch);
 }
 
 static Status *compute(void *data, KernelContext *context) {

@@ -42,6 +42,7 @@ SOURCES = (
     "attention_op.c",
     "attention.c",
     "limits.c",
+    "scratch.c",
 )
 HEADERS = (
     "ort_abi.h",
@@ -51,6 +52,7 @@ HEADERS = (
     "exponential.h",
     "limits.h",
     "packed_gemm.h",
+    "scratch.h",
     "token_chain.h",
     "variants.h",
 )

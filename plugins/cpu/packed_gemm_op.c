@@ -1,6 +1,7 @@
 /* Custom op PackedGemm: onnxruntime's tensors in, packed_gemm_panel on onnxruntime's threads. */
 #include "ort_op.h"
 #include "packed_gemm.h"
+#include "scratch.h"
 
 #define PRODUCTS_PER_TASK (1 << 20) /* at least: some 10 microseconds */
 
@@ -40,14 +41,14 @@ static void run_task(void *data, size_t index) {
   const PackedGemm *gemm = &work->gemm;
   int64_t first = (int64_t)index / work->tasks_per_block * MAX_ROWS, last = first + MAX_ROWS;
   int64_t panel = (int64_t)index % work->tasks_per_block * work->panels_per_task, end = panel + work->panels_per_task;
-  void *scratch = aligned_alloc(64, (size_t)packed_gemm_scratch(gemm));
+  void *scratch = take_scratch(packed_gemm_scratch(gemm));
   if (!scratch) {
     work->failed = 1;
     return;
   }
   for (; panel < end && panel < work->panels; panel++)
     packed_gemm_panel(gemm, panel, first, last < gemm->rows ? last : gemm->rows, scratch);
-  free(scratch);
+  give_scratch(scratch);
 }
 
 static Status *compute(void *data, KernelContext *context) {
