@@ -40,8 +40,7 @@ RECIPE = "pixart_w4a6"
 # The quickest calibration: group multipliers fold into the int8 weights and do not change the time of a call.
 SETTINGS = ("weights.search=absmax", "weights.granularity=per_channel")
 BASELINES = ("onnxruntime_fp32", "onnxruntime_int8")
-# What the recipe key cpu.path may be -> what its engine adds to the names of folders and of rows.
-# cpu.path -> what the results call its engine: "engine", "engine_native".
+# cpu.path -> what its engine adds to the names of folders and of rows: "engine", "engine_native".
 PATHS = {"stock": "", "fused": "_native"}
 # The engine and the float32 reference flip codes against each other wherever float rounding meets a midpoint, and
 # flips grow over the layers: the reference in float32 is itself about 33 dB from its float64 run at 28 layers. A

@@ -20,7 +20,7 @@ from benchmarks.gpu.targets import cells, judged
 from benchmarks.quality.tables import SHORT, short_table
 from benchmarks.record import RESULTS, Json, markdown, read
 from export.formats.format import FORMATS
-from export.formats.operands import embeds, exact_multipliers
+from export.formats.operands import HARDWARE, embeds, exact_multipliers
 from pipeline.__main__ import VERBS
 from pipeline.command import parser
 from pipeline.methods import METHODS
@@ -32,18 +32,17 @@ README, CLI = ROOT / "README.md", DOCS / "cli.md"
 # Pages with generated parts.
 PAGES = (README, *(DOCS / f"{name}.md" for name in ("calibration", "deployment", "design", "gpu")))
 PACKAGES = ("export", "plugins", "pipeline", "benchmarks")
-TARGET_FORMATS = ("INT8", "E4M3", "FP16")  # what hardware multiplies
 
 
 def formats() -> str:
     """One row for each signed format: what its bits give, and where it embeds."""
     rows = []
     for fmt in (row for row in FORMATS.values() if row.sign_bits):
-        fits = ["yes" if embeds(fmt.name, target) else "no" for target in TARGET_FORMATS]
+        fits = ["yes" if embeds(fmt.name, target) else "no" for target in HARDWARE]
         shown = ", ".join(map(str, exact_multipliers(fmt.name))) if fmt.bits == 4 else "-"
         rows.append([fmt.name, fmt.bits, f"{fmt.max_value:g}", fmt.fraction_bits, fmt.kmax, *fits, shown])
     multipliers = "group multipliers exact in INT8 and E4M3"
-    return markdown(["format", "bits", "largest", "f", "kmax", *TARGET_FORMATS, multipliers], rows)
+    return markdown(["format", "bits", "largest", "f", "kmax", *HARDWARE, multipliers], rows)
 
 
 def recipes() -> str:

@@ -7,8 +7,8 @@ from typing import TypedDict
 
 from benchmarks.record import Json
 from export.formats.operands import exact_multipliers
+from export.models.description import LATENT_PIXELS
 
-LATENT_CELL = 8  # pixels of a picture for one cell of the autoencoder's latent
 PIXELS = (256, 512, 1024)  # picture sizes that are measured; DiT-XL/2 was published up to 512
 
 
@@ -53,7 +53,7 @@ class Workload:
     @property
     def pixels(self) -> int:
         """Edge of the picture in pixels."""
-        return self.config["sample_size"] * LATENT_CELL
+        return self.config["sample_size"] * LATENT_PIXELS
 
     def changed(self, **changes: object) -> Workload:
         """The same model with fields of its configuration replaced; width-bound fields follow the width."""
@@ -66,7 +66,7 @@ class Workload:
 
     def at(self, pixels: int) -> Workload:
         """The same model for pictures of `pixels` x `pixels`."""
-        return self.changed(sample_size=pixels // LATENT_CELL)
+        return self.changed(sample_size=pixels // LATENT_PIXELS)
 
     def gemms(self, batch: int = 1) -> list[Gemm]:
         """The quantized linears of one denoiser call at batch size `batch`."""

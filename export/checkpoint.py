@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar, get_args
+from typing import Annotated, Literal, TypeVar, get_args
 
 import numpy as np
 from annotated_types import Ge, Le, MinLen
@@ -23,7 +23,7 @@ from typing_extensions import TypedDict
 
 from export.documents import Rules, open_file, read_json, whole_file
 from export.errors import ContractError
-from export.formats.format import get_format, pack, packed_size, unpack
+from export.formats.format import get_format, packed_size, unpack
 from export.formats.operands import exact_multipliers
 from export.router import ARRAYS as ROUTER_ARRAYS
 from export.router import Router
@@ -241,12 +241,6 @@ def half_where_exact(array: NDArray[np.float32]) -> NDArray[np.floating]:
     """
     half = array.astype(np.float16)
     return half if (half == array).all() else array
-
-
-def make_linear(codes: NDArray[np.uint8], *, weight_format: str, **fields: Any) -> QuantizedLinear:
-    """QuantizedLinear from unpacked codes [N, K]."""
-    packed = pack(codes, get_format(weight_format).bits)
-    return QuantizedLinear(codes=packed, weight_format=weight_format, in_features=codes.shape[1], **fields)
 
 
 ARRAYS = (

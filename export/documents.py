@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from functools import cache
 from io import BufferedReader
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NoReturn, TypeVar
+from typing import TYPE_CHECKING, Literal, NoReturn, TypeVar
 from uuid import uuid4
 
 from export.errors import ContractError, UserError
@@ -272,7 +272,7 @@ def shown(value: object) -> str:
 # --- TOML ----------------------------------------------------------------------------------------------------------
 
 
-def parse_toml(text: str, source: str, rules: Rules) -> dict[str, Any]:
+def parse_toml(text: str, source: str, rules: Rules) -> dict[str, object]:
     """The document in a TOML text; numbers may be inf or nan there. Raises `rules.error` naming `source`."""
     with _refusing(source, rules, ": not valid TOML"):
         document = tomllib.loads(text)

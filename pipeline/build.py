@@ -123,11 +123,11 @@ def work(args: argparse.Namespace, answer: Answer) -> int:
 
 
 def dry_run(request: BuildRequest, answer: Answer) -> int:
-    """All checks that need no work, and the plan."""
-    _, model, _ = prepare(replace(request, listener=lambda event: None))  # a plan is all that is answered
+    """All checks that need no work, and the plan: the recipe with what "auto" means for this model and machine."""
+    recipe, model, _ = prepare(replace(request, listener=lambda event: None))  # a plan is all that is answered
     linears, kept = len(model.linears()), len(model.kept())
     plan = {
-        "recipe": request.recipe.document(),
+        "recipe": recipe.document(),
         "targets": request.targets,
         "output": str(request.output),
         "family": model.family.name,

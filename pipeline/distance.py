@@ -8,6 +8,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 Array = NDArray[np.floating]
+# Pictures of pixel models lie in [-1, 1].
+PIXEL_RANGE = 2.0
 
 
 def sqnr_db(reference: Array, value: Array) -> float:

@@ -32,7 +32,8 @@ from benchmarks.gpu.targets import LARGE_PIXELS
 from benchmarks.gpu.timing import Call, capture_all, contest, flusher, host_milliseconds, interleaved
 from benchmarks.gpu.weights import Packed, relative_error
 from benchmarks.record import Json
-from benchmarks.shapes import EXACT_64, LATENT_CELL, WORKLOADS
+from benchmarks.shapes import EXACT_64, WORKLOADS
+from export.models.description import LATENT_PIXELS
 
 SECONDS = 3.0  # of timing, for each row
 
@@ -128,7 +129,7 @@ def numbers_row(models: Models, pixels: int) -> Json:
 
 
 def grid(size: Size, pixels: int) -> int:
-    return pixels // LATENT_CELL // size.patch
+    return pixels // LATENT_PIXELS // size.patch
 
 
 def contestants_of(models: Models, inputs: tuple[Tensor, ...], whole: bool) -> dict[str, Callable[[], Tensor]]:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 from numpy.typing import NDArray
 
 from benchmarks.record import Json
+from plugins.gpu.tiles import FIRST_FP8
 
 if TYPE_CHECKING:
     import torch
@@ -49,7 +50,7 @@ class Device:
 
     @property
     def has_fp8(self) -> bool:
-        return self.sm >= 89
+        return self.sm >= FIRST_FP8
 
     def loss(self) -> str | None:
         """Why this process can use the GPU no more (a kernel's illegal access ends its context), if it cannot."""

@@ -21,7 +21,6 @@ from pipeline import distance
 Array = NDArray[np.float64]
 RESAMPLES, LEVEL = 400, 0.95
 Z = 1.959964  # of a normal distribution, two-sided, for LEVEL
-PIXEL_RANGE = 2.0  # pictures lie in [-1, 1]
 # SSIM (Wang et al. 2004): a Gaussian window of 11 x 11 with sigma 1.5, and the two constants as shares of the range.
 WINDOW, SIGMA, K1, K2 = 11, 1.5, 0.01, 0.03
 
@@ -112,7 +111,7 @@ def share_estimate(right: NDArray[np.bool_]) -> Estimate:
 def psnr_db(pictures: NDArray[np.floating], reference: NDArray[np.floating]) -> Array:
     """[N] dB for pictures [N, C, H, W], both cut to [-1, 1]; inf where they are equal."""
     pairs = zip(_shown(reference), _shown(pictures), strict=True)
-    return np.array([distance.psnr_db(*pair, PIXEL_RANGE) for pair in pairs])
+    return np.array([distance.psnr_db(*pair, distance.PIXEL_RANGE) for pair in pairs])
 
 
 def ssim(pictures: NDArray[np.floating], reference: NDArray[np.floating]) -> Array:
@@ -121,7 +120,7 @@ def ssim(pictures: NDArray[np.floating], reference: NDArray[np.floating]) -> Arr
     mean_a, mean_b = _windowed(a), _windowed(b)
     variance_a, variance_b = _windowed(a * a) - mean_a**2, _windowed(b * b) - mean_b**2
     covariance = _windowed(a * b) - mean_a * mean_b
-    c1, c2 = (K1 * PIXEL_RANGE) ** 2, (K2 * PIXEL_RANGE) ** 2
+    c1, c2 = (K1 * distance.PIXEL_RANGE) ** 2, (K2 * distance.PIXEL_RANGE) ** 2
     top = (2 * mean_a * mean_b + c1) * (2 * covariance + c2)
     bottom = (mean_a**2 + mean_b**2 + c1) * (variance_a + variance_b + c2)
     return (top / bottom).mean(axis=(1, 2, 3))

@@ -22,7 +22,8 @@ FLOAT_TYPES = {"FP16": (11, -14, 15), "BF16": (8, -126, 127), "FP32": (24, -126,
 FP32_BITS = FLOAT_TYPES["FP32"][0]
 # Largest relative error of one rounding to nearest, in float32 and in FP16.
 ROUNDING, HALF_ROUNDING = 2.0**-FP32_BITS, 2.0 ** -FLOAT_TYPES["FP16"][0]
-INT8_MAX, UINT8_MAX, INT16_MAX = 2**7 - 1, 2**8 - 1, 2**15 - 1
+HALF_MAX = 65504.0
+INT8_MAX, UINT8_MAX, INT16_MAX, INT32_MAX = 2**7 - 1, 2**8 - 1, 2**15 - 1, 2**31 - 1
 # Types of operands that processors multiply.
 HARDWARE = ("INT8", "E4M3", "FP16")
 TARGETS = ("INT8", "E4M3", "E5M2", *FLOAT_TYPES)

@@ -6,6 +6,7 @@ import logging
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 from typing import (
@@ -113,7 +114,7 @@ class Options:
     def __post_init__(self) -> None:
         for name, words in self.former.items():
             if (value := getattr(self, name)) in words:
-                logger.info("%s.%s %s is called %s now", self.target, name, value, words[value])
+                tell_renamed(f"{self.target}.{name}", value, words[value])
                 object.__setattr__(self, name, words[value])
         for name, hint in get_type_hints(type(self)).items():
             if get_origin(hint) is Literal:
@@ -123,6 +124,12 @@ class Options:
         """Raise RecipeError for the field `name` unless `ok`."""
         if not ok:
             raise RecipeError(f"{self.target}.{name} {getattr(self, name)!r}; {remedy}")
+
+
+@cache
+def tell_renamed(key: str, word: str, now: str) -> None:
+    """Once, however often a recipe with the former word is read."""
+    logger.info("%s %s is called %s now", key, word, now)
 
 
 def _either(choices: Sequence[str]) -> str:

@@ -13,9 +13,9 @@ import numpy as np
 from numpy.typing import NDArray
 from typing_extensions import TypedDict
 
-from export.checkpoint import ActivationScaling, Granularity, QuantizedLinear, make_linear
+from export.checkpoint import ActivationScaling, Granularity, QuantizedLinear
 from export.errors import RecipeError
-from export.formats.format import get_format, packed_size
+from export.formats.format import get_format, pack, packed_size
 from export.formats.operands import embeds, exact_multipliers, pair_limit
 from pipeline.recipe import Recipe
 
@@ -70,17 +70,19 @@ class LayerPlan:
         activation: how its input is rounded where that is not the plan's format, scaled per token.
         """
         bias = self.linear.module.bias
-        return make_linear(
-            codes,
-            weight_format=self.weight_format,
+        fields: Activation = {"activation_format": self.activation_format, **activation}
+        return QuantizedLinear(
             name=self.name,
             kind=self.linear.kind,
+            in_features=codes.shape[1],
+            weight_format=self.weight_format,
+            codes=pack(codes, get_format(self.weight_format).bits),
             granularity=self.granularity,
             group_size=self.group_size,
             scales=scales,
             multipliers=multipliers if self.granularity == "exact_group" else None,
             bias=None if bias is None else bias.detach().float().numpy().copy(),
-            **{"activation_format": self.activation_format, **activation},
+            **fields,
         )
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from pipeline.distance import Array, psnr_db
+from pipeline.distance import PIXEL_RANGE, Array, psnr_db
 from pipeline.recipe import Recipe
 from pipeline.verify.call_patterns import (
     CALL_TRAITS,
@@ -36,8 +36,6 @@ FACTOR_DB = 20 * math.log10(FACTOR)
 # 10 linears in a row per layer, each a few units in the last place. For tens of layers this stays under 2^-24 * 170, or
 # 100 dB, and no flip-free engine is asked for more.
 ROUNDED_DB = 100.0
-# Pictures of pixel models lie in [-1, 1]; latents are compared by the range that the reference's have.
-PIXEL_RANGE = 2.0
 
 
 @dataclass(frozen=True)
@@ -367,7 +365,8 @@ def _quarter(values: Sequence[float]) -> float:
 
 
 def pictures_db(study: Study, pictures: Array) -> list[float]:
-    """PSNR of each picture against the float64 reference's; `pictures` may be the first few."""
+    """PSNR of each picture against the float64 reference's; `pictures` may be the first few. Latents are compared by
+    the range that the reference's have."""
     reference = study.pictures["reference"]
     peak = PIXEL_RANGE if study.case.output == "pixels" else float(np.ptp(reference))
     return [psnr_db(one, other, peak) for one, other in zip(reference[: len(pictures)], pictures, strict=True)]

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from export.errors import ContractError
-from export.formats.operands import HALF_ROUNDING, ROUNDING
+from export.formats.operands import HALF_MAX, HALF_ROUNDING, ROUNDING
 from pipeline.backends.base import Arithmetic, Arrays
 from pipeline.distance import Array
 from pipeline.verify.oracle import LinearProbe, ratio
@@ -245,8 +245,8 @@ def _rms(values: Array, axis: int | tuple[int, ...] | None = None) -> Array:
 
 def _nonfinite(exact: Array, halved: bool) -> str:
     largest = float(np.abs(exact[np.isfinite(exact)]).max(initial=0))
-    if halved and largest > float(np.finfo(np.float16).max):
-        return f"FP16 overflow: numbers up to {largest:.3g} here, FP16 holds 65504"
+    if halved and largest > HALF_MAX:
+        return f"FP16 overflow: numbers up to {largest:.3g} here, FP16 holds {HALF_MAX:g}"
     return "FP16 overflow inside the stretch" if halved else "NaN or Inf, where the module's numbers are finite"
 
 

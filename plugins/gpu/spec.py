@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from export.errors import ContractError, RecipeError
 from export.formats.format import Format, encode, fold_negative_zero, get_format
-from export.formats.operands import INT8_MAX, embeds, weight_exponent
+from export.formats.operands import INT8_MAX, INT32_MAX, embeds, weight_exponent
 
 E4M3, INT8 = "E4M3", "INT8"
 
@@ -171,7 +171,7 @@ class GemmSpec:
         """Whether INT8 tensor cores multiply: both operands fit INT8 and no sum leaves INT32."""
         a, w = self.activation_format, self.weight_format
         largest = w.largest_integer * max(self.multipliers)
-        sums_fit = self.in_features * a.largest_integer * largest < 2**31
+        sums_fit = self.in_features * a.largest_integer * largest <= INT32_MAX
         return self.operand.kind == INT8 and largest <= INT8_MAX and sums_fit
 
     @property

@@ -153,9 +153,8 @@ def _tuples(fields: dict[str, Any]) -> dict[str, Any]:
 
 def compile_problems(sms: Sequence[int]) -> list[str]:
     """Why the kernels cannot be compiled here for these GPUs, with the remedy."""
-    known = TARGETS
-    unknown = [sm for sm in sms if sm not in known]
-    problems = [f"the kernels are not compiled for SM {sm}, only for {', '.join(map(str, known))}" for sm in unknown]
+    unknown = [sm for sm in sms if sm not in TARGETS]
+    problems = [f"the kernels are not compiled for SM {sm}, only for {', '.join(map(str, TARGETS))}" for sm in unknown]
     return [*problems, *compile.problems()]
 
 

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from export.checkpoint import make_linear
 from pipeline.backends.reference import FakeQuantLinear
+from tests.support.portable import make_linear
 
 
 def quantized(activation_format: str, multipliers: bool, balanced: bool) -> FakeQuantLinear:

@@ -11,7 +11,6 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from export.checkpoint import make_linear
 from export.formats.format import get_format
 from pipeline.calibrate.learn.adaround import (
     Neighbours,
@@ -24,6 +23,7 @@ from pipeline.calibrate.learn.adaround import (
 )
 from pipeline.calibrate.methods.rtn import quantize_linear
 from pipeline.calibrate.plan import LayerPlan, group_multipliers
+from tests.support.portable import make_linear
 
 N, K = 6, 32
 GRANULARITIES = {"per_channel": 0, "group": 8, "exact_group": 8}

@@ -8,7 +8,6 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from export.checkpoint import make_linear
 from export.errors import ContractError, RecipeError
 from export.models.families import LAYER_KINDS
 from export.models.load import LinearRef
@@ -16,6 +15,7 @@ from pipeline.calibrate import balance
 from pipeline.calibrate.balance import InputMap
 from pipeline.calibrate.plan import LayerPlan
 from tests.support import observed
+from tests.support.portable import make_linear
 
 UNIT_ROUNDOFF = 2.0**-24  # largest relative error of one float32 operation
 

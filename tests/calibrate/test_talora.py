@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 import torch
 
-from export.checkpoint import make_linear
 from export.errors import RecipeError
 from export.formats.format import encode, fold_negative_zero, get_format
 from pipeline.backends.reference import FakeQuantLinear, Routing
@@ -20,6 +19,7 @@ from pipeline.calibrate.learn.talora import (
     one_hot_straight_through,
     start,
 )
+from tests.support.portable import make_linear
 
 N, K, H, R = 6, 16, 3, 2
 TIMES = torch.linspace(50, 1000, 20)

@@ -74,7 +74,7 @@ def test_what_was_asked_for_is_refused_by_name(flags: tuple[str, ...], words: st
 
 
 def test_if_nothing_is_left_every_reason_is_given(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(library, "problems", lambda: ["cpu.path=fused needs a C compiler"])
+    monkeypatch.setattr(library, "problem", lambda: "cpu.path=fused needs a C compiler")
     recipe = recipes.with_settings(recipes.load("dit_w4a8"), ["method=qdit", "cpu.path=fused"])
     words = r"no target can be built .*; cpu: cpu.path=fused needs a C compiler; rtx: .* has no scale per token"
     with pytest.raises(EnvironmentLacksError, match=words):

@@ -21,6 +21,7 @@ from export.models import load as models
 from pipeline import __main__ as cli
 from pipeline import build, compiler
 from pipeline.bundle import stages
+from plugins.cpu import library
 from tests.support import hostile, tiny
 from tests.support.bundles import make_bundle
 
@@ -269,6 +270,14 @@ def test_dry_run_checks_everything_and_writes_nothing(
     assert (
         build.main([*COMMON, "-m", str(model), "-o", str(output), "--dry-run", "--set", "weights.group_size=48"]) == 2
     )
+
+
+def test_dry_run_says_what_auto_means(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    auto = ["--set", "method=auto", "--set", "cpu.path=auto", "--dry-run", "--json"]
+    assert build.main([*COMMON, "-m", str(model), "-o", str(tmp_path / "engines/e"), *auto]) == 0
+    recipe = json.loads(capsys.readouterr().out)["recipe"]
+    assert recipe["calibrate"]["method"] == "fp4dit"
+    assert recipe["cpu"]["path"] == ("stock" if library.problem() else "fused")
 
 
 def _no_checkpoint(folder: Path) -> list[str]:

@@ -69,6 +69,8 @@ def test_light_verbs_work_without_the_heavy_packages(args: list[str], code: int)
     done = python(BLOCKED, *args)
     assert done.returncode == code, done.stderr
     assert done.stdout and "Traceback" not in done.stderr
+    if "--help" in args:
+        assert max(map(len, done.stdout.splitlines())) <= 80
 
 
 @pytest.mark.process

@@ -14,7 +14,6 @@ from export.checkpoint import (
     WEIGHTS_FILE,
     QuantizedLinear,
     load,
-    make_linear,
     save,
 )
 from export.dialect.ops import OPS, attributes, no_multipliers
@@ -22,6 +21,7 @@ from export.errors import ContractError, RecipeError
 from export.formats.format import decode, encode, get_format
 from export.formats.operands import exact_multipliers
 from tests.support import learned
+from tests.support.portable import make_linear
 
 N, K, GROUP = 6, 24, 8
 

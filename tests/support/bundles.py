@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from export.checkpoint import QuantizedLinear, make_linear
+from export.checkpoint import QuantizedLinear
 from export.documents import sha256
 from pipeline import recipe
 from pipeline.backends.base import BuildResult, LoweredGraph
@@ -17,6 +17,7 @@ from pipeline.bundle import manifest
 from pipeline.bundle.bundle import Bundle
 from pipeline.files import tree
 from pipeline.passes.probes import Choice
+from tests.support.portable import make_linear
 
 # What `bench` gives where no engine runs.
 NOTHING_MEASURED = {

@@ -8,11 +8,12 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
-from export.checkpoint import QuantizedLinear, make_linear
+from export.checkpoint import QuantizedLinear
 from export.formats.format import encode, fold_negative_zero, get_format
 from export.formats.operands import exact_multipliers
 from pipeline.backends.base import LoweredGraph
 from pipeline.passes.probes import Choice, ProbeRow
+from tests.support.portable import make_linear
 
 OFFSET = 64
 # A float32 of 2^20 times the size of q is a multiple of q's rounding step in E2M3 (1 in units of the image below 16,

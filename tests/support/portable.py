@@ -4,12 +4,18 @@ import numpy as np
 import onnx_ir as ir
 from onnx_ir.passes.common import IdentityEliminationPass
 
-from export.checkpoint import QuantizedLinear, make_linear
-from export.formats.format import encode, get_format
+from export.checkpoint import QuantizedLinear
+from export.formats.format import encode, get_format, pack
 from export.formats.operands import exact_multipliers
 from export.quantize_graph import PLACEHOLDER, quantize_graph
 
 HEADER = '<ir_version: 10, opset_import: ["" : 21, "fpq" : 1]>'
+
+
+def make_linear(codes: np.ndarray, *, weight_format: str, **fields: object) -> QuantizedLinear:
+    """QuantizedLinear from unpacked codes [N, K]."""
+    packed = pack(codes, get_format(weight_format).bits)
+    return QuantizedLinear(codes=packed, weight_format=weight_format, in_features=codes.shape[1], **fields)
 
 
 def random_linear(

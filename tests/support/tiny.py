@@ -7,8 +7,9 @@ from typing import Any
 
 import numpy as np
 
-from export.checkpoint import QuantizedLinear, make_linear
+from export.checkpoint import QuantizedLinear
 from export.formats.format import encode, fold_negative_zero, get_format
+from tests.support.portable import make_linear
 
 HEADS, HEAD_DIM, LAYERS = 2, 32, 2
 WIDTH = HEADS * HEAD_DIM

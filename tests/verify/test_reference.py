@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 import torch
 
-from export.checkpoint import make_linear
 from export.dialect.reference import ABSMAX_FLOOR, dequantize_activation, dequantize_weight, quantize_activation
 from export.errors import ContractError
 from export.formats.format import FORMATS, decode, encode, fold_negative_zero, get_format, pack
@@ -16,6 +15,7 @@ from export.formats.operands import exact_multipliers
 from export.models import load as models
 from pipeline.backends.reference import FakeQuantLinear, ReferenceEngine, fake_quant, fake_quantize, round_to_format
 from tests.support import learned, tiny
+from tests.support.portable import make_linear
 
 DTYPES = {torch.float32: np.float32, torch.float64: np.float64}
 

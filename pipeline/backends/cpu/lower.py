@@ -19,7 +19,7 @@ from export.dialect.graph import (
     stored_array,
 )
 from export.dialect.ops import DOMAIN
-from export.formats.operands import INT8_MAX, INT16_MAX, SMALL_ZERO, fits_byte, limb_base, pair_sum
+from export.formats.operands import INT8_MAX, INT16_MAX, INT32_MAX, SMALL_ZERO, fits_byte, limb_base, pair_sum
 from pipeline.backends.cpu.finish_with_chain import chained_gemm, quantize_with_chain
 from pipeline.backends.cpu.gemms import Product, finish, float_gemm, grouped_gemm, integer_gemm
 from pipeline.backends.cpu.packed_gemm import OCTET, packed_gemm
@@ -37,7 +37,6 @@ from pipeline.passes.quantized_gemm import PACKED_GEMMS, QuantizedGemm, probe_of
 from pipeline.passes.rewrite import LoweringPass
 
 FUNCTION_PATH, FLOAT_PATH = "onnx function", "float32"
-INT32_MAX = 2**31 - 1
 # In order of preference; those of 4-bit weights are in the kernel library.
 PACKED = (
     GemmRow("u8 x packed s4", "U8", "S4"),

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from export.formats.operands import HALF_MAX
 from pipeline.backends.base import Arrays
 from pipeline.progress import raise_if_stopped
 
@@ -18,8 +19,6 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from pipeline.backends.cuda.module import LoweredModule
-
-HALF_MAX = 65504.0
 
 
 @dataclass(frozen=True)

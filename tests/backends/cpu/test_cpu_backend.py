@@ -12,13 +12,13 @@ import pytest
 from export.errors import ContractError, EnvironmentLacksError
 from pipeline.backends import BACKENDS, lowering_file
 from pipeline.backends.base import LoweredGraph
-from pipeline.backends.cpu import CpuBackend
+from pipeline.backends.cpu import CpuBackend, CpuOptions
 from pipeline.backends.cpu.engine import open_session
 from pipeline.recipe import Recipe
 from tests.support.hooked_sessions import hooked
 from tests.support.portable import activations, portable, random_linear
 
-RECIPE = Recipe("test", "none")
+RECIPE = Recipe("test", "none").with_options(CpuOptions("stock"))
 BODY = """
   h = fpq.QuantizedLinear <layer="a"> (x)
   y = fpq.QuantizedLinear <layer="b"> (h)

@@ -7,7 +7,8 @@ from pathlib import Path
 import numpy as np
 import onnx_ir as ir
 
-from pipeline.backends.cuda.overflow import HALF_MAX, find_overflow
+from export.formats.operands import HALF_MAX
+from pipeline.backends.cuda.overflow import find_overflow
 from pipeline.backends.fused.lower import lower
 from pipeline.passes import run_shared
 from tests.support.portable import portable, random_linear
