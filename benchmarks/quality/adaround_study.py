@@ -24,7 +24,7 @@ from pipeline import recipe as recipes
 from pipeline.calibrate.blocks import BlockRunner, Observed, group_by_block
 from pipeline.calibrate.data import calibration_data
 from pipeline.calibrate.learn.adaround import Schedule, SoftRounding
-from pipeline.calibrate.learn.reconstruct import Settings, output_loss, reconstruct
+from pipeline.calibrate.learn.reconstruct import LearningSettings, output_loss, reconstruct
 from pipeline.calibrate.methods.rtn import float_weight, quantize_linear
 from pipeline.calibrate.plan import LayerPlan, make_plans
 from pipeline.machine import cpu_name
@@ -92,7 +92,7 @@ def run_arm(case: BlockCase, arm: Arm, recipe: Recipe) -> Json:
         weights = [torch.from_numpy(float_weight(plan)) for plan in case.plans]
         softened = [SoftRounding(weight, base, arm.scale_aware) for weight, base in zip(weights, nearest, strict=True)]
         roundings = {base.name: rounding for base, rounding in zip(nearest, softened, strict=True)}
-        settings = Settings(Schedule(arm.iterations), arm.learning_rate, STRENGTH, arm.batch)
+        settings = LearningSettings(Schedule(arm.iterations), arm.learning_rate, STRENGTH, arm.batch)
         reconstruct(case.learned_from, roundings, settings, case.name, recipe.calibrate.seed)
         layers = [rounding.layer() for rounding in softened]
     changed = sum(int((a.unpacked_codes() != b.unpacked_codes()).sum()) for a, b in zip(layers, nearest, strict=True))

@@ -101,7 +101,7 @@ class Sessions:
 
 
 @dataclass(frozen=True)
-class Kept:
+class KeptCondition:
     """A condition, copied, and what was computed from that copy; never changed."""
 
     condition: Arrays
@@ -126,7 +126,7 @@ class SessionEngine:
         self.outputs = [output.name for output in sessions.step.get_outputs()]
         self.declared = declared_inputs(sessions)
         self.step_inputs = {value.name for value in sessions.step.get_inputs()}
-        self.kept: tuple[Kept, ...] = ()
+        self.kept: tuple[KeptCondition, ...] = ()
 
     def run(self, inputs: Arrays) -> Arrays:
         """Outputs by name for inputs by name. Raises RecipeError for inputs that do not fit, and once closed."""
@@ -143,11 +143,13 @@ class SessionEngine:
         fed = {name: array for name, array in (call | results).items() if name in self.step_inputs}
         return run_session(sessions.step, self.outputs, fed)
 
-    def _prepare(self, session: InferenceSession, call: Arrays) -> Kept:
+    def _prepare(self, session: InferenceSession, call: Arrays) -> KeptCondition:
         """Compute what depends on the condition alone. Of callers at the same time one may lose its place in `kept`,
         which costs time, never a result: each goes on with what it made."""
         condition = {value.name: call[value.name] for value in session.get_inputs()}
-        kept = Kept(condition, run_session(session, [output.name for output in session.get_outputs()], condition))
+        kept = KeptCondition(
+            condition, run_session(session, [output.name for output in session.get_outputs()], condition)
+        )
         self.kept = (kept, *self.kept[: KEPT - 1])
         return kept
 

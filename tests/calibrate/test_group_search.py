@@ -11,7 +11,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from export.errors import RecipeError
-from pipeline.calibrate.groups.search import Gene, Scores, Settings, Space, first_generation, next_generation, search
+from pipeline.calibrate.groups.search import (
+    Gene,
+    Scores,
+    SearchSettings,
+    Space,
+    first_generation,
+    next_generation,
+    search,
+)
 from pipeline.calibrate.groups.space import from_text, layer_sizes, make_space, to_text, with_sizes
 from pipeline.calibrate.methods.rtn import quantize_linear
 from pipeline.calibrate.plan import make_plans
@@ -30,7 +38,7 @@ def make_score():
 
 
 SPACE = Space(make_genes(), sum(gene.size_bytes[1] for gene in make_genes()))
-SMALL = Settings(generations=6, population=12, seed=1)
+SMALL = SearchSettings(generations=6, population=12, seed=1)
 
 
 def best_by_trying_all(space, score):
@@ -66,7 +74,7 @@ def test_every_individual_keeps_the_budget_and_is_new(seed, budget):
 
 def test_children_mix_parents_and_change_few_genes():
     genes = tuple(Gene(f"g{i}", SIZES, (4, 2, 1)) for i in range(40))
-    space, wide = Space(genes, 160), Settings(population=60)
+    space, wide = Space(genes, 160), SearchSettings(population=60)
     parents = [(32,) * 40, (128,) * 40]
     children = next_generation(space, wide, np.random.default_rng(0), parents)
     crossed, mutated = children[:30], children[30:]
@@ -115,9 +123,9 @@ def test_scores_of_another_origin_are_not_used(tmp_path):
 
 @pytest.mark.process
 def test_processes_change_nothing(tmp_path):
-    short = Settings(generations=2, population=5, seed=3)
+    short = SearchSettings(generations=2, population=5, seed=3)
     alone = search(SPACE, short, make_score, tmp_path / "a.json", {})
-    parallel = Settings(**{**vars(short), "workers": 2})
+    parallel = SearchSettings(**{**vars(short), "workers": 2})
     assert search(SPACE, parallel, make_score, tmp_path / "b.json", {}) == alone
 
 
@@ -132,9 +140,9 @@ def test_a_budget_that_nothing_fits_is_refused():
     with pytest.raises(RecipeError, match="may use 10 bytes, but the largest groups take 80"):
         Space(make_genes(), 10)
     with pytest.raises(RecipeError, match="generations 0 must be at least 1"):
-        Settings(generations=0)
+        SearchSettings(generations=0)
     with pytest.raises(RecipeError, match="mutation probability 0 must be in"):
-        Settings(mutation_probability=0)
+        SearchSettings(mutation_probability=0)
 
 
 # --- plans -----------------------------------------------------------------------------------------------------------

@@ -20,7 +20,7 @@ from pipeline.calibrate.data import calibration_data
 from pipeline.calibrate.learn import tuning as talora_tuning
 from pipeline.calibrate.learn.dfa import loss_weights, prediction_weights
 from pipeline.calibrate.learn.talora import Branches
-from pipeline.calibrate.learn.tuning import Batches, Settings, Tuner
+from pipeline.calibrate.learn.tuning import Tuner, TuningBatches, TuningSettings
 from pipeline.generate.sampling import make_sampler
 from pipeline.recipe import load as load_recipe
 from pipeline.recipe import with_settings
@@ -151,7 +151,7 @@ def test_the_tuned_model_is_the_finished_one(tmp_path):
 def make_tuner(model, recipe, tmp_path):
     layers = calibrate(model, recipe, tmp_path / "layers")
     data = calibration_data(model, recipe)
-    settings = Settings(10, batch=4)
+    settings = TuningSettings(10, batch=4)
     return Tuner(model, layers, data.calls, [[1.0, 1.0]] * len(data.calls), Branches(2, 2), settings)
 
 
@@ -159,7 +159,7 @@ def test_batches_join_inputs_targets_and_weights(tmp_path):
     model, recipe = made(tmp_path)
     data = calibration_data(model, recipe)
     weights = loss_weights(make_sampler("ddim", 4), [call.step for call in data.calls], 2.0, True).tolist()
-    batches = Batches(model, data.calls, weights, Settings(10, batch=5))
+    batches = TuningBatches(model, data.calls, weights, TuningSettings(10, batch=5))
     inputs, target, weight = batches.draw(3)
     module = denoiser(model)
     with torch.no_grad():

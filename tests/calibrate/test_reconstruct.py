@@ -15,7 +15,7 @@ from pipeline.calibrate.blocks import BlockCall, Observed
 from pipeline.calibrate.learn.adaround import Schedule, SoftRounding
 from pipeline.calibrate.learn.reconstruct import (
     Batches,
-    Settings,
+    LearningSettings,
     block_loss,
     generator,
     join,
@@ -141,7 +141,7 @@ def test_the_loop_is_the_plain_one(scale_aware):
     bases = [quantize_linear(plan, "mse") for plan in plans]
     weights = [torch.from_numpy(float_weight(plan)) for plan in plans]
     found = {b.name: SoftRounding(w, b, scale_aware).double() for w, b in zip(weights, bases, strict=True)}
-    reconstruct(observed, found, Settings(Schedule(iterations), lr, 0.01, 4), "block", 7)
+    reconstruct(observed, found, LearningSettings(Schedule(iterations), lr, 0.01, 4), "block", 7)
     plain = [SoftRounding(w, b, scale_aware).double() for w, b in zip(weights, bases, strict=True)]
     optimiser = torch.optim.Adam([rounding.v for rounding in plain], lr=lr)
     batches = Batches(observed.noisy, observed.outputs, 4, generator(7, "block"))

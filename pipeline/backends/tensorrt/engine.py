@@ -27,7 +27,7 @@ ENGINE = "model.engine"
 RTX, TRT = "tensorrt_rtx", "tensorrt"
 
 
-class Call(Protocol):
+class PreparedCall(Protocol):
     """What runs inputs of one set of shapes. Copies in, runs, copies out."""
 
     def run(self, arrays: Arrays) -> Arrays: ...
@@ -44,7 +44,7 @@ class DeserializedEngine(ABC):
         the module refuses."""
         self.metadata = metadata
         self._lock = threading.Lock()
-        self._calls: dict[tuple[object, ...], Call] = {}
+        self._calls: dict[tuple[object, ...], PreparedCall] = {}
         self._open(path)
 
     def _open(self, path: Path) -> None:
@@ -62,7 +62,7 @@ class DeserializedEngine(ABC):
         self._declared = feeds.of_bounds(self.metadata["shapes"], dtypes)
 
     @abstractmethod
-    def _prepared(self, arrays: Arrays) -> Call:
+    def _prepared(self, arrays: Arrays) -> PreparedCall:
         """What runs inputs of the shapes of `arrays`, on the current stream, which is the engine's."""
 
     def run(self, inputs: Arrays) -> Arrays:

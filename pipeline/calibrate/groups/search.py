@@ -82,7 +82,7 @@ class Space:
 
 
 @dataclass(frozen=True)
-class Settings:
+class SearchSettings:
     """How long and how wide. The defaults are those of Q-DiT's script.
 
     population: of each generation, the first or children of the best fifth, half by crossover and half by mutation.
@@ -116,7 +116,7 @@ class SearchOutcome:
 
 
 def search(
-    space: Space, settings: Settings, make_score: Callable[[], Score], path: Path, origin: Mapping[str, object]
+    space: Space, settings: SearchSettings, make_score: Callable[[], Score], path: Path, origin: Mapping[str, object]
 ) -> SearchOutcome:
     """The best group sizes. make_score: makes the score, once in every process (so it must be picklable for
     workers > 1). path: the file of scores; one that was made from another `origin` is not used.
@@ -136,7 +136,7 @@ def search(
     return SearchOutcome(seen[0], tuple(trace), {one: scores.costs[one] for one in seen})
 
 
-def first_generation(space: Space, settings: Settings, rng: np.random.Generator) -> list[Individual]:
+def first_generation(space: Space, settings: SearchSettings, rng: np.random.Generator) -> list[Individual]:
     """The uniform individuals that fit, then random ones, each once."""
     sizes = sorted({size for gene in space.genes for size in gene.sizes})
     individuals = [one for one in map(space.uniform, sizes) if space.fits(one)]
@@ -145,7 +145,7 @@ def first_generation(space: Space, settings: Settings, rng: np.random.Generator)
 
 
 def next_generation(
-    space: Space, settings: Settings, rng: np.random.Generator, ranked: Sequence[Individual]
+    space: Space, settings: SearchSettings, rng: np.random.Generator, ranked: Sequence[Individual]
 ) -> list[Individual]:
     """Children of the best fifth, none of which was there before (fewer, where hardly any is new)."""
     parents, old = ranked[: max(2, settings.population // 5)], set(ranked)

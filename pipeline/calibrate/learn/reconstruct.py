@@ -25,7 +25,7 @@ Pick = tuple[int, int]  # which call, which sample in it
 
 
 @dataclass(frozen=True)
-class Settings:
+class LearningSettings:
     """How to learn. strength: weight of the regulariser; batch: samples per iteration."""
 
     schedule: Schedule
@@ -72,7 +72,7 @@ def with_parts(block: nn.Module, parts: dict[str, nn.Module]) -> nn.Module:
 
 
 def reconstruct(
-    observed: Observed, roundings: dict[str, SoftRounding], settings: Settings, name: str, seed: int
+    observed: Observed, roundings: dict[str, SoftRounding], settings: LearningSettings, name: str, seed: int
 ) -> None:
     """Learn `v` of all roundings (layer name -> rounding). The same arguments give the same bytes."""
     linears = {layer: observed.block.get_submodule(path) for layer, path in observed.names.items()}

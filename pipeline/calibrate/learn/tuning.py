@@ -41,7 +41,7 @@ Shapes = tuple[tuple[str, tuple[int, ...]], ...]  # of one sample of each input,
 
 
 @dataclass(frozen=True)
-class Settings:
+class TuningSettings:
     """How to tune. learning_rate: of the branches; router_rate: of the router; batch: samples per iteration."""
 
     iterations: int
@@ -71,11 +71,11 @@ class Tuner:
         calls: Sequence[Call],
         weights: Sequence[Sequence[float]],
         branches: Branches,
-        settings: Settings,
+        settings: TuningSettings,
     ) -> None:
         _refuse_too_large(sum(4 * layer.out_features * layer.in_features for layer in layers), "weights in float32")
         self.settings, self.gates = settings, Gates()
-        self.batches = Batches(model, calls, weights, settings)
+        self.batches = TuningBatches(model, calls, weights, settings)
         floats = {ref.name: ref.module.weight.detach() for ref in model.linears()}
         self.parts = [
             BranchedLinear(layer, floats[layer.name].float(), branches, self.gates, _seed(settings.seed, layer.name))
@@ -178,14 +178,14 @@ class Tuner:
         return iteration
 
 
-class Batches:
+class TuningBatches:
     """Random batches over all calls of one shape: inputs, the float model's prediction, and the loss's weight.
 
     A batch depends on the seed and the iteration alone, so that a resumed run draws the same.
     """
 
     def __init__(
-        self, model: LoadedModel, calls: Sequence[Call], weights: Sequence[Sequence[float]], settings: Settings
+        self, model: LoadedModel, calls: Sequence[Call], weights: Sequence[Sequence[float]], settings: TuningSettings
     ) -> None:
         self.calls, self.weights, self.settings = list(calls), list(weights), settings
         self.shared = model.shared

@@ -14,7 +14,7 @@ from export.formats.format import Format, get_format
 from pipeline.calibrate.balance import InputMap
 from pipeline.calibrate.blocks import Tensors
 from pipeline.calibrate.learn.adaround import Schedule, SoftRounding
-from pipeline.calibrate.learn.reconstruct import Settings, reconstruct
+from pipeline.calibrate.learn.reconstruct import LearningSettings, reconstruct
 from pipeline.calibrate.memory import BlockSize, Sizes, rounding_bytes
 from pipeline.calibrate.method import Method, Unit
 from pipeline.calibrate.methods.fp4dit import better
@@ -99,13 +99,13 @@ class StaticBaseline(Baseline):
         mapped = ([maps[one.name].layer(one) if one.name in maps else one for one in some] for some in (bases, learned))
         return better(unit.observed, unit.name, *mapped)
 
-    def settings(self) -> Settings:
+    def settings(self) -> LearningSettings:
         """Those of AdaRound; 0 iterations for none."""
         options = self.context.options
         iterations, rate = int(options["iterations"]), float(options["lr"])
         if iterations < 0 or rate <= 0:
             raise RecipeError(f"calibrate.options: iterations {iterations} must not be negative, lr {rate} be above 0")
-        return Settings(Schedule(iterations), rate, float(options["strength"]), int(options["batch"]))
+        return LearningSettings(Schedule(iterations), rate, float(options["strength"]), int(options["batch"]))
 
 
 class MappedRounding(SoftRounding):

@@ -24,7 +24,7 @@ from export.errors import RecipeError
 from pipeline.calibrate.blocks import Observed
 from pipeline.calibrate.groups.space import from_text, with_sizes
 from pipeline.calibrate.learn.adaround import Quadratic, Schedule, SoftRounding, learn_layer
-from pipeline.calibrate.learn.reconstruct import Settings, output_loss, reconstruct
+from pipeline.calibrate.learn.reconstruct import LearningSettings, output_loss, reconstruct
 from pipeline.calibrate.memory import BlockSize, Sizes, layer_rounding_bytes, rounding_bytes
 from pipeline.calibrate.method import Method, Unit
 from pipeline.calibrate.methods.rtn import float_weight, quantize_linear
@@ -57,14 +57,16 @@ class BlockRounding(Method):
     def rounding(self, plan: LayerPlan, base: QuantizedLinear) -> SoftRounding:
         return SoftRounding(torch.from_numpy(float_weight(plan)), base, self.scale_aware)
 
-    def settings(self) -> Settings:
+    def settings(self) -> LearningSettings:
         """The options. Raises RecipeError for those that learn nothing."""
         options = self.context.options
         for key in ("iterations", "lr", "batch"):
             if float(options.get(key, 1)) <= 0:
                 raise RecipeError(f"calibrate.options.{key} {options[key]} must be above 0; method=rtn learns nothing")
         schedule = Schedule(int(options["iterations"]))
-        return Settings(schedule, float(options["lr"]), float(options["strength"]), int(options.get("batch", 1)))
+        return LearningSettings(
+            schedule, float(options["lr"]), float(options["strength"]), int(options.get("batch", 1))
+        )
 
 
 class ScaleAwareRounding(BlockRounding):
@@ -90,7 +92,7 @@ class LayerRounding(BlockRounding):
         return learned_layer(rounding, quadratic, self.settings())
 
 
-def learned_layer(rounding: SoftRounding, quadratic: Quadratic, settings: Settings) -> QuantizedLinear:
+def learned_layer(rounding: SoftRounding, quadratic: Quadratic, settings: LearningSettings) -> QuantizedLinear:
     """The layer with rounding learned on its own output, or its base where that is no worse."""
     learn_layer(rounding, quadratic, settings.schedule, settings.learning_rate, settings.strength)
     nearest, learned = rounding.base, rounding.layer()

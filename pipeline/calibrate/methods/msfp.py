@@ -88,7 +88,7 @@ class Msfp(Baseline):
             return layers
         from pipeline.calibrate.learn.dfa import loss_weights
         from pipeline.calibrate.learn.talora import Branches
-        from pipeline.calibrate.learn.tuning import Settings, Tuner
+        from pipeline.calibrate.learn.tuning import Tuner, TuningSettings
         from pipeline.generate.case import make_case
         from pipeline.generate.sampling import make_sampler
 
@@ -98,7 +98,7 @@ class Msfp(Baseline):
         steps = [call.step for call in data.calls]
         weights = loss_weights(sampler, steps, self.context.recipe.sampling.guidance_scale, bool(options["use_dfa"]))
         branches = Branches(int(options["lora_count"]), int(options["lora_rank"]), str(options["lora_init"]))
-        settings = Settings(
+        settings = TuningSettings(
             iterations=int(options["iterations"]),
             learning_rate=float(options["lr"]),
             router_rate=float(options["router_lr"]),

@@ -25,7 +25,7 @@ from export.formats.format import get_format
 from pipeline.calibrate.blocks import BlockRunner, Tensors, group_by_block
 from pipeline.calibrate.groups.candidates import Candidates, store_layers
 from pipeline.calibrate.groups.proxy import ProxyScore
-from pipeline.calibrate.groups.search import Settings, Space, search
+from pipeline.calibrate.groups.search import SearchSettings, Space, search
 from pipeline.calibrate.groups.space import from_text, layer_sizes, make_space, to_text, with_sizes
 from pipeline.calibrate.learn import gptq
 from pipeline.calibrate.memory import BlockSize, Sizes, gptq_bytes
@@ -144,7 +144,7 @@ class QDit(Method):
         return gptq.learned_linear(plan, inputs, self.context.recipe, options, **fields)
 
 
-def search_settings(options: Mapping[str, Scalar], seed: int) -> Settings:
+def search_settings(options: Mapping[str, Scalar], seed: int) -> SearchSettings:
     """How the options say to search."""
     generations, population, workers = (int(options[name]) for name in ("generations", "population", "workers"))
-    return Settings(generations, population, float(options["mutation"]), seed, workers)
+    return SearchSettings(generations, population, float(options["mutation"]), seed, workers)
