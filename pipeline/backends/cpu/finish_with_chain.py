@@ -70,8 +70,8 @@ def _attention(inputs: Mapping[str, ir.Value], name: str, like: ir.Node, scale: 
 
 
 def _attention_misfit(q: ir.Value, keys: ir.Value, v: ir.Value, mask: ir.Value | None) -> str | None:
-    """Why the kernel library's attention does not take q [B, H, S, D], keys [B, H, D, T], v [B, H, T, D] and a mask that
-    fits [B, H, S, T], as far as shapes are known; None if it does. It broadcasts the mask alone."""
+    """Why the kernel library's attention does not take q [B, H, S, D], keys [B, H, D, T], v [B, H, T, D] and a mask
+    that fits [B, H, S, T], as far as shapes are known; None if it does. It broadcasts the mask alone."""
     if any(value.dtype not in (None, FLOAT.dtype) for value in (q, keys, v)):
         return "its operands are not float32"
     (b, h, s, d), (b_k, h_k, d_k, t), of_values = (tuple(value.shape or ()) for value in (q, keys, v))
