@@ -61,14 +61,16 @@ def attention_around(softmax: ir.Node) -> AttentionNodes | str:
 
 # (inputs q, k, v and, where there is one, mask, by these names; name; the node that it stands for; scale) -> a node.
 MakeAttention = Callable[[Mapping[str, ir.Value], str, ir.Node, float], ir.Node]
+# (q, k', v, mask) -> why the target's op does not take them, None if it does.
+Misfit = Callable[[ir.Value, ir.Value, ir.Value, ir.Value | None], str | None]
 
 
 class FuseAttention(RewritePass):
     """An attention -> the node that `make` makes of it; constant factors of q and k' become its scale."""
 
-    def __init__(self, make: MakeAttention) -> None:
+    def __init__(self, make: MakeAttention, misfit: Misfit | None = None) -> None:
         super().__init__()
-        self.make = make
+        self.make, self.misfit = make, misfit
 
     def rewrite(self, model: ir.Model) -> None:
         for node in list(model.graph):
@@ -87,6 +89,9 @@ class FuseAttention(RewritePass):
         if any(value.shape is None or value.shape.rank() != 4 for value in (q, keys, v)):
             self.refuse(softmax.name, "its operands are not [batch, heads, tokens, channels]")
             return
+        if self.misfit and (why := self.misfit(q, keys, v, nodes.mask)):
+            self.refuse(softmax.name, why)
+            return
         inputs = {"q": q, "k": _turned(GraphBuilder(graph, nodes.mixed, prefix), keys), "v": v}
         if nodes.mask is not None:
             inputs["mask"] = nodes.mask
@@ -99,7 +104,7 @@ def _unscaled(value: ir.Value) -> tuple[ir.Value, float]:
     product = produced_by(value, "Mul")
     for factor in product.inputs if product else ():
         array = constant(factor)
-        if product and factor is not None and array is not None and array.size == 1:
+        if product and factor is not None and array is not None and array.size == 1 and array.ndim <= 4:
             return other_input(product, factor), float(array.reshape(-1)[0])
     return value, 1.0
 
@@ -108,7 +113,7 @@ def _turned(build: GraphBuilder, keys: ir.Value) -> ir.Value:
     """Keys [B, H, T, D] for `keys` [B, H, D, T]; two transpositions become one."""
     before, perm = produced_by(keys, "Transpose"), [0, 1, 3, 2]
     if before is not None:
-        first = list(attribute(before, "perm"))
+        first = list(attribute(before, "perm", (3, 2, 1, 0)))
         perm, keys = [first[axis] for axis in perm], inputs_of(before).data
     if perm == [0, 1, 2, 3]:
         return keys

@@ -49,7 +49,7 @@ typedef struct Loops {
 #undef LANES
 #undef TARGET
 
-#define TARGET __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,fma,prefer-vector-width=512")))
+#define TARGET __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,fma")))
 #define LANES 16
 #define NAME(x) avx512_##x
 #include "attention_tiles.h"
@@ -81,7 +81,7 @@ static int64_t lay_out(int64_t size, float *memory, Scratch *scratch) {
   int64_t wide = filled(size, MAX_LANES), used = 0;
   int64_t sizes[] = {QUERIES * size, size * KEYS, KEYS * wide, QUERIES * KEYS, QUERIES * wide, QUERIES, QUERIES};
   float *parts[7];
-  for (int i = 0; i < 7; i++) parts[i] = memory + used, used += filled(sizes[i], MAX_LANES);
+  for (int i = 0; i < 7; i++) parts[i] = memory ? memory + used : NULL, used += filled(sizes[i], MAX_LANES);
   if (scratch) *scratch = (Scratch){parts[0], parts[1], parts[2], parts[3], parts[4], parts[5], parts[6]};
   return used;
 }
@@ -127,7 +127,7 @@ void attention_block(
   lay_out(size, memory, &scratch);
   for (int64_t i = 0; i < count * size; i++) scratch.q[i] = q[i] * attention->scale;
   memset(scratch.sums, 0, (size_t)(count * wide) * sizeof(float));
-  for (int64_t row = 0; row < count; row++) scratch.largest[row] = -INFINITY, scratch.total[row] = 0;
+  for (int64_t row = 0; row < count; row++) scratch.largest[row] = -INFINITY, scratch.total[row] = attention->keys == 0;
   for (int64_t key = 0; key < attention->keys; key += KEYS) {
     int64_t keys = attention->keys - key < KEYS ? attention->keys - key : KEYS, columns = filled(keys, use->lanes);
     const float *k = attention->k + (part * attention->keys + key) * size;

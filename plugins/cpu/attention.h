@@ -10,7 +10,7 @@ enum { QUERIES = 264, KEYS = 128 }; /* of a block: scores, keys and values of on
  * NULL for none; its element of (sample, head, query, key) is at the sum of these indices times mask_step.
  *
  * A score more than 87 below the largest of its query has the weight 0, so nothing denormal is multiplied. A query
- * whose scores are all minus infinity, or that meets NaN, gives NaN. */
+ * whose scores are all minus infinity, or that meets NaN, gives NaN; without any key, out is 0. */
 typedef struct Attention {
   const float *q, *k, *v, *mask;
   float *out;

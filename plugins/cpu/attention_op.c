@@ -27,7 +27,7 @@ static const char *check(const Tensor *in, Attention *attention) {
   if (q[3] <= 0) return "Attention: q has no channels";
   attention->samples = q[0], attention->heads = q[1], attention->queries = q[2], attention->size = q[3];
   attention->keys = k[2];
-  if (!in[MASK].rank) return NULL;
+  if (!in[MASK].data) return NULL;
   int64_t whole[] = {q[0], q[1], q[2], k[2]}, step = 1;
   if (in[MASK].rank > 4) return "Attention: mask has more than 4 dimensions";
   for (int axis = 3, at = (int)in[MASK].rank - 1; axis >= 0; axis--, at--) {
@@ -63,10 +63,10 @@ static Status *compute(void *data, KernelContext *context) {
   const char *wrong = check(in, attention);
   if (wrong) return invalid(api, wrong);
   attention->q = in[Q].data, attention->k = in[K].data, attention->v = in[V].data;
-  attention->mask = in[MASK].rank ? in[MASK].data : NULL;
+  attention->mask = in[MASK].data;
   TRY(make_output(api, context, 0, &in[Q], attention->size, 0, (void **)&attention->out));
   int64_t heads = attention->samples * attention->heads, queries = attention->queries;
-  if (!heads || !queries) return NULL;
+  if (!heads || !queries || !attention->out) return NULL;
   work.blocks = (queries + QUERIES - 1) / QUERIES;
   work.queries = ((queries + work.blocks - 1) / work.blocks + AT_ONCE - 1) / AT_ONCE * AT_ONCE;
   TRY(CALL(api, parallel_for)(context, run_block, (size_t)(heads * work.blocks), 0, &work));

@@ -8,6 +8,7 @@ belong to the user, and nobody else may write them. A bundle holds no code: it n
 
 from __future__ import annotations
 
+import ctypes
 import hashlib
 import logging
 import os
@@ -120,6 +121,8 @@ def build(path: Path, flags: tuple[str, ...] = (), sources: tuple[str, ...] = SO
         )
     except subprocess.TimeoutExpired as error:
         raise EnvironmentLacksError(f"{command[0]} does not end within {TIMEOUT_S} s; {REMEDY}") from error
+    except OSError as error:
+        raise EnvironmentLacksError(f"{command[0]} does not run ({error}); {REMEDY}") from error
     if done.returncode:
         lines = [line for line in done.stderr.splitlines() if "error" in line] or done.stderr.splitlines()
         raise EnvironmentLacksError(f"{command[0]} cannot compile the native ops ({' '.join(lines[:1])}); {REMEDY}")
@@ -140,6 +143,8 @@ def compiler_key(path: str) -> str:
         done = subprocess.run([path, "--version"], capture_output=True, check=False, timeout=TIMEOUT_S)
     except subprocess.TimeoutExpired as error:
         raise EnvironmentLacksError(f"{path} --version does not end within {TIMEOUT_S} s; {REMEDY}") from error
+    except OSError as error:
+        raise EnvironmentLacksError(f"{path} does not run ({error}); {REMEDY}") from error
     return hashlib.sha256(os.path.realpath(path).encode() + b"\0" + done.stdout).hexdigest()[:16]
 
 
@@ -197,12 +202,20 @@ def path_of_library() -> Path:
 
 
 def problem() -> str | None:
-    """Why there is no library here, None if there is one, compiled now if need be."""
+    """Why there is no library here, None if there is one that loads, compiled now if need be."""
     try:
-        path_of_library()
+        path = path_of_library()
     except EnvironmentLacksError as error:
         return str(error)
+    try:
+        ctypes.CDLL(str(path.resolve()))
+    except OSError as error:  # a folder without the right to run code, for one
+        return _not_loaded(path, error)
     return None
+
+
+def _not_loaded(path: Path, error: Exception) -> str:
+    return f"{path} does not load here ({error}); remove it, it is then made again"
 
 
 def _compiled(path: Path) -> Path:
@@ -221,7 +234,10 @@ def _compiled(path: Path) -> Path:
     except OSError as error:
         logger.warning("the kernel library cannot be kept in %s (%s); it is compiled again next time", path, error)
     if path.name not in _UNCACHED:
-        _UNCACHED[path.name] = tempfile.TemporaryDirectory(prefix="ditc-")
+        try:
+            _UNCACHED[path.name] = tempfile.TemporaryDirectory(prefix="ditc-")
+        except OSError as error:
+            raise EnvironmentLacksError(f"the kernel library can be kept nowhere ({error}); set TMPDIR") from error
         build(Path(_UNCACHED[path.name].name) / NAME)
     return Path(_UNCACHED[path.name].name) / NAME
 
@@ -234,4 +250,4 @@ def register(options: SessionOptions, path: Path | None = None) -> None:
     try:
         options.register_custom_ops_library(str(path.resolve()))
     except Exception as error:  # onnxruntime raises its own classes, one for each cause
-        raise EnvironmentLacksError(f"{path} does not load here ({error}); remove it, it is then made again") from error
+        raise EnvironmentLacksError(_not_loaded(path, error)) from error

@@ -413,7 +413,7 @@ static int64_t lay_out(const PackedGemm *gemm, char *memory, Scratch *scratch) {
   int64_t block = k < K_BLOCK ? k : K_BLOCK, tail = k == gemm->k ? 0 : aligned(rows * k);
   int64_t sizes[] = {aligned(rows * PANEL * 4), aligned(block * PANEL), aligned(block / QUAD * 2 * PANEL * 2), tail, tail};
   void *parts[5];
-  for (int i = 0; i < 5; i++) parts[i] = memory + used, used += sizes[i];
+  for (int i = 0; i < 5; i++) parts[i] = memory ? memory + used : NULL, used += sizes[i];
   if (scratch) *scratch = (Scratch){parts[0], parts[1], parts[2], {parts[3], parts[4]}};
   return used;
 }

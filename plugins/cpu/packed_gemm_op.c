@@ -68,7 +68,7 @@ static Status *compute(void *data, KernelContext *context) {
   if (gemm->multipliers && in[MULTIPLIERS].count != work.panels * (gemm->k / gemm->group) * PANEL)
     return invalid(api, "PackedGemm: multipliers must be [panels, k / group_size, 16]");
   TRY(make_output(api, context, 0, &in[CODES], gemm->n, 0, (void **)&gemm->product));
-  if (!gemm->rows) return NULL;
+  if (!gemm->rows || !gemm->product) return NULL;
   int64_t rows = gemm->rows < MAX_ROWS ? gemm->rows : MAX_ROWS;
   work.panels_per_task = PRODUCTS_PER_TASK / (rows * gemm->k * PANEL) + 1;
   work.tasks_per_block = (work.panels + work.panels_per_task - 1) / work.panels_per_task;
@@ -85,6 +85,8 @@ static Status *create_kernel(const CustomOp *op, const Api *api, const KernelInf
   TRY(CALL(api, attribute_int)(info, "limb_weight", &limb_weight));
   TRY(CALL(api, attribute_int)(info, "largest_code", &largest_code));
   TRY(CALL(api, attribute_int)(info, "group_size", &options.group));
+  if (zero != (int32_t)zero || limb_weight != (int32_t)limb_weight || largest_code != (int32_t)largest_code)
+    return invalid(api, "PackedGemm: zero, limb_weight and largest_code must fit 32 bits");
   options.zero = (int32_t)zero, options.limb_weight = (int32_t)limb_weight;
   options.largest_code = (int32_t)largest_code;
   Kernel *kernel = malloc(sizeof *kernel);

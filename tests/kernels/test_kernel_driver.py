@@ -62,6 +62,19 @@ def machine(request):
     )
 
 
+@pytest.mark.parametrize("compiler", ["gcc", "clang"])
+def test_no_compiler_leaves_anything_out(compiler):
+    """Every source, all warnings on: an attribute that a compiler does not know would cost an instruction set."""
+    if shutil.which(compiler) is None:
+        pytest.skip(f"no {compiler}")
+    flags = [*library.FLAGS, *(library.X86_FLAGS if os.uname().machine == "x86_64" else ()), "-fsyntax-only"]
+    strict = ["-pedantic", "-Wall", "-Wextra", "-Wconversion", "-Werror", "-Wno-unused-command-line-argument"]
+    done = subprocess.run(
+        [compiler, *flags, *strict, *library.SOURCES], cwd=library.FOLDER, capture_output=True, check=False, timeout=120
+    )
+    assert done.returncode == 0, done.stderr.decode()[-2000:]
+
+
 def run(command, numbers, arrays, *arguments):
     """float32 results of the driver, None where this processor has no such variant."""
     data = np.array(numbers, np.int64).tobytes() + b"".join(np.ascontiguousarray(array).tobytes() for array in arrays)

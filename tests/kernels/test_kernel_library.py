@@ -187,6 +187,36 @@ def test_a_cache_that_cannot_be_written_costs_time_only(
     assert library.path_of_library() == path and len(made) == 1, "once for each process"
 
 
+def test_a_compiler_that_does_not_run_is_told_and_auto_is_stock(
+    cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fake = tmp_path / "cc"
+    fake.write_bytes(b"\x00 no program")
+    fake.chmod(0o755)
+    monkeypatch.setattr(library, "compiler", lambda: str(fake))
+    assert "does not run" in (library.problem() or "")
+    with pytest.raises(EnvironmentLacksError, match="does not run"):
+        library.build(tmp_path / library.NAME)
+    recipe = Recipe(name="test", model="none")
+    assert CpuBackend().options(CpuBackend().settled(recipe)).path == "stock"
+
+
+def test_a_library_that_does_not_load_makes_auto_stock(made: list[Path], cache: Path) -> None:
+    """As where code may not run from the cache's file system, or the compiler makes no library."""
+    assert "does not load here" in (library.problem() or "")
+    recipe = Recipe(name="test", model="none")
+    assert CpuBackend().options(CpuBackend().settled(recipe)).path == "stock"
+
+
+def test_where_nothing_can_be_kept_is_told(
+    made: list[Path], cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "cache").write_text("a file")
+    monkeypatch.setattr(library, "_UNCACHED", {})
+    monkeypatch.setattr(library.tempfile, "tempdir", str(tmp_path / "absent"))
+    assert "can be kept nowhere" in (library.problem() or "")
+
+
 def test_without_a_compiler_the_cached_one_serves(
     made: list[Path], cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -323,7 +353,7 @@ def test_what_builds_make_is_known() -> None:
 
 
 def test_auto_is_fused_where_a_library_can_be_had(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(library, "build", lambda path: path.write_text("a library"))
+    native.need_compiler()
     recipe = Recipe(name="test", model="none")
     assert CpuBackend().options(recipe).path == "auto"
     assert CpuBackend().options(CpuBackend().settled(recipe)).path == "fused"

@@ -119,6 +119,26 @@ def test_nothing_denormal_is_left_of_masked_scores():
         assert attend(q, k, v, scale=1.0).item() == pytest.approx(weight, rel=1e-6, abs=0)
 
 
+def test_no_keys_give_zero_and_a_mask_of_one_number_counts():
+    q, k, v = tensors((1, 2, 3, 0, 8))
+    assert np.array_equal(attend(q, k, v), np.zeros_like(q))
+    q, k, v = tensors((1, 2, 3, 4, 8))
+    assert np.isnan(attend(q, k, v, np.array(np.nan, np.float32))).all()
+
+
+def test_a_result_that_nobody_reads_is_not_written():
+    names = ("q", "k", "v")
+    values = [ir.Value(name=name, type=FLOAT) for name in names]
+    node = ir.Node(DOMAIN, "Attention", values, [ir.AttrFloat32("scale", 0.5)], name="attention")
+    node.outputs[0].name, node.outputs[0].type = "", FLOAT
+    other = ir.Node("", "Neg", [values[0]], name="other")
+    other.outputs[0].name, other.outputs[0].type = "y", FLOAT
+    imports = {"": 21, DOMAIN: VERSION}
+    graph = ir.Graph(values, other.outputs, nodes=[node, other], opset_imports=imports, name="g")
+    feeds = dict(zip(names, tensors((1, 1, 3, 4, 8)), strict=True))
+    assert np.array_equal(native.run(ir.Model(graph, ir_version=10), feeds)[0], -feeds["q"])
+
+
 @pytest.mark.parametrize(
     "change, message",
     [

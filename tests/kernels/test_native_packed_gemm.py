@@ -124,6 +124,9 @@ def test_the_fastest_variant_is_chosen_and_an_unknown_one_refused():
     "change, message",
     [
         ({"largest_code": 256}, "largest_code must be that of a byte"),
+        ({"largest_code": 2**32 + 5}, "must fit 32 bits"),
+        ({"zero": 2**40}, "must fit 32 bits"),
+        ({"limb_weight": -(2**31) - 1}, "must fit 32 bits"),
         ({"group_size": 12}, "group_size must be a multiple of 8"),
         ({"group_size": 24}, "group_size must be a multiple of 8"),
         ({"group_size": 8}, "multipliers must be"),
@@ -137,6 +140,19 @@ def test_what_would_not_be_exact_is_refused(change, message):
     node.attributes.update({name: ir.AttrInt64(name, value) for name, value in change.items()})
     with pytest.raises(Exception, match=message):
         native.run(model, {"h": np.zeros((2, 64), np.uint8)})
+
+
+def test_a_product_that_nobody_reads_is_not_made():
+    gemm = linear("E2M1", "E2M3", "exact_group", 16, 16, 64)
+    model = product_model(gemm, operands(gemm, 2)[0])
+    node = next(node for node in model.graph if node.domain == DOMAIN)
+    node.outputs[0].name = ""
+    copy = ir.Node("", "Identity", [model.graph.inputs[0]], name="copy")
+    copy.outputs[0].name, copy.outputs[0].type = "y", model.graph.inputs[0].type
+    model.graph.append(copy)
+    model.graph.outputs[:] = copy.outputs
+    codes = np.ones((2, 64), np.uint8)
+    assert np.array_equal(native.run(model, {"h": codes})[0], codes)
 
 
 def test_tables_whose_pairs_leave_16_bits_are_refused():

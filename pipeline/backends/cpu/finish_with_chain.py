@@ -54,7 +54,8 @@ HEADS_FIRST, HEADS_LAST, SWAPPED = (0, 2, 1, 3), (0, 2, 3, 1), (0, 1, 3, 2)
 
 def finish_with_chains(model: ir.Model) -> list[RewritePass]:
     """Run the passes on a graph whose quantizers are chains, in place."""
-    passes: list[RewritePass] = [FuseAttention(_attention), AbsorbEpilogues(), JoinChains(), MoveHeads()]
+    attention = FuseAttention(_attention, _attention_misfit)
+    passes: list[RewritePass] = [attention, AbsorbEpilogues(), JoinChains(), MoveHeads()]
     for rewrite in passes:
         rewrite(model)
     if any(node.domain == DOMAIN for node in model.graph):
@@ -66,6 +67,26 @@ def _attention(inputs: Mapping[str, ir.Value], name: str, like: ir.Node, scale: 
     """Attention of the kernel library, see plugins/cpu/attention.h."""
     ordered = [inputs.get(port) for port in ("q", "k", "v", "mask")]
     return new_node(DOMAIN, "Attention", ordered, name, {"scale": scale}, 1, like.metadata_props)
+
+
+def _attention_misfit(q: ir.Value, keys: ir.Value, v: ir.Value, mask: ir.Value | None) -> str | None:
+    """Why the kernel library's attention does not take q [B, H, S, D], keys [B, H, D, T], v [B, H, T, D] and a mask
+    that fits [B, H, S, T], as far as shapes are known; None if it does. It broadcasts the mask alone."""
+    if any(value.dtype not in (None, FLOAT.dtype) for value in (q, keys, v)):
+        return "its operands are not float32"
+    (b, h, s, d), (b_k, h_k, d_k, t), of_values = (tuple(value.shape or ()) for value in (q, keys, v))
+    if any(map(_unlike, (b, h, d, b, h, t, d), (b_k, h_k, d_k, *of_values))):
+        return "its operands differ in batch, heads or channels"
+    sizes = tuple(mask.shape) if mask is not None and mask.shape is not None else ()
+    aligned = zip(reversed(sizes), (t, s, h, b), strict=False)
+    if len(sizes) > 4 or any(size != 1 and _unlike(size, whole) for size, whole in aligned):
+        return "its mask is larger than its scores"
+    return None
+
+
+def _unlike(size: int | ir.SymbolicDim, other: int | ir.SymbolicDim) -> bool:
+    """Are these known to be two sizes? One that has a name is not the constant 1."""
+    return size != other and (1 in (size, other) or (isinstance(size, int) and isinstance(other, int)))
 
 
 # --- quantizers -------------------------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 from collections import Counter
 
 import numpy as np
+import onnx
 import onnx_ir as ir
 import pytest
 from onnx_ir.passes.common import LiftConstantsToInitializersPass
@@ -309,6 +310,44 @@ ATTENTION = """
   joined = Reshape(turned, whole)
   y = fpq.QuantizedLinear <layer="d"> (joined)
 """
+
+
+TURN = "kt = Transpose <perm = [0, 1, 3, 2]> (k)\n"
+MASKED = "s = MatMul(q, kt)\n a = Add(s, m)\n p = Softmax(a)\n y = MatMul(p, v)"
+OTHER_RANK = "c = Constant <value = float[1,1,1,1,1] {0.5}> ()\n x = Mul(q, c)\n"
+UNLIKE = "its operands differ in batch, heads or channels"
+
+
+@pytest.mark.parametrize(
+    "q, k, v, m, y, body, reason",
+    [
+        ("[B,3,S,8]", "[B,3,T,8]", "[B,3,T,8]", "[S,1]", "[B,3,S,8]", TURN + MASKED, None),
+        ("[B,3,S,8]", "[B,3,T,8]", "[B,3,T,8]", "", "[B,3,S,8]", TURN + MASKED, None),
+        ("[B,3,S,8]", "[T,8,3,B]", "[B,3,T,8]", "[T]", "[B,3,S,8]", "kt = Transpose(k)\n" + MASKED, None),
+        ("[B,3,S,8]", "[B,1,T,8]", "[B,1,T,8]", "[T]", "[B,3,S,8]", TURN + MASKED, UNLIKE),
+        ("[B,3,S,8]", "[1,3,T,8]", "[1,3,T,8]", "[T]", "[B,3,S,8]", TURN + MASKED, UNLIKE),
+        ("[B,3,S,8]", "[B,3,T,8]", "[B,3,T,9]", "[T]", "[B,3,S,9]", TURN + MASKED, UNLIKE),
+        ("[1,3,S,8]", "[1,3,T,8]", "[1,3,T,8]", "[B,1,1,T]", "[B,3,S,8]", TURN + MASKED, "its mask is larger"),
+        ("[B,3,S,8]", "[B,3,T,8]", "[B,3,T,8]", "[1,1,1,1,T]", "[1,B,3,S,8]", TURN + MASKED, "its mask is larger"),
+        ("[B,3,S,8]", "[B,3,T,8]", "[B,3,T,8]", "[T]", "[1,B,3,S,8]",
+         OTHER_RANK + TURN + MASKED.replace("(q,", "(x,"), "its operands are not [batch"),
+    ],
+)  # fmt: skip
+def test_only_attentions_that_the_library_computes_become_its_op(q, k, v, m, y, body, reason):
+    """The others stay in onnxruntime's own ops, which broadcast more."""
+    inputs = ", ".join(f"float{shape} {name}" for name, shape in zip("qkvm", (q, k, v, m), strict=True))
+    text = f'<ir_version: 10, opset_import: ["" : 21]>\ng ({inputs}) => (float{y} y) {{\n{body}\n}}'
+    model = ir.from_proto(onnx.shape_inference.infer_shapes(ir.to_proto(ir.from_onnx_text(text))))
+    rng, sizes = np.random.default_rng(0), {"B": 2, "S": 5, "T": 7}
+    feeds = {}
+    for value in model.graph.inputs:
+        shape = [size if isinstance(size, int) else sizes[size.value] for size in value.shape]
+        feeds[value.name] = np.asarray(rng.standard_normal(shape), np.float32)
+    before = run(model, feeds)[0]
+    attention, *_ = finish_with_chains(model)
+    assert attention.fired == (reason is None)
+    assert [refusal.reason.startswith(reason) for refusal in attention.refusals] == ([] if reason is None else [True])
+    np.testing.assert_allclose(native.run(model, feeds)[0], before, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.kernels
