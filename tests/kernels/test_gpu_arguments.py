@@ -60,13 +60,13 @@ def inputs(rows: int, samples: int) -> dict[str, torch.Tensor]:
 def test_it_is_launched(added: Kernel, monkeypatch: pytest.MonkeyPatch, interpreter: None) -> None:
     passed: dict[str, Any] = {}
     monkeypatch.setattr(launch, "run", lambda row, spec, tile, rows, sm, arguments: passed.update(arguments))
-    given = inputs(6, 2)
-    launch.packed_gemm(GATED, **given, tokens=3, expand_first=False)
-    assert passed["gain"] is given["gain"] and (passed["M"], passed["tokens"]) == (6, 3)
+    tensors = inputs(6, 2)
+    launch.packed_gemm(GATED, **tensors, tokens=3, expand_first=False)
+    assert passed["gain"] is tensors["gain"] and (passed["M"], passed["tokens"]) == (6, 3)
     with pytest.raises(ContractError, match=r"gain is missing; packed_gemm needs it as float32 \[96\]"):
-        launch.packed_gemm(GATED, **{**given, "gain": None}, tokens=3, expand_first=False)
+        launch.packed_gemm(GATED, **{**tensors, "gain": None}, tokens=3, expand_first=False)
     with pytest.raises(ContractError, match="gain given, which packed_gemm does not take for GemmSpec"):
-        named = {name: tensor for name, tensor in given.items() if name not in ("gate", "residual")}
+        named = {name: tensor for name, tensor in tensors.items() if name not in ("gate", "residual")}
         launch.packed_gemm(PLAIN, **named, expand_first=False)
 
 
@@ -76,26 +76,26 @@ def test_the_torch_op_has_it(added: Kernel, monkeypatch: pytest.MonkeyPatch) -> 
         "Tensor? gain=None" in op.schema
         and "gain" not in next(op for op in torch_ops.OPS if op.name == "expanded_gemm").schema
     )
-    given = inputs(6, 2)
-    first = tuple(given.pop(name) for name in op.inputs[0])
+    tensors = inputs(6, 2)
+    first = tuple(tensors.pop(name) for name in op.inputs[0])
     choices = {"activation": "E2M3", "weight": "E2M1", "group_size": 32, "multipliers": [1, 2, 3]}
     choices |= {"epilogue": "gate_residual", "output": "fp32", "tokens": 3}
     seen: dict[str, Any] = {}
     monkeypatch.setitem(
         torch_reference.REFERENCES, "packed_gemm", lambda spec, **named: (seen.update(named, spec=spec),)
     )
-    op.run(*first, **given, **choices)
-    assert seen["spec"] == GATED and seen["gain"] is given["gain"] and seen["tokens"] == 3
-    fake = op.fake(*first, **given, **choices)
+    op.run(*first, **tensors, **choices)
+    assert seen["spec"] == GATED and seen["gain"] is tensors["gain"] and seen["tokens"] == 3
+    fake = op.fake(*first, **tensors, **choices)
     assert isinstance(fake, torch.Tensor) and fake.shape == (6, 96) and fake.dtype == torch.float32
 
 
 def test_plugins_pass_it(added: Kernel, monkeypatch: pytest.MonkeyPatch) -> None:
     """TensorRT-RTX: types and the place at launch. TensorRT: the signature, and a name of its own."""
-    made = payload_of("packed_gemm", GATED)
-    assert ports_of(made).inputs[-1] == "float32" and len(ports_of(made).inputs) == 9
-    recording = RecordingDriver(types=made.variants[0].types)
-    launcher = Launcher(made, recording)
+    payload = payload_of("packed_gemm", GATED)
+    assert ports_of(payload).inputs[-1] == "float32" and len(ports_of(payload).inputs) == 9
+    recording = RecordingDriver(types=payload.variants[0].types)
+    launcher = Launcher(payload, recording)
     launcher.prepare([*gemm_shapes(2, 50), (96,)])
     launcher.launch(range(11, 20), [99], stream=0)
     assert recording.launches[0][-1] == (*range(11, 20), 100, 50, 99, 0, 0)

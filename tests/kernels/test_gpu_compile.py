@@ -244,8 +244,8 @@ def test_several_processes(empty: Path, caplog: pytest.LogCaptureFixture) -> Non
         writer.start()
     seen = []
     while any(writer.is_alive() for writer in writers) or not seen:
-        found = compile.read_entry("k")
-        seen += [] if found is None else [found]
+        entry = compile.read_entry("k")
+        seen += [] if entry is None else [entry]
     assert all(writer.exitcode == 0 for writer in writers) and not caplog.records
     assert all(len(value) == 10_000 and len(set(value)) == 1 for value in seen)
     assert [path.name for path in empty.iterdir()] == ["k"]
@@ -275,8 +275,8 @@ def test_old_triton(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_missing_tools(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(compile, "tool", lambda name: Path("/nowhere") / name)
-    found = compile.problems()
-    assert len(found) == 2 and found[0].startswith("/nowhere/ptxas of triton") and "reinstall triton" in found[0]
+    texts = compile.problems()
+    assert len(texts) == 2 and texts[0].startswith("/nowhere/ptxas of triton") and "reinstall triton" in texts[0]
     with pytest.raises(EnvironmentLacksError, match=r"/nowhere/cuobjdump does not run .*; reinstall triton"):
         compile.cuobjdump(b"", "-sass")
 

@@ -74,8 +74,8 @@ def test_resources(built: dict[Any, Compiled], case: Any) -> None:
 
 @pytest.mark.parametrize("case", FLOATS, ids=str)
 def test_fp8_tensor_cores(built: dict[Any, Compiled], case: tuple[str, int]) -> None:
-    found = {name for name in {*FP8.values(), *FP16.values()} if count(built[case], name + ".", name)}
-    assert found == {FP8[case[1]]}
+    instructions = {name for name in {*FP8.values(), *FP16.values()} if count(built[case], name + ".", name)}
+    assert instructions == {FP8[case[1]]}
 
 
 @pytest.mark.parametrize("case", INTEGERS, ids=str)

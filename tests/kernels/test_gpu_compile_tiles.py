@@ -39,15 +39,15 @@ def most_registers(request: Request) -> int:
 
 def choices(sm: int, integers: bool) -> dict[Any, Request]:
     """The tiles chosen for the models' shapes, each with the first shape that takes it, without splits."""
-    found: dict[Any, Request] = {}
+    requests: dict[Any, Request] = {}
     for shape in gemm_shapes():
         spec = replace(SPEC, in_features=shape.k, out_features=shape.n, integers=integers)
         first = tiles.expands_first(spec, shape.m, sm)
         name = tiles.EXPANDED if first else tiles.PACKED
         tile = replace(tiles.gemm_tile(name, spec, shape.m, sm, may_split=True), splits=1)
         case = (name, sm, "int8" if integers else "fp8", f"{tile.m}x{tile.n}x{tile.k}")
-        found.setdefault(case, chosen(kernel(name), spec, sm, tile))
-    return found
+        requests.setdefault(case, chosen(kernel(name), spec, sm, tile))
+    return requests
 
 
 def in_splits(sm: int) -> dict[Any, Request]:

@@ -39,8 +39,8 @@ Ways = tuple[tuple[int, bool], ...]
 WAYS: tuple[Ways, ...] = (((FP16, False), (FP8, True)), ((FP16, True), (FP8, False)))
 
 
-def assert_bits(found: np.ndarray, expected: np.ndarray, output: str = "fp32") -> None:
-    np.testing.assert_array_equal(found, stored(expected, output))
+def assert_bits(result: np.ndarray, expected: np.ndarray, output: str = "fp32") -> None:
+    np.testing.assert_array_equal(result, stored(expected, output))
 
 
 # --- codes and formats -----------------------------------------------------------------------------------------------
@@ -58,9 +58,9 @@ def test_every_pair_of_codes(activation: str, weight: str, sm: int) -> None:
     ones, bias = np.ones((16, 1), np.float32), np.zeros(16, np.float32)
     arrays = {"a": operand_bytes(activation)[a], "a_scale": np.ones(len(a), np.float32), "w": nibbles * 17}
     arrays = {**arrays, "w": arrays["w"][:, None].copy(), "w_scales": ones, "bias": bias}
-    found = run(spec, arrays, Tile(512, 16, 32, 4, 2), sm)
+    products = run(spec, arrays, Tile(512, 16, 32, 4, 2), sm)
     expected = get_format(activation).values[codes][:, None] * get_format(weight).values[nibbles]
-    assert_bits(found, np.concatenate([expected, expected]).astype(np.float32))
+    assert_bits(products, np.concatenate([expected, expected]).astype(np.float32))
 
 
 @pytest.mark.parametrize(
@@ -147,9 +147,9 @@ def test_expanding_first_changes_nothing(multipliers: tuple[int, ...], real_grou
 def test_many_tokens_expand_the_weight_first(monkeypatch: pytest.MonkeyPatch) -> None:
     spec = GemmSpec("E2M3", "E2M1", 64, 16, 64, MULTIPLIERS, output="fp32")
     arrays, calls = case(spec, 3), []
-    monkeypatch.setattr(launch.tiles, "expands_first", lambda *given: calls.append(given) or True)
+    monkeypatch.setattr(launch.tiles, "expands_first", lambda *call: calls.append(call) or True)
     monkeypatch.setattr(
-        launch, "expand", lambda *given, of=launch.expand, **named: calls.append(given) or of(*given, **named)
+        launch, "expand", lambda *call, of=launch.expand, **named: calls.append(call) or of(*call, **named)
     )
     assert_bits(run(spec, arrays), reference(spec, arrays))
     assert calls[0] == (spec, 3, 0) and calls[1][0] is spec
@@ -204,9 +204,9 @@ def test_real_groups(groups: tuple[int, int, int], multipliers: tuple[int, ...],
     y, size = exact(spec, arrays)
     for sm, expanded in ways:
         tile = Tile(16, 16, step, 4, 2, weights_first=not expanded)
-        found = run(spec, arrays, tile, sm, expanded=expanded)
+        result = run(spec, arrays, tile, sm, expanded=expanded)
         steps = spec.groups * -(-group // step)
-        assert (np.abs(found - y) <= (2 * steps + 2) * EPS * size).all()
+        assert (np.abs(result - y) <= (2 * steps + 2) * EPS * size).all()
 
 
 # --- epilogues and outputs -------------------------------------------------------------------------------------------
@@ -292,8 +292,8 @@ def test_promoted_sums(activation: str, multipliers: tuple[int, ...]) -> None:
     assert packed_constants(spec, tile, FP8)["OPERANDS"].PROMOTE > 0
     arrays = case(spec, 6)
     y, size = exact(spec, arrays)
-    found = run(spec, arrays, tile, FP8)
+    result = run(spec, arrays, tile, FP8)
     if activation == "E4M3":
-        assert (np.abs(found - y) <= (256 + 4) * EPS * size).all()
+        assert (np.abs(result - y) <= (256 + 4) * EPS * size).all()
     else:
-        assert_bits(found, reference(spec, arrays))
+        assert_bits(result, reference(spec, arrays))

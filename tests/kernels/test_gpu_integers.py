@@ -32,8 +32,8 @@ WEIGHTS = ("E2M1", "E1M2", "E3M0", "INT4", "UE1M3", "UE2M2")
 PAIRS = list(zip(ACTIVATIONS, cycle(WEIGHTS), strict=False))
 
 
-def integers(activation: str = "E2M3", weight: str = "E2M1", k: int = 64, n: int = 21, *rest: Any, **given: Any) -> Any:
-    return GemmSpec(activation, weight, k, n, *rest, **{"output": "fp32", "integers": True, **given})
+def integers(activation: str = "E2M3", weight: str = "E2M1", k: int = 64, n: int = 21, *rest: Any, **named: Any) -> Any:
+    return GemmSpec(activation, weight, k, n, *rest, **{"output": "fp32", "integers": True, **named})
 
 
 def assert_reference(spec: GemmSpec, m: int, tile: Tile | None = None, seed: int = 0) -> None:
@@ -54,9 +54,9 @@ def test_every_pair_of_codes(activation: str, weight: str) -> None:
     arrays = {"a": operand_bytes(activation, True)[a], "a_scale": np.ones(len(a), np.float32)}
     arrays |= {"w": (nibbles * 17)[:, None].copy(), "w_scales": np.ones((16, 1), np.float32)}
     arrays |= {"bias": np.zeros(16, np.float32)}
-    found = run(integers(activation, weight, 2, 16), arrays, Tile(512, 16, 32, 4, 2))
+    products = run(integers(activation, weight, 2, 16), arrays, Tile(512, 16, 32, 4, 2))
     expected = get_format(activation).values[codes][:, None] * get_format(weight).values[nibbles]
-    np.testing.assert_array_equal(found, np.concatenate([expected, expected]).astype(np.float32))
+    np.testing.assert_array_equal(products, np.concatenate([expected, expected]).astype(np.float32))
 
 
 @pytest.mark.parametrize(("activation", "weight"), list(zip(reversed(ACTIVATIONS), cycle(WEIGHTS), strict=False)))
@@ -79,8 +79,8 @@ def test_multipliers_and_real_groups(k: int, group: int) -> None:
     arrays = case(spec, 9)
     floats = arrays | {"a": operand_bytes("E2M3")[arrays["codes"]]}
     for expanded in (False, True):
-        found = run(spec, arrays, SMALL, expanded=expanded)
-        np.testing.assert_array_equal(found, run(replace(spec, integers=False), floats, SMALL, expanded=expanded))
+        result = run(spec, arrays, SMALL, expanded=expanded)
+        np.testing.assert_array_equal(result, run(replace(spec, integers=False), floats, SMALL, expanded=expanded))
 
 
 def test_sums_that_no_float32_holds_are_rounded_once() -> None:
@@ -118,7 +118,7 @@ def test_integer_formats_take_int8_tensor_cores_by_themselves() -> None:
 
 
 @pytest.mark.parametrize(
-    ("given", "message"),
+    ("arguments", "message"),
     [
         (("E3M2", "E2M1"), r"E3M2 does not embed in INT8 \(its largest integer is 448\); use FP8 operands"),
         (("E2M3", "UE3M1"), "weights in UE3M1 times 1, 64 input channels: INT8 operands take integers up to 127"),
@@ -126,9 +126,9 @@ def test_integer_formats_take_int8_tensor_cores_by_themselves() -> None:
         (("INT8", "E3M0", 2**19, 8), r"524288 input channels: .* sums below 2\^31; use FP8 operands"),
     ],
 )
-def test_what_does_not_fit_is_refused(given: tuple[Any, ...], message: str) -> None:
+def test_what_does_not_fit_is_refused(arguments: tuple[Any, ...], message: str) -> None:
     with pytest.raises(RecipeError, match=message):
-        integers(*given)
+        integers(*arguments)
 
 
 @pytest.mark.parametrize("before", ["none", "gelu", "norm_modulate"])
@@ -138,10 +138,10 @@ def test_quantizers_write_images(name: str, before: Any) -> None:
     rng = np.random.default_rng(3)
     x = (rng.standard_normal((6, 72)) * np.logspace(-3, 3, 6)[:, None]).astype(np.float32)
     extra = {"shift": x[:2] / 3, "scale": x[2:4] / 7} if before == "norm_modulate" else {}
-    given = {key: tensor(value.copy()) for key, value in extra.items()}
+    modulation = {key: tensor(value.copy()) for key, value in extra.items()}
     sizes = {"tokens": 3} if extra else {}
-    codes, scales = launch.quantize(spec, tensor(x), **given, **sizes)
-    floats, float_scales = launch.quantize(replace(spec, integers=False), tensor(x), **given, **sizes)
+    codes, scales = launch.quantize(spec, tensor(x), **modulation, **sizes)
+    floats, float_scales = launch.quantize(replace(spec, integers=False), tensor(x), **modulation, **sizes)
     image_of = dict(zip(operand_bytes(name).tolist(), operand_bytes(name, True).view(np.int8).tolist(), strict=True))
     assert codes.view(torch.int8).tolist() == [[image_of[byte] for byte in row] for row in floats.tolist()]
     assert torch.equal(scales, float_scales)
@@ -157,6 +157,6 @@ def test_expanded_bytes_are_images(weight: str) -> None:
     spec = integers("E2M3", weight, 96, 7, 48, multipliers)
     arrays = case(spec, 1)
     codes = arrays.get("multiplier_codes")
-    found = launch.expand(spec, tensor(arrays["w"]), multiplier_codes=None if codes is None else tensor(codes))
-    np.testing.assert_array_equal(found.numpy(), expand(spec, arrays["w"], codes)[0])
-    assert spec.multiplies_integers and found.view(torch.int8).abs().max() <= 120
+    images = launch.expand(spec, tensor(arrays["w"]), multiplier_codes=None if codes is None else tensor(codes))
+    np.testing.assert_array_equal(images.numpy(), expand(spec, arrays["w"], codes)[0])
+    assert spec.multiplies_integers and images.view(torch.int8).abs().max() <= 120

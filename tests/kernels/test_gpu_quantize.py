@@ -101,8 +101,8 @@ def test_a_broken_token_stays_broken_and_alone(bad: float, position: int) -> Non
     x[1, position] = bad
     codes, scales = quantize(spec, x)
     assert torch.isnan(scales[1]) and not codes[1].any()
-    for found, before in zip((codes, scales), healthy, strict=True):
-        assert (found[[0, 2]] == before[[0, 2]]).all()
+    for after, before in zip((codes, scales), healthy, strict=True):
+        assert (after[[0, 2]] == before[[0, 2]]).all()
 
 
 def test_results_go_where_the_caller_says() -> None:
@@ -110,9 +110,9 @@ def test_results_go_where_the_caller_says() -> None:
     spec = QuantizeSpec("INT8", 20, input="fp32")
     x = torch.randn(3, 20)
     codes, scales = torch.full((3, 20), 255, dtype=torch.uint8), torch.zeros(3)
-    found = quantize(spec, x, codes=codes, scales=scales)
-    assert found[0] is codes and found[1] is scales
-    assert_equal(found, expected(spec, x=x))
+    outputs = quantize(spec, x, codes=codes, scales=scales)
+    assert outputs[0] is codes and outputs[1] is scales
+    assert_equal(outputs, expected(spec, x=x))
     assert [tuple(t.shape) for t in quantize(spec, x[:0])] == [(0, 20), (0,)]
 
 

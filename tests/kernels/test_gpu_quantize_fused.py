@@ -20,7 +20,7 @@ pytestmark = [pytest.mark.kernels, pytest.mark.usefixtures("interpreter")]
 
 
 def assert_within(
-    spec: QuantizeSpec, found: tuple[torch.Tensor, torch.Tensor], y: np.ndarray, error: np.ndarray
+    spec: QuantizeSpec, outputs: tuple[torch.Tensor, torch.Tensor], y: np.ndarray, error: np.ndarray
 ) -> float:
     """y [M, C] float64, error: bound of the kernel's y. -> share of the codes that the bound decides.
 
@@ -30,11 +30,11 @@ def assert_within(
     fmt = get_format(spec.format)
     scale = np.maximum(np.abs(y).max(-1, keepdims=True), ABSMAX_FLOOR) / fmt.max_value
     worst = error.max(-1, keepdims=True) / fmt.max_value + 2 * U * scale
-    assert (np.abs(found[1].numpy()[:, None] - scale) <= worst).all()
+    assert (np.abs(outputs[1].numpy()[:, None] - scale) <= worst).all()
     moved = (error + np.abs(y) * worst / scale) / (scale - worst) + 2 * U * fmt.max_value
     of_byte = np.full(256, np.nan)
     of_byte[operand_bytes(spec.format)[encode(fmt, fmt.values)]] = decode(fmt, encode(fmt, fmt.values))
-    value = of_byte[found[0].numpy()]
+    value = of_byte[outputs[0].numpy()]
     low, high = (decode(fmt, encode(fmt, y / scale + sign * moved)) for sign in (-1, 1))
     assert ((low <= value) & (value <= high)).all()
     return float((low == high).mean())
@@ -76,13 +76,13 @@ def norm_case(channels: int, dtype: str, samples: int = 2, count: int = 3, offse
 def test_norm_modulate(name: str, channels: int, dtype: Any) -> None:
     spec = QuantizeSpec(name, channels, "norm_modulate", dtype)
     case = norm_case(channels, dtype)
-    found = quantize(spec, **case)
+    outputs = quantize(spec, **case)
     x, shift, scale = (case[key].double().numpy() for key in ("x", "shift", "scale"))
     y, error = norm_bound(x, np.repeat(1 + scale, 3, axis=0), np.repeat(shift, 3, axis=0), spec.epsilon)
-    decided = assert_within(spec, found, y, error)
+    decided = assert_within(spec, outputs, y, error)
     assert decided > 0.99, "the bound leaves so few codes open that equality is what is tested"
     codes, _ = expected(spec, **case)
-    assert (found[0].numpy() == codes).mean() >= decided
+    assert (outputs[0].numpy() == codes).mean() >= decided
 
 
 def test_norm_far_from_zero() -> None:
@@ -143,17 +143,17 @@ def test_gelu(name: str, channels: int, dtype: Any) -> None:
     rng = np.random.default_rng(channels)
     x = torch.from_numpy((rng.normal(size=(5, channels)) * [[1], [0.01], [8], [300], [0]]).astype(np.float32))
     x = x.to(DTYPES[dtype])
-    found = quantize(spec, x)
-    decided = assert_within(spec, found, *gelu_bound(x.double().numpy()))
+    outputs = quantize(spec, x)
+    decided = assert_within(spec, outputs, *gelu_bound(x.double().numpy()))
     assert decided > 0.99
-    assert (found[0].numpy() == expected(spec, x=x)[0]).mean() >= decided
-    assert found[1][4] == np.float32(ABSMAX_FLOOR) / np.float32(get_format(name).max_value)
+    assert (outputs[0].numpy() == expected(spec, x=x)[0]).mean() >= decided
+    assert outputs[1][4] == np.float32(ABSMAX_FLOOR) / np.float32(get_format(name).max_value)
 
 
 def test_gelu_of_negative_rows() -> None:
     """Where 1 + tanh loses all digits: the codes are still GELU's own, not zeros."""
     spec = QuantizeSpec("E2M3", 16, "gelu", "fp32")
     x = -torch.linspace(5.5, 7.5, 16)[None]
-    found = quantize(spec, x)
-    assert_within(spec, found, *gelu_bound(x.double().numpy()))
-    assert found[0].any()
+    outputs = quantize(spec, x)
+    assert_within(spec, outputs, *gelu_bound(x.double().numpy()))
+    assert outputs[0].any()

@@ -41,13 +41,13 @@ def static(scale: float, zero: float) -> dict[str, torch.Tensor]:
     return {"static_scale": torch.tensor([scale]), "static_zero": torch.tensor([zero])}
 
 
-def quantize_static(spec: QuantizeSpec, x: torch.Tensor, **given: Any) -> torch.Tensor:
-    (codes,) = quantize(spec, x, **given)
+def quantize_static(spec: QuantizeSpec, x: torch.Tensor, **arguments: Any) -> torch.Tensor:
+    (codes,) = quantize(spec, x, **arguments)
     return codes
 
 
-def reference(spec: QuantizeSpec, x: torch.Tensor, given: dict[str, torch.Tensor]) -> np.ndarray:
-    arrays = {name: tensor.numpy() for name, tensor in given.items()}
+def reference(spec: QuantizeSpec, x: torch.Tensor, grid: dict[str, torch.Tensor]) -> np.ndarray:
+    arrays = {name: tensor.numpy() for name, tensor in grid.items()}
     return kernel("quantize").reference(spec, x.float().numpy(), **arrays)[0]
 
 
@@ -57,24 +57,24 @@ def test_equals_the_reference(name: str, channels: int) -> None:
     """Every code, bit for bit: NaN has the code 0, what is out of range saturates, Inf among it."""
     spec = QuantizeSpec(name, channels, input="fp32", static=True)
     for scale, zero in SCALES:
-        x, given = torch.from_numpy(tokens(get_format(name), channels, scale, zero)), static(scale, zero)
-        np.testing.assert_array_equal(quantize_static(spec, x, **given), reference(spec, x, given), err_msg=f"{scale}")
+        x, grid = torch.from_numpy(tokens(get_format(name), channels, scale, zero)), static(scale, zero)
+        np.testing.assert_array_equal(quantize_static(spec, x, **grid), reference(spec, x, grid), err_msg=f"{scale}")
 
 
 @pytest.mark.parametrize("name", ["E2M3", "E4M3"])
 def test_the_hardware_conversion_gives_the_same_bytes(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(launch, "sm_of", lambda _: 89)
-    spec, given = QuantizeSpec(name, 130, input="fp32", static=True), static(0.037, 0.11)
+    spec, grid = QuantizeSpec(name, 130, input="fp32", static=True), static(0.037, 0.11)
     x = torch.from_numpy(tokens(get_format(name), 130, 0.037, 0.11))
-    np.testing.assert_array_equal(quantize_static(spec, x, **given), reference(spec, x, given))
+    np.testing.assert_array_equal(quantize_static(spec, x, **grid), reference(spec, x, grid))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_every_input_type_images_and_tiles(dtype: Any) -> None:
-    spec, given = QuantizeSpec("E2M3", 72, input=dtype, integers=True, static=True), static(0.5, 0.25)
+    spec, grid = QuantizeSpec("E2M3", 72, input=dtype, integers=True, static=True), static(0.5, 0.25)
     x = torch.randn(3, 72, generator=torch.Generator().manual_seed(0)).mul(3).to(DTYPES[dtype])
     for tile in (None, RowTile(64, 16, 1), RowTile(128, 0, 2)):
-        np.testing.assert_array_equal(quantize_static(spec, x, **given, tile=tile), reference(spec, x, given))
+        np.testing.assert_array_equal(quantize_static(spec, x, **grid, tile=tile), reference(spec, x, grid))
 
 
 @pytest.mark.parametrize("name", ["E2M3", "E4M3", "INT8", "UE2M2"])
@@ -83,24 +83,24 @@ def test_gelu(name: str) -> None:
     spec, fmt = QuantizeSpec(name, 300, "gelu", "fp32", static=True), get_format(name)
     x = (np.random.default_rng(1).normal(size=(5, 300)) * [[1], [0.01], [8], [300], [0]]).astype(np.float32)
     scale, zero = np.float32(0.02), np.float32(-0.043)
-    found = quantize_static(spec, torch.from_numpy(x), **static(float(scale), float(zero)))
+    codes = quantize_static(spec, torch.from_numpy(x), **static(float(scale), float(zero)))
     y, error = gelu_bound(x.astype(np.float64))
     # Beside GELU's error one rounding of the difference and one of the quotient.
     error = error + 2 * U * np.abs(y - zero)
     low, high = (decode(fmt, encode(fmt, (y - zero + sign * error) / scale)) for sign in (-1, 1))
     of_byte = np.full(256, np.nan)
     of_byte[operand_bytes(name)[encode(fmt, fmt.values)]] = decode(fmt, encode(fmt, fmt.values))
-    value = of_byte[found.numpy()]
+    value = of_byte[codes.numpy()]
     assert ((low <= value) & (value <= high)).all() and (low == high).mean() > 0.99
 
 
 def test_what_does_not_fit_is_refused() -> None:
-    spec, x, given = QuantizeSpec("E2M3", 8, input="fp32", static=True), torch.zeros(2, 8), static(1.0, 0.0)
+    spec, x, grid = QuantizeSpec("E2M3", 8, input="fp32", static=True), torch.zeros(2, 8), static(1.0, 0.0)
     with pytest.raises(ContractError, match="a quantizer behind a norm has a scale per token"):
         QuantizeSpec("E2M3", 8, "norm_modulate", static=True)
     with pytest.raises(ContractError, match=r"static_scale is float32 \[2\]; quantize takes float32 \[1\]"):
-        quantize_static(spec, x, **given | {"static_scale": torch.ones(2)})
+        quantize_static(spec, x, **grid | {"static_scale": torch.ones(2)})
     with pytest.raises(
         ContractError, match="static_scale, static_zero given, which quantize does not take for QuantizeSpec"
     ):
-        quantize_static(QuantizeSpec("E2M3", 8, input="fp32"), x, **given)
+        quantize_static(QuantizeSpec("E2M3", 8, input="fp32"), x, **grid)

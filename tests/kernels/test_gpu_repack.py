@@ -47,9 +47,9 @@ def test_expand(interpreter: None, weight: str, n: int, k: int) -> None:
     """E4M3 bytes of value * 2^e, and their values are the codes' values."""
     spec = GemmSpec("E2M3", weight, k, n)
     packed = np.ascontiguousarray(pack(codes_of(n, k), 4))
-    found = launch.expand(spec, torch.from_numpy(packed)).numpy()
-    np.testing.assert_array_equal(found, kernel("expand").reference(spec, packed)[0])
-    values = decode(get_format("E4M3"), found) * 2.0**-spec.byte_exponent
+    result = launch.expand(spec, torch.from_numpy(packed)).numpy()
+    np.testing.assert_array_equal(result, kernel("expand").reference(spec, packed)[0])
+    values = decode(get_format("E4M3"), result) * 2.0**-spec.byte_exponent
     np.testing.assert_array_equal(values, get_format(weight).values[unpack(packed, 4, k)])
 
 
@@ -57,8 +57,8 @@ def test_expand(interpreter: None, weight: str, n: int, k: int) -> None:
 def test_expand_with_multipliers(interpreter: None, k: int, group: int) -> None:
     spec = GemmSpec("E2M3", "E2M1", k, 7, group, MULTIPLIERS)
     arrays = case(spec, 1)
-    found = launch.expand(spec, tensor(arrays["w"]), multiplier_codes=tensor(arrays["multiplier_codes"])).numpy()
-    np.testing.assert_array_equal(found, kernel("expand").reference(spec, arrays["w"], arrays["multiplier_codes"])[0])
+    result = launch.expand(spec, tensor(arrays["w"]), multiplier_codes=tensor(arrays["multiplier_codes"])).numpy()
+    np.testing.assert_array_equal(result, kernel("expand").reference(spec, arrays["w"], arrays["multiplier_codes"])[0])
 
 
 @pytest.mark.fast
@@ -95,9 +95,9 @@ ZERO = GemmSpec("UE2M2", "E2M1", 64, 8, zero_point=True)
 
 
 def launched(spec: GemmSpec, tokens: int = 3, **changed: Any) -> torch.Tensor:
-    given = {name: tensor(value) for name, value in case(spec, 6, tokens=3).items() if name != "codes"} | changed
-    first = [given.pop(name) for name in ("a", "a_scale", "w", "w_scales", "bias")]
-    return launch.packed_gemm(spec, *first, **given, tokens=tokens)
+    arguments = {name: tensor(value) for name, value in case(spec, 6, tokens=3).items() if name != "codes"} | changed
+    first = [arguments.pop(name) for name in ("a", "a_scale", "w", "w_scales", "bias")]
+    return launch.packed_gemm(spec, *first, **arguments, tokens=tokens)
 
 
 @pytest.mark.parametrize(

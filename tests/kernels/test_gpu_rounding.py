@@ -96,5 +96,5 @@ def test_every_grid_point_midpoint_and_neighbour(name: str, sm: int) -> None:
     spread = np.ldexp(rng.uniform(1, 2, 4000), rng.integers(-40, 9, 4000)).astype(np.float32)
     q = np.concatenate([neighbours(midpoints(fmt), 4), neighbours(grid, 4), spread, -spread, np.float32([0.0, -0.0])])
     q = q[np.abs(q) <= fmt.max_value * (1 + 2.0**-22)]
-    found = run(to_bytes, [q], torch.uint8, GRID=rounding_grid(name, sm))
-    np.testing.assert_array_equal(found, operand_bytes(name)[quantize(fmt, q)])
+    result = run(to_bytes, [q], torch.uint8, GRID=rounding_grid(name, sm))
+    np.testing.assert_array_equal(result, operand_bytes(name)[quantize(fmt, q)])

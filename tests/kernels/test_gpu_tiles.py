@@ -201,24 +201,24 @@ def test_accumulators() -> None:
 )
 def test_exact_means_that_no_data_passes_the_bound(activation: str, weight: str, pairs: int, short: bool) -> None:
     spec = GemmSpec(activation, weight, 2 * pairs, 16)
-    found = promotion_of(spec, fp8=short, architecture=90)
+    promotion = promotion_of(spec, fp8=short, architecture=90)
     largest = np.abs(get_format(activation).integers).max() * np.abs(get_format(weight).integers).max() * 2 * pairs
     bits = 31 if spec.multiplies_integers else SHORT_BITS if short else FP32_BITS
-    assert (found.holds == "exact") == (largest <= 2**bits)
+    assert (promotion.holds == "exact") == (largest <= 2**bits)
 
 
 def test_promotion_of_the_recipes() -> None:
     """E2M1 x E2M3 needs none at the DiT sizes, E3M2 every 128; multipliers shorten it, or follow the sums of groups."""
 
-    def found(activation: str, k: int, multipliers: tuple[int, ...] = (1,), by_group: bool = False) -> Promotion:
+    def promotion(activation: str, k: int, multipliers: tuple[int, ...] = (1,), by_group: bool = False) -> Promotion:
         spec = GemmSpec(activation, "E2M1", k, 64, 64 if len(multipliers) > 1 else 0, multipliers)
         return promotion_of(spec, fp8=True, architecture=90, by_group=by_group)
 
-    assert found("E2M3", 1152) == found("E2M3", 4608) == Promotion(0, "expected")
-    assert found("E3M2", 1152) == Promotion(128, "expected")
-    assert found("E4M3", 1152) == Promotion(128, "rounded")
-    assert found("E2M3", 1152, MULTIPLIERS) == Promotion(64, "expected")
-    assert found("E2M3", 1152, MULTIPLIERS, by_group=True) == Promotion(0, "expected")
+    assert promotion("E2M3", 1152) == promotion("E2M3", 4608) == Promotion(0, "expected")
+    assert promotion("E3M2", 1152) == Promotion(128, "expected")
+    assert promotion("E4M3", 1152) == Promotion(128, "rounded")
+    assert promotion("E2M3", 1152, MULTIPLIERS) == Promotion(64, "expected")
+    assert promotion("E2M3", 1152, MULTIPLIERS, by_group=True) == Promotion(0, "expected")
     assert promotion_of(GemmSpec("E2M3", "E2M1", 4608, 64), fp8=False, architecture=80) == Promotion(0, "exact")
     assert promotion_of(GemmSpec("E3M4", "E2M1", 1152, 64), fp8=False, architecture=90).holds == "expected"
 
@@ -272,12 +272,12 @@ def rows_of(name: str, count: int, k: int, seed: int) -> np.ndarray:
 @pytest.mark.parametrize(("activation", "k"), [("E2M3", 1152), ("E2M3", 4608), ("E3M2", 1152), ("E2M1", 4608)])
 def test_expected_exact_sums_are_exact_in_the_model(activation: str, k: int) -> None:
     """DEVIATIONS = 3 leaves 0.3 % of partial sums above the bound, and each of those is cut."""
-    found = promotion_of(GemmSpec(activation, "E2M1", k, 16), fp8=True, architecture=90)
-    assert found.holds == "expected"
+    promotion = promotion_of(GemmSpec(activation, "E2M1", k, 16), fp8=True, architecture=90)
+    assert promotion.holds == "expected"
     a, w = rows_of(activation, 8, k, 1), rows_of("E2M1", 16, k, 2)
-    inexact = (short_sums(a, w, found.every) != a @ w.T).mean()
-    assert inexact <= 0.003 * (k / found.every if found.every else 1)
-    if found.every:
+    inexact = (short_sums(a, w, promotion.every) != a @ w.T).mean()
+    assert inexact <= 0.003 * (k / promotion.every if promotion.every else 1)
+    if promotion.every:
         assert (short_sums(a, w, 0) != a @ w.T).mean() > 0.3, "promotion is needed"
 
 

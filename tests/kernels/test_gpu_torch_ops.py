@@ -42,15 +42,15 @@ def gemm_inputs(weight: str = "E2M1", activation: str = "E2M3", groups: str = "n
     }
 
 
-def as_torch(given: dict[str, Any], integers: bool = False) -> tuple[list[torch.Tensor], dict[str, Any]]:
+def as_torch(inputs: dict[str, Any], integers: bool = False) -> tuple[list[torch.Tensor], dict[str, Any]]:
     """The same as arguments of the packed op."""
-    a = operand_bytes(given["activation_format"], integers)[given["a_codes"]]
-    arrays = [a, given["a_scale"][:, 0], given["w_codes"], given["w_scales"], given["bias"]]
-    choices: dict[str, Any] = {key: given[f"{key}_format"] for key in ("activation", "weight")}
-    choices |= {"group_size": given["group_size"], "multipliers": list(given["multipliers"]), "output": "fp32"}
+    a = operand_bytes(inputs["activation_format"], integers)[inputs["a_codes"]]
+    arrays = [a, inputs["a_scale"][:, 0], inputs["w_codes"], inputs["w_scales"], inputs["bias"]]
+    choices: dict[str, Any] = {key: inputs[f"{key}_format"] for key in ("activation", "weight")}
+    choices |= {"group_size": inputs["group_size"], "multipliers": list(inputs["multipliers"]), "output": "fp32"}
     choices |= {"integers": True} if integers else {}
-    if given["multipliers"] != (1,):
-        choices["multiplier_codes"] = torch.from_numpy(given["multiplier_codes"])
+    if inputs["multipliers"] != (1,):
+        choices["multiplier_codes"] = torch.from_numpy(inputs["multiplier_codes"])
     return [torch.from_numpy(array) for array in arrays], choices
 
 
@@ -76,15 +76,15 @@ def expanded(tensors: list[torch.Tensor], choices: dict[str, Any]) -> tuple[list
     ],
 )
 def test_both_gemms_equal_the_reference(weight: str, activation: str, integers: bool, groups: str) -> None:
-    given = gemm_inputs(weight, activation, groups)
-    (expected,) = op_reference.packed_gemm(**given)
-    tensors, choices = as_torch(given, integers)
-    found = OPS.packed_gemm(*tensors, **choices)
+    inputs = gemm_inputs(weight, activation, groups)
+    (expected,) = op_reference.packed_gemm(**inputs)
+    tensors, choices = as_torch(inputs, integers)
+    result = OPS.packed_gemm(*tensors, **choices)
     # Exact sums rounded to float32, then at most one product for each group and the two products and sums after them.
-    bound = (given["w_scales"].shape[1] + 4) * 2.0**-24 * (np.abs(expected).max() + np.abs(given["bias"]).max())
-    assert np.abs(found.numpy() - expected).max() <= bound
+    bound = (inputs["w_scales"].shape[1] + 4) * 2.0**-24 * (np.abs(expected).max() + np.abs(inputs["bias"]).max())
+    assert np.abs(result.numpy() - expected).max() <= bound
     other, rest = expanded(tensors, choices)
-    assert torch.equal(OPS.expanded_gemm(*other, **rest), found)
+    assert torch.equal(OPS.expanded_gemm(*other, **rest), result)
 
 
 def test_epilogues_and_zero_point() -> None:
@@ -106,8 +106,8 @@ def test_codes_and_scales_equal_the_reference(name: str, integers: bool) -> None
     x = np.random.default_rng(1).standard_normal((40, K)).astype(np.float32) ** 3
     x[3], x[4, 5], x[5, 6] = 0.0, np.nan, np.inf
     codes, scale = op_reference.quantize_activation(x, format=name)
-    found, scales = OPS.quantize(torch.from_numpy(x), format=name, integers=integers)
-    assert np.array_equal(found.numpy(), operand_bytes(name, integers)[codes])
+    operands, scales = OPS.quantize(torch.from_numpy(x), format=name, integers=integers)
+    assert np.array_equal(operands.numpy(), operand_bytes(name, integers)[codes])
     assert np.array_equal(scales.numpy(), scale[:, 0], equal_nan=True)
 
 
@@ -115,20 +115,20 @@ def test_ties_go_to_even_and_large_numbers_saturate() -> None:
     fmt = get_format("E2M3")
     grid = np.unique(fmt.values)
     x = torch.from_numpy(np.concatenate([(grid[1:] + grid[:-1]) / 2, [1e9, -1e9]]).astype(np.float32))
-    found = torch_reference.byte_values("E2M3")[torch_reference.encoded("E2M3", x).int()]
+    result = torch_reference.byte_values("E2M3")[torch_reference.encoded("E2M3", x).int()]
     codes = op_reference.quantize_static(x.numpy(), np.ones(1, np.float32), np.zeros(1, np.float32), format="E2M3")[0]
-    assert np.array_equal(found.numpy(), fmt.values[codes])
+    assert np.array_equal(result.numpy(), fmt.values[codes])
 
 
 def test_fused_quantizers_equal_the_reference() -> None:
     rng = np.random.default_rng(2)
     x, shift, scale = (rng.standard_normal((2, s, K)).astype(np.float32) for s in (5, 1, 1))
-    codes, found_scale = op_reference.norm_modulate_quantize(x, shift, scale, format="E2M3", epsilon=1e-6)
+    codes, expected_scale = op_reference.norm_modulate_quantize(x, shift, scale, format="E2M3", epsilon=1e-6)
     rows = [torch.from_numpy(item.reshape(-1, K)) for item in (x, shift, scale)]
-    found, scales = OPS.norm_modulate_quantize(*rows, format="E2M3", epsilon=1e-6, tokens=5)
+    operands, scales = OPS.norm_modulate_quantize(*rows, format="E2M3", epsilon=1e-6, tokens=5)
     # Both round a float64 norm to float32, in other orders: a code differs only next to a midpoint.
-    assert np.mean(found.numpy().reshape(codes.shape) != operand_bytes("E2M3")[codes]) <= 1 / codes.size
-    np.testing.assert_allclose(scales.numpy(), found_scale.reshape(-1), rtol=4 * 2.0**-24)
+    assert np.mean(operands.numpy().reshape(codes.shape) != operand_bytes("E2M3")[codes]) <= 1 / codes.size
+    np.testing.assert_allclose(scales.numpy(), expected_scale.reshape(-1), rtol=4 * 2.0**-24)
     gelu, _ = OPS.gelu_quantize(rows[0], format="E2M3")
     plain, _ = OPS.quantize(torch.nn.functional.gelu(rows[0], approximate="tanh"), format="E2M3")
     assert torch.equal(gelu, plain)
@@ -173,15 +173,15 @@ def test_the_interpreted_kernel_gives_the_same(
     kernels = op(*tensors, **choices)
     monkeypatch.delenv("TRITON_INTERPRET")
     plain = op(*tensors, **choices)
-    for found, expected in zip(*([x] if isinstance(x, torch.Tensor) else x for x in (kernels, plain)), strict=True):
-        assert found.dtype == expected.dtype and found.shape == expected.shape
-        if found.dtype == torch.uint8:
+    for result, expected in zip(*([x] if isinstance(x, torch.Tensor) else x for x in (kernels, plain)), strict=True):
+        assert result.dtype == expected.dtype and result.shape == expected.shape
+        if result.dtype == torch.uint8:
             # Plain torch takes the mean of a norm in float64: a code next to a midpoint may differ, no other may.
-            assert int((found != expected).sum()) <= (op is OPS.norm_modulate_quantize)
+            assert int((result != expected).sum()) <= (op is OPS.norm_modulate_quantize)
         else:
             # The float32 steps behind an exact sum, or a mean, in another order; then one rounding to the output type.
-            rounding = 2.0**-10 if found.dtype == torch.float16 else 8 * 2.0**-24
-            assert float((found.float() - expected.float()).abs().max()) <= rounding * float(expected.abs().max())
+            rounding = 2.0**-10 if result.dtype == torch.float16 else 8 * 2.0**-24
+            assert float((result.float() - expected.float()).abs().max()) <= rounding * float(expected.abs().max())
 
 
 class Chain(torch.nn.Module):

@@ -37,17 +37,17 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.fixture
-def made(cache: Path, monkeypatch: pytest.MonkeyPatch) -> list[Path]:
+def builds(cache: Path, monkeypatch: pytest.MonkeyPatch) -> list[Path]:
     """Compiling, replaced by a note of where to: a file with the sources' version."""
 
     def build(path: Path, *_: Any, **__: Any) -> None:
-        found.append(path)
+        paths.append(path)
         path.write_text(library.version())
 
-    found: list[Path] = []
+    paths: list[Path] = []
     monkeypatch.setattr(library, "build", build)
     monkeypatch.setattr(library, "compiler", lambda: "/bin/true")
-    return found
+    return paths
 
 
 def without_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -100,16 +100,16 @@ def _includes(name: str) -> list[str]:
 # --- cache ---------------------------------------------------------------------------------------------------------
 
 
-def test_it_is_made_once_whole_and_for_the_user_alone(made: list[Path], cache: Path, tmp_path: Path) -> None:
+def test_it_is_made_once_whole_and_for_the_user_alone(builds: list[Path], cache: Path, tmp_path: Path) -> None:
     path = library.path_of_library()
     assert path.parent == cache and cache.is_relative_to(tmp_path / "cache" / "ditc" / "native")
-    assert library.path_of_library() == path and len(made) == 1
-    assert made[0] != path and list(cache.iterdir()) == [path], "written apart, then renamed"
+    assert library.path_of_library() == path and len(builds) == 1
+    assert builds[0] != path and list(cache.iterdir()) == [path], "written apart, then renamed"
     assert cache.stat().st_mode & 0o777 == 0o700 and not path.stat().st_mode & 0o022
 
 
 def test_compilers_sources_and_systems_have_their_own(
-    made: list[Path], cache: Path, monkeypatch: pytest.MonkeyPatch
+    builds: list[Path], cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     paths = {library.path_of_library()}
     monkeypatch.setattr(library, "compiler_key", lambda path: "another")
@@ -120,7 +120,7 @@ def test_compilers_sources_and_systems_have_their_own(
     paths.add(library.path_of_library())
     monkeypatch.setattr(library.platform, "libc_ver", lambda: ("glibc", "9.99"))
     paths.add(library.path_of_library())
-    assert len(paths) == len(made) == 5 and all(path.is_file() for path in paths)
+    assert len(paths) == len(builds) == 5 and all(path.is_file() for path in paths)
 
 
 def group_writable(path: Path) -> None:
@@ -152,7 +152,7 @@ def link(path: Path) -> None:
 def test_what_others_may_have_written_is_not_loaded(
     spoil: Callable[[Path], None],
     words: str,
-    made: list[Path],
+    builds: list[Path],
     cache: Path,
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
@@ -170,7 +170,7 @@ def test_what_others_may_have_written_is_not_loaded(
             library.path_of_library()
 
 
-def test_of_another_user(made: list[Path], cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_of_another_user(builds: list[Path], cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = library.path_of_library()
     owner = os.getuid()
     monkeypatch.setattr(library.os, "getuid", lambda: owner + 1)
@@ -179,12 +179,12 @@ def test_of_another_user(made: list[Path], cache: Path, monkeypatch: pytest.Monk
 
 
 def test_a_cache_that_cannot_be_written_costs_time_only(
-    made: list[Path], cache: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    builds: list[Path], cache: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     (tmp_path / "cache").write_text("a file")
     path = library.path_of_library()
     assert path.read_text() == library.version() and "cannot be kept" in caplog.text
-    assert library.path_of_library() == path and len(made) == 1, "once for each process"
+    assert library.path_of_library() == path and len(builds) == 1, "once for each process"
 
 
 def test_a_compiler_that_does_not_run_is_told_and_auto_is_stock(
@@ -218,7 +218,7 @@ def test_where_nothing_can_be_kept_is_told(
 
 
 def test_without_a_compiler_the_cached_one_serves(
-    made: list[Path], cache: Path, monkeypatch: pytest.MonkeyPatch
+    builds: list[Path], cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = library.path_of_library()
     without_compiler(monkeypatch)

@@ -107,17 +107,17 @@ SOME = [
 
 
 @pytest.mark.parametrize("places", SOME, ids=lambda places: "+".join(place.name for place in places) or "none")
-@pytest.mark.parametrize("wanted", [[Out.Y], [Out.LINEAR], [Out.Y, Out.LINEAR], [*CODED, Out.Y, Out.LINEAR]])
-def test_scale_bias_gate_and_residual_are_bit_for_bit_those_of_the_stock_ops(places, wanted):
+@pytest.mark.parametrize("outputs", [[Out.Y], [Out.LINEAR], [Out.Y, Out.LINEAR], [*CODED, Out.Y, Out.LINEAR]])
+def test_scale_bias_gate_and_residual_are_bit_for_bit_those_of_the_stock_ops(places, outputs):
     feeds = {place: array for place, array in arrays().items() if place in (In.X, *places)}
-    found = dict(zip(wanted, native.chain(feeds, wanted, **native.quantizer("E2M3")), strict=True))
+    results = dict(zip(outputs, native.chain(feeds, outputs, **native.quantizer("E2M3")), strict=True))
     linear, y = stages(feeds)
-    if Out.LINEAR in found:
-        np.testing.assert_array_equal(found[Out.LINEAR], linear)
-    if Out.Y in found:
-        np.testing.assert_array_equal(found[Out.Y], y)
-    if Out.CODES in found:
-        np.testing.assert_array_equal(found[Out.SCALE], quantize_activation(y, format="E2M3")[1])
+    if Out.LINEAR in results:
+        np.testing.assert_array_equal(results[Out.LINEAR], linear)
+    if Out.Y in results:
+        np.testing.assert_array_equal(results[Out.Y], y)
+    if Out.CODES in results:
+        np.testing.assert_array_equal(results[Out.SCALE], quantize_activation(y, format="E2M3")[1])
 
 
 def wide_gelu(x):
@@ -130,15 +130,15 @@ def test_gelu_is_right_to_two_units_of_its_argument():
     # s = 1 / (1 + exp(t)): t is 2^-22 off relative to itself (four roundings), exp as much; |t| s (1 - s) <= 0.224 and
     # s (1 - s) <= 0.25, so s is off by less than 2^-22 / 2, and the sum and the quotient add 2 * 2^-24.
     x = np.concatenate([np.linspace(-12, 12, 200_001), [-87, -1e4, 1e4, 3e38, -3e38, 0.0, 1e-40]]).astype(np.float32)
-    (found,) = native.chain({In.X: x[None]}, [Out.Y], gelu=1)
+    (y,) = native.chain({In.X: x[None]}, [Out.Y], gelu=1)
     with np.errstate(over="ignore"):
         expected = wide_gelu(x)
-    assert (np.abs(found[0] - expected) <= 2.0**-22 * np.abs(x)).all()
+    assert (np.abs(y[0] - expected) <= 2.0**-22 * np.abs(x)).all()
 
 
 def test_gelu_keeps_nan():
-    (found,) = native.chain({In.X: np.array([[np.nan, 1.0]], np.float32)}, [Out.Y], gelu=1)
-    assert np.isnan(found[0, 0]) and np.isfinite(found[0, 1])
+    (y,) = native.chain({In.X: np.array([[np.nan, 1.0]], np.float32)}, [Out.Y], gelu=1)
+    assert np.isnan(y[0, 0]) and np.isfinite(y[0, 1])
 
 
 @pytest.mark.parametrize("n, rows", [(1, 3), (15, 4), (16, 4), (1152, 8), (1159, 3)])
@@ -147,7 +147,7 @@ def test_norm_against_float64(n, rows):
     x = (rng.standard_normal((2, rows, n)) * 3 + rng.standard_normal((2, rows, 1)) * 20).astype(np.float32)
     scale, shift = rng.standard_normal((2, 2, 1, n)).astype(np.float32)
     feeds = {In.X: x, In.NORM_SCALE: scale, In.NORM_SHIFT: shift}
-    (found,) = native.chain(feeds, [Out.QUANTIZED], epsilon=1e-5)
+    (normed,) = native.chain(feeds, [Out.QUANTIZED], epsilon=1e-5)
     wide = x.astype(np.float64)
     inverse = 1 / np.sqrt(wide.var(-1, keepdims=True) + np.float32(1e-5))
     expected = (wide - wide.mean(-1, keepdims=True)) * inverse * scale + shift
@@ -155,22 +155,22 @@ def test_norm_against_float64(n, rows):
     # 2 L + 3 relative, and the inverse deviation half of that and 3; 6 more to the output. |x - mean| <= 2 max|x|.
     additions = n / 16 + 17
     size = np.abs(wide).max(-1, keepdims=True) * inverse * np.abs(scale)
-    assert (np.abs(found - expected) <= ROUNDING * ((3 * additions + 24) * size + np.abs(shift))).all()
+    assert (np.abs(normed - expected) <= ROUNDING * ((3 * additions + 24) * size + np.abs(shift))).all()
 
 
 def test_a_norm_may_have_one_scale_for_all_samples():
     feeds = {place: array for place, array in arrays().items() if place not in (In.TOKEN_SCALE, In.BIAS)}
     feeds[In.NORM_SCALE], feeds[In.NORM_SHIFT] = feeds[In.NORM_SCALE][0, 0], feeds[In.NORM_SHIFT][0, 0]
     repeated = feeds | {place: np.stack([feeds[place][None]] * 2) for place in (In.NORM_SCALE, In.NORM_SHIFT)}
-    found, same = (native.chain(given, [Out.QUANTIZED], epsilon=1e-5)[0] for given in (feeds, repeated))
-    np.testing.assert_array_equal(found, same)
+    shared, same = (native.chain(inputs, [Out.QUANTIZED], epsilon=1e-5)[0] for inputs in (feeds, repeated))
+    np.testing.assert_array_equal(shared, same)
 
 
 @pytest.mark.parametrize("gelu", [0, 1])
 def test_all_stages_at_once_are_the_stages_in_turn(gelu):
     feeds, outputs = arrays(batch=3, tokens=40, n=129), [*CODED, Out.Y, Out.LINEAR, Out.QUANTIZED]
-    given = native.quantizer("E2M3") | {"epsilon": 1e-6, "gelu": gelu}
-    codes, scale, y, linear, quantized = native.chain(feeds, outputs, **given)
+    attributes = native.quantizer("E2M3") | {"epsilon": 1e-6, "gelu": gelu}
+    codes, scale, y, linear, quantized = native.chain(feeds, outputs, **attributes)
     first = {place: feeds[place] for place in (In.X, In.TOKEN_SCALE, In.BIAS)}
     (expected_linear,) = native.chain(first, [Out.LINEAR])
     second = {In.X: expected_linear, In.GATE: feeds[In.GATE], In.RESIDUAL: feeds[In.RESIDUAL]}
@@ -178,20 +178,20 @@ def test_all_stages_at_once_are_the_stages_in_turn(gelu):
     third = {In.X: expected_y, In.NORM_SCALE: feeds[In.NORM_SCALE], In.NORM_SHIFT: feeds[In.NORM_SHIFT]}
     (expected_quantized,) = native.chain(third, [Out.QUANTIZED], epsilon=1e-6)
     image, expected_scale = image_and_scale_of("E2M3", expected_quantized)
-    for found, expected in ((linear, expected_linear), (y, expected_y), (quantized, expected_quantized)):
-        np.testing.assert_array_equal(found, expected)
+    for result, expected in ((linear, expected_linear), (y, expected_y), (quantized, expected_quantized)):
+        np.testing.assert_array_equal(result, expected)
     np.testing.assert_array_equal(codes.astype(np.int64) - 64, image)
     np.testing.assert_array_equal(scale, expected_scale)
-    (alone,) = native.chain(feeds, [Out.CODES, Out.SCALE], **given)[:1]
+    (alone,) = native.chain(feeds, [Out.CODES, Out.SCALE], **attributes)[:1]
     np.testing.assert_array_equal(alone, codes)
 
 
 def test_all_instruction_sets_give_the_same_bits():
     feeds, outputs = arrays(batch=2, tokens=33, n=1153), [*CODED, Out.Y, Out.LINEAR, Out.QUANTIZED]
-    given = native.quantizer("E2M3") | {"epsilon": 1e-6, "gelu": 1}
-    best, plain = (native.chain(feeds, outputs, flags, **given) for flags in ((), ("-DFPQ_ONE_VARIANT",)))
-    for found, expected in zip(best, plain, strict=True):
-        np.testing.assert_array_equal(found, expected)
+    attributes = native.quantizer("E2M3") | {"epsilon": 1e-6, "gelu": 1}
+    best, plain = (native.chain(feeds, outputs, flags, **attributes) for flags in ((), ("-DFPQ_ONE_VARIANT",)))
+    for result, expected in zip(best, plain, strict=True):
+        np.testing.assert_array_equal(result, expected)
 
 
 WRONG = {
@@ -207,9 +207,9 @@ WRONG = {
 @pytest.mark.parametrize("message", WRONG)
 def test_shapes_that_do_not_fit_are_an_error(message):
     shapes = {In.X: (2, 5, 70)} | WRONG[message]
-    with pytest.raises(Exception, match=message) as found:
+    with pytest.raises(Exception, match=message) as caught:
         native.chain({place: np.ones(shape, np.float32) for place, shape in shapes.items()}, [Out.Y])
-    assert type(found.value).__module__.startswith("onnxruntime")
+    assert type(caught.value).__module__.startswith("onnxruntime")
 
 
 def test_a_quantizer_has_both_outputs():
@@ -229,27 +229,27 @@ def in_heads(rows, heads):
 @pytest.mark.parametrize("heads", [1, 2, 5, 70])
 def test_rows_in_heads_are_read_and_written(heads):
     feeds, outputs = arrays(batch=3, tokens=40, n=70), [*CODED, Out.Y, Out.LINEAR, Out.QUANTIZED]
-    given = native.quantizer("E2M3") | {"epsilon": 1e-6, "gelu": 1}
-    expected = dict(zip(outputs, native.chain(feeds, outputs, **given), strict=True))
+    attributes = native.quantizer("E2M3") | {"epsilon": 1e-6, "gelu": 1}
+    expected = dict(zip(outputs, native.chain(feeds, outputs, **attributes), strict=True))
     feeds[In.X] = in_heads(feeds[In.X], heads)
-    found = native.chain(feeds, outputs, **given, heads_in=heads, heads_out=heads)
+    results = native.chain(feeds, outputs, **attributes, heads_in=heads, heads_out=heads)
     expected[Out.Y] = in_heads(expected[Out.Y], heads)
-    for place, array in zip(outputs, found, strict=True):
+    for place, array in zip(outputs, results, strict=True):
         np.testing.assert_array_equal(array, expected[place], err_msg=place.name)
 
 
-@pytest.mark.parametrize("given", [{"heads_in": 5}, {"heads_out": 5}, {"heads_in": 2, "heads_out": 7}, {}])
-def test_a_chain_without_stages_only_moves_rows(given):
+@pytest.mark.parametrize("heads", [{"heads_in": 5}, {"heads_out": 5}, {"heads_in": 2, "heads_out": 7}, {}])
+def test_a_chain_without_stages_only_moves_rows(heads):
     rows = arrays()[In.X]
-    x = in_heads(rows, given["heads_in"]) if "heads_in" in given else rows
-    expected = in_heads(rows, given["heads_out"]) if "heads_out" in given else rows
-    found, plain = native.chain({In.X: x}, [Out.Y, Out.QUANTIZED], **given)
-    np.testing.assert_array_equal(found, expected)
+    x = in_heads(rows, heads["heads_in"]) if "heads_in" in heads else rows
+    expected = in_heads(rows, heads["heads_out"]) if "heads_out" in heads else rows
+    moved, plain = native.chain({In.X: x}, [Out.Y, Out.QUANTIZED], **heads)
+    np.testing.assert_array_equal(moved, expected)
     np.testing.assert_array_equal(plain, rows)
 
 
 @pytest.mark.parametrize(
-    "shape, given, message",
+    "shape, heads, message",
     [
         ((2, 5, 70), {"heads_in": 2}, "batch, heads, tokens, size"),
         ((2, 3, 5, 14), {"heads_in": 5}, "with heads_in heads"),
@@ -257,6 +257,6 @@ def test_a_chain_without_stages_only_moves_rows(given):
         ((2, 70), {"heads_out": 2}, "must divide"),
     ],
 )
-def test_heads_that_do_not_fit_are_an_error(shape, given, message):
+def test_heads_that_do_not_fit_are_an_error(shape, heads, message):
     with pytest.raises(Exception, match=message):
-        native.chain({In.X: np.ones(shape, np.float32)}, [Out.Y], **given)
+        native.chain({In.X: np.ones(shape, np.float32)}, [Out.Y], **heads)

@@ -89,17 +89,17 @@ def test_every_declared_function_of_onnxruntime_is_called():
 def test_sessions_may_come_and_go():
     for _ in range(3):
         sessions = [native.session(native.chain_model([native.In.X], [native.Out.Y], gelu=1)) for _ in range(2)]
-        for found in sessions:
-            assert found.run(None, {"X": np.ones((1, 3), np.float32)})[0].shape == (1, 3)
+        for session in sessions:
+            assert session.run(None, {"X": np.ones((1, 3), np.float32)})[0].shape == (1, 3)
 
 
 def test_an_engine_gives_what_the_stock_engine_gives(source):
     result, stock = built(source), built(source, "stock", RECIPE.with_options(CpuOptions("stock")))
-    for made in (result, stock):
-        assert {file.split("/")[1] for file in made.files} == CpuBackend.file_names  # data only
+    for build in (result, stock):
+        assert {file.split("/")[1] for file in build.files} == CpuBackend.file_names  # data only
     engines = [CpuEngine(source / name) for name in ("cpu", "stock")]
-    found, expected = (engine.run(feeds())["y"] for engine in engines)
-    np.testing.assert_array_equal(found, expected)  # no norm, no GELU: the same roundings
+    y, expected = (engine.run(feeds())["y"] for engine in engines)
+    np.testing.assert_array_equal(y, expected)  # no norm, no GELU: the same roundings
     for engine in engines:
         engine.close()
 
@@ -122,10 +122,10 @@ def test_the_parity_gates_see_the_native_ops_and_hold(source):
     for name, probes in graph.probes(["a", "b"], [feeds(), feeds(1)]):
         layer = next(layer for layer in LAYERS if layer.name == name)
         for probe in probes:
-            check = check_linear(layer, probe, activation_oracle(probe.x, layer))
-            assert check.gemm_max_abs_diff == 0 and check.codes_inadmissible == 0 and check.nonfinite == 0
-            assert check.scale_error <= 1 and check.output_error <= 1
-            checked += check.codes
+            parity = check_linear(layer, probe, activation_oracle(probe.x, layer))
+            assert parity.gemm_max_abs_diff == 0 and parity.codes_inadmissible == 0 and parity.nonfinite == 0
+            assert parity.scale_error <= 1 and parity.output_error <= 1
+            checked += parity.codes
     assert checked > 1000
     assert all("native" in choice.why for choice in lowered.choices)
 

@@ -18,10 +18,10 @@ SUMS = (In.HIGH_SUM, In.LOW_SUM, In.CHANNEL_SCALE)
 
 def image_of(name, x, flags=()):
     """(integer image, scale, both limbs) of the native quantizer."""
-    given = native.quantizer(name, limbs=2)
-    high, low, scale = native.chain({In.X: x}, LIMBS, flags, **given)
-    parts = [codes.astype(np.int64) - given["zero"] for codes in (high, low)]
-    return given["limb_base"] * parts[0] + parts[1], scale, (high, low)
+    attributes = native.quantizer(name, limbs=2)
+    high, low, scale = native.chain({In.X: x}, LIMBS, flags, **attributes)
+    parts = [codes.astype(np.int64) - attributes["zero"] for codes in (high, low)]
+    return attributes["limb_base"] * parts[0] + parts[1], scale, (high, low)
 
 
 @pytest.mark.parametrize("name", TWO_LIMBS)
@@ -75,18 +75,18 @@ def test_sums_are_joined_bit_for_bit_as_by_the_stock_ops(n, kept):
     after = {place: array.astype(np.float32) for place, array in after.items()}
     linear, y, *product = native.chain(feeds | after, [Out.LINEAR, Out.Y, *kept], limb_weight=32)
     expected = joined(feeds, 32)
-    for found in product:
-        np.testing.assert_array_equal(found, expected)
+    for result in product:
+        np.testing.assert_array_equal(result, expected)
     np.testing.assert_array_equal(linear, expected * after[In.TOKEN_SCALE] + after[In.BIAS])
     np.testing.assert_array_equal(y, linear)
 
 
 def test_sums_in_and_limbs_out_are_the_stages_in_turn():
-    feeds, given = sums(n=129), native.quantizer("E3M4", limbs=2)
-    high, low, scale = native.chain(feeds, LIMBS, limb_weight=32, gelu=1, **given)
+    feeds, attributes = sums(n=129), native.quantizer("E3M4", limbs=2)
+    high, low, scale = native.chain(feeds, LIMBS, limb_weight=32, gelu=1, **attributes)
     (y,) = native.chain({In.X: joined(feeds, 32)}, [Out.Y], gelu=1)
-    for found, expected in zip((high, low, scale), native.chain({In.X: y}, LIMBS, **given), strict=True):
-        np.testing.assert_array_equal(found, expected)
+    for result, expected in zip((high, low, scale), native.chain({In.X: y}, LIMBS, **attributes), strict=True):
+        np.testing.assert_array_equal(result, expected)
 
 
 def test_sums_are_written_in_heads():
@@ -115,7 +115,7 @@ WRONG = {
 
 @pytest.mark.parametrize("message", WRONG)
 def test_what_does_not_fit_is_an_error(message):
-    feeds, wanted, given = WRONG[message]
-    with pytest.raises(Exception, match=message) as found:
-        native.chain(feeds, wanted, **given)
-    assert type(found.value).__module__.startswith("onnxruntime")
+    feeds, outputs, attributes = WRONG[message]
+    with pytest.raises(Exception, match=message) as caught:
+        native.chain(feeds, outputs, **attributes)
+    assert type(caught.value).__module__.startswith("onnxruntime")

@@ -18,47 +18,47 @@ pytestmark = [pytest.mark.rtx, pytest.mark.fast]
 GEMM = GemmSpec("E2M3", "E2M1", 64, 96, 32, (1, 2, 3), epilogue="gate_residual", output="fp32")
 
 
-def created(made: Payload, phase: str) -> Any:
+def created(payload: Payload, phase: str) -> Any:
     """A plugin from the registry's creator, as parser and runtime make it; the parser ends texts with a zero."""
     trt = rtx_loader.load()
     rtx_plugin.creators()
-    creator = trt.get_plugin_registry().get_creator(PLUGINS[made.kernel], VERSION, NAMESPACE)
-    kept = np.frombuffer(made.to_text().encode() + b"\0" * (phase == "BUILD"), np.int8)
+    creator = trt.get_plugin_registry().get_creator(PLUGINS[payload.kernel], VERSION, NAMESPACE)
+    kept = np.frombuffer(payload.to_text().encode() + b"\0" * (phase == "BUILD"), np.int8)
     field = trt.PluginField(FIELD, kept, trt.PluginFieldType.CHAR)
     return creator.create_plugin("layer", trt.PluginFieldCollection([field]), getattr(trt.TensorRTPhase, phase))
 
 
 @pytest.mark.parametrize("phase", ["BUILD", "RUNTIME"])
 def test_a_plugin_is_made_from_its_field_alone_and_gives_it_back(phase: str) -> None:
-    made = payload("packed_gemm", GEMM)
-    found = created(made, phase)
-    (field,) = found.get_fields_to_serialize()
-    assert field.name == FIELD and rtx_plugin.text_of(field) == made.to_text()
-    assert (found.plugin_name, found.plugin_version, found.plugin_namespace) == ("PackedGemm", "1", "fpq")
-    assert found.clone().payload == found.payload == made
+    gemm = payload("packed_gemm", GEMM)
+    plugin = created(gemm, phase)
+    (field,) = plugin.get_fields_to_serialize()
+    assert field.name == FIELD and rtx_plugin.text_of(field) == gemm.to_text()
+    assert (plugin.plugin_name, plugin.plugin_version, plugin.plugin_namespace) == ("PackedGemm", "1", "fpq")
+    assert plugin.clone().payload == plugin.payload == gemm
 
 
 def test_types_and_formats_are_those_of_the_kernel() -> None:
-    trt, found = rtx_loader.load(), created(payload("packed_gemm", GEMM), "BUILD")
-    assert found.get_output_data_types([]) == [trt.float32] and found.num_outputs == 1
+    trt, plugin = rtx_loader.load(), created(payload("packed_gemm", GEMM), "BUILD")
+    assert plugin.get_output_data_types([]) == [trt.float32] and plugin.num_outputs == 1
     types = ["int8", "float32", "int8", "float32", "int8", "float32", "float32", "float32", "float32"]
 
     def fits(position: int, kind: str, layout: Any = trt.TensorFormat.LINEAR) -> bool:
         descriptors = [SimpleNamespace(desc=SimpleNamespace(format=layout, type=getattr(trt, kind)))] * len(types)
-        return bool(found.supports_format_combination(position, descriptors, 8))
+        return bool(plugin.supports_format_combination(position, descriptors, 8))
 
     assert all(fits(index, kind) for index, kind in enumerate(types))
     assert not fits(0, "uint8") and not fits(2, "float32") and not fits(0, "int8", trt.TensorFormat.CHW32)
     quantizer = created(payload("quantize", QuantizeSpec("E2M3", 64)), "BUILD")
     assert quantizer.get_output_data_types([]) == [trt.int8, trt.float32]
-    assert found.get_workspace_size([], []) == 0 and found.get_valid_tactics() == []
+    assert plugin.get_workspace_size([], []) == 0 and plugin.get_valid_tactics() == []
 
 
 def test_enqueue_is_one_launch_on_the_stream(monkeypatch: pytest.MonkeyPatch) -> None:
-    made = payload("packed_gemm", GEMM)
-    recording = RecordingDriver(types=made.variants[0].types)
+    gemm = payload("packed_gemm", GEMM)
+    recording = RecordingDriver(types=gemm.variants[0].types)
     monkeypatch.setattr(rtx_plugin, "cuda_driver", lambda: recording)
-    attached = created(made, "RUNTIME").attach_to_context(None)
+    attached = created(gemm, "RUNTIME").attach_to_context(None)
     loaded = len(recording.loaded)
     for batch in (1, 2):
         attached.on_shape_change([SimpleNamespace(dims=shape) for shape in gemm_shapes(batch, 50)], [])
@@ -69,6 +69,6 @@ def test_enqueue_is_one_launch_on_the_stream(monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_a_plugin_that_is_not_attached_says_so() -> None:
-    found = created(payload("packed_gemm", GEMM), "RUNTIME")
+    plugin = created(payload("packed_gemm", GEMM), "RUNTIME")
     with pytest.raises(AssertionError, match="not attached"):
-        found.enqueue([], [], [], [], 0, 0)
+        plugin.enqueue([], [], [], [], 0, 0)

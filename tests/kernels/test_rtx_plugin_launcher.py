@@ -61,9 +61,9 @@ def payload(kernel: str, spec: Any, sms: tuple[int, ...] = (89, 120), rows: tupl
 
 
 def launcher(kernel: str, spec: Any, **choices: Any) -> tuple[Launcher, RecordingDriver]:
-    made = payload(kernel, spec, **choices)
-    recording = RecordingDriver(types=made.variants[0].types)
-    return Launcher(made, recording), recording
+    contents = payload(kernel, spec, **choices)
+    recording = RecordingDriver(types=contents.variants[0].types)
+    return Launcher(contents, recording), recording
 
 
 def gemm_shapes(batch: int, tokens: int) -> list[tuple[int, ...]]:
@@ -73,12 +73,12 @@ def gemm_shapes(batch: int, tokens: int) -> list[tuple[int, ...]]:
 
 
 def test_a_gemm_is_launched_with_inputs_sizes_and_outputs_in_the_kernels_order() -> None:
-    made, recording = launcher("packed_gemm", GEMM)
-    made.load()
-    made.prepare(gemm_shapes(2, 50))
-    made.launch(range(11, 19), [99], stream=7)
+    gemm, recording = launcher("packed_gemm", GEMM)
+    gemm.load()
+    gemm.prepare(gemm_shapes(2, 50))
+    gemm.launch(range(11, 19), [99], stream=7)
     ((function, grid, threads, shared, stream, values),) = recording.launches
-    tile = made.payload.tile(made.variant)
+    tile = gemm.payload.tile(gemm.variant)
     assert values == (*range(11, 19), 100, 50, 99, 0, 0)  # M, tokens; Triton's scratch pointers are null
     assert grid == (-(-100 // tile.m) * -(-96 // tile.n), 1, 1)
     assert (threads, shared, stream) == (128, 1000 + 4096, 7)
@@ -86,75 +86,75 @@ def test_a_gemm_is_launched_with_inputs_sizes_and_outputs_in_the_kernels_order()
 
 
 def test_a_norm_shares_shift_and_scale_over_the_tokens_of_a_sample() -> None:
-    made, recording = launcher("norm_modulate_quantize", NORM)
-    made.prepare([(2, 256, 64), (2, 1, 64), (2, 1, 64)])
-    made.launch([1, 2, 3], [4, 5], stream=0)
+    norm, recording = launcher("norm_modulate_quantize", NORM)
+    norm.prepare([(2, 256, 64), (2, 1, 64), (2, 1, 64)])
+    norm.launch([1, 2, 3], [4, 5], stream=0)
     assert recording.launches[0][-1] == (1, 2, 3, 512, 256, 4, 5, 0, 0)
 
 
 def test_one_gate_for_all_samples_is_shared_by_all_rows() -> None:
-    made, recording = launcher("packed_gemm", GEMM)
+    gemm, recording = launcher("packed_gemm", GEMM)
     shapes = gemm_shapes(3, 10)
     shapes[6] = (1, 1, 96)
-    made.prepare(shapes)
-    made.launch(range(8), [9], stream=0)
+    gemm.prepare(shapes)
+    gemm.launch(range(8), [9], stream=0)
     assert recording.launches[0][-1][8:10] == (30, 30)
 
 
 def test_a_launch_loads_nothing_and_reuses_its_memory() -> None:
-    made, recording = launcher("packed_gemm", GEMM)
-    made.load()
+    gemm, recording = launcher("packed_gemm", GEMM)
+    gemm.load()
     assert [code for code, _, _ in recording.loaded] == [b"89 64", b"89 4096"]
-    made.prepare(gemm_shapes(1, 8))
-    arguments, addresses = made.arguments, list(made.arguments.params)
+    gemm.prepare(gemm_shapes(1, 8))
+    arguments, addresses = gemm.arguments, list(gemm.arguments.params)
     for stream in range(3):
-        made.launch(range(stream, stream + 8), [stream], stream)
-    assert len(recording.loaded) == 2 and made.arguments is arguments and list(arguments.params) == addresses
+        gemm.launch(range(stream, stream + 8), [stream], stream)
+    assert len(recording.loaded) == 2 and gemm.arguments is arguments and list(arguments.params) == addresses
     assert [launch[4] for launch in recording.launches] == [0, 1, 2]
     assert recording.launches[0][3] == 1000 + 64
 
 
 @given(batch=st.integers(1, 8), tokens=st.integers(1, 700))
 def test_every_row_has_a_program_and_a_tile_that_is_meant_for_it(batch: int, tokens: int) -> None:
-    made, recording = launcher("packed_gemm", GEMM)
-    made.prepare(gemm_shapes(batch, tokens))
-    made.launch(range(8), [9], stream=0)
-    tile, rows = made.payload.tile(made.variant), batch * tokens
-    assert made.variant.rows == (64 if rows <= 64 else 4096)
+    gemm, recording = launcher("packed_gemm", GEMM)
+    gemm.prepare(gemm_shapes(batch, tokens))
+    gemm.launch(range(8), [9], stream=0)
+    tile, rows = gemm.payload.tile(gemm.variant), batch * tokens
+    assert gemm.variant.rows == (64 if rows <= 64 else 4096)
     assert recording.launches[0][1][0] * tile.m * tile.n >= rows * 96
     assert recording.launches[0][-1][8:10] == (rows, tokens)
 
 
 def test_no_rows_no_launch() -> None:
-    made, recording = launcher("quantize", QuantizeSpec("E2M3", 64))
-    made.prepare([(0, 64)])
-    made.launch([1], [2, 3], stream=0)
+    quantizer, recording = launcher("quantize", QuantizeSpec("E2M3", 64))
+    quantizer.prepare([(0, 64)])
+    quantizer.launch([1], [2, 3], stream=0)
     assert recording.launches == []
 
 
 def test_rows_that_no_tile_was_chosen_for_get_the_largest() -> None:
-    made, _ = launcher("packed_gemm", GEMM)
-    made.prepare(gemm_shapes(8, 1024))
-    assert made.variant.rows == 4096
+    gemm, _ = launcher("packed_gemm", GEMM)
+    gemm.prepare(gemm_shapes(8, 1024))
+    assert gemm.variant.rows == 4096
 
 
 # --- refused -------------------------------------------------------------------------------------------------------
 
 
 def test_another_gpu_is_refused_before_anything_is_loaded() -> None:
-    made, recording = launcher("packed_gemm", GEMM)
+    gemm, recording = launcher("packed_gemm", GEMM)
     recording.sm = 86
     with pytest.raises(EnvironmentLacksError, match=r"code for SM \[89, 120\], this GPU is SM 86; .*--target-sm 86"):
-        made.load()
+        gemm.load()
     assert recording.loaded == []
 
 
 def test_shapes_that_do_not_fit_are_refused() -> None:
-    made, _ = launcher("norm_modulate_quantize", NORM)
+    norm, _ = launcher("norm_modulate_quantize", NORM)
     with pytest.raises(ContractError, match="100 rows do not fit"):
-        made.prepare([(4, 25, 64), (3, 1, 64), (3, 1, 64)])
+        norm.prepare([(4, 25, 64), (3, 1, 64), (3, 1, 64)])
     with pytest.raises(ContractError, match="100 rows do not fit"):
-        made.prepare([(4, 25, 64), (4, 1, 64), (2, 1, 64)])
+        norm.prepare([(4, 25, 64), (4, 1, 64), (2, 1, 64)])
 
 
 def test_a_machine_without_a_driver_is_told_so(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -183,30 +183,30 @@ class FakeCuda:
 
 
 def cuda(failing: str = "") -> tuple[CudaDriver, FakeCuda]:
-    made, fake = CudaDriver.__new__(CudaDriver), FakeCuda(failing)
-    made._cuda, made._loaded = fake, {}  # type: ignore[assignment]
-    return made, fake
+    driver, fake = CudaDriver.__new__(CudaDriver), FakeCuda(failing)
+    driver._cuda, driver._loaded = fake, {}  # type: ignore[assignment]
+    return driver, fake
 
 
 def test_the_driver_loads_a_kernel_once_and_allows_its_shared_memory() -> None:
-    made, fake = cuda()
-    assert made.function(b"code", "kernel", 100_000) == 5 == made.function(b"code", "kernel", 100_000)
+    driver, fake = cuda()
+    assert driver.function(b"code", "kernel", 100_000) == 5 == driver.function(b"code", "kernel", 100_000)
     assert fake.calls == [
         "cuCtxGetCurrent", "cuModuleLoadData", "cuModuleGetFunction", "cuFuncSetAttribute", "cuCtxGetCurrent",
     ]  # fmt: skip
-    assert made.capability() == 55
+    assert driver.capability() == 55
 
 
 def test_a_launch_is_one_call() -> None:
-    made, fake = cuda()
-    made.launch(5, (3, 2, 1), 128, 0, 9, Arguments(["*u8", "i32"]).params)
+    driver, fake = cuda()
+    driver.launch(5, (3, 2, 1), 128, 0, 9, Arguments(["*u8", "i32"]).params)
     assert fake.calls == ["cuLaunchKernel"]
 
 
 def test_the_drivers_errors_are_named() -> None:
-    made, _ = cuda("cuModuleLoadData")
+    driver, _ = cuda("cuModuleLoadData")
     with pytest.raises(ResourceError, match="cuModuleLoadData failed with CUDA_ERROR_TEST"):
-        made.function(b"code", "kernel", 0)
+        driver.function(b"code", "kernel", 0)
 
 
 # --- the text that a plugin carries --------------------------------------------------------------------------------
@@ -214,16 +214,16 @@ def test_the_drivers_errors_are_named() -> None:
 
 @pytest.mark.parametrize(("kernel", "spec"), [("packed_gemm", GEMM), ("norm_modulate_quantize", NORM)])
 def test_a_payload_survives_as_text(kernel: str, spec: Any) -> None:
-    made = payload(kernel, spec)
-    assert from_text(made.to_text()) == made and made.to_text().isascii()
-    assert made.sms == (89, 120)
+    original = payload(kernel, spec)
+    assert from_text(original.to_text()) == original and original.to_text().isascii()
+    assert original.sms == (89, 120)
 
 
 @given(code=st.binary(max_size=200), rows=st.integers(1, 2**31))
 def test_any_machine_code_survives(code: bytes, rows: int) -> None:
     variant = Variant(89, rows, {"rows": 1, "block": 64, "tail": 0, "num_warps": 1}, "e", ("*u8",), 32, 0, code)
-    made = Payload("quantize", QuantizeSpec("E2M3", 64), (variant,))
-    assert from_text(made.to_text()) == made
+    original = Payload("quantize", QuantizeSpec("E2M3", 64), (variant,))
+    assert from_text(original.to_text()) == original
 
 
 def test_equal_layers_share_code_that_one_of_them_carries() -> None:

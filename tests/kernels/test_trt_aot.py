@@ -107,16 +107,16 @@ def test_stripped_kernels_assemble(kernel: str, spec: Any, sm: int, tmp_path: Pa
     from plugins.tensorrt.payload import compile_payload
 
     payload = compile_payload(kernel, spec, (128,), (sm,), "ptx")
-    made = aot_kernel(payload, payload.variants[0], [3] * 8)
+    aot = aot_kernel(payload, payload.variants[0], [3] * 8)
     arguments = payload.row.arguments_of(spec)
-    assert len(parameter_names(made.ptx)) == len(arguments) < len(payload.variants[0].types)
-    (tmp_path / "k.ptx").write_text(made.ptx)
-    target = next(word for word in made.ptx.split() if word.startswith("sm_"))
+    assert len(parameter_names(aot.ptx)) == len(arguments) < len(payload.variants[0].types)
+    (tmp_path / "k.ptx").write_text(aot.ptx)
+    target = next(word for word in aot.ptx.split() if word.startswith("sm_"))
     for assembler in ("ptxas", "ptxas-blackwell"):  # of CUDA 12.9, and of Triton's own CUDA
         command = [compile.tool(assembler), f"--gpu-name={target}", "-o", tmp_path / "k.cubin", tmp_path / "k.ptx"]
         done = subprocess.run([*map(str, command)], capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stderr
-    assert made.name.encode() in (tmp_path / "k.cubin").read_bytes()
+    assert aot.name.encode() in (tmp_path / "k.cubin").read_bytes()
 
 
 # --- launch sizes --------------------------------------------------------------------------------------------------
@@ -126,14 +126,14 @@ def payload_of(kernel: str, spec: Any, tile: Any = None) -> Payload:
     row = kernel_row(kernel)
     names = [f"\t.param .u64 {kernel}_param_{i}" for i in range(len(row.arguments_of(spec)) + 2)]
     text = f".version 9.4\n.visible .entry {kernel}(\n" + ",\n".join(names) + "\n)\n{ ret; }\n"
-    found = Variant(90, 1, asdict(tile or row.tile(spec, 1, 90)), kernel, (), 128, 4096, text.encode())
-    return Payload(kernel, spec, (found,))
+    variant = Variant(90, 1, asdict(tile or row.tile(spec, 1, 90)), kernel, (), 128, 4096, text.encode())
+    return Payload(kernel, spec, (variant,))
 
 
 @given(batch=st.integers(1, 64), tokens=st.integers(1, 5000))
 def test_launch_sizes_are_those_of_the_kernel_for_any_shape(batch: int, tokens: int) -> None:
     payload = payload_of("packed_gemm", GEMM)
-    made = aot_kernel(payload, payload.variants[0], [3, 3, 2, 2, 2, 1, 3, 3])
+    aot = aot_kernel(payload, payload.variants[0], [3, 3, 2, 2, 2, 1, 3, 3])
     shapes = [
         (batch, tokens, 64),
         (batch, tokens, 1),
@@ -145,24 +145,24 @@ def test_launch_sizes_are_those_of_the_kernel_for_any_shape(batch: int, tokens: 
         (batch, tokens, 96),
     ]
     tile = payload.tile(payload.variants[0])
-    assert tuple(value(size, shapes) for size in made.grid) == payload.row.grid(GEMM, tile, batch * tokens)
-    assert [value(scalar, shapes) for scalar in made.scalars] == [batch * tokens, tokens]
-    assert (made.name, made.threads, made.shared_bytes) == ("packed_gemm", 128, 4096)
+    assert tuple(value(size, shapes) for size in aot.grid) == payload.row.grid(GEMM, tile, batch * tokens)
+    assert [value(scalar, shapes) for scalar in aot.scalars] == [batch * tokens, tokens]
+    assert (aot.name, aot.threads, aot.shared_bytes) == ("packed_gemm", 128, 4096)
 
 
 @given(rows=st.integers(1, 2**20))
 def test_a_quantizer_of_rows_needs_their_number_alone(rows: int) -> None:
     payload = payload_of("quantize", QuantizeSpec("E2M3", 96))
-    made = aot_kernel(payload, payload.variants[0], [2])
+    aot = aot_kernel(payload, payload.variants[0], [2])
     tile = payload.tile(payload.variants[0])
-    assert [value(scalar, [(rows, 96)]) for scalar in made.scalars] == [rows]
-    assert value(made.grid[0], [(rows, 96)]) == payload.row.grid(payload.spec, tile, rows)[0]
+    assert [value(scalar, [(rows, 96)]) for scalar in aot.scalars] == [rows]
+    assert value(aot.grid[0], [(rows, 96)]) == payload.row.grid(payload.spec, tile, rows)[0]
 
 
 def test_a_norm_shares_its_shift_over_the_tokens_of_a_sample() -> None:
     payload = payload_of("norm_modulate_quantize", NORM)
-    made = aot_kernel(payload, payload.variants[0], [3, 3, 3])
-    assert [value(scalar, [(2, 256, 96), (2, 1, 96), (2, 1, 96)]) for scalar in made.scalars] == [512, 256]
+    aot = aot_kernel(payload, payload.variants[0], [3, 3, 3])
+    assert [value(scalar, [(2, 256, 96), (2, 1, 96), (2, 1, 96)]) for scalar in aot.scalars] == [512, 256]
 
 
 @given(a=st.integers(-100, 100), b=st.integers(1, 50), c=st.integers(0, 9))

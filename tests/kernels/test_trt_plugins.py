@@ -85,21 +85,21 @@ TYPES = SimpleNamespace(float32="float32", float16="float16", int8="int8", bfloa
 
 @pytest.fixture
 def front_end(monkeypatch: pytest.MonkeyPatch) -> FrontEnd:
-    made = FrontEnd()
-    monkeypatch.setattr(plugins, "import_module", lambda name: made if name.endswith(".plugin") else TYPES)
-    assert len(plugins.register.__wrapped__("tensorrt")) == len(made.found) == 7
-    return made
+    fake = FrontEnd()
+    monkeypatch.setattr(plugins, "import_module", lambda name: fake if name.endswith(".plugin") else TYPES)
+    assert len(plugins.register.__wrapped__("tensorrt")) == len(fake.found) == 7
+    return fake
 
 
 def test_signatures_are_what_tensorrt_reads(front_end: FrontEnd) -> None:
-    found = front_end.found["fpq::PackedGemmMultipliersGateResidual"]
+    plugin = front_end.found["fpq::PackedGemmMultipliersGateResidual"]
     names = ["a", "a_scale", "w", "w_scales", "multiplier_codes", "bias", "gate", "residual", "payload"]
     for kind, more in (("register", []), ("autotune", ["outputs"]), ("aot_impl", ["outputs", "tactic"])):
-        signature = inspect.signature(found[kind])
+        signature = inspect.signature(plugin[kind])
         assert list(signature.parameters) == [*names, *more]
         assert signature.return_annotation is not inspect.Signature.empty
         assert all(p.default is inspect.Parameter.empty for p in signature.parameters.values())
-    annotations = [p.annotation for p in inspect.signature(found["register"]).parameters.values()]
+    annotations = [p.annotation for p in inspect.signature(plugin["register"]).parameters.values()]
     assert annotations == [Desc] * 8 + [str]
     two = inspect.signature(front_end.found["fpq::Quantize"]["register"]).return_annotation
     assert two == tuple[Desc, Desc]
@@ -107,15 +107,15 @@ def test_signatures_are_what_tensorrt_reads(front_end: FrontEnd) -> None:
 
 def test_a_gemm_is_described_tuned_and_launched(front_end: FrontEnd) -> None:
     spec = GemmSpec("E2M3", "E2M1", 64, 96, 32, (1, 2), epilogue="none", output="fp32")
-    payload, found = payload_of("packed_gemm", spec), front_end.found["fpq::PackedGemmMultipliers"]
+    payload, plugin = payload_of("packed_gemm", spec), front_end.found["fpq::PackedGemmMultipliers"]
     batch, tokens = Symbol("B"), Symbol("S")
     shapes = [(batch, tokens, 64), (batch, tokens, 1), (96, 32), (96, 1), (96, 1), (96,)]
     inputs = [Desc(shape) for shape in shapes]
-    output = found["register"](*inputs, payload=payload.to_text() + "\0")  # the parser ends a text with a zero
+    output = plugin["register"](*inputs, payload=payload.to_text() + "\0")  # the parser ends a text with a zero
     assert output == Desc((batch, tokens, 96), "float32")
-    ((types, layout, tactics),) = found["autotune"](*inputs, payload.to_text(), [output])
+    ((types, layout, tactics),) = plugin["autotune"](*inputs, payload.to_text(), [output])
     assert (types, layout, tactics) == ("INT8,FP32,INT8,FP32,INT8,FP32,FP32", "LINEAR", [1])
-    name, ptx, launch, scalars = found["aot_impl"](*inputs, payload.to_text(), [output], 1)
+    name, ptx, launch, scalars = plugin["aot_impl"](*inputs, payload.to_text(), [output], 1)
     tile = payload.tile(payload.variants[0])
     assert name == "packed_gemm" and ptx.count(b".param") == len(payload.row.arguments_of(spec))
     assert launch.grid_x.text == f"(cdiv((B * S), {tile.m}) * {-(-96 // tile.n)})"
@@ -127,21 +127,21 @@ def test_a_quantizer_has_two_outputs_and_a_tactic_for_each_tile(front_end: Front
     spec, row = QuantizeSpec("E2M3", 96, "norm_modulate", "fp32"), kernel_row("norm_modulate_quantize")
     one = payload_of("norm_modulate_quantize", spec).variants[0]
     second = Variant(90, 9999, asdict(row.tile(spec, 9999, 90)), one.entry, (), 64, 0, one.code)
-    payload, found = (
+    payload, plugin = (
         Payload("norm_modulate_quantize", spec, (one, second)),
         front_end.found["fpq::NormModulateQuantize"],
     )
     inputs = [Desc((Symbol("B"), Symbol("S"), 96)), Desc((Symbol("B"), 1, 96)), Desc((Symbol("B"), 1, 96))]
-    outputs = found["register"](*inputs, payload=payload.to_text())
+    outputs = plugin["register"](*inputs, payload=payload.to_text())
     assert outputs == (Desc((Symbol("B"), Symbol("S"), 96), "int8"), Desc((Symbol("B"), Symbol("S"), 1), "float32"))
-    assert found["autotune"](*inputs, payload.to_text(), outputs) == [("FP32,FP32,FP32,INT8,FP32", "LINEAR", [1, 2])]
-    _, _, launch, scalars = found["aot_impl"](*inputs, payload.to_text(), outputs, 2)
+    assert plugin["autotune"](*inputs, payload.to_text(), outputs) == [("FP32,FP32,FP32,INT8,FP32", "LINEAR", [1, 2])]
+    _, _, launch, scalars = plugin["aot_impl"](*inputs, payload.to_text(), outputs, 2)
     assert launch.block_x == 64 and [scalar.text for scalar in scalars] == ["(B * S)", "((B * S) // (B * 1))"]
 
 
 def test_a_layer_that_names_code_finds_it_with_another(front_end: FrontEnd) -> None:
-    payload, found = payload_of("quantize", QuantizeSpec("E2M3", 80)), front_end.found["fpq::Quantize"]
+    payload, plugin = payload_of("quantize", QuantizeSpec("E2M3", 80)), front_end.found["fpq::Quantize"]
     inputs = [Desc((Symbol("B"), 80))]
-    outputs = found["register"](*inputs, payload=payload.to_text())
-    assert found["register"](*inputs, payload=payload.shared().to_text()) == outputs
-    assert found["aot_impl"](*inputs, payload.shared().to_text(), outputs, 1)[0] == "quantize"
+    outputs = plugin["register"](*inputs, payload=payload.to_text())
+    assert plugin["register"](*inputs, payload=payload.shared().to_text()) == outputs
+    assert plugin["aot_impl"](*inputs, payload.shared().to_text(), outputs, 1)[0] == "quantize"
