@@ -44,7 +44,7 @@ for target in sys.argv[3:]:
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def work_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with bundle/: of a DiT that draws digits, for `cpu` with the kernel library, `cuda` and `onnx`.
 
     Its gates and its measurement are left out.
@@ -124,28 +124,30 @@ def test_doctor_and_list() -> None:
     assert done.returncode == 0 and "pixart_w4a6" in done.stdout and "zoo:pixart_mini" in done.stdout, done.stderr
 
 
-def test_inspect(made: Path) -> None:
-    done = without_compiler("inspect", made / "bundle")
+def test_inspect(work_folder: Path) -> None:
+    done = without_compiler("inspect", work_folder / "bundle")
     assert done.returncode == 0 and "transformer_blocks.1.ff.net.2" in done.stdout, done.stderr
 
 
 @pytest.mark.parametrize("target", ["cpu", "onnx"])
-def test_generate_draws_the_picture_that_the_compiler_s_machine_draws(target: str, made: Path, tmp_path: Path) -> None:
+def test_generate_draws_the_picture_that_the_compiler_s_machine_draws(
+    target: str, work_folder: Path, tmp_path: Path
+) -> None:
     files = [tmp_path / "alone.png", tmp_path / "here.png"]
-    flags = [str(made / "bundle"), *DRAW, "--target", target, "-o"]
+    flags = [str(work_folder / "bundle"), *DRAW, "--target", target, "-o"]
     done = without_compiler("generate", *flags, files[0])
     assert done.returncode == 0, done.stderr
     assert generate([*flags, str(files[1])]) == 0
     assert files[0].read_bytes() == files[1].read_bytes()
 
 
-def test_load_and_run(made: Path, tmp_path: Path) -> None:
+def test_load_and_run(work_folder: Path, tmp_path: Path) -> None:
     np.savez(tmp_path / "inputs.npz", **inputs())
     targets = ("cpu", "onnx", "auto")
-    done = python("-c", HIDE + RUN, made / "bundle", tmp_path / "inputs.npz", *targets)
+    done = python("-c", HIDE + RUN, work_folder / "bundle", tmp_path / "inputs.npz", *targets)
     assert done.returncode == 0, done.stderr
     rows = dict(line.split() for line in done.stdout.splitlines())
-    bundle = load(made / "bundle", threads=1)
+    bundle = load(work_folder / "bundle", threads=1)
     for target in targets:
         assert rows[target] == bundle.engine(target).run(inputs())["sample"].tobytes().hex()
     assert rows["auto"] == rows["cpu"]
@@ -164,15 +166,15 @@ def test_load_and_run(made: Path, tmp_path: Path) -> None:
     ],
     ids=" ".join,
 )
-def test_verbs_of_the_compiler_say_what_to_install(verb: tuple[str, ...], made: Path) -> None:
-    done = without_compiler(*(made / word.lower() if word.isupper() else word for word in verb))
+def test_verbs_of_the_compiler_say_what_to_install(verb: tuple[str, ...], work_folder: Path) -> None:
+    done = without_compiler(*(work_folder / word.lower() if word.isupper() else word for word in verb))
     assert done.returncode == EnvironmentLacksError.exit_code, done.stdout + done.stderr
     sentence = hostile.sentence(done.stderr)
     assert re.search(r"needs torch, diffusers, .*; install with: pip install 'ditc\[build\]'$", sentence), sentence
 
 
-def test_bench_measures_the_engines_alone(made: Path) -> None:
-    done = without_compiler("bench", made / "bundle", "--target", "cpu,cuda,onnx", "--threads", "1", "--json")
+def test_bench_measures_the_engines_alone(work_folder: Path) -> None:
+    done = without_compiler("bench", work_folder / "bundle", "--target", "cpu,cuda,onnx", "--threads", "1", "--json")
     assert done.returncode == 0, done.stderr
     assert "the engines are measured alone: comparing with the float model needs torch, diffusers" in done.stderr
     document = json.loads(done.stdout)
@@ -180,9 +182,9 @@ def test_bench_measures_the_engines_alone(made: Path) -> None:
     assert all(row["call_ms"]["median"] > 0 and row["peak_rss_bytes"] for row in document["contestants"].values())
 
 
-def test_a_stand_in_for_diffusers_says_what_to_install(made: Path) -> None:
+def test_a_stand_in_for_diffusers_says_what_to_install(work_folder: Path) -> None:
     code = f"{HIDE}import sys\nfrom pipeline import load\nload(sys.argv[1]).as_diffusers()"
-    done = python("-c", code, made / "bundle")
+    done = python("-c", code, work_folder / "bundle")
     assert (
         "EnvironmentLacksError: standing in for a diffusers transformer needs torch, diffusers; install" in done.stderr
     )
@@ -219,7 +221,7 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(executable)
 
 
-def test_a_wheel_works_away_from_the_tree(installed: str, made: Path, tmp_path: Path) -> None:
+def test_a_wheel_works_away_from_the_tree(installed: str, work_folder: Path, tmp_path: Path) -> None:
     cache = {"DITC_CACHE": str(tmp_path / "cache")}
 
     def run(*args: object) -> str:
@@ -232,11 +234,13 @@ def test_a_wheel_works_away_from_the_tree(installed: str, made: Path, tmp_path: 
     models = json.loads(run("-m", "pipeline.list", "--json"))["models"]
     assert models == ["zoo:dit_mini", "zoo:pixart_mini"]
     np.savez(tmp_path / "inputs.npz", **inputs())
-    rows = dict(line.split() for line in run("-c", RUN, made / "bundle", "inputs.npz", "cpu", "onnx").splitlines())
-    bundle = load(made / "bundle", threads=1)
+    rows = dict(
+        line.split() for line in run("-c", RUN, work_folder / "bundle", "inputs.npz", "cpu", "onnx").splitlines()
+    )
+    bundle = load(work_folder / "bundle", threads=1)
     for target in ("cpu", "onnx"):
         assert rows[target] == bundle.engine(target).run(inputs())["sample"].tobytes().hex()
-    run("-m", "pipeline.generate", made / "bundle", *DRAW, "-o", "out.png")
+    run("-m", "pipeline.generate", work_folder / "bundle", *DRAW, "-o", "out.png")
     assert (tmp_path / "out.png").read_bytes().startswith(b"\x89PNG")
     script = (
         "from importlib.metadata import entry_points as e\n[row] = e(group='console_scripts', name='ditc')\nrow.load()"

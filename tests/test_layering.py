@@ -102,7 +102,7 @@ def imports(tree: ast.AST) -> Iterator[tuple[str, bool]]:
 
 
 @cache
-def found(path: Path) -> list[tuple[str, bool]]:
+def imported(path: Path) -> list[tuple[str, bool]]:
     return list(imports(ast.parse((ROOT / path).read_text())))
 
 
@@ -123,7 +123,7 @@ def test_import_direction() -> None:
     wrong = {
         str(path): names
         for path in FILES
-        if (names := [name for name, _ in found(path) if name.split(".")[0] in own - ALLOWED[path.parts[0]]])
+        if (names := [name for name, _ in imported(path) if name.split(".")[0] in own - ALLOWED[path.parts[0]]])
     }
     assert not wrong, f"{wrong}; the direction of imports is benchmarks, tests -> pipeline -> plugins -> export"
 
@@ -138,14 +138,16 @@ def test_heavy_packages_are_imported_late() -> None:
     heavy = {
         str(path): names
         for path in light
-        if (names := [name for name, at_top in found(path) if at_top and is_heavy(name)])
+        if (names := [name for name, at_top in imported(path) if at_top and is_heavy(name)])
     }
     assert not heavy, f"{heavy} at the top; move the import into the function that needs it"
 
 
 def test_passes_do_not_import_backends() -> None:
     passes = [path for path in FILES if path.match("pipeline/passes/*.py")]
-    backends = {str(path): [name for name, _ in found(path) if name.startswith("pipeline.backends")] for path in passes}
+    backends = {
+        str(path): [name for name, _ in imported(path) if name.startswith("pipeline.backends")] for path in passes
+    }
     wrong = {path: names for path, names in backends.items() if names}
     assert passes and not wrong, f"{wrong}; a backend publishes rows (passes.probes) and passes get them as data"
 
@@ -186,7 +188,7 @@ def of_other_targets(folder: str, names: Iterable[tuple[str, bool]]) -> list[str
 def test_no_target_leans_on_another() -> None:
     """What two targets share stands in pipeline/backends itself, or in a folder that is no target's."""
     paths = [path for path in FILES if path.parts[:2] == ("pipeline", "backends") and path.parts[2] in TARGET_FOLDERS]
-    wrong = {str(path): names for path in paths if (names := of_other_targets(path.parts[2], found(path)))}
+    wrong = {str(path): names for path in paths if (names := of_other_targets(path.parts[2], imported(path)))}
     assert {path.parts[2] for path in paths} == TARGET_FOLDERS
     assert not wrong, f"{wrong}; move what they share to pipeline/backends"
 
@@ -227,7 +229,7 @@ def test_the_inside_of_pipeline_has_an_order() -> None:
     for path in FILES:
         if path.parts[0] == "pipeline" and path.as_posix() != "pipeline/__init__.py":
             own = rank(".".join(path.with_suffix("").parts).removesuffix(".__init__"))
-            above = [name for name, _ in found(path) if name.startswith("pipeline.") and rank(module_of(name)) < own]
+            above = [name for name, _ in imported(path) if name.startswith("pipeline.") and rank(module_of(name)) < own]
             wrong |= {str(path): above} if above else {}
     assert not wrong, f"{wrong} stand above it: {' > '.join(' '.join(row) for row in ORDER)}"
 
@@ -241,7 +243,9 @@ def module_of(name: str) -> str:
 def test_no_circle_of_imports() -> None:
     """Of modules, whatever is imported late; type-checking alone may go round."""
     names = {".".join(path.with_suffix("").parts).removesuffix(".__init__"): path for path in FILES}
-    graph = {name: {module_of(taken) for taken, _ in found(path)} & set(names) - {name} for name, path in names.items()}
+    graph = {
+        name: {module_of(taken) for taken, _ in imported(path)} & set(names) - {name} for name, path in names.items()
+    }
     while leaves := [name for name, below in graph.items() if not below]:
         graph = {name: below - set(leaves) for name, below in graph.items() if name not in leaves}
     used = set().union(*graph.values())
@@ -279,8 +283,8 @@ NEEDS_TORCH = {
 }
 
 
-def packages(path: Path, wanted: set[str]) -> set[str]:
-    return {name.split(".")[0] for name, _ in found(path)} & wanted
+def packages(path: Path, candidates: set[str]) -> set[str]:
+    return {name.split(".")[0] for name, _ in imported(path)} & candidates
 
 
 def test_the_run_time_part_names_what_needs_the_compiler() -> None:
@@ -296,7 +300,7 @@ def test_the_run_time_part_is_imported_without_the_compiler() -> None:
         ways, waiting = {start: [start]}, [start]
         while waiting:
             path = waiting.pop()
-            names = {name for name, at_top in found(path) if at_top}
+            names = {name for name, at_top in imported(path) if at_top}
             if bad := {name.split(".")[0] for name in names} & COMPILERS:
                 wrong[start] = f"{' -> '.join(map(str, ways[path]))} -> {bad}"
             below = {modules[part] for name in names for part in (name, name.rpartition(".")[0]) if part in modules}

@@ -58,8 +58,8 @@ def test_the_flags_shown_are_flags_of_their_verbs(page):
 
 def test_the_continuous_integration_finds_its_command():
     pattern = re.search(r"sed -n 's/(.*)/\\1/p'", (readme.ROOT / ".ci" / "run").read_text()).group(1)
-    found = re.findall(pattern.replace(r"\(", "(").replace(r"\)", ")"), TEXT, re.MULTILINE)
-    assert found == ["pip install -e '.[rtx,dev]' && ruff check . && mypy && pytest"]
+    commands = re.findall(pattern.replace(r"\(", "(").replace(r"\)", ")"), TEXT, re.MULTILINE)
+    assert commands == ["pip install -e '.[rtx,dev]' && ruff check . && mypy && pytest"]
 
 
 def test_the_page_about_quality_is_up_to_date():

@@ -127,7 +127,7 @@ def test_it_is_listed_and_looked_after(capsys: pytest.CaptureFixture[str]) -> No
     assert "toy" in [row["target"] for row in target_rows()]
     assert cli.main(["doctor", "--json"]) in (0, 3)
     checks = json.loads(capsys.readouterr().out)["checks"]
-    assert [check["found"] for check in checks if check["name"] == "toy"] == ["goes at run, trot, walk"]
+    assert [entry["found"] for entry in checks if entry["name"] == "toy"] == ["goes at run, trot, walk"]
     with pytest.raises(SystemExit):
         cli.main(["build", "--help"])
     assert "--toy-pace PACE" in capsys.readouterr().out

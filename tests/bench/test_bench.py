@@ -21,14 +21,14 @@ from tests.support import tiny
 def test_every_round_calls_everybody_in_turn() -> None:
     order: list[str] = []
     work = {name: (lambda name=name: order.append(name)) for name in "abc"}
-    found = bench.interleaved(work, budget_s=0.0, bounds=(3, 30))
+    rows = bench.interleaved(work, budget_s=0.0, bounds=(3, 30))
     assert order == list("abc") * 4, "one round to warm up, then the least number of rounds"
-    assert {len(row.seconds) for row in found.values()} == {3}
+    assert {len(row.seconds) for row in rows.values()} == {3}
 
 
 def test_rounds_fill_the_budget_within_bounds() -> None:
-    found = bench.interleaved({"a": lambda: None}, budget_s=1e9, bounds=(3, 7))
-    assert len(found["a"].seconds) == 7
+    rows = bench.interleaved({"a": lambda: None}, budget_s=1e9, bounds=(3, 7))
+    assert len(rows["a"].seconds) == 7
 
 
 def test_what_takes_most_of_the_budget_alone_is_timed_once() -> None:
@@ -59,9 +59,9 @@ def test_baselines_compute_the_same_picture(model: models.LoadedModel, tmp_path:
     """float32 twins agree to rounding; bf16 and INT8 roughly, since they round every operand to 8 bits or fewer."""
     chosen = recipe.load("pixart_w4a6")
     inputs = models.sample_inputs(model, 1, 0)
-    found = {row.name: row.run(inputs)["sample"] for row in bench_baselines.baselines(model, chosen, tmp_path, 1)}
-    reference = found.pop("torch_fp32")
-    error = {name: np.abs(value - reference).max() / np.abs(reference).max() for name, value in found.items()}
+    samples = {row.name: row.run(inputs)["sample"] for row in bench_baselines.baselines(model, chosen, tmp_path, 1)}
+    reference = samples.pop("torch_fp32")
+    error = {name: np.abs(value - reference).max() / np.abs(reference).max() for name, value in samples.items()}
     # 2 blocks of about 30 float32 operations in a row, each off by 2^-24 at most: 2^-24 * 60, times 16 for sums of 64
     assert error["onnxruntime_fp32"] < 2.0**-24 * 60 * 16
     # about 60 operations in a row with 8 significant bits, errors adding like a random walk: 2^-8 * sqrt(60)
@@ -85,8 +85,8 @@ def test_memory_that_takes_too_long_is_not_measured(
 def test_memory_is_that_of_a_fresh_process(model: models.LoadedModel, tmp_path: Path) -> None:
     export_float(model, tmp_path / "float.onnx")
     runner = bench_baselines._onnxruntime("onnxruntime_fp32", tmp_path / "float.onnx", 1)
-    found = bench_baselines.peak_memory(runner, models.sample_inputs(model, 1, 0))
-    assert found and found < machine.peak_memory_bytes(), "this process has torch loaded, the fresh one has not"
+    peak = bench_baselines.peak_memory(runner, models.sample_inputs(model, 1, 0))
+    assert peak and peak < machine.peak_memory_bytes(), "this process has torch loaded, the fresh one has not"
 
 
 def test_peak_memory_can_be_measured_again() -> None:

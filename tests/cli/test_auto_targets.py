@@ -50,9 +50,9 @@ SHAPES = {
 @pytest.mark.parametrize("shape", SHAPES)
 def test_auto_leaves_out_what_refuses_the_recipe(shape: str, caplog: pytest.LogCaptureFixture) -> None:
     settings, targets, words = SHAPES[shape]
-    made = request(*(part for setting in settings for part in ("--set", setting)))
-    assert made.targets == (*targets, "onnx"), "the portable model is proven in any case"
-    refuse_early(made)
+    requested = request(*(part for setting in settings for part in ("--set", setting)))
+    assert requested.targets == (*targets, "onnx"), "the portable model is proven in any case"
+    refuse_early(requested)
     assert words in caplog.text
     left_out = {record.getMessage().split(",")[1].split(":")[0].strip() for record in caplog.records}
     assert left_out == set(ALL) - set(targets)
@@ -67,10 +67,10 @@ def test_auto_leaves_out_what_refuses_the_recipe(shape: str, caplog: pytest.LogC
     ],
 )
 def test_what_was_asked_for_is_refused_by_name(flags: tuple[str, ...], words: str) -> None:
-    made = request(*flags)
-    assert {"rtx", "cuda"} & set(made.targets)
+    requested = request(*flags)
+    assert {"rtx", "cuda"} & set(requested.targets)
     with pytest.raises(EnvironmentLacksError, match=words):
-        refuse_early(made)
+        refuse_early(requested)
 
 
 def test_if_nothing_is_left_every_reason_is_given(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -84,9 +84,9 @@ def test_build_without_torch_is_refused_before_work() -> None:
 @pytest.mark.process
 def test_doctor_names_a_remedy_for_each_missing_thing() -> None:
     answer = json.loads(python(BLOCKED, "doctor", "--json").stdout)
-    missing = [check for check in answer["checks"] if not check["ok"]]
-    assert {"torch", "onnxruntime", "tensorrt_rtx"} <= {check["name"] for check in missing}
-    assert all(check["remedy"] for check in missing) and not answer["ok"]
+    missing = [row for row in answer["checks"] if not row["ok"]]
+    assert {"torch", "onnxruntime", "tensorrt_rtx"} <= {row["name"] for row in missing}
+    assert all(row["remedy"] for row in missing) and not answer["ok"]
 
 
 @pytest.mark.process
@@ -351,20 +351,20 @@ def raiser(error: BaseException) -> Any:
     return work
 
 
-def made() -> Parser:
+def verb_parser() -> Parser:
     return parser("test", "A verb.")
 
 
 def test_user_errors_have_no_stack_trace_unless_verbose(capsys: pytest.CaptureFixture[str]) -> None:
-    assert run(made(), raiser(RecipeError("no such key")), [], verdict=True) == 2
+    assert run(verb_parser(), raiser(RecipeError("no such key")), [], verdict=True) == 2
     plain = capsys.readouterr()
     assert plain.out == "FAILED no such key\n" and "Traceback" not in plain.err and "no such key" in plain.err
-    run(made(), raiser(RecipeError("no such key")), ["-v"])
+    run(verb_parser(), raiser(RecipeError("no such key")), ["-v"])
     assert "Traceback" in capsys.readouterr().err
 
 
 def test_bugs_show_their_stack_trace(capsys: pytest.CaptureFixture[str]) -> None:
-    assert run(made(), raiser(ZeroDivisionError("a bug")), []) == 1
+    assert run(verb_parser(), raiser(ZeroDivisionError("a bug")), []) == 1
     assert "Traceback" in capsys.readouterr().err
 
 
@@ -375,11 +375,11 @@ def test_json_answers_are_json_lines_even_when_libraries_print(capsys: pytest.Ca
         answer.line("for people")
         return 0
 
-    assert run(made(), work, ["--json"]) == 0
+    assert run(verb_parser(), work, ["--json"]) == 0
     shown = capsys.readouterr()
     assert [json.loads(line) for line in shown.out.splitlines()] == [{"event": "stage", "name": "a"}]
     assert "noise" in shown.err
-    run(made(), raiser(RecipeError("no such key")), ["--json"], verdict=True)
+    run(verb_parser(), raiser(RecipeError("no such key")), ["--json"], verdict=True)
     last = json.loads(capsys.readouterr().out)
     assert last == {"event": "result", "passed": False, "exit_code": 2, "reason": "no such key"}
 

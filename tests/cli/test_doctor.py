@@ -16,7 +16,7 @@ from plugins.tensorrt.aot import plugin_name
 from plugins.tensorrt.plugins import EXAMPLES
 
 
-def check(target: str, name: str) -> Check:
+def row_of(target: str, name: str) -> Check:
     """The row `name` of what the target says of this machine."""
     (row,) = (row for row in BACKENDS[target].checks() if row.name == name)
     return row
@@ -28,19 +28,19 @@ INSTALLED = {"triton": "3.9.0", "tensorrt": "11.1.0.106", "torch": "2.13.0"}
 @pytest.fixture
 def tools(monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
     """Releases by package: absent ones are not installed. A GPU of SM 90, and assemblers, are there."""
-    found = dict(INSTALLED)
-    monkeypatch.setattr(cuda, "find_spec", lambda name: object() if name in found else None)
-    monkeypatch.setattr(machine, "tool_version", lambda name: found.get(name, ""))
-    monkeypatch.setattr(compile.importlib.metadata, "version", found.__getitem__)
+    releases = dict(INSTALLED)
+    monkeypatch.setattr(cuda, "find_spec", lambda name: object() if name in releases else None)
+    monkeypatch.setattr(machine, "tool_version", lambda name: releases.get(name, ""))
+    monkeypatch.setattr(compile.importlib.metadata, "version", releases.__getitem__)
     monkeypatch.setattr(compile.os, "access", lambda path, mode: True)
     monkeypatch.setattr(machine, "cuda_sm", lambda: 90)
     monkeypatch.setattr(cuda, "torch_cuda", lambda: "13.0")
-    return found
+    return releases
 
 
 def test_triton_of_a_release_that_is_new_enough(tools: dict[str, str]) -> None:
-    found = check("cuda", "triton")
-    assert found == Check("triton", True, "3.9.0", False, found.remedy)
+    row = row_of("cuda", "triton")
+    assert row == Check("triton", True, "3.9.0", False, row.remedy)
 
 
 @pytest.mark.parametrize(
@@ -50,21 +50,21 @@ def test_old_or_absent_triton_is_told(version: str, words: str, tools: dict[str,
     tools["triton"] = version
     if not version:
         del tools["triton"]
-    found = check("cuda", "triton")
-    assert not found.ok and not found.needed and found.found == (version or "not installed") and words in found.remedy
+    row = row_of("cuda", "triton")
+    assert not row.ok and not row.needed and row.found == (version or "not installed") and words in row.remedy
 
 
 def test_the_target_cuda_is_one_row(tools: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
-    found = check("cuda", "cuda")
-    assert found.ok and found.found == "SM 90, CUDA of torch 13.0, triton 3.9.0"
+    row = row_of("cuda", "cuda")
+    assert row.ok and row.found == "SM 90, CUDA of torch 13.0, triton 3.9.0"
     monkeypatch.setattr(cuda, "torch_cuda", lambda: "")
     tools["triton"] = "3.5.0"
-    found = check("cuda", "cuda")
-    assert not found.ok and not found.needed and found.found == "SM 90, CUDA of torch none, triton 3.5.0"
-    assert "built without CUDA" in found.remedy and "needs triton 3.6 or newer, this is 3.5.0" in found.remedy
+    row = row_of("cuda", "cuda")
+    assert not row.ok and not row.needed and row.found == "SM 90, CUDA of torch none, triton 3.5.0"
+    assert "built without CUDA" in row.remedy and "needs triton 3.6 or newer, this is 3.5.0" in row.remedy
     monkeypatch.setattr(machine, "cuda_sm", lambda: 0)
-    assert "needs an NVIDIA GPU" in check("cuda", "cuda").remedy
-    assert check("cuda", "cuda") in doctor.target_checks()
+    assert "needs an NVIDIA GPU" in row_of("cuda", "cuda").remedy
+    assert row_of("cuda", "cuda") in doctor.target_checks()
 
 
 def test_the_cuda_of_torch_is_read_without_importing_it() -> None:
@@ -72,14 +72,14 @@ def test_the_cuda_of_torch_is_read_without_importing_it() -> None:
     assert cuda.torch_cuda() == (torch.version.cuda or "")
 
 
-def registry(found: tuple[str, ...]) -> Any:
+def registry(names: tuple[str, ...]) -> Any:
     """Stands in for TensorRT: a registry that finds these plugins of version 1 in the namespace fpq."""
-    creators = {(name, "1", "fpq"): object() for name in found}
+    creators = {(name, "1", "fpq"): object() for name in names}
     return SimpleNamespace(get_plugin_registry=lambda: SimpleNamespace(get_creator=lambda *key: creators.get(key)))
 
 
 @pytest.fixture
-def wanted(tools: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> tuple[str, ...]:
+def plugin_names(tools: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> tuple[str, ...]:
     names = tuple(map(plugin_name, EXAMPLES))
     monkeypatch.setattr(trt_engine.plugins, "register", lambda module: names)
     monkeypatch.setattr(trt_engine, "environment_problems", lambda sm: [])
@@ -87,28 +87,26 @@ def wanted(tools: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> tuple[str,
 
 
 def test_plugins_of_trt_are_those_that_the_registry_finds(
-    wanted: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+    plugin_names: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(trt_engine, "import_module", lambda name: registry(wanted))
-    found = check("trt", "tensorrt")
-    assert found.ok and "11.1.0.106; registered in namespace fpq, version 1: Quantize GeluQuantize" in found.found
-    monkeypatch.setattr(trt_engine, "import_module", lambda name: registry(wanted[1:]))
-    found = check("trt", "tensorrt")
-    assert not found.ok and "version 1: GeluQuantize" in found.found and "missing: Quantize" in found.remedy
+    monkeypatch.setattr(trt_engine, "import_module", lambda name: registry(plugin_names))
+    row = row_of("trt", "tensorrt")
+    assert row.ok and "11.1.0.106; registered in namespace fpq, version 1: Quantize GeluQuantize" in row.found
+    monkeypatch.setattr(trt_engine, "import_module", lambda name: registry(plugin_names[1:]))
+    row = row_of("trt", "tensorrt")
+    assert not row.ok and "version 1: GeluQuantize" in row.found and "missing: Quantize" in row.remedy
 
 
 def test_without_tensorrt_the_plugins_are_those_of_the_table(
-    wanted: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+    plugin_names: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def absent(module: str) -> Any:
         raise ImportError("libnvinfer.so.11 is missing")
 
     monkeypatch.setattr(trt_engine.plugins, "register", absent)
-    found = check("trt", "tensorrt")
-    assert not found.ok and "would register in namespace fpq, version 1: Quantize" in found.found
-    assert "tensorrt does not load: libnvinfer.so.11 is missing" in found.remedy
+    row = row_of("trt", "tensorrt")
+    assert not row.ok and "would register in namespace fpq, version 1: Quantize" in row.found
+    assert "tensorrt does not load: libnvinfer.so.11 is missing" in row.remedy
     monkeypatch.setattr(trt_engine, "environment_problems", lambda sm: ["target trt needs tensorrt"])
-    found = check("trt", "tensorrt")
-    assert found.remedy == "only needed for the target trt; target trt needs tensorrt" and found.found.endswith(
-        "not run"
-    )
+    row = row_of("trt", "tensorrt")
+    assert row.remedy == "only needed for the target trt; target trt needs tensorrt" and row.found.endswith("not run")

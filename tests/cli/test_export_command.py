@@ -19,7 +19,7 @@ pytestmark = pytest.mark.torch
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def work_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with model/, checkpoint/ by round to nearest, and expected/: the export with the float model."""
     folder = tmp_path_factory.mktemp("export")
     model = tiny.folder("pixart", folder / "model")
@@ -32,24 +32,24 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_the_bytes_are_those_of_an_export_with_the_float_model(made: Path, tmp_path: Path) -> None:
-    assert main([str(made / "checkpoint"), "-o", str(tmp_path / "out")]) == 0
+def test_the_bytes_are_those_of_an_export_with_the_float_model(work_folder: Path, tmp_path: Path) -> None:
+    assert main([str(work_folder / "checkpoint"), "-o", str(tmp_path / "out")]) == 0
     for name in FILES:
-        assert (tmp_path / "out" / name).read_bytes() == (made / "expected" / name).read_bytes()
+        assert (tmp_path / "out" / name).read_bytes() == (work_folder / "expected" / name).read_bytes()
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
-    assert main([str(made / "checkpoint"), "-o", str(tmp_path / "out")]) == 2  # not without --force
-    assert main([str(made / "checkpoint"), "-o", str(tmp_path / "out"), "--force"]) == 0
+    assert main([str(work_folder / "checkpoint"), "-o", str(tmp_path / "out")]) == 2  # not without --force
+    assert main([str(work_folder / "checkpoint"), "-o", str(tmp_path / "out"), "--force"]) == 0
 
 
-def test_what_is_kept_leaves_the_quantized_weights_out(made: Path) -> None:
-    model = load(str(made / "checkpoint" / KEPT), kept_only=True)
+def test_what_is_kept_leaves_the_quantized_weights_out(work_folder: Path) -> None:
+    model = load(str(work_folder / "checkpoint" / KEPT), kept_only=True)
     assert all(bool(ref.module.weight.isnan().all()) for ref in model.linears())
     names = {name for name, tensor in model.module.state_dict().items() if bool(tensor.isnan().any())}
     assert {name.rpartition(".")[0] for name in names} == {ref.name for ref in model.linears()}
 
 
-def test_other_folders_are_refused(made: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_other_folders_are_refused(work_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([str(tmp_path), "-o", str(tmp_path / "out")]) == 2
     assert "holds no finished calibration with what is not quantized (kept/)" in capsys.readouterr().err
-    assert main([str(made / "checkpoint"), "-o", str(made / "checkpoint"), "--force"]) == 2
+    assert main([str(work_folder / "checkpoint"), "-o", str(work_folder / "checkpoint"), "--force"]) == 2
     assert "is not an export and is not replaced" in capsys.readouterr().err

@@ -209,8 +209,8 @@ def test_settings(setting, key, value):
 
 
 def test_later_settings_win_and_the_recipe_itself_stays():
-    found = with_settings(BASE, ["weights.group_size=32", "weights.search=absmax", "weights.group_size=16"])
-    assert (found.weights.group_size, found.weights.search) == (16, "absmax")
+    changed = with_settings(BASE, ["weights.group_size=32", "weights.search=absmax", "weights.group_size=16"])
+    assert (changed.weights.group_size, changed.weights.search) == (16, "absmax")
     assert BASE.weights.group_size == 64
 
 

@@ -22,8 +22,8 @@ COLOURS, SHAPES, GROUNDS = list(scenes.COLOURS), list(scenes.SHAPES), list(scene
 
 def test_every_caption_gives_the_tokens_it_was_trained_with():
     labels = scenes.sample_labels(300, torch.Generator().manual_seed(0))
-    for label, wanted in zip(labels, scenes.tokens(labels), strict=True):
-        np.testing.assert_array_equal(token_ids(scenes.caption(label), SLOTS), wanted.numpy())
+    for label, ids in zip(labels, scenes.tokens(labels), strict=True):
+        np.testing.assert_array_equal(token_ids(scenes.caption(label), SLOTS), ids.numpy())
 
 
 OBJECT = st.tuples(st.sampled_from(["a ", "an ", "the ", ""]), st.sampled_from(COLOURS), st.sampled_from(SHAPES))
@@ -61,12 +61,12 @@ WRONG = [
 ]
 
 
-@pytest.mark.parametrize(("prompt", "expected", "found"), WRONG)
-def test_other_prompts_are_refused_with_the_grammar_and_the_word(prompt, expected, found):
+@pytest.mark.parametrize(("prompt", "expected", "word"), WRONG)
+def test_other_prompts_are_refused_with_the_grammar_and_the_word(prompt, expected, word):
     with pytest.raises(RecipeError) as error:
         token_ids(prompt, SLOTS)
     message = str(error.value)
-    assert f"expected {expected}" in message and f"found {found}" in message
+    assert f"expected {expected}" in message and f"found {word}" in message
     assert "a COLOUR SHAPE [RELATION a COLOUR SHAPE] on BACKGROUND" in message
 
 
@@ -90,10 +90,10 @@ def test_vocabulary_prompts_become_token_embeddings(tmp_path):
     generation = load_generation(tmp_path)
     assert generation.guidance_scale == 3.0 and generation.files == ("generation.json", "embedding.safetensors")
     prompts = ["a red circle on white", "a blue ring above a yellow cross on sky"]
-    wanted, plain = generation.encode(prompts)
+    conditional, plain = generation.encode(prompts)
     ids = np.stack([token_ids(prompt, SLOTS) for prompt in prompts])
-    np.testing.assert_array_equal(wanted["encoder_hidden_states"], table.astype(np.float32)[ids])
-    assert wanted["encoder_hidden_states"].dtype == np.float32
+    np.testing.assert_array_equal(conditional["encoder_hidden_states"], table.astype(np.float32)[ids])
+    assert conditional["encoder_hidden_states"].dtype == np.float32
     assert (plain["encoder_hidden_states"] == table[0]).all() and (plain["encoder_attention_mask"] == 1).all()
 
 
@@ -112,9 +112,9 @@ DIGITS = {"kind": "classes", "names": [str(i) for i in range(10)], "null_class":
 @pytest.mark.parametrize("prompt", ["7", "a 7", "digit 7", "class 7", " 7 ", "A digit 7."])
 def test_classes_by_name(prompt, tmp_path):
     generation = from_dict({"sampler": "ddim", "conditioning": DIGITS}, tmp_path)
-    wanted, plain = generation.encode([prompt, "0"])
-    assert wanted["class_labels"].tolist() == [7, 0] and plain["class_labels"].tolist() == [10, 10]
-    assert wanted["class_labels"].dtype == np.int64
+    conditional, plain = generation.encode([prompt, "0"])
+    assert conditional["class_labels"].tolist() == [7, 0] and plain["class_labels"].tolist() == [10, 10]
+    assert conditional["class_labels"].dtype == np.int64
 
 
 @pytest.mark.parametrize("prompt", ["11", "seven", "", "a"])
@@ -166,12 +166,12 @@ SYNTHETIC = {
 
 def test_synthetic_inputs_depend_on_the_prompt_alone(tmp_path):
     generation = from_dict({"sampler": "ddim", "conditioning": SYNTHETIC}, tmp_path)
-    wanted, plain = generation.encode(["a cat", "a dog", "a cat"])
-    states = wanted["encoder_hidden_states"]
+    conditional, plain = generation.encode(["a cat", "a dog", "a cat"])
+    states = conditional["encoder_hidden_states"]
     assert states.shape == (3, 5, 8) and states.dtype == np.float32
     assert np.array_equal(states[0], states[2]) and not np.array_equal(states[0], states[1])
     np.testing.assert_array_equal(generation.encode(["a dog"])[0]["encoder_hidden_states"][0], states[1])
     assert np.array_equal(plain["encoder_hidden_states"][0], plain["encoder_hidden_states"][1])
     assert not np.array_equal(plain["encoder_hidden_states"][0], states[0])
-    assert (wanted["encoder_attention_mask"] == 1).all() and wanted["style"].tolist() == [0, 0, 0]
-    assert wanted["style"].dtype == np.int64
+    assert (conditional["encoder_attention_mask"] == 1).all() and conditional["style"].tolist() == [0, 0, 0]
+    assert conditional["style"].dtype == np.int64

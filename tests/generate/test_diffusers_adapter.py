@@ -101,9 +101,9 @@ def test_a_pipeline_draws_the_same_with_engine_and_with_model(family, tmp_path, 
     expected = pictures(make(model.module), arguments)
     pipeline = make(model.module)
     pipeline.transformer = transformer = as_diffusers(bundle)
-    found = pictures(pipeline, arguments)
-    np.testing.assert_allclose(found, expected, **EQUAL)
-    assert transformer.engine.calls == 2 and found.shape == (2, 8, 8, 3)
+    drawn = pictures(pipeline, arguments)
+    np.testing.assert_allclose(drawn, expected, **EQUAL)
+    assert transformer.engine.calls == 2 and drawn.shape == (2, 8, 8, 3)
 
 
 @pytest.mark.parametrize("family", CALLS)
@@ -117,9 +117,9 @@ def test_a_saved_pipeline_draws_through_generate(family, tmp_path, monkeypatch):
     bundle.manifest["model"]["source"] = str(tmp_path / "pipeline" / "transformer")
     prompts = {"dit": ("1", "nought"), "pixart": ("a red circle", "a circle")}[family]
     request = DrawRequest(prompts, seed=5, n_steps=2)
-    found = draw_latent(bundle, request)
-    assert found.shape == (2, 8, 8, 3) and found.dtype == np.uint8
-    np.testing.assert_array_equal(draw_latent(bundle, DrawRequest(prompts[1:], seed=5, n_steps=2))[0], found[1])
+    drawn = draw_latent(bundle, request)
+    assert drawn.shape == (2, 8, 8, 3) and drawn.dtype == np.uint8
+    np.testing.assert_array_equal(draw_latent(bundle, DrawRequest(prompts[1:], seed=5, n_steps=2))[0], drawn[1])
 
 
 def test_unknown_classes_are_refused(tmp_path, monkeypatch):
@@ -159,10 +159,10 @@ def test_the_call_is_that_of_the_diffusers_class(family, adapters):
         inputs["image_rotary_emb"] = (inputs.pop("image_rotary_cos"), inputs.pop("image_rotary_sin"))
     with torch.inference_mode():
         expected = model.module(**inputs).sample
-    found = transformer(**inputs)
-    np.testing.assert_allclose(found.sample.numpy(), expected.numpy(), **EQUAL)
+    output = transformer(**inputs)
+    np.testing.assert_allclose(output.sample.numpy(), expected.numpy(), **EQUAL)
     (also,) = transformer(inputs.pop("hidden_states"), **inputs, return_dict=False)
-    np.testing.assert_array_equal(also.numpy(), found.sample.numpy())
+    np.testing.assert_array_equal(also.numpy(), output.sample.numpy())
 
 
 def test_configuration_has_the_model_s_values_and_the_class_s_defaults(adapters):
@@ -191,8 +191,8 @@ def test_a_single_timestep_serves_the_batch_and_a_missing_mask_keeps_all(adapter
     }
     expected = transformer(**inputs).sample
     for timestep in (torch.tensor(7), torch.tensor([7])):
-        found = transformer(inputs["hidden_states"], inputs["encoder_hidden_states"], timestep).sample
-        np.testing.assert_array_equal(found.numpy(), expected.numpy())
+        sample = transformer(inputs["hidden_states"], inputs["encoder_hidden_states"], timestep).sample
+        np.testing.assert_array_equal(sample.numpy(), expected.numpy())
 
 
 def test_arguments_the_engine_cannot_honour_are_refused(adapters):

@@ -50,10 +50,10 @@ def make_bundle(tmp_path, generation=GENERATION, channels=1, **sampling):
 
 def test_pictures_are_those_of_the_prompts(tmp_path):
     bundle = make_bundle(tmp_path)
-    found = draw(bundle, DrawRequest(("0", "9", "a 3"), guidance_scale=1.0))
-    assert found.shape == (3, 8, 8, 1) and found.dtype == np.uint8
+    pictures = draw(bundle, DrawRequest(("0", "9", "a 3"), guidance_scale=1.0))
+    assert pictures.shape == (3, 8, 8, 1) and pictures.dtype == np.uint8
     levels = np.rint((np.array([0, 9, 3]) / 4.5) * 127.5)
-    assert (np.abs(found - levels[:, None, None, None]) <= 1).all()  # four float32 steps, then rounding to bytes
+    assert (np.abs(pictures - levels[:, None, None, None]) <= 1).all()  # four float32 steps, then rounding to bytes
     assert bundle.engine().closed and len(bundle.engine().calls) == 4
 
 

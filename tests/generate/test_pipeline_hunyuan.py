@@ -68,8 +68,8 @@ def test_masks_of_bools_and_latents_of_float64(built: Built) -> None:
     expected = latents(built.engine, **call)
     np.testing.assert_array_equal(latents(built.engine, **call | bools), expected)
     noise = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    found = built.engine(**call, latents=noise, num_inference_steps=2, output_type="latent").images
-    assert found.dtype == torch.float64
+    drawn = built.engine(**call, latents=noise, num_inference_steps=2, output_type="latent").images
+    assert drawn.dtype == torch.float64
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

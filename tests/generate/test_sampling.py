@@ -23,9 +23,9 @@ def conditioning(value=1.0, empty=0.0):
 def test_flow_of_straight_paths_ends_at_the_data():
     data, noise = random(0), random(1)
     sampler = make_sampler("flow_euler", 7)
-    found = sample(lambda inputs: {"sample": noise - data}, conditioning(), noise, sampler, 1.0)
+    latents = sample(lambda inputs: {"sample": noise - data}, conditioning(), noise, sampler, 1.0)
     np.testing.assert_allclose(
-        found, data, atol=8 * 2.0**-24 * 2 * np.abs(noise - data).max()
+        latents, data, atol=8 * 2.0**-24 * 2 * np.abs(noise - data).max()
     )  # 7 steps of 2 roundings
     np.testing.assert_allclose(sampler.timesteps, 1000 * (1 - np.arange(7) / 7), rtol=1e-6)
 
@@ -44,17 +44,17 @@ def test_ddim_is_diffusers_ddim():
     for t in scheduler.timesteps:
         x = scheduler.step(torch.from_numpy(predict(x.numpy())), t, x).prev_sample
     sampler = make_sampler("ddim", 20)
-    found = sample(lambda inputs: {"sample": predict(inputs["hidden_states"])}, conditioning(), noise, sampler, 1.0)
+    latents = sample(lambda inputs: {"sample": predict(inputs["hidden_states"])}, conditioning(), noise, sampler, 1.0)
     np.testing.assert_array_equal(sampler.timesteps, scheduler.timesteps.numpy())
-    np.testing.assert_allclose(found, x.numpy(), rtol=1e-3, atol=1e-3)  # diffusers' schedule is computed in float32
+    np.testing.assert_allclose(latents, x.numpy(), rtol=1e-3, atol=1e-3)  # diffusers' schedule is computed in float32
 
 
 def test_noise_alone_is_removed_exactly_by_ddim():
     noise = random(4)
-    found = sample(lambda inputs: {"sample": noise}, conditioning(), noise, make_sampler("ddim", 5), 1.0)
+    latents = sample(lambda inputs: {"sample": noise}, conditioning(), noise, make_sampler("ddim", 5), 1.0)
     kept = np.cumprod(1 - np.linspace(1e-4, 2e-2, 1000))[800]
     data = noise * (1 - np.sqrt(1 - kept)) / np.sqrt(kept)  # the first step's estimate, which the others keep
-    np.testing.assert_allclose(found, data, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(latents, data, rtol=1e-4, atol=1e-5)
 
 
 def test_guidance_runs_both_halves_as_one_batch_and_extrapolates():
@@ -65,11 +65,11 @@ def test_guidance_runs_both_halves_as_one_batch_and_extrapolates():
         return {"sample": np.broadcast_to(inputs["c"][:, :1, None, None], (len(inputs["c"]), *SHAPE[1:]))}
 
     noise = random(5)
-    found = sample(run, conditioning(value=3.0, empty=1.0), noise, make_sampler("flow_euler", 1), 2.5)
+    latents = sample(run, conditioning(value=3.0, empty=1.0), noise, make_sampler("flow_euler", 1), 2.5)
     np.testing.assert_array_equal(seen[0]["hidden_states"], np.concatenate([noise, noise]))
     np.testing.assert_array_equal(seen[0]["c"][:, 0], [3, 3, 1, 1])
     assert seen[0]["timestep"].dtype == np.float32 and (seen[0]["timestep"] == 1000).all()
-    np.testing.assert_allclose(found, noise - (1 + 2.5 * (3 - 1)), rtol=1e-6, atol=1e-6)
+    np.testing.assert_allclose(latents, noise - (1 + 2.5 * (3 - 1)), rtol=1e-6, atol=1e-6)
 
 
 def test_without_guidance_the_prompt_runs_alone():

@@ -49,11 +49,11 @@ def test_an_engine_runs_and_agrees_with_the_portable_model(source):
     assert all((source / file).is_file() for file in result.files)
     engine = BACKENDS["cpu"].load(source)
     x = activations(np.random.default_rng(0))[:, 3:]
-    found = engine.run({"x": x})["y"]
+    output = engine.run({"x": x})["y"]
     expected = open_session(source / "model.onnx").run(None, {"x": x})[0]
     engine.close()
     # One code of the second linear may flip where float32 sums differ in their last bit.
-    assert np.linalg.norm(found - expected) <= 1e-2 * np.linalg.norm(expected)
+    assert np.linalg.norm(output - expected) <= 1e-2 * np.linalg.norm(expected)
 
 
 def test_the_same_portable_model_gives_the_same_bytes(source):
@@ -73,10 +73,10 @@ def test_weights_are_int8_and_outside_of_the_graph(source):
 
 def test_lowering_json_gives_back_what_was_written(source):
     result = built(source)
-    found = lowering_file.read(source / "cpu" / "lowering.json")
-    assert found.probes == result.lowered.probes and found.choices == result.lowered.choices
-    assert found.path == source / "cpu" / "model.onnx"
-    assert {choice.layer for choice in found.choices} == {"a", "b"}
+    graph = lowering_file.read(source / "cpu" / "lowering.json")
+    assert graph.probes == result.lowered.probes and graph.choices == result.lowered.choices
+    assert graph.path == source / "cpu" / "model.onnx"
+    assert {choice.layer for choice in graph.choices} == {"a", "b"}
 
 
 @pytest.mark.parametrize(

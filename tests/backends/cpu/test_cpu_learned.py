@@ -57,10 +57,10 @@ def check(layer: QuantizedLinear, probed: ProbedGraph) -> LinearCheck:
     return check_linear(layer, probe, activation_oracle(probe.x, layer))
 
 
-def assert_proven(found: LinearCheck) -> None:
-    assert found.gemm_max_abs_diff == 0
-    assert (found.codes_inadmissible, found.nonfinite) == (0, 0)
-    assert found.scale_error <= 1 and found.output_error <= 1
+def assert_proven(result: LinearCheck) -> None:
+    assert result.gemm_max_abs_diff == 0
+    assert (result.codes_inadmissible, result.nonfinite) == (0, 0)
+    assert result.scale_error <= 1 and result.output_error <= 1
 
 
 # --- static quantizers ---------------------------------------------------------------------------------------------
@@ -96,16 +96,16 @@ def test_static_codes_are_those_of_the_op_bit_for_bit(name: str, scale: float, z
     (codes,) = quantize_static(x, np.float32([scale]), np.float32([zero]), format=name)
     limbs = 1 if name in ONE_LIMB else 2
     if fmt.kmax >= 64 * 128:  # too wide for two limbs
-        found = run(emitted(lambda emit, value: [static_integers(emit, value, fmt, scale, zero)]), {"x": x})[0]
+        integers = run(emitted(lambda emit, value: [static_integers(emit, value, fmt, scale, zero)]), {"x": x})[0]
     else:
         operands = []
         model = emitted(lambda e, v: operands.append(emit_static(e, v, fmt, limbs, scale, zero)) or operands[0].codes)
-        found = sum(
+        integers = sum(
             w * (code.astype(np.int64) - operands[0].zero)
             for w, code in zip(operands[0].weights, run(model, {"x": x}), strict=True)
         )
         assert operands[0].scale is None
-    np.testing.assert_array_equal(found, to_integers(fmt, codes))
+    np.testing.assert_array_equal(integers, to_integers(fmt, codes))
 
 
 def test_a_static_quantizer_reduces_nothing(tmp_path: Path) -> None:
@@ -151,11 +151,11 @@ def test_gates_prove_every_combination(learned_with: tuple[str, str], weight: An
     layer = AROUND[around](SCALINGS.get(scaling, lambda one: one)(one))
     model, rewrite, probed = lowered([layer], tmp_path)
     assert not any(node.domain == "fpq" for node in model.graph) and not rewrite.refusals
-    found = check(layer, probed)
+    result = check(layer, probed)
     if granularity == "group" and scaling not in ("groups", "other groups"):
-        assert np.isnan(found.gemm_max_abs_diff) and not rewrite.probes[0].exact  # float sums of scaled integer sums
-        found = replace(found, gemm_max_abs_diff=0)
-    assert_proven(found)
+        assert np.isnan(result.gemm_max_abs_diff) and not rewrite.probes[0].exact  # float sums of scaled integer sums
+        result = replace(result, gemm_max_abs_diff=0)
+    assert_proven(result)
     outputs = run(model, inputs()[0])
     expected = learned.expected_output(layer, inputs()[0]["x"][1:], TIMES[1:])
     off = np.abs(outputs[0][1:] - expected) > 1e-4 * np.abs(expected).max()
@@ -196,9 +196,9 @@ def test_what_does_not_embed_runs_in_float(activation: str, scaling: str, tmp_pa
         layer = replace(layer, activation_scale=np.float32([3.2 / 256]))
     _, rewrite, probed = lowered([layer], tmp_path)
     assert rewrite.choices[0].path == FLOAT_PATH and "exceeds" in rewrite.choices[0].why
-    found = check(layer, probed)
-    assert np.isnan(found.gemm_max_abs_diff)
-    assert_proven(replace(found, gemm_max_abs_diff=0))
+    result = check(layer, probed)
+    assert np.isnan(result.gemm_max_abs_diff)
+    assert_proven(replace(result, gemm_max_abs_diff=0))
 
 
 def test_narrow_cpus_need_two_limbs_for_wide_codes() -> None:
@@ -264,8 +264,8 @@ NORM_INPUTS = "float[batch,S,64] x, float[batch,1,64] scale, float[batch,1,64] s
 
 
 def norm_model(layer: QuantizedLinear) -> ir.Model:
-    given = f"{NORM_INPUTS}, float[64] ones, float one"
-    model = portable(NORM, [layer], given, inner="float[batch,S,64] h")
+    signature = f"{NORM_INPUTS}, float[64] ones, float one"
+    model = portable(NORM, [layer], signature, inner="float[batch,S,64] h")
     for name, array in (("ones", np.ones(64, np.float32)), ("one", np.float32(1))):
         value = next(value for value in model.graph.inputs if value.name == name)
         model.graph.inputs.remove(value)

@@ -87,17 +87,17 @@ def test_integer_paths_give_the_exact_sum_for_their_own_codes(case, shape):
     (row,), (choice,) = rewrite.probes, rewrite.choices
     assert row.exact and choice.path == row.path and "exact" in choice.why
     x = activations(np.random.default_rng(n), tokens=9, k=k)
-    found = probe(model, [*row.codes, row.act_scale, row.gemm, row.output], x)
+    tensors = probe(model, [*row.codes, row.act_scale, row.gemm, row.output], x)
     image = sum(
-        int(w) * (found[name].astype(np.int64) - int(row.codes_offset))
+        int(w) * (tensors[name].astype(np.int64) - int(row.codes_offset))
         for w, name in zip(row.limb_weights, row.codes, strict=True)
     )
     total = image @ layer.integers().T.astype(np.int64)
     expected = total.astype(np.float32) * initializer(model, row.gemm_scale)
-    np.testing.assert_array_equal(found[row.gemm], expected)
-    product = expected * found[row.act_scale]
+    np.testing.assert_array_equal(tensors[row.gemm], expected)
+    product = expected * tensors[row.act_scale]
     # Against float32 product and sum: two roundings.
-    np.testing.assert_allclose(found[row.output], product + layer.bias, rtol=2 * ROUNDING, atol=1e-37)
+    np.testing.assert_allclose(tensors[row.output], product + layer.bias, rtol=2 * ROUNDING, atol=1e-37)
 
 
 @pytest.mark.parametrize("weight, activation, granularity, group", INTEGER_CASES)

@@ -39,15 +39,15 @@ def emitted(fill):
 
 def image_and_scale(name, x, limbs):
     """(integer image int64, scale) that the emitted quantizer computes."""
-    found = {}
+    operands = {}
 
     def fill(emit, value):
-        found["operand"] = quantize(emit, value, get_format(name), limbs)
-        return [*found["operand"].codes, found["operand"].scale]
+        operands["operand"] = quantize(emit, value, get_format(name), limbs)
+        return [*operands["operand"].codes, operands["operand"].scale]
 
     *codes, scale = run(emitted(fill), {"x": x})
     assert all(code.dtype == np.uint8 for code in codes)
-    operand = found["operand"]
+    operand = operands["operand"]
     parts = (w * (c.astype(np.int64) - operand.zero) for w, c in zip(operand.weights, codes, strict=True))
     return sum(parts), scale
 

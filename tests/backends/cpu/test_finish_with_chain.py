@@ -49,10 +49,10 @@ def lowered(
     activation="E2M3",
     flags=("avx512_vnni",),
     chains=False,
-    **given,
+    **options,
 ):
     """(lowered model, probes of it) of linears a to d of 64 channels."""
-    layers = [random_linear(name, n=64, activation=activation, seed=i, **given) for i, name in enumerate("abcd")]
+    layers = [random_linear(name, n=64, activation=activation, seed=i, **options) for i, name in enumerate("abcd")]
     layers = [layer for layer in layers if f'"{layer.name}"' in body]
     model = portable(body, layers, inputs, outputs)
     _as_exported(model)
@@ -70,16 +70,16 @@ def _as_exported(model):
             value.shape = ir.Shape(SHAPES[value.name])
 
 
-def rewritten(*args, **given):
+def rewritten(*args, **options):
     """(fused model, passes by name)."""
-    model, _ = lowered(*args, chains=True, **given)
+    model, _ = lowered(*args, chains=True, **options)
     return model, {type(rewrite).__name__: rewrite for rewrite in finish_with_chains(model)}
 
 
 def chains(model):
     """(inputs, outputs) of every chain by name, in graph order."""
     named = ((chain_inputs(node), chain_outputs(node)) for node in model.graph if is_chain(node))
-    return [("+".join(p.name for p in given), "+".join(p.name for p in made)) for given, made in named]
+    return [("+".join(p.name for p in inputs), "+".join(p.name for p in outputs)) for inputs, outputs in named]
 
 
 def feeds(seed=0, batch=2, tokens=5):
@@ -113,7 +113,7 @@ def test_what_no_one_reads_is_not_computed_in_an_engine():
     model, _ = rewritten()
     expected = native.run(model, feeds())[0]
     drop_unread_outputs(model)
-    assert [made for _, made in chains(model)] == ["CODES+SCALE", "CODES+SCALE+Y", "CODES+SCALE", "Y"]
+    assert [outputs for _, outputs in chains(model)] == ["CODES+SCALE", "CODES+SCALE+Y", "CODES+SCALE", "Y"]
     np.testing.assert_array_equal(native.run(model, feeds())[0], expected)
 
 
@@ -136,10 +136,12 @@ def test_every_probed_tensor_is_that_of_the_stock_graph(activation, weight, grou
     model, _ = rewritten(activation=activation, weight=weight, **groups)
     for row in probes:
         names = [row.x, *row.codes, row.act_scale, row.gemm, row.output]
-        found = dict(zip(names, native.run(with_outputs(model, names), feeds(), names), strict=True))
-        alone = dict(zip(names, run(with_outputs(_cut(stock, row), names), _cut_feeds(row, found), names), strict=True))
+        tensors = dict(zip(names, native.run(with_outputs(model, names), feeds(), names), strict=True))
+        alone = dict(
+            zip(names, run(with_outputs(_cut(stock, row), names), _cut_feeds(row, tensors), names), strict=True)
+        )
         for name in names:
-            np.testing.assert_array_equal(found[name], alone[name], err_msg=name)
+            np.testing.assert_array_equal(tensors[name], alone[name], err_msg=name)
 
 
 def _cut(stock, row):
@@ -156,8 +158,8 @@ def _cut(stock, row):
     return model
 
 
-def _cut_feeds(row, found):
-    return feeds() | {"start": found[row.x]}
+def _cut_feeds(row, tensors):
+    return feeds() | {"start": tensors[row.x]}
 
 
 @pytest.mark.kernels
@@ -166,8 +168,8 @@ def test_norm_and_gelu_are_those_of_onnxruntime_up_to_roundings():
     model, _ = rewritten()
     names = ["a/quantize/modulated"]
     expected = run(with_outputs(stock, names), feeds(), names)[0]
-    found = native.run(with_outputs(model, names), feeds(), names)[0]
-    np.testing.assert_allclose(found, expected, rtol=0, atol=2e-6 * np.abs(expected).max())
+    modulated = native.run(with_outputs(model, names), feeds(), names)[0]
+    np.testing.assert_allclose(modulated, expected, rtol=0, atol=2e-6 * np.abs(expected).max())
 
 
 BALANCED = BLOCK.replace(
@@ -191,7 +193,7 @@ def test_what_is_not_the_pattern_stays(case):
     model, _ = rewritten(body, outputs=outputs)
     by_layer = {chain.outputs[Out.LINEAR].name.split("/")[0]: chain for chain in model.graph if _finishes(chain)}
     for layer, place in last_input.items():
-        stages = [found for found in chain_inputs(by_layer[layer]) if found < In.NORM_SCALE]
+        stages = [port for port in chain_inputs(by_layer[layer]) if port < In.NORM_SCALE]
         assert stages[-1].name == place, layer
     assert set(kept) <= {node.op_type for node in model.graph}
     stock = run(lowered(body, outputs=outputs)[0], feeds())[0]
@@ -283,7 +285,7 @@ def test_a_norm_that_depends_on_the_linear_before_it_is_not_joined_to_it():
     """
     model, passes = rewritten(body, "float[B,S,64] x")
     assert "depends on" in " ".join(refusal.reason for refusal in passes["JoinChains"].refusals)
-    assert [given for given, _ in chains(model)].count("X+NORM_SCALE+NORM_SHIFT") == 1
+    assert [inputs for inputs, _ in chains(model)].count("X+NORM_SCALE+NORM_SHIFT") == 1
 
 
 def test_the_rewritten_graph_is_the_same_each_time():

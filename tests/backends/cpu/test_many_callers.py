@@ -44,7 +44,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     root = tmp_path_factory.mktemp("callers")
     layers = [random_linear("a"), random_linear("b", seed=1)]
     ir.save(portable(BODY, layers, INPUTS), root / "model.onnx", external_data="model.onnx.data")
-    found = {}
+    by_path = {}
     for path in ("stock", "fused")[: 1 if native.problem() else 2]:
         recipe = Recipe(name="test", model="zoo:pixart_mini").with_options(CpuOptions(path=path))
         for folder in (root / f"work-{path}", root / path):
@@ -53,17 +53,17 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
             CpuBackend().lower(root / "model.onnx", root / f"work-{path}", recipe), root / path, recipe
         )
         assert f"{path}/condition.onnx" in result.files
-        found[path] = root / path
-    return found
+        by_path[path] = root / path
+    return by_path
 
 
 @pytest.fixture(params=["stock", "fused"])
 def engine(request: pytest.FixtureRequest, folders: dict[str, Path]) -> Iterator[CpuEngine]:
     if request.param not in folders:
         pytest.skip(native.problem())
-    found = CpuEngine(folders[request.param], threads=1)
-    yield found
-    found.close()
+    opened = CpuEngine(folders[request.param], threads=1)
+    yield opened
+    opened.close()
 
 
 def call(seed: int, batch: int = 1, tokens: int = 5) -> Call:
@@ -76,12 +76,12 @@ def call(seed: int, batch: int = 1, tokens: int = 5) -> Call:
 
 def alone(engine: CpuEngine, calls: list[Call]) -> list[np.ndarray]:
     """What each call gives in a fresh engine state, nobody else there."""
-    found = []
+    outputs = []
     for one in calls:
         engine.forget()
-        found.append(engine.run(one)["y"])
+        outputs.append(engine.run(one)["y"])
     engine.forget()
-    return found
+    return outputs
 
 
 @pytest.mark.parametrize("place", ["condition", "after_condition", "step"])
@@ -91,17 +91,17 @@ def test_other_calls_come_in_between(engine: CpuEngine, place: str, others: int)
     calls = [call(seed) for seed in range(1 + others)]
     expected, sessions = alone(engine, calls), engine.sessions
     assert sessions is not None
-    found: list[Any] = []
+    outputs: list[Any] = []
 
     def go_through() -> None:
         for one in calls[1:]:
-            found.append(Worker(partial(engine.run, one)).result()["y"])
+            outputs.append(Worker(partial(engine.run, one)).result()["y"])
 
     engine.sessions = hooked(sessions, **{place: once(go_through)})
     assert np.array_equal(engine.run(calls[0])["y"], expected[0])
-    assert len(found) == others and all(map(np.array_equal, found, expected[1:]))
-    for one, wanted in zip(calls, expected, strict=True):  # nor does anything wrong stay
-        assert np.array_equal(engine.run(one)["y"], wanted)
+    assert len(outputs) == others and all(map(np.array_equal, outputs, expected[1:]))
+    for one, output in zip(calls, expected, strict=True):  # nor does anything wrong stay
+        assert np.array_equal(engine.run(one)["y"], output)
 
 
 def test_two_calls_meet_in_every_session(engine: CpuEngine) -> None:
@@ -114,7 +114,7 @@ def test_two_calls_meet_in_every_session(engine: CpuEngine) -> None:
         engine.forget()
         engine.sessions = hooked(sessions, condition=barrier.wait, after_condition=barrier.wait, step=barrier.wait)
         workers = [Worker(partial(engine.run, one)) for one in calls]
-        assert all(np.array_equal(w.result()["y"], wanted) for w, wanted in zip(workers, expected, strict=True))
+        assert all(np.array_equal(w.result()["y"], output) for w, output in zip(workers, expected, strict=True))
 
 
 @pytest.mark.parametrize("name", ["text", "mask", "hidden_states"])

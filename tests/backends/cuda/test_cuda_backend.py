@@ -87,16 +87,16 @@ def build(family: str, folder: Path) -> Built:
 def random_inputs(graph: ir.Graph) -> Arrays:
     """Random inputs of a model; the last caption token is masked."""
     sizes, rng = {"batch": 2, "tokens": 5}, np.random.default_rng(0)
-    found: Arrays = {}
+    arrays: Arrays = {}
     for value in graph.inputs:
         name, known = str(value.name), value.shape or ()
         shape = [size if isinstance(size, int) else sizes[str(size.value)] for size in known]
         integer = value.dtype == ir.DataType.INT64
-        found[name] = np.zeros(shape, np.int64) if integer else rng.standard_normal(shape).astype(np.float32)
+        arrays[name] = np.zeros(shape, np.int64) if integer else rng.standard_normal(shape).astype(np.float32)
         if "mask" in name:
-            found[name] = np.ones(shape, np.float32)
-            found[name][:, -1] = 0
-    return found
+            arrays[name] = np.ones(shape, np.float32)
+            arrays[name][:, -1] = 0
+    return arrays
 
 
 # --- the executor ---------------------------------------------------------------------------------------------------
@@ -107,18 +107,18 @@ def test_every_step_equals_onnxruntime(built: Built) -> None:
     graph = ir.load(built.lowered.path)
     expected = all_tensors(built.lowered.path, graph.graph)
     module = LoweredModule(graph)
-    given = {name: torch.from_numpy(array) for name, array in expected.items()} | module.known.constants
-    given |= dict(module.named_buffers(recurse=False))
+    tensors = {name: torch.from_numpy(array) for name, array in expected.items()} | module.known.constants
+    tensors |= dict(module.named_buffers(recurse=False))
     for node in graph.graph:
-        if found := node.attributes.get("format"):  # codes are operand bytes here
+        if fmt := node.attributes.get("format"):  # codes are operand bytes here
             codes = str(node.outputs[0].name)
-            given[codes] = torch.from_numpy(operand_bytes(found.as_string())[expected[codes]])
+            tensors[codes] = torch.from_numpy(operand_bytes(fmt.as_string())[expected[codes]])
     with torch.inference_mode():
         for step in module.steps:
-            results = step.advance(dict(given))
+            results = step.advance(dict(tensors))
             for name, tensor in zip(step.outputs, results, strict=False):
                 if name:
-                    compare(tensor, given[name], step.name)
+                    compare(tensor, tensors[name], step.name)
 
 
 def all_tensors(path: Path, graph: ir.Graph) -> Arrays:
@@ -133,7 +133,7 @@ def all_tensors(path: Path, graph: ir.Graph) -> Arrays:
     return dict(zip(names, session.run(names, inputs), strict=True)) | inputs
 
 
-def compare(found: torch.Tensor, expected: torch.Tensor, step: str) -> None:
+def compare(tensor: torch.Tensor, expected: torch.Tensor, step: str) -> None:
     """What one node computes from the same inputs.
 
     Floats: the longest sum has 1616 terms. Roundings of a float32 sum are as good as random, so n terms leave about
@@ -141,38 +141,40 @@ def compare(found: torch.Tensor, expected: torch.Tensor, step: str) -> None:
     Codes: one differs only where such a rounding moves a number over a midpoint, which in these few tokens hits less
     than one code in a thousand.
     """
-    assert found.shape == expected.shape and found.dtype == expected.dtype, step
-    if found.dtype == torch.uint8:
-        assert float((found != expected).float().mean()) <= 1e-3, step
-    elif found.is_floating_point():
-        assert float((found - expected).abs().max()) <= 80 * 2.0**-24 * float(expected.abs().max()), step
+    assert tensor.shape == expected.shape and tensor.dtype == expected.dtype, step
+    if tensor.dtype == torch.uint8:
+        assert float((tensor != expected).float().mean()) <= 1e-3, step
+    elif tensor.is_floating_point():
+        assert float((tensor - expected).abs().max()) <= 80 * 2.0**-24 * float(expected.abs().max()), step
     else:
-        assert torch.equal(found, expected), step
+        assert torch.equal(tensor, expected), step
 
 
 def test_the_engine_passes_all_gates_in_both_arithmetics(built: Built, tmp_path: Path) -> None:
     """On the CPU. A fault in one GEMM of the engine alone, whose graph is right, fails the gate of the steps."""
-    found = study(built.model, built.layers, built.recipe, {"fp32", "fp16 tokens"})
+    studied = study(built.model, built.layers, built.recipe, {"fp32", "fp16 tokens"})
     engine, report = CudaEngine(built.engine, device="cpu"), Report()
     # All steps and calls by their outputs, the inside of a step and of one call.
-    effort = Effort((0, 1, 2), found.probed[-1:], pictures=1, inside=LARGE_INSIDE)
-    verify_target("cuda", built.model, built.layers, built.lowered, engine, found, report, effort=effort)
+    effort = Effort((0, 1, 2), studied.probed[-1:], pictures=1, inside=LARGE_INSIDE)
+    verify_target("cuda", built.model, built.layers, built.lowered, engine, studied, report, effort=effort)
     assert report.failures() == []
     half = CudaEngine(built.rebuilt(tmp_path / "half", activations="fp16", weights="expanded"), device="cpu")
     recipe = built.recipe.with_options(CudaOptions(activations="fp16"))
     arithmetic = BACKEND.arithmetic(recipe, runs_here=True)
-    assert failed_ends(half, found, arithmetic) == set()
-    assert "cuda/median_sqnr_db" in failed_ends(half, found, BACKEND.arithmetic(recipe, runs_here=False))
+    assert failed_ends(half, studied, arithmetic) == set()
+    assert "cuda/median_sqnr_db" in failed_ends(half, studied, BACKEND.arithmetic(recipe, runs_here=False))
     assert half.step is not None
     gemms = list(half.step.module.gemms)
     assert all(gemm.is_expanded for gemm in gemms)
     gemms[-1].w = gemms[-1].w.flip(0)
-    assert "cuda/step_sqnr_db" in failed_ends(half, found, arithmetic)
+    assert "cuda/step_sqnr_db" in failed_ends(half, studied, arithmetic)
 
 
-def failed_ends(engine: CudaEngine, found: Study, arithmetic: str) -> set[str]:
+def failed_ends(engine: CudaEngine, studied: Study, arithmetic: str) -> set[str]:
     """Names of the gates on steps and pictures that fail."""
-    gates = end_gates("cuda", found.errors(engine.run), found.case.draw(engine.run), found, found.float32[arithmetic])
+    gates = end_gates(
+        "cuda", studied.errors(engine.run), studied.case.draw(engine.run), studied, studied.float32[arithmetic]
+    )
     return {gate.name for gate in gates if not gate.passed}
 
 
@@ -192,10 +194,10 @@ def test_the_engine_runs_on_the_kernels(
         for name in ("fp16", "fp32")
     )
     inputs = random_inputs(ir.load(built.lowered.path).graph)
-    found = half.run(inputs)["sample"]
+    sample = half.run(inputs)["sample"]
     monkeypatch.delenv("TRITON_INTERPRET")
     expected, exact = half.run(inputs)["sample"], full.run(inputs)["sample"]
-    assert np.linalg.norm(found - expected) <= np.linalg.norm(expected - exact)
+    assert np.linalg.norm(sample - expected) <= np.linalg.norm(expected - exact)
 
 
 def test_tokens_are_half_and_timesteps_are_not(built: Built) -> None:
@@ -324,17 +326,17 @@ class FakeGraph:
 
 
 @pytest.fixture
-def made(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
+def captures(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
     """What was captured, with FakeGraphs."""
-    found: list[dict[str, Any]] = []
+    records: list[dict[str, Any]] = []
 
     def make(module: Any, inputs: dict[str, Any]) -> Captured:
         captured = {"module": module, "inputs": inputs, "outputs": module(inputs)}
-        found.append(captured)
+        records.append(captured)
         return Captured(FakeGraph(captured), inputs, captured["outputs"])
 
     monkeypatch.setattr(Captured, "make", make)
-    return found
+    return records
 
 
 def capturing(folder: Path) -> tuple[CudaEngine, list[Part]]:
@@ -346,7 +348,7 @@ def capturing(folder: Path) -> tuple[CudaEngine, list[Part]]:
     return engine, parts
 
 
-def test_a_graph_is_captured_once_for_each_shape(built: Built, made: list[dict[str, Any]]) -> None:
+def test_a_graph_is_captured_once_for_each_shape(built: Built, captures: list[dict[str, Any]]) -> None:
     """What surrounds the capture; the capture itself needs a GPU. Inputs are what was copied, conditions included."""
     engine, parts = capturing(built.engine)
     inputs = random_inputs(ir.load(built.lowered.path).graph)
@@ -357,11 +359,11 @@ def test_a_graph_is_captured_once_for_each_shape(built: Built, made: list[dict[s
     expected = [CudaEngine(built.engine, device="cpu").run(call)["sample"] for call in calls]
     for call, sample in zip(calls, expected, strict=True):
         assert np.array_equal(engine.run(call)["sample"], sample)
-    assert len(made) == len(parts)
+    assert len(captures) == len(parts)
 
 
 def test_a_graph_that_reads_packed_weights_goes_when_they_are_expanded(
-    built: Built, made: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+    built: Built, captures: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("pipeline.backends.cuda.torch_gemm.EXPAND_FROM", 32)  # tokens of two pictures, not of one
     engine, parts = capturing(built.engine)
@@ -390,19 +392,19 @@ def test_tensors_give_what_arrays_give(built: Built) -> None:
     """In other types, not contiguous, and made in inference mode, too; results are the caller's own."""
     engine, inputs = CudaEngine(built.engine, device="cpu"), random_inputs(ir.load(built.lowered.path).graph)
     expected = engine.run(inputs)["sample"]
-    given = {name: torch.from_numpy(array.astype(array.dtype)) for name, array in inputs.items()}
-    found = engine.run_tensors(given)["sample"]
-    assert np.array_equal(found.numpy(), expected) and not found.is_inference()
-    given["hidden_states"] = given["hidden_states"].double().mT.contiguous().mT
-    given["timestep"] = given["timestep"].clone().requires_grad_()
+    tensors = {name: torch.from_numpy(array.astype(array.dtype)) for name, array in inputs.items()}
+    sample = engine.run_tensors(tensors)["sample"]
+    assert np.array_equal(sample.numpy(), expected) and not sample.is_inference()
+    tensors["hidden_states"] = tensors["hidden_states"].double().mT.contiguous().mT
+    tensors["timestep"] = tensors["timestep"].clone().requires_grad_()
     with torch.inference_mode():
-        copies = {name: tensor.clone() for name, tensor in given.items()}
-    for one in (given, copies, copies):
+        copies = {name: tensor.clone() for name, tensor in tensors.items()}
+    for one in (tensors, copies, copies):
         again = engine.run_tensors(one)["sample"]
-        assert torch.equal(again, found) and again.data_ptr() != found.data_ptr() and not again.requires_grad
+        assert torch.equal(again, sample) and again.data_ptr() != sample.data_ptr() and not again.requires_grad
     assert engine.conditions == (engine.condition is not None)
     with pytest.raises(RecipeError, match=r"hidden_states has shape \(1,\)"):
-        engine.run_tensors(given | {"hidden_states": torch.zeros(1)})
+        engine.run_tensors(tensors | {"hidden_states": torch.zeros(1)})
 
 
 def test_a_condition_is_known_by_its_tensor_and_its_version(built: Built, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -410,14 +412,14 @@ def test_a_condition_is_known_by_its_tensor_and_its_version(built: Built, monkey
     if engine.condition is None:
         pytest.skip("the model has no product that depends on the condition alone")
     inputs = random_inputs(ir.load(built.lowered.path).graph)
-    given = {name: torch.from_numpy(array) for name, array in inputs.items()}
+    tensors = {name: torch.from_numpy(array) for name, array in inputs.items()}
     compared: list[bool] = []
     monkeypatch.setattr(torch, "equal", lambda a, b: compared.append(bool((a == b).all())) or compared[-1])
     names = set(engine.condition.inputs)
-    first = engine.run_tensors(given)["sample"]
-    engine.run_tensors(given | {"timestep": given["timestep"] + 1})
+    first = engine.run_tensors(tensors)["sample"]
+    engine.run_tensors(tensors | {"timestep": tensors["timestep"] + 1})
     assert engine.conditions == 1 and not compared  # the same tensors: not looked at
-    equal = {name: tensor.clone() if name in names else tensor for name, tensor in given.items()}
+    equal = {name: tensor.clone() if name in names else tensor for name, tensor in tensors.items()}
     engine.run_tensors(equal), engine.run_tensors(equal)
     assert engine.conditions == 1 and compared == [True] * len(names)  # compared once, then known
     equal["encoder_hidden_states"][0, 0, 0] += 10.0  # in place: another version
@@ -429,10 +431,10 @@ def test_a_condition_is_known_by_its_tensor_and_its_version(built: Built, monkey
 def test_it_stands_in_for_a_diffusers_transformer(built: Built, monkeypatch: pytest.MonkeyPatch) -> None:
     engine, family = CudaEngine(built.engine, device="cpu"), FAMILIES[built.model.family.name]
     inputs = random_inputs(ir.load(built.lowered.path).graph)
-    given: dict[str, Any] = {name: torch.from_numpy(array) for name, array in inputs.items()}
-    if "image_rotary_cos" in given:
-        given["image_rotary_emb"] = (given.pop("image_rotary_cos"), given.pop("image_rotary_sin"))
+    tensors: dict[str, Any] = {name: torch.from_numpy(array) for name, array in inputs.items()}
+    if "image_rotary_cos" in tensors:
+        tensors["image_rotary_emb"] = (tensors.pop("image_rotary_cos"), tensors.pop("image_rotary_sin"))
     transformer = EngineTransformer(engine, family, dict(built.model.config))
     expected = engine.run(inputs)["sample"]
     monkeypatch.setattr(engine, "run", None)  # tensors do not go through NumPy
-    assert np.array_equal(transformer(**given).sample.numpy(), expected)
+    assert np.array_equal(transformer(**tensors).sample.numpy(), expected)

@@ -16,10 +16,10 @@ SWITCHES: Any = (torch.backends.cudnn.conv, torch.backends.cuda.matmul)
 
 @pytest.fixture
 def cuda(monkeypatch: pytest.MonkeyPatch) -> FakeCuda:
-    made = FakeCuda()
+    fake = FakeCuda()
     for name in ("Stream", "CUDAGraph", "current_stream", "stream", "graph"):
-        monkeypatch.setattr(torch.cuda, name, getattr(made, name))
-    return made
+        monkeypatch.setattr(torch.cuda, name, getattr(fake, name))
+    return fake
 
 
 @pytest.fixture
@@ -53,14 +53,16 @@ def precisions() -> tuple[str, ...]:
 
 def test_the_order_of_a_capture(cuda: FakeCuda) -> None:
     module, x = Doubling(cuda), torch.ones(3)
-    made = Captured.make(module, {"x": x})
+    captured = Captured.make(module, {"x": x})
     warm_ups = ["module on side 1"] * WARM_UPS
     assert cuda.events == ["side 1 waits for main", *warm_ups, "main waits for side 1", "capture on capture"]
-    assert cuda.current.name == "main" and made.inputs["x"] is x
-    kept = made.outputs["y"]
+    assert cuda.current.name == "main" and captured.inputs["x"] is x
+    kept = captured.outputs["y"]
     assert not kept.any()  # a capture computes nothing
     for value in (3.0, 5.0):
-        assert made.run({"x": torch.full((3,), value)})["y"] is kept and torch.equal(kept, torch.full((3,), 2 * value))
+        assert captured.run({"x": torch.full((3,), value)})["y"] is kept and torch.equal(
+            kept, torch.full((3,), 2 * value)
+        )
     assert cuda.events[-2:] == ["replay", "replay"]
 
 

@@ -70,10 +70,10 @@ def test_the_executor_gives_what_onnxruntime_gives(pair, groups, weights):
     feeds = {"x": activations(np.random.default_rng(4)), "gate": gates(4)}
     model, _, expected = both(model, feeds)
     module = LoweredModule(model, weights=weights)
-    found = module({name: torch.from_numpy(array) for name, array in feeds.items()})["y"].numpy()
+    result = module({name: torch.from_numpy(array) for name, array in feeds.items()})["y"].numpy()
     # Exact sums rounded to float32, a product for each group of scales, two products and a sum: in one order.
     rows = np.abs(expected).max(axis=-1, keepdims=True) + np.abs(layer[0].bias).max()
-    assert (np.abs(found - expected) <= (64 // (group or 64) + 4) * 2.0**-24 * rows).all()
+    assert (np.abs(result - expected) <= (64 // (group or 64) + 4) * 2.0**-24 * rows).all()
 
 
 @pytest.mark.parametrize("weights", ["packed", "expanded"])
@@ -83,17 +83,17 @@ def test_int8_operands_change_no_number(granularity, group, weights):
     layers = [*square("a", granularity=granularity, group=group), *square("b", weight="E1M2", seed=1)]
     body = LINEAR + 'k = fpq.QuantizedLinear <layer="b"> (x)\ny = Add(h, k)'
     feeds = {"x": activations(np.random.default_rng(4)), "gate": gates(4)}
-    found, paths = {}, {}
+    results, paths = {}, {}
     for operands in ("fp8", "int8"):
         model = portable(body, layers, **SHAPES)
         run_shared(model)
         paths[operands] = {choice.path for choice in lower(model, operands).choices}
         module = LoweredModule(model, weights=weights)
-        found[operands] = module({name: torch.from_numpy(array) for name, array in feeds.items()})["y"]
+        results[operands] = module({name: torch.from_numpy(array) for name, array in feeds.items()})["y"]
         assert {gemm.operands["integers"] for gemm in module.gemms} == {operands == "int8"}
         assert module.expanded == (2 if weights == "expanded" else 0)
     assert paths == {"fp8": {"fp8 operands"}, "int8": {"int8 operands"}}
-    assert torch.equal(found["int8"], found["fp8"])
+    assert torch.equal(results["int8"], results["fp8"])
 
 
 SECOND = 'k = fpq.QuantizedLinear <layer="b"> (x)\n'
@@ -106,8 +106,8 @@ def executed(body: str, layers: list, **choices: str) -> tuple[list[int], Lowere
     feeds = {"x": activations(np.random.default_rng(4)), "gate": gates(4)[:1]}
     model, _, expected = both(model, feeds)
     module = LoweredModule(model, **choices)
-    found = module({name: torch.from_numpy(array) for name, array in feeds.items()})["y"].numpy()
-    assert_close(found, expected)
+    result = module({name: torch.from_numpy(array) for name, array in feeds.items()})["y"].numpy()
+    assert_close(result, expected)
     return [len(gemm.bias) for gemm in module.gemms], module
 
 
@@ -249,8 +249,8 @@ def test_a_gelu_joins_a_static_quantizer():
     assert [kind for kind in kinds(model) if kind in OPS] == ["Quantize", "Gemm", "GeluQuantizeStatic", "Gemm"]
     assert np.linalg.norm(after - before) <= 1e-2 * np.linalg.norm(before)  # one code may flip
     module = LoweredModule(model)
-    found = module({name: torch.from_numpy(array) for name, array in feeds.items()})["y"].numpy()
-    assert np.linalg.norm(found - after) <= 1e-2 * np.linalg.norm(after)
+    result = module({name: torch.from_numpy(array) for name, array in feeds.items()})["y"].numpy()
+    assert np.linalg.norm(result - after) <= 1e-2 * np.linalg.norm(after)
 
 
 @pytest.mark.parametrize(

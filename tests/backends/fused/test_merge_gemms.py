@@ -72,10 +72,10 @@ def test_two_linears_are_one_gemm_and_the_gates_find_each(chosen: dict[str, Any]
     assert gemms(model) == ["a+b"]
     apart, lowering_apart = lowered(lower_apart, chosen, chosen)
     assert gemms(apart) == ["a", "b"]
-    found, expected = probed(model, lowering, tmp_path / "one"), probed(apart, lowering_apart, tmp_path / "two")
+    merged, expected = probed(model, lowering, tmp_path / "one"), probed(apart, lowering_apart, tmp_path / "two")
     for layer in ("a", "b"):
         for name in ("integers", "gemm", "output"):
-            np.testing.assert_array_equal(getattr(found[layer], name), getattr(expected[layer], name))
+            np.testing.assert_array_equal(getattr(merged[layer], name), getattr(expected[layer], name))
     sizes = [(folder / "data").stat().st_size for folder in (tmp_path / "one", tmp_path / "two")]
     assert sizes[0] <= sizes[1] + 4096, "no part is stored beside the whole; 4096: alignment"
 

@@ -68,11 +68,11 @@ class Exported:
     layers: list[QuantizedLinear]
     recipe: Recipe
     portable: Path
-    found: Study
+    study: Study
 
     def report(self, portable: Path, engine: Engine | None = None, effort: Effort | None = None) -> Report:
         graph, report = BACKEND.lower(portable, portable.parent, self.recipe), Report()
-        verify_target("onnx", self.model, self.layers, graph, engine, self.found, report, effort=effort)
+        verify_target("onnx", self.model, self.layers, graph, engine, self.study, report, effort=effort)
         return report
 
     def checks(self, portable: Path) -> set[str]:
@@ -81,10 +81,10 @@ class Exported:
         probed, modules = ProbedGraph(graph), {ref.name: ref.module for ref in self.model.linears()}
         watched = [layer for layer in self.layers if layer.name in WATCHED]
         present = [layer for layer in watched if layer.name in probed.complete]
-        single = self.found.float32["fp32"]
-        steps = self.found.probed[1:2]
-        calls = {f"step {step + 1}": self.found.calls[step] for step in steps}
-        rows = verification.layer_results("onnx", present, modules, probed, self.found, single, calls, steps)
+        single = self.study.float32["fp32"]
+        steps = self.study.probed[1:2]
+        calls = {f"step {step + 1}": self.study.calls[step] for step in steps}
+        rows = verification.layer_results("onnx", present, modules, probed, self.study, single, calls, steps)
         gates = [
             coverage_gate("onnx", {row.name for row in present}, [row.name for row in watched]),
             *layer_gates("onnx", rows, 0),
@@ -119,11 +119,11 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Export
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["exact_group", "learned", "mixed"])
 def test_the_portable_model_passes_all_gates(kind: str, exported: Any) -> None:
-    made = exported(kind)
-    report = made.report(made.portable, BACKEND.load(made.portable.parent))
+    pixart = exported(kind)
+    report = pixart.report(pixart.portable, BACKEND.load(pixart.portable.parent))
     assert report.failures() == []
     values = {gate.name: gate.value for gate in report.gates}
-    assert values["onnx/coverage"] == len(made.layers) and values["onnx/operands_exact"] == 0
+    assert values["onnx/coverage"] == len(pixart.layers) and values["onnx/operands_exact"] == 0
     assert 0 < values["onnx/linear_output"] <= 1 and "onnx/final_psnr_db" in values
     assert "onnx/gemm_exact" not in values, "scaled operands have no integer sum"
     assert any("onnx: gemm_exact compares 0 of" in note for note in report.notes)
@@ -134,10 +134,10 @@ def test_the_portable_model_passes_all_gates(kind: str, exported: Any) -> None:
 
 @pytest.mark.parametrize("kind", ["exact_group", "learned", "mixed"])
 def test_probe_rows_are_tensors_of_the_graph(kind: str, exported: Any, tmp_path: Path) -> None:
-    made = exported(kind)
-    graph = BACKEND.lower(made.portable, tmp_path, made.recipe)
-    assert ProbedGraph(graph).complete == {layer.name for layer in made.layers}
-    layers = {layer.name: layer for layer in made.layers}
+    pixart = exported(kind)
+    graph = BACKEND.lower(pixart.portable, tmp_path, pixart.recipe)
+    assert ProbedGraph(graph).complete == {layer.name for layer in pixart.layers}
+    layers = {layer.name: layer for layer in pixart.layers}
     for row in graph.probes:
         layer = layers[row.layer]
         assert row.output == f"{row.layer}/output" and bool(row.low_rank) is (layer.lora_down is not None)
@@ -163,10 +163,10 @@ def _first(change: Callable[[Any], Any]) -> Callable[[Any], Any]:
 
 def _attributes(node: str, **choices: Any) -> Callable[[Graph], None]:
     def plant(graph: Graph) -> None:
-        found = graph.node(node)
-        kept = [item for item in found.attribute if item.name not in choices]
-        del found.attribute[:]
-        found.attribute.extend([*kept, *(helper.make_attribute(key, value) for key, value in choices.items())])
+        proto = graph.node(node)
+        kept = [item for item in proto.attribute if item.name not in choices]
+        del proto.attribute[:]
+        proto.attribute.extend([*kept, *(helper.make_attribute(key, value) for key, value in choices.items())])
 
     return plant
 
@@ -188,8 +188,8 @@ def _unclipped(graph: Graph) -> None:
     """No bound before rounding nor after; tables, the decoder's as well, have room for what then comes."""
     for role, tables in (("quantize", ("negative_codes",)), ("dequantize", ("values",))):
         node = graph.node(f"{FF_OUT}/{role}")
-        found = {item.name: helper.get_attribute_value(item) for item in node.attribute}
-        longer = {name: [*found[name], *[found[name][-1]] * (256 - len(found[name]))] for name in tables}
+        attributes = {item.name: helper.get_attribute_value(item) for item in node.attribute}
+        longer = {name: [*attributes[name], *[attributes[name][-1]] * (256 - len(attributes[name]))] for name in tables}
         bounds = {"max_value": 1e30, "max_code": 255} if role == "quantize" else {}
         _attributes(node.name, **longer, **bounds)(graph)
 
@@ -243,12 +243,12 @@ def test_a_fault_in_a_linear_of_the_file_is_caught(kind: str, fault: Fault, expo
 
 @pytest.mark.parametrize("name", ["skipped block", "attention scale"])
 def test_a_fault_between_linears_of_the_file_is_caught(name: str, exported: Any, tmp_path: Path) -> None:
-    made, fault = exported("exact_group"), next(fault for fault in PORTABLE_FAULTS if fault.name == name)
-    graph = Graph(made.portable)
+    pixart, fault = exported("exact_group"), next(fault for fault in PORTABLE_FAULTS if fault.name == name)
+    graph = Graph(pixart.portable)
     fault.plant(graph)
     graph.save(tmp_path / "model.onnx")
-    effort = Effort((0, 1), made.found.probed[-1:], 0, special=(1,), inside=(), state=False)
-    failed = {gate.name for gate in made.report(tmp_path / "model.onnx", effort=effort).failures()}
+    effort = Effort((0, 1), pixart.study.probed[-1:], 0, special=(1,), inside=(), state=False)
+    failed = {gate.name for gate in pixart.report(tmp_path / "model.onnx", effort=effort).failures()}
     assert f"onnx/{fault.gate}" in failed and "onnx/operands_exact" not in failed
 
 
@@ -261,8 +261,8 @@ def test_a_graph_that_stops_is_refused_in_words(exported: Any, tmp_path: Path) -
 
 
 def test_codes_that_are_no_numbers_of_the_format_are_no_image() -> None:
-    found = decoded_integers(get_format("E2M1"), np.array([0, 7, 15, 16, 255], np.uint8))
-    assert found[:3].tolist() == [0, 12, -12] and np.isnan(found[3:]).all()
+    integers = decoded_integers(get_format("E2M1"), np.array([0, 7, 15, 16, 255], np.uint8))
+    assert integers[:3].tolist() == [0, 12, -12] and np.isnan(integers[3:]).all()
     assert np.isnan(decoded_integers(get_format("E4M3"), np.array([127], np.uint8))).all(), "the code of NaN"
 
 
@@ -271,8 +271,8 @@ def test_what_is_not_wired_as_a_quantized_linear_is_not_taken_for_one(exported: 
     graph.node(f"{K}/matmul").input[0] = graph.node(f"{K}/quantize").input[0]
     graph.node(f"{CROSS_V}/weight").input[1] = graph.producer(f"{Q}/quantize/scale").output[1]  # computed, not stored
     graph.save(tmp_path / "model.onnx")
-    found = {linear.layer for linear in portable_linears(ir.load(tmp_path / "model.onnx"))}
-    assert {layer.name for layer in exported("exact_group").layers} - found == {K, CROSS_V}
+    layers = {linear.layer for linear in portable_linears(ir.load(tmp_path / "model.onnx"))}
+    assert {layer.name for layer in exported("exact_group").layers} - layers == {K, CROSS_V}
 
 
 def test_a_model_without_quantized_linears_is_refused(tmp_path: Path) -> None:
@@ -295,30 +295,30 @@ def test_ports_are_named_by_the_schema(exported: Any) -> None:
 
 
 def test_a_large_model_stays_packed_and_computes_the_same(exported: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    made = exported("exact_group")
-    whole = PortableEngine(made.portable.parent).run(made.found.calls[0])["sample"]
+    pixart = exported("exact_group")
+    whole = PortableEngine(pixart.portable.parent).run(pixart.study.calls[0])["sample"]
     monkeypatch.setattr(portable_engine, "FOLDED_BYTES", 0)
     opened: list[dict[str, Any]] = []
     session = onnxruntime.InferenceSession
     monkeypatch.setattr(onnxruntime, "InferenceSession", lambda *a, **k: opened.append(k) or session(*a, **k))
-    packed = PortableEngine(made.portable.parent).run(made.found.calls[0])["sample"]
+    packed = PortableEngine(pixart.portable.parent).run(pixart.study.calls[0])["sample"]
     assert opened[0]["disabled_optimizers"] == ["ConstantFolding"]
     # fusions may add up in another order: the limit of two float32 runs without a flipped code
     assert sqnr_db(whole, packed) > ROUNDED_DB
 
 
 def test_many_threads_share_one_engine(exported: Any) -> None:
-    made = exported("exact_group")
-    engine = PortableEngine(made.portable.parent, threads=1)
-    expected = [engine.run(call)["sample"] for call in made.found.calls]
+    pixart = exported("exact_group")
+    engine = PortableEngine(pixart.portable.parent, threads=1)
+    expected = [engine.run(call)["sample"] for call in pixart.study.calls]
     with ThreadPoolExecutor(4) as pool:
-        found = list(pool.map(lambda call: engine.run(call)["sample"], made.found.calls * 4))
-    assert all(np.array_equal(one, other) for one, other in zip(found, expected * 4, strict=True))
+        samples = list(pool.map(lambda call: engine.run(call)["sample"], pixart.study.calls * 4))
+    assert all(np.array_equal(one, other) for one, other in zip(samples, expected * 4, strict=True))
 
 
 def test_an_array_overwritten_during_a_call_makes_no_mixture(exported: Any) -> None:
-    made = exported("exact_group")
-    engine, call = PortableEngine(made.portable.parent, threads=1), made.found.calls[0]
+    pixart = exported("exact_group")
+    engine, call = PortableEngine(pixart.portable.parent, threads=1), pixart.study.calls[0]
     expected = engine.run(call)["sample"]
     mine = {name: array.copy() for name, array in call.items()}
     engine.sessions = hooked(engine.sessions, step=lambda: mine["hidden_states"].fill(0))
@@ -354,8 +354,8 @@ def test_a_bundle_lists_it_and_loads_it(made_bundle: Path) -> None:
     assert not (made_bundle / "onnx").exists(), "nothing is stored twice"
     engine = opened.engine("onnx")
     inputs = models.sample_inputs(models.load("zoo:dit_mini"), 2, 0)
-    found, expected = engine.run(inputs)["sample"], opened.engine("cpu").run(inputs)["sample"]
-    assert sqnr_db(expected, found) > 40, "two engines of one model, but for flipped codes"
+    sample, expected = engine.run(inputs)["sample"], opened.engine("cpu").run(inputs)["sample"]
+    assert sqnr_db(expected, sample) > 40, "two engines of one model, but for flipped codes"
     engine.close()
     assert opened.as_diffusers("onnx").config.sample_size
 
@@ -413,9 +413,9 @@ def test_bench_measures_it_only_when_asked(
 def test_a_large_model_is_run_in_few_steps_and_draws_nothing(
     exported: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    made = exported("exact_group")
+    pixart = exported("exact_group")
     monkeypatch.setattr(verification, "is_large", lambda model: True)
-    report = made.report(made.portable)
+    report = pixart.report(pixart.portable)
     assert report.failures() == []
     assert "onnx/final_psnr_db" not in {gate.name for gate in report.gates}
     expected = "onnx: compared in 1 of 2 steps, linears in 1 of 2 steps, no picture: it is slow; calls of batch 3 "

@@ -46,11 +46,11 @@ def _stretches(model: LoadedModel, graph: LoweredGraph) -> dict[str, SegmentResu
     """Every stretch of the graph in a call of three samples, by the layer that it ends at."""
     inputs = models.sample_inputs(model, 3, 0)
     reference, probed = SegmentReference(model, inputs["hidden_states"].shape[2:]), ProbedGraph(graph)
-    with SegmentCheck("rtx", reference, {"a call": inputs}, "fp16") as check:
+    with SegmentCheck("rtx", reference, {"a call": inputs}, "fp16") as comparison:
         for layer, probes in probed.probes(reference.order(inputs), [inputs]):
-            check.at(layer, probes)
-        check.end([probed.cut(["sample"], {})(inputs)["sample"]])
-    return {row.layer: row for row in check.results}
+            comparison.at(layer, probes)
+        comparison.end([probed.cut(["sample"], {})(inputs)["sample"]])
+    return {row.layer: row for row in comparison.results}
 
 
 def _planted(graph: LoweredGraph, plant: Callable[[GraphEdit], None]) -> LoweredGraph:

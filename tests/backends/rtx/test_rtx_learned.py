@@ -32,17 +32,21 @@ WEIGHTS = [("E2M1", "per_channel", 0), ("E2M1", "exact_group", 16), ("INT4", "gr
 def lowered(layer: QuantizedLinear, folder: Path, weights: str = "fp8") -> tuple[ir.Model, LowerRtx, ProbedGraph]:
     model = portable(ONE, [layer], INPUTS)
     run_shared(model)
-    found = LowerRtx(gemm_rows(weights, (89, 120)))
-    found(model)
+    rewrite = LowerRtx(gemm_rows(weights, (89, 120)))
+    rewrite(model)
     ir.save(model, folder / "model.onnx", external_data="model.onnx.data")
-    return model, found, ProbedGraph(LoweredGraph(folder / "model.onnx", tuple(found.probes), tuple(found.choices)))
+    return (
+        model,
+        rewrite,
+        ProbedGraph(LoweredGraph(folder / "model.onnx", tuple(rewrite.probes), tuple(rewrite.choices))),
+    )
 
 
 def prove(layer: QuantizedLinear, probed: ProbedGraph, exact: bool) -> None:
     ((_, probes),) = probed.probes([layer.name], inputs())
     probe = joined(probes)
-    found = check_linear(layer, probe, activation_oracle(probe.x, layer))
-    assert_proven(found if exact else replace(found, gemm_max_abs_diff=0))
+    result = check_linear(layer, probe, activation_oracle(probe.x, layer))
+    assert_proven(result if exact else replace(result, gemm_max_abs_diff=0))
 
 
 # Everything learned with everything else that is; how weights are stored in turn.
@@ -55,18 +59,18 @@ def test_gates_prove_every_combination(learned_with: Any, weights: str, tmp_path
     around, scaling, (name, granularity, group) = learned_with
     one = random_linear(weight=name, activation="E2M3", granularity=granularity, group=group)
     layer = AROUND[around](SCALINGS.get(scaling, lambda one: one)(one))
-    model, found, probed = lowered(layer, tmp_path, weights)
+    model, rewrite, probed = lowered(layer, tmp_path, weights)
     assert not any(node.domain == "fpq" for node in model.graph)
-    assert found.probes[0].exact == (granularity != "group")
-    prove(layer, probed, found.probes[0].exact)
+    assert rewrite.probes[0].exact == (granularity != "group")
+    prove(layer, probed, rewrite.probes[0].exact)
 
 
 @pytest.mark.parametrize("activation", ["E2M1", "E1M2", "E3M0", "INT4", "INT6", "INT8", "E3M2", "E3M4", "E4M3"])
 @pytest.mark.parametrize("weights", ["fp8", "int8"])
 def test_every_signed_static_activation(activation: str, weights: str, tmp_path: Path) -> None:
     layer = SCALINGS["static"](random_linear(weight="INT4", activation=activation))
-    _, found, probed = lowered(layer, tmp_path, weights)
-    prove(layer, probed, found.probes[0].exact)
+    _, rewrite, probed = lowered(layer, tmp_path, weights)
+    prove(layer, probed, rewrite.probes[0].exact)
 
 
 @pytest.mark.parametrize("activation", UNSIGNED)
@@ -75,8 +79,8 @@ def test_every_unsigned_activation_with_a_zero(activation: str, weights: str, tm
     layer = learned.with_scaling(random_linear(weight="INT4"), "zero")
     reach = np.float32([3.2 / get_format(activation).max_value])
     layer = replace(layer, activation_format=activation, activation_scale=reach)
-    _, found, probed = lowered(layer, tmp_path, weights)
-    assert found.probes[0].exact
+    _, rewrite, probed = lowered(layer, tmp_path, weights)
+    assert rewrite.probes[0].exact
     prove(layer, probed, True)
 
 
@@ -88,10 +92,10 @@ def uniform(weight: str, k: int = 64) -> QuantizedLinear:
 def test_asymmetric_8_bit_integers_are_one_int8_gemm(tmp_path: Path) -> None:
     """Codes of 0 to 255 less 128; what is missing in the sum is added exactly."""
     layer = uniform("INT4")
-    model, found, probed = lowered(layer, tmp_path)
-    (row,) = found.probes
+    model, rewrite, probed = lowered(layer, tmp_path)
+    (row,) = rewrite.probes
     assert (row.path, row.codes_offset, len(row.codes)) == ("int8", -128.0, 1)
-    assert "UE1M7 is exact in INT8 less 128" in found.choices[0].why
+    assert "UE1M7 is exact in INT8 less 128" in rewrite.choices[0].why
     shift = model.graph.initializers["a.rtx_shift"].const_value.numpy()
     np.testing.assert_array_equal(shift, 128 * layer.integers().astype(np.int64).sum(axis=1))
     prove(layer, probed, True)
@@ -101,10 +105,10 @@ def test_where_the_shift_would_not_be_exact_two_limbs_are_taken(tmp_path: Path) 
     """255 * 127 * 1024 exceeds 2^24: a float32 sum of shifted images would round more than one of the images."""
     model = portable(ONE, [uniform("INT8", 2048)], "float[batch,S,2048] x, float[batch] timestep")
     run_shared(model)
-    found = LowerRtx(gemm_rows("fp8", (89, 120)))
-    found(model)
-    assert found.choices[0].path == "int8, 2 limbs" and found.probes[0].codes_offset == 0
-    assert "not int8: sums of integers less 128 are not exact in float32" in found.choices[0].why
+    rewrite = LowerRtx(gemm_rows("fp8", (89, 120)))
+    rewrite(model)
+    assert rewrite.choices[0].path == "int8, 2 limbs" and rewrite.probes[0].codes_offset == 0
+    assert "not int8: sums of integers less 128 are not exact in float32" in rewrite.choices[0].why
 
 
 def test_a_static_scale_costs_no_reduction_and_no_multiplication(tmp_path: Path) -> None:

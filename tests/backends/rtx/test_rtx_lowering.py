@@ -30,9 +30,9 @@ def lowered(
     model: onnx.ModelProto, weights: str = "fp8", sms: tuple[int, ...] = WIDE
 ) -> tuple[onnx.ModelProto, LowerRtx]:
     converted = ir.from_proto(model)
-    found = LowerRtx(gemm_rows(weights, sms))
-    found(converted)
-    return ir.to_proto(converted), found
+    rewrite = LowerRtx(gemm_rows(weights, sms))
+    rewrite(converted)
+    return ir.to_proto(converted), rewrite
 
 
 def run(model: onnx.ModelProto, inputs: dict[str, np.ndarray], extra: tuple[str, ...] = ()) -> dict[str, np.ndarray]:
@@ -75,9 +75,9 @@ def weight_images(linear: Linear) -> np.ndarray:
     return images * np.repeat(factors, linear.in_features // groups, axis=1)
 
 
-def probed(row: ProbeRow, found: dict[str, np.ndarray]) -> np.ndarray:
+def probed(row: ProbeRow, tensors: dict[str, np.ndarray]) -> np.ndarray:
     limbs = [
-        w * (found[c].astype(np.float64) * row.codes_unit) for c, w in zip(row.codes, row.limb_weights, strict=True)
+        w * (tensors[c].astype(np.float64) * row.codes_unit) for c, w in zip(row.codes, row.limb_weights, strict=True)
     ]
     return np.sum(limbs, axis=0) - row.codes_offset
 
@@ -93,8 +93,8 @@ def test_codes_and_integer_sums_are_exact(choice: Any, of_weight: tuple[str, int
     ((weights, sms), activation), (weight, group) = choice, of_weight
     linear = Linear("layer", activation=activation, weight=weight, group_size=group)
     source = single(linear)
-    model, found = lowered(source, weights, sms)
-    row = found.probes[0]
+    model, rewrite = lowered(source, weights, sms)
+    row = rewrite.probes[0]
     x = tokens(linear.in_features)
     got = run(model, {"x": x}, (*row.codes, row.act_scale, row.gemm))
     images = oracle_images(x, activation)
@@ -108,9 +108,9 @@ def test_codes_and_integer_sums_are_exact(choice: Any, of_weight: tuple[str, int
 
 
 def test_e2m3_in_e4m3_takes_no_rounding_ops() -> None:
-    model, found = lowered(single(Linear("layer")))
+    model, rewrite = lowered(single(Linear("layer")))
     assert not {"Round", "Where"} & {node.op_type for node in model.graph.node}
-    assert "its own rounding" in found.choices[0].why
+    assert "its own rounding" in rewrite.choices[0].why
 
 
 REAL_GROUPS = [
@@ -128,10 +128,10 @@ def test_real_group_scales_round_in_half_precision(activation: str, case: tuple[
     weight, group, sms, path = case
     linear = Linear("layer", activation=activation, weight=weight, group_size=group, real_groups=True)
     source = single(linear)
-    model, found = lowered(source, "fp8", sms)
+    model, rewrite = lowered(source, "fp8", sms)
     x = tokens(linear.in_features)
     got, exact = run(model, {"x": x})["y"].astype(np.float64), run(source, {"x": x})["y"]
-    assert found.choices[0].path == path and not found.probes[0].exact
+    assert rewrite.choices[0].path == path and not rewrite.probes[0].exact
     # Rounded to 11 bits, 2^-11 relative at most: the group scale, its product with the value, and the sum. A subnormal
     # half is off by 2^-25 of the largest weight times the largest activation at most, for each of K products.
     fmt, arrays = get_format(linear.weight), linear.arrays()
@@ -146,19 +146,19 @@ def test_real_group_scales_round_in_half_precision(activation: str, case: tuple[
 @pytest.mark.parametrize(("weights", "sms"), [("fp8", WIDE), ("int8", WIDE), ("int4", WIDE), ("fp8", (86,))])
 def test_block_equals_the_portable_ops(weights: str, sms: tuple[int, ...]) -> None:
     source = block(64, group_size=16)
-    model, found = lowered(source, weights, sms)
+    model, rewrite = lowered(source, weights, sms)
     rng = np.random.default_rng(1)
     inputs = {name: rng.normal(size=(2, 1, 64)).astype(np.float32) for name in ("shift", "scale")}
     inputs["x"] = rng.normal(size=(2, 5, 64)).astype(np.float32)
     expected, got = run(source, inputs)["y"], run(model, inputs)["y"]
-    assert len(found.probes) == 6 and all(row.exact for row in found.probes)
+    assert len(rewrite.probes) == 6 and all(row.exact for row in rewrite.probes)
     # Same operations in the same order outside of the GEMMs, which are exact: no rounding can differ.
     assert np.array_equal(got, expected)
 
 
 def test_linears_that_share_a_quantizer_share_its_operand() -> None:
-    model, found = lowered(block(64))
-    assert len({found.probes[i].codes for i in range(3)}) == 1
+    model, rewrite = lowered(block(64))
+    assert len({rewrite.probes[i].codes for i in range(3)}) == 1
     quantizers = [node for node in model.graph.node if node.op_type == "QuantizeLinear"]
     assert len(quantizers) == 4  # q, k and v share one
 
@@ -217,13 +217,13 @@ def test_a_format_without_any_path_is_refused_with_every_reason() -> None:
 
 
 def test_four_bit_storage_falls_back_where_it_has_no_decoder() -> None:
-    _, found = lowered(single(Linear("layer", weight="E2M3")), "int4")
-    assert found.choices[0].path == "fp8" and "not a signed 4-bit format" in found.choices[0].why
+    _, rewrite = lowered(single(Linear("layer", weight="E2M3")), "int4")
+    assert rewrite.choices[0].path == "fp8" and "not a signed 4-bit format" in rewrite.choices[0].why
 
 
 def test_the_choice_says_when_a_sum_may_round() -> None:
-    _, found = lowered(single(Linear("layer", activation="E4M3")))
-    assert "not every float32 sum is exact" in found.choices[0].why and not found.probes[0].exact
+    _, rewrite = lowered(single(Linear("layer", activation="E4M3")))
+    assert "not every float32 sum is exact" in rewrite.choices[0].why and not rewrite.probes[0].exact
 
 
 def test_multipliers_of_the_models_are_those_of_the_format() -> None:

@@ -60,10 +60,10 @@ def small_block() -> onnx.ModelProto:
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Lowered graph in work/, engine in rtx/."""
-    made = tmp_path_factory.mktemp("plugin")
-    (made / "rtx").mkdir()
-    RtxBackend().build(lowered(made, RECIPE, small_block()), made / "rtx", RECIPE)
-    return made
+    root = tmp_path_factory.mktemp("plugin")
+    (root / "rtx").mkdir()
+    RtxBackend().build(lowered(root, RECIPE, small_block()), root / "rtx", RECIPE)
+    return root
 
 
 @pytest.mark.fast
@@ -102,8 +102,8 @@ def builders_graph(folder: Path) -> tuple[list[tuple[str, bytes]], list[Payload]
     """(name, payload as text) of every plugin node of the builder's graph, and the payloads."""
     with plugin_payloads.builders_graph(folder / "work" / MODEL, 1, (89,)) as (path, _):
         graph = onnx.load(path, load_external_data=False).graph
-    found = [(node.name, a.s) for node in graph.node for a in node.attribute if a.name == FIELD]
-    return found, [from_text(text.decode()) for _, text in found]
+    texts = [(node.name, a.s) for node in graph.node for a in node.attribute if a.name == FIELD]
+    return texts, [from_text(text.decode()) for _, text in texts]
 
 
 @contextmanager
@@ -118,14 +118,14 @@ def uncompiled(lowered: Path, *sms: int) -> Iterator[tuple[Path, list[KernelNode
 @pytest.mark.fast
 def test_the_builders_graph_is_the_verified_one_without_bodies(folder: Path) -> None:
     with uncompiled(folder / "work" / MODEL, 89) as (path, _):
-        verified, made = (onnx.load(folder / "work" / name, load_external_data=False) for name in (MODEL, path.name))
-    assert [node.name for node in made.graph.node] == [node.name for node in verified.graph.node]
-    assert not made.functions and verified.functions
-    plugins = {node.name: node for node in made.graph.node if node.domain == DOMAIN}
+        verified, bare = (onnx.load(folder / "work" / name, load_external_data=False) for name in (MODEL, path.name))
+    assert [node.name for node in bare.graph.node] == [node.name for node in verified.graph.node]
+    assert not bare.functions and verified.functions
+    plugins = {node.name: node for node in bare.graph.node if node.domain == DOMAIN}
     spec = from_text(next(a.s.decode() for a in plugins["ff.down"].attribute if a.name == FIELD)).spec
     assert (spec.in_features, spec.out_features, spec.group_size, spec.output) == (2 * WIDTH, WIDTH, 64, "fp32")
     assert len(plugins["norm1"].output) == 2 and len(plugins["ff.up"].output) == 1
-    types = {tensor.name: tensor.data_type for tensor in made.graph.initializer}
+    types = {tensor.name: tensor.data_type for tensor in bare.graph.initializer}
     assert types["ff.up.codes"] == types["ff.up.multipliers"] == onnx.TensorProto.INT8
     assert onnx.TensorProto.UINT8 not in types.values()
 
@@ -187,9 +187,9 @@ def test_two_builds_give_the_same_graph_and_metadata(folder: Path, tmp_path: Pat
 def test_other_formats_and_gpus_build(linear: Linear, sms: tuple[int, ...], tmp_path: Path) -> None:
     (tmp_path / "rtx").mkdir()
     chosen = recipe(*sms)
-    found = RtxBackend().build(lowered(tmp_path, chosen, single(linear)), tmp_path / "rtx", chosen).metadata
-    assert found["plugins"] == {"packed_gemm": 1, "quantize": 1} and found["compute_capabilities"] == list(sms)
-    assert found["constant_bytes"]["int8"] == 128 * 64 // 2
+    metadata = RtxBackend().build(lowered(tmp_path, chosen, single(linear)), tmp_path / "rtx", chosen).metadata
+    assert metadata["plugins"] == {"packed_gemm": 1, "quantize": 1} and metadata["compute_capabilities"] == list(sms)
+    assert metadata["constant_bytes"]["int8"] == 128 * 64 // 2
 
 
 def specs_of(graph: LoweredGraph, *sms: int) -> list[QuantizeSpec | GemmSpec]:
@@ -290,8 +290,8 @@ def test_a_missing_triton_is_a_problem_with_a_remedy(monkeypatch: pytest.MonkeyP
 
 
 def test_doctor_lists_the_plugins_that_the_registry_finds() -> None:
-    found = RtxBackend().checks()[1]
-    assert found.ok and found.found == (
+    row = RtxBackend().checks()[1]
+    assert row.ok and row.found == (
         "namespace fpq, version 1: Quantize GeluQuantize NormModulateQuantize PackedGemm; compiled, not run"
     )
 
@@ -301,5 +301,5 @@ def test_doctor_says_why_there_are_no_plugins(monkeypatch: pytest.MonkeyPatch) -
         raise EnvironmentLacksError("tensorrt_rtx is not here; install it")
 
     monkeypatch.setattr("plugins.tensorrt.rtx_plugin.registered", missing)
-    found = RtxBackend().checks()[1]
-    assert not found.ok and not found.needed and "rtx.path=plugin; tensorrt_rtx is not here" in found.remedy
+    row = RtxBackend().checks()[1]
+    assert not row.ok and not row.needed and "rtx.path=plugin; tensorrt_rtx is not here" in row.remedy

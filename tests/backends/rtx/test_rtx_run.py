@@ -101,8 +101,8 @@ def test_another_gpu_is_refused_before_reading_the_engine(tmp_path: Path, monkey
 
 def test_a_damaged_engine_is_refused_before_it_is_deserialized(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("tensorrt_rtx", reason="tensorrt-rtx is not installed")
-    found = METADATA | {"tensorrt_rtx": version("tensorrt-rtx")}
-    (tmp_path / "metadata.json").write_text(json.dumps(found))
+    metadata = METADATA | {"tensorrt_rtx": version("tensorrt-rtx")}
+    (tmp_path / "metadata.json").write_text(json.dumps(metadata))
     (tmp_path / "model.engine").write_bytes(b"vtrt" + bytes(200))
     monkeypatch.setattr(rtx_engine, "visible_sm", lambda: 89)
     with pytest.raises(ContractError, match="204 bytes, its header says 0"):
@@ -125,8 +125,8 @@ def test_buffers_bind_copy_and_return() -> None:
     buffers = Buffers.make(context, 0, inputs(), ["y"], "cpu")
     addresses = dict(context.addresses)
     for scale in (1, 3):
-        given = {name: array * np.float32(scale) for name, array in inputs().items()}
-        assert np.array_equal(buffers.run(given)["y"], 2 * given["x"])
+        arrays = {name: array * np.float32(scale) for name, array in inputs().items()}
+        assert np.array_equal(buffers.run(arrays)["y"], 2 * arrays["x"])
     assert context.calls == 2 and addresses.items() <= context.addresses.items()
 
 

@@ -37,34 +37,34 @@ def parsed(text: str) -> ir.Model:
 
 def inputs(seed: int = 0) -> dict[str, np.ndarray]:
     rng = np.random.default_rng(seed)
-    found = {name: rng.normal(size=(2, HEADS, TOKENS, HEAD_WIDTH)).astype(np.float32) for name in "qkv"}
-    found["q"] /= np.float32(np.sqrt(HEAD_WIDTH))
+    arrays = {name: rng.normal(size=(2, HEADS, TOKENS, HEAD_WIDTH)).astype(np.float32) for name in "qkv"}
+    arrays["q"] /= np.float32(np.sqrt(HEAD_WIDTH))
     keep = np.ones((2, 1, 1, TOKENS), bool)
     keep[1, ..., 5:] = False
-    return found | {"mask": np.where(keep, 0, -np.inf).astype(np.float32)}
+    return arrays | {"mask": np.where(keep, 0, -np.inf).astype(np.float32)}
 
 
 def half(array: np.ndarray) -> np.ndarray:
     return array.astype(np.float16).astype(np.float64)
 
 
-def expected(found: dict[str, np.ndarray]) -> np.ndarray:
+def expected(arrays: dict[str, np.ndarray]) -> np.ndarray:
     """float64 attention on operands rounded to FP16."""
-    scores = half(found["q"]) @ half(found["k"]).swapaxes(-1, -2) + np.maximum(found["mask"], LOWEST_MASK)
+    scores = half(arrays["q"]) @ half(arrays["k"]).swapaxes(-1, -2) + np.maximum(arrays["mask"], LOWEST_MASK)
     weights = np.exp(scores - scores.max(axis=-1, keepdims=True))
-    return weights / weights.sum(axis=-1, keepdims=True) @ half(found["v"])
+    return weights / weights.sum(axis=-1, keepdims=True) @ half(arrays["v"])
 
 
 def test_operands_and_result_are_rounded_to_eleven_bits_in_any_runtime() -> None:
     model = parsed(MASKED)
     assert halve_attention(model) == 1
-    found = inputs()
-    got = run(ir.to_proto(model), found)["y"]
+    arrays = inputs()
+    got = run(ir.to_proto(model), arrays)["y"]
     assert np.array_equal(got, half(got))
-    exact = expected(found)
+    exact = expected(arrays)
     # The result's own rounding is half an ulp of 11 bits; float32 sums of 64 and of 16 terms and the exponential add
     # far less than another 2^-12 of the largest value.
-    assert np.abs(got - exact).max() <= (2.0**-12 + 2.0**-12) * np.abs(found["v"]).max()
+    assert np.abs(got - exact).max() <= (2.0**-12 + 2.0**-12) * np.abs(arrays["v"]).max()
 
 
 def test_the_splitter_rounds_as_a_cast_to_half_does() -> None:
@@ -79,9 +79,9 @@ def test_the_splitter_rounds_as_a_cast_to_half_does() -> None:
 def test_a_fully_masked_row_is_finite() -> None:
     model = parsed(MASKED)
     halve_attention(model)
-    found = inputs()
-    found["mask"][:] = -np.inf
-    assert np.isfinite(run(ir.to_proto(model), found)["y"]).all()
+    arrays = inputs()
+    arrays["mask"][:] = -np.inf
+    assert np.isfinite(run(ir.to_proto(model), arrays)["y"]).all()
 
 
 @pytest.mark.parametrize(

@@ -81,7 +81,7 @@ def test_other_linears_are_left_alone(form: str, rows: int) -> None:
 @pytest.mark.parametrize("form", ["gemm", "matmul"])
 def test_the_engine_keeps_sixteen_bits(form: str, tmp_path: Path) -> None:
     pytest.importorskip("tensorrt_rtx", reason="tensorrt-rtx is not installed")
-    found = {}
+    constant_bytes = {}
     for name in ("half", "single"):
         graph = model(form)
         if name == "half":
@@ -89,5 +89,5 @@ def test_the_engine_keeps_sixteen_bits(form: str, tmp_path: Path) -> None:
             drop_unused(graph)
         onnx.save(ir.to_proto(graph), tmp_path / f"{name}.onnx")
         build_engine("tensorrt_rtx", tmp_path / f"{name}.onnx", tmp_path / name, (89, 120), 1)
-        found[name] = read_engine_file(tmp_path / name).constant_bytes
-    assert found["half"]["half"] == 2 * SIZE**2 and found["single"]["float"] >= 4 * SIZE**2
+        constant_bytes[name] = read_engine_file(tmp_path / name).constant_bytes
+    assert constant_bytes["half"]["half"] == 2 * SIZE**2 and constant_bytes["single"]["float"] >= 4 * SIZE**2

@@ -77,8 +77,8 @@ class Builder:
         return self.config
 
     def create_optimization_profile(self) -> Any:
-        made: dict[str, Any] = {}
-        return type("Profile", (dict,), {"set_shape": lambda self, name, *shapes: self.update({name: shapes})})(made)
+        ranges: dict[str, Any] = {}
+        return type("Profile", (dict,), {"set_shape": lambda self, name, *shapes: self.update({name: shapes})})(ranges)
 
     def parse(self, path: str) -> bool:
         """Every plugin node must fit one that is registered: its inputs one by one, then the payload."""
@@ -89,8 +89,8 @@ class Builder:
                 if name not in self.front_end.found or not fields["aot"]:
                     self.error = f"no plugin {name}"
                     return False
-                wanted = list(inspect.signature(self.front_end.found[name]["register"]).parameters)
-                assert len(node.input) == len(wanted) - 1 and wanted[-1] == "payload" == list(fields)[-1]
+                parameters = list(inspect.signature(self.front_end.found[name]["register"]).parameters)
+                assert len(node.input) == len(parameters) - 1 and parameters[-1] == "payload" == list(fields)[-1]
             self.layers.append(node.name)
         return True
 
@@ -107,13 +107,13 @@ class Builder:
 
 @pytest.fixture
 def builder(monkeypatch: pytest.MonkeyPatch) -> Builder:
-    made = Builder(FrontEnd())
-    monkeypatch.setattr(plugins, "import_module", lambda name: made.front_end if name.endswith(".plugin") else TYPES)
+    fake = Builder(FrontEnd())
+    monkeypatch.setattr(plugins, "import_module", lambda name: fake.front_end if name.endswith(".plugin") else TYPES)
     monkeypatch.setattr(trt_build.plugins, "register", plugins.register.__wrapped__)
     for module in (trt_build, tensorrt_build):
-        monkeypatch.setattr(module, "import_module", lambda name: made.module())
+        monkeypatch.setattr(module, "import_module", lambda name: fake.module())
     monkeypatch.setattr(plugin_payloads, "compile_payload", lambda kernel, spec, *_: payload_of(kernel, spec))
-    return made
+    return fake
 
 
 def build(graph: LoweredGraph, engine: Path) -> tuple[dict[str, Any], list[KernelNode]]:
@@ -229,12 +229,12 @@ class Context:
 
 @pytest.fixture
 def cuda(monkeypatch: pytest.MonkeyPatch) -> FakeCuda:
-    made = FakeCuda()
+    fake = FakeCuda()
     for name in ("Stream", "CUDAGraph", "current_stream", "stream", "graph"):
-        monkeypatch.setattr(torch.cuda, name, getattr(made, name))
+        monkeypatch.setattr(torch.cuda, name, getattr(fake, name))
     make = Buffers.make
     monkeypatch.setattr(Buffers, "make", lambda context, *rest: make(context, *rest, "cpu"))
-    return made
+    return fake
 
 
 @pytest.fixture
@@ -242,7 +242,7 @@ def contexts(
     cuda: FakeCuda, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> tuple[trt_engine.TrtEngine, list[Context]]:
     """An engine opened from its folder, and the contexts it makes."""
-    made: list[Context] = []
+    created: list[Context] = []
     metadata = {"tensorrt": "11.1.0", "compute_capabilities": [90], "shapes": {"x": [[1, 4], [2, 4], [8, 4]]}}
     (tmp_path / "metadata.json").write_text(json.dumps(metadata))
     (tmp_path / "model.engine").write_bytes(b"engine")
@@ -251,7 +251,7 @@ def contexts(
         get_tensor_name=["x", "y"].__getitem__,
         get_tensor_mode=lambda name: "output" if name == "y" else "input",
         get_tensor_dtype=lambda name: "float32",
-        create_execution_context=lambda: made.append(Context(cuda)) or made[-1],
+        create_execution_context=lambda: created.append(Context(cuda)) or created[-1],
     )
     opened = {b"engine": engine}
     module = SimpleNamespace(
@@ -264,26 +264,26 @@ def contexts(
     monkeypatch.setattr(trt_engine.machine, "require", lambda names, what: None)
     monkeypatch.setattr(trt_engine.machine, "tool_version", lambda name: "11.1.0")
     monkeypatch.setattr(trt_engine, "visible_sm", lambda: 90)
-    return trt_engine.TrtEngine(tmp_path), made
+    return trt_engine.TrtEngine(tmp_path), created
 
 
 def test_a_call_is_captured_on_the_engines_stream_and_replayed(contexts: Any, cuda: FakeCuda) -> None:
-    engine, made = contexts
+    engine, created = contexts
     x = np.arange(8, dtype=np.float32).reshape(2, 4)
     first = engine.run({"x": x})["y"]
     captured = ["engine on side 1", "host waits for side 1", "capture on side 1", "replay"]
-    assert cuda.events == captured and made[0].streams == [engine._stream.cuda_stream] * 2
+    assert cuda.events == captured and created[0].streams == [engine._stream.cuda_stream] * 2
     second = engine.run({"x": x + 1})["y"]  # the context refuses other addresses: nothing is allocated or bound again
-    assert cuda.events == [*captured, "replay"] and len(made) == 1 and cuda.current.name == "main"
+    assert cuda.events == [*captured, "replay"] and len(created) == 1 and cuda.current.name == "main"
     assert np.array_equal(first, 2 * x) and np.array_equal(second, 2 * (x + 1))
 
 
 def test_each_shape_has_its_context_buffers_and_graph(contexts: Any, cuda: FakeCuda) -> None:
-    engine, made = contexts
+    engine, created = contexts
     one, two = (np.ones((batch, 4), np.float32) for batch in (1, 2))
     for x in (one, two, one, two):
         assert np.array_equal(engine.run({"x": x})["y"], 2 * x)
-    assert len(made) == 2 and set(made[0].addresses.values()).isdisjoint(made[1].addresses.values())
+    assert len(created) == 2 and set(created[0].addresses.values()).isdisjoint(created[1].addresses.values())
     assert cuda.events.count("replay") == 4 and cuda.events.count("capture on side 1") == 2
     engine.close()
     assert not engine._calls
@@ -315,9 +315,9 @@ def test_calls_and_closing_of_other_threads_wait(
 
     monkeypatch.setattr(trt_engine.Captured, "run", another_comes)
     assert np.array_equal(engine.run({"x": x})["y"], 2 * x)
-    found = waiting[0].result()
+    result = waiting[0].result()
     if not closes:
-        assert np.array_equal(found, 6 * x)
+        assert np.array_equal(result, 6 * x)
         return
     with pytest.raises(RecipeError, match="the engine is closed; load it again"):
         engine.run({"x": x})
