@@ -156,9 +156,9 @@ def test_an_rtx_build_killed_in_its_stages_ends_in_the_same_engine(model: Path, 
         assert not output.exists()
     events = build(model, output, *only, "--resume")
     assert "rtx" in [event["name"] for event in events if event.get("status") == "resumed"]
-    found, expected = content(output), content(whole)
-    found.pop(ENGINE), expected.pop(ENGINE)
-    assert found == expected
+    files, expected = content(output), content(whole)
+    files.pop(ENGINE), expected.pop(ENGINE)
+    assert files == expected
     same_engine(output / ENGINE, whole / ENGINE)
 
 

@@ -186,9 +186,9 @@ def test_nothing_is_left_behind(folder: Path, place: Path) -> None:
 
 def test_only_what_a_target_needs_is_copied(folder: Path) -> None:
     with load(folder).copied(lambda name: name.startswith("cpu/")) as private:
-        found = {path.relative_to(private.path).as_posix() for path in private.path.rglob("*") if path.is_file()}
-        assert found == {"cpu/model.onnx", "cpu/model.onnx.data", "cpu/metadata.json"}
-        for name in found:
+        names = {path.relative_to(private.path).as_posix() for path in private.path.rglob("*") if path.is_file()}
+        assert names == {"cpu/model.onnx", "cpu/model.onnx.data", "cpu/metadata.json"}
+        for name in names:
             digest = hashlib.sha256((private.path / name).read_bytes()).hexdigest()
             assert digest == private.manifest["files"][name]["sha256"]
 

@@ -58,13 +58,13 @@ def slow_neighbours(u: float, grid: list[float]) -> tuple[float, float]:
 def test_neighbours_are_those_of_the_grid(name, granularity, search):
     weight, grid = some_weight(), grid_of(name)
     base = quantize_linear(plan_of(weight, name, granularity), search)
-    found = Neighbours.of(weight, base)
+    neighbours = Neighbours.of(weight, base)
     u = weight.numpy() / unit_of(base)
     for i in range(N):
         for k in range(K):
             low, high = slow_neighbours(float(u[i, k]), grid)
-            assert (found.low[i, k], found.low[i, k] + found.gap[i, k]) == (low, high)
-            assert found.gap[i, k] in (0, found.step[i, k])
+            assert (neighbours.low[i, k], neighbours.low[i, k] + neighbours.gap[i, k]) == (low, high)
+            assert neighbours.gap[i, k] in (0, neighbours.step[i, k])
 
 
 @pytest.mark.parametrize("name", WEIGHTS)
@@ -84,8 +84,8 @@ def test_neighbours_at_binade_ends_zero_and_beyond_the_clip(name):
         group_size=0,
         scales=np.ones((1, 1), np.float32),
     )
-    found = Neighbours.of(torch.from_numpy(u), base)
-    low, gap = found.low.numpy()[0], found.gap.numpy()[0]
+    neighbours = Neighbours.of(torch.from_numpy(u), base)
+    low, gap = neighbours.low.numpy()[0], neighbours.gap.numpy()[0]
     points = len(grid)
     assert np.array_equal(low[:points], grid)
     assert not gap[:points].any()
@@ -149,9 +149,9 @@ def test_gradients_are_autograds(scale_aware):
     expected = plainly(v)
     expected.backward()
     soft, share = rounding()
-    found = (soft * target).sum() + undecided(share, beta)
-    found.backward()
-    assert found.item() == pytest.approx(expected.item(), rel=1e-12)
+    loss = (soft * target).sum() + undecided(share, beta)
+    loss.backward()
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-12)
     assert torch.allclose(rounding.v.grad, v.grad, rtol=1e-10, atol=1e-14)
     assert 0 < (share == 0).sum() + (share == 1).sum() < N * K
 
@@ -179,8 +179,8 @@ def test_scale_aware_gradient_does_not_depend_on_the_step():
 @settings(max_examples=100, deadline=None)
 @given(st.floats(0, 1), st.floats(1.5, 20))
 def test_regulariser(share, beta):
-    found = float(undecided(torch.tensor([share], dtype=torch.float64), beta))
-    assert found == pytest.approx(1 - abs(2 * share - 1) ** beta, abs=1e-12)
+    penalty = float(undecided(torch.tensor([share], dtype=torch.float64), beta))
+    assert penalty == pytest.approx(1 - abs(2 * share - 1) ** beta, abs=1e-12)
 
 
 def test_schedule():
@@ -202,8 +202,8 @@ def layer_case(seed: int = 0) -> tuple[torch.Tensor, list[torch.Tensor], list[to
     return some_weight(seed), x, y
 
 
-def slow_loss(weight, found, x, y) -> float:
-    rows = [(a.double() @ weight.double().T - b.double() @ found.double().T) for a, b in zip(x, y, strict=True)]
+def slow_loss(weight, quantized, x, y) -> float:
+    rows = [(a.double() @ weight.double().T - b.double() @ quantized.double().T) for a, b in zip(x, y, strict=True)]
     return float(torch.cat(rows).square().sum(1).mean())
 
 
@@ -211,8 +211,8 @@ def test_quadratic_is_the_mean_squared_output_error_and_its_gradient():
     weight, x, y = layer_case()
     other = (weight * 1.1).requires_grad_()
     quadratic = Quadratic.of(weight, x, y)
-    found = quadratic.loss(other)
-    found.backward()
+    loss = quadratic.loss(other)
+    loss.backward()
     x, y = [a.double() for a in x], [a.double() for a in y]
     again = other.detach().double().requires_grad_()
     expected = (
@@ -220,7 +220,7 @@ def test_quadratic_is_the_mean_squared_output_error_and_its_gradient():
     )
     expected.backward()
     # float32 sums of terms that cancel: relative to the sum of magnitudes, `constant`.
-    assert found.item() == pytest.approx(expected.item(), abs=1e-5 * quadratic.constant)
+    assert loss.item() == pytest.approx(expected.item(), abs=1e-5 * quadratic.constant)
     assert torch.allclose(other.grad.double(), again.grad, rtol=0, atol=1e-5 * float(quadratic.target.abs().max()))
 
 

@@ -41,14 +41,14 @@ def product(plan, x):
     shifted=st.booleans(),
 )
 def test_a_map_changes_the_product_by_rounding_only(balance_of, offset, bias, shifted):
-    made = InputMap.of_balance(np.array(balance_of))
-    made = InputMap(made.multiplier, np.array(offset, np.float32) if shifted else None)
+    input_map = InputMap.of_balance(np.array(balance_of))
+    input_map = InputMap(input_map.multiplier, np.array(offset, np.float32) if shifted else None)
     plan, x = plan_of(bias=bias), torch.randn(20, 8, generator=torch.Generator().manual_seed(1))
-    before, after = product(plan, x), product(made.plan(plan), made.rows(x))
+    before, after = product(plan, x), product(input_map.plan(plan), input_map.rows(x))
     # Rounded: x * m, + offset, the weight W / m; the bias, which is a sum of K products W' * offset. Each term of the
     # product moves by the roundoff of what was rounded, times what it meets.
-    weight, moved = made.plan(plan).linear.module.weight.double().abs(), made.rows(x).double().abs()
-    through = 0.0 if made.offset is None else torch.from_numpy(made.offset).double().abs()
+    weight, moved = input_map.plan(plan).linear.module.weight.double().abs(), input_map.rows(x).double().abs()
+    through = 0.0 if input_map.offset is None else torch.from_numpy(input_map.offset).double().abs()
     terms = (3 * moved + 2 * through) @ weight.T + before.abs()
     assert ((after - before).abs() <= 2 * UNIT_ROUNDOFF * terms + 1e-30).all()
 
@@ -65,9 +65,9 @@ def test_the_layer_says_what_was_done_to_its_input():
         group_size=0,
         scales=scales,
     )
-    made = InputMap(np.full(8, 2.0, np.float32), np.full(8, -1.0, np.float32))
-    layer = made.layer(base)
-    assert layer.input_multiplier is made.multiplier and layer.input_offset is made.offset
+    input_map = InputMap(np.full(8, 2.0, np.float32), np.full(8, -1.0, np.float32))
+    layer = input_map.layer(base)
+    assert layer.input_multiplier is input_map.multiplier and layer.input_offset is input_map.offset
 
 
 def test_balanced_channels_reach_the_same_on_both_sides():
@@ -89,11 +89,11 @@ def test_dead_channels_are_left_alone():
 @pytest.mark.torch
 def test_statistics_are_those_of_every_call():
     _, unit = observed.make("ptq4dit")
-    found = balance.input_statistics(unit.observed, balance.channel_peaks)
+    peaks = balance.input_statistics(unit.observed, balance.channel_peaks)
     for plan in unit.plans:
         inputs = unit.observed.layer_inputs(plan.name)
         expected = [[max(abs(float(v)) for v in x[:, c]) for c in range(x.shape[1])] for x in inputs]
-        np.testing.assert_array_equal(found[plan.name], expected)
+        np.testing.assert_array_equal(peaks[plan.name], expected)
     weights = [plan.linear.module.weight.numpy() for plan in unit.plans[:3]]
     expected = [max(abs(float(v)) for w in weights for v in w[:, c]) for c in range(observed.WIDTH)]
     np.testing.assert_array_equal(balance.weight_peaks(unit.plans[:3]), expected)

@@ -31,8 +31,8 @@ def short(name):
 
 
 def layers_of(method, *settings, **kwargs):
-    made, unit = observed.make(method, *LEARNING.get(method, ()), *settings, **kwargs)
-    return {short(layer.name): layer for layer in made.quantize(unit)}, unit
+    calibrator, unit = observed.make(method, *LEARNING.get(method, ()), *settings, **kwargs)
+    return {short(layer.name): layer for layer in calibrator.quantize(unit)}, unit
 
 
 def floats(unit, name):
@@ -116,11 +116,11 @@ def test_shares_are_those_of_clamped_draws(mean, deviation):
     t = np.clip(np.random.default_rng(0).normal(mean, deviation, draws), 0, 1)
     places = np.array([1 - step / (n_steps - 1) for step in steps])
     nearest = np.abs(t[:, None] - places).argmin(axis=1)
-    found = skewed_shares([*steps, 3, 3], n_steps, mean, deviation)
-    assert sum(found.values()) == pytest.approx(1)
+    shares = skewed_shares([*steps, 3, 3], n_steps, mean, deviation)
+    assert sum(shares.values()) == pytest.approx(1)
     for i, step in enumerate(steps):
         # five deviations of a binomial share
-        assert found[step] == pytest.approx((nearest == i).mean(), abs=5 * 0.5 / np.sqrt(draws))
+        assert shares[step] == pytest.approx((nearest == i).mean(), abs=5 * 0.5 / np.sqrt(draws))
 
 
 def test_thinning_keeps_a_spread_share_of_each_part():
@@ -130,14 +130,14 @@ def test_thinning_keeps_a_spread_share_of_each_part():
 
 
 def test_ptq4dm_sees_more_of_the_clean_end_and_settles_the_least_squared_error():
-    made, unit = observed.make("ptq4dm")
-    rows = made.rows(unit, "blocks.0.up")
-    counts = {step: len(x) for step, x in zip([call.step for call in made.context.data.calls], rows, strict=True)}
+    method, unit = observed.make("ptq4dm")
+    rows = method.rows(unit, "blocks.0.up")
+    counts = {step: len(x) for step, x in zip([call.step for call in method.context.data.calls], rows, strict=True)}
     shares = skewed_shares(list(counts), observed.STEPS, 0.4, 0.4)
     most = max(shares.values())
     assert counts == {step: max(1, round(24 * share / most)) for step, share in shares.items()}
     assert counts[observed.STEPS - 1] > counts[0]
-    layer = {short(layer.name): layer for layer in made.quantize(unit)}["up"]
+    layer = {short(layer.name): layer for layer in method.quantize(unit)}["up"]
     x = torch.cat(rows).numpy().ravel().astype(np.float64)
     errors = []
     for share in np.linspace(1, 0.01, 100):
@@ -147,8 +147,8 @@ def test_ptq4dm_sees_more_of_the_clean_end_and_settles_the_least_squared_error()
         errors.append(((x - grid[np.abs(x[:, None] - grid).argmin(1)]) ** 2).sum())
     scale, zero = float(layer.activation_scale[0]), float(layer.activation_zero[0])
     grid = zero + np.arange(256) / 64 * scale
-    found = ((x - grid[np.abs(x[:, None] - grid).argmin(1)]) ** 2).sum()
-    assert found == pytest.approx(min(errors), rel=1e-4)  # scale and zero are float32: 6e-8 of 255 steps
+    error = ((x - grid[np.abs(x[:, None] - grid).argmin(1)]) ** 2).sum()
+    assert error == pytest.approx(min(errors), rel=1e-4)  # scale and zero are float32: 6e-8 of 255 steps
 
 
 # --- RepQ-ViT ------------------------------------------------------------------------------------------------------
@@ -158,7 +158,7 @@ def test_ptq4dm_sees_more_of_the_clean_end_and_settles_the_least_squared_error()
 def test_percentile_ranges_are_the_best_of_three(name):
     fmt, rng = get_format(name), np.random.default_rng(0)
     x = (rng.standard_t(3, (4000, 3)) * [1, 5, 0.01] + [0, 20, -0.3]).astype(np.float32)
-    found = repq_vit.percentile_ranges(x, fmt)
+    ranges = repq_vit.percentile_ranges(x, fmt)
     values = np.unique(fmt.values[np.abs(fmt.values) <= fmt.max_value])
     for c in range(3):
         column, candidates = x[:, c].astype(np.float64), []
@@ -173,8 +173,8 @@ def test_percentile_ranges_are_the_best_of_three(name):
             error = ((column - grid[np.abs(column[:, None] - grid).argmin(1)]) ** 2).sum()
             candidates.append((error, scale, zero))
         _, scale, zero = min(candidates)
-        assert found.scale[c] == pytest.approx(scale, rel=1e-6)  # the quantiles of float32 values are interpolated
-        assert found.zero[c] == pytest.approx(zero, rel=1e-6, abs=1e-9)
+        assert ranges.scale[c] == pytest.approx(scale, rel=1e-6)  # the quantiles of float32 values are interpolated
+        assert ranges.zero[c] == pytest.approx(zero, rel=1e-6, abs=1e-9)
 
 
 @pytest.mark.parametrize("name", ["INT8", "E2M3", "UE1M7", "UE1M3"])
@@ -229,9 +229,9 @@ def test_rank_correlation():
 def test_salience_prefers_steps_where_weight_and_activation_disagree():
     w = np.arange(1.0, 9)
     agree, disagree = w.copy(), w[::-1].copy()
-    found = ptq4dit.salience(np.stack([agree, disagree]), w)
+    salience = ptq4dit.salience(np.stack([agree, disagree]), w)
     a, b = np.exp(-1), np.exp(1)
-    np.testing.assert_allclose(found, (a * agree + b * disagree) / (a + b))
+    np.testing.assert_allclose(salience, (a * agree + b * disagree) / (a + b))
 
 
 def test_ptq4dit_balances_with_the_joint_salience_of_all_readers():
@@ -267,9 +267,9 @@ def test_tfmq_learns_temporal_layers_apart_and_scales_them_per_token():
     x = unit.observed.layer_inputs("blocks.0.adaln")[0]
     table = (x.abs().amax(1, keepdim=True) / 127).numpy()
     rounded = np.rint(x.numpy() / table) * table
-    found = FakeQuantLinear(layers["adaln"], torch.float32)(x)
+    output = FakeQuantLinear(layers["adaln"], torch.float32)(x)
     weight, bias = layers["adaln"].dequantized(), layers["adaln"].bias
-    np.testing.assert_allclose(found.numpy(), rounded @ weight.T + bias, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(output.numpy(), rounded @ weight.T + bias, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("method", ["tfmq_dm", "ptq4dit"])

@@ -78,16 +78,16 @@ def test_every_granularity_and_search_gives_complete_layers(granularity, search,
 
 
 def test_finer_scales_are_better(tmp_path):
-    found = {}
+    sqnr = {}
     for granularity in recipes.GRANULARITIES:
         model = make_model()
         for linear in model.linears():
             linear.module.weight.data[:, :8] *= 8  # outlier columns, all in one group
-        found[granularity] = sqnr_db(
+        sqnr[granularity] = sqnr_db(
             model, calibrate(model, make_recipe(f"weights.granularity={granularity}"), tmp_path / granularity)
         )
-    assert found["per_channel"] + 0.3 < found["exact_group"]
-    assert found["per_channel"] + 0.3 < found["group"]
+    assert sqnr["per_channel"] + 0.3 < sqnr["exact_group"]
+    assert sqnr["per_channel"] + 0.3 < sqnr["group"]
 
 
 def test_formats_follow_the_layer_kind_and_a_format_without_multipliers_takes_one_scale(tmp_path, caplog):
@@ -326,8 +326,8 @@ def test_command_resumes_only_what_it_was_asked_for(tmp_path, capsys):
 
 
 def test_seed_is_that_of_calibration_and_of_sampling():
-    found = resolve(make_parser().parse_args(["--engine", "pixart_w4a6", "--seed", "5", "--set", "calibrate.seed=2"]))
-    assert (found.calibrate.seed, found.sampling.seed) == (5, 5)
+    recipe = resolve(make_parser().parse_args(["--engine", "pixart_w4a6", "--seed", "5", "--set", "calibrate.seed=2"]))
+    assert (recipe.calibrate.seed, recipe.sampling.seed) == (5, 5)
 
 
 @pytest.mark.torch

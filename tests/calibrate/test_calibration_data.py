@@ -37,7 +37,7 @@ def own_cache(tmp_path, monkeypatch):
     monkeypatch.setenv("DITC_CACHE", str(tmp_path / "cache"))
 
 
-def made(family, tmp_path, *settings):
+def model_and_recipe(family, tmp_path, *settings):
     model = load(str(tiny.folder(family, tmp_path / family)))
     small = ["weights.group_size=32", "calibrate.size=3", "calibrate.timesteps=2", "sampling.n_steps=3", *settings]
     return model, replace(with_settings(load_recipe("pixart_w4a6"), small), model=str(model.folder))
@@ -49,7 +49,7 @@ def test_steps_are_spread_and_end_where_the_trajectory_ends():
 
 
 def test_data_hold_both_halves_of_guidance_and_are_made_once(tmp_path, monkeypatch):
-    model, recipe = made("pixart", tmp_path)
+    model, recipe = model_and_recipe("pixart", tmp_path)
     data = calibration_data(model, recipe)
     assert [call.step for call in data.calls] == [0, 2] and data.n_steps == 3 and data.samples == 2 * 3 * 2
     captions = data.calls[0].inputs["encoder_hidden_states"]
@@ -65,7 +65,7 @@ def test_data_hold_both_halves_of_guidance_and_are_made_once(tmp_path, monkeypat
 
 
 def test_an_interrupted_collection_goes_on(tmp_path):
-    model, recipe = made("pixart", tmp_path, "calibrate.size=20")
+    model, recipe = model_and_recipe("pixart", tmp_path, "calibrate.size=20")
     whole = calibration_data(model, recipe)
     folder = next((cache_folder("calibration")).iterdir())
     (folder / "data.json").unlink()
@@ -77,7 +77,7 @@ def test_an_interrupted_collection_goes_on(tmp_path):
 
 
 def test_other_settings_give_other_data(tmp_path):
-    model, recipe = made("pixart", tmp_path)
+    model, recipe = model_and_recipe("pixart", tmp_path)
     first = calibration_data(model, recipe)
     other = calibration_data(model, replace(recipe, calibrate=replace(recipe.calibrate, seed=1)))
     assert not np.array_equal(first.calls[0].inputs["hidden_states"], other.calls[0].inputs["hidden_states"])
@@ -85,7 +85,7 @@ def test_other_settings_give_other_data(tmp_path):
 
 def test_another_configuration_of_the_same_weights_gives_other_data(tmp_path):
     """A position table for pictures half as large, say."""
-    model, recipe = made("pixart", tmp_path)
+    model, recipe = model_and_recipe("pixart", tmp_path)
     for changes, folders in (({}, 1), ({"interpolation_scale": 0.5}, 2), ({"_name_or_path": "elsewhere"}, 2)):
         calibration_data(replace(model, config={**model.config, **changes}), recipe)
         assert len(list((cache_folder("calibration")).iterdir())) == folders
@@ -102,27 +102,27 @@ def synthetic(model, sampler):
 
 
 def test_another_description_beside_the_model_gives_other_data(tmp_path):
-    model, recipe = made("pixart", tmp_path, "calibrate.size=1", "sampling.n_steps=2")
-    found = []
+    model, recipe = model_and_recipe("pixart", tmp_path, "calibrate.size=1", "sampling.n_steps=2")
+    latents = []
     for sampler in ("ddim", "flow_euler"):
         synthetic(model, sampler)
-        found.append(calibration_data(model, recipe).calls[-1].inputs["hidden_states"])
-    assert not np.array_equal(*found)
+        latents.append(calibration_data(model, recipe).calls[-1].inputs["hidden_states"])
+    assert not np.array_equal(*latents)
 
 
 def test_another_scheduler_of_as_many_bytes_is_another_pipeline(tmp_path):
     path = tmp_path / "scheduler_config.json"
-    found = []
+    identities = []
     for name in ("ddim", "ddpm"):
         path.write_text(json.dumps({"name": name}))
-        found.append(pipeline_folder.identity(tmp_path))
-    assert found[0] != found[1]
+        identities.append(pipeline_folder.identity(tmp_path))
+    assert identities[0] != identities[1]
 
 
 @pytest.mark.parametrize("damage", [None, 100, 10_000])
 def test_missing_and_broken_files_are_made_again(damage, tmp_path, caplog):
     """damage: to how many bytes a file is cut (its head alone takes more than 100), None to remove it."""
-    model, recipe = made("pixart", tmp_path, "calibrate.size=17")
+    model, recipe = model_and_recipe("pixart", tmp_path, "calibrate.size=17")
     whole = calibration_data(model, recipe)
     folder = next((cache_folder("calibration")).iterdir())
     named = json.loads((folder / "data.json").read_text())["files"]
@@ -138,7 +138,7 @@ def test_missing_and_broken_files_are_made_again(damage, tmp_path, caplog):
 
 
 def test_a_sampler_that_ends_early_is_told(tmp_path, monkeypatch):
-    model, recipe = made("pixart", tmp_path)
+    model, recipe = model_and_recipe("pixart", tmp_path)
     monkeypatch.setattr("pipeline.generate.case.Case.draw", lambda *_: None)
     with pytest.raises(ModelError, match=r"without the call of batch0000_step0000.* and 1 others; use fewer"):
         calibration_data(model, recipe)
@@ -146,7 +146,7 @@ def test_a_sampler_that_ends_early_is_told(tmp_path, monkeypatch):
 
 def test_a_resumed_run_refuses_other_data(tmp_path, monkeypatch):
     monkeypatch.setitem(METHODS, "watching", ROW)
-    model, recipe = made("pixart", tmp_path, "method=watching", "calibrate.size=1", "sampling.n_steps=2")
+    model, recipe = model_and_recipe("pixart", tmp_path, "method=watching", "calibrate.size=1", "sampling.n_steps=2")
     synthetic(model, "ddim")
     lines, moved = tmp_path / "a.txt", tmp_path / "b.txt"
     lines.write_text("a red circle")
@@ -171,8 +171,8 @@ def test_prompts_come_from_a_file(tmp_path):
     model = load("zoo:pixart_mini")
     lines = tmp_path / "prompts.txt"
     lines.write_text("a red circle on white\n\na blue ring on black\n")
-    found = read_prompts(model, replace(recipe, calibrate=replace(recipe.calibrate, prompts=str(lines))))
-    assert found == ("a red circle on white", "a blue ring on black", "a red circle on white")
+    texts = read_prompts(model, replace(recipe, calibrate=replace(recipe.calibrate, prompts=str(lines))))
+    assert texts == ("a red circle on white", "a blue ring on black", "a red circle on white")
     for name, part in ((str(tmp_path / "none.txt"), "has no prompt"),):
         with pytest.raises(RecipeError, match=part):
             read_prompts(model, replace(recipe, calibrate=replace(recipe.calibrate, prompts=name)))
@@ -181,7 +181,7 @@ def test_prompts_come_from_a_file(tmp_path):
 
 
 def test_prompts_need_a_model_that_encodes_them(tmp_path):
-    model, recipe = made("pixart", tmp_path)
+    model, recipe = model_and_recipe("pixart", tmp_path)
     with pytest.raises(RecipeError, match="nothing encodes prompts for"):
         read_prompts(model, replace(recipe, calibrate=replace(recipe.calibrate, prompts="some.txt")))
 
@@ -191,7 +191,7 @@ def test_a_real_pipeline_samples_with_its_own_text_encoder(family, tmp_path, mon
     folder = folder_of(family, tmp_path, monkeypatch)
     root = tmp_path / "real"
     CALLS[family][0](load(str(folder)).module).save_pretrained(root)
-    model, recipe = load(str(root)), made(family, tmp_path / "other")[1]
+    model, recipe = load(str(root)), model_and_recipe(family, tmp_path / "other")[1]
     data = calibration_data(model, recipe)
     assert [call.step for call in data.calls] == [0, 2] and data.samples == 2 * 3 * 2
     inputs, half = data.calls[0].inputs, 3
@@ -203,8 +203,8 @@ def test_a_real_pipeline_samples_with_its_own_text_encoder(family, tmp_path, mon
         return
     lines = tmp_path / "prompts.txt"
     lines.write_text("a red circle\na circle\n")
-    given = calibration_data(model, replace(recipe, calibrate=replace(recipe.calibrate, prompts=str(lines))))
-    first, second, third = given.calls[0].inputs[name][half:]  # this pipeline has the empty prompt first
+    captioned = calibration_data(model, replace(recipe, calibrate=replace(recipe.calibrate, prompts=str(lines))))
+    first, second, third = captioned.calls[0].inputs[name][half:]  # this pipeline has the empty prompt first
     assert np.array_equal(first, third) and not np.array_equal(first, second)  # two lines serve three prompts
     (root / "text_encoder").rename(root / "elsewhere")
     assert read_prompts(model, recipe) == ("random",) * 3
@@ -215,7 +215,7 @@ def test_a_pipeline_of_one_variant_samples_with_it(tmp_path, monkeypatch):
     plain, root = tmp_path / "plain", tmp_path / "real"
     for path, variant in ((plain, None), (root, "fp16")):
         CALLS["pixart"][0](load(str(folder)).module).save_pretrained(path, variant=variant)
-    recipe = made("pixart", tmp_path / "other")[1]
+    recipe = model_and_recipe("pixart", tmp_path / "other")[1]
     expected, data = (calibration_data(load(str(path)), recipe) for path in (plain, root))
     for call, other in zip(expected.calls, data.calls, strict=True):
         assert all(np.array_equal(call.inputs[name], other.inputs[name]) for name in call.inputs)
@@ -240,7 +240,7 @@ def test_a_text_encoder_that_does_not_fit_is_refused_before_it_is_read(tmp_path,
     monkeypatch.setattr(machine, "available_memory_bytes", lambda: 1000)
     monkeypatch.setattr(DiffusionPipeline, "from_pretrained", None)
     with pytest.raises(ResourceError, match=r"other parts take in float32 0\.0 GiB, 0\.0 GiB are free"):
-        calibration_data(load(str(root)), made("pixart", tmp_path / "other")[1])
+        calibration_data(load(str(root)), model_and_recipe("pixart", tmp_path / "other")[1])
 
 
 def test_layers_belong_to_the_repeated_block():
@@ -251,7 +251,7 @@ def test_layers_belong_to_the_repeated_block():
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_blocks_see_what_the_whole_model_gives_them(family, tmp_path):
-    model, recipe = made(family, tmp_path)
+    model, recipe = model_and_recipe(family, tmp_path)
     plans = make_plans(model.linears(), recipe)
     blocks, data = group_by_block(plans), calibration_data(model, recipe)
     runner = BlockRunner(model, data, list(blocks))
@@ -286,7 +286,7 @@ def spied(module, name, data):
 
 
 def test_layer_inputs_are_rows_all_or_spread(tmp_path):
-    model, recipe = made("pixart", tmp_path)
+    model, recipe = model_and_recipe("pixart", tmp_path)
     blocks = group_by_block(make_plans(model.linears(), recipe))
     name, group = next(iter(blocks.items()))
     observed = BlockRunner(model, calibration_data(model, recipe), list(blocks)).observe(name, group)
@@ -323,7 +323,7 @@ ROW = MethodRow("watching", f"{__name__}:Watching", "for tests", {"shift": Optio
 
 def test_an_observing_method_is_resumed_to_the_same_layers(tmp_path, monkeypatch):
     monkeypatch.setitem(METHODS, "watching", ROW)
-    model, recipe = made("pixart", tmp_path, "method=watching", "calibrate.options={shift = 3}")
+    model, recipe = model_and_recipe("pixart", tmp_path, "method=watching", "calibrate.options={shift = 3}")
     Watching.seen, Watching.stop_after = [], 10**9
     whole = package.calibrate(model, recipe, tmp_path / "whole")
     assert Watching.seen == ["transformer_blocks.0", "transformer_blocks.1"]
@@ -346,7 +346,7 @@ def test_too_many_samples_are_refused_before_work(method, tmp_path, monkeypatch)
     monkeypatch.setitem(METHODS, "watching", ROW)
     monkeypatch.setattr("pipeline.calibrate.data.calibration_data", None)
     monkeypatch.setattr(machine, "available_memory_bytes", lambda: 1000)
-    model, recipe = made("pixart", tmp_path, f"method={method}")
+    model, recipe = model_and_recipe("pixart", tmp_path, f"method={method}")
     with pytest.raises(ResourceError, match="--calib-size, now 3"):
         package.calibrate(model, recipe, tmp_path / "out")
 

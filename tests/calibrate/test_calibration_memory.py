@@ -62,6 +62,6 @@ def test_nothing_grows_with_the_number_of_blocks(tmp_path):
 def tensor_bytes():
     """Bytes of all tensors of the process."""
     gc.collect()
-    tensors = [found for found in gc.get_objects() if type(found) in (torch.Tensor, torch.nn.Parameter)]
-    storages = {found.untyped_storage().data_ptr(): found.untyped_storage().nbytes() for found in tensors}
+    tensors = [tensor for tensor in gc.get_objects() if type(tensor) in (torch.Tensor, torch.nn.Parameter)]
+    storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}
     return sum(storages.values())

@@ -16,14 +16,14 @@ def test_gamma_is_the_finite_difference_of_the_update(name, n_steps):
     sampler = make_sampler(name, n_steps)
     rng = np.random.default_rng(0)
     x, prediction = rng.standard_normal((2, 64)).astype(np.float32)
-    found = prediction_weights(sampler)
+    gamma = prediction_weights(sampler)
     for i in range(n_steps):
         step = np.float32(0.5)
         up, down = (sampler.advance(x, prediction + sign * step, i) for sign in (1, -1))
         difference = np.abs(up - down) / (2 * step)
         # Update and numbers are float32 of magnitude below 2^4, the difference divides by 1: 2^-24 * 2^4 * a few. In
         # ddim both terms are divided by sqrt(k), which is above 2^-8.
-        np.testing.assert_allclose(difference, found[i], atol=2.0**-10 if name == "ddim" else 2.0**-17)
+        np.testing.assert_allclose(difference, gamma[i], atol=2.0**-10 if name == "ddim" else 2.0**-17)
 
 
 @pytest.mark.parametrize("n_steps", [4, 20])
@@ -44,10 +44,10 @@ def test_gamma_is_the_formula_of_each_sampler(n_steps):
 def test_weights_have_the_mean_1_and_are_1_without_dfa(guidance, halves):
     sampler = make_sampler("ddim", 10)
     steps = [0, 3, 3, 9]
-    found = loss_weights(sampler, steps, guidance, use_dfa=True)
+    weights = loss_weights(sampler, steps, guidance, use_dfa=True)
     gamma = prediction_weights(sampler)[steps]
-    np.testing.assert_allclose(found.mean(), 1, rtol=1e-6)
-    np.testing.assert_allclose(found / found[0, 0], np.outer(gamma, halves) / (gamma[0] * halves[0]), rtol=1e-6)
+    np.testing.assert_allclose(weights.mean(), 1, rtol=1e-6)
+    np.testing.assert_allclose(weights / weights[0, 0], np.outer(gamma, halves) / (gamma[0] * halves[0]), rtol=1e-6)
     plain = loss_weights(sampler, steps, guidance, use_dfa=False)
     np.testing.assert_array_equal(plain, np.ones((4, len(halves))))
 
@@ -57,9 +57,9 @@ def test_halves_weigh_what_they_move_in_a_guided_step():
     sampler, noise = make_sampler("flow_euler", 1), np.zeros((1, 1, 2, 2), np.float32)
     empty = {"class_labels": np.zeros(1)}
 
-    def picture(wanted, plain):
+    def picture(conditioned, plain):
         def run(inputs):
-            return {"sample": np.stack([np.full((1, 2, 2), value, np.float32) for value in (wanted, plain)])}
+            return {"sample": np.stack([np.full((1, 2, 2), value, np.float32) for value in (conditioned, plain)])}
 
         return sample(run, (empty, empty), noise, sampler, 3.0)
 
@@ -69,8 +69,8 @@ def test_halves_weigh_what_they_move_in_a_guided_step():
 
 
 def test_a_rectified_flow_with_even_steps_is_left_as_it_is_but_for_guidance():
-    found = loss_weights(make_sampler("flow_euler", 20), range(20), 1.0, use_dfa=True)
-    np.testing.assert_allclose(found, 1, rtol=2.0**-21)
+    weights = loss_weights(make_sampler("flow_euler", 20), range(20), 1.0, use_dfa=True)
+    np.testing.assert_allclose(weights, 1, rtol=2.0**-21)
 
 
 def test_the_loss_is_the_weighted_mean_square():
@@ -78,5 +78,5 @@ def test_the_loss_is_the_weighted_mean_square():
     output, target = rng.standard_normal((2, 3, 2, 4, 4))
     weight = rng.uniform(0, 2, 3)
     expected = np.mean([w * np.mean((a - b) ** 2) for w, a, b in zip(weight, output, target, strict=True)])
-    found = dfa_loss(*(torch.from_numpy(value) for value in (output, target, weight)))
-    np.testing.assert_allclose(float(found), expected, rtol=1e-12)
+    loss = dfa_loss(*(torch.from_numpy(value) for value in (output, target, weight)))
+    np.testing.assert_allclose(float(loss), expected, rtol=1e-12)

@@ -58,10 +58,10 @@ def brain_quantization(weight, matrix, grid, damping=0.01):
     return codes, np.stack(steps, axis=1)
 
 
-def stored(found, grid, k=K):
+def stored(rounded, grid, k=K):
     """[N, K] weight that the codes stand for."""
-    step = found.scales * found.multipliers
-    return grid.format.values[found.codes] * np.repeat(step, k // step.shape[1], axis=1)
+    step = rounded.scales * rounded.multipliers
+    return grid.format.values[rounded.codes] * np.repeat(step, k // step.shape[1], axis=1)
 
 
 def rounded_to_nearest(weight, grid):
@@ -83,10 +83,10 @@ GRIDS = [("per_channel", 0, (1,)), ("group", 8, (1,)), ("group", 24, (1,)), ("ex
 def test_it_is_optimal_brain_quantization(name, granularity, group, multipliers, search):
     weight, inputs = layer()
     matrix, grid = hessian([inputs], K), Grid(get_format(name), granularity, group, multipliers, search)
-    found = gptq(weight, matrix, grid)
+    rounded = gptq(weight, matrix, grid)
     codes, steps = brain_quantization(weight, matrix, grid)
-    np.testing.assert_array_equal(found.codes, codes)
-    own = found.scales * found.multipliers.astype(np.float64)
+    np.testing.assert_array_equal(rounded.codes, codes)
+    own = rounded.scales * rounded.multipliers.astype(np.float64)
     np.testing.assert_array_equal(np.broadcast_to(own, (N, steps.shape[1])) if own.shape[1] == 1 else own, steps)
 
 
@@ -115,8 +115,8 @@ def test_output_error_is_below_that_of_rounding_to_nearest(seed, name, case):
 def test_output_error_in_the_order_of_channels_is_lower_on_the_whole(case):
     """Single layers may lose (up to 1.4 times has been seen), as late channels have to make up for early ones at the
     bounds of the grid. The mean over 40 seeds was 0.45 to 0.64."""
-    found = [relative_error(*layer(seed, 32), "E2M1", case, act_order=False) for seed in range(12)]
-    assert np.exp(np.mean(np.log(found))) < 0.8
+    errors = [relative_error(*layer(seed, 32), "E2M1", case, act_order=False) for seed in range(12)]
+    assert np.exp(np.mean(np.log(errors))) < 0.8
 
 
 def output_error(error, inputs):
@@ -143,18 +143,18 @@ def test_act_order_keeps_codes_in_their_places_and_scales_of_the_float_weight():
     weight, inputs = layer(3)
     matrix, grid = hessian([inputs], K), Grid(get_format("INT4"), "group", 16)
     order = np.argsort(-np.diag(matrix), kind="stable")
-    found = gptq(weight, matrix, grid, act_order=True)
+    rounded = gptq(weight, matrix, grid, act_order=True)
     scales = np.abs(weight.reshape(N, -1, 16)).max(axis=2) / np.float32(7)
-    np.testing.assert_array_equal(found.scales, scales)
+    np.testing.assert_array_equal(rounded.scales, scales)
     w, h = weight[:, order].astype(np.float64), matrix[np.ix_(order, order)]
     h = h + 0.01 * np.mean(np.diag(h)) * np.eye(K)
     for j, channel in enumerate(order):
         step = scales[:, channel // 16].astype(np.float64)
-        np.testing.assert_array_equal(found.codes[:, channel], quantize(grid.format, w[:, j] / step))
+        np.testing.assert_array_equal(rounded.codes[:, channel], quantize(grid.format, w[:, j] / step))
         inverse = np.linalg.inv(h[j:, j:])
-        w[:, j:] -= ((w[:, j] - grid.format.values[found.codes[:, channel]] * step) / inverse[0, 0])[:, None] * inverse[
-            0
-        ]
+        w[:, j:] -= ((w[:, j] - grid.format.values[rounded.codes[:, channel]] * step) / inverse[0, 0])[
+            :, None
+        ] * inverse[0]
 
 
 @pytest.mark.torch

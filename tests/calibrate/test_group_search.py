@@ -47,11 +47,11 @@ def best_by_trying_all(space, score):
 
 
 def test_it_finds_what_trying_all_finds(tmp_path):
-    found = search(SPACE, SMALL, make_score, tmp_path / "scores.json", {})
-    assert found.best == best_by_trying_all(SPACE, make_score())
-    assert found.cost == make_score()(found.best)
-    assert list(found.trace) == sorted(found.trace, reverse=True) and len(found.trace) == 6
-    assert len(found.costs) == len(json.loads((tmp_path / "scores.json").read_text())["costs"])
+    result = search(SPACE, SMALL, make_score, tmp_path / "scores.json", {})
+    assert result.best == best_by_trying_all(SPACE, make_score())
+    assert result.cost == make_score()(result.best)
+    assert list(result.trace) == sorted(result.trace, reverse=True) and len(result.trace) == 6
+    assert len(result.costs) == len(json.loads((tmp_path / "scores.json").read_text())["costs"])
 
 
 @settings(max_examples=40, deadline=None)

@@ -33,12 +33,12 @@ CASES = [(name, options) for name in METHODS for options in ASKED.get(name, ({},
 @pytest.mark.parametrize(("name", "options"), CASES, ids=[f"{name}-{list(of.values())}" for name, of in CASES])
 def test_layers_scale_activations_as_their_row_says(name: str, options: dict[str, Any]) -> None:
     """And everything that it says occurs, so that no target refuses a method for nothing."""
-    given = {key: value for key, value in QUICK.items() if key in METHODS[name].options} | options
+    method_options = {key: value for key, value in QUICK.items() if key in METHODS[name].options} | options
     formats = ("formats.weight=E2M1", "formats.activation=E2M3", "weights.granularity=group")
-    settings = [f"calibrate.options={toml(given)}"]
+    settings = [f"calibrate.options={toml(method_options)}"]
     method, unit = observed.make(name, *formats, *settings, adaln=name == "tfmq_dm")
-    found = {layer.activation_scaling for layer in method.quantize(unit)}
-    assert found - {"per_token"} == set(activation_scalings(name, "fast", given))
+    scalings = {layer.activation_scaling for layer in method.quantize(unit)}
+    assert scalings - {"per_token"} == set(activation_scalings(name, "fast", method_options))
 
 
 def toml(options: dict[str, Any]) -> str:
@@ -51,8 +51,8 @@ def toml(options: dict[str, Any]) -> str:
 )
 def test_progress_is_shown_before_a_block_is_done(name: str, label: str, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level("INFO")
-    given = {"adaround": {"iterations": 2}, "g4w_p4a": {"granularity": "recipe"}}.get(name, {})
-    method, unit = observed.make(name, f"calibrate.options={toml(given)}")
+    options = {"adaround": {"iterations": 2}, "g4w_p4a": {"granularity": "recipe"}}.get(name, {})
+    method, unit = observed.make(name, f"calibrate.options={toml(options)}")
     method.quantize(unit)
     assert f"{label}: 1 of {2 if name == 'adaround' else len(unit.plans)}" in caplog.text
 

@@ -72,19 +72,19 @@ def few(method: str) -> list[str]:
 @pytest.mark.parametrize("case", CASES)
 def test_every_method_passes_the_gates(case: str, model: Any, tmp_path: Path) -> None:
     method, more = CASES[case]
-    made = recipes.with_settings(recipes.load("pixart_w4a8"), [*SETTINGS, f"method={method}", *few(method), *more])
-    recipe, report = replace(made, model=model.source), Report()
+    base = recipes.with_settings(recipes.load("pixart_w4a8"), [*SETTINGS, f"method={method}", *few(method), *more])
+    recipe, report = replace(base, model=model.source), Report()
     layers = calibrate(model, recipe, tmp_path / "layers")
     to_onnx.export_portable(model, layers, tmp_path / "model.onnx")
     (tmp_path / "work").mkdir()
     graph = BACKENDS["cpu"].lower(tmp_path / "model.onnx", tmp_path / "work", recipe)
     with mock.patch.object(picture_case, "SMALL_PICTURES", 2):
-        found = study(model, layers, recipe)
+        studied = study(model, layers, recipe)
     # Both steps and all calls by their outputs; linears and stretches in the last step and in one call, as of a large
     # model: what a method gives a layer is the same in every call.
-    effort = Effort((0, 1), found.probed[-1:], pictures=1, inside=LARGE_INSIDE)
-    verify_target("cpu", model, layers, graph, None, found, report, effort=effort)
-    verify_target("onnx", model, layers, *portable(tmp_path), found, report, effort=effort)
+    effort = Effort((0, 1), studied.probed[-1:], pictures=1, inside=LARGE_INSIDE)
+    verify_target("cpu", model, layers, graph, None, studied, report, effort=effort)
+    verify_target("onnx", model, layers, *portable(tmp_path), studied, report, effort=effort)
     assert report.failures() == []
     names = {gate.name: gate.why for gate in report.gates}
     assert {"cpu/coverage", "cpu/linear_output", "cpu/codes_equal", "cpu/step_sqnr_db"} <= names.keys()

@@ -46,7 +46,7 @@ def own_cache(tmp_path, monkeypatch):
     monkeypatch.setenv("DITC_CACHE", str(tmp_path / "cache"))
 
 
-def made(tmp_path, *options, family="pixart"):
+def model_and_recipe(tmp_path, *options, family="pixart"):
     model = load(str(tiny.folder(family, tmp_path / family)))
     settings = [*SMALL, *(f"calibrate.options.{option}" for option in options)]
     return model, replace(with_settings(load_recipe("pixart_w4a6"), settings), model=str(model.folder))
@@ -62,7 +62,7 @@ def of_kind(layers, kind):
 
 
 def test_base_is_signed_static_and_without_branches(tmp_path):
-    layers = calibrate(*made(tmp_path, "mixed_sign=false", "use_lora=false"), tmp_path / "out")
+    layers = calibrate(*model_and_recipe(tmp_path, "mixed_sign=false", "use_lora=false"), tmp_path / "out")
     assert all(layer.activation_scaling == "per_tensor" and layer.granularity == "per_channel" for layer in layers)
     assert all(get_format(layer.activation_format).sign_bits and layer.lora_down is None for layer in layers)
     assert all(
@@ -71,20 +71,20 @@ def test_base_is_signed_static_and_without_branches(tmp_path):
 
 
 def test_mixed_sign_reaches_the_anomalous_kinds_only(tmp_path):
-    layers = calibrate(*made(tmp_path, "use_lora=false"), tmp_path / "out")
+    layers = calibrate(*model_and_recipe(tmp_path, "use_lora=false"), tmp_path / "out")
     unsigned = {layer.kind for layer in layers if not get_format(layer.activation_format).sign_bits}
     assert unsigned == {"ff.out"}
     assert all(layer.activation_zero[0] <= 0 for layer in of_kind(layers, "ff.out"))
 
 
 def test_silu_fed_adaln_is_anomalous_too(tmp_path):
-    layers = calibrate(*made(tmp_path, "use_lora=false", family="hunyuan"), tmp_path / "out")
+    layers = calibrate(*model_and_recipe(tmp_path, "use_lora=false", family="hunyuan"), tmp_path / "out")
     unsigned = {layer.kind for layer in layers if not get_format(layer.activation_format).sign_bits}
     assert "adaln" in unsigned and unsigned <= {"adaln", "ff.out"}
 
 
 def test_per_token_keeps_zero_points_where_they_are_better(tmp_path):
-    layers = calibrate(*made(tmp_path, "use_lora=false", "activations=per_token"), tmp_path / "out")
+    layers = calibrate(*model_and_recipe(tmp_path, "use_lora=false", "activations=per_token"), tmp_path / "out")
     for layer in layers:
         signed = bool(get_format(layer.activation_format).sign_bits)
         assert layer.activation_scaling == ("per_token" if signed else "per_tensor")
@@ -92,7 +92,7 @@ def test_per_token_keeps_zero_points_where_they_are_better(tmp_path):
 
 
 def test_branches_share_one_router_and_lower_the_error(tmp_path):
-    model, recipe = made(tmp_path, "iterations=60", "lr=0.01")
+    model, recipe = model_and_recipe(tmp_path, "iterations=60", "lr=0.01")
     tuned = calibrate(model, recipe, tmp_path / "tuned")
     plain = calibrate(model, with_settings(recipe, ["calibrate.options.use_lora=false"]), tmp_path / "plain")
     assert shared_router(tuned).branches == 2
@@ -115,11 +115,11 @@ def test_branches_share_one_router_and_lower_the_error(tmp_path):
 @pytest.mark.parametrize("use_dfa", ["true", "false"])
 def test_tuning_is_given_the_weights_of_dfa_and_moves_the_router(use_dfa, tmp_path, monkeypatch):
     """Of DiT's ddim sampler, whose steps weigh differently, with guidance."""
-    model, recipe = made(tmp_path, f"use_dfa={use_dfa}", "iterations=2", "router_lr=0.01", family="dit")
-    given, make = [], Tuner.__init__
+    model, recipe = model_and_recipe(tmp_path, f"use_dfa={use_dfa}", "iterations=2", "router_lr=0.01", family="dit")
+    tuner_weights, make = [], Tuner.__init__
 
     def kept(tuner, model, layers, calls, weights, *more):
-        given.extend(weights)
+        tuner_weights.extend(weights)
         make(tuner, model, layers, calls, weights, *more)
 
     monkeypatch.setattr(Tuner, "__init__", kept)
@@ -129,7 +129,7 @@ def test_tuning_is_given_the_weights_of_dfa_and_moves_the_router(use_dfa, tmp_pa
     gamma = prediction_weights(make_sampler("ddim", data.n_steps))[steps]
     expected = np.outer(gamma, [guidance, guidance - 1]) if use_dfa == "true" else np.ones((len(steps), 2))
     assert len(set(gamma)) == 2 and guidance > 1
-    np.testing.assert_allclose(given, expected / expected.mean(), rtol=1e-5)  # float32
+    np.testing.assert_allclose(tuner_weights, expected / expected.mean(), rtol=1e-5)  # float32
     before = talora_tuning._router(data.calls, Branches(2, 2), recipe.calibrate.seed).exported()
     moved = [np.abs(getattr(router, key) - getattr(before, key)).max() for key in ("w1", "b1", "w2", "b2")]
     assert min(moved) > 1e-3  # two steps of Adam, of 0.01 at first
@@ -137,14 +137,14 @@ def test_tuning_is_given_the_weights_of_dfa_and_moves_the_router(use_dfa, tmp_pa
 
 def test_the_tuned_model_is_the_finished_one(tmp_path):
     """What tuning saw and what the checkpoint holds give one prediction, but for branches rounded to fp16."""
-    model, recipe = made(tmp_path, "use_lora=false", "activations=per_token")
+    model, recipe = model_and_recipe(tmp_path, "use_lora=false", "activations=per_token")
     tuner = make_tuner(model, recipe, tmp_path)
     tuner.step(0)
     inputs, target, _ = tuner.batches.draw(1)
     with torch.no_grad():
-        found = tuner.predict(inputs, target.shape[1])
+        prediction = tuner.predict(inputs, target.shape[1])
         expected = fake_quant(model, tuner.layers(), torch.float32)(**inputs)
-    error = (found - expected[:, : target.shape[1]]).norm() / (found - target).norm()
+    error = (prediction - expected[:, : target.shape[1]]).norm() / (prediction - target).norm()
     assert error < 0.1  # of the quantization error; a wrong branch or a missing zero costs all of it
 
 
@@ -156,7 +156,7 @@ def make_tuner(model, recipe, tmp_path):
 
 
 def test_batches_join_inputs_targets_and_weights(tmp_path):
-    model, recipe = made(tmp_path)
+    model, recipe = model_and_recipe(tmp_path)
     data = calibration_data(model, recipe)
     weights = loss_weights(make_sampler("ddim", 4), [call.step for call in data.calls], 2.0, True).tolist()
     batches = TuningBatches(model, data.calls, weights, TuningSettings(10, batch=5))
@@ -179,7 +179,7 @@ def test_batches_join_inputs_targets_and_weights(tmp_path):
 
 @pytest.mark.parametrize("stop", [1, 4])
 def test_a_stopped_tuning_resumes_to_the_same_bytes(tmp_path, monkeypatch, stop):
-    model, recipe = made(tmp_path)
+    model, recipe = model_and_recipe(tmp_path)
     calibrate(model, recipe, tmp_path / "whole")
     monkeypatch.setattr(talora_tuning, "SAVE_EVERY_S", -1.0)
     step = Tuner.step
@@ -201,7 +201,7 @@ def test_a_stopped_tuning_resumes_to_the_same_bytes(tmp_path, monkeypatch, stop)
 
 
 def test_a_damaged_state_is_begun_again(tmp_path):
-    model, recipe = made(tmp_path, "use_lora=false")
+    model, recipe = model_and_recipe(tmp_path, "use_lora=false")
     tuner = make_tuner(model, recipe, tmp_path)
     path = tmp_path / "talora.safetensors"
     path.write_bytes(b"not a state")
@@ -212,31 +212,31 @@ def test_a_damaged_state_is_begun_again(tmp_path):
 
 def test_the_number_of_threads_changes_nothing(tmp_path, monkeypatch):
     """Tokens and batch are enough for PyTorch to share sums among threads, if it were let."""
-    found, before = [], torch.get_num_threads()
+    files, before = [], torch.get_num_threads()
     try:
         for threads in (1, 2):
             monkeypatch.setenv("DITC_CACHE", str(tmp_path / f"cache of {threads}"))
             torch.set_num_threads(threads)
-            model, recipe = made(tmp_path, "iterations=3", "batch=16")
+            model, recipe = model_and_recipe(tmp_path, "iterations=3", "batch=16")
             calibrate(model, recipe, tmp_path / str(threads))
             assert torch.get_num_threads() == threads
-            found.append({path.name: path.read_bytes() for path in (tmp_path / str(threads)).iterdir()})
+            files.append({path.name: path.read_bytes() for path in (tmp_path / str(threads)).iterdir()})
     finally:
         torch.set_num_threads(before)
-    assert found[0] == found[1]
+    assert files[0] == files[1]
 
 
 def test_memory_is_estimated_from_what_gradients_keep(tmp_path):
-    model, recipe = made(tmp_path, "use_lora=false")
+    model, recipe = model_and_recipe(tmp_path, "use_lora=false")
     small = make_tuner(model, recipe, tmp_path)
-    found = small.activation_bytes()
+    estimate = small.activation_bytes()
     tokens, width = 16, tiny.WIDTH
     # Of every quantized linear at least its rounded input is kept; the feed-forward's is 4 times as wide.
-    assert 4 * small.settings.batch * tokens * width * tiny.LAYERS * 8 < found < 2**28
+    assert 4 * small.settings.batch * tokens * width * tiny.LAYERS * 8 < estimate < 2**28
 
 
 def test_too_little_memory_is_told_before_tuning(tmp_path, monkeypatch):
-    model, recipe = made(tmp_path)
+    model, recipe = model_and_recipe(tmp_path)
     monkeypatch.setattr(talora_tuning.machine, "available_memory_bytes", lambda: 10**6)
     monkeypatch.setattr("pipeline.calibrate._refuse_too_large", lambda *args: None)
     with pytest.raises(ResourceError, match=r"TALoRA: activations of a batch of 4 take about .* GiB .* smaller"):
@@ -255,4 +255,4 @@ def test_too_little_memory_is_told_before_tuning(tmp_path, monkeypatch):
 )
 def test_bad_options_are_told(tmp_path, option, message):
     with pytest.raises(RecipeError, match=message):
-        calibrate(*made(tmp_path, option), tmp_path / "out")
+        calibrate(*model_and_recipe(tmp_path, option), tmp_path / "out")

@@ -41,28 +41,28 @@ def gelu_like(count=600):
 
 def brute_force(x, formats):
     """(error, format name) of the best candidate, each rounded by the codec."""
-    found = []
+    candidates = []
     absmax, low, high = np.abs(x).max(), min(x.min(), 0.0), x.max()
     for fmt in formats:
         if fmt.sign_bits:
             for share in CLIPS:
                 scale = np.float64(np.float32(share * absmax / fmt.max_value))
-                found.append((np.square(decode(fmt, quantize(fmt, x / scale)) * scale - x).sum(), fmt.name))
+                candidates.append((np.square(decode(fmt, quantize(fmt, x / scale)) * scale - x).sum(), fmt.name))
         else:
             for zero, share in product(np.linspace(low, 0, ZEROS).astype(np.float32).astype(float), SPANS):
                 scale = np.float64(np.float32(share * (high - low) / fmt.max_value))
                 codes = encode(fmt, np.clip(x - zero, 0, scale * fmt.max_value) / scale)
-                found.append((np.square(zero + decode(fmt, codes) * scale - x).sum(), fmt.name))
-    return min(found)
+                candidates.append((np.square(zero + decode(fmt, codes) * scale - x).sum(), fmt.name))
+    return min(candidates)
 
 
 @pytest.mark.parametrize("bits", [4, 6])
 @pytest.mark.parametrize("values", [gelu_like(), RNG.standard_t(4, 500), RNG.uniform(-1, 1, 400)])
 def test_activation_search_finds_what_brute_force_finds(bits, values):
     formats = splits(bits, signed=True) + splits(bits, signed=False, embedded=True)
-    found, error = search_range([values[:100], values[100:].reshape(-1, 4)], formats, "layer")
+    chosen, error = search_range([values[:100], values[100:].reshape(-1, 4)], formats, "layer")
     expected, name = brute_force(values, formats)
-    assert found.format.name == name
+    assert chosen.format.name == name
     np.testing.assert_allclose(error, expected, rtol=1e-9)
 
 
@@ -103,11 +103,11 @@ def test_weight_search_finds_the_format_and_error_of_brute_force(seed):
     rng = np.random.default_rng(seed)
     weight = (rng.standard_normal((5, 48)) if seed else rng.uniform(-1, 1, (5, 48))).astype(np.float32)
     errors = {fmt.name: sum(weight_error(row.astype(float), fmt) for row in weight) for fmt in splits(4, True, True)}
-    found = search_weight(make_plan(weight))
-    assert found.weight_format == min(errors, key=errors.get)
-    error = np.square(found.dequantized() - weight).sum()
+    layer = search_weight(make_plan(weight))
+    assert layer.weight_format == min(errors, key=errors.get)
+    error = np.square(layer.dequantized() - weight).sum()
     # The search rounds each squared error in float32: 48 terms, each some 2^-22 off.
-    np.testing.assert_allclose(error, errors[found.weight_format], rtol=48 * 2.0**-22)
+    np.testing.assert_allclose(error, errors[layer.weight_format], rtol=48 * 2.0**-22)
 
 
 @pytest.mark.parametrize("name", ["E2M1", "E1M2", "E3M0"])
@@ -116,9 +116,9 @@ def test_a_weight_on_a_grid_is_found_exactly(name):
     codes = RNG.integers(0, fmt.max_code + 1, (4, 64))
     codes[:, 0] = fmt.max_code
     weight = decode(fmt, codes.astype(np.uint8)) * 0.25
-    found = search_weight(make_plan(weight, "E2M1"))
-    assert found.weight_format == name
-    np.testing.assert_array_equal(found.dequantized(), weight)
+    layer = search_weight(make_plan(weight, "E2M1"))
+    assert layer.weight_format == name
+    np.testing.assert_array_equal(layer.dequantized(), weight)
 
 
 def test_the_searched_format_brings_its_own_group_multipliers():
@@ -138,10 +138,10 @@ def test_token_format_is_the_best_of_all_by_the_ops():
     for fmt in splits(4, signed=True):
         (rounded,) = dequantize_activation(*quantize_activation(x, format=fmt.name), format=fmt.name)
         errors[fmt.name] = np.square(rounded.astype(float) - x).sum()
-    found, error = search_token_format([torch.from_numpy(x)], splits(4, signed=True), "layer")
-    assert found.name == min(errors, key=errors.get)
+    chosen, error = search_token_format([torch.from_numpy(x)], splits(4, signed=True), "layer")
+    assert chosen.name == min(errors, key=errors.get)
     # Differences of float32 numbers: each squared error is off by some 2^-22 of itself.
-    np.testing.assert_allclose(error, errors[found.name], rtol=1e-5)
+    np.testing.assert_allclose(error, errors[chosen.name], rtol=1e-5)
 
 
 def test_bad_inputs_are_told():
@@ -155,6 +155,6 @@ def test_bad_inputs_are_told():
 
 def test_a_tensor_of_zeros_gets_a_scale_above_zero():
     for formats in (splits(4, True), splits(4, False, embedded=True)):
-        found, error = search_range([np.zeros((3, 4))], formats, "layer")
-        assert found.scale[0] > 0 and error == 0
-        assert encode(found.format, np.zeros(1))[0] == 0
+        chosen, error = search_range([np.zeros((3, 4))], formats, "layer")
+        assert chosen.scale[0] > 0 and error == 0
+        assert encode(chosen.format, np.zeros(1))[0] == 0

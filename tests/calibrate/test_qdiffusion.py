@@ -72,11 +72,11 @@ def test_the_method_gives_static_asymmetric_activations_and_beats_least_squared_
     observed = observed_block()
     plans = [replace(plan, activation_format="INT4") for plan in plans_of(observed, "INT4", "group")]
     options = {"iterations": 60, "step_iterations": 80}
-    made = methods.METHODS["qdiffusion"].load()
-    plain = made(context("qdiffusion", **options | {"step_iterations": 0}))
+    method_class = methods.METHODS["qdiffusion"].load()
+    plain = method_class(context("qdiffusion", **options | {"step_iterations": 0}))
     both = [
         method.quantize(Unit("block", method.plan(plans), observed))
-        for method in (plain, made(context("qdiffusion", **options)))
+        for method in (plain, method_class(context("qdiffusion", **options)))
     ]
     assert loss_of(observed, both[1]) < loss_of(observed, both[0])
     for layer in both[1]:

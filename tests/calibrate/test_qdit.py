@@ -48,13 +48,13 @@ SETTINGS = ("weights.granularity=group",)
 
 def inputs_of(unit, name):
     """What a layer is given in each call, by running the block by hand."""
-    found = []
+    inputs = []
     part = unit.observed.block.get_submodule(unit.observed.names[name])
-    handle = part.register_forward_pre_hook(lambda _, args: found.append(args[0].flatten(0, -2).numpy()))
+    handle = part.register_forward_pre_hook(lambda _, args: inputs.append(args[0].flatten(0, -2).numpy()))
     for call in unit.observed.noisy:
         unit.observed.block(*call.args)
     handle.remove()
-    return found
+    return inputs
 
 
 @pytest.mark.parametrize("granularity", ["per_channel", "group", "exact_group"])
@@ -107,21 +107,21 @@ def test_rounding_to_nearest_for_comparison():
         np.testing.assert_array_equal(layer.codes, rtn.quantize_linear(plan, "absmax").codes)
 
 
-@pytest.mark.parametrize(("wanted", "search"), [("mse", "mse"), ("absmax", "absmax"), ("recipe", "mse")])
-def test_weight_ranges_as_the_option_says(wanted, search):
-    method, unit = observed.make("qdit", "calibrate.options.rounding=nearest", f"calibrate.options.range={wanted}")
+@pytest.mark.parametrize(("option", "search"), [("mse", "mse"), ("absmax", "absmax"), ("recipe", "mse")])
+def test_weight_ranges_as_the_option_says(option, search):
+    method, unit = observed.make("qdit", "calibrate.options.rounding=nearest", f"calibrate.options.range={option}")
     for plan, layer in zip(unit.plans, method.quantize(unit), strict=True):
         np.testing.assert_array_equal(layer.codes, rtn.quantize_linear(plan, search).codes)
 
 
 def output_error(unit, layers):
     """Mean squared error of every layer's output on its own float inputs."""
-    found = []
+    errors = []
     for layer in layers:
         rows = np.concatenate(inputs_of(unit, layer.name)).astype(np.float64)
         weight = unit.observed.block.get_submodule(unit.observed.names[layer.name]).weight.numpy()
-        found.append(float(((rows @ (layer.dequantized() - weight).T) ** 2).mean()))
-    return np.array(found)
+        errors.append(float(((rows @ (layer.dequantized() - weight).T) ** 2).mean()))
+    return np.array(errors)
 
 
 @pytest.mark.parametrize("granularity", ["per_channel", "group", "exact_group"])
@@ -200,9 +200,9 @@ def cache(tmp_path_factory, monkeypatch):
 
 
 def make_recipe(*settings):
-    made = recipes.load("dit_w4a8")
+    recipe = recipes.load("dit_w4a8")
     small = ["calibrate.size=2", "calibrate.timesteps=2", "sampling.n_steps=3", "method=qdit"]
-    return recipes.with_settings(made, [*small, *settings])
+    return recipes.with_settings(recipe, [*small, *settings])
 
 
 def quick(*settings):
@@ -248,11 +248,11 @@ def test_the_proxy_is_the_error_of_the_denoiser_with_candidate_layers(model):
     for plan, size in zip(plans, individual, strict=True):
         layer = rtn.quantize_linear(replace(plan, group_size=size), "mse")
         layers.append(replace(layer, activation_scaling="token_group", activation_group=size))
-    exact, found = ReferenceEngine(denoiser(model)), ReferenceEngine(fake_quant(model, layers, torch.float32))
+    exact, quantized = ReferenceEngine(denoiser(model)), ReferenceEngine(fake_quant(model, layers, torch.float32))
     channels = model.config["in_channels"]
     errors = []
     for call in score.calls:
-        expected, other = (engine.run(call)["sample"][:, :channels].astype(float) for engine in (exact, found))
+        expected, other = (engine.run(call)["sample"][:, :channels].astype(float) for engine in (exact, quantized))
         errors.append(10 * np.log10((expected**2).sum() / ((other - expected) ** 2).sum()))
     assert len(score.calls) == len(data.calls) and len(score.calls[0]["hidden_states"]) == 1
     assert score()(individual) == pytest.approx(-np.mean(errors), abs=1e-3)  # dB: sums of float32 in another order

@@ -46,12 +46,12 @@ class Block(nn.Module):
 def calls_of(batches: list[int], tokens: list[int], noise: float = 0.0) -> list[BlockCall]:
     draw = np.random.default_rng(3)
     table = torch.from_numpy(draw.normal(size=(1, WIDTH))).float()
-    made = []
+    calls = []
     for b, t in zip(batches, tokens, strict=True):
         hidden = draw.normal(size=(b, t, WIDTH)) + noise * np.random.default_rng(4).normal(size=(b, t, WIDTH))
         gate = torch.from_numpy(draw.normal(size=(b, WIDTH)) + 2).float()
-        made.append(BlockCall((torch.from_numpy(hidden).float(),), {"gate": gate, "table": table, "mask": None}))
-    return made
+        calls.append(BlockCall((torch.from_numpy(hidden).float(),), {"gate": gate, "table": table, "mask": None}))
+    return calls
 
 
 def observed_block(
@@ -140,8 +140,8 @@ def test_the_loop_is_the_plain_one(scale_aware):
     plans = plans_of(observed)
     bases = [quantize_linear(plan, "mse") for plan in plans]
     weights = [torch.from_numpy(float_weight(plan)) for plan in plans]
-    found = {b.name: SoftRounding(w, b, scale_aware).double() for w, b in zip(weights, bases, strict=True)}
-    reconstruct(observed, found, LearningSettings(Schedule(iterations), lr, 0.01, 4), "block", 7)
+    roundings = {b.name: SoftRounding(w, b, scale_aware).double() for w, b in zip(weights, bases, strict=True)}
+    reconstruct(observed, roundings, LearningSettings(Schedule(iterations), lr, 0.01, 4), "block", 7)
     plain = [SoftRounding(w, b, scale_aware).double() for w, b in zip(weights, bases, strict=True)]
     optimiser = torch.optim.Adam([rounding.v for rounding in plain], lr=lr)
     batches = Batches(observed.noisy, observed.outputs, 4, generator(7, "block"))
@@ -159,7 +159,7 @@ def test_the_loop_is_the_plain_one(scale_aware):
         optimiser.zero_grad()
         loss.backward()
         optimiser.step()
-    for ours, theirs in zip(found.values(), plain, strict=True):
+    for ours, theirs in zip(roundings.values(), plain, strict=True):
         start = ours.neighbours.fraction.double()
         assert float((theirs.share_up().detach() - start).abs().max()) > 0.01  # it has moved
         assert torch.allclose(ours.v, theirs.v, rtol=1e-9, atol=1e-9)
@@ -170,8 +170,8 @@ def test_the_loop_is_the_plain_one(scale_aware):
 def test_methods_beat_rounding_to_nearest(method, fmt, granularity):
     observed = observed_block()
     plans = plans_of(observed, fmt, granularity)
-    made = methods.METHODS[method].load()(context(method, iterations=150))
-    layers = made.quantize(Unit("block", plans, observed))
+    calibrator = methods.METHODS[method].load()(context(method, iterations=150))
+    layers = calibrator.quantize(Unit("block", plans, observed))
     nearest = [quantize_linear(plan, "mse") for plan in plans]
     assert [layer.name for layer in layers] == [plan.name for plan in plans]
     assert output_loss(observed, layers) < output_loss(observed, nearest)
@@ -183,8 +183,8 @@ def test_methods_beat_rounding_to_nearest(method, fmt, granularity):
 def test_a_method_is_deterministic_and_depends_on_the_seed():
     def codes(seed: int) -> bytes:
         observed = observed_block()
-        made = fp4dit.ScaleAwareRounding(context("fp4dit", iterations=60, batch=4, seed=seed))
-        return b"".join(layer.codes.tobytes() for layer in made.quantize(Unit("block", plans_of(observed), observed)))
+        method = fp4dit.ScaleAwareRounding(context("fp4dit", iterations=60, batch=4, seed=seed))
+        return b"".join(layer.codes.tobytes() for layer in method.quantize(Unit("block", plans_of(observed), observed)))
 
     assert codes(0) == codes(0) != codes(1)
 
@@ -224,16 +224,16 @@ def test_rounding_variables_of_another_block_are_not_used(method, monkeypatch, c
     def codes(unit, change):
         """Codes of the unit's layers; `change` meets every rounding when it has been learned."""
         monkeypatch.setattr(SoftRounding, "layer", lambda rounding: (change(rounding), whole(rounding))[1])
-        return [layer.codes for layer in methods.METHODS[method].load()(wanted).quantize(unit)]
+        return [layer.codes for layer in methods.METHODS[method].load()(method_context).quantize(unit)]
 
-    wanted, learned = context(method, iterations=40), [{}, {}]
+    method_context, learned = context(method, iterations=40), [{}, {}]
     for unit, own, base in zip(units, learned, nearest, strict=True):
-        found = codes(unit, lambda rounding, own=own: own.update({rounding.base.name: rounding.v.detach().clone()}))
-        assert all((a != b).any() for a, b in zip(found, base, strict=True))
+        result = codes(unit, lambda rounding, own=own: own.update({rounding.base.name: rounding.v.detach().clone()}))
+        assert all((a != b).any() for a, b in zip(result, base, strict=True))
     assert "not used" not in caplog.text
     for unit, other, base in zip(units, reversed(learned), nearest, strict=True):
-        found = codes(unit, lambda rounding, other=other: rounding.v.data.copy_(other[rounding.base.name]))
-        assert all(np.array_equal(a, b) for a, b in zip(found, base, strict=True))
+        result = codes(unit, lambda rounding, other=other: rounding.v.data.copy_(other[rounding.base.name]))
+        assert all(np.array_equal(a, b) for a, b in zip(result, base, strict=True))
     assert caplog.text.count("not better and not used") == (4 if method == "adaround" else 2)
 
 
@@ -241,8 +241,8 @@ def test_a_layer_that_learning_makes_worse_stays_rounded_to_nearest(caplog):
     """Two iterations of a far too large rate leave the rounding to chance."""
     observed = observed_block()
     plans = plans_of(observed)
-    made = methods.METHODS["adaround"].load()(context("adaround", iterations=2, lr=100.0))
-    layers = made.quantize(Unit("block", plans, observed))
+    method = methods.METHODS["adaround"].load()(context("adaround", iterations=2, lr=100.0))
+    layers = method.quantize(Unit("block", plans, observed))
     for layer, plan in zip(layers, plans, strict=True):
         nearest = quantize_linear(plan, "mse")
         assert np.array_equal(layer.codes, nearest.codes)
@@ -258,10 +258,10 @@ def test_options_that_learn_nothing_are_refused(option):
 @pytest.mark.parametrize("method", ["fp4dit", "fp_adaround"])
 def test_layers_with_group_sizes_of_their_own_are_learned(method):
     observed = observed_block()
-    made = methods.METHODS[method].load()(context(method, iterations=60, group_sizes="4,16"))
-    plans = made.plan(plans_of(observed))
+    calibrator = methods.METHODS[method].load()(context(method, iterations=60, group_sizes="4,16"))
+    plans = calibrator.plan(plans_of(observed))
     nearest = [quantize_linear(plan, "mse") for plan in plans]
-    layers = made.quantize(Unit("block", plans, observed))
+    layers = calibrator.quantize(Unit("block", plans, observed))
     assert [(layer.group_size, layer.multipliers.shape) for layer in layers] == [(4, (32, 4)), (16, (16, 2))]
     assert output_loss(observed, layers) < output_loss(observed, nearest)
     for layer, base in zip(layers, nearest, strict=True):
@@ -277,6 +277,6 @@ def test_a_stray_linear_is_reconstructed_by_itself():
     observed = Observed(linear, {"head": ""}, calls, calls, [0.0, 1.0, 2.0])
     ref = SimpleNamespace(name="head", kind="ff.in", module=linear)
     plan = LayerPlan(ref, "E2M1", "E2M3", "per_channel", 0, (1,))
-    made = fp4dit.ScaleAwareRounding(context("fp4dit", iterations=100))
-    layers = made.quantize(Unit("head", [plan], observed))
+    method = fp4dit.ScaleAwareRounding(context("fp4dit", iterations=100))
+    layers = method.quantize(Unit("head", [plan], observed))
     assert output_loss(observed, layers) < output_loss(observed, [quantize_linear(plan, "mse")])

@@ -28,16 +28,16 @@ def values(seed=0, count=2000):
     return (x / (1 + np.exp(-1.7 * x))).astype(np.float32)
 
 
-def rounded(made, x):
-    scale, fmt = float(made.scale[0]), made.format
-    if made.zero is None:
+def rounded(activation_range, x):
+    scale, fmt = float(activation_range.scale[0]), activation_range.format
+    if activation_range.zero is None:
         return decode(fmt, quantize(fmt, x / scale)) * scale
-    zero = float(made.zero[0])
+    zero = float(activation_range.zero[0])
     return decode(fmt, encode(fmt, np.clip((x - zero) / scale, 0, fmt.max_value))) * scale + zero
 
 
-def squared_error(made, x):
-    return float(((rounded(made, x.astype(np.float64)) - x) ** 2).sum())
+def squared_error(activation_range, x):
+    return float(((rounded(activation_range, x.astype(np.float64)) - x) ** 2).sum())
 
 
 def candidate(fmt, low, high):
@@ -52,9 +52,9 @@ def candidate(fmt, low, high):
 def test_squared_error_is_that_of_rounding_every_value(name):
     x = values()
     for method in METHODS:
-        made = find_range([x[:2], x[2:]], get_format(name), method, "layer")
-        found = Samples.of([x], "layer").squared_error(levels(made))
-        assert found == pytest.approx(squared_error(made, x), rel=1e-6)
+        activation_range = find_range([x[:2], x[2:]], get_format(name), method, "layer")
+        error = Samples.of([x], "layer").squared_error(levels(activation_range))
+        assert error == pytest.approx(squared_error(activation_range, x), rel=1e-6)
 
 
 @pytest.mark.parametrize("name", FORMATS)
@@ -68,10 +68,10 @@ def test_the_best_candidate_is_taken(name, method):
     errors = []
     for end in ends:
         scale, zero = candidate(fmt, *end)
-        made = type(find_range([x], fmt, "minmax", "layer"))(
+        activation_range = type(find_range([x], fmt, "minmax", "layer"))(
             fmt, np.array([scale]), None if zero is None else np.array([zero])
         )
-        errors.append(squared_error(made, x))
+        errors.append(squared_error(activation_range, x))
     assert squared_error(find_range([x], fmt, method, "layer"), x) == pytest.approx(min(errors), rel=1e-6)
 
 
@@ -82,21 +82,27 @@ def test_the_best_candidate_is_taken(name, method):
 )
 def test_minmax_reaches_all_that_was_seen_and_zero_is_exact(x, name):
     array = np.array(x, np.float32)
-    made = find_range([array], get_format(name), "minmax", "layer")
-    reach = levels(made)
-    assert made.scale.dtype == np.float32 and made.scale.shape == (1,) and made.scale[0] > 0
+    activation_range = find_range([array], get_format(name), "minmax", "layer")
+    reach = levels(activation_range)
+    assert (
+        activation_range.scale.dtype == np.float32
+        and activation_range.scale.shape == (1,)
+        and activation_range.scale[0] > 0
+    )
     assert np.abs(reach).min() <= 1e-6 * np.abs(reach).max()  # level * scale is float32 in the zero only
     # float32 scales, and half the widest step by which the zero moves to a value of the format
-    slack = 1e-6 * np.abs(reach).max() + (0 if made.zero is None else 0.5 * np.diff(reach).max() * (1 + 1e-5))
+    slack = 1e-6 * np.abs(reach).max() + (
+        0 if activation_range.zero is None else 0.5 * np.diff(reach).max() * (1 + 1e-5)
+    )
     assert reach[0] - slack <= min(array.min(), 0) and max(array.max(), 0) <= reach[-1] + slack
 
 
 def test_wide_tails_are_clipped_by_the_searches_only():
     x = values(2)
     x[0, 0] = 100.0
-    found = {method: find_range([x], get_format("UE1M3"), method, "layer") for method in METHODS}
-    errors = {method: squared_error(made, x) for method, made in found.items()}
-    assert levels(found["minmax"])[-1] > 99 > levels(found["percentile"])[-1]
+    ranges = {method: find_range([x], get_format("UE1M3"), method, "layer") for method in METHODS}
+    errors = {method: squared_error(activation_range, x) for method, activation_range in ranges.items()}
+    assert levels(ranges["minmax"])[-1] > 99 > levels(ranges["percentile"])[-1]
     assert errors["mse"] <= errors["minmax"] and errors["mse"] < errors["percentile"] + errors["minmax"]
 
 
@@ -107,9 +113,9 @@ def test_one_sided_values_gain_from_an_unsigned_format():
 
 
 def test_fields_are_those_of_a_quantized_linear():
-    made = find_range([values()], unsigned_format("INT8"), "mse", "layer").fields
-    assert made["activation_format"] == "UE1M7" and made["activation_scaling"] == "per_tensor"
-    assert made["activation_zero"].shape == (1,) and made["activation_zero"][0] < 0
+    fields = find_range([values()], unsigned_format("INT8"), "mse", "layer").fields
+    assert fields["activation_format"] == "UE1M7" and fields["activation_scaling"] == "per_tensor"
+    assert fields["activation_zero"].shape == (1,) and fields["activation_zero"][0] < 0
 
 
 def test_refusals():

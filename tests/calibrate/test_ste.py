@@ -26,8 +26,8 @@ def test_rounding_is_the_codecs(name):
     fmt = get_format(name)
     u = some(400).detach() * fmt.max_value / 3
     u[:3] = torch.tensor([0.0, -0.0, 10 * fmt.max_value])
-    found = ste.round_straight_through(fmt, u)
-    assert np.array_equal(found.numpy(), decode(fmt, quantize(fmt, u.numpy())))
+    rounded = ste.round_straight_through(fmt, u)
+    assert np.array_equal(rounded.numpy(), decode(fmt, quantize(fmt, u.numpy())))
 
 
 @pytest.mark.parametrize("name", FORMATS)
@@ -44,10 +44,10 @@ def test_gradient_of_rounding_is_one_inside_and_zero_outside(name):
 @pytest.mark.parametrize("name", SIGNED)
 def test_per_token_is_the_reference_and_its_gradient_the_identity(name):
     x = some(3, 5, 16)
-    found = ste.per_token(get_format(name), x)
-    assert torch.equal(found, reference_fake_quantize(get_format(name), x.detach()))
+    rounded = ste.per_token(get_format(name), x)
+    assert torch.equal(rounded, reference_fake_quantize(get_format(name), x.detach()))
     weight = torch.arange(240.0).reshape(3, 5, 16).double()
-    (found * weight).sum().backward()
+    (rounded * weight).sum().backward()
     assert torch.equal(x.grad, weight)
 
 
@@ -55,10 +55,10 @@ def test_per_token_is_the_reference_and_its_gradient_the_identity(name):
 def test_unsigned_with_a_zero(name):
     fmt, x = get_format(name), some(300)
     scale, zero = torch.tensor([2.5 / fmt.max_value]).double(), torch.tensor([-0.25]).double()
-    found = ste.per_tensor(fmt, x, scale, zero).detach()
+    rounded = ste.per_tensor(fmt, x, scale, zero).detach()
     codes = quantize(fmt, (x.detach().numpy() + 0.25) / scale.numpy())
-    assert np.array_equal(found.numpy(), decode(fmt, codes) * scale.numpy() - 0.25)
-    assert found.min() == -0.25
+    assert np.array_equal(rounded.numpy(), decode(fmt, codes) * scale.numpy() - 0.25)
+    assert rounded.min() == -0.25
 
 
 def test_gradients_of_scale_and_zero_are_lsqs():
@@ -88,9 +88,9 @@ def test_quantizing_twice_is_quantizing_once(name, seed, size):
 
 def test_zero_rows_stay_zero_and_have_a_gradient():
     x = torch.zeros(2, 8, requires_grad=True)
-    found = ste.per_token(get_format("E2M3"), x)
-    found.sum().backward()
-    assert not found.any()
+    rounded = ste.per_token(get_format("E2M3"), x)
+    rounded.sum().backward()
+    assert not rounded.any()
     assert torch.equal(x.grad, torch.ones(2, 8))
 
 

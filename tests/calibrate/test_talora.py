@@ -63,9 +63,9 @@ def branched(layer, init="zero", seed=1):
 def test_one_hot_is_the_first_largest_and_its_gradient_that_of_softmax():
     logits = torch.tensor([[0.2, 1.5, 1.5], [-1.0, -3.0, -2.0]], dtype=torch.float64, requires_grad=True)
     upstream = torch.tensor([[0.7, -0.4, 2.0], [1.0, 0.5, -0.5]], dtype=torch.float64)
-    found = one_hot_straight_through(logits)
-    np.testing.assert_array_equal(found.detach().numpy(), [[0, 1, 0], [1, 0, 0]])
-    (found * upstream).sum().backward()
+    one_hot = one_hot_straight_through(logits)
+    np.testing.assert_array_equal(one_hot.detach().numpy(), [[0, 1, 0], [1, 0, 0]])
+    (one_hot * upstream).sum().backward()
     for row in range(2):
         z = logits.detach().numpy()[row]
         p = np.exp(z) / np.exp(z).sum()
@@ -84,9 +84,9 @@ def test_the_router_starts_with_equal_shares_early_timesteps_first(branches, see
     assert (np.diff(chosen) <= 0).all()  # TIMES rise, sampling goes down
     between = np.linspace(50, 1000, 777)
     ideal = branches - 1 - np.minimum((between - 50) / 950 * branches, branches - 1).astype(int)
-    found = router.exported().choose(between)
+    choices = router.exported().choose(between)
     # A smooth fit of a step is off near the step only.
-    assert (np.abs(found - ideal) <= 1).all() and (found == ideal).mean() > 0.9
+    assert (np.abs(choices - ideal) <= 1).all() and (choices == ideal).mean() > 0.9
 
 
 def test_the_exported_router_has_the_trained_ones_logits():
@@ -95,8 +95,8 @@ def test_the_exported_router_has_the_trained_ones_logits():
         for value in router.parameters():
             value.add_(0.3 * torch.randn(value.shape, generator=generator(5)))
     # float32: phases up to 1000 are off by 2^-24 * 1000, and sums of 64 products follow.
-    found, expected = router.logits(TIMES).detach().numpy(), router.exported().logits(TIMES.numpy())
-    np.testing.assert_allclose(found, expected, atol=64 * 1000 * 2.0**-24)
+    logits, expected = router.logits(TIMES).detach().numpy(), router.exported().logits(TIMES.numpy())
+    np.testing.assert_allclose(logits, expected, atol=64 * 1000 * 2.0**-24)
     np.testing.assert_array_equal(router(TIMES).detach().numpy().argmax(1), router.exported().choose(TIMES.numpy()))
 
 
@@ -126,8 +126,8 @@ def test_the_branch_merges_into_the_weight():
     x = torch.randn((2, 3, K), generator=generator(3))
     for sample, branch in enumerate(router.exported().choose(times.numpy())):
         merged = finished.lora_up[branch].astype(float) @ finished.lora_down[branch].astype(float)
-        found = part.low_rank(x)[sample].detach().numpy()
-        np.testing.assert_allclose(found, x[sample].numpy() @ merged.T, atol=1e-5)
+        output = part.low_rank(x)[sample].detach().numpy()
+        np.testing.assert_allclose(output, x[sample].numpy() @ merged.T, atol=1e-5)
 
 
 def test_gradients_are_those_written_out():

@@ -50,11 +50,11 @@ def test_mse_search_finds_what_brute_force_finds(name, multipliers):
     blocks = (rng.standard_t(4, (5, 3, 8)) * 0.03).astype(np.float32)
     scales, chosen = find_scales(blocks, fmt, multipliers, "mse")
     for row, scale, factors in zip(blocks, scales, chosen, strict=True):
-        found = sum(exact_error(fmt, group, float(scale) * int(m)) for group, m in zip(row, factors, strict=True))
+        error = sum(exact_error(fmt, group, float(scale) * int(m)) for group, m in zip(row, factors, strict=True))
         # Two candidates are told apart by float32 sums: each squared error is off by the error of a value of up to
         # max_value (one multiplication, one addition, one subtraction) against a remainder of half a step or less.
         slack = 3 * ROUNDING * 2 * np.abs(row).max() * np.sqrt(row.size * brute_force(fmt, row, multipliers))
-        assert found <= brute_force(fmt, row, multipliers) * (1 + 1e-5) + slack
+        assert error <= brute_force(fmt, row, multipliers) * (1 + 1e-5) + slack
 
 
 @pytest.mark.parametrize("name", WEIGHT_FORMATS)
@@ -62,11 +62,11 @@ def test_rounding_by_addition_makes_the_errors_of_the_codec(name):
     fmt, rng = get_format(name), np.random.default_rng(2)
     blocks = np.abs(rng.standard_normal((4, 3, 16))).astype(np.float32)
     scale = np.array([1e-3, 0.07, 0.3, 2.0], np.float32)
-    found = RoundingErrors(blocks, fmt).at(scale[:, None])[:, 0]
+    errors = RoundingErrors(blocks, fmt).at(scale[:, None])[:, 0]
     expected = [[exact_error(fmt, group, float(s)) for group in row] for row, s in zip(blocks, scale, strict=True)]
     # An error e of a value v <= clip + e is computed to within 3 roundings of v, so e^2 to within 6 v e roundings.
     bound = 6 * ROUNDING * 16 * np.abs(blocks).max() * np.sqrt(np.array(expected)) + 1e-5 * np.array(expected) + 1e-12
-    assert (np.abs(found - expected) <= bound).all()
+    assert (np.abs(errors - expected) <= bound).all()
 
 
 @pytest.mark.parametrize("shape", [(5, 3, 8), (7, 2, 64), (3, 1, 1152), (4, 5, 100), (2, 3, 1), (3, 4, 17)])
@@ -137,17 +137,17 @@ def test_neither_threads_nor_chunks_change_a_byte(monkeypatch):
 
 
 def test_no_more_threads_than_the_one_rule_allows(monkeypatch):
-    made = []
+    thread_counts = []
 
     class Counted(ThreadPoolExecutor):
         def __init__(self, threads):
-            made.append(threads)
+            thread_counts.append(threads)
             super().__init__(threads)
 
     monkeypatch.setattr(scales_module, "ThreadPoolExecutor", Counted)
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     find_scales(np.ones((3, 2, 4), np.float32), get_format("E2M1"), E2M1, "absmax")
-    assert made == [1]
+    assert thread_counts == [1]
 
 
 @pytest.mark.parametrize(("name", "multipliers"), [("E2M1", E2M1), ("INT4", (1, 2, 3)), ("E3M0", (1,))])
@@ -173,35 +173,35 @@ def outlier_columns():
 
 def test_exact_groups_beat_one_scale_per_channel_on_outlier_columns():
     weight, fmt = outlier_columns(), get_format("E2M1")
-    found = {}
+    sqnr = {}
     for label, group, multipliers in (("channel", 1152, (1,)), ("g64", 64, E2M1), ("g32", 32, E2M1)):
         blocks = weight.reshape(128, -1, group)
-        found[label] = sqnr_db(weight, fmt, blocks, *find_scales(blocks, fmt, multipliers, "mse"))
+        sqnr[label] = sqnr_db(weight, fmt, blocks, *find_scales(blocks, fmt, multipliers, "mse"))
     real = weight.reshape(-1, 1, 64)
-    found["real g64"] = sqnr_db(weight, fmt, real, *find_scales(real, fmt, (1,), "mse"))
+    sqnr["real g64"] = sqnr_db(weight, fmt, real, *find_scales(real, fmt, (1,), "mse"))
     # Known for 256 rows of this kind: 12.16, 17.28, 18.65 and 17.78 dB.
-    assert found["g64"] > found["channel"] + 4 and found["g32"] > found["g64"] + 0.8
-    assert abs(found["g64"] - found["real g64"]) < 1
+    assert sqnr["g64"] > sqnr["channel"] + 4 and sqnr["g32"] > sqnr["g64"] + 0.8
+    assert abs(sqnr["g64"] - sqnr["real g64"]) < 1
 
 
 def test_mse_search_is_never_worse_than_absmax():
     blocks, fmt = outlier_columns().reshape(128, -1, 64), get_format("E2M1")
-    found = {s: sqnr_db(blocks, fmt, blocks, *find_scales(blocks, fmt, E2M1, s)) for s in ("absmax", "mse")}
-    assert found["mse"] > found["absmax"]
+    sqnr = {s: sqnr_db(blocks, fmt, blocks, *find_scales(blocks, fmt, E2M1, s)) for s in ("absmax", "mse")}
+    assert sqnr["mse"] > sqnr["absmax"]
 
 
 @pytest.mark.parametrize("weight", [name for name in FORMATS if embeds(name, "INT8")])
 @pytest.mark.parametrize("activation", ["E2M3", "E3M4", "INT8", "E2M1"])
 def test_group_multipliers_keep_every_bound(weight, activation):
-    found = group_multipliers(weight, activation)
-    assert found[0] == 1 and len(found) <= 16
+    multipliers = group_multipliers(weight, activation)
+    assert multipliers[0] == 1 and len(multipliers) <= 16
     fmt, other = get_format(weight), get_format(activation)
-    for m in found[1:]:
+    for m in multipliers[1:]:
         assert embeds(weight, "INT8", m) and fmt.kmax * m <= pair_limit(activation)
         assert embeds(weight, "E4M3", m) or not (embeds(weight, "E4M3") and embeds(activation, "E4M3"))
-    if embeds(activation, "INT8") and len(found) > 1:
+    if embeds(activation, "INT8") and len(multipliers) > 1:
         zero_point = 2 ** int(np.ceil(np.log2(other.kmax)))
-        assert 2 * (other.kmax + zero_point) * fmt.kmax * max(found) <= 32767
+        assert 2 * (other.kmax + zero_point) * fmt.kmax * max(multipliers) <= 32767
 
 
 @pytest.mark.parametrize("exponent", [-90, -60, 60, 90])

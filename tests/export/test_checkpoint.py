@@ -88,8 +88,8 @@ def test_the_op_gives_the_same_weight(weight_format: str, granularity: str) -> N
     if one.multipliers is not None:
         keep = np.isin(one.multipliers, table)
         one = replace(one, multipliers=np.where(keep, one.multipliers, 1).astype(np.uint8))
-        found = np.searchsorted(table, one.multipliers).astype(np.uint8)
-        padded = np.pad(found, [(0, 0), (0, found.shape[1] % 2)])
+        multiplier_codes = np.searchsorted(table, one.multipliers).astype(np.uint8)
+        padded = np.pad(multiplier_codes, [(0, 0), (0, multiplier_codes.shape[1] % 2)])
         indices = padded[:, 0::2] | padded[:, 1::2] << 4
     (w,) = OPS["DequantizeWeight"].numpy(one.codes, one.scales, indices, **attributes("DequantizeWeight", **choices))
     np.testing.assert_array_equal(w.T, one.dequantized().astype(np.float32))

@@ -43,8 +43,8 @@ def read(tmp_path: Path, text: str | bytes, rules: Rules = PLAIN) -> Document:
 
 
 def test_a_document_is_what_its_schema_says(tmp_path: Path) -> None:
-    found: Any = read(tmp_path, '{"count": 1, "ratio": 2, "rows": [{"name": "é", "sizes": [1, 2]}], "more": [null]}')
-    assert found == {"count": 1, "ratio": 2.0, "rows": [Row("é", (1, 2))], "more": [None]}
+    document: Any = read(tmp_path, '{"count": 1, "ratio": 2, "rows": [{"name": "é", "sizes": [1, 2]}], "more": [null]}')
+    assert document == {"count": 1, "ratio": 2.0, "rows": [Row("é", (1, 2))], "more": [None]}
     assert read(tmp_path, b'\xef\xbb\xbf{"count": 1}') == {"count": 1}, "a byte order mark is left out"
 
 

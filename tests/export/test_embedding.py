@@ -37,8 +37,8 @@ TABLE = {
 @pytest.mark.parametrize("name", TABLE)
 def test_row_of_the_table(name: str) -> None:
     fmt = get_format(name)
-    found = tuple(embeds(name, target) for target in ("INT8", "E4M3", "FP16"))
-    assert (fmt.fraction_bits, fmt.kmax, *found) == TABLE[name]
+    embedded = tuple(embeds(name, target) for target in ("INT8", "E4M3", "FP16"))
+    assert (fmt.fraction_bits, fmt.kmax, *embedded) == TABLE[name]
 
 
 def brute_force(name: str, target: np.dtype, multiplier: int = 1) -> bool:
@@ -101,8 +101,8 @@ def test_exact_multiplier_sets(name: str, targets: tuple[str, ...]) -> None:
 
 @pytest.mark.parametrize("name", ["E2M1", "E1M2", "E3M0", "INT4"])
 def test_multipliers_equal_brute_force(name: str) -> None:
-    found = tuple(m for m in range(1, 33) if brute_force(name, np.dtype(ml_dtypes.float8_e4m3fn), m))
-    assert exact_multipliers(name, ("E4M3",)) == found
+    multipliers = tuple(m for m in range(1, 33) if brute_force(name, np.dtype(ml_dtypes.float8_e4m3fn), m))
+    assert exact_multipliers(name, ("E4M3",)) == multipliers
     assert exact_multipliers(name, ("INT8",)) == tuple(m for m in range(1, 33) if get_format(name).kmax * m <= 127)
 
 

@@ -58,16 +58,16 @@ class Exported:
 
 @pytest.fixture(scope="module")
 def exported(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    root, made = tmp_path_factory.mktemp("export"), {}
+    root, exports = tmp_path_factory.mktemp("export"), {}
 
     def get(name: str) -> Exported:
-        if name not in made:
+        if name not in exports:
             model, size = load(str(tiny.folder(name, root))), PROFILE.get(name, (0, 0))
             layers = tiny.quantized(model)
             paths = root / name / "float.onnx", root / name / "model.onnx"
             export_float(model, paths[0], *FLOAT_PROFILE.get(name, size))
-            made[name] = Exported(model, layers, *paths, export_portable(model, layers, paths[1], *size), size)
-        return made[name]
+            exports[name] = Exported(model, layers, *paths, export_portable(model, layers, paths[1], *size), size)
+        return exports[name]
 
     return get
 
@@ -102,10 +102,10 @@ def test_float_export_equals_torch_at_any_batch_and_caption_length(exported, nam
     case, size = exported(name), FLOAT_PROFILE.get(name, (0, 0))
     inputs = sample_inputs(case.model, batch_size, 1, *size, tokens=tokens)
     expected = torch_output(case.model, inputs)
-    found = session(case.float_path).run(["sample"], inputs)[0]
+    output = session(case.float_path).run(["sample"], inputs)[0]
     nodes = len(onnx.load(case.float_path, load_external_data=False).graph.node)
-    assert found.shape == expected.shape
-    assert np.abs(found - expected).max() <= float_limit(expected, nodes)
+    assert output.shape == expected.shape
+    assert np.abs(output - expected).max() <= float_limit(expected, nodes)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -117,11 +117,11 @@ def test_every_quantized_layer_is_what_its_codes_say(exported, name):
     names = {value for layer in case.layers for value in (read[f"{layer.name}/quantize"], f"{layer.name}/output")}
     own = {value.name for value in graph.inputs}
     inputs = case.inputs(2, 5)
-    wanted = sorted(names - own)
-    values = session(case.portable_path, dict.fromkeys(wanted, ir.DataType.FLOAT)).run(wanted, inputs)
-    found = inputs | dict(zip(wanted, values, strict=True))
+    outputs = sorted(names - own)
+    values = session(case.portable_path, dict.fromkeys(outputs, ir.DataType.FLOAT)).run(outputs, inputs)
+    tensors = inputs | dict(zip(outputs, values, strict=True))
     for layer in case.layers:
-        x, y = found[read[f"{layer.name}/quantize"]], found[f"{layer.name}/output"]
+        x, y = tensors[read[f"{layer.name}/quantize"]], tensors[f"{layer.name}/output"]
         fmt = layer.activation_format
         codes, scale = quantize_activation(x, **attributes("QuantizeActivation", format=fmt))
         (value,) = dequantize_activation(codes, scale, **attributes("DequantizeActivation", format=fmt))
@@ -157,8 +157,8 @@ def test_portable_model_is_the_fake_quantized_torch_model(exported, name):
     inputs = case.inputs(3, 7)
     plain = torch_output(case.model, inputs)
     expected = torch_output(case.model, inputs, {layer.name: FakeQuantLinear(layer) for layer in case.layers})
-    found = session(case.portable_path).run(["sample"], inputs)[0]
-    assert np.linalg.norm(found - expected) <= FLIPS * np.linalg.norm(expected - plain)
+    output = session(case.portable_path).run(["sample"], inputs)[0]
+    assert np.linalg.norm(output - expected) <= FLIPS * np.linalg.norm(expected - plain)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -188,14 +188,14 @@ def test_interface_and_contents_of_the_portable_model(exported, name):
 def test_every_layer_has_its_nodes_and_metadata(exported, name):
     case = exported(name)
     model = onnx.load(case.portable_path, load_external_data=False)
-    found: dict[str, set[str]] = {}
+    layer_roles: dict[str, set[str]] = {}
     for node in model.graph.node:
         props = {row.key: row.value for row in node.metadata_props}
         if "fpq.layer" in props:
-            found.setdefault(props["fpq.layer"], set()).add(node.name.removeprefix(props["fpq.layer"] + "/"))
+            layer_roles.setdefault(props["fpq.layer"], set()).add(node.name.removeprefix(props["fpq.layer"] + "/"))
             assert props["fpq.kind"] == case.model.family.kind_of(props["fpq.layer"])
     roles = {"quantize", "dequantize", "weight", "matmul", "bias"}
-    assert found == {layer.name: roles for layer in case.layers}
+    assert layer_roles == {layer.name: roles for layer in case.layers}
 
 
 def test_nothing_of_this_machine_is_in_the_file(exported):
@@ -236,11 +236,11 @@ def test_second_resolution_where_it_is_a_condition_too(tmp_path):
     model = load(str(tiny.folder("pixart_sizes", tmp_path)))
     export_float(model, tmp_path / "model.onnx", *size)
     inputs = sample_inputs(model, 2, 0, *size, tokens=5)
-    found = session(tmp_path / "model.onnx").run(["sample"], inputs)[0]
+    output = session(tmp_path / "model.onnx").run(["sample"], inputs)[0]
     expected = torch_output(model, inputs)
     nodes = len(onnx.load(tmp_path / "model.onnx", load_external_data=False).graph.node)
-    assert found.shape[2:] == (size[0] // 8, size[1] // 8)
-    assert np.abs(found - expected).max() <= float_limit(expected, nodes)
+    assert output.shape[2:] == (size[0] // 8, size[1] // 8)
+    assert np.abs(output - expected).max() <= float_limit(expected, nodes)
 
 
 FORMS = [
@@ -262,8 +262,8 @@ def test_layers_read_back_are_those_that_were_exported(exported, tmp_path, weigh
             assert np.array_equal(getattr(before, key), getattr(after, key)), (before.name, key)
     inputs = sample_inputs(model, 1, 0)
     expected = torch_output(model, inputs, {layer.name: FakeQuantLinear(layer) for layer in layers})
-    found = session(tmp_path / "model.onnx").run(["sample"], inputs)[0]
-    assert np.linalg.norm(found - expected) <= FLIPS * np.linalg.norm(expected - torch_output(model, inputs))
+    output = session(tmp_path / "model.onnx").run(["sample"], inputs)[0]
+    assert np.linalg.norm(output - expected) <= FLIPS * np.linalg.norm(expected - torch_output(model, inputs))
 
 
 def test_kept_weights_are_stored_in_fp16_unless_they_do_not_fit(exported, tmp_path):

@@ -66,26 +66,26 @@ def test_the_graph_computes_what_the_layer_stands_for(what: str, bias: bool) -> 
     layer, x = CASES[what](random_linear(bias=bias)), grid_input()
     feeds = {"x": x, "timestep": TIMES} if layer.router is not None else {"x": x}
     model = portable(ONE, [layer], INPUTS)
-    (found,) = run(model, {name: feeds.get(name, TIMES) for name in ("x", "timestep")})
+    (output,) = run(model, {name: feeds.get(name, TIMES) for name in ("x", "timestep")})
     expected = learned.expected_output(layer, x, TIMES)
-    assert (np.abs(found - expected) <= (2 * 64 + 16) * ROUNDING * size_of(layer, x)).all()
+    assert (np.abs(output - expected) <= (2 * 64 + 16) * ROUNDING * size_of(layer, x)).all()
 
 
 @pytest.mark.parametrize("what", ["branches", "everything"])
 def test_inputs_without_a_row_axis(what: str) -> None:
     layer, x = CASES[what](random_linear()), grid_input(tokens=1)
     flat = portable(ONE, [layer], "float[batch,64] x, float[batch] timestep", "float[batch,16] y")
-    (found,) = run(flat, {"x": x[:, 0], "timestep": TIMES})
+    (output,) = run(flat, {"x": x[:, 0], "timestep": TIMES})
     (expected,) = run(portable(ONE, [layer], INPUTS), {"x": x, "timestep": TIMES})
-    np.testing.assert_allclose(found, expected[:, 0], rtol=1e-6, atol=1e-6)
+    np.testing.assert_allclose(output, expected[:, 0], rtol=1e-6, atol=1e-6)
 
 
 def test_integer_timesteps_are_converted() -> None:
     layer, x = CASES["branches"](random_linear()), grid_input()
     model = portable(ONE, [layer], "float[batch,S,64] x, int64[batch] timestep")
-    (found,) = run(model, {"x": x, "timestep": TIMES.astype(np.int64)})
+    (output,) = run(model, {"x": x, "timestep": TIMES.astype(np.int64)})
     (expected,) = run(portable(ONE, [layer], INPUTS), {"x": x, "timestep": TIMES})
-    np.testing.assert_array_equal(found, expected)
+    np.testing.assert_array_equal(output, expected)
 
 
 def test_one_router_serves_all_layers() -> None:

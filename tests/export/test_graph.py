@@ -27,10 +27,10 @@ TEXT = """<ir_version: 10, opset_import: ["" : 21]> g (float[2, 4] x) => (float[
 
 def graph() -> ir.Graph:
     text = TEXT.replace("(float[2, 4] x)", "(float[2, 4] x, float[4] s)")
-    found = ir.from_onnx_text(text).graph
-    for node in found:
+    parsed = ir.from_onnx_text(text).graph
+    for node in parsed:
         node.name = str(node.outputs[0].name)
-    return found
+    return parsed
 
 
 def test_ports_of_a_standard_op_have_the_names_of_its_schema() -> None:

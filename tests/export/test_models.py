@@ -142,8 +142,8 @@ def test_positional_and_named_inputs_are_the_same_and_wrong_ones_are_named(folde
     ],
 )
 def test_alpha_and_sigma_are_told_apart_by_configuration(config, family):
-    found, _ = models._family_of(config | {"_class_name": "PixArtTransformer2DModel"}, Path("x"))
-    assert found is FAMILIES[family]
+    row, _ = models._family_of(config | {"_class_name": "PixArtTransformer2DModel"}, Path("x"))
+    assert row is FAMILIES[family]
 
 
 def test_old_class_name_of_hub_folders_is_understood(pixart):

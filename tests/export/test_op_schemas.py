@@ -86,9 +86,9 @@ def registered() -> Iterator[None]:
 @pytest.mark.parametrize("op_name", OPS)
 def test_shape_rule(op_name: str) -> None:
     inputs, outputs = SHAPES[op_name]
-    found = OPS[op_name].infer(attributes(op_name, **CHOICES[op_name]), *inputs)
-    assert [shape for _, shape in found] == outputs
-    assert [kind for kind, _ in found] == list(OPS[op_name].outputs.values())
+    inferred = OPS[op_name].infer(attributes(op_name, **CHOICES[op_name]), *inputs)
+    assert [shape for _, shape in inferred] == outputs
+    assert [kind for kind, _ in inferred] == list(OPS[op_name].outputs.values())
 
 
 @pytest.mark.torch
@@ -100,8 +100,8 @@ def test_onnx_infers_shapes_with_the_schema(op_name: str, registered: None) -> N
         value.type.tensor_type.ClearField("shape")
     del model.functions[:]  # the schema alone must do
     inferred = onnx.shape_inference.infer_shapes(model, check_type=True, strict_mode=True).graph.output
-    found = [tuple(d.dim_param or d.dim_value for d in v.type.tensor_type.shape.dim) for v in inferred]
-    assert found == outputs
+    shapes = [tuple(d.dim_param or d.dim_value for d in v.type.tensor_type.shape.dim) for v in inferred]
+    assert shapes == outputs
 
 
 @pytest.mark.parametrize("op_name", OPS)

@@ -66,8 +66,8 @@ def assert_nearest(fmt: Format, codes: np.ndarray, quotient: np.ndarray, relativ
     expected = quantize(fmt, quotient)
     off = codes != expected
     if off.any():
-        found, nearest = decode(fmt, codes[off]), decode(fmt, expected[off])
-        distance = np.abs(quotient[off] - (found + nearest) / 2)
+        chosen, nearest = decode(fmt, codes[off]), decode(fmt, expected[off])
+        distance = np.abs(quotient[off] - (chosen + nearest) / 2)
         assert (distance <= relative * np.abs(quotient[off])).all()
 
 
@@ -107,8 +107,8 @@ def test_a_broken_token_stays_broken_and_alone(bad: float, position: int) -> Non
     x[1, position] = bad
     codes, scale = run_everywhere("QuantizeActivation", x, format="E2M3")
     assert np.isnan(scale[1]) and (codes[1] == 0).all()
-    for found, expected in zip((codes, scale), healthy, strict=True):
-        assert (found[[0, 2]] == expected[[0, 2]]).all()
+    for result, expected in zip((codes, scale), healthy, strict=True):
+        assert (result[[0, 2]] == expected[[0, 2]]).all()
     (back,) = run_everywhere("DequantizeActivation", codes, scale, format="E2M3")
     assert np.isnan(back[1]).all()
 

@@ -156,5 +156,5 @@ def test_packed_group_gemm(
     w = w * full_scale(scales, multiplier_codes, **own)
     sums = np.lcm(k // activation_group, scales.shape[1])
     bound = (3 + sums) * F32_EPS * (np.abs(a) @ np.abs(w).T + np.abs(bias))
-    for found in (y, reference):
-        assert (np.abs(found - (a @ w.T + bias)) <= bound).all()
+    for product in (y, reference):
+        assert (np.abs(product - (a @ w.T + bias)) <= bound).all()

@@ -61,9 +61,9 @@ def test_float32_never_changes_a_decided_choice() -> None:
         wave = np.concatenate([np.cos(phase), np.sin(phase)], axis=1, dtype=np.float32)
         hidden = wave @ router.w1.T + router.b1
         hidden = hidden * (1 / (1 + np.exp(-hidden)))
-        found = (hidden @ router.w2.T + router.b2).argmax(1)
+        choices = (hidden @ router.w2.T + router.b2).argmax(1)
         undecided = router.undecided(TIMES)
-        assert ((found == router.choose(TIMES)) | undecided).all()
+        assert ((choices == router.choose(TIMES)) | undecided).all()
         assert undecided.mean() < 0.02
 
 

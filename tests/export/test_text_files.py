@@ -61,9 +61,9 @@ def test_the_rule_finds_what_it_should(tmp_path: Path, line: str, held: bool) ->
 
 
 def test_every_call_names_its_encoding() -> None:
-    found = [f"{path.relative_to(ROOT)}:{line}" for path in FILES for line in calls_without_encoding(path)]
+    places = [f"{path.relative_to(ROOT)}:{line}" for path in FILES for line in calls_without_encoding(path)]
     # An object of our own has a method of that name.
-    assert [place for place in found if not place.startswith("plugins/tensorrt/rtx_plugin.py")] == []
+    assert [place for place in places if not place.startswith("plugins/tensorrt/rtx_plugin.py")] == []
 
 
 DESCRIPTION = "für mich: Größe"
