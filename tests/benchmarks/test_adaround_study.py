@@ -24,10 +24,10 @@ def case() -> BlockCase:
 
 def test_learned_arms_beat_nearest_and_say_what_they_did(case):
     recipe = recipes.load("pixart_w4a6")
-    found = {name: run_arm(case, shortened(ARMS[name], 0.5), recipe) for name in ("nearest", "scale_aware_fast")}
-    assert found["scale_aware_fast"]["loss"] < found["nearest"]["loss"] == found["nearest"]["held_out_loss"]
-    assert found["nearest"]["codes_changed"] == 0 < found["scale_aware_fast"]["codes_changed"] < 1
-    assert found["scale_aware_fast"]["iterations"] == ARMS["scale_aware_fast"].iterations // 2
+    results = {name: run_arm(case, shortened(ARMS[name], 0.5), recipe) for name in ("nearest", "scale_aware_fast")}
+    assert results["scale_aware_fast"]["loss"] < results["nearest"]["loss"] == results["nearest"]["held_out_loss"]
+    assert results["nearest"]["codes_changed"] == 0 < results["scale_aware_fast"]["codes_changed"] < 1
+    assert results["scale_aware_fast"]["iterations"] == ARMS["scale_aware_fast"].iterations // 2
 
 
 def test_finished_arms_are_not_run_again_unless_they_differ(case, tmp_path):
@@ -49,8 +49,8 @@ def test_arms_that_are_unknown_are_refused(capsys):
 
 
 def arm(iterations, loss, held_out, rate=1e-4):
-    found = {"iterations": iterations, "learning_rate": rate, "loss": loss, "held_out_loss": held_out}
-    return found | {"commit": "abc", "cpu": "X"}
+    row = {"iterations": iterations, "learning_rate": rate, "loss": loss, "held_out_loss": held_out}
+    return row | {"commit": "abc", "cpu": "X"}
 
 
 @pytest.fixture

@@ -64,8 +64,8 @@ def test_without_a_gpu_it_says_so_before_any_work(
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     assert gpu.main([*arguments, "--output-dir", str(tmp_path)]) == 3
     assert not list(tmp_path.iterdir())
-    told = capsys.readouterr()
-    assert "sees no CUDA GPU" in told.err and "TRITON_INTERPRET=1" in told.err and told.out == ""
+    printed = capsys.readouterr()
+    assert "sees no CUDA GPU" in printed.err and "TRITON_INTERPRET=1" in printed.err and printed.out == ""
 
 
 @pytest.mark.kernels
@@ -107,8 +107,8 @@ def test_gemm_shapes_are_those_of_the_model(model: str) -> None:
     torch, diffusers = pytest.importorskip("torch"), pytest.importorskip("diffusers")
     workload = WORKLOADS[model]
     with torch.device("meta"):
-        made = getattr(diffusers, workload.class_name)(**workload.config)
-    blocks = getattr(made, "transformer_blocks", None) or made.blocks
+        network = getattr(diffusers, workload.class_name)(**workload.config)
+    blocks = getattr(network, "transformer_blocks", None) or network.blocks
     linears = [(name, module) for name, module in blocks.named_modules() if isinstance(module, torch.nn.Linear)]
     weights = sum(layer.weight.numel() for name, layer in linears if ".norm" not in name)  # adaLN's are not quantized
     assert sum(row.n * row.k * row.count for row in workload.gemms()) == weights
@@ -181,10 +181,10 @@ def run(section: gpu.Section, results: Results) -> None:
 
 def test_a_section_is_on_the_disk_row_by_row(results: Results) -> None:
     run(section("check"), results)
-    found = json.loads(results.path.read_text())
-    assert [row["name"] for row in found["sections"]["check"]["rows"]] == ["one", "two", "three"]
-    assert found["sections"]["check"]["stopped"] == ""
-    assert broken(found) == ["two: RuntimeError: this GPU has none"]
+    document = json.loads(results.path.read_text())
+    assert [row["name"] for row in document["sections"]["check"]["rows"]] == ["one", "two", "three"]
+    assert document["sections"]["check"]["stopped"] == ""
+    assert broken(document) == ["two: RuntimeError: this GPU has none"]
 
 
 def test_a_section_that_lost_the_gpu_goes_on_behind_the_row_that_did(
@@ -247,8 +247,8 @@ def test_other_sections_stay_when_one_is_measured_anew(results: Results) -> None
         run(section(name), results)
     again = Results.open(results.path, FACTS)
     again.begin("fused", 60)
-    found = json.loads(results.path.read_text())["sections"]
-    assert len(found["gemm"]["rows"]) == 3 and found["fused"]["rows"] == []
+    sections = json.loads(results.path.read_text())["sections"]
+    assert len(sections["gemm"]["rows"]) == 3 and sections["fused"]["rows"] == []
 
 
 def test_a_check_counts_for_the_same_code_only(results: Results, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -283,8 +283,8 @@ def test_exit_codes(
     results.end("check", ["late"], 1.0)
     results.document["targets"] = gpu_targets.judged(results.document)
     assert gpu.finish(results) == code
-    told = capsys.readouterr().out
-    assert "NOT REACHED within 60 s of check: late" in told and "not measured" in told
+    printed = capsys.readouterr().out
+    assert "NOT REACHED within 60 s of check: late" in printed and "not measured" in printed
 
 
 def test_the_exit_code_is_0_where_all_was_reached_and_right(results: Results) -> None:
@@ -318,13 +318,13 @@ def test_all_sections_run_each_in_a_process_and_the_targets_are_judged(
     started = time.monotonic()
     gpu.measure(gpu.chosen([], False), results, [])
     assert [command[command.index("--one") + 1] for command in commands] == list(gpu.SECTIONS)
-    found = json.loads(results.path.read_text())
-    assert found["sections"]["gemm"]["stopped"] == "its process ended with 1"
-    assert found["sections"]["exactness"]["stopped"] == "its process ended with 1"
-    assert found["sections"]["fused"]["stopped"].startswith("stopped after ")
+    document = json.loads(results.path.read_text())
+    assert document["sections"]["gemm"]["stopped"] == "its process ended with 1"
+    assert document["sections"]["exactness"]["stopped"] == "its process ended with 1"
+    assert document["sections"]["fused"]["stopped"].startswith("stopped after ")
     lasts = [float(command[command.index("--until") + 1]) - started for command in commands]
     assert lasts == pytest.approx([85, 120, 240, 290, 460], abs=5)  # what a section leaves over goes to the next
-    assert len(found["targets"]) == len(gpu_targets.TARGETS)
+    assert len(document["targets"]) == len(gpu_targets.TARGETS)
 
 
 def test_the_check_is_among_any_choice() -> None:

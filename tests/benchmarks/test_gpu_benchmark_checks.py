@@ -74,8 +74,8 @@ def test_wrong_quantizers_are_found(before: str, fault: str, monkeypatch: pytest
     right, case = launch.quantize, QuantizerCase(before, "E2M3", 8, 40, "bf16")
     assert gpu_check_quantizers.check_quantizer(CPU, case)["passed"]
 
-    def wrong(spec: Any, x: Any, **given: Any) -> Any:
-        codes, scales = right(spec, x, **given)
+    def wrong(spec: Any, x: Any, **operands: Any) -> Any:
+        codes, scales = right(spec, x, **operands)
         if fault == "code":
             codes[5, 7] ^= 8  # another binade of the same token
         elif fault == "scale":
@@ -83,7 +83,7 @@ def test_wrong_quantizers_are_found(before: str, fault: str, monkeypatch: pytest
         elif fault == "nan":
             scales[torch.isnan(scales)] = 1.0
         else:
-            codes, _ = right(gpu_check_quantizers.QuantizeSpec("E3M2", 40, before, "bf16"), x, **given)
+            codes, _ = right(gpu_check_quantizers.QuantizeSpec("E3M2", 40, before, "bf16"), x, **operands)
         return codes, scales
 
     monkeypatch.setattr(launch, "quantize", wrong)
@@ -126,9 +126,9 @@ HOPPER = Device("cuda", 90)
 
 
 def test_every_gemm_that_is_timed_is_checked_in_its_tile() -> None:
-    found = gpu_check.timed_gemms(HOPPER)
-    assert len({one.name for one in found}) == len(found)
-    variants = {one.variant for one in found}
+    timed = gpu_check.timed_gemms(HOPPER)
+    assert len({one.name for one in timed}) == len(timed)
+    variants = {one.variant for one in timed}
     for shape, granularity in gpu_gemm.rows_to_measure():
         for name in set(gpu_gemm.OURS) & set(gpu_gemm.contestants_of(HOPPER, shape)):
             case = gpu_check.GemmCase("E2M3", "E2M1", 1, shape.n, shape.k, granularity, integers="int8" in name)
@@ -137,12 +137,12 @@ def test_every_gemm_that_is_timed_is_checked_in_its_tile() -> None:
             tile = gemm_tile(run, case.spec, shape.m, 90, may_split=True)
             one = gpu_check.TimedGemm(run, case, tile)
             assert one.variant in variants, (name, shape.name)
-    assert {one.case.epilogue for one in found} == {"none", "gate_residual"}
-    assert {one.tile.splits for one in found} >= {1, 3, 6}
-    for one in found:
+    assert {one.case.epilogue for one in timed} == {"none", "gate_residual"}
+    assert {one.tile.splits for one in timed} >= {1, 3, 6}
+    for one in timed:
         assert one.small.m > one.tile.m and one.small.m % 32 == 0
     names = [task.name for task in gpu_check.tasks(HOPPER)]
-    assert names[: len(found)] == [one.name for one in found] and len(set(names)) == len(names)
+    assert names[: len(timed)] == [one.name for one in timed] and len(set(names)) == len(names)
 
 
 @pytest.mark.parametrize("splits", [1, 3])

@@ -51,30 +51,30 @@ def copied(model: Denoiser, sample_size: int) -> torch.nn.Module:
     config = WORKLOADS["pixart"].config | {"num_layers": size.layers, "sample_size": sample_size}
     config |= {"num_attention_heads": size.heads, "attention_head_dim": size.width // size.heads}
     config |= {"cross_attention_dim": size.width, "caption_channels": size.caption_channels}
-    made = diffusers.PixArtTransformer2DModel(**config).eval()
-    time, words = made.adaln_single.emb.timestep_embedder, made.caption_projection
-    pairs = [(made.pos_embed.proj, model.patches), (made.proj_out, model.last)]
-    pairs += [(made.adaln_single.linear, model.modulation)]
+    copy = diffusers.PixArtTransformer2DModel(**config).eval()
+    time, words = copy.adaln_single.emb.timestep_embedder, copy.caption_projection
+    pairs = [(copy.pos_embed.proj, model.patches), (copy.proj_out, model.last)]
+    pairs += [(copy.adaln_single.linear, model.modulation)]
     pairs += [(time.linear_1, model.time_in), (time.linear_2, model.time_out)]
     pairs += [(words.linear_1, model.caption_in), (words.linear_2, model.caption_out)]
-    for theirs, ours, table in zip(made.transformer_blocks, model.blocks, model.tables, strict=True):
+    for theirs, ours, table in zip(copy.transformer_blocks, model.blocks, model.tables, strict=True):
         theirs.scale_shift_table.copy_(table)
         pairs += pairs_of_block(theirs, ours.linears)
-    made.scale_shift_table.copy_(model.last_table)
+    copy.scale_shift_table.copy_(model.last_table)
     for one, own in pairs:
         one.weight.copy_(own.weight)
         one.bias.copy_(own.bias)
-    return made
+    return copy
 
 
 def pairs_of_block(theirs: Any, ours: Any) -> list[tuple[Any, Any]]:
     """(diffusers' linear, where its weight and bias are in ours)."""
     own, cross = theirs.attn1, theirs.attn2
     q, k, v = parts(ours["qkv"], 3)
-    found = [(own.to_q, q), (own.to_k, k), (own.to_v, v), (own.to_out[0], ours["out"])]
+    pairs = [(own.to_q, q), (own.to_k, k), (own.to_v, v), (own.to_out[0], ours["out"])]
     k, v = parts(ours["cross_kv"], 2)
-    found += [(cross.to_q, ours["cross_q"]), (cross.to_k, k), (cross.to_v, v), (cross.to_out[0], ours["cross_out"])]
-    return [*found, (theirs.ff.net[0].proj, ours["ff_in"]), (theirs.ff.net[2], ours["ff_out"])]
+    pairs += [(cross.to_q, ours["cross_q"]), (cross.to_k, k), (cross.to_v, v), (cross.to_out[0], ours["cross_out"])]
+    return [*pairs, (theirs.ff.net[0].proj, ours["ff_in"]), (theirs.ff.net[2], ours["ff_out"])]
 
 
 def parts(linear: Any, count: int) -> list[Any]:
@@ -100,17 +100,17 @@ def test_resizing_is_making_it_at_that_size(model: Denoiser) -> None:
 
 def test_signals_keep_their_size_over_the_layers() -> None:
     deep = randomize(Denoiser(Size(width=64, heads=4, layers=28, caption=5, caption_channels=48), GRID))
-    found = deep(*sample(deep, 1))
-    assert 0.2 < float(found.std()) < 5 and bool(torch.isfinite(found).all())
+    output = deep(*sample(deep, 1))
+    assert 0.2 < float(output.std()) < 5 and bool(torch.isfinite(output).all())
 
 
 @pytest.mark.parametrize("granularity", GRANULARITIES, ids=lambda row: row.name)
 def test_on_our_kernels_it_equals_dequantized_arithmetic(model: Denoiser, granularity: Granularity) -> None:
     weights, inputs = quantize_blocks(model, granularity), sample(model, 2)
     expected = fake_quantized(model, weights, "E2M3", torch.float32)(*inputs)
-    found = quantized(model, weights, "fp32")(*inputs)
+    output = quantized(model, weights, "fp32")(*inputs)
     # The same float32 numbers in other orders of sums: no code moves at this size. The float model is far off.
-    assert relative_error(found, expected) < 1e-5
+    assert relative_error(output, expected) < 1e-5
     assert relative_error(model(*inputs), expected) > 0.01
 
 
@@ -118,19 +118,19 @@ def test_in_bf16_it_is_as_good_as_plain_bf16_arithmetic(model: Denoiser) -> None
     weights, inputs = quantize_blocks(model, CHANNEL), sample(model, 2)
     expected = fake_quantized(model, weights, "E2M3", torch.float32)(*inputs)
     half = randomize(Denoiser(SIZE, GRID)).to(torch.bfloat16)
-    given: list[Tensor] = [x.to(torch.bfloat16) for x in inputs]
-    plain = relative_error(fake_quantized(half, weights, "E2M3", torch.bfloat16)(*given), expected)
-    assert relative_error(quantized(half, weights, "bf16")(*given), expected) <= 2 * plain
+    half_inputs: list[Tensor] = [x.to(torch.bfloat16) for x in inputs]
+    plain = relative_error(fake_quantized(half, weights, "E2M3", torch.bfloat16)(*half_inputs), expected)
+    assert relative_error(quantized(half, weights, "bf16")(*half_inputs), expected) <= 2 * plain
 
 
 def test_bytes_are_counted_from_the_tensors(model: Denoiser) -> None:
-    made = quantized(model, quantize_blocks(model, GRANULARITIES[1]))
-    linears = [linear for block in made.blocks for linear in block.linears.values()]
+    denoiser = quantized(model, quantize_blocks(model, GRANULARITIES[1]))
+    linears = [linear for block in denoiser.blocks for linear in block.linears.values()]
     n, k = linears[0].packed.codes.shape
     assert linears[0].size_bytes == n * k + 4 * n + n * 2 + 4 * n  # codes, scales, 4 groups' nibbles, bias
     every = sum(x.numel() for x in model.parameters())
     quantized_ones = sum(2 * linear.packed.codes.numel() + linear.bias.numel() for linear in linears)
-    assert weight_bytes(model, made.blocks) == 2 * (every - quantized_ones) + sum(row.size_bytes for row in linears)
+    assert weight_bytes(model, denoiser.blocks) == 2 * (every - quantized_ones) + sum(row.size_bytes for row in linears)
 
 
 def test_packed_weights_of_the_true_size_meet_their_target() -> None:

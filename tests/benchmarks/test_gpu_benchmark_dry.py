@@ -54,8 +54,8 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gpu_timing.Captured, "replay", lambda self: None)
     monkeypatch.setattr(gpu_timing, "ROUNDS", (2, 2))
     monkeypatch.setattr(gpu_timing, "_milliseconds", lambda call, flush: 1.0 + next(ticks) % 5)
-    for name, made in {"cuda.synchronize": None, "cuda.memory_allocated": 0, "_dynamo.reset": None}.items():
-        monkeypatch.setattr(f"torch.{name}", lambda made=made: made)
+    for name, value in {"cuda.synchronize": None, "cuda.memory_allocated": 0, "_dynamo.reset": None}.items():
+        monkeypatch.setattr(f"torch.{name}", lambda value=value: value)
     monkeypatch.setattr("torch.compile", lambda function, **_: function)
     for module in (gpu_gemm, gpu_fused, gpu_denoiser_times):
         monkeypatch.setattr(module, "flusher", lambda l2_bytes: lambda: None)
@@ -105,12 +105,12 @@ def test_a_whole_run_gives_a_document_with_every_target(
 ) -> None:
     results = Results.open(tmp_path / "gpu_x.json", FACTS)
     code = run_all(results, monkeypatch)
-    told = capsys.readouterr().out
-    found: dict[str, Any] = json.loads(results.path.read_text())
-    assert code == 0, told
-    assert {name: bool(part["rows"]) for name, part in found["sections"].items()} == dict.fromkeys(gpu.SECTIONS, True)
-    assert all(row["verdict"] in ("met", "missed") and row["of"] for row in found["targets"]), told
-    assert {row["value"] for row in found["targets"] if "kernel checks" in row["name"]} == {0.0}
+    printed = capsys.readouterr().out
+    record: dict[str, Any] = json.loads(results.path.read_text())
+    assert code == 0, printed
+    assert {name: bool(part["rows"]) for name, part in record["sections"].items()} == dict.fromkeys(gpu.SECTIONS, True)
+    assert all(row["verdict"] in ("met", "missed") and row["of"] for row in record["targets"]), printed
+    assert {row["value"] for row in record["targets"] if "kernel checks" in row["name"]} == {0.0}
     monkeypatch.setattr(readme, "RESULTS", tmp_path)
     table = readme.gpu_speed()
     assert all(f"| {target.name} |" in table for target in gpu_targets.TARGETS) and "not measured" not in table

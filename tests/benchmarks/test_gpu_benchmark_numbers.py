@@ -71,10 +71,12 @@ def test_packed_weights_stand_for_what_the_op_says(weight: str, granularity: Gra
         group_size=group_size,
         multipliers=fields.get("multipliers", (1,)),
     )
-    found = dequantized(packed).numpy()
-    assert np.allclose(found, expected.T, rtol=2.0**-23, atol=0)  # scale times multiplier rounds before or after
+    decoded = dequantized(packed).numpy()
+    assert np.allclose(decoded, expected.T, rtol=2.0**-23, atol=0)  # scale times multiplier rounds before or after
     # Half the largest step of a 4-bit format is a third of its largest value (E3M0), under the scale of the group.
-    assert (np.abs(found - w.numpy()) <= np.abs(w.numpy()).reshape(10, -1, group_size or 80).max(-1).max() * 0.34).all()
+    assert (
+        np.abs(decoded - w.numpy()) <= np.abs(w.numpy()).reshape(10, -1, group_size or 80).max(-1).max() * 0.34
+    ).all()
 
 
 def test_group_multipliers_bring_weights_closer() -> None:
@@ -134,24 +136,24 @@ def test_a_row_of_gemms(granularity: Granularity, monkeypatch: pytest.MonkeyPatc
     assert row["passed"] and row["wrong"] == {}
     assert set(row["error"]) >= {*gpu_gemm.OURS, *gpu_gemm.WAYS}
     assert all(0 < error < 2.0**-7 for error in row["error"].values())  # the interpreter cuts bf16 off, a whole unit
-    for name, found in row["contestants"].items():
-        assert found["gb_per_s"] > 0 and found["rounds"] == 2, name
+    for name, timing in row["contestants"].items():
+        assert timing["gb_per_s"] > 0 and timing["rounds"] == 2, name
 
 
 @pytest.mark.parametrize("contestant", [*gpu_gemm.OURS, "bf16"])
 @pytest.mark.parametrize("granularity", [CHANNEL, Granularity("exact", 16), REAL_16], ids=lambda row: row.name)
 def test_counted_bytes_are_those_of_the_tensors(contestant: str, granularity: Granularity) -> None:
     shape = Shape(6, 8, 64, 256, ())
-    given = gpu_gemm.operands(CPU, shape, granularity)
+    operands = gpu_gemm.operands(CPU, shape, granularity)
     y = torch.empty(shape.m, shape.n, dtype=torch.bfloat16)
-    ours = [given.a, given.a_scale, given.packed.scales, given.bias, y]
-    codes = [] if given.packed.multiplier_codes is None else [given.packed.multiplier_codes]
+    ours = [operands.a, operands.a_scale, operands.packed.scales, operands.bias, y]
+    codes = [] if operands.packed.multiplier_codes is None else [operands.packed.multiplier_codes]
     tensors = {
-        "packed_gemm": [*ours, given.packed.codes, *codes],
-        "expanded_gemm": [*ours, given.expanded],
-        "packed_gemm_int8": [*ours, given.packed.codes, *codes],
-        "expanded_gemm_int8": [*ours, given.expanded_int8],
-        "bf16": [given.a_wide, given.w_wide, y],
+        "packed_gemm": [*ours, operands.packed.codes, *codes],
+        "expanded_gemm": [*ours, operands.expanded],
+        "packed_gemm_int8": [*ours, operands.packed.codes, *codes],
+        "expanded_gemm_int8": [*ours, operands.expanded_int8],
+        "bf16": [operands.a_wide, operands.w_wide, y],
     }[contestant]
     size = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
     assert gpu_gemm.moved_bytes(shape, granularity, contestant) == size
@@ -168,8 +170,8 @@ def test_a_row_of_fused_kernels(case: gpu_fused.FusedCase, monkeypatch: pytest.M
     assert set(row["contestants"]) == {"fused", "triton_alone", "compiled_alone", "copy"} and not row["refused"]
     assert set(row["ratios"]) == {"over_alone", "of_copy"}
     assert row["alone_differs"] < 2.0**-6  # bf16, which the interpreter cuts off, and torch's LayerNorm rounds twice
-    given = gpu_fused.inputs_of(CPU, case)
-    read = sum(2 * tensor.numel() for tensor in given.values())
+    inputs = gpu_fused.inputs_of(CPU, case)
+    read = sum(2 * tensor.numel() for tensor in inputs.values())
     assert case.moved_bytes(False) == read + 2 * case.m * case.channels
     assert case.moved_bytes(True) == read + case.m * case.channels + 4 * case.m
 
@@ -181,8 +183,8 @@ def test_a_row_of_attention_alone() -> None:
     assert set(row["contestants"]) | set(row["refused"]) == set(gpu_denoiser_times.ATTENTION)
     assert "default" in row["contestants"], row["refused"]
     assert (row["heads"], row["tokens"], row["head_size"]) == (4, 16, 16)
-    found = row["contestants"]["default"]
-    assert found["tflops"] == pytest.approx(4 * 4 * 16 * 16 * 16 / found["latency_ms"] / 1e9)
+    timing = row["contestants"]["default"]
+    assert timing["tflops"] == pytest.approx(4 * 4 * 16 * 16 * 16 / timing["latency_ms"] / 1e9)
 
 
 def test_a_contestant_that_cannot_run_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -259,7 +261,7 @@ def test_the_probe_counts_nothing_where_sums_are_exact(activation: str, interval
 
 def test_the_probe_counts_sums_that_lose_bits(monkeypatch: pytest.MonkeyPatch) -> None:
     right = gpu_exactness.probe
-    cut = lambda *given: right(*given).half().float()  # noqa: E731  an accumulator of 11 bits
+    cut = lambda *arguments: right(*arguments).half().float()  # noqa: E731  an accumulator of 11 bits
     monkeypatch.setattr(gpu_exactness, "probe", cut)
     row = gpu_exactness.count(CPU, gpu_exactness.spec_of("E2M3", 96, CHANNEL, 16), CHANNEL, 0)
     assert row["differ"]["one sign"] > 200 and row["worst_over_mean"]["one sign"] > 0

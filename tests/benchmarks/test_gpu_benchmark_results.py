@@ -43,9 +43,9 @@ def gemm_row(m: int, expanded: float, packed: float, granularity: str = "per cha
     return {"name": "r", "m": m, "granularity": granularity, "ratios": ratios, "wrong": {}}
 
 
-def verdicts(found: dict[str, Any]) -> dict[str, tuple[Any, str]]:
+def verdicts(document: dict[str, Any]) -> dict[str, tuple[Any, str]]:
     """By the first words of a target's name; of those that begin alike, the first."""
-    rows = reversed(gpu_targets.judged(found))
+    rows = reversed(gpu_targets.judged(document))
     return {row["name"].split(",")[0]: (row["value"], row["verdict"]) for row in rows}
 
 
@@ -58,21 +58,21 @@ def test_nothing_measured_meets_nothing() -> None:
 def test_the_worst_row_decides_and_only_rows_that_a_target_is_about() -> None:
     rows = [gemm_row(4096, 0.95, 0.74), gemm_row(8192, 0.91, 0.9), gemm_row(256, 0.1, 0.1)]
     rows.append(gemm_row(4096, 0.2, 0.2, "real groups of 128"))
-    found = verdicts(document(gemm=rows))
-    assert found["expanded_gemm"] == (0.91, "met") and found["packed_gemm"] == (0.74, "missed")
+    outcomes = verdicts(document(gemm=rows))
+    assert outcomes["expanded_gemm"] == (0.91, "met") and outcomes["packed_gemm"] == (0.74, "missed")
 
 
 def test_the_default_recipe_has_targets_of_its_own() -> None:
-    found = gpu_targets.judged(document(gemm=[gemm_row(4096, 0.95, 0.7, "exact groups of 64")]))
-    rows = [row for row in found if "default recipe" in row["name"]]
+    targets = gpu_targets.judged(document(gemm=[gemm_row(4096, 0.95, 0.7, "exact groups of 64")]))
+    rows = [row for row in targets if "default recipe" in row["name"]]
     assert [(row["limit"], row["value"], row["verdict"]) for row in rows] == [(0.9, 0.95, "met"), (0.75, 0.7, "missed")]
 
 
 def test_a_wrong_kernel_has_no_speed() -> None:
     row = gemm_row(4096, 0.95, 0.8)
     row["ratios"] |= {"expanded_gemm_int8": {"fp8": 0.92}, "packed_gemm_int8": {"fp8": 0.5}}
-    found = verdicts(document(gemm=[row | {"wrong": {"expanded_gemm": "far off", "packed_gemm": "far off"}}]))
-    assert found["expanded_gemm"] == (0.92, "met") and found["packed_gemm"] == (0.5, "missed")
+    outcomes = verdicts(document(gemm=[row | {"wrong": {"expanded_gemm": "far off", "packed_gemm": "far off"}}]))
+    assert outcomes["expanded_gemm"] == (0.92, "met") and outcomes["packed_gemm"] == (0.5, "missed")
     row["ratios"] = {"expanded_gemm": {"fp8": 0.95}}
     assert verdicts(document(gemm=[row | {"wrong": {"expanded_gemm": "x"}}]))["expanded_gemm"] == (0.0, "missed")
 
@@ -90,9 +90,9 @@ def test_checks_are_a_target(rows: list[dict[str, Any]], value: float, verdict: 
 def test_an_incomplete_check_does_not_meet_its_target(
     rows: list[dict[str, Any]], change: dict[str, Any], value: float
 ) -> None:
-    found = document(check=rows)
-    found["sections"]["check"] |= change
-    assert verdicts(found)["kernel checks that did not pass or were not reached"] == (value, "missed")
+    results = document(check=rows)
+    results["sections"]["check"] |= change
+    assert verdicts(results)["kernel checks that did not pass or were not reached"] == (value, "missed")
 
 
 def test_targets_of_the_other_sections() -> None:
@@ -105,10 +105,10 @@ def test_targets_of_the_other_sections() -> None:
     pair = {"name": "e", "activation": "E2M3", "outputs": 4, "granularity": "per channel"}
     exact = [{**pair, "interval": None, "differ": {"a": 0, "b": 2}}, {**pair, "interval": 0, "differ": {"a": 4}}]
     exact += [{**pair, "interval": None, "differ": {"a": 0}, "granularity": "exact groups of 64"}]
-    found = {row["name"]: row for row in gpu_targets.judged(document(fused=fused, denoiser=denoiser, exactness=exact))}
-    values = [found[target.name]["value"] for target in gpu_targets.TARGETS]
+    row_of = {row["name"]: row for row in gpu_targets.judged(document(fused=fused, denoiser=denoiser, exactness=exact))}
+    values = [row_of[target.name]["value"] for target in gpu_targets.TARGETS]
     assert values == [None, None, None, None, None, 1.06, 0.85, 1.04, 1.7, 0.27, 0.25, 0.0]
-    assert [found[target.name]["verdict"] for target in gpu_targets.TARGETS][5:] == [
+    assert [row_of[target.name]["verdict"] for target in gpu_targets.TARGETS][5:] == [
         "missed", "met", "met", "met", "met", "missed", "met",
     ]  # fmt: skip
 
@@ -116,8 +116,8 @@ def test_targets_of_the_other_sections() -> None:
 def test_the_readme_says_that_nothing_was_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(readme, "RESULTS", tmp_path)
     assert readme.gpu_speed().startswith("No GPU was at hand: nothing measured.")
-    found = document(gemm=[gemm_row(4096, 0.95, 0.74)])
-    (tmp_path / "gpu_x.json").write_text(json.dumps({**found, "targets": []}))  # as after a kill
+    results = document(gemm=[gemm_row(4096, 0.95, 0.74)])
+    (tmp_path / "gpu_x.json").write_text(json.dumps({**results, "targets": []}))  # as after a kill
     table = readme.gpu_speed()
     assert "| NVIDIA Nothing 1, c |" in table and "| at least 0.9 | 0.950 | met |" in table
     assert "| at most 1.05 | - | not measured |" in table
@@ -160,9 +160,9 @@ def test_all_results_of_a_captured_graph_have_places_of_their_own(monkeypatch: p
     counted = []
 
     def call() -> Result:
-        found = Result()
-        alive.add(found)
-        return found
+        result = Result()
+        alive.add(result)
+        return result
 
     @contextmanager
     def graph(_graph: Any) -> Iterator[None]:

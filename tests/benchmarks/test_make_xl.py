@@ -37,9 +37,9 @@ def outputs(name, folder):
 @pytest.mark.parametrize("name", ["pixart", "dit"])
 def test_signals_live_and_do_not_explode(name, tmp_path):
     write(small(name), tmp_path)
-    found = outputs(name, tmp_path)
-    assert found.shape == (1, 8, 32, 32)
-    assert 1e-2 < found.std().item() < 1e2
+    signals = outputs(name, tmp_path)
+    assert signals.shape == (1, 8, 32, 32)
+    assert 1e-2 < signals.std().item() < 1e2
 
 
 @pytest.mark.parametrize("name", list(WORKLOADS))

@@ -66,8 +66,8 @@ def test_frechet_distance_of_two_normals_in_closed_form():
 
 def test_equal_sets_have_no_distance_and_no_increase():
     one, real = features(60), features(70)
-    found = frechet_between(one, one)
-    assert max(map(abs, (found.value, found.low, found.high))) < 1e-6
+    distance = frechet_between(one, one)
+    assert max(map(abs, (distance.value, distance.low, distance.high))) < 1e-6
     assert frechet_increase(one, one, real) == quality_metrics.Estimate(0, 0, 0)
 
 
@@ -81,16 +81,16 @@ def test_resampling_together_makes_the_increase_surer_than_the_distance():
 
 def test_the_bootstrap_is_centred_on_the_estimate():
     values = RNG.exponential(size=100)
-    found = centred(lambda rows: float(np.var(values[rows])), 100)  # a biased statistic of resamples
-    assert found.low < found.value == np.var(values) < found.high
+    estimate = centred(lambda rows: float(np.var(values[rows])), 100)  # a biased statistic of resamples
+    assert estimate.low < estimate.value == np.var(values) < estimate.high
 
 
 @given(st.integers(1, 40), st.data())
 @settings(max_examples=30, deadline=None)
 def test_a_share_lies_in_its_interval_which_is_never_empty(count, data):
     right = np.array(data.draw(st.lists(st.booleans(), min_size=count, max_size=count)))
-    found = share_estimate(right)
-    assert 0 <= found.low <= found.value + 1e-12 and found.value - 1e-12 <= found.high <= 1 and found.low < found.high
+    share = share_estimate(right)
+    assert 0 <= share.low <= share.value + 1e-12 and share.value - 1e-12 <= share.high <= 1 and share.low < share.high
 
 
 def test_wilsons_interval_of_ten_out_of_ten():
@@ -100,8 +100,8 @@ def test_wilsons_interval_of_ten_out_of_ten():
 def test_psnr_counts_what_is_shown():
     reference = np.zeros((2, 1, 4, 4))
     other = np.stack([np.full((1, 4, 4), 0.5), np.zeros((1, 4, 4))])
-    found = psnr_db(other, reference)
-    assert found[0] == pytest.approx(10 * math.log10(4 / 0.25)) and found[1] == math.inf
+    decibels = psnr_db(other, reference)
+    assert decibels[0] == pytest.approx(10 * math.log10(4 / 0.25)) and decibels[1] == math.inf
     assert psnr_db(np.full((1, 1, 4, 4), 7.0), np.ones((1, 1, 4, 4)))[0] == math.inf  # both are white
 
 
@@ -110,7 +110,7 @@ def slow_ssim(a, b):
     axis = np.arange(11) - 5
     window = np.exp(-(axis[:, None] ** 2 + axis[None] ** 2) / (2 * 1.5**2))
     window /= window.sum()
-    found = []
+    similarities = []
     for top in range(a.shape[0] - 10):
         for left in range(a.shape[1] - 10):
             x, y = (part[top : top + 11, left : left + 11] for part in (a, b))
@@ -118,8 +118,8 @@ def slow_ssim(a, b):
             vx, vy = (window * (x - mx) ** 2).sum(), (window * (y - my) ** 2).sum()
             cov = (window * (x - mx) * (y - my)).sum()
             c1, c2 = (0.01 * 2) ** 2, (0.03 * 2) ** 2
-            found.append((2 * mx * my + c1) * (2 * cov + c2) / ((mx**2 + my**2 + c1) * (vx + vy + c2)))
-    return np.mean(found)
+            similarities.append((2 * mx * my + c1) * (2 * cov + c2) / ((mx**2 + my**2 + c1) * (vx + vy + c2)))
+    return np.mean(similarities)
 
 
 def test_ssim_is_the_definition():
@@ -131,8 +131,8 @@ def test_ssim_is_the_definition():
 
 
 def test_a_median_may_be_infinite():
-    found = median_estimate(np.array([math.inf, math.inf, 3.0, math.inf]))
-    assert found.value == found.high == math.inf
+    median = median_estimate(np.array([math.inf, math.inf, 3.0, math.inf]))
+    assert median.value == median.high == math.inf
 
 
 # --- rows -----------------------------------------------------------------------------------------------------------
@@ -140,9 +140,9 @@ def test_a_median_may_be_infinite():
 
 @pytest.mark.parametrize("model", MODELS)
 def test_every_row_is_a_recipe(model):
-    found = rows_of(model)
-    assert len(found) > 100 and len({row.name for row in found}) == len(found)
-    for row in found:
+    rows = rows_of(model)
+    assert len(rows) > 100 and len({row.name for row in rows}) == len(rows)
+    for row in rows:
         recipe = quality_engines.row_recipe(row)
         methods = (row.name.partition("-")[0], "qdit") if "rtn" in row.name else (row.name.partition("-")[0],)
         assert recipe.model == f"zoo:{model}" and recipe.calibrate.method in methods
@@ -203,8 +203,8 @@ def test_the_float_model_has_no_error_on_its_own_trajectory(subject, trajectory)
 def test_only_the_wanted_multipliers_are_used(subject, tmp_path):
     row = rows_of("dit_mini", ["groups"], ["rtn-fp-power64-*"])[0]
     layers, _ = quality_engines.calibrated(subject, row, quality_engines.row_recipe(row), tmp_path)
-    found = {int(value) for layer in layers for value in np.unique(layer.multipliers)}
-    assert found <= {1, 2, 4, 8} and len(found) > 1
+    multipliers = {int(value) for layer in layers for value in np.unique(layer.multipliers)}
+    assert multipliers <= {1, 2, 4, 8} and len(multipliers) > 1
     again, _ = quality_engines.calibrated(subject, row, quality_engines.row_recipe(row), tmp_path)
     assert all((one.codes == other.codes).all() for one, other in zip(layers, again, strict=True))
 
@@ -229,25 +229,25 @@ def test_times_of_interrupted_calibrations_add_up(subject, tmp_path, monkeypatch
 
 def test_layers_are_quantized_in_part(subject, monkeypatch):
     monkeypatch.setattr(quality_sensitivity, "LINES", (Line("FP", "fp", CHANNEL, widths=("w4a8", "w4a4")),))
-    found = {(case.kind, case.part): case for case in cases(subject) if case.row == "fp-w4a4"}
+    by_part = {(case.kind, case.part): case for case in cases(subject) if case.row == "fp-w4a4"}
     linears = {ref.name: ref for ref in subject.model.linears()}
-    layer = found["ff.in", "both"].layers[0]
+    layer = by_part["ff.in", "both"].layers[0]
     x = drawing.torch.randn(3, layer.in_features, generator=drawing.torch.Generator().manual_seed(0))
     parts = {part: PartlyQuantized(linears[layer.name], layer, part)(x) for part in ("weights", "activations", "both")}
     weight, bias = drawing.torch.from_numpy(layer.dequantized()).float(), linears[layer.name].module.bias
     np.testing.assert_allclose(parts["weights"], x @ weight.T + bias, atol=1e-5)
     assert not np.allclose(parts["activations"], parts["weights"]) and not np.allclose(parts["both"], parts["weights"])
-    assert {case.kind for case in found.values()} >= {"ff.in", "ff.out", "all"}
-    assert len(found["all", "both"].layers) == len(linears)
+    assert {case.kind for case in by_part.values()} >= {"ff.in", "ff.out", "all"}
+    assert len(by_part["all", "both"].layers) == len(linears)
 
 
 def test_weights_alone_are_measured_once(subject, trajectory, monkeypatch):
     monkeypatch.setattr(quality_sensitivity, "LINES", (Line("FP", "fp", CHANNEL, widths=("w4a8", "w4a4")),))
     calls = []
     monkeypatch.setattr(quality_sensitivity, "_steps_db", lambda *args: calls.append(args[2]) or [20.0])
-    found = quality_sensitivity.sensitivity(subject, trajectory)
-    kinds = len({row["kind"] for row in found})
-    assert len(found) == 2 * 3 * kinds and len(calls) == 5 * kinds and found[0]["sqnr_db"] == pytest.approx(20)
+    rows = quality_sensitivity.sensitivity(subject, trajectory)
+    kinds = len({row["kind"] for row in rows})
+    assert len(rows) == 2 * 3 * kinds and len(calls) == 5 * kinds and rows[0]["sqnr_db"] == pytest.approx(20)
 
 
 def test_mean_noise_is_ruled_by_the_worst_step():
@@ -270,11 +270,11 @@ def command(tmp_path, monkeypatch):
 
 def test_a_row_is_measured_once_proven_and_kept(command, monkeypatch):
     code, rows = command("--rows", "rtn-fp-channel-w4a8")
-    found = rows["rtn-fp-channel-w4a8"]
-    assert code == 0 and list(rows) == [FLOAT, "rtn-fp-channel-w4a8"] and found["status"] == MEASURED
-    assert found["drawn_by"] in ("cpu engine, stock", "reference") and found["proof"]["gates"]["cpu/gemm_exact"] == 0
-    assert found["psnr_db"]["value"] > 25 and len(found["step_sqnr_db"]) == 20
-    assert rows[FLOAT]["frechet_increase"]["value"] == 0 and rows[FLOAT]["weights"] == found["weights"]
+    row = rows["rtn-fp-channel-w4a8"]
+    assert code == 0 and list(rows) == [FLOAT, "rtn-fp-channel-w4a8"] and row["status"] == MEASURED
+    assert row["drawn_by"] in ("cpu engine, stock", "reference") and row["proof"]["gates"]["cpu/gemm_exact"] == 0
+    assert row["psnr_db"]["value"] > 25 and len(row["step_sqnr_db"]) == 20
+    assert rows[FLOAT]["frechet_increase"]["value"] == 0 and rows[FLOAT]["weights"] == row["weights"]
 
     def fail(*_):
         raise AssertionError("measured twice")
@@ -288,8 +288,8 @@ def test_an_engine_that_fails_a_gate_does_not_draw(subject, trajectory, monkeypa
     recipe = quality_engines.row_recipe(row)
     layers, _ = quality_engines.calibrated(subject, row, recipe, tmp_path)
     monkeypatch.setattr(quality_engines, "prove", lambda *_: [Gate("cpu/gemm_exact", 1.0, 0, "", "")])
-    with quality_engines.drawer(subject, layers, recipe, trajectory, tmp_path / "engine") as made:
-        assert made.name == "reference" and "cpu/gemm_exact" in made.proof["refused"]
+    with quality_engines.drawer(subject, layers, recipe, trajectory, tmp_path / "engine") as engine:
+        assert engine.name == "reference" and "cpu/gemm_exact" in engine.proof["refused"]
 
 
 def test_the_engine_of_another_target_draws_if_its_graph_is_proven(subject, trajectory, monkeypatch, tmp_path):
@@ -298,18 +298,19 @@ def test_the_engine_of_another_target_draws_if_its_graph_is_proven(subject, traj
     layers, _ = quality_engines.calibrated(subject, row, recipe, tmp_path)
     asked = []
 
-    def build(_, __, made, ___, target):  # no GPU here: the float model stands in
-        asked.append((target, made.options(CudaOptions).activations))
+    def build(_, __, row_recipe, ___, target):  # no GPU here: the float model stands in
+        asked.append((target, row_recipe.options(CudaOptions).activations))
         return None, drawing.float_engine(subject)
 
     monkeypatch.setattr(quality_engines, "build_engine", build)
-    monkeypatch.setattr(quality_engines, "prove", lambda *given: [Gate(f"{given[-1]}/gemm_exact", 0.0, 0, "", "")])
+    monkeypatch.setattr(quality_engines, "prove", lambda *args: [Gate(f"{args[-1]}/gemm_exact", 0.0, 0, "", "")])
     timings = {"cuda engine, fp32": Timing((1.0,)), "reference": Timing((2.0,))}
     monkeypatch.setattr(quality_engines, "interleaved", lambda *_: timings)
-    with quality_engines.drawer(subject, layers, recipe, trajectory, tmp_path / "engine", "cuda") as made:
-        assert asked == [("cuda", "fp32")] and made.name == "cuda engine, fp32"
+    with quality_engines.drawer(subject, layers, recipe, trajectory, tmp_path / "engine", "cuda") as engine:
+        assert asked == [("cuda", "fp32")] and engine.name == "cuda engine, fp32"
         assert (
-            made.proof["gates"] == {"cuda/gemm_exact": 0} and 20 < made.proof["engine_against_reference_sqnr_db"] < 60
+            engine.proof["gates"] == {"cuda/gemm_exact": 0}
+            and 20 < engine.proof["engine_against_reference_sqnr_db"] < 60
         )
 
 

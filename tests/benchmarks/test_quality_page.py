@@ -88,30 +88,30 @@ def test_without_results_the_readme_says_so():
     assert quality_tables.short_table().startswith("Not measured yet")
 
 
-@pytest.mark.parametrize(("first", "second", "told"), [(1, 2, "better"), (2, 1, "worse"), (1, 1.1, "within chance")])
-def test_estimates_are_compared_by_their_intervals(first, second, told):
-    assert quality_answers.compare(estimate(first), estimate(second), less_is_better=True) == told
+@pytest.mark.parametrize(("first", "second", "verdict"), [(1, 2, "better"), (2, 1, "worse"), (1, 1.1, "within chance")])
+def test_estimates_are_compared_by_their_intervals(first, second, verdict):
+    assert quality_answers.compare(estimate(first), estimate(second), less_is_better=True) == verdict
 
 
 @pytest.mark.parametrize(
-    ("value", "told"),
+    ("value", "verdict"),
     [(0.2, "reached"), (0.245, "reached within chance"), (0.255, "missed within chance"), (0.4, "missed")],
 )
-def test_the_aim_is_a_quarter_of_round_to_nearest_in_the_same_formats(value, told):
+def test_the_aim_is_a_quarter_of_round_to_nearest_in_the_same_formats(value, verdict):
     row, base, other = "fp4dit-mixed-exact64-w4a6", "rtn-mixed-exact64-w4a6", "rtn-fp-exact64-w4a6"
-    found = {row: made_up(value), base: made_up(1.0), other: made_up(0.5)}
-    cells = [f"`{row}`", f"`{base}`", f"{value:.3g} of 1, x {value:.2f} (better)", "+0.0 dB (within chance)", told]
-    assert quality_answers.against_nearest(found, row, base)[:5] == cells
-    assert quality_answers.against_nearest(found, row, base)[5].startswith(f"x {value / 0.5:.2f}")
-    assert quality_answers.aim_to_float(found, [(row, base)]) == f"{told} by `fp4dit-mixed-exact64` ({value:.2f})"
+    rows = {row: made_up(value), base: made_up(1.0), other: made_up(0.5)}
+    cells = [f"`{row}`", f"`{base}`", f"{value:.3g} of 1, x {value:.2f} (better)", "+0.0 dB (within chance)", verdict]
+    assert quality_answers.against_nearest(rows, row, base)[:5] == cells
+    assert quality_answers.against_nearest(rows, row, base)[5].startswith(f"x {value / 0.5:.2f}")
+    assert quality_answers.aim_to_float(rows, [(row, base)]) == f"{verdict} by `fp4dit-mixed-exact64` ({value:.2f})"
 
 
 def test_without_its_round_to_nearest_no_row_is_judged():
     row, base = "fp4dit-mixed-exact64-w4a6", "rtn-mixed-exact64-w4a6"
-    found = {row: made_up(0.1), "rtn-fp-exact64-w4a6": made_up(1.0)}
-    assert quality_answers.against_nearest(found, row, base)[1:5] == [f"`{base}`: not measured yet", "", "", ""]
-    assert quality_answers.aim_to_float(found, [(row, base)]) == ""
-    assert quality_answers.aim_to_real(found, [(row, base)]) == {}
+    rows = {row: made_up(0.1), "rtn-fp-exact64-w4a6": made_up(1.0)}
+    assert quality_answers.against_nearest(rows, row, base)[1:5] == [f"`{base}`: not measured yet", "", "", ""]
+    assert quality_answers.aim_to_float(rows, [(row, base)]) == ""
+    assert quality_answers.aim_to_real(rows, [(row, base)]) == {}
     assert quality_answers.methods({}) == []
 
 
@@ -121,10 +121,10 @@ def test_without_its_round_to_nearest_no_row_is_judged():
 def test_the_distance_to_real_data_judges_only_where_it_grew(low, high, kind):
     row, base = "fp4dit-mixed-exact64-w4a6", "rtn-mixed-exact64-w4a6"
     growth = {"value": (low + high) / 2, "low": low, "high": high}
-    found = {base: made_up(1.0) | {"frechet_increase": growth}}
-    found[row] = made_up(0.1) | {"frechet_increase": {"value": 0.01, "low": 0.005, "high": 0.02}}
-    ((told, text),) = quality_answers.aim_to_real(found, [(row, base)]).items()
-    assert told == getattr(quality_answers, kind)
+    rows = {base: made_up(1.0) | {"frechet_increase": growth}}
+    rows[row] = made_up(0.1) | {"frechet_increase": {"value": 0.01, "low": 0.005, "high": 0.02}}
+    ((verdict, text),) = quality_answers.aim_to_real(rows, [(row, base)]).items()
+    assert verdict == getattr(quality_answers, kind)
     assert text.startswith(f"`{base}` {growth['value']:+.2f} ({low:+.2f} to {high:+.2f})")
     assert text.endswith(f"with `{row}` +0.01, reached") == (kind == "GREW")
 
@@ -140,13 +140,13 @@ def test_each_row_has_the_round_to_nearest_of_its_own_formats():
 
 
 def test_sensitivity_is_told_from_the_noise_of_kinds_parts_and_steps():
-    told = "\n".join(quality_answers.sensitivity_answers(sensitivity_rows()))
+    text = "\n".join(quality_answers.sensitivity_answers(sensitivity_rows()))
     assert (
-        "- FP W4A4: `b` 10.0 dB, `a` 20.0 dB; all together 9.0 dB, with 10.0 times the noise from activations" in told
+        "- FP W4A4: `b` 10.0 dB, `a` 20.0 dB; all together 9.0 dB, with 10.0 times the noise from activations" in text
     )
     # noise 0.01, 0.001, 0.01, 0.1: of 0.121 the last of four steps has 83 %
-    assert "20.0 dB in the first, 30.0 dB at best (step 1), 10.0 dB in the last; the last 1 of 4 steps hold 83%" in told
-    assert "costliest: `a` in 1, `b` in 3" in told
+    assert "20.0 dB in the first, 30.0 dB at best (step 1), 10.0 dB in the last; the last 1 of 4 steps hold 83%" in text
+    assert "costliest: `a` in 1, `b` in 3" in text
     assert quality_answers.sensitivity_answers([]) == []
 
 
@@ -159,11 +159,11 @@ def test_plots_are_drawn_from_what_there_is(without, results, tmp_path):
     assert all(Path(path).read_bytes()[:4] == b"\x89PNG" for path in paths)
 
 
-@pytest.mark.parametrize(("own", "told"), [(0.5, "bytes 0.5, so x 0.500."), (None, "bytes not scored.")])
-def test_a_search_by_pictures_is_told_with_what_it_started_from(own, told, tmp_path):
+@pytest.mark.parametrize(("own", "ending"), [(0.5, "bytes 0.5, so x 0.500."), (None, "bytes not scored.")])
+def test_a_search_by_pictures_is_told_with_what_it_started_from(own, ending, tmp_path):
     assert quality_tables.search_text() == ""
-    found = {"recipe": "r", "origin": {"score": "frechet from float", "count": 9}, "scored": 7, "seconds": 120.0}
-    found |= {"machine": {"cpu": "c"}, "commit": "abc", "cost": 0.25, "group_sizes": "64*2", "unsearched_cost": own}
-    (tmp_path / "search_groups.json").write_text(json.dumps(found | {"size_bytes": 1000, "budget_bytes": 2000}))
+    record = {"recipe": "r", "origin": {"score": "frechet from float", "count": 9}, "scored": 7, "seconds": 120.0}
+    record |= {"machine": {"cpu": "c"}, "commit": "abc", "cost": 0.25, "group_sizes": "64*2", "unsearched_cost": own}
+    (tmp_path / "search_groups.json").write_text(json.dumps(record | {"size_bytes": 1000, "budget_bytes": 2000}))
     shown = quality_tables.search_text()
-    assert "7 candidates, 2 min" in shown and "0.25 with 64*2 in 1,000 bytes" in shown and shown.endswith(told)
+    assert "7 candidates, 2 min" in shown and "0.25 with 64*2 in 1,000 bytes" in shown and shown.endswith(ending)

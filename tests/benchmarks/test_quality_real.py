@@ -37,7 +37,7 @@ def root(tmp_path):
 
 
 def arguments(root, **changes):
-    found = {
+    options = {
         "model": str(root),
         "prompts": root.parent / "prompts.txt",
         "count": 2,
@@ -53,7 +53,7 @@ def arguments(root, **changes):
         "device": "cpu",
     }
     (root.parent / "prompts.txt").write_text("a red circle\n\na circle\n")
-    return argparse.Namespace(**found | changes)
+    return argparse.Namespace(**options | changes)
 
 
 def test_everything_missing_is_named_before_work(root):
@@ -104,17 +104,17 @@ def rows_of(root):
 def test_a_row_of_a_real_pipeline_is_drawn_scored_and_kept(root, monkeypatch, scored):
     assert quality_real.run_real(arguments(root)) == 0
     rows = rows_of(root)
-    found = rows["rtn-fp-channel-w4a8"]
+    row = rows["rtn-fp-channel-w4a8"]
     assert list(rows) == ["float", "rtn-fp-channel-w4a8"] and scored == ["fid", "fid"]
-    assert found["weight_bytes"] > 0 and 10 < found["psnr_db"]["value"] < 80 and 0 < found["fid"] < 255
-    assert found["drawn_by"] == rows["float"]["drawn_by"] == "reference, cpu"
+    assert row["weight_bytes"] > 0 and 10 < row["psnr_db"]["value"] < 80 and 0 < row["fid"] < 255
+    assert row["drawn_by"] == rows["float"]["drawn_by"] == "reference, cpu"
     pictures = list((root.parent / "work").rglob("0001.png"))
     assert len(pictures) == 2
     monkeypatch.setattr(quality_real, "draw", None)  # pictures and rows are there: nothing is drawn or scored again
     assert quality_real.run_real(arguments(root)) == 0 and scored == ["fid", "fid"]
     assert quality_real.run_real(arguments(root, metric=["clip"])) == 0 and scored == ["fid", "fid", "clip", "clip"]
     again = rows_of(root)["rtn-fp-channel-w4a8"]
-    assert again["clip"] > 0 and {name: again[name] for name in found} == found  # metrics are added
+    assert again["clip"] > 0 and {name: again[name] for name in row} == row  # metrics are added
     with pytest.raises(RecipeError, match="has seed 0, not 1; give another --output-dir"):
         quality_real.run_real(arguments(root, seed=1))
 
@@ -140,11 +140,11 @@ def test_float_draws_with_the_steps_of_its_own_family():
 
     from pipeline import recipe as recipes
 
-    given = argparse.Namespace(set=["sampling.guidance_scale=3"])
+    options = argparse.Namespace(set=["sampling.guidance_scale=3"])
     for family, (_, name) in quality_real.FAMILY_ROWS.items():
-        made = quality_real.family_recipe(SimpleNamespace(family=SimpleNamespace(name=family)), given)
-        assert made.name == name and made.sampling.n_steps == recipes.load(name).sampling.n_steps
-        assert made.sampling.guidance_scale == 3
+        family_recipe = quality_real.family_recipe(SimpleNamespace(family=SimpleNamespace(name=family)), options)
+        assert family_recipe.name == name and family_recipe.sampling.n_steps == recipes.load(name).sampling.n_steps
+        assert family_recipe.sampling.guidance_scale == 3
 
 
 def test_a_gpu_is_used_where_there_is_one_and_missed_by_name_where_there_is_none(root, monkeypatch):
@@ -181,16 +181,16 @@ def test_reward_models_run_in_a_python_of_their_own(name, expected, tmp_path, mo
         (tmp_path / f"{package}.py").write_text(source)
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     (tmp_path / "prompts.json").write_text(json.dumps(["ab", "abcdef"]))
-    given = argparse.Namespace(scorer_python=Path(sys.executable))
-    assert METRICS[name].problems(given) == []
-    assert METRICS[name].score(np.zeros((2, 8, 8, 3), np.uint8), ["ab", "abcdef"], tmp_path, given) == expected
+    options = argparse.Namespace(scorer_python=Path(sys.executable))
+    assert METRICS[name].problems(options) == []
+    assert METRICS[name].score(np.zeros((2, 8, 8, 3), np.uint8), ["ab", "abcdef"], tmp_path, options) == expected
 
 
 def test_a_scorer_that_fails_says_so_before_anything_is_drawn(tmp_path, monkeypatch):
     (tmp_path / "hpsv2.py").write_text("raise ImportError('protobuf is too new')\n")
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
-    given = argparse.Namespace(scorer_python=Path(sys.executable))
-    (problem,) = METRICS["hpsv2"].problems(given)
+    options = argparse.Namespace(scorer_python=Path(sys.executable))
+    (problem,) = METRICS["hpsv2"].problems(options)
     assert problem.startswith("a --scorer-python that can score (hpsv2:") and "protobuf is too new" in problem
 
 
@@ -217,8 +217,8 @@ def test_clip_needs_its_weights_and_not_its_configuration_alone(there, missing, 
 
     monkeypatch.setattr(huggingface_hub, "try_to_load_from_cache", lambda _, name: name if name in there else None)
     monkeypatch.setattr(quality_real_metrics, "_packages", lambda _: [])
-    told = METRICS["clip"].problems(argparse.Namespace())
-    assert [problem.partition(" of ")[0] for problem in told] == ([missing] if missing else [])
+    problems = METRICS["clip"].problems(argparse.Namespace())
+    assert [problem.partition(" of ")[0] for problem in problems] == ([missing] if missing else [])
 
 
 def test_fid_is_that_of_torchmetrics_in_the_features_given(tmp_path, monkeypatch):
@@ -239,9 +239,9 @@ def test_fid_is_that_of_torchmetrics_in_the_features_given(tmp_path, monkeypatch
     pictures, real = np.random.default_rng(0).integers(0, 256, (2, 12, 8, 8, 3), dtype=np.uint8)
     for index, picture in enumerate(real):
         Image.fromarray(picture).save(tmp_path / f"{index:03d}.png")
-    found = quality_real_metrics.fid(pictures, [], tmp_path, argparse.Namespace(real_pictures=tmp_path, device="cpu"))
+    score = quality_real_metrics.fid(pictures, [], tmp_path, argparse.Namespace(real_pictures=tmp_path, device="cpu"))
     sets = [gaussian(part.transpose(0, 3, 1, 2).reshape(12, -1)[:, :4].astype(float)) for part in (pictures, real)]
-    assert found == pytest.approx(frechet(*sets), rel=1e-4)  # torchmetrics sums moments in float64, covariance n - 1
+    assert score == pytest.approx(frechet(*sets), rel=1e-4)  # torchmetrics sums moments in float64, covariance n - 1
 
 
 def test_the_command_answers_with_the_exit_code_of_what_is_missing(root, monkeypatch):

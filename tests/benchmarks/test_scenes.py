@@ -26,12 +26,12 @@ def close(pixel, colour):
 @settings(max_examples=30, deadline=None)
 @given(st.integers(0, 10**6))
 def test_labels_are_complete_sentences(seed):
-    found = labels(20, seed)
-    alone = found[:, 2] == 0
+    batch = labels(20, seed)
+    alone = batch[:, 2] == 0
     for slot in scenes.SECOND:
-        assert ((found[:, slot] == 0) == alone).all()
+        assert ((batch[:, slot] == 0) == alone).all()
     sizes = torch.tensor([len(words) for words in scenes.SLOTS.values()])
-    assert ((found >= 0) & (found < sizes)).all()
+    assert ((batch >= 0) & (batch < sizes)).all()
 
 
 @pytest.mark.torch
@@ -70,8 +70,8 @@ def test_held_out_captions_are_never_trained_on():
 
 
 def test_pictures_are_in_range_and_repeat():
-    found = labels(64)
-    first, second = (scenes.draw(found, torch.Generator().manual_seed(2)) for _ in range(2))
+    batch = labels(64)
+    first, second = (scenes.draw(batch, torch.Generator().manual_seed(2)) for _ in range(2))
     assert first.shape == (64, 3, 32, 32) and first.dtype == torch.float32
     assert first.min() >= -1 and first.max() <= 1
     assert torch.equal(first, second)

@@ -41,11 +41,11 @@ def arguments(tmp_path, *more, genes="kind"):
 
 @pytest.mark.parametrize("against", search_groups.AGAINST)
 def test_a_candidate_costs_the_distance_of_its_pictures(against, tmp_path):
-    wanted = arguments(tmp_path, "--against", against, "--set", "calibrate.options.candidates=nearest", genes="layer")
-    method = search_groups.make_method(search_groups.make_recipe(wanted), tmp_path)
+    options = arguments(tmp_path, "--against", against, "--set", "calibrate.options.candidates=nearest", genes="layer")
+    method = search_groups.make_method(search_groups.make_recipe(options), tmp_path)
     plans = make_plans(method.context.model.linears(), method.context.recipe)
     candidates = method.candidates(plans, method.space(plans), tmp_path)
-    score = search_groups.make_score(wanted, method, candidates)()
+    score = search_groups.make_score(options, method, candidates)()
     individual = tuple([64, 128] * (len(plans) // 2))
     subject = make_subject("dit_mini", 6, 0)
     layers = [

@@ -46,12 +46,12 @@ def weights(path):
 def test_a_stopped_run_goes_on_to_the_same_weights(tmp_path, monkeypatch):
     monkeypatch.setattr(train_zoo, "SAVE_EVERY", 2)
     # The plan must be the same (the learning rate depends on it): stop by an exception after four steps.
-    task, told = tiny_task(6), train_zoo.track
+    task, track = tiny_task(6), train_zoo.track
     straight = weights(train_zoo.train(task, tmp_path, seed=1))
-    monkeypatch.setattr(train_zoo, "track", lambda items, *rest, **named: told(list(items)[:4], *rest, **named))
+    monkeypatch.setattr(train_zoo, "track", lambda items, *rest, **named: track(list(items)[:4], *rest, **named))
     (tmp_path / "b").mkdir()
     train_zoo.train(task, tmp_path / "b", seed=1)
-    monkeypatch.setattr(train_zoo, "track", told)
+    monkeypatch.setattr(train_zoo, "track", track)
     resumed = weights(train_zoo.train(task, tmp_path / "b", seed=1))
     assert all(torch.equal(straight[name], resumed[name]) for name in straight)
 
@@ -116,9 +116,9 @@ def test_generation_is_described_by_the_script_and_encodes_its_examples(name):
     stored = json.loads((ZOO / name / "generation.json").read_text())
     assert stored == json.loads(json.dumps(publish_zoo.generation(name)))
     generation = load_generation(ZOO / name)
-    wanted, plain = generation.encode(stored["conditioning"]["examples"])
-    assert wanted.keys() == plain.keys()
-    assert any(not np.array_equal(wanted[key], plain[key]) for key in wanted)
+    conditioned, plain = generation.encode(stored["conditioning"]["examples"])
+    assert conditioned.keys() == plain.keys()
+    assert any(not np.array_equal(conditioned[key], plain[key]) for key in conditioned)
     assert generation.sampler in SAMPLERS
 
 

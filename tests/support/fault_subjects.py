@@ -96,26 +96,26 @@ class Subject:
     def failures(self, graph: LoweredGraph, gates: frozenset[str] = frozenset()) -> dict[str, Gate]:
         """The gates that fail for a graph, by name without the target. gates: the only ones that are asked for, and
         nothing is run that none of them looks at; empty: all."""
-        found = self.found
+        study = self.found
         if gates and gates <= CALLS:
-            return self._failures(graph, [], None, Effort(self.steps, found.probed, 0, inside=()))
+            return self._failures(graph, [], None, Effort(self.steps, study.probed, 0, inside=()))
         if gates and not gates & CALLS:
-            return self._failures(graph, self.layers, None, replace(LOOKED_INTO, probed=found.probed))
+            return self._failures(graph, self.layers, None, replace(LOOKED_INTO, probed=study.probed))
         # As of a large model: no inside of the largest calls, which takes as long as that of all others.
-        effort = Effort(self.steps, found.probed, len(found.case.noise), inside=FEW_INSIDE)
+        effort = Effort(self.steps, study.probed, len(study.case.noise), inside=FEW_INSIDE)
         return self._failures(graph, self.layers, None, effort)
 
     def failures_of_calls(self, plant: Callable[[Run], Run]) -> dict[str, Gate]:
         """The gates that fail for a fault in how calls are answered. No layer is looked at: the graph is right."""
-        found = self.found
+        study = self.found
         kept = deepcopy(
-            (found.case, found.calls, found.pools, found.special_calls)
+            (study.case, study.calls, study.pools, study.special_calls)
         )  # a fault may write into its inputs
         try:
-            effort = Effort(self.steps, found.probed, len(found.case.noise), inside=())
+            effort = Effort(self.steps, study.probed, len(study.case.noise), inside=())
             return self._failures(self.graph("stock"), [], GraphEngine(plant(self.engine.run)), effort)
         finally:
-            found.case, found.calls, found.pools, found.special_calls = kept
+            study.case, study.calls, study.pools, study.special_calls = kept
 
     @property
     def steps(self) -> tuple[int, ...]:
@@ -166,8 +166,8 @@ class Subjects:
         to_onnx.export_portable(model, layers, folder / "model.onnx", recipe.sampling.height, recipe.sampling.width)
         pictures = picture_case.SMALL_PICTURES if kind else PICTURES
         with mock.patch.object(picture_case, "SMALL_PICTURES", pictures):
-            found = study(model, layers, recipe)
-        return Subject(name, model, layers, recipe, folder, found)
+            studied = study(model, layers, recipe)
+        return Subject(name, model, layers, recipe, folder, studied)
 
 
 def _with_zeros(name: str, root: Path) -> Path:

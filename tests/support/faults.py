@@ -74,10 +74,10 @@ class Graph:
 
     def insert_after(self, tensor: str, op_type: str, *constants: NDArray[Any]) -> None:
         """tensor := op(tensor, constants): every reader, and whoever asks for it by name, sees the result."""
-        made, before = self.producer(tensor), f"{tensor}/before"
-        made.output[:] = [before if name == tensor else name for name in made.output]
+        node, before = self.producer(tensor), f"{tensor}/before"
+        node.output[:] = [before if name == tensor else name for name in node.output]
         names = [self.add_constant(f"{tensor}/fault_{i}", value) for i, value in enumerate(constants)]
-        index = list(self.graph.node).index(made) + 1
+        index = list(self.graph.node).index(node) + 1
         self.graph.node.insert(index, helper.make_node(op_type, [before, *names], [tensor]))
 
 
@@ -275,8 +275,8 @@ def _wrong_zero_point(graph: Graph, row: ProbeRow) -> None:
 
 def graph_dtype(graph: Graph, name: str) -> Any:
     """Element type of an initializer, None for another tensor."""
-    found = [tensor for tensor in graph.graph.initializer if tensor.name == name]
-    return helper.tensor_dtype_to_np_dtype(found[0].data_type) if found else None
+    matches = [tensor for tensor in graph.graph.initializer if tensor.name == name]
+    return helper.tensor_dtype_to_np_dtype(matches[0].data_type) if matches else None
 
 
 def _act_scale_doubled(graph: Graph, row: ProbeRow) -> None:

@@ -85,11 +85,11 @@ LEARNED_FAULTS = (
 
 def _turned_groups(graph: Graph, tensor: str) -> None:
     """Have readers of [M, groups, 1] see each group's neighbour."""
-    made, before = graph.producer(tensor), f"{tensor}/before"
-    made.output[:] = [before if name == tensor else name for name in made.output]
+    node, before = graph.producer(tensor), f"{tensor}/before"
+    node.output[:] = [before if name == tensor else name for name in node.output]
     order = graph.add_constant(f"{tensor}/order", np.array([1, 0]))
     graph.graph.node.insert(
-        list(graph.graph.node).index(made) + 1, helper.make_node("Gather", [before, order], [tensor], axis=1)
+        list(graph.graph.node).index(node) + 1, helper.make_node("Gather", [before, order], [tensor], axis=1)
     )
 
 

@@ -44,7 +44,7 @@ def case(spec: GemmSpec, m: int, seed: int = 0, tokens: int = 1) -> Arrays:
     w_scales = rng.uniform(0.01, 0.5, (n, spec.scale_groups)).astype(np.float32)
     w_scales[-1] *= 100
     indices = rng.integers(0, len(spec.multipliers), (n, spec.groups)).astype(np.uint8)
-    found = {
+    arrays = {
         "codes": codes,
         "a": operand_bytes(spec.activation, spec.integers)[codes],
         "a_scale": a_scale,
@@ -53,14 +53,14 @@ def case(spec: GemmSpec, m: int, seed: int = 0, tokens: int = 1) -> Arrays:
         "bias": rng.normal(size=n).astype(np.float32),
     }
     if spec.has_multipliers:
-        found["multiplier_codes"] = np.ascontiguousarray(pack(indices, 4))
+        arrays["multiplier_codes"] = np.ascontiguousarray(pack(indices, 4))
     if spec.zero_point:
-        found |= {"a_zero": rng.normal(size=m).astype(np.float32), "w_sums": rng.normal(size=n).astype(np.float32)}
+        arrays |= {"a_zero": rng.normal(size=m).astype(np.float32), "w_sums": rng.normal(size=n).astype(np.float32)}
     if spec.has_gate:
         dtype = NUMPY_TYPES[spec.output]
-        found["gate"] = rng.normal(size=(m // tokens, n)).astype(dtype)
-        found["residual"] = rng.normal(size=(m, n)).astype(dtype)
-    return found
+        arrays["gate"] = rng.normal(size=(m // tokens, n)).astype(dtype)
+        arrays["residual"] = rng.normal(size=(m, n)).astype(dtype)
+    return arrays
 
 
 def tensor(array: np.ndarray) -> torch.Tensor:
@@ -69,10 +69,10 @@ def tensor(array: np.ndarray) -> torch.Tensor:
     return torch.from_numpy(array)
 
 
-def array(found: torch.Tensor) -> np.ndarray:
-    if found.dtype == torch.bfloat16:
-        return found.view(torch.uint16).numpy().view(ml_dtypes.bfloat16)
-    return found.numpy()
+def array(y: torch.Tensor) -> np.ndarray:
+    if y.dtype == torch.bfloat16:
+        return y.view(torch.uint16).numpy().view(ml_dtypes.bfloat16)
+    return y.numpy()
 
 
 def run(
@@ -85,13 +85,13 @@ def run(
     **choices: Any,
 ) -> np.ndarray:
     """y of the interpreted kernel, in the output type; expanded: of expanded_gemm on NumPy's expanded weights."""
-    given = {name: tensor(value) for name, value in arrays.items() if name != "codes"}
+    tensors = {name: tensor(value) for name, value in arrays.items() if name != "codes"}
     if expanded:
         (w,) = expand(spec, arrays["w"], arrays.get("multiplier_codes"))
-        given = {name: value for name, value in given.items() if name != "multiplier_codes"} | {"w": tensor(w)}
-    first = [given.pop(name) for name in ("a", "a_scale", "w", "w_scales", "bias")]
+        tensors = {name: value for name, value in tensors.items() if name != "multiplier_codes"} | {"w": tensor(w)}
+    first = [tensors.pop(name) for name in ("a", "a_scale", "w", "w_scales", "bias")]
     kernel_of = launch.expanded_gemm if expanded else launch.packed_gemm
-    return array(kernel_of(spec, *first, **given, tokens=tokens, tile=tile, sm=sm, **choices))
+    return array(kernel_of(spec, *first, **tensors, tokens=tokens, tile=tile, sm=sm, **choices))
 
 
 def reference(spec: GemmSpec, arrays: Arrays, tokens: int = 1) -> np.ndarray:

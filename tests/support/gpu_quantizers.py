@@ -21,6 +21,6 @@ def expected(spec: QuantizeSpec, **inputs: Any) -> tuple[np.ndarray, np.ndarray]
     return codes, scales
 
 
-def assert_equal(found: tuple[torch.Tensor, torch.Tensor], wanted: tuple[np.ndarray, np.ndarray]) -> None:
-    np.testing.assert_array_equal(found[1].numpy(), wanted[1], err_msg="scales")
-    np.testing.assert_array_equal(found[0].numpy(), wanted[0], err_msg="codes")
+def assert_equal(result: tuple[torch.Tensor, torch.Tensor], reference: tuple[np.ndarray, np.ndarray]) -> None:
+    np.testing.assert_array_equal(result[1].numpy(), reference[1], err_msg="scales")
+    np.testing.assert_array_equal(result[0].numpy(), reference[0], err_msg="codes")

@@ -55,8 +55,8 @@ class GraphEdit:
 
     def nodes(self, *op_types: str) -> list[onnx.NodeProto]:
         """Nodes of these types in graph order. Raises NothingToPlantError if there is none."""
-        found = [node for node in self.graph.node if node.op_type in op_types]
-        return some(found, f"no {' or '.join(op_types)}")
+        fitting = [node for node in self.graph.node if node.op_type in op_types]
+        return some(fitting, f"no {' or '.join(op_types)}")
 
     def producer(self, tensor: str) -> onnx.NodeProto | None:
         """The node that makes `tensor`; None for an input or initializer."""
@@ -67,8 +67,8 @@ class GraphEdit:
 
     def tensors(self, end: str) -> list[str]:
         """Outputs of nodes whose names end so, in graph order."""
-        found = [name for node in self.graph.node for name in node.output if name.endswith(end)]
-        return some(found, f"no tensor {end}")
+        names = [name for node in self.graph.node for name in node.output if name.endswith(end)]
+        return some(names, f"no tensor {end}")
 
     def constants(self, part: str, end: str = "") -> list[str]:
         """Float initializers with `part` in their names and `end` at the end."""
@@ -89,8 +89,8 @@ class GraphEdit:
         return np.fromfile(file, dtype, math.prod(tensor.dims), offset=info.offset or 0).reshape(tensor.dims)
 
     def _initializer(self, name: str) -> onnx.TensorProto:
-        found = [tensor for tensor in self.graph.initializer if tensor.name == name]
-        return some(found, f"no initializer {name}")[0]
+        matches = [tensor for tensor in self.graph.initializer if tensor.name == name]
+        return some(matches, f"no initializer {name}")[0]
 
     # --- changing -----------------------------------------------------------------------------------------------
 
@@ -116,12 +116,12 @@ class GraphEdit:
 
     def route(self, tensor: str, *steps: Step, readers: Sequence[onnx.NodeProto] | None = None) -> None:
         """Send `tensor` through `steps`, for `readers`, or for all and for whoever asks for it by name."""
-        made = self.producer(tensor)
+        producer = self.producer(tensor)
         every = readers is None
-        if every and made is not None:
+        if every and producer is not None:
             self._made += 1
             source = f"fault/{tensor}/{self._made}"
-            made.output[:] = [source if name == tensor else name for name in made.output]
+            producer.output[:] = [source if name == tensor else name for name in producer.output]
             self.apply(source, *steps, result=tensor)
             return
         concerned = self.readers(tensor) if readers is None else readers

@@ -25,8 +25,8 @@ class Attention:
 
 def attentions(edit: GraphEdit, masked: bool | None = None) -> list[Attention]:
     """All attentions in graph order; only those with a mask, or without, where `masked` is given."""
-    found = [_attention(edit, softmax) for softmax in edit.nodes("Softmax")]
-    fitting = [item for item in found if masked is None or (item.mask is not None) == masked]
+    places = [_attention(edit, softmax) for softmax in edit.nodes("Softmax")]
+    fitting = [item for item in places if masked is None or (item.mask is not None) == masked]
     return some(fitting, "no attention of the kind")
 
 
@@ -81,8 +81,8 @@ class Modulation:
 
 def modulations(edit: GraphEdit) -> list[Modulation]:
     """Every norm that is modulated by a scale and a shift, in graph order."""
-    found = [made for node in edit.nodes("LayerNormalization") if (made := _modulation(edit, node)) is not None]
-    return some(found, "no modulated norm")
+    places = [place for node in edit.nodes("LayerNormalization") if (place := _modulation(edit, node)) is not None]
+    return some(places, "no modulated norm")
 
 
 def _modulation(edit: GraphEdit, norm: onnx.NodeProto) -> Modulation | None:

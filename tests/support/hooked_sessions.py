@@ -53,9 +53,9 @@ class Hooked:
 
     def run(self, names: list[str], fed: dict[str, Any]) -> list[Any]:
         self.before()
-        found: list[Any] = self.session.run(names, fed)
+        outputs: list[Any] = self.session.run(names, fed)
         self.after()
-        return found
+        return outputs
 
 
 def hooked(
@@ -65,7 +65,7 @@ def hooked(
     step: Callable[[], object] = _nothing,
 ) -> Sessions:
     """The sessions with hooks before and after the condition's part, and before the rest."""
-    found = Sessions(Hooked(sessions.step, step, _nothing), sessions.condition)
+    result = Sessions(Hooked(sessions.step, step, _nothing), sessions.condition)
     if sessions.condition is None:
-        return found
-    return replace(found, condition=Hooked(sessions.condition, condition, after_condition))
+        return result
+    return replace(result, condition=Hooked(sessions.condition, condition, after_condition))

@@ -114,8 +114,8 @@ def copies(source: Path, destination: Path, args: Sequence[str]) -> Path:
     """Copies of the folders that a command line, or the recipe, names, with the recipe pointing to the copies."""
     destination.mkdir()
     named = {arg.partition("/")[0] for arg in args}
-    wanted = {"recipe.toml", "model", *named} | ({"e2.partial"} if "e2" in args else set())
-    for name in sorted(wanted & {path.name for path in source.iterdir()}):
+    entries = {"recipe.toml", "model", *named} | ({"e2.partial"} if "e2" in args else set())
+    for name in sorted(entries & {path.name for path in source.iterdir()}):
         kind: Any = shutil.copytree if (source / name).is_dir() else shutil.copyfile
         kind(source / name, destination / name)
     recipe = destination / "recipe.toml"

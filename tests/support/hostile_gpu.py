@@ -63,8 +63,8 @@ def _engine() -> bytes:
 
 def pretend_gpu(patch: pytest.MonkeyPatch) -> None:
     """A GPU and all runtimes seem to be here: engines are loaded up to where the vendor's code would be called."""
-    found = machine.tool_version
-    patch.setattr(machine, "tool_version", lambda name: RELEASES.get(name) or found(name))
+    tool_version = machine.tool_version
+    patch.setattr(machine, "tool_version", lambda name: RELEASES.get(name) or tool_version(name))
     patch.setattr(machine, "require", lambda *_: None)
     patch.setattr(bundles.machine, "cuda_sm", lambda: SM)
     for module in (rtx_engine, trt_engine, cuda_engine):

@@ -65,7 +65,7 @@ def expected_output(layer: QuantizedLinear, x: Any, timesteps: Any) -> Any:
     from export.formats.format import decode, get_format, quantize
 
     fmt, weight = get_format(layer.activation_format), layer.dequantized()
-    found = np.zeros((*x.shape[:-1], layer.out_features))
+    output = np.zeros((*x.shape[:-1], layer.out_features))
     for b, sample in enumerate(np.asarray(x, np.float64)):
         for s, token in enumerate(sample):
             balanced = token * (1 if layer.input_multiplier is None else layer.input_multiplier.astype(np.float64))
@@ -84,8 +84,8 @@ def expected_output(layer: QuantizedLinear, x: Any, timesteps: Any) -> Any:
             if layer.lora_down is not None:
                 h = layer.router.choose([timesteps[b]])[0]
                 y = y + layer.lora_up[h].astype(np.float64) @ (layer.lora_down[h].astype(np.float64) @ token)
-            found[b, s] = y
-    return found
+            output[b, s] = y
+    return output
 
 
 def mixed(layers: list[QuantizedLinear], of: Router | None = None) -> list[QuantizedLinear]:

@@ -106,8 +106,8 @@ def _zero_point(edit: GraphEdit) -> None:
 
 
 def _product(edit: GraphEdit, end: str) -> Any:
-    made = edit.producer(f"{layer_of(edit, end)}/product")
-    return some([made] if made is not None else [], f"no product of {end}")[0]
+    node = edit.producer(f"{layer_of(edit, end)}/product")
+    return some([node] if node is not None else [], f"no product of {end}")[0]
 
 
 def _sum_off_by_one(edit: GraphEdit) -> None:

@@ -63,23 +63,23 @@ def quantizer(name: str, limbs: int = 1) -> dict:
     return numbers | {"zero": zero_point(fmt.kmax)}
 
 
-def chain_model(places, wanted, **given) -> ir.Model:
+def chain_model(places, results, **settings) -> ir.Model:
     """A model of one TokenChain: inputs and outputs are called as their places, of any shape."""
     inputs = {
         place: ir.Value(name=place.name, type=ir.TensorType(ELEMENT_TYPES.get(place.name, ir.DataType.FLOAT)))
         for place in places
     }
-    attributes = ir.convenience.convert_attributes(ATTRIBUTES | given)
+    attributes = ir.convenience.convert_attributes(ATTRIBUTES | settings)
     node = ir.Node(DOMAIN, OP, [inputs.get(place) for place in In], attributes, num_outputs=len(Out), name="chain")
     for place, value in zip(Out, node.outputs, strict=True):
-        value.name = place.name if place in wanted else ""
+        value.name = place.name if place in results else ""
         value.type = ir.TensorType(ELEMENT_TYPES.get(place.name, ir.DataType.FLOAT))
-    outputs = [node.outputs[place] for place in wanted]
+    outputs = [node.outputs[place] for place in results]
     graph = ir.Graph(list(inputs.values()), outputs, nodes=[node], opset_imports={"": 21, DOMAIN: VERSION}, name="g")
     return ir.Model(graph, ir_version=10)
 
 
-def chain(feeds: dict, wanted, flags: tuple[str, ...] = (), **given) -> list[np.ndarray]:
-    """Outputs `wanted` of one TokenChain for arrays by place."""
-    model = chain_model(list(feeds), wanted, **given)
-    return run(model, {place.name: array for place, array in feeds.items()}, [place.name for place in wanted], flags)
+def chain(feeds: dict, results, flags: tuple[str, ...] = (), **settings) -> list[np.ndarray]:
+    """Outputs `results` of one TokenChain for arrays by place."""
+    model = chain_model(list(feeds), results, **settings)
+    return run(model, {place.name: array for place, array in feeds.items()}, [place.name for place in results], flags)

@@ -66,8 +66,8 @@ def make(method: str, *settings: str, seed: int = 0, adaln: bool = False) -> tup
         tuple(Call({"hidden_states": np.zeros((SAMPLES, 1))}, t, s) for t, s in zip(timesteps, steps, strict=True)),
         STEPS,
     )
-    wanted = recipe.calibrate
+    section = recipe.calibrate
     row = METHODS[method]
-    options = row.resolve(wanted.preset, wanted.options)
-    made = row.load()(Context(SimpleNamespace(), recipe, options, None, data))
-    return made, Unit("blocks.0", made.plan(make_plans(linears, recipe)), observed)
+    options = row.resolve(section.preset, section.options)
+    loaded_method = row.load()(Context(SimpleNamespace(), recipe, options, None, data))
+    return loaded_method, Unit("blocks.0", loaded_method.plan(make_plans(linears, recipe)), observed)

@@ -56,9 +56,9 @@ def _infer_in_onnx(op: Op, context: Any) -> None:
 def model_of(op_name: str, shapes: list[tuple[Any, ...]], **choices: Any) -> onnx.ModelProto:
     """A model of one node with the given input shapes (None: unknown), checked by onnx."""
     op = OPS[op_name]
-    found = op.infer(attributes(op_name, **choices), *shapes)
+    inferred = op.infer(attributes(op_name, **choices), *shapes)
     inputs = [helper.make_tensor_value_info(n, kind, s) for (n, kind), s in zip(op.inputs.items(), shapes, strict=True)]
-    outputs = [helper.make_tensor_value_info(n, kind, s) for n, (kind, s) in zip(op.outputs, found, strict=True)]
+    outputs = [helper.make_tensor_value_info(n, kind, s) for n, (kind, s) in zip(op.outputs, inferred, strict=True)]
     node = make_node(op_name, list(op.inputs), list(op.outputs), name="node", **choices)
     graph = helper.make_graph([node], op_name, inputs, outputs)
     opsets = [helper.make_opsetid("", 21), helper.make_opsetid(DOMAIN, VERSION)]
@@ -86,8 +86,8 @@ def run_everywhere(op_name: str, *arrays: np.ndarray, exact: bool = True, **choi
         runs["onnx.reference"] = ReferenceEvaluator(model).run(None, feed)
     reference = OPS[op_name].numpy(*arrays, **attributes(op_name, **choices))
     for where, outputs in runs.items():
-        for name, expected, found in zip(OPS[op_name].outputs, reference, outputs, strict=True):
-            assert (found.dtype, found.shape) == (expected.dtype, expected.shape), (where, name)
+        for name, expected, output in zip(OPS[op_name].outputs, reference, outputs, strict=True):
+            assert (output.dtype, output.shape) == (expected.dtype, expected.shape), (where, name)
             if exact:
-                np.testing.assert_array_equal(found, expected, err_msg=f"{op_name}.{name} in {where}, {choices}")
+                np.testing.assert_array_equal(output, expected, err_msg=f"{op_name}.{name} in {where}, {choices}")
     return reference if exact else tuple(runs["ORT_ENABLE_ALL"])

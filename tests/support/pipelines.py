@@ -232,14 +232,14 @@ class Built:
         assert reached >= limit, (decibels(expected, drawn), runs, cost)
         assert np.median(decibels(unquantized, drawn)) >= self.bundle.recipe.budgets.final_psnr_fp_db
 
-    def _hit_run(self, seed: int, wanted: NDArray[np.float64], call: Mapping[str, Any]) -> list[float]:
+    def _hit_run(self, seed: int, expected: NDArray[np.float64], call: Mapping[str, Any]) -> list[float]:
         """A float32 run with the least jitter that makes flips in most samples."""
         for ulps in (QUANTIZER_ULPS, *HITTING_ULPS):
             with jittered(self.quantized, seed, ulps):
-                found = decibels(wanted, latents(self.fake, **call))
-            if np.mean(np.array(found) < HIT_DB) >= HIT_SHARE:
+                values = decibels(expected, latents(self.fake, **call))
+            if np.mean(np.array(values) < HIT_DB) >= HIT_SHARE:
                 break
-        return found
+        return values
 
 
 def latents(pipe: Any, seed: int = 3, n_steps: int = 3, **call: Any) -> NDArray[np.float64]:

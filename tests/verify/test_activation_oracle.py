@@ -52,13 +52,13 @@ def slow_images(layer: QuantizedLinear, x: Any) -> tuple[Any, Any]:
 @pytest.mark.parametrize("what", CASES)
 def test_images_and_scales_are_those_of_the_definition(what: str) -> None:
     layer, x = CASES[what](random_linear()), inputs()
-    found = activation_oracle(x, layer)
+    oracle = activation_oracle(x, layer)
     images, scales = slow_images(layer, x)
-    np.testing.assert_array_equal(found.integers, images)
-    np.testing.assert_allclose(found.scale, scales, rtol=1e-15)
-    assert found.integers.shape == x.shape == found.lowest.shape and found.scale.shape == scales.shape
-    assert ((found.lowest <= found.integers) & (found.integers <= found.highest)).all()
-    assert found.ambiguous <= 2  # of 2560 codes: a quotient within some 2^-22 of a midpoint is rare
+    np.testing.assert_array_equal(oracle.integers, images)
+    np.testing.assert_allclose(oracle.scale, scales, rtol=1e-15)
+    assert oracle.integers.shape == x.shape == oracle.lowest.shape and oracle.scale.shape == scales.shape
+    assert ((oracle.lowest <= oracle.integers) & (oracle.integers <= oracle.highest)).all()
+    assert oracle.ambiguous <= 2  # of 2560 codes: a quotient within some 2^-22 of a midpoint is rare
 
 
 @pytest.mark.parametrize("what", CASES)

@@ -158,14 +158,14 @@ def test_traits_are_read_from_the_inputs() -> None:
         "encoder_attention_mask": np.array([[1] * 6, [1] * 3 + [0] * 3, [0] * 6], np.float32),
         "image_rotary_emb": np.zeros((16, 4), np.float32),
     }
-    found = [traits_of(inputs, place, Setting.CHANGED, (4, 5, 6)) for place in range(3)]
-    assert [row.mask for row in found] == ["full", "partial", "empty"]
-    assert [row.tokens for row in found] == [6] * 3 and [row.batch for row in found] == [3] * 3
-    assert [row.latent for row in found] == [1, 4, 2]
-    assert [row.other_timestep for row in found] == [False, True, False]
-    assert [row.other_condition for row in found] == [False, True, True]
-    assert [row.other_mask for row in found] == [False, True, True]
-    assert found[0].label is None and found[0].setting == Setting.CHANGED and found[0].rows == (4, 5, 6)
+    traits = [traits_of(inputs, place, Setting.CHANGED, (4, 5, 6)) for place in range(3)]
+    assert [row.mask for row in traits] == ["full", "partial", "empty"]
+    assert [row.tokens for row in traits] == [6] * 3 and [row.batch for row in traits] == [3] * 3
+    assert [row.latent for row in traits] == [1, 4, 2]
+    assert [row.other_timestep for row in traits] == [False, True, False]
+    assert [row.other_condition for row in traits] == [False, True, True]
+    assert [row.other_mask for row in traits] == [False, True, True]
+    assert traits[0].label is None and traits[0].setting == Setting.CHANGED and traits[0].rows == (4, 5, 6)
     assert traits_of({**inputs, "class_labels": np.array([3, 4, 5])}, 1).label == 4
 
 

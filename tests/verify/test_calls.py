@@ -209,8 +209,8 @@ def test_a_mixed_up_engine_is_seen(engine: Any, where: str, zoo: tuple[models.Lo
 
 
 def _gates(errors: list[SampleError], calls_quant_db: list[float], hit_calls_db: list[float]) -> dict[str, Gate]:
-    found, single = SimpleNamespace(calls_quant_db=calls_quant_db), SimpleNamespace(hit_calls_db=hit_calls_db)
-    return {gate.name: gate for gate in calls_gates("cpu", errors, found, single)}  # type: ignore[arg-type]
+    study, single = SimpleNamespace(calls_quant_db=calls_quant_db), SimpleNamespace(hit_calls_db=hit_calls_db)
+    return {gate.name: gate for gate in calls_gates("cpu", errors, study, single)}  # type: ignore[arg-type]
 
 
 def test_for_the_median_a_sample_counts_once_by_its_worst() -> None:
@@ -256,8 +256,8 @@ def test_a_call_that_fails_in_a_thread_leaves_no_other_waiting(failing: int, zoo
         _at_once(calls, run, THREAD_ROUNDS)
 
 
-@pytest.mark.parametrize("made", [0, 60])
-def test_the_steady_call_is_named_by_its_number(made: int, zoo: Any) -> None:
+@pytest.mark.parametrize("calls_before", [0, 60])
+def test_the_steady_call_is_named_by_its_number(calls_before: int, zoo: Any) -> None:
     """An engine of many steps has made more calls already."""
     model, case = zoo
     pools = make_pools(model, case)
@@ -266,7 +266,7 @@ def test_the_steady_call_is_named_by_its_number(made: int, zoo: Any) -> None:
 
     def where(spoilt: int) -> tuple[str | None, int]:
         """What is found of an engine whose call number `spoilt` is wrong, and how many calls it has made."""
-        count = made
+        count = calls_before
 
         def run(inputs: Arrays) -> Arrays:
             nonlocal count
@@ -274,7 +274,7 @@ def test_the_steady_call_is_named_by_its_number(made: int, zoo: Any) -> None:
             latents = inputs["hidden_states"]
             return {"sample": latents * np.float32(1 + (count == spoilt))}
 
-        first = state_result(calls, pools, model, exact, run, made, _only_the_first(exact)).first
+        first = state_result(calls, pools, model, exact, run, calls_before, _only_the_first(exact)).first
         return first and first.text, count
 
     nothing, total = where(-1)

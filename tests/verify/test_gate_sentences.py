@@ -103,15 +103,15 @@ def test_the_worst_call_of_a_layer_is_kept(tmp_path: Path) -> None:
 
     def kept(of: list[Any]) -> dict[str, str]:
         whole = joined(of)
-        check = check_linear(one, whole, activation_oracle(np.nan_to_num(whole.x), one))
-        return worst_calls(one, dict(zip(texts, of, strict=True)), check)
+        numbers = check_linear(one, whole, activation_oracle(np.nan_to_num(whole.x), one))
+        return worst_calls(one, dict(zip(texts, of, strict=True)), numbers)
 
     assert kept(probes) == {}
     spoilt = [np.array(probe.gemm) for probe in probes]
     spoilt[1][3, 0], spoilt[2][3, 0] = spoilt[1][3, 0] + 1, spoilt[2][3, 0] + 2
-    told = kept([replace(probe, gemm=gemm) for probe, gemm in zip(probes, spoilt, strict=True)])
-    assert told == {"gemm_max_abs_diff": "batch of 3 (2 of 3 calls are wrong)"}
+    worst = kept([replace(probe, gemm=gemm) for probe, gemm in zip(probes, spoilt, strict=True)])
+    assert worst == {"gemm_max_abs_diff": "batch of 3 (2 of 3 calls are wrong)"}
     outputs = [np.array(probe.output) for probe in probes]
     outputs[1][0, 0] = np.nan
-    told = kept([replace(probe, output=output) for probe, output in zip(probes, outputs, strict=True)])
-    assert told == dict.fromkeys(("output_error", "nonfinite"), "step 2 (1 of 3 calls are wrong)")
+    worst = kept([replace(probe, output=output) for probe, output in zip(probes, outputs, strict=True)])
+    assert worst == dict.fromkeys(("output_error", "nonfinite"), "step 2 (1 of 3 calls are wrong)")

@@ -28,7 +28,7 @@ LEAST_DB = {"hidden_states": 100.0, "encoder_hidden_states": 100.0, "timestep": 
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> Any:
+def built(tmp_path_factory: pytest.TempPathFactory) -> Any:
     """The float64 reference, engines by `cpu.path`, and a call."""
     import torch
 
@@ -52,8 +52,8 @@ def build(root: Path, path: str) -> CpuEngine:
 
 
 @pytest.mark.parametrize("name", LEAST_DB)
-def test_the_largest_numbers_give_what_pytorch_gives(name: str, made: Any) -> None:
-    exact, engines, inputs = made
+def test_the_largest_numbers_give_what_pytorch_gives(name: str, built: Any) -> None:
+    exact, engines, inputs = built
     limit = LARGEST_OF.get(name, LARGEST)
     largest = np.abs(inputs[name]).max()
     inputs = inputs | {name: (inputs[name] * (limit / largest * (1 - 2**-20))).astype(np.float32)}
@@ -64,9 +64,9 @@ def test_the_largest_numbers_give_what_pytorch_gives(name: str, made: Any) -> No
 
 @pytest.mark.parametrize("value", [2.0**41, -1e19, 1e30])
 @pytest.mark.parametrize("name", LEAST_DB)
-def test_larger_ones_are_refused(name: str, value: float, made: Any) -> None:
+def test_larger_ones_are_refused(name: str, value: float, built: Any) -> None:
     """1e19 and above gave finite numbers that were wrong: the squares of a norm overflow, and its result is zero."""
-    _, engines, inputs = made
+    _, engines, inputs = built
     array = inputs[name].copy()
     array.reshape(-1)[-1] = value
     for engine in engines.values():
@@ -76,9 +76,9 @@ def test_larger_ones_are_refused(name: str, value: float, made: Any) -> None:
 
 @pytest.mark.parametrize("value", [np.inf, -np.inf, np.nan])
 @pytest.mark.parametrize("name", LEAST_DB)
-def test_what_is_not_finite_gives_nan_where_pytorch_does(name: str, value: float, made: Any) -> None:
+def test_what_is_not_finite_gives_nan_where_pytorch_does(name: str, value: float, built: Any) -> None:
     """In the sample that has it, and in no other."""
-    exact, engines, inputs = made
+    exact, engines, inputs = built
     array = inputs[name].copy()
     array[1].reshape(-1)[-1:] = value
     if name == "timestep":
@@ -86,18 +86,18 @@ def test_what_is_not_finite_gives_nan_where_pytorch_does(name: str, value: float
     expected = exact.run(inputs | {name: array})["sample"]
     assert np.isfinite(expected[0]).all() and not np.isfinite(expected[1]).any()
     for path, engine in engines.items():
-        found = engine.run(inputs | {name: array})["sample"]
-        assert not np.isfinite(found[1]).any(), path
-        assert sqnr_db(expected[0], found[0]) > 100, path
+        output = engine.run(inputs | {name: array})["sample"]
+        assert not np.isfinite(output[1]).any(), path
+        assert sqnr_db(expected[0], output[0]) > 100, path
 
 
-def test_an_engine_that_diverges_fails_its_gates_in_pictures_of_nan(made: Any) -> None:
+def test_an_engine_that_diverges_fails_its_gates_in_pictures_of_nan(built: Any) -> None:
     """Not in an error: its own latents, step after step, are not somebody's wrong input."""
-    _, engines, inputs = made
+    _, engines, inputs = built
 
     def draw(run: Any) -> Any:
         return run(inputs | {"hidden_states": run(inputs)["sample"][:, :4] * np.float32(1e30)})["sample"]
 
     case = SimpleNamespace(draw=draw, noise=np.zeros((2, 4, 8, 8), np.float32))
-    found = drawn(engines["stock"].run, case)  # type: ignore[arg-type]
-    assert found.shape == (2, 4, 8, 8) and np.isnan(found).all()
+    pictures = drawn(engines["stock"].run, case)  # type: ignore[arg-type]
+    assert pictures.shape == (2, 4, 8, 8) and np.isnan(pictures).all()

@@ -41,9 +41,9 @@ def interesting(fmt, dtype):
 def test_rounding_is_the_codec_at_every_value_midpoint_and_neighbour(name, dtype):
     fmt = get_format(name)
     x = interesting(fmt, DTYPES[dtype])
-    found = round_to_format(fmt, torch.from_numpy(x)).numpy()
-    np.testing.assert_array_equal(found, codec(fmt, x))
-    assert not np.signbit(found[found == 0]).any()
+    rounded = round_to_format(fmt, torch.from_numpy(x)).numpy()
+    np.testing.assert_array_equal(rounded, codec(fmt, x))
+    assert not np.signbit(rounded[rounded == 0]).any()
 
 
 @pytest.mark.parametrize("name", FORMATS)
@@ -59,9 +59,9 @@ def test_float32_fake_quantization_is_the_ops_bit_for_bit(name):
     x[0, 0] = 0.0
     x[0, 1] = 1e-35
     x[0, 2, 0] = 1e35
-    found = fake_quantize(get_format(name), torch.from_numpy(x)).numpy()
+    fake = fake_quantize(get_format(name), torch.from_numpy(x)).numpy()
     (expected,) = dequantize_activation(*quantize_activation(x, format=name), format=name)
-    np.testing.assert_array_equal(found, expected)
+    np.testing.assert_array_equal(fake, expected)
 
 
 def test_a_token_of_zeros_stays_zero_and_nan_is_not_hidden():
@@ -125,11 +125,11 @@ def test_weights_are_held_as_one_byte_each():
 @pytest.mark.parametrize("bias", [True, False])
 def test_a_layer_is_fake_quantization_times_dequantized_weight(bias):
     layer, x = make_layer(bias=bias), np.random.default_rng(3).standard_normal((2, 3, 16))
-    found = FakeQuantLinear(layer, torch.float64)(torch.from_numpy(x)).numpy()
+    y = FakeQuantLinear(layer, torch.float64)(torch.from_numpy(x)).numpy()
     scale = np.abs(x).max(-1, keepdims=True) / 7.5
     activation = codec(get_format("E2M3"), x / scale) * scale
     expected = activation @ layer.dequantized().T + (0 if layer.bias is None else layer.bias)
-    np.testing.assert_allclose(found, expected, rtol=1e-12, atol=1e-12)  # 16 sums in float64
+    np.testing.assert_allclose(y, expected, rtol=1e-12, atol=1e-12)  # 16 sums in float64
 
 
 LEARNED = {
@@ -154,8 +154,8 @@ def test_what_methods_learn_is_computed_as_defined(what, bias):
     linear = FakeQuantLinear(layer, torch.float64)
     if layer.router is not None:
         linear.routing.tell(torch.from_numpy(TIMES))
-    found = linear(torch.from_numpy(x)).numpy()
-    np.testing.assert_allclose(found, learned.expected_output(layer, x, TIMES), rtol=1e-11, atol=1e-11)
+    y = linear(torch.from_numpy(x)).numpy()
+    np.testing.assert_allclose(y, learned.expected_output(layer, x, TIMES), rtol=1e-11, atol=1e-11)
     single = FakeQuantLinear(layer, torch.float32, linear.routing)(torch.from_numpy(x[:, 0]).float())
     assert single.dtype == torch.float32 and single.shape == (3, 6)
 

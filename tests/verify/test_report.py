@@ -54,13 +54,13 @@ def report(value: float = 0.0) -> Report:
     return Report(gates, [layer(), layer("blocks.1.to_q", gemm_max_abs_diff=math.nan)], steps, notes=["rtx: not run"])
 
 
-def page(found: Report, title: str = "pixart_w4a6", columns: Sequence[Column] = ()) -> str:
+def page(contents: Report, title: str = "pixart_w4a6", columns: Sequence[Column] = ()) -> str:
     shape = (2, 3, 8, 8)
     pictures = {"reference": np.zeros(shape), "float": np.full(shape, 0.1)}
     columns = columns or gallery(pictures, {"cpu": np.full(shape, 0.001)}, pixels=True)
     facts = {"Model": {"source": "zoo:<mini>"}}
     return render(
-        Page(title, "a description", found, facts, "name = 'r'", ("a red ring", "a blue ring"), columns, "note")
+        Page(title, "a description", contents, facts, "name = 'r'", ("a red ring", "a blue ring"), columns, "note")
     )
 
 

@@ -117,16 +117,16 @@ def _check(model: models.LoadedModel, change: Any = None) -> list[Any]:
     inputs = models.sample_inputs(model, 2, 0)
     rows, output = _float32_engine(model, inputs)
     known = dict(rows)
-    with SegmentCheck("cpu", reference, {"a call": inputs}, "fp32") as check:
+    with SegmentCheck("cpu", reference, {"a call": inputs}, "fp32") as segments:
         for name in reference.order(inputs):
             probe = known[name]
             if change is not None:
                 from dataclasses import replace
 
                 probe = replace(probe, x=change(name, probe.x))
-            check.at(name, [probe])
-        check.end([output if change is None else change(None, output)])
-    return check.results
+            segments.at(name, [probe])
+        segments.end([output if change is None else change(None, output)])
+    return segments.results
 
 
 @pytest.mark.torch
@@ -160,8 +160,8 @@ def test_parts_in_fp16_that_overflow_are_called_that(size: float, words: str) ->
     """onnxruntime on a CPU computes them in float32, so that only the passes overflow."""
     exact = np.full((1, 4, 8), size)
     stops = [Stop("to_out", exact), *(Stop("to_out", np.full_like(exact, np.inf)) for _ in range(4))]
-    found = judge("rtx", "step 1", stops, exact.astype(np.float32), halved=True)
-    assert found.error == np.inf and re.match(f"FP16 overflow.* {words}", str(found.diagnosis))
+    result = judge("rtx", "step 1", stops, exact.astype(np.float32), halved=True)
+    assert result.error == np.inf and re.match(f"FP16 overflow.* {words}", str(result.diagnosis))
 
 
 def test_float32_runs_that_overflow_set_no_limit() -> None:

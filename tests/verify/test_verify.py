@@ -109,8 +109,8 @@ def _weight(integers: np.ndarray) -> LinearWeight:
 def test_exact_sums_equals_int64(largest: int) -> None:
     rng = np.random.default_rng(0)
     image, weight = rng.integers(-largest, largest, (33, 257)), rng.integers(-127, 128, (19, 257)).astype(np.int32)
-    found = exact_sums(image.astype(np.float64), _weight(weight), 1)
-    assert np.array_equal(found, image @ weight.T.astype(np.int64))
+    sums = exact_sums(image.astype(np.float64), _weight(weight), 1)
+    assert np.array_equal(sums, image @ weight.T.astype(np.int64))
 
 
 def test_exact_sums_refuses_what_float64_cannot_hold() -> None:
@@ -133,14 +133,14 @@ def test_a_right_graph_passes_every_check(hand: Any) -> None:
     layers, graph, calls = hand
     probed = ProbedGraph(graph)
     assert probed.complete == {"a", "b"}
-    found = dict(probed.probes(["a", "b"], calls))
+    probes_of = dict(probed.probes(["a", "b"], calls))
     for layer in layers:
-        assert len(found[layer.name]) == 2
-        for probe in found[layer.name]:
-            check = check_linear(layer, probe, activation_oracle(probe.x, layer))
-            assert (check.gemm_max_abs_diff, check.codes_inadmissible, check.nonfinite) == (0, 0, 0)
-            assert check.codes_different <= check.codes_ambiguous
-            assert 0 < check.scale_error <= 1 and 0 < check.output_error <= 1
+        assert len(probes_of[layer.name]) == 2
+        for probe in probes_of[layer.name]:
+            numbers = check_linear(layer, probe, activation_oracle(probe.x, layer))
+            assert (numbers.gemm_max_abs_diff, numbers.codes_inadmissible, numbers.nonfinite) == (0, 0, 0)
+            assert numbers.codes_different <= numbers.codes_ambiguous
+            assert 0 < numbers.scale_error <= 1 and 0 < numbers.output_error <= 1
 
 
 def test_probing_layer_by_layer_gives_the_same_tensors(hand: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -212,15 +212,15 @@ def _study(fp32: list[float], quant_noise: float = 0.1, n_steps: int = 2) -> Stu
     """A study whose outputs are ones; the float model is off by `quant_noise`, float32 samples by `fp32` dB."""
     ones = np.ones((2, 3, 4, 4))
     case = Case(("one", "two"), ({}, {}), ones.astype(np.float32), "flow_euler", 1000.0, n_steps, 1.0, "pixels")
-    found = Study(case, exact=[ones] * n_steps, plain=[ones + quant_noise] * n_steps)
-    found.float32 = {"fp32": _realisations([_errors(fp32[:n_steps], fp32)], [ones + 0.01])}
-    found.pictures = {"reference": ones, "float": ones + quant_noise}
-    return found
+    study = Study(case, exact=[ones] * n_steps, plain=[ones + quant_noise] * n_steps)
+    study.float32 = {"fp32": _realisations([_errors(fp32[:n_steps], fp32)], [ones + 0.01])}
+    study.pictures = {"reference": ones, "float": ones + quant_noise}
+    return study
 
 
-def _gates(found: Study, samples: list[float], picture_error: float = 0.01) -> dict[str, Gate]:
+def _gates(study: Study, samples: list[float], picture_error: float = 0.01) -> dict[str, Gate]:
     errors = _errors(samples[:2], samples)
-    gates = end_gates("cpu", errors, found.pictures["reference"] + picture_error, found, found.float32["fp32"])
+    gates = end_gates("cpu", errors, study.pictures["reference"] + picture_error, study, study.float32["fp32"])
     return {gate.name.removeprefix("cpu/"): gate for gate in gates}
 
 
@@ -245,9 +245,9 @@ def test_without_flips_no_engine_is_asked_for_more_than_its_roundings() -> None:
 
 
 def test_a_small_error_in_every_sample_fails_where_few_flips_are_normal() -> None:
-    found = _study([60, 130, 130, 130, 130, 130, 130, 130])
-    assert _gates(found, [60, 120, 120, 120, 120, 120, 120, 120])["median_sqnr_db"].passed
-    systematic = _gates(found, [85] * 8)
+    study = _study([60, 130, 130, 130, 130, 130, 130, 130])
+    assert _gates(study, [60, 120, 120, 120, 120, 120, 120, 120])["median_sqnr_db"].passed
+    systematic = _gates(study, [85] * 8)
     assert systematic["step_sqnr_db"].passed and not systematic["median_sqnr_db"].passed
 
 
@@ -271,15 +271,15 @@ def test_pictures_that_are_wrong_where_steps_are_right_say_so() -> None:
 
 
 def test_a_wrong_step_says_which_and_for_whom() -> None:
-    found, rng = _study([50] * 8, n_steps=4), np.random.default_rng(0)
-    found.case = replace(found.case, noise=found.case.noise[:1], guidance_scale=2.0)
-    found.exact = [rng.standard_normal((2, 3, 4, 4)) for _ in range(4)]
+    study, rng = _study([50] * 8, n_steps=4), np.random.default_rng(0)
+    study.case = replace(study.case, noise=study.case.noise[:1], guidance_scale=2.0)
+    study.exact = [rng.standard_normal((2, 3, 4, 4)) for _ in range(4)]
     times = [np.full(2, 1000.0 - 250 * step, np.float32) for step in range(4)]
-    found.calls = [{"hidden_states": np.zeros((2, 3, 4, 4), np.float32), "timestep": time} for time in times]
-    outputs = iter([{"sample": exact * (1 if step < 3 else 1.1)} for step, exact in enumerate(found.exact)])
-    errors = found.errors(lambda _: next(outputs))
+    study.calls = [{"hidden_states": np.zeros((2, 3, 4, 4), np.float32), "timestep": time} for time in times]
+    outputs = iter([{"sample": exact * (1 if step < 3 else 1.1)} for step, exact in enumerate(study.exact)])
+    errors = study.errors(lambda _: next(outputs))
     assert [error.traits.setting for error in errors.samples[:2]] == [Setting.PROMPTED, Setting.UNPROMPTED]
-    gate = end_gates("cpu", errors, found.pictures["reference"][:0], found, found.float32["fp32"])[0]
+    gate = end_gates("cpu", errors, study.pictures["reference"][:0], study, study.float32["fp32"])[0]
     assert not gate.passed and "2 of 8 samples are wrong: those of step 4 or timestep 250" in gate.why
     assert gate.why.endswith("all numbers times 1.1: a factor is wrong")
 
@@ -289,9 +289,9 @@ def test_quantization_gates_use_the_budgets() -> None:
     gates = {gate.name: gate for gate in quantization_gates(_study([50] * 4), recipe)}
     assert gates["quant_sqnr_db"].value == pytest.approx(20 * math.log10(11)) and gates["quant_sqnr_db"].passed
     assert gates["final_psnr_fp_db"].value == pytest.approx(20 * math.log10(2 / 0.1))
-    found = _study([50] * 4, n_steps=3)
-    found.plain[1] = found.plain[1] + 0.5
-    steps, pictures = quantization_gates(found, recipe)
+    study = _study([50] * 4, n_steps=3)
+    study.plain[1] = study.plain[1] + 0.5
+    steps, pictures = quantization_gates(study, recipe)
     assert not steps.passed and steps.why.endswith(f"; worst in step 2: {TOO_COARSE}")
     assert pictures.passed and TOO_COARSE not in pictures.why
 
@@ -302,23 +302,23 @@ def test_half_parts_rounds_operands_and_result() -> None:
     q, k, v = torch.randn(3, 1, 2, 5, 8, generator=torch.Generator().manual_seed(0))
     attend = torch.nn.functional.scaled_dot_product_attention
     with half_parts(torch.nn.Module()):
-        found = attend(q, k, v)
-    assert torch.equal(found, attend(q.half().float(), k.half().float(), v.half().float()).half().float())
-    assert not torch.equal(found, attend(q, k, v))
+        attended = attend(q, k, v)
+    assert torch.equal(attended, attend(q.half().float(), k.half().float(), v.half().float()).half().float())
+    assert not torch.equal(attended, attend(q, k, v))
 
 
 def test_inputs_of_another_shape_cannot_be_compared() -> None:
-    found, ones = _study([50] * 4), np.ones((2, 3), np.float32)
-    found.probed, found.layer_inputs = (0, 3), {"a": [ones, 2 * ones]}
-    assert found.input_db("a", {3: 2 * ones}) == math.inf and found.input_db("a", {0: 2 * ones}) == 0
+    study, ones = _study([50] * 4), np.ones((2, 3), np.float32)
+    study.probed, study.layer_inputs = (0, 3), {"a": [ones, 2 * ones]}
+    assert study.input_db("a", {3: 2 * ones}) == math.inf and study.input_db("a", {0: 2 * ones}) == 0
     for layer, inputs in (("a", {0: np.ones((3, 3))}), ("a", {1: ones}), ("b", {0: ones})):
-        assert math.isnan(found.input_db(layer, inputs))
+        assert math.isnan(study.input_db(layer, inputs))
 
 
 def test_example_prompts_are_understood_and_repeatable() -> None:
     words = {"colour": ["red", "orange"], "shape": ["ring"], "relation": ["alone", "above"]}
     words |= {"second colour": ["none", "blue"], "second shape": ["none", "square"], "background": ["white"]}
-    slots = [{"name": name, "words": found} for name, found in words.items()]
+    slots = [{"name": name, "words": choices} for name, choices in words.items()]
     table = {"embedding": "tokens.safetensors", "tensor": "t", "null_token": 0}
     vocabulary, digits = {"kind": "vocabulary", **table, "slots": slots}, {"kind": "classes", "null_class": 4}
     scenes = from_dict({"sampler": "ddim", "conditioning": vocabulary}, Path("."))

@@ -50,7 +50,7 @@ def alone() -> Iterator[None]:
 
 
 @pytest.fixture(scope="module")
-def found(tmp_path_factory: pytest.TempPathFactory, alone: None) -> dict[int, Verified]:
+def reports(tmp_path_factory: pytest.TempPathFactory, alone: None) -> dict[int, Verified]:
     """By how many things are done at once, on a machine that says it has THREADS cores."""
     folder = tmp_path_factory.mktemp("targets")
     model = models.load(str(tiny.folder("pixart", folder)))
@@ -91,20 +91,20 @@ def watched(patch: pytest.MonkeyPatch, module: Any, name: str) -> set[int]:
     return seen
 
 
-def test_work_is_shared_out(found: dict[int, Verified]) -> None:
+def test_work_is_shared_out(reports: dict[int, Verified]) -> None:
     """A thread for each target, and for each arithmetic of the reference: float32, and FP16 for rtx."""
     here = threading.get_ident()
-    assert found[1].targets == found[1].runs == {here}
-    assert len(found[THREADS].targets - {here}) == len(TARGETS) and len(found[THREADS].runs - {here}) == 2
+    assert reports[1].targets == reports[1].runs == {here}
+    assert len(reports[THREADS].targets - {here}) == len(TARGETS) and len(reports[THREADS].runs - {here}) == 2
 
 
-def test_every_gate_passes(found: dict[int, Verified]) -> None:
-    for verified in found.values():
+def test_every_gate_passes(reports: dict[int, Verified]) -> None:
+    for verified in reports.values():
         assert [gate["name"] for gate in verified.document["gates"] if not gate["passed"]] == []
         assert {gate["name"].partition("/")[0] for gate in verified.document["gates"]} >= set(TARGETS)
 
 
 @pytest.mark.parametrize("part", ["gates", "layers", "steps", "segments", "notes"])
-def test_the_report_is_the_same_whatever_is_done_at_once(part: str, found: dict[int, Verified]) -> None:
-    one, several = (found[at_once].document[part] for at_once in (1, THREADS))
+def test_the_report_is_the_same_whatever_is_done_at_once(part: str, reports: dict[int, Verified]) -> None:
+    one, several = (reports[at_once].document[part] for at_once in (1, THREADS))
     assert one and several == one
