@@ -7,10 +7,11 @@ ignored.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TypedDict
 
 import numpy as np
 from numpy.typing import NDArray
+from typing_extensions import Unpack
 
 from export.formats.format import decode, get_format, pack, packed_size, quantize, unpack
 
@@ -31,6 +32,14 @@ def _multipliers(multiplier_codes: Codes, table: tuple[int, ...], groups: int) -
     return np.asarray(table, F32)[unpack(multiplier_codes, 4, groups)][..., None]
 
 
+class Grouping(TypedDict):
+    """How channels of a packed weight share multipliers, as attributes of an op."""
+
+    in_features: int
+    group_size: int
+    multipliers: tuple[int, ...]
+
+
 def _unscaled_weight(
     codes: Codes,
     multiplier_codes: Codes,
@@ -48,7 +57,7 @@ def _unscaled_weight(
 
 
 def dequantize_weight(
-    codes: Codes, scales: Floats, multiplier_codes: Codes, *, format: str, **grouping: Any
+    codes: Codes, scales: Floats, multiplier_codes: Codes, *, format: str, **grouping: Unpack[Grouping]
 ) -> tuple[Floats]:
     """W[k, n] = value(code[n, k]) * multiplier * scale, float32 [K, N]; only the last product rounds."""
     unscaled = _unscaled_weight(codes, multiplier_codes, format, **grouping)
@@ -127,7 +136,7 @@ def packed_gemm(
     *,
     activation_format: str,
     weight_format: str,
-    **grouping: Any,
+    **grouping: Unpack[Grouping],
 ) -> tuple[Floats]:
     """y = (sum over scale groups of exact_sum * w_scale) * a_scale + bias, float32 [..., N].
 
@@ -149,7 +158,7 @@ def packed_group_gemm(
     activation_format: str,
     weight_format: str,
     sum_groups: int,
-    **grouping: Any,
+    **grouping: Unpack[Grouping],
 ) -> tuple[Floats]:
     """y = sum over sum_groups of exact_sum * a_scale of its group * w_scale of its group, + bias, float32 [..., N].
 

@@ -242,11 +242,10 @@ def _compiled(path: Path) -> Path:
     return Path(_UNCACHED[path.name].name) / NAME
 
 
-def register(options: SessionOptions, path: Path | None = None) -> None:
-    """Give session options the ops of the library (at `path`, for tests of other builds of it).
-
-    Raises EnvironmentLacksError where it cannot be made or does not load."""
-    path = path_of_library() if path is None else path
+def register(options: SessionOptions) -> None:
+    """Give session options the ops of the library. Raises EnvironmentLacksError where it cannot be made or does not
+    load."""
+    path = path_of_library()
     try:
         options.register_custom_ops_library(str(path.resolve()))
     except Exception as error:  # onnxruntime raises its own classes, one for each cause

@@ -7,10 +7,11 @@ Sizes may be given too; arrays have them. Floats come out as float32: the caller
 from __future__ import annotations
 
 from functools import cache
-from typing import Any
+from typing import Any, NotRequired, TypedDict
 
 import numpy as np
 from numpy.typing import NDArray
+from typing_extensions import Unpack
 
 from export.dialect import reference as op_reference
 from export.formats.format import decode, encode, get_format, unpack
@@ -19,23 +20,52 @@ from plugins.gpu.spec import GemmSpec, PackSpec, QuantizeSpec, operand_bytes
 
 Array = NDArray[Any]
 
+
+class AfterSum(TypedDict):
+    """Operands of what follows a GEMM's sum, by the ports of the kernel table; `tokens` and M are sizes."""
+
+    a_scale: Array
+    bias: Array
+    a_zero: NotRequired[Array | None]
+    w_sums: NotRequired[Array | None]
+    gate: NotRequired[Array | None]
+    residual: NotRequired[Array | None]
+    tokens: NotRequired[int]
+    M: NotRequired[int]
+
+
+class StaticScale(TypedDict, total=False):
+    """Of a quantizer whose scale is a constant; M is a size."""
+
+    static_scale: Array | None
+    static_zero: Array | None
+    M: int
+
+
 # --- GEMMs -----------------------------------------------------------------------------------------------------------
 
 
-def packed_gemm(spec: GemmSpec, w: Array, multiplier_codes: Array | None = None, **operands: Any) -> tuple[Array]:
+def packed_gemm(
+    spec: GemmSpec,
+    a: Array,
+    w: Array,
+    w_scales: Array,
+    multiplier_codes: Array | None = None,
+    **operands: Unpack[AfterSum],
+) -> tuple[Array]:
     """y float32 [M, N] as GemmSpec says, before it is rounded to the output type."""
     (expanded,) = expand(spec, w, multiplier_codes)
-    return expanded_gemm(spec, w=expanded, **operands)
+    return expanded_gemm(spec, a, expanded, w_scales, **operands)
 
 
-def expanded_gemm(spec: GemmSpec, a: Array, w: Array, w_scales: Array, **operands: Any) -> tuple[Array]:
+def expanded_gemm(spec: GemmSpec, a: Array, w: Array, w_scales: Array, **operands: Unpack[AfterSum]) -> tuple[Array]:
     """As `packed_gemm`, with w u8 [N, K] from `expand`."""
     values = byte_values(spec.activation, spec.integers)[a]
     total = op_reference.gemm_of_values(values, expanded_values(spec, w), w_scales)
     return (_after_sum(spec, total, **operands),)
 
 
-def reduce_splits(spec: GemmSpec, parts: Array, w_scales: Array, **operands: Any) -> tuple[Array]:
+def reduce_splits(spec: GemmSpec, parts: Array, w_scales: Array, **operands: Unpack[AfterSum]) -> tuple[Array]:
     """parts f32 [splits, M, N] added in their order -> y float32 [M, N]; with real groups they are scaled already."""
     total = np.add.reduce(parts, axis=0, dtype=np.float32)
     return (_after_sum(spec, total if spec.real_groups else total * w_scales[:, 0], **operands),)
@@ -111,7 +141,7 @@ def quantize(
     return operand_bytes(spec.format, spec.integers)[codes], scale[:, 0]
 
 
-def gelu_quantize(spec: QuantizeSpec, x: Array, **static: Any) -> tuple[Array, ...]:
+def gelu_quantize(spec: QuantizeSpec, x: Array, **static: Unpack[StaticScale]) -> tuple[Array, ...]:
     """As `quantize`, of the GELU (tanh form) of x."""
     return quantize(spec, gelu_tanh(x.astype(np.float32)), **static)
 

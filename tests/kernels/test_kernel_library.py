@@ -229,12 +229,13 @@ def test_without_a_compiler_the_cached_one_serves(
     assert str(cache) in str(caught.value) and caught.value.exit_code == 3
 
 
-def test_a_library_that_does_not_load(cache: Path) -> None:
+def test_a_library_that_does_not_load(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     ort = pytest.importorskip("onnxruntime", reason="onnxruntime is not installed")
     cache.mkdir(parents=True)
     (cache / "broken.so").write_text("no library")
+    monkeypatch.setattr(library, "path_of_library", lambda: cache / "broken.so")
     with pytest.raises(EnvironmentLacksError, match=r"broken.so does not load here .*remove it"):
-        library.register(ort.SessionOptions(), cache / "broken.so")
+        library.register(ort.SessionOptions())
 
 
 def test_the_true_library_is_made_and_loads(cache: Path) -> None:

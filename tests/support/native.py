@@ -45,7 +45,7 @@ def session(model: ir.Model, flags: tuple[str, ...] = (), threads: int = 2):
 
     options = ort.SessionOptions()
     options.intra_op_num_threads, options.log_severity_level = threads, 4
-    library.register(options, folder(flags) / library.NAME)
+    options.register_custom_ops_library(str(folder(flags) / library.NAME))
     return ort.InferenceSession(ir.to_proto(model).SerializeToString(), options, ["CPUExecutionProvider"])
 
 

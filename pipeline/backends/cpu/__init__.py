@@ -49,10 +49,6 @@ class CpuBackend(Backend[CpuOptions]):
     disk_bytes_per_parameter = 1.5  # INT8 weights
     repeatable = True
 
-    def __init__(self, instruction_sets: tuple[str, ...] | None = None) -> None:
-        """instruction_sets: the CPU's, out of machine.CPU_FLAGS; None: those of this one."""
-        self.instruction_sets = machine.cpu_flags() if instruction_sets is None else instruction_sets
-
     def in_auto(self) -> bool:
         """Always: where its package is missing, a build says so by name."""
         return True
@@ -71,7 +67,7 @@ class CpuBackend(Backend[CpuOptions]):
     def _processor_check(self) -> Check:
         from pipeline.backends.cpu.engine import WIDE_SUM_SETS
 
-        sets = self.instruction_sets
+        sets = machine.cpu_flags()
         processor = f"{machine.cpu_name()}, {machine.cpu_count()} cpus, {' '.join(sets)}"
         remedy = "no INT8 dot products (VNNI, Arm): engines are right here, but less fast"
         return Check("processor", not WIDE_SUM_SETS.isdisjoint(sets), processor, False, remedy)
@@ -83,7 +79,7 @@ class CpuBackend(Backend[CpuOptions]):
         needs = self.metadata(manifest, source, CpuNeeds).get("requires", [])
         if problem := stock_runtime.fitness_problem(manifest, self.name):
             return problem
-        problem = lacking(needs, provided(self.instruction_sets))
+        problem = lacking(needs, provided(machine.cpu_flags()))
         return library.problem() if problem is None and library.requirement() in needs else problem
 
     def settled(self, recipe: Recipe) -> Recipe:
@@ -107,7 +103,7 @@ class CpuBackend(Backend[CpuOptions]):
         from pipeline.backends.cpu import build
         from pipeline.backends.cpu.engine import provided
 
-        return build.lower(portable, work_dir, self.options(self.settled(recipe)), provided(self.instruction_sets))
+        return build.lower(portable, work_dir, self.options(self.settled(recipe)), provided(machine.cpu_flags()))
 
     def build(self, lowered: LoweredGraph, out_dir: Path, recipe: Recipe) -> BuildResult:
         from pipeline.backends.cpu import build
@@ -119,6 +115,6 @@ class CpuBackend(Backend[CpuOptions]):
 
         machine.require((self.package,), "running the cpu engine")
         folder = bundle_dir / self.name
-        if problem := lacking(required(folder), provided(self.instruction_sets)):
+        if problem := lacking(required(folder), provided(machine.cpu_flags())):
             raise EnvironmentLacksError(problem)
         return CpuEngine(folder, threads)
