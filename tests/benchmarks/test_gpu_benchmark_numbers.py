@@ -316,9 +316,9 @@ for sm in (80, 90):
     build(k.gelu, sm, x, rows, 4)
 for interval in (32, 64, 8192):
     constants = dict(PROMOTE=interval, BM=TILE, BN=TILE, BK=min(interval, 128))
-    made = build(k.fp8_sums, 90, sums, constants, WARPS)
-    assert "wgmma.mma_async.sync.aligned.m64n128k32.f32.e4m3.e4m3" in made["ptx"]
-    registers, local_bytes = resources(made["cubin"], "fp8_sums")
+    kernel = build(k.fp8_sums, 90, sums, constants, WARPS)
+    assert "wgmma.mma_async.sync.aligned.m64n128k32.f32.e4m3.e4m3" in kernel["ptx"]
+    registers, local_bytes = resources(kernel["cubin"], "fp8_sums")
     assert registers and local_bytes == 0, interval
 print("ok")
 """

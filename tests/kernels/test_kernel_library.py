@@ -201,7 +201,7 @@ def test_a_compiler_that_does_not_run_is_told_and_auto_is_stock(
     assert CpuBackend().options(CpuBackend().settled(recipe)).path == "stock"
 
 
-def test_a_library_that_does_not_load_makes_auto_stock(made: list[Path], cache: Path) -> None:
+def test_a_library_that_does_not_load_makes_auto_stock(builds: list[Path], cache: Path) -> None:
     """As where code may not run from the cache's file system, or the compiler makes no library."""
     assert "does not load here" in (library.problem() or "")
     recipe = Recipe(name="test", model="none")
@@ -209,7 +209,7 @@ def test_a_library_that_does_not_load_makes_auto_stock(made: list[Path], cache: 
 
 
 def test_where_nothing_can_be_kept_is_told(
-    made: list[Path], cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    builds: list[Path], cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "cache").write_text("a file")
     monkeypatch.setattr(library, "_UNCACHED", {})
