@@ -1,6 +1,7 @@
 """Where a call's time goes: products are those of the graph, parts add up, and what is not known is not claimed."""
 
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import onnx_ir as ir
@@ -83,3 +84,14 @@ def test_rates_that_are_not_known_give_no_floor():
     unknown = DOCUMENT | {"floor_ms": None, "byte_products_per_s": 0.0}
     assert profile.summary(unknown)[1][0][4] == "-"
     assert "rates are not known" in profile.conditions(unknown)
+
+
+def test_rates_of_all_threads_are_added(monkeypatch):
+    kernels = SimpleNamespace(
+        packed_gemm_variant=lambda: b"avx2",
+        byte_products_per_second=lambda seconds: 3.0,
+        float_products_per_second=lambda seconds: 2.0,
+    )
+    monkeypatch.setattr(limits.ctypes, "CDLL", lambda path: kernels)
+    monkeypatch.setattr(limits.library, "path_of_library", lambda: "kernels.so")
+    assert limits.measure(3) == limits.Limits("avx2", 9.0, 6.0)
