@@ -37,6 +37,7 @@ static double rate(void (*work)(void), double seconds) {
 #if defined(__x86_64__)
 __attribute__((target("avx2"))) static void bytes_avx2(void) {
   __m256i sum[SUMS], x = _mm256_setzero_si256(), y = x;
+#pragma GCC unroll 16
   for (int i = 0; i < SUMS; i++) sum[i] = x;
   for (int turn = 0; turn < TURNS; turn++)
 #pragma GCC unroll 16
@@ -47,6 +48,7 @@ __attribute__((target("avx2"))) static void bytes_avx2(void) {
 }
 __attribute__((target("avx2,fma"))) static void floats_avx2(void) {
   __m256 sum[SUMS], x = _mm256_setzero_ps(), y = x;
+#pragma GCC unroll 16
   for (int i = 0; i < SUMS; i++) sum[i] = x;
   for (int turn = 0; turn < TURNS; turn++)
 #pragma GCC unroll 16
@@ -54,6 +56,7 @@ __attribute__((target("avx2,fma"))) static void floats_avx2(void) {
 }
 __attribute__((target("avx512f,avx512vnni"))) static void bytes_vnni(void) {
   __m512i sum[SUMS], x = _mm512_setzero_si512(), y = x;
+#pragma GCC unroll 16
   for (int i = 0; i < SUMS; i++) sum[i] = x;
   for (int turn = 0; turn < TURNS; turn++)
 #pragma GCC unroll 16
@@ -61,6 +64,7 @@ __attribute__((target("avx512f,avx512vnni"))) static void bytes_vnni(void) {
 }
 __attribute__((target("avx2,avxvnni"))) static void bytes_vnni_256(void) {
   __m256i sum[SUMS], x = _mm256_setzero_si256(), y = x;
+#pragma GCC unroll 16
   for (int i = 0; i < SUMS; i++) sum[i] = x;
   for (int turn = 0; turn < TURNS; turn++)
 #pragma GCC unroll 16
@@ -68,6 +72,7 @@ __attribute__((target("avx2,avxvnni"))) static void bytes_vnni_256(void) {
 }
 __attribute__((target("avx512f"))) static void floats_avx512(void) {
   __m512 sum[SUMS], x = _mm512_setzero_ps(), y = x;
+#pragma GCC unroll 16
   for (int i = 0; i < SUMS; i++) sum[i] = x;
   for (int turn = 0; turn < TURNS; turn++)
 #pragma GCC unroll 16
@@ -77,6 +82,7 @@ __attribute__((target("avx512f"))) static void floats_avx512(void) {
 __attribute__((target("arch=armv8.2-a+dotprod"))) static void bytes_dot(void) {
   int32x4_t sum[SUMS];
   int8x16_t x = vdupq_n_s8(0), y = x;
+#pragma GCC unroll 16
   for (int i = 0; i < SUMS; i++) sum[i] = vdupq_n_s32(0);
   for (int turn = 0; turn < TURNS; turn++)
 #pragma GCC unroll 16
@@ -84,6 +90,7 @@ __attribute__((target("arch=armv8.2-a+dotprod"))) static void bytes_dot(void) {
 }
 static void floats_neon(void) {
   float32x4_t sum[SUMS], x = vdupq_n_f32(0), y = x;
+#pragma GCC unroll 16
   for (int i = 0; i < SUMS; i++) sum[i] = x;
   for (int turn = 0; turn < TURNS; turn++)
 #pragma GCC unroll 16

@@ -1,6 +1,8 @@
 """Where a call's time goes: products are those of the graph, parts add up, and what is not known is not claimed."""
 
 import json
+import platform
+import subprocess
 from types import SimpleNamespace
 
 import numpy as np
@@ -10,7 +12,7 @@ import pytest
 from pipeline.backends.cpu import CpuBackend, CpuOptions
 from pipeline.bench import profile
 from pipeline.recipe import Recipe
-from plugins.cpu import limits
+from plugins.cpu import library, limits
 from tests.support import native
 from tests.support.portable import activations, portable, random_linear
 
@@ -95,3 +97,17 @@ def test_rates_of_all_threads_are_added(monkeypatch):
     monkeypatch.setattr(limits.ctypes, "CDLL", lambda path: kernels)
     monkeypatch.setattr(limits.library, "path_of_library", lambda: "kernels.so")
     assert limits.measure(3) == limits.Limits("avx2", 9.0, 6.0)
+
+
+@pytest.mark.kernels
+@pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="the assembly that is read is x86-64's")
+def test_loops_that_measure_rates_keep_their_sums_in_registers(tmp_path):
+    """Sums in memory would make the machine look half as fast as it is, and engines faster than it."""
+    native.need_compiler()
+    flags = [flag for flag in library.FLAGS if flag not in ("-shared", "-s")]
+    command = [library.compiler(), *flags, "-S", str(library.FOLDER / "limits.c"), "-o", str(tmp_path / "limits.s")]
+    subprocess.run(command, check=True, timeout=120)
+    text = (tmp_path / "limits.s").read_text()
+    for name in ("bytes_avx2", "floats_avx2", "bytes_vnni_256", "bytes_vnni", "floats_avx512"):
+        body = text.split(f"\n{name}:\n")[1].split(f".size\t{name}")[0]
+        assert "mm" in body and "(%rsp" not in body and "(%rbp" not in body, name
