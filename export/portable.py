@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict, cast
 
 import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from export.checkpoint import QuantizedLinear
+from export.checkpoint import ActivationScaling, Granularity, QuantizedLinear
 from export.dialect.graph import BALANCE, KIND_KEY, LAYER_KEY, inputs_of
 from export.dialect.ops import DOMAIN
 from export.errors import ContractError
@@ -18,6 +18,8 @@ from export.onnx_files import load_model, reading
 from export.quantize_graph import GRANULARITY_KEY, QUANTIZER_OF, ROUTER
 from export.router import ARRAYS as ROUTER_ARRAYS
 from export.router import Router
+
+F32 = NDArray[np.float32]
 
 
 def read_layers(path: Path) -> list[QuantizedLinear]:
@@ -44,7 +46,7 @@ def _read_layer(path: Path, layer: str, nodes: dict[str, ir.Node], router: Route
     if missing:
         raise ContractError(f"{path}: layer {layer} has no node {layer}/{min(missing)}; export the model again")
     weight, bias = nodes["weight"], nodes.get("bias")
-    granularity: Any = weight.metadata_props[GRANULARITY_KEY]
+    granularity = cast(Granularity, weight.metadata_props[GRANULARITY_KEY])  # the layer refuses any other
     in_features, group_size = (weight.attributes[name].as_int() for name in ("in_features", "group_size"))
     multipliers = None
     if granularity == "exact_group":
@@ -67,27 +69,49 @@ def _read_layer(path: Path, layer: str, nodes: dict[str, ir.Node], router: Route
     )
 
 
-def _activation(path: Path, quantizer: ir.Node) -> dict[str, Any]:
+class Activation(TypedDict):
+    """Fields of a layer that say how its input is rounded."""
+
+    activation_format: str
+    activation_scaling: ActivationScaling
+    activation_group: int
+    activation_scale: F32 | None
+    activation_zero: F32 | None
+
+
+def _activation(path: Path, quantizer: ir.Node) -> Activation:
     """Format and scaling of the activation, and the constants of a static one."""
     scaling = next(key for key, op in QUANTIZER_OF.items() if op == quantizer.op_type)
-    fields = {"activation_format": quantizer.attributes["format"].value, "activation_scaling": scaling}
-    if scaling == "token_group":
-        fields["activation_group"] = quantizer.attributes["group_size"].value
-    if scaling == "per_tensor":
-        fields["activation_scale"] = _array(path, quantizer, "scale")
-        if not get_format(fields["activation_format"]).sign_bits:
-            fields["activation_zero"] = _array(path, quantizer, "zero")
-    return fields
+    static, name = scaling == "per_tensor", quantizer.attributes["format"].as_string()
+    return {
+        "activation_format": name,
+        "activation_scaling": scaling,
+        "activation_group": quantizer.attributes["group_size"].as_int() if scaling == "token_group" else 0,
+        "activation_scale": _array(path, quantizer, "scale") if static else None,
+        "activation_zero": _array(path, quantizer, "zero") if static and not get_format(name).sign_bits else None,
+    }
 
 
-def _around(path: Path, nodes: dict[str, ir.Node]) -> dict[str, Any]:
+class Around(TypedDict):
+    """Fields of a layer for what stands beside its GEMM."""
+
+    input_multiplier: F32 | None
+    input_offset: F32 | None
+    lora_down: F32 | None
+    lora_up: F32 | None
+
+
+def _around(path: Path, nodes: dict[str, ir.Node]) -> Around:
     """Balance of the input and low-rank branches, as far as the layer has them."""
-    fields = {key: _array(path, nodes[role], "B") for role, key in BALANCE.items() if role in nodes}
-    for key in ("lora_down", "lora_up"):
-        if key in nodes:
-            turned = _array(path, nodes[key], "data").transpose(0, 2, 1)
-            fields[key] = np.ascontiguousarray(turned.astype(np.float32))
-    return fields
+    balance = {key: _array(path, nodes[role], "B") for role, key in BALANCE.items() if role in nodes}
+    branches = {key: _array(path, nodes[key], "data") for key in ("lora_down", "lora_up") if key in nodes}
+    turned = {key: np.ascontiguousarray(array.transpose(0, 2, 1).astype(np.float32)) for key, array in branches.items()}
+    return {
+        "input_multiplier": balance.get("input_multiplier"),
+        "input_offset": balance.get("input_offset"),
+        "lora_down": turned.get("lora_down"),
+        "lora_up": turned.get("lora_up"),
+    }
 
 
 def _read_router(path: Path, model: ir.Model) -> Router | None:
