@@ -10,7 +10,7 @@ import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal, NotRequired
+from typing import Annotated, Literal, NotRequired
 
 import numpy as np
 from annotated_types import Ge, Gt, Le, MinLen
@@ -177,9 +177,15 @@ def from_dict(document: Mapping[str, object], folder: Path) -> Generation:
         _check_slots(conditioning["slots"], path)
     elif conditioning["kind"] == "synthetic":
         _check_elements(conditioning["inputs"], path)
-    own = Generation.__dataclass_fields__.keys() - {"folder", "conditioning"}
-    settings: dict[str, Any] = {key: value for key, value in stated.items() if key in own}
-    return Generation(folder=folder, conditioning=conditioning, **settings)
+    return Generation(
+        folder=folder,
+        sampler=stated["sampler"],
+        conditioning=conditioning,
+        timestep_scale=stated.get("timestep_scale", Generation.timestep_scale),
+        guidance_scale=stated.get("guidance_scale", Generation.guidance_scale),
+        n_steps=stated.get("n_steps", Generation.n_steps),
+        output=stated.get("output", Generation.output),
+    )
 
 
 def _vocabulary(conditioning: Vocabulary, prompts: list[str], folder: Path) -> tuple[Arrays, Arrays]:

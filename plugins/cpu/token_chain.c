@@ -102,7 +102,7 @@ VARIANTS void round_row(const float *x, float inverse, float factor, int32_t zer
   }
 }
 
-/* The same in two limbs. An image is far below 2^23, so quotients and products by the base, a power of two, are exact. */
+/* The same in two limbs. An integer is far below 2^23, so quotients and products by the base, a power of two, are exact. */
 VARIANTS void round_row_in_limbs(const float *x, float inverse, const TokenChain *chain, int64_t row) {
   int64_t n = chain->n;
   uint8_t *high = chain->codes + row * n, *low = chain->low_codes + row * n;
@@ -111,9 +111,9 @@ VARIANTS void round_row_in_limbs(const float *x, float inverse, const TokenChain
   for (int64_t i = 0; i < n; i++) {
     float v = x[i] * inverse, wide = fabsf(v) * factor;
     float c = wide > MAGIC ? wide : MAGIC;
-    float image = (v + c) - c, top = (image * part + MAGIC) - MAGIC;
+    float whole = (v + c) - c, top = (whole * part + MAGIC) - MAGIC;
     high[i] = (uint8_t)(zero + (int32_t)top);
-    low[i] = (uint8_t)(zero + (int32_t)(image - top * base));
+    low[i] = (uint8_t)(zero + (int32_t)(whole - top * base));
   }
 }
 

@@ -12,8 +12,8 @@
  *   y         = linear, or gelu(linear)           the tanh form
  *   y         = y * gate, then + residual         gate [rows / rows_per_gate, n], residual [rows, n]
  *   quantized = y, or norm(y) * norm_scale + norm_shift        [rows / rows_per_norm, n] each
- *   codes     = zero + image of quantized / scale, scale [rows] as fpq.QuantizeActivation has it; with limb_base the
- *               image is limb_base * (codes - zero) + (low_codes - zero), codes rounded to nearest even
+ *   codes     = zero + integer of quantized / scale, scale [rows] as fpq.QuantizeActivation has it; with limb_base the
+ *               integer is limb_base * (codes - zero) + (low_codes - zero), codes rounded to nearest even
  *
  * Attention keeps a row in parts: with heads_in x, with heads_out y is [samples, heads, tokens, n / heads] instead.
  */
@@ -24,7 +24,7 @@ typedef struct TokenChain {
   int64_t heads_in, heads_out; /* 0: rows in one piece */
   float epsilon;                                        /* of the norm */
   float absmax_floor, max_value, kmax, rounding_factor; /* of the quantizer, see pipeline/backends/cpu/quantizers.py */
-  int32_t zero, limb_base, limb_weight; /* limb_base 0: the image is one limb */
+  int32_t zero, limb_base, limb_weight; /* limb_base 0: the integer is one limb */
   uint8_t *codes, *low_codes;
   float *product, *scale, *y, *linear, *quantized;
   int64_t n, tokens, rows_per_gate, rows_per_norm; /* tokens: rows of a sample, for heads */
