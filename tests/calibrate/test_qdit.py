@@ -337,6 +337,7 @@ def test_the_number_of_processes_alone_does_not_start_a_calibration_anew(model):
     assert origins[0] == origins[1] != origins[2]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("granularity", ["group", "exact_group"])
 def test_group_sizes_by_layer_reach_graph_and_engine(granularity, model, tmp_path):
     """Calibrated, exported, lowered, built and run: every gate holds that a build has."""

@@ -23,7 +23,7 @@ from pipeline import __main__ as cli
 from tests.support import hostile
 from tests.support.hostile import edit, reseal
 
-pytestmark = pytest.mark.torch
+pytestmark = [pytest.mark.torch, pytest.mark.slow]
 
 BUILD = ("build", "--engine", "recipe.toml", "--target", "cpu", "-o", "o")
 DRY = (*BUILD, "--dry-run")
