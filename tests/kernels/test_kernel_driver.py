@@ -21,7 +21,11 @@ from tests.support import native
 
 pytestmark = pytest.mark.kernels
 
-GEMM, ATTENTION = (library.FOLDER / name for name in ("packed_gemm.c", "attention.c"))
+GEMM, AVX2, VNNI, DOT, ATTENTION = (
+    library.FOLDER / name
+    for name in ("packed_gemm.c", "packed_gemm_avx2.c", "packed_gemm_vnni.c", "packed_gemm_arm.c", "attention.c")
+)
+KERNELS = (GEMM, AVX2, VNNI, DOT, ATTENTION)
 STRICT = ("-O1", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover")
 ARM_COMPILER, ARM_EMULATOR = "aarch64-linux-gnu-gcc", "qemu-aarch64-static"
 _FOLDER = tempfile.TemporaryDirectory(prefix="ditc-test-")
@@ -44,19 +48,21 @@ def machine(request):
     """(command that starts the driver, names of the variants that it has)."""
     if request.param == "sanitizers":
         native.need_compiler()
-        command = [driver("strict", library.compiler(), STRICT, (GEMM, ATTENTION))]
+        command = [driver("strict", library.compiler(), STRICT, KERNELS)]
         return command, ("plain", "avx2", "avx_vnni", "avx512_vnni", "dotprod")
     if request.param == "vnni":
         native.need_compiler()
         if platform.machine() not in ("x86_64", "AMD64"):
             pytest.skip(f"this processor is no x86-64 but {platform.machine()}")
-        return [driver("vnni", library.compiler(), ("-O3",), (SUPPORT / "emulated_vnni.c", ATTENTION))], ("avx_vnni",)
+        return [driver("vnni", library.compiler(), ("-O3",), (SUPPORT / "emulated_vnni.c", AVX2, ATTENTION))], (
+            "avx_vnni",
+        )
     missing = [tool for tool in (ARM_COMPILER, ARM_EMULATOR) if shutil.which(tool) is None]
     if missing:
         pytest.skip(
             f"no {' and no '.join(missing)} (Debian: gcc-aarch64-linux-gnu libc6-dev-arm64-cross qemu-user-static)"
         )
-    return [ARM_EMULATOR, "-cpu", "max", driver("arm", ARM_COMPILER, ("-O3", "-static"), (GEMM, ATTENTION))], (
+    return [ARM_EMULATOR, "-cpu", "max", driver("arm", ARM_COMPILER, ("-O3", "-static"), KERNELS)], (
         "plain",
         "dotprod",
     )

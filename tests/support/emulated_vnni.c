@@ -1,4 +1,4 @@
-/* packed_gemm.c with AVX-VNNI's one instruction made of AVX2's, so that its variant runs where that is missing. */
+/* packed_gemm.c and packed_gemm_vnni.c with AVX-VNNI's one instruction made of AVX2's: its variant runs without it. */
 #include <immintrin.h>
 #include <string.h>
 
@@ -12,11 +12,13 @@ static inline __attribute__((always_inline, target("avx2"))) __m256i dot_of_quad
 }
 
 #define _mm256_dpbusd_avx_epi32 dot_of_quads
+#include "packed_gemm_vnni.c"
+
 #define packed_gemm_force force_one_that_is_here
 #include "packed_gemm.c"
 #undef packed_gemm_force
 
 int packed_gemm_force(const char *name) {
-  if (name && !strcmp(name, "avx_vnni") && __builtin_cpu_supports("avx2")) return forced = &VNNI_256, 1;
+  if (name && !strcmp(name, "avx_vnni") && __builtin_cpu_supports("avx2")) return forced = &PACKED_GEMM_AVX_VNNI, 1;
   return force_one_that_is_here(name);
 }

@@ -1,0 +1,126 @@
+/* PackedGemm by AVX-VNNI and AVX-512 VNNI: four products in 32 bits. */
+#include "packed_gemm_variant.h"
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#include <string.h>
+
+/* --- AVX-VNNI: the registers of AVX2 --- */
+
+#define TARGET_VNNI_256 __attribute__((target("avx2,avxvnni")))
+
+/* The low byte of a product depends on the low bytes of its factors alone: even and odd bytes in 16 bits each. */
+TARGET_VNNI_256 INLINE __m256i multiply_bytes_256(__m256i x, __m256i y) {
+  __m256i even = _mm256_mullo_epi16(x, y);
+  __m256i odd = _mm256_mullo_epi16(_mm256_srli_epi16(x, 8), _mm256_srli_epi16(y, 8));
+  return _mm256_or_si256(_mm256_and_si256(even, _mm256_set1_epi16(255)), _mm256_slli_epi16(odd, 8));
+}
+
+TARGET_VNNI_256 static void decode_vnni_256(const Block *block, Scratch *scratch) {
+  const __m256i four_times = _mm256_set1_epi32(0x01010101);
+  packed_gemm_decode_avx2(block, scratch);
+  if (!block->multipliers) return;
+  for (int64_t octet = 0; octet < block->k / OCTET; octet++) {
+    const uint8_t *group = block->multipliers + (block->k0 + octet * OCTET) / block->gemm->group * PANEL;
+    for (int half = 0; half < 2; half++) {
+      __m256i factors = _mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i *)(group + half * PANEL / 2)));
+      factors = _mm256_mullo_epi32(factors, four_times);
+      for (int quad = 0; quad < 2; quad++) {
+        __m256i *w = (__m256i *)(scratch->decoded + (octet * 2 + quad) * BYTES + half * 32);
+        _mm256_store_si256(w, multiply_bytes_256(_mm256_load_si256(w), factors));
+      }
+    }
+  }
+}
+
+TARGET_VNNI_256 INLINE void tile_vnni_256(
+    const int rows, const uint8_t *a, int64_t stride, int64_t k, const Scratch *scratch, int32_t *sums) {
+  __m256i left[6], right[6];
+#pragma GCC unroll 6
+  for (int row = 0; row < rows; row++) {
+    left[row] = _mm256_load_si256((const __m256i *)(sums + row * PANEL));
+    right[row] = _mm256_load_si256((const __m256i *)(sums + row * PANEL + 8));
+  }
+  const int8_t *w = scratch->decoded;
+  for (int64_t i = 0; i < k; i += QUAD, w += BYTES) {
+    __m256i w_left = _mm256_load_si256((const __m256i *)w), w_right = _mm256_load_si256((const __m256i *)(w + 32));
+#pragma GCC unroll 6
+    for (int row = 0; row < rows; row++) {
+      __m256i same = _mm256_castps_si256(_mm256_broadcast_ss((const float *)(a + row * stride + i)));
+      left[row] = _mm256_dpbusd_avx_epi32(left[row], same, w_left);
+      right[row] = _mm256_dpbusd_avx_epi32(right[row], same, w_right);
+    }
+  }
+#pragma GCC unroll 6
+  for (int row = 0; row < rows; row++) {
+    _mm256_store_si256((__m256i *)(sums + row * PANEL), left[row]);
+    _mm256_store_si256((__m256i *)(sums + row * PANEL + 8), right[row]);
+  }
+}
+
+TARGET_VNNI_256 static void add_vnni_256(
+    const uint8_t *a, int64_t stride, int64_t rows, int64_t k, int run, const Scratch *scratch, int32_t *sums) {
+  (void)run;
+  for (; rows >= 6; rows -= 6, a += 6 * stride, sums += 6 * PANEL) tile_vnni_256(6, a, stride, k, scratch, sums);
+  for (; rows >= 2; rows -= 2, a += 2 * stride, sums += 2 * PANEL) tile_vnni_256(2, a, stride, k, scratch, sums);
+  if (rows) tile_vnni_256(1, a, stride, k, scratch, sums);
+}
+
+const Variant PACKED_GEMM_AVX_VNNI = {"avx_vnni", 0, decode_vnni_256, add_vnni_256};
+
+/* --- AVX-512 VNNI: four products in 32 bits ---------------------------------------------------------------------- */
+
+#define TARGET_VNNI __attribute__((target("avx512f,avx512bw,avx512vl,avx512vnni")))
+
+TARGET_VNNI INLINE __m512i multiply_bytes(__m512i x, __m512i y) {
+  __m512i even = _mm512_mullo_epi16(x, y);
+  __m512i odd = _mm512_mullo_epi16(_mm512_srli_epi16(x, 8), _mm512_srli_epi16(y, 8));
+  return _mm512_or_si512(_mm512_and_si512(even, _mm512_set1_epi16(255)), _mm512_slli_epi16(odd, 8));
+}
+
+TARGET_VNNI static void decode_vnni(const Block *block, Scratch *scratch) {
+  const __m512i table = _mm512_broadcast_i32x4(_mm_loadu_si128((const __m128i *)block->gemm->table));
+  const __m512i low = _mm512_set1_epi8(15), four_times = _mm512_set1_epi32(0x01010101);
+  const uint8_t *codes = block->weight + block->k0 / OCTET * BYTES;
+  for (int64_t octet = 0; octet < block->k / OCTET; octet++) {
+    __m512i both = _mm512_loadu_si512(codes + octet * BYTES);
+    __m512i first = _mm512_shuffle_epi8(table, _mm512_and_si512(both, low));
+    __m512i second = _mm512_shuffle_epi8(table, _mm512_and_si512(_mm512_srli_epi16(both, 4), low));
+    if (block->multipliers) {
+      const uint8_t *group = block->multipliers + (block->k0 + octet * OCTET) / block->gemm->group * PANEL;
+      __m512i factors = _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i *)group));
+      factors = _mm512_mullo_epi32(factors, four_times);
+      first = multiply_bytes(first, factors), second = multiply_bytes(second, factors);
+    }
+    _mm512_store_si512(scratch->decoded + octet * 2 * BYTES, first);
+    _mm512_store_si512(scratch->decoded + octet * 2 * BYTES + BYTES, second);
+  }
+}
+
+TARGET_VNNI INLINE void tile_vnni(
+    const int rows, const uint8_t *a, int64_t stride, int64_t k, const Scratch *scratch, int32_t *sums) {
+  __m512i total[12];
+  for (int row = 0; row < rows; row++) total[row] = _mm512_loadu_si512(sums + row * PANEL);
+  const int8_t *w = scratch->decoded;
+  for (int64_t i = 0; i < k; i += QUAD, w += BYTES) {
+    __m512i weight = _mm512_load_si512(w);
+#pragma GCC unroll 12
+    for (int row = 0; row < rows; row++) {
+      int32_t quad;
+      memcpy(&quad, a + row * stride + i, sizeof quad);
+      total[row] = _mm512_dpbusd_epi32(total[row], _mm512_set1_epi32(quad), weight);
+    }
+  }
+  for (int row = 0; row < rows; row++) _mm512_storeu_si512(sums + row * PANEL, total[row]);
+}
+
+TARGET_VNNI static void add_vnni(
+    const uint8_t *a, int64_t stride, int64_t rows, int64_t k, int run, const Scratch *scratch, int32_t *sums) {
+  (void)run;
+  for (; rows >= 12; rows -= 12, a += 12 * stride, sums += 12 * PANEL) tile_vnni(12, a, stride, k, scratch, sums);
+  for (; rows >= 4; rows -= 4, a += 4 * stride, sums += 4 * PANEL) tile_vnni(4, a, stride, k, scratch, sums);
+  for (; rows; rows--, a += stride, sums += PANEL) tile_vnni(1, a, stride, k, scratch, sums);
+}
+
+const Variant PACKED_GEMM_AVX512_VNNI = {"avx512_vnni", 0, decode_vnni, add_vnni};
+#endif
