@@ -14,19 +14,23 @@ static inline float from_bits(int32_t bits) {
   return x;
 }
 
-/* exp for |x| <= 87: x = n ln 2 + r, a polynomial of degree 7 in r (minimax coefficients of Cephes' expf), times 2^n.
- * Relative error below 2^-22. */
+/* exp for |x| <= 87: x = n ln 2 + r, 1 + r + r^2 times a polynomial in r, times 2^n by adding to the exponent. The
+ * polynomial of degree 4 is fitted to the least relative error, 2^-28; with all roundings it is below 2^-23, contracted or
+ * not. */
 static inline float exponential(float x) {
-  float n = (x * 1.44269504f + MAGIC) - MAGIC;
+  float shifted = x * 1.44269504f + MAGIC, n = shifted - MAGIC;
   float r = (x - n * 0.693359375f) + n * 2.12194440e-4f; /* ln 2 in two parts, the first exact in n * part */
-  float p = 1.9875691500e-4f;
-  p = p * r + 1.3981999507e-3f;
-  p = p * r + 8.3334519073e-3f;
-  p = p * r + 4.1665795894e-2f;
-  p = p * r + 1.6666665459e-1f;
-  p = p * r + 5.0000001201e-1f;
-  p = (p * (r * r) + r) + 1.0f;
-  return p * from_bits((int32_t)((uint32_t)((int32_t)n + 127) << 23));
+  float p = 1.3814595e-3f;
+  p = p * r + 8.3687175e-3f;
+  p = p * r + 4.1668389e-2f;
+  p = p * r + 1.6666521e-1f;
+  p = p * r + 4.9999994e-1f;
+  p = p * r + 1.0f;
+  p = p * r + 1.0f;
+  int32_t power, bits; /* the lowest bits of `shifted` are n */
+  memcpy(&power, &shifted, sizeof power);
+  memcpy(&bits, &p, sizeof bits);
+  return from_bits((int32_t)((uint32_t)bits + ((uint32_t)power << 23)));
 }
 
 #endif

@@ -45,6 +45,8 @@ SOURCES = (
     "packed_gemm_arm.c",
     "attention_op.c",
     "attention.c",
+    "quantized_attention.c",
+    "quantized_operands.c",
     "limits.c",
     "scratch.c",
 )
@@ -57,6 +59,7 @@ HEADERS = (
     "limits.h",
     "packed_gemm.h",
     "packed_gemm_variant.h",
+    "quantized_attention.h",
     "scratch.h",
     "token_chain.h",
     "variants.h",

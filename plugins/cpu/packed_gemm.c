@@ -76,12 +76,12 @@ static int variants(const Variant *list[MAX_VARIANTS]) {
 
 static const Variant *forced; /* for tests */
 
-static const Variant *chosen(void) {
+const Variant *packed_gemm_chosen(void) {
   const Variant *list[MAX_VARIANTS];
   return variants(list), forced ? forced : list[0];
 }
 
-EXPORT const char *packed_gemm_variant(void) { return chosen()->name; }
+EXPORT const char *packed_gemm_variant(void) { return packed_gemm_chosen()->name; }
 
 EXPORT int packed_gemm_force(const char *name) {
   const Variant *list[MAX_VARIANTS];
@@ -172,7 +172,7 @@ VARIANTS void weigh(int32_t *sums, uint32_t weight, int64_t count) {
 }
 
 void packed_gemm_panel(const PackedGemm *gemm, int64_t panel, int64_t first, int64_t last, void *memory) {
-  const Variant *variant = chosen();
+  const Variant *variant = packed_gemm_chosen();
   int64_t k = filled(gemm->k), rows = last - first;
   int run = run_of(gemm);
   const uint8_t *limbs[2] = {gemm->codes, gemm->low_codes};

@@ -68,8 +68,55 @@ ROWS_AVX2(4)
 ROWS_AVX2(2)
 ROWS_AVX2(1)
 
+/* --- without multipliers: sums of 32 bits stay in registers --------------------------------------------------------- */
+
+/* `rows` (at most 4) rows; quads: how many of them are added in 16 bits, 0 where a pair of products does not fit these
+ * and each product is taken by itself. All constants where this is inlined. */
+__attribute__((target("avx2"))) INLINE void unscaled_tile(
+    const int rows, const int quads, const uint8_t *a, int64_t stride, int64_t k, const int8_t *w, int32_t *sums) {
+  const __m256i ones = _mm256_set1_epi16(1), even = _mm256_set1_epi16(255);
+  const int step = quads == 2 ? 2 : 1;
+  __m256i total[4][2];
+  for (int row = 0; row < rows; row++)
+    for (int half = 0; half < 2; half++) total[row][half] = _mm256_load_si256((const __m256i *)(sums + row * PANEL) + half);
+  for (int64_t i = 0; i < k; i += step * QUAD, w += step * BYTES)
+#pragma GCC unroll 4
+    for (int row = 0; row < rows; row++) {
+      __m256i same = _mm256_castps_si256(_mm256_broadcast_ss((const float *)(a + row * stride + i))), next = same;
+      if (quads == 2) next = _mm256_castps_si256(_mm256_broadcast_ss((const float *)(a + row * stride + i + QUAD)));
+      if (quads == 0) next = _mm256_andnot_si256(even, same), same = _mm256_and_si256(same, even);
+#pragma GCC unroll 2
+      for (int half = 0; half < 2; half++) {
+        const __m256i *weight = (const __m256i *)(w + half * 32);
+        __m256i pairs = _mm256_maddubs_epi16(same, weight[0]);
+        if (quads == 2) pairs = _mm256_add_epi16(pairs, _mm256_maddubs_epi16(next, weight[2]));
+        total[row][half] = _mm256_add_epi32(total[row][half], _mm256_madd_epi16(pairs, ones));
+        if (quads == 0) {
+          pairs = _mm256_maddubs_epi16(next, weight[0]);
+          total[row][half] = _mm256_add_epi32(total[row][half], _mm256_madd_epi16(pairs, ones));
+        }
+      }
+    }
+  for (int row = 0; row < rows; row++)
+    for (int half = 0; half < 2; half++) _mm256_store_si256((__m256i *)(sums + row * PANEL) + half, total[row][half]);
+}
+
+#define UNSCALED_ROWS(quads)                                                                                           \
+  __attribute__((target("avx2"))) static void unscaled_rows_##quads(                                                   \
+      const uint8_t *a, int64_t stride, int64_t rows, int64_t k, const int8_t *w, int32_t *sums) {                     \
+    for (; rows >= 4; rows -= 4, a += 4 * stride, sums += 4 * PANEL) unscaled_tile(4, quads, a, stride, k, w, sums);   \
+    for (; rows > 0; rows--, a += stride, sums += PANEL) unscaled_tile(1, quads, a, stride, k, w, sums);               \
+  }
+UNSCALED_ROWS(2)
+UNSCALED_ROWS(1)
+UNSCALED_ROWS(0)
+
 static void add_avx2(
     const uint8_t *a, int64_t stride, int64_t rows, int64_t k, int run, const Scratch *scratch, int32_t *sums) {
+  if (!scratch->factors) {
+    (run >= 2 ? unscaled_rows_2 : run == 1 ? unscaled_rows_1 : unscaled_rows_0)(a, stride, rows, k, scratch->decoded, sums);
+    return;
+  }
   (run == 8 ? rows_avx2_8 : run == 4 ? rows_avx2_4 : run == 2 ? rows_avx2_2 : rows_avx2_1)(
       a, stride, rows, k, scratch, sums);
 }

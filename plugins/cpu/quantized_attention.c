@@ -1,0 +1,173 @@
+/* The products of QuantizedAttention, a block of queries against all keys of a head, in the variants of PackedGemm. */
+#include "quantized_attention.h"
+
+#include <math.h>
+#include <string.h>
+
+#include "exponential.h"
+#include "packed_gemm_variant.h"
+#include "variants.h"
+
+#if defined(__clang__)
+#pragma clang fp contract(fast)
+#else
+#pragma GCC optimize("fp-contract=fast")
+#endif
+
+enum { SCORES_BYTES = 384 << 10, MOST_ROWS = 256, STAGGER = 16, KEY_BLOCK = 1024 };
+
+static int64_t filled(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
+
+/* Floats from one row of scores to the next: no power of two, of which few rows would share a set of the cache. */
+static int64_t score_row(int64_t keys) { return filled(keys, PANEL) + STAGGER; }
+
+int64_t quantized_attention_rows(const QuantizedAttention *attention) {
+  int64_t rows = SCORES_BYTES / (score_row(attention->tensors.keys) * (int64_t)sizeof(float)) / QUAD * QUAD;
+  return rows < 8 ? 8 : rows > MOST_ROWS ? MOST_ROWS : rows;
+}
+
+typedef struct Memory {
+  float *scores;        /* [rows, score_row] */
+  uint8_t *q, *weights; /* [rows, size] and [rows, keys], filled up to octets */
+  int32_t *sums;        /* [rows, 16] */
+  float *scale;         /* [rows]: of q, then 1 / sum of the weights */
+  float *work;          /* [2, size] */
+} Memory;
+
+static int64_t lay_out(const QuantizedAttention *attention, char *memory, Memory *parts) {
+  int64_t rows = quantized_attention_rows(attention), keys = attention->tensors.keys, used = 0;
+  int64_t sizes[] = {
+      rows * score_row(keys) * 4, rows * filled(attention->tensors.size, OCTET), rows * filled(keys, OCTET),
+      rows * PANEL * 4, rows * 4, 2 * attention->tensors.size * 4};
+  void *at[6];
+  for (int i = 0; i < 6; i++) at[i] = memory ? memory + used : NULL, used += filled(sizes[i], 64);
+  if (parts) *parts = (Memory){at[0], at[1], at[2], at[3], at[4], at[5]};
+  return used;
+}
+
+int64_t quantized_attention_scratch(const QuantizedAttention *attention) { return lay_out(attention, NULL, NULL); }
+
+/* Sums of a panel of keys -> scores. zero: of the codes of q, which the sums hold too much of the keys for. */
+VARIANTS void scores_of_panel(
+    const int32_t *sums, int64_t rows, int32_t zero, const int32_t *key_sum, const float *key_scale, const float *scale,
+    float *scores, int64_t stride) {
+  for (int64_t row = 0; row < rows; row++) {
+    float factor = scale[row];
+    ELEMENTWISE
+    for (int i = 0; i < PANEL; i++)
+      scores[row * stride + i] = (float)(sums[row * PANEL + i] - zero * key_sum[i]) * factor * key_scale[i];
+  }
+}
+
+VARIANTS void add_mask(float *scores, const float *mask, int64_t keys) {
+  ELEMENTWISE
+  for (int64_t i = 0; i < keys; i++) scores[i] += mask[i];
+}
+
+enum { LANES_OF_MAX = 64 }; /* so many that their maxima do not wait for each other */
+
+/* The largest score, NaN if any is. */
+VARIANTS float largest_score(const float *scores, int64_t n) {
+  float lanes[LANES_OF_MAX], largest = -INFINITY;
+  int64_t whole = n - n % LANES_OF_MAX;
+  int32_t unordered = 0;
+  for (int j = 0; j < LANES_OF_MAX; j++) lanes[j] = -INFINITY;
+  for (int64_t i = 0; i < whole; i += LANES_OF_MAX)
+    for (int j = 0; j < LANES_OF_MAX; j++) lanes[j] = scores[i + j] > lanes[j] ? scores[i + j] : lanes[j];
+  for (int64_t i = whole; i < n; i++) largest = scores[i] > largest ? scores[i] : largest;
+  for (int j = 0; j < LANES_OF_MAX; j++) largest = lanes[j] > largest ? lanes[j] : largest;
+  for (int64_t i = 0; i < n; i++) unordered |= -(scores[i] != scores[i]);
+  return unordered ? NAN : largest;
+}
+
+/* Codes of exp(scores - largest) and their sum. A weight below half a step is 0, long before exp has no normal number. */
+VARIANTS int32_t weights_of(const float *scores, float largest, float bound, uint8_t *weights, int64_t n) {
+  int32_t sum = 0;
+  ELEMENTWISE
+  for (int64_t i = 0; i < n; i++) {
+    float x = scores[i] - largest;
+    x = x > -bound ? x : -bound;
+    float rounded = exponential(x) * (float)WEIGHT_STEPS + MAGIC;
+    int32_t bits;
+    memcpy(&bits, &rounded, sizeof bits);
+    weights[i] = (uint8_t)bits;
+    sum += bits & 255;
+  }
+  return sum;
+}
+
+/* Rows of scores -> rows of weights; scale: 1 / their sum, NaN where there is no largest score that is finite. */
+static void weigh_rows(int64_t rows, int64_t keys, int64_t stride, const Memory *memory) {
+  int64_t wide = filled(keys, OCTET);
+  for (int64_t row = 0; row < rows; row++) {
+    uint8_t *weights = memory->weights + row * wide;
+    float largest = largest_score(memory->scores + row * stride, keys);
+    memset(weights + keys, 0, (size_t)(wide - keys));
+    if (isfinite(largest))
+      memory->scale[row] = 1.0f / (float)weights_of(memory->scores + row * stride, largest, EXP_BOUND, weights, keys);
+    else memset(weights, 0, (size_t)keys), memory->scale[row] = NAN;
+  }
+}
+
+VARIANTS void finish(
+    const int32_t *sums, int64_t rows, const float *value_scale, const float *scale, int64_t count, float *out,
+    int64_t stride) {
+  for (int64_t row = 0; row < rows; row++)
+    for (int64_t i = 0; i < count; i++)
+      out[row * stride + i] = (float)sums[row * PANEL + i] * value_scale[i] * scale[row];
+}
+
+/* Sums of at most 255 * kmax in pairs: quads of a run that stay in 16 bits, 0 if a pair does not. */
+static int run_of(int32_t largest_code, float kmax) {
+  float pair = 2.0f * (float)largest_code * kmax;
+  return 2 * pair <= INT16_MAX ? 2 : pair <= INT16_MAX ? 1 : 0;
+}
+
+void quantized_attention_block(
+    const QuantizedAttention *attention, int64_t part, const HeadOperands *operands, int64_t first, int64_t count,
+    void *scratch) {
+  const Attention *tensors = &attention->tensors;
+  const Variant *variant = packed_gemm_chosen();
+  int64_t size = tensors->size, keys = tensors->keys, wide = filled(size, OCTET), stride = score_row(keys);
+  int64_t long_row = filled(keys, OCTET);
+  const int64_t *step = tensors->mask_step;
+  const float *mask = tensors->mask;
+  int32_t zero = quantized_attention_zero(attention);
+  float *out = tensors->out + (part * tensors->queries + first) * size;
+  Memory memory;
+  lay_out(attention, scratch, &memory);
+  quantized_attention_queries(
+      attention, tensors->q + (part * tensors->queries + first) * size, count, memory.q, memory.scale, memory.work);
+  for (int64_t row = 0; row < count; row++) memory.scale[row] *= tensors->scale;
+
+  int run = run_of(2 * zero, attention->qk.kmax);
+  for (int64_t key = 0; key < keys; key += PANEL) {
+    Scratch panel = {.decoded = operands->keys + key * wide};
+    memset(memory.sums, 0, (size_t)(count * PANEL) * sizeof *memory.sums);
+    variant->add(memory.q, wide, count, wide, run, &panel, memory.sums);
+    scores_of_panel(
+        memory.sums, count, zero, operands->key_sum + key, operands->key_scale + key, memory.scale,
+        memory.scores + key, stride);
+  }
+  if (mask) {
+    mask += part / tensors->heads * step[0] + part % tensors->heads * step[1] + first * step[2];
+    for (int64_t row = 0; row < count; row++, mask += step[2])
+      if (step[3] == 1) add_mask(memory.scores + row * stride, mask, keys);
+      else
+        for (int64_t key = 0; key < keys; key++) memory.scores[row * stride + key] += mask[key * step[3]];
+  }
+  weigh_rows(count, keys, stride, &memory);
+
+  run = run_of(WEIGHT_STEPS, attention->pv.kmax);
+  for (int64_t channel = 0; channel < size; channel += PANEL) {
+    memset(memory.sums, 0, (size_t)(count * PANEL) * sizeof *memory.sums);
+    for (int64_t key = 0; key < long_row; key += KEY_BLOCK) {
+      int64_t block = long_row - key < KEY_BLOCK ? long_row - key : KEY_BLOCK;
+      Scratch panel = {.decoded = operands->values + channel * long_row + key * PANEL};
+      variant->add(memory.weights + key, long_row, count, block, run, &panel, memory.sums);
+    }
+    finish(
+        memory.sums, count, operands->value_scale + channel, memory.scale, size - channel < PANEL ? size - channel : PANEL,
+        out + channel, size);
+  }
+}

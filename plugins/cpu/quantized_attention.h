@@ -1,0 +1,56 @@
+/* Attention of codes: softmax(scale * q k' + mask) v, where q, k, v and the weights are small integers. */
+#ifndef FPQ_QUANTIZED_ATTENTION_H
+#define FPQ_QUANTIZED_ATTENTION_H
+
+#include "attention.h"
+
+/* How numbers become integers: the largest becomes kmax, see round_row in token_chain.c. */
+typedef struct Grid {
+  float max_value, kmax, rounding_factor;
+} Grid;
+
+/* As fpq.QuantizedAttention has it: q and k less its mean over the tokens are quantized by token, v by channel over the
+ * tokens, the weights exp(score - largest of the row) in steps of 1 / 255; all sums of products are exact. NaN and
+ * infinity: a query gives NaN for itself, a key or a value for all that it can reach. Without any key, out is 0. */
+typedef struct QuantizedAttention {
+  Attention tensors;
+  Grid qk, pv;
+  float absmax_floor;
+} QuantizedAttention;
+
+enum { WEIGHT_STEPS = 255, QUAD_ROWS = 4 };
+/* Sums of products with values of a byte stay in 32 bits up to here: 255 * 127 * MOST_KEYS < 2^31. */
+enum { MOST_KEYS = 66000 };
+
+/* Keys and values of one head as the products read them: filled up with zeros, keys to whole panels of 16 and values
+ * to whole octets of keys. */
+typedef struct HeadOperands {
+  int8_t *keys, *values; /* [panels of keys, size / 4, 16, 4] and [panels of channels, keys / 4, 16, 4] */
+  float *key_scale, *value_scale; /* by key, by channel; that of the format's unit is in them */
+  int32_t *key_sum;               /* of the integers of a key */
+} HeadOperands;
+
+/* Bytes of the operands of a head, a multiple of 64. */
+int64_t quantized_attention_head(const QuantizedAttention *);
+/* Where they lie in such memory. */
+HeadOperands quantized_attention_operands(const QuantizedAttention *, void *memory);
+/* Fills them in for head `part` of samples * heads. work: quantized_attention_work bytes. */
+void quantized_attention_prepare(const QuantizedAttention *, int64_t part, const HeadOperands *, void *work);
+int64_t quantized_attention_work(const QuantizedAttention *);
+/* What is added to the integers of queries, so that they are codes without a sign. */
+static inline int32_t quantized_attention_zero(const QuantizedAttention *attention) {
+  return (int32_t)attention->qk.kmax;
+}
+/* Codes [count, size filled up to octets] of queries and the scale of each, NaN where one is not finite. rows: twice
+ * `size` floats. */
+void quantized_attention_queries(
+    const QuantizedAttention *, const float *q, int64_t count, uint8_t *codes, float *scale, float *rows);
+
+/* Queries of a block, so that their scores stay in the second-level cache; a multiple of 4. */
+int64_t quantized_attention_rows(const QuantizedAttention *);
+int64_t quantized_attention_scratch(const QuantizedAttention *);
+/* Queries first..first + count - 1 of head `part`. */
+void quantized_attention_block(
+    const QuantizedAttention *, int64_t part, const HeadOperands *, int64_t first, int64_t count, void *scratch);
+
+#endif

@@ -1,0 +1,169 @@
+/* Queries, keys and values of QuantizedAttention as integers. No contraction here: the rounding sums need each of their
+ * operations rounded. */
+#include <math.h>
+#include <string.h>
+
+#include "exponential.h"
+#include "packed_gemm.h"
+#include "quantized_attention.h"
+#include "variants.h"
+
+static int64_t filled(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
+
+static int64_t lay_out(const QuantizedAttention *attention, char *memory, HeadOperands *operands) {
+  int64_t size = attention->tensors.size, keys = attention->tensors.keys, used = 0;
+  int64_t channels = filled(size, PANEL), columns = filled(keys, PANEL);
+  int64_t sizes[] = {columns * filled(size, OCTET), channels * filled(keys, OCTET), columns * 4, channels * 4, columns * 4};
+  void *parts[5];
+  for (int i = 0; i < 5; i++) parts[i] = memory ? memory + used : NULL, used += filled(sizes[i], 64);
+  if (operands) *operands = (HeadOperands){parts[0], parts[1], parts[2], parts[3], parts[4]};
+  return used;
+}
+
+int64_t quantized_attention_head(const QuantizedAttention *attention) { return lay_out(attention, NULL, NULL); }
+
+HeadOperands quantized_attention_operands(const QuantizedAttention *attention, void *memory) {
+  HeadOperands operands;
+  return lay_out(attention, memory, &operands), operands;
+}
+
+/* Three rows of numbers, and the codes of all keys. */
+int64_t quantized_attention_work(const QuantizedAttention *attention) {
+  int64_t size = attention->tensors.size;
+  return filled(size, PANEL) * 3 * (int64_t)sizeof(float) + filled(attention->tensors.keys * filled(size, OCTET), 64);
+}
+
+static inline int32_t magnitude_bits(float x) {
+  int32_t bits;
+  memcpy(&bits, &x, sizeof bits);
+  return bits & INT32_MAX;
+}
+
+/* The "magic add" of pipeline/backends/cpu/quantizers.py. */
+static inline int32_t rounded(float v, float factor) {
+  float wide = fabsf(v) * factor, c = wide > MAGIC ? wide : MAGIC;
+  return (int32_t)((v + c) - c);
+}
+
+/* Scale and its inverse of numbers whose largest magnitude has these bits: NaN and 0 unless it is finite. */
+static inline float scale_of(const Grid *grid, float floor, int32_t bits, float *inverse) {
+  float absmax = from_bits(bits);
+  if (bits >= 0x7f800000) return *inverse = 0, NAN;
+  absmax = absmax > floor ? absmax : floor;
+  *inverse = grid->kmax / absmax;
+  return absmax / grid->max_value;
+}
+
+/* What a format's integer is worth. */
+static inline float unit(const Grid *grid) { return grid->max_value / grid->kmax; }
+
+/* x [count, n] less `mean` by token -> codes, rows of `wide` bytes filled up with 0, `zero` added; the scale of each. A
+ * token that is not finite has codes `zero` and the scale NaN. row: n floats. */
+VARIANTS void round_tokens(
+    const float *x, const float *mean, int64_t count, int64_t n, const Grid *grid, float floor, int32_t zero,
+    uint8_t *codes, int64_t wide, float *scale, float *row) {
+  for (int64_t token = 0; token < count; token++, x += n, codes += wide) {
+    int32_t largest = 0;
+    ELEMENTWISE
+    for (int64_t i = 0; i < n; i++) row[i] = x[i] - mean[i];
+    for (int64_t i = 0; i < n; i++) largest = magnitude_bits(row[i]) > largest ? magnitude_bits(row[i]) : largest;
+    float inverse;
+    scale[token] = scale_of(grid, floor, largest, &inverse) * unit(grid);
+    memset(codes + n, 0, (size_t)(wide - n));
+    if (inverse == 0) {
+      memset(codes, zero, (size_t)n);
+      continue;
+    }
+    ELEMENTWISE
+    for (int64_t i = 0; i < n; i++) codes[i] = (uint8_t)(zero + rounded(row[i] * inverse, grid->rounding_factor));
+  }
+}
+
+void quantized_attention_queries(
+    const QuantizedAttention *attention, const float *q, int64_t count, uint8_t *codes, float *scale, float *rows) {
+  int64_t size = attention->tensors.size;
+  memset(rows, 0, (size_t)size * sizeof *rows);
+  round_tokens(
+      q, rows, count, size, &attention->qk, attention->absmax_floor, quantized_attention_zero(attention), codes,
+      filled(size, OCTET), scale, rows + size);
+}
+
+VARIANTS void mean_of_tokens(const float *x, int64_t count, int64_t n, float *mean) {
+  memset(mean, 0, (size_t)n * sizeof *mean);
+  for (int64_t token = 0; token < count; token++) {
+    ELEMENTWISE
+    for (int64_t i = 0; i < n; i++) mean[i] += x[token * n + i];
+  }
+  for (int64_t i = 0; i < n; i++) mean[i] /= (float)count;
+}
+
+static void prepare_keys(
+    const QuantizedAttention *attention, const float *k, const HeadOperands *operands, float *mean, float *row,
+    uint8_t *codes) {
+  int64_t size = attention->tensors.size, keys = attention->tensors.keys, wide = filled(size, OCTET);
+  mean_of_tokens(k, keys, size, mean);
+  round_tokens(
+      k, mean, keys, size, &attention->qk, attention->absmax_floor, 0, codes, wide, operands->key_scale, row);
+  for (int64_t key = 0; key < keys; key++) {
+    const uint8_t *from = codes + key * wide;
+    int8_t *panel = operands->keys + key / PANEL * PANEL * wide + key % PANEL * QUAD;
+    int32_t sum = 0;
+    for (int64_t i = 0; i < size; i++) sum += (int8_t)from[i];
+    operands->key_sum[key] = sum;
+    for (int64_t i = 0; i < wide; i += QUAD) memcpy(panel + i * PANEL, from + i, QUAD);
+  }
+}
+
+/* The largest magnitude of each channel over all tokens, as bits. */
+VARIANTS void widest_tokens(const float *x, int64_t count, int64_t n, int32_t *largest) {
+  memset(largest, 0, (size_t)n * sizeof *largest);
+  for (int64_t token = 0; token < count; token++) {
+    ELEMENTWISE
+    for (int64_t i = 0; i < n; i++) {
+      int32_t bits = magnitude_bits(x[token * n + i]);
+      largest[i] = bits > largest[i] ? bits : largest[i];
+    }
+  }
+}
+
+/* Up to QUAD tokens of n channels -> quads[n]: the codes of a channel, those of missing tokens 0. Channels that are not
+ * finite have the inverse 0, and any codes: their scale is NaN. */
+VARIANTS void round_quad(
+    const float *x, int64_t count, int64_t n, const float *inverse, const Grid *grid, uint32_t *quads) {
+  memset(quads, 0, (size_t)n * sizeof *quads);
+  for (int64_t token = 0; token < count; token++) {
+    ELEMENTWISE
+    for (int64_t i = 0; i < n; i++) {
+      float v = x[token * n + i] * inverse[i];
+      v = v > -grid->kmax ? v : -grid->kmax; /* NaN is no integer */
+      quads[i] |= ((uint32_t)rounded(v, grid->rounding_factor) & 255) << (8 * token);
+    }
+  }
+}
+
+static void prepare_values(
+    const QuantizedAttention *attention, const float *v, const HeadOperands *operands, float *inverse,
+    int32_t *largest) {
+  int64_t size = attention->tensors.size, keys = attention->tensors.keys, long_row = filled(keys, OCTET) * PANEL;
+  uint32_t *quads = (uint32_t *)largest;
+  widest_tokens(v, keys, size, largest);
+  for (int64_t i = 0; i < size; i++)
+    operands->value_scale[i] =
+        scale_of(&attention->pv, attention->absmax_floor, largest[i], inverse + i) * unit(&attention->pv);
+  for (int64_t key = 0; key < keys; key += QUAD) {
+    round_quad(v + key * size, keys - key < QUAD ? keys - key : QUAD, size, inverse, &attention->pv, quads);
+    for (int64_t i = 0; i < size; i += PANEL)
+      memcpy(operands->values + i / PANEL * long_row + key * PANEL, quads + i,
+             (size_t)((size - i < PANEL ? size - i : PANEL) * QUAD));
+  }
+}
+
+void quantized_attention_prepare(
+    const QuantizedAttention *attention, int64_t part, const HeadOperands *operands, void *work) {
+  const Attention *tensors = &attention->tensors;
+  int64_t wide = filled(tensors->size, PANEL), first = part * tensors->keys * tensors->size;
+  float *one = work, *other = one + wide;
+  memset(operands->keys, 0, (size_t)quantized_attention_head(attention));
+  prepare_keys(attention, tensors->k + first, operands, one, other, (uint8_t *)(one + 3 * wide));
+  prepare_values(attention, tensors->v + first, operands, one, (int32_t *)other);
+}
