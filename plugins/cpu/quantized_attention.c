@@ -32,16 +32,18 @@ typedef struct Memory {
   int32_t *sums;        /* [rows, 16] */
   float *scale;         /* [rows]: of q, then 1 / sum of the weights */
   float *work;          /* [2, size] */
+  int8_t *decoded;      /* of a block of keys, as a variant may want it */
 } Memory;
 
 static int64_t lay_out(const QuantizedAttention *attention, char *memory, Memory *parts) {
   int64_t rows = quantized_attention_rows(attention), keys = attention->tensors.keys, used = 0;
   int64_t sizes[] = {
       rows * score_row(keys) * 4, rows * filled(attention->tensors.size, OCTET), rows * filled(keys, OCTET),
-      rows * PANEL * 4, rows * 4, 2 * attention->tensors.size * 4};
-  void *at[6];
-  for (int i = 0; i < 6; i++) at[i] = memory ? memory + used : NULL, used += filled(sizes[i], 64);
-  if (parts) *parts = (Memory){at[0], at[1], at[2], at[3], at[4], at[5]};
+      rows * PANEL * 4, rows * 4, 2 * attention->tensors.size * 4,
+      2 * KEY_BLOCK * PANEL};
+  void *at[7];
+  for (int i = 0; i < 7; i++) at[i] = memory ? memory + used : NULL, used += filled(sizes[i], 64);
+  if (parts) *parts = (Memory){at[0], at[1], at[2], at[3], at[4], at[5], at[6]};
   return used;
 }
 
@@ -123,6 +125,20 @@ static int run_of(int32_t largest_code, float kmax) {
   return 2 * pair <= INT16_MAX ? 2 : pair <= INT16_MAX ? 1 : 0;
 }
 
+/* memory->sums += codes [rows, k] * panel [k / 4, 16, 4], at most KEY_BLOCK of k at a time. */
+static void add_products(
+    const Variant *variant, const uint8_t *codes, int64_t stride, int64_t rows, const int8_t *panel, int64_t k, int run,
+    const Memory *memory) {
+  static const PackedGemm bytes = {0};
+  Scratch scratch = {.decoded = memory->decoded};
+  for (int64_t k0 = 0; k0 < k; k0 += KEY_BLOCK) {
+    Block block = {.gemm = &bytes, .weight = (const uint8_t *)panel, .k0 = k0, .run = run};
+    block.k = k - k0 < KEY_BLOCK ? k - k0 : KEY_BLOCK;
+    block.w = variant->decode(&block, &scratch);
+    variant->add(&block, codes + k0, stride, rows, memory->sums);
+  }
+}
+
 void quantized_attention_block(
     const QuantizedAttention *attention, int64_t part, const HeadOperands *operands, int64_t first, int64_t count,
     void *scratch) {
@@ -142,9 +158,8 @@ void quantized_attention_block(
 
   int run = run_of(2 * zero, attention->qk.kmax);
   for (int64_t key = 0; key < keys; key += PANEL) {
-    Scratch panel = {.decoded = operands->keys + key * wide};
     memset(memory.sums, 0, (size_t)(count * PANEL) * sizeof *memory.sums);
-    variant->add(memory.q, wide, count, wide, run, &panel, memory.sums);
+    add_products(variant, memory.q, wide, count, operands->keys + key * wide, wide, run, &memory);
     scores_of_panel(
         memory.sums, count, zero, operands->key_sum + key, operands->key_scale + key, memory.scale,
         memory.scores + key, stride);
@@ -161,11 +176,8 @@ void quantized_attention_block(
   run = run_of(WEIGHT_STEPS, attention->pv.kmax);
   for (int64_t channel = 0; channel < size; channel += PANEL) {
     memset(memory.sums, 0, (size_t)(count * PANEL) * sizeof *memory.sums);
-    for (int64_t key = 0; key < long_row; key += KEY_BLOCK) {
-      int64_t block = long_row - key < KEY_BLOCK ? long_row - key : KEY_BLOCK;
-      Scratch panel = {.decoded = operands->values + channel * long_row + key * PANEL};
-      variant->add(memory.weights + key, long_row, count, block, run, &panel, memory.sums);
-    }
+    add_products(
+        variant, memory.weights, long_row, count, operands->values + channel * long_row, long_row, run, &memory);
     finish(
         memory.sums, count, operands->value_scale + channel, memory.scale, size - channel < PANEL ? size - channel : PANEL,
         out + channel, size);
