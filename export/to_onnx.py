@@ -11,7 +11,7 @@ import os
 import shutil
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -21,8 +21,10 @@ from numpy.typing import NDArray
 
 from export.carry_nan import carry_nan
 from export.checkpoint import QuantizedLinear, shared_router
-from export.dialect.graph import GraphBuilder, add_initializer, lazy_tensor, result_of
+from export.dialect.graph import GraphBuilder, add_functions, add_initializer, is_op, lazy_tensor, result_of
+from export.dialect.ops import DOMAIN
 from export.errors import ContractError, ModelError
+from export.formats.attention import AttentionFormats
 from export.models.load import LoadedModel, denoiser, sample_inputs
 from export.models.read_weights import is_finite
 from export.quantize_graph import quantize_graph
@@ -42,18 +44,23 @@ TIMESTEPS = np.arange(1000)
 
 @dataclass(frozen=True)
 class ExportSummary:
-    """What an export did. `kept` counts layers by reason; bytes of stored weights, and of the same model in fp16."""
+    """What an export did. `kept` counts layers by reason; bytes of stored weights, and of the same model in fp16.
+
+    attentions: how many are quantized, by their formats, which are None where none is."""
 
     quantized: int
     kept: Mapping[str, int]
     weights_bytes: int
     fp16_bytes: int
+    attentions: int = 0
+    attention: AttentionFormats | None = None
 
     def __str__(self) -> str:
         reasons = "; ".join(f"{count} {reason}" for reason, count in self.kept.items())
         count = sum(self.kept.values())
         sizes = f"{megabytes(self.weights_bytes)} packed vs {megabytes(self.fp16_bytes)} fp16"
-        return f"{self.quantized} of {self.quantized + count} layers quantized, {count} kept ({reasons}), {sizes}"
+        layers = f"{self.quantized} of {self.quantized + count} layers quantized, {count} kept ({reasons}), {sizes}"
+        return layers if self.attention is None else f"{layers}, {self.attentions} attentions at {self.attention}"
 
 
 def megabytes(size_bytes: int) -> str:
@@ -66,26 +73,36 @@ def megabytes(size_bytes: int) -> str:
 
 
 def export_portable(
-    model: LoadedModel, layers: list[QuantizedLinear], path: Path, height: int = 0, width: int = 0
+    model: LoadedModel,
+    layers: list[QuantizedLinear],
+    path: Path,
+    height: int = 0,
+    width: int = 0,
+    *,
+    attention: AttentionFormats | None,
 ) -> ExportSummary:
     """Write the portable quantized model to `path` and `path`.data for images of `height` x `width` pixels.
 
-    Batch and caption length stay dynamic. Raises ContractError unless `layers` are exactly the model's linears to
-    quantize and fit them in shape, ModelError if a tensor that is not quantized has NaN or Inf.
+    Batch and caption length stay dynamic. attention: its formats, None for float32. Raises ContractError unless
+    `layers` are exactly the model's linears to quantize and fit them in shape, or if an attention cannot be quantized;
+    ModelError if a tensor that is not quantized has NaN or Inf.
     """
-    from export.trace import PlaceholderLinear
+    from export.trace import ATTENTION, PlaceholderLinear
 
     _check_layers(model, layers)
     _check_finite(model, {ref.name for ref in model.linears()})
     _log_undecided(layers)
     stand_ins = {ref.name: PlaceholderLinear(ref.name, ref.module.out_features) for ref in model.linears()}
-    graph = _traced(model, stand_ins, height, width)
+    graph = _traced(model, stand_ins, height, width, attention)
     quantize_graph(graph, layers)
+    attentions = sum(is_op(node, ATTENTION, DOMAIN) for node in graph.graph)
+    if attention is not None:
+        add_functions(graph, [ATTENTION])
     if any(layer.activation_scale is not None for layer in layers):
         carry_nan(graph.graph, [row.name for row in model.inputs])
     _bind(graph, _values(model, height, width), narrow=True)
     _save(graph, path)
-    summary = _summary(model, len(layers), path)
+    summary = replace(_summary(model, len(layers), path), attentions=attentions, attention=attention)
     logger.info("%s: %s", path, summary)
     return summary
 
@@ -104,7 +121,7 @@ def export_float(model: LoadedModel, path: Path, height: int = 0, width: int = 0
     stand_ins = {
         ref.name: linear_like(ref.module, torch.zeros(1, 1).expand(ref.module.weight.shape)) for ref in model.linears()
     }
-    graph = _traced(model, stand_ins, height, width)
+    graph = _traced(model, stand_ins, height, width, attention=None)
     _bind(graph, _values(model, height, width), narrow=False)
     _save(graph, path)
 
@@ -152,14 +169,20 @@ def _log_undecided(layers: list[QuantizedLinear]) -> None:
 # --- graph and weights ---------------------------------------------------------------------------------------------
 
 
-def _traced(model: LoadedModel, stand_ins: Mapping[str, nn.Module], height: int, width: int) -> ir.Model:
+def _traced(
+    model: LoadedModel,
+    stand_ins: Mapping[str, nn.Module],
+    height: int,
+    width: int,
+    attention: AttentionFormats | None,
+) -> ir.Model:
     from export.models.torch_modules import set_resolution
     from export.trace import trace
 
     module = denoiser(model, stand_ins)
     set_resolution(module, *model.cells(height, width))
     samples = sample_inputs(model, TRACE_BATCH, 0, height, width, TRACE_TOKENS)
-    return trace(module, model.inputs, samples)
+    return trace(module, model.inputs, samples, attention)
 
 
 def _values(model: LoadedModel, height: int, width: int) -> dict[str, torch.Tensor]:

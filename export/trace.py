@@ -9,7 +9,8 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from functools import partial
 from typing import Any
 
 import onnx_ir as ir
@@ -22,14 +23,19 @@ from onnxscript.rewriter.rules import common as rules
 from torch import nn
 
 from export.dialect.functions import OPSET
-from export.dialect.ops import DOMAIN, VERSION
+from export.dialect.ops import DOMAIN, VERSION, attributes
+from export.dialect.reference import check_attention_shapes
 from export.errors import ContractError, ModelError
+from export.formats.attention import AttentionFormats
+from export.models.attention_calls import attention_calls
 from export.models.description import Array
 from export.models.families import Input
+from export.models.torch_modules import Denoiser
 from export.quantize_graph import PLACEHOLDER
 
 IR_VERSION = 10
 MODULE_PREFIX = "transformer."
+ATTENTION = "QuantizedAttention"
 # Tables of sines and positions stay below this many elements; larger constants are not computed at export.
 FOLD_LIMIT = 1 << 20
 # Shapes of Reshape as constants, and what torch's view and slice calls leave behind.
@@ -55,12 +61,16 @@ class PlaceholderLinear(nn.Module):
         return torch.onnx.ops.symbolic(domain_op, (x,), attributes, dtype=x.dtype, shape=shape, version=VERSION)
 
 
-def trace(module: nn.Module, rows: tuple[Input, ...], samples: Mapping[str, Array]) -> ir.Model:
+def trace(
+    module: Denoiser, rows: tuple[Input, ...], samples: Mapping[str, Array], attention: AttentionFormats | None = None
+) -> ir.Model:
     """ONNX graph of `module`, whose forward takes the inputs `rows` in order and returns the tensor "sample".
 
     Dynamic axes are those of the rows. Parameters and buffers of the module become graph inputs behind the rows.
+    attention: formats in which it is quantized, each one node of the dialect then; None: in float32, in plain ops.
     """
-    program = _exported(module, rows, samples)
+    with attention_calls(module.transformer, partial(_quantized_attention, attention)) if attention else nullcontext():
+        program = _exported(module, rows, samples)
     _drop_vain_squeezes(program)
     names = [row.name for row in rows]
     table: dict[Callable, Callable] = {torch.ops.aten.scaled_dot_product_attention.default: _attention}
@@ -94,6 +104,25 @@ def _drop_vain_squeezes(program: torch.export.ExportedProgram) -> None:
                 node.replace_all_uses_with(node.args[0])
                 program.graph.erase_node(node)
     program.graph_module.recompile()
+
+
+def _quantized_attention(
+    formats: AttentionFormats,
+    name: str,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    mask: torch.Tensor | None,
+    scale: float,
+) -> torch.Tensor:
+    """One node for an attention, in its final form."""
+    if isinstance(key.shape[-2], int):  # of a caption it is a symbol, and an engine refuses too many tokens
+        check_attention_shapes(name, key.shape[-2], key.shape[-1])
+    choices = attributes(ATTENTION, layer=name, qk_format=formats.qk, pv_format=formats.pv, scale=scale)
+    inputs = (query, key, value, query.new_zeros((1, 1, 1, 1)) if mask is None else mask)
+    shape = (*query.shape[:-1], value.shape[-1])
+    domain_op = f"{DOMAIN}::{ATTENTION}"
+    return torch.onnx.ops.symbolic(domain_op, inputs, choices, dtype=query.dtype, shape=shape, version=VERSION)
 
 
 def _attention(

@@ -14,6 +14,7 @@ import tomli_w
 from export.checkpoint import Granularity
 from export.documents import MOST_TOML_BYTES, Rules, parse_toml, read_text
 from export.errors import RecipeError
+from export.formats.attention import AttentionFormats
 from export.formats.format import get_format
 from export.models.families import LAYER_KINDS
 from export.names import check_name
@@ -64,6 +65,46 @@ class Formats:
             get_format(name)
         unknown = sorted(set(self.weight_of) - set(LAYER_KINDS))
         _check(not unknown, f"formats.weight_of: layer kind {unknown} is unknown; use {', '.join(LAYER_KINDS)}")
+
+
+# In place of a format in `attention`: not quantized, as where the key is absent.
+UNQUANTIZED = "float"
+
+
+@dataclass(frozen=True)
+class Attention:
+    """Number formats of attention: qk of queries and keys, pv of values. None, or the word "float": in float32."""
+
+    qk: str | None = None
+    pv: str | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("qk", "pv"):
+            if getattr(self, name) == UNQUANTIZED:
+                object.__setattr__(self, name, None)
+        _check(
+            (self.qk is None) == (self.pv is None),
+            f"attention.qk is {self.qk or UNQUANTIZED} and attention.pv {self.pv or UNQUANTIZED}; "
+            "give a format for both, or for neither",
+        )
+        _ = self.formats  # refuses formats that attention cannot have
+
+    @property
+    def formats(self) -> AttentionFormats | None:
+        """None where attention stays in float32."""
+        return None if self.qk is None or self.pv is None else AttentionFormats(self.qk, self.pv)
+
+    def text(self) -> str:
+        """The formats in words.
+
+        >>> Attention("INT8", "INT8").text(), Attention().text()
+        ('INT8/INT8', 'float')
+        """
+        return UNQUANTIZED if self.formats is None else str(self.formats)
+
+    def document(self) -> dict[str, str]:
+        """As TOML has it, which knows no None: the keys are absent then."""
+        return {key: name for key, name in asdict(self).items() if name is not None}
 
 
 @dataclass(frozen=True)
@@ -166,6 +207,7 @@ class Recipe:
     model_variant: str = ""
     model_config: str = ""
     formats: Formats = Formats()
+    attention: Attention = Attention()
     weights: Weights = Weights()
     calibrate: Calibrate = Calibrate()
     sampling: Sampling = Sampling()
@@ -191,7 +233,7 @@ class Recipe:
 
     def document(self) -> dict[str, Any]:
         """Everything as TOML has it; `from_dict` gives an equal recipe back."""
-        common = asdict(self)
+        common = {**asdict(self), "attention": self.attention.document()}
         tables: dict[str, dict[str, object]] = common.pop("targets")
         return common | {name: table for name, table in tables.items() if table}
 
@@ -234,6 +276,7 @@ def _instance(kind: type[T], values: Mapping[str, object], source: str) -> T:
 # Type of a field -> what a value must be, in words; the test; what makes the field of it.
 TYPES: dict[object, tuple[str, Callable[[Any], bool], Callable[[Any], object]]] = {
     str: ("text", lambda value: type(value) is str, str),
+    str | None: ("text", lambda value: type(value) is str, str),  # None is an absent key
     Literal: ("text", lambda value: type(value) is str, str),  # which, its class checks
     int: ("an integer", lambda value: type(value) is int, int),
     float: ("a number", lambda value: type(value) in (int, float), float),
@@ -303,23 +346,24 @@ def with_settings(recipe: Recipe, settings: list[str]) -> Recipe:
     """The recipe with `key=value` settings applied, keys and values as in TOML, quotes around a text not needed.
 
     For example `weights.group_size=32`, `weights.search=absmax`, `formats.weight_of."ff.in"=E3M0`, `rtx.sm=[89]`.
+    Checked when all are applied: some keys go with others, as attention.qk and attention.pv.
     """
+    document = recipe.document()
     for setting in settings:
         key, separator, text = setting.partition("=")
         if not separator:
             raise RecipeError(f"--set {setting!r}: expected key=value, for example weights.group_size=32")
-        document = recipe.document()
         *tables, last = _path(SHORT_KEYS.get(key, key), setting)
         table: object = document
         for name in tables:
             table = table.get(name) if isinstance(table, dict) else None
         if not isinstance(table, dict):
             raise RecipeError(f"--set {setting!r}: {key} is not a key of the recipe; see recipe.toml in any bundle")
-        table[last] = _value(text.strip())
-        if document["calibrate"]["method"] != recipe.calibrate.method:
-            document["calibrate"]["options"] = {}  # they were another method's
-        recipe = from_dict(document, f"--set {setting}")
-    return recipe
+        value = _value(text.strip())
+        if table is document.get("calibrate") and last == "method" and value != table[last]:
+            table["options"] = {}  # they were another method's
+        table[last] = value
+    return from_dict(document, " ".join(f"--set {setting}" for setting in settings)) if settings else recipe
 
 
 def _path(key: str, setting: str) -> list[str]:

@@ -126,15 +126,23 @@ def _power_of_two(body: Body, exponent: str) -> str:
     return body.cast(shifted, TensorProto.INT64)
 
 
-def _encode(body: Body, v: str, out: str | None = None) -> str:
-    """v f32, any shape -> u8 codes: nearest, ties to even, saturating, -0 folded to +0.
+def _in_steps(body: Body, v: str, of: str = "") -> tuple[str, str, str]:
+    """v f32, any shape -> (|v| in steps of its binade, rounded to nearest, ties to even; the step; the binade).
 
     The number of `thresholds` (binade starts) that |v| reaches is its binade; within one, codes count steps.
+    of: in front of the names of the attributes that hold the format's tables.
     """
-    magnitude = body.op("Min", body.op("Abs", v), body.attribute("max_value"))
-    reached = body.op("GreaterOrEqual", body.op("Unsqueeze", magnitude, body.ints(-1)), body.attribute("thresholds"))
+    magnitude = body.op("Min", body.op("Abs", v), body.attribute(f"{of}max_value"))
+    thresholds = body.attribute(f"{of}thresholds")
+    reached = body.op("GreaterOrEqual", body.op("Unsqueeze", magnitude, body.ints(-1)), thresholds)
     binade = body.op("ReduceSum", body.cast(reached, TensorProto.INT32), body.ints(-1), keepdims=0)
-    in_steps = body.op("Round", body.op("Div", magnitude, body.op("Gather", body.attribute("steps"), binade)))
+    step = body.op("Gather", body.attribute(f"{of}steps"), binade)
+    return body.op("Round", body.op("Div", magnitude, step)), step, binade
+
+
+def _encode(body: Body, v: str, out: str | None = None) -> str:
+    """v f32, any shape -> u8 codes: nearest, ties to even, saturating, -0 folded to +0."""
+    in_steps, _, binade = _in_steps(body, v)
     below = body.op("Mul", binade, body.cast(body.attribute("binade_codes"), TensorProto.INT32))
     code = body.op("Add", below, body.cast(in_steps, TensorProto.INT32))
     # Without the Clip a NaN would become an index outside of the table below.
@@ -151,13 +159,21 @@ def _decode(body: Body, codes: str, values: str) -> str:
     return body.op("Gather", body.attribute(values), index)
 
 
-def _token_scale(body: Body, x: str, floor: float, out: str | None = None) -> str:
+def _value_and_scale(body: Body, x: str, floor: float, of: str) -> tuple[str, str]:
+    """x f32 [..., K] -> (what its codes stand for, unscaled, f32 [..., K]; scale f32 [..., 1])."""
+    scale = _token_scale(body, x, floor, of=of)
+    in_units = body.op("Div", x, scale)
+    steps, step, _ = _in_steps(body, in_units, of)
+    return body.op("Mul", body.op("Sign", in_units), body.op("Mul", steps, step)), scale
+
+
+def _token_scale(body: Body, x: str, floor: float, out: str | None = None, of: str = "") -> str:
     """x f32 [..., K] -> f32 [..., 1]: max(absmax, floor) / max_value; NaN for a token with NaN or Inf."""
     absmax = body.op("ReduceMax", body.op("Abs", x), body.ints(-1), keepdims=1)
     bounded = body.op("Max", absmax, body.number(floor))
     # 0 for finite tokens. Maxima alone would lose a NaN: onnxruntime's ReduceMax skips it unless it comes first.
     poison = body.op("ReduceSum", body.op("Mul", x, body.number(0.0)), body.ints(-1), keepdims=1)
-    return body.op("Div", body.op("Add", bounded, poison), body.attribute("max_value"), out=out)
+    return body.op("Div", body.op("Add", bounded, poison), body.attribute(f"{of}max_value"), out=out)
 
 
 def _multipliers(body: Body, packed: str) -> str:
@@ -305,6 +321,29 @@ def norm_modulate_quantize(body: Body, floor: float) -> None:
     y = body.op("Add", body.op("Mul", normal, body.op("Add", "scale", body.number(1.0))), "shift")
     a_scale = _token_scale(body, y, floor, "a_scale")
     _encode(body, body.op("Div", y, a_scale), "codes")
+
+
+def quantized_attention(body: Body, floor: float, weight_max: int) -> None:
+    """q, k, v, mask -> out. Sums of unscaled values are exact: those over channels in float32, those over keys in
+    float64, in which there may be as many keys as int32 can add up."""
+    centred = body.op("Sub", "k", body.op("ReduceMean", "k", body.ints(-2), keepdims=1))
+    q_value, q_scale = _value_and_scale(body, "q", floor, "qk_")
+    k_value, k_scale = _value_and_scale(body, centred, floor, "qk_")
+    v_value, v_scale = _value_and_scale(body, _turned(body, "v"), floor, "pv_")
+    total = body.op("MatMul", q_value, _turned(body, k_value))
+    in_units = body.op("Mul", total, body.op("Mul", q_scale, body.attribute("scale")))
+    score = body.op("Add", body.op("Mul", in_units, _turned(body, k_scale)), "mask")
+    above = body.op("Sub", score, body.op("ReduceMax", score, body.ints(-1), keepdims=1))
+    weight = body.op("Round", body.op("Mul", body.op("Exp", above), body.number(float(weight_max))))
+    wide = (body.cast(x, TensorProto.DOUBLE) for x in (weight, _turned(body, v_value)))
+    mixed = body.cast(body.op("MatMul", *wide), TensorProto.FLOAT)
+    sums = body.op("ReduceSum", weight, body.ints(-1), keepdims=1)
+    body.op("Div", body.op("Mul", mixed, _turned(body, v_scale)), sums, out="out")
+
+
+def _turned(body: Body, x: str) -> str:
+    """[B, H, T, D] -> [B, H, D, T]."""
+    return body.op("Transpose", x, perm=[0, 1, 3, 2])
 
 
 Builder = Callable[[Body], None]

@@ -29,6 +29,7 @@ from export.dialect import functions, reference
 from export.dialect.functions import AttributeType
 from export.dialect.reference import ABSMAX_FLOOR, no_multipliers
 from export.errors import ContractError
+from export.formats.attention import WEIGHT_MAX, AttentionFormats
 from export.formats.format import Format, get_format, packed_size
 
 __all__ = ["ABSMAX_FLOOR", "DOMAIN", "OPS", "VERSION", "Op", "attributes", "no_multipliers"]
@@ -99,6 +100,10 @@ def _infer_packed_gemm(_attributes: Choices, a: Shape, _scale: Shape, w: Shape, 
     return [(F32, (*a[:-1], w[0]))]
 
 
+def _infer_attention(_attributes: Choices, q: Shape, *_: Shape) -> Outputs:
+    return [(F32, q)]
+
+
 # --- attributes: what a user chooses, checked, and the tables that follow from the rows of the formats ----------------
 # A row of the table names the parts that its attributes are made of; each makes some of them out of the choices.
 
@@ -116,17 +121,24 @@ def _values(choices: Choices) -> Attributes:
 
 
 def _quantizer(choices: Choices) -> Attributes:
-    """Tables of the encoder: binade starts, the step in each binade, and the code of minus each non-negative code."""
+    """Tables of the encoder: those of the grid, and the code of minus each non-negative code."""
     fmt = get_format(choices["format"])
+    return {
+        **_grid(fmt),
+        "binade_codes": 2**fmt.mantissa_bits,
+        "max_code": fmt.max_code,
+        "negative_codes": [_negative_of(fmt, code) for code in range(fmt.max_code + 1)],
+    }
+
+
+def _grid(fmt: Format) -> Attributes:
+    """Largest magnitude, binade starts, and the step in each binade."""
     starts: list[float] = fmt.binade_starts.tolist()
     first = 1.0 if fmt.is_integer else 2.0 ** (fmt.min_exponent - fmt.mantissa_bits)
     return {
         "max_value": fmt.max_value,
         "thresholds": starts or [float("inf")],
         "steps": [first * 2**i for i in range(len(starts) + 1)],
-        "binade_codes": 2**fmt.mantissa_bits,
-        "max_code": fmt.max_code,
-        "negative_codes": [_negative_of(fmt, code) for code in range(fmt.max_code + 1)],
     }
 
 
@@ -182,6 +194,14 @@ def _sum_groups(choices: Choices) -> Attributes:
     }
 
 
+def _of_attention(choices: Choices) -> Attributes:
+    formats = AttentionFormats(choices["qk_format"], choices["pv_format"])
+    grids = {"qk_": _grid(get_format(formats.qk)), "pv_": _grid(get_format(formats.pv))}
+    tables = {f"{of}{key}": value for of, grid in grids.items() for key, value in grid.items()}
+    names = {"layer": choices["layer"], "qk_format": formats.qk, "pv_format": formats.pv}
+    return {**names, "scale": choices["scale"], **tables}
+
+
 def _epsilon(choices: Choices) -> Attributes:
     return {"epsilon": choices["epsilon"]}
 
@@ -195,10 +215,13 @@ _GROUPING = {
     "groups": (INT, "K / group_size, or 1"),
 }
 _FORMAT = {"format": (STRING, "name of the number format")}
-_QUANTIZER = {
+_GRID = {
     "max_value": (FLOAT, "largest magnitude"),
     "thresholds": (FLOATS, "binade starts above the first; [inf] for integers"),
     "steps": (FLOATS, "distance of neighbouring values in each binade"),
+}
+_QUANTIZER = {
+    **_GRID,
     "binade_codes": (INT, "codes per binade"),
     "max_code": (INT, "code of max_value"),
     "negative_codes": (INTS, "code of minus the value, for every code up to max_code; 0 for 0, so -0 never occurs"),
@@ -357,6 +380,26 @@ _ROWS = (
         _infer_quantizer,
         (_format, _quantizer, _epsilon),
     ),
+    Op(
+        "QuantizedAttention",
+        "q f32 [B, H, Tq, D], k and v f32 [B, H, Tk, D], mask f32 that broadcasts to [B, H, Tq, Tk] (zeros [1, 1, 1, "
+        "1] for none) -> out f32 [B, H, Tq, D]: softmax(q k' * scale + mask) v with codes of q and of k less its mean "
+        "over the tokens (a scale per token), of v (a scale per channel), and weights that are integers up to 255.",
+        {"q": F32, "k": F32, "v": F32, "mask": F32},
+        {"out": F32},
+        {
+            "layer": (STRING, "name of the attention, for people and passes"),
+            "qk_format": (STRING, "number format of queries and keys"),
+            "pv_format": (STRING, "number format of values"),
+            "scale": (FLOAT, "factor of the scores"),
+            **{f"qk_{key}": row for key, row in _GRID.items()},
+            **{f"pv_{key}": row for key, row in _GRID.items()},
+        },
+        reference.quantized_attention,
+        partial(functions.quantized_attention, floor=ABSMAX_FLOOR, weight_max=WEIGHT_MAX),
+        _infer_attention,
+        (_of_attention,),
+    ),
 )
 OPS: dict[str, Op] = {row.name: row for row in _ROWS}
 
@@ -367,8 +410,9 @@ def attributes(op_name: str, **choices: object) -> Attributes:
     choices: DequantizeWeight and QuantizeWeight take format, in_features, group_size and multipliers (default (1,));
     QuantizeActivation, QuantizeStatic and their inverses format; QuantizeGroups and its inverse format, in_features and
     group_size; PackedGemm layer, activation_format, weight_format, in_features, group_size, multipliers;
-    PackedGroupGemm besides activation_group and scale_groups; NormModulateQuantize format and epsilon. Raises
-    RecipeError for an unknown format, ContractError for sizes that do not fit.
+    PackedGroupGemm besides activation_group and scale_groups; NormModulateQuantize format and epsilon;
+    QuantizedAttention layer, qk_format, pv_format and scale. Raises RecipeError for an unknown format, ContractError
+    for sizes that do not fit.
     """
     values: Attributes = {}
     for part in OPS[op_name].parts:

@@ -13,6 +13,8 @@ import numpy as np
 from numpy.typing import NDArray
 from typing_extensions import Unpack
 
+from export.errors import ContractError
+from export.formats.attention import MOST_CHANNELS, MOST_KEYS, WEIGHT_MAX
 from export.formats.format import decode, get_format, pack, packed_size, quantize, unpack
 
 F32 = np.float32
@@ -194,6 +196,56 @@ def norm_modulate_quantize(
     centred = wide - wide.mean(axis=-1, keepdims=True)
     normal = centred / np.sqrt((centred**2).mean(axis=-1, keepdims=True) + epsilon)
     return quantize_activation((normal * (1.0 + scale) + shift).astype(F32), format=format)
+
+
+def quantized_attention(
+    q: Floats,
+    k: Floats,
+    v: Floats,
+    mask: Floats,
+    *,
+    layer: str,
+    qk_format: str,
+    pv_format: str,
+    scale: float,
+    **_tables: object,
+) -> tuple[Floats]:
+    """out = (sum over keys of weight * value of v's code) * v_scale / sum of weights, float32 [B, H, Tq, D].
+
+    weight = round(255 * exp(score - largest score of the row)), ties to even: codes of the exponentials and not of the
+    softmax, so that the largest is 255 however many keys there are; they are divided by the sum of themselves, so that
+    they add up to one. score = exact sum * (q_scale * scale) * k_scale + mask, of the codes of q and of k less its mean
+    over the tokens: a number for each channel adds the same to all scores of a query, which changes no softmax.
+
+    NaN or Inf in a token of q makes its row NaN, in k all rows of its head, in v that channel of all rows; so do a row
+    of scores that are all -inf, and a NaN among scores. Raises ContractError where sums would not be exact.
+    """
+    check_attention_shapes(layer, k.shape[-2], k.shape[-1])
+    with np.errstate(invalid="ignore"):  # Inf less Inf, and what follows from NaN
+        centred = k - k.mean(axis=-2, keepdims=True, dtype=np.float64).astype(F32)
+        (q_value, q_scale), (k_value, k_scale) = (_values_and_scale(x, qk_format) for x in (q, centred))
+        v_value, v_scale = (part.swapaxes(-1, -2) for part in _values_and_scale(v.swapaxes(-1, -2), pv_format))
+        total = (q_value @ k_value.swapaxes(-1, -2)).astype(F32)
+        score = total * (q_scale * F32(scale)) * k_scale.swapaxes(-1, -2) + mask
+        weight = np.rint(F32(WEIGHT_MAX) * np.exp(score - score.max(axis=-1, keepdims=True)))
+        mixed = (weight.astype(np.float64) @ v_value).astype(F32)
+        return (mixed * v_scale / weight.sum(axis=-1, keepdims=True, dtype=np.float64).astype(F32),)
+
+
+def check_attention_shapes(layer: str, keys: int, channels: int) -> None:
+    """Raise ContractError for an attention of no keys, or of so many keys or channels that sums would not be exact."""
+    for size, least, most, name in ((keys, 1, MOST_KEYS, "keys"), (channels, 1, MOST_CHANNELS, "channels")):
+        if not least <= size <= most:
+            raise ContractError(
+                f"{layer}: quantized attention over {size} {name}, but {least} to {most} add up exactly; "
+                "leave attention.qk and attention.pv out of the recipe"
+            )
+
+
+def _values_and_scale(x: Floats, name: str) -> tuple[NDArray[np.float64], Floats]:
+    """x [..., K] -> the unscaled values of its codes, [..., K], and a scale for each row, [..., 1]."""
+    codes, scale = quantize_activation(x, format=name)
+    return decode(get_format(name), codes), scale
 
 
 def no_multipliers(in_features: int, group_size: int) -> NDArray[np.uint8]:

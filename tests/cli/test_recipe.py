@@ -54,7 +54,7 @@ OTHER = {
     "cuda.operands": "int8",
     "cuda.activations": "fp32",
 }
-ONLY_ONE = {"calibrate.method", "calibrate.options"}  # keys whose other legal values need other keys
+ONLY_ONE = {"calibrate.method", "calibrate.options", "attention.qk", "attention.pv"}  # keys whose other legal values need other keys
 WRONG_TYPES = (True, [1, "a"], {"x": 1}, 1.5, 7, "text")
 
 
@@ -112,7 +112,7 @@ def test_what_a_value_was_called_before_is_read_and_written_as_today(key, today,
 
 def wrong_types(key):
     """The values of WRONG_TYPES that do not fit `key`: a float takes integers, a table takes tables of texts."""
-    kind = type(look_up(BASE, key))
+    kind = str if look_up(BASE, key) is None else type(look_up(BASE, key))
     if key == "calibrate.options":  # its values are the method's
         return [value for value in WRONG_TYPES if type(value) is not dict]
     fitting = {float: (float, int)}.get(kind, (kind,))
@@ -212,6 +212,41 @@ def test_later_settings_win_and_the_recipe_itself_stays():
     changed = with_settings(BASE, ["weights.group_size=32", "weights.search=absmax", "weights.group_size=16"])
     assert (changed.weights.group_size, changed.weights.search) == (16, "absmax")
     assert BASE.weights.group_size == 64
+
+
+QUANTIZED = ["attention.qk=INT8", "attention.pv=E2M3"]
+
+
+def test_formats_of_attention_and_the_way_back_to_float(tmp_path):
+    assert BASE.attention.formats is None and BASE.attention.text() == "float"
+    quantized = with_settings(BASE, QUANTIZED)
+    assert (quantized.attention.qk, quantized.attention.pv) == ("INT8", "E2M3")
+    assert quantized.attention.text() == str(quantized.attention.formats) == "INT8/E2M3"
+    back = with_settings(quantized, ["attention.qk=float", "attention.pv=float"])
+    assert back == BASE and "qk" not in to_toml(back)
+    path = tmp_path / "recipe.toml"
+    path.write_text(to_toml(quantized))
+    assert load(str(path)) == quantized
+    path.write_text(to_toml(BASE).replace("[attention]", '[attention]\nqk = "float"'))
+    assert load(str(path)) == BASE
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        (QUANTIZED[:1], "attention.qk is INT8 and attention.pv float; give a format for both, or for neither"),
+        (QUANTIZED[1:], "attention.qk is float and attention.pv E2M3; give a format for both, or for neither"),
+        (["attention.qk=E3M2", QUANTIZED[1]], "attention.qk E3M2: not a signed format .* E2M1, .*, INT6, INT8$"),
+        ([QUANTIZED[0], "attention.pv=UE2M2"], "attention.pv UE2M2: not a signed format whose integers are bytes"),
+        (["attention.qk=INT9", QUANTIZED[1]], "number format 'INT9' is unknown; use one of E2M1, "),
+        (["attention.qk=8", QUANTIZED[1]], "attention.qk is 8; expected text"),
+        (["attention.kv=INT8"], "key attention.kv is unknown; use one of qk, pv"),
+    ],
+)
+def test_formats_that_attention_cannot_have_are_refused(settings, words):
+    with pytest.raises(RecipeError, match=words) as refused:
+        with_settings(BASE, settings)
+    assert f"--set {settings[0]}" in str(refused.value)
 
 
 @pytest.mark.parametrize(
