@@ -29,14 +29,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from export.dialect.reference import ABSMAX_FLOOR
+from export.formats.attention import WEIGHT_MAX
 from export.formats.format import Format, get_format
 from export.formats.operands import ROUNDING
 from pipeline.distance import Array
 from pipeline.verify.oracle import FIRST_ORDER, SCALE_ROUNDINGS, code_intervals, ratio, row_blocks
 
 Floats = NDArray[np.float64]
-# The integer of the largest exponential of a row.
-P_MAX = 255
 # The mean of a channel over n tokens: n - 1 additions in any order, each of a sum that is nowhere larger than that of
 # all its positive or of all its negative numbers; and the division, or a product with a rounded 1 / n, or n such
 # products before the additions, which round by as much as four additions at most.
@@ -76,8 +75,7 @@ class AttentionNumbers:
 class AttentionProbe:
     """What an engine computed for one attention in one call, all float32.
 
-    q, output: [B, H, Tq, D]. k, v: [B, H, Tk, D]. mask: broadcasts to [B, H, Tq, Tk]; -inf takes a key away. exact:
-    products with v are added as integers; else in float32.
+    q, output: [B, H, Tq, D]. k, v: [B, H, Tk, D]. mask: broadcasts to [B, H, Tq, Tk]; -inf takes a key away.
     """
 
     q: Array
@@ -85,7 +83,6 @@ class AttentionProbe:
     v: Array
     mask: Array
     output: Array
-    exact: bool
 
 
 @dataclass(frozen=True)
@@ -130,7 +127,7 @@ def check_attention(probe: AttentionProbe, numbers: AttentionNumbers, most_score
     worst, place, ambiguous, rows = 0.0, (0, 0, 0, 0), 0, 0
     for sample, head in np.ndindex(samples, heads):
         chosen = np.arange((sample * heads + head) % min(stride, queries), queries, stride)
-        head_oracle = HeadOracle(probe.k[sample, head], probe.v[sample, head], numbers, probe.exact)
+        head_oracle = HeadOracle(probe.k[sample, head], probe.v[sample, head], numbers)
         for part in row_blocks(len(chosen), keys):
             some = chosen[part]
             expected, bound, changeable = head_oracle.outputs(probe.q[sample, head][some], mask[sample, head][some])
@@ -169,9 +166,9 @@ def _nonfinite(probe: AttentionProbe, mask: Array) -> int:
 class HeadOracle:
     """One head of one sample: its keys and values, whose codes all queries share."""
 
-    def __init__(self, k: Array, v: Array, numbers: AttentionNumbers, exact: bool) -> None:
-        """k, v: [Tk, D]. exact: see AttentionProbe."""
-        self._numbers, self._exact = numbers, exact
+    def __init__(self, k: Array, v: Array, numbers: AttentionNumbers) -> None:
+        """k, v: [Tk, D]."""
+        self._numbers = numbers
         self._format, self._value_format = get_format(numbers.qk_format), get_format(numbers.pv_format)
         self._keys = token_codes(self._format, *centred(np.nan_to_num(k)))
         values = token_codes(self._value_format, np.nan_to_num(np.asarray(v, np.float64)).T)
@@ -211,11 +208,11 @@ class HeadOracle:
     def _mixed(self, p: Floats, change: Floats, undefined: NDArray[np.bool_]) -> tuple[Floats, Floats]:
         """Outputs and bounds [R, D] of the integers p [R, Tk] and what each may change by."""
         values = self._values
-        largest = P_MAX * float(np.abs(values).sum(axis=0).max(initial=0))
-        # Of the key with the largest score p is P_MAX, so that no sum is less.
-        total = np.maximum(p.sum(axis=1, keepdims=True), P_MAX)
-        least = np.maximum(np.maximum(p - change, 0).sum(axis=1, keepdims=True), P_MAX)
-        most = np.minimum(p + change, P_MAX)
+        largest = WEIGHT_MAX * float(np.abs(values).sum(axis=0).max(initial=0))
+        # Of the key with the largest score p is WEIGHT_MAX, so that no sum is less.
+        total = np.maximum(p.sum(axis=1, keepdims=True), WEIGHT_MAX)
+        least = np.maximum(np.maximum(p - change, 0).sum(axis=1, keepdims=True), WEIGHT_MAX)
+        most = np.minimum(p + change, WEIGHT_MAX)
         mixed = _exact_product(p, values, largest) / total
         bound = np.zeros_like(mixed)
         rows = np.flatnonzero(change.any(axis=1))
@@ -223,8 +220,6 @@ class HeadOracle:
             bound[rows] = _moved(change[rows], values, mixed[rows])
         if self._value_reach.any():
             bound += most @ self._value_reach
-        if not self._exact and largest >= EXACT_IN_FLOAT:
-            bound += _sum_error(len(values)) * (most @ np.abs(values))
         bound /= least
         bound += OUTPUT_ROUNDINGS * ROUNDING * (np.abs(mixed) + bound)
         unit = self._value_scale * 2.0**-self._value_format.fraction_bits
@@ -283,14 +278,14 @@ def _weights(score: Floats, reach: Floats) -> tuple[Floats, Floats]:
     rounding = (EXP_ROUNDINGS - x + down) * (ROUNDING * FIRST_ORDER)
     up += rounding
     down += rounding
-    exponential = P_MAX * np.exp(x)
+    exponential = WEIGHT_MAX * np.exp(x)
     p = np.rint(exponential)
     lowest = np.rint(exponential * np.maximum(1 - down, 0))
     highest = np.rint(exponential * (1 + up + up * up))
     far = up > 1
     if far.any():
-        highest[far] = np.rint(P_MAX * np.exp(np.minimum(x + up, 0))[far])
-    highest = np.minimum(highest, P_MAX)
+        highest[far] = np.rint(WEIGHT_MAX * np.exp(np.minimum(x + up, 0))[far])
+    highest = np.minimum(highest, WEIGHT_MAX)
     return p, np.maximum(highest - p, p - lowest)
 
 
@@ -312,6 +307,6 @@ def _exact_product(left: Floats, right: Floats, largest: float) -> Floats:
     return left @ right
 
 
-def _sum_error(count: Floats | float) -> Floats | float:
+def _sum_error(count: Floats) -> Floats:
     """What `count` float32 roundings in a row are of the largest magnitude that is rounded, first order or not."""
     return count * ROUNDING / (1 - count * ROUNDING)

@@ -49,14 +49,13 @@ def ulps_off(x: Floats, ulps: int, seed: int = 0) -> Floats:
 class Form:
     """How a right engine computes. total: the sum of k over its tokens. by_reciprocal: multiplies where others divide.
     exp_ulps: error of its exponential. fused: mask and scale in one operation, which rounds once. folded: the scale of
-    the scores is multiplied with that of k. float_sums: products with v are added in float32, in turn."""
+    the scores is multiplied with that of k."""
 
     total: Callable[[Floats], Floats] = sum_pairwise
     by_reciprocal: bool = False
     exp_ulps: int = 0
     fused: bool = False
     folded: bool = False
-    float_sums: bool = False
 
 
 @dataclass(frozen=True)
@@ -109,12 +108,7 @@ def attend(
     scaled = (F32(faults.p_max) * exponential).astype(F32)
     p = np.floor(scaled) if faults.truncated else np.rint(scaled)
     v_values, v_scale = codes_of(numbers.pv_format, v.T.copy(), form)
-    if form.float_sums:
-        mixed = np.zeros_like(q, shape=(len(q), v.shape[1]))
-        for j in range(len(k)):
-            mixed = mixed + p[:, j : j + 1] * v_values[:, j]
-    else:
-        mixed = (p.astype(np.float64) @ v_values.T.astype(np.float64)).astype(F32)
+    mixed = (p.astype(np.float64) @ v_values.T.astype(np.float64)).astype(F32)
     divisor = scaled.sum(axis=1, keepdims=True) if faults.sum_of_exponentials else p.sum(axis=1, keepdims=True)
     divisor = divisor.astype(F32)
     if form.by_reciprocal:
