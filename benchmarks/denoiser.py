@@ -79,7 +79,8 @@ def prepare(model: LoadedModel, recipe: Recipe, folder: Path, paths: list[str]) 
     from pipeline.calibrate import calibrate
 
     if not (folder / "model.onnx").is_file():
-        export_portable(model, calibrate(model, recipe, folder / "calibrated"), folder / "model.onnx")
+        layers, attention = calibrate(model, recipe, folder / "calibrated"), recipe.attention.formats
+        export_portable(model, layers, folder / "model.onnx", attention=attention)
     for path in paths:
         build(with_settings(recipe, [f"cpu.path={path}"]), folder, PATHS[path])
     if not (folder / "onnxruntime_int8.onnx").is_file():
@@ -98,14 +99,15 @@ def build(recipe: Recipe, folder: Path, suffix: str) -> None:
         backend.build(backend.lower(folder / "model.onnx", lowered, recipe), out, recipe)
 
 
-def check(model: LoadedModel, folder: Path, engines: dict[str, CpuEngine]) -> dict[str, float]:
+def check(model: LoadedModel, recipe: Recipe, folder: Path, engines: dict[str, CpuEngine]) -> dict[str, float]:
     """SQNR in dB of each engine against the fake-quant reference; AssertionError if one computes something else."""
     import torch
 
     from pipeline.backends.reference import ReferenceEngine, fake_quant
 
     inputs = sample_inputs(model, 1, 0)
-    reference = ReferenceEngine(fake_quant(model, checkpoint.load(folder / "calibrated"), torch.float32))
+    layers = checkpoint.load(folder / "calibrated")
+    reference = ReferenceEngine(fake_quant(model, layers, torch.float32, recipe.attention.formats))
     expected = reference.run(inputs)["sample"]
     values = {name: sqnr_db(expected, engine.run(inputs)["sample"]) for name, engine in engines.items()}
     if not min(values.values()) >= LEAST_SQNR_DB:
@@ -176,7 +178,7 @@ def main() -> None:
         "layers": model.config["num_layers"],
         "recipe": RECIPE,
         "settings": args.settings,
-        "sqnr_to_reference_db": check(model, args.work_dir, engines),
+        "sqnr_to_reference_db": check(model, recipe, args.work_dir, engines),
         "load_average": [],  # of the last minute, which tells a reader how quiet the machine was
         "batches": [],
     }

@@ -78,8 +78,7 @@ def export_portable(
     path: Path,
     height: int = 0,
     width: int = 0,
-    *,
-    attention: AttentionFormats | None,
+    attention: AttentionFormats | None = None,
 ) -> ExportSummary:
     """Write the portable quantized model to `path` and `path`.data for images of `height` x `width` pixels.
 

@@ -23,6 +23,7 @@ from onnxscript.rewriter.rules import common as rules
 from torch import nn
 
 from export.dialect.functions import OPSET
+from export.dialect.graph import attribute, is_op, result_of
 from export.dialect.ops import DOMAIN, VERSION, attributes
 from export.dialect.reference import check_attention_shapes
 from export.errors import ContractError, ModelError
@@ -84,6 +85,7 @@ def trace(
         _open_weights(model, set(program.state_dict) | set(program.constants))
         _clean(model)
     _name_axes(model, rows)
+    _name_attentions(model.graph)
     return model
 
 
@@ -216,3 +218,11 @@ def _name_axes(model: ir.Model, rows: tuple[Input, ...]) -> None:
     for value in _values(model.graph):
         if value.shape is not None:
             value.shape = ir.Shape([size if isinstance(size, int) else known.get(str(size)) for size in value.shape])
+
+
+def _name_attentions(graph: ir.Graph) -> None:
+    """A node of quantized attention is called as its attention is, its result "layer/output"."""
+    for node in graph:
+        if is_op(node, ATTENTION, DOMAIN):
+            node.name = str(attribute(node, "layer"))
+            result_of(node).name = f"{node.name}/output"

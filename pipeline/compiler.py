@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from export import checkpoint
 from export.checkpoint import QuantizedLinear
 from export.documents import open_file
-from export.errors import EnvironmentLacksError, ParityError, RecipeError, ResourceError
+from export.errors import ContractError, EnvironmentLacksError, ParityError, RecipeError, ResourceError
 from export.names import inside
 from pipeline import machine
 from pipeline.backends import BACKENDS, PORTABLE, lowering_file, opened, tool_versions
@@ -105,12 +105,26 @@ def prepare(request: BuildRequest) -> tuple[Recipe, LoadedModel, StageTime]:
         recipe = BACKENDS[target].settled(recipe)
     refuse_full_disk(request, model.parameters)
     make_plans(model.linears(), recipe)  # refuses groups that do not fit
+    refuse_no_attention(model, recipe)
     case = make_case(model, recipe)
     make_sampler(case.sampler, case.n_steps, case.timestep_scale)  # refuses a generation.json that cannot be drawn by
     if request.checkpoint:
         refuse_unfit(model, recipe, request.checkpoint)
     refuse_interrupted(request.work_path, request.resume, request.force)
     return recipe, model, model_time
+
+
+def refuse_no_attention(model: LoadedModel, recipe: Recipe) -> None:
+    """Raise RecipeError where the recipe quantizes attention and the model has none that can be."""
+    if recipe.attention.formats is None:
+        return
+    from export.models.attention_calls import attention_names
+
+    try:
+        names = attention_names(model)
+    except ContractError as error:
+        raise RecipeError(f"{recipe.model}: {error}") from error
+    logger.info("%d attentions to quantize at %s", len(names), recipe.attention.text())
 
 
 def refuse_early(request: BuildRequest) -> None:
@@ -207,7 +221,8 @@ def exported(work: WorkFolder, model: LoadedModel, layers: list[QuantizedLinear]
 
     def export() -> None:
         size = recipe.sampling
-        export_portable(model, layers, work.bundle / "model.onnx", size.height, size.width)
+        path = work.bundle / "model.onnx"
+        export_portable(model, layers, path, size.height, size.width, recipe.attention.formats)
 
     work.run("export", ("bundle/model.onnx", "bundle/model.onnx.data"), export, lambda: None)
 

@@ -125,7 +125,9 @@ def drawer(
 ) -> Iterator[Drawer]:
     """The faster of engine and reference that computes these layers exactly; "fused" has nothing to fuse behind static
     scales, where the stock engine draws."""
-    reference = ReferenceEngine(fake_quant(subject.model, layers, torch.float32), torch.float32)
+    reference = ReferenceEngine(
+        fake_quant(subject.model, layers, torch.float32, recipe.attention.formats), torch.float32
+    )
     for name, way in ways(recipe, target).items():
         try:
             graph, engine = build_engine(subject, layers, way, scratch, target)
@@ -167,7 +169,7 @@ def build_engine(
     shutil.rmtree(folder, ignore_errors=True)
     for name in ("lowered", target):
         (folder / name).mkdir(parents=True)
-    export_portable(subject.model, list(layers), folder / "model.onnx")
+    export_portable(subject.model, list(layers), folder / "model.onnx", attention=recipe.attention.formats)
     backend = BACKENDS[target]
     graph = backend.lower(folder / "model.onnx", folder / "lowered", recipe)
     backend.build(graph, folder / target, recipe)

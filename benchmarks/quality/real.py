@@ -178,7 +178,8 @@ def measured_row(real: Real, results: Results, row: Row, recipe: Recipe, key: st
         remove(real.pictures(row.name, key))
         remove(calibrated)
     layers = calibrate(real.model, recipe, calibrated)
-    pictures = stored_pictures(real, row.name, key, fake_quant(real.model, layers, torch.float32), recipe)
+    module = fake_quant(real.model, layers, torch.float32, recipe.attention.formats)
+    pictures = stored_pictures(real, row.name, key, module, recipe)
     size = {"weight_bytes": sum(layer.size_bytes for layer in layers)}
     return size | scored(real, results, row.name, key, pictures, base)
 

@@ -76,6 +76,8 @@ def row_key(subject: Mapping[str, object], recipe: Recipe | None, multipliers: t
     """Hash of the settings that decide a row's numbers. The code does so, too: its hash is kept with every record, and
     `--redo` measures a row again after a change."""
     parts = [asdict(getattr(recipe, part)) for part in ("formats", "weights", "calibrate")] if recipe else []
+    if recipe and recipe.attention.formats is not None:  # else the key of rows that were measured before it was
+        parts.append(asdict(recipe.attention))
     return sha256_json([subject, parts, list(multipliers)])[:16]
 
 

@@ -58,7 +58,8 @@ def model_rows(name: str) -> Iterator[record.Json]:
         root = Path(folder)
         layers = calibrate(model, recipe, root / "calibrate")
         portable = root / "model.onnx"
-        export_portable(model, layers, portable, recipe.sampling.height, recipe.sampling.width)
+        size, attention = recipe.sampling, recipe.attention.formats
+        export_portable(model, layers, portable, size.height, size.width, attention)
         float_study = study(model, layers, recipe, {"fp32", recipe.options(RtxOptions).attention})
         for label, target, chosen in targets(recipe, others):
             (root / label).mkdir()

@@ -222,6 +222,13 @@ class Backend(ABC, Generic[OptionsT]):
             return [str(error)]
         return []
 
+    def attention_problems(self, recipe: Recipe) -> list[str]:
+        """One message where the recipe quantizes attention, for targets that compute it in floats; else none."""
+        if recipe.attention.formats is None:
+            return []
+        remedy = "--set attention.qk=float --set attention.pv=float keeps it in floats, --target cpu or onnx takes it"
+        return [f"target {self.name} has no quantized attention (the recipe's: {recipe.attention.text()}); {remedy}"]
+
     @abstractmethod
     def checks(self) -> list[Check]:
         """Rows of `doctor`. A row that several targets have in common is equal in all of them."""

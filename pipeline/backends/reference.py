@@ -19,7 +19,9 @@ from torch import Tensor, nn
 from export.checkpoint import QuantizedLinear, shared_router
 from export.dialect.ops import ABSMAX_FLOOR
 from export.errors import ContractError
+from export.formats.attention import WEIGHT_MAX, AttentionFormats
 from export.formats.format import Format, get_format
+from export.models.attention_calls import attention_calls
 from export.models.torch_modules import Denoiser
 from export.router import Router
 from pipeline.backends import feeds
@@ -172,26 +174,88 @@ class FakeQuantLinear(nn.Module):
         return (rows @ down.mT @ up.mT).reshape(*x.shape[:-1], self.out_features)
 
 
-def fake_quant(model: LoadedModel, layers: Sequence[QuantizedLinear], dtype: torch.dtype) -> nn.Module:
+# Scores that are held at a time, [heads, Tq, Tk]: 32 MiB in float64, or what one head has.
+SCORES_AT_ONCE = 2**22
+
+
+def quantized_attention(
+    formats: AttentionFormats,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    mask: torch.Tensor | None,
+    scale: float,
+    centre: bool = True,
+) -> torch.Tensor:
+    """QuantizedAttention of the dialect in the float type of q: q [B, H, Tq, D], k and v [B, H, Tk, D] -> as q.
+
+    centre: take the mean over the tokens out of k, as the op does; studies leave it in.
+    """
+    qk, pv = get_format(formats.qk), get_format(formats.pv)
+    centred = k - k.mean(dim=-2, keepdim=True) if centre else k
+    (q_value, q_scale), (k_value, k_scale) = _value_and_scale(qk, q), _value_and_scale(qk, centred)
+    v_value, v_scale = (part.mT for part in _value_and_scale(pv, v.mT))
+    out = q.new_empty(*q.shape[:-1], v.shape[-1])
+    together = max(1, SCORES_AT_ONCE // (q.shape[-2] * k.shape[-2]))
+    bias = None if mask is None else mask.expand(*q.shape[:-1], k.shape[-2])
+    for part in ((b, slice(h, h + together)) for b in range(len(q)) for h in range(0, q.shape[1], together)):
+        score = (q_value[part] @ k_value[part].mT) * (q_scale[part] * scale) * k_scale[part].mT
+        score = score if bias is None else score + bias[part]
+        weight = torch.round((score - score.amax(dim=-1, keepdim=True)).exp_() * WEIGHT_MAX)
+        mixed = (weight.double() @ v_value[part].double()).to(q.dtype)  # sums of integers that float32 may not hold
+        out[part] = mixed * v_scale[part] / weight.sum(dim=-1, keepdim=True)
+    return out
+
+
+def _value_and_scale(fmt: Format, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """x [..., K] -> (the unscaled values of its codes, [..., K]; the scale of each row, [..., 1])."""
+    scale = token_scale(fmt, x)
+    return round_to_format(fmt, x / scale), scale
+
+
+class AttentionDenoiser(Denoiser):
+    """A denoiser whose attention is computed by quantized_attention."""
+
+    def __init__(self, denoiser: Denoiser, formats: AttentionFormats) -> None:
+        super().__init__(denoiser.transformer, denoiser.family, denoiser.names)
+        self.formats = formats
+
+    def forward(self, *args: torch.Tensor, **named: torch.Tensor) -> torch.Tensor:
+        with attention_calls(self.transformer, self._replace):
+            return super().forward(*args, **named)
+
+    def _replace(self, _name: str, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> torch.Tensor:
+        return quantized_attention(self.formats, q, k, v, mask, scale)
+
+
+def fake_quant(
+    model: LoadedModel,
+    layers: Sequence[QuantizedLinear],
+    dtype: torch.dtype,
+    attention: AttentionFormats | None = None,
+) -> nn.Module:
     """The quantized model as a module with `denoiser`'s inputs and output, computing in float32 or float64.
 
-    Unquantized tensors are shared with `model` (copied where `dtype` differs); `model` itself is not changed.
+    attention: its formats, None for attention in `dtype`. Unquantized tensors are shared with `model` (copied where
+    `dtype` differs); `model` itself is not changed.
     """
     if not layers:
         raise ContractError("no quantized layer was given; calibrate the model first, or run the float model itself")
     router = shared_router(layers)
     routing = None if router is None else Routing(router)
     module = reference_module(model, {layer.name: FakeQuantLinear(layer, dtype, routing) for layer in layers}, dtype)
+    if attention is not None:
+        module = AttentionDenoiser(module, attention).eval()
     if routing is not None:
         module.register_forward_pre_hook(partial(_tell_timesteps, routing), with_kwargs=True)
     return module
 
 
-def reference_module(model: LoadedModel, linears: Mapping[str, nn.Module], dtype: torch.dtype) -> nn.Module:
+def reference_module(model: LoadedModel, linears: Mapping[str, nn.Module], dtype: torch.dtype) -> Denoiser:
     """`denoiser` with `linears` in the places they name, all other tensors in `dtype`; `model` is not changed."""
     from export.models.load import denoiser
 
-    module: nn.Module = denoiser(model, linears)
+    module = denoiser(model, linears)
     inside = {id(part) for linear in linears.values() for part in linear.modules()}
     for part in module.modules():
         if id(part) not in inside:

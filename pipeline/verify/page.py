@@ -99,6 +99,7 @@ def _facts(model: LoadedModel, recipe: Recipe, study: Study) -> dict[str, Facts]
         "Recipe": {
             "weights": f"{recipe.formats.weight}, {recipe.weights.scales_text()}",
             "activations": f"{recipe.formats.activation}, {scalings}",
+            "attention": recipe.attention.text(),
             "exceptions": ", ".join(f"{kind} {name}" for kind, name in recipe.formats.weight_of.items()) or "none",
             "calibration": f"{recipe.calibrate.method}, {recipe.weights.search} search",
             "steps": str(study.case.n_steps),

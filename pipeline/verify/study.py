@@ -181,15 +181,16 @@ def study(
         set_resolution(module, *reference.case.noise.shape[2:])
         return ReferenceEngine(module.to(dtype) if dtype == torch.float64 else module, dtype)
 
+    attention = recipe.attention.formats
     reference = Study(make_case(model, recipe))
     reference.pools = make_pools(model, reference.case)
     reference.special_calls = make_calls(model, reference.pools)
     reference.stretches = SegmentReference(model, reference.case.noise.shape[2:])
     reference.probed = tuple(sorted({0, reference.case.n_steps - 1}))
-    _run_exact(reference, engine(fake_quant(model, layers, torch.float64), torch.float64))
+    _run_exact(reference, engine(fake_quant(model, layers, torch.float64, attention), torch.float64))
 
     def realise(arithmetic: Arithmetic) -> None:
-        single = engine(fake_quant(model, layers, torch.float32), torch.float32)
+        single = engine(fake_quant(model, layers, torch.float32, attention), torch.float32)
         with ARITHMETICS[arithmetic].context(single.module):
             reference.float32[arithmetic] = _realisations(
                 reference, single, 1 if is_large(model) else REALISATIONS, f"verify: steps in {arithmetic}"

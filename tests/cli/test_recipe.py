@@ -54,7 +54,12 @@ OTHER = {
     "cuda.operands": "int8",
     "cuda.activations": "fp32",
 }
-ONLY_ONE = {"calibrate.method", "calibrate.options", "attention.qk", "attention.pv"}  # keys whose other legal values need other keys
+ONLY_ONE = {
+    "calibrate.method",
+    "calibrate.options",
+    "attention.qk",
+    "attention.pv",
+}  # keys whose other legal values need other keys
 WRONG_TYPES = (True, [1, "a"], {"x": 1}, 1.5, 7, "text")
 
 

@@ -105,10 +105,10 @@ class CudaBackend(Backend[CudaOptions]):
         return machine_problem(needs, machine.cuda_sm(), machine.tool_version("triton"))
 
     def problems(self, recipe: Recipe) -> list[str]:
-        """Formats and activations that no kernel takes."""
+        """Formats, activations and attention that no kernel takes."""
         from pipeline.backends.cuda import build
 
-        return build.problems(recipe)
+        return [*build.problems(recipe), *self.attention_problems(recipe)]
 
     def lower(self, portable: Path, work_dir: Path, recipe: Recipe) -> LoweredGraph:
         from pipeline.backends.cuda import build

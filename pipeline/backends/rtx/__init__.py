@@ -112,10 +112,11 @@ class RtxBackend(Backend[RtxOptions]):
         return machine_problem(needs, installed, machine.cuda_sm())
 
     def problems(self, recipe: Recipe) -> list[str]:
-        """GPUs that the builder refuses, activations that no lowering takes, and a missing package."""
+        """GPUs that the builder refuses, activations and attention that no lowering takes, and a missing package."""
         from pipeline.backends.rtx import build
 
-        return build.problems(recipe, self.options(recipe), self.package_problems())
+        found = build.problems(recipe, self.options(recipe), self.package_problems())
+        return [*found, *self.attention_problems(recipe)]
 
     def lower(self, portable: Path, work_dir: Path, recipe: Recipe) -> LoweredGraph:
         from pipeline.backends.rtx import build

@@ -74,7 +74,8 @@ class TrtBackend(Backend[TrtOptions]):
         no kernel takes."""
         from pipeline.backends.trt import build, engine
 
-        return [*engine.environment_problems(machine.cuda_sm()), *build.problems(recipe)]
+        found = [*engine.environment_problems(machine.cuda_sm()), *build.problems(recipe)]
+        return [*found, *self.attention_problems(recipe)]
 
     def lower(self, portable: Path, work_dir: Path, recipe: Recipe) -> LoweredGraph:
         """The graph of fused ops, which is verified."""
