@@ -90,13 +90,14 @@ class AttentionCheck:
     """Findings about one attention in one call.
 
     output_error: largest |engine - oracle| over its bound, so at most 1; inf where the engine is not finite. worst: of
-    that output (sample, head, query, channel). nonfinite: numbers of q, k, v and output that are not finite, and of the
-    mask NaN and +inf. rows: how many queries were judged, of rows_of. ambiguous: share of the judged integers p that
-    roundings may change.
+    that output (sample, head, query, channel). errors: the largest of each sample and head, [B, H]. nonfinite: numbers
+    of q, k, v and output that are not finite, and of the mask NaN and +inf. rows: how many queries were judged, of
+    rows_of. ambiguous: share of the judged integers p that roundings may change.
     """
 
     output_error: float
     worst: tuple[int, int, int, int]
+    errors: Floats
     nonfinite: int
     rows: int
     rows_of: int
@@ -124,7 +125,8 @@ def check_attention(probe: AttentionProbe, numbers: AttentionNumbers, most_score
     mask = np.broadcast_to(probe.mask, (samples, heads, queries, keys))
     scores = samples * heads * queries * keys
     stride = 1 if most_scores is None else max(1, math.ceil(scores / most_scores))
-    worst, place, ambiguous, rows = 0.0, (0, 0, 0, 0), 0, 0
+    place, ambiguous, rows = (0, 0, 0, 0), 0, 0
+    largest = np.zeros((samples, heads))
     for sample, head in np.ndindex(samples, heads):
         chosen = np.arange((sample * heads + head) % min(stride, queries), queries, stride)
         head_oracle = HeadOracle(probe.k[sample, head], probe.v[sample, head], numbers)
@@ -133,12 +135,14 @@ def check_attention(probe: AttentionProbe, numbers: AttentionNumbers, most_score
             expected, bound, changeable = head_oracle.outputs(probe.q[sample, head][some], mask[sample, head][some])
             errors = _errors(probe.output[sample, head][some], expected, bound)
             ambiguous, rows = ambiguous + changeable, rows + len(some)
-            if errors.size and errors.max() > worst:
-                row, channel = np.unravel_index(int(errors.argmax()), errors.shape)
-                worst, place = float(errors.max()), (sample, head, int(some[row]), int(channel))
+            row, channel = np.unravel_index(int(errors.argmax()), errors.shape)
+            if errors[row, channel] > largest.max():
+                place = (sample, head, int(some[row]), int(channel))
+            largest[sample, head] = max(largest[sample, head], errors[row, channel])
     return AttentionCheck(
-        output_error=worst,
+        output_error=float(largest.max(initial=0)),
         worst=place,
+        errors=largest,
         nonfinite=_nonfinite(probe, mask),
         rows=rows,
         rows_of=samples * heads * queries,
@@ -178,7 +182,7 @@ class HeadOracle:
     def outputs(self, q: Array, mask: Array) -> tuple[Floats, Floats, int]:
         """(output [R, D], bound [R, D], how many integers p roundings may change) for q [R, D] and mask [R, Tk]."""
         score, reach = self._scores(token_codes(self._format, np.nan_to_num(np.asarray(q, np.float64))), mask)
-        undefined = np.isneginf(score).all(axis=1)
+        undefined = np.asarray(np.isneginf(score).all(axis=1))
         score[undefined] = 0
         p, change = _weights(score, reach)
         return *self._mixed(p, change, undefined), int(np.count_nonzero(change))

@@ -60,19 +60,23 @@ def attention_rows(model: onnx.ModelProto) -> dict[str, AttentionRow]:
     rows: dict[str, AttentionRow] = {}
     for node in model.graph.node:
         if node.op_type == ATTENTION and node.domain in ATTENTION_DOMAINS and len(node.input) == ATTENTION_INPUTS:
-            layers = [item.s.decode() for item in node.attribute if item.name == "layer"]
-            rows |= {name: AttentionRow(name, node.domain, *node.input, node.output[0]) for name in layers[:1]}
+            q, k, v, mask = node.input
+            layers = (item.s.decode() for item in node.attribute if item.name == "layer")
+            rows |= {name: AttentionRow(name, node.domain, q, k, v, mask, node.output[0]) for name in layers}
     return rows
 
 
 @dataclass
 class Beside:
     """More tensors that are kept while a graph is probed: `names` by layer, those of one call, by its place. arrays:
-    what was kept; tokens: how many of a sample's, at most, or None for all."""
+    what was kept; tokens: how many of a sample's, at most, or None for all. heads, masks: names of those that are
+    [B, H, tokens, channels], and of those that broadcast to [B, H, tokens, tokens]."""
 
     call: int
     names: Mapping[str, Sequence[str]]
     tokens: int | None = None
+    heads: frozenset[str] = frozenset()
+    masks: frozenset[str] = frozenset()
     arrays: Arrays = field(default_factory=dict)
 
     def keep(self, layers: Sequence[str], tensors: Sequence[Arrays]) -> None:
@@ -80,7 +84,13 @@ class Beside:
         names = {name for layer in layers for name in self.names.get(layer, ())}
         for name in names:
             array = tensors[self.call][name]  # [B, tokens, channels], or a picture, or one row for each sample
-            self.arrays[name] = array[:, : self.tokens].copy() if self.tokens and array.ndim == 3 else array
+            if self.tokens and name in self.heads:
+                array = array[:, :, : self.tokens].copy()
+            elif self.tokens and name in self.masks:
+                array = array[..., : self.tokens, : self.tokens].copy()
+            elif self.tokens and array.ndim == 3:
+                array = array[:, : self.tokens].copy()
+            self.arrays[name] = array
 
 
 class ProbedGraph:
@@ -189,6 +199,17 @@ class ProbedGraph:
         calls: Sequence[Arrays],
         outputs: list[Arrays] | None = None,
         beside: Beside | None = None,
+    ) -> Iterator[tuple[str, list[LinearProbe]]]:
+        """For each linear what it computed in each call, see `all_probes`."""
+        for layer, probes in self.all_probes(layers, calls, outputs, beside):
+            yield layer, [probe for probe in probes if isinstance(probe, LinearProbe)]
+
+    def all_probes(
+        self,
+        layers: Sequence[str],
+        calls: Sequence[Arrays],
+        outputs: list[Arrays] | None = None,
+        beside: Beside | None = None,
     ) -> Iterator[tuple[str, list[LinearProbe] | list[AttentionProbe]]]:
         """For each layer, a linear or an attention, what it computed in each call, a batch of layers at a time, which
         should stand in the order of computation. `outputs` gets the model's own outputs in each call, which are
@@ -218,7 +239,7 @@ class ProbedGraph:
             weights = {name: array for name, array in tensors[0].items() if name in self.weights}
             for layer in batch:
                 if layer in self.attentions:
-                    yield layer, [self._attention(self.attentions[layer], of_call) for of_call in tensors]
+                    yield layer, [self.attention_probe(self.attentions[layer], of_call) for of_call in tensors]
                     continue
                 pairs = zip(tensors, calls, strict=True)
                 yield layer, [self._probe(self.rows[layer], of_call | weights, call) for of_call, call in pairs]
@@ -229,7 +250,8 @@ class ProbedGraph:
             return tensor_names(self.rows[layer])
         return tensor_names(row) + (() if row.mask in self._constants else (row.mask,))
 
-    def _attention(self, row: AttentionRow, tensors: Arrays) -> AttentionProbe:
+    def attention_probe(self, row: AttentionRow, tensors: Mapping[str, NDArray]) -> AttentionProbe:
+        """An attention of the tensors that it reads and gives."""
         mask = self.constant(row.mask) if row.mask in self._constants else tensors[row.mask]
         return AttentionProbe(tensors[row.q], tensors[row.k], tensors[row.v], mask, tensors[row.output])
 

@@ -2,8 +2,8 @@
 whatever output they are given.
 
 Between two stops lies one stretch of the model: norm and modulation, attention in float, an activation function, gates
-and residuals, embedders. Several passes walk side by side, one in float64 and others in float32, so that each stretch is
-computed on the same inputs in every arithmetic and nothing but the current layer is held in memory.
+and residuals, embedders. Several passes walk side by side, one in float64 and others in float32, so that each stretch
+is computed on the same inputs in every arithmetic and nothing but the current layer is held in memory.
 """
 
 from __future__ import annotations
