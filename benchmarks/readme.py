@@ -51,8 +51,9 @@ def recipes() -> str:
     for recipe in map(load, recipe_names()):
         weights = [recipe.formats.weight, *(f"{kind}: {name}" for kind, name in recipe.formats.weight_of.items())]
         scales = recipe.weights.scales_text()
-        rows.append([f"`{recipe.name}`", f"`{recipe.model}`", ", ".join(weights), recipe.formats.activation, scales])
-    return markdown(["recipe", "default model", "weights", "activations", "weight scales"], rows)
+        formats = (", ".join(weights), recipe.formats.activation, recipe.attention.text())
+        rows.append([f"`{recipe.name}`", f"`{recipe.model}`", *formats, scales])
+    return markdown(["recipe", "default model", "weights", "activations", "attention", "weight scales"], rows)
 
 
 def methods() -> str:

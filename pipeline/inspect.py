@@ -37,9 +37,10 @@ class LayerRow(Layer):
 
 
 class Document(TypedDict):
-    """The answer. counts: of a bundle only."""
+    """The answer. attention: its formats, or "float". counts: of a bundle only."""
 
     engine: str
+    attention: str
     model: Mapping[str, object]
     layers: list[LayerRow]
     kept: list[Kept]
@@ -65,9 +66,11 @@ def layer_row(row: Layer, targets: Mapping[str, Target]) -> LayerRow:
 
 def bundle_document(path: Path) -> Document:
     """Per layer: formats, scales, embedding, the path of each target and why; totals. From a verified bundle."""
-    manifest = load_bundle(path).manifest
+    bundle = load_bundle(path)
+    manifest = bundle.manifest
     return {
         "engine": manifest["engine"],
+        "attention": bundle.recipe.attention.text(),
         "model": manifest["model"],
         "kept": manifest["kept"],
         "counts": manifest["counts"],
@@ -86,7 +89,14 @@ def recipe_document(recipe: Recipe) -> Document:
         "quantized_weights": sum(row["size_bytes"] for row in layers),
         "same_weights_fp16": sum(2 * row["shape"][0] * row["shape"][1] for row in layers),
     }
-    return {"engine": recipe.name, "model": model_row(model), "layers": layers, "kept": kept, "bytes": sizes}
+    return {
+        "engine": recipe.name,
+        "attention": recipe.attention.text(),
+        "model": model_row(model),
+        "layers": layers,
+        "kept": kept,
+        "bytes": sizes,
+    }
 
 
 def planned_layer(plan: LayerPlan) -> Layer:
@@ -167,7 +177,8 @@ def _totals(document: Document) -> str:
     packed = f"{sizes['quantized_weights'] / 1e6:.2f} MB packed, {share:.3f} of fp16"
     total = len(document["layers"]) + len(document["kept"])
     files = f"; {sizes['all_files'] / 1e6:.1f} MB in all files" if "all_files" in sizes else ""
-    return f"{len(document['layers'])} of {total} layers quantized, {len(document['kept'])} kept; {packed}{files}"
+    layers = f"{len(document['layers'])} of {total} layers quantized, {len(document['kept'])} kept"
+    return f"{layers}; attention {document['attention']}; {packed}{files}"
 
 
 def make_parser() -> Parser:

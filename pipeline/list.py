@@ -16,7 +16,7 @@ from pipeline import recipe as recipes
 from pipeline.backends import BACKENDS
 from pipeline.command import Answer, Parser, Part, Table, parser, run
 from pipeline.methods import METHODS, PRESETS, MethodRow, Option
-from pipeline.recipe import Formats, Recipe
+from pipeline.recipe import Recipe
 from pipeline.signals import leave
 
 # What the bits of a weight and of an activation buy, as measured and not as hoped.
@@ -94,7 +94,7 @@ def work(args: argparse.Namespace, answer: Answer) -> int:
 
 def tables(bundled: Sequence[Recipe]) -> list[Part]:
     """The answer for people."""
-    recipe_rows = [(row.name, row.model, _formats(row.formats), row.weights.scales_text()) for row in bundled]
+    recipe_rows = [(row.name, row.model, _formats(row), row.weights.scales_text()) for row in bundled]
     notes = [(row.name, f"{row.description}. {worth(row)}") for row in bundled]
     methods = [(row.name, _data(row), row.summary) for row in METHODS.values()]
     options = [(row.name, _options(row.options)) for row in METHODS.values() if row.options]
@@ -119,9 +119,11 @@ def _options(options: Mapping[str, Option]) -> str:
     return ", ".join(shown)
 
 
-def _formats(formats: Formats) -> str:
+def _formats(recipe: Recipe) -> str:
+    formats = recipe.formats
     special = "".join(f", {kind} {name}" for kind, name in formats.weight_of.items())
-    return f"{formats.weight} x {formats.activation}{special}"
+    attention = "" if recipe.attention.formats is None else f", attention {recipe.attention.text()}"
+    return f"{formats.weight} x {formats.activation}{special}{attention}"
 
 
 def make_parser() -> Parser:

@@ -360,7 +360,7 @@ def with_settings(recipe: Recipe, settings: list[str]) -> Recipe:
         if not isinstance(table, dict):
             raise RecipeError(f"--set {setting!r}: {key} is not a key of the recipe; see recipe.toml in any bundle")
         value = _value(text.strip())
-        if table is document.get("calibrate") and last == "method" and value != table[last]:
+        if tables == ["calibrate"] and last == "method" and value != table.get(last):
             table["options"] = {}  # they were another method's
         table[last] = value
     return from_dict(document, " ".join(f"--set {setting}" for setting in settings)) if settings else recipe

@@ -18,10 +18,12 @@ from pipeline.backends.sessions import SessionEngine, Sessions
 from plugins.cpu import library, limits
 
 GEMM, ATTENTION, BETWEEN, REST = "GEMMs of bytes", "attention", "between GEMMs", "the rest"
+BYTE_ATTENTION = "attention of bytes"
 # Op of the lowered graph -> what its time is counted as.
 PARTS = {
     **dict.fromkeys(("PackedGemm", "MatMulInteger", "MatMulIntegerToFloat"), GEMM),
     **dict.fromkeys(("Attention", "Softmax", "MatMul", "FusedMatMul"), ATTENTION),
+    "QuantizedAttention": BYTE_ATTENTION,  # stock engines have its function body: float products, and the rest
     **dict.fromkeys(("TokenChain", "QuantizeLinear", "DequantizeLinear", "LayerNormalization", "Gelu"), BETWEEN),
 }
 CALLS = 5
@@ -77,10 +79,11 @@ def profile(folder: Path, inputs: Arrays, threads: int) -> Profile:
             engine.run(inputs)
         engine.close()
         calls = _calls(Path(step.end_profiling()))[1:]
-    parts = [_part(part, calls) for part in (GEMM, ATTENTION, BETWEEN, REST)]
+    parts = [_part(part, calls) for part in (GEMM, BYTE_ATTENTION, ATTENTION, BETWEEN, REST)]
     work = {row["part"]: row["products"] for row in parts}
     known = rates.byte_products_per_s and rates.float_products_per_s
-    floor = work[GEMM] / rates.byte_products_per_s + work[ATTENTION] / rates.float_products_per_s if known else None
+    of_bytes = work[GEMM] + work[BYTE_ATTENTION]
+    floor = of_bytes / rates.byte_products_per_s + work[ATTENTION] / rates.float_products_per_s if known else None
     return {
         "threads": threads,
         "call_ms": sum(row["ms"] for row in parts),
@@ -125,7 +128,7 @@ def _shapes(rows: Sequence[dict[str, list[int]]]) -> list[list[int]]:
 
 def _products(op_type: str, inputs: list[list[int]], output: list[int]) -> float:
     """Products of a matrix product [..., K] x [K, N], of two limbs twice; of an attention for scores and values."""
-    if op_type == "Attention":
+    if op_type in ("Attention", "QuantizedAttention"):
         return 2.0 * math.prod(inputs[0]) * inputs[1][2]
     if PARTS.get(op_type) not in (GEMM, ATTENTION) or op_type == "Softmax":
         return 0.0
@@ -147,7 +150,8 @@ def _part(part: str, calls: Sequence[Sequence[Event]]) -> PartRow:
 
 def summary(document: Profile) -> tuple[list[str], list[list[str]]]:
     """The document as a table: its header and a row for each part."""
-    rates = {GEMM: document["byte_products_per_s"], ATTENTION: document["float_products_per_s"]}
+    of_bytes = dict.fromkeys((GEMM, BYTE_ATTENTION), document["byte_products_per_s"])
+    rates = {**of_bytes, ATTENTION: document["float_products_per_s"]}
     header = ["part", "ms", "share", "10^9 products/s", "of the machine's"]
     return header, [_cells(row, document["call_ms"], rates.get(row["part"], 0.0)) for row in document["parts"]]
 

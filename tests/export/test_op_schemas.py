@@ -55,6 +55,7 @@ CHOICES: dict[str, dict[str, Any]] = {
         "scale_groups": 2,
     },
     "NormModulateQuantize": {"format": "E2M3", "epsilon": 1e-6},
+    "QuantizedAttention": {"layer": "l", "qk_format": "INT8", "pv_format": "E2M3", "scale": 0.125},
 }
 # input shapes -> output shapes, with symbolic sizes
 SHAPES: dict[str, tuple[list[tuple[Any, ...]], list[tuple[Any, ...]]]] = {
@@ -68,6 +69,10 @@ SHAPES: dict[str, tuple[list[tuple[Any, ...]], list[tuple[Any, ...]]]] = {
     "QuantizeGroups": ([("B", "S", 64)], [("B", "S", 64), ("B", "S", 4)]),
     "DequantizeGroups": ([("B", "S", 64), ("B", "S", 4)], [("B", "S", 64)]),
     "PackedGroupGemm": ([("B", "S", 64), ("B", "S", 4), (24, 32), (24, 2), (1, 1), (24,)], [("B", "S", 24)]),
+    "QuantizedAttention": (
+        [("B", 2, "S", 64), ("B", 2, "T", 64), ("B", 2, "T", 64), ("B", 1, 1, "T")],
+        [("B", 2, "S", 64)],
+    ),
     "NormModulateQuantize": ([("B", "S", 64), ("B", 1, 64), ("B", 1, 64)], [("B", "S", 64), ("B", "S", 1)]),
 }
 
