@@ -214,18 +214,18 @@ def _value_and_scale(fmt: Format, x: torch.Tensor) -> tuple[torch.Tensor, torch.
 
 
 class AttentionDenoiser(Denoiser):
-    """A denoiser whose attention is computed by quantized_attention."""
+    """A denoiser whose attention is computed by quantized_attention, see there for `centre`."""
 
-    def __init__(self, denoiser: Denoiser, formats: AttentionFormats) -> None:
+    def __init__(self, denoiser: Denoiser, formats: AttentionFormats, centre: bool = True) -> None:
         super().__init__(denoiser.transformer, denoiser.family, denoiser.names)
-        self.formats = formats
+        self.formats, self.centre = formats, centre
 
     def forward(self, *args: torch.Tensor, **named: torch.Tensor) -> torch.Tensor:
         with attention_calls(self.transformer, self._replace):
             return super().forward(*args, **named)
 
     def _replace(self, _name: str, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> torch.Tensor:
-        return quantized_attention(self.formats, q, k, v, mask, scale)
+        return quantized_attention(self.formats, q, k, v, mask, scale, self.centre)
 
 
 def fake_quant(
