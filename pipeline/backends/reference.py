@@ -214,12 +214,12 @@ def _value_and_scale(fmt: Format, x: torch.Tensor) -> tuple[torch.Tensor, torch.
 
 
 class AttentionDenoiser(Denoiser):
-    """A denoiser whose attention is computed by quantized_attention. before: what q, k and v go through first, None for
-    nothing."""
+    """A denoiser whose attention is computed by quantized_attention, see there for `centre`. before: what q, k and v go
+    through first, None for nothing."""
 
-    def __init__(self, denoiser: Denoiser, formats: AttentionFormats) -> None:
+    def __init__(self, denoiser: Denoiser, formats: AttentionFormats, centre: bool = True) -> None:
         super().__init__(denoiser.transformer, denoiser.family, denoiser.names)
-        self.formats = formats
+        self.formats, self.centre = formats, centre
         self.before: Callable[[Tensor], Tensor] | None = None
 
     def forward(self, *args: torch.Tensor, **named: torch.Tensor) -> torch.Tensor:
@@ -229,7 +229,7 @@ class AttentionDenoiser(Denoiser):
     def _replace(self, _name: str, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> torch.Tensor:
         if self.before is not None:
             q, k, v = map(self.before, (q, k, v))
-        return quantized_attention(self.formats, q, k, v, mask, scale)
+        return quantized_attention(self.formats, q, k, v, mask, scale, self.centre)
 
 
 def fake_quant(

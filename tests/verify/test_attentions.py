@@ -166,7 +166,7 @@ def test_attentions_are_right_on_numbers_that_no_call_reaches(tmp_path: Path, to
     assert read.arrays["k2"].shape[2] == read.arrays["mask"].shape[3] == (tokens or TOKENS)
     results = extreme_results(probed, [], read, call, {"a": NUMBERS, "b": NUMBERS})
     assert len(results) == 8 and all(row.passed for row in results)
-    other = AttentionNumbers("INT6", "E2M3", SCALE)
+    other = AttentionNumbers("INT8", "INT6", SCALE)
     assert not all(row.passed for row in extreme_results(probed, [], read, call, {"a": other}))
 
 
