@@ -22,8 +22,14 @@ PORTS = tuple(OPS[OP].inputs)
 
 def node_of(edit: GraphEdit, masked: bool = False) -> onnx.NodeProto:
     """The last attention, or the last with a mask."""
-    nodes = [node for node in edit.nodes(OP) if not masked or not edit.is_constant(node.input[3])]
+    nodes = [node for node in edit.nodes(OP) if not masked or has_mask(edit, node)]
     return some(nodes, "no masked attention")[-1]
+
+
+def has_mask(edit: GraphEdit, node: onnx.NodeProto) -> bool:
+    """Or does it read zeros for none?"""
+    producer = edit.producer(node.input[3])
+    return producer is not None and producer.op_type != "ConstantOfShape"
 
 
 def _route(edit: GraphEdit, port: str, *steps: Step, masked: bool = False) -> None:
@@ -51,13 +57,16 @@ def _roll_heads_of_the_result(edit: GraphEdit) -> None:
 
 
 def _previous_token(edit: GraphEdit) -> None:
-    last = Step("Slice", (np.array([0]), np.array([-1]), np.array([2])))
-    _route(edit, "v", last, Step("Pad", (np.array([1, 0]), np.float32(0), np.array([2]))))
+    """The last one's for the first."""
+    axis = np.array([2])
+    last = edit.apply(node_of(edit).input[2], Step("Slice", (np.array([-1]), np.array([2**31]), axis)))
+    others = Step("Slice", (np.array([0]), np.array([-1]), axis))
+    _route(edit, "v", others, Step("Concat", (last,), {"axis": 2}, place=1))
 
 
 def _last_key_dropped(edit: GraphEdit) -> None:
     """Of the attention of a picture's own tokens, where no mask says how many there are."""
-    node = next(node for node in edit.nodes(OP) if edit.is_constant(node.input[3]))
+    node = next(node for node in edit.nodes(OP) if not has_mask(edit, node))
     for port in ("k", "v"):
         name = node.input[PORTS.index(port)]
         edit.route(name, Step("Slice", (np.array([0]), np.array([-1]), np.array([2]))), readers=[node])

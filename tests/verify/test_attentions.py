@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import math
+from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -19,7 +22,7 @@ from pipeline.verify.extremes import extreme_results, kept_beside
 from pipeline.verify.gates import layer_gates
 from pipeline.verify.probe import Beside, ProbedGraph
 from pipeline.verify.segments import judge_mask
-from pipeline.verify.walk import AttentionStop
+from pipeline.verify.walk import AttentionStop, Stop
 from tests.support.attention_engines import Form, attend
 
 F32 = np.float32
@@ -72,12 +75,10 @@ def _heads_swapped(output: Any) -> Any:
     [
         (_samples_swapped, "only in samples 1 of 2", "of another sample are used"),
         (_heads_swapped, "only in heads 1 of 2", "heads are in another order"),
-        (lambda output: output * F32(1.001), "in all samples and heads", "a format, a scale, the mean of K"),
+        (lambda output: output * F32(1.001), "in 4 of 4 heads of all samples", "a format, a scale, the mean of K"),
     ],
 )
 def test_a_wrong_attention_names_call_place_and_cause(change: Any, where: str, cause: str) -> None:
-    from dataclasses import replace
-
     right = probe_of(operands())
     attentions = judged(replace(right, output=change(right.output)))
     _, gate = attention_gates("cpu", attentions.results, ["a"])
@@ -105,8 +106,6 @@ def test_numbers_that_are_not_finite_are_named_where_they_come_first() -> None:
 
 
 def test_a_long_attention_s_queries_are_sampled_and_a_note_says_so() -> None:
-    from dataclasses import replace
-
     (result,) = judged(probe_of(operands())).results
     text = note("cpu", [replace(result, rows=10, rows_of=4000)])
     assert text == "cpu: attention is judged in every head of every call, for 10 of 4,000 queries: it is long"
@@ -168,6 +167,79 @@ def test_attentions_are_right_on_numbers_that_no_call_reaches(tmp_path: Path, to
     assert len(results) == 8 and all(row.passed for row in results)
     other = AttentionNumbers("INT8", "INT6", SCALE)
     assert not all(row.passed for row in extreme_results(probed, [], read, call, {"a": other}))
+
+
+# --- passes that stop -----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module", params=["pixart", "hunyuan"])
+def model(request: Any, tmp_path_factory: Any) -> Any:
+    from export.models import load as models
+    from tests.support import tiny
+
+    return models.load(str(tiny.folder(request.param, tmp_path_factory.mktemp(request.param))))
+
+
+def stops_of(model: Any, change: Any = None) -> Any:
+    """Results of stretches for an engine that is the float32 module, with q, k, v and mask that `change` may alter."""
+    import torch
+
+    from export.formats.attention import AttentionFormats
+    from export.models import load as models
+    from pipeline.verify.segments import SegmentCheck, SegmentReference
+    from pipeline.verify.walk import Walk, stopping_module, tensors_of
+
+    inputs = models.sample_inputs(model, 2, 0)
+    cells = inputs["hidden_states"].shape[2:]
+    reference = SegmentReference(model, cells, AttentionFormats("INT8", "INT8"))
+    module = stopping_module(model, torch.float32)
+    engine = Walk(module, tensors_of(inputs, torch.float32), nullcontext, attentions=True)
+    with SegmentCheck("cpu", reference, {"a call": inputs}, "fp32") as segments:
+        order, stop = reference.order(inputs), engine.start()
+        for name in order:
+            assert stop.layer == name
+            if isinstance(stop, AttentionStop):
+                output = np.full(stop.q.shape, 0.5, F32) + stop.q
+                mask = np.zeros((1, 1, 1, 1), F32) if stop.mask is None else stop.mask
+                probe = AttentionProbe(stop.q, stop.k, stop.v, mask, output)
+                segments.at_attention(name, [probe if change is None else change(name, probe)])
+            else:
+                features = model.module.get_submodule(name).out_features
+                output = np.ones((stop.x.size // stop.x.shape[-1], features), F32) * F32(0.25)
+                output[:, ::3] = 1 + np.arange(len(output), dtype=F32)[:, None] / 8
+                segments.at(name, [SimpleNamespace(x=stop.x, output=output)])  # type: ignore[list-item]
+            stop = engine.go_on(output)
+        assert isinstance(stop, Stop) and stop.layer is None
+        segments.end([stop.x])
+    return reference, segments.results
+
+
+@pytest.mark.torch
+def test_passes_stop_at_attentions_in_the_order_of_computation(model: Any) -> None:
+    reference, results = stops_of(model)
+    assert max(row.error for row in results) < 1
+    names = [row.layer for row in results if row.layer is not None and row.layer.endswith("(q)")]
+    assert names == [f"{name} (q)" for name in reference.attentions] and len(names) == 2 * len(model_blocks(model))
+    assert {numbers.scale for numbers in reference.attentions.values()} == {
+        1 / math.sqrt(model.config["attention_head_dim"])
+    }
+
+
+def model_blocks(model: Any) -> Any:
+    module = model.module
+    return module.transformer_blocks if hasattr(module, "transformer_blocks") else module.blocks
+
+
+@pytest.mark.torch
+@pytest.mark.parametrize("part", ["q", "k", "v"])
+def test_the_stretch_before_an_attention_is_judged(model: Any, part: str) -> None:
+    def moved(name: str, probe: AttentionProbe) -> AttentionProbe:
+        moves = name.endswith("1.attn1")
+        return replace(probe, **{part: getattr(probe, part) * F32(1.0001)}) if moves else probe
+
+    _, results = stops_of(model, moved)
+    wrong = [row.layer for row in results if row.error > 1]
+    assert len(wrong) == 1 and wrong[0].endswith(f"1.attn1 ({part})")
 
 
 # --- masks ----------------------------------------------------------------------------------------------------------
