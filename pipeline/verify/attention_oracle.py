@@ -23,6 +23,7 @@ hundred keys, the bound is a few roundings of the output, and a single code off 
 from __future__ import annotations
 
 import math
+from collections import Counter
 from dataclasses import dataclass
 
 import numpy as np
@@ -143,7 +144,7 @@ def check_attention(probe: AttentionProbe, numbers: AttentionNumbers, most_score
         output_error=float(largest.max(initial=0)),
         worst=place,
         errors=largest,
-        nonfinite=_nonfinite(probe, mask),
+        nonfinite=_nonfinite(probe),
         rows=rows,
         rows_of=samples * heads * queries,
         ambiguous=ambiguous / max(1, rows * keys),
@@ -159,9 +160,10 @@ def _errors(output: Array, expected: Floats, bound: Floats) -> Floats:
     return np.asarray(errors, np.float64)
 
 
-def _nonfinite(probe: AttentionProbe, mask: Array) -> int:
+def _nonfinite(probe: AttentionProbe) -> int:
     """Rows all of whose keys are masked away have no weights, and NaN is right there."""
-    undefined = np.isneginf(mask).all(axis=-1)
+    gone = np.isneginf(probe.mask).reshape((1,) * (4 - probe.mask.ndim) + probe.mask.shape).all(axis=-1)
+    undefined = np.broadcast_to(gone, probe.output.shape[:-1])
     output = np.count_nonzero(~np.isfinite(probe.output[~undefined]))
     inputs = sum(np.count_nonzero(~np.isfinite(tensor)) for tensor in (probe.q, probe.k, probe.v))
     return int(output + inputs + np.count_nonzero(np.isnan(probe.mask) | np.isposinf(probe.mask)))
@@ -242,8 +244,7 @@ def centred(k: Array) -> tuple[Floats, Floats]:
 
 def _mean_roundings(rows: Floats, largest_sum: Floats) -> Floats:
     """How many roundings of its largest sum the mean of each channel of rows [T, D] may be off by, [D]."""
-    _, counts = np.unique(rows, axis=0, return_counts=True)
-    single = np.count_nonzero(counts == 1)
+    single = sum(count == 1 for count in Counter(row.tobytes() for row in rows).values())
     independent = len(rows) - single + DEVIATIONS * math.sqrt(single)
     varies = rows.std(axis=0) > VARIES * largest_sum
     additions = np.where(varies, min(independent, len(rows) - 1), len(rows) - 1)
