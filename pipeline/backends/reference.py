@@ -7,7 +7,7 @@ Weights stay integers (1 byte each) and are dequantized at every call, so no flo
 from __future__ import annotations
 
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -214,18 +214,22 @@ def _value_and_scale(fmt: Format, x: torch.Tensor) -> tuple[torch.Tensor, torch.
 
 
 class AttentionDenoiser(Denoiser):
-    """A denoiser whose attention is computed by quantized_attention."""
+    """A denoiser whose attention is computed by quantized_attention, see there for `centre`. before: what q, k and v go
+    through first, None for nothing."""
 
-    def __init__(self, denoiser: Denoiser, formats: AttentionFormats) -> None:
+    def __init__(self, denoiser: Denoiser, formats: AttentionFormats, centre: bool = True) -> None:
         super().__init__(denoiser.transformer, denoiser.family, denoiser.names)
-        self.formats = formats
+        self.formats, self.centre = formats, centre
+        self.before: Callable[[Tensor], Tensor] | None = None
 
     def forward(self, *args: torch.Tensor, **named: torch.Tensor) -> torch.Tensor:
         with attention_calls(self.transformer, self._replace):
             return super().forward(*args, **named)
 
     def _replace(self, _name: str, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> torch.Tensor:
-        return quantized_attention(self.formats, q, k, v, mask, scale)
+        if self.before is not None:
+            q, k, v = map(self.before, (q, k, v))
+        return quantized_attention(self.formats, q, k, v, mask, scale, self.centre)
 
 
 def fake_quant(

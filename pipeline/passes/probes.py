@@ -1,4 +1,5 @@
-"""What a lowering says of each quantized linear: what it chose, why, and where the parity gates find its tensors.
+"""What a lowering says of each quantized linear: what it chose, why, and where the parity gates find its tensors. Of
+a quantized attention its one node says that.
 
 A backend publishes rows of what it can run; lowering gets them as data. An engine reads them, too: no ONNX here.
 """
@@ -75,3 +76,17 @@ class ProbeRow:
     gemm_columns: tuple[int, int] | None = None
     codes_format: str | None = None
     operands: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class AttentionRow:
+    """Where the parity gate finds one quantized attention inside a lowered ONNX graph (names of tensors), and the
+    domain of the op that computes it. mask: a tensor or an initializer."""
+
+    layer: str
+    path: str
+    q: str
+    k: str
+    v: str
+    mask: str
+    output: str

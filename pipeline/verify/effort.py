@@ -26,6 +26,9 @@ INSIDE, FEW_INSIDE = (1, 3, 9), (1, 2, 3)
 LARGE_INSIDE, LARGE_SAMPLES = (3,), 1
 # Special calls of a large model's portable model, so that an empty mask is looked at in its other targets alone.
 LARGE_PORTABLE = (3,)
+# Scores of an attention that are computed again in one call. Of a longer one every head is looked at, and some of the
+# queries, evenly among all: at 4096 tokens 32 of each head of two samples.
+MOST_SCORES = 2**22
 # Calls of a large model's lowered graph where it stands in for an engine: those of 9 hold each sample three times. It
 # draws no picture, which repeats its steps.
 STOOD_IN = (1, 2, 3)

@@ -1,13 +1,16 @@
-"""Quantizers on numbers that no call reaches: tokens near zero, of zeros only, and huge ones.
+"""Quantizers, those of attentions among them, on numbers that no call reaches: tokens near zero, of zeros only, and
+huge ones.
 
 The graph is cut at the tensor that a quantizer reads, and fed that of a real call times a factor. Where the quantizer
-is one op with what stands before it (a norm, GELU), its inputs are fed so, and it is judged by what it then reads.
+is one op with what stands before it (a norm, GELU), its inputs are fed so, and it is judged by what it then reads. Of
+an attention q, k and v are fed so, beside its mask, and its result is judged.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,6 +19,8 @@ from export.checkpoint import QuantizedLinear
 from pipeline.backends.base import Arrays
 from pipeline.passes.probes import ProbeRow
 from pipeline.progress import raise_if_stopped
+from pipeline.verify.attention_oracle import AttentionNumbers, check_attention
+from pipeline.verify.effort import MOST_SCORES
 from pipeline.verify.oracle import check_quantizer
 from pipeline.verify.probe import Beside, ProbedGraph, activation_integers
 
@@ -27,12 +32,19 @@ LARGE_TOKENS = 32
 
 @dataclass(frozen=True)
 class ExtremeResult:
-    """The quantizer of `layer` (one of those that share it) on its tokens times `factor`, against the oracle."""
+    """The quantizer of `layer` (one of those that share it) on its tokens times `factor`, against the oracle; or those
+    of an attention, of which output_error is known alone."""
 
     layer: str
     factor: float
-    codes_inadmissible: int
-    scale_error: float
+    codes_inadmissible: int = 0
+    scale_error: float = 0.0
+    output_error: float = 0.0
+
+    @property
+    def passed(self) -> bool:
+        """Does rounding explain all that was found?"""
+        return not self.codes_inadmissible and self.scale_error <= 1 and self.output_error <= 1
 
 
 def read_by_quantizers(probed: ProbedGraph, layers: Sequence[QuantizedLinear]) -> dict[str, list[str]]:
@@ -41,25 +53,52 @@ def read_by_quantizers(probed: ProbedGraph, layers: Sequence[QuantizedLinear]) -
     return {name: _fed(probed, probed.rows[name]) for name in quantizers.values()}
 
 
+def read_by_attentions(probed: ProbedGraph, attentions: Iterable[str]) -> dict[str, list[str]]:
+    """By attention the tensors that it reads, of which an initializer is none."""
+    rows = [probed.attentions[name] for name in attentions]
+    return {row.layer: [name for name in (row.q, row.k, row.v, row.mask) if name in probed.produced] for row in rows}
+
+
+def kept_beside(
+    probed: ProbedGraph, layers: Sequence[QuantizedLinear], attentions: Iterable[str], call: int, tokens: int | None
+) -> Beside:
+    """What `extreme_results` feeds: kept in the call of that place, of each sample so many tokens at most."""
+    of_attentions = read_by_attentions(probed, attentions)
+    rows = [probed.attentions[name] for name in of_attentions]
+    heads = frozenset(name for row in rows for name in (row.q, row.k, row.v))
+    masks = frozenset(row.mask for row in rows)
+    return Beside(call, read_by_quantizers(probed, layers) | of_attentions, tokens, heads, masks)
+
+
 def extreme_results(
-    probed: ProbedGraph, layers: Sequence[QuantizedLinear], read: Beside, call: Arrays
+    probed: ProbedGraph,
+    layers: Sequence[QuantizedLinear],
+    read: Beside,
+    call: Arrays,
+    attentions: Mapping[str, AttentionNumbers] = MappingProxyType({}),
 ) -> list[ExtremeResult]:
-    """Every quantizer of a graph on every factor times the tensors `read`, kept by the names of `read_by_quantizers`
-    in the call with the inputs `call`."""
+    """Every quantizer of a graph on every factor times the tensors `read`, kept by the names of `kept_beside` in the
+    call with the inputs `call`."""
     quantizers = [layer for layer in layers if layer.name in read.names]
-    if not quantizers:
+    rows_of_attentions = {name: probed.attentions[name] for name in attentions if name in read.names}
+    if not quantizers and not rows_of_attentions:
         return []
     rows, fed = {layer.name: probed.rows[layer.name] for layer in quantizers}, read.arrays
     fused = {row.x for row in rows.values() if row.x not in read.names[row.layer]}
     scales = {row.act_scale for row in rows.values() if row.act_scale is not None}
-    run = probed.cut(sorted(fused.union(scales, *(row.codes for row in rows.values()))), fed)
+    asked = fused.union(scales, *(row.codes for row in rows.values()))
+    run = probed.cut(sorted(asked.union(row.output for row in rows_of_attentions.values())), fed)
     results = []
     for factor in FACTORS:
-        scaled = {name: _times(array, factor) for name, array in fed.items()}
+        scaled = {name: array if name in read.masks else _times(array, factor) for name, array in fed.items()}
         tensors = {**scaled, **run(call | scaled)}
         for layer in quantizers:
             raise_if_stopped()
             results.append(_judge(layer, rows[layer.name], tensors, factor))
+        for name, row in rows_of_attentions.items():
+            probe = probed.attention_probe(row, tensors)
+            error = check_attention(probe, attentions[name], MOST_SCORES).output_error
+            results.append(ExtremeResult(name, factor, output_error=error))
     return results
 
 

@@ -23,7 +23,7 @@ from pipeline.verify.call_patterns import (
 )
 from pipeline.verify.calls import SampleError, StateResult
 from pipeline.verify.extremes import FACTORS, ExtremeResult
-from pipeline.verify.report import Gate, LayerResult, SegmentResult, StepResult
+from pipeline.verify.report import AttentionResult, Gate, LayerResult, SegmentResult, StepResult
 from pipeline.verify.study import Realisations, StepErrors, Study
 
 # An engine and a float32 run of the reference are two draws of one experiment: the float64 result, plus what flipped
@@ -133,17 +133,32 @@ def coverage_gate(target: str, present: Collection[str], expected: Collection[st
     return Gate(f"{target}/coverage", len(expected) - len(missing), len(expected), "linears", why, at_most=False)
 
 
-def layer_gates(target: str, rows: Sequence[LayerResult], bad_outputs: int, where: str | None = None) -> list[Gate]:
+def layer_gates(
+    target: str,
+    rows: Sequence[LayerResult],
+    bad_outputs: int,
+    where: str | None = None,
+    attentions: Sequence[AttentionResult] = (),
+    order: Sequence[str] = (),
+) -> list[Gate]:
     """Gates over all linears of a target; a failed one names the worst layer, its worst call and the likely cause.
+
+    attentions: whose numbers must be finite, too; order: in which linears and attentions are computed.
 
     bad_outputs: how many numbers of steps and pictures are not finite; where: the first of these in words. Without
     `gemm_exact` where no layer has anything to compare there, see `notes_on_layers`.
     """
     by_rule = [_layer_gate(target, rule, rows) for rule in LAYER_RULES if not rows or _compared(rule, rows)]
-    return [_finite_gate(target, rows, bad_outputs, where), *by_rule, _codes_gate(target, rows)]
+    places = {name: place for place, name in enumerate(order)}
+    every: list[LayerResult | AttentionResult] = [*rows, *attentions]
+    if attentions:
+        every.sort(key=lambda row: places[row.name])
+    return [_finite_gate(target, every, bad_outputs, where), *by_rule, _codes_gate(target, rows)]
 
 
-def _finite_gate(target: str, rows: Sequence[LayerResult], bad_outputs: int, where: str | None) -> Gate:
+def _finite_gate(
+    target: str, rows: Sequence[LayerResult | AttentionResult], bad_outputs: int, where: str | None
+) -> Gate:
     """Names the first layer: from there on NaN goes through all that follow."""
     nonfinite = sum(row.nonfinite for row in rows) + bad_outputs
     why = "no NaN or Inf in any quantized layer, step or picture"
@@ -196,7 +211,9 @@ def _culprit(rows: Sequence[LayerResult], rule: LayerRule, passed: bool) -> str:
     return f"; most in {worst.name}{_in_call(worst, rule.key)}: {rule.cause}"
 
 
-def _in_call(row: LayerResult, key: str) -> str:
+def _in_call(row: LayerResult | AttentionResult, key: str) -> str:
+    if isinstance(row, AttentionResult):
+        return f", in {row.call}"
     return f", in {row.calls[key]}" if key in row.calls else ""
 
 
@@ -309,17 +326,21 @@ def calls_gates(
 def quantizers_gate(target: str, rows: Sequence[ExtremeResult], call: str) -> Gate:
     """Quantizers on tokens that no call reaches: very small, zero, very large; made from those of `call`."""
     why = f"quantizers that differ from the oracle on their tokens times {', '.join(f'{f:g}' for f in FACTORS)}"
-    wrong = [row for row in rows if row.codes_inadmissible or not row.scale_error <= 1]
+    wrong = [row for row in rows if not row.passed]
     if wrong:
         row = wrong[0]
-        why += f"; first that of {row.layer}, in {call} times {row.factor:g}: {row.codes_inadmissible} codes, scale "
-        why += f"off by {row.scale_error:g} times its bound: {_cause_of_extreme(row)}"
+        why += f"; first that of {row.layer}, in {call} times {row.factor:g}: "
+        if row.output_error:
+            why += f"its output is off by {row.output_error:g} times its bound: {_cause_of_extreme(row)}"
+        else:
+            why += f"{row.codes_inadmissible} codes, scale "
+            why += f"off by {row.scale_error:g} times its bound: {_cause_of_extreme(row)}"
     return Gate(f"{target}/quantizers", len(wrong), 0, "quantizers", why)
 
 
 def _cause_of_extreme(row: ExtremeResult) -> str:
     """What is likely wrong with a quantizer; FACTORS begin below the floor of absmax, and end beyond FP16."""
-    if row.scale_error <= 1:
+    if row.scale_error <= 1 and not row.output_error:
         return "codes are clipped or rounded otherwise, or NaN comes from zero times infinity"
     if row.factor > 1:
         return "its scale overflows a type such as FP16, or has an upper bound"

@@ -82,7 +82,7 @@ def activation_oracle(x: Array, layer: QuantizedLinear) -> ActivationOracle:
             error = error.reshape(rows.shape)
             slack = error.max(axis=1, keepdims=True) / (scale * fmt.max_value)
             error = error + slack * np.abs(rows)
-    integers, lowest, highest = (array.reshape(x.shape) for array in _rounded(fmt, rows, scale, error))
+    integers, lowest, highest = (array.reshape(x.shape) for array in code_intervals(fmt, rows, scale, error))
     by_group = (scale.reshape(len(x), groups), slack.reshape(len(x), groups))
     return ActivationOracle(integers, lowest, highest, *by_group)
 
@@ -96,7 +96,7 @@ def _balanced(x: Array, layer: QuantizedLinear) -> tuple[Array, Array | None]:
     return balanced, ROUNDING * FIRST_ORDER * (np.abs(product) + np.abs(balanced))
 
 
-def _rounded(fmt: Format, x: Array, scale: Array, error: Array | None) -> Iterator[NDArray[np.integer]]:
+def code_intervals(fmt: Format, x: Array, scale: Array, error: Array | None) -> Iterator[NDArray[np.integer]]:
     """Integers of the nearest codes of x / scale [M, K], and of the lowest and highest that float32 may make of them.
 
     error: by how much x may be off beforehand, or None.

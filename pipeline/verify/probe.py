@@ -1,4 +1,5 @@
-"""Look inside a lowered graph: run it in stock onnxruntime with the tensors of its probe rows as extra outputs.
+"""Look inside a lowered graph: run it in stock onnxruntime with the tensors of its probe rows as extra outputs, and
+with those that its nodes of quantized attention read and give.
 
 Nothing is written and no weight is copied: the changed graph is handed over as bytes, its external data stays in the
 file beside the original. Layers are taken in batches, so that memory stays bounded at any model size.
@@ -19,16 +20,19 @@ import onnx
 from numpy.typing import NDArray
 from onnx.external_data_helper import ExternalDataInfo
 
+from export.dialect.ops import DOMAIN, OPS
 from export.formats.format import Format, get_format
 from export.onnx_files import read_graph
 from pipeline import machine
 from pipeline.backends import feeds
 from pipeline.backends.base import Arrays, LoweredGraph
 from pipeline.backends.sessions import register_needed, runtime_errors, session_options
-from pipeline.passes.probes import ProbeRow
+from pipeline.passes.probes import AttentionRow, ProbeRow
 from pipeline.progress import raise_if_stopped
+from pipeline.verify.attention_oracle import AttentionProbe
 from pipeline.verify.oracle import LinearProbe
 from pipeline.verify.parts import Parts, needed_nodes, part_of
+from plugins.cpu import library
 
 if TYPE_CHECKING:
     from onnxruntime import InferenceSession
@@ -36,23 +40,43 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 # Layers of the first batch, and bytes of probed tensors that later batches may hold at once.
 FIRST_BATCH, BATCH_BYTES = 4, 2**28
+# The op of the dialect, by its function body, and that of the kernel library, which has the same inputs.
+ATTENTION, ATTENTION_DOMAINS = "QuantizedAttention", (DOMAIN, library.DOMAIN)
+ATTENTION_INPUTS = len(OPS[ATTENTION].inputs)
 FOLDER_OPTION = "session.model_external_initializers_file_folder_path"
 
 
-def tensor_names(row: ProbeRow) -> tuple[str, ...]:
-    """The tensors of one probe row, without gemm_scale (an initializer)."""
+def tensor_names(row: ProbeRow | AttentionRow) -> tuple[str, ...]:
+    """The tensors of one row, without gemm_scale (an initializer) and a mask, which may be one."""
+    if isinstance(row, AttentionRow):
+        return row.q, row.k, row.v, row.output
     names = (row.x, *row.codes, row.act_scale, row.gemm, row.output, row.low_rank, *row.operands)
     return tuple(name for name in names if name)
+
+
+def attention_rows(model: onnx.ModelProto) -> dict[str, AttentionRow]:
+    """The quantized attentions of a graph by name. One that another has the name of is not among them, nor is one with
+    other inputs than the op has."""
+    rows: dict[str, AttentionRow] = {}
+    for node in model.graph.node:
+        if node.op_type == ATTENTION and node.domain in ATTENTION_DOMAINS and len(node.input) == ATTENTION_INPUTS:
+            q, k, v, mask = node.input
+            layers = (item.s.decode() for item in node.attribute if item.name == "layer")
+            rows |= {name: AttentionRow(name, node.domain, q, k, v, mask, node.output[0]) for name in layers}
+    return rows
 
 
 @dataclass
 class Beside:
     """More tensors that are kept while a graph is probed: `names` by layer, those of one call, by its place. arrays:
-    what was kept; tokens: how many of a sample's, at most, or None for all."""
+    what was kept; tokens: how many of a sample's, at most, or None for all. heads, masks: names of those that are
+    [B, H, tokens, channels], and of those that broadcast to [B, H, tokens, tokens]."""
 
     call: int
     names: Mapping[str, Sequence[str]]
     tokens: int | None = None
+    heads: frozenset[str] = frozenset()
+    masks: frozenset[str] = frozenset()
     arrays: Arrays = field(default_factory=dict)
 
     def keep(self, layers: Sequence[str], tensors: Sequence[Arrays]) -> None:
@@ -60,11 +84,17 @@ class Beside:
         names = {name for layer in layers for name in self.names.get(layer, ())}
         for name in names:
             array = tensors[self.call][name]  # [B, tokens, channels], or a picture, or one row for each sample
-            self.arrays[name] = array[:, : self.tokens].copy() if self.tokens and array.ndim == 3 else array
+            if self.tokens and name in self.heads:
+                array = array[:, :, : self.tokens].copy()
+            elif self.tokens and name in self.masks:
+                array = array[..., : self.tokens, : self.tokens].copy()
+            elif self.tokens and array.ndim == 3:
+                array = array[:, : self.tokens].copy()
+            self.arrays[name] = array
 
 
 class ProbedGraph:
-    """A lowered graph that can be asked for the inner tensors of its quantized linears."""
+    """A lowered graph that can be asked for the inner tensors of its quantized linears and attentions."""
 
     def __init__(self, lowered: LoweredGraph, threads: int | None = None) -> None:
         """Reads the graph without its weights. Raises ContractError if its external data is missing or cut short.
@@ -74,15 +104,26 @@ class ProbedGraph:
         self.path, self._threads = lowered.path, machine.threads(threads)
         self.rows = {row.layer: row for row in lowered.probes}
         self.model = read_graph(self.path)
+        self.attentions = attention_rows(self.model)
         nodes = self.model.graph.node
         self.produced = {name for node in nodes for name in node.output} | {i.name for i in self.model.graph.input}
 
     @cached_property
     def complete(self) -> frozenset[str]:
         """Layers whose tensors are all in the graph; a probe row that points nowhere proves nothing."""
-        constants = {tensor.name for tensor in self.model.graph.initializer}
+        constants = self._constants
         rows = (row for row in self.rows.values() if row.gemm_scale is None or row.gemm_scale in constants)
         return frozenset(row.layer for row in rows if self.produced.issuperset(tensor_names(row)))
+
+    @cached_property
+    def complete_attentions(self) -> frozenset[str]:
+        """Attentions whose tensors are all in the graph."""
+        rows = (row for row in self.attentions.values() if row.mask in self._constants | self.produced)
+        return frozenset(row.layer for row in rows if self.produced.issuperset(tensor_names(row)))
+
+    @cached_property
+    def _constants(self) -> frozenset[str]:
+        return frozenset(tensor.name for tensor in self.model.graph.initializer)
 
     @cached_property
     def weights(self) -> frozenset[str]:
@@ -159,11 +200,22 @@ class ProbedGraph:
         outputs: list[Arrays] | None = None,
         beside: Beside | None = None,
     ) -> Iterator[tuple[str, list[LinearProbe]]]:
-        """For each layer what it computed in each call, a batch of layers at a time, which should stand in the order of
-        computation. `outputs` gets the model's own outputs in each call, which are computed with the last batch;
-        `beside`: what else is kept."""
+        """For each linear what it computed in each call, see `all_probes`."""
+        for layer, probes in self.all_probes(layers, calls, outputs, beside):
+            yield layer, [probe for probe in probes if isinstance(probe, LinearProbe)]
+
+    def all_probes(
+        self,
+        layers: Sequence[str],
+        calls: Sequence[Arrays],
+        outputs: list[Arrays] | None = None,
+        beside: Beside | None = None,
+    ) -> Iterator[tuple[str, list[LinearProbe] | list[AttentionProbe]]]:
+        """For each layer, a linear or an attention, what it computed in each call, a batch of layers at a time, which
+        should stand in the order of computation. `outputs` gets the model's own outputs in each call, which are
+        computed with the last batch; `beside`: what else is kept."""
         more = beside or Beside(0, {})
-        names = {layer: {*tensor_names(self.rows[layer]), *more.names.get(layer, ())} for layer in layers}
+        names = {layer: {*self._asked_for(layer), *more.names.get(layer, ())} for layer in layers}
         last = [output.name for output in self.model.graph.output]
         parts = Parts(
             self.model, self._open, calls, [*last, *(name for of_layer in names.values() for name in of_layer)]
@@ -186,8 +238,22 @@ class ProbedGraph:
             # The weights of a graph that computes them from an input, which is wrong, show in the other calls' outputs.
             weights = {name: array for name, array in tensors[0].items() if name in self.weights}
             for layer in batch:
+                if layer in self.attentions:
+                    yield layer, [self.attention_probe(self.attentions[layer], of_call) for of_call in tensors]
+                    continue
                 pairs = zip(tensors, calls, strict=True)
                 yield layer, [self._probe(self.rows[layer], of_call | weights, call) for of_call, call in pairs]
+
+    def _asked_for(self, layer: str) -> tuple[str, ...]:
+        row = self.attentions.get(layer)
+        if row is None:
+            return tensor_names(self.rows[layer])
+        return tensor_names(row) + (() if row.mask in self._constants else (row.mask,))
+
+    def attention_probe(self, row: AttentionRow, tensors: Mapping[str, NDArray]) -> AttentionProbe:
+        """An attention of the tensors that it reads and gives."""
+        mask = self.constant(row.mask) if row.mask in self._constants else tensors[row.mask]
+        return AttentionProbe(tensors[row.q], tensors[row.k], tensors[row.v], mask, tensors[row.output])
 
     def _probe(self, row: ProbeRow, tensors: Arrays, call: Arrays) -> LinearProbe:
         x = _rows(tensors[row.x])

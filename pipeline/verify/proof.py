@@ -25,9 +25,12 @@ from pipeline.generate.case import Case, Run, is_large
 from pipeline.generate.sampling import take_samples
 from pipeline.progress import track
 from pipeline.recipe import Recipe
+from pipeline.verify import attentions as attention
+from pipeline.verify.attention_oracle import AttentionProbe
+from pipeline.verify.attentions import Attentions, attention_gates
 from pipeline.verify.calls import call_errors, state_result
 from pipeline.verify.effort import Effort, effort_for, note
-from pipeline.verify.extremes import LARGE_TOKENS, extreme_results, read_by_quantizers
+from pipeline.verify.extremes import LARGE_TOKENS, extreme_results, kept_beside
 from pipeline.verify.gates import (
     LAYER_RULES,
     calls_gates,
@@ -142,18 +145,38 @@ def verify_target(
     smallest = min(calls, key=lambda text: len(calls[text]["hidden_states"]))
     order = {name: place for place, name in enumerate(study.stretches.order(study.calls[0]))}
     present.sort(key=lambda layer: order[layer.name])
+    quantized = study.stretches.attentions
+    found = {name: numbers for name, numbers in quantized.items() if name in probed.complete_attentions}
+    attentions = Attentions(found, list(order))
     with SegmentCheck(target, study.stretches, calls, of_graph_name) as segments:
-        complete = len(present) == len(order)  # else the coverage gate fails, and nothing behind a gap can be judged
+        complete = len(present) + len(found) == len(
+            order
+        )  # else a coverage gate fails, and nothing behind a gap can be judged
         checked = segments if complete else None
         tokens = LARGE_TOKENS if is_large(model) else None
-        read = Beside(list(calls).index(smallest), read_by_quantizers(probed, present), tokens)
+        read = kept_beside(probed, present, found, list(calls).index(smallest), tokens)
         results = layer_results(
-            target, present, expected, probed, study, of_graph, calls, effort.probed, checked, threads or 1, read
+            target,
+            present,
+            expected,
+            probed,
+            study,
+            of_graph,
+            calls,
+            effort.probed,
+            checked,
+            threads or 1,
+            read,
+            attentions,
         )
     report.layers += results
     report.segments += segments.results
+    report.attentions += attentions.results
     report.gates += [segments_gate(target, segments.results), *tables_gate(target, model, probed)]
-    report.gates.append(quantizers_gate(target, extreme_results(probed, present, read, calls[smallest]), smallest))
+    report.gates += attention_gates(target, attentions.results, quantized)
+    report.gates.append(
+        quantizers_gate(target, extreme_results(probed, present, read, calls[smallest], found), smallest)
+    )
     run = engine.run if engine else probed.denoiser()
     if engine is None:
         report.notes.append(f"{target}: {BACKENDS[target].not_run_note(graph)}")
@@ -169,10 +192,11 @@ def verify_target(
     report.gates += calls_gates(target, strange, study, single, errors.samples)
     pictures = drawn(run, study.case.first(effort.pictures)) if effort.pictures else study.case.noise[:0]
     nonfinite = errors.nonfinite + int(np.count_nonzero(~np.isfinite(pictures)))
-    report.gates += layer_gates(target, results, nonfinite, first_nonfinite(errors, pictures))
+    where = first_nonfinite(errors, pictures)
+    report.gates += layer_gates(target, results, nonfinite, where, attentions.results, attentions.order)
     report.gates += end_gates(target, errors, pictures, study, single)
     report.notes += notes_on_layers(target, results)
-    report.notes += filter(None, [note(target, effort, *whole)])
+    report.notes += filter(None, [note(target, effort, *whole), attention.note(target, attentions.results)])
     if ARITHMETICS[arithmetic].note:
         report.notes.append(f"{target}: {ARITHMETICS[arithmetic].note}")
     return pictures
@@ -241,15 +265,27 @@ def layer_results(
     segments: SegmentCheck | None = None,
     threads: int = 1,
     beside: Beside | None = None,
+    attentions: Attentions | None = None,
 ) -> list[LayerResult]:
     """Every linear of one target in `calls`, of which the first are those of `steps`, out of `Study.probed`. `segments`
     is told of each, and needs them to be all, in the order of computation; beside the linear itself, with `threads`.
-    beside: see `ProbedGraph.probes`."""
+    beside: see `ProbedGraph.all_probes`. attentions: are judged among the linears, as they are computed."""
     by_name = {layer.name: layer for layer in layers}
+    names = list(by_name)
+    if attentions is not None:
+        names = [name for name in attentions.order if name in by_name or name in attentions.numbers]
     results, outputs = [], list[Arrays]()
     known: tuple[tuple[str, bytes], ActivationOracle] | None = None
-    of_layers = probed.probes(list(by_name), list(calls.values()), outputs, beside)
-    for name, probes in track(of_layers, len(by_name), f"verify {target}: linears"):
+    of_layers = probed.all_probes(names, list(calls.values()), outputs, beside)
+    for name, every in track(of_layers, len(names), f"verify {target}: linears"):
+        if name not in by_name:
+            assert attentions is not None
+            of_attention = [probe for probe in every if isinstance(probe, AttentionProbe)]
+            attentions.judge(target, name, probed.attentions[name].path, dict(zip(calls, of_attention, strict=True)))
+            if segments is not None:
+                segments.at_attention(name, of_attention)
+            continue
+        probes = [probe for probe in every if isinstance(probe, LinearProbe)]
         layer, row = by_name[name], probed.rows[name]
         quantizer = (row.x, quantizer_key(layer))
         # q, k and v read one quantizer and follow each other.

@@ -124,15 +124,23 @@ class Noise:
 @contextmanager
 def jittered(module: torch.nn.Module, seed: int, ulps: float) -> Iterator[None]:
     """Move every quantizer's input by up to `ulps`: of the number itself, and of its row's root mean square (what
-    an error made before a cancellation leaves)."""
+    an error made before a cancellation leaves). Of an attention that is quantized these are q, k and v, whose scales
+    move the scores, so that integers of exponentials flip as well."""
+    from pipeline.backends.reference import AttentionDenoiser
+
     noise = Noise(seed)
 
-    def move(_: torch.nn.Module, inputs: Tensors) -> Tensors:
-        x = inputs[0]
+    def moved(x: torch.Tensor) -> torch.Tensor:
         size = x.abs() + x.square().mean(-1, keepdim=True).sqrt()
-        return (noise.moved(x, size, ulps * ROUNDING), *inputs[1:])
+        return noise.moved(x, size, ulps * ROUNDING)
 
-    with hooked(module, move):
+    def move(_: torch.nn.Module, inputs: Tensors) -> Tensors:
+        return (moved(inputs[0]), *inputs[1:])
+
+    with hooked(module, move), ExitStack() as stack:
+        if isinstance(module, AttentionDenoiser):
+            module.before = moved
+            stack.callback(setattr, module, "before", None)
         yield
 
 

@@ -71,6 +71,31 @@ class LayerResult:
 
 
 @dataclass(frozen=True)
+class AttentionResult:
+    """One quantized attention on one target, on the engine's own q, k, v and mask.
+
+    path: the domain of its op, "fpq" for the function body. output_error: largest difference from the oracle over the
+    bound that float32 roundings allow, so at most 1. nonfinite: numbers that are not finite. rows: queries that were
+    judged, of rows_of. ambiguous_share: of the judged integers that exponentials become, how many roundings may change.
+    call: in which output_error was met; diagnosis: where it is wrong and what is likely the cause, None within the
+    limit.
+    """
+
+    target: str
+    name: str
+    path: str
+    qk_format: str
+    pv_format: str
+    output_error: float
+    nonfinite: int
+    rows: int
+    rows_of: int
+    ambiguous_share: float
+    call: str
+    diagnosis: str | None
+
+
+@dataclass(frozen=True)
 class StepResult:
     """One denoising step on one target, all on the same x_t: engine against the float64 reference, the worst float32
     run of the reference against it, and the reference against the float model. sqnr_db is nan where a slow target was
@@ -108,6 +133,7 @@ class Report:
     layers: list[LayerResult] = field(default_factory=list)
     steps: list[StepResult] = field(default_factory=list)
     segments: list[SegmentResult] = field(default_factory=list)
+    attentions: list[AttentionResult] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
     def add(self, part: Report) -> None:

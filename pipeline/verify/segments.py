@@ -4,6 +4,9 @@ A pass of the PyTorch module stops at each quantized linear. There its input, wh
 what the engine's earlier linears gave, is compared with the engine's own; then the pass goes on with the engine's
 output. So no stretch sees the errors of the linears, or a flipped code, and each is judged by its own roundings.
 
+At an attention that is quantized, whose codes flip as those of linears do, a pass stops as well: q, k, v and mask are
+the ends of the stretches that lead to it, and the pass goes on with the engine's result (see attention_oracle).
+
 The limit of a stretch is what rounding may do in it, measured on the same inputs: PASSES further ones in the
 target's arithmetic, in which every operation rounds once by itself and moves its result by up to JITTER_ULPS more.
 """
@@ -22,15 +25,18 @@ from export.errors import ContractError
 from export.formats.operands import HALF_MAX, HALF_ROUNDING, ROUNDING
 from pipeline.backends.base import Arithmetic, Arrays
 from pipeline.distance import Array
+from pipeline.verify.attention_oracle import AttentionNumbers, AttentionProbe
 from pipeline.verify.oracle import LinearProbe, ratio
 from pipeline.verify.reference_hooks import ARITHMETICS, operations_jittered
 from pipeline.verify.report import SegmentResult
-from pipeline.verify.walk import Stop, Walk, stopping_module, tensors_of
+from pipeline.verify.walk import AnyStop, AttentionStop, Stop, Walk, stopping_module, tensors_of
 
 if TYPE_CHECKING:
     import torch
 
+    from export.formats.attention import AttentionFormats
     from export.models.load import LoadedModel
+    from export.models.torch_modules import Denoiser
 
 # At most SUMS_SEED: no two generators of them have one seed.
 PASSES = 4
@@ -57,17 +63,23 @@ PART_LIMIT = 16.0
 SHARED_LIMIT = 8.0
 # Besides, each of up to 32 operations in a row may err to one side by all that JITTER_ULPS allows.
 SHARED_BIAS = 32 * JITTER_ULPS * ROUNDING
+# Of a mask, numbers such as -10000 times 0 or 1: a conversion, a difference and a product, and one more.
+MASK_ROUNDINGS = 4
 
 
 class SegmentReference:
-    """The passes of one model at one picture size; made once and used for every target and call."""
+    """The passes of one model at one picture size; made once and used for every target and call.
 
-    def __init__(self, model: LoadedModel, cells: tuple[int, int]) -> None:
+    attention: the formats in which it is quantized, None for in float. attentions: by name, in the order in which the
+    module calls them, known when `order` is; none in float.
+    """
+
+    def __init__(self, model: LoadedModel, cells: tuple[int, int], attention: AttentionFormats | None = None) -> None:
         import torch
 
         from export.models.torch_modules import set_resolution
 
-        def module(dtype: torch.dtype) -> torch.nn.Module:
+        def module(dtype: torch.dtype) -> Denoiser:
             stopping = stopping_module(model, dtype)
             set_resolution(stopping, *cells)
             return stopping
@@ -77,15 +89,27 @@ class SegmentReference:
         # One for each arithmetic, whose hooks are on its parts: targets may be judged at the same time.
         self._single = {arithmetic: module(self._types[1]) for arithmetic in ARITHMETICS}
         self.layers = tuple(ref.name for ref in model.linears())
+        self._formats = attention
+        self.attentions: dict[str, AttentionNumbers] = {}
         self._order: tuple[str, ...] = ()
 
     def order(self, inputs: Arrays) -> tuple[str, ...]:
-        """The linears in the order in which the module calls them; ContractError if it calls one twice or never."""
+        """The linears, and the attentions that are quantized, in the order in which the module calls them;
+        ContractError if it calls a linear twice or never."""
         if not self._order:
-            walk = Walk(self._single["fp32"], tensors_of(inputs, self._types[1]), nullcontext)
-            visited, stop = [], walk.start()
+            stops_at_attentions = self._formats is not None
+            walk = Walk(
+                self._single["fp32"], tensors_of(inputs, self._types[1]), nullcontext, attentions=stops_at_attentions
+            )
+            order, visited, stop = list[str](), list[str](), walk.start()
             while stop.layer is not None:
-                visited.append(stop.layer)
+                order.append(stop.layer)
+                if isinstance(stop, AttentionStop):
+                    assert self._formats is not None
+                    numbers = AttentionNumbers(self._formats.qk, self._formats.pv, stop.scale)
+                    self.attentions[stop.layer] = numbers
+                else:
+                    visited.append(stop.layer)
                 stop = walk.go_on(None)
             if sorted(visited) != sorted(self.layers):
                 odd = sorted(set(self.layers) ^ set(visited)) or sorted({x for x in visited if visited.count(x) > 1})
@@ -93,15 +117,16 @@ class SegmentReference:
                 raise ContractError(
                     f"{odd[0]}: {times}; keep it unquantized, in its family's row of export/models/families.py"
                 )
-            self._order = tuple(visited)
+            self._order = tuple(order)
         return self._order
 
     def walks(self, inputs: Arrays, arithmetic: Arithmetic) -> list[Walk]:
         """One exact pass and PASSES in `arithmetic` with jitter."""
         exact, single = (tensors_of(inputs, dtype) for dtype in self._types)
         module = self._single[arithmetic]
-        jittered = [Walk(module, single, partial(self._jittered, arithmetic, seed)) for seed in range(PASSES)]
-        return [Walk(self._exact, exact, nullcontext), *jittered]
+        stops = self._formats is not None
+        jittered = [Walk(module, single, partial(self._jittered, arithmetic, seed), stops) for seed in range(PASSES)]
+        return [Walk(self._exact, exact, nullcontext, stops), *jittered]
 
     @contextmanager
     def _jittered(self, arithmetic: Arithmetic, seed: int) -> Iterator[None]:
@@ -112,7 +137,7 @@ class SegmentReference:
 class SegmentCheck:
     """The stretches of one lowered graph in several calls at once, judged in the order of computation.
 
-    Told of every quantized linear in `SegmentReference.order`, then of the outputs; a context manager.
+    Told of every quantized linear and attention in `SegmentReference.order`, then of the outputs; a context manager.
     """
 
     def __init__(
@@ -120,7 +145,7 @@ class SegmentCheck:
     ) -> None:
         self._target, self._halved = target, arithmetic != "fp32"
         self._walks = {text: reference.walks(inputs, arithmetic) for text, inputs in calls.items()}
-        self._stops: dict[str, list[Stop]] = {}
+        self._stops: dict[str, list[AnyStop]] = {}
         self.results: list[SegmentResult] = []
         self._read: list[Array] = []  # what was judged last, which is kept so that its memory is not used again
 
@@ -138,20 +163,51 @@ class SegmentCheck:
         for (text, walks), probe in zip(self._walks.items(), probes, strict=True):
             self._stops[text] = [walk.go_on(probe.output) for walk in walks]
 
+    def at_attention(self, layer: str, probes: Sequence[AttentionProbe]) -> None:
+        """Judge the stretches before a quantized attention by its inputs in each call, and go on with its result."""
+        for part in ("q", "k", "v"):
+            rows = []
+            for (text, stops), probe in zip(self._stops.items(), probes, strict=True):
+                ends = [Stop(f"{layer} ({part})", _tokens(getattr(stop, part))) for stop in _at(stops, layer)]
+                rows.append(judge(self._target, text, ends, _tokens(getattr(probe, part)), self._halved))
+            self.results.append(max(rows, key=lambda row: row.error))
+        masks = [
+            judge_mask(self._target, text, _at(stops, layer)[0], probe.mask)
+            for (text, stops), probe in zip(self._stops.items(), probes, strict=True)
+        ]
+        self.results.append(max(masks, key=lambda row: row.error))
+        self._read = [tensor for probe in probes for tensor in (probe.q, probe.k, probe.v)]
+        for (text, walks), probe in zip(self._walks.items(), probes, strict=True):
+            self._stops[text] = [walk.go_on(probe.output) for walk in walks]
+
     def end(self, outputs: Sequence[Array]) -> None:
         """Judge the last stretch by the model's output in each call."""
         self._judge(None, outputs)
 
     def _judge(self, layer: str | None, tensors: Sequence[Array]) -> None:
-        read = [*tensors, *(stop.x for stops in self._stops.values() for stop in stops)]
+        linears = {text: [stop for stop in stops if isinstance(stop, Stop)] for text, stops in self._stops.items()}
+        read = [*tensors, *(stop.x for stops in linears.values() for stop in stops)]
         if self.results and all(map(_same_memory, read, self._read)):  # q, k and v read one tensor after the other
             self.results.append(replace(self.results[-1], layer=layer))
             return
         self._read, rows = read, list[SegmentResult]()
-        for (text, stops), tensor in zip(self._stops.items(), tensors, strict=True):
-            assert {stop.layer for stop in stops} == {layer}, f"the module stands at {stops[0].layer}, not at {layer}"
+        for (text, stops), tensor in zip(linears.items(), tensors, strict=True):
+            stands_at = {stop.layer for stop in self._stops[text]}
+            assert stands_at == {layer} == {stop.layer for stop in stops}, f"the module stands at {stands_at}"
             rows.append(judge(self._target, text, stops, tensor, self._halved))
         self.results.append(max(rows, key=lambda row: row.error))
+
+
+def _at(stops: Sequence[AnyStop], layer: str) -> list[AttentionStop]:
+    attentions = [stop for stop in stops if isinstance(stop, AttentionStop) and stop.layer == layer]
+    assert len(attentions) == len(stops), f"the module stands at {stops[0].layer}, not at {layer}"
+    return attentions
+
+
+def _tokens(heads: Array) -> Array:
+    """[B, H, T, D] -> [B, T, H * D]."""
+    samples, _, tokens, _ = heads.shape
+    return heads.transpose(0, 2, 1, 3).reshape(samples, tokens, -1)
 
 
 def _same_memory(one: Array, other: Array) -> bool:
@@ -185,6 +241,30 @@ def judge(target: str, call: str, stops: Sequence[Stop], output: Array, halved: 
         whole = _by_sample(stops[0].x)
         diagnosis = diagnose(whole, _by_sample(output.reshape(shape)) - whole, max(shared) > 1)
     return SegmentResult(target, layer, call, error, float(ulps), diagnosis)
+
+
+def judge_mask(target: str, call: str, stop: AttentionStop, mask: Array) -> SegmentResult:
+    """Compare an engine's mask with the exact pass's, number by number as they stand beside the scores: it is made of
+    few operations on zeros and ones, whose roundings are counted."""
+    layer = f"{stop.layer} (mask)"
+    exact = np.zeros((1, 1, 1, 1)) if stop.mask is None else np.asarray(stop.mask, np.float64)
+    scores = (*stop.q.shape[:-1], stop.k.shape[2])
+    try:
+        shape = np.broadcast_shapes(exact.shape, mask.shape)
+        of_scores = np.broadcast_shapes(shape, scores) == scores
+    except ValueError:
+        of_scores = False
+    if not of_scores:
+        return SegmentResult(target, layer, call, np.inf, 0.0, f"its shape is {mask.shape}, the module's {exact.shape}")
+    expected, given = np.broadcast_to(exact, shape), np.broadcast_to(mask, shape)
+    same = expected == given  # infinities, too
+    with np.errstate(invalid="ignore"):
+        errors = ratio(np.abs(given - expected), MASK_ROUNDINGS * ROUNDING * np.abs(expected))
+    errors = np.where(same, 0.0, np.nan_to_num(errors, nan=np.inf, posinf=np.inf))
+    error = float(errors.max(initial=0))
+    wrong = np.count_nonzero(errors > 1)
+    text = f"{wrong} of {errors.size} numbers of the mask differ: it is another sample's, of other tokens, or weaker"
+    return SegmentResult(target, layer, call, error, 0.0, text if wrong else None)
 
 
 def _of_sample(sample: int, stops: Sequence[Stop], output: Array) -> list[Array]:

@@ -185,7 +185,7 @@ def study(
     reference = Study(make_case(model, recipe))
     reference.pools = make_pools(model, reference.case)
     reference.special_calls = make_calls(model, reference.pools)
-    reference.stretches = SegmentReference(model, reference.case.noise.shape[2:])
+    reference.stretches = SegmentReference(model, reference.case.noise.shape[2:], attention)
     reference.probed = tuple(sorted({0, reference.case.n_steps - 1}))
     _run_exact(reference, engine(fake_quant(model, layers, torch.float64, attention), torch.float64))
 

@@ -1,15 +1,16 @@
-"""Forward passes of a PyTorch module that stop at every quantized linear and go on with whatever output they are given.
+"""Forward passes of a PyTorch module that stop at every quantized linear and quantized attention, and go on with
+whatever output they are given.
 
-Between two stops lies one stretch of the model: norm and modulation, attention, an activation function, gates and
-residuals, embedders. Several passes walk side by side, one in float64 and others in float32, so that each stretch is
-computed on the same inputs in every arithmetic and nothing but the current layer is held in memory.
+Between two stops lies one stretch of the model: norm and modulation, attention in float, an activation function, gates
+and residuals, embedders. Several passes walk side by side, one in float64 and others in float32, so that each stretch
+is computed on the same inputs in every arithmetic and nothing but the current layer is held in memory.
 """
 
 from __future__ import annotations
 
 import threading
 from collections.abc import Callable
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
 from queue import SimpleQueue
 from typing import TYPE_CHECKING
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     import torch
 
     from export.models.load import LoadedModel
+    from export.models.torch_modules import Denoiser
 
 
 @dataclass(frozen=True)
@@ -34,31 +36,50 @@ class Stop:
     x: Array
 
 
+@dataclass(frozen=True)
+class AttentionStop:
+    """Where a pass stands: before the attention `layer`, with q [B, H, Tq, D], k and v [B, H, Tk, D], the mask that
+    broadcasts to [B, H, Tq, Tk], None for none, and the factor of the scores."""
+
+    layer: str
+    q: Array
+    k: Array
+    v: Array
+    mask: Array | None
+    scale: float
+
+
+AnyStop = Stop | AttentionStop
+
+
 class Walk:
     """One forward pass in a thread of its own, which only runs while `start` or `go_on` waits for it.
 
-    `module` is what `stopping_module` made. `context` holds during the pass (jitter, parts in FP16).
+    `module` is what `stopping_module` made. `context` holds during the pass (jitter, parts in FP16). attentions: does
+    it stop at them as well?
     """
 
     def __init__(
         self,
-        module: torch.nn.Module,
+        module: Denoiser,
         inputs: dict[str, torch.Tensor],
         context: Callable[[], AbstractContextManager[None]],
+        attentions: bool = False,
     ) -> None:
-        self._module, self._inputs, self._context = module, inputs, context
+        self._module, self._inputs, self._context, self._attentions = module, inputs, context, attentions
         # Where the pass arrives, or the error that ends it; and what it goes on with, or what ends it.
-        self._stops: SimpleQueue[Stop | BaseException] = SimpleQueue()
+        self._stops: SimpleQueue[AnyStop | BaseException] = SimpleQueue()
         self._outputs: SimpleQueue[Array | _AbandonedError | None] = SimpleQueue()
         self._thread = threading.Thread(target=self._run, daemon=True)
 
-    def start(self) -> Stop:
-        """Walk to the first linear."""
+    def start(self) -> AnyStop:
+        """Walk to the first stop."""
         self._thread.start()
         return self._next()
 
-    def go_on(self, output: Array | None) -> Stop:
-        """Take `output` [rows, N] (None: zeros) for that of the linear at which the pass stands; walk to the next."""
+    def go_on(self, output: Array | None) -> AnyStop:
+        """Take `output`, of a linear [rows, N], of an attention like q (None: zeros), for that of what the pass stands
+        at; walk to the next stop."""
         self._outputs.put(output)
         return self._next()
 
@@ -68,7 +89,7 @@ class Walk:
             self._outputs.put(_AbandonedError())
             self._thread.join()
 
-    def _next(self) -> Stop:
+    def _next(self) -> AnyStop:
         stop = self._stops.get()
         if isinstance(stop, BaseException):
             raise stop
@@ -78,7 +99,11 @@ class Walk:
         import torch
 
         try:
-            with torch.no_grad(), self._context():  # inference mode would hide parts of composite operations
+            with ExitStack() as stack:
+                stack.enter_context(torch.no_grad())  # inference mode would hide parts of composite operations
+                stack.enter_context(self._context())
+                if self._attentions:
+                    stack.enter_context(self._stopping_at_attentions())
                 _current.walk = self
                 output = self._module(**self._inputs)
             self._stops.put(Stop(None, output.numpy()))
@@ -89,16 +114,31 @@ class Walk:
 
     def at(self, layer: str, x: torch.Tensor, out_features: int) -> torch.Tensor:
         """Called by a port in the pass's own thread."""
+        return self._stopped(Stop(layer, x.numpy()), x, (*x.shape[:-1], out_features))
+
+    def _stopping_at_attentions(self) -> AbstractContextManager[None]:
+        from export.models.attention_calls import attention_calls
+
+        def at(
+            name: str, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None, scale: float
+        ) -> torch.Tensor:
+            of_mask = None if mask is None else mask.numpy()
+            stop = AttentionStop(name, q.numpy(), k.numpy(), v.numpy(), of_mask, scale)
+            return self._stopped(stop, q, (*q.shape[:-1], v.shape[-1]))
+
+        return attention_calls(self._module.transformer, at)
+
+    def _stopped(self, stop: AnyStop, like: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
+        """Wait for what the pass goes on with, a tensor of this shape and the type of `like`."""
         import torch
 
-        self._stops.put(Stop(layer, x.numpy()))
+        self._stops.put(stop)
         output = self._outputs.get()
         if isinstance(output, _AbandonedError):
             raise output
-        shape = (*x.shape[:-1], out_features)
         if output is None:
-            return x.new_zeros(shape)
-        return torch.from_numpy(np.ascontiguousarray(output)).to(x.dtype).reshape(shape)
+            return like.new_zeros(shape)
+        return torch.from_numpy(np.ascontiguousarray(output)).to(like.dtype).reshape(shape)
 
 
 class _AbandonedError(Exception):
@@ -109,7 +149,7 @@ class _AbandonedError(Exception):
 _current = threading.local()
 
 
-def stopping_module(model: LoadedModel, dtype: torch.dtype) -> torch.nn.Module:
+def stopping_module(model: LoadedModel, dtype: torch.dtype) -> Denoiser:
     """`model` as a module of `dtype` whose quantized linears are stops; all other tensors are shared or converted."""
     from torch import nn
 

@@ -47,6 +47,7 @@ ZEROS = {"ada_zero": ("dit", ".norm1.linear"), "out_zero": ("pixart", "proj_out"
 # For a fault that linears or stretches show: a step and, as of a large model, a call of an odd length.
 LOOKED_INTO = Effort((0,), (0,), 0, special=LARGE_INSIDE, inside=LARGE_INSIDE, state=False)
 LEARNED = "learned"  # the end of the names of bundled models with routed branches and static scales
+ATTENTION = "attention"  # the end of the names of models whose attention is quantized, too
 
 
 @dataclass
@@ -159,12 +160,15 @@ class Subjects:
         base, _, kind = name.partition(" ")
         model, folder = self.model(base), self.root / name.replace(" ", "-")
         folder.mkdir(exist_ok=True)
-        recipe = _recipe(base, model, LEARNED_STEPS if kind else STEPS)
+        recipe = _recipe(base, model, LEARNED_STEPS if kind == LEARNED else STEPS)
+        if kind == ATTENTION:
+            recipe = recipes.with_settings(recipe, ["attention.qk=INT8", "attention.pv=INT8"])
         layers = _layers(base, model, recipe, folder)
         if kind == LEARNED:
             layers = learn(layers)
-        to_onnx.export_portable(model, layers, folder / "model.onnx", recipe.sampling.height, recipe.sampling.width)
-        pictures = picture_case.SMALL_PICTURES if kind else PICTURES
+        size, attention = recipe.sampling, recipe.attention.formats
+        to_onnx.export_portable(model, layers, folder / "model.onnx", size.height, size.width, attention)
+        pictures = picture_case.SMALL_PICTURES if kind == LEARNED else PICTURES
         with mock.patch.object(picture_case, "SMALL_PICTURES", pictures):
             studied = study(model, layers, recipe)
         return Subject(name, model, layers, recipe, folder, studied)

@@ -90,6 +90,12 @@ def test_a_wrong_quantizer_names_call_and_cause(factor: float, codes: int, scale
     assert f"first that of b, in batch of 1 times {factor:g}: {codes} codes" in gate.why and f": {cause}" in gate.why
 
 
+def test_an_attention_s_quantizers_that_are_wrong_say_so() -> None:
+    rows = [ExtremeResult("a", 1e-6, output_error=0.9), ExtremeResult("b", 1e12, output_error=3.0)]
+    gate = quantizers_gate("cpu", rows, "batch of 1")
+    assert gate.value == 1 and "first that of b, in batch of 1 times 1e+12: its output is off by 3 times" in gate.why
+
+
 def test_stretches_that_were_not_judged_say_why() -> None:
     gate = segments_gate("cpu", [])
     assert not gate.passed and gate.why.endswith("; none was judged: linears are missing, see coverage")

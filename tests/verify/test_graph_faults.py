@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from tests.support.attention_faults import ATTENDED, ATTENTION_FAULTS
 from tests.support.call_faults import CALL_FAULTS, CallFault
 from tests.support.fault_subjects import ZEROS, Subjects
 from tests.support.graph_edit import GraphEdit, NothingToPlantError
@@ -22,13 +23,13 @@ pytestmark = [pytest.mark.slow, pytest.mark.torch]
 
 # Test -> the faults that it plants.
 TABLES: dict[str, Sequence[Any]] = {
-    "test_a_fault_in_the_graph_is_caught": (*GRAPH_FAULTS, *LINEAR_FAULTS),
+    "test_a_fault_in_the_graph_is_caught": (*GRAPH_FAULTS, *LINEAR_FAULTS, *ATTENTION_FAULTS),
     "test_a_fault_in_the_calls_is_caught": CALL_FAULTS,
 }
 # The subjects of this file; test_graph_faults_tiny.py has the others.
 BUNDLED = True
 FUSED = (*MINIS, *LEARNED)
-CLEAN = (*ALL, *LEARNED, "pixart_sizes", *ZEROS)
+CLEAN = (*ALL, *LEARNED, *ATTENDED, "pixart_sizes", *ZEROS)
 
 
 @pytest.fixture(scope="module")
@@ -87,9 +88,9 @@ def test_a_right_engine_answers_all_calls(subjects: Subjects) -> None:
 
 
 def test_the_table_is_as_long_and_as_wide_as_it_should_be() -> None:
-    faults = (*GRAPH_FAULTS, *LINEAR_FAULTS, *CALL_FAULTS)
+    faults = (*GRAPH_FAULTS, *LINEAR_FAULTS, *ATTENTION_FAULTS, *CALL_FAULTS)
     assert len({fault.name for fault in faults}) == len(faults) - 1 > 100  # latents are clipped in two places
-    for name in (*MINIS, *LEARNED):
+    for name in (*MINIS, *LEARNED, *ATTENDED):
         assert sum(name in fault.subjects for fault in faults) >= 10
     planted = [name for table in TABLES.values() for name, _ in chosen(table, every=False)]
     assert sum(name.startswith(MINIS) for name in planted) >= 60 and {*MINIS, *TINIES} <= set(planted)

@@ -19,7 +19,7 @@ from pipeline.verify.gates import layer_gates, notes_on_layers
 from pipeline.verify.page import MEASURED_SLOT, Page, measured_section, render
 from pipeline.verify.pictures import Column, amplification, gallery, png
 from pipeline.verify.plots import Axis, Plot, Series
-from pipeline.verify.report import Gate, LayerResult, Report, StepResult, write_layers_csv
+from pipeline.verify.report import AttentionResult, Gate, LayerResult, Report, StepResult, write_layers_csv
 from tests.support.report_file import read_report
 
 
@@ -46,6 +46,24 @@ def layer(name: str = "blocks.0.to_q", **changes: Any) -> LayerResult:
         size_bytes=1234,
     )
     return LayerResult(**fields | changes)
+
+
+def attention(name: str = "blocks.0.attn1", **changes: Any) -> AttentionResult:
+    fields: dict[str, Any] = dict(
+        target="cpu",
+        name=name,
+        path="fpq",
+        qk_format="INT8",
+        pv_format="E2M3",
+        output_error=0.5,
+        nonfinite=0,
+        rows=1024,
+        rows_of=4096,
+        ambiguous_share=0.001,
+        call="step 1",
+        diagnosis=None,
+    )
+    return AttentionResult(**fields | changes)
 
 
 def report(value: float = 0.0) -> Report:
@@ -257,6 +275,16 @@ def test_page_shows_verdict_gates_notes_and_layers() -> None:
         assert text in html
     failed = page(report(2.0))
     assert "FAILED" in failed and "Failed: cpu/gemm_exact" in failed
+
+
+def test_page_shows_attentions_where_they_are_quantized() -> None:
+    contents = report()
+    assert "8-bit attention" not in page(contents)
+    contents.attentions += [attention(), attention("blocks.1.attn1", output_error=7.0, diagnosis="in all heads: it is")]
+    html = page(contents)
+    for text in ("INT8/E2M3", "1,024 of 4,096", "within its bound", "in all heads: it is"):
+        assert text in html
+    assert json.loads(contents.to_json())["attentions"][1]["output_error"] == 7.0
 
 
 def test_page_escapes_what_others_wrote() -> None:
