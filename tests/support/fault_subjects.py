@@ -163,7 +163,8 @@ class Subjects:
         layers = _layers(base, model, recipe, folder)
         if kind == LEARNED:
             layers = learn(layers)
-        to_onnx.export_portable(model, layers, folder / "model.onnx", recipe.sampling.height, recipe.sampling.width)
+        size, attention = recipe.sampling, recipe.attention.formats
+        to_onnx.export_portable(model, layers, folder / "model.onnx", size.height, size.width, attention)
         pictures = picture_case.SMALL_PICTURES if kind else PICTURES
         with mock.patch.object(picture_case, "SMALL_PICTURES", pictures):
             studied = study(model, layers, recipe)
