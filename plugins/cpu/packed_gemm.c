@@ -16,8 +16,9 @@ static int64_t filled(int64_t k) { return (k + OCTET - 1) / OCTET * OCTET; }
 
 /* --- any processor -------------------------------------------------------------------------------------------- */
 
-static void decode_plain(const Block *block, Scratch *scratch) {
+static const int8_t *decode_plain(const Block *block, Scratch *scratch) {
   const int8_t *table = block->gemm->table;
+  if (!table) return stored_bytes(block);
   for (int64_t octet = 0; octet < block->k / OCTET; octet++) {
     const uint8_t *codes = block->weight + (block->k0 / OCTET + octet) * BYTES;
     int8_t *out = scratch->decoded + octet * 2 * BYTES;
@@ -27,15 +28,14 @@ static void decode_plain(const Block *block, Scratch *scratch) {
       out[BYTES + i] = (int8_t)(table[codes[i] >> 4] * factor);
     }
   }
+  return scratch->decoded;
 }
 
-static void add_plain(
-    const uint8_t *a, int64_t stride, int64_t rows, int64_t k, int run, const Scratch *scratch, int32_t *sums) {
-  (void)run;
+static void add_plain(const Block *block, const uint8_t *a, int64_t stride, int64_t rows, int32_t *sums) {
   for (int64_t row = 0; row < rows; row++) {
     uint32_t total[PANEL] = {0};
-    for (int64_t i = 0; i < k; i++) {
-      const int8_t *w = scratch->decoded + i / QUAD * BYTES + i % QUAD;
+    for (int64_t i = 0; i < block->k; i++) {
+      const int8_t *w = block->w + i / QUAD * BYTES + i % QUAD;
       for (int c = 0; c < PANEL; c++) total[c] += (uint32_t)(a[row * stride + i] * w[c * QUAD]);
     }
     for (int c = 0; c < PANEL; c++) sums[row * PANEL + c] = (int32_t)((uint32_t)sums[row * PANEL + c] + total[c]);
@@ -96,13 +96,18 @@ EXPORT int packed_gemm_force(const char *name) {
 
 static int largest_integer(const PackedGemm *gemm) {
   int largest = 1;
+  if (!gemm->table) return gemm->largest_weight;
   for (int i = 0; i < 16; i++) largest = abs(gemm->table[i]) > largest ? abs(gemm->table[i]) : largest;
   return largest;
 }
 
 const char *packed_gemm_misfit(const PackedGemm *gemm) {
   if (gemm->largest_code < 0 || gemm->largest_code > 255) return "largest_code must be that of a byte";
-  if (2 * gemm->largest_code * largest_integer(gemm) > INT16_MAX) return "a pair of products can leave 16 bits";
+  if (!gemm->table && (gemm->largest_weight < 1 || gemm->largest_weight > 127))
+    return "largest_weight of a weight of bytes must be 1 to 127";
+  if (!gemm->table && gemm->multipliers) return "multipliers are for weights with a table";
+  if (gemm->table && 2 * gemm->largest_code * largest_integer(gemm) > INT16_MAX)
+    return "a pair of products can leave 16 bits";
   if (gemm->multipliers && (gemm->group < OCTET || gemm->group % OCTET || gemm->k % gemm->group))
     return "group_size must be a multiple of 8 that divides the input channels";
   if (gemm->sums > 1 && (gemm->multipliers || gemm->k % (gemm->sums * OCTET)))
@@ -110,11 +115,11 @@ const char *packed_gemm_misfit(const PackedGemm *gemm) {
   return NULL;
 }
 
-/* Quads in a run: a power of two, so that the run's sums stay in 16 bits and within a group. */
+/* Quads in a run: a power of two, so that the run's sums stay in 16 bits and within a group; 0 if one's do not. */
 static int run_of(const PackedGemm *gemm) {
   int pair = 2 * gemm->largest_code * largest_integer(gemm), run = MAX_RUN;
   int64_t span = gemm->multipliers ? gemm->group : gemm->sums > 1 ? gemm->k / gemm->sums : filled(gemm->k);
-  while (run > 1 && (run * pair > INT16_MAX || span % (run * QUAD))) run /= 2;
+  while (run && (run * pair > INT16_MAX || span % (run * QUAD))) run /= 2;
   return run;
 }
 
@@ -124,10 +129,11 @@ static int64_t aligned(int64_t bytes) { return (bytes + 63) / 64 * 64; }
 static int64_t lay_out(const PackedGemm *gemm, char *memory, Scratch *scratch) {
   int64_t rows = gemm->rows < MAX_ROWS ? gemm->rows : MAX_ROWS, k = filled(gemm->k), used = 0;
   int64_t block = k < K_BLOCK ? k : K_BLOCK, tail = k == gemm->k ? 0 : aligned(rows * k);
-  int64_t sizes[] = {aligned(rows * PANEL * 4), aligned(block * PANEL), aligned(block / QUAD * 2 * PANEL * 2), tail, tail};
-  void *parts[5];
-  for (int i = 0; i < 5; i++) parts[i] = memory ? memory + used : NULL, used += sizes[i];
-  if (scratch) *scratch = (Scratch){parts[0], parts[1], parts[2], {parts[3], parts[4]}};
+  int64_t sums = aligned(rows * PANEL * 4), low = gemm->low_codes ? 1 : 0;
+  int64_t sizes[] = {sums, low * sums, aligned(block * PANEL * 2), aligned(block / QUAD * 2 * PANEL * 2), tail, low * tail};
+  void *parts[6];
+  for (int i = 0; i < 6; i++) parts[i] = memory ? memory + used : NULL, used += sizes[i];
+  if (scratch) *scratch = (Scratch){{parts[0], parts[1]}, parts[2], parts[3], {parts[4], parts[5]}};
   return used;
 }
 
@@ -150,52 +156,50 @@ static const uint8_t *whole_octets(const PackedGemm *gemm, const uint8_t *codes,
   return copy;
 }
 
-/* product (+)= (sums - zero * weight_sum) * scale of a panel's stretch s, integers modulo 2^32. */
+/* product (+)= (sums - zero * weight_sum) * scale of a panel's stretch s, integers modulo 2^32; low: sums of the low
+ * limb, NULL for none. */
 VARIANTS void finish_rows(
-    const PackedGemm *gemm, int64_t panel, int64_t s, int64_t first, int64_t rows, const int32_t *sums) {
+    const PackedGemm *gemm, int64_t panel, int64_t s, int64_t first, int64_t rows, const int32_t *sums,
+    const int32_t *low) {
   int64_t channel = panel * PANEL, count = gemm->n - channel < PANEL ? gemm->n - channel : PANEL;
   const float *scale = gemm->scale + s * gemm->n + channel;
   const int32_t *weight_sum = gemm->weight_sum + s * gemm->n + channel;
-  uint32_t factor = (uint32_t)gemm->zero * (uint32_t)(gemm->low_codes ? gemm->limb_weight + 1 : 1);
+  uint32_t weight = low ? (uint32_t)gemm->limb_weight : 1, factor = (uint32_t)gemm->zero * (weight + (low ? 1 : 0));
   for (int64_t row = 0; row < rows; row++) {
     float *out = gemm->product + (first + row) * gemm->n + channel;
     for (int64_t i = 0; i < count; i++) {
-      uint32_t sum = (uint32_t)sums[row * PANEL + i] - factor * (uint32_t)weight_sum[i];
+      uint32_t sum = (uint32_t)sums[row * PANEL + i] * weight - factor * (uint32_t)weight_sum[i];
+      if (low) sum += (uint32_t)low[row * PANEL + i];
       float part = (float)(int32_t)sum * scale[i];
       out[i] = s ? out[i] + part : part;
     }
   }
 }
 
-VARIANTS void weigh(int32_t *sums, uint32_t weight, int64_t count) {
-  for (int64_t i = 0; i < count; i++) sums[i] = (int32_t)((uint32_t)sums[i] * weight);
-}
-
 void packed_gemm_panel(const PackedGemm *gemm, int64_t panel, int64_t first, int64_t last, void *memory) {
   const Variant *variant = chosen();
-  int64_t k = filled(gemm->k), rows = last - first;
-  int run = run_of(gemm);
-  const uint8_t *limbs[2] = {gemm->codes, gemm->low_codes};
+  int64_t k = filled(gemm->k), rows = last - first, panel_bytes = gemm->table ? k * PANEL / 2 : k * PANEL;
+  int limbs = gemm->low_codes ? 2 : 1;
+  const uint8_t *codes[] = {gemm->codes, gemm->low_codes};
   Scratch scratch;
   lay_out(gemm, memory, &scratch);
-  const uint8_t *codes[2] = {NULL, NULL};
-  for (int limb = 0; limb < 2 && limbs[limb]; limb++)
-    codes[limb] = whole_octets(gemm, limbs[limb] + first * gemm->k, rows, scratch.tail[limb]);
-  Block block = {gemm, gemm->weight + panel * k / OCTET * BYTES, NULL, 0, 0};
+  for (int limb = 0; limb < limbs; limb++)
+    codes[limb] = whole_octets(gemm, codes[limb] + first * gemm->k, rows, scratch.tail[limb]);
+  Block block = {.gemm = gemm, .weight = gemm->weight + panel * panel_bytes, .factors = scratch.factors};
   if (gemm->multipliers) block.multipliers = gemm->multipliers + panel * (gemm->k / gemm->group) * PANEL;
+  if (variant->adds_pairs) block.run = run_of(gemm);
   for (int64_t s = 0, end = 0; s < gemm->sums; s++) {
     int64_t start = end;
     end = gemm->sums == 1 ? k : start + gemm->k / gemm->sums;
-    memset(scratch.sums, 0, (size_t)(rows * PANEL) * sizeof *scratch.sums);
-    for (int limb = 0; limb < 2 && codes[limb]; limb++) {
-      if (limb) weigh(scratch.sums, (uint32_t)gemm->limb_weight, rows * PANEL);
-      for (block.k0 = start; block.k0 < end; block.k0 += block.k) {
-        block.k = end - block.k0 < K_BLOCK ? end - block.k0 : K_BLOCK;
-        variant->decode(&block, &scratch);
-        if (variant->multiplies_sums) spread_factors(&block, run, scratch.factors);
-        variant->add(codes[limb] + block.k0, k, rows, block.k, run, &scratch, scratch.sums);
-      }
+    for (int limb = 0; limb < limbs; limb++)
+      memset(scratch.sums[limb], 0, (size_t)(rows * PANEL) * sizeof(int32_t));
+    for (block.k0 = start; block.k0 < end; block.k0 += block.k) {
+      block.k = end - block.k0 < K_BLOCK ? end - block.k0 : K_BLOCK;
+      block.w = variant->decode(&block, &scratch);
+      if (block.run) spread_factors(&block, block.run, scratch.factors);
+      for (int limb = 0; limb < limbs; limb++)
+        variant->add(&block, codes[limb] + block.k0, k, rows, scratch.sums[limb]);
     }
-    finish_rows(gemm, panel, s, first, rows, scratch.sums);
+    finish_rows(gemm, panel, s, first, rows, scratch.sums[0], limbs == 2 ? scratch.sums[1] : NULL);
   }
 }

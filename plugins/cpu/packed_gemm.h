@@ -1,4 +1,5 @@
-/* A GEMM of bytes with 4-bit weights that stay packed: a panel of 16 channels is decoded at a time, for all rows. */
+/* A GEMM of bytes: 4-bit weights stay packed, a panel of 16 channels is decoded at a time, for all rows; weights of
+ * bytes are read where they are. */
 #ifndef FPQ_PACKED_GEMM_H
 #define FPQ_PACKED_GEMM_H
 
@@ -14,24 +15,27 @@ enum {
 /* product[m, n] = sum over s of float(sum over the k of s of a[m, k] * w[n, k]) * scale[s, n], with `sums` stretches s of
  * k / sums input channels each; the inner sum in 32 bits and exact, the outer one in float32 in the order of s, with
  *   a = codes - zero; with low_codes limb_weight * (codes - zero) + (low_codes - zero)     uint8 [rows, k]
- *   w = table[code of (n, k)] * multiplier of (n, k / group)
+ *   w = table[code of (n, k)] * multiplier of (n, k / group), or without a table the byte of (n, k)
  *
- * weight: [panels, k / 8, 64]; byte 4 c + i of the 64 holds the codes of channel c at k = i (low half) and 4 + i. What
- * fills up k and n has the code of 0. multipliers: [panels, k / group, 16], NULL for none. weight_sum: [sums, n], the
- * inner sums of w, which `zero` is a factor of.
+ * weight: with a table [panels, k / 8, 64]; byte 4 c + i of the 64 holds the codes of channel c at k = i (low half) and
+ * 4 + i. Without one [panels, k / 4, 64]; byte 4 c + i is the weight of channel c at k = i. What fills up k (to a
+ * multiple of 8) and n is 0. multipliers: [panels, k / group, 16], NULL for none. weight_sum: [sums, n], the inner sums
+ * of w, which `zero` is a factor of.
  *
  * Exact on every instruction set: |w| <= 127, so that decoded weights are bytes, and |sum| < 2^31. Where products of
- * bytes are added in pairs in saturating 16 bits (x86 without dot products), the factors are table's own integers: a
- * run of `run` pairs stays below 2^15, since 2 * run * largest_code * largest |table| does, and the multiplier comes
- * after it, in 32 bits. Sums that leave 32 bits on the way come back, as integers modulo 2^32 do.
+ * bytes are added in pairs in saturating 16 bits (x86 without dot products), the factors are table's own integers, or
+ * bytes of at most largest_weight: a run of `run` pairs stays below 2^15, since 2 * run * largest_code * largest_weight
+ * does, and the multiplier comes after it, in 32 bits. Where not even one pair does, factors are widened to 16 bits and
+ * their products added in 32. Sums that leave 32 bits on the way come back, as integers modulo 2^32 do.
  */
 typedef struct PackedGemm {
   const uint8_t *codes, *low_codes; /* low_codes: NULL for one limb */
   const uint8_t *weight, *multipliers;
-  const int8_t *table; /* [16] */
+  const int8_t *table; /* [16], NULL for a weight of bytes */
   const float *scale;
   const int32_t *weight_sum;
   int32_t zero, limb_weight, largest_code;
+  int32_t largest_weight; /* largest |byte| of the weight; of no meaning with a table */
   int64_t group; /* a multiple of 8 that divides k; k where there are no multipliers */
   int64_t rows, n, k, sums; /* k / sums is a multiple of 8 unless sums is 1 */
   float *product;

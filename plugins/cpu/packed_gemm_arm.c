@@ -7,7 +7,8 @@
 
 #define TARGET_DOT __attribute__((target("arch=armv8.2-a+dotprod")))
 
-TARGET_DOT static void decode_dot(const Block *block, Scratch *scratch) {
+TARGET_DOT static const int8_t *decode_dot(const Block *block, Scratch *scratch) {
+  if (!block->gemm->table) return stored_bytes(block);
   const int8x16_t table = vld1q_s8(block->gemm->table);
   const uint8_t *codes = block->weight + block->k0 / OCTET * BYTES;
   for (int64_t octet = 0; octet < block->k / OCTET; octet++)
@@ -21,18 +22,19 @@ TARGET_DOT static void decode_dot(const Block *block, Scratch *scratch) {
       vst1q_s8(out, vmulq_s8(first, vld1q_s8(factors)));
       vst1q_s8(out + BYTES, vmulq_s8(second, vld1q_s8(factors)));
     }
+  return scratch->decoded;
 }
 
 /* a - 128 is a signed byte; what it takes off, 128 times the weights, is added to what the sums start with. */
 TARGET_DOT INLINE void tile_dot(
-    const int rows, const uint8_t *a, int64_t stride, int64_t k, const Scratch *scratch, int32_t *sums) {
+    const int rows, const uint8_t *a, int64_t stride, int64_t k, const int8_t *decoded, int32_t *sums) {
   const int8x16_t ones = vdupq_n_s8(64);
   int32x4_t total[4][4], offset[4];
   for (int row = 0; row < rows; row++)
     for (int part = 0; part < 4; part++) total[row][part] = vld1q_s32(sums + row * PANEL + 4 * part);
   for (int part = 0; part < 4; part++) offset[part] = vdupq_n_s32(0);
   for (int64_t i = 0; i < k; i += QUAD) {
-    const int8_t *w = scratch->decoded + i / QUAD * BYTES;
+    const int8_t *w = decoded + i / QUAD * BYTES;
     int8x16_t weight[4];
     for (int part = 0; part < 4; part++) {
       weight[part] = vld1q_s8(w + 16 * part);
@@ -51,10 +53,11 @@ TARGET_DOT INLINE void tile_dot(
 }
 
 TARGET_DOT static void add_dot(
-    const uint8_t *a, int64_t stride, int64_t rows, int64_t k, int run, const Scratch *scratch, int32_t *sums) {
-  (void)run;
-  for (; rows >= 4; rows -= 4, a += 4 * stride, sums += 4 * PANEL) tile_dot(4, a, stride, k, scratch, sums);
-  for (; rows; rows--, a += stride, sums += PANEL) tile_dot(1, a, stride, k, scratch, sums);
+    const Block *block, const uint8_t *a, int64_t stride, int64_t rows, int32_t *sums) {
+  const int8_t *w = block->w;
+  int64_t k = block->k;
+  for (; rows >= 4; rows -= 4, a += 4 * stride, sums += 4 * PANEL) tile_dot(4, a, stride, k, w, sums);
+  for (; rows; rows--, a += stride, sums += PANEL) tile_dot(1, a, stride, k, w, sums);
 }
 
 const Variant PACKED_GEMM_DOT = {"dotprod", 0, decode_dot, add_dot};

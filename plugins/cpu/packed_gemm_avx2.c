@@ -27,16 +27,16 @@ __attribute__((target("avx2"))) void packed_gemm_decode_avx2(const Block *block,
 
 /* `rows` (at most 4) rows, runs of `run` quads: both constants where this is inlined. */
 __attribute__((target("avx2"))) INLINE void tile_avx2(
-    const int rows, const int run, const uint8_t *a, int64_t stride, int64_t k, const Scratch *scratch, int32_t *sums) {
-  const int8_t *w = scratch->decoded;
-  const int16_t *factors = scratch->factors;
-  for (int64_t i = 0; i < k; i += run * QUAD, a += run * QUAD, w += run * BYTES, factors += 2 * PANEL) {
+    const int rows, const int run, const Block *block, const uint8_t *a, int64_t stride, int32_t *sums) {
+  const int8_t *w = block->w;
+  const int16_t *factors = block->factors;
+  for (int64_t i = 0; i < block->k; i += run * QUAD, a += run * QUAD, w += run * BYTES, factors += 2 * PANEL) {
     __m256i left[4], right[4];
     for (int row = 0; row < rows; row++) left[row] = right[row] = _mm256_setzero_si256();
 #pragma GCC unroll 8
     for (int quad = 0; quad < run; quad++) {
-      __m256i w_left = _mm256_load_si256((const __m256i *)(w + quad * BYTES));
-      __m256i w_right = _mm256_load_si256((const __m256i *)(w + quad * BYTES + 32));
+      __m256i w_left = _mm256_loadu_si256((const __m256i *)(w + quad * BYTES));
+      __m256i w_right = _mm256_loadu_si256((const __m256i *)(w + quad * BYTES + 32));
 #pragma GCC unroll 4
       for (int row = 0; row < rows; row++) {
         __m256i same = _mm256_castps_si256(_mm256_broadcast_ss((const float *)(a + row * stride + quad * QUAD)));
@@ -57,22 +57,59 @@ __attribute__((target("avx2"))) INLINE void tile_avx2(
 
 #define ROWS_AVX2(run)                                                                                                 \
   __attribute__((target("avx2"))) static void rows_avx2_##run(                                                         \
-      const uint8_t *a, int64_t stride, int64_t rows, int64_t k, const Scratch *scratch, int32_t *sums) {              \
-    for (; rows >= 4; rows -= 4, a += 4 * stride, sums += 4 * PANEL) tile_avx2(4, run, a, stride, k, scratch, sums);   \
-    if (rows == 3) tile_avx2(3, run, a, stride, k, scratch, sums);                                                     \
-    else if (rows == 2) tile_avx2(2, run, a, stride, k, scratch, sums);                                                \
-    else if (rows == 1) tile_avx2(1, run, a, stride, k, scratch, sums);                                                \
+      const Block *block, const uint8_t *a, int64_t stride, int64_t rows, int32_t *sums) {                             \
+    for (; rows >= 4; rows -= 4, a += 4 * stride, sums += 4 * PANEL) tile_avx2(4, run, block, a, stride, sums);        \
+    if (rows == 3) tile_avx2(3, run, block, a, stride, sums);                                                          \
+    else if (rows == 2) tile_avx2(2, run, block, a, stride, sums);                                                     \
+    else if (rows == 1) tile_avx2(1, run, block, a, stride, sums);                                                     \
   }
 ROWS_AVX2(8)
 ROWS_AVX2(4)
 ROWS_AVX2(2)
 ROWS_AVX2(1)
 
-static void add_avx2(
-    const uint8_t *a, int64_t stride, int64_t rows, int64_t k, int run, const Scratch *scratch, int32_t *sums) {
-  (run == 8 ? rows_avx2_8 : run == 4 ? rows_avx2_4 : run == 2 ? rows_avx2_2 : rows_avx2_1)(
-      a, stride, rows, k, scratch, sums);
+/* Pairs that leave 16 bits: each product in 32. decode_avx2 has widened the weight. */
+__attribute__((target("avx2"))) static void rows_wide(
+    const Block *block, const uint8_t *a, int64_t stride, int64_t rows, int32_t *sums) {
+  const __m256i low = _mm256_set1_epi32(0x00ff00ff);
+  for (; rows; rows--, a += stride, sums += PANEL) {
+    const __m256i *w = (const __m256i *)block->w;
+    __m256i left = _mm256_load_si256((__m256i *)sums), right = _mm256_load_si256((__m256i *)sums + 1);
+    for (int64_t i = 0; i < block->k; i += QUAD, w += 4) {
+      __m256i quad = _mm256_castps_si256(_mm256_broadcast_ss((const float *)(a + i)));
+      __m256i even = _mm256_and_si256(quad, low), odd = _mm256_srli_epi16(quad, 8);
+      left = _mm256_add_epi32(left, _mm256_madd_epi16(even, _mm256_load_si256(w)));
+      right = _mm256_add_epi32(right, _mm256_madd_epi16(even, _mm256_load_si256(w + 1)));
+      left = _mm256_add_epi32(left, _mm256_madd_epi16(odd, _mm256_load_si256(w + 2)));
+      right = _mm256_add_epi32(right, _mm256_madd_epi16(odd, _mm256_load_si256(w + 3)));
+    }
+    _mm256_store_si256((__m256i *)sums, left), _mm256_store_si256((__m256i *)sums + 1, right);
+  }
 }
 
-const Variant PACKED_GEMM_AVX2 = {"avx2", 1, packed_gemm_decode_avx2, add_avx2};
+/* Each quad [64] of bytes as [4, 16] of 16 bits: input channels 0 and 2 of its two halves, then 1 and 3. */
+__attribute__((target("avx2"))) static const int8_t *widened(const Block *block, Scratch *scratch) {
+  const __m256i *bytes = (const __m256i *)stored_bytes(block);
+  __m256i *out = (__m256i *)scratch->decoded;
+  for (int64_t i = 0; i < block->k; i += QUAD, bytes += 2, out += 4)
+    for (int half = 0; half < 2; half++) {
+      __m256i both = _mm256_loadu_si256(bytes + half);
+      _mm256_store_si256(out + half, _mm256_srai_epi16(_mm256_slli_epi16(both, 8), 8));
+      _mm256_store_si256(out + 2 + half, _mm256_srai_epi16(both, 8));
+    }
+  return scratch->decoded;
+}
+
+static const int8_t *decode_avx2(const Block *block, Scratch *scratch) {
+  if (block->gemm->table) return packed_gemm_decode_avx2(block, scratch), scratch->decoded;
+  return block->run ? stored_bytes(block) : widened(block, scratch);
+}
+
+static void add_avx2(const Block *block, const uint8_t *a, int64_t stride, int64_t rows, int32_t *sums) {
+  int run = block->run;
+  (run == 8 ? rows_avx2_8 : run == 4 ? rows_avx2_4 : run == 2 ? rows_avx2_2 : run ? rows_avx2_1 : rows_wide)(
+      block, a, stride, rows, sums);
+}
+
+const Variant PACKED_GEMM_AVX2 = {"avx2", 1, decode_avx2, add_avx2};
 #endif

@@ -27,8 +27,9 @@ static const char *check(const Tensor *in, PackedGemm *gemm) {
   gemm->rows = in[CODES].count / gemm->k;
   if (!in[MULTIPLIERS].data) gemm->group = gemm->k;
   int64_t panels = (gemm->n + PANEL - 1) / PANEL, octets = (gemm->k + OCTET - 1) / OCTET;
-  if (in[WEIGHT].count != panels * octets * PANEL * QUAD) return "PackedGemm: weight must be [panels, k / 8, 64]";
-  if (in[TABLE].count != 16) return "PackedGemm: table must have 16 integers";
+  int64_t bytes = panels * octets * PANEL * (in[TABLE].data ? QUAD : OCTET);
+  if (in[WEIGHT].count != bytes) return "PackedGemm: weight must be [panels, k / 8, 64], without a table [panels, k / 4, 64]";
+  if (in[TABLE].data && in[TABLE].count != 16) return "PackedGemm: table must have 16 integers";
   if (gemm->sums <= 0 || in[WEIGHT_SUM].count != in[SCALE].count)
     return "PackedGemm: weight_sum must have the shape of scale";
   if (in[LOW_CODES].data && in[LOW_CODES].count != in[CODES].count)
@@ -80,15 +81,17 @@ static Status *compute(void *data, KernelContext *context) {
 static Status *create_kernel(const CustomOp *op, const Api *api, const KernelInfo *info, void **out) {
   (void)op;
   PackedGemm options = {0};
-  int64_t zero = 0, limb_weight = 0, largest_code = 0;
+  int64_t zero = 0, limb_weight = 0, largest_code = 0, largest_weight = 0;
   TRY(CALL(api, attribute_int)(info, "zero", &zero));
   TRY(CALL(api, attribute_int)(info, "limb_weight", &limb_weight));
   TRY(CALL(api, attribute_int)(info, "largest_code", &largest_code));
+  TRY(CALL(api, attribute_int)(info, "largest_weight", &largest_weight));
   TRY(CALL(api, attribute_int)(info, "group_size", &options.group));
-  if (zero != (int32_t)zero || limb_weight != (int32_t)limb_weight || largest_code != (int32_t)largest_code)
-    return invalid(api, "PackedGemm: zero, limb_weight and largest_code must fit 32 bits");
+  if (zero != (int32_t)zero || limb_weight != (int32_t)limb_weight || largest_code != (int32_t)largest_code ||
+      largest_weight != (int32_t)largest_weight)
+    return invalid(api, "PackedGemm: zero, limb_weight, largest_code and largest_weight must fit 32 bits");
   options.zero = (int32_t)zero, options.limb_weight = (int32_t)limb_weight;
-  options.largest_code = (int32_t)largest_code;
+  options.largest_code = (int32_t)largest_code, options.largest_weight = (int32_t)largest_weight;
   Kernel *kernel = malloc(sizeof *kernel);
   if (!kernel) return CALL(api, create_status)(FAIL, "PackedGemm: out of memory");
   *kernel = (Kernel){api, options};

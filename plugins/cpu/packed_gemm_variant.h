@@ -1,4 +1,4 @@
-/* What the variants of PackedGemm share: packed_gemm.c calls them, each decodes a panel in its own way. */
+/* What the variants of PackedGemm share: packed_gemm.c calls them, each brings a panel into its own form. */
 #ifndef FPQ_PACKED_GEMM_VARIANT_H
 #define FPQ_PACKED_GEMM_VARIANT_H
 
@@ -9,8 +9,8 @@ enum { BYTES = PANEL * QUAD, MAX_RUN = 8 };
 
 /* Where one panel is worked on: a block of decoded weights, its multipliers, and the sums of all rows. */
 typedef struct Scratch {
-  int32_t *sums;     /* [rows, 16] */
-  int8_t *decoded;   /* [k / 4, 64]: 4 input channels of 16 channels */
+  int32_t *sums[2];  /* [rows, 16] of each limb */
+  int8_t *decoded;   /* [k / 4, 64]: 4 input channels of 16 channels; twice as much where a variant widens them */
   int16_t *factors;  /* [runs, 32]: the multiplier of each channel twice */
   uint8_t *tail[2];  /* [rows, k filled up] of each limb, where k is no multiple of 8 */
 } Scratch;
@@ -20,19 +20,26 @@ typedef struct Block {
   const PackedGemm *gemm;
   const uint8_t *weight, *multipliers; /* of the panel */
   int64_t k0, k;
+  int run;                 /* quads whose sums of pairs fit 16 bits; 0: not even one's */
+  const int8_t *w;         /* what `decode` has returned, for `add` */
+  const int16_t *factors;  /* [runs, 32], where the variant adds pairs */
 } Block;
 
 typedef struct Variant {
   const char *name;
-  int multiplies_sums; /* multipliers are applied to sums of runs, else they are in the decoded weight */
-  void (*decode)(const Block *, Scratch *);
-  /* sums[rows, 16] += a[rows, k] * decoded; a row of `a` is `stride` bytes long. run: quads of a run. */
-  void (*add)(const uint8_t *a, int64_t stride, int64_t rows, int64_t k, int run, const Scratch *, int32_t *sums);
+  int adds_pairs; /* in 16 bits: it reads `run`, and applies multipliers to sums of runs; else they are in the weight */
+  /* The block's weight as `add` reads it: decoded into the scratch, or, of a weight of bytes, where it is stored. */
+  const int8_t *(*decode)(const Block *, Scratch *);
+  /* sums[rows, 16] += a[rows, k] * weight; a row of `a` is `stride` bytes long. */
+  void (*add)(const Block *, const uint8_t *a, int64_t stride, int64_t rows, int32_t *sums);
 } Variant;
 
 INLINE uint8_t multiplier(const Block *block, int64_t k, int channel) {
   return block->multipliers ? block->multipliers[k / block->gemm->group * PANEL + channel] : 1;
 }
+
+/* Of a weight of bytes, [k / 4, 64]. */
+INLINE const int8_t *stored_bytes(const Block *block) { return (const int8_t *)block->weight + block->k0 * PANEL; }
 
 #if defined(__x86_64__)
 extern const Variant PACKED_GEMM_AVX2, PACKED_GEMM_AVX_VNNI, PACKED_GEMM_AVX512_VNNI;

@@ -16,10 +16,11 @@ TARGET_VNNI_256 INLINE __m256i multiply_bytes_256(__m256i x, __m256i y) {
   return _mm256_or_si256(_mm256_and_si256(even, _mm256_set1_epi16(255)), _mm256_slli_epi16(odd, 8));
 }
 
-TARGET_VNNI_256 static void decode_vnni_256(const Block *block, Scratch *scratch) {
+TARGET_VNNI_256 static const int8_t *decode_vnni_256(const Block *block, Scratch *scratch) {
   const __m256i four_times = _mm256_set1_epi32(0x01010101);
+  if (!block->gemm->table) return stored_bytes(block);
   packed_gemm_decode_avx2(block, scratch);
-  if (!block->multipliers) return;
+  if (!block->multipliers) return scratch->decoded;
   for (int64_t octet = 0; octet < block->k / OCTET; octet++) {
     const uint8_t *group = block->multipliers + (block->k0 + octet * OCTET) / block->gemm->group * PANEL;
     for (int half = 0; half < 2; half++) {
@@ -31,19 +32,19 @@ TARGET_VNNI_256 static void decode_vnni_256(const Block *block, Scratch *scratch
       }
     }
   }
+  return scratch->decoded;
 }
 
 TARGET_VNNI_256 INLINE void tile_vnni_256(
-    const int rows, const uint8_t *a, int64_t stride, int64_t k, const Scratch *scratch, int32_t *sums) {
+    const int rows, const uint8_t *a, int64_t stride, int64_t k, const int8_t *w, int32_t *sums) {
   __m256i left[6], right[6];
 #pragma GCC unroll 6
   for (int row = 0; row < rows; row++) {
     left[row] = _mm256_load_si256((const __m256i *)(sums + row * PANEL));
     right[row] = _mm256_load_si256((const __m256i *)(sums + row * PANEL + 8));
   }
-  const int8_t *w = scratch->decoded;
   for (int64_t i = 0; i < k; i += QUAD, w += BYTES) {
-    __m256i w_left = _mm256_load_si256((const __m256i *)w), w_right = _mm256_load_si256((const __m256i *)(w + 32));
+    __m256i w_left = _mm256_loadu_si256((const __m256i *)w), w_right = _mm256_loadu_si256((const __m256i *)(w + 32));
 #pragma GCC unroll 6
     for (int row = 0; row < rows; row++) {
       __m256i same = _mm256_castps_si256(_mm256_broadcast_ss((const float *)(a + row * stride + i)));
@@ -59,11 +60,12 @@ TARGET_VNNI_256 INLINE void tile_vnni_256(
 }
 
 TARGET_VNNI_256 static void add_vnni_256(
-    const uint8_t *a, int64_t stride, int64_t rows, int64_t k, int run, const Scratch *scratch, int32_t *sums) {
-  (void)run;
-  for (; rows >= 6; rows -= 6, a += 6 * stride, sums += 6 * PANEL) tile_vnni_256(6, a, stride, k, scratch, sums);
-  for (; rows >= 2; rows -= 2, a += 2 * stride, sums += 2 * PANEL) tile_vnni_256(2, a, stride, k, scratch, sums);
-  if (rows) tile_vnni_256(1, a, stride, k, scratch, sums);
+    const Block *block, const uint8_t *a, int64_t stride, int64_t rows, int32_t *sums) {
+  const int8_t *w = block->w;
+  int64_t k = block->k;
+  for (; rows >= 6; rows -= 6, a += 6 * stride, sums += 6 * PANEL) tile_vnni_256(6, a, stride, k, w, sums);
+  for (; rows >= 2; rows -= 2, a += 2 * stride, sums += 2 * PANEL) tile_vnni_256(2, a, stride, k, w, sums);
+  if (rows) tile_vnni_256(1, a, stride, k, w, sums);
 }
 
 const Variant PACKED_GEMM_AVX_VNNI = {"avx_vnni", 0, decode_vnni_256, add_vnni_256};
@@ -78,7 +80,8 @@ TARGET_VNNI INLINE __m512i multiply_bytes(__m512i x, __m512i y) {
   return _mm512_or_si512(_mm512_and_si512(even, _mm512_set1_epi16(255)), _mm512_slli_epi16(odd, 8));
 }
 
-TARGET_VNNI static void decode_vnni(const Block *block, Scratch *scratch) {
+TARGET_VNNI static const int8_t *decode_vnni(const Block *block, Scratch *scratch) {
+  if (!block->gemm->table) return stored_bytes(block);
   const __m512i table = _mm512_broadcast_i32x4(_mm_loadu_si128((const __m128i *)block->gemm->table));
   const __m512i low = _mm512_set1_epi8(15), four_times = _mm512_set1_epi32(0x01010101);
   const uint8_t *codes = block->weight + block->k0 / OCTET * BYTES;
@@ -95,15 +98,15 @@ TARGET_VNNI static void decode_vnni(const Block *block, Scratch *scratch) {
     _mm512_store_si512(scratch->decoded + octet * 2 * BYTES, first);
     _mm512_store_si512(scratch->decoded + octet * 2 * BYTES + BYTES, second);
   }
+  return scratch->decoded;
 }
 
 TARGET_VNNI INLINE void tile_vnni(
-    const int rows, const uint8_t *a, int64_t stride, int64_t k, const Scratch *scratch, int32_t *sums) {
+    const int rows, const uint8_t *a, int64_t stride, int64_t k, const int8_t *w, int32_t *sums) {
   __m512i total[12];
   for (int row = 0; row < rows; row++) total[row] = _mm512_loadu_si512(sums + row * PANEL);
-  const int8_t *w = scratch->decoded;
   for (int64_t i = 0; i < k; i += QUAD, w += BYTES) {
-    __m512i weight = _mm512_load_si512(w);
+    __m512i weight = _mm512_loadu_si512(w);
 #pragma GCC unroll 12
     for (int row = 0; row < rows; row++) {
       int32_t quad;
@@ -115,11 +118,12 @@ TARGET_VNNI INLINE void tile_vnni(
 }
 
 TARGET_VNNI static void add_vnni(
-    const uint8_t *a, int64_t stride, int64_t rows, int64_t k, int run, const Scratch *scratch, int32_t *sums) {
-  (void)run;
-  for (; rows >= 12; rows -= 12, a += 12 * stride, sums += 12 * PANEL) tile_vnni(12, a, stride, k, scratch, sums);
-  for (; rows >= 4; rows -= 4, a += 4 * stride, sums += 4 * PANEL) tile_vnni(4, a, stride, k, scratch, sums);
-  for (; rows; rows--, a += stride, sums += PANEL) tile_vnni(1, a, stride, k, scratch, sums);
+    const Block *block, const uint8_t *a, int64_t stride, int64_t rows, int32_t *sums) {
+  const int8_t *w = block->w;
+  int64_t k = block->k;
+  for (; rows >= 12; rows -= 12, a += 12 * stride, sums += 12 * PANEL) tile_vnni(12, a, stride, k, w, sums);
+  for (; rows >= 4; rows -= 4, a += 4 * stride, sums += 4 * PANEL) tile_vnni(4, a, stride, k, w, sums);
+  for (; rows; rows--, a += stride, sums += PANEL) tile_vnni(1, a, stride, k, w, sums);
 }
 
 const Variant PACKED_GEMM_AVX512_VNNI = {"avx512_vnni", 0, decode_vnni, add_vnni};

@@ -94,17 +94,19 @@ def run(command, numbers, arrays, *arguments):
     return np.frombuffer(done.stdout, np.float32)
 
 
-@pytest.mark.parametrize("layer, shape", list(zip(LAYERS, SHAPES * 2, strict=False)), ids=str)
+@pytest.mark.parametrize("layer, shape", list(zip(LAYERS, SHAPES * 3, strict=False)), ids=str)
 def test_products_are_exact(machine, layer, shape):
     command, variants = machine
     m, n, k = shape
     gemm = linear(*layer, n, k)
     operand, codes = operands(gemm, m)
-    multipliers = [] if gemm.multipliers == (1,) else [multiplier_panels(gemm)]
-    arrays = [*codes, weight_panels(gemm), *multipliers]
-    arrays += [gemm.weight.integers.astype(np.int8), gemm.unit_scales(), weight_sums(gemm)]
+    packed = gemm.weight.bits == 4
+    multipliers = [multiplier_panels(gemm)] if packed and gemm.multipliers != (1,) else []
+    arrays = [*codes, weight_panels(gemm), *multipliers, *([gemm.weight.integers.astype(np.int8)] if packed else [])]
+    arrays += [gemm.unit_scales(), weight_sums(gemm)]
     numbers = [m, n, k, gemm.group_size or k, operand.zero, operand.weights[0]]
     numbers += [largest_code(gemm.activation, len(codes)), len(codes) == 2, len(multipliers), gemm.scale_groups]
+    numbers.append(0 if packed else gemm.weight_kmax)
     results = [run(command, numbers, arrays, "packed_gemm", name) for name in variants]
     assert any(result is not None for result in results)
     for result in results:

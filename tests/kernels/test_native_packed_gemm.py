@@ -35,6 +35,12 @@ LAYERS = [
     ("E3M0", "E3M4", "per_channel", 0),
     ("E2M1", "E2M3", "group", 16),
     ("INT4", "E3M4", "group", 8),
+    ("INT8", "INT8", "per_channel", 0),
+    ("INT8", "E2M3", "per_channel", 0),
+    ("INT8", "E3M4", "group", 32),
+    ("INT6", "INT8", "per_channel", 0),
+    ("E2M3", "E2M3", "per_channel", 0),
+    ("INT6", "E3M2", "group", 16),
 ]
 
 

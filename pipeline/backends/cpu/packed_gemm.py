@@ -22,13 +22,15 @@ PANEL, OCTET = 16, 8
 
 
 def packed_gemm(build: GraphBuilder, gemm: QuantizedGemm, a: Operand) -> Product:
-    """u8 x 4 bits -> float32(int32 sum) * scale, for real groups added up; one op for one limb or two. The weight stays
-    packed in memory."""
+    """u8 x 4 bits, or 8 -> float32(int32 sum) * scale, for real groups added up; one op for one limb or two. A weight
+    of 4 bits stays packed in memory; another one is stored as its integers times their multipliers."""
     layer, n = gemm.layer, gemm.out_features
+    table = gemm.weight.bits == 4
     panels, octets = -(-n // PANEL), -(-gemm.in_features // OCTET)
-    weight = build.lazy(f"{layer}.panels", UINT8, (panels, octets, PANEL * OCTET // 2), partial(weight_panels, gemm))
+    stored = (panels, octets if table else 2 * octets, PANEL * OCTET // 2)
+    weight = build.lazy(f"{layer}.panels", UINT8, stored, partial(weight_panels, gemm))
     multipliers = None
-    if gemm.multipliers != (1,):
+    if table and gemm.multipliers != (1,):
         cut = (panels, gemm.weight_groups, PANEL)
         multipliers = build.lazy(f"{layer}.panel_multipliers", UINT8, cut, partial(multiplier_panels, gemm))
     shape = (gemm.scale_groups, n) if gemm.real_groups else (n,)
@@ -40,7 +42,7 @@ def packed_gemm(build: GraphBuilder, gemm: QuantizedGemm, a: Operand) -> Product
         low,
         weight,
         multipliers,
-        build.constant(gemm.weight.integers, np.int8),
+        build.constant(gemm.weight.integers, np.int8) if table else None,
         scales,
         build.lazy(f"{layer}.weight_sums", INT32, shape, partial(weight_sums, gemm)),
         name="product",
@@ -48,6 +50,7 @@ def packed_gemm(build: GraphBuilder, gemm: QuantizedGemm, a: Operand) -> Product
         zero=a.zero,
         limb_weight=a.weights[0],
         largest_code=largest_code(gemm.activation, len(a.codes)),
+        largest_weight=0 if table else gemm.weight_kmax,
         group_size=0 if multipliers is None else gemm.group_size,
     )
     y.type = ir.TensorType(FLOAT)
@@ -55,7 +58,10 @@ def packed_gemm(build: GraphBuilder, gemm: QuantizedGemm, a: Operand) -> Product
 
 
 def weight_panels(gemm: QuantizedGemm) -> NDArray[np.uint8]:
-    """[panels, K / 8, 64]: the codes of a panel's channels at eight input channels, filled up with the code of 0."""
+    """[panels, K / 8, 64]: the codes of a panel's channels at eight input channels, filled up with the code of 0. Of
+    more than 4 bits [panels, K / 4, 64]: the integers at four."""
+    if gemm.weight.bits != 4:
+        return _integer_panels(gemm)
     codes = gemm.codes()
     rows, columns = -codes.shape[0] % PANEL, -codes.shape[1] % OCTET
     if rows or columns:
@@ -64,6 +70,13 @@ def weight_panels(gemm: QuantizedGemm) -> NDArray[np.uint8]:
     parts = codes.reshape(codes.shape[0] // PANEL, PANEL, -1, 2, OCTET // 2)
     both = parts[:, :, :, 0] | parts[:, :, :, 1] << 4
     return np.ascontiguousarray(both.transpose(0, 2, 1, 3)).reshape(len(both), -1, PANEL * OCTET // 2)
+
+
+def _integer_panels(gemm: QuantizedGemm) -> NDArray[np.uint8]:
+    rows = gemm.integers(np.int8)
+    rows = np.pad(rows, ((0, -rows.shape[0] % PANEL), (0, -rows.shape[1] % OCTET)))
+    quads = rows.reshape(rows.shape[0] // PANEL, PANEL, -1, OCTET // 2).transpose(0, 2, 1, 3)
+    return np.ascontiguousarray(quads).view(np.uint8).reshape(len(quads), -1, PANEL * OCTET // 2)
 
 
 def multiplier_panels(gemm: QuantizedGemm) -> NDArray[np.uint8]:
