@@ -36,17 +36,23 @@ NAME = "kernels.so"  # while it is made for the cache, where it is called by its
 # Of its ops, as bindings.c registers them.
 DOMAIN = "fpq.native"
 FOLDER = Path(__file__).resolve().parent
+# Kernels that know nothing of onnxruntime.
+KERNELS = (
+    "packed_gemm.c",
+    "packed_gemm_avx2.c",
+    "packed_gemm_vnni.c",
+    "packed_gemm_amx.c",
+    "packed_gemm_arm.c",
+    "packed_gemm_i8mm.c",
+    "attention.c",
+)
 SOURCES = (
     "bindings.c",
     "token_chain_op.c",
     "token_chain.c",
     "packed_gemm_op.c",
-    "packed_gemm.c",
-    "packed_gemm_avx2.c",
-    "packed_gemm_vnni.c",
-    "packed_gemm_arm.c",
+    *KERNELS,
     "attention_op.c",
-    "attention.c",
     "limits.c",
     "scratch.c",
 )

@@ -42,10 +42,12 @@ INLINE uint8_t multiplier(const Block *block, int64_t k, int channel) {
 INLINE const int8_t *stored_bytes(const Block *block) { return (const int8_t *)block->weight + block->k0 * PANEL; }
 
 #if defined(__x86_64__)
-extern const Variant PACKED_GEMM_AVX2, PACKED_GEMM_AVX_VNNI, PACKED_GEMM_AVX512_VNNI;
+extern const Variant PACKED_GEMM_AVX2, PACKED_GEMM_AVX_VNNI, PACKED_GEMM_AVX512_VNNI, PACKED_GEMM_AMX;
+const int8_t *packed_gemm_decode_vnni(const Block *, Scratch *);
+int packed_gemm_has_amx(void); /* where it has, this process may use it from now on */
 void packed_gemm_decode_avx2(const Block *, Scratch *); /* without multipliers */
 #elif defined(__aarch64__)
-extern const Variant PACKED_GEMM_DOT;
+extern const Variant PACKED_GEMM_DOT, PACKED_GEMM_I8MM;
 #endif
 
 #endif

@@ -1,5 +1,6 @@
-"""The kernels without onnxruntime: under the address and undefined-behaviour sanitizers, with AVX-VNNI's instruction
-made of others, and on 64-bit Arm in an emulator. Integers are equal to the bit, attention is within its bound."""
+"""The kernels without onnxruntime: under the address and undefined-behaviour sanitizers, with the instructions of
+AVX-VNNI, AVX-512 VNNI and AMX made of others, and on 64-bit Arm in an emulator. Integers are equal to the bit, attention
+is within its bound."""
 
 import functools
 import os
@@ -21,11 +22,9 @@ from tests.support import native
 
 pytestmark = pytest.mark.kernels
 
-GEMM, AVX2, VNNI, DOT, ATTENTION = (
-    library.FOLDER / name
-    for name in ("packed_gemm.c", "packed_gemm_avx2.c", "packed_gemm_vnni.c", "packed_gemm_arm.c", "attention.c")
-)
-KERNELS = (GEMM, AVX2, VNNI, DOT, ATTENTION)
+KERNELS = tuple(library.FOLDER / name for name in library.KERNELS)
+# What stands in for packed_gemm.c and those of its variants whose instructions it makes of others.
+EMULATED = ("packed_gemm.c", "packed_gemm_vnni.c", "packed_gemm_amx.c")
 STRICT = ("-O1", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover")
 ARM_COMPILER, ARM_EMULATOR = "aarch64-linux-gnu-gcc", "qemu-aarch64-static"
 _FOLDER = tempfile.TemporaryDirectory(prefix="ditc-test-")
@@ -43,28 +42,33 @@ def driver(name: str, compiler: str, flags: tuple[str, ...], sources: tuple[Path
     return str(path)
 
 
-@pytest.fixture(params=["sanitizers", "vnni", "arm"])
+@pytest.fixture(params=["sanitizers", "emulated x86", "emulated x86, sanitizers", "arm", "arm, sanitizers"])
 def machine(request):
     """(command that starts the driver, names of the variants that it has)."""
+    strict = STRICT if "sanitizers" in request.param else ("-O3",)
     if request.param == "sanitizers":
         native.need_compiler()
         command = [driver("strict", library.compiler(), STRICT, KERNELS)]
-        return command, ("plain", "avx2", "avx_vnni", "avx512_vnni", "dotprod")
-    if request.param == "vnni":
+        return command, ("plain", "avx2", "avx_vnni", "avx512_vnni", "amx_int8", "dotprod", "i8mm")
+    if "x86" in request.param:
         native.need_compiler()
         if platform.machine() not in ("x86_64", "AMD64"):
             pytest.skip(f"this processor is no x86-64 but {platform.machine()}")
-        return [driver("vnni", library.compiler(), ("-O3",), (SUPPORT / "emulated_vnni.c", AVX2, ATTENTION))], (
-            "avx_vnni",
-        )
+        rest = tuple(path for path in KERNELS if path.name not in EMULATED)
+        sources = (SUPPORT / "emulated_x86.c", *rest)
+        return [driver(request.param, library.compiler(), strict, sources)], ("avx_vnni", "avx512_vnni", "amx_int8")
     missing = [tool for tool in (ARM_COMPILER, ARM_EMULATOR) if shutil.which(tool) is None]
     if missing:
         pytest.skip(
             f"no {' and no '.join(missing)} (Debian: gcc-aarch64-linux-gnu libc6-dev-arm64-cross qemu-user-static)"
         )
-    return [ARM_EMULATOR, "-cpu", "max", driver("arm", ARM_COMPILER, ("-O3", "-static"), KERNELS)], (
+    if strict is STRICT:  # the address sanitizer's shadow memory does not fit the emulator's
+        strict = ("-O1", "-g", "-fsanitize=undefined", "-fsanitize-undefined-trap-on-error")
+    flags = (*strict, "-static")
+    return [ARM_EMULATOR, "-cpu", "max", driver(request.param, ARM_COMPILER, flags, KERNELS)], (
         "plain",
         "dotprod",
+        "i8mm",
     )
 
 
@@ -109,6 +113,7 @@ def test_products_are_exact(machine, layer, shape):
     numbers.append(0 if packed else gemm.weight_kmax)
     results = [run(command, numbers, arrays, "packed_gemm", name) for name in variants]
     assert any(result is not None for result in results)
+    assert "plain" in variants or all(result is not None for result in results), "all that is emulated runs"
     for result in results:
         if result is not None:
             np.testing.assert_array_equal(result.reshape(m, n), expected(gemm, operand, codes))
