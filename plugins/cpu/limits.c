@@ -13,14 +13,26 @@
 #elif defined(__aarch64__)
 #include <arm_neon.h>
 #endif
+#if defined(_WIN32)
+#include <windows.h>
+#endif
 
 enum { SUMS = 10, TURNS = 4096 }; /* independent sums: latency times instructions at once; between looks at the clock */
 
+/* Seconds. */
+#if defined(_WIN32)
+static double now(void) {
+  LARGE_INTEGER ticks, per_second;
+  QueryPerformanceCounter(&ticks), QueryPerformanceFrequency(&per_second);
+  return (double)ticks.QuadPart / (double)per_second.QuadPart;
+}
+#else
 static double now(void) {
   struct timespec time;
   timespec_get(&time, TIME_UTC);
   return (double)time.tv_sec + 1e-9 * (double)time.tv_nsec;
 }
+#endif
 
 /* work() until `seconds` have gone; turns of it per second. */
 static double rate(void (*work)(void), double seconds) {

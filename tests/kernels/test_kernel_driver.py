@@ -1,6 +1,6 @@
 """The kernels without onnxruntime: under the address and undefined-behaviour sanitizers, with the instructions of
-AVX-VNNI, AVX-512 VNNI and AMX made of others, and on 64-bit Arm in an emulator. Integers are equal to the bit, attention
-is within its bound."""
+AVX-VNNI, AVX-512 VNNI and AMX made of others, and on 64-bit Arm in an emulator. Integers are equal to the bit, and
+attention is within its bound."""
 
 import functools
 import os

@@ -7,6 +7,13 @@
 #include "attention.h"
 #include "packed_gemm.h"
 
+#if defined(_WIN32)
+#include <fcntl.h>
+#include <io.h>
+#include <malloc.h>
+#define aligned_alloc(alignment, size) _aligned_malloc(size, alignment)
+#endif
+
 static void *read_bytes(size_t size) {
   void *data = malloc(size);
   if (!data || fread(data, 1, size, stdin) != size) exit(3);
@@ -69,6 +76,9 @@ static int attention(void) {
 
 /* packed_gemm VARIANT, or attention. */
 int main(int count, char **argument) {
+#if defined(_WIN32)
+  _setmode(_fileno(stdin), _O_BINARY), _setmode(_fileno(stdout), _O_BINARY);
+#endif
   if (count == 3 && !strcmp(argument[1], "packed_gemm")) return packed_gemm(argument[2]);
   return count == 2 && !strcmp(argument[1], "attention") ? attention() : 1;
 }
