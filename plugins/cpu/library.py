@@ -118,6 +118,8 @@ def requirement() -> str:
 
 def compiler() -> str:
     """Path of the C compiler. Raises EnvironmentLacksError with the remedy if there is none."""
+    if sys.platform == "win32" and platform.machine() != "AMD64":
+        raise EnvironmentLacksError(f"cpu.path fused is not for Windows on {platform.machine()}; use stock")
     path = next(filter(None, map(shutil.which, COMPILERS)), None)
     if path is None:
         raise EnvironmentLacksError(f"cpu.path fused needs one of {', '.join(COMPILERS)}; {REMEDY}")

@@ -5,7 +5,7 @@
 #include <string.h>
 #include <time.h>
 
-#include "packed_gemm.h"
+#include "packed_gemm_variant.h"
 #include "variants.h"
 
 #if defined(__x86_64__)
@@ -64,9 +64,11 @@ LOOP(bytes_avx2, "avx2", __m256i, "x", "vpmaddubsw %2, %3, %1\n\tvpaddw %1, %0, 
 LOOP(floats_avx2, "avx2,fma", __m256, "x", "vfmadd231ps %2, %3, %0")
 LOOP(bytes_vnni_256, "avx2,avxvnni", __m256i, "x", "%{vex%} vpdpbusd %2, %3, %0")
 LOOP(bytes_vnni, "avx512f,avx512vnni", __m512i, "v", "vpdpbusd %2, %3, %0")
+static void bytes_amx(void) { packed_gemm_amx_products(TURNS); }
 LOOP(floats_avx512, "avx512f", __m512, "v", "vfmadd231ps %2, %3, %0")
 #elif defined(__aarch64__)
 LOOP(bytes_dot, "arch=armv8.2-a+dotprod", int32x4_t, "w", "sdot %0.4s, %2.16b, %3.16b")
+LOOP(bytes_i8mm, "arch=armv8.2-a+i8mm", int32x4_t, "w", "usmmla %0.4s, %2.16b, %3.16b")
 LOOP(floats_neon, "arch=armv8-a", float32x4_t, "w", "fmla %0.4s, %2.4s, %3.4s")
 #endif
 
@@ -75,10 +77,12 @@ EXPORT double byte_products_per_second(double seconds) {
   double turns = (double)SUMS * TURNS;
   (void)seconds, (void)turns;
 #if defined(__x86_64__)
+  if (!strcmp(variant, "amx_int8")) return (double)packed_gemm_amx_products(1) * TURNS * rate(bytes_amx, seconds);
   if (!strcmp(variant, "avx512_vnni")) return 64 * turns * rate(bytes_vnni, seconds);
   if (!strcmp(variant, "avx_vnni")) return 32 * turns * rate(bytes_vnni_256, seconds);
   if (!strcmp(variant, "avx2")) return 32 * turns * rate(bytes_avx2, seconds);
 #elif defined(__aarch64__)
+  if (!strcmp(variant, "i8mm")) return 32 * turns * rate(bytes_i8mm, seconds);
   if (!strcmp(variant, "dotprod")) return 16 * turns * rate(bytes_dot, seconds);
 #endif
   (void)variant;
