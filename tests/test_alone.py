@@ -9,6 +9,7 @@ import subprocess
 import sys
 import venv
 import zipfile
+from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -20,8 +21,8 @@ from export.errors import EnvironmentLacksError
 from pipeline import compiler, load, machine
 from pipeline.build import main as build
 from pipeline.generate.__main__ import main as generate
-from plugins.cpu import library
-from tests.support import absent, hostile
+from plugins.cpu import library, packaged
+from tests.support import absent, hostile, native
 from tests.support.requirements import closure
 
 ROOT = Path(__file__).parents[1]
@@ -246,6 +247,48 @@ def test_a_wheel_works_away_from_the_tree(installed: str, work_folder: Path, tmp
         "from importlib.metadata import entry_points as e\n[row] = e(group='console_scripts', name='ditc')\nrow.load()"
     )
     run("-c", script)
+
+
+@pytest.fixture
+def packaged_library(installed: str) -> Iterator[Path]:
+    """The library that the wheel carries; what a test does to it is undone."""
+    if problem := native.problem():
+        pytest.skip(f"the wheel was built without a library: {problem}")
+    [path] = Path(installed).parents[1].rglob(f"plugins/cpu/{packaged.NAME}")
+    whole = path.read_bytes()
+    yield path
+    path.write_bytes(whole)
+
+
+def test_the_wheel_s_library_serves_where_there_is_no_compiler(
+    installed: str, packaged_library: Path, work_folder: Path, tmp_path: Path
+) -> None:
+    """Whole it is the engine's; damaged it is refused by name, and the library is compiled, or the portable model runs
+    where nothing can be compiled."""
+    np.savez(tmp_path / "inputs.npz", **inputs())
+    bundle = load(work_folder / "bundle", threads=1)
+    expected = {name: bundle.engine(name).run(inputs())["sample"].tobytes().hex() for name in ("cpu", "onnx")}
+
+    def run(target: str, path: str) -> tuple[str, str, bool]:
+        """(what the target answers, what is logged, whether a library was compiled)"""
+        cache = tmp_path / f"cache-{target}-{len(list(tmp_path.iterdir()))}"
+        answer = python(
+            "-c", RUN, work_folder / "bundle", tmp_path / "inputs.npz", target, cwd=tmp_path, executable=installed,
+            DITC_CACHE=str(cache), PATH=path,
+        )  # fmt: skip
+        assert answer.returncode == 0, answer.stdout + answer.stderr
+        return answer.stdout.split()[1], answer.stderr, (cache / "native").exists()
+
+    nowhere, everywhere = str(tmp_path / "nowhere"), os.environ["PATH"]
+    assert run("cpu", nowhere) == (expected["cpu"], "", False)
+    assert run("cpu", everywhere) == (expected["cpu"], "", False)
+    whole = packaged_library.read_bytes()
+    packaged_library.write_bytes(whole[:5000] + bytes([whole[5000] ^ 1]) + whole[5001:])
+    refusal = f"{packaged_library} is damaged: its sha256 is"
+    answer, said, compiled = run("cpu", everywhere)
+    assert answer == expected["cpu"] and refusal in said and compiled
+    answer, said, compiled = run("auto", nowhere)
+    assert answer == expected["onnx"] and refusal in said and not compiled
 
 
 def test_a_wheel_holds_every_file_of_its_folders(installed: str) -> None:

@@ -1,9 +1,10 @@
-"""The kernel library of the `cpu` target: part of this package, compiled into the user's cache, registered in stock
+"""The kernel library of the `cpu` target: part of this package, compiled with it or at first use, registered in stock
 onnxruntime.
 
-Only what was compiled from the sources beside this file is ever loaded. It lies in a folder of the user's cache that
-is named by those sources and the machine's binary interface, in a file named by the compiler; the folder and the file
-belong to the user, and nobody else may write them. A bundle holds no code: it names the version it was proven with.
+Only what was compiled from the sources beside this file is ever loaded: what a wheel carries (packaged.py), else a file
+in the user's cache. That lies in a folder named by those sources and the machine's binary interface, and is named by
+its compiler; the folder and the file belong to the user, and nobody else may write them. A bundle holds no code: it
+names the version it was proven with.
 """
 
 from __future__ import annotations
@@ -25,28 +26,35 @@ from typing import TYPE_CHECKING
 
 from export.cache_folder import cache_folder
 from export.errors import EnvironmentLacksError
+from plugins.cpu import packaged
 
 if TYPE_CHECKING:
     from onnxruntime import SessionOptions
 
 logger = logging.getLogger(__name__)
-NAME = "kernels.so"  # while it is made; in the cache it is called by its compiler
+NAME = "kernels.so"  # while it is made for the cache, where it is called by its compiler
 # Of its ops, as bindings.c registers them.
 DOMAIN = "fpq.native"
 FOLDER = Path(__file__).resolve().parent
+# Kernels that know nothing of onnxruntime.
+KERNELS = (
+    "packed_gemm.c",
+    "packed_gemm_avx2.c",
+    "packed_gemm_vnni.c",
+    "packed_gemm_amx.c",
+    "packed_gemm_arm.c",
+    "packed_gemm_i8mm.c",
+    "attention.c",
+    "quantized_attention.c",
+    "quantized_operands.c",
+)
 SOURCES = (
     "bindings.c",
     "token_chain_op.c",
     "token_chain.c",
     "packed_gemm_op.c",
-    "packed_gemm.c",
-    "packed_gemm_avx2.c",
-    "packed_gemm_vnni.c",
-    "packed_gemm_arm.c",
+    *KERNELS,
     "attention_op.c",
-    "attention.c",
-    "quantized_attention.c",
-    "quantized_operands.c",
     "limits.c",
     "scratch.c",
 )
@@ -64,10 +72,13 @@ HEADERS = (
     "token_chain.h",
     "variants.h",
 )
-COMPILERS = ("cc", "gcc", "clang")
 # No contraction: a fused multiply-add would round once where the rules of the ops round twice.
-FLAGS = ("-std=c11", "-O3", "-ffp-contract=off", "-fno-math-errno", "-fPIC", "-shared", "-fvisibility=hidden", "-s")
+FLAGS = ("-std=c11", "-O3", "-ffp-contract=off", "-fno-math-errno", "-shared", "-fvisibility=hidden", "-s")
 X86_FLAGS = ("-mprefer-vector-width=512",)
+POSIX_FLAGS = ("-fPIC",)
+# GCC is left out on Windows: there it keeps 32-byte vectors at addresses that are multiples of 16 alone.
+WINDOWS_FLAGS = ("--target=x86_64-w64-windows-gnu", "-static")
+COMPILERS = ("clang",) if sys.platform == "win32" else ("cc", "gcc", "clang")
 TIMEOUT_S = 120
 COMPILER_REMEDY = "install a C compiler (Debian, Ubuntu: apt install gcc libc6-dev)"
 REMEDY = f"{COMPILER_REMEDY}, or build with --set cpu.path=stock"
@@ -110,8 +121,8 @@ def requirement() -> str:
 
 def compiler() -> str:
     """Path of the C compiler. Raises EnvironmentLacksError with the remedy if there is none."""
-    if sys.platform not in ("linux", "darwin"):
-        raise EnvironmentLacksError(f"cpu.path fused is for Linux and macOS, this is {sys.platform}; use stock")
+    if sys.platform == "win32" and platform.machine() != "AMD64":
+        raise EnvironmentLacksError(f"cpu.path fused is not for Windows on {platform.machine()}; use stock")
     path = next(filter(None, map(shutil.which, COMPILERS)), None)
     if path is None:
         raise EnvironmentLacksError(f"cpu.path fused needs one of {', '.join(COMPILERS)}; {REMEDY}")
@@ -121,7 +132,8 @@ def compiler() -> str:
 def build(path: Path, flags: tuple[str, ...] = (), sources: tuple[str, ...] = SOURCES) -> None:
     """Compile the library to `path`; the same compiler gives the same bytes. Raises EnvironmentLacksError."""
     wide = X86_FLAGS if platform.machine() in ("x86_64", "AMD64") else ()
-    command = [compiler(), *FLAGS, *wide, *flags, *sources, "-o", str(path.absolute())]
+    system = WINDOWS_FLAGS if sys.platform == "win32" else POSIX_FLAGS
+    command = [compiler(), *FLAGS, *wide, *system, *flags, *sources, "-o", str(path.absolute())]
     try:
         done = subprocess.run(
             command, cwd=FOLDER, capture_output=True, encoding="utf-8", errors="replace", check=False, timeout=TIMEOUT_S
@@ -192,7 +204,13 @@ def trusted(path: Path) -> bool:
 
 
 def path_of_library() -> Path:
-    """The library's file: from the cache, or compiled now. Raises EnvironmentLacksError where neither is possible."""
+    """The library's file: the package's own, else from the cache, or compiled now. Raises EnvironmentLacksError where
+    none is possible."""
+    refused = packaged.problem(FOLDER, version())
+    if refused is None:
+        return FOLDER / packaged.NAME
+    if sys.platform == "win32":  # nothing says there that a file in the cache is the user's own work
+        raise EnvironmentLacksError(f"{refused}; on Windows cpu.path fused needs a wheel with one; use stock")
     folder = library_folder()
     try:
         chosen = compiler()
@@ -202,7 +220,7 @@ def path_of_library() -> Path:
             return kept[0]
         remedy = f"{COMPILER_REMEDY}, or build the engine with --set cpu.path=stock"
         raise EnvironmentLacksError(
-            f"cpu.path fused needs a C compiler to make its kernel library, and {folder} holds none; {remedy}"
+            f"{refused}; so cpu.path fused needs a C compiler to make it, and {folder} holds none; {remedy}"
         ) from error
     path = folder / f"{compiler_key(chosen)}.so"
     return path if trusted(path) else _compiled(path)

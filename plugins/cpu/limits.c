@@ -5,7 +5,7 @@
 #include <string.h>
 #include <time.h>
 
-#include "packed_gemm.h"
+#include "packed_gemm_variant.h"
 #include "variants.h"
 
 #if defined(__x86_64__)
@@ -13,14 +13,26 @@
 #elif defined(__aarch64__)
 #include <arm_neon.h>
 #endif
+#if defined(_WIN32)
+#include <windows.h>
+#endif
 
 enum { SUMS = 10, TURNS = 4096 }; /* independent sums: latency times instructions at once; between looks at the clock */
 
+/* Seconds. */
+#if defined(_WIN32)
+static double now(void) {
+  LARGE_INTEGER ticks, per_second;
+  QueryPerformanceCounter(&ticks), QueryPerformanceFrequency(&per_second);
+  return (double)ticks.QuadPart / (double)per_second.QuadPart;
+}
+#else
 static double now(void) {
   struct timespec time;
   timespec_get(&time, TIME_UTC);
   return (double)time.tv_sec + 1e-9 * (double)time.tv_nsec;
 }
+#endif
 
 /* work() until `seconds` have gone; turns of it per second. */
 static double rate(void (*work)(void), double seconds) {
@@ -52,9 +64,11 @@ LOOP(bytes_avx2, "avx2", __m256i, "x", "vpmaddubsw %2, %3, %1\n\tvpaddw %1, %0, 
 LOOP(floats_avx2, "avx2,fma", __m256, "x", "vfmadd231ps %2, %3, %0")
 LOOP(bytes_vnni_256, "avx2,avxvnni", __m256i, "x", "%{vex%} vpdpbusd %2, %3, %0")
 LOOP(bytes_vnni, "avx512f,avx512vnni", __m512i, "v", "vpdpbusd %2, %3, %0")
+static void bytes_amx(void) { packed_gemm_amx_products(TURNS); }
 LOOP(floats_avx512, "avx512f", __m512, "v", "vfmadd231ps %2, %3, %0")
 #elif defined(__aarch64__)
 LOOP(bytes_dot, "arch=armv8.2-a+dotprod", int32x4_t, "w", "sdot %0.4s, %2.16b, %3.16b")
+LOOP(bytes_i8mm, "arch=armv8.2-a+i8mm", int32x4_t, "w", "usmmla %0.4s, %2.16b, %3.16b")
 LOOP(floats_neon, "arch=armv8-a", float32x4_t, "w", "fmla %0.4s, %2.4s, %3.4s")
 #endif
 
@@ -63,10 +77,12 @@ EXPORT double byte_products_per_second(double seconds) {
   double turns = (double)SUMS * TURNS;
   (void)seconds, (void)turns;
 #if defined(__x86_64__)
+  if (!strcmp(variant, "amx_int8")) return (double)packed_gemm_amx_products(1) * TURNS * rate(bytes_amx, seconds);
   if (!strcmp(variant, "avx512_vnni")) return 64 * turns * rate(bytes_vnni, seconds);
   if (!strcmp(variant, "avx_vnni")) return 32 * turns * rate(bytes_vnni_256, seconds);
   if (!strcmp(variant, "avx2")) return 32 * turns * rate(bytes_avx2, seconds);
 #elif defined(__aarch64__)
+  if (!strcmp(variant, "i8mm")) return 32 * turns * rate(bytes_i8mm, seconds);
   if (!strcmp(variant, "dotprod")) return 16 * turns * rate(bytes_dot, seconds);
 #endif
   (void)variant;

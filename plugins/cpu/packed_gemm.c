@@ -7,6 +7,8 @@
 
 #if defined(__x86_64__)
 #include <cpuid.h>
+#elif defined(__aarch64__) && defined(__APPLE__)
+#include <sys/sysctl.h>
 #elif defined(__aarch64__) && defined(__linux__)
 #include <asm/hwcap.h>
 #include <sys/auxv.h>
@@ -46,7 +48,7 @@ static const Variant PLAIN = {"plain", 0, decode_plain, add_plain};
 
 /* --- which variant ------------------------------------------------------------------------------------------------ */
 
-enum { MAX_VARIANTS = 4 };
+enum { MAX_VARIANTS = 5 };
 
 #if defined(__x86_64__)
 /* Compilers do not all know this one by name. Where AVX2 is to be had, the system keeps its registers. */
@@ -61,13 +63,20 @@ static int variants(const Variant *list[MAX_VARIANTS]) {
   int count = 0;
 #if defined(__x86_64__)
   __builtin_cpu_init();
-  if (__builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl"))
+  if (__builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl")) {
+    if (packed_gemm_has_amx()) list[count++] = &PACKED_GEMM_AMX;
     list[count++] = &PACKED_GEMM_AVX512_VNNI;
+  }
   if (has_avx_vnni()) list[count++] = &PACKED_GEMM_AVX_VNNI;
   if (__builtin_cpu_supports("avx2")) list[count++] = &PACKED_GEMM_AVX2;
 #elif defined(__aarch64__) && defined(__APPLE__)
+  int has_i8mm = 0;
+  size_t size = sizeof has_i8mm;
+  sysctlbyname("hw.optional.arm.FEAT_I8MM", &has_i8mm, &size, NULL, 0); /* where it is unknown, it stays 0 */
+  if (has_i8mm) list[count++] = &PACKED_GEMM_I8MM;
   list[count++] = &PACKED_GEMM_DOT; /* every Apple processor */
 #elif defined(__aarch64__) && defined(__linux__)
+  if (getauxval(AT_HWCAP2) & HWCAP2_I8MM) list[count++] = &PACKED_GEMM_I8MM;
   if (getauxval(AT_HWCAP) & HWCAP_ASIMDDP) list[count++] = &PACKED_GEMM_DOT;
 #endif
   list[count++] = &PLAIN;

@@ -44,10 +44,14 @@ INLINE const int8_t *stored_bytes(const Block *block) { return (const int8_t *)b
 const Variant *packed_gemm_chosen(void);
 
 #if defined(__x86_64__)
-extern const Variant PACKED_GEMM_AVX2, PACKED_GEMM_AVX_VNNI, PACKED_GEMM_AVX512_VNNI;
+extern const Variant PACKED_GEMM_AVX2, PACKED_GEMM_AVX_VNNI, PACKED_GEMM_AVX512_VNNI, PACKED_GEMM_AMX;
+const int8_t *packed_gemm_decode_vnni(const Block *, Scratch *);
+/* `turns` times the products of four tiles, for limits.c; their number. */
+int64_t packed_gemm_amx_products(int64_t turns);
+int packed_gemm_has_amx(void); /* where it has, this process may use it from now on */
 void packed_gemm_decode_avx2(const Block *, Scratch *); /* without multipliers */
 #elif defined(__aarch64__)
-extern const Variant PACKED_GEMM_DOT;
+extern const Variant PACKED_GEMM_DOT, PACKED_GEMM_I8MM;
 #endif
 
 #endif

@@ -80,7 +80,7 @@ TARGET_VNNI INLINE __m512i multiply_bytes(__m512i x, __m512i y) {
   return _mm512_or_si512(_mm512_and_si512(even, _mm512_set1_epi16(255)), _mm512_slli_epi16(odd, 8));
 }
 
-TARGET_VNNI static const int8_t *decode_vnni(const Block *block, Scratch *scratch) {
+TARGET_VNNI const int8_t *packed_gemm_decode_vnni(const Block *block, Scratch *scratch) {
   if (!block->gemm->table) return stored_bytes(block);
   const __m512i table = _mm512_broadcast_i32x4(_mm_loadu_si128((const __m128i *)block->gemm->table));
   const __m512i low = _mm512_set1_epi8(15), four_times = _mm512_set1_epi32(0x01010101);
@@ -126,5 +126,5 @@ TARGET_VNNI static void add_vnni(
   for (; rows; rows--, a += stride, sums += PANEL) tile_vnni(1, a, stride, k, w, sums);
 }
 
-const Variant PACKED_GEMM_AVX512_VNNI = {"avx512_vnni", 0, decode_vnni, add_vnni};
+const Variant PACKED_GEMM_AVX512_VNNI = {"avx512_vnni", 0, packed_gemm_decode_vnni, add_vnni};
 #endif

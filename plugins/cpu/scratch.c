@@ -6,6 +6,15 @@
 
 enum { HEAD = 64 };
 
+#if defined(_WIN32) /* its C library has no aligned_alloc */
+#include <malloc.h>
+static void *allocate(int64_t bytes) { return _aligned_malloc((size_t)bytes, HEAD); }
+static void release(void *memory) { _aligned_free(memory); }
+#else
+static void *allocate(int64_t bytes) { return aligned_alloc(HEAD, (size_t)bytes); }
+static void release(void *memory) { free(memory); }
+#endif
+
 typedef struct Block {
   struct Block *next;
   int64_t bytes; /* behind the head */
@@ -36,12 +45,12 @@ static Block *from_list(int64_t bytes) {
 void *take_scratch(int64_t bytes) {
   Block *block = from_list(bytes);
   if (block && block->bytes < bytes) {
-    free(block);
+    release(block);
     block = NULL;
   }
   if (!block) {
     int64_t whole = (bytes + HEAD - 1) / HEAD * HEAD;
-    block = aligned_alloc(HEAD, (size_t)(HEAD + whole));
+    block = allocate(HEAD + whole);
     if (!block) return NULL;
     block->bytes = whole;
   }

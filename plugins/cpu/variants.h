@@ -17,6 +17,10 @@
 #endif
 
 #define LANES 16 /* partial sums of a reduction, the same for all vector widths */
+#if defined(_WIN32)
+#define EXPORT /* all is exported where nothing says so */
+#else
 #define EXPORT __attribute__((visibility("default")))
+#endif
 
 #endif

@@ -1,5 +1,6 @@
-"""The kernels without onnxruntime: under the address and undefined-behaviour sanitizers, with AVX-VNNI's instruction
-made of others, and on 64-bit Arm in an emulator. Integers are equal to the bit, attention is within its bound."""
+"""The kernels without onnxruntime: under the address and undefined-behaviour sanitizers, with the instructions of
+AVX-VNNI, AVX-512 VNNI and AMX made of others, and on 64-bit Arm in an emulator. Integers are equal to the bit, and
+attention is within its bound."""
 
 import functools
 import os
@@ -12,20 +13,23 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from export.dialect.ops import ABSMAX_FLOOR
+from export.formats.format import get_format
 from export.formats.operands import largest_code
+from pipeline.backends.cpu.finish_with_chain import grid_numbers
 from pipeline.backends.cpu.packed_gemm import multiplier_panels, weight_panels, weight_sums
+from pipeline.verify.attention_oracle import AttentionNumbers, AttentionProbe, check_attention
 from plugins.cpu import library
 from tests.kernels.test_native_attention import reference, tensors
 from tests.kernels.test_native_packed_gemm import LAYERS, SHAPES, expected, linear, operands
 from tests.support import native
+from tests.support.attentions import operands as operands_of_attention
 
 pytestmark = pytest.mark.kernels
 
-GEMM, AVX2, VNNI, DOT, ATTENTION = (
-    library.FOLDER / name
-    for name in ("packed_gemm.c", "packed_gemm_avx2.c", "packed_gemm_vnni.c", "packed_gemm_arm.c", "attention.c")
-)
-KERNELS = (GEMM, AVX2, VNNI, DOT, ATTENTION)
+KERNELS = tuple(library.FOLDER / name for name in library.KERNELS)
+# What stands in for packed_gemm.c and those of its variants whose instructions it makes of others.
+EMULATED = ("packed_gemm.c", "packed_gemm_vnni.c", "packed_gemm_amx.c")
 STRICT = ("-O1", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover")
 ARM_COMPILER, ARM_EMULATOR = "aarch64-linux-gnu-gcc", "qemu-aarch64-static"
 _FOLDER = tempfile.TemporaryDirectory(prefix="ditc-test-")
@@ -43,28 +47,33 @@ def driver(name: str, compiler: str, flags: tuple[str, ...], sources: tuple[Path
     return str(path)
 
 
-@pytest.fixture(params=["sanitizers", "vnni", "arm"])
+@pytest.fixture(params=["sanitizers", "emulated x86", "emulated x86, sanitizers", "arm", "arm, sanitizers"])
 def machine(request):
     """(command that starts the driver, names of the variants that it has)."""
+    strict = STRICT if "sanitizers" in request.param else ("-O3",)
     if request.param == "sanitizers":
         native.need_compiler()
         command = [driver("strict", library.compiler(), STRICT, KERNELS)]
-        return command, ("plain", "avx2", "avx_vnni", "avx512_vnni", "dotprod")
-    if request.param == "vnni":
+        return command, ("plain", "avx2", "avx_vnni", "avx512_vnni", "amx_int8", "dotprod", "i8mm")
+    if "x86" in request.param:
         native.need_compiler()
         if platform.machine() not in ("x86_64", "AMD64"):
             pytest.skip(f"this processor is no x86-64 but {platform.machine()}")
-        return [driver("vnni", library.compiler(), ("-O3",), (SUPPORT / "emulated_vnni.c", AVX2, ATTENTION))], (
-            "avx_vnni",
-        )
+        rest = tuple(path for path in KERNELS if path.name not in EMULATED)
+        sources = (SUPPORT / "emulated_x86.c", *rest)
+        return [driver(request.param, library.compiler(), strict, sources)], ("avx_vnni", "avx512_vnni", "amx_int8")
     missing = [tool for tool in (ARM_COMPILER, ARM_EMULATOR) if shutil.which(tool) is None]
     if missing:
         pytest.skip(
             f"no {' and no '.join(missing)} (Debian: gcc-aarch64-linux-gnu libc6-dev-arm64-cross qemu-user-static)"
         )
-    return [ARM_EMULATOR, "-cpu", "max", driver("arm", ARM_COMPILER, ("-O3", "-static"), KERNELS)], (
+    if strict is STRICT:  # the address sanitizer's shadow memory does not fit the emulator's
+        strict = ("-O1", "-g", "-fsanitize=undefined", "-fsanitize-undefined-trap-on-error")
+    flags = (*strict, "-static")
+    return [ARM_EMULATOR, "-cpu", "max", driver(request.param, ARM_COMPILER, flags, KERNELS)], (
         "plain",
         "dotprod",
+        "i8mm",
     )
 
 
@@ -109,6 +118,7 @@ def test_products_are_exact(machine, layer, shape):
     numbers.append(0 if packed else gemm.weight_kmax)
     results = [run(command, numbers, arrays, "packed_gemm", name) for name in variants]
     assert any(result is not None for result in results)
+    assert "plain" in variants or all(result is not None for result in results), "all that is emulated runs"
     for result in results:
         if result is not None:
             np.testing.assert_array_equal(result.reshape(m, n), expected(gemm, operand, codes))
@@ -129,3 +139,23 @@ def test_attention_is_within_its_bound(machine, shape, axes):
     )
     answer, bound = reference(q, k, v, mask)
     assert (np.abs(result.reshape(q.shape) - answer) <= bound).all()
+
+
+@pytest.mark.parametrize("shape", [(1, 2, 7, 5, 72), (1, 1, 30, 1100, 33), (2, 1, 1, 1, 1)], ids=str)
+@pytest.mark.parametrize("formats", [("INT8", "INT8"), ("E2M3", "INT6")], ids=str)
+def test_attention_of_codes_is_within_its_bound(machine, shape, formats):
+    command, variants = machine
+    given = operands_of_attention(*shape, mask="penalty")
+    step = [0 if size == 1 else stride // 4 for size, stride in zip(given.mask.shape, given.mask.strides, strict=True)]
+    rows = [list(grid_numbers(get_format(name)).values()) for name in formats]
+    grids = np.array([*rows[0], *rows[1], ABSMAX_FLOOR], np.float32)
+    arrays = [np.array([*shape, *step], np.int64), np.float32(0.125), given.q, given.k, given.v]
+    arrays += [given.mask] if given.mask.size > 1 else []
+    if given.mask.size == 1:
+        given = given._replace(mask=np.zeros_like(given.mask))
+    results = [run(command, [], [grids, *arrays], "quantized_attention", name) for name in variants]
+    assert any(result is not None for result in results)
+    for result in results:
+        if result is not None:
+            probe = AttentionProbe(*given, result.reshape(given.q.shape))
+            assert check_attention(probe, AttentionNumbers(*formats, 0.125)).output_error <= 1

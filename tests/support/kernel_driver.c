@@ -6,6 +6,14 @@
 
 #include "attention.h"
 #include "packed_gemm.h"
+#include "quantized_attention.h"
+
+#if defined(_WIN32)
+#include <fcntl.h>
+#include <io.h>
+#include <malloc.h>
+#define aligned_alloc(alignment, size) _aligned_malloc(size, alignment)
+#endif
 
 static void *read_bytes(size_t size) {
   void *data = malloc(size);
@@ -42,7 +50,7 @@ static int packed_gemm(const char *variant) {
   return 0;
 }
 
-static int attention(void) {
+static Attention read_attention(void) {
   int64_t *number = read_bytes(9 * sizeof *number);
   Attention it = {.samples = number[0], .heads = number[1], .queries = number[2], .keys = number[3], .size = number[4]};
   size_t floats = (size_t)(it.samples * it.heads * it.size);
@@ -56,19 +64,53 @@ static int attention(void) {
   for (int i = 0; i < 4; i++) masked += it.mask_step[i] * (extent[i] - 1);
   if (masked > 1) it.mask = read_bytes((size_t)masked * sizeof(float));
   it.out = malloc(floats * (size_t)it.queries * sizeof(float));
+  if (!it.out) exit(5);
+  return it;
+}
+
+static void write_attention(const Attention *it) {
+  write_floats(it->out, it->samples * it->heads * it->queries * it->size);
+}
+
+static int attention(void) {
+  Attention it = read_attention();
   void *scratch = aligned_alloc(64, (size_t)attention_scratch(&it));
-  if (!it.out || !scratch) return 5;
+  if (!scratch) return 5;
   for (int64_t part = 0; part < it.samples * it.heads; part++)
     for (int64_t first = 0; first < it.queries; first += QUERIES) {
       int64_t count = it.queries - first < QUERIES ? it.queries - first : QUERIES;
       attention_block(&it, part / it.heads, part % it.heads, first, count, scratch);
     }
-  write_floats(it.out, (int64_t)floats * it.queries);
+  write_attention(&it);
   return 0;
 }
 
-/* packed_gemm VARIANT, or attention. */
+static void *blocks_of(int64_t bytes) { return aligned_alloc(64, (size_t)((bytes + 63) / 64 * 64)); }
+
+static int quantized_attention(const char *variant) {
+  float *grids = read_bytes(7 * sizeof *grids);
+  QuantizedAttention it = {read_attention(), {grids[0], grids[1], grids[2]}, {grids[3], grids[4], grids[5]}, grids[6]};
+  void *head = blocks_of(quantized_attention_head(&it)), *work = blocks_of(quantized_attention_work(&it));
+  void *scratch = blocks_of(quantized_attention_scratch(&it));
+  if (!packed_gemm_force(variant)) return 2;
+  if (!head || !work || !scratch) return 5;
+  HeadOperands operands = quantized_attention_operands(&it, head);
+  int64_t rows = quantized_attention_rows(&it), queries = it.tensors.queries;
+  for (int64_t part = 0; part < it.tensors.samples * it.tensors.heads; part++) {
+    quantized_attention_prepare(&it, part, &operands, work);
+    for (int64_t first = 0; first < queries; first += rows)
+      quantized_attention_block(&it, part, &operands, first, queries - first < rows ? queries - first : rows, scratch);
+  }
+  write_attention(&it.tensors);
+  return 0;
+}
+
+/* packed_gemm VARIANT, quantized_attention VARIANT, or attention. */
 int main(int count, char **argument) {
+#if defined(_WIN32)
+  _setmode(_fileno(stdin), _O_BINARY), _setmode(_fileno(stdout), _O_BINARY);
+#endif
   if (count == 3 && !strcmp(argument[1], "packed_gemm")) return packed_gemm(argument[2]);
+  if (count == 3 && !strcmp(argument[1], "quantized_attention")) return quantized_attention(argument[2]);
   return count == 2 && !strcmp(argument[1], "attention") ? attention() : 1;
 }

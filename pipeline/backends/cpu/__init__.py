@@ -54,15 +54,17 @@ class CpuBackend(Backend[CpuOptions]):
         return True
 
     def checks(self) -> list[Check]:
-        return [stock_runtime.check(), self._compiler_check(), self._processor_check()]
+        return [stock_runtime.check(), self._library_check(), self._processor_check()]
 
-    def _compiler_check(self) -> Check:
-        from plugins.cpu import library
+    def _library_check(self) -> Check:
+        from plugins.cpu import library, packaged
 
+        if packaged.problem(library.FOLDER, library.version()) is None:
+            return Check("kernel library", True, f"{library.version()}, in this installation")
         try:
-            return Check("C compiler", True, library.compiler())
+            return Check("kernel library", True, f"compiled at first use by {library.compiler()}")
         except EnvironmentLacksError as error:
-            return Check("C compiler", False, "none found", False, f"cpu.path=fused is not to be had; {error}")
+            return Check("kernel library", False, "none", False, f"cpu.path=fused is not to be had; {error}")
 
     def _processor_check(self) -> Check:
         from pipeline.backends.cpu.engine import WIDE_SUM_SETS

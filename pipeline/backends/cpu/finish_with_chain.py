@@ -83,7 +83,7 @@ class UseQuantizedAttention(RewritePass):
             grids = {
                 f"{part}_{key}": number
                 for part in ("qk", "pv")
-                for key, number in _grid(get_format(kept[f"{part}_format"])).items()
+                for key, number in grid_numbers(get_format(kept[f"{part}_format"])).items()
             }
             choices = kept | grids | {"absmax_floor": ABSMAX_FLOOR}
             name = node.name or result_of(node).name
@@ -93,7 +93,7 @@ class UseQuantizedAttention(RewritePass):
             self.fired += 1
 
 
-def _grid(fmt: Format) -> dict[str, float]:
+def grid_numbers(fmt: Format) -> dict[str, float]:
     """How numbers become integers of a format: `Grid` of plugins/cpu/quantized_attention.h."""
     factor = rounding_factor(fmt) if len(fmt.binade_starts) else 0.0
     return {"max_value": fmt.max_value, "kmax": float(fmt.kmax), "rounding_factor": factor}
