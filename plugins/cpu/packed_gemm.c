@@ -130,7 +130,8 @@ static int64_t lay_out(const PackedGemm *gemm, char *memory, Scratch *scratch) {
   int64_t rows = gemm->rows < MAX_ROWS ? gemm->rows : MAX_ROWS, k = filled(gemm->k), used = 0;
   int64_t block = k < K_BLOCK ? k : K_BLOCK, tail = k == gemm->k ? 0 : aligned(rows * k);
   int64_t sums = aligned(rows * PANEL * 4), low = gemm->low_codes ? 1 : 0;
-  int64_t sizes[] = {sums, low * sums, aligned(block * PANEL * 2), aligned(block / QUAD * 2 * PANEL * 2), tail, low * tail};
+  int64_t decoded = aligned((2 * k < K_BLOCK ? 2 * k : K_BLOCK) * PANEL), factors = aligned(block / QUAD * 2 * PANEL * 2);
+  int64_t sizes[] = {sums, low * sums, decoded, factors, tail, low * tail};
   void *parts[6];
   for (int i = 0; i < 6; i++) parts[i] = memory ? memory + used : NULL, used += sizes[i];
   if (scratch) *scratch = (Scratch){{parts[0], parts[1]}, parts[2], parts[3], {parts[4], parts[5]}};
@@ -140,9 +141,11 @@ static int64_t lay_out(const PackedGemm *gemm, char *memory, Scratch *scratch) {
 int64_t packed_gemm_scratch(const PackedGemm *gemm) { return lay_out(gemm, NULL, NULL); }
 
 /* The multiplier of every run and channel, twice: once for each half of a sum of pairs. */
-static void spread_factors(const Block *block, int run, int16_t *factors) {
-  for (int64_t k = 0; k < block->k; k += run * QUAD, factors += 2 * PANEL)
-    for (int i = 0; i < 2 * PANEL; i++) factors[i] = multiplier(block, block->k0 + k, i / 2);
+static void spread_factors(const Block *block, int16_t *factors) {
+  int64_t group = block->gemm->group, size = 2 * PANEL;
+  for (int64_t k = 0; k < block->k; k += block->run * QUAD, factors += size)
+    if (k && (!block->multipliers || (block->k0 + k) % group)) memcpy(factors, factors - size, (size_t)size * 2);
+    else for (int i = 0; i < size; i++) factors[i] = multiplier(block, block->k0 + k, i / 2);
 }
 
 /* Rows of codes whose length is a multiple of 8: themselves, or a copy filled up (with what weights of 0 meet). */
@@ -188,15 +191,17 @@ void packed_gemm_panel(const PackedGemm *gemm, int64_t panel, int64_t first, int
   Block block = {.gemm = gemm, .weight = gemm->weight + panel * panel_bytes, .factors = scratch.factors};
   if (gemm->multipliers) block.multipliers = gemm->multipliers + panel * (gemm->k / gemm->group) * PANEL;
   if (variant->adds_pairs) block.run = run_of(gemm);
+  int64_t most = variant->adds_pairs && !block.run ? K_BLOCK / 2 : K_BLOCK; /* weights of 16 bits are as many bytes */
+  int spread = 0;
   for (int64_t s = 0, end = 0; s < gemm->sums; s++) {
     int64_t start = end;
     end = gemm->sums == 1 ? k : start + gemm->k / gemm->sums;
     for (int limb = 0; limb < limbs; limb++)
       memset(scratch.sums[limb], 0, (size_t)(rows * PANEL) * sizeof(int32_t));
     for (block.k0 = start; block.k0 < end; block.k0 += block.k) {
-      block.k = end - block.k0 < K_BLOCK ? end - block.k0 : K_BLOCK;
+      block.k = end - block.k0 < most ? end - block.k0 : most;
       block.w = variant->decode(&block, &scratch);
-      if (block.run) spread_factors(&block, block.run, scratch.factors);
+      if (block.run && (block.multipliers || !spread)) spread_factors(&block, scratch.factors), spread = 1;
       for (int limb = 0; limb < limbs; limb++)
         variant->add(&block, codes[limb] + block.k0, k, rows, scratch.sums[limb]);
     }

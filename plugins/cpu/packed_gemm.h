@@ -9,7 +9,7 @@ enum {
   PANEL = 16,  /* channels that are decoded together */
   QUAD = 4,    /* products that one lane of 32 bits adds at once */
   OCTET = 8,   /* input channels of 64 bytes of a panel */
-  K_BLOCK = 1024 /* input channels that are decoded at a time: 16 KiB, half of a first-level cache */
+  K_BLOCK = 1152 /* input channels that are decoded at a time: 18 KiB, half of a first-level cache */
 };
 
 /* product[m, n] = sum over s of float(sum over the k of s of a[m, k] * w[n, k]) * scale[s, n], with `sums` stretches s of
