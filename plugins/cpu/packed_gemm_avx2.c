@@ -125,6 +125,11 @@ TARGET_AVX2 INLINE void tile_of_short_runs(
   }
 }
 
+TARGET_AVX2 INLINE void widen_16(const uint8_t *a, __m256i order, uint8_t *wide) {
+  __m256i twice = _mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i *)a));
+  _mm256_store_si256((__m256i *)wide, _mm256_shuffle_epi8(twice, order));
+}
+
 /* Codes [rows, k] as [rows, k] of 16 bits, K_BLOCK bytes from row to row: of each four the input channels 0, 2, 1, 3.
  * Not inlined, since its constant would take a register from the tile. */
 TARGET_AVX2 __attribute__((noinline)) static void widen_codes(int rows, const uint8_t *a, int64_t stride, int64_t k, uint8_t *wide) {
@@ -132,11 +137,12 @@ TARGET_AVX2 __attribute__((noinline)) static void widen_codes(int rows, const ui
                                          8, -1, 10, -1, 9, -1, 11, -1, 12, -1, 14, -1, 13, -1, 15, -1);
   for (int row = 0; row < rows; row++, a += stride, wide += K_BLOCK) {
     int64_t i = 0;
-    for (; i + 16 <= k; i += 16) {
-      __m256i twice = _mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i *)(a + i)));
-      _mm256_store_si256((__m256i *)(wide + 2 * i), _mm256_shuffle_epi8(twice, order));
-      if (i % 64 == 0) __builtin_prefetch(a + i + rows * stride);
+    for (; i + 64 <= k; i += 64) {
+      __builtin_prefetch(a + i + rows * stride);
+#pragma GCC unroll 4
+      for (int part = 0; part < 64; part += 16) widen_16(a + i + part, order, wide + 2 * (i + part));
     }
+    for (; i + 16 <= k; i += 16) widen_16(a + i, order, wide + 2 * i);
     if (i < k) {
       __m128i octet = _mm_loadl_epi64((const __m128i *)(a + i));
       _mm_store_si128((__m128i *)(wide + 2 * i), _mm_shuffle_epi8(octet, _mm256_castsi256_si128(order)));
