@@ -119,16 +119,19 @@ const char *packed_gemm_misfit(const PackedGemm *gemm) {
     return "a pair of products can leave 16 bits";
   if (gemm->multipliers && (gemm->group < OCTET || gemm->group % OCTET || gemm->k % gemm->group))
     return "group_size must be a multiple of 8 that divides the input channels";
-  if (gemm->sums > 1 && (gemm->multipliers || gemm->k % (gemm->sums * OCTET)))
-    return "scales by group must be of a multiple of 8 input channels each, and without multipliers";
+  if (gemm->sums > 1 && gemm->k % (gemm->sums * OCTET))
+    return "scales by group must be of a multiple of 8 input channels each";
+  if (gemm->scales < 1 || gemm->sums % gemm->scales || gemm->token_scales < 1 || gemm->sums % gemm->token_scales)
+    return "scales must span whole sums";
   return NULL;
 }
 
 /* Quads in a run: a power of two, so that the run's sums stay in 16 bits and within a group; 0 if one's do not. */
 static int run_of(const PackedGemm *gemm) {
   int pair = 2 * gemm->largest_code * largest_integer(gemm), run = MAX_RUN;
-  int64_t span = gemm->multipliers ? gemm->group : gemm->sums > 1 ? gemm->k / gemm->sums : filled(gemm->k);
-  while (run && (run * pair > INT16_MAX || span % (run * QUAD))) run /= 2;
+  int64_t span = gemm->sums > 1 ? gemm->k / gemm->sums : filled(gemm->k);
+  int64_t group = gemm->multipliers ? gemm->group : span;
+  while (run && (run * pair > INT16_MAX || span % (run * QUAD) || group % (run * QUAD))) run /= 2;
   return run;
 }
 
@@ -139,19 +142,23 @@ static int64_t lay_out(const PackedGemm *gemm, char *memory, Scratch *scratch) {
   int64_t rows = gemm->rows < MAX_ROWS ? gemm->rows : MAX_ROWS, k = filled(gemm->k), used = 0;
   int64_t block = k < K_BLOCK ? k : K_BLOCK, tail = k == gemm->k ? 0 : aligned(rows * k);
   int64_t sums = aligned(rows * PANEL * 4), low = gemm->low_codes ? 1 : 0;
-  int64_t sizes[] = {sums, low * sums, aligned(block * PANEL * 2), aligned(block / QUAD * 2 * PANEL * 2), tail, low * tail};
-  void *parts[6];
-  for (int i = 0; i < 6; i++) parts[i] = memory ? memory + used : NULL, used += sizes[i];
-  if (scratch) *scratch = (Scratch){{parts[0], parts[1]}, parts[2], parts[3], {parts[4], parts[5]}};
+  int64_t decoded = aligned((2 * k < K_BLOCK ? 2 * k : K_BLOCK) * PANEL), factors = aligned(block / QUAD * 2 * PANEL * 2);
+  int64_t totals = gemm->sums > 1 ? sums : 0;
+  int64_t sizes[] = {sums, low * sums, totals, decoded, factors, tail, low * tail};
+  void *parts[7];
+  for (int i = 0; i < 7; i++) parts[i] = memory ? memory + used : NULL, used += sizes[i];
+  if (scratch) *scratch = (Scratch){{parts[0], parts[1]}, parts[2], parts[3], parts[4], {parts[5], parts[6]}};
   return used;
 }
 
 int64_t packed_gemm_scratch(const PackedGemm *gemm) { return lay_out(gemm, NULL, NULL); }
 
 /* The multiplier of every run and channel, twice: once for each half of a sum of pairs. */
-static void spread_factors(const Block *block, int run, int16_t *factors) {
-  for (int64_t k = 0; k < block->k; k += run * QUAD, factors += 2 * PANEL)
-    for (int i = 0; i < 2 * PANEL; i++) factors[i] = multiplier(block, block->k0 + k, i / 2);
+static void spread_factors(const Block *block, int16_t *factors) {
+  int64_t group = block->gemm->group, size = 2 * PANEL;
+  for (int64_t k = 0; k < block->k; k += block->run * QUAD, factors += size)
+    if (k && (!block->multipliers || (block->k0 + k) % group)) memcpy(factors, factors - size, (size_t)size * 2);
+    else for (int i = 0; i < size; i++) factors[i] = multiplier(block, block->k0 + k, i / 2);
 }
 
 /* Rows of codes whose length is a multiple of 8: themselves, or a copy filled up (with what weights of 0 meet). */
@@ -165,23 +172,33 @@ static const uint8_t *whole_octets(const PackedGemm *gemm, const uint8_t *codes,
   return copy;
 }
 
-/* product (+)= (sums - zero * weight_sum) * scale of a panel's stretch s, integers modulo 2^32; low: sums of the low
- * limb, NULL for none. */
+/* Stretch s of a panel: (sums - zero * weight_sum) * scale, integers modulo 2^32, added to the totals of the stretches
+ * before it; the last one's are the product. */
 VARIANTS void finish_rows(
-    const PackedGemm *gemm, int64_t panel, int64_t s, int64_t first, int64_t rows, const int32_t *sums,
-    const int32_t *low) {
+    const PackedGemm *gemm, int64_t panel, int64_t s, int64_t first, int64_t rows, const Scratch *scratch) {
   int64_t channel = panel * PANEL, count = gemm->n - channel < PANEL ? gemm->n - channel : PANEL;
-  const float *scale = gemm->scale + s * gemm->n + channel;
+  const float *scale = gemm->scale + s * gemm->scales / gemm->sums * gemm->n + channel;
+  const float *token_scale = gemm->token_scale;
   const int32_t *weight_sum = gemm->weight_sum + s * gemm->n + channel;
+  const int32_t *sums = scratch->sums[0], *low = gemm->low_codes ? scratch->sums[1] : NULL;
   uint32_t weight = low ? (uint32_t)gemm->limb_weight : 1, factor = (uint32_t)gemm->zero * (weight + (low ? 1 : 0));
-  for (int64_t row = 0; row < rows; row++) {
-    float *out = gemm->product + (first + row) * gemm->n + channel;
+  if (token_scale) token_scale += first * gemm->token_scales + s * gemm->token_scales / gemm->sums;
+  for (int64_t row = 0; row < rows; row++, sums += PANEL) {
+    float part[PANEL] = {0}, *total = scratch->totals + row * PANEL;
     for (int64_t i = 0; i < count; i++) {
-      uint32_t sum = (uint32_t)sums[row * PANEL + i] * weight - factor * (uint32_t)weight_sum[i];
+      uint32_t sum = (uint32_t)sums[i] * weight - factor * (uint32_t)weight_sum[i];
       if (low) sum += (uint32_t)low[row * PANEL + i];
-      float part = (float)(int32_t)sum * scale[i];
-      out[i] = s ? out[i] + part : part;
+      part[i] = (float)(int32_t)sum;
     }
+    if (gemm->integer_sums)
+      memcpy(gemm->integer_sums + (s * gemm->rows + first + row) * gemm->n + channel, part, (size_t)count * sizeof *part);
+    for (int64_t i = 0; i < count; i++) part[i] *= scale[i];
+    if (token_scale)
+      for (int64_t i = 0; i < PANEL; i++) part[i] *= token_scale[row * gemm->token_scales];
+    if (s)
+      for (int64_t i = 0; i < PANEL; i++) part[i] += total[i];
+    float *out = s + 1 < gemm->sums ? total : gemm->product + (first + row) * gemm->n + channel;
+    memcpy(out, part, (size_t)(s + 1 < gemm->sums ? PANEL : count) * sizeof *part);
   }
 }
 
@@ -197,18 +214,20 @@ void packed_gemm_panel(const PackedGemm *gemm, int64_t panel, int64_t first, int
   Block block = {.gemm = gemm, .weight = gemm->weight + panel * panel_bytes, .factors = scratch.factors};
   if (gemm->multipliers) block.multipliers = gemm->multipliers + panel * (gemm->k / gemm->group) * PANEL;
   if (variant->adds_pairs) block.run = run_of(gemm);
+  int64_t most = variant->adds_pairs && !block.run ? K_BLOCK / 2 : K_BLOCK; /* weights of 16 bits are as many bytes */
+  int spread = 0;
   for (int64_t s = 0, end = 0; s < gemm->sums; s++) {
     int64_t start = end;
     end = gemm->sums == 1 ? k : start + gemm->k / gemm->sums;
     for (int limb = 0; limb < limbs; limb++)
       memset(scratch.sums[limb], 0, (size_t)(rows * PANEL) * sizeof(int32_t));
     for (block.k0 = start; block.k0 < end; block.k0 += block.k) {
-      block.k = end - block.k0 < K_BLOCK ? end - block.k0 : K_BLOCK;
+      block.k = end - block.k0 < most ? end - block.k0 : most;
       block.w = variant->decode(&block, &scratch);
-      if (block.run) spread_factors(&block, block.run, scratch.factors);
+      if (block.run && (block.multipliers || !spread)) spread_factors(&block, scratch.factors), spread = 1;
       for (int limb = 0; limb < limbs; limb++)
         variant->add(&block, codes[limb] + block.k0, k, rows, scratch.sums[limb]);
     }
-    finish_rows(gemm, panel, s, first, rows, scratch.sums[0], limbs == 2 ? scratch.sums[1] : NULL);
+    finish_rows(gemm, panel, s, first, rows, &scratch);
   }
 }

@@ -9,11 +9,12 @@ enum {
   PANEL = 16,  /* channels that are decoded together */
   QUAD = 4,    /* products that one lane of 32 bits adds at once */
   OCTET = 8,   /* input channels of 64 bytes of a panel */
-  K_BLOCK = 1024 /* input channels that are decoded at a time: 16 KiB, half of a first-level cache */
+  K_BLOCK = 1152 /* input channels that are decoded at a time: 18 KiB, half of a first-level cache */
 };
 
-/* product[m, n] = sum over s of float(sum over the k of s of a[m, k] * w[n, k]) * scale[s, n], with `sums` stretches s of
- * k / sums input channels each; the inner sum in 32 bits and exact, the outer one in float32 in the order of s, with
+/* product[m, n] = sum over s of float(sum over the k of s of a[m, k] * w[n, k]) * scale[s, n] * token_scale[m, s], with
+ * `sums` stretches s of k / sums input channels each; the inner sum in 32 bits and exact, the rest in float32 from left
+ * to right, in the order of s. A scale may span several stretches. With
  *   a = codes - zero; with low_codes limb_weight * (codes - zero) + (low_codes - zero)     uint8 [rows, k]
  *   w = table[code of (n, k)] * multiplier of (n, k / group), or without a table the byte of (n, k)
  *
@@ -32,13 +33,16 @@ typedef struct PackedGemm {
   const uint8_t *codes, *low_codes; /* low_codes: NULL for one limb */
   const uint8_t *weight, *multipliers;
   const int8_t *table; /* [16], NULL for a weight of bytes */
-  const float *scale;
+  const float *scale;       /* [scales, n] */
+  const float *token_scale; /* [rows, token_scales], NULL for none */
   const int32_t *weight_sum;
   int32_t zero, limb_weight, largest_code;
   int32_t largest_weight; /* largest |byte| of the weight; of no meaning with a table */
   int64_t group; /* a multiple of 8 that divides k; k where there are no multipliers */
   int64_t rows, n, k, sums; /* k / sums is a multiple of 8 unless sums is 1 */
+  int64_t scales, token_scales; /* each divides `sums` */
   float *product;
+  float *integer_sums; /* [sums, rows, n], the inner sums as float32; NULL: nobody reads them */
 } PackedGemm;
 
 /* Rows of the call that share a decoded panel; the sums of more would leave the second-level cache. */

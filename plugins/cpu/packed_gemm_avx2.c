@@ -1,4 +1,10 @@
-/* PackedGemm by AVX2: pairs of products in 16 bits. */
+/* PackedGemm by AVX2: pairs of products in 16 bits where they fit, else each in 32.
+ *
+ * What a processor with four vector units and two multipliers among them (Zen 3) spends on 32 products: 2 operations
+ * where runs are long (vpmaddubsw, vpaddw), 3 where a pair alone fits 16 bits (vpmaddubsw, vpmaddwd, vpaddd), 4 where
+ * none does: vpmaddwd and vpaddd of 16 products each. Two halves of 4 bits, or signs moved to the weight (vpsignb) so
+ * that factors of 7 bits are left, take 4 and more.
+ */
 #include "packed_gemm_variant.h"
 
 #if defined(__x86_64__)
@@ -17,36 +23,62 @@ __attribute__((target("avx2"))) void packed_gemm_decode_avx2(const Block *block,
   }
 }
 
+enum { TILE_ROWS = 6, SHORT_ROWS = 4 }; /* with 2 sums each and what they are made from: all 16 registers */
+
+#define TARGET_AVX2 __attribute__((target("avx2")))
+
 /* One product of a quad with 8 channels, added to a sum in 16 bits. In assembly, since compilers gather the additions
  * of a run into trees that need more than the 16 registers. */
-#define MULTIPLY_ADD(sum, w, a)                                                                                        \
+#define MULTIPLY(sum, w, a) __asm__("vpmaddubsw %1, %2, %0" : "=x"(sum) : "x"(w), "x"(a))
+#define MULTIPLY_THEN_ADD(multiply, add, sum, w, a)                                                                    \
   do {                                                                                                                 \
     __m256i product_;                                                                                                  \
-    __asm__("vpmaddubsw %2, %3, %1\n\tvpaddw %1, %0, %0" : "+x"(sum), "=&x"(product_) : "x"(w), "x"(a));               \
+    __asm__(multiply " %2, %3, %1\n\t" add " %1, %0, %0" : "+x"(sum), "=&x"(product_) : "x"(w), "x"(a));               \
   } while (0)
+#define MULTIPLY_ADD(sum, w, a) MULTIPLY_THEN_ADD("vpmaddubsw", "vpaddw", sum, w, a)
+#define MULTIPLY_ADD_WIDE(sum, w, a) MULTIPLY_THEN_ADD("vpmaddwd", "vpaddd", sum, w, a)
+/* A pointer of its own: compilers would address all rows from the first, with offsets that they keep in memory. */
+#define OPAQUE(pointer) __asm__("" : "+r"(pointer))
 
-/* `rows` (at most 4) rows, runs of `run` quads: both constants where this is inlined. */
-__attribute__((target("avx2"))) INLINE void tile_avx2(
+TARGET_AVX2 INLINE __m256i four_codes(const uint8_t *a) {
+  return _mm256_castps_si256(_mm256_broadcast_ss((const float *)a));
+}
+
+TARGET_AVX2 INLINE __m256i load(const void *address) { return _mm256_loadu_si256(address); }
+
+/* At most TILE_ROWS rows, runs of `run` quads: both constants where this is inlined. */
+TARGET_AVX2 INLINE void tile_of_runs(
     const int rows, const int run, const Block *block, const uint8_t *a, int64_t stride, int32_t *sums) {
   const int8_t *w = block->w;
   const int16_t *factors = block->factors;
-  for (int64_t i = 0; i < block->k; i += run * QUAD, a += run * QUAD, w += run * BYTES, factors += 2 * PANEL) {
-    __m256i left[4], right[4];
-    for (int row = 0; row < rows; row++) left[row] = right[row] = _mm256_setzero_si256();
+  const uint8_t *codes[TILE_ROWS];
+  for (int row = 0; row < rows; row++) codes[row] = a + row * stride;
+  for (int64_t left_k = block->k; left_k > 0; left_k -= run * QUAD, w += run * BYTES, factors += 2 * PANEL) {
+    __m256i left[TILE_ROWS], right[TILE_ROWS];
+#pragma GCC unroll 8
+    for (int row = 0; row < rows; row++) OPAQUE(codes[row]);
 #pragma GCC unroll 8
     for (int quad = 0; quad < run; quad++) {
-      __m256i w_left = _mm256_loadu_si256((const __m256i *)(w + quad * BYTES));
-      __m256i w_right = _mm256_loadu_si256((const __m256i *)(w + quad * BYTES + 32));
-#pragma GCC unroll 4
+      __m256i w_left = load(w + quad * BYTES), w_right = load(w + quad * BYTES + 32);
+#pragma GCC unroll 8
       for (int row = 0; row < rows; row++) {
-        __m256i same = _mm256_castps_si256(_mm256_broadcast_ss((const float *)(a + row * stride + quad * QUAD)));
-        MULTIPLY_ADD(left[row], w_left, same);
-        MULTIPLY_ADD(right[row], w_right, same);
+        __m256i same = four_codes(codes[row] + quad * QUAD);
+        if (quad) {
+          MULTIPLY_ADD(left[row], w_left, same);
+          MULTIPLY_ADD(right[row], w_right, same);
+        } else {
+          MULTIPLY(left[row], w_left, same);
+          MULTIPLY(right[row], w_right, same);
+        }
       }
     }
-    __m256i left_factor = _mm256_load_si256((const __m256i *)factors);
-    __m256i right_factor = _mm256_load_si256((const __m256i *)(factors + PANEL));
-#pragma GCC unroll 4
+#pragma GCC unroll 8
+    for (int row = 0; row < rows; row++) {
+      __builtin_prefetch(codes[row] + rows * stride); /* of the next tile */
+      codes[row] += run * QUAD;
+    }
+    __m256i left_factor = load(factors), right_factor = load(factors + PANEL);
+#pragma GCC unroll 8
     for (int row = 0; row < rows; row++) {
       __m256i *sum = (__m256i *)(sums + row * PANEL);
       sum[0] = _mm256_add_epi32(sum[0], _mm256_madd_epi16(left[row], left_factor));
@@ -55,81 +87,102 @@ __attribute__((target("avx2"))) INLINE void tile_avx2(
   }
 }
 
-#define ROWS_AVX2(run)                                                                                                 \
-  __attribute__((target("avx2"))) static void rows_avx2_##run(                                                         \
-      const Block *block, const uint8_t *a, int64_t stride, int64_t rows, int32_t *sums) {                             \
-    for (; rows >= 4; rows -= 4, a += 4 * stride, sums += 4 * PANEL) tile_avx2(4, run, block, a, stride, sums);        \
-    if (rows == 3) tile_avx2(3, run, block, a, stride, sums);                                                          \
-    else if (rows == 2) tile_avx2(2, run, block, a, stride, sums);                                                     \
-    else if (rows == 1) tile_avx2(1, run, block, a, stride, sums);                                                     \
-  }
-ROWS_AVX2(8)
-ROWS_AVX2(4)
-ROWS_AVX2(2)
-ROWS_AVX2(1)
-
-/* --- without multipliers: sums of 32 bits stay in registers --------------------------------------------------------- */
-
-/* `rows` (at most 4) rows, of `run` (1 or 2) quads at once: both constants where this is inlined. */
-__attribute__((target("avx2"))) INLINE void tile_unscaled(
+/* At most SHORT_ROWS rows, runs of 1 or 2 quads: sums stay in registers. */
+TARGET_AVX2 INLINE void tile_of_short_runs(
     const int rows, const int run, const Block *block, const uint8_t *a, int64_t stride, int32_t *sums) {
-  const __m256i ones = _mm256_set1_epi16(1);
   const int8_t *w = block->w;
-  __m256i total[4][2];
-  for (int row = 0; row < rows; row++)
-    for (int half = 0; half < 2; half++) total[row][half] = _mm256_load_si256((const __m256i *)(sums + row * PANEL) + half);
-  for (int64_t i = 0; i < block->k; i += run * QUAD, w += run * BYTES)
+  const int16_t *factors = block->factors;
+  const uint8_t *codes[SHORT_ROWS];
+  __m256i left[SHORT_ROWS], right[SHORT_ROWS];
+#pragma GCC unroll 4
+  for (int row = 0; row < rows; row++) {
+    codes[row] = a + row * stride;
+    left[row] = load(sums + row * PANEL), right[row] = load(sums + row * PANEL + 8);
+  }
+  for (int64_t left_k = block->k; left_k > 0; left_k -= run * QUAD, w += run * BYTES, factors += 2 * PANEL) {
+    __m256i left_factor = load(factors), right_factor = load(factors + PANEL);
 #pragma GCC unroll 4
     for (int row = 0; row < rows; row++) {
-      __m256i same = _mm256_castps_si256(_mm256_broadcast_ss((const float *)(a + row * stride + i))), next = same;
-      if (run == 2) next = _mm256_castps_si256(_mm256_broadcast_ss((const float *)(a + row * stride + i + QUAD)));
-#pragma GCC unroll 2
-      for (int half = 0; half < 2; half++) {
-        const __m256i *weight = (const __m256i *)(w + half * 32);
-        __m256i pairs = _mm256_maddubs_epi16(same, weight[0]);
-        if (run == 2) pairs = _mm256_add_epi16(pairs, _mm256_maddubs_epi16(next, weight[2]));
-        total[row][half] = _mm256_add_epi32(total[row][half], _mm256_madd_epi16(pairs, ones));
+      __m256i same = four_codes(codes[row]), left_pairs, right_pairs;
+      OPAQUE(codes[row]);
+      MULTIPLY(left_pairs, load(w), same);
+      MULTIPLY(right_pairs, load(w + 32), same);
+      if (run == 2) {
+        same = four_codes(codes[row] + QUAD);
+        MULTIPLY_ADD(left_pairs, load(w + BYTES), same);
+        MULTIPLY_ADD(right_pairs, load(w + BYTES + 32), same);
       }
+      left[row] = _mm256_add_epi32(left[row], _mm256_madd_epi16(left_pairs, left_factor));
+      right[row] = _mm256_add_epi32(right[row], _mm256_madd_epi16(right_pairs, right_factor));
+      __builtin_prefetch(codes[row] + rows * stride);
+      codes[row] += run * QUAD;
     }
+  }
+#pragma GCC unroll 4
+  for (int row = 0; row < rows; row++) {
+    _mm256_storeu_si256((__m256i *)(sums + row * PANEL), left[row]);
+    _mm256_storeu_si256((__m256i *)(sums + row * PANEL + 8), right[row]);
+  }
+}
+
+TARGET_AVX2 INLINE void widen_16(const uint8_t *a, __m256i order, uint8_t *wide) {
+  __m256i twice = _mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i *)a));
+  _mm256_store_si256((__m256i *)wide, _mm256_shuffle_epi8(twice, order));
+}
+
+/* Codes [rows, k] as [rows, k] of 16 bits, K_BLOCK bytes from row to row: of each four the input channels 0, 2, 1, 3.
+ * Not inlined, since its constant would take a register from the tile. */
+TARGET_AVX2 __attribute__((noinline)) static void widen_codes(int rows, const uint8_t *a, int64_t stride, int64_t k, uint8_t *wide) {
+  const __m256i order = _mm256_setr_epi8(0, -1, 2, -1, 1, -1, 3, -1, 4, -1, 6, -1, 5, -1, 7, -1,
+                                         8, -1, 10, -1, 9, -1, 11, -1, 12, -1, 14, -1, 13, -1, 15, -1);
+  for (int row = 0; row < rows; row++, a += stride, wide += K_BLOCK) {
+    int64_t i = 0;
+    for (; i + 64 <= k; i += 64) {
+      __builtin_prefetch(a + i + rows * stride);
+#pragma GCC unroll 4
+      for (int part = 0; part < 64; part += 16) widen_16(a + i + part, order, wide + 2 * (i + part));
+    }
+    for (; i + 16 <= k; i += 16) widen_16(a + i, order, wide + 2 * i);
+    if (i < k) {
+      __m128i octet = _mm_loadl_epi64((const __m128i *)(a + i));
+      _mm_store_si128((__m128i *)(wide + 2 * i), _mm_shuffle_epi8(octet, _mm256_castsi256_si128(order)));
+    }
+  }
+}
+
+/* At most TILE_ROWS rows of codes and a weight of 16 bits, both in their order: |products of two| < 2^17. */
+TARGET_AVX2 INLINE void wide_tile(
+    const int rows, const Block *block, const uint8_t *a, int64_t stride, int32_t *sums) {
+  uint8_t memory[TILE_ROWS * K_BLOCK] __attribute__((aligned(32))), *wide = memory;
+  __m256i left[TILE_ROWS], right[TILE_ROWS];
+  const int8_t *w = block->w;
+  widen_codes(rows, a, stride, block->k, wide);
+#pragma GCC unroll 8
   for (int row = 0; row < rows; row++)
-    for (int half = 0; half < 2; half++) _mm256_store_si256((__m256i *)(sums + row * PANEL) + half, total[row][half]);
-}
-
-#define ROWS_UNSCALED(run)                                                                                             \
-  __attribute__((target("avx2"))) static void rows_unscaled_##run(                                                     \
-      const Block *block, const uint8_t *a, int64_t stride, int64_t rows, int32_t *sums) {                             \
-    for (; rows >= 4; rows -= 4, a += 4 * stride, sums += 4 * PANEL) tile_unscaled(4, run, block, a, stride, sums);    \
-    for (; rows > 0; rows--, a += stride, sums += PANEL) tile_unscaled(1, run, block, a, stride, sums);                \
-  }
-ROWS_UNSCALED(2)
-ROWS_UNSCALED(1)
-
-/* Pairs that leave 16 bits: each product in 32. decode_avx2 has widened the weight. */
-__attribute__((target("avx2"))) static void rows_wide(
-    const Block *block, const uint8_t *a, int64_t stride, int64_t rows, int32_t *sums) {
-  const __m256i low = _mm256_set1_epi32(0x00ff00ff);
-  for (; rows; rows--, a += stride, sums += PANEL) {
-    const __m256i *w = (const __m256i *)block->w;
-    __m256i left = _mm256_load_si256((__m256i *)sums), right = _mm256_load_si256((__m256i *)sums + 1);
-    for (int64_t i = 0; i < block->k; i += QUAD, w += 4) {
-      __m256i quad = _mm256_castps_si256(_mm256_broadcast_ss((const float *)(a + i)));
-      __m256i even = _mm256_and_si256(quad, low), odd = _mm256_srli_epi16(quad, 8);
-      left = _mm256_add_epi32(left, _mm256_madd_epi16(even, _mm256_load_si256(w)));
-      right = _mm256_add_epi32(right, _mm256_madd_epi16(even, _mm256_load_si256(w + 1)));
-      left = _mm256_add_epi32(left, _mm256_madd_epi16(odd, _mm256_load_si256(w + 2)));
-      right = _mm256_add_epi32(right, _mm256_madd_epi16(odd, _mm256_load_si256(w + 3)));
+    left[row] = load(sums + row * PANEL), right[row] = load(sums + row * PANEL + 8);
+  for (int64_t pairs = block->k / 2; pairs; pairs--, w += BYTES, wide += QUAD) {
+    __m256i w_left = load(w), w_right = load(w + 32);
+#pragma GCC unroll 8
+    for (int row = 0; row < rows; row++) {
+      __m256i same = four_codes(wide + row * K_BLOCK);
+      MULTIPLY_ADD_WIDE(left[row], w_left, same);
+      MULTIPLY_ADD_WIDE(right[row], w_right, same);
     }
-    _mm256_store_si256((__m256i *)sums, left), _mm256_store_si256((__m256i *)sums + 1, right);
+  }
+#pragma GCC unroll 8
+  for (int row = 0; row < rows; row++) {
+    _mm256_storeu_si256((__m256i *)(sums + row * PANEL), left[row]);
+    _mm256_storeu_si256((__m256i *)(sums + row * PANEL + 8), right[row]);
   }
 }
 
-/* Each quad [64] of bytes as [4, 16] of 16 bits: input channels 0 and 2 of its two halves, then 1 and 3. */
-__attribute__((target("avx2"))) static const int8_t *widened(const Block *block, Scratch *scratch) {
-  const __m256i *bytes = (const __m256i *)stored_bytes(block);
+/* Each quad [64] of bytes as [2, 32] of 16 bits: input channels 0 and 2 of 16 channels, then 1 and 3. */
+TARGET_AVX2 static const int8_t *widened(const Block *block, Scratch *scratch) {
+  const int8_t *bytes = stored_bytes(block);
   __m256i *out = (__m256i *)scratch->decoded;
-  for (int64_t i = 0; i < block->k; i += QUAD, bytes += 2, out += 4)
+  for (int64_t i = 0; i < block->k; i += QUAD, bytes += BYTES, out += 4)
     for (int half = 0; half < 2; half++) {
-      __m256i both = _mm256_loadu_si256(bytes + half);
+      __m256i both = load(bytes + half * 32);
       _mm256_store_si256(out + half, _mm256_srai_epi16(_mm256_slli_epi16(both, 8), 8));
       _mm256_store_si256(out + 2 + half, _mm256_srai_epi16(both, 8));
     }
@@ -141,13 +194,28 @@ static const int8_t *decode_avx2(const Block *block, Scratch *scratch) {
   return block->run ? stored_bytes(block) : widened(block, scratch);
 }
 
+#define ALL_ROWS(name, most, ...)                                                                                      \
+  TARGET_AVX2 static void name(const Block *block, const uint8_t *a, int64_t stride, int64_t rows, int32_t *sums) {    \
+    for (; rows >= most; rows -= most, a += most * stride, sums += most * PANEL) TILE(most, __VA_ARGS__);              \
+    if (rows & 4) TILE(4, __VA_ARGS__), a += 4 * stride, sums += 4 * PANEL;                                            \
+    if (rows & 2) TILE(2, __VA_ARGS__), a += 2 * stride, sums += 2 * PANEL;                                            \
+    if (rows & 1) TILE(1, __VA_ARGS__);                                                                                \
+  }
+#define TILE(rows, run) tile_of_runs(rows, run, block, a, stride, sums)
+ALL_ROWS(runs_of_8, TILE_ROWS, 8)
+ALL_ROWS(runs_of_4, TILE_ROWS, 4)
+#undef TILE
+#define TILE(rows, run) tile_of_short_runs(rows, run, block, a, stride, sums)
+ALL_ROWS(runs_of_2, SHORT_ROWS, 2)
+ALL_ROWS(runs_of_1, SHORT_ROWS, 1)
+#undef TILE
+#define TILE(rows, run) wide_tile(rows, block, a, stride, sums)
+ALL_ROWS(no_runs, TILE_ROWS, 0)
+#undef TILE
+
 static void add_avx2(const Block *block, const uint8_t *a, int64_t stride, int64_t rows, int32_t *sums) {
   int run = block->run;
-  if (!block->factors && run) {
-    (run > 1 ? rows_unscaled_2 : rows_unscaled_1)(block, a, stride, rows, sums);
-    return;
-  }
-  (run == 8 ? rows_avx2_8 : run == 4 ? rows_avx2_4 : run == 2 ? rows_avx2_2 : run ? rows_avx2_1 : rows_wide)(
+  (run == 8 ? runs_of_8 : run == 4 ? runs_of_4 : run == 2 ? runs_of_2 : run ? runs_of_1 : no_runs)(
       block, a, stride, rows, sums);
 }
 

@@ -5,7 +5,8 @@
 
 #define PRODUCTS_PER_TASK (1 << 20) /* at least: some 10 microseconds */
 
-enum { CODES, LOW_CODES, WEIGHT, MULTIPLIERS, TABLE, SCALE, WEIGHT_SUM, INPUTS };
+enum { CODES, LOW_CODES, WEIGHT, MULTIPLIERS, TABLE, SCALE, WEIGHT_SUM, TOKEN_SCALE, INPUTS };
+enum { PRODUCT, INTEGER_SUMS, OUTPUTS };
 
 typedef struct Kernel {
   const Api *api;
@@ -23,15 +24,18 @@ static const char *check(const Tensor *in, PackedGemm *gemm) {
   if (in[CODES].rank == 0) return "PackedGemm: codes must have at least one dimension";
   gemm->k = in[CODES].dims[in[CODES].rank - 1], gemm->n = in[SCALE].rank ? in[SCALE].dims[in[SCALE].rank - 1] : 0;
   if (gemm->k <= 0 || gemm->n <= 0) return "PackedGemm: codes and scale must have channels";
-  gemm->sums = in[SCALE].count / gemm->n;
-  gemm->rows = in[CODES].count / gemm->k;
+  gemm->scales = in[SCALE].count / gemm->n, gemm->sums = in[WEIGHT_SUM].count / gemm->n;
+  gemm->rows = in[CODES].count / gemm->k, gemm->token_scales = 1;
+  if (in[TOKEN_SCALE].data && gemm->rows) gemm->token_scales = in[TOKEN_SCALE].count / gemm->rows;
   if (!in[MULTIPLIERS].data) gemm->group = gemm->k;
   int64_t panels = (gemm->n + PANEL - 1) / PANEL, octets = (gemm->k + OCTET - 1) / OCTET;
   int64_t bytes = panels * octets * PANEL * (in[TABLE].data ? QUAD : OCTET);
   if (in[WEIGHT].count != bytes) return "PackedGemm: weight must be [panels, k / 8, 64], without a table [panels, k / 4, 64]";
   if (in[TABLE].data && in[TABLE].count != 16) return "PackedGemm: table must have 16 integers";
-  if (gemm->sums <= 0 || in[WEIGHT_SUM].count != in[SCALE].count)
-    return "PackedGemm: weight_sum must have the shape of scale";
+  if (gemm->sums <= 0 || in[WEIGHT_SUM].count != gemm->sums * gemm->n || in[SCALE].count != gemm->scales * gemm->n)
+    return "PackedGemm: weight_sum and scale must be [sums, channels]";
+  if (in[TOKEN_SCALE].data && in[TOKEN_SCALE].count != gemm->rows * gemm->token_scales)
+    return "PackedGemm: token_scale must be [tokens, scales]";
   if (in[LOW_CODES].data && in[LOW_CODES].count != in[CODES].count)
     return "PackedGemm: low_codes must have the shape of codes";
   return NULL;
@@ -64,11 +68,14 @@ static Status *compute(void *data, KernelContext *context) {
   gemm->codes = in[CODES].data, gemm->low_codes = in[LOW_CODES].data;
   gemm->weight = in[WEIGHT].data, gemm->multipliers = in[MULTIPLIERS].data, gemm->table = in[TABLE].data;
   gemm->scale = in[SCALE].data, gemm->weight_sum = in[WEIGHT_SUM].data;
+  gemm->token_scale = in[TOKEN_SCALE].data;
   if ((wrong = packed_gemm_misfit(gemm))) return invalid(api, wrong);
   work.panels = (gemm->n + PANEL - 1) / PANEL;
   if (gemm->multipliers && in[MULTIPLIERS].count != work.panels * (gemm->k / gemm->group) * PANEL)
     return invalid(api, "PackedGemm: multipliers must be [panels, k / group_size, 16]");
-  TRY(make_output(api, context, 0, &in[CODES], gemm->n, 0, (void **)&gemm->product));
+  TRY(make_output(api, context, PRODUCT, &in[CODES], gemm->n, 0, (void **)&gemm->product));
+  Tensor sums = {.rank = 3, .dims = {gemm->sums, gemm->rows}};
+  TRY(make_output(api, context, INTEGER_SUMS, &sums, gemm->n, 0, (void **)&gemm->integer_sums));
   if (!gemm->rows || !gemm->product) return NULL;
   int64_t rows = gemm->rows < MAX_ROWS ? gemm->rows : MAX_ROWS;
   work.panels_per_task = PRODUCTS_PER_TASK / (rows * gemm->k * PANEL) + 1;
@@ -101,11 +108,11 @@ static Status *create_kernel(const CustomOp *op, const Api *api, const KernelInf
 
 static const char *op_name(const CustomOp *op) { return (void)op, "PackedGemm"; }
 static size_t input_count(const CustomOp *op) { return (void)op, INPUTS; }
-static size_t output_count(const CustomOp *op) { return (void)op, 1; }
+static size_t output_count(const CustomOp *op) { return (void)op, OUTPUTS; }
 static int input_type(const CustomOp *op, size_t index) {
   static const int types[INPUTS] = {[CODES] = TYPE_UINT8,       [LOW_CODES] = TYPE_UINT8, [WEIGHT] = TYPE_UINT8,
                                     [MULTIPLIERS] = TYPE_UINT8, [TABLE] = TYPE_INT8,      [SCALE] = TYPE_FLOAT,
-                                    [WEIGHT_SUM] = TYPE_INT32};
+                                    [WEIGHT_SUM] = TYPE_INT32,  [TOKEN_SCALE] = TYPE_FLOAT};
   return (void)op, types[index];
 }
 static int output_type(const CustomOp *op, size_t index) { return (void)op, (void)index, TYPE_FLOAT; }

@@ -10,6 +10,7 @@ enum { BYTES = PANEL * QUAD, MAX_RUN = 8 };
 /* Where one panel is worked on: a block of decoded weights, its multipliers, and the sums of all rows. */
 typedef struct Scratch {
   int32_t *sums[2];  /* [rows, 16] of each limb */
+  float *totals;     /* [rows, 16], over the stretches so far; of no size where there is one */
   int8_t *decoded;   /* [k / 4, 64]: 4 input channels of 16 channels; twice as much where a variant widens them */
   int16_t *factors;  /* [runs, 32]: the multiplier of each channel twice */
   uint8_t *tail[2];  /* [rows, k filled up] of each limb, where k is no multiple of 8 */
@@ -22,7 +23,7 @@ typedef struct Block {
   int64_t k0, k;
   int run;                 /* quads whose sums of pairs fit 16 bits; 0: not even one's */
   const int8_t *w;         /* what `decode` has returned, for `add` */
-  const int16_t *factors;  /* [runs, 32], where the variant adds pairs; NULL: all are 1 */
+  const int16_t *factors;  /* [runs, 32], where the variant adds pairs */
 } Block;
 
 typedef struct Variant {

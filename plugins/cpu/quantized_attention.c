@@ -14,7 +14,7 @@
 #pragma GCC optimize("fp-contract=fast")
 #endif
 
-enum { SCORES_BYTES = 384 << 10, MOST_ROWS = 256, STAGGER = 16, KEY_BLOCK = 1024 };
+enum { SCORES_BYTES = 384 << 10, MOST_ROWS = 256, STAGGER = 16, KEY_BLOCK = 512 };
 
 static int64_t filled(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 
@@ -33,6 +33,7 @@ typedef struct Memory {
   float *scale;         /* [rows]: of q, then 1 / sum of the weights */
   float *work;          /* [2, size] */
   int8_t *decoded;      /* of a block of keys, as a variant may want it */
+  int16_t *ones;        /* multipliers of a block */
 } Memory;
 
 static int64_t lay_out(const QuantizedAttention *attention, char *memory, Memory *parts) {
@@ -40,10 +41,10 @@ static int64_t lay_out(const QuantizedAttention *attention, char *memory, Memory
   int64_t sizes[] = {
       rows * score_row(keys) * 4, rows * filled(attention->tensors.size, OCTET), rows * filled(keys, OCTET),
       rows * PANEL * 4, rows * 4, 2 * attention->tensors.size * 4,
-      2 * KEY_BLOCK * PANEL};
-  void *at[7];
-  for (int i = 0; i < 7; i++) at[i] = memory ? memory + used : NULL, used += filled(sizes[i], 64);
-  if (parts) *parts = (Memory){at[0], at[1], at[2], at[3], at[4], at[5], at[6]};
+      2 * KEY_BLOCK * PANEL, KEY_BLOCK / QUAD * 2 * PANEL * 2};
+  void *at[8];
+  for (int i = 0; i < 8; i++) at[i] = memory ? memory + used : NULL, used += filled(sizes[i], 64);
+  if (parts) *parts = (Memory){at[0], at[1], at[2], at[3], at[4], at[5], at[6], at[7]};
   return used;
 }
 
@@ -77,7 +78,9 @@ VARIANTS float largest_score(const float *scores, int64_t n) {
   for (int64_t i = 0; i < whole; i += LANES_OF_MAX)
     for (int j = 0; j < LANES_OF_MAX; j++) lanes[j] = scores[i + j] > lanes[j] ? scores[i + j] : lanes[j];
   for (int64_t i = whole; i < n; i++) largest = scores[i] > largest ? scores[i] : largest;
-  for (int j = 0; j < LANES_OF_MAX; j++) largest = lanes[j] > largest ? lanes[j] : largest;
+  for (int half = LANES_OF_MAX / 2; half; half /= 2)
+    for (int j = 0; j < half; j++) lanes[j] = lanes[j + half] > lanes[j] ? lanes[j + half] : lanes[j];
+  if (lanes[0] > largest) largest = lanes[0];
   for (int64_t i = 0; i < n; i++) unordered |= -(scores[i] != scores[i]);
   return unordered ? NAN : largest;
 }
@@ -132,7 +135,7 @@ static void add_products(
   static const PackedGemm bytes = {0};
   Scratch scratch = {.decoded = memory->decoded};
   for (int64_t k0 = 0; k0 < k; k0 += KEY_BLOCK) {
-    Block block = {.gemm = &bytes, .weight = (const uint8_t *)panel, .k0 = k0, .run = run};
+    Block block = {.gemm = &bytes, .weight = (const uint8_t *)panel, .k0 = k0, .run = run, .factors = memory->ones};
     block.k = k - k0 < KEY_BLOCK ? k - k0 : KEY_BLOCK;
     block.w = variant->decode(&block, &scratch);
     variant->add(&block, codes + k0, stride, rows, memory->sums);
@@ -155,6 +158,7 @@ void quantized_attention_block(
   quantized_attention_queries(
       attention, tensors->q + (part * tensors->queries + first) * size, count, memory.q, memory.scale, memory.work);
   for (int64_t row = 0; row < count; row++) memory.scale[row] *= tensors->scale;
+  for (int64_t i = 0; i < KEY_BLOCK / QUAD * 2 * PANEL; i++) memory.ones[i] = 1;
 
   int run = run_of(2 * zero, attention->qk.kmax);
   for (int64_t key = 0; key < keys; key += PANEL) {

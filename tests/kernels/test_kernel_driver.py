@@ -17,7 +17,7 @@ from export.dialect.ops import ABSMAX_FLOOR
 from export.formats.format import get_format
 from export.formats.operands import largest_code
 from pipeline.backends.cpu.finish_with_chain import grid_numbers
-from pipeline.backends.cpu.packed_gemm import multiplier_panels, weight_panels, weight_sums
+from pipeline.backends.cpu.packed_gemm import multiplier_panels, packs, weight_panels, weight_sums
 from pipeline.verify.attention_oracle import AttentionNumbers, AttentionProbe, check_attention
 from plugins.cpu import library
 from tests.kernels.test_native_attention import reference, tensors
@@ -103,25 +103,25 @@ def run(command, numbers, arrays, *arguments):
     return np.frombuffer(done.stdout, np.float32)
 
 
-@pytest.mark.parametrize("layer, shape", list(zip(LAYERS, SHAPES * 3, strict=False)), ids=str)
+@pytest.mark.parametrize("layer, shape", list(zip(LAYERS, SHAPES * 4, strict=False)), ids=str)
 def test_products_are_exact(machine, layer, shape):
     command, variants = machine
     m, n, k = shape
     gemm = linear(*layer, n, k)
-    operand, codes = operands(gemm, m)
-    packed = gemm.weight.bits == 4
+    operand, codes, scales = operands(gemm, m)
+    packed = packs(gemm)
     multipliers = [multiplier_panels(gemm)] if packed and gemm.multipliers != (1,) else []
     arrays = [*codes, weight_panels(gemm), *multipliers, *([gemm.weight.integers.astype(np.int8)] if packed else [])]
-    arrays += [gemm.unit_scales(), weight_sums(gemm)]
+    arrays += [gemm.unit_scales(), weight_sums(gemm), *([] if scales is None else [scales])]
     numbers = [m, n, k, gemm.group_size or k, operand.zero, operand.weights[0]]
-    numbers += [largest_code(gemm.activation, len(codes)), len(codes) == 2, len(multipliers), gemm.scale_groups]
-    numbers.append(0 if packed else gemm.weight_kmax)
+    numbers += [largest_code(gemm.activation, len(codes)), len(codes) == 2, len(multipliers), gemm.sum_groups]
+    numbers += [0 if packed else gemm.weight_kmax, gemm.scale_groups, 0 if scales is None else gemm.activation_groups]
     results = [run(command, numbers, arrays, "packed_gemm", name) for name in variants]
     assert any(result is not None for result in results)
     assert "plain" in variants or all(result is not None for result in results), "all that is emulated runs"
     for result in results:
         if result is not None:
-            np.testing.assert_array_equal(result.reshape(m, n), expected(gemm, operand, codes))
+            np.testing.assert_array_equal(result.reshape(m, n), expected(gemm, operand, codes, scales))
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """PackedGemm gives the integer sums of 64-bit arithmetic, on every instruction set that this processor has."""
 
 import ctypes
+from dataclasses import replace
 
 import numpy as np
 import onnx_ir as ir
@@ -11,7 +12,7 @@ from export.formats.format import get_format
 from export.formats.operands import largest_code, limb_base, zero_point
 from pipeline.backends.cpu.packed_gemm import packed_gemm
 from pipeline.backends.cpu.quantizers import Operand
-from pipeline.backends.cpu.token_chain import VERSION
+from pipeline.backends.cpu.token_chain import VERSION, drop_unread_outputs
 from pipeline.passes import run_shared
 from pipeline.passes.quantized_gemm import read_gemm
 from plugins.cpu import library
@@ -24,23 +25,28 @@ pytestmark = pytest.mark.kernels
 VARIANTS = ("avx512_vnni", "avx_vnni", "avx2", "dotprod", "plain")
 # Rows beyond a tile, channels beyond a panel, input channels beyond an octet, a run, a group and a block.
 SHAPES = [(1, 16, 64), (9, 33, 96), (5, 7, 36), (13, 100, 2080), (4, 16, 8), (2049, 17, 64)]
+# Formats, how the weight is scaled, its group, and the activation's (0: a scale for each token).
 LAYERS = [
-    ("E2M1", "E2M3", "per_channel", 0),
-    ("E2M1", "E2M3", "exact_group", 16),
-    ("E2M1", "INT8", "exact_group", 32),
-    ("E1M2", "E2M3", "exact_group", 8),
-    ("E3M0", "INT8", "per_channel", 0),
-    ("INT4", "E3M2", "exact_group", 16),
-    ("E2M1", "E3M4", "exact_group", 32),
-    ("E3M0", "E3M4", "per_channel", 0),
-    ("E2M1", "E2M3", "group", 16),
-    ("INT4", "E3M4", "group", 8),
-    ("INT8", "INT8", "per_channel", 0),
-    ("INT8", "E2M3", "per_channel", 0),
-    ("INT8", "E3M4", "group", 32),
-    ("INT6", "INT8", "per_channel", 0),
-    ("E2M3", "E2M3", "per_channel", 0),
-    ("INT6", "E3M2", "group", 16),
+    ("E2M1", "E2M3", "per_channel", 0, 0),
+    ("E2M1", "E2M3", "exact_group", 16, 0),
+    ("E2M1", "INT8", "exact_group", 32, 0),
+    ("E1M2", "E2M3", "exact_group", 8, 0),
+    ("E3M0", "INT8", "per_channel", 0, 0),
+    ("INT4", "E3M2", "exact_group", 16, 0),
+    ("E2M1", "E3M4", "exact_group", 32, 0),
+    ("E3M0", "E3M4", "per_channel", 0, 0),
+    ("E2M1", "E2M3", "group", 16, 0),
+    ("INT4", "E3M4", "group", 8, 0),
+    ("INT8", "INT8", "per_channel", 0, 0),
+    ("INT8", "E2M3", "per_channel", 0, 0),
+    ("INT8", "E3M4", "group", 32, 0),
+    ("INT6", "INT8", "per_channel", 0, 0),
+    ("E2M3", "E2M3", "per_channel", 0, 0),
+    ("INT6", "E3M2", "group", 16, 0),
+    ("INT4", "INT8", "per_channel", 0, 32),
+    ("E2M1", "E2M3", "exact_group", 16, 32),
+    ("E2M1", "E3M4", "group", 32, 16),
+    ("INT8", "INT8", "group", 16, 8),
 ]
 
 
@@ -58,17 +64,19 @@ def variant(request):
     force(None)
 
 
-def linear(weight, activation, granularity, group, n, k):
+def linear(weight, activation, granularity, group, by, n, k):
     """The packed linear of the lowering's own graph, before it is lowered."""
     granularity, group = ("per_channel", 0) if group and k % group else (granularity, group)
     layer = random_linear(n=n, k=k, weight=weight, activation=activation, granularity=granularity, group=group)
     model = portable('y = fpq.QuantizedLinear <layer="a"> (x)', [layer], f"float[B,S,{k}] x", f"float[B,S,{n}] y")
     run_shared(model)
-    return read_gemm(next(node for node in model.graph if node.op_type == "PackedGemm"))
+    gemm = read_gemm(next(node for node in model.graph if node.op_type == "PackedGemm"))
+    return replace(gemm, activation_group=by if by and k % by == 0 else 0)
 
 
 def operands(gemm, rows):
-    """(how codes stand for integers, random codes of each limb [rows, K]), the largest sums there can be among them."""
+    """(how codes stand for integers, random codes of each limb [rows, K], scales of tokens by group [rows, groups, 1]
+    or None), the largest sums there can be among them."""
     limbs = 1 if gemm.activation.kmax < 128 else 2
     base = limb_base(gemm.activation.kmax, limbs)
     zero = zero_point(gemm.activation.kmax if limbs == 1 else round(gemm.activation.kmax / base))
@@ -79,31 +87,46 @@ def operands(gemm, rows):
         code[0] = largest
         code[-1, ::2] = 0
     values = tuple(ir.Value(name=name, type=ir.TensorType(ir.DataType.UINT8)) for name in "hl"[:limbs])
-    return Operand(values[0], values, (1,) if limbs == 1 else (base, 1), zero, None), codes
+    scale = ir.Value(name="s", type=ir.TensorType(ir.DataType.FLOAT)) if gemm.activation_group else None
+    scales = rng.uniform(0.1, 2, (rows, gemm.activation_groups, 1)).astype(np.float32)
+    operand = Operand(values[0], values, (1,) if limbs == 1 else (base, 1), zero, scale)
+    return operand, codes, scales if gemm.activation_group else None
 
 
-def product_model(gemm, operand):
-    """A graph of one PackedGemm: h (, l) -> product."""
-    graph = ir.Graph(operand.codes, [], nodes=[], opset_imports={"": 21, DOMAIN: VERSION}, name="g")
+def feeds_of(codes, scales):
+    return dict(zip("hl", codes, strict=False)) | ({} if scales is None else {"s": scales})
+
+
+def product_model(gemm, operand, sums=False):
+    """A graph of one PackedGemm: h (, l) (, s) -> product (, the sums of its groups)."""
+    inputs = [*operand.codes, *([] if operand.scale is None else [operand.scale])]
+    graph = ir.Graph(inputs, [], nodes=[], opset_imports={"": 21, DOMAIN: VERSION}, name="g")
     end = ir.Node("", "Identity", [operand.x], name="end")
     graph.append(end)
     product = packed_gemm(GraphBuilder(graph, end, "a"), gemm, operand)
     graph.remove(end)
-    graph.outputs.append(product.value)
-    return ir.Model(graph, ir_version=10)
+    graph.outputs.extend([product.value, product.probed] if sums else [product.value])
+    model = ir.Model(graph, ir_version=10)
+    drop_unread_outputs(model)
+    return model
 
 
-def expected(gemm, operand, codes):
-    """The integer sums, of each real group by itself, scaled and added up in float32 in the order of the groups."""
+def expected_sums(gemm, operand, codes):
+    """[sums, M, N] int64."""
     integers = sum(w * (c.astype(np.int64) - operand.zero) for w, c in zip(operand.weights, codes, strict=True))
-    groups, scales = gemm.scale_groups, np.atleast_2d(gemm.unit_scales())
-    total = None
-    for part, weight, scale in zip(
-        np.split(integers, groups, axis=1), np.split(gemm.integers(np.int64), groups, axis=1), scales, strict=True
-    ):
-        sums = part @ weight.T
-        assert np.abs(sums).max() < 2**31
-        scaled = sums.astype(np.int32).astype(np.float32) * scale
+    parts = (np.split(array, gemm.sum_groups, axis=1) for array in (integers, gemm.integers(np.int64)))
+    sums = np.stack([part @ weight.T for part, weight in zip(*parts, strict=True)])
+    assert np.abs(sums).max() < 2**31
+    return sums
+
+
+def expected(gemm, operand, codes, token_scales):
+    """The integer sums, of each group by itself, scaled and added up in float32 in the order of the groups."""
+    scales, total = np.atleast_2d(gemm.unit_scales()), None
+    for s, sums in enumerate(expected_sums(gemm, operand, codes)):
+        scaled = sums.astype(np.int32).astype(np.float32) * scales[s * len(scales) // gemm.sum_groups]
+        if token_scales is not None:
+            scaled = scaled * token_scales[:, s * gemm.activation_groups // gemm.sum_groups]
         total = scaled if total is None else total + scaled
     return total
 
@@ -113,9 +136,18 @@ def expected(gemm, operand, codes):
 def test_every_sum_is_exact(variant, layer, shape):
     m, n, k = shape
     gemm = linear(*layer, n, k)
-    operand, codes = operands(gemm, m)
-    result = native.run(product_model(gemm, operand), dict(zip("hl", codes, strict=False)))[0]
-    np.testing.assert_array_equal(result, expected(gemm, operand, codes))
+    operand, codes, scales = operands(gemm, m)
+    result = native.run(product_model(gemm, operand), feeds_of(codes, scales))[0]
+    np.testing.assert_array_equal(result, expected(gemm, operand, codes, scales))
+
+
+@pytest.mark.parametrize("layer", [layer for layer in LAYERS if layer[2] == "group" or layer[4]], ids=str)
+def test_sums_of_groups_are_an_output_for_the_gates(layer):
+    gemm = linear(*layer, 33, 96)
+    operand, codes, scales = operands(gemm, 9)
+    product, sums = native.run(product_model(gemm, operand, sums=True), feeds_of(codes, scales))
+    np.testing.assert_array_equal(sums, expected_sums(gemm, operand, codes))
+    np.testing.assert_array_equal(product, expected(gemm, operand, codes, scales))
 
 
 def test_the_fastest_variant_is_chosen_and_an_unknown_one_refused():
@@ -140,7 +172,7 @@ def test_the_fastest_variant_is_chosen_and_an_unknown_one_refused():
     ],
 )
 def test_what_would_not_be_exact_is_refused(change, message):
-    gemm = linear("E2M1", "E2M3", "exact_group", 16, 16, 64)
+    gemm = linear("E2M1", "E2M3", "exact_group", 16, 0, 16, 64)
     model = product_model(gemm, operands(gemm, 2)[0])
     node = next(node for node in model.graph if node.domain == DOMAIN)
     node.attributes.update({name: ir.AttrInt64(name, value) for name, value in change.items()})
@@ -149,7 +181,7 @@ def test_what_would_not_be_exact_is_refused(change, message):
 
 
 def test_a_product_that_nobody_reads_is_not_made():
-    gemm = linear("E2M1", "E2M3", "exact_group", 16, 16, 64)
+    gemm = linear("E2M1", "E2M3", "exact_group", 16, 0, 16, 64)
     model = product_model(gemm, operands(gemm, 2)[0])
     node = next(node for node in model.graph if node.domain == DOMAIN)
     node.outputs[0].name = ""
@@ -162,7 +194,7 @@ def test_a_product_that_nobody_reads_is_not_made():
 
 
 def test_tables_whose_pairs_leave_16_bits_are_refused():
-    gemm = linear("E2M1", "INT8", "per_channel", 0, 16, 64)
+    gemm = linear("E2M1", "INT8", "per_channel", 0, 0, 16, 64)
     model = product_model(gemm, operands(gemm, 2)[0])
     node = next(node for node in model.graph if node.domain == DOMAIN)
     table = next(value for value in node.inputs if value is not None and "int8" in value.name)

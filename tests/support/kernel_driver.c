@@ -26,10 +26,11 @@ static void write_floats(const float *data, int64_t count) {
 }
 
 static int packed_gemm(const char *variant) {
-  int64_t *number = read_bytes(11 * sizeof *number), rows = number[0], n = number[1], k = number[2];
+  int64_t *number = read_bytes(13 * sizeof *number), rows = number[0], n = number[1], k = number[2];
   PackedGemm gemm = {.rows = rows, .n = n, .k = k, .group = number[3], .zero = (int32_t)number[4]};
   gemm.limb_weight = (int32_t)number[5], gemm.largest_code = (int32_t)number[6], gemm.sums = number[9];
   gemm.largest_weight = (int32_t)number[10]; /* 0: with a table */
+  gemm.scales = number[11], gemm.token_scales = number[12] ? number[12] : 1; /* 0: none */
   int packed = !gemm.largest_weight;
   int64_t panels = (n + PANEL - 1) / PANEL, octets = (k + OCTET - 1) / OCTET;
   gemm.codes = read_bytes((size_t)(rows * k));
@@ -37,8 +38,9 @@ static int packed_gemm(const char *variant) {
   gemm.weight = read_bytes((size_t)(panels * octets * PANEL * (packed ? QUAD : OCTET)));
   if (number[8]) gemm.multipliers = read_bytes((size_t)(panels * (k / gemm.group) * PANEL));
   if (packed) gemm.table = read_bytes(16);
-  gemm.scale = read_bytes((size_t)(gemm.sums * n) * sizeof(float));
+  gemm.scale = read_bytes((size_t)(gemm.scales * n) * sizeof(float));
   gemm.weight_sum = read_bytes((size_t)(gemm.sums * n) * sizeof(int32_t));
+  if (number[12]) gemm.token_scale = read_bytes((size_t)(rows * gemm.token_scales) * sizeof(float));
   gemm.product = malloc((size_t)(rows * n) * sizeof(float));
   void *scratch = aligned_alloc(64, (size_t)packed_gemm_scratch(&gemm));
   if (!packed_gemm_force(variant)) return 2;

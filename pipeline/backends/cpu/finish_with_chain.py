@@ -156,16 +156,16 @@ def chained_gemm(
 
     A product of two limbs is taken in from their int32 sums on. Product and linear are outputs, for the parity gates.
     """
-    scale = operand.scale
-    assert scale is not None, f"{gemm.layer} has no scale for each token"
-    inputs, limb_weight = {In.TOKEN_SCALE: scale} | ({} if bias is None else {In.BIAS: bias}), 0
+    inputs, limb_weight = {} if bias is None else {In.BIAS: bias}, 0
     if packed or gemm.real_groups or len(operand.codes) == 1:
         emit = packed_gemm if packed else grouped_gemm if gemm.real_groups else integer_gemm
         product = emit(build, gemm, operand)
-        inputs[In.X] = product.value
+        inputs[In.X], scale = product.value, product.token_scale
     else:
         inputs[In.HIGH_SUM], inputs[In.LOW_SUM], inputs[In.CHANNEL_SCALE] = limb_sums(build, gemm, operand)
-        limb_weight = operand.weights[0]
+        limb_weight, scale = operand.weights[0], operand.scale
+    if scale is not None:
+        inputs[In.TOKEN_SCALE] = scale
     name = "scaled_tokens" if bias is None else "output"
     chain = chain_node(build, inputs, f"{name}/chain", limb_weight=limb_weight)
     linear = chain.outputs[Out.LINEAR]

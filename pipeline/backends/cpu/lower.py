@@ -22,7 +22,7 @@ from export.dialect.ops import DOMAIN
 from export.formats.operands import INT8_MAX, INT16_MAX, INT32_MAX, SMALL_ZERO, fits_byte, limb_base, pair_sum
 from pipeline.backends.cpu.finish_with_chain import chained_gemm, quantize_with_chain
 from pipeline.backends.cpu.gemms import Product, finish, float_gemm, grouped_gemm, integer_gemm
-from pipeline.backends.cpu.packed_gemm import OCTET, packed_gemm
+from pipeline.backends.cpu.packed_gemm import OCTET, packed_gemm, packs
 from pipeline.backends.cpu.quantizers import (
     Operand,
     in_groups,
@@ -37,12 +37,16 @@ from pipeline.passes.quantized_gemm import PACKED_GEMMS, QuantizedGemm, probe_of
 from pipeline.passes.rewrite import LoweringPass
 
 FUNCTION_PATH, FLOAT_PATH = "onnx function", "float32"
-# In order of preference; those of 4-bit weights are in the kernel library.
+# In order of preference; these are in the kernel library.
 PACKED = (
     GemmRow("u8 x packed s4", "U8", "S4"),
     GemmRow("u8 x packed s4, 2 limbs", "U8", "S4", limbs=2),
     GemmRow("u8 x packed s4 per group", "U8", "S4", real_groups=True),
     GemmRow("u8 x packed s4 per group, 2 limbs", "U8", "S4", limbs=2, real_groups=True),
+    GemmRow("u8 x s8 panels", "U8", "S8"),
+    GemmRow("u8 x s8 panels, 2 limbs", "U8", "S8", limbs=2),
+    GemmRow("u8 x s8 panels per group", "U8", "S8", real_groups=True),
+    GemmRow("u8 x s8 panels per group, 2 limbs", "U8", "S8", limbs=2, real_groups=True),
 )
 GEMMS = (
     GemmRow("u8 x s8", "U8", "S8"),
@@ -108,7 +112,7 @@ class LowerCpu(LoweringPass):
         build = GraphBuilder(graph, node, gemm.layer, dict(node.metadata_props))
         bias = inputs_of(node).bias if gemm.has_bias else None
         operand = self._operand(graph, gemm, source, row.limbs if row else 0)
-        if row and self.chains and operand.scale is not None and not gemm.activation_group:
+        if row and self.chains and operand.scale is not None and (row in PACKED or not gemm.activation_group):
             product, output = chained_gemm(build, gemm, operand, bias, row in PACKED)
         else:
             emit = float_gemm if row is None else _emitter(row)
@@ -116,7 +120,7 @@ class LowerCpu(LoweringPass):
             output = finish(build, product, bias)
         _substitute(graph, node, output, gemm.layer)
         path = row.path if row else FLOAT_PATH
-        by_group = row is not None and gemm.activation_group > 0
+        by_group = row is not None and (gemm.activation_group > 0 or (row in PACKED and row.real_groups))
         self.choices.append(Choice(gemm.layer, path, why))
         self.probes.append(
             probe_of(
@@ -217,19 +221,18 @@ def refusal(gemm: QuantizedGemm, row: GemmRow, wide_sum: bool) -> str | None:
     if (gemm.sum_groups > 1) != row.real_groups:
         return "it has no scale per group" if gemm.sum_groups > 1 else "the weight has one scale per channel"
     if row in PACKED:
-        return _not_packed(gemm) or _too_wide(gemm, row.limbs) or _overflow(gemm, row.limbs, wide_sum=True)
+        return _not_packed(gemm, row) or _too_wide(gemm, row.limbs) or _overflow(gemm, row.limbs, wide_sum=True)
     return _too_wide(gemm, row.limbs) or _overflow(gemm, row.limbs, wide_sum)
 
 
-def _not_packed(gemm: QuantizedGemm) -> str | None:
-    """Why the weight is not one of the packed GEMM, None if it is. Its pairs of products are sums of the format's own
-    integers, before any multiplier: at most 2 * 255 * 64, which 16 bits hold."""
-    if gemm.weight.bits != 4:
+def _not_packed(gemm: QuantizedGemm, row: GemmRow) -> str | None:
+    """Why the kernel library has no such GEMM of this weight, None if it has one."""
+    if row.weight_type == "S4" and gemm.weight.bits != 4:
         return f"{gemm.weight.name} has {gemm.weight.bits} bits, not 4"
-    if gemm.activation_group:
-        return "tokens have a scale for each group of input channels"
-    if (gemm.multipliers != (1,) or gemm.real_groups) and gemm.group_size % OCTET:
+    if row.weight_type == "S4" and not packs(gemm):
         return f"groups of {gemm.group_size} are no multiple of {OCTET}"
+    if row.real_groups and gemm.sum_length % OCTET:
+        return f"groups of {gemm.sum_length} are no multiple of {OCTET}"
     return None
 
 

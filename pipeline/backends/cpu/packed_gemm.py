@@ -3,6 +3,7 @@ computes)."""
 
 from __future__ import annotations
 
+from enum import IntEnum
 from functools import partial
 
 import numpy as np
@@ -21,11 +22,25 @@ UINT8, INT32, FLOAT = ir.DataType.UINT8, ir.DataType.INT32, ir.DataType.FLOAT
 PANEL, OCTET = 16, 8
 
 
+class In(IntEnum):
+    """Inputs by place; codes, weight, scale and weight_sum are always there."""
+
+    CODES = 0
+    LOW_CODES = 1
+    WEIGHT = 2
+    MULTIPLIERS = 3
+    TABLE = 4
+    SCALE = 5
+    WEIGHT_SUM = 6
+    TOKEN_SCALE = 7
+
+
 def packed_gemm(build: GraphBuilder, gemm: QuantizedGemm, a: Operand) -> Product:
-    """u8 x 4 bits, or 8 -> float32(int32 sum) * scale, for real groups added up; one op for one limb or two. A weight
-    of 4 bits stays packed in memory; another one is stored as its integers times their multipliers."""
-    layer, n = gemm.layer, gemm.out_features
-    table = gemm.weight.bits == 4
+    """u8 x 4 bits, or 8 -> float32(int32 sum) * scale, for groups added up; one op for one limb or two, scales of tokens
+    by group included. A weight of 4 bits stays packed in memory; another one is stored as its integers times their
+    multipliers. The sums of groups are an output of their own, for the parity gates."""
+    layer, n, sums = gemm.layer, gemm.out_features, gemm.sum_groups
+    table = packs(gemm)
     panels, octets = -(-n // PANEL), -(-gemm.in_features // OCTET)
     stored = (panels, octets if table else 2 * octets, PANEL * OCTET // 2)
     weight = build.lazy(f"{layer}.panels", UINT8, stored, partial(weight_panels, gemm))
@@ -35,32 +50,48 @@ def packed_gemm(build: GraphBuilder, gemm: QuantizedGemm, a: Operand) -> Product
         multipliers = build.lazy(f"{layer}.panel_multipliers", UINT8, cut, partial(multiplier_panels, gemm))
     shape = (gemm.scale_groups, n) if gemm.real_groups else (n,)
     scales = build.lazy(f"{layer}.unit_scales", FLOAT, shape, gemm.unit_scales)
-    high, low = a.codes if len(a.codes) == 2 else (a.codes[0], None)
-    y = build.op(
-        "PackedGemm",
-        high,
-        low,
-        weight,
-        multipliers,
-        build.constant(gemm.weight.integers, np.int8) if table else None,
-        scales,
-        build.lazy(f"{layer}.weight_sums", INT32, shape, partial(weight_sums, gemm)),
-        name="product",
-        domain=DOMAIN,
-        zero=a.zero,
-        limb_weight=a.weights[0],
-        largest_code=largest_code(gemm.activation, len(a.codes)),
-        largest_weight=0 if table else gemm.weight_kmax,
-        group_size=0 if multipliers is None else gemm.group_size,
-    )
-    y.type = ir.TensorType(FLOAT)
-    return Product(y, y, None if gemm.real_groups else scales, a.scale)
+    codes, token_scale = a.codes, None
+    if gemm.activation_group:  # [M, groups, group] and [M, groups, 1]
+        like = build.op("Shape", a.x, name="like")
+        codes = tuple(build.op("Reshape", code, like, name=f"rows_{i}") for i, code in enumerate(codes))
+        token_scale = a.scale
+    inputs = {
+        In.CODES: codes[0],
+        In.LOW_CODES: codes[1] if len(codes) == 2 else None,
+        In.WEIGHT: weight,
+        In.MULTIPLIERS: multipliers,
+        In.TABLE: build.constant(gemm.weight.integers, np.int8) if table else None,
+        In.SCALE: scales,
+        In.WEIGHT_SUM: build.lazy(f"{layer}.weight_sums", INT32, (sums, n), partial(weight_sums, gemm)),
+        In.TOKEN_SCALE: token_scale,
+    }
+    attributes = {
+        "zero": a.zero,
+        "limb_weight": a.weights[0],
+        "largest_code": largest_code(gemm.activation, len(codes)),
+        "largest_weight": 0 if table else gemm.weight_kmax,
+        "group_size": 0 if multipliers is None else gemm.group_size,
+    }
+    node = build.node("PackedGemm", [inputs[place] for place in In], "product", attributes, DOMAIN, outputs=2)
+    product, integer_sums = node.outputs
+    product.type = integer_sums.type = ir.TensorType(FLOAT)
+    if sums == 1:
+        integer_sums.name = ""
+        return Product(product, product, scales, None if gemm.activation_group else a.scale)
+    integer_sums.name = f"{build.prefix}/sum_f32"
+    return Product(product, integer_sums, None, None if gemm.activation_group else a.scale)
+
+
+def packs(gemm: QuantizedGemm) -> bool:
+    """Does its weight stay packed? Its pairs of products are sums of the format's own integers, before any multiplier:
+    at most 2 * 255 * 64, which 16 bits hold."""
+    return gemm.weight.bits == 4 and (gemm.multipliers == (1,) or gemm.group_size % OCTET == 0)
 
 
 def weight_panels(gemm: QuantizedGemm) -> NDArray[np.uint8]:
     """[panels, K / 8, 64]: the codes of a panel's channels at eight input channels, filled up with the code of 0. Of
-    more than 4 bits [panels, K / 4, 64]: the integers at four."""
-    if gemm.weight.bits != 4:
+    a weight that is not packed [panels, K / 4, 64]: the integers at four."""
+    if not packs(gemm):
         return _integer_panels(gemm)
     codes = gemm.codes()
     rows, columns = -codes.shape[0] % PANEL, -codes.shape[1] % OCTET
@@ -87,7 +118,6 @@ def multiplier_panels(gemm: QuantizedGemm) -> NDArray[np.uint8]:
 
 
 def weight_sums(gemm: QuantizedGemm) -> NDArray[np.int32]:
-    """[N], or [groups, N]: what a zero point is a factor of."""
-    parts = gemm.integers(np.int32).reshape(gemm.out_features, gemm.scale_groups, -1)
-    sums = parts.sum(axis=2, dtype=np.int32)
-    return np.ascontiguousarray(sums.T) if gemm.real_groups else sums[:, 0]
+    """[sums, N]: what a zero point is a factor of."""
+    parts = gemm.integers(np.int32).reshape(gemm.out_features, gemm.sum_groups, -1)
+    return np.ascontiguousarray(parts.sum(axis=2, dtype=np.int32).T)

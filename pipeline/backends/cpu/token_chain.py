@@ -109,9 +109,9 @@ def put_chain(
 
 
 def drop_unread_outputs(model: ir.Model) -> None:
-    """Take the names from outputs of chains that nothing reads: the kernel then does not write them."""
-    for node in filter(is_chain, model.graph):
-        for value in node.outputs:
+    """Take the names from outputs of native ops that nothing reads: the kernel then does not write them."""
+    for node in model.graph:
+        for value in node.outputs if node.domain == DOMAIN else ():
             if not value.uses() and not value.is_graph_output():
                 value.name = ""
 
