@@ -5,8 +5,10 @@ attention is within its bound."""
 import functools
 import os
 import platform
+import re
 import shutil
 import subprocess
+import sys
 import tempfile
 from pathlib import Path
 
@@ -18,14 +20,14 @@ from pipeline.backends.cpu.packed_gemm import multiplier_panels, weight_panels, 
 from plugins.cpu import library
 from tests.kernels.test_native_attention import reference, tensors
 from tests.kernels.test_native_packed_gemm import LAYERS, SHAPES, expected, linear, operands
-from tests.support import native
+from tests.support import native, sanitized
 
 pytestmark = pytest.mark.kernels
 
 KERNELS = tuple(library.FOLDER / name for name in library.KERNELS)
 # What stands in for packed_gemm.c and those of its variants whose instructions it makes of others.
 EMULATED = ("packed_gemm.c", "packed_gemm_vnni.c", "packed_gemm_amx.c")
-STRICT = ("-O1", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover")
+STRICT = sanitized.FLAGS
 ARM_COMPILER, ARM_EMULATOR = "aarch64-linux-gnu-gcc", "qemu-aarch64-static"
 _FOLDER = tempfile.TemporaryDirectory(prefix="ditc-test-")
 
@@ -134,3 +136,20 @@ def test_attention_is_within_its_bound(machine, shape, axes):
     )
     answer, bound = reference(q, k, v, mask)
     assert (np.abs(result.reshape(q.shape) - answer) <= bound).all()
+
+
+@pytest.mark.slow
+def test_the_ops_in_onnxruntime_under_sanitizers():
+    """TokenChain, and what all ops share: odd shapes, heads, limbs, what is refused."""
+    native.need_compiler()
+    if sys.platform != "linux" or "gcc" not in Path(library.compiler()).resolve().name:
+        pytest.skip("the sanitizers' run time is looked for as GCC has it on Linux")
+    files = [f"tests/kernels/test_native_{name}.py" for name in ("chain", "limbs", "attention")]
+    chosen = "odd_shapes or heads or all_stages or do_not_fit or does_not_fit or in_turn or nan or without_any_key"
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.support.sanitized", *files, "-k", chosen],
+        cwd=SUPPORT.parents[1], env=os.environ | sanitized.environment(), capture_output=True, text=True, timeout=300,
+        check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, (done.stdout + done.stderr)[-3000:]
+    assert int(re.search(r"(\d+) passed", done.stdout).group(1)) > 30
