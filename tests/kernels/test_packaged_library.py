@@ -13,6 +13,7 @@ import onnxruntime
 import pytest
 
 from export.errors import EnvironmentLacksError
+from pipeline.backends.cpu import CpuBackend
 from plugins.cpu import library, packaged
 from tests.support import native
 
@@ -155,3 +156,17 @@ def test_one_that_is_refused_is_made_anew_in_the_cache(tmp_path: Path, monkeypat
     monkeypatch.setattr(library, "build", lambda path, *_: path.write_text("new"))
     path = library.path_of_library()
     assert path.is_relative_to(tmp_path / "cache" / "native") and path.read_text() == "new"
+
+
+def test_doctor_says_where_the_library_comes_from(monkeypatch: pytest.MonkeyPatch) -> None:
+    def found() -> tuple[bool, str]:
+        [check] = [check for check in CpuBackend().checks() if check.name == "kernel library"]
+        return check.ok, check.found
+
+    monkeypatch.setattr(packaged, "problem", lambda folder, version: None)
+    assert found() == (True, f"{library.version()}, in this installation")
+    monkeypatch.setattr(packaged, "problem", lambda folder, version: packaged.ABSENT)
+    monkeypatch.setattr(library.shutil, "which", lambda name: f"/usr/bin/{name}")
+    assert found() == (True, "compiled at first use by /usr/bin/cc")
+    monkeypatch.setattr(library.shutil, "which", lambda name: None)
+    assert found() == (False, "none")
