@@ -198,16 +198,7 @@ def test_a_stand_in_for_diffusers_says_what_to_install(work_folder: Path) -> Non
 def installed(tmp_path_factory: pytest.TempPathFactory) -> str:
     """Python of an environment that has a wheel of this tree and links to what the wheel says it needs: no more."""
     folder = tmp_path_factory.mktemp("wheel")
-    listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=False)
-    if listed.returncode:
-        pytest.skip("a wheel is built from the files that git tracks, and this tree is no git checkout")
-    for name in filter(None, listed.stdout.split("\0")):
-        if not name.startswith("tests/") and (ROOT / name).is_file():
-            (folder / "tree" / name).parent.mkdir(parents=True, exist_ok=True)
-            (folder / "tree" / name).write_bytes((ROOT / name).read_bytes())
-    # What `pip wheel --no-deps --no-build-isolation .` calls; an environment need not have pip.
-    done = python("-c", "from setuptools import build_meta\nbuild_meta.build_wheel('..')", cwd=folder / "tree")
-    assert done.returncode == 0, done.stderr
+    make_wheel(folder)
     venv.create(folder / "venv", symlinks=os.name != "nt", with_pip=False)
     executable = folder / "venv/bin/python"
     done = python("-c", "import sysconfig; print(sysconfig.get_path('purelib'))", executable=str(executable))
@@ -220,6 +211,23 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> str:
             if not (place / part).exists():  # of namespaces that several share, the first brings all
                 (place / part).symlink_to(Path(str(row.locate_file(part))).absolute())
     return str(executable)
+
+
+def make_wheel(folder: Path, **environment: str) -> str:
+    """A wheel of what git tracks, in a folder; what the build said."""
+    listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=False)
+    if listed.returncode:
+        pytest.skip("a wheel is built from the files that git tracks, and this tree is no git checkout")
+    for name in filter(None, listed.stdout.split("\0")):
+        if not name.startswith("tests/") and (ROOT / name).is_file():
+            (folder / "tree" / name).parent.mkdir(parents=True, exist_ok=True)
+            (folder / "tree" / name).write_bytes((ROOT / name).read_bytes())
+    # What `pip wheel --no-deps --no-build-isolation .` calls; an environment need not have pip. Like pip, without the
+    # tree on the path (-P).
+    call = "from setuptools import build_meta\nbuild_meta.build_wheel('..')"
+    done = python("-P", "-c", call, cwd=folder / "tree", **environment)
+    assert done.returncode == 0, done.stderr
+    return str(done.stdout + done.stderr)
 
 
 def test_a_wheel_works_away_from_the_tree(installed: str, work_folder: Path, tmp_path: Path) -> None:
@@ -247,6 +255,15 @@ def test_a_wheel_works_away_from_the_tree(installed: str, work_folder: Path, tmp
         "from importlib.metadata import entry_points as e\n[row] = e(group='console_scripts', name='ditc')\nrow.load()"
     )
     run("-c", script)
+
+
+def test_a_wheel_made_without_a_compiler_is_for_any_platform(tmp_path: Path) -> None:
+    said = make_wheel(tmp_path, PATH=str(tmp_path / "nowhere"))
+    [path] = tmp_path.glob("*.whl")
+    assert path.name.endswith("-py3-none-any.whl") and "this wheel carries no kernel library: " in said
+    with zipfile.ZipFile(path) as wheel:
+        names = wheel.namelist()
+    assert "plugins/cpu/packaged.py" in names and not {f"plugins/cpu/{packaged.NAME}", packaged.RECORD} & set(names)
 
 
 @pytest.fixture

@@ -1,1 +1,1 @@
-"""Kernels of the `cpu` target that stock onnxruntime lacks, in C; compiled at first use into the user's cache."""
+"""Kernels of the `cpu` target that stock onnxruntime lacks, in C; compiled with the package, or at first use."""

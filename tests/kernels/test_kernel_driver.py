@@ -1,12 +1,14 @@
 """The kernels without onnxruntime: under the address and undefined-behaviour sanitizers, with the instructions of
-AVX-VNNI, AVX-512 VNNI and AMX made of others, and on 64-bit Arm in an emulator. Integers are equal to the bit, and
-attention is within its bound."""
+AVX-VNNI and AVX-512 VNNI made of others and those of AMX done by a handler, and on 64-bit Arm in an emulator. Integers
+are equal to the bit, and attention is within its bound."""
 
 import functools
 import os
 import platform
+import re
 import shutil
 import subprocess
+import sys
 import tempfile
 from pathlib import Path
 
@@ -22,15 +24,15 @@ from pipeline.verify.attention_oracle import AttentionNumbers, AttentionProbe, c
 from plugins.cpu import library
 from tests.kernels.test_native_attention import reference, tensors
 from tests.kernels.test_native_packed_gemm import LAYERS, SHAPES, expected, linear, operands
-from tests.support import native
+from tests.support import native, sanitized
 from tests.support.attentions import operands as operands_of_attention
 
 pytestmark = pytest.mark.kernels
 
 KERNELS = tuple(library.FOLDER / name for name in library.KERNELS)
 # What stands in for packed_gemm.c and those of its variants whose instructions it makes of others.
-EMULATED = ("packed_gemm.c", "packed_gemm_vnni.c", "packed_gemm_amx.c")
-STRICT = ("-O1", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover")
+EMULATED = ("packed_gemm.c", "packed_gemm_vnni.c")
+STRICT = sanitized.FLAGS
 ARM_COMPILER, ARM_EMULATOR = "aarch64-linux-gnu-gcc", "qemu-aarch64-static"
 _FOLDER = tempfile.TemporaryDirectory(prefix="ditc-test-")
 
@@ -57,8 +59,8 @@ def machine(request):
         return command, ("plain", "avx2", "avx_vnni", "avx512_vnni", "amx_int8", "dotprod", "i8mm")
     if "x86" in request.param:
         native.need_compiler()
-        if platform.machine() not in ("x86_64", "AMD64"):
-            pytest.skip(f"this processor is no x86-64 but {platform.machine()}")
+        if platform.machine() != "x86_64" or sys.platform != "linux":
+            pytest.skip(f"the emulation is of x86-64 on Linux, this is {platform.machine()} on {sys.platform}")
         rest = tuple(path for path in KERNELS if path.name not in EMULATED)
         sources = (SUPPORT / "emulated_x86.c", *rest)
         return [driver(request.param, library.compiler(), strict, sources)], ("avx_vnni", "avx512_vnni", "amx_int8")
@@ -159,3 +161,20 @@ def test_attention_of_codes_is_within_its_bound(machine, shape, formats):
         if result is not None:
             probe = AttentionProbe(*given, result.reshape(given.q.shape))
             assert check_attention(probe, AttentionNumbers(*formats, 0.125)).output_error <= 1
+
+
+@pytest.mark.slow
+def test_the_ops_in_onnxruntime_under_sanitizers():
+    """TokenChain, and what all ops share: odd shapes, heads, limbs, what is refused."""
+    native.need_compiler()
+    if sys.platform != "linux" or "gcc" not in Path(library.compiler()).resolve().name:
+        pytest.skip("the sanitizers' run time is looked for as GCC has it on Linux")
+    files = [f"tests/kernels/test_native_{name}.py" for name in ("chain", "limbs", "attention")]
+    chosen = "odd_shapes or heads or all_stages or do_not_fit or does_not_fit or in_turn or nan or without_any_key"
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.support.sanitized", *files, "-k", chosen],
+        cwd=SUPPORT.parents[1], env=os.environ | sanitized.environment(), capture_output=True, text=True, timeout=300,
+        check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, (done.stdout + done.stderr)[-3000:]
+    assert int(re.search(r"(\d+) passed", done.stdout).group(1)) > 30

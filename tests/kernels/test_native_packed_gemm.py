@@ -22,7 +22,7 @@ from tests.support.portable import portable, random_linear
 
 pytestmark = pytest.mark.kernels
 
-VARIANTS = ("avx512_vnni", "avx_vnni", "avx2", "dotprod", "plain")
+VARIANTS = ("amx_int8", "avx512_vnni", "avx_vnni", "avx2", "i8mm", "dotprod", "plain")
 # Rows beyond a tile, channels beyond a panel, input channels beyond an octet, a run, a group and a block.
 SHAPES = [(1, 16, 64), (9, 33, 96), (5, 7, 36), (13, 100, 2080), (4, 16, 8), (2049, 17, 64)]
 # Formats, how the weight is scaled, its group, and the activation's (0: a scale for each token).
@@ -59,7 +59,7 @@ def variant(request):
     """The name of a variant that makes all products during the test."""
     force = kernels().packed_gemm_force
     if not force(request.param.encode()):
-        pytest.skip(f"this processor has no {request.param}: compiled, not run")
+        pytest.skip(f"this processor has no {request.param}: test_kernel_driver.py runs it emulated")
     yield request.param
     force(None)
 

@@ -10,13 +10,10 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-import numpy as np
 import pytest
 
-from export.formats.operands import largest_code
-from pipeline.backends.cpu.packed_gemm import multiplier_panels, weight_panels, weight_sums
 from plugins.cpu import library
-from tests.kernels.test_native_packed_gemm import expected, linear, operands
+from tests.kernels import test_kernel_driver
 
 pytestmark = pytest.mark.kernels
 SUPPORT = Path(__file__).resolve().parents[1] / "support"
@@ -74,29 +71,13 @@ def test_windows(dll: Path) -> None:
 
 
 @pytest.mark.slow
-def test_the_kernels_run_on_windows(dll: Path, tmp_path: Path) -> None:
+def test_the_kernels_run_on_windows(dll: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As wine gives it: the driver calls what the library exports; integers are equal to the bit."""
     need(WINE)
     command = ["clang", *library.WINDOWS_FLAGS, *libgcc(), f"-I{library.FOLDER}", str(SUPPORT / "kernel_driver.c")]
     subprocess.run([*command, str(dll), "-o", str(dll.with_name("driver.exe"))], check=True, timeout=120)
+    monkeypatch.setenv("WINEPREFIX", str(tmp_path / "wine"))
+    monkeypatch.setenv("WINEDEBUG", "-all")
     wine = str(shutil.which(WINE, path=f"{os.environ['PATH']}:/usr/lib/wine"))
-    environment = os.environ | {"WINEPREFIX": str(tmp_path / "wine"), "WINEDEBUG": "-all"}
-    m, n, k = 13, 33, 1096
-    gemm = linear("E2M1", "E3M4", "exact_group", 8, n, k)
-    operand, codes = operands(gemm, m)
-    numbers = [m, n, k, gemm.group_size, operand.zero, operand.weights[0], largest_code(gemm.activation, 2)]
-    numbers += [1, 1, 1, 0]  # low codes, multipliers, one stretch of sums, a table
-    arrays = [np.array(numbers, np.int64), *codes, weight_panels(gemm), multiplier_panels(gemm)]
-    arrays += [gemm.weight.integers.astype(np.int8), gemm.unit_scales(), weight_sums(gemm)]
-    answers = []
-    for variant in ("plain", "avx2", "avx512_vnni"):
-        done = subprocess.run(
-            [wine, str(dll.with_name("driver.exe")), "packed_gemm", variant],
-            input=b"".join(map(bytes, arrays)), capture_output=True, check=False, timeout=120, env=environment,
-        )  # fmt: skip
-        assert done.returncode in (0, 2), done.stderr.decode()[-2000:]
-        if done.returncode == 0:  # 2: this processor has no such variant
-            answers.append(np.frombuffer(done.stdout, np.float32).reshape(m, n))
-    assert answers
-    for answer in answers:
-        np.testing.assert_array_equal(answer, expected(gemm, operand, codes))
+    machine = [wine, str(dll.with_name("driver.exe"))], ("plain", "avx2", "avx512_vnni")
+    test_kernel_driver.test_products_are_exact(machine, ("E2M1", "E3M4", "exact_group", 8), (13, 33, 1096))

@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import json
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import numpy as np
+import onnx_ir as ir
+import onnxruntime
 import pytest
 
 from export.errors import EnvironmentLacksError
+from pipeline.backends.cpu import CpuBackend
 from plugins.cpu import library, packaged
 from tests.support import native
 
@@ -116,3 +121,52 @@ def test_windows_takes_the_packaged_one_alone(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(library.sys, "platform", "win32")
     with pytest.raises(EnvironmentLacksError, match=r"carries no compiled .* on Windows cpu.path fused needs a wheel"):
         library.path_of_library()
+
+
+@pytest.mark.kernels
+def test_the_package_s_library_and_the_cache_s_serve_in_one_process(tmp_path: Path) -> None:
+    """Two files of the same sources: sessions of both, called side by side, each as if it were alone."""
+    other = shutil.copy(native.folder() / library.NAME, tmp_path / "other.so")
+    model = native.chain_model([native.In.X], [native.Out.CODES, native.Out.SCALE], **native.quantizer("E2M3"))
+    sessions = []
+    for path in (native.folder() / library.NAME, Path(other)):
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = 1
+        options.register_custom_ops_library(str(path))
+        data = ir.to_proto(model).SerializeToString()
+        sessions.append(onnxruntime.InferenceSession(data, options, ["CPUExecutionProvider"]))
+    rows = np.random.default_rng(0).standard_normal((8, 33, 130)).astype(np.float32)
+    expected = [sessions[0].run(None, {"X": x}) for x in rows]
+    calls = [(session, x) for x in rows for session in sessions]
+    with ThreadPoolExecutor(4) as pool:
+        answers = list(pool.map(lambda call: call[0].run(None, {"X": call[1]}), calls))
+    for i, answer in enumerate(answers):
+        for result, first in zip(answer, expected[i // 2], strict=True):
+            np.testing.assert_array_equal(result, first)
+
+
+def test_one_that_is_refused_is_made_anew_in_the_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As after an update that has changed the sources alone."""
+    for name in (*library.SOURCES, *library.HEADERS):
+        shutil.copy(library.FOLDER / name, tmp_path)
+    packaged.add(tmp_path, "of another release", lambda path: path.write_text("old"))
+    monkeypatch.setattr(library, "FOLDER", tmp_path)
+    monkeypatch.setenv("DITC_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(library, "compiler", lambda: "/bin/true")
+    monkeypatch.setattr(library, "build", lambda path, *_: path.write_text("new"))
+    path = library.path_of_library()
+    assert path.is_relative_to(tmp_path / "cache" / "native") and path.read_text() == "new"
+
+
+def test_doctor_says_where_the_library_comes_from(monkeypatch: pytest.MonkeyPatch) -> None:
+    def found() -> tuple[bool, str]:
+        [check] = [check for check in CpuBackend().checks() if check.name == "kernel library"]
+        return check.ok, check.found
+
+    monkeypatch.setattr(packaged, "problem", lambda folder, version: None)
+    assert found() == (True, f"{library.version()}, in this installation")
+    monkeypatch.setattr(packaged, "problem", lambda folder, version: packaged.ABSENT)
+    monkeypatch.setattr(library.shutil, "which", lambda name: f"/usr/bin/{name}")
+    assert found() == (True, "compiled at first use by /usr/bin/cc")
+    monkeypatch.setattr(library.shutil, "which", lambda name: None)
+    assert found() == (False, "none")

@@ -1,11 +1,16 @@
-/* PackedGemm's variants for AVX-VNNI, AVX-512 VNNI and AMX, their instructions made of AVX2's and of plain C: what they
- * compute, where the processor lacks them. A tile instruction whose operands do not fit aborts, as it would fault. */
-#define _DEFAULT_SOURCE
-#include <cpuid.h>
+/* What PackedGemm's variants for AVX-VNNI, AVX-512 VNNI and AMX compute, where the processor lacks them.
+ *
+ * Of the first two the source is compiled with their instructions made of AVX2's. Of AMX the machine code itself runs:
+ * where it stops at an instruction, that is done in C. One whose operands do not fit aborts, as it would fault. */
+#define _GNU_SOURCE /* names of registers */
 #include <immintrin.h>
+#include <signal.h>
 #include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
+#include <ucontext.h>
+
+#include "packed_gemm_variant.h"
 
 #if !defined(__clang__)
 #pragma GCC diagnostic ignored "-Wpsabi" /* 64 bytes are returned, by functions of this file alone */
@@ -132,24 +137,61 @@ static inline void multiply_tiles(int sums, int codes, int weight) {
     }
 }
 
-static inline void release_tiles(void) { tiles.configured = 0; }
+/* Where the operand in memory of the instruction at `at` is, ModRM being its fifth byte; *end: what follows it. */
+static uint8_t *address(const uint8_t *at, const greg_t *reg, int64_t *stride, const uint8_t **end) {
+  static const int names[16] = {REG_RAX, REG_RCX, REG_RDX, REG_RBX, REG_RSP, REG_RBP, REG_RSI, REG_RDI,
+                                REG_R8,  REG_R9,  REG_R10, REG_R11, REG_R12, REG_R13, REG_R14, REG_R15};
+  int mod = at[4] >> 6, low = at[4] & 7, base = low, absolute = mod == 0 && low == 5;
+  const uint8_t *next = at + 5;
+  int64_t sum = 0;
+  int32_t offset = 0;
+  if (absolute || mod == 3) abort(); /* relative to the instruction, or no memory: no compiler makes that here */
+  if (low == 4) {
+    int index = (*next >> 3 & 7) | (~at[1] >> 6 & 1) << 3;
+    base = *next & 7;
+    if (index != 4) *stride = (int64_t)((uint64_t)reg[names[index]] << (*next >> 6));
+    next++;
+  }
+  if (mod == 0 && base == 5) abort();
+  sum = reg[names[base | (~at[1] >> 5 & 1) << 3]];
+  if (mod == 1) offset = (int8_t)*next, next++;
+  if (mod == 2) memcpy(&offset, next, 4), next += 4;
+  *end = next;
+  return (uint8_t *)(uintptr_t)(uint64_t)(sum + offset);
+}
 
-#undef _tile_loadconfig
-#undef _tile_release
-#undef _tile_loadd
-#undef _tile_stored
-#undef _tile_dpbusd
-#define _tile_loadconfig load_config
-#define _tile_release release_tiles
-#define _tile_loadd load_tile
-#define _tile_stored store_tile
-#define _tile_dpbusd multiply_tiles
+/* A processor without tiles stops at each instruction of theirs: it is done here, and the next one is gone on with. */
+static void on_illegal_instruction(int number, siginfo_t *info, void *context) {
+  greg_t *reg = ((ucontext_t *)context)->uc_mcontext.gregs;
+  const uint8_t *at = (const uint8_t *)(uintptr_t)reg[REG_RIP], *end = at + 5;
+  (void)number, (void)info;
+  if (at[0] != 0xc4 || (at[1] & 31) != 2 || (at[2] & 0x84)) abort(); /* VEX, map 0F38, W0, 128 */
+  enum { NONE, IS_66, IS_F3, IS_F2 };
+  int prefix = at[2] & 3, last = ~at[2] >> 3 & 15, tile = at[4] >> 3 & 7;
+  int64_t stride = 0;
+  if (at[3] == 0x49 && prefix == NONE && at[4] == 0xc0) tiles.configured = 0;
+  else if (at[3] == 0x49 && prefix == NONE) load_config(address(at, reg, &stride, &end));
+  else if (at[3] == 0x4b && prefix == IS_F2 && (at[4] & 7) == 4) {
+    const uint8_t *from = address(at, reg, &stride, &end);
+    load_tile(tile, from, stride);
+  } else if (at[3] == 0x4b && prefix == IS_F3 && (at[4] & 7) == 4) {
+    uint8_t *to = address(at, reg, &stride, &end);
+    store_tile(tile, to, stride);
+  } else if (at[3] == 0x5e && prefix == IS_66 && at[4] >> 6 == 3) multiply_tiles(tile, at[4] & 7, last);
+  else abort();
+  reg[REG_RIP] = (greg_t)(uintptr_t)end;
+}
 
-/* --- the variants, compiled for AVX2 whatever they ask for --------------------------------------------------------- */
+static void take_traps(void) {
+  struct sigaction action = {.sa_sigaction = on_illegal_instruction, .sa_flags = SA_SIGINFO};
+  if (packed_gemm_has_amx()) return;
+  if (sigaction(SIGILL, &action, NULL)) abort();
+}
+
+/* --- the variants by AVX, compiled for AVX2 whatever they ask for --------------------------------------------------- */
 
 #define target(instruction_sets) target("avx2")
 #include "packed_gemm_vnni.c"
-#include "packed_gemm_amx.c"
 #undef target
 
 #define packed_gemm_force force_one_that_is_here
@@ -159,6 +201,6 @@ static inline void release_tiles(void) { tiles.configured = 0; }
 int packed_gemm_force(const char *name) {
   const Variant *emulated[] = {&PACKED_GEMM_AVX_VNNI, &PACKED_GEMM_AVX512_VNNI, &PACKED_GEMM_AMX};
   for (int i = 0; i < 3 && name; i++)
-    if (!strcmp(name, emulated[i]->name)) return forced = emulated[i], __builtin_cpu_supports("avx2") != 0;
+    if (!strcmp(name, emulated[i]->name)) return forced = emulated[i], take_traps(), __builtin_cpu_supports("avx2") != 0;
   return force_one_that_is_here(name);
 }

@@ -21,6 +21,13 @@ static void *read_bytes(size_t size) {
   return data;
 }
 
+/* Bytes need no alignment: they begin at an odd address. */
+static void *read_codes(size_t size) {
+  char *data = malloc(size + 1);
+  if (!data || fread(data + 1, 1, size, stdin) != size) exit(3);
+  return data + 1;
+}
+
 static void write_floats(const float *data, int64_t count) {
   if (fwrite(data, sizeof *data, (size_t)count, stdout) != (size_t)count) exit(4);
 }
@@ -33,11 +40,11 @@ static int packed_gemm(const char *variant) {
   gemm.scales = number[11], gemm.token_scales = number[12] ? number[12] : 1; /* 0: none */
   int packed = !gemm.largest_weight;
   int64_t panels = (n + PANEL - 1) / PANEL, octets = (k + OCTET - 1) / OCTET;
-  gemm.codes = read_bytes((size_t)(rows * k));
-  if (number[7]) gemm.low_codes = read_bytes((size_t)(rows * k));
-  gemm.weight = read_bytes((size_t)(panels * octets * PANEL * (packed ? QUAD : OCTET)));
-  if (number[8]) gemm.multipliers = read_bytes((size_t)(panels * (k / gemm.group) * PANEL));
-  if (packed) gemm.table = read_bytes(16);
+  gemm.codes = read_codes((size_t)(rows * k));
+  if (number[7]) gemm.low_codes = read_codes((size_t)(rows * k));
+  gemm.weight = read_codes((size_t)(panels * octets * PANEL * (packed ? QUAD : OCTET)));
+  if (number[8]) gemm.multipliers = read_codes((size_t)(panels * (k / gemm.group) * PANEL));
+  if (packed) gemm.table = read_codes(16);
   gemm.scale = read_bytes((size_t)(gemm.scales * n) * sizeof(float));
   gemm.weight_sum = read_bytes((size_t)(gemm.sums * n) * sizeof(int32_t));
   if (number[12]) gemm.token_scale = read_bytes((size_t)(rows * gemm.token_scales) * sizeof(float));

@@ -31,8 +31,8 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class CpuOptions(Options):
-    """path: "stock" is onnxruntime alone; "fused" adds ops of ours, compiled here: 4-bit GEMMs, what lies between them,
-    attention; "auto" is "fused" where it can be compiled."""
+    """path: "stock" is onnxruntime alone; "fused" adds ops of our kernel library: GEMMs on packed weights, what lies
+    between them, attention; "auto" is "fused" where the library is to be had."""
 
     target: ClassVar[str] = "cpu"
     former: ClassVar = {"path": {"native": "fused"}}
@@ -95,7 +95,7 @@ class CpuBackend(Backend[CpuOptions]):
         return recipe.with_options(replace(options, path="stock" if problem else "fused"))
 
     def problems(self, recipe: Recipe) -> list[str]:
-        """What is missing for a build: onnxruntime, or a C compiler for our ops."""
+        """What is missing for a build: onnxruntime, or the library of our ops."""
         from plugins.cpu import library
 
         problem = library.problem() if self.options(recipe).path == "fused" else None
