@@ -1,4 +1,5 @@
 /* PackedGemm on each instruction set. A variant decodes a panel in its own way and adds rows of it into `sums`. */
+#include <stdatomic.h>
 #include <stdlib.h>
 #include <string.h>
 
@@ -83,22 +84,23 @@ static int variants(const Variant *list[MAX_VARIANTS]) {
   return count;
 }
 
-static const Variant *forced; /* for tests */
+static const Variant *_Atomic chosen; /* NULL until the processor was asked, which costs microseconds in a virtual machine */
 
 const Variant *packed_gemm_chosen(void) {
   const Variant *list[MAX_VARIANTS];
-  return variants(list), forced ? forced : list[0];
+  if (!chosen) variants(list), chosen = list[0];
+  return chosen;
 }
 
 EXPORT const char *packed_gemm_variant(void) { return packed_gemm_chosen()->name; }
 
 EXPORT int packed_gemm_force(const char *name) {
-  const Variant *list[MAX_VARIANTS];
+  const Variant *list[MAX_VARIANTS], *named = NULL;
   int count = variants(list);
-  forced = NULL;
   for (int i = 0; name && i < count; i++)
-    if (!strcmp(list[i]->name, name)) forced = list[i];
-  return !name || forced;
+    if (!strcmp(list[i]->name, name)) named = list[i];
+  chosen = named; /* NULL: it is chosen anew */
+  return !name || named;
 }
 
 /* --- a panel ------------------------------------------------------------------------------------------------------ */
