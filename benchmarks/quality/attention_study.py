@@ -7,7 +7,8 @@ Two parts, each with K's mean over the tokens taken out, as the op does, and lef
 - pictures of the bundled PixArt with float linears and with quantized ones: the denoiser's output on the float model's
   calls, and each picture beside the float model's of the same noise.
 
-Writes benchmarks/results/attention_study.json arm by arm; about a quarter of an hour on two free cores.
+Writes benchmarks/results/attention_study.json arm by arm, and goes on where it was stopped; about a quarter of an hour
+on two free cores.
 """
 
 from __future__ import annotations
@@ -121,8 +122,9 @@ def engine(
     return ReferenceEngine(module if formats is None else AttentionDenoiser(module, formats, centre).eval())
 
 
-def picture_rows(count: int, seed: int, work: Path) -> Iterator[Json]:
-    """One row for each arm. psnr_db: of each picture to the float model's, the median."""
+def picture_rows(count: int, seed: int, work: Path, done: Sequence[Json]) -> Iterator[Json]:
+    """One row for each arm that is not among `done`. psnr_db: of each picture to the float model's, the median."""
+    known = {(row["linears"], row["formats"], row["centre"]) for row in done}
     subject = drawing.make_subject(MODEL, count, seed)
     recipe = recipes.with_settings(recipes.load(RECIPE), list(SETTINGS))
     layers = calibrate(subject.model, recipe, work / "calibrated")
@@ -130,6 +132,8 @@ def picture_rows(count: int, seed: int, work: Path) -> Iterator[Json]:
     steps = np.linspace(0, len(trajectory.calls) - 1, COMPARED_STEPS).round().astype(int).tolist()
     plain = drawing.draw(subject, drawing.float_engine(subject).run, "float")
     for linears, formats, centre in arms():
+        if (linears, formats and str(formats), centre) in known:
+            continue
         run = engine(subject, layers if linears == QUANTIZED else (), formats, centre).run
         label = f"{linears}, {formats or 'float'}, {'without' if centre else 'with'} K's mean"
         pictures = plain if linears == FLOAT and formats is None else drawing.draw(subject, run, label)
@@ -153,10 +157,13 @@ def main() -> None:
     parser.add_argument("--work-dir", type=Path, default=Path("work/attention_study"))
     parser.add_argument("-o", "--output-dir", type=Path, default=record.RESULTS, help="folder of the result")
     arguments = record.parsed(parser)
-    document: Json = {"drawn": list(drawn_rows()), "count": arguments.count, "seed": arguments.seed, "pictures": []}
-    document |= {"model": MODEL, "recipe": RECIPE, "settings": list(SETTINGS)}
-    record.write(NAME, document, arguments.output_dir)
-    for row in picture_rows(arguments.count, arguments.seed, arguments.work_dir):
+    facts: Json = {"count": arguments.count, "seed": arguments.seed, "model": MODEL, "recipe": RECIPE}
+    facts |= {"settings": list(SETTINGS)}
+    before = record.read(arguments.output_dir / f"{NAME}.json", {"pictures": []})
+    same = all(before.get(key) == value for key, value in facts.items())
+    document: Json = {"drawn": list(drawn_rows()), **facts, "pictures": before["pictures"] if same else []}
+    path = record.write(NAME, document, arguments.output_dir)
+    for row in picture_rows(arguments.count, arguments.seed, arguments.work_dir, list(document["pictures"])):
         document["pictures"].append(row)
         path = record.write(NAME, document, arguments.output_dir)
     print(path)
