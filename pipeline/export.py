@@ -8,6 +8,7 @@ from pathlib import Path
 
 from export import checkpoint
 from export.errors import RecipeError
+from export.formats.attention import AttentionFormats
 from pipeline import machine
 from pipeline.backends.base import DATA, MODEL
 from pipeline.calibrate.state import KEPT
@@ -26,6 +27,11 @@ def make_parser() -> Parser:
     flags.add_argument("-o", "--output-dir", type=Path, metavar="DIR", required=True, help="where to write model.onnx")
     flags.add_argument("--height", type=int, default=0, help="of the image in pixels (default: the model's own)")
     flags.add_argument("--width", type=int, default=0, help="of the image in pixels (default: the model's own)")
+    flags.add_argument(
+        "--attention",
+        metavar="QK/PV",
+        help="its formats, as INT8/INT8: a checkpoint holds linears alone (default: attention in float32)",
+    )
     flags.add_argument("--force", action="store_true", help="replace an earlier export in the folder")
     return flags
 
@@ -34,6 +40,7 @@ def work(args: argparse.Namespace, answer: Answer) -> int:
     """Export into a folder beside the destination, then rename."""
     machine.require_compiler("exporting a checkpoint")
     refuse(args.checkpoint, args.output_dir, args.force)
+    attention = None if args.attention is None else AttentionFormats.parsed(args.attention)
     from export.models.load import load
     from export.to_onnx import export_portable
 
@@ -43,7 +50,7 @@ def work(args: argparse.Namespace, answer: Answer) -> int:
     remove(partial)
     partial.mkdir(parents=True)
     try:
-        summary = export_portable(model, layers, partial / MODEL, args.height, args.width)
+        summary = export_portable(model, layers, partial / MODEL, args.height, args.width, attention)
         publish(partial, destination, aside)
     finally:
         remove(partial)

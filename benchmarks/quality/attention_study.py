@@ -46,7 +46,7 @@ KEYS = (256, 1024, 4096)
 HEADS, QUERIES, CHANNELS = 4, 256, 72  # 72 channels: heads of PixArt-XL and DiT-XL
 # Standard deviation of the scores: of the first nearly all keys have a say, of the second a few in a thousand.
 SHAPES = {"flat": 0.5, "peaked": 4.0}
-# In standard deviations of a channel: the channels' means, which all tokens share; and how much larger the outliers are.
+# In standard deviations of a channel: the mean of a channel, which all tokens share; how much larger outliers are.
 MEANS, OUTLIERS = {"q": 0.5, "k": 6.0, "v": 0.5}, {"q": 8.0, "k": 8.0, "v": 8.0}
 OUTLIER_CHANNELS = 3
 SEED = 0

@@ -13,7 +13,7 @@ from itertools import chain
 from pathlib import Path
 
 from benchmarks import record
-from benchmarks.quality.adaround_table import study_text
+from benchmarks.quality import adaround_table, attention_table
 from benchmarks.quality.answers import ANSWERS, sensitivity_answers
 from benchmarks.quality.results import FLOAT, MEASURED, Results
 from benchmarks.quality.rows import MODELS, PARTS, TABLES, WIDTHS, Table
@@ -110,7 +110,7 @@ def page() -> str:
         parts += [search_text()] if table.name == "qdit" else []
     parts += ["## Which layers cost most, and in which steps?", *picture("sensitivity"), *picture("steps")]
     parts += [sensitivity_text(model, document.get("sensitivity", [])) for model, document in known.items()]
-    parts += [study_text()]
+    parts += [adaround_table.study_text(), attention_table.study_text()]
     return "\n\n".join(part for part in parts if part) + "\n"
 
 

@@ -40,3 +40,15 @@ class AttentionFormats:
 
     def __str__(self) -> str:
         return f"{self.qk}/{self.pv}"
+
+    @staticmethod
+    def parsed(text: str) -> AttentionFormats:
+        """What `str` gives, read back. Raises RecipeError.
+
+        >>> AttentionFormats.parsed("INT8/E2M3")
+        AttentionFormats(qk='INT8', pv='E2M3')
+        """
+        names = text.split("/")
+        if len(names) != 2:
+            raise RecipeError(f"attention {text!r}: expected two formats, for example INT8/INT8")
+        return AttentionFormats(*names)

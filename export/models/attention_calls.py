@@ -29,8 +29,9 @@ def attention_calls(module: nn.Module, replace: Replace) -> Iterator[None]:
     """Within, calls of scaled_dot_product_attention by `module` in this thread are computed by `replace`.
 
     An attention is called by the path of the innermost module that runs, `transformer_blocks.0.attn1`; a second call in
-    it has the suffix `.1`. What `replace` itself computes is not replaced. Raises ContractError for a call that
-    quantized attention has no form for, and on leaving if there was none.
+    it has the suffix `.1`. What `replace` itself computes is not replaced, nor what other functions of torch do inside
+    (multi_head_attention_forward, by which HunyuanDiT pools its text once per caption). Raises ContractError for a call
+    that quantized attention has no form for, and on leaving if there was none.
     """
     running: list[str] = []
     calls: dict[str, int] = {}
@@ -109,9 +110,9 @@ def attention_names(model: LoadedModel) -> tuple[str, ...]:
         names.append(name)
         return query.new_empty((*query.shape[:-1], value.shape[-1]))
 
-    module = denoiser(model)
+    module, arrays = denoiser(model), sample_inputs(model, 1, 0)
     with torch.no_grad(), FakeTensorMode(allow_non_fake_inputs=True) as mode:
-        inputs = {key: mode.from_tensor(torch.from_numpy(array)) for key, array in sample_inputs(model, 1, 0).items()}
+        inputs = {key: mode.from_tensor(torch.from_numpy(array)) for key, array in arrays.items()}
         with attention_calls(module.transformer, note):
             module(**inputs)
     return tuple(names)

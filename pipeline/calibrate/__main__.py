@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import logging
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -18,6 +19,7 @@ from pipeline.files import lock, refuse_unwritable, remove
 from pipeline.recipe import load_float_model
 from pipeline.signals import leave
 
+logger = logging.getLogger(__name__)
 DESCRIPTION = "Quantize a model's linears by a recipe and write the checkpoint; --resume finishes a stopped run."
 
 
@@ -48,6 +50,8 @@ def work(args: argparse.Namespace, answer: Answer) -> int:
         model = load_float_model(recipe)
         layers = calibrate(model, recipe, folder, args.resume)
         save_kept(model, folder / KEPT)
+    if recipe.attention.formats is not None:
+        logger.info("a checkpoint holds linears alone: export it with --attention %s", recipe.attention.text())
     size_bytes = sum(layer.size_bytes for layer in layers)
     document = {"event": "result", "path": str(folder), "linears": len(layers), "size_bytes": size_bytes}
     answer.document(document, f"{len(layers)} linears, {size_bytes / 1e6:.1f} MB in {folder}")

@@ -82,6 +82,15 @@ def test_the_table_says_shares_of_the_time_and_of_the_machine():
     assert "at least 5.0 ms: the call takes 2.00 times that" in profile.conditions(DOCUMENT)
 
 
+def test_products_of_quantized_attention_are_bytes():
+    """Those of scores and of values, [B, H, Tq, D] and [B, H, Tk, D], at the rate of bytes."""
+    shapes = [[2, 4, 12, 16], [2, 4, 20, 16], [2, 4, 20, 16], [1, 1, 1, 1]]
+    assert profile.PARTS["QuantizedAttention"] == profile.BYTE_ATTENTION
+    assert profile._products("QuantizedAttention", shapes, shapes[0]) == 2 * 2 * 4 * 12 * 20 * 16
+    row = {"part": profile.BYTE_ATTENTION, "ms": 2.0, "products": 0.4e9}
+    assert profile.summary(DOCUMENT | {"parts": [row]})[1] == [[profile.BYTE_ATTENTION, "2.0", "20%", "200", "50%"]]
+
+
 def test_rates_that_are_not_known_give_no_floor():
     unknown = DOCUMENT | {"floor_ms": None, "byte_products_per_s": 0.0}
     assert profile.summary(unknown)[1][0][4] == "-"

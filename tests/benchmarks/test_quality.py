@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -32,6 +33,7 @@ from benchmarks.quality.sensitivity import PartlyQuantized, cases, mean_noise_db
 from export.errors import EnvironmentLacksError, RecipeError
 from pipeline.backends.cuda import CudaOptions
 from pipeline.bench.measure import Timing
+from pipeline.recipe import Attention
 from pipeline.verify.report import Gate
 
 pytestmark = pytest.mark.torch
@@ -173,6 +175,8 @@ def test_the_key_follows_every_setting_and_the_subject():
     keys = {row_key({"count": 1}, one, ()), row_key({"count": 2}, one, ()), row_key({"count": 1}, other, ())}
     assert len(keys | {row_key({"count": 1}, one, (1, 2))}) == 4
     assert row_key({"count": 1}, one, ()) in keys
+    quantized = replace(one, attention=Attention("INT8", "INT8"))
+    assert row_key({"count": 1}, quantized, ()) not in keys
 
 
 # --- drawing --------------------------------------------------------------------------------------------------------

@@ -43,6 +43,11 @@ SHAPES = {
         "rtx: calibrate.method msfp scales activations per_tensor",
     ),
     "weights no kernel takes": (("formats.weight=INT6",), ("cpu", "rtx"), "cuda: weights in INT6"),
+    "quantized attention": (
+        ("attention.qk=INT8", "attention.pv=E2M3"),
+        ("cpu",),
+        "rtx: target rtx has no quantized attention (the recipe's: INT8/E2M3); --set attention.qk=float",
+    ),
     "a GPU rtx refuses": (("rtx.sm=[90]",), ("cpu", "cuda"), "rtx: target rtx cannot be built for SM 90"),
 }
 
@@ -58,11 +63,16 @@ def test_auto_leaves_out_what_refuses_the_recipe(shape: str, caplog: pytest.LogC
     assert left_out == set(ALL) - set(targets)
 
 
+ATTENTION = ("--set", "attention.qk=INT8", "--set", "attention.pv=INT8")
+
+
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
         (("--target", "rtx", "--set", "method=qdit"), "target rtx runs one GEMM for each linear"),
         (("--target", "cpu,cuda", "--set", "method=qdit"), "the GPU kernels have no scale per token and group"),
+        (("--target", "rtx", *ATTENTION), "target rtx has no quantized attention .*; --set attention.qk=float"),
+        (("--target", "cpu,cuda", *ATTENTION), "target cuda has no quantized attention"),
         (("--target-sm", "90"), "target rtx cannot be built for SM 90"),
     ],
 )

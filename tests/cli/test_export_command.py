@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
+import onnx
 import pytest
 
 from export import checkpoint
@@ -39,6 +40,16 @@ def test_the_bytes_are_those_of_an_export_with_the_float_model(work_folder: Path
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
     assert main([str(work_folder / "checkpoint"), "-o", str(tmp_path / "out")]) == 2  # not without --force
     assert main([str(work_folder / "checkpoint"), "-o", str(tmp_path / "out"), "--force"]) == 0
+
+
+def test_attention_is_quantized_where_it_is_asked_for(work_folder: Path, tmp_path: Path) -> None:
+    source = str(work_folder / "checkpoint")
+    assert main([source, "-o", str(tmp_path / "out"), "--attention", "INT8/INT8"]) == 0
+    nodes = onnx.load(tmp_path / "out" / "model.onnx", load_external_data=False).graph.node
+    assert sum(node.op_type == "QuantizedAttention" for node in nodes) == 2 * tiny.LAYERS
+    for wrong in ("INT8", "INT8/UE2M2"):
+        assert main([source, "-o", str(tmp_path / "other"), "--attention", wrong]) == 2
+    assert not (tmp_path / "other").exists()
 
 
 def test_what_is_kept_leaves_the_quantized_weights_out(work_folder: Path) -> None:

@@ -69,7 +69,9 @@ def test_what_methods_learned_is_shown_per_layer() -> None:
     layers = [row(**facts) | base for facts in rows]
     sizes = {"quantized_weights": 7, "same_weights_fp16": 7}
     document = {"engine": "e", "model": {"source": "s", "family": "f"}, "layers": layers, "kept": [], "bytes": sizes}
+    document["attention"] = "INT8/E2M3"
     shown = rendered(inspect.tables(document))
+    assert "; attention INT8/E2M3; " in shown
     assert "input" in shown and "per_tensor 0.4571 from -0.2, input_multiplier, input_offset" in shown
 
 

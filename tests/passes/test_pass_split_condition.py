@@ -3,6 +3,7 @@
 import numpy as np
 import onnx_ir as ir
 
+from export.dialect.graph import GraphBuilder, add_functions
 from pipeline.passes.split_condition import split_condition
 from tests.support.portable import op_types, run
 
@@ -73,3 +74,41 @@ def test_a_size_only_the_step_knows_holds_the_product_back():
     text = TEXT.replace("float[batch] timestep", "float[other] timestep")
     split = split_condition(ir.from_onnx_text(text))
     assert split is None
+
+
+def with_attention(query: str) -> ir.Model:
+    """Quantized attention of `query` over a text, keys and values of which a product each makes."""
+    inputs = "float[batch,2,3,4] hidden_states, float[batch] timestep, float[batch,2,5,4] text"
+    body = "{ key = MatMul(text, w) value = MatMul(key, w) y = Identity(hidden_states) }"
+    weight = TEXT.split("<float[4,4]")[1].split("{{")[0].split(">")[0]
+    model = ir.from_onnx_text(f"{HEADER} g ({inputs}) => (float[batch,2,3,4] y) <float[4,4]{weight}> {body}")
+    values = {value.name: value for value in (*model.graph.inputs, *(node.outputs[0] for node in model.graph))}
+    last = model.graph[-1]
+    build = GraphBuilder(model.graph, last, "attn")
+    operands = (values[query], values["key"], values["value"], build.stored("mask", np.zeros((1, 1, 1, 1), np.float32)))
+    choices = {"layer": "attn", "qk_format": "INT8", "pv_format": "INT8", "scale": 0.5}
+    (out,) = build.fpq("QuantizedAttention", *operands, name="out", **choices)
+    last.replace_input_with(0, out)
+    add_functions(model, ["QuantizedAttention"])
+    return model
+
+
+def test_quantized_attention_of_the_step_over_keys_and_values_of_the_condition():
+    model = with_attention("hidden_states")
+    split = split_condition(model)
+    assert sorted(value.name for value in split.condition.graph.outputs) == ["key", "value"]
+    assert "QuantizedAttention" in op_types(split.step) and "QuantizedAttention" not in op_types(split.condition)
+    assert not split.condition.functions and len(split.step.functions) == 1
+    rng = np.random.default_rng(0)
+    hidden, text = (rng.standard_normal(shape).astype(np.float32) for shape in ((3, 2, 3, 4), (3, 2, 5, 4)))
+    names = [value.name for value in split.condition.graph.outputs]
+    crossing = dict(zip(names, run(split.condition, {"text": text}), strict=True))
+    whole = {"hidden_states": hidden, "timestep": np.zeros(3, np.float32), "text": text}
+    step = {key: whole[key] for key in ("hidden_states",)} | crossing
+    np.testing.assert_array_equal(run(split.step, step)[0], run(model, whole)[0])
+
+
+def test_quantized_attention_of_the_condition_alone_leaves_the_step():
+    split = split_condition(with_attention("text"))
+    assert "QuantizedAttention" in op_types(split.condition) and "QuantizedAttention" not in op_types(split.step)
+    assert len(split.condition.functions) == 1 and not split.step.functions
