@@ -245,6 +245,15 @@ ANSWERS: dict[str, tuple[Answer, ...]] = {
     "methods": (methods,),
     "qdit": (steps_of(QDIT),),
     "msfp": (steps_of(MSFP),),
+    "attention": (
+        pairs(
+            "At W4A6, round to nearest, against attention in floats:",
+            {
+                f"{name}/{name}": (f"rtn-fp-exact64-attention-{name.lower()}-w4a6", "rtn-fp-exact64-w4a6")
+                for name in ("INT8", "E2M3", "INT6")
+            },
+        ),
+    ),
     "learned_groups": (
         pairs(
             "At W4A6, FP4DiT:",

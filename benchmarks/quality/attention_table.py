@@ -9,7 +9,7 @@ import numpy as np
 from benchmarks import record
 from benchmarks.record import Json, markdown
 
-QUESTION = "What does quantized attention cost?"
+QUESTION = "What does quantized attention cost by itself, over long sequences, and with outliers?"
 PREFACE = """\
 `python -m benchmarks.quality.attention_study`. Formats are those of queries and keys, and of values; the weights
 between them are integers of 0 to 255. The op takes the mean over the tokens out of the keys; in brackets: left in."""

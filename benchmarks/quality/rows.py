@@ -217,7 +217,28 @@ FULL_DEFAULT = Table(
     ),
     ("pixart_mini",),
 )
-TABLES = {table.name: table for table in (METHODS, FP_OR_INT, QDIT, MSFP, GROUPS, LEARNED_GROUPS, FULL, FULL_DEFAULT)}
+ATTENTION = Table(
+    "attention",
+    "What does quantized attention cost beside quantized linears?",
+    (
+        Line("float", "rtn-fp-exact64", exact(64), None, ("w4a6",)),
+        *(
+            Line(
+                f"{name}/{name}",
+                f"rtn-fp-exact64-attention-{name.lower()}",
+                (*exact(64), f"attention.qk={name}", f"attention.pv={name}"),
+                None,
+                ("w4a6",),
+            )
+            for name in ("INT8", "E2M3", "INT6")
+        ),
+    ),
+    ("pixart_mini",),
+)
+TABLES = {
+    table.name: table
+    for table in (METHODS, FP_OR_INT, QDIT, MSFP, GROUPS, LEARNED_GROUPS, FULL, FULL_DEFAULT, ATTENTION)
+}
 ON_REQUEST = (FULL.name,)  # hours of calibration: measured when asked for by --table
 
 
@@ -244,5 +265,5 @@ def nearest_rows() -> dict[str, str]:
 
 
 def _numbers(row: Row) -> tuple[str, ...]:
-    """The settings that say what numbers a row's weights and activations are, whatever chooses them."""
-    return tuple(key for key in row.settings if key.startswith(("formats.", "weights.")))
+    """The settings that say what numbers a row's weights, activations and attention are, whatever chooses them."""
+    return tuple(key for key in row.settings if key.startswith(("formats.", "weights.", "attention.")))
