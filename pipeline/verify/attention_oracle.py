@@ -280,7 +280,8 @@ def _weights(score: Floats, reach: Floats) -> tuple[Floats, Floats]:
     exp(x + d) lies between exp(x) (1 - d) and exp(x) (1 + d + d^2), the latter for d up to 1.
     """
     largest = score.max(axis=1, keepdims=True)
-    x = np.maximum(score - largest, LOWEST_EXPONENT)
+    below = score - largest
+    x = np.maximum(below, LOWEST_EXPONENT)
     up = reach + (largest - (score - reach).max(axis=1, keepdims=True))
     down = reach + ((score + reach).max(axis=1, keepdims=True) - largest)
     rounding = (EXP_ROUNDINGS - x + down) * (ROUNDING * FIRST_ORDER)
@@ -292,7 +293,7 @@ def _weights(score: Floats, reach: Floats) -> tuple[Floats, Floats]:
     highest = np.rint(exponential * (1 + up + up * up))
     far = up > 1
     if far.any():
-        highest[far] = np.rint(WEIGHT_MAX * np.exp(np.minimum(x + up, 0))[far])
+        highest[far] = np.rint(WEIGHT_MAX * np.exp(np.minimum(below + up, 0)[far]))
     highest = np.minimum(highest, WEIGHT_MAX)
     return p, np.maximum(highest - p, p - lowest)
 
