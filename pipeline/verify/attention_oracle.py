@@ -37,15 +37,15 @@ from pipeline.distance import Array
 from pipeline.verify.oracle import FIRST_ORDER, SCALE_ROUNDINGS, code_intervals, ratio, row_blocks
 
 Floats = NDArray[np.float64]
-# The mean of a channel over n tokens: n - 1 additions in any order, each of a sum that is nowhere larger than that of
-# all its positive or of all its negative numbers; and the division, or a product with a rounded 1 / n, or n such
-# products before the additions, which round by as much as four additions at most.
+# The mean of a channel over n tokens: n - 1 additions in any order, of which the i-th gives no more than the sum of the
+# i + 1 largest positive or of the i + 1 largest negative numbers (a tree gives less); and the division, or a product
+# with a rounded 1 / n, or n such products before the additions, which round by as much as four of the last.
 MEAN_ROUNDINGS = 4
-# By Hoeffding's bound n independent errors of up to u each exceed 6 u sqrt(n) with a probability of 2 exp(-6^2 / 2) =
-# 3e-8, and then a code must lie in the small part that the bound leaves out. Errors are independent where what is added
-# differs by more than the sum's last place holds, so that its lower bits are as good as random; equal tokens (a
-# caption's padding) and channels that hardly vary may round to one side each time.
-DEVIATIONS = 6.0
+# An addition rounds by up to 2^-24 of its sum, and evenly within that where what is added differs by more than the last
+# place of the sum, so that its lower bits are as good as random: then by 1 / sqrt(3) of it, root mean square, and all
+# together by no more than 6 deviations but in 2e-9 of all cases. Equal tokens (a caption's padding) and channels that
+# hardly vary may round to one side each time.
+DEVIATIONS = 6 / math.sqrt(3)
 VARIES = 8 * ROUNDING
 # From the sum of products, which is exact, to the score without the mask: both scales, the attention's factor as
 # float32, and three products. The mask's addition is counted apart: it rounds by the size of the masked score.
@@ -236,19 +236,22 @@ class HeadOracle:
 def centred(k: Array) -> tuple[Floats, Floats]:
     """k [Tk, D] less the mean of its channels, and by how much float32 may be off, both [Tk, D]."""
     rows = np.asarray(k, np.float64)
-    largest_sum = np.maximum(np.maximum(rows, 0).sum(axis=0), np.maximum(-rows, 0).sum(axis=0))
-    mean_error = _sum_error(_mean_roundings(rows, largest_sum)) * largest_sum / len(rows)
     difference = rows - rows.mean(axis=0)
-    return difference, FIRST_ORDER * (mean_error + ROUNDING * np.abs(difference))
+    return difference, FIRST_ORDER * (_mean_error(rows) + ROUNDING * np.abs(difference))
 
 
-def _mean_roundings(rows: Floats, largest_sum: Floats) -> Floats:
-    """How many roundings of its largest sum the mean of each channel of rows [T, D] may be off by, [D]."""
-    single = sum(count == 1 for count in Counter(row.tobytes() for row in rows).values())
-    independent = len(rows) - single + DEVIATIONS * math.sqrt(single)
-    varies = rows.std(axis=0) > VARIES * largest_sum
-    additions = np.where(varies, min(independent, len(rows) - 1), len(rows) - 1)
-    return np.asarray(additions + MEAN_ROUNDINGS, np.float64)
+def _mean_error(rows: Floats) -> Floats:
+    """How far off the float32 mean of each channel of rows [T, D] may be, [D]."""
+    ascending, count = np.sort(rows.T, axis=1), len(rows)
+    positive = np.cumsum(np.maximum(ascending[:, ::-1], 0), axis=1)
+    negative = np.cumsum(np.maximum(-ascending, 0), axis=1)
+    sums = np.maximum(positive, negative)  # [D, T], of so many numbers
+    of_all, largest = sums[:, 1:].sum(axis=1), sums[:, -1]
+    single = sum(times == 1 for times in Counter(row.tobytes() for row in rows).values())
+    independent = DEVIATIONS * np.sqrt(np.square(sums).sum(axis=1)) + (count - single) * largest
+    varies = rows.std(axis=0) > VARIES * largest
+    additions = np.where(varies, np.minimum(independent, of_all), of_all)
+    return np.asarray(ROUNDING / (1 - count * ROUNDING) * (additions + MEAN_ROUNDINGS * largest) / count, np.float64)
 
 
 def token_codes(fmt: Format, rows: Floats, error: Floats | None = None) -> CodeIntervals:
@@ -277,7 +280,8 @@ def _weights(score: Floats, reach: Floats) -> tuple[Floats, Floats]:
     exp(x + d) lies between exp(x) (1 - d) and exp(x) (1 + d + d^2), the latter for d up to 1.
     """
     largest = score.max(axis=1, keepdims=True)
-    x = np.maximum(score - largest, LOWEST_EXPONENT)
+    below = score - largest
+    x = np.maximum(below, LOWEST_EXPONENT)
     up = reach + (largest - (score - reach).max(axis=1, keepdims=True))
     down = reach + ((score + reach).max(axis=1, keepdims=True) - largest)
     rounding = (EXP_ROUNDINGS - x + down) * (ROUNDING * FIRST_ORDER)
@@ -289,7 +293,7 @@ def _weights(score: Floats, reach: Floats) -> tuple[Floats, Floats]:
     highest = np.rint(exponential * (1 + up + up * up))
     far = up > 1
     if far.any():
-        highest[far] = np.rint(WEIGHT_MAX * np.exp(np.minimum(x + up, 0))[far])
+        highest[far] = np.rint(WEIGHT_MAX * np.exp(np.minimum(below + up, 0)[far]))
     highest = np.minimum(highest, WEIGHT_MAX)
     return p, np.maximum(highest - p, p - lowest)
 
@@ -310,8 +314,3 @@ def _exact_product(left: Floats, right: Floats, largest: float) -> Floats:
     if largest < EXACT_IN_FLOAT:
         return (left.astype(np.float32) @ right.astype(np.float32)).astype(np.float64)
     return left @ right
-
-
-def _sum_error(count: Floats) -> Floats:
-    """What `count` float32 roundings in a row are of the largest magnitude that is rounded, first order or not."""
-    return count * ROUNDING / (1 - count * ROUNDING)

@@ -91,12 +91,14 @@ def extreme_results(
     results = []
     for factor in FACTORS:
         scaled = {name: array if name in read.masks else _times(array, factor) for name, array in fed.items()}
-        tensors = {**scaled, **run(call | scaled)}
+        computed = run(call | scaled)
+        tensors = {**scaled, **computed}
         for layer in quantizers:
             raise_if_stopped()
             results.append(_judge(layer, rows[layer.name], tensors, factor))
         for name, row in rows_of_attentions.items():
-            probe = probed.attention_probe(row, tensors)
+            # What one attention gives may be what another was fed.
+            probe = probed.attention_probe(row, {**computed, **scaled, row.output: computed[row.output]})
             error = check_attention(probe, attentions[name], MOST_SCORES).output_error
             results.append(ExtremeResult(name, factor, output_error=error))
     return results

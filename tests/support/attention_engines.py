@@ -102,7 +102,8 @@ def attend(
     else:
         score = (score + mask).astype(F32)
     x = score - score.max(axis=1, keepdims=True)
-    exponential = np.exp(x * F32(faults.sharp)).astype(F32)
+    sharp = x if faults.sharp == 1 else np.maximum(x, F32(-200)) * F32(faults.sharp)
+    exponential = np.exp(sharp).astype(F32)
     if form.exp_ulps:
         exponential = np.where(x == 0, exponential, ulps_off(exponential, form.exp_ulps))
     scaled = (F32(faults.p_max) * exponential).astype(F32)

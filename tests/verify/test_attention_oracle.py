@@ -56,6 +56,8 @@ def tensors(kind: str, keys: int, seed: int = 0) -> dict[str, Any]:
         k[:] = k[:, :, :1]
     elif kind == "mask":
         mask = np.where(rng.random((1, 1, 1, keys)) < 0.4, -10000, 0)
+    elif kind == "lowest mask":
+        mask = np.where(np.arange(keys) % 3 == 1, float(np.finfo(F32).min), 0).reshape(1, 1, 1, keys)
     elif kind == "all masked":
         mask = np.full((1, 1, 1, keys), -10000)
     elif kind == "keys taken away":
@@ -71,8 +73,8 @@ def tensors(kind: str, keys: int, seed: int = 0) -> dict[str, Any]:
 
 
 KINDS = (
-    "plain", "outliers", "means", "padding", "equal keys", "mask", "all masked", "keys taken away", "flat", "peaked",
-    "zeros",
+    "plain", "outliers", "means", "padding", "equal keys", "mask", "lowest mask", "all masked", "keys taken away",
+    "flat", "peaked", "zeros",
 )  # fmt: skip
 
 
@@ -141,7 +143,7 @@ FAULTS: dict[str, tuple[Faults, float]] = {
 }
 
 
-@pytest.mark.parametrize("kind", ["plain", "means", "mask", "peaked"])
+@pytest.mark.parametrize("kind", ["plain", "means", "mask", "lowest mask", "peaked"])
 @pytest.mark.parametrize("fault", FAULTS)
 def test_a_fault_is_far_beyond_the_bound(fault: str, kind: str) -> None:
     of, (faults, least) = tensors(kind, 77), FAULTS[fault]

@@ -242,6 +242,37 @@ def test_the_stretch_before_an_attention_is_judged(model: Any, part: str) -> Non
     assert len(wrong) == 1 and wrong[0].endswith(f"1.attn1 ({part})")
 
 
+@pytest.mark.torch
+def test_jittered_runs_move_what_attention_quantizes_and_end_with_their_context(model: Any) -> None:
+    """Codes of q, k and v flip, and integers of exponentials with them."""
+    import torch
+
+    from export.formats.attention import AttentionFormats
+    from export.models import load as models
+    from pipeline.backends.reference import AttentionDenoiser, fake_quant
+    from pipeline.verify.reference_hooks import jittered
+    from pipeline.verify.walk import tensors_of
+    from tests.support import tiny
+
+    formats = AttentionFormats("INT8", "INT8")
+    module = fake_quant(model, tiny.quantized(model, activation="INT8"), torch.float32, formats)
+    assert isinstance(module, AttentionDenoiser)
+    seen: list[torch.Tensor] = []
+    inputs = tensors_of(models.sample_inputs(model, 1, 0), torch.float32)
+    with torch.no_grad():
+        with jittered(module, 0, 2.0):
+            before = module.before
+            assert before is not None
+            module.before = lambda x: seen.append(x) or before(x)  # type: ignore[func-returns-value]
+            module(**inputs)
+            module.before = before
+        assert module.before is None
+    assert len(seen) == 6 * len(model_blocks(model))
+    moved = (before(seen[0]) - seen[0]).abs()
+    size = seen[0].abs() + seen[0].square().mean(-1, keepdim=True).sqrt()
+    assert 0 < (moved / size).max() <= 4 * 2.0**-24  # two units, and the rounding of the sum
+
+
 # --- masks ----------------------------------------------------------------------------------------------------------
 
 

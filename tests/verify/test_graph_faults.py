@@ -28,7 +28,7 @@ TABLES: dict[str, Sequence[Any]] = {
 }
 # The subjects of this file; test_graph_faults_tiny.py has the others.
 BUNDLED = True
-FUSED = (*MINIS, *LEARNED)
+FUSED = (*MINIS, *LEARNED, *ATTENDED)
 CLEAN = (*ALL, *LEARNED, *ATTENDED, "pixart_sizes", *ZEROS)
 
 
