@@ -75,13 +75,13 @@ def random_gemm(kernel: Kernel, n: int, k: int, rng: np.random.Generator) -> Qua
     """A linear of random codes that decode to the whole range of the weight's format."""
     fmt, groups = get_format(kernel.weight), k // kernel.group if kernel.group else 1
     usable = np.flatnonzero(np.abs(fmt.integers) <= fmt.kmax).astype(np.uint8)
-    arrays = {
+    arrays: dict[str, NDArray[np.generic]] = {
         "codes": pack(rng.choice(usable, (n, k)), fmt.bits),
         "scales": np.ones((n, groups), np.float32),
         "multiplier_codes": np.zeros((1, (groups + 1) // 2), np.uint8),
         "bias": np.zeros(n, np.float32),
     }
-    stored = StoredWeight(**{name: ir.tensor(array, name=name) for name, array in arrays.items()})
+    stored = StoredWeight(**{name: ir.Tensor(array, name=name) for name, array in arrays.items()})
     activation, group = get_format(kernel.activation), kernel.group
     return QuantizedGemm("a", activation, fmt, k, n, group, (1,), bool(group), stored, activation_group=group)
 
