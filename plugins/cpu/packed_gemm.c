@@ -175,10 +175,10 @@ static const uint8_t *whole_octets(const PackedGemm *gemm, const uint8_t *codes,
 }
 
 /* Stretch s of a panel: (sums - zero * weight_sum) * scale, integers modulo 2^32, added to the totals of the stretches
- * before it; the last one's are the product. */
-VARIANTS void finish_rows(
-    const PackedGemm *gemm, int64_t panel, int64_t s, int64_t first, int64_t rows, const Scratch *scratch) {
-  int64_t channel = panel * PANEL, count = gemm->n - channel < PANEL ? gemm->n - channel : PANEL;
+ * before it; the last one's are the product. count: channels, a constant where this is inlined for a whole panel. */
+INLINE void finish_stretch(
+    const PackedGemm *gemm, int64_t channel, const int64_t count, int64_t s, int64_t first, int64_t rows,
+    const Scratch *scratch) {
   const float *scale = gemm->scale + s * gemm->scales / gemm->sums * gemm->n + channel;
   const float *token_scale = gemm->token_scale;
   const int32_t *weight_sum = gemm->weight_sum + s * gemm->n + channel;
@@ -186,22 +186,29 @@ VARIANTS void finish_rows(
   uint32_t weight = low ? (uint32_t)gemm->limb_weight : 1, factor = (uint32_t)gemm->zero * (weight + (low ? 1 : 0));
   if (token_scale) token_scale += first * gemm->token_scales + s * gemm->token_scales / gemm->sums;
   for (int64_t row = 0; row < rows; row++, sums += PANEL) {
-    float part[PANEL] = {0}, *total = scratch->totals + row * PANEL;
-    for (int64_t i = 0; i < count; i++) {
-      uint32_t sum = (uint32_t)sums[i] * weight - factor * (uint32_t)weight_sum[i];
-      if (low) sum += (uint32_t)low[row * PANEL + i];
-      part[i] = (float)(int32_t)sum;
-    }
+    float part[PANEL], *total = scratch->totals + row * PANEL;
+    float *out = s + 1 < gemm->sums ? total : gemm->product + (first + row) * gemm->n + channel;
+    uint32_t sum[PANEL];
+    for (int64_t i = 0; i < count; i++) sum[i] = (uint32_t)sums[i] * weight - factor * (uint32_t)weight_sum[i];
+    if (low)
+      for (int64_t i = 0; i < count; i++) sum[i] += (uint32_t)low[row * PANEL + i];
+    for (int64_t i = 0; i < count; i++) part[i] = (float)(int32_t)sum[i];
     if (gemm->integer_sums)
       memcpy(gemm->integer_sums + (s * gemm->rows + first + row) * gemm->n + channel, part, (size_t)count * sizeof *part);
     for (int64_t i = 0; i < count; i++) part[i] *= scale[i];
     if (token_scale)
-      for (int64_t i = 0; i < PANEL; i++) part[i] *= token_scale[row * gemm->token_scales];
+      for (int64_t i = 0; i < count; i++) part[i] *= token_scale[row * gemm->token_scales];
     if (s)
-      for (int64_t i = 0; i < PANEL; i++) part[i] += total[i];
-    float *out = s + 1 < gemm->sums ? total : gemm->product + (first + row) * gemm->n + channel;
-    memcpy(out, part, (size_t)(s + 1 < gemm->sums ? PANEL : count) * sizeof *part);
+      for (int64_t i = 0; i < count; i++) part[i] += total[i];
+    for (int64_t i = 0; i < count; i++) out[i] = part[i];
   }
+}
+
+VARIANTS void finish_rows(
+    const PackedGemm *gemm, int64_t panel, int64_t s, int64_t first, int64_t rows, const Scratch *scratch) {
+  int64_t channel = panel * PANEL, count = gemm->n - channel;
+  if (count >= PANEL) finish_stretch(gemm, channel, PANEL, s, first, rows, scratch);
+  else finish_stretch(gemm, channel, count, s, first, rows, scratch);
 }
 
 void packed_gemm_panel(const PackedGemm *gemm, int64_t panel, int64_t first, int64_t last, void *memory) {

@@ -29,7 +29,7 @@ from export.dialect.ops import ABSMAX_FLOOR
 from export.dialect.ops import DOMAIN as DIALECT
 from export.formats.format import Format, get_format
 from export.formats.operands import SMALL_ZERO, limb_base, zero_point
-from pipeline.backends.cpu.gemms import Product, grouped_gemm, integer_gemm, limb_sums
+from pipeline.backends.cpu.gemms import Product, grouped_gemm
 from pipeline.backends.cpu.packed_gemm import packed_gemm
 from pipeline.backends.cpu.quantizers import Operand, rounding_factor
 from pipeline.backends.cpu.token_chain import (
@@ -150,30 +150,16 @@ def quantize_with_chain(build: GraphBuilder, x: ir.Value, fmt: Format, limbs: in
 
 
 def chained_gemm(
-    build: GraphBuilder, gemm: QuantizedGemm, operand: Operand, bias: ir.Value | None, packed: bool = False
+    build: GraphBuilder, gemm: QuantizedGemm, operand: Operand, bias: ir.Value | None, packed: bool
 ) -> tuple[Product, ir.Value]:
-    """A linear whose token scale and bias are applied by a TokenChain: (its product, its result).
-
-    A product of two limbs is taken in from their int32 sums on. Product and linear are outputs, for the parity gates.
-    """
-    inputs, limb_weight = {} if bias is None else {In.BIAS: bias}, 0
-    if packed or gemm.real_groups or len(operand.codes) == 1:
-        emit = packed_gemm if packed else grouped_gemm if gemm.real_groups else integer_gemm
-        product = emit(build, gemm, operand)
-        inputs[In.X], scale = product.value, product.token_scale
-    else:
-        inputs[In.HIGH_SUM], inputs[In.LOW_SUM], inputs[In.CHANNEL_SCALE] = limb_sums(build, gemm, operand)
-        limb_weight, scale = operand.weights[0], operand.scale
-    if scale is not None:
-        inputs[In.TOKEN_SCALE] = scale
+    """A linear whose token scale and bias are applied by a TokenChain: (its product, its result). The linear is an
+    output, for the parity gates."""
+    product = (packed_gemm if packed else grouped_gemm)(build, gemm, operand)
+    optional = {In.X: product.value, In.TOKEN_SCALE: product.token_scale, In.BIAS: bias}
+    inputs = {place: value for place, value in optional.items() if value is not None}
     name = "scaled_tokens" if bias is None else "output"
-    chain = chain_node(build, inputs, f"{name}/chain", limb_weight=limb_weight)
-    linear = chain.outputs[Out.LINEAR]
+    linear = chain_node(build, inputs, f"{name}/chain").outputs[Out.LINEAR]
     linear.name = f"{build.prefix}/{name}"
-    if limb_weight:
-        value = chain.outputs[Out.PRODUCT]
-        value.name, value.type = f"{build.prefix}/product", FLOAT
-        product = Product(value, value, inputs[In.CHANNEL_SCALE], scale)
     return product, linear
 
 

@@ -49,13 +49,6 @@ def _constants(build: GraphBuilder, gemm: QuantizedGemm, a: Operand) -> tuple[ir
     return w, scales, build.constant(a.zero, np.uint8)
 
 
-def limb_sums(build: GraphBuilder, gemm: QuantizedGemm, a: Operand) -> tuple[ir.Value, ir.Value, ir.Value]:
-    """u8 x s8 of two limbs -> (high, low, scales): the product is float32(high * a.weights[0] + low) * scales."""
-    w, scales, zero = _constants(build, gemm, a)
-    high, low = (build.op("MatMulInteger", code, w, zero, name=f"sum_{i}") for i, code in enumerate(a.codes))
-    return high, low, scales
-
-
 def grouped_gemm(build: GraphBuilder, gemm: QuantizedGemm, a: Operand) -> Product:
     """S sums per output, each scaled by its group, then added in float32."""
     return _scaled_groups(build, gemm, a) if gemm.activation_group else _fused_groups(build, gemm, a)

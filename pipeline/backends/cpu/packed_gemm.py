@@ -36,9 +36,9 @@ class In(IntEnum):
 
 
 def packed_gemm(build: GraphBuilder, gemm: QuantizedGemm, a: Operand) -> Product:
-    """u8 x 4 bits, or 8 -> float32(int32 sum) * scale, for groups added up; one op for one limb or two, token scales
-    by group included. A weight of 4 bits stays packed in memory; another one is stored as its integers times their
-    multipliers. The sums of groups are an output of their own, for the parity gates."""
+    """u8 x 4 bits, or 8 -> float32(int32 sum) * scale, for groups added up; one op for one limb or two, with
+    scales of tokens by group. A weight of 4 bits stays packed in memory; another one is stored as its integers times
+    their multipliers. The sums of groups are an output of their own, for the parity gates."""
     layer, n, sums = gemm.layer, gemm.out_features, gemm.sum_groups
     table = packs(gemm)
     panels, octets = -(-n // PANEL), -(-gemm.in_features // OCTET)

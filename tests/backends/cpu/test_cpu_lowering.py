@@ -227,8 +227,8 @@ def test_a_cpu_that_sums_pairs_in_16_bits_gets_narrow_operands():
     [
         ({"granularity": "exact_group", "group": 16}, "u8 x packed s4", ""),
         ({"activation": "E3M4"}, "u8 x packed s4, 2 limbs", "exceeds 1 operand of 8 bits"),
-        ({"weight": "E2M3"}, "u8 x s8", "not u8 x packed s4: E2M3 has 6 bits, not 4"),
-        ({"granularity": "exact_group", "group": 4}, "u8 x s8", "groups of 4 are no multiple of 8"),
+        ({"weight": "E2M3"}, "u8 x s8 panels", "not u8 x packed s4: E2M3 has 6 bits, not 4"),
+        ({"granularity": "exact_group", "group": 4}, "u8 x s8 panels", "groups of 4 are no multiple of 8"),
         ({"granularity": "group", "group": 16}, "u8 x packed s4 per group", "it has no scale per group"),
         ({"granularity": "group", "group": 4}, "u8 x s8 per group", "groups of 4 are no multiple of 8"),
     ],

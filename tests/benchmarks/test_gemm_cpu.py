@@ -1,0 +1,17 @@
+"""Every contestant at a small size: ours are exact, and each row says what it measured."""
+
+import pytest
+
+from benchmarks import gemm_cpu
+from tests.support import native
+
+pytestmark = pytest.mark.kernels
+
+
+def test_our_sums_are_exact_and_every_contestant_has_a_row():
+    native.need_compiler()
+    rows = {row["kernel"]: row for row in gemm_cpu.measure(5, 32, 256, rounds=1, threads=1)}
+    assert {kernel.name for kernel in gemm_cpu.KERNELS} < set(rows) and gemm_cpu.PEER in rows
+    for kernel in gemm_cpu.KERNELS:
+        assert rows[kernel.name]["largest_error_of_a_sum"] == 0
+    assert all(row["gop_per_s"] >= row["median_gop_per_s"] > 0 for row in rows.values())
