@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,6 +16,7 @@ from export.errors import ContractError, RecipeError
 from pipeline import machine
 from pipeline.backends import feeds
 from pipeline.backends.base import Arrays
+from pipeline.backends.mapped_pages import MappedPages
 from pipeline.files import is_out_of_memory
 from plugins.cpu import library
 
@@ -53,6 +54,10 @@ def session_options(threads: int) -> SessionOptions:
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads or machine.threads()
     options.log_severity_level = 3
+    # A tensor goes back when its last reader has run. A buffer that is planned for several tensors would live until the
+    # last of them, those of the widest layers as long as the whole call; a block planned for all, beside the first
+    # call's tensors.
+    options.enable_mem_reuse = options.enable_mem_pattern = False
     # Idle threads sleep instead of spinning, so that engines do not steal each other's cores.
     options.add_session_config_entry("session.force_spinning_stop", "1")
     return options
@@ -98,6 +103,8 @@ class Sessions:
 
     step: InferenceSession
     condition: InferenceSession | None = None
+    # Pages of the weights that only `condition` reads; given back after each of its runs.
+    condition_pages: MappedPages = field(default_factory=MappedPages)
 
 
 @dataclass(frozen=True)
@@ -139,6 +146,7 @@ class SessionEngine:
         feeds.check_feeds(self.declared, call)
         if kept is None and sessions.condition is not None:
             kept = self._prepare(sessions.condition, call)
+            sessions.condition_pages.give_back()
         results = {} if kept is None else kept.results
         fed = {name: array for name, array in (call | results).items() if name in self.step_inputs}
         return run_session(sessions.step, self.outputs, fed)
