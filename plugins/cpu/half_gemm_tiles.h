@@ -3,31 +3,40 @@
 
 typedef float NAME(Vector) __attribute__((vector_size(4 * LANES), aligned(4)));
 
-/* float16 -> float32. No step of it meets a denormal float32, which a processor may be told to take for 0. */
-TARGET static void NAME(decode)(const uint16_t *half, int64_t n, float *out) {
-  ELEMENTWISE
-  for (int64_t i = 0; i < n; i++) {
-    uint32_t bits = half[i], magnitude = bits & 0x7fff, sign = (bits & 0x8000) << 16;
-    float small = (float)(int32_t)magnitude * 0x1p-24f;
-    uint32_t wide = (magnitude << 13) + (112u << 23) + (magnitude < 0x7c00 ? 0 : 112u << 23), narrow;
-    memcpy(&narrow, &small, sizeof narrow);
-    wide = (magnitude < 0x400 ? narrow : wide) | sign;
-    memcpy(out + i, &wide, sizeof wide);
-  }
+/* LANES numbers of float16. Neither way takes a denormal one for 0, whatever the processor is told to do with those of
+ * float32. */
+TARGET INLINE NAME(Vector) NAME(wide)(const uint16_t *half) {
+#if LANES == 16
+  return (NAME(Vector))_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i_u *)half));
+#elif LANES == 8
+  return (NAME(Vector))_mm256_cvtph_ps(_mm_loadu_si128((const __m128i_u *)half));
+#else
+  NAME(Vector) numbers;
+  for (int i = 0; i < LANES; i++) numbers[i] = widened(half[i]);
+  return numbers;
+#endif
 }
 
-/* sums[count, 16] = x[count, k] w[k, 16]; rows of x are k floats apart. */
-TARGET INLINE void NAME(tile)(const int count, const float *x, const float *w, int64_t k, float *sums) {
+TARGET static void NAME(decode)(const uint16_t *half, int64_t n, float *out) {
+  for (int64_t i = 0; i < n; i += LANES) *(NAME(Vector) *)(out + i) = NAME(wide)(half + i);
+}
+
+/* sums[count, 16] = x[count, k] w[k, 16]; rows of x are k floats apart. w is given as `half`, or decoded. */
+TARGET INLINE void NAME(tile)(
+    const int count, const float *x, const uint16_t *half, const float *w, int64_t k, float *sums) {
   enum { VECTORS = HALF_PANEL / LANES };
   NAME(Vector) sum[6][VECTORS];
 #pragma GCC unroll 6
   for (int row = 0; row < count; row++)
 #pragma GCC unroll 4
     for (int part = 0; part < VECTORS; part++) sum[row][part] = (NAME(Vector)){0};
-  for (int64_t i = 0; i < k; i++, w += HALF_PANEL) {
+  for (int64_t i = 0, at = 0; i < k; i++, at += HALF_PANEL) {
     NAME(Vector) column[VECTORS];
 #pragma GCC unroll 4
-    for (int part = 0; part < VECTORS; part++) column[part] = *(const NAME(Vector) *)(w + part * LANES);
+    for (int part = 0; part < VECTORS; part++) {
+      if (half) column[part] = NAME(wide)(half + at + part * LANES);
+      else column[part] = *(const NAME(Vector) *)(w + at + part * LANES);
+    }
 #pragma GCC unroll 6
     for (int row = 0; row < count; row++) {
       float value = x[row * k + i];
@@ -42,10 +51,11 @@ TARGET INLINE void NAME(tile)(const int count, const float *x, const float *w, i
       *(NAME(Vector) *)(sums + row * HALF_PANEL + part * LANES) = sum[row][part];
 }
 
-TARGET static void NAME(product)(int count, const float *x, const float *w, int64_t k, float *sums) {
-  if (count == 6) NAME(tile)(6, x, w, k, sums);
-  else if (count == 2) NAME(tile)(2, x, w, k, sums);
-  else NAME(tile)(1, x, w, k, sums);
+TARGET static void NAME(product)(
+    int count, const float *x, const uint16_t *half, const float *w, int64_t k, float *sums) {
+  if (count == 6) NAME(tile)(6, x, NULL, w, k, sums);
+  else if (half) count == 2 ? NAME(tile)(2, x, half, NULL, k, sums) : NAME(tile)(1, x, half, NULL, k, sums);
+  else count == 2 ? NAME(tile)(2, x, NULL, w, k, sums) : NAME(tile)(1, x, NULL, w, k, sums);
 }
 
 static const Loops NAME(loops) = {NAME(decode), NAME(product)};
