@@ -10,18 +10,21 @@ import tempfile
 from pathlib import Path
 
 import numpy as np
+import onnx_ir as ir
 import pytest
 
 from export.formats.operands import largest_code
+from pipeline.backends.cpu.half_gemm import half_panels
 from pipeline.backends.cpu.packed_gemm import multiplier_panels, weight_panels, weight_sums
 from plugins.cpu import library
+from tests.kernels import test_native_half_gemm as half
 from tests.kernels.test_native_attention import reference, tensors
 from tests.kernels.test_native_packed_gemm import LAYERS, SHAPES, expected, linear, operands
 from tests.support import native
 
 pytestmark = pytest.mark.kernels
 
-GEMM, ATTENTION = (library.FOLDER / name for name in ("packed_gemm.c", "attention.c"))
+GEMM, ATTENTION, HALF = (library.FOLDER / name for name in ("packed_gemm.c", "attention.c", "half_gemm.c"))
 STRICT = ("-O1", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover")
 ARM_COMPILER, ARM_EMULATOR = "aarch64-linux-gnu-gcc", "qemu-aarch64-static"
 _FOLDER = tempfile.TemporaryDirectory(prefix="ditc-test-")
@@ -44,19 +47,21 @@ def machine(request):
     """(command that starts the driver, names of the variants that it has)."""
     if request.param == "sanitizers":
         native.need_compiler()
-        command = [driver("strict", library.compiler(), STRICT, (GEMM, ATTENTION))]
+        command = [driver("strict", library.compiler(), STRICT, (GEMM, ATTENTION, HALF))]
         return command, ("plain", "avx2", "avx_vnni", "avx512_vnni", "dotprod")
     if request.param == "vnni":
         native.need_compiler()
         if platform.machine() not in ("x86_64", "AMD64"):
             pytest.skip(f"this processor is no x86-64 but {platform.machine()}")
-        return [driver("vnni", library.compiler(), ("-O3",), (SUPPORT / "emulated_vnni.c", ATTENTION))], ("avx_vnni",)
+        return [driver("vnni", library.compiler(), ("-O3",), (SUPPORT / "emulated_vnni.c", ATTENTION, HALF))], (
+            "avx_vnni",
+        )
     missing = [tool for tool in (ARM_COMPILER, ARM_EMULATOR) if shutil.which(tool) is None]
     if missing:
         pytest.skip(
             f"no {' and no '.join(missing)} (Debian: gcc-aarch64-linux-gnu libc6-dev-arm64-cross qemu-user-static)"
         )
-    return [ARM_EMULATOR, "-cpu", "max", driver("arm", ARM_COMPILER, ("-O3", "-static"), (GEMM, ATTENTION))], (
+    return [ARM_EMULATOR, "-cpu", "max", driver("arm", ARM_COMPILER, ("-O3", "-static"), (GEMM, ATTENTION, HALF))], (
         "plain",
         "dotprod",
     )
@@ -121,3 +126,14 @@ def test_attention_is_within_its_bound(machine, shape, axes):
     )
     answer, bound = reference(q, k, v, mask)
     assert (np.abs(result.reshape(q.shape) - answer) <= bound).all()
+
+
+@pytest.mark.parametrize("shape", half.SHAPES, ids=str)
+def test_products_with_float16_weights_are_within_their_bound(machine, shape):
+    rows, k, n = shape
+    x, weight, bias = half.tensors(*shape)
+    weight.reshape(-1)[0] = 2.0**-24  # the least there is
+    panels = half_panels(ir.tensor(weight, name="w"), by_output=True)
+    result = run(machine[0], [rows, n, k], [x, panels, bias], "half_gemm")
+    answer, bound = half.reference(x, weight, bias)
+    assert (np.abs(result.reshape(rows, n) - answer) <= bound).all()
