@@ -54,10 +54,6 @@ def session_options(threads: int) -> SessionOptions:
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads or machine.threads()
     options.log_severity_level = 3
-    # A tensor goes back when its last reader has run. A buffer that is planned for several tensors would live until the
-    # last of them, those of the widest layers as long as the whole call; a block planned for all, beside the first
-    # call's tensors.
-    options.enable_mem_reuse = options.enable_mem_pattern = False
     # Idle threads sleep instead of spinning, so that engines do not steal each other's cores.
     options.add_session_config_entry("session.force_spinning_stop", "1")
     return options

@@ -91,6 +91,10 @@ def open_session(
     """
     options = session_options(threads)
     options.add_session_config_entry("session.disable_quant_qdq", "1")
+    # A tensor goes back when its last reader has run. A buffer that is planned for several tensors would live until the
+    # last of them, those of the widest layers as long as the whole call; a block planned for all, beside the first
+    # call's tensors.
+    options.enable_mem_reuse = options.enable_mem_pattern = False
     options.enable_cpu_mem_arena = arena
     if with_library:
         library.register(options)
