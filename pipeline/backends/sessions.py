@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,6 +16,7 @@ from export.errors import ContractError, RecipeError
 from pipeline import machine
 from pipeline.backends import feeds
 from pipeline.backends.base import Arrays
+from pipeline.backends.mapped_pages import MappedPages
 from pipeline.files import is_out_of_memory
 from plugins.cpu import library
 
@@ -98,6 +99,8 @@ class Sessions:
 
     step: InferenceSession
     condition: InferenceSession | None = None
+    # Pages of the weights that only `condition` reads; given back after each of its runs.
+    condition_pages: MappedPages = field(default_factory=MappedPages)
 
 
 @dataclass(frozen=True)
@@ -139,6 +142,7 @@ class SessionEngine:
         feeds.check_feeds(self.declared, call)
         if kept is None and sessions.condition is not None:
             kept = self._prepare(sessions.condition, call)
+            sessions.condition_pages.give_back()
         results = {} if kept is None else kept.results
         fed = {name: array for name, array in (call | results).items() if name in self.step_inputs}
         return run_session(sessions.step, self.outputs, fed)

@@ -12,14 +12,14 @@ from statistics import median
 from typing import TypedDict
 
 from pipeline import machine
-from pipeline.backends.base import CONDITION, MODEL, Arrays
-from pipeline.backends.cpu.engine import open_session, required
-from pipeline.backends.sessions import SessionEngine, Sessions
-from plugins.cpu import library, limits
+from pipeline.backends.base import Arrays
+from pipeline.backends.cpu.engine import open_sessions
+from pipeline.backends.sessions import SessionEngine
+from plugins.cpu import limits
 
 GEMM, ATTENTION, BETWEEN, REST = "GEMMs of bytes", "attention", "between GEMMs", "the rest"
 BYTE_ATTENTION = "attention of bytes"
-# Op of the lowered graph -> what its time is counted as.
+# Op of the lowered graph -> what its time is counted as. HalfGemm, of the linears that stay float, is of the rest.
 PARTS = {
     **dict.fromkeys(("PackedGemm", "MatMulInteger", "MatMulIntegerToFloat"), GEMM),
     **dict.fromkeys(("Attention", "Softmax", "MatMul", "FusedMatMul"), ATTENTION),
@@ -68,17 +68,13 @@ def profile(folder: Path, inputs: Arrays, threads: int) -> Profile:
     kernel library, by which the machine's rates are measured.
     """
     rates = limits.measure(threads)
-    with_library = library.requirement() in required(folder)
     with tempfile.TemporaryDirectory(prefix="ditc-") as scratch:
-        step = open_session(folder / MODEL, threads, with_library, profile=Path(scratch) / "profile")
-        split = (folder / CONDITION).is_file()
-        engine = SessionEngine(
-            Sessions(step, open_session(folder / CONDITION, threads, with_library) if split else None)
-        )
+        sessions = open_sessions(folder, threads, profile=Path(scratch) / "profile")
+        engine = SessionEngine(sessions)
         for _ in range(CALLS + 1):  # the first warms up
             engine.run(inputs)
         engine.close()
-        calls = _calls(Path(step.end_profiling()))[1:]
+        calls = _calls(Path(sessions.step.end_profiling()))[1:]
     parts = [_part(part, calls) for part in (GEMM, BYTE_ATTENTION, ATTENTION, BETWEEN, REST)]
     work = {row["part"]: row["products"] for row in parts}
     known = rates.byte_products_per_s and rates.float_products_per_s

@@ -14,7 +14,7 @@ from export.models.families import STEP_INPUTS
 logger = logging.getLogger(__name__)
 # Without one of these in the first part a split saves nothing worth a second graph.
 PRODUCTS = frozenset(
-    {"MatMul", "Gemm", "MatMulInteger", "MatMulIntegerToFloat", "PackedGemm", "QuantizedAttention", "Conv"}
+    {"MatMul", "Gemm", "MatMulInteger", "MatMulIntegerToFloat", "PackedGemm", "HalfGemm", "QuantizedAttention", "Conv"}
 )
 
 

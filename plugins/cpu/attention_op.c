@@ -139,7 +139,7 @@ static Status *compute_quantized(void *data, KernelContext *context) {
   const Attention *attention = &work.attention.tensors;
   int64_t heads = attention->samples * attention->heads;
   if (!attention->out) return NULL;
-  if (attention->keys > MOST_KEYS) return invalid(api, "QuantizedAttention: sums over more than 66000 keys leave 32 bits");
+  if (attention->keys > MOST_KEYS) return invalid(api, "QuantizedAttention: sums over more than 65793 keys are not exact");
   if (!attention->keys) {
     memset(attention->out, 0, (size_t)(heads * attention->queries * attention->size) * sizeof(float));
     return NULL;

@@ -11,6 +11,7 @@ EXPORT Status *RegisterCustomOps(SessionOptions *options, const ApiBase *base) {
   TRY(CALL(api, create_domain)("fpq.native", &domain));
   TRY(CALL(api, domain_add)(domain, &TOKEN_CHAIN));
   TRY(CALL(api, domain_add)(domain, &PACKED_GEMM));
+  TRY(CALL(api, domain_add)(domain, &HALF_GEMM));
   TRY(CALL(api, domain_add)(domain, &ATTENTION));
   TRY(CALL(api, domain_add)(domain, &QUANTIZED_ATTENTION));
   return CALL(api, options_add_domain)(options, domain);

@@ -30,7 +30,7 @@ typedef struct ApiBase {
 } ApiBase;
 
 enum { FAIL = 1, INVALID_ARGUMENT = 2 };         /* error codes */
-enum { TYPE_FLOAT = 1, TYPE_UINT8 = 2, TYPE_INT8 = 3, TYPE_INT32 = 6 }; /* element types, numbered as in ONNX */
+enum { TYPE_FLOAT = 1, TYPE_UINT8 = 2, TYPE_INT8 = 3, TYPE_INT32 = 6, TYPE_FLOAT16 = 10 }; /* element types, numbered as in ONNX */
 enum { OPTIONAL = 1 }; /* inputs and outputs */
 enum { DEFAULT_MEMORY = 0 };
 

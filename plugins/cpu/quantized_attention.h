@@ -19,8 +19,9 @@ typedef struct QuantizedAttention {
 } QuantizedAttention;
 
 enum { WEIGHT_STEPS = 255, QUAD_ROWS = 4 };
-/* Sums of products with values of a byte stay in 32 bits up to here: 255 * 127 * MOST_KEYS < 2^31. */
-enum { MOST_KEYS = 66000 };
+/* As export/dialect/reference.py has it: sums of weights, 255 * MOST_KEYS < 2^24, are exact in float32, and those of
+ * their products with bytes in 32 bits. */
+enum { MOST_KEYS = 65793 };
 
 /* Keys and values of one head as the products read them: filled up with zeros, keys to whole panels of 16 and values
  * to whole octets of keys. */

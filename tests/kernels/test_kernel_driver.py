@@ -13,15 +13,18 @@ import tempfile
 from pathlib import Path
 
 import numpy as np
+import onnx_ir as ir
 import pytest
 
 from export.dialect.ops import ABSMAX_FLOOR
 from export.formats.format import get_format
 from export.formats.operands import largest_code
 from pipeline.backends.cpu.finish_with_chain import grid_numbers
+from pipeline.backends.cpu.half_gemm import half_panels
 from pipeline.backends.cpu.packed_gemm import multiplier_panels, packs, weight_panels, weight_sums
 from pipeline.verify.attention_oracle import AttentionNumbers, AttentionProbe, check_attention
 from plugins.cpu import library
+from tests.kernels import test_native_half_gemm as half
 from tests.kernels.test_native_attention import reference, tensors
 from tests.kernels.test_native_packed_gemm import LAYERS, SHAPES, expected, linear, operands
 from tests.support import native, sanitized
@@ -178,3 +181,14 @@ def test_the_ops_in_onnxruntime_under_sanitizers():
     )  # fmt: skip
     assert done.returncode == 0, (done.stdout + done.stderr)[-3000:]
     assert int(re.search(r"(\d+) passed", done.stdout).group(1)) > 30
+
+
+@pytest.mark.parametrize("shape", half.SHAPES, ids=str)
+def test_products_with_float16_weights_are_within_their_bound(machine, shape):
+    rows, k, n = shape
+    x, weight, bias = half.tensors(*shape)
+    weight.reshape(-1)[0] = 2.0**-24  # the least there is
+    panels = half_panels(ir.tensor(weight, name="w"), by_output=True)
+    result = run(machine[0], [rows, n, k], [x, panels, bias], "half_gemm")
+    answer, bound = half.reference(x, weight, bias)
+    assert (np.abs(result.reshape(rows, n) - answer) <= bound).all()

@@ -280,7 +280,7 @@ def _nudge_weight(edit: GraphEdit, parts: tuple[str, ...]) -> None:
     """0.02 on one entry of the first kept weight that one of `parts` names."""
     names = [item.name for item in edit.graph.initializer for part in parts if part in item.name]
     weights = [name for name in some(names, f"no kept {' or '.join(parts)}") if ".weight" in name and "/" not in name]
-    stored = weights or [name for name in names if name.endswith(".weight/cast")]
+    stored = weights or [name for name in names if name.endswith((".weight/cast", ".weight/panels"))]
     _nudge(edit, some(stored, f"no kept {' or '.join(parts)}")[0], 0.02)
 
 

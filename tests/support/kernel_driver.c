@@ -5,6 +5,7 @@
 #include <string.h>
 
 #include "attention.h"
+#include "half_gemm.h"
 #include "packed_gemm.h"
 #include "quantized_attention.h"
 
@@ -114,11 +115,29 @@ static int quantized_attention(const char *variant) {
   return 0;
 }
 
-/* packed_gemm VARIANT, quantized_attention VARIANT, or attention. */
+static int half_gemm(void) {
+  int64_t *number = read_bytes(3 * sizeof *number), rows = number[0], n = number[1], k = number[2];
+  int64_t panels = (n + HALF_PANEL - 1) / HALF_PANEL;
+  HalfGemm gemm = {.rows = rows, .n = n, .k = k};
+  gemm.x = read_bytes((size_t)(rows * k) * sizeof(float));
+  gemm.weight = read_bytes((size_t)(panels * k * HALF_PANEL) * sizeof(uint16_t));
+  gemm.bias = read_bytes((size_t)n * sizeof(float));
+  gemm.y = malloc((size_t)(rows * n) * sizeof(float));
+  void *scratch = aligned_alloc(64, (size_t)half_gemm_scratch(&gemm));
+  if (!gemm.y || !scratch) return 5;
+  for (int64_t panel = 0; panel < panels; panel++)
+    for (int64_t first = 0; first < rows; first += HALF_ROWS)
+      half_gemm_panel(&gemm, panel, first, rows - first < HALF_ROWS ? rows : first + HALF_ROWS, scratch);
+  write_floats(gemm.y, rows * n);
+  return 0;
+}
+
+/* packed_gemm VARIANT, quantized_attention VARIANT, half_gemm or attention. */
 int main(int count, char **argument) {
 #if defined(_WIN32)
   _setmode(_fileno(stdin), _O_BINARY), _setmode(_fileno(stdout), _O_BINARY);
 #endif
+  if (count == 2 && !strcmp(argument[1], "half_gemm")) return half_gemm();
   if (count == 3 && !strcmp(argument[1], "packed_gemm")) return packed_gemm(argument[2]);
   if (count == 3 && !strcmp(argument[1], "quantized_attention")) return quantized_attention(argument[2]);
   return count == 2 && !strcmp(argument[1], "attention") ? attention() : 1;

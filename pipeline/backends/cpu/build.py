@@ -18,6 +18,7 @@ from pipeline.backends.base import CONDITION, DATA, MODEL, BuildResult, LoweredG
 from pipeline.backends.cpu.engine import CpuMetadata
 from pipeline.backends.cpu.finish_with_chain import finish_with_chains
 from pipeline.backends.cpu.fold_weights import FoldWeights
+from pipeline.backends.cpu.half_gemm import HalfGemms
 from pipeline.backends.cpu.lower import LowerCpu
 from pipeline.backends.cpu.token_chain import drop_unread_outputs, is_chain
 from pipeline.backends.graph_files import packed_model, result, save_lowered
@@ -37,6 +38,7 @@ def lower(portable: Path, work_dir: Path, options: CpuOptions, provided: Collect
     lowering(model)
     requires = set(lowering.needs)
     if options.path == "fused" and fuse_chains(model, lowering):
+        HalfGemms()(model)
         requires.add(library.requirement())
     FoldWeights()(model)
     (work_dir / metadata_file.NAME).write_text(json.dumps({"requires": sorted(requires)}) + "\n", encoding="utf-8")

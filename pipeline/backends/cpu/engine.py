@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, NotRequired
 from typing_extensions import TypedDict
 
 from pipeline.backends import metadata_file
-from pipeline.backends.base import CONDITION, MODEL
+from pipeline.backends.base import CONDITION, DATA, MODEL
+from pipeline.backends.mapped_pages import mapped_pages
 from pipeline.backends.sessions import SessionEngine, Sessions, opened, session_options
 from pipeline.passes.probes import WIDE_SUM
 from plugins.cpu import library
@@ -58,10 +59,7 @@ class CpuEngine(SessionEngine):
 
     def __init__(self, folder: Path, threads: int = 0) -> None:
         """threads: of one call; 0: as many as `machine.threads` allows. Raises ContractError for damaged files."""
-        with_library = library.requirement() in required(folder)
-        split = (folder / CONDITION).is_file()
-        step = open_session(folder / MODEL, threads, with_library)
-        super().__init__(Sessions(step, open_session(folder / CONDITION, threads, with_library) if split else None))
+        super().__init__(open_sessions(folder, threads))
 
 
 def required(folder: Path) -> frozenset[str]:
@@ -69,17 +67,35 @@ def required(folder: Path) -> frozenset[str]:
     return frozenset(metadata_file.read(folder, CpuMetadata)["requires"])
 
 
+def open_sessions(folder: Path, threads: int = 0, profile: Path | None = None) -> Sessions:
+    """Those of an engine's folder; threads, profile (of the step) as in `open_session`."""
+    with_library, data = library.requirement() in required(folder), folder / DATA
+    step = open_session(folder / MODEL, threads, with_library, profile)
+    if not (folder / CONDITION).is_file():
+        return Sessions(step)
+    of_step = mapped_pages(data)
+    condition = open_session(folder / CONDITION, threads, with_library, arena=True)
+    return Sessions(step, condition, mapped_pages(data) - of_step)
+
+
 def open_session(
-    path: Path, threads: int = 0, with_library: bool = False, profile: Path | None = None
+    path: Path, threads: int = 0, with_library: bool = False, profile: Path | None = None, arena: bool = False
 ) -> InferenceSession:
     """Session of a lowered graph, with the kernel library or without; threads 0: as many as `machine.threads` allows.
-    profile: how the file of onnxruntime's profiler begins, None for no profile.
+    profile: how the file of onnxruntime's profiler begins, None for no profile. arena: for a graph whose results are
+    kept. A small tensor beside each would leave holes that the C library does not fill; without results to keep, an
+    arena only holds on to what one call has taken.
 
     onnxruntime adds its fusions of transposes, scales and biases. It may not touch pairs of QuantizeLinear and
     DequantizeLinear: here they split an integer into limbs. No code beside the graph is looked for or loaded.
     """
     options = session_options(threads)
     options.add_session_config_entry("session.disable_quant_qdq", "1")
+    # A tensor goes back when its last reader has run. A buffer that is planned for several tensors would live until the
+    # last of them, those of the widest layers as long as the whole call; a block planned for all, beside the first
+    # call's tensors.
+    options.enable_mem_reuse = options.enable_mem_pattern = False
+    options.enable_cpu_mem_arena = arena
     if with_library:
         library.register(options)
     if profile is not None:

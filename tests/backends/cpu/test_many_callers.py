@@ -5,6 +5,7 @@ Nothing here is left to chance: hooks in the sessions hold a thread at the worst
 
 from __future__ import annotations
 
+import re
 import threading
 from collections.abc import Iterator
 from functools import partial
@@ -16,8 +17,10 @@ import onnx_ir as ir
 import pytest
 
 from export.errors import RecipeError
+from pipeline.backends.base import DATA
 from pipeline.backends.cpu import CpuBackend, CpuOptions
 from pipeline.backends.cpu.engine import CpuEngine
+from pipeline.backends.mapped_pages import MAPS, MappedPages, mapped_pages
 from pipeline.backends.sessions import KEPT
 from pipeline.recipe import Recipe
 from tests.support import native
@@ -212,3 +215,37 @@ def test_two_threads_with_wide_captions_get_their_own_results(tmp_path: Path) ->
     assert [worker.result() for worker in workers] == [0, 0]
     assert not np.array_equal(*expected)
     engine.close()
+
+
+def test_weights_of_the_condition_leave_memory_and_come_again(tmp_path: Path) -> None:
+    """They are given back after each new condition, and a later one is computed with the same numbers. Weights as small
+    as those of the other tests are in the graph's own file, which is read as a whole."""
+    native.need_compiler()
+    if not MAPS.exists():
+        pytest.skip(f"the system has no {MAPS}")
+    body = BODY.replace("masked = Mul(k, mask)", "w = ReduceSum <keepdims = 1> (k, axis) masked = Mul(w, mask)")
+    body = "axis = Constant <value_ints = [-1]> ()\n" + body
+    ir.save(portable(body, [random_linear("a", n=256), random_linear("b", n=64)], INPUTS), tmp_path / "model.onnx")
+    for name in ("work", "cpu"):
+        (tmp_path / name).mkdir()
+    recipe = Recipe(name="test", model="zoo:pixart_mini").with_options(CpuOptions(path="fused"))
+    lowered = CpuBackend().lower(tmp_path / "model.onnx", tmp_path / "work", recipe)
+    CpuBackend().build(lowered, tmp_path / "cpu", recipe)
+    engine = CpuEngine(tmp_path / "cpu", threads=1)
+    assert engine.sessions is not None
+    pages = engine.sessions.condition_pages
+    assert pages.ranges and not pages.ranges & (mapped_pages(tmp_path / "cpu" / DATA) - pages).ranges
+    first = engine.run(call(0))["y"]
+    assert resident_kib(pages) == 0
+    engine.run(call(1))
+    engine.forget()
+    assert np.array_equal(engine.run(call(0))["y"], first)
+    engine.close()
+
+
+def resident_kib(pages: MappedPages) -> int:
+    """Of these ranges, as the system counts it."""
+    text = Path("/proc/self/smaps").read_text(encoding="utf-8")
+    rows = re.finditer(r"^([0-9a-f]+)-[0-9a-f]+ .*?^Rss:\s+(\d+) kB", text, re.MULTILINE | re.DOTALL)
+    first = {begin for begin, _ in pages.ranges}
+    return sum(int(row[2]) for row in rows if int(row[1], 16) in first)

@@ -1,0 +1,46 @@
+"""Pages of files that libraries have mapped into this process: which there are, and giving them back (Linux)."""
+
+from __future__ import annotations
+
+import ctypes
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+MAPS = Path("/proc/self/maps")
+# Address range, permissions, offset, device, inode.
+LINE = re.compile(r"([0-9a-f]+)-([0-9a-f]+) r.-p [0-9a-f]+ [0-9a-f]+:[0-9a-f]+ (\d+) ")
+DONTNEED = 4  # MADV_DONTNEED of Linux, the same on every processor that onnxruntime runs on
+
+
+@dataclass(frozen=True)
+class MappedPages:
+    """Address ranges (first byte, first byte behind) of private mappings that nobody writes to.
+
+    They are to be used while their mappings live: later something else may have the addresses.
+    """
+
+    ranges: frozenset[tuple[int, int]] = frozenset()
+
+    def __sub__(self, other: MappedPages) -> MappedPages:
+        return MappedPages(self.ranges - other.ranges)
+
+    def give_back(self) -> None:
+        """Take the pages out of this process' memory. Whoever reads them next gets them from the file's cache again."""
+        if not self.ranges:
+            return
+        madvise = ctypes.CDLL(None, use_errno=True).madvise
+        madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
+        for first, end in self.ranges:
+            if madvise(first, end - first, DONTNEED):
+                raise OSError(ctypes.get_errno(), f"madvise of {end - first} bytes that are mapped from a file failed")
+
+
+def mapped_pages(path: Path) -> MappedPages:
+    """Those of a file; none where the system does not tell (it has no /proc/self/maps)."""
+    try:
+        inode, text = path.stat().st_ino, MAPS.read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return MappedPages()
+    rows = (match for match in LINE.finditer(text) if int(match[3]) == inode)
+    return MappedPages(frozenset((int(row[1], 16), int(row[2], 16)) for row in rows))
