@@ -101,7 +101,7 @@ def bench(
     size = recipe.sampling
     inputs = sample_inputs(model, size.batch_size, size.seed, size.height, size.width)
     case = described_case(model, recipe, 1)
-    runners = [Contestant.of_engine(name, engine, bundle) for name, engine in engines.items()] + list(others)
+    runners = [Contestant.of_engine(name, engine, bundle, threads) for name, engine in engines.items()] + list(others)
     calls = interleaved({row.name: partial(row.run, inputs) for row in runners}, CALLS_BUDGET_S, CALL_ROUNDS)
     pictures = picture_timings(runners, case, calls)
     rows: dict[str, ContestantRow] = {
