@@ -35,8 +35,9 @@ from export.models.load import LoadedModel, load
 from pipeline import machine
 from pipeline.backends.cpu import CpuBackend
 from pipeline.bench import peers
+from pipeline.bench.contest import Given, contest, figures
 from pipeline.bench.convert import FloatModel, place
-from pipeline.bench.peers import Absences, Entry, Given, contest
+from pipeline.bench.peers import Absences, Entry
 from pipeline.bench.runners import Spec
 from pipeline.bench.worker import save_arrays, save_case
 from pipeline.distance import sqnr_db
@@ -290,21 +291,7 @@ def slow_ones(before: Json, entrants: Iterable[Entry]) -> list[str]:
 def summary(case: Json) -> str:
     """A case as a Markdown table."""
     header = ["", "call, ms", "p10-p90", "dB", "load, s", "peak, MB", "drawing, MB", "weights, MB"]
-    rows = []
-    for name, row in case["contestants"].items():
-        call, drawing, distance = row["call_ms"], row.get("drawing_peak_rss_bytes"), row["sqnr_db"]
-        rows.append(
-            [
-                name,
-                f"{call['median']:.0f}",
-                f"{call['p10']:.0f}-{call['p90']:.0f}",
-                "-" if distance is None else f"{distance:.1f}",
-                f"{row['load_s']:.2f}",
-                f"{row['peak_rss_bytes'] / 1e6:.0f}",
-                "-" if drawing is None else f"{drawing / 1e6:.0f}",
-                f"{row['weights_bytes'] / 1e6:.0f}",
-            ]
-        )
+    rows = [[name, *figures(row)] for name, row in case["contestants"].items()]
     absent = [f"{name}: {reason}" for name, reason in (case["failed"] | case["left_out"]).items()]
     title = f"{case['tokens']} tokens, batch {case['batch']}, {case['rounds']} rounds"
     return "\n".join([title, record.markdown(header, rows), *absent])

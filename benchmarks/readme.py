@@ -22,7 +22,7 @@ from benchmarks.record import RESULTS, Json, markdown, read
 from export.formats.format import FORMATS
 from export.formats.operands import HARDWARE, embeds, exact_multipliers
 from pipeline.__main__ import VERBS
-from pipeline.bench.peers import FIRST_STEP
+from pipeline.bench.contest import FIRST_STEP
 from pipeline.command import parser
 from pipeline.methods import METHODS
 from pipeline.recipe import load, recipe_names

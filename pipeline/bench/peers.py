@@ -1,4 +1,4 @@
-"""What a user would run without us, and the measurement beside it: each contestant in a process of its own, in turn.
+"""What a user would run without us, each prepared for a process of its own; contest.py measures them.
 
 THE table of peers is PEERS, each in the configuration that is best for it. One that is not installed is left out and
 named, with the command that installs it; one that fails (is not converted, runs out of memory) is named with its words.
@@ -7,29 +7,22 @@ named, with the command that installs it; one that fails (is not converted, runs
 from __future__ import annotations
 
 import logging
-import math
-from collections.abc import Iterable, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
-from typing import NotRequired
 
-import numpy as np
 from typing_extensions import TypedDict
 
 from export.errors import EnvironmentLacksError, RecipeError
 from pipeline import machine
 from pipeline.backends.base import Arrays
 from pipeline.bench.convert import NNCF, ONNX_FP32, ONNX_INT8, OPENVINO_FP32, ConversionError, FloatModel, prepared
-from pipeline.bench.measure import Spread, Timing
 from pipeline.bench.runners import Precision, Spec
-from pipeline.bench.worker import Worker, WorkerError, load_arrays
-from pipeline.distance import sqnr_db
+from pipeline.bench.worker import Worker, load_arrays
 
 logger = logging.getLogger(__name__)
 EXTRA = "peers"
-FIRST_STEP = "_first_step"  # what the row of an engine's calls that keep nothing of the condition adds to its name
 
 
 @dataclass(frozen=True)
@@ -166,121 +159,3 @@ def reference(model: FloatModel, inputs: Path, output: Path, threads: int) -> Ar
         worker.close()
         partial.replace(output)
     return load_arrays(output)
-
-
-# --- measuring ------------------------------------------------------------------------------------------------------
-
-
-class Facts(TypedDict):
-    """One contestant but for its time. peak_rss_bytes: of its process after it was opened and called once;
-    drawing_peak_rss_bytes: and has drawn a picture with guidance. sqnr_db: of its first call against the float model in
-    float32, None without one and for equal numbers."""
-
-    sqnr_db: float | None
-    load_s: float
-    peak_rss_bytes: int
-    drawing_peak_rss_bytes: NotRequired[int]
-    weights_bytes: int
-
-
-class Row(Facts):
-    """One contestant."""
-
-    call_ms: Spread
-
-
-class Contest(TypedDict):
-    """contestants: by name, in the order in which they were named; failed: name -> its last words."""
-
-    contestants: dict[str, Row]
-    failed: dict[str, str]
-
-
-@dataclass(frozen=True)
-class Given:
-    """What all contestants get: files of worker.save_arrays and save_case (None: nothing is drawn), and the float
-    model's outputs for the inputs (None: no error is measured)."""
-
-    inputs: Path
-    case: Path | None
-    expected: Arrays | None
-
-
-@dataclass
-class Running:
-    """A contestant whose process runs."""
-
-    entry: Entry
-    worker: Worker
-    facts: Facts
-    seconds: dict[str, list[float]]
-
-
-def contest(entrants: Sequence[Entry], given: Given, rounds: int, folder: Path, loads: int = 1) -> Contest:
-    """Open all, then call each once per round, every other round in the opposite order.
-
-    folder: of logs and outputs. loads: processes that open each contestant, of whose seconds the median counts; the
-    last of them is the one that is called.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    failed: dict[str, str] = {}
-    with ExitStack() as stack:
-        running: list[Running] = []
-        for entry in entrants:
-            try:
-                running.append(_started(entry, given, folder, loads, stack))
-                logger.info("%s: opened in %.2f s", entry.name, running[-1].facts["load_s"])
-            except WorkerError as error:
-                failed[entry.name] = str(error)
-                logger.warning("%s failed: %s", entry.name, error)
-        for index in range(rounds):
-            for one in running if index % 2 == 0 else running[::-1]:
-                if one.entry.name not in failed:
-                    try:
-                        _call(one)
-                    except WorkerError as error:
-                        failed[one.entry.name] = str(error)
-                        logger.warning("%s failed: %s", one.entry.name, error)
-    rows: dict[str, Row] = {
-        name: {**one.facts, "call_ms": Timing(tuple(seconds)).to_row()}
-        for one in running if one.entry.name not in failed
-        for name, seconds in one.seconds.items()
-    }  # fmt: skip
-    return {"contestants": rows, "failed": failed}
-
-
-def _started(entry: Entry, given: Given, folder: Path, loads: int, stack: ExitStack) -> Running:
-    log, output = folder / f"{entry.name}.log", folder / f"{entry.name}.npz"
-    opening: list[float] = []
-    for _ in range(loads - 1):
-        worker = Worker(entry.spec, given.inputs, log)
-        opening.append(worker.opened["s"])
-        worker.close()
-    worker = Worker(entry.spec, given.inputs, log)
-    stack.callback(worker.close)
-    opening.append(worker.opened["s"])
-    called = worker.call(output=output)
-    facts: Facts = {
-        "sqnr_db": _sqnr_db(given.expected, load_arrays(output)),
-        "load_s": float(np.median(opening)),
-        "peak_rss_bytes": called["peak_rss_bytes"],
-        "weights_bytes": entry.spec.size_bytes(),
-    }
-    if entry.draws and given.case is not None:
-        facts["drawing_peak_rss_bytes"] = worker.draw(given.case)["peak_rss_bytes"]
-    # Whatever else a first call of these inputs costs is over then.
-    worker.call()
-    names = [entry.name, *([entry.name + FIRST_STEP] if entry.is_ours else [])]
-    return Running(entry, worker, facts, {name: [] for name in names})
-
-
-def _sqnr_db(expected: Arrays | None, outputs: Arrays) -> float | None:
-    if not np.isfinite(outputs["sample"]).all():
-        raise WorkerError("its outputs are not all finite")
-    value = math.inf if expected is None else sqnr_db(expected["sample"], outputs["sample"])
-    return value if math.isfinite(value) else None
-
-
-def _call(one: Running) -> None:
-    for name, seconds in one.seconds.items():
-        seconds.append(one.worker.call(forget=name != one.entry.name)["s"])
