@@ -17,7 +17,7 @@ from typing_extensions import TypedDict
 from export.errors import EnvironmentLacksError, RecipeError
 from pipeline import machine
 from pipeline.backends.base import Arrays
-from pipeline.bench.convert import NNCF, ONNX_FP32, ONNX_INT8, OPENVINO_FP32, ConversionError, FloatModel, prepared
+from pipeline.bench.convert import NNCF, ONNX_FP32, ONNX_INT8, ConversionError, FloatModel, prepared
 from pipeline.bench.runners import Precision, Spec
 from pipeline.bench.worker import Worker, load_arrays
 
@@ -57,7 +57,6 @@ PEERS = {
     ),
     "onnxruntime_fp32": Peer("onnxruntime", "ONNX Runtime", ONNX_FP32),
     "onnxruntime_int8": Peer("onnxruntime", "ONNX Runtime, its dynamic INT8 quantization", ONNX_INT8),
-    "openvino_fp32": Peer("openvino", "OpenVINO", OPENVINO_FP32, modules=("openvino",)),
     "openvino_int8": Peer(
         "openvino", "OpenVINO, INT8 by NNCF: static, SmoothQuant", "openvino_int8", modules=NNCF
     ),
