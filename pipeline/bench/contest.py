@@ -92,7 +92,7 @@ def contest(entrants: Sequence[Entry], given: Given, rounds: int | None, folder:
         running: list[Running] = []
         for entry in entrants:
             try:
-                running.append(_started(entry, given, folder, loads, stack))
+                running.append(_started(entry, given, folder, loads, rounds is None, stack))
                 logger.info("%s: opened in %.2f s", entry.name, running[-1].facts["load_s"])
             except WorkerError as error:
                 failed[entry.name] = str(error)
@@ -118,7 +118,8 @@ def _affordable(running: Iterable[Running]) -> int:
     return int(np.clip(CALLS_BUDGET_S / max(round_s, 1e-9), *CALL_ROUNDS))
 
 
-def _started(entry: Entry, given: Given, folder: Path, loads: int, stack: ExitStack) -> Running:
+def _started(entry: Entry, given: Given, folder: Path, loads: int, warm: bool, stack: ExitStack) -> Running:
+    """Open and call once. warm: call a second time, to know how long a call takes that compiles nothing."""
     log, output = folder / f"{entry.name}.log", folder / f"{entry.name}.npz"
     opening: list[float] = []
     for _ in range(loads - 1):
@@ -137,7 +138,8 @@ def _started(entry: Entry, given: Given, folder: Path, loads: int, stack: ExitSt
     }
     if entry.draws and given.case is not None:
         facts["drawing_peak_rss_bytes"] = worker.draw(given.case)["peak_rss_bytes"]
-    warm_s = worker.call()["s"]  # whatever else a first call of these inputs costs is over then
+        warm = True  # what is kept belongs to another condition
+    warm_s = worker.call()["s"] if warm else called["s"]
     names = [entry.name, *([entry.name + FIRST_STEP] if entry.is_ours else [])]
     return Running(entry, worker, facts, warm_s, {name: [] for name in names})
 
