@@ -69,7 +69,7 @@ def _onnxruntime(
     name: str, conversion: str, model: LoadedModel, size: FloatModel, folder: Path, threads: int
 ) -> Contestant:
     made = CONVERSIONS[conversion]
-    job = Job(conversion, size, str(folder), None)
+    job = Job(conversion, size, str(folder))
     path = job.file(conversion)
     path.parent.mkdir()
     made.make(model, job, path)

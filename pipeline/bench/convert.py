@@ -12,7 +12,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -97,15 +97,13 @@ def prepared(name: str, model: FloatModel, sha256: str, folder: Path) -> Path:
     stamped = home / name / STAMP
     if stamped.is_file() and read_json(stamped, Stamp) == stamp:
         return home / name / conversion.file
-    own_size = replace(model, height=0, width=0)
-    resized = prepared(name, own_size, sha256, folder) if conversion.resizes and model != own_size else None
-    if conversion.source is not None and resized is None:
+    if conversion.source is not None:
         prepared(conversion.source, model, sha256, folder)
     partial = home / f"{name}.part"
     remove(partial)
     partial.mkdir(parents=True)
     logger.info("converting: %s of %s", name, home.name)
-    job = Job(name, model, str(home), None if resized is None else str(resized))
+    job = Job(name, model, str(home))
     command = [sys.executable, "-m", __name__, json.dumps(asdict(job))]
     log = home / f"{name}.log"
     with log.open("w", encoding="utf-8") as words:
@@ -120,13 +118,11 @@ def prepared(name: str, model: FloatModel, sha256: str, folder: Path) -> Path:
 
 @dataclass(frozen=True)
 class Job:
-    """What a conversion's process does. folder: of all conversions of this model and size. resized: the file of the
-    same conversion for the model's own size, from which this one is made; None where it is made from the model."""
+    """What a conversion's process does. folder: of all conversions of this model and size."""
 
     name: str
     model: FloatModel
     folder: str
-    resized: str | None
 
     def file(self, conversion: str) -> Path:
         """What another conversion wrote."""
@@ -197,13 +193,13 @@ def _traced(model: LoadedModel, replacements: Mapping[str, nn.Module], height: i
 def to_openvino_int8(model: LoadedModel, job: Job, path: Path) -> None:
     """NNCF's static post-training quantization for transformers, which has SmoothQuant.
 
-    It observes pictures of the model's own size; what they gave is used for other sizes.
+    It observes pictures of the size that is converted.
     """
     import nncf
 
     def observed() -> Iterator[Arrays]:
         for seed, timestep in enumerate(OBSERVED_TIMESTEPS):
-            inputs = sample_inputs(model, 1, seed)
+            inputs = sample_inputs(model, 1, seed, job.model.height, job.model.width)
             yield inputs | {"timestep": np.full_like(inputs["timestep"], timestep)}
 
     data, kind = nncf.Dataset(list(observed())), nncf.ModelType.TRANSFORMER
@@ -232,35 +228,6 @@ def _read(path: Path) -> Model:
     return openvino.Core().read_model(path)
 
 
-def resize(model: LoadedModel, job: Job, path: Path) -> None:
-    """An OpenVINO model for pictures of another size than the model's own: its constants that depend on the size, the
-    table of positions, are replaced. Tracing the module for a large size takes more memory than most machines have."""
-    from openvino import opset13
-
-    assert job.resized is not None
-    own, other = (
-        {node.get_friendly_name(): node for node in converted.get_ops() if node.get_type_name() == "Constant"}
-        for converted in (_short(model, 0, 0), _short(model, job.model.height, job.model.width))
-    )
-    names = [name for name in own if name in other and other[name].shape != own[name].shape]
-    pairs = [(own[name].data, other[name].data) for name in names]
-    resized = _read(Path(job.resized))
-    for node in resized.get_ops():
-        for old, new in pairs:
-            if node.get_type_name() == "Constant" and np.array_equal(node.data, old):
-                node.output(0).replace(opset13.constant(new).output(0))
-    resized.validate_nodes_and_infer_types()
-    _save(resized, path)
-
-
-def _short(model: LoadedModel, height: int, width: int) -> Model:
-    """The model with one block of each of its lists of them."""
-    from torch import nn
-
-    lists = {name: part for name, part in model.module.named_children() if isinstance(part, nn.ModuleList)}
-    return _traced(model, {name: nn.ModuleList([part[0]]) for name, part in lists.items()}, height, width)
-
-
 def _save(model: Model, path: Path) -> None:
     import openvino
 
@@ -271,25 +238,23 @@ def _save(model: Model, path: Path) -> None:
 class Conversion:
     """make(model, job, path): writes `path`. source: the conversion of the same size that it reads, None for none.
 
-    modules: tools whose versions may change it, beside those of machine.TOOLS. resizes: whether `resize` makes it for
-    other sizes than the model's own.
+    modules: tools whose versions may change it, beside those of machine.TOOLS.
     """
 
     make: Callable[[LoadedModel, Job, Path], None]
     file: str
     source: str | None = None
     modules: tuple[str, ...] = ()
-    resizes: bool = False
 
 
 OPENVINO, NNCF = ("openvino",), ("openvino", "nncf")
 CONVERSIONS = {
     ONNX_FP32: Conversion(to_onnx, "model.onnx"),
     ONNX_INT8: Conversion(to_onnx_int8, "model.onnx", ONNX_FP32),
-    OPENVINO_FP32: Conversion(to_openvino, "model.xml", None, OPENVINO, True),
-    "openvino_int8": Conversion(to_openvino_int8, "model.xml", OPENVINO_FP32, NNCF, True),
-    "openvino_int8_weights": Conversion(to_openvino_int8_weights, "model.xml", OPENVINO_FP32, NNCF, True),
-    "openvino_int4_weights": Conversion(to_openvino_int4_weights, "model.xml", OPENVINO_FP32, NNCF, True),
+    OPENVINO_FP32: Conversion(to_openvino, "model.xml", None, OPENVINO),
+    "openvino_int8": Conversion(to_openvino_int8, "model.xml", OPENVINO_FP32, NNCF),
+    "openvino_int8_weights": Conversion(to_openvino_int8_weights, "model.xml", OPENVINO_FP32, NNCF),
+    "openvino_int4_weights": Conversion(to_openvino_int4_weights, "model.xml", OPENVINO_FP32, NNCF),
 }
 
 
@@ -299,8 +264,7 @@ def main(arguments: list[str]) -> int:
     job = Job(**{**stated, "model": FloatModel(**stated["model"])})
     conversion = CONVERSIONS[job.name]
     try:
-        make = conversion.make if job.resized is None else resize
-        make(job.model.load(), job, Path(job.folder) / f"{job.name}.part" / conversion.file)
+        conversion.make(job.model.load(), job, Path(job.folder) / f"{job.name}.part" / conversion.file)
     except UserError as error:  # the last line is what is said of it
         sys.stderr.write(f"{error}\n")
         return error.exit_code
