@@ -1,195 +1,378 @@
 """Speed of one denoiser call at true size on this CPU: `python -m benchmarks.denoiser --model FOLDER --work-dir DIR`.
 
-FOLDER holds a model of true configuration (`python -m benchmarks.zoo.make_xl` writes one with random weights). The
-engine, with onnxruntime alone ("engine") and with native ops ("engine_native"), is compared with onnxruntime in
-float32 and with its dynamic INT8 quantization: correctness first, then every contestant once per round, medians and
-their ratios; load time and peak memory in processes of their own. Writes benchmarks/results/denoiser_MACHINE.json.
-What is expensive to make is kept in DIR for the next run.
+FOLDER holds a model of true configuration (`python -m benchmarks.zoo.make_xl` writes one with random weights). Engines
+of ours are measured beside every peer of pipeline/bench/peers.py that is installed: each in a process of its own, all
+called in turn, for several numbers of image tokens and batch sizes; with each its error against the float model, its
+load time and its peak memory. Engines are the recipe's, fused and stock, and any more by `--engine NAME:SETTINGS`, such
+as `--engine 'w8a8: formats.weight=INT8, formats.activation=INT8'`. Writes benchmarks/results/denoiser_MACHINE.json.
+
+What is expensive to make is kept in DIR for the next run; `--only-prepare` makes it and measures nothing.
 """
 
 from __future__ import annotations
 
-import json
+import argparse
+import gc
+import logging
+import math
 import os
-import subprocess
-import sys
+import re
 import time
-from collections.abc import Callable
-from functools import partial
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from statistics import median
 
-import numpy as np
+from typing_extensions import TypedDict
 
 from benchmarks import record
 from benchmarks.record import Json
 from export import checkpoint
-from export.errors import EnvironmentLacksError
-from export.models.load import LoadedModel, load, sample_inputs
+from export.documents import read_json
+from export.errors import EnvironmentLacksError, RecipeError
+from export.models.description import Description, sample_inputs
+from export.models.families import STEP_INPUTS
+from export.models.load import LoadedModel, load
 from pipeline import machine
-from pipeline.backends.base import Arrays
 from pipeline.backends.cpu import CpuBackend
-from pipeline.backends.cpu.engine import CpuEngine
-from pipeline.bench.baselines import open_stock_session, quantize_int8
-from pipeline.bench.measure import interleaved
+from pipeline.bench import peers
+from pipeline.bench.contest import Given, contest, figures
+from pipeline.bench.convert import FloatModel, place
+from pipeline.bench.peers import Absences, Entry
+from pipeline.bench.runners import Spec
+from pipeline.bench.worker import save_arrays, save_case
 from pipeline.distance import sqnr_db
+from pipeline.files import remove, sha256_json, write_json
+from pipeline.generate.case import Case
 from pipeline.recipe import Recipe, with_settings
 from pipeline.recipe import load as load_recipe
 
+logger = logging.getLogger(__name__)
 RECIPE = "pixart_w4a6"
 # The quickest calibration: it changes no time of a call.
-SETTINGS = ("weights.search=absmax",)
-BASELINES = ("onnxruntime_fp32", "onnxruntime_int8")
-# cpu.path -> what its engine adds to the names of folders and of rows: "engine", "engine_native".
-PATHS = {"stock": "", "fused": "_native"}
+SETTINGS = ("method=rtn", "weights.search=absmax")
+PATHS = ("fused", "stock")  # of cpu.path; engines of these names
 # The engine and the float32 reference flip codes against each other wherever float rounding meets a midpoint, and
 # flips grow over the layers: the reference in float32 is itself about 33 dB from its float64 run at 28 layers. A
 # defect (a wrong scale, a lost bias) leaves less than 10 dB.
 LEAST_SQNR_DB = 20.0
-LOADS = 3
-LOAD_CODE = """
-import json, sys, time
-import numpy as np
-from pathlib import Path
-import onnxruntime
-kind, path, inputs = sys.argv[1:]
-if kind == "engine":  # what each imports counts in its memory
-    from pipeline.backends.cpu.engine import CpuEngine
-    started = time.perf_counter()
-    run = CpuEngine(Path(path)).run
-else:
-    from pipeline.bench.baselines import open_stock_session
-    started = time.perf_counter()
-    session = open_stock_session(Path(path))
-    run = lambda feeds: {"sample": session.run(None, feeds)[0]}
-load_s = time.perf_counter() - started
-from export.models.families import STEP_INPUTS
-from pipeline.machine import peak_memory_bytes
-from pipeline.generate.sampling import make_sampler, sample
-feeds = dict(np.load(inputs))
-condition = {name: value for name, value in feeds.items() if name not in STEP_INPUTS}
-sample(run, (condition, condition), feeds["hidden_states"], make_sampler("ddim", 2), 4.5)
-print(json.dumps({"load_s": load_s, "peak_rss_bytes": peak_memory_bytes()}))
-"""
+CASES = ("256x1:9", "256x2:5", "1024x1:4", "1024x2:4", "4096x1:2")
+LOADS = 3  # in the first case; in the others one
+# From so many tokens on, where a call takes half a minute, only so many peers are measured, and draw nothing.
+MANY_TOKENS, FASTEST = 4096, 3
+STAMP = "made.json"
 
 
-def prepare(model: LoadedModel, recipe: Recipe, folder: Path, paths: list[str]) -> None:
-    """Write the portable model, the engines and both baselines into `folder`, as far as they are not there yet."""
-    from export.to_onnx import export_float, export_portable
+@dataclass(frozen=True)
+class Sizes:
+    """One case. tokens: of the image, whose sides are `pixels` each."""
+
+    tokens: int
+    batch: int
+    rounds: int
+
+    @staticmethod
+    def parse(text: str) -> Sizes:
+        """TOKENSxBATCH or TOKENSxBATCH:ROUNDS.
+
+        >>> Sizes.parse("256x2:15"), Sizes.parse("1024x1")
+        (Sizes(tokens=256, batch=2, rounds=15), Sizes(tokens=1024, batch=1, rounds=7))
+        """
+        match = re.fullmatch(r"(\d+)x(\d+)(?::(\d+))?", text)
+        sizes = tuple(int(part or 7) for part in match.groups()) if match else ()
+        if not sizes or min(sizes) < 1 or math.isqrt(sizes[0]) ** 2 != sizes[0]:
+            raise RecipeError(f"case {text!r} is none; give TOKENSxBATCH:ROUNDS, TOKENS a square number, as 256x1:15")
+        return Sizes(*sizes)
+
+    def pixels(self, model: Description) -> int:
+        """Height and width of a picture of so many tokens."""
+        return math.isqrt(self.tokens) * int(model.config["patch_size"]) * model.pixels_per_cell
+
+
+# --- engines --------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Ours:
+    """An engine to build. settings: as typed, beside those of all engines."""
+
+    name: str
+    settings: tuple[str, ...]
+    recipe: Recipe
+
+
+def parse_engine(text: str, common: Recipe) -> Ours:
+    """NAME:SETTINGS, settings separated by commas as those of `--set`. Raises RecipeError."""
+    name, separator, rest = text.partition(":")
+    if not separator or not re.fullmatch(r"[a-z]\w*", name.strip()) or name.strip() in peers.PEERS:
+        raise RecipeError(f"engine {text!r} is none; give NAME:KEY=VALUE,KEY=VALUE with a name in small letters")
+    # A comma inside a value, as in a list, is not followed by a key.
+    settings = tuple(part.strip() for part in re.split(r",(?=\s*[\w.\"]+\s*=)", rest) if part.strip())
+    return Ours(name.strip(), settings, with_settings(common, list(settings)))
+
+
+class Stamp(TypedDict):
+    """Of a built engine: what it was made of. sqnr_to_reference_db: None where it was not compared."""
+
+    model: str
+    recipe: str
+    code: str
+    sqnr_to_reference_db: float | None
+
+
+def calibration_of(recipe: Recipe) -> str:
+    """Key of what is calibrated: the recipe without its targets and the size of its pictures."""
+    plain = replace(recipe, targets={}, sampling=replace(recipe.sampling, height=0, width=0))
+    return sha256_json(plain.document())[:12]
+
+
+def build_engines(model: LoadedModel, engines: Sequence[Ours], pixels: int, folder: Path, compare: bool) -> None:
+    """Build what is not there yet, or was built by other code, into `folder`/PIXELS/NAME.
+
+    compare: each with the fake-quant reference, which at least LEAST_SQNR_DB must be reached of. Raises AssertionError.
+    """
+    stale = [ours for ours in engines if not is_built(ours, model.sha256, folder / str(pixels))]
+    for key in dict.fromkeys(calibration_of(ours.recipe) for ours in stale):
+        group = [ours for ours in stale if calibration_of(ours.recipe) == key]
+        _build_group(model, group, pixels, folder, folder / "calibrated" / key, compare)
+
+
+def is_built(ours: Ours, model_sha256: str, folder: Path) -> bool:
+    """Is the engine there, of this model and recipe and built by this code?"""
+    path = folder / ours.name / STAMP
+    if not path.is_file():
+        return False
+    stamp = read_json(path, Stamp)
+    wanted = (model_sha256, sha256_json(ours.recipe.document()), machine.code_version())
+    return (stamp["model"], stamp["recipe"], stamp["code"]) == wanted
+
+
+def _build_group(
+    model: LoadedModel, group: Sequence[Ours], pixels: int, folder: Path, calibrated: Path, compare: bool
+) -> None:
+    """Engines of one calibration and one form of attention."""
+    from export.to_onnx import export_portable
     from pipeline.calibrate import calibrate
 
-    if not (folder / "model.onnx").is_file():
-        layers, attention = calibrate(model, recipe, folder / "calibrated"), recipe.attention.formats
-        export_portable(model, layers, folder / "model.onnx", attention=attention)
-    for path in paths:
-        build(with_settings(recipe, [f"cpu.path={path}"]), folder, PATHS[path])
-    if not (folder / "onnxruntime_int8.onnx").is_file():
-        export_float(model, folder / "onnxruntime_fp32.onnx")
-        quantize_int8(folder / "onnxruntime_fp32.onnx", folder / "onnxruntime_int8.onnx")
+    backend, scratch = CpuBackend(), folder / "scratch"
+    remove(scratch)
+    scratch.mkdir(parents=True)
+    calibrated.parent.mkdir(parents=True, exist_ok=True)
+    layers, attention = calibrate(model, group[0].recipe, calibrated), group[0].recipe.attention.formats
+    export_portable(model, layers, scratch / "model.onnx", pixels, pixels, attention)
+    for ours in group:
+        if problems := backend.problems(ours.recipe):
+            raise EnvironmentLacksError(f"engine {ours.name}: {'; '.join(problems)}")
+        logger.info("building engine %s for %d pixels", ours.name, pixels)
+        bundle = folder / str(pixels) / ours.name
+        remove(bundle)
+        (bundle / "cpu").mkdir(parents=True)
+        lowered = scratch / f"lowered_{ours.name}"
+        lowered.mkdir()
+        backend.build(backend.lower(scratch / "model.onnx", lowered, ours.recipe), bundle / "cpu", ours.recipe)
+    remove(scratch)
+    distances = _compared(model, group, pixels, folder / str(pixels), calibrated) if compare else {}
+    for ours in group:
+        stamp: Stamp = {
+            "model": model.sha256,
+            "recipe": sha256_json(ours.recipe.document()),
+            "code": machine.code_version(),
+            "sqnr_to_reference_db": distances.get(ours.name),
+        }
+        write_json(folder / str(pixels) / ours.name / STAMP, stamp)
 
 
-def build(recipe: Recipe, folder: Path, suffix: str) -> None:
-    """Write the engine into `folder`/cpu + suffix. Raises EnvironmentLacksError where it cannot be built."""
-    backend, out, lowered = CpuBackend(), folder / f"cpu{suffix}", folder / f"lowered{suffix}"
-    if problems := backend.problems(recipe):
-        raise EnvironmentLacksError("; ".join(problems))
-    if not (out / "lowering.json").is_file():
-        for path in (out, lowered):
-            path.mkdir(exist_ok=True)
-        backend.build(backend.lower(folder / "model.onnx", lowered, recipe), out, recipe)
-
-
-def check(model: LoadedModel, recipe: Recipe, folder: Path, engines: dict[str, CpuEngine]) -> dict[str, float]:
+def _compared(
+    model: LoadedModel, group: Sequence[Ours], pixels: int, folder: Path, calibrated: Path
+) -> dict[str, float]:
     """SQNR in dB of each engine against the fake-quant reference; AssertionError if one computes something else."""
     import torch
 
     from pipeline.backends.reference import ReferenceEngine, fake_quant
 
-    inputs = sample_inputs(model, 1, 0)
-    layers = checkpoint.load(folder / "calibrated")
-    reference = ReferenceEngine(fake_quant(model, layers, torch.float32, recipe.attention.formats))
-    expected = reference.run(inputs)["sample"]
-    values = {name: sqnr_db(expected, engine.run(inputs)["sample"]) for name, engine in engines.items()}
+    inputs = sample_inputs(model, 1, 0, pixels, pixels)
+    layers, attention = checkpoint.load(calibrated), group[0].recipe.attention.formats
+    reference = ReferenceEngine(fake_quant(model, layers, torch.float32, attention))
+    expected, values = reference.run(inputs)["sample"], {}
+    for ours in group:
+        engine = CpuBackend().load(folder / ours.name)
+        values[ours.name] = sqnr_db(expected, engine.run(inputs)["sample"])
+        engine.close()
     if not min(values.values()) >= LEAST_SQNR_DB:
         raise AssertionError(f"an engine is {values} dB from its reference, at least {LEAST_SQNR_DB} dB expected")
     return values
 
 
-def changed_every_time(engine: CpuEngine, inputs: Arrays) -> Callable[[], object]:
-    """Calls that find nothing kept of the condition, as the first step of an image does."""
-
-    def call() -> object:
-        engine.forget()
-        return engine.run(inputs)
-
-    return call
+# --- what is measured -----------------------------------------------------------------------------------------------
 
 
-def measure(model: LoadedModel, folder: Path, engines: dict[str, CpuEngine], batch: int, rounds: int) -> Json:
-    """Medians in ms and ratios of one batch size; the engines both within an image and at its first step."""
-    inputs = sample_inputs(model, batch, batch)
-    sessions = {name: open_stock_session(folder / f"{name}.onnx") for name in BASELINES}
-    work: dict[str, Callable[[], object]] = {
-        **{name: partial(engine.run, inputs) for name, engine in engines.items()},
-        **{name: partial(session.run, None, inputs) for name, session in sessions.items()},
-    }
-    first = {f"{name}_first_step": changed_every_time(engine, inputs) for name, engine in engines.items()}
-    calls = [interleaved(group, float("inf"), (rounds, rounds)) for group in (work, first)]
-    rows = {name: timing.to_row() for name, timing in (calls[0] | calls[1]).items()}
-    ratios = {
-        f"times_faster{name.removeprefix('engine')}": {
-            peer: rows[peer]["median"] / rows[name]["median"] for peer in BASELINES
+@dataclass(frozen=True)
+class Bench:
+    """What a run measures. model: without its weights. source: the float model, whose size each case sets."""
+
+    model: Description
+    sha256: str
+    source: FloatModel
+    engines: tuple[Ours, ...]
+    peers: tuple[str, ...]
+    threads: int
+    folder: Path
+
+    def of_size(self, pixels: int) -> tuple[FloatModel, Path]:
+        """The float model of that size, and the folder of what peers run and all are given."""
+        own = pixels == self.model.cells()[0] * self.model.pixels_per_cell
+        source = self.source if own else replace(self.source, height=pixels, width=pixels)
+        home = place(source, self.sha256, self.folder / "peers")
+        home.mkdir(parents=True, exist_ok=True)
+        return source, home
+
+    def entrants(self, pixels: int) -> tuple[list[Entry], Absences]:
+        """Engines first, then peers, which are prepared as far as they are not."""
+        source, _ = self.of_size(pixels)
+        ours = [
+            Entry(
+                row.name,
+                Spec("engine", self.threads, str(self.folder / "engines" / str(pixels) / row.name), "cpu"),
+                is_ours=True,
+                draws=True,
+            )
+            for row in self.engines
+        ]
+        others, absences = peers.entries(self.peers, source, self.sha256, self.folder / "peers", self.threads)
+        return ours + others, absences
+
+    def given(self, sizes: Sizes) -> Given:
+        """Inputs, what is drawn (in batch 1), and the float model's answer, kept for the next run."""
+        pixels = sizes.pixels(self.model)
+        source, home = self.of_size(pixels)
+        inputs = sample_inputs(self.model, sizes.batch, sizes.batch, pixels, pixels)
+        fed = save_arrays(home / f"inputs_{sizes.batch}.npz", inputs)
+        case = None
+        if sizes.batch == 1:
+            condition = {name: value for name, value in inputs.items() if name not in STEP_INPUTS}
+            noise, shared = inputs["hidden_states"], self.model.shared
+            drawn = Case(("random",), (condition, condition), noise, "ddim", 1000.0, 2, 4.5, "latents", shared)
+            case = save_case(home / "case.npz", drawn)
+        return Given(fed, case, peers.reference(source, fed, home / f"reference_{sizes.batch}.npz", self.threads))
+
+    def measure(self, sizes: Sizes, before: Json | None) -> Json:
+        """One case. before: the one of fewer tokens that decides who is fast, None for no such."""
+        pixels = sizes.pixels(self.model)
+        entrants, absences = self.entrants(pixels)
+        slow = slow_ones(before, entrants) if before is not None and sizes.tokens >= MANY_TOKENS else []
+        # Two steps with guidance take minutes there.
+        draws = {entry.name: entry.draws and (entry.is_ours or sizes.tokens < MANY_TOKENS) for entry in entrants}
+        chosen = [replace(entry, draws=draws[entry.name]) for entry in entrants if entry.name not in slow]
+        time.sleep(1)
+        load_average = round(os.getloadavg()[0], 2)  # of the last minute: how quiet the machine was
+        loads = LOADS if before is None else 1
+        found = contest(chosen, self.given(sizes), sizes.rounds, self.folder / "logs", loads)
+        return {
+            **asdict(sizes),
+            "pixels": pixels,
+            "load_average": load_average,
+            "contestants": found["contestants"],
+            "failed": absences["failed"] | found["failed"],
+            "left_out": absences["left_out"]
+            | dict.fromkeys(slow, f"slower than the {FASTEST} fastest peers of {before and before['tokens']} tokens"),
         }
-        for name in engines
-    }
-    return {"batch_size": batch, "call_ms": rows, **ratios}
 
 
-def load_and_memory(folder: Path, paths: list[str], inputs: Arrays) -> dict[str, dict[str, float]]:
-    """Median seconds to open, and peak resident bytes of opening and drawing (two steps with guidance, the loop of
-    `generate`), of each in fresh processes."""
-    np.savez(folder / "inputs.npz", allow_pickle=False, **inputs)
-    places = {f"engine{PATHS[path]}": ("engine", folder / f"cpu{PATHS[path]}") for path in paths}
-    places |= {name: ("onnxruntime", folder / f"{name}.onnx") for name in BASELINES}
-    medians = {}
-    for name, (kind, path) in places.items():
-        command = [sys.executable, "-c", LOAD_CODE, kind, str(path), str(folder / "inputs.npz")]
-        runs = [json.loads(subprocess.run(command, check=True, capture_output=True).stdout) for _ in range(LOADS)]
-        medians[name] = {key: median(run[key] for run in runs) for key in runs[0]}
-    return medians
+def slow_ones(before: Json, entrants: Iterable[Entry]) -> list[str]:
+    """The peers that are not among the FASTEST of a case, and engines that are slower than all of those."""
+    entries = list(entrants)
+    times = {name: row["call_ms"]["median"] for name, row in before["contestants"].items()}
+    others = sorted((times.get(entry.name, math.inf), entry.name) for entry in entries if not entry.is_ours)
+    fast = [name for took, name in others[:FASTEST] if took < math.inf]
+    limit = max((times[name] for name in fast), default=math.inf)
+    return [
+        entry.name
+        for entry in entries
+        if (times.get(entry.name, math.inf) > limit if entry.is_ours else entry.name not in fast)
+    ]
 
 
-def main() -> None:
+def summary(case: Json) -> str:
+    """A case as a Markdown table."""
+    header = ["", "call, ms", "p10-p90", "dB", "load, s", "peak, MB", "drawing, MB", "weights, MB"]
+    rows = [[name, *figures(row)] for name, row in case["contestants"].items()]
+    absent = [f"{name}: {reason}" for name, reason in (case["failed"] | case["left_out"]).items()]
+    title = f"{case['tokens']} tokens, batch {case['batch']}, {case['rounds']} rounds"
+    return "\n".join([title, record.markdown(header, rows), *absent])
+
+
+# --- the command ----------------------------------------------------------------------------------------------------
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """All flags."""
     parser = record.parser("benchmarks.denoiser", __doc__)
     parser.add_argument("--model", required=True, help="folder of the float model")
     parser.add_argument("--work-dir", type=Path, required=True)
-    parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("--batches", type=int, nargs="+", default=[1, 2])
-    parser.add_argument("--set", action="append", default=list(SETTINGS), dest="settings")
-    parser.add_argument("--paths", nargs="+", choices=list(PATHS), default=list(PATHS), help="cpu.path of the engines")
+    parser.add_argument("--cases", nargs="+", default=list(CASES), metavar="TOKENSxBATCH:ROUNDS")
+    parser.add_argument("--recipe", default=RECIPE, help="of all engines")
+    parser.add_argument("--set", action="append", default=[], dest="settings", help="of all engines")
+    parser.add_argument("--paths", nargs="*", choices=PATHS, default=list(PATHS), help="engines of the recipe itself")
+    parser.add_argument("--engine", action="append", default=[], dest="engines", metavar="NAME:SETTINGS")
+    parser.add_argument("--peers", default=peers.ALL, help="names with commas, or all")
+    parser.add_argument("--threads", type=int)
+    parser.add_argument("--only-prepare", action="store_true")
     parser.add_argument("-o", "--output-dir", type=Path, default=record.RESULTS, help="folder of the result")
-    args = record.parsed(parser)
+    return parser
+
+
+def prepare(args: argparse.Namespace, cases: Sequence[Sizes]) -> Bench:
+    """Engines, files of peers and the float model's answers for all cases, as far as they are not there."""
     args.work_dir.mkdir(parents=True, exist_ok=True)
-    model, recipe = load(args.model), with_settings(load_recipe(RECIPE), ["method=rtn", *args.settings])
-    prepare(model, recipe, args.work_dir, args.paths)
-    engines = {f"engine{PATHS[path]}": CpuEngine(args.work_dir / f"cpu{PATHS[path]}") for path in args.paths}
+    common = with_settings(load_recipe(args.recipe), [*SETTINGS, *args.settings])
+    stated = [*(f"{path}:cpu.path={path}" for path in args.paths), *args.engines]
+    engines = tuple(parse_engine(text, common) for text in stated)
+    model, source = load(args.model), FloatModel(str(Path(args.model).resolve()), "", "", 0, 0)
+    all_pixels = sorted({sizes.pixels(model) for sizes in cases})
+    for pixels in all_pixels:
+        build_engines(model, engines, pixels, args.work_dir / "engines", pixels == all_pixels[0])
+    described = Description(model.family, model.config, model.folder, model.source)
+    names, threads = peers.parse_peers(args.peers), machine.threads(args.threads)
+    bench = Bench(described, model.sha256, source, engines, names, threads, args.work_dir)
+    del model
+    gc.collect()  # the float weights
+    for pixels in all_pixels:
+        bench.entrants(pixels)
+    for sizes in cases:
+        bench.given(sizes)
+    return bench
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    args = record.parsed(make_parser(), argv)
+    cases = [Sizes.parse(text) for text in args.cases]
+    bench = prepare(args, cases)
+    if args.only_prepare:
+        print(f"prepared in {args.work_dir}")
+        return
+    measured: list[Json] = []
+    for sizes in cases:
+        fewer = [case for case in measured if case["tokens"] < sizes.tokens and case["batch"] == 1]
+        measured.append(bench.measure(sizes, fewer[-1] if fewer else measured[0] if measured else None))
+        print(summary(measured[-1]), flush=True)
+    first = str(min(case["pixels"] for case in measured))
     document: Json = {
-        "model": model.config["_class_name"],
-        "layers": model.config["num_layers"],
-        "recipe": RECIPE,
-        "settings": args.settings,
-        "sqnr_to_reference_db": check(model, recipe, args.work_dir, engines),
-        "load_average": [],  # of the last minute, which tells a reader how quiet the machine was
-        "batches": [],
+        "model": bench.model.config["_class_name"],
+        "layers": bench.model.config["num_layers"],
+        "recipe": args.recipe,
+        "settings": [*SETTINGS, *args.settings],
+        "engines": {
+            ours.name: {
+                "settings": list(ours.settings),
+                "sqnr_to_reference_db": read_json(args.work_dir / "engines" / first / ours.name / STAMP, Stamp)[
+                    "sqnr_to_reference_db"
+                ],
+            }
+            for ours in bench.engines
+        },
+        "peers": {name: peers.PEERS[name].words for name in bench.peers},
+        "threads": bench.threads,
+        "cases": measured,
     }
-    for batch in args.batches:
-        time.sleep(1)
-        document["load_average"].append(round(os.getloadavg()[0], 2))
-        document["batches"].append(measure(model, args.work_dir, engines, batch, args.rounds))
-    for engine in engines.values():
-        engine.close()
-    document["processes"] = load_and_memory(args.work_dir, args.paths, sample_inputs(model, 1, 0))
-    print(json.dumps(document, indent=1))
     slug = record.slug(f"{machine.cpu_name()} {machine.cpu_count()}cpu")
     print(record.write(f"denoiser_{slug}", document, args.output_dir))
 

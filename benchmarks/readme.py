@@ -8,6 +8,7 @@ so that no page states anything of which the origin is unknown. A part stands be
 from __future__ import annotations
 
 import ast
+import math
 import re
 from argparse import Action
 from collections.abc import Callable
@@ -15,13 +16,13 @@ from functools import partial
 from importlib import import_module
 from pathlib import Path
 
-from benchmarks.denoiser import BASELINES, PATHS
 from benchmarks.gpu.targets import cells, judged
 from benchmarks.quality.tables import SHORT, short_table
 from benchmarks.record import RESULTS, Json, markdown, read
 from export.formats.format import FORMATS
 from export.formats.operands import HARDWARE, embeds, exact_multipliers
 from pipeline.__main__ import VERBS
+from pipeline.bench.contest import FIRST_STEP
 from pipeline.command import parser
 from pipeline.methods import METHODS
 from pipeline.recipe import load, recipe_names
@@ -81,49 +82,92 @@ NOT_MEASURED = "Not measured yet: run `python -m benchmarks.denoiser`."
 
 
 def speed() -> str:
-    """One row for each measured machine, engine and batch size, from the JSON of benchmarks/denoiser.py."""
-    rows = []
-    for run, path, suffix in _measured_paths():
-        place = f"{_machine(run)}, {run['layers']} layers"
-        build = ", ".join([run["recipe"], *run.get("settings", [])])
-        load = f"{run['processes'][f'engine{suffix}']['load_s']:.1f} s"
-        for batch in run["batches"]:
-            ratios = _ratios(suffix, batch)
-            rows.append([place, build, path, batch["batch_size"], *ratios, _memory(run, suffix), load])
-    times = ["times as fast as ONNX Runtime fp32", "as its dynamic INT8"]
-    header = ["machine, model", "engine", "`cpu.path`", "batch", *times, "peak memory, of fp32's", "load"]
-    return markdown(header, rows) if rows else NOT_MEASURED
+    """For each measured machine and contestant, ours first: time of a call in each case, error, memory, load;
+    from the JSON of benchmarks/denoiser.py."""
+    runs = _denoiser_runs()
+    if not runs:
+        return NOT_MEASURED
+    columns = sorted({_column(case) for run in runs for case in run["cases"]})
+    header = ["machine", "", *(f"{tokens} tokens, batch {batch}" for tokens, batch in columns)]
+    header += ["error, dB", "peak memory, MB", "drawing, MB", "load, s"]
+    rows = [
+        [_machine(run), name, *_times(run, name, columns), *_facts(run, name)]
+        for run in runs
+        for name in _contestants(run)
+    ]
+    absent = [
+        f"- {_machine(run)}: {name} was not measured: {reason}" for run in runs for name, reason in _absent(run).items()
+    ]
+    return "\n".join([markdown(header, rows), *([""] if absent else []), *absent])
 
 
 def speed_short() -> str:
-    """One row for each measured machine and engine: its batches beside each other."""
-    rows = [
-        [_machine(run), path, *_ratios(suffix, *run["batches"]), _memory(run, suffix)]
-        for run, path, suffix in _measured_paths()
-    ]
-    times = ["times as fast as fp32, batch 1 / 2", "as dynamic INT8, batch 1 / 2"]
-    header = ["machine", "`cpu.path`", *times, "peak memory, of fp32's"]
+    """For each measured machine and engine of ours how many times as fast as the fastest peer it is, case by case."""
+    runs = _denoiser_runs()
+    columns = sorted({_column(case) for run in runs for case in run["cases"]})
+    rows = [[_machine(run), f"`{name}`", *_ratios(run, name, columns)] for run in runs for name in run["engines"]]
+    header = ["machine", "engine", *(f"{tokens} tokens, batch {batch}" for tokens, batch in columns)]
     return markdown(header, rows) if rows else NOT_MEASURED
 
 
-def _ratios(suffix: str, *batches: Json) -> list[str]:
-    """How many times as fast as each baseline an engine is, batches beside each other."""
-    return [" / ".join(f"{batch[f'times_faster{suffix}'][name]:.2f}" for batch in batches) for name in BASELINES]
+def _denoiser_runs() -> list[Json]:
+    return [read(path) for path in sorted(RESULTS.glob("denoiser_*.json"))]
 
 
-def _measured_paths() -> list[tuple[Json, str, str]]:
-    """(JSON of a machine, value of cpu.path, what it adds to the names of its rows) for every engine in them."""
-    runs = [read(path) for path in sorted(RESULTS.glob("denoiser_*.json"))]
-    return [(run, *path) for run in runs for path in PATHS.items() if f"engine{path[1]}" in run["processes"]]
+def _column(case: Json) -> tuple[int, int]:
+    return case["tokens"], case["batch"]
 
 
 def _machine(run: Json) -> str:
     return f"{run['machine']['cpu']}, {run['machine']['cpus']} CPUs"
 
 
-def _memory(run: Json, suffix: str) -> str:
-    engine, peer = run["processes"][f"engine{suffix}"], run["processes"]["onnxruntime_fp32"]
-    return f"{engine['peak_rss_bytes'] / peer['peak_rss_bytes']:.2f}"
+def _is_ours(run: Json, name: str) -> bool:
+    return name.removesuffix(FIRST_STEP) in run["engines"]
+
+
+def _contestants(run: Json) -> list[str]:
+    """Ours as they were named, then peers, the fastest of the first case first."""
+    names = dict.fromkeys(name for case in run["cases"] for name in case["contestants"])
+    first = {name: row["call_ms"]["median"] for name, row in run["cases"][0]["contestants"].items()}
+    others = sorted((name for name in names if not _is_ours(run, name)), key=lambda name: first.get(name, math.inf))
+    return [*(name for name in names if _is_ours(run, name)), *others]
+
+
+def _times(run: Json, name: str, columns: list[tuple[int, int]]) -> list[str]:
+    cells = {_column(case): case["contestants"].get(name) for case in run["cases"]}
+    return [f"{row['call_ms']['median']:,.0f} ms" if (row := cells.get(column)) else "-" for column in columns]
+
+
+def _facts(run: Json, name: str) -> list[str]:
+    """Error, memory and load in the first case that measured it."""
+    row = next(case["contestants"][name] for case in run["cases"] if name in case["contestants"])
+    distance = row["sqnr_db"]
+    memory = [row.get(key) for key in ("peak_rss_bytes", "drawing_peak_rss_bytes")]
+    sizes = ["-" if size is None else f"{size / 1e6:,.0f}" for size in memory]
+    return ["-" if distance is None else f"{distance:.1f}", *sizes, f"{row['load_s']:.1f}"]
+
+
+def _absent(run: Json) -> dict[str, str]:
+    """Contestants of which no case has a row, and why."""
+    measured = set(_contestants(run))
+    reasons = {name: why for case in run["cases"] for name, why in (case["failed"] | case["left_out"]).items()}
+    return {name: why for name, why in reasons.items() if name not in measured}
+
+
+def _ratios(run: Json, name: str, columns: list[tuple[int, int]]) -> list[str]:
+    """How many times as fast as the fastest peer, which is named with its error and the engine's."""
+    cells = dict.fromkeys(columns, "-")
+    for case in run["cases"]:
+        rows = case["contestants"]
+        others = {peer: row["call_ms"]["median"] for peer, row in rows.items() if not _is_ours(run, peer)}
+        if name in rows and others:
+            fastest = min(others, key=lambda peer: others[peer])
+            errors = [rows[one]["sqnr_db"] for one in (name, fastest)]
+            stated = "" if None in errors else f" ({errors[0]:.0f} to {errors[1]:.0f} dB)"
+            ratio = others[fastest] / rows[name]["call_ms"]["median"]
+            cells[_column(case)] = f"{ratio:.2f} x `{fastest}`{stated}"
+    return list(cells.values())
 
 
 def gpu_speed() -> str:

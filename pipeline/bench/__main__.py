@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from export.errors import ContractError, EnvironmentLacksError, RecipeError
+from export.errors import ContractError, EnvironmentLacksError, RecipeError, ResourceError
 from export.models.config import FILE as CONFIG
 from export.models.description import Description
 from export.models.families import FAMILIES, stated_inputs
@@ -25,6 +25,7 @@ from pipeline.signals import leave
 
 if TYPE_CHECKING:
     from export.models.load import LoadedModel
+    from pipeline.bench import contest
     from pipeline.bench.measure import Document
     from pipeline.bench.profile import Profile
 
@@ -46,6 +47,15 @@ def make_parser() -> Parser:
         action="store_true",
         help="say instead where a call of target cpu spends its time, beside what bounds it",
     )
+    flags.add_argument(
+        "--peers",
+        metavar="NAMES",
+        help="measure beside these instead, each contestant in a process of its own: names of "
+        "pipeline/bench/peers.py with commas, or all; with each its error against float32, load time and memory",
+    )
+    flags.add_argument(
+        "--work-dir", type=Path, metavar="FOLDER", help="keep what --peers converts here, for the next time"
+    )
     flags.add_argument("-o", "--output", type=Path, metavar="FILE.json", help="write the numbers here too")
     add_threads(flags)
     return flags
@@ -61,12 +71,10 @@ def bench_bundle(
     compiler is not installed, there is no float model to compare with, and the engines are measured alone.
     """
     from pipeline.bench.baselines import baselines
-    from pipeline.bench.measure import bench, measured
+    from pipeline.bench.measure import bench
 
     bundle, _ = timed("files", lambda: load_bundle(path, threads))
-    targets = measured(bundle.targets) if target == "auto" else parse_targets(target)
-    for missing in [name for name in targets if name not in bundle.targets]:
-        raise RecipeError(bundle.problem(missing))
+    targets = chosen_targets(bundle, target)
     count, recipe = machine.threads(threads), bundle.recipe
     model, _ = timed("model", lambda: float_model(with_model(recipe, *flags), named=any(flags)))
     with (
@@ -78,6 +86,47 @@ def bench_bundle(
         described = model or description(private)
         document, _ = timed("bench", lambda: bench(described, engines, recipe, private.path, others, count))
     return document
+
+
+def bench_beside_peers(
+    path: Path,
+    names: Sequence[str],
+    flags: ModelFlags = (None, None, None),
+    target: str = "auto",
+    threads: int | None = None,
+    work_dir: Path | None = None,
+) -> contest.Document:
+    """Verify the files, then measure every engine of `target` beside peers. Raises UserError subclasses.
+
+    work_dir: where what peers run is kept; None for a folder that is removed. Other arguments: as for `bench_bundle`.
+    """
+    from pipeline.bench.contest import beside_peers
+    from pipeline.bench.worker import WorkerError
+
+    bundle, _ = timed("files", lambda: load_bundle(path, threads))
+    targets = chosen_targets(bundle, target)
+    count, recipe = machine.threads(threads), with_model(bundle.recipe, *flags)
+    model = float_model(recipe, named=any(flags))
+    sha256 = None if model is None else model.sha256
+    del model  # each peer loads its own
+    with bundle.copied() as private, tempfile.TemporaryDirectory(prefix="ditc-") as scratch:
+        folder = Path(scratch) if work_dir is None else work_dir
+        arguments = (description(private), sha256, recipe, private.path, targets, names, folder, count)
+        try:
+            document, _ = timed("bench", lambda: beside_peers(*arguments))
+        except WorkerError as error:
+            raise ResourceError(f"the float model, which errors are measured against, does not run: {error}") from error
+    return document
+
+
+def chosen_targets(bundle: Bundle, target: str) -> tuple[str, ...]:
+    """The targets of a bundle that the flag --target means. Raises RecipeError for one that the bundle lacks."""
+    from pipeline.bench.measure import measured
+
+    targets = measured(bundle.targets) if target == "auto" else parse_targets(target)
+    for missing in [name for name in targets if name not in bundle.targets]:
+        raise RecipeError(bundle.problem(missing))
+    return targets
 
 
 def profile_bundle(path: Path, threads: int | None = None) -> Profile:
@@ -120,7 +169,8 @@ def description(bundle: Bundle) -> Description:
 
 def work(args: argparse.Namespace, answer: Answer) -> int:
     """Measure and answer with the numbers."""
-    from pipeline.bench import measure, profile
+    from pipeline.bench import contest, measure, profile
+    from pipeline.bench.peers import parse_peers
 
     if args.output:
         refuse_unwritable(args.output, False, "--output")
@@ -130,7 +180,15 @@ def work(args: argparse.Namespace, answer: Answer) -> int:
             write_json(args.output, found)
         answer.document({"event": "profile", **found}, Table(*profile.summary(found)), profile.conditions(found))
         return 0
-    document = bench_bundle(args.bundle, (args.model, args.variant, args.config), args.target, args.threads)
+    model_flags = (args.model, args.variant, args.config)
+    if args.peers:
+        names = parse_peers(args.peers)
+        beside = bench_beside_peers(args.bundle, names, model_flags, args.target, args.threads, args.work_dir)
+        if args.output:
+            write_json(args.output, beside)
+        answer.document({"event": "peers", **beside}, Table(*contest.summary(beside)), contest.conditions(beside))
+        return 0
+    document = bench_bundle(args.bundle, model_flags, args.target, args.threads)
     if args.output:
         write_json(args.output, document)
     answer.document({"event": "bench", **document}, Table(*measure.summary(document)), measure.conditions(document))

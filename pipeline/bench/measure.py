@@ -101,7 +101,7 @@ def bench(
     size = recipe.sampling
     inputs = sample_inputs(model, size.batch_size, size.seed, size.height, size.width)
     case = described_case(model, recipe, 1)
-    runners = [Contestant.of_engine(name, engine, bundle) for name, engine in engines.items()] + list(others)
+    runners = [Contestant.of_engine(name, engine, bundle, threads) for name, engine in engines.items()] + list(others)
     calls = interleaved({row.name: partial(row.run, inputs) for row in runners}, CALLS_BUDGET_S, CALL_ROUNDS)
     pictures = picture_timings(runners, case, calls)
     rows: dict[str, ContestantRow] = {
@@ -197,23 +197,25 @@ def summary(document: Document) -> tuple[list[str], list[list[str]]]:
     header = ["", "call, ms", "p10-p90", "picture, ms", "weights, MB", "peak memory, MB"]
     header += [f"{engine} faster by" for engine in engines]
     return header, [
-        [name, *_figures(row), *(_times(engines[engine].get(name)) for engine in engines)]
+        [name, *_figures(row), *(shown_times(engines[engine].get(name)) for engine in engines)]
         for name, row in document["contestants"].items()
     ]
 
 
 def _figures(row: ContestantRow) -> list[str]:
     call, picture, peak = row["call_ms"], row["image_ms"], row["peak_rss_bytes"]
-    spread = f"{_milliseconds(call['p10'])}-{_milliseconds(call['p90'])}"
-    times = [_milliseconds(call["median"]), spread, _milliseconds(picture["median"])]
+    spread = f"{shown_milliseconds(call['p10'])}-{shown_milliseconds(call['p90'])}"
+    times = [shown_milliseconds(call["median"]), spread, shown_milliseconds(picture["median"])]
     return [*times, f"{row['weights_bytes'] / 1e6:.1f}", "-" if peak is None else f"{peak / 1e6:.0f}"]
 
 
-def _milliseconds(value: float) -> str:
+def shown_milliseconds(value: float) -> str:
+    """Three digits."""
     return f"{value:,.0f}" if value >= 1000 else f"{value:.3g}" if value < 100 else f"{value:.0f}"
 
 
-def _times(ratio: float | None) -> str:
+def shown_times(ratio: float | None) -> str:
+    """A ratio for people."""
     return "-" if ratio is None else f"{ratio:.2f} x"
 
 

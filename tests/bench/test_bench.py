@@ -14,6 +14,7 @@ from pipeline import machine, recipe
 from pipeline.backends.cpu.engine import provided
 from pipeline.bench import baselines as bench_baselines
 from pipeline.bench import measure as bench
+from pipeline.bench.runners import Spec
 from pipeline.passes.probes import WIDE_SUM
 from tests.support import tiny
 
@@ -76,15 +77,16 @@ def test_memory_that_takes_too_long_is_not_measured(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(bench_baselines, "MEMORY_TIMEOUT_S", 0.01)
-    runner = bench_baselines.Contestant("slow", lambda inputs: inputs, 0, ("onnxruntime", "no/such.onnx"))
+    runner = bench_baselines.Contestant("slow", lambda inputs: inputs, 0, Spec("onnxruntime", 1, "no/such.onnx"))
     assert bench_baselines.peak_memory(runner, {}) is None
-    assert "memory of slow could not be measured within" in caplog.text
+    assert "memory of slow could not be measured: it took more than 0.01 s" in caplog.text
 
 
 @pytest.mark.torch
 def test_memory_is_that_of_a_fresh_process(model: models.LoadedModel, tmp_path: Path) -> None:
     export_float(model, tmp_path / "float.onnx")
-    runner = bench_baselines._onnxruntime("onnxruntime_fp32", tmp_path / "float.onnx", 1)
+    spec = Spec("onnxruntime", 1, str(tmp_path / "float.onnx"))
+    runner = bench_baselines.Contestant("onnxruntime_fp32", lambda inputs: inputs, 0, spec)
     peak = bench_baselines.peak_memory(runner, models.sample_inputs(model, 1, 0))
     assert peak and peak < machine.peak_memory_bytes(), "this process has torch loaded, the fresh one has not"
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -31,7 +32,7 @@ from pipeline.backends.base import Engine
 from pipeline.backends.portable import engine as portable_engine
 from pipeline.backends.portable.engine import PortableEngine
 from pipeline.backends.portable.linears import portable_linears
-from pipeline.bench import baselines
+from pipeline.bench import baselines, contest, peers
 from pipeline.bench import measure as bench
 from pipeline.bundle import manifest
 from pipeline.compiler import BuildRequest, describe, model_row, parse_targets
@@ -405,6 +406,29 @@ def test_bench_measures_it_only_when_asked(
     assert measured == [["cpu"], ["onnx"], ["cpu", "onnx"]]
     assert cli.main(["bench", str(made_bundle), "--target", "rtx"]) == 2
     assert "has no target rtx, only cpu, onnx" in capsys.readouterr().err
+
+
+@pytest.mark.process
+def test_bench_measures_it_beside_peers(
+    made_bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(contest, "CALL_ROUNDS", (1, 1))
+    monkeypatch.setattr(peers, "absence", lambda name: "install it" if "openvino" in name else None)
+    flags = ["--peers", "onnxruntime_int8,openvino_int8", "--work-dir", str(tmp_path / "work"), "--threads", "1"]
+    output = tmp_path / "peers.json"
+    assert cli.main(["bench", str(made_bundle), "--target", "cpu,onnx", *flags, "-o", str(output)]) == 0
+    answer = capsys.readouterr().out
+    document = json.loads(output.read_text())
+    rows = document["contestants"]
+    assert list(rows) == ["cpu", "cpu_first_step", "onnx", "onnx_first_step", "onnxruntime_int8"]
+    assert all(row["load_s"] > 0 and row["peak_rss_bytes"] > 0 for row in rows.values())
+    assert rows["cpu"]["sqnr_db"] > 10 and rows["cpu"]["drawing_peak_rss_bytes"] > 0
+    assert document["ratios"]["cpu"].keys() == {"onnxruntime_int8"} and not document["failed"]
+    assert document["left_out"] == {"openvino_int8": "install it"}
+    assert "openvino_int8 was not measured: install it" in answer and "error, dB" in answer
+    assert (tmp_path / "work").is_dir()
+    assert cli.main(["bench", str(made_bundle), "--peers", "tvm"]) == 2
+    assert "peer 'tvm' is unknown" in capsys.readouterr().err
 
 
 # --- how much of it is run ------------------------------------------------------------------------------------------
