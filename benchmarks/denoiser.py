@@ -6,7 +6,8 @@ called in turn, for several numbers of image tokens and batch sizes; with each i
 load time and its peak memory. Engines are the recipe's, fused and stock, and any more by `--engine NAME:SETTINGS`, such
 as `--engine 'w8a8: formats.weight=INT8, formats.activation=INT8'`. Writes benchmarks/results/denoiser_MACHINE.json.
 
-What is expensive to make is kept in DIR for the next run; `--only-prepare` makes it and measures nothing.
+What is expensive to make is kept in DIR for the next run; `--only-prepare` makes it and measures nothing. The result is
+written after each case; with `--append` cases that are in it already, of the same code, stay.
 """
 
 from __future__ import annotations
@@ -316,6 +317,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--peers", default=peers.ALL, help="names with commas, or all")
     parser.add_argument("--threads", type=int)
     parser.add_argument("--only-prepare", action="store_true")
+    parser.add_argument("--append", action="store_true", help="keep other cases of a result by the same code")
     parser.add_argument("-o", "--output-dir", type=Path, default=record.RESULTS, help="folder of the result")
     return parser
 
@@ -349,13 +351,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.only_prepare:
         print(f"prepared in {args.work_dir}")
         return
-    measured: list[Json] = []
-    for sizes in cases:
-        fewer = [case for case in measured if case["tokens"] < sizes.tokens and case["batch"] == 1]
-        measured.append(bench.measure(sizes, fewer[-1] if fewer else measured[0] if measured else None))
-        print(summary(measured[-1]), flush=True)
-    first = str(min(case["pixels"] for case in measured))
-    document: Json = {
+    path = args.output_dir / f"denoiser_{record.slug(f'{machine.cpu_name()} {machine.cpu_count()}cpu')}.json"
+    first = str(min(sizes.pixels(bench.model) for sizes in cases))
+    head: Json = {
         "model": bench.model.config["_class_name"],
         "layers": bench.model.config["num_layers"],
         "recipe": args.recipe,
@@ -371,10 +369,32 @@ def main(argv: Sequence[str] | None = None) -> None:
         },
         "peers": {name: peers.PEERS[name].words for name in bench.peers},
         "threads": bench.threads,
-        "cases": measured,
+        "code": machine.code_version(),
     }
-    slug = record.slug(f"{machine.cpu_name()} {machine.cpu_count()}cpu")
-    print(record.write(f"denoiser_{slug}", document, args.output_dir))
+    earlier = record.read(path, {}) if args.append else {}
+    kept = cases_of(earlier, head, path) if earlier else []
+    for name, row in earlier.get("engines", {}).items():  # compared with the reference at the smallest size alone
+        if head["engines"].get(name, {"sqnr_to_reference_db": None})["sqnr_to_reference_db"] is None:
+            head["engines"][name] = row
+    done = [case for case in kept if (case["tokens"], case["batch"]) not in {(one.tokens, one.batch) for one in cases}]
+    for sizes in cases:
+        fewer = [case for case in done if case["tokens"] < sizes.tokens and case["batch"] == 1]
+        done.append(bench.measure(sizes, fewer[-1] if fewer else done[0] if done else None))
+        print(summary(done[-1]), flush=True)
+        cases_in_order = sorted(done, key=lambda case: (case["tokens"], case["batch"]))
+        record.write(path.stem, head | {"cases": cases_in_order}, args.output_dir)
+    print(path)
+
+
+def cases_of(earlier: Json, head: Json, path: Path) -> list[Json]:
+    """The cases of an earlier result, read from `path`. Raises RecipeError if other code or settings gave it."""
+    for key in ("model", "layers", "recipe", "settings", "threads", "code"):
+        if earlier.get(key) != head[key]:
+            raise RecipeError(
+                f"{path}: its {key} is {earlier.get(key)!r}, now {head[key]!r}; cases of one file are of one code and "
+                "recipe, so measure all of them, or write elsewhere (--output-dir)"
+            )
+    return list(earlier["cases"])
 
 
 if __name__ == "__main__":

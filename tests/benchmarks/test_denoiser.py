@@ -79,6 +79,15 @@ def test_the_tables_of_the_pages(monkeypatch: pytest.MonkeyPatch) -> None:
     assert readme.speed() == readme.speed_short() == readme.NOT_MEASURED
 
 
+def test_cases_of_an_earlier_result_stay_if_the_same_code_measured_them() -> None:
+    head = {"model": "M", "layers": 2, "recipe": "r", "settings": [], "threads": 2, "code": "abc"}
+    earlier = head | {"cases": [{"tokens": 256, "batch": 1}], "commit": "1"}
+    assert denoiser.cases_of(earlier, head, Path("a.json")) == earlier["cases"]
+    for key, value in (("code", "abd"), ("threads", 1), ("recipe", "s")):
+        with pytest.raises(RecipeError, match=f"a.json: its {key} is"):
+            denoiser.cases_of(earlier, head | {key: value}, Path("a.json"))
+
+
 @pytest.mark.slow
 @pytest.mark.torch
 @pytest.mark.process
@@ -105,6 +114,10 @@ def test_a_tiny_model_is_prepared_once_and_measured(
         assert case["contestants"]["onnxruntime_fp32"]["sqnr_db"] > 80
         assert case["contestants"]["w8a8"]["sqnr_db"] > case["contestants"]["stock"]["sqnr_db"]
     assert document["cases"][0]["contestants"]["stock"]["drawing_peak_rss_bytes"] > 0
+    assert document["engines"]["stock"]["sqnr_to_reference_db"] > denoiser.LEAST_SQNR_DB
+    denoiser.main([*flags[:-5], "--cases", "64x1:1", "--peers", "onnxruntime_int8", "--append"])
+    document = json.loads(path.read_text())
+    assert [(case["tokens"], case["batch"]) for case in document["cases"]] == [(16, 1), (16, 2), (64, 1)]
     assert document["engines"]["stock"]["sqnr_to_reference_db"] > denoiser.LEAST_SQNR_DB
     monkeypatch.setattr(readme, "_denoiser_runs", lambda: [document])
     assert "| w8a8 |" in readme.speed() and "`stock`" in readme.speed_short()
