@@ -23,6 +23,7 @@ from pipeline.verify.effort import LARGE_INSIDE, Effort
 from pipeline.verify.proof import verify_target
 from pipeline.verify.report import Report
 from pipeline.verify.study import study
+from plugins.cpu import library
 from tests.support import tiny
 
 pytestmark = [pytest.mark.slow, pytest.mark.torch]
@@ -43,8 +44,8 @@ CASES: dict[str, tuple[str, tuple[str, ...]]] = {name: (name, ()) for name in ME
     "fp4dit, groups": ("fp4dit", GROUPS),
     "qdit, per token": ("qdit", (*GROUPS, "calibrate.options.activations=per_token")),
 }
-# All their linears are sums of scaled sums. (g4w_p4a's groups are 128, all of K but in one layer; activations by group
-# keep an exact sum for each group.)
+# All their linears are sums of scaled sums, which stock ops add up in floats and the kernel library gives one by one.
+# (g4w_p4a's groups are 128, all of K but in one layer; activations by group keep an exact sum for each group.)
 WITHOUT_SUM = {"fp4dit, groups", "qdit, per token"}
 
 
@@ -76,14 +77,12 @@ def test_every_method_passes_the_gates(case: str, model: Any, tmp_path: Path) ->
     recipe, report = replace(base, model=model.source), Report()
     layers = calibrate(model, recipe, tmp_path / "layers")
     to_onnx.export_portable(model, layers, tmp_path / "model.onnx")
-    (tmp_path / "work").mkdir()
-    graph = BACKENDS["cpu"].lower(tmp_path / "model.onnx", tmp_path / "work", recipe)
     with mock.patch.object(picture_case, "SMALL_PICTURES", 2):
         studied = study(model, layers, recipe)
     # Both steps and all calls by their outputs; linears and stretches in the last step and in one call, as of a large
     # model: what a method gives a layer is the same in every call.
     effort = Effort((0, 1), studied.probed[-1:], pictures=1, inside=LARGE_INSIDE)
-    verify_target("cpu", model, layers, graph, None, studied, report, effort=effort)
+    verify_target("cpu", model, layers, lowered(recipe, "stock", tmp_path), None, studied, report, effort=effort)
     verify_target("onnx", model, layers, *portable(tmp_path), studied, report, effort=effort)
     assert report.failures() == []
     names = {gate.name: gate.why for gate in report.gates}
@@ -94,6 +93,19 @@ def test_every_method_passes_the_gates(case: str, model: Any, tmp_path: Path) ->
     expected = {"onnx/coverage", "onnx/operands_exact", "onnx/linear_output", "onnx/codes_equal", "onnx/step_sqnr_db"}
     assert expected <= names.keys() and "onnx/gemm_exact" not in names
     assert any(f"onnx: gemm_exact compares 0 of {len(layers)}" in note for note in report.notes)
+    if case in WITHOUT_SUM and library.problem() is None:
+        by_library = Report()
+        graph = lowered(recipe, "fused", tmp_path)
+        verify_target("cpu", model, layers, graph, None, studied, by_library, effort=effort)
+        assert by_library.failures() == [] and not any("gemm_exact" in note for note in by_library.notes)
+        assert "cpu/gemm_exact" in {gate.name for gate in by_library.gates}
+
+
+def lowered(recipe: Recipe, path: str, folder: Path) -> LoweredGraph:
+    """The folder's portable model lowered for the target `cpu`."""
+    (folder / path).mkdir()
+    recipe = recipes.with_settings(recipe, [f"cpu.path={path}"])
+    return BACKENDS["cpu"].lower(folder / "model.onnx", folder / path, recipe)
 
 
 def portable(folder: Path) -> tuple[LoweredGraph, Engine]:
