@@ -201,6 +201,10 @@ static void take_traps(void) {
 int packed_gemm_force(const char *name) {
   const Variant *emulated[] = {&PACKED_GEMM_AVX_VNNI, &PACKED_GEMM_AVX512_VNNI, &PACKED_GEMM_AMX};
   for (int i = 0; i < 3 && name; i++)
-    if (!strcmp(name, emulated[i]->name)) return chosen = emulated[i], take_traps(), __builtin_cpu_supports("avx2") != 0;
+    if (!strcmp(name, emulated[i]->name)) {
+      chosen = emulated[i];
+      take_traps();
+      return __builtin_cpu_supports("avx2") != 0;
+    }
   return force_one_that_is_here(name);
 }
