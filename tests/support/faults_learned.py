@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 from onnx import helper
 
 from pipeline.backends.base import LoweredGraph
+from pipeline.backends.cpu.packed_gemm import In
 from pipeline.passes.probes import ProbeRow
 from tests.support.faults import CROSS_V, FF_OUT, FIRST_Q, Fault, Graph, K, LoweredFault, Q
 
@@ -99,11 +100,13 @@ def _scale_of_the_neighbour_group(graph: Graph, row: ProbeRow) -> None:
 
 def _group_of_sums_scaled_by_its_neighbour(graph: Graph, row: ProbeRow) -> None:
     """Only the GEMM reads the wrong scales: token scales themselves are right."""
-    scaling = graph.node(f"{row.layer}/scaled_groups")
-    turned = scaling.input[1]
+    packed = graph.nodes("PackedGemm")
+    name, place, axis = ("product", In.TOKEN_SCALE, 1) if packed else ("scaled_groups", 1, 0)
+    scaling = graph.node(f"{row.layer}/{name}")
+    turned = scaling.input[place]
     order = graph.add_constant("order", np.array([1, 0]))
     position = list(graph.graph.node).index(scaling)
-    graph.graph.node.insert(position, helper.make_node("Gather", [turned, order], ["wrong_scales"], axis=0))
+    graph.graph.node.insert(position, helper.make_node("Gather", [turned, order], ["wrong_scales"], axis=axis))
     graph.redirect([scaling], turned, "wrong_scales")
 
 
