@@ -187,7 +187,7 @@ def test_a_compiler_that_does_not_end_is_refused(monkeypatch, tmp_path):
 
 def test_a_model_without_anything_to_fuse_has_stock_ops_and_needs_no_library(tmp_path, caplog):
     native.need_compiler()
-    layer = with_scaling(random_linear(weight="INT6"), "per_tensor")
+    layer = with_scaling(random_linear(weight="E4M3"), "per_tensor")
     model = portable('y = fpq.QuantizedLinear <layer="a"> (x)', [layer])
     ir.save(model, tmp_path / "model.onnx", external_data="model.onnx.data")
     work = tmp_path / "work"
