@@ -373,6 +373,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     }
     earlier = record.read(path, {}) if args.append else {}
     kept = cases_of(earlier, head, path) if earlier else []
+    head["peers"] = earlier.get("peers", {}) | head["peers"]
     for name, row in earlier.get("engines", {}).items():  # compared with the reference at the smallest size alone
         if head["engines"].get(name, {"sqnr_to_reference_db": None})["sqnr_to_reference_db"] is None:
             head["engines"][name] = row
