@@ -202,3 +202,10 @@ def test_damaged_metadata_is_refused(source):
     (source / "cpu" / "metadata.json").write_text(json.dumps({}))
     with pytest.raises(ContractError, match="'requires' is missing"):
         CpuBackend().load(source)
+
+
+def test_no_two_functions_with_variants_have_one_name():
+    """A linker takes one of two for both without a word, where compilers make them of weak parts."""
+    texts = [library.code((library.FOLDER / name).read_text(encoding="utf-8")) for name in library.SOURCES]
+    names = [name for text in texts for name in re.findall(r"VARIANTS \w+ \*?(\w+)\(", text)]
+    assert "finish_rows" in names and len(names) == len(set(names))
