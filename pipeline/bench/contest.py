@@ -18,7 +18,7 @@ from typing_extensions import TypedDict
 
 from export.models.description import Description, sample_inputs
 from pipeline import machine
-from pipeline.backends import tool_versions
+from pipeline.backends import BACKENDS, tool_versions
 from pipeline.backends.base import Arrays
 from pipeline.bench.convert import FloatModel
 from pipeline.bench.measure import CALL_ROUNDS, CALLS_BUDGET_S, Spread, Timing, shown_milliseconds, shown_times
@@ -190,9 +190,9 @@ def beside_peers(
     work_dir.mkdir(parents=True, exist_ok=True)
     fed = save_arrays(work_dir / "inputs.npz", inputs)
     case = save_case(work_dir / "case.npz", described_case(model, recipe, 1))
-    # The first one draws, too; by the portable model, which comes last, that takes minutes.
+    # Slow targets draw for minutes.
     ours = [
-        Entry(name, Spec("engine", threads, str(bundle), name), is_ours=True, draws=name == targets[0])
+        Entry(name, Spec("engine", threads, str(bundle), name), is_ours=True, draws=not BACKENDS[name].slow)
         for name in targets
     ]
     others, absences = entries(names, source, sha256 or "", work_dir, threads)
