@@ -50,7 +50,8 @@ KINDS = (
 class Rules:
     """How a kind of document is refused. version: what its `schema_version` must be; None: it has none.
 
-    extra: whether keys that the schema does not name are left alone or refused.
+    extra: whether keys that the schema does not name are left alone or refused. infinite: whether -Infinity and
+    Infinity are numbers, as Python writes them into JSON; NaN never is.
     """
 
     error: type[UserError] = ContractError
@@ -58,6 +59,7 @@ class Rules:
     version: int | None = None
     version_remedy: str = "build it again, or install the version that made it"
     extra: Literal["ignore", "allow", "forbid"] = "allow"
+    infinite: bool = False
 
 
 class _WrongDocument(ValueError):
@@ -146,7 +148,11 @@ def check_json(text: str, source: str, rules: Rules = Rules()) -> object:
     """The document in a JSON text, its form checked, its schema not."""
     with _refusing(source, rules, " is not valid JSON"):
         document = json.loads(
-            text, parse_int=_integer, parse_float=_float, object_pairs_hook=_object, parse_constant=_no_constant
+            text,
+            parse_int=_integer,
+            parse_float=_float,
+            object_pairs_hook=_object,
+            parse_constant=_infinity if rules.infinite else _no_constant,
         )
         _check_values(document)
     _check_version(document, source, rules)
@@ -176,6 +182,10 @@ def _object(pairs: list[tuple[str, object]]) -> dict[str, object]:
 
 def _no_constant(name: str) -> NoReturn:
     raise _WrongDocument(f"{name} is not a number")
+
+
+def _infinity(name: str) -> float:
+    return _no_constant(name) if name == "NaN" else float(name)
 
 
 def _integer(digits: str) -> int:
