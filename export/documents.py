@@ -264,7 +264,7 @@ def _first_fault(error: ValidationError) -> str:
     key = ".".join(map(str, row["loc"])) or "the document"
     if row["type"] == "missing":
         return f"{key!r} is missing"
-    if row["type"] == "extra_forbidden":
+    if row["type"] in ("extra_forbidden", "unexpected_keyword_argument"):  # of a TypedDict, and of a dataclass
         return f"key {key!r} is unknown"
     return f"{key} is {shown(row['input'])}; {row['msg'].replace('Input', 'it', 1)}"
 

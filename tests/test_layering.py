@@ -260,6 +260,7 @@ RUN_TIME = [
     for path in FILES
     if path.match("pipeline/bundle/*.py")
     or path.match("pipeline/generate/*.py")
+    or path.match("pipeline/generate/schedulers/*.py")
     or path.match("pipeline/backends/*/engine.py")
     or path.match("pipeline/backends/*/__init__.py")
     or path.match("plugins/cpu/*.py")

@@ -70,7 +70,7 @@ class Ddpm(Scheduler):
         least = max((ONE - then_kept) / (ONE - now_kept) * step_beta, LEAST_VARIANCE)
         return np.asarray(mean + self._deviation(least, step_beta, spread) * noise(x.shape))
 
-    def _deviation(self, least: np.float32, most: np.float32, spread: FloatArray) -> FloatArray:
+    def _deviation(self, least: np.float32, most: np.float32, spread: FloatArray) -> FloatArray | np.float32:
         """Standard deviation of the new noise. least, most: bounds of the variance; spread: what the model says."""
         kind = self.config.variance_type
         if kind == "learned":

@@ -114,7 +114,7 @@ class DpmSolver(Scheduler):
         with np.errstate(all="ignore"):
             self.updates = {i: self._update(i, self._order(i)) for i in self.steps}
         for i, update in self.updates.items():
-            if not np.isfinite(update).all():
+            if not all(np.isfinite(value) for value in update):
                 raise RecipeError(
                     f"n_steps {n_steps}: step {i} has no finite coefficients, from sigma {self.sigmas[i]:g} to "
                     f"{self.sigmas[i + 1]:g}; use fewer steps, or final_sigmas_type 'zero' with euler_at_final"

@@ -113,6 +113,7 @@ class EulerAncestral(SigmaScheduler):
         """Along the derivative, to `down`; the last step as well draws noise, and takes none of it."""
         sigma, after = self.sigmas[i], self.sigmas[i + 1]
         up = float32.root(after * after * (sigma * sigma - after * after) / (sigma * sigma))
-        down = float32.root(after * after - up * up)
+        # Where sigma is many times larger, `up` may be rounded above `after`, and diffusers then draws NaN.
+        down = float32.root(np.maximum(after * after - up * up, np.float32(0)))
         derivative = (x - sigma_to_data(self.kind, prediction, x, sigma)) / sigma
         return np.asarray(x + derivative * (down - sigma) + noise(x.shape) * up)

@@ -11,7 +11,7 @@ import numpy as np
 
 from export.errors import RecipeError
 from pipeline.generate.schedulers.base import FloatArray, Noise, Scheduler, SchedulerOptions, left_out
-from pipeline.generate.schedulers.tables import MOST_TRAIN_STEPS, refuse_steps, respaced, several_spacings
+from pipeline.generate.schedulers.tables import MOST_TRAIN_STEPS, DoubleArray, refuse_steps, respaced, several_spacings
 
 ONE = np.float32(1)
 
@@ -110,6 +110,7 @@ class FlowEuler(Scheduler):
 def _sigmas(config: FlowEulerConfig, options: SchedulerOptions) -> FloatArray:
     """[n] from high to low, float32."""
     train_steps, shift = config.num_train_timesteps, config.shift
+    sigmas: FloatArray | DoubleArray
     if options.sigmas is not None:
         sigmas = np.array(options.sigmas, np.float32)
     else:

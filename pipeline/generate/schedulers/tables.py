@@ -168,7 +168,7 @@ def beta_quantile(p: DoubleArray, a: float) -> DoubleArray:
     """Quantiles x [n] of a symmetric beta distribution, shape parameters a and a, at probabilities p [n].
 
     >>> beta_quantile(np.array([0.0, 0.1, 0.5, 1.0]), 0.6).round(6).tolist()
-    [0.0, 0.028782, 0.5, 1.0]
+    [0.0, 0.039584, 0.5, 1.0]
     """
     lower = np.minimum(p, 1 - p)
     low, high = np.zeros_like(p), np.full_like(p, 0.5)

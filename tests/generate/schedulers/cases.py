@@ -51,7 +51,7 @@ class Case:
         options = self.options
         call: Keys = {"num_inference_steps": options.n_steps}
         call |= {} if options.mu is None else {"mu": options.mu}
-        call |= {} if options.sigmas is None else {"sigmas": list(options.sigmas)}
+        call |= {} if options.sigmas is None else {"sigmas": np.array(options.sigmas)}
         call |= {"strength": options.strength} if self.name == "LCMScheduler" else {}
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of NumPy, about logarithms of 0 and the like
@@ -120,7 +120,7 @@ def cases() -> Iterator[Case]:
     yield Case(dpm, {"euler_at_final": True, "final_sigmas_type": "sigma_min", "use_karras_sigmas": True}, steps(20))
     yield Case(dpm, {"thresholding": True, "sample_max_value": 2.0, "rescale_betas_zero_snr": True}, steps(20))
     yield Case(dpm, {"use_flow_sigmas": True, "use_dynamic_shifting": True}, steps(20, mu=0.9))
-    yield Case(dpm, {"trained_betas": [i / 4000 + 1e-4 for i in range(1000)]}, steps(20))
+    yield Case(dpm, {"trained_betas": [i / 60000 + 1e-4 for i in range(1000)]}, steps(20))
     for count in (1, 2, 4, 5, 50):
         yield Case(dpm, {"solver_order": 3, "use_karras_sigmas": True}, steps(count))
         yield Case(dpm, {"solver_order": 2}, steps(count))
@@ -182,6 +182,10 @@ def cases() -> Iterator[Case]:
 
 def title(case: Case) -> str:
     """Of a case, for pytest."""
-    keys = [f"{key}={value}" for key, value in case.keys.items() if not isinstance(value, list)]
-    more = [f"{key}={getattr(case.options, key)}" for key in ("strength", "eta", "mu") if getattr(case.options, key)]
+    keys = [f"{key}={value}" for key, value in case.keys.items() if key != "trained_betas"]
+    more = [
+        f"{key}={getattr(case.options, key)}"
+        for key in ("strength", "eta", "mu")
+        if getattr(case.options, key) not in (None, 0, 1)
+    ]
     return ",".join([case.name, str(case.options.n_steps), *keys, *more])

@@ -18,6 +18,7 @@ from pipeline.generate.schedulers import float32
 from pipeline.generate.schedulers.base import FloatArray, Scheduler
 from tests.generate.schedulers.cases import Case, cases, equal_noise, model, numbers, steps, title  # noqa: F401
 
+pytestmark = pytest.mark.torch
 FUNCTIONS = ("root", "log", "exp", "expm1")
 CASES = list(cases())
 # 1000 steps: the table whole, where the steps are finite in diffusers.
@@ -87,7 +88,7 @@ def test_with_torch_s_functions_every_bit_is_equal(
             np.testing.assert_array_equal(given, theirs.scale_model_input(tensor(x), theirs.timesteps[i]).numpy())
         prediction = model(given, float(ours.timesteps[i]), case.learned)
         x, other = (
-            ours.step(prediction, x, i, lambda shape: numbers(7, i)[: shape[0]]),
+            ours.step(prediction, x, i, lambda _, i=i: numbers(7, i)),
             their_step(theirs, case, i, prediction, other),
         )
     np.testing.assert_array_equal(x, other, err_msg="at the end")
@@ -96,13 +97,13 @@ def test_with_torch_s_functions_every_bit_is_equal(
 def nudged(monkeypatch: pytest.MonkeyPatch, seed: int) -> None:
     """Each function a bit up, a bit down or as it is, at random."""
     rng = np.random.default_rng(seed)
-    for name in FUNCTIONS:
+    for name, function in [(name, getattr(float32, name)) for name in FUNCTIONS]:
 
-        def changed(x: Any, own: Callable[[Any], Any] = getattr(float32, name)) -> Any:
+        def changed(x: Any, own: Callable[[Any], Any] = function) -> Any:
             right = own(x)
             way = rng.choice([-1, 0, 1], size=np.shape(right))
-            moved = np.where(way == 0, right, np.nextafter(right, np.float32(np.inf) * np.where(way == 0, 1, way)))
-            return np.where(np.isfinite(right) & (right != 0), moved, right).astype(np.float32)[()]
+            moved = np.nextafter(right, np.where(way > 0, np.inf, -np.inf).astype(np.float32))
+            return np.where((way == 0) | ~np.isfinite(right) | (right == 0), right, moved)[()]
 
         monkeypatch.setattr(float32, name, changed)
 
@@ -111,7 +112,7 @@ def results(scheduler: Scheduler, case: Case, xs: list[FloatArray]) -> list[Floa
     """What each step makes of the x that it is given."""
     predictions = [model(x, float(i), case.learned) for i, x in enumerate(xs)]
     return [
-        scheduler.step(prediction, x, i, lambda shape, i=i: numbers(7, i))
+        scheduler.step(prediction, x, i, lambda _, i=i: numbers(7, i))
         for i, x, prediction in zip(scheduler.steps, xs, predictions, strict=True)
     ]
 
