@@ -278,6 +278,7 @@ NEEDS_TORCH = {
     "pipeline/backends/cuda/engine.py": {"torch"},
     "pipeline/backends/tensorrt/engine.py": {"torch"},
     "pipeline/backends/trt/engine.py": {"torch"},
+    "pipeline/generate/convert_tokenizer.py": {"transformers"},
     "pipeline/generate/diffusers_adapter.py": {"diffusers", "torch"},
     "pipeline/generate/latent.py": {"huggingface_hub", "torch"},
     "pipeline/generate/pipeline_folder.py": {"diffusers", "torch"},
