@@ -1,4 +1,8 @@
-"""Samplers: from noise to a picture by repeated calls of a denoiser. NumPy only, so that generating needs no torch."""
+"""Samplers: from noise to a picture by repeated calls of a denoiser. NumPy only, so that generating needs no torch.
+
+These two are the bundled models' own, and what calibration and gates sample with. Their tables are float64, so they
+differ from the schedulers of diffusers (folder schedulers/) in the last bits, which stored results depend on.
+"""
 
 from __future__ import annotations
 

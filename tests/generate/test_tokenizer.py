@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import struct
+import subprocess
+import sys
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -313,6 +315,24 @@ def test_folders_that_cannot_be_converted(tmp_path: Path) -> None:
     (tmp_path / "vocab.txt").write_text("[PAD]")
     with pytest.raises(ModelError, match=r"tokenizer_config.json is missing"):
         refuse_tokenizer(tmp_path, "BertTokenizer")
+
+
+RUN = """
+import sys
+from tests.support.absent import hide, visible
+hide()
+from pathlib import Path
+from pipeline.generate.schedulers.config import SCHEDULERS
+from pipeline.generate.tokenizer import PromptTokenizer
+print(PromptTokenizer.load(Path(sys.argv[1]))(["a red cube"]).input_ids.tolist(), len(SCHEDULERS), visible())
+"""
+
+
+@pytest.mark.process
+def test_the_compiler_s_packages_are_not_needed(tmp_path: Path) -> None:
+    command = [sys.executable, "-c", RUN, str(small(tmp_path))]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.stdout == "[[3, 4, 5, 1, 0]] 9 []\n", done.stderr
 
 
 # --- SentencePiece models ------------------------------------------------------------------------------------------

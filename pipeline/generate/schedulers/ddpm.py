@@ -30,7 +30,7 @@ class DdpmConfig(BetaConfig, ClipConfig):
 
     def problem(self) -> str | None:
         """What is wrong with the values, in words; None where nothing is."""
-        return super().problem() or self.threshold_problem()
+        return super().problem() or self.limits_problem()
 
     def scheduler(self, options: SchedulerOptions) -> Scheduler:
         """Of one drawing. Raises RecipeError for options that it cannot take."""

@@ -57,7 +57,7 @@ class DpmSolverConfig(SigmaConfig, ThresholdConfig):
             return f"flow_shift {self.flow_shift} must be above 0"
         if np.isnan(self.lambda_min_clipped) or self.lambda_min_clipped > 0:
             return f"lambda_min_clipped {self.lambda_min_clipped} must be at most 0"
-        return super().problem() or self.threshold_problem()
+        return super().problem() or self.limits_problem()
 
     def scheduler(self, options: SchedulerOptions) -> Scheduler:
         """Of one drawing. Raises RecipeError for options that it cannot take."""

@@ -22,6 +22,12 @@ class HeunConfig(SigmaConfig):
     clip_sample: bool = False
     clip_sample_range: float = 1.0
 
+    def problem(self) -> str | None:
+        """What is wrong with the values, in words; None where nothing is."""
+        if not self.clip_sample_range > 0:
+            return f"clip_sample_range {self.clip_sample_range} must be above 0"
+        return super().problem()
+
     def scheduler(self, options: SchedulerOptions) -> Scheduler:
         """Of one drawing. Raises RecipeError for options that it cannot take."""
         return Heun(self, options)

@@ -39,7 +39,7 @@ class LcmConfig(BetaConfig, ClipConfig):
         if not 1 <= self.original_inference_steps <= self.num_train_timesteps:
             most = self.num_train_timesteps
             return f"original_inference_steps {self.original_inference_steps} must be 1 to {most}"
-        return super().problem() or self.threshold_problem()
+        return super().problem() or self.limits_problem()
 
     def scheduler(self, options: SchedulerOptions) -> Scheduler:
         """Of one drawing. Raises RecipeError for options that it cannot take."""

@@ -56,7 +56,7 @@ class ThresholdConfig:
     dynamic_thresholding_ratio: float = 0.995
     sample_max_value: float = 1.0
 
-    def threshold_problem(self) -> str | None:
+    def limits_problem(self) -> str | None:
         """What is wrong with the values, in words."""
         if not 0 <= self.dynamic_thresholding_ratio <= 1 or not self.sample_max_value >= 1:
             return (
@@ -72,6 +72,12 @@ class ClipConfig(ThresholdConfig):
 
     clip_sample: bool = True
     clip_sample_range: float = 1.0
+
+    def limits_problem(self) -> str | None:
+        """As of ThresholdConfig; and a range that is none."""
+        if not self.clip_sample_range > 0:
+            return f"clip_sample_range {self.clip_sample_range} must be above 0"
+        return super().limits_problem()
 
     def limited(self, data: FloatArray) -> FloatArray:
         """Thresholded, or clipped, or as it is."""

@@ -229,7 +229,7 @@ def respaced(
 def times_of(sigmas: DoubleArray, log_sigmas: FloatArray) -> DoubleArray:
     """Timesteps [n] of sigmas [n], between training steps by log sigma. log_sigmas: [T] of all training steps."""
     wanted = np.log(np.maximum(sigmas, 1e-10))
-    low = np.cumsum(wanted >= log_sigmas[:, None], axis=0).argmax(axis=0).clip(max=len(log_sigmas) - 2)
+    low = (np.searchsorted(log_sigmas, wanted, side="right") - 1).clip(0, len(log_sigmas) - 2)
     below, above = log_sigmas[low], log_sigmas[low + 1]
     share = np.clip((below - wanted) / (below - above), 0, 1)
     return np.asarray((1 - share) * low + share * (low + 1))

@@ -59,7 +59,7 @@ class UniPcConfig(SigmaConfig, ThresholdConfig):
             return "predict_x0 false goes with neither prediction_type 'flow_prediction' nor thresholding"
         if self.shift_terminal is not None and not (self.use_flow_sigmas and 0 < self.shift_terminal < 1):
             return f"shift_terminal {self.shift_terminal} must be between 0 and 1, with use_flow_sigmas"
-        return super().problem() or self.threshold_problem()
+        return super().problem() or self.limits_problem()
 
     def scheduler(self, options: SchedulerOptions) -> Scheduler:
         """Of one drawing. Raises RecipeError for options that it cannot take."""

@@ -40,7 +40,8 @@ class Case:
 
     @property
     def learned(self) -> bool:
-        return self.name == "DDPMScheduler" and self.keys.get("variance_type", "").startswith("learned")
+        """Whether the model predicts a variance too."""
+        return self.keys.get("variance_type", "").startswith("learned")
 
     def ours(self) -> Scheduler:
         return parse_scheduler_config({"_class_name": self.name, **self.keys}, "test").scheduler(self.options)
@@ -120,6 +121,7 @@ def cases() -> Iterator[Case]:
     yield Case(dpm, {"euler_at_final": True, "final_sigmas_type": "sigma_min", "use_karras_sigmas": True}, steps(20))
     yield Case(dpm, {"thresholding": True, "sample_max_value": 2.0, "rescale_betas_zero_snr": True}, steps(20))
     yield Case(dpm, {"use_flow_sigmas": True, "use_dynamic_shifting": True}, steps(20, mu=0.9))
+    yield Case(dpm, {"variance_type": "learned_range"}, steps(20))
     yield Case(dpm, {"trained_betas": [i / 60000 + 1e-4 for i in range(1000)]}, steps(20))
     for count in (1, 2, 4, 5, 50):
         yield Case(dpm, {"solver_order": 3, "use_karras_sigmas": True}, steps(count))

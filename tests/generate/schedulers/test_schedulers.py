@@ -13,6 +13,8 @@ from export.errors import ContractError, ModelError, RecipeError
 from pipeline.generate.schedulers.base import FloatArray, Scheduler, SchedulerOptions, seeded_noise
 from pipeline.generate.schedulers.config import SCHEDULERS, parse_scheduler_config, read_scheduler_config
 from pipeline.generate.schedulers.dpmsolver import signal
+from pipeline.generate.schedulers.euler import EulerAncestral
+from pipeline.generate.schedulers.flow import FlowEuler, FlowEulerConfig
 from pipeline.generate.schedulers.predictions import thresholded
 from pipeline.generate.schedulers.tables import beta_quantile, linspace
 
@@ -33,30 +35,34 @@ def picture() -> FloatArray:
 
 
 def drawn(made: Scheduler, knows: FloatArray, begin: FloatArray | None = None) -> FloatArray:
-    """The loop of base.py with a model that predicts the picture itself (or the velocity to it)."""
+    """The loop of base.py, with a model that predicts the picture itself, or what leads to it."""
     noise = seeded_noise([1, 2])
     x = made.start(noise(SHAPE), begin)
     for i in made.steps:
         assert made.scale_model_input(x, i).dtype == np.float32
-        velocity = getattr(made, "sigmas", None) is not None and type(made).__name__ == "FlowEuler"
-        x = made.step((x - knows) / made.sigmas[i] if velocity else knows, x, i, noise)  # type: ignore[attr-defined]
+        along = isinstance(made, FlowEuler | EulerAncestral)  # these take no predicted picture
+        x = made.step((x - knows) / made.sigmas[i] if along else knows, x, i, noise)
     return x
 
 
 @pytest.mark.parametrize("strength", [1.0, 0.5])
 def test_a_model_that_knows_the_picture_draws_it(strength: float) -> None:
+    """Half the strength is half the steps, but for LCM, which has its steps below; Heun takes two for each but one."""
+    n_steps = int(12 * strength)
+    calls = {"HeunDiscreteScheduler": 2 * n_steps - 1, "LCMScheduler": 12}
     for name in SCHEDULERS:
-        keys = {} if name == FLOW else {"prediction_type": "sample"}
-        if name == "EulerAncestralDiscreteScheduler":
-            continue  # takes no such model, neither here nor in diffusers
+        keys = {} if name in (FLOW, "EulerAncestralDiscreteScheduler") else {"prediction_type": "sample"}
         made = scheduler(name, 12, keys, strength=strength)
-        begin = None if strength == 1.0 else picture()
-        wrong = np.abs(drawn(made, picture(), begin) - picture()).max()
-        # DDIM and DDPM end at timestep 0, of which alpha is 0.99995; the others at the picture itself.
+        wrong = np.abs(drawn(made, picture(), None if strength == 1.0 else picture()) - picture()).max()
         assert wrong < 1e-5, (name, wrong)
-        assert len(made.steps) == (
-            strength * 24 - 1 if name.startswith("Heun") else 12 if name.startswith("LCM") else strength * 12
-        )
+        assert len(made.steps) == calls.get(name, n_steps), name
+
+
+def test_the_shift_of_a_flow_grows_with_the_picture() -> None:
+    config = FlowEulerConfig()
+    assert [round(config.exponent(tokens), 9) for tokens in (256, 1024, 4096)] == [0.5, 0.63, 1.15]
+    with pytest.raises(RecipeError, match="no base_shift and max_shift"):
+        FlowEulerConfig(base_shift=None).exponent(256)
 
 
 def test_steps_come_in_order_and_once() -> None:
@@ -156,6 +162,17 @@ def test_steps_that_would_be_nan(name: str, keys: dict[str, Any], n_steps: int, 
         ({"_class_name": "DDIMScheduler", "clip_sample": "yes"}, "clip_sample is 'yes'"),
         ({"_class_name": "DDIMScheduler", "steps_offset": -1}, "steps_offset -1 must be"),
         ({"_class_name": "HeunDiscreteScheduler", "use_karras_sigmas": True, "use_beta_sigmas": True}, "only one of"),
+        ({"_class_name": "HeunDiscreteScheduler", "clip_sample_range": -1.0}, "clip_sample_range -1.0 must be above 0"),
+        ({"_class_name": "LCMScheduler", "clip_sample_range": 0.0}, "clip_sample_range 0.0 must be above 0"),
+        ({"_class_name": "LCMScheduler", "sample_max_value": 0.5}, "and sample_max_value 0.5 at least 1"),
+        ({"_class_name": "LCMScheduler", "original_inference_steps": 0}, "original_inference_steps 0 must be"),
+        ({"_class_name": "UniPCMultistepScheduler", "shift_terminal": 0.1}, "with use_flow_sigmas"),
+        (
+            {"_class_name": "UniPCMultistepScheduler", "thresholding": True, "predict_x0": False},
+            "predict_x0 false goes",
+        ),
+        ({"_class_name": "EulerDiscreteScheduler", "sigma_min": 0.0}, "sigma_min 0.0 must be above 0"),
+        ({"_class_name": "DPMSolverMultistepScheduler", "lambda_min_clipped": 1.0}, "lambda_min_clipped 1.0 must be"),
         ({"_class_name": FLOW, "shift": 0.0}, "shift 0.0 must be above 0"),
         ({"_class_name": FLOW, "shift": 1e999}, "shift inf must be above 0"),
     ],
