@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import subprocess
 import sys
@@ -46,6 +47,13 @@ def test_a_document_is_what_its_schema_says(tmp_path: Path) -> None:
     document: Any = read(tmp_path, '{"count": 1, "ratio": 2, "rows": [{"name": "é", "sizes": [1, 2]}], "more": [null]}')
     assert document == {"count": 1, "ratio": 2.0, "rows": [Row("é", (1, 2))], "more": [None]}
     assert read(tmp_path, b'\xef\xbb\xbf{"count": 1}') == {"count": 1}, "a byte order mark is left out"
+
+
+def test_infinity_is_a_number_where_it_may_be(tmp_path: Path) -> None:
+    rules = Rules(infinite=True)
+    assert read(tmp_path, '{"count": 1, "ratio": -Infinity}', rules) == {"count": 1, "ratio": -math.inf}
+    with pytest.raises(ContractError, match="NaN is not a number"):
+        read(tmp_path, '{"count": 1, "ratio": NaN}', rules)
 
 
 FAULTS = {

@@ -50,6 +50,11 @@ class SchedulerOptions:
         if not 0 <= self.eta <= 1:
             raise RecipeError(f"eta {self.eta} must be 0 to 1")
 
+    def refuse_sigmas(self) -> None:
+        """Raise RecipeError if there is not one for each step."""
+        if self.sigmas is not None and len(self.sigmas) != self.n_steps:
+            raise RecipeError(f"{len(self.sigmas)} sigmas for {self.n_steps} steps; give one for each")
+
     def refuse(self, scheduler: str, *names: str) -> None:
         """Raise RecipeError for an option of these that is not neutral: `scheduler` has no use for it."""
         neutral = SchedulerOptions(1)

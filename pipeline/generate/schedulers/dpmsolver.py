@@ -205,7 +205,8 @@ def _schedule(config: DpmSolverConfig, options: SchedulerOptions) -> tuple[Doubl
     clipped = int(np.searchsorted(lambdas[::-1], np.float32(config.lambda_min_clipped)))
     n_steps, train_steps = options.n_steps, config.num_train_timesteps
     timesteps = spaced(config, n_steps, spare=True, end=train_steps - clipped)
-    # Timesteps between training steps are cut off below, in three of the cases rounded before.
+    # Sigmas lie between training steps. diffusers cuts their timesteps to integers; those of Karras and Lu it rounds
+    # before, unless betas are of the cosine schedule.
     rounded = config.beta_schedule != "squaredcos_cap_v2"
     respaced = config.respaced(float(trained[0]), float(trained[-1]), n_steps)
     if respaced is not None and (config.use_karras_sigmas or not config.use_lu_lambdas):

@@ -76,8 +76,7 @@ class FlowEuler(Scheduler):
         if (options.mu is not None) != config.use_dynamic_shifting:
             wanted = "needs" if options.mu is None else "has no use for"
             raise RecipeError(f"mu {options.mu}: this scheduler {wanted} one, by its use_dynamic_shifting")
-        if options.sigmas is not None and len(options.sigmas) != options.n_steps:
-            raise RecipeError(f"{len(options.sigmas)} sigmas for {options.n_steps} steps; give one for each")
+        options.refuse_sigmas()
         refuse_steps(options.n_steps, MOST_TRAIN_STEPS)
         with np.errstate(all="ignore"):
             sigmas = _sigmas(config, options)

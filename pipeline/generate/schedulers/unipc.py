@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
@@ -91,6 +92,7 @@ class UniPc(Scheduler):
             raise RecipeError(f"mu {options.mu}: this scheduler {wanted} one, by its use_dynamic_shifting")
         if options.sigmas is not None and not config.use_flow_sigmas:
             raise RecipeError("sigmas: this scheduler has use_flow_sigmas off; leave them out")
+        options.refuse_sigmas()
         self.config, self.flow = config, bool(config.use_flow_sigmas)
         timesteps, self.sigmas = _schedule(config, options)
         super().__init__(timesteps, first_step(options.n_steps, options.strength))
@@ -214,7 +216,7 @@ def _flow_sigmas(config: UniPcConfig, options: SchedulerOptions) -> DoubleArray:
     if options.sigmas is not None:
         even = np.array(options.sigmas, np.float64)
     if options.mu is not None:
-        sigmas = np.exp(options.mu) / (np.exp(options.mu) + (1 / even - 1))
+        sigmas = math.exp(options.mu) / (math.exp(options.mu) + (1 / even - 1))
     else:
         sigmas = config.flow_shift * even / (1 + (config.flow_shift - 1) * even)
     if config.shift_terminal is not None:

@@ -29,6 +29,9 @@ ALL_STEPS = [
     Case("EulerDiscreteScheduler", {}, steps(1000)),
     Case("EulerAncestralDiscreteScheduler", {"timestep_spacing": "leading"}, steps(1000)),
     Case("FlowMatchEulerDiscreteScheduler", {"shift": 3.0}, steps(1000)),
+    Case("HeunDiscreteScheduler", {}, steps(1000)),
+    Case("UniPCMultistepScheduler", {}, steps(999)),
+    Case("LCMScheduler", {"original_inference_steps": 1000}, steps(1000)),
 ]
 # Timesteps that diffusers cuts to integers without rounding: the last bit of a sigma may decide.
 CUT = ("use_exponential_sigmas", "use_beta_sigmas", "use_lu_lambdas", "use_karras_sigmas", "use_flow_sigmas")

@@ -103,6 +103,8 @@ def test_noise_of_a_picture_is_its_seed_s() -> None:
         ("UniPCMultistepScheduler", {"n_steps": 10, "mu": 1.0}, "has no use for one"),
         ("UniPCMultistepScheduler", {"n_steps": 2, "sigmas": (1.0, 0.5)}, "use_flow_sigmas off"),
         (FLOW, {"n_steps": 3, "sigmas": (1.0, 0.5)}, "2 sigmas for 3 steps"),
+        (FLOW, {"n_steps": 2, "sigmas": (1.0, float("nan"))}, "sigmas are not finite"),
+        (FLOW, {"n_steps": 2, "strength": float("nan")}, "strength nan must be"),
         ("LCMScheduler", {"n_steps": 51}, "distilled on 50 timesteps"),
         ("LCMScheduler", {"n_steps": 30, "strength": 0.5}, "strength 0.5 leaves 25"),
     ],
