@@ -18,7 +18,7 @@ from pipeline.recipe import load as load_recipe
 from pipeline.recipe import with_settings
 from tests.support import tiny
 
-RECIPE = with_settings(load_recipe("pixart_w4a6"), list(denoiser.SETTINGS))
+RECIPE = load_recipe("pixart_w4a6")
 PEERS = ("quick", "fair", "middling", "slow", "absent")
 
 
@@ -35,14 +35,25 @@ def test_a_case_that_is_none_is_refused(text: str) -> None:
 
 
 def test_an_engine_is_a_name_and_settings() -> None:
-    ours = parse_engine("w8a8: formats.weight=INT8, formats.activation=INT8", RECIPE)
-    assert (ours.name, ours.settings) == ("w8a8", ("formats.weight=INT8", "formats.activation=INT8"))
-    assert (ours.recipe.formats.weight, ours.recipe.formats.activation) == ("INT8", "INT8")
-    assert parse_engine("rtx: rtx.sm=[89, 120]", RECIPE).settings == ("rtx.sm=[89, 120]",), "a comma inside a value"
-    assert parse_engine("same:", RECIPE).recipe == RECIPE
+    ours = parse_engine("w8a8: formats.weight=INT8, formats.activation=INT8", "pixart_w4a6", ["weights.group_size=32"])
+    assert (ours.name, ours.base) == ("w8a8", "pixart_w4a6")
+    assert ours.settings == ("formats.weight=INT8", "formats.activation=INT8")
+    assert (ours.recipe.formats.weight, ours.recipe.weights.group_size) == ("INT8", 32)
+    rtx = parse_engine("rtx: rtx.sm=[89, 120]", "pixart_w4a6", [])
+    assert rtx.settings == ("rtx.sm=[89, 120]",), "a comma inside a value"
+    assert parse_engine("same:", "pixart_w4a6", []).recipe == RECIPE, "nothing beside what users get"
     for wrong in ("w8a8", "W8: seed=1", ": seed=1", "onnxruntime_int8: seed=1"):
         with pytest.raises(RecipeError, match="is none; give NAME:KEY=VALUE"):
-            parse_engine(wrong, RECIPE)
+            parse_engine(wrong, "pixart_w4a6", [])
+
+
+def test_an_engine_may_be_of_another_recipe() -> None:
+    ours = parse_engine("int8: pixart_w8a8, cpu.path=fused", "pixart_w4a6", ["calibrate.seed=3"])
+    assert (ours.base, ours.settings) == ("pixart_w8a8", ("cpu.path=fused",))
+    assert ours.recipe == with_settings(load_recipe("pixart_w8a8"), ["calibrate.seed=3", "cpu.path=fused"])
+    assert parse_engine("int8: pixart_w8a8", "pixart_w4a6", []).recipe == load_recipe("pixart_w8a8")
+    with pytest.raises(RecipeError, match="pixart_w9"):
+        parse_engine("int8: pixart_w9, cpu.path=fused", "pixart_w4a6", [])
 
 
 def test_engines_share_a_calibration_unless_it_differs() -> None:
@@ -96,7 +107,7 @@ def test_a_tiny_model_is_prepared_once_and_measured(
 ) -> None:
     model = tiny.folder("pixart", tmp_path)
     flags = ["--model", str(model), "--work-dir", str(tmp_path / "work"), "-o", str(tmp_path / "out"), "--threads", "1"]
-    flags += ["--set", "weights.group_size=32", "--paths", "stock"]
+    flags += ["--set", "weights.group_size=32", "--set", "method=rtn", "--paths", "stock"]
     flags += ["--engine", "w8a8: cpu.path=stock, formats.weight=INT8"]
     flags += ["--cases", "16x1:2", "16x2:1", "--peers", "onnxruntime_fp32,onnxruntime_int8,openvino_int8"]
     monkeypatch.setattr(denoiser, "LOADS", 1)
