@@ -86,8 +86,25 @@ def test_the_tables_of_the_pages(monkeypatch: pytest.MonkeyPatch) -> None:
     assert [line.split(" | ")[1] for line in table[2:6]] == ["fused", "fused_first_step", "ov", "ort"]
     assert table[4] == "| C, 2 CPUs | ov | 150 ms | - | 15.4 | 5 | - | 1.0 |"
     assert table[6:] == ["", "- C, 2 CPUs: ao was not measured: install it"], "ov has a row of another case"
+    assert readme.speed_equal() == readme.NOT_MEASURED, "an error is not known"
     monkeypatch.setattr(readme, "_denoiser_runs", list)
-    assert readme.speed() == readme.speed_short() == readme.NOT_MEASURED
+    assert readme.speed() == readme.speed_short() == readme.speed_equal() == readme.NOT_MEASURED
+
+
+def test_the_table_at_equal_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = {"w4": row(100.0), "w8": row(200.0, sqnr_db=33.0), "wide": row(250.0, sqnr_db=35.0)}
+    rows |= {"w4_first_step": row(90.0), "ort": row(220.0, sqnr_db=26.0), "ov": row(500.0, sqnr_db=34.0)}
+    rows |= {"int4": row(150.0, sqnr_db=20.0), "fp32": row(900.0, sqnr_db=110.0)}
+    more = {"w8": row(50.0, sqnr_db=20.0), "wide": row(80.0, sqnr_db=20.1), "ort": row(40.0, sqnr_db=20.1)}
+    cases = [{"tokens": 256, "batch": 1, "contestants": rows}, {"tokens": 1024, "batch": 1, "contestants": more}]
+    run = {"machine": {"cpu": "C", "cpus": 2}, "engines": {"w4": {}, "w8": {}, "wide": {}}, "cases": cases}
+    monkeypatch.setattr(readme, "_denoiser_runs", lambda: [run])
+    assert readme.speed_equal().splitlines()[2:] == [
+        "| C, 2 CPUs | `int4` | 1.50 x by `w4` (20.0 to 20.0 dB) | - |",
+        "| C, 2 CPUs | `ort` | 1.10 x by `w8` (33.0 to 26.0 dB) | 0.50 x by `wide` (20.1 to 20.1 dB) |",
+        "| C, 2 CPUs | `ov` | 2.00 x by `wide` (35.0 to 34.0 dB) | - |",
+        "| C, 2 CPUs | `fp32` | none has 110 dB | - |",
+    ]
 
 
 def test_cases_of_an_earlier_result_stay_if_the_same_code_measured_them() -> None:
