@@ -23,6 +23,7 @@ NAMES = [
     "pixart_w4a4",
     "pixart_w4a6",
     "pixart_w4a8",
+    "pixart_w4a8_gptq",
     "pixart_w6a6",
     "pixart_w8a6",
     "pixart_w8a8",
