@@ -3,8 +3,9 @@
 FOLDER holds a model of true configuration (`python -m benchmarks.zoo.make_xl` writes one with random weights). Engines
 of ours are measured beside every peer of pipeline/bench/peers.py that is installed: each in a process of its own, all
 called in turn, for several numbers of image tokens and batch sizes; with each its error against the float model, its
-load time and its peak memory. Engines are the recipe's, fused and stock, and any more by `--engine NAME:SETTINGS`, such
-as `--engine 'w8a8: formats.weight=INT8, formats.activation=INT8'`. Writes benchmarks/results/denoiser_MACHINE.json.
+load time and its peak memory. Engines are the recipe's as users get it, fused and stock, and any more by `--engine
+NAME:SETTINGS`, which may begin with another recipe, such as `--engine 'int8: pixart_w8a8, attention.qk=INT8,
+attention.pv=INT8'`. Writes benchmarks/results/denoiser_MACHINE.json.
 
 What is expensive to make is kept in DIR for the next run; `--only-prepare` makes it and measures nothing. The result is
 written after each case; with `--append` cases that are in it already, of the same code, stay.
@@ -49,8 +50,6 @@ from pipeline.recipe import load as load_recipe
 
 logger = logging.getLogger(__name__)
 RECIPE = "pixart_w4a6"
-# The quickest calibration: it changes no time of a call.
-SETTINGS = ("method=rtn", "weights.search=absmax")
 PATHS = ("fused", "stock")  # of cpu.path; engines of these names
 # The engine and the float32 reference flip codes against each other wherever float rounding meets a midpoint, and
 # flips grow over the layers: the reference in float32 is itself about 33 dB from its float64 run at 28 layers. A
@@ -94,21 +93,26 @@ class Sizes:
 
 @dataclass(frozen=True)
 class Ours:
-    """An engine to build. settings: as typed, beside those of all engines."""
+    """An engine to build. base: the recipe it begins with, by name. settings: as typed, beside those of all engines."""
 
     name: str
+    base: str
     settings: tuple[str, ...]
     recipe: Recipe
 
 
-def parse_engine(text: str, common: Recipe) -> Ours:
-    """NAME:SETTINGS, settings separated by commas as those of `--set`. Raises RecipeError."""
+def parse_engine(text: str, base: str, common: Sequence[str]) -> Ours:
+    """NAME:SETTINGS or NAME:RECIPE,SETTINGS, settings separated by commas as those of `--set`. base: the recipe where
+    none is given; common: settings of all engines. Raises RecipeError."""
     name, separator, rest = text.partition(":")
     if not separator or not re.fullmatch(r"[a-z]\w*", name.strip()) or name.strip() in peers.PEERS:
-        raise RecipeError(f"engine {text!r} is none; give NAME:KEY=VALUE,KEY=VALUE with a name in small letters")
+        form = "NAME:KEY=VALUE,KEY=VALUE or NAME:RECIPE,KEY=VALUE with a name in small letters"
+        raise RecipeError(f"engine {text!r} is none; give {form}")
     # A comma inside a value, as in a list, is not followed by a key.
-    settings = tuple(part.strip() for part in re.split(r",(?=\s*[\w.\"]+\s*=)", rest) if part.strip())
-    return Ours(name.strip(), settings, with_settings(common, list(settings)))
+    parts = [part.strip() for part in re.split(r",(?=\s*[\w.\"]+\s*=)", rest) if part.strip()]
+    if parts and "=" not in parts[0]:
+        base = parts.pop(0)
+    return Ours(name.strip(), base, tuple(parts), with_settings(load_recipe(base), [*common, *parts]))
 
 
 class Stamp(TypedDict):
@@ -310,10 +314,10 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--model", required=True, help="folder of the float model")
     parser.add_argument("--work-dir", type=Path, required=True)
     parser.add_argument("--cases", nargs="+", default=list(CASES), metavar="TOKENSxBATCH:ROUNDS")
-    parser.add_argument("--recipe", default=RECIPE, help="of all engines")
+    parser.add_argument("--recipe", default=RECIPE, help="of engines that name none")
     parser.add_argument("--set", action="append", default=[], dest="settings", help="of all engines")
     parser.add_argument("--paths", nargs="*", choices=PATHS, default=list(PATHS), help="engines of the recipe itself")
-    parser.add_argument("--engine", action="append", default=[], dest="engines", metavar="NAME:SETTINGS")
+    parser.add_argument("--engine", action="append", default=[], dest="engines", metavar="NAME:[RECIPE,]SETTINGS")
     parser.add_argument("--peers", default=peers.ALL, help="names with commas, or all")
     parser.add_argument("--threads", type=int)
     parser.add_argument("--only-prepare", action="store_true")
@@ -325,9 +329,8 @@ def make_parser() -> argparse.ArgumentParser:
 def prepare(args: argparse.Namespace, cases: Sequence[Sizes]) -> Bench:
     """Engines, files of peers and the float model's answers for all cases, as far as they are not there."""
     args.work_dir.mkdir(parents=True, exist_ok=True)
-    common = with_settings(load_recipe(args.recipe), [*SETTINGS, *args.settings])
     stated = [*(f"{path}:cpu.path={path}" for path in args.paths), *args.engines]
-    engines = tuple(parse_engine(text, common) for text in stated)
+    engines = tuple(parse_engine(text, args.recipe, args.settings) for text in stated)
     model, source = load(args.model), FloatModel(str(Path(args.model).resolve()), "", "", 0, 0)
     all_pixels = sorted({sizes.pixels(model) for sizes in cases})
     for pixels in all_pixels:
@@ -357,9 +360,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         "model": bench.model.config["_class_name"],
         "layers": bench.model.config["num_layers"],
         "recipe": args.recipe,
-        "settings": [*SETTINGS, *args.settings],
+        "settings": args.settings,
         "engines": {
             ours.name: {
+                "recipe": ours.base,
                 "settings": list(ours.settings),
                 "sqnr_to_reference_db": read_json(args.work_dir / "engines" / first / ours.name / STAMP, Stamp)[
                     "sqnr_to_reference_db"

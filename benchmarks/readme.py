@@ -110,6 +110,47 @@ def speed_short() -> str:
     return markdown(header, rows) if rows else NOT_MEASURED
 
 
+def speed_equal() -> str:
+    """For each measured machine and peer the fastest engine of ours whose error is no more than the peer's: how many
+    times as fast as the peer it is, case by case."""
+    runs = [run for run in _denoiser_runs() if _knows_errors(run)]
+    columns = sorted({_column(case) for run in runs for case in run["cases"]})
+    rows = [
+        [_machine(run), f"`{name}`", *_equals(run, name, columns)]
+        for run in runs
+        for name in _contestants(run)
+        if not _is_ours(run, name)
+    ]
+    header = ["machine", "peer", *(f"{tokens} tokens, batch {batch}" for tokens, batch in columns)]
+    return markdown(header, rows) if rows else NOT_MEASURED
+
+
+def _knows_errors(run: Json) -> bool:
+    """Results from before there were peers have none."""
+    return all(row["sqnr_db"] is not None for case in run["cases"] for row in case["contestants"].values())
+
+
+def _equals(run: Json, peer: str, columns: list[tuple[int, int]]) -> list[str]:
+    """How many times as fast as the peer the fastest engine of no more error is, with both errors."""
+    cells = dict.fromkeys(columns, "-")
+    for case in run["cases"]:
+        rows = case["contestants"]
+        if peer not in rows:
+            continue
+        least, peer_ms = rows[peer]["sqnr_db"], rows[peer]["call_ms"]["median"]
+        times = {
+            name: row["call_ms"]["median"]
+            for name, row in rows.items()
+            if name in run["engines"] and row["sqnr_db"] >= least
+        }
+        cells[_column(case)] = f"none has {least:.0f} dB"
+        if times:
+            name = min(times, key=lambda name: times[name])
+            errors = f"({rows[name]['sqnr_db']:.1f} to {least:.1f} dB)"
+            cells[_column(case)] = f"{peer_ms / times[name]:.2f} x by `{name}` {errors}"
+    return list(cells.values())
+
+
 def _denoiser_runs() -> list[Json]:
     return [read(path) for path in sorted(RESULTS.glob("denoiser_*.json"))]
 
@@ -242,6 +283,7 @@ PARTS: dict[str, Callable[[], str]] = {
     "quality-short": partial(short_table, names=SHORT),
     "speed": speed,
     "speed-short": speed_short,
+    "speed-equal": speed_equal,
     "gpu-speed": gpu_speed,
     "folders": folders,
 }

@@ -325,8 +325,9 @@ def norm_modulate_quantize(body: Body, floor: float) -> None:
 
 def quantized_attention(body: Body, floor: float, weight_max: int) -> None:
     """q, k, v, mask -> out. Sums of unscaled values are exact: those over channels in float32, those over keys in
-    float64, in which there may be as many keys as int32 can add up."""
-    centred = body.op("Sub", "k", body.op("ReduceMean", "k", body.ints(-2), keepdims=1))
+    float64, in which there may be as many keys as int32 can add up. So is the mean of k but for its last rounding."""
+    mean = body.op("ReduceMean", body.cast("k", TensorProto.DOUBLE), body.ints(-2), keepdims=1)
+    centred = body.op("Sub", "k", body.cast(mean, TensorProto.FLOAT))
     q_value, q_scale = _value_and_scale(body, "q", floor, "qk_")
     k_value, k_scale = _value_and_scale(body, centred, floor, "qk_")
     v_value, v_scale = _value_and_scale(body, _turned(body, "v"), floor, "pv_")

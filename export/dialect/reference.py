@@ -215,7 +215,8 @@ def quantized_attention(
     weight = round(255 * exp(score - largest score of the row)), ties to even: codes of the exponentials and not of the
     softmax, so that the largest is 255 however many keys there are; they are divided by the sum of themselves, so that
     they add up to one. score = exact sum * (q_scale * scale) * k_scale + mask, of the codes of q and of k less its mean
-    over the tokens: a number for each channel adds the same to all scores of a query, which changes no softmax.
+    over the tokens: a number for each channel adds the same to all scores of a query, which changes no softmax. It is
+    added up in float64, so that it has the error of one float32 rounding however many keys there are.
 
     NaN or Inf in a token of q makes its row NaN, in k all rows of its head, in v that channel of all rows; so do a row
     of scores that are all -inf, and a NaN among scores. Raises ContractError where sums would not be exact.

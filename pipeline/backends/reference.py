@@ -192,7 +192,7 @@ def quantized_attention(
     centre: take the mean over the tokens out of k, as the op does; studies leave it in.
     """
     qk, pv = get_format(formats.qk), get_format(formats.pv)
-    centred = k - k.mean(dim=-2, keepdim=True) if centre else k
+    centred = k - k.mean(dim=-2, keepdim=True, dtype=torch.float64).to(k.dtype) if centre else k
     (q_value, q_scale), (k_value, k_scale) = _value_and_scale(qk, q), _value_and_scale(qk, centred)
     v_value, v_scale = (part.mT for part in _value_and_scale(pv, v.mT))
     out = q.new_empty(*q.shape[:-1], v.shape[-1])

@@ -1,7 +1,7 @@
 """The oracle of one 8-bit attention: what its definition gives for an engine's own q, k, v and mask, and how far
 float32 roundings may carry a right engine from it.
 
-    k_centred = k - mean of k over the tokens, for each channel
+    k_centred = k - mean of k over the tokens, for each channel; the mean in float64, then a float32
     q, k      codes, one scale for each token; v: codes, one scale for each channel
     score     = sum of the codes' products * q_scale * scale * k_scale + mask
     p         = round(255 * exp(score - the row's largest score)), an integer
@@ -23,7 +23,6 @@ hundred keys, the bound is a few roundings of the output, and a single code off 
 from __future__ import annotations
 
 import math
-from collections import Counter
 from dataclasses import dataclass
 
 import numpy as np
@@ -37,16 +36,10 @@ from pipeline.distance import Array
 from pipeline.verify.oracle import FIRST_ORDER, SCALE_ROUNDINGS, code_intervals, ratio, row_blocks
 
 Floats = NDArray[np.float64]
-# The mean of a channel over n tokens: n - 1 additions in any order, of which the i-th gives no more than the sum of the
-# i + 1 largest positive or of the i + 1 largest negative numbers (a tree gives less); and the division, or a product
-# with a rounded 1 / n, or n such products before the additions, which round by as much as four of the last.
-MEAN_ROUNDINGS = 4
-# An addition rounds by up to 2^-24 of its sum, and evenly within that where what is added differs by more than the last
-# place of the sum, so that its lower bits are as good as random: then by 1 / sqrt(3) of it, root mean square, and all
-# together by no more than 6 deviations but in 2e-9 of all cases. Equal tokens (a caption's padding) and channels that
-# hardly vary may round to one side each time.
-DEVIATIONS = 6 / math.sqrt(3)
-VARIES = 8 * ROUNDING
+# The mean of a channel over n tokens in float64: n - 1 additions in any order, each off by up to 2^-53 of what is added
+# up so far, and the division or a product with a rounded 1 / n: together less than n + 2 such parts of the mean
+# magnitude. It becomes a float32.
+DOUBLE_ROUNDING = 2.0**-53
 # From the sum of products, which is exact, to the score without the mask: both scales, the attention's factor as
 # float32, and three products. The mask's addition is counted apart: it rounds by the size of the masked score.
 SCORE_ROUNDINGS = 2 * SCALE_ROUNDINGS + 1 + 3
@@ -236,22 +229,11 @@ class HeadOracle:
 def centred(k: Array) -> tuple[Floats, Floats]:
     """k [Tk, D] less the mean of its channels, and by how much float32 may be off, both [Tk, D]."""
     rows = np.asarray(k, np.float64)
-    difference = rows - rows.mean(axis=0)
-    return difference, FIRST_ORDER * (_mean_error(rows) + ROUNDING * np.abs(difference))
-
-
-def _mean_error(rows: Floats) -> Floats:
-    """How far off the float32 mean of each channel of rows [T, D] may be, [D]."""
-    ascending, count = np.sort(rows.T, axis=1), len(rows)
-    positive = np.cumsum(np.maximum(ascending[:, ::-1], 0), axis=1)
-    negative = np.cumsum(np.maximum(-ascending, 0), axis=1)
-    sums = np.maximum(positive, negative)  # [D, T], of so many numbers
-    of_all, largest = sums[:, 1:].sum(axis=1), sums[:, -1]
-    single = sum(times == 1 for times in Counter(row.tobytes() for row in rows).values())
-    independent = DEVIATIONS * np.sqrt(np.square(sums).sum(axis=1)) + (count - single) * largest
-    varies = rows.std(axis=0) > VARIES * largest
-    additions = np.where(varies, np.minimum(independent, of_all), of_all)
-    return np.asarray(ROUNDING / (1 - count * ROUNDING) * (additions + MEAN_ROUNDINGS * largest) / count, np.float64)
+    mean = rows.mean(axis=0)
+    # Twice: the mean here is of float64, too.
+    added = 2 * (len(rows) + 2) * DOUBLE_ROUNDING * np.abs(rows).mean(axis=0)
+    difference = rows - mean
+    return difference, FIRST_ORDER * (added + ROUNDING * (np.abs(mean) + np.abs(difference))) + SMALLEST
 
 
 def token_codes(fmt: Format, rows: Floats, error: Floats | None = None) -> CodeIntervals:

@@ -88,20 +88,21 @@ void quantized_attention_queries(
       filled(size, OCTET), scale, rows + size);
 }
 
-VARIANTS void mean_of_tokens(const float *x, int64_t count, int64_t n, float *mean) {
-  memset(mean, 0, (size_t)n * sizeof *mean);
+VARIANTS void mean_of_tokens(const float *x, int64_t count, int64_t n, double *sum, float *mean) {
+  memset(sum, 0, (size_t)n * sizeof *sum);
   for (int64_t token = 0; token < count; token++) {
     ELEMENTWISE
-    for (int64_t i = 0; i < n; i++) mean[i] += x[token * n + i];
+    for (int64_t i = 0; i < n; i++) sum[i] += (double)x[token * n + i];
   }
-  for (int64_t i = 0; i < n; i++) mean[i] /= (float)count;
+  for (int64_t i = 0; i < n; i++) mean[i] = (float)(sum[i] / (double)count);
 }
 
+/* row: 2 * size floats. */
 static void prepare_keys(
     const QuantizedAttention *attention, const float *k, const HeadOperands *operands, float *mean, float *row,
     uint8_t *codes) {
   int64_t size = attention->tensors.size, keys = attention->tensors.keys, wide = filled(size, OCTET);
-  mean_of_tokens(k, keys, size, mean);
+  mean_of_tokens(k, keys, size, (double *)row, mean);
   round_tokens(
       k, mean, keys, size, &attention->qk, attention->absmax_floor, 0, codes, wide, operands->key_scale, row);
   for (int64_t key = 0; key < keys; key++) {

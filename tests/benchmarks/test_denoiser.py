@@ -18,7 +18,7 @@ from pipeline.recipe import load as load_recipe
 from pipeline.recipe import with_settings
 from tests.support import tiny
 
-RECIPE = with_settings(load_recipe("pixart_w4a6"), list(denoiser.SETTINGS))
+RECIPE = load_recipe("pixart_w4a6")
 PEERS = ("quick", "fair", "middling", "slow", "absent")
 
 
@@ -35,14 +35,25 @@ def test_a_case_that_is_none_is_refused(text: str) -> None:
 
 
 def test_an_engine_is_a_name_and_settings() -> None:
-    ours = parse_engine("w8a8: formats.weight=INT8, formats.activation=INT8", RECIPE)
-    assert (ours.name, ours.settings) == ("w8a8", ("formats.weight=INT8", "formats.activation=INT8"))
-    assert (ours.recipe.formats.weight, ours.recipe.formats.activation) == ("INT8", "INT8")
-    assert parse_engine("rtx: rtx.sm=[89, 120]", RECIPE).settings == ("rtx.sm=[89, 120]",), "a comma inside a value"
-    assert parse_engine("same:", RECIPE).recipe == RECIPE
+    ours = parse_engine("w8a8: formats.weight=INT8, formats.activation=INT8", "pixart_w4a6", ["weights.group_size=32"])
+    assert (ours.name, ours.base) == ("w8a8", "pixart_w4a6")
+    assert ours.settings == ("formats.weight=INT8", "formats.activation=INT8")
+    assert (ours.recipe.formats.weight, ours.recipe.weights.group_size) == ("INT8", 32)
+    rtx = parse_engine("rtx: rtx.sm=[89, 120]", "pixart_w4a6", [])
+    assert rtx.settings == ("rtx.sm=[89, 120]",), "a comma inside a value"
+    assert parse_engine("same:", "pixart_w4a6", []).recipe == RECIPE, "nothing beside what users get"
     for wrong in ("w8a8", "W8: seed=1", ": seed=1", "onnxruntime_int8: seed=1"):
         with pytest.raises(RecipeError, match="is none; give NAME:KEY=VALUE"):
-            parse_engine(wrong, RECIPE)
+            parse_engine(wrong, "pixart_w4a6", [])
+
+
+def test_an_engine_may_be_of_another_recipe() -> None:
+    ours = parse_engine("int8: pixart_w8a8, cpu.path=fused", "pixart_w4a6", ["calibrate.seed=3"])
+    assert (ours.base, ours.settings) == ("pixart_w8a8", ("cpu.path=fused",))
+    assert ours.recipe == with_settings(load_recipe("pixart_w8a8"), ["calibrate.seed=3", "cpu.path=fused"])
+    assert parse_engine("int8: pixart_w8a8", "pixart_w4a6", []).recipe == load_recipe("pixart_w8a8")
+    with pytest.raises(RecipeError, match="pixart_w9"):
+        parse_engine("int8: pixart_w9, cpu.path=fused", "pixart_w4a6", [])
 
 
 def test_engines_share_a_calibration_unless_it_differs() -> None:
@@ -75,8 +86,25 @@ def test_the_tables_of_the_pages(monkeypatch: pytest.MonkeyPatch) -> None:
     assert [line.split(" | ")[1] for line in table[2:6]] == ["fused", "fused_first_step", "ov", "ort"]
     assert table[4] == "| C, 2 CPUs | ov | 150 ms | - | 15.4 | 5 | - | 1.0 |"
     assert table[6:] == ["", "- C, 2 CPUs: ao was not measured: install it"], "ov has a row of another case"
+    assert readme.speed_equal() == readme.NOT_MEASURED, "an error is not known"
     monkeypatch.setattr(readme, "_denoiser_runs", list)
-    assert readme.speed() == readme.speed_short() == readme.NOT_MEASURED
+    assert readme.speed() == readme.speed_short() == readme.speed_equal() == readme.NOT_MEASURED
+
+
+def test_the_table_at_equal_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = {"w4": row(100.0), "w8": row(200.0, sqnr_db=33.0), "wide": row(250.0, sqnr_db=35.0)}
+    rows |= {"w4_first_step": row(90.0), "ort": row(220.0, sqnr_db=26.0), "ov": row(500.0, sqnr_db=34.0)}
+    rows |= {"int4": row(150.0, sqnr_db=20.0), "fp32": row(900.0, sqnr_db=110.0)}
+    more = {"w8": row(50.0, sqnr_db=20.0), "wide": row(80.0, sqnr_db=20.1), "ort": row(40.0, sqnr_db=20.1)}
+    cases = [{"tokens": 256, "batch": 1, "contestants": rows}, {"tokens": 1024, "batch": 1, "contestants": more}]
+    run = {"machine": {"cpu": "C", "cpus": 2}, "engines": {"w4": {}, "w8": {}, "wide": {}}, "cases": cases}
+    monkeypatch.setattr(readme, "_denoiser_runs", lambda: [run])
+    assert readme.speed_equal().splitlines()[2:] == [
+        "| C, 2 CPUs | `int4` | 1.50 x by `w4` (20.0 to 20.0 dB) | - |",
+        "| C, 2 CPUs | `ort` | 1.10 x by `w8` (33.0 to 26.0 dB) | 0.50 x by `wide` (20.1 to 20.1 dB) |",
+        "| C, 2 CPUs | `ov` | 2.00 x by `wide` (35.0 to 34.0 dB) | - |",
+        "| C, 2 CPUs | `fp32` | none has 110 dB | - |",
+    ]
 
 
 def test_cases_of_an_earlier_result_stay_if_the_same_code_measured_them() -> None:
@@ -96,7 +124,7 @@ def test_a_tiny_model_is_prepared_once_and_measured(
 ) -> None:
     model = tiny.folder("pixart", tmp_path)
     flags = ["--model", str(model), "--work-dir", str(tmp_path / "work"), "-o", str(tmp_path / "out"), "--threads", "1"]
-    flags += ["--set", "weights.group_size=32", "--paths", "stock"]
+    flags += ["--set", "weights.group_size=32", "--set", "method=rtn", "--paths", "stock"]
     flags += ["--engine", "w8a8: cpu.path=stock, formats.weight=INT8"]
     flags += ["--cases", "16x1:2", "16x2:1", "--peers", "onnxruntime_fp32,onnxruntime_int8,openvino_int8"]
     monkeypatch.setattr(denoiser, "LOADS", 1)

@@ -23,6 +23,9 @@ NAMES = [
     "pixart_w4a4",
     "pixart_w4a6",
     "pixart_w4a8",
+    "pixart_w4a8_gptq",
+    "pixart_w6a6",
+    "pixart_w8a6",
     "pixart_w8a8",
 ]
 # One other legal value for every key of a recipe.

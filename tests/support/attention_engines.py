@@ -13,27 +13,28 @@ from pipeline.verify.attention_oracle import AttentionNumbers
 
 F32 = np.float32
 Floats = NDArray[np.float32]
+Doubles = NDArray[np.float64]
 
 
-def sum_pairwise(k: Floats) -> Floats:
+def sum_pairwise(k: Doubles) -> Doubles:
     """Of k [T, D] over the tokens, halves first."""
-    return k[0] if len(k) == 1 else (sum_pairwise(k[: len(k) // 2]) + sum_pairwise(k[len(k) // 2 :])).astype(F32)
+    return k[0] if len(k) == 1 else sum_pairwise(k[: len(k) // 2]) + sum_pairwise(k[len(k) // 2 :])
 
 
-def sum_in_turn(k: Floats) -> Floats:
+def sum_in_turn(k: Doubles) -> Doubles:
     """One token after the other."""
-    total = np.zeros(k.shape[1], F32)
+    total = np.zeros(k.shape[1])
     for row in k:
         total = total + row
     return total
 
 
-def sum_backwards_by_size(k: Floats) -> Floats:
+def sum_backwards_by_size(k: Doubles) -> Doubles:
     """The largest numbers first: partial sums as large as they can be."""
     return sum_in_turn(np.sort(k, axis=0)[::-1])
 
 
-def sum_of_tiles(k: Floats, tile: int = 16) -> Floats:
+def sum_of_tiles(k: Doubles, tile: int = 16) -> Doubles:
     """Of tiles of tokens, which are added up."""
     return sum_in_turn(np.stack([sum_in_turn(k[i : i + tile]) for i in range(0, len(k), tile)]))
 
@@ -47,11 +48,11 @@ def ulps_off(x: Floats, ulps: int, seed: int = 0) -> Floats:
 
 @dataclass(frozen=True)
 class Form:
-    """How a right engine computes. total: the sum of k over its tokens. by_reciprocal: multiplies where others divide.
-    exp_ulps: error of its exponential. fused: mask and scale in one operation, which rounds once. folded: the scale of
-    the scores is multiplied with that of k."""
+    """How a right engine computes. total: the sum of k over its tokens, in float64. by_reciprocal: multiplies where
+    others divide. exp_ulps: error of its exponential. fused: mask and scale in one operation, which rounds once.
+    folded: the scale of the scores is multiplied with that of k."""
 
-    total: Callable[[Floats], Floats] = sum_pairwise
+    total: Callable[[Doubles], Doubles] = sum_pairwise
     by_reciprocal: bool = False
     exp_ulps: int = 0
     fused: bool = False
@@ -60,9 +61,10 @@ class Form:
 
 @dataclass(frozen=True)
 class Faults:
-    """What is wrong; the defaults are right."""
+    """What is wrong; the defaults are right. narrow_mean: the sum of k in float32, one token after the other."""
 
     centred: bool = True
+    narrow_mean: bool = False
     query_scale: float = 1.0
     key_scale: float = 1.0
     p_max: float = 255.0
@@ -86,9 +88,10 @@ def attend(
     q: Floats, k: Floats, v: Floats, mask: Floats, numbers: AttentionNumbers, form: Form, faults: Faults = RIGHT
 ) -> Floats:
     """One head: q [Tq, D], k and v [Tk, D], mask [Tq, Tk] -> [Tq, D]."""
-    count = F32(len(k))
-    total = form.total(k)
-    mean = total * (F32(1) / count) if form.by_reciprocal else total / count
+    wide = form.total(k.astype(np.float64))
+    mean = (wide * (1 / len(k)) if form.by_reciprocal else wide / len(k)).astype(F32)
+    if faults.narrow_mean:
+        mean = np.cumsum(k, axis=0, dtype=F32)[-1] / F32(len(k))
     centred = (k - mean).astype(F32) if faults.centred else k
     q_values, q_scale = codes_of(numbers.qk_format, q, form)
     k_values, k_scale = codes_of(numbers.qk_format, centred, form)

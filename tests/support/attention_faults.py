@@ -140,8 +140,10 @@ def _sum_of_exponentials(edit: GraphEdit) -> None:
 
 
 def _keys_with_their_mean(edit: GraphEdit) -> None:
-    mean = next(node for node in _body(edit).node if node.op_type == "ReduceMean")
-    mean.input[0] = _zero(_body(edit), mean.input[0])
+    body = _body(edit)
+    mean = next(node for node in body.node if node.op_type == "ReduceMean")
+    wide = _producer(body, mean.input[0])
+    wide.input[0] = _zero(body, wide.input[0])
 
 
 def _zero(body: onnx.FunctionProto, tensor: str) -> str:

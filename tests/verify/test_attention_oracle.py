@@ -49,6 +49,8 @@ def tensors(kind: str, keys: int, seed: int = 0) -> dict[str, Any]:
         v[..., 2] *= 20
     elif kind == "means":
         k += 3 * rng.normal(size=(1, HEADS, 1, CHANNELS))
+    elif kind == "large means":
+        k += 30 * rng.normal(size=(1, HEADS, 1, CHANNELS))
     elif kind == "padding":
         k += 3 * rng.normal(size=(1, HEADS, 1, CHANNELS))
         k[:, :, keys // 3 :] = k[:, :, -1:]
@@ -73,8 +75,8 @@ def tensors(kind: str, keys: int, seed: int = 0) -> dict[str, Any]:
 
 
 KINDS = (
-    "plain", "outliers", "means", "padding", "equal keys", "mask", "lowest mask", "all masked", "keys taken away",
-    "flat", "peaked", "zeros",
+    "plain", "outliers", "means", "large means", "padding", "equal keys", "mask", "lowest mask", "all masked",
+    "keys taken away", "flat", "peaked", "zeros",
 )  # fmt: skip
 
 
@@ -147,6 +149,20 @@ FAULTS: dict[str, tuple[Faults, float]] = {
 @pytest.mark.parametrize("fault", FAULTS)
 def test_a_fault_is_far_beyond_the_bound(fault: str, kind: str) -> None:
     of, (faults, least) = tensors(kind, 77), FAULTS[fault]
+    assert judged(of, engine(of, numbers(), faults=faults), numbers()).output_error > least
+
+
+LONG_FAULTS: dict[str, tuple[Faults, float]] = {
+    "token scales of q times 1.0001": (Faults(query_scale=1.0001), 1e4),
+    "token scales of k times 1.0001": (Faults(key_scale=1.0001), 1e4),
+    "K's mean added up in float32": (Faults(narrow_mean=True), 1e4),
+}
+
+
+@pytest.mark.parametrize("fault", LONG_FAULTS)
+def test_a_fault_is_beyond_the_bound_of_many_keys_with_large_means(fault: str) -> None:
+    of, (faults, least) = tensors("large means", 4096), LONG_FAULTS[fault]
+    assert judged(of, engine(of, numbers()), numbers()).output_error <= 1
     assert judged(of, engine(of, numbers(), faults=faults), numbers()).output_error > least
 
 
