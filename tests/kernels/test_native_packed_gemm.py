@@ -103,7 +103,7 @@ def product_model(gemm, operand, sums=False):
     graph = ir.Graph(inputs, [], nodes=[], opset_imports={"": 21, DOMAIN: VERSION}, name="g")
     end = ir.Node("", "Identity", [operand.x], name="end")
     graph.append(end)
-    product = packed_gemm(GraphBuilder(graph, end, "a"), gemm, operand)
+    product, _ = packed_gemm(GraphBuilder(graph, end, "a"), gemm, operand)
     graph.remove(end)
     graph.outputs.extend([product.value, product.probed] if sums else [product.value])
     model = ir.Model(graph, ir_version=10)
