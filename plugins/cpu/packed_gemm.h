@@ -48,8 +48,9 @@ typedef struct PackedGemm {
   float *integer_sums; /* [sums, rows, n], the inner sums as float32; NULL: nobody reads them */
 } PackedGemm;
 
-/* Rows of the call that share a decoded panel; the sums of more would leave the second-level cache. */
-enum { MAX_ROWS = 2048 };
+/* Rows of the call that share a decoded panel. The codes of more would leave the second-level cache, and every panel
+ * would fetch them anew, which costs more than to decode it again. */
+enum { MAX_ROWS = 256 };
 
 /* Bytes of scratch, aligned to 64, that one call of packed_gemm_panel needs. */
 int64_t packed_gemm_scratch(const PackedGemm *gemm);

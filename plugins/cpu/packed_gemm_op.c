@@ -16,7 +16,7 @@ typedef struct Kernel {
 
 typedef struct Work {
   PackedGemm gemm;
-  int64_t panels, panels_per_task, tasks_per_block;
+  int64_t panels, panels_per_task, tasks_per_block, rows_per_block;
   int failed;
 } Work;
 
@@ -48,7 +48,7 @@ static const char *check(const Tensor *in, PackedGemm *gemm) {
 static void run_task(void *data, size_t index) {
   Work *work = data;
   const PackedGemm *gemm = &work->gemm;
-  int64_t first = (int64_t)index / work->tasks_per_block * MAX_ROWS, last = first + MAX_ROWS;
+  int64_t first = (int64_t)index / work->tasks_per_block * work->rows_per_block, last = first + work->rows_per_block;
   int64_t panel = (int64_t)index % work->tasks_per_block * work->panels_per_task, end = panel + work->panels_per_task;
   void *scratch = take_scratch(packed_gemm_scratch(gemm));
   if (!scratch) {
@@ -82,11 +82,12 @@ static Status *compute(void *data, KernelContext *context) {
   TRY(make_output(api, context, INTEGER_SUMS, &sums, gemm->n, 0, (void **)&gemm->integer_sums));
   TRY(make_epilogue(api, context, LINEAR, Y, &in[CODES], &gemm->epilogue));
   if (!gemm->rows || !(gemm->product || gemm->integer_sums || gemm->epilogue.linear || gemm->epilogue.y)) return NULL;
-  int64_t rows = gemm->rows < MAX_ROWS ? gemm->rows : MAX_ROWS;
-  work.panels_per_task = PRODUCTS_PER_TASK / (rows * gemm->k * PANEL) + 1;
+  /* Blocks of about as many rows: threads take whole ones, as far as there are enough. */
+  int64_t blocks = (gemm->rows + MAX_ROWS - 1) / MAX_ROWS;
+  work.rows_per_block = (gemm->rows + blocks - 1) / blocks;
+  work.panels_per_task = PRODUCTS_PER_TASK / (work.rows_per_block * gemm->k * PANEL) + 1;
   work.tasks_per_block = (work.panels + work.panels_per_task - 1) / work.panels_per_task;
-  size_t blocks = (size_t)((gemm->rows + MAX_ROWS - 1) / MAX_ROWS);
-  TRY(CALL(api, parallel_for)(context, run_task, blocks * (size_t)work.tasks_per_block, 0, &work));
+  TRY(CALL(api, parallel_for)(context, run_task, (size_t)(blocks * work.tasks_per_block), 0, &work));
   return work.failed ? CALL(api, create_status)(FAIL, "PackedGemm: out of memory") : NULL;
 }
 
