@@ -1,7 +1,8 @@
-"""What stands between the integer GEMMs of a lowered graph -> TokenChains, as few as there can be.
+"""What stands between the integer GEMMs of a lowered graph -> the op that makes the linear, else one TokenChain.
 
-A quantizer is one from the start. Then what follows a linear, a norm in front of a quantizer, chains that meet, and the
-transpositions around attention. Names of tensors that probes refer to stay.
+A quantizer is a TokenChain from the start. Then what follows a linear goes into its PackedGemm, or into a chain behind
+a GEMM of stock ops; a norm goes into the quantizer behind it; chains meet; and both take the transpositions around
+attention. Names of tensors that probes refer to stay.
 """
 
 from __future__ import annotations

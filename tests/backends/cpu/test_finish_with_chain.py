@@ -260,6 +260,24 @@ def test_groups_of_tokens_are_scaled_before_they_are_added_up():
     np.testing.assert_allclose(native.run(models[0], x)[0], stock, rtol=1e-5, atol=1e-5 * np.abs(stock).max())
 
 
+@pytest.mark.kernels
+def test_a_linear_with_a_static_scale_is_finished_by_its_gemm():
+    body = 'a = fpq.QuantizedLinear <layer="a"> (x)\n  gated = Mul(gate, a)\n  y = Add(gated, h)'
+    inputs = "float[B,S,64] x, float[B,1,64] gate, float[B,S,64] h"
+    layer, results = learned.with_scaling(random_linear("a", n=64), "per_tensor"), []
+    for with_chains in (True, False):
+        model = portable(body, [layer], inputs, "float[B,S,64] y")
+        _as_exported(model)
+        run_shared(model)
+        LowerCpu(provided(("avx512_vnni",)), chains=with_chains)(model)
+        if with_chains:
+            finish_with_chains(model)
+            assert stages(model) == [("BIAS+GATE+RESIDUAL", "PRODUCT+LINEAR+Y")]
+            assert model.graph.outputs[0].producer().op_type == "PackedGemm"
+        results.append(native.run(model, {name: feeds()[name] for name in ("x", "gate", "h")})[0])
+    np.testing.assert_array_equal(*results)
+
+
 NORM = """
   w = Constant <value_floats = [{w}]> ()
   norm = LayerNormalization <axis = -1, epsilon = 1e-5> (x, w{bias})
