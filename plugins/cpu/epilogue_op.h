@@ -18,7 +18,8 @@ static inline int64_t rows_per_sample(const Tensor *tensor, int64_t n, int64_t r
 /* What is wrong with the shapes for rows [..., n], NULL if nothing is; then the epilogue has its sizes and inputs. */
 static inline const char *fit_epilogue(Epilogue *it, const Tensor *rows, const EpilogueInputs *in) {
   int64_t n = rows->dims[rows->rank - 1], count = rows->count / n, heads = it->heads_out;
-  if (heads && (heads < 0 || rows->rank != 3 || n % heads)) return "heads_out must divide the channels of [batch, tokens, n]";
+  if (heads && (heads < 0 || rows->rank != 3 || n % heads))
+    return "heads_out must divide the channels of [batch, tokens, n]";
   if (in->token_scale->data && in->token_scale->count != count) return "token_scale must have one number a row";
   if (in->bias->data && in->bias->count != n) return "bias must have one number a channel";
   if (in->residual->data && in->residual->count != rows->count) return "residual must have the shape of x";

@@ -176,15 +176,16 @@ static const uint8_t *whole_octets(const PackedGemm *gemm, const uint8_t *codes,
 
 enum { FINISHED_ROWS = 64 }; /* at a time: 4 KiB, which stay in the first-level cache from stage to stage */
 
-/* Rows first.. of stretch s of a panel: (sums - zero * weight_sum) * scale, integers modulo 2^32, added to the totals of
- * the stretches before it; the last one's are the product, which the epilogue takes on. offset: the rows' place in the
- * scratch. count: channels, a constant where this is inlined for a whole panel. */
+/* Rows first.. of stretch s of a panel: (sums - zero * weight_sum) * scale, integers modulo 2^32, added to the totals
+ * of the stretches before it; the last one's are the product, which the epilogue takes on. offset: the rows' place in
+ * the scratch. count: channels, a constant where this is inlined for a whole panel. */
 INLINE void finish_stretch(
-    const PackedGemm *gemm, int64_t channel, const int64_t count, int64_t s, int64_t first, int64_t offset, int64_t rows,
-    const Scratch *scratch, float bound) {
+    const PackedGemm *gemm, int64_t channel, const int64_t count, int64_t s, int64_t first, int64_t offset,
+    int64_t rows, const Scratch *scratch, float bound) {
   const float *scale = gemm->scale + s * gemm->scales / gemm->sums * gemm->n + channel;
   const int32_t *weight_sum = gemm->weight_sum + s * gemm->n + channel;
-  const int32_t *sums = scratch->sums[0] + offset * PANEL, *low = gemm->low_codes ? scratch->sums[1] + offset * PANEL : NULL;
+  const int32_t *sums = scratch->sums[0] + offset * PANEL, *low = NULL;
+  if (gemm->low_codes) low = scratch->sums[1] + offset * PANEL;
   uint32_t weight = low ? (uint32_t)gemm->limb_weight : 1, factor = (uint32_t)gemm->zero * (weight + (low ? 1 : 0));
   float x[FINISHED_ROWS * PANEL], *totals = scratch->totals + offset * PANEL;
   uint32_t of_zero[PANEL];
@@ -222,7 +223,8 @@ INLINE void finish_stretch(
 }
 
 VARIANTS void finish_rows(
-    const PackedGemm *gemm, int64_t panel, int64_t s, int64_t first, int64_t rows, const Scratch *scratch, float bound) {
+    const PackedGemm *gemm, int64_t panel, int64_t s, int64_t first, int64_t rows, const Scratch *scratch,
+    float bound) {
   int64_t channel = panel * PANEL, count = gemm->n - channel;
   for (int64_t done = 0, part; done < rows; done += part) {
     part = rows - done < FINISHED_ROWS ? rows - done : FINISHED_ROWS;
