@@ -200,12 +200,13 @@ def test_attention_of_codes_is_within_its_bound(machine, shape, formats):
 
 @pytest.mark.slow
 def test_the_ops_in_onnxruntime_under_sanitizers():
-    """TokenChain, and what all ops share: odd shapes, heads, limbs, what is refused."""
+    """TokenChain, PackedGemm's epilogue, and what all ops share: odd shapes, heads, limbs, what is refused."""
     native.need_compiler()
     if sys.platform != "linux" or "gcc" not in Path(library.compiler()).resolve().name:
         pytest.skip("the sanitizers' run time is looked for as GCC has it on Linux")
-    files = [f"tests/kernels/test_native_{name}.py" for name in ("chain", "limbs", "attention")]
-    chosen = "odd_shapes or heads or all_stages or do_not_fit or does_not_fit or in_turn or nan or without_any_key"
+    files = [f"tests/kernels/test_native_{name}.py" for name in ("chain", "limbs", "epilogue", "attention")]
+    names = ("odd_shapes", "left_out", "heads", "all_stages", "do_not_fit", "does_not_fit", "in_turn", "nan")
+    chosen = " or ".join((*names, "without_any_key"))
     done = subprocess.run(
         [sys.executable, "-m", "tests.support.sanitized", *files, "-k", chosen],
         cwd=SUPPORT.parents[1], env=os.environ | sanitized.environment(), capture_output=True, text=True, timeout=300,
