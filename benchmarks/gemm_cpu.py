@@ -108,7 +108,7 @@ def ours(kernel: Kernel, m: int, n: int, k: int, rng: np.random.Generator, threa
     graph = ir.Graph(inputs, [], nodes=[], opset_imports={"": 21, library.DOMAIN: VERSION}, name="g")
     end = ir.Node("", "Identity", [codes[0]], name="end")
     graph.append(end)
-    product = packed_gemm(GraphBuilder(graph, end, "a"), gemm, operand)
+    product, _ = packed_gemm(GraphBuilder(graph, end, "a"), gemm, operand)
     graph.remove(end)
     graph.outputs.append(product.value)
     model = ir.Model(graph, ir_version=10)

@@ -48,11 +48,11 @@ KERNELS = (
     "attention.c",
     "quantized_attention.c",
     "quantized_operands.c",
+    "token_chain.c",
 )
 SOURCES = (
     "bindings.c",
     "token_chain_op.c",
-    "token_chain.c",
     "packed_gemm_op.c",
     *KERNELS,
     "half_gemm_op.c",
@@ -65,6 +65,8 @@ HEADERS = (
     "ort_op.h",
     "attention.h",
     "attention_tiles.h",
+    "epilogue.h",
+    "epilogue_op.h",
     "exponential.h",
     "half_gemm.h",
     "half_gemm_tiles.h",

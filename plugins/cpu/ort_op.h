@@ -40,6 +40,7 @@ static inline Status *read_tensor(const Api *api, KernelContext *context, size_t
   CALL(api, release_tensor_info)(info);
   tensor->count = 1;
   for (size_t i = 0; !status && i < tensor->rank; i++) tensor->count *= tensor->dims[i];
+  if (!tensor->count && !tensor->data) tensor->data = tensor; /* given, of no element: perhaps of no memory */
   return status;
 }
 

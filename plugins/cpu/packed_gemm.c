@@ -123,7 +123,7 @@ const char *packed_gemm_misfit(const PackedGemm *gemm) {
     return "group_size must be a multiple of 8 that divides the input channels";
   if (gemm->sums > 1 && gemm->k % (gemm->sums * OCTET))
     return "scales by group must be of a multiple of 8 input channels each";
-  if (gemm->scales < 1 || gemm->sums % gemm->scales || gemm->token_scales < 1 || gemm->sums % gemm->token_scales)
+  if (gemm->scales < 1 || gemm->sums % gemm->scales || gemm->group_scales < 1 || gemm->sums % gemm->group_scales)
     return "scales must span whole sums";
   return NULL;
 }
@@ -174,41 +174,63 @@ static const uint8_t *whole_octets(const PackedGemm *gemm, const uint8_t *codes,
   return copy;
 }
 
-/* Stretch s of a panel: (sums - zero * weight_sum) * scale, integers modulo 2^32, added to the totals of the stretches
- * before it; the last one's are the product. count: channels, a constant where this is inlined for a whole panel. */
+enum { FINISHED_ROWS = 64 }; /* at a time: 4 KiB, which stay in the first-level cache from stage to stage */
+
+/* Rows first.. of stretch s of a panel: (sums - zero * weight_sum) * scale, integers modulo 2^32, added to the totals
+ * of the stretches before it; the last one's are the product, which the epilogue takes on. offset: the rows' place in
+ * the scratch. count: channels, a constant where this is inlined for a whole panel. */
 INLINE void finish_stretch(
-    const PackedGemm *gemm, int64_t channel, const int64_t count, int64_t s, int64_t first, int64_t rows,
-    const Scratch *scratch) {
+    const PackedGemm *gemm, int64_t channel, const int64_t count, int64_t s, int64_t first, int64_t offset,
+    int64_t rows, const Scratch *scratch, float bound) {
   const float *scale = gemm->scale + s * gemm->scales / gemm->sums * gemm->n + channel;
-  const float *token_scale = gemm->token_scale;
   const int32_t *weight_sum = gemm->weight_sum + s * gemm->n + channel;
-  const int32_t *sums = scratch->sums[0], *low = gemm->low_codes ? scratch->sums[1] : NULL;
+  const int32_t *sums = scratch->sums[0] + offset * PANEL, *low = NULL;
+  if (gemm->low_codes) low = scratch->sums[1] + offset * PANEL;
   uint32_t weight = low ? (uint32_t)gemm->limb_weight : 1, factor = (uint32_t)gemm->zero * (weight + (low ? 1 : 0));
-  if (token_scale) token_scale += first * gemm->token_scales + s * gemm->token_scales / gemm->sums;
-  for (int64_t row = 0; row < rows; row++, sums += PANEL) {
-    float part[PANEL], *total = scratch->totals + row * PANEL;
-    float *out = s + 1 < gemm->sums ? total : gemm->product + (first + row) * gemm->n + channel;
-    uint32_t sum[PANEL];
-    for (int64_t i = 0; i < count; i++) sum[i] = (uint32_t)sums[i] * weight - factor * (uint32_t)weight_sum[i];
-    if (low)
-      for (int64_t i = 0; i < count; i++) sum[i] += (uint32_t)low[row * PANEL + i];
-    for (int64_t i = 0; i < count; i++) part[i] = (float)(int32_t)sum[i];
-    if (gemm->integer_sums)
-      memcpy(gemm->integer_sums + (s * gemm->rows + first + row) * gemm->n + channel, part, (size_t)count * sizeof *part);
-    for (int64_t i = 0; i < count; i++) part[i] *= scale[i];
-    if (token_scale)
-      for (int64_t i = 0; i < count; i++) part[i] *= token_scale[row * gemm->token_scales];
-    if (s)
-      for (int64_t i = 0; i < count; i++) part[i] += total[i];
-    for (int64_t i = 0; i < count; i++) out[i] = part[i];
+  float x[FINISHED_ROWS * PANEL], *totals = scratch->totals + offset * PANEL;
+  uint32_t of_zero[PANEL];
+  for (int64_t i = 0; i < count; i++) of_zero[i] = factor * (uint32_t)weight_sum[i];
+  for (int64_t row = 0; row < rows; row++) {
+    FEW_ELEMENTS
+    for (int64_t i = 0; i < count; i++) {
+      uint32_t sum = (uint32_t)sums[row * PANEL + i] * weight - of_zero[i];
+      x[row * count + i] = (float)(int32_t)(low ? sum + (uint32_t)low[row * PANEL + i] : sum);
+    }
   }
+  int64_t place = first * gemm->n + channel;
+  if (gemm->integer_sums) store_rows(x, rows, count, gemm->integer_sums + s * gemm->rows * gemm->n + place, gemm->n);
+  for (int64_t row = 0; row < rows; row++) {
+    FEW_ELEMENTS
+    for (int64_t i = 0; i < count; i++) x[row * count + i] *= scale[i];
+  }
+  if (gemm->group_scale) {
+    const float *group_scale = gemm->group_scale + first * gemm->group_scales + s * gemm->group_scales / gemm->sums;
+    for (int64_t row = 0; row < rows; row++) {
+      FEW_ELEMENTS
+      for (int64_t i = 0; i < count; i++) x[row * count + i] *= group_scale[row * gemm->group_scales];
+    }
+  }
+  if (s) {
+    ELEMENTWISE
+    for (int64_t i = 0; i < rows * count; i++) x[i] += totals[i];
+  }
+  if (s + 1 < gemm->sums) {
+    memcpy(totals, x, (size_t)(rows * count) * sizeof *x);
+    return;
+  }
+  if (gemm->product) store_rows(x, rows, count, gemm->product + place, gemm->n);
+  finish_tile(&gemm->epilogue, first, rows, channel, count, bound, x);
 }
 
 VARIANTS void finish_rows(
-    const PackedGemm *gemm, int64_t panel, int64_t s, int64_t first, int64_t rows, const Scratch *scratch) {
+    const PackedGemm *gemm, int64_t panel, int64_t s, int64_t first, int64_t rows, const Scratch *scratch,
+    float bound) {
   int64_t channel = panel * PANEL, count = gemm->n - channel;
-  if (count >= PANEL) finish_stretch(gemm, channel, PANEL, s, first, rows, scratch);
-  else finish_stretch(gemm, channel, count, s, first, rows, scratch);
+  for (int64_t done = 0, part; done < rows; done += part) {
+    part = rows - done < FINISHED_ROWS ? rows - done : FINISHED_ROWS;
+    if (count >= PANEL) finish_stretch(gemm, channel, PANEL, s, first + done, done, part, scratch, bound);
+    else finish_stretch(gemm, channel, count, s, first + done, done, part, scratch, bound);
+  }
 }
 
 void packed_gemm_panel(const PackedGemm *gemm, int64_t panel, int64_t first, int64_t last, void *memory) {
@@ -237,6 +259,6 @@ void packed_gemm_panel(const PackedGemm *gemm, int64_t panel, int64_t first, int
       for (int limb = 0; limb < limbs; limb++)
         variant->add(&block, codes[limb] + block.k0, k, rows, scratch.sums[limb]);
     }
-    finish_rows(gemm, panel, s, first, rows, &scratch);
+    finish_rows(gemm, panel, s, first, rows, &scratch, EXP_BOUND);
   }
 }

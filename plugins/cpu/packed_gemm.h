@@ -5,6 +5,8 @@
 
 #include <stdint.h>
 
+#include "epilogue.h"
+
 enum {
   PANEL = 16,  /* channels that are decoded together */
   QUAD = 4,    /* products that one lane of 32 bits adds at once */
@@ -12,9 +14,9 @@ enum {
   K_BLOCK = 1152 /* input channels that are decoded at a time: 18 KiB, half of a first-level cache */
 };
 
-/* product[m, n] = sum over s of float(sum over the k of s of a[m, k] * w[n, k]) * scale[s, n] * token_scale[m, s], with
+/* product[m, n] = sum over s of float(sum over the k of s of a[m, k] * w[n, k]) * scale[s, n] * group_scale[m, s], with
  * `sums` stretches s of k / sums input channels each; the inner sum in 32 bits and exact, the rest in float32 from left
- * to right, in the order of s. A scale may span several stretches. With
+ * to right, in the order of s. A scale may span several stretches. What follows is done to a tile while it is in the cache. With
  *   a = codes - zero; with low_codes limb_weight * (codes - zero) + (low_codes - zero)     uint8 [rows, k]
  *   w = table[code of (n, k)] * multiplier of (n, k / group), or without a table the byte of (n, k)
  *
@@ -34,19 +36,21 @@ typedef struct PackedGemm {
   const uint8_t *weight, *multipliers;
   const int8_t *table; /* [16], NULL for a weight of bytes */
   const float *scale;       /* [scales, n] */
-  const float *token_scale; /* [rows, token_scales], NULL for none */
+  const float *group_scale; /* of tokens, [rows, group_scales], NULL for none */
   const int32_t *weight_sum;
   int32_t zero, limb_weight, largest_code;
   int32_t largest_weight; /* largest |byte| of the weight; of no meaning with a table */
   int64_t group; /* a multiple of 8 that divides k; k where there are no multipliers */
   int64_t rows, n, k, sums; /* k / sums is a multiple of 8 unless sums is 1 */
-  int64_t scales, token_scales; /* each divides `sums` */
-  float *product;
+  int64_t scales, group_scales; /* each divides `sums` */
+  Epilogue epilogue;
+  float *product; /* [rows, n], NULL: nobody reads it */
   float *integer_sums; /* [sums, rows, n], the inner sums as float32; NULL: nobody reads them */
 } PackedGemm;
 
-/* Rows of the call that share a decoded panel; the sums of more would leave the second-level cache. */
-enum { MAX_ROWS = 2048 };
+/* Rows of the call that share a decoded panel. The codes of more would leave the second-level cache, and every panel
+ * would fetch them anew, which costs more than to decode it again. */
+enum { MAX_ROWS = 256 };
 
 /* Bytes of scratch, aligned to 64, that one call of packed_gemm_panel needs. */
 int64_t packed_gemm_scratch(const PackedGemm *gemm);

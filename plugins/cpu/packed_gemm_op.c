@@ -1,12 +1,16 @@
 /* Custom op PackedGemm: onnxruntime's tensors in, packed_gemm_panel on onnxruntime's threads. */
+#include "epilogue_op.h"
 #include "ort_op.h"
 #include "packed_gemm.h"
 #include "scratch.h"
 
 #define PRODUCTS_PER_TASK (1 << 20) /* at least: some 10 microseconds */
 
-enum { CODES, LOW_CODES, WEIGHT, MULTIPLIERS, TABLE, SCALE, WEIGHT_SUM, TOKEN_SCALE, INPUTS };
-enum { PRODUCT, INTEGER_SUMS, OUTPUTS };
+enum {
+  CODES, LOW_CODES, WEIGHT, MULTIPLIERS, TABLE, SCALE, WEIGHT_SUM, GROUP_SCALE, /* of the product */
+  TOKEN_SCALE, BIAS, GATE, RESIDUAL, INPUTS
+};
+enum { PRODUCT, INTEGER_SUMS, LINEAR, Y, OUTPUTS };
 
 typedef struct Kernel {
   const Api *api;
@@ -15,7 +19,7 @@ typedef struct Kernel {
 
 typedef struct Work {
   PackedGemm gemm;
-  int64_t panels, panels_per_task, tasks_per_block;
+  int64_t panels, panels_per_task, tasks_per_block, rows_per_block;
   int failed;
 } Work;
 
@@ -25,8 +29,8 @@ static const char *check(const Tensor *in, PackedGemm *gemm) {
   gemm->k = in[CODES].dims[in[CODES].rank - 1], gemm->n = in[SCALE].rank ? in[SCALE].dims[in[SCALE].rank - 1] : 0;
   if (gemm->k <= 0 || gemm->n <= 0) return "PackedGemm: codes and scale must have channels";
   gemm->scales = in[SCALE].count / gemm->n, gemm->sums = in[WEIGHT_SUM].count / gemm->n;
-  gemm->rows = in[CODES].count / gemm->k, gemm->token_scales = 1;
-  if (in[TOKEN_SCALE].data && gemm->rows) gemm->token_scales = in[TOKEN_SCALE].count / gemm->rows;
+  gemm->rows = in[CODES].count / gemm->k, gemm->group_scales = 1;
+  if (in[GROUP_SCALE].data && gemm->rows) gemm->group_scales = in[GROUP_SCALE].count / gemm->rows;
   if (!in[MULTIPLIERS].data) gemm->group = gemm->k;
   int64_t panels = (gemm->n + PANEL - 1) / PANEL, octets = (gemm->k + OCTET - 1) / OCTET;
   int64_t bytes = panels * octets * PANEL * (in[TABLE].data ? QUAD : OCTET);
@@ -34,17 +38,20 @@ static const char *check(const Tensor *in, PackedGemm *gemm) {
   if (in[TABLE].data && in[TABLE].count != 16) return "PackedGemm: table must have 16 integers";
   if (gemm->sums <= 0 || in[WEIGHT_SUM].count != gemm->sums * gemm->n || in[SCALE].count != gemm->scales * gemm->n)
     return "PackedGemm: weight_sum and scale must be [sums, channels]";
-  if (in[TOKEN_SCALE].data && in[TOKEN_SCALE].count != gemm->rows * gemm->token_scales)
-    return "PackedGemm: token_scale must be [tokens, scales]";
+  if (in[GROUP_SCALE].data && in[GROUP_SCALE].count != gemm->rows * gemm->group_scales)
+    return "PackedGemm: group_scale must be [tokens, scales]";
   if (in[LOW_CODES].data && in[LOW_CODES].count != in[CODES].count)
     return "PackedGemm: low_codes must have the shape of codes";
-  return NULL;
+  Tensor rows = in[CODES];
+  rows.dims[rows.rank - 1] = gemm->n, rows.count = gemm->rows * gemm->n;
+  EpilogueInputs inputs = {&in[TOKEN_SCALE], &in[BIAS], &in[GATE], &in[RESIDUAL]};
+  return fit_epilogue(&gemm->epilogue, &rows, &inputs);
 }
 
 static void run_task(void *data, size_t index) {
   Work *work = data;
   const PackedGemm *gemm = &work->gemm;
-  int64_t first = (int64_t)index / work->tasks_per_block * MAX_ROWS, last = first + MAX_ROWS;
+  int64_t first = (int64_t)index / work->tasks_per_block * work->rows_per_block, last = first + work->rows_per_block;
   int64_t panel = (int64_t)index % work->tasks_per_block * work->panels_per_task, end = panel + work->panels_per_task;
   void *scratch = take_scratch(packed_gemm_scratch(gemm));
   if (!scratch) {
@@ -68,7 +75,7 @@ static Status *compute(void *data, KernelContext *context) {
   gemm->codes = in[CODES].data, gemm->low_codes = in[LOW_CODES].data;
   gemm->weight = in[WEIGHT].data, gemm->multipliers = in[MULTIPLIERS].data, gemm->table = in[TABLE].data;
   gemm->scale = in[SCALE].data, gemm->weight_sum = in[WEIGHT_SUM].data;
-  gemm->token_scale = in[TOKEN_SCALE].data;
+  gemm->group_scale = in[GROUP_SCALE].data;
   if ((wrong = packed_gemm_misfit(gemm))) return invalid(api, wrong);
   work.panels = (gemm->n + PANEL - 1) / PANEL;
   if (gemm->multipliers && in[MULTIPLIERS].count != work.panels * (gemm->k / gemm->group) * PANEL)
@@ -76,12 +83,14 @@ static Status *compute(void *data, KernelContext *context) {
   TRY(make_output(api, context, PRODUCT, &in[CODES], gemm->n, 0, (void **)&gemm->product));
   Tensor sums = {.rank = 3, .dims = {gemm->sums, gemm->rows}};
   TRY(make_output(api, context, INTEGER_SUMS, &sums, gemm->n, 0, (void **)&gemm->integer_sums));
-  if (!gemm->rows || !gemm->product) return NULL;
-  int64_t rows = gemm->rows < MAX_ROWS ? gemm->rows : MAX_ROWS;
-  work.panels_per_task = PRODUCTS_PER_TASK / (rows * gemm->k * PANEL) + 1;
+  TRY(make_epilogue(api, context, LINEAR, Y, &in[CODES], &gemm->epilogue));
+  if (!gemm->rows || !(gemm->product || gemm->integer_sums || gemm->epilogue.linear || gemm->epilogue.y)) return NULL;
+  /* Blocks of about as many rows: threads take whole ones, as far as there are enough. */
+  int64_t blocks = (gemm->rows + MAX_ROWS - 1) / MAX_ROWS;
+  work.rows_per_block = (gemm->rows + blocks - 1) / blocks;
+  work.panels_per_task = PRODUCTS_PER_TASK / (work.rows_per_block * gemm->k * PANEL) + 1;
   work.tasks_per_block = (work.panels + work.panels_per_task - 1) / work.panels_per_task;
-  size_t blocks = (size_t)((gemm->rows + MAX_ROWS - 1) / MAX_ROWS);
-  TRY(CALL(api, parallel_for)(context, run_task, blocks * (size_t)work.tasks_per_block, 0, &work));
+  TRY(CALL(api, parallel_for)(context, run_task, (size_t)(blocks * work.tasks_per_block), 0, &work));
   return work.failed ? CALL(api, create_status)(FAIL, "PackedGemm: out of memory") : NULL;
 }
 
@@ -94,6 +103,7 @@ static Status *create_kernel(const CustomOp *op, const Api *api, const KernelInf
   TRY(CALL(api, attribute_int)(info, "largest_code", &largest_code));
   TRY(CALL(api, attribute_int)(info, "largest_weight", &largest_weight));
   TRY(CALL(api, attribute_int)(info, "group_size", &options.group));
+  TRY(epilogue_attributes(api, info, &options.epilogue));
   if (zero != (int32_t)zero || limb_weight != (int32_t)limb_weight || largest_code != (int32_t)largest_code ||
       largest_weight != (int32_t)largest_weight)
     return invalid(api, "PackedGemm: zero, limb_weight, largest_code and largest_weight must fit 32 bits");
@@ -112,7 +122,8 @@ static size_t output_count(const CustomOp *op) { return (void)op, OUTPUTS; }
 static int input_type(const CustomOp *op, size_t index) {
   static const int types[INPUTS] = {[CODES] = TYPE_UINT8,       [LOW_CODES] = TYPE_UINT8, [WEIGHT] = TYPE_UINT8,
                                     [MULTIPLIERS] = TYPE_UINT8, [TABLE] = TYPE_INT8,      [SCALE] = TYPE_FLOAT,
-                                    [WEIGHT_SUM] = TYPE_INT32,  [TOKEN_SCALE] = TYPE_FLOAT};
+                                    [WEIGHT_SUM] = TYPE_INT32,  [GROUP_SCALE] = TYPE_FLOAT, [TOKEN_SCALE] = TYPE_FLOAT,
+                                    [BIAS] = TYPE_FLOAT,        [GATE] = TYPE_FLOAT,      [RESIDUAL] = TYPE_FLOAT};
   return (void)op, types[index];
 }
 static int output_type(const CustomOp *op, size_t index) { return (void)op, (void)index, TYPE_FLOAT; }

@@ -3,8 +3,8 @@
 #define FPQ_PACKED_GEMM_VARIANT_H
 
 #include "packed_gemm.h"
+#include "variants.h"
 
-#define INLINE static inline __attribute__((always_inline))
 enum { BYTES = PANEL * QUAD, MAX_RUN = 8 };
 
 /* Where one panel is worked on: a block of decoded weights, its multipliers, and the sums of all rows. */

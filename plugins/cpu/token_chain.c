@@ -8,58 +8,14 @@
 #include <math.h>
 #include <string.h>
 
-#include "exponential.h"
-#include "variants.h"
-
 static inline int32_t magnitude_bits(float x) {
   int32_t bits;
   memcpy(&bits, &x, sizeof bits);
   return bits & INT32_MAX;
 }
 
-/* x (1 + tanh(u)) / 2 = x / (1 + exp(-2u)), u = sqrt(2/pi) (x + 0.044715 x^3). `bound`, 87, is no constant here: of
- * one, compilers make branches with results computed beforehand, and then no vectors. */
-static inline float gelu(float x, float bound) {
-  float t = x * (-1.5957691216f - 0.0713548163f * (x * x));
-  t = t < bound ? t : bound;
-  t = t > -bound ? t : -bound;
-  return x / (1.0f + exponential(t));
-}
-
-VARIANTS void scale_and_add(const float *x, float scale, const float *bias, float *out, int64_t n) {
-  ELEMENTWISE
-  for (int64_t i = 0; i < n; i++) out[i] = x[i] * scale + bias[i];
-}
-
-VARIANTS void scale_by(const float *x, float scale, float *out, int64_t n) {
-  ELEMENTWISE
-  for (int64_t i = 0; i < n; i++) out[i] = x[i] * scale;
-}
-
-VARIANTS void join_sums(
-    const int32_t *high, const int32_t *low, int32_t weight, const float *scale, float *out, int64_t n) {
-  ELEMENTWISE
-  for (int64_t i = 0; i < n; i++) out[i] = (float)(high[i] * weight + low[i]) * scale[i];
-}
-
-VARIANTS void add(const float *x, const float *y, float *out, int64_t n) {
-  ELEMENTWISE
-  for (int64_t i = 0; i < n; i++) out[i] = x[i] + y[i];
-}
-
-VARIANTS void multiply(const float *x, const float *y, float *out, int64_t n) {
-  ELEMENTWISE
-  for (int64_t i = 0; i < n; i++) out[i] = x[i] * y[i];
-}
-
-VARIANTS void multiply_and_add(const float *x, const float *y, const float *z, float *out, int64_t n) {
-  ELEMENTWISE
-  for (int64_t i = 0; i < n; i++) out[i] = x[i] * y[i] + z[i];
-}
-
-VARIANTS void gelu_row(const float *x, float bound, float *out, int64_t n) {
-  ELEMENTWISE
-  for (int64_t i = 0; i < n; i++) out[i] = gelu(x[i], bound);
+VARIANTS void finish_row(const Epilogue *it, int64_t row, float bound, float *x) {
+  finish_tile(it, row, 1, 0, it->n, bound, x);
 }
 
 static inline float total(const float lanes[LANES]) {
@@ -134,80 +90,33 @@ static void quantize_row(const TokenChain *chain, const float *x, int64_t row) {
   else round_row(x, inverse, chain->rounding_factor, chain->zero, codes, chain->n);
 }
 
-/* Row of an array, NULL for no array. */
-static inline float *row_of(float *array, int64_t row, int64_t n) { return array ? array + row * n : NULL; }
-
-/* Where part `head` of a row lies in [samples, heads, tokens, n / heads]. */
-static inline int64_t part_of(const TokenChain *chain, int64_t row, int64_t heads, int64_t head) {
-  int64_t sample = row / chain->tokens, token = row % chain->tokens;
-  return ((sample * heads + head) * chain->tokens + token) * (chain->n / heads);
-}
-
-static const float *gather_row(const TokenChain *chain, int64_t row, float *out) {
-  int64_t heads = chain->heads_in, size = chain->n / heads;
-  for (int64_t head = 0; head < heads; head++)
-    memcpy(out + head * size, chain->x + part_of(chain, row, heads, head), (size_t)size * sizeof *out);
-  return out;
-}
-
-static const float *input_row(const TokenChain *chain, int64_t row, float *out) {
-  int64_t n = chain->n;
-  if (chain->heads_in) return gather_row(chain, row, out);
-  if (!chain->high_sum) return chain->x + row * n;
-  const int32_t *high = chain->high_sum + row * n, *low = chain->low_sum + row * n;
-  join_sums(high, low, chain->limb_weight, chain->channel_scale, out, n);
-  return out;
-}
-
-static const float *linear_row(const TokenChain *chain, const float *x, int64_t row, float *out) {
-  int64_t n = chain->n;
-  if (chain->token_scale && chain->bias) scale_and_add(x, chain->token_scale[row], chain->bias, out, n);
-  else if (chain->token_scale) scale_by(x, chain->token_scale[row], out, n);
-  else if (chain->bias) add(x, chain->bias, out, n);
-  else return x;
-  return out;
-}
-
-static const float *residual_row(const TokenChain *chain, const float *x, int64_t row, float *out) {
-  int64_t n = chain->n;
-  const float *gate = chain->gate ? chain->gate + row / chain->rows_per_gate * n : NULL;
-  const float *residual = chain->residual ? chain->residual + row * n : NULL;
-  if (chain->gelu) gelu_row(x, EXP_BOUND, out, n), x = out;
-  if (gate && residual) multiply_and_add(x, gate, residual, out, n), x = out;
-  else if (gate) multiply(x, gate, out, n), x = out;
-  else if (residual) add(x, residual, out, n), x = out;
-  return x;
-}
-
-static void scatter_row(const TokenChain *chain, int64_t row, const float *from) {
-  int64_t heads = chain->heads_out, size = chain->n / heads;
-  for (int64_t head = 0; head < heads; head++)
-    memcpy(chain->y + part_of(chain, row, heads, head), from + head * size, (size_t)size * sizeof *from);
-}
-
-static void copy_row(const float *from, float *to, int64_t n) {
-  if (to && from != to) memcpy(to, from, (size_t)n * sizeof *to);
+static void gather_row(const TokenChain *chain, int64_t row, float *out) {
+  int64_t heads = chain->heads_in, size = chain->n / heads, sample = row / chain->tokens, token = row % chain->tokens;
+  for (int64_t head = 0; head < heads; head++) {
+    const float *part = chain->x + ((sample * heads + head) * chain->tokens + token) * size;
+    memcpy(out + head * size, part, (size_t)size * sizeof *out);
+  }
 }
 
 void token_chain_rows(const TokenChain *chain, int64_t first, int64_t last, float *scratch) {
+  const Epilogue *epilogue = &chain->epilogue;
   int64_t n = chain->n;
+  int finishes = epilogue->linear || epilogue->y || epilogue->token_scale || epilogue->bias || epilogue->gelu ||
+                 epilogue->gate || epilogue->residual;
   for (int64_t row = first; row < last; row++) {
-    float *linear = row_of(chain->linear, row, n), *y = row_of(chain->heads_out ? NULL : chain->y, row, n);
-    float *quantized = row_of(chain->quantized, row, n);
-    float *product = row_of(chain->product, row, n);
-    const float *at = input_row(chain, row, product ? product : scratch);
-    at = linear_row(chain, at, row, linear ? linear : y ? y : scratch);
-    copy_row(at, linear, n);
-    at = residual_row(chain, at, row, y ? y : scratch);
-    copy_row(at, y, n);
-    if (chain->heads_out && chain->y) scatter_row(chain, row, at);
+    const float *at = chain->x + row * n;
+    if (chain->heads_in) gather_row(chain, row, scratch), at = scratch;
+    if (finishes) {
+      if (at != scratch) memcpy(scratch, at, (size_t)n * sizeof *scratch);
+      finish_row(epilogue, row, EXP_BOUND, scratch);
+      at = scratch;
+    }
     if (chain->norm_scale) {
       int64_t sample = row / chain->rows_per_norm * n;
-      float *out = quantized ? quantized : scratch;
-      norm_row(at, chain->norm_scale + sample, chain->norm_shift + sample, chain->epsilon, out, n);
-      at = out;
+      norm_row(at, chain->norm_scale + sample, chain->norm_shift + sample, chain->epsilon, scratch, n);
+      at = scratch;
     }
-    copy_row(at, quantized, n);
+    if (chain->quantized) memcpy(chain->quantized + row * n, at, (size_t)n * sizeof *at);
     if (chain->codes) quantize_row(chain, at, row);
   }
 }

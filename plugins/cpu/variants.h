@@ -9,13 +9,17 @@
 #define VARIANTS
 #endif
 
-/* The loop's iterations are independent, though its arrays may be one and the same. */
+/* The loop's iterations are independent, though its arrays may be one and the same. FEW_ELEMENTS: they are a constant
+ * number so small that compilers would write them out one by one before they look for vectors. */
 #if defined(__clang__)
 #define ELEMENTWISE _Pragma("clang loop vectorize(assume_safety)")
+#define FEW_ELEMENTS _Pragma("clang loop vectorize(assume_safety) unroll(disable)")
 #else
 #define ELEMENTWISE _Pragma("GCC ivdep")
+#define FEW_ELEMENTS _Pragma("GCC ivdep") _Pragma("GCC unroll 1")
 #endif
 
+#define INLINE static inline __attribute__((always_inline))
 #define LANES 16 /* partial sums of a reduction, the same for all vector widths */
 #if defined(_WIN32)
 #define EXPORT /* all is exported where nothing says so */

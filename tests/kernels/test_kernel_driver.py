@@ -26,6 +26,7 @@ from pipeline.verify.attention_oracle import AttentionNumbers, AttentionProbe, c
 from plugins.cpu import library
 from tests.kernels import test_native_half_gemm as half
 from tests.kernels.test_native_attention import reference, tensors
+from tests.kernels.test_native_epilogue import EPILOGUES
 from tests.kernels.test_native_packed_gemm import LAYERS, SHAPES, expected, linear, operands
 from tests.support import native, sanitized
 from tests.support.attentions import operands as operands_of_attention
@@ -108,25 +109,56 @@ def run(command, numbers, arrays, *arguments):
     return np.frombuffer(done.stdout, np.float32)
 
 
+def packed_gemm(gemm, operand, codes, scales):
+    """(numbers, arrays) of the driver."""
+    packed = packs(gemm)
+    multipliers = [multiplier_panels(gemm)] if packed and gemm.multipliers != (1,) else []
+    arrays = [*codes, weight_panels(gemm), *multipliers, *([gemm.weight.integers.astype(np.int8)] if packed else [])]
+    arrays += [gemm.unit_scales(), weight_sums(gemm), *([] if scales is None else [scales])]
+    numbers = [len(codes[0]), gemm.out_features, gemm.in_features, gemm.group_size or gemm.in_features]
+    numbers += [operand.zero, operand.weights[0], largest_code(gemm.activation, len(codes))]
+    numbers += [len(codes) == 2, len(multipliers), gemm.sum_groups, 0 if packed else gemm.weight_kmax]
+    numbers += [gemm.scale_groups, 0 if scales is None else gemm.activation_groups]
+    return numbers, arrays
+
+
 @pytest.mark.parametrize("layer, shape", list(zip(LAYERS, SHAPES * 4, strict=False)), ids=str)
 def test_products_are_exact(machine, layer, shape):
     command, variants = machine
     m, n, k = shape
     gemm = linear(*layer, n, k)
     operand, codes, scales = operands(gemm, m)
-    packed = packs(gemm)
-    multipliers = [multiplier_panels(gemm)] if packed and gemm.multipliers != (1,) else []
-    arrays = [*codes, weight_panels(gemm), *multipliers, *([gemm.weight.integers.astype(np.int8)] if packed else [])]
-    arrays += [gemm.unit_scales(), weight_sums(gemm), *([] if scales is None else [scales])]
-    numbers = [m, n, k, gemm.group_size or k, operand.zero, operand.weights[0]]
-    numbers += [largest_code(gemm.activation, len(codes)), len(codes) == 2, len(multipliers), gemm.sum_groups]
-    numbers += [0 if packed else gemm.weight_kmax, gemm.scale_groups, 0 if scales is None else gemm.activation_groups]
-    results = [run(command, numbers, arrays, "packed_gemm", name) for name in variants]
+    results = [run(command, *packed_gemm(gemm, operand, codes, scales), "packed_gemm", name) for name in variants]
     assert any(result is not None for result in results)
     assert "plain" in variants or all(result is not None for result in results), "all that is emulated runs"
     for result in results:
         if result is not None:
             np.testing.assert_array_equal(result.reshape(m, n), expected(gemm, operand, codes, scales))
+
+
+@pytest.mark.parametrize("stages", EPILOGUES, ids=str)
+@pytest.mark.parametrize("layer", [LAYERS[1], LAYERS[6], LAYERS[18]], ids=str)
+def test_an_epilogue_gives_the_bits_of_a_chain(machine, layer, stages):
+    command, variants = machine
+    samples, tokens, n = stages.samples, stages.tokens, stages.n
+    gemm = linear(*layer, n, 64)
+    operand, codes, scales = operands(gemm, samples * tokens)
+    numbers, arrays = packed_gemm(gemm, operand, codes, scales)
+    given = stages.inputs()
+    both = "GATE" in given
+    more = np.array([tokens, tokens if both else 1, stages.heads, stages.gelu, both], np.int64)
+    arrays += [more, *(given[port] for port in ("TOKEN_SCALE", "BIAS", "GATE", "RESIDUAL") if port in given)]
+    results = [run(command, numbers, arrays, "epilogue", name) for name in variants]
+    assert any(result is not None for result in results)
+    for result in results:
+        if result is not None:
+            linear_, y, *of_chain = result.reshape(4, -1)
+            for fused, unfused in zip((linear_, y), of_chain, strict=True):
+                np.testing.assert_array_equal(fused, unfused)
+            product = expected(gemm, operand, codes, scales)
+            with np.errstate(invalid="ignore"):
+                scaled = product * given["TOKEN_SCALE"].reshape(-1, 1) + given["BIAS"]
+            np.testing.assert_array_equal(linear_.reshape(-1, n), scaled)
 
 
 @pytest.mark.parametrize(
@@ -168,12 +200,13 @@ def test_attention_of_codes_is_within_its_bound(machine, shape, formats):
 
 @pytest.mark.slow
 def test_the_ops_in_onnxruntime_under_sanitizers():
-    """TokenChain, and what all ops share: odd shapes, heads, limbs, what is refused."""
+    """TokenChain, PackedGemm's epilogue, and what all ops share: odd shapes, heads, limbs, what is refused."""
     native.need_compiler()
     if sys.platform != "linux" or "gcc" not in Path(library.compiler()).resolve().name:
         pytest.skip("the sanitizers' run time is looked for as GCC has it on Linux")
-    files = [f"tests/kernels/test_native_{name}.py" for name in ("chain", "limbs", "attention")]
-    chosen = "odd_shapes or heads or all_stages or do_not_fit or does_not_fit or in_turn or nan or without_any_key"
+    files = [f"tests/kernels/test_native_{name}.py" for name in ("chain", "limbs", "epilogue", "attention")]
+    names = ("odd_shapes", "left_out", "heads", "all_stages", "do_not_fit", "does_not_fit", "in_turn", "nan")
+    chosen = " or ".join((*names, "without_any_key"))
     done = subprocess.run(
         [sys.executable, "-m", "tests.support.sanitized", *files, "-k", chosen],
         cwd=SUPPORT.parents[1], env=os.environ | sanitized.environment(), capture_output=True, text=True, timeout=300,

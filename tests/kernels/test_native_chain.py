@@ -198,7 +198,8 @@ WRONG = {
     "one number a row": {In.TOKEN_SCALE: (2, 4)},
     "one number a channel": {In.BIAS: (71,)},
     "shape of x": {In.RESIDUAL: (2, 1, 70)},
-    "gate and norm_scale must be": {In.GATE: (3, 1, 70)},
+    "gate must be": {In.GATE: (3, 1, 70)},
+    "norm_scale must be": {In.NORM_SCALE: (3, 1, 70), In.NORM_SHIFT: (3, 1, 70)},
     "shape of norm_scale": {In.NORM_SCALE: (2, 1, 70), In.NORM_SHIFT: (1, 1, 70)},
     "both its scale and its shift": {In.NORM_SCALE: (2, 1, 70)},
 }

@@ -1,4 +1,4 @@
-"""TokenChain where an image takes two operands of 8 bits: quantizing into both limbs, and joining their GEMMs' sums."""
+"""TokenChain where an image takes two operands of 8 bits: quantizing into both limbs."""
 
 import numpy as np
 import pytest
@@ -13,7 +13,6 @@ from tests.support.portable import activations
 pytestmark = pytest.mark.kernels
 
 LIMBS = [Out.CODES, Out.LOW_CODES, Out.SCALE]
-SUMS = (In.HIGH_SUM, In.LOW_SUM, In.CHANNEL_SCALE)
 
 
 def image_of(name, x, flags=()):
@@ -52,64 +51,10 @@ def test_a_token_with_nan_has_the_scale_nan_and_zeros_in_both_limbs():
     np.testing.assert_array_equal(np.isnan(scale[0, :, 0]), np.arange(x.shape[1]) == 2)
 
 
-def sums(batch=2, tokens=5, n=70, seed=8):
-    """Sums of the size that 1,152 products of a limb and a weight's image reach, and the channels' scales."""
-    rng = np.random.default_rng(seed)
-    high, low = rng.integers(-5_000_000, 5_000_000, (2, batch, tokens, n), dtype=np.int32)
-    return dict(zip(SUMS, (high, low, rng.uniform(1e-5, 1e-2, n).astype(np.float32)), strict=True))
-
-
-def joined(feeds, weight):
-    """float32 of the int32 sum, times the channel's scale: one rounding each, as the stock ops compute it."""
-    total = feeds[In.HIGH_SUM].astype(np.int64) * weight + feeds[In.LOW_SUM]
-    assert np.abs(total).max() < 2**31 and (np.abs(total) > 2**24).any()
-    return total.astype(np.float32) * feeds[In.CHANNEL_SCALE]
-
-
-@pytest.mark.parametrize("kept", [[], [Out.PRODUCT]], ids=["product unread", "product kept"])
-@pytest.mark.parametrize("n", [1, 16, 70, 1153])
-def test_sums_are_joined_bit_for_bit_as_by_the_stock_ops(n, kept):
-    feeds = sums(n=n)
-    rng = np.random.default_rng(9)
-    after = {In.TOKEN_SCALE: rng.uniform(0.1, 2, (2, 5, 1)), In.BIAS: rng.standard_normal(n)}
-    after = {place: array.astype(np.float32) for place, array in after.items()}
-    linear, y, *product = native.chain(feeds | after, [Out.LINEAR, Out.Y, *kept], limb_weight=32)
-    expected = joined(feeds, 32)
-    for result in product:
-        np.testing.assert_array_equal(result, expected)
-    np.testing.assert_array_equal(linear, expected * after[In.TOKEN_SCALE] + after[In.BIAS])
-    np.testing.assert_array_equal(y, linear)
-
-
-def test_sums_in_and_limbs_out_are_the_stages_in_turn():
-    feeds, attributes = sums(n=129), native.quantizer("E3M4", limbs=2)
-    high, low, scale = native.chain(feeds, LIMBS, limb_weight=32, gelu=1, **attributes)
-    (y,) = native.chain({In.X: joined(feeds, 32)}, [Out.Y], gelu=1)
-    for result, expected in zip((high, low, scale), native.chain({In.X: y}, LIMBS, **attributes), strict=True):
-        np.testing.assert_array_equal(result, expected)
-
-
-def test_sums_are_written_in_heads():
-    feeds = sums(n=70)
-    (y,) = native.chain(feeds, [Out.Y], limb_weight=32, heads_out=5)
-    np.testing.assert_array_equal(y, joined(feeds, 32).reshape(2, 5, 5, 14).swapaxes(1, 2))
-
-
-def without(place):
-    return {other: array for other, array in sums().items() if other is not place}
-
-
+ROW = {In.X: np.ones((2, 70), np.float32)}
 WRONG = {
-    "come together": (without(In.LOW_SUM), [Out.Y], {}),
-    "channel_scale come together": (without(In.CHANNEL_SCALE), [Out.Y], {}),
-    "at least one dimension": (without(In.HIGH_SUM), [Out.Y], {}),
-    "in the place of x": (sums() | {In.X: np.ones((2, 5, 70), np.float32)}, [Out.Y], {}),
-    "stand in the place": (sums(), [Out.Y], {"heads_in": 5}),
-    "shape of high_sum": (sums() | {In.LOW_SUM: np.ones((2, 5, 1), np.int32)}, [Out.Y], {}),
-    "one number a channel": (sums() | {In.CHANNEL_SCALE: np.ones(71, np.float32)}, [Out.Y], {}),
-    "product is that of": ({In.X: np.ones((2, 70), np.float32)}, [Out.PRODUCT], {}),
-    "codes and limb_base": (sums(), [Out.CODES, Out.SCALE], native.quantizer("E3M4", limbs=2)),
-    "low_codes come with": (sums(), LIMBS, native.quantizer("E2M3")),
+    "codes and limb_base": (ROW, [Out.CODES, Out.SCALE], native.quantizer("E3M4", limbs=2)),
+    "low_codes come with": (ROW, LIMBS, native.quantizer("E2M3")),
 }
 
 

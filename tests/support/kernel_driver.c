@@ -8,6 +8,7 @@
 #include "half_gemm.h"
 #include "packed_gemm.h"
 #include "quantized_attention.h"
+#include "token_chain.h"
 
 #if defined(_WIN32)
 #include <fcntl.h>
@@ -33,12 +34,20 @@ static void write_floats(const float *data, int64_t count) {
   if (fwrite(data, sizeof *data, (size_t)count, stdout) != (size_t)count) exit(4);
 }
 
-static int packed_gemm(const char *variant) {
+static float *read_floats(int64_t count) { return read_bytes((size_t)count * sizeof(float)); }
+
+static float *floats(int64_t count) {
+  float *data = malloc((size_t)count * sizeof *data);
+  if (!data) exit(5);
+  return data;
+}
+
+static PackedGemm read_packed_gemm(void) {
   int64_t *number = read_bytes(13 * sizeof *number), rows = number[0], n = number[1], k = number[2];
   PackedGemm gemm = {.rows = rows, .n = n, .k = k, .group = number[3], .zero = (int32_t)number[4]};
   gemm.limb_weight = (int32_t)number[5], gemm.largest_code = (int32_t)number[6], gemm.sums = number[9];
   gemm.largest_weight = (int32_t)number[10]; /* 0: with a table */
-  gemm.scales = number[11], gemm.token_scales = number[12] ? number[12] : 1; /* 0: none */
+  gemm.scales = number[11], gemm.group_scales = number[12] ? number[12] : 1; /* 0: none */
   int packed = !gemm.largest_weight;
   int64_t panels = (n + PANEL - 1) / PANEL, octets = (k + OCTET - 1) / OCTET;
   gemm.codes = read_codes((size_t)(rows * k));
@@ -46,17 +55,50 @@ static int packed_gemm(const char *variant) {
   gemm.weight = read_codes((size_t)(panels * octets * PANEL * (packed ? QUAD : OCTET)));
   if (number[8]) gemm.multipliers = read_codes((size_t)(panels * (k / gemm.group) * PANEL));
   if (packed) gemm.table = read_codes(16);
-  gemm.scale = read_bytes((size_t)(gemm.scales * n) * sizeof(float));
+  gemm.scale = read_floats(gemm.scales * n);
   gemm.weight_sum = read_bytes((size_t)(gemm.sums * n) * sizeof(int32_t));
-  if (number[12]) gemm.token_scale = read_bytes((size_t)(rows * gemm.token_scales) * sizeof(float));
-  gemm.product = malloc((size_t)(rows * n) * sizeof(float));
-  void *scratch = aligned_alloc(64, (size_t)packed_gemm_scratch(&gemm));
+  if (number[12]) gemm.group_scale = read_floats(rows * gemm.group_scales);
+  gemm.epilogue.n = n;
+  return gemm;
+}
+
+static void multiply(const PackedGemm *gemm) {
+  void *scratch = aligned_alloc(64, (size_t)packed_gemm_scratch(gemm));
+  if (!scratch || packed_gemm_misfit(gemm)) exit(5);
+  for (int64_t panel = 0; panel < (gemm->n + PANEL - 1) / PANEL; panel++)
+    for (int64_t first = 0; first < gemm->rows; first += MAX_ROWS)
+      packed_gemm_panel(gemm, panel, first, gemm->rows - first < MAX_ROWS ? gemm->rows : first + MAX_ROWS, scratch);
+}
+
+static int packed_gemm(const char *variant) {
+  PackedGemm gemm = read_packed_gemm();
   if (!packed_gemm_force(variant)) return 2;
-  if (!gemm.product || !scratch || packed_gemm_misfit(&gemm)) return 5;
-  for (int64_t panel = 0; panel < panels; panel++)
-    for (int64_t first = 0; first < rows; first += MAX_ROWS)
-      packed_gemm_panel(&gemm, panel, first, rows - first < MAX_ROWS ? rows : first + MAX_ROWS, scratch);
-  write_floats(gemm.product, rows * n);
+  gemm.product = floats(gemm.rows * gemm.n);
+  multiply(&gemm);
+  write_floats(gemm.product, gemm.rows * gemm.n);
+  return 0;
+}
+
+/* A GEMM with its epilogue, then without one and the rows of its product in a chain: linear and y of each. */
+static int epilogue(const char *variant) {
+  PackedGemm gemm = read_packed_gemm();
+  int64_t *number = read_bytes(5 * sizeof *number), size = gemm.rows * gemm.n;
+  Epilogue it = {.n = gemm.n, .tokens = number[0], .rows_per_gate = number[1], .heads_out = number[2]};
+  it.gelu = number[3] != 0;
+  it.token_scale = read_floats(gemm.rows), it.bias = read_floats(gemm.n);
+  if (number[4]) it.gate = read_floats(gemm.rows / it.rows_per_gate * gemm.n), it.residual = read_floats(size);
+  it.linear = floats(size), it.y = floats(size);
+  if (!packed_gemm_force(variant)) return 2;
+  PackedGemm fused = gemm;
+  fused.epilogue = it;
+  multiply(&fused);
+  write_floats(it.linear, size), write_floats(it.y, size);
+  gemm.product = floats(size);
+  multiply(&gemm);
+  TokenChain chain = {.x = gemm.product, .epilogue = it, .n = gemm.n, .tokens = it.tokens};
+  chain.epilogue.linear = floats(size), chain.epilogue.y = floats(size);
+  token_chain_rows(&chain, 0, gemm.rows, floats(gemm.n));
+  write_floats(chain.epilogue.linear, size), write_floats(chain.epilogue.y, size);
   return 0;
 }
 
@@ -132,13 +174,14 @@ static int half_gemm(void) {
   return 0;
 }
 
-/* packed_gemm VARIANT, quantized_attention VARIANT, half_gemm or attention. */
+/* packed_gemm VARIANT, epilogue VARIANT, quantized_attention VARIANT, half_gemm or attention. */
 int main(int count, char **argument) {
 #if defined(_WIN32)
   _setmode(_fileno(stdin), _O_BINARY), _setmode(_fileno(stdout), _O_BINARY);
 #endif
   if (count == 2 && !strcmp(argument[1], "half_gemm")) return half_gemm();
   if (count == 3 && !strcmp(argument[1], "packed_gemm")) return packed_gemm(argument[2]);
+  if (count == 3 && !strcmp(argument[1], "epilogue")) return epilogue(argument[2]);
   if (count == 3 && !strcmp(argument[1], "quantized_attention")) return quantized_attention(argument[2]);
   return count == 2 && !strcmp(argument[1], "attention") ? attention() : 1;
 }

@@ -14,9 +14,7 @@ from pipeline.backends.cpu.token_chain import ATTRIBUTES, OP, VERSION, In, Out
 from plugins.cpu import library
 from plugins.cpu.library import DOMAIN
 
-ELEMENT_TYPES = dict.fromkeys(("CODES", "LOW_CODES"), ir.DataType.UINT8) | dict.fromkeys(
-    ("HIGH_SUM", "LOW_SUM"), ir.DataType.INT32
-)
+ELEMENT_TYPES = dict.fromkeys(("CODES", "LOW_CODES"), ir.DataType.UINT8)
 _FOLDERS: list[tempfile.TemporaryDirectory] = []
 
 

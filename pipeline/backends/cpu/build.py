@@ -20,7 +20,7 @@ from pipeline.backends.cpu.finish_with_chain import finish_with_chains
 from pipeline.backends.cpu.fold_weights import FoldWeights
 from pipeline.backends.cpu.half_gemm import HalfGemms
 from pipeline.backends.cpu.lower import LowerCpu
-from pipeline.backends.cpu.token_chain import drop_unread_outputs, is_chain
+from pipeline.backends.cpu.token_chain import drop_unread_outputs
 from pipeline.backends.graph_files import packed_model, result, save_lowered
 from pipeline.passes.split_condition import split_condition
 from plugins.cpu import library
@@ -62,8 +62,8 @@ def fuse_chains(model: ir.Model, lowering: LowerCpu) -> bool:
     """Let chains finish what stands between the GEMMs; the choices then say around which layers they do. False where
     the graph has nothing for the kernel library."""
     finish_with_chains(model)
-    chained = {value.name for node in model.graph if is_chain(node) for value in node.outputs}
-    fused = {row.layer for row in lowering.probes if chained.issuperset((*row.codes, row.output))}
+    own = {value.name for node in model.graph if node.domain == library.DOMAIN for value in node.outputs}
+    fused = {row.layer for row in lowering.probes if own.issuperset((*row.codes, row.output))}
     # These words are in lowering.json, which bundles are hashed with.
     lowering.choices = [
         replace(row, why=f"{row.why}; native ops around it") if row.layer in fused else row for row in lowering.choices

@@ -1,7 +1,8 @@
-"""What stands between the integer GEMMs of a lowered graph -> TokenChains, as few as there can be.
+"""What stands between the integer GEMMs of a lowered graph -> the op that makes the linear, else one TokenChain.
 
-A quantizer is one from the start. Then what follows a linear, a norm in front of a quantizer, chains that meet, and the
-transpositions around attention. Names of tensors that probes refer to stay.
+A quantizer is a TokenChain from the start. Then what follows a linear goes into its PackedGemm, or into a chain behind
+a GEMM of stock ops; a norm goes into the quantizer behind it; chains meet; and both take the transpositions around
+attention. Names of tensors that probes refer to stay.
 """
 
 from __future__ import annotations
@@ -30,21 +31,18 @@ from export.dialect.ops import DOMAIN as DIALECT
 from export.formats.format import Format, get_format
 from export.formats.operands import SMALL_ZERO, limb_base, zero_point
 from pipeline.backends.cpu.gemms import Product, grouped_gemm
-from pipeline.backends.cpu.packed_gemm import packed_gemm
+from pipeline.backends.cpu.native_ports import connect, finishes, make_instead, ports_in, ports_out
 from pipeline.backends.cpu.quantizers import Operand, rounding_factor
 from pipeline.backends.cpu.token_chain import (
     OP,
     VERSION,
     In,
     Out,
-    chain_inputs,
     chain_node,
-    chain_outputs,
     channels,
     is_chain,
     misfit,
     number,
-    put_chain,
     stages,
 )
 from pipeline.passes.fuse_attention import FuseAttention
@@ -150,11 +148,10 @@ def quantize_with_chain(build: GraphBuilder, x: ir.Value, fmt: Format, limbs: in
 
 
 def chained_gemm(
-    build: GraphBuilder, gemm: QuantizedGemm, operand: Operand, bias: ir.Value | None, packed: bool
+    build: GraphBuilder, gemm: QuantizedGemm, operand: Operand, bias: ir.Value | None
 ) -> tuple[Product, ir.Value]:
-    """A linear whose token scale and bias are applied by a TokenChain: (its product, its result). The linear is an
-    output, for the parity gates."""
-    product = (packed_gemm if packed else grouped_gemm)(build, gemm, operand)
+    """A linear of stock ops whose token scale and bias are applied by a TokenChain: (its product, its result)."""
+    product = grouped_gemm(build, gemm, operand)
     optional = {In.X: product.value, In.TOKEN_SCALE: product.token_scale, In.BIAS: bias}
     inputs = {place: value for place, value in optional.items() if value is not None}
     name = "scaled_tokens" if bias is None else "output"
@@ -164,29 +161,27 @@ def chained_gemm(
 
 
 class AbsorbEpilogues(RewritePass):
-    """gelu(linear) * gate + residual, as far as the graph has these in this order -> the chain that makes `linear`."""
+    """gelu(linear) * gate + residual, as far as the graph has these in this order -> the op that makes `linear`."""
 
     def rewrite(self, model: ir.Model) -> None:
-        for chain in [node for node in model.graph if is_chain(node) and Out.LINEAR in chain_outputs(node)]:
-            self._absorb(model.graph, chain)
+        for node in [node for node in model.graph if finishes(node)]:
+            self._absorb(node)
         model.graph.sort()
         drop_unused(model)
 
-    def _absorb(self, graph: ir.Graph, chain: ir.Node) -> None:
-        present, inputs = chain_outputs(chain), chain_inputs(chain)
-        linear = last = present[Out.LINEAR]
-        gelu = read_by(linear, "Gelu")
+    def _absorb(self, node: ir.Node) -> None:
+        linear = last = ports_out(node)["LINEAR"]
+        gelu, inputs = read_by(linear, "Gelu"), {}
         has_gelu = gelu is not None and attribute(gelu, "approximate", "none") == "tanh"
         last = result_of(gelu) if gelu is not None and has_gelu else linear
-        for op_type, place, fits in (("Mul", In.GATE, _is_gate), ("Add", In.RESIDUAL, _is_residual)):
+        for op_type, port, fits in (("Mul", "GATE", _is_gate), ("Add", "RESIDUAL", _is_residual)):
             reader = read_by(last, op_type)
             if reader is not None and fits(other_input(reader, last), last):
-                inputs[place], last = other_input(reader, last), result_of(reader)
-        anchor = last.producer()
-        if last is linear or anchor is None:
+                inputs[port], last = other_input(reader, last), result_of(reader)
+        if last is linear:
             return
-        outputs = {Out.LINEAR: linear} | present | {Out.Y: last}
-        put_chain(graph, anchor, inputs, outputs, [chain], **stages(chain) | {"gelu": int(has_gelu)})
+        connect(node, inputs, {"gelu": int(has_gelu)})
+        make_instead(node, [("Y", last)])
         self.fired += 1
 
 
@@ -220,7 +215,7 @@ class JoinChains(RewritePass):
         drop_unused(model)
 
     def _take_norm(self, graph: ir.Graph, quantizer: ir.Node) -> None:
-        x = chain_inputs(quantizer).get(In.X)
+        x = ports_in(quantizer).get("X")
         norm = produced_by(x, "LayerNormalization")
         if norm is None or x is None:
             return
@@ -228,28 +223,27 @@ class JoinChains(RewritePass):
             self.refuse(norm.name, reason)
             return
         ports = inputs_of(norm)
-        inputs = {In.X: ports.X, In.NORM_SCALE: ports.Scale, In.NORM_SHIFT: ports.B}
-        epsilon = float(attribute(norm, "epsilon", 1e-5))
-        outputs = chain_outputs(quantizer) | {Out.QUANTIZED: x}
-        put_chain(graph, quantizer, inputs, outputs, [quantizer], epsilon=epsilon, **stages(quantizer))
+        inputs = {"X": ports.X, "NORM_SCALE": ports.Scale, "NORM_SHIFT": ports.B}
+        connect(quantizer, inputs, {"epsilon": float(attribute(norm, "epsilon", 1e-5))})
+        make_instead(quantizer, [("QUANTIZED", x)])
         self.fired += 1
 
     def _join(self, graph: ir.Graph, quantizer: ir.Node) -> None:
-        rest = chain_inputs(quantizer)
-        first = produced_by(rest.pop(In.X, None), OP, DOMAIN)
+        rest = ports_in(quantizer)
+        first = produced_by(rest.pop("X", None), OP, DOMAIN)
         if first is None or _quantizes(first):
             return
         if _depend_on(list(rest.values()), first):
             self.refuse(quantizer.name, f"its norm depends on {first.name}")
             return
-        both = stages(first) | stages(quantizer)
-        outputs = chain_outputs(quantizer) | chain_outputs(first)
-        put_chain(graph, quantizer, chain_inputs(first) | rest, outputs, [quantizer, first], **both)
+        connect(quantizer, ports_in(first), stages(first))
+        make_instead(quantizer, ports_out(first).items())
+        graph.remove(first, safe=True)
         self.fired += 1
 
 
 def _quantizes(node: ir.Node) -> bool:
-    return is_chain(node) and Out.CODES in chain_outputs(node)
+    return is_chain(node) and "CODES" in ports_out(node)
 
 
 def _unfit(norm: ir.Node, quantizer: ir.Node) -> str | None:
@@ -291,24 +285,23 @@ def _depend_on(values: list[ir.Value], node: ir.Node) -> bool:
 
 
 class MoveHeads(RewritePass):
-    """Transpose(Reshape(linear)) -> heads_out of the chain that makes `linear`; Reshape(Transpose(x)) -> heads_in of
+    """Transpose(Reshape(linear)) -> heads_out of the op that makes `linear`; Reshape(Transpose(x)) -> heads_in of
     the chain that reads it. [batch, tokens, heads * size] is then [batch, heads, tokens, size] in memory.
 
     Keys are transposed once more, which onnxruntime takes into its matrix product.
     """
 
     def rewrite(self, model: ir.Model) -> None:
-        for node in [node for node in model.graph if is_chain(node)]:
-            outputs, inputs = set(chain_outputs(node)), set(chain_inputs(node))
-            if outputs - {Out.PRODUCT} == {Out.LINEAR}:
+        for node in list(model.graph):
+            if finishes(node) and not {"Y", "CODES"} & set(ports_out(node)):
                 self._split(model.graph, node)
-            elif Out.CODES in outputs and inputs == {In.X}:
-                self._gather(model.graph, node)
+            elif _quantizes(node) and set(ports_in(node)) == {"X"}:
+                self._gather(node)
         model.graph.sort()
         drop_unused(model)
 
-    def _split(self, graph: ir.Graph, chain: ir.Node) -> None:
-        linear = chain_outputs(chain)[Out.LINEAR]
+    def _split(self, graph: ir.Graph, node: ir.Node) -> None:
+        linear = ports_out(node)["LINEAR"]
         view = read_by(linear, "Reshape")
         if view is None or not (heads := _heads(linear, result_of(view))):
             return
@@ -318,12 +311,12 @@ class MoveHeads(RewritePass):
             return
         if perm == HEADS_LAST:
             turn = _in_two(graph, turn)
-        outputs = chain_outputs(chain) | {Out.Y: result_of(turn)}
-        put_chain(graph, turn, chain_inputs(chain), outputs, [chain], **stages(chain) | {"heads_out": heads})
+        connect(node, {}, {"heads_out": heads})
+        make_instead(node, [("Y", result_of(turn))])
         self.fired += 1
 
-    def _gather(self, graph: ir.Graph, chain: ir.Node) -> None:
-        x = chain_inputs(chain)[In.X]
+    def _gather(self, quantizer: ir.Node) -> None:
+        x = ports_in(quantizer)["X"]
         view = produced_by(x, "Reshape")
         turn = produced_by(inputs_of(view).data, "Transpose") if view else None
         if view is None or turn is None or tuple(attribute(turn, "perm", ())) != HEADS_FIRST:
@@ -331,9 +324,8 @@ class MoveHeads(RewritePass):
         heads = _heads(x, result_of(turn))
         if not heads or any(only_reader(result_of(node)) is None for node in (turn, view)):
             return
-        outputs = chain_outputs(chain) | {Out.QUANTIZED: x}
-        inputs = {In.X: inputs_of(turn).data}
-        put_chain(graph, chain, inputs, outputs, [chain], **stages(chain) | {"heads_in": heads})
+        connect(quantizer, {"X": inputs_of(turn).data}, {"heads_in": heads})
+        make_instead(quantizer, [("QUANTIZED", x)])
         self.fired += 1
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field, replace
 
 import onnx_ir as ir
@@ -21,7 +21,7 @@ from export.dialect.graph import (
 from export.dialect.ops import DOMAIN
 from export.formats.operands import INT8_MAX, INT16_MAX, INT32_MAX, SMALL_ZERO, fits_byte, limb_base, pair_sum
 from pipeline.backends.cpu.finish_with_chain import chained_gemm, quantize_with_chain
-from pipeline.backends.cpu.gemms import Product, finish, float_gemm, grouped_gemm, integer_gemm
+from pipeline.backends.cpu.gemms import finish, float_gemm, grouped_gemm, integer_gemm
 from pipeline.backends.cpu.packed_gemm import OCTET, packed_gemm, packs
 from pipeline.backends.cpu.quantizers import (
     Operand,
@@ -112,10 +112,12 @@ class LowerCpu(LoweringPass):
         build = GraphBuilder(graph, node, gemm.layer, dict(node.metadata_props))
         bias = inputs_of(node).bias if gemm.has_bias else None
         operand = self._operand(graph, gemm, source, row.limbs if row else 0)
-        if row and self.chains and operand.scale is not None and (row in PACKED or not gemm.activation_group):
-            product, output = chained_gemm(build, gemm, operand, bias, row in PACKED)
+        if row in PACKED:
+            product, output = packed_gemm(build, gemm, operand, bias)
+        elif row and self.chains and operand.scale is not None and not gemm.activation_group:
+            product, output = chained_gemm(build, gemm, operand, bias)
         else:
-            emit = float_gemm if row is None else _emitter(row)
+            emit = float_gemm if row is None else grouped_gemm if row.real_groups else integer_gemm
             product = emit(build, gemm, operand)
             output = finish(build, product, bias)
         _substitute(graph, node, output, gemm.layer)
@@ -160,10 +162,6 @@ class LowerCpu(LoweringPass):
                 operands, epsilon = (ports.x, plus_one, ports.shift), float(attribute(source.node, "epsilon"))
                 source.x = build.op("LayerNormalization", *operands, name="modulated", axis=-1, epsilon=epsilon)
         return source.x
-
-
-def _emitter(row: GemmRow) -> Callable[[GraphBuilder, QuantizedGemm, Operand], Product]:
-    return packed_gemm if row in PACKED else grouped_gemm if row.real_groups else integer_gemm
 
 
 def _substitute(graph: ir.Graph, node: ir.Node, output: ir.Value, layer: str) -> None:

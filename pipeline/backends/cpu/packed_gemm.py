@@ -18,6 +18,7 @@ from pipeline.passes.quantized_gemm import QuantizedGemm
 from plugins.cpu.library import DOMAIN
 
 UINT8, INT32, FLOAT = ir.DataType.UINT8, ir.DataType.INT32, ir.DataType.FLOAT
+OP = "PackedGemm"
 # As in plugins/cpu/packed_gemm.h: channels of a panel, and the input channels that it is cut into.
 PANEL, OCTET = 16, 8
 
@@ -32,13 +33,28 @@ class In(IntEnum):
     TABLE = 4
     SCALE = 5
     WEIGHT_SUM = 6
-    TOKEN_SCALE = 7
+    GROUP_SCALE = 7
+    TOKEN_SCALE = 8
+    BIAS = 9
+    GATE = 10
+    RESIDUAL = 11
 
 
-def packed_gemm(build: GraphBuilder, gemm: QuantizedGemm, a: Operand) -> Product:
-    """u8 x 4 bits, or 8 -> float32(int32 sum) * scale, for groups added up; one op for one limb or two, with
-    scales of tokens by group. A weight of 4 bits stays packed in memory; another one is stored as its integers times
-    their multipliers. The sums of groups are an output of their own, for the parity gates."""
+class Out(IntEnum):
+    """Outputs by place, each optional; one that nobody wants has no name and costs nothing."""
+
+    PRODUCT = 0
+    INTEGER_SUMS = 1
+    LINEAR = 2
+    Y = 3
+
+
+def packed_gemm(
+    build: GraphBuilder, gemm: QuantizedGemm, a: Operand, bias: ir.Value | None = None
+) -> tuple[Product, ir.Value]:
+    """u8 x 4 bits, or 8 -> (float32(int32 sum) * scale, for groups added up; the linear, with scales of tokens and
+    bias); one op for one limb or two. A weight of 4 bits stays packed in memory; another one is stored as its integers
+    times their multipliers. The product and the sums of groups are outputs for the parity gates."""
     layer, n, sums = gemm.layer, gemm.out_features, gemm.sum_groups
     table = packs(gemm)
     panels, octets = -(-n // PANEL), -(-gemm.in_features // OCTET)
@@ -50,11 +66,10 @@ def packed_gemm(build: GraphBuilder, gemm: QuantizedGemm, a: Operand) -> Product
         multipliers = build.lazy(f"{layer}.panel_multipliers", UINT8, cut, partial(multiplier_panels, gemm))
     shape = (gemm.scale_groups, n) if gemm.real_groups else (n,)
     scales = build.lazy(f"{layer}.unit_scales", FLOAT, shape, gemm.unit_scales)
-    codes, token_scale = a.codes, None
+    codes = a.codes
     if gemm.activation_group:  # [M, groups, group] and [M, groups, 1]
         like = build.op("Shape", a.x, name="like")
         codes = tuple(build.op("Reshape", code, like, name=f"rows_{i}") for i, code in enumerate(codes))
-        token_scale = a.scale
     inputs = {
         In.CODES: codes[0],
         In.LOW_CODES: codes[1] if len(codes) == 2 else None,
@@ -63,7 +78,11 @@ def packed_gemm(build: GraphBuilder, gemm: QuantizedGemm, a: Operand) -> Product
         In.TABLE: build.constant(gemm.weight.integers, np.int8) if table else None,
         In.SCALE: scales,
         In.WEIGHT_SUM: build.lazy(f"{layer}.weight_sums", INT32, (sums, n), partial(weight_sums, gemm)),
-        In.TOKEN_SCALE: token_scale,
+        In.GROUP_SCALE: a.scale if gemm.activation_group else None,
+        In.TOKEN_SCALE: None if gemm.activation_group else a.scale,
+        In.BIAS: bias,
+        In.GATE: None,
+        In.RESIDUAL: None,
     }
     attributes = {
         "zero": a.zero,
@@ -71,15 +90,20 @@ def packed_gemm(build: GraphBuilder, gemm: QuantizedGemm, a: Operand) -> Product
         "largest_code": largest_code(gemm.activation, len(codes)),
         "largest_weight": 0 if table else gemm.weight_kmax,
         "group_size": 0 if multipliers is None else gemm.group_size,
+        "gelu": 0,
+        "heads_out": 0,
     }
-    node = build.node("PackedGemm", [inputs[place] for place in In], "product", attributes, DOMAIN, outputs=2)
-    product, integer_sums = node.outputs
-    product.type = integer_sums.type = ir.TensorType(FLOAT)
+    node = build.node(OP, [inputs[place] for place in In], "product", attributes, DOMAIN, len(Out))
+    for value in node.outputs:
+        value.type = ir.TensorType(FLOAT)
+    product, sums_of_groups, linear, y = node.outputs
+    linear.name = f"{build.prefix}/{'scaled_tokens' if bias is None else 'output'}"
+    y.name = ""
     if sums == 1:
-        integer_sums.name = ""
-        return Product(product, product, scales, None if gemm.activation_group else a.scale)
-    integer_sums.name = f"{build.prefix}/sum_f32"
-    return Product(product, integer_sums, None, None if gemm.activation_group else a.scale)
+        sums_of_groups.name = ""
+        return Product(product, product, scales, None), linear
+    sums_of_groups.name = f"{build.prefix}/sum_f32"
+    return Product(product, sums_of_groups, None, None), linear
 
 
 def packs(gemm: QuantizedGemm) -> bool:

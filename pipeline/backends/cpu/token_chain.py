@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from enum import IntEnum
 
 import onnx_ir as ir
@@ -15,7 +15,7 @@ VERSION, OP = 1, "TokenChain"
 
 
 class In(IntEnum):
-    """Inputs by place, each optional; rows are given by X, or by the sums of two limbs and their channels' scale."""
+    """Inputs by place; all but X are optional."""
 
     X = 0
     TOKEN_SCALE = 1
@@ -24,9 +24,6 @@ class In(IntEnum):
     RESIDUAL = 4
     NORM_SCALE = 5
     NORM_SHIFT = 6
-    HIGH_SUM = 7
-    LOW_SUM = 8
-    CHANNEL_SCALE = 9
 
 
 class Out(IntEnum):
@@ -38,7 +35,6 @@ class Out(IntEnum):
     LINEAR = 3
     QUANTIZED = 4
     LOW_CODES = 5
-    PRODUCT = 6
 
 
 Number = int | float
@@ -54,7 +50,6 @@ ATTRIBUTES: dict[str, Number] = {
     "rounding_factor": 0.0,
     "zero": 0,
     "limb_base": 0,
-    "limb_weight": 0,
 }
 
 
@@ -68,16 +63,6 @@ def stages(node: ir.Node) -> dict[str, Number]:
     return {name: value for name, value in values.items() if value != ATTRIBUTES[name]}
 
 
-def chain_inputs(node: ir.Node) -> dict[In, ir.Value]:
-    """Those that are given."""
-    return {place: value for place, value in zip(In, node.inputs, strict=False) if value is not None}
-
-
-def chain_outputs(node: ir.Node) -> dict[Out, ir.Value]:
-    """Those that are given."""
-    return {place: value for place, value in zip(Out, node.outputs, strict=True) if value.name}
-
-
 def chain_node(build: GraphBuilder, inputs: Mapping[In, ir.Value], name: str, **stages: Number) -> ir.Node:
     """A chain with these stages (see ATTRIBUTES), whose outputs have no names."""
     places = [inputs.get(place) for place in In]
@@ -85,27 +70,6 @@ def chain_node(build: GraphBuilder, inputs: Mapping[In, ir.Value], name: str, **
     for value in node.outputs:
         value.name = ""
     return node
-
-
-def put_chain(
-    graph: ir.Graph,
-    anchor: ir.Node,
-    inputs: Mapping[In, ir.Value],
-    outputs: Mapping[Out, ir.Value],
-    chains: Iterable[ir.Node],
-    **stages: Number,
-) -> None:
-    """A chain in front of `anchor` that makes the values `outputs`, names kept, in the place of `chains`, which go."""
-    first = next(iter(outputs.values()))
-    build = GraphBuilder(graph, anchor, str(first.name), dict(anchor.metadata_props))
-    node = chain_node(build, inputs, "chain", **stages)
-    for place, old in outputs.items():
-        new = node.outputs[place]
-        new.name, new.shape, new.type = old.name, old.shape, old.type
-        ir.convenience.replace_all_uses_with(old, new, replace_graph_outputs=True)
-        old.name = ""
-    for chain in chains:
-        graph.remove(chain, safe=True)
 
 
 def drop_unread_outputs(model: ir.Model) -> None:

@@ -11,7 +11,8 @@ from onnx_ir.passes.common import LiftConstantsToInitializersPass
 from pipeline.backends.cpu.engine import provided
 from pipeline.backends.cpu.finish_with_chain import finish_with_chains
 from pipeline.backends.cpu.lower import LowerCpu
-from pipeline.backends.cpu.token_chain import In, Out, chain_inputs, chain_outputs, drop_unread_outputs, is_chain
+from pipeline.backends.cpu.native_ports import finishes, ports_in, ports_out
+from pipeline.backends.cpu.token_chain import drop_unread_outputs, is_chain
 from pipeline.passes import run_shared
 from tests.support import learned, native
 from tests.support.portable import portable, random_linear, run
@@ -76,10 +77,14 @@ def rewritten(*args, **options):
     return model, {type(rewrite).__name__: rewrite for rewrite in finish_with_chains(model)}
 
 
-def chains(model):
-    """(inputs, outputs) of every chain by name, in graph order."""
-    named = ((chain_inputs(node), chain_outputs(node)) for node in model.graph if is_chain(node))
-    return [("+".join(p.name for p in inputs), "+".join(p.name for p in outputs)) for inputs, outputs in named]
+OF_THE_GEMM = {"CODES", "LOW_CODES", "WEIGHT", "MULTIPLIERS", "TABLE", "SCALE", "WEIGHT_SUM"}
+
+
+def stages(model):
+    """(inputs of stages, outputs) of every chain and packed GEMM by name, in graph order."""
+    nodes = [node for node in model.graph if is_chain(node) or node.op_type == "PackedGemm"]
+    given = [[port for port in ports_in(node) if port not in OF_THE_GEMM] for node in nodes]
+    return [("+".join(ports), "+".join(ports_out(node))) for ports, node in zip(given, nodes, strict=True)]
 
 
 def feeds(seed=0, batch=2, tokens=5):
@@ -94,16 +99,19 @@ def with_outputs(model, names):
     return model
 
 
-def test_a_block_becomes_four_chains():
+def test_a_block_becomes_three_gemms_and_their_quantizers():
     model, passes = rewritten()
-    assert chains(model) == [
+    assert stages(model) == [
         ("X+NORM_SCALE+NORM_SHIFT", "CODES+SCALE+QUANTIZED"),
-        ("X+TOKEN_SCALE+BIAS+GATE+RESIDUAL", "CODES+SCALE+Y+LINEAR"),
-        ("X+TOKEN_SCALE+BIAS", "CODES+SCALE+Y+LINEAR"),
-        ("X+TOKEN_SCALE+BIAS+RESIDUAL", "Y+LINEAR"),
+        ("TOKEN_SCALE+BIAS+GATE+RESIDUAL", "PRODUCT+LINEAR+Y"),
+        ("X", "CODES+SCALE"),
+        ("TOKEN_SCALE+BIAS", "PRODUCT+LINEAR+Y"),
+        ("X", "CODES+SCALE"),
+        ("TOKEN_SCALE+BIAS+RESIDUAL", "PRODUCT+LINEAR+Y"),
     ]
     types = Counter(node.op_type for node in model.graph)
-    assert types == {"TokenChain": 4, "PackedGemm": 3, "Add": 1}
+    assert types == {"TokenChain": 3, "PackedGemm": 3, "Add": 1}
+    assert [node.attributes["gelu"].value for node in model.graph if finishes(node)] == [0, 1, 0]
     assert model.graph.opset_imports["fpq.native"] == 1
     assert not any(rewrite.refusals for rewrite in passes.values())
 
@@ -113,7 +121,7 @@ def test_what_no_one_reads_is_not_computed_in_an_engine():
     model, _ = rewritten()
     expected = native.run(model, feeds())[0]
     drop_unread_outputs(model)
-    assert [outputs for _, outputs in chains(model)] == ["CODES+SCALE", "CODES+SCALE+Y", "CODES+SCALE", "Y"]
+    assert [outputs for _, outputs in stages(model)] == ["CODES+SCALE", "Y"] * 3
     np.testing.assert_array_equal(native.run(model, feeds())[0], expected)
 
 
@@ -191,44 +199,50 @@ def test_what_is_not_the_pattern_stays(case):
     body, last_input, kept = NEVER[case]
     outputs = "float[B,S,64] y" + (", float[B,S,64] z" if "z =" in body else "")
     model, _ = rewritten(body, outputs=outputs)
-    by_layer = {chain.outputs[Out.LINEAR].name.split("/")[0]: chain for chain in model.graph if _finishes(chain)}
-    for layer, place in last_input.items():
-        stages = [port for port in chain_inputs(by_layer[layer]) if port < In.NORM_SCALE]
-        assert stages[-1].name == place, layer
+    by_layer = {ports_out(node)["LINEAR"].name.split("/")[0]: node for node in model.graph if finishes(node)}
+    for layer, port in last_input.items():
+        assert list(ports_in(by_layer[layer]))[-1] == port, layer
     assert set(kept) <= {node.op_type for node in model.graph}
     stock = run(lowered(body, outputs=outputs)[0], feeds())[0]
     assert np.linalg.norm(native.run(model, feeds())[0] - stock) <= 1e-2 * np.linalg.norm(stock)
-
-
-def _finishes(node):
-    return is_chain(node) and Out.LINEAR in chain_outputs(node)
 
 
 @pytest.mark.parametrize("weight", ["E2M1", "E2M3", "INT8"])
 def test_two_limbs_are_one_gemm(weight):
     model, passes = rewritten(activation="E3M4", weight=weight, flags=())
     types = Counter(node.op_type for node in model.graph)
-    assert types == {"TokenChain": 4, "PackedGemm": 3, "Add": 1}
-    assert chains(model) == [
+    assert types == {"TokenChain": 3, "PackedGemm": 3, "Add": 1}
+    assert stages(model) == [
         ("X+NORM_SCALE+NORM_SHIFT", "CODES+SCALE+QUANTIZED+LOW_CODES"),
-        ("X+TOKEN_SCALE+BIAS+GATE+RESIDUAL", "CODES+SCALE+Y+LINEAR+LOW_CODES"),
-        ("X+TOKEN_SCALE+BIAS", "CODES+SCALE+Y+LINEAR+LOW_CODES"),
-        ("X+TOKEN_SCALE+BIAS+RESIDUAL", "Y+LINEAR"),
+        ("TOKEN_SCALE+BIAS+GATE+RESIDUAL", "PRODUCT+LINEAR+Y"),
+        ("X", "CODES+SCALE+LOW_CODES"),
+        ("TOKEN_SCALE+BIAS", "PRODUCT+LINEAR+Y"),
+        ("X", "CODES+SCALE+LOW_CODES"),
+        ("TOKEN_SCALE+BIAS+RESIDUAL", "PRODUCT+LINEAR+Y"),
     ]
     assert not any(rewrite.refusals for rewrite in passes.values())
 
 
-@pytest.mark.parametrize("group, gemms", [(32, {"PackedGemm": 1}), (4, {"MatMulIntegerToFloat": 16, "Sum": 1})])
+STOCK_SUMS = ("X+TOKEN_SCALE+BIAS", "LINEAR")
+
+
+@pytest.mark.parametrize(
+    "group, gemms, finish",
+    [
+        (32, {"PackedGemm": 1}, ("TOKEN_SCALE+BIAS", "PRODUCT+INTEGER_SUMS+LINEAR")),
+        (4, {"MatMulIntegerToFloat": 16, "Sum": 1}, STOCK_SUMS),
+    ],
+)
 @pytest.mark.parametrize("weight", ["E2M1", "E2M3"])
-def test_real_groups_are_finished_behind_the_sum_of_their_products(weight, group, gemms):
+def test_real_groups_are_finished_behind_the_sum_of_their_products(weight, group, gemms, finish):
     model, _ = rewritten(PLAIN, "float[B,S,64] x", weight=weight, granularity="group", group=group)
-    assert chains(model) == [("X", "CODES+SCALE"), ("X+TOKEN_SCALE+BIAS", "LINEAR")]
+    assert stages(model) == [("X", "CODES+SCALE"), finish]
     types = Counter(node.op_type for node in model.graph)
     assert gemms.items() <= types.items()
 
 
 @pytest.mark.kernels
-def test_groups_of_tokens_are_scaled_by_the_gemm_and_finished_by_a_chain():
+def test_groups_of_tokens_are_scaled_before_they_are_added_up():
     layer = learned.with_scaling(random_linear("a", n=64, granularity="group", group=32), "token_group", 32)
     models = []
     for with_chains in (True, False):
@@ -240,11 +254,28 @@ def test_groups_of_tokens_are_scaled_by_the_gemm_and_finished_by_a_chain():
         models.append(model)
     finish_with_chains(models[0])
     drop_unread_outputs(models[0])
-    assert chains(models[0]) == [("X", "CODES+SCALE"), ("X+BIAS", "LINEAR")]
-    assert Counter(node.op_type for node in models[0].graph)["PackedGemm"] == 1
+    assert stages(models[0]) == [("X", "CODES+SCALE"), ("GROUP_SCALE+BIAS", "LINEAR")]
     x = {"x": feeds()["x"]}
     stock = run(models[1], x)[0]
     np.testing.assert_allclose(native.run(models[0], x)[0], stock, rtol=1e-5, atol=1e-5 * np.abs(stock).max())
+
+
+@pytest.mark.kernels
+def test_a_linear_with_a_static_scale_is_finished_by_its_gemm():
+    body = 'a = fpq.QuantizedLinear <layer="a"> (x)\n  gated = Mul(gate, a)\n  y = Add(gated, h)'
+    inputs = "float[B,S,64] x, float[B,1,64] gate, float[B,S,64] h"
+    layer, results = learned.with_scaling(random_linear("a", n=64), "per_tensor"), []
+    for with_chains in (True, False):
+        model = portable(body, [layer], inputs, "float[B,S,64] y")
+        _as_exported(model)
+        run_shared(model)
+        LowerCpu(provided(("avx512_vnni",)), chains=with_chains)(model)
+        if with_chains:
+            finish_with_chains(model)
+            assert stages(model) == [("BIAS+GATE+RESIDUAL", "PRODUCT+LINEAR+Y")]
+            assert model.graph.outputs[0].producer().op_type == "PackedGemm"
+        results.append(native.run(model, {name: feeds()[name] for name in ("x", "gate", "h")})[0])
+    np.testing.assert_array_equal(*results)
 
 
 NORM = """
@@ -257,7 +288,7 @@ NORM = """
 @pytest.mark.kernels
 def test_a_plain_norm_with_weight_and_bias_is_fused():
     model, _ = rewritten(NORM.replace("{bias}", ", w"), "float[B,S,64] x")
-    assert chains(model)[0] == ("X+NORM_SCALE+NORM_SHIFT", "CODES+SCALE+QUANTIZED")
+    assert stages(model)[0] == ("X+NORM_SCALE+NORM_SHIFT", "CODES+SCALE+QUANTIZED")
     assert np.isfinite(native.run(model, {"x": feeds()["x"]})[0]).all()
 
 
@@ -283,10 +314,10 @@ def test_a_norm_that_depends_on_the_linear_before_it_is_not_joined_to_it():
       mean = ReduceMean <keepdims = 1> (a, axes)
       norm = LayerNormalization <axis = -1> (a, mean, mean)
       y = fpq.QuantizedLinear <layer="b"> (norm)
-    """
-    model, passes = rewritten(body, "float[B,S,64] x")
+    """  # of groups that are no multiple of 8, which stock ops multiply
+    model, passes = rewritten(body, "float[B,S,64] x", granularity="group", group=4)
     assert "depends on" in " ".join(refusal.reason for refusal in passes["JoinChains"].refusals)
-    assert [inputs for inputs, _ in chains(model)].count("X+NORM_SCALE+NORM_SHIFT") == 1
+    assert [inputs for inputs, _ in stages(model)].count("X+NORM_SCALE+NORM_SHIFT") == 1
 
 
 def test_the_rewritten_graph_is_the_same_each_time():
@@ -357,11 +388,11 @@ def test_only_attentions_that_the_library_computes_become_its_op(q, k, v, m, y, 
 def test_heads_are_read_and_written_where_attention_keeps_them():
     model, passes = rewritten(ATTENTION, "float[B,S,64] x")
     assert passes["MoveHeads"].fired == 4
-    assert Counter(chains(model)) == {
+    assert Counter(stages(model)) == {
         ("X", "CODES+SCALE"): 1,
-        ("X+TOKEN_SCALE+BIAS", "Y+LINEAR"): 3,
+        ("TOKEN_SCALE+BIAS", "PRODUCT+LINEAR+Y"): 3,
         ("X", "CODES+SCALE+QUANTIZED"): 1,
-        ("X+TOKEN_SCALE+BIAS", "LINEAR"): 1,
+        ("TOKEN_SCALE+BIAS", "PRODUCT+LINEAR"): 1,
     }
     types = Counter(node.op_type for node in model.graph)
     assert types["Attention"] == 1 and not {"Transpose", "Reshape", "Softmax", "MatMul"} & set(types)
