@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 
 # Conditions whose results are kept: the last one of two callers. A third caller's is computed again at every call.
 KEPT = 2
+ALIGNMENT = 64  # bytes, of each array that is kept
 
 
 @contextmanager
@@ -78,8 +80,53 @@ def register_needed(options: SessionOptions, domains: Iterable[str]) -> None:
 def run_session(session: InferenceSession, names: list[str], fed: Arrays) -> Arrays:
     """Outputs of one session. Raises RecipeError where onnxruntime refuses the numbers, such as a class too high, and
     ContractError where an operation of the graph fails by itself."""
-    try:
+    with call_errors():
         return dict(zip(names, session.run(names, fed), strict=True))
+
+
+def run_to_keep(session: InferenceSession, fed: Arrays) -> Arrays:
+    """All outputs of one session, in one block of memory of their own. Among the tensors of a call they would leave
+    holes that the C library does not fill. Raises as `run_session`."""
+    kept = _block(session, fed)
+    if kept is None:
+        return run_session(session, [output.name for output in session.get_outputs()], fed)
+    binding = session.io_binding()
+    for name, array in fed.items():
+        binding.bind_cpu_input(name, array)
+    for name, array in kept.items():
+        binding.bind_output(name, "cpu", 0, array.dtype.type, array.shape, array.ctypes.data)
+    with call_errors():
+        session.run_with_iobinding(binding)
+    return kept
+
+
+def _block(session: InferenceSession, fed: Arrays) -> Arrays | None:
+    """Arrays for all outputs, one behind the other, with nothing in them yet; None where the sizes of one are not
+    those of inputs. onnxruntime refuses an array that is not of its result's shape."""
+    sizes: dict[int | str | None, int] = {}
+    for value in session.get_inputs():
+        sizes.update(zip(value.shape, fed[value.name].shape, strict=True))
+    places, end = [], 0
+    for output in session.get_outputs():
+        shape = [size if isinstance(size, int) else sizes.get(size) for size in output.shape]
+        known = [size for size in shape if size is not None]
+        if len(known) < len(shape) or output.type not in feeds.ELEMENT_TYPES:
+            return None
+        dtype = np.dtype(feeds.ELEMENT_TYPES[output.type])
+        places.append((output.name, dtype, known, end))
+        end += -(-math.prod(known) * dtype.itemsize // ALIGNMENT) * ALIGNMENT
+    block = np.empty(end, np.uint8)
+    return {
+        name: block[start : start + math.prod(shape) * dtype.itemsize].view(dtype).reshape(shape)
+        for name, dtype, shape, start in places
+    }
+
+
+@contextmanager
+def call_errors() -> Iterator[None]:
+    """Within, onnxruntime runs a graph; a refusal becomes a RecipeError or a ContractError."""
+    try:
+        yield
     except Exception as error:
         if (reason := refusal(error)) is None:
             raise
@@ -99,8 +146,10 @@ class Sessions:
 
     step: InferenceSession
     condition: InferenceSession | None = None
-    # Pages of the weights that only `condition` reads; given back after each of its runs.
+    # Pages of the weights that only `condition` reads, given back after each of its runs; and as many of `step`, given
+    # back before it: at no time are all weights in memory.
     condition_pages: MappedPages = field(default_factory=MappedPages)
+    step_pages: MappedPages = field(default_factory=MappedPages)
 
 
 @dataclass(frozen=True)
@@ -141,6 +190,7 @@ class SessionEngine:
         call = {name: known[name] if name in known else own(array) for name, array in inputs.items()}
         feeds.check_feeds(self.declared, call)
         if kept is None and sessions.condition is not None:
+            sessions.step_pages.give_back()
             kept = self._prepare(sessions.condition, call)
             sessions.condition_pages.give_back()
         results = {} if kept is None else kept.results
@@ -151,9 +201,7 @@ class SessionEngine:
         """Compute what depends on the condition alone. Of callers at the same time one may lose its place in `kept`,
         which costs time, never a result: each goes on with what it made."""
         condition = {value.name: call[value.name] for value in session.get_inputs()}
-        kept = KeptCondition(
-            condition, run_session(session, [output.name for output in session.get_outputs()], condition)
-        )
+        kept = KeptCondition(condition, run_to_keep(session, condition))
         self.kept = (kept, *self.kept[: KEPT - 1])
         return kept
 

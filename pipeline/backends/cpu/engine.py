@@ -74,17 +74,16 @@ def open_sessions(folder: Path, threads: int = 0, profile: Path | None = None) -
     if not (folder / CONDITION).is_file():
         return Sessions(step)
     of_step = mapped_pages(data)
-    condition = open_session(folder / CONDITION, threads, with_library, arena=True)
-    return Sessions(step, condition, mapped_pages(data) - of_step)
+    condition = open_session(folder / CONDITION, threads, with_library)
+    of_condition = mapped_pages(data) - of_step
+    return Sessions(step, condition, of_condition, of_step.part(of_condition.size_bytes()))
 
 
 def open_session(
-    path: Path, threads: int = 0, with_library: bool = False, profile: Path | None = None, arena: bool = False
+    path: Path, threads: int = 0, with_library: bool = False, profile: Path | None = None
 ) -> InferenceSession:
     """Session of a lowered graph, with the kernel library or without; threads 0: as many as `machine.threads` allows.
-    profile: how the file of onnxruntime's profiler begins, None for no profile. arena: for a graph whose results are
-    kept. A small tensor beside each would leave holes that the C library does not fill; without results to keep, an
-    arena only holds on to what one call has taken.
+    profile: how the file of onnxruntime's profiler begins, None for no profile.
 
     onnxruntime adds its fusions of transposes, scales and biases. It may not touch pairs of QuantizeLinear and
     DequantizeLinear: here they split an integer into limbs. No code beside the graph is looked for or loaded.
@@ -93,9 +92,8 @@ def open_session(
     options.add_session_config_entry("session.disable_quant_qdq", "1")
     # A tensor goes back when its last reader has run. A buffer that is planned for several tensors would live until the
     # last of them, those of the widest layers as long as the whole call; a block planned for all, beside the first
-    # call's tensors.
-    options.enable_mem_reuse = options.enable_mem_pattern = False
-    options.enable_cpu_mem_arena = arena
+    # call's tensors. An arena would hold on to what one call has taken.
+    options.enable_mem_reuse = options.enable_mem_pattern = options.enable_cpu_mem_arena = False
     if with_library:
         library.register(options)
     if profile is not None:
