@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import mmap
+import sys
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -115,11 +117,19 @@ def _block(session: InferenceSession, fed: Arrays) -> Arrays | None:
         dtype = np.dtype(feeds.ELEMENT_TYPES[output.type])
         places.append((output.name, dtype, known, end))
         end += -(-math.prod(known) * dtype.itemsize // ALIGNMENT) * ALIGNMENT
-    block = np.empty(end, np.uint8)
+    # Not from the C library: when so large a block is freed, it takes smaller ones from its heap, which then has holes.
+    block = np.frombuffer(private_memory(end), np.uint8)
     return {
         name: block[start : start + math.prod(shape) * dtype.itemsize].view(dtype).reshape(shape)
         for name, dtype, shape, start in places
     }
+
+
+def private_memory(size_bytes: int) -> mmap.mmap:
+    """Memory of this process alone, the system's again with the last reference to it."""
+    if sys.platform == "win32":
+        return mmap.mmap(-1, size_bytes)
+    return mmap.mmap(-1, size_bytes, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
 
 
 @contextmanager
@@ -141,15 +151,30 @@ def call_errors() -> Iterator[None]:
 
 
 @dataclass(frozen=True)
+class Part:
+    """A session that runs beside the step's. pages: of the weights that only it reads. room: as many of the step's,
+    which are given back while it runs, so that at no time all weights are in memory."""
+
+    session: InferenceSession
+    pages: MappedPages = field(default_factory=MappedPages)
+    room: MappedPages = field(default_factory=MappedPages)
+
+    @contextmanager
+    def in_memory(self) -> Iterator[InferenceSession]:
+        """Within, the session may be run."""
+        self.room.give_back()
+        yield self.session
+        self.pages.give_back()
+
+
+@dataclass(frozen=True)
 class Sessions:
-    """What runs at every call, and what runs for a new condition (None: nothing depends on the condition alone)."""
+    """What runs at every call for every sample; what runs for a new condition (None: nothing depends on the condition
+    alone); what runs at every call, once for samples of an equal timestep (None: nothing depends on that alone)."""
 
     step: InferenceSession
-    condition: InferenceSession | None = None
-    # Pages of the weights that only `condition` reads, given back after each of its runs; and as many of `step`, given
-    # back before it: at no time are all weights in memory.
-    condition_pages: MappedPages = field(default_factory=MappedPages)
-    step_pages: MappedPages = field(default_factory=MappedPages)
+    condition: Part | None = None
+    timestep: Part | None = None
 
 
 @dataclass(frozen=True)
@@ -165,7 +190,7 @@ class KeptCondition:
 
 
 class SessionEngine:
-    """One or two onnxruntime sessions on the CPU. `run` may be called from any number of threads.
+    """One to three onnxruntime sessions on the CPU. `run` may be called from any number of threads.
 
     What depends on the condition alone (keys and values of cross-attention) is computed when a condition is new, and
     kept. Whether it is new is decided by comparing all its numbers with a copy. A call computes with its own copies of
@@ -190,10 +215,12 @@ class SessionEngine:
         call = {name: known[name] if name in known else own(array) for name, array in inputs.items()}
         feeds.check_feeds(self.declared, call)
         if kept is None and sessions.condition is not None:
-            sessions.step_pages.give_back()
-            kept = self._prepare(sessions.condition, call)
-            sessions.condition_pages.give_back()
+            with sessions.condition.in_memory() as session:
+                kept = self._prepare(session, call)
         results = {} if kept is None else kept.results
+        if sessions.timestep is not None:
+            with sessions.timestep.in_memory() as session:
+                results = results | of_timestep(session, call)
         fed = {name: array for name, array in (call | results).items() if name in self.step_inputs}
         return run_session(sessions.step, self.outputs, fed)
 
@@ -215,6 +242,15 @@ class SessionEngine:
         self.forget()
 
 
+def of_timestep(session: InferenceSession, call: Arrays) -> Arrays:
+    """What depends on the timestep alone, a row for each sample; computed once where all have the same timestep."""
+    (name,) = (value.name for value in session.get_inputs())
+    times, outputs = call[name], [output.name for output in session.get_outputs()]
+    shared = len(times) > 1 and bool((times == times[0]).all())
+    results = run_session(session, outputs, {name: times[:1] if shared else times})
+    return {key: np.repeat(rows, len(times), axis=0) for key, rows in results.items()} if shared else results
+
+
 def own(array: NDArray[np.generic]) -> NDArray[np.generic]:
     """A private copy of an array; what is none is left for the check of inputs to refuse."""
     return np.array(array, order="C") if isinstance(array, np.ndarray) else array
@@ -227,8 +263,8 @@ def _equal(array: NDArray[np.generic], other: NDArray[np.generic] | None) -> boo
 
 
 def declared_inputs(sessions: Sessions) -> tuple[feeds.Declared, ...]:
-    """The engine's own inputs: those of both sessions, without what one hands to the other."""
-    parts = [part for part in (sessions.condition, sessions.step) if part is not None]
+    """The engine's own inputs: those of all sessions, without what one hands to the other."""
+    parts = [part.session for part in (sessions.condition, sessions.timestep) if part is not None] + [sessions.step]
     handed = {value.name for part in parts for value in part.get_outputs()}
     rows = {row.name: row for part in parts for row in feeds.of_session(part)}
     return tuple(row for name, row in rows.items() if name not in handed)

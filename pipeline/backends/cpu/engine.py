@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, NotRequired
 from typing_extensions import TypedDict
 
 from pipeline.backends import metadata_file
-from pipeline.backends.base import CONDITION, DATA, MODEL
+from pipeline.backends.base import CONDITION, DATA, MODEL, TIMESTEP
 from pipeline.backends.mapped_pages import mapped_pages
-from pipeline.backends.sessions import SessionEngine, Sessions, opened, session_options
+from pipeline.backends.sessions import Part, SessionEngine, Sessions, opened, session_options
 from pipeline.passes.probes import WIDE_SUM
 from plugins.cpu import library
 
@@ -55,7 +55,7 @@ def lacking(needs: Collection[str], present: Collection[str]) -> str | None:
 
 
 class CpuEngine(SessionEngine):
-    """Sessions of model.onnx and, where there is one, condition.onnx."""
+    """Sessions of model.onnx and, where they are there, condition.onnx and timestep.onnx."""
 
     def __init__(self, folder: Path, threads: int = 0) -> None:
         """threads: of one call; 0: as many as `machine.threads` allows. Raises ContractError for damaged files."""
@@ -71,12 +71,17 @@ def open_sessions(folder: Path, threads: int = 0, profile: Path | None = None) -
     """Those of an engine's folder; threads, profile (of the step) as in `open_session`."""
     with_library, data = library.requirement() in required(folder), folder / DATA
     step = open_session(folder / MODEL, threads, with_library, profile)
-    if not (folder / CONDITION).is_file():
-        return Sessions(step)
     of_step = mapped_pages(data)
-    condition = open_session(folder / CONDITION, threads, with_library)
-    of_condition = mapped_pages(data) - of_step
-    return Sessions(step, condition, of_condition, of_step.part(of_condition.size_bytes()))
+
+    def part(name: str) -> Part | None:
+        if not (folder / name).is_file():
+            return None
+        before = mapped_pages(data)
+        session = open_session(folder / name, threads, with_library)
+        pages = mapped_pages(data) - before
+        return Part(session, pages, of_step.part(pages.size_bytes()))
+
+    return Sessions(step, condition=part(CONDITION), timestep=part(TIMESTEP))
 
 
 def open_session(
