@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 
 # Conditions whose results are kept: the last one of two callers. A third caller's is computed again at every call.
 KEPT = 2
+# Timesteps whose results are kept: those of a whole picture, which the next one has again.
+KEPT_TIMESTEPS = 64
 ALIGNMENT = 64  # bytes, of each array that is kept
 
 
@@ -82,29 +84,40 @@ def register_needed(options: SessionOptions, domains: Iterable[str]) -> None:
 def run_session(session: InferenceSession, names: list[str], fed: Arrays) -> Arrays:
     """Outputs of one session. Raises RecipeError where onnxruntime refuses the numbers, such as a class too high, and
     ContractError where an operation of the graph fails by itself."""
-    with call_errors():
+    try:
         return dict(zip(names, session.run(names, fed), strict=True))
+    except Exception as error:
+        if (reason := refusal(error)) is None:
+            raise
+        if type(error).__name__ == "InvalidArgument":
+            remedy = "give numbers that the model knows, such as classes that it was trained on"
+            raise RecipeError(f"the engine cannot run these inputs ({reason}); {remedy}") from error
+        remedy = "verify the bundle, or build it again"
+        raise ContractError(f"the engine's graph fails in onnxruntime ({reason}); {remedy}") from error
 
 
 def run_to_keep(session: InferenceSession, fed: Arrays) -> Arrays:
     """All outputs of one session, in one block of memory of their own. Among the tensors of a call they would leave
     holes that the C library does not fill. Raises as `run_session`."""
-    kept = _block(session, fed)
+    kept, names = _block(session, fed), [output.name for output in session.get_outputs()]
     if kept is None:
-        return run_session(session, [output.name for output in session.get_outputs()], fed)
+        return run_session(session, names, fed)
     binding = session.io_binding()
     for name, array in fed.items():
         binding.bind_cpu_input(name, array)
     for name, array in kept.items():
         binding.bind_output(name, "cpu", 0, array.dtype.type, array.shape, array.ctypes.data)
-    with call_errors():
+    try:
         session.run_with_iobinding(binding)
+    except RuntimeError:  # of every cause, which a plain run tells by its class
+        return run_session(session, names, fed)
     return kept
 
 
 def _block(session: InferenceSession, fed: Arrays) -> Arrays | None:
     """Arrays for all outputs, one behind the other, with nothing in them yet; None where the sizes of one are not
-    those of inputs. onnxruntime refuses an array that is not of its result's shape."""
+    those of inputs. onnxruntime refuses an array that is not of its result's shape; shape () is one that it does not
+    know."""
     sizes: dict[int | str | None, int] = {}
     for value in session.get_inputs():
         sizes.update(zip(value.shape, fed[value.name].shape, strict=True))
@@ -112,7 +125,7 @@ def _block(session: InferenceSession, fed: Arrays) -> Arrays | None:
     for output in session.get_outputs():
         shape = [size if isinstance(size, int) else sizes.get(size) for size in output.shape]
         known = [size for size in shape if size is not None]
-        if len(known) < len(shape) or output.type not in feeds.ELEMENT_TYPES:
+        if not shape or len(known) < len(shape) or output.type not in feeds.ELEMENT_TYPES:
             return None
         dtype = np.dtype(feeds.ELEMENT_TYPES[output.type])
         places.append((output.name, dtype, known, end))
@@ -130,21 +143,6 @@ def private_memory(size_bytes: int) -> mmap.mmap:
     if sys.platform == "win32":
         return mmap.mmap(-1, size_bytes)
     return mmap.mmap(-1, size_bytes, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-
-
-@contextmanager
-def call_errors() -> Iterator[None]:
-    """Within, onnxruntime runs a graph; a refusal becomes a RecipeError or a ContractError."""
-    try:
-        yield
-    except Exception as error:
-        if (reason := refusal(error)) is None:
-            raise
-        if type(error).__name__ == "InvalidArgument":
-            remedy = "give numbers that the model knows, such as classes that it was trained on"
-            raise RecipeError(f"the engine cannot run these inputs ({reason}); {remedy}") from error
-        remedy = "verify the bundle, or build it again"
-        raise ContractError(f"the engine's graph fails in onnxruntime ({reason}); {remedy}") from error
 
 
 # --- engines --------------------------------------------------------------------------------------------------------
@@ -170,7 +168,7 @@ class Part:
 @dataclass(frozen=True)
 class Sessions:
     """What runs at every call for every sample; what runs for a new condition (None: nothing depends on the condition
-    alone); what runs at every call, once for samples of an equal timestep (None: nothing depends on that alone)."""
+    alone), and what runs for a new timestep (None: likewise)."""
 
     step: InferenceSession
     condition: Part | None = None
@@ -193,7 +191,8 @@ class SessionEngine:
     """One to three onnxruntime sessions on the CPU. `run` may be called from any number of threads.
 
     What depends on the condition alone (keys and values of cross-attention) is computed when a condition is new, and
-    kept. Whether it is new is decided by comparing all its numbers with a copy. A call computes with its own copies of
+    kept; so is what depends on the timestep alone. Whether a condition is new is decided by comparing all its numbers
+    with a copy. A call computes with its own copies of
     the inputs, so callers may reuse or overwrite their arrays at any time, and takes the kept results once, together
     with the condition they belong to. The sessions themselves keep nothing between calls.
     """
@@ -204,6 +203,7 @@ class SessionEngine:
         self.declared = declared_inputs(sessions)
         self.step_inputs = {value.name for value in sessions.step.get_inputs()}
         self.kept: tuple[KeptCondition, ...] = ()
+        self.kept_timesteps: dict[bytes, Arrays] = {}
 
     def run(self, inputs: Arrays) -> Arrays:
         """Outputs by name for inputs by name. Raises RecipeError for inputs that do not fit, and once closed."""
@@ -219,8 +219,7 @@ class SessionEngine:
                 kept = self._prepare(session, call)
         results = {} if kept is None else kept.results
         if sessions.timestep is not None:
-            with sessions.timestep.in_memory() as session:
-                results = results | of_timestep(session, call)
+            results = results | self._of_timestep(sessions.timestep, call)
         fed = {name: array for name, array in (call | results).items() if name in self.step_inputs}
         return run_session(sessions.step, self.outputs, fed)
 
@@ -232,23 +231,28 @@ class SessionEngine:
         self.kept = (kept, *self.kept[: KEPT - 1])
         return kept
 
+    def _of_timestep(self, part: Part, call: Arrays) -> Arrays:
+        """What depends on the timestep alone, a row for each sample; computed once for all that have the same, in this
+        call and in earlier ones."""
+        (name,) = (value.name for value in part.session.get_inputs())
+        outputs = [value.name for value in part.session.get_outputs()]
+        times = {time.tobytes(): time for time in call[name]}  # by their bits: NaN equals itself, 0 is not -0
+        kept = self.kept_timesteps
+        if new := {key: time for key, time in times.items() if key not in kept}:
+            with part.in_memory() as session:
+                rows = run_session(session, outputs, {name: np.array(list(new.values()))})
+            kept = kept | {key: {output: rows[output][i] for output in outputs} for i, key in enumerate(new)}
+            self.kept_timesteps = dict(list(kept.items())[-KEPT_TIMESTEPS:])
+        return {output: np.stack([kept[time.tobytes()][output] for time in call[name]]) for output in outputs}
+
     def forget(self) -> None:
-        """Drop the kept conditions: the next call computes its own again."""
-        self.kept = ()
+        """Drop what is kept of conditions and timesteps: the next call computes its own again."""
+        self.kept, self.kept_timesteps = (), {}
 
     def close(self) -> None:
         """Free the sessions, when the calls that are running have ended; later calls raise RecipeError."""
         self.sessions = None
         self.forget()
-
-
-def of_timestep(session: InferenceSession, call: Arrays) -> Arrays:
-    """What depends on the timestep alone, a row for each sample; computed once where all have the same timestep."""
-    (name,) = (value.name for value in session.get_inputs())
-    times, outputs = call[name], [output.name for output in session.get_outputs()]
-    shared = len(times) > 1 and bool((times == times[0]).all())
-    results = run_session(session, outputs, {name: times[:1] if shared else times})
-    return {key: np.repeat(rows, len(times), axis=0) for key, rows in results.items()} if shared else results
 
 
 def own(array: NDArray[np.generic]) -> NDArray[np.generic]:

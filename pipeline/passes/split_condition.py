@@ -79,11 +79,16 @@ def _of_timestep_alone(graph: ir.Graph) -> set[ir.Node]:
     """Nodes that read the timestep's numbers and beside them constants alone."""
     values, nodes = {value for value in graph.inputs if value.name == TIMESTEP}, set()
     for node in graph:
-        varying = [value for value in node.inputs if value is not None and value.const_value is None]
+        varying = [value for value in node.inputs if value is not None and not _is_constant(value)]
         if varying and values.issuperset(varying) and not is_op(node, "Shape"):
             values.update(node.outputs)
             nodes.add(node)
     return nodes
+
+
+def _is_constant(value: ir.Value) -> bool:
+    node = value.producer()
+    return value.const_value is not None or (node is not None and not node.inputs)
 
 
 def _up_to_products(graph: ir.Graph, nodes: set[ir.Node]) -> set[ir.Node]:
