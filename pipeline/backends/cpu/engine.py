@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, NotRequired
 
 from typing_extensions import TypedDict
 
+from export.errors import ContractError
 from pipeline.backends import metadata_file
 from pipeline.backends.base import CONDITION, DATA, MODEL, TIMESTEP
 from pipeline.backends.mapped_pages import mapped_pages
@@ -81,7 +82,13 @@ def open_sessions(folder: Path, threads: int = 0, profile: Path | None = None) -
         pages = mapped_pages(data) - before
         return Part(session, pages, of_step.part(pages.size_bytes()))
 
-    return Sessions(step, condition=part(CONDITION), timestep=part(TIMESTEP))
+    sessions = Sessions(step, condition=part(CONDITION), timestep=part(TIMESTEP))
+    if sessions.timestep is not None:
+        names = [value.name for value in sessions.timestep.session.get_inputs()]
+        if len(names) != 1:
+            read = ", ".join(names) or "nothing"
+            raise ContractError(f"{folder / TIMESTEP}: it reads {read} instead of the timestep; build the engine again")
+    return sessions
 
 
 def open_session(

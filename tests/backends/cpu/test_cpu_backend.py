@@ -187,18 +187,22 @@ TIMES = f"""
 """
 
 
+def timed(folder, path):
+    """An engine of TIMES in `folder`, as it was built."""
+    if path == "fused":
+        native.need_compiler()
+    layers, inputs = [random_linear("t"), random_linear("a", seed=1)], "float[B,S,64] hidden_states, float[B] timestep"
+    folder.mkdir()
+    ir.save(portable(TIMES, layers, inputs, inner="float[B,16] shift"), folder / "model.onnx")
+    return built(folder, recipe=RECIPE.with_options(CpuOptions(path)))
+
+
 @pytest.mark.parametrize("path", ["stock", "fused"])
 def test_what_reads_the_timestep_alone_is_the_same_bits_for_each_sample(tmp_path, path):
     """In a session of its own where the kernel library computes its products, whose rows stand for themselves."""
-    if path == "fused":
-        native.need_compiler()
-    layers, folder = [random_linear("t"), random_linear("a", seed=1)], tmp_path / "bundle"
-    folder.mkdir()
-    inputs = "float[B,S,64] hidden_states, float[B] timestep"
-    ir.save(portable(TIMES, layers, inputs, inner="float[B,16] shift"), folder / "model.onnx")
-    result = built(folder, recipe=RECIPE.with_options(CpuOptions(path)))
+    result = timed(tmp_path / "bundle", path)
     assert ("cpu/timestep.onnx" in result.files) == (path == "fused")
-    engine = CpuBackend().load(folder)
+    engine = CpuBackend().load(tmp_path / "bundle")
     whole = open_session(result.lowered.path, with_library=path == "fused")
     rng = np.random.default_rng(0)
     for times in ([700, 700, 700], [700, 3, 700], [999], [3, 999, 0, 1, 2, 3, 4, 5, 6]):
@@ -206,3 +210,12 @@ def test_what_reads_the_timestep_alone_is_the_same_bits_for_each_sample(tmp_path
         feeds = {"hidden_states": x, "timestep": np.array(times, np.float32)}
         np.testing.assert_array_equal(engine.run(feeds)["y"], whole.run(None, feeds)[0])
     engine.close()
+
+
+def test_a_timestep_part_that_reads_more_is_refused(tmp_path):
+    result = timed(tmp_path / "bundle", "fused")
+    (tmp_path / "bundle" / "cpu" / "timestep.onnx").write_bytes(result.lowered.path.read_bytes())
+    with pytest.raises(
+        ContractError, match=r"timestep\.onnx: it reads hidden_states, timestep instead of the timestep"
+    ):
+        CpuBackend().load(tmp_path / "bundle")
