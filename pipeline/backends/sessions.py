@@ -161,8 +161,10 @@ class Part:
     def in_memory(self) -> Iterator[InferenceSession]:
         """Within, the session may be run."""
         self.room.give_back()
-        yield self.session
-        self.pages.give_back()
+        try:
+            yield self.session
+        finally:
+            self.pages.give_back()
 
 
 @dataclass(frozen=True)
