@@ -194,9 +194,9 @@ class SessionEngine:
 
     What depends on the condition alone (keys and values of cross-attention) is computed when a condition is new, and
     kept; so is what depends on the timestep alone. Whether a condition is new is decided by comparing all its numbers
-    with a copy. A call computes with its own copies of
-    the inputs, so callers may reuse or overwrite their arrays at any time, and takes the kept results once, together
-    with the condition they belong to. The sessions themselves keep nothing between calls.
+    with a copy. A call computes with its own copies of the inputs, so callers may reuse or overwrite their arrays at
+    any time, and takes the kept results once, together with the condition they belong to. The sessions themselves keep
+    nothing between calls.
     """
 
     def __init__(self, sessions: Sessions) -> None:
